@@ -1,0 +1,108 @@
+"""Checkpoints by orbax: the train state, the position of the input, and the config, written in the background.
+
+A checkpoint has four items: `params` (so that evaluation and export read nothing else), `state` (the rest), `data`
+(the position of the input stream, JSON) and `config` (JSON).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from declip_jax.state import State
+
+Tree = Any
+policies = ocp.checkpoint_managers
+
+
+class Checkpoints:
+  """The checkpoints of one run, under `workdir/checkpoints`.
+
+  Args:
+    workdir: of the run.
+    keep_last: how many of the newest are kept.
+    keep_best: how many of the best by `best_metric` are kept besides.
+    best_metric: name of an evaluation metric, higher is better; "" keeps only the newest.
+  """
+
+  def __init__(self, workdir: str | Path, *, keep_last: int = 1, keep_best: int = 0, best_metric: str = ""):
+    keep = [policies.LatestN(keep_last)]
+    if best_metric and keep_best:
+      score = lambda metrics: metrics.get(best_metric, float("-inf"))
+      keep.append(policies.BestN(get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False))
+    self._manager = ocp.CheckpointManager(
+      (Path(workdir) / "checkpoints").resolve(),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        save_decision_policy=policies.FixedIntervalPolicy(1),  # the loop decides
+      ),
+      item_handlers={
+        "params": ocp.PyTreeCheckpointHandler(),
+        "state": ocp.PyTreeCheckpointHandler(),
+        "data": ocp.JsonCheckpointHandler(),
+        "config": ocp.JsonCheckpointHandler(),
+      },
+    )
+
+  def latest(self) -> int | None:
+    """The newest complete step, None if there is none."""
+    return self._manager.latest_step()
+
+  def steps(self) -> list[int]:
+    """All complete steps, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+    self,
+    step: int,
+    state: State,
+    *,
+    data: Mapping[str, Any],
+    config: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Starts to write a checkpoint and returns as soon as the arrays are copied to the host."""
+    args = ocp.args.Composite(
+      params=ocp.args.PyTreeSave(state.params),
+      state=ocp.args.PyTreeSave(_without_params(state)),
+      data=ocp.args.JsonSave(dict(data)),
+      config=ocp.args.JsonSave(dict(config)),
+    )
+    self._manager.save(step, args=args, metrics=dict(metrics or {}))
+
+  def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+    """State and input position of a step, laid out as `abstract` says, whatever mesh they were saved from."""
+    rest = _without_params(abstract)
+    found = self._manager.restore(
+      step,
+      args=ocp.args.Composite(params=_restore(abstract.params), state=_restore(rest), data=ocp.args.JsonRestore()),
+    )
+    return State(params=found["params"], **found["state"]), found["data"]
+
+  def restore_params(self, step: int, abstract: State) -> tuple[Tree, Tree]:
+    """Parameters and collections only, for evaluation."""
+    state, _ = self.restore(step, abstract)
+    return state.params, state.collections
+
+  def preempted(self, step: int) -> bool:
+    """Whether any process of a multi-process run was told to go; every process asks at every step."""
+    return self._manager.reached_preemption(step)
+
+  def wait(self) -> None:
+    """Blocks until everything is written."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits and frees the background threads."""
+    self._manager.close()
+
+
+def _without_params(state: State) -> dict[str, Any]:
+  names = ("step", "opt_state", "collections", "skipped")
+  return {name: getattr(state, name) for name in names}
+
+
+def _restore(abstract: Tree) -> ocp.args.PyTreeRestore:
+  # Without explicit restore_args orbax uses the saved shardings and ignores those of `abstract`.
+  return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))

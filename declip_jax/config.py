@@ -1,0 +1,153 @@
+"""Every field of a config with its default and its meaning; a file under `configs/` changes what it wants to.
+
+A duration is written as a dict with one of `steps`, `epochs` or `examples`; `steps_of` converts it once, at the start.
+A field that is a tuple is set on the command line as `--config.data.train="('webdataset:/data/train-*.tar',)"`.
+"""
+
+import math
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+# The methods of the papers: weights of the terms of `declip_jax.objectives`, and the recipe that makes their views.
+METHODS = {
+  "clip": {"recipe": "clip", "weights": {"clip": 1.0}},
+  "slip": {"recipe": "slip", "weights": {"clip": 1.0, "simclr": 1.0}},
+  "declip": {"recipe": "declip", "weights": {"clip": 0.4, "mvs": 0.2, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}},
+}
+
+
+def vit(patch: int, width: int, depth: int, heads: int) -> ConfigDict:
+  """OpenAI's vision transformer; the other options make it timm's (SLIP). See `models.vit.ViT`."""
+  c = ConfigDict()
+  c.kind = "vit"
+  c.patch, c.width, c.depth, c.heads = patch, width, depth, heads
+  c.pre_norm = True  # a norm before the first block; SLIP: False
+  c.patch_bias = False  # SLIP: True
+  c.activation = "quick_gelu"  # or "gelu" (SLIP)
+  c.epsilon = 1e-5  # of the norms; SLIP: 1e-6
+  c.initializer = "torch"  # "torch" (OpenAI), "openai_text" (DeCLIP) or "timm" (SLIP)
+  return c
+
+
+def resnet(width: int, layers: tuple[int, int, int, int]) -> ConfigDict:
+  """CLIP's modified ResNet; its output projection has a bias, so set `model.heads.image_bias` too."""
+  c = ConfigDict()
+  c.kind = "resnet"
+  c.width, c.layers = width, layers
+  return c
+
+
+def default(method: str = "clip") -> ConfigDict:
+  """ViT-B/32 trained by `method` with the optimiser that the papers share. Locked: only known fields can be set.
+
+  Raises:
+    ValueError: an unknown method.
+  """
+  if method not in METHODS:
+    raise ValueError(f"method {method!r}: choose one of {sorted(METHODS)}")
+  c = ConfigDict()
+  c.seed = 0  # of the initial parameters, the shuffle, and every augmentation
+  # Weight of each term; 0 leaves the term and its head out.
+  c.weights = ConfigDict({"clip": 0.0, "mvs": 0.0, "simclr": 0.0, "simsiam": 0.0, "mlm": 0.0, "nns": 0.0})
+  c.weights.update(METHODS[method]["weights"])
+  c.batch_size = 4096  # pairs per step over all devices
+  c.duration = duration(epochs=32)  # of the training
+  c.data = _data(METHODS[method]["recipe"])
+  c.model = _model(method)
+  c.optimizer = _optimizer()
+  c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices along each axis; -1 is whatever is left
+  c.max_skipped_in_a_row = 20  # non-finite steps are skipped; after so many in a row the run stops
+  c.log_every = 50  # steps between lines of metrics.jsonl
+  c.evaluate_every = duration(epochs=1)
+  c.evaluate_batch_size = 1024
+  c.evals = ConfigDict()  # name -> `zero_shot(...)` or `retrieval(...)` of this module
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every = duration(epochs=1)
+  c.checkpoint.keep_last = 2
+  c.checkpoint.keep_best = 1
+  c.checkpoint.best_metric = ""  # such as "eval/zero_shot/top1"; higher is better; "" keeps only the last
+  return c.lock()
+
+
+def _data(recipe: str) -> ConfigDict:
+  c = ConfigDict()
+  c.train = ("scenes:train",)  # sources to train on, "kind:location" each
+  c.mixture = (1.0,)  # weight of each source
+  c.recipe = recipe  # a name of `data.recipes.RECIPES`
+  c.image_size = 224
+  c.interpolation = "bilinear"  # of crops and of evaluation; OpenAI's CLIP evaluates with "bicubic"
+  c.context_length = 77  # tokens of a text; longer ones are cut
+  c.mask_probability = 0.15  # of masked language modelling, per token (BERT: 0.15)
+  c.mask_slots = 0  # masked positions kept per caption; 0 derives a bound that is seldom exceeded
+  # Augmentation. None keeps the recipe's own value; see `data.recipes.Recipe` for what each means.
+  for name in ("weak_scale", "strong_scale", "jitter", "blur_radius"):
+    c[name] = placeholder(tuple)
+  for name in ("jitter_probability", "grayscale_probability", "blur_probability", "flip_probability"):
+    c[name] = placeholder(float)
+  c.workers = 0  # processes that read and augment; 0 does it in threads of this one
+  c.threads = 4  # threads in each
+  c.max_substituted = 0.05  # stop when a larger share of samples had to be replaced because they cannot be read
+  return c
+
+
+def _model(method: str) -> ConfigDict:
+  c = ConfigDict()
+  c.dtype = "bfloat16"  # of activations; parameters, softmax, norms and losses are float32
+  c.remat = "none"  # what the backward pass recomputes: "none", "dots" (all but matrix products) or "full"
+  c.mean, c.std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
+  c.image = vit(patch=32, width=768, depth=12, heads=12)
+  # 49,408 tokens of OpenAI's vocabulary, and one more where a mask token is needed.
+  vocab_size = 49409 if method == "declip" else 49408
+  c.text = ConfigDict({"vocab_size": vocab_size, "context_length": 77, "width": 512, "depth": 12, "heads": 8})
+  c.text.activation = "quick_gelu"
+  c.heads = ConfigDict()
+  c.heads.embed_dim = 512  # of the joint space
+  c.heads.image_bias = False  # ResNet: True
+  c.heads.text_bias = method == "declip"
+  c.heads.simclr_projector = (4096, 4096, 256)
+  c.heads.simsiam_projector = (1024, 1024, 1024)
+  c.heads.simsiam_predictor = (512, 1024)
+  c.heads.bank_size = 65536  # texts that nearest-neighbour supervision searches
+  return c
+
+
+def _optimizer() -> ConfigDict:
+  c = ConfigDict()
+  c.learning_rate = 5e-4  # peak
+  c.warmup = duration(steps=2000)
+  c.warmup_start = 0.0  # learning rate of the first step
+  c.end = 0.0  # learning rate of the last step
+  c.weight_decay = 0.2  # decoupled; not on biases, norms and the temperature
+  c.b1, c.b2, c.epsilon = 0.9, 0.98, 1e-6
+  c.gradient_clip = 0.0  # largest global norm of the gradient; 0 does not clip
+  c.logit_scale_range = (0.0, 4.605170185988092)  # of the log inverse temperature after each step; the top is ln 100
+  return c
+
+
+def zero_shot(data: str, templates: tuple[str, ...] = ("a photo of a {}.",)) -> ConfigDict:
+  """Zero-shot classification of a source with class names, by prompts averaged over `templates`."""
+  return ConfigDict({"kind": "zero_shot", "data": data, "templates": templates})
+
+
+def retrieval(data: str, equal_texts: bool = False) -> ConfigDict:
+  """Image-text retrieval over a source; with `equal_texts` captions of the same wording count as each other's match."""
+  return ConfigDict({"kind": "retrieval", "data": data, "equal_texts": equal_texts})
+
+
+def duration(*, steps: int = 0, epochs: float = 0, examples: int = 0) -> ConfigDict:
+  """A length of training in one of three units; the others are 0."""
+  return ConfigDict({"steps": steps, "epochs": float(epochs), "examples": examples})
+
+
+def steps_of(length: ConfigDict, *, name: str, batch_size: int, epoch_examples: int) -> int:
+  """Converts a duration to steps, rounding up; all units 0 gives 0.
+
+  Raises:
+    ValueError: more than one unit is set, or one is negative.
+  """
+  given = {unit: value for unit, value in length.items() if value}
+  if len(given) > 1 or any(value < 0 for value in given.values()):
+    raise ValueError(f"config.{name}={given}: set one of steps, epochs, examples, and the others to 0")
+  examples = length.examples or length.epochs * epoch_examples
+  return length.steps or math.ceil(examples / batch_size)

@@ -1,0 +1,222 @@
+"""Text views of one example: pick a caption, vary its words (EDA), mask its tokens (masked language modelling).
+
+Every function takes the `rng` of its example and touches no other randomness, so a text view depends on seed and record
+alone, whatever the worker.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import gzip
+import math
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from declip_jax.data import tokenizer as tokenizers
+
+# English words that carry grammar rather than content. WordNet knows many of them as something else: `a` as a vitamin,
+# `in` as a metal, `who` as an organization.
+STOP_WORDS = frozenset(
+  # articles, pronouns, determiners
+  "a an the this that these those some any each every all both few many more most much other another such own same "
+  "i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers herself "
+  "it its itself they them their theirs themselves one who whom whose which what "
+  # prepositions, conjunctions
+  "about above across after against along among around as at before behind below beneath beside between beyond by down "
+  "during for from in inside into like near of off on onto out outside over past per since through to toward towards "
+  "under until up upon via with within without and but or nor so yet if because while although though than then "
+  # auxiliary verbs
+  "am is are was were be been being do does did doing have has had having can could may might must shall should will would "
+  # adverbs, negation, remains of contractions
+  "again further once here there when where why how no not only very too just now s t d m o y ll re ve don".split()
+)
+
+# WordNet's rules that take an ending off (morphy(7WN)): ending, replacement.
+_ENDINGS = {
+  "noun": (
+    *(("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z")),
+    *(("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y")),
+  ),
+  "verb": (
+    *(("s", ""), ("ies", "y"), ("es", "e"), ("es", "")),
+    *(("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", "")),
+  ),
+  "adj": (("er", ""), ("est", ""), ("er", "e"), ("est", "e")),
+  "adv": (),
+}
+
+
+class MaskedText(NamedTuple):
+  """A caption with masked tokens, and what stood there. Positions without a target have position, target and weight 0.
+
+  Attributes:
+    tokens: int32 `[t]` token ids of the masked caption.
+    position: int32 `[k]` selected positions, ascending.
+    target: int32 `[k]` the ids that stood there.
+    weight: float32 `[k]` 1 for a selected position, 0 for filling.
+  """
+
+  tokens: np.ndarray
+  position: np.ndarray
+  target: np.ndarray
+  weight: np.ndarray
+
+
+def choose_caption(captions: Sequence[str], rng: np.random.Generator) -> str:
+  """Returns one caption of an example, uniformly among those that are not blank.
+
+  DeCLIP's code takes the first one always.
+
+  Raises:
+    ValueError: there is none.
+  """
+  written = [caption for caption in captions if caption.strip()]
+  if not written:
+    raise ValueError(f"no caption: {captions!r} holds no text")
+  return written[rng.integers(len(written))]
+
+
+@functools.cache
+def _wordnet() -> dict[str, dict[str, str]]:
+  """Reads the table of `build_synonyms` once per process; 0.1 s."""
+  tables: dict[str, dict[str, str]] = {}
+  with gzip.open(pathlib.Path(__file__).with_name("synonyms.txt.gz"), "rt", encoding="ascii") as file:
+    for line in file:
+      if not line.startswith("#"):
+        table, word, values = line.rstrip("\n").split("\t")
+        tables.setdefault(table, {})[word] = values
+  return tables
+
+
+def _base_forms(word: str, part: str) -> list[str]:
+  """Returns the lemmas of a part of speech that a lower-case word may be a form of, itself perhaps among them."""
+  lemmas, irregular = _wordnet()[part], _wordnet()[f"{part}.exc"]
+  if word in irregular:
+    forms = [word, *irregular[word].split(",")]
+  else:
+    forms = [word, *(word.removesuffix(end) + new for end, new in _ENDINGS[part] if word.endswith(end))]
+  return [form for form in forms if form in lemmas]
+
+
+@functools.lru_cache(maxsize=2**14)
+def find_synonyms(word: str) -> tuple[str, ...]:
+  """Returns WordNet's synonyms of a word in any inflection, sorted; empty if it has none.
+
+  They are the lemmas of all synsets of all parts of speech, lower case, `a` to `z` and spaces (one may be two words).
+  Case is ignored: `Dog` is no synonym of `dog`, as it is in the reference. Punctuation at the word hides it.
+  """
+  word = word.lower()
+  found = {
+    synonym for part in _ENDINGS for base in _base_forms(word, part) for synonym in _wordnet()[part][base].split(",")
+  }
+  return tuple(sorted(found - {word}))
+
+
+def replace_synonyms(words: Sequence[str], rng: np.random.Generator, n: int = 1) -> list[str]:
+  """Returns the words with `n` of them, or as many as have synonyms, replaced, each in all its places.
+
+  Stop words stay. A synonym of two words comes as one string with a space.
+  """
+  candidates = [word for word in dict.fromkeys(words) if word.lower() not in STOP_WORDS]
+  chosen: dict[str, str] = {}
+  for i in rng.permutation(len(candidates)):
+    if len(chosen) == n:
+      break
+    if synonyms := find_synonyms(candidates[i]):
+      chosen[candidates[i]] = synonyms[rng.integers(len(synonyms))]
+  return [chosen.get(word, word) for word in words]
+
+
+def swap_words(words: Sequence[str], rng: np.random.Generator) -> list[str]:
+  """Returns the words with two of them, at different places, swapped; fewer than two stay as they are.
+
+  The reference draws both places freely, three times at most, and so leaves short captions as they are now and then.
+  """
+  words = list(words)
+  if len(words) > 1:
+    i, j = rng.integers(len(words)), rng.integers(len(words) - 1)
+    j += j >= i
+    words[i], words[j] = words[j], words[i]
+  return words
+
+
+def delete_words(words: Sequence[str], rng: np.random.Generator, p: float = 0.1) -> list[str]:
+  """Returns the words without each that falls to probability `p`; if all would fall, one random word stays."""
+  if not words:
+    return []
+  kept = [word for word, chance in zip(words, rng.random(len(words)), strict=True) if chance >= p]
+  return kept or [words[rng.integers(len(words))]]
+
+
+_OPERATIONS: tuple[Callable[[Sequence[str], np.random.Generator], list[str]], ...] = (
+  replace_synonyms,
+  swap_words,
+  delete_words,
+)
+
+
+def augment(text: str, rng: np.random.Generator) -> str:
+  """Returns a caption varied by one operation of EDA, of three with equal chance; blank text gives the empty string.
+
+  Words are what spaces separate. Linear in the length of the text.
+
+  Easy Data Augmentation (Wei and Zou, 2019, arXiv:1901.11196) without its random insertion, as DeCLIP uses it (Li et
+  al., 2021, arXiv:2110.05208, section 3.1). DeCLIP's code draws from one global generator that every process seeds with
+  1; we draw from the `rng` of the example.
+  """
+  words = text.split()
+  operation = _OPERATIONS[rng.integers(len(_OPERATIONS))]
+  return " ".join(operation(words, rng))
+
+
+def mlm_slots(context_length: int = 77, probability: float = 0.15) -> int:
+  """Returns `k`, how many masked positions of a caption to keep room for: 20 for the defaults.
+
+  The number of selected tokens in a caption that fills the context is binomial; the bound is its mean plus three standard
+  deviations. A caption of 75 tokens exceeds it once in 360, one of 38 once in 10^8.
+  """
+  n = context_length - 2
+  return min(n, math.floor(n * probability + 3 * math.sqrt(n * probability * (1 - probability))))
+
+
+def mask_tokens(
+  row: np.ndarray,
+  rng: np.random.Generator,
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  slots: int,
+  probability: float = 0.15,
+) -> MaskedText:
+  """Masks a tokenized caption for masked language modelling (BERT: Devlin et al., 2018, arXiv:1810.04805, section 3.1).
+
+  Each token between start and end of text is selected with `probability`. Of the selected, 80 % become the mask, 10 %
+  a random ordinary id, 10 % stay. If more than `slots` are selected, a random `slots` of them count and the others stay
+  unmasked, so that the loss sees every masked position. No token may be selected at all.
+
+  The reference draws random ids from the whole vocabulary, where one in 50,000 is an end of text that cuts the caption.
+
+  Args:
+    row: int32 `[t]` token ids of `tokenizer`, not changed.
+    rng: generator of the example.
+    tokenizer: gives the special ids.
+    slots: `k`, room for selected positions; see `mlm_slots`.
+    probability: chance of a token to be selected.
+
+  Raises:
+    ValueError: the row holds no end of text.
+  """
+  tokens = np.array(row, np.int32)
+  ends = np.flatnonzero(tokens == tokenizer.eot)
+  if not ends.size:
+    raise ValueError(f"the row {tokens.tolist()} holds no end of text, id {tokenizer.eot}")
+  selected = 1 + np.flatnonzero(rng.random(ends[0] - 1) < probability)
+  if len(selected) > slots:
+    selected = np.sort(rng.choice(selected, slots, replace=False))
+  k = len(selected)
+  position, target, weight = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.zeros(slots, np.float32)
+  position[:k], target[:k], weight[:k] = selected, tokens[selected], 1
+  fate = rng.random(k)
+  random_ids = rng.integers(tokenizers.ORDINARY_IDS, size=k)
+  tokens[selected] = np.where(fate < 0.8, tokenizer.mask, np.where(fate < 0.9, random_ids, tokens[selected]))
+  return MaskedText(tokens, position, target, weight)

@@ -1,0 +1,98 @@
+"""The two halves put together: `make_model` builds them from a config, `Model` applies them as pure functions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from declip_jax.models.heads import Heads
+from declip_jax.models.text import TextTransformer
+from declip_jax.models.towers import IMAGE_TOWERS, Towers
+from declip_jax.types import Batch, Features, Outputs, Views
+
+Tree = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+  """Two linen modules and the views they serve. Hashable, so that jit may close over it; all state is passed in.
+
+  `params` and `collections` have two entries each, "towers" and "heads". Collections hold batch statistics and the
+  neighbour bank; functions that train return the new ones.
+  """
+
+  towers: Towers
+  heads: Heads
+  views: Views
+
+  def init(self, key: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
+    """Parameters (float32) and collections for batches of this shape."""
+    towers_key, heads_key = jax.random.split(key)
+    towers = self.towers.init(towers_key, batch, self.views.masked_text, True)
+    features = self.towers.apply(towers, batch, self.views.masked_text, False)
+    heads = self.heads.init(heads_key, features, self.views, True)
+    params = {"towers": towers.pop("params"), "heads": heads.pop("params")}
+    return params, {"towers": towers, "heads": heads}
+
+  def encode(self, params: Tree, collections: Tree, batch: Batch) -> tuple[Features, Tree]:
+    """The first half, in training mode: features, and the towers' new collections (a ResNet's statistics)."""
+    towers, _ = _variables(params, collections)
+    return self.towers.apply(towers, batch, self.views.masked_text, True, mutable=list(collections["towers"]))
+
+  def apply_heads(self, params: Tree, collections: Tree, features: Features) -> tuple[Outputs, Tree]:
+    """The second half, in training mode: outputs, and the heads' new collections (statistics and bank)."""
+    _, heads = _variables(params, collections)
+    return self.heads.apply(heads, features, self.views, True, mutable=list(collections["heads"]))
+
+  def encode_image(self, params: Tree, collections: Tree, images: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
+    """Unit-norm float32 embeddings of uint8 images, in evaluation mode."""
+    towers, heads = _variables(params, collections)
+    features = self.towers.apply(towers, images, method=Towers.encode_image)
+    return self.heads.apply(heads, features, method=Heads.encode_image)
+
+  def encode_text(self, params: Tree, collections: Tree, tokens: Int[Array, "b t"]) -> Float[Array, "b d"]:
+    """Unit-norm float32 embeddings of token ids, in evaluation mode."""
+    towers, heads = _variables(params, collections)
+    features = self.towers.apply(towers, tokens, method=Towers.encode_text)
+    return self.heads.apply(heads, features, method=Heads.encode_text)
+
+
+def make_model(config: ConfigDict, *, views: Views, heads: tuple[str, ...], eot: int) -> Model:
+  """Builds the model of `config.model`; see `config.default` for its fields.
+
+  Args:
+    config: the `model` part of a config.
+    views: which view plays which part, from the data recipe.
+    heads: which heads the objective's terms need.
+    eot: id of the end-of-text token.
+
+  Raises:
+    ValueError: an unknown kind of image tower.
+  """
+  image_fields = config.image.to_dict()
+  kind = image_fields.pop("kind")
+  if kind not in IMAGE_TOWERS:
+    raise ValueError(f"config.model.image.kind={kind!r}: choose one of {sorted(IMAGE_TOWERS)}")
+  dtype = jnp.dtype(config.dtype)
+  image = IMAGE_TOWERS[kind](**image_fields, remat=config.remat, dtype=dtype)
+  text = TextTransformer(**config.text, eot=eot, remat=config.remat, dtype=dtype)
+  return Model(
+    towers=Towers(image, text, config.mean, config.std, dtype),
+    heads=Heads(
+      image_width=image.feature_width,
+      text_width=text.width,
+      heads=heads,
+      vocab_size=text.vocab_size,
+      dtype=dtype,
+      **config.heads,
+    ),
+    views=views,
+  )
+
+
+def _variables(params: Tree, collections: Tree) -> tuple[Tree, Tree]:
+  return tuple({"params": params[half], **collections[half]} for half in ("towers", "heads"))

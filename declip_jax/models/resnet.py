@@ -1,0 +1,108 @@
+"""CLIP's modified ResNet (Radford et al. 2021, section 2.4): a deep stem, anti-aliased strides, attention pool."""
+
+from functools import partial
+from typing import Any
+
+from einops import rearrange
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from declip_jax.models.batch_norm import BatchNorm
+from declip_jax.models.transformer import REMAT_POLICIES, torch_uniform
+
+
+def _convolution(features: int, kernel: int, stride: int, fan_in: int, dtype: Any, name: str) -> nn.Conv:
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    (stride, stride),
+    padding=kernel // 2,
+    use_bias=False,
+    dtype=dtype,
+    kernel_init=torch_uniform(fan_in),
+    name=name,
+  )
+
+
+def _average_pool(x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b h2 w2 c"]:
+  return x if stride == 1 else nn.avg_pool(x, (stride, stride), (stride, stride))
+
+
+class Bottleneck(nn.Module):
+  """1x1, 3x3, average pool in place of a stride, 1x1, with a pooled shortcut; the last norm starts at zero."""
+
+  planes: int
+  stride: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
+    channels, wide = x.shape[-1], 4 * self.planes
+    conv = partial(_convolution, dtype=self.dtype, stride=1)
+    norm = partial(BatchNorm, dtype=self.dtype)
+    y = nn.relu(norm(name="norm1")(conv(self.planes, 1, fan_in=channels, name="conv1")(x), train))
+    y = nn.relu(norm(name="norm2")(conv(self.planes, 3, fan_in=9 * self.planes, name="conv2")(y), train))
+    y = conv(wide, 1, fan_in=self.planes, name="conv3")(_average_pool(y, self.stride))
+    y = norm(name="norm3", scale_init=nn.initializers.zeros_init())(y, train)
+    if self.stride > 1 or channels != wide:
+      x = conv(wide, 1, fan_in=channels, name="shortcut_conv")(_average_pool(x, self.stride))
+      x = norm(name="shortcut_norm")(x, train)
+    return nn.relu(x + y)
+
+
+class AttentionPool(nn.Module):
+  """One attention layer whose only query is the mean cell; its output projection is the model's image projection."""
+
+  heads: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
+    width = x.shape[-1]
+    x = rearrange(x, "b h w c -> b (h w) c")
+    x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)
+    init = nn.initializers.normal(width**-0.5)
+    x = x + self.param("position_embedding", init, x.shape[1:]).astype(x.dtype)
+    bias = torch_uniform(width)
+    dense = partial(nn.Dense, width, dtype=self.dtype, kernel_init=init, bias_init=bias)
+    split = partial(rearrange, pattern="b n (h e) -> b n h e", h=self.heads)
+    query, key, value = split(dense(name="query")(x[:, :1])), split(dense(name="key")(x)), split(dense(name="value")(x))
+    return rearrange(jax.nn.dot_product_attention(query, key, value), "b 1 h e -> b (h e)")
+
+
+class ModifiedResNet(nn.Module):
+  """Images to the attention-pooled feature `[b 32*width]`, before its output projection.
+
+  The reference's attention pool ends in that projection; here it is the model's image projection (with a bias), so
+  that self-supervised heads may start from the feature before it, as with a ViT. BatchNorm looks across the examples
+  of a batch: it is the one layer for which encoding in micro-batches is not the same as encoding at once.
+  """
+
+  width: int
+  layers: tuple[int, int, int, int]
+  remat: str = "none"
+  dtype: Any = jnp.float32
+
+  @property
+  def feature_width(self) -> int:
+    """Width of the returned feature."""
+    return 32 * self.width
+
+  @nn.compact
+  def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b width"]:
+    """Encodes normalised images `[b h w c]`; height and width must be multiples of 32."""
+    norm = partial(BatchNorm, dtype=self.dtype)
+    x, half = images.astype(self.dtype), self.width // 2
+    for index, (features, stride) in enumerate(((half, 2), (half, 1), (self.width, 1)), start=1):
+      conv = _convolution(features, 3, stride, 9 * x.shape[-1], self.dtype, f"stem_conv{index}")
+      x = nn.relu(norm(name=f"stem_norm{index}")(conv(x), train))
+    x = _average_pool(x, 2)
+    policy = REMAT_POLICIES[self.remat]
+    block_type = Bottleneck if policy is None else nn.remat(Bottleneck, policy=policy, static_argnums=(2,))
+    for stage, blocks in enumerate(self.layers):
+      for block in range(blocks):
+        stride = 2 if stage > 0 and block == 0 else 1
+        x = block_type(self.width * 2**stage, stride, self.dtype, name=f"stage{stage + 1}_block{block}")(x, train)
+    return AttentionPool(heads=self.width * 32 // 64, dtype=self.dtype, name="attention_pool")(x)

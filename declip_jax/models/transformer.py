@@ -1,0 +1,144 @@
+"""The pre-norm transformer that the image and the text tower share (Radford et al. 2021, sections 2.4 and 2.5)."""
+
+from collections.abc import Callable
+from typing import Any
+
+from einops import rearrange
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Initializer = Callable[..., jax.Array]
+
+
+def quick_gelu(x: Array) -> Array:
+  """OpenAI CLIP's sigmoid approximation of GELU."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+def exact_gelu(x: Array) -> Array:
+  """GELU by the error function, as in timm and SLIP's image tower."""
+  return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
+
+# What the backward pass recomputes. "none" keeps every activation, "full" keeps only the input of each block.
+REMAT_POLICIES = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def torch_uniform(fan_in: int) -> Initializer:
+  """PyTorch's default for weights and biases of linear layers and convolutions: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+  bound = fan_in**-0.5
+
+  def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def openai_text_init(width: int, depth: int) -> dict[str, Initializer]:
+  """OpenAI's initialisation of the text blocks, which DeCLIP uses for its image blocks too."""
+  residual = width**-0.5 * (2 * depth) ** -0.5
+  return {
+    "qkv": nn.initializers.normal(width**-0.5),
+    "out": nn.initializers.normal(residual),
+    "fc1": nn.initializers.normal((2 * width) ** -0.5),
+    "fc2": nn.initializers.normal(residual),
+    "fc1_bias": torch_uniform(width),
+    "fc2_bias": torch_uniform(4 * width),
+  }
+
+
+def torch_init(width: int, depth: int) -> dict[str, Initializer]:
+  """PyTorch's own defaults, which OpenAI's image blocks keep: Xavier-uniform for the packed query, key and value."""
+  del depth
+  return {
+    "qkv": nn.initializers.xavier_uniform(),
+    "out": torch_uniform(width),
+    "fc1": torch_uniform(width),
+    "fc2": torch_uniform(4 * width),
+    "fc1_bias": torch_uniform(width),
+    "fc2_bias": torch_uniform(4 * width),
+  }
+
+
+def timm_init(width: int, depth: int) -> dict[str, Initializer]:
+  """timm's ViT, used by SLIP: N(0, 0.02) weights and zero biases."""
+  del width, depth
+  weights = dict.fromkeys(("qkv", "out", "fc1", "fc2"), nn.initializers.normal(0.02))
+  return weights | dict.fromkeys(("fc1_bias", "fc2_bias"), nn.initializers.zeros_init())
+
+
+INITS = {"openai_text": openai_text_init, "torch": torch_init, "timm": timm_init}
+
+
+class Block(nn.Module):
+  """`x += attention(norm(x)); x += mlp(norm(x))`, with an MLP four times as wide. Softmax and norms are float32."""
+
+  width: int
+  heads: int
+  depth: int
+  activation: str
+  epsilon: float
+  causal: bool
+  initializer: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n w"], _: None = None) -> tuple[Float[Array, "b n w"], None]:
+    init = INITS[self.initializer](self.width, self.depth)
+
+    def norm(name: str) -> nn.LayerNorm:
+      return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False, name=name)
+
+    def dense(features: int, name: str) -> nn.Dense:
+      bias = init.get(f"{name}_bias", nn.initializers.zeros_init())
+      return nn.Dense(features, dtype=self.dtype, kernel_init=init[name], bias_init=bias, name=name)
+
+    qkv = dense(3 * self.width, "qkv")(norm("attention_norm")(x))
+    query, key, value = rearrange(qkv, "b n (three h e) -> three b n h e", three=3, h=self.heads)
+    attended = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+    x = x + dense(self.width, "out")(rearrange(attended, "b n h e -> b n (h e)"))
+    hidden = ACTIVATIONS[self.activation](dense(4 * self.width, "fc1")(norm("mlp_norm")(x)))
+    return x + dense(self.width, "fc2")(hidden), None
+
+
+class Transformer(nn.Module):
+  """`depth` blocks as one scanned block, so that compile time does not grow with depth.
+
+  Parameters of the blocks are stacked along a leading `depth` axis under `blocks`.
+  """
+
+  width: int
+  heads: int
+  depth: int
+  activation: str = "quick_gelu"
+  epsilon: float = 1e-5
+  causal: bool = False
+  initializer: str = "torch"
+  remat: str = "none"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n w"]) -> Float[Array, "b n w"]:
+    policy = REMAT_POLICIES[self.remat]
+    block = Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy)
+    blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
+    x, _ = blocks(
+      width=self.width,
+      heads=self.heads,
+      depth=self.depth,
+      activation=self.activation,
+      epsilon=self.epsilon,
+      causal=self.causal,
+      initializer=self.initializer,
+      dtype=self.dtype,
+      name="blocks",
+    )(x, None)
+    return x

@@ -1,0 +1,73 @@
+"""The vision transformer of OpenAI's CLIP; by its options also timm's, which SLIP uses, and DeCLIP's."""
+
+from typing import Any
+
+from einops import rearrange
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from declip_jax.models.transformer import Transformer, torch_uniform
+
+
+class ViT(nn.Module):
+  """Images to the normalised class token, before the projection to the joint space.
+
+  OpenAI's has `pre_norm`, no `patch_bias`, QuickGELU and epsilon 1e-5. timm's (SLIP) has no `pre_norm`, a
+  `patch_bias`, exact GELU, epsilon 1e-6 and `initializer="timm"`. The patch embedding is written as a reshape and a matrix
+  product, which equals the convolution of the references with kernel = stride = patch.
+  """
+
+  patch: int
+  width: int
+  depth: int
+  heads: int
+  pre_norm: bool = True
+  patch_bias: bool = False
+  activation: str = "quick_gelu"
+  epsilon: float = 1e-5
+  initializer: str = "torch"
+  remat: str = "none"
+  dtype: Any = jnp.float32
+
+  @property
+  def feature_width(self) -> int:
+    """Width of the returned feature."""
+    return self.width
+
+  @nn.compact
+  def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b width"]:
+    """Encodes normalised images `[b h w c]` into `[b width]`; height and width must be multiples of `patch`."""
+    del train  # nothing here looks across examples
+    fan_in = self.patch**2 * images.shape[-1]
+    class_init = nn.initializers.normal(0.02 if self.initializer == "timm" else self.width**-0.5)
+    patches = rearrange(images, "b (y p) (x q) c -> b (y x) (p q c)", p=self.patch, q=self.patch)
+    x = nn.Dense(
+      self.width,
+      use_bias=self.patch_bias,
+      dtype=self.dtype,
+      kernel_init=torch_uniform(fan_in),
+      bias_init=torch_uniform(fan_in),
+      name="patch_embedding",
+    )(patches)
+    token = self.param("class_embedding", class_init, (self.width,))
+    x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width)), x], axis=1)
+    position_init = nn.initializers.normal(0.01) if self.initializer == "openai_text" else class_init
+    x = x + self.param("position_embedding", position_init, x.shape[1:]).astype(x.dtype)
+    if self.pre_norm:
+      x = self._norm("pre_norm")(x)
+    x = Transformer(
+      width=self.width,
+      heads=self.heads,
+      depth=self.depth,
+      activation=self.activation,
+      epsilon=self.epsilon,
+      initializer=self.initializer,
+      remat=self.remat,
+      dtype=self.dtype,
+      name="transformer",
+    )(x)
+    return self._norm("post_norm")(x[:, 0])
+
+  def _norm(self, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False, name=name)

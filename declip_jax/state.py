@@ -1,0 +1,58 @@
+"""The train state: all that a step changes, and so all that a checkpoint holds."""
+
+from typing import Any
+
+from flax import struct
+import jax
+from jax.sharding import Mesh
+import jax.numpy as jnp
+import optax
+
+from declip_jax.models.model import Model
+from declip_jax.sharding import shard_like
+from declip_jax.types import Batch
+
+Tree = Any
+
+
+@struct.dataclass
+class State:
+  """What a step maps to its successor. Random keys are no part of it: they are derived from the step.
+
+  Attributes:
+    step: batches consumed, int32.
+    params: float32, under "towers" and "heads".
+    opt_state: of the optimiser.
+    collections: batch statistics and the neighbour bank, under "towers" and "heads".
+    skipped: steps without an update because loss or gradient was not finite, all of them and the latest in a row.
+  """
+
+  step: jax.Array
+  params: Tree
+  opt_state: Tree
+  collections: Tree
+  skipped: dict[str, jax.Array]
+
+
+def init_state(seed: int, batch: Batch, *, model: Model, optimizer: optax.GradientTransformation) -> State:
+  """The state before the first step."""
+  params, collections = model.init(jax.random.key(seed), batch)
+  zero = jnp.zeros((), jnp.int32)
+  return State(zero, params, optimizer.init(params), collections, {"total": zero, "in_a_row": zero})
+
+
+def abstract_state(batch: Batch, mesh: Mesh, *, model: Model, optimizer: optax.GradientTransformation) -> State:
+  """Shapes, dtypes and shardings of the state, without computing anything."""
+  shapes = jax.eval_shape(lambda batch: init_state(0, batch, model=model, optimizer=optimizer), batch)
+  place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return jax.tree.map(place, shapes, shard_like(shapes, mesh))
+
+
+def create_state(
+  seed: int, batch: Batch, abstract: State, *, model: Model, optimizer: optax.GradientTransformation
+) -> State:
+  """Computes the initial state straight into its shards, so that no device ever holds all of it."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  # The values of the batch do not matter, only its shapes: zeros inside jit cost nothing.
+  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+  return jax.jit(lambda: init_state(seed, zeros(), model=model, optimizer=optimizer), out_shardings=shardings)()

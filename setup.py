@@ -1,0 +1,39 @@
+"""Package metadata; exact versions that are tested stand in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+  name="declip_jax",
+  version="0.1.0",
+  description="Pretraining of CLIP, SLIP and DeCLIP in JAX and Flax on TPUs and GPUs",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["declip_jax", "declip_jax.*"]),
+  package_data={"declip_jax.data": ["*.gz", "*.txt"]},
+  install_requires=[
+    "absl-py>=2.1",
+    "array_record>=0.8.6",
+    "einops>=0.8",
+    "flax>=0.12.8,<0.13",
+    "ftfy>=6.3",
+    "grain>=0.2.18,<0.3",
+    "instant-clip-tokenizer>=0.1.1",
+    "jax>=0.10,<0.12",
+    "jaxtyping>=0.3",
+    "matplotlib>=3.9",
+    "ml_collections>=1.1",
+    "numpy>=2.0",
+    "opencv-python-headless>=4.10",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8,<1.0",  # its top-level API changes with 1.0
+    "pillow>=11",
+    "simplejpeg>=1.8",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.10",  # reads prepared data sets; TensorFlow is not needed
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]>=0.10,<0.12"],
+    "gpu": ["jax[cuda13]>=0.10,<0.12"],
+    "dev": ["beartype>=0.20", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14"],
+  },
+)
