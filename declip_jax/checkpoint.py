@@ -29,8 +29,13 @@ class Checkpoints:
   def __init__(self, workdir: str | Path, *, keep_last: int = 1, keep_best: int = 0, best_metric: str = ""):
     keep = [policies.LatestN(keep_last)]
     if best_metric and keep_best:
-      score = lambda metrics: metrics.get(best_metric, float("-inf"))
-      keep.append(policies.BestN(get_metric_fn=score, n=keep_best, keep_checkpoints_without_metrics=False))
+      keep.append(
+        policies.BestN(
+          get_metric_fn=lambda metrics: metrics.get(best_metric, float("-inf")),
+          n=keep_best,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
     self._manager = ocp.CheckpointManager(
       (Path(workdir) / "checkpoints").resolve(),
       options=ocp.CheckpointManagerOptions(

@@ -4,7 +4,9 @@ A duration is written as a dict with one of `steps`, `epochs` or `examples`; `st
 A field that is a tuple is set on the command line as `--config.data.train="('webdataset:/data/train-*.tar',)"`.
 """
 
+import json
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -67,7 +69,9 @@ def default(method: str = "clip") -> ConfigDict:
   c.checkpoint.keep_last = 2
   c.checkpoint.keep_best = 1
   c.checkpoint.best_metric = ""  # such as "eval/zero_shot/top1"; higher is better; "" keeps only the last
-  return c.lock()
+  c.lock()
+  c.evals.unlock()  # the one place where a config adds fields
+  return c
 
 
 def _data(recipe: str) -> ConfigDict:
@@ -77,7 +81,6 @@ def _data(recipe: str) -> ConfigDict:
   c.recipe = recipe  # a name of `data.recipes.RECIPES`
   c.image_size = 224
   c.interpolation = "bilinear"  # of crops and of evaluation; OpenAI's CLIP evaluates with "bicubic"
-  c.context_length = 77  # tokens of a text; longer ones are cut
   c.mask_probability = 0.15  # of masked language modelling, per token (BERT: 0.15)
   c.mask_slots = 0  # masked positions kept per caption; 0 derives a bound that is seldom exceeded
   # Augmentation. None keeps the recipe's own value; see `data.recipes.Recipe` for what each means.
@@ -99,7 +102,8 @@ def _model(method: str) -> ConfigDict:
   c.image = vit(patch=32, width=768, depth=12, heads=12)
   # 49,408 tokens of OpenAI's vocabulary, and one more where a mask token is needed.
   vocab_size = 49409 if method == "declip" else 49408
-  c.text = ConfigDict({"vocab_size": vocab_size, "context_length": 77, "width": 512, "depth": 12, "heads": 8})
+  c.text = ConfigDict({"vocab_size": vocab_size, "width": 512, "depth": 12, "heads": 8})
+  c.text.context_length = 77  # tokens of a text with start and end; longer ones are cut
   c.text.activation = "quick_gelu"
   c.heads = ConfigDict()
   c.heads.embed_dim = 512  # of the joint space
@@ -151,3 +155,14 @@ def steps_of(length: ConfigDict, *, name: str, batch_size: int, epoch_examples: 
     raise ValueError(f"config.{name}={given}: set one of steps, epochs, examples, and the others to 0")
   examples = length.examples or length.epochs * epoch_examples
   return length.steps or math.ceil(examples / batch_size)
+
+
+def from_json(text: str) -> ConfigDict:
+  """A config as `to_json_best_effort` wrote it. JSON knows no tuples: all its lists were tuples."""
+
+  def restore(value: Any) -> Any:
+    if isinstance(value, dict):
+      return {name: restore(entry) for name, entry in value.items()}
+    return tuple(map(restore, value)) if isinstance(value, list) else value
+
+  return ConfigDict(restore(json.loads(text))).lock()

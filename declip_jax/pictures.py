@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 import textwrap
 from typing import Any
+import unicodedata
 import warnings
 
 from matplotlib.axes import Axes
@@ -197,7 +198,9 @@ def _note(texts: Sequence[str], names: Sequence[str], width: int) -> str:
 def _wrap(text: str, width: int, lines: int) -> str:
   # A font cannot draw half of a surrogate pair, nor control characters, which broken captions contain.
   printable = "".join(c if c.isprintable() else " " for c in text.encode(errors="replace").decode())
-  return textwrap.fill(printable, width, max_lines=lines, placeholder=" ...")
+  # Letters of the scripts that the font lacks become boxes, nearly twice as wide as Latin ones.
+  wide = any(unicodedata.category(c) in ("Lo", "So") for c in printable)
+  return textwrap.fill(printable, width // 2 if wide else width, max_lines=lines, placeholder=" ...")
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str, axis: str = "step") -> tuple[np.ndarray, np.ndarray]:

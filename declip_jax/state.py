@@ -4,8 +4,8 @@ from typing import Any
 
 from flax import struct
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
 
 from declip_jax.models.model import Model
@@ -44,8 +44,11 @@ def init_state(seed: int, batch: Batch, *, model: Model, optimizer: optax.Gradie
 def abstract_state(batch: Batch, mesh: Mesh, *, model: Model, optimizer: optax.GradientTransformation) -> State:
   """Shapes, dtypes and shardings of the state, without computing anything."""
   shapes = jax.eval_shape(lambda batch: init_state(0, batch, model=model, optimizer=optimizer), batch)
-  place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-  return jax.tree.map(place, shapes, shard_like(shapes, mesh))
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    shard_like(shapes, mesh),
+  )
 
 
 def create_state(
@@ -53,6 +56,10 @@ def create_state(
 ) -> State:
   """Computes the initial state straight into its shards, so that no device ever holds all of it."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  # The values of the batch do not matter, only its shapes: zeros inside jit cost nothing.
-  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
-  return jax.jit(lambda: init_state(seed, zeros(), model=model, optimizer=optimizer), out_shardings=shardings)()
+
+  def init() -> State:
+    # Only the shapes of the batch matter: zeros inside jit cost nothing.
+    zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in batch.items()}
+    return init_state(seed, zeros, model=model, optimizer=optimizer)
+
+  return jax.jit(init, out_shardings=shardings)()

@@ -5,9 +5,10 @@ The source is the database as Debian ships it:
     apt-get install wordnet-base
     python -m declip_jax.data.build_synonyms --wordnet /usr/share/wordnet --output declip_jax/data/synonyms.txt.gz
 
-The table is ASCII text. It opens with WordNet's licence, each line behind `#`; then every line is `table<tab>word<tab>values`,
-values separated by commas. Table `noun` (`verb`, `adj`, `adv`) maps each lemma of one word to all lemmas of its synsets, itself
-included; `noun.exc` (...) maps an irregular form to its lemmas, or to itself where a rule of inflection misleads.
+The table is ASCII text. It opens with WordNet's license, each line behind `#`. Then every line is
+`table<tab>word<tab>values`, values separated by commas. Table `noun` (`verb`, `adj`, `adv`) maps each lemma of one word
+to all lemmas of its synsets, itself included; `noun.exc` (...) maps an irregular form to its lemmas, or to itself where
+a rule of inflection would mislead.
 """
 
 import argparse
@@ -44,8 +45,8 @@ def group_synonyms(synsets: Iterable[list[str]]) -> dict[str, list[str]]:
   return {lemma: sorted(words - {""}) for lemma, words in groups.items() if words != {""}}
 
 
-def read_licence(path: pathlib.Path) -> list[str]:
-  """Returns the licence at the head of a WordNet file, where each line starts with two spaces and its number."""
+def read_license(path: pathlib.Path) -> list[str]:
+  """Returns the license at the head of a WordNet file, where each line starts with two spaces and its number."""
   with path.open(encoding="ascii") as file:
     return [re.sub(r"^ +\d+ ", "", line).rstrip() for line in file if line.startswith("  ")]
 
@@ -69,7 +70,7 @@ def table_rows(wordnet: pathlib.Path) -> Iterator[str]:
 
 def write_table(wordnet: pathlib.Path, output: pathlib.Path) -> None:
   """Writes the table; the same WordNet gives the same bytes."""
-  head = [f"# {line}".rstrip() for line in read_licence(wordnet / "data.noun")]
+  head = [f"# {line}".rstrip() for line in read_license(wordnet / "data.noun")]
   text = "\n".join([*head, *table_rows(wordnet), ""])
   output.write_bytes(gzip.compress(text.encode("ascii"), compresslevel=9, mtime=0))
 

@@ -57,7 +57,7 @@ def decode(image: bytes | np.ndarray) -> Pixels:
 
 
 def _decode_jpeg(data: bytes) -> Pixels | None:
-  """Decodes an ordinary JPEG, 1.4 times as fast as Pillow; None leaves it to Pillow."""
+  """Decodes an ordinary JPEG faster than Pillow; None leaves it to Pillow."""
   try:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     if colorspace in ("CMYK", "YCCK") or height * width > MAX_PIXELS:
@@ -242,7 +242,7 @@ def weak_view(
 ) -> Pixels:
   """Draws the view of CLIP and of SLIP's CLIP branch, `[size size 3]`: a random crop, resized, and nothing else.
 
-  No flip: captions tell left from right. The default `scale` is SLIP's (Mu et al. 2021, section 4).
+  No flip: captions tell left from right. The default `scale` is SLIP's (Mu et al. 2021).
   """
   return resized_crop(image, random_resized_crop_box(*image.shape[:2], rng, scale, ratio), size, interpolation)
 

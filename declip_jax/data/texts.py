@@ -15,36 +15,35 @@ import numpy as np
 
 from declip_jax.data import tokenizer as tokenizers
 
-# English words that carry grammar rather than content. WordNet knows many of them as something else: `a` as a vitamin,
-# `in` as a metal, `who` as an organization.
-STOP_WORDS = frozenset(
-  # articles, pronouns, determiners
-  "a an the this that these those some any each every all both few many more most much other another such own same "
-  "i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers herself "
-  "it its itself they them their theirs themselves one who whom whose which what "
-  # prepositions, conjunctions
-  "about above across after against along among around as at before behind below beneath beside between beyond by down "
-  "during for from in inside into like near of off on onto out outside over past per since through to toward towards "
-  "under until up upon via with within without and but or nor so yet if because while although though than then "
-  # auxiliary verbs
-  "am is are was were be been being do does did doing have has had having can could may might must shall should will would "
-  # adverbs, negation, remains of contractions
-  "again further once here there when where why how no not only very too just now s t d m o y ll re ve don".split()
-)
+# English words that carry grammar rather than content: determiners and pronouns; prepositions and conjunctions;
+# auxiliary verbs; adverbs and the remains of contractions. WordNet knows many of them as something else: `a` as a
+# vitamin, `in` as a metal, `who` as an organization. The reference uses NLTK's list, and on lower-case words only.
+_FUNCTION_WORDS = """
+  a an the this that these those some any each every all both few many more most much other another such own same
+  i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers
+  herself it its itself they them their theirs themselves one who whom whose which what
+
+  about above across after against along among around as at before behind below beneath beside between beyond by down
+  during for from in inside into like near of off on onto out outside over past per since through to toward towards
+  under until up upon via with within without and but or nor so yet if because while although though than then
+
+  am is are was were be been being do does did doing have has had having can could may might must shall should will
+  would
+
+  again further once here there when where why how no not only very too just now s t d m o y ll re ve don
+"""
+STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 # WordNet's rules that take an ending off (morphy(7WN)): ending, replacement.
+# fmt: off
 _ENDINGS = {
-  "noun": (
-    *(("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z")),
-    *(("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y")),
-  ),
-  "verb": (
-    *(("s", ""), ("ies", "y"), ("es", "e"), ("es", "")),
-    *(("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", "")),
-  ),
+  "noun": (("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
+           ("men", "man"), ("ies", "y")),
+  "verb": (("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", "")),
   "adj": (("er", ""), ("est", ""), ("er", "e"), ("est", "e")),
   "adv": (),
 }
+# fmt: on
 
 
 class MaskedText(NamedTuple):
@@ -104,7 +103,8 @@ def find_synonyms(word: str) -> tuple[str, ...]:
   """Returns WordNet's synonyms of a word in any inflection, sorted; empty if it has none.
 
   They are the lemmas of all synsets of all parts of speech, lower case, `a` to `z` and spaces (one may be two words).
-  Case is ignored: `Dog` is no synonym of `dog`, as it is in the reference. Punctuation at the word hides it.
+  The same as NLTK's `wordnet.synsets` gives, on which the reference builds, but that case is ignored: there, `dog` is a
+  synonym of `Dog`. A word with punctuation at it has none, here and there.
   """
   word = word.lower()
   found = {
@@ -159,10 +159,10 @@ _OPERATIONS: tuple[Callable[[Sequence[str], np.random.Generator], list[str]], ..
 def augment(text: str, rng: np.random.Generator) -> str:
   """Returns a caption varied by one operation of EDA, of three with equal chance; blank text gives the empty string.
 
-  Words are what spaces separate. Linear in the length of the text.
+  Words are what white space separates. Linear in the length of the text.
 
   Easy Data Augmentation (Wei and Zou, 2019, arXiv:1901.11196) without its random insertion, as DeCLIP uses it (Li et
-  al., 2021, arXiv:2110.05208, section 3.1). DeCLIP's code draws from one global generator that every process seeds with
+  al., 2021, arXiv:2110.05208). DeCLIP's code draws from one global generator that every process seeds with
   1; we draw from the `rng` of the example.
   """
   words = text.split()
@@ -173,8 +173,8 @@ def augment(text: str, rng: np.random.Generator) -> str:
 def mlm_slots(context_length: int = 77, probability: float = 0.15) -> int:
   """Returns `k`, how many masked positions of a caption to keep room for: 20 for the defaults.
 
-  The number of selected tokens in a caption that fills the context is binomial; the bound is its mean plus three standard
-  deviations. A caption of 75 tokens exceeds it once in 360, one of 38 once in 10^8.
+  The number of selected tokens in a caption that fills the context is binomial; the bound is its mean plus three
+  standard deviations. A caption of 75 tokens exceeds it once in 360, one of 38 once in 10^8.
   """
   n = context_length - 2
   return min(n, math.floor(n * probability + 3 * math.sqrt(n * probability * (1 - probability))))
@@ -192,7 +192,7 @@ def mask_tokens(
 
   Each token between start and end of text is selected with `probability`. Of the selected, 80 % become the mask, 10 %
   a random ordinary id, 10 % stay. If more than `slots` are selected, a random `slots` of them count and the others stay
-  unmasked, so that the loss sees every masked position. No token may be selected at all.
+  unmasked, so that the loss sees every masked position. A caption may go without any.
 
   The reference draws random ids from the whole vocabulary, where one in 50,000 is an end of text that cuts the caption.
 

@@ -1,6 +1,6 @@
 """Captions to token ids: OpenAI's cleaning and byte-pair encoding, in front of a Rust implementation of the latter.
 
-Ids equal those of `clip.tokenize(..., truncate=True)` of openai/CLIP but for two classes of captions: we drop the literal
+Ids equal those of `clip.tokenize(..., truncate=True)` of openai/CLIP but for two classes of captions: we drop literal
 special tokens (see `Tokenizer.encode`), and U+0345 and code points that Unicode has not assigned may split elsewhere,
 because the two sides carry different versions of the Unicode tables.
 """
@@ -21,7 +21,7 @@ _SPECIAL_TEXT = re.compile(r"<\|(?:start|end)oftext\|>")
 
 
 def clean(text: str) -> str:
-  """Returns a caption in the form that OpenAI encodes: mojibake repaired, entities decoded, spaces collapsed, lower case.
+  """Returns a caption as OpenAI encodes it: mojibake repaired, entities decoded, spaces collapsed, lower case.
 
   Printable ASCII without `&` needs neither ftfy nor HTML decoding: every repair of theirs starts from a control
   character, an entity or a character beyond ASCII. That path takes 1 us instead of 50.
@@ -71,8 +71,8 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a caption, cleaned but not truncated, without start and end of text.
 
-    The literal strings `<|startoftext|>` and `<|endoftext|>` are dropped: OpenAI's tokenizer turns them into the special
-    ids, and so lets a caption end itself. A literal `<|mask|>` is ordinary text, as in DeCLIP.
+    The literal strings `<|startoftext|>` and `<|endoftext|>` are dropped: OpenAI's tokenizer turns them into the
+    special ids, and so lets a caption end itself. A literal `<|mask|>` is ordinary text, as in DeCLIP.
     """
     text = clean(text)
     if "<|" in text:
@@ -80,7 +80,7 @@ class Tokenizer:
     return _byte_pairs().encode(text)
 
   def pad_ids(self, ids: Sequence[int]) -> np.ndarray:
-    """Returns ids of `encode` as a row int32 `[t]`: start of text, ids, end of text, filling; too many ids are cut off."""
+    """Returns ids of `encode` as a row int32 `[t]`: start of text, ids (as many as fit), end of text, filling."""
     ids = ids[: self.context_length - 2]
     row = np.full(self.context_length, self.pad, np.int32)
     row[: len(ids) + 2] = [self.sot, *ids, self.eot]

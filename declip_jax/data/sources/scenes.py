@@ -15,6 +15,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from declip_jax.data.sources.base import Example
+
 _OVERSAMPLING = 2  # masks are drawn this much larger, then averaged
 _MAX_TILT = math.radians(20)
 
@@ -127,7 +129,7 @@ _MIN_CONTRAST = (120, 70)  # distance in RGB from the background to the first an
 def _tones(color: str) -> np.ndarray:
   """The colour itself and the second tone of its textures: darker, for black lighter; float [2 3]."""
   rgb = np.array(COLORS[color].rgb, float)
-  return np.stack([rgb, rgb + 80 if color == "black" else 0.6 * rgb])
+  return np.stack([rgb, rgb + 80 if color == "black" else 0.66 * rgb])
 
 
 _VISIBLE_ON = {
@@ -194,14 +196,14 @@ class Scenes:
   """Random access to the scenes of one split; see `open_scenes`.
 
   Attributes:
-    name: "scenes/" and the split.
+    name: the spec that opens the same scenes, in full.
     classnames: what `label` indexes, for example "red circle"; the pairs of this split only.
     skipped: records that could not be read, by reason; always empty.
   """
 
   def __init__(self, split: str, size: int, pixels: int = 64):
     self.split, self.size, self.pixels = split, size, pixels
-    self.name = f"scenes/{split}"
+    self.name = f"scenes:{split}/{size}/{pixels}"
     self.skipped: dict[str, int] = {}
 
   @property
@@ -211,7 +213,7 @@ class Scenes:
   def __len__(self) -> int:
     return self.size
 
-  def __getitem__(self, index: int) -> dict:
+  def __getitem__(self, index: int) -> Example:
     """Draws one scene: `image` uint8 [pixels pixels 3], two or three `captions`, `label` and `id`.
 
     Raises:
@@ -227,7 +229,7 @@ class Scenes:
       "image": _draw(scene, self.pixels, rng),
       "captions": captions,
       "label": scene.label,
-      "id": f"{self.name}:{index}",
+      "id": f"scenes/{self.split}:{index}",
     }
 
 
@@ -319,13 +321,13 @@ def _with_article(noun: str) -> str:
 
 def _draw(scene: _Scene, pixels: int, rng: np.random.Generator) -> np.ndarray:
   """Renders a scene to uint8 [pixels pixels 3]: every pixel mixes three tones and a grey light."""
+  tones = np.array([_BACKGROUNDS[scene.background], *_tones(scene.color)]) + rng.normal(0, _TONE_JITTER, (3, 1))
+  tones = np.concatenate([tones, np.ones((1, 3))]).astype(np.float32)
   contours = _place(scene)
   inside = _mask(pixels, lambda canvas: cv2.fillPoly(canvas, _scaled(contours, canvas), 255, cv2.LINE_AA))
   second = inside * _texture(scene, contours, pixels)
   outside = 1 - inside
   shares = np.stack([outside, inside - second, second, outside * _light(scene, pixels, rng)])
-  tones = np.array([_BACKGROUNDS[scene.background], *_tones(scene.color)]) + rng.normal(0, _TONE_JITTER, (3, 1))
-  tones = np.concatenate([tones, np.ones((1, 3))]).astype(np.float32)
   image = shares.reshape(4, -1).T @ tones
   return np.clip(image, 0, 255, out=image).astype(np.uint8).reshape(pixels, pixels, 3)
 
@@ -356,7 +358,7 @@ def _texture(scene: _Scene, contours: list[np.ndarray], pixels: int) -> np.ndarr
   if scene.texture == "solid":
     return np.zeros((1, 1), np.float32)
   if scene.texture == "outlined":  # half of the line lies outside of the object and is never seen
-    width = round(0.16 * scene.extent * pixels * _OVERSAMPLING)
+    width = round(0.1 * scene.extent * pixels * _OVERSAMPLING)
     return _mask(pixels, lambda canvas: cv2.polylines(canvas, _scaled(contours, canvas), True, 255, width, cv2.LINE_AA))
   return _pattern(scene, pixels)
 
@@ -369,7 +371,7 @@ def _pattern(scene: _Scene, pixels: int) -> np.ndarray:
   cos, sin = math.cos(scene.tilt), math.sin(scene.tilt)
   down = np.cos(cos * y - sin * x)
   if scene.texture == "striped":
-    wave = down
+    wave = down - np.float32(0.3)  # the first tone, which captions name, gets the wider stripes
   elif scene.texture == "checkered":
     wave = down * np.cos(cos * x + sin * y)
   else:

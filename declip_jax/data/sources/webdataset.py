@@ -1,9 +1,9 @@
 """WebDataset tar shards with random access, read where they lie.
 
 A sample is a run of neighbouring members whose paths agree up to the first dot of the file name, webdataset's own rule.
-The index keeps one byte span per sample, `[n 3]` int64 of (shard, start, stop): reading a sample is one `pread`, and its
-tar headers are parsed again in that buffer, so names, sizes and fields take no room. Members that are not used (a .npy
-of features, say) are read along with it.
+The index keeps one byte span per sample, `[n 3]` int64 of (shard, start, stop). Reading a sample is one `pread`, and
+its tar headers are parsed again in that buffer, so names, sizes and fields take no room in the index. Members that are
+not used (a .npy of features, say) are read along with it.
 
 The index of a set of shards is a memory-mapped .npy file in `.declip_jax/` next to the first shard, or in the user's
 cache folder where that is read-only. Its file name is a hash of the paths, sizes and modification times of the shards,
@@ -23,15 +23,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache, partial
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
 from pathlib import Path
 import re
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 import weakref
 
+from absl import logging
 import numpy as np
 
 from declip_jax.data.sources.base import Example
@@ -43,10 +45,11 @@ _INDEX_FORMAT = 1  # part of the hash: raise it when the index or the rules for 
 _OPEN_SHARDS = 128  # per process and source: far below the usual limit of 1024 descriptors, for sets of any size
 _BLOCK = 512
 _END = bytes(_BLOCK)
+_PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")  # "LENGTH KEY=VALUE\n", where LENGTH counts all of it
 
 
 class _Member(NamedTuple):
-  """A regular file of a tar; `start` is its first header, `data` to `stop` its contents. `stop` may lie past the end."""
+  """A regular file of a tar: its first header is at `start`, its contents from `data` to `stop`, all in bytes."""
 
   key: str
   suffix: str
@@ -64,9 +67,6 @@ class _Shard:
 
   def read(self, start: int, size: int) -> bytes:
     return os.pread(self._descriptor, size, start)
-
-  def size(self) -> int:
-    return os.fstat(self._descriptor).st_size
 
 
 class WebDataset:
@@ -92,7 +92,7 @@ class WebDataset:
   def classnames(self) -> tuple[str, ...]:
     """Line i of classnames.txt beside the first shard is class i; empty without that file."""
     path = Path(self._about["shards"][0]).with_name("classnames.txt")
-    return tuple(map(str.strip, path.read_text("utf-8").splitlines())) if path.is_file() else ()
+    return tuple(map(str.strip, path.read_text("utf-8").rstrip().splitlines())) if path.is_file() else ()
 
   @property
   def skipped(self) -> dict[str, int]:
@@ -114,7 +114,7 @@ class WebDataset:
     path = self._about["shards"][shard]
     buffer = self._shard(path).read(start, stop - start)
     place = f"{path}, sample at byte {start}"
-    members = list(_members(lambda offset, size: buffer[offset : offset + size], len(buffer), place))
+    members = list(_members(io.BytesIO(buffer), len(buffer), place))
     if len(buffer) < stop - start or not members:
       raise ValueError(f"{place}: the shard changed since it was indexed, open it again")
     place = f"{os.path.basename(path)}:{members[0].key}"
@@ -137,12 +137,12 @@ class WebDataset:
 def open_webdataset(location: str) -> WebDataset:
   """Opens a set of shards, and indexes them first if no index of just these files is found.
 
-  The captions of a sample are all of its list, else the one there is. A shard that was cut off keeps the samples that
-  are whole.
+  Samples without an image, or with neither caption nor class, are left out and counted in `skipped`. So is the sample
+  in which a shard was cut off; those before it stay. A bucket is read through a mount, such as gcsfuse.
 
   Args:
-    location: a path with glob characters (`train-*.tar`), ranges (`train-{0000..0012}.tar`), both or neither; several of
-      them are joined by `::`, as webdataset does. Within a pattern the shards are in alphabetical order.
+    location: a path with glob characters (`train-*.tar`), ranges (`train-{0000..0012}.tar`), both or neither; `::`
+      joins several of them, as in webdataset. Within a pattern the shards are in alphabetical order.
 
   Raises:
     FileNotFoundError: a pattern matches no file, or a shard of a range is missing.
@@ -156,6 +156,7 @@ def open_webdataset(location: str) -> WebDataset:
   folders = Path(shards[0]).parent / ".declip_jax", user_cache / "declip_jax"
   index = next((folder / file for folder in folders if (folder / file).is_file()), None)
   if index is None:
+    logging.info("indexing %d shards of %s, once", len(shards), location)
     spans, skipped = _build(shards)
     if not len(spans):
       raise ValueError(f"{location}: no usable sample in {len(shards)} shards, skipped {dict(skipped)}")
@@ -226,15 +227,15 @@ def _write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
 
 def _scan(path: str) -> tuple[np.ndarray, Counter[str]]:
   """Spans `[m 2]` of the usable samples of one shard, and counts of the others by reason."""
-  shard, spans, skipped = _Shard(path), [], Counter()
-  size = shard.size()
-  for _, group in itertools.groupby(_members(shard.read, size, path), lambda member: member.key):
-    members = list(group)
-    reason = _unusable({member.suffix for member in members}, truncated=members[-1].stop > size)
-    if reason:
-      skipped[reason] += 1
-    else:
-      spans.append((members[0].start, members[-1].stop))
+  spans, skipped, size = [], Counter(), os.stat(path).st_size
+  with open(path, "rb", buffering=8192) as file:  # several headers a read if files are small, little waste if not
+    for _, group in itertools.groupby(_members(file, size, path), lambda member: member.key):
+      members = list(group)
+      reason = _unusable({member.suffix for member in members}, truncated=members[-1].stop > size)
+      if reason:
+        skipped[reason] += 1
+      else:
+        spans.append((members[0].start, members[-1].stop))
   return np.array(spans, np.int64).reshape(-1, 2), skipped
 
 
@@ -262,27 +263,29 @@ def _json_captions(text: bytes, place: str) -> list[Any]:
 
 
 def _strip(captions: Iterable[Any]) -> tuple[str, ...]:
-  return tuple(text.strip() for text in captions if isinstance(text, str) and not text.isspace() and text)
+  stripped = (text.strip() for text in captions if isinstance(text, str))
+  return tuple(filter(None, stripped))
 
 
 def _label(text: bytes, classes: int, place: str) -> int:
   label = int(text) if re.fullmatch(rb"\s*-?\d+\s*", text) else None
   if label is None or label < -1 or (classes and label >= classes):
-    raise ValueError(f"{place}: bad .cls {text[:40]!r}: expected -1 to {classes - 1 if classes else 'any class'}")
+    legal = f"to {classes - 1}, the last line of classnames.txt" if classes else "up"
+    raise ValueError(f"{place}: bad .cls {text[:40]!r}: expected a whole number from -1 {legal}")
   return label
 
 
 # The tar format: POSIX.1-2024 "pax", and the GNU tar manual, "Basic Tar Format", for GNU's own header types.
 
 
-def _members(read: Callable[[int, int], bytes], size: int, place: str) -> Iterator[_Member]:
+def _members(file: BinaryIO, size: int, place: str) -> Iterator[_Member]:
   """Regular files of a tar, in order, except hidden ones and those without a suffix, which belong to no sample.
 
   A tar that ends within a member ends with that member, or one without a name, whose `stop` exceeds `size`.
   """
   start = offset = 0
   extended = {}
-  while (header := read(offset, _BLOCK)) not in (b"", _END):
+  while (header := _read(file, offset, _BLOCK)) not in (b"", _END):
     if len(header) < _BLOCK:
       yield _Member("", "", start, offset, size + 1)
       return
@@ -291,12 +294,17 @@ def _members(read: Callable[[int, int], bytes], size: int, place: str) -> Iterat
     length = length if extension else extended.get("size", length)
     offset = data + -(-length // _BLOCK) * _BLOCK
     if extension and data + length <= size:
-      extended |= _extension(kind, read(data, length))
+      extended |= _extension(kind, _read(file, data, length))
       continue
     key, suffix = _split(extended.get("path", name))
-    if extension or (kind in b"0\0007" and key):
+    if extension or (kind in (b"0", b"\0", b"7") and key):
       yield _Member(key, suffix, start, data, data + length)
     start, extended = offset, {}
+
+
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+  file.seek(offset)
+  return file.read(size)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -332,13 +340,11 @@ def _extension(kind: bytes, body: bytes) -> dict[str, Any]:
   found = {}
   if kind == b"L":
     found["path"] = _text(body.partition(b"\0")[0])
-  while kind == b"x" and body.strip(b"\0"):
-    length, _, rest = body.partition(b" ")
-    record = rest[: int(length) - len(length) - 2]
-    key, _, value = record.partition(b"=")
+  while kind == b"x" and (match := _PAX_RECORD.match(body)):
+    size, key = int(match[1]), match[2]
+    value, body = body[match.end() : size - 1], body[max(size, match.end()) :]
     if key in (b"path", b"size"):
       found[key.decode()] = _text(value) if key == b"path" else int(value)
-    body = body[int(length) :]
   return found
 
 

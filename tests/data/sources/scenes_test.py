@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import re
 
+import cv2
 import numpy as np
 import pytest
 
@@ -42,7 +43,8 @@ def _named(caption: str, table: dict) -> set[str]:
 
 
 def _silhouette(image: np.ndarray) -> np.ndarray:
-  """Where an image differs from its background, which most of its border shows: bool [h w]."""
+  """Where an image, less its grain, differs from its background, which most of its border shows: bool [h w]."""
+  image = cv2.medianBlur(image, 3)
   border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
   return np.linalg.norm(image.astype(float) - np.median(border, axis=0), axis=-1) > 75
 
@@ -69,7 +71,7 @@ def test_examples_have_the_promised_form(split):
     assert len(set(example["captions"])) in (2, 3)
   assert index == 39
   assert source.skipped == {}
-  assert source.name == f"scenes/{split}"
+  assert source.name == f"scenes:{split}/40/48"
 
 
 def test_a_scene_is_a_function_of_split_and_index():
@@ -90,8 +92,12 @@ def test_another_process_draws_the_same_scenes():
 
 def test_the_draw_order_has_not_changed():
   # Golden: a change here changes every published number of the demonstration, so it must be meant.
-  assert [open_scenes("train")[i]["label"] for i in range(8)] == []
-  assert open_scenes("train")[0]["captions"] == ()
+  assert [open_scenes("train")[i]["label"] for i in range(8)] == [2, 68, 43, 8, 63, 31, 36, 56]
+  assert open_scenes("train")[0]["captions"] == (
+    "on a grainy charcoal background, a red heart",
+    "photo 18 of 30: a small outlined red heart at one side on a charcoal background",
+    "the color of this heart is scarlet",
+  )
 
 
 def test_resolution_changes_neither_captions_nor_content():
@@ -99,7 +105,7 @@ def test_resolution_changes_neither_captions_nor_content():
   for low, high in zip(small, large, strict=True):
     assert low["captions"] == high["captions"]
     reduced = high["image"].reshape(32, 2, 32, 2, 3).mean((1, 3))
-    assert np.abs(reduced - low["image"]).mean() < 16
+    assert np.abs(reduced - low["image"]).mean() < 16  # the grain differs
 
 
 def test_every_color_and_shape_is_partly_held_out():
@@ -151,7 +157,7 @@ def test_labels_name_the_color_that_is_drawn():
     distance = np.linalg.norm(image[mask][:, None] - [_HUES[name] for name in names], axis=-1)
     votes = np.bincount(distance.argmin(1)[distance.min(1) < 60], minlength=len(names))  # darker second tones abstain
     correct.append(names[votes.argmax()] == source.classnames[example["label"]].split()[0])
-  assert np.mean(correct) > 0.9
+  assert np.mean(correct) > 0.95
 
 
 def test_shapes_learnt_in_training_are_recognised_in_held_out_pairs():
@@ -165,14 +171,27 @@ def test_shapes_learnt_in_training_are_recognised_in_held_out_pairs():
   means = np.stack([crops[shapes == name].mean(0) for name in SHAPES])
   crops, shapes = load("heldout/300")
   predicted = np.array(list(SHAPES))[np.linalg.norm(crops[:, None] - means, axis=-1).argmin(1)]
-  assert np.mean(predicted == shapes) > 0.7
+  assert np.mean(predicted == shapes) > 0.9
 
 
-def test_objects_fill_a_third_to_four_fifths_of_the_image():
-  for example in open_scenes("train/300"):
-    mask = _silhouette(example["image"])
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    assert 0.3 < max(np.ptp(rows) + 1, np.ptp(columns) + 1) / 64 < 0.85
+def test_objects_lie_inside_the_image_and_fill_a_third_to_four_fifths_of_it():
+  for seed in range(500):
+    scene = scenes._compose(SEEN, np.random.default_rng(seed))
+    points = np.concatenate(scenes._place(scene))
+    assert points.min() > -1e-9
+    assert points.max() < 1 + 1e-9
+    assert np.ptp(points, axis=0).max() == pytest.approx(scene.extent)
+    assert 0.35 < scene.extent <= 0.8
+
+
+def test_places_are_true():
+  rows = {"top": [], "middle": [], "bottom": []}
+  for example in open_scenes("train/400"):
+    height = np.flatnonzero(_silhouette(example["image"]).any(1)).mean() / 63
+    for row in rows:
+      if row in " ".join(example["captions"]):
+        rows[row].append(height)
+  assert np.mean(rows["top"]) < 0.4 < np.mean(rows["middle"]) < 0.6 < np.mean(rows["bottom"])
 
 
 def test_indices_are_checked():

@@ -1,0 +1,42 @@
+"""DeCLIP on the embedded scenes, small enough for two CPU cores: make demo
+
+The classes of the zero-shot evaluation are 30 pairs of a colour and a shape that training never shows together; chance
+is 3.3 %.
+"""
+
+from ml_collections import ConfigDict
+
+from declip_jax import config
+from declip_jax.data.sources.scenes import TEMPLATES
+
+
+def get_config(method: str = "declip") -> ConfigDict:
+  """`method` is clip, slip or declip, as in --config=configs/demo.py:clip"""
+  c = config.default(method)
+  c.batch_size = 128
+  c.duration = config.duration(steps=700)
+  c.data.train = ("scenes:train/100000/40",)
+  c.data.image_size = 32
+  c.data.strong_scale = (0.5, 1.0)  # scenes are mostly object: smaller crops would lose it
+  c.data.weak_scale = (0.6, 1.0)
+  c.data.jitter = (0.3, 0.3, 0.3, 0.02)  # colour is half of what there is to learn
+  c.data.grayscale_probability = 0.05
+  c.data.blur_radius = (0.1, 0.5)
+  c.data.threads = 2
+  c.model.dtype = "float32"
+  c.model.image = config.vit(patch=8, width=128, depth=4, heads=4)
+  c.model.text.update({"width": 64, "depth": 2, "heads": 2, "context_length": 24})
+  c.model.heads.update({"embed_dim": 64, "bank_size": 2048})
+  c.model.heads.update({"simsiam_projector": (128, 128, 128), "simsiam_predictor": (64, 128)})
+  c.model.heads.simclr_projector = (256, 256, 64)
+  c.optimizer.learning_rate = 2e-3
+  c.optimizer.warmup = config.duration(steps=50)
+  c.optimizer.weight_decay = 0.1
+  c.log_every = 10
+  c.evaluate_every = config.duration(steps=200)
+  c.evaluate_batch_size = 256
+  c.evals.heldout = config.zero_shot("scenes:heldout/1500/40", TEMPLATES)
+  c.evals.retrieval = config.retrieval("scenes:test/500/40")
+  c.checkpoint.every = config.duration(steps=200)
+  c.checkpoint.best_metric = "eval/heldout/top1"
+  return c

@@ -1,0 +1,64 @@
+"""Zero-shot classification through prompts (Radford et al. 2021, section 3.1)."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jaxtyping import Float, Int
+import numpy as np
+
+from declip_jax.data.sources import Source
+from declip_jax.evals.embed import Encoders, embed_images, embed_texts
+
+
+def classifier(
+  classnames: Sequence[str], templates: Sequence[str], encoders: Encoders
+) -> Float[np.ndarray, "classes d"]:
+  """One unit row per class: the mean over templates of unit-norm text embeddings, normalised again.
+
+  Raises:
+    ValueError: a template has no `{}` for the name.
+  """
+  for template in templates:
+    if "{}" not in template:
+      raise ValueError(f"prompt template {template!r} has no {{}} for the class name")
+  prompts = [template.format(name) for name in classnames for template in templates]
+  rows = embed_texts(prompts, encoders).reshape(len(classnames), len(templates), -1).mean(axis=1)
+  return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def scores(logits: Float[np.ndarray, "n classes"], label: Int[np.ndarray, "n"]) -> dict[str, float]:
+  """Top-1, top-5 and mean per-class top-1 accuracy, as fractions, and the share of the largest class.
+
+  The share is what always answering the most frequent class would get. Classes without an image do not count.
+  """
+  order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+  hits = order == label[:, None]
+  totals = np.bincount(label, minlength=logits.shape[1])
+  correct = np.bincount(label, weights=hits[:, 0], minlength=logits.shape[1])
+  present = totals > 0
+  return {
+    "top1": float(hits[:, 0].mean()),
+    "top5": float(hits.any(axis=1).mean()),
+    "mean_per_class": float((correct[present] / totals[present]).mean()),
+    "majority_share": float(totals.max() / totals.sum()),
+  }
+
+
+def zero_shot(
+  source: Source, encoders: Encoders, pictures: Path | None, *, templates: Sequence[str]
+) -> Iterator[tuple[str, float]]:
+  """Yields the `scores` of classifying a source with class names; images without a label are left out.
+
+  Raises:
+    ValueError: the source has no class names or no labelled image.
+  """
+  del pictures
+  if not source.classnames:
+    raise ValueError(f"{source.name} has no class names: a WebDataset takes them from classnames.txt beside its shards")
+  weights = classifier(source.classnames, templates, encoders)
+  images = embed_images(source, encoders)
+  used = images.readable & (images.label >= 0)
+  if not used.any():
+    raise ValueError(f"{source.name} has no readable image with a class label")
+  yield from scores(images.embedding[used] @ weights.T, images.label[used]).items()
+  yield "images", int(used.sum())

@@ -1,0 +1,177 @@
+"""What the commands share: a run's parts built from its config, its working directory, several processes, errors."""
+
+from collections.abc import Callable
+from importlib import metadata
+import json
+from pathlib import Path
+import subprocess
+import sys
+import traceback
+from typing import Any, NamedTuple
+
+from absl import flags
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from declip_jax import objectives
+from declip_jax.config import steps_of
+from declip_jax.data.recipes import MakeViews, Recipe, get_recipe
+from declip_jax.data.tokenizer import Tokenizer
+from declip_jax.models.model import Model, make_model
+from declip_jax.sharding import make_mesh
+
+USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_OVERRIDES = (
+  "weak_scale",
+  "strong_scale",
+  "jitter",
+  "jitter_probability",
+  "grayscale_probability",
+  "blur_probability",
+  "blur_radius",
+  "flip_probability",
+)
+
+
+class Parts(NamedTuple):
+  """What a config describes, without data, parameters or devices' memory."""
+
+  model: Model
+  tokenizer: Tokenizer
+  make_views: MakeViews
+  mesh: Mesh
+
+  @property
+  def recipe(self) -> Recipe:
+    """The data recipe, with the config's overrides."""
+    return self.make_views.recipe
+
+
+def build(config: ConfigDict) -> Parts:
+  """Builds the parts of a run from its config.
+
+  Raises:
+    ValueError: a name or a number that does not fit; the message says which and what would.
+  """
+  tokenizer = Tokenizer(config.model.text.context_length)
+  recipe = get_recipe(config.data.recipe, {name: config.data[name] for name in _OVERRIDES})
+  needed = tokenizer.vocab_size if "masked" in recipe.text_views else tokenizer.mask
+  if config.model.text.vocab_size < needed:
+    raise ValueError(
+      f"config.model.text.vocab_size={config.model.text.vocab_size} is too small: recipe {config.data.recipe!r} "
+      f"makes ids up to {needed - 1}"
+    )
+  if config.model.image.get("patch") and config.data.image_size % config.model.image.patch:
+    raise ValueError(
+      f"config.data.image_size={config.data.image_size} is no multiple of config.model.image.patch="
+      f"{config.model.image.patch}"
+    )
+  make_views = MakeViews(
+    recipe,
+    tokenizer,
+    config.data.image_size,
+    config.data.interpolation,
+    config.data.mask_probability,
+    config.data.mask_slots,
+  )
+  heads = objectives.heads_for(config.weights)
+  model = make_model(config.model, views=recipe.views, heads=heads, eot=tokenizer.eot)
+  return Parts(model, tokenizer, make_views, make_mesh(**config.mesh))
+
+
+class Steps(NamedTuple):
+  """All durations of a config in steps; 0 is never."""
+
+  total: int
+  warmup: int
+  evaluate: int
+  checkpoint: int
+
+
+def plan_steps(config: ConfigDict, epoch_examples: int) -> Steps:
+  """Converts the durations of a config, once.
+
+  Raises:
+    ValueError: the training has no length, or a duration has two.
+  """
+  lengths = {
+    "duration": config.duration,
+    "optimizer.warmup": config.optimizer.warmup,
+    "evaluate_every": config.evaluate_every,
+    "checkpoint.every": config.checkpoint.every,
+  }
+  steps = [
+    steps_of(length, name=name, batch_size=config.batch_size, epoch_examples=epoch_examples)
+    for name, length in lengths.items()
+  ]
+  if not steps[0]:
+    raise ValueError("config.duration is empty: set one of its fields steps, epochs, examples")
+  return Steps(*steps)
+
+
+def record(config: ConfigDict, mesh: Mesh, workdir: Path) -> list[str]:
+  """Writes `config.json` and `run.json` (versions, mesh, devices, git revision, command) into a working directory.
+
+  Returns:
+    The fields in which an earlier run in this directory differed, as text.
+  """
+  config_file, text = workdir / "config.json", config.to_json_best_effort(indent=2, sort_keys=True)
+  before = json.loads(config_file.read_text()) if config_file.exists() else json.loads(text)
+  config_file.write_text(text + "\n")
+  about = {
+    "command": sys.argv,
+    "python": sys.version.split()[0],
+    "versions": {name: metadata.version(name) for name in _PACKAGES},
+    "git": _git_revision(),
+    "mesh": dict(mesh.shape),
+    "processes": jax.process_count(),
+    "device": mesh.devices.flat[0].device_kind,
+  }
+  (workdir / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+  return _differences(before, json.loads(text))
+
+
+def define_process_flags() -> None:
+  """Flags for a run of several processes; TPU pods and Slurm need only `--multihost`."""
+  flags.DEFINE_bool("multihost", False, "One of several processes that JAX finds by itself (TPU pod, Slurm, GKE).")
+  flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX cannot find it by itself.")
+  flags.DEFINE_integer("processes", None, "With --coordinator: number of processes.", lower_bound=1)
+  flags.DEFINE_integer("process", None, "With --coordinator: number of this process, from 0.", lower_bound=0)
+
+
+def join_processes() -> None:
+  """Connects to the other processes if the flags ask for it; before anything else touches a device."""
+  if flags.FLAGS.coordinator:
+    jax.distributed.initialize(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
+  elif flags.FLAGS.multihost:
+    jax.distributed.initialize()
+
+
+def report_errors(command: Callable[[], int | None], workdir: Path) -> int:
+  """Runs a command; what the user can mend is one line on the screen, with the traceback in a file beside the run."""
+  try:
+    return command() or 0
+  except USER_ERRORS as error:
+    message = f"error: {error}"
+    if workdir.is_dir():
+      (workdir / "error.txt").write_text(traceback.format_exc())
+      message += f"\n(traceback in {workdir / 'error.txt'})"
+    print(message, file=sys.stderr)
+    return 2
+
+
+def _git_revision() -> str:
+  command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+  try:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    return "unknown"
+
+
+def _differences(before: Any, after: Any, name: str = "config") -> list[str]:
+  if isinstance(before, dict) and isinstance(after, dict):
+    names = sorted({*before, *after})
+    return [line for key in names for line in _differences(before.get(key), after.get(key), f"{name}.{key}")]
+  return [] if before == after else [f"{name}: {before!r} -> {after!r}"]

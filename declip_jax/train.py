@@ -1,0 +1,420 @@
+"""Pretrains CLIP, SLIP or DeCLIP: python -m declip_jax.train --config configs/demo.py --workdir runs/demo
+
+Started again with the same working directory, a run goes on where it was. Ctrl-C and SIGTERM save a checkpoint first.
+Any field of the config can be set: --config.batch_size=256 --config.weights.nns=0
+See declip_jax/config.py for all fields and their meaning, and configs/ for what there is to start from.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from functools import partial
+import os
+from pathlib import Path
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from absl import app, flags
+import grain
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+
+from declip_jax import objectives, pictures, run
+from declip_jax.checkpoint import Checkpoints
+from declip_jax.data import pipeline
+from declip_jax.data.sources import open_source
+from declip_jax.encode import EncoderFactory
+from declip_jax.evals import EVALUATORS
+from declip_jax.metrics import MetricWriter, Progress, read_metrics, summary_table
+from declip_jax.models.model import Model
+from declip_jax.optim import adamw, warmup_cosine
+from declip_jax.sharding import batch_sharding, check_batch, replicated, to_global
+from declip_jax.state import State, abstract_state, create_state
+from declip_jax.types import Batch
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+class Stopped(Exception):
+  """Training was asked to stop by `signal`, and saved a checkpoint at `step`."""
+
+  def __init__(self, step: int, signum: int):
+    super().__init__(f"stopped at step {step} by {signal.Signals(signum).name}; start again to go on")
+    self.step, self.signum = step, signum
+
+
+def train_step(
+  state: State,
+  batch: Batch,
+  *,
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  schedule: Callable[[Array], Array],
+  weights: Mapping[str, float],
+  logit_scale_range: tuple[float, float],
+) -> tuple[State, Metrics]:
+  """One step on one global batch. If loss or gradient is not finite, only the step count and `skipped` change."""
+
+  def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Array, Any]]:
+    features, towers = model.encode(params, state.collections, batch)
+    outputs, heads = model.apply_heads(params, state.collections, features)
+    loss, metrics = objectives.total_loss(outputs, batch, weights)
+    return loss, (metrics, outputs.scale, {"towers": towers, "heads": heads})
+
+  (loss, (metrics, scale, collections)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+  gradient_norm = optax.tree.norm(gradient)
+  finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+  update, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+  lr = schedule(state.step)
+  params = jax.tree.map(lambda param, change: param - lr * change, state.params, update)
+  params["heads"]["logit_scale"] = jnp.clip(params["heads"]["logit_scale"], *logit_scale_range)
+  keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+  new = State(
+    step=state.step + 1,
+    params=keep(params, state.params),
+    opt_state=keep(opt_state, state.opt_state),
+    collections=keep(collections, state.collections),
+    skipped={
+      "total": state.skipped["total"] + ~finite,
+      "in_a_row": jnp.where(finite, 0, state.skipped["in_a_row"] + 1),
+    },
+  )
+  skipped = {f"skipped_{name}": count for name, count in new.skipped.items()}
+  return new, {**metrics, "lr": lr, "temperature": 1 / scale, "gradient_norm": gradient_norm, **skipped}
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, float]:
+  """Trains a config to its end and returns the final metrics; goes on from the newest checkpoint in `workdir`.
+
+  Raises:
+    ValueError: the config does not fit itself, its data or the devices; before anything is compiled.
+    Stopped: Ctrl-C or SIGTERM; a checkpoint was saved.
+    FloatingPointError: too many steps in a row were not finite.
+    RuntimeError: too many examples cannot be read.
+  """
+  workdir = Path(workdir)
+  parts = run.build(config)
+  mesh, weights = parts.mesh, objectives.active(config.weights)
+  check_batch(config.batch_size, mesh, "batch_size")
+
+  # Input: every host sees the same rows and takes its part.
+  sources = [open_source(spec) for spec in config.data.train]
+  rows = pipeline.training_rows(sources, config.data.mixture, parts.make_views, config.seed)
+  batch_shape = _batch_shape(rows, config.batch_size)
+  steps = run.plan_steps(config, sum(map(len, sources)))
+
+  # State: shapes and layout first, arrays last.
+  schedule = warmup_cosine(
+    peak=config.optimizer.learning_rate,
+    warmup_steps=steps.warmup,
+    total_steps=steps.total,
+    start=config.optimizer.warmup_start,
+    end=config.optimizer.end,
+  )
+  optimizer = make_optimizer(config)
+  check_objective(parts.model, batch_shape, weights, config.data.recipe)
+  abstract = abstract_state(batch_shape, mesh, model=parts.model, optimizer=optimizer)
+  evaluate = make_evaluate(config, parts, workdir)
+  main = jax.process_index() == 0
+  workdir.mkdir(parents=True, exist_ok=True)
+  checkpoints = Checkpoints(
+    workdir,
+    keep_last=config.checkpoint.keep_last,
+    keep_best=config.checkpoint.keep_best,
+    best_metric=config.checkpoint.best_metric,
+  )
+  start = checkpoints.latest() or 0
+  if start:
+    state, position = checkpoints.restore(start, abstract)
+  else:
+    state, position = create_state(config.seed, batch_shape, abstract, model=parts.model, optimizer=optimizer), None
+  step_fn = jax.jit(
+    partial(
+      train_step,
+      model=parts.model,
+      optimizer=optimizer,
+      schedule=schedule,
+      weights=weights,
+      logit_scale_range=config.optimizer.logit_scale_range,
+    ),
+    donate_argnums=0,
+    out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), replicated(mesh)),
+  )
+
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(_stop_signals())
+    writer = stack.enter_context(MetricWriter(workdir, resume_step=start, enabled=main))
+    progress = stack.enter_context(Progress(steps.total, start, config.batch_size, enabled=main))
+    stack.callback(checkpoints.close)
+    if main:
+      changes = run.record(config, mesh, workdir)
+      for line in _opening(config, parts, sources, steps, start, state, changes):
+        progress.message(line)
+      _draw_views(rows, parts, workdir)
+    stream = pipeline.TrainStream(
+      rows,
+      config.batch_size,
+      host=jax.process_index(),
+      hosts=jax.process_count(),
+      workers=config.data.workers,
+      threads=config.data.threads,
+      state=position,
+    )
+    batches = pipeline.Prefetch(stream, partial(to_global, sharding=batch_sharding(mesh)))
+    stack.callback(batches.close)
+    watch = _Watch(config, start)
+    results: dict[str, float] = {}
+
+    for step in range(start + 1, steps.total + 1):
+      with watch.waiting():
+        batch, position, substituted = next(batches)
+      state, metrics = step_fn(state, batch)
+      # One step may be in flight: waiting for the one before keeps the device busy and the clock honest.
+      jax.block_until_ready(watch.previous)
+      watch.count(step, substituted)
+      progress.update(step, watch.previous or metrics, watch.wait_fraction)
+      if step % config.log_every == 0 or step == steps.total:
+        row = watch.row(metrics, progress.images_per_second)
+        writer.write(step, row)
+        watch.check(row, step)
+      watch.previous = metrics
+
+      stopping = stop.signum or (signal.SIGTERM if checkpoints.preempted(step) else 0)
+      last = step == steps.total
+      evaluating = not stopping and (last or (steps.evaluate and step % steps.evaluate == 0))
+      if evaluating:
+        with progress.pause():
+          results = evaluate(state.params, state.collections)
+        writer.write(step, results)
+        for line in _scores(step, results):
+          progress.message(line)
+      if evaluating or stopping or last or (steps.checkpoint and step % steps.checkpoint == 0):
+        with progress.pause():
+          checkpoints.save(step, state, data=position, config=config.to_dict(), metrics=results if evaluating else {})
+          if main:
+            pictures.plot_curves(read_metrics(workdir), workdir / "curves.png")
+      if stopping:
+        checkpoints.wait()
+        raise Stopped(step, stopping)
+
+    if start >= steps.total:
+      results = evaluate(state.params, state.collections)
+    checkpoints.wait()
+  final = {"step": steps.total, **_last_losses(workdir), **results}
+  if main:
+    print(summary_table({"run": str(workdir), **final}))
+  return final
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+  """The optimiser of a config."""
+  c = config.optimizer
+  return adamw(b1=c.b1, b2=c.b2, epsilon=c.epsilon, weight_decay=c.weight_decay, gradient_clip=c.gradient_clip)
+
+
+def check_objective(model: Model, batch: Batch, weights: Mapping[str, float], recipe: str) -> None:
+  """Traces the forward pass without computing it, and refuses terms whose inputs the recipe does not give.
+
+  Raises:
+    ValueError: names term, field and recipe.
+  """
+
+  def forward(batch: Batch) -> Any:
+    params, collections = model.init(jax.random.key(0), batch)
+    outputs, _ = model.apply_heads(params, collections, model.encode(params, collections, batch)[0])
+    objectives.check_inputs(outputs, weights, recipe)
+    return objectives.total_loss(outputs, batch, weights)
+
+  jax.eval_shape(forward, batch)
+
+
+def make_evaluate(config: ConfigDict, parts: run.Parts, workdir: Path) -> Callable[[Any, Any], dict[str, float]]:
+  """Opens the sources of `config.evals` and returns a function of parameters and collections to all their metrics.
+
+  Raises:
+    ValueError: an unknown kind of evaluator; the batch size does not fit the mesh.
+  """
+  factory = EncoderFactory(parts.model, config, parts.mesh, parts.tokenizer)
+  tasks = []
+  for name, fields in config.evals.items():
+    options = fields.to_dict()
+    kind, data = options.pop("kind"), options.pop("data")
+    if kind not in EVALUATORS:
+      raise ValueError(f"config.evals.{name}.kind={kind!r}: choose one of {sorted(EVALUATORS)}")
+    tasks.append((name, partial(EVALUATORS[kind], open_source(data), **options)))
+
+  def evaluate(params: Any, collections: Any) -> dict[str, float]:
+    encoders, results = factory.bind(params, collections), {}
+    for name, evaluator in tasks:
+      picture = workdir / f"{name}.png" if jax.process_index() == 0 else None
+      results |= {f"eval/{name}/{metric}": value for metric, value in evaluator(encoders, picture)}
+    return results
+
+  return evaluate
+
+
+class _Watch:
+  """What the loop observes of itself: time spent waiting for data, substituted examples, the step before."""
+
+  def __init__(self, config: ConfigDict, start: int):
+    self._config, self._logged = config, start
+    self.previous: Metrics = {}
+    self.wait_fraction = 0.0
+    self._began, self._waited, self._step, self._substituted = time.perf_counter(), 0.0, start, 0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Counts the time inside as spent waiting for data."""
+    before = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - before
+
+  def count(self, step: int, substituted: int) -> None:
+    """One step is dispatched."""
+    self._step = step
+    self._substituted += substituted
+    self.wait_fraction = self._waited / max(time.perf_counter() - self._began, 1e-9)
+
+  def row(self, metrics: Metrics, images_per_second: float) -> dict[str, float]:
+    """The line of metrics.jsonl for this step; waiting and substitution since the line before."""
+    local = self._config.batch_size // jax.process_count()
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values |= {
+      "examples": self._step * self._config.batch_size,
+      "images_per_second": images_per_second,
+      "wait_fraction": self.wait_fraction,
+      "substituted_share": self._substituted / (local * (self._step - self._logged)),
+    }
+    self._began, self._waited, self._substituted, self._logged = time.perf_counter(), 0.0, 0, self._step
+    return values
+
+  def check(self, row: Mapping[str, float], step: int) -> None:
+    """Stops a run that learns nothing or reads nothing."""
+    if row["skipped_in_a_row"] >= self._config.max_skipped_in_a_row:
+      raise FloatingPointError(
+        f"step {step}: loss or gradient was not finite for {row['skipped_in_a_row']:.0f} steps in a row "
+        f"(config.max_skipped_in_a_row={self._config.max_skipped_in_a_row}): lower config.optimizer.learning_rate, set "
+        "config.optimizer.gradient_clip, or look at the data"
+      )
+    if row["substituted_share"] > self._config.data.max_substituted:
+      raise RuntimeError(
+        f"step {step}: {row['substituted_share']:.1%} of the latest examples could not be read, more than "
+        f"config.data.max_substituted={self._config.data.max_substituted:.1%}; the warnings above name them"
+      )
+
+
+class _StopRequest:
+  signum = 0
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_StopRequest]:
+  """Ctrl-C and SIGTERM only leave a note, which the loop finds after the step; a second Ctrl-C interrupts at once.
+
+  With several processes JAX itself listens for SIGTERM and makes all of them stop at the same step, so Ctrl-C is turned
+  into that. Outside the main thread, as in some notebooks, signals are left alone.
+  """
+  request = _StopRequest()
+
+  def note(signum: int, frame: FrameType | None) -> None:
+    del frame
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      request.signum = signum
+
+  if threading.current_thread() is not threading.main_thread():
+    yield request
+    return
+  wanted = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+  before = {signum: signal.signal(signum, note) for signum in wanted}
+  try:
+    yield request
+  finally:
+    for signum, handler in before.items():
+      signal.signal(signum, handler)
+
+
+def _batch_shape(rows: grain.MapDataset, batch_size: int) -> Batch:
+  row = {name: np.asarray(value) for name, value in rows[0].items() if name != pipeline.SUBSTITUTED}
+  return {name: jax.ShapeDtypeStruct((batch_size, *value.shape), value.dtype) for name, value in row.items()}
+
+
+def _opening(
+  config: ConfigDict, parts: run.Parts, sources: list, steps: run.Steps, start: int, state: State, changes: list[str]
+) -> Iterator[str]:
+  """What is said before the first step."""
+  for source in sources:
+    left_out = "".join(f", left out {count:,}: {reason}" for reason, count in source.skipped.items())
+    yield f"{source.name}: {len(source):,} samples{left_out}"
+  terms = " + ".join(f"{weight:g} {name}" for name, weight in objectives.active(config.weights).items())
+  count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  mesh = " x ".join(f"{axis}={size}" for axis, size in parts.mesh.shape.items())
+  yield f"objective {terms}; recipe {config.data.recipe}; {count:,} parameters"
+  yield f"{steps.total:,} steps of {config.batch_size:,} on {mesh} ({parts.mesh.devices.flat[0].device_kind})"
+  if start:
+    yield f"going on from step {start:,}"
+  yield from (f"changed since the run began: {line}" for line in changes)
+
+
+def _draw_views(rows: grain.MapDataset, parts: run.Parts, workdir: Path) -> None:
+  """`views.png`: the first examples of the run as the model sees them."""
+  path = workdir / "views.png"
+  if path.exists():
+    return
+  shown = [rows[index] for index in range(6)]
+  texts = [[parts.tokenizer.decode(ids) for ids in row["text"]] for row in shown]
+  images = np.stack([row["image"] for row in shown])
+  pictures.plot_views(images, texts, path, parts.recipe.image_views, parts.recipe.text_views)
+
+
+def _scores(step: int, results: Mapping[str, float]) -> Iterator[str]:
+  """One line for each evaluator."""
+  for name in dict.fromkeys(key.split("/")[1] for key in results):
+    prefix = f"eval/{name}/"
+    scores = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
+    shown = "  ".join(
+      f"{key} {value:.1%}" if isinstance(value, float) else f"{key} {value:,}" for key, value in scores.items()
+    )
+    yield f"step {step:,}  {name}: {shown}"
+
+
+def _last_losses(workdir: Path) -> dict[str, float]:
+  rows = [row for row in read_metrics(workdir) if "loss" in row]
+  names = ("examples", "lr", "temperature", "images_per_second", "skipped_total")
+  return {name: value for name, value in rows[-1].items() if name.startswith("loss") or name in names} if rows else {}
+
+
+def main(_: list[str]) -> int:
+  """Runs the command; returns its exit code."""
+  workdir = Path(flags.FLAGS.workdir)
+
+  def command() -> int:
+    run.join_processes()
+    try:
+      train(flags.FLAGS.config, workdir)
+    except Stopped as stopped:
+      print(stopped, file=sys.stderr)
+      return 128 + stopped.signum
+    return 0
+
+  return run.report_errors(command, workdir)
+
+
+if __name__ == "__main__":
+  from ml_collections import config_flags
+
+  config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py.", lock_config=True)
+  flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, pictures.")
+  flags.mark_flags_as_required(["config", "workdir"])
+  run.define_process_flags()
+  flags.FLAGS.set_default("verbosity", -1)  # warnings: orbax tells a lot at every save
+  app.run(main)

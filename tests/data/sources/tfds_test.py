@@ -1,0 +1,194 @@
+import io
+from pathlib import Path
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+import tensorflow_datasets as tfds
+
+from declip_jax.data import sources
+from declip_jax.data.sources.tfds import open_tfds
+
+COUNT = 6
+MODULE = "tiny"  # TFDS needs importlib_resources, which it does not declare, to prepare what a package's module defines
+
+
+def png(index: int) -> bytes:
+  file = io.BytesIO()
+  Image.new("RGB", (5, 4), (index, 0, 0)).save(file, "PNG")
+  return file.getvalue()
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+  """Six records whose index can be told from any of their features."""
+
+  __module__ = MODULE
+  VERSION = tfds.core.Version("1.0.0")
+  FEATURES = {
+    "image": tfds.features.Image(shape=(None, None, 3)),
+    "caption": tfds.features.Text(),
+    "file_name": tfds.features.Text(),
+    "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+  }
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(dict(self.FEATURES)))
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i in range(COUNT):
+      texts = [f"text {i}.{j}" for j in range(i)]
+      values = {
+        "image": io.BytesIO(png(i)),
+        "picture": io.BytesIO(png(i)),
+        "second": io.BytesIO(png(0)),
+        "caption": f"  caption {i} é\n",
+        "captions": ["", *texts],
+        "title": f"title {i}",
+        "comments": [{"text": text, "likes": 0} for text in texts],
+        "file_name": f"{i}.png",
+        "label": i % 2,
+        "coarse": 0,
+      }
+      yield i, {name: values[name] for name in self.FEATURES}
+
+
+class Captions(Tiny):
+  __module__ = MODULE
+  FEATURES = {"picture": Tiny.FEATURES["image"], "captions": tfds.features.Sequence(tfds.features.Text())}
+
+
+class Unclear(Tiny):
+  __module__ = MODULE
+  FEATURES = {
+    "image": tfds.features.Image(),
+    "second": tfds.features.Image(),
+    "title": tfds.features.Text(),
+    "comments": tfds.features.Sequence({"text": tfds.features.Text(), "likes": np.int64}),
+    "coarse": tfds.features.ClassLabel(num_classes=2),
+  }
+
+
+class Wordless(Tiny):
+  __module__ = MODULE
+  FEATURES = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+  """The prepared folder of each data set above."""
+  root = tmp_path_factory.mktemp("tfds")
+  builders = {cls.__name__: cls(data_dir=root) for cls in (Tiny, Captions, Unclear, Wordless)}
+  for builder in builders.values():
+    builder.download_and_prepare(file_format="array_record")
+  return {name: str(builder.data_dir) for name, builder in builders.items()}
+
+
+def records(source: sources.Source) -> dict[bytes, sources.Example]:
+  """By image, since TFDS shuffles when it writes."""
+  return {example["image"]: example for example in map(source.__getitem__, range(len(source)))}
+
+
+def test_image_caption_and_label(folders):
+  source = sources.open_source(f"tfds:{folders['Tiny']}:train")
+  assert (len(source), source.classnames, source.skipped) == (COUNT, ("cat", "dog"), {})
+  assert source[2]["id"] == "tiny/1.0.0/train:2"
+  found = records(source)
+  for i in range(COUNT):
+    assert found[png(i)]["captions"] == (f"caption {i} é",)
+    assert found[png(i)]["label"] == i % 2
+
+
+def test_sequence_of_captions_without_label(folders):
+  source = open_tfds(f"{folders['Captions']}:train")
+  found = records(source)
+  assert source.classnames == ()
+  assert found[png(0)]["captions"] == ()
+  assert found[png(3)]["captions"] == ("text 3.0", "text 3.1", "text 3.2")
+  assert found[png(3)]["label"] == -1
+
+
+def test_parts_of_splits(folders):
+  where = folders["Tiny"]
+  whole = [example["image"] for example in open_tfds(f"{where}:train")]
+  assert [example["image"] for example in open_tfds(f"{where}:train[1:3]")] == whole[1:3]
+  assert [example["image"] for example in open_tfds(f"{where}:train[50%:]+train[:2]")] == whole[3:] + whole[:2]
+  with pytest.raises(ValueError, match=r"'test'.*\['train'\]"):
+    open_tfds(f"{where}:test")
+
+
+def test_a_choice_that_is_not_clear_is_an_error_that_names_it(folders):
+  where = folders["Unclear"]
+  with pytest.raises(ValueError, match=r"caption may be any of \['comments/text', 'title'\].*\?caption=comments/text"):
+    open_tfds(f"{where}:train")
+  with pytest.raises(ValueError, match=r"no caption 'coarse', choose from \['comments/text', 'title'\]"):
+    open_tfds(f"{where}:train?caption=coarse")
+  found = records(open_tfds(f"{where}:train?caption=comments/text&image=image"))
+  assert found[png(2)]["captions"] == ("text 2.0", "text 2.1")
+  (example, *_) = open_tfds(f"{where}:train?caption=title&image=second")
+  assert example["image"] == png(0)
+
+
+def test_neither_caption_nor_label_is_an_error(folders):
+  with pytest.raises(ValueError, match=r"neither caption nor label.*texts: \['file_name'\]"):
+    open_tfds(f"{folders['Wordless']}:train")
+  assert records(open_tfds(f"{folders['Wordless']}:train?caption=file_name"))[png(1)]["captions"] == ("1.png",)
+
+
+def test_by_name(folders, monkeypatch):
+  monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(Path(folders["Tiny"]).parents[1]))
+  for location in ("tiny:train", "tiny:1.0.0:train[:4]"):
+    source = pickle.loads(pickle.dumps(open_tfds(location)))
+    assert source[1]["captions"] == open_tfds(f"{folders['Tiny']}:train")[1]["captions"]
+  assert len(source) == 4
+
+
+def test_unprepared_and_unknown(tmp_path, monkeypatch):
+  monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+  with pytest.raises(FileNotFoundError, match="not prepared") as error:
+    open_tfds("tiny:train")
+  exec(str(error.value).split("\n")[1].strip())  # the line that the message gives
+  assert len(open_tfds("tiny:train")) == COUNT
+  with pytest.raises(FileNotFoundError, match=r"dataset_info\.json"):
+    open_tfds(f"{tmp_path}/tiny:train")
+  with pytest.raises(ValueError, match="no data set 'tyni'"):
+    open_tfds("tyni:train")
+  for location in ("tiny", "tiny:", ":train", "tiny:train?captain=title"):
+    with pytest.raises(ValueError, match="bad location.*NAME:SPLIT"):
+      open_tfds(location)
+
+
+def test_prepared_for_sequential_reading_only(folders, tmp_path):
+  folder = tmp_path / "tiny" / "1.0.0"
+  shutil.copytree(folders["Tiny"], folder)
+  info = folder / "dataset_info.json"
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+  with pytest.raises(FileNotFoundError, match=r"holds only tfrecord; move it away and prepare it with\n.*array_record"):
+    open_tfds(f"{folder}:train")
+
+
+def test_index_out_of_range(folders):
+  source = open_tfds(f"{folders['Tiny']}:train")
+  for index in (-1, COUNT):
+    with pytest.raises(IndexError, match=f"no record {index}, there are {COUNT}"):
+      source[index]
+
+
+def test_crosses_to_a_process_without_tensorflow_or_the_builder(folders):
+  source = open_tfds(f"{folders['Tiny']}:train")
+  assert source[0]["id"] == "tiny/1.0.0/train:0"
+  pickled = pickle.dumps(source)
+  assert len(pickled) < 1000
+  script = (
+    "import pickle, sys; source = pickle.load(sys.stdin.buffer);"
+    "assert 'tensorflow_datasets' not in sys.modules; print(source[0], source.classnames);"
+    "assert not {'tensorflow', 'jax'} & sys.modules.keys()"
+  )
+  out = subprocess.run([sys.executable, "-c", script], input=pickled, capture_output=True, check=True).stdout
+  assert out.decode().strip() == f"{source[0]} {source.classnames}"

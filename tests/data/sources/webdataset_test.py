@@ -1,0 +1,252 @@
+import io
+import json
+import os
+from pathlib import Path
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+
+from declip_jax.data import sources
+from declip_jax.data.sources.webdataset import open_webdataset
+
+LONG = "folder " + "ü" * 60 + "/" + "n" * 90  # more than 100 characters and 255 bytes
+BIG = bytes(range(256)) * 5
+
+
+def write_tar(path: Path, files: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
+  with tarfile.open(path, "w", format=format) as tar:
+    for name, contents in files.items():
+      info = tarfile.TarInfo(name)
+      info.size = len(contents)
+      tar.addfile(info, io.BytesIO(contents))
+  return path
+
+
+def samples(*keys: str, **fields: bytes) -> dict[str, bytes]:
+  """Files of samples that have an image and a text besides `fields`, all different."""
+  files = {}
+  for key in keys:
+    files |= {f"{key}.jpg": f"image {key}".encode() + BIG, f"{key}.txt": f"caption {key}".encode()}
+    files |= {f"{key}.{suffix}": contents for suffix, contents in fields.items()}
+  return files
+
+
+def captions(tmp_path: Path, files: dict[str, bytes]) -> tuple[str, ...]:
+  return open_webdataset(str(write_tar(tmp_path / "one.tar", {"0.jpg": b"x", **files})))[0]["captions"]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_equals_tarfile(tmp_path, format):
+  keys = ["0", "a/0", "./b/0", "é/ü ñ", "x" * 96, "d" * 90 + "/" + "e" * 70]
+  keys += [LONG] if format != tarfile.USTAR_FORMAT else []
+  path = write_tar(tmp_path / "s.tar", samples(*keys, cls=b"3\n", npy=b"not used"), format)
+  source = open_webdataset(str(path))
+  assert len(source) == len(keys)
+  with tarfile.open(path) as tar:
+    for key, example in zip(keys, source, strict=True):
+      assert example["image"] == tar.extractfile(f"{key}.jpg").read()
+      assert example["captions"] == (tar.extractfile(f"{key}.txt").read().decode(),)
+      assert (example["label"], example["id"]) == (3, f"s.tar:{key}")
+
+
+def test_only_regular_visible_files_make_samples(tmp_path):
+  with tarfile.open(tmp_path / "s.tar", "w", pax_headers={"comment": "a global header"}) as tar:
+    for name, kind in [("d.d", tarfile.DIRTYPE), ("0.jpg", b"0"), ("._0.txt", b"0"), ("README", b"0"), ("0.txt", b"0")]:
+      info = tarfile.TarInfo(name)
+      info.type, info.size = kind, 5 if kind == b"0" else 0
+      tar.addfile(info, io.BytesIO(b"hello"))
+    link = tarfile.TarInfo("1.jpg")
+    link.type, link.linkname, link.size = tarfile.LNKTYPE, "0.jpg", 5
+    tar.addfile(link)
+    tar.addfile(tarfile.TarInfo("1.txt"))
+  source = open_webdataset(str(tmp_path / "s.tar"))
+  assert [example["captions"] for example in source] == [("hello",)]
+  assert source.skipped == {"no image": 1}
+
+
+def test_sizes_in_base_256_and_headers_without_magic(tmp_path):
+  path = write_tar(tmp_path / "s.tar", samples("0"), tarfile.USTAR_FORMAT)
+  tar = bytearray(path.read_bytes())
+  tar[124:136] = b"\x80" + (len(BIG) + 7).to_bytes(11, "big")
+  tar[257:265] = bytes(8)
+  tar[148:156] = b" " * 8
+  tar[148:156] = f"{sum(tar[:512]):06o}\0 ".encode()
+  path.write_bytes(tar)
+  assert open_webdataset(str(path))[0]["image"] == b"image 0" + BIG
+
+
+@pytest.mark.parametrize(
+  ("files", "expected"),
+  [
+    ({"0.txt": b" a dog\n", "0.json": b'{"caption": "a cat"}'}, ("a dog",)),
+    ({"0.txt": b"a dog", "0.json": b'{"captions": ["a cat", " ", "", "cats "]}'}, ("a cat", "cats")),
+    ({"0.txt": b"a dog", "0.json": b'{"caption": ["a cat"]}'}, ("a cat",)),
+    ({"0.txt": b"a dog", "0.json": b'{"captions": []}'}, ("a dog",)),
+    ({"0.txt": b" \n", "0.json": b'{"caption": null, "text": "a cat"}'}, ("a cat",)),
+    ({"0.json": b'["no", "object"]', "0.cls": b"1"}, ()),
+    ({"0.txt": "caf\N{LATIN SMALL LETTER E WITH ACUTE}".encode("latin1")}, ("caf\ufffd",)),
+  ],
+)
+def test_which_caption_counts(tmp_path, files, expected):
+  assert captions(tmp_path, files) == expected
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp"])
+def test_image_suffixes(tmp_path, suffix):
+  source = open_webdataset(str(write_tar(tmp_path / "s.tar", {f"a.{suffix}": b"pixels", "a.cls": b"0"})))
+  assert source[0] == {"image": b"pixels", "captions": (), "label": 0, "id": "s.tar:a"}
+
+
+def test_unusable_samples_are_counted(tmp_path):
+  files = samples("0", "1") | {"2.jpg": b"x", "3.txt": b"x", "4.jpg": b"x", "4.npy": b"x", "5.seg.png": b"x"}
+  source = open_webdataset(str(write_tar(tmp_path / "s.tar", files)))
+  assert len(source) == 2
+  assert source.skipped == {"no caption or class": 2, "no image": 2}
+
+
+@pytest.mark.parametrize(
+  ("member", "kept", "skipped"),
+  [
+    ("2.txt", 512 + 8, {"truncated shard": 1}),  # within the text
+    ("2.txt", 512, {"truncated shard": 1}),  # after the header of the text
+    ("2.txt", 100, {"truncated shard": 1, "no caption or class": 1}),  # within that header: nobody knows whose it is
+    ("2.jpg", 512 + 700, {"truncated shard": 1}),
+    ("2.jpg", 100, {"truncated shard": 1}),
+    ("2.jpg", 0, {}),
+  ],
+)
+def test_truncated_shard_keeps_whole_samples(tmp_path, member, kept, skipped):
+  path = write_tar(tmp_path / "s.tar", samples("0", "1", "2"))
+  with tarfile.open(path) as tar:
+    end = tar.getmember(member).offset + kept
+  path.write_bytes(path.read_bytes()[:end])
+  source = open_webdataset(str(path))
+  assert [example["captions"] for example in source] == [("caption 0",), ("caption 1",)]
+  assert source.skipped == skipped
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_truncated_long_name(tmp_path, format):
+  path = write_tar(tmp_path / "s.tar", samples("0", LONG), format)
+  with tarfile.open(path) as tar:
+    start, end = tar.getmember("0.txt").offset + 1024, tar.getmember(f"{LONG}.jpg").offset_data
+  tar = path.read_bytes()
+  for cut in (start + 100, start + 600, end - 100, end + 1):
+    path.write_bytes(tar[:cut])
+    source = open_webdataset(str(path))
+    assert (len(source), source[0]["image"]) == (1, b"image 0" + BIG)
+    assert source.skipped == {"truncated shard": 1}
+
+
+def test_bytes_that_are_no_header_are_an_error_with_shard_and_offset(tmp_path):
+  path = write_tar(tmp_path / "s.tar", samples("0", "1"))
+  with tarfile.open(path) as tar:
+    offset = tar.getmember("1.jpg").offset
+  tar = bytearray(path.read_bytes())
+  tar[offset : offset + 512] = b"\xff" * 512
+  path.write_bytes(tar)
+  with pytest.raises(ValueError, match=rf"s\.tar, byte {offset}: no tar header"):
+    open_webdataset(str(path))
+
+
+def test_no_usable_sample_is_an_error(tmp_path):
+  with pytest.raises(ValueError, match="no usable sample in 1 shards.*no image"):
+    open_webdataset(str(write_tar(tmp_path / "s.tar", {"a.txt": b"x"})))
+
+
+def test_patterns(tmp_path):
+  for shard in range(8, 12):
+    write_tar(tmp_path / f"train-{shard:03d}.tar", samples(str(shard)))
+
+  def ids(pattern: str) -> list[str]:
+    return [example["id"].partition(":")[2] for example in open_webdataset(str(tmp_path / pattern))]
+
+  assert ids("train-*.tar") == ["8", "9", "10", "11"]
+  assert ids("train-{009..010}.tar") == ["9", "10"]
+  assert ids(f"train-{{011..011}}.tar::{tmp_path}/train-00?.tar") == ["11", "8", "9"]
+  with pytest.raises(FileNotFoundError, match=r"no shard matches .*train-012\.tar; tars in .*train-008\.tar"):
+    ids("train-{008..012}.tar")
+  with pytest.raises(FileNotFoundError, match=r"val-\*\.tar; tars in .*train-011\.tar"):
+    ids("val-*.tar")
+  with pytest.raises(FileNotFoundError, match=r"train-011\.tar"):
+    ids("")
+  with pytest.raises(ValueError, match=r"range \{3\.\.1\} is empty"):
+    ids("{3..1}.tar")
+
+
+def test_index_is_reused_and_follows_its_shards(tmp_path):
+  path = write_tar(tmp_path / "s.tar", samples("0"))
+  source = open_webdataset(str(path))
+  (index,) = (tmp_path / ".declip_jax").glob("*.npy")
+  before = index.stat().st_mtime_ns
+  assert len(open_webdataset(str(path))) == 1
+  assert index.stat().st_mtime_ns == before
+  write_tar(path, samples("a", "b"))
+  assert [example["id"] for example in open_webdataset(str(path))] == ["s.tar:a", "s.tar:b"]
+  stamp = path.stat().st_mtime_ns
+  write_tar(path, samples("c", "d"))  # the same size
+  os.utime(path, ns=(stamp, stamp + 1))
+  assert open_webdataset(str(path))[1]["captions"] == ("caption d",)
+  path.write_bytes(path.read_bytes()[:300])
+  with pytest.raises(ValueError, match="s.tar, sample at byte 0"):
+    source[0]
+
+
+def test_index_goes_to_the_user_cache_beside_read_only_shards(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  (tmp_path / ".declip_jax").write_text("a file where the folder would be")
+  path = write_tar(tmp_path / "s.tar", samples("0"))
+  for _ in range(2):
+    assert len(open_webdataset(str(path))) == 1
+  assert len(list((tmp_path / "cache" / "declip_jax").glob("*.npy"))) == 1
+  monkeypatch.setenv("XDG_CACHE_HOME", str(path))
+  write_tar(path, samples("0", "1"))
+  with pytest.raises(OSError, match="XDG_CACHE_HOME"):
+    open_webdataset(str(path))
+
+
+def test_pickles_small_however_many_shards(tmp_path):
+  for shard in range(150):  # more than stay open
+    write_tar(tmp_path / f"{shard:03d}.tar", samples(f"{shard} a", f"{shard} b"))
+  source = open_webdataset(f"{tmp_path}/*.tar")
+  order = np.random.default_rng(0).permutation(len(source))
+  expected = [source[index] for index in order]
+  pickled = pickle.dumps(source)
+  assert len(pickled) < 1000
+  assert [pickle.loads(pickled)[index] for index in order] == expected
+  assert [example["captions"] for example in source][::2] == [(f"caption {shard} a",) for shard in range(150)]
+  assert len(os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ()) < 400
+
+
+def test_classnames_and_bad_fields(tmp_path):
+  fields = {"a": b"1", "b": b"2", "c": b"one", "d": b"-1"}
+  files = {f"{key}.{suffix}": text for key, cls in fields.items() for suffix, text in [("png", b"x"), ("cls", cls)]}
+  files |= {"e.png": b"x", "e.json": b"{"}
+  path = write_tar(tmp_path / "s.tar", files)
+  assert open_webdataset(str(path)).classnames == ()
+  (tmp_path / "classnames.txt").write_text("dog\nhot dog\n\n")
+  source = pickle.loads(pickle.dumps(open_webdataset(str(path))))
+  assert source.classnames == ("dog", "hot dog")
+  assert (source[0]["label"], source[3]["label"]) == (1, -1)
+  for index, message in [(1, "s.tar:b: bad .cls b'2'.* -1 to 1"), (2, "s.tar:c: bad .cls"), (4, "s.tar:e: bad .json")]:
+    with pytest.raises(ValueError, match=message):
+      source[index]
+
+
+def test_index_out_of_range(tmp_path):
+  source = open_webdataset(str(write_tar(tmp_path / "s.tar", samples("0"))))
+  for index in (-1, 1):
+    with pytest.raises(IndexError, match=f"no sample {index}, there are 1"):
+      source[index]
+
+
+def test_open_source(tmp_path):
+  path = write_tar(tmp_path / "s.tar", samples("0", json=json.dumps({"captions": ["one", "two"]}).encode()))
+  source = sources.open_source(f"webdataset:{path}")
+  assert source.name == f"webdataset:{path}"
+  assert source[0]["captions"] == ("one", "two")
+  for spec in ("files:/data", r"C:\data", "webdataset", "webdataset:", ""):
+    with pytest.raises(ValueError, match="expected KIND:LOCATION, where KIND is one of scenes, webdataset, tfds"):
+      sources.open_source(spec)

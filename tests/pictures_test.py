@@ -1,0 +1,198 @@
+"""Tests of `declip_jax.pictures`: the files hold what they should, whatever the texts, and nothing global changes."""
+
+import math
+import warnings
+
+import matplotlib
+from matplotlib.figure import Figure
+import numpy as np
+from PIL import Image
+import pytest
+
+from declip_jax.pictures import plot_comparison, plot_curves, plot_retrieval, plot_views
+
+RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+  """The figures saved during a test."""
+  saved, savefig = [], Figure.savefig
+
+  def record(self, *args, **kwargs):
+    saved.append(self)
+    return savefig(self, *args, **kwargs)
+
+  monkeypatch.setattr(Figure, "savefig", record)
+  return saved
+
+
+def rows_of_a_run(count):
+  rng = np.random.default_rng(0)
+  noise = rng.normal(size=count).round(6).tolist()
+  rows = [
+    {"step": n, "examples": 64 * n, "loss": 5 + x, "loss/clip": 6 + x, "lr": 1e-3, "images_per_second": 100.0}
+    for n, x in enumerate(noise)
+  ]
+  return rows + [{"step": count, "examples": 64 * count, "eval/zero_shot/top1": 0.5, "eval/zero_shot/seconds": 9.0}]
+
+
+def pixels(path):
+  with Image.open(path) as image:
+    return np.asarray(image.convert("RGB"))
+
+
+def where(picture, color):
+  """The rows and columns of the pixels of about this colour."""
+  return np.nonzero((np.abs(picture.astype(int) - color) <= 2).all(-1))
+
+
+def panels(figure):
+  return {axes.get_title("left"): axes for axes in figure.axes}
+
+
+def labels(axes):
+  return [text.get_text().split("  ")[0] for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("count", [1, 10, 10_000])
+def test_curves_show_every_series(tmp_path, figures, count):
+  plot_curves(rows_of_a_run(count), tmp_path / "curves.png")
+  picture = pixels(tmp_path / "curves.png")
+  assert picture.shape == (800, 1400, 3)
+  assert 0.002 < (picture != 255).any(-1).mean() < 0.3
+  shown = panels(figures[0])
+  assert labels(shown["loss"]) == ["loss", "clip"]
+  assert labels(shown["evaluation"]) == ["zero_shot/top1"]
+  assert [text.get_text() for text in shown["temperature"].texts] == ["no data"]
+  assert len(shown["loss"].lines) == (2 if count <= 200 else 4)
+  assert len(shown["lr"].lines) == 1
+
+
+def test_smoothed_curve_equals_a_naive_average(tmp_path, figures):
+  rows = rows_of_a_run(500)
+  plot_curves(rows, tmp_path / "curves.png")
+  light, smooth = panels(figures[0])["loss"].lines[:2]
+  values = [row["loss"] for row in rows if "loss" in row]
+  np.testing.assert_array_equal(light.get_ydata(), values)
+  for index in (0, 3, 250, 499):
+    near = [(i, 0.5 + 0.5 * math.cos(math.pi * (i - index) / 10)) for i in range(500) if abs(i - index) < 10]
+    expected = sum(weight * values[i] for i, weight in near) / sum(weight for _, weight in near)
+    assert smooth.get_ydata()[index] == pytest.approx(expected)
+
+
+def test_missing_points_are_left_out(tmp_path, figures):
+  values = [3.0, None, math.nan, math.inf, 2.0]
+  plot_curves([{"step": n, "loss": value} for n, value in enumerate(values)], tmp_path / "curves.png")
+  [line] = panels(figures[0])["loss"].lines
+  assert line.get_xydata().tolist() == [[0, 3], [4, 2]]
+
+
+def test_no_metrics_at_all(tmp_path, figures):
+  plot_curves([], tmp_path / "deep" / "er" / "curves.png")
+  assert all("no data" in [text.get_text() for text in axes.texts] for axes in figures[0].axes)
+  plot_comparison({}, ["loss"], tmp_path / "comparison.png")
+  assert pixels(tmp_path / "comparison.png").shape == (500, 700, 3)
+
+
+def test_comparison_has_a_panel_per_metric_and_a_line_per_run(tmp_path, figures):
+  runs = {"CLIP": rows_of_a_run(20), "costs $5 to $6": rows_of_a_run(30)}
+  names = ["loss", "eval/zero_shot/top1"]
+  plot_comparison(runs, names, tmp_path / "comparison.png", {"published": 0.328})
+  assert pixels(tmp_path / "comparison.png").shape == (500, 1400, 3)
+  shown = panels(figures[0])
+  assert list(shown) == ["loss", "zero_shot/top1"]
+  assert labels(shown["loss"]) == list(runs)
+  first, second, baseline = shown["loss"].lines
+  assert (first.get_xdata()[-1], second.get_xdata()[-1]) == (64 * 19, 64 * 29)
+  assert set(baseline.get_ydata()) == {0.328}
+  assert [text.get_text() for text in shown["loss"].texts] == ["published"]
+
+
+def test_comparison_falls_back_to_steps(tmp_path, figures):
+  runs = {"new": rows_of_a_run(20), "old": [{"step": 7, "loss": 1.0}]}
+  plot_comparison(runs, ["loss"], tmp_path / "comparison.png")
+  [axes] = figures[0].axes
+  assert axes.get_xlabel() == "step"
+  assert [line.get_xdata()[-1] for line in axes.lines] == [19, 7]
+
+
+def test_views_stand_in_a_grid_with_texts_underneath(tmp_path):
+  colors = np.array([[RED, GREEN], [BLUE, YELLOW]], np.uint8)
+  images = np.broadcast_to(colors[:, :, None, None], (2, 2, 32, 32, 3))
+  path = tmp_path / "views.png"
+  plot_views(images, [["a dog", "a <mask>"], ["a cat", "a cat"]], path, ["first", "second"], ["raw", "masked"])
+  picture = pixels(path)
+  (red, green), (blue, yellow) = [[where(picture, color) for color in row] for row in colors.tolist()]
+  assert all(len(rows) == pytest.approx(224**2, rel=0.03) for rows, _ in (red, green, blue, yellow))
+  assert red[1].max() < green[1].min()
+  assert blue[1].max() < yellow[1].min()
+  assert red[0].max() < blue[0].min()
+  between = picture[red[0].max() + 2 : blue[0].min() - 2]
+  assert 100 < (between < 100).all(-1).sum() < 5000  # ink of the first example's texts
+
+
+NASTY = [
+  "emoji 😀🎉👩‍👩‍👧 and flags 🇪🇺",
+  "مرحبا بالعالم שלום",
+  "漢字かな交じり文 한국어 ไทย हिन्दी",
+  "costs $5, not \\frac{$6",
+  "control \x00\x1b\n\t and half a pair \ud83d",
+  "unbroken" * 500,
+  "words " * 500,
+  "",
+]
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_text_is_drawn_without_a_warning_and_without_touching_globals(tmp_path):
+  filters, settings = list(warnings.filters), dict(matplotlib.rcParams)
+  images = np.full((len(NASTY), 1, 20, 30, 3), 128, np.uint8)
+  plot_views(images, [[text, "x"] for text in NASTY], tmp_path / "views.png", ["$view"], ["raw", "masked"])
+  plot_retrieval(NASTY, images, np.ones((len(NASTY), 1)), tmp_path / "retrieval.png")
+  plot_comparison({text: [{"step": 1, "loss": 1.0}] for text in NASTY[:4]}, ["loss"], tmp_path / "c.png", {NASTY[3]: 2})
+  assert list(warnings.filters) == filters
+  assert dict(matplotlib.rcParams) == settings
+  for name in ("views.png", "retrieval.png"):  # long texts are cut: no ink reaches the border
+    picture = pixels(tmp_path / name)
+    assert (picture[:, -8:] == 255).all()
+    assert (picture[-8:] == 255).all()
+
+
+def test_retrieved_images_are_framed_by_correctness(tmp_path):
+  images = [[np.full((40, 20 + 20 * rank, 3), 128, np.uint8) for rank in range(3)] for _ in range(2)]
+  path = tmp_path / "retrieval.png"
+  plot_retrieval(["a dog", "a cat"], images, [[True, False, False], [False, False, True]], path)
+  picture = pixels(path).astype(int)
+  middle = picture.shape[0] // 2
+  green = picture[..., 1] > picture[..., 0] + 60
+  red = picture[..., 0] > picture[..., 1] + 60
+  assert np.nonzero(green[:middle])[1].max() < np.nonzero(red[:middle])[1].min()
+  assert np.nonzero(green[middle:])[1].min() > np.nonzero(red[middle:])[1].max()
+  assert len(where(picture, (128, 128, 128))[0]) > 40_000
+
+
+def test_wrong_shapes_are_named(tmp_path):
+  images, path = np.zeros((2, 1, 8, 8, 3), np.uint8), tmp_path / "x.png"
+  with pytest.raises(ValueError, match=r"float32 \[2, 1, 8, 8, 3\]: expected uint8"):
+    plot_views(images.astype(np.float32), [["a"]] * 2, path, ["v"], ["raw"])
+  with pytest.raises(ValueError, match="texts per example"):
+    plot_views(images, [["a"], ["a", "b"]], path, ["v"], ["raw"])
+  with pytest.raises(ValueError, match="3 texts, 2 rows of images, 2 of correct"):
+    plot_retrieval(["a", "b", "c"], images, np.ones((2, 1)), path)
+  assert not path.exists()
+
+
+def test_a_crash_while_writing_leaves_the_old_picture(tmp_path, monkeypatch):
+  path = tmp_path / "curves.png"
+  plot_curves(rows_of_a_run(3), path)
+  before = path.read_bytes()
+
+  def crash(self, file, **_):
+    file.write_bytes(b"half")
+    raise OSError("disk full")
+
+  monkeypatch.setattr(Figure, "savefig", crash)
+  with pytest.raises(OSError, match="disk full"):
+    plot_curves(rows_of_a_run(5), path)
+  assert path.read_bytes() == before
