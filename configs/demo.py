@@ -14,7 +14,7 @@ def get_config(method: str = "declip") -> ConfigDict:
   """`method` is clip, slip or declip, as in --config=configs/demo.py:clip"""
   c = config.default(method)
   c.batch_size = 128
-  c.duration = config.duration(steps=700)
+  c.duration = config.duration(steps=500)
   c.data.train = ("scenes:train/100000/40",)
   c.data.image_size = 32
   c.data.strong_scale = (0.5, 1.0)  # scenes are mostly object: smaller crops would lose it
@@ -22,6 +22,7 @@ def get_config(method: str = "declip") -> ConfigDict:
   c.data.jitter = (0.3, 0.3, 0.3, 0.02)  # colour is half of what there is to learn
   c.data.grayscale_probability = 0.05
   c.data.blur_radius = (0.1, 0.5)
+  c.data.mask_slots = 3  # captions are short: 15 % of 10 tokens
   c.data.threads = 2
   c.model.dtype = "float32"
   c.model.image = config.vit(patch=8, width=128, depth=4, heads=4)

@@ -1,7 +1,7 @@
 """Checkpoints by orbax: the train state, the position of the input, and the config, written in the background.
 
-A checkpoint has four items: `params` (so that evaluation and export read nothing else), `state` (the rest), `data`
-(the position of the input stream, JSON) and `config` (JSON).
+A checkpoint has five items: `params` and `collections` (evaluation and export read nothing else), `training` (step,
+moments, counters), `data` (the position of the input stream, JSON) and `config` (JSON).
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,8 @@ class Checkpoints:
       ),
       item_handlers={
         "params": ocp.PyTreeCheckpointHandler(),
-        "state": ocp.PyTreeCheckpointHandler(),
+        "collections": ocp.PyTreeCheckpointHandler(),
+        "training": ocp.PyTreeCheckpointHandler(),
         "data": ocp.JsonCheckpointHandler(),
         "config": ocp.JsonCheckpointHandler(),
       },
@@ -70,7 +71,8 @@ class Checkpoints:
     """Starts to write a checkpoint and returns as soon as the arrays are copied to the host."""
     args = ocp.args.Composite(
       params=ocp.args.PyTreeSave(state.params),
-      state=ocp.args.PyTreeSave(_without_params(state)),
+      collections=ocp.args.PyTreeSave(state.collections),
+      training=ocp.args.PyTreeSave(_training(state)),
       data=ocp.args.JsonSave(dict(data)),
       config=ocp.args.JsonSave(dict(config)),
     )
@@ -78,17 +80,20 @@ class Checkpoints:
 
   def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
     """State and input position of a step, laid out as `abstract` says, whatever mesh they were saved from."""
-    rest = _without_params(abstract)
-    found = self._manager.restore(
-      step,
-      args=ocp.args.Composite(params=_restore(abstract.params), state=_restore(rest), data=ocp.args.JsonRestore()),
+    args = ocp.args.Composite(
+      params=_restore(abstract.params),
+      collections=_restore(abstract.collections),
+      training=_restore(_training(abstract)),
+      data=ocp.args.JsonRestore(),
     )
-    return State(params=found["params"], **found["state"]), found["data"]
+    found = self._manager.restore(step, args=args)
+    return State(params=found["params"], collections=found["collections"], **found["training"]), found["data"]
 
-  def restore_params(self, step: int, abstract: State) -> tuple[Tree, Tree]:
+  def restore_model(self, step: int, abstract: State) -> tuple[Tree, Tree]:
     """Parameters and collections only, for evaluation."""
-    state, _ = self.restore(step, abstract)
-    return state.params, state.collections
+    args = ocp.args.Composite(params=_restore(abstract.params), collections=_restore(abstract.collections))
+    found = self._manager.restore(step, args=args)
+    return found["params"], found["collections"]
 
   def preempted(self, step: int) -> bool:
     """Whether any process of a multi-process run was told to go; every process asks at every step."""
@@ -103,9 +108,8 @@ class Checkpoints:
     self._manager.close()
 
 
-def _without_params(state: State) -> dict[str, Any]:
-  names = ("step", "opt_state", "collections", "skipped")
-  return {name: getattr(state, name) for name in names}
+def _training(state: State) -> dict[str, Any]:
+  return {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
 
 
 def _restore(abstract: Tree) -> ocp.args.PyTreeRestore:

@@ -13,13 +13,16 @@ from absl import flags
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+import optax
 
 from declip_jax import objectives
 from declip_jax.config import steps_of
 from declip_jax.data.recipes import MakeViews, Recipe, get_recipe
 from declip_jax.data.tokenizer import Tokenizer
 from declip_jax.models.model import Model, make_model
+from declip_jax.optim import adamw
 from declip_jax.sharding import make_mesh
+from declip_jax.types import Batch
 
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -39,9 +42,15 @@ class Parts(NamedTuple):
   """What a config describes, without data, parameters or devices' memory."""
 
   model: Model
+  optimizer: optax.GradientTransformation
   tokenizer: Tokenizer
   make_views: MakeViews
   mesh: Mesh
+
+  def batch_shape(self, batch_size: int) -> Batch:
+    """Shapes and dtypes of a global batch."""
+    shapes = self.make_views.batch_shapes(batch_size).items()
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes}
 
   @property
   def recipe(self) -> Recipe:
@@ -78,7 +87,18 @@ def build(config: ConfigDict) -> Parts:
   )
   heads = objectives.heads_for(config.weights)
   model = make_model(config.model, views=recipe.views, heads=heads, eot=tokenizer.eot)
-  return Parts(model, tokenizer, make_views, make_mesh(**config.mesh))
+  return Parts(model, make_optimizer(config.optimizer), tokenizer, make_views, make_mesh(**config.mesh))
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+  """The optimiser of `config.optimizer`."""
+  return adamw(
+    b1=config.b1,
+    b2=config.b2,
+    epsilon=config.epsilon,
+    weight_decay=config.weight_decay,
+    gradient_clip=config.gradient_clip,
+  )
 
 
 class Steps(NamedTuple):

@@ -31,10 +31,10 @@ from declip_jax.checkpoint import Checkpoints
 from declip_jax.data import pipeline
 from declip_jax.data.sources import open_source
 from declip_jax.encode import EncoderFactory
-from declip_jax.evals import EVALUATORS
+from declip_jax.evaluate import make_evaluators
 from declip_jax.metrics import MetricWriter, Progress, read_metrics, summary_table
 from declip_jax.models.model import Model
-from declip_jax.optim import adamw, warmup_cosine
+from declip_jax.optim import warmup_cosine
 from declip_jax.sharding import batch_sharding, check_batch, replicated, to_global
 from declip_jax.state import State, abstract_state, create_state
 from declip_jax.types import Batch
@@ -107,7 +107,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   # Input: every host sees the same rows and takes its part.
   sources = [open_source(spec) for spec in config.data.train]
   rows = pipeline.training_rows(sources, config.data.mixture, parts.make_views, config.seed)
-  batch_shape = _batch_shape(rows, config.batch_size)
+  batch_shape = parts.batch_shape(config.batch_size)
   steps = run.plan_steps(config, sum(map(len, sources)))
 
   # State: shapes and layout first, arrays last.
@@ -118,10 +118,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
     start=config.optimizer.warmup_start,
     end=config.optimizer.end,
   )
-  optimizer = make_optimizer(config)
   check_objective(parts.model, batch_shape, weights, config.data.recipe)
-  abstract = abstract_state(batch_shape, mesh, model=parts.model, optimizer=optimizer)
-  evaluate = make_evaluate(config, parts, workdir)
+  abstract = abstract_state(batch_shape, mesh, model=parts.model, optimizer=parts.optimizer)
+  encoders = EncoderFactory(parts.model, config, mesh, parts.tokenizer)
+  evaluate = make_evaluators(config.evals, workdir)
   main = jax.process_index() == 0
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = Checkpoints(
@@ -134,12 +134,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   if start:
     state, position = checkpoints.restore(start, abstract)
   else:
-    state, position = create_state(config.seed, batch_shape, abstract, model=parts.model, optimizer=optimizer), None
+    state, position = (
+      create_state(config.seed, batch_shape, abstract, model=parts.model, optimizer=parts.optimizer),
+      None,
+    )
   step_fn = jax.jit(
     partial(
       train_step,
       model=parts.model,
-      optimizer=optimizer,
+      optimizer=parts.optimizer,
       schedule=schedule,
       weights=weights,
       logit_scale_range=config.optimizer.logit_scale_range,
@@ -191,7 +194,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
       evaluating = not stopping and (last or (steps.evaluate and step % steps.evaluate == 0))
       if evaluating:
         with progress.pause():
-          results = evaluate(state.params, state.collections)
+          results = evaluate(encoders.bind(state.params, state.collections))
         writer.write(step, results)
         for line in _scores(step, results):
           progress.message(line)
@@ -205,18 +208,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
         raise Stopped(step, stopping)
 
     if start >= steps.total:
-      results = evaluate(state.params, state.collections)
+      results = evaluate(encoders.bind(state.params, state.collections))
     checkpoints.wait()
   final = {"step": steps.total, **_last_losses(workdir), **results}
   if main:
     print(summary_table({"run": str(workdir), **final}))
   return final
-
-
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-  """The optimiser of a config."""
-  c = config.optimizer
-  return adamw(b1=c.b1, b2=c.b2, epsilon=c.epsilon, weight_decay=c.weight_decay, gradient_clip=c.gradient_clip)
 
 
 def check_objective(model: Model, batch: Batch, weights: Mapping[str, float], recipe: str) -> None:
@@ -233,31 +230,6 @@ def check_objective(model: Model, batch: Batch, weights: Mapping[str, float], re
     return objectives.total_loss(outputs, batch, weights)
 
   jax.eval_shape(forward, batch)
-
-
-def make_evaluate(config: ConfigDict, parts: run.Parts, workdir: Path) -> Callable[[Any, Any], dict[str, float]]:
-  """Opens the sources of `config.evals` and returns a function of parameters and collections to all their metrics.
-
-  Raises:
-    ValueError: an unknown kind of evaluator; the batch size does not fit the mesh.
-  """
-  factory = EncoderFactory(parts.model, config, parts.mesh, parts.tokenizer)
-  tasks = []
-  for name, fields in config.evals.items():
-    options = fields.to_dict()
-    kind, data = options.pop("kind"), options.pop("data")
-    if kind not in EVALUATORS:
-      raise ValueError(f"config.evals.{name}.kind={kind!r}: choose one of {sorted(EVALUATORS)}")
-    tasks.append((name, partial(EVALUATORS[kind], open_source(data), **options)))
-
-  def evaluate(params: Any, collections: Any) -> dict[str, float]:
-    encoders, results = factory.bind(params, collections), {}
-    for name, evaluator in tasks:
-      picture = workdir / f"{name}.png" if jax.process_index() == 0 else None
-      results |= {f"eval/{name}/{metric}": value for metric, value in evaluator(encoders, picture)}
-    return results
-
-  return evaluate
 
 
 class _Watch:
@@ -341,11 +313,6 @@ def _stop_signals() -> Iterator[_StopRequest]:
   finally:
     for signum, handler in before.items():
       signal.signal(signum, handler)
-
-
-def _batch_shape(rows: grain.MapDataset, batch_size: int) -> Batch:
-  row = {name: np.asarray(value) for name, value in rows[0].items() if name != pipeline.SUBSTITUTED}
-  return {name: jax.ShapeDtypeStruct((batch_size, *value.shape), value.dtype) for name, value in row.items()}
 
 
 def _opening(

@@ -101,6 +101,18 @@ class MakeViews:
     }
     return row | {"text": np.stack([make[kind]() for kind in self.recipe.text_views])}
 
+  def batch_shapes(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shapes and dtypes of a batch of such rows, without reading any."""
+    image_views, text_views = len(self.recipe.image_views), len(self.recipe.text_views)
+    shapes = {
+      "image": ((image_views, self.size, self.size, 3), np.uint8),
+      "text": ((text_views, self.tokenizer.context_length), np.int32),
+    }
+    if self.recipe.views.masked_text is not None:
+      slots = (self._slots(),)
+      shapes |= {"mlm_position": (slots, np.int32), "mlm_target": (slots, np.int32), "mlm_weight": (slots, np.float32)}
+    return {name: ((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
   def _slots(self) -> int:
     return self.mask_slots or texts.mlm_slots(self.tokenizer.context_length, self.mask_probability)
 

@@ -14,7 +14,7 @@ class ViT(nn.Module):
   """Images to the normalised class token, before the projection to the joint space.
 
   OpenAI's has `pre_norm`, no `patch_bias`, QuickGELU and epsilon 1e-5. timm's (SLIP) has no `pre_norm`, a
-  `patch_bias`, exact GELU, epsilon 1e-6 and `initializer="timm"`. The patch embedding is a reshape and a matrix product,
+  `patch_bias`, exact GELU, epsilon 1e-6 and `initializer="timm"`. The patch embedding is a reshape and a product,
   which equals the convolution of the references with kernel = stride = patch.
   """
 

@@ -1,0 +1,106 @@
+"""Evaluates a run: python -m declip_jax.evaluate --workdir runs/demo
+
+Without further flags it repeats the evaluations of the run's config. With --zero_shot or --retrieval it measures on any
+source instead:
+
+  --zero_shot=webdataset:/data/test-*.tar --template="a photo of a {}." --template="a drawing of a {}."
+  --retrieval=webdataset:/data/test-*.tar
+
+Results are printed and added, one JSON object a line, to evaluations.jsonl in the run's directory.
+"""
+
+from collections.abc import Callable
+from functools import partial
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+import jax
+from ml_collections import ConfigDict
+
+from declip_jax import config as config_lib
+from declip_jax import run
+from declip_jax.data.sources import open_source
+from declip_jax.encode import load
+from declip_jax.evals import EVALUATORS
+from declip_jax.evals.embed import Encoders
+from declip_jax.metrics import summary_table
+
+
+def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], dict[str, float]]:
+  """Opens the sources of `config.evals` and returns a function of encoders to all their metrics, `eval/<name>/<metric>`.
+
+  Pictures go to `workdir`.
+
+  Raises:
+    ValueError: an unknown kind of evaluator, or a source that cannot be opened.
+  """
+  tasks = {}
+  for name, fields in evals.items():
+    options = fields.to_dict()
+    kind, data = options.pop("kind"), options.pop("data")
+    if kind not in EVALUATORS:
+      raise ValueError(f"config.evals.{name}.kind={kind!r}: choose one of {sorted(EVALUATORS)}")
+    tasks[name] = partial(EVALUATORS[kind], open_source(data), **options)
+
+  def evaluate(encoders: Encoders) -> dict[str, float]:
+    results = {}
+    for name, evaluator in tasks.items():
+      picture = workdir / f"{name}.png" if jax.process_index() == 0 else None
+      results |= {f"eval/{name}/{metric}": value for metric, value in evaluator(encoders, picture)}
+    return results
+
+  return evaluate
+
+
+def evaluate(workdir: Path, step: int | None = None, evals: ConfigDict | None = None) -> dict[str, Any]:
+  """Evaluates a checkpoint of a run, by default its newest by the evaluations of its config.
+
+  Raises:
+    FileNotFoundError: no such run or checkpoint.
+    ValueError: there is nothing to evaluate.
+  """
+  clip = load(workdir, step)
+  evals = clip.config.evals if evals is None else evals
+  if not len(evals):
+    raise ValueError(f"the config of {workdir} has no evals: give --zero_shot or --retrieval")
+  results = {"step": clip.step, **make_evaluators(evals, workdir)(clip.encoders)}
+  if jax.process_index() == 0:
+    with (workdir / "evaluations.jsonl").open("a") as file:
+      file.write(json.dumps({"evals": evals.to_dict(), **results}) + "\n")
+  return results
+
+
+def _asked() -> ConfigDict | None:
+  evals = ConfigDict()
+  if flags.FLAGS.zero_shot:
+    evals.zero_shot = config_lib.zero_shot(flags.FLAGS.zero_shot, tuple(flags.FLAGS.template))
+  if flags.FLAGS.retrieval:
+    evals.retrieval = config_lib.retrieval(flags.FLAGS.retrieval, flags.FLAGS.equal_texts)
+  return evals if len(evals) else None
+
+
+def main(_: list[str]) -> int:
+  """Runs the command; returns its exit code."""
+  workdir = Path(flags.FLAGS.workdir)
+
+  def command() -> None:
+    run.join_processes()
+    results = evaluate(workdir, flags.FLAGS.step, _asked())
+    if jax.process_index() == 0:
+      print(summary_table({"run": str(workdir), **results}))
+
+  return run.report_errors(command, workdir)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+  flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
+  flags.DEFINE_string("zero_shot", None, "Source to classify, such as webdataset:/data/test-*.tar")
+  flags.DEFINE_multi_string("template", ["a photo of a {}."], "Prompt with {} for the class name; may be repeated.")
+  flags.DEFINE_string("retrieval", None, "Source to search.")
+  flags.DEFINE_bool("equal_texts", False, "In retrieval, captions of the same wording match each other's images.")
+  run.define_process_flags()
+  flags.FLAGS.set_default("verbosity", -1)
+  app.run(main)

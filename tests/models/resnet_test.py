@@ -1,0 +1,86 @@
+"""Tests of `declip_jax.models.resnet` against OpenAI's trunk, and of its attention pool against plain loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_weights as reference
+
+from declip_jax.models.resnet import AttentionPool, ModifiedResNet
+
+
+@pytest.fixture(autouse=True)
+def _full_precision():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def trunk():
+  """Stem and three stages with OpenAI's weights; what stands behind them is random and not compared."""
+  golden = reference.load("openai_resnet")
+  sd = reference.below(golden, "sd/visual.")
+  module = ModifiedResNet(width=8, layers=(1, 1, 1, 1))
+  images = reference.pixels(golden["images"])[:, 0]
+  shapes = jax.eval_shape(module.init, jax.random.key(0), images)
+  variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), shapes)
+  variables["params"] |= reference.resnet(sd)
+  variables["batch_stats"] |= reference.resnet_statistics(sd)
+  return golden, module, variables, images
+
+
+def test_trunk_equals_openai_in_evaluation_mode(trunk):
+  golden, module, variables, images = trunk
+
+  @jax.jit
+  def stage3(variables, images):
+    keep = lambda layer, _: layer.name == "stage3_block0"
+    _, captured = module.apply(variables, images, False, capture_intermediates=keep, mutable=["intermediates"])
+    return captured["intermediates"]["stage3_block0"]["__call__"][0]
+
+  expected = golden["inter/layer3"].transpose(0, 2, 3, 1)
+  np.testing.assert_allclose(stage3(variables, images), expected, rtol=1e-4, atol=3e-5)
+
+
+def test_running_statistics_equal_openai_after_a_pass_in_training_mode(trunk):
+  golden, module, variables, images = trunk
+  _, new = jax.jit(lambda v, x: module.apply(v, x, True, mutable=["batch_stats"]))(variables, images)
+  expected = reference.resnet_statistics(reference.below(golden, "train/sd/visual."))
+  found = {name: new["batch_stats"][name] for name in expected}
+  assert len(jax.tree.leaves(expected)) == 2 * (3 + 3 * 4)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), found, expected)
+
+
+def test_attention_pool_equals_loops():
+  batch, side, width, heads = 2, 3, 12, 3
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(batch, side, side, width)).astype(np.float32)
+  module = AttentionPool(heads=heads, dtype=jnp.float32)
+  params = module.init(jax.random.key(0), x)["params"]
+  params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
+  each = width // heads
+  for image, found in zip(x, module.apply({"params": params}, x), strict=True):
+    cells = [image[row, column] for row in range(side) for column in range(side)]
+    tokens = np.stack([np.mean(cells, axis=0), *cells]) + params["position_embedding"]
+    query, key, value = (tokens @ params[n]["kernel"] + params[n]["bias"] for n in ("query", "key", "value"))
+    for head in range(heads):
+      part = slice(head * each, (head + 1) * each)
+      score = [query[0, part] @ key[n, part] / each**0.5 for n in range(len(tokens))]
+      weight = np.exp(score) / np.exp(score).sum()
+      np.testing.assert_allclose(found[part], weight @ value[:, part], rtol=1e-4, atol=1e-5)
+
+
+def test_remat_changes_neither_gradient_nor_statistics():
+  images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
+  fields = {"width": 4, "layers": (1, 0, 0, 0)}  # one block, so that it compiles in a moment
+  variables = jax.jit(ModifiedResNet(**fields).init)(jax.random.key(0), images)
+
+  def run(remat):
+    def loss(params):
+      module = ModifiedResNet(**fields, remat=remat)
+      y, new = module.apply(variables | {"params": params}, images, True, mutable=["batch_stats"])
+      return jnp.sum(jnp.sin(y)), new["batch_stats"]
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), run("full"), run("none"))
