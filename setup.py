@@ -17,6 +17,7 @@ setup(
     "flax>=0.12.8,<0.13",
     "ftfy>=6.3",
     "grain>=0.2.18,<0.3",
+    "importlib_resources>=6",  # tensorflow-datasets needs it to prepare data sets and does not say so
     "instant-clip-tokenizer>=0.1.1",
     "jax>=0.10,<0.12",
     "jaxtyping>=0.3",

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from declip_jax import config
 
-EPOCHS = {"fashion44k": 8, "flickr8k": 40}
+EPOCHS = {"fashion44k": 6, "flickr8k": 20}
 # Titles are like "Puma Women Black Crazy Slide Flats", not like "a photo of flats".
 FASHION_TEMPLATES = ("{}", "Men {}", "Women {}")
 

@@ -195,7 +195,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
       if evaluating:
         with progress.pause():
           results = evaluate(encoders.bind(state.params, state.collections))
-        writer.write(step, results)
+        writer.write(step, {"examples": step * config.batch_size, **results})
         for line in _scores(step, results):
           progress.message(line)
       if evaluating or stopping or last or (steps.checkpoint and step % steps.checkpoint == 0):

@@ -203,15 +203,15 @@ def differentiate(model, params, collections, batch, loss_of=None, **weights):
   """One forward and backward pass in training mode.
 
   Returns:
-    Loss, gradient, features, outputs and the new collections. `loss_of(outputs)` is added to the weighted terms.
+    Loss, gradient, features, outputs, metrics and new collections. `loss_of(outputs)` is added to the weighted terms.
   """
 
   def forward(params):
     features, towers = model.encode(params, collections, batch)
     outputs, heads = model.apply_heads(params, collections, features)
-    loss, _ = total_loss(outputs, batch, weights)
+    loss, metrics = total_loss(outputs, batch, weights)
     loss += loss_of(outputs) if loss_of else 0.0
-    return loss, (features, outputs, {"towers": towers, "heads": heads})
+    return loss, (features, outputs, metrics, {"towers": towers, "heads": heads})
 
   (loss, aux), gradient = jax.jit(jax.value_and_grad(forward, has_aux=True))(params)
   return loss, gradient, *aux

@@ -9,12 +9,6 @@ import reference_weights as reference
 from declip_jax.models.resnet import AttentionPool, ModifiedResNet
 
 
-@pytest.fixture(autouse=True)
-def _full_precision():
-  with jax.default_matmul_precision("highest"):
-    yield
-
-
 @pytest.fixture(scope="module")
 def trunk():
   """Stem and three stages with OpenAI's weights; what stands behind them is random and not compared."""
@@ -34,8 +28,12 @@ def test_trunk_equals_openai_in_evaluation_mode(trunk):
 
   @jax.jit
   def stage3(variables, images):
-    keep = lambda layer, _: layer.name == "stage3_block0"
-    _, captured = module.apply(variables, images, False, capture_intermediates=keep, mutable=["intermediates"])
+    _, captured = module.apply(
+      variables,
+      images,
+      capture_intermediates=lambda layer, _: layer.name == "stage3_block0",
+      mutable=["intermediates"],
+    )
     return captured["intermediates"]["stage3_block0"]["__call__"][0]
 
   expected = golden["inter/layer3"].transpose(0, 2, 3, 1)

@@ -15,12 +15,6 @@ EOT = 9
 TINY = {"vocab_size": 12, "context_length": 8, "width": 16, "depth": 2, "heads": 2, "eot": EOT}
 
 
-@pytest.fixture(autouse=True)
-def _full_precision():
-  with jax.default_matmul_precision("highest"):
-    yield
-
-
 def test_equals_declip_with_a_mask_token_among_the_ids():
   golden = reference.load("declip")
   sd = reference.below(golden, "sd/encode_text.")

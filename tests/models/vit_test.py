@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import reference_weights as reference
 
+from declip_jax.models.transformer import INITS
 from declip_jax.models.vit import ViT
 
-TINY = {"patch": 4, "width": 16, "depth": 3, "heads": 2}
+TINY = {"patch": 4, "width": 64, "depth": 3, "heads": 2, "initializer": "openai_text"}
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +33,12 @@ def openai():
     },
   }
   batch = {"image": reference.pixels(golden["images"]), "text": golden["text_features"][:, None]}
-  with jax.default_matmul_precision("highest"):
-    result = reference.differentiate(model, params, {"towers": {}, "heads": {}}, batch, clip=1.0)
+  result = reference.differentiate(model, params, {"towers": {}, "heads": {}}, batch, clip=1.0)
   return golden, sd, result
 
 
 def test_features_equal_openai(openai):
-  golden, sd, (_, _, features, outputs, _) = openai
+  golden, sd, (_, _, features, outputs, *_) = openai
   np.testing.assert_allclose(features.image[:, 0] @ sd["proj"], golden["image_features"], rtol=1e-4, atol=2e-5)
   logits = outputs.scale * outputs.image[0] @ outputs.text[0].T
   np.testing.assert_allclose(logits, golden["logits_per_image"], rtol=1e-4, atol=2e-4)
@@ -63,7 +63,7 @@ def test_loss_and_gradient_equal_openai(openai):
 @pytest.fixture(scope="module")
 def tiny():
   """Parameters and images of a three-layer tower."""
-  images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+  images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
   return jax.jit(ViT(**TINY).init)(jax.random.key(0), images), images
 
 
@@ -80,10 +80,11 @@ def test_remat_changes_neither_value_nor_gradient(tiny):
     again, gradient_again = steps[remat](variables)
     np.testing.assert_allclose(again, value, rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), gradient_again, gradient)
-  # They are three different programs: the more is recomputed, the more is computed.
-  work = [steps[remat].cost_analysis()["flops"] for remat in ("none", "dots", "full")]
+  # They are three programs: what is not kept is computed again.
+  operations = [steps[remat].cost_analysis()["flops"] for remat in ("none", "dots", "full")]
   memory = [steps[remat].memory_analysis().temp_size_in_bytes for remat in ("none", "dots", "full")]
-  print(work, memory)
+  assert operations[0] < operations[1] < operations[2]
+  assert memory[0] > memory[1] > memory[2]
 
 
 def test_options_add_and_remove_parameters(tiny):
@@ -93,20 +94,40 @@ def test_options_add_and_remove_parameters(tiny):
   assert set(shapes["patch_embedding"]) - set(tiny[0]["params"]["patch_embedding"]) == {"bias"}
 
 
-@pytest.mark.parametrize("initializer", ["torch", "openai_text", "timm"])
+def assert_deviations(kernels, expected):
+  found = {name: np.std(kernels[name]) for name in expected}
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value, rtol=0.06, err_msg=name)
+
+
+WIDTH, DEPTH = TINY["width"], TINY["depth"]
+UNIFORM = 3**-0.5  # deviation of U(-1, 1)
+RESIDUAL = WIDTH**-0.5 * (2 * DEPTH) ** -0.5
+DEVIATIONS = {
+  "torch": {
+    "qkv": UNIFORM * (6 / (4 * WIDTH)) ** 0.5,
+    "out": UNIFORM * WIDTH**-0.5,
+    "fc1": UNIFORM * WIDTH**-0.5,
+    "fc2": UNIFORM * (4 * WIDTH) ** -0.5,
+  },
+  "openai_text": {"qkv": WIDTH**-0.5, "out": RESIDUAL, "fc1": (2 * WIDTH) ** -0.5, "fc2": RESIDUAL},
+  "timm": dict.fromkeys(("qkv", "out", "fc1", "fc2"), 0.02),
+}
+
+
+@pytest.mark.parametrize("initializer", sorted(DEVIATIONS))
 def test_initial_deviations(initializer):
-  width, depth = 64, 4
-  vit = ViT(patch=4, width=width, depth=depth, heads=2, initializer=initializer)
-  params = jax.jit(vit.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
-  residual = width**-0.5 * (2 * depth) ** -0.5
-  uniform = 3**-0.5  # deviation of U(-1, 1)
-  expected = {  # of: qkv, out, fc1, fc2, positions
-    "torch": (uniform * (6 / (4 * width)) ** 0.5, uniform / 8, uniform / 8, uniform / 16, width**-0.5),
-    "openai_text": (width**-0.5, residual, (2 * width) ** -0.5, residual, 0.01),
-    "timm": (0.02, 0.02, 0.02, 0.02, 0.02),
-  }[initializer]
+  shapes = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "fc1": (WIDTH, 4 * WIDTH), "fc2": (4 * WIDTH, WIDTH)}
+  draw = INITS[initializer](WIDTH, DEPTH)
+  kernels = {name: draw[name](jax.random.key(0), shape) for name, shape in shapes.items()}
+  assert_deviations(kernels, DEVIATIONS[initializer])
+
+
+def test_each_layer_is_drawn_by_its_own_rule_and_key(tiny):
+  params = tiny[0]["params"]
   blocks = params["transformer"]["blocks"]
-  found = [np.std(blocks[name]["kernel"]) for name in ("qkv", "out", "fc1", "fc2")]
-  np.testing.assert_allclose([*found, np.std(params["position_embedding"])], expected, rtol=0.06)
-  # The layers are drawn separately, not copies of one.
-  assert not np.allclose(blocks["qkv"]["kernel"][0], blocks["qkv"]["kernel"][1])
+  kernels = {name: blocks[name]["kernel"] for name in ("qkv", "out", "fc1", "fc2")}
+  assert_deviations(kernels, DEVIATIONS["openai_text"])
+  assert_deviations(params, {"position_embedding": 0.01})
+  for kernel in kernels.values():
+    assert not np.allclose(kernel[0], kernel[1])

@@ -1,0 +1,115 @@
+"""Tests of `declip_jax.evals.retrieval` against CLIP_benchmark, against loops, and over a small source."""
+
+import importlib
+
+import numpy as np
+import pytest
+import reference_weights as reference
+
+from declip_jax.evals.embed import Encoders
+from declip_jax.evals.retrieval import recall, retrieval
+
+
+def unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def own_captions(image_of_text):
+  """`match` and `group` where a text belongs to one image."""
+  return np.eye(image_of_text.max() + 1, dtype=bool), image_of_text
+
+
+@pytest.mark.parametrize("captions", ["retrieval", "retrieval_var"])
+@pytest.mark.parametrize("chunk", [1024, 7])
+def test_recall_equals_clip_benchmark(captions, chunk, monkeypatch):
+  # By its full name, since the package calls the function by that of the module.
+  monkeypatch.setattr(importlib.import_module("declip_jax.evals.retrieval"), "_CHUNK", chunk)
+  golden = reference.load("metrics")
+  match, group = own_captions(golden[f"{captions}/text_to_image_index"])
+  image, text = unit(golden["retrieval/image_embeddings"]), unit(golden[f"{captions}/text_embeddings"])
+  found = recall(image, text, match, group)
+  theirs = {"image_to_text": "text_retrieval", "text_to_image": "image_retrieval"}
+  assert len(found) == 6
+  for way, name in theirs.items():
+    for k in (1, 5, 10):
+      expected = golden[f"{captions}/{name}_recall_at_{k}"]
+      np.testing.assert_allclose(found[f"{way}_r{k}"], expected, atol=1e-6, err_msg=f"{way} at {k}")
+
+
+def test_recall_with_shared_captions_equals_loops():
+  rng = np.random.default_rng(0)
+  image, text = rng.normal(size=(15, 4)), rng.normal(size=(20, 4))
+  match, group = rng.random((15, 6)) < 0.3, rng.integers(0, 6, 20)
+  match[np.arange(15), rng.integers(0, 6, 15)] = True
+  match[0] = True
+  similarity = image @ text.T
+  relevant = np.array([[match[i, group[t]] for t in range(20)] for i in range(15)])
+
+  def share(similarity, relevant, k):
+    return np.mean([hits[np.argsort(-row)[:k]].any() for row, hits in zip(similarity, relevant, strict=True)])
+
+  found = recall(image, text, match, group)
+  for k in (1, 5, 10):
+    np.testing.assert_allclose(found[f"image_to_text_r{k}"], share(similarity, relevant, k))
+    np.testing.assert_allclose(found[f"text_to_image_r{k}"], share(similarity.T, relevant.T, k))
+
+
+def test_a_collapsed_model_scores_zero():
+  match, group = own_captions(np.repeat(np.arange(12), 2))
+  found = recall(np.ones((12, 3)), np.ones((24, 3)), match, group)
+  assert set(found.values()) == {0.0}
+
+
+def test_a_model_of_nans_scores_zero():
+  match, group = own_captions(np.repeat(np.arange(12), 2))
+  found = recall(np.full((12, 3), np.nan), np.full((24, 3), np.nan), match, group)
+  assert set(found.values()) == {0.0}
+
+
+class Source(list):
+  """Pictures of one grey each, `20 * index`; what is not an integer cannot be read."""
+
+  name, classnames, skipped = "greys", (), {}
+
+  def __getitem__(self, index):
+    grey, captions = super().__getitem__(index)
+    image = np.full((8, 8, 3), 20 * grey, np.uint8) if isinstance(grey, int) else b"broken"
+    return {"image": image, "captions": captions, "label": -1, "id": str(index)}
+
+
+def encoders(words, batch_size=4):
+  """Looks images up by their grey and texts by their word, in rows of the identity: equal numbers match."""
+  table = np.eye(8, dtype=np.float32)
+  return Encoders(
+    image=lambda images: table[np.rint(images.mean(axis=(1, 2, 3)) / 20).astype(int)],
+    text=lambda tokens: table[tokens[:, 0]],
+    gather=lambda rows: rows,
+    tokenizer=lambda texts: np.array([[words[text]] for text in texts]),
+    image_size=8,
+    interpolation="bilinear",
+    batch_size=batch_size,
+  )
+
+
+def test_evaluates_a_source_without_what_cannot_be_used():
+  source = Source(
+    [(0, ("zero", "nought")), ("broken", ("lost",)), (1, ("one",)), (2, ()), (3, ("three",)), (4, ("five",))]
+  )
+  words = {"zero": 0, "nought": 0, "one": 1, "three": 3, "five": 5}
+  found = dict(retrieval(source, encoders(words), None, equal_texts=False))
+  assert (found["images"], found["texts"]) == (4, 5)
+  assert found["image_to_text_r1"] == 0.75  # the picture of a four has only a text about a five
+  assert found["text_to_image_r1"] == 0.8
+
+
+@pytest.mark.parametrize(("equal_texts", "expected"), [(True, 1.0), (False, 0.5)])
+def test_equal_texts_may_match_each_others_images(equal_texts, expected):
+  # Two pictures of a one share their caption. On their own they tie with each other and so count as lost.
+  source = Source([(1, ("one",)), (2, ("two",)), (1, ("one",)), (3, ("three",))])
+  found = dict(retrieval(source, encoders({"one": 1, "two": 2, "three": 3}), None, equal_texts=equal_texts))
+  assert found["image_to_text_r1"] == found["text_to_image_r1"] == expected
+
+
+def test_a_source_without_captions_is_named():
+  with pytest.raises(ValueError, match="greys has no readable image with a caption"):
+    dict(retrieval(Source([(1, ()), ("broken", ("lost",))]), encoders({}), None, equal_texts=False))

@@ -1,0 +1,110 @@
+"""Tests of `declip_jax.evals.zero_shot` against SLIP's and CLIP_benchmark's evaluation, and over a small source."""
+
+import numpy as np
+import pytest
+import reference_weights as reference
+
+from declip_jax.evals.embed import Encoders
+from declip_jax.evals.zero_shot import classifier, scores, zero_shot
+
+
+@pytest.fixture(scope="module")
+def golden():
+  return reference.load("metrics")
+
+
+def unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def encoders(text_rows, prompts, image_rows=None, batch_size=4):
+  """Looks prompts up in `text_rows` and images, by the value of their pixels, in `image_rows`."""
+  ids = {prompt: index for index, prompt in enumerate(prompts)}
+  return Encoders(
+    image=lambda images: image_rows[images[:, 0, 0, 0]],
+    text=lambda tokens: text_rows[tokens[:, 0]],
+    gather=lambda rows: rows,
+    tokenizer=lambda texts: np.array([[ids[text]] for text in texts]),
+    image_size=8,
+    interpolation="bilinear",
+    batch_size=batch_size,
+  )
+
+
+class Source(list):
+  """Pictures `(value of all pixels, label)`; None cannot be read."""
+
+  name, skipped = "pictures", {}
+
+  def __init__(self, examples, classnames):
+    super().__init__(examples)
+    self.classnames = classnames
+
+  def __getitem__(self, index):
+    value, label = super().__getitem__(index)
+    image = b"broken" if value is None else np.full((8, 8, 3), value, np.uint8)
+    return {"image": image, "captions": (), "label": label, "id": str(index)}
+
+
+def test_scores_equal_slip_and_clip_benchmark(golden):
+  found = scores(golden["classification/logits"], golden["classification/labels"])
+  np.testing.assert_allclose(found["top1"], golden["classification/clipbench_acc1"], atol=1e-7)
+  np.testing.assert_allclose(found["top5"], golden["classification/clipbench_acc5"], atol=1e-7)
+  np.testing.assert_allclose(
+    found["mean_per_class"], golden["classification/clipbench_mean_per_class_recall"], atol=1e-7
+  )
+  np.testing.assert_allclose(100 * found["top1"], golden["classification/slip_top1_percent"], atol=1e-4)
+  np.testing.assert_allclose(100 * found["top5"], golden["classification/slip_top5_percent"], atol=1e-4)
+  np.testing.assert_allclose(
+    100 * found["mean_per_class"], golden["classification/slip_mean_per_class_percent"], atol=1e-4
+  )
+  most = max(np.mean(golden["classification/labels"] == name) for name in range(10))
+  np.testing.assert_allclose(found["majority_share"], most)
+
+
+def test_classes_without_an_image_do_not_count():
+  logits = np.eye(4)[[0, 0, 1]]
+  found = scores(logits, np.array([0, 1, 1]))
+  assert found == {"top1": 2 / 3, "top5": 1.0, "mean_per_class": 0.75, "majority_share": 2 / 3}
+
+
+@pytest.fixture(scope="module")
+def prompts(golden):
+  """Names, templates and a lookup of the embeddings that the reference had for them, in batches that do not fit."""
+  classes, templates, dim = golden["zeroshot/template_embeddings"].shape
+  names = [f"name {index}" for index in range(classes)]
+  forms = [f"form {index} of {{}}" for index in range(templates)]
+  texts = [form.format(name) for name in names for form in forms]
+  rows = unit(golden["zeroshot/template_embeddings"]).reshape(-1, dim)
+  return names, forms, texts, rows
+
+
+def test_classifier_equals_clip_benchmark(golden, prompts):
+  names, forms, texts, rows = prompts
+  weights = classifier(names, forms, encoders(rows, texts))
+  np.testing.assert_allclose(weights, golden["zeroshot/weights_dim_by_class"].T, atol=1e-6)
+  logits = 100 * unit(golden["zeroshot/image_embeddings"]) @ weights.T
+  np.testing.assert_allclose(logits, golden["zeroshot/logits_x100"], atol=1e-4)
+
+
+def test_accuracy_over_a_source_equals_clip_benchmark(golden, prompts):
+  names, forms, texts, rows = prompts
+  images = unit(golden["zeroshot/image_embeddings"])
+  examples = [(index, label) for index, label in enumerate(golden["zeroshot/labels"])]
+  source = Source([(None, 0), *examples, (0, -1)], names)  # an unreadable image and one without a label
+  found = dict(zero_shot(source, encoders(rows, texts, images), None, templates=forms))
+  assert found["images"] == len(examples)
+  np.testing.assert_allclose(found["top1"], golden["zeroshot/acc1"], atol=1e-6)
+
+
+def test_a_template_without_a_place_for_the_name_is_named():
+  with pytest.raises(ValueError, match="prompt template 'a photo' has no {} for the class name"):
+    classifier(["cat"], ["a {}", "a photo"], encoders(np.eye(2), []))
+
+
+def test_a_source_that_cannot_be_classified_is_named():
+  with pytest.raises(ValueError, match="pictures has no class names"):
+    dict(zero_shot(Source([(0, 0)], ()), encoders(np.eye(2), []), None, templates=("{}",)))
+  source = Source([(0, -1), (None, 0)], ("cat", "dog"))
+  with pytest.raises(ValueError, match="pictures has no readable image with a class label"):
+    dict(zero_shot(source, encoders(np.eye(2), ["cat", "dog"], np.eye(2)), None, templates=("{}",)))

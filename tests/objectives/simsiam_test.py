@@ -1,0 +1,45 @@
+"""Tests of `declip_jax.objectives.simsiam` against DeCLIP's loss and what its metric promises."""
+
+import jax
+import numpy as np
+import reference_weights as reference
+
+from declip_jax.objectives.simsiam import simsiam
+from declip_jax.types import Outputs
+
+
+def test_value_and_gradient_equal_declip():
+  golden = reference.load("losses")
+  p, z = (np.stack([golden[f"simsiam/{name}{view}"] for view in (1, 2)]) for name in "pz")
+
+  def loss(p, z):
+    return simsiam(Outputs(simsiam_prediction=p, simsiam_projection=z), {})[0]
+
+  value, (gradient, nothing) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(p, z)
+  np.testing.assert_allclose(value, golden["simsiam/loss"], atol=3e-6)
+  expected = np.stack([golden["simsiam/grad_p1"], golden["simsiam/grad_p2"]])
+  np.testing.assert_allclose(gradient, expected, atol=3e-6)
+  np.testing.assert_array_equal(nothing, np.zeros_like(z))
+
+
+def test_value_equals_loops():
+  p, z = np.random.default_rng(0).normal(size=(2, 2, 5, 3)).astype(np.float32)
+
+  def cosine(x, y):
+    return x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+
+  expected = -np.mean([(cosine(p[0, i], z[1, i]) + cosine(p[1, i], z[0, i])) / 2 for i in range(5)])
+  loss, _ = simsiam(Outputs(simsiam_prediction=p, simsiam_projection=z), {})
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_spread_tells_a_collapse():
+  rng = np.random.default_rng(1)
+  healthy = rng.normal(size=(2, 400, 16)).astype(np.float32)
+  collapsed = np.broadcast_to(healthy[:, :1], healthy.shape)
+
+  def spread(z):
+    return simsiam(Outputs(simsiam_prediction=z, simsiam_projection=z), {})[1]["simsiam_spread"]
+
+  np.testing.assert_allclose(spread(healthy), 1, atol=0.02)
+  np.testing.assert_allclose(spread(collapsed), 0, atol=1e-5)

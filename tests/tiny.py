@@ -1,0 +1,35 @@
+"""A config so small that a step takes milliseconds, shared by the tests of the trainer."""
+
+from ml_collections import ConfigDict
+
+from declip_jax import config
+
+
+def tiny_config(method: str, **data: object) -> ConfigDict:
+  """`method` on the embedded scenes: 16 pairs a step, 8 steps, everything else as small as it gets."""
+  c = config.default(method)
+  c.batch_size = 16
+  c.duration = config.duration(steps=8)
+  c.data.train = ("scenes:train/256/24",)
+  c.data.image_size = 16
+  c.data.threads = 2
+  c.data.mask_slots = 3
+  c.data.update(data)
+  c.model.dtype = "float32"
+  c.model.image = config.vit(patch=8, width=32, depth=2, heads=2)
+  c.model.text.update({"width": 16, "depth": 2, "heads": 2, "context_length": 16})
+  c.model.heads.update({"embed_dim": 16, "bank_size": 32, "simclr_projector": (32, 32, 16)})
+  c.model.heads.update({"simsiam_projector": (32, 32, 32), "simsiam_predictor": (16, 32)})
+  c.optimizer.warmup = config.duration(steps=2)
+  c.log_every = 1
+  c.evaluate_every = config.duration(steps=100)
+  c.evaluate_batch_size = 16
+  c.evals.heldout = config.zero_shot("scenes:heldout/40/24")
+  c.evals.retrieval = config.retrieval("scenes:test/20/24")
+  c.checkpoint.every = config.duration(steps=2)
+  return c
+
+
+def get_config(method: str = "declip") -> ConfigDict:
+  """Lets the commands load this file as a config."""
+  return tiny_config(method)

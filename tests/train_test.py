@@ -1,0 +1,242 @@
+"""The trainer: the same losses on any mesh, exact resumption, what it refuses, and what it leaves behind."""
+
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+from jax.sharding import Mesh
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from declip_jax import run, sharding, train
+from declip_jax.checkpoint import Checkpoints
+from declip_jax.config import METHODS
+from declip_jax.encode import load
+from declip_jax.evaluate import evaluate
+from declip_jax.metrics import read_metrics
+from declip_jax.state import abstract_state
+
+TESTS = Path(__file__).parent
+
+
+def final_state(workdir: Path, config, step: int):
+  """The state of a run, on one device."""
+  parts = run.build(config)._replace(mesh=sharding.make_mesh(1, 1, jax.devices()[:1]))
+  abstract = abstract_state(
+    parts.batch_shape(config.batch_size), parts.mesh, model=parts.model, optimizer=parts.optimizer
+  )
+  checkpoints = Checkpoints(workdir)
+  state, position = checkpoints.restore(step, abstract)
+  checkpoints.close()
+  return jax.tree.map(np.asarray, state), position
+
+
+def assert_equal(a, b, **tolerance: float) -> None:
+  """Leaf by leaf, bit for bit unless a tolerance is given."""
+  for (path, x), (_, y) in zip(jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b), strict=True):
+    np.testing.assert_allclose(x, y, **({"rtol": 0, "atol": 0} | tolerance), err_msg=jax.tree_util.keystr(path))
+
+
+def use_mesh(monkeypatch: pytest.MonkeyPatch, data: int, fsdp: int) -> None:
+  devices = jax.devices()[: data * fsdp]
+  monkeypatch.setattr(run, "make_mesh", lambda **_: sharding.make_mesh(data, fsdp, devices))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_meshes_agree(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(sharding, "MIN_SIZE", 256)  # so that the small arrays of this test are split at all
+  config = tiny_config(method)
+  config.duration.steps = 4
+  config.model.heads.bank_size = 16  # full after a step
+  losses, states = {}, {}
+  for data, fsdp in ((1, 1), (8, 1), (2, 4)):
+    use_mesh(monkeypatch, data, fsdp)
+    workdir = tmp_path / f"{data}x{fsdp}"
+    train.train(config, workdir)
+    losses[data, fsdp] = [row["loss"] for row in read_metrics(workdir) if "loss" in row]
+    states[data, fsdp] = final_state(workdir, config, 4)[0]
+  assert len(losses[1, 1]) == 4
+  for mesh in ((8, 1), (2, 4)):
+    np.testing.assert_allclose(losses[mesh], losses[1, 1], rtol=0, atol=1e-5)
+    assert_equal(states[mesh].params, states[1, 1].params, atol=1e-5)
+    assert_equal(states[mesh].collections, states[1, 1].collections, atol=1e-5)
+
+
+def command(config: str, workdir: Path, *overrides: str) -> list[str]:
+  paths = ["--config", f"{TESTS / 'tiny.py'}:{config}", "--workdir", str(workdir)]
+  return [sys.executable, "-m", "declip_jax.train", *paths, *overrides]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+
+
+def losses_on_disk(workdir: Path) -> list[float]:
+  return [row["loss"] for row in read_metrics(workdir) if "loss" in row]
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+  """Until metrics.jsonl has that step."""
+  for _ in range(1200):
+    if (workdir / "metrics.jsonl").exists() and any(row["step"] >= step for row in read_metrics(workdir)):
+      return
+    assert process.poll() is None, f"ended with {process.returncode} before step {step}"
+    time.sleep(0.05)
+  raise AssertionError(f"no step {step} within a minute")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_run_resumes_bit_exact(workers: int, tmp_path: Path) -> None:
+  steps = ["--config.duration.steps=30", f"--config.data.workers={workers}"]
+  subprocess.run(command("declip", tmp_path / "whole", *steps), env=environment(), check=True)
+  victim = subprocess.Popen(command("declip", tmp_path / "killed", *steps), env=environment(), start_new_session=True)
+  wait_for_step(tmp_path / "killed", int(np.random.default_rng().integers(3, 25)), victim)
+  os.killpg(victim.pid, signal.SIGKILL)
+  assert victim.wait() == -signal.SIGKILL
+  # The other number of workers goes on: the stream does not depend on it.
+  other = ["--config.duration.steps=30", f"--config.data.workers={2 - workers}"]
+  subprocess.run(command("declip", tmp_path / "killed", *other), env=environment(), check=True)
+  config = tiny_config("declip")
+  whole, killed = (final_state(tmp_path / name, config, 30) for name in ("whole", "killed"))
+  assert_equal(whole[0], killed[0])
+  assert whole[1] == killed[1] == {"next_index": 30 * 16}
+  assert losses_on_disk(tmp_path / "whole") == losses_on_disk(tmp_path / "killed")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_and_leaves(signum: int, code: int, tmp_path: Path) -> None:
+  process = subprocess.Popen(
+    command("clip", tmp_path, "--config.duration.steps=100000", "--config.checkpoint.every.steps=0"),
+    env=environment(),
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  wait_for_step(tmp_path, 5, process)
+  process.send_signal(signum)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == code
+  assert "Traceback" not in errors
+  (step,) = Checkpoints(tmp_path).steps()
+  assert step >= 5
+  assert f"stopped at step {step}" in errors
+
+
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+  steps = ["--config.duration.steps=4", "--config.model.heads.bank_size=16"]
+  subprocess.run(command("declip", tmp_path / "one", *steps), env=environment(), check=True)
+  port = 20000 + os.getpid() % 20000
+  processes = [
+    subprocess.Popen(
+      [*command("declip", tmp_path / "two", *steps), f"--coordinator=localhost:{port}", "--processes=2"]
+      + [f"--process={index}"],
+      env=environment(),
+    )
+    for index in range(2)
+  ]
+  assert [process.wait(timeout=180) for process in processes] == [0, 0]
+  np.testing.assert_allclose(losses_on_disk(tmp_path / "two"), losses_on_disk(tmp_path / "one"), rtol=0, atol=1e-5)
+  config = tiny_config("declip")
+  config.model.heads.bank_size = 16
+  one, two = (final_state(tmp_path / name, config, 4) for name in ("one", "two"))
+  assert_equal(one[0].params, two[0].params, atol=1e-5)
+  assert one[1] == two[1]
+
+
+def test_run_leaves_its_record(tmp_path: Path) -> None:
+  config = tiny_config("declip")
+  final = train.train(config, tmp_path)
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names >= {"checkpoints", "config.json", "run.json", "metrics.jsonl", "tensorboard"}
+  assert names >= {"views.png", "curves.png", "retrieval.png"}
+  about = json.loads((tmp_path / "run.json").read_text())
+  assert about["versions"]["jax"] == jax.__version__
+  assert about["mesh"] == {"data": 8, "fsdp": 1}
+  assert {"loss", "loss/clip", "loss/nns", "eval/heldout/top1", "eval/retrieval/text_to_image_r10"} <= set(final)
+  # A finished run, started again, has nothing to do and says the same.
+  again = train.train(config, tmp_path)
+  scores = {name: value for name, value in final.items() if name.startswith("eval/")}
+  assert {name: again[name] for name in scores} == scores
+  # The commands' functions read it back, whatever the batch size.
+  assert {name: value for name, value in evaluate(tmp_path).items() if name != "step"} == pytest.approx(scores)
+  clip = load(tmp_path)
+  clip.config.evaluate_batch_size = 8
+  images = [np.full((30, 20, 3), value, np.uint8) for value in (0, 128, 255)]
+  assert clip.encode_images(images).shape == (3, 16)
+  np.testing.assert_allclose(np.linalg.norm(clip.encode_texts(["a red ring", ""]), axis=1), 1, atol=1e-5)
+
+
+def test_training_learns(tmp_path: Path) -> None:
+  config = tiny_config("clip")
+  config.duration.steps = 60
+  config.data.train = ("scenes:train/16/24",)
+  config.optimizer.learning_rate = 3e-3
+  train.train(config, tmp_path)
+  losses = losses_on_disk(tmp_path)
+  assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
+
+
+def test_step_with_nan_changes_nothing_but_counts() -> None:
+  config = tiny_config("declip")
+  parts = run.build(config)
+  batch = {name: jnp.ones(x.shape, x.dtype) for name, x in parts.batch_shape(16).items()}
+  options = {
+    "model": parts.model,
+    "optimizer": parts.optimizer,
+    "weights": {"clip": 1.0, "simsiam": 1.0},
+    "logit_scale_range": (0.0, 4.6),
+  }
+  state = train.init_state(0, batch, model=parts.model, optimizer=parts.optimizer)
+  broken = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+  step = jax.jit(lambda state: train.train_step(state, batch, schedule=lambda step: 0.1, **options))
+  after, metrics = step(broken)
+  assert_equal(after.params, broken.params)
+  assert_equal((after.opt_state, after.collections), (broken.opt_state, broken.collections))
+  assert (int(after.step), int(metrics["skipped_total"]), int(metrics["skipped_in_a_row"])) == (1, 1, 1)
+  recovered, metrics = step(after.replace(params=state.params))
+  assert int(metrics["skipped_in_a_row"]) == 0
+  assert int(recovered.skipped["total"]) == 1
+  assert not np.array_equal(
+    recovered.params["heads"]["text_projection"]["kernel"], state.params["heads"]["text_projection"]["kernel"]
+  )
+
+
+def test_too_many_skipped_steps_stop_the_run(tmp_path: Path) -> None:
+  config = tiny_config("clip")
+  config.optimizer.learning_rate = float("nan")
+  config.max_skipped_in_a_row = 3
+  with pytest.raises(FloatingPointError, match="3 steps in a row"):
+    train.train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"batch_size": 12}, r"batch_size=12 does not divide over the 8 devices"),
+    ({"data.recipe": "blip"}, r"recipe='blip': choose one of \['clip', 'declip', 'slip'\]"),
+    ({"data.recipe": "clip"}, r"term 'mlm' .* needs Outputs.mlm_logits, which the recipe 'clip' does not"),
+    ({"data.train": ("webdataset:/nowhere/train-*.tar",)}, r"/nowhere"),
+    ({"data.train": ("parquet:/data",)}, r"parquet"),
+    ({"model.image.kind": "cnn"}, r"kind='cnn': choose one of"),
+    ({"model.text.vocab_size": 49408}, r"vocab_size=49408 is too small"),
+    ({"data.image_size": 20}, r"image_size=20 is no multiple of config.model.image.patch=8"),
+    ({"mesh.data": 3}, r"does not fit 8 devices"),
+    ({"duration.epochs": 2.0}, r"set one of steps, epochs, examples"),
+    ({"optimizer.warmup.steps": 9}, r"longer than the training of 8"),
+    ({"model.heads.bank_size": 8}, r"fewer than the global batch of 16"),
+    ({"data.mixture": (0.5, 0.5)}, r"a positive weight for each of 1 sources"),
+  ],
+)
+def test_bad_config_is_refused_before_compiling(change: dict, message: str, tmp_path: Path) -> None:
+  config = tiny_config("declip")
+  config.update_from_flattened_dict(change)
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    train.train(config, tmp_path / "run")
+  assert not (tmp_path / "run" / "checkpoints").exists()
