@@ -13,7 +13,11 @@ from declip_jax import config
 
 EPOCHS = {"fashion44k": 6, "flickr8k": 20}
 # Titles are like "Puma Women Black Crazy Slide Flats", not like "a photo of flats".
-FASHION_TEMPLATES = ("{}", "Men {}", "Women {}")
+FASHION_TEMPLATES = tuple(
+  f"{who} {color} {{}}"
+  for who in ("Men", "Women")
+  for color in ("Black", "White", "Blue", "Red", "Brown", "Pink", "Grey")
+)
 
 
 def get_config(arg: str = "clip,fashion44k,data/fashion44k") -> ConfigDict:

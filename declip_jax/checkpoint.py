@@ -1,7 +1,7 @@
 """Checkpoints by orbax: the train state, the position of the input, and the config, written in the background.
 
-A checkpoint has five items: `params` and `collections` (evaluation and export read nothing else), `training` (step,
-moments, counters), `data` (the position of the input stream, JSON) and `config` (JSON).
+A checkpoint has four items: `model` (parameters and collections; evaluation and export read nothing else), `training`
+(step, moments, counters), `data` (the position of the input stream, JSON) and `config` (JSON).
 """
 
 from collections.abc import Mapping
@@ -43,8 +43,7 @@ class Checkpoints:
         save_decision_policy=policies.FixedIntervalPolicy(1),  # the loop decides
       ),
       item_handlers={
-        "params": ocp.PyTreeCheckpointHandler(),
-        "collections": ocp.PyTreeCheckpointHandler(),
+        "model": ocp.PyTreeCheckpointHandler(),
         "training": ocp.PyTreeCheckpointHandler(),
         "data": ocp.JsonCheckpointHandler(),
         "config": ocp.JsonCheckpointHandler(),
@@ -70,8 +69,7 @@ class Checkpoints:
   ) -> None:
     """Starts to write a checkpoint and returns as soon as the arrays are copied to the host."""
     args = ocp.args.Composite(
-      params=ocp.args.PyTreeSave(state.params),
-      collections=ocp.args.PyTreeSave(state.collections),
+      model=ocp.args.PyTreeSave(_model(state)),
       training=ocp.args.PyTreeSave(_training(state)),
       data=ocp.args.JsonSave(dict(data)),
       config=ocp.args.JsonSave(dict(config)),
@@ -81,18 +79,16 @@ class Checkpoints:
   def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
     """State and input position of a step, laid out as `abstract` says, whatever mesh they were saved from."""
     args = ocp.args.Composite(
-      params=_restore(abstract.params),
-      collections=_restore(abstract.collections),
+      model=_restore(_model(abstract)),
       training=_restore(_training(abstract)),
       data=ocp.args.JsonRestore(),
     )
     found = self._manager.restore(step, args=args)
-    return State(params=found["params"], collections=found["collections"], **found["training"]), found["data"]
+    return State(**found["model"], **found["training"]), found["data"]
 
   def restore_model(self, step: int, abstract: State) -> tuple[Tree, Tree]:
     """Parameters and collections only, for evaluation."""
-    args = ocp.args.Composite(params=_restore(abstract.params), collections=_restore(abstract.collections))
-    found = self._manager.restore(step, args=args)
+    found = self._manager.restore(step, args=ocp.args.Composite(model=_restore(_model(abstract))))["model"]
     return found["params"], found["collections"]
 
   def preempted(self, step: int) -> bool:
@@ -106,6 +102,11 @@ class Checkpoints:
   def close(self) -> None:
     """Waits and frees the background threads."""
     self._manager.close()
+
+
+def _model(state: State) -> dict[str, Any]:
+  # One item, since orbax warns at every save of one without arrays, as CLIP's collections are.
+  return {"params": state.params, "collections": state.collections}
 
 
 def _training(state: State) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from declip_jax.metrics import summary_table
 
 
 def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], dict[str, float]]:
-  """Opens the sources of `config.evals` and returns a function of encoders to all their metrics, `eval/<name>/<metric>`.
+  """Opens the sources of `config.evals` and returns a function of encoders to all their metrics.
 
-  Pictures go to `workdir`.
+  Metrics are named `eval/<name>/<metric>`. Pictures go to `workdir`.
 
   Raises:
     ValueError: an unknown kind of evaluator, or a source that cannot be opened.

@@ -30,7 +30,9 @@ def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None) -> 
   elif fsdp == -1 and data > 0:
     fsdp = count // data
   if data * fsdp != count or data < 1:
-    raise ValueError(f"config.mesh (data={asked[0]}, fsdp={asked[1]}) does not fit {count} devices: their product must")
+    raise ValueError(
+      f"config.mesh (data={asked[0]}, fsdp={asked[1]}) does not fit {count} devices: the product must be {count}"
+    )
   return jax.make_mesh((data, fsdp), (DATA, FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 

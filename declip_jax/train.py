@@ -8,6 +8,7 @@ See declip_jax/config.py for all fields and their meaning, and configs/ for what
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 from functools import partial
+import math
 import os
 from pathlib import Path
 import signal
@@ -260,10 +261,11 @@ class _Watch:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     values |= {
       "examples": self._step * self._config.batch_size,
-      "images_per_second": images_per_second,
       "wait_fraction": self.wait_fraction,
       "substituted_share": self._substituted / (local * (self._step - self._logged)),
     }
+    if math.isfinite(images_per_second):  # there is none yet at the first step
+      values["images_per_second"] = images_per_second
     self._began, self._waited, self._substituted, self._logged = time.perf_counter(), 0.0, 0, self._step
     return values
 

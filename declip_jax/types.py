@@ -61,7 +61,7 @@ class Outputs:
   Attributes:
     image: `[v b d]` unit-norm embeddings of the contrastive image views.
     text: `[u b d]` unit-norm embeddings of the contrastive text views.
-    scale: `[]` inverse temperature, exponentiated and clipped.
+    scale: `[]` inverse temperature, exponentiated; the step clips the parameter itself.
     simclr: `[2 b p]` SimCLR projections of the two self-supervised views, not normalised.
     simsiam_projection: `[2 b p]` SimSiam projections `z`.
     simsiam_prediction: `[2 b p]` SimSiam predictions `p`.

@@ -1,10 +1,12 @@
-"""Eight CPU devices, so that sharding is tested everywhere; full-precision matrix products."""
+"""Eight CPU devices, so that sharding is tested everywhere; full-precision products; code that compiles fast."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 
-import jax  # noqa: E402  (the variables above have to be set first)
+import jax
 
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -70,13 +70,13 @@ def retrieval(
 
 
 def _ranks(query: np.ndarray, key: np.ndarray, matches_of: Callable[[slice], np.ndarray]) -> Int[np.ndarray, "n"]:
-  """For each query how many keys that do not match it are at least as near as its nearest match."""
+  """For each query how many keys that do not match it are at least as near as its nearest match; NaN counts as near."""
   ranks = []
   for start in range(0, len(query), _CHUNK):
     rows = slice(start, start + _CHUNK)
     similarity, matches = query[rows] @ key.T, matches_of(rows)
     best = np.where(matches, similarity, -np.inf).max(axis=1, keepdims=True)
-    ranks.append((~matches & (similarity >= best)).sum(axis=1))
+    ranks.append((~matches & ~(similarity < best)).sum(axis=1))
   return np.concatenate(ranks)
 
 

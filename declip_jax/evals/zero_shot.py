@@ -57,7 +57,7 @@ def zero_shot(
     raise ValueError(f"{source.name} has no class names: a WebDataset takes them from classnames.txt beside its shards")
   weights = classifier(source.classnames, templates, encoders)
   images = embed_images(source, encoders)
-  used = images.readable & (images.label >= 0)
+  used = images.label >= 0  # -1 also where an image cannot be read
   if not used.any():
     raise ValueError(f"{source.name} has no readable image with a class label")
   yield from scores(images.embedding[used] @ weights.T, images.label[used]).items()

@@ -50,7 +50,7 @@ def multi_view(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metric
   images, texts = outputs.image.shape[0], outputs.text.shape[0]
   pairs = [(i, t) for i in range(images) for t in range(texts)][1:]
   if not pairs:
-    raise ValueError("term 'mvs' needs a second contrastive image or text view")
+    raise ValueError("term 'mvs' needs Outputs.image or Outputs.text with a second view: choose another recipe")
   losses = [info_nce(outputs.image[i], outputs.text[t], outputs.scale)[0] for i, t in pairs]
   return sum(losses) / len(losses), {}
 

@@ -110,7 +110,7 @@ _SPLITS = {"train": (SEEN, 100_000), "test": (SEEN, 5_000), "heldout": (HELD_OUT
 
 _REPEATS = 2.5  # periods of a texture across an object
 _TEXTURES = ("solid", "striped", "dotted", "checkered", "outlined")
-_EXTENTS = {"small": (0.36, 0.44), "medium": (0.5, 0.6), "large": (0.68, 0.8)}  # longer side, as a share of the image
+_EXTENTS = {"small": (0.48, 0.56), "medium": (0.62, 0.72), "large": (0.8, 0.92)}  # longer side, as a share of the image
 _FINISHES = ("plain", "shaded", "grainy")
 _BACKGROUNDS = {
   "grey": (128, 128, 128),
@@ -159,6 +159,10 @@ _SENTENCES = (
   "{outline} in {color} {place}",
   "{outline}, {color}, {backdrop}",
   "the color of this {shape} is {color}",
+  "{object}",
+  "a picture of {object}",
+  "{outline} in {color}",
+  "look at this {shape}, it is {color}",
 )
 _DISTRACTORS = (
   "{caption}, for sale, see description",
@@ -171,6 +175,8 @@ _DISTRACTORS = (
   "new! {caption}",
 )
 _CANONICAL = 0.75  # share of captions that use the class's own word rather than a synonym
+# Share of captions that mention size, texture, finish: with more, shape is hardly needed to tell scenes apart.
+_DETAILED = 0.3
 _DISTRACTED = 0.3
 
 
@@ -296,7 +302,7 @@ def _caption(scene: _Scene, sentence: str, rng: np.random.Generator) -> str:
   color = _word(scene.color, COLORS[scene.color].synonyms, rng)
   shape = _word(scene.shape, SHAPES[scene.shape].synonyms, rng)
   size, texture, finish = (
-    f"{detail} " if rng.random() < 0.5 else "" for detail in (scene.size, scene.texture, scene.finish)
+    f"{detail} " if rng.random() < _DETAILED else "" for detail in (scene.size, scene.texture, scene.finish)
   )
   caption = sentence.format(
     object=_with_article(f"{size}{texture}{color} {shape}"),
