@@ -13,16 +13,16 @@ from declip_jax.data.sources.scenes import TEMPLATES
 def get_config(method: str = "declip") -> ConfigDict:
   """`method` is clip, slip or declip, as in --config=configs/demo.py:clip"""
   c = config.default(method)
-  c.batch_size = 128
-  c.duration = config.duration(steps=600)
+  c.batch_size = 64
+  c.duration = config.duration(steps=1000)
   c.data.train = ("scenes:train/100000/40",)
   c.data.image_size = 32
-  c.data.strong_scale = (0.5, 1.0)  # scenes are mostly object: smaller crops would lose it
-  c.data.weak_scale = (0.6, 1.0)
-  c.data.jitter = (0.3, 0.3, 0.3, 0.02)  # colour is half of what there is to learn
+  # Milder than on photographs: a scene is one object, and its colour is half of what there is to learn.
+  c.data.weak_scale = c.data.strong_scale = (0.7, 1.0)
+  c.data.jitter = (0.2, 0.2, 0.2, 0.02)
   c.data.grayscale_probability = 0.05
-  c.data.blur_radius = (0.1, 0.5)
-  c.data.mask_slots = 3  # captions are short: 15 % of 10 tokens
+  c.data.blur_probability, c.data.blur_radius = 0.2, (0.1, 0.5)
+  c.data.mask_slots = 2  # captions are short: 15 % of some 10 tokens
   c.data.threads = 2
   c.model.dtype = "float32"
   c.model.image = config.resnet(width=16, layers=(1, 1, 1, 1))  # learns shapes from fewer pictures than a ViT
@@ -34,10 +34,10 @@ def get_config(method: str = "declip") -> ConfigDict:
   c.optimizer.warmup = config.duration(steps=50)
   c.optimizer.weight_decay = 0.1
   c.log_every = 10
-  c.evaluate_every = config.duration(steps=200)
+  c.evaluate_every = config.duration(steps=250)
   c.evaluate_batch_size = 256
   c.evals.heldout = config.zero_shot("scenes:heldout/1500/40", TEMPLATES)
   c.evals.retrieval = config.retrieval("scenes:test/500/40")
-  c.checkpoint.every = config.duration(steps=200)
+  c.checkpoint.every = config.duration(steps=250)
   c.checkpoint.best_metric = "eval/heldout/top1"
   return c

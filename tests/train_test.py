@@ -44,6 +44,21 @@ def assert_equal(a, b, **tolerance: float) -> None:
     np.testing.assert_allclose(x, y, **({"rtol": 0, "atol": 0} | tolerance), err_msg=jax.tree_util.keystr(path))
 
 
+def without_key_bias(params):
+  """The parameters with the biases of the attention keys set to zero.
+
+  Softmax does not see them: their exact gradient is zero, and Adam turns its rounding noise into steps of full size.
+  """
+
+  def clear(path, leaf):
+    if "qkv" not in jax.tree_util.keystr(path) or path[-1].key != "bias":
+      return leaf
+    query, _, value = np.split(leaf, 3, axis=-1)
+    return np.concatenate([query, np.zeros_like(query), value], axis=-1)
+
+  return jax.tree.map_with_path(clear, params)
+
+
 def use_mesh(monkeypatch: pytest.MonkeyPatch, data: int, fsdp: int) -> None:
   devices = jax.devices()[: data * fsdp]
   monkeypatch.setattr(run, "make_mesh", lambda **_: sharding.make_mesh(data, fsdp, devices))
@@ -67,7 +82,7 @@ def test_meshes_agree(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
   assert len(losses[1, 1]) == 4
   for mesh in ((8, 1), (2, 4)):
     np.testing.assert_allclose(losses[mesh], losses[1, 1], rtol=0, atol=1e-5)
-    assert_equal(states[mesh].params, states[1, 1].params, atol=1e-5)
+    assert_equal(without_key_bias(states[mesh].params), without_key_bias(states[1, 1].params), atol=1e-5)
     assert_equal(states[mesh].collections, states[1, 1].collections, atol=1e-5)
 
 
@@ -148,7 +163,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
   config = tiny_config("declip")
   config.model.heads.bank_size = 16
   one, two = (final_state(tmp_path / name, config, 4) for name in ("one", "two"))
-  assert_equal(one[0].params, two[0].params, atol=1e-5)
+  assert_equal(without_key_bias(one[0].params), without_key_bias(two[0].params), atol=1e-5)
   assert one[1] == two[1]
 
 

@@ -94,9 +94,9 @@ def test_the_draw_order_has_not_changed():
   # Golden: a change here changes every published number of the demonstration, so it must be meant.
   assert [open_scenes("train")[i]["label"] for i in range(8)] == [2, 68, 43, 8, 63, 31, 36, 56]
   assert open_scenes("train")[0]["captions"] == (
-    "on a grainy charcoal background, a red heart",
-    "photo 18 of 30: a small outlined red heart at one side on a charcoal background",
-    "the color of this heart is scarlet",
+    "a photo of a red heart",
+    "photo 18 of 30: a small red heart at one side on a charcoal background",
+    "look at this heart, it is scarlet",
   )
 
 
@@ -134,7 +134,7 @@ def test_captions_name_the_label_and_nothing_held_out(split, count, monkeypatch)
     for caption in example["captions"]:
       assert _named(caption, COLORS) == {color}, caption
       assert _named(caption, SHAPES) == {shape}, caption
-      assert 4 <= len(caption.split()) <= 20
+      assert 3 <= len(caption.split()) <= 20
       assert not re.search(r"\b(left|right)\b|  |\ba [aeiou]|\{", caption), caption
     seen.add(example["label"])
   assert seen == set(range(len(source.classnames)))
@@ -174,14 +174,14 @@ def test_shapes_learnt_in_training_are_recognised_in_held_out_pairs():
   assert np.mean(predicted == shapes) > 0.9
 
 
-def test_objects_lie_inside_the_image_and_fill_a_third_to_four_fifths_of_it():
+def test_objects_lie_inside_the_image_and_fill_half_to_nine_tenths_of_it():
   for seed in range(500):
     scene = scenes._compose(SEEN, np.random.default_rng(seed))
     points = np.concatenate(scenes._place(scene))
     assert points.min() > -1e-9
     assert points.max() < 1 + 1e-9
     assert np.ptp(points, axis=0).max() == pytest.approx(scene.extent)
-    assert 0.35 < scene.extent <= 0.8
+    assert 0.48 <= scene.extent <= 0.92
 
 
 def test_places_are_true():

@@ -1,0 +1,187 @@
+"""Streams: what seed and position decide, and that nothing else does."""
+
+from dataclasses import dataclass
+import io
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from declip_jax.data import pipeline
+from declip_jax.data.recipes import RECIPES, MakeViews
+from declip_jax.data.sources import open_source
+from declip_jax.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Numbers:
+  """Image and caption of example i say i; images in `broken` cannot be decoded, those in `blank` have no caption."""
+
+  count: int
+  first: int = 0
+  broken: tuple[int, ...] = ()
+  blank: tuple[int, ...] = ()
+  name: str = "numbers"
+  classnames: tuple[str, ...] = ("even", "odd")
+
+  @property
+  def skipped(self) -> dict[str, int]:
+    return {}
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index: int) -> dict:
+    value = self.first + index
+    image = b"no image" if index in self.broken else np.full((4, 4, 3), value, np.uint8)
+    captions = () if index in self.blank else (str(value),)
+    return {"image": image, "captions": captions, "label": value % 2, "id": f"numbers:{index}"}
+
+
+def say_number(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  return {"value": np.int32(example["captions"][0]), "random": rng.random()}
+
+
+def rows(*sources: Numbers, weights: tuple[float, ...] = (1.0,), seed: int = 0):
+  return pipeline.training_rows(sources, weights, say_number, seed)
+
+
+def read(stream: pipeline.TrainStream, batches: int) -> dict[str, np.ndarray]:
+  out = [next(stream) for _ in range(batches)]
+  stream.close()
+  return {name: np.concatenate([batch[name] for batch in out]) for name in out[0]}
+
+
+def test_each_pass_is_another_permutation_with_other_randomness() -> None:
+  got = read(pipeline.TrainStream(rows(Numbers(60)), 20), 6)
+  first, second = got["value"][:60], got["value"][60:]
+  assert sorted(first) == sorted(second) == list(range(60))
+  assert not np.array_equal(first, second)
+  assert not np.array_equal(first, np.arange(60))
+  assert len(set(got["random"])) == 120
+
+
+def test_seed_changes_order_and_augmentation() -> None:
+  a, b = (read(pipeline.TrainStream(rows(Numbers(60), seed=seed), 20), 3) for seed in (0, 1))
+  assert not np.array_equal(a["value"], b["value"])
+  assert not set(a["random"]) & set(b["random"])
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_stream_and_resumption_do_not_depend_on_workers(workers: int) -> None:
+  whole = read(pipeline.TrainStream(rows(Numbers(50)), 8), 12)
+  stream = pipeline.TrainStream(rows(Numbers(50)), 8)
+  head = [next(stream) for _ in range(5)]
+  state = stream.state
+  stream.close()
+  assert state == {"next_index": 40}
+  tail = read(pipeline.TrainStream(rows(Numbers(50)), 8, workers=workers, threads=2, state=state), 7)
+  for name in ("value", "random"):
+    np.testing.assert_array_equal(np.concatenate([*(batch[name] for batch in head), tail[name]]), whole[name])
+
+
+def test_hosts_share_each_batch_and_any_number_goes_on() -> None:
+  whole = read(pipeline.TrainStream(rows(Numbers(50)), 8), 6)["value"].reshape(6, 8)
+  parts = [pipeline.TrainStream(rows(Numbers(50)), 8, host=host, hosts=2, state={"next_index": 16}) for host in (0, 1)]
+  assert [part.state for part in parts] == [{"next_index": 16}] * 2
+  values = [read(part, 4)["value"].reshape(4, 4) for part in parts]
+  np.testing.assert_array_equal(values[0], whole[2:, 0::2])
+  np.testing.assert_array_equal(values[1], whole[2:, 1::2])
+
+
+def test_mixture_is_in_exact_proportion() -> None:
+  mixed = rows(Numbers(30), Numbers(30, first=100), weights=(0.75, 0.25))
+  values = read(pipeline.TrainStream(mixed, 40), 3)["value"]
+  assert (values < 100).sum() == 90
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, -1.0)])
+def test_bad_mixture_is_refused(weights: tuple[float, ...]) -> None:
+  with pytest.raises(ValueError, match="a positive weight for each of 2 sources"):
+    rows(Numbers(3), Numbers(3), weights=weights)
+
+
+def test_empty_source_is_refused() -> None:
+  with pytest.raises(ValueError, match="numbers has no usable sample"):
+    rows(Numbers(0))
+
+
+def test_unreadable_example_is_replaced_by_the_next_and_named(caplog: pytest.LogCaptureFixture) -> None:
+  source = pipeline.Readable(Numbers(6, broken=(1, 2), blank=(5,)))
+  assert [source[i]["captions"][0] for i in range(6)] == ["0", "3", "3", "3", "4", "0"]
+  assert [source[i]["substituted"] for i in range(6)] == [0, 2, 1, 0, 0, 1]
+  assert "numbers:1: unreadable image" in caplog.text
+  assert "numbers:5: empty caption" in caplog.text
+
+
+def test_source_without_anything_readable_is_an_error() -> None:
+  with pytest.raises(RuntimeError, match=r"numbers: 100 examples in a row .* numbers:"):
+    pipeline.Readable(Numbers(3, broken=(0, 1, 2)))[0]
+
+
+def test_prefetch_gives_states_and_passes_errors_on() -> None:
+  def fail_at_30(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    if int(example["captions"][0]) == 30:
+      raise RuntimeError("thirty")
+    return say_number(example, rng)
+
+  stream = pipeline.TrainStream(rows(Numbers(30, broken=(7,))), 10)
+  with_broken = pipeline.Prefetch(stream, lambda batch: batch)
+  seen = [next(with_broken) for _ in range(3)]
+  with_broken.close()
+  assert [state for _, state, _ in seen] == [{"next_index": 10}, {"next_index": 20}, {"next_index": 30}]
+  assert sum(substituted for *_, substituted in seen) == 1
+  failing = pipeline.training_rows([Numbers(31)], (1.0,), fail_at_30, 0)
+  batches = pipeline.Prefetch(pipeline.TrainStream(failing, 31), lambda batch: batch)
+  with pytest.raises(RuntimeError, match="thirty"):
+    next(batches)
+  batches.close()
+
+
+@pytest.mark.parametrize("batch_size", [4, 16])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_evaluation_is_in_order_padded_and_masked(batch_size: int, hosts: int) -> None:
+  source = Numbers(11, broken=(3,))
+  parts = [
+    list(pipeline.EvaluationBatches(source, batch_size, 2, "bilinear", host=host, hosts=hosts)) for host in range(hosts)
+  ]
+  assert len({len(part) for part in parts}) == 1
+  rows = [np.concatenate([batch["mask"] for batch in batches]) for batches in zip(*parts, strict=True)]
+  mask = np.concatenate(rows)
+  labels = np.concatenate([batch["label"] for batches in zip(*parts, strict=True) for batch in batches])
+  pixels = np.concatenate([batch["image"][:, 0, 0, 0] for batches in zip(*parts, strict=True) for batch in batches])
+  kept = [value for value in range(11) if value != 3]
+  np.testing.assert_array_equal(np.flatnonzero(mask), kept)
+  np.testing.assert_array_equal(pixels[mask], kept)
+  np.testing.assert_array_equal(labels[mask], [value % 2 for value in kept])
+  assert (labels[~mask] == -1).all()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_batch_shapes_are_those_of_the_rows(recipe: str) -> None:
+  make_views = MakeViews(RECIPES[recipe], Tokenizer(16), size=20)
+  dataset = pipeline.training_rows([open_source("scenes:train/40/24")], (1.0,), make_views, 0)
+  batch = next(pipeline.TrainStream(dataset, 8))
+  batch.pop(pipeline.SUBSTITUTED)
+  assert {name: (value.shape, value.dtype.type) for name, value in batch.items()} == make_views.batch_shapes(8)
+
+
+def test_views_are_what_the_recipe_says() -> None:
+  file = io.BytesIO()
+  Image.new("RGB", (40, 30), (10, 200, 90)).save(file, "PNG")
+  example = {"image": pipeline.images.decode(file.getvalue()), "captions": ("a tall red house stands alone",)}
+  tokenizer = Tokenizer(16)
+  clip = MakeViews(RECIPES["clip"], tokenizer, size=8)(example, np.random.default_rng(0))
+  assert (clip["image"] == [10, 200, 90]).all()  # a crop and nothing else
+  np.testing.assert_array_equal(clip["text"], tokenizer(example["captions"]))
+  slip = MakeViews(RECIPES["slip"], tokenizer, size=8)(example, np.random.default_rng(1))
+  assert (slip["image"][0] == [10, 200, 90]).all()
+  assert not np.array_equal(slip["image"][1], slip["image"][2])
+  for seed in range(20):
+    row = MakeViews(RECIPES["declip"], tokenizer, size=8)(example, np.random.default_rng(seed))
+    raw, _, masked = row["text"]
+    np.testing.assert_array_equal(raw, clip["text"][0])  # the contrast sees a clean caption
+    real = row["mlm_weight"] > 0
+    np.testing.assert_array_equal(raw[row["mlm_position"][real]], row["mlm_target"][real])
+    changed = np.flatnonzero(raw != masked)
+    assert set(changed) <= set(row["mlm_position"][real])
