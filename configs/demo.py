@@ -30,7 +30,7 @@ def get_config(method: str = "declip") -> ConfigDict:
   c.model.heads.update({"embed_dim": 64, "image_bias": True, "bank_size": 2048})
   c.model.heads.update({"simsiam_projector": (128, 128, 128), "simsiam_predictor": (64, 128)})
   c.model.heads.simclr_projector = (256, 256, 64)
-  c.optimizer.learning_rate = 2e-3
+  c.optimizer.learning_rate = 7e-4
   c.optimizer.warmup = config.duration(steps=50)
   c.optimizer.weight_decay = 0.1
   c.log_every = 10
