@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 import jax
 from ml_collections import ConfigDict
 
@@ -81,26 +81,16 @@ def _asked() -> ConfigDict | None:
   return evals if len(evals) else None
 
 
-def main(_: list[str]) -> int:
-  """Runs the command; returns its exit code."""
-  workdir = Path(flags.FLAGS.workdir)
-
-  def command() -> None:
-    run.join_processes()
-    results = evaluate(workdir, flags.FLAGS.step, _asked())
-    if jax.process_index() == 0:
-      print(summary_table({"run": str(workdir), **results}))
-
-  return run.report_errors(command, workdir)
+def _command(workdir: Path) -> None:
+  results = evaluate(workdir, flags.FLAGS.step, _asked())
+  if jax.process_index() == 0:
+    print(summary_table({"run": str(workdir), **results}))
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
   flags.DEFINE_string("zero_shot", None, "Source to classify, such as webdataset:/data/test-*.tar")
   flags.DEFINE_multi_string("template", ["a photo of a {}."], "Prompt with {} for the class name; may be repeated.")
   flags.DEFINE_string("retrieval", None, "Source to search.")
   flags.DEFINE_bool("equal_texts", False, "In retrieval, captions of the same wording match each other's images.")
-  run.define_process_flags()
-  flags.FLAGS.set_default("verbosity", -1)
-  app.run(main)
+  run.launch(_command)

@@ -9,7 +9,7 @@ import sys
 import traceback
 from typing import Any, NamedTuple
 
-from absl import flags
+from absl import app, flags, logging
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -153,33 +153,61 @@ def record(config: ConfigDict, mesh: Mesh, workdir: Path) -> list[str]:
   return _differences(before, json.loads(text))
 
 
-def define_process_flags() -> None:
-  """Flags for a run of several processes; TPU pods and Slurm need only `--multihost`."""
+def launch(command: Callable[[Path], None]) -> None:
+  """Runs a command of the command line: parses flags, joins the other processes, calls it with `--workdir`.
+
+  What the user can mend is one line on the screen and exit code 2, with the traceback in a file beside the run. Defines
+  the flags that all commands share; TPU pods and Slurm need only `--multihost`.
+  """
+  flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, pictures.", required=True)
   flags.DEFINE_bool("multihost", False, "One of several processes that JAX finds by itself (TPU pod, Slurm, GKE).")
   flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX cannot find it by itself.")
   flags.DEFINE_integer("processes", None, "With --coordinator: number of processes.", lower_bound=1)
   flags.DEFINE_integer("process", None, "With --coordinator: number of this process, from 0.", lower_bound=0)
+  for name in ("workdir", "multihost", "coordinator", "processes", "process"):
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # so that --help shows it
+
+  def main(_: list[str]) -> int:
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # orbax tells a lot at every save
+    workdir = Path(flags.FLAGS.workdir)
+    try:
+      _join_processes()
+      command(workdir)
+    except USER_ERRORS as error:
+      return _report(error, workdir)
+    return 0
+
+  app.run(main, flags_parser=_parse_flags)
 
 
-def join_processes() -> None:
-  """Connects to the other processes if the flags ask for it; before anything else touches a device."""
+def _parse_flags(arguments: list[str]) -> list[str]:
+  # A wrong field or config file raises while flags are parsed; absl reports its own errors and --help by itself.
+  try:
+    rest = app.parse_flags_with_usage(arguments)
+    if "config" in flags.FLAGS:
+      flags.FLAGS.config.items()  # raises here, and not later, if the file could not be read
+    return rest
+  except (AttributeError, OSError, TypeError, ValueError) as error:
+    lines = [line for line in str(error).strip("'\"").replace("\\n", "\n").split("\n") if line.strip()]
+    print("error: " + "\n".join(line.replace("\\'", "'") for line in lines), file=sys.stderr)
+    sys.exit(2)
+
+
+def _join_processes() -> None:
   if flags.FLAGS.coordinator:
     jax.distributed.initialize(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
   elif flags.FLAGS.multihost:
     jax.distributed.initialize()
 
 
-def report_errors(command: Callable[[], int | None], workdir: Path) -> int:
-  """Runs a command; what the user can mend is one line on the screen, with the traceback in a file beside the run."""
-  try:
-    return command() or 0
-  except USER_ERRORS as error:
-    message = f"error: {error}"
-    if workdir.is_dir():
-      (workdir / "error.txt").write_text(traceback.format_exc())
-      message += f"\n(traceback in {workdir / 'error.txt'})"
-    print(message, file=sys.stderr)
-    return 2
+def _report(error: Exception, workdir: Path) -> int:
+  message = f"error: {error}"
+  if workdir.is_dir():
+    (workdir / "error.txt").write_text(traceback.format_exc())
+    message += f"\n(traceback in {workdir / 'error.txt'})"
+  print(message, file=sys.stderr)
+  return 2
 
 
 def _git_revision() -> str:

@@ -18,12 +18,12 @@ import time
 from types import FrameType
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 import grain
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 import numpy as np
 import optax
 
@@ -362,28 +362,15 @@ def _last_losses(workdir: Path) -> dict[str, float]:
   return {name: value for name, value in rows[-1].items() if name.startswith("loss") or name in names} if rows else {}
 
 
-def main(_: list[str]) -> int:
-  """Runs the command; returns its exit code."""
-  workdir = Path(flags.FLAGS.workdir)
-
-  def command() -> int:
-    run.join_processes()
-    try:
-      train(flags.FLAGS.config, workdir)
-    except Stopped as stopped:
-      print(stopped, file=sys.stderr)
-      return 128 + stopped.signum
-    return 0
-
-  return run.report_errors(command, workdir)
+def _command(workdir: Path) -> None:
+  try:
+    train(flags.FLAGS.config, workdir)
+  except Stopped as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(128 + stopped.signum)
 
 
 if __name__ == "__main__":
-  from ml_collections import config_flags
-
   config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py.", lock_config=True)
-  flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, pictures.")
-  flags.mark_flags_as_required(["config", "workdir"])
-  run.define_process_flags()
-  flags.FLAGS.set_default("verbosity", -1)  # warnings: orbax tells a lot at every save
-  app.run(main)
+  flags.mark_flag_as_required("config")
+  run.launch(_command)
