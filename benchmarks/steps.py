@@ -5,7 +5,6 @@ methods are timed in turn, round after round, so that a noisy machine treats the
 """
 
 import argparse
-from functools import partial
 import importlib.util
 from pathlib import Path
 import time
@@ -15,11 +14,11 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from declip_jax import objectives, run
+from declip_jax import run
 from declip_jax.config import METHODS
-from declip_jax.sharding import batch_sharding, replicated, to_global
+from declip_jax.sharding import batch_sharding, to_global
 from declip_jax.state import State, abstract_state, create_state
-from declip_jax.train import train_step
+from declip_jax.train import make_step
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,15 +50,7 @@ def compile_step(config: ConfigDict) -> tuple[Any, State, Any, float]:
   model = {"model": parts.model, "optimizer": parts.optimizer}
   batch = random_batch(parts, config.batch_size)
   abstract = abstract_state(parts.batch_shape(config.batch_size), parts.mesh, **model)
-  step = partial(
-    train_step,
-    **model,
-    schedule=lambda step: 1e-3,
-    weights=objectives.active(config.weights),
-    logit_scale_range=config.optimizer.logit_scale_range,
-  )
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(parts.mesh)))
+  jitted = make_step(config, parts, lambda step: 1e-3, abstract)
   start = time.perf_counter()
   compiled = jitted.lower(abstract, batch).compile()
   return compiled, create_state(0, batch, abstract, **model), batch, time.perf_counter() - start

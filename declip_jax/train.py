@@ -110,15 +110,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   rows = pipeline.training_rows(sources, config.data.mixture, parts.make_views, config.seed)
   batch_shape = parts.batch_shape(config.batch_size)
   steps = run.plan_steps(config, sum(map(len, sources)))
+  schedule = make_schedule(config, steps)
 
   # State: shapes and layout first, arrays last.
-  schedule = warmup_cosine(
-    peak=config.optimizer.learning_rate,
-    warmup_steps=steps.warmup,
-    total_steps=steps.total,
-    start=config.optimizer.warmup_start,
-    end=config.optimizer.end,
-  )
   check_objective(parts.model, batch_shape, weights, config.data.recipe)
   abstract = abstract_state(batch_shape, mesh, model=parts.model, optimizer=parts.optimizer)
   encoders = EncoderFactory(parts.model, config, mesh, parts.tokenizer)
@@ -135,22 +129,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   if start:
     state, position = checkpoints.restore(start, abstract)
   else:
-    state, position = (
-      create_state(config.seed, batch_shape, abstract, model=parts.model, optimizer=parts.optimizer),
-      None,
-    )
-  step_fn = jax.jit(
-    partial(
-      train_step,
-      model=parts.model,
-      optimizer=parts.optimizer,
-      schedule=schedule,
-      weights=weights,
-      logit_scale_range=config.optimizer.logit_scale_range,
-    ),
-    donate_argnums=0,
-    out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), replicated(mesh)),
-  )
+    model = {"model": parts.model, "optimizer": parts.optimizer}
+    state, position = create_state(config.seed, batch_shape, abstract, **model), None
+  step_fn = make_step(config, parts, schedule, abstract)
 
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(_stop_signals())
@@ -174,6 +155,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
     batches = pipeline.Prefetch(stream, partial(to_global, sharding=batch_sharding(mesh)))
     stack.callback(batches.close)
     watch = _Watch(config, start)
+    row: dict[str, float] = {}
     results: dict[str, float] = {}
 
     for step in range(start + 1, steps.total + 1):
@@ -211,10 +193,39 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
     if start >= steps.total:
       results = evaluate(encoders.bind(state.params, state.collections))
     checkpoints.wait()
-  final = {"step": steps.total, **_last_losses(workdir), **results}
+  names = ("examples", "temperature", "images_per_second", "skipped_total")
+  shown = {name: value for name, value in row.items() if name.startswith("loss") or name in names}
+  final = {"step": steps.total, **shown, **results}
   if main:
     print(summary_table({"run": str(workdir), **final}))
   return final
+
+
+def make_schedule(config: ConfigDict, steps: run.Steps) -> Callable[[Array], Array]:
+  """The learning rate of a config as a function of the step."""
+  return warmup_cosine(
+    peak=config.optimizer.learning_rate,
+    warmup_steps=steps.warmup,
+    total_steps=steps.total,
+    start=config.optimizer.warmup_start,
+    end=config.optimizer.end,
+  )
+
+
+def make_step(
+  config: ConfigDict, parts: run.Parts, schedule: Callable[[Array], Array], abstract: State
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+  """`train_step` compiled for the mesh; the state that goes in is donated to the one that comes out."""
+  step = partial(
+    train_step,
+    model=parts.model,
+    optimizer=parts.optimizer,
+    schedule=schedule,
+    weights=objectives.active(config.weights),
+    logit_scale_range=config.optimizer.logit_scale_range,
+  )
+  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(parts.mesh)))
 
 
 def check_objective(model: Model, batch: Batch, weights: Mapping[str, float], recipe: str) -> None:
@@ -354,12 +365,6 @@ def _scores(step: int, results: Mapping[str, float]) -> Iterator[str]:
       f"{key} {value:.1%}" if isinstance(value, float) else f"{key} {value:,}" for key, value in scores.items()
     )
     yield f"step {step:,}  {name}: {shown}"
-
-
-def _last_losses(workdir: Path) -> dict[str, float]:
-  rows = [row for row in read_metrics(workdir) if "loss" in row]
-  names = ("examples", "lr", "temperature", "images_per_second", "skipped_total")
-  return {name: value for name, value in rows[-1].items() if name.startswith("loss") or name in names} if rows else {}
 
 
 def _command(workdir: Path) -> None:
