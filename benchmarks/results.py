@@ -2,11 +2,14 @@
 
 python benchmarks/results.py --plot docs/fashion44k.png --metric eval/zero_shot/top1 runs/clip runs/slip runs/declip
 
-One Markdown row a run, each score at the last evaluation and, in brackets, the best one of the run.
+One Markdown row a run, each score at the last evaluation and, in brackets, the best one of the run. Minutes are those
+of the clock.
 """
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from declip_jax.config import from_json
 from declip_jax.metrics import read_metrics
@@ -25,15 +28,18 @@ SCORES = {
 }
 
 
-def read_run(workdir: Path) -> list[dict[str, float]]:
-  """The metrics of a run, each row with the examples seen."""
+def read_run(workdir: Path) -> list[dict[str, Any]]:
+  """The metrics of a run and of what `declip_jax.evaluate` measured later, each row with the examples seen."""
   batch_size = from_json((workdir / "config.json").read_text()).batch_size
-  return [{**row, "examples": row["step"] * batch_size} for row in read_metrics(workdir)]
+  later = workdir / "evaluations.jsonl"
+  evaluations = [json.loads(line) for line in later.read_text().splitlines()] if later.exists() else []
+  return [{**row, "examples": row["step"] * batch_size} for row in [*read_metrics(workdir), *evaluations]]
 
 
-def table_row(name: str, rows: list[dict[str, float]], scores: dict[str, str]) -> str:
+def table_row(name: str, rows: list[dict[str, Any]], scores: dict[str, str]) -> str:
   """Name, pairs seen, training minutes, and the scores, in Markdown."""
-  cells = [name, f"{rows[-1]['examples']:,.0f}", f"{(rows[-1]['time'] - rows[0]['time']) / 60:.0f}"]
+  times = [row["time"] for row in rows if "time" in row]
+  cells = [name, f"{rows[-1]['examples']:,.0f}", f"{(times[-1] - times[0]) / 60:.0f}"]
   for metric in scores.values():
     values = [row[metric] for row in rows if metric in row]
     cells.append(f"{values[-1]:.1%} ({max(values):.1%})")
