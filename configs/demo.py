@@ -15,10 +15,10 @@ def get_config(method: str = "declip") -> ConfigDict:
   c = config.default(method)
   c.batch_size = 64
   c.duration = config.duration(steps=1200)
-  c.data.train = ("scenes:train/100000/48",)
-  c.data.image_size = 48
+  c.data.train = ("scenes:train/100000/40",)
+  c.data.image_size = 32
   # Milder than on photographs: a scene is one object, and its colour is half of what there is to learn.
-  c.data.weak_scale = c.data.strong_scale = (0.7, 1.0)
+  c.data.weak_scale = c.data.strong_scale = (0.8, 1.0)
   c.data.jitter = (0.2, 0.2, 0.2, 0.02)
   c.data.grayscale_probability = 0.05
   c.data.blur_probability, c.data.blur_radius = 0.2, (0.1, 0.5)
@@ -36,8 +36,8 @@ def get_config(method: str = "declip") -> ConfigDict:
   c.log_every = 10
   c.evaluate_every = config.duration(steps=300)
   c.evaluate_batch_size = 256
-  c.evals.heldout = config.zero_shot("scenes:heldout/1500/48", TEMPLATES)
-  c.evals.retrieval = config.retrieval("scenes:test/500/48")
+  c.evals.heldout = config.zero_shot("scenes:heldout/1500/40", TEMPLATES)
+  c.evals.retrieval = config.retrieval("scenes:test/500/40")
   c.checkpoint.every = config.duration(steps=300)
   c.checkpoint.best_metric = "eval/heldout/top1"
   return c

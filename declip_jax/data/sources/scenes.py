@@ -110,7 +110,7 @@ _SPLITS = {"train": (SEEN, 100_000), "test": (SEEN, 5_000), "heldout": (HELD_OUT
 
 _REPEATS = 2.5  # periods of a texture across an object
 _TEXTURES = ("solid", "striped", "dotted", "checkered", "outlined")
-_EXTENTS = {"small": (0.48, 0.56), "medium": (0.62, 0.72), "large": (0.8, 0.92)}  # longer side, as a share of the image
+_EXTENTS = {"small": (0.6, 0.68), "medium": (0.73, 0.81), "large": (0.86, 0.94)}  # longer side, as a share of the image
 _FINISHES = ("plain", "shaded", "grainy")
 _BACKGROUNDS = {
   "grey": (128, 128, 128),
