@@ -30,6 +30,11 @@ def tiny_config(method: str, **data: object) -> ConfigDict:
   return c
 
 
-def get_config(method: str = "declip") -> ConfigDict:
-  """Lets the commands load this file as a config."""
-  return tiny_config(method)
+def get_config(arg: str = "declip") -> ConfigDict:
+  """Lets the commands load this file as a config: METHOD or, without evaluations, METHOD,bare."""
+  method, _, bare = arg.partition(",")
+  c = tiny_config(method)
+  if bare:
+    c.evals = ConfigDict()
+    c.checkpoint.every = config.duration(steps=4)
+  return c
