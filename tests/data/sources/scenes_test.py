@@ -191,7 +191,8 @@ def test_places_are_true():
     for row in rows:
       if row in " ".join(example["captions"]):
         rows[row].append(height)
-  assert np.mean(rows["top"]) < 0.4 < np.mean(rows["middle"]) < 0.6 < np.mean(rows["bottom"])
+  # Objects fill much of the picture, so the centre of one "at the top" lies at 0.42 on average; by chance at 0.5.
+  assert np.mean(rows["top"]) < 0.45 < np.mean(rows["middle"]) < 0.55 < np.mean(rows["bottom"])
 
 
 def test_indices_are_checked():
