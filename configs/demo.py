@@ -14,7 +14,7 @@ def get_config(method: str = "declip") -> ConfigDict:
   """`method` is clip, slip or declip, as in --config=configs/demo.py:clip"""
   c = config.default(method)
   c.batch_size = 64
-  c.duration = config.duration(steps=1200)
+  c.duration = config.duration(steps=1000)
   c.data.train = ("scenes:train/100000/40",)
   c.data.image_size = 32
   # Milder than on photographs: a scene is one object, and its colour is half of what there is to learn.
@@ -34,10 +34,10 @@ def get_config(method: str = "declip") -> ConfigDict:
   c.optimizer.warmup = config.duration(steps=50)
   c.optimizer.weight_decay = 0.1
   c.log_every = 10
-  c.evaluate_every = config.duration(steps=300)
+  c.evaluate_every = config.duration(steps=250)
   c.evaluate_batch_size = 256
   c.evals.heldout = config.zero_shot("scenes:heldout/1500/40", TEMPLATES)
   c.evals.retrieval = config.retrieval("scenes:test/500/40")
-  c.checkpoint.every = config.duration(steps=300)
+  c.checkpoint.every = config.duration(steps=250)
   c.checkpoint.best_metric = "eval/heldout/top1"
   return c
