@@ -2,8 +2,7 @@
 
 python benchmarks/results.py --plot docs/fashion44k.png --metric eval/zero_shot/top1 runs/clip runs/slip runs/declip
 
-One Markdown row a run, each score at the last evaluation and, in brackets, the best one of the run. Minutes are those
-of the clock.
+One Markdown row a run, each score at its last evaluation. Minutes are those of the clock.
 """
 
 import argparse
@@ -42,7 +41,7 @@ def table_row(name: str, rows: list[dict[str, Any]], scores: dict[str, str]) -> 
   cells = [name, f"{rows[-1]['examples']:,.0f}", f"{(times[-1] - times[0]) / 60:.0f}"]
   for metric in scores.values():
     values = [row[metric] for row in rows if metric in row]
-    cells.append(f"{values[-1]:.1%} ({max(values):.1%})")
+    cells.append(f"{values[-1]:.1%}")
   return "| " + " | ".join(cells) + " |"
 
 

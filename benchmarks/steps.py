@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def read_config(name: str, method: str) -> ConfigDict:
-  """`configs/NAME.py` for a method."""
+  """`configs/NAME.py` for a method; NAME:REST appends REST to its argument."""
+  name, _, rest = name.partition(":")
   spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config(method)
+  return module.get_config(method + rest)
 
 
 def random_batch(parts: run.Parts, batch_size: int) -> Any:
@@ -59,7 +60,11 @@ def compile_step(config: ConfigDict) -> tuple[Any, State, Any, float]:
 def main() -> None:
   """Prints the table."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--config", default="demo", help="a file of configs/ that takes a method (default: demo)")
+  parser.add_argument(
+    "--config",
+    default="demo",
+    help="a file of configs/ that takes a method, as demo (the default) or small:,fashion44k,-",
+  )
   parser.add_argument("--batch-size", type=int, help="default: that of the config")
   parser.add_argument("--rounds", type=int, default=10, help="timed steps of each method (default: 10)")
   args = parser.parse_args()

@@ -48,8 +48,6 @@ def get_config(arg: str = "clip,fashion44k,data/fashion44k") -> ConfigDict:
   if dataset == "fashion44k":
     c.evals.zero_shot = config.zero_shot(test, FASHION_TEMPLATES)
     c.evals.retrieval = config.retrieval(test, equal_texts=True)  # titles repeat
-    c.checkpoint.best_metric = "eval/zero_shot/top1"
   else:
     c.evals.retrieval = config.retrieval(test)
-    c.checkpoint.best_metric = "eval/retrieval/text_to_image_r10"
   return c

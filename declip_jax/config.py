@@ -41,7 +41,14 @@ def resnet(width: int, layers: tuple[int, int, int, int]) -> ConfigDict:
 
 
 def default(method: str = "clip") -> ConfigDict:
-  """ViT-B/32 trained by `method` with the optimiser that the papers share. Locked: only known fields can be set.
+  """ViT-B/32 trained by `method` as CLIP was (Radford et al. 2021, tables 18 to 20).
+
+  Locked: only known fields can be set.
+
+  Towers, normalisation and optimiser are OpenAI's for every method, so that methods differ in nothing else. SLIP's and
+  DeCLIP's own differ: both normalise with ImageNet's mean and standard deviation and use epsilon 1e-8; SLIP trains
+  timm's ViT with learning rate 3e-3 and decay 0.1; DeCLIP initialises its ViT by "openai_text", freezes the patch
+  embedding, keeps the log scale in [3, 6], and uses learning rate 1e-3 and decay 0.1 after 2,500 steps from 1e-4.
 
   Raises:
     ValueError: an unknown method.
@@ -121,7 +128,7 @@ def _optimizer() -> ConfigDict:
   c.learning_rate = 5e-4  # peak
   c.warmup = duration(steps=2000)
   c.warmup_start = 0.0  # learning rate of the first step
-  c.end = 0.0  # learning rate of the last step
+  c.end = 0.0  # learning rate that the cosine falls to
   c.weight_decay = 0.2  # decoupled; not on biases, norms and the temperature
   c.b1, c.b2, c.epsilon = 0.9, 0.98, 1e-6
   c.gradient_clip = 0.0  # largest global norm of the gradient; 0 does not clip

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from declip_jax.data import images as image_ops
 from declip_jax.data.tokenizer import Tokenizer
 from declip_jax.evals.embed import Encoders, embed_texts
 from declip_jax.models.model import Model
-from declip_jax.sharding import batch_sharding, check_batch, replicated, to_global
+from declip_jax.sharding import batch_sharding, check_batch, local_rows, replicated, to_global
 from declip_jax.state import abstract_state
 
 Tree = Any
@@ -55,8 +54,7 @@ class EncoderFactory:
       image_size=self._config.data.image_size,
       interpolation=self._config.data.interpolation,
       batch_size=self._config.evaluate_batch_size,
-      host=jax.process_index(),
-      hosts=jax.process_count(),
+      rows=local_rows(batch_sharding(self._mesh), self._config.evaluate_batch_size),
     )
 
 
@@ -96,7 +94,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Clip:
   Raises:
     FileNotFoundError: no such run, or no such checkpoint.
   """
-  workdir = Path(workdir)
+  workdir = run.local_path(workdir)
   config_file = workdir / "config.json"
   if not config_file.exists():
     raise FileNotFoundError(f"{workdir} is no run: it has no config.json")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from importlib import metadata
 import json
+import os
 from pathlib import Path
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from declip_jax.optim import adamw
 from declip_jax.sharding import make_mesh
 from declip_jax.types import Batch
 
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
+USER_ERRORS = (ValueError, FloatingPointError, FileNotFoundError, NotADirectoryError, PermissionError)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _OVERRIDES = (
   "weak_scale",
@@ -77,6 +78,8 @@ def build(config: ConfigDict) -> Parts:
       f"config.data.image_size={config.data.image_size} is no multiple of config.model.image.patch="
       f"{config.model.image.patch}"
     )
+  if config.model.image.kind == "resnet" and config.data.image_size % 32:
+    raise ValueError(f"config.data.image_size={config.data.image_size} is no multiple of 32, as a ResNet needs")
   make_views = MakeViews(
     recipe,
     tokenizer,
@@ -99,6 +102,17 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     weight_decay=config.weight_decay,
     gradient_clip=config.gradient_clip,
   )
+
+
+def local_path(workdir: str | os.PathLike[str]) -> Path:
+  """The path of a working directory.
+
+  Raises:
+    ValueError: it is an address such as gs://...; metrics are appended to, which object stores cannot do.
+  """
+  if "://" in os.fspath(workdir):
+    raise ValueError(f"workdir {os.fspath(workdir)!r} is an address: mount it (gcsfuse, NFS) and give the path")
+  return Path(workdir)
 
 
 class Steps(NamedTuple):
@@ -173,7 +187,7 @@ def launch(command: Callable[[Path], None]) -> None:
     workdir = Path(flags.FLAGS.workdir)
     try:
       _join_processes()
-      command(workdir)
+      command(local_path(flags.FLAGS.workdir))
     except USER_ERRORS as error:
       return _report(error, workdir)
     return 0

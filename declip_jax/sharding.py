@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 DATA, FSDP = "data", "fsdp"
 MIN_SIZE = 2**18  # elements below which splitting costs more in messages than it saves in memory
@@ -74,6 +75,12 @@ def spec_for(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
 def shard_like(tree: Tree, mesh: Mesh) -> Tree:
   """The sharding of every leaf of `tree` (arrays or their shapes) under `spec_for`."""
   return jax.tree.map(lambda leaf: NamedSharding(mesh, spec_for(leaf.shape, mesh.shape[FSDP])), tree)
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+  """Which rows of a global batch are this host's, ascending; a TPU mesh may give a host rows that are not adjacent."""
+  indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+  return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
 def to_global(batch: Tree, sharding: NamedSharding) -> Tree:

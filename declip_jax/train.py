@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 import grain
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict, config_flags
@@ -61,7 +62,7 @@ def train_step(
   weights: Mapping[str, float],
   logit_scale_range: tuple[float, float],
 ) -> tuple[State, Metrics]:
-  """One step on one global batch. If loss or gradient is not finite, only the step count and `skipped` change."""
+  """One step on one global batch. If anything is not finite, only the step count and `skipped` change."""
 
   def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Array, Any]]:
     features, towers = model.encode(params, state.collections, batch)
@@ -71,11 +72,12 @@ def train_step(
 
   (loss, (metrics, scale, collections)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
   gradient_norm = optax.tree.norm(gradient)
-  finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
   update, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   lr = schedule(state.step)
   params = jax.tree.map(lambda param, change: param - lr * change, state.params, update)
   params["heads"]["logit_scale"] = jnp.clip(params["heads"]["logit_scale"], *logit_scale_range)
+  # A finite gradient may still give an update that is not, so the new parameters are looked at too.
+  finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(params))
   keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
   new = State(
     step=state.step + 1,
@@ -95,12 +97,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   """Trains a config to its end and returns the final metrics; goes on from the newest checkpoint in `workdir`.
 
   Raises:
-    ValueError: the config does not fit itself, its data or the devices; before anything is compiled.
+    ValueError: the config does not fit itself, its data or the devices, before anything is compiled; or, later, too
+      many examples cannot be read.
     Stopped: Ctrl-C or SIGTERM; a checkpoint was saved.
     FloatingPointError: too many steps in a row were not finite.
-    RuntimeError: too many examples cannot be read.
   """
-  workdir = Path(workdir)
+  workdir = run.local_path(workdir)
   parts = run.build(config)
   mesh, weights = parts.mesh, objectives.active(config.weights)
   check_batch(config.batch_size, mesh, "batch_size")
@@ -117,13 +119,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   abstract = abstract_state(batch_shape, mesh, model=parts.model, optimizer=parts.optimizer)
   encoders = EncoderFactory(parts.model, config, mesh, parts.tokenizer)
   evaluate = make_evaluators(config.evals, workdir)
+  best = config.checkpoint.best_metric
+  if best and not any(best.startswith(f"eval/{name}/") for name in config.evals):
+    raise ValueError(
+      f"config.checkpoint.best_metric={best!r} names no evaluation: eval/NAME/..., NAME of {[*config.evals]}"
+    )
   main = jax.process_index() == 0
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = Checkpoints(
     workdir,
     keep_last=config.checkpoint.keep_last,
     keep_best=config.checkpoint.keep_best,
-    best_metric=config.checkpoint.best_metric,
+    best_metric=best,
   )
   start = checkpoints.latest() or 0
   if start:
@@ -164,13 +171,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
       state, metrics = step_fn(state, batch)
       # One step may be in flight: waiting for the one before keeps the device busy and the clock honest.
       jax.block_until_ready(watch.previous)
+      watch.check_skipped(step)
       watch.count(step, substituted)
       progress.update(step, watch.previous or metrics, watch.wait_fraction)
-      if step % config.log_every == 0 or step == steps.total:
+      watch.previous = metrics
+      if (config.log_every and step % config.log_every == 0) or step == steps.total:
         row = watch.row(metrics, progress.images_per_second)
         writer.write(step, row)
-        watch.check(row, step)
-      watch.previous = metrics
+        watch.check_substituted(row, step)
 
       stopping = stop.signum or (signal.SIGTERM if checkpoints.preempted(step) else 0)
       last = step == steps.total
@@ -195,7 +203,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
     checkpoints.wait()
   names = ("examples", "temperature", "images_per_second", "skipped_total")
   shown = {name: value for name, value in row.items() if name.startswith("loss") or name in names}
-  final = {"step": steps.total, **shown, **results}
+  final = {"step": max(start, steps.total), **shown, **results}
   if main:
     print(summary_table({"run": str(workdir), **final}))
   return final
@@ -268,28 +276,32 @@ class _Watch:
 
   def row(self, metrics: Metrics, images_per_second: float) -> dict[str, float]:
     """The line of metrics.jsonl for this step; waiting and substitution since the line before."""
-    local = self._config.batch_size // jax.process_count()
+    substituted = int(multihost_utils.process_allgather(np.int32(self._substituted)).sum())
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     values |= {
       "examples": self._step * self._config.batch_size,
       "wait_fraction": self.wait_fraction,
-      "substituted_share": self._substituted / (local * (self._step - self._logged)),
+      "substituted_share": substituted / (self._config.batch_size * (self._step - self._logged)),
     }
     if math.isfinite(images_per_second):  # there is none yet at the first step
       values["images_per_second"] = images_per_second
     self._began, self._waited, self._substituted, self._logged = time.perf_counter(), 0.0, 0, self._step
     return values
 
-  def check(self, row: Mapping[str, float], step: int) -> None:
-    """Stops a run that learns nothing or reads nothing."""
-    if row["skipped_in_a_row"] >= self._config.max_skipped_in_a_row:
+  def check_skipped(self, step: int) -> None:
+    """Stops a run that learns nothing; the same on every host."""
+    skipped = int(self.previous.get("skipped_in_a_row", 0))
+    if skipped >= self._config.max_skipped_in_a_row:
       raise FloatingPointError(
-        f"step {step}: loss or gradient was not finite for {row['skipped_in_a_row']:.0f} steps in a row "
+        f"step {step - 1}: loss, gradient or update was not finite for {skipped} steps in a row "
         f"(config.max_skipped_in_a_row={self._config.max_skipped_in_a_row}): lower config.optimizer.learning_rate, set "
         "config.optimizer.gradient_clip, or look at the data"
       )
+
+  def check_substituted(self, row: Mapping[str, float], step: int) -> None:
+    """Stops a run that reads too little of its data; the same on every host."""
     if row["substituted_share"] > self._config.data.max_substituted:
-      raise RuntimeError(
+      raise ValueError(
         f"step {step}: {row['substituted_share']:.1%} of the latest examples could not be read, more than "
         f"config.data.max_substituted={self._config.data.max_substituted:.1%}; the warnings above name them"
       )
@@ -341,7 +353,7 @@ def _opening(
   yield f"objective {terms}; recipe {config.data.recipe}; {count:,} parameters"
   yield f"{steps.total:,} steps of {config.batch_size:,} on {mesh} ({parts.mesh.devices.flat[0].device_kind})"
   if start:
-    yield f"going on from step {start:,}"
+    yield f"going on from step {start:,}" if start < steps.total else f"done: trained to step {start:,} before"
   yield from (f"changed since the run began: {line}" for line in changes)
 
 

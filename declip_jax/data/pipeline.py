@@ -41,16 +41,16 @@ class Readable:
     """The example at `index`, or the first readable one after it, with `substituted` counting those passed over.
 
     Raises:
-      RuntimeError: 100 in a row cannot be read.
+      ValueError: 100 in a row cannot be read.
     """
     for tries in range(_MAX_TRIES):
       try:
         return {**_decoded(self.source[(index + tries) % len(self.source)], True), SUBSTITUTED: tries}
-      except ValueError as error:
+      except (ValueError, OSError) as error:
         logging.getLogger(__name__).warning("passed over %s", error)
         last = error
-    # A plain RuntimeError crosses from a worker process; an exception of another class may hang it.
-    raise RuntimeError(f"{self.source.name}: {_MAX_TRIES} examples in a row cannot be read, the last one: {last}")
+    # A built-in exception crosses from a worker process; one of an unknown class may hang it.
+    raise ValueError(f"{self.source.name}: {_MAX_TRIES} examples in a row cannot be read, the last one: {last}")
 
 
 @dataclass(frozen=True)
@@ -207,13 +207,13 @@ class EvaluationBatches:
   """A source in order, once: `image` uint8 `[b h w 3]`, `label` int32 `[b]`, `mask` bool `[b]`, for this host.
 
   The last batch is padded with rows whose mask is False, and so are examples that cannot be read. Every host gets the
-  same number of batches: host `i` has the `i`-th equal part of each global batch.
+  same number of batches, its own rows of each global batch.
 
   Args:
     source: to read.
     batch_size: global.
     size, interpolation: of `images.eval_view`.
-    host, hosts: which part of each batch is this host's.
+    rows: of each global batch that are this host's, `[b]`.
     threads: to read with.
   """
 
@@ -221,8 +221,7 @@ class EvaluationBatches:
   batch_size: int
   size: int
   interpolation: str
-  host: int = 0
-  hosts: int = 1
+  rows: np.ndarray
   threads: int = 4
 
   def __iter__(self) -> Iterator[Row]:
@@ -231,9 +230,7 @@ class EvaluationBatches:
     return iter(grain.MapDataset.range(count).map(self._batch).to_iter_dataset(options))
 
   def _batch(self, index: int) -> Row:
-    local = self.batch_size // self.hosts
-    start = index * self.batch_size + self.host * local
-    rows = [self._row(i) for i in range(start, start + local)]
+    rows = [self._row(index * self.batch_size + int(row)) for row in self.rows]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
   def _row(self, index: int) -> Row:
@@ -242,7 +239,7 @@ class EvaluationBatches:
       return blank
     try:
       example = _decoded(self.source[index], False)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
       logging.getLogger(__name__).warning("left out of the evaluation: %s", error)
       return blank
     image = images.eval_view(example["image"], size=self.size, interpolation=self.interpolation)

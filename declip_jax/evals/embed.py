@@ -23,7 +23,7 @@ class Encoders:
     tokenizer: of the texts.
     image_size, interpolation: of the evaluation view.
     batch_size: global `B`, a multiple of the number of devices.
-    host, hosts: which part of a global batch is this host's.
+    rows: which rows of a global batch are this host's.
   """
 
   image: Callable[[UInt8[np.ndarray, "b h w c"]], Float[np.ndarray, "B d"]]
@@ -33,14 +33,7 @@ class Encoders:
   image_size: int
   interpolation: str
   batch_size: int
-  host: int = 0
-  hosts: int = 1
-
-  @property
-  def local(self) -> slice:
-    """This host's rows of a global batch."""
-    size = self.batch_size // self.hosts
-    return slice(self.host * size, (self.host + 1) * size)
+  rows: Int[np.ndarray, "b"]
 
 
 class EmbeddedImages(NamedTuple):
@@ -58,8 +51,7 @@ def embed_images(source: Source, encoders: Encoders) -> EmbeddedImages:
     encoders.batch_size,
     encoders.image_size,
     encoders.interpolation,
-    encoders.host,
-    encoders.hosts,
+    encoders.rows,
   )
   parts = [(encoders.image(b["image"]), *encoders.gather((b["label"], b["mask"]))) for b in batches]
   embedding, label, readable = (np.concatenate(column)[: len(source)] for column in zip(*parts, strict=True))
@@ -71,5 +63,5 @@ def embed_texts(texts: Sequence[str], encoders: Encoders) -> Float[np.ndarray, "
   tokens = encoders.tokenizer(texts)
   size = encoders.batch_size
   padded = np.concatenate([tokens, np.repeat(tokens[-1:], -len(tokens) % size, axis=0)])
-  parts = [encoders.text(batch[encoders.local]) for batch in padded.reshape(-1, size, tokens.shape[1])]
+  parts = [encoders.text(batch[encoders.rows]) for batch in padded.reshape(-1, size, tokens.shape[1])]
   return np.concatenate(parts)[: len(tokens)]

@@ -1,6 +1,7 @@
 """The second half of the model: projections and heads that see the global batch, from `Features` to `Outputs`."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -84,7 +85,7 @@ class Heads(nn.Module):
       self.predictor = Mlp(self.simsiam_projector[-1], self.simsiam_predictor, False, self.dtype)
     if "mlm" in self.heads:
       init = torch_uniform(self.text_width)
-      self.mlm = nn.Dense(self.vocab_size, dtype=self.dtype, kernel_init=init, bias_init=init)
+      self.mlm = _dense(self.vocab_size, self.dtype, kernel_init=init, bias_init=init)
     if "bank" in self.heads:
       self.bank = self.variable("bank", "text", bank.empty, self.bank_size, self.embed_dim)
 
@@ -104,7 +105,7 @@ class Heads(nn.Module):
       prediction = _per_view(self.predictor, projection, train)
       outputs = outputs.replace(simsiam_projection=projection, simsiam_prediction=prediction)
     if "mlm" in self.heads and features.masked_text is not None:
-      outputs = outputs.replace(mlm_logits=self.mlm(features.masked_text).astype(jnp.float32))
+      outputs = outputs.replace(mlm_logits=self.mlm(features.masked_text))
     if "bank" in self.heads:
       outputs = self._search_bank(outputs)
     return outputs
@@ -119,7 +120,7 @@ class Heads(nn.Module):
 
   def _projection(self, width: int, bias: bool) -> nn.Dense:
     init = nn.initializers.normal(width**-0.5)
-    return nn.Dense(self.embed_dim, use_bias=bias, dtype=self.dtype, kernel_init=init, bias_init=torch_uniform(width))
+    return _dense(self.embed_dim, self.dtype, use_bias=bias, kernel_init=init, bias_init=torch_uniform(width))
 
   def _search_bank(self, outputs: Outputs) -> Outputs:
     current, query = self.bank.value, outputs.text[0]
@@ -130,10 +131,16 @@ class Heads(nn.Module):
     return outputs.replace(neighbour=neighbour, neighbour_ready=ready)
 
 
+def _dense(features: int, dtype: Any, **options: Any) -> nn.Dense:
+  """A linear layer that takes inputs of the compute dtype and sums and returns float32: its outputs are compared."""
+  dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+  return nn.Dense(features, dtype=dtype, dot_general=dot, **options)
+
+
 def _pick(x: Float[Array, "b v w"], views: Sequence[int]) -> Float[Array, "v2 b w"]:
   return jnp.stack([x[:, view] for view in views])
 
 
 def _per_view(head: Mlp, x: Float[Array, "v b w"], train: bool) -> Float[Array, "v b p"]:
-  """Batch statistics are those of one view, as in SLIP and DeCLIP."""
-  return jnp.stack([head(view, train) for view in x])
+  """Float32; batch statistics are those of one view, as in SLIP and DeCLIP."""
+  return jnp.stack([head(view, train) for view in x]).astype(jnp.float32)

@@ -88,6 +88,7 @@ def encoders(words, batch_size=4):
     image_size=8,
     interpolation="bilinear",
     batch_size=batch_size,
+    rows=np.arange(batch_size),
   )
 
 

@@ -28,6 +28,7 @@ def encoders(text_rows, prompts, image_rows=None, batch_size=4):
     image_size=8,
     interpolation="bilinear",
     batch_size=batch_size,
+    rows=np.arange(batch_size),
   )
 
 
