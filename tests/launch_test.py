@@ -72,8 +72,14 @@ def launch(script, *args, **env):
 
 
 def start(script, *args):
+  def hear_signals():
+    # Under nohup, or in the background of a script, signals arrive ignored, and bash then cannot trap them.
+    for signum in (signal.SIGINT, signal.SIGHUP):
+      signal.signal(signum, signal.SIG_DFL)
+
   command = [LAUNCH / script, *map(str, args)]
-  return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+  return subprocess.Popen(command, preexec_fn=hear_signals, **pipes)
 
 
 def until(condition):

@@ -68,7 +68,7 @@ def test_clip_takes_the_first_views_and_multi_view_all_other_pairs():
 
 def test_multi_view_needs_a_second_view():
   outputs = Outputs(image=random_views(0, 1), text=random_views(1, 1), scale=jnp.float32(1.0))
-  with pytest.raises(ValueError, match="'mvs' needs a second contrastive image or text view"):
+  with pytest.raises(ValueError, match="'mvs' needs Outputs.image or Outputs.text with a second view"):
     multi_view(outputs, {})
 
 
