@@ -82,14 +82,15 @@ def test_meshes_agree(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
   config.evals = ConfigDict()
   config.checkpoint.every.steps = 0
   losses, states = {}, {}
-  for data, fsdp in ((1, 1), (8, 1), (2, 4)):
+  meshes = [(1, 1), (2, 4)] + ([(8, 1)] if method == "declip" else [])
+  for data, fsdp in meshes:
     use_mesh(monkeypatch, data, fsdp)
     workdir = tmp_path / f"{data}x{fsdp}"
     train.train(config, workdir)
     losses[data, fsdp] = [row["loss"] for row in read_metrics(workdir) if "loss" in row]
     states[data, fsdp] = final_state(workdir, config, 4)[0]
   assert len(losses[1, 1]) == 4
-  for mesh in ((8, 1), (2, 4)):
+  for mesh in meshes[1:]:
     np.testing.assert_allclose(losses[mesh], losses[1, 1], rtol=0, atol=1e-5)
     assert_equal(without_blind_biases(states[mesh].params), without_blind_biases(states[1, 1].params), atol=1e-5)
     assert_equal(banks(states[mesh]), banks(states[1, 1]), atol=1e-5)
