@@ -78,7 +78,7 @@ def _decode_any(data: bytes) -> Pixels:
   except (
     Exception
   ) as error:  # the decoders meet bad bytes with nearly any exception: OSError, SyntaxError, struct.error
-    raise ValueError(f"unreadable image: {error}") from error
+    raise ValueError(f"cannot be decoded: {error}") from error
 
 
 def _pil_pixels(image: Image.Image) -> np.ndarray:
