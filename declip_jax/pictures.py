@@ -4,7 +4,8 @@ All are PNG files, written to a temporary name and renamed, so a viewer never se
 objects: nothing here touches pyplot, the backend or matplotlib's global settings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import os
 from pathlib import Path
 import textwrap
@@ -12,6 +13,7 @@ from typing import Any
 import unicodedata
 import warnings
 
+from absl import logging
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -25,6 +27,18 @@ _CHARACTER = 0.082  # inches a character takes
 _MONOSPACE = ["DejaVu Sans Mono", "DejaVu Sans"]  # both come with matplotlib; the second knows more scripts
 _FEW = 200  # points up to which each is marked and none is smoothed
 _RIGHT, _WRONG, _INK, _FAINT = "#1a9850", "#d73027", "#222222", "#888888"
+
+
+@contextlib.contextmanager
+def optional(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Turns an error while a picture is made into a warning.
+
+  A picture is no reason to stop a run, least of all its first process while the others wait for it.
+  """
+  try:
+    yield
+  except Exception:
+    logging.warning("no picture %s", path, exc_info=True)
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:

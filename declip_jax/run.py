@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import time
 import traceback
 from typing import Any, NamedTuple
 
@@ -146,7 +147,9 @@ def plan_steps(config: ConfigDict, epoch_examples: int) -> Steps:
 
 
 def record(config: ConfigDict, mesh: Mesh, workdir: Path) -> list[str]:
-  """Writes `config.json` and `run.json` (versions, mesh, devices, git revision, command) into a working directory.
+  """Writes `config.json` into a working directory, and adds a line to `starts.jsonl`.
+
+  The line has time, command, versions, mesh, devices and git revision.
 
   Returns:
     The fields in which an earlier run in this directory differed, as text.
@@ -155,6 +158,7 @@ def record(config: ConfigDict, mesh: Mesh, workdir: Path) -> list[str]:
   before = json.loads(config_file.read_text()) if config_file.exists() else json.loads(text)
   config_file.write_text(text + "\n")
   about = {
+    "time": round(time.time(), 3),
     "command": sys.argv,
     "python": sys.version.split()[0],
     "versions": {name: metadata.version(name) for name in _PACKAGES},
@@ -163,7 +167,8 @@ def record(config: ConfigDict, mesh: Mesh, workdir: Path) -> list[str]:
     "processes": jax.process_count(),
     "device": mesh.devices.flat[0].device_kind,
   }
-  (workdir / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+  with (workdir / "starts.jsonl").open("a") as file:
+    file.write(json.dumps(about) + "\n")
   return _differences(before, json.loads(text))
 
 

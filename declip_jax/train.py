@@ -149,7 +149,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
       changes = run.record(config, mesh, workdir)
       for line in _opening(config, parts, sources, steps, start, state, changes):
         progress.message(line)
-      _draw_views(rows, parts, workdir)
+      with pictures.optional(workdir / "views.png"):
+        _draw_views(rows, parts, workdir)
     stream = pipeline.TrainStream(
       rows,
       config.batch_size,
@@ -193,13 +194,16 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
         with progress.pause():
           checkpoints.save(step, state, data=position, config=config.to_dict(), metrics=results if evaluating else {})
           if main:
-            pictures.plot_curves(read_metrics(workdir), workdir / "curves.png")
+            with pictures.optional(workdir / "curves.png"):
+              pictures.plot_curves(read_metrics(workdir), workdir / "curves.png")
       if stopping:
         checkpoints.wait()
         raise Stopped(step, stopping)
 
     if start >= steps.total:
       results = evaluate(encoders.bind(state.params, state.collections))
+      if main and not any(results.keys() <= row.keys() for row in read_metrics(workdir) if row["step"] == start):
+        writer.write(start, {"examples": start * config.batch_size, **results})  # it was stopped right before
     checkpoints.wait()
   names = ("examples", "temperature", "images_per_second", "skipped_total")
   shown = {name: value for name, value in row.items() if name.startswith("loss") or name in names}

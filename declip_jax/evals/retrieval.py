@@ -9,7 +9,7 @@ import numpy as np
 from declip_jax.data import images as image_ops
 from declip_jax.data.sources import Source
 from declip_jax.evals.embed import Encoders, embed_images, embed_texts
-from declip_jax.pictures import plot_retrieval
+from declip_jax.pictures import optional, plot_retrieval
 
 KS = (1, 5, 10)
 _CHUNK = 1024  # queries whose similarities are held at once
@@ -66,7 +66,8 @@ def retrieval(
   yield "images", len(kept)
   yield "texts", len(texts)
   if pictures is not None:
-    _draw(source, kept, texts, image @ text[_shown(len(texts))].T, match[:, group[_shown(len(texts))]], pictures)
+    with optional(pictures):
+      _draw(source, kept, texts, image @ text[_shown(len(texts))].T, match[:, group[_shown(len(texts))]], pictures)
 
 
 def _ranks(query: np.ndarray, key: np.ndarray, matches_of: Callable[[slice], np.ndarray]) -> Int[np.ndarray, "n"]:

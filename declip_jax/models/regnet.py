@@ -1,0 +1,157 @@
+"""RegNetY (Radosavovic et al. 2020, "Designing Network Design Spaces", arXiv 2003.13678), DeCLIP's widest tower."""
+
+from collections import Counter
+from functools import partial
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from declip_jax.models.batch_norm import BatchNorm
+from declip_jax.models.transformer import REMAT_POLICIES, torch_uniform
+
+QUANTUM = 8  # widths are multiples of it, until they are made multiples of the group width
+
+
+def stages(
+  initial_width: int, slope: float, multiplier: float, depth: int, group_width: int
+) -> tuple[tuple[int, int], ...]:
+  """The width and the number of blocks of each stage, by the paper's quantised linear rule (its equations 2 to 4).
+
+  Block `j` has the width `initial_width * multiplier**s`, where `s` is the whole number that comes nearest to
+  `initial_width + slope * j`; blocks of equal width are a stage. Then widths go to the nearest multiple of the group
+  width, as in pycls; torchvision never goes down by more than a tenth, which makes another 800MF and 8GF.
+
+  Raises:
+    ValueError: parameters of which the rule makes no network.
+  """
+  if not (initial_width > 0 and initial_width % QUANTUM == 0 and slope >= 0 and multiplier > 1):
+    raise ValueError(
+      f"RegNet: initial_width={initial_width}, slope={slope}, multiplier={multiplier}: the first must be a positive "
+      f"multiple of {QUANTUM}, the second at least 0, the third more than 1"
+    )
+  if depth < 1 or group_width < 1:
+    raise ValueError(f"RegNet: depth={depth}, group_width={group_width}: both must be at least 1")
+  blocks = Counter()
+  for index in range(depth):
+    step = round(math.log(1 + slope * index / initial_width, multiplier))
+    blocks[QUANTUM * round(initial_width * multiplier**step / QUANTUM)] += 1
+  groups = {width: min(group_width, width) for width in blocks}
+  return tuple((group * round(width / group), blocks[width]) for width, group in groups.items())
+
+
+def _convolution(features: int, kernel: int, stride: int, dtype: Any, name: str, groups: int = 1) -> nn.Conv:
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    (stride, stride),
+    padding=kernel // 2,
+    use_bias=False,
+    feature_group_count=groups,
+    dtype=dtype,
+    kernel_init=_fan_out_normal(features, kernel),
+    name=name,
+  )
+
+
+def _fan_out_normal(features: int, kernel: int = 1) -> nn.initializers.Initializer:
+  """He's deviation by the outgoing connections, of which pycls counts those to all groups."""
+  return nn.initializers.normal(math.sqrt(2 / (kernel**2 * features)))
+
+
+class Block(nn.Module):
+  """1x1, grouped 3x3 with the stride, squeeze and excitation, 1x1, and a projected shortcut where the shape changes.
+
+  The squeezed width is a share of the block's input, not of what is squeezed. `train` is a field, because a scan and
+  a rematerialisation would make an argument a traced value.
+  """
+
+  width: int
+  group_width: int
+  stride: int
+  se_ratio: float
+  train: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], _: None = None) -> tuple[Float[Array, "b h2 w2 c2"], None]:
+    channels, groups = x.shape[-1], self.width // min(self.group_width, self.width)
+    conv = partial(_convolution, self.width, dtype=self.dtype)
+
+    def norm(name: str, y: Array) -> Array:
+      return BatchNorm(dtype=self.dtype, name=name)(y, self.train)
+
+    y = nn.relu(norm("norm1", conv(1, 1, name="conv1")(x)))
+    y = nn.relu(norm("norm2", conv(3, self.stride, groups=groups, name="conv2")(y)))
+    y = y * self._gate(y, round(self.se_ratio * channels))
+    y = norm("norm3", conv(1, 1, name="conv3")(y))
+    if self.stride > 1 or channels != self.width:
+      x = norm("shortcut_norm", conv(1, self.stride, name="shortcut_conv")(x))
+    return nn.relu(x + y), None
+
+  def _gate(self, y: Float[Array, "b h w c"], squeezed: int) -> Float[Array, "b 1 1 c"]:
+    def dense(features: int, name: str, fan_in: int) -> nn.Dense:
+      bias = torch_uniform(fan_in)  # pycls leaves PyTorch's
+      kernel = _fan_out_normal(features)
+      return nn.Dense(features, dtype=self.dtype, kernel_init=kernel, bias_init=bias, name=name)
+
+    hidden = nn.relu(dense(squeezed, "squeeze", self.width)(y.mean((1, 2), keepdims=True)))
+    return nn.sigmoid(dense(self.width, "excite", squeezed)(hidden))
+
+
+class RegNetY(nn.Module):
+  """Images to the globally average-pooled feature `[b width of the last stage]`, before the output projection.
+
+  Structure and initialisation are those of pycls, the paper's code: convolutions N(0, 2 / (kernel area * outputs)),
+  gains of all norms one (timm's last ones of a block start at zero). The blocks of a stage after its first are one
+  scanned block: their parameters and statistics are stacked along a leading axis under `stage<n>_rest`, which a stage
+  of one block has not. As in every ResNet, encoding in micro-batches changes the batch statistics.
+
+  Attributes:
+    initial_width, slope, multiplier, depth, group_width: w_0, w_a, w_m, d and g of the paper; see `stages`.
+    se_ratio: width between squeeze and excitation, as a share of the block's input width.
+    stem_width: channels after the first convolution.
+    remat: what the backward pass of a block recomputes, one of `REMAT_POLICIES`.
+    dtype: of computation; parameters, statistics and norms are float32.
+  """
+
+  initial_width: int
+  slope: float
+  multiplier: float
+  depth: int
+  group_width: int
+  se_ratio: float = 0.25
+  stem_width: int = 32
+  remat: str = "none"
+  dtype: Any = jnp.float32
+
+  @property
+  def stages(self) -> tuple[tuple[int, int], ...]:
+    """Width and number of blocks of each stage."""
+    return stages(self.initial_width, self.slope, self.multiplier, self.depth, self.group_width)
+
+  @property
+  def feature_width(self) -> int:
+    """Width of the returned feature."""
+    return self.stages[-1][0]
+
+  @nn.compact
+  def __call__(self, images: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b width"]:
+    """Encodes normalised images `[b h w c]`, of any height and width."""
+    x = _convolution(self.stem_width, 3, 2, self.dtype, "stem_conv")(images.astype(self.dtype))
+    x = nn.relu(BatchNorm(dtype=self.dtype, name="stem_norm")(x, train))
+    policy = REMAT_POLICIES[self.remat]
+    first = rest = Block
+    if policy is not None:
+      first, rest = (nn.remat(Block, prevent_cse=prevent_cse, policy=policy) for prevent_cse in (True, False))
+    for stage, (width, blocks) in enumerate(self.stages, start=1):
+      fields = {"width": width, "group_width": self.group_width, "se_ratio": self.se_ratio}
+      fields |= {"train": train, "dtype": self.dtype}
+      x, _ = first(stride=2, **fields, name=f"stage{stage}_first")(x)
+      if blocks > 1:
+        axes = {"params": 0, "batch_stats": 0}
+        scanned = nn.scan(rest, variable_axes=axes, split_rngs={"params": True}, length=blocks - 1)
+        x, _ = scanned(stride=1, **fields, name=f"stage{stage}_rest")(x, None)
+    return x.mean((1, 2))
