@@ -6,7 +6,7 @@ is 3.3 %.
 
 from ml_collections import ConfigDict
 
-from declip_jax import config
+from declip_jax import architectures, config
 from declip_jax.data.sources.scenes import TEMPLATES
 
 
@@ -25,7 +25,7 @@ def get_config(method: str = "declip") -> ConfigDict:
   c.data.mask_slots = 2  # captions are short: 15 % of some 10 tokens
   c.data.threads = 2
   c.model.dtype = "float32"
-  c.model.image = config.resnet(width=16, layers=(1, 1, 1, 1))  # learns shapes from fewer pictures than a ViT
+  c.model.image = architectures.resnet(width=16, layers=(1, 1, 1, 1))  # learns shapes from fewer pictures than a ViT
   c.model.text.update({"width": 64, "depth": 2, "heads": 2, "context_length": 24})
   c.model.heads.update({"embed_dim": 64, "image_bias": True, "bank_size": 2048})
   c.model.heads.update({"simsiam_projector": (128, 128, 128), "simsiam_predictor": (64, 128)})

@@ -9,7 +9,7 @@ All methods see the same pairs, the same number of them, and train the same towe
 
 from ml_collections import ConfigDict
 
-from declip_jax import config
+from declip_jax import architectures, config
 
 EPOCHS = {"fashion44k": 6, "flickr8k": 20}
 # Titles are like "Puma Women Black Crazy Slide Flats", not like "a photo of flats".
@@ -34,7 +34,7 @@ def get_config(arg: str = "clip,fashion44k,data/fashion44k") -> ConfigDict:
   c.data.mask_slots = 2  # captions are short: 15 % of some 7 to 12 tokens
   c.data.threads = 2
   c.model.dtype = "float32"
-  c.model.image = config.vit(patch=8, width=128, depth=4, heads=4)
+  c.model.image = architectures.vit(patch=8, width=128, depth=4, heads=4)
   c.model.text.update({"width": 64, "depth": 3, "heads": 2, "context_length": 24})
   c.model.heads.update({"embed_dim": 128, "bank_size": 8192, "simclr_projector": (512, 512, 128)})
   c.model.heads.update({"simsiam_projector": (256, 256, 256), "simsiam_predictor": (128, 256)})

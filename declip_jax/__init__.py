@@ -1,0 +1,11 @@
+"""Pretraining of CLIP, SLIP and DeCLIP in JAX. `declip_jax.load(path)` gives a trained model as functions."""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+  if name == "load":  # on demand, so that processes that only read data do not import JAX
+    from declip_jax.encode import load
+
+    return load
+  raise AttributeError(f"module 'declip_jax' has no attribute {name!r}")

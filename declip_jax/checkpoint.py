@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from declip_jax.state import State
@@ -86,10 +88,15 @@ class Checkpoints:
     found = self._manager.restore(step, args=args)
     return State(**found["model"], **found["training"]), found["data"]
 
-  def restore_model(self, step: int, abstract: State) -> tuple[Tree, Tree]:
-    """Parameters and collections only, for evaluation."""
-    found = self._manager.restore(step, args=ocp.args.Composite(model=_restore(_model(abstract))))["model"]
+  def restore_model(self, step: int, params: Tree, collections: Tree) -> tuple[Tree, Tree]:
+    """Parameters and collections only, as NumPy arrays; the arguments are their shapes."""
+    abstract = {"params": params, "collections": collections}
+    found = self._manager.restore(step, args=ocp.args.Composite(model=restore_as_numpy(abstract)))["model"]
     return found["params"], found["collections"]
+
+  def config(self, step: int) -> dict[str, Any]:
+    """The config with which a step was saved; its tuples have become lists."""
+    return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
   def preempted(self, step: int) -> bool:
     """Whether any process of a multi-process run was told to go; every process asks at every step."""
@@ -102,6 +109,12 @@ class Checkpoints:
   def close(self) -> None:
     """Waits and frees the background threads."""
     self._manager.close()
+
+
+def restore_as_numpy(abstract: Tree) -> ocp.args.PyTreeRestore:
+  """Arguments that restore a tree of these shapes on the host, whatever devices it was saved from."""
+  arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+  return ocp.args.PyTreeRestore(abstract, restore_args=arguments)
 
 
 def _model(state: State) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from declip_jax import architectures
+
 # The methods of the papers: weights of the terms of `declip_jax.objectives`, and the recipe that makes their views.
 METHODS = {
   "clip": {"recipe": "clip", "weights": {"clip": 1.0}},
@@ -18,43 +20,27 @@ METHODS = {
   "declip": {"recipe": "declip", "weights": {"clip": 0.4, "mvs": 0.2, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}},
 }
 
-
-def vit(patch: int, width: int, depth: int, heads: int) -> ConfigDict:
-  """OpenAI's vision transformer; the other options make it timm's (SLIP). See `models.vit.ViT`."""
-  c = ConfigDict()
-  c.kind = "vit"
-  c.patch, c.width, c.depth, c.heads = patch, width, depth, heads
-  c.pre_norm = True  # a norm before the first block; SLIP: False
-  c.patch_bias = False  # SLIP: True
-  c.activation = "quick_gelu"  # or "gelu" (SLIP)
-  c.epsilon = 1e-5  # of the norms; SLIP: 1e-6
-  c.initializer = "torch"  # "torch" (OpenAI), "openai_text" (DeCLIP) or "timm" (SLIP)
-  return c
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SLIP's and DeCLIP's
 
 
-def resnet(width: int, layers: tuple[int, int, int, int]) -> ConfigDict:
-  """CLIP's modified ResNet; its output projection has a bias, so set `model.heads.image_bias` too."""
-  c = ConfigDict()
-  c.kind = "resnet"
-  c.width, c.layers = width, layers
-  return c
+def default(method: str = "clip", architecture: str = "ViT-B/32") -> ConfigDict:
+  """An architecture trained by `method` as CLIP was (Radford et al. 2021, tables 18 to 20).
 
+  Locked: only known fields can be set. `architectures.ARCHITECTURES` lists the names.
 
-def default(method: str = "clip") -> ConfigDict:
-  """ViT-B/32 trained by `method` as CLIP was (Radford et al. 2021, tables 18 to 20).
-
-  Locked: only known fields can be set.
-
-  Towers, normalisation and optimiser are OpenAI's for every method, so that methods differ in nothing else. SLIP's and
-  DeCLIP's own differ: both normalise with ImageNet's mean and standard deviation and use epsilon 1e-8; SLIP trains
-  timm's ViT with learning rate 3e-3 and decay 0.1; DeCLIP initialises its ViT by "openai_text", freezes the patch
-  embedding, keeps the log scale in [3, 6], and uses learning rate 1e-3 and decay 0.1 after 2,500 steps from 1e-4.
+  Normalisation and optimiser are OpenAI's for every method, so that methods differ in nothing else. SLIP's and DeCLIP's
+  own differ: both normalise with ImageNet's mean and standard deviation and use epsilon 1e-8; SLIP trains timm's ViT
+  ("SLIP ViT-B/16") with learning rate 3e-3 and decay 0.1; DeCLIP trains "DeCLIP ViT-B/32" with its patch embedding
+  frozen (`optimizer.frozen`), keeps the log scale in [3, 6], and uses learning rate 1e-3 and decay 0.1 after 2,500
+  steps from 1e-4.
 
   Raises:
-    ValueError: an unknown method.
+    ValueError: an unknown method or architecture.
   """
   if method not in METHODS:
     raise ValueError(f"method {method!r}: choose one of {sorted(METHODS)}")
+  built = architectures.build(architecture)
   c = ConfigDict()
   c.seed = 0  # of the initial parameters, the shuffle, and every augmentation
   # Weight of each term; 0 leaves the term and its head out.
@@ -62,8 +48,12 @@ def default(method: str = "clip") -> ConfigDict:
   c.weights.update(METHODS[method]["weights"])
   c.batch_size = 4096  # pairs per step over all devices
   c.duration = duration(epochs=32)  # of the training
-  c.data = _data(METHODS[method]["recipe"])
-  c.model = _model(method)
+  c.data = _data(METHODS[method]["recipe"], built.image_size)
+  c.model = _model(built)
+  if c.weights.mlm:
+    c.model.text.vocab_size = 49409  # the mask token, behind OpenAI's vocabulary
+    c.model.heads.text_bias = True  # as in DeCLIP
+  c.init_from = ConfigDict({"path": "", "parts": ("image", "text", "heads")})  # see `weights.initial`
   c.optimizer = _optimizer()
   c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices along each axis; -1 is whatever is left
   c.max_skipped_in_a_row = 20  # non-finite steps are skipped; after so many in a row the run stops
@@ -81,12 +71,12 @@ def default(method: str = "clip") -> ConfigDict:
   return c
 
 
-def _data(recipe: str) -> ConfigDict:
+def _data(recipe: str, image_size: int) -> ConfigDict:
   c = ConfigDict()
   c.train = ("scenes:train",)  # sources to train on, "kind:location" each
   c.mixture = (1.0,)  # weight of each source
   c.recipe = recipe  # a name of `data.recipes.RECIPES`
-  c.image_size = 224
+  c.image_size = image_size
   c.interpolation = "bilinear"  # of crops and of evaluation; OpenAI's CLIP evaluates with "bicubic"
   c.mask_probability = 0.15  # of masked language modelling, per token (BERT: 0.15)
   c.mask_slots = 0  # masked positions kept per caption; 0 derives a bound that is seldom exceeded
@@ -101,21 +91,17 @@ def _data(recipe: str) -> ConfigDict:
   return c
 
 
-def _model(method: str) -> ConfigDict:
+def _model(built: architectures.Architecture) -> ConfigDict:
   c = ConfigDict()
   c.dtype = "bfloat16"  # of activations; parameters, softmax, norms and losses are float32
   c.remat = "none"  # what the backward pass recomputes: "none", "dots" (all but matrix products) or "full"
-  c.mean, c.std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's
-  c.image = vit(patch=32, width=768, depth=12, heads=12)
-  # 49,408 tokens of OpenAI's vocabulary, and one more where a mask token is needed.
-  vocab_size = 49409 if method == "declip" else 49408
-  c.text = ConfigDict({"vocab_size": vocab_size, "width": 512, "depth": 12, "heads": 8})
-  c.text.context_length = 77  # tokens of a text with start and end; longer ones are cut
-  c.text.activation = "quick_gelu"
+  c.unroll = 1  # blocks of a transformer that the compiler sees at once; more take longer to compile
+  c.mean, c.std = OPENAI_MEAN, OPENAI_STD
+  c.image, c.text = built.image, built.text
   c.heads = ConfigDict()
-  c.heads.embed_dim = 512  # of the joint space
-  c.heads.image_bias = False  # ResNet: True
-  c.heads.text_bias = method == "declip"
+  c.heads.embed_dim = built.embed_dim  # of the joint space
+  c.heads.image_bias = built.image_bias
+  c.heads.text_bias = built.text_bias
   c.heads.simclr_projector = (4096, 4096, 256)
   c.heads.simsiam_projector = (1024, 1024, 1024)
   c.heads.simsiam_predictor = (512, 1024)
@@ -132,6 +118,9 @@ def _optimizer() -> ConfigDict:
   c.weight_decay = 0.2  # decoupled; not on biases, norms and the temperature
   c.b1, c.b2, c.epsilon = 0.9, 0.98, 1e-6
   c.gradient_clip = 0.0  # largest global norm of the gradient; 0 does not clip
+  # Paths of parameters that stay as they are: ("towers/image",) is a locked image tower (LiT), and DeCLIP freezes
+  # ("towers/image/patch_embedding",).
+  c.frozen = ()
   c.logit_scale_range = (0.0, 4.605170185988092)  # of the log inverse temperature after each step; the top is ln 100
   return c
 

@@ -1,27 +1,27 @@
-"""Trained towers as functions: `load` a run in a notebook, or bind a model's parameters for the evaluators."""
+"""Trained towers as functions: `load` anything that `weights.read` reads, or bind a run's parameters for evaluators."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Float
-from ml_collections import ConfigDict
+from jaxtyping import Float, Int
 import numpy as np
+import PIL.Image
 
-from declip_jax import run
-from declip_jax.checkpoint import Checkpoints
-from declip_jax.config import from_json
 from declip_jax.data import images as image_ops
 from declip_jax.data.tokenizer import Tokenizer
-from declip_jax.evals.embed import Encoders, embed_texts
-from declip_jax.models.model import Model
-from declip_jax.sharding import batch_sharding, check_batch, local_rows, replicated, to_global
-from declip_jax.state import abstract_state
+from declip_jax.evals.embed import Encoders
+from declip_jax.models.model import Model, make_model
+from declip_jax.sharding import batch_sharding, check_batch, local_rows, make_mesh, replicated, to_global
+from declip_jax.types import Views
+from declip_jax.weights.read import Weights, read
 
 Tree = Any
+Image = PIL.Image.Image | np.ndarray | bytes | str | os.PathLike[str]
 
 
 class EncoderFactory:
@@ -29,14 +29,18 @@ class EncoderFactory:
 
   Args:
     model: to encode with.
-    config: gives image size, interpolation and batch size.
     mesh: to encode on.
     tokenizer: of the model.
+    image_size, interpolation: of the evaluation view.
+    batch_size: of every call, a multiple of the number of devices.
   """
 
-  def __init__(self, model: Model, config: ConfigDict, mesh: Mesh, tokenizer: Tokenizer):
-    check_batch(config.evaluate_batch_size, mesh, "evaluate_batch_size")
-    self._config, self._mesh, self._tokenizer = config, mesh, tokenizer
+  def __init__(
+    self, model: Model, mesh: Mesh, tokenizer: Tokenizer, *, image_size: int, interpolation: str, batch_size: int
+  ):
+    check_batch(batch_size, mesh, "evaluate_batch_size")
+    self._mesh, self._batch_size = mesh, batch_size
+    self._inputs = {"tokenizer": tokenizer, "image_size": image_size, "interpolation": interpolation}
     everywhere = replicated(mesh)
     self._image = jax.jit(model.encode_image, out_shardings=everywhere)
     self._text = jax.jit(model.encode_text, out_shardings=everywhere)
@@ -50,65 +54,143 @@ class EncoderFactory:
       image=lambda images: np.asarray(self._image(params, collections, place(images))),
       text=lambda tokens: np.asarray(self._text(params, collections, place(tokens))),
       gather=lambda rows: fetch(self._gather(place(rows))),
-      tokenizer=self._tokenizer,
-      image_size=self._config.data.image_size,
-      interpolation=self._config.data.interpolation,
-      batch_size=self._config.evaluate_batch_size,
-      rows=local_rows(batch_sharding(self._mesh), self._config.evaluate_batch_size),
+      batch_size=self._batch_size,
+      rows=local_rows(batch_sharding(self._mesh), self._batch_size),
+      **self._inputs,
     )
 
 
 class Clip:
-  """A trained run as two functions, for notebooks; see `load`.
+  """A trained model as functions; see `load`.
 
   Attributes:
-    config: of the run.
-    step: of the checkpoint.
-    encoders: what the evaluators take.
+    origin: where the weights are from, in words.
+    model: the pure functions; `params` and `collections` are their first arguments.
+    params, collections: on the devices of `mesh`.
+    mesh: over which batches are split.
+    tokenizer: texts to ids.
+    image_size, interpolation: of the view that an image is turned into, see `preprocess`.
+    mean, std: by which pixels are normalised, per channel, on a scale of 0 to 1.
+    logit_scale: inverse temperature of the contrastive loss, by which cosines are multiplied.
+    remarks: what should be known about how the file was read.
   """
 
-  def __init__(self, config: ConfigDict, step: int, encoders: Encoders):
-    self.config, self.step, self.encoders = config, step, encoders
+  def __init__(self, weights: Weights, mesh: Mesh):
+    views = Views()
+    self.origin, self.remarks, self.mesh = weights.origin, weights.remarks, mesh
+    self.model = make_model(weights.model, views=views, heads=())
+    place = partial(jax.device_put, device=replicated(mesh))
+    self.params, self.collections = place(weights.params), place(weights.collections)
+    self.tokenizer = Tokenizer(weights.model.text.context_length)
+    self.image_size, self.interpolation = weights.image_size, weights.interpolation
+    self.mean, self.std = weights.model.mean, weights.model.std
+    self._has_text = "text" in weights.params["towers"]
+    self._functions = {
+      name: jax.jit(getattr(self.model, name), out_shardings=replicated(mesh))
+      for name in ("encode_image", "encode_text", "image_features", "text_features")
+    }
 
-  def encode_images(self, images: Sequence[np.ndarray | bytes]) -> Float[np.ndarray, "n d"]:
-    """Unit-norm float32 embeddings of images, each uint8 pixels `[h w 3]` of any size or the bytes of a file.
+  @property
+  def logit_scale(self) -> float:
+    """Inverse temperature of the contrastive loss."""
+    return float(np.exp(self.params["heads"]["logit_scale"]))
+
+  def encode_image(self, images: Image | Sequence[Image], batch_size: int = 64) -> Float[np.ndarray, "n d"]:
+    """Unit-norm float32 embeddings of images.
+
+    Args:
+      images: one or several, each a PIL image, uint8 pixels `[h w 3]` of any size, a path, or the bytes of a file; or
+        one array `[n h w 3]`.
+      batch_size: images that are encoded at once.
 
     Raises:
       ValueError: one of them is no image.
     """
-    size, how = self.encoders.image_size, self.encoders.interpolation
-    views = np.stack([image_ops.eval_view(image_ops.decode(x), size=size, interpolation=how) for x in images])
-    batch = self.encoders.batch_size
-    padded = np.concatenate([views, np.repeat(views[-1:], -len(views) % batch, axis=0)])
-    parts = [self.encoders.image(part) for part in padded.reshape(-1, batch, *views.shape[1:])]
-    return np.concatenate(parts)[: len(views)]
+    if isinstance(images, Image) and not (isinstance(images, np.ndarray) and images.ndim == 4):
+      images = [images]
+    if not len(images):
+      return np.empty((0, self.model.heads.embed_dim), np.float32)
+    chunks = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    parts = [self._apply("encode_image", np.stack([self.preprocess(x) for x in chunk])) for chunk in chunks]
+    return np.concatenate(parts)
 
-  def encode_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-    """Unit-norm float32 embeddings of texts."""
-    return embed_texts(texts, self.encoders)
+  def encode_text(self, texts: str | Sequence[str], batch_size: int = 256) -> Float[np.ndarray, "n d"]:
+    """Unit-norm float32 embeddings of one text or several; those that are too long are cut."""
+    tokens = self.tokenizer([texts] if isinstance(texts, str) else texts)
+    return self._batched("encode_text", tokens, batch_size)
+
+  def image_features(self, images: Float[np.ndarray, "n h w 3"], batch_size: int = 64) -> Float[np.ndarray, "n d"]:
+    """Joint embeddings, float32 and not of unit norm, of images that are already resized and normalised."""
+    return self._batched("image_features", np.asarray(images, np.float32), batch_size)
+
+  def text_features(self, tokens: Int[np.ndarray, "n t"], batch_size: int = 256) -> Float[np.ndarray, "n d"]:
+    """Joint embeddings, float32 and not of unit norm, of token ids; rows may be shorter than the context length."""
+    return self._batched("text_features", np.asarray(tokens, np.int32), batch_size)
+
+  def preprocess(self, image: Image) -> np.ndarray:
+    """The view of an image that the model sees, uint8 `[s s 3]`: shorter side resized to `image_size`, centre cropped.
+
+    Raises:
+      ValueError: it is no image.
+    """
+    if isinstance(image, (str, os.PathLike)):
+      image = Path(image).read_bytes()
+    return image_ops.eval_view(image_ops.decode(image), size=self.image_size, interpolation=self.interpolation)
+
+  def normalise(self, views: np.ndarray) -> Float[np.ndarray, "n h w 3"]:
+    """What `image_features` takes, from what `preprocess` returns."""
+    mean, std = (np.asarray(x, np.float32) for x in (self.mean, self.std))
+    return (np.asarray(views, np.float32) / 255 - mean) / std
+
+  def encoders(self, batch_size: int) -> Encoders:
+    """What the evaluators of `declip_jax.evals` take."""
+    self._check_text()
+    factory = EncoderFactory(
+      self.model,
+      self.mesh,
+      self.tokenizer,
+      image_size=self.image_size,
+      interpolation=self.interpolation,
+      batch_size=batch_size,
+    )
+    return factory.bind(self.params, self.collections)
+
+  def _batched(self, name: str, rows: np.ndarray, batch_size: int) -> np.ndarray:
+    if not len(rows):
+      return np.empty((0, self.model.heads.embed_dim), np.float32)
+    return np.concatenate(
+      [self._apply(name, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    )
+
+  def _apply(self, name: str, rows: np.ndarray) -> np.ndarray:
+    """One call; rows are filled up to a power of two times the devices, so that few shapes are ever compiled."""
+    self._check_text()
+    size = self.mesh.size
+    while size < len(rows):
+      size *= 2
+    filled = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+    return np.asarray(self._functions[name](self.params, self.collections, self._place(filled)))[: len(rows)]
+
+  def _place(self, rows: np.ndarray) -> jax.Array:
+    return jax.device_put(rows, batch_sharding(self.mesh))
+
+  def _check_text(self) -> None:
+    if not self._has_text:
+      raise ValueError(
+        f"these weights ({self.origin}) have no text tower and no joint space: start a run from them by config.init_from"
+      )
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None) -> Clip:
-  """The model of a run at its newest checkpoint, or at `step`, on all local devices.
+def load(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None, *, step: int | None = None) -> Clip:
+  """A trained model on all local devices, from a run or from any file or folder that `weights.read.read` knows.
+
+  Args:
+    path: of it.
+    settings: fields that replace what was recognised, such as `{"image.activation": "gelu"}`.
+    step: which checkpoint of a run; by default the newest.
 
   Raises:
-    FileNotFoundError: no such run, or no such checkpoint.
+    FileNotFoundError: there is nothing, or no such checkpoint.
+    ValueError: it is no checkpoint that is known; the message says what does not fit.
   """
-  workdir = run.local_path(workdir)
-  config_file = workdir / "config.json"
-  if not config_file.exists():
-    raise FileNotFoundError(f"{workdir} is no run: it has no config.json")
-  config = from_json(config_file.read_text())
-  config.mesh.update({"data": -1, "fsdp": 1})  # a run of any mesh is read on whatever there is
-  parts = run.build(config)
-  checkpoints = Checkpoints(workdir)
-  steps = checkpoints.steps()
-  chosen = step if step is not None else (steps or [None])[-1]
-  if chosen not in steps:
-    raise FileNotFoundError(f"{workdir} has no checkpoint of step {step or 'any'}; there are: {steps or 'none'}")
-  batch = parts.batch_shape(parts.mesh.size)
-  abstract = abstract_state(batch, parts.mesh, model=parts.model, optimizer=parts.optimizer)
-  params, collections = checkpoints.restore_model(chosen, abstract)
-  checkpoints.close()
-  encoders = EncoderFactory(parts.model, config, parts.mesh, parts.tokenizer).bind(params, collections)
-  return Clip(config, chosen, encoders)
+  return Clip(read(path, settings, step), make_mesh(-1, 1))

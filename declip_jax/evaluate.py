@@ -6,12 +6,15 @@ source instead:
   --zero_shot=webdataset:/data/test-*.tar --template="a photo of a {}." --template="a drawing of a {}."
   --retrieval=webdataset:/data/test-*.tar
 
+With --weights it measures any other checkpoint that `declip_jax.load` reads, such as OpenAI's or one of open_clip.
+
 Results are printed and added, one JSON object a line, to evaluations.jsonl in the run's directory.
 """
 
 from collections.abc import Callable
 from functools import partial
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +57,36 @@ def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], di
   return evaluate
 
 
-def evaluate(workdir: Path, step: int | None = None, evals: ConfigDict | None = None) -> dict[str, Any]:
-  """Evaluates a checkpoint of a run, by default its newest by the evaluations of its config.
+def evaluate(
+  workdir: Path,
+  step: int | None = None,
+  evals: ConfigDict | None = None,
+  weights: str | os.PathLike[str] | None = None,
+  batch_size: int | None = None,
+) -> dict[str, Any]:
+  """Evaluates a checkpoint and adds the results to `workdir/evaluations.jsonl`.
+
+  Args:
+    workdir: of a run, or where to put the results for other `weights`.
+    step: checkpoint of the run; by default the newest.
+    evals: what to measure; by default what the config of the run does.
+    weights: what to evaluate in place of the run.
+    batch_size: images and texts that are encoded at once; by default the config's, or 256.
 
   Raises:
     FileNotFoundError: no such run or checkpoint.
     ValueError: there is nothing to evaluate.
   """
-  clip = load(workdir, step)
-  evals = clip.config.evals if evals is None else evals
+  clip = load(weights or workdir, step=step)
+  file = workdir / "config.json"
+  config = config_lib.from_json(file.read_text()) if file.exists() else config_lib.default()
+  evals = config.evals if evals is None else evals
   if not len(evals):
-    raise ValueError(f"the config of {workdir} has no evals: give --zero_shot or --retrieval")
-  results = {"step": clip.step, **make_evaluators(evals, workdir)(clip.encoders)}
+    raise ValueError(f"{workdir} has no config with evals: give --zero_shot or --retrieval")
+  encoders = clip.encoders(batch_size or (config.evaluate_batch_size if file.exists() else 256))
+  results = {"weights": clip.origin, **make_evaluators(evals, workdir)(encoders)}
   if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "evaluations.jsonl").open("a") as file:
       file.write(json.dumps({"evals": evals.to_dict(), **results}) + "\n")
   return results
@@ -82,13 +102,16 @@ def _asked() -> ConfigDict | None:
 
 
 def _command(workdir: Path) -> None:
-  results = evaluate(workdir, flags.FLAGS.step, _asked())
+  given = flags.FLAGS
+  results = evaluate(workdir, given.step, _asked(), given.weights, given.batch_size)
   if jax.process_index() == 0:
     print(summary_table({"run": str(workdir), **results}))
 
 
 if __name__ == "__main__":
   flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
+  flags.DEFINE_string("weights", None, "Checkpoint file or folder to evaluate in place of the run in --workdir.")
+  flags.DEFINE_integer("batch_size", None, "Images and texts encoded at once; by default the run's, or 256.")
   flags.DEFINE_string("zero_shot", None, "Source to classify, such as webdataset:/data/test-*.tar")
   flags.DEFINE_multi_string("template", ["a photo of a {}."], "Prompt with {} for the class name; may be repeated.")
   flags.DEFINE_string("retrieval", None, "Source to search.")

@@ -1,6 +1,7 @@
 """The optimiser and the schedule of the papers: AdamW with a decay mask, linear warm-up, cosine decay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,8 +22,32 @@ def decay_mask(params: Tree) -> Tree:
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
+def trainable(params: Tree, frozen: Sequence[str]) -> Tree:
+  """False for the parameters at or below one of the paths `frozen`, such as "towers/image"; True for the others.
+
+  Raises:
+    ValueError: a path under which there is nothing.
+  """
+  paths = ["/".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(params)]
+  for prefix in frozen:
+    if not any(_below(path, prefix) for path in paths):
+      parts = sorted({"/".join(path.split("/")[:3]) for path in paths})
+      raise ValueError(f"config.optimizer.frozen: there is nothing at {prefix!r}; there are {', '.join(parts)}")
+  free = [not any(_below(path, prefix) for prefix in frozen) for path in paths]
+  return jax.tree.unflatten(jax.tree.structure(params), free)
+
+
+def without_gradient(params: Tree, frozen: Sequence[str]) -> Tree:
+  """The same parameters, but no gradient is computed for the frozen ones, nor for what only they need."""
+  if not frozen:
+    return params
+  return jax.tree.map(
+    lambda param, free: param if free else jax.lax.stop_gradient(param), params, trainable(params, frozen)
+  )
+
+
 def adamw(
-  *, b1: float, b2: float, epsilon: float, weight_decay: float, gradient_clip: float
+  *, b1: float, b2: float, epsilon: float, weight_decay: float, gradient_clip: float, frozen: Sequence[str] = ()
 ) -> optax.GradientTransformation:
   """AdamW up to the learning rate, which the train step applies from its own step count.
 
@@ -30,10 +55,16 @@ def adamw(
     b1, b2, epsilon: of Adam.
     weight_decay: decoupled, under `decay_mask`.
     gradient_clip: largest global norm of the gradient, 0 for none.
+    frozen: paths of parameters that have no moments and no decay; their gradient must be zero.
   """
   clip = [optax.clip_by_global_norm(gradient_clip)] if gradient_clip else []
   decay = [optax.add_decayed_weights(weight_decay, mask=decay_mask)] if weight_decay else []
-  return optax.chain(*clip, optax.scale_by_adam(b1, b2, epsilon), *decay)
+  adam = optax.chain(*clip, optax.scale_by_adam(b1, b2, epsilon), *decay)
+  return optax.masked(adam, partial(trainable, frozen=frozen)) if frozen else adam
+
+
+def _below(path: str, prefix: str) -> bool:
+  return f"{path}/".startswith(f"{prefix.rstrip('/')}/")
 
 
 def warmup_cosine(

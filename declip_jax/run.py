@@ -90,7 +90,9 @@ def build(config: ConfigDict) -> Parts:
     config.data.mask_slots,
   )
   heads = objectives.heads_for(config.weights)
-  model = make_model(config.model, views=recipe.views, heads=heads, eot=tokenizer.eot)
+  model = make_model(
+    config.model, views=recipe.views, heads=heads, lock_image="towers/image" in config.optimizer.frozen
+  )
   return Parts(model, make_optimizer(config.optimizer), tokenizer, make_views, make_mesh(**config.mesh))
 
 
@@ -102,6 +104,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     epsilon=config.epsilon,
     weight_decay=config.weight_decay,
     gradient_clip=config.gradient_clip,
+    frozen=config.frozen,
   )
 
 

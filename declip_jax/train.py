@@ -5,7 +5,7 @@ Any field of the config can be set: --config.batch_size=256 --config.weights.nns
 See declip_jax/config.py for all fields and their meaning, and configs/ for what there is to start from.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 from functools import partial
 import math
@@ -36,7 +36,7 @@ from declip_jax.encode import EncoderFactory
 from declip_jax.evaluate import make_evaluators
 from declip_jax.metrics import MetricWriter, Progress, read_metrics, summary_table
 from declip_jax.models.model import Model
-from declip_jax.optim import warmup_cosine
+from declip_jax.optim import warmup_cosine, without_gradient
 from declip_jax.sharding import batch_sharding, check_batch, replicated, to_global
 from declip_jax.state import State, abstract_state, create_state
 from declip_jax.types import Batch
@@ -61,10 +61,12 @@ def train_step(
   schedule: Callable[[Array], Array],
   weights: Mapping[str, float],
   logit_scale_range: tuple[float, float],
+  frozen: Sequence[str] = (),
 ) -> tuple[State, Metrics]:
   """One step on one global batch. If anything is not finite, only the step count and `skipped` change."""
 
   def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Array, Any]]:
+    params = without_gradient(params, frozen)
     features, towers = model.encode(params, state.collections, batch)
     outputs, heads = model.apply_heads(params, state.collections, features)
     loss, metrics = objectives.total_loss(outputs, batch, weights)
@@ -117,7 +119,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   # State: shapes and layout first, arrays last.
   check_objective(parts.model, batch_shape, weights, config.data.recipe)
   abstract = abstract_state(batch_shape, mesh, model=parts.model, optimizer=parts.optimizer)
-  encoders = EncoderFactory(parts.model, config, mesh, parts.tokenizer)
+  encoders = EncoderFactory(
+    parts.model,
+    mesh,
+    parts.tokenizer,
+    image_size=config.data.image_size,
+    interpolation=config.data.interpolation,
+    batch_size=config.evaluate_batch_size,
+  )
   evaluate = make_evaluators(config.evals, workdir)
   best = config.checkpoint.best_metric
   if best and not any(best.startswith(f"eval/{name}/") for name in config.evals):
@@ -235,6 +244,7 @@ def make_step(
     schedule=schedule,
     weights=objectives.active(config.weights),
     logit_scale_range=config.optimizer.logit_scale_range,
+    frozen=config.optimizer.frozen,
   )
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(parts.mesh)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference_weights as reference
 
-from declip_jax import config
+from declip_jax import architectures, config
 from declip_jax.data.recipes import RECIPES
 from declip_jax.models.model import make_model
 from declip_jax.objectives import heads_for
@@ -92,10 +92,10 @@ def test_gradient_clip_equals_pytorch(golden):
 def test_decay_spares_biases_gains_and_temperature_and_nothing_else(method, image):
   c = config.default(method)
   if image == "resnet":
-    c.model.image = config.resnet(64, (1, 1, 1, 1))
+    c.model.image = architectures.resnet(64, (1, 1, 1, 1))
     c.model.heads.image_bias = True
   recipe = RECIPES[c.data.recipe]
-  model = make_model(c.model, views=recipe.views, heads=heads_for(c.weights), eot=49407)
+  model = make_model(c.model, views=recipe.views, heads=heads_for(c.weights))
   shape = jax.ShapeDtypeStruct
   batch = {
     "image": shape((2, len(recipe.image_views), 64, 64, 3), jnp.uint8),

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from declip_jax import config
+from declip_jax import architectures, config
 
 
 def tiny_config(method: str, **data: object) -> ConfigDict:
@@ -16,7 +16,7 @@ def tiny_config(method: str, **data: object) -> ConfigDict:
   c.data.mask_slots = 3
   c.data.update(data)
   c.model.dtype = "float32"
-  c.model.image = config.vit(patch=8, width=32, depth=2, heads=2)
+  c.model.image = architectures.vit(patch=8, width=32, depth=2, heads=2)
   c.model.text.update({"width": 16, "depth": 2, "heads": 2, "context_length": 16})
   c.model.heads.update({"embed_dim": 16, "bank_size": 32, "simclr_projector": (32, 32, 16)})
   c.model.heads.update({"simsiam_projector": (32, 32, 32), "simsiam_predictor": (16, 32)})

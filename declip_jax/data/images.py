@@ -34,15 +34,15 @@ _MAX_ASPECT = 16  # in `eval_view`: longer images would make giant intermediate 
 _TRUNCATE = -0.499  # added before OpenCV rounds to nearest, for Pillow truncates
 
 
-def decode(image: bytes | np.ndarray) -> Pixels:
+def decode(image: bytes | np.ndarray | Image.Image) -> Pixels:
   """Decodes an encoded image, or checks an array, into RGB; of an animation the first frame.
 
   JPEG pixels equal Pillow's. As in torchvision's loaders, transparency is dropped (not blended with a background) and
   the EXIF orientation is ignored. Unlike there, 16-bit grey keeps its range instead of clipping to white.
 
   Args:
-    image: A file's bytes in any format that Pillow reads, or uint8 `[h w]`, `[h w 1]`, `[h w 3]` or `[h w 4]`;
-      `[h w 3]` is returned as it is, not copied.
+    image: A file's bytes in any format that Pillow reads, an image of Pillow's, or uint8 `[h w]`, `[h w 1]`, `[h w 3]`
+      or `[h w 4]`; `[h w 3]` is returned as it is, not copied.
 
   Raises:
     ValueError: The image cannot be read completely, is empty or has more than `MAX_PIXELS`. The message gives the
@@ -50,6 +50,8 @@ def decode(image: bytes | np.ndarray) -> Pixels:
   """
   if isinstance(image, np.ndarray):
     return _rgb_array(image)
+  if isinstance(image, Image.Image):
+    return _rgb_array(_pil_pixels(image))
   if not image:
     raise ValueError("the image has 0 bytes")
   pixels = _decode_jpeg(image) if image.startswith(b"\xff\xd8\xff") else None

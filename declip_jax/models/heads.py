@@ -110,13 +110,13 @@ class Heads(nn.Module):
       outputs = self._search_bank(outputs)
     return outputs
 
-  def encode_image(self, feature: Float[Array, "b w"]) -> Float[Array, "b d"]:
-    """Unit-norm joint embeddings of image features."""
-    return unit_norm(self.image_projection(feature))
+  def project_image(self, feature: Float[Array, "b w"]) -> Float[Array, "b d"]:
+    """Joint embeddings of image features, not normalised."""
+    return self.image_projection(feature)
 
-  def encode_text(self, feature: Float[Array, "b w"]) -> Float[Array, "b d"]:
-    """Unit-norm joint embeddings of text features."""
-    return unit_norm(self.text_projection(feature))
+  def project_text(self, feature: Float[Array, "b w"]) -> Float[Array, "b d"]:
+    """Joint embeddings of text features, not normalised."""
+    return self.text_projection(feature)
 
   def _projection(self, width: int, bias: bool) -> nn.Dense:
     init = nn.initializers.normal(width**-0.5)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from declip_jax.models.heads import Heads
+from declip_jax.models.heads import Heads, unit_norm
 from declip_jax.models.text import TextTransformer
 from declip_jax.models.towers import IMAGE_TOWERS, Towers
 from declip_jax.types import Batch, Features, Outputs, Views
@@ -50,25 +50,36 @@ class Model:
 
   def encode_image(self, params: Tree, collections: Tree, images: UInt8[Array, "b h w c"]) -> Float[Array, "b d"]:
     """Unit-norm float32 embeddings of uint8 images, in evaluation mode."""
-    towers, heads = _variables(params, collections)
-    features = self.towers.apply(towers, images, method=Towers.encode_image)
-    return self.heads.apply(heads, features, method=Heads.encode_image)
+    return unit_norm(self._image_features(params, collections, images, Towers.encode_image))
 
   def encode_text(self, params: Tree, collections: Tree, tokens: Int[Array, "b t"]) -> Float[Array, "b d"]:
     """Unit-norm float32 embeddings of token ids, in evaluation mode."""
+    return unit_norm(self.text_features(params, collections, tokens))
+
+  def image_features(self, params: Tree, collections: Tree, images: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
+    """Joint float32 embeddings, not of unit norm, of images that are already normalised, in evaluation mode."""
+    return self._image_features(params, collections, images, Towers.encode_pixels)
+
+  def text_features(self, params: Tree, collections: Tree, tokens: Int[Array, "b t"]) -> Float[Array, "b d"]:
+    """Joint float32 embeddings, not of unit norm, of token ids, in evaluation mode."""
     towers, heads = _variables(params, collections)
     features = self.towers.apply(towers, tokens, method=Towers.encode_text)
-    return self.heads.apply(heads, features, method=Heads.encode_text)
+    return self.heads.apply(heads, features, method=Heads.project_text)
+
+  def _image_features(self, params: Tree, collections: Tree, images: Array, encode: Any) -> Float[Array, "b d"]:
+    towers, heads = _variables(params, collections)
+    features = self.towers.apply(towers, images, method=encode)
+    return self.heads.apply(heads, features, method=Heads.project_image)
 
 
-def make_model(config: ConfigDict, *, views: Views, heads: tuple[str, ...], eot: int) -> Model:
+def make_model(config: ConfigDict, *, views: Views, heads: tuple[str, ...], lock_image: bool = False) -> Model:
   """Builds the model of `config.model`; see `config.default` for its fields.
 
   Args:
     config: the `model` part of a config.
     views: which view plays which part, from the data recipe.
     heads: which heads the objective's terms need.
-    eot: id of the end-of-text token.
+    lock_image: whether the image tower is not trained; see `Towers`.
 
   Raises:
     ValueError: an unknown kind of image tower.
@@ -78,10 +89,12 @@ def make_model(config: ConfigDict, *, views: Views, heads: tuple[str, ...], eot:
   if kind not in IMAGE_TOWERS:
     raise ValueError(f"config.model.image.kind={kind!r}: choose one of {sorted(IMAGE_TOWERS)}")
   dtype = jnp.dtype(config.dtype)
-  image = IMAGE_TOWERS[kind](**image_fields, remat=config.remat, dtype=dtype)
-  text = TextTransformer(**config.text, eot=eot, remat=config.remat, dtype=dtype)
+  transformer = {"remat": config.remat, "unroll": config.unroll, "dtype": dtype}
+  image_options = transformer if kind == "vit" else {"remat": config.remat, "dtype": dtype}
+  image = IMAGE_TOWERS[kind](**image_fields, **image_options)
+  text = TextTransformer(**config.text, **transformer)
   return Model(
-    towers=Towers(image, text, config.mean, config.std, dtype),
+    towers=Towers(image, text, config.mean, config.std, lock_image, dtype),
     heads=Heads(
       image_width=image.feature_width,
       text_width=text.width,

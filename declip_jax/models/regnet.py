@@ -22,7 +22,8 @@ def stages(
 
   Block `j` has the width `initial_width * multiplier**s`, where `s` is the whole number that comes nearest to
   `initial_width + slope * j`; blocks of equal width are a stage. Then widths go to the nearest multiple of the group
-  width, as in pycls; torchvision never goes down by more than a tenth, which makes another 800MF and 8GF.
+  width, as in pycls; torchvision rounds halves up and never goes down by more than a tenth, which makes another 800MF
+  and another 8GF.
 
   Raises:
     ValueError: parameters of which the rule makes no network.

@@ -5,10 +5,10 @@ from typing import Any
 
 from einops import rearrange
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from declip_jax.models.attention import attend
 from declip_jax.models.batch_norm import BatchNorm
 from declip_jax.models.transformer import REMAT_POLICIES, torch_uniform
 
@@ -69,7 +69,7 @@ class AttentionPool(nn.Module):
     dense = partial(nn.Dense, width, dtype=self.dtype, kernel_init=init, bias_init=bias)
     split = partial(rearrange, pattern="b n (h e) -> b n h e", h=self.heads)
     query, key, value = split(dense(name="query")(x[:, :1])), split(dense(name="key")(x)), split(dense(name="value")(x))
-    return rearrange(jax.nn.dot_product_attention(query, key, value), "b 1 h e -> b (h e)")
+    return rearrange(attend(query, key, value), "b 1 h e -> b (h e)")
 
 
 class ModifiedResNet(nn.Module):

@@ -1,5 +1,6 @@
 """The causal text transformer of CLIP (Radford et al. 2021, section 2.4), which SLIP and DeCLIP keep."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,14 @@ class TextTransformer(nn.Module):
   Attention is causal, also where the states feed masked language modelling, as in DeCLIP's released code: a masked
   token sees only what stands before it. No padding mask is needed, since nothing behind the end-of-text token reaches
   it.
+
+  For the same reason a batch may be cut behind its longest text. The lengths that it may be cut to are `buckets`; a
+  switch on the device picks the shortest that fits, so that shapes stay static, nothing is compiled twice, and several
+  hosts need not agree beforehand. The result is the same; states behind the cut are zero.
+
+  Attributes:
+    eot: id of the end-of-text token.
+    buckets: lengths, ascending, to which a batch may be cut; the context length itself is always one of them.
   """
 
   vocab_size: int
@@ -24,7 +33,10 @@ class TextTransformer(nn.Module):
   heads: int
   eot: int
   activation: str = "quick_gelu"
+  mlp_ratio: float = 4.0
+  buckets: tuple[int, ...] = ()
   remat: str = "none"
+  unroll: int = 1
   dtype: Any = jnp.float32
 
   def setup(self) -> None:
@@ -38,10 +50,12 @@ class TextTransformer(nn.Module):
       width=self.width,
       heads=self.heads,
       depth=self.depth,
+      mlp_ratio=self.mlp_ratio,
       activation=self.activation,
       causal=True,
       initializer="openai_text",
       remat=self.remat,
+      unroll=self.unroll,
       dtype=self.dtype,
     )
     self.final_norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False)
@@ -52,11 +66,25 @@ class TextTransformer(nn.Module):
     OpenAI's code pools at the largest id of a row. That is the same position for its vocabulary; a search for the id
     itself also holds when a mask token is appended behind it.
     """
-    positions = self.position_embedding[: tokens.shape[1]].astype(self.dtype)
-    states = self.transformer(self.token_embedding(tokens) + positions)
     end = jnp.argmax(tokens == self.eot, axis=-1)
+    lengths = (*(length for length in self.buckets if length < tokens.shape[1]), tokens.shape[1])
+    if len(lengths) == 1 or self.is_initializing():
+      states = self.encode(tokens)
+    else:
+      fitting = jnp.searchsorted(jnp.asarray(lengths), end.max() + 1)
+      states = nn.switch(fitting, [partial(_encode_cut, length=length) for length in lengths], self, tokens)
     return self.normalise(states[jnp.arange(tokens.shape[0]), end]), states
+
+  def encode(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n width"]:
+    """States of all positions, before the final norm."""
+    positions = self.position_embedding[: tokens.shape[1]].astype(self.dtype)
+    return self.transformer(self.token_embedding(tokens) + positions)
 
   def normalise(self, states: Float[Array, "... width"]) -> Float[Array, "... width"]:
     """The final norm, which acts on each position alone and so is applied to the wanted positions only."""
     return self.final_norm(states)
+
+
+def _encode_cut(text: TextTransformer, tokens: Int[Array, "b n"], *, length: int) -> Float[Array, "b n width"]:
+  """The states of the first `length` positions, and zeros behind them."""
+  return jnp.pad(text.encode(tokens[:, :length]), ((0, 0), (0, tokens.shape[1] - length), (0, 0)))

@@ -7,13 +7,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from declip_jax.models.regnet import RegNetY
 from declip_jax.models.resnet import ModifiedResNet
 from declip_jax.models.text import TextTransformer
 from declip_jax.models.vit import ViT
 from declip_jax.types import Batch, Features
 
 # What `config.model.image.kind` may name.
-IMAGE_TOWERS = {"vit": ViT, "resnet": ModifiedResNet}
+IMAGE_TOWERS = {"vit": ViT, "resnet": ModifiedResNet, "regnet": RegNetY}
+_BATCH_NORMED = (ModifiedResNet, RegNetY)
 
 
 class Towers(nn.Module):
@@ -23,12 +25,14 @@ class Towers(nn.Module):
     image: a module from normalised images `[b h w c]` and `train` to features `[b w]`.
     text: the text transformer.
     mean, std: per channel, on a scale of 0 to 1.
+    lock_image: the image tower is not trained, so its batch norms use their running statistics and keep them.
   """
 
   image: nn.Module
   text: TextTransformer
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
+  lock_image: bool = False
   dtype: Any = jnp.float32
 
   def __call__(self, batch: Batch, masked_view: int | None, train: bool) -> Features:
@@ -46,14 +50,18 @@ class Towers(nn.Module):
   def encode_image(self, images: UInt8[Array, "b h w c"], train: bool = False) -> Float[Array, "b width"]:
     """Features of one view per image, from unnormalised pixels."""
     mean, std = (255 * jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
-    return self.image(((images.astype(jnp.float32) - mean) / std).astype(self.dtype), train)
+    return self.encode_pixels((images.astype(jnp.float32) - mean) / std, train)
+
+  def encode_pixels(self, images: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b width"]:
+    """Features of one view per image, from normalised pixels."""
+    return self.image(images.astype(self.dtype), train and not self.lock_image)
 
   def encode_text(self, tokens: Int[Array, "b t"]) -> Float[Array, "b width"]:
     """Features of texts at their end-of-text token."""
     return self.text(tokens)[0]
 
   def _encode_views(self, images: UInt8[Array, "b v h w c"], train: bool) -> Float[Array, "b v width"]:
-    if isinstance(self.image, ModifiedResNet):
+    if isinstance(self.image, _BATCH_NORMED):
       # Batch statistics are those of one view, so views go through one after the other.
       return jnp.stack([self.encode_image(images[:, view], train) for view in range(images.shape[1])], axis=1)
     features = self.encode_image(rearrange(images, "b v h w c -> (b v) h w c"), train)

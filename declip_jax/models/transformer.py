@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from declip_jax.models.attention import attend
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -42,7 +44,7 @@ def torch_uniform(fan_in: int) -> Initializer:
   return init
 
 
-def openai_text_init(width: int, depth: int) -> dict[str, Initializer]:
+def openai_text_init(width: int, depth: int, hidden: int) -> dict[str, Initializer]:
   """OpenAI's initialisation of the text blocks, which DeCLIP uses for its image blocks too."""
   residual = width**-0.5 * (2 * depth) ** -0.5
   return {
@@ -51,26 +53,26 @@ def openai_text_init(width: int, depth: int) -> dict[str, Initializer]:
     "fc1": nn.initializers.normal((2 * width) ** -0.5),
     "fc2": nn.initializers.normal(residual),
     "fc1_bias": torch_uniform(width),
-    "fc2_bias": torch_uniform(4 * width),
+    "fc2_bias": torch_uniform(hidden),
   }
 
 
-def torch_init(width: int, depth: int) -> dict[str, Initializer]:
+def torch_init(width: int, depth: int, hidden: int) -> dict[str, Initializer]:
   """PyTorch's own defaults, which OpenAI's image blocks keep: Xavier-uniform for the packed query, key and value."""
   del depth
   return {
     "qkv": nn.initializers.xavier_uniform(),
     "out": torch_uniform(width),
     "fc1": torch_uniform(width),
-    "fc2": torch_uniform(4 * width),
+    "fc2": torch_uniform(hidden),
     "fc1_bias": torch_uniform(width),
-    "fc2_bias": torch_uniform(4 * width),
+    "fc2_bias": torch_uniform(hidden),
   }
 
 
-def timm_init(width: int, depth: int) -> dict[str, Initializer]:
+def timm_init(width: int, depth: int, hidden: int) -> dict[str, Initializer]:
   """timm's ViT, used by SLIP: N(0, 0.02) weights and zero biases."""
-  del width, depth
+  del width, depth, hidden
   weights = dict.fromkeys(("qkv", "out", "fc1", "fc2"), nn.initializers.normal(0.02))
   return weights | dict.fromkeys(("fc1_bias", "fc2_bias"), nn.initializers.zeros_init())
 
@@ -79,11 +81,12 @@ INITS = {"openai_text": openai_text_init, "torch": torch_init, "timm": timm_init
 
 
 class Block(nn.Module):
-  """`x += attention(norm(x)); x += mlp(norm(x))`, with an MLP four times as wide. Softmax and norms are float32."""
+  """`x += attention(norm(x)); x += mlp(norm(x))`. Softmax and norms are float32."""
 
   width: int
   heads: int
   depth: int
+  mlp_ratio: float
   activation: str
   epsilon: float
   causal: bool
@@ -92,7 +95,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n w"], _: None = None) -> tuple[Float[Array, "b n w"], None]:
-    init = INITS[self.initializer](self.width, self.depth)
+    init = INITS[self.initializer](self.width, self.depth, int(self.mlp_ratio * self.width))
 
     def norm(name: str) -> nn.LayerNorm:
       return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False, name=name)
@@ -103,37 +106,43 @@ class Block(nn.Module):
 
     qkv = dense(3 * self.width, "qkv")(norm("attention_norm")(x))
     query, key, value = rearrange(qkv, "b n (three h e) -> three b n h e", three=3, h=self.heads)
-    attended = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+    attended = attend(query, key, value, causal=self.causal)
     x = x + dense(self.width, "out")(rearrange(attended, "b n h e -> b n (h e)"))
-    hidden = ACTIVATIONS[self.activation](dense(4 * self.width, "fc1")(norm("mlp_norm")(x)))
+    hidden = ACTIVATIONS[self.activation](dense(int(self.mlp_ratio * self.width), "fc1")(norm("mlp_norm")(x)))
     return x + dense(self.width, "fc2")(hidden), None
 
 
 class Transformer(nn.Module):
   """`depth` blocks as one scanned block, so that compile time does not grow with depth.
 
-  Parameters of the blocks are stacked along a leading `depth` axis under `blocks`.
+  Parameters of the blocks are stacked along a leading `depth` axis under `blocks`, whatever `unroll` says: how many
+  blocks the compiler sees at once.
   """
 
   width: int
   heads: int
   depth: int
+  mlp_ratio: float = 4.0
   activation: str = "quick_gelu"
   epsilon: float = 1e-5
   causal: bool = False
   initializer: str = "torch"
   remat: str = "none"
+  unroll: int = 1
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n w"]) -> Float[Array, "b n w"]:
     policy = REMAT_POLICIES[self.remat]
     block = Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy)
-    blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
+    blocks = nn.scan(
+      block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth, unroll=self.unroll
+    )
     x, _ = blocks(
       width=self.width,
       heads=self.heads,
       depth=self.depth,
+      mlp_ratio=self.mlp_ratio,
       activation=self.activation,
       epsilon=self.epsilon,
       causal=self.causal,

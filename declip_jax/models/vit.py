@@ -27,7 +27,9 @@ class ViT(nn.Module):
   activation: str = "quick_gelu"
   epsilon: float = 1e-5
   initializer: str = "torch"
+  mlp_ratio: float = 4.0
   remat: str = "none"
+  unroll: int = 1
   dtype: Any = jnp.float32
 
   @property
@@ -60,10 +62,12 @@ class ViT(nn.Module):
       width=self.width,
       heads=self.heads,
       depth=self.depth,
+      mlp_ratio=self.mlp_ratio,
       activation=self.activation,
       epsilon=self.epsilon,
       initializer=self.initializer,
       remat=self.remat,
+      unroll=self.unroll,
       dtype=self.dtype,
       name="transformer",
     )(x)

@@ -297,7 +297,7 @@ def test_bfloat16_stays_inside(method):
   c = config.default(method)
   c.model.dtype = "bfloat16"
   recipe = RECIPES[c.data.recipe]
-  model = make_model(c.model, views=recipe.views, heads=heads_for(c.weights), eot=49407)
+  model = make_model(c.model, views=recipe.views, heads=heads_for(c.weights))
   shape = jax.ShapeDtypeStruct
   batch = {
     "image": shape((2, len(recipe.image_views), 64, 64, 3), jnp.uint8),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from declip_jax import config
+from declip_jax import architectures, config
 from declip_jax.data.recipes import RECIPES
 from declip_jax.models.model import make_model
 from declip_jax.objectives import heads_for
@@ -12,7 +12,7 @@ from declip_jax.objectives import heads_for
 
 def count(c):
   recipe = RECIPES[c.data.recipe]
-  model = make_model(c.model, views=recipe.views, heads=heads_for(c.weights), eot=49407)
+  model = make_model(c.model, views=recipe.views, heads=heads_for(c.weights))
   shape = jax.ShapeDtypeStruct
   batch = {
     "image": shape((2, len(recipe.image_views), 224, 224, 3), jnp.uint8),
@@ -33,7 +33,7 @@ def count(c):
 )
 def test_clip_vit(patch, width, depth, embed_dim, text_width, expected):
   c = config.default("clip")
-  c.model.image = config.vit(patch, width, depth, width // 64)
+  c.model.image = architectures.vit(patch, width, depth, width // 64)
   c.model.text.width, c.model.text.heads = text_width, text_width // 64
   c.model.heads.embed_dim = embed_dim
   assert count(c) == expected
@@ -44,7 +44,7 @@ def test_clip_vit(patch, width, depth, embed_dim, text_width, expected):
 )
 def test_clip_resnet(layers, embed_dim, expected):
   c = config.default("clip")
-  c.model.image = config.resnet(64, layers)
+  c.model.image = architectures.resnet(64, layers)
   c.model.heads.image_bias = True
   c.model.heads.embed_dim = embed_dim
   assert count(c) == expected
@@ -63,7 +63,7 @@ def test_clip_resnet(layers, embed_dim, expected):
 )
 def test_slip_vit(method, width, depth, heads, expected):
   c = config.default(method)
-  c.model.image = config.vit(16, width, depth, heads)
+  c.model.image = architectures.vit(16, width, depth, heads)
   c.model.image.pre_norm, c.model.image.patch_bias = False, True
   assert count(c) == expected
 

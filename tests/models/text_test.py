@@ -59,7 +59,7 @@ def test_shorter_texts_use_the_first_positions(tiny):
 
 def test_scan_equals_a_loop_over_blocks():
   fields = {"width": 16, "heads": 2, "depth": 3, "activation": "gelu", "epsilon": 1e-6, "causal": True}
-  fields |= {"initializer": "torch", "dtype": jnp.float32}
+  fields |= {"initializer": "torch", "mlp_ratio": 4.0, "dtype": jnp.float32}
   x = jax.random.normal(jax.random.key(1), (2, 5, 16))
   transformer, block = Transformer(**fields), Block(**fields)
   variables = jax.jit(transformer.init)(jax.random.key(0), x)

@@ -118,7 +118,7 @@ DEVIATIONS = {
 @pytest.mark.parametrize("initializer", sorted(DEVIATIONS))
 def test_initial_deviations(initializer):
   shapes = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "fc1": (WIDTH, 4 * WIDTH), "fc2": (4 * WIDTH, WIDTH)}
-  draw = INITS[initializer](WIDTH, DEPTH)
+  draw = INITS[initializer](WIDTH, DEPTH, 4 * WIDTH)
   kernels = {name: draw[name](jax.random.key(0), shape) for name, shape in shapes.items()}
   assert_deviations(kernels, DEVIATIONS[initializer])
 

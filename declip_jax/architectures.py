@@ -1,0 +1,112 @@
+"""The encoders of the papers by name, and the functions that describe any other.
+
+`config.default(method, "ViT-L/14")` builds one for training; `python benchmarks/architectures.py` prints their sizes.
+"""
+
+import copy
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+
+class Architecture(NamedTuple):
+  """Two towers and what joins them; `image_size` in pixels."""
+
+  image: ConfigDict
+  text: ConfigDict
+  embed_dim: int
+  image_size: int = 224
+  image_bias: bool = False
+  text_bias: bool = False
+
+
+def vit(patch: int, width: int, depth: int, heads: int, **options: Any) -> ConfigDict:
+  """OpenAI's vision transformer; `options`, such as `SLIP`, replace fields. See `models.vit.ViT`."""
+  c = ConfigDict()
+  c.kind = "vit"
+  c.patch, c.width, c.depth, c.heads = patch, width, depth, heads
+  c.pre_norm = True  # a norm before the first block; SLIP: False
+  c.patch_bias = False  # SLIP: True
+  c.activation = "quick_gelu"  # or "gelu" (SLIP)
+  c.epsilon = 1e-5  # of the norms; SLIP: 1e-6
+  c.initializer = "torch"  # "torch" (OpenAI), "openai_text" (DeCLIP) or "timm" (SLIP)
+  c.mlp_ratio = 4.0  # width of the MLP over that of the tower
+  c.lock().update(options)
+  return c.unlock()
+
+
+def resnet(width: int, layers: tuple[int, int, int, int]) -> ConfigDict:
+  """CLIP's modified ResNet; its output projection has a bias (`model.heads.image_bias`)."""
+  c = ConfigDict()
+  c.kind = "resnet"
+  c.width, c.layers = width, layers
+  return c
+
+
+def regnet(initial_width: int, slope: float, multiplier: float, depth: int, group_width: int) -> ConfigDict:
+  """RegNetY by the parameters of its design space; see `models.regnet.RegNetY`."""
+  c = ConfigDict()
+  c.kind = "regnet"
+  c.initial_width, c.slope, c.multiplier, c.depth, c.group_width = initial_width, slope, multiplier, depth, group_width
+  return c
+
+
+def text(width: int, depth: int = 12, **options: Any) -> ConfigDict:
+  """OpenAI's causal text transformer, heads 64 wide; `options` replace fields. See `models.text.TextTransformer`."""
+  c = ConfigDict()
+  c.vocab_size = 49408  # OpenAI's; one more where a mask token is needed
+  c.eot = 49407  # id of the end-of-text token, whose state is the feature of a text
+  c.width, c.depth, c.heads = width, depth, width // 64
+  c.context_length = 77  # tokens of a text with start and end; longer ones are cut
+  c.activation = "quick_gelu"  # or "gelu"
+  c.mlp_ratio = 4.0
+  c.buckets = ()  # lengths to which a batch of texts may be cut, such as (16, 32): the same numbers, sooner
+  c.lock().update(options)
+  return c.unlock()
+
+
+# timm's ViT as SLIP trains it: 12 heads also in the small one, where timm has 6.
+SLIP = {"pre_norm": False, "patch_bias": True, "activation": "gelu", "epsilon": 1e-6, "initializer": "timm"}
+_GELU = {"activation": "gelu"}  # open_clip's own models
+_MASK = {"vocab_size": 49409}  # DeCLIP's vocabulary, with its mask token at the end
+
+ARCHITECTURES = {
+  # Radford et al. 2021, tables 19 and 20.
+  "RN50": Architecture(resnet(64, (3, 4, 6, 3)), text(512), 1024, 224, image_bias=True),
+  "RN101": Architecture(resnet(64, (3, 4, 23, 3)), text(512), 512, 224, image_bias=True),
+  "RN50x4": Architecture(resnet(80, (4, 6, 10, 6)), text(640), 640, 288, image_bias=True),
+  "RN50x16": Architecture(resnet(96, (6, 8, 18, 8)), text(768), 768, 384, image_bias=True),
+  "RN50x64": Architecture(resnet(128, (3, 15, 36, 10)), text(1024), 1024, 448, image_bias=True),
+  "ViT-B/32": Architecture(vit(32, 768, 12, 12), text(512), 512),
+  "ViT-B/16": Architecture(vit(16, 768, 12, 12), text(512), 512),
+  "ViT-L/14": Architecture(vit(14, 1024, 24, 16), text(768), 768),
+  "ViT-L/14@336px": Architecture(vit(14, 1024, 24, 16), text(768), 768, 336),
+  # Mu et al. 2021 (SLIP), section 4.1 and its models.py.
+  "SLIP ViT-S/16": Architecture(vit(16, 384, 12, 12, **SLIP), text(512), 512),
+  "SLIP ViT-B/16": Architecture(vit(16, 768, 12, 12, **SLIP), text(512), 512),
+  "SLIP ViT-L/16": Architecture(vit(16, 1024, 24, 16, **SLIP), text(512), 512),
+  # Li et al. 2022 (DeCLIP), section 4.1 and its released configs. What it does to a RegNet's feature is not published:
+  # here it is the global average, as RegNets end, and a linear projection.
+  "DeCLIP ViT-B/32": Architecture(
+    vit(32, 768, 12, 12, initializer="openai_text"), text(512, **_MASK), 512, text_bias=True
+  ),
+  "DeCLIP RN50": Architecture(resnet(64, (3, 4, 6, 3)), text(512, **_MASK), 1024, image_bias=True, text_bias=True),
+  "DeCLIP RegNetY-64GF": Architecture(regnet(352, 147.48, 2.4, 20, 328), text(512, **_MASK), 1024, text_bias=True),
+  # Other RegNets of Radosavovic et al. 2020.
+  "RegNetY-400MF": Architecture(regnet(48, 27.89, 2.09, 16, 8), text(512), 512),
+  "RegNetY-16GF": Architecture(regnet(200, 106.23, 2.48, 18, 112), text(512), 512),
+  # Cherti et al. 2023 (open_clip), beyond the papers' sizes; heads are 80 and 88 wide.
+  "ViT-H/14": Architecture(vit(14, 1280, 32, 16, **_GELU), text(1024, 24, **_GELU), 1024),
+  "ViT-g/14": Architecture(vit(14, 1408, 40, 16, mlp_ratio=4.3637, **_GELU), text(1024, 24, **_GELU), 1024),
+}
+
+
+def build(name: str) -> Architecture:
+  """The named architecture, for the caller to change.
+
+  Raises:
+    ValueError: there is none of that name.
+  """
+  if name not in ARCHITECTURES:
+    raise ValueError(f"architecture {name!r}: choose one of {sorted(ARCHITECTURES)}")
+  return copy.deepcopy(ARCHITECTURES[name])

@@ -1,0 +1,223 @@
+"""How other projects name and store the tensors of a CLIP model, as translations to OpenAI's names and back.
+
+A dialect is a list of pairs of names, OpenAI's and the project's, where `#` stands for a number of a layer and `*` for
+the rest of a name, and what else has to be turned. Names without a pair are the same on both sides.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from declip_jax.weights.layout import StateDict
+
+Pairs = tuple[tuple[str, str], ...]
+Translation = Callable[[StateDict], StateDict]
+
+
+def _keep(tensors: StateDict) -> StateDict:
+  return tensors
+
+
+class Dialect(NamedTuple):
+  """One project's way.
+
+  Attributes:
+    marker: a name that only this dialect has; `#` is a number.
+    pairs: OpenAI's names and the project's.
+    to_openai, from_openai: what is to be done beside renaming, on tensors under the project's names.
+  """
+
+  marker: str
+  pairs: Pairs = ()
+  to_openai: Translation = _keep
+  from_openai: Translation = _keep
+
+
+def recognise(names: Iterable[str]) -> str | None:
+  """The name of the dialect in which a state dict is written, None if it is none of them."""
+  names = set(names)
+  return next((name for name, dialect in DIALECTS.items() if dialect.marker in names), None)
+
+
+def to_openai(tensors: Mapping[str, np.ndarray], dialect: str) -> StateDict:
+  """A state dict under OpenAI's names and in OpenAI's form."""
+  found = DIALECTS[dialect]
+  return _renamed(found.to_openai(dict(tensors)), [(theirs, ours) for ours, theirs in found.pairs])
+
+
+def from_openai(tensors: Mapping[str, np.ndarray], dialect: str) -> StateDict:
+  """A state dict under the names and in the form of a dialect."""
+  found = DIALECTS[dialect]
+  return found.from_openai(_renamed(tensors, found.pairs))
+
+
+def _renamed(tensors: Mapping[str, np.ndarray], pairs: Iterable[tuple[str, str]]) -> StateDict:
+  rules = [(re.compile(_pattern(old)), _replacement(new)) for old, new in pairs]
+
+  def rename(name: str) -> str:
+    matches = ((rule.fullmatch(name), new) for rule, new in rules)
+    return next((match.expand(new) for match, new in matches if match), name)
+
+  return {rename(name): tensor for name, tensor in tensors.items()}
+
+
+def _pattern(template: str) -> str:
+  return re.escape(template).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)")
+
+
+def _replacement(template: str) -> str:
+  count = iter(range(1, 10))
+  return re.sub("[#*]", lambda _: f"\\g<{next(count)}>", template)
+
+
+def _reshaped(tensors: StateDict, shapes: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> StateDict:
+  return tensors | {name: turn(tensors[name]) for name, turn in shapes.items() if name in tensors}
+
+
+# timm's vision transformer, which SLIP uses; `image_projection` is already `[in out]`.
+def _timm_pairs(trunk: str) -> Pairs:
+  block, theirs = "visual.transformer.resblocks.#.", f"{trunk}.blocks.#."
+  return (
+    ("visual.class_embedding", f"{trunk}.cls_token"),
+    ("visual.positional_embedding", f"{trunk}.pos_embed"),
+    ("visual.conv1.*", f"{trunk}.patch_embed.proj.*"),
+    (f"{block}ln_1.*", f"{theirs}norm1.*"),
+    (f"{block}attn.in_proj_*", f"{theirs}attn.qkv.*"),
+    (f"{block}attn.out_proj.*", f"{theirs}attn.proj.*"),
+    (f"{block}ln_2.*", f"{theirs}norm2.*"),
+    (f"{block}mlp.c_fc.*", f"{theirs}mlp.fc1.*"),
+    (f"{block}mlp.c_proj.*", f"{theirs}mlp.fc2.*"),
+    ("visual.ln_post.*", f"{trunk}.norm.*"),
+  )
+
+
+def _without_leading_ones(tensors: StateDict) -> StateDict:
+  flat = {"cls_token": lambda x: x[0, 0], "pos_embed": lambda x: x[0]}
+  return _reshaped(tensors, {name: flat[end] for name in tensors if (end := name.rpartition(".")[2]) in flat})
+
+
+def _with_leading_ones(tensors: StateDict) -> StateDict:
+  deep = {"cls_token": lambda x: x[None, None], "pos_embed": lambda x: x[None]}
+  return _reshaped(tensors, {name: deep[end] for name in tensors if (end := name.rpartition(".")[2]) in deep})
+
+
+# open_clip with a timm trunk: its projection is a linear layer.
+def _from_trunk(tensors: StateDict) -> StateDict:
+  return _reshaped(_without_leading_ones(tensors), {"visual.head.proj.weight": np.transpose})
+
+
+def _to_trunk(tensors: StateDict) -> StateDict:
+  return _reshaped(_with_leading_ones(tensors), {"visual.head.proj.weight": np.transpose})
+
+
+def _text_under(prefix: str) -> Pairs:
+  names = ("token_embedding.*", "positional_embedding", "transformer.*", "ln_final.*", "text_projection")
+  return tuple((name, f"{prefix}.{name}") for name in (*names, "text_projection.*"))
+
+
+# DeCLIP: its three special ids are mask, start, end; ours are start, end, mask, so that the first two are OpenAI's.
+_SPECIAL = {"to": [1, 2, 0], "from": [2, 0, 1]}
+
+
+def _with_specials(tensors: StateDict, order: list[int]) -> StateDict:
+  def turn(rows: np.ndarray) -> np.ndarray:
+    return np.concatenate([rows[:-3], rows[-3:][order]])
+
+  ends = (".token_embedding.weight", "text_label_predictor.weight", "text_label_predictor.bias")
+  return _reshaped(tensors, {name: turn for name in tensors if name.endswith(ends)})
+
+
+def _from_declip(tensors: StateDict) -> StateDict:
+  return _reshaped(_with_specials(tensors, _SPECIAL["to"]), {"logit_scale": lambda x: x.reshape(())})
+
+
+def _to_declip(tensors: StateDict) -> StateDict:
+  return _reshaped(_with_specials(tensors, _SPECIAL["from"]), {"logit_scale": lambda x: x.reshape(1)})
+
+
+# Hugging Face: query, key and value apart, and projections that are linear layers.
+def _hugging_face_tower(ours: str, theirs: str) -> Pairs:
+  block, layer = f"{ours}transformer.resblocks.#.", f"{theirs}_model.encoder.layers.#."
+  return (
+    (f"{block}ln_1.*", f"{layer}layer_norm1.*"),
+    (f"{block}attn.in_proj_*", f"{layer}self_attn.in_proj_*"),
+    (f"{block}attn.out_proj.*", f"{layer}self_attn.out_proj.*"),
+    (f"{block}ln_2.*", f"{layer}layer_norm2.*"),
+    (f"{block}mlp.c_fc.*", f"{layer}mlp.fc1.*"),
+    (f"{block}mlp.c_proj.*", f"{layer}mlp.fc2.*"),
+  )
+
+
+_PROJECTIONS = {"visual_projection.weight": np.transpose, "text_projection.weight": np.transpose}
+_PARTS = ("q_proj", "k_proj", "v_proj")
+
+
+def _from_hugging_face(tensors: StateDict) -> StateDict:
+  joined = {}
+  for name, tensor in _reshaped(tensors, _PROJECTIONS).items():
+    match = re.fullmatch(r"(.+\.self_attn\.)([qkv]_proj)\.(weight|bias)", name)
+    if not match:
+      joined[name] = tensor
+    elif match[2] == "q_proj":
+      names = [f"{match[1]}{part}.{match[3]}" for part in _PARTS]
+      if all(part in tensors for part in names):
+        joined[f"{match[1]}in_proj_{match[3]}"] = np.concatenate([tensors[part] for part in names])
+  return joined
+
+
+def _to_hugging_face(tensors: StateDict) -> StateDict:
+  split = {}
+  for name, tensor in _reshaped(tensors, _PROJECTIONS).items():
+    match = re.fullmatch(r"(.+\.self_attn\.)in_proj_(weight|bias)", name)
+    if match:
+      split |= {f"{match[1]}{part}.{match[2]}": x for part, x in zip(_PARTS, np.split(tensor, 3), strict=True)}
+    else:
+      split[name] = tensor
+  return split
+
+
+_HUGGING_FACE: Pairs = (
+  ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+  ("visual.conv1.*", "vision_model.embeddings.patch_embedding.*"),
+  ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+  ("visual.ln_pre.*", "vision_model.pre_layrnorm.*"),  # sic
+  *_hugging_face_tower("visual.", "vision"),
+  ("visual.ln_post.*", "vision_model.post_layernorm.*"),
+  ("visual.proj", "visual_projection.weight"),
+  ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+  ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+  *_hugging_face_tower("", "text"),
+  ("ln_final.*", "text_model.final_layer_norm.*"),
+  ("text_projection", "text_projection.weight"),
+)
+# DeCLIP's SLIP has an unused norm behind its head, which stays where it is.
+_DECLIP_SLIP_HEAD: Pairs = (
+  ("image_mlp.layer#.*", "predictor_sim.linear#.*"),
+  ("image_mlp.bn#.*", "predictor_sim.bn#.*"),
+)
+
+DIALECTS = {
+  "Hugging Face": Dialect(
+    "vision_model.embeddings.class_embedding", _HUGGING_FACE, _from_hugging_face, _to_hugging_face
+  ),
+  "DeCLIP": Dialect("encode_text.token_embedding.weight", _text_under("encode_text"), _from_declip, _to_declip),
+  "DeCLIP's SLIP": Dialect(
+    "text_encoder.token_embedding.weight", (*_text_under("text_encoder"), *_DECLIP_SLIP_HEAD), _from_declip, _to_declip
+  ),
+  "open_clip, timm trunk": Dialect(
+    "visual.trunk.cls_token",
+    (*_timm_pairs("visual.trunk"), ("visual.proj", "visual.head.proj.weight")),
+    _from_trunk,
+    _to_trunk,
+  ),
+  "open_clip, text apart": Dialect("text.token_embedding.weight", _text_under("text")),
+  "SLIP": Dialect(
+    "visual.cls_token",
+    (*_timm_pairs("visual"), ("visual.proj", "image_projection")),
+    _without_leading_ones,
+    _with_leading_ones,
+  ),
+  "OpenAI": Dialect("visual.conv1.weight"),
+}

@@ -1,0 +1,231 @@
+"""Which tensors of OpenAI's CLIP state dict make up which of our arrays, and how they are turned.
+
+OpenAI's names are the common tongue: `dialects` translates every other project's to them. Heads that OpenAI's model
+does not have bear the names of the projects that do: `image_mlp` (SLIP), `projector`, `predictor` and
+`text_label_predictor` (DeCLIP).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+
+from declip_jax.models.model import Model, make_model
+from declip_jax.types import Views
+
+Tree = Any
+StateDict = dict[str, np.ndarray]
+
+
+class Entry(NamedTuple):
+  """The reference's tensors behind one of our arrays: one, or one for each layer along our leading axis."""
+
+  names: tuple[str, ...]
+  kind: str = "same"
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+  return x
+
+
+def _transposed(x: np.ndarray) -> np.ndarray:
+  return x.T
+
+
+def _patches_to_kernel(x: np.ndarray) -> np.ndarray:
+  return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+
+
+def _kernel_to_patches(x: np.ndarray) -> np.ndarray:
+  side = round((x.shape[0] / 3) ** 0.5)
+  return x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+
+
+# Kind of an entry -> theirs to ours, ours to theirs.
+_TURNS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
+  "same": (_same, _same),
+  "linear": (_transposed, _transposed),  # [out in] and [in out]
+  "convolution": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # OIHW and HWIO
+  "patches": (_patches_to_kernel, _kernel_to_patches),  # OIHW and [(h w i) o]
+}
+_BLOCK = {
+  "attention_norm": "ln_1",
+  "qkv": "attn.in_proj_",
+  "out": "attn.out_proj.",
+  "mlp_norm": "ln_2",
+  "fc1": "mlp.c_fc.",
+  "fc2": "mlp.c_proj.",
+}
+
+
+def layout(model: ConfigDict, heads: Sequence[str]) -> dict[str, Entry]:
+  """Path of each array of a model, such as "params/towers/image/class_embedding", to the tensors behind it.
+
+  The neighbour bank is left out, since no project saves one; so is everything of a RegNet, for which there is no
+  format.
+  """
+  entries = {**_text(model), **_heads(model, heads)}
+  if model.image.kind == "vit":
+    entries |= _vit(model)
+  elif model.image.kind == "resnet":
+    entries |= _resnet(model)
+  return entries
+
+
+def abstract_variables(model: ConfigDict, heads: Sequence[str], image_size: int) -> tuple[Model, Tree]:
+  """A model with these heads, and the shapes of its parameters and collections under "params" and "collections"."""
+  views = Views(ssl_image=(0,) if {"simclr", "simsiam"} & set(heads) else (), masked_text=0 if "mlm" in heads else None)
+  built = make_model(model, views=views, heads=tuple(heads))
+  shape = jax.ShapeDtypeStruct
+  batch = {
+    "image": shape((2, 1, image_size, image_size, 3), jnp.uint8),
+    "text": shape((2, 1, model.text.context_length), jnp.int32),
+    "mlm_position": shape((2, 1), jnp.int32),
+  }
+  params, collections = jax.eval_shape(lambda batch: built.init(jax.random.key(0), batch), batch)
+  return built, {"params": params, "collections": collections}
+
+
+def to_variables(tensors: Mapping[str, np.ndarray], entries: Mapping[str, Entry]) -> Tree:
+  """Our arrays, float32, from a state dict that holds all their tensors."""
+  flat = {}
+  for path, entry in entries.items():
+    turn = _TURNS[entry.kind][0]
+    parts = [np.asarray(turn(tensors[name]), np.float32) for name in entry.names]
+    flat[path] = np.stack(parts) if _stacked(path) else np.array(parts[0], order="C")
+  return unflatten_dict(flat, sep="/")
+
+
+def to_state_dict(variables: Tree, entries: Mapping[str, Entry]) -> StateDict:
+  """The state dict, float32, of our arrays; those without an entry are left out."""
+  flat, tensors = flatten_dict(variables, sep="/"), {}
+  for path, entry in entries.items():
+    array = np.asarray(flat[path])
+    parts = array if _stacked(path) else array[None]
+    turn = _TURNS[entry.kind][1]
+    tensors |= {name: np.array(turn(part), order="C") for name, part in zip(entry.names, parts, strict=True)}
+  return tensors
+
+
+def expected_shapes(variables: Tree, entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
+  """Name of each tensor to the shape that it must have in the state dict."""
+  flat, shapes = flatten_dict(variables, sep="/"), {}
+  for path, entry in entries.items():
+    shape = flat[path].shape[1:] if _stacked(path) else flat[path].shape
+    turned = _TURNS[entry.kind][1](np.broadcast_to(np.float32(0), shape)).shape  # takes no memory
+    shapes |= dict.fromkeys(entry.names, turned)
+  return shapes
+
+
+def _stacked(path: str) -> bool:
+  return "/blocks/" in path
+
+
+def _norm(path: str, name: str) -> dict[str, Entry]:
+  return {f"{path}/scale": Entry((f"{name}.weight",)), f"{path}/bias": Entry((f"{name}.bias",))}
+
+
+def _batch_norm(half: str, path: str, name: str) -> dict[str, Entry]:
+  statistics = f"collections/{half}/batch_stats/{path}"
+  return {
+    **_norm(f"params/{half}/{path}", name),
+    f"{statistics}/mean": Entry((f"{name}.running_mean",)),
+    f"{statistics}/var": Entry((f"{name}.running_var",)),
+  }
+
+
+def _linear(path: str, name: str, bias: bool = True) -> dict[str, Entry]:
+  entries = {f"{path}/kernel": Entry((f"{name}.weight",), "linear")}
+  return entries | ({f"{path}/bias": Entry((f"{name}.bias",))} if bias else {})
+
+
+def _transformer(path: str, name: str, depth: int) -> dict[str, Entry]:
+  entries = {}
+  for ours, theirs in _BLOCK.items():
+    weight, kind = ("scale", "same") if "norm" in ours else ("kernel", "linear")
+    dot = "." if "norm" in ours else ""
+    for leaf, their_leaf, leaf_kind in ((weight, "weight", kind), ("bias", "bias", "same")):
+      names = tuple(f"{name}.resblocks.{index}.{theirs}{dot}{their_leaf}" for index in range(depth))
+      entries[f"{path}/blocks/{ours}/{leaf}"] = Entry(names, leaf_kind)
+  return entries
+
+
+def _text(model: ConfigDict) -> dict[str, Entry]:
+  tower = "params/towers/text"
+  return {
+    f"{tower}/token_embedding/embedding": Entry(("token_embedding.weight",)),
+    f"{tower}/position_embedding": Entry(("positional_embedding",)),
+    **_transformer(f"{tower}/transformer", "transformer", model.text.depth),
+    **_norm(f"{tower}/final_norm", "ln_final"),
+  }
+
+
+def _vit(model: ConfigDict) -> dict[str, Entry]:
+  tower = "params/towers/image"
+  entries = {
+    f"{tower}/class_embedding": Entry(("visual.class_embedding",)),
+    f"{tower}/position_embedding": Entry(("visual.positional_embedding",)),
+    f"{tower}/patch_embedding/kernel": Entry(("visual.conv1.weight",), "patches"),
+    **_transformer(f"{tower}/transformer", "visual.transformer", model.image.depth),
+    **_norm(f"{tower}/post_norm", "visual.ln_post"),
+  }
+  if model.image.patch_bias:
+    entries[f"{tower}/patch_embedding/bias"] = Entry(("visual.conv1.bias",))
+  return entries | (_norm(f"{tower}/pre_norm", "visual.ln_pre") if model.image.pre_norm else {})
+
+
+def _resnet(model: ConfigDict) -> dict[str, Entry]:
+  tower, entries = "params/towers/image", {}
+
+  def layer(path: str, convolution: str, norm: str, theirs: tuple[str, str]) -> dict[str, Entry]:
+    kernel = {f"{tower}/{path}{convolution}/kernel": Entry((f"visual.{theirs[0]}.weight",), "convolution")}
+    return kernel | _batch_norm("towers", f"image/{path}{norm}", f"visual.{theirs[1]}")
+
+  for index in (1, 2, 3):
+    entries |= layer("", f"stem_conv{index}", f"stem_norm{index}", (f"conv{index}", f"bn{index}"))
+  for stage, blocks in enumerate(model.image.layers, start=1):
+    for block in range(blocks):
+      path, name = f"stage{stage}_block{block}/", f"layer{stage}.{block}."
+      for index in (1, 2, 3):
+        entries |= layer(path, f"conv{index}", f"norm{index}", (f"{name}conv{index}", f"{name}bn{index}"))
+      if block == 0:
+        entries |= layer(path, "shortcut_conv", "shortcut_norm", (f"{name}downsample.0", f"{name}downsample.1"))
+  pool = f"{tower}/attention_pool"
+  entries[f"{pool}/position_embedding"] = Entry(("visual.attnpool.positional_embedding",))
+  for name in ("query", "key", "value"):
+    entries |= _linear(f"{pool}/{name}", f"visual.attnpool.{name[0]}_proj")
+  return entries
+
+
+def _heads(model: ConfigDict, heads: Sequence[str]) -> dict[str, Entry]:
+  entries = {"params/heads/logit_scale": Entry(("logit_scale",))}
+  image, text = "params/heads/image_projection", "params/heads/text_projection"
+  if model.image.kind == "resnet":  # the reference's attention pool ends in it
+    entries |= _linear(image, "visual.attnpool.c_proj", model.heads.image_bias)
+  else:
+    entries[f"{image}/kernel"] = Entry(("visual.proj",))
+  if model.heads.text_bias:
+    entries |= _linear(text, "text_projection")
+  else:
+    entries[f"{text}/kernel"] = Entry(("text_projection",))
+  if "simclr" in heads:
+    entries |= _mlp("simclr", [f"image_mlp.layer{i}" for i in (1, 2, 3)], [f"image_mlp.bn{i}" for i in (1, 2)])
+  if "simsiam" in heads:
+    entries |= _mlp("projector", [f"projector.linear{i}" for i in (1, 2, 3)], [f"projector.bn{i}" for i in (1, 2, 3)])
+    entries |= _mlp("predictor", ["predictor.linear1", "predictor.layer2"], ["predictor.bn1"])
+  if "mlm" in heads:
+    entries |= _linear("params/heads/mlm", "text_label_predictor")
+  return entries
+
+
+def _mlp(head: str, linears: Sequence[str], norms: Sequence[str]) -> dict[str, Entry]:
+  entries = {}
+  for index, name in enumerate(linears):
+    entries |= _linear(f"params/heads/{head}/linear{index}", name)
+  for index, name in enumerate(norms):
+    entries |= _batch_norm("heads", f"{head}/norm{index}", name)
+  return entries

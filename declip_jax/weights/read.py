@@ -1,0 +1,460 @@
+"""Checkpoints of OpenAI's CLIP, open_clip, Hugging Face, SLIP, DeCLIP and our own runs, as parameters of our model.
+
+Format and architecture are recognised by names and shapes and by the configs beside the file. What neither says can be
+given: the number of heads (64 wide unless said), the activation (see `_activation`), the end-of-text id.
+"""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+import re
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+import numpy as np
+import orbax.checkpoint as ocp
+
+from declip_jax import architectures, objectives
+from declip_jax import config as config_lib
+from declip_jax.checkpoint import Checkpoints, restore_as_numpy
+from declip_jax.weights import dialects
+from declip_jax.weights.layout import StateDict, abstract_variables, expected_shapes, layout, to_variables
+from declip_jax.weights.tensor_files import read_tensors
+
+Tree = Any
+# Bookkeeping of the projects, and what belongs to no term of ours: kept in `Weights.rest`.
+_BOOKKEEPING = re.compile(
+  r".*num_batches_tracked|.*position_ids|.*attn_mask|input_resolution|context_length|vocab_size|visual\.fc\..*"
+  r"|image_mlp\.bn3\..*"
+)
+_NO_PLACE = re.compile(r"logit_bias|logit_scale_dense|image_mapping\..*|text_mapping\..*")
+_WEIGHT_FILES = (
+  "open_clip_model.safetensors",
+  "open_clip_pytorch_model.bin",
+  "model.safetensors",
+  "pytorch_model.bin",
+)
+EXPORT_FILE = "weights.json"  # beside the arrays of an orbax export
+
+
+class Weights(NamedTuple):
+  """A model's parameters, and what must travel with them.
+
+  Attributes:
+    origin: where they are from, in words.
+    model: the `config.model` that they fit.
+    heads: which heads are among them, see `models.heads.Heads`.
+    params, collections: float32 trees; of a SimCLR model without the text tower and the projections.
+    image_size: pixels.
+    interpolation: of the evaluation view.
+    rest: tensors of the file that have no place in the model, under OpenAI's names.
+    remarks: what a user should know about how the file was read.
+  """
+
+  origin: str
+  model: ConfigDict
+  heads: tuple[str, ...]
+  params: Tree
+  collections: Tree
+  image_size: int
+  interpolation: str
+  rest: StateDict = MappingProxyType({})
+  remarks: tuple[str, ...] = ()
+
+
+def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None, step: int | None = None) -> Weights:
+  """Reads a checkpoint file, the folder of one, or the working directory of a run.
+
+  Args:
+    path: a file (`.pt`, `.pth.tar`, `.bin`, `.safetensors`), a folder of open_clip or Hugging Face, our orbax export, or
+      a run.
+    settings: fields that replace what was recognised, such as `{"image.heads": 12, "image.activation": "gelu"}`; names
+      are those of `config.model`, and `image_size` and `interpolation`.
+    step: which checkpoint of a run; by default the newest.
+
+  Raises:
+    FileNotFoundError: there is no such file, or a folder has no weights.
+    ValueError: it is no checkpoint of these projects, or its tensors do not fit one model; each is named.
+  """
+  path = Path(path)
+  if not path.exists():
+    raise FileNotFoundError(f"{path} does not exist")
+  settings = dict(settings or {})
+  if path.is_dir():
+    if (path / EXPORT_FILE).exists():
+      return _read_export(path, settings)
+    if (path / "checkpoints").is_dir():
+      return read_run(path, step)
+  if step is not None:
+    raise ValueError(f"{path} is no run: there is no step {step} to choose")
+  file = path if path.is_file() else _weights_file(path)
+  described = {**_described_by(path if path.is_dir() else path.parent, file), **settings}
+  tensors = _without_prefix(read_tensors(file))
+  return from_state_dict(tensors.tensors, described, name=str(file), kind=tensors.kind, extras=tensors.extras)
+
+
+def from_state_dict(
+  tensors: Mapping[str, np.ndarray],
+  settings: Mapping[str, Any] | None = None,
+  *,
+  name: str = "state dict",
+  kind: str = "torch",
+  extras: Mapping[str, Any] | None = None,
+) -> Weights:
+  """The model of a state dict in any dialect of `weights.dialects`; see `read`.
+
+  Args:
+    tensors: by their names in the project's model.
+    settings: see `read`.
+    name: of the file, for messages.
+    kind: of the file, "torchscript" for OpenAI's archives.
+    extras: what the file says beside the tensors.
+  """
+  dialect = dialects.recognise(tensors)
+  if dialect is None:
+    raise ValueError(
+      f"{name} holds no CLIP, SLIP or DeCLIP model that is known here; its tensors are {_shown(tensors)}"
+    )
+  translated = dialects.to_openai(tensors, dialect)
+  try:
+    found = _recognise(translated, dialect, kind, extras or {})
+  except (KeyError, IndexError) as error:
+    raise ValueError(f"{name} ({dialect}): cannot recognise the architecture: there is no {error}") from error
+  settings = dict(described := settings or {})
+  found.image_size = settings.pop("image_size", found.image_size)
+  found.interpolation = settings.pop("interpolation", found.interpolation)
+  _replace(found.model, settings, name)
+  has_text = "token_embedding.weight" in translated
+  _, variables = abstract_variables(found.model, found.heads, found.image_size)
+  entries = layout(found.model, found.heads)
+  if not has_text:
+    entries = {path: e for path, e in entries.items() if re.search("/image/|/heads/(batch_stats/)?simclr/", path)}
+  expected = expected_shapes(variables, entries)
+  _check(translated, expected, f"{name} ({dialect})")
+  tree = to_variables(translated, entries)
+  rest = {key: np.asarray(x) for key, x in translated.items() if key not in expected}
+  unused = sorted(key for key in rest if not _BOOKKEEPING.fullmatch(key))
+  guessed = found.guessed_activation and not {"image.activation", "text.activation"} & set(described)
+  remarks = [found.guessed_activation] if guessed else []
+  collections = {half: tree.get("collections", {}).get(half, {}) for half in ("towers", "heads")}
+  return Weights(
+    origin=dialect,
+    model=found.model,
+    heads=tuple(found.heads),
+    params=tree["params"],
+    collections=collections,
+    image_size=found.image_size,
+    interpolation=found.interpolation,
+    rest=rest,
+    remarks=(*remarks, *([f"without a place in this model: {', '.join(unused)}"] if unused else [])),
+  )
+
+
+def read_run(workdir: str | os.PathLike[str], step: int | None = None) -> Weights:
+  """The model of one of our runs at its newest checkpoint, or at `step`, by the config saved in the checkpoint.
+
+  Raises:
+    FileNotFoundError: there is no such checkpoint.
+  """
+  workdir = Path(workdir)
+  if not (workdir / "checkpoints").is_dir():
+    raise FileNotFoundError(f"{workdir} is no run: it has no checkpoints")
+  checkpoints = Checkpoints(workdir)
+  try:
+    steps = checkpoints.steps()
+    chosen = step if step is not None else (steps or [None])[-1]
+    if chosen not in steps:
+      raise FileNotFoundError(
+        f"{workdir} has no checkpoint of step {'any' if step is None else step}; there are: {steps or 'none'}"
+      )
+    config = config_lib.from_json(json.dumps(checkpoints.config(chosen)))
+    heads = objectives.heads_for(config.weights)
+    _, variables = abstract_variables(config.model, heads, config.data.image_size)
+    params, collections = checkpoints.restore_model(chosen, variables["params"], variables["collections"])
+  finally:
+    checkpoints.close()
+  origin = f"declip_jax, step {chosen}"
+  size, interpolation = config.data.image_size, config.data.interpolation
+  return Weights(origin, config.model, heads, params, collections, size, interpolation)
+
+
+def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
+  about = config_lib.from_json((path / EXPORT_FILE).read_text())
+  model = about.model
+  with model.unlocked():
+    _replace(model, settings, str(path))
+  _, variables = abstract_variables(model, about.heads, about.image_size)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    restored = checkpointer.restore((path / "arrays").resolve(), args=restore_as_numpy(variables))
+  return Weights(
+    about.origin, model, about.heads, **restored, image_size=about.image_size, interpolation=about.interpolation
+  )
+
+
+def _weights_file(folder: Path) -> Path:
+  for name in _WEIGHT_FILES:
+    if (folder / name).exists():
+      return folder / name
+  found = sorted(file.name for file in folder.iterdir())
+  if any(name.endswith(".index.json") for name in found):
+    raise ValueError(f"{folder} holds weights in several files, which are not read: save them as one")
+  raise FileNotFoundError(
+    f"{folder} has no weights: looked for {', '.join(_WEIGHT_FILES)}, {EXPORT_FILE} and checkpoints/; it has {found}"
+  )
+
+
+def _without_prefix(found: Any) -> Any:
+  """Drops what `DistributedDataParallel` and `torch.compile` put before every name."""
+  tensors = found.tensors
+  for prefix in ("module.", "_orig_mod.", "module."):
+    if tensors and all(name.startswith(prefix) for name in tensors):
+      tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+  return found._replace(tensors=tensors)
+
+
+def _replace(model: ConfigDict, settings: Mapping[str, Any], name: str) -> None:
+  for field, value in settings.items():
+    *parents, last = field.split(".")
+    node = model
+    for parent in parents:
+      node = node.get(parent, ConfigDict())
+    if last not in node:
+      known = [key for key, _ in _leaves(model)] + ["image_size", "interpolation"]
+      raise ValueError(f"{name}: setting {field!r} is no field of this model; there are {', '.join(known)}")
+    with node.ignore_type():
+      node[last] = value
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterable[tuple[str, Any]]:
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _leaves(value, f"{prefix}{name}.")
+    else:
+      yield f"{prefix}{name}", value
+
+
+def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], name: str) -> None:
+  wrong = [f"{key} is missing, {shape}" for key, shape in expected.items() if key not in tensors]
+  for key, tensor in tensors.items():
+    if key in expected and tensor.shape != expected[key]:
+      wrong.append(f"{key} is {tensor.shape} where {expected[key]} fits")
+    elif key not in expected and not _BOOKKEEPING.fullmatch(key) and not _NO_PLACE.fullmatch(key):
+      wrong.append(f"{key}, {tensor.shape}, has no place")
+  if wrong:
+    raise ValueError(f"{name} does not fit a model of ours:\n  " + "\n  ".join(wrong))
+
+
+@dataclasses.dataclass
+class _Recognised:
+  model: ConfigDict
+  heads: list[str]
+  image_size: int
+  interpolation: str
+  guessed_activation: str
+
+
+def _recognise(tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extras: Mapping[str, Any]) -> _Recognised:
+  """The model whose tensors have these names and shapes."""
+  model = config_lib.default("clip").model
+  with model.unlocked():
+    slip, declip = dialect == "SLIP", dialect.startswith("DeCLIP")
+    timm = slip or dialect == "open_clip, timm trunk"
+    activation, guessed = _activation(tensors, dialect, kind, extras)
+    model.dtype = "float32"
+    if slip or declip:
+      model.mean, model.std = config_lib.IMAGENET_MEAN, config_lib.IMAGENET_STD
+    if "visual.layer1.0.conv1.weight" in tensors:
+      model.image, image_size = _resnet(tensors)
+    else:
+      model.image, image_size = _vit(tensors, "gelu" if timm else activation, 1e-6 if timm else 1e-5)
+    if slip and model.image.width in (384, 768):
+      model.image.heads = 12
+    if "token_embedding.weight" in tensors:
+      model.text = _text(tensors, activation)
+      if declip:
+        model.text.eot = model.text.vocab_size - 2
+    model.heads, heads = _heads(tensors, model)
+  return _Recognised(model, heads, image_size, "bilinear" if slip or declip else "bicubic", guessed)
+
+
+def _activation(
+  tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extras: Mapping[str, Any]
+) -> tuple[str, str]:
+  """The activation, and a remark if it is a guess.
+
+  No tensor tells it. QuickGELU is OpenAI's, SLIP's (text), DeCLIP's and Hugging Face's default; exact GELU is what
+  open_clip trains unless the model's name says quickgelu. An open_clip checkpoint has an epoch or a name; OpenAI's
+  files are TorchScript archives, or in half precision, or carry their resolution.
+  """
+  if dialect == "open_clip, text apart":
+    return "gelu", ""
+  if dialect != "OpenAI":
+    return "quick_gelu", ""
+  if "epoch" in extras or "name" in extras:
+    return "quick_gelu" if "quickgelu" in str(extras.get("name", "")).lower() else "gelu", ""
+  halves = any(tensor.dtype == np.float16 for tensor in tensors.values())
+  if kind == "torchscript" or "input_resolution" in tensors or halves:
+    return "quick_gelu", ""
+  activation = "quick_gelu" if kind == "torch" else "gelu"
+  return activation, f"the file does not say its activation: taken to be {activation!r}"
+
+
+def _depth(tensors: Iterable[str], prefix: str) -> int:
+  numbers = {int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", name))}
+  return len(numbers)
+
+
+def _vit(tensors: Mapping[str, np.ndarray], activation: str, epsilon: float) -> tuple[ConfigDict, int]:
+  width, _, patch, _ = tensors["visual.conv1.weight"].shape
+  blocks = "visual.transformer.resblocks."
+  image = architectures.vit(
+    patch,
+    width,
+    _depth(tensors, blocks),
+    max(width // 64, 1),
+    pre_norm="visual.ln_pre.weight" in tensors,
+    patch_bias="visual.conv1.bias" in tensors,
+    activation=activation,
+    epsilon=epsilon,
+    mlp_ratio=tensors[f"{blocks}0.mlp.c_fc.weight"].shape[0] / width,
+  )
+  return image, patch * math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
+
+
+def _resnet(tensors: Mapping[str, np.ndarray]) -> tuple[ConfigDict, int]:
+  layers = tuple(_depth(tensors, f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
+  image = architectures.resnet(tensors["visual.conv3.weight"].shape[0], layers)
+  return image, 32 * math.isqrt(tensors["visual.attnpool.positional_embedding"].shape[0] - 1)
+
+
+def _text(tensors: Mapping[str, np.ndarray], activation: str) -> ConfigDict:
+  vocab_size, width = tensors["token_embedding.weight"].shape
+  blocks = "transformer.resblocks."
+  return architectures.text(
+    width,
+    _depth(tensors, blocks),
+    heads=max(width // 64, 1),
+    vocab_size=vocab_size,
+    eot=49407 if vocab_size in (49408, 49409) else vocab_size - 1,
+    context_length=tensors["positional_embedding"].shape[0],
+    activation=activation,
+    mlp_ratio=tensors[f"{blocks}0.mlp.c_fc.weight"].shape[0] / width,
+  )
+
+
+def _heads(tensors: Mapping[str, np.ndarray], model: ConfigDict) -> tuple[ConfigDict, list[str]]:
+  def widths(*names: str) -> tuple[int, ...]:
+    return tuple(tensors[f"{name}.weight"].shape[0] for name in names)
+
+  fields, heads = model.heads, []
+  fields.image_bias = "visual.attnpool.c_proj.bias" in tensors
+  fields.text_bias = "text_projection.bias" in tensors
+  if "text_projection" in tensors:
+    fields.embed_dim = tensors["text_projection"].shape[1]
+  elif "text_projection.weight" in tensors:
+    fields.embed_dim = tensors["text_projection.weight"].shape[0]
+  if "image_mlp.layer1.weight" in tensors:
+    heads.append("simclr")
+    fields.simclr_projector = widths(*(f"image_mlp.layer{index}" for index in (1, 2, 3)))
+  if "projector.linear1.weight" in tensors:
+    heads.append("simsiam")
+    fields.simsiam_projector = widths(*(f"projector.linear{index}" for index in (1, 2, 3)))
+    fields.simsiam_predictor = widths("predictor.linear1", "predictor.layer2")
+  if "text_label_predictor.weight" in tensors:
+    heads.append("mlm")
+  return fields, heads
+
+
+def _described_by(folder: Path, file: Path) -> dict[str, Any]:
+  """What the configs of open_clip or Hugging Face in a folder say about the model."""
+  if file.suffix not in (".safetensors", ".bin"):
+    return {}
+  if (folder / "open_clip_config.json").exists() and file.name.startswith("open_clip"):
+    return _open_clip_settings(folder / "open_clip_config.json")
+  if (folder / "config.json").exists():
+    return _hugging_face_settings(folder)
+  return {}
+
+
+# What our towers do, by the names of open_clip's fields; a model that sets another of its fields is refused.
+_OPEN_CLIP_TOWER = {
+  "layers": None,
+  "width": None,
+  "heads": None,
+  "head_width": None,
+  "mlp_ratio": None,
+  "patch_size": None,
+  "image_size": None,
+  "context_length": None,
+  "vocab_size": None,
+  "no_ln_pre": None,
+  "proj_bias": None,
+  "norm_kwargs": None,
+  "timm_model_name": None,
+  "timm_model_pretrained": None,
+  "timm_pool": ("token", ""),
+  "timm_proj": ("linear",),
+  "hf_tokenizer_name": ("", None),
+  "pool_type": ("tok", "argmax"),
+}
+
+
+def _open_clip_settings(file: Path) -> dict[str, Any]:
+  about = _json(file)
+  model, preprocess = about.get("model_cfg", {}), about.get("preprocess_cfg", {})
+  vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+  for part, fields in (("vision_cfg", vision), ("text_cfg", text)):
+    for name, value in fields.items():
+      legal = _OPEN_CLIP_TOWER.get(name, (None, False, 0, 0.0, ""))
+      if legal is not None and value not in legal:
+        raise ValueError(f"{file}: {part}.{name}={value!r} is not supported; only {list(legal)}")
+  activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+  settings = {"text.activation": activation, "text.heads": text.get("heads", 8)}
+  if not isinstance(vision.get("layers"), list) and "timm_model_name" not in vision:
+    settings["image.activation"] = activation
+    settings["image.heads"] = vision.get("width", 768) // vision.get("head_width", 64)
+    settings["image.epsilon"] = (vision.get("norm_kwargs") or {}).get("eps", 1e-5)
+  elif str(vision.get("timm_model_name", "")).startswith("vit_small"):
+    settings["image.heads"] = 6
+  settings |= {name: tuple(preprocess[name]) for name in ("mean", "std") if name in preprocess}
+  return settings | {name: preprocess[name] for name in ("interpolation",) if name in preprocess}
+
+
+def _hugging_face_settings(folder: Path) -> dict[str, Any]:
+  about = _json(folder / "config.json")
+  if about.get("model_type") != "clip":
+    raise ValueError(f"{folder / 'config.json'}: model_type is {about.get('model_type')!r}; only 'clip' is read")
+  vision, text = about.get("vision_config", {}), about.get("text_config", {})
+  if text.get("layer_norm_eps", 1e-5) != 1e-5:
+    raise ValueError(f"{folder / 'config.json'}: text_config.layer_norm_eps={text['layer_norm_eps']}; only 1e-5")
+  settings = {
+    "image.activation": vision.get("hidden_act", "quick_gelu"),
+    "image.heads": vision.get("num_attention_heads", 12),
+    "image.epsilon": vision.get("layer_norm_eps", 1e-5),
+    "text.activation": text.get("hidden_act", "quick_gelu"),
+    "text.heads": text.get("num_attention_heads", 8),
+  }
+  if text.get("eos_token_id", 2) != 2:  # 2 is an old mistake that means the largest id
+    settings["text.eot"] = text["eos_token_id"]
+  preprocessor = folder / "preprocessor_config.json"
+  if preprocessor.exists():
+    fields = _json(preprocessor)
+    settings |= {ours: tuple(fields[f"image_{ours}"]) for ours in ("mean", "std") if f"image_{ours}" in fields}
+    settings["interpolation"] = {2: "bilinear", 3: "bicubic"}.get(fields.get("resample", 3), "bicubic")
+  return settings
+
+
+def _json(file: Path) -> dict[str, Any]:
+  try:
+    return json.loads(file.read_text())
+  except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise ValueError(f"{file} is no JSON: {error}") from error
+
+
+def _shown(names: Iterable[str]) -> str:
+  names = sorted(names)
+  return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

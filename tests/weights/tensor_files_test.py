@@ -1,0 +1,414 @@
+"""Tests of `declip_jax.weights.tensor_files` on files of the real PyTorch, and on files made to harm or to confuse."""
+
+import json
+import os
+from pathlib import Path
+import pickle
+import pickletools
+import re
+import shutil
+import struct
+import tarfile
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from declip_jax.weights.tensor_files import read_tensors
+
+FILES = Path(__file__).parents[1] / "fixtures" / "weights"
+CHECKPOINTS = sorted(path.name for path in FILES.iterdir() if path.suffix not in (".npz", ".py"))
+ELEMENT_TYPES = "float32 float16 bfloat16 float64 uint8 int8 int16 int32 int64 bool".split()  # noqa: SIM905
+LEGACY_START = b"".join(
+  pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True})
+)
+
+
+def expected(group: str) -> dict[str, np.ndarray]:
+  """Tensors by name, as PyTorch has them; bfloat16 as float32."""
+  with np.load(FILES / "expected.npz") as arrays:
+    return {name.removeprefix(f"{group}/"): arrays[name] for name in arrays if name.startswith(f"{group}/")}
+
+
+def assert_same(tensors: dict[str, np.ndarray], group: str) -> None:
+  truth = expected(group)
+  assert set(tensors) == set(truth)
+  for name, value in truth.items():
+    assert tensors[name].shape == value.shape, name
+    assert tensors[name].dtype == (ml_dtypes.bfloat16 if name == "bfloat16" else value.dtype), name
+    np.testing.assert_array_equal(tensors[name].astype(value.dtype), value, err_msg=name)
+
+
+# A pickle by hand: each function gives the instructions that push one value.
+
+
+def plain(value: object) -> bytes:
+  return pickletools.optimize(pickle.dumps(value, 2))[2:-1]  # without the memory, whose places would collide
+
+
+def call(module: str, name: str, *arguments: bytes) -> bytes:
+  return f"c{module}\n{name}\n(".encode() + b"".join(arguments) + b"tR"
+
+
+def tensor(offset=0, shape=(2, 2), stride=(2, 1), key="0", size=4, storage="FloatStorage", place="storage") -> bytes:
+  identifier = plain(place) + f"ctorch\n{storage}\n".encode() + plain(key) + plain("cpu") + plain(size)
+  arguments = b"(" + identifier + b"tQ", plain(offset), plain(shape), plain(stride), plain(False)
+  return call("torch._utils", "_rebuild_tensor_v2", *arguments, call("collections", "OrderedDict"))
+
+
+def dictionary(**values: bytes) -> bytes:
+  return b"}(" + b"".join(plain(name) + value for name, value in values.items()) + b"u"
+
+
+def module(class_name: str, **attributes: bytes) -> bytes:
+  return f"c__torch__\n{class_name}\n".encode() + b")\x81" + dictionary(**attributes) + b"b"
+
+
+def write_zip(path: Path, content: bytes, **entries: bytes) -> Path:
+  """A file of `torch.save` that holds `content`, instructions; storage 0 has four float32."""
+  entries = {"data.pkl": b"\x80\x02" + content + b".", "data/0": np.arange(4, dtype="<f4").tobytes()} | entries
+  with zipfile.ZipFile(path, "w") as archive:
+    for name, data in entries.items():
+      archive.writestr(f"any/{name}", data)
+  return path
+
+
+def write_legacy(path: Path, content: bytes) -> Path:
+  storage = struct.pack("<q", 4) + np.arange(4, dtype="<f4").tobytes()
+  path.write_bytes(LEGACY_START + b"\x80\x02" + content + b"." + pickle.dumps(["0"], 2) + storage)
+  return path
+
+
+def refuse(path: Path, message: str) -> None:
+  with pytest.raises(ValueError, match=message) as caught:
+    read_tensors(path)
+  assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+  ("file", "kind", "extras"),
+  [
+    ("mixed.pt", "torch", {}),
+    ("mixed_protocol_5.pt", "torch", {}),
+    ("mixed_legacy.pt", "torch", {}),
+    ("mixed.safetensors", "safetensors", {"format": "pt"}),
+  ],
+)
+def test_state_dict_equals_pytorch(file, kind, extras):
+  found = read_tensors(FILES / file)
+  assert_same(found.tensors, "mixed")
+  assert {name: found.tensors[name].dtype.name for name in ELEMENT_TYPES} == {name: name for name in ELEMENT_TYPES}
+  assert (found.kind, found.extras) == (kind, extras)
+  assert not any(value.flags.writeable for value in found.tensors.values())
+
+
+def test_order_and_sharing_are_kept():
+  tensors = read_tensors(str(FILES / "mixed.pt")).tensors
+  assert list(tensors) == list(expected("mixed"))
+  assert np.shares_memory(tensors["shared_all"], tensors["shared_tail"])
+
+
+@pytest.mark.parametrize("file", ["training.pt", "training_legacy.pth.tar"])
+def test_training_checkpoint(file):
+  found = read_tensors(FILES / file)
+  assert_same(found.tensors, "training")
+  truth = {"epoch": 3, "name": "a run", "best_acc1": 37.25, "last_iter": 1000, "finished": False, "resume": None}
+  assert found.extras == truth
+  assert {name: type(value) for name, value in found.extras.items()} == {name: type(truth[name]) for name in truth}
+
+
+def test_optimizer_is_not_read(tmp_path):
+  kept = len(expected("training"))  # PyTorch numbers the storages in the order of the file
+  with zipfile.ZipFile(FILES / "training.pt") as source, zipfile.ZipFile(tmp_path / "x.pt", "w") as target:
+    storages = [name for name in source.namelist() if "/data/" in name]
+    for name in source.namelist():
+      if name not in storages or int(name.rpartition("/")[2]) < kept:
+        target.writestr(name, source.read(name))
+  assert len(storages) > 2 * kept
+  assert_same(read_tensors(tmp_path / "x.pt").tensors, "training")
+
+
+def test_torchscript():
+  found = read_tensors(FILES / "script.pt")
+  truth = expected("script")
+  assert found.tensors["visual.layers.0.weight"].dtype == np.float16
+  assert found.tensors["visual.input_resolution"].shape == ()
+  assert_same(found.tensors, "script")
+  assert len(truth) == 7
+  assert found.kind == "torchscript"
+  assert found.extras["vocab_size"] == 49408
+  assert found.extras["training"] is False
+
+
+def test_torchscript_known_by_its_folders(tmp_path):
+  content = dictionary(w=tensor())
+  assert read_tensors(write_zip(tmp_path / "x.pt", content)).kind == "torch"
+  script = {"constants.pkl": pickle.dumps(()), "code/__torch__.py": b""}
+  assert read_tensors(write_zip(tmp_path / "x.pt", content, **script)).kind == "torchscript"
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+def test_files_by_hand_are_right_where_nothing_is_wrong_with_them(tmp_path, write):
+  """What the tests below change one thing of."""
+  content = dictionary(w=tensor(), v=tensor(1, (3, 1), (1, 77)), u=tensor(2, (), ()), t=tensor(shape=(0, 9)))
+  tensors = read_tensors(write(tmp_path / "x.pt", content)).tensors
+  assert [tensors[name].tolist() for name in "wvut"] == [[[0, 1], [2, 3]], [[1], [2], [3]], 2, []]
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (tensor(offset=1), r"tensor w: shape \(2, 2\) at 1 leaves its storage of 4 elements"),
+    (tensor(shape=(2, 3), stride=(3, 1)), "tensor w: .* leaves its storage"),
+    (tensor(shape=(), stride=(), offset=4), "tensor w: .* leaves its storage"),
+    (tensor(shape=(2, 2), stride=(0, 0)), r"shape \(2, 2\) with stride \(0, 0\) has gaps or overlaps"),
+    (tensor(shape=(2**40, 4), stride=(0, 1)), "gaps or overlaps"),
+    (tensor(shape=(2, 2), stride=(1, 1)), "gaps or overlaps"),
+    (tensor(shape=(2,), stride=(2,)), "gaps or overlaps"),
+    (tensor(shape=(2,), stride=(-1,)), "tensor w: bad offset, shape or stride"),
+    (tensor(offset=-1), "bad offset"),
+    (tensor(offset=None), "bad offset"),
+    (tensor(shape=(2**80, 2**80), stride=(2**80, 1)), "bad offset, shape"),
+    (tensor(shape=(2**62, 2**62), stride=(2**62, 1)), "leaves its storage"),
+    (tensor(shape=(2, True)), "bad offset, shape"),
+    (tensor(shape=(4,)), "bad offset, shape"),
+    (tensor(shape=(1,) * 17, stride=(1,) * 17), "17 axes, at most 16"),
+    (tensor(shape=[2, 2]), "a tensor without storage, shape or stride"),
+    (call("torch._utils", "_rebuild_tensor_v2", plain(1), plain(0), plain(()), plain(())), "a tensor without storage"),
+    (tensor(size=5), "storage 0 should have 5 elements|data/0 has 16 bytes, expected 20"),
+    (tensor(size=2**60), "storage 0 should have|data/0 has 16 bytes, expected"),
+    (tensor(size=-4), "a storage is not described as expected"),
+    (tensor(storage="float32"), "a storage is not described as expected"),
+    (tensor(place="module"), "a storage is not described as expected"),
+    (tensor(key=0), "a storage is not described as expected"),
+    (tensor() + plain("v") + tensor(storage="IntStorage"), "a storage is not described as expected"),
+    (tensor(key="../data.pkl"), r"damaged"),
+    (tensor() + plain("w") + tensor(), "the name w is there twice"),
+    (plain("w") + b"Q", "a storage is not described as expected"),
+  ],
+)
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+def test_bad_tensors(tmp_path, write, content, message):
+  refuse(write(tmp_path / "x.pt", dictionary(w=content)), message)
+
+
+class Harm:
+  """Unpickles as a call."""
+
+  def __init__(self, function, *arguments):
+    self.reduced = function, arguments
+
+  def __reduce__(self):
+    return self.reduced
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("write", [write_zip, write_legacy, None])
+@pytest.mark.parametrize(
+  ("function", "code", "asked"),
+  [
+    (os.system, "echo harm > {}", f"{os.system.__module__}.system"),
+    (eval, "open({!r}, 'w').write('harm')", "(builtins|__builtin__).eval"),
+    (exec, "with open({!r}, 'w') as out: out.write('harm')", "(builtins|__builtin__).exec"),
+  ],
+)
+def test_no_file_runs_code(tmp_path, write, function, code, asked, protocol):
+  marker = tmp_path / "marker"
+  harm = pickle.dumps({"state_dict": Harm(function, code.format(str(marker)))}, protocol)
+  pickle.loads(harm)
+  marker.unlink()  # it does harm, only not here
+  path = tmp_path / "x.pt"
+  if write:
+    write(path, harm[2:-1])
+  else:
+    path.write_bytes(harm)
+  refuse(path, f"asks for {asked} while it is unpickled; only tensors and plain containers are read")
+  assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "torch.load",
+    "torch.storage._load_from_bytes",
+    "torch._utils._rebuild_device_tensor_from_numpy",
+    "numpy.core.multiarray._reconstruct",
+    "functools.partial",
+    "builtins.getattr",
+    "operator.attrgetter",
+    "collections.OrderedDict.fromkeys",
+    "torch_.x",
+    "__torch__x.y",
+    "copyreg._reconstructor",
+  ],
+)
+def test_refused_names(tmp_path, name):
+  owner, _, attribute = name.rpartition(".")
+  if name == "collections.OrderedDict.fromkeys":
+    owner, attribute = "collections", "OrderedDict.fromkeys"
+  refuse(write_zip(tmp_path / "x.pt", call(owner, attribute)), f"asks for {re.escape(name)} while")
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (
+      b"ccollections\nOrderedDict\n" + dictionary(update=plain(1)) + b"b",
+      "an object of type function is given a state",
+    ),
+    (call("collections", "OrderedDict") + plain({"__class__": 1}) + b"b" + plain("s") + b"s", "damaged"),
+    (b"(iposix\nsystem\n", "pickle instruction 0x69"),  # other instructions that call
+    (b"(cposix\nsystem\no", "asks for posix.system"),
+    (b"\x82\x01", "pickle instruction 0x82"),  # the registry of extensions
+    (b"\x96" + struct.pack("<Q", 2**50), "pickle instruction 0x96"),  # a byte array of a petabyte
+    (b"X" + struct.pack("<I", 2**32 - 1) + b"x", "damaged"),
+    (b"}r" + struct.pack("<I", 2**32 - 1), "no tensors"),  # place four billion of the memory
+    (call("numpy", "dtype", plain("O8")), "a NumPy value of type O8; only numbers are read"),
+    (call("numpy", "dtype", plain("f8")) + plain((3, ">", None, None, None, -1, -1, 0)) + b"b", "byte order >"),
+    (call("numpy._core.multiarray", "scalar", call("numpy", "dtype", plain("f8")), plain("\0" * 8)), "NumPy value"),
+    (call("_codecs", "encode", plain("x" * 17), plain("latin1")), "no short latin1 text"),
+    (call("_codecs", "encode", plain("x"), plain("zip")), "no short latin1 text"),
+    (call("argparse", "Namespace") + plain([1]) + b"b", "an object of type Opaque is given a state"),
+    (b"K\x01)R", "an object of type int is called with an object of type tuple"),
+    (b"ccollections\nOrderedDict\nK\x01R", "an object of type function is called with an object of type int"),
+    (b")" + b"\x85" * 10**6 + b"K\x01R", "an object of type tuple is called"),
+    (b"})" + b"\x85" * 10**6 + b"K\x01s", "a dict with an object of type tuple as a key"),  # its hash ends Python
+    (b"q\x00", "damaged"),
+    (b"", "damaged"),
+    (b"]K\x00K\x01s", "an object of type list is filled like a dict"),
+  ],
+)
+def test_ways_round_the_names(tmp_path, content, message):
+  refuse(write_zip(tmp_path / "x.pt", content), message)
+
+
+@pytest.mark.parametrize(
+  ("before", "after"),
+  [(b"", b"\x85"), (b"]", b"a"), (b"}" + plain("a"), b"s"), (b"c__torch__\nM\n)\x81}" + plain("a"), b"sb")],
+)
+def test_a_hundred_thousand_within_each_other_are_skipped(tmp_path, before, after):
+  content = dictionary(w=tensor(), deep=before * 10**5 + b"N" + after * 10**5)
+  assert list(read_tensors(write_zip(tmp_path / "x.pt", content)).tensors) == ["w"]
+
+
+def test_modules_within_each_other(tmp_path):
+  itself = module("M", w=tensor())[:-1] + b"(\x8c\x04selfh\x00ub"  # the module is memo 0
+  content = itself.replace(b")\x81", b")\x81q\x00", 1)
+  refuse(write_zip(tmp_path / "cycle.pt", content), "within each other without an end, as in self.self.self")
+  many = module("M", w=tensor())
+  for _ in range(40):
+    many = module("M", a=many + b"q\x00", b=b"h\x00")
+  refuse(write_zip(tmp_path / "many.pt", many), "within each other without an end")
+  twice = module("M", visual=module("N", w=tensor()), **{"visual.w": tensor()})
+  refuse(write_zip(tmp_path / "twice.pt", twice), "two tensors have the name visual.w")
+
+
+@pytest.mark.parametrize(
+  ("contents", "message"),
+  [
+    (b"", "empty, 0 bytes"),
+    (b"<!DOCTYPE html>\n<html>" + b"x" * 999, "text, it begins with b'<!DOCTYPE html>.*an error page"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "text, .*Git LFS"),
+    (b"\x1f\x8b\x08\x00abc", "neither a PyTorch nor a safetensors file"),
+    (b"PK\5\6" + bytes(18), "neither a PyTorch nor a safetensors file"),
+    (b"PK\3\4" + bytes(99), "damaged, cut off.*not a zip file"),
+    (b"\x80\x02}.", "a pickle, but none of torch.save"),
+    (LEGACY_START.replace(b"\x88", b"\x89") + b"\x80\x02}.", "not little-endian"),
+    (b"\x05\0\0\0\0\0\0\0{oops", "damaged"),
+    (b"\x02\0\0\0\0\0\0\0{}", "no tensors"),
+  ],
+)
+def test_other_contents(tmp_path, contents, message):
+  path = tmp_path / "x.pt"
+  path.write_bytes(contents)
+  refuse(path, message)
+
+
+def test_other_files(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
+    read_tensors(tmp_path / "missing.pt")
+  refuse(tmp_path, "a folder")
+  with tarfile.open(tmp_path / "x.pth.tar", "w") as tar:
+    tar.add(FILES / "mixed.pt", "mixed.pt")
+  refuse(tmp_path / "x.pth.tar", "a tar archive")
+  shutil.make_archive(str(tmp_path / "x"), "zip", FILES, "make_files.py")
+  refuse(tmp_path / "x.zip", r"a zip with 0 entries FOLDER/data\.pkl, not 1; it has make_files\.py")
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (
+      plain({"epoch": 1, "model": {"a": 1}, "optimizer": {}}),
+      "under 'state_dict' or 'model'; it has epoch, model, opt",
+    ),
+    (plain({}), "it has nothing"),
+    (plain([1]), "no state dict, it holds an object of type list"),
+    (tensor(), "no state dict, it holds an object of type Tensor"),
+    (call("argparse", "Namespace") + dictionary(w=tensor()) + b"b", "object of type argparse.Namespace"),
+    (module("M", size=plain(1)), "it has size"),
+  ],
+)
+def test_no_tensors(tmp_path, content, message):
+  refuse(write_zip(tmp_path / "x.pt", content), message)
+
+
+def test_bad_zip_entries(tmp_path):
+  good = dictionary(w=tensor())
+  assert len(read_tensors(write_zip(tmp_path / "x.pt", good, byteorder=b"little")).tensors) == 1
+  refuse(write_zip(tmp_path / "x.pt", good, byteorder=b"big"), "byte order b'big'; only b'little' is read")
+  refuse(write_zip(tmp_path / "x.pt", dictionary(w=tensor(key="1"))), "no any/data/1 in the zip")
+  refuse(write_zip(tmp_path / "x.pt", good, **{"data/0": bytes(20)}), r"any/data/0 has 20 bytes, expected 16")
+  refuse(write_zip(tmp_path / "x.pt", good, **{"data/0": bytes(12)}), r"any/data/0 has 12 bytes, expected 16")
+  with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
+    archive.writestr("any/data/0", bytes(16))
+  refuse(tmp_path / "x.pt", "two entries of the zip have one name")
+  with zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr("any/data.pkl", b"\x80\x02" + good + b".")
+  refuse(tmp_path / "y.pt", r"any/data\.pkl is compressed")
+
+
+def test_changed_tensor_data_is_noticed(tmp_path):
+  contents = bytearray((FILES / "mixed.pt").read_bytes())
+  data = expected("mixed")["float32"].tobytes()
+  contents[contents.index(data)] ^= 1
+  (tmp_path / "x.pt").write_bytes(contents)
+  refuse(tmp_path / "x.pt", "Bad CRC-32 for file 'mixed/data/0'")
+
+
+def test_safetensors_whose_header_looks_like_a_pickle(tmp_path):
+  header = json.dumps({"w": {"dtype": "BF16", "shape": [1, 2], "data_offsets": [0, 4]}, "__metadata__": {"a": "b"}})
+  contents = struct.pack("<Q", 0x280) + header.ljust(0x280).encode() + np.array([1, -2], ml_dtypes.bfloat16).tobytes()
+  assert contents.startswith(b"\x80\x02")
+  (tmp_path / "x").write_bytes(contents)
+  found = read_tensors(tmp_path / "x")
+  assert (found.tensors["w"].tolist(), found.extras, found.kind) == ([[1, -2]], {"a": "b"}, "safetensors")
+  (tmp_path / "x").write_bytes(contents.replace(b"BF16", b"F8_E4M3")[:-2])
+  refuse(tmp_path / "x", "damaged")
+
+
+@pytest.mark.parametrize("file", CHECKPOINTS)
+def test_every_cut_is_an_error(tmp_path, file):
+  contents = (FILES / file).read_bytes()
+  path = tmp_path / file
+  for stop in {*np.linspace(0, len(contents) - 1, 40).astype(int), 1, 9, len(contents) - 2}:
+    path.write_bytes(contents[:stop])
+    refuse(path, "damaged|0 bytes|neither|text|asks for")
+
+
+@pytest.mark.parametrize("file", CHECKPOINTS)
+def test_changed_bytes_give_an_error_or_tensors(tmp_path, file):
+  contents = np.fromfile(FILES / file, np.uint8)
+  random = np.random.default_rng(0)
+  path = tmp_path / file
+  results = []
+  for count in [1] * 80 + [4] * 20:
+    changed = contents.copy()
+    changed[random.integers(len(contents), size=count)] ^= random.integers(1, 256, count, np.uint8)
+    path.write_bytes(changed)
+    try:
+      results.append(len(read_tensors(path).tensors))
+    except ValueError as error:
+      assert str(error).startswith(f"{path}: ")  # noqa: PT017
+  assert len(results) < 100
