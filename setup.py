@@ -9,7 +9,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["declip_jax", "declip_jax.*"]),
-  package_data={"declip_jax.data": ["*.gz", "*.txt"]},
+  package_data={"declip_jax.data": ["*.gz", "*.txt"], "declip_jax.weights": ["*.gz"]},
   install_requires=[
     "absl-py>=2.1",
     "array_record>=0.8.6",
@@ -28,6 +28,7 @@ setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<1.0",  # its top-level API changes with 1.0
     "pillow>=11",
+    "safetensors>=0.5",
     "simplejpeg>=1.8",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.10",  # reads prepared data sets; TensorFlow is not needed

@@ -32,7 +32,9 @@ def read_run(workdir: Path) -> list[dict[str, Any]]:
   batch_size = from_json((workdir / "config.json").read_text()).batch_size
   later = workdir / "evaluations.jsonl"
   evaluations = [json.loads(line) for line in later.read_text().splitlines()] if later.exists() else []
-  return [{**row, "examples": row["step"] * batch_size} for row in [*read_metrics(workdir), *evaluations]]
+  return [
+    {**row, "examples": row["step"] * batch_size} for row in [*read_metrics(workdir), *evaluations] if "step" in row
+  ]
 
 
 def table_row(name: str, rows: list[dict[str, Any]], scores: dict[str, str]) -> str:

@@ -73,12 +73,12 @@ class Clip:
     mean, std: by which pixels are normalised, per channel, on a scale of 0 to 1.
     logit_scale: inverse temperature of the contrastive loss, by which cosines are multiplied.
     remarks: what should be known about how the file was read.
+    step: of a run's checkpoint, None for other files.
   """
 
   def __init__(self, weights: Weights, mesh: Mesh):
-    views = Views()
-    self.origin, self.remarks, self.mesh = weights.origin, weights.remarks, mesh
-    self.model = make_model(weights.model, views=views, heads=())
+    self.origin, self.remarks, self.step, self.mesh = weights.origin, weights.remarks, weights.step, mesh
+    self.model = make_model(weights.model, views=Views(), heads=())
     place = partial(jax.device_put, device=replicated(mesh))
     self.params, self.collections = place(weights.params), place(weights.collections)
     self.tokenizer = Tokenizer(weights.model.text.context_length)
@@ -106,7 +106,8 @@ class Clip:
     Raises:
       ValueError: one of them is no image.
     """
-    if isinstance(images, Image) and not (isinstance(images, np.ndarray) and images.ndim == 4):
+    one = isinstance(images, (PIL.Image.Image, bytes, str, os.PathLike))
+    if one or (isinstance(images, np.ndarray) and images.ndim == 3):
       images = [images]
     if not len(images):
       return np.empty((0, self.model.heads.embed_dim), np.float32)
@@ -177,7 +178,7 @@ class Clip:
   def _check_text(self) -> None:
     if not self._has_text:
       raise ValueError(
-        f"these weights ({self.origin}) have no text tower and no joint space: start a run from them by config.init_from"
+        f"these weights ({self.origin}) have no text tower and no joint space: start a run from them (config.init_from)"
       )
 
 

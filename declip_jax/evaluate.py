@@ -84,7 +84,8 @@ def evaluate(
   if not len(evals):
     raise ValueError(f"{workdir} has no config with evals: give --zero_shot or --retrieval")
   encoders = clip.encoders(batch_size or (config.evaluate_batch_size if file.exists() else 256))
-  results = {"weights": clip.origin, **make_evaluators(evals, workdir)(encoders)}
+  about = {"weights": clip.origin} if clip.step is None else {"step": clip.step}
+  results = {**about, **make_evaluators(evals, workdir)(encoders)}
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "evaluations.jsonl").open("a") as file:

@@ -66,7 +66,8 @@ def test_restores_onto_another_mesh(shape: tuple[int, int], tmp_path: Path) -> N
   assert position == {"next_index": 7}
   assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
   jax.tree.map(np.testing.assert_array_equal, state, make_state(7, mesh))
-  params, collections = checkpoints.restore_model(7, abstract)
+  params, collections = checkpoints.restore_model(7, abstract.params, abstract.collections)
+  assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((params, collections)))
   jax.tree.map(np.testing.assert_array_equal, (params, collections), (state.params, state.collections))
   checkpoints.close()
 

@@ -53,6 +53,7 @@ class Weights(NamedTuple):
     interpolation: of the evaluation view.
     rest: tensors of the file that have no place in the model, under OpenAI's names.
     remarks: what a user should know about how the file was read.
+    step: of a run's checkpoint.
   """
 
   origin: str
@@ -64,14 +65,15 @@ class Weights(NamedTuple):
   interpolation: str
   rest: StateDict = MappingProxyType({})
   remarks: tuple[str, ...] = ()
+  step: int | None = None
 
 
 def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None, step: int | None = None) -> Weights:
   """Reads a checkpoint file, the folder of one, or the working directory of a run.
 
   Args:
-    path: a file (`.pt`, `.pth.tar`, `.bin`, `.safetensors`), a folder of open_clip or Hugging Face, our orbax export, or
-      a run.
+    path: a file (`.pt`, `.pth.tar`, `.bin`, `.safetensors`), a folder of open_clip or Hugging Face, our orbax export,
+      or a run.
     settings: fields that replace what was recognised, such as `{"image.heads": 12, "image.activation": "gelu"}`; names
       are those of `config.model`, and `image_size` and `interpolation`.
     step: which checkpoint of a run; by default the newest.
@@ -141,8 +143,9 @@ def from_state_dict(
   guessed = found.guessed_activation and not {"image.activation", "text.activation"} & set(described)
   remarks = [found.guessed_activation] if guessed else []
   collections = {half: tree.get("collections", {}).get(half, {}) for half in ("towers", "heads")}
+  by_open_clip = dialect == "OpenAI" and Path(name).name.startswith("open_clip")
   return Weights(
-    origin=dialect,
+    origin="open_clip" if by_open_clip else dialect,
     model=found.model,
     heads=tuple(found.heads),
     params=tree["params"],
@@ -179,7 +182,7 @@ def read_run(workdir: str | os.PathLike[str], step: int | None = None) -> Weight
     checkpoints.close()
   origin = f"declip_jax, step {chosen}"
   size, interpolation = config.data.image_size, config.data.interpolation
-  return Weights(origin, config.model, heads, params, collections, size, interpolation)
+  return Weights(origin, config.model, heads, params, collections, size, interpolation, step=chosen)
 
 
 def _read_export(path: Path, settings: dict[str, Any]) -> Weights:

@@ -4,7 +4,7 @@ import importlib
 
 import numpy as np
 import pytest
-import reference_weights as reference
+import references as reference
 
 from declip_jax.evals.embed import Encoders
 from declip_jax.evals.retrieval import recall, retrieval

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import reference_weights as reference
+import references as reference
 
 from declip_jax.evals.embed import Encoders
 from declip_jax.evals.zero_shot import classifier, scores, zero_shot

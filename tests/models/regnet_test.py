@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_weights as reference
+import references as reference
 
 from declip_jax.models.regnet import RegNetY, stages
 

@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.models.text`: DeCLIP's tower, causality, pooling, and the scan over blocks."""
+"""Tests of `declip_jax.models.text`: causality, pooling, and the scan over blocks."""
 
 from functools import partial
 
@@ -6,27 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_weights as reference
 
 from declip_jax.models.text import TextTransformer
 from declip_jax.models.transformer import Block, Transformer
 
 EOT = 9
 TINY = {"vocab_size": 12, "context_length": 8, "width": 16, "depth": 2, "heads": 2, "eot": EOT}
-
-
-def test_equals_declip_with_a_mask_token_among_the_ids():
-  golden = reference.load("declip")
-  sd = reference.below(golden, "sd/encode_text.")
-  tower = TextTransformer(vocab_size=131, context_length=16, width=48, depth=2, heads=3, eot=130)
-  variables = {"params": reference.text(sd)}
-  tokens = np.concatenate([golden["tokens1_masked"], golden["tokens2"]])
-  features, states = jax.jit(tower.apply)(variables, tokens)
-  joint = features @ sd["text_projection.weight"].T + sd["text_projection.bias"]
-  expected = np.concatenate([golden["declip/text_features1"], golden["declip/text_features2"]])
-  np.testing.assert_allclose(joint, expected, rtol=1e-4, atol=2e-5)
-  words = tower.apply(variables, states[:8], method="normalise")
-  np.testing.assert_allclose(words, golden["declip/text_words1"], rtol=1e-4, atol=3e-5)
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +56,29 @@ def test_scan_equals_a_loop_over_blocks():
     return x
 
   np.testing.assert_allclose(jax.jit(transformer.apply)(variables, x), jax.jit(unrolled)(variables, x), atol=1e-5)
+
+
+def test_cutting_behind_the_longest_text_changes_neither_value_nor_gradient():
+  rng = np.random.default_rng(0)
+  plain, cut = TextTransformer(**TINY), TextTransformer(**TINY, buckets=(3, 5, 20))
+  variables = jax.jit(plain.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+
+  def step(tower, tokens):
+    def loss(variables):
+      features, states = tower.apply(variables, tokens)
+      return jnp.sin(features).sum(), (features, states)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
+
+  for longest in (2, 3, 4, 5, 8):  # of which 2 and 3, and 4 and 5 fall into one bucket
+    tokens = np.zeros((3, 8), np.int32)
+    for row, length in zip(tokens, (longest, 2, max(longest - 1, 2)), strict=True):
+      row[: length - 1], row[length - 1] = rng.integers(1, EOT, length - 1), EOT
+    (_, (features, states)), gradient = step(plain, tokens)
+    (_, (again, states_again)), gradient_again = step(cut, tokens)
+    np.testing.assert_allclose(again, features, atol=5e-6)
+    np.testing.assert_allclose(states_again[:, :longest], states[:, :longest], atol=5e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), gradient_again, gradient)
+    bucket = next(length for length in (3, 5, 8) if length >= longest)
+    assert not np.any(states_again[:, bucket:])
+    assert bucket == 8 or np.all(states[:, bucket:])

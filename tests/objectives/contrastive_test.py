@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_weights as reference
+import references as reference
 
 from declip_jax.models.heads import unit_norm
 from declip_jax.objectives.contrastive import clip, info_nce, multi_view

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_weights as reference
+import references as reference
 
 from declip_jax.objectives.neighbours import nearest_neighbour
 from declip_jax.types import Outputs

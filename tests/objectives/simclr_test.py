@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-import reference_weights as reference
+import references as reference
 
 from declip_jax.objectives.simclr import nt_xent
 from declip_jax.types import Outputs

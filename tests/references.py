@@ -1,0 +1,85 @@
+"""Numbers of the reference implementations (see fixtures/README.md), and models to compare with them."""
+
+from pathlib import Path
+
+from flax import linen as nn
+import jax
+import numpy as np
+
+from declip_jax.models.heads import Heads
+from declip_jax.models.model import Model
+from declip_jax.models.towers import Towers
+from declip_jax.objectives import total_loss
+from declip_jax.types import Views
+
+FIXTURES = Path(__file__).parent / "fixtures"
+# Pixels of the fixtures are already normalised: a mean and a deviation that leave them as they are.
+UNCHANGED = {"mean": (0.0,), "std": (1 / 255,)}
+
+
+def load(*names):
+  """The arrays of some fixtures; those stored as float16, without loss, come back as float32."""
+  arrays = {}
+  for name in names:
+    with np.load(FIXTURES / f"{name}.npz") as file:
+      arrays |= {key: file[key] for key in file.files}
+  return {key: a.astype(np.float32) if a.dtype == np.float16 else a for key, a in arrays.items()}
+
+
+def below(arrays, prefix):
+  """The entries under a prefix, without it."""
+  return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+
+
+def pixels(*views):
+  """Images `[b c h w]`, one array per view, as the `[b v h w c]` of a batch."""
+  return np.stack([np.moveaxis(view, 1, -1) for view in views], axis=1)
+
+
+class GivenImages(nn.Module):
+  """An image tower whose input already is the feature, as `[b 1 1 w]`."""
+
+  @nn.compact
+  def __call__(self, images, train=False):
+    return images.reshape(images.shape[0], -1)
+
+
+class GivenTexts(nn.Module):
+  """A text tower whose input already is the feature `[b w]`."""
+
+  @nn.compact
+  def __call__(self, features):
+    return features, features[:, None]
+
+
+def make_model(image, text, views=None, **heads):
+  """A model of these towers; `heads` are fields of `Heads` other than the tests' usual ones."""
+  usual = {
+    "heads": (),
+    "vocab_size": 8,
+    "image_bias": False,
+    "text_bias": False,
+    "simclr_projector": (),
+    "simsiam_projector": (),
+    "simsiam_predictor": (),
+    "bank_size": 0,
+  }
+  return Model(towers=Towers(image, text, **UNCHANGED), heads=Heads(**usual | heads), views=views or Views())
+
+
+def differentiate(model, params, collections, batch, loss_of=None, **weights):
+  """One forward and backward pass in training mode.
+
+  Returns:
+    Loss, gradient, features, outputs, metrics and new collections. `loss_of(outputs)` is added to the weighted terms.
+  """
+
+  def forward(params):
+    features, towers = model.encode(params, collections, batch)
+    outputs, heads = model.apply_heads(params, collections, features)
+    loss, metrics = total_loss(outputs, batch, weights)
+    loss += loss_of(outputs) if loss_of else 0.0
+    return loss, (features, outputs, metrics, {"towers": towers, "heads": heads})
+
+  (loss, aux), gradient = jax.jit(jax.value_and_grad(forward, has_aux=True))(params)
+  return loss, gradient, *aux

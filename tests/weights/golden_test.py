@@ -1,0 +1,441 @@
+"""Whole models from the state dicts of the reference implementations: every number that those produced, by ours.
+
+Features, logits, activations inside, losses, gradients, and batch statistics after a pass in training mode. Gradients
+and statistics are compared under the references' own names, so the translation back is tested with them.
+"""
+
+import json
+
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references as reference
+
+from declip_jax.models import bank
+from declip_jax.models.heads import unit_norm
+from declip_jax.models.model import make_model
+from declip_jax.objectives.contrastive import info_nce
+from declip_jax.types import Views
+from declip_jax.weights import dialects
+from declip_jax.weights.layout import layout, to_state_dict
+from declip_jax.weights.read import from_state_dict
+
+FORWARD = {"rtol": 1e-4, "atol": 2e-5}
+GRADIENT = {"rtol": 1e-3, "atol": 2e-5}
+TRAINING = {"rtol": 1e-4, "atol": 1e-4}  # behind batch norms with the statistics of a small batch
+HEADS = {"image.heads": 2, "text.heads": 2}
+
+
+class Golden:
+  """A fixture, its weights as ours, and a model of them; pixels are already normalised and stay as they are."""
+
+  def __init__(self, name, settings=None, views=None):
+    self.arrays = reference.load(name)
+    self.sd = reference.below(self.arrays, "sd/")
+    self.dialect = dialects.recognise(self.sd)
+    self.weights = from_state_dict(self.sd, settings)
+    fields = self.weights.model.copy_and_resolve_references()
+    fields.mean, fields.std = (0.0, 0.0, 0.0), (1 / 255,) * 3
+    self.fields, self.views, self.heads = fields, views or Views(), self.weights.heads
+    self.model = make_model(fields, views=self.views, heads=self.heads)
+    self.params, self.collections = self.weights.params, self.weights.collections
+
+  def theirs(self, variables):
+    """Some of our arrays under the reference's names and in its layout."""
+    entries = layout(self.weights.model, self.heads)
+    present = flatten_dict(variables, sep="/").keys()
+    tensors = to_state_dict(variables, {path: entry for path, entry in entries.items() if path in present})
+    return dialects.from_openai(tensors, self.dialect)
+
+  def features(self, images, tokens):
+    image = jax.jit(self.model.image_features)(self.params, self.collections, nhwc(images))
+    return image, jax.jit(self.model.text_features)(self.params, self.collections, tokens)
+
+  def contrastive(self, params, images, tokens):
+    """The symmetric loss in evaluation mode, and the logits for images."""
+    image = unit_norm(self.model.image_features(params, self.collections, nhwc(images)))
+    text = unit_norm(self.model.text_features(params, self.collections, tokens))
+    scale = jnp.exp(params["heads"]["logit_scale"])
+    return info_nce(image, text, scale)[0], scale * image @ text.T
+
+  def inside(self, tower, inputs, depth):
+    """Outputs of the modules of a tower cut after `depth` blocks, by name."""
+    fields = self.fields.copy_and_resolve_references()
+    if depth is not None:
+      fields[tower].depth = depth
+    module = getattr(make_model(fields, views=self.views, heads=()).towers, tower)
+    params = self.params["towers"][tower]
+    if depth is not None:
+      cut = jax.tree.map(lambda x: x[:depth], params["transformer"])
+      params = {**params, "transformer": cut}
+    statistics = self.collections["towers"].get("batch_stats", {}).get(tower, {})
+    _, captured = jax.jit(lambda v, x: module.apply(v, x, capture_intermediates=True, mutable=["intermediates"]))(
+      {"params": params, "batch_stats": statistics}, inputs
+    )
+    return captured["intermediates"]
+
+
+def nhwc(images):
+  return np.moveaxis(images, 1, -1)
+
+
+def near(ours, theirs, **tolerance):
+  for name, value in theirs.items():
+    np.testing.assert_allclose(ours[name], value, err_msg=name, **tolerance)
+
+
+def check_clip(golden, images, tokens, prefix, names, **gradient_tolerance):
+  """Features, logits, loss and gradients in evaluation mode; `names` are the fixture's for each."""
+  expected = {ours: golden.arrays[f"{prefix}{name}"] for ours, name in names.items() if ours != "gradient"}
+  image, text = golden.features(images, tokens)
+  value_and_gradient = jax.jit(jax.value_and_grad(golden.contrastive, has_aux=True))
+  (loss, logits), gradient = value_and_gradient(golden.params, images, tokens)
+  near({"image": image, "text": text}, {name: expected[name] for name in ("image", "text")}, **FORWARD)
+  np.testing.assert_allclose(loss, expected["loss"], atol=1e-5)
+  bias = golden.weights.rest.get("logit_bias", 0)
+  np.testing.assert_allclose(logits + bias, expected["logits"], rtol=1e-4, atol=2e-4)
+  if "gradient" in names:
+    theirs = reference.below(golden.arrays, f"{prefix}{names['gradient']}/")
+    assert theirs
+    near(golden.theirs({"params": gradient}), theirs, **(gradient_tolerance or GRADIENT))
+
+
+OPENAI = {"image": "image_features", "text": "text_features", "logits": "logits_per_image", "loss": "loss"}
+OPEN_CLIP = {"image": "encode_image", "text": "encode_text", "logits": "logits_per_image", "loss": "clip_loss"}
+
+
+@pytest.mark.parametrize("name", ["openai_vit", "openai_resnet"])
+def test_openai(name):
+  golden = Golden(name)
+  arrays = golden.arrays
+  check_clip(golden, arrays["images"], arrays["tokens"], "", OPENAI | {"gradient": "grad"})
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("name", ["openclip_vit", "openclip_rn"])
+def test_open_clip(name, activation):
+  towers = HEADS | {"image.activation": activation} if name == "openclip_vit" else {"text.heads": 4}
+  golden = Golden(name, towers | {"text.activation": activation})
+  arrays = golden.arrays
+  check_clip(golden, arrays["images"], arrays["tokens"], f"{activation}/", OPEN_CLIP | {"gradient": "clip_grad"})
+  image, text = golden.features(arrays["images"], arrays["tokens"])
+  np.testing.assert_allclose(unit_norm(image), arrays[f"{activation}/encode_image_normalized"], **FORWARD)
+  np.testing.assert_allclose(unit_norm(text), arrays[f"{activation}/encode_text_normalized"], **FORWARD)
+  scale = np.exp(golden.params["heads"]["logit_scale"])
+  np.testing.assert_allclose(scale, arrays[f"{activation}/logit_scale_exp"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_hugging_face(activation):
+  about = json.loads(str(reference.load("hf_clip")[f"hf_config_json_{activation}"]))
+  vision, text = about["vision_config"], about["text_config"]
+  assert vision["hidden_act"] == activation
+  settings = {
+    "image.heads": vision["num_attention_heads"],
+    "text.heads": text["num_attention_heads"],
+    "image.activation": activation,
+    "text.activation": activation,
+    "text.eot": text["eos_token_id"],
+  }
+  golden = Golden("hf_clip", settings)
+  arrays = reference.below(golden.arrays, f"{activation}/")
+  images, tokens = golden.arrays["pixel_values"], golden.arrays["input_ids"]
+  names = OPENAI | {"gradient": "grad"} if any("grad/" in name for name in arrays) else OPENAI
+  check_clip(golden, images, tokens, f"{activation}/", names)
+  image, text = golden.features(images, tokens)
+  near(
+    {"image": unit_norm(image), "text": unit_norm(text)},
+    {k: arrays[f"{k}_embeds"] for k in ("image", "text")},
+    **FORWARD,
+  )
+  pixels = golden.inside("image", nhwc(images), 2)
+  near(
+    {"hidden": pixels["transformer"]["__call__"][0], "pooled": pixels["post_norm"]["__call__"][0]},
+    {"hidden": arrays["vision_last_hidden"], "pooled": arrays["vision_pooled"]},
+    **FORWARD,
+  )
+  words = golden.inside("text", tokens, 2)
+  towers = golden.model.towers
+  hidden = towers.text.apply(
+    {"params": golden.params["towers"]["text"]}, words["transformer"]["__call__"][0], method="normalise"
+  )
+  near(
+    {"hidden": hidden, "pooled": words["__call__"][0][0]},
+    {"hidden": arrays["text_last_hidden"], "pooled": arrays["text_pooled"]},
+    **FORWARD,
+  )
+
+
+def test_activations_inside_the_transformers_of_openai():
+  golden = Golden("openai_vit")
+  arrays = golden.arrays
+  for depth in (1, 2):
+    pixels, words = (
+      golden.inside("image", nhwc(arrays["images"]), depth),
+      golden.inside("text", arrays["tokens"], depth),
+    )
+    np.testing.assert_allclose(pixels["pre_norm"]["__call__"][0], arrays["inter/vision_ln_pre"], **FORWARD)
+    found = {"vision": pixels["transformer"]["__call__"][0], "text": words["transformer"]["__call__"][0]}
+    near(found, {tower: arrays[f"inter/{tower}_block{depth - 1}"] for tower in found}, **FORWARD)
+
+
+def test_activations_inside_the_resnet_of_openai():
+  golden = Golden("openai_resnet")
+  arrays = golden.arrays
+  found = golden.inside("image", nhwc(arrays["images"]), None)
+  stem = nn.avg_pool(nn.relu(found["stem_norm3"]["__call__"][0]), (2, 2), (2, 2))
+  layers = {f"layer{stage}": found[f"stage{stage}_block0"]["__call__"][0] for stage in (1, 2, 3, 4)}
+  expected = {name: nhwc(arrays[f"inter/{name}"]) for name in ("stem", *layers)}
+  near({"stem": stem, **layers}, expected, rtol=1e-4, atol=3e-5)
+  words = golden.inside("text", arrays["tokens"], 1)
+  np.testing.assert_allclose(words["transformer"]["__call__"][0], arrays["inter/text_block0"], **FORWARD)
+
+
+@pytest.mark.parametrize(
+  ("name", "settings"), [("openai_resnet", {}), ("openclip_rn", {"text.activation": "quick_gelu", "text.heads": 4})]
+)
+def test_resnets_in_training_mode(name, settings):
+  golden = Golden(name, settings)
+  arrays = golden.arrays
+  batch = {"image": reference.pixels(arrays["images"]), "text": arrays["tokens"][:, None]}
+  result = reference.differentiate(golden.model, golden.params, golden.collections, batch, clip=1.0)
+  loss, gradient, features, _, _, collections = result
+  projection = golden.params["heads"]["image_projection"]
+  image = features.image[:, 0] @ projection["kernel"] + projection["bias"]
+  expected = arrays["train/image_features" if name == "openai_resnet" else "train/encode_image"]
+  np.testing.assert_allclose(image, expected, **TRAINING)
+  statistics = {key: value for key, value in reference.below(arrays, "train/sd/").items() if "num_batches" not in key}
+  assert statistics
+  near(golden.theirs({"collections": collections}), statistics, **TRAINING)
+  if name == "openai_resnet":
+    np.testing.assert_allclose(loss, arrays["train/loss"], atol=1e-5)
+    expected = reference.below(arrays, "train/grad/")
+    deep = {key: value for key, value in expected.items() if key not in ("visual.conv1.weight", "visual.bn1.weight")}
+    near(golden.theirs({"params": gradient}), deep, rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_at_the_stem_of_a_resnet():
+  """One activation of the stem is at -1.3e-7, next to the kink of its ReLU, and rounding decides which slope it gets.
+
+  A bias that is smaller by 5e-7 in its channel (the next activation is at 9e-6) puts it where the reference has it.
+  """
+  golden = Golden("openai_resnet")
+  arrays = golden.arrays
+  batch = {"image": reference.pixels(arrays["images"]), "text": arrays["tokens"][:, None]}
+  golden.params["towers"]["image"]["stem_norm2"]["bias"][0] -= np.float32(5e-7)
+  _, gradient, *_ = reference.differentiate(golden.model, golden.params, golden.collections, batch, clip=1.0)
+  near(golden.theirs({"params": gradient}), reference.below(arrays, "train/grad/"), rtol=1e-3, atol=1e-4)
+
+
+def test_sigmoid_loss_of_open_clip():
+  """The loss is not ours yet; that its gradient reaches the patches as in the reference shows the towers right."""
+  for activation in ("quick_gelu", "gelu"):
+    golden = Golden("openclip_vit", {**HEADS, "image.activation": activation, "text.activation": activation})
+    arrays = golden.arrays
+
+    def loss_of(params, bias, golden=golden, arrays=arrays):
+      logits = golden.contrastive(params, arrays["images"], arrays["tokens"])[1] + bias
+      sign = 2 * jnp.eye(len(logits)) - 1
+      return jax.nn.softplus(-sign * logits).sum() / len(logits)
+
+    value_and_gradient = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1)))
+    loss, (gradient, bias) = value_and_gradient(golden.params, golden.weights.rest["logit_bias"])
+    np.testing.assert_allclose(loss, arrays[f"{activation}/siglip_loss"], atol=1e-5)
+    found = golden.theirs({"params": gradient}) | {"logit_bias": bias}
+    near(found, reference.below(arrays, f"{activation}/siglip_grad/"), **GRADIENT)
+
+
+@pytest.fixture(scope="module")
+def slip():
+  """SLIP, and a function of loss weights to a training step on its three image views and a caption."""
+  golden = Golden("slip", {"image.heads": 3, "text.heads": 2}, Views(ssl_image=(1, 2)))
+  arrays = golden.arrays
+  batch = {
+    "image": reference.pixels(arrays["image"], arrays["aug1"], arrays["aug2"]),
+    "text": arrays["tokens"][:, None],
+  }
+  return golden, lambda **weights: reference.differentiate(
+    golden.model, golden.params, golden.collections, batch, **weights
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "weights"), [("clip", {"clip": 1.0}), ("simclr", {"simclr": 1.0}), ("slip", {"clip": 1.0, "simclr": 1.0})]
+)
+def test_slip_losses_and_gradients(slip, name, weights):
+  golden, step = slip
+  loss, gradient, _, outputs, metrics, collections = step(**weights)
+  arrays = reference.below(golden.arrays, f"{name}/")
+  np.testing.assert_allclose(loss, arrays["loss"], atol=1e-5)
+  terms = {"clip": "clip_loss", "simclr": "ssl_loss"}
+  near({term: metrics[f"loss/{term}"] for term in weights}, {term: arrays[terms[term]] for term in weights}, atol=1e-5)
+  near(golden.theirs({"params": gradient}), reference.below(arrays, "grad/"), **GRADIENT)
+  if name == "slip":
+    out = reference.below(golden.arrays, "out/")
+    np.testing.assert_allclose(outputs.image[0], unit_norm(out["image_embed"]), atol=1e-5)
+    np.testing.assert_allclose(outputs.text[0], unit_norm(out["text_embed"]), atol=1e-5)
+    np.testing.assert_allclose(outputs.scale, out["logit_scale"], rtol=1e-6)
+    np.testing.assert_allclose(outputs.simclr, np.stack([out["aug1_embed"], out["aug2_embed"]]), **TRAINING)
+    # Statistics are those of each view in turn.
+    after = {k: v for k, v in reference.below(golden.arrays, "after/sd/").items() if "num_batches" not in k}
+    near(golden.theirs({"collections": collections}), after, rtol=1e-4, atol=2e-5)
+
+
+def test_slip_in_evaluation_mode(slip):
+  golden, _ = slip
+  arrays, expected = golden.arrays, reference.below(golden.arrays, "eval/")
+  image, text = golden.features(arrays["image"], arrays["tokens"])
+  near({"image_embed": image, "text_embed": text}, {k: expected[k] for k in ("image_embed", "text_embed")}, **FORWARD)
+  pixels = golden.inside("image", nhwc(arrays["image"]), 2)
+  np.testing.assert_allclose(pixels["post_norm"]["__call__"][0], expected["vision_features"], **FORWARD)
+  norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False)
+  tokens = norm.apply({"params": golden.params["towers"]["image"]["post_norm"]}, pixels["transformer"]["__call__"][0])
+  np.testing.assert_allclose(tokens, expected["vision_tokens"], **FORWARD)
+
+
+def reference_neighbour_loss(golden, outputs):
+  """DeCLIP's own nearest-neighbour loss, which differs from ours: neighbours of both texts, image to text only."""
+  searched = bank.empty(*golden["bank_before"].shape)._replace(entries=jnp.asarray(golden["bank_before"]))
+  target = jnp.arange(outputs.image.shape[1])
+  losses = [
+    optax.softmax_cross_entropy_with_integer_labels(outputs.scale * image @ bank.nearest(searched, text).T, target)
+    for image in outputs.image
+    for text in outputs.text
+  ]
+  return jnp.mean(jnp.stack(losses))
+
+
+# DeCLIP's ids: 128 mask, 129 start, 130 end of text; ours, after reading: start, end, mask.
+OUR_ID = np.concatenate([np.arange(128), [130, 128, 129]]).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def declip():
+  """A training step of DeCLIP, from pixels and ids, with the bank that it had."""
+  views = Views(contrastive_image=(0, 1), contrastive_text=(0, 1), ssl_image=(0, 1), masked_text=0)
+  golden = Golden("declip", {"image.heads": 2, "text.heads": 3, "heads.bank_size": 64}, views)
+  arrays = golden.arrays
+  golden.model = make_model(golden.fields, views=views, heads=(*golden.heads, "bank"))
+  pointer, size = jnp.asarray(arrays["bank_ptr_before"], jnp.int32).reshape(()), jnp.asarray(64)
+  entries = {"text": bank.Bank(jnp.asarray(arrays["bank_before"]), pointer, size)}
+  collections = {"towers": {}, "heads": {**golden.collections["heads"], "bank": entries}}
+  batch = {
+    "image": reference.pixels(arrays["images1"], arrays["images2"]),
+    "text": OUR_ID[np.stack([arrays["tokens1_masked"], arrays["tokens2"]], axis=1)],
+    **masked_positions(arrays["mlm_labels"], slots=6),
+  }
+  weights = {"clip": 0.4 / 4, "mvs": 0.4 * 3 / 4, "simsiam": 0.2, "mlm": 0.2}
+  result = reference.differentiate(
+    golden.model,
+    golden.params,
+    collections,
+    batch,
+    loss_of=lambda outputs: 0.2 * reference_neighbour_loss(arrays, outputs),
+    **weights,
+  )
+  return golden, batch, result
+
+
+def masked_positions(labels, slots):
+  """DeCLIP's labels `[b t]`, -100 where nothing is predicted, as the fields of a batch."""
+  fields = {name: np.zeros((len(labels), slots), np.int32) for name in ("mlm_position", "mlm_target", "mlm_weight")}
+  for row, label in enumerate(labels):
+    chosen = np.flatnonzero(label != -100)
+    fields["mlm_position"][row, : len(chosen)] = chosen
+    fields["mlm_target"][row, : len(chosen)] = OUR_ID[label[chosen]]
+    fields["mlm_weight"][row, : len(chosen)] = 1
+  return fields | {"mlm_weight": fields["mlm_weight"].astype(np.float32)}
+
+
+def test_declip_outputs(declip):
+  golden, batch, (_, _, features, outputs, *_) = declip
+  expected = reference.below(golden.arrays, "declip/")
+  assert golden.weights.remarks == (
+    "without a place in this model: image_mapping.bias, image_mapping.weight, logit_scale_dense, text_mapping.bias, "
+    "text_mapping.weight",
+  )
+  projection = golden.params["heads"]["image_projection"]["kernel"]
+  for view in (0, 1):
+    np.testing.assert_allclose(features.image[:, view] @ projection, expected[f"image_features{view + 1}"], **FORWARD)
+    np.testing.assert_allclose(outputs.text[view], unit_norm(expected[f"text_features{view + 1}"]), atol=1e-5)
+    np.testing.assert_allclose(outputs.simsiam_projection[view], expected[f"projector{view + 1}"], atol=1e-4)
+    np.testing.assert_allclose(outputs.simsiam_prediction[view], expected[f"predictor{view + 1}"], atol=1e-4)
+  selected = outputs.mlm_logits[batch["mlm_weight"] == 1][:, OUR_ID]
+  np.testing.assert_allclose(selected, expected["mlm_logits_selected"], rtol=1e-4, atol=5e-5)
+  for i in (1, 2):
+    for t in (1, 2):
+      logits = outputs.scale * outputs.image[i - 1] @ outputs.text[t - 1].T
+      np.testing.assert_allclose(logits, expected[f"logits_per_image_i{i}t{t}"], rtol=1e-4, atol=2e-4)
+  words = golden.inside("text", batch["text"][:, 0], 2)["transformer"]["__call__"][0]
+  variables = {"params": golden.params["towers"]["text"]}
+  words = golden.model.towers.text.apply(variables, words, method="normalise")
+  np.testing.assert_allclose(words, expected["text_words1"], rtol=1e-4, atol=3e-5)
+
+
+def test_declip_terms(declip):
+  golden, _, (*_, metrics, _) = declip
+  arrays = golden.arrays
+  pairs = {(i, t): arrays[f"declip/infonce_i{i}t{t}"] for i in (1, 2) for t in (1, 2)}
+  expected = {
+    "clip": pairs.pop((1, 1)),
+    "mvs": np.mean(list(pairs.values())),
+    "simsiam": arrays["declip/simsiam_loss"],
+    "mlm": arrays["declip/mlm_loss"],
+  }
+  near({name: metrics[f"loss/{name}"] for name in expected}, expected, atol=1e-5)
+  # The released code's one mean over four pairs, as a quarter of our first term and three of our second.
+  folded = metrics["loss/clip"] / 4 + metrics["loss/mvs"] * 3 / 4
+  np.testing.assert_allclose(folded, arrays["declip/clip_loss"], atol=1e-5)
+
+
+def test_declip_total_and_gradient(declip):
+  golden, _, (loss, gradient, *_) = declip
+  np.testing.assert_allclose(loss, golden.arrays["declip/total"], atol=1e-5)
+  near(golden.theirs({"params": gradient}), reference.below(golden.arrays, "declip/grad/"), **GRADIENT)
+
+
+def test_declip_statistics(declip):
+  golden, _, (*_, collections) = declip
+  after = {k: v for k, v in reference.below(golden.arrays, "declip/after/sd/").items() if "num_batches" not in k}
+  near(golden.theirs({"collections": collections}), after, rtol=1e-4, atol=2e-5)
+
+
+def test_the_bank_is_searched_first_and_then_takes_the_first_text_view(declip):
+  golden, _, (_, _, _, outputs, _, collections) = declip
+  arrays = golden.arrays
+  np.testing.assert_array_equal(outputs.neighbour, arrays["bank_before"][arrays["declip/nn_index_text1"]])
+  assert outputs.neighbour_ready == 1
+  start, count = int(arrays["bank_ptr_before"]), outputs.text.shape[1]
+  expected = arrays["bank_before"].copy()
+  expected[start : start + count] = outputs.text[0]
+  new = collections["heads"]["bank"]["text"]
+  np.testing.assert_array_equal(new.entries, expected)
+  assert (new.pointer, new.filled) == (start + count, 64)
+  # DeCLIP writes its second view first, then the one that we write.
+  after = arrays["declip/bank_after"][start + count : start + 2 * count]
+  np.testing.assert_allclose(new.entries[start : start + count], after, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("name", "settings"),
+  [
+    ("openai_vit", {}),
+    ("openai_resnet", {}),
+    ("openclip_vit", HEADS),
+    ("openclip_rn", {}),
+    ("hf_clip", {"image.heads": 4, "text.heads": 2}),
+    ("slip", {"image.heads": 3, "text.heads": 2}),
+    ("declip", {"image.heads": 2, "text.heads": 3}),
+  ],
+)
+def test_there_and_back_every_tensor_is_the_same(name, settings):
+  golden = Golden(name, settings)
+  back = golden.theirs({"params": golden.params, "collections": golden.collections})
+  back |= dialects.from_openai(golden.weights.rest, golden.dialect)
+  assert back.keys() == golden.sd.keys()
+  for key, tensor in golden.sd.items():
+    assert (back[key].dtype, back[key].tobytes()) == (tensor.dtype, tensor.tobytes()), key
