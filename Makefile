@@ -1,5 +1,6 @@
 # make demo   installs into .venv and pretrains DeCLIP on the embedded scenes (a few minutes on two cores)
 # make test   installs into .venv and runs all tests
+# make test-interop  installs PyTorch, open_clip and transformers into .venv-interop and exchanges weights with them
 # make check  what CI runs: formatting, lint, tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,13 +9,16 @@ RUN ?= runs/demo
 # Large pages for the arrays of a step: the demo takes a fifth less time. Only glibc reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test check clean
+.PHONY: demo test test-interop check clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m declip_jax.train --config configs/demo.py --workdir $(RUN)
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest -n 2
+
+test-interop: $(VENV)-interop/installed
+	$(VENV)-interop/bin/python -m pytest -n 2 tests/interop
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
@@ -30,5 +34,12 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)-interop/installed: setup.py constraints.txt tests/interop/requirements.txt
+	$(PYTHON) -m venv $(VENV)-interop
+	$(VENV)-interop/bin/python -m pip install --quiet torch==2.13.0  # first, so that nothing else chooses another
+	$(VENV)-interop/bin/python -m pip install --quiet -r tests/interop/requirements.txt
+	$(VENV)-interop/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-interop runs

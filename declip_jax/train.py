@@ -40,6 +40,8 @@ from declip_jax.optim import warmup_cosine, without_gradient
 from declip_jax.sharding import batch_sharding, check_batch, replicated, to_global
 from declip_jax.state import State, abstract_state, create_state
 from declip_jax.types import Batch
+from declip_jax.weights.initial import initial
+from declip_jax.weights.read import read
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -141,12 +143,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
     keep_best=config.checkpoint.keep_best,
     best_metric=best,
   )
-  start = checkpoints.latest() or 0
+  start, origin = checkpoints.latest() or 0, []
   if start:
     state, position = checkpoints.restore(start, abstract)
   else:
     model = {"model": parts.model, "optimizer": parts.optimizer}
     state, position = create_state(config.seed, batch_shape, abstract, **model), None
+    state, origin = initialise(state, config)
   step_fn = make_step(config, parts, schedule, abstract)
 
   with contextlib.ExitStack() as stack:
@@ -156,7 +159,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
     stack.callback(checkpoints.close)
     if main:
       changes = run.record(config, mesh, workdir)
-      for line in _opening(config, parts, sources, steps, start, state, changes):
+      for line in [*_opening(config, parts, sources, steps, start, state, changes), *origin]:
         progress.message(line)
       with pictures.optional(workdir / "views.png"):
         _draw_views(rows, parts, workdir)
@@ -220,6 +223,21 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   if main:
     print(summary_table({"run": str(workdir), **final}))
   return final
+
+
+def initialise(state: State, config: ConfigDict) -> tuple[State, list[str]]:
+  """The first state with the weights of `config.init_from` put over it, and what came from where.
+
+  Raises:
+    FileNotFoundError, ValueError: there are no such weights, or they do not fit.
+  """
+  if not config.init_from.path:
+    return state, []
+  weights = read(config.init_from.path, dict(config.init_from.settings))
+  params, collections, lines = initial(state.params, state.collections, weights, config.model, config.init_from.parts)
+  if (weights.model.mean, weights.model.std) != (config.model.mean, config.model.std):
+    lines.append(f"pixels are normalised as the run says, not by the weights' {weights.model.mean} {weights.model.std}")
+  return state.replace(params=params, collections=collections), lines
 
 
 def make_schedule(config: ConfigDict, steps: run.Steps) -> Callable[[Array], Array]:

@@ -226,9 +226,9 @@ def test_run_leaves_its_record(tmp_path: Path) -> None:
   scores = {name: value for name, value in final.items() if name.startswith("eval/")}
   assert {name: again[name] for name in scores} == scores
   # The commands' functions read it back, whatever the batch size.
-  assert {
-    name: value for name, value in evaluate(tmp_path, batch_size=8).items() if name != "step"
-  } == pytest.approx(scores)
+  assert {name: value for name, value in evaluate(tmp_path, batch_size=8).items() if name != "step"} == pytest.approx(
+    scores
+  )
   clip = load(tmp_path)
   images = [np.full((30, 20, 3), value, np.uint8) for value in (0, 128, 255)]
   assert clip.encode_image(images).shape == (3, 16)

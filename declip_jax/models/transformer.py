@@ -95,7 +95,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n w"], _: None = None) -> tuple[Float[Array, "b n w"], None]:
-    init = INITS[self.initializer](self.width, self.depth, int(self.mlp_ratio * self.width))
+    init = INITS[self.initializer](self.width, self.depth, round(self.mlp_ratio * self.width))
 
     def norm(name: str) -> nn.LayerNorm:
       return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False, name=name)
@@ -108,7 +108,7 @@ class Block(nn.Module):
     query, key, value = rearrange(qkv, "b n (three h e) -> three b n h e", three=3, h=self.heads)
     attended = attend(query, key, value, causal=self.causal)
     x = x + dense(self.width, "out")(rearrange(attended, "b n h e -> b n (h e)"))
-    hidden = ACTIVATIONS[self.activation](dense(int(self.mlp_ratio * self.width), "fc1")(norm("mlp_norm")(x)))
+    hidden = ACTIVATIONS[self.activation](dense(round(self.mlp_ratio * self.width), "fc1")(norm("mlp_norm")(x)))
     return x + dense(self.width, "fc2")(hidden), None
 
 

@@ -124,8 +124,8 @@ def from_state_dict(
   translated = dialects.to_openai(tensors, dialect)
   try:
     found = _recognise(translated, dialect, kind, extras or {})
-  except (KeyError, IndexError) as error:
-    raise ValueError(f"{name} ({dialect}): cannot recognise the architecture: there is no {error}") from error
+  except (KeyError, IndexError, ValueError) as error:
+    raise ValueError(f"{name} ({dialect}): cannot recognise the architecture by its tensors: {error}") from error
   settings = dict(described := settings or {})
   found.image_size = settings.pop("image_size", found.image_size)
   found.interpolation = settings.pop("interpolation", found.interpolation)

@@ -61,7 +61,7 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
       "width": model.text.width,
       "heads": model.text.heads,
       "layers": model.text.depth,
-      "mlp_ratio": model.text.mlp_ratio,
+      "mlp_ratio": _truncating_ratio(model.text),
       **({"proj_bias": True} if model.heads.text_bias else {}),
     },
   }
@@ -98,7 +98,7 @@ def _open_clip_vision(weights: Weights, tensors: StateDict, notes: list[str]) ->
     "layers": image.depth,
     "width": image.width,
     "head_width": image.width // image.heads,
-    "mlp_ratio": image.mlp_ratio,
+    "mlp_ratio": _truncating_ratio(image),
     "patch_size": image.patch,
   }
   if image.epsilon != 1e-5:
@@ -107,6 +107,12 @@ def _open_clip_vision(weights: Weights, tensors: StateDict, notes: list[str]) ->
     fields["no_ln_pre"] = True
   _fold_patch_bias(tensors, notes)
   return fields, "OpenAI"
+
+
+def _truncating_ratio(part: ConfigDict) -> float:
+  """The ratio of the MLP's width for open_clip, which truncates the product where we round it."""
+  hidden = round(part.mlp_ratio * part.width)
+  return hidden / part.width if int(part.width * (hidden / part.width)) == hidden else (hidden + 0.5) / part.width
 
 
 def _hugging_face(weights: Weights, folder: Path) -> list[str]:
@@ -128,7 +134,7 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
   def tower(part: ConfigDict, epsilon: float) -> dict[str, Any]:
     return {
       "hidden_size": part.width,
-      "intermediate_size": int(part.mlp_ratio * part.width),
+      "intermediate_size": round(part.mlp_ratio * part.width),
       "num_hidden_layers": part.depth,
       "num_attention_heads": part.heads,
       "hidden_act": part.activation,

@@ -1,0 +1,177 @@
+"""Recognising architectures from names and shapes, describing configs, and refusing what does not fit."""
+
+import json
+import os
+from pathlib import Path
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import references as reference
+import safetensors.numpy
+
+import declip_jax
+from declip_jax import config
+from declip_jax.architectures import ARCHITECTURES
+from declip_jax.weights import dialects
+from declip_jax.weights.layout import abstract_variables, expected_shapes, layout
+from declip_jax.weights.read import _recognise, from_state_dict, read
+from declip_jax.weights.write import write
+
+HEADS = {"clip": (), "slip": ("simclr",), "declip": ("mlm", "simsiam")}
+
+
+def shapes_of(name: str, method: str) -> tuple[config.ConfigDict, dict[str, np.ndarray]]:
+  """The config of a published model, and arrays of its shapes that take no memory, under OpenAI's names."""
+  c = config.default(method, name)
+  _, variables = abstract_variables(c.model, HEADS[method], c.data.image_size)
+  shapes = expected_shapes(variables, layout(c.model, HEADS[method]))
+  return c, {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("method", HEADS)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "RegNet" not in name])
+def test_published_architectures_are_recognised(name: str, method: str) -> None:
+  c, tensors = shapes_of(name, method)
+  dialect = "SLIP" if name.startswith("SLIP") else "DeCLIP" if method == "declip" else "OpenAI"
+  theirs = dialects.from_openai(tensors, dialect)
+  assert dialects.recognise(theirs) == dialect
+  kind = "safetensors" if name in ("ViT-H/14", "ViT-g/14") else "torch"
+  found = _recognise(dialects.to_openai(theirs, dialect), dialect, kind, {})
+  if name in ("ViT-H/14", "ViT-g/14"):  # their heads are 80 and 88 wide, which open_clip's config says and no tensor
+    found.model.image.heads = 16
+    found.model.image.activation = found.model.text.activation = "gelu"
+    assert found.model.image.mlp_ratio == pytest.approx(c.model.image.mlp_ratio, abs=1e-4)
+    c.model.image.mlp_ratio = found.model.image.mlp_ratio
+  if "initializer" in found.model.image:
+    found.model.image.initializer = c.model.image.initializer
+  for part in ("image", "text"):
+    ours = {key: value for key, value in c.model[part].items() if value is not None}
+    assert {key: value for key, value in found.model[part].items() if value is not None} == ours
+  assert found.model.heads.embed_dim == c.model.heads.embed_dim
+  assert (found.image_size, tuple(found.heads)) == (c.data.image_size, tuple(sorted(HEADS[method], reverse=True)))
+  imagenet = dialect != "OpenAI"
+  assert (found.model.mean == config.IMAGENET_MEAN, found.interpolation == "bilinear") == (imagenet, imagenet)
+
+
+@pytest.fixture(scope="module")
+def openai() -> dict[str, np.ndarray]:
+  """The state dict of a tiny model."""
+  return reference.below(reference.load("openai_vit"), "sd/")
+
+
+def test_prefixes_of_wrappers_are_dropped(openai: dict[str, np.ndarray], tmp_path: Path) -> None:
+  file = tmp_path / "compiled.safetensors"
+  safetensors.numpy.save_file({f"_orig_mod.module.{key}": value for key, value in openai.items()}, file)
+  found = read(file)
+  np.testing.assert_array_equal(
+    found.params["heads"]["image_projection"]["kernel"], openai["visual.proj"].astype(np.float32)
+  )
+  assert found.model.image.activation == "gelu"
+  assert found.remarks == ("the file does not say its activation: taken to be 'gelu'",)
+  assert read(file, {"image.activation": "quick_gelu", "text.activation": "quick_gelu"}).remarks == ()
+
+
+def test_half_precision_is_openai(openai: dict[str, np.ndarray]) -> None:
+  halves = {key: value.astype(np.float16) for key, value in openai.items()}
+  extra = {"input_resolution": np.int64(32), "context_length": np.int64(16), "vocab_size": np.int64(128)}
+  found = from_state_dict(halves | extra, kind="safetensors")
+  assert (found.model.image.activation, found.remarks) == ("quick_gelu", ())
+  assert found.params["heads"]["image_projection"]["kernel"].dtype == np.float32
+  assert set(found.rest) == set(extra)
+
+
+@pytest.mark.parametrize("dialect", [name for name in dialects.DIALECTS if name != "OpenAI"])
+def test_every_dialect_says_the_same(openai: dict[str, np.ndarray], dialect: str) -> None:
+  tensors = dict(openai)
+  if "timm" in dialect or dialect == "SLIP":  # which have no norm in front, and a bias
+    tensors = {key: value for key, value in tensors.items() if "ln_pre" not in key}
+    tensors["visual.conv1.bias"] = tensors["visual.ln_post.bias"]
+  theirs = dialects.from_openai(tensors, dialect)
+  assert dialects.recognise(theirs) == dialect
+  assert len(theirs.keys() - tensors.keys()) > 5
+  back = dialects.to_openai(theirs, dialect)
+  assert back.keys() == tensors.keys()
+  for key, value in tensors.items():
+    np.testing.assert_array_equal(back[key], value, err_msg=key)
+
+
+class Evil:
+  """Unpickled, it would create a file."""
+
+  def __init__(self, marker: Path):
+    self.marker = marker
+
+  def __reduce__(self) -> tuple:
+    return os.mkdir, (str(self.marker),)
+
+
+def test_hostile_and_broken_files_are_clear_errors(openai: dict[str, np.ndarray], tmp_path: Path) -> None:
+  marker = tmp_path / "harmed"
+  files = {name: tmp_path / name for name in ("evil.pt", "evil_zip.pt", "empty.pt", "cut.pt", "resnet18.safetensors")}
+  files["evil.pt"].write_bytes(pickle.dumps(Evil(marker)))
+  with zipfile.ZipFile(files["evil_zip.pt"], "w") as archive:
+    archive.writestr("archive/data.pkl", pickle.dumps({"state_dict": Evil(marker)}))
+    archive.writestr("archive/version", "3\n")
+  files["empty.pt"].touch()
+  whole = Path(__file__).parent.parent / "fixtures" / "weights" / "training.pt"
+  files["cut.pt"].write_bytes(whole.read_bytes()[:-200])
+  safetensors.numpy.save_file(
+    {"conv1.weight": np.zeros((8, 3, 7, 7)), "fc.bias": np.zeros(10)}, files["resnet18.safetensors"]
+  )
+  messages = {
+    "evil.pt": "evil.pt",
+    "evil_zip.pt": "mkdir",
+    "empty.pt": "0 bytes|empty",
+    "cut.pt": "cut.pt",
+    "resnet18.safetensors": "no CLIP, SLIP or DeCLIP model .* conv1.weight, fc.bias",
+  }
+  for name, message in messages.items():
+    with pytest.raises(ValueError, match=message):
+      declip_jax.load(files[name])
+  assert not marker.exists()
+  with pytest.raises(FileNotFoundError, match="nowhere"):
+    declip_jax.load(tmp_path / "nowhere")
+  (tmp_path / "folder").mkdir()
+  with pytest.raises(FileNotFoundError, match="has no weights"):
+    declip_jax.load(tmp_path / "folder")
+
+
+def test_what_does_not_fit_is_named_tensor_by_tensor(openai: dict[str, np.ndarray]) -> None:
+  tensors = dict(openai)
+  del tensors["visual.ln_post.bias"]
+  tensors["ln_final.weight"] = np.ones(7)
+  tensors["text_decoder.weight"] = np.ones((2, 3))
+  with pytest.raises(ValueError, match="does not fit a model of ours") as error:
+    from_state_dict(tensors, name="coca.pt")
+  lines = str(error.value).split("\n")
+  assert lines[0] == "coca.pt (OpenAI) does not fit a model of ours:"
+  assert set(lines[1:]) == {
+    "  visual.ln_post.bias is missing, (64,)",
+    "  ln_final.weight is (7,) where (128,) fits",
+    "  text_decoder.weight, (2, 3), has no place",
+  }
+  with pytest.raises(ValueError, match="setting 'image.head' is no field of this model; there are .*image.heads"):
+    from_state_dict(openai, {"image.head": 2})
+  with pytest.raises(ValueError, match="cannot recognise"):
+    from_state_dict({"visual.conv1.weight": np.zeros(4)})
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("vision_cfg.attentional_pool", True, "vision_cfg.attentional_pool=True is not supported"),
+    ("text_cfg.no_causal_mask", True, "text_cfg.no_causal_mask=True is not supported"),
+    ("text_cfg.pool_type", "last", "text_cfg.pool_type='last' is not supported"),
+  ],
+)
+def test_open_clip_configs_of_other_models_are_refused(field: str, value: object, message: str, tmp_path: Path) -> None:
+  write(from_state_dict(reference.below(reference.load("openai_vit"), "sd/")), tmp_path / "out", "open_clip")
+  file = tmp_path / "out" / "open_clip_config.json"
+  about = json.loads(file.read_text())
+  part, name = field.split(".")
+  about["model_cfg"][part][name] = value
+  file.write_text(json.dumps(about))
+  with pytest.raises(ValueError, match=message):
+    read(tmp_path / "out")

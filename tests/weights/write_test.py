@@ -1,0 +1,173 @@
+"""What is written is read again to the bit; the vocabulary is OpenAI's; nothing is overwritten; export by command."""
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+import numpy as np
+import PIL.Image
+import pytest
+import references as reference
+import safetensors.numpy
+from tiny import tiny_config
+
+import declip_jax
+from declip_jax import train
+from declip_jax.data.tokenizer import Tokenizer
+from declip_jax.weights.read import from_state_dict, read
+from declip_jax.weights.vocabulary import merges, vocabulary
+from declip_jax.weights.write import FORMATS, write
+
+SETTINGS = {
+  "openai_vit": {},
+  "openai_resnet": {},
+  "openclip_vit": {"image.heads": 2, "text.heads": 2, "image.activation": "gelu", "text.activation": "gelu"},
+  "openclip_rn": {"text.heads": 4},
+  "hf_clip": {"image.heads": 4, "text.heads": 2},
+  "slip": {"image.heads": 3, "text.heads": 2},
+  "declip": {"image.heads": 2, "text.heads": 3, "text.eot": 130},  # the largest id, as the others' pooling takes it
+}
+REFUSED = {
+  ("openai_resnet", "huggingface"): "no place for a resnet",
+  ("openclip_rn", "huggingface"): "no place for a resnet",
+  ("slip", "huggingface"): "no place for one without that norm",
+  ("slip", "open_clip"): r"no place for an image tower with gelu beside a text tower with quick_gelu, .* \(48, 2, 3\)",
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_read_again_it_is_the_same(name: str, format: str, tmp_path: Path) -> None:
+  sd = reference.below(reference.load(name), "sd/")
+  weights = from_state_dict(sd, SETTINGS[name])
+  if (name, format) in REFUSED:
+    with pytest.raises(ValueError, match=REFUSED[name, format]):
+      write(weights, tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+    return
+  notes = write(weights, tmp_path / "out", format)
+  again = read(tmp_path / "out")
+  moved = ()
+  if (name, format) == ("declip", "huggingface"):
+    assert any("bias of the text projection moved" in note for note in notes)
+    moved = ("towers/text/final_norm/bias", "heads/text_projection/bias")
+  ours, theirs = (flatten_dict(x.params, sep="/") for x in (weights, again))
+  if format == "orbax":
+    assert ours.keys() == theirs.keys()
+  assert ours.keys() - theirs.keys() - set(moved) <= {key for key in ours if key.startswith("heads/")}
+  for key in theirs.keys() - set(moved):
+    np.testing.assert_array_equal(theirs[key], ours[key], err_msg=key)
+  assert (again.image_size, again.interpolation) == (weights.image_size, weights.interpolation)
+  for part in ("image", "text", "mean", "std"):
+    ours, theirs = weights.model[part], again.model[part]
+    assert dict(ours.items()) == dict(theirs.items()) if part in ("image", "text") else ours == theirs
+  if weights.heads and format != "orbax":
+    assert any("left out: the heads" in note for note in notes)
+  # Written again, the files are the same to the byte.
+  write(again, tmp_path / "twice", format)
+  for file in (tmp_path / "out").glob("*.safetensors"):
+    assert file.read_bytes() == (tmp_path / "twice" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["openai_vit", "openclip_vit", "openclip_rn"])
+def test_open_clip_files_hold_every_tensor_as_it_was(name: str, tmp_path: Path) -> None:
+  sd = reference.below(reference.load(name), "sd/")
+  write(from_state_dict(sd, SETTINGS[name]), tmp_path / "out", "open_clip")
+  written = safetensors.numpy.load_file(tmp_path / "out" / "open_clip_model.safetensors")
+  assert written.keys() == sd.keys()
+  for key, tensor in sd.items():
+    assert (written[key].dtype, written[key].tobytes()) == (tensor.dtype, tensor.tobytes()), key
+
+
+def test_hugging_face_files_hold_every_tensor_as_it_was(tmp_path: Path) -> None:
+  golden = reference.load("hf_clip")
+  sd = reference.below(golden, "sd/")
+  write(from_state_dict(sd, SETTINGS["hf_clip"]), tmp_path / "out", "huggingface")
+  written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+  assert written.keys() == sd.keys()
+  for key, tensor in sd.items():
+    assert (written[key].dtype, written[key].tobytes()) == (tensor.dtype, tensor.tobytes()), key
+  ours, theirs = (
+    json.loads(text)
+    for text in ((tmp_path / "out" / "config.json").read_text(), str(golden["hf_config_json_quick_gelu"]))
+  )
+  for part in ("text_config", "vision_config"):
+    for field in ours[part].keys() & theirs[part].keys() - {"bos_token_id", "pad_token_id"}:
+      assert ours[part][field] == theirs[part][field], (part, field)
+
+
+def test_vocabulary_is_openais() -> None:
+  symbols = vocabulary()
+  assert (len(merges()), len(symbols), merges()[0]) == (48894, 49408, "i n")
+  assert (symbols["<|startoftext|>"], symbols["<|endoftext|>"], symbols["!"]) == (49406, 49407, 0)
+  names = {index: symbol for symbol, index in symbols.items()}
+  for text in ("a photo of a dog", "two cats' 7 red-hot Éclairs!"):
+    pieces = [names[index] for index in Tokenizer().encode(text)]
+    # UTF-8 in GPT-2's letters: é is two bytes.
+    assert "".join(pieces).replace("</w>", "").replace("Ã©", "é") == text.lower().replace(" ", "")
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+  weights = from_state_dict(reference.below(reference.load("openai_vit"), "sd/"))
+  (tmp_path / "mine.txt").write_text("precious")
+  with pytest.raises(ValueError, match="exists already"):
+    write(weights, tmp_path, "open_clip")
+  with pytest.raises(ValueError, match=r"'onnx': choose one of \['huggingface', 'open_clip', 'orbax'\]"):
+    write(weights, tmp_path / "out", "onnx")
+  assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A DeCLIP run of a few steps."""
+  path = tmp_path_factory.mktemp("run")
+  c = tiny_config("declip")
+  c.duration.steps = 2
+  c.evals = ConfigDict()
+  train.train(c, path)
+  return path
+
+
+def test_export_by_command(workdir: Path, tmp_path: Path) -> None:
+  command = [sys.executable, "-m", "declip_jax.export", "--workdir", str(workdir), "--format", "open_clip"]
+  command += ["--output", str(tmp_path / "out")]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  lines = done.stdout.splitlines()
+  assert lines[0].startswith("declip_jax, step 2: ")
+  assert "left out: the heads that only training uses (bank, mlm, simsiam)" in lines
+  assert lines[-1] == f"written for open_clip: {tmp_path / 'out'}"
+  again = subprocess.run(command, capture_output=True, text=True)
+  assert again.returncode == 2
+  assert "exists already" in again.stderr
+  ours, theirs = declip_jax.load(workdir), declip_jax.load(tmp_path / "out")
+  texts = ["a red ring", "two blue stars"]
+  np.testing.assert_allclose(theirs.encode_text(texts), ours.encode_text(texts), atol=1e-6)
+
+
+def test_load_takes_images_of_all_kinds_and_numbers(workdir: Path, tmp_path: Path) -> None:
+  clip = declip_jax.load(workdir)
+  assert (clip.step, clip.image_size) == (2, 16)
+  pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+  file = tmp_path / "image.png"
+  PIL.Image.fromarray(pixels).save(file)
+  kinds = [pixels, PIL.Image.fromarray(pixels), file, str(file), file.read_bytes()]
+  rows = clip.encode_image(kinds)
+  assert (rows.shape, rows.dtype) == ((5, 16), np.float32)
+  for row in rows:
+    np.testing.assert_allclose(row, rows[0], atol=1e-6)
+  np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+  for one in kinds:
+    np.testing.assert_allclose(clip.encode_image(one), rows[:1], atol=1e-6)
+  many = clip.encode_image([pixels] * 21, batch_size=8)
+  np.testing.assert_allclose(many, np.repeat(rows[:1], 21, axis=0), atol=1e-6)
+  np.testing.assert_allclose(clip.encode_image(np.stack([pixels] * 3)), rows[:3], atol=1e-6)
+  assert clip.encode_image([]).shape == clip.encode_text([]).shape == (0, 16)
+  features = clip.image_features(clip.normalise(clip.preprocess(pixels)[None]))
+  np.testing.assert_allclose(features / np.linalg.norm(features), rows[:1], atol=1e-5)
+  text = clip.text_features(clip.tokenizer(["a ring"]))
+  np.testing.assert_allclose(text / np.linalg.norm(text), clip.encode_text("a ring"), atol=1e-5)
+  with pytest.raises(ValueError, match="no known image format"):
+    clip.encode_image(b"not an image")
