@@ -72,7 +72,7 @@ def print_sizes(names: list[str]) -> None:
     "both",
     "open_clip",
   )
-  print(f"{'architecture':<21}" + "".join(f"{head:>13}" for head in heads))
+  print(f"{'architecture':<21}" + "".join(f"{head:>14}" for head in heads))
   for name in names:
     c = config.default("clip", name)
     params = abstract_variables(c.model, (), c.data.image_size)[1]["params"]
@@ -81,9 +81,9 @@ def print_sizes(names: list[str]) -> None:
     }
     image, text = (flops / 1e9 for flops in forward_flops(name))
     numbers = [c.model.heads.embed_dim, c.data.image_size, half["image"], half["text"], count(params)]
-    row = "".join(f"{number:13,}" for number in numbers)
-    rival = f"{OPEN_CLIP[name]:13.1f}" if name in OPEN_CLIP else " " * 12 + "-"
-    print(f"{name:<21}{row}{image:13.1f}{text:13.1f}{image + text:13.1f}{rival}", flush=True)
+    row = "".join(f"{number:14,}" for number in numbers)
+    rival = f"{OPEN_CLIP[name]:14.1f}" if name in OPEN_CLIP else " " * 13 + "-"
+    print(f"{name:<21}{row}{image:14.1f}{text:14.1f}{image + text:14.1f}{rival}", flush=True)
 
 
 def compile_seconds(name: str, unroll: int, batch_size: int) -> float:

@@ -42,8 +42,8 @@ class Tokenizer:
   """Encodes captions; picklable and cheap to make.
 
   The special ids are plain fields. The defaults are OpenAI's, with the mask token of masked language modelling behind
-  them, so that OpenAI's ids and weights fit unchanged. DeCLIP's released models insert the mask before the other two:
-  `Tokenizer(mask=49406, sot=49407, eot=49408)`.
+  them, so that OpenAI's ids and weights fit unchanged. DeCLIP's released models insert the mask before the other two,
+  `Tokenizer(mask=49406, sot=49407, eot=49408)`; `weights.dialects` puts their rows into our order.
 
   Attributes:
     context_length: `t`, tokens of an encoded row, with start and end of text.

@@ -89,10 +89,9 @@ def make_model(config: ConfigDict, *, views: Views, heads: tuple[str, ...], lock
   if kind not in IMAGE_TOWERS:
     raise ValueError(f"config.model.image.kind={kind!r}: choose one of {sorted(IMAGE_TOWERS)}")
   dtype = jnp.dtype(config.dtype)
-  transformer = {"remat": config.remat, "unroll": config.unroll, "dtype": dtype}
-  image_options = transformer if kind == "vit" else {"remat": config.remat, "dtype": dtype}
-  image = IMAGE_TOWERS[kind](**image_fields, **image_options)
-  text = TextTransformer(**config.text, **transformer)
+  common = {"remat": config.remat, "unroll": config.unroll, "dtype": dtype}
+  image = IMAGE_TOWERS[kind](**image_fields, **common)
+  text = TextTransformer(**config.text, **common)
   return Model(
     towers=Towers(image, text, config.mean, config.std, lock_image, dtype),
     heads=Heads(

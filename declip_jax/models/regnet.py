@@ -115,6 +115,7 @@ class RegNetY(nn.Module):
     se_ratio: width between squeeze and excitation, as a share of the block's input width.
     stem_width: channels after the first convolution.
     remat: what the backward pass of a block recomputes, one of `REMAT_POLICIES`.
+    unroll: scanned blocks that the compiler sees at once.
     dtype: of computation; parameters, statistics and norms are float32.
   """
 
@@ -126,6 +127,7 @@ class RegNetY(nn.Module):
   se_ratio: float = 0.25
   stem_width: int = 32
   remat: str = "none"
+  unroll: int = 1
   dtype: Any = jnp.float32
 
   @property
@@ -153,6 +155,6 @@ class RegNetY(nn.Module):
       x, _ = first(stride=2, **fields, name=f"stage{stage}_first")(x)
       if blocks > 1:
         axes = {"params": 0, "batch_stats": 0}
-        scanned = nn.scan(rest, variable_axes=axes, split_rngs={"params": True}, length=blocks - 1)
+        scanned = nn.scan(rest, variable_axes=axes, split_rngs={"params": True}, length=blocks - 1, unroll=self.unroll)
         x, _ = scanned(stride=1, **fields, name=f"stage{stage}_rest")(x, None)
     return x.mean((1, 2))

@@ -83,6 +83,7 @@ class ModifiedResNet(nn.Module):
   width: int
   layers: tuple[int, int, int, int]
   remat: str = "none"
+  unroll: int = 1  # nothing is scanned here: the few blocks of a stage differ in their first
   dtype: Any = jnp.float32
 
   @property

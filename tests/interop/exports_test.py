@@ -167,7 +167,7 @@ def test_we_load_what_open_clip_saves(model: str, fields: dict, form: str, tmp_p
     torch.save({"epoch": 1, "name": model, "state_dict": state, "optimizer": {}}, path)
     settings = {"image.heads": 16} if model == "ViT-H-14" else {}
   ours = load(path, settings)
-  size = theirs.visual.image_size[0]
+  size = theirs_config["vision_cfg"]["image_size"]
   images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
   tokens = open_clip.get_tokenizer("ViT-B-32")(CAPTIONS)
   assert_near(_unit(ours.image_features(np.moveaxis(images.numpy(), 1, -1))), theirs.encode_image(images))
