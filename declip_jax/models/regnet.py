@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from declip_jax.models.batch_norm import BatchNorm
-from declip_jax.models.transformer import REMAT_POLICIES, torch_uniform
+from declip_jax.models.stages import apply_stage
+from declip_jax.models.transformer import torch_uniform
 
 QUANTUM = 8  # widths are multiples of it, until they are made multiples of the group width
 
@@ -77,7 +78,7 @@ class Block(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"], _: None = None) -> tuple[Float[Array, "b h2 w2 c2"], None]:
+  def __call__(self, x: Float[Array, "b h w c"], _: None) -> tuple[Float[Array, "b h2 w2 c2"], None]:
     channels, groups = x.shape[-1], self.width // min(self.group_width, self.width)
     conv = partial(_convolution, self.width, dtype=self.dtype)
 
@@ -145,16 +146,16 @@ class RegNetY(nn.Module):
     """Encodes normalised images `[b h w c]`, of any height and width."""
     x = _convolution(self.stem_width, 3, 2, self.dtype, "stem_conv")(images.astype(self.dtype))
     x = nn.relu(BatchNorm(dtype=self.dtype, name="stem_norm")(x, train))
-    policy = REMAT_POLICIES[self.remat]
-    first = rest = Block
-    if policy is not None:
-      first, rest = (nn.remat(Block, prevent_cse=prevent_cse, policy=policy) for prevent_cse in (True, False))
     for stage, (width, blocks) in enumerate(self.stages, start=1):
-      fields = {"width": width, "group_width": self.group_width, "se_ratio": self.se_ratio}
-      fields |= {"train": train, "dtype": self.dtype}
-      x, _ = first(stride=2, **fields, name=f"stage{stage}_first")(x)
-      if blocks > 1:
-        axes = {"params": 0, "batch_stats": 0}
-        scanned = nn.scan(rest, variable_axes=axes, split_rngs={"params": True}, length=blocks - 1, unroll=self.unroll)
-        x, _ = scanned(stride=1, **fields, name=f"stage{stage}_rest")(x, None)
+      fields = {"width": width, "group_width": self.group_width, "stride": 1, "se_ratio": self.se_ratio}
+      x = apply_stage(
+        Block,
+        x,
+        blocks=blocks,
+        first={"stride": 2},
+        fields={**fields, "train": train, "dtype": self.dtype},
+        name=f"stage{stage}",
+        remat=self.remat,
+        unroll=self.unroll,
+      )
     return x.mean((1, 2))

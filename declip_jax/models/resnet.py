@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from declip_jax.models.attention import attend
 from declip_jax.models.batch_norm import BatchNorm
-from declip_jax.models.transformer import REMAT_POLICIES, torch_uniform
+from declip_jax.models.stages import apply_stage
+from declip_jax.models.transformer import torch_uniform
 
 
 def _convolution(features: int, kernel: int, stride: int, fan_in: int, dtype: Any, name: str) -> nn.Conv:
@@ -35,21 +36,26 @@ class Bottleneck(nn.Module):
 
   planes: int
   stride: int
+  shortcut: bool
+  train: bool  # a field, because a scan would make an argument a traced value
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
+  def __call__(self, x: Float[Array, "b h w c"], _: None) -> tuple[Float[Array, "b h2 w2 c2"], None]:
     channels, wide = x.shape[-1], 4 * self.planes
     conv = partial(_convolution, dtype=self.dtype, stride=1)
-    norm = partial(BatchNorm, dtype=self.dtype)
-    y = nn.relu(norm(name="norm1")(conv(self.planes, 1, fan_in=channels, name="conv1")(x), train))
-    y = nn.relu(norm(name="norm2")(conv(self.planes, 3, fan_in=9 * self.planes, name="conv2")(y), train))
+
+    def norm(name: str, y: Array, **options: Any) -> Array:
+      return BatchNorm(dtype=self.dtype, name=name, **options)(y, self.train)
+
+    y = nn.relu(norm("norm1", conv(self.planes, 1, fan_in=channels, name="conv1")(x)))
+    y = nn.relu(norm("norm2", conv(self.planes, 3, fan_in=9 * self.planes, name="conv2")(y)))
     y = conv(wide, 1, fan_in=self.planes, name="conv3")(_average_pool(y, self.stride))
-    y = norm(name="norm3", scale_init=nn.initializers.zeros_init())(y, train)
-    if self.stride > 1 or channels != wide:
+    y = norm("norm3", y, scale_init=nn.initializers.zeros_init())
+    if self.shortcut:
       x = conv(wide, 1, fan_in=channels, name="shortcut_conv")(_average_pool(x, self.stride))
-      x = norm(name="shortcut_norm")(x, train)
-    return nn.relu(x + y)
+      x = norm("shortcut_norm", x)
+    return nn.relu(x + y), None
 
 
 class AttentionPool(nn.Module):
@@ -83,7 +89,7 @@ class ModifiedResNet(nn.Module):
   width: int
   layers: tuple[int, int, int, int]
   remat: str = "none"
-  unroll: int = 1  # nothing is scanned here: the few blocks of a stage differ in their first
+  unroll: int = 1
   dtype: Any = jnp.float32
 
   @property
@@ -100,10 +106,16 @@ class ModifiedResNet(nn.Module):
       conv = _convolution(features, 3, stride, 9 * x.shape[-1], self.dtype, f"stem_conv{index}")
       x = nn.relu(norm(name=f"stem_norm{index}")(conv(x), train))
     x = _average_pool(x, 2)
-    policy = REMAT_POLICIES[self.remat]
-    block_type = Bottleneck if policy is None else nn.remat(Bottleneck, policy=policy, static_argnums=(2,))
-    for stage, blocks in enumerate(self.layers):
-      for block in range(blocks):
-        stride = 2 if stage > 0 and block == 0 else 1
-        x = block_type(self.width * 2**stage, stride, self.dtype, name=f"stage{stage + 1}_block{block}")(x, train)
+    for stage, blocks in enumerate(self.layers, start=1):
+      fields = {"planes": self.width * 2 ** (stage - 1), "stride": 1, "shortcut": False}
+      x = apply_stage(
+        Bottleneck,
+        x,
+        blocks=blocks,
+        first={"stride": 1 if stage == 1 else 2, "shortcut": True},
+        fields={**fields, "train": train, "dtype": self.dtype},
+        name=f"stage{stage}",
+        remat=self.remat,
+        unroll=self.unroll,
+      )
     return AttentionPool(heads=self.width * 32 // 64, dtype=self.dtype, name="attention_pool")(x)

@@ -122,20 +122,23 @@ def expected_shapes(variables: Tree, entries: Mapping[str, Entry]) -> dict[str, 
 
 
 def _stacked(path: str) -> bool:
-  return "/blocks/" in path
+  """Whether an array has a leading axis of layers: blocks of a transformer, of a stage all but the first."""
+  return "/blocks/" in path or "_rest/" in path
 
 
 def _norm(path: str, name: str) -> dict[str, Entry]:
   return {f"{path}/scale": Entry((f"{name}.weight",)), f"{path}/bias": Entry((f"{name}.bias",))}
 
 
-def _batch_norm(half: str, path: str, name: str) -> dict[str, Entry]:
-  statistics = f"collections/{half}/batch_stats/{path}"
-  return {
-    **_norm(f"params/{half}/{path}", name),
-    f"{statistics}/mean": Entry((f"{name}.running_mean",)),
-    f"{statistics}/var": Entry((f"{name}.running_var",)),
+def _batch_norm(half: str, path: str, *names: str) -> dict[str, Entry]:
+  """A batch norm, or those of several layers stacked."""
+  theirs = {
+    f"params/{half}/{path}/scale": "weight",
+    f"params/{half}/{path}/bias": "bias",
+    f"collections/{half}/batch_stats/{path}/mean": "running_mean",
+    f"collections/{half}/batch_stats/{path}/var": "running_var",
   }
+  return {ours: Entry(tuple(f"{name}.{leaf}" for name in names)) for ours, leaf in theirs.items()}
 
 
 def _linear(path: str, name: str, bias: bool = True) -> dict[str, Entry]:
@@ -181,19 +184,19 @@ def _vit(model: ConfigDict) -> dict[str, Entry]:
 def _resnet(model: ConfigDict) -> dict[str, Entry]:
   tower, entries = "params/towers/image", {}
 
-  def layer(path: str, convolution: str, norm: str, theirs: tuple[str, str]) -> dict[str, Entry]:
-    kernel = {f"{tower}/{path}{convolution}/kernel": Entry((f"visual.{theirs[0]}.weight",), "convolution")}
-    return kernel | _batch_norm("towers", f"image/{path}{norm}", f"visual.{theirs[1]}")
+  def layer(path: str, conv: str, norm: str, blocks: Sequence[str], their_conv: str, their_norm: str) -> None:
+    kernels = tuple(f"visual.{block}{their_conv}.weight" for block in blocks)
+    entries[f"{tower}/{path}{conv}/kernel"] = Entry(kernels, "convolution")
+    entries.update(_batch_norm("towers", f"image/{path}{norm}", *(f"visual.{block}{their_norm}" for block in blocks)))
 
   for index in (1, 2, 3):
-    entries |= layer("", f"stem_conv{index}", f"stem_norm{index}", (f"conv{index}", f"bn{index}"))
-  for stage, blocks in enumerate(model.image.layers, start=1):
-    for block in range(blocks):
-      path, name = f"stage{stage}_block{block}/", f"layer{stage}.{block}."
-      for index in (1, 2, 3):
-        entries |= layer(path, f"conv{index}", f"norm{index}", (f"{name}conv{index}", f"{name}bn{index}"))
-      if block == 0:
-        entries |= layer(path, "shortcut_conv", "shortcut_norm", (f"{name}downsample.0", f"{name}downsample.1"))
+    layer("", f"stem_conv{index}", f"stem_norm{index}", [""], f"conv{index}", f"bn{index}")
+  for stage, count in enumerate(model.image.layers, start=1):
+    blocks = [f"layer{stage}.{block}." for block in range(count)]
+    for part, names in (("first", blocks[:1]), ("rest", blocks[1:])):
+      for index in (1, 2, 3) if names else ():
+        layer(f"stage{stage}_{part}/", f"conv{index}", f"norm{index}", names, f"conv{index}", f"bn{index}")
+    layer(f"stage{stage}_first/", "shortcut_conv", "shortcut_norm", blocks[:1], "downsample.0", "downsample.1")
   pool = f"{tower}/attention_pool"
   entries[f"{pool}/position_embedding"] = Entry(("visual.attnpool.positional_embedding",))
   for name in ("query", "key", "value"):

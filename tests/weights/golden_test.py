@@ -188,7 +188,7 @@ def test_activations_inside_the_resnet_of_openai():
   arrays = golden.arrays
   found = golden.inside("image", nhwc(arrays["images"]), None)
   stem = nn.avg_pool(nn.relu(found["stem_norm3"]["__call__"][0]), (2, 2), (2, 2))
-  layers = {f"layer{stage}": found[f"stage{stage}_block0"]["__call__"][0] for stage in (1, 2, 3, 4)}
+  layers = {f"layer{stage}": found[f"stage{stage}_first"]["__call__"][0][0] for stage in (1, 2, 3, 4)}
   expected = {name: nhwc(arrays[f"inter/{name}"]) for name in ("stem", *layers)}
   near({"stem": stem, **layers}, expected, rtol=1e-4, atol=3e-5)
   words = golden.inside("text", arrays["tokens"], 1)

@@ -1,0 +1,48 @@
+"""A stage of a residual network: a first block that changes the shape, then equal blocks as one scanned block."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from declip_jax.models.transformer import REMAT_POLICIES
+
+
+def apply_stage(
+  block: type[nn.Module],
+  x: Float[Array, "b h w c"],
+  *,
+  blocks: int,
+  first: Mapping[str, Any],
+  fields: Mapping[str, Any],
+  name: str,
+  remat: str,
+  unroll: int,
+) -> Float[Array, "b h2 w2 c2"]:
+  """Applies a stage inside a compact module.
+
+  Parameters and batch statistics of the first block lie under `<name>_first`; those of the others are stacked along a
+  leading axis under `<name>_rest`, which a stage of one block does not have.
+
+  Args:
+    block: from `x` and None to `(x, None)`, as a scan wants it.
+    x: input.
+    blocks: how many, the first included.
+    first: fields of the first block that differ from `fields`.
+    fields: fields of all blocks.
+    name: of the stage.
+    remat: what the backward pass of a block recomputes, one of `REMAT_POLICIES`.
+    unroll: scanned blocks that the compiler sees at once.
+  """
+  policy = REMAT_POLICIES[remat]
+  one = many = block
+  if policy is not None:
+    one, many = (nn.remat(block, prevent_cse=prevent_cse, policy=policy) for prevent_cse in (True, False))
+  if blocks > 0:
+    x, _ = one(**{**fields, **first}, name=f"{name}_first")(x, None)
+  if blocks > 1:
+    axes = {"params": 0, "batch_stats": 0}
+    scanned = nn.scan(many, variable_axes=axes, split_rngs={"params": True}, length=blocks - 1, unroll=unroll)
+    x, _ = scanned(**fields, name=f"{name}_rest")(x, None)
+  return x
