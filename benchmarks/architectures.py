@@ -13,10 +13,12 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 import jax.numpy as jnp
 
 from declip_jax import config, run
 from declip_jax.architectures import ARCHITECTURES
+from declip_jax.sharding import batch_sharding, make_mesh
 from declip_jax.state import abstract_state
 from declip_jax.train import make_step
 from declip_jax.weights.layout import abstract_variables
@@ -86,12 +88,15 @@ def print_sizes(names: list[str]) -> None:
     print(f"{name:<21}{row}{image:14.1f}{text:14.1f}{image + text:14.1f}{rival}", flush=True)
 
 
-def compile_seconds(name: str, unroll: int, batch_size: int) -> float:
+def compile_seconds(name: str, unroll: int, batch_size: int, devices: list[jax.Device]) -> float:
   """Seconds to compile the train step of CLIP, without tracing."""
   c = config.default("clip", name)
   c.batch_size, c.model.unroll = batch_size, unroll
-  parts = run.build(c)
-  shapes = parts.batch_shape(c.batch_size)
+  parts = run.build(c)._replace(mesh=make_mesh(-1, 1, devices))
+  rows = batch_sharding(parts.mesh)
+  shapes = {
+    field: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for field, x in parts.batch_shape(c.batch_size).items()
+  }
   abstract = abstract_state(shapes, parts.mesh, model=parts.model, optimizer=parts.optimizer)
   lowered = make_step(c, parts, lambda step: 1e-3, abstract).lower(abstract, shapes)
   start = time.perf_counter()
@@ -105,6 +110,7 @@ def main() -> None:
   parser.add_argument("names", nargs="*", help=f"which: {', '.join(ARCHITECTURES)} (default: all)")
   parser.add_argument("--compile", action="store_true", help="compile times (default: ViT-B/32 and ViT-L/14)")
   parser.add_argument("--batch-size", type=int, default=16, help="of the step that is compiled (default: 16)")
+  parser.add_argument("--topology", help="compile for a TPU that need not be there, such as v5e:4x4 (needs libtpu)")
   args = parser.parse_args()
   for name in args.names:
     if name not in ARCHITECTURES:
@@ -112,9 +118,14 @@ def main() -> None:
   if not args.compile:
     print_sizes(args.names or list(ARCHITECTURES))
     return
-  print(f"{'architecture':<21}{'scanned s':>10}{'unrolled s':>11}{'ratio':>7}   ({jax.devices()[0].device_kind})")
+  devices = jax.devices()
+  if args.topology:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+  print(
+    f"{'architecture':<21}{'scanned s':>10}{'unrolled s':>11}{'ratio':>7}   ({len(devices)} x {devices[0].device_kind})"
+  )
   for name in args.names or ["ViT-B/32", "ViT-L/14"]:
-    scanned, unrolled = (compile_seconds(name, unroll, args.batch_size) for unroll in (1, 1000))
+    scanned, unrolled = (compile_seconds(name, unroll, args.batch_size, devices) for unroll in (1, 1000))
     print(f"{name:<21}{scanned:10.1f}{unrolled:11.1f}{unrolled / scanned:7.1f}", flush=True)
 
 

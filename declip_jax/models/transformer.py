@@ -26,11 +26,19 @@ def exact_gelu(x: Array) -> Array:
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
 
-# What the backward pass recomputes. "none" keeps every activation, "full" keeps only the input of each block.
+
+def _keeps_products(primitive: Any, *args: Any, **params: Any) -> bool:
+  """Keeps what linear layers and convolutions return; attention, norms and activations are cheap to compute again."""
+  dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return primitive is jax.lax.conv_general_dilated_p or dots(primitive, *args, **params)
+
+
+# What the backward pass recomputes. "none" keeps every activation that differentiation asks for, which a scan stores
+# for all layers, most of them in float32; "full" keeps only the input of each block.
 REMAT_POLICIES = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": _keeps_products,
 }
 
 
