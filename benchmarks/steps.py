@@ -2,6 +2,8 @@
 
 Each row is the best of several steps after compilation, on all devices, with a fixed batch: no input pipeline. The
 methods are timed in turn, round after round, so that a noisy machine treats them alike; `x CLIP` is the ratio.
+
+With --buckets 16 32 each method has a second row: texts are cut behind the longest of a batch (here 13 tokens).
 """
 
 import argparse
@@ -66,13 +68,19 @@ def main() -> None:
     help="a file of configs/ that takes a method, as demo (the default) or small:,fashion44k,-",
   )
   parser.add_argument("--batch-size", type=int, help="default: that of the config")
+  parser.add_argument("--context-length", type=int, help="tokens of a text (default: that of the config)")
+  parser.add_argument("--buckets", type=int, nargs="+", default=[], help="lengths to which texts may be cut")
   parser.add_argument("--rounds", type=int, default=10, help="timed steps of each method (default: 10)")
   args = parser.parse_args()
-  runs, times = {}, {method: [] for method in METHODS}
+  runs: dict[str, tuple] = {}
   for method in METHODS:
-    config = read_config(args.config, method)
-    config.batch_size = args.batch_size or config.batch_size
-    runs[method] = compile_step(config)
+    for buckets in ((), tuple(args.buckets)) if args.buckets else ((),):
+      config = read_config(args.config, method)
+      config.batch_size = args.batch_size or config.batch_size
+      config.model.text.context_length = args.context_length or config.model.text.context_length
+      config.model.text.buckets = buckets
+      runs[f"{method} cut" if buckets else method] = compile_step(config)
+  times: dict[str, list[float]] = {name: [] for name in runs}
   for _ in range(args.rounds + 1):
     for method, (step, state, batch, seconds) in runs.items():
       start = time.perf_counter()
@@ -81,12 +89,12 @@ def main() -> None:
       times[method].append(time.perf_counter() - start)
       runs[method] = (step, state, batch, seconds)
   print(f"{config.batch_size} pairs a step, {jax.device_count()} x {jax.devices()[0].device_kind}")
-  print(f"{'method':<8} {'compile s':>9} {'step ms':>8} {'pairs/s':>8} {'x CLIP':>7} {'temporary MiB':>14}")
+  print(f"{'method':<10} {'compile s':>9} {'step ms':>8} {'pairs/s':>8} {'x CLIP':>7} {'temporary MiB':>14}")
   for method, (step, _, _, seconds) in runs.items():
     best = min(times[method][1:])
     memory = step.memory_analysis().temp_size_in_bytes / 2**20
     ratio = best / min(times["clip"][1:])
-    print(f"{method:<8} {seconds:9.1f} {1e3 * best:8.0f} {config.batch_size / best:8.0f} {ratio:7.2f} {memory:14.0f}")
+    print(f"{method:<10} {seconds:9.1f} {1e3 * best:8.0f} {config.batch_size / best:8.0f} {ratio:7.2f} {memory:14.0f}")
 
 
 if __name__ == "__main__":
