@@ -225,7 +225,7 @@ def _join_processes() -> None:
 
 def _report(error: Exception, workdir: Path) -> int:
   message = f"error: {error}"
-  if workdir.is_dir():
+  if (workdir / "checkpoints").is_dir():  # a run, and no folder of somebody's weights
     (workdir / "error.txt").write_text(traceback.format_exc())
     message += f"\n(traceback in {workdir / 'error.txt'})"
   print(message, file=sys.stderr)

@@ -86,13 +86,12 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist")
   settings = dict(settings or {})
-  if path.is_dir():
-    if (path / EXPORT_FILE).exists():
-      return _read_export(path, settings)
-    if (path / "checkpoints").is_dir():
-      return read_run(path, step)
+  if (path / "checkpoints").is_dir():
+    return read_run(path, step, settings)
   if step is not None:
     raise ValueError(f"{path} is no run: there is no step {step} to choose")
+  if (path / EXPORT_FILE).exists():
+    return _read_export(path, settings)
   file = path if path.is_file() else _weights_file(path)
   described = {**_described_by(path if path.is_dir() else path.parent, file), **settings}
   tensors = _without_prefix(read_tensors(file))
@@ -157,11 +156,14 @@ def from_state_dict(
   )
 
 
-def read_run(workdir: str | os.PathLike[str], step: int | None = None) -> Weights:
+def read_run(
+  workdir: str | os.PathLike[str], step: int | None = None, settings: Mapping[str, Any] | None = None
+) -> Weights:
   """The model of one of our runs at its newest checkpoint, or at `step`, by the config saved in the checkpoint.
 
   Raises:
     FileNotFoundError: there is no such checkpoint.
+    ValueError: a setting that does not exist; see `read`.
   """
   workdir = Path(workdir)
   if not (workdir / "checkpoints").is_dir():
@@ -180,22 +182,35 @@ def read_run(workdir: str | os.PathLike[str], step: int | None = None) -> Weight
     params, collections = checkpoints.restore_model(chosen, variables["params"], variables["collections"])
   finally:
     checkpoints.close()
-  origin = f"declip_jax, step {chosen}"
-  size, interpolation = config.data.image_size, config.data.interpolation
-  return Weights(origin, config.model, heads, params, collections, size, interpolation, step=chosen)
+  weights = Weights(
+    origin=f"declip_jax, step {chosen}",
+    model=config.model,
+    heads=heads,
+    params=params,
+    collections=collections,
+    image_size=config.data.image_size,
+    interpolation=config.data.interpolation,
+    step=chosen,
+  )
+  return _with_settings(weights, settings or {}, str(workdir))
 
 
 def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
   about = config_lib.from_json((path / EXPORT_FILE).read_text())
-  model = about.model
-  with model.unlocked():
-    _replace(model, settings, str(path))
-  _, variables = abstract_variables(model, about.heads, about.image_size)
+  _, variables = abstract_variables(about.model, about.heads, about.image_size)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     restored = checkpointer.restore((path / "arrays").resolve(), args=restore_as_numpy(variables))
-  return Weights(
-    about.origin, model, about.heads, **restored, image_size=about.image_size, interpolation=about.interpolation
+  weights = Weights(
+    about.origin, about.model, about.heads, **restored, image_size=about.image_size, interpolation=about.interpolation
   )
+  return _with_settings(weights, settings, str(path))
+
+
+def _with_settings(weights: Weights, settings: Mapping[str, Any], name: str) -> Weights:
+  others = dict(settings)
+  size, interpolation = (others.pop(key, getattr(weights, key)) for key in ("image_size", "interpolation"))
+  _replace(weights.model, others, name)
+  return weights._replace(image_size=size, interpolation=interpolation)
 
 
 def _weights_file(folder: Path) -> Path:
