@@ -97,7 +97,7 @@ ARCHITECTURES = {
   "RegNetY-16GF": Architecture(regnet(200, 106.23, 2.48, 18, 112), text(512), 512),
   # Cherti et al. 2023 (open_clip), beyond the papers' sizes; heads are 80 and 88 wide.
   "ViT-H/14": Architecture(vit(14, 1280, 32, 16, **_GELU), text(1024, 24, **_GELU), 1024),
-  "ViT-g/14": Architecture(vit(14, 1408, 40, 16, mlp_ratio=4.3637, **_GELU), text(1024, 24, **_GELU), 1024),
+  "ViT-g/14": Architecture(vit(14, 1408, 40, 16, mlp_ratio=6144 / 1408, **_GELU), text(1024, 24, **_GELU), 1024),
 }
 
 

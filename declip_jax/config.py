@@ -56,7 +56,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32") -> ConfigDict:
   c.init_from = ConfigDict()  # weights to start from; see `weights.initial`
   c.init_from.path = ""  # a run, or any checkpoint that `declip_jax.load` reads
   c.init_from.parts = ("image", "text", "heads")  # what to take of it; the rest is drawn
-  c.init_from.settings = ConfigDict()  # what the file does not say, such as {"image.activation": "gelu"}
+  c.init_from.settings = ()  # what the file does not say, such as ("image.activation=gelu", "image.heads=16")
   c.optimizer = _optimizer()
   c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices along each axis; -1 is whatever is left
   c.max_skipped_in_a_row = 20  # non-finite steps are skipped; after so many in a row the run stops
@@ -70,8 +70,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32") -> ConfigDict:
   c.checkpoint.keep_best = 1
   c.checkpoint.best_metric = ""  # such as "eval/zero_shot/top1"; higher is better; "" keeps only the last
   c.lock()
-  c.evals.unlock()  # the two places where a config adds fields
-  c.init_from.settings.unlock()
+  c.evals.unlock()  # the one place where a config adds fields
   return c
 
 

@@ -5,6 +5,7 @@ from functools import partial
 import os
 from pathlib import Path
 from typing import Any
+import warnings
 
 import jax
 from jax.sharding import Mesh
@@ -99,16 +100,19 @@ class Clip:
     """Unit-norm float32 embeddings of images.
 
     Args:
-      images: one or several, each a PIL image, uint8 pixels `[h w 3]` of any size, a path, or the bytes of a file; or
-        one array `[n h w 3]`.
+      images: one or any number of them, each a PIL image, uint8 pixels `[h w 3]` or `[h w]` of any size, a path, or the
+        bytes of a file; or one array `[n h w 3]`.
       batch_size: images that are encoded at once.
 
     Raises:
       ValueError: one of them is no image.
     """
+    if isinstance(images, jax.Array):
+      images = np.asarray(images)
     one = isinstance(images, (PIL.Image.Image, bytes, str, os.PathLike))
-    if one or (isinstance(images, np.ndarray) and images.ndim == 3):
-      images = [images]
+    one |= isinstance(images, np.ndarray) and images.ndim in (2, 3)
+    images = [images] if one else images if isinstance(images, np.ndarray) else list(images)
+    _check_batch_size(batch_size)
     if not len(images):
       return np.empty((0, self.model.heads.embed_dim), np.float32)
     chunks = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
@@ -116,8 +120,13 @@ class Clip:
     return np.concatenate(parts)
 
   def encode_text(self, texts: str | Sequence[str], batch_size: int = 256) -> Float[np.ndarray, "n d"]:
-    """Unit-norm float32 embeddings of one text or several; those that are too long are cut."""
-    tokens = self.tokenizer([texts] if isinstance(texts, str) else texts)
+    """Unit-norm float32 embeddings of one text or several; those that are too long are cut.
+
+    Raises:
+      ValueError: the model has another vocabulary than OpenAI's.
+    """
+    self._check_vocabulary()
+    tokens = self.tokenizer([texts] if isinstance(texts, str) else list(texts))
     return self._batched("encode_text", tokens, batch_size)
 
   def image_features(self, images: Float[np.ndarray, "n h w 3"], batch_size: int = 64) -> Float[np.ndarray, "n d"]:
@@ -125,7 +134,10 @@ class Clip:
     return self._batched("image_features", np.asarray(images, np.float32), batch_size)
 
   def text_features(self, tokens: Int[np.ndarray, "n t"], batch_size: int = 256) -> Float[np.ndarray, "n d"]:
-    """Joint embeddings, float32 and not of unit norm, of token ids; rows may be shorter than the context length."""
+    """Joint embeddings, float32 and not of unit norm, of token ids; rows may be shorter than the context length.
+
+    Each row needs an end-of-text id, whose state is its feature; without one it is that of the first token.
+    """
     return self._batched("text_features", np.asarray(tokens, np.int32), batch_size)
 
   def preprocess(self, image: Image) -> np.ndarray:
@@ -146,6 +158,7 @@ class Clip:
   def encoders(self, batch_size: int) -> Encoders:
     """What the evaluators of `declip_jax.evals` take."""
     self._check_text()
+    self._check_vocabulary()
     factory = EncoderFactory(
       self.model,
       self.mesh,
@@ -157,6 +170,7 @@ class Clip:
     return factory.bind(self.params, self.collections)
 
   def _batched(self, name: str, rows: np.ndarray, batch_size: int) -> np.ndarray:
+    _check_batch_size(batch_size)
     if not len(rows):
       return np.empty((0, self.model.heads.embed_dim), np.float32)
     return np.concatenate(
@@ -181,9 +195,24 @@ class Clip:
         f"these weights ({self.origin}) have no text tower and no joint space: start a run from them (config.init_from)"
       )
 
+  def _check_vocabulary(self) -> None:
+    text = self.model.towers.text
+    if text.vocab_size < self.tokenizer.mask or text.eot != self.tokenizer.eot:
+      raise ValueError(
+        f"these weights ({self.origin}) have {text.vocab_size} tokens and end texts with {text.eot}, which is not "
+        "OpenAI's vocabulary: give token ids to text_features"
+      )
+
+
+def _check_batch_size(batch_size: int) -> None:
+  if batch_size < 1:
+    raise ValueError(f"batch_size is {batch_size}; at least 1")
+
 
 def load(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None, *, step: int | None = None) -> Clip:
-  """A trained model on all local devices, from a run or from any file or folder that `weights.read.read` knows.
+  """A trained model on all devices, from a run or from any file or folder that `weights.read.read` knows.
+
+  What should be known about how the file was read, such as a guess, is a warning.
 
   Args:
     path: of it.
@@ -194,4 +223,7 @@ def load(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
     FileNotFoundError: there is nothing, or no such checkpoint.
     ValueError: it is no checkpoint that is known; the message says what does not fit.
   """
-  return Clip(read(path, settings, step), make_mesh(-1, 1))
+  weights = read(path, settings, step)
+  for remark in weights.remarks:
+    warnings.warn(f"{os.fspath(path)}: {remark}", stacklevel=2)
+  return Clip(weights, make_mesh(-1, 1))

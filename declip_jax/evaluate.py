@@ -78,13 +78,13 @@ def evaluate(
     ValueError: there is nothing to evaluate.
   """
   clip = load(weights or workdir, step=step)
-  file = workdir / "config.json"
-  config = config_lib.from_json(file.read_text()) if file.exists() else config_lib.default()
+  config_file = workdir / "config.json"
+  config = config_lib.from_json(config_file.read_text()) if config_file.exists() else config_lib.default()
   evals = config.evals if evals is None else evals
   if not len(evals):
     raise ValueError(f"{workdir} has no config with evals: give --zero_shot or --retrieval")
-  encoders = clip.encoders(batch_size or (config.evaluate_batch_size if file.exists() else 256))
-  about = {"weights": clip.origin} if clip.step is None else {"step": clip.step}
+  encoders = clip.encoders(batch_size or (config.evaluate_batch_size if config_file.exists() else 256))
+  about = {"step": clip.step} if weights is None else {"weights": os.fspath(weights), "origin": clip.origin}
   results = {**about, **make_evaluators(evals, workdir)(encoders)}
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)

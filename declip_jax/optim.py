@@ -22,6 +22,11 @@ def decay_mask(params: Tree) -> Tree:
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
+def below(path: str, prefix: str) -> bool:
+  """Whether a path such as "towers/image/pre_norm" lies at or under another."""
+  return f"{path}/".startswith(f"{prefix.rstrip('/')}/")
+
+
 def trainable(params: Tree, frozen: Sequence[str]) -> Tree:
   """False for the parameters at or below one of the paths `frozen`, such as "towers/image"; True for the others.
 
@@ -30,10 +35,10 @@ def trainable(params: Tree, frozen: Sequence[str]) -> Tree:
   """
   paths = ["/".join(key.key for key in path) for path, _ in jax.tree.leaves_with_path(params)]
   for prefix in frozen:
-    if not any(_below(path, prefix) for path in paths):
+    if not any(below(path, prefix) for path in paths):
       parts = sorted({"/".join(path.split("/")[:3]) for path in paths})
       raise ValueError(f"config.optimizer.frozen: there is nothing at {prefix!r}; there are {', '.join(parts)}")
-  free = [not any(_below(path, prefix) for prefix in frozen) for path in paths]
+  free = [not any(below(path, prefix) for prefix in frozen) for path in paths]
   return jax.tree.unflatten(jax.tree.structure(params), free)
 
 
@@ -61,10 +66,6 @@ def adamw(
   decay = [optax.add_decayed_weights(weight_decay, mask=decay_mask)] if weight_decay else []
   adam = optax.chain(*clip, optax.scale_by_adam(b1, b2, epsilon), *decay)
   return optax.masked(adam, partial(trainable, frozen=frozen)) if frozen else adam
-
-
-def _below(path: str, prefix: str) -> bool:
-  return f"{path}/".startswith(f"{prefix.rstrip('/')}/")
 
 
 def warmup_cosine(

@@ -22,7 +22,7 @@ from declip_jax.config import steps_of
 from declip_jax.data.recipes import MakeViews, Recipe, get_recipe
 from declip_jax.data.tokenizer import Tokenizer
 from declip_jax.models.model import Model, make_model
-from declip_jax.optim import adamw
+from declip_jax.optim import adamw, below
 from declip_jax.sharding import make_mesh
 from declip_jax.types import Batch
 
@@ -90,9 +90,8 @@ def build(config: ConfigDict) -> Parts:
     config.data.mask_slots,
   )
   heads = objectives.heads_for(config.weights)
-  model = make_model(
-    config.model, views=recipe.views, heads=heads, lock_image="towers/image" in config.optimizer.frozen
-  )
+  locked = any(below("towers/image", prefix) for prefix in config.optimizer.frozen)
+  model = make_model(config.model, views=recipe.views, heads=heads, lock_image=locked)
   return Parts(model, make_optimizer(config.optimizer), tokenizer, make_views, make_mesh(**config.mesh))
 
 

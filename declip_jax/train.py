@@ -5,6 +5,7 @@ Any field of the config can be set: --config.batch_size=256 --config.weights.nns
 See declip_jax/config.py for all fields and their meaning, and configs/ for what there is to start from.
 """
 
+import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 from functools import partial
@@ -40,8 +41,8 @@ from declip_jax.optim import warmup_cosine, without_gradient
 from declip_jax.sharding import batch_sharding, check_batch, replicated, to_global
 from declip_jax.state import State, abstract_state, create_state
 from declip_jax.types import Batch
-from declip_jax.weights.initial import initial
-from declip_jax.weights.read import read
+from declip_jax.weights.initial import check_towers, initial
+from declip_jax.weights.read import Weights, read
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -136,6 +137,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
       f"config.checkpoint.best_metric={best!r} names no evaluation: eval/NAME/..., NAME of {[*config.evals]}"
     )
   main = jax.process_index() == 0
+  resuming = any((workdir / "checkpoints").glob("[0-9]*"))
+  given = None if resuming else read_initial(config)  # what is wrong with them shows before anything is written
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoints = Checkpoints(
     workdir,
@@ -149,7 +152,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   else:
     model = {"model": parts.model, "optimizer": parts.optimizer}
     state, position = create_state(config.seed, batch_shape, abstract, **model), None
-    state, origin = initialise(state, config)
+    if given is None:
+      given = read_initial(config)
+    if given is not None:
+      state, origin = initialise(state, given, config)
   step_fn = make_step(config, parts, schedule, abstract)
 
   with contextlib.ExitStack() as stack:
@@ -225,19 +231,36 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   return final
 
 
-def initialise(state: State, config: ConfigDict) -> tuple[State, list[str]]:
-  """The first state with the weights of `config.init_from` put over it, and what came from where.
+def read_initial(config: ConfigDict) -> Weights | None:
+  """The weights of `config.init_from`, None if it names none.
 
   Raises:
-    FileNotFoundError, ValueError: there are no such weights, or they do not fit.
+    FileNotFoundError, ValueError: there are no such weights, or their towers are others than the run's.
   """
   if not config.init_from.path:
-    return state, []
-  weights = read(config.init_from.path, dict(config.init_from.settings))
-  params, collections, lines = initial(state.params, state.collections, weights, config.model, config.init_from.parts)
+    return None
+  settings = dict(map(_parse_setting, config.init_from.settings))
+  weights = read(config.init_from.path, settings)
+  check_towers(weights, config.model, config.init_from.parts)
+  return weights
+
+
+def initialise(state: State, weights: Weights, config: ConfigDict) -> tuple[State, list[str]]:
+  """The first state with weights put over it, and what came from where."""
+  params, collections, lines = initial(state.params, state.collections, weights, config.init_from.parts)
   if (weights.model.mean, weights.model.std) != (config.model.mean, config.model.std):
     lines.append(f"pixels are normalised as the run says, not by the weights' {weights.model.mean} {weights.model.std}")
   return state.replace(params=params, collections=collections), lines
+
+
+def _parse_setting(setting: str) -> tuple[str, Any]:
+  name, equals, value = setting.partition("=")
+  if not equals:
+    raise ValueError(f"config.init_from.settings: {setting!r} is not of the form 'image.heads=16'")
+  try:
+    return name, ast.literal_eval(value)
+  except (SyntaxError, ValueError):
+    return name, value
 
 
 def make_schedule(config: ConfigDict, steps: run.Steps) -> Callable[[Array], Array]:

@@ -21,4 +21,14 @@ def attend(
 def _implementation(dtype: jnp.dtype, head_width: int) -> str:
   half = dtype in (jnp.bfloat16, jnp.float16)
   fits = head_width % 8 == 0 and head_width <= 128  # cuDNN's conditions on every GPU that has it
-  return "cudnn" if jax.default_backend() == "gpu" and half and fits else "xla"
+  return "cudnn" if half and fits and _cuda_capability() >= 8 else "xla"
+
+
+def _cuda_capability() -> float:
+  """Compute capability of the GPUs, 0 where there are none of NVIDIA's; flash attention needs 8 (Ampere)."""
+  if jax.default_backend() != "gpu":
+    return 0.0
+  try:
+    return float(jax.devices()[0].compute_capability)
+  except ValueError:  # AMD's are called gfx90a and the like
+    return 0.0

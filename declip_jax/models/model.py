@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+import operator
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from declip_jax.models.heads import Heads, unit_norm
 from declip_jax.models.text import TextTransformer
 from declip_jax.models.towers import IMAGE_TOWERS, Towers
+from declip_jax.models.transformer import ACTIVATIONS, INITS, REMAT_POLICIES
 from declip_jax.types import Batch, Features, Outputs, Views
 
 Tree = Mapping[str, Any]
@@ -82,12 +84,13 @@ def make_model(config: ConfigDict, *, views: Views, heads: tuple[str, ...], lock
     lock_image: whether the image tower is not trained; see `Towers`.
 
   Raises:
-    ValueError: an unknown kind of image tower.
+    ValueError: a field with a name that does not exist, or a number that does not fit; the message says which would.
   """
   image_fields = config.image.to_dict()
   kind = image_fields.pop("kind")
   if kind not in IMAGE_TOWERS:
     raise ValueError(f"config.model.image.kind={kind!r}: choose one of {sorted(IMAGE_TOWERS)}")
+  _check(config)
   dtype = jnp.dtype(config.dtype)
   common = {"remat": config.remat, "unroll": config.unroll, "dtype": dtype}
   image = IMAGE_TOWERS[kind](**image_fields, **common)
@@ -104,6 +107,22 @@ def make_model(config: ConfigDict, *, views: Views, heads: tuple[str, ...], lock
     ),
     views=views,
   )
+
+
+def _check(config: ConfigDict) -> None:
+  legal = {"remat": REMAT_POLICIES, "text.activation": ACTIVATIONS}
+  if config.image.kind == "vit":
+    legal |= {"image.activation": ACTIVATIONS, "image.initializer": INITS}
+  for name, names in legal.items():
+    value = operator.attrgetter(name)(config)
+    if value not in names:
+      raise ValueError(f"config.model.{name}={value!r}: choose one of {sorted(names)}")
+  for part in ("image", "text"):
+    width, heads = config[part].get("width"), config[part].get("heads")
+    if heads is not None and (heads < 1 or width % heads):
+      raise ValueError(f"config.model.{part}.heads={heads} does not divide config.model.{part}.width={width}")
+  if any(length < 1 for length in config.text.buckets) or list(config.text.buckets) != sorted(config.text.buckets):
+    raise ValueError(f"config.model.text.buckets={config.text.buckets}: positive lengths, ascending")
 
 
 def _variables(params: Tree, collections: Tree) -> tuple[Tree, Tree]:

@@ -24,7 +24,7 @@ class Dialect(NamedTuple):
   """One project's way.
 
   Attributes:
-    marker: a name that only this dialect has; `#` is a number.
+    marker: a name that only this dialect has.
     pairs: OpenAI's names and the project's.
     to_openai, from_openai: what is to be done beside renaming, on tensors under the project's names.
   """
@@ -44,7 +44,9 @@ def recognise(names: Iterable[str]) -> str | None:
 def to_openai(tensors: Mapping[str, np.ndarray], dialect: str) -> StateDict:
   """A state dict under OpenAI's names and in OpenAI's form."""
   found = DIALECTS[dialect]
-  return _renamed(found.to_openai(dict(tensors)), [(theirs, ours) for ours, theirs in found.pairs])
+  ours = _renamed(found.to_openai(dict(tensors)), [(theirs, ours) for ours, theirs in found.pairs])
+  scalars = {name: lambda x: x.reshape(()) if x.size == 1 else x for name in ("logit_scale", "logit_bias")}
+  return _reshaped(ours, scalars)
 
 
 def from_openai(tensors: Mapping[str, np.ndarray], dialect: str) -> StateDict:
@@ -105,7 +107,8 @@ def _with_leading_ones(tensors: StateDict) -> StateDict:
 
 # open_clip with a timm trunk: its projection is a linear layer.
 def _from_trunk(tensors: StateDict) -> StateDict:
-  return _reshaped(_without_leading_ones(tensors), {"visual.head.proj.weight": np.transpose})
+  flat = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}  # its text may be apart, too
+  return _reshaped(_without_leading_ones(flat), {"visual.head.proj.weight": np.transpose})
 
 
 def _to_trunk(tensors: StateDict) -> StateDict:
@@ -130,7 +133,7 @@ def _with_specials(tensors: StateDict, order: list[int]) -> StateDict:
 
 
 def _from_declip(tensors: StateDict) -> StateDict:
-  return _reshaped(_with_specials(tensors, _SPECIAL["to"]), {"logit_scale": lambda x: x.reshape(())})
+  return _with_specials(tensors, _SPECIAL["to"])
 
 
 def _to_declip(tensors: StateDict) -> StateDict:

@@ -30,43 +30,53 @@ _MAY_DIFFER = {
 }
 
 
-def initial(
-  params: Tree, collections: Tree, weights: Weights, model: ConfigDict, parts: Sequence[str]
-) -> tuple[Tree, Tree, list[str]]:
+def check_towers(weights: Weights, model: ConfigDict, parts: Sequence[str]) -> None:
+  """Refuses weights whose towers compute something else than those of `config.model`.
+
+  Raises:
+    ValueError: an unknown part, a tower that is not there, or one that computes something else.
+  """
+  if unknown := set(parts) - set(PARTS):
+    raise ValueError(f"config.init_from.parts={tuple(parts)}: choose of {sorted(PARTS)}, not {sorted(unknown)}")
+  for part in ("image", "text"):
+    if part in parts:
+      _check_tower(part, weights, model)
+
+
+def initial(params: Tree, collections: Tree, weights: Weights, parts: Sequence[str]) -> tuple[Tree, Tree, list[str]]:
   """Puts weights over freshly drawn parameters and collections, leaf by leaf where these lie on the devices.
 
   Position embeddings of images are resized, by cubic interpolation as in open_clip; those of texts are cut, or keep
   their fresh rows at the end (open_clip interpolates them, which moves every position). So does a larger vocabulary.
-  A projection or head of another shape stays fresh.
+  A projection or head of another shape stays fresh; a bias that a projection did not have starts at zero.
 
   Args:
     params, collections: of the run, fresh.
-    weights: to put over them.
-    model: `config.model` of the run.
+    weights: to put over them; see `check_towers`.
     parts: which of `PARTS` to take; "heads" is everything behind the towers but the projections.
 
   Returns:
     Parameters, collections, and what came from where, as lines to print.
 
   Raises:
-    ValueError: an unknown part, or a tower that computes something else, or has other shapes.
+    ValueError: a tower of other shapes, or nothing of the wanted parts.
   """
-  unknown = set(parts) - set(PARTS)
-  if unknown:
-    raise ValueError(f"config.init_from.parts={tuple(parts)}: choose of {sorted(PARTS)}")
-  for part in ("image", "text"):
-    if part in parts:
-      _check_tower(part, weights, model)
   fresh = flatten_dict({"params": params, "collections": collections}, sep="/")
   given = flatten_dict({"params": weights.params, "collections": weights.collections}, sep="/")
   merged, changed = dict(fresh), []
   for path, leaf in fresh.items():
     below = path.split("/", 1)[1]
-    if path not in given or not _wanted(below, parts):
+    if not _wanted(below, parts):
       continue
-    if isinstance(leaf, Bank):
+    if path not in given:
+      if below.endswith("_projection/bias") and path.replace("/bias", "/kernel") in given:
+        merged[path] = _placed(leaf, np.zeros(leaf.shape))
+        changed.append(f"new, at zero: {below}")
+    elif isinstance(leaf, Bank):
       if leaf.entries.shape == given[path].entries.shape:
         merged[path] = jax.tree.map(_placed, leaf, given[path])
+      else:
+        changed.append(f"empty: {below}, whose entries had another number or width")
     else:
       merged[path] = _fitted(below, np.asarray(given[path]), leaf, changed)
   taken = [path for path in fresh if merged[path] is not fresh[path]]
@@ -74,6 +84,9 @@ def initial(
     raise ValueError(f"config.init_from: {weights.origin} holds nothing of {tuple(parts)}")
   tree = unflatten_dict(merged, sep="/")
   lines = [f"from {weights.origin}: {_counted(taken, merged)}", *changed]
+  behind = [path.split("/", 1)[1] for path in given if path not in fresh and _wanted(path.split("/", 1)[1], parts)]
+  if behind:
+    lines.append(f"left behind: {', '.join(behind)}")
   left = [path for path in fresh if path.startswith("params/") and path not in taken]
   lines.append(f"fresh: {_counted(left, fresh)}" if left else "nothing is fresh")
   collections = {half: tree.get("collections", {}).get(half, {}) for half in collections}

@@ -142,7 +142,7 @@ def from_state_dict(
   guessed = found.guessed_activation and not {"image.activation", "text.activation"} & set(described)
   remarks = [found.guessed_activation] if guessed else []
   collections = {half: tree.get("collections", {}).get(half, {}) for half in ("towers", "heads")}
-  by_open_clip = dialect == "OpenAI" and Path(name).name.startswith("open_clip")
+  by_open_clip = dialect == "OpenAI" and (Path(name).name.startswith("open_clip") or "epoch" in (extras or {}))
   return Weights(
     origin="open_clip" if by_open_clip else dialect,
     model=found.model,
@@ -196,7 +196,9 @@ def read_run(
 
 
 def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
-  about = config_lib.from_json((path / EXPORT_FILE).read_text())
+  about = config_lib.from_json(json.dumps(_json(path / EXPORT_FILE)))
+  if missing := {"model", "heads", "image_size", "interpolation", "origin"} - set(about):
+    raise ValueError(f"{path / EXPORT_FILE} lacks {', '.join(sorted(missing))}")
   _, variables = abstract_variables(about.model, about.heads, about.image_size)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     restored = checkpointer.restore((path / "arrays").resolve(), args=restore_as_numpy(variables))
@@ -308,17 +310,15 @@ def _activation(
   open_clip trains unless the model's name says quickgelu. An open_clip checkpoint has an epoch or a name; OpenAI's
   files are TorchScript archives, or in half precision, or carry their resolution.
   """
-  if dialect == "open_clip, text apart":
-    return "gelu", ""
-  if dialect != "OpenAI":
+  if dialect != "OpenAI" and not dialect.startswith("open_clip"):
     return "quick_gelu", ""
   if "epoch" in extras or "name" in extras:
     return "quick_gelu" if "quickgelu" in str(extras.get("name", "")).lower() else "gelu", ""
   halves = any(tensor.dtype == np.float16 for tensor in tensors.values())
   if kind == "torchscript" or "input_resolution" in tensors or halves:
     return "quick_gelu", ""
-  activation = "quick_gelu" if kind == "torch" else "gelu"
-  return activation, f"the file does not say its activation: taken to be {activation!r}"
+  activation = "quick_gelu" if kind == "torch" and dialect == "OpenAI" else "gelu"
+  return activation, f"the file does not say its activation: taken to be {activation!r}; heads to be 64 wide"
 
 
 def _depth(tensors: Iterable[str], prefix: str) -> int:
@@ -326,14 +326,19 @@ def _depth(tensors: Iterable[str], prefix: str) -> int:
   return len(numbers)
 
 
+# Heads of open_clip's H/14, g/14 and bigG/14 by width and depth: not 64 wide.
+_WIDE_HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16}
+
+
 def _vit(tensors: Mapping[str, np.ndarray], activation: str, epsilon: float) -> tuple[ConfigDict, int]:
   width, _, patch, _ = tensors["visual.conv1.weight"].shape
   blocks = "visual.transformer.resblocks."
+  depth = _depth(tensors, blocks)
   image = architectures.vit(
     patch,
     width,
-    _depth(tensors, blocks),
-    max(width // 64, 1),
+    depth,
+    _WIDE_HEADS.get((width, depth), max(width // 64, 1)),
     pre_norm="visual.ln_pre.weight" in tensors,
     patch_bias="visual.conv1.bias" in tensors,
     activation=activation,
@@ -430,6 +435,10 @@ def _open_clip_settings(file: Path) -> dict[str, Any]:
       legal = _OPEN_CLIP_TOWER.get(name, (None, False, 0, 0.0, ""))
       if legal is not None and value not in legal:
         raise ValueError(f"{file}: {part}.{name}={value!r} is not supported; only {list(legal)}")
+  if preprocess.get("resize_mode", "shortest") != "shortest":
+    raise ValueError(
+      f"{file}: preprocess_cfg.resize_mode={preprocess['resize_mode']!r} is not supported; only 'shortest'"
+    )
   activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
   settings = {"text.activation": activation, "text.heads": text.get("heads", 8)}
   if not isinstance(vision.get("layers"), list) and "timm_model_name" not in vision:

@@ -169,7 +169,10 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
   _save(folder, "model.safetensors", dialects.from_openai(tensors, "Hugging Face"))
   _write_json(folder / "config.json", config)
   _write_preprocessor(weights, folder)
-  _write_tokenizer(text.context_length, folder)
+  if text.vocab_size in (49408, 49409) and text.eot == 49407:
+    _write_tokenizer(text.context_length, folder)
+  else:
+    notes.append(f"left out: a tokenizer, since {text.vocab_size} tokens are not OpenAI's vocabulary")
   return notes
 
 
@@ -220,7 +223,8 @@ def _orbax(weights: Weights, folder: Path) -> list[str]:
     "interpolation": weights.interpolation,
   }
   _write_json(folder / EXPORT_FILE, about)
-  return ["left out: the neighbour bank"] if bank else []
+  notes = ["left out: the neighbour bank"] if bank else []
+  return notes + ([f"left out: {', '.join(sorted(weights.rest))}"] if weights.rest else [])
 
 
 FORMATS: Mapping[str, Callable[[Weights, Path], list[str]]] = {

@@ -125,18 +125,13 @@ def test_transformers_loads_our_export(name: str, tmp_path: Path) -> None:
   assert_near(_unit(ours.image_features(normalised)), out.image_embeds)
   assert_near(ours.encode_text(captions), out.text_embeds)
   assert_near(_unit(ours.text_features(ids)), out.text_embeds)
-  # And back, with every tensor as it was.
   again = load(tmp_path / "export")
-  np.testing.assert_array_equal(again.encode_text(captions), _folded(ours, again).encode_text(captions))
+  np.testing.assert_allclose(again.encode_text(captions), ours.encode_text(captions), rtol=0, atol=1e-5)
+  np.testing.assert_array_equal(again.encode_image(pictures()), ours.encode_image(pictures()))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def _folded(ours: Clip, again: Clip) -> Clip:
-  """A bias of the text projection comes back in another place."""
-  return again if "bias" in ours.params["heads"]["text_projection"] else ours
 
 
 @torch.no_grad()
@@ -155,7 +150,6 @@ def test_we_load_what_open_clip_saves(model: str, fields: dict, form: str, tmp_p
   for part, values in fields.items():
     theirs_config[part].update(values)
   theirs = open_clip.CLIP(**{key: value for key, value in theirs_config.items() if key != "custom_text"}).eval()
-  settings = {}
   if form == "folder":
     torch.save(theirs.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     about = {"model_cfg": theirs_config, "preprocess_cfg": {}}
@@ -165,8 +159,8 @@ def test_we_load_what_open_clip_saves(model: str, fields: dict, form: str, tmp_p
     path = tmp_path / "epoch_1.pt"
     state = {f"module.{key}": value for key, value in theirs.state_dict().items()}
     torch.save({"epoch": 1, "name": model, "state_dict": state, "optimizer": {}}, path)
-    settings = {"image.heads": 16} if model == "ViT-H-14" else {}
-  ours = load(path, settings)
+  # With fewer layers than the real one its heads can only be given.
+  ours = load(path, {"image.heads": 16} if fields and form == "training" else {})
   size = theirs_config["vision_cfg"]["image_size"]
   images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
   tokens = open_clip.get_tokenizer("ViT-B-32")(CAPTIONS)

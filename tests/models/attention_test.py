@@ -1,5 +1,7 @@
 """Attention against plain loops, by every implementation that this backend has, and the choice between them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,27 +34,33 @@ def test_equals_plain_loops(dtype: jnp.dtype, tolerance: float, causal: bool) ->
 
 
 @pytest.mark.parametrize(
-  ("backend", "dtype", "head_width", "expected"),
+  ("backend", "capability", "dtype", "head_width", "expected"),
   [
-    ("gpu", jnp.bfloat16, 64, "cudnn"),
-    ("gpu", jnp.float32, 64, "xla"),  # flash attention has no float32
-    ("gpu", jnp.bfloat16, 20, "xla"),
-    ("gpu", jnp.bfloat16, 256, "xla"),
-    ("tpu", jnp.bfloat16, 64, "xla"),
-    ("cpu", jnp.bfloat16, 64, "xla"),
+    ("gpu", "9.0", jnp.bfloat16, 64, "cudnn"),
+    ("gpu", "9.0", jnp.float32, 64, "xla"),  # flash attention has no float32
+    ("gpu", "9.0", jnp.bfloat16, 20, "xla"),
+    ("gpu", "9.0", jnp.bfloat16, 256, "xla"),
+    ("gpu", "7.5", jnp.bfloat16, 64, "xla"),
+    ("gpu", "gfx90a", jnp.bfloat16, 64, "xla"),
+    ("tpu", "", jnp.bfloat16, 64, "xla"),
+    ("cpu", "", jnp.bfloat16, 64, "xla"),
   ],
 )
 def test_choice(
-  backend: str, dtype: jnp.dtype, head_width: int, expected: str, monkeypatch: pytest.MonkeyPatch
+  backend: str, capability: str, dtype: jnp.dtype, head_width: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
   assert attention._implementation(dtype, head_width) == expected
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's flash attention needs a GPU")
-@pytest.mark.parametrize("causal", [False, True])
-def test_flash_attention_equals_the_plain_form(causal: bool) -> None:
-  query, key, value = (jax.random.normal(jax.random.key(i), (2, 77, 8, 64), jnp.bfloat16) for i in range(3))
+@pytest.mark.parametrize(
+  ("queries", "keys", "causal"), [(77, 77, True), (50, 50, False), (257, 257, False), (1, 50, False)]
+)
+def test_flash_attention_equals_the_plain_form(queries: int, keys: int, causal: bool) -> None:
+  lengths = enumerate((queries, keys, keys))
+  query, key, value = (jax.random.normal(jax.random.key(i), (2, n, 8, 64), jnp.bfloat16) for i, n in lengths)
 
   def step(implementation: str) -> tuple:
     def loss(query, key, value):

@@ -97,7 +97,7 @@ def check_clip(golden, images, tokens, prefix, names, **gradient_tolerance):
   near({"image": image, "text": text}, {name: expected[name] for name in ("image", "text")}, **FORWARD)
   np.testing.assert_allclose(loss, expected["loss"], atol=1e-5)
   bias = golden.weights.rest.get("logit_bias", 0)
-  np.testing.assert_allclose(logits + bias, expected["logits"], rtol=1e-4, atol=2e-4)
+  np.testing.assert_allclose(logits + bias, expected["logits"], **FORWARD)
   if "gradient" in names:
     theirs = reference.below(golden.arrays, f"{prefix}{names['gradient']}/")
     assert theirs
@@ -190,7 +190,7 @@ def test_activations_inside_the_resnet_of_openai():
   stem = nn.avg_pool(nn.relu(found["stem_norm3"]["__call__"][0]), (2, 2), (2, 2))
   layers = {f"layer{stage}": found[f"stage{stage}_first"]["__call__"][0][0] for stage in (1, 2, 3, 4)}
   expected = {name: nhwc(arrays[f"inter/{name}"]) for name in ("stem", *layers)}
-  near({"stem": stem, **layers}, expected, rtol=1e-4, atol=3e-5)
+  near({"stem": stem, **layers}, expected, **FORWARD)
   words = golden.inside("text", arrays["tokens"], 1)
   np.testing.assert_allclose(words["transformer"]["__call__"][0], arrays["inter/text_block0"], **FORWARD)
 
@@ -290,6 +290,13 @@ def test_slip_in_evaluation_mode(slip):
   arrays, expected = golden.arrays, reference.below(golden.arrays, "eval/")
   image, text = golden.features(arrays["image"], arrays["tokens"])
   near({"image_embed": image, "text_embed": text}, {k: expected[k] for k in ("image_embed", "text_embed")}, **FORWARD)
+  variables = {"params": golden.params["heads"], **golden.collections["heads"]}
+  for view in ("aug1", "aug2"):
+    feature = golden.inside("image", nhwc(arrays[view]), 2)["post_norm"]["__call__"][0]
+    projection = golden.model.heads.apply(
+      variables, feature, False, method=lambda heads, x, train: heads.simclr(x, train)
+    )
+    np.testing.assert_allclose(projection, expected[f"{view}_embed"], **FORWARD)
   pixels = golden.inside("image", nhwc(arrays["image"]), 2)
   np.testing.assert_allclose(pixels["post_norm"]["__call__"][0], expected["vision_features"], **FORWARD)
   norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False)
@@ -365,15 +372,15 @@ def test_declip_outputs(declip):
     np.testing.assert_allclose(outputs.simsiam_projection[view], expected[f"projector{view + 1}"], atol=1e-4)
     np.testing.assert_allclose(outputs.simsiam_prediction[view], expected[f"predictor{view + 1}"], atol=1e-4)
   selected = outputs.mlm_logits[batch["mlm_weight"] == 1][:, OUR_ID]
-  np.testing.assert_allclose(selected, expected["mlm_logits_selected"], rtol=1e-4, atol=5e-5)
+  np.testing.assert_allclose(selected, expected["mlm_logits_selected"], **FORWARD)
   for i in (1, 2):
     for t in (1, 2):
       logits = outputs.scale * outputs.image[i - 1] @ outputs.text[t - 1].T
-      np.testing.assert_allclose(logits, expected[f"logits_per_image_i{i}t{t}"], rtol=1e-4, atol=2e-4)
+      np.testing.assert_allclose(logits, expected[f"logits_per_image_i{i}t{t}"], **FORWARD)
   words = golden.inside("text", batch["text"][:, 0], 2)["transformer"]["__call__"][0]
   variables = {"params": golden.params["towers"]["text"]}
   words = golden.model.towers.text.apply(variables, words, method="normalise")
-  np.testing.assert_allclose(words, expected["text_words1"], rtol=1e-4, atol=3e-5)
+  np.testing.assert_allclose(words, expected["text_words1"], **FORWARD)
 
 
 def test_declip_terms(declip):

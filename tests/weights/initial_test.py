@@ -51,7 +51,7 @@ def assert_same(a, b) -> None:
 def test_a_run_goes_on_with_another_method_and_new_heads(clip_run: Path) -> None:
   c = bare("declip", clip_run)
   given, fresh = read_run(clip_run), state_of(c)
-  state, lines = train.initialise(fresh, c)
+  state, lines = train.initialise(fresh, train.read_initial(c), c)
   towers, theirs = state.params["towers"], given.params["towers"]
   assert_same(towers["image"], theirs["image"])
   assert_same(state.params["heads"]["image_projection"], given.params["heads"]["image_projection"])
@@ -62,6 +62,8 @@ def test_a_run_goes_on_with_another_method_and_new_heads(clip_run: Path) -> None
   np.testing.assert_array_equal(rows[-1], fresh.params["towers"]["text"]["token_embedding"]["embedding"][-1])
   for head in ("projector", "predictor", "mlm"):
     assert_same(state.params["heads"][head], fresh.params["heads"][head])
+  assert not np.any(state.params["heads"]["text_projection"]["bias"])
+  assert "new, at zero: heads/text_projection/bias" in lines
   assert lines[0].startswith("from declip_jax, step 3: ")
   assert "towers/image (31,872)" in lines[0]
   assert "grown: towers/text/token_embedding/embedding, (49408, 16) -> (49409, 16)" in lines
@@ -74,7 +76,7 @@ def test_resolution_and_context_change(clip_run: Path) -> None:
   c = bare("clip", clip_run)
   c.data.image_size = 32
   c.model.text.context_length = 20
-  state, lines = train.initialise(state_of(c), c)
+  state, lines = train.initialise(state_of(c), train.read_initial(c), c)
   given = read_run(clip_run)
   old, new = (np.asarray(x["towers"]["image"]["position_embedding"]) for x in (given.params, state.params))
   assert (len(old), len(new)) == (5, 17)
@@ -104,7 +106,7 @@ def test_only_the_wanted_parts_come(parts: tuple[str, ...], clip_run: Path) -> N
   c.seed = 1
   fresh = state_of(c)
   before = jax.tree.map(np.asarray, fresh.params)
-  state, _ = train.initialise(fresh, c)
+  state, _ = train.initialise(fresh, train.read_initial(c), c)
   given = read_run(clip_run).params
   for part in ("image", "text"):
     expected = given if part in parts else before
@@ -117,12 +119,34 @@ def test_only_the_wanted_parts_come(parts: tuple[str, ...], clip_run: Path) -> N
 def test_a_declip_run_takes_its_bank_along(tmp_path: Path) -> None:
   train.train(bare("declip"), tmp_path)
   c = bare("declip", tmp_path)
-  state, lines = train.initialise(state_of(c), c)
+  state, lines = train.initialise(state_of(c), train.read_initial(c), c)
   bank = state.collections["heads"]["bank"]["text"]
   assert isinstance(bank, Bank)
   assert_same(bank, read_run(tmp_path).collections["heads"]["bank"]["text"])
   assert int(bank.filled) == 32
   assert lines[-1] == "nothing is fresh"
+
+
+def test_settings_say_what_the_file_does_not(clip_run: Path) -> None:
+  c = bare("clip", clip_run)
+  c.init_from.settings = ("image.activation=gelu", "text.heads=1")
+  with pytest.raises(ValueError, match="activation='quick_gelu' does not fit .* 'gelu'"):
+    train.read_initial(c)
+  c.model.image.activation, c.model.text.heads = "gelu", 1
+  assert train.read_initial(c).model.text.heads == 1
+  c.init_from.settings = ("gelu",)
+  with pytest.raises(ValueError, match="'gelu' is not of the form"):
+    train.read_initial(c)
+
+
+def test_what_is_left_behind_is_said(tmp_path: Path) -> None:
+  train.train(bare("declip"), tmp_path)
+  c = bare("clip", tmp_path)
+  _, lines = train.initialise(state_of(c), train.read_initial(c), c)
+  (behind,) = [line for line in lines if line.startswith("left behind: ")]
+  assert {"heads/text_projection/bias", "heads/mlm/kernel", "heads/bank/text"} <= set(
+    behind.removeprefix("left behind: ").split(", ")
+  )
 
 
 def test_a_locked_image_tower_stays_and_has_no_moments(clip_run: Path, tmp_path: Path) -> None:
@@ -144,17 +168,18 @@ def test_a_locked_image_tower_stays_and_has_no_moments(clip_run: Path, tmp_path:
   assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path) if "loss" in row)
 
 
-def test_a_locked_resnet_keeps_its_statistics(tmp_path: Path) -> None:
+@pytest.mark.parametrize("frozen", ["towers/image", "towers/image/", "towers"])
+def test_a_locked_resnet_keeps_its_statistics(frozen: str) -> None:
   golden = reference.load("openai_resnet")
   weights = from_state_dict(reference.below(golden, "sd/"))
   c = config.default("clip")
   c.model, c.data.image_size = weights.model, 64
-  c.batch_size, c.optimizer.frozen = 8, ("towers/image",)
+  c.batch_size, c.optimizer.frozen = 8, (frozen,)
   c.model.text.vocab_size, c.model.text.context_length = 49408, 16
   c.model.text.eot = 49407
   parts = run.build(c)
   state = state_of(c)
-  params, collections, _ = initial(state.params, state.collections, weights, c.model, ("image",))
+  params, collections, _ = initial(state.params, state.collections, weights, ("image",))
   batch = {
     "image": np.random.default_rng(0).integers(0, 256, (8, 1, 64, 64, 3), np.uint8),
     "text": np.full((8, 1, 16), 49407, np.int32),
@@ -192,7 +217,7 @@ def test_a_simclr_model_gives_its_image_tower() -> None:
   c.model.text.update({"width": 16, "depth": 1, "heads": 2, "context_length": 16})
   c.model.heads.update({"embed_dim": 24, "simclr_projector": (64, 64, 32)})
   state = state_of(c)
-  params, _, lines = initial(state.params, state.collections, weights, c.model, ("image", "heads"))
+  params, _, lines = initial(state.params, state.collections, weights, ("image", "heads"))
   np.testing.assert_array_equal(params["heads"]["simclr"]["linear2"]["bias"], sd["image_mlp.layer3.bias"])
   np.testing.assert_array_equal(params["towers"]["image"]["post_norm"]["scale"], sd["visual.norm.weight"])
   assert lines[-1].startswith("fresh: ")

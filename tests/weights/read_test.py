@@ -39,11 +39,8 @@ def test_published_architectures_are_recognised(name: str, method: str) -> None:
   assert dialects.recognise(theirs) == dialect
   kind = "safetensors" if name in ("ViT-H/14", "ViT-g/14") else "torch"
   found = _recognise(dialects.to_openai(theirs, dialect), dialect, kind, {})
-  if name in ("ViT-H/14", "ViT-g/14"):  # their heads are 80 and 88 wide, which open_clip's config says and no tensor
-    found.model.image.heads = 16
+  if name in ("ViT-H/14", "ViT-g/14") and method == "declip":  # DeCLIP has none with GELU
     found.model.image.activation = found.model.text.activation = "gelu"
-    assert found.model.image.mlp_ratio == pytest.approx(c.model.image.mlp_ratio, abs=1e-4)
-    c.model.image.mlp_ratio = found.model.image.mlp_ratio
   if "initializer" in found.model.image:
     found.model.image.initializer = c.model.image.initializer
   for part in ("image", "text"):
@@ -69,7 +66,7 @@ def test_prefixes_of_wrappers_are_dropped(openai: dict[str, np.ndarray], tmp_pat
     found.params["heads"]["image_projection"]["kernel"], openai["visual.proj"].astype(np.float32)
   )
   assert found.model.image.activation == "gelu"
-  assert found.remarks == ("the file does not say its activation: taken to be 'gelu'",)
+  assert found.remarks == ("the file does not say its activation: taken to be 'gelu'; heads to be 64 wide",)
   assert read(file, {"image.activation": "quick_gelu", "text.activation": "quick_gelu"}).remarks == ()
 
 
