@@ -81,6 +81,9 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
   c.recipe = recipe  # a name of `data.recipes.RECIPES`
   c.image_size = image_size
   c.interpolation = "bilinear"  # of crops and of evaluation; OpenAI's CLIP evaluates with "bicubic"
+  c.evaluation_resize = (
+    0  # shorter side, in pixels, before evaluation cuts out the centre; 0 is image_size, DeCLIP's 256
+  )
   c.mask_probability = 0.15  # of masked language modelling, per token (BERT: 0.15)
   c.mask_slots = 0  # masked positions kept per caption; 0 derives a bound that is seldom exceeded
   # Augmentation. None keeps the recipe's own value; see `data.recipes.Recipe` for what each means.

@@ -32,16 +32,25 @@ class EncoderFactory:
     model: to encode with.
     mesh: to encode on.
     tokenizer: of the model.
-    image_size, interpolation: of the evaluation view.
+    image_size, interpolation, resize: of the evaluation view, `images.eval_view`.
     batch_size: of every call, a multiple of the number of devices.
   """
 
   def __init__(
-    self, model: Model, mesh: Mesh, tokenizer: Tokenizer, *, image_size: int, interpolation: str, batch_size: int
+    self,
+    model: Model,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    *,
+    image_size: int,
+    interpolation: str,
+    resize: int,
+    batch_size: int,
   ):
     check_batch(batch_size, mesh, "evaluate_batch_size")
     self._mesh, self._batch_size = mesh, batch_size
-    self._inputs = {"tokenizer": tokenizer, "image_size": image_size, "interpolation": interpolation}
+    view = {"image_size": image_size, "interpolation": interpolation, "resize": resize}
+    self._inputs = {"tokenizer": tokenizer, **view}
     everywhere = replicated(mesh)
     self._image = jax.jit(model.encode_image, out_shardings=everywhere)
     self._text = jax.jit(model.encode_text, out_shardings=everywhere)
@@ -70,7 +79,7 @@ class Clip:
     params, collections: on the devices of `mesh`.
     mesh: over which batches are split.
     tokenizer: texts to ids.
-    image_size, interpolation: of the view that an image is turned into, see `preprocess`.
+    image_size, interpolation, resize: of the view that an image is turned into, see `preprocess`.
     mean, std: by which pixels are normalised, per channel, on a scale of 0 to 1.
     logit_scale: inverse temperature of the contrastive loss, by which cosines are multiplied.
     remarks: what should be known about how the file was read.
@@ -83,7 +92,7 @@ class Clip:
     place = partial(jax.device_put, device=replicated(mesh))
     self.params, self.collections = place(weights.params), place(weights.collections)
     self.tokenizer = Tokenizer(weights.model.text.context_length)
-    self.image_size, self.interpolation = weights.image_size, weights.interpolation
+    self.image_size, self.interpolation, self.resize = weights.image_size, weights.interpolation, weights.resize
     self.mean, self.std = weights.model.mean, weights.model.std
     self._has_text = "text" in weights.params["towers"]
     self._functions = {
@@ -141,14 +150,15 @@ class Clip:
     return self._batched("text_features", np.asarray(tokens, np.int32), batch_size)
 
   def preprocess(self, image: Image) -> np.ndarray:
-    """The view of an image that the model sees, uint8 `[s s 3]`: shorter side resized to `image_size`, centre cropped.
+    """The view of an image that the model sees, uint8 `[image_size image_size 3]`: resized, centre cropped.
 
     Raises:
       ValueError: it is no image.
     """
     if isinstance(image, (str, os.PathLike)):
       image = Path(image).read_bytes()
-    return image_ops.eval_view(image_ops.decode(image), size=self.image_size, interpolation=self.interpolation)
+    pixels = image_ops.decode(image)
+    return image_ops.eval_view(pixels, size=self.image_size, interpolation=self.interpolation, resize=self.resize)
 
   def normalise(self, views: np.ndarray) -> Float[np.ndarray, "n h w 3"]:
     """What `image_features` takes, from what `preprocess` returns."""
@@ -165,6 +175,7 @@ class Clip:
       self.tokenizer,
       image_size=self.image_size,
       interpolation=self.interpolation,
+      resize=self.resize,
       batch_size=batch_size,
     )
     return factory.bind(self.params, self.collections)

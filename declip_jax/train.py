@@ -128,6 +128,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
     parts.tokenizer,
     image_size=config.data.image_size,
     interpolation=config.data.interpolation,
+    resize=config.data.evaluation_resize,
     batch_size=config.evaluate_batch_size,
   )
   evaluate = make_evaluators(config.evals, workdir)

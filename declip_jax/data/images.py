@@ -285,18 +285,16 @@ def strong_view(
   return view
 
 
-def eval_view(
-  image: Pixels, *, size: int, resize: int | None = None, interpolation: Interpolation = "bilinear"
-) -> Pixels:
+def eval_view(image: Pixels, *, size: int, resize: int = 0, interpolation: Interpolation = "bilinear") -> Pixels:
   """Resizes the shorter side to `resize` pixels and cuts out the centre, `[size size 3]`; bit-equal to torchvision.
 
   CLIP evaluates with `interpolation="bicubic"`, SLIP with bilinear, DeCLIP with bilinear and `resize=256, size=224`.
   Where we differ: what an image longer than 16 times its shorter side has beyond that is cut off before the resize.
 
   Raises:
-    ValueError: `resize` (by default `size`) is smaller than `size`.
+    ValueError: `resize` (0 is `size`) is smaller than `size`.
   """
-  shorter = size if resize is None else resize
+  shorter = resize or size
   if shorter < size:
     raise ValueError(f"resize {shorter} is smaller than the {size} pixels to cut out")
   limit = _MAX_ASPECT * min(image.shape[:2])

@@ -212,7 +212,7 @@ class EvaluationBatches:
   Args:
     source: to read.
     batch_size: global.
-    size, interpolation: of `images.eval_view`.
+    size, interpolation, resize: of `images.eval_view`.
     rows: of each global batch that are this host's, `[b]`.
     threads: to read with.
   """
@@ -221,6 +221,7 @@ class EvaluationBatches:
   batch_size: int
   size: int
   interpolation: str
+  resize: int
   rows: np.ndarray
   threads: int = 4
 
@@ -242,7 +243,7 @@ class EvaluationBatches:
     except (ValueError, OSError) as error:
       logging.getLogger(__name__).warning("left out of the evaluation: %s", error)
       return blank
-    image = images.eval_view(example["image"], size=self.size, interpolation=self.interpolation)
+    image = images.eval_view(example["image"], size=self.size, interpolation=self.interpolation, resize=self.resize)
     return {"image": image, "label": np.int32(example["label"]), "mask": np.bool_(True)}
 
 

@@ -21,7 +21,7 @@ class Encoders:
     text: likewise for token ids int32 `[b t]`.
     gather: likewise for any rows, without encoding: `[b ...]` to `[B ...]`.
     tokenizer: of the texts.
-    image_size, interpolation: of the evaluation view.
+    image_size, interpolation, resize: of the evaluation view, `images.eval_view`.
     batch_size: global `B`, a multiple of the number of devices.
     rows: which rows of a global batch are this host's.
   """
@@ -32,6 +32,7 @@ class Encoders:
   tokenizer: Tokenizer
   image_size: int
   interpolation: str
+  resize: int
   batch_size: int
   rows: Int[np.ndarray, "b"]
 
@@ -51,6 +52,7 @@ def embed_images(source: Source, encoders: Encoders) -> EmbeddedImages:
     encoders.batch_size,
     encoders.image_size,
     encoders.interpolation,
+    encoders.resize,
     encoders.rows,
   )
   parts = [(encoders.image(b["image"]), *encoders.gather((b["label"], b["mask"]))) for b in batches]

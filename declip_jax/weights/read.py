@@ -38,6 +38,7 @@ _WEIGHT_FILES = (
   "model.safetensors",
   "pytorch_model.bin",
 )
+_VIEW = ("image_size", "interpolation", "resize")  # fields of `Weights` that settings may replace, too
 EXPORT_FILE = "weights.json"  # beside the arrays of an orbax export
 
 
@@ -53,6 +54,7 @@ class Weights(NamedTuple):
     interpolation: of the evaluation view.
     rest: tensors of the file that have no place in the model, under OpenAI's names.
     remarks: what a user should know about how the file was read.
+    resize: shorter side, in pixels, before the evaluation view is cut out; 0 is `image_size`.
     step: of a run's checkpoint.
   """
 
@@ -65,6 +67,7 @@ class Weights(NamedTuple):
   interpolation: str
   rest: StateDict = MappingProxyType({})
   remarks: tuple[str, ...] = ()
+  resize: int = 0
   step: int | None = None
 
 
@@ -75,7 +78,7 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
     path: a file (`.pt`, `.pth.tar`, `.bin`, `.safetensors`), a folder of open_clip or Hugging Face, our orbax export,
       or a run.
     settings: fields that replace what was recognised, such as `{"image.heads": 12, "image.activation": "gelu"}`; names
-      are those of `config.model`, and `image_size` and `interpolation`.
+      are those of `config.model`, and `image_size`, `interpolation` and `resize`.
     step: which checkpoint of a run; by default the newest.
 
   Raises:
@@ -128,6 +131,8 @@ def from_state_dict(
   settings = dict(described := settings or {})
   found.image_size = settings.pop("image_size", found.image_size)
   found.interpolation = settings.pop("interpolation", found.interpolation)
+  declip = dialect.startswith("DeCLIP")  # which evaluates at 224 pixels cut out of 256
+  resize = settings.pop("resize", found.image_size * 256 // 224 if declip else 0)
   _replace(found.model, settings, name)
   has_text = "token_embedding.weight" in translated
   _, variables = abstract_variables(found.model, found.heads, found.image_size)
@@ -152,6 +157,7 @@ def from_state_dict(
     image_size=found.image_size,
     interpolation=found.interpolation,
     rest=rest,
+    resize=resize,
     remarks=(*remarks, *([f"without a place in this model: {', '.join(unused)}"] if unused else [])),
   )
 
@@ -190,6 +196,7 @@ def read_run(
     collections=collections,
     image_size=config.data.image_size,
     interpolation=config.data.interpolation,
+    resize=config.data.evaluation_resize,
     step=chosen,
   )
   return _with_settings(weights, settings or {}, str(workdir))
@@ -197,22 +204,21 @@ def read_run(
 
 def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
   about = config_lib.from_json(json.dumps(_json(path / EXPORT_FILE)))
-  if missing := {"model", "heads", "image_size", "interpolation", "origin"} - set(about):
+  if missing := {"model", "heads", "origin", *_VIEW} - set(about):
     raise ValueError(f"{path / EXPORT_FILE} lacks {', '.join(sorted(missing))}")
   _, variables = abstract_variables(about.model, about.heads, about.image_size)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     restored = checkpointer.restore((path / "arrays").resolve(), args=restore_as_numpy(variables))
-  weights = Weights(
-    about.origin, about.model, about.heads, **restored, image_size=about.image_size, interpolation=about.interpolation
-  )
+  view = {name: about[name] for name in _VIEW}
+  weights = Weights(about.origin, about.model, about.heads, **restored, **view)
   return _with_settings(weights, settings, str(path))
 
 
 def _with_settings(weights: Weights, settings: Mapping[str, Any], name: str) -> Weights:
   others = dict(settings)
-  size, interpolation = (others.pop(key, getattr(weights, key)) for key in ("image_size", "interpolation"))
+  view = {key: others.pop(key) for key in _VIEW if key in others}
   _replace(weights.model, others, name)
-  return weights._replace(image_size=size, interpolation=interpolation)
+  return weights._replace(**view)
 
 
 def _weights_file(folder: Path) -> Path:
@@ -243,7 +249,7 @@ def _replace(model: ConfigDict, settings: Mapping[str, Any], name: str) -> None:
     for parent in parents:
       node = node.get(parent, ConfigDict())
     if last not in node:
-      known = [key for key, _ in _leaves(model)] + ["image_size", "interpolation"]
+      known = [*(key for key, _ in _leaves(model)), *_VIEW]
       raise ValueError(f"{name}: setting {field!r} is no field of this model; there are {', '.join(known)}")
     with node.ignore_type():
       node[last] = value
@@ -472,6 +478,10 @@ def _hugging_face_settings(folder: Path) -> dict[str, Any]:
     fields = _json(preprocessor)
     settings |= {ours: tuple(fields[f"image_{ours}"]) for ours in ("mean", "std") if f"image_{ours}" in fields}
     settings["interpolation"] = {2: "bilinear", 3: "bicubic"}.get(fields.get("resample", 3), "bicubic")
+    shorter, crop = fields.get("size"), fields.get("crop_size")
+    shorter = shorter.get("shortest_edge", 0) if isinstance(shorter, dict) else shorter or 0
+    crop = crop.get("height", 0) if isinstance(crop, dict) else crop or 0
+    settings["resize"] = shorter if shorter > crop > 0 else 0
   return settings
 
 

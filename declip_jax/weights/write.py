@@ -69,6 +69,11 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
     config["init_logit_bias"] = float(tensors["logit_bias"].reshape(()))
   preprocess = {"mean": list(model.mean), "std": list(model.std), "interpolation": weights.interpolation}
   preprocess["resize_mode"] = "shortest"
+  if weights.resize:
+    notes.append(
+      f"left out: the resize to {weights.resize} pixels before evaluation cuts out {weights.image_size}; open_clip "
+      "resizes to the latter"
+    )
   _save(folder, "open_clip_model.safetensors", dialects.from_openai(tensors, dialect))
   _write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
   return notes
@@ -183,7 +188,7 @@ def _write_preprocessor(weights: Weights, folder: Path) -> None:
     "processor_class": "CLIPProcessor",
     "do_convert_rgb": True,
     "do_resize": True,
-    "size": {"shortest_edge": size},
+    "size": {"shortest_edge": weights.resize or size},
     "resample": _RESAMPLE[weights.interpolation],
     "do_center_crop": True,
     "crop_size": {"height": size, "width": size},
@@ -221,6 +226,7 @@ def _orbax(weights: Weights, folder: Path) -> list[str]:
     "heads": heads,
     "image_size": weights.image_size,
     "interpolation": weights.interpolation,
+    "resize": weights.resize,
   }
   _write_json(folder / EXPORT_FILE, about)
   notes = ["left out: the neighbour bank"] if bank else []

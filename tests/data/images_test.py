@@ -215,7 +215,7 @@ def test_resized_crop_equals_torchvision(interpolation):
 
 @pytest.mark.parametrize(
   ("name", "size", "resize"),
-  [("bicubic_64", 64, None), ("bicubic_65", 65, None), ("bilinear_64", 64, None), ("bilinear_64_of_73", 64, 73)],
+  [("bicubic_64", 64, 0), ("bicubic_65", 65, 0), ("bilinear_64", 64, 0), ("bilinear_64_of_73", 64, 73)],
 )
 def test_eval_view_equals_torchvision(name, size, resize):
   view = images.eval_view(IMAGE, size=size, resize=resize, interpolation=name.split("_")[0])

@@ -87,6 +87,7 @@ def encoders(words, batch_size=4):
     tokenizer=lambda texts: np.array([[words[text]] for text in texts]),
     image_size=8,
     interpolation="bilinear",
+    resize=0,
     batch_size=batch_size,
     rows=np.arange(batch_size),
   )

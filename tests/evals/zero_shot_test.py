@@ -27,6 +27,7 @@ def encoders(text_rows, prompts, image_rows=None, batch_size=4):
     tokenizer=lambda texts: np.array([[ids[text]] for text in texts]),
     image_size=8,
     interpolation="bilinear",
+    resize=0,
     batch_size=batch_size,
     rows=np.arange(batch_size),
   )

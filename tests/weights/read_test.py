@@ -172,3 +172,54 @@ def test_open_clip_configs_of_other_models_are_refused(field: str, value: object
   file.write_text(json.dumps(about))
   with pytest.raises(ValueError, match=message):
     read(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+  ("dialect", "extras", "activation", "guessed"),
+  [
+    ("OpenAI", {"epoch": 32, "name": "ViT-B-32"}, "gelu", False),
+    ("OpenAI", {"epoch": 32, "name": "ViT-B-32-quickgelu"}, "quick_gelu", False),
+    ("OpenAI", {}, "quick_gelu", True),  # a bare state dict of PyTorch: OpenAI's
+    ("open_clip, text apart", {"epoch": 1, "name": "ViT-B-32-quickgelu"}, "quick_gelu", False),
+    ("open_clip, text apart", {}, "gelu", True),
+    ("Hugging Face", {}, "quick_gelu", False),
+  ],
+)
+def test_activations(dialect: str, extras: dict, activation: str, guessed: bool, openai: dict[str, np.ndarray]) -> None:
+  found = from_state_dict(dialects.from_openai(openai, dialect), extras=extras)
+  assert (found.model.text.activation, bool(found.remarks)) == (activation, guessed)
+
+
+def test_a_trunk_of_timm_may_have_its_text_apart_and_a_vector_for_a_temperature(openai: dict[str, np.ndarray]) -> None:
+  tensors = {key: value for key, value in openai.items() if "ln_pre" not in key}
+  tensors |= {"visual.conv1.bias": tensors["visual.ln_post.bias"], "logit_scale": openai["logit_scale"].reshape(1)}
+  trunk = dialects.from_openai(tensors, "open_clip, timm trunk")
+  apart = {f"text.{key}" if not key.startswith(("visual.", "logit")) else key: x for key, x in trunk.items()}
+  found, expected = from_state_dict(apart), from_state_dict(trunk)
+  assert found.params["heads"]["logit_scale"].shape == ()
+  np.testing.assert_array_equal(
+    found.params["towers"]["text"]["final_norm"]["scale"], expected.params["towers"]["text"]["final_norm"]["scale"]
+  )
+
+
+def test_guesses_warn_and_other_vocabularies_take_ids_only(openai: dict[str, np.ndarray], tmp_path: Path) -> None:
+  safetensors.numpy.save_file(openai, tmp_path / "bare.safetensors")
+  with pytest.warns(UserWarning, match=r"bare.safetensors: the file does not say its activation"):
+    clip = declip_jax.load(tmp_path / "bare.safetensors")
+  with pytest.raises(ValueError, match="have 128 tokens and end texts with 127, which is not OpenAI's vocabulary"):
+    clip.encode_text(["a dog"])
+  assert np.isfinite(clip.text_features([[126, 5, 127]])).all()
+
+
+@pytest.mark.parametrize(
+  ("setting", "message"),
+  [
+    ({"remat": "all"}, r"config.model.remat='all': choose one of \['dots', 'full', 'none'\]"),
+    ({"image.activation": "relu"}, r"config.model.image.activation='relu': choose one of \['gelu', 'quick_gelu'\]"),
+    ({"text.heads": 3}, r"config.model.text.heads=3 does not divide config.model.text.width=128"),
+    ({"text.buckets": (8, 4)}, r"config.model.text.buckets=\(8, 4\): positive lengths, ascending"),
+  ],
+)
+def test_models_that_cannot_be_are_refused(setting: dict, message: str, openai: dict[str, np.ndarray]) -> None:
+  with pytest.raises(ValueError, match=message):
+    from_state_dict(openai, setting)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from flax.traverse_util import flatten_dict
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import PIL.Image
@@ -61,6 +62,11 @@ def test_read_again_it_is_the_same(name: str, format: str, tmp_path: Path) -> No
   for key in theirs.keys() - set(moved):
     np.testing.assert_array_equal(theirs[key], ours[key], err_msg=key)
   assert (again.image_size, again.interpolation) == (weights.image_size, weights.interpolation)
+  assert weights.resize == (36 if name == "declip" else 0)  # as 256 to 224
+  if format == "open_clip":  # which has no place for it
+    assert (again.resize, any("left out: the resize" in note for note in notes)) == (0, name == "declip")
+  else:
+    assert again.resize == weights.resize
   for part in ("image", "text", "mean", "std"):
     ours, theirs = weights.model[part], again.model[part]
     assert dict(ours.items()) == dict(theirs.items()) if part in ("image", "text") else ours == theirs
@@ -164,7 +170,13 @@ def test_load_takes_images_of_all_kinds_and_numbers(workdir: Path, tmp_path: Pat
   many = clip.encode_image([pixels] * 21, batch_size=8)
   np.testing.assert_allclose(many, np.repeat(rows[:1], 21, axis=0), atol=1e-6)
   np.testing.assert_allclose(clip.encode_image(np.stack([pixels] * 3)), rows[:3], atol=1e-6)
+  np.testing.assert_allclose(clip.encode_image(x for x in (file, pixels)), rows[:2], atol=1e-6)
+  np.testing.assert_allclose(clip.encode_image(jnp.asarray(pixels)), rows[:1], atol=1e-6)
+  grey = np.repeat(pixels[..., :1], 3, axis=2)
+  np.testing.assert_allclose(clip.encode_image(grey[..., 0]), clip.encode_image(grey), atol=1e-6)
   assert clip.encode_image([]).shape == clip.encode_text([]).shape == (0, 16)
+  with pytest.raises(ValueError, match="batch_size is 0"):
+    clip.encode_image([pixels], batch_size=0)
   features = clip.image_features(clip.normalise(clip.preprocess(pixels)[None]))
   np.testing.assert_allclose(features / np.linalg.norm(features), rows[:1], atol=1e-5)
   text = clip.text_features(clip.tokenizer(["a ring"]))
