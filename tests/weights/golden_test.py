@@ -383,6 +383,40 @@ def test_declip_outputs(declip):
   np.testing.assert_allclose(words, expected["text_words1"], **FORWARD)
 
 
+def test_neighbours_of_declip(declip):
+  golden, _, (_, _, _, outputs, *_) = declip
+  arrays = golden.arrays
+  np.testing.assert_allclose(reference_neighbour_loss(arrays, outputs), arrays["declip/nn_loss"], atol=1e-5)
+  searched = bank.empty(*arrays["bank_before"].shape)._replace(entries=jnp.asarray(arrays["bank_before"]))
+  for t in (1, 2):
+    neighbours = bank.nearest(searched, outputs.text[t - 1])
+    np.testing.assert_array_equal(neighbours, arrays["bank_before"][arrays[f"declip/nn_index_text{t}"]])
+    for i in (1, 2):
+      logits = outputs.scale * outputs.image[i - 1] @ neighbours.T
+      np.testing.assert_allclose(logits, arrays[f"declip/nn_logits_image{i}_text{t}"], **FORWARD)
+
+
+def test_towers_of_filip_and_defilip(declip):
+  """What their losses start from; the losses themselves are not ours yet."""
+  golden, batch, (_, _, features, outputs, *_) = declip
+  arrays = golden.arrays
+  projection = golden.params["heads"]["image_projection"]["kernel"]
+  np.testing.assert_allclose(features.image[:, 0] @ projection, arrays["filip/image_features1"], **FORWARD)
+  np.testing.assert_allclose(outputs.text[0], unit_norm(arrays["filip/text_features1"]), atol=1e-5)
+  loss, logits = info_nce(outputs.image[0], outputs.text[0], outputs.scale)
+  np.testing.assert_allclose(logits, arrays["filip/logits_per_image"], **FORWARD)
+  np.testing.assert_allclose(logits.T, arrays["filip/logits_per_text"], **FORWARD)
+  np.testing.assert_allclose(loss, arrays["filip/clip_loss"], atol=1e-5)
+  for view, name in ((1, "filip/image_dense1"), (1, "defilip/image_dense1"), (2, "defilip/image_dense2")):
+    states = golden.inside("image", nhwc(arrays[f"images{view}"]), 2)["transformer"]["__call__"][0]
+    np.testing.assert_allclose(states[:, 1:], arrays[name], **FORWARD)
+  variables = {"params": golden.params["towers"]["text"]}
+  for view, name in ((0, "filip/text_words1"), (1, "defilip/text_words2")):
+    states = golden.inside("text", batch["text"][:, view], 2)["transformer"]["__call__"][0]
+    words = golden.model.towers.text.apply(variables, states, method="normalise")
+    np.testing.assert_allclose(words, arrays[name], **FORWARD)
+
+
 def test_declip_terms(declip):
   golden, _, (*_, metrics, _) = declip
   arrays = golden.arrays
