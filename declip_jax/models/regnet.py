@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from declip_jax.models.batch_norm import BatchNorm
-from declip_jax.models.stages import apply_stage
+from declip_jax.models.stages import apply_stage, convolution
 from declip_jax.models.transformer import torch_uniform
 
 QUANTUM = 8  # widths are multiples of it, until they are made multiples of the group width
@@ -45,17 +45,7 @@ def stages(
 
 
 def _convolution(features: int, kernel: int, stride: int, dtype: Any, name: str, groups: int = 1) -> nn.Conv:
-  return nn.Conv(
-    features,
-    (kernel, kernel),
-    (stride, stride),
-    padding=kernel // 2,
-    use_bias=False,
-    feature_group_count=groups,
-    dtype=dtype,
-    kernel_init=_fan_out_normal(features, kernel),
-    name=name,
-  )
+  return convolution(features, kernel, stride, _fan_out_normal(features, kernel), dtype, name, groups)
 
 
 def _fan_out_normal(features: int, kernel: int = 1) -> nn.initializers.Initializer:

@@ -10,21 +10,12 @@ from jaxtyping import Array, Float
 
 from declip_jax.models.attention import attend
 from declip_jax.models.batch_norm import BatchNorm
-from declip_jax.models.stages import apply_stage
+from declip_jax.models.stages import apply_stage, convolution
 from declip_jax.models.transformer import torch_uniform
 
 
 def _convolution(features: int, kernel: int, stride: int, fan_in: int, dtype: Any, name: str) -> nn.Conv:
-  return nn.Conv(
-    features,
-    (kernel, kernel),
-    (stride, stride),
-    padding=kernel // 2,
-    use_bias=False,
-    dtype=dtype,
-    kernel_init=torch_uniform(fan_in),
-    name=name,
-  )
+  return convolution(features, kernel, stride, torch_uniform(fan_in), dtype, name)
 
 
 def _average_pool(x: Float[Array, "b h w c"], stride: int) -> Float[Array, "b h2 w2 c"]:

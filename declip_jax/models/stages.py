@@ -6,7 +6,24 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from declip_jax.models.transformer import REMAT_POLICIES
+from declip_jax.models.transformer import REMAT_POLICIES, Initializer
+
+
+def convolution(
+  features: int, kernel: int, stride: int, init: Initializer, dtype: Any, name: str, groups: int = 1
+) -> nn.Conv:
+  """A square convolution without bias, padded so that stride 1 keeps the size."""
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    (stride, stride),
+    padding=kernel // 2,
+    use_bias=False,
+    feature_group_count=groups,
+    dtype=dtype,
+    kernel_init=init,
+    name=name,
+  )
 
 
 def apply_stage(
