@@ -68,8 +68,8 @@ def late_interaction(
   def compare(tokens: Float[Array, "c t e"], valid: Bool[Array, "c t"]) -> tuple[Float[Array, "b c"], ...]:
     likeness = jnp.einsum("bne,cte->bnct", image_tokens, tokens)
     count = jnp.maximum(valid.sum(axis=-1), 1)
-    image_to_text = jnp.where(valid, likeness, -jnp.inf).max(axis=3).mean(axis=1)
-    text_to_image = jnp.where(valid, likeness.max(axis=1), 0).sum(axis=-1) / count
+    image_to_text = _largest(jnp.where(valid, likeness, -jnp.inf), axis=3).mean(axis=1)
+    text_to_image = jnp.where(valid, _largest(likeness, axis=1), 0).sum(axis=-1) / count
     return image_to_text, text_to_image
 
   cost = image_tokens.shape[0] * image_tokens.shape[1] * text_tokens.shape[1]
@@ -90,10 +90,31 @@ def _best_matches(query: Float[Array, "b n e"], candidate: Float[Array, "c k e"]
   """The mean over query tokens of the largest inner product with a token of the candidate."""
 
   def compare(tokens: Float[Array, "c k e"]) -> tuple[Float[Array, "b c"]]:
-    return (jnp.einsum("bne,cke->bnck", query, tokens).max(axis=3).mean(axis=1),)
+    return (_largest(jnp.einsum("bne,cke->bnck", query, tokens), axis=3).mean(axis=1),)
 
   cost = query.shape[0] * query.shape[1] * candidate.shape[1]
   return _in_blocks(compare, (candidate,), cost, devices)[0]
+
+
+def _largest(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+  """`x.max(axis)`, of which the first of equal values has the gradient, as in PyTorch; JAX shares it out among them.
+
+  The gradient needs where the maxima stood and not `x`, which would be written, compared and counted again.
+  """
+  size = x.shape[axis]
+
+  def forward(x: Array) -> tuple[Array, Array]:
+    value = x.max(axis)
+    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return value, jnp.where(x == jnp.expand_dims(value, axis), place, size).min(axis)
+
+  def backward(first: Array, gradient: Array) -> tuple[Array]:
+    chosen = jax.nn.one_hot(first, size, axis=axis, dtype=bool)
+    return (jnp.where(chosen, jnp.expand_dims(gradient, axis), 0),)
+
+  largest = jax.custom_vjp(lambda x: x.max(axis))
+  largest.defvjp(forward, backward)
+  return largest(x)
 
 
 def _most_similar(tokens: Float[Array, "b n e"], partner: Float[Array, "b t e"], k: int) -> Float[Array, "b k e"]:
