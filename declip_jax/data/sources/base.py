@@ -5,6 +5,33 @@ from typing import Protocol, TypedDict
 import numpy as np
 
 
+# Why a sample cannot be used.
+BAD = (
+  "missing file",  # or member, or it cannot be read
+  "empty image",  # of no bytes
+  "unknown format",  # the bytes are no image that we know
+  "damaged image",  # cut off, or it cannot be decoded
+  "too many pixels",
+  "no caption",
+  "damaged record",  # what describes the sample cannot be parsed: its .json, its class, its line
+)
+
+
+class BadSample(ValueError):
+  """A sample that cannot be used: the pipeline takes another and counts it.
+
+  Attributes:
+    kind: one of `BAD`.
+  """
+
+  def __init__(self, kind: str, message: str):
+    super().__init__(message)
+    self.kind = kind
+
+  def __reduce__(self) -> tuple[type, tuple[str, str]]:
+    return BadSample, (self.kind, str(self))  # without it, to cross from a worker process fails
+
+
 class Example(TypedDict):
   """One example as it lies in the source: nothing decoded, augmented or tokenized.
 
@@ -41,4 +68,10 @@ class Source(Protocol):
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> Example: ...
+  def __getitem__(self, index: int) -> Example:
+    """Reads one example.
+
+    Raises:
+      BadSample: this one cannot be used; others can.
+    """
+    ...
