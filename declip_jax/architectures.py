@@ -55,6 +55,7 @@ def regnet(initial_width: int, slope: float, multiplier: float, depth: int, grou
 def text(width: int, depth: int = 12, **options: Any) -> ConfigDict:
   """OpenAI's causal text transformer, heads 64 wide; `options` replace fields. See `models.text.TextTransformer`."""
   c = ConfigDict()
+  c.tokenizer = "openai"  # or "huggingface:FILE" (a tokenizer.json) or "sentencepiece:FILE"
   c.vocab_size = 49408  # OpenAI's; one more where a mask token is needed
   c.eot = 49407  # id of the end-of-text token, whose state is the feature of a text
   c.width, c.depth, c.heads = width, depth, width // 64

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 
 from declip_jax.data import images as image_ops
-from declip_jax.data.tokenizer import Tokenizer
+from declip_jax.data.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals.embed import Encoders, Rows, Similarity, TextTokens, cosines, count, take
 from declip_jax.models.model import Model, make_model
 from declip_jax.objectives.filip import late_interaction
@@ -128,7 +128,7 @@ class Clip:
     self.model = make_model(weights.model, views=Views(), heads=weights.heads)
     place = partial(jax.device_put, device=replicated(mesh))
     self.params, self.collections = place(weights.params), place(weights.collections)
-    self.tokenizer = Tokenizer(weights.model.text.context_length)
+    self.tokenizer = make_tokenizer(weights.model.text.tokenizer, weights.model.text.context_length)
     self.image_size, self.interpolation, self.resize = weights.image_size, weights.interpolation, weights.resize
     self.mean, self.std = weights.model.mean, weights.model.std
     self.tokens, self._warned = weights.tokens, False
@@ -279,10 +279,10 @@ class Clip:
   def _check_vocabulary(self) -> None:
     self._check_text()
     text = self.model.towers.text
-    if text.vocab_size < self.tokenizer.mask or text.eot != self.tokenizer.eot:
+    if text.vocab_size < self.tokenizer.plain_size or text.eot != self.tokenizer.eot:
       raise ValueError(
         f"these weights ({self.origin}) have {text.vocab_size} tokens and end texts with {text.eot}, which is not "
-        "OpenAI's vocabulary: give token ids to text_features"
+        "the tokenizer's vocabulary: give token ids to text_features"
       )
 
   def _warn_of_pooling(self) -> None:

@@ -22,13 +22,20 @@ import optax
 from declip_jax import objectives, optim
 from declip_jax.config import steps_of
 from declip_jax.data.recipes import MakeViews, Recipe, get_recipe, trimmed
-from declip_jax.data.tokenizer import Tokenizer
+from declip_jax.data.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.models.model import Model, make_model
 from declip_jax.optim import below
 from declip_jax.sharding import make_mesh
 from declip_jax.types import Batch
 
-USER_ERRORS = (ValueError, FloatingPointError, FileNotFoundError, NotADirectoryError, PermissionError)
+USER_ERRORS = (
+  ValueError,
+  FloatingPointError,
+  FileNotFoundError,
+  NotADirectoryError,
+  PermissionError,
+  ChildProcessError,
+)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _OVERRIDES = (
   "weak_scale",
@@ -69,17 +76,22 @@ def build(config: ConfigDict) -> Parts:
   Raises:
     ValueError: a name or a number that does not fit; the message says which and what would.
   """
-  tokenizer = Tokenizer(config.model.text.context_length)
+  tokenizer = make_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
   recipe = get_recipe(config.data.recipe, {name: config.data[name] for name in _OVERRIDES})
   if config.data.neighbour_texts is not None:
     recipe = _with_neighbour_texts(recipe, config.data.neighbour_texts)
   objectives.check_views(recipe.views, config.weights, config.data.recipe)
   recipe = trimmed(recipe, objectives.used_views(recipe.views, config.weights))
-  needed = tokenizer.vocab_size if "masked" in recipe.text_views else tokenizer.mask
+  needed = tokenizer.vocab_size if "masked" in recipe.text_views else tokenizer.plain_size
   if config.model.text.vocab_size < needed:
     raise ValueError(
       f"config.model.text.vocab_size={config.model.text.vocab_size} is too small: recipe {config.data.recipe!r} "
       f"makes ids up to {needed - 1}"
+    )
+  if config.model.text.eot != tokenizer.eot:
+    raise ValueError(
+      f"config.model.text.eot={config.model.text.eot}: config.model.text.tokenizer={config.model.text.tokenizer!r} "
+      f"ends texts with {tokenizer.eot}"
     )
   if config.model.image.get("patch") and config.data.image_size % config.model.image.patch:
     raise ValueError(

@@ -62,18 +62,25 @@ class MaskedText(NamedTuple):
   weight: np.ndarray
 
 
-def choose_caption(captions: Sequence[str], rng: np.random.Generator) -> str:
-  """Returns one caption of an example, uniformly among those that are not blank.
+def choose_caption(captions: Sequence[str], rng: np.random.Generator, weights: Sequence[float] = ()) -> str:
+  """Returns one caption of an example, among those that are not blank.
 
-  DeCLIP's code takes the first one always.
+  Args:
+    captions: of the example.
+    rng: generator of the example.
+    weights: of the first, the second caption and so on; captions beyond have none. () gives all the same. DeCLIP's code
+      takes the first one always, which is (1,). If all that are written have none, they have the same.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is no caption.
   """
-  written = [caption for caption in captions if caption.strip()]
+  written = [place for place, caption in enumerate(captions) if caption.strip()]
   if not written:
     raise ValueError(f"no caption: {captions!r} holds no text")
-  return written[rng.integers(len(written))]
+  chances = np.array([weights[place] if place < len(weights) else 0.0 for place in written])
+  if not chances.any():
+    return captions[written[rng.integers(len(written))]]
+  return captions[written[int(rng.choice(len(written), p=chances / chances.sum()))]]
 
 
 @functools.cache
@@ -128,6 +135,21 @@ def replace_synonyms(words: Sequence[str], rng: np.random.Generator, n: int = 1)
   return [chosen.get(word, word) for word in words]
 
 
+def insert_synonyms(words: Sequence[str], rng: np.random.Generator, n: int = 1) -> list[str]:
+  """Returns the words with `n` synonyms of random words of theirs, no stop words, put in at random places.
+
+  If no word has a synonym, all stay as they are. A synonym of two words comes as one string with a space.
+  """
+  new = list(words)
+  known = [word for word in words if word.lower() not in STOP_WORDS]
+  for _ in range(n):
+    for i in rng.permutation(len(known)):
+      if synonyms := find_synonyms(known[i]):
+        new.insert(int(rng.integers(len(new) + 1)), synonyms[rng.integers(len(synonyms))])
+        break
+  return new
+
+
 def swap_words(words: Sequence[str], rng: np.random.Generator) -> list[str]:
   """Returns the words with two of them, at different places, swapped; fewer than two stay as they are.
 
@@ -149,24 +171,31 @@ def delete_words(words: Sequence[str], rng: np.random.Generator, p: float = 0.1)
   return kept or [words[rng.integers(len(words))]]
 
 
-_OPERATIONS: tuple[Callable[[Sequence[str], np.random.Generator], list[str]], ...] = (
-  replace_synonyms,
-  swap_words,
-  delete_words,
-)
+# What `data.recipes.Recipe.text_operations` may name.
+OPERATIONS: dict[str, Callable[[Sequence[str], np.random.Generator], list[str]]] = {
+  "replace": replace_synonyms,
+  "insert": insert_synonyms,
+  "swap": swap_words,
+  "delete": delete_words,
+}
 
 
-def augment(text: str, rng: np.random.Generator) -> str:
-  """Returns a caption varied by one operation of EDA, of three with equal chance; blank text gives the empty string.
+def augment(text: str, rng: np.random.Generator, operations: Sequence[str] = ("replace", "swap", "delete")) -> str:
+  """Returns a caption varied by one operation of EDA, each with equal chance; blank text gives the empty string.
 
   Words are what white space separates. Linear in the length of the text.
 
-  Easy Data Augmentation (Wei and Zou, 2019, arXiv:1901.11196) without its random insertion, as DeCLIP uses it (Li et
-  al., 2021, arXiv:2110.05208). DeCLIP's code draws from one global generator that every process seeds with
-  1; we draw from the `rng` of the example.
+  Easy Data Augmentation (Wei and Zou, 2019, arXiv:1901.11196); the default is without its random insertion, as DeCLIP
+  uses it (Li et al., 2021, arXiv:2110.05208). DeCLIP's code draws from one global generator that every process seeds
+  with 1; we draw from the `rng` of the example.
+
+  Args:
+    text: a caption.
+    rng: generator of the example.
+    operations: names of `OPERATIONS`.
   """
   words = text.split()
-  operation = _OPERATIONS[rng.integers(len(_OPERATIONS))]
+  operation = OPERATIONS[operations[rng.integers(len(operations))]]
   return " ".join(operation(words, rng))
 
 
@@ -187,6 +216,7 @@ def mask_tokens(
   *,
   slots: int,
   probability: float = 0.15,
+  whole_words: bool = False,
 ) -> MaskedText:
   """Masks a tokenized caption for masked language modelling (BERT: Devlin et al., 2018, arXiv:1810.04805, section 3.1).
 
@@ -202,6 +232,8 @@ def mask_tokens(
     tokenizer: gives the special ids.
     slots: `k`, room for selected positions; see `mlm_slots`.
     probability: chance of a token to be selected.
+    whole_words: whether words are selected, with all their tokens, as in BERT's models of May 2019. Of more words than
+      fit into `slots` random ones are selected; a word that is longer than `slots` never is.
 
   Raises:
     ValueError: the row holds no end of text.
@@ -210,13 +242,24 @@ def mask_tokens(
   ends = np.flatnonzero(tokens == tokenizer.eot)
   if not ends.size:
     raise ValueError(f"the row {tokens.tolist()} holds no end of text, id {tokenizer.eot}")
-  selected = 1 + np.flatnonzero(rng.random(ends[0] - 1) < probability)
-  if len(selected) > slots:
-    selected = np.sort(rng.choice(selected, slots, replace=False))
+  if whole_words:
+    selected = 1 + _words_within(tokenizer.word_numbers(tokens[1 : ends[0]]), rng, slots, probability)
+  else:
+    selected = 1 + np.flatnonzero(rng.random(ends[0] - 1) < probability)
+    if len(selected) > slots:
+      selected = np.sort(rng.choice(selected, slots, replace=False))
   k = len(selected)
   position, target, weight = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.zeros(slots, np.float32)
   position[:k], target[:k], weight[:k] = selected, tokens[selected], 1
   fate = rng.random(k)
-  random_ids = rng.integers(tokenizers.ORDINARY_IDS, size=k)
+  random_ids = tokenizer.random_ids(rng, k)
   tokens[selected] = np.where(fate < 0.8, tokenizer.mask, np.where(fate < 0.9, random_ids, tokens[selected]))
   return MaskedText(tokens, position, target, weight)
+
+
+def _words_within(words: np.ndarray, rng: np.random.Generator, slots: int, probability: float) -> np.ndarray:
+  """The places, ascending, of the tokens of random words, `slots` of them at most; `words` numbers the word of each."""
+  lengths = np.bincount(words)
+  chosen = rng.permutation(np.flatnonzero((rng.random(len(lengths)) < probability) & (lengths <= slots)))
+  chosen = chosen[np.cumsum(lengths[chosen]) <= slots]
+  return np.flatnonzero(np.isin(words, chosen))

@@ -1,7 +1,7 @@
-"""Captions to token ids: OpenAI's cleaning and byte-pair encoding, in front of a Rust implementation of the latter.
+"""Captions to token ids: OpenAI's cleaning and byte-pair encoding by default, or a tokenizer file of the user's.
 
 Ids equal those of `clip.tokenize(..., truncate=True)` of openai/CLIP but for two classes of captions: we drop literal
-special tokens (see `Tokenizer.encode`), and U+0345 and code points that Unicode has not assigned may split elsewhere,
+special tokens (see `OpenAI.encode`), and U+0345 and code points that Unicode has not assigned may split elsewhere,
 because the two sides carry different versions of the Unicode tables.
 """
 
@@ -10,14 +10,24 @@ import dataclasses
 import functools
 import html
 import itertools
+import os
 import re
+from typing import Any, Protocol
 
 import ftfy
 import instant_clip_tokenizer
+from jaxtyping import Bool, Int
 import numpy as np
 
-ORDINARY_IDS = 49406  # 256 bytes, 256 bytes that end a word, 48,894 merges
+ORDINARY_IDS = 49406  # of OpenAI's: 256 bytes, 256 bytes that end a word, 48,894 merges
 _SPECIAL_TEXT = re.compile(r"<\|(?:start|end)oftext\|>")
+# What special tokens are called in the files of others, in the order of preference.
+_NAMES = {
+  "sot": ("<|startoftext|>", "[CLS]", "<s>", "<bos>", "<|begin_of_text|>"),
+  "eot": ("<|endoftext|>", "[SEP]", "</s>", "<eos>", "<|end_of_text|>"),
+  "mask": ("[MASK]", "<mask>", "<|mask|>"),
+  "pad": ("[PAD]", "<pad>", "<|pad|>"),
+}
 
 
 def clean(text: str) -> str:
@@ -31,6 +41,29 @@ def clean(text: str) -> str:
   return " ".join(text.split()).lower()
 
 
+class Encoder(Protocol):
+  """Text to ids and back, without start, end and filling. Picklable; what it reads is loaded once per process.
+
+  Attributes:
+    size: ids are below it.
+    special: ids that stand for no text, ascending.
+  """
+
+  @property
+  def size(self) -> int: ...
+
+  @property
+  def special(self) -> tuple[int, ...]: ...
+
+  def encode(self, text: str) -> list[int]: ...
+
+  def decode(self, ids: list[int]) -> str: ...
+
+  def word_marks(self) -> tuple[Bool[np.ndarray, "size"], Bool[np.ndarray, "size"]]:
+    """Which tokens say that a word begins with them, and which that one ends."""
+    ...
+
+
 @functools.cache
 def _byte_pairs() -> instant_clip_tokenizer.Tokenizer:
   """Builds the encoder once per process: it takes 60 ms and does not pickle."""
@@ -38,8 +71,144 @@ def _byte_pairs() -> instant_clip_tokenizer.Tokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class OpenAI:
+  """OpenAI's byte-pair encoding behind its cleaning (see `clean`); lower case."""
+
+  size: int = ORDINARY_IDS
+  special: tuple[int, ...] = ()
+
+  def encode(self, text: str) -> list[int]:
+    """Drops the literal strings `<|startoftext|>` and `<|endoftext|>`: OpenAI's tokenizer turns them into the special
+    ids, and so lets a caption end itself. A literal `<|mask|>` is ordinary text, as in DeCLIP.
+    """
+    text = clean(text)
+    if "<|" in text:
+      text = _SPECIAL_TEXT.sub(" ", text)
+    return _byte_pairs().encode(text)
+
+  def decode(self, ids: list[int]) -> str:
+    return _byte_pairs().decode(ids)
+
+  def word_marks(self) -> tuple[Bool[np.ndarray, "size"], Bool[np.ndarray, "size"]]:
+    ends = np.array([_byte_pairs().decode([index]).endswith(" ") for index in range(self.size)])
+    return np.zeros_like(ends), ends
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer_json(path: str) -> Any:
+  try:
+    import tokenizers
+  except ModuleNotFoundError as error:
+    raise ValueError(f"{path}: reading it needs pip install 'declip_jax[tokenizers]'") from error
+  try:
+    return tokenizers.Tokenizer.from_file(path)
+  except Exception as error:  # the library raises nothing narrower
+    raise ValueError(f"{path} is no tokenizer.json of Hugging Face: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace:
+  """A `tokenizer.json` of Hugging Face's tokenizers, with its own normalisation."""
+
+  path: str
+
+  @property
+  def size(self) -> int:
+    return _tokenizer_json(self.path).get_vocab_size()
+
+  @functools.cached_property
+  def special(self) -> tuple[int, ...]:
+    added = _tokenizer_json(self.path).get_added_tokens_decoder()
+    return tuple(sorted(index for index, token in added.items() if token.special))
+
+  def find(self, names: Sequence[str]) -> int | None:
+    """The id of the first of these tokens that there is."""
+    found = (_tokenizer_json(self.path).token_to_id(name) for name in names)
+    return next((index for index in found if index is not None), None)
+
+  def encode(self, text: str) -> list[int]:
+    ids = _tokenizer_json(self.path).encode(_spaced(text), add_special_tokens=False).ids
+    return [index for index in ids if index not in self.special]  # a caption may spell one out
+
+  def decode(self, ids: list[int]) -> str:
+    return _tokenizer_json(self.path).decode(ids)
+
+  def word_marks(self) -> tuple[Bool[np.ndarray, "size"], Bool[np.ndarray, "size"]]:
+    return _marks([_tokenizer_json(self.path).id_to_token(index) or "" for index in range(self.size)])
+
+
+@functools.lru_cache(maxsize=4)
+def _sentence_pieces(path: str) -> Any:
+  try:
+    import sentencepiece
+  except ModuleNotFoundError as error:
+    raise ValueError(f"{path}: reading it needs pip install 'declip_jax[tokenizers]'") from error
+  try:
+    return sentencepiece.SentencePieceProcessor(model_file=path)
+  except (OSError, RuntimeError) as error:
+    raise ValueError(f"{path} is no model of SentencePiece: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePiece:
+  """A model of SentencePiece, with its own normalisation."""
+
+  path: str
+
+  @property
+  def size(self) -> int:
+    return _sentence_pieces(self.path).get_piece_size()
+
+  @functools.cached_property
+  def special(self) -> tuple[int, ...]:
+    pieces = _sentence_pieces(self.path)
+    return tuple(i for i in range(self.size) if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i))
+
+  def find(self, names: Sequence[str]) -> int | None:
+    """The id of the first of these pieces that there is."""
+    pieces = _sentence_pieces(self.path)
+    return next(
+      (pieces.piece_to_id(name) for name in names if pieces.id_to_piece(pieces.piece_to_id(name)) == name), None
+    )
+
+  def encode(self, text: str) -> list[int]:
+    return _sentence_pieces(self.path).encode(_spaced(text))
+
+  def decode(self, ids: list[int]) -> str:
+    return _sentence_pieces(self.path).decode(ids)
+
+  def word_marks(self) -> tuple[Bool[np.ndarray, "size"], Bool[np.ndarray, "size"]]:
+    return _marks([_sentence_pieces(self.path).id_to_piece(index) for index in range(self.size)])
+
+
+def _spaced(text: str) -> str:
+  """Words with one space between, without what cannot be encoded: NUL characters and halves of surrogate pairs."""
+  return " ".join(text.replace("\0", " ").encode("utf-8", "ignore").decode("utf-8").split())
+
+
+def _marks(tokens: Sequence[str]) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
+  """Which tokens begin, and which end a word, by the spelling of the vocabulary.
+
+  CLIP's ends words with "</w>"; SentencePiece and GPT-2 begin them with a mark for the space; BERT marks what goes on.
+  """
+  no = np.zeros(len(tokens), bool)
+  ends = np.array([token.endswith("</w>") for token in tokens])
+  if ends.any():
+    return no, ends
+  begins = np.array(
+    [token.startswith(("\N{LOWER ONE EIGHTH BLOCK}", "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}")) for token in tokens]
+  )
+  return (begins if begins.any() else np.array([not token.startswith("##") for token in tokens])), no
+
+
+@functools.lru_cache(maxsize=4)
+def _word_marks(encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
+  return encoder.word_marks()
+
+
+@dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """Encodes captions; picklable and cheap to make.
+  """Encodes captions as rows of ids; picklable and cheap to make.
 
   The special ids are plain fields. The defaults are OpenAI's, with the mask token of masked language modelling behind
   them, so that OpenAI's ids and weights fit unchanged. DeCLIP's released models insert the mask before the other two,
@@ -51,6 +220,7 @@ class Tokenizer:
     eot: id of the end of text.
     mask: id of the mask.
     pad: id of the filling; 0 as in OpenAI's code, which is also the id of a `!` inside a word.
+    encoder: of the text between.
   """
 
   context_length: int = 77
@@ -58,6 +228,7 @@ class Tokenizer:
   eot: int = 49407
   mask: int = 49408
   pad: int = 0
+  encoder: Encoder = OpenAI()
 
   def __post_init__(self) -> None:
     if self.context_length < 2:
@@ -66,18 +237,16 @@ class Tokenizer:
   @property
   def vocab_size(self) -> int:
     """Number of ids, the specials included."""
-    return ORDINARY_IDS + 3
+    return max(self.plain_size, self.mask + 1)
+
+  @property
+  def plain_size(self) -> int:
+    """Number of ids that a text without masked tokens needs."""
+    return max(self.encoder.size, self.sot + 1, self.eot + 1)
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of a caption, cleaned but not truncated, without start and end of text.
-
-    The literal strings `<|startoftext|>` and `<|endoftext|>` are dropped: OpenAI's tokenizer turns them into the
-    special ids, and so lets a caption end itself. A literal `<|mask|>` is ordinary text, as in DeCLIP.
-    """
-    text = clean(text)
-    if "<|" in text:
-      text = _SPECIAL_TEXT.sub(" ", text)
-    return _byte_pairs().encode(text)
+    """Returns the ids of a caption, cleaned but not truncated, without start and end of text."""
+    return self.encoder.encode(text)
 
   def pad_ids(self, ids: Sequence[int]) -> np.ndarray:
     """Returns ids of `encode` as a row int32 `[t]`: start of text, ids (as many as fit), end of text, filling."""
@@ -97,6 +266,21 @@ class Tokenizer:
     rows = [self.pad_ids(self.encode(text)) for text in texts]
     return np.stack(rows) if rows else np.empty((0, self.context_length), np.int32)
 
+  def random_ids(self, rng: np.random.Generator, count: int) -> Int[np.ndarray, "count"]:
+    """Returns ids of text, each with the same chance."""
+    ids = rng.integers(self.encoder.size - len(self.encoder.special), size=count)
+    for special in self.encoder.special:
+      ids += ids >= special
+    return ids
+
+  def word_numbers(self, ids: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """Returns to which word each token of a caption belongs, counted from 0; `ids` without start and end of text."""
+    begins, ends = _word_marks(self.encoder)
+    first = begins[ids]
+    first[1:] |= ends[ids[:-1]]
+    first[:1] = True
+    return np.cumsum(first) - 1
+
   def decode(self, ids: Iterable[int]) -> str:
     """Returns readable text for ids of `encode` or for a row: up to the end of text, with `[mask]` for the mask token.
 
@@ -105,5 +289,38 @@ class Tokenizer:
     body = itertools.takewhile(lambda i: i != self.eot, map(int, ids))
     words = (i for i in body if i != self.sot)
     runs = itertools.groupby(words, key=lambda i: i == self.mask)
-    texts = ("[mask] " * len(list(run)) if masked else _byte_pairs().decode(list(run)) for masked, run in runs)
+    texts = ("[mask] " * len(list(run)) if masked else self.encoder.decode(list(run)) for masked, run in runs)
     return " ".join(" ".join(texts).split())
+
+
+def make_tokenizer(name: str, context_length: int) -> Tokenizer:
+  """The tokenizer of `config.model.text.tokenizer`, for rows of `context_length` tokens.
+
+  Args:
+    name: "openai"; "huggingface:FILE" for a `tokenizer.json`; "sentencepiece:FILE" for a model of SentencePiece. The
+      ids of start, end, mask and filling are those of the file's tokens "[CLS]", "[SEP]", "[MASK]", "[PAD]" or of other
+      usual names; a start or a mask that the file lacks gets a new id behind its vocabulary, and filling is 0 then.
+    context_length: `t`.
+
+  Raises:
+    ValueError: another name, or a file that cannot be read or has no end of text.
+  """
+  kind, _, path = name.partition(":")
+  encoders = {"huggingface": HuggingFace, "sentencepiece": SentencePiece}
+  if name == "openai":
+    return Tokenizer(context_length)
+  if kind not in encoders or not path:
+    raise ValueError(
+      f"config.model.text.tokenizer={name!r}: choose 'openai', 'huggingface:FILE' (a tokenizer.json) or "
+      "'sentencepiece:FILE'"
+    )
+  path = os.path.abspath(os.path.expanduser(path))
+  if not os.path.isfile(path):
+    raise ValueError(f"config.model.text.tokenizer={name!r}: there is no file {path}")
+  encoder = encoders[kind](path)
+  ids = {role: encoder.find(names) for role, names in _NAMES.items()}
+  if ids["eot"] is None:
+    raise ValueError(f"config.model.text.tokenizer={name!r}: no end of text, none of {', '.join(_NAMES['eot'])}")
+  behind = itertools.count(encoder.size)
+  sot, mask = (next(behind) if ids[role] is None else ids[role] for role in ("sot", "mask"))
+  return Tokenizer(context_length, sot, ids["eot"], mask, ids["pad"] or 0, encoder)

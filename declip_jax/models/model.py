@@ -148,7 +148,8 @@ def make_model(config: ConfigDict, *, views: Views, heads: tuple[str, ...], lock
   dtype = jnp.dtype(config.dtype)
   common = {"remat": config.remat, "unroll": config.unroll, "dtype": dtype}
   image = IMAGE_TOWERS[kind](**image_fields, **common)
-  text = TextTransformer(**config.text, **common) if "joint" in heads else None
+  text_fields = {name: value for name, value in config.text.items() if name != "tokenizer"}
+  text = TextTransformer(**text_fields, **common) if "joint" in heads else None
   return Model(
     towers=Towers(image, text, config.mean, config.std, lock_image, config.mlm_attention, dtype),
     heads=Heads(

@@ -186,10 +186,10 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
   _save(folder, "model.safetensors", dialects.from_openai(tensors, "Hugging Face"))
   _write_json(folder / "config.json", config)
   _write_preprocessor(weights, folder)
-  if text.vocab_size in (49408, 49409) and text.eot == 49407:
+  if text.tokenizer == "openai" and text.vocab_size in (49408, 49409) and text.eot == 49407:
     _write_tokenizer(text.context_length, folder)
   else:
-    notes.append(f"left out: a tokenizer, since {text.vocab_size} tokens are not OpenAI's vocabulary")
+    notes.append(f"left out: a tokenizer, since the {text.vocab_size} tokens are not OpenAI's vocabulary")
   return notes
 
 

@@ -115,6 +115,29 @@ def test_augment_uses_each_operation_a_third_of_the_time():
   assert len(kinds) == 3
 
 
+def test_insertion_puts_a_synonym_at_any_place():
+  words, places = ["the", "dog", "of", "a", "zebra"], collections.Counter()
+  for seed in range(300):
+    new = texts.insert_synonyms(words, _rng(seed))
+    place = next(i for i in range(6) if new[:i] + new[i + 1 :] == words)
+    assert new[place] in texts.find_synonyms("dog")
+    places[place] += 1
+  assert set(places) == set(range(6))
+  assert min(places.values()) > 25
+  assert len(texts.insert_synonyms(words, _rng(), n=3)) == 8
+  for nothing in ([], ["the", "zq"]):
+    assert texts.insert_synonyms(nothing, _rng()) == nothing
+
+
+def test_augment_draws_among_the_operations_named():
+  words = [f"w{i}" for i in range(100)]
+  for seed in range(50):
+    new = texts.augment(" ".join(words), _rng(seed), ["insert", "swap"]).split()
+    assert sorted(new) == sorted(words)
+    assert texts.augment("dog", _rng(seed), ["insert"]).count("dog") >= 1
+    assert texts.augment("dog", _rng(seed), ["insert"]) != "dog"
+
+
 def test_augment_depends_on_the_rng_alone():
   first = [texts.augment(_CAPTION, _rng(seed)) for seed in range(30)]
   assert [texts.augment(_CAPTION, _rng(seed)) for seed in range(30)] == first
@@ -147,6 +170,33 @@ def test_choose_caption_is_uniform_over_the_written_ones():
   for captions in ((), ("", " \n")):
     with pytest.raises(ValueError, match="no caption"):
       texts.choose_caption(captions, rng)
+
+
+def test_captions_are_chosen_by_their_weights():
+  rng = _rng()
+  counts = collections.Counter(texts.choose_caption(("a", "b", "c"), rng, (3, 1)) for _ in range(2000))
+  assert set(counts) == {"a", "b"}
+  assert counts["a"] == pytest.approx(1500, abs=100)
+  assert {texts.choose_caption((" ", "b", "c"), rng, (3, 1)) for _ in range(20)} == {"b"}
+  assert {texts.choose_caption((" ", "b", "c"), rng, (1,)) for _ in range(50)} == {"b", "c"}
+
+
+def test_whole_words_are_masked_with_all_their_tokens():
+  tokenizer, rng = tokenizers.Tokenizer(), _rng()
+  row = tokenizer(["an unbelievably disproportionate xylophonist photobombs the hippopotamuses"])[0]
+  words = tokenizer.word_numbers(row[1 : np.flatnonzero(row == tokenizer.eot)[0]])
+  counts = collections.Counter()
+  for _ in range(400):
+    masked = texts.mask_tokens(row, rng, tokenizer, slots=6, probability=0.3, whole_words=True)
+    chosen = set(words[masked.position[masked.weight > 0] - 1])
+    assert masked.weight.sum() == np.isin(words, list(chosen)).sum()
+    counts.update(chosen)
+  lengths = np.bincount(words)
+  assert max(lengths) > 2
+  assert set(counts) == set(np.flatnonzero(lengths <= 6))
+  for slots in (1, 2):
+    masked = texts.mask_tokens(row, rng, tokenizer, slots=slots, probability=1.0, whole_words=True)
+    assert masked.weight.sum() <= slots
 
 
 def test_masking_statistics_are_those_of_bert():

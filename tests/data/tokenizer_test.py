@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from declip_jax.data import tokenizer as tokenizers
+from declip_jax.weights import vocabulary
 
 _FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "tokens.npz"
 _SPECIAL = re.compile(r"<\|(start|end)oftext\|>")
@@ -37,7 +38,7 @@ def test_ids_equal_openai_wherever_no_special_token_is_spelled_out(golden):
   captions = json.loads(str(golden["captions_json"]))
   ids = tokenizers.Tokenizer()(captions)
   spelled = np.array([bool(_SPECIAL.search(caption)) for caption in captions])
-  assert len(captions) > 400
+  assert len(captions) == 1500
   assert spelled.sum() == 4
   np.testing.assert_array_equal(ids[~spelled], golden["ids"][~spelled])
 
@@ -138,3 +139,121 @@ def test_errors_name_the_value():
     tokenizers.Tokenizer()("a dog")
   with pytest.raises(ValueError, match="context_length is 1"):
     tokenizers.Tokenizer(context_length=1)
+
+
+def test_words_are_those_that_decode_apart():
+  tokenizer = tokenizers.Tokenizer()
+  for text in (
+    "an unbelievable xylophonist's photobombing!",
+    "dog",
+    "a\N{DOG FACE} b",
+    "\xe9t\xe9 \N{CJK UNIFIED IDEOGRAPH-72D7}",
+  ):
+    ids = np.array(tokenizer.encode(text))
+    words = tokenizer.word_numbers(ids)
+    parts = [tokenizer.decode(ids[words == word]) for word in range(words[-1] + 1)]
+    assert " ".join(parts) == tokenizer.decode(ids)
+    assert all(" " not in part for part in parts)
+  assert tokenizer.word_numbers(np.zeros(0, int)).size == 0
+
+
+_WORDS = ["a", "photo", "of", "the", "old", "red", "dogs", "sleeping", "unbelievably", "quick", "foxes", "jumping"]
+
+
+def _sentences(count: int = 400) -> list[str]:
+  rng = np.random.default_rng(0)
+  return [" ".join(rng.choice(_WORDS, 6)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+  """Tokenizers of others: CLIP's own in the form of Hugging Face, BERT's kind, and two of SentencePiece."""
+  hf = pytest.importorskip("tokenizers")
+  spm = pytest.importorskip("sentencepiece")
+  folder = tmp_path_factory.mktemp("tokenizers")
+  clip = hf.Tokenizer(
+    hf.models.BPE(
+      vocabulary.vocabulary(),
+      [tuple(merge.split()) for merge in vocabulary.merges()],
+      end_of_word_suffix="</w>",
+      unk_token="<|endoftext|>",
+    )
+  )
+  clip.normalizer = hf.normalizers.Lowercase()
+  pattern = hf.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+  clip.pre_tokenizer = hf.pre_tokenizers.Sequence(
+    [
+      hf.pre_tokenizers.Split(pattern, "removed", invert=True),
+      hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  clip.decoder = hf.decoders.BPEDecoder(suffix="</w>")
+  clip.add_special_tokens(list(vocabulary.SPECIAL))
+  clip.save(str(folder / "clip.json"))
+  bert = hf.Tokenizer(hf.models.WordPiece(unk_token="[UNK]"))
+  bert.normalizer, bert.pre_tokenizer = hf.normalizers.BertNormalizer(), hf.pre_tokenizers.BertPreTokenizer()
+  bert.decoder = hf.decoders.WordPiece()
+  special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+  bert.train_from_iterator(_sentences(), hf.trainers.WordPieceTrainer(vocab_size=60, special_tokens=special))
+  bert.save(str(folder / "bert.json"))
+  model = folder / "pieces.model"
+  with model.open("wb") as file:
+    spm.SentencePieceTrainer.train(
+      sentence_iterator=iter(_sentences()), model_writer=file, vocab_size=36, pad_id=3, model_type="bpe", minloglevel=2
+    )
+  return {
+    "clip": f"huggingface:{folder / 'clip.json'}",
+    "bert": f"huggingface:{folder / 'bert.json'}",
+    "pieces": f"sentencepiece:{model}",
+  }
+
+
+def test_clip_in_the_form_of_hugging_face_gives_the_same_rows(files):
+  ours, theirs = tokenizers.Tokenizer(20), tokenizers.make_tokenizer(files["clip"], 20)
+  texts = [*_sentences(20), "it's 2 o'clock!", "word " * 100, ""]
+  np.testing.assert_array_equal(theirs(texts), ours(texts))
+  assert (theirs.sot, theirs.eot, theirs.mask, theirs.pad, theirs.vocab_size) == (49406, 49407, 49408, 0, 49409)
+  ids = np.array(ours.encode("an unbelievable xylophonist"))
+  np.testing.assert_array_equal(theirs.word_numbers(ids), ours.word_numbers(ids))
+  assert theirs.decode(theirs(["a photo"])[0]) == "a photo"
+
+
+@pytest.mark.parametrize("name", ["bert", "pieces"])
+def test_tokenizer_files_make_rows(files, name):
+  tokenizer = pickle.loads(pickle.dumps(tokenizers.make_tokenizer(files[name], 64)))
+  special = {tokenizer.sot, tokenizer.eot, tokenizer.mask, tokenizer.pad}
+  assert len(special) == 4
+  assert max(special) < tokenizer.vocab_size
+  text = "a photo of the old red dogs sleeping"
+  row = tokenizer([text])[0]
+  end = int(np.flatnonzero(row == tokenizer.eot)[0])
+  assert row[0] == tokenizer.sot
+  assert (row[end + 1 :] == tokenizer.pad).all()
+  assert not special & set(row[1:end].tolist())
+  assert tokenizer.decode(row) == text
+  words = tokenizer.word_numbers(row[1:end])
+  assert [tokenizer.decode(row[1:end][words == word]) for word in range(words[-1] + 1)] == text.split()
+  random = tokenizer.random_ids(np.random.default_rng(0), 5000)
+  assert set(random) == set(range(tokenizer.encoder.size)) - set(tokenizer.encoder.special)
+  for odd in ("", "\x00", "\ud800 a", "\N{DOG FACE}", "[SEP] </s> a", "word " * 10_000):
+    assert (tokenizer([odd]) == tokenizer.eot).sum() == 1
+
+
+def test_what_a_file_lacks_gets_new_ids(files):
+  tokenizer = tokenizers.make_tokenizer(files["pieces"], 24)
+  assert tokenizer.mask == tokenizer.encoder.size  # its training was not told of a mask
+  assert (tokenizer.sot, tokenizer.eot, tokenizer.pad) == (1, 2, 3)
+
+
+def test_bad_tokenizer_names_say_what_is_legal(tmp_path):
+  with pytest.raises(ValueError, match=r"tokenizer='bert': choose 'openai', 'huggingface:FILE'"):
+    tokenizers.make_tokenizer("bert", 77)
+  with pytest.raises(ValueError, match="there is no file .*none.json"):
+    tokenizers.make_tokenizer(f"huggingface:{tmp_path / 'none.json'}", 77)
+  broken = tmp_path / "broken"
+  broken.write_text("{}")
+  for kind in ("huggingface", "sentencepiece"):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("sentencepiece")
+    with pytest.raises(ValueError, match="broken is no"):
+      tokenizers.make_tokenizer(f"{kind}:{broken}", 77)
