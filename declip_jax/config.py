@@ -184,17 +184,24 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
   )
   c.mask_probability = 0.15  # of masked language modelling, per token (BERT: 0.15)
   c.mask_slots = 0  # masked positions kept per caption; 0 derives a bound that is seldom exceeded
+  c.mask_whole_words = False  # mask words with all their tokens
+  # Chance of the first caption of an example, of the second and so on; (1,) takes the first. () gives all the same.
+  c.caption_weights = ()
   c.patch_share = 0.4  # of an image that masked image modelling hides (BEiT: 0.4)
   # Augmentation. None keeps the recipe's own value; see `data.recipes.Recipe` for what each means.
   for name in ("weak_scale", "strong_scale", "jitter", "blur_probability", "blur_radius", "solarize_probability"):
     c[name] = placeholder(tuple)
   for name in ("jitter_probability", "grayscale_probability", "flip_probability"):
     c[name] = placeholder(float)
+  c.text_operations = placeholder(tuple)  # such as ("replace", "insert", "swap", "delete"): all of EDA
+  c.engine = "fast"  # of image views; "exact" does them by Pillow, as torchvision, to the bit
+  c.augment_on = "host"  # or "device": the host only crops, and the step does what comes behind
   # Which contrasted texts search the neighbour bank and enter it, such as ("raw", "augmented"). None: the recipe's.
   c.neighbour_texts = placeholder(tuple)
-  c.workers = 0  # processes that read and augment; 0 does it in threads of this one
-  c.threads = 4  # threads in each
-  c.max_substituted = 0.05  # stop when a larger share of samples had to be replaced because they cannot be read
+  c.templates = ()  # captions for examples with a class and none, such as ("a photo of a {}.",)
+  c.workers = placeholder(int)  # processes that read and augment; 0 does it in threads of this one. None: by the cores
+  c.threads = placeholder(int)  # threads in each. None: by the cores
+  c.max_bad = 0.05  # stop when a larger share of the examples cannot be used and others took their places
   return c
 
 

@@ -47,6 +47,7 @@ _OVERRIDES = (
   "blur_radius",
   "solarize_probability",
   "flip_probability",
+  "text_operations",
 )
 
 
@@ -123,8 +124,12 @@ def build(config: ConfigDict) -> Parts:
     config.data.interpolation,
     config.data.mask_probability,
     config.data.mask_slots,
+    config.data.mask_whole_words,
+    config.data.caption_weights,
     patch_grid=grid,
     patch_share=config.data.patch_share,
+    engine=config.data.engine,
+    augment_on=config.data.augment_on,
   )
   return Parts(model, make_optimizer(config.optimizer), tokenizer, make_views, make_mesh(**config.mesh))
 

@@ -29,10 +29,11 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 import optax
 
+from declip_jax import augment as augmentation
 from declip_jax import objectives, optim, pictures, run
 from declip_jax.checkpoint import Checkpoints
 from declip_jax.data import pipeline
-from declip_jax.data.sources import open_source
+from declip_jax.data.sources import BAD, open_source
 from declip_jax.encode import EncoderFactory
 from declip_jax.evaluate import check_evals, make_evaluators
 from declip_jax.metrics import MetricWriter, Progress, read_metrics, summary_table
@@ -67,6 +68,7 @@ def train_step(
   objective: objectives.Objective,
   momentum: Callable[[Array], Array],
   diagnosed: Callable[[Array], Array],
+  augment: Callable[[Batch, Array], Batch] = lambda batch, step: batch,
   logit_scale_range: tuple[float, ...] = (),
   frozen: Sequence[str] = (),
 ) -> tuple[State, Metrics]:
@@ -79,10 +81,12 @@ def train_step(
     objective: the weighted terms.
     momentum: of the momentum tower at a step; unused if there is none.
     diagnosed: whether a step also measures `objectives.diagnostics`; otherwise these metrics are NaN.
+    augment: what is left to do to the images of a batch, at a step.
     logit_scale_range: of the log inverse temperatures after the step; () is any.
     frozen: paths of parameters that have no gradient.
   """
   before = {**state.collections, **follow(model, state, momentum)}
+  batch = augment(batch, state.step)
 
   def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Outputs, Any]]:
     params = without_gradient(params, frozen)
@@ -154,18 +158,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   check_batch(config.batch_size, mesh, "batch_size")
 
   # Input: every host sees the same rows and takes its part.
-  sources, ssl_sources = ([open_source(spec) for spec in specs] for specs in (config.data.train, config.data.ssl_train))
-  rows = pipeline.training_rows(
-    sources,
-    config.data.mixture,
-    parts.make_views,
-    config.seed,
-    ssl_sources,
-    config.data.ssl_mixture,
-    needs_caption=bool(parts.recipe.text_views),
-  )
+  mixture, ssl_mixture = _open_mixtures(config, parts)
+  rows = pipeline.training_rows(mixture, parts.make_views, config.seed, ssl_mixture)
+  workers, threads = pipeline.plan_reading(config.data.workers, config.data.threads)
   batch_shape = parts.batch_shape(config.batch_size)
-  steps = run.plan_steps(config, sum(map(len, sources)))
+  steps = run.plan_steps(config, sum(map(len, mixture.sources)))
 
   # State: shapes and layout first, arrays last.
   check_evals(config.evals, config.weights)
@@ -216,17 +213,17 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
     stack.callback(checkpoints.close)
     if main:
       changes = run.record(config, mesh, workdir)
-      for line in [*_opening(config, parts, sources, steps, start, state, changes), *origin]:
+      for line in [*_opening(config, parts, mixture, steps, start, state, changes), *origin]:
         progress.message(line)
       with pictures.optional(workdir / "views.png"):
-        _draw_views(rows, parts, workdir)
+        _draw_views(rows, parts, make_augment(config, parts), workdir)
     stream = pipeline.TrainStream(
       rows,
       config.batch_size,
       host=jax.process_index(),
       hosts=jax.process_count(),
-      workers=config.data.workers,
-      threads=config.data.threads,
+      workers=workers,
+      threads=threads,
       state=position,
     )
     batches = pipeline.Prefetch(stream, partial(to_global, sharding=batch_sharding(mesh)))
@@ -237,18 +234,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
 
     for step in range(start + 1, steps.total + 1):
       with watch.waiting():
-        batch, position, substituted = next(batches)
+        batch, position, passed_over = next(batches)
       state, metrics = step_fn(state, batch)
       # One step may be in flight: waiting for the one before keeps the device busy and the clock honest.
       jax.block_until_ready(watch.previous)
       watch.check_skipped(step)
-      watch.count(step, substituted)
+      watch.count(step, passed_over)
       progress.update(step, watch.previous or metrics, watch.wait_fraction)
       watch.previous = metrics
       if (config.log_every and step % config.log_every == 0) or step == steps.total:
         row = watch.row(metrics, progress.images_per_second)
         writer.write(step, row)
-        watch.check_substituted(row, step)
+        watch.check_passed_over(row, step)
 
       stopping = stop.signum or (signal.SIGTERM if checkpoints.preempted(step) else 0)
       last = step == steps.total
@@ -280,6 +277,16 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   if main:
     print(summary_table({"run": str(workdir), **final}))
   return final
+
+
+def _open_mixtures(config: ConfigDict, parts: run.Parts) -> tuple[pipeline.Mixture, pipeline.Mixture | None]:
+  """The sources to train on, and those of other images for self-supervision, if there are any."""
+  data = config.data
+  needs_caption = bool(parts.recipe.text_views)
+  mixture = pipeline.Mixture(tuple(map(open_source, data.train)), data.mixture, needs_caption, data.templates)
+  if not data.ssl_train:
+    return mixture, None
+  return mixture, pipeline.Mixture(tuple(map(open_source, data.ssl_train)), data.ssl_mixture, False, (), "ssl_mixture")
 
 
 def read_initial(config: ConfigDict) -> Weights | None:
@@ -343,11 +350,25 @@ def make_step(
     objective=objectives.make_objective(config.weights, config.weight_schedule, config.terms),
     momentum=lambda step: momentum_at(step, last, config.momentum),
     diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
+    augment=make_augment(config, parts),
     logit_scale_range=config.optimizer.logit_scale_range,
     frozen=config.optimizer.frozen,
   )
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(parts.mesh)))
+
+
+def make_augment(config: ConfigDict, parts: run.Parts) -> Callable[[Batch, Array], Batch]:
+  """What the host leaves to the step with `config.data.augment_on="device"`: colours, blur and flips of image views."""
+  if config.data.augment_on == "host":
+    return lambda batch, step: batch
+
+  def augment(batch: Batch, step: Array) -> Batch:
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    index = jnp.arange(len(batch["image"]))
+    return {**batch, "image": augmentation.augment(batch["image"], key, index, parts.recipe.augmentations)}
+
+  return augment
 
 
 def check_objective(config: ConfigDict, model: Model, batch: Batch) -> None:
@@ -368,13 +389,14 @@ def check_objective(config: ConfigDict, model: Model, batch: Batch) -> None:
 
 
 class _Watch:
-  """What the loop observes of itself: time spent waiting for data, substituted examples, the step before."""
+  """What the loop observes of itself: time spent waiting for data, examples passed over, the step before."""
 
   def __init__(self, config: ConfigDict, start: int):
     self._config, self._logged = config, start
     self.previous: Metrics = {}
     self.wait_fraction = 0.0
-    self._began, self._waited, self._step, self._substituted = time.perf_counter(), 0.0, start, 0
+    self._began, self._waited, self._step = time.perf_counter(), 0.0, start
+    self._passed_over = np.zeros(len(BAD), np.int32)
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
@@ -383,24 +405,27 @@ class _Watch:
     yield
     self._waited += time.perf_counter() - before
 
-  def count(self, step: int, substituted: int) -> None:
+  def count(self, step: int, passed_over: np.ndarray) -> None:
     """One step is dispatched."""
     self._step = step
-    self._substituted += substituted
+    self._passed_over += passed_over
     self.wait_fraction = self._waited / max(time.perf_counter() - self._began, 1e-9)
 
   def row(self, metrics: Metrics, images_per_second: float) -> dict[str, float]:
-    """The line of metrics.jsonl for this step; waiting and substitution since the line before."""
-    substituted = int(multihost_utils.process_allgather(np.int32(self._substituted)).sum())
+    """The line of metrics.jsonl for this step; waiting and bad examples since the line before."""
+    bad = np.reshape(multihost_utils.process_allgather(self._passed_over), (-1, len(BAD))).sum(axis=0)
+    used = self._config.batch_size * (self._step - self._logged)
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     values |= {
       "examples": self._step * self._config.batch_size,
       "wait_fraction": self.wait_fraction,
-      "substituted_share": substituted / (self._config.batch_size * (self._step - self._logged)),
+      "bad_share": float(bad.sum() / (bad.sum() + used)),
     }
+    values |= {f"bad/{kind.replace(' ', '_')}": int(count) for kind, count in zip(BAD, bad, strict=True) if count}
     if math.isfinite(images_per_second):  # there is none yet at the first step
       values["images_per_second"] = images_per_second
-    self._began, self._waited, self._substituted, self._logged = time.perf_counter(), 0.0, 0, self._step
+    self._began, self._waited, self._logged = time.perf_counter(), 0.0, self._step
+    self._passed_over = np.zeros(len(BAD), np.int32)
     return values
 
   def check_skipped(self, step: int) -> None:
@@ -413,12 +438,13 @@ class _Watch:
         "config.optimizer.gradient_clip, or look at the data"
       )
 
-  def check_substituted(self, row: Mapping[str, float], step: int) -> None:
-    """Stops a run that reads too little of its data; the same on every host."""
-    if row["substituted_share"] > self._config.data.max_substituted:
+  def check_passed_over(self, row: Mapping[str, float], step: int) -> None:
+    """Stops a run that can use too little of its data; the same on every host."""
+    if row["bad_share"] > self._config.data.max_bad:
+      kinds = ", ".join(f"{int(row[name])} {name[4:].replace('_', ' ')}" for name in row if name.startswith("bad/"))
       raise ValueError(
-        f"step {step}: {row['substituted_share']:.1%} of the latest examples could not be read, more than "
-        f"config.data.max_substituted={self._config.data.max_substituted:.1%}; the warnings above name them"
+        f"step {step}: {row['bad_share']:.1%} of the latest examples cannot be used ({kinds}), more than "
+        f"config.data.max_bad={self._config.data.max_bad:.1%}; the warnings above name them"
       )
 
 
@@ -456,10 +482,16 @@ def _stop_signals() -> Iterator[_StopRequest]:
 
 
 def _opening(
-  config: ConfigDict, parts: run.Parts, sources: list, steps: run.Steps, start: int, state: State, changes: list[str]
+  config: ConfigDict,
+  parts: run.Parts,
+  mixture: pipeline.Mixture,
+  steps: run.Steps,
+  start: int,
+  state: State,
+  changes: list[str],
 ) -> Iterator[str]:
   """What is said before the first step."""
-  for source in sources:
+  for source in mixture.sources:
     left_out = "".join(f", left out {count:,}: {reason}" for reason, count in source.skipped.items())
     yield f"{source.name}: {len(source):,} samples{left_out}"
   terms = " + ".join(f"{weight:g} {name}" for name, weight in objectives.active(config.weights).items())
@@ -476,15 +508,17 @@ def _opening(
   yield from (f"changed since the run began: {line}" for line in changes)
 
 
-def _draw_views(rows: grain.MapDataset, parts: run.Parts, workdir: Path) -> None:
+def _draw_views(
+  rows: grain.MapDataset, parts: run.Parts, augment: Callable[[Batch, Array], Batch], workdir: Path
+) -> None:
   """`views.png`: the first examples of the run as the model sees them."""
   path = workdir / "views.png"
   if path.exists():
     return
   shown = [rows[index] for index in range(6)]
   texts = [[parts.tokenizer.decode(ids) for ids in row.get("text", ())] for row in shown]
-  images = np.stack([row["image"] for row in shown])
-  pictures.plot_views(images, texts, path, parts.recipe.image_views, parts.recipe.text_views)
+  batch = jax.jit(augment)({"image": np.stack([row["image"] for row in shown])}, 0)
+  pictures.plot_views(np.asarray(batch["image"]), texts, path, parts.recipe.image_views, parts.recipe.text_views)
 
 
 def _scores(step: int, results: Mapping[str, float]) -> Iterator[str]:

@@ -163,16 +163,17 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
   raise AssertionError(f"no step {step} within a minute")
 
 
-@pytest.mark.parametrize(("method", "workers"), [("declip", 0), ("slip_mocov3", 2)])
-def test_killed_run_resumes_bit_exact(method: str, workers: int, tmp_path: Path) -> None:
-  steps = ["--config.duration.steps=30", f"--config.data.workers={workers}"]
+@pytest.mark.parametrize(("method", "workers", "augment_on"), [("declip", 0, "host"), ("slip_mocov3", 2, "device")])
+def test_killed_run_resumes_bit_exact(method: str, workers: int, augment_on: str, tmp_path: Path) -> None:
+  place = f"--config.data.augment_on={augment_on}"
+  steps = ["--config.duration.steps=30", place, f"--config.data.workers={workers}"]
   subprocess.run(command(method, tmp_path / "whole", *steps), env=environment(), check=True)
   victim = subprocess.Popen(command(method, tmp_path / "killed", *steps), env=environment(), start_new_session=True)
   wait_for_step(tmp_path / "killed", int(np.random.default_rng().integers(3, 15)), victim)
   os.killpg(victim.pid, signal.SIGKILL)
   assert victim.wait() == -signal.SIGKILL
   # The other number of workers goes on: the stream does not depend on it.
-  other = ["--config.duration.steps=30", f"--config.data.workers={2 - workers}"]
+  other = ["--config.duration.steps=30", place, f"--config.data.workers={2 - workers}"]
   subprocess.run(command(method, tmp_path / "killed", *other), env=environment(), check=True)
   config = tiny_config(method)
   whole, killed = (final_state(tmp_path / name, config, 30) for name in ("whole", "killed"))
@@ -375,6 +376,11 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path) -> None:
     ({"weights.mim": 1.0}, r"term 'mim' .*needs Views.masked_image.*recipe 'declip'"),
     ({"model.heads.bank_size": 8}, r"bank_size=8 texts, fewer than the 16 of a step"),
     ({"data.mixture": (0.5, 0.5)}, r"a positive weight for each of 1 sources"),
+    ({"data.augment_on": "gpu"}, r"augment_on='gpu': choose 'host' or 'device'"),
+    ({"data.engine": "pillow"}, r"engine='pillow': choose one of \['exact', 'fast'\]"),
+    ({"data.text_operations": ("translate",)}, r"text_operations=.*choose one or more of \['delete', 'insert'"),
+    ({"model.text.tokenizer": "bert"}, r"tokenizer='bert': choose 'openai', 'huggingface:FILE'"),
+    ({"model.text.eot": 3}, r"eot=3: config.model.text.tokenizer='openai' ends texts with 49407"),
   ],
 )
 def test_bad_config_is_refused_before_compiling(change: dict, message: str, tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ A training stream depends on seed and position alone: not on workers, threads, h
 `{"next_index": N}`, the number of examples that the whole run has consumed, the same on every host.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 import logging
+import os
 import queue
 import signal
 import threading
@@ -18,112 +21,186 @@ import grain
 import numpy as np
 
 from declip_jax.data import images
-from declip_jax.data.sources import Example, Source
+from declip_jax.data.sources import BAD, BadSample, Example, Source
 
 Row = dict[str, np.ndarray]
-SUBSTITUTED = "substituted"  # in a row: how many unreadable examples were passed over to find this one
+Place = tuple[int, int]  # number of the source, index in it
+PASSED_OVER = "passed_over"  # in a row: how many examples of each kind of `BAD` could not be used for it
 _MAX_TRIES = 100
+_NAMED = 20  # bad samples of each kind that a process names
 # Between the seeds of the shuffles of the first and the second stream: grain counts a seed up with each pass, so with a
 # small distance the two would go through a common source in the same order, some passes apart.
 _SECOND_STREAM = 2**16
 
 
 @dataclass(frozen=True)
-class Readable:
-  """A source whose examples are decoded, have a caption if `needs_caption`, and can all be read.
+class Mixture:
+  """Sources that are read as one, and how their examples get captions.
 
-  In place of one that cannot be, the next one that can is given, so that the stream stays what seed and position say.
+  Attributes:
+    sources: what to read.
+    weights: positive, one for each: they are interleaved in exact proportion.
+    needs_caption: whether an example without a caption is passed over; a recipe without text can take it.
+    templates: captions for examples that have a class and no caption, with {} for the name of the class.
+    field: of `config.data`, where the weights stand, for error messages.
   """
 
-  source: Source
+  sources: tuple[Source, ...]
+  weights: tuple[float, ...] = (1.0,)
   needs_caption: bool = True
+  templates: tuple[str, ...] = ()
+  field: str = "mixture"
 
-  def __len__(self) -> int:
-    return len(self.source)
+  def __post_init__(self) -> None:
+    if len(self.sources) != len(self.weights) or any(weight <= 0 for weight in self.weights):
+      raise ValueError(
+        f"config.data.{self.field}={self.weights}: give a positive weight for each of {len(self.sources)} sources"
+      )
+    for source in self.sources:
+      if not len(source):
+        raise ValueError(f"{source.name} has no usable sample; left out: {source.skipped or 'none'}")
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    """The example at `index`, or the first readable one after it, with `substituted` counting those passed over.
+  def places(self, seed: int) -> grain.MapDataset:
+    """Endless pairs of source and index: each pass over a source is another permutation of all of it."""
+    # Seeds are given one by one: those that grain derives change with the order of operations.
+    parts = [
+      grain.MapDataset.range(len(source)).shuffle(seed=seed + number).repeat().map(partial(_pair, number))
+      for number, source in enumerate(self.sources)
+    ]
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=list(self.weights))
+
+  def read(self, place: Place) -> Example:
+    """The example of a place, with a caption if one is needed.
 
     Raises:
-      ValueError: 100 in a row cannot be read.
+      BadSample: it cannot be used; the message names it.
     """
-    for tries in range(_MAX_TRIES):
-      try:
-        example = self.source[(index + tries) % len(self.source)]
-        return {**_decoded(example, self.needs_caption), SUBSTITUTED: tries}
-      except (ValueError, OSError) as error:
-        logging.getLogger(__name__).warning("passed over %s", error)
-        last = error
-    # A built-in exception crosses from a worker process; one of an unknown class may hang it.
-    raise ValueError(f"{self.source.name}: {_MAX_TRIES} examples in a row cannot be read, the last one: {last}")
+    source = self.sources[place[0]]
+    try:
+      example = source[place[1]]
+    except BadSample:
+      raise
+    except OSError as error:
+      raise BadSample("missing file", f"{source.name}: example {place[1]}: {error}") from error
+    if any(caption.strip() for caption in example["captions"]):
+      return example
+    if self.templates and source.classnames and example["label"] >= 0:
+      name = source.classnames[example["label"]]
+      return {**example, "captions": tuple(template.format(name) for template in self.templates)}
+    if self.needs_caption:
+      raise BadSample("no caption", f"{example['id']}: no caption")
+    return example
+
+  def behind(self, place: Place) -> Place:
+    """The place to take for one that cannot be used."""
+    number, index = place
+    return number, (index + 1) % len(self.sources[number])
+
+
+def _pair(number: int, index: int) -> Place:
+  return number, index
 
 
 @dataclass(frozen=True)
-class _Augment(grain.transforms.RandomMap):
+class _MakeRow(grain.transforms.RandomMap):
+  """Reads the example of a place and makes a row of it, or of the first one behind it that can be used."""
+
+  first: Mixture
+  second: Mixture | None
   make_views: Callable[[Example, np.random.Generator], Row]
 
-  def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> Row:
-    row = self.make_views(element, rng)
-    return row | {SUBSTITUTED: np.int32(element[SUBSTITUTED])}
+  def random_map(self, places: Any, rng: np.random.Generator) -> Row:
+    first, second = places if self.second else (places, None)
+    passed = np.zeros(len(BAD), np.int32)
+    while True:
+      try:
+        example = self.first.read(first)
+      except BadSample as error:
+        first = self._pass_over(self.first, first, error, passed)
+        continue
+      try:
+        other = self.second.read(second) if self.second else None
+      except BadSample as error:
+        second = self._pass_over(self.second, second, error, passed)
+        continue
+      try:
+        row = self.make_views(example if other is None else {**example, "ssl_image": other["image"]}, rng)
+      except BadSample as error:
+        if other is not None and not _decodes(other["image"]):
+          second = self._pass_over(self.second, second, BadSample(error.kind, f"{other['id']}: {error}"), passed)
+        else:
+          first = self._pass_over(self.first, first, BadSample(error.kind, f"{example['id']}: {error}"), passed)
+        continue
+      return row | {PASSED_OVER: passed}
+
+  def _pass_over(self, mixture: Mixture, place: Place, error: BadSample, passed: np.ndarray) -> Place:
+    passed[BAD.index(error.kind)] += 1
+    _warn(error)
+    if passed.sum() == _MAX_TRIES:
+      # A built-in exception crosses from a worker process; one of an unknown class may hang it.
+      name = mixture.sources[place[0]].name
+      raise ValueError(f"{name}: {_MAX_TRIES} examples in a row cannot be used, the last one: {error}")
+    return mixture.behind(place)
+
+
+def _decodes(image: Any) -> bool:
+  try:
+    images.decode(image)
+  except BadSample:
+    return False
+  return True
+
+
+_warned: Counter[str] = Counter()  # of this process, by kind
+
+
+def _warn(error: BadSample) -> None:
+  """Names the first bad samples of each kind: of a large data set with a share of them nobody reads them all."""
+  _warned[error.kind] += 1
+  if _warned[error.kind] <= _NAMED:
+    more = "; further ones of this kind are only counted" if _warned[error.kind] == _NAMED else ""
+    logging.getLogger(__name__).warning("passed over (%s) %s%s", error.kind, error, more)
 
 
 def training_rows(
-  sources: Sequence[Source],
-  weights: Sequence[float],
+  mixture: Mixture,
   make_views: Callable[[Example, np.random.Generator], Row],
   seed: int,
-  ssl_sources: Sequence[Source] = (),
-  ssl_weights: Sequence[float] = (),
-  *,
-  needs_caption: bool = True,
+  ssl_mixture: Mixture | None = None,
 ) -> grain.MapDataset:
   """All rows of a run, endless and with random access: each pass over a source is another permutation of all of it.
 
-  With `ssl_sources` each example gets one more image, `ssl_image`, from a second stream that is shuffled by itself: the
+  With `ssl_mixture` each example gets one more image, `ssl_image`, from a second stream that is shuffled by itself: the
   decoupled study of SLIP (Mu et al. 2021), where self-supervision sees other images than the captions belong to.
 
   Args:
-    sources: what to read; several are interleaved in exact proportion to `weights`.
-    weights: positive, one for each source.
-    make_views: makes a row from a decoded example, with a generator that depends on seed and position.
+    mixture: what to read.
+    make_views: makes a row from an example, with a generator that depends on seed and position; raises `BadSample` if
+      the image cannot be used. Then, as when the example cannot be read, the next one of its source takes its place,
+      so that the stream stays what seed and position say.
     seed: of shuffle and augmentation.
-    ssl_sources: of the second stream; () does without. Its captions are not looked at.
-    ssl_weights: positive, one for each of them.
-    needs_caption: whether an example of `sources` without a caption is passed over; a recipe without text can take it.
+    ssl_mixture: of the second stream, whose captions are not looked at.
 
   Returns:
-    Rows of `make_views` with `substituted`, the number of examples passed over for this one, in both streams together.
-
-  Raises:
-    ValueError: a source is empty, or the weights do not fit the sources.
+    Rows of `make_views` with `passed_over`, int32 `[len(BAD)]`: how many examples of each kind could not be used for
+    this one, in both streams together. Reading one raises ValueError if there are 100.
   """
-  examples = _examples(sources, weights, seed, needs_caption, "mixture")
-  if ssl_sources:
-    others = _examples(ssl_sources, ssl_weights, seed + _SECOND_STREAM, False, "ssl_mixture")
-    examples = grain.experimental.ZipMapDataset([examples, others]).map(_with_ssl_image)
-  return examples.random_map(_Augment(make_views), seed=seed)
+  places = mixture.places(seed)
+  if ssl_mixture:
+    places = grain.experimental.ZipMapDataset([places, ssl_mixture.places(seed + _SECOND_STREAM)])
+  return places.random_map(_MakeRow(mixture, ssl_mixture, make_views), seed=seed)
 
 
-def _examples(
-  sources: Sequence[Source], weights: Sequence[float], seed: int, needs_caption: bool, field: str
-) -> grain.MapDataset:
-  """The decoded examples of a mixture, shuffled and repeated; `field` of `config.data` gave the weights."""
-  if len(sources) != len(weights) or any(weight <= 0 for weight in weights):
-    raise ValueError(f"config.data.{field}={tuple(weights)}: give a positive weight for each of {len(sources)} sources")
-  for source in sources:
-    if not len(source):
-      raise ValueError(f"{source.name} has no usable sample; left out: {source.skipped or 'none'}")
-  # Seeds are given one by one: those that grain derives change with the order of operations.
-  parts = [
-    grain.MapDataset.source(Readable(source, needs_caption)).shuffle(seed=seed + index).repeat()
-    for index, source in enumerate(sources)
-  ]
-  return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=list(weights))
+def plan_reading(workers: int | None, threads: int | None, cores: int | None = None) -> tuple[int, int]:
+  """Processes, and threads in each, to read with; None chooses by the cores that this process may use.
 
-
-def _with_ssl_image(pair: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
-  example, other = pair
-  return {**example, "ssl_image": other["image"], SUBSTITUTED: example[SUBSTITUTED] + other[SUBSTITUTED]}
+  The work is done by libraries that let go of Python's lock, so up to four threads in a process are nearly as fast as
+  processes, which take 200 MB and some seconds to start each. Two cores are left to the training itself.
+  """
+  cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+  if workers is None:
+    workers = 0 if cores <= 4 else max((cores - 2) // (threads or 4), 1)
+  return workers, threads or min(cores, 4)
 
 
 class TrainStream:
@@ -170,7 +247,20 @@ class TrainStream:
     return self
 
   def __next__(self) -> Row:
-    batch = next(self._iterator)
+    """The next batch.
+
+    Raises:
+      ChildProcessError: a worker process died.
+    """
+    try:
+      batch = next(self._iterator)
+    except RuntimeError as error:  # grain has no class of its own for it
+      if "terminated unexpectedly" not in str(error):
+        raise
+      raise ChildProcessError(
+        f"{error}. Was it killed for want of memory (of this machine, or of /dev/shm, through which batches come)? "
+        "config.data.workers and config.data.threads say how many read"
+      ) from error
     self._next_index += self._batch_size
     return batch
 
@@ -188,7 +278,7 @@ class TrainStream:
 class Prefetch:
   """Reads a stream ahead in a thread, two batches deep, and places each batch on the devices.
 
-  Yields `(batch, state of the stream behind it, examples substituted in it)`.
+  Yields `(batch, state of the stream behind it, examples passed over for it by kind, int [len(BAD)])`.
 
   Args:
     stream: to read; closed with this.
@@ -205,8 +295,8 @@ class Prefetch:
   def _run(self) -> None:
     try:
       for batch in self._stream:
-        substituted = int((batch.pop(SUBSTITUTED) > 0).sum())
-        self._put((self._place(batch), self._stream.state, substituted))
+        passed_over = batch.pop(PASSED_OVER).sum(axis=0)
+        self._put((self._place(batch), self._stream.state, passed_over))
         if self._stopped.is_set():
           return
     except Exception as error:  # whatever it is belongs to the thread that trains
@@ -219,10 +309,10 @@ class Prefetch:
       except queue.Full:
         continue
 
-  def __iter__(self) -> Iterator[tuple[Any, dict[str, int], int]]:
+  def __iter__(self) -> Iterator[tuple[Any, dict[str, int], np.ndarray]]:
     return self
 
-  def __next__(self) -> tuple[Any, dict[str, int], int]:
+  def __next__(self) -> tuple[Any, dict[str, int], np.ndarray]:
     item = self._queue.get()
     if isinstance(item, Exception):
       raise item
@@ -272,22 +362,15 @@ class EvaluationBatches:
     if index >= len(self.source):
       return blank
     try:
-      example = _decoded(self.source[index], False)
-    except (ValueError, OSError) as error:
-      logging.getLogger(__name__).warning("left out of the evaluation: %s", error)
+      example = self.source[index]
+      pixels = images.decode(example["image"])
+    except (BadSample, OSError) as error:
+      logging.getLogger(__name__).warning(
+        "left out of the evaluation: %s, example %d: %s", self.source.name, index, error
+      )
       return blank
-    image = images.eval_view(example["image"], size=self.size, interpolation=self.interpolation, resize=self.resize)
+    image = images.eval_view(pixels, size=self.size, interpolation=self.interpolation, resize=self.resize)
     return {"image": image, "label": np.int32(example["label"]), "mask": np.bool_(True)}
-
-
-def _decoded(example: Example, needs_caption: bool) -> Example:
-  """The example with pixels for its image; a ValueError names it if it cannot be used."""
-  if needs_caption and not any(caption.strip() for caption in example["captions"]):
-    raise ValueError(f"{example['id']}: empty caption")
-  try:
-    return {**example, "image": images.decode(example["image"])}
-  except ValueError as error:
-    raise ValueError(f"{example['id']}: unreadable image: {error}") from error
 
 
 def _start_worker(index: int = 0, count: int = 0) -> None:

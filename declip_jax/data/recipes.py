@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class Recipe:
   """The views of an example and the strength of their augmentation.
 
   Attributes:
-    image_views: one of these for each; see `images.weak_view`, `images.square_view` and `images.strong_view`.
+    image_views: one of these for each; `augmentations` has them in numbers.
       "weak": a crop of random area and aspect.
       "square": OpenAI's crop, a random square of the whole height or width.
       "strong": a crop of random area and aspect, jitter, grey, blur, solarize, flip.
@@ -32,6 +32,7 @@ class Recipe:
     blur_radius: range, in pixels of the view.
     blur_probability, solarize_probability: an entry for each strong or color view, in their order; the last entry is
       also that of the views behind it.
+    text_operations: of an augmented text, names of `texts.OPERATIONS`; the default are DeCLIP's.
   """
 
   image_views: tuple[str, ...]
@@ -46,9 +47,37 @@ class Recipe:
   blur_radius: tuple[float, float] = (0.1, 2.0)
   solarize_probability: tuple[float, ...] = (0.0,)
   flip_probability: float = 0.5
+  text_operations: tuple[str, ...] = ("replace", "swap", "delete")
+
+  @property
+  def augmentations(self) -> tuple[images.Augmentation, ...]:
+    """How each image view is drawn, with all its probabilities; those of a "weak" and a "square" view are 0."""
+    blur, solarize = (_per_view(getattr(self, field), self.image_views) for field in _PER_VIEW)
+    drawn = []
+    for view, kind in enumerate(self.image_views):
+      crop = "square" if kind in ("square", "color") else "resized"
+      scale = self.strong_scale if kind == "strong" else self.weak_scale
+      if kind not in _COLOURED:
+        drawn.append(images.Augmentation(crop, scale))
+        continue
+      drawn.append(
+        images.Augmentation(
+          crop,
+          scale,
+          jitter=self.jitter,
+          jitter_probability=self.jitter_probability,
+          grayscale_probability=self.grayscale_probability,
+          blur_probability=blur[view],
+          blur_radius=self.blur_radius,
+          solarize_probability=solarize[view],
+          flip_probability=0.0 if kind == "color" else self.flip_probability,
+        )
+      )
+    return tuple(drawn)
 
 
-# What `config.data.recipe` may name. A strength that a recipe does not give is MoCo v2's; see `images.strong_view`.
+# What `config.data.recipe` may name. A strength that a recipe does not give is that of MoCo v2 (Chen et al. 2020)
+# and so of DeCLIP.
 RECIPES = {
   # SLIP's code and DeCLIP's configs train CLIP alike: one weak crop, the caption as it is (clip_experiments/yfcc15m).
   "clip": Recipe(("weak",), ("raw",), Views()),
@@ -126,7 +155,8 @@ def get_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
   """The recipe of that name, with those of its fields replaced that `overrides` gives a value other than None.
 
   Raises:
-    ValueError: an unknown name, or a probability that is no tuple where it can differ from view to view.
+    ValueError: an unknown name, a probability that is no tuple where it can differ from view to view, or an unknown
+      operation on texts.
   """
   if name not in RECIPES:
     raise ValueError(f"config.data.recipe={name!r}: choose one of {sorted(RECIPES)}")
@@ -136,6 +166,9 @@ def get_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
       raise ValueError(
         f"config.data.{field}={given[field]!r}: give a tuple such as (0.5,), or (1.0, 0.1) for views that differ"
       )
+  operations = given.get("text_operations", ("swap",))
+  if not operations or not set(operations) <= set(texts.OPERATIONS):
+    raise ValueError(f"config.data.text_operations={operations!r}: choose one or more of {sorted(texts.OPERATIONS)}")
   return replace(RECIPES[name], **given)
 
 
@@ -190,7 +223,9 @@ def _per_view(probabilities: tuple[float, ...], kinds: tuple[str, ...]) -> dict[
 
 @dataclass(frozen=True)
 class MakeViews:
-  """Turns an example with decoded pixels into one row of a training `Batch`.
+  """Turns an example, its image encoded or not, into one row of a training `Batch`.
+
+  What is drawn, in this order: the plan of each image view (see `images.draw`), then the texts, then hidden patches.
 
   Attributes:
     recipe: what to make.
@@ -199,8 +234,13 @@ class MakeViews:
     interpolation: "bilinear" or "bicubic".
     mask_probability: of masked language modelling.
     mask_slots: `k`; 0 takes `texts.mlm_slots`.
+    mask_whole_words: see `texts.mask_tokens`.
+    caption_weights: see `texts.choose_caption`.
     patch_grid: patches along each side of a view, where masked image modelling hides some.
     patch_share: of the patches that it hides; the paper's 0.4.
+    engine: of `images.ENGINES`.
+    augment_on: "host" makes views completely; "device" leaves all behind the crop to the train step, which finds what
+      to do in `Recipe.augmentations`. Crops and texts are the same with both.
   """
 
   recipe: Recipe
@@ -209,16 +249,27 @@ class MakeViews:
   interpolation: str = "bilinear"
   mask_probability: float = 0.15
   mask_slots: int = 0
+  mask_whole_words: bool = False
+  caption_weights: tuple[float, ...] = ()
   patch_grid: int = 0
   patch_share: float = 0.4
+  engine: images.EngineName = "fast"
+  augment_on: Literal["host", "device"] = "host"
+
+  def __post_init__(self) -> None:
+    if self.augment_on not in ("host", "device"):
+      raise ValueError(f"config.data.augment_on={self.augment_on!r}: choose 'host' or 'device'")
+    if self.engine not in images.ENGINES:
+      raise ValueError(f"config.data.engine={self.engine!r}: choose one of {sorted(images.ENGINES)}")
 
   def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """One row: `image` uint8 `[v h w 3]` and, where the recipe has such a view, `text`, `mlm_*` and `mim_position`.
 
-    `text` is int32 `[u t]`, `mlm_*` are `[k]`, `mim_position` is int32 `[m]`. If the example has `ssl_image`, pixels of
-    another image, the views of `recipe.views.ssl_image` are made from them.
+    `text` is int32 `[u t]`, `mlm_*` are `[k]`, `mim_position` is int32 `[m]`. If the example has `ssl_image`, another
+    image, the views of `recipe.views.ssl_image` are made of it.
 
     Raises:
+      BadSample: an image cannot be read.
       ValueError: an example with `ssl_image`, and a view of self-supervision that the caption has to fit too.
     """
     views = self.recipe.views
@@ -254,56 +305,39 @@ class MakeViews:
 
   def _text_views(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
     row = {}
-    caption = texts.choose_caption(example["captions"], rng)
+    caption = texts.choose_caption(example["captions"], rng, self.caption_weights)
     raw = self.tokenizer([caption])[0]
     masked = texts.MaskedText(raw, *[np.zeros(0)] * 3)
     if "masked" in self.recipe.text_views:
-      masked = texts.mask_tokens(raw, rng, self.tokenizer, slots=self._slots(), probability=self.mask_probability)
+      how = {"probability": self.mask_probability, "whole_words": self.mask_whole_words}
+      masked = texts.mask_tokens(raw, rng, self.tokenizer, slots=self._slots(), **how)
     if self.recipe.views.masked_text is not None:
       row |= {"mlm_position": masked.position, "mlm_target": masked.target, "mlm_weight": masked.weight}
     make = {
       "raw": lambda: raw,
-      "augmented": lambda: self.tokenizer([texts.augment(caption, rng)])[0],
+      "augmented": lambda: self.tokenizer([texts.augment(caption, rng, self.recipe.text_operations)])[0],
       "masked": lambda: masked.tokens,
     }
     return row | {"text": np.stack([make[kind]() for kind in self.recipe.text_views])}
 
-  def _image_views(self, example: Example, rng: np.random.Generator) -> list[np.ndarray]:
-    r = self.recipe
-    elsewhere = r.views.ssl_image if "ssl_image" in example else ()
-    if set(elsewhere) & set(r.views.contrastive_image):
+  def _image_views(self, example: Example, rng: np.random.Generator) -> list[images.Pixels]:
+    views = self.recipe.views
+    elsewhere = views.ssl_image if "ssl_image" in example else ()
+    if set(elsewhere) & set(views.contrastive_image):
       raise ValueError(
-        f"config.data.recipe: image views {r.views.ssl_image} are self-supervised, {r.views.contrastive_image} are "
+        f"config.data.recipe: image views {views.ssl_image} are self-supervised, {views.contrastive_image} are "
         "compared with captions; self-supervision on other images needs views of its own, as recipe 'slip' has"
       )
-    blur, solarize = (_per_view(getattr(r, field), r.image_views) for field in _PER_VIEW)
-    brightness, contrast, saturation, hue = r.jitter
-    common = {"size": self.size, "interpolation": self.interpolation}
-    made = []
-    for view, kind in enumerate(r.image_views):
-      pixels = example["ssl_image" if view in elsewhere else "image"]
-      if kind == "weak":
-        made.append(images.weak_view(pixels, rng, scale=r.weak_scale, **common))
-      elif kind == "square":
-        made.append(images.square_view(pixels, rng, **common))
-      else:
-        made.append(
-          images.strong_view(
-            pixels,
-            rng,
-            crop="square" if kind == "color" else "resized",
-            scale=r.strong_scale,
-            brightness=brightness,
-            contrast=contrast,
-            saturation=saturation,
-            hue=hue,
-            jitter_probability=r.jitter_probability,
-            grayscale_probability=r.grayscale_probability,
-            blur_probability=blur[view],
-            blur_radius=r.blur_radius,
-            solarize_probability=solarize[view],
-            flip_probability=0.0 if kind == "color" else r.flip_probability,
-            **common,
-          )
-        )
-    return made
+    sources = ["ssl_image" if view in elsewhere else "image" for view in range(len(self.recipe.image_views))]
+    photos = {source: images.open_photo(example[source]) for source in dict.fromkeys(sources)}
+    plans = []
+    for source, augmentation in zip(sources, self.recipe.augmentations, strict=True):
+      plan = images.draw(augmentation, photos[source].height, photos[source].width, self.size, rng)
+      plans.append(plan if self.augment_on == "host" else images.Plan(plan.crop))
+    how = {"interpolation": self.interpolation, "engine": self.engine}
+    made = {}  # by source, for each is decoded once
+    for source, photo in photos.items():
+      made[source] = iter(
+        images.make(photo, [plan for plan, of in zip(plans, sources, strict=True) if of == source], **how)
+      )
+    return [next(made[source]) for source in sources]

@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 import io
+import itertools
+import os
+import time
 
 import numpy as np
 from PIL import Image
 import pytest
 
-from declip_jax.data import pipeline
+from declip_jax.data import images, pipeline
 from declip_jax.data.recipes import RECIPES, MakeViews
-from declip_jax.data.sources import open_source
+from declip_jax.data.sources import BAD, open_source
 from declip_jax.data.tokenizer import Tokenizer
 
 
@@ -39,19 +42,21 @@ class Numbers:
 
 
 def say_number(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  images.decode(example["image"])
   return {"value": np.int32(example["captions"][0]), "random": rng.random()}
 
 
 def say_both(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-  return say_number(example, rng) | {"other": np.int32(example["ssl_image"][0, 0, 0])}
+  return say_number(example, rng) | {"other": np.int32(images.decode(example["ssl_image"])[0, 0, 0])}
 
 
 def rows(*sources: Numbers, weights: tuple[float, ...] = (1.0,), seed: int = 0):
-  return pipeline.training_rows(sources, weights, say_number, seed)
+  return pipeline.training_rows(pipeline.Mixture(sources, weights), say_number, seed)
 
 
 def decoupled(*others: Numbers, first: Numbers, weights: tuple[float, ...] = (1.0,), seed: int = 0):
-  return pipeline.training_rows([first], (1.0,), say_both, seed, others, weights)
+  second = pipeline.Mixture(others, weights, needs_caption=False, field="ssl_mixture")
+  return pipeline.training_rows(pipeline.Mixture((first,)), say_both, seed, second)
 
 
 def read(stream: pipeline.TrainStream, batches: int) -> dict[str, np.ndarray]:
@@ -106,6 +111,16 @@ def test_hosts_share_each_batch_and_any_number_goes_on() -> None:
   np.testing.assert_array_equal(values[1], whole[2:, 4:])
 
 
+def test_another_batch_size_goes_on_at_the_same_example() -> None:
+  mixed = rows(Numbers(50), Numbers(20, first=100), weights=(0.75, 0.25))
+  whole = [int(mixed[index]["value"]) for index in range(60)]
+  stream = pipeline.TrainStream(mixed, 8)
+  head = read(stream, 3)["value"]
+  middle = pipeline.TrainStream(mixed, 12, state=stream.state)
+  tail = read(middle, 2)["value"]
+  assert [*head, *tail, *read(pipeline.TrainStream(mixed, 4, state=middle.state), 3)["value"]] == whole
+
+
 def test_mixture_is_in_exact_proportion() -> None:
   mixed = rows(Numbers(30), Numbers(30, first=100), weights=(0.75, 0.25))
   values = read(pipeline.TrainStream(mixed, 40), 3)["value"]
@@ -123,17 +138,44 @@ def test_empty_source_is_refused() -> None:
     rows(Numbers(0))
 
 
-def test_unreadable_example_is_replaced_by_the_next_and_named(caplog: pytest.LogCaptureFixture) -> None:
-  source = pipeline.Readable(Numbers(6, broken=(1, 2), blank=(5,)))
-  assert [source[i]["captions"][0] for i in range(6)] == ["0", "3", "3", "3", "4", "0"]
-  assert [source[i]["substituted"] for i in range(6)] == [0, 2, 1, 0, 0, 1]
-  assert "numbers:1: unreadable image" in caplog.text
-  assert "numbers:5: empty caption" in caplog.text
+def test_bad_example_is_replaced_by_the_next_and_named(caplog: pytest.LogCaptureFixture) -> None:
+  pipeline._warned.clear()
+  good, mixed = rows(Numbers(6)), rows(Numbers(6, broken=(1, 2), blank=(5,)))
+  after = {0: 0, 1: 3, 2: 3, 3: 3, 4: 4, 5: 0}
+  count = {"unknown format": {1: 2, 2: 1}, "no caption": {5: 1}}
+  for index in range(12):
+    value, row = int(good[index]["value"]), mixed[index]
+    assert row["value"] == after[value]
+    assert dict(zip(BAD, row["passed_over"], strict=True)) == {kind: count.get(kind, {}).get(value, 0) for kind in BAD}
+  assert "passed over (unknown format) numbers:1: " in caplog.text
+  assert "passed over (no caption) numbers:5: no caption" in caplog.text
 
 
-def test_source_without_anything_readable_is_an_error() -> None:
+def test_only_the_first_bad_examples_of_a_kind_are_named(caplog: pytest.LogCaptureFixture) -> None:
+  pipeline._warned.clear()
+  mixed = rows(Numbers(200, broken=tuple(range(0, 200, 2)), blank=(1,)))
+  counted = sum(mixed[index]["passed_over"] for index in range(200))
+  assert caplog.text.count("unknown format") == 20
+  assert "further ones of this kind are only counted" in caplog.text
+  assert "numbers:1: no caption" in caplog.text
+  assert counted[BAD.index("unknown format")] > 90
+
+
+def test_file_that_cannot_be_read_is_a_bad_example() -> None:
+  class Gone(Numbers):
+    def __getitem__(self, index: int) -> dict:
+      if index == 2:
+        raise FileNotFoundError("2.jpg")
+      return super().__getitem__(index)
+
+  got = [rows(Gone(4))[index] for index in range(4)]
+  assert sorted(int(row["value"]) for row in got) == [0, 1, 3, 3]
+  assert sum(row["passed_over"][BAD.index("missing file")] for row in got) == 1
+
+
+def test_source_without_anything_usable_is_an_error() -> None:
   with pytest.raises(ValueError, match=r"numbers: 100 examples in a row .* numbers:"):
-    pipeline.Readable(Numbers(3, broken=(0, 1, 2)))[0]
+    rows(Numbers(3, broken=(0, 1, 2)))[0]
 
 
 def test_captions_are_needed_only_by_those_who_read_them() -> None:
@@ -141,10 +183,60 @@ def test_captions_are_needed_only_by_those_who_read_them() -> None:
     return {"value": np.int32(example["image"][0, 0, 0])}
 
   silent = Numbers(20, blank=tuple(range(20)))
-  got = pipeline.training_rows([silent], (1.0,), say_pixel, 0, needs_caption=False)
+  got = pipeline.training_rows(pipeline.Mixture((silent,), needs_caption=False), say_pixel, 0)
   assert sorted(int(got[index]["value"]) for index in range(20)) == list(range(20))
-  with pytest.raises(ValueError, match="100 examples in a row .*empty caption"):
-    pipeline.training_rows([silent], (1.0,), say_pixel, 0)[0]
+  with pytest.raises(ValueError, match="100 examples in a row .*no caption"):
+    pipeline.training_rows(pipeline.Mixture((silent,)), say_pixel, 0)[0]
+
+
+def test_templates_caption_the_examples_that_have_a_class_and_no_caption() -> None:
+  def say_captions(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {"captions": np.array("|".join(example["captions"]))}
+
+  mixture = pipeline.Mixture((Numbers(4, blank=(0, 1, 2)),), templates=("a {} one", "{}!"))
+  got = pipeline.training_rows(mixture, say_captions, 0)
+  assert sorted(str(got[index]["captions"]) for index in range(4)) == [
+    "3",
+    "a even one|even!",
+    "a even one|even!",
+    "a odd one|odd!",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("cores", "given", "planned"),
+  [
+    (1, (None, None), (0, 1)),
+    (2, (None, None), (0, 2)),
+    (4, (None, None), (0, 4)),
+    (16, (None, None), (3, 4)),
+    (112, (None, None), (27, 4)),
+    (16, (None, 2), (7, 2)),
+    (16, (0, None), (0, 4)),
+    (2, (3, 1), (3, 1)),
+  ],
+)
+def test_reading_is_planned_by_the_cores(cores: int, given: tuple, planned: tuple[int, int]) -> None:
+  assert pipeline.plan_reading(*given, cores=cores) == planned
+
+
+def die_at_30(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  if int(example["captions"][0]) == 30:
+    os._exit(7)
+  return say_number(example, rng)
+
+
+def test_dead_worker_is_an_error_within_seconds() -> None:
+  stream = pipeline.TrainStream(
+    pipeline.training_rows(pipeline.Mixture((Numbers(40),)), die_at_30, 0), 4, workers=2, threads=1
+  )
+  batches = pipeline.Prefetch(stream, lambda batch: batch)
+  next(batches)  # the processes have started
+  start = time.perf_counter()
+  with pytest.raises(ChildProcessError, match=r"exit code 7.*config\.data\.workers"):
+    list(itertools.islice(batches, 12))
+  batches.close()
+  assert time.perf_counter() - start < 30
 
 
 # Decoupled: self-supervision on images of a second stream.
@@ -159,7 +251,7 @@ def test_decoupled_stream_and_resumption_do_not_depend_on_workers(workers: int) 
   head = read(stream, 5)
   assert stream.state == {"next_index": 40}
   tail = read(pipeline.TrainStream(decoupled(*others, **mixed), 8, workers=workers, threads=2, state=stream.state), 7)
-  for name in ("value", "other", "random", "substituted"):
+  for name in ("value", "other", "random", "passed_over"):
     np.testing.assert_array_equal(np.concatenate([head[name], tail[name]]), [row[name] for row in whole])
   others = np.array([row["other"] for row in whole])
   assert (others < 150).sum() == 48
@@ -177,7 +269,7 @@ def test_second_stream_changes_nothing_in_the_first() -> None:
   both = decoupled(Numbers(31, first=100), first=Numbers(50), seed=3)
   for index in (*range(60), 10**9):
     row = both[index]
-    assert {name: row[name] for name in alone[index]} == alone[index]
+    assert all(np.array_equal(row[name], value) for name, value in alone[index].items())
 
 
 def test_second_stream_is_shuffled_by_itself() -> None:
@@ -190,12 +282,12 @@ def test_second_stream_is_shuffled_by_itself() -> None:
   assert equal.max() < 0.25  # by chance 1 of 40
 
 
-def test_substituted_counts_both_streams_and_no_missing_caption_of_the_second() -> None:
+def test_passed_over_counts_both_streams_and_no_missing_caption_of_the_second() -> None:
   others = Numbers(10, broken=(3, 4), blank=tuple(range(10)))
   got = [decoupled(others, first=Numbers(10, broken=(0,), blank=(5,)))[index] for index in range(10)]
   assert sorted(int(row["other"]) for row in got) == [0, 1, 2, 5, 5, 5, 6, 7, 8, 9]
   # Two of the first stream were passed over, and one and two in a row of the second.
-  assert sum(int(row["substituted"]) for row in got) == 2 + 3
+  assert sum(int(row["passed_over"].sum()) for row in got) == 2 + 3
 
 
 def test_bad_second_mixture_is_refused() -> None:
@@ -218,8 +310,8 @@ def test_prefetch_gives_states_and_passes_errors_on() -> None:
   seen = [next(with_broken) for _ in range(3)]
   with_broken.close()
   assert [state for _, state, _ in seen] == [{"next_index": 10}, {"next_index": 20}, {"next_index": 30}]
-  assert sum(substituted for *_, substituted in seen) == 1
-  failing = pipeline.training_rows([Numbers(31)], (1.0,), fail_at_30, 0)
+  assert sum(passed_over.sum() for *_, passed_over in seen) == 1
+  failing = pipeline.training_rows(pipeline.Mixture((Numbers(31),)), fail_at_30, 0)
   batches = pipeline.Prefetch(pipeline.TrainStream(failing, 31), lambda batch: batch)
   with pytest.raises(RuntimeError, match="thirty"):
     next(batches)
@@ -249,16 +341,16 @@ def test_evaluation_is_in_order_padded_and_masked(batch_size: int, hosts: int) -
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_batch_shapes_are_those_of_the_rows(recipe: str) -> None:
   make_views = MakeViews(RECIPES[recipe], Tokenizer(16), size=20, patch_grid=5)
-  dataset = pipeline.training_rows([open_source("scenes:train/40/24")], (1.0,), make_views, 0)
+  dataset = pipeline.training_rows(pipeline.Mixture((open_source("scenes:train/40/24"),)), make_views, 0)
   batch = next(pipeline.TrainStream(dataset, 8))
-  batch.pop(pipeline.SUBSTITUTED)
+  batch.pop(pipeline.PASSED_OVER)
   assert {name: (value.shape, value.dtype.type) for name, value in batch.items()} == make_views.batch_shapes(8)
 
 
 def test_views_are_what_the_recipe_says() -> None:
   file = io.BytesIO()
   Image.new("RGB", (40, 30), (10, 200, 90)).save(file, "PNG")
-  example = {"image": pipeline.images.decode(file.getvalue()), "captions": ("a tall red house stands alone",)}
+  example = {"image": images.decode(file.getvalue()), "captions": ("a tall red house stands alone",)}
   tokenizer = Tokenizer(16)
   clip = MakeViews(RECIPES["clip"], tokenizer, size=8)(example, np.random.default_rng(0))
   assert (clip["image"] == [10, 200, 90]).all()  # a crop and nothing else

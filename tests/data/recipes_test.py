@@ -1,12 +1,16 @@
 """Tests for data/recipes.py: the views of every recipe, what is left of them for a part of its use, and overrides."""
 
 from dataclasses import replace
+import io
 import pickle
 
 import numpy as np
+from PIL import Image
 import pytest
 
+from declip_jax.data import images
 from declip_jax.data.recipes import RECIPES, MakeViews, Recipe, get_recipe, trimmed
+from declip_jax.data.sources.base import BadSample
 from declip_jax.data.tokenizer import Tokenizer
 from declip_jax.types import Views
 
@@ -158,13 +162,80 @@ def test_last_probability_is_that_of_the_views_behind():
 
 
 def test_self_supervised_views_come_from_the_other_image():
-  example = {"image": flat(200), "ssl_image": flat(60), "captions": CAPTIONS}
+  example = {"image": flat(200, size=40), "ssl_image": flat(60, size=8), "captions": CAPTIONS}
   plain = {"jitter_probability": 0.0, "solarize_probability": (0.0,)}
   for name in ("slip", "slip_mocov3"):
     views = make(replace(RECIPES[name], **plain), example)["image"][0]
     assert views[:, 0, 0, 0].tolist() == [200, 60, 60]
   with pytest.raises(ValueError, match=r"image views \(0, 1\) are self-supervised.* recipe 'slip'"):
     make(RECIPES["declip"], example)
+
+
+def test_augmentations_say_what_each_view_is():
+  weak, strong = images.Augmentation(scale=(0.5, 1.0)), RECIPES["slip"].augmentations[1]
+  assert RECIPES["clip"].augmentations == (weak,)
+  assert RECIPES["openai"].augmentations == (images.Augmentation("square"),)
+  assert RECIPES["slip"].augmentations == (weak, strong, strong)
+  assert strong == images.Augmentation(
+    scale=(0.08, 1.0),
+    jitter=(0.4, 0.4, 0.4, 0.1),
+    jitter_probability=0.8,
+    grayscale_probability=0.2,
+    blur_probability=0.5,
+    blur_radius=(0.1, 2.0),
+    flip_probability=0.5,
+  )
+  assert RECIPES["declip"].augmentations == (replace(strong, scale=(0.2, 1.0)),) * 2
+  first, second = RECIPES["slip_mocov3"].augmentations[1:]
+  assert first == replace(strong, jitter=(0.4, 0.4, 0.2, 0.1), blur_probability=1.0)
+  assert second == replace(first, blur_probability=0.1, solarize_probability=0.2)
+  color = RECIPES["clip_color"].augmentations[0]
+  assert color == replace(strong, crop="square", scale=weak.scale, flip_probability=0.0)
+
+
+@pytest.mark.parametrize("engine", images.ENGINES)
+@pytest.mark.parametrize("name", ["slip_mocov3", "clip_color", "openai"])
+def test_views_are_drawn_one_by_one_and_made_of_one_image(name, engine):
+  file = io.BytesIO()
+  Image.fromarray(photo(height=200, width=260)).save(file, "JPEG")
+  example = {"image": file.getvalue(), "captions": CAPTIONS}
+  for seed in range(5):
+    rng = np.random.default_rng(seed)
+    plans = [images.draw(augmentation, 200, 260, 24, rng) for augmentation in RECIPES[name].augmentations]
+    row = MakeViews(RECIPES[name], TOKENIZER, 24, engine=engine)(example, np.random.default_rng(seed))
+    np.testing.assert_array_equal(row["image"], images.make(example["image"], plans, engine=engine))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_for_the_device_the_same_crops_are_made_and_nothing_else(name):
+  example = {"image": photo(), "captions": CAPTIONS}
+  for seed in range(4):
+    host, device = (
+      MakeViews(RECIPES[name], TOKENIZER, 12, patch_grid=4, augment_on=where)(example, np.random.default_rng(seed))
+      for where in ("host", "device")
+    )
+    assert all(np.array_equal(host[key], device[key]) for key in host if key != "image")  # texts and patches
+    rng = np.random.default_rng(seed)
+    plans = [images.draw(augmentation, 48, 60, 12, rng) for augmentation in RECIPES[name].augmentations]
+    np.testing.assert_array_equal(device["image"], images.make(photo(), [images.Plan(plan.crop) for plan in plans]))
+    np.testing.assert_array_equal(host["image"], images.make(photo(), plans))
+
+
+def test_bad_images_are_bad_samples():
+  for engine in images.ENGINES:
+    make_views = MakeViews(RECIPES["slip"], TOKENIZER, 12, engine=engine)
+    with pytest.raises(BadSample, match="no known image format") as caught:
+      make_views({"image": b"<html>", "captions": CAPTIONS}, np.random.default_rng(0))
+    assert caught.value.kind == "unknown format"
+    with pytest.raises(BadSample) as caught:
+      make_views({"image": photo(), "ssl_image": b"", "captions": CAPTIONS}, np.random.default_rng(0))
+    assert caught.value.kind == "empty image"
+
+
+@pytest.mark.parametrize(("field", "legal"), [("engine", "'exact', 'fast'"), ("augment_on", "'host' or 'device'")])
+def test_an_unknown_way_is_refused_by_name(field, legal):
+  with pytest.raises(ValueError, match=rf"config.data.{field}='gpu': choose .*{legal}"):
+    MakeViews(RECIPES["clip"], TOKENIZER, 12, **{field: "gpu"})
 
 
 # Patches.

@@ -2,17 +2,32 @@
 
 from collections.abc import Callable
 
-from declip_jax.data.sources.base import Example, Source
+from declip_jax.data.sources.arrayrecord import open_arrayrecord
+from declip_jax.data.sources.base import BAD, BadSample, Example, Source
+from declip_jax.data.sources.coco import open_coco
+from declip_jax.data.sources.folder import open_folder
+from declip_jax.data.sources.heldout import open_heldout, open_kept
+from declip_jax.data.sources.huggingface import open_huggingface
 from declip_jax.data.sources.scenes import open_scenes
+from declip_jax.data.sources.table import open_table
 from declip_jax.data.sources.tfds import open_tfds
 from declip_jax.data.sources.webdataset import open_webdataset
+from declip_jax.data.sources.yfcc import open_yfcc
 
-__all__ = ["SOURCES", "Example", "Source", "open_source"]
+__all__ = ["BAD", "SOURCES", "BadSample", "Example", "Source", "open_source"]
 
 SOURCES: dict[str, Callable[[str], Source]] = {
   "scenes": open_scenes,
   "webdataset": open_webdataset,
+  "arrayrecord": open_arrayrecord,
   "tfds": open_tfds,
+  "table": open_table,
+  "coco": open_coco,
+  "yfcc": open_yfcc,
+  "folder": open_folder,
+  "huggingface": open_huggingface,
+  "heldout": open_heldout,
+  "kept": open_kept,
 }
 
 

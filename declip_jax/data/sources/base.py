@@ -4,7 +4,6 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
-
 # Why a sample cannot be used.
 BAD = (
   "missing file",  # or member, or it cannot be read

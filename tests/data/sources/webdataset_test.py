@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 import io
 import json
 import os
@@ -5,10 +6,12 @@ from pathlib import Path
 import pickle
 import tarfile
 
+import fsspec
 import numpy as np
 import pytest
 
-from declip_jax.data import sources
+from declip_jax.data import files, sources
+from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.webdataset import open_webdataset
 
 LONG = "folder " + "ü" * 60 + "/" + "n" * 90  # more than 100 characters and 255 bytes
@@ -63,7 +66,7 @@ def test_only_regular_visible_files_make_samples(tmp_path):
     tar.addfile(tarfile.TarInfo("1.txt"))
   source = open_webdataset(str(tmp_path / "s.tar"))
   assert [example["captions"] for example in source] == [("hello",)]
-  assert source.skipped == {"no image": 1}
+  assert source.skipped == {"missing file": 1}
 
 
 def test_sizes_in_base_256_and_headers_without_magic(tmp_path):
@@ -99,31 +102,39 @@ def test_image_suffixes(tmp_path, suffix):
   assert source[0] == {"image": b"pixels", "captions": (), "label": 0, "id": "s.tar:a"}
 
 
-def test_unusable_samples_are_counted(tmp_path):
-  files = samples("0", "1") | {"2.jpg": b"x", "3.txt": b"x", "4.jpg": b"x", "4.npy": b"x", "5.seg.png": b"x"}
+def test_samples_without_image_are_left_out_and_counted(tmp_path):
+  files = samples("0", "1") | {"2.txt": b"x", "3.npy": b"x", "4.seg.png": b"x"}
   source = open_webdataset(str(write_tar(tmp_path / "s.tar", files)))
-  assert len(source) == 2
-  assert source.skipped == {"no caption or class": 2, "no image": 2}
+  assert [example["id"] for example in source] == ["s.tar:0", "s.tar:1"]
+  assert source.skipped == {"missing file": 3}
+
+
+def test_images_alone_are_samples(tmp_path):
+  files = {"0.jpg": b"zero", "1.png": b"one", "1.npy": b"x", "2.jpg": b"two", "2.txt": b" "}
+  source = open_webdataset(str(write_tar(tmp_path / "s.tar", files)))
+  assert [example["image"] for example in source] == [b"zero", b"one", b"two"]
+  assert {(example["captions"], example["label"]) for example in source} == {((), -1)}
+  assert source.skipped == {}
 
 
 @pytest.mark.parametrize(
-  ("member", "kept", "skipped"),
+  ("member", "kept", "captions", "skipped"),
   [
-    ("2.txt", 512 + 8, {"truncated shard": 1}),  # within the text
-    ("2.txt", 512, {"truncated shard": 1}),  # after the header of the text
-    ("2.txt", 100, {"truncated shard": 1, "no caption or class": 1}),  # within that header: nobody knows whose it is
-    ("2.jpg", 512 + 700, {"truncated shard": 1}),
-    ("2.jpg", 100, {"truncated shard": 1}),
-    ("2.jpg", 0, {}),
+    ("2.txt", 512 + 8, 2, {"damaged record": 1}),  # within the text
+    ("2.txt", 512, 2, {"damaged record": 1}),  # after the header of the text
+    ("2.txt", 100, 3, {"damaged record": 1}),  # within that header: nobody knows whose it is
+    ("2.jpg", 512 + 700, 2, {"damaged record": 1}),
+    ("2.jpg", 100, 2, {"damaged record": 1}),
+    ("2.jpg", 0, 2, {}),
   ],
 )
-def test_truncated_shard_keeps_whole_samples(tmp_path, member, kept, skipped):
+def test_truncated_shard_keeps_whole_samples(tmp_path, member, kept, captions, skipped):
   path = write_tar(tmp_path / "s.tar", samples("0", "1", "2"))
   with tarfile.open(path) as tar:
     end = tar.getmember(member).offset + kept
   path.write_bytes(path.read_bytes()[:end])
   source = open_webdataset(str(path))
-  assert [example["captions"] for example in source] == [("caption 0",), ("caption 1",)]
+  assert [example["captions"] for example in source] == [("caption 0",), ("caption 1",), ()][:captions]
   assert source.skipped == skipped
 
 
@@ -137,7 +148,7 @@ def test_truncated_long_name(tmp_path, format):
     path.write_bytes(tar[:cut])
     source = open_webdataset(str(path))
     assert (len(source), source[0]["image"]) == (1, b"image 0" + BIG)
-    assert source.skipped == {"truncated shard": 1}
+    assert source.skipped == {"damaged record": 1}
 
 
 def test_bytes_that_are_no_header_are_an_error_with_shard_and_offset(tmp_path):
@@ -151,8 +162,18 @@ def test_bytes_that_are_no_header_are_an_error_with_shard_and_offset(tmp_path):
     open_webdataset(str(path))
 
 
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"\xff" * 12])
+def test_an_impossible_size_is_an_error_and_no_endless_loop(tmp_path, size):
+  path = write_tar(tmp_path / "s.tar", samples("0"))
+  tar = bytearray(path.read_bytes())
+  tar[124:136] = size
+  path.write_bytes(tar)
+  with pytest.raises(ValueError, match=r"s\.tar, byte 0: a member of -?\d+ bytes"):
+    open_webdataset(str(path))
+
+
 def test_no_usable_sample_is_an_error(tmp_path):
-  with pytest.raises(ValueError, match="no usable sample in 1 shards.*no image"):
+  with pytest.raises(ValueError, match="no usable sample in 1 shards.*missing file"):
     open_webdataset(str(write_tar(tmp_path / "s.tar", {"a.txt": b"x"})))
 
 
@@ -166,9 +187,9 @@ def test_patterns(tmp_path):
   assert ids("train-*.tar") == ["8", "9", "10", "11"]
   assert ids("train-{009..010}.tar") == ["9", "10"]
   assert ids(f"train-{{011..011}}.tar::{tmp_path}/train-00?.tar") == ["11", "8", "9"]
-  with pytest.raises(FileNotFoundError, match=r"no shard matches .*train-012\.tar; tars in .*train-008\.tar"):
+  with pytest.raises(FileNotFoundError, match=r"no file matches .*train-012\.tar; in .*train-008\.tar"):
     ids("train-{008..012}.tar")
-  with pytest.raises(FileNotFoundError, match=r"val-\*\.tar; tars in .*train-011\.tar"):
+  with pytest.raises(FileNotFoundError, match=r"val-\*\.tar; in .*train-011\.tar"):
     ids("val-*.tar")
   with pytest.raises(FileNotFoundError, match=r"train-011\.tar"):
     ids("")
@@ -178,7 +199,7 @@ def test_patterns(tmp_path):
 
 def test_index_is_reused_and_follows_its_shards(tmp_path):
   path = write_tar(tmp_path / "s.tar", samples("0"))
-  source = open_webdataset(str(path))
+  assert len(open_webdataset(str(path))) == 1
   (index,) = (tmp_path / ".declip_jax").glob("*.npy")
   before = index.stat().st_mtime_ns
   assert len(open_webdataset(str(path))) == 1
@@ -189,9 +210,40 @@ def test_index_is_reused_and_follows_its_shards(tmp_path):
   write_tar(path, samples("c", "d"))  # the same size
   os.utime(path, ns=(stamp, stamp + 1))
   assert open_webdataset(str(path))[1]["captions"] == ("caption d",)
-  path.write_bytes(path.read_bytes()[:300])
-  with pytest.raises(ValueError, match="s.tar, sample at byte 0"):
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_shard_that_changes_while_it_is_open_costs_samples_and_nothing_else(tmp_path, number):
+  path = write_tar(tmp_path / "s.tar", samples("0", "1"))
+  source = open_webdataset(str(path))
+  tar = path.read_bytes()
+  other = write_tar(tmp_path / "other.tar", samples("a" * 200, "b" * 200)).read_bytes()
+  mixed = tar.replace(b"1.jpg", b"2.jpg")  # two samples where one was
+  cut = tar[: tar.index(b"caption 1") + 4]
+  changed = [tar[:300], tar[:2000], b"\xff" * len(tar), other[: len(tar)], mixed, cut]
+  path.write_bytes(changed[number])  # in place, with no new index
+  with pytest.raises(BadSample, match="s.tar, sample at byte .*changed since it was indexed") as error:
+    source[1]
+  assert error.value.kind == "damaged record"
+
+
+def test_a_shard_that_was_replaced_is_read_anew(tmp_path):
+  path = write_tar(tmp_path / "s.tar", samples("0"))
+  before = open_webdataset(str(path))
+  assert before[0]["id"] == "s.tar:0"
+  write_tar(tmp_path / "new", samples("a", "b")).replace(path)
+  assert [example["id"] for example in open_webdataset(str(path))] == ["s.tar:a", "s.tar:b"]
+
+
+def test_a_shard_that_is_gone_costs_its_samples(tmp_path):
+  for shard in range(2):
+    write_tar(tmp_path / f"{shard}.tar", samples(str(shard)))
+  source = open_webdataset(f"{tmp_path}/*.tar")
+  (tmp_path / "0.tar").unlink()
+  with pytest.raises(BadSample, match=r"0\.tar, sample at byte 0: .*No such file") as error:
     source[0]
+  assert error.value.kind == "missing file"
+  assert source[1]["captions"] == ("caption 1",)
 
 
 def test_index_goes_to_the_user_cache_beside_read_only_shards(tmp_path, monkeypatch):
@@ -231,8 +283,9 @@ def test_classnames_and_bad_fields(tmp_path):
   assert source.classnames == ("dog", "hot dog")
   assert (source[0]["label"], source[3]["label"]) == (1, -1)
   for index, message in [(1, "s.tar:b: bad .cls b'2'.* -1 to 1"), (2, "s.tar:c: bad .cls"), (4, "s.tar:e: bad .json")]:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(BadSample, match=message) as error:
       source[index]
+    assert error.value.kind == "damaged record"
 
 
 def test_index_out_of_range(tmp_path):
@@ -248,5 +301,63 @@ def test_open_source(tmp_path):
   assert source.name == f"webdataset:{path}"
   assert source[0]["captions"] == ("one", "two")
   for spec in ("files:/data", r"C:\data", "webdataset", "webdataset:", ""):
-    with pytest.raises(ValueError, match="expected KIND:LOCATION, where KIND is one of scenes, webdataset, tfds"):
+    with pytest.raises(ValueError, match="expected KIND:LOCATION, where KIND is one of scenes, webdataset,"):
       sources.open_source(spec)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
+  """An empty memory:// and a cache folder of its own for the indexes."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  memory = fsspec.filesystem("memory")
+  memory.store.clear()
+  yield memory
+  memory.store.clear()
+
+
+@pytest.mark.parametrize("pattern", ["s-*.tar", "s-{0..2}.tar"])
+def test_shards_behind_a_url_equal_local_ones(tmp_path, bucket, pattern):
+  for shard in range(3):
+    path = write_tar(tmp_path / f"s-{shard}.tar", samples(f"{shard} a", LONG, cls=b"1"))
+    bucket.pipe(f"/bucket/data/s-{shard}.tar", path.read_bytes())
+  bucket.pipe("/bucket/data/classnames.txt", b"dog\ncat\n")
+  (tmp_path / "classnames.txt").write_text("dog\ncat\n")
+  local, remote = open_webdataset(f"{tmp_path}/{pattern}"), open_webdataset(f"memory://bucket/data/{pattern}")
+  assert list(remote) == list(local)
+  assert remote.classnames == local.classnames == ("dog", "cat")
+  assert len(list((tmp_path / "cache" / "declip_jax").glob("*.npy"))) == 1
+  bucket.pipe("/bucket/data/s-1.tar", b"")
+  with pytest.raises(BadSample, match="s-1.tar, sample at byte"):
+    remote[2]
+  bucket.rm("/bucket/data/s-1.tar")
+  with pytest.raises(BadSample, match="s-1.tar, sample at byte .*no such file") as error:
+    remote[2]
+  assert error.value.kind == "missing file"
+  write_tar(tmp_path / "s-1.tar", samples("new"))
+  bucket.pipe("/bucket/data/s-1.tar", (tmp_path / "s-1.tar").read_bytes())
+  assert [example["id"] for example in open_webdataset(f"memory://bucket/data/{pattern}")][2:3] == ["s-1.tar:new"]
+
+
+def test_indexing_a_url_leaves_large_images_where_they_are(tmp_path, bucket, monkeypatch):
+  large = {f"{key}.{suffix}": bytes(size) for key in range(4) for suffix, size in [("jpg", 5_000_000), ("txt", 10)]}
+  bucket.pipe("/large.tar", write_tar(tmp_path / "large.tar", large).read_bytes())
+  small = {f"{key}.{suffix}": bytes(size) for key in range(50) for suffix, size in [("jpg", 20_000), ("txt", 10)]}
+  bucket.pipe("/small.tar", write_tar(tmp_path / "small.tar", small).read_bytes())
+  requests = []
+  read = files.read
+  monkeypatch.setattr(files, "read", lambda path, start=0, size=None: requests.append(size) or read(path, start, size))
+  assert len(open_webdataset("memory://large.tar")) == 4
+  assert sum(requests) < 6 * 2**20  # of 20 MB
+  requests.clear()
+  assert len(open_webdataset("memory://small.tar")) == 50
+  assert len(requests) == 2  # of 1 MiB, for 1.1 MB
+
+
+def test_an_interrupted_index_is_built_again(tmp_path, monkeypatch):
+  path = write_tar(tmp_path / "s.tar", samples("0", "1"))
+  monkeypatch.setattr(files, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+  with pytest.raises(KeyboardInterrupt):
+    open_webdataset(str(path))
+  monkeypatch.undo()
+  assert list((tmp_path / ".declip_jax").iterdir()) == []
+  assert len(open_webdataset(str(path))) == 2

@@ -1,0 +1,355 @@
+"""Writes any source as ArrayRecord files: python -m declip_jax.data.convert SPEC OUTPUT
+
+For data that are read many times: whatever they were, thousands of image files, tables or tars, they become a few large
+files with fast random access, of samples that can all be used. Train from them with arrayrecord:OUTPUT/*.array_record
+
+  OUTPUT/data-00000-of-00064.array_record ...   the samples, in the order of the source
+  OUTPUT/classnames.txt                         if the source has classes
+  OUTPUT/dataset.json                           source, samples, shards, and what was left out, by kind
+
+Every image is decoded once to see that it can be, and written as it was; pixels are written as PNG. Where the command
+was interrupted, it goes on when it is given again.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+import contextlib
+import io
+import json
+import math
+import multiprocessing
+from multiprocessing import connection
+import os
+from pathlib import Path
+import signal
+import sys
+import threading
+import time
+from typing import Any, NamedTuple
+
+from array_record.python import array_record_module
+import numpy as np
+from PIL import Image
+
+from declip_jax.data import files, images
+from declip_jax.data.sources import BadSample, Source, open_source
+from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_reader, pack
+
+_SHARD_BYTES = 512 * 2**20
+_PROBES = 64  # samples whose sizes tell that of all
+_NAMED = 3  # bad samples of each kind that the report names
+_COUNT_EVERY = 64  # samples
+_ABOUT, _DONE = "dataset.json", "progress.jsonl"
+
+
+class _Shard(NamedTuple):
+  """Samples `start` to `stop` of the source, in the file `path`."""
+
+  path: Path
+  start: int
+  stop: int
+
+
+class _Interrupted(Exception):
+  pass
+
+
+def convert(
+  spec: str, output: str | os.PathLike[str], shards: int | None = None, workers: int | None = None
+) -> dict[str, Any]:
+  """Writes a source as ArrayRecord files, in parallel processes; finished files of an earlier try are kept.
+
+  Samples that cannot be used are left out and counted. The same source and number of shards give the same bytes.
+
+  Args:
+    spec: of the source.
+    output: folder; created, or one in which the same conversion was interrupted.
+    shards: number of files. By default so many that each has about 512 MB: few enough to list and to copy, and many
+      enough to be written in parallel.
+    workers: number of processes; by default that of cores.
+
+  Returns:
+    What dataset.json holds: `source`, `samples` of it, `shards`, `count` of what was written, `skipped` by kind of
+    `BAD`, and the first of these `named`.
+
+  Raises:
+    ValueError: the source cannot be opened or no sample can be used, or the folder holds anything else.
+    OSError: the files cannot be written.
+  """
+  if files.is_url(os.fspath(output)):
+    raise ValueError(f"output {os.fspath(output)!r} is an address: write to a local folder and copy that")
+  output = Path(output)
+  source = open_source(spec)
+  about = _plan(source, output, shards)
+  shards, samples = about["shards"], about["samples"]
+  bounds = [samples * number // shards for number in range(shards + 1)]
+  paths = [output / f"data-{number:05d}-of-{shards:05d}.array_record" for number in range(shards)]
+  if "count" in about:
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+      raise ValueError(f"{output} was complete and lacks {len(missing)} files now, such as {missing[0]}: delete it")
+    return about
+  _write_classnames(source, output)
+  done = {number: report for number, report in _finished(output).items() if paths[number].is_file()}
+  todo = {n: _Shard(paths[n], bounds[n], bounds[n + 1]) for n in range(shards) if n not in done}
+  with contextlib.closing(_run(source, todo, samples, workers or _cores())) as reports:
+    for number, report in reports:
+      done[number] = report
+      with (output / _DONE).open("a") as file:
+        file.write(json.dumps({"shard": number, **report}) + "\n")
+  return _finish(source, output, about, done)
+
+
+def _plan(source: Source, output: Path, shards: int | None) -> dict[str, Any]:
+  """What the folder holds or shall hold, of this source; written to it if it is new.
+
+  Raises:
+    ValueError: it holds something else.
+  """
+  plan = {"source": source.name, "samples": len(source)}
+  there = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+  if not len(source):
+    raise ValueError(f"{source.name} has no sample; left out: {source.skipped or 'none'}")
+  if _ABOUT in there:
+    try:
+      about = dict(json.loads((output / _ABOUT).read_text("utf-8")))
+    except (ValueError, TypeError):
+      raise ValueError(f"{output / _ABOUT} is not of this command: choose another folder") from None
+    wanted = plan | ({"shards": shards} if shards else {})
+    other = [f"{name} {about.get(name)!r}, not {value!r}" for name, value in wanted.items() if about.get(name) != value]
+    if other:
+      raise ValueError(f"{output} holds another conversion: {'; '.join(other)}. Choose another folder")
+    return about
+  if there:
+    raise ValueError(f"{output} is not empty, it holds {', '.join(there[:5])}: choose another folder")
+  if shards is None:
+    shards = min(len(source), max(1, math.ceil(_mean_bytes(source) * len(source) / _SHARD_BYTES)))
+  if not 0 < shards <= min(len(source), 99_999):
+    raise ValueError(f"{shards} shards: expected 1 to {min(len(source), 99_999)}, for {len(source)} samples")
+  output.mkdir(parents=True, exist_ok=True)
+  _write_text(output / _ABOUT, json.dumps(plan | {"shards": shards}))
+  return plan | {"shards": shards}
+
+
+def _mean_bytes(source: Source) -> float:
+  sizes = [0]
+  for index in np.linspace(0, len(source) - 1, min(_PROBES, len(source)), dtype=int).tolist():
+    try:
+      sizes.append(len(_record(source, index)))
+    except BadSample:
+      continue
+  return sum(sizes) / max(1, len(sizes) - 1)
+
+
+def _write_classnames(source: Source, output: Path) -> None:
+  if source.classnames:
+    lines = [" ".join(name.split()) for name in source.classnames]  # one line each
+    _write_text(output / "classnames.txt", "".join(f"{line}\n" for line in lines))
+
+
+def _finished(output: Path) -> dict[int, dict[str, Any]]:
+  """What was reported of the shards that an earlier try finished."""
+  path = output / _DONE
+  found = {}
+  for line in path.read_text().splitlines() if path.is_file() else ():
+    try:
+      report = json.loads(line)
+    except ValueError:
+      continue  # the disk was full, or the power failed: that shard is written again
+    found[report.pop("shard")] = report
+  return found
+
+
+def _finish(source: Source, output: Path, about: dict[str, Any], done: dict[int, dict[str, Any]]) -> dict[str, Any]:
+  skipped, named = Counter(source.skipped), {}
+  for _, report in sorted(done.items()):
+    skipped.update(report["skipped"])
+    for kind, messages in report["named"].items():
+      named[kind] = (named.get(kind, []) + messages)[:_NAMED]
+  count = sum(report["count"] for report in done.values())
+  if not count:
+    raise ValueError(f"{source.name}: none of {about['samples']} samples can be used: {dict(skipped)}, such as {named}")
+  about = {**about, "count": count, "skipped": dict(skipped), "named": named}
+  _write_text(output / _ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+  for path in [output / _DONE, *output.glob(".*.tmp")]:  # of processes that were killed
+    path.unlink(missing_ok=True)
+  return about
+
+
+def _write_text(path: Path, text: str) -> None:
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary.write_text(text, "utf-8", errors="replace")
+  files.commit(temporary, path)
+
+
+def _cores() -> int:
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(
+  source: Source, todo: dict[int, _Shard], total: int, workers: int
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
+  """Yields number and report of each shard as it is finished, and shows the progress."""
+  if not todo:
+    return
+  context = multiprocessing.get_context("spawn")  # threads of array_record and fsspec do not survive a fork
+  before = total - sum(shard.stop - shard.start for shard in todo.values())
+  stop, written = context.Event(), context.Value("q", before)
+  pool = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (source, stop, written))
+  progress = _Progress(before, total)
+  try:
+    with _holding_interrupts():
+      pending: dict[Future, int] = {pool.submit(_write, shard): number for number, shard in todo.items()}
+    while pending:
+      ready, _ = wait(pending, timeout=progress.interval, return_when=FIRST_COMPLETED)
+      progress.show(written.value)
+      for future in ready:
+        yield pending.pop(future), future.result()
+  except BrokenProcessPool:
+    message = "a process was killed, perhaps for want of memory: give the command again, with fewer --workers"
+    raise OSError(message) from None
+  finally:
+    with _holding_interrupts():
+      stop.set()
+      pool.shutdown(cancel_futures=True)
+      progress.close()
+
+
+@contextlib.contextmanager
+def _holding_interrupts() -> Iterator[None]:
+  """Lets Ctrl-C wait; for processes that start within, for ever."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Progress:
+  """A line that is written over, or one every half minute where nobody sits at the screen."""
+
+  def __init__(self, before: int, total: int):
+    self._before, self._total, self._start, self._next = before, total, time.monotonic(), 0.0
+    self._terminal = sys.stderr.isatty()
+    self.interval = 0.5 if self._terminal else 5.0
+
+  def show(self, count: int) -> None:
+    now = time.monotonic()
+    if now < self._next:
+      return
+    self._next = now + (0.5 if self._terminal else 30.0)
+    rate = (count - self._before) / max(now - self._start, 1e-9)
+    left = f", {(self._total - count) / rate / 60:.0f} min left" if rate else ""
+    line = f"{count:,} of {self._total:,} samples, {rate:,.0f}/s{left}"
+    print(f"\r{line:<78}" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
+
+  def close(self) -> None:
+    if self._terminal:
+      print(file=sys.stderr)
+
+
+_worker: dict[str, Any] = {}  # what a worker process was started with
+
+
+def _start_worker(source: Source, stop: Any, written: Any) -> None:
+  """Workers leave Ctrl-C to the main process, which tells them to stop, and end when it is killed."""
+  _worker.update(source=source, stop=stop, written=written)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  connection.wait([multiprocessing.parent_process().sentinel])
+  os._exit(1)
+
+
+def _write(shard: _Shard) -> dict[str, Any]:
+  """Writes one file; returns how many samples it has, and those left out, counted and the first ones named by kind."""
+  source, stop, written = _worker["source"], _worker["stop"], _worker["written"]
+  temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.tmp")
+  skipped, named, count = Counter(), {}, 0
+  try:
+    writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), WRITER_OPTIONS)
+    for index in range(shard.start, shard.stop):
+      try:
+        writer.write(_record(source, index))
+        count += 1
+      except BadSample as error:
+        skipped[error.kind] += 1
+        named.setdefault(error.kind, []).extend([str(error)] * (skipped[error.kind] <= _NAMED))
+      if (index + 1 - shard.start) % _COUNT_EVERY == 0 or index + 1 == shard.stop:
+        with written.get_lock():
+          written.value += (index - shard.start) % _COUNT_EVERY + 1
+        if stop.is_set():
+          raise _Interrupted
+    writer.close()
+    if open_reader(os.fspath(temporary)).num_records() != count:
+      raise OSError(f"{shard.path} could not be written completely: is the disk full?")
+    files.commit(temporary, shard.path)
+  except RuntimeError as error:  # of array_record
+    raise OSError(f"{shard.path} could not be written: {error}") from error
+  finally:
+    temporary.unlink(missing_ok=True)
+  return {"count": count, "skipped": dict(skipped), "named": named}
+
+
+def _record(source: Source, index: int) -> bytes:
+  """The record of a sample.
+
+  Raises:
+    BadSample: it cannot be used.
+  """
+  try:
+    example = source[index]
+  except OSError as error:
+    raise BadSample("missing file", f"{source.name}: sample {index}: {error}") from error
+  try:
+    pixels = images.decode(example["image"])
+  except ValueError as error:
+    raise BadSample(getattr(error, "kind", "damaged image"), f"{example['id']}: {error}") from error
+  return pack(example if isinstance(example["image"], bytes) else {**example, "image": _png(pixels)})
+
+
+def _png(pixels: np.ndarray) -> bytes:
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, "PNG")
+  return file.getvalue()
+
+
+def _report(about: dict[str, Any], output: Path) -> str:
+  size = sum(path.stat().st_size for path in output.glob("*.array_record"))
+  lines = [f"{output}: {about['count']:,} samples in {about['shards']:,} files, {size / 2**20:,.1f} MiB"]
+  for kind, count in sorted(about["skipped"].items()):
+    lines += [f"left out {count:,}: {kind}", *(f"  {message}" for message in about["named"].get(kind, ()))]
+  return "\n".join([*lines, f"train from it with arrayrecord:{output}/*.array_record"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m declip_jax.data.convert",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("spec", help="source to read, such as webdataset:/data/train-*.tar")
+  parser.add_argument("output", help="folder to write")
+  parser.add_argument("--shards", type=int, help="number of files; by default of about 512 MB each")
+  parser.add_argument("--workers", type=int, help="processes that write; by default as many as cores")
+  given = parser.parse_args(arguments)
+  if given.workers is not None and given.workers < 1:
+    parser.error(f"--workers={given.workers}: expected at least 1")
+  try:
+    about = convert(given.spec, given.output, given.shards, given.workers)
+  except (ValueError, OSError, ImportError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print("interrupted; give the same command again to go on", file=sys.stderr)
+    return 130
+  print(_report(about, Path(given.output)))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

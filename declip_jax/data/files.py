@@ -1,0 +1,356 @@
+"""Files wherever they lie: local paths, and URLs of any kind that fsspec knows (gs://, s3://, https://, memory://).
+
+Everything here may be called from several threads and from spawned processes. fsspec needs a package for most kinds of
+URL, such as gcsfs for gs://, and says which one is missing.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+import contextlib
+import errno
+from functools import lru_cache
+import glob
+import hashlib
+import io
+import itertools
+import json
+import os
+from pathlib import Path
+import re
+import tempfile
+import threading
+from typing import Any, BinaryIO
+import weakref
+
+import fsspec
+import fsspec.core
+
+_OPEN_FILES = 128  # per process: far below the usual limit of 1024 descriptors, for any number of shards
+_READ_AHEAD = 2**20  # of a URL's stream, in bytes: a request takes as long as it takes to transfer about this much
+_FOLDER = ".declip_jax"  # of indexes, beside the data
+# What tells that a file behind a URL changed: the first of these that its file system knows.
+_CHANGES = ("ETag", "etag", "md5Hash", "generation", "Content-MD5", "Digest", "content_md5", "LastModified")
+_CHANGES += ("Last-Modified", "last_modified", "updated", "mtime", "modified", "created")
+
+
+def is_url(path: str) -> bool:
+  """Whether fsspec reads it; file:// is a local path."""
+  return "://" in path and not path.startswith("file://")
+
+
+def expand(location: str) -> list[str]:
+  """Files that a location names: absolute local paths, or URLs.
+
+  Args:
+    location: a path or URL with glob characters (`train-*.tar`), ranges (`train-{0000..0012}.tar`), both or neither;
+      `::` joins several of them, as in webdataset. Within a pattern the files are in alphabetical order.
+
+  Raises:
+    FileNotFoundError: a pattern matches no file, or a file of a range is missing; lists what is there.
+    ValueError: a range is empty, or fsspec does not know the kind of URL or lacks the package for it.
+  """
+  found = []
+  for given in location.split("::"):
+    patterns = _ranges(given)
+    match = _matching_urls if is_url(given) else _matching_paths
+    for pattern, paths in zip(patterns, match(patterns), strict=True):
+      if not paths:
+        raise FileNotFoundError(f"{location}: no file matches {pattern}; {_neighbours(pattern)}")
+      found += paths
+  return found
+
+
+def beside(path: str, name: str) -> str:
+  """Another file in the folder of a file."""
+  return path.rpartition("/")[0] + "/" + name
+
+
+def exists(path: str) -> bool:
+  """Whether there is such a file, and no folder."""
+  if not is_url(path):
+    return os.path.isfile(_local(path))
+  with _remote(path) as (system, name):
+    return system.isfile(name)
+
+
+def stamp(path: str) -> tuple[int, int | str | None]:
+  """Size in bytes, and something that changes when the file does; both go into JSON.
+
+  The second is the modification time in ns; for a URL its ETag or time of change, None where the server tells neither.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    OSError: the server does not tell the size.
+  """
+  if not is_url(path):
+    stat = os.stat(_local(path))
+    _OPEN.forget_unless(_local(path), stat)
+    return stat.st_size, stat.st_mtime_ns
+  with _remote(path) as (system, name):
+    about = system.info(name)
+  if about.get("size") is None or about.get("type") == "directory":
+    raise OSError(f"{path}: {'a folder' if about.get('type') == 'directory' else 'the server does not tell its size'}")
+  changed = next((about[name] for name in _CHANGES if about.get(name) is not None), None)
+  return int(about["size"]), None if changed is None else str(changed)
+
+
+def read(path: str, start: int = 0, size: int | None = None) -> bytes:
+  """Reads a whole file, or `size` bytes from `start` on; fewer where the file ends before.
+
+  A local file of which parts are read stays open, 128 of them in a process.
+
+  Raises:
+    OSError: it cannot be read, or a web server ignores ranges.
+  """
+  if size is None and not is_url(path):
+    with open(_local(path), "rb") as file:
+      file.seek(start)
+      return file.read()
+  if not is_url(path):
+    return _OPEN.get(_local(path)).read(start, size)
+  with _remote(path) as (system, name):
+    data = system.cat_file(name, start=start or None, end=None if size is None else start + size)
+  if size is not None and len(data) > size:
+    raise OSError(f"{path}: the server ignores ranges and sends the whole file; download it first")
+  return data
+
+
+def open_stream(path: str) -> BinaryIO:
+  """Opens a file to be read from its start on, buffered; seeking is allowed.
+
+  A URL is read in requests of 1 MiB or more. To seek beyond what is buffered costs no transfer of what lies between.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+  if not is_url(path):
+    return open(_local(path), "rb")
+  return io.BufferedReader(_Ranges(path), _READ_AHEAD)
+
+
+def classnames(path: str) -> tuple[str, ...]:
+  """Line i of classnames.txt in the folder of a file is class i; empty where there is no classnames.txt."""
+  file = beside(path, "classnames.txt")
+  return tuple(map(str.strip, read(file).decode().rstrip().splitlines())) if exists(file) else ()
+
+
+def index(stamp: Any, near: str, build: Callable[[Path], Any], suffix: str) -> Path:
+  """The file of an index, built if there is none.
+
+  It lies in `.declip_jax/` beside the data, or in the user's cache folder where that cannot be written or the data are
+  behind a URL. Its name is a hash of `stamp`, so with the `stamp` of the data inside it is never older than they are.
+  It appears whole or not at all, whatever happens while it is built; where several processes build it, one wins.
+
+  Args:
+    stamp: JSON of all that the index depends on: paths and stamps of files, and the version of the index's format.
+    near: one of the data files.
+    build: writes the index to the path that it is given.
+    suffix: of the file's name, such as ".npy".
+
+  Raises:
+    OSError: no folder takes the index, or what `build` raises.
+  """
+  name = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:24] + suffix
+  cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "declip_jax"
+  folders = [cache] if is_url(near) else [Path(_local(near)).parent / _FOLDER, cache]
+  found = next((folder / name for folder in folders if os.path.isfile(folder / name)), None)
+  if found is not None:
+    return found
+  failure = None
+  for folder in folders:
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=name, delete=False) as file:
+        temporary = Path(file.name)
+    except OSError as error:
+      failure = error
+      continue
+    try:
+      build(temporary)
+      commit(temporary, folder / name)
+      return folder / name
+    except OSError as error:
+      if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise
+      failure = error
+    finally:
+      temporary.unlink(missing_ok=True)
+  raise OSError(f"no place for the index of {near}: {failure}; set XDG_CACHE_HOME to a folder that can be written")
+
+
+def commit(temporary: Path, path: Path) -> None:
+  """Gives a complete local file its name, so that nobody ever sees half of it under that name."""
+  with temporary.open("rb+") as file:
+    os.fsync(file.fileno())  # else, after a power cut, an empty file may bear the name
+  temporary.chmod(0o644)  # a temporary file is for its owner alone; others may use the data too
+  temporary.replace(path)
+
+
+class _File:
+  """An open local file. The descriptor closes when the last thread that reads from it lets go."""
+
+  def __init__(self, path: str):
+    self._descriptor = os.open(path, os.O_RDONLY)
+    weakref.finalize(self, os.close, self._descriptor)
+
+  def read(self, start: int, size: int) -> bytes:
+    parts = []
+    while size and (part := os.pread(self._descriptor, size, start)):  # one call gives at most 2 GiB
+      parts.append(part)
+      start, size = start + len(part), size - len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+  def is_at(self, stat: os.stat_result) -> bool:
+    return os.path.samestat(os.fstat(self._descriptor), stat)
+
+
+class _OpenFiles:
+  """The files that this process read last."""
+
+  def __init__(self) -> None:
+    self._files: OrderedDict[str, _File] = OrderedDict()
+    self._lock = threading.Lock()
+
+  def get(self, path: str) -> _File:
+    with self._lock:
+      file = self._files.get(path)
+      if file is not None:
+        self._files.move_to_end(path)
+        return file
+    file = _File(path)  # without the lock, for it may take long over a network
+    with self._lock:
+      self._files[path] = file
+      if len(self._files) > _OPEN_FILES:
+        self._files.popitem(last=False)
+    return file
+
+  def forget_unless(self, path: str, stat: os.stat_result) -> None:
+    """Closes a file that another one has replaced since."""
+    with self._lock:
+      file = self._files.get(path)
+      if file is not None and not file.is_at(stat):
+        del self._files[path]
+
+
+_OPEN = _OpenFiles()
+
+
+class _Ranges(io.RawIOBase):
+  """A file behind a URL, read range by range."""
+
+  def __init__(self, path: str):
+    self._path, self._place = path, 0
+    self._size = stamp(path)[0]
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def tell(self) -> int:
+    return self._place
+
+  def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+    self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+    return self._place
+
+  def readinto(self, buffer: Any) -> int:
+    size = max(0, min(len(buffer), self._size - self._place))
+    data = read(self._path, self._place, size) if size else b""
+    buffer[: len(data)] = data
+    self._place += len(data)
+    return len(data)
+
+
+def _local(path: str) -> str:
+  return os.path.abspath(os.path.expanduser(path.removeprefix("file://")))
+
+
+@lru_cache
+def _filesystem(root: str) -> fsspec.AbstractFileSystem:
+  """One for all threads, where fsspec's own cache has one for each, with connections and listings of its own."""
+  try:
+    return fsspec.core.url_to_fs(root)[0]
+  except ImportError as error:
+    raise ValueError(f"{root}: {error}") from None
+
+
+@contextlib.contextmanager
+def _remote(url: str) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
+  """The file system of a URL and the file's name there; what the packages below raise, each its own, is an OSError."""
+  system = _filesystem("/".join(url.split("/", 3)[:3]))
+  try:
+    yield system, system._strip_protocol(url)
+  except FileNotFoundError:
+    raise FileNotFoundError(errno.ENOENT, "no such file", url) from None
+  except (OSError, ValueError):
+    raise
+  except Exception as error:
+    raise OSError(f"{url}: {type(error).__name__}: {error}") from error
+
+
+def _ranges(pattern: str) -> list[str]:
+  """`a-{08..10}` -> `a-08`, `a-09`, `a-10`."""
+  match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+  if not match:
+    return [pattern]
+  first, last = match.groups()
+  if int(first) > int(last):
+    raise ValueError(f"{pattern}: the range {match.group()} is empty")
+  numbers = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
+  return [path for number in numbers for path in _ranges(pattern[: match.start()] + number + pattern[match.end() :])]
+
+
+def _matching_paths(patterns: list[str]) -> list[list[str]]:
+  return [sorted(filter(os.path.isfile, glob.glob(_local(pattern), recursive=True))) for pattern in patterns]
+
+
+def _matching_urls(patterns: list[str]) -> list[list[str]]:
+  """Files of each pattern. A range is looked up in the listings of its folders, not one request for each number."""
+  found = []
+  for folder, group in itertools.groupby(patterns, lambda pattern: pattern.rpartition("/")[0]):
+    same = list(group)
+    with _remote(folder) as (system, _):
+      system.invalidate_cache()
+    listed = _listing(folder) if len(same) > 1 else set()
+    for pattern in same:
+      with _remote(pattern) as (system, name):
+        if _has_magic(pattern):
+          about = system.glob(name, detail=True).items()
+          found.append(sorted(system.unstrip_protocol(path) for path, info in about if info["type"] == "file"))
+        else:
+          found.append([pattern] if (name in listed if listed else system.isfile(name)) else [])
+  return found
+
+
+def _has_magic(url: str) -> bool:
+  return glob.has_magic(url.replace("?", "") if url.startswith("http") else url)  # where ? begins a query
+
+
+def _listing(folder: str) -> set[str]:
+  """Files in a folder behind a URL, as its file system names them; nothing where it cannot be listed."""
+  try:
+    with _remote(folder) as (system, name):
+      return {info["name"] for info in system.ls(name, detail=True) if info["type"] == "file"}
+  except OSError:
+    return set()
+
+
+def _neighbours(pattern: str) -> str:
+  """What lies where a pattern matches nothing, as text: files of the same suffix, or all if there are none."""
+  if is_url(pattern):
+    names, folder = _listing(pattern), pattern
+    while not names and (glob.has_magic(folder) or folder == pattern):
+      folder = folder.rpartition("/")[0]
+    names = names or _listing(folder)
+  else:
+    path = _local(pattern)
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    while glob.has_magic(folder):
+      folder = os.path.dirname(folder)
+    names = set(glob.glob("*", root_dir=folder))
+  suffix = os.path.splitext(pattern)[1]
+  alike = sorted(os.path.basename(name) for name in names if suffix and name.endswith(suffix))
+  shown = alike or sorted(map(os.path.basename, names))
+  return f"in {folder}: {', '.join(shown[:8]) or 'nothing'}" + (f" ... ({len(shown)})" if len(shown) > 8 else "")

@@ -1,0 +1,40 @@
+"""From the bytes of an image to the views that the networks see: decoding, random crops, colours, blur.
+
+Pixels are uint8 RGB arrays `[h w 3]`; the mean and standard deviation are applied on the device. A view is drawn first
+and made later: `draw` needs height and width only, which the header tells, and returns a `Plan`; `make` decodes as much
+as the plans of an image need and follows them. So a view is a pure function of image and seed, and two engines that are
+given one plan can be compared:
+
+- `exact`: every operation by Pillow, as torchvision's transforms on Pillow images do it, to the bit. CLIP, SLIP and
+  DeCLIP were trained so.
+- `fast`, the default in training: JPEGs decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 where the view is that much
+  smaller, all else by OpenCV; within few levels of the other (`benchmarks/images.py` prints how few).
+"""
+
+from declip_jax.data.images.geometry import Crop, random_resized_crop_box
+from declip_jax.data.images.photo import MAX_PIXELS, Photo, Pixels, decode, open_photo
+from declip_jax.data.images.views import ENGINES, Augmentation, EngineName, Plan, draw, eval_view, make, random_view
+
+# Per channel, for pixels scaled to [0, 1]. Models trained by OpenAI use the first, SLIP and DeCLIP the second.
+CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+__all__ = [
+  "CLIP_MEAN_STD",
+  "ENGINES",
+  "IMAGENET_MEAN_STD",
+  "MAX_PIXELS",
+  "Augmentation",
+  "Crop",
+  "EngineName",
+  "Photo",
+  "Pixels",
+  "Plan",
+  "decode",
+  "draw",
+  "eval_view",
+  "make",
+  "open_photo",
+  "random_resized_crop_box",
+  "random_view",
+]

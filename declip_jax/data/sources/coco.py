@@ -1,0 +1,118 @@
+"""Captions in the JSON of COCO, and in Karpathy's splits of COCO, Flickr30k and Flickr8k.
+
+COCO's own files (captions_train2017.json) have `images` and `annotations`, which meet by the image's id. The files of
+Karpathy and Fei-Fei (2015), dataset_coco.json and dataset_flickr30k.json, have one list of images, each with its
+sentences and its split; their "test" of 5,000 and of 1,000 images is what retrieval is reported on.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+import json
+import re
+from typing import Any
+
+from declip_jax.data import files
+from declip_jax.data.sources import rows
+from declip_jax.data.sources.base import BadSample
+from declip_jax.data.sources.rows import Row
+
+_FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset")
+_PROBED = 3  # images to look for in a folder: single ones may be missing
+
+
+def open_coco(location: str) -> rows.Rows:
+  """Opens "ANNOTATIONS.json", or "ANNOTATIONS.json?split=test&root=FOLDER", either of them.
+
+  A sample is an image with all its captions, in the order of the file. Images without captions are left out and
+  counted, and so are captions of unknown images. The file is parsed as a whole, once, with some 8 times its size in
+  memory.
+
+  Args:
+    location: of the file. `split` is for Karpathy's files, and they need it; "train+restval" joins splits. `root` is
+      the folder that names of images are relative to. Without it the images are looked for beside the file and one
+      folder up, there and in folders named as COCO's archives ("train2017" for captions_train2017.json) and "images".
+
+  Raises:
+    FileNotFoundError: no such file, or its images are not found; the message says where they were looked for.
+    ValueError: the file has no captions, or `split` is missing, unknown or out of place.
+  """
+  name = f"coco:{location}"
+  place, wanted = rows.parse(location, ("split", "root"))
+  path, *others = files.expand(place)
+  if others:
+    raise ValueError(f"{name}: expected one file, got {1 + len(others)}; open each as a source of its own")
+  split, root = wanted.get("split"), rows.root_of(wanted)
+  index = rows.index_rows(name, [path], ["coco", split, rows.stamps([path])], lambda: _rows(path, split))
+  source = rows.Rows(name, index, root)
+  if root is None:
+    few = [source.row(number).path for number in range(min(_PROBED, len(source)))]
+    source = rows.Rows(name, index, _find_root(name, path, few))
+  return rows.probed(source)
+
+
+def _rows(path: str, split: str | None) -> Iterator[Row | BadSample]:
+  try:
+    content = json.loads(files.read(path))
+  except ValueError as error:
+    raise ValueError(f"{path}: no JSON: {error}") from None
+  content = content if isinstance(content, dict) else {}
+  images, annotations = content.get("images"), content.get("annotations")
+  if isinstance(images, list) and any("sentences" in image for image in images):
+    return _karpathy_rows(images, split, path)
+  if not isinstance(images, list) or not any("caption" in annotation for annotation in annotations or ()):
+    raise ValueError(
+      f"{path}: expected images and annotations with captions, as in captions_train2017.json, or images with sentences,"
+      f" as in dataset_coco.json; got {list(content) or 'no object'}"
+    )
+  if split:
+    raise ValueError(f"{path}: split={split}, but it has no splits; they are for files such as dataset_coco.json")
+  return _coco_rows(images, annotations, path)
+
+
+def _coco_rows(
+  images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], path: str
+) -> Iterator[Row | BadSample]:
+  captions: dict[Any, list[Any]] = {image["id"]: [] for image in images}
+  for annotation in annotations:
+    known = captions.get(annotation.get("image_id"))
+    if known is None:
+      yield BadSample("damaged record", f"{path}: annotation of an unknown image: {annotation}")
+    else:
+      known.append(annotation.get("caption"))
+  for image in images:
+    yield _row(image["id"], image.get("file_name"), captions[image["id"]], f"{path}, image {image['id']}")
+
+
+def _karpathy_rows(images: Sequence[Mapping[str, Any]], split: str | None, path: str) -> Iterator[Row | BadSample]:
+  counts = Counter(image.get("split") for image in images)
+  wanted = set(split.split("+")) if split else set()
+  if not wanted or not wanted <= counts.keys():
+    raise ValueError(f"{path}: split={split}; choose with ?split=NAME, or NAME+NAME, from {dict(counts)} images")
+  for number, image in enumerate(images):
+    if image.get("split") in wanted:
+      name = "/".join(filter(None, (image.get("filepath"), image.get("filename"))))
+      captions = [sentence.get("raw") for sentence in image.get("sentences", ())]
+      yield _row(image.get("imgid", number), name, captions, f"{path}, image {number}")
+
+
+def _row(number: Any, name: Any, captions: Sequence[Any], place: str) -> Row | BadSample:
+  texts = [text.strip() for text in captions if isinstance(text, str) and text.strip()]
+  if not name or not isinstance(name, str):
+    return BadSample("damaged record", f"{place}: expected the name of a file, got {name!r}")
+  if not texts:
+    return BadSample("no caption", f"{place}: {name} has no caption")
+  return Row(0, number if isinstance(number, int) else -1, name, captions=texts)
+
+
+def _find_root(name: str, path: str, images: Sequence[str]) -> str:
+  """The first folder around the annotations in which one of the images lies."""
+  here = rows.folder_of(path)
+  parts = re.search(r"(train|val|test)\d{4}", path.rpartition("/")[2])
+  folders = [*_FOLDERS, *((parts[0], f"images/{parts[0]}") if parts else ())]
+  tried = [f"{place}/{folder}".rstrip("/") for place in (here, rows.folder_of(here)) for folder in folders]
+  for root in tried:
+    if any(files.exists(f"{root}/{image}") for image in images):
+      return root
+  raise FileNotFoundError(
+    f"{name}: found none of {list(images)} in {', '.join(tried)}; give their folder as ?root=FOLDER"
+  )

@@ -1,0 +1,118 @@
+"""Folders of images: a folder for each class, as for ImageNet, or a text beside each image."""
+
+from collections.abc import Iterator
+from functools import cached_property
+import hashlib
+import os
+from typing import NamedTuple
+
+from declip_jax.data import files
+from declip_jax.data.sources import rows
+from declip_jax.data.sources.base import BadSample
+from declip_jax.data.sources.rows import Row
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+class _Files(NamedTuple):
+  """What lies in one of the folders: its path relative to the whole, images in order, and texts."""
+
+  path: str
+  images: list[str]
+  texts: set[str]
+
+
+class Folder(rows.Rows):
+  """A folder of images as a `Source`; make it with `open_folder`."""
+
+  @cached_property
+  def classnames(self) -> tuple[str, ...]:
+    """Line i of classnames.txt within the folder, else the name of the folder of class i; empty without classes."""
+    names = tuple(self._about["classnames"])
+    return files.classnames(self._about["files"][0]) or names if names else ()
+
+  def _captions(self, row: Row) -> tuple[str, ...]:
+    """The lines of the text beside an image: a row has the name of that text for its caption."""
+    texts = (files.read(self._at(row, name)).decode("utf-8-sig", "replace") for name in row.captions)
+    return tuple(line.strip() for text in texts for line in text.splitlines() if line.strip())
+
+
+def open_folder(location: str) -> Folder:
+  """Opens a folder of images, at any depth.
+
+  If texts lie beside images, NAME.txt by NAME.jpg, each line of theirs that is not blank is a caption (while a text in
+  a WebDataset is one caption), and there are no classes. Otherwise the folders at the top are the classes, in
+  alphabetical order as in torchvision; a classnames.txt among them may give better names, line i for class i. If there
+  are no folders either, there are images alone. Hidden files are passed over.
+
+  The folder is listed each time it is opened, and its index is named by the names of its files, so it follows them.
+  What a text says is read with its image.
+
+  Raises:
+    FileNotFoundError: no such folder, or no image in it.
+    ValueError: its folders are called "train" and "val" rather than as classes, or classnames.txt has too few lines.
+  """
+  name = f"folder:{location}"
+  place, _ = rows.parse(location, ())
+  folder = rows.absolute(place)
+  digest, classes, captioned = hashlib.sha256(), set(), False
+  for found in _listing(folder):
+    digest.update(repr((found.path, found.images, sorted(found.texts))).encode())
+    captioned = captioned or any(_text_of(image) in found.texts for image in found.images)
+    if found.path and found.images:
+      classes.add(found.path.partition("/")[0])
+  if classes and classes <= _SPLITS and not captioned:
+    raise ValueError(f"{name}: {', '.join(sorted(classes))} are no classes; open {place.rstrip('/')}/{min(classes)}")
+  numbers = {} if captioned else {top: number for number, top in enumerate(sorted(classes))}
+  index = rows.index_rows(name, [f"{folder}/"], ["folder", digest.hexdigest()], lambda: _rows(folder, numbers))
+  return rows.probed(Folder(name, index))
+
+
+def _rows(folder: str, classes: dict[str, int]) -> Iterator[Row | BadSample]:
+  for found in _listing(folder):
+    top = found.path.partition("/")[0]
+    for image in found.images:
+      path = f"{found.path}/{image}".lstrip("/")
+      text = _text_of(image)
+      if not classes:
+        yield Row(0, -1, path, captions=[f"{found.path}/{text}".lstrip("/")] if text in found.texts else [])
+      elif top:
+        yield Row(0, -1, path, label=classes[top], label_name=top)
+      else:
+        yield BadSample("damaged record", f"{folder}/{path} is in no folder of a class")
+
+
+def _listing(folder: str) -> Iterator[_Files]:
+  """Folder after folder, in the same order each time."""
+  empty = True
+  for path, names in _remote_folders(folder) if files.is_url(folder) else _local_folders(folder):
+    visible = [name for name in names if not name.startswith(".")]
+    images = sorted(name for name in visible if name.lower().endswith(_SUFFIXES))
+    empty = empty and not images
+    yield _Files(path, images, {name for name in visible if name.endswith(".txt")})
+  if empty:
+    raise FileNotFoundError(f"{folder}: no such folder, or no image in it, {' '.join(_SUFFIXES)}")
+
+
+def _local_folders(folder: str) -> Iterator[tuple[str, list[str]]]:
+  for path, folders, names in os.walk(folder, followlinks=True):  # classes may be links, as in subsets of ImageNet
+    folders[:] = sorted(name for name in folders if not name.startswith("."))
+    yield os.path.relpath(path, folder).removeprefix("."), names
+
+
+def _remote_folders(folder: str) -> Iterator[tuple[str, list[str]]]:
+  inside: dict[str, list[str]] = {}
+  for url in files.expand(f"{folder}/**"):
+    path, _, name = _within(url).removeprefix(_within(folder)).strip("/").rpartition("/")
+    inside.setdefault(path, []).append(name)
+  yield from inside.items()
+
+
+def _within(url: str) -> str:
+  """A URL without its protocol, which may be followed by two slashes or three."""
+  return url.partition("://")[2].strip("/")
+
+
+def _text_of(image: str) -> str:
+  return f"{os.path.splitext(image)[0]}.txt"

@@ -1,0 +1,106 @@
+"""A fixed part of any other source, chosen at random, for evaluation, and the rest of it, for training.
+
+`heldout:1%:SPEC` and `kept:1%:SPEC` have no sample in common and together all of SPEC. Which samples these are depends
+on nothing but the number of samples of SPEC and the fraction, and so stays the same for ever.
+"""
+
+from fractions import Fraction
+import math
+
+from declip_jax.data.sources.base import Example, Source
+
+_ROUNDS = 4
+_MASK = 2**64 - 1
+
+
+class Part:
+  """Places `start` to `stop` of a source in a random order, as a `Source`; see `open_heldout` and `open_kept`."""
+
+  def __init__(self, name: str, source: Source, start: int, stop: int):
+    self.name = name
+    self._source, self._start, self._stop = source, start, stop
+
+  @property
+  def classnames(self) -> tuple[str, ...]:
+    return self._source.classnames
+
+  @property
+  def skipped(self) -> dict[str, int]:
+    """Of the whole source."""
+    return self._source.skipped
+
+  def __len__(self) -> int:
+    return self._stop - self._start
+
+  def __getitem__(self, index: int) -> Example:
+    """Reads one example of the part.
+
+    Raises:
+      IndexError: `index` is not in `range(len(self))`.
+      BadSample: as the source does.
+    """
+    if not 0 <= index < len(self):
+      raise IndexError(f"{self.name}: no sample {index}, there are {len(self)}")
+    return self._source[shuffled(self._start + index, len(self._source))]
+
+  def __repr__(self) -> str:
+    return f"Part({self.name!r})"
+
+
+def open_heldout(location: str) -> Part:
+  """Opens the held-out part: "1%:webdataset:/data/train-*.tar" or "0.01:...".
+
+  Raises:
+    ValueError: the fraction is not between 0 and 1, or one of the parts is empty; or as the source does.
+  """
+  return _open("heldout", location)
+
+
+def open_kept(location: str) -> Part:
+  """Opens all but the held-out part of the same location; see `open_heldout`."""
+  return _open("kept", location)
+
+
+def _open(kind: str, location: str) -> Part:
+  from declip_jax.data.sources import open_source  # which imports this file
+
+  text, _, spec = location.partition(":")
+  name = f"{kind}:{location}"
+  try:
+    fraction = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)  # exact: 0.7% is 0.007
+  except (ValueError, ZeroDivisionError):
+    fraction = Fraction()
+  if not 0 < fraction < 1 or not spec:
+    raise ValueError(f"bad source {name!r}: expected {kind}:FRACTION:SPEC, with a fraction such as 1% or 0.01")
+  source = open_source(spec)
+  total = len(source)
+  cut = round(fraction * total)
+  if not 0 < cut < total:
+    raise ValueError(f"{name}: {text} of {total} samples is {'none' if not cut else 'all'} of them")
+  return Part(name, source, *((0, cut) if kind == "heldout" else (cut, total)))
+
+
+def shuffled(index: int, count: int) -> int:
+  """Where `index` goes in a fixed permutation of `range(count)`, without a table.
+
+  A generalised Feistel network with cycle walking (Black and Rogaway 2002, sections 4 and 5).
+  Changing it would mix held-out samples into training.
+  """
+  a = math.isqrt(count - 1) + 1
+  b = -(-count // a)
+  while True:
+    right, left = divmod(index, a)
+    for number in range(_ROUNDS):
+      left = (left + _hash(right, 2 * number)) % a
+      right = (right + _hash(left, 2 * number + 1)) % b
+    index = right * a + left
+    if index < count:  # nearly always: a * b - count < a
+      return index
+
+
+def _hash(value: int, number: int) -> int:
+  """64 bits that look random: the finaliser of SplitMix64 (Steele et al. 2014), variant 13 of Stafford."""
+  x = (value + (number + 1) * 0x9E3779B97F4A7C15) & _MASK
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+  x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
+  return x ^ x >> 31

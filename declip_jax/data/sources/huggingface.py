@@ -1,0 +1,196 @@
+"""Data sets of Hugging Face's `datasets`, memory-mapped from a folder, or at hand in a notebook."""
+
+from collections.abc import Callable, Sequence
+import re
+from typing import Any, NamedTuple
+
+from absl import logging
+
+from declip_jax.data import files
+from declip_jax.data.sources import rows
+from declip_jax.data.sources.base import BadSample, Example
+from declip_jax.data.sources.table import captions_of
+
+_ROLES = ("image", "caption", "label")
+_LOCATION = re.compile(r"(.+?)(?::([\w.-]+))?")
+
+
+class _Columns(NamedTuple):
+  """Which columns play a part."""
+
+  image: str
+  captions: tuple[str, ...]
+  label: str | None
+
+
+class HuggingFace:
+  """A data set as a `Source`; make it with `open_huggingface` or `from_huggingface`."""
+
+  def __init__(self, name: str, dataset: Any, columns: _Columns, location: str | None):
+    self.name = name
+    self._dataset, self._columns, self._location = dataset, columns, location
+
+  @property
+  def classnames(self) -> tuple[str, ...]:
+    """Of the label, if it is a ClassLabel."""
+    return tuple(getattr(self._dataset.features.get(self._columns.label), "names", None) or ())
+
+  @property
+  def skipped(self) -> dict[str, int]:
+    return {}  # nothing is looked at before it is read
+
+  def __len__(self) -> int:
+    return len(self._dataset)
+
+  def __getitem__(self, index: int) -> Example:
+    """Reads one example.
+
+    Raises:
+      IndexError: `index` is not in `range(len(self))`.
+      BadSample: its image is missing.
+    """
+    if not 0 <= index < len(self):
+      raise IndexError(f"{self.name}: no example {index}, there are {len(self)}")
+    record, columns = self._dataset[int(index)], self._columns
+    label = record[columns.label] if columns.label else None
+    place = f"{self.name}, example {index}"
+    return Example(
+      image=_image(record[columns.image], place),
+      captions=tuple(text for column in columns.captions for text in captions_of(record[column])),
+      label=-1 if label is None else label,
+      id=place,
+    )
+
+  def __reduce__(self) -> tuple[Callable[..., "HuggingFace"], tuple[Any, ...]]:
+    if self._location is not None:
+      return open_huggingface, (self._location,)  # the data set itself lists all its files and classes
+    return HuggingFace, (self.name, self._dataset, self._columns, None)
+
+  def __repr__(self) -> str:
+    return f"HuggingFace({self.name!r})"
+
+
+def open_huggingface(location: str) -> HuggingFace:
+  """Opens what `dataset.save_to_disk(PATH)` wrote: "PATH", "PATH:SPLIT" or "PATH:SPLIT?image=..&caption=..&label=..".
+
+  Columns are chosen as in `from_huggingface`. Nothing is ever downloaded.
+
+  Raises:
+    FileNotFoundError: there is no saved data set.
+    ImportError: `datasets` is not installed.
+    ValueError: the split or a column is unknown, or the choice of one is not clear.
+  """
+  place, wanted = rows.parse(location, _ROLES)
+  path, split = _LOCATION.fullmatch(place).groups()
+  datasets, name = _import_datasets(), f"huggingface:{location}"
+  try:
+    found = datasets.load_from_disk(path if files.is_url(path) else rows.absolute(path))
+  except FileNotFoundError as error:
+    hint = f'datasets.load_dataset("NAME").save_to_disk({path!r})'
+    raise FileNotFoundError(f"{name}: {error}; to have one there, run {hint}") from error
+  splits = found if isinstance(found, datasets.DatasetDict) else {None: found}
+  if split is None and len(splits) == 1:
+    (split,) = splits
+  if split not in splits:
+    has = "no splits, open PATH" if None in splits else f"the splits {list(splits)}, open PATH:SPLIT with one of them"
+    raise ValueError(f"{name}: no split {split!r}; the data set has {has}")
+  dataset, columns = _prepare(name, splits[split], wanted)
+  return HuggingFace(name, dataset, columns, location)
+
+
+def from_huggingface(
+  dataset: Any, *, image: str | None = None, caption: str | None = None, label: str | None = None, name: str = "dataset"
+) -> HuggingFace:
+  """A source of a `datasets.Dataset` at hand, as `datasets.load_dataset(NAME, split="train")` gives it.
+
+  It is pickled as the data set is: to a few kB if that lies in files, with all its data if it lies in memory.
+
+  Args:
+    dataset: with random access, not streaming.
+    image: column; by default the one of images, or of bytes, with a name such as "image".
+    caption: column, or several joined by commas, of texts or lists of texts; by default the one with a name such as
+      "caption" or "text"; "" for none.
+    label: column; by default the one class label, or whole number with a name such as "label"; "" for none.
+    name: for messages.
+
+  Raises:
+    ImportError: `datasets` is not installed.
+    ValueError: it is no such data set, a column is unknown, or the choice of one is not clear.
+  """
+  given = {"image": image, "caption": caption, "label": label}
+  prepared, columns = _prepare(name, dataset, {role: column for role, column in given.items() if column is not None})
+  return HuggingFace(name, prepared, columns, None)
+
+
+def _import_datasets() -> Any:
+  try:
+    import datasets
+  except ImportError as error:
+    raise ImportError(f"{error}; install it with: pip install declip_jax[huggingface]") from error
+  return datasets
+
+
+def _prepare(name: str, dataset: Any, wanted: dict[str, str]) -> tuple[Any, _Columns]:
+  """The data set with the columns that play a part, and which they are; images stay encoded."""
+  datasets = _import_datasets()
+  if not isinstance(dataset, datasets.Dataset):
+    hint = "choose a split, as dataset['train']" if isinstance(dataset, dict) else "load it without streaming"
+    raise ValueError(f"{name}: expected a datasets.Dataset, got a {type(dataset).__name__}; {hint}")
+  columns = _choose(name, dataset.features, wanted)
+  logging.info("%s: %s", name, columns)
+  used = [column for column in (columns.image, *columns.captions, columns.label) if column]
+  prepared = dataset.with_format(None).select_columns(used)
+  if isinstance(dataset.features[columns.image], datasets.Image):
+    prepared = prepared.cast_column(columns.image, datasets.Image(decode=False))
+  return prepared, columns
+
+
+def _choose(name: str, features: dict[str, Any], wanted: dict[str, str]) -> _Columns:
+  datasets = _import_datasets()
+
+  def of(kinds: tuple[type, ...], *dtypes: str) -> list[str]:
+    """Columns of the kinds, or of plain values of the types."""
+    return [
+      column
+      for column, feature in features.items()
+      if isinstance(feature, kinds) or (isinstance(feature, datasets.Value) and feature.dtype in dtypes)
+    ]
+
+  pictures, classes = of((datasets.Image,)), of((datasets.ClassLabel,))
+  numbers = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+  images = _pick("image", wanted, of((datasets.Image,), "binary", "large_binary"), rows.IMAGE_NAMES, pictures, name)
+  labels = _pick("label", wanted, of((datasets.ClassLabel,), *numbers), rows.LABEL_NAMES, classes, name)
+  texts = [column for column, feature in features.items() if _is_text(feature)]
+  captions = rows.choose("caption", wanted.get("caption"), texts, rows.CAPTION_NAMES, name, several=True)
+  if not images or not (captions or labels or wanted.get("caption") == ""):
+    missing = "caption or label" if images else "image"
+    raise ValueError(f"{name}: which column is the {missing}? There are {dict(features)}; choose with ?image=COLUMN")
+  return _Columns(images[0], captions, labels[0] if labels else None)
+
+
+def _pick(
+  role: str, wanted: dict[str, str], legal: Sequence[str], names: Sequence[str], typed: Sequence[str], place: str
+) -> Sequence[str]:
+  """The column of a name that fits, or else the only one whose type says what it is."""
+  chosen = rows.choose(role, wanted.get(role), legal, names, place)
+  if chosen or role in wanted:
+    return chosen
+  if len(typed) > 1:
+    raise ValueError(f"{place}: the {role} may be any of {list(typed)}; choose one with ?{role}={typed[0]}")
+  return typed
+
+
+def _is_text(feature: Any) -> bool:
+  inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+  return getattr(inner, "dtype", None) in ("string", "large_string")
+
+
+def _image(value: Any, place: str) -> bytes:
+  path = value.get("path") if isinstance(value, dict) else None
+  data = value.get("bytes") if isinstance(value, dict) else value
+  if data is None and path is None:
+    raise BadSample("missing file", f"{place}: no image")
+  try:
+    return files.read(path) if data is None else data
+  except (OSError, ValueError) as error:
+    raise BadSample("missing file", f"{place}: {error}") from error

@@ -1,0 +1,347 @@
+"""Tables of image paths and captions: CSV, TSV, JSON and Parquet.
+
+| file | rows |
+|---|---|
+| .csv .tsv .psv .txt | lines after a first line that names the columns; comma, tab, semicolon or pipe is recognised |
+| .jsonl .ndjson .json | one object a line, or one array of objects |
+| .parquet .pq | as it says |
+
+All but Parquet may be compressed as .gz. Text is UTF-8, or UTF-16 with a byte order mark. A line that does not parse is
+left out and counted, with its number in the log, and the next one is read as if nothing had been: an unbalanced quote
+is text, and does not swallow the lines behind it.
+
+This is also the form of DeCLIP's metadata (data/datasets/clip_dataset.py there): JSON lines of `filename`, `caption`, a
+text or a list, and `label` and `label_name` for evaluation, with paths relative to a folder. There only the first
+caption of a list is used, and captions with CJK characters are passed over; here all captions count.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+from typing import Any, BinaryIO, NamedTuple, TextIO
+
+from absl import logging
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from declip_jax.data import files
+from declip_jax.data.sources import rows
+from declip_jax.data.sources.base import BadSample
+from declip_jax.data.sources.rows import Row
+
+_LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
+_ROLES = ("image", "caption", "label", "label_name", "root")
+_SEPARATORS = ",\t;|"
+_LONGEST_HEADER = 2**16
+_QUOTED_LINES = 100  # that one quoted field may span
+_PEEKED = 100  # objects, to learn the keys: not all need have all
+_CHUNK = 2**20
+_MOST_JSON = 2**26  # characters of one object in an array
+_PARQUET_ROWS = 256  # with images, a batch of these is in memory
+
+# A line's number, and its fields by column, or what is wrong with it.
+_Record = tuple[int, Mapping[str, Any] | str]
+
+
+class _Columns(NamedTuple):
+  """Which columns play a part."""
+
+  image: str
+  captions: tuple[str, ...]
+  label: str | None
+  label_name: str | None
+
+
+def open_table(location: str) -> rows.Rows:
+  """Opens "PATTERN", or "PATTERN?image=COLUMN&caption=COLUMN,COLUMN&label=COLUMN&label_name=COLUMN&root=FOLDER".
+
+  Columns that are not given are recognised by their names, such as "filepath" and "title", and the choice is logged;
+  "caption=" or "label=" is for none. Captions are a text, a list of texts, also as JSON in a text, or several columns;
+  all that are not blank count. Neighbouring lines of the same image and label are one sample with the captions of all,
+  as in the tables of Flickr8k and Flickr30k. Labels are whole numbers or names of classes, which are then numbered
+  alphabetically; a column such as "label_name" names those that are numbers, or else classnames.txt beside the table.
+
+  Parquet may hold the images themselves, as bytes or as {bytes, path} like Hugging Face's: these are copied into the
+  index once, which takes as much room as they do, because a row of Parquet takes tens of ms to read by itself.
+
+  Args:
+    location: of the files, as `files.expand` reads patterns. Paths of images are relative to `root`, by default to the
+      folder of the table in which they stand; a path may be a URL.
+
+  Raises:
+    FileNotFoundError: no such table, or none of its images is where it says.
+    ValueError: a column is missing or its choice unclear, the kind of file is unknown, or no line is usable.
+  """
+  name = f"table:{location}"
+  place, wanted = rows.parse(location, _ROLES)
+  paths = files.expand(place)
+
+  def all_rows() -> Iterator[Row | BadSample]:
+    for number, path in enumerate(paths):
+      yield from _merged(_rows(number, path, wanted))
+
+  chosen = {role: column for role, column in wanted.items() if role != "root"}
+  index = rows.index_rows(name, paths, ["table", chosen, rows.stamps(paths)], all_rows)
+  return rows.probed(rows.Rows(name, index, rows.root_of(wanted)))
+
+
+def read_table(
+  stream: BinaryIO, path: str, names: Iterable[str]
+) -> tuple[list[str], Callable[[Iterable[str]], Iterator[_Record]]]:
+  """Reads one table.
+
+  Args:
+    stream: the file, open as long as rows are read.
+    path: its path, whose suffix says of what kind it is.
+    names: of columns that one would expect, in lower case; they tell which separator a line of column names has.
+
+  Returns:
+    Its columns, and a function that reads the rows of those columns that it is given: pairs of a line's number, which
+    counts from 1 with the line of column names, and the fields, or a text that says what is wrong with the line. Rows
+    of Parquet and elements of an array count from 0.
+
+  Raises:
+    ValueError: the kind of file is unknown, or it is not what its name says.
+  """
+  kind = re.sub(r"\.gz$", "", path.lower()).rpartition(".")[2]
+  if kind in ("parquet", "pq"):
+    return _read_parquet(stream, path)
+  if kind not in ("csv", "tsv", "psv", "txt", "jsonl", "ndjson", "json"):
+    raise ValueError(f"{path}: expected a table, .csv, .tsv, .psv, .txt, .jsonl, .ndjson, .json or .parquet")
+  text = _text(gzip.GzipFile(fileobj=stream) if path.lower().endswith(".gz") else stream)
+  columns, records = _read_json(text, path) if "json" in kind else _read_lines(text, path, set(names))
+
+  def read(_: Iterable[str]) -> Iterator[_Record]:
+    with text:  # kept until now: a wrapper that goes closes its stream
+      yield from records
+
+  return columns, read
+
+
+def _rows(number: int, path: str, wanted: Mapping[str, str]) -> Iterator[Row | BadSample]:
+  """The rows of one table."""
+  given = [name.lower() for role in ("image", "caption", "label") for name in wanted.get(role, "").split(",")]
+  expected = [*rows.IMAGE_NAMES, *rows.CAPTION_NAMES, *rows.LABEL_NAMES, *given]
+  with files.open_stream(path) as stream:
+    columns, read = read_table(stream, path, expected)
+    chosen = _choose(columns, wanted, path)
+    logging.info("%s: %s", path, chosen)
+    needed = [column for column in (chosen.image, *chosen.captions, chosen.label, chosen.label_name) if column]
+    for line, fields in read(needed):
+      try:
+        yield _row(number, line, fields, chosen)
+      except BadSample as error:
+        yield BadSample(error.kind, f"{path}:{line}: {error}")
+
+
+def _choose(columns: list[str], wanted: Mapping[str, str], path: str) -> _Columns:
+  """Decides which column plays which part."""
+  (image, *_) = rows.choose("image", wanted.get("image"), columns, rows.IMAGE_NAMES, path) or [""]
+  captions = rows.choose("caption", wanted.get("caption"), columns, rows.CAPTION_NAMES, path, several=True)
+  names = rows.choose("label_name", wanted.get("label_name"), columns, _LABEL_TEXTS, path)
+  labels = rows.choose("label", wanted.get("label"), columns, rows.LABEL_NAMES, path)
+  if not labels and "label" not in wanted:
+    labels, names = names, ()
+  if not image or not (captions or labels or wanted.get("caption") == ""):
+    missing = "caption or label" if image else "image"
+    raise ValueError(
+      f"{path}: which column is the {missing}? There are {columns}; choose with ?image=COLUMN&caption=COLUMN. Lines of"
+      " text need a first line that names the columns"
+    )
+  label_name = names[0] if names and labels and names != labels else None
+  return _Columns(image, captions, labels[0] if labels else None, label_name)
+
+
+def _row(number: int, line: int, fields: Mapping[str, Any] | str, columns: _Columns) -> Row:
+  """Makes a row of a record; a BadSample says what is wrong with it."""
+  if isinstance(fields, str):
+    raise BadSample("damaged record", fields)
+  path, image = _image(fields.get(columns.image), columns.image)
+  captions = [text for column in columns.captions for text in captions_of(fields.get(column))]
+  label = _label(fields.get(columns.label), columns.label) if columns.label else None
+  if columns.captions and not captions and label is None:
+    raise BadSample("no caption", f"no caption in {', '.join(columns.captions)}")
+  name = fields.get(columns.label_name) if columns.label_name else None
+  return Row(number, line, path, image, captions, label, None if name is None else str(name).strip())
+
+
+def _image(value: Any, column: str) -> tuple[str | None, bytes | None]:
+  """Path and bytes of an image, one of them."""
+  if isinstance(value, Mapping) and value.keys() >= {"bytes", "path"}:  # the image of Hugging Face's datasets
+    value = value["path"] if value["bytes"] is None else value["bytes"]
+  if isinstance(value, bytes):
+    return None, value
+  if not isinstance(value, str) or not value.strip():
+    raise BadSample("damaged record", f"expected a path for the image in {column!r}, got {_short(value)}")
+  return value.strip(), None
+
+
+def captions_of(value: Any) -> list[str]:
+  """Texts that are not blank, stripped, of a text, a list of texts, a list as JSON in a text, or None."""
+  if isinstance(value, str) and value.lstrip().startswith('["'):
+    try:
+      value = json.loads(value)
+    except ValueError:  # a text that merely looks so
+      value = [value]
+  texts = [value] if isinstance(value, str) else value or ()
+  if not isinstance(texts, list | tuple) or not all(isinstance(text, str | None) for text in texts):
+    raise BadSample("damaged record", f"expected a caption or a list of captions, got {_short(value)}")
+  return [text.strip() for text in texts if text and text.strip()]
+
+
+def _label(value: Any, column: str) -> int | str | None:
+  """A label as number or name; pandas writes whole numbers as 3.0 where others are missing."""
+  if isinstance(value, str):
+    value = value.strip()
+    return re.sub(r"^(\d+)\.0$", r"\1", value) or None
+  if value is None or value != value:
+    return None
+  if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+    return int(value)
+  raise BadSample(
+    "damaged record", f"expected a whole number or a name for the label in {column!r}, got {_short(value)}"
+  )
+
+
+def _merged(records: Iterable[Row | BadSample]) -> Iterator[Row | BadSample]:
+  """Joins the captions of neighbouring rows that have image and label in common."""
+  held: Row | None = None
+  for row in records:
+    if isinstance(row, BadSample):
+      yield row
+    elif held and row.path is not None and (row.path, row.label) == (held.path, held.label):
+      held.captions.extend(row.captions)
+    else:
+      if held:
+        yield held
+      held = row
+  if held:
+    yield held
+
+
+def _text(stream: BinaryIO) -> TextIO:
+  # Only \n ends a line: a lone \r stands within captions, and \r\n is stripped.
+  start = stream.read(2)
+  stream.seek(0)
+  encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+  return io.TextIOWrapper(stream, encoding, errors="replace", newline="\n")
+
+
+def _read_lines(text: TextIO, path: str, names: Set[str]) -> tuple[list[str], Iterator[_Record]]:
+  """A table of which each line is a row."""
+  header = text.readline(_LONGEST_HEADER).rstrip("\r\n")
+  if not header.strip() or "\r" in header:
+    raise ValueError(f"{path}: its first line names no columns, or its lines do not end with \\n: {_short(header)}")
+  headers = {separator: _split(header, separator) for separator in _SEPARATORS}
+  # The separator that gives most names that are known; then the one that gives most columns.
+  separator = max(headers, key=lambda sep: (len(names & set(map(str.lower, headers[sep]))), len(headers[sep])))
+  return headers[separator], _lines(text, headers[separator], separator)
+
+
+def _split(header: str, separator: str) -> list[str]:
+  return [field.strip() for field in next(csv.reader([header], delimiter=separator, skipinitialspace=True))]
+
+
+def _lines(text: TextIO, columns: list[str], separator: str) -> Iterator[_Record]:
+  """Splits lines into fields. If a line, with those that its quotes span, makes no row, its quotes are mere text."""
+  ahead: deque[str] = deque()
+  number = 1
+  while line := ahead.popleft() if ahead else text.readline():
+    number += 1
+    if not line.strip():
+      continue
+    fields, more = line.rstrip("\r\n").split(separator), 0
+    if '"' in line:
+      ahead.extend(itertools.islice(text, max(0, _QUOTED_LINES - len(ahead))))
+      quoted, used = _quoted([line, *ahead], separator)
+      if len(quoted) == len(columns):
+        fields, more = quoted, used - 1
+    if len(fields) == len(columns):
+      yield number, dict(zip(columns, fields, strict=True))
+    else:
+      yield number, f"{len(fields)} fields, but {len(columns)} columns: {_short(line)}"
+    for _ in range(more):
+      ahead.popleft()
+    number += more
+
+
+def _quoted(lines: list[str], separator: str) -> tuple[list[str], int]:
+  """The fields of the first row by the rules of quotes, and how many lines it takes; none if it breaks the rules."""
+  reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+  try:
+    return next(reader), reader.line_num
+  except csv.Error:
+    return [], 1
+
+
+def _read_json(text: TextIO, path: str) -> tuple[list[str], Iterator[_Record]]:
+  """Objects, one a line or in an array."""
+  start = text.read(_CHUNK).lstrip()
+  if start.startswith("["):
+    records = _array(text, start[1:])
+  else:
+    text.seek(0)
+    records = _objects(text)
+  head = list(itertools.islice(records, _PEEKED))
+  columns = list(dict.fromkeys(key for _, fields in head if not isinstance(fields, str) for key in fields))
+  if not columns:
+    what = head[0][1] if head else "it is empty"
+    raise ValueError(f"{path}: no JSON object a line and no array of objects: {what}")
+  return columns, itertools.chain(head, records)
+
+
+def _objects(text: TextIO) -> Iterator[_Record]:
+  for number, line in enumerate(text, start=1):
+    if line.strip():
+      try:
+        yield number, _mapping(json.loads(line))
+      except ValueError as error:
+        yield number, f"bad JSON: {error}: {_short(line)}"
+
+
+def _array(text: TextIO, buffer: str) -> Iterator[_Record]:
+  """The elements of an array whose bracket has been read, a piece of the file at a time."""
+  decoder, position, number = json.JSONDecoder(), 0, 0
+  gap = re.compile(r"[\s,]*")
+  while True:
+    position = gap.match(buffer, position).end()
+    try:
+      if buffer.startswith("]", position):
+        return
+      value, position = decoder.raw_decode(buffer, position)
+    except ValueError as error:
+      chunk = text.read(_CHUNK)
+      if not chunk or len(buffer) - position > _MOST_JSON:
+        yield number, f"bad JSON, read no further: {error}"
+        return
+      buffer, position = buffer[position:] + chunk, 0
+      continue
+    yield number, _mapping(value)
+    number += 1
+
+
+def _mapping(value: Any) -> Mapping[str, Any] | str:
+  return value if isinstance(value, dict) else f"expected a JSON object, got {_short(value)}"
+
+
+def _read_parquet(stream: BinaryIO, path: str) -> tuple[list[str], Callable[[Iterable[str]], Iterator[_Record]]]:
+  try:
+    table = pq.ParquetFile(stream)
+  except pa.ArrowInvalid as error:
+    raise ValueError(f"{path}: {error}") from None
+
+  def read(columns: Iterable[str]) -> Iterator[_Record]:
+    batches = table.iter_batches(_PARQUET_ROWS, columns=list(columns))
+    yield from enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches))
+
+  return list(table.schema_arrow.names), read
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 80 else text[:80] + "..."

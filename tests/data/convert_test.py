@@ -1,0 +1,224 @@
+import io
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from declip_jax.data import convert as convert_lib
+from declip_jax.data import images, sources
+from declip_jax.data.convert import convert, main
+from declip_jax.data.sources.scenes import open_scenes
+
+
+def jpeg(key: int) -> bytes:
+  file = io.BytesIO()
+  Image.fromarray(np.random.default_rng(key).integers(256, size=(8, 9, 3), dtype=np.uint8)).save(file, "JPEG")
+  return file.getvalue()
+
+
+@pytest.fixture
+def shards(tmp_path) -> str:
+  """60 samples of which 55 can be used, with classes, in three tars."""
+  files = {}
+  for key in range(60):
+    files |= {f"{key}.jpg": jpeg(key), f"{key}.txt": f"caption {key}".encode(), f"{key}.cls": str(key % 2).encode()}
+  files |= {"3.jpg": b"", "17.jpg": jpeg(17)[:300], "31.cls": b"dog", "32.cls": b"2"}
+  del files["45.jpg"], files["50.txt"]
+  for shard in range(3):
+    with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+      for name, contents in files.items():
+        if int(name.partition(".")[0]) % 3 == shard:
+          info = tarfile.TarInfo(name)
+          info.size = len(contents)
+          tar.addfile(info, io.BytesIO(contents))
+  (tmp_path / "classnames.txt").write_text("cat\nhot dog\n")
+  return f"webdataset:{tmp_path}/*.tar"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def usable(source: sources.Source) -> list[sources.Example]:
+  found = []
+  for index in range(len(source)):
+    try:
+      example = source[index]
+      images.decode(example["image"])
+      found.append(example)
+    except ValueError:
+      continue
+  return found
+
+
+def test_samples_stay_what_they_are_and_bad_ones_are_left_out_and_counted(shards, tmp_path, capsys):
+  output = tmp_path / "out"
+  assert main([shards, str(output), "--shards=4", "--workers=2"]) == 0
+  names = [f"data-{number:05d}-of-00004.array_record" for number in range(4)]
+  assert sorted(contents(output)) == ["classnames.txt", *names, "dataset.json"]
+  source, converted = sources.open_source(shards), sources.open_source(f"arrayrecord:{output}/*.array_record")
+  assert list(converted) == usable(source)
+  assert len(converted) == 55
+  assert converted.classnames == ("cat", "hot dog")
+  about = json.loads((output / "dataset.json").read_text())
+  named = about.pop("named")
+  assert sum(about["skipped"].values()) == 5
+  assert about["skipped"]["damaged record"] == 2
+  assert about["skipped"]["missing file"] == 1  # counted when the tars were indexed
+  assert {name: about[name] for name in ("source", "samples", "shards", "count")} == {
+    "source": shards, "samples": 59, "shards": 4, "count": 55
+  }  # fmt: skip
+  assert "2.tar:32: bad .cls" in named["damaged record"][1]
+  printed = capsys.readouterr().out
+  assert "55 samples in 4 files" in printed
+  assert "left out 2: damaged record\n  1.tar:31: bad .cls" in printed
+  assert f"arrayrecord:{output}/*.array_record" in printed
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers_and_a_complete_folder_is_left_alone(shards, tmp_path):
+  convert(shards, tmp_path / "one", shards=3, workers=1)
+  about = convert(shards, tmp_path / "two", shards=3, workers=2)
+  assert contents(tmp_path / "one") == contents(tmp_path / "two")
+  before = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").iterdir()}
+  assert convert(shards, tmp_path / "two") == about
+  assert {path: path.stat().st_mtime_ns for path in (tmp_path / "two").iterdir()} == before
+  (tmp_path / "two" / "data-00001-of-00003.array_record").unlink()
+  with pytest.raises(ValueError, match="lacks 1 files now, such as data-00001-of-00003"):
+    convert(shards, tmp_path / "two")
+
+
+def test_pixels_become_png(tmp_path):
+  convert("scenes:test/10/16", tmp_path / "out", workers=1)
+  source, converted = (
+    sources.open_source("scenes:test/10/16"),
+    sources.open_source(f"arrayrecord:{tmp_path}/out/*.array_record"),
+  )
+  assert converted.classnames == source.classnames
+  for before, after in zip([source[index] for index in range(10)], converted, strict=True):
+    assert after["image"].startswith(b"\x89PNG")
+    np.testing.assert_array_equal(images.decode(after["image"]), before["image"])
+    assert {**after, "image": 0} == {**before, "image": 0}
+
+
+SCENES = "scenes:test/1600/32"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict[str, bytes]:
+  output = tmp_path_factory.mktemp("uninterrupted")
+  convert(SCENES, output, shards=2, workers=1)
+  return contents(output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_conversion_goes_on_and_gives_the_same_bytes(tmp_path, uninterrupted, number):
+  output = tmp_path / "out"
+  command = [sys.executable, "-m", "declip_jax.data.convert", SCENES, str(output), "--shards=2", "--workers=1"]
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+  first = output / "data-00000-of-00002.array_record"
+  progress = output / "progress.jsonl"
+  while not (progress.exists() and progress.stat().st_size) and process.poll() is None:
+    time.sleep(0.005)
+  if number == signal.SIGINT:
+    os.killpg(process.pid, number)  # as a terminal does
+  else:
+    process.kill()  # the workers see that they are alone
+  printed, errors = process.communicate(timeout=60)
+  assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), errors
+  assert "Traceback" not in errors
+  assert first.is_file()
+  assert not (output / "data-00001-of-00002.array_record").exists()
+  assert printed == ""
+  written = first.stat().st_mtime_ns
+  about = convert(SCENES, output, workers=1)
+  assert first.stat().st_mtime_ns == written
+  assert about["count"] == 1600
+  assert contents(output) == uninterrupted
+
+
+def test_an_interrupt_while_processes_start_is_told_in_one_line(tmp_path):
+  command = [sys.executable, "-m", "declip_jax.data.convert", "scenes:test/99999/16", str(tmp_path / "out")]
+  process = subprocess.Popen([*command, "--shards=9", "--workers=2"], stderr=subprocess.PIPE, start_new_session=True)
+  while not (tmp_path / "out" / "dataset.json").exists():
+    time.sleep(0.005)
+  time.sleep(0.2)
+  os.killpg(process.pid, signal.SIGINT)
+  time.sleep(0.1)
+  os.killpg(process.pid, signal.SIGINT)
+  errors = process.communicate(timeout=60)[1].decode()
+  assert process.returncode == 130
+  assert "Traceback" not in errors
+  assert errors.endswith("interrupted; give the same command again to go on\n")
+
+
+def test_a_file_that_is_gone_or_whose_report_was_cut_off_is_written_again(shards, tmp_path, monkeypatch):
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  output = tmp_path / "out"
+  monkeypatch.setattr(convert_lib, "_finish", killed)
+  with pytest.raises(KeyboardInterrupt):
+    convert(shards, output, shards=4, workers=1)
+  monkeypatch.undo()
+  whole = {name: file for name, file in contents(output).items() if name.startswith("data-")}
+  lines = (output / "progress.jsonl").read_text().splitlines()
+  (output / "progress.jsonl").write_text("\n".join([*lines[:2], lines[2][:20], lines[3]]))
+  (output / "data-00000-of-00004.array_record").write_bytes(b"kept")
+  (output / "data-00001-of-00004.array_record").unlink()
+  (output / "data-00002-of-00004.array_record").write_bytes(b"written again")
+  assert convert(shards, output, workers=1)["count"] == 55
+  now = contents(output)
+  assert {name: now[name] for name in whole} == {**whole, "data-00000-of-00004.array_record": b"kept"}
+  assert sorted(now.keys() - whole.keys()) == ["classnames.txt", "dataset.json"]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(10**9, 1), (100_000, 5), (1, 300)])
+def test_the_number_of_files_follows_from_the_size(tmp_path, monkeypatch, limit, expected):
+  monkeypatch.setattr(convert_lib, "_SHARD_BYTES", limit)
+  source = open_scenes("test/300/32")
+  size = sum(len(convert_lib._record(source, index)) for index in range(300))
+  assert 430_000 < size < 470_000
+  assert convert_lib._plan(source, tmp_path / "out", None)["shards"] == expected
+
+
+def test_what_the_user_can_mend_is_one_line(shards, tmp_path, capsys):
+  def error(*arguments: str) -> str:
+    assert main([*arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    return line
+
+  output = str(tmp_path / "out")
+  assert "expected KIND:LOCATION" in error("/data/*.tar", output)
+  assert "no file matches" in error(f"webdataset:{tmp_path}/x-*.tar", output)
+  assert "0 shards: expected 1 to 10" in error("scenes:test/10/16", output, "--shards=0")
+  assert "11 shards: expected 1 to 10" in error("scenes:test/10/16", output, "--shards=11")
+  assert "is an address" in error("scenes:test/10/16", "gs://bucket/out")
+  assert not os.path.exists(output)
+  assert main(["scenes:test/10/16", output, "--workers=1"]) == 0
+  capsys.readouterr()
+  assert "holds another conversion: source 'scenes:test/10/16', not 'scenes:test/11/16'" in error(
+    "scenes:test/11/16", output
+  )
+  assert "shards 1, not 2" in error("scenes:test/10/16", output, "--shards=2")
+  assert "is not empty, it holds .declip_jax, 0.tar" in error(shards, str(tmp_path))
+  (tmp_path / "out" / "dataset.json").write_text("[1]")
+  assert "is not of this command" in error("scenes:test/10/16", output)
+  with pytest.raises(SystemExit, match="2"):
+    main(["scenes:test/10/16", output, "--workers=0"])
+
+
+def test_nothing_usable_is_an_error(tmp_path):
+  with tarfile.open(tmp_path / "s.tar", "w") as tar:
+    tar.addfile(tarfile.TarInfo("0.jpg"))
+  with pytest.raises(ValueError, match="none of 1 samples can be used"):
+    convert(f"webdataset:{tmp_path}/s.tar", tmp_path / "out", workers=1)

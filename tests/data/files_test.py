@@ -1,0 +1,217 @@
+import concurrent.futures
+import errno
+import json
+import multiprocessing
+import os
+from pathlib import Path
+import threading
+
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+import pytest
+
+from declip_jax.data import files
+
+BODY = bytes(range(256)) * 40
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+  """A cache folder of the test's own."""
+  folder = tmp_path_factory.mktemp("cache")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+  return folder / "declip_jax"
+
+
+@pytest.fixture(params=["local", "url"])
+def folder(request, tmp_path) -> str:
+  """A folder with three files, on a disk and behind a URL."""
+  memory = fsspec.filesystem("memory")
+  memory.store.clear()
+  for name in ("a-08.bin", "a-09.bin", "a-10.bin"):
+    (tmp_path / name).write_bytes(name.encode() + BODY)
+    memory.pipe(f"/bucket/data/{name}", name.encode() + BODY)
+  return str(tmp_path) if request.param == "local" else "memory://bucket/data"
+
+
+def names(folder: str, pattern: str) -> list[str]:
+  return [path.rpartition("/")[2] for path in files.expand("::".join(f"{folder}/{one}" for one in pattern.split("::")))]
+
+
+def test_patterns_find_files(folder):
+  assert names(folder, "*.bin") == ["a-08.bin", "a-09.bin", "a-10.bin"]
+  assert names(folder, "a-{08..09}.bin") == ["a-08.bin", "a-09.bin"]
+  assert names(folder, "a-{09..09}.bin::a-1?.bin::a-08.bin") == ["a-09.bin", "a-10.bin", "a-08.bin"]
+  assert names(folder.rpartition("/")[0], f"{folder.rpartition('/')[2]}/**/a-0[89].bin") == ["a-08.bin", "a-09.bin"]
+  assert all(files.exists(path) for path in files.expand(f"{folder}/*.bin"))
+
+
+@pytest.mark.parametrize("pattern", ["a-{08..11}.bin", "a-11.bin", "b-*.bin", "", "*/*.bin"])
+def test_a_pattern_without_a_file_is_an_error_that_lists_what_is_there(folder, pattern):
+  with pytest.raises(FileNotFoundError, match=r"no file matches .*; in .*: a-08.bin, a-09.bin, a-10.bin"):
+    files.expand(f"{folder}/{pattern}")
+
+
+def test_an_empty_range_and_an_empty_folder_are_errors(folder):
+  with pytest.raises(ValueError, match=r"range \{3\.\.1\} is empty"):
+    files.expand(f"{folder}/{{3..1}}.bin")
+  with pytest.raises(FileNotFoundError, match=r"no file matches .*/nowhere/\*; in .*/nowhere: nothing"):
+    files.expand(f"{folder}/nowhere/*")
+
+
+def test_a_url_of_an_unknown_kind_or_without_its_package_is_an_error_of_the_users():
+  with pytest.raises(ValueError, match="foo"):
+    files.expand("foo://bucket/a.tar")
+  assert not files.is_url("/a/b")
+  assert not files.is_url("file:///a/b")
+  assert files.is_url("gs://a/b")
+
+
+def test_any_part_of_a_file_is_read(folder):
+  path, body = f"{folder}/a-09.bin", b"a-09.bin" + BODY
+  for start, size in [(0, 5), (1000, 300), (len(body) - 3, 100), (len(body) + 5, 10), (0, 10**6), (7, 0)]:
+    assert files.read(path, start, size) == body[start : start + size]
+  assert files.read(path) == body
+  assert files.read(path, 4000) == body[4000:]
+  with files.open_stream(path) as stream:
+    assert stream.read(10) == body[:10]
+    stream.seek(3000, os.SEEK_CUR)
+    assert stream.read(4) == body[3010:3014]
+    stream.seek(-4, os.SEEK_END)
+    assert stream.read() == body[-4:]
+  with files.open_stream(path) as stream:
+    assert b"".join(stream) == body
+
+
+@pytest.mark.parametrize("do", [files.stamp, files.read, lambda path: files.read(path, 1, 2), files.open_stream])
+def test_a_missing_file_is_told_as_such(folder, do):
+  with pytest.raises(FileNotFoundError, match="a-11.bin"):
+    do(f"{folder}/a-11.bin")
+  assert not files.exists(f"{folder}/a-11.bin")
+  assert not files.exists(folder)
+
+
+def test_the_stamp_follows_the_file(folder):
+  path = f"{folder}/a-08.bin"
+  before = files.stamp(path)
+  assert before == files.stamp(path)
+  assert json.loads(json.dumps(before)) == list(before)
+  assert before[0] == len(BODY) + 8
+  if files.is_url(path):
+    fsspec.filesystem("memory").pipe("/bucket/data/a-08.bin", b"12345678" + BODY)
+  else:
+    stat = os.stat(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+  after = files.stamp(path)
+  assert after[0] == before[0]
+  assert after[1] != before[1]
+
+
+def test_a_replaced_file_is_read_after_its_stamp_was_taken(tmp_path):
+  path, other = tmp_path / "a", tmp_path / "b"
+  path.write_bytes(b"old")
+  assert files.read(str(path), 0, 3) == b"old"
+  other.write_bytes(b"new")
+  other.replace(path)
+  files.stamp(str(path))
+  assert files.read(str(path), 0, 3) == b"new"
+
+
+def test_many_files_stay_open_only_in_part_while_threads_read_them(tmp_path):
+  for number in range(300):
+    (tmp_path / str(number)).write_bytes(f"{number:08d}".encode())
+
+  def work(seed: int) -> bool:
+    order = [(seed * 7919 + 31 * step) % 300 for step in range(600)]
+    return all(files.read(f"{tmp_path}/{number}", 3, 5) == f"{number:08d}"[3:].encode() for number in order)
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    assert all(pool.map(work, range(8)))
+  if os.path.isdir("/proc/self/fd"):
+    links = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    assert 100 < sum(link.startswith(str(tmp_path)) for link in links) <= 128
+
+
+def test_a_spawned_process_reads(tmp_path):
+  (tmp_path / "a").write_bytes(b"0123456789")
+  assert files.read(f"{tmp_path}/a", 2, 4) == b"2345"
+  with multiprocessing.get_context("spawn").Pool(1) as pool:
+    assert pool.apply(files.read, (f"{tmp_path}/a", 2, 4)) == b"2345"
+
+
+def test_what_the_packages_below_raise_is_an_os_error_with_the_url(monkeypatch):
+  class Unkind(Exception):
+    pass
+
+  def cat_file(*_, **__):
+    raise Unkind("connection reset")
+
+  monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+  with pytest.raises(OSError, match="memory://bucket/a: Unkind: connection reset"):
+    files.read("memory://bucket/a", 0, 10)
+
+
+def test_a_server_that_ignores_ranges_is_an_error(monkeypatch):
+  monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *_, **__: BODY)
+  with pytest.raises(OSError, match="memory://bucket/a: the server ignores ranges"):
+    files.read("memory://bucket/a", 5, 10)
+
+
+def test_classnames_lie_beside_a_file(folder):
+  assert files.classnames(f"{folder}/a-08.bin") == ()
+  with fsspec.open(f"{folder}/classnames.txt", "wb") as file:
+    file.write(b"dog\n hot dog \n\n")
+  assert files.classnames(f"{folder}/a-08.bin") == ("dog", "hot dog")
+
+
+def test_an_index_is_built_once_for_a_stamp(folder, cache, tmp_path):
+  def index(stamp: object) -> Path:
+    return files.index(stamp, f"{folder}/a-08.bin", lambda path: built.append(path.write_text("whole")), ".txt")
+
+  built = []
+  first = index([1, "a"])
+  assert first.read_text() == "whole"
+  assert index([1, "a"]) == first
+  assert len(built) == 1
+  assert index([2, "a"]) != first
+  assert len(built) == 2
+  assert first.parent == (cache if files.is_url(folder) else tmp_path / ".declip_jax")
+  assert first.stat().st_mode & 0o777 == 0o644
+  assert len(list(first.parent.iterdir())) == 2
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path):
+  def build(path: Path) -> None:
+    path.write_text("half")
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    files.index(1, f"{tmp_path}/a", build, ".txt")
+  assert list((tmp_path / ".declip_jax").iterdir()) == []
+
+
+def test_an_index_goes_elsewhere_when_the_disk_is_full_but_not_when_the_data_are_bad(tmp_path, cache):
+  def build(path: Path) -> None:
+    if path.parent.name == ".declip_jax":
+      raise OSError(number, "message of the build")
+    path.write_text("whole")
+
+  number = errno.ENOSPC
+  assert files.index(1, f"{tmp_path}/a", build, ".txt").parent == cache
+  number = errno.EIO
+  with pytest.raises(OSError, match="message of the build"):
+    files.index(2, f"{tmp_path}/a", build, ".txt")
+
+
+def test_two_builders_at_once_agree(tmp_path):
+  barrier = threading.Barrier(2)
+
+  def build(path: Path) -> None:
+    barrier.wait(10)
+    path.write_text("whole")
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    first, second = pool.map(lambda _: files.index(1, f"{tmp_path}/a", build, ".txt"), range(2))
+  assert first == second
+  assert first.read_text() == "whole"
+  assert len(list(first.parent.iterdir())) == 1

@@ -1,0 +1,154 @@
+import concurrent.futures
+import multiprocessing
+from pathlib import Path
+import pickle
+
+from array_record.python import array_record_module
+import fsspec
+import msgpack
+import numpy as np
+import pytest
+
+from declip_jax.data import sources
+from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_arrayrecord, pack
+from declip_jax.data.sources.base import BadSample, Example
+
+
+def example(key: int) -> Example:
+  image = np.random.default_rng(key).bytes(1000 + key)
+  return Example(image=image, captions=("un café", f"number {key}")[: key % 3], label=key % 4 - 1, id=f"s.tar:{key}")
+
+
+def write(path: Path, records: list[bytes], options: str = WRITER_OPTIONS) -> Path:
+  writer = array_record_module.ArrayRecordWriter(str(path), options)
+  for record in records:
+    writer.write(record)
+  writer.close()
+  return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+  """Three files, one of them empty, with 60 records together."""
+  for number, keys in enumerate([range(25), range(0), range(25, 60)]):
+    write(tmp_path / f"data-{number:05d}-of-00003.array_record", [pack(example(key)) for key in keys])
+  return tmp_path
+
+
+def test_records_come_back_as_they_were(folder):
+  source = sources.open_source(f"arrayrecord:{folder}/*.array_record")
+  assert source.name == f"arrayrecord:{folder}/*.array_record"
+  assert len(source) == 60
+  assert list(source) == [example(key) for key in range(60)]
+  assert source.classnames == ()
+  assert source.skipped == {}
+  for index in (-1, 60):
+    with pytest.raises(IndexError, match=f"no record {index}, there are 60"):
+      source[index]
+
+
+def test_a_record_is_a_plain_map(folder):
+  reader = array_record_module.ArrayRecordReader(str(folder / "data-00002-of-00003.array_record"))
+  expected = {**example(26), "captions": list(example(26)["captions"])}
+  assert msgpack.unpackb(reader.read([1])[0]) == expected
+  assert "group_size:1," in reader.writer_options_string()
+  assert "uncompressed" in reader.writer_options_string()
+
+
+def test_pickles_small_and_reads_in_a_spawned_process_and_in_threads(folder):
+  source = open_arrayrecord(f"{folder}/*.array_record")
+  expected = [source[key] for key in range(60)]
+  assert len(pickle.dumps(source)) < 500
+  with multiprocessing.get_context("spawn").Pool(1) as pool:
+    assert pool.apply(source.__getitem__, (33,)) == expected[33]
+  order = np.random.default_rng(0).integers(60, size=2000).tolist()
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    assert list(pool.map(source.__getitem__, order)) == [expected[key] for key in order]
+
+
+def test_a_flipped_byte_costs_one_record(folder):
+  path = folder / "data-00000-of-00003.array_record"
+  contents = bytearray(path.read_bytes())
+  contents[contents.index(example(7)["image"][:100]) + 500] ^= 1
+  path.write_bytes(contents)
+  source = open_arrayrecord(f"{folder}/*.array_record")
+  for key in range(60):
+    if key == 7:
+      with pytest.raises(BadSample, match="data-00000-of-00003.array_record, record 7: .*mismatch") as error:
+        source[key]
+      assert error.value.kind == "damaged record"
+    else:
+      assert source[key] == example(key)
+
+
+@pytest.mark.parametrize(
+  "record",
+  [
+    b"",
+    b"no msgpack",
+    msgpack.packb([1, 2]),
+    msgpack.packb({"image": b"x"}),
+    msgpack.packb({"image": "x", "captions": [], "label": 0, "id": ""}),
+    msgpack.packb({"image": b"x", "captions": [b"x"], "label": 0, "id": ""}),
+    msgpack.packb({"image": b"x", "captions": [], "label": -2, "id": ""}),
+    msgpack.packb({"image": b"x", "captions": [], "label": 2, "id": ""}),
+    msgpack.packb({"image": b"x", "captions": [], "label": 0, "id": ""})[:-1] + b"\xff",
+  ],
+)
+def test_a_record_of_another_kind_is_bad_and_named(tmp_path, record):
+  write(tmp_path / "a.array_record", [pack(example(0)), record])
+  (tmp_path / "classnames.txt").write_text("dog\ncat\n")
+  source = open_arrayrecord(f"{tmp_path}/a.array_record")
+  assert source.classnames == ("dog", "cat")
+  assert source[0] == example(0)
+  with pytest.raises(BadSample, match="a.array_record, record 1: ") as error:
+    source[1]
+  assert error.value.kind == "damaged record"
+
+
+@pytest.mark.parametrize("kept", [0, 100, 30_000])
+def test_a_file_that_was_cut_off_is_refused(folder, kept):
+  path = folder / "data-00002-of-00003.array_record"
+  path.write_bytes(path.read_bytes()[:kept])
+  with pytest.raises(ValueError, match="data-00002-of-00003.array_record: no complete ArrayRecord file"):
+    open_arrayrecord(f"{folder}/*.array_record")
+
+
+def test_files_are_counted_again_when_they_change(folder):
+  location = f"{folder}/*.array_record"
+  assert len(open_arrayrecord(location)) == 60
+  (counts,) = (folder / ".declip_jax").iterdir()
+  before = counts.stat().st_mtime_ns
+  assert len(open_arrayrecord(location)) == 60
+  assert counts.stat().st_mtime_ns == before
+  write(folder / "data-00001-of-00003.array_record", [pack(example(99))])
+  source = open_arrayrecord(location)
+  assert len(source) == 61
+  assert source[25] == example(99)
+
+
+def test_a_file_that_is_gone_costs_its_records(folder):
+  source = open_arrayrecord(f"{folder}/*.array_record")
+  (folder / "data-00000-of-00003.array_record").unlink()
+  with pytest.raises(BadSample, match="data-00000-of-00003.array_record, record 3: ") as error:
+    source[3]
+  assert error.value.kind == "missing file"
+  assert source[30] == example(30)
+
+
+def test_what_cannot_be_opened_is_an_error(tmp_path):
+  fsspec.filesystem("memory").pipe("/bucket/a.array_record", b"x")
+  with pytest.raises(ValueError, match="memory://bucket/a.array_record: .*mount the bucket"):
+    open_arrayrecord("memory://bucket/a.array_record")
+  with pytest.raises(FileNotFoundError, match="no file matches"):
+    open_arrayrecord(f"{tmp_path}/*.array_record")
+  write(tmp_path / "a.array_record", [])
+  with pytest.raises(ValueError, match="no record in 1 files"):
+    open_arrayrecord(f"{tmp_path}/*.array_record")
+
+
+def test_halves_of_surrogate_pairs_become_question_marks(tmp_path):
+  broken = Example(image=b"x", captions=("a \ud83d dog",), label=np.int64(1), id="\udcff.tar:0")
+  write(tmp_path / "a.array_record", [pack(broken)])
+  found = open_arrayrecord(f"{tmp_path}/a.array_record")[0]
+  assert found == Example(image=b"x", captions=("a ? dog",), label=1, id="?.tar:0")

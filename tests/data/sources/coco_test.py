@@ -1,0 +1,142 @@
+import json
+from pathlib import Path
+import pickle
+
+import fsspec
+import pytest
+
+from declip_jax.data import files
+from declip_jax.data.sources.coco import open_coco
+
+ANNOTATIONS = {
+  "images": [{"id": number, "file_name": f"{number:012d}.jpg", "width": 1} for number in (30, 10, 20, 40)],
+  "annotations": [
+    {"image_id": 10, "id": 1, "caption": " a dog\n"},
+    {"image_id": 30, "id": 2, "caption": "a cat"},
+    {"image_id": 10, "id": 3, "caption": "a hound"},
+    {"image_id": 99, "id": 4, "caption": "nobody knows"},
+    {"image_id": 40, "id": 5, "caption": "  "},
+  ],
+}
+SPLITS = {
+  "images": [
+    {
+      "filepath": folder,
+      "filename": f"{number}.jpg",
+      "imgid": number,
+      "split": split,
+      "sentences": [{"raw": f"text {number}.{j}", "tokens": []} for j in range(number)],
+    }
+    for number, (folder, split) in enumerate(
+      [("a", "test"), ("a", "test"), ("b", "train"), ("b", "test"), ("b", "val")]
+    )
+  ],
+  "dataset": "coco",
+}
+
+
+def write(path: Path, content: object) -> str:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(content))
+  return str(path)
+
+
+def write_images(folder: Path, *names: str) -> None:
+  for name in names:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(name.encode())
+
+
+@pytest.mark.parametrize(
+  "folder", [".", "images", "..", "../images", "../train2017", "train2017", "../images/train2017"]
+)
+def test_captions_by_image_and_their_folder(tmp_path, folder):
+  path = write(tmp_path / "annotations" / "captions_train2017.json", ANNOTATIONS)
+  write_images(tmp_path / "annotations" / folder, f"{10:012d}.jpg", f"{30:012d}.jpg")
+  source = open_coco(path)
+  assert list(source) == [
+    {"image": b"000000000030.jpg", "captions": ("a cat",), "label": -1, "id": "captions_train2017.json:30"},
+    {"image": b"000000000010.jpg", "captions": ("a dog", "a hound"), "label": -1, "id": "captions_train2017.json:10"},
+  ]
+  assert source.skipped == {"damaged record": 1, "no caption": 2}
+  assert len(pickle.dumps(source)) < 500
+  assert list(pickle.loads(pickle.dumps(source))) == list(source)
+
+
+def test_images_that_are_not_found(tmp_path):
+  path = write(tmp_path / "captions_val2014.json", ANNOTATIONS)
+  with pytest.raises(FileNotFoundError, match=rf"none of .*000030\.jpg.* in {tmp_path}, .*/val2014.*\?root=FOLDER"):
+    open_coco(path)
+  write_images(tmp_path / "far away", f"{30:012d}.jpg")
+  assert open_coco(f"{path}?root={tmp_path}/far away/")[0]["image"] == b"000000000030.jpg"
+  with pytest.raises(FileNotFoundError, match="none can be read"):
+    open_coco(f"{path}?root={tmp_path}")
+
+
+def test_karpathy_splits(tmp_path):
+  path = write(tmp_path / "dataset_coco.json", SPLITS)
+  write_images(tmp_path / "images", *(f"{image['filepath']}/{image['filename']}" for image in SPLITS["images"]))
+  source = open_coco(f"{path}?split=test")
+  assert [example["image"] for example in source] == [b"a/1.jpg", b"b/3.jpg"]
+  assert [example["captions"] for example in source] == [("text 1.0",), ("text 3.0", "text 3.1", "text 3.2")]
+  assert source.skipped == {"no caption": 1}
+  assert [example["id"] for example in open_coco(f"{path}?split=val+train")] == [
+    "dataset_coco.json:2",
+    "dataset_coco.json:4",
+  ]
+
+
+def test_a_split_is_needed_where_there_are_splits_and_only_there(tmp_path):
+  path = write(tmp_path / "dataset_coco.json", SPLITS)
+  for location in (path, f"{path}?split=restval"):
+    with pytest.raises(ValueError, match=r"\?split=NAME.*'test': 3, 'train': 1, 'val': 1"):
+      open_coco(location)
+  with pytest.raises(ValueError, match="split=test, but it has no splits"):
+    open_coco(write(tmp_path / "captions.json", ANNOTATIONS) + "?split=test")
+
+
+def test_flickr30k_has_no_folder_in_its_names(tmp_path):
+  images = [{key: value for key, value in image.items() if key != "filepath"} for image in SPLITS["images"]]
+  path = write(tmp_path / "dataset_flickr30k.json", {"images": images})
+  write_images(tmp_path / "flickr30k-images", "1.jpg", "3.jpg")
+  assert [example["image"] for example in open_coco(f"{path}?split=test")] == [b"1.jpg", b"3.jpg"]
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ({**ANNOTATIONS, "annotations": [{"image_id": 10, "bbox": []}]}, r"annotations with captions.*\['images', 'annot"),
+    ([{"image": "a.jpg", "caption": "x"}], "got no object"),
+    ({"images": []}, "expected images and annotations"),
+  ],
+)
+def test_other_json_is_an_error(tmp_path, content, message):
+  with pytest.raises(ValueError, match=message):
+    open_coco(write(tmp_path / "instances.json", content))
+
+
+def test_no_json_and_several_files_are_errors(tmp_path):
+  for name in "ab":
+    (tmp_path / f"{name}.json").write_text("{")
+  with pytest.raises(ValueError, match=r"a\.json: no JSON"):
+    open_coco(f"{tmp_path}/a.json")
+  with pytest.raises(ValueError, match="one file, got 2"):
+    open_coco(f"{tmp_path}/*.json")
+
+
+def test_the_file_is_parsed_once(tmp_path, monkeypatch):
+  path = write(tmp_path / "captions_train2017.json", ANNOTATIONS)
+  write_images(tmp_path / "train2017", f"{30:012d}.jpg")
+  open_coco(path)
+  read = []
+  monkeypatch.setattr(files, "read", lambda path, *_: read.append(path) or b"")
+  open_coco(path)
+  assert [Path(path).suffix for path in read] == [".jpg"]
+
+
+def test_behind_urls(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  memory = fsspec.filesystem("memory")
+  memory.pipe("/coco/annotations/captions_train2017.json", json.dumps(ANNOTATIONS).encode())
+  memory.pipe("/coco/train2017/000000000030.jpg", b"x")
+  assert open_coco("memory://coco/annotations/captions_train2017.json")[0]["image"] == b"x"

@@ -1,0 +1,122 @@
+import os
+from pathlib import Path
+import pickle
+
+import fsspec
+import pytest
+
+from declip_jax.data.sources.base import BadSample
+from declip_jax.data.sources.folder import open_folder
+
+
+def write(folder: Path, *names: str, **texts: str) -> str:
+  """Images whose contents are their names, and texts with theirs."""
+  for name in names:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(name.encode("utf-8", "surrogateescape"))
+  for name, text in texts.items():
+    (folder / f"{name}.txt").write_text(text, "utf-8")
+  return str(folder)
+
+
+def test_folders_are_classes_in_alphabetical_order(tmp_path):
+  names = ["n2/b.JPEG", "n10/ä ü.png", "n10/deep/c.webp", "n2/a.jpg"]
+  path = write(tmp_path / "train", *names, "n2/notes.txt", "n2/.hidden.jpg", ".git/x.jpg", "empty/x.json")
+  source = open_folder(path + "/")
+  assert source.classnames == ("n10", "n2")
+  assert [(example["id"], example["label"], example["captions"]) for example in source] == [
+    ("n10/ä ü.png", 0, ()),
+    ("n10/deep/c.webp", 0, ()),
+    ("n2/a.jpg", 1, ()),
+    ("n2/b.JPEG", 1, ()),
+  ]
+  assert [example["image"].decode() for example in source] == [example["id"] for example in source]
+  assert list(pickle.loads(pickle.dumps(source))) == list(source)
+  assert len(pickle.dumps(source)) < 500
+  assert not (tmp_path / "train" / ".declip_jax").exists()  # other tools would take it for a class
+
+
+def test_numbers_as_folders_are_names_too(tmp_path):
+  source = open_folder(write(tmp_path, *(f"{number}/x.png" for number in (0, 1, 2, 10))))
+  assert source.classnames == ("0", "1", "10", "2")
+  assert [example["label"] for example in source] == [0, 1, 2, 3]
+
+
+def test_classnames_txt_names_the_folders(tmp_path):
+  path = write(tmp_path, "n1/x.jpg", "n2/x.jpg", classnames="tench\nhot dog\n")
+  assert open_folder(path).classnames == ("tench", "hot dog")
+  write(tmp_path, classnames="tench\n")
+  with pytest.raises(ValueError, match="label 1, but only 1 class names"):
+    open_folder(path)
+
+
+def test_texts_beside_images_are_captions_and_folders_no_classes(tmp_path):
+  path = write(tmp_path, "0/a.b.jpg", "1/c.png", "1/d.png", **{"0/a.b": " one\n\n  two \r\n", "1/c": "ünï"})
+  source = open_folder(path)
+  assert [(example["id"], example["captions"], example["label"]) for example in source] == [
+    ("0/a.b.jpg", ("one", "two"), -1),
+    ("1/c.png", ("ünï",), -1),
+    ("1/d.png", (), -1),
+  ]
+  assert source.classnames == ()
+  write(tmp_path, **{"1/c": "changed"})
+  assert source[1]["captions"] == ("changed",)
+
+
+def test_a_flat_folder_of_images_alone(tmp_path):
+  source = open_folder(write(tmp_path, "a.jpg", "b.jpg"))
+  assert [(example["captions"], example["label"]) for example in source] == [((), -1)] * 2
+
+
+def test_images_beside_the_folders_of_classes_are_counted(tmp_path):
+  source = open_folder(write(tmp_path, "cat/a.jpg", "overview.jpg"))
+  assert ([example["id"] for example in source], source.skipped) == (["cat/a.jpg"], {"damaged record": 1})
+
+
+def test_splits_are_no_classes(tmp_path):
+  path = write(tmp_path, "train/cat/a.jpg", "val/cat/a.jpg")
+  with pytest.raises(ValueError, match=f"train, val are no classes; open {path}/train"):
+    open_folder(path)
+
+
+def test_the_index_follows_the_files(tmp_path):
+  path = write(tmp_path / "x", "a/1.jpg")
+  assert len(open_folder(path)) == len(open_folder(path)) == 1
+  assert len(list((tmp_path / ".declip_jax").iterdir())) == 1
+  source = open_folder(write(tmp_path / "x", "a/2.jpg"))
+  assert len(source) == 2
+  (tmp_path / "x" / "a" / "1.jpg").unlink()
+  with pytest.raises(BadSample, match=r"a/1\.jpg: .*No such file") as error:
+    source[0]
+  assert error.value.kind == "missing file"
+  assert len(open_folder(path)) == 1
+
+
+def test_links_and_names_that_are_not_utf_8(tmp_path):
+  name = os.fsdecode(b"cat/caf\xe9.jpg")
+  write(tmp_path / "all", name)
+  (tmp_path / "few").mkdir()
+  (tmp_path / "few" / "cat").symlink_to(tmp_path / "all" / "cat")
+  (example,) = open_folder(f"{tmp_path}/few")
+  assert example["image"] == b"cat/caf\xe9.jpg"
+
+
+def test_no_folder_and_no_image(tmp_path):
+  for path in (tmp_path / "none", tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder, or no image in it"):
+      open_folder(str(path))
+  with pytest.raises(ValueError, match="bad location"):
+    open_folder(f"{tmp_path}?label=x")
+
+
+@pytest.mark.parametrize("folder", ["memory://pets", "memory:///pets/"])
+def test_behind_urls(tmp_path, monkeypatch, folder):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  memory = fsspec.filesystem("memory")
+  memory.pipe({"/pets/dog/a.jpg": b"a", "/pets/cat/pets/b.jpg": b"b", "/pets/classnames.txt": b"Cat\nDog\n"})
+  source = open_folder(folder)
+  assert [(example["image"], example["label"], example["id"]) for example in source] == [
+    (b"b", 0, "cat/pets/b.jpg"),
+    (b"a", 1, "dog/a.jpg"),
+  ]
+  assert source.classnames == ("Cat", "Dog")

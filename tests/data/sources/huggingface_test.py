@@ -1,0 +1,173 @@
+import builtins
+import io
+from pathlib import Path
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from declip_jax.data.sources.base import BadSample
+from declip_jax.data.sources.huggingface import from_huggingface, open_huggingface
+
+datasets = pytest.importorskip("datasets")
+COUNT = 5
+
+
+def png(index: int) -> bytes:
+  file = io.BytesIO()
+  Image.new("RGB", (5, 4), (index, 0, 0)).save(file, "PNG")
+  return file.getvalue()
+
+
+FEATURES = {
+  "image": datasets.Image(),
+  "second": datasets.Image(),
+  "jpg": datasets.Value("binary"),
+  "caption": datasets.Value("string"),
+  "captions": datasets.Sequence(datasets.Value("string")),
+  "title": datasets.Value("string"),
+  "label": datasets.ClassLabel(names=["cat", "dog"]),
+  "coarse": datasets.ClassLabel(names=["pet"]),
+  "class_id": datasets.Value("int32"),
+}
+
+
+def make(*names: str) -> "datasets.Dataset":
+  """Records whose index can be told from any of their columns."""
+  values = {
+    "image": [{"bytes": png(index), "path": None} for index in range(COUNT)],
+    "second": [{"bytes": png(100 + index), "path": None} for index in range(COUNT)],
+    "jpg": [b"bytes %d" % index for index in range(COUNT)],
+    "caption": [f" caption {index} é\n" for index in range(COUNT)],
+    "captions": [["", *(f"text {index}.{j}" for j in range(index))] for index in range(COUNT)],
+    "title": [f"title {index}" for index in range(COUNT)],
+    "label": [index % 2 for index in range(COUNT - 1)] + [None],
+    "coarse": [0] * COUNT,
+    "class_id": list(range(COUNT)),
+  }
+  features = datasets.Features({name: FEATURES[name] for name in names})
+  return datasets.Dataset.from_dict({name: values[name] for name in names}, features=features)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+  folder = tmp_path_factory.mktemp("huggingface")
+  make("image", "caption", "label").save_to_disk(folder / "one")
+  splits = {"train": make("image", "caption", "label"), "test": make("image", "title", "label").select([3, 1])}
+  datasets.DatasetDict(splits).save_to_disk(folder / "splits")
+  return folder
+
+
+def test_image_caption_and_label_of_a_saved_data_set(folder):
+  for location in (f"{folder}/one", f"{folder}/splits:train"):
+    source = open_huggingface(location)
+    assert (len(source), source.classnames, source.skipped) == (COUNT, ("cat", "dog"), {})
+    assert source.name == f"huggingface:{location}"
+    assert source[np.int64(3)] == {
+      "image": png(3),
+      "captions": ("caption 3 é",),
+      "label": 1,
+      "id": f"huggingface:{location}, example 3",
+    }
+    assert source[COUNT - 1]["label"] == -1
+  for index in (-1, COUNT):
+    with pytest.raises(IndexError, match=f"no example {index}, there are {COUNT}"):
+      source[index]
+
+
+def test_splits(folder):
+  source = open_huggingface(f"{folder}/splits:test")
+  assert [example["captions"] for example in source] == [("title 3",), ("title 1",)]
+  with pytest.raises(ValueError, match=r"no split None; .*\['train', 'test'\].*PATH:SPLIT"):
+    open_huggingface(f"{folder}/splits")
+  with pytest.raises(ValueError, match=r"no split 'val'; .*\['train', 'test'\]"):
+    open_huggingface(f"{folder}/splits:val")
+  with pytest.raises(ValueError, match="has no splits, open PATH"):
+    open_huggingface(f"{folder}/one:train")
+  with pytest.raises(FileNotFoundError, match=r"datasets\.load_dataset\(\"NAME\"\)\.save_to_disk"):
+    open_huggingface(f"{folder}/none")
+  with pytest.raises(ValueError, match=r"bad location.*\?image=\.\.&caption=\.\.&label=\.\."):
+    open_huggingface(f"{folder}/one?root=x")
+
+
+def test_pickles_small_and_works_in_another_process(folder):
+  source = open_huggingface(f"{folder}/one")
+  pickled = pickle.dumps(source)
+  assert len(pickled) < 500
+  script = "import pickle, sys; source = pickle.load(sys.stdin.buffer); print(source[2])"
+  out = subprocess.run([sys.executable, "-c", script], input=pickled, capture_output=True, check=True).stdout
+  assert out.decode().strip() == str(source[2])
+  at_hand = from_huggingface(datasets.load_from_disk(folder / "one"))
+  assert len(pickle.dumps(at_hand)) < 5000
+  assert pickle.loads(pickle.dumps(at_hand))[2] == {**source[2], "id": "dataset, example 2"}
+
+
+@pytest.mark.parametrize("formatted", ["numpy", "arrow"])
+def test_formats_and_subsets_of_a_data_set_at_hand(formatted):
+  dataset = make("image", "caption", "label").select([4, 2, 0]).with_format(formatted)
+  assert [example["captions"] for example in from_huggingface(dataset)] == [
+    (f"caption {index} é",) for index in (4, 2, 0)
+  ]
+  transformed = dataset.with_transform(lambda batch: {"nothing": [0] * len(batch["image"])})
+  assert from_huggingface(transformed)[1]["image"] == png(2)
+
+
+def test_lists_of_captions_and_several_columns():
+  dataset = make("image", "captions", "title")
+  with pytest.raises(ValueError, match=r"caption may be any of \['captions', 'title'\].*\?caption=captions,title"):
+    from_huggingface(dataset)
+  assert from_huggingface(dataset, caption="captions")[2]["captions"] == ("text 2.0", "text 2.1")
+  assert from_huggingface(dataset, caption="captions,title")[1]["captions"] == ("text 1.0", "title 1")
+  assert from_huggingface(dataset, caption="")[1]["captions"] == ()
+
+
+def test_columns_go_by_name_and_then_by_type():
+  assert from_huggingface(make("second", "title"))[1]["image"] == png(101)
+  assert from_huggingface(make("image", "second", "title"))[1]["image"] == png(1)
+  assert from_huggingface(make("image", "second", "title"), image="second")[1]["image"] == png(101)
+  assert from_huggingface(make("jpg", "title"))[1]["image"] == b"bytes 1"
+  assert from_huggingface(make("image", "coarse")).classnames == ("pet",)
+  source = from_huggingface(make("image", "class_id"))
+  assert ([example["label"] for example in source], source.classnames) == (list(range(COUNT)), ())
+  assert from_huggingface(make("image", "title", "label"), label="")[1]["label"] == -1
+
+
+def test_columns_that_are_missing_or_unclear_are_named():
+  with pytest.raises(ValueError, match=r"no column 'title' for the image, there are \['image'\]"):
+    from_huggingface(make("image", "title"), image="title")
+  with pytest.raises(ValueError, match=r"which column is the image\? There are \{'caption'"):
+    from_huggingface(make("caption"))
+  with pytest.raises(ValueError, match="which column is the caption or label"):
+    from_huggingface(make("image"))
+  with pytest.raises(ValueError, match=r"dataset\['train'\]"):
+    from_huggingface(datasets.DatasetDict(train=make("image", "caption")))
+  with pytest.raises(ValueError, match="without streaming"):
+    from_huggingface(make("image", "caption").to_iterable_dataset())
+
+
+def test_images_that_lie_in_files(tmp_path):
+  (tmp_path / "0.png").write_bytes(png(0))
+  paths = [str(tmp_path / "0.png"), str(tmp_path / "1.png"), None]
+  dataset = datasets.Dataset.from_dict({"image": paths, "text": ["a", "b", "c"]})
+  source = from_huggingface(dataset.cast_column("image", datasets.Image()))
+  assert source[0]["image"] == png(0)
+  for index in (1, 2):
+    with pytest.raises(BadSample, match=f"dataset, example {index}: ") as error:
+      source[index]
+    assert error.value.kind == "missing file"
+
+
+def test_without_the_package_the_error_says_what_to_install(monkeypatch):
+  real = builtins.__import__
+
+  def without(name, *args):
+    if name == "datasets":
+      raise ImportError("No module named 'datasets'")
+    return real(name, *args)
+
+  monkeypatch.setattr(builtins, "__import__", without)
+  with pytest.raises(ImportError, match=r"pip install declip_jax\[huggingface\]"):
+    open_huggingface("/data")

@@ -1,0 +1,183 @@
+import json
+from pathlib import Path
+import pickle
+import struct
+import zipfile
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from declip_jax.data.sources.base import BadSample
+from declip_jax.data.sources.yfcc import open_yfcc, read_member
+
+RECORDS = [(1234567, "a title", "a description"), (1234568, " ", "only a description"), (98000001, "ünïcödé", None)]
+RECORDS += [(5, "", "")]
+
+
+def photo(index: int) -> bytes:
+  return f"photo {index}".encode() * index if index < 1000 else f"photo {index}".encode() * 300
+
+
+def write_zips(root: Path, *indices: int, method: int = zipfile.ZIP_STORED) -> None:
+  for index in indices:
+    digits = f"{index:08d}"
+    path = root / "images" / digits[:2] / f"{digits[2:5]}.zip"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "a", method) as archive:
+      archive.writestr(f"{digits[5:]}.jpg", photo(index))
+
+
+def write_zip(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> str:
+  with zipfile.ZipFile(path, "w", method) as archive:
+    for name, data in members.items():
+      archive.writestr(name, data)
+  return str(path)
+
+
+def write_list(path: Path) -> str:
+  if path.suffix == ".pkl":
+    path.write_bytes(pickle.dumps(RECORDS))
+  elif path.suffix == ".jsonl":
+    path.write_text(
+      "\n".join(json.dumps(dict(zip(["index", "title", "description"], r, strict=True))) for r in RECORDS)
+    )
+  elif path.suffix == ".tsv":
+    lines = ["\t".join(str(text or "") for text in record) for record in [("index", "title", "description"), *RECORDS]]
+    path.write_text("\n".join(lines))
+  else:
+    columns = zip(*RECORDS, strict=True)
+    pq.write_table(pa.table(dict(zip(["index", "title", "description"], columns, strict=True))), path)
+  return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".jsonl", ".tsv", ".parquet"])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_photos_with_titles_and_descriptions(tmp_path, suffix, method):
+  path = write_list(tmp_path / f"yfcc15m{suffix}")
+  write_zips(tmp_path, 1234567, 1234568, 98000001, method=method)
+  source = open_yfcc(path)
+  assert list(source) == [
+    {
+      "image": photo(1234567),
+      "captions": ("a title", "a description"),
+      "label": -1,
+      "id": f"yfcc15m{suffix}:1234567",
+    },
+    {"image": photo(1234568), "captions": ("only a description",), "label": -1, "id": f"yfcc15m{suffix}:1234568"},
+    {"image": photo(98000001), "captions": ("ünïcödé",), "label": -1, "id": f"yfcc15m{suffix}:98000001"},
+  ]
+  assert source.skipped == {"no caption": 1}
+  assert len(pickle.dumps(source)) < 500
+  assert pickle.loads(pickle.dumps(source))[1] == source[1]
+
+
+def test_root_and_missing_photos(tmp_path):
+  path = write_list(tmp_path / "yfcc15m.pkl")
+  write_zips(tmp_path / "data", 1234567)
+  source = open_yfcc(f"{path}?root={tmp_path}/data")
+  assert source[0]["image"] == photo(1234567)
+  with pytest.raises(BadSample, match=r"yfcc15m\.pkl:1234568: .*images/01/234\.zip has no member 568\.jpg") as error:
+    source[1]
+  assert error.value.kind == "missing file"
+  with pytest.raises(BadSample, match=r"98/000\.zip") as error:
+    source[2]
+  assert error.value.kind == "missing file"
+  with pytest.raises(FileNotFoundError, match=r"none can be read.*images/01/234\.zip.*\?root="):
+    open_yfcc(path)
+
+
+class Malicious:
+  def __reduce__(self):
+    return Path.touch, (Path("executed"),)
+
+
+def test_a_pickle_with_code_is_refused(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps([(1, "a", Malicious())], protocol))
+    with pytest.raises(ValueError, match=r"bad\.pkl: expected a pickled list.*names .*may run any code"):
+      open_yfcc("bad.pkl")
+  assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04.", pickle.dumps({"a": 1}), pickle.dumps(RECORDS)[:-20]])
+def test_a_damaged_pickle_is_an_error(tmp_path, content):
+  (tmp_path / "bad.pkl").write_bytes(content)
+  with pytest.raises(ValueError, match=r"bad\.pkl: expected a"):
+    open_yfcc(f"{tmp_path}/bad.pkl")
+
+
+def test_bad_records_are_counted(tmp_path, caplog):
+  write_zips(tmp_path, 7)
+  records = [(7, "a", "b"), (-1, "a", "b"), (10**8, "a", "b"), ("x", "a", "b"), (8, "a"), None, (9, 1, "b")]
+  (tmp_path / "l.pkl").write_bytes(pickle.dumps(records))
+  source = open_yfcc(f"{tmp_path}/l.pkl")
+  assert [example["image"] for example in source] == [photo(7)]
+  assert source.skipped == {"damaged record": 6}
+  assert f"{tmp_path}/l.pkl:2: expected an index below 100000000, got 100000000" in caplog.text
+  (tmp_path / "l.csv").write_text("index,title\n7,a\n")
+  with pytest.raises(
+    ValueError, match=r"expected the columns index, title, description, there are \['index', 'title'\]"
+  ):
+    open_yfcc(f"{tmp_path}/l.csv")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_members_equal_those_of_zipfile(tmp_path, method):
+  # Names within names and within contents, so that a search for the bytes of a name is led astray.
+  members = {
+    "10001.jpg": b"x",
+    "001.jpg2": b"",
+    "001.jpg": b"001.jpg" * 50,
+    "0/001.jpg": b"PK\1\2 001.jpg",
+    "e.jpg": b"",
+  }
+  path = write_zip(tmp_path / "z.zip", members, method)
+  with zipfile.ZipFile(path, "a") as archive:
+    archive.comment = b"a comment, 001.jpg"
+  for name, data in members.items():
+    assert read_member(path, name) == data
+  for name in ("01.jpg", "jpg", "002.jpg"):
+    with pytest.raises(BadSample, match=f"no member {name}"):
+      read_member(path, name)
+
+
+@pytest.mark.parametrize("change", ["zip64", "many", "prefix", "extra"])
+def test_unusual_zips_equal_those_of_zipfile(tmp_path, monkeypatch, change):
+  members = {f"{number:03d}.jpg": b"%d" % number for number in range(5000 if change == "many" else 10)}
+  monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 0 if change == "zip64" else zipfile.ZIP64_LIMIT)
+  path = tmp_path / "z.zip"
+  with zipfile.ZipFile(path, "w") as archive:
+    for name, data in members.items():
+      info = zipfile.ZipInfo(name)
+      info.extra = struct.pack("<HH", 0xCAFE, 1000) + bytes(1000) if change == "extra" else b""
+      archive.writestr(info, data)
+  if change == "prefix":
+    path.write_bytes(b"#!/bin/sh" * 100 + path.read_bytes())
+  for name in list(members)[:: len(members) // 5]:
+    assert read_member(str(path), name) == members[name]
+
+
+def test_damage_is_found(tmp_path):
+  for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    path = Path(write_zip(tmp_path / f"{method}.zip", {"000.jpg": b"a photo " * 100}, method))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + bytes([whole[40] ^ 255]) + whole[41:])
+    with pytest.raises(BadSample) as error:
+      read_member(str(path), "000.jpg")
+    assert error.value.kind == "damaged image"
+    path.write_bytes(whole[:-30])
+    with pytest.raises(BadSample, match=r"\.zip, 000\.jpg: File is not a zip file") as error:
+      read_member(str(path), "000.jpg")
+    assert error.value.kind == "missing file"
+
+
+def test_behind_urls(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  memory = fsspec.filesystem("memory")
+  write_zips(tmp_path, 1234567)
+  memory.pipe("/yfcc/images/01/234.zip", (tmp_path / "images/01/234.zip").read_bytes())
+  memory.pipe("/yfcc/yfcc15m.pkl", pickle.dumps(RECORDS))
+  assert open_yfcc("memory://yfcc/yfcc15m.pkl")[0]["image"] == photo(1234567)
