@@ -33,7 +33,7 @@ from declip_jax import augment as augmentation
 from declip_jax import objectives, optim, pictures, run
 from declip_jax.checkpoint import Checkpoints
 from declip_jax.data import pipeline
-from declip_jax.data.sources import BAD, open_source
+from declip_jax.data.sources import BAD, Source, open_source
 from declip_jax.encode import EncoderFactory
 from declip_jax.evaluate import check_evals, make_evaluators
 from declip_jax.metrics import MetricWriter, Progress, read_metrics, summary_table
@@ -143,8 +143,15 @@ def _diagnose(outputs: Outputs, wanted: Array) -> Metrics:
   return jax.lax.cond(wanted, diagnostics.measure, lambda _: nothing, outputs)
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, float]:
+def train(
+  config: ConfigDict, workdir: str | os.PathLike[str], sources: Sequence[Source] | None = None
+) -> dict[str, float]:
   """Trains a config to its end and returns the final metrics; goes on from the newest checkpoint in `workdir`.
+
+  Args:
+    config: of the run.
+    workdir: for checkpoints, metrics and pictures.
+    sources: to train on in place of those that `config.data.train` names, such as `from_huggingface` of a data set.
 
   Raises:
     ValueError: the config does not fit itself, its data or the devices, before anything is compiled; or, later, too
@@ -158,7 +165,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   check_batch(config.batch_size, mesh, "batch_size")
 
   # Input: every host sees the same rows and takes its part.
-  mixture, ssl_mixture = _open_mixtures(config, parts)
+  mixture, ssl_mixture = _open_mixtures(config, parts, sources)
   rows = pipeline.training_rows(mixture, parts.make_views, config.seed, ssl_mixture)
   workers, threads = pipeline.plan_reading(config.data.workers, config.data.threads)
   batch_shape = parts.batch_shape(config.batch_size)
@@ -279,11 +286,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
   return final
 
 
-def _open_mixtures(config: ConfigDict, parts: run.Parts) -> tuple[pipeline.Mixture, pipeline.Mixture | None]:
+def _open_mixtures(
+  config: ConfigDict, parts: run.Parts, sources: Sequence[Source] | None
+) -> tuple[pipeline.Mixture, pipeline.Mixture | None]:
   """The sources to train on, and those of other images for self-supervision, if there are any."""
   data = config.data
   needs_caption = bool(parts.recipe.text_views)
-  mixture = pipeline.Mixture(tuple(map(open_source, data.train)), data.mixture, needs_caption, data.templates)
+  sources = tuple(map(open_source, data.train) if sources is None else sources)
+  mixture = pipeline.Mixture(sources, data.mixture, needs_caption, data.templates)
   if not data.ssl_train:
     return mixture, None
   return mixture, pipeline.Mixture(tuple(map(open_source, data.ssl_train)), data.ssl_mixture, False, (), "ssl_mixture")

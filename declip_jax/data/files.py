@@ -19,6 +19,7 @@ from pathlib import Path
 import re
 import tempfile
 import threading
+import time
 from typing import Any, BinaryIO
 import weakref
 
@@ -27,6 +28,7 @@ import fsspec.core
 
 _OPEN_FILES = 128  # per process: far below the usual limit of 1024 descriptors, for any number of shards
 _READ_AHEAD = 2**20  # of a URL's stream, in bytes: a request takes as long as it takes to transfer about this much
+_PAUSES = (0.5, 2.0, 8.0)  # in seconds, before a URL is tried again
 _FOLDER = ".declip_jax"  # of indexes, beside the data
 # What tells that a file behind a URL changed: the first of these that its file system knows.
 _CHANGES = ("ETag", "etag", "md5Hash", "generation", "Content-MD5", "Digest", "content_md5", "LastModified")
@@ -97,7 +99,8 @@ def stamp(path: str) -> tuple[int, int | str | None]:
 def read(path: str, start: int = 0, size: int | None = None) -> bytes:
   """Reads a whole file, or `size` bytes from `start` on; fewer where the file ends before.
 
-  A local file of which parts are read stays open, 128 of them in a process.
+  A local file of which parts are read stays open, 128 of them in a process. A URL that fails is tried again for some
+  ten seconds: to take another sample for one that a busy server refused would change the stream.
 
   Raises:
     OSError: it cannot be read, or a web server ignores ranges.
@@ -108,8 +111,17 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
       return file.read()
   if not is_url(path):
     return _OPEN.get(_local(path)).read(start, size)
-  with _remote(path) as (system, name):
-    data = system.cat_file(name, start=start or None, end=None if size is None else start + size)
+  for pause in (*_PAUSES, None):
+    try:
+      with _remote(path) as (system, name):
+        data = system.cat_file(name, start=start or None, end=None if size is None else start + size)
+      break
+    except (FileNotFoundError, PermissionError):
+      raise
+    except OSError:
+      if pause is None:
+        raise
+      time.sleep(pause)
   if size is not None and len(data) > size:
     raise OSError(f"{path}: the server ignores ranges and sends the whole file; download it first")
   return data

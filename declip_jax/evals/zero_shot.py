@@ -83,7 +83,7 @@ def zero_shot(
   """
   del pictures
   if not source.classnames:
-    raise ValueError(f"{source.name} has no class names: a WebDataset takes them from classnames.txt beside its shards")
+    raise ValueError(f"{source.name} has no class names: sources of files take them from classnames.txt beside the first")
   if encoders.tokens:
     images = embed_images(source, encoders, then=token_classifier(source.classnames, templates, encoders))
   else:

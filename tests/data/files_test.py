@@ -147,8 +147,24 @@ def test_what_the_packages_below_raise_is_an_os_error_with_the_url(monkeypatch):
     raise Unkind("connection reset")
 
   monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+  monkeypatch.setattr(files, "_PAUSES", (0.0, 0.0))
   with pytest.raises(OSError, match="memory://bucket/a: Unkind: connection reset"):
     files.read("memory://bucket/a", 0, 10)
+
+
+def test_a_server_that_fails_is_asked_again(monkeypatch):
+  asked = []
+
+  def cat_file(self, path, start=None, end=None):
+    asked.append((path, start, end))
+    if len(asked) < 3:
+      raise ConnectionError("busy")
+    return BODY[start:end]
+
+  monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+  monkeypatch.setattr(files, "_PAUSES", (0.0, 0.0))
+  assert files.read("memory://bucket/a", 5, 10) == BODY[5:15]
+  assert asked == [("/bucket/a", 5, 15)] * 3
 
 
 def test_a_server_that_ignores_ranges_is_an_error(monkeypatch):

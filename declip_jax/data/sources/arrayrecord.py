@@ -1,4 +1,4 @@
-"""ArrayRecord files as `declip_jax.data.convert` writes them: the fastest source, for data that are read many times.
+"""ArrayRecord files as `declip_jax.data.convert` writes them, for data that are read many times.
 
 A record is a msgpack map of the fields of `Example`: `image` (an encoded file, bytes), `captions` (list of str),
 `label` (int, -1 for none), `id` (str, where the sample came from before). Files have one record in a group and no

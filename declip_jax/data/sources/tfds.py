@@ -7,7 +7,7 @@ import re
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from declip_jax.data.sources.base import Example
+from declip_jax.data.sources.base import BadSample, Example
 
 # A feature goes by its path, "captions/text" for a text within a sequence. A text is a caption if a part of it is here:
 _CAPTION_NAMES = {"caption", "captions", "text", "texts", "title", "sentence", "sentences", "alt_text", "description"}
@@ -56,10 +56,15 @@ class Tfds:
 
     Raises:
       IndexError: `index` is not in `range(len(self))`.
+      BadSample: the record is damaged.
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no record {index}, there are {len(self)}")
-    record, fields = self._records[index], self._fields
+    fields = self._fields
+    try:
+      record = self._records[index]
+    except (RuntimeError, ValueError) as error:  # of array_record, of protobuf
+      raise BadSample("damaged record", f"{self.name}: record {index}: {error}") from error
     return Example(
       image=record[fields.image],
       captions=_captions(_at(record, fields.caption)) if fields.caption else (),

@@ -192,3 +192,21 @@ def test_crosses_to_a_process_without_tensorflow_or_the_builder(folders):
   )
   out = subprocess.run([sys.executable, "-c", script], input=pickled, capture_output=True, check=True).stdout
   assert out.decode().strip() == f"{source[0]} {source.classnames}"
+
+
+def test_a_damaged_record_is_a_bad_sample(folders, tmp_path):
+  folder = tmp_path / "tiny" / "1.0.0"
+  shutil.copytree(folders["Tiny"], folder)
+  (file,) = folder.glob("*array_record*")
+  whole, source = file.read_bytes(), open_tfds(f"{folder}:train")
+  place = whole.index(b"IDAT") if b"IDAT" in whole else len(whole) // 2
+  file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+  bad = {}
+  for index in range(COUNT):
+    try:
+      assert source[index]["image"].startswith(b"\x89PNG")
+    except sources.BadSample as error:
+      bad[index] = error
+  assert 0 < len(bad) < COUNT
+  assert {error.kind for error in bad.values()} == {"damaged record"}
+  assert all(f":train: record {index}" in str(error) for index, error in bad.items())
