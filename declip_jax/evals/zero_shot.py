@@ -83,7 +83,7 @@ def zero_shot(
   """
   del pictures
   if not source.classnames:
-    raise ValueError(f"{source.name} has no class names: sources of files take them from classnames.txt beside the first")
+    raise ValueError(f"{source.name} has no class names: files have them in a classnames.txt beside the first")
   if encoders.tokens:
     images = embed_images(source, encoders, then=token_classifier(source.classnames, templates, encoders))
   else:
