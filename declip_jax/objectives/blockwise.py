@@ -1,0 +1,410 @@
+"""Sums over all pairs of a global batch, for losses whose matrix of similarities no device could hold.
+
+A contrastive loss needs of the matrix `x y^T` its sums over rows and over columns: log-sum-exp for a softmax, the terms
+of a sigmoid. Three forms compute the same, value and gradient:
+
+| form | similarities in memory on each of `p` devices | candidates in memory |
+|---|---|---|
+| "plain" | `b/p * n` | all |
+| "chunked" | `b/p * block` | all |
+| "ring" | `b/p * n/p` | those of one device at a time, passed on from neighbour to neighbour |
+
+The last two go through the blocks twice, once for the sums and once, with the same products again, for the gradient:
+nothing between is stored, which differentiating the loop itself would do. In the ring a candidate travels with its own
+sums and, on the way back, with its gradient, so that after a round everything is home.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+KINDS = ("plain", "chunked", "ring")
+# Bytes of similarities on a device up to which the whole matrix is simplest and fastest, and of one chunk beyond.
+PLAIN_BYTES, CHUNK_BYTES = 2**28, 2**26
+# Bytes of candidates beyond which a device should not hold them all.
+GATHERED_BYTES = 2**30
+_NEVER = -1e30  # in place of a similarity that does not count; not infinite, for differences of it are taken
+
+
+@dataclass(frozen=True)
+class Form:
+  """How sums over pairs are computed.
+
+  Attributes:
+    kind: one of `KINDS`, or "auto", which chooses by the sizes.
+    mesh: over whose devices the rows are split; only "plain" does without.
+    block: candidates of a chunk; 0 chooses by the sizes.
+  """
+
+  kind: str = "plain"
+  mesh: Mesh | None = None
+  block: int = 0
+
+
+PLAIN = Form()
+
+
+class Sums(NamedTuple):
+  """Of the similarities of one axis.
+
+  Attributes:
+    log_sum: log of the sum of their exponentials.
+    best: the place of the largest, the first of equal ones; without gradient.
+  """
+
+  log_sum: Float[Array, "v u b"]
+  best: Int[Array, "v u b"]
+
+
+def log_sums(
+  x: Float[Array, "v b d"],
+  y: Float[Array, "u n d"],
+  form: Form = PLAIN,
+  *,
+  full_gradient: bool = True,
+  without_self: bool = False,
+) -> tuple[Sums, Sums]:
+  """Sums over the columns and over the rows of each matrix `x[v] @ y[u].T`, float32: `[v u b]` and `[v u n]`.
+
+  Args:
+    x, y: rows and columns, split over the devices along `b` and `n`.
+    form: how.
+    full_gradient: otherwise columns are constants for the sums of a row, and rows for those of a column.
+    without_self: leaves out similarity (i, i) of each matrix (v, v): those of a row with itself, if `x` is `y`.
+  """
+  form = _chosen(form, x, y)
+  if form.kind == "plain":
+    return _plain_log_sums(x, y, full_gradient, without_self)
+  rows, columns, row_best, column_best = _softmax(x, y, form, full_gradient, without_self)
+  return Sums(rows, row_best), Sums(columns, column_best)
+
+
+def sigmoid_sums(
+  x: Float[Array, "b d"], y: Float[Array, "b d"], bias: Float[Array, ""], form: Form = PLAIN
+) -> Float[Array, "b"]:
+  """For each row of `x @ y.T + bias` the sum of binary cross-entropies: 1 for the column of its own index, else 0."""
+  # The bias is one more dimension, in which all candidates are 1: so it needs no gradient of its own.
+  x = jnp.concatenate([x, jnp.broadcast_to(bias, (len(x), 1))], axis=1)[None]
+  y = jnp.concatenate([y, jnp.ones((len(y), 1), y.dtype)], axis=1)[None]
+  form = _chosen(form, x, y)
+  if form.kind == "plain":
+    return -jax.nn.log_sigmoid(_signed(_products(x, y), 0, 0)[0, 0]).sum(axis=1)
+  return _sigmoid(x, y, form)[0, 0]
+
+
+def _chosen(form: Form, x: Float[Array, "v b d"], y: Float[Array, "u n d"]) -> Form:
+  """The form with its kind and block decided.
+
+  Raises:
+    ValueError: an unknown kind, or a block that does not divide the candidates.
+  """
+  if form.kind not in (*KINDS, "auto"):
+    raise ValueError(f"config.contrast.form={form.kind!r}: choose one of {['auto', *KINDS]}")
+  devices = form.mesh.size if form.mesh is not None else 1
+  views, columns = len(x) * len(y), y.shape[1]
+  matrix = 4 * views * math.ceil(x.shape[1] / devices) * columns
+  kind = form.kind
+  if kind == "auto":
+    kind = "plain" if matrix <= PLAIN_BYTES or form.mesh is None else "chunked"
+    if kind == "chunked" and 4 * y.size > GATHERED_BYTES:
+      kind = "ring"
+  if kind != "chunked":
+    return Form(kind, form.mesh)
+  block = form.block
+  if not block:
+    wanted = max(columns * CHUNK_BYTES // matrix, 1)
+    block = max(size for size in range(1, min(wanted, columns) + 1) if columns % size == 0)
+  if columns % block:
+    raise ValueError(f"config.contrast.block={block} does not divide the {columns} candidates of a batch")
+  return Form(kind, form.mesh, block)
+
+
+def _products(x: Float[Array, "v b d"], y: Float[Array, "u n d"]) -> Float[Array, "v u b n"]:
+  return jnp.einsum("vbd,und->vubn", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _plain_log_sums(x: Array, y: Array, full_gradient: bool, without_self: bool) -> tuple[Sums, Sums]:
+  rows = columns = _products(x, y)
+  if not full_gradient:  # one product all the same: XLA sees that the two are equal
+    rows, columns = _products(x, jax.lax.stop_gradient(y)), _products(jax.lax.stop_gradient(x), y)
+  if without_self:
+    rows, columns = (_without_self(matrix, 0, 0) for matrix in (rows, columns))
+  return (
+    Sums(jax.nn.logsumexp(rows, axis=3), jnp.argmax(rows, axis=3)),
+    Sums(jax.nn.logsumexp(columns, axis=2), jnp.argmax(columns, axis=2)),
+  )
+
+
+def _own(matrix: Float[Array, "v u b n"], row: Any, column: Any) -> Array:
+  """Where a row and a column of a block, which begins at these, have the same index."""
+  return (row + jnp.arange(matrix.shape[2]))[:, None] == column + jnp.arange(matrix.shape[3])
+
+
+def _without_self(matrix: Float[Array, "v u b n"], row: Any, column: Any) -> Float[Array, "v u b n"]:
+  same = jnp.eye(*matrix.shape[:2], dtype=bool)[:, :, None, None]
+  return jnp.where(same & _own(matrix, row, column), _NEVER, matrix)
+
+
+# Two kinds of sums over the blocks that have been seen so far.
+
+
+class _Running(NamedTuple):
+  """A sum of exponentials so far: relative to the largest, which is at `best`."""
+
+  top: Array
+  total: Array
+  best: Array
+
+  @classmethod
+  def nothing(cls, shape: tuple[int, ...]) -> "_Running":
+    return cls(jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.full(shape, jnp.iinfo(jnp.int32).max))
+
+  @classmethod
+  def of(cls, matrix: Array, axis: int, first: Any) -> "_Running":
+    top = matrix.max(axis=axis)
+    total = jnp.exp(matrix - jnp.expand_dims(top, axis)).sum(axis=axis)
+    return cls(top, total, first + jnp.argmax(matrix, axis=axis))
+
+  def merged(self, other: "_Running") -> "_Running":
+    top = jnp.maximum(self.top, other.top)
+    total = self.total * jnp.exp(self.top - top) + other.total * jnp.exp(other.top - top)
+    first = jnp.minimum(
+      jnp.where(self.top == top, self.best, jnp.iinfo(jnp.int32).max),
+      jnp.where(other.top == top, other.best, jnp.iinfo(jnp.int32).max),
+    )
+    return _Running(top, total, first)
+
+  def over(self, axes: tuple[str, ...]) -> "_Running":
+    """All devices' merged, on each."""
+    top = jax.lax.pmax(self.top, axes)
+    total = jax.lax.psum(self.total * jnp.exp(self.top - top), axes)
+    best = jax.lax.pmin(jnp.where(self.top == top, self.best, jnp.iinfo(jnp.int32).max), axes)
+    return _Running(top, total, best)
+
+  @property
+  def log_sum(self) -> Array:
+    return self.top + jnp.log(self.total)
+
+
+class _Total(NamedTuple):
+  """A plain sum so far."""
+
+  total: Array
+
+  @classmethod
+  def nothing(cls, shape: tuple[int, ...]) -> "_Total":
+    return cls(jnp.zeros(shape))
+
+  def merged(self, other: "_Total") -> "_Total":
+    return _Total(self.total + other.total)
+
+  def over(self, axes: tuple[str, ...]) -> "_Total":
+    return _Total(jax.lax.psum(self.total, axes))
+
+
+# Two losses over a block, whose first row and column have these places. `look` gives what it adds to the sums of its
+# rows and of its columns, `slopes` its gradient for its rows and for its columns, of what was saved of both.
+
+
+@dataclass(frozen=True)
+class _Softmax:
+  """Logs of sums of exponentials over rows and over columns."""
+
+  full_gradient: bool
+  without_self: bool
+  running = _Running
+
+  def look(self, matrix: Array, row: Any, column: Any) -> tuple[_Running, _Running]:
+    if self.without_self:
+      matrix = _without_self(matrix, row, column)
+    return _Running.of(matrix, 3, column), _Running.of(matrix, 2, row)
+
+  def slopes(self, matrix: Array, row: Any, column: Any, rows: Any, columns: Any) -> tuple[Array, Array]:
+    """Of rows and columns are saved their log-sums, and the gradients of these."""
+    if self.without_self:
+      matrix = _without_self(matrix, row, column)
+    by_row, by_column = (
+      jnp.expand_dims(gradient, axis) * jnp.exp(matrix - jnp.expand_dims(log_sum, axis))
+      for (log_sum, gradient), axis in ((rows, 3), (columns, 2))
+    )
+    return (by_row + by_column,) * 2 if self.full_gradient else (by_row, by_column)
+
+
+@dataclass(frozen=True)
+class _Sigmoid:
+  """Sums of binary cross-entropies over rows."""
+
+  running = _Total
+
+  def look(self, matrix: Array, row: Any, column: Any) -> tuple[_Total, _Total]:
+    losses = -jax.nn.log_sigmoid(_signed(matrix, row, column))
+    return _Total(losses.sum(axis=3)), _Total(losses.sum(axis=2))
+
+  def slopes(self, matrix: Array, row: Any, column: Any, rows: Array, columns: tuple[()]) -> tuple[Array, Array]:
+    """Of rows is saved the gradient of their sums, of columns nothing."""
+    del columns
+    wrong = jax.nn.sigmoid(-_signed(matrix, row, column))
+    return (-_signed(wrong, row, column) * rows[..., None],) * 2
+
+
+def _signed(matrix: Float[Array, "v u b n"], row: Any, column: Any) -> Float[Array, "v u b n"]:
+  """Plus for a pair, minus for all others."""
+  return jnp.where(_own(matrix, row, column), matrix, -matrix)
+
+
+Loss = _Softmax | _Sigmoid
+
+
+def _forward(loss: Loss, x: Array, y: Array, form: Form) -> tuple[Any, Any]:
+  """The sums of a device's rows over all columns, and of its columns over all rows."""
+  axes, place, count = _places(form)
+  first = place * x.shape[1]
+  if form.kind == "ring":
+
+    def turn(carry: Any, step: Array) -> tuple[Any, None]:
+      rows, y, columns = carry
+      arriving = _passed_on(y, form)  # while the products are computed
+      row_part, column_part = loss.look(_products(x, y), first, (place + step) % count * y.shape[1])
+      columns = _passed_on(columns.merged(column_part), form)
+      return (rows.merged(row_part), arriving, columns), None
+
+    shape = len(x), len(y)
+    nothing = loss.running.nothing((*shape, x.shape[1])), y, loss.running.nothing((*shape, y.shape[1]))
+    (rows, _, columns), _ = jax.lax.scan(turn, nothing, jnp.arange(count))
+    return rows, columns
+  gathered = jax.lax.all_gather(y, axes, axis=1, tiled=True)
+
+  def chunk(rows: Any, start: Array) -> tuple[Any, Any]:
+    part = jax.lax.dynamic_slice_in_dim(gathered, start, form.block, axis=1)
+    row_part, column_part = loss.look(_products(x, part), first, start)
+    return rows.merged(row_part), column_part
+
+  starts = jnp.arange(0, gathered.shape[1], form.block)
+  rows, columns = jax.lax.scan(chunk, loss.running.nothing((len(x), len(y), x.shape[1])), starts)
+  columns = jax.tree.map(_joined, columns).over(axes)
+  own = partial(jax.lax.dynamic_slice_in_dim, start_index=place * y.shape[1], slice_size=y.shape[1], axis=2)
+  return rows, jax.tree.map(own, columns)
+
+
+def _backward(loss: Loss, x: Array, y: Array, rows: Any, columns: Any, form: Form) -> tuple[Array, Array]:
+  """The gradients of a device's rows and columns; `rows` and `columns` are what `slopes` takes."""
+  axes, place, count = _places(form)
+  first = place * x.shape[1]
+
+  def products(y: Array, start: Array, columns: Any) -> tuple[Array, Array]:
+    for_x, for_y = loss.slopes(_products(x, y), first, start, rows, columns)
+    exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    return exact("vubn,und->vbd", for_x, y), exact("vubn,vbd->und", for_y, x)
+
+  if form.kind == "ring":
+
+    def turn(carry: Any, step: Array) -> tuple[Any, None]:
+      slope_x, (y, columns), slope_y = carry
+      arriving = _passed_on((y, columns), form)
+      more_x, more_y = products(y, (place + step) % count * y.shape[1], columns)
+      return (slope_x + more_x, arriving, _passed_on(slope_y + more_y, form)), None
+
+    nothing = jnp.zeros_like(x), (y, columns), jnp.zeros_like(y)
+    (slope_x, _, slope_y), _ = jax.lax.scan(turn, nothing, jnp.arange(count))
+    return slope_x, slope_y
+  gathered = jax.lax.all_gather(y, axes, axis=1, tiled=True)
+  all_columns = jax.tree.map(partial(jax.lax.all_gather, axis_name=axes, axis=2, tiled=True), columns)
+
+  def chunk(slope_x: Array, start: Array) -> tuple[Array, Array]:
+    part = jax.lax.dynamic_slice_in_dim(gathered, start, form.block, axis=1)
+    saved = jax.tree.map(lambda c: jax.lax.dynamic_slice_in_dim(c, start, form.block, axis=2), all_columns)
+    more_x, more_y = products(part, start, saved)
+    return slope_x + more_x, more_y
+
+  slope_x, slopes_y = jax.lax.scan(chunk, jnp.zeros_like(x), jnp.arange(0, gathered.shape[1], form.block))
+  return slope_x, jax.lax.psum_scatter(_joined(slopes_y, axis=1), axes, scatter_dimension=1, tiled=True)
+
+
+def _places(form: Form) -> tuple[tuple[str, ...], Array, int]:
+  """The axes of the mesh, this device's place along them, and how many there are."""
+  axes = form.mesh.axis_names
+  return axes, jax.lax.axis_index(axes), form.mesh.size
+
+
+def _passed_on(tree: Any, form: Form) -> Any:
+  """What the next device had."""
+  axes, _, count = _places(form)
+  ring = [(device, (device - 1) % count) for device in range(count)]
+  return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, ring), tree)
+
+
+def _joined(chunks: Array, axis: int = 2) -> Array:
+  """`[chunks ... block ...]` to `[... n ...]`, the block being axis `axis` of a chunk."""
+  moved = jnp.moveaxis(chunks, 0, axis)
+  return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+
+
+def _on_devices(function: Callable[..., Any], form: Form, axes_in: tuple[int, ...], axes_out: tuple[int, ...]) -> Any:
+  """`function` on each device's part; the numbers are the axes along which arguments and results are split."""
+
+  def spec(axis: int) -> PartitionSpec:
+    return PartitionSpec(*(None,) * axis, form.mesh.axis_names)
+
+  # Not checked for what varies from device to device: derivatives are ours.
+  return jax.shard_map(
+    function,
+    mesh=form.mesh,
+    in_specs=tuple(map(spec, axes_in)),
+    out_specs=tuple(map(spec, axes_out)),
+    check_vma=False,
+  )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _softmax(x: Array, y: Array, form: Form, full_gradient: bool, without_self: bool) -> tuple[Array, ...]:
+  return _softmax_forward(x, y, form, full_gradient, without_self)[0]
+
+
+def _softmax_forward(x: Array, y: Array, form: Form, full_gradient: bool, without_self: bool) -> tuple[Any, Any]:
+  def local(x: Array, y: Array) -> tuple[Array, ...]:
+    rows, columns = _forward(_Softmax(full_gradient, without_self), x, y, form)
+    return rows.log_sum, columns.log_sum, rows.best, columns.best
+
+  found = _on_devices(local, form, (1, 1), (2, 2, 2, 2))(x, y)
+  return found, (x, y, *found[:2])
+
+
+def _softmax_backward(form: Form, full_gradient: bool, without_self: bool, saved: Any, gradient: Any) -> Any:
+  def local(x: Array, y: Array, *sums: Array) -> tuple[Array, Array]:
+    rows, columns, row_slope, column_slope = sums
+    loss = _Softmax(full_gradient, without_self)
+    return _backward(loss, x, y, (rows, row_slope), (columns, column_slope), form)
+
+  return _on_devices(local, form, (1, 1, 2, 2, 2, 2), (1, 1))(*saved, *gradient[:2])
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _sigmoid(x: Array, y: Array, form: Form) -> Array:
+  return _sigmoid_forward(x, y, form)[0]
+
+
+def _sigmoid_forward(x: Array, y: Array, form: Form) -> tuple[Any, Any]:
+  def local(x: Array, y: Array) -> tuple[Array]:
+    return (_forward(_Sigmoid(), x, y, form)[0].total,)
+
+  return _on_devices(local, form, (1, 1), (2,))(x, y)[0], (x, y)
+
+
+def _sigmoid_backward(form: Form, saved: Any, gradient: Array) -> Any:
+  def local(x: Array, y: Array, slope: Array) -> tuple[Array, Array]:
+    return _backward(_Sigmoid(), x, y, slope, (), form)
+
+  return _on_devices(local, form, (1, 1, 2), (1, 1))(*saved, gradient)
+
+
+_sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
