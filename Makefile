@@ -1,6 +1,7 @@
 # make demo   installs into .venv and pretrains DeCLIP on the embedded scenes (a few minutes on two cores)
 # make test   installs into .venv and runs all tests
 # make test-interop  installs PyTorch, open_clip and transformers into .venv-interop and exchanges weights with them
+# make bench-input  installs torchvision and open_clip into .venv-bench and measures the input pipeline beside them
 # make test-slow  runs the tests that take minutes each
 # make check  what CI runs: formatting, lint, all tests
 PYTHON ?= python3
@@ -46,5 +47,17 @@ $(VENV)-interop/installed: setup.py constraints.txt tests/interop/requirements.t
 	$(VENV)-interop/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Beside torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.
+.PHONY: bench-input
+bench-input: $(VENV)-bench/installed
+	$(VENV)-bench/bin/python benchmarks/input.py $(ARGS)
+
+$(VENV)-bench/installed: setup.py constraints.txt benchmarks/requirements.txt tests/interop/requirements.txt
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet torch -c tests/interop/requirements.txt  # first: nothing else chooses
+	$(VENV)-bench/bin/python -m pip install --quiet -r benchmarks/requirements.txt
+	$(VENV)-bench/bin/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-interop runs
+	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench runs

@@ -1,166 +1,413 @@
-"""Images per second of the input pipeline of each recipe, from source to batch: python benchmarks/input.py
+"""What the host does for a training, per core: images to views, captions to tokens, and finding one of 400 M samples.
 
-The rival of the same run does the image work with Pillow alone, as torchvision's transforms do: decode, crop, colour,
-grey, blur, solarize and flip. Both are read in threads of one process unless --workers is given. Examples per second
-are pairs; an example has one to three image views.
+  make bench-input                                       installs the rivals apart, then runs this
+  python benchmarks/input.py --source "webdataset:data/train-{0000..0003}.tar" --quick
+
+Views: images per second (of the data set; an image gives one to three views) for the views of each recipe. "fast" and
+"exact" are the engines of `declip_jax.data.images`; "device" is the host's part with `config.data.augment_on="device"`.
+All three make the texts of the recipe too. The rivals make views only: "torchvision" by its transforms on Pillow images
+with ToTensor and Normalize, as the loaders of SLIP, DeCLIP and open_clip do; "Pillow" by the same operations without
+torchvision and tensors. "decoding" is our decoder at full resolution and nothing else.
+
+Tokens: captions per second, beside OpenAI's tokenizer as open_clip ships it. That keeps all words it has met: it is
+given as many other captions before, so that frequent words cost it nothing any more and rare ones do.
+
+Everything is measured in CPU time of one thread, from bytes in memory. The contestants take turns on the same images,
+round after round, so that a noisy machine treats them alike; figures are medians over the rounds, "faster" that of the
+ratios to torchvision. What is not installed is left out.
 """
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+import contextlib
 import io
+import itertools
+import json
+import multiprocessing
+from pathlib import Path
+import random
+import re
+import tarfile
+import tempfile
 import time
 from typing import Any
-from unittest import mock
 
 import cv2
+import grain
+from images import synthetic_photo
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from declip_jax.data import images, pipeline
-from declip_jax.data.recipes import RECIPES, MakeViews, Recipe
-from declip_jax.data.sources import Example, open_source
-from declip_jax.data.tokenizer import Tokenizer
+from declip_jax.data import images
+from declip_jax.data.recipes import RECIPES, MakeViews, Recipe, get_recipe
+from declip_jax.data.sources import BadSample, Example, open_source
+from declip_jax.data.sources.webdataset import WebDataset
+from declip_jax.data.tokenizer import OpenAI, Tokenizer
 
-ENHANCE = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "saturation": ImageEnhance.Color}
-
-
-@dataclass(frozen=True)
-class Photos:
-  """Synthetic JPEG photographs of 500x375 with captions: what web-scraped pairs cost to decode."""
-
-  name: str = "photos"
-  classnames: tuple[str, ...] = ()
-  count: int = 64
-
-  @property
-  def skipped(self) -> dict[str, int]:
-    """Nothing is."""
-    return {}
-
-  def __len__(self) -> int:
-    return 100_000
-
-  def __getitem__(self, index: int) -> Example:
-    caption = f"a photo of number {index} on a wooden table in the late afternoon"
-    return {"image": _JPEGS[index % len(_JPEGS)], "captions": (caption,), "label": -1, "id": f"photos:{index}"}
+GOALS = {("declip", "fast"): 2.5, ("declip", "device"): 4.0, ("clip", "fast"): 1.5, ("tokens", "plain"): 10.0}
+ROWS = (*RECIPES, "open_clip")
+Work = Callable[[Any], object]
 
 
-def _photo(seed: int) -> bytes:
-  rng = np.random.default_rng(seed)
-  coarse = rng.integers(0, 256, size=(24, 32, 3), dtype=np.uint8)
-  smooth = cv2.resize(coarse, (500, 375), interpolation=cv2.INTER_CUBIC)
-  noisy = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
-  file = io.BytesIO()
-  Image.fromarray(noisy).save(file, "JPEG", quality=90)
-  return file.getvalue()
+def import_rivals() -> tuple[Any, Any, Any]:
+  """torch, torchvision's transforms and open_clip's tokenizer; None for each that is not installed."""
+  try:
+    import torch
+  except ImportError:
+    return None, None, None
+  transforms = tokenizer = None
+  for _ in range(10):
+    try:
+      from torchvision import transforms
+
+      break
+    except ImportError:
+      break
+    except RuntimeError as error:
+      # torchvision's CUDA build beside PyTorch's CPU build misses a few operators at import, which nothing here uses.
+      missing = re.match(r"operator (torchvision::\w+) does not exist", str(error))
+      if not missing:
+        raise
+      torch.library.define(missing[1], "(Tensor x) -> Tensor")
+  with contextlib.suppress(ImportError):
+    from open_clip.tokenizer import SimpleTokenizer as tokenizer
+  return torch, transforms, tokenizer
 
 
-_JPEGS = [_photo(seed) for seed in range(64)]
-
-
-def pillow_decode(image: bytes | np.ndarray) -> np.ndarray:
-  """The rival's decoder."""
-  return np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) if isinstance(image, bytes) else image
-
-
-def pillow_crop(
-  image: np.ndarray,
-  rng: np.random.Generator,
-  *,
-  crop: str,
-  size: int,
-  interpolation: str,
-  scale: tuple[float, float] = (0.5, 1.0),
-) -> Image.Image:
-  """The rival's crop: of random area and aspect, or a random "square" of the resized image."""
-  whole, resample = Image.fromarray(image), Image.Resampling[interpolation.upper()]
-  if crop == "square":
-    width, height = (size * side // min(whole.size) for side in whole.size)
-    left, top = (int(rng.integers(side - size + 1)) for side in (width, height))
-    return whole.resize((width, height), resample).crop((left, top, left + size, top + size))
-  top, left, height, width = images.random_resized_crop_box(*image.shape[:2], rng, scale)
-  return whole.crop((left, top, left + width, top + height)).resize((size, size), resample)
-
-
-def pillow_weak_view(image: np.ndarray, rng: np.random.Generator, **how: Any) -> np.ndarray:
-  """The rival's weak view."""
-  return np.asarray(pillow_crop(image, rng, crop="resized", **how))
-
-
-def pillow_square_view(image: np.ndarray, rng: np.random.Generator, **how: Any) -> np.ndarray:
-  """The rival's view of OpenAI's CLIP."""
-  return np.asarray(pillow_crop(image, rng, crop="square", **how))
-
-
-def pillow_strong_view(image: np.ndarray, rng: np.random.Generator, **how: Any) -> np.ndarray:
-  """The rival's strong view, every operation by Pillow."""
-  view = pillow_crop(image, rng, **{name: how[name] for name in ("crop", "size", "interpolation", "scale")})
-  if rng.random() < how["jitter_probability"]:
-    for operation in rng.permutation(["brightness", "contrast", "saturation", "hue"]):
-      strength = how[operation]
-      if operation != "hue":
-        view = ENHANCE[operation](view).enhance(rng.uniform(1 - strength, 1 + strength))
-      elif strength:
-        hue, saturation, value = view.convert("HSV").split()
-        shift = np.uint8(int(rng.uniform(-strength, strength) * 255) % 256)
-        view = Image.merge("HSV", (Image.fromarray(np.asarray(hue) + shift), saturation, value)).convert("RGB")
-  if rng.random() < how["grayscale_probability"]:
-    view = ImageOps.grayscale(view).convert("RGB")
-  if rng.random() < how["blur_probability"]:
-    view = view.filter(ImageFilter.GaussianBlur(rng.uniform(*how["blur_radius"])))
-  if rng.random() < how["solarize_probability"]:
-    view = ImageOps.solarize(view)
-  if rng.random() < how["flip_probability"]:
-    view = ImageOps.mirror(view)
-  return np.asarray(view)
-
-
-def measure(source: str, recipe: Recipe, size: int, args: argparse.Namespace) -> float:
-  """Pairs per second, after one batch for warming up."""
-  opened = Photos() if source == "photos" else open_source(source)
-  make_views = MakeViews(recipe, Tokenizer(77), size, patch_grid=size // 16)
-  rows = pipeline.training_rows([opened], (1.0,), make_views, seed=0)
-  stream = pipeline.TrainStream(rows, args.batch_size, workers=args.workers, threads=args.threads)
-  for _ in range(max(args.workers, 1) * 4 + args.threads):  # what was read ahead while starting
-    next(stream)
-  start, batches = time.perf_counter(), 0
-  while time.perf_counter() - start < args.seconds:
-    next(stream)
-    batches += 1
-  seconds = time.perf_counter() - start
-  stream.close()
-  return batches * args.batch_size / seconds
+torch, transforms, SimpleTokenizer = import_rivals()
 
 
 def main() -> None:
-  """Prints the table."""
+  """Prints the tables."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument(
-    "--source", default="photos", help='"photos" or a source such as webdataset:... (default: photos)'
-  )
+  parser.add_argument("--source", action="append", default=[], help="of images too, such as webdataset:...; repeatable")
+  parser.add_argument("--recipes", nargs="+", choices=ROWS, default=ROWS, metavar="RECIPE", help="rows (default: all)")
   parser.add_argument("--size", type=int, default=224, help="pixels of a view (default: 224)")
-  parser.add_argument("--batch-size", type=int, default=32)
-  parser.add_argument("--seconds", type=float, default=8, help="per row (default: 8)")
-  parser.add_argument("--workers", type=int, default=0, help="processes, 0 for threads only (default: 0)")
-  parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: 2)")
+  parser.add_argument("--images", type=int, default=64, help="of each source (default: 64)")
+  parser.add_argument("--seconds", type=float, default=3, help="for each figure (default: 3)")
+  parser.add_argument("--samples", type=int, default=400_000_000, help="of the synthetic index (default: 400 M)")
+  parser.add_argument("--quick", action="store_true", help="0.3 seconds for each figure: whether it works")
   args = parser.parse_args()
-  rival = mock.patch.multiple(
-    images,
-    decode=pillow_decode,
-    weak_view=pillow_weak_view,
-    square_view=pillow_square_view,
-    strong_view=pillow_strong_view,
+  seconds = 0.3 if args.quick else args.seconds
+  cv2.setNumThreads(0)
+  if torch:
+    torch.set_num_threads(1)
+  else:
+    print("torchvision is not installed: make bench-input installs it\n")
+
+  reached = bench_views("photos", photos(args.images), args, seconds)
+  for spec in args.source:
+    bench_views(spec, sample(spec, args.images), args, seconds)
+  reached |= bench_tokens(args.source, seconds)
+  bench_index(args.samples, seconds)
+  if reached:
+    row("goal", "times as fast", "measured")
+    row(*["---"] * 3)
+  for (label, column), goal in GOALS.items():
+    if (label, column) in reached:
+      row(f"{label}, {column}", goal, f"{reached[label, column]:.1f}")
+
+
+def alternate(works: dict[str, Work], items: Sequence[Any], seconds: float, block: int) -> dict[str, np.ndarray]:
+  """CPU seconds per item of each, `[rounds]`; in a round all of them do the same block of items, in changing order.
+
+  A turn has to last milliseconds, or what it costs is to get the processor's caches back from the one before.
+  """
+  spent: dict[str, list[float]] = {name: [] for name in works}
+  blocks = itertools.cycle([items[i : i + block] for i in range(0, len(items), block)])
+  names, end = list(works), time.perf_counter() + seconds * len(works)
+  while len(spent[names[0]]) < 4 or time.perf_counter() < end:
+    some = next(blocks)
+    for name in names:
+      before = time.thread_time()
+      for item in some:
+        works[name](item)
+      spent[name].append((time.thread_time() - before) / len(some))
+    names = names[1:] + names[:1]
+  return {name: np.array(spent[name][1:]) for name in works}  # the first round warms up
+
+
+def figures(spent: dict[str, np.ndarray], ours: Sequence[str], rival: str) -> tuple[list[str], dict[str, float]]:
+  """Cells of a row: items per second of each, then how many times faster than the rival each of `ours` is."""
+  rates = [f"{1 / np.median(times):,.0f}" for times in spent.values()]
+  faster = {name: float(np.median(spent[rival] / spent[name])) for name in ours if rival in spent}
+  return rates + [f"{ratio:.2f} x" for ratio in faster.values()], faster
+
+
+def row(*cells: object) -> None:
+  """Prints a row of a Markdown table."""
+  print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+# Views.
+
+
+def photos(count: int) -> list[Example]:
+  """Synthetic JPEG photographs of 500 x 375 pixels with captions: what web-scraped pairs cost to decode."""
+  rng = np.random.default_rng(0)
+  texts = captions(count, 0.0)
+  return [
+    Example(image=synthetic_photo(375, 500, rng), captions=(texts[i],), label=-1, id=f"photo:{i}") for i in range(count)
+  ]
+
+
+def sample(spec: str, count: int) -> list[Example]:
+  """Usable examples from all over a source."""
+  source, found = open_source(spec), []
+  for index in np.linspace(0, len(source) - 1, min(count, len(source)), dtype=int):
+    try:
+      example = source[int(index)]
+      images.decode(example["image"])
+    except BadSample:
+      continue
+    found.append({**example, "captions": example["captions"] or ("a photo",)})
+  return found
+
+
+def bench_views(
+  name: str, examples: list[Example], args: argparse.Namespace, seconds: float
+) -> dict[tuple[str, str], float]:
+  """Prints the table of one source; returns how many times faster than torchvision each row and column is."""
+  kilobytes = np.mean([len(e["image"]) for e in examples if isinstance(e["image"], bytes)]) / 1000
+  shapes = np.array([(p.width, p.height) for p in (images.open_photo(e["image"]) for e in examples)])
+  width, height = np.median(shapes, axis=0)
+  print(
+    f"{name}: {len(examples)} images, {kilobytes:.0f} kB, in the middle {width:.0f} x {height:.0f} pixels; ", end=""
   )
-  print(f"{args.source}, {args.size} px, {args.workers} workers, {args.threads} threads")
-  print(f"{'recipe':<12} {'views':>5} {'pairs/s':>8} {'views/s':>8} {'Pillow pairs/s':>15} {'faster':>7}")
-  for name, recipe in RECIPES.items():
-    ours, views = measure(args.source, recipe, args.size, args), len(recipe.image_views)
-    line = f"{name:<12} {views:5} {ours:8.0f} {ours * views:8.0f}"
-    if args.workers == 0:  # worker processes would not see the patch
-      with rival:
-        pillow = measure(args.source, recipe, args.size, args)
-      line += f" {pillow:15.0f} {ours / pillow:6.2f}x"
-    print(line, flush=True)
+  print(f"views of {args.size} pixels; images per second and core:\n")
+  ours, reached, done = ("fast", "exact", "device"), {}, {}
+  header = ["recipe", "views", "decoding", *ours, *(["torchvision"] if transforms else []), "Pillow"]
+  row(*header, *(f"{engine} faster" for engine in ours if transforms))
+  row(*["---"] * (len(header) + 3 * bool(transforms)))
+  for label in args.recipes:
+    # open_clip crops less, and with another interpolation, than the others do for CLIP.
+    recipe = get_recipe("clip", {"weak_scale": (0.9, 1.0)}) if label == "open_clip" else RECIPES[label]
+    interpolation = "bicubic" if label == "open_clip" else "bilinear"
+    if (same := done.setdefault((recipe.augmentations, interpolation), label)) != label:
+      row(label, len(recipe.image_views), f"as {same}")
+      continue
+    spent = alternate(contestants(recipe, args.size, interpolation), examples, seconds, block=8)
+    cells, faster = figures(spent, ours, "torchvision")
+    row(label, len(recipe.image_views), *cells)
+    reached |= {(label, engine): ratio for engine, ratio in faster.items()}
+  print()
+  return reached
+
+
+def contestants(recipe: Recipe, size: int, interpolation: str) -> dict[str, Work]:
+  """Each from an example to its views."""
+  rng = np.random.default_rng(0)
+  common = {"interpolation": interpolation, "patch_grid": size // 16}
+  make = {
+    name: MakeViews(recipe, Tokenizer(77), size, engine=engine, augment_on=place, **common)
+    for name, engine, place in (("fast", "fast", "host"), ("exact", "exact", "host"), ("device", "fast", "device"))
+  }
+  works: dict[str, Work] = {"decoding": lambda example: images.decode(example["image"])}
+  for name, views in make.items():
+    works[name] = lambda example, views=views: views(example, rng)
+  if transforms:
+    chains = [torchvision_chain(augmentation, size, interpolation) for augmentation in recipe.augmentations]
+
+    def by_torchvision(example: Example) -> list[Any]:
+      image = Image.open(io.BytesIO(example["image"])).convert("RGB")
+      return [chain(image) for chain in chains]
+
+    works["torchvision"] = by_torchvision
+
+  def by_pillow(example: Example) -> list[np.ndarray]:
+    image = Image.open(io.BytesIO(example["image"])).convert("RGB")
+    return [pillow_view(image, a, size, interpolation, rng) for a in recipe.augmentations]
+
+  return works | {"Pillow": by_pillow}
+
+
+def torchvision_chain(a: images.Augmentation, size: int, interpolation: str) -> Callable[[Image.Image], Any]:
+  """The transforms of SLIP's, DeCLIP's and open_clip's loaders for such a view; of what they do not do, none."""
+  mode = transforms.InterpolationMode(interpolation)
+
+  def blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(*a.blur_radius)))
+
+  chain = [transforms.RandomResizedCrop(size, scale=a.scale, ratio=a.ratio, interpolation=mode)]
+  if a.crop == "square":
+    chain = [transforms.Resize(size, interpolation=mode), transforms.RandomCrop(size)]
+  if a.jitter_probability:
+    chain.append(transforms.RandomApply([transforms.ColorJitter(*a.jitter)], p=a.jitter_probability))
+  if a.grayscale_probability:
+    chain.append(transforms.RandomGrayscale(p=a.grayscale_probability))
+  if a.blur_probability:
+    chain.append(transforms.RandomApply([blur], p=a.blur_probability))
+  if a.solarize_probability:
+    chain.append(transforms.RandomSolarize(128, p=a.solarize_probability))
+  if a.flip_probability:
+    chain.append(transforms.RandomHorizontalFlip(a.flip_probability))
+  return transforms.Compose([*chain, transforms.ToTensor(), transforms.Normalize(*images.IMAGENET_MEAN_STD)])
+
+
+def pillow_view(
+  image: Image.Image, augmentation: images.Augmentation, size: int, interpolation: str, rng: np.random.Generator
+) -> np.ndarray:
+  """A view by Pillow alone."""
+  plan = images.draw(augmentation, image.height, image.width, size, rng)
+  crop = plan.crop
+  top, left, height, width = crop.box
+  resample = Image.Resampling[interpolation.upper()]
+  view = image.crop((left, top, left + width, top + height)).resize((crop.width, crop.height), resample)
+  view = view.crop((crop.left, crop.top, crop.left + size, crop.top + size))
+  enhance = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "saturation": ImageEnhance.Color}
+  for operation, factor in plan.jitter:
+    if operation != "hue":
+      view = enhance[operation](view).enhance(factor)
+      continue
+    hue, saturation, value = view.convert("HSV").split()
+    hue = hue.point([(level + int(factor * 255)) % 256 for level in range(256)])
+    view = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+  if plan.grayscale:
+    view = ImageOps.grayscale(view).convert("RGB")
+  if plan.blur is not None:
+    view = view.filter(ImageFilter.GaussianBlur(plan.blur))
+  if plan.solarize:
+    view = ImageOps.solarize(view)
+  return np.asarray(ImageOps.mirror(view) if plan.flip else view)
+
+
+# Tokens.
+
+
+def captions(count: int, foreign: float) -> list[str]:
+  """Captions as the web writes them: 4 to 24 words, endings of file names and dates, a share with other characters.
+
+  The words are those of OpenAI's vocabulary, as often as Zipf's law has it; one in twelve is two of them in one, for
+  the names and the rare words, which take several tokens.
+  """
+  rng, encoder = np.random.default_rng(1), OpenAI()
+  words = [
+    encoder.decode([int(index)]).strip() for index in np.flatnonzero(encoder.word_marks()[1]) if index >= 512
+  ]  # no bytes
+  words = [word for word in words if word.isascii() and word.isalpha()]
+  chances = 1 / np.arange(10, len(words) + 10)
+  chosen = rng.choice(words, (2, count, 24), p=chances / chances.sum()).tolist()
+  made = []
+  for first, second in zip(*chosen, strict=True):
+    length = int(rng.integers(4, 25))
+    text = " ".join(a + b if rng.random() < 1 / 12 else a for a, b in zip(first[:length], second, strict=False))
+    text = text.capitalize() + str(rng.choice(["", "", ".", "!", " #travel", ", 12 May 2013", " - IMG_2041"]))
+    if rng.random() < foreign:
+      text += str(rng.choice([" – café de l’Opéra", " &amp; friends", " “at home”", " 東京", " naÃ¯ve"]))
+    made.append(text)
+  return made
+
+
+def read_captions(spec: str, count: int) -> list[str]:
+  """The first captions of examples from all over a source."""
+  source, found = open_source(spec), []
+  for index in np.linspace(0, len(source) - 1, min(count, len(source)), dtype=int):
+    with contextlib.suppress(BadSample):
+      found += source[int(index)]["captions"][:1]
+  return found
+
+
+def bench_tokens(sources: list[str], seconds: float) -> dict[tuple[str, str], float]:
+  """Prints the table of tokenizers; returns how many times faster than OpenAI's ours is."""
+  texts = {"plain": captions(20_000, 0.0), "1 in 10 beyond ASCII": captions(20_000, 0.1)}
+  texts |= {spec: read_captions(spec, 20_000) for spec in sources}
+  tokenizer, rival = Tokenizer(77), SimpleTokenizer() if SimpleTokenizer else None
+  works: dict[str, Work] = {"declip_jax": lambda text: tokenizer([text])}
+  works |= {"OpenAI's, in open_clip": lambda text: rival([text])} if rival else {}
+  print("Captions per second and core, to 77 tokens each:\n")
+  row("captions", *works, *(["faster"] if rival else []))
+  row(*["---"] * (2 + 2 * bool(rival)))
+  reached = {}
+  for name, some in texts.items():
+    half = len(some) // 2
+    for work in works.values():
+      for text in some[:half]:
+        work(text)
+    cells, faster = figures(
+      alternate(works, some[half:], seconds, block=500), ("declip_jax",), "OpenAI's, in open_clip"
+    )
+    row(name, *cells)
+    if rival:
+      reached["tokens", name] = faster["declip_jax"]
+  print()
+  return reached
+
+
+# The index of a large data set.
+
+
+def bench_index(count: int, seconds: float) -> None:
+  """Prints what it costs a worker process to open a WebDataset of so many samples and to find one of them.
+
+  The index file is sparse, and all samples that are looked up are the same one, so everything comes from memory. What
+  has to be read from a disk, of the index or of a shard, costs that in addition.
+  """
+  with tempfile.TemporaryDirectory(prefix="bench_input_") as folder:
+    index = write_index(Path(folder), count)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+      measured = pool.apply(open_index, (index, count, seconds))
+  print(f"A WebDataset of {count:,} samples in {-(-count // 10_000):,} shards, in a worker process:\n")
+  row("what", "cost")
+  row("---", "---")
+  for name, cost in measured.items():
+    row(name, cost)
+  print()
+
+
+def write_index(folder: Path, count: int) -> Path:
+  """A shard of one sample, and an index that says that `chosen` of `count` samples are that one."""
+  shard, index = folder / "0.tar", folder / "index.npy"
+  with tarfile.open(shard, "w") as tar:
+    for suffix, content in (("jpg", photos(1)[0]["image"]), ("txt", b"a photo")):
+      member = tarfile.TarInfo(f"0.{suffix}")
+      member.size = len(content)
+      tar.addfile(member, io.BytesIO(content))
+  spans = np.lib.format.open_memmap(index, "w+", np.int64, (count, 3))  # holes take no room on the disk
+  spans[chosen(count)] = (0, 0, shard.stat().st_size)
+  spans.flush()
+  shards = [str(shard)] + [f"/data/laion/part-{i // 1000:03}/{i:05}.tar" for i in range(1, -(-count // 10_000))]
+  with index.open("ab") as file:
+    file.write(json.dumps({"shards": shards, "skipped": {}}).encode())
+  return index
+
+
+def chosen(count: int, lookups: int = 2000) -> np.ndarray:
+  """The first indices of a global shuffle."""
+  order = grain.MapDataset.range(count).shuffle(seed=0)
+  return np.array([order[position] for position in range(lookups)])
+
+
+def open_index(index: Path, count: int, seconds: float) -> dict[str, str]:
+  """What a worker process measures."""
+  before, start = memory(), time.perf_counter()
+  source = WebDataset("bench", index)
+  assert len(source) == count
+  opening, opened = time.perf_counter() - start, memory()
+  order, places = grain.MapDataset.range(count).shuffle(seed=0), chosen(count)
+  spans = np.asarray(np.load(index, mmap_mode="r"))  # as the source does it
+  works = {
+    "place in the global shuffle": lambda position: order[position],
+    "entry of the index": lambda position: spans[places[position]].tolist(),
+    "sample: entry, file, headers of the tar": lambda position: source[int(places[position])],
+  }
+  spent = alternate(works, range(len(places)), seconds, block=500)
+  after = memory()
+  return {
+    "opening": f"{1e3 * opening:.0f} ms",
+    "memory of its own, opened": f"{opened[0] - before[0]:.0f} MB",
+    f"... after {len(places):,} samples": f"{after[0] - before[0]:.0f} MB",
+    "pages of files, shared by all processes": f"{after[1] - before[1]:.0f} MB",
+    **{name: f"{1e6 * np.median(times):.0f} us" for name, times in spent.items()},
+  }
+
+
+def memory() -> tuple[float, float]:
+  """MB of this process alone, and MB of files that are mapped; NaN where the kernel does not tell."""
+  path = Path("/proc/self/status")
+  if not path.exists():
+    return float("nan"), float("nan")
+  fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
+  return tuple(int(fields[name].split()[0]) / 1e3 for name in ("RssAnon", "RssFile"))
 
 
 if __name__ == "__main__":

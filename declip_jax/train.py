@@ -374,7 +374,8 @@ def make_augment(config: ConfigDict, parts: run.Parts) -> Callable[[Batch, Array
     return lambda batch, step: batch
 
   def augment(batch: Batch, step: Array) -> Batch:
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    # Folded twice: folded by 0 and 1, the key of the seed would give the keys that parameters are drawn from.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1), step)
     index = jnp.arange(len(batch["image"]))
     return {**batch, "image": augmentation.augment(batch["image"], key, index, parts.recipe.augmentations)}
 

@@ -81,10 +81,17 @@ class OpenAI:
     """Drops the literal strings `<|startoftext|>` and `<|endoftext|>`: OpenAI's tokenizer turns them into the special
     ids, and so lets a caption end itself. A literal `<|mask|>` is ordinary text, as in DeCLIP.
     """
+    return _byte_pairs().encode(self._prepared(text))
+
+  def rows(self, texts: Sequence[str], context_length: int) -> Int[np.ndarray, "n t"]:
+    """Rows with OpenAI's start and end and 0 for filling, in one call: half the time of a list of ids for each."""
+    if not texts:
+      return np.empty((0, context_length), np.int32)
+    return _byte_pairs().tokenize_batch(list(map(self._prepared, texts)), context_length).astype(np.int32)
+
+  def _prepared(self, text: str) -> str:
     text = clean(text)
-    if "<|" in text:
-      text = _SPECIAL_TEXT.sub(" ", text)
-    return _byte_pairs().encode(text)
+    return _SPECIAL_TEXT.sub(" ", text) if "<|" in text else text
 
   def decode(self, ids: list[int]) -> str:
     return _byte_pairs().decode(ids)
@@ -263,6 +270,8 @@ class Tokenizer:
     """
     if isinstance(texts, str):
       raise TypeError(f"texts is the string {texts!r}; give a sequence of strings, as [{texts!r}]")
+    if self.encoder == OpenAI() and (self.sot, self.eot, self.pad) == (49406, 49407, 0):
+      return self.encoder.rows(texts, self.context_length)
     rows = [self.pad_ids(self.encode(text)) for text in texts]
     return np.stack(rows) if rows else np.empty((0, self.context_length), np.int32)
 
