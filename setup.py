@@ -47,6 +47,7 @@ setup(
     "dev": [
       "beartype>=0.20",
       "datasets>=3.0",
+      "psutil>=6",
       "pytest>=8",
       "pytest-xdist>=3.6",
       "ruff>=0.14",

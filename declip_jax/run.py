@@ -1,6 +1,6 @@
 """What the commands share: a run's parts built from its config, its working directory, several processes, errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from importlib import metadata
 import json
@@ -21,6 +21,7 @@ import optax
 
 from declip_jax import objectives, optim
 from declip_jax.config import steps_of
+from declip_jax.data.images import INTERPOLATIONS
 from declip_jax.data.recipes import MakeViews, Recipe, get_recipe, trimmed
 from declip_jax.data.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.models.model import Model, make_model
@@ -28,14 +29,7 @@ from declip_jax.optim import below
 from declip_jax.sharding import make_mesh
 from declip_jax.types import Batch
 
-USER_ERRORS = (
-  ValueError,
-  FloatingPointError,
-  FileNotFoundError,
-  NotADirectoryError,
-  PermissionError,
-  ChildProcessError,
-)
+USER_ERRORS = (ValueError, FloatingPointError, OSError, ModuleNotFoundError)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _OVERRIDES = (
   "weak_scale",
@@ -77,6 +71,7 @@ def build(config: ConfigDict) -> Parts:
   Raises:
     ValueError: a name or a number that does not fit; the message says which and what would.
   """
+  _check_data(config.data, config.seed)
   tokenizer = make_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
   recipe = get_recipe(config.data.recipe, {name: config.data[name] for name in _OVERRIDES})
   if config.data.neighbour_texts is not None:
@@ -132,6 +127,36 @@ def build(config: ConfigDict) -> Parts:
     augment_on=config.data.augment_on,
   )
   return Parts(model, make_optimizer(config.optimizer), tokenizer, make_views, make_mesh(**config.mesh))
+
+
+def _check_data(data: ConfigDict, seed: int) -> None:
+  """Refuses numbers that cannot be; those of the recipe are checked with it."""
+  checks = {
+    "seed": (seed >= 0, seed, "0 or more"),
+    "data.image_size": (data.image_size > 0, data.image_size, "1 or more"),
+    "data.interpolation": (data.interpolation in INTERPOLATIONS, data.interpolation, f"one of {list(INTERPOLATIONS)}"),
+    "data.workers": (data.workers is None or data.workers >= 0, data.workers, "0 or more, or None"),
+    "data.threads": (data.threads is None or data.threads >= 1, data.threads, "1 or more, or None"),
+    "data.max_bad": (0 <= data.max_bad <= 1, data.max_bad, "a share, 0 to 1"),
+    "data.mask_probability": (0 <= data.mask_probability <= 1, data.mask_probability, "0 to 1"),
+    "data.caption_weights": (
+      all(weight >= 0 for weight in data.caption_weights) and (not data.caption_weights or any(data.caption_weights)),
+      data.caption_weights,
+      "weights of 0 or more, one of them more",
+    ),
+    "data.templates": (
+      all(_names_class(template) for template in data.templates),
+      data.templates,
+      "texts with {} once, for the name of the class",
+    ),
+  }
+  for field, (good, value, legal) in checks.items():
+    if not good:
+      raise ValueError(f"config.{field}={value!r}: {legal}")
+
+
+def _names_class(template: str) -> bool:
+  return template.count("{}") == 1 and not set(template.replace("{}", "")) & {"{", "}"}
 
 
 def _with_neighbour_texts(recipe: Recipe, kinds: tuple[str, ...]) -> Recipe:
@@ -216,13 +241,13 @@ def plan_steps(config: ConfigDict, epoch_examples: int) -> Steps:
   return Steps(*steps)
 
 
-def record(config: ConfigDict, mesh: Mesh, workdir: Path) -> list[str]:
+def record(config: ConfigDict, mesh: Mesh, workdir: Path, samples: Mapping[str, int]) -> list[str]:
   """Writes `config.json` into a working directory, and adds a line to `starts.jsonl`.
 
-  The line has time, command, versions, mesh, devices and git revision.
+  The line has time, command, versions, mesh, devices, git revision and `samples`, the size of each source.
 
   Returns:
-    The fields in which an earlier run in this directory differed, as text.
+    The fields and sizes in which an earlier run in this directory differed, as text.
   """
   config_file, text = workdir / "config.json", config.to_json_best_effort(indent=2, sort_keys=True)
   before = json.loads(config_file.read_text()) if config_file.exists() else json.loads(text)
@@ -236,10 +261,19 @@ def record(config: ConfigDict, mesh: Mesh, workdir: Path) -> list[str]:
     "mesh": dict(mesh.shape),
     "processes": jax.process_count(),
     "device": mesh.devices.flat[0].device_kind,
+    "samples": dict(samples),
   }
-  with (workdir / "starts.jsonl").open("a") as file:
+  starts = workdir / "starts.jsonl"
+  lines = starts.read_text().splitlines() if starts.exists() else []
+  earlier = json.loads(lines[-1]).get("samples", {}) if lines else {}
+  with starts.open("a") as file:
     file.write(json.dumps(about) + "\n")
-  return _differences(before, json.loads(text))
+  changed = [
+    f"{name} had {earlier[name]:,} samples and has {count:,}: from here on they come in another order"
+    for name, count in samples.items()
+    if earlier.get(name, count) != count
+  ]
+  return _differences(before, json.loads(text)) + changed
 
 
 def launch(command: Callable[[Path], None]) -> None:

@@ -170,6 +170,8 @@ def train(
   workers, threads = pipeline.plan_reading(config.data.workers, config.data.threads)
   batch_shape = parts.batch_shape(config.batch_size)
   steps = run.plan_steps(config, sum(map(len, mixture.sources)))
+  opened = [*mixture.sources, *(ssl_mixture.sources if ssl_mixture else ())]
+  _check_hosts(opened)
 
   # State: shapes and layout first, arrays last.
   check_evals(config.evals, config.weights)
@@ -219,8 +221,8 @@ def train(
     progress = stack.enter_context(Progress(steps.total, start, config.batch_size, enabled=main))
     stack.callback(checkpoints.close)
     if main:
-      changes = run.record(config, mesh, workdir)
-      for line in [*_opening(config, parts, mixture, steps, start, state, changes), *origin]:
+      changes = run.record(config, mesh, workdir, {source.name: len(source) for source in opened})
+      for line in [*_opening(config, parts, opened, steps, start, state, changes), *origin]:
         progress.message(line)
       with pictures.optional(workdir / "views.png"):
         _draw_views(rows, parts, make_augment(config, parts), workdir)
@@ -294,9 +296,25 @@ def _open_mixtures(
   needs_caption = bool(parts.recipe.text_views)
   sources = tuple(map(open_source, data.train) if sources is None else sources)
   mixture = pipeline.Mixture(sources, data.mixture, needs_caption, data.templates)
+  mixture.check_captions()
   if not data.ssl_train:
     return mixture, None
   return mixture, pipeline.Mixture(tuple(map(open_source, data.ssl_train)), data.ssl_mixture, False, (), "ssl_mixture")
+
+
+def _check_hosts(sources: Sequence[Source]) -> None:
+  """Refuses to train where the hosts see other data: each would go through them in an order of its own.
+
+  Raises:
+    ValueError: the same on every host; names the source, and how many samples each host sees.
+  """
+  sizes = np.array([len(source) for source in sources], np.int64)
+  for source, seen in zip(
+    sources, multihost_utils.process_allgather(sizes, tiled=False).reshape(-1, len(sizes)).T, strict=True
+  ):
+    if len(set(seen.tolist())) > 1:
+      counts = ", ".join(f"host {host}: {count:,}" for host, count in enumerate(seen))
+      raise ValueError(f"{source.name}: the hosts see different numbers of samples ({counts})")
 
 
 def read_initial(config: ConfigDict) -> Weights | None:
@@ -495,14 +513,14 @@ def _stop_signals() -> Iterator[_StopRequest]:
 def _opening(
   config: ConfigDict,
   parts: run.Parts,
-  mixture: pipeline.Mixture,
+  sources: Sequence[Source],
   steps: run.Steps,
   start: int,
   state: State,
   changes: list[str],
 ) -> Iterator[str]:
   """What is said before the first step."""
-  for source in mixture.sources:
+  for source in sources:
     left_out = "".join(f", left out {count:,}: {reason}" for reason, count in source.skipped.items())
     yield f"{source.name}: {len(source):,} samples{left_out}"
   terms = " + ".join(f"{weight:g} {name}" for name, weight in objectives.active(config.weights).items())

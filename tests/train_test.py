@@ -224,6 +224,24 @@ def test_run_leaves_its_record(tmp_path: Path) -> None:
   np.testing.assert_allclose(np.linalg.norm(clip.encode_text(["a red ring", ""]), axis=1), 1, atol=1e-5)
 
 
+def test_hosts_that_see_other_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+  sources = [open_source("scenes:train/32/16"), open_source("scenes:test/20/16")]
+  train._check_hosts(sources)
+  seen = np.array([[32, 20], [32, 20], [32, 19]])
+  monkeypatch.setattr(train.multihost_utils, "process_allgather", lambda sizes, **_: seen)
+  with pytest.raises(ValueError, match=r"scenes:test/20/16: the hosts see .*host 0: 20, host 1: 20, host 2: 19"):
+    train._check_hosts(sources)
+
+
+def test_data_of_another_size_are_told_when_a_run_goes_on(tmp_path: Path) -> None:
+  config = tiny_config("clip")
+  mesh = sharding.make_mesh(-1, 1)
+  assert run.record(config, mesh, tmp_path, {"a": 1000, "b": 5}) == []
+  assert run.record(config, mesh, tmp_path, {"a": 1200, "c": 7}) == [
+    "a had 1,000 samples and has 1,200: from here on they come in another order"
+  ]
+
+
 def test_training_learns(tmp_path: Path) -> None:
   config = tiny_config("clip")
   config.duration.steps = 60
@@ -380,6 +398,17 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path) -> None:
     ({"data.engine": "pillow"}, r"engine='pillow': choose one of \['exact', 'fast'\]"),
     ({"data.text_operations": ("translate",)}, r"text_operations=.*choose one or more of \['delete', 'insert'"),
     ({"model.text.tokenizer": "bert"}, r"tokenizer='bert': choose 'openai', 'huggingface:FILE'"),
+    ({"data.weak_scale": (0.5, 3.0)}, r"weak_scale=\(0.5, 3.0\): two numbers, ascending, from 0 to 1"),
+    ({"data.strong_scale": (0.5,)}, r"strong_scale=\(0.5,\): two numbers"),
+    ({"data.jitter": (0.4,)}, r"jitter=\(0.4,\): brightness, contrast, saturation, hue"),
+    ({"data.flip_probability": 2.0}, r"flip_probability=2.0: from 0 to 1"),
+    ({"data.caption_weights": (-1, 2)}, r"config.data.caption_weights=\(-1, 2\): weights of 0 or more"),
+    ({"data.templates": ("a photo",)}, r"config.data.templates=\('a photo',\): texts with {} once"),
+    ({"data.interpolation": "nearest"}, r"interpolation='nearest': one of \['bilinear', 'bicubic'\]"),
+    ({"data.workers": -1}, r"config.data.workers=-1: 0 or more, or None"),
+    ({"data.max_bad": 5.0}, r"config.data.max_bad=5.0: a share"),
+    ({"data.image_size": 0}, r"config.data.image_size=0: 1 or more"),
+    ({"seed": -1}, r"config.seed=-1: 0 or more"),
     ({"model.text.eot": 3}, r"eot=3: config.model.text.tokenizer='openai' ends texts with 49407"),
   ],
 )

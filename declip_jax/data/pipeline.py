@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 import logging
-import os
 import queue
 import signal
 import threading
@@ -20,7 +19,7 @@ import cv2
 import grain
 import numpy as np
 
-from declip_jax.data import images
+from declip_jax.data import images, processes
 from declip_jax.data.sources import BAD, BadSample, Example, Source
 
 Row = dict[str, np.ndarray]
@@ -28,9 +27,8 @@ Place = tuple[int, int]  # number of the source, index in it
 PASSED_OVER = "passed_over"  # in a row: how many examples of each kind of `BAD` could not be used for it
 _MAX_TRIES = 100
 _NAMED = 20  # bad samples of each kind that a process names
-# Between the seeds of the shuffles of the first and the second stream: grain counts a seed up with each pass, so with a
-# small distance the two would go through a common source in the same order, some passes apart.
-_SECOND_STREAM = 2**16
+_SECOND_STREAM = 1
+_CHUNK = 32  # rows, at most, that one thread puts together
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,10 @@ class Mixture:
 
   def places(self, seed: int) -> grain.MapDataset:
     """Endless pairs of source and index: each pass over a source is another permutation of all of it."""
-    # Seeds are given one by one: those that grain derives change with the order of operations.
+    # Seeds are given one by one: those that grain derives change with the order of operations. They are hashes, for
+    # grain counts a seed up with each pass: with neighbouring seeds, sources or runs would go through the same orders.
     parts = [
-      grain.MapDataset.range(len(source)).shuffle(seed=seed + number).repeat().map(partial(_pair, number))
+      grain.MapDataset.range(len(source)).shuffle(seed=_hash(seed, number)).repeat().map(partial(_pair, number))
       for number, source in enumerate(self.sources)
     ]
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=list(self.weights))
@@ -91,10 +90,36 @@ class Mixture:
       raise BadSample("no caption", f"{example['id']}: no caption")
     return example
 
-  def behind(self, place: Place) -> Place:
-    """The place to take for one that cannot be used."""
-    number, index = place
-    return number, (index + 1) % len(self.sources[number])
+  def another(self, place: Place, rng: np.random.Generator) -> Place:
+    """A place of the same source to take for one that cannot be used.
+
+    Anywhere in it: bad samples lie side by side, as those of a lost shard do, and the first good one behind them would
+    come as often as they are many.
+    """
+    return place[0], int(rng.integers(len(self.sources[place[0]])))
+
+  def check_captions(self) -> None:
+    """Refuses a source of classes that has no captions, where they are needed and no templates make them.
+
+    Raises:
+      ValueError: names the source.
+    """
+    for source in self.sources if self.needs_caption and not self.templates else ():
+      if source.classnames and not _captioned(source):
+        raise ValueError(
+          f"{source.name} has classes and no captions: give config.data.templates, such as ('a photo of a {{}}.',)"
+        )
+
+
+def _captioned(source: Source) -> bool:
+  """Whether one of a few examples has a caption."""
+  for index in sorted({len(source) * part // 8 for part in range(8)}):
+    try:
+      if any(caption.strip() for caption in source[index]["captions"]):
+        return True
+    except (BadSample, OSError):
+      continue
+  return False
 
 
 def _pair(number: int, index: int) -> Place:
@@ -103,7 +128,7 @@ def _pair(number: int, index: int) -> Place:
 
 @dataclass(frozen=True)
 class _MakeRow(grain.transforms.RandomMap):
-  """Reads the example of a place and makes a row of it, or of the first one behind it that can be used."""
+  """Reads the example of a place and makes a row of it, or of another one that can be used."""
 
   first: Mixture
   second: Mixture | None
@@ -116,31 +141,42 @@ class _MakeRow(grain.transforms.RandomMap):
       try:
         example = self.first.read(first)
       except BadSample as error:
-        first = self._pass_over(self.first, first, error, passed)
+        first = self._pass_over(self.first, first, error, passed, rng)
         continue
       try:
         other = self.second.read(second) if self.second else None
       except BadSample as error:
-        second = self._pass_over(self.second, second, error, passed)
+        second = self._pass_over(self.second, second, error, passed, rng)
         continue
       try:
         row = self.make_views(example if other is None else {**example, "ssl_image": other["image"]}, rng)
       except BadSample as error:
         if other is not None and not _decodes(other["image"]):
-          second = self._pass_over(self.second, second, BadSample(error.kind, f"{other['id']}: {error}"), passed)
+          second = self._pass_over(self.second, second, _named(error, other), passed, rng)
         else:
-          first = self._pass_over(self.first, first, BadSample(error.kind, f"{example['id']}: {error}"), passed)
+          first = self._pass_over(self.first, first, _named(error, example), passed, rng)
         continue
       return row | {PASSED_OVER: passed}
 
-  def _pass_over(self, mixture: Mixture, place: Place, error: BadSample, passed: np.ndarray) -> Place:
+  def _pass_over(
+    self, mixture: Mixture, place: Place, error: BadSample, passed: np.ndarray, rng: np.random.Generator
+  ) -> Place:
     passed[BAD.index(error.kind)] += 1
     _warn(error)
     if passed.sum() == _MAX_TRIES:
       # A built-in exception crosses from a worker process; one of an unknown class may hang it.
       name = mixture.sources[place[0]].name
       raise ValueError(f"{name}: {_MAX_TRIES} examples in a row cannot be used, the last one: {error}")
-    return mixture.behind(place)
+    return mixture.another(place, rng)
+
+
+def _named(error: BadSample, example: Example) -> BadSample:
+  return BadSample(error.kind, f"{example['id']}: {error}")
+
+
+def _hash(*numbers: int) -> int:
+  """32 bits that look random."""
+  return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _decodes(image: Any) -> bool:
@@ -176,8 +212,8 @@ def training_rows(
   Args:
     mixture: what to read.
     make_views: makes a row from an example, with a generator that depends on seed and position; raises `BadSample` if
-      the image cannot be used. Then, as when the example cannot be read, the next one of its source takes its place,
-      so that the stream stays what seed and position say.
+      the image cannot be used. Then, as when the example cannot be read, another one of its source takes its place,
+      which one is drawn by the same generator: the stream stays what seed and position say.
     seed: of shuffle and augmentation.
     ssl_mixture: of the second stream, whose captions are not looked at.
 
@@ -187,7 +223,7 @@ def training_rows(
   """
   places = mixture.places(seed)
   if ssl_mixture:
-    places = grain.experimental.ZipMapDataset([places, ssl_mixture.places(seed + _SECOND_STREAM)])
+    places = grain.experimental.ZipMapDataset([places, ssl_mixture.places(_hash(seed, _SECOND_STREAM))])
   return places.random_map(_MakeRow(mixture, ssl_mixture, make_views), seed=seed)
 
 
@@ -197,7 +233,7 @@ def plan_reading(workers: int | None, threads: int | None, cores: int | None = N
   The work is done by libraries that let go of Python's lock, so up to four threads in a process are nearly as fast as
   processes, which take 200 MB and some seconds to start each. Two cores are left to the training itself.
   """
-  cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+  cores = cores or processes.cores()
   if workers is None:
     workers = 0 if cores <= 4 else max((cores - 2) // (threads or 4), 1)
   return workers, threads or min(cores, 4)
@@ -205,6 +241,8 @@ def plan_reading(workers: int | None, threads: int | None, cores: int | None = N
 
 class TrainStream:
   """Iterates over this host's part of the global batches: the same rows of each, one behind the other.
+
+  A thread makes a chunk of a batch, not all of it: so the first batch comes soon, and what is read ahead is little.
 
   Args:
     rows: of `training_rows`, the same on every host.
@@ -226,17 +264,19 @@ class TrainStream:
     threads: int = 4,
     state: Mapping[str, int] | None = None,
   ):
-    self._batch_size = batch_size
+    self._batch_size, local = batch_size, batch_size // hosts
     self._next_index = state["next_index"] if state else 0
-    local = rows[self._next_index :].batch(batch_size // hosts, drop_remainder=True)[host::hosts]
-    # grain's default reads 500 elements ahead, which here are batches.
+    size = max(size for size in range(1, min(local, _CHUNK) + 1) if local % size == 0)
+    self._chunks = local // size
+    chunks = grain.MapDataset.source(_Chunks(rows[self._next_index :], size, self._chunks, host, hosts))
+    # grain's default reads 500 elements ahead, which here are chunks.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     if not workers:
       _start_worker()
     else:
       if not flags.FLAGS.is_parsed():  # grain reads one of its flags, also in a notebook, where nobody parses them
         flags.FLAGS.mark_as_parsed()
-    stream = local.to_iter_dataset(options)
+    stream = chunks.to_iter_dataset(options)
     if workers:
       stream = stream.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), worker_init_fn=_start_worker
@@ -253,7 +293,7 @@ class TrainStream:
       ChildProcessError: a worker process died.
     """
     try:
-      batch = next(self._iterator)
+      chunks = [next(self._iterator) for _ in range(self._chunks)]
     except RuntimeError as error:  # grain has no class of its own for it
       if "terminated unexpectedly" not in str(error):
         raise
@@ -262,7 +302,9 @@ class TrainStream:
         "config.data.workers and config.data.threads say how many read"
       ) from error
     self._next_index += self._batch_size
-    return batch
+    return (
+      chunks[0] if len(chunks) == 1 else {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    )
 
   @property
   def state(self) -> dict[str, int]:
@@ -273,6 +315,26 @@ class TrainStream:
     """Ends the worker processes."""
     if close := getattr(self._iterator, "close", None):
       close()
+
+
+@dataclass(frozen=True)
+class _Chunks:
+  """A host's rows of each global batch, in `count` chunks of `size`; random access, for grain."""
+
+  rows: grain.MapDataset
+  size: int
+  count: int
+  host: int
+  hosts: int
+
+  def __len__(self) -> int:
+    return len(self.rows) // (self.size * self.count * self.hosts) * self.count
+
+  def __getitem__(self, index: int) -> Row:
+    batch, chunk = divmod(index, self.count)
+    first = ((batch * self.hosts + self.host) * self.count + chunk) * self.size
+    rows = [self.rows[first + row] for row in range(self.size)]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class Prefetch:
@@ -377,5 +439,6 @@ def _start_worker(index: int = 0, count: int = 0) -> None:
   """Workers leave signals to the main process, which saves a checkpoint first; OpenCV's threads would only compete."""
   cv2.setNumThreads(0)
   if count:
+    processes.end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -155,8 +155,8 @@ def get_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
   """The recipe of that name, with those of its fields replaced that `overrides` gives a value other than None.
 
   Raises:
-    ValueError: an unknown name, a probability that is no tuple where it can differ from view to view, or an unknown
-      operation on texts.
+    ValueError: an unknown name, a number that cannot be, a probability that is no tuple where it can differ from view
+      to view, or an unknown operation on texts.
   """
   if name not in RECIPES:
     raise ValueError(f"config.data.recipe={name!r}: choose one of {sorted(RECIPES)}")
@@ -166,10 +166,27 @@ def get_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
       raise ValueError(
         f"config.data.{field}={given[field]!r}: give a tuple such as (0.5,), or (1.0, 0.1) for views that differ"
       )
+  _check_strengths(given)
   operations = given.get("text_operations", ("swap",))
   if not operations or not set(operations) <= set(texts.OPERATIONS):
     raise ValueError(f"config.data.text_operations={operations!r}: choose one or more of {sorted(texts.OPERATIONS)}")
   return replace(RECIPES[name], **given)
+
+
+def _check_strengths(given: Mapping[str, Any]) -> None:
+  """Refuses ranges and probabilities that cannot be."""
+  legal = {"weak_scale": (0.0, 1.0), "strong_scale": (0.0, 1.0), "blur_radius": (0.0, float("inf"))}
+  for field, (least, most) in legal.items():
+    value = given.get(field, (most, most))
+    if len(value) != 2 or not least <= value[0] <= value[1] <= most or value[1] == 0:
+      raise ValueError(f"config.data.{field}={value!r}: two numbers, ascending, from {least:g} to {most:g}")
+  jitter = given.get("jitter", (0.0,) * 4)
+  if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
+    raise ValueError(f"config.data.jitter={jitter!r}: brightness, contrast, saturation, hue, the last at most 0.5")
+  for field in (*_PER_VIEW, "jitter_probability", "grayscale_probability", "flip_probability"):
+    values = given.get(field, ())
+    if any(not 0 <= value <= 1 for value in (values if isinstance(values, tuple) else (values,))):
+      raise ValueError(f"config.data.{field}={values!r}: from 0 to 1")
 
 
 def trimmed(recipe: Recipe, used: Views) -> Recipe:

@@ -108,9 +108,12 @@ def _tokenizer_json(path: str) -> Any:
   except ModuleNotFoundError as error:
     raise ValueError(f"{path}: reading it needs pip install 'declip_jax[tokenizers]'") from error
   try:
-    return tokenizers.Tokenizer.from_file(path)
+    tokenizer = tokenizers.Tokenizer.from_file(path)
   except Exception as error:  # the library raises nothing narrower
     raise ValueError(f"{path} is no tokenizer.json of Hugging Face: {error}") from error
+  tokenizer.no_truncation()  # rows are cut and filled here
+  tokenizer.no_padding()
+  return tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +128,10 @@ class HuggingFace:
 
   @functools.cached_property
   def special(self) -> tuple[int, ...]:
-    added = _tokenizer_json(self.path).get_added_tokens_decoder()
-    return tuple(sorted(index for index, token in added.items() if token.special))
+    tokenizer = _tokenizer_json(self.path)
+    added = tokenizer.get_added_tokens_decoder()
+    unknown = getattr(tokenizer.model, "unk_token", None)  # stands for text
+    return tuple(sorted(index for index, token in added.items() if token.special and token.content != unknown))
 
   def find(self, names: Sequence[str]) -> int | None:
     """The id of the first of these tokens that there is."""
@@ -277,9 +282,11 @@ class Tokenizer:
 
   def random_ids(self, rng: np.random.Generator, count: int) -> Int[np.ndarray, "count"]:
     """Returns ids of text, each with the same chance."""
-    ids = rng.integers(self.encoder.size - len(self.encoder.special), size=count)
-    for special in self.encoder.special:
-      ids += ids >= special
+    ends = {index for index in (self.sot, self.eot, self.mask) if index < self.encoder.size}
+    special = sorted(ends.union(self.encoder.special))
+    ids = rng.integers(self.encoder.size - len(special), size=count)
+    for index in special:
+      ids += ids >= index
     return ids
 
   def word_numbers(self, ids: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:

@@ -244,15 +244,11 @@ def test_damaged_samples_are_counted_and_the_stream_goes_on(kind: Callable[[Path
   bad = Counter(filter(None, kinds))
   assert set(bad) <= set(BAD)
   assert 0.02 < bad.total() / len(source) < 0.6
-  # A pass over the source meets each of its samples once, and each bad one again from every bad one right before it.
+  # A pass over the source meets each of its samples once; another one takes the place of each that is bad.
   rows = pipeline.training_rows(mixture, VIEWS, seed=1)
-  passed = sum(rows[index]["passed_over"] for index in range(len(source)))
-  expected = Counter()
-  for start in range(len(source)):
-    while kinds[start % len(source)]:
-      expected[kinds[start % len(source)]] += 1
-      start += 1
-  assert dict(zip(BAD, passed.tolist(), strict=True)) == {name: expected[name] for name in BAD}
+  passed = np.array([rows[index]["passed_over"] for index in range(len(source))])
+  assert passed.any(axis=1).sum() == bad.total()
+  assert {name for name, count in zip(BAD, passed.sum(axis=0), strict=True) if count} == set(bad)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

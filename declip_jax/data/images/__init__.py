@@ -13,16 +13,25 @@ given one plan can be compared:
 
 from declip_jax.data.images.geometry import Crop, random_resized_crop_box
 from declip_jax.data.images.photo import MAX_PIXELS, Photo, Pixels, decode, open_photo
-from declip_jax.data.images.views import ENGINES, Augmentation, EngineName, Plan, draw, eval_view, make, random_view
+from declip_jax.data.images.views import (
+  ENGINES,
+  INTERPOLATIONS,
+  Augmentation,
+  EngineName,
+  Plan,
+  draw,
+  eval_view,
+  make,
+  random_view,
+)
 
-# Per channel, for pixels scaled to [0, 1]. Models trained by OpenAI use the first, SLIP and DeCLIP the second.
-CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+# Per channel, for pixels scaled to [0, 1].
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 __all__ = [
-  "CLIP_MEAN_STD",
   "ENGINES",
   "IMAGENET_MEAN_STD",
+  "INTERPOLATIONS",
   "MAX_PIXELS",
   "Augmentation",
   "Crop",

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -14,6 +14,7 @@ from declip_jax.data.images.photo import Photo, Pixels, open_photo
 
 EngineName = Literal["exact", "fast"]
 Interpolation = Literal["bilinear", "bicubic"]
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 Steps = tuple[tuple[str, float], ...]
 
 _JITTER = ("brightness", "contrast", "saturation", "hue")
@@ -145,8 +146,8 @@ def make(
   """
   if engine not in ENGINES:
     raise ValueError(f"engine {engine!r} is none of {sorted(ENGINES)}")
-  if interpolation not in ("bilinear", "bicubic"):
-    raise ValueError(f"interpolation {interpolation!r} is none of ['bicubic', 'bilinear']")
+  if interpolation not in INTERPOLATIONS:
+    raise ValueError(f"interpolation {interpolation!r} is none of {sorted(INTERPOLATIONS)}")
   do = ENGINES[engine]
   pixels, times = open_photo(image).decode(int(min(plan.crop.factor for plan in plans) / do.least_factor))
   return [_change(do.cut(pixels, times, plan.crop, interpolation), plan, do) for plan in plans]
