@@ -17,16 +17,15 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
+import fcntl
 import io
 import json
 import math
 import multiprocessing
-from multiprocessing import connection
 import os
 from pathlib import Path
 import signal
 import sys
-import threading
 import time
 from typing import Any, NamedTuple
 
@@ -35,10 +34,12 @@ import numpy as np
 from PIL import Image
 
 from declip_jax.data import files, images
-from declip_jax.data.sources import BadSample, Source, open_source
+from declip_jax.data.processes import cores, end_with_parent
+from declip_jax.data.sources import BadSample, Example, Source, open_source
 from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_reader, pack
 
 _SHARD_BYTES = 512 * 2**20
+_MAX_SHARDS = 1024  # by default: larger sources get larger files, for a process keeps a limited number open
 _PROBES = 64  # samples whose sizes tell that of all
 _NAMED = 3  # bad samples of each kind that the report names
 _COUNT_EVERY = 64  # samples
@@ -67,16 +68,17 @@ def convert(
   Args:
     spec: of the source.
     output: folder; created, or one in which the same conversion was interrupted.
-    shards: number of files. By default so many that each has about 512 MB: few enough to list and to copy, and many
-      enough to be written in parallel.
+    shards: number of files. By default so many that each has about 512 MB, 1,024 at most: few enough to list, to copy
+      and to keep open, and many enough to be written in parallel.
     workers: number of processes; by default that of cores.
 
   Returns:
-    What dataset.json holds: `source`, `samples` of it, `shards`, `count` of what was written, `skipped` by kind of
-    `BAD`, and the first of these `named`.
+    What dataset.json holds: `source`, `samples` of it, the `stamp` of its files (None where it has none), `shards`,
+    `count` of what was written, `skipped` by kind of `BAD`, and the first of these `named`.
 
   Raises:
-    ValueError: the source cannot be opened or no sample can be used, or the folder holds anything else.
+    ValueError: the source cannot be opened or no sample can be used, or the folder holds anything else, such as a
+      conversion of the source as it was before its files changed.
     OSError: the files cannot be written.
   """
   if files.is_url(os.fspath(output)):
@@ -95,7 +97,7 @@ def convert(
   _write_classnames(source, output)
   done = {number: report for number, report in _finished(output).items() if paths[number].is_file()}
   todo = {n: _Shard(paths[n], bounds[n], bounds[n + 1]) for n in range(shards) if n not in done}
-  with contextlib.closing(_run(source, todo, samples, workers or _cores())) as reports:
+  with contextlib.closing(_run(source, todo, samples, workers or cores())) as reports:
     for number, report in reports:
       done[number] = report
       with (output / _DONE).open("a") as file:
@@ -109,7 +111,7 @@ def _plan(source: Source, output: Path, shards: int | None) -> dict[str, Any]:
   Raises:
     ValueError: it holds something else.
   """
-  plan = {"source": source.name, "samples": len(source)}
+  plan = {"source": source.name, "samples": len(source), "stamp": getattr(source, "stamp", None)}
   there = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
   if not len(source):
     raise ValueError(f"{source.name} has no sample; left out: {source.skipped or 'none'}")
@@ -119,14 +121,19 @@ def _plan(source: Source, output: Path, shards: int | None) -> dict[str, Any]:
     except (ValueError, TypeError):
       raise ValueError(f"{output / _ABOUT} is not of this command: choose another folder") from None
     wanted = plan | ({"shards": shards} if shards else {})
-    other = [f"{name} {about.get(name)!r}, not {value!r}" for name, value in wanted.items() if about.get(name) != value]
+    other = {name: value for name, value in wanted.items() if about.get(name) != value}
+    if other.keys() == {"stamp"}:
+      raise ValueError(
+        f"{output} holds {source.name} as it was before its files changed: delete {output} or choose another folder"
+      )
     if other:
-      raise ValueError(f"{output} holds another conversion: {'; '.join(other)}. Choose another folder")
+      differing = "; ".join(f"{name} {about.get(name)!r}, not {value!r}" for name, value in other.items())
+      raise ValueError(f"{output} holds another conversion: {differing}. Choose another folder")
     return about
   if there:
     raise ValueError(f"{output} is not empty, it holds {', '.join(there[:5])}: choose another folder")
   if shards is None:
-    shards = min(len(source), max(1, math.ceil(_mean_bytes(source) * len(source) / _SHARD_BYTES)))
+    shards = min(len(source), _MAX_SHARDS, max(1, math.ceil(_mean_bytes(source) * len(source) / _SHARD_BYTES)))
   if not 0 < shards <= min(len(source), 99_999):
     raise ValueError(f"{shards} shards: expected 1 to {min(len(source), 99_999)}, for {len(source)} samples")
   output.mkdir(parents=True, exist_ok=True)
@@ -174,19 +181,36 @@ def _finish(source: Source, output: Path, about: dict[str, Any], done: dict[int,
     raise ValueError(f"{source.name}: none of {about['samples']} samples can be used: {dict(skipped)}, such as {named}")
   about = {**about, "count": count, "skipped": dict(skipped), "named": named}
   _write_text(output / _ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-  for path in [output / _DONE, *output.glob(".*.tmp")]:  # of processes that were killed
-    path.unlink(missing_ok=True)
+  (output / _DONE).unlink(missing_ok=True)
+  for path in output.glob(".*.tmp"):
+    _unlink_left(path)
   return about
 
 
 def _write_text(path: Path, text: str) -> None:
+  with _temporary(path) as temporary:
+    temporary.write_text(text, "utf-8", errors="replace")
+    files.commit(temporary, path)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+  """A file to write to before it becomes `path`, locked, so that no other process takes it for left behind."""
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  temporary.write_text(text, "utf-8", errors="replace")
-  files.commit(temporary, path)
+  try:
+    with temporary.open("wb") as file:
+      with contextlib.suppress(OSError):  # of file systems without locks
+        fcntl.flock(file, fcntl.LOCK_EX)
+      yield temporary
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
-def _cores() -> int:
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _unlink_left(temporary: Path) -> None:
+  """Deletes a temporary file unless a process is writing to it: locks end with the process, even if it was killed."""
+  with contextlib.suppress(OSError), temporary.open("rb+") as file:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    temporary.unlink(missing_ok=True)
 
 
 def _run(
@@ -201,7 +225,7 @@ def _run(
   pool = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (source, stop, written))
   progress = _Progress(before, total)
   try:
-    with _holding_interrupts():
+    with holding_interrupts():
       pending: dict[Future, int] = {pool.submit(_write, shard): number for number, shard in todo.items()}
     while pending:
       ready, _ = wait(pending, timeout=progress.interval, return_when=FIRST_COMPLETED)
@@ -212,15 +236,15 @@ def _run(
     message = "a process was killed, perhaps for want of memory: give the command again, with fewer --workers"
     raise OSError(message) from None
   finally:
-    with _holding_interrupts():
+    with holding_interrupts():
       stop.set()
       pool.shutdown(cancel_futures=True)
       progress.close()
 
 
 @contextlib.contextmanager
-def _holding_interrupts() -> Iterator[None]:
-  """Lets Ctrl-C wait; for processes that start within, for ever."""
+def holding_interrupts() -> Iterator[None]:
+  """Lets Ctrl-C wait; for processes and threads that start within, for ever."""
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
     yield
@@ -257,58 +281,55 @@ _worker: dict[str, Any] = {}  # what a worker process was started with
 def _start_worker(source: Source, stop: Any, written: Any) -> None:
   """Workers leave Ctrl-C to the main process, which tells them to stop, and end when it is killed."""
   _worker.update(source=source, stop=stop, written=written)
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-  connection.wait([multiprocessing.parent_process().sentinel])
-  os._exit(1)
+  end_with_parent()
 
 
 def _write(shard: _Shard) -> dict[str, Any]:
   """Writes one file; returns how many samples it has, and those left out, counted and the first ones named by kind."""
   source, stop, written = _worker["source"], _worker["stop"], _worker["written"]
-  temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.tmp")
   skipped, named, count = Counter(), {}, 0
   try:
-    writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), WRITER_OPTIONS)
-    for index in range(shard.start, shard.stop):
-      try:
-        writer.write(_record(source, index))
-        count += 1
-      except BadSample as error:
-        skipped[error.kind] += 1
-        named.setdefault(error.kind, []).extend([str(error)] * (skipped[error.kind] <= _NAMED))
-      if (index + 1 - shard.start) % _COUNT_EVERY == 0 or index + 1 == shard.stop:
-        with written.get_lock():
-          written.value += (index - shard.start) % _COUNT_EVERY + 1
-        if stop.is_set():
-          raise _Interrupted
-    writer.close()
-    if open_reader(os.fspath(temporary)).num_records() != count:
-      raise OSError(f"{shard.path} could not be written completely: is the disk full?")
-    files.commit(temporary, shard.path)
+    with _temporary(shard.path) as temporary:
+      writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), WRITER_OPTIONS)
+      for index in range(shard.start, shard.stop):
+        try:
+          writer.write(_record(source, index))
+          count += 1
+        except BadSample as error:
+          skipped[error.kind] += 1
+          named.setdefault(error.kind, []).extend([str(error)] * (skipped[error.kind] <= _NAMED))
+        if (index + 1 - shard.start) % _COUNT_EVERY == 0 or index + 1 == shard.stop:
+          with written.get_lock():
+            written.value += (index - shard.start) % _COUNT_EVERY + 1
+          if stop.is_set():
+            raise _Interrupted
+      writer.close()
+      if open_reader(os.fspath(temporary)).num_records() != count:
+        raise OSError(f"{shard.path} could not be written completely: is the disk full?")
+      files.commit(temporary, shard.path)
   except RuntimeError as error:  # of array_record
     raise OSError(f"{shard.path} could not be written: {error}") from error
-  finally:
-    temporary.unlink(missing_ok=True)
   return {"count": count, "skipped": dict(skipped), "named": named}
 
 
-def _record(source: Source, index: int) -> bytes:
-  """The record of a sample.
+def read(source: Source, index: int) -> tuple[Example, images.Pixels]:
+  """A sample and its pixels.
 
   Raises:
-    BadSample: it cannot be used.
+    BadSample: it cannot be used, by the rules of training; the message names it.
   """
   try:
     example = source[index]
   except OSError as error:
     raise BadSample("missing file", f"{source.name}: sample {index}: {error}") from error
   try:
-    pixels = images.decode(example["image"])
-  except ValueError as error:
-    raise BadSample(getattr(error, "kind", "damaged image"), f"{example['id']}: {error}") from error
+    return example, images.decode(example["image"])
+  except BadSample as error:
+    raise BadSample(error.kind, f"{example['id']}: {error}") from error
+
+
+def _record(source: Source, index: int) -> bytes:
+  example, pixels = read(source, index)
   return pack(example if isinstance(example["image"], bytes) else {**example, "image": _png(pixels)})
 
 

@@ -30,9 +30,16 @@ _OPEN_FILES = 128  # per process: far below the usual limit of 1024 descriptors,
 _READ_AHEAD = 2**20  # of a URL's stream, in bytes: a request takes as long as it takes to transfer about this much
 _PAUSES = (0.5, 2.0, 8.0)  # in seconds, before a URL is tried again
 _FOLDER = ".declip_jax"  # of indexes, beside the data
+_LEFT_BEHIND = 24 * 3600  # seconds: no index takes so long to build
+# What a network's file system raises for a while; any other error of a local path stays as it is.
+_PASSING = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EAGAIN, errno.EBUSY}
 # What tells that a file behind a URL changed: the first of these that its file system knows.
 _CHANGES = ("ETag", "etag", "md5Hash", "generation", "Content-MD5", "Digest", "content_md5", "LastModified")
 _CHANGES += ("Last-Modified", "last_modified", "updated", "mtime", "modified", "created")
+
+# Of the images that `images.decode` knows, in lower case; where a sample has several, the first of these counts.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES += (".jp2", ".avif")
 
 
 def is_url(path: str) -> bool:
@@ -44,8 +51,10 @@ def expand(location: str) -> list[str]:
   """Files that a location names: absolute local paths, or URLs.
 
   Args:
-    location: a path or URL with glob characters (`train-*.tar`), ranges (`train-{0000..0012}.tar`), both or neither;
-      `::` joins several of them, as in webdataset. Within a pattern the files are in alphabetical order.
+    location: a path or URL with glob characters (`train-*.tar`), ranges (`train-{0000..0012}.tar`), alternatives
+      (`{val,test}.tar`), all or none of them; `::` joins several, as in webdataset. Ranges and alternatives give their
+      files in the order written, glob characters in alphabetical order. A local path that exists as it is written is
+      that file, whatever characters it has.
 
   Raises:
     FileNotFoundError: a pattern matches no file, or a file of a range is missing; lists what is there.
@@ -53,13 +62,23 @@ def expand(location: str) -> list[str]:
   """
   found = []
   for given in location.split("::"):
-    patterns = _ranges(given)
+    if not is_url(given) and os.path.isfile(_local(given)):
+      found.append(_local(given))
+      continue
+    patterns = _braces(given)
     match = _matching_urls if is_url(given) else _matching_paths
     for pattern, paths in zip(patterns, match(patterns), strict=True):
       if not paths:
         raise FileNotFoundError(f"{location}: no file matches {pattern}; {_neighbours(pattern)}")
       found += paths
   return found
+
+
+def names(folder: str) -> list[str]:
+  """Names of the files in a folder, sorted; none where it is no folder or cannot be listed."""
+  if is_url(folder):
+    return sorted(path.rpartition("/")[2] for path in _listing(folder.rstrip("/")))
+  return sorted(map(os.path.basename, _entries(_local(folder))))
 
 
 def beside(path: str, name: str) -> str:
@@ -99,32 +118,42 @@ def stamp(path: str) -> tuple[int, int | str | None]:
 def read(path: str, start: int = 0, size: int | None = None) -> bytes:
   """Reads a whole file, or `size` bytes from `start` on; fewer where the file ends before.
 
-  A local file of which parts are read stays open, 128 of them in a process. A URL that fails is tried again for some
-  ten seconds: to take another sample for one that a busy server refused would change the stream.
+  A local file of which parts are read stays open, 128 of them in a process. What fails for a busy server or network, a
+  URL or a path, is tried again for some ten seconds: to take another sample instead would change the stream.
 
   Raises:
     OSError: it cannot be read, or a web server ignores ranges.
   """
-  if size is None and not is_url(path):
-    with open(_local(path), "rb") as file:
-      file.seek(start)
-      return file.read()
-  if not is_url(path):
-    return _OPEN.get(_local(path)).read(start, size)
   for pause in (*_PAUSES, None):
     try:
-      with _remote(path) as (system, name):
-        data = system.cat_file(name, start=start or None, end=None if size is None else start + size)
+      data = _read_url(path, start, size) if is_url(path) else _read_path(_local(path), start, size)
       break
     except (FileNotFoundError, PermissionError):
       raise
-    except OSError:
-      if pause is None:
+    except OSError as error:
+      if pause is None or not (is_url(path) or error.errno in _PASSING):
         raise
       time.sleep(pause)
   if size is not None and len(data) > size:
     raise OSError(f"{path}: the server ignores ranges and sends the whole file; download it first")
   return data
+
+
+def _read_url(url: str, start: int, size: int | None) -> bytes:
+  with _remote(url) as (system, name):
+    return system.cat_file(name, start=start or None, end=None if size is None else start + size)
+
+
+def _read_path(path: str, start: int, size: int | None) -> bytes:
+  if size is None:
+    with open(path, "rb") as file:
+      file.seek(start)
+      return file.read()
+  try:
+    return _OPEN.get(path).read(start, size)
+  except OSError:
+    _OPEN.forget(path)  # a stale descriptor stays so for ever
+    raise
 
 
 def open_stream(path: str) -> BinaryIO:
@@ -141,9 +170,9 @@ def open_stream(path: str) -> BinaryIO:
 
 
 def classnames(path: str) -> tuple[str, ...]:
-  """Line i of classnames.txt in the folder of a file is class i; empty where there is no classnames.txt."""
+  """Line i of classnames.txt in the folder of a file is class i, blank or not; empty where there is no such file."""
   file = beside(path, "classnames.txt")
-  return tuple(map(str.strip, read(file).decode().rstrip().splitlines())) if exists(file) else ()
+  return tuple(map(str.strip, read(file).decode().splitlines())) if exists(file) else ()
 
 
 def index(stamp: Any, near: str, build: Callable[[Path], Any], suffix: str) -> Path:
@@ -151,7 +180,8 @@ def index(stamp: Any, near: str, build: Callable[[Path], Any], suffix: str) -> P
 
   It lies in `.declip_jax/` beside the data, or in the user's cache folder where that cannot be written or the data are
   behind a URL. Its name is a hash of `stamp`, so with the `stamp` of the data inside it is never older than they are.
-  It appears whole or not at all, whatever happens while it is built; where several processes build it, one wins.
+  It appears whole or not at all, whatever happens while it is built; where several processes build it, one wins. What
+  processes that were killed have left in the folder is deleted after a day.
 
   Args:
     stamp: JSON of all that the index depends on: paths and stamps of files, and the version of the index's format.
@@ -178,6 +208,7 @@ def index(stamp: Any, near: str, build: Callable[[Path], Any], suffix: str) -> P
       failure = error
       continue
     try:
+      _clear(folder)
       build(temporary)
       commit(temporary, folder / name)
       return folder / name
@@ -188,6 +219,14 @@ def index(stamp: Any, near: str, build: Callable[[Path], Any], suffix: str) -> P
     finally:
       temporary.unlink(missing_ok=True)
   raise OSError(f"no place for the index of {near}: {failure}; set XDG_CACHE_HOME to a folder that can be written")
+
+
+def _clear(folder: Path) -> None:
+  """Deletes what builders that were killed have left in a folder of indexes."""
+  for path in folder.glob(".*"):
+    with contextlib.suppress(OSError):  # another process was first, or it is another user's
+      if path.stat().st_mtime < time.time() - _LEFT_BEHIND:
+        path.unlink()
 
 
 def commit(temporary: Path, path: Path) -> None:
@@ -213,7 +252,10 @@ class _File:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
   def is_at(self, stat: os.stat_result) -> bool:
-    return os.path.samestat(os.fstat(self._descriptor), stat)
+    try:
+      return os.path.samestat(os.fstat(self._descriptor), stat)
+    except OSError:  # stale
+      return False
 
 
 class _OpenFiles:
@@ -235,6 +277,10 @@ class _OpenFiles:
       if len(self._files) > _OPEN_FILES:
         self._files.popitem(last=False)
     return file
+
+  def forget(self, path: str) -> None:
+    with self._lock:
+      self._files.pop(path, None)
 
   def forget_unless(self, path: str, stat: os.stat_result) -> None:
     """Closes a file that another one has replaced since."""
@@ -302,20 +348,53 @@ def _remote(url: str) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
     raise OSError(f"{url}: {type(error).__name__}: {error}") from error
 
 
-def _ranges(pattern: str) -> list[str]:
-  """`a-{08..10}` -> `a-08`, `a-09`, `a-10`."""
-  match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-  if not match:
-    return [pattern]
-  first, last = match.groups()
-  if int(first) > int(last):
-    raise ValueError(f"{pattern}: the range {match.group()} is empty")
-  numbers = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
-  return [path for number in numbers for path in _ranges(pattern[: match.start()] + number + pattern[match.end() :])]
+def _braces(pattern: str) -> list[str]:
+  """`a-{08..10}` -> `a-08`, `a-09`, `a-10`; `{val,test}-0` -> `val-0`, `test-0`; other braces stay, as in a shell."""
+  for start in (place for place, character in enumerate(pattern) if character == "{"):
+    depth, cuts = 0, [start]
+    for stop in range(start, len(pattern)):
+      depth += (pattern[stop] == "{") - (pattern[stop] == "}")
+      if not depth:
+        break
+      if depth == 1 and pattern[stop] == ",":
+        cuts.append(stop)
+    else:
+      continue  # without an end
+    options = [pattern[first + 1 : last] for first, last in itertools.pairwise([*cuts, stop])]
+    if match := re.fullmatch(r"(\d+)\.\.(\d+)", pattern[start + 1 : stop]):
+      first, last = match.groups()
+      if int(first) > int(last):
+        raise ValueError(f"{pattern}: the range {{{match.group()}}} is empty")
+      options = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    elif len(options) == 1:
+      continue
+    return [path for option in options for path in _braces(pattern[:start] + option + pattern[stop + 1 :])]
+  return [pattern]
 
 
 def _matching_paths(patterns: list[str]) -> list[list[str]]:
-  return [sorted(filter(os.path.isfile, glob.glob(_local(pattern), recursive=True))) for pattern in patterns]
+  """Files of each pattern. A range is looked up in the listings of its folders, not file by file."""
+  found = []
+  for folder, group in itertools.groupby(map(_local, patterns), os.path.dirname):
+    same = list(group)
+    listed = _entries(folder) if len(same) > 1 else set()
+    literal = glob.escape(folder) if os.path.isdir(folder) else folder
+    for path in same:
+      if path in listed or (not listed and os.path.isfile(path)):
+        found.append([path])
+      else:
+        pattern = os.path.join(literal, os.path.basename(path))
+        matches = glob.glob(pattern, recursive=True) if glob.has_magic(path) else []
+        found.append(sorted(filter(os.path.isfile, matches)))
+  return found
+
+
+def _entries(folder: str) -> set[str]:
+  """Paths of the files in a local folder; nothing where it cannot be listed."""
+  try:
+    return {os.path.join(folder, entry.name) for entry in os.scandir(folder) if entry.is_file()}
+  except OSError:
+    return set()
 
 
 def _matching_urls(patterns: list[str]) -> list[list[str]]:

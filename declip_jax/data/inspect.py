@@ -9,7 +9,6 @@ import argparse
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 import io
 import itertools
 import json
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from declip_jax.data import files, images
+from declip_jax.data.convert import holding_interrupts, read
 from declip_jax.data.sources import SOURCES, BadSample, Source, open_source
 from declip_jax.data.tokenizer import Tokenizer
 
@@ -32,7 +32,6 @@ _CLASSES = 8  # that are named
 _COLUMNS, _ROWS, _SIDE = 6, 4, 224  # of the sheet; pixels of a picture's longer side
 _CONTEXT = 77  # tokens, with start and end of text
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 _TABLES = (".csv", ".tsv", ".psv", ".jsonl", ".ndjson", ".parquet", ".pq")
 _TABLES += tuple(f"{suffix}.gz" for suffix in (*_TABLES, ".json"))
 _WALKED = 1000  # folders in which images are looked for
@@ -83,9 +82,17 @@ def guess(path: str) -> str:
   kind, _, location = path.partition(":")
   if kind in SOURCES and location and not location.startswith("//"):
     return path
-  if not files.is_url(path) and os.path.isdir(os.path.expanduser(path)):
-    return _guess_folder(path.rstrip("/") or "/")
-  found = files.expand(path)
+  local = path.removeprefix("file://")
+  if not files.is_url(path) and os.path.isdir(os.path.expanduser(local)):
+    return _guess_folder(local.rstrip("/") or "/")
+  try:
+    found = files.expand(path)
+  except FileNotFoundError:
+    if files.is_url(path) and files.names(path):
+      return _guess_folder(path.rstrip("/"))
+    if re.match(r"\w+:(?!//)", path):
+      raise ValueError(f"{path}: no kind {kind!r} of source nor such a file; kinds are {', '.join(SOURCES)}") from None
+    raise
   kinds = {_kind(file) for file in found}
   if len(kinds) > 1 or kinds <= {None, "image"}:
     raise ValueError(f"{path}: {_unknown(found)}")
@@ -102,30 +109,30 @@ def _kind(path: str) -> str | None:
     return "tfds" if files.exists(files.beside(path, "dataset_info.json")) else "arrayrecord"
   if name.endswith(".json"):
     return "table" if files.read(path, 0, 64).lstrip().startswith(b"[") else "coco"
-  kinds = {"webdataset": (".tar",), "table": _TABLES, "image": _IMAGES}
+  kinds = {"webdataset": (".tar",), "table": _TABLES, "image": files.IMAGE_SUFFIXES}
   return next((kind for kind, suffixes in kinds.items() if name.endswith(suffixes)), None)
 
 
 def _guess_folder(folder: str) -> str:
   place = os.path.expanduser(folder)
-  entries = sorted(os.scandir(place), key=lambda entry: entry.name)
-  names = [entry.name for entry in entries if entry.is_file()]
+  names = files.names(place)
   if "state.json" in names:
     return f"huggingface:{folder}"
   for name, kind in (("dataset_dict.json", "huggingface"), ("dataset_info.json", "tfds")):
     if name in names:
-      return f"{kind}:{folder}:{_split(os.path.join(place, name))}"
+      return f"{kind}:{folder}:{_split(f'{place}/{name}')}"
   for suffixes in ((".array_record",), (".tar",), _TABLES):
     alike = Counter(suffix for suffix in suffixes for name in names if name.lower().endswith(suffix))
     if alike:
       return guess(f"{folder}/*{alike.most_common(1)[0][0]}")
-  walk = itertools.islice(os.walk(place), _WALKED)
-  if any(name.lower().endswith(_IMAGES) for _, _, inside in walk for name in inside):
+  below = (name for _, _, inside in itertools.islice(os.walk(place), _WALKED) for name in inside)
+  if any(name.lower().endswith(files.IMAGE_SUFFIXES) for name in (names if files.is_url(folder) else below)):
     return f"folder:{folder}"
   annotations = [name for name in names if name.endswith(".json")]
   if len(annotations) == 1:
     return guess(f"{folder}/{annotations[0]}")
-  raise ValueError(f"{folder}: {_unknown([entry.name + '/' * entry.is_dir() for entry in entries])}")
+  folders = [] if files.is_url(folder) else [f"{entry.name}/" for entry in os.scandir(place) if entry.is_dir()]
+  raise ValueError(f"{folder}: {_unknown([*names, *folders])}")
 
 
 def _split(path: str) -> str:
@@ -154,23 +161,22 @@ def look(source: Source, samples: int) -> tuple[list[Sample], list[BadSample]]:
   """Reads and decodes that many samples, drawn at random but always the same, or all; and those that are bad."""
   rng = np.random.default_rng(0)
   indices = rng.choice(len(source), size=min(samples, len(source)), replace=False)
-  with ThreadPoolExecutor(_THREADS) as pool:
-    found = list(pool.map(partial(_look, source), sorted(indices.tolist())))
+  pool = ThreadPoolExecutor(_THREADS)
+  try:
+    with holding_interrupts():  # one that meets `submit` may leave a lock of the pool's closed for ever
+      futures = [pool.submit(_look, source, index) for index in sorted(indices.tolist())]
+    found = [future.result() for future in futures]
+  finally:
+    pool.shutdown(cancel_futures=True)
   return [one for one in found if isinstance(one, Sample)], [one for one in found if isinstance(one, BadSample)]
 
 
 def _look(source: Source, index: int) -> Sample | BadSample:
   try:
-    example = source[index]
+    example, pixels = read(source, index)
   except BadSample as error:
     return error
-  except OSError as error:
-    return BadSample("missing file", f"{source.name}: sample {index}: {error}")
-  image = example["image"]
-  try:
-    height, width, _ = images.decode(image).shape
-  except ValueError as error:
-    return BadSample(getattr(error, "kind", "damaged image"), f"{example['id']}: {error}")
+  image, (height, width, _) = example["image"], pixels.shape
   tokenizer = Tokenizer(_CONTEXT)
   tokens = tuple(len(tokenizer.encode(caption)) + 2 for caption in example["captions"])
   shape = (_format(image), width, height, len(image)) if isinstance(image, bytes) else ("pixels", width, height, 0)
@@ -294,6 +300,9 @@ def main(arguments: list[str] | None = None) -> int:
   except (ValueError, OSError, ImportError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    return 130
   return 0
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import pytest
 
 from declip_jax.data import convert as convert_lib
-from declip_jax.data import images, sources
+from declip_jax.data import images, pipeline, sources
 from declip_jax.data.convert import convert, main
 from declip_jax.data.sources.scenes import open_scenes
 
@@ -93,6 +93,51 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers_and_a_complete_folder_
   (tmp_path / "two" / "data-00001-of-00003.array_record").unlink()
   with pytest.raises(ValueError, match="lacks 1 files now, such as data-00001-of-00003"):
     convert(shards, tmp_path / "two")
+
+
+def test_a_source_that_changed_is_refused(shards, tmp_path, monkeypatch):
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  output = tmp_path / "out"
+  convert(shards, output, shards=2, workers=1)
+  monkeypatch.setattr(convert_lib, "_finish", killed)
+  with pytest.raises(KeyboardInterrupt):
+    convert(shards, tmp_path / "half", shards=2, workers=1)
+  monkeypatch.undo()
+  tar = (tmp_path / "0.tar").read_bytes()
+  (tmp_path / "0.tar").write_bytes(tar.replace(b"caption 6", b"CAPTION 6"))
+  for folder in (output, tmp_path / "half"):
+    before = contents(folder)
+    with pytest.raises(ValueError, match=f"{folder} holds webdataset:.* as it was before its files changed: delete"):
+      convert(shards, folder, workers=1)
+    assert contents(folder) == before
+
+
+def test_files_that_another_process_writes_are_left_alone(tmp_path):
+  output = tmp_path / "out"
+  plan = convert_lib._plan(open_scenes("test/10/16"), output, 1)
+  (output / ".data-00000-of-00001.array_record.1.tmp").write_bytes(b"of a process that was killed")
+  with convert_lib._temporary(output / "other") as theirs:
+    inode = theirs.stat().st_ino
+    writer = convert_lib.array_record_module.ArrayRecordWriter(str(theirs), convert_lib.WRITER_OPTIONS)
+    assert convert("scenes:test/10/16", output, workers=1)["shards"] == plan["shards"]
+    assert theirs.stat().st_ino == inode  # the writer keeps the file that is locked
+    writer.close()
+  assert sorted(contents(output)) == ["classnames.txt", "data-00000-of-00001.array_record", "dataset.json"]
+
+
+def test_a_sample_is_bad_by_the_rules_of_training(monkeypatch):
+  def unreadable(*_):
+    raise OSError("no such thing")
+
+  source = open_scenes("test/10/16")
+  assert convert_lib.read(source, 3)[1].shape == (16, 16, 3)
+  monkeypatch.setattr(type(source), "__getitem__", unreadable)
+  for read in (lambda: convert_lib.read(source, 3), lambda: pipeline.Mixture((source,)).read((0, 3))):
+    with pytest.raises(sources.BadSample, match="scenes:test/10/16: .*3: no such thing") as error:
+      read()
+    assert error.value.kind == "missing file"
 
 
 def test_pixels_become_png(tmp_path):
@@ -187,6 +232,8 @@ def test_the_number_of_files_follows_from_the_size(tmp_path, monkeypatch, limit,
   size = sum(len(convert_lib._record(source, index)) for index in range(300))
   assert 430_000 < size < 470_000
   assert convert_lib._plan(source, tmp_path / "out", None)["shards"] == expected
+  monkeypatch.setattr(convert_lib, "_MAX_SHARDS", 4)
+  assert convert_lib._plan(source, tmp_path / "few", None)["shards"] == min(expected, 4)
 
 
 def test_what_the_user_can_mend_is_one_line(shards, tmp_path, capsys):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from pathlib import Path
 import threading
+import time
 
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
@@ -44,6 +45,61 @@ def test_patterns_find_files(folder):
   assert names(folder, "a-{09..09}.bin::a-1?.bin::a-08.bin") == ["a-09.bin", "a-10.bin", "a-08.bin"]
   assert names(folder.rpartition("/")[0], f"{folder.rpartition('/')[2]}/**/a-0[89].bin") == ["a-08.bin", "a-09.bin"]
   assert all(files.exists(path) for path in files.expand(f"{folder}/*.bin"))
+
+
+@pytest.mark.parametrize(
+  ("pattern", "expected"),
+  [  # as bash expands them
+    ("{b,a}-0", ["b-0", "a-0"]),
+    ("{a-{08..10},val}.tar", ["a-08.tar", "a-09.tar", "a-10.tar", "val.tar"]),
+    ("{a,{b,{c,d}}}{1..2}", ["a1", "a2", "b1", "b2", "c1", "c2", "d1", "d2"]),
+    ("x{,-y}", ["x", "x-y"]),
+    ("{x}-{a,b}", ["{x}-a", "{x}-b"]),
+    ("{x{a,b}}", ["{xa}", "{xb}"]),
+    ("{a-{1..2}", ["{a-1", "{a-2"]),
+    ("a}b", ["a}b"]),
+  ],
+)
+def test_braces_are_those_of_a_shell(pattern, expected):
+  assert files._braces(pattern) == expected
+
+
+def test_alternatives_find_files(folder):
+  assert names(folder, "a-{10,08}.bin") == ["a-10.bin", "a-08.bin"]
+  assert names(folder, "{a-0*,a-10}.bin") == ["a-08.bin", "a-09.bin", "a-10.bin"]
+  with pytest.raises(FileNotFoundError, match="no file matches .*a-11.bin"):
+    names(folder, "a-{10,11}.bin")
+
+
+def test_a_local_path_that_exists_is_found_whatever_characters_it_has(tmp_path):
+  inside = tmp_path / "[x] {a,b}"
+  inside.mkdir()
+  for name in ("v-0.tar", "v-1.tar", "w[1]*?{0..1}.tar"):
+    (inside / name).write_bytes(b"")
+  assert names(str(inside), "v-0.tar") == ["v-0.tar"]
+  assert names(str(inside), "w[1]*?{0..1}.tar") == ["w[1]*?{0..1}.tar"]
+  plain = tmp_path / "[x]"
+  plain.mkdir()
+  for number in range(2):
+    (plain / f"v-{number}.tar").write_bytes(b"")
+  assert names(str(plain), "v-{0..1}.tar") == ["v-0.tar", "v-1.tar"]
+  assert names(str(plain), "v-*.tar") == ["v-0.tar", "v-1.tar"]
+
+
+def test_a_range_lists_its_folder_once(tmp_path, monkeypatch):
+  for number in range(50):
+    (tmp_path / f"a-{number:02d}.bin").write_bytes(b"")
+  asked = []
+  isfile, globbed = os.path.isfile, files.glob.glob
+  monkeypatch.setattr(os.path, "isfile", lambda path: asked.append(path) or isfile(path))
+  monkeypatch.setattr(files.glob, "glob", lambda *given, **more: asked.append(given) or globbed(*given, **more))
+  assert len(files.expand(f"{tmp_path}/a-{{00..49}}.bin")) == 50
+  assert asked == [f"{tmp_path}/a-{{00..49}}.bin"]
+
+
+def test_the_names_in_a_folder(folder):
+  assert files.names(folder) == files.names(f"{folder}/") == ["a-08.bin", "a-09.bin", "a-10.bin"]
+  assert files.names(f"{folder}/nowhere") == []
 
 
 @pytest.mark.parametrize("pattern", ["a-{08..11}.bin", "a-11.bin", "b-*.bin", "", "*/*.bin"])
@@ -167,6 +223,53 @@ def test_a_server_that_fails_is_asked_again(monkeypatch):
   assert asked == [("/bucket/a", 5, 15)] * 3
 
 
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("size", [4, None])
+def test_a_network_disk_that_fails_is_asked_again_with_a_new_descriptor(tmp_path, monkeypatch, number, size):
+  def fail(use):
+    def failing(*given, **more):
+      descriptors.append(given[0])
+      if len(descriptors) < 3:
+        raise OSError(number, os.strerror(number))
+      return use(*given, **more)
+
+    return failing
+
+  path, descriptors = tmp_path / "a", []
+  path.write_bytes(b"0123456789")
+  files.read(str(path), 0, 1)
+  before = files._OPEN.get(str(path))
+  monkeypatch.setattr(files, "_PAUSES", (0.0, 0.0))
+  if size is None:
+    monkeypatch.setattr(files, "open", fail(open), raising=False)
+  else:
+    monkeypatch.setattr(files.os, "pread", fail(os.pread))
+  assert files.read(str(path), 2, size) == b"0123456789"[2:][:size]
+  assert len(descriptors) == 3
+  assert (files._OPEN.get(str(path)) is before) == (size is None)
+
+
+@pytest.mark.parametrize(("name", "error"), [("nowhere", FileNotFoundError), ("", IsADirectoryError)])
+def test_what_will_not_pass_is_told_at_once(tmp_path, monkeypatch, name, error):
+  monkeypatch.setattr(files.time, "sleep", lambda _: pytest.fail("waited"))
+  for size in (None, 3):
+    with pytest.raises(error):
+      files.read(f"{tmp_path}/{name}", 0, size)
+
+
+def test_the_stamp_of_a_stale_file_is_taken_anew(tmp_path, monkeypatch):
+  def stale(_):
+    raise OSError(errno.ESTALE, "stale")
+
+  path = tmp_path / "a"
+  path.write_bytes(b"old")
+  files.read(str(path), 0, 3)
+  with monkeypatch.context() as patch:
+    patch.setattr(files.os, "fstat", stale)
+    stamp = files.stamp(str(path))
+  assert stamp[0] == 3
+
+
 def test_a_server_that_ignores_ranges_is_an_error(monkeypatch):
   monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *_, **__: BODY)
   with pytest.raises(OSError, match="memory://bucket/a: the server ignores ranges"):
@@ -177,6 +280,9 @@ def test_classnames_lie_beside_a_file(folder):
   assert files.classnames(f"{folder}/a-08.bin") == ()
   with fsspec.open(f"{folder}/classnames.txt", "wb") as file:
     file.write(b"dog\n hot dog \n\n")
+  assert files.classnames(f"{folder}/a-08.bin") == ("dog", "hot dog", "")  # samples may be of class 2
+  with fsspec.open(f"{folder}/classnames.txt", "wb") as file:
+    file.write(b"dog\nhot dog")
   assert files.classnames(f"{folder}/a-08.bin") == ("dog", "hot dog")
 
 
@@ -204,6 +310,16 @@ def test_an_interrupted_build_leaves_nothing(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     files.index(1, f"{tmp_path}/a", build, ".txt")
   assert list((tmp_path / ".declip_jax").iterdir()) == []
+
+
+def test_what_a_killed_builder_left_is_deleted_after_a_day(tmp_path):
+  folder = tmp_path / ".declip_jax"
+  folder.mkdir()
+  for name, age in [(".old0.npy", 25), (".new0.npy", 23), ("index.npy", 1000)]:
+    (folder / name).write_bytes(b"half")
+    os.utime(folder / name, (time.time() - 3600 * age,) * 2)
+  files.index(1, f"{tmp_path}/a", lambda path: path.write_text("whole"), ".txt")
+  assert sorted(path.name for path in folder.iterdir() if path.suffix == ".npy") == [".new0.npy", "index.npy"]
 
 
 def test_an_index_goes_elsewhere_when_the_disk_is_full_but_not_when_the_data_are_bad(tmp_path, cache):

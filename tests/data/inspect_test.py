@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from declip_jax.data import inspect
 from declip_jax.data.inspect import guess, look, main
 from declip_jax.data.sources.scenes import open_scenes
 
@@ -102,6 +103,8 @@ def touch(folder: Path, *names: str) -> None:
     (["a/b/c/1.jpg", "a/b/captions.json"], "", "folder:"),
     (["1.webp", "notes.json"], "", "folder:"),
     (["1.jpg", "metadata.csv"], "", "table:*.csv"),
+    (["a/1.avif"], "", "folder:"),
+    (["a/1.ppm"], "", "folder:"),
   ],
 )
 def test_a_bare_path_is_recognised(tmp_path, names, path, spec):
@@ -131,6 +134,44 @@ def test_a_spec_and_a_url():
   assert guess("heldout:1%:webdataset:/x/*.tar") == "heldout:1%:webdataset:/x/*.tar"
   fsspec.filesystem("memory").pipe("/bucket/data/s.tar", b"")
   assert guess("memory://bucket/data/*.tar") == "webdataset:memory://bucket/data/*.tar"
+  assert guess("memory://bucket/data/") == guess("memory://bucket/data") == "webdataset:memory://bucket/data/*.tar"
+  fsspec.filesystem("memory").pipe("/bucket/images/1.jpg", b"")
+  assert guess("memory://bucket/images") == "folder:memory://bucket/images"
+  fsspec.filesystem("memory").pipe("/bucket/other/a.bin", b"")
+  with pytest.raises(ValueError, match=r"memory://bucket/other: no data set is recognised, there is 1 \.bin"):
+    guess("memory://bucket/other")
+  with pytest.raises(FileNotFoundError, match="no file matches memory://bucket/nowhere"):
+    guess("memory://bucket/nowhere")
+
+
+def test_a_file_url_is_a_local_path(tmp_path):
+  touch(tmp_path, "a.tar")
+  assert guess(f"file://{tmp_path}") == f"webdataset:{tmp_path}/*.tar"
+  assert guess(f"file://{tmp_path}/a.tar") == f"webdataset:file://{tmp_path}/a.tar"
+
+
+def test_a_folder_with_brackets(tmp_path):
+  touch(tmp_path, "[x]/a.tar")
+  spec = guess(f"{tmp_path}/[x]")
+  assert spec == f"webdataset:{tmp_path}/[x]/*.tar"
+  assert guess(spec.partition(":")[2]) == spec
+
+
+def test_an_unknown_kind_is_told_with_the_known_ones(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  touch(tmp_path, "semi.csv", "odd:name.csv")
+  with pytest.raises(ValueError, match=r"tabel:semi\.csv: no kind 'tabel' of source .*kinds are scenes, .*table"):
+    guess("tabel:semi.csv")
+  assert guess("odd:name.csv") == "table:odd:name.csv"
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(inspect, "look", interrupted)
+  assert main(["scenes:test/10"]) == 130
+  assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize(

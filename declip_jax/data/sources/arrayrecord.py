@@ -2,16 +2,17 @@
 
 A record is a msgpack map of the fields of `Example`: `image` (an encoded file, bytes), `captions` (list of str),
 `label` (int, -1 for none), `id` (str, where the sample came from before). Files have one record in a group and no
-compression, for images are compressed already: to read a record is one access to the disk, and a damaged one costs no
-other.
+compression, for images are compressed already: to read a record of an open file is one access to the disk, and a
+damaged one costs no other. To open a file is a read of about 1 MiB from its end, so a process keeps as many open as
+half its descriptors (`ulimit -n`), 128 at least; where there are more files than that, most reads open one first.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache, partial
 import json
 from pathlib import Path
+import resource
 from typing import Any
 
 from array_record.python import array_record_module
@@ -24,9 +25,14 @@ from declip_jax.data.sources.base import BadSample, Example
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
 _READER_BUFFER = 2**15  # bytes
-_OPEN_READERS = 128  # per process and source; to open one takes 0.4 ms
 _INDEX_FORMAT = 1
 _THREADS = 32
+
+
+def _most_readers() -> int:
+  """How many files a process keeps open, of all its sources."""
+  limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+  return 2**16 if limit == resource.RLIM_INFINITY else max(limit // 2, 128)
 
 
 class ArrayRecord:
@@ -39,12 +45,16 @@ class ArrayRecord:
   @cached_property
   def _files(self) -> tuple[list[str], list[int]]:
     """Paths, and how many records there are in each and all those before it."""
-    about = json.loads(self._index.read_text())
-    return about["files"], np.cumsum(about["counts"]).tolist()
+    try:
+      about = json.loads(self._index.read_text())
+      return about["files"], np.cumsum(about["counts"]).tolist()
+    except (ValueError, LookupError, TypeError) as error:
+      raise ValueError(f"{self._index}: a damaged index ({error}): delete it, and it is built anew") from error
 
-  @cached_property
-  def _reader(self) -> Callable[[str], Any]:
-    return lru_cache(_OPEN_READERS)(open_reader)  # a reader may be used by several threads
+  @property
+  def stamp(self) -> str:
+    """Changes when the files do."""
+    return self._index.stem
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
@@ -72,7 +82,7 @@ class ArrayRecord:
     position = index - (ends[file - 1] if file else 0)
     place = f"{paths[file]}, record {position}"
     try:
-      reader = self._reader(paths[file])
+      reader = _reader(paths[file], self.stamp)
     except (ValueError, OSError) as error:
       raise BadSample("missing file", f"{place}: {error}") from error
     try:
@@ -135,6 +145,12 @@ def open_reader(path: str) -> Any:
   if not reader.ok():
     raise ValueError(f"{path}: no complete ArrayRecord file: cut off, damaged at its end or of another format")
   return reader
+
+
+@lru_cache(_most_readers())
+def _reader(path: str, stamp: str) -> Any:
+  """An open file, of the state that a stamp tells, for all sources and threads of this process."""
+  return open_reader(path)
 
 
 def _build(path: Path, paths: list[str]) -> None:

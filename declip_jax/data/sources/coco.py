@@ -23,8 +23,8 @@ _PROBED = 3  # images to look for in a folder: single ones may be missing
 def open_coco(location: str) -> rows.Rows:
   """Opens "ANNOTATIONS.json", or "ANNOTATIONS.json?split=test&root=FOLDER", either of them.
 
-  A sample is an image with all its captions, in the order of the file. Images without captions are left out and
-  counted, and so are captions of unknown images. The file is parsed as a whole, once, with some 8 times its size in
+  A sample is an image with all its captions, in the order of the file. Images without captions or an id are left out
+  and counted, and so are captions of unknown images. The file is parsed as a whole, once, with some 8 times its size in
   memory.
 
   Args:
@@ -34,7 +34,8 @@ def open_coco(location: str) -> rows.Rows:
 
   Raises:
     FileNotFoundError: no such file, or its images are not found; the message says where they were looked for.
-    ValueError: the file has no captions, or `split` is missing, unknown or out of place.
+    ValueError: the file has no captions, an element of its lists is no object, or `split` is missing, unknown or out
+      of place.
   """
   name = f"coco:{location}"
   place, wanted = rows.parse(location, ("split", "root"))
@@ -56,10 +57,10 @@ def _rows(path: str, split: str | None) -> Iterator[Row | BadSample]:
   except ValueError as error:
     raise ValueError(f"{path}: no JSON: {error}") from None
   content = content if isinstance(content, dict) else {}
-  images, annotations = content.get("images"), content.get("annotations")
-  if isinstance(images, list) and any("sentences" in image for image in images):
+  images, annotations = (_objects(content, name, path) for name in ("images", "annotations"))
+  if any("sentences" in image for image in images):
     return _karpathy_rows(images, split, path)
-  if not isinstance(images, list) or not any("caption" in annotation for annotation in annotations or ()):
+  if not any("caption" in annotation for annotation in annotations):
     raise ValueError(
       f"{path}: expected images and annotations with captions, as in captions_train2017.json, or images with sentences,"
       f" as in dataset_coco.json; got {list(content) or 'no object'}"
@@ -69,29 +70,45 @@ def _rows(path: str, split: str | None) -> Iterator[Row | BadSample]:
   return _coco_rows(images, annotations, path)
 
 
+def _objects(content: Mapping[str, Any], name: str, path: str) -> list[Mapping[str, Any]]:
+  """A list of objects, empty if there is none."""
+  listed = content.get(name)
+  for number, element in enumerate(listed if isinstance(listed, list) else ()):
+    if not isinstance(element, dict):
+      raise ValueError(f"{path}: expected an object, but {name}[{number}] is {element!r:.80}")
+  return listed if isinstance(listed, list) else []
+
+
 def _coco_rows(
   images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], path: str
 ) -> Iterator[Row | BadSample]:
-  captions: dict[Any, list[Any]] = {image["id"]: [] for image in images}
+  captions: dict[int | str, list[Any]] = {image["id"]: [] for image in images if _has_id(image, "id")}
   for annotation in annotations:
-    known = captions.get(annotation.get("image_id"))
+    known = captions.get(annotation["image_id"]) if _has_id(annotation, "image_id") else None
     if known is None:
-      yield BadSample("damaged record", f"{path}: annotation of an unknown image: {annotation}")
+      yield BadSample("damaged record", f"{path}: annotation of an unknown image: {annotation!r:.200}")
     else:
       known.append(annotation.get("caption"))
-  for image in images:
-    yield _row(image["id"], image.get("file_name"), captions[image["id"]], f"{path}, image {image['id']}")
+  for number, image in enumerate(images):
+    if _has_id(image, "id"):
+      yield _row(image["id"], image.get("file_name"), captions[image["id"]], f"{path}, image {image['id']}")
+    else:
+      yield BadSample("damaged record", f"{path}: images[{number}] has no number or text as its id: {image!r:.200}")
+
+
+def _has_id(element: Mapping[str, Any], name: str) -> bool:
+  return isinstance(element.get(name), int | str)
 
 
 def _karpathy_rows(images: Sequence[Mapping[str, Any]], split: str | None, path: str) -> Iterator[Row | BadSample]:
-  counts = Counter(image.get("split") for image in images)
+  counts = Counter(str(image.get("split")) for image in images)
   wanted = set(split.split("+")) if split else set()
   if not wanted or not wanted <= counts.keys():
     raise ValueError(f"{path}: split={split}; choose with ?split=NAME, or NAME+NAME, from {dict(counts)} images")
   for number, image in enumerate(images):
-    if image.get("split") in wanted:
-      name = "/".join(filter(None, (image.get("filepath"), image.get("filename"))))
-      captions = [sentence.get("raw") for sentence in image.get("sentences", ())]
+    if str(image.get("split")) in wanted:
+      name = "/".join(map(str, filter(None, (image.get("filepath"), image.get("filename")))))
+      captions = [sentence.get("raw") for sentence in _objects(image, "sentences", f"{path}: images[{number}]")]
       yield _row(image.get("imgid", number), name, captions, f"{path}, image {number}")
 
 

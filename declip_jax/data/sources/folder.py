@@ -6,12 +6,13 @@ import hashlib
 import os
 from typing import NamedTuple
 
+from absl import logging
+
 from declip_jax.data import files
 from declip_jax.data.sources import rows
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.rows import Row
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jfif")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -34,7 +35,7 @@ class Folder(rows.Rows):
 
   def _captions(self, row: Row) -> tuple[str, ...]:
     """The lines of the text beside an image: a row has the name of that text for its caption."""
-    texts = (files.read(self._at(row, name)).decode("utf-8-sig", "replace") for name in row.captions)
+    texts = (_decoded(path, files.read(path)) for path in (self._at(row, name) for name in row.captions))
     return tuple(line.strip() for text in texts for line in text.splitlines() if line.strip())
 
 
@@ -43,27 +44,36 @@ def open_folder(location: str) -> Folder:
 
   If texts lie beside images, NAME.txt by NAME.jpg, each line of theirs that is not blank is a caption (while a text in
   a WebDataset is one caption), and there are no classes. Otherwise the folders at the top are the classes, in
-  alphabetical order as in torchvision; a classnames.txt among them may give better names, line i for class i. If there
-  are no folders either, there are images alone. Hidden files are passed over.
+  alphabetical order as in torchvision, which refuses one without an image too: were it passed over, those behind it
+  would have other numbers than in another split. A classnames.txt among them may give better names, line i for class i.
+  If there are no folders with images either, there are images alone. Hidden files are passed over. Links are followed,
+  but for those that lead back to a folder that they lie in.
 
   The folder is listed each time it is opened, and its index is named by the names of its files, so it follows them.
   What a text says is read with its image.
 
   Raises:
     FileNotFoundError: no such folder, or no image in it.
-    ValueError: its folders are called "train" and "val" rather than as classes, or classnames.txt has too few lines.
+    OSError: a folder in it cannot be listed.
+    ValueError: its folders are called "train" and "val" rather than as classes, one of them holds no image, or
+      classnames.txt has too few lines.
   """
   name = f"folder:{location}"
   place, _ = rows.parse(location, ())
   folder = rows.absolute(place)
-  digest, classes, captioned = hashlib.sha256(), set(), False
+  digest, tops, classes, captioned = hashlib.sha256(), set(), set(), False
   for found in _listing(folder):
     digest.update(repr((found.path, found.images, sorted(found.texts))).encode())
     captioned = captioned or any(_text_of(image) in found.texts for image in found.images)
-    if found.path and found.images:
-      classes.add(found.path.partition("/")[0])
+    top = found.path.partition("/")[0]
+    tops |= {top} - {""}
+    classes |= {top} - {""} if found.images else set()
   if classes and classes <= _SPLITS and not captioned:
     raise ValueError(f"{name}: {', '.join(sorted(classes))} are no classes; open {place.rstrip('/')}/{min(classes)}")
+  if classes and classes < tops and not captioned:
+    empty = sorted(tops - classes)
+    few = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+    raise ValueError(f"{name}: no image in {few}, but each folder is a class; remove those that are none")
   numbers = {} if captioned else {top: number for number, top in enumerate(sorted(classes))}
   index = rows.index_rows(name, [f"{folder}/"], ["folder", digest.hexdigest()], lambda: _rows(folder, numbers))
   return rows.probed(Folder(name, index))
@@ -88,17 +98,29 @@ def _listing(folder: str) -> Iterator[_Files]:
   empty = True
   for path, names in _remote_folders(folder) if files.is_url(folder) else _local_folders(folder):
     visible = [name for name in names if not name.startswith(".")]
-    images = sorted(name for name in visible if name.lower().endswith(_SUFFIXES))
+    images = sorted(name for name in visible if name.lower().endswith(files.IMAGE_SUFFIXES))
     empty = empty and not images
     yield _Files(path, images, {name for name in visible if name.endswith(".txt")})
   if empty:
-    raise FileNotFoundError(f"{folder}: no such folder, or no image in it, {' '.join(_SUFFIXES)}")
+    raise FileNotFoundError(f"{folder}: no such folder, or no image in it, {' '.join(files.IMAGE_SUFFIXES)}")
 
 
-def _local_folders(folder: str) -> Iterator[tuple[str, list[str]]]:
-  for path, folders, names in os.walk(folder, followlinks=True):  # classes may be links, as in subsets of ImageNet
-    folders[:] = sorted(name for name in folders if not name.startswith("."))
-    yield os.path.relpath(path, folder).removeprefix("."), names
+def _local_folders(
+  folder: str, path: str = "", above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[tuple[str, list[str]]]:
+  """Folder after folder; os.walk passes over those that it cannot list, and goes round in a cycle of links."""
+  stat = os.stat(f"{folder}/{path}")
+  if (stat.st_dev, stat.st_ino) in above:
+    return
+  names, folders = [], []
+  with os.scandir(f"{folder}/{path}") as entries:
+    for entry in entries:
+      (folders if entry.is_dir() else names).append(entry.name)  # a link to a folder too, as in subsets of ImageNet
+  yield path, names
+  for name in sorted(folders):
+    if not name.startswith("."):
+      inner = f"{path}/{name}" if path else name
+      yield from _local_folders(folder, inner, above | {(stat.st_dev, stat.st_ino)})
 
 
 def _remote_folders(folder: str) -> Iterator[tuple[str, list[str]]]:
@@ -116,3 +138,12 @@ def _within(url: str) -> str:
 
 def _text_of(image: str) -> str:
   return f"{os.path.splitext(image)[0]}.txt"
+
+
+def _decoded(path: str, text: bytes) -> str:
+  encoding = rows.encoding_of(text)
+  try:
+    return text.decode(encoding)
+  except UnicodeDecodeError as error:
+    logging.log_first_n(logging.WARNING, "%s is not UTF-8, nor may others be: %s", 1, path, error)
+    return text.decode(encoding, "replace")

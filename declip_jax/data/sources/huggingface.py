@@ -77,10 +77,9 @@ def open_huggingface(location: str) -> HuggingFace:
 
   Raises:
     FileNotFoundError: there is no saved data set.
-    ImportError: `datasets` is not installed.
-    ValueError: the split or a column is unknown, or the choice of one is not clear.
+    ValueError: the split or a column is unknown, the choice of one is not clear, or `datasets` is not installed.
   """
-  place, wanted = rows.parse(location, _ROLES)
+  place, wanted = rows.parse(location, _ROLES, "PATH or PATH:SPLIT")
   path, split = _LOCATION.fullmatch(place).groups()
   datasets, name = _import_datasets(), f"huggingface:{location}"
   try:
@@ -114,8 +113,8 @@ def from_huggingface(
     name: for messages.
 
   Raises:
-    ImportError: `datasets` is not installed.
-    ValueError: it is no such data set, a column is unknown, or the choice of one is not clear.
+    ValueError: it is no such data set, a column is unknown, the choice of one is not clear, or `datasets` is not
+      installed.
   """
   given = {"image": image, "caption": caption, "label": label}
   prepared, columns = _prepare(name, dataset, {role: column for role, column in given.items() if column is not None})
@@ -126,7 +125,7 @@ def _import_datasets() -> Any:
   try:
     import datasets
   except ImportError as error:
-    raise ImportError(f"{error}; install it with: pip install declip_jax[huggingface]") from error
+    raise ValueError(f"{error}: a data set of Hugging Face needs pip install 'declip_jax[huggingface]'") from error
   return datasets
 
 

@@ -6,6 +6,7 @@ and neither the process nor a pickle holds anything that grows with the list. It
 so that position i is a division away; what is known only at the end stands as JSON at a last, empty batch.
 """
 
+import codecs
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -14,6 +15,8 @@ import json
 import os
 from pathlib import Path
 import re
+import sys
+import time
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -38,10 +41,11 @@ CAPTION_NAMES = ("caption", "captions", "text", "texts", "txt", "title", "senten
 CAPTION_NAMES += ("alt_text", "alt", "comment", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "class_id", "class_index", "target", "category", "category_id")
 
-_FORMAT = 1  # part of the name of an index: raise it when its columns, or the rules of any list for its rows, change
+_FORMAT = 2  # part of the name of an index: raise it when its columns, or the rules of any list for its rows, change
 _BATCH = 4096  # rows; the builder holds one batch
 _BATCH_WITH_IMAGES = 64
 _LOGGED = 5  # of the samples left out; all of them are counted
+_SILENCE = 10.0  # seconds between two reports of how far an index is
 _MOST_CLASSES = 100_000  # more are no classes, but the numbers or names of samples
 _SCHEMA = pa.schema(
   [
@@ -66,7 +70,7 @@ class Row(NamedTuple):
     path: of the image, absolute, a URL or relative to a root; None if the rest tells where it is.
     image: the encoded file, if the list holds it.
     captions: stripped, none of them empty.
-    label: a whole number, also as text, or the name of a class; None or negative for none.
+    label: a whole number, also as text, or the name of a class; None or a negative number for none.
     label_name: the name of that class, where the label is a number.
   """
 
@@ -94,7 +98,13 @@ class Rows:
 
   @cached_property
   def _batches(self) -> pa.ipc.RecordBatchFileReader:
-    return pa.ipc.open_file(pa.memory_map(str(self._index)))
+    try:
+      return pa.ipc.open_file(pa.memory_map(str(self._index)))
+    except (pa.ArrowException, OSError) as error:
+      if isinstance(error, OSError) and error.errno is not None:  # of the system; those of Arrow have none
+        raise
+      damage = f"{self.name}: its index {self._index} is damaged: {one_line(error)}"
+      raise ValueError(f"{damage}; delete it, and the next to open the list builds it anew") from None
 
   @cached_property
   def _about(self) -> dict[str, Any]:
@@ -112,6 +122,11 @@ class Rows:
   def skipped(self) -> dict[str, int]:
     """Samples that the list describes wrongly or without a caption, counted when it was indexed."""
     return dict(self._about["skipped"])
+
+  @property
+  def stamp(self) -> str:
+    """Changes when the list does."""
+    return self._index.stem
 
   def __len__(self) -> int:
     return self._about["count"]
@@ -205,8 +220,8 @@ def probed(source: Rows) -> Rows:
   raise FileNotFoundError(f"{source.name}: {tried}; ?root=FOLDER says where they are")
 
 
-def parse(location: str, legal: Sequence[str]) -> tuple[str, dict[str, str]]:
-  """Splits PLACE?name=value&name=value.
+def parse(location: str, legal: Sequence[str], form: str = "PLACE") -> tuple[str, dict[str, str]]:
+  """Splits PLACE?name=value&name=value; `form` is what a place looks like, for messages.
 
   Raises:
     ValueError: the place is empty, or a name is not one of `legal`.
@@ -216,7 +231,7 @@ def parse(location: str, legal: Sequence[str]) -> tuple[str, dict[str, str]]:
   wanted = dict(choice.split("=", 1) for choice in re.split(r"&(?=[a-z_]+=)", query or "") if choice)
   if not place or not wanted.keys() <= set(legal):
     expected = "&".join(f"{name}=.." for name in legal)
-    raise ValueError(f"bad location {location!r}: expected PLACE" + (f", then any of ?{expected}" if legal else ""))
+    raise ValueError(f"bad location {location!r}: expected {form}" + (f", then any of ?{expected}" if legal else ""))
   return place, wanted
 
 
@@ -265,6 +280,16 @@ def absolute(folder: str) -> str:
   return os.path.abspath(os.path.expanduser(folder.removeprefix("file://"))).rstrip("/")
 
 
+def encoding_of(start: bytes) -> str:
+  """The encoding of a text, by its first two bytes: UTF-16 with a byte order mark, else UTF-8."""
+  return "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def one_line(error: Exception) -> str:
+  """What an error says; Arrow says it in several lines."""
+  return " ".join(str(error).split())
+
+
 def root_of(wanted: Mapping[str, str]) -> str | None:
   """The root that a query gives; None if it gives none."""
   return absolute(wanted["root"]) if wanted.get("root") else None
@@ -280,7 +305,7 @@ def _build(path: Path, name: str, paths: Sequence[str], rows: Callable[[], Itera
   skipped: Counter[str] = Counter()
   numbers: dict[int | str, int] = {}  # of labels, as they appear
   names: dict[int | str, str] = {}
-  count, usable = 0, _usable(rows(), skipped)
+  count, usable, reported = 0, _usable(rows(), skipped), time.monotonic()
   first = next(usable, None)
   if first is None:
     raise ValueError(f"{name}: no usable sample, skipped {dict(skipped)}")
@@ -290,6 +315,9 @@ def _build(path: Path, name: str, paths: Sequence[str], rows: Callable[[], Itera
     while batch := list(itertools.islice(usable, size)):
       writer.write_batch(_batch([(*_encoded(row), _number(row, numbers, names)) for row in batch]))
       count += len(batch)
+      if time.monotonic() - reported >= _SILENCE:
+        reported = time.monotonic()
+        print(f"indexing {name}, once: {count} samples so far", file=sys.stderr, flush=True)
       if len(numbers) > _MOST_CLASSES:
         few = ", ".join(map(repr, list(numbers)[:3]))
         raise ValueError(f"{name}: over {_MOST_CLASSES} labels ({few}, ...) are no classes; choose none with ?label=")
@@ -336,7 +364,7 @@ def _batch(rows: Sequence[tuple[Any, ...]]) -> pa.RecordBatch:
 def _number(row: Row, numbers: dict[int | str, int], names: dict[int | str, str]) -> int:
   """The number of a row's label among those that appeared so far, -1 for no label."""
   label = row.label
-  if label is None or (isinstance(label, int) and label < 0) or label in ("", "-1"):
+  if label is None or (isinstance(label, int) and label < 0):
     return -1
   if row.label_name and label not in names:
     names[label] = row.label_name

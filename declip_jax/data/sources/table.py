@@ -6,17 +6,20 @@
 | .jsonl .ndjson .json | one object a line, or one array of objects |
 | .parquet .pq | as it says |
 
-All but Parquet may be compressed as .gz. Text is UTF-8, or UTF-16 with a byte order mark. A line that does not parse is
-left out and counted, with its number in the log, and the next one is read as if nothing had been: an unbalanced quote
-is text, and does not swallow the lines behind it.
+All but Parquet may be compressed as .gz. Text is UTF-8, or UTF-16 with a byte order mark, or what `encoding` says. A
+byte that is not is an error, and not a line left out, for it tells that the whole table is in another encoding. A line
+that does not parse is left out and counted, with its number in the log, and the next one is read as if nothing had
+been: an unbalanced quote is text, and does not swallow the lines behind it.
 
 This is also the form of DeCLIP's metadata (data/datasets/clip_dataset.py there): JSON lines of `filename`, `caption`, a
 text or a list, and `label` and `label_name` for evaluation, with paths relative to a folder. There only the first
 caption of a list is used, and captions with CJK characters are passed over; here all captions count.
 """
 
+import codecs
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+import contextlib
 import csv
 import gzip
 import io
@@ -24,6 +27,7 @@ import itertools
 import json
 import re
 from typing import Any, BinaryIO, NamedTuple, TextIO
+import zlib
 
 from absl import logging
 import pyarrow as pa
@@ -35,7 +39,7 @@ from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.rows import Row
 
 _LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
-_ROLES = ("image", "caption", "label", "label_name", "root")
+_ROLES = ("image", "caption", "label", "label_name", "encoding", "root")
 _SEPARATORS = ",\t;|"
 _LONGEST_HEADER = 2**16
 _QUOTED_LINES = 100  # that one quoted field may span
@@ -60,11 +64,14 @@ class _Columns(NamedTuple):
 def open_table(location: str) -> rows.Rows:
   """Opens "PATTERN", or "PATTERN?image=COLUMN&caption=COLUMN,COLUMN&label=COLUMN&label_name=COLUMN&root=FOLDER".
 
+  All of these may be left out, and `encoding`, such as "&encoding=latin-1", is one more.
+
   Columns that are not given are recognised by their names, such as "filepath" and "title", and the choice is logged;
   "caption=" or "label=" is for none. Captions are a text, a list of texts, also as JSON in a text, or several columns;
   all that are not blank count. Neighbouring lines of the same image and label are one sample with the captions of all,
   as in the tables of Flickr8k and Flickr30k. Labels are whole numbers or names of classes, which are then numbered
   alphabetically; a column such as "label_name" names those that are numbers, or else classnames.txt beside the table.
+  A negative number is no label.
 
   Parquet may hold the images themselves, as bytes or as {bytes, path} like Hugging Face's: these are copied into the
   index once, which takes as much room as they do, because a row of Parquet takes tens of ms to read by itself.
@@ -75,7 +82,8 @@ def open_table(location: str) -> rows.Rows:
 
   Raises:
     FileNotFoundError: no such table, or none of its images is where it says.
-    ValueError: a column is missing or its choice unclear, the kind of file is unknown, or no line is usable.
+    ValueError: a column is missing or its choice unclear, the kind of file is unknown, a file is damaged or in another
+      encoding, or no line is usable.
   """
   name = f"table:{location}"
   place, wanted = rows.parse(location, _ROLES)
@@ -90,15 +98,16 @@ def open_table(location: str) -> rows.Rows:
   return rows.probed(rows.Rows(name, index, rows.root_of(wanted)))
 
 
+@contextlib.contextmanager
 def read_table(
-  stream: BinaryIO, path: str, names: Iterable[str]
-) -> tuple[list[str], Callable[[Iterable[str]], Iterator[_Record]]]:
-  """Reads one table.
+  path: str, names: Iterable[str], encoding: str | None = None
+) -> Iterator[tuple[list[str], Callable[[Iterable[str]], Iterator[_Record]]]]:
+  """Opens one table, for the time of a `with`.
 
   Args:
-    stream: the file, open as long as rows are read.
-    path: its path, whose suffix says of what kind it is.
+    path: its suffix says of what kind it is.
     names: of columns that one would expect, in lower case; they tell which separator a line of column names has.
+    encoding: of text; by default UTF-8, or UTF-16 if it begins with a byte order mark.
 
   Returns:
     Its columns, and a function that reads the rows of those columns that it is given: pairs of a line's number, which
@@ -106,29 +115,29 @@ def read_table(
     of Parquet and elements of an array count from 0.
 
   Raises:
-    ValueError: the kind of file is unknown, or it is not what its name says.
+    ValueError: the kind of file is unknown, it is not what its name says or in another encoding, or it is damaged; the
+      latter two may show as late as in the `with`.
   """
   kind = re.sub(r"\.gz$", "", path.lower()).rpartition(".")[2]
-  if kind in ("parquet", "pq"):
-    return _read_parquet(stream, path)
-  if kind not in ("csv", "tsv", "psv", "txt", "jsonl", "ndjson", "json"):
+  if kind not in ("parquet", "pq", "csv", "tsv", "psv", "txt", "jsonl", "ndjson", "json"):
     raise ValueError(f"{path}: expected a table, .csv, .tsv, .psv, .txt, .jsonl, .ndjson, .json or .parquet")
-  text = _text(gzip.GzipFile(fileobj=stream) if path.lower().endswith(".gz") else stream)
-  columns, records = _read_json(text, path) if "json" in kind else _read_lines(text, path, set(names))
-
-  def read(_: Iterable[str]) -> Iterator[_Record]:
-    with text:  # kept until now: a wrapper that goes closes its stream
-      yield from records
-
-  return columns, read
+  with files.open_stream(path) as stream, _naming(path):
+    if kind in ("parquet", "pq"):
+      yield _read_parquet(stream)
+    else:
+      with _text(_unzipped(stream, path), path, encoding) as text:
+        try:
+          columns, records = _read_json(text, path) if "json" in kind else _read_lines(text, path, set(names))
+          yield columns, lambda _: records
+        except UnicodeDecodeError:
+          raise _undecodable(path, text.encoding) from None
 
 
 def _rows(number: int, path: str, wanted: Mapping[str, str]) -> Iterator[Row | BadSample]:
   """The rows of one table."""
   given = [name.lower() for role in ("image", "caption", "label") for name in wanted.get(role, "").split(",")]
   expected = [*rows.IMAGE_NAMES, *rows.CAPTION_NAMES, *rows.LABEL_NAMES, *given]
-  with files.open_stream(path) as stream:
-    columns, read = read_table(stream, path, expected)
+  with read_table(path, expected, wanted.get("encoding")) as (columns, read):
     chosen = _choose(columns, wanted, path)
     logging.info("%s: %s", path, chosen)
     needed = [column for column in (chosen.image, *chosen.captions, chosen.label, chosen.label_name) if column]
@@ -195,13 +204,16 @@ def captions_of(value: Any) -> list[str]:
 
 
 def _label(value: Any, column: str) -> int | str | None:
-  """A label as number or name; pandas writes whole numbers as 3.0 where others are missing."""
+  """A label as number or name, None for none; pandas writes whole numbers as 3.0 where others are missing."""
   if isinstance(value, str):
-    value = value.strip()
-    return re.sub(r"^(\d+)\.0$", r"\1", value) or None
-  if value is None or value != value:
+    value = re.sub(r"^(-?\d+)\.0+$", r"\1", value.strip())
+    if not value or re.fullmatch(r"-\d+", value):
+      return None
+    if not re.fullmatch(r"-?\d*\.\d+", value):
+      return value
+  elif value is None or value != value:
     return None
-  if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+  elif isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
     return int(value)
   raise BadSample(
     "damaged record", f"expected a whole number or a name for the label in {column!r}, got {_short(value)}"
@@ -224,12 +236,45 @@ def _merged(records: Iterable[Row | BadSample]) -> Iterator[Row | BadSample]:
     yield held
 
 
-def _text(stream: BinaryIO) -> TextIO:
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+  """Makes one line with the file's name of what Arrow and gzip raise for a damaged file."""
+  try:
+    yield
+  except (pa.ArrowException, EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
+    if isinstance(error, OSError) and error.errno is not None:  # of the system; those of Arrow and gzip have none
+      raise
+    raise ValueError(f"{path}: cannot be read: {rows.one_line(error)}") from None
+
+
+def _unzipped(stream: BinaryIO, path: str) -> BinaryIO:
+  return gzip.GzipFile(fileobj=stream) if path.lower().endswith(".gz") else stream
+
+
+def _text(stream: BinaryIO, path: str, encoding: str | None) -> TextIO:
   # Only \n ends a line: a lone \r stands within captions, and \r\n is stripped.
   start = stream.read(2)
   stream.seek(0)
-  encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-  return io.TextIOWrapper(stream, encoding, errors="replace", newline="\n")
+  try:
+    return io.TextIOWrapper(stream, encoding or rows.encoding_of(start), newline="\n")
+  except LookupError as error:
+    raise ValueError(f"{path}: {error}") from None
+
+
+def _undecodable(path: str, encoding: str) -> ValueError:
+  """Says where a text is not in its encoding, which the error of the wrapper does not know."""
+  decoder, line, before = codecs.getincrementaldecoder(encoding)(), 1, 0
+  with files.open_stream(path) as stream:
+    for part in itertools.chain(_unzipped(stream, path), [b""]):
+      before += len(part)
+      try:
+        line += decoder.decode(part, final=not part).count("\n")
+      except UnicodeDecodeError as error:
+        line += error.object[: error.start].count(b"\n")
+        place = before - len(error.object) + error.start
+        found = f"byte {place} of the file, {error.object[error.start]:#04x}, is not {encoding.removesuffix('-sig')}"
+        return ValueError(f"{path}:{line}: {found}; convert the file, or say what it is, as in ?encoding=latin-1")
+  return ValueError(f"{path}: not {encoding}")
 
 
 def _read_lines(text: TextIO, path: str, names: Set[str]) -> tuple[list[str], Iterator[_Record]]:
@@ -329,11 +374,8 @@ def _mapping(value: Any) -> Mapping[str, Any] | str:
   return value if isinstance(value, dict) else f"expected a JSON object, got {_short(value)}"
 
 
-def _read_parquet(stream: BinaryIO, path: str) -> tuple[list[str], Callable[[Iterable[str]], Iterator[_Record]]]:
-  try:
-    table = pq.ParquetFile(stream)
-  except pa.ArrowInvalid as error:
-    raise ValueError(f"{path}: {error}") from None
+def _read_parquet(stream: BinaryIO) -> tuple[list[str], Callable[[Iterable[str]], Iterator[_Record]]]:
+  table = pq.ParquetFile(stream)
 
   def read(columns: Iterable[str]) -> Iterator[_Record]:
     batches = table.iter_batches(_PARQUET_ROWS, columns=list(columns))

@@ -5,18 +5,17 @@ from functools import cached_property
 import os
 import re
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl
 
+from declip_jax.data.sources import rows
 from declip_jax.data.sources.base import BadSample, Example
 
-# A feature goes by its path, "captions/text" for a text within a sequence. A text is a caption if a part of it is here:
-_CAPTION_NAMES = {"caption", "captions", "text", "texts", "title", "sentence", "sentences", "alt_text", "description"}
+_FORM = "NAME:SPLIT or FOLDER:SPLIT"
 # NAME, NAME:VERSION or a folder; then splits such as train[10%:60%]+test, whose slices have colons of their own.
 _LOCATION = re.compile(r"(.+?):((?:\+?[A-Za-z][\w-]*(?:\[[^]]*\])?)+)")
 
 
 class _Fields(NamedTuple):
-  """Paths of the features that play a part, None for none."""
+  """Paths of the features that play a part, "captions/text" for a text within a sequence; None for none."""
 
   image: str
   caption: str | None
@@ -84,18 +83,16 @@ def open_tfds(location: str) -> Tfds:
 
   The image is the one image feature, the label the one class label, the captions the one text or sequence of texts with
   a name such as "caption" or "title". Of several, the one that is called just "image", "label" or "caption" is taken,
-  or say which: "cifar100:train?label=coarse_label". Nothing is ever downloaded.
+  or say which: "cifar100:train?label=coarse_label"; "caption=" or "label=" is for none. Nothing is ever downloaded.
 
   Raises:
     FileNotFoundError: the data set is not prepared, or not for random access; the message says how to prepare it.
     ValueError: the location, the name, the split or a feature is unknown, or the choice of a feature is not clear.
   """
-  place, _, choices = location.partition("?")
-  match, wanted = _LOCATION.fullmatch(place), dict(parse_qsl(choices))
-  if not match or not wanted.keys() <= set(_Fields._fields):
-    raise ValueError(
-      f"bad location {location!r}: expected NAME:SPLIT or FOLDER:SPLIT, then any of ?image=..&caption=..&label=.."
-    )
+  place, wanted = rows.parse(location, _Fields._fields, _FORM)
+  match = _LOCATION.fullmatch(place)
+  if not match:
+    raise ValueError(f"bad location {location!r}: expected {_FORM}")
   builder = _builder(match[1])
   source = Tfds(f"tfds:{location}", str(builder.data_dir), match[2], _fields(builder.info.features, wanted, location))
   len(source)  # an unknown split fails here and not in a worker
@@ -131,12 +128,12 @@ def _fields(features: Mapping[str, Any], wanted: Mapping[str, str], place: str) 
   images = [path for path, feature in leaves if isinstance(feature, tfds.features.Image) and "/" not in path]
   labels = [path for path, feature in leaves if isinstance(feature, tfds.features.ClassLabel) and "/" not in path]
   texts = [path for path, feature in leaves if isinstance(getattr(feature, "feature", feature), tfds.features.Text)]
-  likely = [path for path in texts if not _CAPTION_NAMES.isdisjoint(path.split("/"))]
+  likely = [path for path in texts if not set(rows.CAPTION_NAMES).isdisjoint(path.split("/"))]
   image = _choose("image", wanted, images, images, place)
   fields = _Fields(
     image, _choose("caption", wanted, texts, likely, place), _choose("label", wanted, labels, labels, place)
   )
-  if not image or not (fields.caption or fields.label):
+  if not image or not (fields.caption or fields.label or wanted.get("caption") == ""):
     raise ValueError(
       f"{place}: no image, or neither caption nor label, in {[path for path, _ in leaves]}; texts: {texts}"
     )
@@ -144,10 +141,10 @@ def _fields(features: Mapping[str, Any], wanted: Mapping[str, str], place: str) 
 
 
 def _choose(role: str, wanted: Mapping[str, str], legal: list[str], likely: list[str], place: str) -> str | None:
-  if role in wanted and wanted[role] not in legal:
+  if wanted.get(role) and wanted[role] not in legal:
     raise ValueError(f"{place}: no {role} {wanted[role]!r}, choose from {legal}")
   if role in wanted or role in likely:
-    return wanted.get(role, role)
+    return wanted.get(role, role) or None
   if len(likely) > 1:
     raise ValueError(f"{place}: the {role} may be any of {likely}; choose one with ?{role}={likely[0]}")
   return likely[0] if likely else None

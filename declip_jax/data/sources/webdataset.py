@@ -1,6 +1,7 @@
 """WebDataset tar shards with random access, read where they lie.
 
 A sample is a run of neighbouring members whose paths agree up to the first dot of the file name, webdataset's own rule.
+Where a suffix comes a second time in such a run, another sample begins (webdataset refuses the shard).
 The index keeps one byte span per sample, `[n 3]` int64 of (shard, start, stop). Reading a sample is one `pread`, and
 its tar headers are parsed again in that buffer, so names, sizes and fields take no room in the index. Members that are
 not used (a .npy of features, say) are read along with it.
@@ -16,20 +17,20 @@ own would take longer than their transfer.
 
 | field | members, the first that is there |
 |---|---|
-| image | .jpg .jpeg .png .webp |
+| image | `files.IMAGE_SUFFIXES`: .jpg .jpeg .png .webp and more |
 | captions | a list in .json ("captions", "caption", "text"); else .txt; else a string in .json |
 | label | .cls, a whole number |
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import cached_property, partial
 import io
-import itertools
 import json
 from pathlib import Path
 import re
+import sys
 from typing import Any, BinaryIO, NamedTuple
 
 from absl import logging
@@ -39,10 +40,12 @@ import numpy as np
 from declip_jax.data import files
 from declip_jax.data.sources.base import BadSample, Example
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
+_IMAGES = tuple(suffix.removeprefix(".") for suffix in files.IMAGE_SUFFIXES)
 _CAPTION_KEYS = ("captions", "caption", "text")  # of the .json; img2dataset writes "caption"
-_INDEX_FORMAT = 2  # part of the hash: raise it when the index or the rules for usable samples change
+_INDEX_FORMAT = 3  # part of the hash: raise it when the index or the rules for usable samples change
 _THREADS = 32
+_PROGRESS = 10.0  # seconds between its lines
+_SHOWN = 8  # suffixes that an error lists
 _BLOCK = 512
 _END = bytes(_BLOCK)
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")  # "LENGTH KEY=VALUE\n", where LENGTH counts all of it
@@ -68,10 +71,18 @@ class WebDataset:
   @cached_property
   def _opened(self) -> tuple[Int64[np.ndarray, "n 3"], dict[str, Any]]:
     """The spans, still mapped but without the slow indexing of np.memmap, and what follows them in the file."""
-    spans = np.load(self._index, mmap_mode="r")
-    with self._index.open("rb") as file:
-      file.seek(spans.offset + spans.nbytes)
-      return np.asarray(spans), json.load(file)
+    try:
+      spans = np.load(self._index, mmap_mode="r")
+      with self._index.open("rb") as file:
+        file.seek(spans.offset + spans.nbytes)
+        return np.asarray(spans), json.load(file)
+    except (ValueError, EOFError) as error:
+      raise ValueError(f"{self._index}: a damaged index ({error}): delete it, and it is built anew") from error
+
+  @property
+  def stamp(self) -> str:
+    """Changes when the shards do."""
+    return self._index.stem
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
@@ -80,7 +91,7 @@ class WebDataset:
 
   @property
   def skipped(self) -> dict[str, int]:
-    """Samples without an image or cut off, by reason, as counted when the shards were indexed."""
+    """Samples without an image and shards with damage, by reason, as counted when the shards were indexed."""
     return dict(self._opened[1]["skipped"])
 
   def __len__(self) -> int:
@@ -101,11 +112,11 @@ class WebDataset:
     place = f"{path}, sample at byte {start}"
     try:
       buffer = files.read(path, start, stop - start)
-      members = list(_members(io.BytesIO(buffer), len(buffer), place))
+      members = list(_members(io.BytesIO(buffer), len(buffer)))
     except OSError as error:
       raise BadSample("missing file", f"{place}: {error}") from error
     except ValueError as error:  # no tar header
-      raise BadSample("damaged record", f"{error}; the shard changed since it was indexed") from None
+      raise BadSample("damaged record", f"{place}: {error}; the shard changed since it was indexed") from None
     contents = {member.suffix: buffer[member.data : member.stop] for member in members}
     image = next((contents[suffix] for suffix in _IMAGES if suffix in contents), None)
     if len(buffer) < stop - start or image is None or len({member.key for member in members}) > 1:
@@ -124,15 +135,16 @@ class WebDataset:
 def open_webdataset(location: str) -> WebDataset:
   """Opens a set of shards, and indexes them first if no index of just these files is found.
 
-  Samples without an image are left out and counted in `skipped`. So is the sample in which a shard was cut off; those
-  before it stay. Without a caption a sample stays: self-supervision and classification need none.
+  Samples without an image are left out and counted in `skipped`. Of a shard that is cut off or damaged somewhere, the
+  samples before that place stay, except for the last if it may lack a member; the shard is named in the log and counted
+  once, as is one without a sample. Without a caption a sample stays: self-supervision and classification need none.
 
   Args:
     location: of .tar files, as `files.expand` reads it: `train-*.tar`, `gs://bucket/train-{0000..0012}.tar`.
 
   Raises:
     FileNotFoundError: a pattern matches no file, or a shard of a range is missing.
-    ValueError: a shard is not a plain tar, or no sample is usable.
+    ValueError: no sample is usable, as where the shards are not plain tars.
   """
   shards = files.expand(location)
   with ThreadPoolExecutor(min(_THREADS, len(shards))) as pool:
@@ -144,36 +156,87 @@ def open_webdataset(location: str) -> WebDataset:
 
 def _build(path: Path, shards: list[str], sizes: list[int], location: str) -> None:
   """Writes the index: the spans `[n 3]` of the usable samples, then JSON; threads hide the latency of the disks."""
-  logging.info("indexing %d shards of %s, once", len(shards), location)
-  with ThreadPoolExecutor(min(_THREADS, len(shards))) as pool:
-    scans = list(pool.map(_scan, shards, sizes))
-  count, skipped = sum(len(spans) for spans, _ in scans), sum((skipped for _, skipped in scans), Counter())
+  pool = ThreadPoolExecutor(min(_THREADS, len(shards)))
+  try:
+    futures = [pool.submit(_scan, *shard) for shard in zip(shards, sizes, strict=True)]
+    while (state := wait(futures, _PROGRESS, FIRST_EXCEPTION)).not_done:
+      if any(future.exception() for future in state.done):
+        break
+      print(f"indexing {len(state.done)} of {len(shards)} shards of {location} ...", file=sys.stderr, flush=True)
+    scans = [future.result() for future in futures if future in state.done]
+  finally:
+    pool.shutdown(cancel_futures=True)
+  count, skipped = sum(len(scan.spans) for scan in scans), sum((scan.skipped for scan in scans), Counter())
+  for scan in scans:
+    if scan.damage:
+      logging.warning("%s; the %d samples before it are kept", scan.damage, len(scan.spans))
   if not count:
-    raise ValueError(f"{location}: no usable sample in {len(shards)} shards, skipped {dict(skipped)}")
+    seen = sum((scan.suffixes for scan in scans), Counter()).most_common(_SHOWN)
+    found = f"; of samples without an image there are {', '.join(f'.{name}' for name, _ in seen)}" if seen else ""
+    damage = next((f"; {scan.damage}" for scan in scans if scan.damage), "")
+    legal = " ".join(files.IMAGE_SUFFIXES)
+    raise ValueError(
+      f"{location}: no usable sample in {len(shards)} shards, skipped {dict(skipped)}{damage}{found}; expected {legal} "
+      "after the first dot of a name"
+    )
   index = np.lib.format.open_memmap(path, "w+", np.int64, (count, 3))
   start = 0
-  for shard, (spans, _) in enumerate(scans):
-    index[start : start + len(spans), 0] = shard
-    index[start : start + len(spans), 1:] = spans
-    start += len(spans)
+  for shard, scan in enumerate(scans):
+    stop = start + len(scan.spans)
+    index[start:stop, 0], index[start:stop, 1:] = shard, scan.spans
+    start = stop
   index.flush()
   with path.open("ab") as file:
     file.write(json.dumps({"shards": shards, "skipped": skipped}).encode())
 
 
-def _scan(path: str, size: int) -> tuple[Int64[np.ndarray, "m 2"], Counter[str]]:
-  """Start and stop of the usable samples of one shard, and counts of the others by kind of `BAD`."""
-  spans, skipped = [], Counter()
+class _Scan(NamedTuple):
+  """What is in one shard.
+
+  Attributes:
+    spans: start and stop of the usable samples, in bytes.
+    skipped: counts of the others, and of the damage, by kind of `BAD`.
+    suffixes: of members of samples that have no image, the most frequent ones.
+    damage: what ends the shard early, with its place; empty if nothing does.
+  """
+
+  spans: Int64[np.ndarray, "m 2"]
+  skipped: Counter[str]
+  suffixes: Counter[str]
+  damage: str
+
+
+def _scan(path: str, size: int) -> _Scan:
+  spans, skipped, suffixes, damage = [], Counter(), Counter(), ""
   with files.open_stream(path) as file:
-    for _, group in itertools.groupby(_members(file, size, path), lambda member: member.key):
-      members = list(group)
-      if members[-1].stop > size:  # the shard was cut off here
-        skipped["damaged record"] += 1
-      elif {member.suffix for member in members}.isdisjoint(_IMAGES):
-        skipped["missing file"] += 1
-      else:
-        spans.append((members[0].start, members[-1].stop))
-  return np.array(spans, np.int64).reshape(-1, 2), skipped
+    try:
+      for sample in _samples(_members(file, size)):
+        found = {member.suffix for member in sample}
+        if sample[-1].stop > size:
+          raise ValueError(f"byte {sample[-1].start}: cut off within this member")
+        elif found.isdisjoint(_IMAGES):
+          skipped["missing file"] += 1
+          suffixes.update(found)
+        else:
+          spans.append((sample[0].start, sample[-1].stop))
+      if not spans and not skipped:
+        raise ValueError(f"no sample in its {size} bytes")
+    except ValueError as error:
+      skipped["damaged record"] += 1
+      damage = f"{path}, {error}"
+  return _Scan(np.array(spans, np.int64).reshape(-1, 2), skipped, Counter(dict(suffixes.most_common(_SHOWN))), damage)
+
+
+def _samples(members: Iterable[_Member]) -> Iterator[list[_Member]]:
+  """Neighbours of the same key, each suffix once; where `members` ends in an error, the last sample is left out."""
+  sample: list[_Member] = []
+  for member in members:
+    if sample and (member.key != sample[0].key or any(member.suffix == other.suffix for other in sample)):
+      yield sample
+      sample = []
+    sample.append(member)
+  if sample:
+    yield sample
 
 
 def _captions(fields: dict[str, bytes], place: str) -> tuple[str, ...]:
@@ -208,31 +271,32 @@ def _label(text: bytes, classes: int, place: str) -> int:
 # The tar format: POSIX.1-2024 "pax", and the GNU tar manual, "Basic Tar Format", for GNU's own header types.
 
 
-def _members(file: BinaryIO, size: int, place: str) -> Iterator[_Member]:
+def _members(file: BinaryIO, size: int) -> Iterator[_Member]:
   """Regular files of a tar, in order, except hidden ones and those without a suffix, which belong to no sample.
 
-  A tar that ends within a member ends with that member, or one without a name, whose `stop` exceeds `size`.
+  A tar that ends within the contents of a member ends with that member, whose `stop` exceeds `size`.
 
   Raises:
-    ValueError: no header where one should be.
+    ValueError: no header where one should be, or it is cut off, so that nobody knows whose member follows.
   """
   start = offset = 0
   extended = {}
   while (header := _read(file, offset, _BLOCK)) not in (b"", _END):
     if len(header) < _BLOCK:
-      yield _Member("", "", start, offset, size + 1)
-      return
-    name, kind, length = _header(header, f"{place}, byte {offset}")
+      raise ValueError(f"byte {offset}: cut off within a header")
+    name, kind, length = _header(header, offset)
     data, extension = offset + _BLOCK, kind in b"xgLK"
     length = length if extension else extended.get("size", length)
     if not 0 <= length < 2**60:
-      raise ValueError(f"{place}, byte {offset}: a member of {length} bytes; is the file damaged?")
+      raise ValueError(f"byte {offset}: a member of {length} bytes; is the file damaged?")
     offset = data + -(-length // _BLOCK) * _BLOCK
-    if extension and data + length <= size:
+    if extension and data + length > size:
+      raise ValueError(f"byte {data - _BLOCK}: cut off within a header")
+    if extension:
       extended |= _extension(kind, _read(file, data, length))
       continue
     key, suffix = _split(extended.get("path", name))
-    if extension or (kind in (b"0", b"\0", b"7") and key):
+    if kind in (b"0", b"\0", b"7") and key:
       yield _Member(key, suffix, start, data, data + length)
     start, extended = offset, {}
 
@@ -249,14 +313,14 @@ def _split(path: str) -> tuple[str, str]:
   return (folder + slash + stem, suffix.lower()) if stem and suffix else ("", "")
 
 
-def _header(block: bytes, place: str) -> tuple[str, bytes, int]:
+def _header(block: bytes, offset: int) -> tuple[str, bytes, int]:
   """Name, type and size in a header; links, folders and devices have no contents, whatever their size says."""
   try:
     if block[257:262] != b"ustar" and _number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * 32:
       raise ValueError  # the tars of before 1988 have no magic, only a checksum, which counts itself as spaces
     kind, size = block[156:157], _number(block[124:136])
   except ValueError:
-    raise ValueError(f"{place}: no tar header; is the file damaged or compressed?") from None
+    raise ValueError(f"byte {offset}: no tar header; is the file damaged or compressed?") from None
   name = block[:100].partition(b"\0")[0]
   if block[257:263] == b"ustar\0" and block[345]:
     name = block[345:500].partition(b"\0")[0] + b"/" + name

@@ -5,6 +5,7 @@ there). An index is the number of a photo's line in yfcc100m_dataset.txt.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 import pickle
 import struct
 from typing import Any
@@ -38,7 +39,7 @@ class Yfcc(rows.Rows):
 
 
 def open_yfcc(location: str) -> Yfcc:
-  """Opens "METADATA" or "METADATA?root=FOLDER".
+  """Opens "METADATA" or "METADATA?root=FOLDER&encoding=NAME".
 
   A sample's captions are its title and its description, without those that are blank: the pipeline draws one of them,
   where SLIP draws either of the two even if it is empty. A photo that has neither is left out and counted; one that is
@@ -49,25 +50,26 @@ def open_yfcc(location: str) -> Yfcc:
     location: of a table with columns index, title and description, as `open_table` reads it, or of SLIP's own
       yfcc15m.pkl, a pickled list of (index, title, description), which takes some 6 GB of memory, once; a pickle that
       names any class or function is refused, for to load it may run any code. `root` is the folder that holds images/,
-      by default the folder of the list.
+      by default the folder of the list, and `encoding` that of the table if it is not UTF-8.
 
   Raises:
     FileNotFoundError: no such list, or its photos are not found.
     ValueError: a column is missing, the pickle is refused, or no line is usable.
   """
   name = f"yfcc:{location}"
-  place, wanted = rows.parse(location, ("root",))
+  place, wanted = rows.parse(location, ("root", "encoding"))
   paths = files.expand(place)
 
   def all_rows() -> Iterator[Row | BadSample]:
     for number, path in enumerate(paths):
-      for line, record in _pickled(path) if path.endswith((".pkl", ".pickle")) else _tabled(path):
+      pickled = path.endswith((".pkl", ".pickle"))
+      for line, record in _pickled(path) if pickled else _tabled(path, wanted.get("encoding")):
         try:
           yield _row(number, record)
         except BadSample as error:
           yield BadSample(error.kind, f"{path}:{line}: {error}")
 
-  index = rows.index_rows(name, paths, ["yfcc", rows.stamps(paths)], all_rows)
+  index = rows.index_rows(name, paths, ["yfcc", wanted.get("encoding"), rows.stamps(paths)], all_rows)
   return rows.probed(Yfcc(name, index, rows.root_of(wanted)))
 
 
@@ -96,7 +98,7 @@ def read_member(path: str, member: str) -> bytes:
 
 def _find(path: str, name: bytes) -> tuple[int, int, bytes] | None:
   """Compression, CRC-32 and compressed bytes of a member; None if it cannot be found without further ado."""
-  size = files.stamp(path)[0]
+  size = _size_of_url(path) if files.is_url(path) else files.stamp(path)[0]
   start = max(0, size - _TAIL)
   tail = files.read(path, start, size - start)
   end = tail.rfind(b"PK\5\6")
@@ -119,6 +121,12 @@ def _find(path: str, name: bytes) -> tuple[int, int, bytes] | None:
     return None
   body = _HEADER.size + sum(_HEADER.unpack_from(data)[-2:])
   return (method, crc, data[body : body + length]) if body + length <= len(data) else None
+
+
+@lru_cache(2**17)
+def _size_of_url(url: str) -> int:
+  """Kept, which saves a request for each photo: 100,000 zips are few, while their directories would be 5 GB."""
+  return files.stamp(url)[0]
 
 
 def _read_unusual(path: str, member: str) -> bytes:
@@ -152,10 +160,9 @@ def _pickled(path: str) -> Iterator[tuple[int, Any]]:
   yield from enumerate(records)
 
 
-def _tabled(path: str) -> Iterator[tuple[int, Any]]:
+def _tabled(path: str, encoding: str | None) -> Iterator[tuple[int, Any]]:
   """Lines and (index, title, description) of a table."""
-  with files.open_stream(path) as stream:
-    columns, read = read_table(stream, path, _COLUMNS)
+  with read_table(path, _COLUMNS, encoding) as (columns, read):
     if not set(_COLUMNS) <= set(columns):
       raise ValueError(f"{path}: expected the columns {', '.join(_COLUMNS)}, there are {columns}")
     for line, fields in read(_COLUMNS):

@@ -2,6 +2,7 @@ import concurrent.futures
 import multiprocessing
 from pathlib import Path
 import pickle
+import resource
 
 from array_record.python import array_record_module
 import fsspec
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from declip_jax.data import sources
-from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_arrayrecord, pack
+from declip_jax.data.sources import arrayrecord
+from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_arrayrecord, open_reader, pack
 from declip_jax.data.sources.base import BadSample, Example
 
 
@@ -152,3 +154,30 @@ def test_halves_of_surrogate_pairs_become_question_marks(tmp_path):
   write(tmp_path / "a.array_record", [pack(broken)])
   found = open_arrayrecord(f"{tmp_path}/a.array_record")[0]
   assert found == Example(image=b"x", captions=("a ? dog",), label=1, id="?.tar:0")
+
+
+def test_a_damaged_index_is_named(folder):
+  open_arrayrecord(f"{folder}/*.array_record")
+  (index,) = (folder / ".declip_jax").glob("*.json")
+  for contents in (b"", index.read_bytes()[:-4], b"[1]", b"{}", b"\xff"):
+    index.write_bytes(contents)
+    with pytest.raises(ValueError, match=f"{index}: a damaged index .*: delete it"):
+      open_arrayrecord(f"{folder}/*.array_record")
+
+
+def test_half_of_the_descriptors_are_used_for_open_files(monkeypatch):
+  for limit, expected in [(1024, 512), (100, 128), (10**6, 500_000), (resource.RLIM_INFINITY, 2**16)]:
+    monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+    assert arrayrecord._most_readers() == expected
+
+
+def test_a_file_is_opened_once_for_all_sources_and_anew_when_it_changed(folder, monkeypatch):
+  opened, source = [], open_arrayrecord(f"{folder}/*.array_record")
+  other = open_arrayrecord(f"{folder}/*.array_record")
+  monkeypatch.setattr(arrayrecord, "open_reader", lambda path: opened.append(path) or open_reader(path))
+  assert [source[3], other[4]] == [example(3), example(4)]
+  assert len(opened) == 1
+  write(folder / "new", [pack(example(99))]).replace(folder / "data-00000-of-00003.array_record")
+  changed = open_arrayrecord(f"{folder}/*.array_record")
+  assert changed.stamp != source.stamp
+  assert changed[0] == example(99)

@@ -115,6 +115,43 @@ def test_other_json_is_an_error(tmp_path, content, message):
     open_coco(write(tmp_path / "instances.json", content))
 
 
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ({**ANNOTATIONS, "images": [1, 2]}, r"an object, but images\[0\] is 1"),
+    ({**ANNOTATIONS, "annotations": [*ANNOTATIONS["annotations"], None]}, r"an object, but annotations\[5\] is None"),
+    ({**ANNOTATIONS, "images": {"id": 1}}, "no usable sample"),
+    ({"images": [{"filename": "a", "split": "test", "sentences": ["x"]}]}, r"images\[0\]: .* sentences\[0\] is 'x'"),
+  ],
+)
+def test_elements_that_are_no_objects_are_named(tmp_path, content, message):
+  path = write(tmp_path / "captions.json", content)
+  with pytest.raises(ValueError, match=f"captions\\.json.*{message}") as error:
+    open_coco(f"{path}?split=test" if "annotations" not in content else path)
+  assert "\n" not in str(error.value)
+
+
+def test_ids_that_are_none_are_damaged_records(tmp_path, caplog):
+  images = [*ANNOTATIONS["images"], {"file_name": "a.jpg"}, {"id": [1], "file_name": "b.jpg"}]
+  annotations = [*ANNOTATIONS["annotations"], {"image_id": [1], "caption": "x"}, {"caption": "x"}]
+  path = write(tmp_path / "captions_train2017.json", {"images": images, "annotations": annotations})
+  write_images(tmp_path, f"{10:012d}.jpg", f"{30:012d}.jpg")
+  source = open_coco(path)
+  assert [example["captions"] for example in source] == [("a cat",), ("a dog", "a hound")]
+  assert source.skipped == {"damaged record": 5, "no caption": 2}
+  assert f"{path}: annotation of an unknown image: {{'image_id': [1]" in caplog.text
+
+
+def test_odd_fields_of_karpathy_are_damaged_records(tmp_path):
+  images = [{"filename": "1.jpg", "split": "test", "sentences": [{"raw": "one"}]}]
+  images += [{"filename": name, "split": "test", "sentences": [{"raw": "x"}]} for name in (None, "")]
+  images += [{"filename": "2.jpg", "split": ["test"], "sentences": None}, {"filename": "3.jpg", "split": "test"}]
+  write_images(tmp_path, "1.jpg")
+  source = open_coco(write(tmp_path / "dataset.json", {"images": images}) + "?split=test")
+  assert [example["captions"] for example in source] == [("one",)]
+  assert source.skipped == {"damaged record": 2, "no caption": 1}
+
+
 def test_no_json_and_several_files_are_errors(tmp_path):
   for name in "ab":
     (tmp_path / f"{name}.json").write_text("{")

@@ -21,7 +21,7 @@ def write(folder: Path, *names: str, **texts: str) -> str:
 
 def test_folders_are_classes_in_alphabetical_order(tmp_path):
   names = ["n2/b.JPEG", "n10/ä ü.png", "n10/deep/c.webp", "n2/a.jpg"]
-  path = write(tmp_path / "train", *names, "n2/notes.txt", "n2/.hidden.jpg", ".git/x.jpg", "empty/x.json")
+  path = write(tmp_path / "train", *names, "n2/notes.txt", "n2/.hidden.jpg", ".git/x.jpg", "n2/no images/x.json")
   source = open_folder(path + "/")
   assert source.classnames == ("n10", "n2")
   assert [(example["id"], example["label"], example["captions"]) for example in source] == [
@@ -79,6 +79,53 @@ def test_splits_are_no_classes(tmp_path):
     open_folder(path)
 
 
+def test_a_class_without_images_is_an_error_and_does_not_renumber_the_others(tmp_path):
+  path = write(tmp_path, "ant/notes.json", "bee/a.jpg", "cat/a.jpg")
+  (tmp_path / "dog").mkdir()
+  with pytest.raises(ValueError, match="no image in ant, dog, but each folder is a class"):
+    open_folder(path)
+  write(tmp_path, "ant/deep/a.jpg", "dog/a.jpg")
+  assert [example["label"] for example in open_folder(path)] == [0, 1, 2, 3]
+  (tmp_path / "empty").mkdir()
+  assert open_folder(write(tmp_path, **{"bee/a": "a bee"})).classnames == ()  # with captions folders are no classes
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+  path = write(tmp_path, "ant/a.jpg", "bee/a.jpg")
+  scandir = os.scandir
+
+  def deny(folder):
+    if os.fspath(folder).endswith("/ant"):
+      raise PermissionError(13, "Permission denied", folder)
+    return scandir(folder)
+
+  monkeypatch.setattr(os, "scandir", deny)
+  with pytest.raises(PermissionError, match="/ant"):
+    open_folder(path)
+
+
+def test_links_that_go_round_in_a_circle_add_nothing(tmp_path):
+  path = write(tmp_path, "a/1.jpg", "b/2.jpg")
+  for name, target in {"a/up": "..", "loop": ".", "a/b/x": "..", "b/self": "../b"}.items():
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to(target)
+  assert [example["id"] for example in open_folder(path)] == ["a/1.jpg", "b/2.jpg"]
+
+
+def test_texts_that_are_not_utf_8_are_read_and_one_of_them_is_named(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr("absl.logging._log_counter_per_token", {})  # once per process, whatever ran before
+  write(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+  for name, text in {"1": "grün".encode("utf-16"), "2": b"caf\xe9", "3": b"\xff latin"}.items():
+    (tmp_path / f"{name}.txt").write_bytes(text)
+  assert [example["captions"] for example in open_folder(str(tmp_path))] == [
+    ("grün",),
+    ("caf\ufffd",),
+    ("\ufffd latin",),
+  ]
+  assert f"{tmp_path}/2.txt is not UTF-8" in caplog.text
+  assert caplog.text.count("is not UTF-8") == 1
+
+
 def test_the_index_follows_the_files(tmp_path):
   path = write(tmp_path / "x", "a/1.jpg")
   assert len(open_folder(path)) == len(open_folder(path)) == 1
@@ -102,9 +149,10 @@ def test_links_and_names_that_are_not_utf_8(tmp_path):
 
 
 def test_no_folder_and_no_image(tmp_path):
-  for path in (tmp_path / "none", tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder, or no image in it"):
-      open_folder(str(path))
+  with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{tmp_path}/none"):
+    open_folder(f"{tmp_path}/none")
+  with pytest.raises(FileNotFoundError, match=f"{tmp_path}: no such folder, or no image in it"):
+    open_folder(str(tmp_path))
   with pytest.raises(ValueError, match="bad location"):
     open_folder(f"{tmp_path}?label=x")
 

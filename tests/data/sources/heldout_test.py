@@ -1,4 +1,5 @@
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from declip_jax.data import sources
 from declip_jax.data.sources.heldout import _hash, open_heldout, open_kept, shuffled
 from declip_jax.data.sources.scenes import open_scenes
+from declip_jax.data.sources.webdataset import open_webdataset
 
 
 def ids(source: sources.Source) -> list[str]:
@@ -76,3 +78,11 @@ def test_the_order_looks_random():
   assert np.abs(np.bincount(held % 317 % 7) - 5000 / 7).max() < 100  # 317 is the side of the network's square
   assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.015
   assert np.std(np.diff(np.sort(held))) == pytest.approx(20, rel=0.1)  # the gaps are geometric
+
+
+def test_the_stamp_is_that_of_the_whole_source(tmp_path):
+  with tarfile.open(tmp_path / "s.tar", "w") as tar:
+    for key in range(4):
+      tar.addfile(tarfile.TarInfo(f"{key}.jpg"))
+  assert open_kept(f"50%:webdataset:{tmp_path}/s.tar").stamp == open_webdataset(f"{tmp_path}/s.tar").stamp
+  assert open_kept("50%:scenes:test/10/16").stamp is None

@@ -169,5 +169,5 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     return real(name, *args)
 
   monkeypatch.setattr(builtins, "__import__", without)
-  with pytest.raises(ImportError, match=r"pip install declip_jax\[huggingface\]"):
+  with pytest.raises(ValueError, match=r"pip install 'declip_jax\[huggingface\]'"):
     open_huggingface("/data")

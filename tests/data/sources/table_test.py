@@ -82,6 +82,9 @@ def test_a_label_is_enough(tmp_path):
   source = open_table(write(tmp_path / "t.csv", "image,caption,label", "a.jpg,,1", "b.jpg,,"))
   assert [(example["captions"], example["label"]) for example in source] == [((), 1)]
   assert source.skipped == {"no caption": 1}
+  source = open_table(write(tmp_path / "u.csv", "image,class", "a.jpg,dog", "b.jpg,cat"))
+  assert [(example["captions"], example["label"]) for example in source] == [((), 1), ((), 0)]
+  assert source.classnames == ("cat", "dog")
 
 
 def test_broken_lines_are_counted_and_located(tmp_path, caplog):
@@ -209,6 +212,8 @@ def test_wanted_columns_tell_the_separator_and_none_is_a_choice(tmp_path):
     (["dog", "cat", "dog"], [1, 0, 1], ("cat", "dog")),
     (["10", "9", "cat"], [0, 1, 2], ("10", "9", "cat")),
     (["-1", "1", ""], [-1, 1, -1], ()),
+    (["-1.0", "1.0", "-5"], [-1, 1, -1], ()),
+    (["-1.00", "dog", "-5"], [-1, 0, -1], ("dog",)),
   ],
 )
 def test_labels_are_numbers_or_names(tmp_path, values, labels, classnames):
@@ -217,6 +222,14 @@ def test_labels_are_numbers_or_names(tmp_path, values, labels, classnames):
   source = open_table(write(tmp_path / "t.csv", "path,text,label", *lines))
   assert [example["label"] for example in source] == labels
   assert source.classnames == classnames
+
+
+def test_a_fraction_is_no_label(tmp_path, caplog):
+  write_images(tmp_path, "a.jpg")
+  source = open_table(write(tmp_path / "t.csv", "path,text,label", "a.jpg,x,2", "a.jpg,y,1.5", "a.jpg,z,-.5"))
+  assert [(example["captions"], example["label"]) for example in source] == [(("x",), 2)]
+  assert source.skipped == {"damaged record": 2}
+  assert "t.csv:3: expected a whole number or a name for the label in 'label', got '1.5'" in caplog.text
 
 
 def test_names_of_numbered_labels_from_a_column_or_classnames_txt(tmp_path):
@@ -282,6 +295,102 @@ def test_compressed_and_utf_16_tables(tmp_path):
   for name in ("t.tsv.gz", "u.txt", "b.csv"):
     (example,) = open_table(str(tmp_path / name))
     assert (example["image"], example["captions"]) == (contents("ä.jpg"), ("grün",)), name
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "line"),
+  [
+    ("t.csv", "image,caption\na.jpg,x\nb.jpg,café\nc.jpg,über\n", 3),
+    ("t.csv", "café,image,caption\n", 1),
+    ("t.csv", "image,caption\n" + "a.jpg,x\n" * 20_000 + "b.jpg,café\n", 20_002),
+    ("t.jsonl", '{"image": "a.jpg", "caption": "x"}\n{"image": "b.jpg", "caption": "café"}\n', 2),
+    ("t.json", '[\n{"image": "a.jpg", "caption": "x"},\n{"image": "b.jpg", "caption": "é"}]', 3),
+  ],
+  ids=["csv", "header", "long csv", "lines", "array"],
+)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_text_in_another_encoding_is_an_error_that_names_the_byte(tmp_path, name, text, line, compressed):
+  content = text.encode("latin-1")
+  path = tmp_path / (f"{name}.gz" if compressed else name)
+  path.write_bytes(gzip.compress(content) if compressed else content)
+  place = f"{path}:{line}: byte {content.index(0xE9)} of the file, 0xe9, is not utf-8; "
+  with pytest.raises(ValueError, match=rf"^{place}.*\?encoding=latin-1"):
+    open_table(str(path))
+
+
+def test_the_encoding_that_is_given(tmp_path):
+  write_images(tmp_path, "caf\u00e9.jpg")
+  (tmp_path / "t.csv").write_bytes("image,caption\ncafé.jpg,5 € café\n".encode("cp1252"))
+  assert captions(f"{tmp_path}/t.csv?encoding=cp1252") == [("5 € café",)]
+  assert captions(f"{tmp_path}/t.csv?encoding=latin-1") == [("5 \x80 café",)]  # and not the index of the other
+  with pytest.raises(ValueError, match=r"t\.csv:2: byte 17 of the file, 0xe9, is not ascii"):
+    open_table(f"{tmp_path}/t.csv?encoding=ascii")
+  for name in ("klingon", "hex"):
+    with pytest.raises(ValueError, match=rf"t\.csv: .*{name}"):
+      open_table(f"{tmp_path}/t.csv?encoding={name}")
+
+
+def test_utf_16_that_ends_in_the_middle_of_a_character(tmp_path):
+  content = "image,caption\na.jpg,x\n".encode("utf-16")
+  (tmp_path / "t.csv").write_bytes(content[:-1])
+  with pytest.raises(ValueError, match=rf"t\.csv:2: byte {len(content) - 2} of the file, 0x0a, is not utf-16"):
+    open_table(f"{tmp_path}/t.csv")
+
+
+def parquet(count: int) -> bytes:
+  file = pa.BufferOutputStream()
+  pq.write_table(pa.table({"path": ["a.jpg"] * count, "text": [f"caption {n}" for n in range(count)]}), file)
+  return file.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("t.csv.gz", gzip.compress(np.random.default_rng(0).bytes(5000).hex().encode())[:-20]),
+    ("t.csv.gz", gzip.compress(b"image,caption\n" + b"a.jpg,x\n" * 5000)[:-20]),
+    ("t.csv.gz", gzip.compress(b"image,caption\na.jpg,x\n")[:-8] + bytes(8)),
+    ("t.csv.gz", gzip.compress(b"image,caption\na.jpg,x\n")[:10] + bytes(range(255, 0, -1))),
+    ("t.jsonl.gz", b'{"image": "a.jpg", "caption": "x"}\n'),
+    ("t.parquet", parquet(100)[:-12] + b"\xff" * 4 + parquet(100)[-8:]),
+    ("t.parquet", parquet(100)[:4] + b"\xff" * 40 + parquet(100)[44:]),
+    ("t.parquet", parquet(100)[:-100]),
+    ("t.parquet", b""),
+  ],
+  ids=["cut header", "cut", "checksum", "deflate", "no gzip", "footer", "page header", "cut parquet", "empty"],
+)
+def test_damaged_files_are_errors_of_one_line_that_name_them(tmp_path, name, content):
+  write_images(tmp_path, "a.jpg")
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}: cannot be read: .") as error:
+    open_table(f"{tmp_path}/{name}")
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"ARROW1", bytes(5000), None], ids=["empty", "short", "zeros", "cut"])
+def test_a_damaged_index_is_an_error_that_names_it(tmp_path, content):
+  write_images(tmp_path, "a.jpg")
+  path = write(tmp_path / "t.csv", "image,caption", "a.jpg,x")
+  open_table(path)
+  (index,) = (tmp_path / ".declip_jax").iterdir()
+  index.write_bytes(index.read_bytes()[:-10] if content is None else content)
+  with pytest.raises(ValueError, match=rf"its index {index} is damaged: .*delete it") as error:
+    open_table(path)
+  assert "\n" not in str(error.value)
+  index.unlink()
+  assert len(open_table(path)) == 1
+
+
+def test_a_long_index_reports_how_far_it_is(tmp_path, monkeypatch, capsys):
+  write_images(tmp_path, "a.jpg")
+  path = write(tmp_path / "t.csv", "image,caption,label", *(f"a.jpg,x,{number}" for number in range(10_000)))
+  monkeypatch.setattr("declip_jax.data.sources.rows._SILENCE", 0.0)
+  open_table(path)
+  assert capsys.readouterr().err.splitlines() == [
+    f"indexing table:{path}, once: {count} samples so far" for count in (4096, 8192, 10_000)
+  ]
+  open_table(path)
+  open_table(f"{path}?label=")
+  assert capsys.readouterr().err.count("\n") == 1  # neighbours of one image are one sample
 
 
 def test_a_missing_image_is_a_bad_sample_and_all_missing_an_error_at_once(tmp_path):

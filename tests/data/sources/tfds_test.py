@@ -135,6 +135,18 @@ def test_a_choice_that_is_not_clear_is_an_error_that_names_it(folders):
   assert example["image"] == png(0)
 
 
+def test_none_is_a_choice(folders):
+  where = folders["Tiny"]
+  assert {example["captions"] for example in open_tfds(f"{where}:train?caption=")} == {()}
+  assert open_tfds(f"{where}:train?caption=").classnames == ("cat", "dog")
+  assert {example["label"] for example in open_tfds(f"{where}:train?label=")} == {-1}
+  assert {(example["captions"], example["label"]) for example in open_tfds(f"{where}:train?caption=&label=")} == {
+    ((), -1)
+  }
+  with pytest.raises(ValueError, match=r"no caption 'a\+b%20c', choose from"):
+    open_tfds(f"{where}:train?caption=a+b%20c")
+
+
 def test_neither_caption_nor_label_is_an_error(folders):
   with pytest.raises(ValueError, match=r"neither caption nor label.*texts: \['file_name'\]"):
     open_tfds(f"{folders['Wordless']}:train")

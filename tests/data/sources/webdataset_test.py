@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 import pickle
 import tarfile
+import time
 
 import fsspec
 import numpy as np
 import pytest
 
 from declip_jax.data import files, sources
+from declip_jax.data.sources import webdataset
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.webdataset import open_webdataset
 
@@ -96,7 +98,7 @@ def test_which_caption_counts(tmp_path, files, expected):
   assert captions(tmp_path, files) == expected
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp", "avif", "tif"])
 def test_image_suffixes(tmp_path, suffix):
   source = open_webdataset(str(write_tar(tmp_path / "s.tar", {f"a.{suffix}": b"pixels", "a.cls": b"0"})))
   assert source[0] == {"image": b"pixels", "captions": (), "label": 0, "id": "s.tar:a"}
@@ -122,9 +124,9 @@ def test_images_alone_are_samples(tmp_path):
   [
     ("2.txt", 512 + 8, 2, {"damaged record": 1}),  # within the text
     ("2.txt", 512, 2, {"damaged record": 1}),  # after the header of the text
-    ("2.txt", 100, 3, {"damaged record": 1}),  # within that header: nobody knows whose it is
+    ("2.txt", 100, 2, {"damaged record": 1}),  # within that header: nobody knows that it is its text
     ("2.jpg", 512 + 700, 2, {"damaged record": 1}),
-    ("2.jpg", 100, 2, {"damaged record": 1}),
+    ("2.jpg", 100, 1, {"damaged record": 1}),  # nor here that sample 1 is complete
     ("2.jpg", 0, 2, {}),
   ],
 )
@@ -140,26 +142,102 @@ def test_truncated_shard_keeps_whole_samples(tmp_path, member, kept, captions, s
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_truncated_long_name(tmp_path, format):
-  path = write_tar(tmp_path / "s.tar", samples("0", LONG), format)
+  path = write_tar(tmp_path / "s.tar", samples("0", "1", LONG), format)
   with tarfile.open(path) as tar:
-    start, end = tar.getmember("0.txt").offset + 1024, tar.getmember(f"{LONG}.jpg").offset_data
+    start, end = tar.getmember("1.txt").offset + 1024, tar.getmember(f"{LONG}.jpg").offset_data
   tar = path.read_bytes()
-  for cut in (start + 100, start + 600, end - 100, end + 1):
+  for cut, kept in [(start + 100, ["0"]), (start + 600, ["0"]), (end - 100, ["0"]), (end + 1, ["0", "1"])]:
     path.write_bytes(tar[:cut])
     source = open_webdataset(str(path))
-    assert (len(source), source[0]["image"]) == (1, b"image 0" + BIG)
+    assert [example["id"] for example in source] == [f"s.tar:{key}" for key in kept]
     assert source.skipped == {"damaged record": 1}
 
 
-def test_bytes_that_are_no_header_are_an_error_with_shard_and_offset(tmp_path):
-  path = write_tar(tmp_path / "s.tar", samples("0", "1"))
+def overwrite(path: Path, member: str, noise: bytes) -> int:
+  """Puts noise at the header of a member; returns where that is."""
   with tarfile.open(path) as tar:
-    offset = tar.getmember("1.jpg").offset
+    offset = tar.getmember(member).offset
   tar = bytearray(path.read_bytes())
-  tar[offset : offset + 512] = b"\xff" * 512
+  tar[offset : offset + len(noise)] = noise
   path.write_bytes(tar)
-  with pytest.raises(ValueError, match=rf"s\.tar, byte {offset}: no tar header"):
+  return offset
+
+
+def test_a_shard_that_is_no_tar_is_an_error_with_shard_and_offset(tmp_path):
+  path = write_tar(tmp_path / "s.tar", samples("0", "1"))
+  overwrite(path, "0.jpg", b"\xff" * 512)
+  with pytest.raises(ValueError, match=r"s\.tar, byte 0: no tar header"):
     open_webdataset(str(path))
+
+
+def test_a_damaged_or_empty_shard_is_named_and_counted_and_costs_no_other(tmp_path, caplog):
+  for shard in range(4):
+    write_tar(tmp_path / f"{shard}.tar", samples(*(f"{shard} {key}" for key in "abcd")))
+  offset = overwrite(tmp_path / "1.tar", "1 c.jpg", b"\xff" * 60_000)
+  (tmp_path / "2.tar").write_bytes(b"")
+  source = open_webdataset(f"{tmp_path}/*.tar")
+  keys = ["0 a", "0 b", "0 c", "0 d", "1 a", "3 a", "3 b", "3 c", "3 d"]  # nobody knows that 1 b is complete
+  assert [example["id"].partition(":")[2] for example in source] == keys
+  assert all(len(example["captions"]) == 1 for example in source)
+  assert source.skipped == {"damaged record": 2}
+  first, second = (record.getMessage() for record in caplog.records)
+  assert f"1.tar, byte {offset}: no tar header" in first
+  assert "1 samples before it are kept" in first
+  assert "2.tar, no sample in its 0 bytes" in second
+
+
+def test_a_suffix_that_comes_again_begins_a_sample(tmp_path):
+  with tarfile.open(tmp_path / "s.tar", "w") as tar:
+    for name, contents in [("a.jpg", b"0"), ("a.jpg", b"1"), ("a.txt", b"one"), ("a.txt", b"two"), ("a.jpg", b"2")]:
+      info = tarfile.TarInfo(name)
+      info.size = len(contents)
+      tar.addfile(info, io.BytesIO(contents))
+  source = open_webdataset(str(tmp_path / "s.tar"))
+  assert [(example["image"], example["captions"]) for example in source] == [
+    (b"0", ()), (b"1", ("one",)), (b"2", ("two",))
+  ]  # fmt: skip
+
+
+def test_suffixes_are_told_where_no_sample_has_an_image(tmp_path):
+  path = write_tar(tmp_path / "s.tar", {"img.v1.0.jpg": b"x", "other.v1.0.jpg": b"x", "other.txt": b"x"})
+  with pytest.raises(
+    ValueError, match=r"no usable sample .* there are \.v1\.0\.jpg, \.txt; expected \.jpg .*first dot"
+  ):
+    open_webdataset(str(path))
+
+
+def test_indexing_tells_how_far_it_is(tmp_path, monkeypatch, capfd):
+  def slow(path, *given):
+    time.sleep(0.3 * path.endswith("1.tar"))
+    return scan(path, *given)
+
+  scan = webdataset._scan
+  monkeypatch.setattr(webdataset, "_scan", slow)
+  monkeypatch.setattr(webdataset, "_PROGRESS", 0.1)
+  for shard in range(3):
+    write_tar(tmp_path / f"{shard}.tar", samples(str(shard)))
+  assert len(open_webdataset(f"{tmp_path}/*.tar")) == 3
+  lines = capfd.readouterr().err.splitlines()
+  assert lines[0] == f"indexing 2 of 3 shards of {tmp_path}/*.tar ..."
+  assert len(lines) < 5
+
+
+def test_the_stamp_follows_the_shards(tmp_path):
+  path = write_tar(tmp_path / "s.tar", samples("0"))
+  before = open_webdataset(str(path)).stamp
+  assert open_webdataset(str(path)).stamp == before
+  write_tar(path, samples("1"))
+  assert open_webdataset(str(path)).stamp != before
+
+
+@pytest.mark.parametrize("kept", [0, 50, 140, -3])
+def test_a_damaged_index_is_named(tmp_path, kept):
+  path = write_tar(tmp_path / "s.tar", samples("0", "1"))
+  open_webdataset(str(path))
+  (index,) = (tmp_path / ".declip_jax").glob("*.npy")
+  index.write_bytes(index.read_bytes()[:kept])
+  with pytest.raises(ValueError, match=rf"{index}: a damaged index .*: delete it"):
+    len(open_webdataset(str(path)))
 
 
 @pytest.mark.parametrize("size", [b"-0000001000\0", b"\xff" * 12])
@@ -278,7 +356,7 @@ def test_classnames_and_bad_fields(tmp_path):
   files |= {"e.png": b"x", "e.json": b"{"}
   path = write_tar(tmp_path / "s.tar", files)
   assert open_webdataset(str(path)).classnames == ()
-  (tmp_path / "classnames.txt").write_text("dog\nhot dog\n\n")
+  (tmp_path / "classnames.txt").write_text("dog\nhot dog\n")
   source = pickle.loads(pickle.dumps(open_webdataset(str(path))))
   assert source.classnames == ("dog", "hot dog")
   assert (source[0]["label"], source[3]["label"]) == (1, -1)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from declip_jax.data import files
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.yfcc import open_yfcc, read_member
 
@@ -181,3 +182,26 @@ def test_behind_urls(tmp_path, monkeypatch):
   memory.pipe("/yfcc/images/01/234.zip", (tmp_path / "images/01/234.zip").read_bytes())
   memory.pipe("/yfcc/yfcc15m.pkl", pickle.dumps(RECORDS))
   assert open_yfcc("memory://yfcc/yfcc15m.pkl")[0]["image"] == photo(1234567)
+
+
+def test_lists_in_another_encoding(tmp_path):
+  write_zips(tmp_path, 7)
+  (tmp_path / "l.tsv").write_bytes(b"index\ttitle\tdescription\n7\tcaf\xe9\tx\n")
+  with pytest.raises(ValueError, match=r"l\.tsv:2: byte 29 of the file, 0xe9, is not utf-8.*\?encoding=latin-1"):
+    open_yfcc(f"{tmp_path}/l.tsv")
+  assert open_yfcc(f"{tmp_path}/l.tsv?encoding=latin-1")[0]["captions"] == ("café", "x")
+
+
+def test_the_size_of_a_zip_behind_a_url_is_asked_for_once(tmp_path, monkeypatch):
+  members = {f"{number:03d}.jpg": b"%d" % number for number in range(5)}
+  memory, url = fsspec.filesystem("memory"), "memory://yfcc/images/00/077.zip"
+  memory.pipe(url, Path(write_zip(tmp_path / "z.zip", members)).read_bytes())
+  asked, stamp = [], files.stamp
+  monkeypatch.setattr(files, "stamp", lambda path: asked.append(path) or stamp(path))
+  for name, data in members.items():
+    assert read_member(url, name) == data
+  assert asked == [url]
+  more = {**members, "005.jpg": b"x" * 1000}
+  memory.pipe(url, Path(write_zip(tmp_path / "z.zip", more)).read_bytes())
+  for name, data in more.items():
+    assert read_member(url, name) == data  # though it has another size now
