@@ -317,9 +317,12 @@ def test_self_supervision_on_other_images_than_those_with_captions(tmp_path: Pat
   config = tiny_config("slip")
   coupled = run.build(config).make_views
   config.data.ssl_train, config.data.ssl_mixture = ("scenes:test/64/24",), (1.0,)
-  sources, others = ([open_source(spec) for spec in specs] for specs in (config.data.train, config.data.ssl_train))
-  rows = pipeline.training_rows(sources, (1.0,), coupled, 0)[5]
-  apart = pipeline.training_rows(sources, (1.0,), coupled, 0, others, (1.0,))[5]
+  pairs, others = (
+    pipeline.Mixture(tuple(map(open_source, specs)), needs_caption=needed)
+    for specs, needed in ((config.data.train, True), (config.data.ssl_train, False))
+  )
+  rows = pipeline.training_rows(pairs, coupled, 0)[5]
+  apart = pipeline.training_rows(pairs, coupled, 0, others)[5]
   np.testing.assert_array_equal(rows["image"][0], apart["image"][0])
   np.testing.assert_array_equal(rows["text"], apart["text"])
   assert not np.array_equal(rows["image"][1:], apart["image"][1:])

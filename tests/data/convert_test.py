@@ -24,6 +24,10 @@ def jpeg(key: int) -> bytes:
   return file.getvalue()
 
 
+# Also where the tests run in the background of a script, which makes their processes deaf to it.
+HEARS_CTRL_C = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+
+
 @pytest.fixture
 def shards(tmp_path) -> str:
   """60 samples of which 55 can be used, with classes, in three tars."""
@@ -167,7 +171,7 @@ def uninterrupted(tmp_path_factory) -> dict[str, bytes]:
 def test_an_interrupted_conversion_goes_on_and_gives_the_same_bytes(tmp_path, uninterrupted, number):
   output = tmp_path / "out"
   command = [sys.executable, "-m", "declip_jax.data.convert", SCENES, str(output), "--shards=2", "--workers=1"]
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **HEARS_CTRL_C)
   first = output / "data-00000-of-00002.array_record"
   progress = output / "progress.jsonl"
   while not (progress.exists() and progress.stat().st_size) and process.poll() is None:
@@ -191,7 +195,7 @@ def test_an_interrupted_conversion_goes_on_and_gives_the_same_bytes(tmp_path, un
 
 def test_an_interrupt_while_processes_start_is_told_in_one_line(tmp_path):
   command = [sys.executable, "-m", "declip_jax.data.convert", "scenes:test/99999/16", str(tmp_path / "out")]
-  process = subprocess.Popen([*command, "--shards=9", "--workers=2"], stderr=subprocess.PIPE, start_new_session=True)
+  process = subprocess.Popen([*command, "--shards=9", "--workers=2"], stderr=subprocess.PIPE, **HEARS_CTRL_C)
   while not (tmp_path / "out" / "dataset.json").exists():
     time.sleep(0.005)
   time.sleep(0.2)

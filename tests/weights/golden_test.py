@@ -452,12 +452,13 @@ def test_words_of_the_second_view(released, declip):
   np.testing.assert_allclose(states[:, 1:], released.arrays["defilip/image_dense2"], **FORWARD)
 
 
-def test_the_forward_clamp_of_the_temperature_keeps_the_gradient(released):
+def test_the_forward_clamp_of_the_temperature_keeps_the_gradient(declip):
+  released = declip[0]
   arrays = released.arrays
   heads = released.model.heads
 
   def scale(parameter):
-    variables = {"params": {**released.params["heads"], "logit_scale": parameter}}
+    variables = {"params": {**released.params["heads"], "logit_scale": parameter}, **released.collections["heads"]}
     return heads.apply(variables, method=lambda heads: heads._scale())
 
   parameter = jnp.asarray(arrays["clamp/param"][0])
