@@ -275,10 +275,15 @@ class Tokenizer:
     """
     if isinstance(texts, str):
       raise TypeError(f"texts is the string {texts!r}; give a sequence of strings, as [{texts!r}]")
-    if self.encoder == OpenAI() and (self.sot, self.eot, self.pad) == (49406, 49407, 0):
+    if self._in_rows:
       return self.encoder.rows(texts, self.context_length)
     rows = [self.pad_ids(self.encode(text)) for text in texts]
     return np.stack(rows) if rows else np.empty((0, self.context_length), np.int32)
+
+  @functools.cached_property
+  def _in_rows(self) -> bool:
+    """Whether the encoder makes whole rows, in one call."""
+    return self.encoder == OpenAI() and (self.sot, self.eot, self.pad) == (49406, 49407, 0)
 
   def random_ids(self, rng: np.random.Generator, count: int) -> Int[np.ndarray, "count"]:
     """Returns ids of text, each with the same chance."""
