@@ -355,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
   )
   parser.add_argument("spec", help="source to read, such as webdataset:/data/train-*.tar")
   parser.add_argument("output", help="folder to write")
-  parser.add_argument("--shards", type=int, help="number of files; by default of about 512 MB each")
+  parser.add_argument("--shards", type=int, help="number of files; by default of about 512 MB each, 1,024 at most")
   parser.add_argument("--workers", type=int, help="processes that write; by default as many as cores")
   given = parser.parse_args(arguments)
   if given.workers is not None and given.workers < 1:

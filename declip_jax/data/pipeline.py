@@ -77,8 +77,6 @@ class Mixture:
     source = self.sources[place[0]]
     try:
       example = source[place[1]]
-    except BadSample:
-      raise
     except OSError as error:
       raise BadSample("missing file", f"{source.name}: example {place[1]}: {error}") from error
     if any(caption.strip() for caption in example["captions"]):
