@@ -20,7 +20,7 @@ from declip_jax import config, run
 from declip_jax.architectures import ARCHITECTURES
 from declip_jax.sharding import batch_sharding, make_mesh
 from declip_jax.state import abstract_state
-from declip_jax.train import make_step
+from declip_jax.step import make_step
 from declip_jax.weights.layout import abstract_variables
 
 # Image and text together, GFLOPs.

@@ -29,7 +29,7 @@ from declip_jax import run
 from declip_jax.config import METHODS, duration
 from declip_jax.sharding import batch_sharding, to_global
 from declip_jax.state import State, abstract_state, create_state
-from declip_jax.train import make_step
+from declip_jax.step import make_step
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASED = ("declip_repo", "filip_repo", "defilip_repo")

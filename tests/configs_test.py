@@ -15,7 +15,7 @@ import pytest
 from declip_jax import architectures, config, objectives, run
 from declip_jax.sharding import check_batch
 from declip_jax.state import abstract_state
-from declip_jax.train import check_objective, make_schedule, make_step
+from declip_jax.step import check_objective, make_schedule, make_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SCHEDULES = np.load(Path(__file__).parent / "fixtures" / "schedule.npz")

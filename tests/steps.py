@@ -14,7 +14,7 @@ from tiny import tiny_config
 from declip_jax import architectures, run, sharding
 from declip_jax.sharding import batch_sharding, make_mesh, replicated, to_global
 from declip_jax.state import abstract_state, create_state
-from declip_jax.train import make_step
+from declip_jax.step import make_step
 
 STEPS, BATCH = 3, 16
 

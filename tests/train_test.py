@@ -24,6 +24,7 @@ from declip_jax.encode import load
 from declip_jax.evaluate import evaluate
 from declip_jax.metrics import read_metrics
 from declip_jax.state import abstract_state, init_state
+from declip_jax.step import train_step
 
 TESTS = Path(__file__).parent
 
@@ -268,7 +269,7 @@ def test_step_with_nan_changes_nothing_but_counts() -> None:
   }
   state = init_state(0, batch, model=parts.model, optimizer=parts.optimizer)
   broken = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
-  step = jax.jit(lambda state: train.train_step(state, batch, schedule=lambda step: 0.1, **options))
+  step = jax.jit(lambda state: train_step(state, batch, schedule=lambda step: 0.1, **options))
   after, metrics = step(broken)
   assert_equal(after.params, broken.params)
   assert_equal((after.opt_state, after.collections), (broken.opt_state, broken.collections))
@@ -289,7 +290,7 @@ def test_the_momentum_tower_follows_the_parameters_before_it_encodes() -> None:
   state = init_state(0, batch, model=parts.model, optimizer=parts.optimizer)
   kept = 0.75
   step = jax.jit(
-    lambda state: train.train_step(
+    lambda state: train_step(
       state,
       batch,
       model=parts.model,

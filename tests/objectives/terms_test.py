@@ -19,7 +19,7 @@ from declip_jax.objectives import (
   total_loss,
   used_views,
 )
-from declip_jax.train import check_objective
+from declip_jax.step import check_objective
 from declip_jax.types import Outputs, Views
 
 RNG = np.random.default_rng(0)

@@ -1,0 +1,176 @@
+"""The train step: from one state and one batch to the next, jitted over the mesh."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+import optax
+
+from declip_jax import augment as augmentation
+from declip_jax import objectives, optim, run
+from declip_jax.models.model import Model
+from declip_jax.objectives import diagnostics
+from declip_jax.objectives.momentum import momentum_at, moving_average
+from declip_jax.optim import without_gradient
+from declip_jax.sharding import replicated
+from declip_jax.state import State
+from declip_jax.types import Batch, Outputs
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+def train_step(
+  state: State,
+  batch: Batch,
+  *,
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  schedule: Callable[[Array], Array],
+  objective: objectives.Objective,
+  momentum: Callable[[Array], Array],
+  diagnosed: Callable[[Array], Array],
+  augment: Callable[[Batch, Array], Batch] = lambda batch, step: batch,
+  logit_scale_range: tuple[float, ...] = (),
+  frozen: Sequence[str] = (),
+) -> tuple[State, Metrics]:
+  """One step on one global batch. If anything is not finite, only the step count and `skipped` change.
+
+  Args:
+    state, batch: donated, and split over the mesh.
+    model, optimizer: pure functions.
+    schedule: learning rate of a 0-based step.
+    objective: the weighted terms.
+    momentum: of the momentum tower at a step; unused if there is none.
+    diagnosed: whether a step also measures `objectives.diagnostics`; otherwise these metrics are NaN.
+    augment: what is left to do to the images of a batch, at a step.
+    logit_scale_range: of the log inverse temperatures after the step; () is any.
+    frozen: paths of parameters that have no gradient.
+  """
+  before = {**state.collections, **follow(model, state, momentum)}
+  batch = augment(batch, state.step)
+
+  def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Outputs, Any]]:
+    params = without_gradient(params, frozen)
+    features, towers = model.encode(params, before, batch)
+    outputs, heads = model.apply_heads(params, before, features)
+    loss, metrics = objective(outputs, batch, state.step)
+    return loss, (metrics, outputs, {**before, "towers": towers, "heads": heads})
+
+  (loss, (metrics, outputs, collections)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+  norms = {part: optax.tree.norm(tree) for part, tree in {**gradient["towers"], "heads": gradient["heads"]}.items()}
+  gradient_norm = optax.tree.norm(norms)
+  update, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+  lr = schedule(state.step)
+  params = jax.tree.map(lambda param, change: param - lr * change, state.params, update)
+  if logit_scale_range:
+    scales = {"logit_scale", "dense_logit_scale"} & params["heads"].keys()
+    params["heads"] |= {name: jnp.clip(params["heads"][name], *logit_scale_range) for name in scales}
+  # A finite gradient may still give an update that is not, so the new parameters are looked at too.
+  finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(params))
+  keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+  new = State(
+    step=state.step + 1,
+    params=keep(params, state.params),
+    opt_state=keep(opt_state, state.opt_state),
+    collections=keep(collections, state.collections),
+    skipped={
+      "total": state.skipped["total"] + ~finite,
+      "in_a_row": jnp.where(finite, 0, state.skipped["in_a_row"] + 1),
+    },
+  )
+  metrics |= {"lr": lr, "gradient_norm": gradient_norm}
+  metrics |= {f"gradient_norm/{part}": norm for part, norm in norms.items()}
+  scales = {"temperature": outputs.scale, "dense_temperature": outputs.dense_scale}
+  metrics |= {name: 1 / scale for name, scale in scales.items() if scale is not None}
+  metrics |= {f"skipped_{name}": count for name, count in new.skipped.items()}
+  return new, metrics | _diagnose(outputs, diagnosed(state.step))
+
+
+def follow(model: Model, state: State, momentum: Callable[[Array], Array]) -> Any:
+  """The momentum tower that encodes in this step; empty if there is none.
+
+  It moves towards the parameters first, as in MoCo v3. BYOL moves it behind the update, which is the same tower.
+  """
+  online = model.momentum_copy(state.params)
+  if not online:
+    return {}
+  return {"momentum": moving_average(state.collections["momentum"], online["momentum"], momentum(state.step))}
+
+
+def _diagnose(outputs: Outputs, wanted: Array) -> Metrics:
+  outputs = jax.lax.stop_gradient(outputs)
+  names = jax.eval_shape(diagnostics.measure, outputs)
+  nothing = dict.fromkeys(names, jnp.float32(jnp.nan))
+  return jax.lax.cond(wanted, diagnostics.measure, lambda _: nothing, outputs)
+
+
+def make_schedule(config: ConfigDict, steps: run.Steps) -> Callable[[Array], Array]:
+  """The learning rate of a config as a function of the step."""
+  optimizer = config.optimizer
+  return optim.make_schedule(
+    optimizer.schedule,
+    peak=optimizer.learning_rate,
+    warmup_steps=steps.warmup,
+    total_steps=steps.total,
+    start=optimizer.warmup_start,
+    end=optimizer.end,
+    milestones=optimizer.milestones,
+    cooldown_steps=steps.cooldown,
+    cooldown_power=optimizer.cooldown_power,
+  )
+
+
+def make_step(
+  config: ConfigDict, parts: run.Parts, steps: run.Steps, abstract: State
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+  """`train_step` compiled for the mesh; the state that goes in is donated to the one that comes out."""
+  every, last = config.log_every or steps.total, steps.total
+  step = partial(
+    train_step,
+    model=parts.model,
+    optimizer=parts.optimizer,
+    schedule=make_schedule(config, steps),
+    objective=objectives.make_objective(config.weights, config.weight_schedule, config.terms),
+    momentum=lambda step: momentum_at(step, last, config.momentum),
+    diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
+    augment=make_augment(config, parts),
+    logit_scale_range=config.optimizer.logit_scale_range,
+    frozen=config.optimizer.frozen,
+  )
+  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(parts.mesh)))
+
+
+def make_augment(config: ConfigDict, parts: run.Parts) -> Callable[[Batch, Array], Batch]:
+  """What the host leaves to the step with `config.data.augment_on="device"`: colours, blur and flips of image views."""
+  if config.data.augment_on == "host":
+    return lambda batch, step: batch
+
+  def augment(batch: Batch, step: Array) -> Batch:
+    # Folded twice: folded by 0 and 1, the key of the seed would give the keys that parameters are drawn from.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1), step)
+    index = jnp.arange(len(batch["image"]))
+    return {**batch, "image": augmentation.augment(batch["image"], key, index, parts.recipe.augmentations)}
+
+  return augment
+
+
+def check_objective(config: ConfigDict, model: Model, batch: Batch) -> None:
+  """Traces the forward pass without computing it, and refuses terms whose inputs the recipe does not give.
+
+  Raises:
+    ValueError: names term, field and recipe.
+  """
+  objective = objectives.make_objective(config.weights, config.weight_schedule, config.terms)
+
+  def forward(batch: Batch) -> Any:
+    params, collections = model.init(jax.random.key(0), batch)
+    outputs, _ = model.apply_heads(params, collections, model.encode(params, collections, batch)[0])
+    objectives.check_inputs(outputs, config.weights, config.data.recipe)
+    return objective(outputs, batch, jnp.zeros((), jnp.int32))
+
+  jax.eval_shape(forward, batch)
