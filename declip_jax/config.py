@@ -82,6 +82,10 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   # ((0, 0.0), (2500, 1.0)); () is always 1.
   c.weight_schedule = ConfigDict(dict.fromkeys(c.weights, ()))
   c.terms = _terms()
+  c.contrast = ConfigDict()
+  # How all pairs of a batch are compared, see `objectives.blockwise`: "plain", "chunked", "ring", or "auto" by the sizes.
+  c.contrast.form = "auto"
+  c.contrast.block = 0  # candidates of a chunk; 0 chooses by the sizes
   # Of the momentum tower (MoCo v3, BYOL): its share in itself at the first step; rises to 1 as half a cosine.
   c.momentum = 0.996 if method == "slip_byol" else 0.99
   c.batch_size = 4096  # pairs per step over all devices

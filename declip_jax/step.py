@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 import optax
@@ -14,6 +15,7 @@ from declip_jax import augment as augmentation
 from declip_jax import objectives, optim, run
 from declip_jax.models.model import Model
 from declip_jax.objectives import diagnostics
+from declip_jax.objectives.blockwise import PLAIN, Form
 from declip_jax.objectives.momentum import momentum_at, moving_average
 from declip_jax.optim import without_gradient
 from declip_jax.sharding import replicated
@@ -134,7 +136,7 @@ def make_step(
     model=parts.model,
     optimizer=parts.optimizer,
     schedule=make_schedule(config, steps),
-    objective=objectives.make_objective(config.weights, config.weight_schedule, config.terms),
+    objective=make_objective(config, parts.mesh),
     momentum=lambda step: momentum_at(step, last, config.momentum),
     diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
     augment=make_augment(config, parts),
@@ -159,13 +161,19 @@ def make_augment(config: ConfigDict, parts: run.Parts) -> Callable[[Batch, Array
   return augment
 
 
+def make_objective(config: ConfigDict, mesh: Mesh | None) -> objectives.Objective:
+  """The weighted terms of a config, whose comparisons of all pairs are split over a mesh."""
+  form = Form(config.contrast.form, mesh, config.contrast.block) if mesh is not None else PLAIN
+  return objectives.make_objective(config.weights, config.weight_schedule, config.terms, form)
+
+
 def check_objective(config: ConfigDict, model: Model, batch: Batch) -> None:
   """Traces the forward pass without computing it, and refuses terms whose inputs the recipe does not give.
 
   Raises:
     ValueError: names term, field and recipe.
   """
-  objective = objectives.make_objective(config.weights, config.weight_schedule, config.terms)
+  objective = make_objective(config, None)
 
   def forward(batch: Batch) -> Any:
     params, collections = model.init(jax.random.key(0), batch)

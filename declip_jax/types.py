@@ -12,7 +12,7 @@ Letters used in shapes, here and everywhere:
 | `m` | masked patches, or nearest neighbours of a text | `e` | width of a token where tokens meet |
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import struct
 import jax
@@ -83,6 +83,8 @@ class Outputs:
   Attributes:
     image: `[v b d]` unit-norm embeddings of the contrastive image views.
     text: `[u b d]` unit-norm embeddings of the contrastive text views.
+    pairs: InfoNCE of all pairs of image and text views, `objectives.contrastive.Contrast`, where more than one term
+      looks at it.
     scale: `[]` inverse temperature, exponentiated; the step clips the parameter itself.
     bias: `[]` what the sigmoid loss adds to every logit.
     image_tokens: `[b n e]` unit-norm tokens of the first contrastive image view.
@@ -106,6 +108,7 @@ class Outputs:
 
   image: jax.Array | None = None
   text: jax.Array | None = None
+  pairs: Any = None
   scale: jax.Array | None = None
   bias: jax.Array | None = None
   image_tokens: jax.Array | None = None

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from declip_jax.objectives.contrastive import Metrics, clip, multi_view
+from declip_jax.objectives.blockwise import PLAIN, Form, check_form
+from declip_jax.objectives.contrastive import Metrics, clip, contrast_views, multi_view
 from declip_jax.objectives.filip import filip
 from declip_jax.objectives.masked_image import masked_image
 from declip_jax.objectives.masked_lm import masked_lm
@@ -26,7 +27,7 @@ class Term(NamedTuple):
   """A loss and what it takes.
 
   Attributes:
-    loss: of outputs and batch, and of its options by keyword.
+    loss: of outputs and batch, and by keyword of its options and, where it compares all pairs of a batch, of `form`.
     heads: those of `models.heads.HEADS` that have to exist for it.
     needs: the outputs that it reads.
     views: the fields of `Views` that it looks at; "pair" is the first contrastive view of each modality.
@@ -94,10 +95,14 @@ def options_of(options: Options) -> dict[str, dict[str, Any]]:
     ValueError: a term or an option that does not exist.
   """
   for name, given in options.items():
-    known = list(inspect.signature(TERMS[name].loss).parameters)[2:] if name in TERMS else []
+    known = _options(name) if name in TERMS else []
     if unknown := sorted(set(given) - set(known)):
       raise ValueError(f"config.terms.{name}.{unknown[0]}: term {name!r} has the options {known}")
   return {name: dict(given) for name, given in options.items() if given}
+
+
+def _options(term: str) -> list[str]:
+  return [name for name in inspect.signature(TERMS[term].loss).parameters if name not in ("outputs", "batch", "form")]
 
 
 def used_views(views: Views, weights: Mapping[str, float]) -> Views:
@@ -168,7 +173,10 @@ Objective = Callable[[Outputs, Batch, Int[Array, ""]], tuple[Float[Array, ""], M
 
 
 def make_objective(
-  weights: Mapping[str, float], schedule: Mapping[str, Sequence[tuple[int, float]]], options: Options
+  weights: Mapping[str, float],
+  schedule: Mapping[str, Sequence[tuple[int, float]]],
+  options: Options,
+  form: Form = PLAIN,
 ) -> Objective:
   """The `total_loss` of the active terms as a function of outputs, batch and 0-based step.
 
@@ -176,11 +184,13 @@ def make_objective(
     weights: of the terms; 0 leaves one out.
     schedule: points of `weight_at` for each term; empty for one whose weight stays.
     options: of the terms, by name.
+    form: how all pairs of a batch are compared.
 
   Raises:
-    ValueError: an unknown term or option.
+    ValueError: an unknown term, option or form.
   """
   chosen, checked = active(weights), options_of(options)
+  check_form(form)
   for name, points in schedule.items():
     if points and name not in chosen:
       raise ValueError(f"config.weight_schedule.{name}={points}: config.weights.{name} is 0")
@@ -189,22 +199,31 @@ def make_objective(
 
   def objective(outputs: Outputs, batch: Batch, step: Int[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
     scheduled = {name: weight_at(schedule.get(name, ()), weight, step) for name, weight in chosen.items()}
-    return total_loss(outputs, batch, scheduled, checked)
+    return total_loss(outputs, batch, scheduled, checked, form)
 
   return objective
 
 
 def total_loss(
-  outputs: Outputs, batch: Batch, weights: Mapping[str, float | Array], options: Options = MappingProxyType({})
+  outputs: Outputs,
+  batch: Batch,
+  weights: Mapping[str, float | Array],
+  options: Options = MappingProxyType({}),
+  form: Form = PLAIN,
 ) -> tuple[Float[Array, ""], Metrics]:
   """The weighted sum of all terms that `weights` names.
 
   Metrics are each unweighted term as `loss/<term>`, its part in the sum of all absolute weighted terms as
   `share/<term>`, and the terms' own.
   """
+  gradients = {options.get(name, {}).get("full_gradient", True) for name in ("clip", "mvs") if name in weights}
+  if {"clip", "mvs"} <= weights.keys() and len(gradients) == 1:  # one pass over the candidates for both
+    outputs = outputs.replace(pairs=contrast_views(outputs, form, full_gradient=gradients.pop()))
   weighted, metrics = {}, {}
   for name, weight in weights.items():
-    loss, details = TERMS[name].loss(outputs, batch, **options.get(name, {}))
+    loss_of = TERMS[name].loss
+    formed = {"form": form} if "form" in inspect.signature(loss_of).parameters else {}
+    loss, details = loss_of(outputs, batch, **formed, **options.get(name, {}))
     weighted[name] = weight * loss
     metrics |= {f"loss/{name}": loss, **details}
   whole = sum(abs(part) for part in weighted.values())

@@ -56,10 +56,12 @@ class Sums(NamedTuple):
 
   Attributes:
     log_sum: log of the sum of their exponentials.
-    best: the place of the largest, the first of equal ones; without gradient.
+    top: the largest; without gradient.
+    best: its place, the first of equal ones.
   """
 
   log_sum: Float[Array, "v u b"]
+  top: Float[Array, "v u b"]
   best: Int[Array, "v u b"]
 
 
@@ -70,20 +72,21 @@ def log_sums(
   *,
   full_gradient: bool = True,
   without_self: bool = False,
-) -> tuple[Sums, Sums]:
-  """Sums over the columns and over the rows of each matrix `x[v] @ y[u].T`, float32: `[v u b]` and `[v u n]`.
+  columns: bool = True,
+) -> tuple[Sums, Sums | None]:
+  """Sums over the columns and over the rows of each matrix `x[v] @ y[u].T`: `[v u b]` of rows and `[v u n]` of columns.
 
   Args:
-    x, y: rows and columns, split over the devices along `b` and `n`.
+    x, y: rows and columns, split over the devices along `b` and `n`; float32.
     form: how.
     full_gradient: otherwise columns are constants for the sums of a row, and rows for those of a column.
     without_self: leaves out similarity (i, i) of each matrix (v, v): those of a row with itself, if `x` is `y`.
+    columns: whether they are wanted; None takes the place of their sums otherwise.
   """
   form = _chosen(form, x, y)
   if form.kind == "plain":
-    return _plain_log_sums(x, y, full_gradient, without_self)
-  rows, columns, row_best, column_best = _softmax(x, y, form, full_gradient, without_self)
-  return Sums(rows, row_best), Sums(columns, column_best)
+    return _plain_log_sums(x, y, full_gradient, without_self, columns)
+  return _softmax(x, y, form, _Softmax(full_gradient, without_self, columns))
 
 
 def sigmoid_sums(
@@ -99,14 +102,25 @@ def sigmoid_sums(
   return _sigmoid(x, y, form)[0, 0]
 
 
+def check_form(form: Form) -> None:
+  """Refuses what no batch could make good.
+
+  Raises:
+    ValueError: names the field, its value and the legal ones.
+  """
+  if form.kind not in (*KINDS, "auto"):
+    raise ValueError(f"config.contrast.form={form.kind!r}: choose one of {['auto', *KINDS]}")
+  if form.block < 0:
+    raise ValueError(f"config.contrast.block={form.block}: 1 or more candidates, or 0 to choose by the sizes")
+
+
 def _chosen(form: Form, x: Float[Array, "v b d"], y: Float[Array, "u n d"]) -> Form:
   """The form with its kind and block decided.
 
   Raises:
     ValueError: an unknown kind, or a block that does not divide the candidates.
   """
-  if form.kind not in (*KINDS, "auto"):
-    raise ValueError(f"config.contrast.form={form.kind!r}: choose one of {['auto', *KINDS]}")
+  check_form(form)
   devices = form.mesh.size if form.mesh is not None else 1
   views, columns = len(x) * len(y), y.shape[1]
   matrix = 4 * views * math.ceil(x.shape[1] / devices) * columns
@@ -130,16 +144,18 @@ def _products(x: Float[Array, "v b d"], y: Float[Array, "u n d"]) -> Float[Array
   return jnp.einsum("vbd,und->vubn", x, y, precision=jax.lax.Precision.HIGHEST)
 
 
-def _plain_log_sums(x: Array, y: Array, full_gradient: bool, without_self: bool) -> tuple[Sums, Sums]:
-  rows = columns = _products(x, y)
-  if not full_gradient:  # one product all the same: XLA sees that the two are equal
-    rows, columns = _products(x, jax.lax.stop_gradient(y)), _products(jax.lax.stop_gradient(x), y)
-  if without_self:
-    rows, columns = (_without_self(matrix, 0, 0) for matrix in (rows, columns))
-  return (
-    Sums(jax.nn.logsumexp(rows, axis=3), jnp.argmax(rows, axis=3)),
-    Sums(jax.nn.logsumexp(columns, axis=2), jnp.argmax(columns, axis=2)),
-  )
+def _plain_log_sums(
+  x: Array, y: Array, full_gradient: bool, without_self: bool, columns: bool
+) -> tuple[Sums, Sums | None]:
+  def sums(x: Array, y: Array, axis: int) -> Sums:
+    matrix = _products(x, y)
+    matrix = _without_self(matrix, 0, 0) if without_self else matrix
+    constant = jax.lax.stop_gradient(matrix)
+    return Sums(jax.nn.logsumexp(matrix, axis=axis), constant.max(axis), jnp.argmax(constant, axis))
+
+  # One product all the same: XLA sees that they are equal.
+  hold = (lambda side: side) if full_gradient else jax.lax.stop_gradient
+  return sums(x, hold(y), 3), sums(hold(x), y, 2) if columns else None
 
 
 def _own(matrix: Float[Array, "v u b n"], row: Any, column: Any) -> Array:
@@ -189,8 +205,8 @@ class _Running(NamedTuple):
     return _Running(top, total, best)
 
   @property
-  def log_sum(self) -> Array:
-    return self.top + jnp.log(self.total)
+  def sums(self) -> Sums:
+    return Sums(self.top + jnp.log(self.total), self.top, self.best)
 
 
 class _Total(NamedTuple):
@@ -205,8 +221,26 @@ class _Total(NamedTuple):
   def merged(self, other: "_Total") -> "_Total":
     return _Total(self.total + other.total)
 
-  def over(self, axes: tuple[str, ...]) -> "_Total":
-    return _Total(jax.lax.psum(self.total, axes))
+
+class _Nothing(NamedTuple):
+  """Of a side that is not wanted."""
+
+  @classmethod
+  def nothing(cls, shape: tuple[int, ...]) -> "_Nothing":
+    del shape
+    return cls()
+
+  def merged(self, other: "_Nothing") -> "_Nothing":
+    del other
+    return self
+
+  def over(self, axes: tuple[str, ...]) -> "_Nothing":
+    del axes
+    return self
+
+  @property
+  def sums(self) -> None:
+    return None
 
 
 # Two losses over a block, whose first row and column have these places. `look` gives what it adds to the sums of its
@@ -219,33 +253,40 @@ class _Softmax:
 
   full_gradient: bool
   without_self: bool
-  running = _Running
+  columns: bool
 
-  def look(self, matrix: Array, row: Any, column: Any) -> tuple[_Running, _Running]:
+  @property
+  def running(self) -> tuple[type, type]:
+    """What is kept of rows and of columns."""
+    return _Running, _Running if self.columns else _Nothing
+
+  def look(self, matrix: Array, row: Any, column: Any) -> tuple[_Running, _Running | _Nothing]:
     if self.without_self:
       matrix = _without_self(matrix, row, column)
-    return _Running.of(matrix, 3, column), _Running.of(matrix, 2, row)
+    return _Running.of(matrix, 3, column), _Running.of(matrix, 2, row) if self.columns else _Nothing()
 
   def slopes(self, matrix: Array, row: Any, column: Any, rows: Any, columns: Any) -> tuple[Array, Array]:
-    """Of rows and columns are saved their log-sums, and the gradients of these."""
+    """Of rows and columns are saved their log-sums, and the gradients of these; of columns nothing if not wanted."""
     if self.without_self:
       matrix = _without_self(matrix, row, column)
-    by_row, by_column = (
+    sides = [(rows, 3), (columns, 2)] if self.columns else [(rows, 3)]
+    slopes = [
       jnp.expand_dims(gradient, axis) * jnp.exp(matrix - jnp.expand_dims(log_sum, axis))
-      for (log_sum, gradient), axis in ((rows, 3), (columns, 2))
-    )
-    return (by_row + by_column,) * 2 if self.full_gradient else (by_row, by_column)
+      for (log_sum, gradient), axis in sides
+    ]
+    if self.full_gradient:
+      return (sum(slopes),) * 2
+    return slopes[0], slopes[1] if self.columns else jnp.zeros_like(matrix)
 
 
 @dataclass(frozen=True)
 class _Sigmoid:
   """Sums of binary cross-entropies over rows."""
 
-  running = _Total
+  running = _Total, _Nothing
 
-  def look(self, matrix: Array, row: Any, column: Any) -> tuple[_Total, _Total]:
-    losses = -jax.nn.log_sigmoid(_signed(matrix, row, column))
-    return _Total(losses.sum(axis=3)), _Total(losses.sum(axis=2))
+  def look(self, matrix: Array, row: Any, column: Any) -> tuple[_Total, _Nothing]:
+    return _Total(-jax.nn.log_sigmoid(_signed(matrix, row, column)).sum(axis=3)), _Nothing()
 
   def slopes(self, matrix: Array, row: Any, column: Any, rows: Array, columns: tuple[()]) -> tuple[Array, Array]:
     """Of rows is saved the gradient of their sums, of columns nothing."""
@@ -265,7 +306,8 @@ Loss = _Softmax | _Sigmoid
 def _forward(loss: Loss, x: Array, y: Array, form: Form) -> tuple[Any, Any]:
   """The sums of a device's rows over all columns, and of its columns over all rows."""
   axes, place, count = _places(form)
-  first = place * x.shape[1]
+  first, shape = place * x.shape[1], (len(x), len(y))
+  row_kind, column_kind = loss.running
   if form.kind == "ring":
 
     def turn(carry: Any, step: Array) -> tuple[Any, None]:
@@ -275,8 +317,7 @@ def _forward(loss: Loss, x: Array, y: Array, form: Form) -> tuple[Any, Any]:
       columns = _passed_on(columns.merged(column_part), form)
       return (rows.merged(row_part), arriving, columns), None
 
-    shape = len(x), len(y)
-    nothing = loss.running.nothing((*shape, x.shape[1])), y, loss.running.nothing((*shape, y.shape[1]))
+    nothing = row_kind.nothing((*shape, x.shape[1])), y, column_kind.nothing((*shape, y.shape[1]))
     (rows, _, columns), _ = jax.lax.scan(turn, nothing, jnp.arange(count))
     return rows, columns
   gathered = jax.lax.all_gather(y, axes, axis=1, tiled=True)
@@ -287,7 +328,7 @@ def _forward(loss: Loss, x: Array, y: Array, form: Form) -> tuple[Any, Any]:
     return rows.merged(row_part), column_part
 
   starts = jnp.arange(0, gathered.shape[1], form.block)
-  rows, columns = jax.lax.scan(chunk, loss.running.nothing((len(x), len(y), x.shape[1])), starts)
+  rows, columns = jax.lax.scan(chunk, row_kind.nothing((*shape, x.shape[1])), starts)
   columns = jax.tree.map(_joined, columns).over(axes)
   own = partial(jax.lax.dynamic_slice_in_dim, start_index=place * y.shape[1], slice_size=y.shape[1], axis=2)
   return rows, jax.tree.map(own, columns)
@@ -346,8 +387,8 @@ def _joined(chunks: Array, axis: int = 2) -> Array:
   return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
 
 
-def _on_devices(function: Callable[..., Any], form: Form, axes_in: tuple[int, ...], axes_out: tuple[int, ...]) -> Any:
-  """`function` on each device's part; the numbers are the axes along which arguments and results are split."""
+def _on_devices(function: Callable[..., Any], form: Form, axes_in: tuple[int, ...], axis_out: int) -> Any:
+  """`function` on each device's part; the numbers are the axes along which arguments and all results are split."""
 
   def spec(axis: int) -> PartitionSpec:
     return PartitionSpec(*(None,) * axis, form.mesh.axis_names)
@@ -357,32 +398,32 @@ def _on_devices(function: Callable[..., Any], form: Form, axes_in: tuple[int, ..
     function,
     mesh=form.mesh,
     in_specs=tuple(map(spec, axes_in)),
-    out_specs=tuple(map(spec, axes_out)),
+    out_specs=spec(axis_out),
     check_vma=False,
   )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _softmax(x: Array, y: Array, form: Form, full_gradient: bool, without_self: bool) -> tuple[Array, ...]:
-  return _softmax_forward(x, y, form, full_gradient, without_self)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _softmax(x: Array, y: Array, form: Form, loss: _Softmax) -> tuple[Sums, Sums | None]:
+  return _softmax_forward(x, y, form, loss)[0]
 
 
-def _softmax_forward(x: Array, y: Array, form: Form, full_gradient: bool, without_self: bool) -> tuple[Any, Any]:
-  def local(x: Array, y: Array) -> tuple[Array, ...]:
-    rows, columns = _forward(_Softmax(full_gradient, without_self), x, y, form)
-    return rows.log_sum, columns.log_sum, rows.best, columns.best
+def _softmax_forward(x: Array, y: Array, form: Form, loss: _Softmax) -> tuple[Any, Any]:
+  def local(x: Array, y: Array) -> tuple[Sums, Sums | None]:
+    rows, columns = _forward(loss, x, y, form)
+    return rows.sums, columns.sums
 
-  found = _on_devices(local, form, (1, 1), (2, 2, 2, 2))(x, y)
-  return found, (x, y, *found[:2])
+  rows, columns = found = _on_devices(local, form, (1, 1), 2)(x, y)
+  return found, (x, y, rows.log_sum, columns.log_sum if columns else None)
 
 
-def _softmax_backward(form: Form, full_gradient: bool, without_self: bool, saved: Any, gradient: Any) -> Any:
-  def local(x: Array, y: Array, *sums: Array) -> tuple[Array, Array]:
-    rows, columns, row_slope, column_slope = sums
-    loss = _Softmax(full_gradient, without_self)
+def _softmax_backward(form: Form, loss: _Softmax, saved: Any, gradient: tuple[Sums, Sums | None]) -> Any:
+  def local(x: Array, y: Array, rows: Array, columns: Array, row_slope: Array, column_slope: Array) -> Any:
     return _backward(loss, x, y, (rows, row_slope), (columns, column_slope), form)
 
-  return _on_devices(local, form, (1, 1, 2, 2, 2, 2), (1, 1))(*saved, *gradient[:2])
+  rows, columns = gradient
+  slopes = rows.log_sum, columns.log_sum if columns else None
+  return _on_devices(local, form, (1, 1, 2, 2, 2, 2), 1)(*saved, *slopes)
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -394,17 +435,17 @@ def _sigmoid(x: Array, y: Array, form: Form) -> Array:
 
 
 def _sigmoid_forward(x: Array, y: Array, form: Form) -> tuple[Any, Any]:
-  def local(x: Array, y: Array) -> tuple[Array]:
-    return (_forward(_Sigmoid(), x, y, form)[0].total,)
+  def local(x: Array, y: Array) -> Array:
+    return _forward(_Sigmoid(), x, y, form)[0].total
 
-  return _on_devices(local, form, (1, 1), (2,))(x, y)[0], (x, y)
+  return _on_devices(local, form, (1, 1), 2)(x, y), (x, y)
 
 
 def _sigmoid_backward(form: Form, saved: Any, gradient: Array) -> Any:
   def local(x: Array, y: Array, slope: Array) -> tuple[Array, Array]:
     return _backward(_Sigmoid(), x, y, slope, (), form)
 
-  return _on_devices(local, form, (1, 1, 2), (1, 1))(*saved, gradient)
+  return _on_devices(local, form, (1, 1, 2), 1)(*saved, gradient)
 
 
 _sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)

@@ -1,10 +1,13 @@
 """Image-text contrast: CLIP's symmetric InfoNCE, and DeCLIP's multi-view supervision across modalities."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
+from declip_jax.objectives.blockwise import PLAIN, Form, log_sums
 from declip_jax.types import Batch, Outputs
 
 Metrics = dict[str, Float[Array, ""]]
@@ -20,13 +23,114 @@ def unit_norm(x: Float[Array, "*rows d"], epsilon: float = 1e-12) -> Float[Array
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), epsilon**2))
 
 
-def similarity(x: Float[Array, "b d"], y: Float[Array, "n d"]) -> Float[Array, "b n"]:
-  """All inner products in full float32, which a TPU would otherwise compute from bfloat16 inputs."""
-  return jnp.einsum("bd,nd->bn", x, y, precision=jax.lax.Precision.HIGHEST)
+class Contrast(NamedTuple):
+  """InfoNCE of each view of one kind with each view of another.
+
+  Attributes:
+    loss: mean over the batch, and over both directions.
+    spread: the same if each query had to find all candidates equally, less `loss`: what a label smoothing of 1 adds.
+    row_accuracy, column_accuracy: fraction of queries whose most similar candidate is their own; zero, of columns, if
+      they search nothing.
+  """
+
+  loss: Float[Array, "v u"]
+  spread: Float[Array, "v u"]
+  row_accuracy: Float[Array, "v u"]
+  column_accuracy: Float[Array, "v u"]
+
+  def smoothed(self, label_smoothing: float) -> Float[Array, "v u"]:
+    """The loss with this part of the target spread evenly over all candidates, the own one included, as in PyTorch."""
+    return self.loss + label_smoothing * self.spread
+
+
+def info_nce(
+  rows: Float[Array, "v b d"],
+  columns: Float[Array, "u b d"],
+  scale: Float[Array, ""],
+  *,
+  form: Form = PLAIN,
+  full_gradient: bool = True,
+  symmetric: bool = True,
+) -> Contrast:
+  """Each row has to find the column of its own index by `scale` times their inner product, and each column its row.
+
+  CLIP (Radford et al. 2021, figure 3). The batch is the global one, and by default the gradient is that of the whole
+  logit matrix: so are DeCLIP's, and open_clip's with `gather_with_grad`. Not `symmetric`: only rows search.
+
+  With `full_gradient=False` the candidates of each query are constants, so that an image learns only from looking for
+  its text and a text only from looking for its image. SLIP's released code trains so, because its gather has no
+  gradient. The value and the gradient of `scale` are the same; that of the embeddings is about half as long, which
+  doubles the weight of every other term. (open_clip's default without `local_loss` is exactly half of the full
+  gradient on two processes, 1 / n on n of them.)
+  """
+  held = (lambda side: side) if full_gradient else jax.lax.stop_gradient
+  queries, candidates = scale * rows, columns
+  if not full_gradient:  # for the columns' sums the rows are constants, and the scale with them: so it stands here too
+    candidates = columns * (scale / jax.lax.stop_gradient(scale))
+  found = log_sums(queries, candidates, form, full_gradient=full_gradient, columns=symmetric)
+  sides = ((queries, held(candidates)), (held(queries), candidates))[: 1 + symmetric]
+  own = jnp.arange(rows.shape[1])
+  losses, spreads, accuracies = [], [], []
+  for sums, (x, y) in zip(found, sides, strict=False):
+    positive = jnp.einsum("vbd,ubd->vub", x, y, precision=jax.lax.Precision.HIGHEST)
+    losses.append(jnp.mean(sums.log_sum - positive, axis=2))
+    mean = jnp.einsum("vd,ud->vu", x.mean(axis=1), y.mean(axis=1), precision=jax.lax.Precision.HIGHEST)
+    spreads.append(positive.mean(axis=2) - mean)
+    accuracies.append(jnp.mean(sums.best == own, axis=2))
+  accuracies.append(jnp.zeros_like(accuracies[0]))
+  return Contrast(sum(losses) / len(losses), sum(spreads) / len(spreads), *accuracies[:2])
+
+
+def contrast_views(outputs: Outputs, form: Form = PLAIN, *, full_gradient: bool = True) -> Contrast:
+  """`info_nce` of every image view with every text view."""
+  return info_nce(outputs.image, outputs.text, outputs.scale, form=form, full_gradient=full_gradient)
+
+
+def clip(
+  outputs: Outputs,
+  batch: Batch,
+  *,
+  form: Form = PLAIN,
+  full_gradient: bool = True,
+  label_smoothing: float = 0.0,
+) -> tuple[Float[Array, ""], Metrics]:
+  """InfoNCE of the first image view and the first text view, with the accuracy of both directions in the batch."""
+  del batch
+  pairs = outputs.pairs
+  if pairs is None:
+    first = outputs.replace(image=outputs.image[:1], text=outputs.text[:1])
+    pairs = contrast_views(first, form, full_gradient=full_gradient)
+  metrics = {"image_to_text_accuracy": pairs.row_accuracy, "text_to_image_accuracy": pairs.column_accuracy}
+  return pairs.smoothed(label_smoothing)[0, 0], {name: value[0, 0] for name, value in metrics.items()}
+
+
+def multi_view(
+  outputs: Outputs,
+  batch: Batch,
+  *,
+  form: Form = PLAIN,
+  full_gradient: bool = True,
+  label_smoothing: float = 0.0,
+) -> tuple[Float[Array, ""], Metrics]:
+  """Mean InfoNCE over all pairs of an image view and a text view but the first: three of DeCLIP's 2x2.
+
+  DeCLIP (Li et al. 2022, section 3.2.2) gives the first pair to the CLIP term and the others to this one. The
+  released YFCC15M configs fold both into one mean over four pairs: its weight of 0.4 is 0.1 for `clip` and 0.3 here.
+
+  Raises:
+    ValueError: there is only one image view and one text view.
+  """
+  del batch
+  if len(outputs.image) * len(outputs.text) == 1:
+    raise ValueError("term 'mvs' needs Outputs.image or Outputs.text with a second view: choose another recipe")
+  pairs = outputs.pairs
+  if pairs is None:
+    pairs = contrast_views(outputs, form, full_gradient=full_gradient)
+  return pairs.smoothed(label_smoothing).ravel()[1:].mean(), {}
 
 
 def cross_entropy(logits: Float[Array, "b b"], label_smoothing: float = 0.0) -> Float[Array, ""]:
-  """Mean cross-entropy of rows that have to find the column of their own index.
+  """Mean cross-entropy of rows that have to find the column of their own index, where the whole matrix is at hand.
 
   `label_smoothing` is the part of the target that is spread evenly over all columns, the own one included, as in
   PyTorch's `CrossEntropyLoss`.
@@ -40,61 +144,3 @@ def cross_entropy(logits: Float[Array, "b b"], label_smoothing: float = 0.0) -> 
 def accuracy(logits: Float[Array, "b b"]) -> Float[Array, ""]:
   """Fraction of rows whose largest column is that of their own index."""
   return jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(logits.shape[0]))
-
-
-def info_nce(
-  image: Float[Array, "b d"],
-  text: Float[Array, "b d"],
-  scale: Float[Array, ""],
-  *,
-  full_gradient: bool = True,
-  label_smoothing: float = 0.0,
-) -> tuple[Float[Array, ""], Float[Array, "b b"]]:
-  """Mean of the image-to-text and text-to-image cross-entropies, and the logits `[image, text]`.
-
-  CLIP (Radford et al. 2021, figure 3). The batch is the global one, and by default the gradient is that of the whole
-  logit matrix: so are DeCLIP's, and open_clip's with `gather_with_grad`.
-
-  With `full_gradient=False` the candidates of each query are constants, so that an image learns only from looking for
-  its text and a text only from looking for its image. SLIP's released code trains so, because its gather has no
-  gradient. The value and the gradient of `scale` are the same; that of the embeddings is about half as long, which
-  doubles the weight of every other term. (open_clip's default without `local_loss` is exactly half of the full
-  gradient on two processes, 1 / n on n of them.)
-  """
-  if full_gradient:
-    rows = columns = scale * similarity(image, text)
-  else:  # one product all the same: XLA sees that the two are equal
-    rows = scale * similarity(image, jax.lax.stop_gradient(text))
-    columns = scale * similarity(jax.lax.stop_gradient(image), text)
-  return (cross_entropy(rows, label_smoothing) + cross_entropy(columns.T, label_smoothing)) / 2, rows
-
-
-def clip(
-  outputs: Outputs, batch: Batch, *, full_gradient: bool = True, label_smoothing: float = 0.0
-) -> tuple[Float[Array, ""], Metrics]:
-  """InfoNCE of the first image view and the first text view, with the accuracy of both directions in the batch."""
-  del batch
-  options = {"full_gradient": full_gradient, "label_smoothing": label_smoothing}
-  loss, logits = info_nce(outputs.image[0], outputs.text[0], outputs.scale, **options)
-  return loss, {"image_to_text_accuracy": accuracy(logits), "text_to_image_accuracy": accuracy(logits.T)}
-
-
-def multi_view(
-  outputs: Outputs, batch: Batch, *, full_gradient: bool = True, label_smoothing: float = 0.0
-) -> tuple[Float[Array, ""], Metrics]:
-  """Mean InfoNCE over all pairs of an image view and a text view but the first: three of DeCLIP's 2x2.
-
-  DeCLIP (Li et al. 2022, section 3.2.2) gives the first pair to the CLIP term and the others to this one. The
-  released YFCC15M configs fold both into one mean over four pairs: its weight of 0.4 is 0.1 for `clip` and 0.3 here.
-
-  Raises:
-    ValueError: there is only one image view and one text view.
-  """
-  del batch
-  images, texts = outputs.image.shape[0], outputs.text.shape[0]
-  pairs = [(i, t) for i in range(images) for t in range(texts)][1:]
-  if not pairs:
-    raise ValueError("term 'mvs' needs Outputs.image or Outputs.text with a second view: choose another recipe")
-  options = {"full_gradient": full_gradient, "label_smoothing": label_smoothing}
-  losses = [info_nce(outputs.image[i], outputs.text[t], outputs.scale, **options)[0] for i, t in pairs]
-  return sum(losses) / len(losses), {}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from declip_jax.objectives.contrastive import Metrics, similarity
+from declip_jax.objectives.contrastive import Metrics
 from declip_jax.types import Outputs
 
 UNIFORMITY_ROWS = 4096  # at most so many are compared, all pairs: a matrix of 64 MiB over all devices
@@ -98,7 +98,8 @@ def _uniformity(rows: Float[Array, "b d"]) -> Float[Array, ""]:
   # The first rows would all lie on a few of the devices; these stay where they are.
   rows = rows[:: -(-rows.shape[0] // UNIFORMITY_ROWS)]
   count = rows.shape[0]
-  closeness = jnp.exp(4 * (similarity(rows, rows) - 1))
+  cosine = jnp.einsum("bd,nd->bn", rows, rows, precision=jax.lax.Precision.HIGHEST)
+  closeness = jnp.exp(4 * (cosine - 1))
   return jnp.log(jnp.sum(closeness, where=~jnp.eye(count, dtype=bool)) / (count * (count - 1)))
 
 

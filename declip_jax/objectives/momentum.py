@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from declip_jax.objectives.contrastive import Metrics, accuracy, cross_entropy, similarity, unit_norm
+from declip_jax.objectives.blockwise import PLAIN, Form
+from declip_jax.objectives.contrastive import Metrics, info_nce, unit_norm
 from declip_jax.types import Batch, Outputs
 
 
-def moco(outputs: Outputs, batch: Batch, *, temperature: float = 0.2) -> tuple[Float[Array, ""], Metrics]:
+def moco(
+  outputs: Outputs, batch: Batch, *, form: Form = PLAIN, temperature: float = 0.2
+) -> tuple[Float[Array, ""], Metrics]:
   """`2 tau (CE(q1 k2 / tau) + CE(q2 k1 / tau))`: each prediction finds the target of the other view in the batch.
 
   MoCo v3 (Chen et al. 2021, algorithm 1). The factor `2 tau`, in the paper as in its released code, takes the `1 / tau`
@@ -20,10 +23,13 @@ def moco(outputs: Outputs, batch: Batch, *, temperature: float = 0.2) -> tuple[F
   """
   del batch
   target = jax.lax.stop_gradient(unit_norm(outputs.momentum_target))[::-1]
-  pairs = zip(unit_norm(outputs.momentum_prediction), target, strict=True)
-  logits = [similarity(query, key) / temperature for query, key in pairs]
-  loss = 2 * temperature * sum(cross_entropy(x) for x in logits)
-  return loss, {"moco_accuracy": sum(accuracy(x) for x in logits) / len(logits)}
+  inverse = jnp.asarray(1 / temperature, target.dtype)
+  pairs = [
+    info_nce(query[None], key[None], inverse, form=form, symmetric=False)
+    for query, key in zip(unit_norm(outputs.momentum_prediction), target, strict=True)
+  ]
+  loss = 2 * temperature * sum(pair.loss[0, 0] for pair in pairs)
+  return loss, {"moco_accuracy": sum(pair.row_accuracy[0, 0] for pair in pairs) / len(pairs)}
 
 
 def byol(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:

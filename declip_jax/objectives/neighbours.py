@@ -2,12 +2,19 @@
 
 from jaxtyping import Array, Float
 
-from declip_jax.objectives.contrastive import Metrics, cross_entropy, info_nce, similarity
+from declip_jax.objectives.blockwise import PLAIN, Form
+from declip_jax.objectives.contrastive import Metrics, info_nce
 from declip_jax.types import Batch, Outputs
 
 
 def nearest_neighbour(
-  outputs: Outputs, batch: Batch, *, symmetric: bool = True, warmup: bool = True, label_smoothing: float = 0.0
+  outputs: Outputs,
+  batch: Batch,
+  *,
+  form: Form = PLAIN,
+  symmetric: bool = True,
+  warmup: bool = True,
+  label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
   """Mean InfoNCE of every image view with every neighbour of its texts; neighbours are constants.
 
@@ -18,14 +25,8 @@ def nearest_neighbour(
   The metrics are the mean cosine of all neighbours and the texts that searched, and their mean age in steps.
   """
   del batch
-
-  def contrast(image: Float[Array, "b d"], text: Float[Array, "b d"]) -> Float[Array, ""]:
-    if symmetric:
-      return info_nce(image, text, outputs.scale, label_smoothing=label_smoothing)[0]
-    return cross_entropy(outputs.scale * similarity(image, text), label_smoothing)
-
-  losses = [contrast(image, text) for image in outputs.image for text in outputs.neighbour]
-  loss = sum(losses) / len(losses)
+  pairs = info_nce(outputs.image, outputs.neighbour, outputs.scale, form=form, symmetric=symmetric)
+  loss = pairs.smoothed(label_smoothing).mean()
   metrics = {
     "neighbour_similarity": outputs.neighbour_similarity.mean(),
     "neighbour_age": outputs.neighbour_age.mean(),

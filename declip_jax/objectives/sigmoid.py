@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from declip_jax.objectives.contrastive import Metrics, similarity
+from declip_jax.objectives.blockwise import PLAIN, Form, sigmoid_sums
+from declip_jax.objectives.contrastive import Metrics
 from declip_jax.types import Batch, Outputs
 
 
-def sigmoid(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+def sigmoid(outputs: Outputs, batch: Batch, *, form: Form = PLAIN) -> tuple[Float[Array, ""], Metrics]:
   """Is this the text of that image? Binary cross-entropy summed over all pairs of the first views, divided by `b`.
 
   SigLIP (Zhai et al. 2023). The bias is added to the logits, as in its algorithm 1, and so starts at -10; its equation
@@ -17,10 +18,12 @@ def sigmoid(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
   The metrics are the mean logits of the pairs and of all others.
   """
   del batch
-  logits = outputs.scale * similarity(outputs.image[0], outputs.text[0]) + outputs.bias
-  count = logits.shape[0]
-  pair = jnp.eye(count, dtype=bool)
-  loss = -jnp.sum(jax.nn.log_sigmoid(jnp.where(pair, logits, -logits))) / count
-  positive, total = jnp.trace(logits), jnp.sum(logits)
-  negative = (total - positive) / max(count * (count - 1), 1)
-  return loss, {"sigmoid_positive_logit": positive / count, "sigmoid_negative_logit": negative}
+  image, text, count = outputs.scale * outputs.image[0], outputs.text[0], outputs.image.shape[1]
+  loss = sigmoid_sums(image, text, outputs.bias, form).mean()
+  exact = jax.lax.Precision.HIGHEST
+  positive = jnp.einsum("bd,bd->", image, text, precision=exact)
+  negative = jnp.dot(image.sum(axis=0), text.sum(axis=0), precision=exact) - positive
+  return loss, {
+    "sigmoid_positive_logit": positive / count + outputs.bias,
+    "sigmoid_negative_logit": negative / max(count * (count - 1), 1) + outputs.bias,
+  }

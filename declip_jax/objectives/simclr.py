@@ -1,14 +1,17 @@
 """Self-supervision on images by contrast: SimCLR's NT-Xent, as SLIP trains with it."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-import optax
 
-from declip_jax.objectives.contrastive import Metrics, similarity, unit_norm
+from declip_jax.objectives.blockwise import PLAIN, Form, log_sums
+from declip_jax.objectives.contrastive import Metrics, unit_norm
 from declip_jax.types import Batch, Outputs
 
 
-def nt_xent(outputs: Outputs, batch: Batch, *, temperature: float = 0.1) -> tuple[Float[Array, ""], Metrics]:
+def nt_xent(
+  outputs: Outputs, batch: Batch, *, form: Form = PLAIN, temperature: float = 0.1
+) -> tuple[Float[Array, ""], Metrics]:
   """Each view of an image has to find the other among both views of the whole batch.
 
   SimCLR (Chen et al. 2020, equation 1): `2b - 2` negatives for each of the `2b` anchors, all with gradient. SLIP and
@@ -16,10 +19,10 @@ def nt_xent(outputs: Outputs, batch: Batch, *, temperature: float = 0.1) -> tupl
   """
   del batch
   views = unit_norm(outputs.simclr)
-  count = views.shape[1]
-  rows = views.reshape(2 * count, -1)
-  logits = similarity(rows, rows) / temperature
-  logits = jnp.where(jnp.eye(2 * count, dtype=bool), -jnp.inf, logits)  # an anchor is no candidate of its own
-  target = jnp.roll(jnp.arange(2 * count), count)
-  loss = optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
-  return loss, {"simclr_accuracy": jnp.mean(jnp.argmax(logits, axis=1) == target)}
+  # An anchor is no candidate of its own.
+  found, _ = log_sums(views / temperature, views, form, without_self=True, columns=False)
+  positive = jnp.einsum("bd,bd->b", *views, precision=jax.lax.Precision.HIGHEST) / temperature
+  loss = (jax.nn.logsumexp(found.log_sum, axis=1) - positive).mean()
+  best_view, other = jnp.argmax(found.top, axis=1), jnp.array([[1], [0]])
+  best = jnp.stack([found.best[0, 1], found.best[1, 0]])
+  return loss, {"simclr_accuracy": jnp.mean((best_view == other) & (best == jnp.arange(views.shape[1])))}

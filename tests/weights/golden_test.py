@@ -62,7 +62,7 @@ class Golden:
     image = unit_norm(self.model.image_features(params, self.collections, nhwc(images)))
     text = unit_norm(self.model.text_features(params, self.collections, tokens))
     scale = jnp.exp(params["heads"]["logit_scale"])
-    return info_nce(image, text, scale)[0], scale * image @ text.T
+    return info_nce(image[None], text[None], scale).loss[0, 0], scale * image @ text.T
 
   def inside(self, tower, inputs, depth):
     """Outputs of the modules of a tower cut after `depth` blocks, by name."""
