@@ -9,12 +9,15 @@ files with fast random access, of samples that can all be used. Train from them 
 
 Every image is decoded once to see that it can be, and written as it was; pixels are written as PNG. Where the command
 was interrupted, it goes on when it is given again.
+
+OUTPUT may be a URL, such as gs://bucket/folder: each file is written to a local temporary folder (TMPDIR) and uploaded
+when it is complete, which takes there the room of one file for each worker.
 """
 
 import argparse
 from collections import Counter
 from collections.abc import Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
 import fcntl
@@ -26,6 +29,7 @@ import os
 from pathlib import Path
 import signal
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -35,7 +39,7 @@ from PIL import Image
 
 from declip_jax.data import files, images
 from declip_jax.data.processes import cores, end_with_parent
-from declip_jax.data.sources import BadSample, Example, Source, open_source
+from declip_jax.data.sources import BadSample, Example, Source, open_source, rows
 from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_reader, pack
 
 _SHARD_BYTES = 512 * 2**20
@@ -43,13 +47,14 @@ _MAX_SHARDS = 1024  # by default: larger sources get larger files, for a process
 _PROBES = 64  # samples whose sizes tell that of all
 _NAMED = 3  # bad samples of each kind that the report names
 _COUNT_EVERY = 64  # samples
+_REPORT_EVERY = 5.0  # seconds, to a URL
 _ABOUT, _DONE = "dataset.json", "progress.jsonl"
 
 
 class _Shard(NamedTuple):
   """Samples `start` to `stop` of the source, in the file `path`."""
 
-  path: Path
+  path: str
   start: int
   stop: int
 
@@ -67,59 +72,64 @@ def convert(
 
   Args:
     spec: of the source.
-    output: folder; created, or one in which the same conversion was interrupted.
+    output: folder or its URL; created, or one in which the same conversion was interrupted.
     shards: number of files. By default so many that each has about 512 MB, 1,024 at most: few enough to list, to copy
       and to keep open, and many enough to be written in parallel.
-    workers: number of processes; by default that of cores.
+    workers: number of processes, by default that of cores. A single one is a thread of this process.
 
   Returns:
-    What dataset.json holds: `source`, `samples` of it, the `stamp` of its files (None where it has none), `shards`,
-    `count` of what was written, `skipped` by kind of `BAD`, and the first of these `named`.
+    What dataset.json holds: `source`, `samples` of it, its `stamp`, `shards`, `count` of what was written, `skipped` by
+    kind of `BAD`, and the first of these `named`.
 
   Raises:
     ValueError: the source cannot be opened or no sample can be used, or the folder holds anything else, such as a
       conversion of the source as it was before its files changed.
     OSError: the files cannot be written.
   """
-  if files.is_url(os.fspath(output)):
-    raise ValueError(f"output {os.fspath(output)!r} is an address: write to a local folder and copy that")
-  output = Path(output)
+  output = rows.absolute(os.fspath(output))
   source = open_source(spec)
   about = _plan(source, output, shards)
   shards, samples = about["shards"], about["samples"]
   bounds = [samples * number // shards for number in range(shards + 1)]
-  paths = [output / f"data-{number:05d}-of-{shards:05d}.array_record" for number in range(shards)]
+  names = [f"data-{number:05d}-of-{shards:05d}.array_record" for number in range(shards)]
+  there = set(files.names(output))
   if "count" in about:
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-      raise ValueError(f"{output} was complete and lacks {len(missing)} files now, such as {missing[0]}: delete it")
+    _expect(names, there, f"{output} was complete and")
     return about
+  _unlink_left(output)
   _write_classnames(source, output)
-  done = {number: report for number, report in _finished(output).items() if paths[number].is_file()}
-  todo = {n: _Shard(paths[n], bounds[n], bounds[n + 1]) for n in range(shards) if n not in done}
-  with contextlib.closing(_run(source, todo, samples, workers or cores())) as reports:
+  done = {number: report for number, report in _finished(output, there).items() if names[number] in there}
+  todo = {n: _Shard(f"{output}/{names[n]}", bounds[n], bounds[n + 1]) for n in range(shards) if n not in done}
+  running = _run(source, todo, samples, workers or cores())
+  with contextlib.closing(_Journal(output, done)) as journal, contextlib.closing(running) as reports:
     for number, report in reports:
-      done[number] = report
-      with (output / _DONE).open("a") as file:
-        file.write(json.dumps({"shard": number, **report}) + "\n")
+      journal.add(number, report)
+  _expect(names, set(files.names(output)), output)
   return _finish(source, output, about, done)
 
 
-def _plan(source: Source, output: Path, shards: int | None) -> dict[str, Any]:
+def _expect(names: list[str], there: set[str], where: str) -> None:
+  missing = [name for name in names if name not in there]
+  if missing:
+    raise ValueError(f"{where} lacks {len(missing)} files now, such as {missing[0]}: delete it and convert again")
+
+
+def _plan(source: Source, output: str, shards: int | None) -> dict[str, Any]:
   """What the folder holds or shall hold, of this source; written to it if it is new.
 
   Raises:
     ValueError: it holds something else.
   """
-  plan = {"source": source.name, "samples": len(source), "stamp": getattr(source, "stamp", None)}
-  there = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+  plan = {"source": source.name, "samples": len(source), "stamp": source.stamp}
+  url = files.is_url(output)
+  there = sorted(os.listdir(output)) if not url and os.path.isdir(output) else files.names(output)
   if not len(source):
     raise ValueError(f"{source.name} has no sample; left out: {source.skipped or 'none'}")
   if _ABOUT in there:
     try:
-      about = dict(json.loads((output / _ABOUT).read_text("utf-8")))
+      about = dict(json.loads(files.read(f"{output}/{_ABOUT}")))
     except (ValueError, TypeError):
-      raise ValueError(f"{output / _ABOUT} is not of this command: choose another folder") from None
+      raise ValueError(f"{output}/{_ABOUT} is not of this command: choose another folder") from None
     wanted = plan | ({"shards": shards} if shards else {})
     other = {name: value for name, value in wanted.items() if about.get(name) != value}
     if other.keys() == {"stamp"}:
@@ -136,8 +146,9 @@ def _plan(source: Source, output: Path, shards: int | None) -> dict[str, Any]:
     shards = min(len(source), _MAX_SHARDS, max(1, math.ceil(_mean_bytes(source) * len(source) / _SHARD_BYTES)))
   if not 0 < shards <= min(len(source), 99_999):
     raise ValueError(f"{shards} shards: expected 1 to {min(len(source), 99_999)}, for {len(source)} samples")
-  output.mkdir(parents=True, exist_ok=True)
-  _write_text(output / _ABOUT, json.dumps(plan | {"shards": shards}))
+  if not url:
+    Path(output).mkdir(parents=True, exist_ok=True)
+  _write_text(f"{output}/{_ABOUT}", json.dumps(plan | {"shards": shards}))
   return plan | {"shards": shards}
 
 
@@ -151,17 +162,44 @@ def _mean_bytes(source: Source) -> float:
   return sum(sizes) / max(1, len(sizes) - 1)
 
 
-def _write_classnames(source: Source, output: Path) -> None:
+def _write_classnames(source: Source, output: str) -> None:
   if source.classnames:
     lines = [" ".join(name.split()) for name in source.classnames]  # one line each
-    _write_text(output / "classnames.txt", "".join(f"{line}\n" for line in lines))
+    _write_text(f"{output}/classnames.txt", "".join(f"{line}\n" for line in lines))
 
 
-def _finished(output: Path) -> dict[int, dict[str, Any]]:
+class _Journal:
+  """What was reported of the finished shards, kept for a later try: a line for each.
+
+  To a file behind a URL nothing can be appended. It is written anew, every few seconds and at the end.
+  """
+
+  def __init__(self, output: str, done: dict[int, dict[str, Any]]):
+    self._path, self._done, self._next, self._unwritten = f"{output}/{_DONE}", done, 0.0, False
+
+  def add(self, number: int, report: dict[str, Any]) -> None:
+    self._done[number] = report
+    if not files.is_url(self._path):
+      with open(self._path, "a") as file:
+        file.write(self._line(number))
+      return
+    self._unwritten = True
+    if time.monotonic() >= self._next:
+      self.close()
+
+  def close(self) -> None:
+    if self._unwritten:
+      _write_text(self._path, "".join(map(self._line, self._done)))
+      self._next, self._unwritten = time.monotonic() + _REPORT_EVERY, False
+
+  def _line(self, number: int) -> str:
+    return json.dumps({"shard": number, **self._done[number]}) + "\n"
+
+
+def _finished(output: str, there: set[str]) -> dict[int, dict[str, Any]]:
   """What was reported of the shards that an earlier try finished."""
-  path = output / _DONE
   found = {}
-  for line in path.read_text().splitlines() if path.is_file() else ():
+  for line in files.read(f"{output}/{_DONE}").decode().splitlines() if _DONE in there else ():
     try:
       report = json.loads(line)
     except ValueError:
@@ -170,7 +208,7 @@ def _finished(output: Path) -> dict[int, dict[str, Any]]:
   return found
 
 
-def _finish(source: Source, output: Path, about: dict[str, Any], done: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _finish(source: Source, output: str, about: dict[str, Any], done: dict[int, dict[str, Any]]) -> dict[str, Any]:
   skipped, named = Counter(source.skipped), {}
   for _, report in sorted(done.items()):
     skipped.update(report["skipped"])
@@ -180,17 +218,31 @@ def _finish(source: Source, output: Path, about: dict[str, Any], done: dict[int,
   if not count:
     raise ValueError(f"{source.name}: none of {about['samples']} samples can be used: {dict(skipped)}, such as {named}")
   about = {**about, "count": count, "skipped": dict(skipped), "named": named}
-  _write_text(output / _ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-  (output / _DONE).unlink(missing_ok=True)
-  for path in output.glob(".*.tmp"):
-    _unlink_left(path)
+  _write_text(f"{output}/{_ABOUT}", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+  files.remove(f"{output}/{_DONE}")
   return about
 
 
-def _write_text(path: Path, text: str) -> None:
-  with _temporary(path) as temporary:
+def _write_text(path: str, text: str) -> None:
+  with _committed(path) as temporary:
     temporary.write_text(text, "utf-8", errors="replace")
-    files.commit(temporary, path)
+
+
+@contextlib.contextmanager
+def _committed(path: str) -> Iterator[Path]:
+  """A local file to write to, which becomes the one at a path or URL, whole, unless something is raised."""
+  folder, _, name = path.rpartition("/")
+  local = _left_in(folder)[0] / f"{_left_in(folder)[1]}{name}"
+  with _temporary(local) as temporary:
+    yield temporary
+    files.upload(temporary, path) if files.is_url(path) else files.commit(temporary, local)
+
+
+def _left_in(output: str) -> tuple[Path, str]:
+  """Where temporary files for a folder lie, and how their names begin, after the dot."""
+  if files.is_url(output):
+    return Path(tempfile.gettempdir()), f"declip_jax-{files.digest(output)}-"
+  return Path(output), ""
 
 
 @contextlib.contextmanager
@@ -206,11 +258,13 @@ def _temporary(path: Path) -> Iterator[Path]:
     temporary.unlink(missing_ok=True)
 
 
-def _unlink_left(temporary: Path) -> None:
-  """Deletes a temporary file unless a process is writing to it: locks end with the process, even if it was killed."""
-  with contextlib.suppress(OSError), temporary.open("rb+") as file:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    temporary.unlink(missing_ok=True)
+def _unlink_left(output: str) -> None:
+  """Deletes temporary files unless a process is writing to them: locks end with the process, even if it was killed."""
+  folder, prefix = _left_in(output)
+  for temporary in folder.glob(f".{prefix}*.tmp"):
+    with contextlib.suppress(OSError), temporary.open("rb+") as file:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      temporary.unlink(missing_ok=True)
 
 
 def _run(
@@ -222,7 +276,10 @@ def _run(
   context = multiprocessing.get_context("spawn")  # threads of array_record and fsspec do not survive a fork
   before = total - sum(shard.stop - shard.start for shard in todo.values())
   stop, written = context.Event(), context.Value("q", before)
-  pool = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (source, stop, written))
+  if min(workers, len(todo)) == 1:
+    pool = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(source, stop, written))
+  else:
+    pool = ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (source, stop, written))
   progress = _Progress(before, total)
   try:
     with holding_interrupts():
@@ -281,7 +338,8 @@ _worker: dict[str, Any] = {}  # what a worker process was started with
 def _start_worker(source: Source, stop: Any, written: Any) -> None:
   """Workers leave Ctrl-C to the main process, which tells them to stop, and end when it is killed."""
   _worker.update(source=source, stop=stop, written=written)
-  end_with_parent()
+  if multiprocessing.parent_process():
+    end_with_parent()
 
 
 def _write(shard: _Shard) -> dict[str, Any]:
@@ -289,7 +347,7 @@ def _write(shard: _Shard) -> dict[str, Any]:
   source, stop, written = _worker["source"], _worker["stop"], _worker["written"]
   skipped, named, count = Counter(), {}, 0
   try:
-    with _temporary(shard.path) as temporary:
+    with _committed(shard.path) as temporary:
       writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), WRITER_OPTIONS)
       for index in range(shard.start, shard.stop):
         try:
@@ -305,8 +363,7 @@ def _write(shard: _Shard) -> dict[str, Any]:
             raise _Interrupted
       writer.close()
       if open_reader(os.fspath(temporary)).num_records() != count:
-        raise OSError(f"{shard.path} could not be written completely: is the disk full?")
-      files.commit(temporary, shard.path)
+        raise OSError(f"{shard.path} could not be written completely: is the disk of {temporary.parent} full?")
   except RuntimeError as error:  # of array_record
     raise OSError(f"{shard.path} could not be written: {error}") from error
   return {"count": count, "skipped": dict(skipped), "named": named}
@@ -339,8 +396,9 @@ def _png(pixels: np.ndarray) -> bytes:
   return file.getvalue()
 
 
-def _report(about: dict[str, Any], output: Path) -> str:
-  size = sum(path.stat().st_size for path in output.glob("*.array_record"))
+def _report(about: dict[str, Any], output: str) -> str:
+  written = [f"{output}/{name}" for name in files.names(output) if name.endswith(".array_record")]
+  size = sum(size for size, _ in files.stamps(written))
   lines = [f"{output}: {about['count']:,} samples in {about['shards']:,} files, {size / 2**20:,.1f} MiB"]
   for kind, count in sorted(about["skipped"].items()):
     lines += [f"left out {count:,}: {kind}", *(f"  {message}" for message in about["named"].get(kind, ()))]
@@ -354,9 +412,13 @@ def main(arguments: list[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("spec", help="source to read, such as webdataset:/data/train-*.tar")
-  parser.add_argument("output", help="folder to write")
+  parser.add_argument("output", help="folder to write, or its URL")
   parser.add_argument("--shards", type=int, help="number of files; by default of about 512 MB each, 1,024 at most")
-  parser.add_argument("--workers", type=int, help="processes that write; by default as many as cores")
+  parser.add_argument(
+    "--workers",
+    type=int,
+    help="processes that write, by default as many as cores; for a URL each has one file in the temporary folder",
+  )
   given = parser.parse_args(arguments)
   if given.workers is not None and given.workers < 1:
     parser.error(f"--workers={given.workers}: expected at least 1")
@@ -368,7 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     print("interrupted; give the same command again to go on", file=sys.stderr)
     return 130
-  print(_report(about, Path(given.output)))
+  print(_report(about, rows.absolute(given.output)))
   return 0
 
 

@@ -5,9 +5,11 @@ URL, such as gcsfs for gs://, and says which one is missing.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import errno
+import fcntl
 from functools import lru_cache
 import glob
 import hashlib
@@ -17,29 +19,39 @@ import json
 import os
 from pathlib import Path
 import re
+import shutil
 import tempfile
 import threading
 import time
 from typing import Any, BinaryIO
+import uuid
 import weakref
 
+from absl import logging
 import fsspec
 import fsspec.core
 
 _OPEN_FILES = 128  # per process: far below the usual limit of 1024 descriptors, for any number of shards
 _READ_AHEAD = 2**20  # of a URL's stream, in bytes: a request takes as long as it takes to transfer about this much
+_PIECE = 2**25  # of a file that is copied, in bytes: what a request asks for, and what is asked for again if it fails
+_THREADS = 32
 _PAUSES = (0.5, 2.0, 8.0)  # in seconds, before a URL is tried again
 _FOLDER = ".declip_jax"  # of indexes, beside the data
+_COPIES = "copies"  # of files behind URLs, in the user's cache folder
 _LEFT_BEHIND = 24 * 3600  # seconds: no index takes so long to build
 # What a network's file system raises for a while; any other error of a local path stays as it is.
 _PASSING = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EAGAIN, errno.EBUSY}
 # What tells that a file behind a URL changed: the first of these that its file system knows.
 _CHANGES = ("ETag", "etag", "md5Hash", "generation", "Content-MD5", "Digest", "content_md5", "LastModified")
 _CHANGES += ("Last-Modified", "last_modified", "updated", "mtime", "modified", "created")
+# Where a file appears when its upload is complete, and to rename one is to copy it.
+_OBJECT_STORES = {"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl", "oss", "oci", "obs", "memory"}
 
 # Of the images that `images.decode` knows, in lower case; where a sample has several, the first of these counts.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGE_SUFFIXES += (".jp2", ".avif")
+
+Stamp = tuple[int, int | str | None]
 
 
 def is_url(path: str) -> bool:
@@ -77,6 +89,8 @@ def expand(location: str) -> list[str]:
 def names(folder: str) -> list[str]:
   """Names of the files in a folder, sorted; none where it is no folder or cannot be listed."""
   if is_url(folder):
+    with _remote(folder) as (system, _):
+      system.invalidate_cache()  # of listings
     return sorted(path.rpartition("/")[2] for path in _listing(folder.rstrip("/")))
   return sorted(map(os.path.basename, _entries(_local(folder))))
 
@@ -94,7 +108,7 @@ def exists(path: str) -> bool:
     return system.isfile(name)
 
 
-def stamp(path: str) -> tuple[int, int | str | None]:
+def stamp(path: str) -> Stamp:
   """Size in bytes, and something that changes when the file does; both go into JSON.
 
   The second is the modification time in ns; for a URL its ETag or time of change, None where the server tells neither.
@@ -113,6 +127,19 @@ def stamp(path: str) -> tuple[int, int | str | None]:
     raise OSError(f"{path}: {'a folder' if about.get('type') == 'directory' else 'the server does not tell its size'}")
   changed = next((about[name] for name in _CHANGES if about.get(name) is not None), None)
   return int(about["size"]), None if changed is None else str(changed)
+
+
+def stamps(paths: Sequence[str]) -> list[Stamp]:
+  """The `stamp` of each; threads hide the latency of a server."""
+  if not any(map(is_url, paths)):
+    return [stamp(path) for path in paths]
+  with ThreadPoolExecutor(min(_THREADS, len(paths))) as pool:
+    return list(pool.map(stamp, paths))
+
+
+def digest(value: Any) -> str:
+  """24 hexadecimal digits that depend on all of `value`, which goes into JSON."""
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
 
 
 def read(path: str, start: int = 0, size: int | None = None) -> bytes:
@@ -169,6 +196,53 @@ def open_stream(path: str) -> BinaryIO:
   return io.BufferedReader(_Ranges(path), _READ_AHEAD)
 
 
+def upload(file: Path, url: str) -> None:
+  """Copies a complete local file to a URL, so that nobody ever sees half of it there; what fails is tried again.
+
+  To an object store it is put, which shows it when it is complete. Elsewhere it is put under a temporary name in its
+  folder, which is created if there is none, and renamed.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  for pause in (*_PAUSES, None):
+    try:
+      return _upload(file, url)
+    except (FileNotFoundError, PermissionError):  # there is no such bucket, for one
+      raise
+    except OSError:
+      if pause is None:
+        raise
+      time.sleep(pause)
+
+
+def _upload(file: Path, url: str) -> None:
+  with _remote(url) as (system, name):
+    if url.partition("://")[0] in _OBJECT_STORES:
+      system.put_file(os.fspath(file), name)
+      return
+    folder, _, last = name.rpartition("/")
+    temporary = f"{folder}/.{last}.{uuid.uuid4().hex}.tmp"
+    system.makedirs(folder, exist_ok=True)
+    try:
+      system.put_file(os.fspath(file), temporary)
+      system.mv(temporary, name)
+    except BaseException:
+      with contextlib.suppress(Exception):  # perhaps it never came to be
+        system.rm_file(temporary)
+      raise
+
+
+def remove(path: str) -> None:
+  """Deletes a file, if it is there."""
+  with contextlib.suppress(FileNotFoundError):
+    if is_url(path):
+      with _remote(path) as (system, name):
+        system.rm_file(name)
+    else:
+      os.unlink(_local(path))
+
+
 def classnames(path: str) -> tuple[str, ...]:
   """Line i of classnames.txt in the folder of a file is class i, blank or not; empty where there is no such file."""
   file = beside(path, "classnames.txt")
@@ -178,22 +252,23 @@ def classnames(path: str) -> tuple[str, ...]:
 def index(stamp: Any, near: str, build: Callable[[Path], Any], suffix: str) -> Path:
   """The file of an index, built if there is none.
 
-  It lies in `.declip_jax/` beside the data, or in the user's cache folder where that cannot be written or the data are
-  behind a URL. Its name is a hash of `stamp`, so with the `stamp` of the data inside it is never older than they are.
-  It appears whole or not at all, whatever happens while it is built; where several processes build it, one wins. What
-  processes that were killed have left in the folder is deleted after a day.
+  It lies in `.declip_jax/` beside the data, or in the user's cache folder, $XDG_CACHE_HOME/declip_jax or else
+  ~/.cache/declip_jax, where that cannot be written or the data are behind a URL. Its name is the `digest` of `stamp`,
+  so with the `stamp` of the data inside it is never older than they are. It appears whole or not at all, whatever
+  happens while it is built; where several processes build it, one wins. What processes that were killed have left in
+  the folder is deleted after a day.
 
   Args:
     stamp: JSON of all that the index depends on: paths and stamps of files, and the version of the index's format.
     near: one of the data files.
-    build: writes the index to the path that it is given.
+    build: writes the index to the path that it is given. It may keep parts of its work beside that path, under names
+      with a dot in front, and may end with an OSError when it sees that another process has built the index.
     suffix: of the file's name, such as ".npy".
 
   Raises:
     OSError: no folder takes the index, or what `build` raises.
   """
-  name = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:24] + suffix
-  cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "declip_jax"
+  name, cache = digest(stamp) + suffix, _cache()
   folders = [cache] if is_url(near) else [Path(_local(near)).parent / _FOLDER, cache]
   found = next((folder / name for folder in folders if os.path.isfile(folder / name)), None)
   if found is not None:
@@ -213,6 +288,8 @@ def index(stamp: Any, near: str, build: Callable[[Path], Any], suffix: str) -> P
       commit(temporary, folder / name)
       return folder / name
     except OSError as error:
+      if (folder / name).is_file():  # another process was first
+        return folder / name
       if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         raise
       failure = error
@@ -221,12 +298,117 @@ def index(stamp: Any, near: str, build: Callable[[Path], Any], suffix: str) -> P
   raise OSError(f"no place for the index of {near}: {failure}; set XDG_CACHE_HOME to a folder that can be written")
 
 
+def _cache() -> Path:
+  return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "declip_jax"
+
+
 def _clear(folder: Path) -> None:
   """Deletes what builders that were killed have left in a folder of indexes."""
   for path in folder.glob(".*"):
     with contextlib.suppress(OSError):  # another process was first, or it is another user's
       if path.stat().st_mtime < time.time() - _LEFT_BEHIND:
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def local_copy(path: str, stamp: Stamp) -> str:
+  """A local file with the contents of a file: itself if it is local, else a copy that is made when first asked for.
+
+  Raises:
+    OSError: as for `fetch`.
+  """
+  if not is_url(path):
+    return path
+  copy = copies(path, {"": stamp}) / path.rpartition("/")[2]
+  fetch(path, stamp, copy)
+  return os.fspath(copy)
+
+
+def copies(url: str, stamps: Mapping[str, Stamp]) -> Path:
+  """The folder for copies of a file, or of files in a folder, behind a URL; `fetch` puts them there.
+
+  For readers that open local files only. It lies in `declip_jax/copies/` of the user's cache folder, beside indexes of
+  data behind URLs, and is one for all data sets and processes that read these files. Copies of their former states are
+  deleted, others never.
+
+  Args:
+    url: of the file or the folder.
+    stamps: by name, of all files that matter: another state of any has another folder.
+  """
+  return _cache() / _COPIES / f"{digest(url)}-{digest(sorted(stamps.items()))}"
+
+
+def fetch(url: str, stamp: Stamp, path: Path) -> None:
+  """Copies a file from behind a URL to a folder of `copies`, unless it is there; it appears whole or not at all.
+
+  Of several processes and threads that want it, one copies it, and the others wait. A lock that the system releases
+  with its process sees to that; where the disk has no locks, each makes a copy of its own, and one of them stays.
+
+  Raises:
+    OSError: it cannot be read or changed since `stamp` was taken; or no room, with the bytes that are needed.
+  """
+  if path.is_file():
+    return
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    place = "set XDG_CACHE_HOME to a folder that can be written"
+    raise OSError(f"no place for a copy of {url}: {error}; {place}") from None
+  with _turn(path) as locked:
+    if path.is_file():
+      return
+    if locked:  # so these are of processes that were killed
+      for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
+    try:
+      _copy(url, stamp, path)
+    except OSError as error:
+      if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise
+      room = f"{shutil.disk_usage(path.parent).free:,} are free; set XDG_CACHE_HOME to a folder on a larger disk"
+      message = f"{url}: no room for its copy of {stamp[0]:,} bytes in {path.parent}: {room}"
+      raise OSError(error.errno, message) from error
+  for former in path.parent.parent.glob(f"{path.parent.name.partition('-')[0]}-*"):
+    if former != path.parent:
+      shutil.rmtree(former, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[bool]:
+  """Waits until no other thread or process has its turn at a file; False where the disk has no locks."""
+  lock = path.with_name(f".{path.name}.lock")
+  with lock.open("wb") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX)
+      locked = True
+    except OSError:
+      locked = False
+    yield locked
+    lock.unlink(missing_ok=True)  # only now: those that still wait for it find that the file is there
+
+
+def _copy(url: str, stamp: Stamp, path: Path) -> None:
+  _expect(url, stamp)
+  if shutil.disk_usage(path.parent).free < stamp[0]:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before the transfer rather than after most of it
+  logging.info("copying %s, %.1f MiB, to %s", url, stamp[0] / 2**20, path)
+  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+    temporary = Path(file.name)
+    try:
+      for start in range(0, stamp[0], _PIECE):
+        file.write(read(url, start, min(_PIECE, stamp[0] - start)))
+      file.close()
+      _expect(url, stamp)  # else the pieces may be of two states
+      commit(temporary, path)
+    finally:
+      temporary.unlink(missing_ok=True)
+
+
+def _expect(url: str, expected: Stamp) -> None:
+  with _remote(url) as (system, name):
+    system.invalidate_cache(system._parent(name))
+  found = stamp(url)
+  if found != tuple(expected):
+    raise OSError(f"{url} changed since it was opened: {found}, not {tuple(expected)} (bytes, state); open it again")
 
 
 def commit(temporary: Path, path: Path) -> None:

@@ -6,8 +6,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 import numpy as np
 from PIL import Image
 import pytest
@@ -120,7 +124,7 @@ def test_a_source_that_changed_is_refused(shards, tmp_path, monkeypatch):
 
 def test_files_that_another_process_writes_are_left_alone(tmp_path):
   output = tmp_path / "out"
-  plan = convert_lib._plan(open_scenes("test/10/16"), output, 1)
+  plan = convert_lib._plan(open_scenes("test/10/16"), str(output), 1)
   (output / ".data-00000-of-00001.array_record.1.tmp").write_bytes(b"of a process that was killed")
   with convert_lib._temporary(output / "other") as theirs:
     inode = theirs.stat().st_ino
@@ -235,9 +239,9 @@ def test_the_number_of_files_follows_from_the_size(tmp_path, monkeypatch, limit,
   source = open_scenes("test/300/32")
   size = sum(len(convert_lib._record(source, index)) for index in range(300))
   assert 430_000 < size < 470_000
-  assert convert_lib._plan(source, tmp_path / "out", None)["shards"] == expected
+  assert convert_lib._plan(source, f"{tmp_path}/out", None)["shards"] == expected
   monkeypatch.setattr(convert_lib, "_MAX_SHARDS", 4)
-  assert convert_lib._plan(source, tmp_path / "few", None)["shards"] == min(expected, 4)
+  assert convert_lib._plan(source, f"{tmp_path}/few", None)["shards"] == min(expected, 4)
 
 
 def test_what_the_user_can_mend_is_one_line(shards, tmp_path, capsys):
@@ -253,7 +257,7 @@ def test_what_the_user_can_mend_is_one_line(shards, tmp_path, capsys):
   assert "no file matches" in error(f"webdataset:{tmp_path}/x-*.tar", output)
   assert "0 shards: expected 1 to 10" in error("scenes:test/10/16", output, "--shards=0")
   assert "11 shards: expected 1 to 10" in error("scenes:test/10/16", output, "--shards=11")
-  assert "is an address" in error("scenes:test/10/16", "gs://bucket/out")
+  assert "Protocol not known: unknown" in error("scenes:test/10/16", "unknown://bucket/out")
   assert not os.path.exists(output)
   assert main(["scenes:test/10/16", output, "--workers=1"]) == 0
   capsys.readouterr()
@@ -273,3 +277,109 @@ def test_nothing_usable_is_an_error(tmp_path):
     tar.addfile(tarfile.TarInfo("0.jpg"))
   with pytest.raises(ValueError, match="none of 1 samples can be used"):
     convert(f"webdataset:{tmp_path}/s.tar", tmp_path / "out", workers=1)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> dict[str, bytes]:
+  """What is stored in an empty memory://; a cache folder and a folder for temporary files of the test's own."""
+  memory = fsspec.filesystem("memory")
+  memory.store.clear()
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  (tmp_path / "temporary").mkdir()
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+  return memory.store
+
+
+def stored(bucket: dict) -> dict[str, bytes]:
+  return {name.rpartition("/")[2]: file.getvalue() for name, file in bucket.items()}
+
+
+def test_a_url_gets_the_same_files_as_a_folder(shards, tmp_path, bucket, capsys):
+  assert main([shards, "memory://bucket/out/", "--shards=4", "--workers=1"]) == 0
+  printed = capsys.readouterr().out
+  local = convert(shards, tmp_path / "out", shards=4, workers=1)
+  assert stored(bucket) == contents(tmp_path / "out")
+  assert list(sources.open_source("arrayrecord:memory://bucket/out/*.array_record")) == usable(
+    sources.open_source(shards)
+  )
+  size = sum(len(file) for name, file in stored(bucket).items() if name.startswith("data-"))
+  assert f"memory://bucket/out: 55 samples in 4 files, {size / 2**20:.1f} MiB" in printed
+  assert list((tmp_path / "temporary").iterdir()) == []
+  assert convert(shards, "memory://bucket/out", workers=1) == local
+  del bucket["/bucket/out/data-00002-of-00004.array_record"]
+  with pytest.raises(ValueError, match="was complete and lacks 1 files now, such as data-00002-of-00004"):
+    convert(shards, "memory://bucket/out")
+  with pytest.raises(ValueError, match="holds another conversion"):
+    convert("scenes:test/10/16", "memory://bucket/out")
+  bucket["/bucket/full/other.txt"] = bucket["/bucket/out/dataset.json"]
+  with pytest.raises(ValueError, match="is not empty, it holds other.txt"):
+    convert("scenes:test/10/16", "memory://bucket/full")
+
+
+def test_an_interrupted_conversion_to_a_url_goes_on(shards, tmp_path, bucket, monkeypatch):
+  def put_file(self, local, name, **more):
+    puts.append(name.rpartition("/")[2])
+    if interrupted and "data-00002" <= puts[-1] < "data-00004":
+      raise KeyboardInterrupt
+    return put(self, local, name, **more)
+
+  put, puts, interrupted = MemoryFileSystem.put_file, [], [True]
+  monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+  with pytest.raises(KeyboardInterrupt):
+    convert(shards, "memory://bucket/out", shards=4, workers=1)
+  assert sorted(stored(bucket)) == [
+    "classnames.txt", "data-00000-of-00004.array_record", "data-00001-of-00004.array_record", "dataset.json",
+    "progress.jsonl",
+  ]  # fmt: skip
+  left = tmp_path / "temporary" / f".declip_jax-{convert_lib.files.digest('memory://bucket/out')}-data-00002.1.tmp"
+  left.write_bytes(b"of a process that was killed")
+  puts.clear()
+  interrupted.clear()
+  assert convert(shards, "memory://bucket/out", workers=1)["count"] == 55
+  assert [name for name in puts if name.startswith("data-")] == [
+    f"data-0000{number}-of-00004.array_record" for number in (2, 3)
+  ]
+  convert(shards, tmp_path / "out", shards=4, workers=1)
+  assert stored(bucket) == contents(tmp_path / "out")
+  assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_workers_write_to_a_url_and_what_renames_files_never_shows_half_of_one(shards, tmp_path, monkeypatch):
+  (tmp_path / "temporary").mkdir()
+  monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))  # of the workers
+  convert(shards, f"local://{tmp_path}/deep/out", shards=4, workers=2)
+  convert(shards, tmp_path / "out", shards=4, workers=1)
+  assert contents(tmp_path / "deep" / "out") == contents(tmp_path / "out")
+  assert list((tmp_path / "temporary").iterdir()) == []
+
+  def put_file(self, local, name, **more):
+    names.append(name)
+    put(self, local, name, **more)
+    raise OSError("the connection broke")
+
+  put, names = LocalFileSystem.put_file, []
+  monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
+  monkeypatch.setattr(convert_lib.files, "_PAUSES", (0.0,))
+  (tmp_path / "a").write_bytes(b"contents")
+  with pytest.raises(OSError, match="the connection broke"):
+    convert_lib.files.upload(tmp_path / "a", f"local://{tmp_path}/broken/a")
+  assert len(names) == 2
+  assert f"{tmp_path}/broken/a" not in names
+  assert list((tmp_path / "broken").iterdir()) == []
+
+
+def test_what_is_finished_is_told_to_a_url_at_once_and_then_every_few_seconds(bucket, monkeypatch):
+  def told() -> int:
+    return stored(bucket)["progress.jsonl"].count(b"\n")
+
+  now = 100.0
+  monkeypatch.setattr(convert_lib.time, "monotonic", lambda: now)
+  journal = convert_lib._Journal("memory://bucket/out", {})
+  report = {"count": 1, "skipped": {}, "named": {}}
+  counts = []
+  for number, now in enumerate([100.0, 101.0, 104.9, 105.1, 106.0]):  # noqa: B007
+    journal.add(number, report)
+    counts.append(told())
+  journal.close()
+  assert [*counts, told()] == [1, 1, 1, 4, 4, 5]
+  assert convert_lib._finished("memory://bucket/out", {"progress.jsonl"}) == dict.fromkeys(range(5), report)

@@ -4,6 +4,9 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
+import select
+import subprocess
+import sys
 import threading
 import time
 
@@ -347,3 +350,166 @@ def test_two_builders_at_once_agree(tmp_path):
   assert first == second
   assert first.read_text() == "whole"
   assert len(list(first.parent.iterdir())) == 1
+
+
+@pytest.fixture
+def remote(tmp_path) -> str:
+  """A file behind a URL that other processes see too."""
+  (tmp_path / "remote").mkdir()
+  (tmp_path / "remote" / "a.bin").write_bytes(BODY)
+  return f"local://{tmp_path}/remote/a.bin"
+
+
+def test_a_local_file_is_its_own_copy(tmp_path, cache):
+  assert files.local_copy("/nowhere/a", (1, 2)) == "/nowhere/a"
+  assert not cache.exists()
+
+
+def test_a_copy_is_made_once_and_anew_when_the_file_changes(remote, cache, tmp_path, monkeypatch):
+  def read(path, start=0, size=None):
+    requests.append((start, size))
+    return read_before(path, start, size)
+
+  read_before, requests = files.read, []
+  monkeypatch.setattr(files, "read", read)
+  monkeypatch.setattr(files, "_PIECE", 4096)
+  old = files.stamp(remote)
+  for _ in range(2):
+    copy = Path(files.local_copy(remote, old))
+    assert (copy.name, copy.read_bytes()) == ("a.bin", BODY)
+  assert requests == [(0, 4096), (4096, 4096), (8192, 2048)]
+  assert copy.parent.parent == cache / "copies"
+  (tmp_path / "remote" / "a.bin").write_bytes(b"new")
+  new = Path(files.local_copy(remote, files.stamp(remote)))
+  assert new.read_bytes() == b"new"
+  assert [path for path in cache.rglob("*") if path.is_file()] == [new]
+  for _ in range(2):  # a process that opened the data before
+    with pytest.raises(OSError, match="a.bin changed since it was opened"):
+      files.local_copy(remote, old)
+  assert new.read_bytes() == b"new"
+
+
+def test_a_file_that_changes_while_it_is_copied_is_no_copy(remote, cache, tmp_path, monkeypatch):
+  def read(path, start=0, size=None):
+    data = read_before(path, start, size)
+    (tmp_path / "remote" / "a.bin").write_bytes(BODY[::-1])
+    return data
+
+  read_before, stamp = files.read, files.stamp(remote)
+  monkeypatch.setattr(files, "read", read)
+  monkeypatch.setattr(files, "_PIECE", 4096)
+  with pytest.raises(OSError, match="changed since it was opened"):
+    files.local_copy(remote, stamp)
+  assert not list(cache.rglob("a.bin*"))
+
+
+FETCH = """
+import sys
+from declip_jax.data import files
+read = files.read
+def slow(*given):
+  print("read", flush=True)
+  sys.stdin.readline()
+  return read(*given)
+files.read = slow
+print(open(files.local_copy(sys.argv[1], files.stamp(sys.argv[1])), "rb").read().hex(), flush=True)
+"""
+
+
+def fetching(url: str) -> subprocess.Popen:
+  return subprocess.Popen(
+    [sys.executable, "-c", FETCH, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+  )
+
+
+def test_of_two_processes_that_want_a_file_one_copies_it_and_a_killed_one_is_replaced(remote, cache):
+  killed = fetching(remote)
+  assert killed.stdout.readline() == "read\n"
+  others = [fetching(remote) for _ in range(2)]
+  assert not select.select([process.stdout for process in others], [], [], 3.0)[0]  # they wait
+  killed.kill()
+  killed.communicate()
+  (first,), *_ = select.select([process.stdout for process in others], [], [], 30.0)
+  assert first.readline() == "read\n"
+  assert len(list(cache.rglob(".a.bin.*.tmp"))) == 1  # what the killed one left is gone
+  for process in others:
+    process.stdin.write("\n")
+    process.stdin.flush()
+  assert [process.communicate(timeout=30)[0] for process in others] == [f"{BODY.hex()}\n"] * 2  # only one has read
+
+
+def test_without_locks_each_makes_its_copy_and_one_stays(remote, cache, monkeypatch):
+  def flock(*_):
+    raise OSError(errno.ENOLCK, "no locks")
+
+  def read(*given):
+    barrier.wait(10)
+    return read_before(*given)
+
+  barrier, read_before, stamp = threading.Barrier(2), files.read, files.stamp(remote)
+  monkeypatch.setattr(files.fcntl, "flock", flock)
+  monkeypatch.setattr(files, "read", read)
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    first, second = pool.map(lambda _: files.local_copy(remote, stamp), range(2))
+  assert first == second
+  assert Path(first).read_bytes() == BODY
+  assert [path for path in cache.rglob("*") if path.is_file()] == [Path(first)]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_full_disk_is_told_with_the_place_and_the_bytes_needed(remote, cache, monkeypatch, when):
+  def read(*_):
+    raise OSError(errno.ENOSPC, "no space")
+
+  usage = files.shutil.disk_usage
+  if when == "before":
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    monkeypatch.setattr(files, "read", lambda *_: pytest.fail("read"))
+  else:
+    monkeypatch.setattr(files, "read", read)
+  with pytest.raises(OSError, match=rf"remote/a.bin: no room for its copy of 10,240 bytes in {cache}/copies/.* free"):
+    files.local_copy(remote, files.stamp(remote))
+  assert not list(cache.rglob("*.tmp"))
+
+
+def test_a_cache_that_cannot_be_written_is_told(remote, monkeypatch, tmp_path):
+  (tmp_path / "file").write_bytes(b"")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  with pytest.raises(OSError, match="no place for a copy of .*a.bin: .*set XDG_CACHE_HOME"):
+    files.local_copy(remote, files.stamp(remote))
+
+
+@pytest.mark.parametrize("url", ["memory://bucket/up/a", "local://{}/up/a"])
+def test_an_upload_is_whole_and_replaces_what_was_there(tmp_path, url):
+  url = url.format(tmp_path)
+  for body in (BODY, b"new"):
+    (tmp_path / "source").write_bytes(body)
+    files.upload(tmp_path / "source", url)
+    assert files.read(url) == body
+    assert files.names(url.rpartition("/")[0]) == ["a"]
+  files.remove(url)
+  files.remove(url)
+  assert not files.exists(url)
+
+
+def test_an_upload_that_fails_is_tried_again(tmp_path, monkeypatch):
+  def put_file(self, *given, **more):
+    tries.append(given)
+    if len(tries) < 3:
+      raise ConnectionError("busy")
+    return put(self, *given, **more)
+
+  put, tries = MemoryFileSystem.put_file, []
+  monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+  monkeypatch.setattr(files, "_PAUSES", (0.0, 0.0))
+  (tmp_path / "a").write_bytes(BODY)
+  files.upload(tmp_path / "a", "memory://bucket/up/a")
+  assert files.read("memory://bucket/up/a") == BODY
+
+
+def test_a_builder_that_sees_that_it_is_late_gives_the_index_of_the_other(tmp_path):
+  def late(path: Path) -> None:
+    (path.parent / f"{files.digest(1)}.txt").write_text("whole")
+    raise FileNotFoundError("the parts are gone")
+
+  assert files.index(1, f"{tmp_path}/a", late, ".txt").read_text() == "whole"

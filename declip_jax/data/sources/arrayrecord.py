@@ -5,6 +5,12 @@ A record is a msgpack map of the fields of `Example`: `image` (an encoded file, 
 compression, for images are compressed already: to read a record of an open file is one access to the disk, and a
 damaged one costs no other. To open a file is a read of about 1 MiB from its end, so a process keeps as many open as
 half its descriptors (`ulimit -n`), 128 at least; where there are more files than that, most reads open one first.
+
+The library that reads them opens local files only. Of a file behind a URL (gs://, s3://), a process that first needs a
+record of it makes a copy for all processes of the machine, see `files.copies`: a shuffled stream soon has copied all
+files, so the disk must hold the set. For larger ones choose a WebDataset, which is read where it lies. To count the
+records, when such a set is first opened, 512 KiB from the end of each file are transferred, or 2 MiB, or 8 MiB, ...
+where the file has more than about 20,000 records.
 """
 
 from bisect import bisect_right
@@ -13,7 +19,8 @@ from functools import cached_property, lru_cache, partial
 import json
 from pathlib import Path
 import resource
-from typing import Any
+import tempfile
+from typing import Any, NamedTuple
 
 from array_record.python import array_record_module
 import msgpack
@@ -25,14 +32,23 @@ from declip_jax.data.sources.base import BadSample, Example
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
 _READER_BUFFER = 2**15  # bytes
-_INDEX_FORMAT = 1
+_INDEX_FORMAT = 2
 _THREADS = 32
+_TAIL = 2**19  # bytes of a file behind a URL in which its footer is looked for first: the last 64 KiB, and 20 a record
 
 
 def _most_readers() -> int:
   """How many files a process keeps open, of all its sources."""
   limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
   return 2**16 if limit == resource.RLIM_INFINITY else max(limit // 2, 128)
+
+
+class _Files(NamedTuple):
+  """Paths, their stamps, and how many records there are in each and all those before it."""
+
+  paths: list[str]
+  stamps: list[files.Stamp]
+  ends: list[int]
 
 
 class ArrayRecord:
@@ -43,11 +59,10 @@ class ArrayRecord:
     self._index = index
 
   @cached_property
-  def _files(self) -> tuple[list[str], list[int]]:
-    """Paths, and how many records there are in each and all those before it."""
+  def _files(self) -> _Files:
     try:
       about = json.loads(self._index.read_text())
-      return about["files"], np.cumsum(about["counts"]).tolist()
+      return _Files(about["files"], list(map(tuple, about["stamps"])), np.cumsum(about["counts"]).tolist())
     except (ValueError, LookupError, TypeError) as error:
       raise ValueError(f"{self._index}: a damaged index ({error}): delete it, and it is built anew") from error
 
@@ -59,14 +74,14 @@ class ArrayRecord:
   @cached_property
   def classnames(self) -> tuple[str, ...]:
     """Line i of classnames.txt beside the first file is class i; empty without that file."""
-    return files.classnames(self._files[0][0])
+    return files.classnames(self._files.paths[0])
 
   @property
   def skipped(self) -> dict[str, int]:
     return {}  # the conversion left out what could not be used
 
   def __len__(self) -> int:
-    return self._files[1][-1]
+    return self._files.ends[-1]
 
   def __getitem__(self, index: int) -> Example:
     """Reads one record.
@@ -77,12 +92,12 @@ class ArrayRecord:
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no record {index}, there are {len(self)}")
-    paths, ends = self._files
+    paths, stamps, ends = self._files
     file = bisect_right(ends, index)
     position = index - (ends[file - 1] if file else 0)
     place = f"{paths[file]}, record {position}"
     try:
-      reader = _reader(paths[file], self.stamp)
+      reader = _reader(paths[file], stamps[file])
     except (ValueError, OSError) as error:
       raise BadSample("missing file", f"{place}: {error}") from error
     try:
@@ -105,21 +120,18 @@ def open_arrayrecord(location: str) -> ArrayRecord:
   """Opens a set of files, and counts their records first, from their footers, if it meets them for the first time.
 
   Args:
-    location: as `files.expand` reads it: `/data/cc12m/*.array_record`. The folder of the first file may have a
-      classnames.txt.
+    location: as `files.expand` reads it: `/data/cc12m/*.array_record`, `gs://bucket/cc12m/*.array_record`. The folder
+      of the first file may have a classnames.txt.
 
   Raises:
     FileNotFoundError: a pattern matches no file.
-    ValueError: behind a URL, cut off, or no ArrayRecord file; or there is no record.
+    ValueError: a file is cut off, or no ArrayRecord file; or there is no record.
   """
-  if any(map(files.is_url, location.split("::"))):
-    raise ValueError(
-      f"arrayrecord:{location}: ArrayRecord files are read from local disks only: mount the bucket, as with gcsfuse, "
-      "and give the path"
-    )
   paths = files.expand(location)
-  stamp = [_INDEX_FORMAT, [(path, files.stamp(path)) for path in paths]]
-  source = ArrayRecord(f"arrayrecord:{location}", files.index(stamp, paths[0], partial(_build, paths=paths), ".json"))
+  stamps = files.stamps(paths)
+  stamp = [_INDEX_FORMAT, list(zip(paths, stamps, strict=True))]
+  build = partial(_build, paths=paths, stamps=stamps)
+  source = ArrayRecord(f"arrayrecord:{location}", files.index(stamp, paths[0], build, ".json"))
   if not len(source):
     raise ValueError(f"arrayrecord:{location}: no record in {len(paths)} files")
   return source
@@ -148,19 +160,36 @@ def open_reader(path: str) -> Any:
 
 
 @lru_cache(_most_readers())
-def _reader(path: str, stamp: str) -> Any:
-  """An open file, of the state that a stamp tells, for all sources and threads of this process."""
-  return open_reader(path)
+def _reader(path: str, stamp: files.Stamp) -> Any:
+  """An open file, of the state that its stamp tells, for all sources and threads of this process."""
+  return open_reader(files.local_copy(path, stamp))
 
 
-def _build(path: Path, paths: list[str]) -> None:
+def _build(path: Path, paths: list[str], stamps: list[files.Stamp]) -> None:
   with ThreadPoolExecutor(min(_THREADS, len(paths))) as pool:
-    counts = list(pool.map(_count, paths))
-  path.write_text(json.dumps({"files": paths, "counts": counts}))
+    counts = list(pool.map(_count, paths, stamps))
+  path.write_text(json.dumps({"files": paths, "stamps": stamps, "counts": counts}))
 
 
-def _count(path: str) -> int:
-  return open_reader(path).num_records()
+def _count(path: str, stamp: files.Stamp) -> int:
+  return _count_at_end(path, stamp[0]) if files.is_url(path) else open_reader(path).num_records()
+
+
+def _count_at_end(url: str, size: int) -> int:
+  """Records of a file behind a URL. Its footer is read from a file of the same size that has nothing but the end."""
+  length = min(_TAIL, size)
+  while True:
+    with tempfile.NamedTemporaryFile() as file:
+      file.truncate(size)  # takes no room
+      file.seek(size - length)
+      file.write(files.read(url, size - length, length))
+      file.flush()
+      try:
+        return open_reader(file.name).num_records()
+      except ValueError as error:
+        if length == size:
+          raise ValueError(str(error).replace(file.name, url)) from None
+    length = min(4 * length, size)
 
 
 def _unpack(record: bytes) -> Example:

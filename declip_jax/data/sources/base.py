@@ -54,6 +54,7 @@ class Source(Protocol):
     name: the spec that opened it.
     classnames: the names of classes 0, 1, ...; empty if there are none.
     skipped: how many samples were left out when the source was opened, by reason.
+    stamp: a text that changes when the data do.
   """
 
   @property
@@ -64,6 +65,9 @@ class Source(Protocol):
 
   @property
   def skipped(self) -> dict[str, int]: ...
+
+  @property
+  def stamp(self) -> str: ...
 
   def __len__(self) -> int: ...
 

@@ -43,7 +43,7 @@ def open_coco(location: str) -> rows.Rows:
   if others:
     raise ValueError(f"{name}: expected one file, got {1 + len(others)}; open each as a source of its own")
   split, root = wanted.get("split"), rows.root_of(wanted)
-  index = rows.index_rows(name, [path], ["coco", split, rows.stamps([path])], lambda: _rows(path, split))
+  index = rows.index_rows(name, [path], ["coco", split, files.stamps([path])], lambda: _rows(path, split))
   source = rows.Rows(name, index, root)
   if root is None:
     few = [source.row(number).path for number in range(min(_PROBED, len(source)))]

@@ -127,7 +127,8 @@ def _remote_folders(folder: str) -> Iterator[tuple[str, list[str]]]:
   inside: dict[str, list[str]] = {}
   for url in files.expand(f"{folder}/**"):
     path, _, name = _within(url).removeprefix(_within(folder)).strip("/").rpartition("/")
-    inside.setdefault(path, []).append(name)
+    if not any(part.startswith(".") for part in path.split("/")):
+      inside.setdefault(path, []).append(name)
   yield from inside.items()
 
 

@@ -30,9 +30,9 @@ class Part:
     return self._source.skipped
 
   @property
-  def stamp(self) -> str | None:
-    """Of the whole source, None where it has none."""
-    return getattr(self._source, "stamp", None)
+  def stamp(self) -> str:
+    """Of the whole source."""
+    return self._source.stamp
 
   def __len__(self) -> int:
     return self._stop - self._start

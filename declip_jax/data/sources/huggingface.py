@@ -1,6 +1,14 @@
-"""Data sets of Hugging Face's `datasets`, memory-mapped from a folder, or at hand in a notebook."""
+"""Data sets of Hugging Face's `datasets`, memory-mapped from a folder, or at hand in a notebook.
+
+Of a folder behind a URL (gs://, s3://) the files of the split are copied when it is opened, once for all processes of
+the machine, see `files.copies`: the disk must hold them. (`datasets` itself makes a copy for every process that opens
+such a folder, and the tables have to be mapped whole, so that single files cannot wait until they are needed.)
+"""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+import json
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -11,6 +19,7 @@ from declip_jax.data.sources import rows
 from declip_jax.data.sources.base import BadSample, Example
 from declip_jax.data.sources.table import captions_of
 
+_THREADS = 8  # that copy files from behind a URL
 _ROLES = ("image", "caption", "label")
 _LOCATION = re.compile(r"(.+?)(?::([\w.-]+))?")
 
@@ -34,6 +43,11 @@ class HuggingFace:
   def classnames(self) -> tuple[str, ...]:
     """Of the label, if it is a ClassLabel."""
     return tuple(getattr(self._dataset.features.get(self._columns.label), "names", None) or ())
+
+  @property
+  def stamp(self) -> str:
+    """Changes when the data do: what `datasets` calls the fingerprint, kept with the files."""
+    return self._dataset._fingerprint
 
   @property
   def skipped(self) -> dict[str, int]:
@@ -73,17 +87,18 @@ class HuggingFace:
 def open_huggingface(location: str) -> HuggingFace:
   """Opens what `dataset.save_to_disk(PATH)` wrote: "PATH", "PATH:SPLIT" or "PATH:SPLIT?image=..&caption=..&label=..".
 
-  Columns are chosen as in `from_huggingface`. Nothing is ever downloaded.
+  Columns are chosen as in `from_huggingface`. Nothing is ever downloaded from the hub; PATH may be a URL.
 
   Raises:
     FileNotFoundError: there is no saved data set.
+    OSError: it cannot be copied from behind a URL.
     ValueError: the split or a column is unknown, the choice of one is not clear, or `datasets` is not installed.
   """
   place, wanted = rows.parse(location, _ROLES, "PATH or PATH:SPLIT")
   path, split = _LOCATION.fullmatch(place).groups()
   datasets, name = _import_datasets(), f"huggingface:{location}"
   try:
-    found = datasets.load_from_disk(path if files.is_url(path) else rows.absolute(path))
+    found = _load_url(path.rstrip("/"), split) if files.is_url(path) else datasets.load_from_disk(rows.absolute(path))
   except FileNotFoundError as error:
     hint = f'datasets.load_dataset("NAME").save_to_disk({path!r})'
     raise FileNotFoundError(f"{name}: {error}; to have one there, run {hint}") from error
@@ -95,6 +110,26 @@ def open_huggingface(location: str) -> HuggingFace:
     raise ValueError(f"{name}: no split {split!r}; the data set has {has}")
   dataset, columns = _prepare(name, splits[split], wanted)
   return HuggingFace(name, dataset, columns, location)
+
+
+def _load_url(url: str, split: str | None) -> Any:
+  """What lies in a folder behind a URL; of a `DatasetDict`, the splits that are not asked for are None."""
+  datasets = _import_datasets()
+  if not files.exists(f"{url}/dataset_dict.json"):
+    return _load_copy(url)
+  splits = json.loads(files.read(f"{url}/dataset_dict.json"))["splits"]
+  wanted = splits if len(splits) == 1 else [split]
+  return datasets.DatasetDict({name: _load_copy(f"{url}/{name}") if name in wanted else None for name in splits})
+
+
+def _load_copy(url: str) -> Any:
+  state = json.loads(files.read(f"{url}/state.json"))
+  names = ["state.json", "dataset_info.json", *(file["filename"] for file in state["_data_files"])]
+  stamps = dict(zip(names, files.stamps([f"{url}/{name}" for name in names]), strict=True))
+  folder = files.copies(url, stamps)
+  with ThreadPoolExecutor(_THREADS) as pool:
+    list(pool.map(lambda name: files.fetch(f"{url}/{name}", stamps[name], folder / name), names))
+  return _import_datasets().load_from_disk(os.fspath(folder))
 
 
 def from_huggingface(

@@ -194,11 +194,6 @@ def index_rows(name: str, paths: Sequence[str], stamp: Any, rows: Callable[[], I
   return files.index([_FORMAT, list(paths), stamp], paths[0].rstrip("/"), build, ".arrow")
 
 
-def stamps(paths: Sequence[str]) -> list[tuple[int, int | str | None]]:
-  """`files.stamp` of each."""
-  return [files.stamp(path) for path in paths]
-
-
 def probed(source: Rows) -> Rows:
   """The source, if an image of it can be read: the first, the middle or the last.
 

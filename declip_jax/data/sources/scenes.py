@@ -15,6 +15,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from declip_jax.data import files
 from declip_jax.data.sources.base import Example
 
 _OVERSAMPLING = 2  # masks are drawn this much larger, then averaged
@@ -215,6 +216,12 @@ class Scenes:
   @property
   def classnames(self) -> tuple[str, ...]:
     return tuple(f"{color} {shape}" for color, shape in _SPLITS[self.split][0])
+
+  @property
+  def stamp(self) -> str:
+    """Changes when scenes look otherwise or are told otherwise, as with another version of OpenCV; probes three."""
+    examples = [self[index] for index in sorted({0, self.size // 2, self.size - 1})]
+    return files.digest([[example["image"].tolist(), example["captions"]] for example in examples])
 
   def __len__(self) -> int:
     return self.size

@@ -94,7 +94,7 @@ def open_table(location: str) -> rows.Rows:
       yield from _merged(_rows(number, path, wanted))
 
   chosen = {role: column for role, column in wanted.items() if role != "root"}
-  index = rows.index_rows(name, paths, ["table", chosen, rows.stamps(paths)], all_rows)
+  index = rows.index_rows(name, paths, ["table", chosen, files.stamps(paths)], all_rows)
   return rows.probed(rows.Rows(name, index, rows.root_of(wanted)))
 
 

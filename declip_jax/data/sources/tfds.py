@@ -1,17 +1,31 @@
-"""Data sets that TensorFlow Datasets prepared for random access (ArrayRecord or Parquet), read without TensorFlow."""
+"""Data sets that TensorFlow Datasets prepared for random access (ArrayRecord or Parquet), read without TensorFlow.
 
+Of a folder behind a URL (gs://, s3://) copies are made, once for all processes of the machine, see `files.copies`: of
+what describes the data set at once, of each ArrayRecord file when a record of it is first needed, of Parquet files when
+the data set is opened, for they are read as a whole. A shuffled stream soon has copied all files of its split.
+"""
+
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+import json
 import os
+from pathlib import Path
 import re
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from declip_jax.data import files
 from declip_jax.data.sources import rows
 from declip_jax.data.sources.base import BadSample, Example
 
 _FORM = "NAME:SPLIT or FOLDER:SPLIT"
+_THREADS = 8  # that copy files from behind a URL
 # NAME, NAME:VERSION or a folder; then splits such as train[10%:60%]+test, whose slices have colons of their own.
 _LOCATION = re.compile(r"(.+?):((?:\+?[A-Za-z][\w-]*(?:\[[^]]*\])?)+)")
+_SHARD = re.compile(r".*-\d{5,}-of-\d{5,}(\.\w+)?")  # the other files are small and describe the data set
 
 
 class _Fields(NamedTuple):
@@ -25,7 +39,7 @@ class _Fields(NamedTuple):
 class Tfds:
   """A split of a prepared data set as a `Source`; make it with `open_tfds`."""
 
-  def __init__(self, name: str, directory: str, split: str, fields: _Fields):
+  def __init__(self, name: str, directory: "_Directory", split: str, fields: _Fields):
     self.name = name
     self._directory, self._split, self._fields = directory, split, fields
 
@@ -34,10 +48,29 @@ class Tfds:
     """Opened anew in every process, from files alone: the worker need not know the class that prepared them."""
     import tensorflow_datasets as tfds  # slow, so not for those who read something else
 
-    builder = tfds.builder_from_directory(self._directory)
+    builder = tfds.builder_from_directory(self._directory.path)
+    kind = "array_record" if "array_record" in _formats(builder) else "parquet"
+    if builder.info.file_format.value != kind:
+      builder = tfds.builder_from_directory(self._directory.path, file_format=kind)
+    if kind == "parquet":
+      parts = builder.info.splits[self._split].file_instructions
+      if any(part.take < part.examples_in_shard for part in parts):  # TFDS would read all of those files
+        raise ValueError(f"{self.name}: of Parquet files whole splits are read, not {self._split!r}; choose heldout:")
+      self._directory.fetch([part.basename() for part in parts])
     images = [path for path, feature in _leaves(builder.info.features) if isinstance(feature, tfds.features.Image)]
     decoders = {path: tfds.decode.SkipDecoding() for path in images if "/" not in path}
     return builder.as_data_source(self._split, decoders=decoders)
+
+  @cached_property
+  def _parts(self) -> tuple[list[str], list[int]]:
+    """Names of the files that the split is in, and how many records it has in each and all those before it."""
+    parts = self._records.dataset_info.splits[self._split].file_instructions
+    return [part.basename() for part in parts], np.cumsum([part.take for part in parts]).tolist()
+
+  @property
+  def stamp(self) -> str:
+    """Changes when a file in the folder does."""
+    return self._directory.stamp
 
   @property
   def classnames(self) -> tuple[str, ...]:
@@ -55,11 +88,15 @@ class Tfds:
 
     Raises:
       IndexError: `index` is not in `range(len(self))`.
-      BadSample: the record is damaged.
+      BadSample: the record is damaged, or its file cannot be copied from behind a URL.
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no record {index}, there are {len(self)}")
-    fields = self._fields
+    fields, (names, ends) = self._fields, self._parts
+    try:
+      self._directory.fetch([names[bisect_right(ends, index)]])
+    except OSError as error:
+      raise BadSample("missing file", f"{self.name}: record {index}: {error}") from error
     try:
       record = self._records[index]
     except (RuntimeError, ValueError) as error:  # of array_record, of protobuf
@@ -72,10 +109,56 @@ class Tfds:
     )
 
   def __getstate__(self) -> dict[str, Any]:
-    return {key: value for key, value in vars(self).items() if key != "_records"}
+    return {key: value for key, value in vars(self).items() if key not in ("_records", "_parts")}
 
   def __repr__(self) -> str:
     return f"Tfds({self.name!r})"
+
+
+class _Directory:
+  """The folder of a prepared data set, at hand locally.
+
+  Attributes:
+    stamp: changes when a file in it does.
+  """
+
+  def __init__(self, place: str):
+    self._place, self._index = place, None
+    names = [name for name in files.names(place) if not name.startswith(".")]
+    stamps = dict(zip(names, files.stamps([f"{place}/{name}" for name in names]), strict=True))
+    self.stamp = files.digest(stamps)
+    if files.is_url(place):
+      about = json.dumps(stamps)
+      self._index = files.index(["tfds", place, self.stamp], place, lambda path: path.write_text(about), ".json")
+
+  @cached_property
+  def _stamps(self) -> dict[str, files.Stamp]:
+    return {name: (size, state) for name, (size, state) in json.loads(self._index.read_text()).items()}
+
+  @cached_property
+  def path(self) -> str:
+    """Of itself, or of the folder of copies, in which shards may be missing."""
+    if self._index is None:
+      return self._place
+    self.fetch([name for name in self._stamps if not _SHARD.fullmatch(name)])
+    return os.fspath(self._folder)
+
+  @cached_property
+  def _folder(self) -> Path:
+    return files.copies(self._place, self._stamps)
+
+  def fetch(self, names: list[str]) -> None:
+    """Sees to it that files are there."""
+    if self._index is None:
+      return
+    missing = [name for name in names if not (self._folder / name).is_file()]
+    if missing:
+      urls, stamps = [f"{self._place}/{name}" for name in missing], [self._stamps[name] for name in missing]
+      with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(files.fetch, urls, stamps, [self._folder / name for name in missing]))
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {"_place": self._place, "_index": self._index, "stamp": self.stamp}
 
 
 def open_tfds(location: str) -> Tfds:
@@ -83,41 +166,47 @@ def open_tfds(location: str) -> Tfds:
 
   The image is the one image feature, the label the one class label, the captions the one text or sequence of texts with
   a name such as "caption" or "title". Of several, the one that is called just "image", "label" or "caption" is taken,
-  or say which: "cifar100:train?label=coarse_label"; "caption=" or "label=" is for none. Nothing is ever downloaded.
+  or say which: "cifar100:train?label=coarse_label"; "caption=" or "label=" is for none. Nothing is ever downloaded to
+  be prepared; FOLDER may be a URL.
 
   Raises:
     FileNotFoundError: the data set is not prepared, or not for random access; the message says how to prepare it.
-    ValueError: the location, the name, the split or a feature is unknown, or the choice of a feature is not clear.
+    ValueError: the location, the name, the split or a feature is unknown, the choice of a feature is not clear, or a
+      part of a split is in Parquet files.
   """
   place, wanted = rows.parse(location, _Fields._fields, _FORM)
   match = _LOCATION.fullmatch(place)
   if not match:
     raise ValueError(f"bad location {location!r}: expected {_FORM}")
-  builder = _builder(match[1])
-  source = Tfds(f"tfds:{location}", str(builder.data_dir), match[2], _fields(builder.info.features, wanted, location))
+  directory, features = _find(match[1])
+  source = Tfds(f"tfds:{location}", directory, match[2], _fields(features, wanted, location))
   len(source)  # an unknown split fails here and not in a worker
   return source
 
 
-def _builder(where: str) -> Any:
-  """The builder of a data set that is prepared for random access."""
+def _find(where: str) -> tuple[_Directory, Mapping[str, Any]]:
+  """The folder of a data set that is prepared for random access, and its features."""
   import tensorflow_datasets as tfds
 
   folder = where.startswith(("/", ".", "~")) or "://" in where
   line = "import tensorflow_datasets as tfds; tfds.builder({!r}, file_format='array_record').download_and_prepare()"
   hint = "prepare it with\n  " + line.format("NAME" if folder else where)
   try:
-    builder = tfds.builder_from_directory(os.path.expanduser(where)) if folder else tfds.builder(where)
+    directory = _Directory(os.path.expanduser(where).rstrip("/")) if folder else None
+    builder = tfds.builder_from_directory(directory.path) if directory else tfds.builder(where)
   except tfds.core.DatasetNotFoundError:
     raise ValueError(f"TFDS has no data set {where!r}; a folder is written with its path, as ./{where}") from None
   except OSError as error:
     raise FileNotFoundError(f"{where} is not the folder of a prepared version: {error}; {hint}") from error
   if not builder.info.splits:
     raise FileNotFoundError(f"{where} is not prepared in {builder.data_dir}; {hint}")
-  formats = {kind.value for kind in builder.info.available_file_formats()}
-  if formats.isdisjoint({"array_record", "parquet"}):
-    raise FileNotFoundError(f"{builder.data_dir} holds only {', '.join(formats)}; move it away and {hint}")
-  return builder
+  if _formats(builder).isdisjoint({"array_record", "parquet"}):
+    raise FileNotFoundError(f"{where} holds only {', '.join(_formats(builder))}; move it away and {hint}")
+  return directory or _Directory(os.fspath(builder.data_dir)), builder.info.features
+
+
+def _formats(builder: Any) -> set[str]:
+  return {kind.value for kind in builder.info.available_file_formats()}
 
 
 def _fields(features: Mapping[str, Any], wanted: Mapping[str, str], place: str) -> _Fields:

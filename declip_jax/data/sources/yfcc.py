@@ -69,7 +69,7 @@ def open_yfcc(location: str) -> Yfcc:
         except BadSample as error:
           yield BadSample(error.kind, f"{path}:{line}: {error}")
 
-  index = rows.index_rows(name, paths, ["yfcc", wanted.get("encoding"), rows.stamps(paths)], all_rows)
+  index = rows.index_rows(name, paths, ["yfcc", wanted.get("encoding"), files.stamps(paths)], all_rows)
   return rows.probed(Yfcc(name, index, rows.root_of(wanted)))
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 import concurrent.futures
 import multiprocessing
 from pathlib import Path
@@ -10,7 +11,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from declip_jax.data import sources
+from declip_jax.data import files, sources
 from declip_jax.data.sources import arrayrecord
 from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_arrayrecord, open_reader, pack
 from declip_jax.data.sources.base import BadSample, Example
@@ -139,9 +140,6 @@ def test_a_file_that_is_gone_costs_its_records(folder):
 
 
 def test_what_cannot_be_opened_is_an_error(tmp_path):
-  fsspec.filesystem("memory").pipe("/bucket/a.array_record", b"x")
-  with pytest.raises(ValueError, match="memory://bucket/a.array_record: .*mount the bucket"):
-    open_arrayrecord("memory://bucket/a.array_record")
   with pytest.raises(FileNotFoundError, match="no file matches"):
     open_arrayrecord(f"{tmp_path}/*.array_record")
   write(tmp_path / "a.array_record", [])
@@ -181,3 +179,62 @@ def test_a_file_is_opened_once_for_all_sources_and_anew_when_it_changed(folder, 
   changed = open_arrayrecord(f"{folder}/*.array_record")
   assert changed.stamp != source.stamp
   assert changed[0] == example(99)
+
+
+@pytest.fixture
+def bucket(folder, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
+  """The files of `folder` in memory://bucket, and a cache folder of the test's own."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+  memory = fsspec.filesystem("memory")
+  memory.store.clear()
+  for path in folder.glob("*.array_record"):
+    memory.pipe(f"/bucket/{path.name}", path.read_bytes())
+  yield memory
+  memory.store.clear()
+
+
+def test_files_behind_a_url_are_counted_by_their_ends_and_copied_when_they_are_needed(folder, bucket, monkeypatch):
+  def read(path, start=0, size=None):
+    requests.append((path.rpartition("/")[2][:10], size))
+    return read_before(path, start, size)
+
+  write(folder / "big", [pack({**example(key), "image": bytes(10**6)}) for key in range(3)])
+  bucket.pipe("/bucket/data-00003-of-00003.array_record", (folder / "big").read_bytes())
+  read_before, requests = files.read, []
+  monkeypatch.setattr(files, "read", read)
+  monkeypatch.setattr(arrayrecord, "_TAIL", 2**15)  # shorter than any footer: asks for more
+  source = open_arrayrecord("memory://bucket/*.array_record")
+  assert len(source) == 63
+  asked = [size for name, size in requests if name == "data-00003"]
+  assert asked == [2**15, 2**17]  # of 3 MB
+  requests.clear()
+  assert source[26] == example(26)
+  assert {name for name, _ in requests} == {"data-00002"}
+  requests.clear()
+  assert [pickle.loads(pickle.dumps(source))[key] for key in range(25, 60)] == [example(key) for key in range(25, 60)]
+  assert requests == []
+  assert [source[key] for key in range(60)] == [example(key) for key in range(60)]
+  assert len(pickle.dumps(source)) < 500
+
+
+def test_a_file_behind_a_url_that_changed_is_copied_anew(folder, bucket):
+  name, location = "data-00000-of-00003.array_record", "memory://bucket/*.array_record"
+  before = open_arrayrecord(location)
+  late = open_arrayrecord("memory://bucket/data-0000[02]*")
+  assert before[3] == example(3)
+  bucket.pipe(f"/bucket/{name}", write(folder / "new", [pack(example(99))] * 25).read_bytes())
+  after = open_arrayrecord(location)
+  assert after.stamp != before.stamp
+  assert after[3] == example(99)
+  copies = list((folder / "cache" / "declip_jax" / "copies").glob(f"*/{name}"))
+  assert len(copies) == 1  # that of the former state is gone
+  arrayrecord._reader.cache_clear()
+  with pytest.raises(BadSample, match=f"{name}, record 3: .*changed since it was opened") as error:
+    late[3]
+  assert error.value.kind == "missing file"
+
+
+def test_what_is_no_array_record_behind_a_url_is_an_error_with_its_name(folder, bucket):
+  bucket.pipe("/bucket/data-00001-of-00003.array_record", b"x" * 200_000)
+  with pytest.raises(ValueError, match="^memory:///?bucket/data-00001-of-00003.array_record: no complete ArrayRecord"):
+    open_arrayrecord("memory://bucket/*.array_record")

@@ -168,3 +168,13 @@ def test_behind_urls(tmp_path, monkeypatch, folder):
     (b"a", 1, "dog/a.jpg"),
   ]
   assert source.classnames == ("Cat", "Dog")
+
+
+def test_hidden_folders_behind_urls_are_passed_over(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  names = ["dog/a.jpg", "dog/.git/x.jpg", ".ipynb_checkpoints/c.jpg", ".x/deep/d.jpg", "cat/b.jpg", "cat/.hidden.jpg"]
+  fsspec.filesystem("memory").pipe({f"/hidden/{name}": name.encode() for name in names})
+  local, remote = open_folder(write(tmp_path / "hidden", *names)), open_folder("memory://hidden")
+  assert remote.classnames == local.classnames == ("cat", "dog")
+  assert list(remote) == list(local)
+  assert len(remote) == 2

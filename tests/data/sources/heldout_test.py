@@ -85,4 +85,4 @@ def test_the_stamp_is_that_of_the_whole_source(tmp_path):
     for key in range(4):
       tar.addfile(tarfile.TarInfo(f"{key}.jpg"))
   assert open_kept(f"50%:webdataset:{tmp_path}/s.tar").stamp == open_webdataset(f"{tmp_path}/s.tar").stamp
-  assert open_kept("50%:scenes:test/10/16").stamp is None
+  assert open_kept("50%:scenes:test/10/16").stamp != open_kept("50%:scenes:test/10/32").stamp

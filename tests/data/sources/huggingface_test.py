@@ -5,10 +5,12 @@ import pickle
 import subprocess
 import sys
 
+import fsspec
 import numpy as np
 from PIL import Image
 import pytest
 
+from declip_jax.data import files
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.huggingface import from_huggingface, open_huggingface
 
@@ -171,3 +173,46 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
   monkeypatch.setattr(builtins, "__import__", without)
   with pytest.raises(ValueError, match=r"pip install 'declip_jax\[huggingface\]'"):
     open_huggingface("/data")
+
+
+def upload(folder: Path, url: str) -> None:
+  memory = fsspec.filesystem("memory")
+  memory.store.clear()
+  memory.pipe({f"{url}/{path.relative_to(folder)}": path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+
+
+def test_behind_urls(folder, tmp_path, monkeypatch):
+  def read(path, *given):
+    requests.append(path)
+    return read_before(path, *given)
+
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  upload(folder, "memory://saved")
+  read_before, requests = files.read, []
+  monkeypatch.setattr(files, "read", read)
+  for location in ("one", "splits:test"):
+    local, remote = open_huggingface(f"{folder}/{location}"), open_huggingface(f"memory://saved/{location}")
+    assert remote.stamp == local.stamp
+    assert len(remote) == len(local) > 0
+    assert [{**example, "id": ""} for example in remote] == [{**example, "id": ""} for example in local]
+    assert pickle.loads(pickle.dumps(remote))[1] == remote[1]
+  copied = [path for path in requests if path.endswith(".arrow")]
+  assert len(copied) == 2  # once, and no other split
+  with pytest.raises(ValueError, match=r"no split None; .*\['train', 'test'\].*PATH:SPLIT"):
+    open_huggingface("memory://saved/splits")
+  with pytest.raises(FileNotFoundError, match=r"memory://saved/none.*save_to_disk"):
+    open_huggingface("memory://saved/none")
+
+
+def test_the_stamp_follows_the_data_also_behind_urls(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  seen = {}
+  for count in (3, 4):
+    make("image", "caption").select(range(count)).save_to_disk(tmp_path / f"{count}")
+    upload(tmp_path / f"{count}", "memory://one")
+    remote = open_huggingface("memory://one")
+    assert len(remote) == count
+    assert remote.stamp == open_huggingface(f"{tmp_path}/{count}").stamp
+    seen[remote.stamp] = count
+  assert len(seen) == 2
+  assert len(list((tmp_path / "cache" / "declip_jax" / "copies").iterdir())) == 1

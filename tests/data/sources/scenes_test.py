@@ -224,3 +224,14 @@ def test_bad_locations_are_explained(location, message):
 def test_templates_take_a_class_name():
   assert all(template.count("{}") == 1 for template in TEMPLATES)
   assert TEMPLATES[0].format("red circle") == "a red circle"
+
+
+def test_the_stamp_follows_what_is_drawn_and_told(monkeypatch):
+  before = open_scenes("train/100/32").stamp
+  assert pickle.loads(pickle.dumps(open_scenes("train/100/32"))).stamp == before
+  monkeypatch.setattr(scenes, "_DETAILED", 0.9)
+  assert open_scenes("train/100/32").stamp != before
+  monkeypatch.undo()
+  monkeypatch.setitem(COLORS, "red", COLORS["red"]._replace(rgb=(221, 32, 36)))
+  changed = open_scenes("train/100/32")
+  assert (changed.stamp != before) == any("red" in changed.classnames[changed[index]["label"]] for index in (0, 50, 99))

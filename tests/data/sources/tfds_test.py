@@ -1,16 +1,18 @@
 import io
+import os
 from pathlib import Path
 import pickle
 import shutil
 import subprocess
 import sys
 
+import fsspec
 import numpy as np
 from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
-from declip_jax.data import sources
+from declip_jax.data import files, sources
 from declip_jax.data.sources.tfds import open_tfds
 
 COUNT = 6
@@ -222,3 +224,78 @@ def test_a_damaged_record_is_a_bad_sample(folders, tmp_path):
   assert 0 < len(bad) < COUNT
   assert {error.kind for error in bad.values()} == {"damaged record"}
   assert all(f":train: record {index}" in str(error) for index, error in bad.items())
+
+
+def upload(folder: str, url: str) -> fsspec.AbstractFileSystem:
+  memory = fsspec.filesystem("memory")
+  memory.store.clear()
+  memory.pipe({f"{url}/{path.name}": path.read_bytes() for path in Path(folder).iterdir()})
+  return memory
+
+
+class Several(Tiny):
+  """Three files."""
+
+  __module__ = MODULE
+
+  def _generate_examples(self):
+    for i in range(3 * COUNT):
+      values = {"image": io.BytesIO(png(i)), "caption": f"caption {i}", "file_name": f"{i}.png", "label": i % 2}
+      yield i, values
+
+
+@pytest.mark.parametrize(("kind", "split"), [("array_record", "train[2:]+train[:2]"), ("parquet", "train")])
+def test_behind_urls(tmp_path, monkeypatch, kind, split):
+  def read(path, *given):
+    requests.append(path.rpartition("/")[2])
+    return read_before(path, *given)
+
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  config = tfds.download.DownloadConfig(num_shards=3)
+  builder = Several(data_dir=tmp_path)
+  builder.download_and_prepare(file_format=kind, download_config=config)
+  folder = str(builder.data_dir)
+  memory = upload(folder, "memory://tfds/several")
+  read_before, requests = files.read, []
+  monkeypatch.setattr(files, "read", read)
+  local, remote = open_tfds(f"{folder}:{split}"), open_tfds(f"memory://tfds/several/:{split}")
+  assert (remote.name, remote.classnames) == (f"tfds:memory://tfds/several/:{split}", ("cat", "dog"))
+  assert len(remote) == len(local) == 3 * COUNT
+  assert remote[3 * COUNT - 1] == local[3 * COUNT - 1]
+  shards = [name for name in requests if kind in name]
+  assert len(shards) == (1 if kind == "array_record" else 3)
+  assert list(remote) == list(local)
+  unpickled = pickle.loads(pickle.dumps(remote))
+  assert len(pickle.dumps(remote)) < 1000
+  assert unpickled[0] == local[0]
+  assert len([name for name in requests if kind in name]) == 3  # once each
+  (changed,) = sorted(Path(folder).glob("*-00000-of-00003*"))
+  memory.pipe(f"/tfds/several/{changed.name}", changed.read_bytes())
+  again = open_tfds("memory://tfds/several:train")
+  assert again.stamp != remote.stamp
+  with pytest.raises(FileNotFoundError, match=r"memory://tfds/none .*prepare it with"):
+    open_tfds("memory://tfds/none:train")
+  if kind == "parquet":
+    with pytest.raises(ValueError, match="whole splits are read, not 'train.:50%.'; choose heldout:"):
+      open_tfds(f"{folder}:train[:50%]")
+
+
+def test_a_file_that_cannot_be_copied_costs_its_records(folders, tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  memory = upload(folders["Tiny"], "memory://tfds/tiny")
+  source = open_tfds("memory://tfds/tiny:train")
+  (shard,) = Path(folders["Tiny"]).glob("*array_record*")
+  memory.rm(f"/tfds/tiny/{shard.name}")
+  with pytest.raises(sources.BadSample, match="record 2: .*no such file") as error:
+    source[2]
+  assert error.value.kind == "missing file"
+
+
+def test_the_stamp_follows_the_files(folders, tmp_path):
+  folder = tmp_path / "tiny" / "1.0.0"
+  shutil.copytree(folders["Tiny"], folder)
+  before = open_tfds(f"{folder}:train").stamp
+  assert open_tfds(f"{folder}:train").stamp == before
+  (file,) = folder.glob("*array_record*")
+  os.utime(file, ns=(1, 1))
+  assert open_tfds(f"{folder}:train").stamp != before

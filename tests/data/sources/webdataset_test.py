@@ -1,4 +1,6 @@
+from collections import Counter
 from collections.abc import Iterator
+import concurrent.futures
 import io
 import json
 import os
@@ -11,7 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from declip_jax.data import files, sources
+from declip_jax.data import files, parts, sources
 from declip_jax.data.sources import webdataset
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.webdataset import open_webdataset
@@ -439,3 +441,113 @@ def test_an_interrupted_index_is_built_again(tmp_path, monkeypatch):
   monkeypatch.undo()
   assert list((tmp_path / ".declip_jax").iterdir()) == []
   assert len(open_webdataset(str(path))) == 2
+
+
+@pytest.fixture
+def many(tmp_path) -> str:
+  """50 shards of one to three samples, some of them damaged, empty or with a sample that has no image."""
+  (tmp_path / "many").mkdir()
+  for shard in range(50):
+    members = samples(*(f"{shard} {key}" for key in range(1 + shard % 3))) | ({"x.txt": b"x"} if shard % 7 == 3 else {})
+    path = write_tar(tmp_path / "many" / f"{shard:02d}.tar", members)
+    if shard % 11 == 5:
+      path.write_bytes(path.read_bytes()[:700])
+  (tmp_path / "many" / "20.tar").write_bytes(b"")
+  return f"{tmp_path}/many/*.tar"
+
+
+def indexed(location: str) -> bytes:
+  """The bytes of the index; all else in its folder is gone."""
+  open_webdataset(location)
+  (index,) = (Path(location).parent / ".declip_jax").iterdir()
+  contents = index.read_bytes()
+  index.unlink()
+  return contents
+
+
+def test_an_index_does_not_depend_on_who_builds_it(many, monkeypatch):
+  def failing(path: Path, *_) -> None:
+    raise AssertionError(f"{path} was to be made by another process")
+
+  monkeypatch.setattr(webdataset, "_GROUP", 64)
+  alone = indexed(many)
+  scans = [webdataset._scan(path, os.path.getsize(path)) for path in files.expand(many)]
+  spans = [(number, *span) for number, scan in enumerate(scans) for span in scan.spans.tolist()]
+  np.testing.assert_array_equal(np.load(io.BytesIO(alone)), spans)
+  skipped = {"missing file": 6, "damaged record": 6}
+  assert alone.endswith(json.dumps({"shards": files.expand(many), "skipped": skipped}).encode())
+  monkeypatch.setattr(webdataset, "_GROUP", 3)
+  assert indexed(many) == alone
+  monkeypatch.setattr(webdataset, "_ALONE", 0)
+  monkeypatch.setattr(webdataset, "cores", lambda: 1)
+  assert indexed(many) == alone
+  monkeypatch.setattr(webdataset, "cores", lambda: 2)
+  monkeypatch.setattr(parts, "_make", failing)
+  assert indexed(many) == alone
+
+
+def test_a_build_that_was_interrupted_goes_on(many, monkeypatch):
+  def scanning(path, size):
+    scanned[path] += 1
+    if len(scanned) > most:
+      raise KeyboardInterrupt
+    return scan(path, size)
+
+  monkeypatch.setattr(webdataset, "_GROUP", 3)
+  whole = indexed(many)
+  scan, scanned, most = webdataset._scan, Counter(), 25
+  monkeypatch.setattr(webdataset, "_scan", scanning)
+  with pytest.raises(KeyboardInterrupt):
+    open_webdataset(many)
+  folder = Path(many).parent / ".declip_jax"
+  ((left),) = folder.iterdir()  # the folder of parts
+  made = [int(part.name) for part in left.iterdir() if not part.name.startswith(".")]
+  kept = {path for number in made for path in files.expand(many)[3 * number : 3 * number + 3]}
+  assert 15 < len(kept) <= 25
+  scanned.clear()
+  most = 50
+  assert indexed(many) == whole
+  assert scanned.keys() == set(files.expand(many)) - kept
+  assert set(scanned.values()) == {1}
+
+
+def test_parts_of_other_shards_do_not_count_and_are_deleted_after_a_day(many, monkeypatch):
+  monkeypatch.setattr(webdataset, "_GROUP", 3)
+  with monkeypatch.context() as patch:
+    patch.setattr(webdataset, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      open_webdataset(many)
+  ((left),) = (Path(many).parent / ".declip_jax").iterdir()
+  write_tar(Path(many).parent / "07.tar", samples("new"))
+  os.utime(left, (time.time() - 3600 * 25,) * 2)
+  assert [example["id"] for example in open_webdataset(many)].count("07.tar:new") == 1
+  assert not left.exists()
+
+
+def test_builders_that_share_a_folder_share_the_work(many, monkeypatch):
+  def scanning(path, size):
+    scanned[path] += 1
+    time.sleep(0.01)
+    return scan(path, size)
+
+  monkeypatch.setattr(webdataset, "_GROUP", 1)
+  whole = indexed(many)
+  scan, scanned = webdataset._scan, Counter()
+  monkeypatch.setattr(webdataset, "_scan", scanning)
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    sources = list(pool.map(open_webdataset, [many] * 3))
+  assert len({source.stamp for source in sources}) == 1
+  (index,) = (Path(many).parent / ".declip_jax").iterdir()
+  assert index.read_bytes() == whole
+  assert len(scanned) == 50
+  assert scanned.total() < 90  # of 150
+
+
+def test_where_other_processes_cannot_read_the_shards_this_one_does(many, bucket, monkeypatch, caplog):
+  for path in files.expand(many):
+    bucket.pipe(f"/bucket/{Path(path).name}", Path(path).read_bytes())
+  monkeypatch.setattr(webdataset, "_ALONE", 0)
+  monkeypatch.setattr(webdataset, "cores", lambda: 2)
+  local, remote = open_webdataset(many), open_webdataset("memory://bucket/*.tar")
+  assert list(remote) == list(local)
+  assert "could not make it, so this one does: FileNotFoundError" in caplog.text

@@ -1,0 +1,135 @@
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from declip_jax.data import parts
+
+MODULE = """
+import os, time
+def write(path, argument, tell):
+  value, parent, ending = argument
+  if os.getpid() != parent and ending == "dies":
+    os._exit(1)
+  if os.getpid() != parent and ending == "fails":
+    raise ValueError("only the\\nparent can")
+  if ending == "is wrong":
+    raise KeyError(value)
+  if ending == "is slow":
+    print(os.getpid(), file=open(f"{path.parent}/pid", "w"))
+    time.sleep(100)
+  tell()
+  path.write_text(f"{value} {os.getpid()}")
+  tell()
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch) -> parts.Make:
+  """A function of a module that other processes find where this one does."""
+  (tmp_path / "writing_parts.py").write_text(MODULE)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, "writing_parts", raising=False)
+  import writing_parts
+
+  return writing_parts.write
+
+
+def listed(folder: Path, ending: str = "") -> list[parts.Part]:
+  return [parts.Part(folder / f"{number}", [number, os.getpid(), ending], 2) for number in range(6)]
+
+
+def make(write: parts.Make, todo: list[parts.Part], processes: int, over=lambda: False) -> list[int]:
+  reports = []
+  parts.make(write, todo, processes, over, reports.append, 0.01)
+  return reports
+
+
+def test_processes_make_what_is_missing(write, tmp_path):
+  todo = listed(tmp_path / "made")
+  (tmp_path / "made").mkdir()
+  todo[3].path.write_text("3 kept")
+  reports = make(write, todo, 2)
+  made = [part.path.read_text().split() for part in todo]
+  assert [int(number) for number, _ in made] == list(range(6))
+  makers = {pid for number, pid in made if number != "3"}
+  assert made[3][1] == "kept"
+  assert str(os.getpid()) not in makers
+  assert 1 <= len(makers) <= 2
+  assert reports == sorted(reports)
+  assert set(reports) <= set(range(13))
+  assert sorted(path.name for path in (tmp_path / "made").iterdir()) == list("012345")
+
+
+@pytest.mark.parametrize("ending", ["dies", "fails"])
+def test_what_a_process_cannot_make_is_made_here(write, tmp_path, ending, caplog):
+  todo = listed(tmp_path / "made", ending)
+  make(write, todo, 2)
+  assert [part.path.read_text() for part in todo] == [f"{number} {os.getpid()}" for number in range(6)]
+  assert ("could not make it, so this one does: ValueError: only the parent can" in caplog.text) == (ending == "fails")
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_an_error_is_raised_and_what_was_made_stays(write, tmp_path, processes):
+  todo = listed(tmp_path / "made")
+  todo[4] = todo[4]._replace(argument=[4, os.getpid(), "is wrong"])
+  with pytest.raises(KeyError, match="4"):
+    make(write, todo, processes)
+  assert not todo[4].path.exists()
+  assert [path for path in (tmp_path / "made").iterdir() if path.name.startswith(".")] == []
+  todo[4] = listed(tmp_path / "made")[4]
+  make(write, todo, 0)
+  assert all(part.path.exists() for part in todo)
+
+
+def test_nothing_is_made_when_it_is_over(write, tmp_path):
+  make(write, listed(tmp_path / "made"), 0, over=lambda: True)
+  assert not (tmp_path / "made").exists()
+
+
+SCRIPT = """
+import sys, writing_parts
+from pathlib import Path
+from declip_jax.data import parts
+print("once", flush=True)
+todo = [parts.Part(Path(sys.argv[1]) / str(number), [number, 0, sys.argv[2]], 2) for number in range(3)]
+parts.make(writing_parts.write, todo, 2, lambda: False, lambda count: None, 1.0)
+"""
+
+
+def script(folder: Path, ending: str = "") -> subprocess.Popen:
+  (folder / "script.py").write_text(SCRIPT)
+  environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+  command = [sys.executable, str(folder / "script.py"), str(folder / "made"), ending]
+  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_script_without_a_main_guard_is_not_run_again(write, tmp_path):
+  assert script(tmp_path).communicate(timeout=60)[0] == "once\n"
+  assert len(list((tmp_path / "made").iterdir())) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_the_one_that_started_them(write, tmp_path, number):
+  process = script(tmp_path, "is slow")
+  pid = tmp_path / "made" / "pid"
+  while not (pid.exists() and pid.read_text().endswith("\n")):
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.send_signal(number)
+  process.communicate(timeout=30)
+  deadline = time.monotonic() + 10
+  while running(int(pid.read_text())):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def running(pid: int) -> bool:
+  try:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+  except OSError:
+    return False
