@@ -2,6 +2,8 @@
 # make test   installs into .venv and runs all tests
 # make test-interop  installs PyTorch, open_clip and transformers into .venv-interop and exchanges weights with them
 # make bench-input  installs torchvision and open_clip into .venv-bench and measures the input pipeline beside them
+# make bench-scale  prints memory and time of InfoNCE in each form for batches up to 128k, beside open_clip's forms
+# make bench-open-clip  installs as bench-input and times CLIP's train step beside open_clip's
 # make test-slow  runs the tests that take minutes each
 # make check  what CI runs: formatting, lint, all tests
 PYTHON ?= python3
@@ -48,9 +50,15 @@ $(VENV)-interop/installed: setup.py constraints.txt tests/interop/requirements.t
 	touch $@
 
 # Beside torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.
-.PHONY: bench-input
+.PHONY: bench-input bench-open-clip bench-scale
 bench-input: $(VENV)-bench/installed
 	$(VENV)-bench/bin/python benchmarks/input.py $(ARGS)
+
+bench-open-clip: $(VENV)-bench/installed
+	$(VENV)-bench/bin/python benchmarks/beside_open_clip.py $(ARGS)
+
+bench-scale: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/scale.py $(ARGS)
 
 $(VENV)-bench/installed: setup.py constraints.txt benchmarks/requirements.txt tests/interop/requirements.txt
 	$(PYTHON) -m venv $(VENV)-bench

@@ -6,13 +6,14 @@ usage() {
   cat <<'USAGE'
 usage: launch/local.sh CONFIG WORKDIR [--config.field=value ...]
 
-Trains on this machine: CPU, all its GPUs, or all chips of a TPU VM. A crash starts the command again. Success, a user
-error (exit code 2), Ctrl-C and SIGTERM (130 and 143, after a checkpoint) do not.
+Trains on this machine by one process, which takes the CPU, all GPUs, or all chips of a TPU VM. A crash starts it again.
+Success, a user error (exit code 2), Ctrl-C and SIGTERM (130 and 143, after a checkpoint) do not.
 
 Variables:
   RESTARTS  how often to start again at most (default 5)
   PAUSE     seconds before that (default 10)
-  PYTHON    the interpreter (default python)
+  PYTHON    the interpreter (default python); CUDA_VISIBLE_DEVICES=0,1 leaves it those GPUs
+  EXIT_FILE gets the exit code at the end (default: none)
   DRY_RUN   1 prints the command and does not run it
 USAGE
 }
@@ -23,6 +24,7 @@ USAGE
 command=("${PYTHON:-python}" -m declip_jax.train --config "$1" --workdir "$2" "${@:3}")
 [[ ${DRY_RUN:-} == 1 ]] && { printf '%q ' "${command[@]}"; echo; exit; }
 
+trap 'code=$?; [[ ! ${EXIT_FILE:-} ]] || echo "$code" >"$EXIT_FILE"' EXIT
 child='' stopped=''
 # In the background, since bash would otherwise hold a signal back until the command has ended by itself.
 trap 'stopped=1; [[ $child ]] && kill -TERM "$child" 2>/dev/null || true' INT TERM HUP
