@@ -54,7 +54,7 @@ run() {
   [[ ${BASE_IMAGE:-} ]] || require IMAGE
   local image=${IMAGE:+"--docker-image=$IMAGE"} train
   # exec, or else the signal would go to the shell that xpk puts around it.
-  printf -v train '%q ' exec python -m declip_jax.train --config "$1" --workdir "$2" "${@:3}" --multihost
+  printf -v train '%q ' exec python -m declip_jax.train --config "$1" --workdir "$2" --stopped_exit_code=143 "${@:3}" --multihost
   # Without more words, xpk starts again after exit codes from 127 on. A user error, 2, stays an end.
   # shellcheck disable=SC2086 # several flags
   workload create "--workload=$WORKLOAD" "--tpu-type=$TPU_TYPE" "--num-slices=${SLICES:-1}" \

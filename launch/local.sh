@@ -21,7 +21,7 @@ USAGE
 [[ ${1:-} == --help ]] && { usage; exit; }
 (($# >= 2)) && [[ $1 != -* && $2 != -* ]] || { usage >&2; exit 2; }
 
-command=("${PYTHON:-python}" -m declip_jax.train --config "$1" --workdir "$2" "${@:3}")
+command=("${PYTHON:-python}" -m declip_jax.train --config "$1" --workdir "$2" --stopped_exit_code=143 "${@:3}")
 [[ ${DRY_RUN:-} == 1 ]] && { printf '%q ' "${command[@]}"; echo; exit; }
 
 trap 'code=$?; [[ ! ${EXIT_FILE:-} ]] || echo "$code" >"$EXIT_FILE"' EXIT

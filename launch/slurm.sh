@@ -32,7 +32,7 @@ USAGE
 
 # A task that has crashed leaves the others time to notice and to say so.
 command=(srun --label --gpu-bind=none --kill-on-bad-exit=0 --wait=600 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-8}")
-command+=("${PYTHON:-python}" -m declip_jax.train --config "$1" --workdir "$2" "${@:3}" --multihost)
+command+=("${PYTHON:-python}" -m declip_jax.train --config "$1" --workdir "$2" --stopped_exit_code=143 "${@:3}" --multihost)
 [[ ${DRY_RUN:-} == 1 ]] && { printf '%q ' "${command[@]}"; echo; exit; }
 
 for name in SLURM_JOB_ID SLURM_GPUS_ON_NODE SLURM_NTASKS_PER_NODE; do

@@ -16,6 +16,7 @@ LAUNCH = ROOT / "launch"
 LOCAL, PROCESSES, TPU, GKE, SLURM = "local.sh", "local_processes.sh", "tpu_vm.sh", "gke_xpk.sh", "slurm.sh"
 SCRIPTS = [LOCAL, PROCESSES, TPU, GKE, SLURM]
 TRAIN = ["-m", "declip_jax.train", "--config", "c.py:clip", "--workdir", "my runs/a"]
+SUPERVISED = [*TRAIN, "--stopped_exit_code=143"]  # so that a stopped run is not taken for a finished one
 FIELD = "--config.data.train=('webdataset:/data/train-*.tar',)"  # needs quotes in every shell it passes
 
 # Stands in for Python: notes its arguments, then ends with the code that the test has for this call or this process,
@@ -208,7 +209,7 @@ def test_wrong_calls_run_nothing(machine, script, args):
 
 def test_dry_runs_print_what_would_be_run(machine):
   local = launch(LOCAL, "c.py:clip", "my runs/a", FIELD, DRY_RUN="1")
-  assert words(local.stdout) == ["python", *TRAIN, FIELD]
+  assert words(local.stdout) == ["python", *SUPERVISED, FIELD]
   processes = launch(PROCESSES, 2, "c.py:clip", "my runs/a", FIELD, DRY_RUN="1", PORT="1234", PYTHON="py")
   together = ["--coordinator", "localhost:1234", "--processes", "2", "--process"]
   assert [words(line) for line in processes.stdout.splitlines()] == [
@@ -276,13 +277,13 @@ def test_local_starts_again_after_crashes_only(machine, codes, starts, returned)
   result = launch(LOCAL, "c.py:clip", "my runs/a", FIELD, RESTARTS="2", EXIT_FILE=f"{machine}/exit")
   assert result.returncode == returned
   assert (machine / "exit").read_text() == f"{returned}\n"
-  assert calls(machine) == [[*TRAIN, FIELD]] * starts
+  assert calls(machine) == [[*SUPERVISED, FIELD]] * starts
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_local_passes_signals_on_and_waits_for_the_checkpoint(machine, signum):
   process = start(LOCAL, "c.py", "runs/a")
-  assert process.stdout.readline() == "started runs/a\n"
+  assert process.stdout.readline() == "started --stopped_exit_code=143\n"
   process.send_signal(signum)
   assert process.communicate(timeout=10)[0].endswith("saved\n")
   assert process.returncode == 143
@@ -409,7 +410,7 @@ def test_tpu_run_outlives_its_connection_until_stop(machine):
   assert launch(TPU, "run", "c.py:clip", "my runs/a", FIELD).returncode == 0
   try:
     until(lambda: len(calls(machine)) == 2)  # restarted after a crash
-    assert calls(machine) == [[*TRAIN, FIELD, "--multihost"]] * 2
+    assert calls(machine) == [[*SUPERVISED, FIELD, "--multihost"]] * 2
     again = launch(TPU, "run", "c.py", "runs/a")
     assert (again.returncode, again.stderr) == (1, "already running: stop it first\n")
   finally:
@@ -439,7 +440,7 @@ def acts(machine):
 def test_keep_makes_a_tpu_and_returns_when_the_run_has_finished(machine):
   result, done = watch(machine, 0, GCLOUD_FLAGS="--spot --internal-ips")
   assert (result.returncode, done) == (0, ["create"])
-  assert calls(machine) == [[*TRAIN, FIELD, "--multihost"]]
+  assert calls(machine) == [[*SUPERVISED, FIELD, "--multihost"]]
   assert {"--spot", "--internal-ips"} < set(gcloud_calls(machine))
   assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d tpu_vm.sh: creates slice$", result.stderr, re.MULTILINE)
   assert "finished (exit code 0)" in result.stderr
@@ -449,7 +450,7 @@ def test_keep_makes_a_tpu_and_returns_when_the_run_has_finished(machine):
 def test_keep_makes_another_tpu_after_preemption_and_goes_on_in_the_same_workdir(machine, queued):
   result, done = watch(machine, "preempted", "preempted", 0, QUEUED=queued)
   assert (result.returncode, done) == (0, ["create", *["delete", "create"] * 2])
-  assert calls(machine) == [[*TRAIN, FIELD, "--multihost"]] * 3
+  assert calls(machine) == [[*SUPERVISED, FIELD, "--multihost"]] * 3
   for state in ["WAITING_FOR_RESOURCES", "PROVISIONING"] if queued else ["PREEMPTED"]:
     assert f"slice is {state}\n" in result.stderr
   group = "queued-resources" if queued else "tpu-vm"
@@ -631,7 +632,7 @@ def test_gke_runs_lists_logs_and_deletes_a_workload(machine):
     assert calls(machine) == [words(dry.stdout)]
     (machine / "log").unlink()
   inner = words(dry.stdout)[-1].removeprefix("--command=")
-  assert words(inner) == ["exec", "python", *TRAIN, FIELD, "--multihost"]
+  assert words(inner) == ["exec", "python", *SUPERVISED, FIELD, "--multihost"]
 
 
 def test_gke_signals_reach_python_through_the_shell_that_xpk_puts_around_it(machine):
@@ -680,7 +681,7 @@ SRUN = ["--label", "--gpu-bind=none", "--kill-on-bad-exit=0", "--wait=600"]
 
 def test_slurm_dry_run_needs_no_job(machine):
   result = launch(SLURM, "c.py:clip", "my runs/a", FIELD, DRY_RUN="1")
-  command = ["srun", *SRUN, "--cpus-per-task=8", "python", *TRAIN, FIELD, "--multihost"]
+  command = ["srun", *SRUN, "--cpus-per-task=8", "python", *SUPERVISED, FIELD, "--multihost"]
   assert words(result.stdout) == command
   assert not calls(machine)
 
@@ -705,7 +706,7 @@ def test_slurm_starts_again_after_crashes_only(job, codes, starts, returned):
   exits(job, *codes)
   result = launch(SLURM, "c.py:clip", "my runs/a", FIELD, RESTARTS="2")
   assert result.returncode == returned
-  assert calls(job) == [[*SRUN, "--cpus-per-task=6", "python", *TRAIN, FIELD, "--multihost"]] * starts
+  assert calls(job) == [[*SRUN, "--cpus-per-task=6", "python", *SUPERVISED, FIELD, "--multihost"]] * starts
   assert "scontrol" not in result.stdout
 
 
