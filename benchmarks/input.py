@@ -26,7 +26,6 @@ import json
 import multiprocessing
 from pathlib import Path
 import random
-import re
 import tarfile
 import tempfile
 import time
@@ -37,6 +36,7 @@ import grain
 from images import synthetic_photo
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from rivals import import_torchvision
 
 from declip_jax.data import images
 from declip_jax.data.recipes import RECIPES, MakeViews, Recipe, get_recipe
@@ -56,19 +56,9 @@ def import_rivals() -> tuple[Any, Any, Any]:
   except ImportError:
     return None, None, None
   transforms = tokenizer = None
-  for _ in range(10):
-    try:
-      from torchvision import transforms
-
-      break
-    except ImportError:
-      break
-    except RuntimeError as error:
-      # torchvision's CUDA build beside PyTorch's CPU build misses a few operators at import, which nothing here uses.
-      missing = re.match(r"operator (torchvision::\w+) does not exist", str(error))
-      if not missing:
-        raise
-      torch.library.define(missing[1], "(Tensor x) -> Tensor")
+  with contextlib.suppress(ImportError):
+    import_torchvision()
+    from torchvision import transforms
   with contextlib.suppress(ImportError):
     from open_clip.tokenizer import SimpleTokenizer as tokenizer
   return torch, transforms, tokenizer

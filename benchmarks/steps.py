@@ -20,12 +20,11 @@ from pathlib import Path
 import time
 from typing import Any
 
-import flops
 import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from declip_jax import run
+from declip_jax import flops, run
 from declip_jax.config import METHODS, duration
 from declip_jax.sharding import batch_sharding, to_global
 from declip_jax.state import State, abstract_state, create_state

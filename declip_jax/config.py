@@ -83,12 +83,15 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.weight_schedule = ConfigDict(dict.fromkeys(c.weights, ()))
   c.terms = _terms()
   c.contrast = ConfigDict()
-  # How all pairs of a batch are compared, see `objectives.blockwise`: "plain", "chunked", "ring", or "auto" by the sizes.
+  # How all pairs of a batch are compared, see `objectives.blockwise`: "plain", "chunked", "ring"; "auto" is by the sizes.
   c.contrast.form = "auto"
   c.contrast.block = 0  # candidates of a chunk; 0 chooses by the sizes
   # Of the momentum tower (MoCo v3, BYOL): its share in itself at the first step; rises to 1 as half a cosine.
   c.momentum = 0.996 if method == "slip_byol" else 0.99
   c.batch_size = 4096  # pairs per step over all devices
+  c.micro_batches = 1  # parts of it that the towers see one after the other, for batches larger than memory
+  # "cached": the loss sees the whole batch, to the same gradient; "plain": each part alone. See `declip_jax.gradient`.
+  c.micro_batching = "cached"
   c.duration = duration(epochs=32)  # of the training
   c.data = _data(recipe, built.image_size)
   c.model = _model(built)
@@ -101,14 +104,23 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.init_from.settings = ()  # what the file does not say, such as ("image.activation=gelu", "image.heads=16")
   c.optimizer = _optimizer()
   c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices along each axis; -1 is whatever is left
-  c.max_skipped_in_a_row = 20  # non-finite steps are skipped; after so many in a row the run stops
+  # Steps that are not finite, or whose gradient spikes, are skipped. After so many in a row the run goes back to the
+  # checkpoint before them and on behind their data, or stops if it may not.
+  c.max_skipped_in_a_row = 20
+  c.divergence = ConfigDict()
+  # A step is skipped if its gradient's norm is so many times what is usual, see `step.spikes`; 0 skips none for that.
+  c.divergence.spike = 10.0
+  c.divergence.rollbacks = 3  # how often the run goes back; 0 stops it at once
+  c.hang_timeout = 1800.0  # seconds after which a step that does not end ends the process; 0 is never
   c.log_every = 50  # steps between lines of metrics.jsonl, and between measurements of `objectives.diagnostics`
   c.evaluate_every = duration(epochs=1)
   c.evaluate_batch_size = 1024
   c.evals = ConfigDict()  # name -> `zero_shot(...)` or `retrieval(...)` of this module
   c.checkpoint = ConfigDict()
   c.checkpoint.every = duration(epochs=1)
+  c.checkpoint.minutes = 30.0  # besides, looked at with every line of metrics.jsonl; 0 is never
   c.checkpoint.keep_last = 2
+  c.checkpoint.keep_every = duration()  # of each such stretch the first checkpoint is kept for good
   c.checkpoint.keep_best = 1
   c.checkpoint.best_metric = ""  # such as "eval/zero_shot/top1"; higher is better; "" keeps only the last
   if weights.get("sigmoid"):  # SigLIP (Zhai et al. 2023), section 3.2 and algorithm 1

@@ -7,17 +7,22 @@
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
+import logging
 import math
 import numbers
 import os
 from pathlib import Path
 import shutil
+import socket
+import struct
 import sys
 import time
 from typing import Any, Self, TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 _SPEED_MEMORY = 30.0  # seconds after which a measured speed counts 1/e in the average
 _REDRAW_SECONDS = 0.1  # on a terminal; faster than the eye only costs time
@@ -26,9 +31,10 @@ _REDRAW_SECONDS = 0.1  # on a terminal; faster than the eye only costs time
 class MetricWriter:
   """Appends the metrics of a run to `workdir/metrics.jsonl` and to the event files in `workdir/tensorboard`.
 
-  A line reaches the operating system before `write` returns, so a killed process loses none; TensorBoard may lag by ten
-  seconds. Resuming drops what lies beyond the restored step, and a last line that a crash tore, with an atomic rewrite.
-  JSON has no NaN: a number that is not finite is written as the string "NaN", "Infinity" or "-Infinity".
+  A line reaches the operating system before `write` returns, so a killed process loses none; on a full disk it waits in
+  memory, with a warning, until there is space again. Resuming drops what lies beyond the restored step, and a last line
+  that a crash tore, with an atomic rewrite. JSON has no NaN: a number that is not finite is written as the string
+  "NaN", "Infinity" or "-Infinity".
 
   Args:
     workdir: a directory of a file system that can append (mount a bucket, or keep the metrics beside it).
@@ -43,13 +49,26 @@ class MetricWriter:
     self._enabled = enabled
     if not enabled:
       return
-    path = _metrics_path(workdir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-      _drop_steps_after(resume_step, path)
-    self._file = path.open("ab", buffering=0)
-    # The viewer hides events of earlier files from `purge_step` on.
-    self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
+    self._path = _metrics_path(workdir)
+    folder = self._path.parent / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    self._events = _Appender(folder / f"events.out.tfevents.{time.time_ns() // 10**6}.{socket.gethostname()}")
+    self._events.append(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+    self._lines: _Appender | None = None
+    self.go_back(resume_step)
+
+  def go_back(self, step: int) -> None:
+    """Drops what lies beyond a step, as resuming from it does."""
+    if not self._enabled:
+      return
+    if self._lines:
+      self._lines.close()
+    if self._path.exists():
+      _drop_steps_after(step, self._path)
+    self._lines = _Appender(self._path)
+    # The viewer hides earlier events from this step on.
+    began = SessionLog(status=SessionLog.START)
+    self._events.append(_record(Event(wall_time=time.time(), step=step + 1, session_log=began)))
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes one line.
@@ -65,21 +84,58 @@ class MetricWriter:
       return
     now = time.time()
     values = {name: _as_float(name, value) for name, value in values.items()}
-    self._file.write(_to_line({"step": int(step), "time": round(now, 3), **values}).encode())
-    for name, value in values.items():
-      self._tensorboard.add_scalar(name, value, int(step), walltime=now)
+    self._lines.append(_to_line({"step": int(step), "time": round(now, 3), **values}).encode())
+    summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+    self._events.append(_record(Event(wall_time=now, step=int(step), summary=summary)))
 
   def close(self) -> None:
-    """Flushes and closes both files; a second call does nothing."""
+    """Closes both files; a second call does nothing."""
     if self._enabled:
-      self._file.close()
-      self._tensorboard.close()
+      self._lines.close()
+      self._events.close()
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+
+class _Appender:
+  """A file that is only appended to, and outlives a disk that is full for a while.
+
+  TensorBoard's own writer does not: its thread would end, and training wait for it forever.
+  """
+
+  def __init__(self, path: Path):
+    self._path, self._file = path, path.open("ab", buffering=0)
+    self._waiting, self._told = b"", False
+
+  def append(self, data: bytes) -> None:
+    """Writes, or keeps for the next time what cannot be written."""
+    self._waiting += data
+    try:
+      while self._waiting:
+        self._waiting = self._waiting[self._file.write(self._waiting) :]
+      self._told = False
+    except OSError as error:
+      if not self._told:
+        self._told = True
+        logging.getLogger(__name__).warning("%s cannot be written, for now: %s", self._path, error)
+
+  def close(self) -> None:
+    """Tries for the last time."""
+    if not self._file.closed:
+      self.append(b"")
+      with contextlib.suppress(OSError):
+        self._file.close()
+
+
+def _record(event: Event) -> bytes:
+  """An event as TensorBoard's files have it: length and content, a checksum behind each."""
+  data = event.SerializeToString()
+  length = struct.pack("<Q", len(data))
+  return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, float]]:
@@ -143,6 +199,8 @@ class Progress:
     start_step: the step it starts from.
     batch_size: examples of one step, over all processes.
     enabled: False draws nothing, for all processes but the first; speed is still measured.
+    devices: that share the work.
+    peak: examples per second if all devices multiplied matrices at their peak; None is not known.
     min_interval: seconds between two lines of a log file.
     stream: where to draw, standard error if None.
     clock: returns seconds.
@@ -155,11 +213,14 @@ class Progress:
     batch_size: int,
     enabled: bool = True,
     *,
+    devices: int = 1,
+    peak: float | None = None,
     min_interval: float = 10.0,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.perf_counter,
   ):
     self._total_steps, self._batch_size, self._enabled, self._clock = total_steps, batch_size, enabled, clock
+    self._devices, self._peak = devices, peak
     self._stream = sys.stderr if stream is None else stream
     self._live = self._stream.isatty()
     self._interval = _REDRAW_SECONDS if self._live else min_interval
@@ -172,13 +233,23 @@ class Progress:
     """Examples per second over all processes; NaN before the second update."""
     return self._batch_size * self._steps / self._seconds if self._seconds else math.nan
 
+  @property
+  def utilisation(self) -> float | None:
+    """Model FLOPs utilisation, 0 to 1 (Chowdhery et al. 2022, appendix B); None if peak or speed is not known."""
+    speed = self.images_per_second
+    return speed / self._peak if self._peak and speed > 0 else None
+
+  def go_back(self, step: int) -> None:
+    """The next update is of the step behind this one, whatever came before."""
+    self._step, self._mark = step, None
+
   def update(self, step: int, metrics: Mapping[str, Any], wait_fraction: float) -> None:
     """Measures the speed and redraws the line if it is due.
 
     Args:
       step: optimizer steps done.
       metrics: shown are "loss", all "loss/<term>", "lr" and "temperature"; a device array is fetched only to be drawn.
-      wait_fraction: share of the time since the last update that the loop waited for data, 0 to 1.
+      wait_fraction: share of the time that the loop waited for data, 0 to 1.
     """
     self._measure(step)
     now = self._clock()
@@ -233,7 +304,9 @@ class Progress:
     speed = self.images_per_second
     if speed > 0:  # not NaN
       left = (self._total_steps - step) * self._batch_size / speed
-      fields += [f"{_duration(left)} left", f"{speed:,.0f} images/s"]
+      each = f" ({speed / self._devices:,.4g} a device)" if self._devices > 1 else ""
+      fields += [f"{_duration(left)} left", f"{speed:,.0f} images/s{each}"]
+      fields += [f"{self.utilisation:.1%} of peak"] if self._peak else []
     fields += [f"wait {wait_fraction:.0%}"]
     terms = [name for name in metrics if name.startswith("loss/")]
     fields += [f"{name.removeprefix('loss/')} {float(metrics[name]):.3f}" for name in terms]

@@ -1,12 +1,15 @@
 """What the commands share: a run's parts built from its config, its working directory, several processes, errors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
+import fcntl
 from importlib import metadata
 import json
 import os
 from pathlib import Path
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +23,7 @@ from ml_collections import ConfigDict
 import optax
 
 from declip_jax import objectives, optim
+from declip_jax.checkpoint import agree
 from declip_jax.config import steps_of
 from declip_jax.data.images import INTERPOLATIONS
 from declip_jax.data.recipes import MakeViews, Recipe, get_recipe, trimmed
@@ -65,8 +69,8 @@ class Parts(NamedTuple):
     return self.make_views.recipe
 
 
-def build(config: ConfigDict) -> Parts:
-  """Builds the parts of a run from its config.
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Parts:
+  """Builds the parts of a run from its config, over all devices of all processes or over those given.
 
   Raises:
     ValueError: a name or a number that does not fit; the message says which and what would.
@@ -126,7 +130,9 @@ def build(config: ConfigDict) -> Parts:
     engine=config.data.engine,
     augment_on=config.data.augment_on,
   )
-  return Parts(model, make_optimizer(config.optimizer), tokenizer, make_views, make_mesh(**config.mesh))
+  return Parts(
+    model, make_optimizer(config.optimizer), tokenizer, make_views, make_mesh(**config.mesh, devices=devices)
+  )
 
 
 def _check_data(data: ConfigDict, seed: int) -> None:
@@ -150,6 +156,10 @@ def _check_data(data: ConfigDict, seed: int) -> None:
       "texts with {} once, for the name of the class",
     ),
   }
+  _refuse(checks)
+
+
+def _refuse(checks: Mapping[str, tuple[Any, Any, str]]) -> None:
   for field, (good, value, legal) in checks.items():
     if not good:
       raise ValueError(f"config.{field}={value!r}: {legal}")
@@ -216,6 +226,7 @@ class Steps(NamedTuple):
   warmup: int
   evaluate: int
   checkpoint: int
+  keep_every: int
   cooldown: int
 
 
@@ -223,13 +234,15 @@ def plan_steps(config: ConfigDict, epoch_examples: int) -> Steps:
   """Converts the durations of a config, once.
 
   Raises:
-    ValueError: the training has no length, or a duration has two.
+    ValueError: the training has no length, or a duration has two; or a number of how it is kept safe cannot be.
   """
+  _check_safety(config)
   lengths = {
     "duration": config.duration,
     "optimizer.warmup": config.optimizer.warmup,
     "evaluate_every": config.evaluate_every,
     "checkpoint.every": config.checkpoint.every,
+    "checkpoint.keep_every": config.checkpoint.keep_every,
     "optimizer.cooldown": config.optimizer.cooldown,
   }
   steps = [
@@ -239,6 +252,57 @@ def plan_steps(config: ConfigDict, epoch_examples: int) -> Steps:
   if not steps[0]:
     raise ValueError("config.duration is empty: set one of its fields steps, epochs, examples")
   return Steps(*steps)
+
+
+def _check_safety(config: ConfigDict) -> None:
+  checkpoint, divergence = config.checkpoint, config.divergence
+  checks = {
+    "checkpoint.minutes": (checkpoint.minutes >= 0, checkpoint.minutes, "0 or more"),
+    "checkpoint.keep_last": (checkpoint.keep_last >= 1, checkpoint.keep_last, "1 or more"),
+    "checkpoint.keep_best": (checkpoint.keep_best >= 0, checkpoint.keep_best, "0 or more"),
+    "max_skipped_in_a_row": (config.max_skipped_in_a_row >= 1, config.max_skipped_in_a_row, "1 or more"),
+    "divergence.spike": (divergence.spike == 0 or divergence.spike > 1, divergence.spike, "0, or more than 1"),
+    "divergence.rollbacks": (divergence.rollbacks >= 0, divergence.rollbacks, "0 or more"),
+    "hang_timeout": (config.hang_timeout >= 0, config.hang_timeout, "0 or more"),
+  }
+  _refuse(checks)
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[str]:
+  """Keeps a second run out of a working directory, by a lock on its `run.lock` that the system frees with the process.
+
+  Process 0 holds it for all. Yields what should be said: a file system that knows no locks keeps nobody out.
+
+  Raises:
+    ValueError: another run has it, the same on every host; names host, process and time.
+  """
+  path, refused, note = workdir / "run.lock", "", ""
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      file = stack.enter_context(path.open("a+"))
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}")
+        file.flush()
+      except BlockingIOError:
+        file.seek(0)
+        refused = f"{workdir} is in use by another run: {file.read()}"
+      except OSError as error:
+        note = f"{path}: {error}; nothing keeps a second run out of this directory"
+    if refused := agree(refused):
+      raise ValueError(refused)
+    yield note
+
+
+def use_compile_cache(folder: Path) -> None:
+  """Keeps what is compiled in a folder, so that a run that starts again is soon at work.
+
+  `JAX_COMPILATION_CACHE_DIR` names another one.
+  """
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
 
 
 def record(config: ConfigDict, mesh: Mesh, workdir: Path, samples: Mapping[str, int]) -> list[str]:
@@ -287,7 +351,8 @@ def launch(command: Callable[[Path], None]) -> None:
   flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX cannot find it by itself.")
   flags.DEFINE_integer("processes", None, "With --coordinator: number of processes.", lower_bound=1)
   flags.DEFINE_integer("process", None, "With --coordinator: number of this process, from 0.", lower_bound=0)
-  for name in ("workdir", "multihost", "coordinator", "processes", "process"):
+  flags.DEFINE_integer("heartbeat", 60, "Seconds of silence after which a process counts as dead and all end.", 1)
+  for name in ("workdir", "multihost", "coordinator", "processes", "process", "heartbeat"):
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # so that --help shows it
 
   def main(_: list[str]) -> int:
@@ -321,9 +386,10 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 def _join_processes() -> None:
   if flags.FLAGS.coordinator:
-    jax.distributed.initialize(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
+    where = (flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
+    jax.distributed.initialize(*where, heartbeat_timeout_seconds=flags.FLAGS.heartbeat)
   elif flags.FLAGS.multihost:
-    jax.distributed.initialize()
+    jax.distributed.initialize(heartbeat_timeout_seconds=flags.FLAGS.heartbeat)
 
 
 def _report(error: Exception, workdir: Path) -> int:

@@ -20,12 +20,13 @@ class State:
   """What a step maps to its successor. Random keys are no part of it: they are derived from the step.
 
   Attributes:
-    step: batches consumed, int32.
+    step: updates made or skipped, int32.
     params: float32, under "towers" and "heads".
     opt_state: of the optimiser.
     collections: batch statistics and the neighbour bank, under "towers" and "heads"; under "momentum" the momentum
       tower's parameters, if a term needs one.
-    skipped: steps without an update because loss or gradient was not finite, all of them and the latest in a row.
+    skipped: steps without an update because loss or gradient was not finite or spiked, "total" and the latest
+      "in_a_row"; and what spikes are told by, see `step.spikes`.
   """
 
   step: jax.Array
@@ -39,7 +40,8 @@ def init_state(seed: int, batch: Batch, *, model: Model, optimizer: optax.Gradie
   """The state before the first step."""
   params, collections = model.init(jax.random.key(seed), batch)
   zero = jnp.zeros((), jnp.int32)
-  return State(zero, params, optimizer.init(params), collections, {"total": zero, "in_a_row": zero})
+  skipped = {"total": zero, "in_a_row": zero, "measured": zero, "log_norm": jnp.zeros((), jnp.float32)}
+  return State(zero, params, optimizer.init(params), collections, skipped)
 
 
 def abstract_state(batch: Batch, mesh: Mesh, *, model: Model, optimizer: optax.GradientTransformation) -> State:

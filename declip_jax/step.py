@@ -1,28 +1,29 @@
 """The train step: from one state and one batch to the next, jitted over the mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from ml_collections import ConfigDict
 import optax
 
 from declip_jax import augment as augmentation
 from declip_jax import objectives, optim, run
+from declip_jax.gradient import Gradient, Metrics, make_gradient
 from declip_jax.models.model import Model
 from declip_jax.objectives import diagnostics
 from declip_jax.objectives.blockwise import PLAIN, Form
 from declip_jax.objectives.momentum import momentum_at, moving_average
-from declip_jax.optim import without_gradient
 from declip_jax.sharding import replicated
 from declip_jax.state import State
 from declip_jax.types import Batch, Outputs
 
-Metrics = dict[str, Float[Array, ""]]
+_MEASURED = 100  # steps over which a gradient's usual norm is measured
 
 
 def train_step(
@@ -32,37 +33,30 @@ def train_step(
   model: Model,
   optimizer: optax.GradientTransformation,
   schedule: Callable[[Array], Array],
-  objective: objectives.Objective,
+  gradient_of: Gradient,
   momentum: Callable[[Array], Array],
   diagnosed: Callable[[Array], Array],
   augment: Callable[[Batch, Array], Batch] = lambda batch, step: batch,
   logit_scale_range: tuple[float, ...] = (),
-  frozen: Sequence[str] = (),
+  spike: float = 0.0,
 ) -> tuple[State, Metrics]:
-  """One step on one global batch. If anything is not finite, only the step count and `skipped` change.
+  """One step on one global batch. If anything is not finite or spikes, only the step count and `skipped` change.
 
   Args:
     state, batch: donated, and split over the mesh.
     model, optimizer: pure functions.
     schedule: learning rate of a 0-based step.
-    objective: the weighted terms.
+    gradient_of: loss and gradient of a batch, see `make_gradient`.
     momentum: of the momentum tower at a step; unused if there is none.
     diagnosed: whether a step also measures `objectives.diagnostics`; otherwise these metrics are NaN.
     augment: what is left to do to the images of a batch, at a step.
     logit_scale_range: of the log inverse temperatures after the step; () is any.
-    frozen: paths of parameters that have no gradient.
+    spike: how many times its usual norm makes a gradient too large, see `spikes`; 0 takes any.
   """
   before = {**state.collections, **follow(model, state, momentum)}
   batch = augment(batch, state.step)
 
-  def loss_of(params: Any) -> tuple[Array, tuple[Metrics, Outputs, Any]]:
-    params = without_gradient(params, frozen)
-    features, towers = model.encode(params, before, batch)
-    outputs, heads = model.apply_heads(params, before, features)
-    loss, metrics = objective(outputs, batch, state.step)
-    return loss, (metrics, outputs, {**before, "towers": towers, "heads": heads})
-
-  (loss, (metrics, outputs, collections)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+  (loss, metrics, outputs, collections), gradient = gradient_of(state.params, before, batch, state.step)
   norms = {part: optax.tree.norm(tree) for part, tree in {**gradient["towers"], "heads": gradient["heads"]}.items()}
   gradient_norm = optax.tree.norm(norms)
   update, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -73,22 +67,25 @@ def train_step(
     params["heads"] |= {name: jnp.clip(params["heads"][name], *logit_scale_range) for name in scales}
   # A finite gradient may still give an update that is not, so the new parameters are looked at too.
   finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(optax.tree.norm(params))
-  keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+  too_large, usual = spikes(gradient_norm, state.skipped, spike)
+  good = finite & ~too_large
+  keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
   new = State(
     step=state.step + 1,
     params=keep(params, state.params),
     opt_state=keep(opt_state, state.opt_state),
     collections=keep(collections, state.collections),
     skipped={
-      "total": state.skipped["total"] + ~finite,
-      "in_a_row": jnp.where(finite, 0, state.skipped["in_a_row"] + 1),
+      "total": state.skipped["total"] + ~good,
+      "in_a_row": jnp.where(good, 0, state.skipped["in_a_row"] + 1),
+      **keep(usual, {name: state.skipped[name] for name in usual}),
     },
   )
   metrics |= {"lr": lr, "gradient_norm": gradient_norm}
   metrics |= {f"gradient_norm/{part}": norm for part, norm in norms.items()}
   scales = {"temperature": outputs.scale, "dense_temperature": outputs.dense_scale}
   metrics |= {name: 1 / scale for name, scale in scales.items() if scale is not None}
-  metrics |= {f"skipped_{name}": count for name, count in new.skipped.items()}
+  metrics |= {f"skipped_{name}": new.skipped[name] for name in ("total", "in_a_row")}
   return new, metrics | _diagnose(outputs, diagnosed(state.step))
 
 
@@ -101,6 +98,28 @@ def follow(model: Model, state: State, momentum: Callable[[Array], Array]) -> An
   if not online:
     return {}
   return {"momentum": moving_average(state.collections["momentum"], online["momentum"], momentum(state.step))}
+
+
+def spikes(norm: Array, state: dict[str, Array], factor: float) -> tuple[Array, dict[str, Array]]:
+  """Whether a gradient's norm is more than `factor` times the geometric mean of those before it; 0 is never.
+
+  The mean is that of all steps that were not skipped, for the first hundred, which are never too large; then older ones
+  fade with the factor 0.99 a step, so that it follows the training. A spiking loss shows here, too, and losses of any
+  sign and size can be judged by it.
+
+  Args:
+    norm: of the gradient, float32 scalar.
+    state: "measured", how many steps are in the mean, and "log_norm", its logarithm.
+    factor: see above.
+
+  Returns:
+    Whether it is too large, and the state with this norm in it.
+  """
+  measured, mean = state["measured"], state["log_norm"]
+  log_norm = jnp.log(jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+  too_large = (measured >= _MEASURED) & (log_norm > mean + math.log(factor)) if factor else jnp.zeros((), bool)
+  share = 1 / (jnp.minimum(measured, _MEASURED - 1) + 1)
+  return too_large, {"measured": jnp.minimum(measured + 1, _MEASURED), "log_norm": mean + share * (log_norm - mean)}
 
 
 def _diagnose(outputs: Outputs, wanted: Array) -> Metrics:
@@ -129,19 +148,34 @@ def make_schedule(config: ConfigDict, steps: run.Steps) -> Callable[[Array], Arr
 def make_step(
   config: ConfigDict, parts: run.Parts, steps: run.Steps, abstract: State
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
-  """`train_step` compiled for the mesh; the state that goes in is donated to the one that comes out."""
+  """`train_step` compiled for the mesh; the state that goes in is donated to the one that comes out.
+
+  Raises:
+    ValueError: a name that does not exist, or a batch that cannot be divided as the config says.
+  """
+  if config.batch_size % (config.micro_batches * parts.mesh.size) and config.micro_batches > 1:
+    raise ValueError(
+      f"config.micro_batches={config.micro_batches}: config.batch_size={config.batch_size} does not divide into so "
+      f"many parts for each of {parts.mesh.size} devices"
+    )
   every, last = config.log_every or steps.total, steps.total
   step = partial(
     train_step,
     model=parts.model,
     optimizer=parts.optimizer,
     schedule=make_schedule(config, steps),
-    objective=make_objective(config, parts.mesh),
+    gradient_of=make_gradient(
+      config.micro_batching,
+      config.micro_batches,
+      model=parts.model,
+      objective=make_objective(config, parts.mesh),
+      frozen=config.optimizer.frozen,
+    ),
     momentum=lambda step: momentum_at(step, last, config.momentum),
     diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
     augment=make_augment(config, parts),
     logit_scale_range=config.optimizer.logit_scale_range,
-    frozen=config.optimizer.frozen,
+    spike=config.divergence.spike,
   )
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(parts.mesh)))

@@ -1,6 +1,8 @@
 """Pretrains CLIP, SLIP, DeCLIP and the like: python -m declip_jax.train --config configs/demo.py --workdir runs/demo
 
-Started again with the same working directory, a run goes on where it was. Ctrl-C and SIGTERM save a checkpoint first.
+Started again with the same working directory, a run goes on where it was. Ctrl-C and SIGTERM save a checkpoint first;
+the exit code is 0 after SIGTERM (--stopped_exit_code), 130 after Ctrl-C, 2 for what the user can mend, and 70 if a step
+has hung.
 Any field of the config can be set: --config.batch_size=256 --config.weights.nns=0
 See declip_jax/config.py for all fields and their meaning, and configs/ for what there is to start from.
 """
@@ -26,20 +28,25 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from declip_jax import objectives, pictures, run
-from declip_jax.checkpoint import Checkpoints
+from declip_jax import devices, flops, objectives, pictures, run
+from declip_jax.checkpoint import Checkpoints, Restored
 from declip_jax.data import pipeline
 from declip_jax.data.sources import BAD, Source, open_source
 from declip_jax.encode import EncoderFactory
 from declip_jax.evaluate import check_evals, make_evaluators
 from declip_jax.metrics import MetricWriter, Progress, read_metrics, summary_table
 from declip_jax.models.model import Model
-from declip_jax.sharding import batch_sharding, check_batch, to_global
+from declip_jax.rollback import Rollbacks
+from declip_jax.sharding import batch_sharding, check_batch, layout_table, to_global
 from declip_jax.state import State, abstract_state, create_state
 from declip_jax.step import Metrics, check_objective, make_augment, make_step
+from declip_jax.trace import Trace, parse_steps
 from declip_jax.types import Batch
+from declip_jax.watchdog import Watchdog
 from declip_jax.weights.initial import check_towers, initial
 from declip_jax.weights.read import Weights, read
+
+_PATIENCE = 300.0  # seconds for which the last checkpoint is tried to be written
 
 
 class Stopped(Exception):
@@ -51,7 +58,10 @@ class Stopped(Exception):
 
 
 def train(
-  config: ConfigDict, workdir: str | os.PathLike[str], sources: Sequence[Source] | None = None
+  config: ConfigDict,
+  workdir: str | os.PathLike[str],
+  sources: Sequence[Source] | None = None,
+  profile: tuple[int, int] | None = None,
 ) -> dict[str, float]:
   """Trains a config to its end and returns the final metrics; goes on from the newest checkpoint in `workdir`.
 
@@ -59,12 +69,14 @@ def train(
     config: of the run.
     workdir: for checkpoints, metrics and pictures.
     sources: to train on in place of those that `config.data.train` names, such as `from_huggingface` of a data set.
+    profile: first and last step to trace into `workdir/profile`.
 
   Raises:
-    ValueError: the config does not fit itself, its data or the devices, before anything is compiled; or, later, too
-      many examples cannot be read.
+    ValueError: the config does not fit itself, its data or the devices, or another run has the directory, before
+      anything is compiled; or, later, too many examples cannot be read.
     Stopped: Ctrl-C or SIGTERM; a checkpoint was saved.
-    FloatingPointError: too many steps in a row were not finite.
+    FloatingPointError: too many steps in a row were skipped, and there is nowhere to go back to, or no more often.
+    OSError: the last checkpoint cannot be written.
   """
   workdir = run.local_path(workdir)
   parts = run.build(config)
@@ -102,34 +114,43 @@ def train(
       f"config.checkpoint.best_metric={best!r} names no evaluation: eval/NAME/..., NAME of {[*config.evals]}"
     )
   main = jax.process_index() == 0
-  resuming = any((workdir / "checkpoints").glob("[0-9]*"))
+  resuming = any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
   given = None if resuming else read_initial(config)  # what is wrong with them shows before anything is written
   workdir.mkdir(parents=True, exist_ok=True)
-  checkpoints = Checkpoints(
-    workdir,
-    keep_last=config.checkpoint.keep_last,
-    keep_best=config.checkpoint.keep_best,
-    best_metric=best,
-  )
-  start, origin = checkpoints.latest() or 0, []
-  if start:
-    state, position = checkpoints.restore(start, abstract)
-  else:
-    model = {"model": parts.model, "optimizer": parts.optimizer}
-    state, position = create_state(config.seed, batch_shape, abstract, **model), None
-    if given is None:
-      given = read_initial(config)
-    if given is not None:
-      state, origin = initialise(state, given, config, parts.model)
 
   with contextlib.ExitStack() as stack:
+    notes = [stack.enter_context(run.lock(workdir))]
+    checkpoints = Checkpoints(
+      workdir,
+      keep_last=config.checkpoint.keep_last,
+      keep_best=config.checkpoint.keep_best,
+      best_metric=best,
+      keep_every=steps.keep_every,
+      minutes=config.checkpoint.minutes,
+    )
+    stack.callback(checkpoints.close)
+    checkpoints.tidy()
+    rollbacks = Rollbacks(workdir)
+    restored = checkpoints.restore_newest(abstract)
+    if restored:
+      start, state, position, damaged = restored
+      position = rollbacks.position(start, position)
+      notes += damaged
+    else:
+      start, position, model = 0, None, {"model": parts.model, "optimizer": parts.optimizer}
+      state = create_state(config.seed, batch_shape, abstract, **model)
+      if given is None:
+        given = read_initial(config)
+      if given is not None:
+        state, origin = initialise(state, given, config, parts.model)
+        notes += origin
+
     stop = stack.enter_context(_stop_signals())
     writer = stack.enter_context(MetricWriter(workdir, resume_step=start, enabled=main))
-    progress = stack.enter_context(Progress(steps.total, start, config.batch_size, enabled=main))
-    stack.callback(checkpoints.close)
+    progress = stack.enter_context(_make_progress(config, parts, steps, start))
     if main:
       changes = run.record(config, mesh, workdir, {source.name: len(source) for source in opened})
-      for line in [*_opening(config, parts, opened, steps, start, state, changes), *origin]:
+      for line in [*_opening(config, parts, opened, steps, start, abstract, changes), *filter(None, notes)]:
         progress.message(line)
       with pictures.optional(workdir / "views.png"):
         _draw_views(rows, parts, make_augment(config, parts), workdir)
@@ -144,55 +165,111 @@ def train(
     )
     batches = pipeline.Prefetch(stream, partial(to_global, sharding=batch_sharding(mesh)))
     stack.callback(batches.close)
-    watch = _Watch(config, start)
+    trace = stack.enter_context(Trace(workdir / "profile", profile))
+    watchdog = stack.enter_context(Watchdog(workdir, config.hang_timeout))
+    watch = _Watch(config, mesh.size, start)
     row: dict[str, float] = {}
     results: dict[str, float] = {}
 
-    for step in range(start + 1, steps.total + 1):
-      with watch.waiting():
+    step = turn = start
+    while step < steps.total:
+      step, turn = step + 1, turn + 1  # they differ once the run went back
+      watchdog.beat(f"step {step}")
+      with watch.spending("data"):
         batch, position, passed_over = next(batches)
-      state, metrics = step_fn(state, batch)
-      # One step may be in flight: waiting for the one before keeps the device busy and the clock honest.
-      jax.block_until_ready(watch.previous)
-      watch.check_skipped(step)
+      trace.begin(step, state)
+      with watch.spending("step"), jax.profiler.StepTraceAnnotation("train", step_num=step):
+        with watch.compiling():
+          state, metrics = step_fn(state, batch)
+        # One step may be in flight: waiting for the one before keeps the device busy and the clock honest.
+        jax.block_until_ready(watch.previous)
+      if line := watch.compiled(metrics) or trace.end(step, state):
+        progress.message(line)
+      if (skipped := watch.skipped()) >= config.max_skipped_in_a_row:
+        went_back = _go_back(step - 1, skipped, config, checkpoints, rollbacks, abstract, position)
+        step, state, position, damaged = went_back
+        for restarted in (writer, progress, watch):
+          restarted.go_back(step)
+        for line in damaged:
+          progress.message(line)
+        continue
       watch.count(step, passed_over)
-      progress.update(step, watch.previous or metrics, watch.wait_fraction)
+      progress.update(step, watch.previous or metrics, watch.shares["data"])
       watch.previous = metrics
-      if (config.log_every and step % config.log_every == 0) or step == steps.total:
-        row = watch.row(metrics, progress.images_per_second)
+      last, overdue = step == steps.total, False
+      if (config.log_every and step % config.log_every == 0) or last:
+        row, overdue = watch.row(metrics, progress, checkpoints, rollbacks)
         writer.write(step, row)
         watch.check_passed_over(row, step)
 
-      stopping = stop.signum or (signal.SIGTERM if checkpoints.preempted(step) else 0)
-      last = step == steps.total
+      stopping = stop.signum or (signal.SIGTERM if checkpoints.preempted(turn) else 0)
       evaluating = not stopping and (last or (steps.evaluate and step % steps.evaluate == 0))
       if evaluating:
-        with progress.pause():
-          results = evaluate(encoders.bind(state.params, state.collections))
+        with progress.pause(), watch.spending("evaluation"):
+          results = evaluate(watchdog.listening(encoders.bind(state.params, state.collections)))
         writer.write(step, {"examples": step * config.batch_size, **results})
         for line in _scores(step, results):
           progress.message(line)
-      if evaluating or stopping or last or (steps.checkpoint and step % steps.checkpoint == 0):
-        with progress.pause():
-          checkpoints.save(step, state, data=position, config=config.to_dict(), metrics=results if evaluating else {})
+      if evaluating or stopping or last or overdue or (steps.checkpoint and step % steps.checkpoint == 0):
+        watchdog.beat(f"the checkpoint of step {step}")
+        scores = results if evaluating else {}
+        save = partial(checkpoints.save, step, state, data=position, config=config.to_dict(), metrics=scores)
+        with progress.pause(), watch.spending("save"):
+          save()
           if main:
             with pictures.optional(workdir / "curves.png"):
               pictures.plot_curves(read_metrics(workdir), workdir / "curves.png")
+          if stopping or last:
+            checkpoints.finish(step, save, _PATIENCE)
       if stopping:
-        checkpoints.wait()
         raise Stopped(step, stopping)
 
     if start >= steps.total:
       results = evaluate(encoders.bind(state.params, state.collections))
       if main and not any(results.keys() <= row.keys() for row in read_metrics(workdir) if row["step"] == start):
         writer.write(start, {"examples": start * config.batch_size, **results})  # it was stopped right before
-    checkpoints.wait()
-  names = ("examples", "temperature", "dense_temperature", "images_per_second", "skipped_total")
+  names = ("examples", "temperature", "dense_temperature", "images_per_second", "utilisation", "skipped_total")
   shown = {name: value for name, value in row.items() if name.startswith("loss") or name in names}
   final = {"step": max(start, steps.total), **shown, **results}
   if main:
     print(summary_table({"run": str(workdir), **final}))
   return final
+
+
+def _go_back(
+  at: int,
+  skipped: int,
+  config: ConfigDict,
+  checkpoints: Checkpoints,
+  rollbacks: Rollbacks,
+  abstract: State,
+  position: dict[str, Any],
+) -> Restored:
+  """The state before the run diverged, the input behind the data at which it did, and what to say.
+
+  Newer checkpoints are set aside: their steps come again.
+
+  Raises:
+    FloatingPointError: there is no such state, or the run went back often enough; the same on every host.
+  """
+  checkpoints.wait()
+  target = rollbacks.target(checkpoints.steps(), at - skipped)
+  why = f"step {at}: loss, gradient or update was not finite, or the gradient spiked, for {skipped} steps in a row"
+  if target is None or len(rollbacks) >= config.divergence.rollbacks:
+    done = f"went back {len(rollbacks)} of config.divergence.rollbacks={config.divergence.rollbacks} times"
+    raise FloatingPointError(
+      f"{why} (config.max_skipped_in_a_row={config.max_skipped_in_a_row}); "
+      f"{done if target is not None else 'there is no checkpoint from before'}: lower config.optimizer.learning_rate, "
+      "set config.optimizer.gradient_clip, or look at the data"
+    )
+  said = [checkpoints.set_aside(step, "the run diverged", "diverged") for step in checkpoints.steps() if step > target]
+  restored = checkpoints.restore_newest(abstract)
+  rollbacks.record(skipped, at, restored.step, position)
+  line = (
+    f"{why}: back to the checkpoint of step {restored.step:,}, and on with the data from example "
+    f"{position['next_index']:,} on (time {len(rollbacks)} of {config.divergence.rollbacks})"
+  )
+  return restored._replace(data=position, passed_over=[line, *said, *restored.passed_over])
 
 
 def _open_mixtures(
@@ -257,54 +334,91 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
 
 
 class _Watch:
-  """What the loop observes of itself: time spent waiting for data, examples passed over, the step before."""
+  """What the loop observes of itself: what takes the time, examples passed over, the step before."""
 
-  def __init__(self, config: ConfigDict, start: int):
-    self._config, self._logged = config, start
+  def __init__(self, config: ConfigDict, devices: int, start: int):
+    self._config, self._devices = config, devices
+    self._compile_seconds: float | None = None
+    self._told = False
+    self.go_back(start)
+
+  def go_back(self, step: int) -> None:
+    """Forgets what came behind a step: the run goes on from there."""
     self.previous: Metrics = {}
-    self.wait_fraction = 0.0
-    self._began, self._waited, self._step = time.perf_counter(), 0.0, start
+    self._step = step
+    self._new_line()
+
+  def _new_line(self) -> None:
+    self._began, self._logged = time.perf_counter(), self._step
+    self._seconds = dict.fromkeys(("data", "step", "save", "evaluation"), 0.0)
     self._passed_over = np.zeros(len(BAD), np.int32)
 
   @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """Counts the time inside as spent waiting for data."""
+  def spending(self, what: str) -> Iterator[None]:
+    """Counts the time inside as spent on data, step, save or evaluation."""
+    before = time.perf_counter()
+    try:
+      yield
+    finally:
+      self._seconds[what] += time.perf_counter() - before
+
+  @property
+  def shares(self) -> dict[str, float]:
+    """Of the time since the last line of metrics.jsonl, what went where."""
+    total = max(time.perf_counter() - self._began, 1e-9)
+    return {what: seconds / total for what, seconds in self._seconds.items()}
+
+  @contextlib.contextmanager
+  def compiling(self) -> Iterator[None]:
+    """Around the call of a step: the first one compiles it, and returns before it has run."""
     before = time.perf_counter()
     yield
-    self._waited += time.perf_counter() - before
+    if self._compile_seconds is None:
+      self._compile_seconds = time.perf_counter() - before
+
+  def compiled(self, metrics: Metrics) -> str:
+    """What to say after the first step, once: how long it compiled, and how much memory it takes."""
+    if self._told:
+      return ""
+    self._told = True
+    jax.block_until_ready(metrics)
+    memory = _peak_memory()
+    held = f"; {memory:.1f} GiB of memory on a device" if memory else ""
+    return f"compiled in {self._compile_seconds:.0f} s{held}"
 
   def count(self, step: int, passed_over: np.ndarray) -> None:
     """One step is dispatched."""
     self._step = step
     self._passed_over += passed_over
-    self.wait_fraction = self._waited / max(time.perf_counter() - self._began, 1e-9)
 
-  def row(self, metrics: Metrics, images_per_second: float) -> dict[str, float]:
-    """The line of metrics.jsonl for this step; waiting and bad examples since the line before."""
-    bad = np.reshape(multihost_utils.process_allgather(self._passed_over), (-1, len(BAD))).sum(axis=0)
+  def row(
+    self, metrics: Metrics, progress: Progress, checkpoints: Checkpoints, rollbacks: Rollbacks
+  ) -> tuple[dict[str, float], bool]:
+    """The line of metrics.jsonl for this step, and whether a host's clock asks for a checkpoint.
+
+    The hosts meet here anyway: this is where they agree on what their clocks say.
+    """
+    mine = np.append(self._passed_over, np.int32(checkpoints.due()))
+    everyones = np.reshape(multihost_utils.process_allgather(mine), (-1, len(mine)))
+    *bad, due = everyones.sum(axis=0)
     used = self._config.batch_size * (self._step - self._logged)
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    values |= {
-      "examples": self._step * self._config.batch_size,
-      "wait_fraction": self.wait_fraction,
-      "bad_share": float(bad.sum() / (bad.sum() + used)),
-    }
+    values |= {"examples": self._step * self._config.batch_size, "bad_share": float(sum(bad) / (sum(bad) + used))}
     values |= {f"bad/{kind.replace(' ', '_')}": int(count) for kind, count in zip(BAD, bad, strict=True) if count}
-    if math.isfinite(images_per_second):  # there is none yet at the first step
-      values["images_per_second"] = images_per_second
-    self._began, self._waited, self._logged = time.perf_counter(), 0.0, self._step
-    self._passed_over = np.zeros(len(BAD), np.int32)
-    return values
+    values |= {f"time/{what}": share for what, share in self.shares.items()}
+    speed = progress.images_per_second
+    if math.isfinite(speed):  # there is none yet at the first step
+      values |= {"images_per_second": speed, "images_per_second_per_device": speed / self._devices}
+      values |= {"utilisation": progress.utilisation} if progress.utilisation else {}
+    counts = {"checkpoint_failed": checkpoints.failed, "rollbacks": len(rollbacks)}
+    values |= {name: count for name, count in counts.items() if count}
+    values |= {"compile_seconds": self._compile_seconds, "device_memory_gib": _peak_memory()}
+    self._new_line()
+    return {name: value for name, value in values.items() if value is not None}, bool(due)
 
-  def check_skipped(self, step: int) -> None:
-    """Stops a run that learns nothing; the same on every host."""
-    skipped = int(self.previous.get("skipped_in_a_row", 0))
-    if skipped >= self._config.max_skipped_in_a_row:
-      raise FloatingPointError(
-        f"step {step - 1}: loss, gradient or update was not finite for {skipped} steps in a row "
-        f"(config.max_skipped_in_a_row={self._config.max_skipped_in_a_row}): lower config.optimizer.learning_rate, set "
-        "config.optimizer.gradient_clip, or look at the data"
-      )
+  def skipped(self) -> int:
+    """How many steps in a row were skipped, to the one before; the same on every host."""
+    return int(self.previous.get("skipped_in_a_row", 0))
 
   def check_passed_over(self, row: Mapping[str, float], step: int) -> None:
     """Stops a run that can use too little of its data; the same on every host."""
@@ -314,6 +428,20 @@ class _Watch:
         f"step {step}: {row['bad_share']:.1%} of the latest examples cannot be used ({kinds}), more than "
         f"config.data.max_bad={self._config.data.max_bad:.1%}; the warnings above name them"
       )
+
+
+def _peak_memory() -> float | None:
+  """GiB, the most that one of this host's devices ever held; None where the backend does not tell, as on a CPU."""
+  held = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+  return max(held) / 2**30 if None not in held else None
+
+
+def _make_progress(config: ConfigDict, parts: run.Parts, steps: run.Steps, start: int) -> Progress:
+  """The progress line; with utilisation where the peak FLOPs of the devices are known."""
+  device = devices.of(parts.mesh.devices.flat[0].device_kind)
+  peak = device and device.flops * parts.mesh.size * config.batch_size / flops.step_flops(config, parts)
+  main = jax.process_index() == 0
+  return Progress(steps.total, start, config.batch_size, enabled=main, devices=parts.mesh.size, peak=peak)
 
 
 class _StopRequest:
@@ -355,7 +483,7 @@ def _opening(
   sources: Sequence[Source],
   steps: run.Steps,
   start: int,
-  state: State,
+  abstract: State,
   changes: list[str],
 ) -> Iterator[str]:
   """What is said before the first step."""
@@ -363,10 +491,12 @@ def _opening(
     left_out = "".join(f", left out {count:,}: {reason}" for reason, count in source.skipped.items())
     yield f"{source.name}: {len(source):,} samples{left_out}"
   terms = " + ".join(f"{weight:g} {name}" for name, weight in objectives.active(config.weights).items())
-  count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
   mesh = " x ".join(f"{axis}={size}" for axis, size in parts.mesh.shape.items())
   yield f"objective {terms}; recipe {config.data.recipe}; {count:,} parameters"
   yield f"{steps.total:,} steps of {config.batch_size:,} on {mesh} ({parts.mesh.devices.flat[0].device_kind})"
+  if parts.mesh.size > 1:
+    yield from layout_table(abstract)
   groups = {"batch norms": config.model.heads.norm_groups, "neighbour banks": config.model.heads.bank_groups}
   parted = [f"{name} in {count} parts of {config.batch_size // count}" for name, count in groups.items() if count > 1]
   if parted:
@@ -401,14 +531,20 @@ def _scores(step: int, results: Mapping[str, float]) -> Iterator[str]:
 
 
 def _command(workdir: Path) -> None:
+  profile = parse_steps(flags.FLAGS.profile) if flags.FLAGS.profile else None
+  run.use_compile_cache(workdir / "compiled")
   try:
-    train(flags.FLAGS.config, workdir)
+    train(flags.FLAGS.config, workdir, profile=profile)
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
-    sys.exit(128 + stopped.signum)
+    sys.exit(flags.FLAGS.stopped_exit_code if stopped.signum == signal.SIGTERM else 128 + stopped.signum)
 
 
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py.", lock_config=True)
+  flags.DEFINE_integer(
+    "stopped_exit_code", 0, "After SIGTERM and a checkpoint; 143 for a supervisor that takes 0 for the end of the run."
+  )
+  flags.DEFINE_string("profile", "", "First and last step of which to write a trace, such as 100:110.")
   flags.mark_flag_as_required("config")
   run.launch(_command)

@@ -1,6 +1,10 @@
 """Checkpoints: what is kept, and restoring onto another layout."""
 
+import os
 from pathlib import Path
+import re
+import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -78,3 +82,213 @@ def test_an_unfinished_checkpoint_is_not_seen(tmp_path: Path) -> None:
   checkpoints = Checkpoints(tmp_path)
   assert checkpoints.latest() == 3
   checkpoints.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+  """A directory on a disk of 400 KB."""
+  (folder := tmp_path / "disk").mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder]
+  if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip("may not mount a small disk")
+  yield folder
+  subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_a_warning_and_the_next_save_succeeds(
+  small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  mesh = make_mesh(2, 4)
+  checkpoints = Checkpoints(small_disk, keep_last=1)
+
+  def save(step: int) -> None:
+    checkpoints.save(step, make_state(step, mesh), data={}, config={})
+
+  def wait_and_count() -> int:
+    checkpoints.wait()
+    return checkpoints.failed
+
+  save(1)
+  assert wait_and_count() == 0
+  fill = small_disk / "fill"
+  for step, left in ((2, 0), (3, 20_000)):  # when nothing can be written at all, and when it shows in the background
+    fill.write_bytes(b"")
+    free = shutil.disk_usage(small_disk).free
+    fill.write_bytes(bytes(free - left))
+    save(step)
+    assert wait_and_count() == step - 1
+    assert checkpoints.steps() == [1]  # nothing is deleted for what was not written
+    assert not list((small_disk / "checkpoints").glob("*tmp*"))
+    assert checkpoints.check(1) == ("", True)
+    assert re.search(rf"checkpoint of step {step} was not written: .*No space left on device", caplog.text)
+    assert not checkpoints.due()
+  with pytest.raises(OSError, match=r"checkpoint of step 4 cannot be written .*No space left.*newest .* of step 1"):
+    checkpoints.finish(4, lambda: save(4), patience=1.5)
+  fill.unlink()
+  checkpoints.finish(4, lambda: save(4), patience=60)
+  assert checkpoints.steps() == [4]
+  checkpoints.close()
+
+
+def test_a_mount_that_vanishes_and_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+  mesh = make_mesh(2, 4)
+  checkpoints = Checkpoints(tmp_path, keep_last=2)
+  checkpoints.save(1, make_state(1, mesh), data={}, config={})
+  checkpoints.wait()
+  (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+  checkpoints.save(2, make_state(2, mesh), data={}, config={})
+  checkpoints.wait()
+  assert "the checkpoint of step 2 was not written: OSError: [Errno 2] No such file or directory" in caplog.text
+  (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
+  checkpoints.save(3, make_state(3, mesh), data={}, config={})
+  checkpoints.wait()
+  assert (checkpoints.failed, checkpoints.steps()) == (1, [1, 3])
+  checkpoints.close()
+
+
+def test_the_clock_asks_for_saves_and_for_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  now = 1000.0
+  monkeypatch.setattr("declip_jax.checkpoint.time.monotonic", lambda: now)
+  mesh = make_mesh(2, 4)
+  checkpoints = Checkpoints(tmp_path, keep_last=9, minutes=10)
+
+  def due_after(seconds: float) -> bool:
+    nonlocal now
+    now += seconds
+    return checkpoints.due()
+
+  def save(step: int) -> None:
+    checkpoints.save(step, make_state(step, mesh), data={}, config={})
+    checkpoints.wait()
+
+  assert (due_after(599), due_after(2)) == (False, True)
+  save(1)
+  assert (due_after(599), due_after(2)) == (False, True)
+  monkeypatch.setattr(Checkpoints, "_cannot_write", lambda self: "gone")
+  for step, pause in ((2, 30), (3, 60), (4, 120)):
+    save(step)
+    assert (due_after(pause - 1), due_after(2)) == (False, True)
+  monkeypatch.undo()
+  monkeypatch.setattr("declip_jax.checkpoint.time.monotonic", lambda: now)
+  save(5)
+  assert (due_after(599), due_after(2)) == (False, True)
+  assert checkpoints.steps() == [1, 5]
+  checkpoints.close()
+
+
+def abstract_like(state: State) -> State:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def restore_newest(folder: Path):
+  checkpoints = Checkpoints(folder)
+  found = checkpoints.restore_newest(abstract_like(make_state(0, make_mesh(2, 4))))
+  checkpoints.close()
+  return found
+
+
+@pytest.mark.parametrize(
+  ("scores", "kept"), [({1: 0.9, 2: 0.1}, [1, 3]), ({1: 0.1, 2: 0.9}, [2, 3]), ({1: None, 2: float("nan")}, [3])]
+)
+def test_the_best_is_known_after_a_restart(scores: dict, kept: list[int], tmp_path: Path) -> None:
+  keep = {"keep_last": 1, "keep_best": 1, "best_metric": "top1"}
+  save_steps(tmp_path, scores, **keep)
+  assert save_steps(tmp_path, {3: 0.05}, **keep) == kept
+
+
+def test_the_first_of_each_so_many_steps_is_kept(tmp_path: Path) -> None:
+  steps = dict.fromkeys((2, 4, 7, 9, 10, 19, 31, 33, 39))
+  assert save_steps(tmp_path, steps, keep_last=1, keep_every=10) == [10, 31, 39]
+  assert save_steps(tmp_path, {40: None, 41: None}, keep_last=1, keep_every=10) == [10, 31, 40, 41]
+
+
+def arrays(folder: Path) -> list[Path]:
+  """Files that hold numbers, the largest first."""
+  return sorted((path for path in folder.rglob("d/*")), key=lambda path: -path.stat().st_size)
+
+
+def flip(path: Path) -> None:
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+DAMAGE = {
+  "a bit of the arrays": (lambda folder: flip(arrays(folder / "model")[0]), "has another checksum"),
+  "a bit of the config": (lambda folder: flip(folder / "config" / "metadata"), "has another checksum"),
+  "a bit of the seal": (lambda folder: flip(folder / "checksums.0.json"), ""),
+  "cut off": (lambda folder: os.truncate(arrays(folder / "training")[0], 10), "has 10 bytes, not"),
+  "a file gone": (lambda folder: (folder / "training" / "_METADATA").unlink(), "_METADATA is missing"),
+  "an item gone": (lambda folder: shutil.rmtree(folder / "model"), "is missing"),
+  "all files gone": (lambda folder: [shutil.rmtree(folder), folder.mkdir()], "cannot be read"),
+  "unsealed and cut off": (
+    lambda folder: [(folder / "checksums.0.json").unlink(), os.truncate(folder / "model" / "manifest.ocdbt", 20)],
+    "cannot be read",
+  ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_is_passed_over_and_kept(damage: str, tmp_path: Path) -> None:
+  save_steps(tmp_path, {3: None, 5: None}, keep_last=2)
+  harm, message = DAMAGE[damage]
+  harm(tmp_path / "checkpoints" / "5")
+  found = restore_newest(tmp_path)
+  assert (found.step, found.data) == (3, {"next_index": 3})
+  jax.tree.map(np.testing.assert_array_equal, found.state, make_state(3, make_mesh(2, 4)))
+  (line,) = found.passed_over
+  assert line.startswith("the checkpoint of step 5 is passed over: ")
+  assert message in line
+  assert (tmp_path / "checkpoints" / "5.damaged").is_dir()
+  assert save_steps(tmp_path, {5: None}, keep_last=2) == [3, 5]  # the same step again
+  assert restore_newest(tmp_path).step == 5
+
+
+def test_nothing_is_renamed_and_nothing_begun_anew_if_all_are_damaged(tmp_path: Path) -> None:
+  save_steps(tmp_path, {3: None, 5: None}, keep_last=2)
+  for step in (3, 5):
+    flip(arrays(tmp_path / "checkpoints" / str(step) / "model")[0])
+  with pytest.raises(ValueError, match=r"all checkpoints .* are damaged \(step 5: .*; step 3: .*checksum"):
+    restore_newest(tmp_path)
+  assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"3", "5"}
+
+
+def test_a_state_of_another_model_is_no_damage(tmp_path: Path) -> None:
+  save_steps(tmp_path, {3: None, 5: None}, keep_last=2)
+  state = make_state(0, make_mesh(2, 4))
+  checkpoints = Checkpoints(tmp_path)
+  with pytest.raises(ValueError, match="another"):
+    checkpoints.restore_newest(abstract_like(state.replace(params={"another": state.step})))
+  assert checkpoints.steps() == [3, 5]
+  checkpoints.close()
+
+
+def test_a_whole_checkpoint_that_cannot_be_read_just_now_is_not_given_up(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  save_steps(tmp_path, {3: None, 5: None}, keep_last=2)
+  restore = Checkpoints.restore
+
+  def failing(self, step, abstract):
+    if step == 5:
+      raise OSError("the mount is gone")
+    return restore(self, step, abstract)
+
+  monkeypatch.setattr(Checkpoints, "restore", failing)
+  with pytest.raises(OSError, match="the mount is gone"):
+    restore_newest(tmp_path)
+  monkeypatch.undo()
+  assert restore_newest(tmp_path).step == 5
+
+
+def test_checkpoints_without_seals_and_counters_are_restored(tmp_path: Path) -> None:
+  save_steps(tmp_path, {3: None}, keep_last=1)
+  for seal in (tmp_path / "checkpoints" / "3").glob("checksums.*"):
+    seal.unlink()
+  state = make_state(0, make_mesh(2, 4))
+  state = state.replace(skipped={**state.skipped, "later": jnp.float32(0)})
+  checkpoints = Checkpoints(tmp_path)
+  found = checkpoints.restore_newest(abstract_like(state))
+  checkpoints.close()
+  assert {name: int(x) for name, x in found.state.skipped.items()} == {"total": 0, "in_a_row": 0, "later": 0}
+  assert (found.step, found.passed_over) == (3, [])

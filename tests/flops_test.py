@@ -1,16 +1,16 @@
-"""`benchmarks/flops.py`, the counter behind the ratios of `benchmarks/steps.py`, against counts by hand."""
+"""Tests of `declip_jax.flops`: products of small functions and of whole steps, against counts by hand."""
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny import tiny_config
 
-_SPEC = importlib.util.spec_from_file_location("flops", Path(__file__).parents[1] / "benchmarks" / "flops.py")
-flops = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(flops)
+from declip_jax import flops, run
+from declip_jax.sharding import make_mesh
+from declip_jax.state import abstract_state
+from declip_jax.step import make_step
 
 
 def counted(function, *shapes):
@@ -62,6 +62,12 @@ def test_a_scan_of_rematerialised_blocks_does_not_compute_their_last_product_aga
     return jax.lax.scan(block, x, length=4)[0].sum()
 
   assert counted(jax.value_and_grad(loss, argnums=(0, 1)), (3, 5), (5, 5)) == 4 * (2 + 1 + 2 * 2) * 2 * 3 * 5 * 5
+
+
+def test_what_each_device_does_counts_for_all():
+  rows = jax.sharding.PartitionSpec("data")
+  each = jax.shard_map(lambda x, y: x @ y, mesh=make_mesh(8, 1), in_specs=(rows, None), out_specs=rows)
+  assert counted(each, (16, 5), (5, 7)) == counted(jnp.matmul, (16, 5), (5, 7))
 
 
 def test_of_a_conditional_the_cheapest_branch_counts():
@@ -118,3 +124,46 @@ def test_a_convolution_and_its_gradients_count_no_padding_and_no_holes(stride, p
   # Of the same products each side's gradient is a sum.
   for side in (0, 1):
     assert counted(jax.grad(lambda x, y: convolve(x, y).sum(), argnums=side), image, kernel) == want
+
+
+def test_a_step_of_clip_costs_what_its_layers_do():
+  config = tiny_config("clip")
+
+  def blocks(tokens, width):  # query, key, value and output; weights and values; the two layers of the perceptron
+    return 2 * tokens * (4 * width**2 + 2 * tokens * width + 2 * 4 * width**2)
+
+  patches, pairs = 4 * (8 * 8 * 3) * 32, config.batch_size * 16
+  towers = blocks(5, 32) + 32 * 16 + blocks(16, 16) + 16 * 16
+  # Backward is twice forward, but pixels have no gradient. All pairs are compared once, or once for each direction.
+  least, most = (2 * config.batch_size * (2 * patches + 3 * (towers + times * pairs)) for times in (1, 2))
+  assert least <= flops.step_flops(config, run.build(config)) < 1.001 * most < 1.005 * least
+
+
+def test_what_saves_memory_does_not_count():
+  config = tiny_config("clip")
+  config.log_every = 0
+
+  def measure(remat):
+    config.model.remat = remat
+    parts = run.build(config)
+    shapes = parts.batch_shape(config.batch_size)
+    abstract = abstract_state(shapes, parts.mesh, model=parts.model, optimizer=parts.optimizer)
+    step = make_step(config, parts, run.plan_steps(config, 256), abstract)
+    return flops.step_flops(config, parts), flops.count(step.trace(abstract, shapes).jaxpr)
+
+  (plain, step), (same, more) = measure("none"), measure("full")
+  assert plain <= step < 1.001 * plain  # metrics have small products
+  assert same == plain
+  assert more > 1.1 * plain
+
+
+def test_without_remat_the_value_stays_and_nothing_is_computed_again():
+  def loss(x, y):
+    block = jax.checkpoint(lambda x, _: (jnp.sin(jnp.sin(x @ y) @ y), None), prevent_cse=False)
+    return jax.jit(lambda x: jax.lax.scan(block, x, length=4)[0])(x).sum()
+
+  x, y = (jax.random.normal(jax.random.key(0), shape) for shape in ((3, 5), (5, 5)))
+  for function in (lambda f: f, jax.grad):
+    assert jnp.allclose(function(loss)(x, y), function(flops.without_remat(loss))(x, y), rtol=1e-4)
+  cost = counted(jax.grad(flops.without_remat(loss), argnums=(0, 1)), (3, 5), (5, 5))
+  assert cost == 4 * (2 + 2 * 2) * 2 * 3 * 5 * 5 < counted(jax.grad(loss, argnums=(0, 1)), (3, 5), (5, 5))

@@ -118,6 +118,34 @@ def test_a_bucket_is_refused_rather_than_made_a_directory():
     MetricWriter("gs://bucket/run", resume_step=0)
 
 
+class FullDisk(io.RawIOBase):
+  """Takes a few bytes at a time, or none."""
+
+  def __init__(self, path):
+    self.path, self.full = path, False
+
+  def write(self, data):
+    if self.full:
+      raise OSError(28, "No space left on device")
+    with self.path.open("ab") as file:
+      return file.write(bytes(data[:7]))
+
+
+def test_on_a_full_disk_lines_wait_for_space(tmp_path, caplog):
+  disk = FullDisk(tmp_path / "metrics.jsonl")
+  with MetricWriter(tmp_path, resume_step=0) as writer:
+    writer._lines._file = disk
+    writer.write(1, {"loss": 1.0})
+    disk.full = True
+    for step in (2, 3):
+      writer.write(step, {"loss": 1.0})
+    assert steps_in(tmp_path) == [1]
+    disk.full = False
+    writer.write(4, {"loss": 1.0})
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+  assert caplog.text.count("metrics.jsonl cannot be written, for now: [Errno 28] No space left on device") == 1
+
+
 def read_events(directory):
   [path] = directory.iterdir()
   data, events, position = path.read_bytes(), [], 0
@@ -170,6 +198,37 @@ def test_the_line_tells_everything():
     "step 2,020/10,000 20.2%  loss 3.142  4h 26m left  256 images/s  wait 25%  clip 4.500  simsiam -0.750"
     "  lr 1.00e-03  temperature 0.0700"
   )
+
+
+def test_the_line_tells_each_device_and_the_share_of_the_peak():
+  clock, log = Clock(), io.StringIO()
+  progress = Progress(10_000, 2000, 512, devices=8, peak=640.0, stream=log, clock=clock)
+  assert progress.utilisation is None
+  run(progress, clock, [2010, 2020], 20.0)
+  assert "  256 images/s (32 a device)  40.0% of peak  wait 25%" in log.getvalue()
+  assert progress.utilisation == pytest.approx(0.4)
+
+
+def test_after_going_back_the_speed_is_that_of_the_steps():
+  clock = Clock()
+  progress = Progress(1000, 0, 64, enabled=False, clock=clock)
+  run(progress, clock, range(1, 50), 0.5)
+  progress.go_back(20)
+  clock.now += 30
+  run(progress, clock, range(21, 60), 0.5)
+  assert progress.images_per_second == pytest.approx(128)
+
+
+def test_going_back_drops_lines_as_resuming_does(tmp_path):
+  with MetricWriter(tmp_path, resume_step=0) as writer:
+    for step in (1, 2, 3):
+      writer.write(step, {"loss": step})
+    writer.go_back(1)
+    writer.write(2, {"loss": 20})
+  assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1), (2, 20)]
+  with MetricWriter(tmp_path / "other", resume_step=0, enabled=False) as writer:
+    writer.go_back(1)
+  assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(("steps", "left"), [(11, "0m 10s"), (200, "3m 19s"), (8001, "2h 13m"), (864_001, "10d 0h")])

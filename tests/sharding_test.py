@@ -1,22 +1,29 @@
 """Tests of `declip_jax.sharding`: the rule by cases, and what the mesh refuses."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
+from tiny import tiny_config
 
+from declip_jax import hlo, optim, run, sharding
 from declip_jax.models.bank import Bank
 from declip_jax.sharding import (
   MIN_SIZE,
   batch_sharding,
   check_batch,
+  gather,
+  layout_table,
   make_mesh,
   replicated,
   shard_like,
   spec_for,
   to_global,
 )
+from declip_jax.state import abstract_state
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +60,14 @@ def test_the_limit_is_what_the_cases_assume():
 def test_banks_of_parts_of_the_batch_lie_where_these_parts_are(mesh):
   shape = jax.ShapeDtypeStruct
   split = {}
-  for groups in (1, 4, 8, 16):
+  for groups in (1, 2, 4, 8, 16):
     leaves = (shape((groups, 8192, 64), jnp.float32), shape((), jnp.int32), shape((), jnp.int32))
     split[groups] = shard_like({"heads": {"bank": {"text": Bank(*leaves)}}}, mesh)["heads"]["bank"]["text"].entries.spec
   rows = batch_sharding(mesh).spec
-  assert split == {1: PartitionSpec(None, "fsdp"), 4: PartitionSpec(None, "fsdp"), 8: rows, 16: rows}
+  whole, data = PartitionSpec(None, "fsdp"), PartitionSpec(("data",))
+  assert split == {1: whole, 2: whole, 4: data, 8: rows, 16: rows}
+  only_fsdp = shard_like({"bank": shape((4, 8192, 64), jnp.float32)}, make_mesh(1, 8))["bank"]
+  assert only_fsdp.spec == whole
 
 
 def test_every_leaf_of_a_tree_gets_the_rule(mesh):
@@ -84,6 +94,127 @@ def test_mesh_names_what_does_not_fit(asked):
 
 def test_mesh_over_some_of_the_devices():
   assert make_mesh(-1, 1, devices=jax.devices()[:2]).shape == {"data": 2, "fsdp": 1}
+
+
+@dataclass(frozen=True, order=True)
+class Device:
+  """One of a GPU node, or of a TPU slice, that does not exist."""
+
+  id: int
+  slice_index: int
+  device_kind: str = "none"
+  platform: str = "gpu"
+  process_index: int = 0
+
+
+@pytest.mark.parametrize("asked", [(4, 2), (2, 4), (-1, 1), (-1, 4)])
+def test_slices_follow_one_another_along_data(asked):
+  devices = [Device(id, id % 2) for id in range(8)]  # slice after slice only in the mesh
+  mesh = make_mesh(*asked, devices)
+  along = [{device.slice_index for device in row} for row in mesh.devices]
+  assert along == [{0}] * (len(along) // 2) + [{1}] * (len(along) // 2)
+  assert sorted(mesh.devices.flat) == devices
+  assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(("sizes", "asked"), [((4, 4), (1, 8)), ((2, 2, 2, 2), (2, 4)), ((2, 6), (4, 2))])
+def test_slices_across_which_parameters_would_be_gathered_are_refused(sizes, asked):
+  devices = [Device(id, place) for id, place in enumerate(np.repeat(range(len(sizes)), sizes).tolist())]
+  with pytest.raises(ValueError, match=rf"config.mesh \(data={asked[0]}, fsdp={asked[1]}\) .* {len(sizes)} slices"):
+    make_mesh(*asked, devices)
+
+
+@pytest.mark.parametrize(
+  ("method", "name"), [("declip", "adamw"), *(("slip_mocov3", name) for name in optim.OPTIMIZERS)]
+)
+def test_moments_and_copies_lie_as_their_parameters_do(mesh, monkeypatch, method, name):
+  monkeypatch.setattr(sharding, "MIN_SIZE", 256)
+  config = tiny_config(method)
+  config.optimizer.name = name
+  parts = run.build(config)
+  abstract = abstract_state(parts.batch_shape(16), mesh, model=parts.model, optimizer=parts.optimizer)
+  others = jax.tree.leaves_with_path((abstract.opt_state, abstract.collections))
+  split = 0
+  for path, param in jax.tree.leaves_with_path(abstract.params):
+    followers = [x.sharding for at, x in others if at[-len(path) :] == path and x.shape == param.shape]
+    copied = method == "slip_mocov3" and "'image'" in str(path)
+    assert len(followers) >= 1 + copied
+    assert set(followers) == {param.sharding}
+    split += param.sharding.spec != PartitionSpec()
+  assert split > 10
+
+
+def tower(params, x):
+  def layer(x, params):
+    return jnp.tanh(x @ params["kernel"].astype(x.dtype) + params["bias"]), None
+
+  return (jax.lax.scan(layer, x, params)[0] ** 2).mean()
+
+
+@pytest.fixture
+def layers(monkeypatch):
+  monkeypatch.setattr(sharding, "MIN_SIZE", 64 * 64)
+  key = jax.random.key(0)
+  params = {"kernel": jax.random.normal(key, (3, 64, 64)) / 8, "bias": jnp.ones((3, 64))}
+  return params, jax.random.normal(key, (1024, 64))
+
+
+def test_gathered_parameters_give_the_same_loss_and_gradient(layers):
+  params, x = layers
+  mesh = make_mesh(2, 4)
+  placed = jax.device_put(params, shard_like(params, mesh)), jax.device_put(x, batch_sharding(mesh))
+  want = jax.value_and_grad(tower)(params, x)
+  got = jax.jit(jax.value_and_grad(lambda params, x: tower(gather(params, mesh, jnp.float32), x)))(*placed)
+  for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=1e-6)
+  cast = jax.jit(lambda params: gather(params, mesh, jnp.bfloat16))(placed[0])
+  assert cast["kernel"].sharding.is_fully_replicated
+  np.testing.assert_array_equal(cast["kernel"], params["kernel"].astype(jnp.bfloat16))
+  assert cast["bias"].dtype == jnp.float32
+
+
+def test_each_parameter_is_gathered_once(layers):
+  mesh = make_mesh(2, 4)
+  layout = shard_like(layers[0], mesh), batch_sharding(mesh)
+  shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), layers, layout)
+
+  def sent(function):
+    gradient = jax.jit(jax.grad(function), out_shardings=layout[0])
+    return hlo.traffic(gradient.lower(*shapes).compile().as_text(), mesh.size).links
+
+  kernels = 3 * 64 * 64 * 4
+  gathered = sent(lambda params, x: tower(gather(params, mesh, jnp.float32), x))
+  assert gathered["all-gather"] == kernels * 3 / 4
+  assert sent(tower)["all-gather"] > gathered["all-gather"]
+
+
+def test_nothing_is_gathered_without_fsdp(layers):
+  before, after = (jax.tree.leaves(tree) for tree in (layers[0], gather(layers[0], make_mesh(8, 1), jnp.bfloat16)))
+  assert all(mine is theirs for mine, theirs in zip(before, after, strict=True))
+
+
+def test_the_table_of_layouts_sums_up(mesh):
+  def leaf(*shape, spec=(), dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+  tree = {
+    "params": {"a": leaf(1024, 1024, spec=("fsdp",)), "b": leaf(2048, 1024, spec=("fsdp",)), "c": leaf(256, 1024)},
+    "bank": leaf(8, 512, 1024, spec=(("data", "fsdp"),)),
+    "step": leaf(dtype=jnp.int32),
+  }
+  header, *rows, total = layout_table(tree)
+  assert [row.split() for row in rows] == [
+    ["bank", "float32", "data", "x", "fsdp,", "axis", "0", "1", "16.00", "2.00", "[8,", "512,", "1024]"],
+    ["params", "float32", "fsdp,", "axis", "0", "2", "12.00", "6.00", "b", "[2048,", "1024]"],
+    ["params", "float32", "nothing:", "whole", "1", "1.00", "1.00", "c", "[256,", "1024]"],
+    ["step", "int32", "nothing:", "whole", "1", "0.00", "0.00", "[]"],
+  ]
+  assert total.split() == ["total", "5", "29.00", "9.00"]
+  many = {f"part{place}": leaf(place + 1, 1024, 1024) for place in range(30)}
+  header, *rows, total = layout_table(many)
+  assert len([header, *rows, total]) <= 12
+  assert rows[-1].split()[:3] == ["others", "22", f"{4 * sum(range(1, 23)):,.2f}"]
+  assert total.split() == ["total", "30", "1,860.00", "1,860.00"]
 
 
 @pytest.mark.parametrize("batch_size", [8, 4096])

@@ -19,10 +19,10 @@ from declip_jax.step import make_step
 STEPS, BATCH = 3, 16
 
 
-def take_steps(method: str, data: int, fsdp: int) -> dict[str, np.ndarray]:
+def take_steps(method: str, data: int, fsdp: int, **settings: object) -> dict[str, np.ndarray]:
   """Metrics of each step of METHOD or "METHOD resnet", and parameters and collections behind the last, by path.
 
-  The neighbour bank is full after the first step.
+  The neighbour bank is full after the first step. `settings` are fields of the config.
   The examples, noise with captions of any tokens, are the same in the same order whatever the mesh.
   """
   config = tiny_config(method.removesuffix(" resnet"))
@@ -33,6 +33,7 @@ def take_steps(method: str, data: int, fsdp: int) -> dict[str, np.ndarray]:
     config.data.image_size = 64
   config.model.heads.bank_size = BATCH
   config.log_every = 1
+  config.update(settings)
   mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
   parts = run.build(config)._replace(mesh=mesh)
   model = {"model": parts.model, "optimizer": parts.optimizer}
@@ -52,6 +53,38 @@ def take_steps(method: str, data: int, fsdp: int) -> dict[str, np.ndarray]:
   if bank := collections["heads"].get("bank"):
     flat |= {f"bank/{name}": value for name, value in bank["text"]._asdict().items()}
   return {name: np.asarray(value) for name, value in {**result, **flat}.items()}
+
+
+def compare(method: str, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+  """Two results of `take_steps` are equal to 1e-5, in all that the loss can see."""
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
+    ours = found[name]
+    if name.endswith("qkv/bias"):
+      ours, value = (np.delete(np.stack(np.split(x, 3, axis=-1)), 1, axis=0) for x in (ours, value))
+    if not blind(method, name) and not name.startswith("skipped"):
+      scale = 1e-5 * max(1, np.abs(value).max())
+      np.testing.assert_allclose(ours, value, rtol=0, atol=scale, err_msg=f"{method}: {name}")
+
+
+def blind(method: str, name: str) -> bool:
+  """Whether the loss cannot see a parameter, so that its exact gradient is zero.
+
+  So it is with a bias in front of a batch norm, and that of SimSiam's projections, whose prediction starts with a
+  linear layer and a batch norm. Adam turns the rounding noise of their gradients into steps of full size, and running
+  means follow them. (The bias of the keys, which softmax does not see, is taken out by `compare`.)
+  """
+  part = name.split("/")[-2:]
+  head = any(
+    f"/{head}/" in name for head in ("simclr", "projector", "predictor", "momentum_project", "momentum_predict")
+  )
+  last = "predictor/linear1" in name or "simclr/linear2" in name
+  if method == "simclr" and name.endswith("image/post_norm/bias"):  # in front of the head
+    return True
+  if name.endswith("attention_pool/key/bias"):  # in front of a softmax
+    return True
+  in_front = head and part[0].startswith("linear") and part[1] == "bias" and not last
+  return in_front or name.endswith(("projector/norm2/bias", "/mean"))
 
 
 def random_batch(parts: run.Parts, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """The trainer: the same losses on any mesh, exact resumption, what it refuses, and what it leaves behind."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -8,11 +9,13 @@ import subprocess
 import sys
 import time
 
+from checkpoint_test import arrays, flip
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
+from steps import random_batch
 from tiny import tiny_config
 
 from declip_jax import config as config_lib
@@ -22,9 +25,12 @@ from declip_jax.data import pipeline
 from declip_jax.data.sources import open_source
 from declip_jax.encode import load
 from declip_jax.evaluate import evaluate
-from declip_jax.metrics import read_metrics
+from declip_jax.gradient import Gradient, make_gradient
+from declip_jax.metrics import MetricWriter, read_metrics
+from declip_jax.rollback import Rollbacks
 from declip_jax.state import abstract_state, init_state
-from declip_jax.step import train_step
+from declip_jax.step import spikes, train_step
+from declip_jax.trace import parse_steps
 
 TESTS = Path(__file__).parent
 
@@ -154,14 +160,15 @@ def losses_on_disk(workdir: Path) -> list[float]:
   return [row["loss"] for row in read_metrics(workdir) if "loss" in row]
 
 
-def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen, seconds: float = 60) -> None:
   """Until metrics.jsonl has that step."""
-  for _ in range(1200):
+  deadline = time.monotonic() + seconds
+  while time.monotonic() < deadline:
     if (workdir / "metrics.jsonl").exists() and any(row["step"] >= step for row in read_metrics(workdir)):
       return
     assert process.poll() is None, f"ended with {process.returncode} before step {step}"
     time.sleep(0.05)
-  raise AssertionError(f"no step {step} within a minute")
+  raise AssertionError(f"no step {step} within {seconds:.0f} s")
 
 
 @pytest.mark.parametrize(("method", "workers", "augment_on"), [("declip", 0, "host"), ("slip_mocov3", 2, "device")])
@@ -183,10 +190,13 @@ def test_killed_run_resumes_bit_exact(method: str, workers: int, augment_on: str
   assert losses_on_disk(tmp_path / "whole") == losses_on_disk(tmp_path / "killed")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_saves_and_leaves(signum: int, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+  ("signum", "code", "flags"),
+  [(signal.SIGTERM, 0, ()), (signal.SIGTERM, 143, ("--stopped_exit_code=143",)), (signal.SIGINT, 130, ())],
+)
+def test_signal_saves_and_leaves(signum: int, code: int, flags: tuple[str, ...], tmp_path: Path) -> None:
   process = subprocess.Popen(
-    command("clip", tmp_path, "--config.duration.steps=100000", "--config.checkpoint.every.steps=0"),
+    command("clip", tmp_path, "--config.duration.steps=100000", "--config.checkpoint.every.steps=0", *flags),
     env=environment(),
     stderr=subprocess.PIPE,
     text=True,
@@ -203,7 +213,14 @@ def test_signal_saves_and_leaves(signum: int, code: int, tmp_path: Path) -> None
 
 def test_run_leaves_its_record(tmp_path: Path) -> None:
   config = tiny_config("declip")
-  final = train.train(config, tmp_path)
+  final = train.train(config, tmp_path, profile=(3, 4))
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+  for row in read_metrics(tmp_path)[1:]:
+    if "loss" in row:
+      assert 0 < sum(row[f"time/{what}"] for what in ("data", "step", "save", "evaluation")) <= 1
+      assert row["images_per_second_per_device"] == row["images_per_second"] / 8
+      assert row["compile_seconds"] > 0
+      assert not {"utilisation", "device_memory_gib"} & row.keys()  # a CPU's are not known
   names = {path.name for path in tmp_path.iterdir()}
   assert names >= {"checkpoints", "config.json", "starts.jsonl", "metrics.jsonl", "tensorboard"}
   assert names >= {"views.png", "curves.png", "retrieval.png"}
@@ -223,6 +240,13 @@ def test_run_leaves_its_record(tmp_path: Path) -> None:
   images = [np.full((30, 20, 3), value, np.uint8) for value in (0, 128, 255)]
   assert clip.encode_image(images).shape == (3, 16)
   np.testing.assert_allclose(np.linalg.norm(clip.encode_text(["a red ring", ""]), axis=1), 1, atol=1e-5)
+  # A damaged checkpoint is not read, and not touched.
+  flip(arrays(tmp_path / "checkpoints" / "8" / "model")[0])
+  with pytest.warns(UserWarning, match=r"step 8 is damaged and that of step 6 is taken: .* has another checksum"):
+    assert load(tmp_path).step == 6
+  with pytest.raises(ValueError, match=r"the checkpoint of step 8 is damaged: .* has another checksum"):
+    load(tmp_path, step=8)
+  assert Checkpoints(tmp_path).steps() == [6, 8]
 
 
 def test_hosts_that_see_other_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +279,10 @@ def test_training_learns(tmp_path: Path) -> None:
   assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
 
 
+def gradient_of(parts: run.Parts, weights: dict[str, float]) -> Gradient:
+  return make_gradient("cached", 1, model=parts.model, objective=objectives.make_objective(weights, {}, {}))
+
+
 def test_step_with_nan_changes_nothing_but_counts() -> None:
   config = tiny_config("declip")
   parts = run.build(config)
@@ -262,7 +290,7 @@ def test_step_with_nan_changes_nothing_but_counts() -> None:
   options = {
     "model": parts.model,
     "optimizer": parts.optimizer,
-    "objective": objectives.make_objective(config.weights, {}, {}),
+    "gradient_of": gradient_of(parts, config.weights),
     "momentum": lambda step: 1.0,
     "diagnosed": lambda step: False,
     "logit_scale_range": (0.0, 4.6),
@@ -296,7 +324,7 @@ def test_the_momentum_tower_follows_the_parameters_before_it_encodes() -> None:
       model=parts.model,
       optimizer=parts.optimizer,
       schedule=lambda step: 1e-2,
-      objective=objectives.make_objective({"moco": 1.0}, {}, {}),
+      gradient_of=gradient_of(parts, {"moco": 1.0}),
       momentum=lambda step: kept,
       diagnosed=lambda step: step == 1,
     )
@@ -361,12 +389,272 @@ def test_a_method_without_texts_takes_no_evaluation(tmp_path: Path) -> None:
     train.train(config, tmp_path / "run")
 
 
-def test_too_many_skipped_steps_stop_the_run(tmp_path: Path) -> None:
+def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  use_mesh(monkeypatch, 1, 1)
   config = tiny_config("clip")
   config.optimizer.learning_rate = float("nan")
   config.max_skipped_in_a_row = 3
-  with pytest.raises(FloatingPointError, match="3 steps in a row"):
+  with pytest.raises(FloatingPointError, match=r"3 steps in a row .*; there is no checkpoint from before"):
     train.train(config, tmp_path)
+
+
+def test_a_spike_is_a_gradient_far_above_the_mean_of_those_before() -> None:
+  rng = np.random.default_rng(0)
+  norms = np.exp(rng.normal(size=400)).astype(np.float32)
+  norms[[50, 150, 151, 300]] *= 1000
+  norms[200] = 0
+  state = {"measured": jnp.int32(0), "log_norm": jnp.float32(0)}
+  judge = jax.jit(lambda norm, state: spikes(norm, state, 30.0))
+  logs: list[float] = []
+  for index, norm in enumerate(norms):
+    too_large, after = judge(norm, state)
+    weights = 0.99 ** np.arange(len(logs))[::-1]
+    weights[: min(len(logs), 100)] = 0.99 ** max(len(logs) - 100, 0)  # the first hundred have one weight
+    log_norm = float(np.log(max(norm, np.finfo(np.float32).tiny)))
+    expected = len(logs) >= 100 and log_norm > np.average(logs, weights=weights) + np.log(30)
+    assert bool(too_large) == expected, index
+    if not expected:  # as `train_step` keeps it
+      state = after
+      logs.append(log_norm)
+  assert [bool(judge(norm, state)[0]) for norm in (1e3, 1.0)] == [True, False]
+  assert not spikes(jnp.float32(1e30), state, 0.0)[0]
+
+
+def test_a_spike_changes_nothing_but_counts() -> None:
+  config = tiny_config("clip")
+  parts = run.build(config)
+  batch = random_batch(parts, np.random.default_rng(0))
+  state = init_state(0, batch, model=parts.model, optimizer=parts.optimizer)
+  step = jax.jit(
+    lambda state: train_step(
+      state,
+      batch,
+      model=parts.model,
+      optimizer=parts.optimizer,
+      schedule=lambda step: 0.1,
+      gradient_of=gradient_of(parts, config.weights),
+      momentum=lambda step: 1.0,
+      diagnosed=lambda step: False,
+      spike=10.0,
+    )
+  )
+  _, metrics = step(state)
+  usual = float(jnp.log(metrics["gradient_norm"]))
+  for factor, skipped in ((9.0, 0), (11.0, 1)):
+    known = {"measured": jnp.int32(100), "log_norm": jnp.float32(usual - np.log(factor))}
+    before = state.replace(skipped={**state.skipped, **known})
+    after, metrics = step(before)
+    assert (int(metrics["skipped_total"]), int(after.step)) == (skipped, 1)
+    same = [np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (after.params, before.params)), strict=True)]
+    assert all(same) == bool(skipped)
+    assert (float(after.skipped["log_norm"]) == float(before.skipped["log_norm"])) == bool(skipped)
+
+
+def bare(**changes: object) -> ConfigDict:
+  """CLIP without evaluations."""
+  config = tiny_config("clip")
+  config.evals = ConfigDict()
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+class Killed(BaseException):
+  """In place of a signal that ends the process."""
+
+
+def train_until(step: int, config: ConfigDict, workdir: Path, time: int = 1) -> None:
+  """A run that ends before it writes its line about a step, the first one or the so manieth."""
+  seen, write = [], MetricWriter.write
+
+  def killing(self, at, values):
+    seen.append(at)
+    if seen.count(step) == time:
+      raise Killed
+    write(self, at, values)
+
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(MetricWriter, "write", killing)
+    with pytest.raises(Killed):
+      train.train(config, workdir)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, config: ConfigDict, batches: list[int]) -> None:
+  """Makes the images of these batches of the stream not finite."""
+  mixture = pipeline.Mixture(tuple(map(open_source, config.data.train)))
+  rows = pipeline.training_rows(mixture, run.build(config).make_views, config.seed)
+  size = config.batch_size
+  images = [np.stack([rows[index]["image"] for index in range(b * size, (b + 1) * size)]) for b in batches]
+  sums = jnp.array([image.sum() for image in images], jnp.uint32)
+
+  def make_augment(config, parts):
+    def augment(batch, step):
+      poisoned = jnp.isin(batch["image"].astype(jnp.uint32).sum(), sums)
+      return {**batch, "image": jnp.where(poisoned, jnp.nan, batch["image"].astype(jnp.float32))}
+
+    return augment
+
+  monkeypatch.setattr("declip_jax.step.make_augment", make_augment)
+
+
+def test_a_run_that_diverges_goes_back_and_on_behind_the_bad_data(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  use_mesh(monkeypatch, 1, 1)
+  config = bare(**{"duration.steps": 10, "max_skipped_in_a_row": 2, "checkpoint.keep_last": 3})
+  poison(monkeypatch, config, [4, 5])
+  train.train(config, tmp_path / "diverged")
+  assert "step 6: loss, gradient or update was not finite" in (said := capsys.readouterr().err)
+  assert "back to the checkpoint of step 4, and on with the data from example 112 on (time 1 of 3)" in said
+  assert "the checkpoint of step 6 is passed over: the run diverged" in said
+  rows = [row for row in read_metrics(tmp_path / "diverged") if "loss" in row]
+  assert [row["step"] for row in rows] == list(range(1, 11))
+  assert [row.get("rollbacks", 0) for row in rows] == [0] * 4 + [1] * 6
+  final = final_state(tmp_path / "diverged", config, 10)
+  assert final[1] == {"next_index": (10 + 3) * 16}  # two bad batches, and the one that was on its way
+  assert int(final[0].skipped["total"]) == 0
+  # Killed after it went back and before the next checkpoint, it comes to the same.
+  train_until(6, config, tmp_path / "killed", time=2)
+  train.train(config, tmp_path / "killed")
+  # And so does a run that never met the bad data.
+  train_until(5, config, tmp_path / "told")
+  Rollbacks(tmp_path / "told").record(2, 6, 4, {"next_index": 112})
+  train.train(config, tmp_path / "told")
+  for name in ("killed", "told"):
+    assert losses_on_disk(tmp_path / name) == losses_on_disk(tmp_path / "diverged")
+    other = final_state(tmp_path / name, config, 10)
+    assert_equal(other[0], final[0])
+    assert other[1] == final[1]
+
+
+def test_a_run_that_diverges_again_goes_further_back_and_ends_at_last(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  use_mesh(monkeypatch, 1, 1)
+  config = bare(
+    **{"duration.steps": 10, "max_skipped_in_a_row": 2, "checkpoint.keep_last": 3, "divergence.rollbacks": 2}
+  )
+  poison(monkeypatch, config, list(range(4, 20)))
+  with pytest.raises(FloatingPointError, match=r"went back 2 of config.divergence.rollbacks=2 times"):
+    train.train(config, tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / "rollbacks.jsonl").read_text().splitlines()]
+  assert [(line["to"], line["at"]) for line in lines] == [(4, 6), (2, 6)]
+  assert {path.name for path in (tmp_path / "checkpoints").glob("*.diverged*")} >= {"6.diverged", "4.diverged"}
+
+
+def test_training_outlives_saves_that_fail(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  use_mesh(monkeypatch, 1, 1)
+  config = bare()
+  reasons = ["No space left on device"] * 3
+  monkeypatch.setattr(Checkpoints, "_cannot_write", lambda self: reasons.pop() if reasons else "")
+  train.train(config, tmp_path)
+  rows = [row for row in read_metrics(tmp_path) if "loss" in row]
+  assert [row.get("checkpoint_failed", 0) for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
+  assert Checkpoints(tmp_path).steps() == [8]
+  assert "the checkpoint of step 4 was not written: OSError: No space left on device; training goes on" in caplog.text
+  # Only the last one has to be.
+  monkeypatch.setattr(Checkpoints, "_cannot_write", lambda self: "No space left on device")
+  monkeypatch.setattr(train, "_PATIENCE", 1.5)
+  with pytest.raises(OSError, match=r"checkpoint of step 8 cannot be written to .*No space left.*newest .* step none"):
+    train.train(config, tmp_path / "never")
+
+
+def test_saves_by_the_clock_are_made_at_lines_of_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  use_mesh(monkeypatch, 1, 1)
+  config = bare(**{"checkpoint.every.steps": 0, "checkpoint.keep_last": 9, "checkpoint.minutes": 1e-9, "log_every": 3})
+  train.train(config, tmp_path)
+  assert Checkpoints(tmp_path).steps() == [3, 6, 8]
+
+
+def test_a_directory_in_use_is_refused_until_its_run_is_gone(tmp_path: Path) -> None:
+  holder = subprocess.Popen(
+    [
+      sys.executable,
+      "-c",
+      "import pathlib, sys, time\nfrom declip_jax import run\n"
+      "with run.lock(pathlib.Path(sys.argv[1])):\n  print('held', flush=True)\n  time.sleep(600)",
+      str(tmp_path),
+    ],
+    env=environment(),
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert holder.stdout.readline() == "held\n"
+  with pytest.raises(ValueError, match=rf"in use by another run: .+, process {holder.pid}, since \d{{4}}-"):
+    train.train(bare(), tmp_path)
+  assert {path.name for path in tmp_path.iterdir()} == {"run.lock"}
+  holder.kill()
+  holder.wait()
+  with run.lock(tmp_path) as note:
+    assert note == ""
+
+
+def test_without_locks_a_run_says_so_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  def flock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(run.fcntl, "flock", flock)
+  with run.lock(tmp_path) as note:
+    assert "No locks available; nothing keeps a second run out of this directory" in note
+
+
+def test_a_hang_ends_the_process_and_leaves_the_stacks(tmp_path: Path) -> None:
+  script = """
+import pathlib, sys, time
+from declip_jax.watchdog import Watchdog
+
+def stand_still():
+  time.sleep(600)
+
+with Watchdog(pathlib.Path(sys.argv[1]), 0.5) as watchdog:
+  for step in range(5):
+    watchdog.beat(f"step {step}")
+    time.sleep(0.2)
+  stand_still()
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", script, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=60
+  )
+  assert done.returncode == 70
+  assert "error: step 4 has not ended within config.hang_timeout=0.5 s" in done.stderr
+  stacks = (tmp_path / "hang.0.txt").read_text()
+  assert "step 4" in stacks
+  assert "in stand_still" in stacks
+
+
+def test_what_is_compiled_is_kept_beside_the_run_unless_elsewhere(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    run.use_compile_cache(tmp_path)
+    assert jax.config.jax_compilation_cache_dir == before  # tests have one
+    jax.config.update("jax_compilation_cache_dir", None)
+    run.use_compile_cache(tmp_path)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize("text", ["100", "5:3", "0:2", "a:b"])
+def test_steps_to_trace_are_checked(text: str) -> None:
+  with pytest.raises(ValueError, match=r"--profile=.*such as 100:110"):
+    parse_steps(text)
+
+
+def test_the_loss_goes_on_the_same_on_fewer_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(sharding, "MIN_SIZE", 256)
+  config = bare()
+  use_mesh(monkeypatch, 1, 1)
+  train.train(config, tmp_path / "one")
+  for mesh, step in (((2, 4), 3), ((4, 1), 6)):
+    use_mesh(monkeypatch, *mesh)
+    train_until(step, config, tmp_path / "fewer")
+  use_mesh(monkeypatch, 1, 1)
+  train.train(config, tmp_path / "fewer")
+  fewer, one = (losses_on_disk(tmp_path / name) for name in ("fewer", "one"))
+  np.testing.assert_allclose(fewer, one, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -413,6 +701,9 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path) -> None:
     ({"data.max_bad": 5.0}, r"config.data.max_bad=5.0: a share"),
     ({"data.image_size": 0}, r"config.data.image_size=0: 1 or more"),
     ({"seed": -1}, r"config.seed=-1: 0 or more"),
+    ({"divergence.spike": 0.5}, r"config.divergence.spike=0.5: 0, or more than 1"),
+    ({"checkpoint.minutes": -1.0}, r"config.checkpoint.minutes=-1.0: 0 or more"),
+    ({"checkpoint.keep_every.steps": -1}, r"config.checkpoint.keep_every=.*: set one of"),
     ({"model.text.eot": 3}, r"eot=3: config.model.text.tokenizer='openai' ends texts with 49407"),
   ],
 )

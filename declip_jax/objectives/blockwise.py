@@ -26,8 +26,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 KINDS = ("plain", "chunked", "ring")
-# Bytes of similarities on a device up to which the whole matrix is simplest and fastest, and of one chunk beyond.
-PLAIN_BYTES, CHUNK_BYTES = 2**28, 2**26
+# Bytes of similarities on a device up to which the whole matrix is simplest, and of one chunk beyond. A gradient holds
+# about four such arrays.
+PLAIN_BYTES, CHUNK_BYTES = 2**26, 2**26
 # Bytes of candidates beyond which a device should not hold them all.
 GATHERED_BYTES = 2**30
 _NEVER = -1e30  # in place of a similarity that does not count; not infinite, for differences of it are taken

@@ -164,11 +164,11 @@ def from_state_dict(
 def read_run(
   workdir: str | os.PathLike[str], step: int | None = None, settings: Mapping[str, Any] | None = None
 ) -> Weights:
-  """The model of one of our runs at its newest checkpoint, or at `step`, by the config saved in the checkpoint.
+  """The model of one of our runs at its newest checkpoint that is whole, or at `step`, by the config saved with it.
 
   Raises:
     FileNotFoundError: there is no such checkpoint.
-    ValueError: a setting that does not exist; see `read`.
+    ValueError: the checkpoint is damaged, or a setting that does not exist; see `read`.
   """
   workdir = Path(workdir)
   if not (workdir / "checkpoints").is_dir():
@@ -181,6 +181,13 @@ def read_run(
       raise FileNotFoundError(
         f"{workdir} has no checkpoint of step {'any' if step is None else step}; there are: {steps or 'none'}"
       )
+    remarks = []
+    while damage := checkpoints.check(chosen)[0]:
+      older = [other for other in steps if other < chosen and step is None]
+      if not older:
+        raise ValueError(f"{workdir}: the checkpoint of step {chosen} is damaged: {damage}")
+      remarks.append(f"the checkpoint of step {chosen} is damaged and that of step {older[-1]} is taken: {damage}")
+      chosen = older[-1]
     config = config_lib.from_json(json.dumps(checkpoints.config(chosen)))
     heads = objectives.heads_for(config.weights)
     _, variables = abstract_variables(config.model, heads, config.data.image_size)
@@ -198,6 +205,7 @@ def read_run(
     interpolation=config.data.interpolation,
     resize=config.data.evaluation_resize,
     step=chosen,
+    remarks=tuple(remarks),
     tokens=objectives.compares_tokens(config.weights),
   )
   return _with_settings(weights, settings or {}, str(workdir))

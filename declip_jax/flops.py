@@ -4,11 +4,78 @@ XLA's own `cost_analysis` counts the body of a loop once, and so a scanned trans
 """
 
 from collections.abc import Callable
+import dataclasses
 import math
+from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun, jaxprs_in_params, primitives
 from jax.interpreters import partial_eval
+import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
+
+from declip_jax import objectives, run
+from declip_jax.optim import without_gradient
+from declip_jax.types import Batch
+
+
+def step_flops(config: ConfigDict, parts: run.Parts) -> float:
+  """The model's FLOPs in one train step on a global batch, over all devices: `step_flops(config, run.build(config))`.
+
+  They are the numerator of model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B): forward and backward pass
+  of towers, heads and objective, once. What a step computes again to save memory (rematerialisation, gradient caching,
+  losses in blocks) does not count, and neither do augmentation, optimiser and diagnostics. Texts count with the
+  shortest of `config.model.text.buckets`, so that utilisation is at least what it says. Tracing takes seconds;
+  nothing is compiled or computed.
+  """
+  # In float32, for in half precision a GPU's attention computes its weights again.
+  image, text = (
+    module and module.clone(dtype=jnp.float32) for module in (parts.model.towers.image, parts.model.towers.text)
+  )
+  model = dataclasses.replace(parts.model, towers=parts.model.towers.clone(image=image, text=text, dtype=jnp.float32))
+  batch = parts.batch_shape(config.batch_size)
+  objective = objectives.make_objective(config.weights, config.weight_schedule, config.terms)
+  params, collections = jax.eval_shape(model.init, jax.random.key(0), batch)
+
+  def loss_of(params: Any, collections: Any, batch: Batch) -> jax.Array:
+    params = without_gradient(params, config.optimizer.frozen)
+    features, _ = model.encode(params, collections, batch)
+    outputs, _ = model.apply_heads(params, collections, features)
+    return objective(outputs, batch, jnp.zeros((), jnp.int32))[0]
+
+  return count(jax.make_jaxpr(jax.grad(without_remat(loss_of)))(params, collections, batch))
+
+
+def without_remat(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """The same function of arrays to one array without any `jax.checkpoint`, so that its gradient computes nothing again.
+
+  What a custom gradient computes again stays.
+  """
+
+  def plain(*args: Any) -> jax.Array:
+    return jaxpr_as_fun(_unwrapped(jax.make_jaxpr(function)(*args)))(*jax.tree.leaves(args))[0]
+
+  return plain
+
+
+def _unwrapped(part: Any) -> Any:
+  """A jaxpr, or whatever else a primitive has as a parameter, with `jax.checkpoint`s turned into calls."""
+  if type(part) in (tuple, list):
+    return type(part)(map(_unwrapped, part))
+  if isinstance(part, ClosedJaxpr):
+    return ClosedJaxpr(_unwrapped(part.jaxpr), part.consts)
+  if not isinstance(part, Jaxpr):
+    return part
+  eqns = []
+  for eqn in part.eqns:
+    params = {name: _unwrapped(param) for name, param in eqn.params.items()}
+    if eqn.primitive is primitives.remat_p:
+      call = {"call_jaxpr": ClosedJaxpr(params["jaxpr"], ())}
+      eqns.append(eqn.replace(primitive=primitives.closed_call_p, params=call))
+    else:
+      eqns.append(eqn.replace(params=params))
+  return part.replace(eqns=eqns)
 
 
 def count(jaxpr: ClosedJaxpr | Jaxpr) -> float:
@@ -43,6 +110,11 @@ def _while(eqn: JaxprEqn) -> float:
   if _of_parts(eqn):
     raise ValueError("a while loop around products or convolutions: nobody knows how often it turns")
   return 0.0
+
+
+def _shard_map(eqn: JaxprEqn) -> float:
+  """Written for one device of a mesh; all do it."""
+  return eqn.params["mesh"].size * _of_parts(eqn)
 
 
 def _cond(eqn: JaxprEqn) -> float:
@@ -83,6 +155,7 @@ COSTS: dict[str, Callable[[JaxprEqn], float]] = {
   "scan": _scan,
   "while": _while,
   "cond": _cond,
+  "shard_map": _shard_map,
   "dot_general": _dot_general,
   "conv_general_dilated": _convolution,
   "dot_product_attention_fwd_wrapper": _flash_attention(2),

@@ -1,0 +1,183 @@
+"""Runs that are killed, stopped or frozen at random moments; nothing of them is lost. All of it takes minutes."""
+
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+from checkpoint_test import arrays, flip
+import numpy as np
+import pytest
+from tiny import tiny_config
+from train_test import assert_equal, environment, final_state, losses_on_disk, wait_for_step
+
+from declip_jax.checkpoint import Checkpoints
+from declip_jax.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+TESTS = Path(__file__).parent
+STEPS, KILLS = 200, 20
+WAIT = 600.0  # seconds, for a machine that does other things, too
+
+
+def command(workdir: Path, *flags: str, config: str = "clip,bare") -> list[str]:
+  paths = ["--config", f"{TESTS / 'tiny.py'}:{config}", "--workdir", str(workdir)]
+  return [sys.executable, "-m", "declip_jax.train", *paths, *flags]
+
+
+def start(*arguments: object, devices: int = 1, cache: Path, **options: object) -> subprocess.Popen:
+  """A run in a process group of its own; `cache` keeps what is compiled."""
+  flags = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  return subprocess.Popen(
+    command(*arguments, **options),
+    env=environment(devices) | flags,
+    start_new_session=True,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def pair(workdir: Path, port: int, *flags: str, cache: Path) -> list[subprocess.Popen]:
+  """Two processes of one run."""
+  joined = [f"--coordinator=localhost:{port}", "--processes=2", *flags]
+  return [start(workdir, *joined, f"--process={index}", cache=cache) for index in range(2)]
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+  for process in processes:
+    if process.poll() is None:
+      os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def port() -> int:
+  return 20000 + (os.getpid() * 7 + int(time.time())) % 20000
+
+
+def unfinished(workdir: Path) -> bool:
+  """Whether a checkpoint is being written."""
+  return any((workdir / "checkpoints").glob("*tmp*"))
+
+
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+  """Every other kill waits for a checkpoint that is being written, which takes most of the time here anyway."""
+  rng = np.random.default_rng(0)
+  flags = [f"--config.duration.steps={STEPS}", "--config.checkpoint.every.steps=4"]
+  whole = start(tmp_path / "whole", *flags, cache=tmp_path / "cache")
+  _, errors = whole.communicate(timeout=WAIT)
+  assert whole.returncode == 0, errors
+  workdir, while_saving = tmp_path / "killed", 0
+  for number in range(KILLS):
+    run = start(workdir, *flags, cache=tmp_path / "cache")
+    reached = max((row["step"] for row in read_metrics(workdir)), default=0) if number else 0
+    goal = min(reached + int(rng.integers(1, 2 * (STEPS - 20) // KILLS - 1)), STEPS - 5)
+    wait_for_step(workdir, goal, run, WAIT)
+    time.sleep(float(rng.uniform(0, 0.05)))
+    if number % 2:
+      for _ in range(10_000):
+        if unfinished(workdir) or run.poll() is not None:
+          break
+    while_saving += unfinished(workdir)
+    assert run.poll() is None, f"ended before kill {number}: {run.communicate()[1]}"
+    end([run])
+    assert run.returncode == -signal.SIGKILL
+  assert while_saving >= KILLS // 4
+  last = start(workdir, *flags, cache=tmp_path / "cache")
+  _, errors = last.communicate(timeout=WAIT)
+  assert last.returncode == 0, errors
+  assert "damaged" not in errors
+  assert not unfinished(workdir)
+  assert losses_on_disk(workdir) == losses_on_disk(tmp_path / "whole")
+  states = [final_state(tmp_path / name, tiny_config("clip"), STEPS) for name in ("whole", "killed")]
+  assert_equal(states[0][0], states[1][0])
+  assert states[0][1] == states[1][1]
+
+
+def test_sigterm_to_the_whole_group_saves_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
+  flags = ["--config.duration.steps=60", "--config.checkpoint.every.steps=0", "--config.data.workers=2"]
+  whole = start(tmp_path / "whole", *flags, cache=tmp_path / "cache")
+  assert whole.wait(timeout=WAIT) == 0
+  stopped = start(tmp_path / "stopped", *flags, cache=tmp_path / "cache")
+  wait_for_step(tmp_path / "stopped", 7, stopped, WAIT)
+  os.killpg(stopped.pid, signal.SIGTERM)
+  _, errors = stopped.communicate(timeout=120)
+  assert stopped.returncode == 0, errors
+  assert "by SIGTERM; start again to go on" in errors
+  (step,) = Checkpoints(tmp_path / "stopped").steps()
+  assert step >= 7
+  again = start(tmp_path / "stopped", *flags, cache=tmp_path / "cache")
+  assert again.wait(timeout=WAIT) == 0
+  states = [final_state(tmp_path / name, tiny_config("clip"), 60) for name in ("whole", "stopped")]
+  assert_equal(states[0][0], states[1][0])
+  assert losses_on_disk(tmp_path / "stopped") == losses_on_disk(tmp_path / "whole")
+
+
+def test_a_bit_flipped_in_the_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path: Path) -> None:
+  flags = ["--config.duration.steps=12"]
+  first = start(tmp_path, *flags, cache=tmp_path / "cache")
+  assert first.wait(timeout=WAIT) == 0
+  losses = losses_on_disk(tmp_path)
+  assert Checkpoints(tmp_path).steps() == [8, 12]
+  flip(file := arrays(tmp_path / "checkpoints" / "12" / "training")[0])
+  again = start(tmp_path, *flags, cache=tmp_path / "cache")
+  _, errors = again.communicate(timeout=WAIT)
+  assert again.returncode == 0, errors
+  assert f"the checkpoint of step 12 is passed over: {file} has another checksum than when it was written" in errors
+  assert "going on from step 8" in errors
+  assert losses_on_disk(tmp_path) == losses
+
+
+@pytest.mark.parametrize(("signum", "victim"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+def test_a_dead_or_frozen_peer_ends_all_within_the_bound(signum: int, victim: int, tmp_path: Path) -> None:
+  flags = ["--config.duration.steps=1000000", "--heartbeat=10", "--config.hang_timeout=60"]
+  processes = pair(tmp_path, port(), *flags, cache=tmp_path / "cache")
+  try:
+    wait_for_step(tmp_path, 5, processes[1 - victim], WAIT)
+    processes[victim].send_signal(signum)
+    began = time.monotonic()
+    _, errors = processes[1 - victim].communicate(timeout=90)
+    assert processes[1 - victim].returncode not in (0, 2)
+    print(f"signal {signum} to process {victim}: the other one ended after {time.monotonic() - began:.1f} s")
+    assert "error" in errors.lower()
+    if signum == signal.SIGSTOP:
+      processes[victim].send_signal(signal.SIGCONT)
+      processes[victim].communicate(timeout=90)
+      assert processes[victim].returncode not in (0, 2)
+  finally:
+    end(processes)
+
+
+def test_two_processes_stop_together_agree_on_what_is_damaged_and_one_goes_on_alone(tmp_path: Path) -> None:
+  flags = ["--config.duration.steps=200", "--config.checkpoint.every.steps=10"]
+  one = start(tmp_path / "one", *flags, cache=tmp_path / "cache")
+  workdir, step, damaged = tmp_path / "two", 7, 0
+  for damage in (True, False):
+    processes = pair(workdir, port(), *flags, cache=tmp_path / "cache")
+    try:
+      wait_for_step(workdir, step + 5, processes[0], WAIT)
+      processes[1].send_signal(signal.SIGTERM)  # one host is told to go, and all save
+      said = [process.communicate(timeout=WAIT)[1] for process in processes]
+      assert [process.returncode for process in processes] == [0, 0], said
+    finally:
+      end(processes)
+    checkpoints = Checkpoints(workdir)
+    before, step = checkpoints.steps()[-2:]
+    assert checkpoints.check(step) == ("", True)
+    assert {path.name for path in (workdir / "checkpoints" / str(step)).glob("checksums.*")} == {
+      "checksums.0.json",
+      "checksums.1.json",
+    }
+    if damage:
+      damaged, whole = step, before
+      flip(arrays(workdir / "checkpoints" / str(step) / "model" / "ocdbt.process_1")[0])
+    else:
+      assert f"the checkpoint of step {damaged} is passed over: host " in said[0]
+      assert f"going on from step {whole}" in said[0]
+  assert step < 200
+  alone = start(workdir, *flags, cache=tmp_path / "cache")
+  _, errors = alone.communicate(timeout=WAIT)
+  assert alone.returncode == 0, errors
+  assert one.wait(timeout=WAIT) == 0
+  np.testing.assert_allclose(losses_on_disk(workdir), losses_on_disk(tmp_path / "one"), rtol=0, atol=1e-3)

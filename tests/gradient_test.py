@@ -1,0 +1,77 @@
+"""Batches in parts: the exact gradient of the whole, and the plain mean of parts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import steps
+from tiny import tiny_config
+
+from declip_jax import gradient, objectives, run
+
+whole = functools.cache(functools.partial(steps.take_steps, data=1, fsdp=1))
+
+
+# One method of each kind of state and loss; the others are made of these.
+@pytest.mark.parametrize(
+  "method", ["clip", "slip", "declip", "filip", "siglip", "slip_mocov3", "slip_mim", "defilip_repo"]
+)
+def test_four_cached_parts_give_the_parameters_of_the_whole_batch_after_three_steps(method: str) -> None:
+  steps.compare(method, steps.take_steps(method, 2, 1, micro_batches=4), whole(method))
+
+
+def parts_of(method: str) -> tuple[run.Parts, objectives.Objective, dict, tuple]:
+  config = tiny_config(method)
+  config.model.heads.bank_size = steps.BATCH
+  parts = run.build(config)
+  objective = objectives.make_objective(config.weights, {}, config.terms)
+  batch = steps.random_batch(parts, np.random.default_rng(0))
+  return parts, objective, batch, parts.model.init(jax.random.key(0), batch)
+
+
+def test_plain_parts_give_the_mean_of_their_gradients() -> None:
+  parts, objective, batch, (params, collections) = parts_of("clip")
+  options = {"model": parts.model, "objective": objective}
+  of_all = jax.jit(gradient.make_gradient("cached", 1, **options))
+  losses, gradients = [], []
+  for part in range(4):
+    result, slope = of_all(params, collections, {name: x[part::4] for name, x in batch.items()}, 0)
+    losses.append(result.loss)
+    gradients.append(slope)
+  result, slope = jax.jit(gradient.make_gradient("plain", 4, **options))(params, collections, batch, 0)
+  np.testing.assert_allclose(result.loss, np.mean(losses), rtol=1e-6)
+  np.testing.assert_allclose(result.metrics["loss/clip"], np.mean(losses), rtol=1e-6)
+  jax.tree.map(
+    lambda ours, *theirs: np.testing.assert_allclose(ours, np.mean(theirs, axis=0), atol=1e-6), slope, *gradients
+  )
+  assert abs(float(of_all(params, collections, batch, 0)[0].loss) - np.mean(losses)) > 0.1  # fewer negatives
+
+
+def test_plain_parts_hand_the_bank_on() -> None:
+  parts, objective, batch, (params, collections) = parts_of("declip")
+  of_parts = gradient.make_gradient("plain", 4, model=parts.model, objective=objective)
+  result, _ = jax.jit(of_parts)(params, collections, batch, 0)
+  assert int(result.collections["heads"]["bank"]["text"].filled) == steps.BATCH
+  assert result.outputs.image.shape[1] == steps.BATCH // 4
+
+
+def test_cached_parts_hold_no_more_activations_than_one_part() -> None:
+  """Temporary bytes of the compiled gradient, in which the towers' activations are most."""
+  parts, objective, batch, (params, collections) = parts_of("clip")
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((16 * len(x), *x.shape[1:]), x.dtype), batch)
+
+  def temporary(micro_batches: int) -> int:
+    of = gradient.make_gradient("cached", micro_batches, model=parts.model, objective=objective)
+    return jax.jit(of).lower(params, collections, shapes, jnp.int32(0)).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporary(8) < 0.4 * temporary(1)
+
+
+def test_what_cannot_be_is_refused_by_name() -> None:
+  parts, objective, *_ = parts_of("clip")
+  with pytest.raises(ValueError, match=r"config.micro_batching='grad': choose one of \['cached', 'plain'\]"):
+    gradient.make_gradient("grad", 2, model=parts.model, objective=objective)
+  with pytest.raises(ValueError, match="config.micro_batches=0: 1 or more"):
+    gradient.make_gradient("plain", 0, model=parts.model, objective=objective)

@@ -1,0 +1,167 @@
+"""Tests of `declip_jax.hlo`: collectives and memory of small functions by hand, and of HLO as TPUs have it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import pytest
+
+from declip_jax import hlo
+from declip_jax.sharding import make_mesh
+
+ROWS, WIDTH = 64, 32
+PART = ROWS * WIDTH * 4 / 8  # bytes on each of eight devices
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return make_mesh(4, 2)
+
+
+def compiled(function, mesh):
+  """The traffic of a function of a device's rows."""
+  rows = PartitionSpec(("data", "fsdp"))
+  mapped = jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+  x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=NamedSharding(mesh, rows))
+  return hlo.traffic(jax.jit(mapped).lower(x).compile().as_text(), mesh.size)
+
+
+@pytest.mark.parametrize(
+  ("kind", "sent", "function"),
+  [
+    ("all-reduce", 2 * PART * 3 / 4, lambda x: jax.lax.psum(x, "data")),
+    ("all-reduce", 2 * PART * 1 / 2, lambda x: jax.lax.psum(x, "fsdp")),
+    ("all-reduce", 2 * PART * 7 / 8, lambda x: jax.lax.psum(x, ("data", "fsdp"))),
+    ("all-gather", PART * 3, lambda x: jax.lax.all_gather(x, "data")[0]),
+    ("reduce-scatter", PART * 3 / 4, lambda x: jax.lax.psum_scatter(x, "data", tiled=True)),
+    ("all-to-all", PART * 3 / 4, lambda x: jax.lax.all_to_all(x, "data", 1, 0, tiled=True)),
+    ("collective-permute", PART, lambda x: jax.lax.ppermute(x, "data", [(i, (i + 1) % 4) for i in range(4)])),
+  ],
+)
+@pytest.mark.parametrize("turns", [1, 5])
+def test_a_collective_sends_what_its_best_algorithm_does_in_each_turn_of_a_loop(mesh, kind, sent, function, turns):
+  def looped(x):
+    def turn(x, _):
+      y = function(x)
+      return x * 0.5 + jnp.sum(y), None
+
+    return jax.lax.scan(turn, x, length=turns)[0]
+
+  found = compiled(function if turns == 1 else looped, mesh)
+  assert found.collectives == {kind: turns}
+  assert found.links == {kind: pytest.approx(turns * sent)}
+  assert not found.network
+
+
+def test_of_a_conditional_the_branch_counts_that_sends_less(mesh):
+  def maybe(x, least):
+    def much(x):
+      return jax.lax.psum(x, "data")
+
+    return jax.lax.cond(x[0, 0] > 0, much, lambda x: jax.lax.psum(x[:least], "data").sum() + x, x)
+
+  assert compiled(partial(maybe, least=0), mesh).links.total() == 0
+  assert compiled(partial(maybe, least=2), mesh).links.total() == pytest.approx(2 * PART / 4 * 3 / 4)
+
+
+def traffic_of(function, *shapes):
+  shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return hlo.traffic(jax.jit(function).lower(*shapes).compile().as_text(), 1).memory
+
+
+def test_memory_counts_what_is_read_and_written():
+  size = 4 * 1000 * 100
+  assert traffic_of(lambda x: jnp.exp(x) + 1, (1000, 100)) == 2 * size
+  assert traffic_of(lambda x, y: (x + y) * y, (1000, 100), (1000, 100)) == 3 * size
+
+
+def test_a_loop_reads_and_writes_the_slices_that_it_takes():
+  rows, width = 50, 10_000
+  sums = traffic_of(lambda x: jax.lax.map(lambda row: jnp.cumsum(jnp.sin(row)), x), (rows, width))
+  assert 2 * 4 * rows * width <= sums < 20 * 4 * rows * width  # and not times the rows again
+
+
+# An all-gather as a TPU does it beside other work, in a chain of fusions, within a loop whose turns nobody noted.
+CHAIN = """
+%start (p: bf16[8,4]) -> (bf16[8,4], bf16[32,4]) {
+  %p = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
+  %g.1 = bf16[32,4]{1,0} all-gather(%p), replica_groups=GROUPS, dimensions={0}, frontend_attributes={chain_id="3"}
+  ROOT %c.1 = (bf16[8,4]{1,0}, bf16[32,4]{1,0}) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (q: bf16[8,4]) -> bf16[32,4] {
+  %q = bf16[8,4]{1,0} parameter(0)
+  %g.2 = bf16[32,4]{1,0} all-gather(%q), replica_groups=GROUPS, dimensions={0}, frontend_attributes={chain_id="3"}
+  ROOT %c.2 = bf16[32,4]{1,0} custom-call(%g.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%condition (s: (s32[], bf16[8,4])) -> pred[] {
+  %s = (s32[], bf16[8,4]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %limit = s32[]{:T(128)} constant(12)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (t: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %t = (s32[], bf16[8,4]{1,0}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%t), index=0
+  %x = bf16[8,4]{1,0} get-tuple-element(%t), index=1
+  %two = s32[] constant(2)
+  %fusion.1 = (bf16[8,4]{1,0}, bf16[32,4]{1,0:S(1)}) fusion(%x), kind=kCustom, calls=%start
+  %y = bf16[8,4]{1,0} get-tuple-element(%fusion.1), index=0
+  %fusion.2 = bf16[32,4]{1,0:S(1)} fusion(%y), kind=kCustom, calls=%done
+  %next = s32[] add(%j, %two)
+  ROOT %out = (s32[], bf16[8,4]{1,0}) tuple(%next, %y)
+}
+
+ENTRY %main (a: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %a = (s32[], bf16[8,4]{1,0}) parameter(0)
+  ROOT %while = (s32[], bf16[8,4]{1,0}) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ("groups", "size", "slices"),
+  [
+    ("{{0,1,2,3},{4,5,6,7}}", 4, 1),
+    ("{}", 8, 2),
+    ("[2,4]<=[8]", 4, 1),
+    ("[2,4]<=[4,2]T(1,0)", 4, 2),
+    ("mesh['x'=2,'y'=4] {'y'}", 4, 1),
+    ("mesh['x'=2,'y'=4] {'x','y'}", 8, 2),
+    ("mesh['x'=4,'z'=1,'y'=2], device_ids=([2,4]T(1,0)) {'x'}", 4, 1),
+    ("mesh['x'=4,'z'=1,'y'=2], device_ids=([2,4]T(1,0)) {'y'}", 2, 2),
+  ],
+)
+def test_a_chain_counts_once_and_groups_are_read_in_all_notations(groups, size, slices):
+  found = hlo.traffic(CHAIN.replace("GROUPS", groups), 8, 2)
+  part, turns = 8 * 4 * 2, 6
+  # Each device exchanges its part between slices, then all that its slice has got is gathered within.
+  within = size // slices
+  assert found.collectives == {"all-gather": turns}
+  assert found.links.total() == turns * (within - 1) * slices * part
+  assert found.network.total() == turns * (slices - 1) * part
+  # Each fusion reads the part, and the first one writes it; the whole stays on the chip. The counter takes 4 bytes.
+  assert found.memory == turns * (3 * part + 3 * 4)
+
+
+def test_unknown_groups_are_refused():
+  with pytest.raises(ValueError, match=r"replica_groups=mesh\['x'=8\] \{'x':\(1\)2\}"):
+    hlo.traffic(CHAIN.replace("GROUPS", "mesh['x'=8] {'x':(1)2}"), 8)
+
+
+def test_what_hosts_exchange_between_slices_is_network():
+  text = """
+ENTRY %main (a: f32[6]) -> token[] {
+  %a = f32[6]{0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[6]{0}, u32[], token[]) send(%a, %t), frontend_attributes={_xla_megascale_transfer_type="KIND"}
+  ROOT %d = token[] send-done(%s)
+}
+"""
+  for kind, factor in (("ALL_REDUCE", 2 * 2 / 3), ("ALL_GATHER", 2), ("REDUCE_SCATTER", 2 / 3)):
+    found = hlo.traffic(text.replace("KIND", kind), 12, 3)
+    assert found.network == {kind.lower().replace("_", "-"): pytest.approx(6 * 4 * factor)}
+    assert not found.links
