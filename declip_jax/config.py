@@ -83,7 +83,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.weight_schedule = ConfigDict(dict.fromkeys(c.weights, ()))
   c.terms = _terms()
   c.contrast = ConfigDict()
-  # How all pairs of a batch are compared, see `objectives.blockwise`: "plain", "chunked", "ring"; "auto" is by the sizes.
+  # How all pairs of a batch are compared: "plain", "chunked" or "ring" of `objectives.blockwise`, "auto" by the sizes.
   c.contrast.form = "auto"
   c.contrast.block = 0  # candidates of a chunk; 0 chooses by the sizes
   # Of the momentum tower (MoCo v3, BYOL): its share in itself at the first step; rises to 1 as half a cosine.
