@@ -44,7 +44,13 @@ Gradient = Callable[[Tree, Tree, Batch, Int[Array, ""]], tuple[Result, Tree]]
 
 
 def make_gradient(
-  kind: str, micro_batches: int, *, model: Model, objective: Objective, frozen: Sequence[str] = ()
+  kind: str,
+  micro_batches: int,
+  *,
+  model: Model,
+  objective: Objective,
+  frozen: Sequence[str] = (),
+  gather: Callable[[Tree], Tree] = lambda params: params,
 ) -> Gradient:
   """The function that gives loss and gradient of a batch.
 
@@ -53,6 +59,7 @@ def make_gradient(
     micro_batches: into how many parts the towers take a batch, each with rows of all devices.
     model, objective: pure functions.
     frozen: paths of parameters that have no gradient.
+    gather: from all devices, the parameters that a model reads.
 
   Raises:
     ValueError: an unknown kind, or no part.
@@ -61,8 +68,15 @@ def make_gradient(
     raise ValueError(f"config.micro_batching={kind!r}: choose one of {[*KINDS]}")
   if micro_batches < 1:
     raise ValueError(f"config.micro_batches={micro_batches}: 1 or more")
-  halves = {"model": model, "objective": objective, "frozen": frozen}
-  return partial(KINDS[kind], **halves, parts=micro_batches) if micro_batches > 1 else partial(of_batch, **halves)
+  halves = {"model": model, "objective": objective, "read": lambda params: gather(without_gradient(params, frozen))}
+  of = partial(KINDS[kind], **halves, parts=micro_batches) if micro_batches > 1 else partial(of_batch, **halves)
+
+  def gradient(params: Tree, collections: Tree, batch: Batch, step: Array) -> tuple[Result, Tree]:
+    copies = {name: collections[name] for name in ("momentum",) if name in collections}  # parameters, too
+    result, slope = of(params, {**collections, **gather(copies)}, batch, step)
+    return result._replace(collections={**result.collections, **copies}), slope
+
+  return gradient
 
 
 def of_batch(
@@ -73,12 +87,12 @@ def of_batch(
   *,
   model: Model,
   objective: Objective,
-  frozen: Sequence[str],
+  read: Callable[[Tree], Tree],
 ) -> tuple[Result, Tree]:
   """Of the whole batch at once."""
 
   def loss_of(params: Tree) -> tuple[Array, Result]:
-    params = without_gradient(params, frozen)
+    params = read(params)
     features, towers = model.encode(params, collections, batch)
     result = _second_half(params, {**collections, "towers": towers}, features, batch, step, model, objective)
     return result.loss, result
@@ -95,23 +109,23 @@ def cached(
   *,
   model: Model,
   objective: Objective,
-  frozen: Sequence[str],
+  read: Callable[[Tree], Tree],
   parts: int,
 ) -> tuple[Result, Tree]:
   """Of the whole batch, whose towers take it in parts."""
-  micro_batches = jax.tree.map(partial(_dealt, parts=parts), batch)
+  micro_batches, seen = jax.tree.map(partial(_dealt, parts=parts), batch), read(params)
 
   def encode(towers: Tree, micro_batch: Batch) -> tuple[Tree, Features]:
-    features, towers = model.encode(params, {**collections, "towers": towers}, micro_batch)
+    features, towers = model.encode(seen, {**collections, "towers": towers}, micro_batch)
     return towers, features
 
   towers, features = jax.lax.scan(encode, collections["towers"], micro_batches)
   features = jax.tree.map(_gathered, features)
 
   def loss_of(heads: Tree, slots: list[Array]) -> tuple[Array, Result]:
-    whole = without_gradient({"towers": params["towers"], "heads": heads}, frozen)
-    seen = _with_floats(features, slots)
-    result = _second_half(whole, {**collections, "towers": towers}, seen, batch, step, model, objective)
+    whole = read({"towers": params["towers"], "heads": heads})
+    at = _with_floats(features, slots)
+    result = _second_half(whole, {**collections, "towers": towers}, at, batch, step, model, objective)
     return result.loss, result
 
   both = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
@@ -121,7 +135,7 @@ def cached(
     micro_batch, slopes = given
 
     def features_of(towers: Tree) -> list[Array]:
-      whole = without_gradient({"towers": towers, "heads": params["heads"]}, frozen)
+      whole = read({"towers": towers, "heads": params["heads"]})
       return _floats(model.encode(whole, collections, micro_batch)[0])
 
     (more,) = jax.vjp(features_of, params["towers"])[1](slopes)
@@ -140,12 +154,12 @@ def plain(
   *,
   model: Model,
   objective: Objective,
-  frozen: Sequence[str],
+  read: Callable[[Tree], Tree],
   parts: int,
 ) -> tuple[Result, Tree]:
   """The mean over parts, each with a loss of its own; bank and batch norms go from one to the next."""
   micro_batches = jax.tree.map(partial(_dealt, parts=parts), batch)
-  of = partial(of_batch, params, model=model, objective=objective, frozen=frozen)
+  of = partial(of_batch, params, model=model, objective=objective, read=read)
 
   def learn(carry: tuple[Tree, Tree, Outputs], micro_batch: Batch) -> tuple[Any, tuple[Array, Metrics]]:
     collections, gradient, _ = carry

@@ -460,4 +460,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("slices", 1, "How many slices of --topology.", lower_bound=1)
   flags.DEFINE_bool("search", True, "Look for the largest batch that fits.")
   flags.DEFINE_string("json", None, "File to write the report to, as one JSON object.")
-  app.run(main, flags_parser=run._parse_flags)
+  app.run(main, flags_parser=run.parse_flags)

@@ -366,10 +366,10 @@ def launch(command: Callable[[Path], None]) -> None:
       return _report(error, workdir)
     return 0
 
-  app.run(main, flags_parser=_parse_flags)
+  app.run(main, flags_parser=parse_flags)
 
 
-def _parse_flags(arguments: list[str]) -> list[str]:
+def parse_flags(arguments: list[str]) -> list[str]:
   # A wrong flag or field, or a config file that refuses its argument, raises here, the last within a flag's error.
   try:
     rest = flags.FLAGS(arguments)

@@ -19,7 +19,7 @@ from declip_jax.models.model import Model
 from declip_jax.objectives import diagnostics
 from declip_jax.objectives.blockwise import PLAIN, Form
 from declip_jax.objectives.momentum import momentum_at, moving_average
-from declip_jax.sharding import replicated
+from declip_jax.sharding import gather, replicated
 from declip_jax.state import State
 from declip_jax.types import Batch, Outputs
 
@@ -170,6 +170,7 @@ def make_step(
       model=parts.model,
       objective=make_objective(config, parts.mesh),
       frozen=config.optimizer.frozen,
+      gather=partial(gather, mesh=parts.mesh, dtype=jnp.dtype(config.model.dtype)),
     ),
     momentum=lambda step: momentum_at(step, last, config.momentum),
     diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
