@@ -20,7 +20,7 @@ from declip_jax.step import check_objective, make_schedule, make_step
 CONFIGS = Path(__file__).parents[1] / "configs"
 SCHEDULES = np.load(Path(__file__).parent / "fixtures" / "schedule.npz")
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
-OURS = ("demo", "small")  # no rows of a paper
+OURS = ("demo", "small", "pretrain")  # no rows of a paper
 EPOCH = 100_000_000  # examples; only clip_wit needs so many for its warm-up
 
 
@@ -327,3 +327,18 @@ def test_docstrings_tell_paper_command_numbers_and_hardware(name):
   file, row = command.split("--config=")[1].split(",FOLDER,IMAGENET ")[0].split(":", 1)
   assert (CONFIGS.parent / file).samefile(load(name).__file__)
   assert row in load(name).ROWS
+
+
+@pytest.mark.parametrize(
+  ("arg", "method", "architecture", "preset"),
+  [
+    ("declip,ViT-B/16,/data/own", "declip", "ViT-B/16", "paper"),
+    ("slip_repo,RN50", "slip", "RN50", "repo"),
+    ("clip", "clip", "ViT-B/32", "paper"),
+  ],
+)
+def test_pretrain_takes_any_method_architecture_and_folder(arg, method, architecture, preset):
+  c, expected = get("pretrain", arg), config.default(method, architecture, preset)
+  assert c.data.train == ("webdataset:/data/own/*.tar" if "own" in arg else "webdataset:data/train/*.tar",)
+  for part in ("model", "weights", "terms", "optimizer"):
+    assert c[part].to_dict() == expected[part].to_dict()
