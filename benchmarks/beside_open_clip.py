@@ -15,15 +15,19 @@ gives images per second, and the share of the highest product rate measured on t
 
 import argparse
 from collections.abc import Callable, Iterator
+import os
 from pathlib import Path
 import tempfile
 import time
 from typing import Any
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both need room on a GPU
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rivals import import_torchvision
+from steps import Step, compile_step
 import torch
 
 from declip_jax import config as config_lib
@@ -54,6 +58,7 @@ def main() -> None:
   parser.add_argument("--buckets", type=int, nargs="+", default=[16, 24, 32, 48], help="of the trimmed step")
   parser.add_argument("--source", default="scenes:train/256/32", help="whose captions are read")
   parser.add_argument("--rounds", type=int, default=10, help="timed steps of each (default: 10)")
+  parser.add_argument("--declip", action="store_true", help="also time our DeCLIP step with this architecture")
   parser.add_argument("--profile", type=Path, help="folder for a trace of two of our steps")
   args = parser.parse_args()
   device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,6 +76,9 @@ def main() -> None:
   tolerance = 2e-3 if args.dtype == "float32" else 5e-2
   for name, found in losses.items():
     np.testing.assert_allclose(found, losses["open_clip"], rtol=tolerance, err_msg=f"{name} does not do the same")
+  if args.declip:
+    contestants["DeCLIP"] = declip_step(args)
+    contestants["DeCLIP"].take()
   seconds: dict[str, list[float]] = {name: [] for name in contestants}
   for _ in range(args.rounds):
     for name, one in contestants.items():
@@ -81,7 +89,8 @@ def main() -> None:
     with jax.profiler.trace(args.profile):
       for _ in range(2):
         contestants["declip_jax"].take()
-  print_table(args, seconds, contestants["declip_jax"].flops, highest_rate(args.dtype))
+  counts = {name: contestants[name].flops for name in contestants if name not in ("trimmed", "open_clip")}
+  print_table(args, seconds, counts, highest_rate(args.dtype))
 
 
 def read_captions(location: str, count: int) -> list[str]:
@@ -129,6 +138,14 @@ class Ours:
     self.state, metrics = self._step(self.state, next(self._placed))
     jax.block_until_ready(self.state)
     return float(metrics["loss"])
+
+
+def declip_step(args: argparse.Namespace) -> Step:
+  """DeCLIP's step with the same architecture, on noise and short captions: three times the views."""
+  config = config_lib.default("declip", args.model.replace("-", "/").replace("ViT/", "ViT-"))
+  config.batch_size = args.batch_size
+  config.model.update({"dtype": args.dtype, "remat": args.remat, "unroll": args.unroll})
+  return compile_step(config)
 
 
 class Theirs:
@@ -196,17 +213,21 @@ def highest_rate(dtype: str, size: int = 8192) -> float:
   return 2 * size**3 / min(seconds)
 
 
-def print_table(args: argparse.Namespace, seconds: dict[str, list[float]], count: float, highest: float) -> None:
+def print_table(
+  args: argparse.Namespace, seconds: dict[str, list[float]], counts: dict[str, float], highest: float
+) -> None:
   """A row for each contestant; ratios are medians over the rounds, for neighbours in time are alike."""
   kind = jax.devices()[0].device_kind
   print(
     f"{args.model}, {args.batch_size} pairs, {args.dtype}, {kind}; PyTorch {torch.__version__}, JAX {jax.__version__}"
   )
-  print(f"highest rate of products {highest / 1e12:.2f} TFLOP/s; the step has {count / 1e9:.1f} GFLOPs untrimmed")
-  print(f"{'':12}{'best ms':>9}{'median ms':>11}{'images/s':>10}{'times open_clip':>17}{'of highest rate':>17}")
+  known = ", ".join(f"{name} {count / 1e9:,.1f}" for name, count in counts.items())
+  print(f"highest rate of products {highest / 1e12:.2f} TFLOP/s; GFLOPs of a step: {known}")
+  counts = {"open_clip": counts["declip_jax"], **counts}
+  print(f"{'':12}{'best ms':>9}{'median ms':>11}{'pairs/s':>10}{'times open_clip':>17}{'of highest rate':>17}")
   for name, times in seconds.items():
     faster = np.median(np.asarray(seconds["open_clip"]) / np.asarray(times))
-    used = "" if name == "trimmed" else f"{count / min(times) / highest:16.0%}"
+    used = f"{counts[name] / min(times) / highest:16.0%}" if name in counts else ""
     print(f"{name:12}{1e3 * min(times):9.0f}{1e3 * np.median(times):11.0f}", end="")
     print(f"{args.batch_size / min(times):10.1f}{faster:17.2f}{used}")
 

@@ -85,7 +85,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.contrast = ConfigDict()
   # How all pairs of a batch are compared: "plain", "chunked" or "ring" of `objectives.blockwise`, "auto" by the sizes.
   c.contrast.form = "auto"
-  c.contrast.block = 0  # candidates of a chunk; 0 chooses by the sizes
+  c.contrast.block = 0  # candidates that a chunk or a turn of the ring compares at once; 0 chooses by the sizes
   # Of the momentum tower (MoCo v3, BYOL): its share in itself at the first step; rises to 1 as half a cosine.
   c.momentum = 0.996 if method == "slip_byol" else 0.99
   c.batch_size = 4096  # pairs per step over all devices

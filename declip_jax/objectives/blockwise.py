@@ -7,7 +7,7 @@ of a sigmoid. Three forms compute the same, value and gradient:
 |---|---|---|
 | "plain" | `b/p * n` | all |
 | "chunked" | `b/p * block` | all |
-| "ring" | `b/p * n/p` | those of one device at a time, passed on from neighbour to neighbour |
+| "ring" | `b/p * block` | those of one device at a time, passed on from neighbour to neighbour |
 
 The last two go through the blocks twice, once for the sums and once, with the same products again, for the gradient:
 nothing between is stored, which differentiating the loop itself would do. In the ring a candidate travels with its own
@@ -41,7 +41,7 @@ class Form:
   Attributes:
     kind: one of `KINDS`, or "auto", which chooses by the sizes.
     mesh: over whose devices the rows are split; only "plain" does without.
-    block: candidates of a chunk; 0 chooses by the sizes.
+    block: candidates that are compared at once; 0 chooses by the sizes.
   """
 
   kind: str = "plain"
@@ -130,14 +130,15 @@ def _chosen(form: Form, x: Float[Array, "v b d"], y: Float[Array, "u n d"]) -> F
     kind = "plain" if matrix <= PLAIN_BYTES or form.mesh is None else "chunked"
     if kind == "chunked" and 4 * y.size > GATHERED_BYTES:
       kind = "ring"
-  if kind != "chunked":
+  if kind == "plain":
     return Form(kind, form.mesh)
-  block = form.block
+  block, candidates = form.block, columns if kind == "chunked" else columns // devices
   if not block:
     wanted = max(columns * CHUNK_BYTES // matrix, 1)
-    block = max(size for size in range(1, min(wanted, columns) + 1) if columns % size == 0)
-  if columns % block:
-    raise ValueError(f"config.contrast.block={block} does not divide the {columns} candidates of a batch")
+    block = max(size for size in range(1, min(wanted, candidates) + 1) if candidates % size == 0)
+  if candidates % block:
+    where = "a batch" if kind == "chunked" else "a device"
+    raise ValueError(f"config.contrast.block={block} does not divide the {candidates} candidates of {where}")
   return Form(kind, form.mesh, block)
 
 
@@ -307,66 +308,73 @@ Loss = _Softmax | _Sigmoid
 def _forward(loss: Loss, x: Array, y: Array, form: Form) -> tuple[Any, Any]:
   """The sums of a device's rows over all columns, and of its columns over all rows."""
   axes, place, count = _places(form)
-  first, shape = place * x.shape[1], (len(x), len(y))
-  row_kind, column_kind = loss.running
+  shape, (row_kind, column_kind) = (len(x), len(y)), loss.running
+  look = partial(_look, loss, x, place * x.shape[1], form.block)
+  rows = row_kind.nothing((*shape, x.shape[1]))
   if form.kind == "ring":
 
     def turn(carry: Any, step: Array) -> tuple[Any, None]:
       rows, y, columns = carry
       arriving = _passed_on(y, form)  # while the products are computed
-      row_part, column_part = loss.look(_products(x, y), first, (place + step) % count * y.shape[1])
-      columns = _passed_on(columns.merged(column_part), form)
-      return (rows.merged(row_part), arriving, columns), None
+      rows, part = look(rows, y, (place + step) % count * y.shape[1])
+      return (rows, arriving, _passed_on(columns.merged(part), form)), None
 
-    nothing = row_kind.nothing((*shape, x.shape[1])), y, column_kind.nothing((*shape, y.shape[1]))
-    (rows, _, columns), _ = jax.lax.scan(turn, nothing, jnp.arange(count))
+    carry = rows, y, column_kind.nothing((*shape, y.shape[1]))
+    (rows, _, columns), _ = jax.lax.scan(turn, carry, jnp.arange(count))
     return rows, columns
-  gathered = jax.lax.all_gather(y, axes, axis=1, tiled=True)
+  rows, columns = look(rows, jax.lax.all_gather(y, axes, axis=1, tiled=True), 0)
+  own = partial(jax.lax.dynamic_slice_in_dim, start_index=place * y.shape[1], slice_size=y.shape[1], axis=2)
+  return rows, jax.tree.map(own, columns.over(axes))
+
+
+def _look(loss: Loss, x: Array, row: Any, block: int, rows: Any, y: Array, column: Any) -> tuple[Any, Any]:
+  """The sums of rows with these candidates in them, and those of the candidates, chunk by chunk."""
 
   def chunk(rows: Any, start: Array) -> tuple[Any, Any]:
-    part = jax.lax.dynamic_slice_in_dim(gathered, start, form.block, axis=1)
-    row_part, column_part = loss.look(_products(x, part), first, start)
+    part = jax.lax.dynamic_slice_in_dim(y, start, block, axis=1)
+    row_part, column_part = loss.look(_products(x, part), row, column + start)
     return rows.merged(row_part), column_part
 
-  starts = jnp.arange(0, gathered.shape[1], form.block)
-  rows, columns = jax.lax.scan(chunk, row_kind.nothing((*shape, x.shape[1])), starts)
-  columns = jax.tree.map(_joined, columns).over(axes)
-  own = partial(jax.lax.dynamic_slice_in_dim, start_index=place * y.shape[1], slice_size=y.shape[1], axis=2)
-  return rows, jax.tree.map(own, columns)
+  rows, columns = jax.lax.scan(chunk, rows, jnp.arange(0, y.shape[1], block))
+  return rows, jax.tree.map(_joined, columns)
 
 
 def _backward(loss: Loss, x: Array, y: Array, rows: Any, columns: Any, form: Form) -> tuple[Array, Array]:
   """The gradients of a device's rows and columns; `rows` and `columns` are what `slopes` takes."""
   axes, place, count = _places(form)
-  first = place * x.shape[1]
-
-  def products(y: Array, start: Array, columns: Any) -> tuple[Array, Array]:
-    for_x, for_y = loss.slopes(_products(x, y), first, start, rows, columns)
-    exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    return exact("vubn,und->vbd", for_x, y), exact("vubn,vbd->und", for_y, x)
-
+  pull = partial(_pull, loss, x, place * x.shape[1], form.block, rows)
+  slope_x = jnp.zeros_like(x)
   if form.kind == "ring":
 
     def turn(carry: Any, step: Array) -> tuple[Any, None]:
       slope_x, (y, columns), slope_y = carry
       arriving = _passed_on((y, columns), form)
-      more_x, more_y = products(y, (place + step) % count * y.shape[1], columns)
-      return (slope_x + more_x, arriving, _passed_on(slope_y + more_y, form)), None
+      slope_x, more_y = pull(slope_x, y, columns, (place + step) % count * y.shape[1])
+      return (slope_x, arriving, _passed_on(slope_y + more_y, form)), None
 
-    nothing = jnp.zeros_like(x), (y, columns), jnp.zeros_like(y)
-    (slope_x, _, slope_y), _ = jax.lax.scan(turn, nothing, jnp.arange(count))
+    carry = slope_x, (y, columns), jnp.zeros_like(y)
+    (slope_x, _, slope_y), _ = jax.lax.scan(turn, carry, jnp.arange(count))
     return slope_x, slope_y
   gathered = jax.lax.all_gather(y, axes, axis=1, tiled=True)
   all_columns = jax.tree.map(partial(jax.lax.all_gather, axis_name=axes, axis=2, tiled=True), columns)
+  slope_x, slope_y = pull(slope_x, gathered, all_columns, 0)
+  return slope_x, jax.lax.psum_scatter(slope_y, axes, scatter_dimension=1, tiled=True)
+
+
+def _pull(
+  loss: Loss, x: Array, row: Any, block: int, rows: Any, slope_x: Array, y: Array, columns: Any, column: Any
+) -> tuple[Array, Array]:
+  """The gradient of rows with that of these candidates in it, and the candidates', chunk by chunk."""
+  exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
   def chunk(slope_x: Array, start: Array) -> tuple[Array, Array]:
-    part = jax.lax.dynamic_slice_in_dim(gathered, start, form.block, axis=1)
-    saved = jax.tree.map(lambda c: jax.lax.dynamic_slice_in_dim(c, start, form.block, axis=2), all_columns)
-    more_x, more_y = products(part, start, saved)
-    return slope_x + more_x, more_y
+    part = jax.lax.dynamic_slice_in_dim(y, start, block, axis=1)
+    saved = jax.tree.map(lambda c: jax.lax.dynamic_slice_in_dim(c, start, block, axis=2), columns)
+    for_x, for_y = loss.slopes(_products(x, part), row, column + start, rows, saved)
+    return slope_x + exact("vubn,und->vbd", for_x, part), exact("vubn,vbd->und", for_y, x)
 
-  slope_x, slopes_y = jax.lax.scan(chunk, jnp.zeros_like(x), jnp.arange(0, gathered.shape[1], form.block))
-  return slope_x, jax.lax.psum_scatter(_joined(slopes_y, axis=1), axes, scatter_dimension=1, tiled=True)
+  slope_x, slopes_y = jax.lax.scan(chunk, slope_x, jnp.arange(0, y.shape[1], block))
+  return slope_x, _joined(slopes_y, axis=1)
 
 
 def _places(form: Form) -> tuple[tuple[str, ...], Array, int]:

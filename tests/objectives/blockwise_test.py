@@ -24,7 +24,9 @@ def forms() -> list[Form]:
     Form("chunked", meshes[0], 8),
     Form("chunked", meshes[1], 32),
     Form("chunked", meshes[2], 4),
-    *(Form("ring", mesh) for mesh in meshes),
+    Form("ring", meshes[0]),
+    Form("ring", meshes[1], 2),
+    Form("ring", meshes[2], 8),
   ]
 
 
@@ -116,6 +118,7 @@ def test_memory_of_the_ring_does_not_grow_with_the_devices_and_that_of_chunks_le
     return grad.lower(x, x).compile().memory_analysis().temp_size_in_bytes
 
   assert temporary("ring", 8) < 1.3 * temporary("ring", 2)
+  assert temporary("ring", 8, 4) < temporary("ring", 8) / 2
   assert temporary("plain", 8) > 3 * temporary("plain", 2)
   assert temporary("chunked", 8, 64) < temporary("plain", 8) / 2
 
@@ -133,8 +136,12 @@ def test_form_is_chosen_by_the_sizes_and_a_bad_one_refused(monkeypatch: pytest.M
   monkeypatch.setattr(blockwise, "CHUNK_BYTES", 700)
   assert chosen() == ("chunked", 16)  # 21 would be small enough, and does not divide 64
   monkeypatch.setattr(blockwise, "GATHERED_BYTES", 1000)
-  assert chosen() == ("ring", 0)
+  assert chosen() == ("ring", 8)  # all candidates of a device
+  monkeypatch.setattr(blockwise, "CHUNK_BYTES", 200)
+  assert chosen() == ("ring", 4)  # 6 would be small enough, and does not divide 8
   with pytest.raises(ValueError, match=r"config.contrast.form='rings': choose one of \['auto', 'plain', 'chunked'"):
     chosen("rings")
   with pytest.raises(ValueError, match=r"config.contrast.block=10 does not divide the 64 candidates"):
     chosen("chunked", 10)
+  with pytest.raises(ValueError, match=r"config.contrast.block=5 does not divide the 8 candidates of a device"):
+    chosen("ring", 5)

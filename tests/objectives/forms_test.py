@@ -22,7 +22,7 @@ FORMS = {
   "chunked on 2 x 4": lambda: Form("chunked", make_mesh(2, 4), 8),
   "chunked on 1": lambda: Form("chunked", make_mesh(1, 1, jax.devices()[:1]), 2),
   "ring on 8": lambda: Form("ring", make_mesh(8, 1)),
-  "ring on 4 x 2": lambda: Form("ring", make_mesh(4, 2)),
+  "ring on 4 x 2": lambda: Form("ring", make_mesh(4, 2), 1),
   "ring on 1": lambda: Form("ring", make_mesh(1, 1, jax.devices()[:1])),
   "plain on 8": lambda: Form("plain", make_mesh(8, 1)),
   "auto on 8": lambda: Form("auto", make_mesh(8, 1)),
