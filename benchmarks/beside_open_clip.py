@@ -21,7 +21,8 @@ import tempfile
 import time
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both need room on a GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both need room on a GPU, and have one
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 import jax
 import jax.numpy as jnp

@@ -210,13 +210,15 @@ class Checkpoints:
       raise ValueError(f"all checkpoints in {self._folder} are damaged ({lines}); move them away to start anew")
     return None
 
-  def check(self, step: int) -> tuple[str, bool]:
+  def check(self, step: int, items: Sequence[str] = ()) -> tuple[str, bool]:
     """What is damaged in a checkpoint by its checksums, "" if nothing, the same on every host; whether it has any.
 
-    The hosts share the reading, each in several threads.
+    The hosts share the reading, each in several threads. Given `items`, the others are not looked at.
     """
     folder = self._folder / str(step)
     expected, unreadable = _read_seals(folder)
+    if items:
+      expected = {name: sums for name, sums in expected.items() if "/" not in name or name.split("/")[0] in items}
     mine = sorted(expected)[jax.process_index() :: jax.process_count()]
     return agree(unreadable or _damage(folder, {name: expected[name] for name in mine})), bool(expected)
 
@@ -298,8 +300,9 @@ class Checkpoints:
     with contextlib.suppress(Exception):  # it would be raised again at the next save, once in each thread
       self._manager.wait_until_finished()
     if jax.process_index() == 0:
-      for unfinished in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):  # it may be what fills the disk
-        shutil.rmtree(unfinished, ignore_errors=True)
+      with contextlib.suppress(OSError):
+        for unfinished in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):  # it may be what fills the disk
+          shutil.rmtree(unfinished, ignore_errors=True)
     self._reload()  # it has forgotten those that it would have deleted
     self.failed += 1
     self._reason = _first_line(error)
@@ -325,7 +328,8 @@ class Checkpoints:
       probe.write_bytes(bytes(4096))
       probe.unlink()
     except OSError as error:
-      probe.unlink(missing_ok=True)
+      with contextlib.suppress(OSError):
+        probe.unlink(missing_ok=True)
       return str(error)
     return ""
 

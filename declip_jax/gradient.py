@@ -10,7 +10,8 @@ time: their features are computed part by part and kept, without what a backward
 examples comes behind them, is differentiated once at the features of the whole batch, and so temperature, bank and
 batch norms of heads count once. Then each part is encoded again, and the features' gradients flow back through it.
 Towers draw no random numbers, so both passes are the same. Only a ResNet's batch norms look across examples inside the
-tower: they see a part, as in every other accumulation, and their running statistics move once for each.
+tower: they see a part, as in every other accumulation, and their running statistics move once for each. Of several
+devices each part gathers parameters and sums gradients again, so that no device ever holds them whole in float32.
 """
 
 from collections.abc import Callable, Sequence

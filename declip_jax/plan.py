@@ -301,7 +301,7 @@ def _largest(config: ConfigDict, chips: Sequence[jax.Device], needs: float, avai
   heads, count = config.model.heads, len(chips)
   # What divides a batch; so many pairs on a chip come together.
   groups = heads.norm_groups, heads.bank_groups, config.model.image.get("norm_groups", 1)
-  unit = math.lcm(count * config.micro_batches, *groups) // count
+  unit = math.lcm(math.lcm(count * config.micro_batches, *groups) // count, config.contrast.block or 1)
 
   def compile_with(pairs: int) -> float:
     other = config.copy_and_resolve_references()
@@ -310,6 +310,9 @@ def _largest(config: ConfigDict, chips: Sequence[jax.Device], needs: float, avai
       return memory(_told(other, chips))["peak"]
     except TooLarge as error:
       return error.needed
+    except ValueError as error:  # a bank that is smaller than the batch, say
+      print(f"  {pairs} pairs: {error}", file=sys.stderr, flush=True)
+      return math.inf
 
   tried = search_largest(compile_with, available, {config.batch_size // count: needs}, unit)
   pairs = max((pairs for pairs, need in tried.items() if need <= available), default=None)
@@ -442,6 +445,8 @@ def main(_: list[str]) -> int:
   try:
     if given.json and not Path(given.json).absolute().parent.is_dir():
       raise ValueError(f"--json={given.json}: there is no such folder")  # said now, and not in some minutes
+    if given.slices > 1 and not given.topology:
+      raise ValueError(f"--slices={given.slices}: of which --topology?")
     over = topology(given.topology, given.slices) if given.topology else None
     report = plan(given.config, over, given.search)
   except run.USER_ERRORS as error:

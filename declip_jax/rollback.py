@@ -31,15 +31,15 @@ class Rollbacks:
     return len(self._made)
 
   def target(self, steps: Sequence[int], healthy: int) -> int | None:
-    """Where to go back to: the newest checkpoint up to the step `healthy`, None if there is none.
+    """Where to go back to: the newest checkpoint up to the step `healthy`, None if there is none at all.
 
     If that is where the run came from the last time, and so diverged again without any other checkpoint, it is the one
-    before, if there is one.
+    before, if there is one. If all are newer, it is the oldest: skipped steps have changed no parameters.
     """
     older = [step for step in sorted(steps) if step <= healthy]
     if len(older) > 1 and self._made and self._made[-1]["to"] == older[-1]:
       return older[-2]
-    return older[-1] if older else None
+    return older[-1] if older else min(steps, default=None)
 
   def position(self, step: int, data: dict[str, Any]) -> dict[str, Any]:
     """Where the input goes on at the checkpoint of a step, which has `data`: behind what the run went back for."""

@@ -34,6 +34,9 @@ from declip_jax.sharding import make_mesh
 from declip_jax.types import Batch
 
 USER_ERRORS = (ValueError, FloatingPointError, OSError, ModuleNotFoundError)
+# Of these what a path explains; any other OSError is a disk, a mount or a network, and may be gone the next time.
+_PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+_IO_EXIT_CODE = 74
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _OVERRIDES = (
   "weak_scale",
@@ -280,8 +283,8 @@ def lock(workdir: Path) -> Iterator[str]:
   path, refused, note = workdir / "run.lock", "", ""
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
-      file = stack.enter_context(path.open("a+"))
       try:
+        file = stack.enter_context(path.open("a+"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         file.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}")
@@ -289,6 +292,8 @@ def lock(workdir: Path) -> Iterator[str]:
       except BlockingIOError:
         file.seek(0)
         refused = f"{workdir} is in use by another run: {file.read()}"
+      except PermissionError as error:
+        refused = f"{workdir} cannot be written to: {error}"
       except OSError as error:
         note = f"{path}: {error}; nothing keeps a second run out of this directory"
     if refused := agree(refused):
@@ -343,8 +348,9 @@ def record(config: ConfigDict, mesh: Mesh, workdir: Path, samples: Mapping[str, 
 def launch(command: Callable[[Path], None]) -> None:
   """Runs a command of the command line: parses flags, joins the other processes, calls it with `--workdir`.
 
-  What the user can mend is one line on the screen and exit code 2, with the traceback in a file beside the run. Defines
-  the flags that all commands share; TPU pods and Slurm need only `--multihost`.
+  What the user can mend is one line on the screen and exit code 2, with the traceback in a file beside the run; so is a
+  disk, a mount or a network that fails, with exit code 74, since it may be back the next time. Defines the flags that
+  all commands share; TPU pods and Slurm need only `--multihost`.
   """
   flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, pictures.", required=True)
   flags.DEFINE_bool("multihost", False, "One of several processes that JAX finds by itself (TPU pod, Slurm, GKE).")
@@ -394,11 +400,12 @@ def _join_processes() -> None:
 
 def _report(error: Exception, workdir: Path) -> int:
   message = f"error: {error}"
-  if (workdir / "checkpoints").is_dir():  # a run, and no folder of somebody's weights
-    (workdir / "error.txt").write_text(traceback.format_exc())
-    message += f"\n(traceback in {workdir / 'error.txt'})"
+  with contextlib.suppress(OSError):  # it may be the disk that is full
+    if (workdir / "checkpoints").is_dir():  # a run, and no folder of somebody's weights
+      (workdir / "error.txt").write_text(traceback.format_exc())
+      message += f"\n(traceback in {workdir / 'error.txt'})"
   print(message, file=sys.stderr)
-  return 2
+  return _IO_EXIT_CODE if isinstance(error, OSError) and not isinstance(error, _PATH_ERRORS) else 2
 
 
 def _git_revision() -> str:
@@ -411,6 +418,7 @@ def _git_revision() -> str:
 
 def _differences(before: Any, after: Any, name: str = "config") -> list[str]:
   if isinstance(before, dict) and isinstance(after, dict):
-    names = sorted({*before, *after})
+    # Fields that one version has and the other has not are no change of the user's; evaluations are.
+    names = sorted({*before, *after} if name == "config.evals" else before.keys() & after.keys())
     return [line for key in names for line in _differences(before.get(key), after.get(key), f"{name}.{key}")]
   return [] if before == after else [f"{name}: {before!r} -> {after!r}"]

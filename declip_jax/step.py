@@ -115,11 +115,12 @@ def spikes(norm: Array, state: dict[str, Array], factor: float) -> tuple[Array, 
   Returns:
     Whether it is too large, and the state with this norm in it.
   """
-  measured, mean = state["measured"], state["log_norm"]
+  measured, mean, counts = state["measured"], state["log_norm"], norm > 0  # 0: a loss that has not begun
   log_norm = jnp.log(jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
   too_large = (measured >= _MEASURED) & (log_norm > mean + math.log(factor)) if factor else jnp.zeros((), bool)
   share = 1 / (jnp.minimum(measured, _MEASURED - 1) + 1)
-  return too_large, {"measured": jnp.minimum(measured + 1, _MEASURED), "log_norm": mean + share * (log_norm - mean)}
+  new = {"measured": jnp.minimum(measured + 1, _MEASURED), "log_norm": mean + share * (log_norm - mean)}
+  return too_large, {name: jnp.where(counts, value, state[name]) for name, value in new.items()}
 
 
 def _diagnose(outputs: Outputs, wanted: Array) -> Metrics:
@@ -158,6 +159,13 @@ def make_step(
       f"config.micro_batches={config.micro_batches}: config.batch_size={config.batch_size} does not divide into so "
       f"many parts for each of {parts.mesh.size} devices"
     )
+  for name in ("norm_groups", "bank_groups"):
+    groups, part = config.model.heads[name], config.batch_size // config.micro_batches
+    if config.micro_batching == "plain" and config.micro_batches > 1 and part % groups:
+      raise ValueError(
+        f"config.micro_batches={config.micro_batches}: config.model.heads.{name}={groups} does not divide a part of "
+        f"{part}"
+      )
   every, last = config.log_every or steps.total, steps.total
   step = partial(
     train_step,

@@ -19,7 +19,7 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 class Trace:
-  """Traces the steps `first` to `last` into a folder; every host writes files of its own.
+  """Traces the steps `first` to `last` into a folder, each process of several into one of its own there.
 
   Args:
     folder: for the trace.
@@ -27,7 +27,16 @@ class Trace:
   """
 
   def __init__(self, folder: Path, steps: tuple[int, int] | None):
-    self._folder, self._steps, self._active = folder, steps, False
+    self._folder = folder / f"process_{jax.process_index()}" if jax.process_count() > 1 else folder
+    self._steps, self._active = steps, False
+
+  def out_of_reach(self, start: int, total: int) -> str:
+    """What to say of steps that a run from `start` to `total` does not take, "" if it takes some of them."""
+    if not self._steps or (self._steps[0] <= total and start < self._steps[1]):
+      return ""
+    return (
+      f"--profile={self._steps[0]}:{self._steps[1]} traces nothing: this run takes the steps {start + 1} to {total}"
+    )
 
   def begin(self, step: int, state: Any) -> None:
     """Before a step is dispatched: starts if it is one of them, when the steps before are done."""
@@ -41,19 +50,19 @@ class Trace:
     if not self._active or step < self._steps[1]:
       return ""
     jax.block_until_ready(state)
-    self._stop()
+    return self._stop(f"step {step}")
+
+  def _stop(self, until: str) -> str:
+    self._active, self._steps = False, None
+    jax.profiler.stop_trace()
     return (
-      f"traced to step {step}: tensorboard --logdir {self._folder} (pip install xprof), or open the "
+      f"traced to {until}: tensorboard --logdir {self._folder} (pip install xprof), or open the "
       "perfetto-readable *.trace.json.gz in it at https://ui.perfetto.dev"
     )
-
-  def _stop(self) -> None:
-    if self._active:
-      self._active, self._steps = False, None
-      jax.profiler.stop_trace()
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._stop()
+    if self._active:
+      print(self._stop("the end"))

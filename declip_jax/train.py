@@ -1,8 +1,8 @@
 """Pretrains CLIP, SLIP, DeCLIP and the like: python -m declip_jax.train --config configs/demo.py --workdir runs/demo
 
 Started again with the same working directory, a run goes on where it was. Ctrl-C and SIGTERM save a checkpoint first;
-the exit code is 0 after SIGTERM (--stopped_exit_code), 130 after Ctrl-C, 2 for what the user can mend, and 70 if a step
-has hung.
+the exit code is 0 after SIGTERM (--stopped_exit_code; with several processes after Ctrl-C, too), 130 after Ctrl-C,
+2 for what the user can mend, 70 if a step has hung, and 74 if a disk, a mount or a network failed.
 Any field of the config can be set: --config.batch_size=256 --config.weights.nns=0
 See declip_jax/config.py for all fields and their meaning, and configs/ for what there is to start from.
 """
@@ -166,6 +166,8 @@ def train(
     batches = pipeline.Prefetch(stream, partial(to_global, sharding=batch_sharding(mesh)))
     stack.callback(batches.close)
     trace = stack.enter_context(Trace(workdir / "profile", profile))
+    if line := trace.out_of_reach(start, steps.total):
+      progress.message(line)
     watchdog = stack.enter_context(Watchdog(workdir, config.hang_timeout))
     watch = _Watch(config, mesh.size, start)
     row: dict[str, float] = {}
@@ -174,7 +176,8 @@ def train(
     step = turn = start
     while step < steps.total:
       step, turn = step + 1, turn + 1  # they differ once the run went back
-      watchdog.beat(f"step {step}")
+      if watch.has_compiled:
+        watchdog.beat(f"step {step}")
       with watch.spending("data"):
         batch, position, passed_over = next(batches)
       trace.begin(step, state)
@@ -183,9 +186,12 @@ def train(
           state, metrics = step_fn(state, batch)
         # One step may be in flight: waiting for the one before keeps the device busy and the clock honest.
         jax.block_until_ready(watch.previous)
-      if line := watch.compiled(metrics) or trace.end(step, state):
+      for line in filter(None, (watch.compiled(metrics), trace.end(step, state))):
         progress.message(line)
       if (skipped := watch.skipped()) >= config.max_skipped_in_a_row:
+        turn -= 1  # preemption was not asked for
+        for leaf in jax.tree.leaves(state):  # there may be no room for two
+          leaf.delete()
         went_back = _go_back(step - 1, skipped, config, checkpoints, rollbacks, abstract, position)
         step, state, position, damaged = went_back
         for restarted in (writer, progress, watch):
@@ -225,7 +231,7 @@ def train(
         raise Stopped(step, stopping)
 
     if start >= steps.total:
-      results = evaluate(encoders.bind(state.params, state.collections))
+      results = evaluate(watchdog.listening(encoders.bind(state.params, state.collections)))
       if main and not any(results.keys() <= row.keys() for row in read_metrics(workdir) if row["step"] == start):
         writer.write(start, {"examples": start * config.batch_size, **results})  # it was stopped right before
   names = ("examples", "temperature", "dense_temperature", "images_per_second", "utilisation", "skipped_total")
@@ -260,7 +266,7 @@ def _go_back(
     raise FloatingPointError(
       f"{why} (config.max_skipped_in_a_row={config.max_skipped_in_a_row}); "
       f"{done if target is not None else 'there is no checkpoint from before'}: lower config.optimizer.learning_rate, "
-      "set config.optimizer.gradient_clip, or look at the data"
+      "look at the data, or let larger gradients pass by config.divergence.spike and config.optimizer.gradient_clip"
     )
   said = [checkpoints.set_aside(step, "the run diverged", "diverged") for step in checkpoints.steps() if step > target]
   restored = checkpoints.restore_newest(abstract)
@@ -339,7 +345,7 @@ class _Watch:
   def __init__(self, config: ConfigDict, devices: int, start: int):
     self._config, self._devices = config, devices
     self._compile_seconds: float | None = None
-    self._told = False
+    self.has_compiled = False
     self.go_back(start)
 
   def go_back(self, step: int) -> None:
@@ -378,10 +384,11 @@ class _Watch:
 
   def compiled(self, metrics: Metrics) -> str:
     """What to say after the first step, once: how long it compiled, and how much memory it takes."""
-    if self._told:
+    if self.has_compiled:
       return ""
-    self._told = True
-    jax.block_until_ready(metrics)
+    self.has_compiled = True
+    with self.spending("step"):
+      jax.block_until_ready(metrics)
     memory = _peak_memory()
     held = f"; {memory:.1f} GiB of memory on a device" if memory else ""
     return f"compiled in {self._compile_seconds:.0f} s{held}"
@@ -402,7 +409,8 @@ class _Watch:
     everyones = np.reshape(multihost_utils.process_allgather(mine), (-1, len(mine)))
     *bad, due = everyones.sum(axis=0)
     used = self._config.batch_size * (self._step - self._logged)
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    with self.spending("step"):
+      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     values |= {"examples": self._step * self._config.batch_size, "bad_share": float(sum(bad) / (sum(bad) + used))}
     values |= {f"bad/{kind.replace(' ', '_')}": int(count) for kind, count in zip(BAD, bad, strict=True) if count}
     values |= {f"time/{what}": share for what, share in self.shares.items()}
@@ -503,7 +511,7 @@ def _opening(
     yield f"heads: {', '.join(parted)} pairs"
   if start:
     yield f"going on from step {start:,}" if start < steps.total else f"done: trained to step {start:,} before"
-  yield from (f"changed since the run began: {line}" for line in changes)
+  yield from (f"changed since the last start: {line}" for line in changes)
 
 
 def _draw_views(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import faulthandler
+import math
 import os
 from pathlib import Path
 import sys
@@ -22,7 +23,8 @@ class Watchdog:
   """A thread that ends the process, by exit code 70, when the time between two calls of `beat` becomes too long.
 
   The stacks of all threads go to `hang.HOST.txt` in the directory of the run. A peer that dies is noticed sooner, by
-  the heartbeats of JAX; this is for what hangs and still beats: a collective, a mount, a worker.
+  the heartbeats of JAX; this is for what hangs and still beats: a collective, a mount, a worker. It begins with the
+  first call of `beat`: compiling the first step may take as long as it likes.
 
   Args:
     workdir: of the run.
@@ -32,7 +34,7 @@ class Watchdog:
   def __init__(self, workdir: Path, seconds: float):
     self._path = workdir / f"hang.{jax.process_index()}.txt"
     self._seconds, self._closed = seconds, threading.Event()
-    self.beat("the first step")
+    self._latest = math.inf, ""
     if seconds:
       threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 

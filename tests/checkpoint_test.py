@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, and restoring onto another layout."""
 
+import errno
 import os
 from pathlib import Path
 import re
@@ -143,6 +144,34 @@ def test_a_mount_that_vanishes_and_comes_back(tmp_path: Path, caplog: pytest.Log
   checkpoints.save(3, make_state(3, mesh), data={}, config={})
   checkpoints.wait()
   assert (checkpoints.failed, checkpoints.steps()) == (1, [1, 3])
+  checkpoints.close()
+
+
+def test_a_mount_that_answers_nothing_but_errors(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  mesh, broken = make_mesh(2, 4), []
+  checkpoints = Checkpoints(tmp_path)
+
+  def fail_while_broken(name: str) -> None:
+    original = getattr(Path, name)
+
+    def call(path: Path, *inputs: object, **options: object) -> object:
+      if broken and "checkpoints" in path.parts:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+      return original(path, *inputs, **options)
+
+    monkeypatch.setattr(Path, name, call)
+
+  for name in ("write_bytes", "unlink", "glob"):
+    fail_while_broken(name)
+  broken.append(True)
+  checkpoints.save(1, make_state(1, mesh), data={}, config={})
+  assert "the checkpoint of step 1 was not written: OSError: [Errno 107] Transport endpoint" in caplog.text
+  broken.clear()
+  checkpoints.save(2, make_state(2, mesh), data={}, config={})
+  checkpoints.wait()
+  assert (checkpoints.failed, checkpoints.steps()) == (1, [2])
   checkpoints.close()
 
 

@@ -9,7 +9,7 @@ import pytest
 import steps
 from tiny import tiny_config
 
-from declip_jax import gradient, objectives, run
+from declip_jax import gradient, objectives, run, sharding
 
 whole = functools.cache(functools.partial(steps.take_steps, data=1, fsdp=1))
 
@@ -20,6 +20,12 @@ whole = functools.cache(functools.partial(steps.take_steps, data=1, fsdp=1))
 )
 def test_four_cached_parts_give_the_parameters_of_the_whole_batch_after_three_steps(method: str) -> None:
   steps.compare(method, steps.take_steps(method, 2, 1, micro_batches=4), whole(method))
+
+
+@pytest.mark.parametrize("method", ["declip", "slip_mocov3"])
+def test_parts_and_split_parameters_go_together(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(sharding, "MIN_SIZE", 256)
+  steps.compare(method, steps.take_steps(method, 2, 2, micro_batches=2), whole(method))
 
 
 def parts_of(method: str) -> tuple[run.Parts, objectives.Objective, dict, tuple]:

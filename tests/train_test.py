@@ -30,7 +30,7 @@ from declip_jax.metrics import MetricWriter, read_metrics
 from declip_jax.rollback import Rollbacks
 from declip_jax.state import abstract_state, init_state
 from declip_jax.step import spikes, train_step
-from declip_jax.trace import parse_steps
+from declip_jax.trace import Trace, parse_steps
 
 TESTS = Path(__file__).parent
 
@@ -217,7 +217,9 @@ def test_run_leaves_its_record(tmp_path: Path) -> None:
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
   for row in read_metrics(tmp_path)[1:]:
     if "loss" in row:
-      assert 0 < sum(row[f"time/{what}"] for what in ("data", "step", "save", "evaluation")) <= 1
+      shares = {what: row[f"time/{what}"] for what in ("data", "step", "save", "evaluation")}
+      assert 0 < sum(shares.values()) <= 1  # the rest is lines and pictures
+      assert shares["step"] > 0
       assert row["images_per_second_per_device"] == row["images_per_second"] / 8
       assert row["compile_seconds"] > 0
       assert not {"utilisation", "device_memory_gib"} & row.keys()  # a CPU's are not known
@@ -394,6 +396,7 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest
   config = tiny_config("clip")
   config.optimizer.learning_rate = float("nan")
   config.max_skipped_in_a_row = 3
+  config.checkpoint.every.steps = 100
   with pytest.raises(FloatingPointError, match=r"3 steps in a row .*; there is no checkpoint from before"):
     train.train(config, tmp_path)
 
@@ -413,11 +416,22 @@ def test_a_spike_is_a_gradient_far_above_the_mean_of_those_before() -> None:
     log_norm = float(np.log(max(norm, np.finfo(np.float32).tiny)))
     expected = len(logs) >= 100 and log_norm > np.average(logs, weights=weights) + np.log(30)
     assert bool(too_large) == expected, index
-    if not expected:  # as `train_step` keeps it
+    if norm == 0:  # of a loss that has not begun: no measure of anything
+      assert all(np.array_equal(after[name], state[name]) for name in state)
+    elif not expected:  # as `train_step` keeps it
       state = after
       logs.append(log_norm)
   assert [bool(judge(norm, state)[0]) for norm in (1e3, 1.0)] == [True, False]
   assert not spikes(jnp.float32(1e30), state, 0.0)[0]
+
+
+def test_a_run_goes_back_before_what_was_skipped_or_else_as_far_as_it_can(tmp_path: Path) -> None:
+  rollbacks = Rollbacks(tmp_path)
+  assert rollbacks.target([2, 4, 6, 8], 5) == 4
+  assert rollbacks.target([6, 8], 5) == 6  # skipped steps have changed no parameters
+  assert rollbacks.target([], 5) is None
+  rollbacks.record(3, 8, 4, {"next_index": 128})
+  assert Rollbacks(tmp_path).target([2, 4], 5) == 2  # from 4 it diverged again
 
 
 def test_a_spike_changes_nothing_but_counts() -> None:
@@ -713,3 +727,21 @@ def test_bad_config_is_refused_before_compiling(change: dict, message: str, tmp_
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     train.train(config, tmp_path / "run")
   assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_trace_out_of_reach_is_told(tmp_path: Path) -> None:
+  assert Trace(tmp_path, (3, 4)).out_of_reach(2, 8) == ""
+  for start, total in ((4, 8), (0, 2)):
+    said = Trace(tmp_path, (3, 4)).out_of_reach(start, total)
+    assert said == f"--profile=3:4 traces nothing: this run takes the steps {start + 1} to {total}"
+  assert Trace(tmp_path, None).out_of_reach(0, 8) == ""
+
+
+@pytest.mark.parametrize(
+  ("error", "code"), [(ValueError("no"), 2), (FileNotFoundError("no"), 2), (OSError(errno.ESTALE, "stale"), 74)]
+)
+def test_what_may_be_gone_the_next_time_has_an_exit_code_of_its_own(
+  tmp_path: Path, capsys: pytest.CaptureFixture, error: Exception, code: int
+) -> None:
+  assert run._report(error, tmp_path) == code
+  assert capsys.readouterr().err == f"error: {error}\n"

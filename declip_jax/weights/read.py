@@ -182,7 +182,7 @@ def read_run(
         f"{workdir} has no checkpoint of step {'any' if step is None else step}; there are: {steps or 'none'}"
       )
     remarks = []
-    while damage := checkpoints.check(chosen)[0]:
+    while damage := checkpoints.check(chosen, ("model", "config"))[0]:
       older = [other for other in steps if other < chosen and step is None]
       if not older:
         raise ValueError(f"{workdir}: the checkpoint of step {chosen} is damaged: {damage}")

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from declip_jax.objectives import TERMS, total_loss
+from declip_jax.objectives import TERMS, blockwise, total_loss
 from declip_jax.objectives.blockwise import PLAIN, Form
 from declip_jax.sharding import make_mesh
 from declip_jax.types import Outputs
@@ -25,7 +25,8 @@ FORMS = {
   "ring on 4 x 2": lambda: Form("ring", make_mesh(4, 2), 1),
   "ring on 1": lambda: Form("ring", make_mesh(1, 1, jax.devices()[:1])),
   "plain on 8": lambda: Form("plain", make_mesh(8, 1)),
-  "auto on 8": lambda: Form("auto", make_mesh(8, 1)),
+  "auto chunked": lambda: Form("auto", make_mesh(8, 1)),
+  "auto ring": lambda: Form("auto", make_mesh(2, 4)),
 }
 # Terms with their options, and the axis of the batch of the fields that they read.
 PAIRS = {"image": 1, "text": 1}
@@ -104,6 +105,10 @@ plain = functools.cache(lambda case: compute(case, PLAIN))
 def test_all_forms_are_equal(case: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
   expected = plain(case)
   monkeypatch.setattr(FILIP, "BLOCK", 200)  # FILIP's own blocks, some products each
+  if form.startswith("auto"):
+    monkeypatch.setattr(blockwise, "PLAIN_BYTES", 1)
+    monkeypatch.setattr(blockwise, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(blockwise, "GATHERED_BYTES", 1 if form == "auto ring" else 2**30)
   found = compute(case, FORMS[form]())
   assert found.keys() == expected.keys()
   for name, value in expected.items():
