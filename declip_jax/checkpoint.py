@@ -1,7 +1,7 @@
 """Checkpoints by orbax: the train state, the position of the input, and the config, written in the background.
 
-A checkpoint has five items: `model` (parameters and collections; evaluation and export read nothing else), `training`
-(step, moments, counters), `data` (the position of the input stream, JSON), `config` and `scores` (JSON). Behind the
+A checkpoint has four items: `model` (parameters and collections; evaluation and export read nothing else), `training`
+(step, moments, counters), `data` (the position of the input stream, JSON) and `config` (JSON). Behind the
 commit each host seals it: `checksums.HOST.json` has size and CRC-32 of every file that the host wrote. What is damaged
 later, be it a single bit, is noticed before it is used, and the checkpoint before is taken.
 """
@@ -31,6 +31,7 @@ from declip_jax.state import State
 
 Tree = Any
 _SEAL = "checksums.{}.json"  # of a host; written last, so a checkpoint may lack it if the run was killed just then
+_SCORES = "scores.json"  # what an evaluation found; it comes behind the seal
 _CHUNK = 2**24  # bytes that are read at once
 _BACK_OFF = 30.0, 600.0  # seconds before a save that failed is tried again: at first, and at most
 _TELL_SECONDS = 10.0  # between messages about a check that takes long
@@ -92,7 +93,6 @@ class Checkpoints:
         "training": ocp.PyTreeCheckpointHandler(),
         "data": ocp.JsonCheckpointHandler(),
         "config": ocp.JsonCheckpointHandler(),
-        "scores": ocp.JsonCheckpointHandler(),
       },
     )
     self._interval, self._began = 60 * minutes, time.monotonic()
@@ -117,7 +117,6 @@ class Checkpoints:
     *,
     data: Mapping[str, Any],
     config: Mapping[str, Any],
-    metrics: Mapping[str, float] | None = None,
   ) -> None:
     """Starts to write a checkpoint and returns as soon as the arrays are copied to the host."""
     self.wait()
@@ -126,13 +125,11 @@ class Checkpoints:
     if step in self.steps():
       return
     self._began = time.monotonic()
-    self._keep.scores[step] = {name: float(value) for name, value in (metrics or {}).items()}
     args = ocp.args.Composite(
       model=ocp.args.PyTreeSave(_model(state)),
       training=ocp.args.PyTreeSave(_training(state)),
       data=ocp.args.JsonSave(dict(data)),
       config=ocp.args.JsonSave(dict(config)),
-      scores=ocp.args.JsonSave(self._keep.scores[step]),
     )
     try:
       # Orbax's hosts meet at barriers: one that cannot write must not leave the others waiting there.
@@ -146,6 +143,18 @@ class Checkpoints:
     self._writing = threading.Thread(target=self._complete, args=(step,), name="checkpoint", daemon=True)
     self._step = step
     self._writing.start()
+
+  def score(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Notes how good a checkpoint is, from the next save on; one that could not be written has no score."""
+    self.wait()
+    self._keep.scores[step] = {name: float(value) for name, value in metrics.items()}
+    path = self._folder / str(step) / _SCORES
+    if jax.process_index() == 0 and step in self.steps():
+      try:
+        path.with_suffix(".tmp").write_text(json.dumps(self._keep.scores[step]))
+        os.replace(path.with_suffix(".tmp"), path)
+      except OSError as error:
+        _log.warning("%s was not written: %s", path, error)
 
   def due(self) -> bool:
     """Whether this process's clock asks for a save: the interval has passed, or a failed one should be tried again."""
@@ -357,16 +366,15 @@ class _Keep:
     return [checkpoint.step in kept for checkpoint in checkpoints]
 
   def _scored(self, step: int) -> bool:
-    return self._metric in self._scores(step)
+    return not math.isnan(self._scores(step).get(self._metric, math.nan))
 
   def _score(self, step: int) -> tuple[float, int]:
-    score = self._scores(step)[self._metric]
-    return (float("-inf") if math.isnan(score) else score), step  # of equal ones the newest
+    return self._scores(step)[self._metric], step  # of equal ones the newest
 
   def _scores(self, step: int) -> Mapping[str, float]:
     if step not in self.scores:
       try:
-        self.scores[step] = json.loads((self._folder / str(step) / "scores" / "metadata").read_text())
+        self.scores[step] = json.loads((self._folder / str(step) / _SCORES).read_text())
       except (OSError, ValueError):  # of an older version, or damaged
         self.scores[step] = {}
     return self.scores[step]
@@ -460,8 +468,8 @@ def _threads() -> int:
 
 
 def _first_line(error: Exception) -> str:
-  line = (str(error).splitlines() or [""])[0]
-  if len(line) > 300:  # tensorstore's, which says at the end what it is about
+  line = re.split(r" \[[a-z_ ]+='", (str(error).splitlines() or [""])[0])[0]  # tensorstore adds its whole specification
+  if len(line) > 300:  # and says at the end what it is about
     line = f"{line[:140]} ... {line[-140:]}"
   return f"{type(error).__name__}: {line}"
 

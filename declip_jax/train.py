@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from declip_jax import devices, flops, objectives, pictures, run
-from declip_jax.checkpoint import Checkpoints, Restored
+from declip_jax.checkpoint import Checkpoints, Restored, agree
 from declip_jax.data import pipeline
 from declip_jax.data.sources import BAD, Source, open_source
 from declip_jax.encode import EncoderFactory
@@ -173,6 +173,24 @@ def train(
     row: dict[str, float] = {}
     results: dict[str, float] = {}
 
+    def score(step: int, state: State) -> dict[str, float]:
+      with progress.pause(), watch.spending("evaluation"):
+        results = evaluate(watchdog.listening(encoders.bind(state.params, state.collections)))
+      checkpoints.score(step, results)
+      writer.write(step, {"examples": step * config.batch_size, **results})
+      for line in _scores(step, results):
+        progress.message(line)
+      return results
+
+    if start >= steps.total or (start and steps.evaluate and start % steps.evaluate == 0):
+      told = main and any(
+        name.startswith("eval/") for row in read_metrics(workdir) for name in row if row["step"] == start
+      )
+      if agree("" if told or not main else "it was stopped right before"):
+        results = score(start, state)
+      elif start >= steps.total:
+        results = evaluate(watchdog.listening(encoders.bind(state.params, state.collections)))
+
     step = turn = start
     while step < steps.total:
       step, turn = step + 1, turn + 1  # they differ once the run went back
@@ -210,18 +228,15 @@ def train(
 
       stopping = stop.signum or (signal.SIGTERM if checkpoints.preempted(turn) else 0)
       evaluating = not stopping and (last or (steps.evaluate and step % steps.evaluate == 0))
-      if evaluating:
-        with progress.pause(), watch.spending("evaluation"):
-          results = evaluate(watchdog.listening(encoders.bind(state.params, state.collections)))
-        writer.write(step, {"examples": step * config.batch_size, **results})
-        for line in _scores(step, results):
-          progress.message(line)
       if evaluating or stopping or last or overdue or (steps.checkpoint and step % steps.checkpoint == 0):
         watchdog.beat(f"the checkpoint of step {step}")
-        scores = results if evaluating else {}
-        save = partial(checkpoints.save, step, state, data=position, config=config.to_dict(), metrics=scores)
+        save = partial(checkpoints.save, step, state, data=position, config=config.to_dict())
         with progress.pause(), watch.spending("save"):
           save()
+        if evaluating:  # behind the save: an evaluation may take long, and somebody may end the run meanwhile
+          results = score(step, state)
+          stopping = stop.signum
+        with progress.pause(), watch.spending("save"):
           if main:
             with pictures.optional(workdir / "curves.png"):
               pictures.plot_curves(read_metrics(workdir), workdir / "curves.png")
@@ -230,10 +245,6 @@ def train(
       if stopping:
         raise Stopped(step, stopping)
 
-    if start >= steps.total:
-      results = evaluate(watchdog.listening(encoders.bind(state.params, state.collections)))
-      if main and not any(results.keys() <= row.keys() for row in read_metrics(workdir) if row["step"] == start):
-        writer.write(start, {"examples": start * config.batch_size, **results})  # it was stopped right before
   names = ("examples", "temperature", "dense_temperature", "images_per_second", "utilisation", "skipped_total")
   shown = {name: value for name, value in row.items() if name.startswith("loss") or name in names}
   final = {"step": max(start, steps.total), **shown, **results}

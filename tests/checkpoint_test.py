@@ -36,8 +36,9 @@ def save_steps(folder: Path, scores: dict[int, float | None], **keep: object) ->
   mesh = make_mesh(2, 4)
   checkpoints = Checkpoints(folder, **keep)
   for step, score in scores.items():
-    metrics = {} if score is None else {"top1": score}
-    checkpoints.save(step, make_state(step, mesh), data={"next_index": step}, config={}, metrics=metrics)
+    checkpoints.save(step, make_state(step, mesh), data={"next_index": step}, config={})
+    if score is not None:
+      checkpoints.score(step, {"top1": score})
   checkpoints.wait()
   kept = checkpoints.steps()
   checkpoints.close()

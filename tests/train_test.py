@@ -729,6 +729,30 @@ def test_bad_config_is_refused_before_compiling(change: dict, message: str, tmp_
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("signalled", [False, True])
+def test_an_evaluation_that_is_cut_off_costs_no_step_and_is_made_up_for(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signalled: bool
+) -> None:
+  use_mesh(monkeypatch, 1, 1)
+  config = tiny_config("clip")
+  config.evaluate_every.steps, config.checkpoint.every.steps = 4, 100
+
+  def interrupt(encoders: object) -> dict[str, float]:
+    if not signalled:
+      raise KeyboardInterrupt
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {"eval/heldout/top1": 0.5}
+
+  with monkeypatch.context() as patched:
+    patched.setattr(train, "make_evaluators", lambda *_: interrupt)
+    with pytest.raises(train.Stopped if signalled else KeyboardInterrupt):
+      train.train(config, tmp_path)
+  assert Checkpoints(tmp_path).steps() == [4]
+  train.train(config, tmp_path)
+  rows = [row["step"] for row in read_metrics(tmp_path) if "eval/heldout/top1" in row]
+  assert rows == [4, 8]
+
+
 def test_a_trace_out_of_reach_is_told(tmp_path: Path) -> None:
   assert Trace(tmp_path, (3, 4)).out_of_reach(2, 8) == ""
   for start, total in ((4, 8), (0, 2)):
