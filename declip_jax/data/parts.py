@@ -84,6 +84,9 @@ def make(
     pool.shutdown()
     for helper in started:
       helper.close()
+      for folder in {part.path.parent for part in parts}:  # what it was killed over
+        for unfinished in folder.glob(f".{helper.pid}.*"):
+          unfinished.unlink(missing_ok=True)
 
 
 def _work(
@@ -110,7 +113,7 @@ def _work(
 
 def _make(function: Make, path: Path, argument: Any, tell: Tell) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{os.getpid()}.", delete=False) as file:
     temporary = Path(file.name)
   try:
     function(temporary, argument, tell)
@@ -149,6 +152,10 @@ class _Helper:
     if line and line != _DONE:
       logging.warning("%s: a process could not make it, so this one does: %s", part.path, line.strip())
     return line == _DONE
+
+  @property
+  def pid(self) -> int:
+    return self._process.pid
 
   def kill(self) -> None:
     self._process.kill()

@@ -105,7 +105,9 @@ def script(folder: Path, ending: str = "") -> subprocess.Popen:
   (folder / "script.py").write_text(SCRIPT)
   environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
   command = [sys.executable, str(folder / "script.py"), str(folder / "made"), ending]
-  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+  # A shell that starts the tests in the background may have them ignore Ctrl-C, which children inherit.
+  hears = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=hears)
 
 
 def test_a_script_without_a_main_guard_is_not_run_again(write, tmp_path):
