@@ -203,7 +203,7 @@ def test_whether_tokens_are_compared_follows_from_the_weights_of_a_run(weights, 
   zero = jnp.zeros((), jnp.int32)
   state = State(zero, arrays["params"], {}, arrays["collections"], {"total": zero, "in_a_row": zero})
   checkpoints = Checkpoints(tmp_path)
-  checkpoints.save(1, state, data={}, config=c.to_dict(), metrics={})
+  checkpoints.save(1, state, data={}, config=c.to_dict())
   checkpoints.close()
   assert read(tmp_path).tokens is tokens
 
