@@ -6,7 +6,7 @@ commit each host seals it: `checksums.HOST.json` has size and CRC-32 of every fi
 later, be it a single bit, is noticed before it is used, and the checkpoint before is taken.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import contextlib
 import json
@@ -245,11 +245,21 @@ class Checkpoints:
     return f"the checkpoint of step {step} is passed over: {why}; it is kept as {target}"
 
   def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
-    """State and input position of a step, laid out as `abstract` says, whatever mesh they were saved from."""
-    training = _training(abstract)
-    saved = self._manager.item_metadata(step)["training"].tree["skipped"]
-    new = {name: leaf for name, leaf in abstract.skipped.items() if name not in saved}  # of an older version
-    training["skipped"] = {name: leaf for name, leaf in abstract.skipped.items() if name in saved}
+    """State and input position of a step, laid out as `abstract` says, whatever mesh they were saved from.
+
+    Raises:
+      ValueError: it is a state of another model or optimizer; names an array in which they differ.
+    """
+    saved, training = self._manager.item_metadata(step), _training(abstract)
+    counters = saved["training"].tree["skipped"]
+    new = {name: leaf for name, leaf in abstract.skipped.items() if name not in counters}  # of an older version
+    training["skipped"] = {name: leaf for name, leaf in abstract.skipped.items() if name in counters}
+    if others := [*_others(saved["model"].tree, _model(abstract)), *_others(saved["training"].tree, training)]:
+      more = f", and {len(others) - 1} more like it" if len(others) > 1 else ""
+      raise ValueError(
+        f"the checkpoint {self._folder / str(step)} does not fit the config: {others[0]}{more}; give the config that "
+        "it was saved with, or take another workdir (config.init_from.path takes over what fits)"
+      )
     args = ocp.args.Composite(
       model=_restore(_model(abstract)),
       training=_restore(training),
@@ -491,6 +501,19 @@ def _model(state: State) -> dict[str, Any]:
 
 def _training(state: State) -> dict[str, Any]:
   return {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
+
+
+def _others(saved: Tree, abstract: Tree) -> Iterator[str]:
+  """The arrays that a checkpoint and a state do not have in common, or not in the same shape."""
+  there, here = _shapes(saved), _shapes(abstract)
+  for name in sorted(there.keys() | here.keys()):
+    if there.get(name) != here.get(name):
+      of_file, of_config = (str(shapes[name]) if name in shapes else "none" for shapes in (there, here))
+      yield f"{name} is {of_file} in the checkpoint and {of_config} by the config"
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+  return {name: tuple(leaf.shape) for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()}
 
 
 def _restore(abstract: Tree) -> ocp.args.PyTreeRestore:

@@ -383,11 +383,18 @@ def parse_flags(arguments: list[str]) -> list[str]:
       flags.FLAGS.config.items()  # raises here, and not later, if the file could not be read
     return rest
   except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-    text = f"the config has no field {error}" if isinstance(error, KeyError) else str(error)
-    lines = [line for line in text.strip("'\"").replace("\\n", "\n").split("\n") if line.strip()]
-    raised = [match[1] for line in lines if (match := re.match(r"\s*\w+Error: (.+)", line))]
-    print("error: " + "\n".join(line.replace("\\'", "'") for line in raised[-1:] or lines), file=sys.stderr)
+    print(f"error: {_reason(error)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _reason(error: Exception) -> str:
+  """What is wrong with a flag, without what absl and ml_collections wrap it in."""
+  missing = error.args[0] if isinstance(error, AttributeError) and error.args else error
+  if isinstance(missing, KeyError):  # 'name', and on a second line what may have been meant
+    return "the config has no field " + ". ".join(str(missing.args[0]).split("\n"))
+  lines = [line for line in str(error).replace("\\n", "\n").split("\n") if line.strip()]
+  raised = [match[1] for line in lines if (match := re.match(r"\s*\w+Error: (.+)", line))]
+  return "\n".join(line.replace("\\'", "'") for line in raised[-1:] or lines)
 
 
 def _join_processes() -> None:

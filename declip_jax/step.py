@@ -154,18 +154,7 @@ def make_step(
   Raises:
     ValueError: a name that does not exist, or a batch that cannot be divided as the config says.
   """
-  if config.batch_size % (config.micro_batches * parts.mesh.size) and config.micro_batches > 1:
-    raise ValueError(
-      f"config.micro_batches={config.micro_batches}: config.batch_size={config.batch_size} does not divide into so "
-      f"many parts for each of {parts.mesh.size} devices"
-    )
-  for name in ("norm_groups", "bank_groups"):
-    groups, part = config.model.heads[name], config.batch_size // config.micro_batches
-    if config.micro_batching == "plain" and config.micro_batches > 1 and part % groups:
-      raise ValueError(
-        f"config.micro_batches={config.micro_batches}: config.model.heads.{name}={groups} does not divide a part of "
-        f"{part}"
-      )
+  _check_parts(config, parts.mesh.size)
   every, last = config.log_every or steps.total, steps.total
   step = partial(
     train_step,
@@ -188,6 +177,31 @@ def make_step(
   )
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(parts.mesh)))
+
+
+def _check_parts(config: ConfigDict, devices: int) -> None:
+  """Refuses a batch that does not divide into the parts that a config asks for."""
+  count = config.micro_batches
+  if config.batch_size % (count * devices) and count > 1:
+    raise ValueError(
+      f"config.micro_batches={count}: config.batch_size={config.batch_size} does not divide into so many parts for "
+      f"each of {devices} devices"
+    )
+  compared = config.batch_size // (count if config.micro_batching == "plain" else 1)  # at once
+  for name in ("norm_groups", "bank_groups"):
+    groups = config.model.heads[name]
+    if config.micro_batching == "plain" and count > 1 and compared % groups:
+      raise ValueError(
+        f"config.micro_batches={count}: config.model.heads.{name}={groups} does not divide a part of {compared}"
+      )
+  form, block = config.contrast.form, config.contrast.block
+  if form != "chunked":  # a ring sees the candidates of one device at a time, and "auto" may choose it
+    compared //= devices
+  if block > 0 and form != "plain" and compared % block:
+    raise ValueError(
+      f"config.contrast.block={block} does not divide the {compared} candidates that config.contrast.form={form!r} "
+      f"compares on {devices} devices at a time"
+    )
 
 
 def make_augment(config: ConfigDict, parts: run.Parts) -> Callable[[Batch, Array], Batch]:

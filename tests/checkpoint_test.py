@@ -287,8 +287,11 @@ def test_a_state_of_another_model_is_no_damage(tmp_path: Path) -> None:
   save_steps(tmp_path, {3: None, 5: None}, keep_last=2)
   state = make_state(0, make_mesh(2, 4))
   checkpoints = Checkpoints(tmp_path)
-  with pytest.raises(ValueError, match="another"):
-    checkpoints.restore_newest(abstract_like(state.replace(params={"another": state.step})))
+  wider = state.replace(opt_state={"moment": jnp.zeros(9)})
+  with pytest.raises(ValueError, match=r"opt_state/moment is \(8,\) in the checkpoint and \(9,\) by the config; give"):
+    checkpoints.restore_newest(abstract_like(wider))
+  with pytest.raises(ValueError, match=r"5 does not fit the config: params/another is none in .* and \(\) by"):
+    checkpoints.restore_newest(abstract_like(state.replace(params={**state.params, "another": state.step})))
   assert checkpoints.steps() == [3, 5]
   checkpoints.close()
 

@@ -675,6 +675,8 @@ def test_the_loss_goes_on_the_same_on_fewer_devices(tmp_path: Path, monkeypatch:
   ("change", "message"),
   [
     ({"batch_size": 12}, r"batch_size=12 does not divide over the 8 devices"),
+    ({"contrast.block": 3}, r"contrast.block=3 does not divide the 2 candidates .*form='auto' compares on 8 devices"),
+    ({"contrast.block": 5, "contrast.form": "chunked"}, r"contrast.block=5 does not divide the 16 candidates"),
     ({"data.recipe": "blip"}, r"recipe='blip': choose one of \['clip', 'clip_color', "),
     ({"data.recipe": "clip"}, r"term 'mlm' .* needs Views.masked_text.*recipe 'clip' does not make"),
     ({"data.train": ("webdataset:/nowhere/train-*.tar",)}, r"/nowhere"),
