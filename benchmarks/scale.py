@@ -33,30 +33,24 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
   parser.add_argument("--topology", help="a TPU topology such as v5e:16x16")
   args = parser.parse_args()
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  if args.topology:
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
-  else:
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+  if not args.topology:
+    os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=f"--xla_force_host_platform_device_count={DEVICES}")
   print_table(args)
 
 
 def print_table(args: argparse.Namespace) -> None:
   """A row for each batch."""
   import jax  # behind the environment
-  from jax.experimental import topologies
   import jax.numpy as jnp
   from jax.sharding import NamedSharding, PartitionSpec
   import numpy as np
 
+  from declip_jax import plan
   from declip_jax.objectives.blockwise import Form
   from declip_jax.objectives.contrastive import info_nce
   from declip_jax.sharding import make_mesh
 
-  devices = jax.devices()
-  if args.topology:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
-  mesh = make_mesh(-1, 1, devices)
+  mesh = make_mesh(-1, 1, plan.topology(args.topology) if args.topology else jax.devices())
   rows, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), NamedSharding(mesh, PartitionSpec())
 
   def ours(kind: str) -> Callable:
@@ -96,12 +90,16 @@ def print_table(args: argparse.Namespace) -> None:
     shapes = [jax.ShapeDtypeStruct((batch, args.dim), jnp.float32, sharding=rows)] * 2
     shapes.append(jax.ShapeDtypeStruct((), jnp.float32, sharding=whole))
     out = whole, (rows, rows, whole)
-    compiled = {
-      name: jax.jit(function, out_shardings=out).lower(*shapes).compile() for name, function in functions.items()
-    }
-    line = f"{batch:8,}"
-    for one in compiled.values():
-      about = one.memory_analysis()
+    compiled, line = {}, f"{batch:8,}"
+    for name, function in functions.items():
+      try:
+        compiled[name] = jax.jit(function, out_shardings=out).lower(*shapes).compile()
+      except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+          raise
+        line += f"{'does not fit':>17}"
+        continue
+      about = compiled[name].memory_analysis()
       total = about.argument_size_in_bytes + about.output_size_in_bytes + about.temp_size_in_bytes
       line += f"{total / 2**20:17,.1f}"
     if not args.topology and batch <= args.timed:

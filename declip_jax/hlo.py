@@ -255,26 +255,33 @@ def _memory(instruction: _Instruction, computation: _Computation, computations: 
   if opcode != "fusion":
     return sum(here) + result
   fused = computations[_CALLED.search(instruction.attributes)[1]]
-  parameters = {int(inner.inside): inner.name for inner in fused.values() if inner.opcode == "parameter"}
-  read = sum(min(size, _read(parameters[place], fused)) for place, size in enumerate(here) if size)
-  return read + min(result, _written(fused, instruction.result))
+  read = sum(min(size, _read(_parameter(fused, place), fused, computations)) for place, size in enumerate(here) if size)
+  return read + min(result, _written(fused, instruction.result, computations))
 
 
-def _read(name: str, fused: _Computation) -> float:
-  """Bytes of a parameter that a fusion reads: slices, where it only takes slices."""
+def _parameter(computation: _Computation, place: int) -> str:
+  return next(inner.name for inner in computation.values() if (inner.opcode, inner.inside) == ("parameter", str(place)))
+
+
+def _read(name: str, fused: _Computation, computations: dict[str, _Computation]) -> float:
+  """Bytes of a parameter that a fusion, and those within it, read: slices, where they only take slices."""
   total = 0.0
   for user in fused.values():
     if name in user.operands:
       if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
         total += sum(_sizes(user.result))
       elif user.opcode == "bitcast":
-        total += _read(user.name, fused)
+        total += _read(user.name, fused, computations)
+      elif user.opcode == "fusion":
+        within = computations[_CALLED.search(user.attributes)[1]]
+        places = [place for place, operand in enumerate(user.operands) if operand == name]
+        total += sum(_read(_parameter(within, place), within, computations) for place in places)
       elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:  # which leaves the rest as it is
         return math.inf
   return total
 
 
-def _written(fused: _Computation, result: str) -> float:
+def _written(fused: _Computation, result: str, computations: dict[str, _Computation]) -> float:
   """Bytes that a fusion writes: of an array that it updates in place, the update."""
   root = next(inner for inner in fused.values() if inner.root)
   outputs = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
@@ -283,8 +290,13 @@ def _written(fused: _Computation, result: str) -> float:
     return sum(sizes)
   total = 0.0
   for output, size in zip(outputs, sizes, strict=True):
-    while output.opcode == "bitcast":
-      output = fused[output.operands[0]]
+    where = fused
+    while output.opcode in ("bitcast", "fusion"):
+      if output.opcode == "bitcast":
+        output = where[output.operands[0]]
+      else:
+        where = computations[_CALLED.search(output.attributes)[1]]
+        output = next(inner for inner in where.values() if inner.root)
     update = output.opcode == "dynamic-update-slice"
-    total += min(size, sum(_sizes(fused[output.operands[1]].result))) if update else size
+    total += min(size, sum(_sizes(where[output.operands[1]].result))) if update else size
   return total

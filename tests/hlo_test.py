@@ -82,6 +82,48 @@ def test_a_loop_reads_and_writes_the_slices_that_it_takes():
   assert 2 * 4 * rows * width <= sums < 20 * 4 * rows * width  # and not times the rows again
 
 
+# Two fusions within a third, as a TPU writes them: one takes a layer of a stack, one puts a layer into another.
+NESTED = """
+%take (p: f32[12,100], i: s32[]) -> f32[100] {
+  %p = f32[12,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero.1 = s32[] constant(0)
+  %layer = f32[1,100]{1,0} dynamic-slice(%p, %i, %zero.1), dynamic_slice_sizes={1,100}
+  ROOT %flat = f32[100]{0} bitcast(%layer)
+}
+
+%put (q: f32[12,100], v: f32[100], j: s32[]) -> f32[12,100] {
+  %q = f32[12,100]{1,0} parameter(0)
+  %v = f32[100]{0} parameter(1)
+  %j = s32[] parameter(2)
+  %zero.2 = s32[] constant(0)
+  %row = f32[1,100]{1,0} bitcast(%v)
+  ROOT %all = f32[12,100]{1,0} dynamic-update-slice(%q, %row, %j, %zero.2)
+}
+
+%both (x: f32[12,100], y: f32[12,100], n: s32[]) -> f32[12,100] {
+  %n = s32[] parameter(2)
+  %y = f32[12,100]{1,0} parameter(1)
+  %x = f32[12,100]{1,0} parameter(0)
+  %taken = f32[100]{0} fusion(%x, %n), kind=kLoop, calls=%take
+  %sine = f32[100]{0} sine(%taken)
+  ROOT %there = f32[12,100]{1,0} fusion(%y, %sine, %n), kind=kLoop, calls=%put
+}
+
+ENTRY %main (a: f32[12,100], b: f32[12,100], k: s32[]) -> f32[12,100] {
+  %a = f32[12,100]{1,0} parameter(0)
+  %b = f32[12,100]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  ROOT %out = f32[12,100]{1,0} fusion(%a, %b, %k), kind=kOutput, calls=%both
+}
+"""
+
+
+def test_fusions_within_a_fusion_read_and_write_the_slices_that_they_take():
+  layer, place = 4 * 100, 4
+  assert hlo.traffic(NESTED, 1).memory == 2 * layer + place
+
+
 # An all-gather as a TPU does it beside other work, in a chain of fusions, within a loop whose turns nobody noted.
 CHAIN = """
 %start (p: bf16[8,4]) -> (bf16[8,4], bf16[32,4]) {
