@@ -22,6 +22,7 @@ COLLECTIVES = {
 }
 # No operations of their own: names for parts of others, and what is counted where it starts.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")  # names for places in a TPU's memory
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 
@@ -240,6 +241,8 @@ def _memory(instruction: _Instruction, computation: _Computation, computations: 
   """Bytes of main memory that an operation reads and writes, those that others do for it left out."""
   opcode = instruction.opcode
   if opcode in (*_FREE, "while", "conditional", "call", "async-start") or opcode.endswith("-done"):
+    return 0.0
+  if opcode == "custom-call" and any(f'"{target}"' in instruction.attributes for target in _FREE_CALLS):
     return 0.0
   if opcode == "copy-start":  # from one memory to the other
     return sum(_sizes(instruction.result, True)[:2])
