@@ -54,7 +54,7 @@ def main() -> None:
   parser.add_argument("--model", default="ViT-B-32", help="open_clip's name of a ViT (default: ViT-B-32)")
   parser.add_argument("--batch-size", type=int, default=16, help="pairs (default: 16)")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations")
-  parser.add_argument("--remat", default="none", help="config.model.remat of ours (default: none, as open_clip)")
+  parser.add_argument("--remat", default="dots", help="config.model.remat of ours (default: dots, as in our configs)")
   parser.add_argument("--unroll", type=int, default=1, help="config.model.unroll of ours (default: 1)")
   parser.add_argument("--buckets", type=int, nargs="+", default=[16, 24, 32, 48], help="of the trimmed step")
   parser.add_argument("--source", default="scenes:train/256/32", help="whose captions are read")

