@@ -25,7 +25,7 @@ class State:
     opt_state: of the optimiser.
     collections: batch statistics and the neighbour bank, under "towers" and "heads"; under "momentum" the momentum
       tower's parameters, if a term needs one.
-    skipped: steps without an update because loss or gradient was not finite or spiked, "total" and the latest
+    skipped: steps without an update because loss, gradient or rate was not finite or spiked, "total" and the latest
       "in_a_row"; and what spikes are told by, see `step.spikes`.
   """
 

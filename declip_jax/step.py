@@ -40,7 +40,7 @@ def train_step(
   logit_scale_range: tuple[float, ...] = (),
   spike: float = 0.0,
 ) -> tuple[State, Metrics]:
-  """One step on one global batch. If loss or gradient is not finite or spikes, only the step count and `skipped` change.
+  """One step on one global batch. If loss, gradient or rate is not finite or spikes, only step and `skipped` change.
 
   Args:
     state, batch: donated, and split over the mesh.
@@ -66,9 +66,9 @@ def train_step(
     scales = {"logit_scale", "dense_logit_scale"} & params["heads"].keys()
     params["heads"] |= {name: jnp.clip(params["heads"][name], *logit_scale_range) for name in scales}
   too_large, usual = spikes(gradient_norm, state.skipped, spike)
-  good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & ~too_large
-  # A finite gradient may still give an entry an update that is not, as Adam without an epsilon does: it stays as it was.
-  # To skip the step for it, all new parameters would have to wait in memory until the last one is known.
+  good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(lr) & ~too_large
+  # A finite gradient may still give an entry an update that is not, as Adam without an epsilon does: the entry stays as
+  # it was. To skip the step for it, all new parameters would have to wait in memory until the last one is known.
   keep = partial(jax.tree.map, lambda new, old: jnp.where(good & jnp.isfinite(new), new, old))
   new = State(
     step=state.step + 1,

@@ -1,6 +1,7 @@
 """The trainer: the same losses on any mesh, exact resumption, what it refuses, and what it leaves behind."""
 
 import errno
+from functools import partial
 import json
 import os
 from pathlib import Path
@@ -8,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 from checkpoint_test import arrays, flip
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
+import optax
 import pytest
 from steps import random_batch
 from tiny import tiny_config
@@ -312,6 +315,34 @@ def test_step_with_nan_changes_nothing_but_counts() -> None:
   )
 
 
+def test_an_entry_whose_update_is_not_finite_stays_and_the_others_move() -> None:
+  config = tiny_config("clip")
+  parts = run.build(config)
+  batch = random_batch(parts, np.random.default_rng(0))
+  plain = parts.optimizer
+
+  def update(*args: Any) -> tuple[Any, Any]:
+    change, state = plain.update(*args)
+    change["heads"]["text_projection"]["kernel"] = change["heads"]["text_projection"]["kernel"].at[1, 2].set(jnp.nan)
+    return change, state
+
+  state = init_state(0, batch, model=parts.model, optimizer=plain)
+  step = partial(
+    train_step,
+    model=parts.model,
+    optimizer=optax.GradientTransformation(plain.init, update),
+    schedule=lambda step: 0.1,
+    gradient_of=gradient_of(parts, config.weights),
+    momentum=lambda step: 1.0,
+    diagnosed=lambda step: False,
+  )
+  after, metrics = jax.jit(step)(state, batch)
+  before, after = (tree.params["heads"]["text_projection"]["kernel"] for tree in (state, after))
+  stayed = np.asarray(before) == np.asarray(after)
+  assert np.argwhere(stayed).tolist() == [[1, 2]]
+  assert int(metrics["skipped_total"]) == 0
+
+
 def test_the_momentum_tower_follows_the_parameters_before_it_encodes() -> None:
   config = tiny_config("slip_mocov3")
   parts = run.build(config)
@@ -517,7 +548,7 @@ def test_a_run_that_diverges_goes_back_and_on_behind_the_bad_data(
   config = bare(**{"duration.steps": 10, "max_skipped_in_a_row": 2, "checkpoint.keep_last": 3})
   poison(monkeypatch, config, [4, 5])
   train.train(config, tmp_path / "diverged")
-  assert "step 6: loss or gradient was not finite" in (said := capsys.readouterr().err)
+  assert "step 6: loss, gradient or rate was not finite" in (said := capsys.readouterr().err)
   assert "back to the checkpoint of step 4, and on with the data from example 112 on (time 1 of 3)" in said
   assert "the checkpoint of step 6 is passed over: the run diverged" in said
   rows = [row for row in read_metrics(tmp_path / "diverged") if "loss" in row]
