@@ -258,7 +258,10 @@ def _memory(instruction: _Instruction, computation: _Computation, computations: 
   if opcode != "fusion":
     return sum(here) + result
   fused = computations[_CALLED.search(instruction.attributes)[1]]
-  read = sum(min(size, _read(_parameter(fused, place), fused, computations)) for place, size in enumerate(here) if size)
+  parameters = [_parameter(fused, place) for place in range(len(here))]
+  read = sum(
+    min(size, _read(name, fused, computations)[0]) for name, size in zip(parameters, here, strict=True) if size
+  )
   return read + min(result, _written(fused, instruction.result, computations))
 
 
@@ -266,22 +269,31 @@ def _parameter(computation: _Computation, place: int) -> str:
   return next(inner.name for inner in computation.values() if (inner.opcode, inner.inside) == ("parameter", str(place)))
 
 
-def _read(name: str, fused: _Computation, computations: dict[str, _Computation]) -> float:
-  """Bytes of a parameter that a fusion, and those within it, read: slices, where they only take slices."""
-  total = 0.0
+def _read(name: str, fused: _Computation, computations: dict[str, _Computation]) -> tuple[float, bool]:
+  """Bytes of an array that a fusion, and those within it, read: slices, where they only take slices.
+
+  And whether the fusion's result is that array, in part at least: then its users may read more of it.
+  """
+  total, passed_on = 0.0, False
   for user in fused.values():
-    if name in user.operands:
-      if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-        total += sum(_sizes(user.result))
-      elif user.opcode == "bitcast":
-        total += _read(user.name, fused, computations)
-      elif user.opcode == "fusion":
-        within = computations[_CALLED.search(user.attributes)[1]]
-        places = [place for place, operand in enumerate(user.operands) if operand == name]
-        total += sum(_read(_parameter(within, place), within, computations) for place in places)
-      elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:  # which leaves the rest as it is
-        return math.inf
-  return total
+    if name not in user.operands:
+      continue
+    if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+      total += sum(_sizes(user.result))
+      continue
+    same = user.opcode in ("bitcast", "tuple") or (user.opcode == "dynamic-update-slice" and user.operands[0] == name)
+    if user.opcode == "fusion":
+      within = computations[_CALLED.search(user.attributes)[1]]
+      for place, operand in enumerate(user.operands):
+        if operand == name:
+          more, passes_on = _read(_parameter(within, place), within, computations)
+          total, same = total + more, same or passes_on
+    elif not same:
+      return math.inf, passed_on
+    if same:
+      more, further = _read(user.name, fused, computations)
+      total, passed_on = total + more, passed_on or user.root or further
+  return total, passed_on
 
 
 def _written(fused: _Computation, result: str, computations: dict[str, _Computation]) -> float:

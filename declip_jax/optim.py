@@ -6,6 +6,7 @@ local rate and the factors of single parameters. A schedule is that learning rat
 
 from collections.abc import Callable, Sequence
 from functools import partial
+import math
 from typing import Any
 
 import jax
@@ -212,10 +213,17 @@ def make(
     frozen: paths of parameters that have no moments and no decay; their gradient must be zero.
 
   Raises:
-    ValueError: an unknown name; and, from `init` on, paths that are none, or layer-wise decay of what is no ViT.
+    ValueError: an unknown name, or a number that is not finite; and, from `init` on, paths that are none, or layer-wise
+      decay of what is no ViT.
   """
   _check_name("name", name, OPTIMIZERS)
   _check_name("decayed", decayed, DECAYED)
+  numbers = {"b1": b1, "b2": b2, "epsilon": epsilon, "momentum": momentum, "trust_coefficient": trust_coefficient}
+  numbers |= {"weight_decay": weight_decay, "sgd_weight_decay": sgd_weight_decay, "gradient_clip": gradient_clip}
+  numbers |= {"layer_decay": layer_decay, **{f"multipliers: {path}": factor for path, factor in multipliers}}
+  for field, number in numbers.items():
+    if not math.isfinite(number):
+      raise ValueError(f"config.optimizer.{field}={number}: a finite number")
   optimizer = OPTIMIZERS[name](
     b1=b1,
     b2=b2,

@@ -390,7 +390,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
 def _reason(error: Exception) -> str:
   """What is wrong with a flag, without what absl and ml_collections wrap it in."""
   missing = error.args[0] if isinstance(error, AttributeError) and error.args else error
-  if isinstance(missing, KeyError):  # 'name', and on a second line what may have been meant
+  if isinstance(missing, KeyError) and str(missing.args[0]).startswith("'"):  # 'name', and below it what may be meant
     return "the config has no field " + ". ".join(str(missing.args[0]).split("\n"))
   lines = [line for line in str(error).replace("\\n", "\n").split("\n") if line.strip()]
   raised = [match[1] for line in lines if (match := re.match(r"\s*\w+Error: (.+)", line))]

@@ -147,7 +147,7 @@ def gather(tree: Tree, mesh: Mesh, dtype: Any) -> Tree:
   """Parameters as a model reads them: whole on every device, and those that are split cast to `dtype` before they move.
 
   Without it the compiler may gather activations instead, and it may gather in float32. A leaf that is not split stays
-  as it is. The gradient is scattered as it is summed, and is float32 again.
+  as it is. Of the gradient's sum each device keeps its part, in float32 again.
 
   Where nothing large is read in another dtype than the compute dtype, as in our models, values are those of the
   model's own cast. So are gradients, but for a parameter that is used several times: its gradients, of `dtype` each,

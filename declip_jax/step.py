@@ -182,12 +182,12 @@ def make_step(
 def _check_parts(config: ConfigDict, devices: int) -> None:
   """Refuses a batch that does not divide into the parts that a config asks for."""
   count = config.micro_batches
-  if config.batch_size % (count * devices) and count > 1:
+  if count > 1 and config.batch_size % (count * devices):
     raise ValueError(
       f"config.micro_batches={count}: config.batch_size={config.batch_size} does not divide into so many parts for "
       f"each of {devices} devices"
     )
-  compared = config.batch_size // (count if config.micro_batching == "plain" else 1)  # at once
+  compared = config.batch_size // (max(count, 1) if config.micro_batching == "plain" else 1)  # at once
   for name in ("norm_groups", "bank_groups"):
     groups = config.model.heads[name]
     if config.micro_batching == "plain" and count > 1 and compared % groups:
@@ -195,11 +195,10 @@ def _check_parts(config: ConfigDict, devices: int) -> None:
         f"config.micro_batches={count}: config.model.heads.{name}={groups} does not divide a part of {compared}"
       )
   form, block = config.contrast.form, config.contrast.block
-  if form != "chunked":  # a ring sees the candidates of one device at a time, and "auto" may choose it
-    compared //= devices
-  if block > 0 and form != "plain" and compared % block:
+  candidates = compared // devices if form == "ring" else compared  # a ring sees those of one device at a time
+  if block > 0 and form != "plain" and candidates % block:
     raise ValueError(
-      f"config.contrast.block={block} does not divide the {compared} candidates that config.contrast.form={form!r} "
+      f"config.contrast.block={block} does not divide the {candidates} candidates that config.contrast.form={form!r} "
       f"compares on {devices} devices at a time"
     )
 

@@ -271,9 +271,7 @@ def _go_back(
   """
   checkpoints.wait()
   target = rollbacks.target(checkpoints.steps(), at - skipped)
-  why = (
-    f"step {at}: loss, gradient or learning rate was not finite, or the gradient spiked, for {skipped} steps in a row"
-  )
+  why = f"step {at}: loss, gradient or rate was not finite, or the gradient spiked, for {skipped} steps in a row"
   if target is None or len(rollbacks) >= config.divergence.rollbacks:
     done = f"went back {len(rollbacks)} of config.divergence.rollbacks={config.divergence.rollbacks} times"
     raise FloatingPointError(

@@ -124,6 +124,30 @@ def test_fusions_within_a_fusion_read_and_write_the_slices_that_they_take_and_a_
   assert hlo.traffic(NESTED, 1).memory == 2 * layer + place
 
 
+# A fusion that only names an array anew, within one that reads it all.
+RENAMED = """
+%rename (p: f32[12,100]) -> f32[1200] {
+  %p = f32[12,100]{1,0} parameter(0)
+  ROOT %flat = f32[1200]{0} bitcast(%p)
+}
+
+%outer (x: f32[12,100]) -> f32[1200] {
+  %x = f32[12,100]{1,0} parameter(0)
+  %named = f32[1200]{0} fusion(%x), kind=kLoop, calls=%rename
+  ROOT %sine = f32[1200]{0} sine(%named)
+}
+
+ENTRY %main (a: f32[12,100]) -> f32[1200] {
+  %a = f32[12,100]{1,0} parameter(0)
+  ROOT %out = f32[1200]{0} fusion(%a), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_what_a_fusion_within_a_fusion_hands_on_is_read_by_its_user():
+  assert hlo.traffic(RENAMED, 1).memory == 2 * 4 * 1200
+
+
 # An all-gather as a TPU does it beside other work, in a chain of fusions, within a loop whose turns nobody noted.
 CHAIN = """
 %start (p: bf16[8,4]) -> (bf16[8,4], bf16[32,4]) {

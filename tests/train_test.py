@@ -706,7 +706,8 @@ def test_the_loss_goes_on_the_same_on_fewer_devices(tmp_path: Path, monkeypatch:
   ("change", "message"),
   [
     ({"batch_size": 12}, r"batch_size=12 does not divide over the 8 devices"),
-    ({"contrast.block": 3}, r"contrast.block=3 does not divide the 2 candidates .*form='auto' compares on 8 devices"),
+    ({"contrast.block": 3}, r"contrast.block=3 does not divide the 16 candidates .*form='auto' compares on 8 devices"),
+    ({"contrast.block": 4, "contrast.form": "ring"}, r"contrast.block=4 does not divide the 2 candidates"),
     ({"contrast.block": 5, "contrast.form": "chunked"}, r"contrast.block=5 does not divide the 16 candidates"),
     ({"data.recipe": "blip"}, r"recipe='blip': choose one of \['clip', 'clip_color', "),
     ({"data.recipe": "clip"}, r"term 'mlm' .* needs Views.masked_text.*recipe 'clip' does not make"),
@@ -717,6 +718,8 @@ def test_the_loss_goes_on_the_same_on_fewer_devices(tmp_path: Path, monkeypatch:
     ({"data.neighbour_texts": ("raw", "masked")}, r"neighbour_texts=.*: choose one or more of \['raw', 'augmented'\]"),
     ({"optimizer.name": "adamax"}, r"config.optimizer.name='adamax': choose one of"),
     ({"optimizer.schedule": "linear"}, r"config.optimizer.schedule='linear': choose one of"),
+    ({"optimizer.weight_decay": float("nan")}, r"config.optimizer.weight_decay=nan: a finite number"),
+    ({"optimizer.multipliers": (("heads", float("inf")),)}, r"optimizer.multipliers: heads=inf: a finite number"),
     ({"optimizer.decayed": "every"}, r"config.optimizer.decayed='every': choose one of"),
     ({"model.mlm_attention": "both"}, r"mlm_attention='both': choose one of"),
     ({"model.heads.norm_groups": 3}, r"norm_groups=3 .*does not divide the batch of 16"),
