@@ -1,5 +1,5 @@
 # make demo   installs into .venv and pretrains DeCLIP on the embedded scenes (a few minutes on two cores)
-# make test   installs into .venv and runs all tests
+# make test   installs into .venv and runs the tests, without those of test-slow
 # make test-interop  installs PyTorch, open_clip and transformers into .venv-interop and exchanges weights with them
 # make bench-input  installs torchvision and open_clip into .venv-bench and measures the input pipeline beside them
 # make bench-scale  prints memory and time of InfoNCE in each form for batches up to 128k, beside open_clip's forms

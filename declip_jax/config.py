@@ -124,7 +124,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.checkpoint.keep_best = 1
   c.checkpoint.best_metric = ""  # such as "eval/zero_shot/top1"; higher is better; "" keeps only the last
   if weights.get("sigmoid"):  # SigLIP (Zhai et al. 2023), section 3.2 and algorithm 1
-    c.model.heads.logit_scale_init, c.model.heads.logit_bias_init = math.log(10), -10.0
+    c.model.heads.logit_scale_init = math.log(10)
     c.optimizer.logit_scale_range = ()
   if preset == "repo":
     _as_released(c, method)
@@ -162,13 +162,18 @@ def _as_released(c: ConfigDict, method: str) -> None:
   weight. Banks and the heads' batch norms are those of a GPU: 32 of them with 128 pairs each, whatever the batch size
   becomes later. The log scale is kept in [3, 6] after each step (there also before the first backward pass, which only
   moves its first value to 3), and FILIP compares 16 selected tokens, padding included. A ViT's patch embedding is
-  frozen, and the packed bias of query, key and value is decayed.
+  frozen, and the packed bias of query, key and value is decayed. Of several captions the first is taken.
+
+  Three things that the code does are not had by any config, since no one would ask for them: masked language modelling
+  weighs each GPU's mean the same, however many tokens are masked there (`objectives.masked_lm`); a random token may be
+  one of the special ones, and EDA's swaps and stop words have slips (`data.texts`).
   """
   heads, terms, optimizer = c.model.heads, c.terms, c.optimizer
   terms.nns.symmetric = terms.nns.warmup = False
   terms.filip.top_k = 16
   if method == "slip":
     c.data.strong_scale = (0.2, 1.0)  # as all its strong views
+  c.data.caption_weights = (1.0,)
   c.model.mlm_attention = "causal"
   heads.norm_groups = heads.bank_groups = c.batch_size // 128
   heads.bank_overflow = "drop"
@@ -238,7 +243,7 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.heads.image_bias = built.image_bias
   c.heads.text_bias = built.text_bias
   c.heads.logit_scale_init = 2.659260036932778  # ln(1 / 0.07), Radford et al. 2021, section 2.5
-  c.heads.logit_bias_init = 0.0  # of the sigmoid loss
+  c.heads.logit_bias_init = -10.0  # of the sigmoid loss, which also wants logit_scale_init=ln 10 (SigLIP, section 3.2)
   c.heads.max_scale = 0.0  # largest inverse temperature in the forward pass, 0 for none; see also logit_scale_range
   c.heads.dense_dim = 256  # in which FILIP compares tokens
   c.heads.simclr_projector = (4096, 4096, 256)

@@ -221,9 +221,7 @@ def make(
   numbers = {"b1": b1, "b2": b2, "epsilon": epsilon, "momentum": momentum, "trust_coefficient": trust_coefficient}
   numbers |= {"weight_decay": weight_decay, "sgd_weight_decay": sgd_weight_decay, "gradient_clip": gradient_clip}
   numbers |= {"layer_decay": layer_decay, **{f"multipliers: {path}": factor for path, factor in multipliers}}
-  for field, number in numbers.items():
-    if not math.isfinite(number):
-      raise ValueError(f"config.optimizer.{field}={number}: a finite number")
+  _check_finite(numbers)
   optimizer = OPTIMIZERS[name](
     b1=b1,
     b2=b2,
@@ -373,9 +371,11 @@ def make_schedule(
     cooldown_steps, cooldown_power: length and form of the cooldown; power 1 is linear.
 
   Raises:
-    ValueError: an unknown name; warm-up and cooldown are longer than the training; "step" without milestones.
+    ValueError: an unknown name; a rate that is not finite; warm-up and cooldown are longer than the training; "step"
+      without milestones.
   """
   _check_name("schedule", name, SCHEDULES)
+  _check_finite({"learning_rate": peak, "warmup_start": start, "end": end})
   if warmup_steps > total_steps:
     raise ValueError(f"config.optimizer.warmup is {warmup_steps} steps, longer than the training of {total_steps}")
   if name == "cooldown" and not 0 < cooldown_steps <= total_steps - warmup_steps:
@@ -405,3 +405,9 @@ def make_schedule(
 def _check_name(field: str, name: str, legal: dict[str, Any]) -> None:
   if name not in legal:
     raise ValueError(f"config.optimizer.{field}={name!r}: choose one of {sorted(legal)}")
+
+
+def _check_finite(numbers: dict[str, float]) -> None:
+  for field, number in numbers.items():
+    if not math.isfinite(number):
+      raise ValueError(f"config.optimizer.{field}={number}: a finite number")

@@ -258,8 +258,13 @@ def plan_steps(config: ConfigDict, epoch_examples: int) -> Steps:
 
 
 def _check_safety(config: ConfigDict) -> None:
-  checkpoint, divergence = config.checkpoint, config.divergence
+  checkpoint, divergence, scale = config.checkpoint, config.divergence, config.optimizer.logit_scale_range
   checks = {
+    "optimizer.logit_scale_range": (
+      not scale or (len(scale) == 2 and scale[0] <= scale[1]),
+      scale,
+      "two numbers, ascending, or ()",
+    ),
     "checkpoint.minutes": (checkpoint.minutes >= 0, checkpoint.minutes, "0 or more"),
     "checkpoint.keep_last": (checkpoint.keep_last >= 1, checkpoint.keep_last, "1 or more"),
     "checkpoint.keep_best": (checkpoint.keep_best >= 0, checkpoint.keep_best, "0 or more"),

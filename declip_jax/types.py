@@ -102,7 +102,7 @@ class Outputs:
     neighbour: `[m b d]` unit-norm nearest texts of the bank, without gradient: for each view of `neighbour_text` its
       nearest, and so on for each further neighbour.
     neighbour_similarity: `[m b]` cosine of each of them and the text that searched.
-    neighbour_age: `[m b]` steps since each of them was written.
+    neighbour_age: `[m b]` steps since each of them was written, 0 for a row of noise that none has written.
     neighbour_ready: `[]` 1 once the bank is full, else 0.
   """
 

@@ -25,6 +25,16 @@ def test_eight_devices_equal_one(method: str, monkeypatch: pytest.MonkeyPatch) -
   steps.compare(method, steps.take_steps(method, 2, 4), expected)
 
 
+def test_the_log_scales_stay_in_their_window_even_where_they_are_frozen() -> None:
+  optimizer = {"logit_scale_range": (3.0, 6.0), "frozen": ("heads/logit_scale",)}
+  within, free = steps.take_steps("filip", 1, 1, optimizer=optimizer), one_device("filip")
+  for name in ("logit_scale", "dense_logit_scale"):
+    assert free[f"params/heads/{name}"] < 2.7
+    assert within[f"params/heads/{name}"] == 3
+  below = steps.take_steps("filip", 1, 1, optimizer={"logit_scale_range": (0.0, 2.0)})
+  assert below["params/heads/logit_scale"] == below["params/heads/dense_logit_scale"] == 2
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
   flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"

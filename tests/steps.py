@@ -71,8 +71,9 @@ def blind(method: str, name: str) -> bool:
   """Whether the loss cannot see a parameter, so that its exact gradient is zero.
 
   So it is with a bias in front of a batch norm, and that of SimSiam's projections, whose prediction starts with a
-  linear layer and a batch norm. Adam turns the rounding noise of their gradients into steps of full size, and running
-  means follow them. (The bias of the keys, which softmax does not see, is taken out by `compare`.)
+  linear layer and a batch norm. Adam turns the rounding noise of their gradients into steps of full size, and the
+  running means of these heads follow them. (The bias of the keys, which softmax does not see, is taken out by
+  `compare`.)
   """
   part = name.split("/")[-2:]
   head = any(
@@ -84,7 +85,8 @@ def blind(method: str, name: str) -> bool:
   if name.endswith("attention_pool/key/bias"):  # in front of a softmax
     return True
   in_front = head and part[0].startswith("linear") and part[1] == "bias" and not last
-  return in_front or name.endswith(("projector/norm2/bias", "/mean"))
+  follows = name.endswith("/mean") and any(f"/{head}/" in name for head in ("simclr", "projector", "predictor"))
+  return in_front or follows or name.endswith("projector/norm2/bias")
 
 
 def random_batch(parts: run.Parts, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -36,7 +36,7 @@ def nearest(
   """The `count` entries with the largest inner products for each query, without gradient, and their ages in steps.
 
   Each query searches the bank of its part of the batch. `written` is the number of rows that a step writes to each
-  bank, by which the age is counted: 1 is the step before.
+  bank, by which the age is counted: 1 is the step before, 0 a row of noise that no step has written.
   """
   size = bank.entries.shape[1]
   similarity = jnp.einsum("gbd,gqd->gbq", _deal(bank, queries), bank.entries, precision=jax.lax.Precision.HIGHEST)
@@ -46,7 +46,7 @@ def nearest(
     similarity = jnp.where(jnp.arange(size) == chosen[-1][..., None], -jnp.inf, similarity)
   index = jnp.stack(chosen, axis=-1)
   found = jax.vmap(lambda rows, chosen: rows[chosen])(bank.entries, index)
-  age = (bank.pointer - 1 - index) % size // written + 1
+  age = jnp.where(index < bank.filled, (bank.pointer - 1 - index) % size // written + 1, 0)
   found, age = rearrange(found, "g b k d -> k (g b) d"), rearrange(age, "g b k -> k (g b)")
   return jax.lax.stop_gradient(found), age.astype(jnp.float32)
 

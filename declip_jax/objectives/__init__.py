@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import inspect
+import math
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -66,11 +67,14 @@ def active(weights: Mapping[str, float]) -> dict[str, float]:
   """The terms with a weight other than zero.
 
   Raises:
-    ValueError: an unknown term, or no term at all.
+    ValueError: an unknown term, a weight that is not finite, or no term at all.
   """
   unknown = sorted(set(weights) - set(TERMS))
   if unknown:
     raise ValueError(f"config.weights names unknown terms {unknown}: choose from {sorted(TERMS)}")
+  for name, weight in weights.items():
+    if not math.isfinite(weight):
+      raise ValueError(f"config.weights.{name}={weight}: a finite number")
   chosen = {name: float(weight) for name, weight in weights.items() if weight}
   if not chosen:
     raise ValueError(f"config.weights gives every term weight 0: set at least one of {sorted(TERMS)}")
@@ -89,15 +93,20 @@ def compares_tokens(weights: Mapping[str, float]) -> bool:
 
 
 def options_of(options: Options) -> dict[str, dict[str, Any]]:
-  """The options of terms that have any, checked by name.
+  """The options of terms that have any, checked.
 
   Raises:
-    ValueError: a term or an option that does not exist.
+    ValueError: a term or an option that does not exist, or a number that it cannot have.
   """
   for name, given in options.items():
     known = _options(name) if name in TERMS else []
     if unknown := sorted(set(given) - set(known)):
       raise ValueError(f"config.terms.{name}.{unknown[0]}: term {name!r} has the options {known}")
+    temperature, smoothing = given.get("temperature", 1.0), given.get("label_smoothing", 0.0)
+    if not 0 < temperature < math.inf:
+      raise ValueError(f"config.terms.{name}.temperature={temperature}: more than 0")
+    if not 0 <= smoothing <= 1:
+      raise ValueError(f"config.terms.{name}.label_smoothing={smoothing}: 0 to 1")
   return {name: dict(given) for name, given in options.items() if given}
 
 
@@ -194,6 +203,8 @@ def make_objective(
   for name, points in schedule.items():
     if points and name not in chosen:
       raise ValueError(f"config.weight_schedule.{name}={points}: config.weights.{name} is 0")
+    if not all(isinstance(point, Sequence) and len(point) == 2 for point in points):
+      raise ValueError(f"config.weight_schedule.{name}={points}: pairs of a step and a factor: ((0, 0.0), (2500, 1.0))")
     if [step for step, _ in points] != sorted({step for step, _ in points}):
       raise ValueError(f"config.weight_schedule.{name}={points}: steps have to ascend")
 

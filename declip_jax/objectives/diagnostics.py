@@ -6,6 +6,7 @@
 | `rank` of rows | a good part of their dimension | 1 |
 | `uniformity` of embeddings | towards -4 | 0 |
 | `alignment` of pairs, in [0, 4] | falls from about 2 while uniformity stays low | anything |
+| `accuracy` of pairs | rises to 1 | 1 / rows |
 | `explained_variance` of hidden patches, at most 1 | above 0 | 0 or less |
 """
 
@@ -13,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from declip_jax.objectives.contrastive import Metrics
+from declip_jax.objectives.contrastive import Metrics, accuracy
 from declip_jax.types import Outputs
 
-UNIFORMITY_ROWS = 4096  # at most so many are compared, all pairs: a matrix of 64 MiB over all devices
+MOST_ROWS = 4096  # at most so many are compared, all pairs: a matrix of 64 MiB over all devices
 _ROUNDING = 1e-12  # total variance of unit rows below which float32 cannot tell them from equal ones
 
 
@@ -25,7 +26,8 @@ def measure(outputs: Outputs) -> Metrics:
 
   - `simclr`, `simsiam_projection`, `momentum_prediction`, `momentum_target`: `deviation`, `rank`.
   - `image`, `text`: `deviation`, `rank`; and `uniformity` of the first view.
-  - `image_text`: `alignment` of the first image view with the first text view.
+  - `image_text`: `alignment` of the first image view with the first text view; for the sigmoid loss, which unlike the
+    other contrasts ranks nothing, also the `accuracy` of finding one by the other in the batch.
   - `image_tokens`, `text_tokens`: `deviation` over all tokens of all examples, without the padding of texts.
   - `mim`: `explained_variance`.
 
@@ -41,7 +43,12 @@ def measure(outputs: Outputs) -> Metrics:
       if branch in ("image", "text"):
         found[f"{branch}/uniformity"] = _uniformity(rows[0])
   if outputs.image is not None and outputs.text is not None:
-    found["image_text/alignment"] = _alignment(outputs.image[0], outputs.text[0])
+    image, text = outputs.image[0], outputs.text[0]
+    found["image_text/alignment"] = _alignment(image, text)
+    if outputs.bias is not None:
+      logits = jnp.einsum("bd,nd->bn", _some(image), _some(text), precision=jax.lax.Precision.HIGHEST)
+      found["image_text/image_to_text_accuracy"] = accuracy(logits)
+      found["image_text/text_to_image_accuracy"] = accuracy(logits.T)
   if outputs.image_tokens is not None:
     found["image_tokens/deviation"] = _deviation(_unit(outputs.image_tokens), axis=(0, 1))
   if outputs.text_tokens is not None and outputs.text_valid is not None:
@@ -84,6 +91,14 @@ def _effective_rank(rows: Float[Array, "v b p"]) -> Float[Array, ""]:
   return jnp.mean((total**2 + _ROUNDING**2) / (squares + _ROUNDING**2))
 
 
+def _some(rows: Float[Array, "b d"]) -> Float[Array, "n d"]:
+  """All rows, but of more than `MOST_ROWS` only every second, or every third, and so on.
+
+  The first rows would all lie on a few of the devices; these stay where they are.
+  """
+  return rows[:: -(-rows.shape[0] // MOST_ROWS)]
+
+
 def _alignment(x: Float[Array, "b d"], y: Float[Array, "b d"]) -> Float[Array, ""]:
   """Mean squared distance of the embeddings of positive pairs (Wang and Isola 2020, section 4.1, with alpha = 2)."""
   return jnp.mean(jnp.sum((x - y) ** 2, axis=-1))
@@ -92,11 +107,9 @@ def _alignment(x: Float[Array, "b d"], y: Float[Array, "b d"]) -> Float[Array, "
 def _uniformity(rows: Float[Array, "b d"]) -> Float[Array, ""]:
   """`log mean exp(-2 distance^2)` over the pairs of distinct unit rows (Wang and Isola 2020, section 4.1, with t = 2).
 
-  Of a batch with more than `UNIFORMITY_ROWS` only every second row, or every third, and so on. Rows all over a sphere
-  of many dimensions come near -4: two of them are sqrt(2) apart.
+  Of `_some` of the rows. Those all over a sphere of many dimensions come near -4: two of them are sqrt(2) apart.
   """
-  # The first rows would all lie on a few of the devices; these stay where they are.
-  rows = rows[:: -(-rows.shape[0] // UNIFORMITY_ROWS)]
+  rows = _some(rows)
   count = rows.shape[0]
   cosine = jnp.einsum("bd,nd->bn", rows, rows, precision=jax.lax.Precision.HIGHEST)
   closeness = jnp.exp(4 * (cosine - 1))

@@ -1,5 +1,6 @@
 """Nearest-neighbour supervision: images also learn from similar texts of earlier batches (DeCLIP, section 3.2.3)."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from declip_jax.objectives.blockwise import PLAIN, Form
@@ -22,13 +23,17 @@ def nearest_neighbour(
   from image to text only (`symmetric=False`) and searches a bank of noise until it is filled (`warmup=False`); its
   queries are both text views, which `Views.neighbour_text` chooses.
 
-  The metrics are the mean cosine of all neighbours and the texts that searched, and their mean age in steps.
+  The metrics are the mean cosine of the neighbours and the texts that searched, and their mean age in steps, both 0 if
+  there are none yet; and the share of what was found that is noise, with which a bank starts.
   """
   del batch
   pairs = info_nce(outputs.image, outputs.neighbour, outputs.scale, form=form, symmetric=symmetric)
   loss = pairs.smoothed(label_smoothing).mean()
+  texts = outputs.neighbour_age > 0
+  count = jnp.maximum(texts.sum(), 1)
   metrics = {
-    "neighbour_similarity": outputs.neighbour_similarity.mean(),
-    "neighbour_age": outputs.neighbour_age.mean(),
+    "neighbour_similarity": outputs.neighbour_similarity.sum(where=texts) / count,
+    "neighbour_age": outputs.neighbour_age.sum(where=texts) / count,
+    "neighbour_noise": 1 - texts.mean(),
   }
   return outputs.neighbour_ready * loss if warmup else loss, metrics

@@ -81,13 +81,19 @@ def test_each_part_of_the_batch_searches_its_own_bank_for_the_k_nearest():
   groups, size, count = 3, 8, 2
   full = bank.random(jax.random.key(1), groups, size, 4)
   queries = rng.normal(size=(6, 4)).astype(np.float32)
-  found, age = jax.jit(bank.nearest, static_argnums=(2, 3))(full._replace(pointer=jnp.asarray(5)), queries, count, 2)
+  nearest = jax.jit(bank.nearest, static_argnums=(2, 3))
+  full = full._replace(pointer=jnp.asarray(5), filled=jnp.asarray(size))
+  found, age = nearest(full, queries, count, 2)
+  # The first time round, the rows behind the pointer are noise.
+  _, first_age = nearest(full._replace(filled=full.pointer), queries, count, 2)
   for row, query in enumerate(queries):
     entries = np.asarray(full.entries[row // 2])
     order = np.argsort(-(entries @ query))[:count]
     np.testing.assert_array_equal(found[:, row], entries[order])
     # Two rows a step, the newest at 4: rows 4 and 3 were written one step ago, 2 and 1 two, 0 and 7 three, ...
     np.testing.assert_array_equal(age[:, row], [{4: 1, 3: 1, 2: 2, 1: 2, 0: 3, 7: 3, 6: 4, 5: 4}[i] for i in order])
+    np.testing.assert_array_equal(first_age[:, row], [{4: 1, 3: 1, 2: 2, 1: 2, 0: 3}.get(i, 0) for i in order])
+  assert 0 < np.mean(first_age > 0) < 1
 
 
 def test_starts_with_unit_rows_that_do_not_count():

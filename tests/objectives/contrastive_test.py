@@ -53,6 +53,8 @@ def test_value_and_gradient_equal_open_clip_and_slip(golden, name, full_gradient
   np.testing.assert_allclose(metrics["image_to_text_accuracy"], golden["slip_clip/acc"] / 100, atol=1e-6)
   for field, gradient in zip(("image", "text", "log_scale"), gradients, strict=True):
     np.testing.assert_allclose(gradient, golden[f"{name}/grad_{field}"], atol=3e-6, err_msg=field)
+  logits = np.exp(golden["log_scale"]) * unit_norm(golden["img"]) @ unit_norm(golden["txt"]).T
+  np.testing.assert_allclose(logits, golden["infonce/logits_per_image"], atol=2e-5)
 
 
 def test_gradient_of_the_embeddings_equals_open_clip(golden):

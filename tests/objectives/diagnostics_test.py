@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from declip_jax.objectives.diagnostics import UNIFORMITY_ROWS, measure
+from declip_jax.objectives.diagnostics import MOST_ROWS, measure
 from declip_jax.sharding import DATA, FSDP, make_mesh
 from declip_jax.types import Outputs
 
@@ -110,6 +110,17 @@ def test_alignment_and_uniformity_equal_loops(outputs, measured):
     np.testing.assert_allclose(measured[f"diagnostics/{branch}/uniformity"], expected, rtol=1e-5, err_msg=branch)
 
 
+def test_accuracy_equals_loops_where_a_sigmoid_compares(outputs, measured):
+  near = outputs.replace(bias=np.float32(-10), text=unit(outputs.image[:1] + 0.9 * outputs.text[:1]))
+  ways = {"image_to_text": (near.image[0], near.text[0]), "text_to_image": (near.text[0], near.image[0])}
+  found = measure_jit(near)
+  for way, (queries, candidates) in ways.items():
+    hits = [max(range(16), key=lambda i: float(query @ candidates[i])) == own for own, query in enumerate(queries)]
+    assert 0 < np.mean(hits) < 1
+    np.testing.assert_allclose(found[f"diagnostics/image_text/{way}_accuracy"], np.mean(hits), rtol=1e-6)
+    assert f"diagnostics/image_text/{way}_accuracy" not in measured
+
+
 def test_explained_variance_equals_loops_and_is_0_for_the_mean_patch(outputs, measured):
   target = outputs.mim_target.reshape(-1, 6).astype(np.float64)
   mean = np.mean(target, axis=0)
@@ -169,7 +180,7 @@ def test_isotropic_rows_have_deviation_1_and_full_rank():
 
 
 def test_uniformity_of_a_large_batch_is_that_of_every_second_row():
-  assert UNIFORMITY_ROWS == 4096
+  assert MOST_ROWS == 4096
   rng = np.random.default_rng(0)
   rows = unit(rng.normal(size=(1, 4104, 3))).astype(np.float32)
   rows[:, 1::2] = rows[:, :1]
@@ -181,7 +192,7 @@ def test_uniformity_of_a_large_batch_is_that_of_every_second_row():
   for text in (rows, sharded):
     np.testing.assert_allclose(measure_jit(Outputs(text=text))["diagnostics/text/uniformity"], expected, rtol=1e-5)
   # All rows of a batch that is just small enough.
-  whole = unit(rng.normal(size=(1, UNIFORMITY_ROWS, 3))).astype(np.float32)
+  whole = unit(rng.normal(size=(1, MOST_ROWS, 3))).astype(np.float32)
   changed = whole.copy()
   changed[:, 1::2] = whole[:, :1]
   of_whole, of_changed = (measure_jit(Outputs(text=x))["diagnostics/text/uniformity"] for x in (whole, changed))

@@ -1,5 +1,6 @@
 """Tests of `declip_jax.objectives.filip` against loops, DeCLIP's code and an independent float64 computation."""
 
+from functools import partial
 import sys
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 import references as reference
 
 from declip_jax.objectives.contrastive import unit_norm
-from declip_jax.objectives.filip import filip, late_interaction
+from declip_jax.objectives.filip import filip, late_interaction, selected_interaction
 from declip_jax.types import Outputs
 
 MODULE = sys.modules[filip.__module__]  # the package has a function of this name
@@ -87,6 +88,14 @@ def test_value_and_gradient_equal_declip_and_float64(golden, name):
   for short, long in (("i2t", "image_to_text"), ("t2i", "text_to_image")):
     hits = np.argmax(golden[f"{name}/logits_{short}"], axis=1) == np.arange(10)
     np.testing.assert_allclose(metrics[f"filip_{long}_accuracy"], hits.mean(), rtol=1e-6)
+
+
+def test_selected_interaction_equals_declip(golden):
+  tokens = (jax.jit(unit_norm)(golden[f"filip_topk/{key}"]) for key in ("image_tokens", "text_tokens"))
+  pairs = jax.jit(partial(selected_interaction, top_k=int(golden["filip_top_k"])))(*tokens)
+  for way, similarity in zip(("i2t", "t2i"), pairs, strict=True):
+    logits = np.exp(golden["filip_log_scale"]) * similarity
+    np.testing.assert_allclose(logits, golden[f"filip_topk/logits_{way}"], atol=1e-5)
 
 
 def test_late_interaction_equals_float64(golden):

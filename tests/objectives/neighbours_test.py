@@ -64,6 +64,9 @@ def test_value_and_gradient_of_the_released_form_equal_declip(golden):
     return nearest_neighbour(outputs, {}, symmetric=False, warmup=False)
 
   step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+  for view in (1, 2):
+    one = step(golden[f"nn/image{view}"][None], golden["log_scale"])[0][0]
+    np.testing.assert_allclose(one, golden[f"nn/loss_image{view}"], atol=3e-6)
   images = np.stack([golden["nn/image1"], golden["nn/image2"]])
   (value, metrics), (gradient, scale_gradient) = step(images, golden["log_scale"])
   np.testing.assert_allclose(value, golden["nn/loss"], atol=3e-6)
@@ -85,8 +88,10 @@ def test_value_and_metrics_equal_loops(views, neighbours, symmetric, label_smoot
   options = {"symmetric": symmetric, "label_smoothing": label_smoothing}
   loss, metrics = jax.jit(partial(nearest_neighbour, **options))(outputs, {})
   np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
-  np.testing.assert_allclose(metrics["neighbour_similarity"], np.mean(range(5 * neighbours)) / 7, rtol=1e-5)
-  np.testing.assert_allclose(metrics["neighbour_age"], np.mean(range(5 * neighbours)), rtol=1e-6)
+  # The first of all has the age 0: it is noise.
+  np.testing.assert_allclose(metrics["neighbour_similarity"], np.mean(range(1, 5 * neighbours)) / 7, rtol=1e-5)
+  np.testing.assert_allclose(metrics["neighbour_age"], np.mean(range(1, 5 * neighbours)), rtol=1e-6)
+  np.testing.assert_allclose(metrics["neighbour_noise"], 1 / (5 * neighbours), rtol=1e-5)
 
 
 def test_costs_nothing_until_the_bank_is_full_unless_told_not_to_wait():

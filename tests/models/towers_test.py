@@ -1,0 +1,68 @@
+"""Tests of what `declip_jax.models.towers` hides for masked image modelling, and of what it gives it to predict."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from declip_jax import architectures, run
+
+PATCH, GRID, BATCH = 8, 3, 4
+TOWERS = {
+  "vit": architectures.vit(patch=PATCH, width=32, depth=2, heads=2),
+  "resnet": architectures.resnet(4, (1, 1, 1, 1)),
+}
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def masked(request):
+  """A jitted encoder of a tower, the masked view, a batch, the side of its patches, and the normalisation of pixels."""
+  config = tiny_config("slip_mim")
+  config.model.image = TOWERS[request.param]
+  side = PATCH if request.param == "vit" else 32
+  config.data.image_size = GRID * side
+  parts = run.build(config)
+  rng = np.random.default_rng(0)
+  batch = {name: np.zeros(x.shape, x.dtype) for name, x in parts.batch_shape(BATCH).items()}
+  batch["image"] = rng.integers(256, size=batch["image"].shape, dtype=np.uint8)
+  # Others in each row, and more columns than rows among them.
+  batch["mim_position"] = rng.permuted(np.tile(np.arange(GRID**2, dtype=np.int32), (BATCH, 1)), axis=1)[:, :4]
+  params, collections = jax.jit(parts.model.init)(jax.random.key(0), batch)
+  encode = jax.jit(lambda batch: parts.model.encode(params, collections, batch)[0])
+  normalise = (np.array(config.model.mean), np.array(config.model.std))
+  return encode, parts.recipe.views.masked_image, batch, side, normalise
+
+
+def patch_at(batch, view, example, position, side):
+  """The pixels of a patch, which are counted row by row."""
+  y, x = divmod(int(position), GRID)
+  return batch["image"][example, view, y * side : (y + 1) * side, x * side : (x + 1) * side]
+
+
+def test_what_is_predicted_are_the_standardised_pixels_at_the_positions(masked):
+  encode, view, batch, side, (mean, std) = masked
+  found = encode(batch).masked_pixels
+  for example, positions in enumerate(batch["mim_position"]):
+    for slot, position in enumerate(positions):
+      pixels = ((patch_at(batch, view, example, position, side) / 255 - mean) / std).ravel()
+      # Of variance 1 as MAE has it, whose code counts one degree of freedom less.
+      expected = (pixels - pixels.sum() / pixels.size) / np.sqrt(
+        ((pixels - pixels.mean()) ** 2).sum() / (pixels.size - 1)
+      )
+      np.testing.assert_allclose(found[example, slot], expected, atol=1e-4)
+
+
+def test_nothing_sees_hidden_pixels_and_predictions_see_all_others(masked):
+  encode, view, batch, side, _ = masked
+  hidden, shown = ({**batch, "image": batch["image"].copy()} for _ in range(2))
+  for example, positions in enumerate(batch["mim_position"]):
+    for position in range(GRID**2):
+      changed = hidden if position in positions else shown
+      patch = patch_at(changed, view, example, position, side)
+      patch[:] = 255 - patch
+  before, without_hidden, without_shown = encode(batch), encode(hidden), encode(shown)
+  assert np.abs(without_hidden.masked_pixels - before.masked_pixels).max() > 0.1
+  np.testing.assert_array_equal(without_shown.masked_pixels, before.masked_pixels)
+  for name in ("image", "masked_image"):
+    np.testing.assert_array_equal(getattr(without_hidden, name), getattr(before, name), err_msg=name)
+    assert np.abs(getattr(without_shown, name) - getattr(before, name)).max() > 1e-3, name
