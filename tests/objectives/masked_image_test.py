@@ -1,17 +1,19 @@
 """Tests of `declip_jax.objectives.masked_image` against a loop."""
 
 import numpy as np
+import pytest
 
 from declip_jax.objectives.masked_image import masked_image
 from declip_jax.types import Outputs
 
 
-def test_value_equals_loops():
-  prediction, target = np.random.default_rng(0).normal(size=(2, 3, 5, 7)).astype(np.float32)
+@pytest.mark.parametrize(("count", "hidden", "pixels"), [(3, 5, 7), (8, 2, 12), (2, 9, 3)])
+def test_value_equals_loops(count, hidden, pixels):
+  prediction, target = np.random.default_rng(0).normal(size=(2, count, hidden, pixels)).astype(np.float32)
   patches = []
-  for i in range(3):
-    for m in range(5):
-      patches.append(np.mean([(prediction[i, m, e] - target[i, m, e]) ** 2 for e in range(7)]))
+  for i in range(count):
+    for m in range(hidden):
+      patches.append(np.mean([(prediction[i, m, e] - target[i, m, e]) ** 2 for e in range(pixels)]))
   loss, _ = masked_image(Outputs(mim_prediction=prediction, mim_target=target), {})
   np.testing.assert_allclose(loss, np.mean(patches), rtol=1e-6)
 

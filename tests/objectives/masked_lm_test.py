@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 import references as reference
 
 from declip_jax.objectives.masked_lm import masked_lm
@@ -16,13 +17,15 @@ def test_value_equals_declip():
   np.testing.assert_allclose(loss, golden["declip/mlm_loss"], atol=1e-5)
 
 
-def test_value_and_accuracy_equal_loops():
+@pytest.mark.parametrize(("count", "slots", "words"), [(3, 4, 5), (8, 2, 11), (2, 7, 3)])
+def test_value_and_accuracy_equal_loops(count, slots, words):
   rng = np.random.default_rng(0)
-  logits = rng.normal(size=(3, 4, 5)).astype(np.float32)
-  target = rng.integers(0, 5, size=(3, 4))
-  weight = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]], np.float32)
+  logits = rng.normal(size=(count, slots, words)).astype(np.float32)
+  target = rng.integers(0, words, size=(count, slots))
+  weight = rng.integers(2, size=(count, slots)).astype(np.float32)
+  weight[0, 0], weight[1] = 1, 0  # a caption without any
   target[0, 0] = logits[0, 0].argmax()
-  chosen = [(b, k) for b in range(3) for k in range(4) if weight[b, k]]
+  chosen = [(b, k) for b in range(count) for k in range(slots) if weight[b, k]]
   expected = np.mean([np.log(np.exp(logits[at]).sum()) - logits[at][target[at]] for at in chosen])
   hits = np.mean([logits[at].argmax() == target[at] for at in chosen])
   loss, metrics = jax.jit(masked_lm)(Outputs(mlm_logits=logits), {"mlm_target": target, "mlm_weight": weight})

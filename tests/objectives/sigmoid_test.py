@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import references as reference
 
 from declip_jax.objectives.contrastive import unit_norm
@@ -24,18 +25,19 @@ def test_value_and_gradient_equal_open_clip():
     np.testing.assert_allclose(gradient, golden[f"siglip/grad_{field}"], atol=3e-6, err_msg=field)
 
 
-def test_value_and_metrics_equal_loops():
+@pytest.mark.parametrize(("count", "dim"), [(7, 3), (2, 9), (19, 4)])
+def test_value_and_metrics_equal_loops(count, dim):
   rng = np.random.default_rng(0)
-  image, text = rng.normal(size=(2, 2, 7, 3)).astype(np.float32)  # the second views have no part in it
+  image, text = rng.normal(size=(2, 2, count, dim)).astype(np.float32)  # the second views have no part in it
   outputs = Outputs(image=image, text=text, scale=jnp.float32(1.5), bias=jnp.float32(-2.0))
   loss, metrics = jax.jit(sigmoid)(outputs, {})
   total, logits = 0.0, {True: [], False: []}
-  for i in range(7):
-    for j in range(7):
+  for i in range(count):
+    for j in range(count):
       logit = 1.5 * image[0, i] @ text[0, j] - 2
       total -= np.log(1 / (1 + np.exp(-logit if i == j else logit)))
       logits[i == j].append(logit)
-  np.testing.assert_allclose(loss, total / 7, rtol=1e-5)
+  np.testing.assert_allclose(loss, total / count, rtol=1e-5)
   np.testing.assert_allclose(metrics["sigmoid_positive_logit"], np.mean(logits[True]), rtol=1e-5)
   np.testing.assert_allclose(metrics["sigmoid_negative_logit"], np.mean(logits[False]), rtol=1e-5)
 

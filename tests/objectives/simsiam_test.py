@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 import references as reference
 
 from declip_jax.objectives.diagnostics import measure
@@ -23,13 +24,14 @@ def test_value_and_gradient_equal_declip():
   np.testing.assert_array_equal(nothing, np.zeros_like(z))
 
 
-def test_value_equals_loops():
-  p, z = np.random.default_rng(0).normal(size=(2, 2, 5, 3)).astype(np.float32)
+@pytest.mark.parametrize(("count", "dim"), [(5, 3), (2, 9), (19, 4)])
+def test_value_equals_loops(count, dim):
+  p, z = np.random.default_rng(0).normal(size=(2, 2, count, dim)).astype(np.float32)
 
   def cosine(x, y):
     return x @ y / np.linalg.norm(x) / np.linalg.norm(y)
 
-  expected = -np.mean([(cosine(p[0, i], z[1, i]) + cosine(p[1, i], z[0, i])) / 2 for i in range(5)])
+  expected = -np.mean([(cosine(p[0, i], z[1, i]) + cosine(p[1, i], z[0, i])) / 2 for i in range(count)])
   loss, _ = jax.jit(simsiam)(Outputs(simsiam_prediction=p, simsiam_projection=z), {})
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
