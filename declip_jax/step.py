@@ -37,6 +37,7 @@ def train_step(
   momentum: Callable[[Array], Array],
   diagnosed: Callable[[Array], Array],
   augment: Callable[[Batch, Array], Batch] = lambda batch, step: batch,
+  measure: Callable[[Outputs], Metrics] = diagnostics.measure,
   logit_scale_range: tuple[float, ...] = (),
   spike: float = 0.0,
 ) -> tuple[State, Metrics]:
@@ -50,6 +51,7 @@ def train_step(
     momentum: of the momentum tower at a step; unused if there is none.
     diagnosed: whether a step also measures `objectives.diagnostics`; otherwise these metrics are NaN.
     augment: what is left to do to the images of a batch, at a step.
+    measure: the diagnostics of a step's outputs.
     logit_scale_range: of the log inverse temperatures after the step; () is any.
     spike: how many times its usual norm makes a gradient too large, see `spikes`; 0 takes any.
   """
@@ -86,7 +88,7 @@ def train_step(
   scales = {"temperature": outputs.scale, "dense_temperature": outputs.dense_scale}
   metrics |= {name: 1 / scale for name, scale in scales.items() if scale is not None}
   metrics |= {f"skipped_{name}": new.skipped[name] for name in ("total", "in_a_row")}
-  return new, metrics | _diagnose(outputs, diagnosed(state.step))
+  return new, metrics | _diagnose(measure, outputs, diagnosed(state.step))
 
 
 def follow(model: Model, state: State, momentum: Callable[[Array], Array]) -> Any:
@@ -123,11 +125,11 @@ def spikes(norm: Array, state: dict[str, Array], factor: float) -> tuple[Array, 
   return too_large, {name: jnp.where(counts, value, state[name]) for name, value in new.items()}
 
 
-def _diagnose(outputs: Outputs, wanted: Array) -> Metrics:
+def _diagnose(measure: Callable[[Outputs], Metrics], outputs: Outputs, wanted: Array) -> Metrics:
   outputs = jax.lax.stop_gradient(outputs)
-  names = jax.eval_shape(diagnostics.measure, outputs)
+  names = jax.eval_shape(measure, outputs)
   nothing = dict.fromkeys(names, jnp.float32(jnp.nan))
-  return jax.lax.cond(wanted, diagnostics.measure, lambda _: nothing, outputs)
+  return jax.lax.cond(wanted, measure, lambda _: nothing, outputs)
 
 
 def make_schedule(config: ConfigDict, steps: run.Steps) -> Callable[[Array], Array]:
@@ -172,6 +174,7 @@ def make_step(
     momentum=lambda step: momentum_at(step, last, config.momentum),
     diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
     augment=make_augment(config, parts),
+    measure=partial(diagnostics.measure, pooled=not objectives.compares_tokens(config.weights)),
     logit_scale_range=config.optimizer.logit_scale_range,
     spike=config.divergence.spike,
   )

@@ -21,7 +21,7 @@ MOST_ROWS = 4096  # at most so many are compared, all pairs: a matrix of 64 MiB 
 _ROUNDING = 1e-12  # total variance of unit rows below which float32 cannot tell them from equal ones
 
 
-def measure(outputs: Outputs) -> Metrics:
+def measure(outputs: Outputs, pooled: bool = True) -> Metrics:
   """All diagnostics that the fields of `outputs` allow, as float32 scalars without gradient.
 
   - `simclr`, `simsiam_projection`, `momentum_prediction`, `momentum_target`: `deviation`, `rank`.
@@ -31,9 +31,10 @@ def measure(outputs: Outputs) -> Metrics:
   - `image_tokens`, `text_tokens`: `deviation` over all tokens of all examples, without the padding of texts.
   - `mim`: `explained_variance`.
 
-  Which names there are follows from which fields are None. The batch is the global one, sharded or not.
+  Which names there are follows from which fields are None; not `pooled` leaves out what is of images and texts as a
+  whole, for objectives such as FILIP's that only train their tokens. The batch is the global one, sharded or not.
   """
-  outputs = jax.lax.stop_gradient(outputs)
+  outputs = jax.lax.stop_gradient(outputs if pooled else outputs.replace(image=None, text=None))
   found = {}
   for branch in ("simclr", "simsiam_projection", "momentum_prediction", "momentum_target", "image", "text"):
     if (rows := getattr(outputs, branch)) is not None:

@@ -226,6 +226,10 @@ def test_names_follow_the_fields(outputs, measured):
     "diagnostics/text_tokens/deviation",
     "diagnostics/mim/explained_variance",
   }
+  tokens = jax.eval_shape(lambda x: measure(x, pooled=False), outputs)
+  assert set(measured) - set(tokens) == {
+    name for name in measured if name.split("/")[1] in ("image", "text", "image_text")
+  }
   for branch in ROWS:
     found = jax.eval_shape(measure, Outputs(**{branch: getattr(outputs, branch)}))
     assert {name.split("/")[1] for name in found} == {branch}
