@@ -425,7 +425,7 @@ def test_a_method_without_texts_takes_no_evaluation(tmp_path: Path) -> None:
 def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   use_mesh(monkeypatch, 1, 1)
   config = tiny_config("clip")
-  config.optimizer.learning_rate = float("nan")
+  config.model.heads.logit_scale_init = 1000.0  # whose exponential is infinite
   config.max_skipped_in_a_row = 3
   config.checkpoint.every.steps = 100
   with pytest.raises(FloatingPointError, match=r"3 steps in a row .*; there is no checkpoint from before"):
