@@ -25,7 +25,7 @@ def masked(request):
   rng = np.random.default_rng(0)
   batch = {name: np.zeros(x.shape, x.dtype) for name, x in parts.batch_shape(BATCH).items()}
   batch["image"] = rng.integers(256, size=batch["image"].shape, dtype=np.uint8)
-  # Others in each row, and more columns than rows among them.
+  # Four of the nine patches, others for each image.
   batch["mim_position"] = rng.permuted(np.tile(np.arange(GRID**2, dtype=np.int32), (BATCH, 1)), axis=1)[:, :4]
   params, collections = jax.jit(parts.model.init)(jax.random.key(0), batch)
   encode = jax.jit(lambda batch: parts.model.encode(params, collections, batch)[0])
