@@ -191,7 +191,14 @@ def _check_ssl_sources(config: ConfigDict, recipe: Recipe) -> None:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-  """The optimiser of `config.optimizer`."""
+  """The optimiser of `config.optimizer`.
+
+  Raises:
+    ValueError: a field that cannot be.
+  """
+  scale = config.logit_scale_range
+  ordered = not scale or (len(scale) == 2 and scale[0] <= scale[1])
+  _refuse({"optimizer.logit_scale_range": (ordered, scale, "two numbers, ascending, or ()")})
   return optim.make(
     config.name,
     b1=config.b1,
@@ -258,13 +265,8 @@ def plan_steps(config: ConfigDict, epoch_examples: int) -> Steps:
 
 
 def _check_safety(config: ConfigDict) -> None:
-  checkpoint, divergence, scale = config.checkpoint, config.divergence, config.optimizer.logit_scale_range
+  checkpoint, divergence = config.checkpoint, config.divergence
   checks = {
-    "optimizer.logit_scale_range": (
-      not scale or (len(scale) == 2 and scale[0] <= scale[1]),
-      scale,
-      "two numbers, ascending, or ()",
-    ),
     "checkpoint.minutes": (checkpoint.minutes >= 0, checkpoint.minutes, "0 or more"),
     "checkpoint.keep_last": (checkpoint.keep_last >= 1, checkpoint.keep_last, "1 or more"),
     "checkpoint.keep_best": (checkpoint.keep_best >= 0, checkpoint.keep_best, "0 or more"),
