@@ -206,7 +206,7 @@ def make(
     weight_decay: acts where `decayed` says.
     decayed: one of `DECAYED`.
     sgd_side: what "adamw_sgd" trains by SGD, one of `SIDES`. The released class has the image side by its name;
-      for their ViT on 88M pairs the authors gave SGD to the text side.
+      second-hand, the paper gave SGD to the text side of its ViT.
     sgd_weight_decay: that of the SGD half of "adamw_sgd", in place of `weight_decay`.
     gradient_clip: largest global norm of the gradient, 0 for none. PyTorch divides by the norm plus 1e-6, we do not.
     multipliers, layer_decay: see `rates`.

@@ -1,4 +1,6 @@
-"""Plans a training without its hardware: python -m declip_jax.plan --config=configs/clip_wit.py --topology=v5e:16x16
+"""Plans a training without its hardware:
+
+  python -m declip_jax.plan --config=configs/clip_wit/vit_b_32.py --topology=v5e:16x16
 
 Compiles the real train step for a TPU topology, on any machine with libtpu (pip install 'declip_jax[tpu]'), or without
 --topology for the devices that are here, and prints for each chip what it holds, computes and sends, how fast that can

@@ -389,19 +389,30 @@ def parse_flags(arguments: list[str]) -> list[str]:
     if "config" in flags.FLAGS:
       flags.FLAGS.config.items()  # raises here, and not later, if the file could not be read
     return rest
-  except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+  except (flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
     print(f"error: {_reason(error)}", file=sys.stderr)
     sys.exit(2)
 
 
 def _reason(error: Exception) -> str:
   """What is wrong with a flag, without what absl and ml_collections wrap it in."""
+  if isinstance(error, ModuleNotFoundError) and error.name == "configs":
+    return "this config imports others of configs/: run the command in the folder that holds it"
+  if no_file := re.search(r"\[Errno \d+\] (?:No such file or|Is a) directory: '(.+?)'", str(error)):
+    return _no_config(Path(no_file[1]))
   missing = error.args[0] if isinstance(error, AttributeError) and error.args else error
   if isinstance(missing, KeyError) and str(missing.args[0]).startswith("'"):  # 'name', and below it what may be meant
     return "the config has no field " + ". ".join(str(missing.args[0]).split("\n"))
   lines = [line for line in str(error).replace("\\n", "\n").split("\n") if line.strip()]
   raised = [match[1] for line in lines if (match := re.match(r"\s*\w+Error: (.+)", line))]
   return "\n".join(line.replace("\\'", "'") for line in raised[-1:] or lines)
+
+
+def _no_config(path: Path) -> str:
+  folder = path if path.is_dir() else next(folder for folder in path.parents if folder.is_dir())
+  configs = [file.name for file in folder.glob("*.py") if "\ndef get_config(" in file.read_text()]
+  folders = [f"{inner.name}/" for inner in folder.iterdir() if (inner / "recipe.py").exists()]
+  return f"--config={path} is no file; {folder} has {', '.join(sorted(configs + folders)) or 'no configs'}"
 
 
 def _join_processes() -> None:

@@ -1,5 +1,6 @@
 """Configs: durations, methods, unknown fields. `configs_test.py` builds every file under configs/."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
@@ -9,6 +10,26 @@ import pytest
 from declip_jax import config, run
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.py"
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+  """What a command line that is refused says, which is one line."""
+
+  def parse(*arguments: str) -> str:
+    defined = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=defined)
+    monkeypatch.setattr(flags, "FLAGS", defined)
+    command = ["train", *arguments]
+    monkeypatch.setattr("sys.argv", command)  # where config_flags looks for fields
+    with pytest.raises(SystemExit):
+      run.parse_flags(command)
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+  return parse
 
 
 @pytest.mark.parametrize("method", config.METHODS)
@@ -46,17 +67,29 @@ def test_ambiguous_duration_is_refused(length: dict) -> None:
     ("--config.batch_size=many", "flag --config.batch_size=many: invalid literal for int() with base 10: 'many'"),
   ],
 )
-def test_a_wrong_flag_is_told_in_a_line(
-  argument: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_a_wrong_flag_is_told_in_a_line(argument: str, message: str, said: Callable[..., str]) -> None:
+  assert message in said(f"--config={DEMO}", argument)
+
+
+@pytest.mark.parametrize(
+  ("path", "offered"),
+  [
+    ("slip.py", ("demo.py", "slip/")),
+    ("slip/blip.py", ("clip_base_25ep.py", "slip_mim.py")),
+    ("slip", ("clip_base_25ep.py", "slip_mim.py")),
+  ],
+)
+def test_a_config_that_is_not_there_is_told_with_those_that_are(
+  path: str, offered: tuple[str, ...], said: Callable[..., str]
 ) -> None:
-  defined = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=defined)
-  monkeypatch.setattr(flags, "FLAGS", defined)
-  command = ["train", f"--config={DEMO}", argument]
-  monkeypatch.setattr("sys.argv", command)  # where config_flags looks for fields
-  with pytest.raises(SystemExit):
-    run.parse_flags(command)
-  said = capsys.readouterr().err
-  assert said.startswith("error: ")
-  assert message in said
-  assert said.count("\n") == 1
+  message = said(f"--config={DEMO.parent / path}")
+  assert f"--config={DEMO.parent / path} is no file; " in message
+  listed = message.split(" has ")[1].strip().split(", ")
+  assert set(offered) <= set(listed)
+  assert not {"recipe.py", "__init__.py", "__pycache__/"} & set(listed)
+
+
+def test_a_row_told_from_another_folder_says_where_to_be(said: Callable[..., str], tmp_path: Path) -> None:
+  row = tmp_path / "row.py"
+  row.write_text("raise ModuleNotFoundError(\"No module named 'configs'\", name='configs')")
+  assert "run the command in the folder that holds it" in said(f"--config={row}")

@@ -1,0 +1,17 @@
+"""CLIP RN50x64 by its own recipe.
+
+  python -m declip_jax.train --config=configs/clip_wit/rn50x64.py:FOLDER,IMAGENET --workdir runs/rn50x64
+
+Paper: Radford et al. 2021, arXiv 2103.00020; recipe in tables 18 to 20.
+Expected: 73.6 zero-shot; the paper's top-1 on ImageNet, not ours.
+Hardware: 592 V100, 18 days.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.clip_wit import recipe
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
+  return recipe.make("RN50x64", arg, rate=3.6e-4)

@@ -1,0 +1,17 @@
+"""CLIP ViT-B/32 by its own recipe.
+
+  python -m declip_jax.train --config=configs/clip_wit/vit_b_32.py:FOLDER,IMAGENET --workdir runs/vit_b_32
+
+Paper: Radford et al. 2021, arXiv 2103.00020; recipe in tables 18 to 20.
+Expected: 63.2 zero-shot; the paper's top-1 on ImageNet, not ours.
+Hardware: not published.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.clip_wit import recipe
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
+  return recipe.make("ViT-B/32", arg, rate=5e-4)

@@ -1,0 +1,19 @@
+"""DeCLIP's ablation, ResNet-50 on CC3M: all of DeCLIP.
+
+  python -m declip_jax.train --config=configs/declip_paper/cc3m_declip.py:FOLDER,IMAGENET --workdir runs/cc3m_declip
+
+Paper: Li et al. 2022, arXiv 2110.05208, section 4.
+Expected: 27.2 zero-shot; the paper's top-1 on ImageNet, not ours, and second-hand: look it up before you quote it.
+Hardware: not published, as far as we know.
+
+The ladder's last rung: nearest neighbours beside all others.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.declip_paper import recipe
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
+  return recipe.make("declip", arg, data="cc3m")

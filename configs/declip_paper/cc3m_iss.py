@@ -1,0 +1,17 @@
+"""DeCLIP's ablation, ResNet-50 on CC3M: CLIP and self-supervision of images.
+
+  python -m declip_jax.train --config=configs/declip_paper/cc3m_iss.py:FOLDER,IMAGENET --workdir runs/cc3m_iss
+
+Paper: Li et al. 2022, arXiv 2110.05208, section 4.
+Expected: we know of no published number.
+Hardware: not published, as far as we know.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.declip_paper import recipe
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
+  return recipe.make("declip_iss", arg, data="cc3m")

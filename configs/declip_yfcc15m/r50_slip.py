@@ -1,0 +1,22 @@
+"""SLIP ResNet-50 on YFCC15M by DeCLIP's authors' code.
+
+  python -m declip_jax.train --config=configs/declip_yfcc15m/r50_slip.py:FOLDER,IMAGENET --workdir runs/r50_slip
+
+Paper: Cui et al. 2022, arXiv 2203.05796, and the table of the code's README.
+Expected: 28.5 zero-shot; the authors' top-1 on ImageNet, not ours.
+Hardware: 32 GPUs, four nodes of eight, with 128 pairs each; neither hours nor kind are published.
+
+Where we differ: SimCLR's head starts from the attention pool before its output projection; the released ResNet does not
+give the feature that its SLIP asks for.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.declip_yfcc15m import recipe
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
+  c = recipe.make("slip", "DeCLIP RN50", arg, embed_dim=1024)
+  c.model.image.norm_groups = 2  # parts of the batch that its batch norms see apart
+  return c

@@ -1,0 +1,17 @@
+"""CLIP ViT-B/32 on YFCC15M by DeCLIP's authors' code.
+
+  python -m declip_jax.train --config=configs/declip_yfcc15m/vit_clip.py:FOLDER,IMAGENET --workdir runs/vit_clip
+
+Paper: Cui et al. 2022, arXiv 2203.05796, and the table of the code's README.
+Expected: 32.8 zero-shot; the authors' top-1 on ImageNet, not ours.
+Hardware: 32 GPUs, four nodes of eight, with 128 pairs each; neither hours nor kind are published.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.declip_yfcc15m import recipe
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
+  return recipe.make("clip", "DeCLIP ViT-B/32", arg, embed_dim=512)

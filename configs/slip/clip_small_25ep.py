@@ -1,0 +1,17 @@
+"""CLIP ViT-S/16, 25 epochs of YFCC15M.
+
+  python -m declip_jax.train --config=configs/slip/clip_small_25ep.py:FOLDER,IMAGENET --workdir runs/clip_small_25ep
+
+Paper: Mu et al. 2021, arXiv 2112.12750, tables 2 and 10.
+Expected: 32.7 zero-shot, 59.3 linear probe, 78.2 fine-tuned; the paper's top-1 on ImageNet, not ours.
+Hardware: not published.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.slip import recipe
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
+  return recipe.make("clip", "SLIP ViT-S/16", arg, epochs=25)

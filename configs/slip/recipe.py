@@ -1,0 +1,47 @@
+"""SLIP: CLIP, SimCLR and SLIP with SLIP's training procedure, and its studies.
+
+Mu et al. 2021, "SLIP: Self-supervision meets Language-Image Pre-training", arXiv 2112.12750; recipe of its released
+code, facebookresearch/SLIP. Rows of released weights have their names.
+
+Data: OpenAI's list of YFCC15M, 14.6 M pairs; CC12M with 11.0 M and CC3M with 3.1 M that could still be downloaded.
+FOLDER is data/yfcc15m, data/cc3m or data/cc12m by default; its samples have all captions of an image, of which one is
+drawn each time. IMAGENET is classified after each epoch. SimCLR has no text tower, and so none of this.
+
+The contrast has no gradient through the candidates, as in the released code on several GPUs
+(`config.terms.clip.full_gradient`). Where we differ: bfloat16 in place of float16 with loss scaling; a long caption
+keeps its end-of-text token; a title or a description that is empty is never drawn.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import read_folders
+from declip_jax import config
+
+TEMPLATES = (
+  "itap of a {}.",
+  "a bad photo of the {}.",
+  "a origami {}.",
+  "a photo of the large {}.",
+  "a {} in a video game.",
+  "art of the {}.",
+  "a photo of the small {}.",
+)
+
+
+def make(method: str, architecture: str, arg: str, *, epochs: int, data: str = "yfcc15m") -> ConfigDict:
+  """A row; `arg` is that of its `get_config`, `data` the folder in data/ that FOLDER is by default."""
+  c = config.default(method, architecture)
+  c.batch_size = 4096
+  c.duration = config.duration(epochs=epochs)
+  c.terms.clip.full_gradient = False
+  c.model.mean, c.model.std = config.IMAGENET_MEAN, config.IMAGENET_STD
+  c.optimizer.learning_rate, c.optimizer.weight_decay = (5e-4, 0.5) if method.startswith("clip") else (3e-3, 0.1)
+  if method == "simclr":
+    c.optimizer.learning_rate = 3.2e-3
+  c.optimizer.epsilon = 1e-8
+  c.optimizer.warmup = config.duration(epochs=2 if epochs == 100 else 1)
+  c.optimizer.warmup_start, c.optimizer.end = 1e-6, 1e-5
+  read_folders(c, arg, f"data/{data}", TEMPLATES)
+  if method == "simclr" and len(c.evals):
+    raise ValueError(f"simclr has no text tower to classify {c.evals.imagenet.data} with: leave IMAGENET out")
+  return c

@@ -1,0 +1,17 @@
+"""SLIP ViT-B/16, 25 epochs of YFCC15M.
+
+  python -m declip_jax.train --config=configs/slip/slip_base_25ep.py:FOLDER,IMAGENET --workdir runs/slip_base_25ep
+
+Paper: Mu et al. 2021, arXiv 2112.12750, tables 2 and 10.
+Expected: 42.8 zero-shot, 72.1 linear probe, 82.6 fine-tuned; the paper's top-1 on ImageNet, not ours.
+Hardware: 64 V100, 30.5 hours.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.slip import recipe
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
+  return recipe.make("slip", "SLIP ViT-B/16", arg, epochs=25)
