@@ -19,9 +19,9 @@ def nearest_neighbour(
 ) -> tuple[Float[Array, ""], Metrics]:
   """Mean InfoNCE of every image view with every neighbour of its texts; neighbours are constants.
 
-  As in the paper, and by default, the loss goes both ways, and it is 0 until the bank is full. The released code goes
-  from image to text only (`symmetric=False`) and searches a bank of noise until it is filled (`warmup=False`); its
-  queries are both text views, which `Views.neighbour_text` chooses.
+  By default the loss goes both ways, as we read the paper, and it is 0 until the bank is full, of which the paper
+  says nothing. The released code goes from image to text only (`symmetric=False`) and searches a bank of noise until
+  it is filled (`warmup=False`); its queries are both text views, which `Views.neighbour_text` chooses.
 
   The metrics are the mean cosine of the neighbours and the texts that searched, and their mean age in steps, both 0 if
   there are none yet; and the share of what was found that is noise, with which a bank starts.

@@ -25,5 +25,6 @@ def nt_xent(
   found, _ = log_sums(views / temperature, views, form, without_self=True, columns=False)
   positive = jnp.einsum("bd,bd->b", *views, precision=jax.lax.Precision.HIGHEST) / temperature
   loss = (jax.nn.logsumexp(found.log_sum, axis=1) - positive).mean()
-  in_other_view, own = found.top[0, 1] > found.top[0, 0], found.best[0, 1] == jnp.arange(views.shape[1])
+  # On a tie with one of its own view the other view counts, as it comes first in SLIP's argmax.
+  in_other_view, own = found.top[0, 1] >= found.top[0, 0], found.best[0, 1] == jnp.arange(views.shape[1])
   return loss, {"simclr_accuracy": jnp.mean(in_other_view & own)}

@@ -98,6 +98,14 @@ def test_selected_interaction_equals_declip(golden):
     np.testing.assert_allclose(logits, golden[f"filip_topk/logits_{way}"], atol=1e-5)
 
 
+def test_the_selected_tokens_are_declips(golden):
+  tokens = {kind: np.asarray(unit_norm(golden[f"filip_topk/{kind}_tokens"])) for kind in ("image", "text")}
+  for kind, other in (("image", "text"), ("text", "image")):
+    found = MODULE._most_similar(tokens[kind], tokens[other], int(golden["filip_top_k"]))
+    ids = np.argmax(np.einsum("bke,bne->bkn", found, tokens[kind]), axis=-1)
+    np.testing.assert_array_equal(np.sort(ids), np.sort(golden[f"filip_topk/selected_{kind}_ids"]))
+
+
 def test_late_interaction_equals_float64(golden):
   tokens = (jax.jit(unit_norm)(golden[f"filip_topk/{key}"]) for key in ("image_tokens", "text_tokens"))
   image_to_text, text_to_image = jax.jit(late_interaction)(*tokens, golden["filip_topk/text_valid"])
@@ -118,9 +126,10 @@ def test_late_interaction_of_any_number_of_images_and_texts_equals_loops(monkeyp
   np.testing.assert_allclose(text_to_image, expected[1], atol=1e-6)
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(5, {}), (2, {"n": 7, "t": 3, "e": 9}), (9, {"n": 4, "t": 11, "e": 3})])
 @pytest.mark.parametrize(("top_k", "label_smoothing"), [(0, 0.0), (0, 0.1), (1, 0.0), (2, 0.1), (3, 0.0)])
-def test_value_equals_loops(top_k, label_smoothing):
-  image, text, valid = random_tokens(1)
+def test_value_equals_loops(top_k, label_smoothing, count, sizes):
+  image, text, valid = random_tokens(1, count, count, **sizes)
   expected = loops_of_the_release(image, text, top_k) if top_k else loops_of_the_paper(image, text, valid)
   outputs = Outputs(image_tokens=image, text_tokens=text, text_valid=valid, dense_scale=jnp.float32(4.0))
   loss, _ = jax.jit(lambda x: filip(x, {}, top_k=top_k, label_smoothing=label_smoothing))(outputs)

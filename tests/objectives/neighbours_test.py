@@ -74,12 +74,13 @@ def test_value_and_gradient_of_the_released_form_equal_declip(golden):
   np.testing.assert_allclose(scale_gradient, golden["nn/grad_log_scale"][0], atol=3e-6)
 
 
+@pytest.mark.parametrize(("count", "dim"), [(5, 4), (2, 9), (19, 3)])
 @pytest.mark.parametrize(
   ("views", "neighbours", "symmetric", "label_smoothing"),
   [(1, 1, True, 0.0), (2, 3, True, 0.0), (2, 1, True, 0.1), (2, 2, False, 0.0), (1, 3, False, 0.1)],
 )
-def test_value_and_metrics_equal_loops(views, neighbours, symmetric, label_smoothing):
-  outputs = random_outputs(views, neighbours)
+def test_value_and_metrics_equal_loops(views, neighbours, symmetric, label_smoothing, count, dim):
+  outputs = random_outputs(views, neighbours, count, dim)
   losses = []
   for image in outputs.image:
     for near in outputs.neighbour:
@@ -89,9 +90,9 @@ def test_value_and_metrics_equal_loops(views, neighbours, symmetric, label_smoot
   loss, metrics = jax.jit(partial(nearest_neighbour, **options))(outputs, {})
   np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
   # The first of all has the age 0: it is noise.
-  np.testing.assert_allclose(metrics["neighbour_similarity"], np.mean(range(1, 5 * neighbours)) / 7, rtol=1e-5)
-  np.testing.assert_allclose(metrics["neighbour_age"], np.mean(range(1, 5 * neighbours)), rtol=1e-6)
-  np.testing.assert_allclose(metrics["neighbour_noise"], 1 / (5 * neighbours), rtol=1e-5)
+  np.testing.assert_allclose(metrics["neighbour_similarity"], np.mean(range(1, count * neighbours)) / 7, rtol=1e-5)
+  np.testing.assert_allclose(metrics["neighbour_age"], np.mean(range(1, count * neighbours)), rtol=1e-6)
+  np.testing.assert_allclose(metrics["neighbour_noise"], 1 / (count * neighbours), rtol=1e-5)
 
 
 def test_costs_nothing_until_the_bank_is_full_unless_told_not_to_wait():

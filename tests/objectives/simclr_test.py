@@ -26,7 +26,7 @@ def test_value_and_gradient_equal_slip_and_declip(name, temperature):
   np.testing.assert_allclose(metrics["simclr_accuracy"], golden["simclr/acc"] / 100, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "temperature"), [(5, 0.1), (8, 0.7)])
+@pytest.mark.parametrize(("count", "temperature"), [(5, 0.1), (8, 0.7), (19, 0.5)])
 def test_value_and_accuracy_equal_loops(count, temperature):
   rng = np.random.default_rng(0)
   first = rng.normal(size=(count, 3))
@@ -43,6 +43,12 @@ def test_value_and_accuracy_equal_loops(count, temperature):
   np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
   np.testing.assert_allclose(metrics["simclr_accuracy"], np.mean(hits), rtol=1e-6)
   assert 0 < np.mean(hits) < 1
+
+
+def test_a_collapsed_batch_finds_one_of_all():
+  """All candidates tie: SLIP's argmax takes the first of the other view."""
+  _, metrics = run(np.ones((2, 4, 3), np.float32), 0.1)
+  assert metrics["simclr_accuracy"] == 0.25
 
 
 def test_length_does_not_matter():
