@@ -2,17 +2,19 @@
 
 python benchmarks/results.py --plot docs/fashion44k.png --metric eval/zero_shot/top1 runs/clip-0 runs/clip-1 runs/slip-0
 
-Runs whose names differ in a number behind a dash are seeds of one row: the row has their mean and, behind +-, half of
-what the largest and the smallest lie apart. Each score is that of the last evaluation. Minutes are those of the clock.
+Runs whose names differ in a number behind a dash are seeds of one row: the row has their mean and, behind ±, half of
+what the largest and the smallest lie apart. Each score is that of the last evaluation.
 
-With --collect FILE the evaluations of the runs are written to FILE, one JSON object a line; it can be given in place of
-a working directory.
+With --collect FILE the evaluations of the runs are written to FILE, one JSON object a line, with the git revisions that
+the run has seen, and the means of losses and accuracies in the batch since the evaluation before. It can be given in
+place of a working directory.
 """
 
 import argparse
 import json
 from pathlib import Path
 import re
+from statistics import fmean
 from typing import Any
 
 from declip_jax.config import from_json
@@ -34,21 +36,27 @@ Rows = list[dict[str, Any]]
 
 
 def read_run(workdir: Path) -> Rows:
-  """The evaluations of a run and of what `declip_jax.evaluate` measured later, each with examples seen and minutes."""
+  """The evaluations of a run and of what `declip_jax.evaluate` measured later, each with the examples seen."""
   batch_size = from_json((workdir / "config.json").read_text()).batch_size
   later = workdir / "evaluations.jsonl"
   evaluations = [json.loads(line) for line in later.read_text().splitlines()] if later.exists() else []
-  metrics = read_metrics(workdir)
-  start = min(row["time"] for row in metrics)
-  return [
-    {
-      "examples": row["step"] * batch_size,
-      **({"minutes": (row["time"] - start) / 60} if "time" in row else {}),
-      **{name: value for name, value in row.items() if name.startswith("eval/")},
-    }
-    for row in [*metrics, *evaluations]
-    if "step" in row and any(name.startswith("eval/") for name in row)
-  ]
+  starts = [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
+  revisions = list(dict.fromkeys(start["git"] for start in starts))
+  rows: Rows = []
+  logged: Rows = []
+  for row in [*read_metrics(workdir), *evaluations]:
+    logged.append({name: x for name, x in row.items() if name.startswith("loss") or name.endswith("_accuracy")})
+    scores = {name: value for name, value in row.items() if name.startswith("eval/")}
+    if "step" in row and scores:
+      rows.append({"git": revisions, "examples": row["step"] * batch_size, **scores, **means(logged)})
+      logged = []
+  return rows
+
+
+def means(rows: Rows) -> dict[str, float]:
+  """The mean of each number over the rows that have it."""
+  names = dict.fromkeys(name for row in rows for name in row)
+  return {name: fmean(row[name] for row in rows if name in row) for name in names}
 
 
 def read_runs(paths: list[Path]) -> dict[str, Rows]:
@@ -80,12 +88,11 @@ def mean_curve(seeds: list[Rows], metric: str) -> Rows:
 
 
 def table_row(name: str, seeds: list[Rows], scores: dict[str, str]) -> str:
-  """Name, seeds, pairs seen, minutes, and the scores, in Markdown."""
-  minutes = sum(max(row.get("minutes", 0) for row in rows) for rows in seeds) / len(seeds)
-  cells = [name, str(len(seeds)), f"{seeds[0][-1]['examples']:,.0f}", f"{minutes:.0f}"]
+  """Name, seeds, pairs seen, and the scores, in Markdown."""
+  cells = [name, str(len(seeds)), f"{seeds[0][-1]['examples']:,.0f}"]
   for metric in scores.values():
     last = [[row[metric] for row in rows if metric in row][-1] for rows in seeds]
-    spread = f" +- {100 * (max(last) - min(last)) / 2:.1f}" if len(last) > 1 else ""
+    spread = f" ± {100 * (max(last) - min(last)) / 2:.1f}" if len(last) > 1 else ""
     cells.append(f"{100 * sum(last) / len(last):.1f}{spread}")
   return "| " + " | ".join(cells) + " |"
 
@@ -102,8 +109,8 @@ def main() -> None:
   methods = by_method(runs)
   every = [row for rows in runs.values() for row in rows]
   scores = {title: name for title, name in SCORES.items() if any(name in row for row in every)}
-  print("| run | seeds | pairs seen | minutes | " + " | ".join(title.strip() for title in scores) + " |")
-  print("|---" * (4 + len(scores)) + "|")
+  print("| run | seeds | pairs seen | " + " | ".join(title.strip() for title in scores) + " |")
+  print("|---" * (3 + len(scores)) + "|")
   for name, seeds in methods.items():
     print(table_row(name, seeds, scores))
   shares = {row["eval/zero_shot/majority_share"] for row in every if "eval/zero_shot/majority_share" in row}

@@ -62,7 +62,9 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   Locked: only known fields can be set. `architectures.ARCHITECTURES` lists the names.
 
   With `preset` "paper", normalisation and optimiser are OpenAI's for every method, so that methods differ in nothing
-  but their objective; "repo" is what DeCLIP's released code does under the name of the method, see `_as_released`.
+  but their objective and what comes with it: views, heads, the temperature of `siglip`, and for those of DeCLIP the
+  bias and the mask word of its text tower; "repo" is what DeCLIP's released code does under the name of the method, see
+  `_as_released`.
 
   Raises:
     ValueError: an unknown preset, method or architecture.
@@ -218,6 +220,7 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
   c.engine = "fast"  # of image views; "exact" does them by Pillow, as torchvision, to the bit
   c.augment_on = "host"  # or "device": the host only crops, and the step does what comes behind
   # Which contrasted texts search the neighbour bank and enter it, such as ("raw", "augmented"). None: the recipe's.
+  # What a recipe does not contrast cannot: no method has raw and masked captions both.
   c.neighbour_texts = placeholder(tuple)
   c.templates = ()  # captions for examples with a class and none, such as ("a photo of a {}.",)
   c.workers = placeholder(int)  # processes that read and augment; 0 does it in threads of this one. None: by the cores
@@ -242,7 +245,8 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.heads.embed_dim = built.embed_dim  # of the joint space
   c.heads.image_bias = built.image_bias
   c.heads.text_bias = built.text_bias
-  c.heads.logit_scale_init = 2.659260036932778  # ln(1 / 0.07), Radford et al. 2021, section 2.5
+  # Of embeddings and of FILIP's tokens; Radford et al. 2021, section 2.5.
+  c.heads.logit_scale_init = math.log(1 / 0.07)
   c.heads.logit_bias_init = -10.0  # of the sigmoid loss, which also wants logit_scale_init=ln 10 (SigLIP, section 3.2)
   c.heads.max_scale = 0.0  # largest inverse temperature in the forward pass, 0 for none; see also logit_scale_range
   c.heads.dense_dim = 256  # in which FILIP compares tokens
@@ -284,8 +288,8 @@ def _optimizer() -> ConfigDict:
   # Paths of parameters that stay as they are: ("towers/image",) is a locked image tower (LiT), and DeCLIP freezes
   # ("towers/image/patch_embedding",).
   c.frozen = ()
-  # Of the log inverse temperatures after each step; the top is ln 100. () is any.
-  c.logit_scale_range = (0.0, 4.605170185988092)
+  # Of the log inverse temperatures after each step; () is any.
+  c.logit_scale_range = (0.0, math.log(100))
   return c
 
 

@@ -375,7 +375,8 @@ def make_schedule(
       without milestones.
   """
   _check_name("schedule", name, SCHEDULES)
-  _check_finite({"learning_rate": peak, "warmup_start": start, "end": end})
+  factors = {f"milestones[{step}]": factor for step, factor in milestones}
+  _check_finite({"learning_rate": peak, "warmup_start": start, "end": end, "cooldown_power": cooldown_power, **factors})
   if warmup_steps > total_steps:
     raise ValueError(f"config.optimizer.warmup is {warmup_steps} steps, longer than the training of {total_steps}")
   if name == "cooldown" and not 0 < cooldown_steps <= total_steps - warmup_steps:

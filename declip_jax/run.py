@@ -78,7 +78,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
   Raises:
     ValueError: a name or a number that does not fit; the message says which and what would.
   """
-  _check_data(config.data, config.seed)
+  _check_numbers(config)
   tokenizer = make_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
   recipe = get_recipe(config.data.recipe, {name: config.data[name] for name in _OVERRIDES})
   if config.data.neighbour_texts is not None:
@@ -138,10 +138,12 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
   )
 
 
-def _check_data(data: ConfigDict, seed: int) -> None:
+def _check_numbers(config: ConfigDict) -> None:
   """Refuses numbers that cannot be; those of the recipe are checked with it."""
+  data = config.data
   checks = {
-    "seed": (seed >= 0, seed, "0 or more"),
+    "seed": (config.seed >= 0, config.seed, "0 or more"),
+    "momentum": (0 <= config.momentum <= 1, config.momentum, "0 to 1"),
     "data.image_size": (data.image_size > 0, data.image_size, "1 or more"),
     "data.interpolation": (data.interpolation in INTERPOLATIONS, data.interpolation, f"one of {list(INTERPOLATIONS)}"),
     "data.workers": (data.workers is None or data.workers >= 0, data.workers, "0 or more, or None"),

@@ -112,6 +112,7 @@ def test_a_schedule_without_warmup_starts_at_the_peak_and_stays_at_the_end():
     ({"warmup_steps": 11}, r"config\.optimizer\.warmup is 11 steps, longer than the training of 10"),
     ({"name": "cooldown", "cooldown_steps": 7, "warmup_steps": 4}, r"config\.optimizer\.cooldown is 7 steps: 1 to 6, "),
     ({"name": "cooldown"}, r"config\.optimizer\.cooldown is 0 steps: 1 to 10, "),
+    ({"name": "step", "milestones": ((6, float("nan")),)}, r"config\.optimizer\.milestones\[6\]=nan: a finite number"),
     ({"name": "step"}, r"config\.optimizer\.milestones=\(\): schedule 'step' needs pairs"),
   ],
 )

@@ -734,6 +734,8 @@ def test_the_loss_goes_on_the_same_on_fewer_devices(tmp_path: Path, monkeypatch:
     ({"weight_schedule.byol": ((0, 1.0),)}, r"config.weight_schedule.byol=.*config.weights.byol is 0"),
     ({"weight_schedule.nns": ((9, 0.0), (5, 1.0))}, r"config.weight_schedule.nns=.*steps have to ascend"),
     ({"weight_schedule.nns": (0, 0.0)}, r"config.weight_schedule.nns=\(0, 0.0\): pairs of a step and a factor"),
+    ({"weight_schedule.nns": ((0, float("nan")),)}, r"config.weight_schedule.nns=.*factors have to be finite"),
+    ({"momentum": 1.5}, r"config.momentum=1.5: 0 to 1"),
     ({"weights.clip": float("nan")}, r"config.weights.clip=nan: a finite number"),
     ({"terms.simclr.temperature": 0.0}, r"config.terms.simclr.temperature=0.0: more than 0"),
     ({"terms.clip.label_smoothing": 2.0}, r"config.terms.clip.label_smoothing=2.0: 0 to 1"),

@@ -14,17 +14,11 @@ from declip_jax.models import bank
 from declip_jax.models.batch_norm import BatchNorm
 from declip_jax.models.transformer import torch_uniform
 from declip_jax.types import Features, Outputs, Views
+from declip_jax.unit_norm import unit_norm
 
 # What `Heads.heads` may name: the joint space with its temperature, and with it the text tower, the bias of the
 # sigmoid loss, FILIP's token maps, and what belongs to one term each.
 HEADS = ("joint", "sigmoid", "filip", "simclr", "simsiam", "momentum", "mlm", "mim", "bank")
-LOG_SCALE_INIT = 2.659260036932778  # ln(1 / 0.07), Radford et al. 2021, section 2.5
-
-
-def unit_norm(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-  """Rows of length one in float32. A zero row stays zero, with a finite gradient."""
-  x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 class Mlp(nn.Module):
@@ -72,7 +66,8 @@ class Heads(nn.Module):
     vocab_size: rows of the masked language modelling head.
     embed_dim: dimension `d` of the joint space.
     image_bias, text_bias: whether the projections have a bias (a ResNet's attention pool does, DeCLIP's text does).
-    logit_scale_init, logit_bias_init: first log inverse temperature, and first bias of the sigmoid loss.
+    logit_scale_init, logit_bias_init: first log inverse temperature, of embeddings and of tokens, and first bias of the
+      sigmoid loss.
     max_scale: largest inverse temperature, 0 for none; beyond it the gradient is still that of the exponential, as
       DeCLIP's clamp of the data has it.
     dense_dim: width `e` in which FILIP compares tokens.
@@ -120,7 +115,7 @@ class Heads(nn.Module):
     if "sigmoid" in self.heads:
       self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.logit_bias_init), ())
     if "filip" in self.heads:
-      self.dense_logit_scale = self.param("dense_logit_scale", nn.initializers.constant(LOG_SCALE_INIT), ())
+      self.dense_logit_scale = self.param("dense_logit_scale", nn.initializers.constant(self.logit_scale_init), ())
       self.image_mapping = self._linear(self.image_width, self.dense_dim)
       self.text_mapping = self._linear(self.text_width, self.dense_dim)
     if "simclr" in self.heads:

@@ -11,11 +11,12 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from declip_jax.models.bank import OVERFLOWS
-from declip_jax.models.heads import Heads, unit_norm
+from declip_jax.models.heads import Heads
 from declip_jax.models.text import TextTransformer
 from declip_jax.models.towers import IMAGE_TOWERS, MLM_ATTENTION, Towers
 from declip_jax.models.transformer import ACTIVATIONS, INITS, REMAT_POLICIES
 from declip_jax.types import Batch, Features, Outputs, Views
+from declip_jax.unit_norm import unit_norm
 
 Tree = Mapping[str, Any]
 

@@ -205,6 +205,8 @@ def make_objective(
       raise ValueError(f"config.weight_schedule.{name}={points}: config.weights.{name} is 0")
     if not all(isinstance(point, Sequence) and len(point) == 2 for point in points):
       raise ValueError(f"config.weight_schedule.{name}={points}: pairs of a step and a factor: ((0, 0.0), (2500, 1.0))")
+    if not all(math.isfinite(factor) for _, factor in points):
+      raise ValueError(f"config.weight_schedule.{name}={points}: factors have to be finite")
     if [step for step, _ in points] != sorted({step for step, _ in points}):
       raise ValueError(f"config.weight_schedule.{name}={points}: steps have to ascend")
 

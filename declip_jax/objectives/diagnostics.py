@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from declip_jax.objectives.contrastive import Metrics, accuracy
 from declip_jax.types import Outputs
+from declip_jax.unit_norm import unit_norm
 
 MOST_ROWS = 4096  # at most so many are compared, all pairs: a matrix of 64 MiB over all devices
 _ROUNDING = 1e-12  # total variance of unit rows below which float32 cannot tell them from equal ones
@@ -27,7 +28,8 @@ def measure(outputs: Outputs, pooled: bool = True) -> Metrics:
   - `simclr`, `simsiam_projection`, `momentum_prediction`, `momentum_target`: `deviation`, `rank`.
   - `image`, `text`: `deviation`, `rank`; and `uniformity` of the first view.
   - `image_text`: `alignment` of the first image view with the first text view; for the sigmoid loss, which unlike the
-    other contrasts ranks nothing, also the `accuracy` of finding one by the other in the batch.
+    other contrasts ranks nothing, also the `accuracy` of finding one by the other, in the batch or among some
+    `MOST_ROWS` of it.
   - `image_tokens`, `text_tokens`: `deviation` over all tokens of all examples, without the padding of texts.
   - `mim`: `explained_variance`.
 
@@ -38,7 +40,7 @@ def measure(outputs: Outputs, pooled: bool = True) -> Metrics:
   found = {}
   for branch in ("simclr", "simsiam_projection", "momentum_prediction", "momentum_target", "image", "text"):
     if (rows := getattr(outputs, branch)) is not None:
-      rows = _unit(rows)
+      rows = unit_norm(rows)
       found[f"{branch}/deviation"] = _deviation(rows, axis=1)
       found[f"{branch}/rank"] = _effective_rank(rows)
       if branch in ("image", "text"):
@@ -51,18 +53,13 @@ def measure(outputs: Outputs, pooled: bool = True) -> Metrics:
       found["image_text/image_to_text_accuracy"] = accuracy(logits)
       found["image_text/text_to_image_accuracy"] = accuracy(logits.T)
   if outputs.image_tokens is not None:
-    found["image_tokens/deviation"] = _deviation(_unit(outputs.image_tokens), axis=(0, 1))
+    found["image_tokens/deviation"] = _deviation(unit_norm(outputs.image_tokens), axis=(0, 1))
   if outputs.text_tokens is not None and outputs.text_valid is not None:
     valid = outputs.text_valid[..., None]
-    found["text_tokens/deviation"] = _deviation(_unit(outputs.text_tokens), axis=(0, 1), where=valid)
+    found["text_tokens/deviation"] = _deviation(unit_norm(outputs.text_tokens), axis=(0, 1), where=valid)
   if outputs.mim_prediction is not None and outputs.mim_target is not None:
     found["mim/explained_variance"] = _explained_variance(outputs.mim_prediction, outputs.mim_target)
   return {f"diagnostics/{name}": value for name, value in found.items()}
-
-
-def _unit(x: Float[Array, "*rows p"]) -> Float[Array, "*rows p"]:
-  x = x.astype(jnp.float32)
-  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def _deviation(

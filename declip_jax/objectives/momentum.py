@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from declip_jax.objectives.blockwise import PLAIN, Form
-from declip_jax.objectives.contrastive import Metrics, info_nce, unit_norm
+from declip_jax.objectives.contrastive import Metrics, info_nce
 from declip_jax.types import Batch, Outputs
+from declip_jax.unit_norm import unit_norm
 
 
 def moco(

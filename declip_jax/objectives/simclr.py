@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from declip_jax.objectives.blockwise import PLAIN, Form, log_sums
-from declip_jax.objectives.contrastive import Metrics, unit_norm
+from declip_jax.objectives.contrastive import Metrics
 from declip_jax.types import Batch, Outputs
+from declip_jax.unit_norm import unit_norm
 
 
 def nt_xent(

@@ -8,10 +8,10 @@ import references as reference
 
 from declip_jax import config
 from declip_jax.data.recipes import RECIPES
-from declip_jax.models.heads import unit_norm
 from declip_jax.models.model import make_model
 from declip_jax.objectives import heads_for
 from declip_jax.types import Features, Views
+from declip_jax.unit_norm import unit_norm
 
 
 def test_the_bank_is_ready_once_it_is_full():

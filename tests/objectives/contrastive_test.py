@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import references as reference
 
-from declip_jax.objectives.contrastive import clip, cross_entropy, info_nce, multi_view, unit_norm
+from declip_jax.objectives.contrastive import clip, cross_entropy, info_nce, multi_view
 from declip_jax.types import Outputs
+from declip_jax.unit_norm import unit_norm
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import references as reference
 
-from declip_jax.objectives.contrastive import unit_norm
 from declip_jax.objectives.filip import filip, late_interaction, selected_interaction
 from declip_jax.types import Outputs
+from declip_jax.unit_norm import unit_norm
 
 MODULE = sys.modules[filip.__module__]  # the package has a function of this name
 

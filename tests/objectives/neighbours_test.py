@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import references as reference
 
-from declip_jax.objectives.contrastive import unit_norm
 from declip_jax.objectives.neighbours import nearest_neighbour
 from declip_jax.types import Outputs
+from declip_jax.unit_norm import unit_norm
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import references as reference
 
-from declip_jax.objectives.contrastive import unit_norm
 from declip_jax.objectives.sigmoid import sigmoid
 from declip_jax.types import Outputs
+from declip_jax.unit_norm import unit_norm
 
 
 def test_value_and_gradient_equal_open_clip():

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import references as reference
 
-from declip_jax.objectives.contrastive import clip, unit_norm
+from declip_jax.objectives.contrastive import clip
 from declip_jax.objectives.sigmoid import sigmoid
 from declip_jax.objectives.simclr import nt_xent
 from declip_jax.types import Outputs
+from declip_jax.unit_norm import unit_norm
 
 GOLDEN = reference.load("losses")
 

@@ -17,12 +17,12 @@ import references as reference
 from declip_jax import config
 from declip_jax.data.recipes import RECIPES
 from declip_jax.models import bank
-from declip_jax.models.heads import unit_norm
 from declip_jax.models.model import make_model
 from declip_jax.objectives import active, heads_for, nearest_neighbour, used_views
 from declip_jax.objectives.contrastive import info_nce
 from declip_jax.objectives.filip import selected_interaction
 from declip_jax.types import Views
+from declip_jax.unit_norm import unit_norm
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import layout, to_state_dict
 from declip_jax.weights.read import from_state_dict
