@@ -25,6 +25,7 @@ _GAP = 0.12  # inches between pictures
 _LINE = 0.16  # inches from one line of text to the next
 _CHARACTER = 0.082  # inches a character takes
 _MONOSPACE = ["DejaVu Sans Mono", "DejaVu Sans"]  # both come with matplotlib; the second knows more scripts
+_INSIDE = 6  # curves up to which their legend finds a place among them
 _FEW = 200  # points up to which each is marked and none is smoothed
 _RIGHT, _WRONG, _INK, _FAINT = "#1a9850", "#d73027", "#222222", "#888888"
 
@@ -236,7 +237,10 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _panel(axes: Axes, title: str, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, smooth: bool = True) -> None:
-  """Draws curves with their last value in the legend; more than ten of them also differ in line style."""
+  """Draws curves with their last value in the legend, which stands beside them if they are many.
+
+  More than ten also differ in line style.
+  """
   axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK, parse_math=False)
   axes.spines[["top", "right"]].set_visible(False)
   curves = {label: curve for label, curve in curves.items() if len(curve[0])}
@@ -257,7 +261,8 @@ def _panel(axes: Axes, title: str, curves: Mapping[str, tuple[np.ndarray, np.nda
       axes.plot(x, y, color=style["color"], linewidth=0.6, alpha=0.25)
       y = _smooth(y, len(y) // 50)
     axes.plot(x, y, label=f"{label}  {y[-1]:.4g}", **style)
-  for text in axes.legend(frameon=False, fontsize=9).get_texts():
+  beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(curves) > _INSIDE else {}
+  for text in axes.legend(frameon=False, fontsize=9, **beside).get_texts():
     text.set_parse_math(False)
 
 
