@@ -9,7 +9,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["declip_jax", "declip_jax.*"]),
-  package_data={"declip_jax.data": ["*.gz", "*.txt"], "declip_jax.weights": ["*.gz"]},
+  package_data={"declip_jax.data.text": ["*.gz", "*.txt"], "declip_jax.weights": ["*.gz"]},
   install_requires=[
     "absl-py>=2.1",
     "array_record>=0.8.6",

@@ -16,11 +16,11 @@ import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
 
-from declip_jax import config, run
+from declip_jax import build, config
 from declip_jax.architectures import ARCHITECTURES
+from declip_jax.build import make_step
 from declip_jax.sharding import batch_sharding, make_mesh
-from declip_jax.state import abstract_state
-from declip_jax.step import make_step
+from declip_jax.training.state import abstract_state
 from declip_jax.weights.layout import abstract_variables
 
 # Image and text together, GFLOPs.
@@ -92,13 +92,13 @@ def compile_seconds(name: str, unroll: int, batch_size: int, devices: list[jax.D
   """Seconds to compile the train step of CLIP, without tracing."""
   c = config.default("clip", name)
   c.batch_size, c.model.unroll = batch_size, unroll
-  parts = run.build(c)._replace(mesh=make_mesh(-1, 1, devices))
+  parts = build.build(c)._replace(mesh=make_mesh(-1, 1, devices))
   rows = batch_sharding(parts.mesh)
   shapes = {
     field: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for field, x in parts.batch_shape(c.batch_size).items()
   }
   abstract = abstract_state(shapes, parts.mesh, model=parts.model, optimizer=parts.optimizer)
-  lowered = make_step(c, parts, run.plan_steps(c, 10**8), abstract).lower(abstract, shapes)
+  lowered = make_step(c, parts, build.plan_steps(c, 10**8), abstract).lower(abstract, shapes)
   start = time.perf_counter()
   lowered.compile()
   return time.perf_counter() - start

@@ -31,12 +31,13 @@ from rivals import import_torchvision
 from steps import Step, compile_step
 import torch
 
+from declip_jax import build
 from declip_jax import config as config_lib
-from declip_jax import flops, run
+from declip_jax.build import make_step
 from declip_jax.data.sources import open_source
+from declip_jax.planning import flops
 from declip_jax.sharding import batch_sharding, to_global
-from declip_jax.state import abstract_state, create_state
-from declip_jax.step import make_step
+from declip_jax.training.state import abstract_state, create_state
 from declip_jax.weights.initial import initial
 from declip_jax.weights.read import read
 
@@ -117,7 +118,7 @@ class Ours:
     config.optimizer.learning_rate, config.optimizer.weight_decay = ADAMW["lr"], DECAY
     (config.optimizer.b1, config.optimizer.b2), config.optimizer.epsilon = ADAMW["betas"], ADAMW["eps"]
     config.log_every, config.duration = 0, config_lib.duration(steps=10**6)
-    parts = run.build(config)
+    parts = build.build(config)
     shapes, model = parts.batch_shape(args.batch_size), {"model": parts.model, "optimizer": parts.optimizer}
     abstract = abstract_state(shapes, parts.mesh, **model)
     state = create_state(0, shapes, abstract, **model)
@@ -130,7 +131,7 @@ class Ours:
       for text in np.split(tokens, BATCHES)
     ]
     placed = [to_global(batch, batch_sharding(parts.mesh)) for batch in self.batches]
-    traced = make_step(config, parts, run.plan_steps(config, 10**6), abstract).trace(abstract, placed[0])
+    traced = make_step(config, parts, build.plan_steps(config, 10**6), abstract).trace(abstract, placed[0])
     self.flops = flops.count(traced.jaxpr)
     self._step, self._placed = traced.lower().compile(), round_and_round(placed)
 

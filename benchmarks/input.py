@@ -42,7 +42,7 @@ from declip_jax.data import images
 from declip_jax.data.recipes import RECIPES, MakeViews, Recipe, get_recipe
 from declip_jax.data.sources import BadSample, Example, open_source
 from declip_jax.data.sources.webdataset import WebDataset
-from declip_jax.data.tokenizer import OpenAI, Tokenizer
+from declip_jax.data.text.tokenizer import OpenAI, Tokenizer
 
 GOALS = {("declip", "fast"): 2.5, ("declip", "device"): 4.0, ("clip", "fast"): 1.5, ("tokens", "plain"): 10.0}
 ROWS = (*RECIPES, "open_clip")

@@ -11,7 +11,7 @@ from pathlib import Path
 import sys
 
 from declip_jax.config import METHODS, duration
-from declip_jax.metrics import read_metrics
+from declip_jax.reporting.metrics import read_metrics
 from declip_jax.train import train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,8 @@ from statistics import fmean
 from typing import Any
 
 from declip_jax.config import from_json
-from declip_jax.metrics import read_metrics
-from declip_jax.pictures import plot_comparison
+from declip_jax.reporting.metrics import read_metrics
+from declip_jax.reporting.pictures import plot_comparison
 
 SCORES = {
   "zero-shot top-1": "eval/zero_shot/top1",

@@ -26,11 +26,12 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from declip_jax import flops, run
+from declip_jax import build
+from declip_jax.build import make_step
 from declip_jax.config import METHODS, duration
+from declip_jax.planning import flops
 from declip_jax.sharding import batch_sharding, to_global
-from declip_jax.state import State, abstract_state, create_state
-from declip_jax.step import make_step
+from declip_jax.training.state import State, abstract_state, create_state
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASED = ("declip_repo", "filip_repo", "defilip_repo")
@@ -79,7 +80,7 @@ def read_config(name: str, method: str) -> ConfigDict:
   return module.get_config(method + rest)
 
 
-def random_batch(parts: run.Parts, batch_size: int) -> Any:
+def random_batch(parts: build.Parts, batch_size: int) -> Any:
   """Noise images, short captions, every masked position used."""
   rng = np.random.default_rng(0)
   batch = {name: np.zeros(x.shape, x.dtype) for name, x in parts.batch_shape(batch_size).items()}
@@ -102,12 +103,12 @@ def compile_step(config: ConfigDict) -> Step:
     ValueError: the config does not fit itself.
   """
   config.log_every, config.duration = 0, duration(steps=10**6)
-  parts = run.build(config)
+  parts = build.build(config)
   model = {"model": parts.model, "optimizer": parts.optimizer}
   batch = random_batch(parts, config.batch_size)
   abstract = abstract_state(parts.batch_shape(config.batch_size), parts.mesh, **model)
   start = time.perf_counter()
-  traced = make_step(config, parts, run.plan_steps(config, epoch_examples=config.batch_size), abstract).trace(
+  traced = make_step(config, parts, build.plan_steps(config, epoch_examples=config.batch_size), abstract).trace(
     abstract, batch
   )
   compiled = traced.lower().compile()

@@ -5,7 +5,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
   if name == "load":  # on demand, so that processes that only read data do not import JAX
-    from declip_jax.encode import load
+    from declip_jax.clip import load
 
     return load
   raise AttributeError(f"module 'declip_jax' has no attribute {name!r}")

@@ -92,7 +92,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.momentum = 0.996 if method == "slip_byol" else 0.99
   c.batch_size = 4096  # pairs per step over all devices
   c.micro_batches = 1  # parts of it that the towers see one after the other, for batches larger than memory
-  # "cached": the loss sees the whole batch, to the same gradient; "plain": each part alone. See `declip_jax.gradient`.
+  # "cached": the loss sees the whole batch, to the same gradient; "plain": each part alone; see `training.gradient`.
   c.micro_batching = "cached"
   c.duration = duration(epochs=32)  # of the training
   c.data = _data(recipe, built.image_size)

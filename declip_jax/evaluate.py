@@ -23,12 +23,13 @@ import jax
 from ml_collections import ConfigDict
 
 from declip_jax import config as config_lib
-from declip_jax import objectives, run
+from declip_jax import objectives
+from declip_jax.clip import load
 from declip_jax.data.sources import open_source
-from declip_jax.encode import load
 from declip_jax.evals import EVALUATORS
 from declip_jax.evals.embed import Encoders
-from declip_jax.metrics import summary_table
+from declip_jax.reporting.metrics import summary_table
+from declip_jax.runtime.command import launch
 
 
 def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], dict[str, float]]:
@@ -132,4 +133,4 @@ if __name__ == "__main__":
   flags.DEFINE_multi_string("template", ["a photo of a {}."], "Prompt with {} for the class name; may be repeated.")
   flags.DEFINE_string("retrieval", None, "Source to search.")
   flags.DEFINE_bool("equal_texts", False, "In retrieval, captions of the same wording match each other's images.")
-  run.launch(_command)
+  launch(_command)

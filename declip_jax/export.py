@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 import jax
 
-from declip_jax import run
+from declip_jax.runtime.command import launch
 from declip_jax.weights.read import read
 from declip_jax.weights.write import FORMATS, write
 
@@ -34,4 +34,4 @@ if __name__ == "__main__":
   flags.DEFINE_enum("format", None, sorted(FORMATS), "What to write.", required=True)
   flags.DEFINE_string("output", None, "Folder to write; it must not exist yet, or be empty.", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint of the run; the newest by default.")
-  run.launch(_command)
+  launch(_command)

@@ -33,11 +33,13 @@ import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
-from declip_jax import devices, flops, hlo, run
+from declip_jax import build
+from declip_jax.build import make_step
 from declip_jax.config import duration
+from declip_jax.planning import devices, flops, hlo
+from declip_jax.runtime.command import USER_ERRORS, parse_flags
 from declip_jax.sharding import batch_sharding, check_batch, layout_table
-from declip_jax.state import State, abstract_state
-from declip_jax.step import make_step
+from declip_jax.training.state import State, abstract_state
 from declip_jax.types import Batch
 
 Report = dict[str, Any]
@@ -123,11 +125,11 @@ def compile_step(config: ConfigDict, over: Sequence[jax.Device] | None = None) -
   """
   config = config.copy_and_resolve_references()
   config.duration = duration(steps=10**9)  # as no data set is opened, epochs have no length; nothing here depends on it
-  parts = run.build(config, over)
+  parts = build.build(config, over)
   shapes, rows = parts.batch_shape(config.batch_size), batch_sharding(parts.mesh)
   batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for name, x in shapes.items()}
   abstract = _abstract(config, parts)
-  traced = make_step(config, parts, run.plan_steps(config, epoch_examples=10**6), abstract).trace(abstract, batch)
+  traced = make_step(config, parts, build.plan_steps(config, epoch_examples=10**6), abstract).trace(abstract, batch)
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
@@ -187,7 +189,7 @@ def plan(config: ConfigDict, over: Sequence[jax.Device] | None = None, search: b
     ValueError: the config does not fit itself or the devices.
   """
   chips = list(over or jax.devices())
-  parts = run.build(config, chips)
+  parts = build.build(config, chips)
   check_batch(config.batch_size, parts.mesh, "batch_size")
   abstract = _abstract(config, parts)
   peak, available = devices.of(chips[0].device_kind), _available(chips[0])
@@ -224,7 +226,7 @@ def plan(config: ConfigDict, over: Sequence[jax.Device] | None = None, search: b
   return report
 
 
-def _abstract(config: ConfigDict, parts: run.Parts) -> State:
+def _abstract(config: ConfigDict, parts: build.Parts) -> State:
   shapes = parts.batch_shape(config.batch_size)
   return abstract_state(shapes, parts.mesh, model=parts.model, optimizer=parts.optimizer)
 
@@ -451,7 +453,7 @@ def main(_: list[str]) -> int:
       raise ValueError(f"--slices={given.slices}: of which --topology?")
     over = topology(given.topology, given.slices) if given.topology else None
     report = plan(given.config, over, given.search)
-  except run.USER_ERRORS as error:
+  except USER_ERRORS as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   print("\n".join(table(report)))
@@ -467,4 +469,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("slices", 1, "How many slices of --topology.", lower_bound=1)
   flags.DEFINE_bool("search", True, "Look for the largest batch that fits.")
   flags.DEFINE_string("json", None, "File to write the report to, as one JSON object.")
-  app.run(main, flags_parser=run.parse_flags)
+  app.run(main, flags_parser=parse_flags)

@@ -28,21 +28,26 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from declip_jax import devices, flops, objectives, pictures, run
-from declip_jax.checkpoint import Checkpoints, Restored, agree
+from declip_jax import build, objectives
+from declip_jax.build import check_objective, make_augment, make_step
+from declip_jax.clip import EncoderFactory
 from declip_jax.data import pipeline
 from declip_jax.data.sources import BAD, Source, open_source
-from declip_jax.encode import EncoderFactory
 from declip_jax.evaluate import check_evals, make_evaluators
-from declip_jax.metrics import MetricWriter, Progress, read_metrics, summary_table
 from declip_jax.models.model import Model
-from declip_jax.rollback import Rollbacks
+from declip_jax.planning import devices, flops
+from declip_jax.reporting import pictures
+from declip_jax.reporting.metrics import MetricWriter, Progress, read_metrics, summary_table
+from declip_jax.runtime.checkpoint import Checkpoints, Restored, agree
+from declip_jax.runtime.command import launch
+from declip_jax.runtime.rollback import Rollbacks
+from declip_jax.runtime.trace import Trace, parse_steps
+from declip_jax.runtime.watchdog import Watchdog
+from declip_jax.runtime.workdir import local_path, lock, record, use_compile_cache
 from declip_jax.sharding import batch_sharding, check_batch, layout_table, to_global
-from declip_jax.state import State, abstract_state, create_state
-from declip_jax.step import Metrics, check_objective, make_augment, make_step
-from declip_jax.trace import Trace, parse_steps
+from declip_jax.training.state import State, abstract_state, create_state
+from declip_jax.training.step import Metrics
 from declip_jax.types import Batch
-from declip_jax.watchdog import Watchdog
 from declip_jax.weights.initial import check_towers, initial
 from declip_jax.weights.read import Weights, read
 
@@ -78,8 +83,8 @@ def train(
     FloatingPointError: too many steps in a row were skipped, and there is nowhere to go back to, or no more often.
     OSError: the last checkpoint cannot be written.
   """
-  workdir = run.local_path(workdir)
-  parts = run.build(config)
+  workdir = local_path(workdir)
+  parts = build.build(config)
   mesh = parts.mesh
   check_batch(config.batch_size, mesh, "batch_size")
 
@@ -88,7 +93,7 @@ def train(
   rows = pipeline.training_rows(mixture, parts.make_views, config.seed, ssl_mixture)
   workers, threads = pipeline.plan_reading(config.data.workers, config.data.threads)
   batch_shape = parts.batch_shape(config.batch_size)
-  steps = run.plan_steps(config, sum(map(len, mixture.sources)))
+  steps = build.plan_steps(config, sum(map(len, mixture.sources)))
   opened = [*mixture.sources, *(ssl_mixture.sources if ssl_mixture else ())]
   _check_hosts(opened)
 
@@ -119,7 +124,7 @@ def train(
   workdir.mkdir(parents=True, exist_ok=True)
 
   with contextlib.ExitStack() as stack:
-    notes = [stack.enter_context(run.lock(workdir))]
+    notes = [stack.enter_context(lock(workdir))]
     checkpoints = Checkpoints(
       workdir,
       keep_last=config.checkpoint.keep_last,
@@ -149,7 +154,7 @@ def train(
     writer = stack.enter_context(MetricWriter(workdir, resume_step=start, enabled=main))
     progress = stack.enter_context(_make_progress(config, parts, steps, start))
     if main:
-      changes = run.record(config, mesh, workdir, {source.name: len(source) for source in opened})
+      changes = record(config, mesh, workdir, {source.name: len(source) for source in opened})
       for line in [*_opening(config, parts, opened, steps, start, abstract, changes), *filter(None, notes)]:
         progress.message(line)
       with pictures.optional(workdir / "views.png"):
@@ -290,7 +295,7 @@ def _go_back(
 
 
 def _open_mixtures(
-  config: ConfigDict, parts: run.Parts, sources: Sequence[Source] | None
+  config: ConfigDict, parts: build.Parts, sources: Sequence[Source] | None
 ) -> tuple[pipeline.Mixture, pipeline.Mixture | None]:
   """The sources to train on, and those of other images for self-supervision, if there are any."""
   data = config.data
@@ -455,7 +460,7 @@ def _peak_memory() -> float | None:
   return max(held) / 2**30 if None not in held else None
 
 
-def _make_progress(config: ConfigDict, parts: run.Parts, steps: run.Steps, start: int) -> Progress:
+def _make_progress(config: ConfigDict, parts: build.Parts, steps: build.Steps, start: int) -> Progress:
   """The progress line; with utilisation where the peak FLOPs of the devices are known."""
   device = devices.of(parts.mesh.devices.flat[0].device_kind)
   peak = device and device.flops * parts.mesh.size * config.batch_size / flops.step_flops(config, parts)
@@ -498,9 +503,9 @@ def _stop_signals() -> Iterator[_StopRequest]:
 
 def _opening(
   config: ConfigDict,
-  parts: run.Parts,
+  parts: build.Parts,
   sources: Sequence[Source],
-  steps: run.Steps,
+  steps: build.Steps,
   start: int,
   abstract: State,
   changes: list[str],
@@ -526,7 +531,7 @@ def _opening(
 
 
 def _draw_views(
-  rows: grain.MapDataset, parts: run.Parts, augment: Callable[[Batch, jax.Array], Batch], workdir: Path
+  rows: grain.MapDataset, parts: build.Parts, augment: Callable[[Batch, jax.Array], Batch], workdir: Path
 ) -> None:
   """`views.png`: the first examples of the run as the model sees them."""
   path = workdir / "views.png"
@@ -551,7 +556,7 @@ def _scores(step: int, results: Mapping[str, float]) -> Iterator[str]:
 
 def _command(workdir: Path) -> None:
   profile = parse_steps(flags.FLAGS.profile) if flags.FLAGS.profile else None
-  run.use_compile_cache(workdir / "compiled")
+  use_compile_cache(workdir / "compiled")
   try:
     train(flags.FLAGS.config, workdir, profile=profile)
   except Stopped as stopped:
@@ -566,4 +571,4 @@ if __name__ == "__main__":
   )
   flags.DEFINE_string("profile", "", "First and last step of which to write a trace, such as 100:110.")
   flags.mark_flag_as_required("config")
-  run.launch(_command)
+  launch(_command)

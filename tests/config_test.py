@@ -7,7 +7,8 @@ from absl import flags
 from ml_collections import config_flags
 import pytest
 
-from declip_jax import config, run
+from declip_jax import config
+from declip_jax.runtime import command as command_lib
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.py"
 
@@ -23,7 +24,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call
     command = ["train", *arguments]
     monkeypatch.setattr("sys.argv", command)  # where config_flags looks for fields
     with pytest.raises(SystemExit):
-      run.parse_flags(command)
+      command_lib.parse_flags(command)
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from declip_jax import architectures, config, objectives, run
+from declip_jax import architectures, build, config, objectives
+from declip_jax.build import check_objective, make_schedule, make_step
 from declip_jax.sharding import check_batch
-from declip_jax.state import abstract_state
-from declip_jax.step import check_objective, make_schedule, make_step
+from declip_jax.training.state import abstract_state
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SCHEDULES = np.load(Path(__file__).parent / "fixtures" / "schedule.npz")
@@ -49,7 +49,7 @@ _traced = {}
 
 def traced(c):
   """Parts and abstract state of a config; those with the same parameters and moments are traced once."""
-  parts = run.build(c)
+  parts = build.build(c)
   key = str((c.model, objectives.heads_for(c.weights), c.data.image_size, c.optimizer.name, c.optimizer.frozen))
   if key not in _traced:
     batch = parts.batch_shape(c.batch_size)
@@ -65,7 +65,7 @@ def check_terms(c):
   if c.model.image.kind == "resnet":
     c = c.copy_and_resolve_references()
     c.model.image = architectures.vit(patch=32, width=64, depth=1, heads=1)
-  parts = run.build(c)
+  parts = build.build(c)
   key = str((objectives.active(c.weights), parts.recipe.views, c.terms, c.model.mlm_attention, c.model.heads))
   if key not in _checked:
     check_objective(c, parts.model, parts.batch_shape(c.batch_size))
@@ -82,7 +82,7 @@ METHODS = [*config.METHODS, *config.STUDIES, *(f"{method}_repo" for method in co
 @pytest.mark.parametrize(("name", "method"), [("demo", m) for m in config.METHODS] + [("small", m) for m in METHODS])
 def test_every_method_builds_with_our_own_configs(name, method):
   c = load(name).get_config(method if name == "demo" else f"{method},fashion44k,/data")
-  parts = run.build(c)
+  parts = build.build(c)
   check_objective(c, parts.model, parts.batch_shape(8))
   assert {"zero_shot", "heldout"} & set(c.evals) or method == "simclr"
 
@@ -94,7 +94,7 @@ def test_every_config_builds(name):
   assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
   check_terms(c)
   check_batch(c.batch_size, parts.mesh, "batch_size")
-  make_schedule(c, run.plan_steps(c, EPOCH))  # which refuses a warm-up longer than the training
+  make_schedule(c, build.plan_steps(c, EPOCH))  # which refuses a warm-up longer than the training
   assert config.from_json(c.to_json_best_effort()).to_dict() == c.to_dict()
 
 
@@ -110,7 +110,7 @@ def test_a_step_maps_the_state_to_one_of_the_same_shapes(name):
   program += (o.name, o.schedule, o.decayed, o.frozen, o.multipliers, o.layer_decay, o.logit_scale_range)
   if (other := _stepped.setdefault(str(program), name)) != name:
     pytest.skip(f"the step of {other}, which differs in data, epochs or rates only")
-  step = make_step(c, parts, run.plan_steps(c, EPOCH), state)
+  step = make_step(c, parts, build.plan_steps(c, EPOCH), state)
   after, metrics = jax.eval_shape(step, state, parts.batch_shape(c.batch_size))
   shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, after)]
   assert shapes[0] == shapes[1]
@@ -237,7 +237,7 @@ def test_declips_rows_are_its_released_configs(row, terms, width, rate, decay):
   assert (c.data.recipe, c.data.caption_weights) == (recipes[row.split("_")[1]], (1,))
   assert c.data.strong_scale == ((0.2, 1) if row.endswith("_slip") else None)
   assert (c.data.image_size, c.data.evaluation_resize, c.data.interpolation) == (224, 256, "bilinear")
-  steps = run.plan_steps(c, epoch_examples=15_388_848)
+  steps = build.plan_steps(c, epoch_examples=15_388_848)
   assert steps.total == 128_001
   if rate == 1e-3:
     want, schedule = SCHEDULES["declip_release/lr"], make_schedule(c, steps)
@@ -261,7 +261,7 @@ def test_declips_released_models_are_their_configs():
   assert (r50.model.heads.embed_dim, vit.model.heads.embed_dim) == (1024, 3072)
   assert r50.optimizer.multipliers == (("heads/logit_scale", 0.1),)
   assert "heads/logit_scale" in vit.optimizer.frozen
-  steps = run.plan_steps(vit, epoch_examples=88_000_000)
+  steps = build.plan_steps(vit, epoch_examples=88_000_000)
   schedule = make_schedule(vit, steps)
   assert [float(schedule(np.int32(step))) for step in (0, 4999, 300_000)] == pytest.approx([1e-3, 0.2, 0])
 
@@ -281,7 +281,7 @@ def test_slips_rows_have_its_training_procedure(name):
   assert (c.model.mean, c.model.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
   assert (c.batch_size, c.data.interpolation, c.data.evaluation_resize) == (4096, "bilinear", 0)
   assert c.model.heads.simclr_projector == (4096, 4096, 256)
-  steps = run.plan_steps(c, epoch_examples=4096 * 100)
+  steps = build.plan_steps(c, epoch_examples=4096 * 100)
   warmup = 200 if epochs == 100 else 100
   assert (steps.total, steps.warmup) == (100 * epochs, warmup)
   schedule = make_schedule(c, steps)
@@ -390,7 +390,7 @@ def test_clips_rows_have_its_hyperparameters():
     assert (c.optimizer.b2, c.optimizer.epsilon) == ((0.999, 1e-8) if resnet else (0.98, 1e-6))
     assert (c.optimizer.learning_rate, c.optimizer.weight_decay, c.batch_size) == (rate, 0.2, 32768)
     assert (c.data.recipe, c.data.interpolation) == ("openai", "bicubic")
-    steps = run.plan_steps(c, epoch_examples=400_000_000)
+    steps = build.plan_steps(c, epoch_examples=400_000_000)
     assert (steps.warmup, steps.total) == (2000, 12_208 if row.endswith("336px") else 390_625)
 
 

@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 
-from checkpoint_test import arrays, flip
+from checkpoint_files import arrays, flip
 import numpy as np
 import pytest
 from tiny import tiny_config
 from train_test import assert_equal, environment, final_state, losses_on_disk, wait_for_step
 
-from declip_jax.checkpoint import Checkpoints
-from declip_jax.metrics import read_metrics
+from declip_jax.reporting.metrics import read_metrics
+from declip_jax.runtime.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent

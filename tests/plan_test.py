@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from declip_jax import devices, flops, hlo, plan, run, sharding
+from declip_jax import build, plan, sharding
 from declip_jax.data.recipes import RECIPES
+from declip_jax.planning import devices, flops, hlo
 
 CHIP = devices.Device(1e12, 2**30, 1e11, 2, 5e9, None, 4)
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ def report(step):
 
 def test_the_state_is_what_its_shards_hold(step, report):
   config, compiled = step
-  shapes = run.build(config, jax.devices()[:2]).batch_shape(config.batch_size)
+  shapes = build.build(config, jax.devices()[:2]).batch_shape(config.batch_size)
   state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), compiled.abstract)
 
   def held(tree):
@@ -63,7 +64,7 @@ def test_the_state_is_what_its_shards_hold(step, report):
 
 def test_times_are_work_over_peak_figures(step, report):
   config, compiled = step
-  parts = run.build(config, jax.devices()[:2])
+  parts = build.build(config, jax.devices()[:2])
   assert report["model_flops"] == flops.step_flops(config, parts)
   moved = hlo.traffic(compiled.compiled.as_text(), 2)
   assert moved.links.total() > 0

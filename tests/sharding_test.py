@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from declip_jax import hlo, optim, run, sharding
+from declip_jax import build, sharding
 from declip_jax.models.bank import Bank
+from declip_jax.planning import hlo
 from declip_jax.sharding import (
   MIN_SIZE,
   batch_sharding,
@@ -23,7 +24,8 @@ from declip_jax.sharding import (
   spec_for,
   to_global,
 )
-from declip_jax.state import abstract_state
+from declip_jax.training import optim
+from declip_jax.training.state import abstract_state
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,7 @@ def test_moments_and_copies_lie_as_their_parameters_do(mesh, monkeypatch, method
   monkeypatch.setattr(sharding, "MIN_SIZE", 256)
   config = tiny_config(method)
   config.optimizer.name = name
-  parts = run.build(config)
+  parts = build.build(config)
   abstract = abstract_state(parts.batch_shape(16), mesh, model=parts.model, optimizer=parts.optimizer)
   others = jax.tree.leaves_with_path((abstract.opt_state, abstract.collections))
   split = 0

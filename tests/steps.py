@@ -14,10 +14,10 @@ import numpy as np
 import optax
 from tiny import tiny_config
 
-from declip_jax import architectures, run, sharding
+from declip_jax import architectures, build, sharding
+from declip_jax.build import make_step
 from declip_jax.sharding import batch_sharding, make_mesh, replicated, to_global
-from declip_jax.state import abstract_state, create_state
-from declip_jax.step import make_step
+from declip_jax.training.state import abstract_state, create_state
 
 STEPS, BATCH = 3, 16
 
@@ -59,13 +59,13 @@ def take_steps(method: str, data: int, fsdp: int, **settings: object) -> dict[st
   config.log_every = 1
   config.update(settings)
   mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
-  parts = run.build(config)
+  parts = build.build(config)
   parts = parts._replace(mesh=mesh, optimizer=optax.chain(keep_second_gradient(), parts.optimizer))
   model = {"model": parts.model, "optimizer": parts.optimizer}
   shapes = parts.batch_shape(BATCH)
   abstract = abstract_state(shapes, mesh, **model)
   state = create_state(0, shapes, abstract, **model)
-  step = make_step(config, parts, run.plan_steps(config, 256), abstract)
+  step = make_step(config, parts, build.plan_steps(config, 256), abstract)
   result, rng = {}, np.random.default_rng(0)
   for index in range(STEPS):
     batch = {name: local_rows(x) for name, x in random_batch(parts, rng).items()}
@@ -121,7 +121,7 @@ def blind(method: str, name: str) -> bool:
   return in_front or follows or name.endswith("projector/norm2/bias")
 
 
-def random_batch(parts: run.Parts, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def random_batch(parts: build.Parts, rng: np.random.Generator) -> dict[str, np.ndarray]:
   batch = {name: np.zeros(x.shape, x.dtype) for name, x in parts.batch_shape(BATCH).items()}
   batch["image"] = rng.integers(256, size=batch["image"].shape, dtype=np.uint8)
   if "text" in batch:

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from checkpoint_test import arrays, flip
+from checkpoint_files import arrays, flip
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -21,26 +21,27 @@ import pytest
 from steps import random_batch
 from tiny import tiny_config
 
+from declip_jax import build, objectives, sharding, train
 from declip_jax import config as config_lib
-from declip_jax import objectives, run, sharding, train
-from declip_jax.checkpoint import Checkpoints
+from declip_jax.clip import load
 from declip_jax.data import pipeline
 from declip_jax.data.sources import open_source
-from declip_jax.encode import load
 from declip_jax.evaluate import evaluate
-from declip_jax.gradient import Gradient, make_gradient
-from declip_jax.metrics import MetricWriter, read_metrics
-from declip_jax.rollback import Rollbacks
-from declip_jax.state import abstract_state, init_state
-from declip_jax.step import spikes, train_step
-from declip_jax.trace import Trace, parse_steps
+from declip_jax.reporting.metrics import MetricWriter, read_metrics
+from declip_jax.runtime import workdir as workdir_lib
+from declip_jax.runtime.checkpoint import Checkpoints
+from declip_jax.runtime.rollback import Rollbacks
+from declip_jax.runtime.trace import Trace, parse_steps
+from declip_jax.training.gradient import Gradient, make_gradient
+from declip_jax.training.state import abstract_state, init_state
+from declip_jax.training.step import spikes, train_step
 
 TESTS = Path(__file__).parent
 
 
 def final_state(workdir: Path, config, step: int):
   """The state of a run, on one device."""
-  parts = run.build(config)._replace(mesh=sharding.make_mesh(1, 1, jax.devices()[:1]))
+  parts = build.build(config)._replace(mesh=sharding.make_mesh(1, 1, jax.devices()[:1]))
   abstract = abstract_state(
     parts.batch_shape(config.batch_size), parts.mesh, model=parts.model, optimizer=parts.optimizer
   )
@@ -84,7 +85,7 @@ def banks(state):
 
 def use_mesh(monkeypatch: pytest.MonkeyPatch, data: int, fsdp: int) -> None:
   devices = jax.devices()[: data * fsdp]
-  monkeypatch.setattr(run, "make_mesh", lambda **_: sharding.make_mesh(data, fsdp, devices))
+  monkeypatch.setattr(build, "make_mesh", lambda **_: sharding.make_mesh(data, fsdp, devices))
 
 
 FOUR_STEPS = {"duration.steps": 4, "model.heads.bank_size": 16, "checkpoint.every.steps": 0}  # bank: full after a step
@@ -266,8 +267,8 @@ def test_hosts_that_see_other_data_are_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_data_of_another_size_are_told_when_a_run_goes_on(tmp_path: Path) -> None:
   config = tiny_config("clip")
   mesh = sharding.make_mesh(-1, 1)
-  assert run.record(config, mesh, tmp_path, {"a": 1000, "b": 5}) == []
-  assert run.record(config, mesh, tmp_path, {"a": 1200, "c": 7}) == [
+  assert workdir_lib.record(config, mesh, tmp_path, {"a": 1000, "b": 5}) == []
+  assert workdir_lib.record(config, mesh, tmp_path, {"a": 1200, "c": 7}) == [
     "a had 1,000 samples and has 1,200: from here on they come in another order"
   ]
 
@@ -284,13 +285,13 @@ def test_training_learns(tmp_path: Path) -> None:
   assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
 
 
-def gradient_of(parts: run.Parts, weights: dict[str, float]) -> Gradient:
+def gradient_of(parts: build.Parts, weights: dict[str, float]) -> Gradient:
   return make_gradient("cached", 1, model=parts.model, objective=objectives.make_objective(weights, {}, {}))
 
 
 def test_step_with_nan_changes_nothing_but_counts() -> None:
   config = tiny_config("declip")
-  parts = run.build(config)
+  parts = build.build(config)
   batch = {name: jnp.ones(x.shape, x.dtype) for name, x in parts.batch_shape(16).items()}
   options = {
     "model": parts.model,
@@ -317,7 +318,7 @@ def test_step_with_nan_changes_nothing_but_counts() -> None:
 
 def test_an_entry_whose_update_is_not_finite_stays_and_the_others_move() -> None:
   config = tiny_config("clip")
-  parts = run.build(config)
+  parts = build.build(config)
   batch = random_batch(parts, np.random.default_rng(0))
   plain = parts.optimizer
 
@@ -345,7 +346,7 @@ def test_an_entry_whose_update_is_not_finite_stays_and_the_others_move() -> None
 
 def test_the_momentum_tower_follows_the_parameters_before_it_encodes() -> None:
   config = tiny_config("slip_mocov3")
-  parts = run.build(config)
+  parts = build.build(config)
   batch = {name: jnp.ones(x.shape, x.dtype) for name, x in parts.batch_shape(16).items()}
   batch["image"] = jax.random.randint(jax.random.key(1), batch["image"].shape, 0, 256).astype(jnp.uint8)
   state = init_state(0, batch, model=parts.model, optimizer=parts.optimizer)
@@ -377,7 +378,7 @@ def test_the_momentum_tower_follows_the_parameters_before_it_encodes() -> None:
 def test_self_supervision_on_other_images_than_those_with_captions(tmp_path: Path) -> None:
   """SLIP's decoupled study: the pairs' stream is the same as without, the views of self-supervision are others."""
   config = tiny_config("slip")
-  coupled = run.build(config).make_views
+  coupled = build.build(config).make_views
   config.data.ssl_train, config.data.ssl_mixture = ("scenes:test/64/24",), (1.0,)
   pairs, others = (
     pipeline.Mixture(tuple(map(open_source, specs)), needs_caption=needed)
@@ -392,20 +393,20 @@ def test_self_supervision_on_other_images_than_those_with_captions(tmp_path: Pat
   assert np.isfinite(train.train(config, tmp_path)["loss"])
   config.weights.simclr = 0.0
   with pytest.raises(ValueError, match=r"ssl_train=.*no view for self-supervision"):
-    run.build(config)
+    build.build(config)
   declip = tiny_config("declip")
   declip.data.ssl_train = ("scenes:test/64/24",)
   with pytest.raises(ValueError, match=r"ssl_train=.*also contrasts these views"):
-    run.build(declip)
+    build.build(declip)
 
 
 def test_the_texts_that_search_the_bank_can_be_chosen() -> None:
   config = tiny_config("declip")
   for kinds, views in ((None, (0,)), (("augmented",), (1,)), (("augmented", "raw"), (1, 0))):
     config.data.neighbour_texts = kinds
-    model = run.build(config).model
+    model = build.build(config).model
     assert model.views.neighbour_text == views
-    batch = run.build(config).batch_shape(16)
+    batch = build.build(config).batch_shape(16)
     outputs = jax.eval_shape(lambda batch, model=model: forward(model, batch), batch)
     assert outputs.neighbour.shape == (len(views), 16, 16)
 
@@ -467,7 +468,7 @@ def test_a_run_goes_back_before_what_was_skipped_or_else_as_far_as_it_can(tmp_pa
 
 def test_a_spike_changes_nothing_but_counts() -> None:
   config = tiny_config("clip")
-  parts = run.build(config)
+  parts = build.build(config)
   batch = random_batch(parts, np.random.default_rng(0))
   state = init_state(0, batch, model=parts.model, optimizer=parts.optimizer)
   step = jax.jit(
@@ -526,7 +527,7 @@ def train_until(step: int, config: ConfigDict, workdir: Path, time: int = 1) -> 
 def poison(monkeypatch: pytest.MonkeyPatch, config: ConfigDict, batches: list[int]) -> None:
   """Makes the images of these batches of the stream not finite."""
   mixture = pipeline.Mixture(tuple(map(open_source, config.data.train)))
-  rows = pipeline.training_rows(mixture, run.build(config).make_views, config.seed)
+  rows = pipeline.training_rows(mixture, build.build(config).make_views, config.seed)
   size = config.batch_size
   images = [np.stack([rows[index]["image"] for index in range(b * size, (b + 1) * size)]) for b in batches]
   sums = jnp.array([image.sum() for image in images], jnp.uint32)
@@ -538,7 +539,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, config: ConfigDict, batches: list[in
 
     return augment
 
-  monkeypatch.setattr("declip_jax.step.make_augment", make_augment)
+  monkeypatch.setattr("declip_jax.build.make_augment", make_augment)
 
 
 def test_a_run_that_diverges_goes_back_and_on_behind_the_bad_data(
@@ -617,8 +618,8 @@ def test_a_directory_in_use_is_refused_until_its_run_is_gone(tmp_path: Path) -> 
     [
       sys.executable,
       "-c",
-      "import pathlib, sys, time\nfrom declip_jax import run\n"
-      "with run.lock(pathlib.Path(sys.argv[1])):\n  print('held', flush=True)\n  time.sleep(600)",
+      "import pathlib, sys, time\nfrom declip_jax.runtime import workdir\n"
+      "with workdir.lock(pathlib.Path(sys.argv[1])):\n  print('held', flush=True)\n  time.sleep(600)",
       str(tmp_path),
     ],
     env=environment(),
@@ -631,7 +632,7 @@ def test_a_directory_in_use_is_refused_until_its_run_is_gone(tmp_path: Path) -> 
   assert {path.name for path in tmp_path.iterdir()} == {"run.lock"}
   holder.kill()
   holder.wait()
-  with run.lock(tmp_path) as note:
+  with workdir_lib.lock(tmp_path) as note:
     assert note == ""
 
 
@@ -639,15 +640,15 @@ def test_without_locks_a_run_says_so_and_goes_on(tmp_path: Path, monkeypatch: py
   def flock(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 
-  monkeypatch.setattr(run.fcntl, "flock", flock)
-  with run.lock(tmp_path) as note:
+  monkeypatch.setattr(workdir_lib.fcntl, "flock", flock)
+  with workdir_lib.lock(tmp_path) as note:
     assert "No locks available; nothing keeps a second run out of this directory" in note
 
 
 def test_a_hang_ends_the_process_and_leaves_the_stacks(tmp_path: Path) -> None:
   script = """
 import pathlib, sys, time
-from declip_jax.watchdog import Watchdog
+from declip_jax.runtime.watchdog import Watchdog
 
 def stand_still():
   time.sleep(600)
@@ -673,10 +674,10 @@ def test_what_is_compiled_is_kept_beside_the_run_unless_elsewhere(
 ) -> None:
   before = jax.config.jax_compilation_cache_dir
   try:
-    run.use_compile_cache(tmp_path)
+    workdir_lib.use_compile_cache(tmp_path)
     assert jax.config.jax_compilation_cache_dir == before  # tests have one
     jax.config.update("jax_compilation_cache_dir", None)
-    run.use_compile_cache(tmp_path)
+    workdir_lib.use_compile_cache(tmp_path)
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
@@ -811,5 +812,5 @@ def test_a_trace_out_of_reach_is_told(tmp_path: Path) -> None:
 def test_what_may_be_gone_the_next_time_has_an_exit_code_of_its_own(
   tmp_path: Path, capsys: pytest.CaptureFixture, error: Exception, code: int
 ) -> None:
-  assert run._report(error, tmp_path) == code
+  assert build._report(error, tmp_path) == code
   assert capsys.readouterr().err == f"error: {error}\n"

@@ -37,10 +37,11 @@ from array_record.python import array_record_module
 import numpy as np
 from PIL import Image
 
-from declip_jax.data import files, images
+from declip_jax.data import images
 from declip_jax.data.processes import cores, end_with_parent
 from declip_jax.data.sources import BadSample, Example, Source, open_source, rows
 from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_reader, pack
+from declip_jax.data.storage import files
 
 _SHARD_BYTES = 512 * 2**20
 _MAX_SHARDS = 1024  # by default: larger sources get larger files, for a process keeps a limited number open

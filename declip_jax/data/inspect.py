@@ -21,10 +21,11 @@ from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
-from declip_jax.data import files, images
+from declip_jax.data import images
 from declip_jax.data.convert import holding_interrupts, read
 from declip_jax.data.sources import SOURCES, BadSample, Source, open_source
-from declip_jax.data.tokenizer import Tokenizer
+from declip_jax.data.storage import files
+from declip_jax.data.text.tokenizer import Tokenizer
 
 _THREADS = 8
 _NAMED = 3  # bad samples of each kind that are named
@@ -250,7 +251,7 @@ def draw(source: Source, good: list[Sample], path: str | os.PathLike[str]) -> No
     OSError: it cannot be written.
     ValueError: there is no good sample.
   """
-  from declip_jax import pictures  # matplotlib takes a second, which only this needs
+  from declip_jax.reporting import pictures  # matplotlib takes a second, which only this needs
 
   if not good:
     raise ValueError(f"{source.name}: no sample to draw")

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from declip_jax.data import files
+from declip_jax.data.storage import files
 
 _THREADS = 2  # where there are no processes
 _TOLD, _DONE = ".\n", "done\n"  # lines of a process: one for each step of its work, one at its end

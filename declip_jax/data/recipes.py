@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from declip_jax.data import images, patches, texts
+from declip_jax.data import images, patches
 from declip_jax.data.sources import Example
-from declip_jax.data.tokenizer import Tokenizer
+from declip_jax.data.text import augment as texts
+from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.types import Views
 
 _COLOURED = ("strong", "color")  # the image views that blur and solarize

@@ -10,7 +10,7 @@ import numpy as np
 
 from declip_jax.data.pipeline import EvaluationBatches
 from declip_jax.data.sources import Source
-from declip_jax.data.tokenizer import Tokenizer
+from declip_jax.data.text.tokenizer import Tokenizer
 
 # One row for each image or text, in NumPy: unit-norm embeddings `[n d]`, unit-norm tokens of images `[n k e]`, or
 # `TextTokens`.

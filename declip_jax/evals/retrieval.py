@@ -9,7 +9,7 @@ import numpy as np
 from declip_jax.data import images as image_ops
 from declip_jax.data.sources import Source
 from declip_jax.evals.embed import Encoders, Rows, Similarity, cosines, count, embed_images, embed_texts, take
-from declip_jax.pictures import optional, plot_retrieval
+from declip_jax.reporting.pictures import optional, plot_retrieval
 
 KS = (1, 5, 10)
 _CHUNK = 1024  # queries whose similarities are held at once

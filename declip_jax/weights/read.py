@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from declip_jax import architectures, objectives
 from declip_jax import config as config_lib
-from declip_jax.checkpoint import Checkpoints, restore_as_numpy
+from declip_jax.runtime.checkpoint import Checkpoints, restore_as_numpy
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import StateDict, abstract_variables, expected_shapes, layout, to_variables
 from declip_jax.weights.tensor_files import read_tensors

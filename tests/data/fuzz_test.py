@@ -19,7 +19,7 @@ import pytest
 from declip_jax.data import convert, pipeline
 from declip_jax.data.recipes import RECIPES, MakeViews
 from declip_jax.data.sources import BAD, BadSample, Source, open_source
-from declip_jax.data.tokenizer import Tokenizer
+from declip_jax.data.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ import pytest
 from declip_jax.data import images, pipeline
 from declip_jax.data.recipes import RECIPES, MakeViews
 from declip_jax.data.sources import BAD, open_source
-from declip_jax.data.tokenizer import Tokenizer
+from declip_jax.data.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 from declip_jax.data import images
 from declip_jax.data.recipes import RECIPES, MakeViews, Recipe, get_recipe, trimmed
 from declip_jax.data.sources.base import BadSample
-from declip_jax.data.tokenizer import Tokenizer
+from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.types import Views
 
 TOKENIZER = Tokenizer(16)

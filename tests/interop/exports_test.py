@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from declip_jax import architectures, config
-from declip_jax.data.tokenizer import Tokenizer
-from declip_jax.encode import Clip, load
+from declip_jax.clip import Clip, load
+from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.sharding import make_mesh
 from declip_jax.weights.layout import abstract_variables
 from declip_jax.weights.read import Weights

@@ -8,7 +8,7 @@ import pytest
 import references as reference
 import torch
 
-from declip_jax.encode import load
+from declip_jax.clip import load
 from declip_jax.weights.initial import resize_positions
 from declip_jax.weights.read import read
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from declip_jax import architectures, run
+from declip_jax import architectures, build
 
 PATCH, GRID, BATCH = 8, 3, 4
 TOWERS = {
@@ -21,7 +21,7 @@ def masked(request):
   config.model.image = TOWERS[request.param]
   side = PATCH if request.param == "vit" else 32
   config.data.image_size = GRID * side
-  parts = run.build(config)
+  parts = build.build(config)
   rng = np.random.default_rng(0)
   batch = {name: np.zeros(x.shape, x.dtype) for name, x in parts.batch_shape(BATCH).items()}
   batch["image"] = rng.integers(256, size=batch["image"].shape, dtype=np.uint8)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from declip_jax import config, run
+from declip_jax import build, config
+from declip_jax.build import check_objective
 from declip_jax.config import METHODS
 from declip_jax.data.recipes import RECIPES
 from declip_jax.objectives import (
@@ -19,7 +20,6 @@ from declip_jax.objectives import (
   total_loss,
   used_views,
 )
-from declip_jax.step import check_objective
 from declip_jax.types import Outputs, Views
 
 RNG = np.random.default_rng(0)
@@ -135,7 +135,7 @@ def test_any_term_with_any_recipe_is_either_built_or_refused_by_name(recipe, ter
   c.data.recipe, c.data.image_size, c.model.text.vocab_size = recipe, 64, 49409
   c.weights.clip, c.weights[term] = 0.0, 1.0
   try:
-    parts = run.build(c)
+    parts = build.build(c)
   except ValueError as error:
     assert f"term '{term}'" in str(error)  # noqa: PT017
     assert f"recipe '{recipe}'" in str(error)  # noqa: PT017

@@ -9,13 +9,13 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from declip_jax import run
-from declip_jax.checkpoint import Checkpoints
-from declip_jax.state import State, abstract_state
+from declip_jax import build
+from declip_jax.runtime.checkpoint import Checkpoints
+from declip_jax.training.state import State, abstract_state
 
 
 def _random_state(c: ConfigDict, seed: int = 0) -> State:
-  parts = run.build(c)
+  parts = build.build(c)
   options = {"model": parts.model, "optimizer": parts.optimizer}
   abstract = abstract_state(parts.batch_shape(c.batch_size), parts.mesh, **options)
   rng = np.random.default_rng(seed)

@@ -13,10 +13,10 @@ import pytest
 import references as reference
 from tiny import tiny_config
 
-from declip_jax import architectures, config, run, train
-from declip_jax.metrics import read_metrics
+from declip_jax import architectures, build, config, train
 from declip_jax.models.bank import Bank
-from declip_jax.state import State
+from declip_jax.reporting.metrics import read_metrics
+from declip_jax.training.state import State
 from declip_jax.weights.initial import initial, resize_positions
 from declip_jax.weights.read import from_state_dict, read_run
 
@@ -37,7 +37,7 @@ def bare(method: str, workdir: Path | str = "", *parts: str) -> ConfigDict:
 
 def start(c: ConfigDict, fresh: State) -> tuple[State, list[str]]:
   """The first state of a run with its weights, and what is said of it."""
-  return train.initialise(fresh, train.read_initial(c), c, run.build(c).model)
+  return train.initialise(fresh, train.read_initial(c), c, build.build(c).model)
 
 
 def of_line(lines: list[str], opening: str) -> set[str]:
@@ -302,7 +302,7 @@ def test_a_locked_resnet_keeps_its_statistics(frozen: str, random_state: MakeSta
   c.batch_size, c.optimizer.frozen = 8, (frozen,)
   c.model.text.vocab_size, c.model.text.context_length = 49408, 16
   c.model.text.eot = 49407
-  parts = run.build(c)
+  parts = build.build(c)
   state = random_state(c)
   params, collections, _ = initial(state.params, state.collections, weights, ("image",))
   batch = {

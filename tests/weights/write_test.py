@@ -19,7 +19,7 @@ from tiny import tiny_config
 
 import declip_jax
 from declip_jax import architectures, config, train
-from declip_jax.data.tokenizer import Tokenizer
+from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.weights.read import from_state_dict, read, read_run
 from declip_jax.weights.vocabulary import merges, vocabulary
 from declip_jax.weights.write import FORMATS, write

@@ -26,8 +26,8 @@ from array_record.python import array_record_module
 import msgpack
 import numpy as np
 
-from declip_jax.data import files
 from declip_jax.data.sources.base import BadSample, Example
+from declip_jax.data.storage import files
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access

@@ -11,10 +11,10 @@ import json
 import re
 from typing import Any
 
-from declip_jax.data import files
 from declip_jax.data.sources import rows
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.rows import Row
+from declip_jax.data.storage import files
 
 _FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset")
 _PROBED = 3  # images to look for in a folder: single ones may be missing

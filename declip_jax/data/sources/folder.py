@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from absl import logging
 
-from declip_jax.data import files
 from declip_jax.data.sources import rows
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.rows import Row
+from declip_jax.data.storage import files
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 

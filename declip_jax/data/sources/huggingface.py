@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from declip_jax.data import files
 from declip_jax.data.sources import rows
 from declip_jax.data.sources.base import BadSample, Example
 from declip_jax.data.sources.table import captions_of
+from declip_jax.data.storage import files
 
 _THREADS = 8  # that copy files from behind a URL
 _ROLES = ("image", "caption", "label")

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from absl import logging
 import pyarrow as pa
 
-from declip_jax.data import files
 from declip_jax.data.sources.base import BadSample, Example
+from declip_jax.data.storage import files
 
 IMAGE_NAMES = ("image", "filename", "file_name", "filepath", "file_path", "file", "path", "img", "img_path", "img_name")
 IMAGE_NAMES += (

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from declip_jax.data import files
 from declip_jax.data.sources.base import Example
+from declip_jax.data.storage import files
 
 _OVERSAMPLING = 2  # masks are drawn this much larger, then averaged
 _MAX_TILT = math.radians(20)

@@ -33,10 +33,10 @@ from absl import logging
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from declip_jax.data import files
 from declip_jax.data.sources import rows
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.rows import Row
+from declip_jax.data.storage import files
 
 _LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
 _ROLES = ("image", "caption", "label", "label_name", "encoding", "root")

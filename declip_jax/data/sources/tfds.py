@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from declip_jax.data import files
 from declip_jax.data.sources import rows
 from declip_jax.data.sources.base import BadSample, Example
+from declip_jax.data.storage import files
 
 _FORM = "NAME:SPLIT or FOLDER:SPLIT"
 _THREADS = 8  # that copy files from behind a URL

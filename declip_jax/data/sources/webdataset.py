@@ -44,9 +44,10 @@ from absl import logging
 from jaxtyping import Int64
 import numpy as np
 
-from declip_jax.data import files, parts
+from declip_jax.data import parts
 from declip_jax.data.processes import cores
 from declip_jax.data.sources.base import BadSample, Example
+from declip_jax.data.storage import files
 
 _IMAGES = tuple(suffix.removeprefix(".") for suffix in files.IMAGE_SUFFIXES)
 _CAPTION_KEYS = ("captions", "caption", "text")  # of the .json; img2dataset writes "caption"

@@ -12,11 +12,11 @@ from typing import Any
 import zipfile
 import zlib
 
-from declip_jax.data import files
 from declip_jax.data.sources import rows
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.rows import Row
 from declip_jax.data.sources.table import captions_of, read_table
+from declip_jax.data.storage import files
 
 _COLUMNS = ("index", "title", "description")
 _PHOTOS = 10**8

@@ -11,10 +11,11 @@ import msgpack
 import numpy as np
 import pytest
 
-from declip_jax.data import files, sources
+from declip_jax.data import sources
 from declip_jax.data.sources import arrayrecord
 from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_arrayrecord, open_reader, pack
 from declip_jax.data.sources.base import BadSample, Example
+from declip_jax.data.storage import files
 
 
 def example(key: int) -> Example:

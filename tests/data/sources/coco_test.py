@@ -5,8 +5,8 @@ import pickle
 import fsspec
 import pytest
 
-from declip_jax.data import files
 from declip_jax.data.sources.coco import open_coco
+from declip_jax.data.storage import files
 
 ANNOTATIONS = {
   "images": [{"id": number, "file_name": f"{number:012d}.jpg", "width": 1} for number in (30, 10, 20, 40)],

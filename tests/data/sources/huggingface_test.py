@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from declip_jax.data import files
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.huggingface import from_huggingface, open_huggingface
+from declip_jax.data.storage import files
 
 datasets = pytest.importorskip("datasets")
 COUNT = 5

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from declip_jax.data import files
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.table import open_table
+from declip_jax.data.storage import files
 
 
 def write_images(folder: Path, *names: str) -> None:

@@ -12,8 +12,9 @@ from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
-from declip_jax.data import files, sources
+from declip_jax.data import sources
 from declip_jax.data.sources.tfds import open_tfds
+from declip_jax.data.storage import files
 
 COUNT = 6
 MODULE = "tiny"  # TFDS needs importlib_resources, which it does not declare, to prepare what a package's module defines

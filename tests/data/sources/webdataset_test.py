@@ -13,10 +13,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from declip_jax.data import files, parts, sources
+from declip_jax.data import parts, sources
 from declip_jax.data.sources import webdataset
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.webdataset import open_webdataset
+from declip_jax.data.storage import files
 
 LONG = "folder " + "ü" * 60 + "/" + "n" * 90  # more than 100 characters and 255 bytes
 BIG = bytes(range(256)) * 5

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from declip_jax.data import files
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.yfcc import open_yfcc, read_member
+from declip_jax.data.storage import files
 
 RECORDS = [(1234567, "a title", "a description"), (1234568, " ", "only a description"), (98000001, "ünïcödé", None)]
 RECORDS += [(5, "", "")]

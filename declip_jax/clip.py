@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 
 from declip_jax.data import images as image_ops
-from declip_jax.data.tokenizer import Tokenizer, make_tokenizer
+from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals.embed import Encoders, Rows, Similarity, TextTokens, cosines, count, take
 from declip_jax.models.model import Model, make_model
 from declip_jax.objectives.filip import late_interaction

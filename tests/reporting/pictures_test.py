@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.pictures`: the files hold what they should, whatever the texts, and nothing global changes."""
+"""The pictures: files hold what they should, whatever the texts, and nothing global changes."""
 
 import math
 import warnings
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from declip_jax.pictures import plot_comparison, plot_curves, plot_retrieval, plot_views
+from declip_jax.reporting.pictures import plot_comparison, plot_curves, plot_retrieval, plot_views
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 

@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.flops`: products of small functions and of whole steps, against counts by hand."""
+"""Tests of `declip_jax.planning.flops`: products of small functions and of whole steps, against counts by hand."""
 
 import itertools
 
@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import pytest
 from tiny import tiny_config
 
-from declip_jax import flops, run
+from declip_jax import build
+from declip_jax.build import make_step
+from declip_jax.planning import flops
 from declip_jax.sharding import make_mesh
-from declip_jax.state import abstract_state
-from declip_jax.step import make_step
+from declip_jax.training.state import abstract_state
 
 
 def counted(function, *shapes):
@@ -136,7 +137,7 @@ def test_a_step_of_clip_costs_what_its_layers_do():
   towers = blocks(5, 32) + 32 * 16 + blocks(16, 16) + 16 * 16
   # Backward is twice forward, but pixels have no gradient. All pairs are compared once, or once for each direction.
   least, most = (2 * config.batch_size * (2 * patches + 3 * (towers + times * pairs)) for times in (1, 2))
-  assert least <= flops.step_flops(config, run.build(config)) < 1.001 * most < 1.005 * least
+  assert least <= flops.step_flops(config, build.build(config)) < 1.001 * most < 1.005 * least
 
 
 def test_what_saves_memory_does_not_count():
@@ -145,10 +146,10 @@ def test_what_saves_memory_does_not_count():
 
   def measure(remat):
     config.model.remat = remat
-    parts = run.build(config)
+    parts = build.build(config)
     shapes = parts.batch_shape(config.batch_size)
     abstract = abstract_state(shapes, parts.mesh, model=parts.model, optimizer=parts.optimizer)
-    step = make_step(config, parts, run.plan_steps(config, 256), abstract)
+    step = make_step(config, parts, build.plan_steps(config, 256), abstract)
     return flops.step_flops(config, parts), flops.count(step.trace(abstract, shapes).jaxpr)
 
   (plain, step), (same, more) = measure("none"), measure("full")

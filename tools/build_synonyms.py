@@ -3,7 +3,7 @@
 The source is the database as Debian ships it:
 
     apt-get install wordnet-base
-    python -m declip_jax.data.build_synonyms --wordnet /usr/share/wordnet --output declip_jax/data/synonyms.txt.gz
+    python tools/build_synonyms.py --wordnet /usr/share/wordnet --output declip_jax/data/text/synonyms.txt.gz
 
 The table is ASCII text. It opens with WordNet's license, each line behind `#`. Then every line is
 `table<tab>word<tab>values`, values separated by commas. Table `noun` (`verb`, `adj`, `adv`) maps each lemma of one word

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from declip_jax.models.model import Model
 from declip_jax.objectives import Objective
-from declip_jax.optim import without_gradient
+from declip_jax.training.optim import without_gradient
 from declip_jax.types import Batch, Features, Outputs
 
 Metrics = dict[str, Float[Array, ""]]

@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.optim` against the schedules and optimisers of SLIP, DeCLIP, open_clip and PyTorch."""
+"""Tests of `declip_jax.training.optim` against the schedules and optimisers of SLIP, DeCLIP, open_clip and PyTorch."""
 
 import contextlib
 
@@ -9,7 +9,8 @@ import optax
 import pytest
 import references as reference
 
-from declip_jax import architectures, config, optim, run
+from declip_jax import architectures, build, config
+from declip_jax.training import optim
 
 SETTINGS = {
   "b1": 0.9,
@@ -318,7 +319,7 @@ def test_decay_spares_biases_gains_and_temperatures_of_the_models_and_nothing_el
   if image == "resnet":
     c.model.image = architectures.resnet(64, (1, 1, 1, 1))
     c.model.heads.image_bias = True
-  parts = run.build(c)
+  parts = build.build(c)
   batch = parts.batch_shape(8)
   params, _ = jax.eval_shape(lambda batch: parts.model.init(jax.random.key(0), batch), batch)
   kinds = {True: set(), False: set()}

@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 import pytest
 
-from declip_jax import augment
 from declip_jax.data import images
 from declip_jax.data.images import Augmentation
 from declip_jax.data.images.geometry import Crop
 from declip_jax.data.recipes import RECIPES
 from declip_jax.sharding import batch_sharding, make_mesh, replicated
+from declip_jax.training import augment
 
-GOLDEN = np.load(Path(__file__).parent / "fixtures" / "augment.npz")
+GOLDEN = np.load(Path(__file__).parents[1] / "fixtures" / "augment.npz")
 IMAGE = GOLDEN["image"]
 SIZE = 24
 NAMES = ("brightness", "contrast", "saturation", "hue")

@@ -14,7 +14,7 @@ import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 import pytest
 
-from declip_jax.data import files
+from declip_jax.data.storage import files
 
 BODY = bytes(range(256)) * 40
 
@@ -405,7 +405,7 @@ def test_a_file_that_changes_while_it_is_copied_is_no_copy(remote, cache, tmp_pa
 
 FETCH = """
 import sys
-from declip_jax.data import files
+from declip_jax.data.storage import files
 read = files.read
 def slow(*given):
   print("read", flush=True)

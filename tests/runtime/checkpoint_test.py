@@ -7,16 +7,17 @@ import re
 import shutil
 import subprocess
 
+from checkpoint_files import arrays, flip
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from declip_jax.checkpoint import Checkpoints
 from declip_jax.models import bank
+from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.sharding import make_mesh
-from declip_jax.state import State
+from declip_jax.training.state import State
 
 
 def make_state(value: float, mesh: jax.sharding.Mesh) -> State:
@@ -178,7 +179,7 @@ def test_a_mount_that_answers_nothing_but_errors(
 
 def test_the_clock_asks_for_saves_and_for_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   now = 1000.0
-  monkeypatch.setattr("declip_jax.checkpoint.time.monotonic", lambda: now)
+  monkeypatch.setattr("declip_jax.runtime.checkpoint.time.monotonic", lambda: now)
   mesh = make_mesh(2, 4)
   checkpoints = Checkpoints(tmp_path, keep_last=9, minutes=10)
 
@@ -199,7 +200,7 @@ def test_the_clock_asks_for_saves_and_for_another_try(tmp_path: Path, monkeypatc
     save(step)
     assert (due_after(pause - 1), due_after(2)) == (False, True)
   monkeypatch.undo()
-  monkeypatch.setattr("declip_jax.checkpoint.time.monotonic", lambda: now)
+  monkeypatch.setattr("declip_jax.runtime.checkpoint.time.monotonic", lambda: now)
   save(5)
   assert (due_after(599), due_after(2)) == (False, True)
   assert checkpoints.steps() == [1, 5]
@@ -230,17 +231,6 @@ def test_the_first_of_each_so_many_steps_is_kept(tmp_path: Path) -> None:
   steps = dict.fromkeys((2, 4, 7, 9, 10, 19, 31, 33, 39))
   assert save_steps(tmp_path, steps, keep_last=1, keep_every=10) == [10, 31, 39]
   assert save_steps(tmp_path, {40: None, 41: None}, keep_last=1, keep_every=10) == [10, 31, 40, 41]
-
-
-def arrays(folder: Path) -> list[Path]:
-  """Files that hold numbers, the largest first."""
-  return sorted((path for path in folder.rglob("d/*")), key=lambda path: -path.stat().st_size)
-
-
-def flip(path: Path) -> None:
-  content = bytearray(path.read_bytes())
-  content[len(content) // 2] ^= 1
-  path.write_bytes(content)
 
 
 DAMAGE = {

@@ -9,7 +9,8 @@ import pytest
 import steps
 from tiny import tiny_config
 
-from declip_jax import gradient, objectives, run, sharding
+from declip_jax import build, objectives, sharding
+from declip_jax.training import gradient
 
 whole = functools.cache(functools.partial(steps.take_steps, data=1, fsdp=1))
 
@@ -28,10 +29,10 @@ def test_parts_and_split_parameters_go_together(method: str, monkeypatch: pytest
   steps.compare(method, steps.take_steps(method, 2, 2, micro_batches=2), whole(method))
 
 
-def parts_of(method: str) -> tuple[run.Parts, objectives.Objective, dict, tuple]:
+def parts_of(method: str) -> tuple[build.Parts, objectives.Objective, dict, tuple]:
   config = tiny_config(method)
   config.model.heads.bank_size = steps.BATCH
-  parts = run.build(config)
+  parts = build.build(config)
   objective = objectives.make_objective(config.weights, {}, config.terms)
   batch = steps.random_batch(parts, np.random.default_rng(0))
   return parts, objective, batch, parts.model.init(jax.random.key(0), batch)

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import zlib
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from declip_jax.state import State
+from declip_jax.runtime.hosts import agree
+from declip_jax.training.state import State
 
 Tree = Any
 _SEAL = "checksums.{}.json"  # of a host; written last, so a checkpoint may lack it if the run was killed just then
@@ -35,7 +35,6 @@ _SCORES = "scores.json"  # what an evaluation found; it comes behind the seal
 _CHUNK = 2**24  # bytes that are read at once
 _BACK_OFF = 30.0, 600.0  # seconds before a save that failed is tried again: at first, and at most
 _TELL_SECONDS = 10.0  # between messages about a check that takes long
-_MESSAGE_BYTES = 400  # of an error that the hosts tell each other
 _log = logging.getLogger(__name__)
 
 
@@ -388,18 +387,6 @@ class _Keep:
       except (OSError, ValueError):  # of an older version, or damaged
         self.scores[step] = {}
     return self.scores[step]
-
-
-def agree(reason: str) -> str:
-  """The first of the hosts' reasons that is not empty, the same on all of them; every host has to call it."""
-  if jax.process_count() == 1:
-    return reason
-  mine = np.zeros(_MESSAGE_BYTES, np.uint8)
-  text = reason.encode()[:_MESSAGE_BYTES]
-  mine[: len(text)] = np.frombuffer(text, np.uint8)
-  everyones = multihost_utils.process_allgather(mine).reshape(-1, _MESSAGE_BYTES)
-  reasons = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in everyones]
-  return next((f"host {host}: {reason}" for host, reason in enumerate(reasons) if reason), "")
 
 
 def _seal(folder: Path) -> None:

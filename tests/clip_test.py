@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.encode`: FILIP is compared by its tokens, in blocks, on one device and on eight."""
+"""Tests of `declip_jax.clip`: FILIP is compared by its tokens, in blocks, on one device and on eight."""
 
 import functools
 import json
@@ -12,15 +12,15 @@ import pytest
 import references as reference
 from tiny import tiny_config
 
-from declip_jax import encode, objectives
-from declip_jax.checkpoint import Checkpoints
+from declip_jax import clip, objectives
+from declip_jax.clip import Clip, make_late_interaction
 from declip_jax.data.sources import open_source
-from declip_jax.encode import Clip, make_late_interaction
 from declip_jax.evals.embed import TextTokens, embed_images, embed_texts
 from declip_jax.evals.zero_shot import prompts, token_classifier
 from declip_jax.models.model import make_model
+from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.sharding import make_mesh
-from declip_jax.state import State
+from declip_jax.training.state import State
 from declip_jax.types import Views
 from declip_jax.weights.layout import abstract_variables
 from declip_jax.weights.read import Weights, from_state_dict, read
@@ -54,7 +54,7 @@ def rows():
 
 @pytest.mark.parametrize(("devices", "block"), [(1, 1024), (8, 1024), (8, 8), (1, 4)])
 def test_late_interaction_equals_loops_on_any_mesh_and_in_any_blocks(rows, devices, block, monkeypatch):
-  monkeypatch.setattr(encode, "_BLOCK", block)
+  monkeypatch.setattr(clip, "_BLOCK", block)
   similarity = make_late_interaction(make_mesh(-1, 1, jax.devices()[:devices]))
   image, text = rows
   to_text, to_image = late_interaction_by_loops(image, text)

@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.hlo`: collectives and memory of small functions by hand, and of HLO as TPUs have it."""
+"""Tests of `declip_jax.planning.hlo`: collectives and memory of small functions by hand, and of HLO as TPUs have it."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import pytest
 
-from declip_jax import hlo
+from declip_jax.planning import hlo
 from declip_jax.sharding import make_mesh
 
 ROWS, WIDTH = 64, 32

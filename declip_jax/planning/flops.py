@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from declip_jax import objectives, run
-from declip_jax.optim import without_gradient
+from declip_jax import build, objectives
+from declip_jax.training.optim import without_gradient
 from declip_jax.types import Batch
 
 
-def step_flops(config: ConfigDict, parts: run.Parts) -> float:
-  """The model's FLOPs in one train step on a global batch, over all devices: `step_flops(config, run.build(config))`.
+def step_flops(config: ConfigDict, parts: build.Parts) -> float:
+  """The model's FLOPs in one train step on a global batch, over all devices: `step_flops(config, build.build(config))`.
 
   They are the numerator of model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B): forward and backward pass
   of towers, heads and objective, once. What a step computes again to save memory (rematerialisation, gradient caching,

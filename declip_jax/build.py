@@ -1,43 +1,35 @@
-"""What the commands share: a run's parts built from its config, its working directory, several processes, errors."""
+"""The one door where a config becomes objects: nothing below reads a config."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import fcntl
-from importlib import metadata
-import json
-import os
-from pathlib import Path
-import re
-import socket
-import subprocess
-import sys
-import time
-import traceback
+from functools import partial
 from typing import Any, NamedTuple
 
-from absl import app, flags, logging
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array
 from ml_collections import ConfigDict
 import optax
 
-from declip_jax import objectives, optim
-from declip_jax.checkpoint import agree
+from declip_jax import objectives
 from declip_jax.config import steps_of
 from declip_jax.data.images import INTERPOLATIONS
 from declip_jax.data.recipes import MakeViews, Recipe, get_recipe, trimmed
-from declip_jax.data.tokenizer import Tokenizer, make_tokenizer
+from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.models.model import Model, make_model
-from declip_jax.optim import below
-from declip_jax.sharding import make_mesh
+from declip_jax.objectives import diagnostics
+from declip_jax.objectives.blockwise import PLAIN, Form
+from declip_jax.objectives.momentum import momentum_at
+from declip_jax.sharding import gather, make_mesh, replicated
+from declip_jax.training import augment as augmentation
+from declip_jax.training import optim
+from declip_jax.training.gradient import Metrics, make_gradient
+from declip_jax.training.optim import below
+from declip_jax.training.state import State
+from declip_jax.training.step import train_step
 from declip_jax.types import Batch
 
-USER_ERRORS = (ValueError, FloatingPointError, OSError, ModuleNotFoundError)
-# Of these what a path explains; any other OSError is a disk, a mount or a network, and may be gone the next time.
-_PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
-_IO_EXIT_CODE = 74
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _OVERRIDES = (
   "weak_scale",
   "strong_scale",
@@ -220,17 +212,6 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
   )
 
 
-def local_path(workdir: str | os.PathLike[str]) -> Path:
-  """The path of a working directory.
-
-  Raises:
-    ValueError: it is an address such as gs://...; metrics are appended to, which object stores cannot do.
-  """
-  if "://" in os.fspath(workdir):
-    raise ValueError(f"workdir {os.fspath(workdir)!r} is an address: mount it (gcsfuse, NFS) and give the path")
-  return Path(workdir)
-
-
 class Steps(NamedTuple):
   """All durations of a config in steps; 0 is never."""
 
@@ -280,172 +261,112 @@ def _check_safety(config: ConfigDict) -> None:
   _refuse(checks)
 
 
-@contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[str]:
-  """Keeps a second run out of a working directory, by a lock on its `run.lock` that the system frees with the process.
+def make_schedule(config: ConfigDict, steps: Steps) -> Callable[[Array], Array]:
+  """The learning rate of a config as a function of the step."""
+  optimizer = config.optimizer
+  return optim.make_schedule(
+    optimizer.schedule,
+    peak=optimizer.learning_rate,
+    warmup_steps=steps.warmup,
+    total_steps=steps.total,
+    start=optimizer.warmup_start,
+    end=optimizer.end,
+    milestones=optimizer.milestones,
+    cooldown_steps=steps.cooldown,
+    cooldown_power=optimizer.cooldown_power,
+  )
 
-  Process 0 holds it for all. Yields what should be said: a file system that knows no locks keeps nobody out.
+
+def make_step(
+  config: ConfigDict, parts: Parts, steps: Steps, abstract: State
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+  """`train_step` compiled for the mesh; the state that goes in is donated to the one that comes out.
 
   Raises:
-    ValueError: another run has it, the same on every host; names host, process and time.
+    ValueError: a name that does not exist, or a batch that cannot be divided as the config says.
   """
-  path, refused, note = workdir / "run.lock", "", ""
-  with contextlib.ExitStack() as stack:
-    if jax.process_index() == 0:
-      try:
-        file = stack.enter_context(path.open("a+"))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}")
-        file.flush()
-      except BlockingIOError:
-        file.seek(0)
-        refused = f"{workdir} is in use by another run: {file.read()}"
-      except PermissionError as error:
-        refused = f"{workdir} cannot be written to: {error}"
-      except OSError as error:
-        note = f"{path}: {error}; nothing keeps a second run out of this directory"
-    if refused := agree(refused):
-      raise ValueError(refused)
-    yield note
+  _check_parts(config, parts.mesh.size)
+  every, last = config.log_every or steps.total, steps.total
+  step = partial(
+    train_step,
+    model=parts.model,
+    optimizer=parts.optimizer,
+    schedule=make_schedule(config, steps),
+    gradient_of=make_gradient(
+      config.micro_batching,
+      config.micro_batches,
+      model=parts.model,
+      objective=make_objective(config, parts.mesh),
+      frozen=config.optimizer.frozen,
+      gather=partial(gather, mesh=parts.mesh, dtype=jnp.dtype(config.model.dtype)),
+    ),
+    momentum=lambda step: momentum_at(step, last, config.momentum),
+    diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
+    augment=make_augment(config, parts),
+    measure=partial(diagnostics.measure, pooled=not objectives.compares_tokens(config.weights)),
+    logit_scale_range=config.optimizer.logit_scale_range,
+    spike=config.divergence.spike,
+  )
+  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(parts.mesh)))
 
 
-def use_compile_cache(folder: Path) -> None:
-  """Keeps what is compiled in a folder, so that a run that starts again is soon at work.
+def _check_parts(config: ConfigDict, devices: int) -> None:
+  """Refuses a batch that does not divide into the parts that a config asks for."""
+  count = config.micro_batches
+  if count > 1 and config.batch_size % (count * devices):
+    raise ValueError(
+      f"config.micro_batches={count}: config.batch_size={config.batch_size} does not divide into so many parts for "
+      f"each of {devices} devices"
+    )
+  compared = config.batch_size // (max(count, 1) if config.micro_batching == "plain" else 1)  # at once
+  for name in ("norm_groups", "bank_groups"):
+    groups = config.model.heads[name]
+    if config.micro_batching == "plain" and count > 1 and compared % groups:
+      raise ValueError(
+        f"config.micro_batches={count}: config.model.heads.{name}={groups} does not divide a part of {compared}"
+      )
+  form, block = config.contrast.form, config.contrast.block
+  candidates = compared // devices if form == "ring" else compared  # a ring sees those of one device at a time
+  if block > 0 and form != "plain" and candidates % block:
+    raise ValueError(
+      f"config.contrast.block={block} does not divide the {candidates} candidates that config.contrast.form={form!r} "
+      f"compares on {devices} devices at a time"
+    )
 
-  `JAX_COMPILATION_CACHE_DIR` names another one.
+
+def make_augment(config: ConfigDict, parts: Parts) -> Callable[[Batch, Array], Batch]:
+  """What the host leaves to the step with `config.data.augment_on="device"`: colours, blur and flips of image views."""
+  if config.data.augment_on == "host":
+    return lambda batch, step: batch
+
+  def augment(batch: Batch, step: Array) -> Batch:
+    # Folded twice: folded by 0 and 1, the key of the seed would give the keys that parameters are drawn from.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1), step)
+    index = jnp.arange(len(batch["image"]))
+    return {**batch, "image": augmentation.augment(batch["image"], key, index, parts.recipe.augmentations)}
+
+  return augment
+
+
+def make_objective(config: ConfigDict, mesh: Mesh | None) -> objectives.Objective:
+  """The weighted terms of a config, whose comparisons of all pairs are split over a mesh."""
+  form = Form(config.contrast.form, mesh, config.contrast.block) if mesh is not None else PLAIN
+  return objectives.make_objective(config.weights, config.weight_schedule, config.terms, form)
+
+
+def check_objective(config: ConfigDict, model: Model, batch: Batch) -> None:
+  """Traces the forward pass without computing it, and refuses terms whose inputs the recipe does not give.
+
+  Raises:
+    ValueError: names term, field and recipe.
   """
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+  objective = make_objective(config, None)
 
+  def forward(batch: Batch) -> Any:
+    params, collections = model.init(jax.random.key(0), batch)
+    outputs, _ = model.apply_heads(params, collections, model.encode(params, collections, batch)[0])
+    objectives.check_inputs(outputs, config.weights, config.data.recipe)
+    return objective(outputs, batch, jnp.zeros((), jnp.int32))
 
-def record(config: ConfigDict, mesh: Mesh, workdir: Path, samples: Mapping[str, int]) -> list[str]:
-  """Writes `config.json` into a working directory, and adds a line to `starts.jsonl`.
-
-  The line has time, command, versions, mesh, devices, git revision and `samples`, the size of each source.
-
-  Returns:
-    The fields and sizes in which an earlier run in this directory differed, as text.
-  """
-  config_file, text = workdir / "config.json", config.to_json_best_effort(indent=2, sort_keys=True)
-  before = json.loads(config_file.read_text()) if config_file.exists() else json.loads(text)
-  config_file.write_text(text + "\n")
-  about = {
-    "time": round(time.time(), 3),
-    "command": sys.argv,
-    "python": sys.version.split()[0],
-    "versions": {name: metadata.version(name) for name in _PACKAGES},
-    "git": _git_revision(),
-    "mesh": dict(mesh.shape),
-    "processes": jax.process_count(),
-    "device": mesh.devices.flat[0].device_kind,
-    "samples": dict(samples),
-  }
-  starts = workdir / "starts.jsonl"
-  lines = starts.read_text().splitlines() if starts.exists() else []
-  earlier = json.loads(lines[-1]).get("samples", {}) if lines else {}
-  with starts.open("a") as file:
-    file.write(json.dumps(about) + "\n")
-  changed = [
-    f"{name} had {earlier[name]:,} samples and has {count:,}: from here on they come in another order"
-    for name, count in samples.items()
-    if earlier.get(name, count) != count
-  ]
-  return _differences(before, json.loads(text)) + changed
-
-
-def launch(command: Callable[[Path], None]) -> None:
-  """Runs a command of the command line: parses flags, joins the other processes, calls it with `--workdir`.
-
-  What the user can mend is one line on the screen and exit code 2, with the traceback in a file beside the run; so is a
-  disk, a mount or a network that fails, with exit code 74, since it may be back the next time. Defines the flags that
-  all commands share; TPU pods and Slurm need only `--multihost`.
-  """
-  flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, pictures.", required=True)
-  flags.DEFINE_bool("multihost", False, "One of several processes that JAX finds by itself (TPU pod, Slurm, GKE).")
-  flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX cannot find it by itself.")
-  flags.DEFINE_integer("processes", None, "With --coordinator: number of processes.", lower_bound=1)
-  flags.DEFINE_integer("process", None, "With --coordinator: number of this process, from 0.", lower_bound=0)
-  flags.DEFINE_integer("heartbeat", 60, "Seconds of silence after which a process counts as dead and all end.", 1)
-  for name in ("workdir", "multihost", "coordinator", "processes", "process", "heartbeat"):
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # so that --help shows it
-
-  def main(_: list[str]) -> int:
-    if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # orbax tells a lot at every save
-    workdir = Path(flags.FLAGS.workdir)
-    try:
-      _join_processes()
-      command(local_path(flags.FLAGS.workdir))
-    except USER_ERRORS as error:
-      return _report(error, workdir)
-    return 0
-
-  app.run(main, flags_parser=parse_flags)
-
-
-def parse_flags(arguments: list[str]) -> list[str]:
-  # A wrong flag or field, or a config file that refuses its argument, raises here, the last within a flag's error.
-  try:
-    rest = flags.FLAGS(arguments)
-    if "config" in flags.FLAGS:
-      flags.FLAGS.config.items()  # raises here, and not later, if the file could not be read
-    return rest
-  except (flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
-    print(f"error: {_reason(error)}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _reason(error: Exception) -> str:
-  """What is wrong with a flag, without what absl and ml_collections wrap it in."""
-  if isinstance(error, ModuleNotFoundError) and error.name == "configs":
-    return "this config imports others of configs/: run the command in the folder that holds it"
-  if no_file := re.search(r"\[Errno \d+\] (?:No such file or|Is a) directory: '(.+?)'", str(error)):
-    return _no_config(Path(no_file[1]))
-  missing = error.args[0] if isinstance(error, AttributeError) and error.args else error
-  if isinstance(missing, KeyError) and str(missing.args[0]).startswith("'"):  # 'name', and below it what may be meant
-    return "the config has no field " + ". ".join(str(missing.args[0]).split("\n"))
-  lines = [line for line in str(error).replace("\\n", "\n").split("\n") if line.strip()]
-  raised = [match[1] for line in lines if (match := re.match(r"\s*\w+Error: (.+)", line))]
-  return "\n".join(line.replace("\\'", "'") for line in raised[-1:] or lines)
-
-
-def _no_config(path: Path) -> str:
-  folder = path if path.is_dir() else next(folder for folder in path.parents if folder.is_dir())
-  configs = [file.name for file in folder.glob("*.py") if "\ndef get_config(" in file.read_text()]
-  folders = [f"{inner.name}/" for inner in folder.iterdir() if (inner / "recipe.py").exists()]
-  return f"--config={path} is no file; {folder} has {', '.join(sorted(configs + folders)) or 'no configs'}"
-
-
-def _join_processes() -> None:
-  if flags.FLAGS.coordinator:
-    where = (flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
-    jax.distributed.initialize(*where, heartbeat_timeout_seconds=flags.FLAGS.heartbeat)
-  elif flags.FLAGS.multihost:
-    jax.distributed.initialize(heartbeat_timeout_seconds=flags.FLAGS.heartbeat)
-
-
-def _report(error: Exception, workdir: Path) -> int:
-  message = f"error: {error}"
-  with contextlib.suppress(OSError):  # it may be the disk that is full
-    if (workdir / "checkpoints").is_dir():  # a run, and no folder of somebody's weights
-      (workdir / "error.txt").write_text(traceback.format_exc())
-      message += f"\n(traceback in {workdir / 'error.txt'})"
-  print(message, file=sys.stderr)
-  return _IO_EXIT_CODE if isinstance(error, OSError) and not isinstance(error, _PATH_ERRORS) else 2
-
-
-def _git_revision() -> str:
-  command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-  try:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-  except (OSError, subprocess.SubprocessError):
-    return "unknown"
-
-
-def _differences(before: Any, after: Any, name: str = "config") -> list[str]:
-  if isinstance(before, dict) and isinstance(after, dict):
-    # Fields that one version has and the other has not are no change of the user's; evaluations are.
-    names = sorted({*before, *after} if name == "config.evals" else before.keys() & after.keys())
-    return [line for key in names for line in _differences(before.get(key), after.get(key), f"{name}.{key}")]
-  return [] if before == after else [f"{name}: {before!r} -> {after!r}"]
+  jax.eval_shape(forward, batch)

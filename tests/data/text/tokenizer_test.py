@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.data.tokenizer` against ids of openai/CLIP (`tests/fixtures/tokens.npz`)."""
+"""Tests of `declip_jax.data.text.tokenizer` against ids of openai/CLIP (`tests/fixtures/tokens.npz`)."""
 
 import html
 import json
@@ -10,10 +10,10 @@ import ftfy
 import numpy as np
 import pytest
 
-from declip_jax.data import tokenizer as tokenizers
+from declip_jax.data.text import tokenizer as tokenizers
 from declip_jax.weights import vocabulary
 
-_FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "tokens.npz"
+_FIXTURE = pathlib.Path(__file__).parents[2] / "fixtures" / "tokens.npz"
 _SPECIAL = re.compile(r"<\|(start|end)oftext\|>")
 
 

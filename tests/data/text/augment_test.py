@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.data.texts`."""
+"""Tests of `declip_jax.data.text.augment`."""
 
 import collections
 import gzip
@@ -8,8 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from declip_jax.data import build_synonyms, texts
-from declip_jax.data import tokenizer as tokenizers
+from declip_jax.data.text import augment as texts
+from declip_jax.data.text import tokenizer as tokenizers
+from tools import build_synonyms
 
 _TABLE = pathlib.Path(texts.__file__).with_name("synonyms.txt.gz")
 _CAPTION = "two dogs and a cat sleep on the old red sofa"

@@ -7,20 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array
-from ml_collections import ConfigDict
 import optax
 
-from declip_jax import augment as augmentation
-from declip_jax import objectives, optim, run
-from declip_jax.gradient import Gradient, Metrics, make_gradient
 from declip_jax.models.model import Model
 from declip_jax.objectives import diagnostics
-from declip_jax.objectives.blockwise import PLAIN, Form
-from declip_jax.objectives.momentum import momentum_at, moving_average
-from declip_jax.sharding import gather, replicated
-from declip_jax.state import State
+from declip_jax.objectives.momentum import moving_average
+from declip_jax.training.gradient import Gradient, Metrics
+from declip_jax.training.state import State
 from declip_jax.types import Batch, Outputs
 
 _MEASURED = 100  # steps over which a gradient's usual norm is measured
@@ -130,114 +124,3 @@ def _diagnose(measure: Callable[[Outputs], Metrics], outputs: Outputs, wanted: A
   names = jax.eval_shape(measure, outputs)
   nothing = dict.fromkeys(names, jnp.float32(jnp.nan))
   return jax.lax.cond(wanted, measure, lambda _: nothing, outputs)
-
-
-def make_schedule(config: ConfigDict, steps: run.Steps) -> Callable[[Array], Array]:
-  """The learning rate of a config as a function of the step."""
-  optimizer = config.optimizer
-  return optim.make_schedule(
-    optimizer.schedule,
-    peak=optimizer.learning_rate,
-    warmup_steps=steps.warmup,
-    total_steps=steps.total,
-    start=optimizer.warmup_start,
-    end=optimizer.end,
-    milestones=optimizer.milestones,
-    cooldown_steps=steps.cooldown,
-    cooldown_power=optimizer.cooldown_power,
-  )
-
-
-def make_step(
-  config: ConfigDict, parts: run.Parts, steps: run.Steps, abstract: State
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
-  """`train_step` compiled for the mesh; the state that goes in is donated to the one that comes out.
-
-  Raises:
-    ValueError: a name that does not exist, or a batch that cannot be divided as the config says.
-  """
-  _check_parts(config, parts.mesh.size)
-  every, last = config.log_every or steps.total, steps.total
-  step = partial(
-    train_step,
-    model=parts.model,
-    optimizer=parts.optimizer,
-    schedule=make_schedule(config, steps),
-    gradient_of=make_gradient(
-      config.micro_batching,
-      config.micro_batches,
-      model=parts.model,
-      objective=make_objective(config, parts.mesh),
-      frozen=config.optimizer.frozen,
-      gather=partial(gather, mesh=parts.mesh, dtype=jnp.dtype(config.model.dtype)),
-    ),
-    momentum=lambda step: momentum_at(step, last, config.momentum),
-    diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
-    augment=make_augment(config, parts),
-    measure=partial(diagnostics.measure, pooled=not objectives.compares_tokens(config.weights)),
-    logit_scale_range=config.optimizer.logit_scale_range,
-    spike=config.divergence.spike,
-  )
-  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(parts.mesh)))
-
-
-def _check_parts(config: ConfigDict, devices: int) -> None:
-  """Refuses a batch that does not divide into the parts that a config asks for."""
-  count = config.micro_batches
-  if count > 1 and config.batch_size % (count * devices):
-    raise ValueError(
-      f"config.micro_batches={count}: config.batch_size={config.batch_size} does not divide into so many parts for "
-      f"each of {devices} devices"
-    )
-  compared = config.batch_size // (max(count, 1) if config.micro_batching == "plain" else 1)  # at once
-  for name in ("norm_groups", "bank_groups"):
-    groups = config.model.heads[name]
-    if config.micro_batching == "plain" and count > 1 and compared % groups:
-      raise ValueError(
-        f"config.micro_batches={count}: config.model.heads.{name}={groups} does not divide a part of {compared}"
-      )
-  form, block = config.contrast.form, config.contrast.block
-  candidates = compared // devices if form == "ring" else compared  # a ring sees those of one device at a time
-  if block > 0 and form != "plain" and candidates % block:
-    raise ValueError(
-      f"config.contrast.block={block} does not divide the {candidates} candidates that config.contrast.form={form!r} "
-      f"compares on {devices} devices at a time"
-    )
-
-
-def make_augment(config: ConfigDict, parts: run.Parts) -> Callable[[Batch, Array], Batch]:
-  """What the host leaves to the step with `config.data.augment_on="device"`: colours, blur and flips of image views."""
-  if config.data.augment_on == "host":
-    return lambda batch, step: batch
-
-  def augment(batch: Batch, step: Array) -> Batch:
-    # Folded twice: folded by 0 and 1, the key of the seed would give the keys that parameters are drawn from.
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1), step)
-    index = jnp.arange(len(batch["image"]))
-    return {**batch, "image": augmentation.augment(batch["image"], key, index, parts.recipe.augmentations)}
-
-  return augment
-
-
-def make_objective(config: ConfigDict, mesh: Mesh | None) -> objectives.Objective:
-  """The weighted terms of a config, whose comparisons of all pairs are split over a mesh."""
-  form = Form(config.contrast.form, mesh, config.contrast.block) if mesh is not None else PLAIN
-  return objectives.make_objective(config.weights, config.weight_schedule, config.terms, form)
-
-
-def check_objective(config: ConfigDict, model: Model, batch: Batch) -> None:
-  """Traces the forward pass without computing it, and refuses terms whose inputs the recipe does not give.
-
-  Raises:
-    ValueError: names term, field and recipe.
-  """
-  objective = make_objective(config, None)
-
-  def forward(batch: Batch) -> Any:
-    params, collections = model.init(jax.random.key(0), batch)
-    outputs, _ = model.apply_heads(params, collections, model.encode(params, collections, batch)[0])
-    objectives.check_inputs(outputs, config.weights, config.data.recipe)
-    return objective(outputs, batch, jnp.zeros((), jnp.int32))
-
-  jax.eval_shape(forward, batch)

@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.metrics`: the file survives crashes, the line fits the screen, the speed is honest."""
+"""Tests of `declip_jax.reporting.metrics`: the file survives crashes, the line fits the screen, the speed is honest."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from declip_jax.metrics import MetricWriter, Progress, read_metrics, summary_table
+from declip_jax.reporting.metrics import MetricWriter, Progress, read_metrics, summary_table
 
 
 def write_rows(workdir, steps, resume_step=0):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from declip_jax.data import tokenizer as tokenizers
+from declip_jax.data.text import tokenizer as tokenizers
 
 # English words that carry grammar rather than content: determiners and pronouns; prepositions and conjunctions;
 # auxiliary verbs; adverbs and the remains of contractions. WordNet knows many of them as something else: `a` as a
