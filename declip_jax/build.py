@@ -248,15 +248,19 @@ def plan_steps(config: ConfigDict, epoch_examples: int) -> Steps:
 
 
 def _check_safety(config: ConfigDict) -> None:
-  checkpoint, divergence = config.checkpoint, config.divergence
+  checkpoint, safety = config.checkpoint, config.safety
   checks = {
-    "checkpoint.minutes": (checkpoint.minutes >= 0, checkpoint.minutes, "0 or more"),
     "checkpoint.keep_last": (checkpoint.keep_last >= 1, checkpoint.keep_last, "1 or more"),
     "checkpoint.keep_best": (checkpoint.keep_best >= 0, checkpoint.keep_best, "0 or more"),
-    "max_skipped_in_a_row": (config.max_skipped_in_a_row >= 1, config.max_skipped_in_a_row, "1 or more"),
-    "divergence.spike": (divergence.spike == 0 or divergence.spike > 1, divergence.spike, "0, or more than 1"),
-    "divergence.rollbacks": (divergence.rollbacks >= 0, divergence.rollbacks, "0 or more"),
-    "hang_timeout": (config.hang_timeout >= 0, config.hang_timeout, "0 or more"),
+    "safety.max_skipped_steps": (safety.max_skipped_steps >= 1, safety.max_skipped_steps, "1 or more"),
+    "safety.spike_factor": (
+      safety.spike_factor == 0 or safety.spike_factor > 1,
+      safety.spike_factor,
+      "0, or more than 1",
+    ),
+    "safety.max_rollbacks": (safety.max_rollbacks >= 0, safety.max_rollbacks, "0 or more"),
+    "safety.hang_timeout": (safety.hang_timeout >= 0, safety.hang_timeout, "0 or more"),
+    "safety.checkpoint_minutes": (safety.checkpoint_minutes >= 0, safety.checkpoint_minutes, "0 or more"),
   }
   _refuse(checks)
 
@@ -305,7 +309,7 @@ def make_step(
     augment=make_augment(config, parts),
     measure=partial(diagnostics.measure, pooled=not objectives.compares_tokens(config.weights)),
     logit_scale_range=config.optimizer.logit_scale_range,
-    spike=config.divergence.spike,
+    spike=config.safety.spike_factor,
   )
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(parts.mesh)))

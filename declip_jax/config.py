@@ -106,21 +106,13 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.init_from.settings = ()  # what the file does not say, such as ("image.activation=gelu", "image.heads=16")
   c.optimizer = _optimizer()
   c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices along each axis; -1 is whatever is left
-  # Steps that are not finite, or whose gradient spikes, are skipped. After so many in a row the run goes back to the
-  # checkpoint before them and on behind their data, or stops if it may not.
-  c.max_skipped_in_a_row = 20
-  c.divergence = ConfigDict()
-  # A step is skipped if its gradient's norm is so many times what is usual, see `step.spikes`; 0 skips none for that.
-  c.divergence.spike = 10.0
-  c.divergence.rollbacks = 3  # how often the run goes back; 0 stops it at once
-  c.hang_timeout = 1800.0  # seconds after which a step that does not end ends the process; 0 is never
+  c.safety = _safety()
   c.log_every = 50  # steps between lines of metrics.jsonl, and between measurements of `objectives.diagnostics`
   c.evaluate_every = duration(epochs=1)
   c.evaluate_batch_size = 1024
   c.evals = ConfigDict()  # name -> `zero_shot(...)` or `retrieval(...)` of this module
   c.checkpoint = ConfigDict()
   c.checkpoint.every = duration(epochs=1)
-  c.checkpoint.minutes = 30.0  # besides, looked at with every line of metrics.jsonl; 0 is never
   c.checkpoint.keep_last = 2
   c.checkpoint.keep_every = duration()  # of each such stretch the first checkpoint is kept for good
   c.checkpoint.keep_best = 1
@@ -132,6 +124,19 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
     _as_released(c, method)
   c.lock()
   c.evals.unlock()  # the one place where a config adds fields
+  return c
+
+
+def _safety() -> ConfigDict:
+  """What a run does about divergence, hangs and lost work."""
+  c = ConfigDict()
+  # A step is skipped if its loss, gradient or rate is not finite, or if its gradient norm exceeds the usual norm by
+  # this factor (see `step.spikes`); 0 turns the comparison off.
+  c.spike_factor = 10.0
+  c.max_skipped_steps = 20  # consecutive skipped steps after which the run rolls back to the previous checkpoint
+  c.max_rollbacks = 3  # rollbacks after which the run stops; 0 stops it instead of the first
+  c.hang_timeout = 1800.0  # seconds after which a step that has not finished ends the process; 0 never does
+  c.checkpoint_minutes = 30.0  # minutes between checkpoints, in addition to `checkpoint.every`; 0 turns this off
   return c
 
 

@@ -131,7 +131,7 @@ def train(
       keep_best=config.checkpoint.keep_best,
       best_metric=best,
       keep_every=steps.keep_every,
-      minutes=config.checkpoint.minutes,
+      minutes=config.safety.checkpoint_minutes,
     )
     stack.callback(checkpoints.close)
     checkpoints.tidy()
@@ -173,7 +173,7 @@ def train(
     trace = stack.enter_context(Trace(workdir / "profile", profile))
     if line := trace.out_of_reach(start, steps.total):
       progress.message(line)
-    watchdog = stack.enter_context(Watchdog(workdir, config.hang_timeout))
+    watchdog = stack.enter_context(Watchdog(workdir, config.safety.hang_timeout))
     watch = _Watch(config, mesh.size, start)
     row: dict[str, float] = {}
     results: dict[str, float] = {}
@@ -211,7 +211,7 @@ def train(
         jax.block_until_ready(watch.previous)
       for line in filter(None, (watch.compiled(metrics), trace.end(step, state))):
         progress.message(line)
-      if (skipped := watch.skipped()) >= config.max_skipped_in_a_row:
+      if (skipped := watch.skipped()) >= config.safety.max_skipped_steps:
         turn -= 1  # preemption was not asked for
         for leaf in jax.tree.leaves(state):  # there may be no room for two
           leaf.delete()
@@ -277,19 +277,19 @@ def _go_back(
   checkpoints.wait()
   target = rollbacks.target(checkpoints.steps(), at - skipped)
   why = f"step {at}: loss, gradient or rate was not finite, or the gradient spiked, for {skipped} steps in a row"
-  if target is None or len(rollbacks) >= config.divergence.rollbacks:
-    done = f"went back {len(rollbacks)} of config.divergence.rollbacks={config.divergence.rollbacks} times"
+  if target is None or len(rollbacks) >= config.safety.max_rollbacks:
+    done = f"went back {len(rollbacks)} of config.safety.max_rollbacks={config.safety.max_rollbacks} times"
     raise FloatingPointError(
-      f"{why} (config.max_skipped_in_a_row={config.max_skipped_in_a_row}); "
+      f"{why} (config.safety.max_skipped_steps={config.safety.max_skipped_steps}); "
       f"{done if target is not None else 'there is no checkpoint from before'}: lower config.optimizer.learning_rate, "
-      "look at the data, or let larger gradients pass by config.divergence.spike and config.optimizer.gradient_clip"
+      "look at the data, or let larger gradients pass by config.safety.spike_factor and config.optimizer.gradient_clip"
     )
   said = [checkpoints.set_aside(step, "the run diverged", "diverged") for step in checkpoints.steps() if step > target]
   restored = checkpoints.restore_newest(abstract)
   rollbacks.record(skipped, at, restored.step, position)
   line = (
     f"{why}: back to the checkpoint of step {restored.step:,}, and on with the data from example "
-    f"{position['next_index']:,} on (time {len(rollbacks)} of {config.divergence.rollbacks})"
+    f"{position['next_index']:,} on (time {len(rollbacks)} of {config.safety.max_rollbacks})"
   )
   return restored._replace(data=position, passed_over=[line, *said, *restored.passed_over])
 

@@ -131,7 +131,7 @@ def test_a_bit_flipped_in_the_newest_checkpoint_costs_the_steps_since_the_one_be
 
 @pytest.mark.parametrize(("signum", "victim"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
 def test_a_dead_or_frozen_peer_ends_all_within_the_bound(signum: int, victim: int, tmp_path: Path) -> None:
-  flags = ["--config.duration.steps=1000000", "--heartbeat=10", "--config.hang_timeout=60"]
+  flags = ["--config.duration.steps=1000000", "--heartbeat=10", "--config.safety.hang_timeout=60"]
   processes = pair(tmp_path, port(), *flags, cache=tmp_path / "cache")
   try:
     wait_for_step(tmp_path, 5, processes[1 - victim], WAIT)

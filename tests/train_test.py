@@ -427,7 +427,7 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest
   use_mesh(monkeypatch, 1, 1)
   config = tiny_config("clip")
   config.model.heads.logit_scale_init = 1000.0  # whose exponential is infinite
-  config.max_skipped_in_a_row = 3
+  config.safety.max_skipped_steps = 3
   config.checkpoint.every.steps = 100
   with pytest.raises(FloatingPointError, match=r"3 steps in a row .*; there is no checkpoint from before"):
     train.train(config, tmp_path)
@@ -546,7 +546,7 @@ def test_a_run_that_diverges_goes_back_and_on_behind_the_bad_data(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
   use_mesh(monkeypatch, 1, 1)
-  config = bare(**{"duration.steps": 10, "max_skipped_in_a_row": 2, "checkpoint.keep_last": 3})
+  config = bare(**{"duration.steps": 10, "safety.max_skipped_steps": 2, "checkpoint.keep_last": 3})
   poison(monkeypatch, config, [4, 5])
   train.train(config, tmp_path / "diverged")
   assert "step 6: loss, gradient or rate was not finite" in (said := capsys.readouterr().err)
@@ -577,10 +577,10 @@ def test_a_run_that_diverges_again_goes_further_back_and_ends_at_last(
 ) -> None:
   use_mesh(monkeypatch, 1, 1)
   config = bare(
-    **{"duration.steps": 10, "max_skipped_in_a_row": 2, "checkpoint.keep_last": 3, "divergence.rollbacks": 2}
+    **{"duration.steps": 10, "safety.max_skipped_steps": 2, "checkpoint.keep_last": 3, "safety.max_rollbacks": 2}
   )
   poison(monkeypatch, config, list(range(4, 20)))
-  with pytest.raises(FloatingPointError, match=r"went back 2 of config.divergence.rollbacks=2 times"):
+  with pytest.raises(FloatingPointError, match=r"went back 2 of config.safety.max_rollbacks=2 times"):
     train.train(config, tmp_path)
   lines = [json.loads(line) for line in (tmp_path / "rollbacks.jsonl").read_text().splitlines()]
   assert [(line["to"], line["at"]) for line in lines] == [(4, 6), (2, 6)]
@@ -608,7 +608,9 @@ def test_training_outlives_saves_that_fail(
 
 def test_saves_by_the_clock_are_made_at_lines_of_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   use_mesh(monkeypatch, 1, 1)
-  config = bare(**{"checkpoint.every.steps": 0, "checkpoint.keep_last": 9, "checkpoint.minutes": 1e-9, "log_every": 3})
+  config = bare(
+    **{"checkpoint.every.steps": 0, "checkpoint.keep_last": 9, "safety.checkpoint_minutes": 1e-9, "log_every": 3}
+  )
   train.train(config, tmp_path)
   assert Checkpoints(tmp_path).steps() == [3, 6, 8]
 
@@ -663,7 +665,7 @@ with Watchdog(pathlib.Path(sys.argv[1]), 0.5) as watchdog:
     [sys.executable, "-c", script, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=60
   )
   assert done.returncode == 70
-  assert "error: step 4 has not ended within config.hang_timeout=0.5 s" in done.stderr
+  assert "error: step 4 has not ended within config.safety.hang_timeout=0.5 s" in done.stderr
   stacks = (tmp_path / "hang.0.txt").read_text()
   assert "step 4" in stacks
   assert "in stand_still" in stacks
@@ -760,8 +762,8 @@ def test_the_loss_goes_on_the_same_on_fewer_devices(tmp_path: Path, monkeypatch:
     ({"data.max_bad": 5.0}, r"config.data.max_bad=5.0: a share"),
     ({"data.image_size": 0}, r"config.data.image_size=0: 1 or more"),
     ({"seed": -1}, r"config.seed=-1: 0 or more"),
-    ({"divergence.spike": 0.5}, r"config.divergence.spike=0.5: 0, or more than 1"),
-    ({"checkpoint.minutes": -1.0}, r"config.checkpoint.minutes=-1.0: 0 or more"),
+    ({"safety.spike_factor": 0.5}, r"config.safety.spike_factor=0.5: 0, or more than 1"),
+    ({"safety.checkpoint_minutes": -1.0}, r"config.safety.checkpoint_minutes=-1.0: 0 or more"),
     ({"checkpoint.keep_every.steps": -1}, r"config.checkpoint.keep_every=.*: set one of"),
     ({"model.text.eot": 3}, r"eot=3: config.model.text.tokenizer='openai' ends texts with 49407"),
   ],

@@ -71,8 +71,8 @@ class Watchdog:
 
   def _tell(self, doing: str) -> None:
     print(
-      f"error: {doing} has not ended within config.hang_timeout={self._seconds:g} s: this process ends, and so do "
-      f"the others (stacks of all threads in {self._path})",
+      f"error: {doing} has not ended within config.safety.hang_timeout={self._seconds:g} s: this process ends, and so "
+      f"do the others (stacks of all threads in {self._path})",
       file=sys.stderr,
       flush=True,
     )
