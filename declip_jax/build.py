@@ -18,14 +18,14 @@ from declip_jax.data.images import INTERPOLATIONS
 from declip_jax.data.recipes import MakeViews, Recipe, get_recipe, trimmed
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.models.model import Model, make_model
+from declip_jax.models.paths import is_below
 from declip_jax.objectives import diagnostics
 from declip_jax.objectives.blockwise import PLAIN, Form
 from declip_jax.objectives.momentum import momentum_at
 from declip_jax.sharding import gather, make_mesh, replicated
 from declip_jax.training import augment as augmentation
-from declip_jax.training import optim
+from declip_jax.training import optim, schedules
 from declip_jax.training.gradient import Metrics, make_gradient
-from declip_jax.training.optim import below
 from declip_jax.training.state import State
 from declip_jax.training.step import train_step
 from declip_jax.types import Batch
@@ -103,7 +103,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
       f"{config.terms.filip.top_k} compares: set one of the two to () or 0"
     )
   heads = objectives.heads_for(config.weights)
-  locked = any(below("towers/image", prefix) for prefix in config.optimizer.frozen)
+  locked = any(is_below("towers/image", prefix) for prefix in config.optimizer.frozen)
   model = make_model(config.model, views=recipe.views, heads=heads, lock_image=locked)
   grid = config.data.image_size // model.towers.image.stride
   if recipe.views.masked_image is not None and not 0 < round(config.data.patch_share * grid**2) < grid**2:
@@ -202,7 +202,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     nesterov=config.nesterov,
     trust_coefficient=config.trust_coefficient,
     weight_decay=config.weight_decay,
-    decayed=config.decayed,
+    decay_mask=config.decay_mask,
     sgd_side=config.sgd_side,
     sgd_weight_decay=config.sgd_weight_decay,
     gradient_clip=config.gradient_clip,
@@ -268,13 +268,13 @@ def _check_safety(config: ConfigDict) -> None:
 def make_schedule(config: ConfigDict, steps: Steps) -> Callable[[Array], Array]:
   """The learning rate of a config as a function of the step."""
   optimizer = config.optimizer
-  return optim.make_schedule(
+  return schedules.make_schedule(
     optimizer.schedule,
     peak=optimizer.learning_rate,
     warmup_steps=steps.warmup,
     total_steps=steps.total,
     start=optimizer.warmup_start,
-    end=optimizer.end,
+    end=optimizer.end_learning_rate,
     milestones=optimizer.milestones,
     cooldown_steps=steps.cooldown,
     cooldown_power=optimizer.cooldown_power,

@@ -191,7 +191,7 @@ def _as_released(c: ConfigDict, method: str) -> None:
   optimizer.epsilon = 1e-8
   optimizer.schedule = "declip_cosine"
   optimizer.warmup, optimizer.warmup_start = duration(steps=2500), 1e-4
-  optimizer.decayed = "declip"
+  optimizer.decay_mask = "declip"
   optimizer.logit_scale_range = (3.0, 6.0)
   if c.model.image.kind == "vit":
     optimizer.frozen = ("towers/image/patch_embedding",)
@@ -272,17 +272,17 @@ def _optimizer() -> ConfigDict:
   c = ConfigDict()
   c.name = "adamw"  # one of `optim.OPTIMIZERS`
   c.learning_rate = 5e-4  # peak
-  c.schedule = "cosine"  # one of `optim.SCHEDULES`
+  c.schedule = "cosine"  # one of `schedules.SCHEDULES`
   c.warmup = duration(steps=2000)
   c.warmup_start = 0.0  # learning rate of the first step
-  c.end = 0.0  # learning rate that the schedule falls to
+  c.end_learning_rate = 0.0  # learning rate that the schedule falls to
   c.milestones = ()  # of the schedule "step": pairs of a step and a factor
   c.cooldown = duration()  # of the schedule "cooldown": how long the fall at the end takes
   c.cooldown_power = 1.0  # its form; 1 is linear
   c.weight_decay = 0.2  # decoupled from AdamW's moments
-  c.sgd_side = "image"  # what "adamw_sgd" trains by SGD, one of `optim.SIDES`
+  c.sgd_side = "image"  # what "adamw_sgd" trains by SGD, one of `models.paths.SIDES`
   c.sgd_weight_decay = 0.0  # of that side; there it is added to the gradient
-  c.decayed = "weights"  # what it acts on, one of `optim.DECAYED`
+  c.decay_mask = "weights"  # what it acts on, one of `optim.DECAY_MASKS`
   c.b1, c.b2, c.epsilon = 0.9, 0.98, 1e-6  # of AdamW
   c.momentum, c.nesterov = 0.9, False  # of SGD and LARS
   c.trust_coefficient = 0.001  # of LARS

@@ -107,7 +107,7 @@ def test_a_step_maps_the_state_to_one_of_the_same_shapes(name):
   parts, state = traced(c)
   o = c.optimizer
   program = (parts.recipe.views, objectives.active(c.weights), c.terms, c.model, c.data.image_size, c.batch_size)
-  program += (o.name, o.schedule, o.decayed, o.frozen, o.multipliers, o.layer_decay, o.logit_scale_range)
+  program += (o.name, o.schedule, o.decay_mask, o.frozen, o.multipliers, o.layer_decay, o.logit_scale_range)
   if (other := _stepped.setdefault(str(program), name)) != name:
     pytest.skip(f"the step of {other}, which differs in data, epochs or rates only")
   step = make_step(c, parts, build.plan_steps(c, EPOCH), state)
@@ -222,7 +222,7 @@ def test_declips_rows_are_its_released_configs(row, terms, width, rate, decay):
   assert objectives.active(c.weights) == pytest.approx(terms)
   assert (c.model.heads.embed_dim, c.optimizer.learning_rate, c.optimizer.weight_decay) == (width, rate, decay)
   o = c.optimizer
-  assert (o.name, o.b1, o.b2, o.epsilon, o.decayed) == ("adamw", 0.9, 0.98, 1e-8, "declip")
+  assert (o.name, o.b1, o.b2, o.epsilon, o.decay_mask) == ("adamw", 0.9, 0.98, 1e-8, "declip")
   assert (o.gradient_clip, o.layer_decay, o.multipliers, o.logit_scale_range) == (0, 1, (), (3, 6))
   assert o.frozen == (("towers/image/patch_embedding",) if row.startswith("vit") else ())
   assert c.batch_size == 32 * 128
@@ -249,7 +249,7 @@ def test_declips_released_models_are_their_configs():
   r50, vit = get("declip_88m/r50"), get("declip_88m/vitb32")
   for c in (r50, vit):
     o = c.optimizer
-    assert (o.name, o.momentum, o.nesterov, o.learning_rate, o.decayed) == ("sgd", 0.9, True, 0.2, "all")
+    assert (o.name, o.momentum, o.nesterov, o.learning_rate, o.decay_mask) == ("sgd", 0.9, True, 0.2, "all")
     assert o.logit_scale_range[0] == 3
   four_pairs = {"clip": 0.25, "mvs": 0.75}
   rest = {"simsiam": 0.2, "mlm": 0.2, "nns": 0.2}
@@ -275,7 +275,7 @@ def test_slips_rows_have_its_training_procedure(name):
   rates = {"clip": (5e-4, 0.5), "simclr": (3.2e-3, 0.1), "slip": (3e-3, 0.1)}
   o = c.optimizer
   assert (o.learning_rate, o.weight_decay) == rates[method]
-  assert (o.name, o.b1, o.b2, o.epsilon, o.decayed) == ("adamw", 0.9, 0.98, 1e-8, "weights")
+  assert (o.name, o.b1, o.b2, o.epsilon, o.decay_mask) == ("adamw", 0.9, 0.98, 1e-8, "weights")
   assert o.logit_scale_range == pytest.approx((0, np.log(100)))
   assert not c.terms.clip.full_gradient
   assert (c.model.mean, c.model.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -31,7 +31,7 @@ def make(architecture: str, arg: str, *, embed_dim: int, pairs: int) -> ConfigDi
   c.model.heads.norm_groups = c.model.heads.bank_groups = c.batch_size // pairs
   c.optimizer.name, c.optimizer.nesterov = "sgd", True
   c.optimizer.learning_rate = 0.2
-  c.optimizer.decayed = "all"
+  c.optimizer.decay_mask = "all"
   c.optimizer.warmup_start = 1e-3
   c.optimizer.logit_scale_range = (3.0, 88.0)  # float32 holds exp(88), and the forward pass stops at 100
   c.evaluate_every = c.checkpoint.every = config.duration(steps=2000)

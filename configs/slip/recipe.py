@@ -40,7 +40,7 @@ def make(method: str, architecture: str, arg: str, *, epochs: int, data: str = "
     c.optimizer.learning_rate = 3.2e-3
   c.optimizer.epsilon = 1e-8
   c.optimizer.warmup = config.duration(epochs=2 if epochs == 100 else 1)
-  c.optimizer.warmup_start, c.optimizer.end = 1e-6, 1e-5
+  c.optimizer.warmup_start, c.optimizer.end_learning_rate = 1e-6, 1e-5
   read_folders(c, arg, f"data/{data}", TEMPLATES)
   if method == "simclr" and len(c.evals):
     raise ValueError(f"simclr has no text tower to classify {c.evals.imagenet.data} with: leave IMAGENET out")

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from declip_jax import build, objectives
-from declip_jax.training.optim import without_gradient
+from declip_jax.models.paths import stop_gradient_below
 from declip_jax.types import Batch
 
 
@@ -39,7 +39,7 @@ def step_flops(config: ConfigDict, parts: build.Parts) -> float:
   params, collections = jax.eval_shape(model.init, jax.random.key(0), batch)
 
   def loss_of(params: Any, collections: Any, batch: Batch) -> jax.Array:
-    params = without_gradient(params, config.optimizer.frozen)
+    params = stop_gradient_below(params, config.optimizer.frozen)
     features, _ = model.encode(params, collections, batch)
     outputs, _ = model.apply_heads(params, collections, features)
     return objective(outputs, batch, jnp.zeros((), jnp.int32))[0]

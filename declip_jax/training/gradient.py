@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from declip_jax.models.model import Model
+from declip_jax.models.paths import stop_gradient_below
 from declip_jax.objectives import Objective
-from declip_jax.training.optim import without_gradient
 from declip_jax.types import Batch, Features, Outputs
 
 Metrics = dict[str, Float[Array, ""]]
@@ -69,7 +69,7 @@ def make_gradient(
     raise ValueError(f"config.micro_batching={kind!r}: choose one of {[*KINDS]}")
   if micro_batches < 1:
     raise ValueError(f"config.micro_batches={micro_batches}: 1 or more")
-  halves = {"model": model, "objective": objective, "read": lambda params: gather(without_gradient(params, frozen))}
+  halves = {"model": model, "objective": objective, "read": lambda params: gather(stop_gradient_below(params, frozen))}
   of = partial(KINDS[kind], **halves, parts=micro_batches) if micro_batches > 1 else partial(of_batch, **halves)
 
   def gradient(params: Tree, collections: Tree, batch: Batch, step: Array) -> tuple[Result, Tree]:

@@ -7,85 +7,36 @@ local rate and the factors of single parameters. A schedule is that learning rat
 from collections.abc import Callable, Sequence
 from functools import partial
 import math
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 import numpy as np
 import optax
 
+from declip_jax.models.paths import (
+  EMBEDDINGS,
+  IMAGE_BLOCKS,
+  IMAGE_INPUT,
+  SIDES,
+  TEMPERATURES,
+  check_prefixes,
+  is_below,
+  is_below_any,
+  is_stacked,
+  parameter_paths,
+  trainable_mask,
+)
+
 Tree = Any
-Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
-
-TEMPERATURES = ("logit_scale", "dense_logit_scale", "logit_bias")
-EMBEDDINGS = ("position_embedding", "class_embedding", "mask_embedding")
-
-# The sides of DeCLIP's hybrid optimiser; its encoders hold their projections, and its heads belong to them.
-SIDES = {
-  "image": (
-    "towers/image",
-    *(f"heads/{name}" for name in ("image_projection", "image_mapping", "projector", "predictor", "simclr")),
-    *(f"heads/{name}" for name in ("momentum_project", "momentum_predict", "mim", "mim_norm")),
-  ),
-  "text": ("towers/text", *(f"heads/{name}" for name in ("text_projection", "text_mapping", "mlm"))),
-}
-
-# What layer-wise decay needs to know of an image ViT: what stands before its blocks, and the blocks, stacked.
-IMAGE_INPUT = tuple(f"towers/image/{name}" for name in (*EMBEDDINGS, "patch_embedding", "pre_norm"))
-IMAGE_BLOCKS = "towers/image/transformer/blocks"
-
-
-# Paths of parameters.
-
-
-def paths(params: Tree) -> Tree:
-  """The path of each parameter, such as "towers/image/pre_norm/scale", in its place."""
-  return jax.tree_util.tree_map_with_path(lambda keys, _: "/".join(key.key for key in keys), params)
-
-
-def below(path: str, prefix: str) -> bool:
-  """Whether a path such as "towers/image/pre_norm" lies at or under another."""
-  return f"{path}/".startswith(f"{prefix.rstrip('/')}/")
-
-
-def trainable(params: Tree, frozen: Sequence[str]) -> Tree:
-  """False for the parameters at or below one of the paths `frozen`, such as "towers/image"; True for the others.
-
-  Raises:
-    ValueError: a path under which there is nothing.
-  """
-  _check_prefixes(params, frozen, "frozen")
-  return jax.tree.map(lambda path: not any(below(path, prefix) for prefix in frozen), paths(params))
-
-
-def without_gradient(params: Tree, frozen: Sequence[str]) -> Tree:
-  """The same parameters, but no gradient is computed for the frozen ones, nor for what only they need."""
-  if not frozen:
-    return params
-  return jax.tree.map(
-    lambda param, free: param if free else jax.lax.stop_gradient(param), params, trainable(params, frozen)
-  )
-
-
-def _check_prefixes(params: Tree, prefixes: Sequence[str], field: str) -> None:
-  found = jax.tree.leaves(paths(params))
-  for prefix in prefixes:
-    if not any(below(path, prefix) for path in found):
-      parts = sorted({"/".join(path.split("/")[:3]) for path in found})
-      raise ValueError(f"config.optimizer.{field}: there is nothing at {prefix!r}; there are {', '.join(parts)}")
-
-
-def _stacked(path: str) -> bool:
-  """Whether a parameter holds those of several blocks along its leading axis, as a scan has them."""
-  return any(part == "blocks" or part.endswith("_rest") for part in path.split("/"))
-
 
 # What decays. By name and not by rank, since scanned blocks stack biases into matrices.
 
 
 def _spare(params: Tree, names: Sequence[str]) -> Tree:
-  return jax.tree.map(lambda path: path.rpartition("/")[2] not in names, paths(params))
+  return jax.tree.map(lambda path: path.rpartition("/")[2] not in names, parameter_paths(params))
 
 
 def decay_weights(params: Tree) -> Tree:
@@ -103,7 +54,8 @@ def decay_declip(params: Tree) -> Tree:
 
   Its grouping looks for the biases of modules that it knows, and this one is a bare parameter of PyTorch's attention.
   """
-  return jax.tree.map(lambda path, decay: decay or path.endswith("/qkv/bias"), paths(params), decay_weights(params))
+  packed = jax.tree.map(lambda path: path.endswith("/qkv/bias"), parameter_paths(params))
+  return jax.tree.map(operator.or_, packed, decay_weights(params))
 
 
 def decay_finetune(params: Tree) -> Tree:
@@ -116,51 +68,49 @@ def decay_all(params: Tree) -> Tree:
   return _spare(params, ())
 
 
-DECAYED = {"weights": decay_weights, "declip": decay_declip, "finetune": decay_finetune, "all": decay_all}
+DECAY_MASKS = {"weights": decay_weights, "declip": decay_declip, "finetune": decay_finetune, "all": decay_all}
 
 
 # Optimisers. Each takes all settings of `make` and uses its own.
 
 
 def _adamw(
-  *, b1: float, b2: float, epsilon: float, weight_decay: float, decayed: Callable[[Tree], Tree], **_: Any
+  *, b1: float, b2: float, epsilon: float, weight_decay: float, decay_mask: Callable[[Tree], Tree], **_: Any
 ) -> optax.GradientTransformation:
-  decay = optax.add_decayed_weights(weight_decay, mask=decayed)
+  decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
   return optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay)
 
 
 def _sgd(
-  *, momentum: float, nesterov: bool, weight_decay: float, decayed: Callable[[Tree], Tree], **_: Any
+  *, momentum: float, nesterov: bool, weight_decay: float, decay_mask: Callable[[Tree], Tree], **_: Any
 ) -> optax.GradientTransformation:
-  decay = optax.add_decayed_weights(weight_decay, mask=decayed)
+  decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
   return optax.chain(decay, optax.trace(momentum, nesterov))
 
 
 def _lars(
-  *, trust_coefficient: float, weight_decay: float, decayed: Callable[[Tree], Tree], **settings: Any
+  *, trust_coefficient: float, weight_decay: float, decay_mask: Callable[[Tree], Tree], **settings: Any
 ) -> optax.GradientTransformation:
-  sgd = _sgd(weight_decay=weight_decay, decayed=decayed, **settings)
+  sgd = _sgd(weight_decay=weight_decay, decay_mask=decay_mask, **settings)
 
   def update(gradient: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
     def scaled(path: str, change: Array, gradient: Array, param: Array, decay: bool) -> Array:
-      axes = tuple(range(int(_stacked(path)), param.ndim))
+      axes = tuple(range(int(is_stacked(path)), param.ndim))
       of_param, of_gradient = (jnp.sqrt(jnp.sum(x * x, axes, keepdims=True)) for x in (param, gradient))
       divisor = of_gradient + (weight_decay * of_param if decay else 0.0)
       return jnp.where(divisor > 0, trust_coefficient * of_param / divisor, 0.0) * change
 
     change, state = sgd.update(gradient, state, params)
-    return jax.tree.map(scaled, paths(params), change, gradient, params, decayed(params)), state
+    return jax.tree.map(scaled, parameter_paths(params), change, gradient, params, decay_mask(params)), state
 
   return optax.GradientTransformation(sgd.init, update)
 
 
 def _adamw_sgd(*, sgd_side: str, sgd_weight_decay: float, **settings: Any) -> optax.GradientTransformation:
-  _check_name("sgd_side", sgd_side, SIDES)
+  check_name("sgd_side", sgd_side, SIDES)
 
   def side(params: Tree) -> Tree:
-    return jax.tree.map(
-      lambda path: "sgd" if any(below(path, prefix) for prefix in SIDES[sgd_side]) else "adamw", paths(params)
-    )
+    return jax.tree.map(lambda path: "sgd" if is_below_any(path, SIDES[sgd_side]) else "adamw", parameter_paths(params))
 
   return optax.partition(
     {"adamw": _adamw(**settings), "sgd": _sgd(**settings | {"weight_decay": sgd_weight_decay})}, side
@@ -180,7 +130,7 @@ def make(
   nesterov: bool,
   trust_coefficient: float,
   weight_decay: float,
-  decayed: str,
+  decay_mask: str,
   sgd_side: str = "image",
   sgd_weight_decay: float = 0.0,
   gradient_clip: float = 0.0,
@@ -203,8 +153,8 @@ def make(
     b1, b2, epsilon: of Adam.
     momentum, nesterov: of SGD and LARS.
     trust_coefficient: of LARS.
-    weight_decay: acts where `decayed` says.
-    decayed: one of `DECAYED`.
+    weight_decay: acts where `decay_mask` says.
+    decay_mask: one of `DECAY_MASKS`.
     sgd_side: what "adamw_sgd" trains by SGD, one of `SIDES`. The released class has the image side by its name;
       second-hand, the paper gave SGD to the text side of its ViT.
     sgd_weight_decay: that of the SGD half of "adamw_sgd", in place of `weight_decay`.
@@ -216,12 +166,12 @@ def make(
     ValueError: an unknown name, or a number that is not finite; and, from `init` on, paths that are none, or layer-wise
       decay of what is no ViT.
   """
-  _check_name("name", name, OPTIMIZERS)
-  _check_name("decayed", decayed, DECAYED)
+  check_name("name", name, OPTIMIZERS)
+  check_name("decay_mask", decay_mask, DECAY_MASKS)
   numbers = {"b1": b1, "b2": b2, "epsilon": epsilon, "momentum": momentum, "trust_coefficient": trust_coefficient}
   numbers |= {"weight_decay": weight_decay, "sgd_weight_decay": sgd_weight_decay, "gradient_clip": gradient_clip}
   numbers |= {"layer_decay": layer_decay, **{f"multipliers: {path}": factor for path, factor in multipliers}}
-  _check_finite(numbers)
+  check_finite(numbers)
   optimizer = OPTIMIZERS[name](
     b1=b1,
     b2=b2,
@@ -232,12 +182,12 @@ def make(
     weight_decay=weight_decay,
     sgd_side=sgd_side,
     sgd_weight_decay=sgd_weight_decay,
-    decayed=DECAYED[decayed],
+    decay_mask=DECAY_MASKS[decay_mask],
   )
   if gradient_clip:
     optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip), optimizer)
   if frozen:
-    optimizer = optax.masked(optimizer, partial(trainable, frozen=frozen))
+    optimizer = optax.masked(optimizer, partial(trainable_mask, frozen=frozen))
   if multipliers or layer_decay != 1:
     optimizer = optax.chain(optimizer, _scale_by(partial(rates, multipliers=multipliers, layer_decay=layer_decay)))
   return optimizer
@@ -256,9 +206,10 @@ def rates(params: Tree, *, multipliers: Sequence[tuple[str, float]], layer_decay
   Raises:
     ValueError: a path under which there is nothing; or `layer_decay` is not 1 and the image tower is no ViT.
   """
-  _check_prefixes(params, [prefix for prefix, _ in multipliers], "multipliers")
-  stacks = jax.tree.map(lambda path, param: param.shape[:1] if below(path, IMAGE_BLOCKS) else (), paths(params), params)
-  depth = max(jax.tree.leaves(stacks), default=0)
+  check_prefixes(params, [prefix for prefix, _ in multipliers], "config.optimizer.multipliers")
+  paths = parameter_paths(params)
+  depths = jax.tree.map(lambda path, param: param.shape[:1] if is_below(path, IMAGE_BLOCKS) else (), paths, params)
+  depth = max(jax.tree.leaves(depths), default=0)
   if layer_decay != 1 and not depth:
     raise ValueError(
       f"config.optimizer.layer_decay={layer_decay} acts on the blocks of a ViT, and there is no {IMAGE_BLOCKS}: "
@@ -266,14 +217,14 @@ def rates(params: Tree, *, multipliers: Sequence[tuple[str, float]], layer_decay
     )
 
   def rate(path: str, param: Array) -> float | np.ndarray:
-    factor = float(np.prod([factor for prefix, factor in multipliers if below(path, prefix)]))
-    if layer_decay != 1 and any(below(path, prefix) for prefix in IMAGE_INPUT):
+    factor = float(np.prod([factor for prefix, factor in multipliers if is_below(path, prefix)]))
+    if layer_decay != 1 and is_below_any(path, IMAGE_INPUT):
       return factor * layer_decay ** (depth + 1)
-    if layer_decay != 1 and below(path, IMAGE_BLOCKS):
+    if layer_decay != 1 and is_below(path, IMAGE_BLOCKS):
       return factor * layer_decay ** np.arange(depth, 0, -1).reshape(depth, *[1] * (param.ndim - 1))
     return factor
 
-  return jax.tree.map(rate, paths(params), params)
+  return jax.tree.map(rate, paths, params)
 
 
 def _scale_by(rates_of: Callable[[Tree], Tree]) -> optax.GradientTransformation:
@@ -287,128 +238,12 @@ def _scale_by(rates_of: Callable[[Tree], Tree]) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-# Schedules. Each takes all settings of `make_schedule` and gives the learning rate behind the warm-up.
-
-
-def _half_cosine(step: Array, peak: float, end: float, first: int, last: int) -> Array:
-  return end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * _progress(step, first, last)))
-
-
-def _progress(step: Array, first: int, last: int) -> Array:
-  return jnp.clip((step - first) / max(last - first, 1), 0.0, 1.0)
-
-
-def _cosine(*, peak: float, end: float, warmup_steps: int, total_steps: int, **_: Any) -> Schedule:
-  return lambda step: _half_cosine(step, peak, end, warmup_steps, total_steps)
-
-
-def _declip_cosine(*, peak: float, end: float, warmup_steps: int, total_steps: int, **_: Any) -> Schedule:
-  return lambda step: _half_cosine(step, peak, end, warmup_steps - 1, total_steps - 1)
-
-
-def _step(*, peak: float, milestones: Sequence[tuple[int, float]], **_: Any) -> Schedule:
-  def schedule(step: Array) -> Array:
-    rate = jnp.asarray(peak)
-    for milestone, factor in milestones:
-      rate = jnp.where(step + 1 >= milestone, factor * rate, rate)
-    return rate
-
-  return schedule
-
-
-def _constant(*, peak: float, **_: Any) -> Schedule:
-  return lambda step: jnp.asarray(peak)
-
-
-def _cooldown(
-  *, peak: float, end: float, total_steps: int, cooldown_steps: int, cooldown_power: float, **_: Any
-) -> Schedule:
-  def schedule(step: Array) -> Array:
-    left = 1 - _progress(step, total_steps - cooldown_steps, total_steps)
-    return end + (peak - end) * left**cooldown_power
-
-  return schedule
-
-
-SCHEDULES = {
-  "cosine": _cosine,
-  "declip_cosine": _declip_cosine,
-  "step": _step,
-  "constant": _constant,
-  "cooldown": _cooldown,
-}
-
-
-def make_schedule(
-  name: str,
-  *,
-  peak: float,
-  warmup_steps: int,
-  total_steps: int,
-  start: float,
-  end: float,
-  milestones: Sequence[tuple[int, float]] = (),
-  cooldown_steps: int = 0,
-  cooldown_power: float = 1.0,
-) -> Schedule:
-  """Learning rate of a 0-based step: linear from `start`, reaching `peak` at step `warmup_steps - 1`, then by `name`.
-
-  - "cosine": SLIP's and BeiT's. From `peak` at step `warmup_steps`; would reach `end` at `total_steps`. open_clip's is
-    this one with `start` = `peak / warmup_steps` and `end` 0.
-  - "declip_cosine": DeCLIP's, one step ahead: from `peak` at the last step of the warm-up, to `end` at the last step.
-  - "step": DeCLIP's. `peak` times the factors of the milestones passed.
-  - "constant": open_clip's. `peak`.
-  - "cooldown": open_clip's. `peak`, and in the last `cooldown_steps` to `end`, as what is left of them to a power.
-
-  Args:
-    name: one of `SCHEDULES`.
-    peak: learning rate after the warm-up.
-    warmup_steps: of the linear rise; 0 is none.
-    total_steps: of the training.
-    start: learning rate of step 0, if there is a warm-up.
-    end: learning rate that the cosines and the cooldown fall to.
-    milestones: pairs of a step, counted from 1 as in DeCLIP's configs and our logs, and the factor from it on.
-    cooldown_steps, cooldown_power: length and form of the cooldown; power 1 is linear.
-
-  Raises:
-    ValueError: an unknown name; a rate that is not finite; warm-up and cooldown are longer than the training; "step"
-      without milestones.
-  """
-  _check_name("schedule", name, SCHEDULES)
-  factors = {f"milestones[{step}]": factor for step, factor in milestones}
-  _check_finite({"learning_rate": peak, "warmup_start": start, "end": end, "cooldown_power": cooldown_power, **factors})
-  if warmup_steps > total_steps:
-    raise ValueError(f"config.optimizer.warmup is {warmup_steps} steps, longer than the training of {total_steps}")
-  if name == "cooldown" and not 0 < cooldown_steps <= total_steps - warmup_steps:
-    raise ValueError(
-      f"config.optimizer.cooldown is {cooldown_steps} steps: 1 to {total_steps - warmup_steps}, what the training "
-      f"of {total_steps} has behind its warm-up"
-    )
-  if name == "step" and not milestones:
-    raise ValueError("config.optimizer.milestones=(): schedule 'step' needs pairs of a step and a factor")
-  falling = SCHEDULES[name](
-    peak=peak,
-    end=end,
-    warmup_steps=warmup_steps,
-    total_steps=total_steps,
-    milestones=milestones,
-    cooldown_steps=cooldown_steps,
-    cooldown_power=cooldown_power,
-  )
-
-  def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
-    rising = start + (peak - start) * step / max(warmup_steps - 1, 1)
-    return jnp.where(step < warmup_steps, rising, falling(step))
-
-  return schedule
-
-
-def _check_name(field: str, name: str, legal: dict[str, Any]) -> None:
+def check_name(field: str, name: str, legal: dict[str, Any]) -> None:
   if name not in legal:
     raise ValueError(f"config.optimizer.{field}={name!r}: choose one of {sorted(legal)}")
 
 
-def _check_finite(numbers: dict[str, float]) -> None:
+def check_finite(numbers: dict[str, float]) -> None:
   for field, number in numbers.items():
     if not math.isfinite(number):
       raise ValueError(f"config.optimizer.{field}={number}: a finite number")

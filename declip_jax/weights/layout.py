@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from declip_jax.models.model import Model, make_model
+from declip_jax.models.paths import is_stacked
 from declip_jax.types import Views
 
 Tree = Any
@@ -103,7 +104,7 @@ def to_variables(tensors: Mapping[str, np.ndarray], entries: Mapping[str, Entry]
   for path, entry in entries.items():
     turn = _TURNS[entry.kind][0]
     parts = [np.asarray(turn(tensors[name]), np.float32) for name in entry.names]
-    flat[path] = np.stack(parts) if _stacked(path) else np.array(parts[0], order="C")
+    flat[path] = np.stack(parts) if is_stacked(path) else np.array(parts[0], order="C")
   return unflatten_dict(flat, sep="/")
 
 
@@ -112,7 +113,7 @@ def to_state_dict(variables: Tree, entries: Mapping[str, Entry]) -> StateDict:
   flat, tensors = flatten_dict(variables, sep="/"), {}
   for path, entry in entries.items():
     array = np.asarray(flat[path])
-    parts = array if _stacked(path) else array[None]
+    parts = array if is_stacked(path) else array[None]
     turn = _TURNS[entry.kind][1]
     tensors |= {name: np.array(turn(part), order="C") for name, part in zip(entry.names, parts, strict=True)}
   return tensors
@@ -122,15 +123,10 @@ def expected_shapes(variables: Tree, entries: Mapping[str, Entry]) -> dict[str, 
   """Name of each tensor to the shape that it must have in the state dict."""
   flat, shapes = flatten_dict(variables, sep="/"), {}
   for path, entry in entries.items():
-    shape = flat[path].shape[1:] if _stacked(path) else flat[path].shape
+    shape = flat[path].shape[1:] if is_stacked(path) else flat[path].shape
     turned = _TURNS[entry.kind][1](np.broadcast_to(np.float32(0), shape)).shape  # takes no memory
     shapes |= dict.fromkeys(entry.names, turned)
   return shapes
-
-
-def _stacked(path: str) -> bool:
-  """Whether an array has a leading axis of layers: blocks of a transformer, of a stage all but the first."""
-  return "/blocks/" in path or "_rest/" in path
 
 
 def _norm(path: str, name: str) -> dict[str, Entry]:

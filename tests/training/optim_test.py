@@ -10,7 +10,8 @@ import pytest
 import references as reference
 
 from declip_jax import architectures, build, config
-from declip_jax.training import optim
+from declip_jax.models.paths import parameter_paths, stop_gradient_below
+from declip_jax.training import optim, schedules
 
 SETTINGS = {
   "b1": 0.9,
@@ -20,7 +21,7 @@ SETTINGS = {
   "nesterov": False,
   "trust_coefficient": 0.001,
   "weight_decay": 0.1,
-  "decayed": "weights",
+  "decay_mask": "weights",
 }
 PRECISIONS = {"f32": np.float32, "f64": np.float64}
 
@@ -68,13 +69,13 @@ def golden_schedules(golden):
     lr = golden[f"openclip_{name}/lr_all"]
     cases[f"openclip_{name}"] = (schedule, lr, peak, peak / warmup, end, int(warmup), int(total), options)
 
-  schedules = {}
+  found = {}
   for name, (schedule, lr, peak, start, end, warmup, total, options) in cases.items():
     lengths = {"warmup_steps": warmup, "total_steps": total}
-    made = optim.make_schedule(schedule, peak=peak, start=start, end=end, **lengths, **options)
+    made = schedules.make_schedule(schedule, peak=peak, start=start, end=end, **lengths, **options)
     steps = golden["declip_release/steps1"] - 1 if name == "declip_release" else np.arange(len(lr))
-    schedules[name] = made, steps, lr, peak
-  return schedules
+    found[name] = made, steps, lr, peak
+  return found
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -94,7 +95,7 @@ def test_schedules_equal_slip_declip_and_open_clip(golden, precision):
 
 def schedule_of(name="cosine", **settings):
   lengths = {"warmup_steps": 0, "total_steps": 10}
-  return optim.make_schedule(name, **lengths | {"peak": 1.0, "start": 0.0, "end": 0.1} | settings)
+  return schedules.make_schedule(name, **lengths | {"peak": 1.0, "start": 0.0, "end": 0.1} | settings)
 
 
 def test_a_schedule_without_warmup_starts_at_the_peak_and_stays_at_the_end():
@@ -280,7 +281,7 @@ def small_tree():
 
 
 def by_path(tree):
-  return dict(zip(*map(jax.tree.leaves, (optim.paths(tree), tree)), strict=True))
+  return dict(zip(*map(jax.tree.leaves, (parameter_paths(tree), tree)), strict=True))
 
 
 WEIGHTS = {
@@ -303,12 +304,12 @@ PACKED = {"towers/image/transformer/blocks/qkv/bias", "towers/text/transformer/b
 def test_decay_acts_on_the_parameters_that_each_rule_names():
   expected = {"finetune": WEIGHTS, "weights": WEIGHTS | EMBEDDINGS, "declip": WEIGHTS | EMBEDDINGS | PACKED}
   expected["all"] = set(by_path(small_tree()))
-  assert set(expected) == set(optim.DECAYED)
+  assert set(expected) == set(optim.DECAY_MASKS)
   for name, paths in expected.items():
-    assert {path for path, decay in by_path(optim.DECAYED[name](small_tree())).items() if decay} == paths
+    assert {path for path, decay in by_path(optim.DECAY_MASKS[name](small_tree())).items() if decay} == paths
   # SGD shows what the optimiser makes of it: the decay of a parameter of ones, and no gradient.
   tree = small_tree()
-  update = update_of(make("sgd", decayed="declip"), tree, jax.tree.map(np.zeros_like, tree))
+  update = update_of(make("sgd", decay_mask="declip"), tree, jax.tree.map(np.zeros_like, tree))
   for path, leaf in by_path(update).items():
     np.testing.assert_allclose(leaf, 0.1 if path in expected["declip"] else 0.0, err_msg=path)
 
@@ -396,7 +397,7 @@ def test_multipliers_scale_the_decay_of_adamw_too():
 def test_a_group_with_another_initial_rate_follows_the_schedule_as_in_declip(golden):
   start, peak, end, warmup, total = golden["declip_cosine/args_base_peak_min_warmup_max"]
   lengths = {"warmup_steps": int(warmup), "total_steps": int(total)}
-  schedule = optim.make_schedule("declip_cosine", peak=peak, start=start, end=end, **lengths)
+  schedule = schedules.make_schedule("declip_cosine", peak=peak, start=start, end=end, **lengths)
   update = update_of(make("sgd", **PLAIN, multipliers=(("group", 3.0),)), {"base": jnp.ones(()), "group": jnp.ones(())})
   lr = schedule(jnp.arange(lengths["total_steps"]))
   for name, expected in (("base", "lr_all_1based"), ("group", "lr_all_group_x3")):
@@ -430,9 +431,7 @@ def test_frozen_parameters_stay_and_have_no_moments(name):
   optimizer = make(name, frozen=frozen, **settings)
 
   def step(params):
-    gradient = jax.grad(lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(optim.without_gradient(p, frozen))))(
-      params
-    )
+    gradient = jax.grad(lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(stop_gradient_below(p, frozen))))(params)
     return optimizer.update(gradient, optimizer.init(params), params)
 
   update, state = jax.jit(step)(tree)
@@ -451,14 +450,14 @@ def test_frozen_parameters_stay_and_have_no_moments(name):
   [
     ({"name": "adamax"}, r"config\.optimizer\.name='adamax': choose one of \['adamw', 'adamw_sgd', 'lars', 'sgd'\]"),
     (
-      {"decayed": "none"},
-      r"config\.optimizer\.decayed='none': choose one of \['all', 'declip', 'finetune', 'weights'\]",
+      {"decay_mask": "none"},
+      r"config\.optimizer\.decay_mask='none': choose one of \['all', 'declip', 'finetune', 'weights'\]",
     ),
     (
       {"multipliers": (("heads/scale", 2.0),)},
-      r"config\.optimizer\.multipliers: there is nothing at 'heads/scale'; there are heads/dense_logit_scale, ",
+      r"config\.optimizer\.multipliers: no parameter at 'heads/scale'; choose from \['heads/dense_logit_scale', ",
     ),
-    ({"frozen": ("towers/imag",)}, r"config\.optimizer\.frozen: there is nothing at 'towers/imag'; there are heads/"),
+    ({"frozen": ("towers/imag",)}, r"config\.optimizer\.frozen: no parameter at 'towers/imag'; choose from \['heads/"),
   ],
 )
 def test_an_optimiser_that_cannot_be_is_refused_before_the_first_step(settings, message):
