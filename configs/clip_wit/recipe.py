@@ -13,8 +13,8 @@ ResNet are those of the global batch.
 
 from ml_collections import ConfigDict
 
-from configs import read_folders
 from declip_jax import config
+from declip_jax.configs import read_folders
 
 
 def make(architecture: str, arg: str, *, rate: float) -> ConfigDict:

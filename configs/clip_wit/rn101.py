@@ -9,7 +9,7 @@ Hardware: not published.
 
 from ml_collections import ConfigDict
 
-from configs.clip_wit import recipe
+from declip_jax.configs.clip_wit import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -11,8 +11,8 @@ It starts from runs/vit_l_14, or what --config.init_from.path says. The warm-up 
 
 from ml_collections import ConfigDict
 
-from configs.clip_wit import recipe
 from declip_jax import config
+from declip_jax.configs.clip_wit import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

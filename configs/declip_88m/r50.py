@@ -12,8 +12,8 @@ testing" and no number of GPUs.
 
 from ml_collections import ConfigDict
 
-from configs.declip_88m import recipe
 from declip_jax import config
+from declip_jax.configs.declip_88m import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -19,8 +19,8 @@ whose scale so stays at exp(3). Batch norms of the ResNet and of SimSiam are tho
 
 from ml_collections import ConfigDict
 
-from configs import read_folders
 from declip_jax import config
+from declip_jax.configs import read_folders
 
 
 def make(architecture: str, arg: str, *, embed_dim: int, pairs: int) -> ConfigDict:

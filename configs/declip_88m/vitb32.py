@@ -13,8 +13,8 @@ and SGD for texts (0.02 and 1e-4). The class that was released, AdamW_SGD, can h
 
 from ml_collections import ConfigDict
 
-from configs.declip_88m import recipe
 from declip_jax import config
+from declip_jax.configs.declip_88m import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

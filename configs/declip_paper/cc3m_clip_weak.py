@@ -12,7 +12,7 @@ One weak crop: which view the paper's row sees we do not know.
 
 from ml_collections import ConfigDict
 
-from configs.declip_paper import recipe
+from declip_jax.configs.declip_paper import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -11,7 +11,7 @@ The ladder's third rung: self-supervision of images and texts.
 
 from ml_collections import ConfigDict
 
-from configs.declip_paper import recipe
+from declip_jax.configs.declip_paper import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

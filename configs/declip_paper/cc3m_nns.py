@@ -9,7 +9,7 @@ Hardware: not published, as far as we know.
 
 from ml_collections import ConfigDict
 
-from configs.declip_paper import recipe
+from declip_jax.configs.declip_paper import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -14,8 +14,8 @@ for 32 epochs.
 
 from ml_collections import ConfigDict
 
-from configs import read_folders
 from declip_jax import config
+from declip_jax.configs import read_folders
 
 
 def make(method: str, arg: str, *, data: str) -> ConfigDict:

@@ -11,7 +11,7 @@ CLIP's own paper has 31.3 too, for a ResNet-50 on its YFCC15M: this may be taken
 
 from ml_collections import ConfigDict
 
-from configs.declip_paper import recipe
+from declip_jax.configs.declip_paper import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -16,8 +16,8 @@ at a learning rate of 0. Where we differ:
 
 from ml_collections import ConfigDict
 
-from configs import read_folders
 from declip_jax import config
+from declip_jax.configs import read_folders
 
 
 def make(method: str, architecture: str, arg: str, *, embed_dim: int) -> ConfigDict:

@@ -9,7 +9,7 @@ Hardware: 32 GPUs, four nodes of eight, with 128 pairs each; neither hours nor k
 
 from ml_collections import ConfigDict
 
-from configs.declip_yfcc15m import recipe
+from declip_jax.configs.declip_yfcc15m import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -11,7 +11,7 @@ Others had 43.2 with it too, in mixed precision on 32 accelerators.
 
 from ml_collections import ConfigDict
 
-from configs.declip_yfcc15m import recipe
+from declip_jax.configs.declip_yfcc15m import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

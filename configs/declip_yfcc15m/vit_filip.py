@@ -12,7 +12,7 @@ its own.
 
 from ml_collections import ConfigDict
 
-from configs.declip_yfcc15m import recipe
+from declip_jax.configs.declip_yfcc15m import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -11,7 +11,7 @@ Strengths of the augmentation are those of SLIP's code, as the paper gives none.
 
 from ml_collections import ConfigDict
 
-from configs.slip import recipe
+from declip_jax.configs.slip import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

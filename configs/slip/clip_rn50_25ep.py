@@ -11,7 +11,7 @@ CLIP's paper has 31.3 for its own ResNet-50 on the same data.
 
 from ml_collections import ConfigDict
 
-from configs.slip import recipe
+from declip_jax.configs.slip import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -14,8 +14,8 @@ keeps its end-of-text token; a title or a description that is empty is never dra
 
 from ml_collections import ConfigDict
 
-from configs import read_folders
 from declip_jax import config
+from declip_jax.configs import read_folders
 
 TEMPLATES = (
   "itap of a {}.",

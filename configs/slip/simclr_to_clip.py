@@ -11,7 +11,7 @@ Its image tower starts from runs/simclr_base_25ep, or what --config.init_from.pa
 
 from ml_collections import ConfigDict
 
-from configs.slip import recipe
+from declip_jax.configs.slip import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -9,7 +9,7 @@ Hardware: 64 V100, 30.5 hours.
 
 from ml_collections import ConfigDict
 
-from configs.slip import recipe
+from declip_jax.configs.slip import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

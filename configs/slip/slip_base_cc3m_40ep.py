@@ -12,7 +12,7 @@ It is best after 35 of its 40 epochs; at the last, users of the released code ha
 
 from ml_collections import ConfigDict
 
-from configs.slip import recipe
+from declip_jax.configs.slip import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

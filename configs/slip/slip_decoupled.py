@@ -12,7 +12,7 @@ that are not in YFCC15M. Their shards need a caption or class too, which nobody 
 
 from ml_collections import ConfigDict
 
-from configs.slip import recipe
+from declip_jax.configs.slip import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

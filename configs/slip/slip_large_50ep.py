@@ -11,7 +11,7 @@ The paper accumulates gradients over two parts of a batch, each with negatives o
 
 from ml_collections import ConfigDict
 
-from configs.slip import recipe
+from declip_jax.configs.slip import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

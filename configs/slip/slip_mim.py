@@ -12,7 +12,7 @@ paper's BEiT predicts the tokens of DALL-E's image tokenizer, this predicts pixe
 
 from ml_collections import ConfigDict
 
-from configs.slip import recipe
+from declip_jax.configs.slip import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:

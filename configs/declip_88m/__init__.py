@@ -1,0 +1,1 @@
+"""DeCLIP's released models."""

@@ -1,0 +1,1 @@
+"""The benchmark of DeCLIP's authors on YFCC15M."""

@@ -1,0 +1,1 @@
+"""SLIP's published results."""
