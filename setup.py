@@ -35,6 +35,7 @@ setup(
     "simplejpeg>=1.8",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.10",  # reads prepared data sets; TensorFlow is not needed
+    "tqdm>=4.66",
   ],
   extras_require={
     "tpu": ["jax[tpu]>=0.10,<0.12"],

@@ -1,0 +1,148 @@
+"""The progress display on terminals and in log files; time is simulated."""
+
+import io
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+from absl import logging
+import pytest
+
+from declip_jax.reporting import progress
+
+
+class Screen(io.StringIO):
+  """A stream that claims to be a terminal."""
+
+  def isatty(self) -> bool:
+    return True
+
+  def frames(self) -> list[str]:
+    """What the line showed, one string per redraw, without padding."""
+    return [frame.rstrip() for frame in self.getvalue().split("\r") if frame.strip()]
+
+
+class Clock:
+  def __init__(self) -> None:
+    self.now = 100.0
+
+  def __call__(self) -> float:
+    return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+  clock = Clock()
+  monkeypatch.setattr("tqdm.std.time", clock)
+  return clock
+
+
+def consume(clock: Clock, count: int, seconds: float, stream: io.StringIO, total: int | None) -> None:
+  for _ in progress.track(iter(range(count)), "indexing a list", total, "samples", stream=stream):
+    clock.now += seconds
+
+
+def test_a_log_file_gets_a_plain_line_now_and_then_and_the_final_count(clock: Clock) -> None:
+  consume(clock, 1234, 0.025, log := io.StringIO(), 1234)
+  assert log.getvalue().splitlines() == [
+    "indexing a list: 400/1,234 samples (32%), 40.00 samples/s, 00:20 left",
+    "indexing a list: 800/1,234 samples (65%), 40.00 samples/s, 00:10 left",
+    "indexing a list: 1,200/1,234 samples (97%), 40.00 samples/s, 00:00 left",
+    "indexing a list: 1,234/1,234 samples (100%), 40.00 samples/s, 00:00 left",
+  ]
+
+
+def test_a_terminal_gets_one_line_that_is_redrawn(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setenv("COLUMNS", "100")
+  consume(clock, 32, 0.0625, screen := Screen(), 32)
+  *frames, last = screen.frames()
+  assert "\n" not in "".join(frames)
+  assert len(frames) == 9  # one every 0.125 s after the first second
+  assert all(len(frame) <= 100 for frame in frames)
+  assert last.startswith("indexing a list: 100%|")
+  assert last.endswith("| 32/32 samples [00:02<00:00, 16.00 samples/s]")
+  assert screen.getvalue().endswith("\n")
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Screen()])
+def test_what_takes_less_than_a_second_shows_nothing(clock: Clock, stream: io.StringIO) -> None:
+  consume(clock, 9, 0.1, stream, 9)
+  assert stream.getvalue() == ""
+
+
+def test_the_total_is_taken_from_the_length_or_stays_unknown(clock: Clock) -> None:
+  log = io.StringIO()
+  for _ in progress.track([1, 2, 3], "reading", unit="files", stream=log):
+    clock.now += 20
+  assert log.getvalue().splitlines()[0] == "reading: 1/3 files (33%), 0.05 files/s, 00:40 left"
+  consume(clock, 1, 20, log := io.StringIO(), None)
+  assert log.getvalue().splitlines()[0] == "indexing a list: 1 samples [00:20, 0.05 samples/s]"
+
+
+def test_a_bar_is_set_to_a_count_that_others_report(clock: Clock) -> None:
+  log = io.StringIO()
+  with progress.Bar("converting", 1000, "samples", initial=100, stream=log) as bar:
+    for count in (100, 300, 500):
+      clock.now += 10
+      bar.set(count)
+    bar.update(500)
+  bar.close()
+  assert [line.split(" samples ")[0] for line in log.getvalue().splitlines()] == [
+    *(f"converting: {count}/1,000" for count in (300, 500)),
+    "converting: 1,000/1,000",
+  ]
+
+
+def test_the_bar_ends_if_the_loop_does_not(clock: Clock) -> None:
+  screen = Screen()
+  items = progress.track(range(10), "reading", stream=screen)
+  for _ in range(4):
+    next(items)
+    clock.now += 1
+  items.close()
+  assert screen.frames()[-1].startswith("reading:  30%|")
+  assert screen.getvalue().endswith("\n")
+
+
+def test_messages_and_log_lines_appear_above_the_bars(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setenv("COLUMNS", "80")
+  monkeypatch.setattr(sys, "stderr", screen := Screen())
+  handler = logging.get_absl_handler().python_handler
+  monkeypatch.setattr(handler, "stream", screen)
+  with progress.Bar("reading", 10, "files") as bar:
+    clock.now += 2
+    bar.update()
+    progress.message("a message")
+    handler.stream.write("a log line\n")
+  progress.message("the end")
+  assert handler.stream is screen
+  frames = screen.frames()
+  assert [frame for frame in frames if not frame.startswith("reading:  10%|")] == ["a message", "a log line"]
+  assert "".join(screen.getvalue().rpartition("\n")[0].rpartition("\n")[2]) == "the end"
+
+
+def test_a_line_fits_a_real_terminal() -> None:
+  controller, terminal = pty.openpty()
+  termios.tcsetwinsize(terminal, (24, 60))
+  script = (
+    "import time\nfrom declip_jax.reporting import progress\nprogress._QUIET_SECONDS = 0.0\n"
+    "for _ in progress.track(range(30), 'indexing', unit='samples'): time.sleep(0.01)\n"
+  )
+  subprocess.run([sys.executable, "-c", script], stderr=terminal, check=True)
+  os.close(terminal)
+  shown = os.read(controller, 100_000).decode()
+  os.close(controller)
+  frames = [frame.strip() for frame in shown.split("\r") if frame.strip()]
+  assert frames[-1].startswith("indexing: 100%|")
+  assert all(len(frame) <= 60 for frame in frames)
+
+
+def test_the_display_needs_neither_jax_nor_the_package() -> None:
+  script = (
+    "import sys\nfrom declip_jax.reporting import progress\n"
+    "print(sorted(name for name in sys.modules if name.split('.')[0] in ('jax', 'declip_jax')))"
+  )
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "['declip_jax', 'declip_jax.reporting', 'declip_jax.reporting.progress']"
