@@ -92,13 +92,13 @@ def compile_seconds(name: str, unroll: int, batch_size: int, devices: list[jax.D
   """Seconds to compile the train step of CLIP, without tracing."""
   c = config.default("clip", name)
   c.batch_size, c.model.unroll = batch_size, unroll
-  parts = build.build(c)._replace(mesh=make_mesh(-1, 1, devices))
-  rows = batch_sharding(parts.mesh)
+  built = build.build(c)._replace(mesh=make_mesh(-1, 1, devices))
+  rows = batch_sharding(built.mesh)
   shapes = {
-    field: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for field, x in parts.batch_shape(c.batch_size).items()
+    field: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for field, x in built.batch_shape(c.batch_size).items()
   }
-  abstract = abstract_state(shapes, parts.mesh, model=parts.model, optimizer=parts.optimizer)
-  lowered = make_step(c, parts, build.plan_steps(c, 10**8), abstract).lower(abstract, shapes)
+  abstract = abstract_state(shapes, built.mesh, model=built.model, optimizer=built.optimizer)
+  lowered = make_step(c, built, build.to_steps(c, 10**8), abstract).lower(abstract, shapes)
   start = time.perf_counter()
   lowered.compile()
   return time.perf_counter() - start

@@ -118,20 +118,20 @@ class Ours:
     config.optimizer.learning_rate, config.optimizer.weight_decay = ADAMW["lr"], DECAY
     (config.optimizer.b1, config.optimizer.b2), config.optimizer.epsilon = ADAMW["betas"], ADAMW["eps"]
     config.log_every, config.duration = 0, config_lib.duration(steps=10**6)
-    parts = build.build(config)
-    shapes, model = parts.batch_shape(args.batch_size), {"model": parts.model, "optimizer": parts.optimizer}
-    abstract = abstract_state(shapes, parts.mesh, **model)
+    built = build.build(config)
+    shapes, model = built.batch_shape(args.batch_size), {"model": built.model, "optimizer": built.optimizer}
+    abstract = abstract_state(shapes, built.mesh, **model)
     state = create_state(0, shapes, abstract, **model)
     params, collections, _ = initial(state.params, state.collections, loaded, ("image", "text", "heads"))
     self.state = state.replace(params=params, collections=collections)
     rng = np.random.default_rng(0)
-    tokens = parts.tokenizer(captions)[:, None]
+    tokens = built.tokenizer(captions)[:, None]
     self.batches = [
       {"image": rng.integers(256, size=shapes["image"].shape, dtype=np.uint8), "text": text.astype(np.int32)}
       for text in np.split(tokens, BATCHES)
     ]
-    placed = [to_global(batch, batch_sharding(parts.mesh)) for batch in self.batches]
-    traced = make_step(config, parts, build.plan_steps(config, 10**6), abstract).trace(abstract, placed[0])
+    placed = [to_global(batch, batch_sharding(built.mesh)) for batch in self.batches]
+    traced = make_step(config, built, build.to_steps(config, 10**6), abstract).trace(abstract, placed[0])
     self.flops = flops.count(traced.jaxpr)
     self._step, self._placed = traced.lower().compile(), round_and_round(placed)
 

@@ -10,7 +10,8 @@ import importlib.util
 from pathlib import Path
 import sys
 
-from declip_jax.config import METHODS, duration
+from declip_jax.config import duration
+from declip_jax.methods import METHODS
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.train import train
 

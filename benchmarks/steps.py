@@ -28,7 +28,8 @@ import numpy as np
 
 from declip_jax import build
 from declip_jax.build import make_step
-from declip_jax.config import METHODS, duration
+from declip_jax.config import duration
+from declip_jax.methods import METHODS
 from declip_jax.planning import flops
 from declip_jax.sharding import batch_sharding, to_global
 from declip_jax.training.state import State, abstract_state, create_state
@@ -80,20 +81,20 @@ def read_config(name: str, method: str) -> ConfigDict:
   return module.get_config(method + rest)
 
 
-def random_batch(parts: build.Parts, batch_size: int) -> Any:
+def random_batch(built: build.Built, batch_size: int) -> Any:
   """Noise images, short captions, every masked position used."""
   rng = np.random.default_rng(0)
-  batch = {name: np.zeros(x.shape, x.dtype) for name, x in parts.batch_shape(batch_size).items()}
+  batch = {name: np.zeros(x.shape, x.dtype) for name, x in built.batch_shape(batch_size).items()}
   batch["image"] = rng.integers(256, size=batch["image"].shape, dtype=np.uint8)
   if "text" in batch:
     batch["text"][..., : TOKENS - 1] = rng.integers(1000, size=(*batch["text"].shape[:-1], TOKENS - 1))
-    batch["text"][..., TOKENS - 1] = parts.tokenizer.eot
+    batch["text"][..., TOKENS - 1] = built.tokenizer.eot
   for name in ("mlm_position", "mlm_weight"):
     if name in batch:
       batch[name][:] = 1
   if "mim_position" in batch:
     batch["mim_position"][:] = np.arange(batch["mim_position"].shape[1])
-  return to_global(batch, batch_sharding(parts.mesh))
+  return to_global(batch, batch_sharding(built.mesh))
 
 
 def compile_step(config: ConfigDict) -> Step:
@@ -103,12 +104,12 @@ def compile_step(config: ConfigDict) -> Step:
     ValueError: the config does not fit itself.
   """
   config.log_every, config.duration = 0, duration(steps=10**6)
-  parts = build.build(config)
-  model = {"model": parts.model, "optimizer": parts.optimizer}
-  batch = random_batch(parts, config.batch_size)
-  abstract = abstract_state(parts.batch_shape(config.batch_size), parts.mesh, **model)
+  built = build.build(config)
+  model = {"model": built.model, "optimizer": built.optimizer}
+  batch = random_batch(built, config.batch_size)
+  abstract = abstract_state(built.batch_shape(config.batch_size), built.mesh, **model)
   start = time.perf_counter()
-  traced = make_step(config, parts, build.plan_steps(config, epoch_examples=config.batch_size), abstract).trace(
+  traced = make_step(config, built, build.to_steps(config, epoch_examples=config.batch_size), abstract).trace(
     abstract, batch
   )
   compiled = traced.lower().compile()

@@ -11,7 +11,7 @@ from declip_jax.data.sources.scenes import TEMPLATES
 
 
 def get_config(method: str = "declip") -> ConfigDict:
-  """`method` is one of `config.METHODS`, as in --config=configs/demo.py:clip"""
+  """`method` is one of `methods.METHODS`, as in --config=configs/demo.py:clip"""
   c = config.default(method)
   c.batch_size = 64
   c.duration = config.duration(steps=1000)

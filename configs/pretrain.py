@@ -2,7 +2,7 @@
 
   python -m declip_jax.train --config=configs/pretrain.py:declip,ViT-B/16,FOLDER --workdir runs/declip
 
-METHOD is one of `config.METHODS` or `config.STUDIES`, or METHOD_repo for what DeCLIP's released code does under that
+METHOD is one of `methods.METHODS` or `methods.STUDIES`, or METHOD_repo for what DeCLIP's released code does under that
 name; ARCHITECTURE one of `architectures.ARCHITECTURES`. FOLDER holds WebDataset shards, *.tar (default data/train);
 `--config.data.train` takes any other source. The optimiser is OpenAI's (Radford et al. 2021, table 18), for METHOD_repo
 that of the released code. No number is expected: that depends on the pairs. `python -m declip_jax.plan` says what it

@@ -2,7 +2,7 @@
 
   --config=configs/small.py:METHOD,DATASET,FOLDER
 
-METHOD is one of `config.METHODS` or `config.STUDIES`, or METHOD_repo for what DeCLIP's released code does under that
+METHOD is one of `methods.METHODS` or `methods.STUDIES`, or METHOD_repo for what DeCLIP's released code does under that
 name. DATASET is fashion44k (product photos, their titles, 68 article types) or flickr8k (photos with five captions
 each). FOLDER holds train-*.tar and test-*.tar, for fashion44k also classnames.txt.
 All methods see the same pairs, the same number of them, and train the same towers; METHOD_repo freezes the patch

@@ -44,7 +44,7 @@ _OVERRIDES = (
 )
 
 
-class Parts(NamedTuple):
+class Built(NamedTuple):
   """What a config describes, without data, parameters or devices' memory."""
 
   model: Model
@@ -64,7 +64,7 @@ class Parts(NamedTuple):
     return self.make_views.recipe
 
 
-def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Parts:
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Built:
   """Builds the parts of a run from its config, over all devices of all processes or over those given.
 
   Raises:
@@ -75,8 +75,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
   recipe = get_recipe(config.data.recipe, {name: config.data[name] for name in _OVERRIDES})
   if config.data.neighbour_texts is not None:
     recipe = _with_neighbour_texts(recipe, config.data.neighbour_texts)
-  objectives.check_views(recipe.views, config.weights, config.data.recipe)
-  recipe = trimmed(recipe, objectives.used_views(recipe.views, config.weights))
+  objectives.check_views(recipe.views, config.objective, config.data.recipe)
+  recipe = trimmed(recipe, objectives.used_views(recipe.views, config.objective))
   needed = tokenizer.vocab_size if "masked" in recipe.text_views else tokenizer.plain_size
   if config.model.text.vocab_size < needed:
     raise ValueError(
@@ -97,12 +97,12 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     raise ValueError(f"config.data.image_size={config.data.image_size} is no multiple of 32, as a ResNet needs")
   if config.data.ssl_train:
     _check_ssl_sources(config, recipe)
-  if config.model.text.buckets and config.weights.filip and config.terms.filip.top_k:
+  if config.model.text.buckets and config.objective.filip.weight and config.objective.filip.top_k:
     raise ValueError(
-      f"config.model.text.buckets={config.model.text.buckets} cut off padding, which config.terms.filip.top_k="
-      f"{config.terms.filip.top_k} compares: set one of the two to () or 0"
+      f"config.model.text.buckets={config.model.text.buckets} cut off padding, which config.objective.filip.top_k="
+      f"{config.objective.filip.top_k} compares: set one of the two to () or 0"
     )
-  heads = objectives.heads_for(config.weights)
+  heads = objectives.heads_for(config.objective)
   locked = any(is_below("towers/image", prefix) for prefix in config.optimizer.frozen)
   model = make_model(config.model, views=recipe.views, heads=heads, lock_image=locked)
   grid = config.data.image_size // model.towers.image.stride
@@ -125,7 +125,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     engine=config.data.engine,
     augment_on=config.data.augment_on,
   )
-  return Parts(
+  return Built(
     model, make_optimizer(config.optimizer), tokenizer, make_views, make_mesh(**config.mesh, devices=devices)
   )
 
@@ -135,7 +135,7 @@ def _check_numbers(config: ConfigDict) -> None:
   data = config.data
   checks = {
     "seed": (config.seed >= 0, config.seed, "0 or more"),
-    "momentum": (0 <= config.momentum <= 1, config.momentum, "0 to 1"),
+    "momentum_tower.decay": (0 <= config.momentum_tower.decay <= 1, config.momentum_tower.decay, "0 to 1"),
     "data.image_size": (data.image_size > 0, data.image_size, "1 or more"),
     "data.interpolation": (data.interpolation in INTERPOLATIONS, data.interpolation, f"one of {list(INTERPOLATIONS)}"),
     "data.workers": (data.workers is None or data.workers >= 0, data.workers, "0 or more, or None"),
@@ -223,7 +223,7 @@ class Steps(NamedTuple):
   cooldown: int
 
 
-def plan_steps(config: ConfigDict, epoch_examples: int) -> Steps:
+def to_steps(config: ConfigDict, epoch_examples: int) -> Steps:
   """Converts the durations of a config, once.
 
   Raises:
@@ -282,37 +282,37 @@ def make_schedule(config: ConfigDict, steps: Steps) -> Callable[[Array], Array]:
 
 
 def make_step(
-  config: ConfigDict, parts: Parts, steps: Steps, abstract: State
+  config: ConfigDict, built: Built, steps: Steps, abstract: State
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
   """`train_step` compiled for the mesh; the state that goes in is donated to the one that comes out.
 
   Raises:
     ValueError: a name that does not exist, or a batch that cannot be divided as the config says.
   """
-  _check_parts(config, parts.mesh.size)
+  _check_parts(config, built.mesh.size)
   every, last = config.log_every or steps.total, steps.total
   step = partial(
     train_step,
-    model=parts.model,
-    optimizer=parts.optimizer,
+    model=built.model,
+    optimizer=built.optimizer,
     schedule=make_schedule(config, steps),
     gradient_of=make_gradient(
       config.micro_batching,
       config.micro_batches,
-      model=parts.model,
-      objective=make_objective(config, parts.mesh),
+      model=built.model,
+      objective=make_objective(config, built.mesh),
       frozen=config.optimizer.frozen,
-      gather=partial(gather, mesh=parts.mesh, dtype=jnp.dtype(config.model.dtype)),
+      gather=partial(gather, mesh=built.mesh, dtype=jnp.dtype(config.model.dtype)),
     ),
-    momentum=lambda step: momentum_at(step, last, config.momentum),
+    momentum=lambda step: momentum_at(step, last, config.momentum_tower.decay),
     diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
-    augment=make_augment(config, parts),
-    measure=partial(diagnostics.measure, pooled=not objectives.compares_tokens(config.weights)),
+    augment=make_augment(config, built),
+    measure=partial(diagnostics.measure, pooled=not objectives.compares_tokens(config.objective)),
     logit_scale_range=config.optimizer.logit_scale_range,
     spike=config.safety.spike_factor,
   )
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(parts.mesh)))
+  return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(built.mesh)))
 
 
 def _check_parts(config: ConfigDict, devices: int) -> None:
@@ -330,16 +330,16 @@ def _check_parts(config: ConfigDict, devices: int) -> None:
       raise ValueError(
         f"config.micro_batches={count}: config.model.heads.{name}={groups} does not divide a part of {compared}"
       )
-  form, block = config.contrast.form, config.contrast.block
+  form, block = config.contrast.method, config.contrast.block
   candidates = compared // devices if form == "ring" else compared  # a ring sees those of one device at a time
   if block > 0 and form != "plain" and candidates % block:
     raise ValueError(
-      f"config.contrast.block={block} does not divide the {candidates} candidates that config.contrast.form={form!r} "
+      f"config.contrast.block={block} does not divide the {candidates} candidates that config.contrast.method={form!r} "
       f"compares on {devices} devices at a time"
     )
 
 
-def make_augment(config: ConfigDict, parts: Parts) -> Callable[[Batch, Array], Batch]:
+def make_augment(config: ConfigDict, built: Built) -> Callable[[Batch, Array], Batch]:
   """What the host leaves to the step with `config.data.augment_on="device"`: colours, blur and flips of image views."""
   if config.data.augment_on == "host":
     return lambda batch, step: batch
@@ -348,15 +348,15 @@ def make_augment(config: ConfigDict, parts: Parts) -> Callable[[Batch, Array], B
     # Folded twice: folded by 0 and 1, the key of the seed would give the keys that parameters are drawn from.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1), step)
     index = jnp.arange(len(batch["image"]))
-    return {**batch, "image": augmentation.augment(batch["image"], key, index, parts.recipe.augmentations)}
+    return {**batch, "image": augmentation.augment(batch["image"], key, index, built.recipe.augmentations)}
 
   return augment
 
 
 def make_objective(config: ConfigDict, mesh: Mesh | None) -> objectives.Objective:
   """The weighted terms of a config, whose comparisons of all pairs are split over a mesh."""
-  form = Form(config.contrast.form, mesh, config.contrast.block) if mesh is not None else PLAIN
-  return objectives.make_objective(config.weights, config.weight_schedule, config.terms, form)
+  form = Form(config.contrast.method, mesh, config.contrast.block) if mesh is not None else PLAIN
+  return objectives.make_objective(config.objective, form)
 
 
 def check_objective(config: ConfigDict, model: Model, batch: Batch) -> None:
@@ -370,7 +370,7 @@ def check_objective(config: ConfigDict, model: Model, batch: Batch) -> None:
   def forward(batch: Batch) -> Any:
     params, collections = model.init(jax.random.key(0), batch)
     outputs, _ = model.apply_heads(params, collections, model.encode(params, collections, batch)[0])
-    objectives.check_inputs(outputs, config.weights, config.data.recipe)
+    objectives.check_inputs(outputs, config.objective, config.data.recipe)
     return objective(outputs, batch, jnp.zeros((), jnp.int32))
 
   jax.eval_shape(forward, batch)

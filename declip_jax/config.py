@@ -4,6 +4,7 @@ A duration is written as a dict with one of `steps`, `epochs` or `examples`; `st
 A field that is a tuple is set on the command line as `--config.data.train="('webdataset:/data/train-*.tar',)"`.
 """
 
+from collections.abc import Iterator
 import json
 import math
 from typing import Any
@@ -12,45 +13,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from declip_jax import architectures
-
-_DECLIP = {"clip": 0.4, "mvs": 0.2, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}  # its paper, section 3.2
-# The methods of the papers: the recipe that makes their views, and weights of the terms of `declip_jax.objectives`.
-METHODS = {
-  "clip": ("clip", {"clip": 1.0}),
-  "simclr": ("simclr", {"simclr": 1.0}),
-  "slip": ("slip", {"clip": 1.0, "simclr": 1.0}),
-  "slip_mocov3": ("slip_mocov3", {"clip": 1.0, "moco": 1.0}),
-  "slip_byol": ("slip_mocov3", {"clip": 1.0, "byol": 1.0}),
-  "slip_mim": ("slip_mim", {"clip": 1.0, "mim": 1.0}),
-  "declip": ("declip", _DECLIP),
-  "filip": ("filip", {"filip": 1.0}),
-  "defilip": ("declip", {**_DECLIP, "filip": 0.2}),
-  "siglip": ("clip", {"sigmoid": 1.0}),
-}
-# Their studies: CLIP with more augmentation (SLIP's ablations), and DeCLIP's signals added one by one and each alone,
-# with the weights of its formula (1 - a - b - g) CLIP + a (ISS + TSS) + b MVS + g NNS, where those in use are 0.2.
-STUDIES = {
-  "clip_color": ("clip_color", {"clip": 1.0}),
-  "clip_crop": ("clip_crop", {"clip": 1.0}),
-  "clip_full": ("clip_full", {"clip": 1.0}),
-  "declip_clip": ("declip", {"clip": 1.0}),
-  "declip_mvs": ("declip", {"clip": 0.8, "mvs": 0.2}),
-  "declip_mvs_ss": ("declip", {"clip": 0.6, "mvs": 0.2, "simsiam": 0.2, "mlm": 0.2}),
-  "declip_iss": ("declip", {"clip": 0.8, "simsiam": 0.2}),
-  "declip_tss": ("declip", {"clip": 0.8, "mlm": 0.2}),
-  "declip_nns": ("declip", {"clip": 0.8, "nns": 0.2}),
-}
-# What DeCLIP's released code (Sense-GVT/DeCLIP) trains under these names. Its one mean over the 2x2 pairs of views has
-# the weight 0.4: a quarter of that for the first pair, three for the others.
-_DECLIP_REPO = {"clip": 0.1, "mvs": 0.3, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}
-REPO_METHODS = {
-  "clip": METHODS["clip"],
-  "slip": METHODS["slip"],
-  "declip": ("declip_repo", _DECLIP_REPO),
-  "filip": ("filip_repo", {"filip": 1.0}),
-  "defilip": ("declip_repo", {**_DECLIP_REPO, "filip": 0.2}),
-}
-PRESETS = {"paper": {**METHODS, **STUDIES}, "repo": REPO_METHODS}
+from declip_jax.methods import PRESETS
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SLIP's and DeCLIP's
@@ -78,18 +41,16 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   built = architectures.build(architecture)
   c = ConfigDict()
   c.seed = 0  # of the initial parameters, the shuffle, and every augmentation
-  c.weights = _weights()
-  c.weights.update(weights)
-  # Factors of the weights over the steps: pairs of a step and a factor, linear between them, such as
-  # ((0, 0.0), (2500, 1.0)); () is always 1.
-  c.weight_schedule = ConfigDict(dict.fromkeys(c.weights, ()))
-  c.terms = _terms()
+  c.objective = _objective()
+  for term, weight in weights.items():
+    c.objective[term].weight = weight
   c.contrast = ConfigDict()
   # How all pairs of a batch are compared: "plain", "chunked" or "ring" of `objectives.blockwise`, "auto" by the sizes.
-  c.contrast.form = "auto"
+  c.contrast.method = "auto"
   c.contrast.block = 0  # candidates that a chunk or a turn of the ring compares at once; 0 chooses by the sizes
-  # Of the momentum tower (MoCo v3, BYOL): its share in itself at the first step; rises to 1 as half a cosine.
-  c.momentum = 0.996 if method == "slip_byol" else 0.99
+  c.momentum_tower = ConfigDict()
+  # Decay of the moving average that is the momentum tower (MoCo v3, BYOL) at the first step; a half cosine to 1.
+  c.momentum_tower.decay = 0.996 if method == "slip_byol" else 0.99
   c.batch_size = 4096  # pairs per step over all devices
   c.micro_batches = 1  # parts of it that the towers see one after the other, for batches larger than memory
   # "cached": the loss sees the whole batch, to the same gradient; "plain": each part alone; see `training.gradient`.
@@ -140,25 +101,32 @@ def _safety() -> ConfigDict:
   return c
 
 
-def _weights() -> ConfigDict:
-  """Weight of each term of `objectives.TERMS`; 0 leaves the term and its head out."""
-  names = ("clip", "mvs", "sigmoid", "filip", "simclr", "simsiam", "moco", "byol", "mim", "mlm", "nns")
-  return ConfigDict(dict.fromkeys(names, 0.0))
+def _objective() -> ConfigDict:
+  """The weight of each term of `objectives.TERMS`, its schedule, and the term's options.
 
-
-def _terms() -> ConfigDict:
-  """Options of the terms: keyword arguments of their functions in `declip_jax.objectives`."""
-  c = ConfigDict()
-  # Without the full gradient the side that is searched counts as constant, as in SLIP's released code.
-  c.clip = {"full_gradient": True, "label_smoothing": 0.0}
-  c.mvs = {"full_gradient": True, "label_smoothing": 0.0}
-  # How many tokens the other side is compared with (released: 16, padding included); 0 is all but padding.
-  c.filip = {"top_k": 0, "label_smoothing": 0.0}
-  c.simclr = {"temperature": 0.1}
-  c.moco = {"temperature": 0.2}
-  # Both directions or image to text only (released); 0 until the bank is full, or a bank of noise at first (released).
-  c.nns = {"symmetric": True, "warmup": True, "label_smoothing": 0.0}
-  return c
+  A weight of 0 leaves out the term and its head. A schedule multiplies the weight: pairs of a step and a factor, linear
+  between them, such as ((0, 0.0), (2500, 1.0)); () is always 1. The other fields are the keyword arguments of the
+  term's function in `declip_jax.objectives`.
+  """
+  # Without the full gradient the candidates are constants, as in SLIP's released code.
+  contrast = {"full_gradient": True, "label_smoothing": 0.0}
+  options = {
+    "clip": contrast,
+    "mvs": contrast,
+    "sigmoid": {},
+    # How many tokens the other side is compared with (released: 16, padding included); 0 is all but padding.
+    "filip": {"top_k": 0, "label_smoothing": 0.0},
+    "simclr": {"temperature": 0.1},
+    "simsiam": {},
+    "moco": {"temperature": 0.2},
+    "byol": {},
+    "mim": {},
+    "mlm": {},
+    # Both directions or image to text only (released); 0 until the bank is full, or a bank of noise at first
+    # (released).
+    "nns": {"symmetric": True, "warmup": True, "label_smoothing": 0.0},
+  }
+  return ConfigDict({term: {"weight": 0.0, "schedule": (), **given} for term, given in options.items()})
 
 
 def _as_released(c: ConfigDict, method: str) -> None:
@@ -175,9 +143,9 @@ def _as_released(c: ConfigDict, method: str) -> None:
   weighs each GPU's mean the same, however many tokens are masked there (`objectives.masked_lm`); a random token may be
   one of the special ones, and EDA's swaps and stop words have slips (`data.texts`).
   """
-  heads, terms, optimizer = c.model.heads, c.terms, c.optimizer
-  terms.nns.symmetric = terms.nns.warmup = False
-  terms.filip.top_k = 16
+  heads, objective, optimizer = c.model.heads, c.objective, c.optimizer
+  objective.nns.symmetric = objective.nns.warmup = False
+  objective.filip.top_k = 16
   if method == "slip":
     c.data.strong_scale = (0.2, 1.0)  # as all its strong views
   c.data.caption_weights = (1.0,)
@@ -326,8 +294,43 @@ def steps_of(length: ConfigDict, *, name: str, batch_size: int, epoch_examples: 
   return length.steps or math.ceil(examples / batch_size)
 
 
+# Fields of old config.json files and their names today; "*" is any name. What follows a path moves with it.
+_RENAMED = {
+  "weights.*": "objective.*.weight",
+  "weight_schedule.*": "objective.*.schedule",
+  "terms.*": "objective.*",
+  "contrast.form": "contrast.method",
+  "momentum": "momentum_tower.decay",
+  "optimizer.end": "optimizer.end_learning_rate",
+  "optimizer.decayed": "optimizer.decay_mask",
+  "max_skipped_in_a_row": "safety.max_skipped_steps",
+  "divergence.spike": "safety.spike_factor",
+  "divergence.rollbacks": "safety.max_rollbacks",
+  "hang_timeout": "safety.hang_timeout",
+  "checkpoint.minutes": "safety.checkpoint_minutes",
+}
+# Subtrees whose fields depend on the config: the names of evaluations and of a user's own terms, and the kind of tower.
+_OPEN = ("evals", "objective", "model.image")
+
+
 def from_json(text: str) -> ConfigDict:
-  """A config as `to_json_best_effort` wrote it. JSON knows no tuples: all its lists were tuples."""
+  """A config as `to_json_best_effort` wrote it, under the names of today.
+
+  Raises:
+    ValueError: a field that neither a config of today nor one of an older version has.
+  """
+  config = parse_json(text)
+  with config.unlocked():
+    for old, new in _RENAMED.items():
+      _rename(config, old.split("."), new.split("."))
+  known = default()
+  if unknown := sorted(_unknown(config, known)):
+    raise ValueError(f"config.json has unknown fields {unknown}: it was written by another version of declip_jax")
+  return config.lock()
+
+
+def parse_json(text: str) -> ConfigDict:
+  """Fields as `to_json_best_effort` wrote them. JSON has no tuples: all its lists were tuples."""
 
   def restore(value: Any) -> Any:
     if isinstance(value, dict):
@@ -335,3 +338,35 @@ def from_json(text: str) -> ConfigDict:
     return tuple(map(restore, value)) if isinstance(value, list) else value
 
   return ConfigDict(restore(json.loads(text))).lock()
+
+
+def _rename(config: ConfigDict, old: list[str], new: list[str]) -> None:
+  """Moves the field or subtree at a path of `_RENAMED` to its new path, and drops what is empty afterwards."""
+  parent = config
+  for name in old[:-1]:
+    parent = parent.get(name)
+    if not isinstance(parent, ConfigDict):
+      return
+  for name in list(parent) if old[-1] == "*" else [old[-1]] if old[-1] in parent else []:
+    target, value = config, parent[name]
+    *above, last = [name if part == "*" else part for part in new]
+    del parent[name]
+    for part in above:
+      if part not in target:
+        target[part] = ConfigDict()
+      target = target[part]
+    if isinstance(value, ConfigDict) and last in target:
+      target[last].update(value)
+    else:
+      target[last] = value
+  if old[:-1] and not len(parent):
+    del config[old[0]]
+
+
+def _unknown(config: ConfigDict, known: ConfigDict, path: str = "") -> Iterator[str]:
+  for name, value in config.items():
+    field = f"{path}{name}"
+    if name not in known:
+      yield field
+    elif isinstance(value, ConfigDict) and isinstance(known[name], ConfigDict) and field not in _OPEN:
+      yield from _unknown(value, known[name], f"{field}.")

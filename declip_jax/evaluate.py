@@ -11,7 +11,7 @@ With --weights it measures any other checkpoint that `declip_jax.load` reads, su
 Results are printed and added, one JSON object a line, to evaluations.jsonl in the run's directory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 import json
 import os
@@ -58,18 +58,18 @@ def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], di
   return evaluate
 
 
-def check_evals(evals: ConfigDict, weights: Mapping[str, float]) -> None:
+def check_evals(evals: ConfigDict, settings: objectives.Settings) -> None:
   """Refuses `config.evals` for a run whose terms never compare an image with a text.
 
   Raises:
     ValueError: names the evaluations and the terms.
   """
   across = [name for name, term in objectives.TERMS.items() if {"pair", "contrastive_text"} & {*term.views}]
-  trained = objectives.active(weights)
+  trained = objectives.active(settings)
   if len(evals) and not trained.keys() & set(across):
     raise ValueError(
-      f"config.evals has {sorted(evals)}, which compare images with texts, but config.weights={trained} trains no such "
-      f"comparison: leave config.evals empty or give one of {across} a weight"
+      f"config.evals has {sorted(evals)}, which compare images with texts, but config.objective trains no such "
+      f"comparison, only {trained}: leave config.evals empty or give one of {across} a weight"
     )
 
 

@@ -125,11 +125,11 @@ def compile_step(config: ConfigDict, over: Sequence[jax.Device] | None = None) -
   """
   config = config.copy_and_resolve_references()
   config.duration = duration(steps=10**9)  # as no data set is opened, epochs have no length; nothing here depends on it
-  parts = build.build(config, over)
-  shapes, rows = parts.batch_shape(config.batch_size), batch_sharding(parts.mesh)
+  built = build.build(config, over)
+  shapes, rows = built.batch_shape(config.batch_size), batch_sharding(built.mesh)
   batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for name, x in shapes.items()}
-  abstract = _abstract(config, parts)
-  traced = make_step(config, parts, build.plan_steps(config, epoch_examples=10**6), abstract).trace(abstract, batch)
+  abstract = _abstract(config, built)
+  traced = make_step(config, built, build.to_steps(config, epoch_examples=10**6), abstract).trace(abstract, batch)
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
@@ -189,19 +189,19 @@ def plan(config: ConfigDict, over: Sequence[jax.Device] | None = None, search: b
     ValueError: the config does not fit itself or the devices.
   """
   chips = list(over or jax.devices())
-  parts = build.build(config, chips)
-  check_batch(config.batch_size, parts.mesh, "batch_size")
-  abstract = _abstract(config, parts)
+  built = build.build(config, chips)
+  check_batch(config.batch_size, built.mesh, "batch_size")
+  abstract = _abstract(config, built)
   peak, available = devices.of(chips[0].device_kind), _available(chips[0])
   report: Report = {
     "device": chips[0].device_kind,
     "devices": len(chips),
     "hosts": len({chip.process_index for chip in chips}),
     "slices": len({getattr(chip, "slice_index", 0) for chip in chips}),
-    "mesh": dict(parts.mesh.shape),
+    "mesh": dict(built.mesh.shape),
     "batch_size": config.batch_size,
     "layout": layout_table(abstract),
-    "model_flops": flops.step_flops(config, parts),
+    "model_flops": flops.step_flops(config, built),
     "peak": peak and peak._asdict(),
     "available": available,
   }
@@ -226,9 +226,9 @@ def plan(config: ConfigDict, over: Sequence[jax.Device] | None = None, search: b
   return report
 
 
-def _abstract(config: ConfigDict, parts: build.Parts) -> State:
-  shapes = parts.batch_shape(config.batch_size)
-  return abstract_state(shapes, parts.mesh, model=parts.model, optimizer=parts.optimizer)
+def _abstract(config: ConfigDict, built: build.Built) -> State:
+  shapes = built.batch_shape(config.batch_size)
+  return abstract_state(shapes, built.mesh, model=built.model, optimizer=built.optimizer)
 
 
 def _finite(size: float | None) -> float | None:

@@ -3,7 +3,7 @@
 Started again with the same working directory, a run goes on where it was. Ctrl-C and SIGTERM save a checkpoint first;
 the exit code is 0 after SIGTERM (--stopped_exit_code; with several processes after Ctrl-C, too), 130 after Ctrl-C,
 2 for what the user can mend, 70 if a step has hung, and 74 if a disk, a mount or a network failed.
-Any field of the config can be set: --config.batch_size=256 --config.weights.nns=0
+Any field of the config can be set: --config.batch_size=256 --config.objective.nns.weight=0
 See declip_jax/config.py for all fields and their meaning, and configs/ for what there is to start from.
 """
 
@@ -84,33 +84,33 @@ def train(
     OSError: the last checkpoint cannot be written.
   """
   workdir = local_path(workdir)
-  parts = build.build(config)
-  mesh = parts.mesh
+  built = build.build(config)
+  mesh = built.mesh
   check_batch(config.batch_size, mesh, "batch_size")
 
   # Input: every host sees the same rows and takes its part.
-  mixture, ssl_mixture = _open_mixtures(config, parts, sources)
-  rows = pipeline.training_rows(mixture, parts.make_views, config.seed, ssl_mixture)
+  mixture, ssl_mixture = _open_mixtures(config, built, sources)
+  rows = pipeline.training_rows(mixture, built.make_views, config.seed, ssl_mixture)
   workers, threads = pipeline.plan_reading(config.data.workers, config.data.threads)
-  batch_shape = parts.batch_shape(config.batch_size)
-  steps = build.plan_steps(config, sum(map(len, mixture.sources)))
+  batch_shape = built.batch_shape(config.batch_size)
+  steps = build.to_steps(config, sum(map(len, mixture.sources)))
   opened = [*mixture.sources, *(ssl_mixture.sources if ssl_mixture else ())]
   _check_hosts(opened)
 
   # State: shapes and layout first, arrays last.
-  check_evals(config.evals, config.weights)
-  check_objective(config, parts.model, batch_shape)
-  abstract = abstract_state(batch_shape, mesh, model=parts.model, optimizer=parts.optimizer)
-  step_fn = make_step(config, parts, steps, abstract)
+  check_evals(config.evals, config.objective)
+  check_objective(config, built.model, batch_shape)
+  abstract = abstract_state(batch_shape, mesh, model=built.model, optimizer=built.optimizer)
+  step_fn = make_step(config, built, steps, abstract)
   encoders = EncoderFactory(
-    parts.model,
+    built.model,
     mesh,
-    parts.tokenizer,
+    built.tokenizer,
     image_size=config.data.image_size,
     interpolation=config.data.interpolation,
     resize=config.data.evaluation_resize,
     batch_size=config.evaluate_batch_size,
-    tokens=objectives.compares_tokens(config.weights),
+    tokens=objectives.compares_tokens(config.objective),
   )
   evaluate = make_evaluators(config.evals, workdir)
   best = config.checkpoint.best_metric
@@ -142,23 +142,23 @@ def train(
       position = rollbacks.position(start, position)
       notes += damaged
     else:
-      start, position, model = 0, None, {"model": parts.model, "optimizer": parts.optimizer}
+      start, position, model = 0, None, {"model": built.model, "optimizer": built.optimizer}
       state = create_state(config.seed, batch_shape, abstract, **model)
       if given is None:
         given = read_initial(config)
       if given is not None:
-        state, origin = initialise(state, given, config, parts.model)
+        state, origin = initialise(state, given, config, built.model)
         notes += origin
 
     stop = stack.enter_context(_stop_signals())
     writer = stack.enter_context(MetricWriter(workdir, resume_step=start, enabled=main))
-    progress = stack.enter_context(_make_progress(config, parts, steps, start))
+    progress = stack.enter_context(_make_progress(config, built, steps, start))
     if main:
       changes = record(config, mesh, workdir, {source.name: len(source) for source in opened})
-      for line in [*_opening(config, parts, opened, steps, start, abstract, changes), *filter(None, notes)]:
+      for line in [*_opening(config, built, opened, steps, start, abstract, changes), *filter(None, notes)]:
         progress.message(line)
       with pictures.optional(workdir / "views.png"):
-        _draw_views(rows, parts, make_augment(config, parts), workdir)
+        _draw_views(rows, built, make_augment(config, built), workdir)
     stream = pipeline.TrainStream(
       rows,
       config.batch_size,
@@ -295,11 +295,11 @@ def _go_back(
 
 
 def _open_mixtures(
-  config: ConfigDict, parts: build.Parts, sources: Sequence[Source] | None
+  config: ConfigDict, built: build.Built, sources: Sequence[Source] | None
 ) -> tuple[pipeline.Mixture, pipeline.Mixture | None]:
   """The sources to train on, and those of other images for self-supervision, if there are any."""
   data = config.data
-  needs_caption = bool(parts.recipe.text_views)
+  needs_caption = bool(built.recipe.text_views)
   sources = tuple(map(open_source, data.train) if sources is None else sources)
   mixture = pipeline.Mixture(sources, data.mixture, needs_caption, data.templates)
   mixture.check_captions()
@@ -460,12 +460,12 @@ def _peak_memory() -> float | None:
   return max(held) / 2**30 if None not in held else None
 
 
-def _make_progress(config: ConfigDict, parts: build.Parts, steps: build.Steps, start: int) -> Progress:
+def _make_progress(config: ConfigDict, built: build.Built, steps: build.Steps, start: int) -> Progress:
   """The progress line; with utilisation where the peak FLOPs of the devices are known."""
-  device = devices.of(parts.mesh.devices.flat[0].device_kind)
-  peak = device and device.flops * parts.mesh.size * config.batch_size / flops.step_flops(config, parts)
+  device = devices.of(built.mesh.devices.flat[0].device_kind)
+  peak = device and device.flops * built.mesh.size * config.batch_size / flops.step_flops(config, built)
   main = jax.process_index() == 0
-  return Progress(steps.total, start, config.batch_size, enabled=main, devices=parts.mesh.size, peak=peak)
+  return Progress(steps.total, start, config.batch_size, enabled=main, devices=built.mesh.size, peak=peak)
 
 
 class _StopRequest:
@@ -503,7 +503,7 @@ def _stop_signals() -> Iterator[_StopRequest]:
 
 def _opening(
   config: ConfigDict,
-  parts: build.Parts,
+  built: build.Built,
   sources: Sequence[Source],
   steps: build.Steps,
   start: int,
@@ -514,12 +514,12 @@ def _opening(
   for source in sources:
     left_out = "".join(f", left out {count:,}: {reason}" for reason, count in source.skipped.items())
     yield f"{source.name}: {len(source):,} samples{left_out}"
-  terms = " + ".join(f"{weight:g} {name}" for name, weight in objectives.active(config.weights).items())
+  terms = " + ".join(f"{weight:g} {name}" for name, weight in objectives.active(config.objective).items())
   count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-  mesh = " x ".join(f"{axis}={size}" for axis, size in parts.mesh.shape.items())
+  mesh = " x ".join(f"{axis}={size}" for axis, size in built.mesh.shape.items())
   yield f"objective {terms}; recipe {config.data.recipe}; {count:,} parameters"
-  yield f"{steps.total:,} steps of {config.batch_size:,} on {mesh} ({parts.mesh.devices.flat[0].device_kind})"
-  if parts.mesh.size > 1:
+  yield f"{steps.total:,} steps of {config.batch_size:,} on {mesh} ({built.mesh.devices.flat[0].device_kind})"
+  if built.mesh.size > 1:
     yield from layout_table(abstract)
   groups = {"batch norms": config.model.heads.norm_groups, "neighbour banks": config.model.heads.bank_groups}
   parted = [f"{name} in {count} parts of {config.batch_size // count}" for name, count in groups.items() if count > 1]
@@ -531,16 +531,16 @@ def _opening(
 
 
 def _draw_views(
-  rows: grain.MapDataset, parts: build.Parts, augment: Callable[[Batch, jax.Array], Batch], workdir: Path
+  rows: grain.MapDataset, built: build.Built, augment: Callable[[Batch, jax.Array], Batch], workdir: Path
 ) -> None:
   """`views.png`: the first examples of the run as the model sees them."""
   path = workdir / "views.png"
   if path.exists():
     return
   shown = [rows[index] for index in range(6)]
-  texts = [[parts.tokenizer.decode(ids) for ids in row.get("text", ())] for row in shown]
+  texts = [[built.tokenizer.decode(ids) for ids in row.get("text", ())] for row in shown]
   batch = jax.jit(augment)({"image": np.stack([row["image"] for row in shown])}, 0)
-  pictures.plot_views(np.asarray(batch["image"]), texts, path, parts.recipe.image_views, parts.recipe.text_views)
+  pictures.plot_views(np.asarray(batch["image"]), texts, path, built.recipe.image_views, built.recipe.text_views)
 
 
 def _scores(step: int, results: Mapping[str, float]) -> Iterator[str]:

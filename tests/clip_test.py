@@ -6,7 +6,6 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 import references as reference
@@ -77,14 +76,14 @@ def make_weights(method):
   """Untrained weights of a method, for texts of up to 32 tokens."""
   c = tiny_config(method)
   c.model.heads.dense_dim, c.model.text.context_length = 8, 32
-  heads = objectives.heads_for(c.weights)
+  heads = objectives.heads_for(c.objective)
   model = make_model(c.model, views=Views(), heads=heads)
   batch = {"image": jnp.zeros((2, 1, 16, 16, 3), jnp.uint8), "text": jnp.zeros((2, 1, 32), jnp.int32)}
   params, collections = jax.jit(model.init)(jax.random.key(0), batch)
   # As if trained for a while: untrained towers say nearly the same of everything.
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), params)
-  about = {"image_size": 16, "interpolation": "bilinear", "tokens": objectives.compares_tokens(c.weights)}
+  about = {"image_size": 16, "interpolation": "bilinear", "tokens": objectives.compares_tokens(c.objective)}
   return Weights("nowhere", c.model, heads, params, collections, **about)
 
 
@@ -197,8 +196,10 @@ def test_whether_tokens_are_compared_travels_with_an_export(tmp_path):
 )
 def test_whether_tokens_are_compared_follows_from_the_weights_of_a_run(weights, tokens, tmp_path):
   c = tiny_config("clip")
-  c.weights = ConfigDict(dict.fromkeys(c.weights, 0.0) | weights)
-  _, variables = abstract_variables(c.model, objectives.heads_for(c.weights), c.data.image_size)
+  c.objective.clip.weight = 0.0
+  for term, weight in weights.items():
+    c.objective[term].weight = weight
+  _, variables = abstract_variables(c.model, objectives.heads_for(c.objective), c.data.image_size)
   arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
   zero = jnp.zeros((), jnp.int32)
   state = State(zero, arrays["params"], {}, arrays["collections"], {"total": zero, "in_a_row": zero})

@@ -1,15 +1,19 @@
 """Configs: durations, methods, unknown fields. `configs_test.py` builds every file under configs/."""
 
 from collections.abc import Callable
+import json
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 import pytest
+from tiny import tiny_config
 
 from declip_jax import config
+from declip_jax.methods import METHODS
 from declip_jax.runtime import command as command_lib
 
+OLD = Path(__file__).parent / "fixtures" / "config_6279b88.json"
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.py"
 
 
@@ -33,7 +37,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call
   return parse
 
 
-@pytest.mark.parametrize("method", config.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_unknown_field_is_refused(method: str) -> None:
   with pytest.raises(AttributeError, match="bath_size"):
     config.default(method).bath_size = 3
@@ -94,3 +98,29 @@ def test_a_row_told_from_another_folder_says_where_to_be(said: Callable[..., str
   row = tmp_path / "row.py"
   row.write_text("raise ModuleNotFoundError(\"No module named 'configs'\", name='configs')")
   assert "run the command in the folder that holds it" in said(f"--config={row}")
+
+
+def test_a_config_of_the_first_release_loads_under_the_names_of_today() -> None:
+  """The file is what 6279b88 wrote for tiny_config("declip")."""
+  old = json.loads(OLD.read_text())
+  old["weight_schedule"]["nns"] = [[0, 0.0], [5, 1.0]]
+  old["momentum"], old["contrast"]["form"] = 0.5, "ring"
+  found = config.from_json(json.dumps(old))
+  expected = tiny_config("declip")
+  expected.objective.nns.schedule = ((0, 0.0), (5, 1.0))
+  expected.momentum_tower.decay, expected.contrast.method = 0.5, "ring"
+  assert found.to_dict() == expected.to_dict()
+  assert config.from_json(found.to_json_best_effort()).to_dict() == found.to_dict()
+
+
+@pytest.mark.parametrize("field", ["batch_sise", "optimizer.wamrup", "model.text.eto"])
+def test_an_unknown_field_of_a_config_file_is_named(field: str) -> None:
+  saved = tiny_config("clip").to_dict()
+  *above, last = field.split(".")
+  node = saved
+  for name in above:
+    node = node.setdefault(name, {})
+  node[last] = 3
+  with pytest.raises(ValueError, match="config.json has unknown fields") as error:
+    config.from_json(json.dumps(saved))
+  assert repr(field) in str(error.value)

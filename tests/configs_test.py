@@ -17,6 +17,7 @@ import pytest
 
 from declip_jax import architectures, build, config, objectives
 from declip_jax.build import check_objective, make_schedule, make_step
+from declip_jax.methods import METHODS, REPO_METHODS, STUDIES
 from declip_jax.sharding import check_batch
 from declip_jax.training.state import abstract_state
 
@@ -49,12 +50,12 @@ _traced = {}
 
 def traced(c):
   """Parts and abstract state of a config; those with the same parameters and moments are traced once."""
-  parts = build.build(c)
-  key = str((c.model, objectives.heads_for(c.weights), c.data.image_size, c.optimizer.name, c.optimizer.frozen))
+  built = build.build(c)
+  key = str((c.model, objectives.heads_for(c.objective), c.data.image_size, c.optimizer.name, c.optimizer.frozen))
   if key not in _traced:
-    batch = parts.batch_shape(c.batch_size)
-    _traced[key] = abstract_state(batch, parts.mesh, model=parts.model, optimizer=parts.optimizer)
-  return parts, _traced[key]
+    batch = built.batch_shape(c.batch_size)
+    _traced[key] = abstract_state(batch, built.mesh, model=built.model, optimizer=built.optimizer)
+  return built, _traced[key]
 
 
 _checked = set()
@@ -65,10 +66,10 @@ def check_terms(c):
   if c.model.image.kind == "resnet":
     c = c.copy_and_resolve_references()
     c.model.image = architectures.vit(patch=32, width=64, depth=1, heads=1)
-  parts = build.build(c)
-  key = str((objectives.active(c.weights), parts.recipe.views, c.terms, c.model.mlm_attention, c.model.heads))
+  built = build.build(c)
+  key = str((objectives.active(c.objective), built.recipe.views, c.objective, c.model.mlm_attention, c.model.heads))
   if key not in _checked:
-    check_objective(c, parts.model, parts.batch_shape(c.batch_size))
+    check_objective(c, built.model, built.batch_shape(c.batch_size))
     _checked.add(key)
 
 
@@ -76,25 +77,25 @@ def count(c):
   return sum(leaf.size for leaf in jax.tree.leaves(traced(c)[1].params))
 
 
-METHODS = [*config.METHODS, *config.STUDIES, *(f"{method}_repo" for method in config.REPO_METHODS)]
+ALL = [*METHODS, *STUDIES, *(f"{method}_repo" for method in REPO_METHODS)]
 
 
-@pytest.mark.parametrize(("name", "method"), [("demo", m) for m in config.METHODS] + [("small", m) for m in METHODS])
+@pytest.mark.parametrize(("name", "method"), [("demo", m) for m in METHODS] + [("small", m) for m in ALL])
 def test_every_method_builds_with_our_own_configs(name, method):
   c = load(name).get_config(method if name == "demo" else f"{method},fashion44k,/data")
-  parts = build.build(c)
-  check_objective(c, parts.model, parts.batch_shape(8))
+  built = build.build(c)
+  check_objective(c, built.model, built.batch_shape(8))
   assert {"zero_shot", "heldout"} & set(c.evals) or method == "simclr"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_builds(name):
   c = get(name)
-  parts, state = traced(c)
+  built, state = traced(c)
   assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
   check_terms(c)
-  check_batch(c.batch_size, parts.mesh, "batch_size")
-  make_schedule(c, build.plan_steps(c, EPOCH))  # which refuses a warm-up longer than the training
+  check_batch(c.batch_size, built.mesh, "batch_size")
+  make_schedule(c, build.to_steps(c, EPOCH))  # which refuses a warm-up longer than the training
   assert config.from_json(c.to_json_best_effort()).to_dict() == c.to_dict()
 
 
@@ -104,17 +105,17 @@ _stepped = {}
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_maps_the_state_to_one_of_the_same_shapes(name):
   c = get(name)
-  parts, state = traced(c)
+  built, state = traced(c)
   o = c.optimizer
-  program = (parts.recipe.views, objectives.active(c.weights), c.terms, c.model, c.data.image_size, c.batch_size)
+  program = (built.recipe.views, c.objective, c.model, c.data.image_size, c.batch_size)
   program += (o.name, o.schedule, o.decay_mask, o.frozen, o.multipliers, o.layer_decay, o.logit_scale_range)
   if (other := _stepped.setdefault(str(program), name)) != name:
     pytest.skip(f"the step of {other}, which differs in data, epochs or rates only")
-  step = make_step(c, parts, build.plan_steps(c, EPOCH), state)
-  after, metrics = jax.eval_shape(step, state, parts.batch_shape(c.batch_size))
+  step = make_step(c, built, build.to_steps(c, EPOCH), state)
+  after, metrics = jax.eval_shape(step, state, built.batch_shape(c.batch_size))
   shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, after)]
   assert shapes[0] == shapes[1]
-  assert {f"loss/{term}" for term in objectives.active(c.weights)} <= metrics.keys()
+  assert {f"loss/{term}" for term in objectives.active(c.objective)} <= metrics.keys()
   assert {leaf.shape for leaf in metrics.values()} == {()}
 
 
@@ -219,25 +220,25 @@ def test_no_two_rows_are_the_same_run():
 )
 def test_declips_rows_are_its_released_configs(row, terms, width, rate, decay):
   c = get(f"declip_yfcc15m/{row}")
-  assert objectives.active(c.weights) == pytest.approx(terms)
+  assert objectives.active(c.objective) == pytest.approx(terms)
   assert (c.model.heads.embed_dim, c.optimizer.learning_rate, c.optimizer.weight_decay) == (width, rate, decay)
   o = c.optimizer
   assert (o.name, o.b1, o.b2, o.epsilon, o.decay_mask) == ("adamw", 0.9, 0.98, 1e-8, "declip")
   assert (o.gradient_clip, o.layer_decay, o.multipliers, o.logit_scale_range) == (0, 1, (), (3, 6))
   assert o.frozen == (("towers/image/patch_embedding",) if row.startswith("vit") else ())
   assert c.batch_size == 32 * 128
-  heads, nns = c.model.heads, c.terms.nns
+  heads, nns = c.model.heads, c.objective.nns
   assert heads.norm_groups == heads.bank_groups == 32
   assert (heads.bank_overflow, heads.max_scale) == ("drop", 0 if row.endswith(("_slip", "_filip")) else 100)
   assert not nns.symmetric
   assert not nns.warmup
-  assert (c.terms.filip.top_k, c.model.mlm_attention) == (16, "causal")
+  assert (c.objective.filip.top_k, c.model.mlm_attention) == (16, "causal")
   assert (c.model.mean, c.model.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
   recipes = {"clip": "clip", "slip": "slip", "filip": "filip_repo", "declip": "declip_repo", "defilip": "declip_repo"}
   assert (c.data.recipe, c.data.caption_weights) == (recipes[row.split("_")[1]], (1,))
   assert c.data.strong_scale == ((0.2, 1) if row.endswith("_slip") else None)
   assert (c.data.image_size, c.data.evaluation_resize, c.data.interpolation) == (224, 256, "bilinear")
-  steps = build.plan_steps(c, epoch_examples=15_388_848)
+  steps = build.to_steps(c, epoch_examples=15_388_848)
   assert steps.total == 128_001
   if rate == 1e-3:
     want, schedule = SCHEDULES["declip_release/lr"], make_schedule(c, steps)
@@ -255,13 +256,13 @@ def test_declips_released_models_are_their_configs():
   rest = {"simsiam": 0.2, "mlm": 0.2, "nns": 0.2}
   for c, share, pairs in ((r50, 0.4, 128), (vit, 0.6, 64)):
     expected = {**{term: share * part for term, part in four_pairs.items()}, **rest}
-    assert objectives.active(c.weights) == pytest.approx(expected)
+    assert objectives.active(c.objective) == pytest.approx(expected)
     assert c.batch_size // c.model.heads.bank_groups == c.batch_size // c.model.heads.norm_groups == pairs
   assert (r50.optimizer.weight_decay, vit.optimizer.weight_decay) == (1e-4, 0)
   assert (r50.model.heads.embed_dim, vit.model.heads.embed_dim) == (1024, 3072)
   assert r50.optimizer.multipliers == (("heads/logit_scale", 0.1),)
   assert "heads/logit_scale" in vit.optimizer.frozen
-  steps = build.plan_steps(vit, epoch_examples=88_000_000)
+  steps = build.to_steps(vit, epoch_examples=88_000_000)
   schedule = make_schedule(vit, steps)
   assert [float(schedule(np.int32(step))) for step in (0, 4999, 300_000)] == pytest.approx([1e-3, 0.2, 0])
 
@@ -277,11 +278,11 @@ def test_slips_rows_have_its_training_procedure(name):
   assert (o.learning_rate, o.weight_decay) == rates[method]
   assert (o.name, o.b1, o.b2, o.epsilon, o.decay_mask) == ("adamw", 0.9, 0.98, 1e-8, "weights")
   assert o.logit_scale_range == pytest.approx((0, np.log(100)))
-  assert not c.terms.clip.full_gradient
+  assert not c.objective.clip.full_gradient
   assert (c.model.mean, c.model.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
   assert (c.batch_size, c.data.interpolation, c.data.evaluation_resize) == (4096, "bilinear", 0)
   assert c.model.heads.simclr_projector == (4096, 4096, 256)
-  steps = build.plan_steps(c, epoch_examples=4096 * 100)
+  steps = build.to_steps(c, epoch_examples=4096 * 100)
   warmup = 200 if epochs == 100 else 100
   assert (steps.total, steps.warmup) == (100 * epochs, warmup)
   schedule = make_schedule(c, steps)
@@ -390,12 +391,12 @@ def test_clips_rows_have_its_hyperparameters():
     assert (c.optimizer.b2, c.optimizer.epsilon) == ((0.999, 1e-8) if resnet else (0.98, 1e-6))
     assert (c.optimizer.learning_rate, c.optimizer.weight_decay, c.batch_size) == (rate, 0.2, 32768)
     assert (c.data.recipe, c.data.interpolation) == ("openai", "bicubic")
-    steps = build.plan_steps(c, epoch_examples=400_000_000)
+    steps = build.to_steps(c, epoch_examples=400_000_000)
     assert (steps.warmup, steps.total) == (2000, 12_208 if row.endswith("336px") else 390_625)
 
 
 def test_the_papers_signals_are_added_one_by_one():
-  active = [objectives.active(get(f"declip_paper/cc3m_{row}").weights) for row in ("clip", "mvs", "mvs_ss", "declip")]
+  active = [objectives.active(get(f"declip_paper/cc3m_{row}").objective) for row in ("clip", "mvs", "mvs_ss", "declip")]
   assert [set(after) - set(before) for before, after in itertools.pairwise(active)] == [
     {"mvs"},
     {"simsiam", "mlm"},
@@ -477,5 +478,5 @@ def test_docstrings_tell_paper_command_numbers_and_hardware(name):
 def test_pretrain_takes_any_method_architecture_and_folder(arg, method, architecture, preset):
   c, expected = get("pretrain", arg), config.default(method, architecture, preset)
   assert c.data.train == ("webdataset:/data/own/*.tar" if "own" in arg else "webdataset:data/train/*.tar",)
-  for part in ("model", "weights", "terms", "optimizer"):
+  for part in ("model", "objective", "optimizer"):
     assert c[part].to_dict() == expected[part].to_dict()

@@ -20,10 +20,13 @@ from declip_jax.evaluate import check_evals
   ],
 )
 def test_evaluations_of_a_run_that_compares_no_image_with_a_text_are_refused(weights, legal):
-  check_evals(ConfigDict(), weights)
+  settings = {term: {"weight": weight} for term, weight in weights.items()}
+  check_evals(ConfigDict(), settings)
   evals = ConfigDict({"heldout": config.zero_shot("scenes:heldout")})
   if legal:
-    check_evals(evals, weights)
+    check_evals(evals, settings)
     return
-  with pytest.raises(ValueError, match=r"config.evals has \['heldout'\].*config.weights={'sim.*empty or give one of"):
-    check_evals(evals, weights)
+  with pytest.raises(
+    ValueError, match=r"config.evals has \['heldout'\].*config.objective.*{'sim.*empty or give one of"
+  ):
+    check_evals(evals, settings)

@@ -11,7 +11,7 @@ import pytest
 import steps
 
 from declip_jax import sharding
-from declip_jax.config import METHODS
+from declip_jax.methods import METHODS
 
 # Also banks and batch norms of parts of the batch; and a tower with batch norms, and its momentum copy.
 VARIANTS = [*METHODS, "defilip_repo", "slip_mocov3 resnet"]

@@ -64,8 +64,8 @@ def test_the_state_is_what_its_shards_hold(step, report):
 
 def test_times_are_work_over_peak_figures(step, report):
   config, compiled = step
-  parts = build.build(config, jax.devices()[:2])
-  assert report["model_flops"] == flops.step_flops(config, parts)
+  built = build.build(config, jax.devices()[:2])
+  assert report["model_flops"] == flops.step_flops(config, built)
   moved = hlo.traffic(compiled.compiled.as_text(), 2)
   assert moved.links.total() > 0
   assert report["seconds"] == {

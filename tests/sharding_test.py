@@ -133,8 +133,8 @@ def test_moments_and_copies_lie_as_their_parameters_do(mesh, monkeypatch, method
   monkeypatch.setattr(sharding, "MIN_SIZE", 256)
   config = tiny_config(method)
   config.optimizer.name = name
-  parts = build.build(config)
-  abstract = abstract_state(parts.batch_shape(16), mesh, model=parts.model, optimizer=parts.optimizer)
+  built = build.build(config)
+  abstract = abstract_state(built.batch_shape(16), mesh, model=built.model, optimizer=built.optimizer)
   others = jax.tree.leaves_with_path((abstract.opt_state, abstract.collections))
   split = 0
   for path, param in jax.tree.leaves_with_path(abstract.params):

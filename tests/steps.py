@@ -59,16 +59,16 @@ def take_steps(method: str, data: int, fsdp: int, **settings: object) -> dict[st
   config.log_every = 1
   config.update(settings)
   mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
-  parts = build.build(config)
-  parts = parts._replace(mesh=mesh, optimizer=optax.chain(keep_second_gradient(), parts.optimizer))
-  model = {"model": parts.model, "optimizer": parts.optimizer}
-  shapes = parts.batch_shape(BATCH)
+  built = build.build(config)
+  built = built._replace(mesh=mesh, optimizer=optax.chain(keep_second_gradient(), built.optimizer))
+  model = {"model": built.model, "optimizer": built.optimizer}
+  shapes = built.batch_shape(BATCH)
   abstract = abstract_state(shapes, mesh, **model)
   state = create_state(0, shapes, abstract, **model)
-  step = make_step(config, parts, build.plan_steps(config, 256), abstract)
+  step = make_step(config, built, build.to_steps(config, 256), abstract)
   result, rng = {}, np.random.default_rng(0)
   for index in range(STEPS):
-    batch = {name: local_rows(x) for name, x in random_batch(parts, rng).items()}
+    batch = {name: local_rows(x) for name, x in random_batch(built, rng).items()}
     state, metrics = step(state, to_global(batch, batch_sharding(mesh)))
     result |= {f"{name}/{index}": value for name, value in metrics.items()}
   assert result["lr/0"] == 0
@@ -121,13 +121,13 @@ def blind(method: str, name: str) -> bool:
   return in_front or follows or name.endswith("projector/norm2/bias")
 
 
-def random_batch(parts: build.Parts, rng: np.random.Generator) -> dict[str, np.ndarray]:
-  batch = {name: np.zeros(x.shape, x.dtype) for name, x in parts.batch_shape(BATCH).items()}
+def random_batch(built: build.Built, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  batch = {name: np.zeros(x.shape, x.dtype) for name, x in built.batch_shape(BATCH).items()}
   batch["image"] = rng.integers(256, size=batch["image"].shape, dtype=np.uint8)
   if "text" in batch:
     batch["text"] = rng.integers(1, 1000, size=batch["text"].shape).astype(np.int32)
     ends = rng.integers(3, batch["text"].shape[-1], size=batch["text"].shape[:-1])
-    np.put_along_axis(batch["text"], ends[..., None], parts.tokenizer.eot, axis=-1)
+    np.put_along_axis(batch["text"], ends[..., None], built.tokenizer.eot, axis=-1)
   if "mlm_position" in batch:
     batch["mlm_position"] = rng.integers(1, 3, size=batch["mlm_position"].shape).astype(np.int32)
     batch["mlm_target"] = rng.integers(1, 1000, size=batch["mlm_target"].shape).astype(np.int32)

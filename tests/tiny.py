@@ -11,7 +11,7 @@ def tiny_config(method: str, **data: object) -> ConfigDict:
   c = config.default(method.removesuffix("_repo"), preset="repo" if released else "paper")
   if released:  # two GPUs
     c.model.heads.norm_groups = c.model.heads.bank_groups = 2
-    c.terms.filip.top_k = 3
+    c.objective.filip.top_k = 3
     c.data.evaluation_resize = 0
   c.batch_size = 16
   c.duration = config.duration(steps=8)
@@ -31,7 +31,7 @@ def tiny_config(method: str, **data: object) -> ConfigDict:
   c.evaluate_every = config.duration(steps=100)
   c.evaluate_batch_size = 16
   c.checkpoint.every = config.duration(steps=2)
-  if "joint" not in objectives.heads_for(c.weights):
+  if "joint" not in objectives.heads_for(c.objective):
     return c
   c.evals.heldout = config.zero_shot("scenes:heldout/40/24")
   c.evals.retrieval = config.retrieval("scenes:test/20/24")

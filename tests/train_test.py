@@ -1,5 +1,6 @@
 """The trainer: the same losses on any mesh, exact resumption, what it refuses, and what it leaves behind."""
 
+from collections.abc import Mapping
 import errno
 from functools import partial
 import json
@@ -41,9 +42,9 @@ TESTS = Path(__file__).parent
 
 def final_state(workdir: Path, config, step: int):
   """The state of a run, on one device."""
-  parts = build.build(config)._replace(mesh=sharding.make_mesh(1, 1, jax.devices()[:1]))
+  built = build.build(config)._replace(mesh=sharding.make_mesh(1, 1, jax.devices()[:1]))
   abstract = abstract_state(
-    parts.batch_shape(config.batch_size), parts.mesh, model=parts.model, optimizer=parts.optimizer
+    built.batch_shape(config.batch_size), built.mesh, model=built.model, optimizer=built.optimizer
   )
   checkpoints = Checkpoints(workdir)
   state, position = checkpoints.restore(step, abstract)
@@ -285,23 +286,23 @@ def test_training_learns(tmp_path: Path) -> None:
   assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
 
 
-def gradient_of(parts: build.Parts, weights: dict[str, float]) -> Gradient:
-  return make_gradient("cached", 1, model=parts.model, objective=objectives.make_objective(weights, {}, {}))
+def gradient_of(built: build.Built, weights: Mapping[str, Any]) -> Gradient:
+  return make_gradient("cached", 1, model=built.model, objective=objectives.make_objective(weights))
 
 
 def test_step_with_nan_changes_nothing_but_counts() -> None:
   config = tiny_config("declip")
-  parts = build.build(config)
-  batch = {name: jnp.ones(x.shape, x.dtype) for name, x in parts.batch_shape(16).items()}
+  built = build.build(config)
+  batch = {name: jnp.ones(x.shape, x.dtype) for name, x in built.batch_shape(16).items()}
   options = {
-    "model": parts.model,
-    "optimizer": parts.optimizer,
-    "gradient_of": gradient_of(parts, config.weights),
+    "model": built.model,
+    "optimizer": built.optimizer,
+    "gradient_of": gradient_of(built, config.objective),
     "momentum": lambda step: 1.0,
     "diagnosed": lambda step: False,
     "logit_scale_range": (0.0, 4.6),
   }
-  state = init_state(0, batch, model=parts.model, optimizer=parts.optimizer)
+  state = init_state(0, batch, model=built.model, optimizer=built.optimizer)
   broken = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
   step = jax.jit(lambda state: train_step(state, batch, schedule=lambda step: 0.1, **options))
   after, metrics = step(broken)
@@ -318,22 +319,22 @@ def test_step_with_nan_changes_nothing_but_counts() -> None:
 
 def test_an_entry_whose_update_is_not_finite_stays_and_the_others_move() -> None:
   config = tiny_config("clip")
-  parts = build.build(config)
-  batch = random_batch(parts, np.random.default_rng(0))
-  plain = parts.optimizer
+  built = build.build(config)
+  batch = random_batch(built, np.random.default_rng(0))
+  plain = built.optimizer
 
   def update(*args: Any) -> tuple[Any, Any]:
     change, state = plain.update(*args)
     change["heads"]["text_projection"]["kernel"] = change["heads"]["text_projection"]["kernel"].at[1, 2].set(jnp.nan)
     return change, state
 
-  state = init_state(0, batch, model=parts.model, optimizer=plain)
+  state = init_state(0, batch, model=built.model, optimizer=plain)
   step = partial(
     train_step,
-    model=parts.model,
+    model=built.model,
     optimizer=optax.GradientTransformation(plain.init, update),
     schedule=lambda step: 0.1,
-    gradient_of=gradient_of(parts, config.weights),
+    gradient_of=gradient_of(built, config.objective),
     momentum=lambda step: 1.0,
     diagnosed=lambda step: False,
   )
@@ -346,19 +347,19 @@ def test_an_entry_whose_update_is_not_finite_stays_and_the_others_move() -> None
 
 def test_the_momentum_tower_follows_the_parameters_before_it_encodes() -> None:
   config = tiny_config("slip_mocov3")
-  parts = build.build(config)
-  batch = {name: jnp.ones(x.shape, x.dtype) for name, x in parts.batch_shape(16).items()}
+  built = build.build(config)
+  batch = {name: jnp.ones(x.shape, x.dtype) for name, x in built.batch_shape(16).items()}
   batch["image"] = jax.random.randint(jax.random.key(1), batch["image"].shape, 0, 256).astype(jnp.uint8)
-  state = init_state(0, batch, model=parts.model, optimizer=parts.optimizer)
+  state = init_state(0, batch, model=built.model, optimizer=built.optimizer)
   kept = 0.75
   step = jax.jit(
     lambda state: train_step(
       state,
       batch,
-      model=parts.model,
-      optimizer=parts.optimizer,
+      model=built.model,
+      optimizer=built.optimizer,
       schedule=lambda step: 1e-2,
-      gradient_of=gradient_of(parts, {"moco": 1.0}),
+      gradient_of=gradient_of(built, {"moco": {"weight": 1.0}}),
       momentum=lambda step: kept,
       diagnosed=lambda step: step == 1,
     )
@@ -391,7 +392,7 @@ def test_self_supervision_on_other_images_than_those_with_captions(tmp_path: Pat
   assert not np.array_equal(rows["image"][1:], apart["image"][1:])
   config.duration.steps, config.evals = 2, ConfigDict()
   assert np.isfinite(train.train(config, tmp_path)["loss"])
-  config.weights.simclr = 0.0
+  config.objective.simclr.weight = 0.0
   with pytest.raises(ValueError, match=r"ssl_train=.*no view for self-supervision"):
     build.build(config)
   declip = tiny_config("declip")
@@ -468,17 +469,17 @@ def test_a_run_goes_back_before_what_was_skipped_or_else_as_far_as_it_can(tmp_pa
 
 def test_a_spike_changes_nothing_but_counts() -> None:
   config = tiny_config("clip")
-  parts = build.build(config)
-  batch = random_batch(parts, np.random.default_rng(0))
-  state = init_state(0, batch, model=parts.model, optimizer=parts.optimizer)
+  built = build.build(config)
+  batch = random_batch(built, np.random.default_rng(0))
+  state = init_state(0, batch, model=built.model, optimizer=built.optimizer)
   step = jax.jit(
     lambda state: train_step(
       state,
       batch,
-      model=parts.model,
-      optimizer=parts.optimizer,
+      model=built.model,
+      optimizer=built.optimizer,
       schedule=lambda step: 0.1,
-      gradient_of=gradient_of(parts, config.weights),
+      gradient_of=gradient_of(built, config.objective),
       momentum=lambda step: 1.0,
       diagnosed=lambda step: False,
       spike=10.0,
@@ -532,7 +533,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, config: ConfigDict, batches: list[in
   images = [np.stack([rows[index]["image"] for index in range(b * size, (b + 1) * size)]) for b in batches]
   sums = jnp.array([image.sum() for image in images], jnp.uint32)
 
-  def make_augment(config, parts):
+  def make_augment(config, built):
     def augment(batch, step):
       poisoned = jnp.isin(batch["image"].astype(jnp.uint32).sum(), sums)
       return {**batch, "image": jnp.where(poisoned, jnp.nan, batch["image"].astype(jnp.float32))}
@@ -710,14 +711,17 @@ def test_the_loss_goes_on_the_same_on_fewer_devices(tmp_path: Path, monkeypatch:
   [
     ({"batch_size": 12}, r"batch_size=12 does not divide over the 8 devices"),
     ({"contrast.block": 3}, r"contrast.block=3 does not divide the 16 candidates .*form='auto' compares on 8 devices"),
-    ({"contrast.block": 4, "contrast.form": "ring"}, r"contrast.block=4 does not divide the 2 candidates"),
-    ({"contrast.block": 5, "contrast.form": "chunked"}, r"contrast.block=5 does not divide the 16 candidates"),
+    ({"contrast.block": 4, "contrast.method": "ring"}, r"contrast.block=4 does not divide the 2 candidates"),
+    ({"contrast.block": 5, "contrast.method": "chunked"}, r"contrast.block=5 does not divide the 16 candidates"),
     ({"data.recipe": "blip"}, r"recipe='blip': choose one of \['clip', 'clip_color', "),
     ({"data.recipe": "clip"}, r"term 'mlm' .* needs Views.masked_text.*recipe 'clip' does not make"),
     ({"data.train": ("webdataset:/nowhere/train-*.tar",)}, r"/nowhere"),
     ({"data.train": ("parquet:/data",)}, r"parquet"),
-    ({"weights.mlm": 0.0, "data.recipe": "clip"}, r"term 'mvs' .* needs Views.contrastive_text\[1\].*recipe 'clip'"),
-    ({"terms.nns": {"symmetrical": True}}, r"config.terms.nns.symmetrical: term 'nns' has the options"),
+    (
+      {"objective.mlm.weight": 0.0, "data.recipe": "clip"},
+      r"term 'mvs' .* needs Views.contrastive_text\[1\].*recipe 'clip'",
+    ),
+    ({"objective.nns": {"symmetrical": True}}, r"config.objective.nns.symmetrical: term 'nns' has the options"),
     ({"data.neighbour_texts": ("raw", "masked")}, r"neighbour_texts=.*: choose one or more of \['raw', 'augmented'\]"),
     ({"optimizer.name": "adamax"}, r"config.optimizer.name='adamax': choose one of"),
     ({"optimizer.schedule": "linear"}, r"config.optimizer.schedule='linear': choose one of"),
@@ -734,17 +738,17 @@ def test_the_loss_goes_on_the_same_on_fewer_devices(tmp_path: Path, monkeypatch:
     ({"optimizer.warmup.steps": 9}, r"longer than the training of 8"),
     ({"model.heads.bank_groups": 3}, r"bank_groups=3 does not divide the batch of 16"),
     ({"model.heads.bank_neighbours": 33}, r"bank_neighbours=33 is more than its bank_size=32"),
-    ({"weight_schedule.byol": ((0, 1.0),)}, r"config.weight_schedule.byol=.*config.weights.byol is 0"),
-    ({"weight_schedule.nns": ((9, 0.0), (5, 1.0))}, r"config.weight_schedule.nns=.*steps have to ascend"),
-    ({"weight_schedule.nns": (0, 0.0)}, r"config.weight_schedule.nns=\(0, 0.0\): pairs of a step and a factor"),
-    ({"weight_schedule.nns": ((0, float("nan")),)}, r"config.weight_schedule.nns=.*factors have to be finite"),
-    ({"momentum": 1.5}, r"config.momentum=1.5: 0 to 1"),
-    ({"weights.clip": float("nan")}, r"config.weights.clip=nan: a finite number"),
-    ({"terms.simclr.temperature": 0.0}, r"config.terms.simclr.temperature=0.0: more than 0"),
-    ({"terms.clip.label_smoothing": 2.0}, r"config.terms.clip.label_smoothing=2.0: 0 to 1"),
+    ({"objective.byol.schedule": ((0, 1.0),)}, r"config.objective.byol.schedule=.*config.objective.byol.weight is 0"),
+    ({"objective.nns.schedule": ((9, 0.0), (5, 1.0))}, r"config.objective.nns.schedule=.*steps have to ascend"),
+    ({"objective.nns.schedule": (0, 0.0)}, r"config.objective.nns.schedule=\(0, 0.0\): pairs of a step and a factor"),
+    ({"objective.nns.schedule": ((0, float("nan")),)}, r"config.objective.nns.schedule=.*factors have to be finite"),
+    ({"momentum_tower.decay": 1.5}, r"config.momentum_tower.decay=1.5: 0 to 1"),
+    ({"objective.clip.weight": float("nan")}, r"config.objective.clip.weight=nan: a finite number"),
+    ({"objective.simclr.temperature": 0.0}, r"config.objective.simclr.temperature=0.0: more than 0"),
+    ({"objective.clip.label_smoothing": 2.0}, r"config.objective.clip.label_smoothing=2.0: 0 to 1"),
     ({"optimizer.learning_rate": float("nan")}, r"config.optimizer.learning_rate=nan: a finite number"),
     ({"optimizer.logit_scale_range": (6.0, 3.0)}, r"logit_scale_range=\(6.0, 3.0\): two numbers, ascending, or \(\)"),
-    ({"weights.mim": 1.0}, r"term 'mim' .*needs Views.masked_image.*recipe 'declip'"),
+    ({"objective.mim.weight": 1.0}, r"term 'mim' .*needs Views.masked_image.*recipe 'declip'"),
     ({"model.heads.bank_size": 8}, r"bank_size=8 texts, fewer than the 16 of a step"),
     ({"data.mixture": (0.5, 0.5)}, r"a positive weight for each of 1 sources"),
     ({"data.augment_on": "gpu"}, r"augment_on='gpu': choose 'host' or 'device'"),

@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
   """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
   c = recipe.make("DeCLIP ViT-B/32", arg, embed_dim=3072, pairs=64)
   c.duration = config.duration(steps=300_001)
-  c.weights.clip, c.weights.mvs = 0.15, 0.45  # the mean over four pairs of views, times 0.6
+  c.objective.clip.weight, c.objective.mvs.weight = 0.15, 0.45  # the mean over four pairs of views, times 0.6
   c.optimizer.weight_decay = 0.0
   c.optimizer.warmup = config.duration(steps=5000)
   c.optimizer.frozen += ("heads/logit_scale",)

@@ -8,7 +8,7 @@ FOLDER is data/yfcc15m, data/cc3m or data/cc12m by default; its samples have all
 drawn each time. IMAGENET is classified after each epoch. SimCLR has no text tower, and so none of this.
 
 The contrast has no gradient through the candidates, as in the released code on several GPUs
-(`config.terms.clip.full_gradient`). Where we differ: bfloat16 in place of float16 with loss scaling; a long caption
+(`config.objective.clip.full_gradient`). Where we differ: bfloat16 in place of float16 with loss scaling; a long caption
 keeps its end-of-text token; a title or a description that is empty is never drawn.
 """
 
@@ -33,7 +33,7 @@ def make(method: str, architecture: str, arg: str, *, epochs: int, data: str = "
   c = config.default(method, architecture)
   c.batch_size = 4096
   c.duration = config.duration(epochs=epochs)
-  c.terms.clip.full_gradient = False
+  c.objective.clip.full_gradient = False
   c.model.mean, c.model.std = config.IMAGENET_MEAN, config.IMAGENET_STD
   c.optimizer.learning_rate, c.optimizer.weight_decay = (5e-4, 0.5) if method.startswith("clip") else (3e-3, 0.1)
   if method == "simclr":

@@ -206,7 +206,7 @@ def trimmed(recipe: Recipe, used: Views) -> Recipe:
   images_kept = _named(used.contrastive_image, used.ssl_image, used.masked_image)
   texts_kept = _named(used.contrastive_text, used.neighbour_text, used.masked_text)
   if not images_kept:
-    raise ValueError("config.weights: no term with a weight looks at an image view")
+    raise ValueError("config.objective: no term with a weight uses an image view")
   new_image, new_text = ({old: new for new, old in enumerate(kept)} for kept in (images_kept, texts_kept))
   probabilities = {}
   for field in _PER_VIEW:

@@ -22,6 +22,7 @@ from declip_jax.objectives.simsiam import simsiam
 from declip_jax.types import Batch, Outputs, Views
 
 Options = Mapping[str, Mapping[str, Any]]
+Settings = Mapping[str, Mapping[str, Any]]  # `config.objective`: of each term `weight`, `schedule` and its options
 
 
 class Term(NamedTuple):
@@ -42,7 +43,7 @@ class Term(NamedTuple):
 
 _PAIRS = ("contrastive_image", "contrastive_text")
 _MOMENTUM = ("momentum_prediction", "momentum_target")
-# What `config.weights` may name.
+# What `config.objective` may name.
 TERMS = {
   "clip": Term(clip, ("joint",), ("image", "text"), ("pair",)),
   "mvs": Term(multi_view, ("joint",), ("image", "text"), _PAIRS),
@@ -63,50 +64,55 @@ TERMS = {
 }
 
 
-def active(weights: Mapping[str, float]) -> dict[str, float]:
+def active(settings: Settings) -> dict[str, float]:
   """The terms with a weight other than zero.
 
   Raises:
     ValueError: an unknown term, a weight that is not finite, or no term at all.
   """
-  unknown = sorted(set(weights) - set(TERMS))
+  unknown = sorted(set(settings) - set(TERMS))
   if unknown:
-    raise ValueError(f"config.weights names unknown terms {unknown}: choose from {sorted(TERMS)}")
+    raise ValueError(f"config.objective names unknown terms {unknown}: choose from {sorted(TERMS)}")
+  weights = {name: given["weight"] for name, given in settings.items()}
   for name, weight in weights.items():
     if not math.isfinite(weight):
-      raise ValueError(f"config.weights.{name}={weight}: a finite number")
+      raise ValueError(f"config.objective.{name}.weight={weight}: a finite number")
   chosen = {name: float(weight) for name, weight in weights.items() if weight}
   if not chosen:
-    raise ValueError(f"config.weights gives every term weight 0: set at least one of {sorted(TERMS)}")
+    raise ValueError(f"config.objective gives every term weight 0: set at least one of {sorted(TERMS)}")
   return chosen
 
 
-def heads_for(weights: Mapping[str, float]) -> tuple[str, ...]:
+def heads_for(settings: Settings) -> tuple[str, ...]:
   """The heads that exist because a term with a weight needs them."""
-  return tuple(sorted({head for name in active(weights) for head in TERMS[name].heads}))
+  return tuple(sorted({head for name in active(settings) for head in TERMS[name].heads}))
 
 
-def compares_tokens(weights: Mapping[str, float]) -> bool:
+def compares_tokens(settings: Settings) -> bool:
   """Whether only tokens are trained to meet across modalities, as in FILIP, so that pooled embeddings mean nothing."""
-  terms = active(weights)
+  terms = active(settings)
   return "filip" in terms and not {"clip", "mvs", "sigmoid", "nns"} & terms.keys()
 
 
-def options_of(options: Options) -> dict[str, dict[str, Any]]:
+def options_of(settings: Settings) -> dict[str, dict[str, Any]]:
   """The options of terms that have any, checked.
 
   Raises:
     ValueError: a term or an option that does not exist, or a number that it cannot have.
   """
+  options = {
+    name: {option: value for option, value in given.items() if option not in ("weight", "schedule")}
+    for name, given in settings.items()
+  }
   for name, given in options.items():
     known = _options(name) if name in TERMS else []
     if unknown := sorted(set(given) - set(known)):
-      raise ValueError(f"config.terms.{name}.{unknown[0]}: term {name!r} has the options {known}")
+      raise ValueError(f"config.objective.{name}.{unknown[0]}: term {name!r} has the options {known}")
     temperature, smoothing = given.get("temperature", 1.0), given.get("label_smoothing", 0.0)
     if not 0 < temperature < math.inf:
-      raise ValueError(f"config.terms.{name}.temperature={temperature}: more than 0")
+      raise ValueError(f"config.objective.{name}.temperature={temperature}: more than 0")
     if not 0 <= smoothing <= 1:
-      raise ValueError(f"config.terms.{name}.label_smoothing={smoothing}: 0 to 1")
+      raise ValueError(f"config.objective.{name}.label_smoothing={smoothing}: 0 to 1")
   return {name: dict(given) for name, given in options.items() if given}
 
 
@@ -114,13 +120,13 @@ def _options(term: str) -> list[str]:
   return [name for name in inspect.signature(TERMS[term].loss).parameters if name not in ("outputs", "batch", "form")]
 
 
-def used_views(views: Views, weights: Mapping[str, float]) -> Views:
+def used_views(views: Views, settings: Settings) -> Views:
   """The parts of a recipe's views that some active term looks at; the others emptied.
 
   Where there is a joint space the first pair stays, so that a model has both towers or the image tower alone.
   """
-  parts = {part for name in active(weights) for part in TERMS[name].views}
-  if "joint" in heads_for(weights):
+  parts = {part for name in active(settings) for part in TERMS[name].views}
+  if "joint" in heads_for(settings):
     parts.add("pair")
   used = {}
   for field in Views._fields:
@@ -137,35 +143,35 @@ def used_views(views: Views, weights: Mapping[str, float]) -> Views:
   return Views(**used)
 
 
-def check_views(views: Views, weights: Mapping[str, float], recipe: str) -> None:
+def check_views(views: Views, settings: Settings, recipe: str) -> None:
   """Refuses a term that looks at a view which the recipe does not make.
 
   Raises:
     ValueError: names the term, the missing field of `Views` and the recipe.
   """
-  for name, weight in active(weights).items():
+  for name, weight in active(settings).items():
     parts = [part for part in TERMS[name].views if part != "pair"] + [*(_PAIRS if "joint" in TERMS[name].heads else ())]
     missing = [part for part in parts if getattr(views, part) in ((), None)]
     if not missing and name == "mvs" and len(views.contrastive_image) * len(views.contrastive_text) == 1:
       missing = ["contrastive_text[1]"]
     if missing:
       raise ValueError(
-        f"term {name!r} (config.weights.{name}={weight}) needs Views.{missing[0]}, a view which the recipe {recipe!r} "
-        "does not make: choose another config.data.recipe or set the weight to 0"
+        f"term {name!r} (config.objective.{name}.weight={weight}) needs Views.{missing[0]}, a view which the "
+        f"recipe {recipe!r} does not make: choose another config.data.recipe or set the weight to 0"
       )
 
 
-def check_inputs(outputs: Outputs, weights: Mapping[str, float], recipe: str) -> None:
+def check_inputs(outputs: Outputs, settings: Settings, recipe: str) -> None:
   """Refuses, before anything compiles, a term whose inputs the recipe does not produce.
 
   Raises:
     ValueError: names the term, the missing field of `Outputs` and the recipe.
   """
-  for name in active(weights):
+  for name, weight in active(settings).items():
     for field in TERMS[name].needs:
       if getattr(outputs, field) is None:
         raise ValueError(
-          f"term {name!r} (config.weights.{name}={weights[name]}) needs Outputs.{field}, which the recipe {recipe!r} "
+          f"term {name!r} (config.objective.{name}.weight={weight}) needs Outputs.{field}, which the recipe {recipe!r} "
           "does not give: choose another config.data.recipe or set the weight to 0"
         )
 
@@ -181,34 +187,31 @@ def weight_at(points: Sequence[tuple[int, float]], weight: float, step: Int[Arra
 Objective = Callable[[Outputs, Batch, Int[Array, ""]], tuple[Float[Array, ""], Metrics]]
 
 
-def make_objective(
-  weights: Mapping[str, float],
-  schedule: Mapping[str, Sequence[tuple[int, float]]],
-  options: Options,
-  form: Form = PLAIN,
-) -> Objective:
+def make_objective(settings: Settings, form: Form = PLAIN) -> Objective:
   """The `total_loss` of the active terms as a function of outputs, batch and 0-based step.
 
   Args:
-    weights: of the terms; 0 leaves one out.
-    schedule: points of `weight_at` for each term; empty for one whose weight stays.
-    options: of the terms, by name.
+    settings: each term's weight (0 leaves it out), the schedule of that weight (points of `weight_at`; empty if the
+      weight is constant) and the term's options.
     form: how all pairs of a batch are compared.
 
   Raises:
     ValueError: an unknown term, option or form.
   """
-  chosen, checked = active(weights), options_of(options)
+  chosen, checked = active(settings), options_of(settings)
+  schedule = {name: given.get("schedule", ()) for name, given in settings.items()}
   check_form(form)
   for name, points in schedule.items():
     if points and name not in chosen:
-      raise ValueError(f"config.weight_schedule.{name}={points}: config.weights.{name} is 0")
+      raise ValueError(f"config.objective.{name}.schedule={points}: config.objective.{name}.weight is 0")
     if not all(isinstance(point, Sequence) and len(point) == 2 for point in points):
-      raise ValueError(f"config.weight_schedule.{name}={points}: pairs of a step and a factor: ((0, 0.0), (2500, 1.0))")
+      raise ValueError(
+        f"config.objective.{name}.schedule={points}: pairs of a step and a factor: ((0, 0.0), (2500, 1.0))"
+      )
     if not all(math.isfinite(factor) for _, factor in points):
-      raise ValueError(f"config.weight_schedule.{name}={points}: factors have to be finite")
+      raise ValueError(f"config.objective.{name}.schedule={points}: factors have to be finite")
     if [step for step, _ in points] != sorted({step for step, _ in points}):
-      raise ValueError(f"config.weight_schedule.{name}={points}: steps have to ascend")
+      raise ValueError(f"config.objective.{name}.schedule={points}: steps have to ascend")
 
   def objective(outputs: Outputs, batch: Batch, step: Int[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
     scheduled = {name: weight_at(schedule.get(name, ()), weight, step) for name, weight in chosen.items()}

@@ -110,7 +110,7 @@ def check_form(form: Form) -> None:
     ValueError: names the field, its value and the legal ones.
   """
   if form.kind not in (*KINDS, "auto"):
-    raise ValueError(f"config.contrast.form={form.kind!r}: choose one of {['auto', *KINDS]}")
+    raise ValueError(f"config.contrast.method={form.kind!r}: choose one of {['auto', *KINDS]}")
   if form.block < 0:
     raise ValueError(f"config.contrast.block={form.block}: 1 or more candidates, or 0 to choose by the sizes")
 

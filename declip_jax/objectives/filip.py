@@ -38,8 +38,8 @@ def filip(
     most = min(image.shape[1], text.shape[1])
     if top_k > most:
       raise ValueError(
-        f"config.terms.filip.top_k={top_k}: images have {image.shape[1]} tokens and texts {text.shape[1]}, so choose 1 "
-        f"to {most}, or 0 to compare all"
+        f"config.objective.filip.top_k={top_k}: images have {image.shape[1]} tokens and texts {text.shape[1]}, so "
+        f"choose 1 to {most}, or 0 to compare all"
       )
     image_to_text, text_to_image = selected_interaction(image, text, top_k, devices=devices)
   else:

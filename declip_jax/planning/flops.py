@@ -20,7 +20,7 @@ from declip_jax.models.paths import stop_gradient_below
 from declip_jax.types import Batch
 
 
-def step_flops(config: ConfigDict, parts: build.Parts) -> float:
+def step_flops(config: ConfigDict, built: build.Built) -> float:
   """The model's FLOPs in one train step on a global batch, over all devices: `step_flops(config, build.build(config))`.
 
   They are the numerator of model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B): forward and backward pass
@@ -31,11 +31,11 @@ def step_flops(config: ConfigDict, parts: build.Parts) -> float:
   """
   # In float32, for in half precision a GPU's attention computes its weights again.
   image, text = (
-    module and module.clone(dtype=jnp.float32) for module in (parts.model.towers.image, parts.model.towers.text)
+    module and module.clone(dtype=jnp.float32) for module in (built.model.towers.image, built.model.towers.text)
   )
-  model = dataclasses.replace(parts.model, towers=parts.model.towers.clone(image=image, text=text, dtype=jnp.float32))
-  batch = parts.batch_shape(config.batch_size)
-  objective = objectives.make_objective(config.weights, config.weight_schedule, config.terms)
+  model = dataclasses.replace(built.model, towers=built.model.towers.clone(image=image, text=text, dtype=jnp.float32))
+  batch = built.batch_shape(config.batch_size)
+  objective = objectives.make_objective(config.objective)
   params, collections = jax.eval_shape(model.init, jax.random.key(0), batch)
 
   def loss_of(params: Any, collections: Any, batch: Batch) -> jax.Array:

@@ -189,7 +189,7 @@ def read_run(
       remarks.append(f"the checkpoint of step {chosen} is damaged and that of step {older[-1]} is taken: {damage}")
       chosen = older[-1]
     config = config_lib.from_json(json.dumps(checkpoints.config(chosen)))
-    heads = objectives.heads_for(config.weights)
+    heads = objectives.heads_for(config.objective)
     _, variables = abstract_variables(config.model, heads, config.data.image_size)
     params, collections = checkpoints.restore_model(chosen, variables["params"], variables["collections"])
     collections = _without_momentum(collections)
@@ -206,13 +206,13 @@ def read_run(
     resize=config.data.evaluation_resize,
     step=chosen,
     remarks=tuple(remarks),
-    tokens=objectives.compares_tokens(config.weights),
+    tokens=objectives.compares_tokens(config.objective),
   )
   return _with_settings(weights, settings or {}, str(workdir))
 
 
 def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
-  about = config_lib.from_json(json.dumps(_json(path / EXPORT_FILE)))
+  about = config_lib.parse_json(json.dumps(_json(path / EXPORT_FILE)))
   if missing := {"model", "heads", "origin", *_VIEW} - set(about):
     raise ValueError(f"{path / EXPORT_FILE} lacks {', '.join(sorted(missing))}")
   _, variables = abstract_variables(about.model, about.heads, about.image_size)

@@ -8,6 +8,7 @@ import references as reference
 
 from declip_jax import config
 from declip_jax.data.recipes import RECIPES
+from declip_jax.methods import METHODS
 from declip_jax.models.model import make_model
 from declip_jax.objectives import heads_for
 from declip_jax.types import Features, Views
@@ -45,13 +46,13 @@ def test_unit_norm_of_a_zero_row_has_a_finite_gradient():
   assert unit_norm(x.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("method", config.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_stays_inside(method):
   """Parameters, collections, embeddings and logits are float32; only features are not."""
   c = config.default(method)
   c.model.dtype = "bfloat16"
   recipe = RECIPES[c.data.recipe]
-  model = make_model(c.model, views=recipe.views, heads=heads_for(c.weights))
+  model = make_model(c.model, views=recipe.views, heads=heads_for(c.objective))
   shape = jax.ShapeDtypeStruct
   batch = {
     "image": shape((2, len(recipe.image_views), 64, 64, 3), jnp.uint8),

@@ -21,16 +21,16 @@ def masked(request):
   config.model.image = TOWERS[request.param]
   side = PATCH if request.param == "vit" else 32
   config.data.image_size = GRID * side
-  parts = build.build(config)
+  built = build.build(config)
   rng = np.random.default_rng(0)
-  batch = {name: np.zeros(x.shape, x.dtype) for name, x in parts.batch_shape(BATCH).items()}
+  batch = {name: np.zeros(x.shape, x.dtype) for name, x in built.batch_shape(BATCH).items()}
   batch["image"] = rng.integers(256, size=batch["image"].shape, dtype=np.uint8)
   # Four of the nine patches, others for each image.
   batch["mim_position"] = rng.permuted(np.tile(np.arange(GRID**2, dtype=np.int32), (BATCH, 1)), axis=1)[:, :4]
-  params, collections = jax.jit(parts.model.init)(jax.random.key(0), batch)
-  encode = jax.jit(lambda batch: parts.model.encode(params, collections, batch)[0])
+  params, collections = jax.jit(built.model.init)(jax.random.key(0), batch)
+  encode = jax.jit(lambda batch: built.model.encode(params, collections, batch)[0])
   normalise = (np.array(config.model.mean), np.array(config.model.std))
-  return encode, parts.recipe.views.masked_image, batch, side, normalise
+  return encode, built.recipe.views.masked_image, batch, side, normalise
 
 
 def patch_at(batch, view, example, position, side):

@@ -139,7 +139,7 @@ def test_form_is_chosen_by_the_sizes_and_a_bad_one_refused(monkeypatch: pytest.M
   assert chosen() == ("ring", 8)  # all candidates of a device
   monkeypatch.setattr(blockwise, "CHUNK_BYTES", 200)
   assert chosen() == ("ring", 4)  # 6 would be small enough, and does not divide 8
-  with pytest.raises(ValueError, match=r"config.contrast.form='rings': choose one of \['auto', 'plain', 'chunked'"):
+  with pytest.raises(ValueError, match=r"config.contrast.method='rings': choose one of \['auto', 'plain', 'chunked'"):
     chosen("rings")
   with pytest.raises(ValueError, match=r"config.contrast.block=10 does not divide the 64 candidates"):
     chosen("chunked", 10)

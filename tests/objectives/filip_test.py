@@ -188,6 +188,6 @@ def test_more_tokens_than_there_are_are_refused():
   image, text, valid = random_tokens(6)
   outputs = Outputs(image_tokens=image, text_tokens=text, text_valid=valid, dense_scale=jnp.float32(4.0))
   with pytest.raises(
-    ValueError, match="config.terms.filip.top_k=4: images have 3 tokens and texts 4, so choose 1 to 3"
+    ValueError, match="config.objective.filip.top_k=4: images have 3 tokens and texts 4, so choose 1 to 3"
   ):
     filip(outputs, {}, top_k=4)

@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.objectives`: what `config.weights` may say, and the weighted sum."""
+"""Tests of `declip_jax.objectives`: what `config.objective` may say, and the weighted sum."""
 
 import inspect
 
@@ -8,8 +8,8 @@ import pytest
 
 from declip_jax import build, config
 from declip_jax.build import check_objective
-from declip_jax.config import METHODS
 from declip_jax.data.recipes import RECIPES
+from declip_jax.methods import METHODS
 from declip_jax.objectives import (
   TERMS,
   active,
@@ -23,6 +23,11 @@ from declip_jax.objectives import (
 from declip_jax.types import Outputs, Views
 
 RNG = np.random.default_rng(0)
+
+
+def settings(**weights: float) -> dict[str, dict[str, float]]:
+  """A `config.objective` that gives terms weights."""
+  return {term: {"weight": weight} for term, weight in weights.items()}
 
 
 def everything():
@@ -74,7 +79,7 @@ def test_the_loss_is_the_weighted_sum_and_every_term_is_reported_unweighted():
 
 def test_a_weight_of_zero_leaves_a_term_out():
   outputs = Outputs(image=np.eye(2)[None], text=np.eye(2)[None], scale=jnp.float32(1.0))
-  objective = make_objective({"clip": 2.0, "simclr": 0.0, "mlm": 0}, {}, {})
+  objective = make_objective(settings(clip=2.0, simclr=0.0, mlm=0))
   _, metrics = objective(outputs, {}, 0)
   assert set(metrics) == {"loss", "loss/clip", "image_to_text_accuracy", "text_to_image_accuracy"}
 
@@ -82,7 +87,7 @@ def test_a_weight_of_zero_leaves_a_term_out():
 def test_a_weight_follows_its_schedule_between_its_points_and_stays_behind_them():
   outputs, batch = everything()
   points = ((10, 0.0), (20, 1.0), (40, 0.5))
-  objective = make_objective({"clip": 1.0, "nns": 0.4}, {"nns": points, "clip": ()}, {})
+  objective = make_objective({"clip": {"weight": 1.0}, "nns": {"weight": 0.4, "schedule": points}})
   clip, nns = (total_loss(outputs, batch, {name: 1.0})[0] for name in ("clip", "nns"))
   for step, factor in ((0, 0), (10, 0), (15, 0.5), (20, 1), (30, 0.75), (1000, 0.5)):
     loss, _ = objective(outputs, batch, jnp.asarray(step))
@@ -91,41 +96,42 @@ def test_a_weight_follows_its_schedule_between_its_points_and_stays_behind_them(
 
 def test_options_reach_their_term_and_unknown_ones_are_named():
   outputs, batch = everything()
-  weights = {"simclr": 1.0}
-  cold, warm = (make_objective(weights, {}, {"simclr": {"temperature": t}})(outputs, batch, 0)[0] for t in (0.1, 1.0))
+  simclr = {"weight": 1.0, "schedule": ()}
+  cold, warm = (make_objective({"simclr": {**simclr, "temperature": t}})(outputs, batch, 0)[0] for t in (0.1, 1.0))
   assert abs(cold - warm) > 0.1
-  with pytest.raises(ValueError, match=r"config.terms.simclr.temprature: .* has the options \['temperature'"):
-    make_objective(weights, {}, {"simclr": {"temprature": 0.1}})
-  with pytest.raises(ValueError, match=r"config.terms.simklr.temperature"):
-    make_objective(weights, {}, {"simklr": {"temperature": 0.1}})
+  with pytest.raises(ValueError, match=r"config.objective.simclr.temprature: .* has the options \['temperature'"):
+    make_objective({"simclr": {**simclr, "temprature": 0.1}})
+  with pytest.raises(ValueError, match=r"unknown terms \['simklr'\]"):
+    make_objective({"simklr": {**simclr, "temperature": 0.1}})
 
 
 def test_the_config_gives_every_term_a_weight_and_every_option_its_default():
   c = config.default()
-  assert set(c.weights) == set(TERMS) == set(c.weight_schedule)
+  assert set(c.objective) == set(TERMS)
   for name, term in TERMS.items():
     options = dict(list(inspect.signature(term.loss).parameters.items())[2:])
     options.pop("form", None)  # is `config.contrast`, for all of them
-    assert dict(c.terms.get(name, {})) == {option: parameter.default for option, parameter in options.items()}
+    expected = {option: parameter.default for option, parameter in options.items()}
+    assert dict(c.objective[name]) == {"weight": float(name == "clip"), "schedule": (), **expected}
 
 
 def test_only_views_that_a_term_looks_at_are_used():
   views = RECIPES["declip"].views
-  assert used_views(views, METHODS["declip"][1]) == views
+  assert used_views(views, settings(**METHODS["declip"][1])) == views
   alone = Views((0,), (0,), (), None, None, ())
-  assert used_views(views, {"clip": 1.0}) == used_views(views, {"filip": 1.0}) == alone
-  assert used_views(views, {"mvs": 1.0}) == alone._replace(contrastive_image=(0, 1), contrastive_text=(0, 1))
-  assert used_views(views, {"mlm": 1.0}) == alone._replace(masked_text=2)
-  assert used_views(views, {"simsiam": 1.0}) == alone._replace(ssl_image=(0, 1))
-  assert used_views(RECIPES["slip"].views, {"simclr": 1.0}) == Views((), (), (1, 2), None, None, ())
-  assert used_views(views, {"nns": 1.0}) == Views((0, 1), (0,), (), None, None, (0,))
+  assert used_views(views, settings(clip=1.0)) == used_views(views, settings(filip=1.0)) == alone
+  assert used_views(views, settings(mvs=1.0)) == alone._replace(contrastive_image=(0, 1), contrastive_text=(0, 1))
+  assert used_views(views, settings(mlm=1.0)) == alone._replace(masked_text=2)
+  assert used_views(views, settings(simsiam=1.0)) == alone._replace(ssl_image=(0, 1))
+  assert used_views(RECIPES["slip"].views, settings(simclr=1.0)) == Views((), (), (1, 2), None, None, ())
+  assert used_views(views, settings(nns=1.0)) == Views((0, 1), (0,), (), None, None, (0,))
   released = RECIPES["declip_repo"].views
-  assert used_views(released, {"nns": 1.0}) == Views((0, 1), (0, 1), (), None, None, (0, 1))
+  assert used_views(released, settings(nns=1.0)) == Views((0, 1), (0, 1), (), None, None, (0, 1))
 
 
 def test_multi_view_supervision_of_one_view_is_refused():
   with pytest.raises(ValueError, match=r"term 'mvs' .*needs Views.contrastive_text\[1\].*recipe 'plain'"):
-    check_views(Views(), {"mvs": 1.0}, "plain")
+    check_views(Views(), settings(mvs=1.0), "plain")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -133,29 +139,29 @@ def test_multi_view_supervision_of_one_view_is_refused():
 def test_any_term_with_any_recipe_is_either_built_or_refused_by_name(recipe, term):
   c = config.default()
   c.data.recipe, c.data.image_size, c.model.text.vocab_size = recipe, 64, 49409
-  c.weights.clip, c.weights[term] = 0.0, 1.0
+  c.objective.clip.weight, c.objective[term].weight = 0.0, 1.0
   try:
-    parts = build.build(c)
+    built = build.build(c)
   except ValueError as error:
     assert f"term '{term}'" in str(error)  # noqa: PT017
     assert f"recipe '{recipe}'" in str(error)  # noqa: PT017
   else:
-    check_objective(c, parts.model, parts.batch_shape(8))
+    check_objective(c, built.model, built.batch_shape(8))
 
 
 def test_unknown_terms_are_named_with_the_known_ones():
   with pytest.raises(ValueError, match=r"unknown terms \['barlow', 'filp'\]: choose from \['byol', 'clip'"):
-    active({"clip": 1.0, "filp": 0.0, "barlow": 1.0})
+    active(settings(clip=1.0, filp=0.0, barlow=1.0))
 
 
 @pytest.mark.parametrize("weights", [{}, {"clip": 0.0, "mlm": 0}])
 def test_a_method_without_terms_is_refused(weights):
   with pytest.raises(ValueError, match="every term weight 0"):
-    active(weights)
+    active(settings(**weights))
 
 
 def test_heads_exist_where_a_term_needs_them():
-  found = {method: heads_for(config.default(method).weights) for method in METHODS}
+  found = {method: heads_for(config.default(method).objective) for method in METHODS}
   assert found == {
     "clip": ("joint",),
     "simclr": ("simclr",),
@@ -168,13 +174,14 @@ def test_heads_exist_where_a_term_needs_them():
     "defilip": ("bank", "filip", "joint", "mlm", "simsiam"),
     "siglip": ("joint", "sigmoid"),
   }
-  assert heads_for({"clip": 1.0, "nns": 0.0}) == ("joint",)
+  assert heads_for(settings(clip=1.0, nns=0.0)) == ("joint",)
 
 
 @pytest.mark.parametrize(("term", "field"), [(n, f) for n, term in TERMS.items() for f in term.needs])
 def test_a_missing_input_is_named_with_its_term_and_recipe(term, field):
   outputs, _ = everything()
-  check_inputs(outputs, {term: 1.0}, "some-recipe")
+  check_inputs(outputs, settings(**{term: 1.0}), "some-recipe")
   with pytest.raises(ValueError, match=f"term '{term}' .*needs Outputs.{field}, .*recipe 'some-recipe'"):
-    check_inputs(outputs.replace(**{field: None}), {term: 1.0}, "some-recipe")
-  check_inputs(outputs.replace(**{field: None}), {"clip" if field not in ("image", "text") else "mlm": 1.0}, "any")
+    check_inputs(outputs.replace(**{field: None}), settings(**{term: 1.0}), "some-recipe")
+  other = settings(**{"clip" if field not in ("image", "text") else "mlm": 1.0})
+  check_inputs(outputs.replace(**{field: None}), other, "any")

@@ -146,11 +146,11 @@ def test_what_saves_memory_does_not_count():
 
   def measure(remat):
     config.model.remat = remat
-    parts = build.build(config)
-    shapes = parts.batch_shape(config.batch_size)
-    abstract = abstract_state(shapes, parts.mesh, model=parts.model, optimizer=parts.optimizer)
-    step = make_step(config, parts, build.plan_steps(config, 256), abstract)
-    return flops.step_flops(config, parts), flops.count(step.trace(abstract, shapes).jaxpr)
+    built = build.build(config)
+    shapes = built.batch_shape(config.batch_size)
+    abstract = abstract_state(shapes, built.mesh, model=built.model, optimizer=built.optimizer)
+    step = make_step(config, built, build.to_steps(config, 256), abstract)
+    return flops.step_flops(config, built), flops.count(step.trace(abstract, shapes).jaxpr)
 
   (plain, step), (same, more) = measure("none"), measure("full")
   assert plain <= step < 1.001 * plain  # metrics have small products

@@ -29,18 +29,18 @@ def test_parts_and_split_parameters_go_together(method: str, monkeypatch: pytest
   steps.compare(method, steps.take_steps(method, 2, 2, micro_batches=2), whole(method))
 
 
-def parts_of(method: str) -> tuple[build.Parts, objectives.Objective, dict, tuple]:
+def built_of(method: str) -> tuple[build.Built, objectives.Objective, dict, tuple]:
   config = tiny_config(method)
   config.model.heads.bank_size = steps.BATCH
-  parts = build.build(config)
-  objective = objectives.make_objective(config.weights, {}, config.terms)
-  batch = steps.random_batch(parts, np.random.default_rng(0))
-  return parts, objective, batch, parts.model.init(jax.random.key(0), batch)
+  built = build.build(config)
+  objective = objectives.make_objective(config.objective)
+  batch = steps.random_batch(built, np.random.default_rng(0))
+  return built, objective, batch, built.model.init(jax.random.key(0), batch)
 
 
 def test_plain_parts_give_the_mean_of_their_gradients() -> None:
-  parts, objective, batch, (params, collections) = parts_of("clip")
-  options = {"model": parts.model, "objective": objective}
+  built, objective, batch, (params, collections) = built_of("clip")
+  options = {"model": built.model, "objective": objective}
   of_all = jax.jit(gradient.make_gradient("cached", 1, **options))
   losses, gradients = [], []
   for part in range(4):
@@ -57,8 +57,8 @@ def test_plain_parts_give_the_mean_of_their_gradients() -> None:
 
 
 def test_plain_parts_hand_the_bank_on() -> None:
-  parts, objective, batch, (params, collections) = parts_of("declip")
-  of_parts = gradient.make_gradient("plain", 4, model=parts.model, objective=objective)
+  built, objective, batch, (params, collections) = built_of("declip")
+  of_parts = gradient.make_gradient("plain", 4, model=built.model, objective=objective)
   result, _ = jax.jit(of_parts)(params, collections, batch, 0)
   assert int(result.collections["heads"]["bank"]["text"].filled) == steps.BATCH
   assert result.outputs.image.shape[1] == steps.BATCH // 4
@@ -66,19 +66,19 @@ def test_plain_parts_hand_the_bank_on() -> None:
 
 def test_cached_parts_hold_no_more_activations_than_one_part() -> None:
   """Temporary bytes of the compiled gradient, in which the towers' activations are most."""
-  parts, objective, batch, (params, collections) = parts_of("clip")
+  built, objective, batch, (params, collections) = built_of("clip")
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((16 * len(x), *x.shape[1:]), x.dtype), batch)
 
   def temporary(micro_batches: int) -> int:
-    of = gradient.make_gradient("cached", micro_batches, model=parts.model, objective=objective)
+    of = gradient.make_gradient("cached", micro_batches, model=built.model, objective=objective)
     return jax.jit(of).lower(params, collections, shapes, jnp.int32(0)).compile().memory_analysis().temp_size_in_bytes
 
   assert temporary(8) < 0.4 * temporary(1)
 
 
 def test_what_cannot_be_is_refused_by_name() -> None:
-  parts, objective, *_ = parts_of("clip")
+  built, objective, *_ = built_of("clip")
   with pytest.raises(ValueError, match=r"config.micro_batching='grad': choose one of \['cached', 'plain'\]"):
-    gradient.make_gradient("grad", 2, model=parts.model, objective=objective)
+    gradient.make_gradient("grad", 2, model=built.model, objective=objective)
   with pytest.raises(ValueError, match="config.micro_batches=0: 1 or more"):
-    gradient.make_gradient("plain", 0, model=parts.model, objective=objective)
+    gradient.make_gradient("plain", 0, model=built.model, objective=objective)

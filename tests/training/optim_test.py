@@ -320,9 +320,9 @@ def test_decay_spares_biases_gains_and_temperatures_of_the_models_and_nothing_el
   if image == "resnet":
     c.model.image = architectures.resnet(64, (1, 1, 1, 1))
     c.model.heads.image_bias = True
-  parts = build.build(c)
-  batch = parts.batch_shape(8)
-  params, _ = jax.eval_shape(lambda batch: parts.model.init(jax.random.key(0), batch), batch)
+  built = build.build(c)
+  batch = built.batch_shape(8)
+  params, _ = jax.eval_shape(lambda batch: built.model.init(jax.random.key(0), batch), batch)
   kinds = {True: set(), False: set()}
   for path, decay in by_path(optim.decay_weights(params)).items():
     kinds[decay].add(path.split("/")[-1])

@@ -15,9 +15,9 @@ from declip_jax.training.state import State, abstract_state
 
 
 def _random_state(c: ConfigDict, seed: int = 0) -> State:
-  parts = build.build(c)
-  options = {"model": parts.model, "optimizer": parts.optimizer}
-  abstract = abstract_state(parts.batch_shape(c.batch_size), parts.mesh, **options)
+  built = build.build(c)
+  options = {"model": built.model, "optimizer": built.optimizer}
+  abstract = abstract_state(built.batch_shape(c.batch_size), built.mesh, **options)
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):

@@ -330,10 +330,10 @@ class Declip(Golden):
   def step(self, method, **more):
     """Loss, gradient, features, outputs, metrics and collections of a step of a method, with `more` weights."""
     c = config.default(method, preset="repo")
-    c.terms.filip.top_k = 4
-    weights = active(c.weights) | more
+    c.objective.filip.top_k = 4
+    weights = active(c.objective) | more
     self.model = make_model(self.fields, views=used_views(self.views, weights), heads=heads_for(weights))
-    options = c.terms.to_dict()
+    options = objectives.options_of(c.objective)
     return reference.differentiate(self.model, self.params, self.collections, self.batch, options=options, **weights)
 
   def gradients(self, gradient, prefix):
@@ -402,7 +402,7 @@ def test_neighbours_of_declip(declip):
   golden, _, (_, _, _, outputs, metrics, _) = declip
   arrays = golden.arrays
   np.testing.assert_allclose(metrics["loss/nns"], arrays["declip/nn_loss"], atol=1e-5)
-  options = config.default("declip", preset="repo").terms.nns.to_dict()
+  options = objectives.options_of(config.default("declip", preset="repo").objective)["nns"]
   for view in (1, 2):
     one, _ = nearest_neighbour(outputs.replace(image=outputs.image[view - 1 : view]), {}, **options)
     np.testing.assert_allclose(one, arrays[f"declip/nn_loss_image{view}"], atol=1e-5)

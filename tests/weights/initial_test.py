@@ -302,16 +302,16 @@ def test_a_locked_resnet_keeps_its_statistics(frozen: str, random_state: MakeSta
   c.batch_size, c.optimizer.frozen = 8, (frozen,)
   c.model.text.vocab_size, c.model.text.context_length = 49408, 16
   c.model.text.eot = 49407
-  parts = build.build(c)
+  built = build.build(c)
   state = random_state(c)
   params, collections, _ = initial(state.params, state.collections, weights, ("image",))
   batch = {
     "image": np.random.default_rng(0).integers(0, 256, (8, 1, 64, 64, 3), np.uint8),
     "text": np.full((8, 1, 16), 49407, np.int32),
   }
-  features, new = jax.jit(parts.model.encode)(params, collections, batch)
+  features, new = jax.jit(built.model.encode)(params, collections, batch)
   assert_same(new["batch_stats"], weights.collections["towers"]["batch_stats"])
-  alone, _ = jax.jit(parts.model.encode)(params, collections, {name: x[:1] for name, x in batch.items()})
+  alone, _ = jax.jit(built.model.encode)(params, collections, {name: x[:1] for name, x in batch.items()})
   np.testing.assert_allclose(alone.image[0], features.image[0], rtol=1e-3, atol=1e-4)
 
 

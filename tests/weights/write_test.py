@@ -18,8 +18,9 @@ import safetensors.numpy
 from tiny import tiny_config
 
 import declip_jax
-from declip_jax import architectures, config, train
+from declip_jax import architectures, train
 from declip_jax.data.text.tokenizer import Tokenizer
+from declip_jax.methods import METHODS
 from declip_jax.weights.read import from_state_dict, read, read_run
 from declip_jax.weights.vocabulary import merges, vocabulary
 from declip_jax.weights.write import FORMATS, write
@@ -138,7 +139,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 def tiny_of(method: str) -> ConfigDict:
   """A tiny config of a method, or of CLIP with a convolutional network."""
-  c = tiny_config(method if method in config.METHODS else "clip")
+  c = tiny_config(method if method in METHODS else "clip")
   if method in CONVOLUTIONS:
     c.model.image, c.model.heads.image_bias = CONVOLUTIONS[method], method == "resnet"
     c.data.image_size = 32
@@ -151,7 +152,7 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("method", [*config.METHODS, *CONVOLUTIONS])
+@pytest.mark.parametrize("method", [*METHODS, *CONVOLUTIONS])
 def test_a_run_of_every_method_goes_out_and_comes_back(
   method: str, save_run: Callable[[ConfigDict], Path], tmp_path: Path
 ) -> None:

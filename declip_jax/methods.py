@@ -1,0 +1,40 @@
+"""The methods: for each name the recipe that makes its views and the weights of its terms."""
+
+_DECLIP = {"clip": 0.4, "mvs": 0.2, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}  # its paper, section 3.2
+# The methods of the papers: the recipe that makes their views, and weights of the terms of `declip_jax.objectives`.
+METHODS = {
+  "clip": ("clip", {"clip": 1.0}),
+  "simclr": ("simclr", {"simclr": 1.0}),
+  "slip": ("slip", {"clip": 1.0, "simclr": 1.0}),
+  "slip_mocov3": ("slip_mocov3", {"clip": 1.0, "moco": 1.0}),
+  "slip_byol": ("slip_mocov3", {"clip": 1.0, "byol": 1.0}),
+  "slip_mim": ("slip_mim", {"clip": 1.0, "mim": 1.0}),
+  "declip": ("declip", _DECLIP),
+  "filip": ("filip", {"filip": 1.0}),
+  "defilip": ("declip", {**_DECLIP, "filip": 0.2}),
+  "siglip": ("clip", {"sigmoid": 1.0}),
+}
+# Their studies: CLIP with more augmentation (SLIP's ablations), and DeCLIP's signals added one by one and each alone,
+# with the weights of its formula (1 - a - b - g) CLIP + a (ISS + TSS) + b MVS + g NNS, where those in use are 0.2.
+STUDIES = {
+  "clip_color": ("clip_color", {"clip": 1.0}),
+  "clip_crop": ("clip_crop", {"clip": 1.0}),
+  "clip_full": ("clip_full", {"clip": 1.0}),
+  "declip_clip": ("declip", {"clip": 1.0}),
+  "declip_mvs": ("declip", {"clip": 0.8, "mvs": 0.2}),
+  "declip_mvs_ss": ("declip", {"clip": 0.6, "mvs": 0.2, "simsiam": 0.2, "mlm": 0.2}),
+  "declip_iss": ("declip", {"clip": 0.8, "simsiam": 0.2}),
+  "declip_tss": ("declip", {"clip": 0.8, "mlm": 0.2}),
+  "declip_nns": ("declip", {"clip": 0.8, "nns": 0.2}),
+}
+# What DeCLIP's released code (Sense-GVT/DeCLIP) trains under these names. Its one mean over the 2x2 pairs of views has
+# the weight 0.4: a quarter of that for the first pair, three for the others.
+_DECLIP_REPO = {"clip": 0.1, "mvs": 0.3, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}
+REPO_METHODS = {
+  "clip": METHODS["clip"],
+  "slip": METHODS["slip"],
+  "declip": ("declip_repo", _DECLIP_REPO),
+  "filip": ("filip_repo", {"filip": 1.0}),
+  "defilip": ("declip_repo", {**_DECLIP_REPO, "filip": 0.2}),
+}
+PRESETS = {"paper": {**METHODS, **STUDIES}, "repo": REPO_METHODS}
