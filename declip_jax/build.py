@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bu
       f"{config.objective.filip.top_k} compares: set one of the two to () or 0"
     )
   heads = objectives.heads_for(config.objective)
+  optimizer = read_settings(optim.OptimizerSettings, config.optimizer, "optimizer")
+  _check_unread(config.optimizer, "optimizer", optim.OptimizerSettings, schedules.ScheduleSettings)
   locked = any(is_below("towers/image", prefix) for prefix in config.optimizer.frozen)
   model = make_model(config.model, views=recipe.views, heads=heads, lock_image=locked)
   grid = config.data.image_size // model.towers.image.stride
@@ -125,9 +127,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bu
     engine=config.data.engine,
     augment_on=config.data.augment_on,
   )
-  return Built(
-    model, make_optimizer(config.optimizer), tokenizer, make_views, make_mesh(**config.mesh, devices=devices)
-  )
+  return Built(model, optim.make_optimizer(optimizer), tokenizer, make_views, make_mesh(**config.mesh, devices=devices))
 
 
 def _check_numbers(config: ConfigDict) -> None:
@@ -184,43 +184,42 @@ def _check_ssl_sources(config: ConfigDict, recipe: Recipe) -> None:
     raise ValueError(f"{where} also contrasts these views with captions, which would not fit: use slip")
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-  """The optimiser of `config.optimizer`.
+Settings = TypeVar("Settings")
+
+
+def read_settings(kind: type[Settings], subtree: ConfigDict, name: str, /, **given: Any) -> Settings:
+  """A dataclass of settings whose fields have the names of a config's fields.
+
+  Args:
+    kind: the dataclass.
+    subtree: the config's fields; those that `kind` does not have are ignored.
+    name: of the subtree, for errors.
+    given: values that replace or complete those of the subtree.
 
   Raises:
-    ValueError: a field that cannot be.
+    ValueError: a field that the config does not have, or a value that `kind` rejects.
   """
-  scale = config.logit_scale_range
-  ordered = not scale or (len(scale) == 2 and scale[0] <= scale[1])
-  _refuse({"optimizer.logit_scale_range": (ordered, scale, "two numbers, ascending, or ()")})
-  return optim.make(
-    config.name,
-    b1=config.b1,
-    b2=config.b2,
-    epsilon=config.epsilon,
-    momentum=config.momentum,
-    nesterov=config.nesterov,
-    trust_coefficient=config.trust_coefficient,
-    weight_decay=config.weight_decay,
-    decay_mask=config.decay_mask,
-    sgd_side=config.sgd_side,
-    sgd_weight_decay=config.sgd_weight_decay,
-    gradient_clip=config.gradient_clip,
-    multipliers=config.multipliers,
-    layer_decay=config.layer_decay,
-    frozen=config.frozen,
-  )
+  fields = [field.name for field in dataclasses.fields(kind)]
+  if missing := [field for field in fields if field not in given and field not in subtree]:
+    raise ValueError(f"config.{name} has no fields {missing}, which {kind.__name__} needs: it has {sorted(subtree)}")
+  return kind(**{field: given.get(field, subtree.get(field)) for field in fields})
+
+
+def _check_unread(subtree: ConfigDict, name: str, *kinds: type) -> None:
+  """Rejects fields of a config that none of the dataclasses has, and that would have no effect."""
+  known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+  if unread := sorted(set(subtree) - known):
+    raise ValueError(f"config.{name} has fields {unread} without effect: known are {sorted(known & set(subtree))}")
 
 
 class Steps(NamedTuple):
-  """All durations of a config in steps; 0 is never."""
+  """All durations of a config in steps, 0 for never, and the learning rate schedule, which has durations of its own."""
 
   total: int
-  warmup: int
   evaluate: int
   checkpoint: int
   keep_every: int
-  cooldown: int
+  schedule: schedules.ScheduleSettings
 
 
 def to_steps(config: ConfigDict, epoch_examples: int) -> Steps:
@@ -232,19 +231,18 @@ def to_steps(config: ConfigDict, epoch_examples: int) -> Steps:
   _check_safety(config)
   lengths = {
     "duration": config.duration,
-    "optimizer.warmup": config.optimizer.warmup,
     "evaluate_every": config.evaluate_every,
     "checkpoint.every": config.checkpoint.every,
     "checkpoint.keep_every": config.checkpoint.keep_every,
-    "optimizer.cooldown": config.optimizer.cooldown,
   }
-  steps = [
-    steps_of(length, name=name, batch_size=config.batch_size, epoch_examples=epoch_examples)
-    for name, length in lengths.items()
-  ]
+  convert = partial(steps_of, batch_size=config.batch_size, epoch_examples=epoch_examples)
+  steps = [convert(length, name=name) for name, length in lengths.items()]
   if not steps[0]:
     raise ValueError("config.duration is empty: set one of its fields steps, epochs, examples")
-  return Steps(*steps)
+  settings = {field: value for field, value in config.optimizer.items() if isinstance(value, ConfigDict)}
+  durations = {field: convert(value, name=f"optimizer.{field}") for field, value in settings.items()}
+  schedule = read_settings(schedules.ScheduleSettings, config.optimizer, "optimizer", total_steps=steps[0], **durations)
+  return Steps(*steps, schedule)
 
 
 def _check_safety(config: ConfigDict) -> None:
@@ -265,22 +263,6 @@ def _check_safety(config: ConfigDict) -> None:
   _refuse(checks)
 
 
-def make_schedule(config: ConfigDict, steps: Steps) -> Callable[[Array], Array]:
-  """The learning rate of a config as a function of the step."""
-  optimizer = config.optimizer
-  return schedules.make_schedule(
-    optimizer.schedule,
-    peak=optimizer.learning_rate,
-    warmup_steps=steps.warmup,
-    total_steps=steps.total,
-    start=optimizer.warmup_start,
-    end=optimizer.end_learning_rate,
-    milestones=optimizer.milestones,
-    cooldown_steps=steps.cooldown,
-    cooldown_power=optimizer.cooldown_power,
-  )
-
-
 def make_step(
   config: ConfigDict, built: Built, steps: Steps, abstract: State
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -295,7 +277,7 @@ def make_step(
     train_step,
     model=built.model,
     optimizer=built.optimizer,
-    schedule=make_schedule(config, steps),
+    schedule=schedules.make_schedule(steps.schedule),
     gradient_of=make_gradient(
       config.micro_batching,
       config.micro_batches,

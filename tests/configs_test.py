@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from declip_jax import architectures, build, config, objectives
-from declip_jax.build import check_objective, make_schedule, make_step
+from declip_jax.build import check_objective, make_step
 from declip_jax.methods import METHODS, REPO_METHODS, STUDIES
 from declip_jax.sharding import check_batch
+from declip_jax.training import schedules
 from declip_jax.training.state import abstract_state
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -95,7 +96,7 @@ def test_every_config_builds(name):
   assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
   check_terms(c)
   check_batch(c.batch_size, built.mesh, "batch_size")
-  make_schedule(c, build.to_steps(c, EPOCH))  # which refuses a warm-up longer than the training
+  build.to_steps(c, EPOCH)  # rejects a warm-up longer than training
   assert config.from_json(c.to_json_best_effort()).to_dict() == c.to_dict()
 
 
@@ -241,7 +242,7 @@ def test_declips_rows_are_its_released_configs(row, terms, width, rate, decay):
   steps = build.to_steps(c, epoch_examples=15_388_848)
   assert steps.total == 128_001
   if rate == 1e-3:
-    want, schedule = SCHEDULES["declip_release/lr"], make_schedule(c, steps)
+    want, schedule = SCHEDULES["declip_release/lr"], schedules.make_schedule(steps.schedule)
     got = [float(schedule(np.int32(step - 1))) for step in SCHEDULES["declip_release/steps1"]]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-9)
 
@@ -263,7 +264,7 @@ def test_declips_released_models_are_their_configs():
   assert r50.optimizer.multipliers == (("heads/logit_scale", 0.1),)
   assert "heads/logit_scale" in vit.optimizer.frozen
   steps = build.to_steps(vit, epoch_examples=88_000_000)
-  schedule = make_schedule(vit, steps)
+  schedule = schedules.make_schedule(steps.schedule)
   assert [float(schedule(np.int32(step))) for step in (0, 4999, 300_000)] == pytest.approx([1e-3, 0.2, 0])
 
 
@@ -284,8 +285,8 @@ def test_slips_rows_have_its_training_procedure(name):
   assert c.model.heads.simclr_projector == (4096, 4096, 256)
   steps = build.to_steps(c, epoch_examples=4096 * 100)
   warmup = 200 if epochs == 100 else 100
-  assert (steps.total, steps.warmup) == (100 * epochs, warmup)
-  schedule = make_schedule(c, steps)
+  assert (steps.total, steps.schedule.warmup) == (100 * epochs, warmup)
+  schedule = schedules.make_schedule(steps.schedule)
   got = [float(schedule(np.int32(step))) for step in (0, warmup - 1, warmup, steps.total)]
   assert got == pytest.approx([1e-6, o.learning_rate, o.learning_rate, 1e-5])
 
@@ -392,7 +393,7 @@ def test_clips_rows_have_its_hyperparameters():
     assert (c.optimizer.learning_rate, c.optimizer.weight_decay, c.batch_size) == (rate, 0.2, 32768)
     assert (c.data.recipe, c.data.interpolation) == ("openai", "bicubic")
     steps = build.to_steps(c, epoch_examples=400_000_000)
-    assert (steps.warmup, steps.total) == (2000, 12_208 if row.endswith("336px") else 390_625)
+    assert (steps.schedule.warmup, steps.total) == (2000, 12_208 if row.endswith("336px") else 390_625)
 
 
 def test_the_papers_signals_are_added_one_by_one():

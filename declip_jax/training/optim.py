@@ -1,10 +1,14 @@
-"""The optimisers and schedules of the papers, with what decays, what is frozen, and whose learning rate differs.
+"""The optimisers of the papers: update rules, weight decay masks, frozen parameters, per-parameter learning rates.
 
-An optimiser is everything up to the learning rate, which the train step applies from its own step count; so are LARS'
-local rate and the factors of single parameters. A schedule is that learning rate as a function of the 0-based step.
+An optimiser here covers everything except the global learning rate, which the train step applies from its own step
+count; the local rates of LARS and the multipliers of single parameters are part of the optimiser.
+
+Adding a setting takes two places: its default in `config._optimizer` and a field of `OptimizerSettings`. Adding an
+optimiser takes one: its function, listed in `OPTIMIZERS`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 from functools import partial
 import math
 import operator
@@ -12,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 import numpy as np
 import optax
 
@@ -32,73 +36,158 @@ from declip_jax.models.paths import (
 
 Tree = Any
 
-# What decays. By name and not by rank, since scanned blocks stack biases into matrices.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+  """The fields of `config.optimizer` that make the optimiser.
+
+  Attributes:
+    name: one of `OPTIMIZERS`.
+    b1, b2, epsilon: Adam's.
+    momentum, nesterov: of SGD and LARS.
+    trust_coefficient: of LARS.
+    weight_decay: applied where `decay_mask` is True.
+    decay_mask: one of `DECAY_MASKS`.
+    sgd_side: the side that "adamw_sgd" trains with SGD, one of `models.paths.SIDES`. The name of the released class
+      says the image side; according to second-hand reports, the paper used SGD for the text side of its ViT.
+    sgd_weight_decay: weight decay of the SGD side of "adamw_sgd", in place of `weight_decay`.
+    gradient_clip: largest global norm of the gradient; 0 for no clipping. PyTorch divides by the norm plus 1e-6, we
+      do not.
+    multipliers, layer_decay: see `rate_multipliers`.
+    frozen: paths of parameters without moments and weight decay; their gradients must be zero.
+    logit_scale_range: bounds of the log inverse temperatures after each step; () for none.
+
+  Raises:
+    ValueError: an unknown name, a number that is not finite, or a range that is not ascending.
+  """
+
+  name: str
+  b1: float
+  b2: float
+  epsilon: float
+  momentum: float
+  nesterov: bool
+  trust_coefficient: float
+  weight_decay: float
+  decay_mask: str
+  sgd_side: str
+  sgd_weight_decay: float
+  gradient_clip: float
+  multipliers: tuple[tuple[str, float], ...]
+  layer_decay: float
+  frozen: tuple[str, ...]
+  logit_scale_range: tuple[float, ...]
+
+  def __post_init__(self) -> None:
+    check_name("name", self.name, OPTIMIZERS)
+    check_name("decay_mask", self.decay_mask, DECAY_MASKS)
+    check_name("sgd_side", self.sgd_side, SIDES)
+    check_finite(self)
+    check_finite({f"multipliers[{path!r}]": factor for path, factor in self.multipliers})
+    bounds = self.logit_scale_range
+    if bounds and not (len(bounds) == 2 and bounds[0] <= bounds[1]):
+      raise ValueError(f"config.optimizer.logit_scale_range={bounds!r}: two numbers, ascending, or ()")
 
 
-def _spare(params: Tree, names: Sequence[str]) -> Tree:
+def check_name(field: str, name: str, known: Mapping[str, Any]) -> None:
+  """Rejects a name that is not in a table.
+
+  Raises:
+    ValueError: names the field of `config.optimizer`, the name and the known ones.
+  """
+  if name not in known:
+    raise ValueError(f"config.optimizer.{field}={name!r}: choose one of {sorted(known)}")
+
+
+def check_finite(settings: OptimizerSettings | Any | Mapping[str, float]) -> None:
+  """Rejects NaN and infinity in the floats of a dataclass or a mapping.
+
+  Raises:
+    ValueError: names the field of `config.optimizer` and the number.
+  """
+  values = settings if isinstance(settings, Mapping) else vars(settings)
+  for field, value in values.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f"config.optimizer.{field}={value}: a finite number")
+
+
+# Weight decay masks. Selected by name and not by rank, since scanned blocks stack biases into matrices.
+
+
+def _all_except(params: Tree, names: Sequence[str]) -> Tree:
   return jax.tree.map(lambda path: path.rpartition("/")[2] not in names, parameter_paths(params))
 
 
 def decay_weights(params: Tree) -> Tree:
   """All but biases, gains of norms and temperatures: "all weights that are not gains or biases" (CLIP, section 2.5).
 
-  SLIP's rule comes to the same. It spares what has fewer than two axes, or "bias", "ln" or "bn" in its name; all of
-  that are vectors and the temperature, and the class token is none of it, since timm's has three axes. open_clip's rule
-  is like it, but the class token has one axis there and is spared.
+  SLIP's rule selects the same parameters. It excludes those with fewer than two axes, or with "bias", "ln" or "bn" in
+  their names; all of these are vectors and the temperature, but not the class token, which has three axes in timm.
+  open_clip's rule is similar, but its class token has one axis and is excluded.
   """
-  return _spare(params, ("bias", "scale", *TEMPERATURES))
+  return _all_except(params, ("bias", "scale", *TEMPERATURES))
 
 
 def decay_declip(params: Tree) -> Tree:
   """DeCLIP's: as `decay_weights`, and the packed bias of query, key and value.
 
-  Its grouping looks for the biases of modules that it knows, and this one is a bare parameter of PyTorch's attention.
+  Its grouping looks for the biases of known modules, and this one is a bare parameter of PyTorch's attention.
   """
   packed = jax.tree.map(lambda path: path.endswith("/qkv/bias"), parameter_paths(params))
   return jax.tree.map(operator.or_, packed, decay_weights(params))
 
 
 def decay_finetune(params: Tree) -> Tree:
-  """BeiT's, by which SLIP fine-tunes: as `decay_weights`, but for positions, class token and mask token."""
-  return _spare(params, ("bias", "scale", *TEMPERATURES, *EMBEDDINGS))
+  """BeiT's, used for SLIP's fine-tuning: as `decay_weights`, but without positions, class token and mask token."""
+  return _all_except(params, ("bias", "scale", *TEMPERATURES, *EMBEDDINGS))
 
 
 def decay_all(params: Tree) -> Tree:
-  """Everything, temperatures too, as DeCLIP's 88M ResNet-50, whose config groups nothing apart."""
-  return _spare(params, ())
+  """Everything, including temperatures, as in DeCLIP's 88M ResNet-50, whose config has no parameter groups."""
+  return _all_except(params, ())
 
 
-DECAY_MASKS = {"weights": decay_weights, "declip": decay_declip, "finetune": decay_finetune, "all": decay_all}
+# What `config.optimizer.decay_mask` may name.
+DECAY_MASKS: dict[str, Callable[[Tree], Tree]] = {
+  "weights": decay_weights,
+  "declip": decay_declip,
+  "finetune": decay_finetune,
+  "all": decay_all,
+}
 
 
-# Optimisers. Each takes all settings of `make` and uses its own.
+# Optimisers.
 
 
-def _adamw(
-  *, b1: float, b2: float, epsilon: float, weight_decay: float, decay_mask: Callable[[Tree], Tree], **_: Any
-) -> optax.GradientTransformation:
-  decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
-  return optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay)
+def _add_weight_decay(settings: OptimizerSettings) -> optax.GradientTransformation:
+  return optax.add_decayed_weights(settings.weight_decay, mask=DECAY_MASKS[settings.decay_mask])
 
 
-def _sgd(
-  *, momentum: float, nesterov: bool, weight_decay: float, decay_mask: Callable[[Tree], Tree], **_: Any
-) -> optax.GradientTransformation:
-  decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
-  return optax.chain(decay, optax.trace(momentum, nesterov))
+def _adamw(settings: OptimizerSettings) -> optax.GradientTransformation:
+  """PyTorch's, with decoupled decay (Loshchilov and Hutter 2019), as in CLIP, SLIP, DeCLIP and open_clip."""
+  return optax.chain(optax.scale_by_adam(settings.b1, settings.b2, settings.epsilon), _add_weight_decay(settings))
 
 
-def _lars(
-  *, trust_coefficient: float, weight_decay: float, decay_mask: Callable[[Tree], Tree], **settings: Any
-) -> optax.GradientTransformation:
-  sgd = _sgd(weight_decay=weight_decay, decay_mask=decay_mask, **settings)
+def _sgd(settings: OptimizerSettings) -> optax.GradientTransformation:
+  """PyTorch's: the decay is added to the gradient, and the first gradient initialises the momentum buffer."""
+  return optax.chain(_add_weight_decay(settings), optax.trace(settings.momentum, settings.nesterov))
+
+
+def _lars(settings: OptimizerSettings) -> optax.GradientTransformation:
+  """DeCLIP's (You et al. 2017): SGD times a local rate for each tensor `p` with gradient `g`.
+
+  The rate is `trust_coefficient |p| / (|g| + weight_decay |p|)`. A tensor of zeros, such as a new bias, therefore never
+  changes; where the released code divides by zero, nothing changes. Each of the blocks that a scan stacks has its own
+  rate.
+  """
+  sgd, decay_mask = _sgd(settings), DECAY_MASKS[settings.decay_mask]
 
   def update(gradient: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
     def scaled(path: str, change: Array, gradient: Array, param: Array, decay: bool) -> Array:
       axes = tuple(range(int(is_stacked(path)), param.ndim))
-      of_param, of_gradient = (jnp.sqrt(jnp.sum(x * x, axes, keepdims=True)) for x in (param, gradient))
-      divisor = of_gradient + (weight_decay * of_param if decay else 0.0)
-      return jnp.where(divisor > 0, trust_coefficient * of_param / divisor, 0.0) * change
+      param_norm, gradient_norm = (jnp.sqrt(jnp.sum(x * x, axes, keepdims=True)) for x in (param, gradient))
+      divisor = gradient_norm + (settings.weight_decay * param_norm if decay else 0.0)
+      return jnp.where(divisor > 0, settings.trust_coefficient * param_norm / divisor, 0.0) * change
 
     change, state = sgd.update(gradient, state, params)
     return jax.tree.map(scaled, parameter_paths(params), change, gradient, params, decay_mask(params)), state
@@ -106,105 +195,60 @@ def _lars(
   return optax.GradientTransformation(sgd.init, update)
 
 
-def _adamw_sgd(*, sgd_side: str, sgd_weight_decay: float, **settings: Any) -> optax.GradientTransformation:
-  check_name("sgd_side", sgd_side, SIDES)
+def _adamw_sgd(settings: OptimizerSettings) -> optax.GradientTransformation:
+  """DeCLIP's hybrid: SGD on `sgd_side` and AdamW on the rest; `multipliers` sets the ratio of their learning rates.
 
-  def side(params: Tree) -> Tree:
-    return jax.tree.map(lambda path: "sgd" if is_below_any(path, SIDES[sgd_side]) else "adamw", parameter_paths(params))
+  The released one adds epsilon before Adam's bias correction; PyTorch and this one add it after.
+  """
 
-  return optax.partition(
-    {"adamw": _adamw(**settings), "sgd": _sgd(**settings | {"weight_decay": sgd_weight_decay})}, side
-  )
+  def labels(params: Tree) -> Tree:
+    return jax.tree.map(
+      lambda path: "sgd" if is_below_any(path, SIDES[settings.sgd_side]) else "adamw", parameter_paths(params)
+    )
+
+  sgd = _sgd(dataclasses.replace(settings, weight_decay=settings.sgd_weight_decay))
+  return optax.partition({"adamw": _adamw(settings), "sgd": sgd}, labels)
 
 
-OPTIMIZERS = {"adamw": _adamw, "sgd": _sgd, "lars": _lars, "adamw_sgd": _adamw_sgd}
+# What `config.optimizer.name` may name.
+OPTIMIZERS: dict[str, Callable[[OptimizerSettings], optax.GradientTransformation]] = {
+  "adamw": _adamw,
+  "sgd": _sgd,
+  "lars": _lars,
+  "adamw_sgd": _adamw_sgd,
+}
 
 
-def make(
-  name: str,
-  *,
-  b1: float,
-  b2: float,
-  epsilon: float,
-  momentum: float,
-  nesterov: bool,
-  trust_coefficient: float,
-  weight_decay: float,
-  decay_mask: str,
-  sgd_side: str = "image",
-  sgd_weight_decay: float = 0.0,
-  gradient_clip: float = 0.0,
-  multipliers: Sequence[tuple[str, float]] = (),
-  layer_decay: float = 1.0,
-  frozen: Sequence[str] = (),
-) -> optax.GradientTransformation:
-  """The optimiser called `name`, up to the learning rate: the step is `param - learning rate * update`.
-
-  - "adamw": PyTorch's, with decoupled decay (Loshchilov and Hutter 2019); that of CLIP, SLIP, DeCLIP and open_clip.
-  - "sgd": PyTorch's. The decay is added to the gradient, and the first buffer is the gradient.
-  - "lars": DeCLIP's (You et al. 2017). SGD times a local rate of each tensor `p` with gradient `g`,
-    `trust_coefficient |p| / (|g| + weight_decay |p|)`. A tensor of zeros, such as a new bias, so never moves; where the
-    released code divides by zero, nothing moves. Each of the blocks that a scan stacks has a rate of its own.
-  - "adamw_sgd": DeCLIP's hybrid, SGD on one side and AdamW on the rest; `multipliers` sets the ratio of their learning
-    rates. The released one adds epsilon before Adam's bias correction, PyTorch and this one behind it.
-
-  Args:
-    name: one of `OPTIMIZERS`.
-    b1, b2, epsilon: of Adam.
-    momentum, nesterov: of SGD and LARS.
-    trust_coefficient: of LARS.
-    weight_decay: acts where `decay_mask` says.
-    decay_mask: one of `DECAY_MASKS`.
-    sgd_side: what "adamw_sgd" trains by SGD, one of `SIDES`. The released class has the image side by its name;
-      second-hand, the paper gave SGD to the text side of its ViT.
-    sgd_weight_decay: that of the SGD half of "adamw_sgd", in place of `weight_decay`.
-    gradient_clip: largest global norm of the gradient, 0 for none. PyTorch divides by the norm plus 1e-6, we do not.
-    multipliers, layer_decay: see `rates`.
-    frozen: paths of parameters that have no moments and no decay; their gradient must be zero.
+def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+  """The optimiser without the global learning rate: a step is `param - learning rate * update`.
 
   Raises:
-    ValueError: an unknown name, or a number that is not finite; and, from `init` on, paths that are none, or layer-wise
-      decay of what is no ViT.
+    ValueError: in `init`: a path in `frozen` or `multipliers` has no parameters, or layer-wise decay has no ViT.
   """
-  check_name("name", name, OPTIMIZERS)
-  check_name("decay_mask", decay_mask, DECAY_MASKS)
-  numbers = {"b1": b1, "b2": b2, "epsilon": epsilon, "momentum": momentum, "trust_coefficient": trust_coefficient}
-  numbers |= {"weight_decay": weight_decay, "sgd_weight_decay": sgd_weight_decay, "gradient_clip": gradient_clip}
-  numbers |= {"layer_decay": layer_decay, **{f"multipliers: {path}": factor for path, factor in multipliers}}
-  check_finite(numbers)
-  optimizer = OPTIMIZERS[name](
-    b1=b1,
-    b2=b2,
-    epsilon=epsilon,
-    momentum=momentum,
-    nesterov=nesterov,
-    trust_coefficient=trust_coefficient,
-    weight_decay=weight_decay,
-    sgd_side=sgd_side,
-    sgd_weight_decay=sgd_weight_decay,
-    decay_mask=DECAY_MASKS[decay_mask],
-  )
-  if gradient_clip:
-    optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip), optimizer)
-  if frozen:
-    optimizer = optax.masked(optimizer, partial(trainable_mask, frozen=frozen))
-  if multipliers or layer_decay != 1:
-    optimizer = optax.chain(optimizer, _scale_by(partial(rates, multipliers=multipliers, layer_decay=layer_decay)))
+  optimizer = OPTIMIZERS[settings.name](settings)
+  if settings.gradient_clip:
+    optimizer = optax.chain(optax.clip_by_global_norm(settings.gradient_clip), optimizer)
+  if settings.frozen:
+    optimizer = optax.masked(optimizer, partial(trainable_mask, frozen=settings.frozen))
+  if settings.multipliers or settings.layer_decay != 1:
+    multipliers = partial(rate_multipliers, multipliers=settings.multipliers, layer_decay=settings.layer_decay)
+    optimizer = optax.chain(optimizer, _scale_by(multipliers))
   return optimizer
 
 
-def rates(params: Tree, *, multipliers: Sequence[tuple[str, float]], layer_decay: float) -> Tree:
-  """What the learning rate of each parameter is multiplied by: a number, or `[depth 1 ...]` for blocks `[depth ...]`.
+def rate_multipliers(params: Tree, *, multipliers: Sequence[tuple[str, float]], layer_decay: float) -> Tree:
+  """The factor of each parameter's learning rate: a number, or `[depth 1 ...]` for stacked blocks `[depth ...]`.
 
   Args:
     params: all parameters.
-    multipliers: pairs of a path, such as "heads/logit_scale" or "towers/image", and the factor of all at or below it;
-      where several paths hold, their factors multiply. This is DeCLIP's group with another initial learning rate.
-    layer_decay: BeiT's, by which SLIP fine-tunes, on an image ViT of `depth` blocks: block `i`, counted from 0, has the
-      factor `layer_decay ** (depth - i)`, and what stands before the blocks `layer_decay ** (depth + 1)`. 1 is none.
+    multipliers: pairs of a path, such as "heads/logit_scale" or "towers/image", and the factor of all parameters at or
+      below it; the factors of nested paths multiply. In DeCLIP, these are groups with their own initial learning rates.
+    layer_decay: BeiT's, used for SLIP's fine-tuning, for an image ViT with `depth` blocks: block `i`, counted from 0,
+      has the factor `layer_decay ** (depth - i)`, and the parameters before the blocks `layer_decay ** (depth + 1)`.
+      1 for none.
 
   Raises:
-    ValueError: a path under which there is nothing; or `layer_decay` is not 1 and the image tower is no ViT.
+    ValueError: a path without parameters, or a `layer_decay` other than 1 and an image tower that is not a ViT.
   """
   check_prefixes(params, [prefix for prefix, _ in multipliers], "config.optimizer.multipliers")
   paths = parameter_paths(params)
@@ -212,11 +256,11 @@ def rates(params: Tree, *, multipliers: Sequence[tuple[str, float]], layer_decay
   depth = max(jax.tree.leaves(depths), default=0)
   if layer_decay != 1 and not depth:
     raise ValueError(
-      f"config.optimizer.layer_decay={layer_decay} acts on the blocks of a ViT, and there is no {IMAGE_BLOCKS}: "
-      "choose 1, or config.model.image.kind='vit'"
+      f"config.optimizer.layer_decay={layer_decay} needs the blocks of a ViT at {IMAGE_BLOCKS}: choose 1, or "
+      "config.model.image.kind='vit'"
     )
 
-  def rate(path: str, param: Array) -> float | np.ndarray:
+  def rate(path: str, param: Float[Array, "..."]) -> float | np.ndarray:
     factor = float(np.prod([factor for prefix, factor in multipliers if is_below(path, prefix)]))
     if layer_decay != 1 and is_below_any(path, IMAGE_INPUT):
       return factor * layer_decay ** (depth + 1)
@@ -227,23 +271,12 @@ def rates(params: Tree, *, multipliers: Sequence[tuple[str, float]], layer_decay
   return jax.tree.map(rate, paths, params)
 
 
-def _scale_by(rates_of: Callable[[Tree], Tree]) -> optax.GradientTransformation:
+def _scale_by(multipliers: Callable[[Tree], Tree]) -> optax.GradientTransformation:
   def init(params: Tree) -> optax.EmptyState:
-    rates_of(params)  # what is wrong with the paths shows before anything is computed
+    multipliers(params)  # so that wrong paths are reported before anything is computed
     return optax.EmptyState()
 
   def update(change: Tree, state: optax.EmptyState, params: Tree) -> tuple[Tree, optax.EmptyState]:
-    return jax.tree.map(lambda x, rate: x * rate, change, rates_of(params)), state
+    return jax.tree.map(lambda x, rate: x * rate, change, multipliers(params)), state
 
   return optax.GradientTransformation(init, update)
-
-
-def check_name(field: str, name: str, legal: dict[str, Any]) -> None:
-  if name not in legal:
-    raise ValueError(f"config.optimizer.{field}={name!r}: choose one of {sorted(legal)}")
-
-
-def check_finite(numbers: dict[str, float]) -> None:
-  for field, number in numbers.items():
-    if not math.isfinite(number):
-      raise ValueError(f"config.optimizer.{field}={number}: a finite number")

@@ -1,60 +1,119 @@
-"""The learning rates of the papers, each a function of the 0-based step."""
+"""The learning rate schedules of the papers: functions of the 0-based step.
 
-from collections.abc import Callable, Sequence
-from typing import Any
+Adding a setting takes two places: its default in `config._optimizer` and a field of `ScheduleSettings`. Adding a
+schedule takes one: its function, listed in `SCHEDULES`.
+"""
+
+from collections.abc import Callable
+import dataclasses
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+import optax
 
 from declip_jax.training.optim import check_finite, check_name
 
-Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+Schedule = Callable[[Int[Array, "*steps"]], Float[Array, "*steps"]]
 
 
-# Schedules. Each takes all settings of `make_schedule` and gives the learning rate behind the warm-up.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+  """The fields of `config.optimizer` that set the learning rate, with durations in steps.
+
+  Attributes:
+    schedule: one of `SCHEDULES`.
+    total_steps: length of training.
+    learning_rate: the peak, reached at the end of the warm-up.
+    warmup: length of the linear rise; 0 for none.
+    warmup_start: learning rate of step 0, if there is a warm-up.
+    end_learning_rate: final learning rate of the cosines and the cooldown.
+    milestones: pairs of a step, counted from 1 as in DeCLIP's configs and our logs, and the factor from that step on.
+    cooldown: length of the final decay of "cooldown".
+    cooldown_power: exponent of that decay; 1 is linear.
+
+  Raises:
+    ValueError: an unknown schedule; a number that is not finite; a warm-up or cooldown longer than training; "step"
+      without milestones, or with negative factors.
+  """
+
+  schedule: str
+  total_steps: int
+  learning_rate: float
+  warmup: int
+  warmup_start: float
+  end_learning_rate: float
+  milestones: tuple[tuple[int, float], ...]
+  cooldown: int
+  cooldown_power: float
+
+  def __post_init__(self) -> None:
+    check_name("schedule", self.schedule, SCHEDULES)
+    check_finite(self)
+    check_finite({f"milestones[{step}]": factor for step, factor in self.milestones})
+    if self.warmup > self.total_steps:
+      raise ValueError(
+        f"config.optimizer.warmup is {self.warmup} steps, longer than the training of {self.total_steps}"
+      )
+    longest = self.total_steps - self.warmup
+    if self.schedule == "cooldown" and not 0 < self.cooldown <= longest:
+      raise ValueError(
+        f"config.optimizer.cooldown is {self.cooldown} steps: choose 1 to {longest}, the steps after the warm-up"
+      )
+    if self.schedule == "step" and (not self.milestones or any(factor < 0 for _, factor in self.milestones)):
+      raise ValueError(
+        f"config.optimizer.milestones={self.milestones}: schedule 'step' needs pairs of a step and a factor >= 0"
+      )
 
 
-def _half_cosine(step: Array, peak: float, end: float, first: int, last: int) -> Array:
-  return end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * _progress(step, first, last)))
+def _cosine(settings: ScheduleSettings) -> Schedule:
+  """SLIP's and BeiT's: from the peak at step `warmup`; would reach the end at `total_steps`.
+
+  open_clip's is this one with `warmup_start` = peak / `warmup` and end 0.
+  """
+  return _half_cosine(settings, settings.warmup, settings.total_steps)
 
 
-def _progress(step: Array, first: int, last: int) -> Array:
-  return jnp.clip((step - first) / max(last - first, 1), 0.0, 1.0)
+def _declip_cosine(settings: ScheduleSettings) -> Schedule:
+  """DeCLIP's, one step earlier: from the peak at the last step of the warm-up to the end at the last step."""
+  return _half_cosine(settings, settings.warmup - 1, settings.total_steps - 1)
 
 
-def _cosine(*, peak: float, end: float, warmup_steps: int, total_steps: int, **_: Any) -> Schedule:
-  return lambda step: _half_cosine(step, peak, end, warmup_steps, total_steps)
+def _half_cosine(settings: ScheduleSettings, first: int, last: int) -> Schedule:
+  # optax.cosine_decay_schedule takes the end as a fraction of the peak, which rounds differently and needs a peak > 0.
+  peak, end = settings.learning_rate, settings.end_learning_rate
 
-
-def _declip_cosine(*, peak: float, end: float, warmup_steps: int, total_steps: int, **_: Any) -> Schedule:
-  return lambda step: _half_cosine(step, peak, end, warmup_steps - 1, total_steps - 1)
-
-
-def _step(*, peak: float, milestones: Sequence[tuple[int, float]], **_: Any) -> Schedule:
-  def schedule(step: Array) -> Array:
-    rate = jnp.asarray(peak)
-    for milestone, factor in milestones:
-      rate = jnp.where(step + 1 >= milestone, factor * rate, rate)
-    return rate
+  def schedule(step: Int[Array, "*steps"]) -> Float[Array, "*steps"]:
+    progress = jnp.clip((step - first) / max(last - first, 1), 0.0, 1.0)
+    return end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
   return schedule
 
 
-def _constant(*, peak: float, **_: Any) -> Schedule:
-  return lambda step: jnp.asarray(peak)
+def _step(settings: ScheduleSettings) -> Schedule:
+  """DeCLIP's: the peak times the factors of all milestones reached."""
+  return optax.piecewise_constant_schedule(
+    settings.learning_rate, {step - 1: factor for step, factor in settings.milestones}
+  )
 
 
-def _cooldown(
-  *, peak: float, end: float, total_steps: int, cooldown_steps: int, cooldown_power: float, **_: Any
-) -> Schedule:
-  def schedule(step: Array) -> Array:
-    left = 1 - _progress(step, total_steps - cooldown_steps, total_steps)
-    return end + (peak - end) * left**cooldown_power
-
-  return schedule
+def _constant(settings: ScheduleSettings) -> Schedule:
+  """open_clip's: the peak."""
+  return optax.constant_schedule(settings.learning_rate)
 
 
-SCHEDULES = {
+def _cooldown(settings: ScheduleSettings) -> Schedule:
+  """open_clip's: the peak, and over the last `cooldown` steps down to the end, by a power of the steps left."""
+  return optax.polynomial_schedule(
+    settings.learning_rate,
+    settings.end_learning_rate,
+    settings.cooldown_power,
+    transition_steps=settings.cooldown,
+    transition_begin=settings.total_steps - settings.cooldown,
+  )
+
+
+# What `config.optimizer.schedule` may name. Each function returns the learning rate after the warm-up.
+SCHEDULES: dict[str, Callable[[ScheduleSettings], Schedule]] = {
   "cosine": _cosine,
   "declip_cosine": _declip_cosine,
   "step": _step,
@@ -63,73 +122,15 @@ SCHEDULES = {
 }
 
 
-def make_schedule(
-  name: str,
-  *,
-  peak: float,
-  warmup_steps: int,
-  total_steps: int,
-  start: float,
-  end: float,
-  milestones: Sequence[tuple[int, float]] = (),
-  cooldown_steps: int = 0,
-  cooldown_power: float = 1.0,
-) -> Schedule:
-  """Learning rate of a 0-based step: linear from `start`, reaching `peak` at step `warmup_steps - 1`, then by `name`.
+def make_schedule(settings: ScheduleSettings) -> Schedule:
+  """The learning rate of each step: a linear rise, with the peak at step `warmup - 1`, then the named schedule."""
+  # Not optax.join_schedules, which restarts the count at the boundary: milestones count from the start of training, and
+  # DeCLIP's cosine starts one step before it.
+  after = SCHEDULES[settings.schedule](settings)
+  start, peak, warmup = settings.warmup_start, settings.learning_rate, settings.warmup
 
-  - "cosine": SLIP's and BeiT's. From `peak` at step `warmup_steps`; would reach `end` at `total_steps`. open_clip's is
-    this one with `start` = `peak / warmup_steps` and `end` 0.
-  - "declip_cosine": DeCLIP's, one step ahead: from `peak` at the last step of the warm-up, to `end` at the last step.
-  - "step": DeCLIP's. `peak` times the factors of the milestones passed.
-  - "constant": open_clip's. `peak`.
-  - "cooldown": open_clip's. `peak`, and in the last `cooldown_steps` to `end`, as what is left of them to a power.
-
-  Args:
-    name: one of `SCHEDULES`.
-    peak: learning rate after the warm-up.
-    warmup_steps: of the linear rise; 0 is none.
-    total_steps: of the training.
-    start: learning rate of step 0, if there is a warm-up.
-    end: learning rate that the cosines and the cooldown fall to.
-    milestones: pairs of a step, counted from 1 as in DeCLIP's configs and our logs, and the factor from it on.
-    cooldown_steps, cooldown_power: length and form of the cooldown; power 1 is linear.
-
-  Raises:
-    ValueError: an unknown name; a rate that is not finite; warm-up and cooldown are longer than the training; "step"
-      without milestones.
-  """
-  check_name("schedule", name, SCHEDULES)
-  factors = {f"milestones[{step}]": factor for step, factor in milestones}
-  check_finite(
-    {
-      "learning_rate": peak,
-      "warmup_start": start,
-      "end_learning_rate": end,
-      "cooldown_power": cooldown_power,
-      **factors,
-    }
-  )
-  if warmup_steps > total_steps:
-    raise ValueError(f"config.optimizer.warmup is {warmup_steps} steps, longer than the training of {total_steps}")
-  if name == "cooldown" and not 0 < cooldown_steps <= total_steps - warmup_steps:
-    raise ValueError(
-      f"config.optimizer.cooldown is {cooldown_steps} steps: 1 to {total_steps - warmup_steps}, what the training "
-      f"of {total_steps} has behind its warm-up"
-    )
-  if name == "step" and not milestones:
-    raise ValueError("config.optimizer.milestones=(): schedule 'step' needs pairs of a step and a factor")
-  falling = SCHEDULES[name](
-    peak=peak,
-    end=end,
-    warmup_steps=warmup_steps,
-    total_steps=total_steps,
-    milestones=milestones,
-    cooldown_steps=cooldown_steps,
-    cooldown_power=cooldown_power,
-  )
-
-  def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
-    rising = start + (peak - start) * step / max(warmup_steps - 1, 1)
-    return jnp.where(step < warmup_steps, rising, falling(step))
+  def schedule(step: Int[Array, "*steps"]) -> Float[Array, "*steps"]:
+    rising = start + (peak - start) * step / max(warmup - 1, 1)
+    return jnp.where(step < warmup, rising, after(step))
 
   return schedule
