@@ -108,7 +108,7 @@ class Ours:
     loaded = read(weights, {"image.activation": "gelu", "text.activation": "gelu"} if "quick" not in args.model else {})
     config = config_lib.default("clip")
     config.batch_size = args.batch_size
-    config.data.image_size = loaded.image_size
+    config.data.image_size = loaded.view.size
     for part in ("image", "text"):
       config.model[part] = loaded.model[part]
     config.model.heads.embed_dim = loaded.model.heads.embed_dim

@@ -37,7 +37,7 @@ def operations(data: bytes, size: int, engine: images.EngineName) -> dict[str, W
   """The rows of the table, each from a generator to pixels: single operations, then whole examples from bytes on."""
   do, pixels = images.ENGINES[engine], images.decode(data)
   height, width, _ = pixels.shape
-  view = images.eval_view(pixels, size=size)
+  view = images.eval_view(pixels, images.EvalView(size))
 
   def crop(rng: np.random.Generator, interpolation: str = "bilinear") -> np.ndarray:
     return do.cut(

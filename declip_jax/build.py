@@ -14,9 +14,10 @@ import optax
 
 from declip_jax import objectives
 from declip_jax.config import steps_of
-from declip_jax.data.images import INTERPOLATIONS
+from declip_jax.data.images import INTERPOLATIONS, EvalView
 from declip_jax.data.recipes import MakeViews, Recipe, get_recipe, trimmed
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
+from declip_jax.evals.encoders import EncoderFactory, make_encode_functions
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_below
 from declip_jax.objectives import diagnostics
@@ -333,6 +334,23 @@ def make_augment(config: ConfigDict, built: Built) -> Callable[[Batch, Array], B
     return {**batch, "image": augmentation.augment(batch["image"], key, index, built.recipe.augmentations)}
 
   return augment
+
+
+def make_encoders(config: ConfigDict, built: Built) -> EncoderFactory:
+  """The encode functions of a run, for evaluations.
+
+  Raises:
+    ValueError: `config.evaluate_batch_size` does not divide into the devices.
+  """
+  view = EvalView(
+    size=config.data.image_size,
+    resize=config.data.evaluation_resize,
+    interpolation=config.data.interpolation,
+    mean=config.model.mean,
+    std=config.model.std,
+  )
+  functions = make_encode_functions(built.model, built.mesh, tokens=objectives.compares_tokens(config.objective))
+  return EncoderFactory(functions, built.tokenizer, view, config.evaluate_batch_size)
 
 
 def make_objective(config: ConfigDict, mesh: Mesh | None) -> objectives.Objective:

@@ -27,7 +27,7 @@ from declip_jax import objectives
 from declip_jax.clip import load
 from declip_jax.data.sources import open_source
 from declip_jax.evals import EVALUATORS
-from declip_jax.evals.embed import Encoders
+from declip_jax.evals.encoders import Encoders
 from declip_jax.reporting.metrics import summary_table
 from declip_jax.runtime.command import launch
 

@@ -29,8 +29,7 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from declip_jax import build, objectives
-from declip_jax.build import check_objective, make_augment, make_step
-from declip_jax.clip import EncoderFactory
+from declip_jax.build import check_objective, make_augment, make_encoders, make_step
 from declip_jax.data import pipeline
 from declip_jax.data.sources import BAD, Source, open_source
 from declip_jax.evaluate import check_evals, make_evaluators
@@ -102,16 +101,7 @@ def train(
   check_objective(config, built.model, batch_shape)
   abstract = abstract_state(batch_shape, mesh, model=built.model, optimizer=built.optimizer)
   step_fn = make_step(config, built, steps, abstract)
-  encoders = EncoderFactory(
-    built.model,
-    mesh,
-    built.tokenizer,
-    image_size=config.data.image_size,
-    interpolation=config.data.interpolation,
-    resize=config.data.evaluation_resize,
-    batch_size=config.evaluate_batch_size,
-    tokens=objectives.compares_tokens(config.objective),
-  )
+  encoders = make_encoders(config, built)
   evaluate = make_evaluators(config.evals, workdir)
   best = config.checkpoint.best_metric
   if best and not any(best.startswith(f"eval/{name}/") for name in config.evals):
@@ -174,13 +164,14 @@ def train(
     if line := trace.out_of_reach(start, steps.total):
       progress.message(line)
     watchdog = stack.enter_context(Watchdog(workdir, config.safety.hang_timeout))
+    beat = partial(watchdog.beat, "the evaluation")
     watch = _Watch(config, mesh.size, start)
     row: dict[str, float] = {}
     results: dict[str, float] = {}
 
     def score(step: int, state: State) -> dict[str, float]:
       with progress.pause(), watch.spending("evaluation"):
-        results = evaluate(watchdog.listening(encoders.bind(state.params, state.collections)))
+        results = evaluate(encoders.bind(state.params, state.collections).with_callback(beat))
       checkpoints.score(step, results)
       writer.write(step, {"examples": step * config.batch_size, **results})
       for line in _scores(step, results):
@@ -194,7 +185,7 @@ def train(
       if agree("" if told or not main else "it was stopped right before"):
         results = score(start, state)
       elif start >= steps.total:
-        results = evaluate(watchdog.listening(encoders.bind(state.params, state.collections)))
+        results = evaluate(encoders.bind(state.params, state.collections).with_callback(beat))
 
     step = turn = start
     while step < steps.total:

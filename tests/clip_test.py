@@ -11,10 +11,13 @@ import pytest
 import references as reference
 from tiny import tiny_config
 
-from declip_jax import clip, objectives
-from declip_jax.clip import Clip, make_late_interaction
+from declip_jax import objectives
+from declip_jax.clip import Clip
+from declip_jax.data.images import EvalView
 from declip_jax.data.sources import open_source
-from declip_jax.evals.embed import TextTokens, embed_images, embed_texts
+from declip_jax.evals import similarity as similarity_lib
+from declip_jax.evals.features import embed_images, embed_texts
+from declip_jax.evals.similarity import TextTokens, make_late_interaction
 from declip_jax.evals.zero_shot import prompts, token_classifier
 from declip_jax.models.model import make_model
 from declip_jax.runtime.checkpoint import Checkpoints
@@ -53,7 +56,7 @@ def rows():
 
 @pytest.mark.parametrize(("devices", "block"), [(1, 1024), (8, 1024), (8, 8), (1, 4)])
 def test_late_interaction_equals_loops_on_any_mesh_and_in_any_blocks(rows, devices, block, monkeypatch):
-  monkeypatch.setattr(clip, "_BLOCK", block)
+  monkeypatch.setattr(similarity_lib, "_BLOCK", block)
   similarity = make_late_interaction(make_mesh(-1, 1, jax.devices()[:devices]))
   image, text = rows
   to_text, to_image = late_interaction_by_loops(image, text)
@@ -83,8 +86,8 @@ def make_weights(method):
   # As if trained for a while: untrained towers say nearly the same of everything.
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), params)
-  about = {"image_size": 16, "interpolation": "bilinear", "tokens": objectives.compares_tokens(c.objective)}
-  return Weights("nowhere", c.model, heads, params, collections, **about)
+  tokens = objectives.compares_tokens(c.objective)
+  return Weights("nowhere", c.model, heads, params, collections, EvalView(16), tokens=tokens)
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +165,8 @@ def test_evaluators_of_filip_see_tokens_whatever_batch_and_devices(filip, tokens
   one = Clip(make_weights("filip"), make_mesh(-1, 1, jax.devices()[:1]))
   found = []
   for encoders in (filip.encoders(16), one.encoders(5)):
-    logits = embed_images(source, encoders, then=token_classifier(source.classnames, templates, encoders)).rows
-    found.append((logits, embed_images(source, encoders).rows, embed_texts(TEXTS, encoders)))
+    logits = embed_images(source, encoders, then=token_classifier(source.classnames, templates, encoders)).embeddings
+    found.append((logits, embed_images(source, encoders).embeddings, embed_texts(TEXTS, encoders)))
   for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
   logits, image, text = found[0]

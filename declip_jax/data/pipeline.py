@@ -395,17 +395,15 @@ class EvaluationBatches:
   Args:
     source: to read.
     batch_size: global.
-    size, interpolation, resize: of `images.eval_view`.
-    rows: of each global batch that are this host's, `[b]`.
-    threads: to read with.
+    view: how images are preprocessed.
+    batch_rows: indices of this host's rows in each global batch, `[b]`.
+    threads: number of reading threads.
   """
 
   source: Source
   batch_size: int
-  size: int
-  interpolation: str
-  resize: int
-  rows: np.ndarray
+  view: images.EvalView
+  batch_rows: np.ndarray
   threads: int = 4
 
   def __iter__(self) -> Iterator[Row]:
@@ -414,11 +412,15 @@ class EvaluationBatches:
     return iter(grain.MapDataset.range(count).map(self._batch).to_iter_dataset(options))
 
   def _batch(self, index: int) -> Row:
-    rows = [self._row(index * self.batch_size + int(row)) for row in self.rows]
+    rows = [self._row(index * self.batch_size + int(row)) for row in self.batch_rows]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
   def _row(self, index: int) -> Row:
-    blank = {"image": np.zeros((self.size, self.size, 3), np.uint8), "label": np.int32(-1), "mask": np.bool_(False)}
+    blank = {
+      "image": np.zeros((self.view.size, self.view.size, 3), np.uint8),
+      "label": np.int32(-1),
+      "mask": np.bool_(False),
+    }
     if index >= len(self.source):
       return blank
     try:
@@ -429,7 +431,7 @@ class EvaluationBatches:
         "left out of the evaluation: %s, example %d: %s", self.source.name, index, error
       )
       return blank
-    image = images.eval_view(pixels, size=self.size, interpolation=self.interpolation, resize=self.resize)
+    image = images.eval_view(pixels, self.view)
     return {"image": image, "label": np.int32(example["label"]), "mask": np.bool_(True)}
 
 

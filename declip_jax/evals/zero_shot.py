@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 import numpy as np
 
 from declip_jax.data.sources import Source
-from declip_jax.evals.embed import Encoders, Rows, embed_images, embed_texts
+from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.features import embed_images, embed_texts
+from declip_jax.evals.metrics import accuracies
+from declip_jax.evals.similarity import Embeddings
 
 
 def classifier(
@@ -25,7 +28,7 @@ def classifier(
 
 def token_classifier(
   classnames: Sequence[str], templates: Sequence[str], encoders: Encoders
-) -> Callable[[Rows], Float[np.ndarray, "n classes"]]:
+) -> Callable[[Embeddings], Float[np.ndarray, "n classes"]]:
   """The logits of images by their tokens: the mean over templates of the late interaction with a class's prompts.
 
   FILIP (Yao et al. 2022, section 3.3). DeCLIP's released code differs: it takes the mean over prompts of the tokens at
@@ -37,7 +40,7 @@ def token_classifier(
   """
   rows = embed_texts(prompts(classnames, templates), encoders)
 
-  def logits(image: Rows) -> Float[np.ndarray, "n classes"]:
+  def logits(image: Embeddings) -> Float[np.ndarray, "n classes"]:
     return encoders.similarity(image, rows).reshape(-1, len(classnames), len(templates)).mean(axis=2)
 
   return logits
@@ -53,24 +56,6 @@ def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
     if "{}" not in template:
       raise ValueError(f"prompt template {template!r} has no {{}} for the class name")
   return [template.format(name) for name in classnames for template in templates]
-
-
-def scores(logits: Float[np.ndarray, "n classes"], label: Int[np.ndarray, "n"]) -> dict[str, float]:
-  """Top-1, top-5 and mean per-class top-1 accuracy, as fractions, and the share of the largest class.
-
-  The share is what always answering the most frequent class would get. Classes without an image do not count.
-  """
-  order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-  hits = order == label[:, None]
-  totals = np.bincount(label, minlength=logits.shape[1])
-  correct = np.bincount(label, weights=hits[:, 0], minlength=logits.shape[1])
-  present = totals > 0
-  return {
-    "top1": float(hits[:, 0].mean()),
-    "top5": float(hits.any(axis=1).mean()),
-    "mean_per_class": float((correct[present] / totals[present]).mean()),
-    "majority_share": float(totals.max() / totals.sum()),
-  }
 
 
 def zero_shot(
@@ -92,6 +77,6 @@ def zero_shot(
   used = images.label >= 0  # -1 also where an image cannot be read
   if not used.any():
     raise ValueError(f"{source.name} has no readable image with a class label")
-  logits = images.rows[used] if encoders.tokens else encoders.similarity(images.rows[used], weights)
-  yield from scores(logits, images.label[used]).items()
+  logits = images.embeddings[used] if encoders.tokens else encoders.similarity(images.embeddings[used], weights)
+  yield from accuracies(logits, images.label[used]).items()
   yield "images", int(used.sum())

@@ -1,7 +1,5 @@
 """Ends a process whose training stands still, so that whoever started it can start it again."""
 
-from collections.abc import Callable
-import dataclasses
 import faulthandler
 import math
 import os
@@ -9,11 +7,9 @@ from pathlib import Path
 import sys
 import threading
 import time
-from typing import Any, Self
+from typing import Self
 
 import jax
-
-from declip_jax.evals.embed import Encoders
 
 EXIT_CODE = 70
 _LAST_WORDS = 10.0  # seconds for message and stacks: the directory may be what hangs
@@ -41,18 +37,6 @@ class Watchdog:
   def beat(self, doing: str) -> None:
     """Life goes on; `doing` names what begins now."""
     self._latest = time.monotonic(), doing
-
-  def listening(self, encoders: Encoders) -> Encoders:
-    """The same functions; each call of them is a beat, since evaluations may take long."""
-
-    def beating(function: Callable[..., Any]) -> Callable[..., Any]:
-      def call(*inputs: Any) -> Any:
-        self.beat("the evaluation")
-        return function(*inputs)
-
-      return call
-
-    return dataclasses.replace(encoders, image=beating(encoders.image), text=beating(encoders.text))
 
   def __enter__(self) -> Self:
     return self

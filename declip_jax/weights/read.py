@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from declip_jax import architectures, objectives
 from declip_jax import config as config_lib
+from declip_jax.data.images import EvalView
 from declip_jax.runtime.checkpoint import Checkpoints, restore_as_numpy
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import StateDict, abstract_variables, expected_shapes, layout, to_variables
@@ -37,7 +38,8 @@ _WEIGHT_FILES = (
   "model.safetensors",
   "pytorch_model.bin",
 )
-_VIEW = ("image_size", "interpolation", "resize")  # fields of `Weights` that settings may replace, too
+# Settings and fields of an export that are not fields of `config.model`, and the fields of `EvalView` that they set.
+_VIEW = {"image_size": "size", "interpolation": "interpolation", "resize": "resize"}
 EXPORT_FILE = "weights.json"  # beside the arrays of an orbax export
 
 
@@ -49,11 +51,9 @@ class Weights(NamedTuple):
     model: the `config.model` that they fit.
     heads: which of `models.heads.HEADS` are among them.
     params, collections: float32 trees; of a SimCLR model without the text tower and the projections.
-    image_size: pixels.
-    interpolation: of the evaluation view.
+    view: preprocessing of the images that the model is evaluated on.
     rest: tensors of the file that have no place in the model, under OpenAI's names.
     remarks: what a user should know about how the file was read.
-    resize: shorter side, in pixels, before the evaluation view is cut out; 0 is `image_size`.
     step: of a run's checkpoint.
     tokens: whether only tokens were trained to be compared and not pooled embeddings, as in FILIP.
   """
@@ -63,11 +63,9 @@ class Weights(NamedTuple):
   heads: tuple[str, ...]
   params: Tree
   collections: Tree
-  image_size: int
-  interpolation: str
+  view: EvalView
   rest: StateDict = MappingProxyType({})
   remarks: tuple[str, ...] = ()
-  resize: int = 0
   step: int | None = None
   tokens: bool = False
 
@@ -152,10 +150,8 @@ def from_state_dict(
     heads=tuple(found.heads),
     params=tree["params"],
     collections=collections,
-    image_size=found.image_size,
-    interpolation=found.interpolation,
+    view=EvalView(found.image_size, resize, found.interpolation, found.model.mean, found.model.std),
     rest=rest,
-    resize=resize,
     tokens="filip" in found.heads and "simsiam" not in found.heads,  # FILIP; DeFILIP has both and compares embeddings
     remarks=(*remarks, *([f"without a place in this model: {', '.join(unused)}"] if unused else [])),
   )
@@ -201,9 +197,13 @@ def read_run(
     heads=heads,
     params=params,
     collections=collections,
-    image_size=config.data.image_size,
-    interpolation=config.data.interpolation,
-    resize=config.data.evaluation_resize,
+    view=EvalView(
+      config.data.image_size,
+      config.data.evaluation_resize,
+      config.data.interpolation,
+      config.model.mean,
+      config.model.std,
+    ),
     step=chosen,
     remarks=tuple(remarks),
     tokens=objectives.compares_tokens(config.objective),
@@ -219,8 +219,8 @@ def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     variables["collections"] = _without_momentum(variables["collections"])
     restored = checkpointer.restore((path / "arrays").resolve(), args=restore_as_numpy(variables))
-  view = {name: about[name] for name in _VIEW}
-  weights = Weights(about.origin, about.model, about.heads, **restored, **view, tokens=about.get("tokens", False))
+  view = EvalView(**{ours: about[name] for name, ours in _VIEW.items()}, mean=about.model.mean, std=about.model.std)
+  weights = Weights(about.origin, about.model, about.heads, **restored, view=view, tokens=about.get("tokens", False))
   return _with_settings(weights, settings, str(path))
 
 
@@ -231,9 +231,10 @@ def _without_momentum(collections: Tree) -> Tree:
 
 def _with_settings(weights: Weights, settings: Mapping[str, Any], name: str) -> Weights:
   others = dict(settings)
-  view = {key: others.pop(key) for key in _VIEW if key in others}
+  view = {ours: others.pop(key) for key, ours in _VIEW.items() if key in others}
   _replace(weights.model, others, name)
-  return weights._replace(**view)
+  view |= {"mean": weights.model.mean, "std": weights.model.std}
+  return weights._replace(view=dataclasses.replace(weights.view, **view))
 
 
 def _weights_file(folder: Path) -> Path:

@@ -79,11 +79,15 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
   }
   if "logit_bias" in tensors:
     config["init_logit_bias"] = float(tensors["logit_bias"].reshape(()))
-  preprocess = {"mean": list(model.mean), "std": list(model.std), "interpolation": weights.interpolation}
+  preprocess = {
+    "mean": list(weights.view.mean),
+    "std": list(weights.view.std),
+    "interpolation": weights.view.interpolation,
+  }
   preprocess["resize_mode"] = "shortest"
-  if weights.resize:
+  if weights.view.resize:
     notes.append(
-      f"left out: the resize to {weights.resize} pixels before evaluation cuts out {weights.image_size}; open_clip "
+      f"left out: the resize to {weights.view.resize} pixels before evaluation cuts out {weights.view.size}; open_clip "
       "resizes to the latter"
     )
   _save(folder, "open_clip_model.safetensors", dialects.from_openai(tensors, dialect))
@@ -93,7 +97,7 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
 
 def _open_clip_vision(weights: Weights, tensors: StateDict, notes: list[str]) -> tuple[dict[str, Any], str]:
   """The `vision_cfg` and the dialect; a patch bias may move into the positions."""
-  image, size = weights.model.image, weights.image_size
+  image, size = weights.model.image, weights.view.size
   if image.kind == "resnet":
     return {"image_size": size, "layers": list(image.layers), "width": image.width, "patch_size": None}, "OpenAI"
   if image.kind != "vit":
@@ -178,7 +182,7 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
     "vision_config": {
       "model_type": "clip_vision_model",
       **tower(image, image.epsilon),
-      "image_size": weights.image_size,
+      "image_size": weights.view.size,
       "patch_size": image.patch,
       "num_channels": 3,
     },
@@ -194,21 +198,21 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
 
 
 def _write_preprocessor(weights: Weights, folder: Path) -> None:
-  size = weights.image_size
+  view = weights.view
   fields = {
     "image_processor_type": "CLIPImageProcessor",
     "processor_class": "CLIPProcessor",
     "do_convert_rgb": True,
     "do_resize": True,
-    "size": {"shortest_edge": weights.resize or size},
-    "resample": _RESAMPLE[weights.interpolation],
+    "size": {"shortest_edge": view.resize or view.size},
+    "resample": _RESAMPLE[view.interpolation],
     "do_center_crop": True,
-    "crop_size": {"height": size, "width": size},
+    "crop_size": {"height": view.size, "width": view.size},
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": list(weights.model.mean),
-    "image_std": list(weights.model.std),
+    "image_mean": list(view.mean),
+    "image_std": list(view.std),
   }
   _write_json(folder / "preprocessor_config.json", fields)
 
@@ -236,9 +240,9 @@ def _orbax(weights: Weights, folder: Path) -> list[str]:
     "origin": weights.origin,
     "model": weights.model.to_dict(),
     "heads": heads,
-    "image_size": weights.image_size,
-    "interpolation": weights.interpolation,
-    "resize": weights.resize,
+    "image_size": weights.view.size,
+    "interpolation": weights.view.interpolation,
+    "resize": weights.view.resize,
     "tokens": weights.tokens,
   }
   _write_json(folder / EXPORT_FILE, about)

@@ -304,7 +304,7 @@ def test_damaged_bytes_give_pixels_or_a_bad_sample(file_format, engine):
     damaged = whole.copy()
     damaged[rng.integers(0, len(whole) if rng.random() < 0.5 else 64, 3)] = rng.integers(0, 256, 3)
     try:
-      view = images.eval_view(damaged.tobytes(), size=8, engine=engine)
+      view = images.eval_view(damaged.tobytes(), images.EvalView(8), engine=engine)
     except BadSample:
       continue
     assert view.dtype == np.uint8
@@ -352,19 +352,19 @@ def test_crops_equal_torchvision(interpolation):
   [("bicubic_64", 64, 0), ("bicubic_65", 65, 0), ("bilinear_64", 64, 0), ("bilinear_64_of_73", 64, 73)],
 )
 def test_eval_view_equals_torchvision(name, size, resize):
-  how = {"size": size, "resize": resize, "interpolation": name.split("_")[0]}
+  view = images.EvalView(size, resize, name.split("_")[0])
   golden = GOLDEN[f"eval_{name}"]
-  np.testing.assert_array_equal(images.eval_view(IMAGE, **how), golden)
-  mean, largest = difference(images.eval_view(IMAGE, **how, engine="fast"), golden)
+  np.testing.assert_array_equal(images.eval_view(IMAGE, view), golden)
+  mean, largest = difference(images.eval_view(IMAGE, view, engine="fast"), golden)
   assert mean < 1.1
   assert largest <= 28
 
 
 def test_eval_view_equals_torchvision_upright_and_enlarged():
-  portrait = images.eval_view(IMAGE.transpose(1, 0, 2), size=64, interpolation="bicubic")
+  portrait = images.eval_view(IMAGE.transpose(1, 0, 2), images.EvalView(64, interpolation="bicubic"))
   np.testing.assert_array_equal(portrait, GOLDEN["eval_bicubic_64_portrait"])
   for engine, limit in (("exact", 0), ("fast", 12)):
-    enlarged = images.eval_view(IMAGE, size=160, interpolation="bicubic", engine=engine)
+    enlarged = images.eval_view(IMAGE, images.EvalView(160, interpolation="bicubic"), engine=engine)
     assert difference(enlarged[::4], GOLDEN["eval_bicubic_160"])[1] <= limit
 
 
@@ -372,22 +372,24 @@ def test_eval_view_equals_torchvision_upright_and_enlarged():
 @pytest.mark.parametrize(("surplus", "offset"), [(1, 0), (2, 1), (3, 2), (5, 2), (7, 4)])
 def test_eval_view_rounds_its_offset_half_to_even(surplus, offset, engine):
   image = IMAGE[: 32 + surplus, :32]
-  np.testing.assert_array_equal(images.eval_view(image, size=32, engine=engine), image[offset : offset + 32])
+  np.testing.assert_array_equal(
+    images.eval_view(image, images.EvalView(32), engine=engine), image[offset : offset + 32]
+  )
 
 
 @both
 def test_eval_view_of_a_very_long_image_is_its_centre(engine):
   ramp = np.broadcast_to(np.linspace(0, 255, 60000).astype(np.uint8)[None, :, None], (2, 60000, 3))
-  assert np.abs(images.eval_view(ramp, size=32, engine=engine).astype(int) - 127).max() <= 1
+  assert np.abs(images.eval_view(ramp, images.EvalView(32), engine=engine).astype(int) - 127).max() <= 1
 
 
 def test_options_are_checked():
   with pytest.raises(ValueError, match="resize 30 is smaller than the 32"):
-    images.eval_view(IMAGE, size=32, resize=30)
+    images.eval_view(IMAGE, images.EvalView(32, resize=30))
   with pytest.raises(ValueError, match=r"'lanczos' is none of \['bicubic', 'bilinear'\]"):
-    images.eval_view(IMAGE, size=32, interpolation="lanczos")
+    images.eval_view(IMAGE, images.EvalView(32, interpolation="lanczos"))
   with pytest.raises(ValueError, match=r"'slow' is none of \['exact', 'fast'\]"):
-    images.eval_view(IMAGE, size=32, engine="slow")
+    images.eval_view(IMAGE, images.EvalView(32), engine="slow")
 
 
 @both
@@ -447,7 +449,7 @@ def test_fine_stripes_do_not_alias():
   stripes = np.zeros((400, 400, 3), np.uint8)
   stripes[:, ::2] = 255
   for size, limit in ((300, 42), (220, 10), (150, 8), (70, 5)):
-    wide, ours = (images.eval_view(stripes, size=size, engine=engine).std() for engine in ("exact", "fast"))
+    wide, ours = (images.eval_view(stripes, images.EvalView(size), engine=engine).std() for engine in ("exact", "fast"))
     assert ours < limit
     assert wide < limit
 
@@ -742,8 +744,8 @@ def test_views_of_any_image_are_contiguous_and_writable(shape, engine):
   image.flags.writeable = False
   full = replace(STRONG, solarize_probability=0.5)
   for source in (image, encode(image, "JPEG")):
-    views = [images.eval_view(source, size=24, engine=engine)]
-    views.append(images.eval_view(source, size=24, resize=32, interpolation="bicubic", engine=engine))
+    views = [images.eval_view(source, images.EvalView(24), engine=engine)]
+    views.append(images.eval_view(source, images.EvalView(24, 32, "bicubic"), engine=engine))
     for seed in range(6):
       for augmentation in (WEAK, SQUARE, full):
         views.append(images.random_view(source, augmentation, np.random.default_rng(seed), size=24, engine=engine))

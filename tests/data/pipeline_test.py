@@ -397,7 +397,7 @@ def test_prefetch_gives_states_and_passes_errors_on() -> None:
 def test_evaluation_is_in_order_padded_and_masked(batch_size: int, hosts: int) -> None:
   source = Numbers(11, broken=(3,))
   parts = [
-    list(pipeline.EvaluationBatches(source, batch_size, 2, "bilinear", 0, rows))
+    list(pipeline.EvaluationBatches(source, batch_size, images.EvalView(2), rows))
     for rows in np.array_split(np.arange(batch_size), hosts)
   ]
   assert len({len(part) for part in parts}) == 1

@@ -1,13 +1,15 @@
 """Tests of `declip_jax.evals.retrieval` against CLIP_benchmark, against loops, and over a small source."""
 
-import importlib
-
 import numpy as np
 import pytest
 import references as reference
 
-from declip_jax.evals.embed import Encoders, TextTokens
-from declip_jax.evals.retrieval import recall, retrieval
+from declip_jax.data.images import EvalView
+from declip_jax.evals import metrics
+from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.metrics import recall
+from declip_jax.evals.retrieval import retrieval
+from declip_jax.evals.similarity import TextTokens
 
 
 def unit(x):
@@ -22,8 +24,7 @@ def own_captions(image_of_text):
 @pytest.mark.parametrize("captions", ["retrieval", "retrieval_var"])
 @pytest.mark.parametrize("chunk", [1024, 7])
 def test_recall_equals_clip_benchmark(captions, chunk, monkeypatch):
-  # By its full name, since the package calls the function by that of the module.
-  monkeypatch.setattr(importlib.import_module("declip_jax.evals.retrieval"), "_CHUNK", chunk)
+  monkeypatch.setattr(metrics, "_CHUNK", chunk)
   golden = reference.load("metrics")
   match, group = own_captions(golden[f"{captions}/text_to_image_index"])
   image, text = unit(golden["retrieval/image_embeddings"]), unit(golden[f"{captions}/text_embeddings"])
@@ -57,7 +58,7 @@ def test_recall_with_shared_captions_equals_loops():
 @pytest.mark.parametrize("chunk", [1024, 7])
 def test_each_direction_has_scores_of_its_own(chunk, monkeypatch):
   # Rows are tokens, here the index of the row, and the two directions have nothing to do with each other.
-  monkeypatch.setattr(importlib.import_module("declip_jax.evals.retrieval"), "_CHUNK", chunk)
+  monkeypatch.setattr(metrics, "_CHUNK", chunk)
   rng = np.random.default_rng(0)
   image, text = np.arange(15)[:, None, None], TextTokens(np.arange(30)[:, None, None], np.ones((30, 1), bool))
   to_text, to_image = rng.normal(size=(15, 30)), rng.normal(size=(30, 15))
@@ -108,11 +109,9 @@ def encoders(words, batch_size=4):
     text=lambda tokens: table[tokens[:, 0]],
     gather=lambda rows: rows,
     tokenizer=lambda texts: np.array([[words[text]] for text in texts]),
-    image_size=8,
-    interpolation="bilinear",
-    resize=0,
+    view=EvalView(8),
     batch_size=batch_size,
-    rows=np.arange(batch_size),
+    batch_rows=np.arange(batch_size),
   )
 
 

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import references as reference
 
-from declip_jax.evals.embed import Encoders, TextTokens
-from declip_jax.evals.zero_shot import classifier, scores, token_classifier, zero_shot
+from declip_jax.data.images import EvalView
+from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.metrics import accuracies
+from declip_jax.evals.similarity import TextTokens
+from declip_jax.evals.zero_shot import classifier, token_classifier, zero_shot
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +28,9 @@ def encoders(text_rows, prompts, image_rows=None, batch_size=4):
     text=lambda tokens: text_rows[tokens[:, 0]],
     gather=lambda rows: rows,
     tokenizer=lambda texts: np.array([[ids[text]] for text in texts]),
-    image_size=8,
-    interpolation="bilinear",
-    resize=0,
+    view=EvalView(8),
     batch_size=batch_size,
-    rows=np.arange(batch_size),
+    batch_rows=np.arange(batch_size),
   )
 
 
@@ -49,7 +50,7 @@ class Source(list):
 
 
 def test_scores_equal_slip_and_clip_benchmark(golden):
-  found = scores(golden["classification/logits"], golden["classification/labels"])
+  found = accuracies(golden["classification/logits"], golden["classification/labels"])
   np.testing.assert_allclose(found["top1"], golden["classification/clipbench_acc1"], atol=1e-7)
   np.testing.assert_allclose(found["top5"], golden["classification/clipbench_acc5"], atol=1e-7)
   np.testing.assert_allclose(
@@ -66,7 +67,7 @@ def test_scores_equal_slip_and_clip_benchmark(golden):
 
 def test_classes_without_an_image_do_not_count():
   logits = np.eye(4)[[0, 0, 1]]
-  found = scores(logits, np.array([0, 1, 1]))
+  found = accuracies(logits, np.array([0, 1, 1]))
   assert found == {"top1": 2 / 3, "top5": 1.0, "mean_per_class": 0.75, "majority_share": 2 / 3}
 
 
@@ -119,11 +120,9 @@ def test_tokens_are_compared_with_every_prompt_and_scores_averaged_over_template
     text=lambda tokens: TextTokens(token[tokens[:, 1]], valid[tokens[:, 1]]),
     gather=lambda rows: rows,
     tokenizer=lambda texts: np.array([[1, ids[text]] + 30 * [0] for text in texts]),
-    image_size=8,
-    interpolation="bilinear",
-    resize=0,
+    view=EvalView(8),
     batch_size=4,
-    rows=np.arange(4),
+    batch_rows=np.arange(4),
     similarity=similarity,
     tokens=True,
   )

@@ -13,6 +13,7 @@ import transformers
 
 from declip_jax import architectures, config
 from declip_jax.clip import Clip, load
+from declip_jax.data.images import EvalView
 from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.sharding import make_mesh
 from declip_jax.weights.layout import abstract_variables
@@ -62,7 +63,8 @@ def random_weights(architecture: architectures.Architecture, heads: tuple[str, .
 
   variables = jax.tree.map_with_path(draw, shapes)
   variables["params"]["heads"]["logit_scale"] = np.float32(2.5)
-  return Weights("test", c.model, heads, **variables, image_size=architecture.image_size, interpolation="bicubic")
+  view = EvalView(architecture.image_size, 0, "bicubic", c.model.mean, c.model.std)
+  return Weights("test", c.model, heads, **variables, view=view)
 
 
 def assert_near(ours: np.ndarray, theirs: torch.Tensor) -> None:

@@ -47,9 +47,12 @@ def test_published_architectures_are_recognised(name: str, method: str) -> None:
     ours = {key: value for key, value in c.model[part].items() if value is not None}
     assert {key: value for key, value in found.model[part].items() if value is not None} == ours
   assert found.model.heads.embed_dim == c.model.heads.embed_dim
-  assert (found.image_size, tuple(found.heads)) == (c.data.image_size, HEADS[method])
+  assert (found.view.size, tuple(found.heads)) == (c.data.image_size, HEADS[method])
   imagenet = dialect != "OpenAI"
-  assert (found.model.mean == config.IMAGENET_MEAN, found.interpolation == "bilinear") == (imagenet, imagenet)
+  assert (found.view.mean == found.model.mean == config.IMAGENET_MEAN, found.view.interpolation == "bilinear") == (
+    imagenet,
+    imagenet,
+  )
 
 
 @pytest.fixture(scope="module")

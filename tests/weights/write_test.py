@@ -65,12 +65,12 @@ def test_read_again_it_is_the_same(name: str, format: str, tmp_path: Path) -> No
   assert ours.keys() - theirs.keys() - set(moved) <= {key for key in ours if key.startswith("heads/")}
   for key in theirs.keys() - set(moved):
     np.testing.assert_array_equal(theirs[key], ours[key], err_msg=key)
-  assert (again.image_size, again.interpolation) == (weights.image_size, weights.interpolation)
-  assert weights.resize == (36 if name == "declip" else 0)  # as 256 to 224
+  assert (again.view.size, again.view.interpolation) == (weights.view.size, weights.view.interpolation)
+  assert weights.view.resize == (36 if name == "declip" else 0)  # as 256 to 224
   if format == "open_clip":  # which has no place for it
-    assert (again.resize, any("left out: the resize" in note for note in notes)) == (0, name == "declip")
+    assert (again.view.resize, any("left out: the resize" in note for note in notes)) == (0, name == "declip")
   else:
-    assert again.resize == weights.resize
+    assert again.view == weights.view
   for part in ("image", "text", "mean", "std"):
     ours, theirs = weights.model[part], again.model[part]
     assert dict(ours.items()) == dict(theirs.items()) if part in ("image", "text") else ours == theirs
@@ -169,7 +169,7 @@ def test_a_run_of_every_method_goes_out_and_comes_back(
   ours, theirs = {"p": weights.params, "c": collections}, {"p": again.params, "c": again.collections}
   assert jax.tree.structure(ours) == jax.tree.structure(theirs)
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-  assert (again.tokens, again.image_size, again.resize) == (weights.tokens, weights.image_size, weights.resize)
+  assert (again.tokens, again.view) == (weights.tokens, weights.view)
   assert again.model.to_json() == weights.model.to_json()
   for format in ("open_clip", "huggingface"):
     refused = {
@@ -236,7 +236,7 @@ def test_export_by_command(workdir: Path, tmp_path: Path) -> None:
 
 def test_load_takes_images_of_all_kinds_and_numbers(workdir: Path, tmp_path: Path) -> None:
   clip = declip_jax.load(workdir)
-  assert (clip.step, clip.image_size) == (2, 16)
+  assert (clip.step, clip.view.size) == (2, 16)
   pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
   file = tmp_path / "image.png"
   PIL.Image.fromarray(pixels).save(file)

@@ -181,23 +181,42 @@ def random_view(
   return make(photo, [plan], interpolation=interpolation, engine=engine)[0]
 
 
-def eval_view(
-  image: bytes | np.ndarray | Image.Image | Photo,
-  *,
-  size: int,
-  resize: int = 0,
-  interpolation: Interpolation = "bilinear",
-  engine: EngineName = "exact",
-) -> Pixels:
-  """Resizes the shorter side to `resize` pixels (0 is `size`) and cuts out the centre, `[size size 3]`.
+@dataclass(frozen=True)
+class EvalView:
+  """The view of an image that a model is evaluated on.
 
-  By default equal to torchvision, to the bit: what is measured should not depend on our speed. CLIP evaluates with
-  `interpolation="bicubic"`, SLIP with bilinear, DeCLIP with bilinear and `resize=256, size=224`.
+  CLIP evaluates with bicubic interpolation, SLIP with bilinear, DeCLIP with bilinear and `size=224, resize=256`.
+
+  Attributes:
+    size: height and width of the view, in pixels.
+    resize: length of the image's shorter side, in pixels, before the centre is cut out; 0 means `size`.
+    interpolation: method of resizing.
+    mean, std: per channel, on a scale of 0 to 1, by which the model normalises pixels; see `normalise`.
+  """
+
+  size: int
+  resize: int = 0
+  interpolation: Interpolation = "bilinear"
+  mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+  std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+  def normalise(self, pixels: np.ndarray) -> np.ndarray:
+    """Normalised float32 pixels of a uint8 view."""
+    mean, std = (np.asarray(x, np.float32) for x in (self.mean, self.std))
+    return (np.asarray(pixels, np.float32) / 255 - mean) / std
+
+
+def eval_view(
+  image: bytes | np.ndarray | Image.Image | Photo, view: EvalView, *, engine: EngineName = "exact"
+) -> Pixels:
+  """Resizes an image and cuts out its centre, `[size size 3]`, not normalised.
+
+  The default engine equals torchvision bit for bit, so that a score does not depend on how fast we preprocess.
 
   Raises:
     BadSample: the image cannot be read.
-    ValueError: as `centre_crop` and `make`.
+    ValueError: see `centre_crop` and `make`.
   """
   photo = open_photo(image)
-  plan = Plan(centre_crop(photo.height, photo.width, size, resize))
-  return make(photo, [plan], interpolation=interpolation, engine=engine)[0]
+  plan = Plan(centre_crop(photo.height, photo.width, view.size, view.resize))
+  return make(photo, [plan], interpolation=view.interpolation, engine=engine)[0]

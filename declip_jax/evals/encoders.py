@@ -1,0 +1,147 @@
+"""The encode functions of a model, compiled once: `Clip` calls them, evaluators receive them with parameters bound."""
+
+from collections.abc import Callable
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Int, UInt8
+import numpy as np
+
+from declip_jax.data.images import EvalView
+from declip_jax.data.text.tokenizer import Tokenizer
+from declip_jax.evals.similarity import Embeddings, Similarity, TextTokens, cosines, make_late_interaction
+from declip_jax.models.model import Model
+from declip_jax.sharding import batch_sharding, check_batch, local_rows, replicated, to_global
+
+Tree = Any
+# From parameters, collections and a global batch to arrays that every device has.
+EncodeFunction = Callable[[Tree, Tree, Any], Tree]
+
+
+class EncodeFunctions(NamedTuple):
+  """Compiled pure functions of a model; see `make_encode_functions`.
+
+  Attributes:
+    mesh: devices over which batches are split.
+    tokens: whether images and texts are compared by their tokens (FILIP) instead of their embeddings.
+    image, text: to the `Embeddings` that `similarity` compares.
+    similarity: scores of these embeddings.
+    image_embeddings, text_embeddings: to unit-norm pooled embeddings.
+    image_features, text_features: from normalised pixels or token ids to pooled embeddings that are not normalised.
+  """
+
+  mesh: Mesh
+  tokens: bool
+  image: EncodeFunction
+  text: EncodeFunction
+  similarity: Similarity
+  image_embeddings: EncodeFunction
+  text_embeddings: EncodeFunction
+  image_features: EncodeFunction
+  text_features: EncodeFunction
+
+
+def make_encode_functions(model: Model, mesh: Mesh, *, tokens: bool) -> EncodeFunctions:
+  """Wraps the encode functions of a model for compilation; each compiles when it is first called.
+
+  Args:
+    model: the model.
+    mesh: devices over which batches are split.
+    tokens: whether images and texts are compared by their tokens (FILIP) instead of their embeddings.
+  """
+  compiled = partial(jax.jit, out_shardings=replicated(mesh))
+  image_embeddings, text_embeddings = compiled(model.encode_image), compiled(model.encode_text)
+  image, text, similarity = image_embeddings, text_embeddings, cosines
+  if tokens:
+    image = compiled(model.encode_image_tokens)
+    text = compiled(lambda *inputs: TextTokens(*model.encode_text_tokens(*inputs)))
+    similarity = make_late_interaction(mesh)
+  return EncodeFunctions(
+    mesh=mesh,
+    tokens=tokens,
+    image=image,
+    text=text,
+    similarity=similarity,
+    image_embeddings=image_embeddings,
+    text_embeddings=text_embeddings,
+    image_features=compiled(model.image_features),
+    text_features=compiled(model.text_features),
+  )
+
+
+@dataclass(frozen=True)
+class Encoders:
+  """Encode functions with parameters and placement bound, the preprocessing of their inputs, and their comparison.
+
+  Attributes:
+    image: from this host's share of a global batch, uint8 `[b h w c]`, to all `Embeddings` `[B ...]` on every host.
+    text: likewise from token ids int32 `[b t]`.
+    gather: likewise for any arrays, without encoding: `[b ...]` to `[B ...]`.
+    tokenizer: from texts to token ids.
+    view: preprocessing of images.
+    batch_size: global `B`, a multiple of the number of devices.
+    batch_rows: indices of this host's rows in a global batch.
+    similarity: scores of embeddings, on every host; all hosts must make the same calls.
+    tokens: whether embeddings are tokens (FILIP).
+  """
+
+  image: Callable[[UInt8[np.ndarray, "b h w c"]], Embeddings]
+  text: Callable[[Int[np.ndarray, "b t"]], Embeddings]
+  gather: Callable[[Any], Any]
+  tokenizer: Tokenizer
+  view: EvalView
+  batch_size: int
+  batch_rows: Int[np.ndarray, "b"]
+  similarity: Similarity = cosines
+  tokens: bool = False
+
+  def with_callback(self, callback: Callable[[], None]) -> Self:
+    """The same encoders, which call `callback` before each batch: an evaluation may take long."""
+
+    def calling(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+      def call(inputs: Any) -> Any:
+        callback()
+        return function(inputs)
+
+      return call
+
+    return dataclasses.replace(self, image=calling(self.image), text=calling(self.text))
+
+
+class EncoderFactory:
+  """Binds parameters to encode functions: `bind` makes `Encoders` of any parameters without compiling again.
+
+  Args:
+    functions: encode functions of the model.
+    tokenizer: tokenizer of the model.
+    view: preprocessing of images.
+    batch_size: global batch size of every call, a multiple of the number of devices.
+  """
+
+  def __init__(self, functions: EncodeFunctions, tokenizer: Tokenizer, view: EvalView, batch_size: int):
+    check_batch(batch_size, functions.mesh, "evaluate_batch_size")
+    self._functions, self._sharding = functions, batch_sharding(functions.mesh)
+    self._gather = jax.jit(lambda x: x, out_shardings=replicated(functions.mesh))
+    self._inputs = {
+      "tokenizer": tokenizer,
+      "view": view,
+      "batch_size": batch_size,
+      "batch_rows": local_rows(self._sharding, batch_size),
+      "similarity": functions.similarity,
+      "tokens": functions.tokens,
+    }
+
+  def bind(self, params: Tree, collections: Tree) -> Encoders:
+    """Encode functions of these parameters, from host arrays to host arrays."""
+    place = partial(to_global, sharding=self._sharding)
+    fetch = partial(jax.tree.map, np.asarray)
+    return Encoders(
+      image=lambda images: fetch(self._functions.image(params, collections, place(images))),
+      text=lambda tokens: fetch(self._functions.text(params, collections, place(tokens))),
+      gather=lambda arrays: fetch(self._gather(place(arrays))),
+      **self._inputs,
+    )
