@@ -1,24 +1,41 @@
-"""Package metadata; exact versions that are tested stand in constraints.txt."""
+"""Package metadata; constraints.txt has the exact versions that are tested."""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Read and not imported: nothing that the package imports is installed yet.
+_SOURCE = (Path(__file__).parent / "declip_jax" / "__init__.py").read_text()
+_VERSION = next(line for line in _SOURCE.splitlines() if line.startswith("__version__")).split('"')[1]
+_COMMANDS = ("train", "evaluate", "export", "plan", "data.convert", "data.inspect")
+
 setup(
   name="declip_jax",
-  version="0.1.0",
+  version=_VERSION,
   description="Pretraining of CLIP, SLIP and DeCLIP in JAX and Flax on TPUs and GPUs",
   license="Apache-2.0",
+  classifiers=[
+    "Development Status :: 4 - Beta",
+    "Environment :: GPU :: NVIDIA CUDA",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Typing :: Typed",
+  ],
   python_requires=">=3.11",
-  packages=find_packages(include=["declip_jax", "declip_jax.*"]),
-  package_data={"declip_jax.data.text": ["*.gz", "*.txt"], "declip_jax.weights": ["*.gz"]},
+  packages=find_packages(include=["declip_jax", "declip_jax.*"]),  # declip_jax/configs is a link to configs/
+  package_data={"declip_jax": ["py.typed"], "declip_jax.data.text": ["*.gz", "*.txt"], "declip_jax.weights": ["*.gz"]},
   install_requires=[
     "absl-py>=2.1",
     "array_record>=0.8.6",
     "einops>=0.8",
     "flax>=0.12.8,<0.13",
-    "fsspec>=2024.6",  # reads data where it lies: memory://, https://, and gs:// and s3:// by the extras below
+    "fsspec>=2024.6",  # reads data in place: memory://, https://, and with the extras below gs:// and s3://
     "ftfy>=6.3",
     "grain>=0.2.18,<0.3",
-    "importlib_resources>=6",  # tensorflow-datasets needs it to prepare data sets and does not say so
+    "importlib_resources>=6",  # tensorflow-datasets imports it to prepare data sets, but does not require it
     "instant-clip-tokenizer>=0.1.1",
     "jax>=0.10,<0.12",
     "jaxtyping>=0.3",
@@ -37,6 +54,9 @@ setup(
     "tensorflow-datasets>=4.9.10",  # reads prepared data sets; TensorFlow is not needed
     "tqdm>=4.66",
   ],
+  entry_points={
+    "console_scripts": [f"declip-{name.split('.')[-1]} = declip_jax.{name}:main" for name in _COMMANDS],
+  },
   extras_require={
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "gpu": ["jax[cuda13]>=0.10,<0.12"],

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+__version__ = "0.2.0"
+
 
 def __getattr__(name: str) -> Any:
   if name == "load":  # on demand, so that processes that only read data do not import JAX

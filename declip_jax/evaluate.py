@@ -125,7 +125,8 @@ def _command(workdir: Path) -> None:
     print(summary_table({"run": str(workdir), **results}))
 
 
-if __name__ == "__main__":
+def main() -> None:
+  """Runs the command."""
   flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
   flags.DEFINE_string("weights", None, "Checkpoint file or folder to evaluate in place of the run in --workdir.")
   flags.DEFINE_integer("batch_size", None, "Images and texts encoded at once; by default the run's, or 256.")
@@ -133,4 +134,8 @@ if __name__ == "__main__":
   flags.DEFINE_multi_string("template", ["a photo of a {}."], "Prompt with {} for the class name; may be repeated.")
   flags.DEFINE_string("retrieval", None, "Source to search.")
   flags.DEFINE_bool("equal_texts", False, "In retrieval, captions of the same wording match each other's images.")
-  launch(_command)
+  launch(_command, __doc__)
+
+
+if __name__ == "__main__":
+  main()

@@ -30,8 +30,13 @@ def _command(workdir: Path) -> None:
   print(f"written for {given.format}: {given.output}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+  """Runs the command."""
   flags.DEFINE_enum("format", None, sorted(FORMATS), "What to write.", required=True)
   flags.DEFINE_string("output", None, "Folder to write; it must not exist yet, or be empty.", required=True)
   flags.DEFINE_integer("step", None, "Checkpoint of the run; the newest by default.")
-  launch(_command)
+  launch(_command, __doc__)
+
+
+if __name__ == "__main__":
+  main()

@@ -28,16 +28,16 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 import jax
 from jax.experimental import topologies
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from declip_jax import build
 from declip_jax.build import make_step
+from declip_jax.command_line import define_config, run
 from declip_jax.config import duration
 from declip_jax.planning import devices, flops, hlo
-from declip_jax.runtime.command import USER_ERRORS, parse_flags
 from declip_jax.sharding import batch_sharding, check_batch, layout_table
 from declip_jax.training.state import State, abstract_state
 from declip_jax.types import Batch
@@ -443,30 +443,30 @@ def _words(name: str) -> str:
   return name.replace("_", " ")
 
 
-def main(_: list[str]) -> int:
-  """The command; returns its exit code."""
+def _command(_: list[str]) -> int:
+  """Prints and writes the report; returns the exit code."""
   given = flags.FLAGS
-  try:
-    if given.json and not Path(given.json).absolute().parent.is_dir():
-      raise ValueError(f"--json={given.json}: there is no such folder")  # said now, and not in some minutes
-    if given.slices > 1 and not given.topology:
-      raise ValueError(f"--slices={given.slices}: of which --topology?")
-    over = topology(given.topology, given.slices) if given.topology else None
-    report = plan(given.config, over, given.search)
-  except USER_ERRORS as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  if given.json and not Path(given.json).absolute().parent.is_dir():
+    raise ValueError(f"--json={given.json}: there is no such folder")  # said now, and not in some minutes
+  if given.slices > 1 and not given.topology:
+    raise ValueError(f"--slices={given.slices}: of which --topology?")
+  over = topology(given.topology, given.slices) if given.topology else None
+  report = plan(given.config, over, given.search)
   print("\n".join(table(report)))
   if given.json:
     Path(given.json).write_text(json.dumps(report, indent=2) + "\n")
   return 1 if report["fits"] is False else 0
 
 
-if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py.", lock_config=True)
-  flags.mark_flag_as_required("config")
+def main() -> None:
+  """Runs the command."""
+  define_config()
   flags.DEFINE_string("topology", None, f"TPU topology to compile for: {EXAMPLES} or another.")
   flags.DEFINE_integer("slices", 1, "How many slices of --topology.", lower_bound=1)
   flags.DEFINE_bool("search", True, "Look for the largest batch that fits.")
   flags.DEFINE_string("json", None, "File to write the report to, as one JSON object.")
-  app.run(main, flags_parser=parse_flags)
+  run(_command, __doc__, required=("config",))
+
+
+if __name__ == "__main__":
+  main()

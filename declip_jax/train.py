@@ -25,11 +25,12 @@ from absl import flags
 import grain
 import jax
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 import numpy as np
 
 from declip_jax import build, objectives
 from declip_jax.build import check_objective, make_augment, make_encoders, make_step
+from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
 from declip_jax.data.sources import BAD, Source, open_source
 from declip_jax.evaluate import check_evals, make_evaluators
@@ -555,11 +556,15 @@ def _command(workdir: Path) -> None:
     sys.exit(flags.FLAGS.stopped_exit_code if stopped.signum == signal.SIGTERM else 128 + stopped.signum)
 
 
-if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py.", lock_config=True)
+def main() -> None:
+  """Runs the command."""
+  define_config()
   flags.DEFINE_integer(
     "stopped_exit_code", 0, "After SIGTERM and a checkpoint; 143 for a supervisor that takes 0 for the end of the run."
   )
   flags.DEFINE_string("profile", "", "First and last step of which to write a trace, such as 100:110.")
-  flags.mark_flag_as_required("config")
-  launch(_command)
+  launch(_command, __doc__, required=("config",))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,180 @@
+"""What all commands share: flags by absl, a short `--help`, and errors as one line and an exit code.
+
+A command defines its flags in `main()` and calls `run`. This module imports no JAX.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import re
+import sys
+import textwrap
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from declip_jax import config_files
+
+USER_ERRORS = (ValueError, FloatingPointError, OSError, ModuleNotFoundError)
+_IO_EXIT_CODE = 74
+# The OSErrors that a path explains. Any other is a disk, a mount or a network, and a retry may succeed.
+_PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+_HELP = ("--help", "-help", "-h", "--helpshort")
+
+
+def run(
+  main: Callable[[list[str]], int | None], doc: str | None, positional: Sequence[str] = (), required: Sequence[str] = ()
+) -> None:
+  """Parses the command line, calls `main` with the positional arguments, and exits with what it returns.
+
+  Exit codes: 2 for an error that the user can correct, 74 for a disk, a mount or a network that failed, 130 for Ctrl-C;
+  each of these prints one line.
+
+  Args:
+    main: the command; a returned `None` is exit code 0.
+    doc: what `--help` prints above the flags.
+    positional: names of the positional arguments, all of which have to be given.
+    required: flags that have to be given.
+  """
+
+  def parse(arguments: list[str]) -> list[str]:
+    if set(_HELP) & set(arguments):
+      print("\n".join(help_text(doc or "", flags.FLAGS)))
+      sys.exit(0)
+    if "--helpfull" in arguments:
+      print(doc, flags.FLAGS.get_help(), sep="\n")
+      sys.exit(0)
+    return parse_flags(arguments, positional, required)
+
+  def call(arguments: list[str]) -> int:
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # orbax logs much at every save
+    try:
+      return main(arguments) or 0
+    except USER_ERRORS as error:
+      return report(error)
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr)
+      return 130
+
+  app.run(call, flags_parser=parse)
+
+
+def report(error: Exception, note: str = "") -> int:
+  """Prints an error and returns the exit code that tells the user's errors from those of a disk or a network."""
+  print(f"error: {error}{note}", file=sys.stderr)
+  return _IO_EXIT_CODE if isinstance(error, OSError) and not isinstance(error, _PATH_ERRORS) else 2
+
+
+def parse_flags(
+  arguments: list[str],
+  positional: Sequence[str] = (),
+  required: Sequence[str] = (),
+  values: flags.FlagValues = flags.FLAGS,
+) -> list[str]:
+  """Parses flags and returns the positional arguments; prints one line and exits with 2 if something is wrong.
+
+  With `--print_config` it prints the config and exits with 0.
+  """
+  try:
+    if "config" in values and not any(re.match("--?(config|flagfile)(=|$)", text) for text in arguments):
+      raise ValueError("--config is required, such as --config=demo")
+    rest = values(arguments)[1:]
+    printing = "print_config" in values and values.print_config
+    if not printing and (missing := [name for name in required if values[name].value is None]):
+      raise ValueError(f"--{missing[0]} is required")
+    if len(rest) > len(positional):
+      raise ValueError(f"unexpected argument {rest[len(positional)]!r}; flags are --NAME=VALUE")
+    if len(rest) < len(positional):
+      raise ValueError(f"{positional[len(rest)]} is missing; expected {' '.join(positional)}")
+  except (flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    sys.exit(2)
+  if printing:
+    print(values.config.to_json_best_effort(indent=2, sort_keys=True))
+    sys.exit(0)
+  return rest
+
+
+def define_config(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines `--config`, whose fields are flags, and `--print_config`; `FLAGS.config` is the locked config."""
+  config_flags.DEFINE_config_file("config", None, "Config: a name such as demo, or the path of a file.", values)
+  values["config"].parser = _ConfigParser()
+  flags.DEFINE_bool("print_config", False, "Print the config with all overrides as JSON, and exit.", flag_values=values)
+
+
+class _ConfigParser(flags.ArgumentParser):
+  """Reads `--config` by `config_files` and checks the names of the fields that the command line sets."""
+
+  def parse(self, argument: str) -> ConfigDict:
+    config = config_files.load(argument).lock()
+    for text in flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False):
+      if field := re.match(r"--?(?:no)?config\.([^=\[]+)", text):
+        check_field(config, field[1])
+    return config
+
+  def flag_type(self) -> str:
+    return "config"
+
+
+def check_field(config: ConfigDict, field: str) -> None:
+  """Raises `ValueError` for a dotted `field` that `config` does not have, with the closest fields."""
+  known = dict(_fields(config))
+  if field in known:
+    return
+  leaf = field.rpartition(".")[2]
+  same = [name for name in known if name.rpartition(".")[2] == leaf]
+  close = f"; did you mean {' or '.join(same[:3])}?" if same else config_files.did_you_mean(field, known)
+  raise ValueError(f"the config has no field {field!r}{close}")
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for name, value in config.items(preserve_field_references=True):
+    yield f"{prefix}{name}", value
+    if isinstance(value, ConfigDict):
+      yield from _fields(value, f"{prefix}{name}.")
+
+
+def _one_line(error: Exception) -> str:
+  """Returns what is wrong with a flag, without the text that absl wraps it in."""
+  text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+  if missing := re.fullmatch(r"flag --(\w+)=None: Flag --\w+ must have a value other than None\.", text):
+    return f"--{missing[1]} is required"
+  return text
+
+
+def help_text(doc: str, values: flags.FlagValues) -> list[str]:
+  """Returns the lines of `--help`: `doc`, and the flags that this package defines."""
+  own = [
+    flag
+    for module, defined in values.flags_by_module_dict().items()
+    if module.startswith("declip_jax") or module == sys.argv[0]
+    for flag in defined
+  ]
+  lines = [*doc.strip().splitlines(), "", "flags:"]
+  if "config" in values:  # ml_collections defines it
+    own.insert(0, values["config"])
+  for flag in dict.fromkeys(own):
+    lines += _flag_lines(flag)
+    if flag.name == "config":
+      lines.append("  --config.FIELD=VALUE")
+      lines.append("      Set a field of the config, such as --config.optimizer.learning_rate=1e-3; may be repeated.")
+  return [*lines, "  --helpfull", "      Show the flags of all libraries too."]
+
+
+def _flag_lines(flag: flags.Flag) -> list[str]:
+  if flag.boolean:
+    head = f"--[no]{flag.name}"
+  else:
+    head = f"--{flag.name}={_value_name(flag)}"
+  default = "" if flag.default in (None, "", False) else f" (default: {flag.default})"
+  text = re.sub("^<[^>]*>: ", "", flag.help or "")  # absl writes the values of an enum into its help
+  margin = " " * 6
+  return [f"  {head}", *textwrap.wrap(f"{text}{default}", 120, initial_indent=margin, subsequent_indent=margin)]
+
+
+def _value_name(flag: flags.Flag) -> str:
+  if flag.name == "config":
+    return "NAME[:ARGUMENT=VALUE,...]"
+  if isinstance(flag.parser, flags.EnumParser):
+    return "|".join(flag.parser.enum_values)
+  return {"int": "INTEGER", "float": "NUMBER"}.get(flag.flag_type(), "TEXT")

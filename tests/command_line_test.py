@@ -1,0 +1,131 @@
+"""What every command line has in common: help, `--print_config`, and wrong flags in one line."""
+
+import ast
+from collections.abc import Callable
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+from absl import flags
+import pytest
+
+from declip_jax import command_line, config_files
+from declip_jax.__main__ import COMMANDS
+
+Parse = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> flags.FlagValues:
+  """The flags of a command, in an empty folder."""
+  monkeypatch.chdir(tmp_path)
+  defined = flags.FlagValues()
+  command_line.define_config(defined)
+  flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=defined)
+  flags.DEFINE_enum("format", "a", ["a", "b"], "What to write.", flag_values=defined)
+  return defined
+
+
+@pytest.fixture
+def parse(values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Parse:
+  """Parses a command line that ends there; returns its exit code, output and errors."""
+
+  def call(*arguments: str) -> tuple[int, str, str]:
+    command = ["train", *arguments]
+    monkeypatch.setattr("sys.argv", command)  # where config_flags looks for fields
+    with pytest.raises(SystemExit) as stopped:
+      command_line.parse_flags(command, required=("config", "workdir"), values=values)
+    captured = capsys.readouterr()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, captured.out, captured.err
+
+  return call
+
+
+@pytest.mark.parametrize(
+  ("arguments", "named"),
+  [
+    (["--config=demo", "--config.batch_sise=3"], ["'batch_sise'", "did you mean batch_size"]),
+    (["--config=demo", "--config.modle.dtype=float32"], ["'modle.dtype'", "model.dtype"]),
+    (["--config=demo", "--config.learning_rate=3"], ["'learning_rate'", "did you mean optimizer.learning_rate?"]),
+    (["--config=demo", "--config.model.image.heads=3"], ["'model.image.heads'", "model.text.heads"]),
+    (["--config=demo", "--noconfig.nesterov"], ["'nesterov'", "optimizer.nesterov"]),
+    (["--config=demo", "--config.batch_size=many"], ["--config.batch_size=many", "int"]),
+    (["--config=demo:method=slpi"], ["--config=demo:method=slpi", "'slpi'", "'slip'"]),
+    (["--config=demo:mehtod=slip"], ["'mehtod'", "did you mean method"]),
+    (["--config=demmo", "--workdir=x"], ["--config=demmo", "demo"]),
+    (["--config=demo", "--wrkdir=x"], ["'wrkdir'", "workdir"]),
+    (["--config=demo", "--workdir=x", "--format=c"], ["--format=c", "a|b"]),
+    (["--config=demo", "--workdir=x", "more"], ["'more'"]),
+    (["--config=demo"], ["--workdir is required"]),
+    (["--workdir=x", "--config.batch_size=3"], ["--config is required"]),
+    ([], ["--config is required"]),
+  ],
+)
+def test_a_wrong_command_line_is_one_line_with_a_suggestion(
+  arguments: list[str], named: list[str], parse: Parse
+) -> None:
+  code, printed, error = parse(*arguments)
+  assert (code, printed) == (2, "")
+  assert error.startswith("error: ")
+  assert error.count("\n") == 1
+  assert all(word in error for word in named), error
+
+
+def test_print_config_prints_what_would_train(parse: Parse) -> None:
+  overrides = ["--config.optimizer.learning_rate=0.25", "--config.data.train=('scenes:test',)"]
+  code, printed, error = parse("--config=slip/slip_base_25ep:data=/d", *overrides, "--print_config")
+  expected = config_files.load("slip/slip_base_25ep:data=/d")
+  expected.optimizer.learning_rate, expected.data.train = 0.25, ("scenes:test",)
+  assert (code, error) == (0, "")
+  assert json.loads(printed) == json.loads(expected.to_json_best_effort())
+
+
+def test_parsed_flags_are_the_config_and_the_positional_arguments(
+  values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  command = ["convert", "--config", "demo:clip", "first", "--config.seed=3", "second"]
+  monkeypatch.setattr("sys.argv", command)
+  assert command_line.parse_flags(command, positional=("FROM", "TO"), values=values) == ["first", "second"]
+  assert values.config.seed == 3
+  assert values.config.is_locked
+
+
+def test_help_shows_the_doc_and_the_flags(values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr("sys.argv", [__name__])  # the command is the module that defines flags
+  text = "\n".join(command_line.help_text("Does it.\n", values))
+  assert text.startswith("Does it.\n\nflags:\n  --config=NAME")
+  assert "  --format=a|b\n      What to write. (default: a)\n" in text
+  assert "--[no]print_config\n" in text
+  assert "--config.FIELD=VALUE" in text
+
+
+@pytest.mark.parametrize(
+  ("error", "code"),
+  [(ValueError("x"), 2), (FileNotFoundError("x"), 2), (OSError(5, "x"), 74), (TimeoutError("x"), 74)],
+)
+def test_exit_codes_tell_the_users_errors_from_those_of_a_disk(
+  error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+  assert command_line.report(error) == code
+  assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_the_list_of_commands_is_that_of_the_installed_scripts() -> None:
+  lines = (Path(__file__).parents[1] / "setup.py").read_text().splitlines()
+  installed = next(line for line in lines if line.startswith("_COMMANDS = ")).removeprefix("_COMMANDS = ")
+  scripts = {module.split(".")[-1]: f"declip_jax.{module}" for module in ast.literal_eval(installed)}
+  assert scripts == {name: module for name, (module, _) in COMMANDS.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()])
+def test_help_of_each_command_exits_with_0_and_shows_an_example(module: str, tmp_path: Path) -> None:
+  done = subprocess.run(
+    [sys.executable, "-m", module, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  assert f"python -m {module}" in done.stdout
+  assert "--helpfull" in done.stdout
+  assert len(done.stdout.splitlines()) < 80
