@@ -38,7 +38,7 @@ from declip_jax.data.sources import open_source
 from declip_jax.planning import flops
 from declip_jax.sharding import batch_sharding, to_global
 from declip_jax.training.state import abstract_state, create_state
-from declip_jax.weights.initial import initial
+from declip_jax.weights.initial import load_weights
 from declip_jax.weights.read import read
 
 import_torchvision()
@@ -122,7 +122,7 @@ class Ours:
     shapes, model = built.batch_shape(args.batch_size), {"model": built.model, "optimizer": built.optimizer}
     abstract = abstract_state(shapes, built.mesh, **model)
     state = create_state(0, shapes, abstract, **model)
-    params, collections, _ = initial(state.params, state.collections, loaded, ("image", "text", "heads"))
+    params, collections, _ = load_weights(state.params, state.collections, loaded, ("image", "text", "heads"))
     self.state = state.replace(params=params, collections=collections)
     rng = np.random.default_rng(0)
     tokens = built.tokenizer(captions)[:, None]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -16,8 +17,11 @@ from declip_jax import objectives
 from declip_jax.config import steps_of
 from declip_jax.data.images import INTERPOLATIONS, EvalView
 from declip_jax.data.recipes import MakeViews, Recipe, get_recipe, trimmed
+from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
-from declip_jax.evals.encoders import EncoderFactory, make_encode_functions
+from declip_jax.evals import EVALUATORS, check_options
+from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
+from declip_jax.evals.features import SourceFeatures
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_below
 from declip_jax.objectives import diagnostics
@@ -30,6 +34,7 @@ from declip_jax.training.gradient import Metrics, make_gradient
 from declip_jax.training.state import State
 from declip_jax.training.step import train_step
 from declip_jax.types import Batch
+from declip_jax.weights.initial import InitFrom
 
 _OVERRIDES = (
   "weak_scale",
@@ -351,6 +356,54 @@ def make_encoders(config: ConfigDict, built: Built) -> EncoderFactory:
   )
   functions = make_encode_functions(built.model, built.mesh, tokens=objectives.compares_tokens(config.objective))
   return EncoderFactory(functions, built.tokenizer, view, config.evaluate_batch_size)
+
+
+def check_evals(evals: ConfigDict, settings: objectives.Settings) -> None:
+  """Rejects `config.evals` of a run whose terms never compare an image with a text.
+
+  Raises:
+    ValueError: names the evaluations and the terms.
+  """
+  across = [name for name, term in objectives.TERMS.items() if {"pair", "contrastive_text"} & {*term.views}]
+  trained = objectives.active(settings)
+  if len(evals) and not trained.keys() & set(across):
+    raise ValueError(
+      f"config.evals has {sorted(evals)}, which compare images with texts, but config.objective trains no such "
+      f"comparison, only {trained}: leave config.evals empty or give one of {across} a weight"
+    )
+
+
+def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], dict[str, float]]:
+  """Opens the sources of `config.evals` and returns a function of encoders to all metrics, `eval/NAME/METRIC`.
+
+  A source that several evaluations name is encoded once. Pictures are written to `workdir`.
+
+  Raises:
+    ValueError: an unknown kind of evaluation, an option that it does not have, or a source that cannot be opened.
+  """
+  evaluations, sources = [], {}
+  for name, fields in evals.items():
+    options = fields.to_dict()
+    kind, data = options.pop("kind"), options.pop("data")
+    check_options(kind, options, f"config.evals.{name}")
+    if data not in sources:
+      sources[data] = open_source(data)
+    evaluations.append((name, data, partial(EVALUATORS[kind], **options)))
+
+  def evaluate(encoders: Encoders) -> dict[str, float]:
+    features = {data: SourceFeatures(source, encoders) for data, source in sources.items()}
+    results = {}
+    for name, data, evaluation in evaluations:
+      picture = workdir / f"{name}.png" if jax.process_index() == 0 else None
+      results |= {f"eval/{name}/{metric}": value for metric, value in evaluation(features[data], picture)}
+    return results
+
+  return evaluate
+
+
+def make_init_from(config: ConfigDict) -> InitFrom:
+  """The weights that a run starts from."""
+  return read_settings(InitFrom, config.init_from, "init_from")
 
 
 def make_objective(config: ConfigDict, mesh: Mesh | None) -> objectives.Objective:

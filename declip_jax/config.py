@@ -63,8 +63,8 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
     c.model.heads.text_bias = True  # as in DeCLIP
   c.init_from = ConfigDict()  # weights to start from; see `weights.initial`
   c.init_from.path = ""  # a run, or any checkpoint that `declip_jax.load` reads
-  c.init_from.parts = ("image", "text", "heads")  # what to take of it; the rest is drawn
-  c.init_from.settings = ()  # what the file does not say, such as ("image.activation=gelu", "image.heads=16")
+  c.init_from.groups = ("image", "text", "heads")  # what to load, see `weights.initial.GROUPS`; the rest is drawn
+  c.init_from.settings = ()  # what the file does not contain, such as ("image.activation=gelu", "image.heads=16")
   c.optimizer = _optimizer()
   c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices along each axis; -1 is whatever is left
   c.safety = _safety()
@@ -308,6 +308,7 @@ _RENAMED = {
   "divergence.rollbacks": "safety.max_rollbacks",
   "hang_timeout": "safety.hang_timeout",
   "checkpoint.minutes": "safety.checkpoint_minutes",
+  "init_from.parts": "init_from.groups",
 }
 # Subtrees whose fields depend on the config: the names of evaluations and of a user's own terms, and the kind of tower.
 _OPEN = ("evals", "objective", "model.image")

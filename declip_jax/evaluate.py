@@ -11,8 +11,6 @@ With --weights it measures any other checkpoint that `declip_jax.load` reads, su
 Results are printed and added, one JSON object a line, to evaluations.jsonl in the run's directory.
 """
 
-from collections.abc import Callable
-from functools import partial
 import json
 import os
 from pathlib import Path
@@ -23,54 +21,10 @@ import jax
 from ml_collections import ConfigDict
 
 from declip_jax import config as config_lib
-from declip_jax import objectives
+from declip_jax.build import make_evaluators
 from declip_jax.clip import load
-from declip_jax.data.sources import open_source
-from declip_jax.evals import EVALUATORS
-from declip_jax.evals.encoders import Encoders
 from declip_jax.reporting.metrics import summary_table
 from declip_jax.runtime.command import launch
-
-
-def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], dict[str, float]]:
-  """Opens the sources of `config.evals` and returns a function of encoders to all their metrics.
-
-  Metrics are named `eval/<name>/<metric>`. Pictures go to `workdir`.
-
-  Raises:
-    ValueError: an unknown kind of evaluator, or a source that cannot be opened.
-  """
-  tasks = {}
-  for name, fields in evals.items():
-    options = fields.to_dict()
-    kind, data = options.pop("kind"), options.pop("data")
-    if kind not in EVALUATORS:
-      raise ValueError(f"config.evals.{name}.kind={kind!r}: choose one of {sorted(EVALUATORS)}")
-    tasks[name] = partial(EVALUATORS[kind], open_source(data), **options)
-
-  def evaluate(encoders: Encoders) -> dict[str, float]:
-    results = {}
-    for name, evaluator in tasks.items():
-      picture = workdir / f"{name}.png" if jax.process_index() == 0 else None
-      results |= {f"eval/{name}/{metric}": value for metric, value in evaluator(encoders, picture)}
-    return results
-
-  return evaluate
-
-
-def check_evals(evals: ConfigDict, settings: objectives.Settings) -> None:
-  """Refuses `config.evals` for a run whose terms never compare an image with a text.
-
-  Raises:
-    ValueError: names the evaluations and the terms.
-  """
-  across = [name for name, term in objectives.TERMS.items() if {"pair", "contrastive_text"} & {*term.views}]
-  trained = objectives.active(settings)
-  if len(evals) and not trained.keys() & set(across):
-    raise ValueError(
-      f"config.evals has {sorted(evals)}, which compare images with texts, but config.objective trains no such "
-      f"comparison, only {trained}: leave config.evals empty or give one of {across} a weight"
-    )
 
 
 def evaluate(

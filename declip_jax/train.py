@@ -7,7 +7,6 @@ Any field of the config can be set: --config.batch_size=256 --config.objective.n
 See declip_jax/config.py for all fields and their meaning, and configs/ for what there is to start from.
 """
 
-import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 from functools import partial
@@ -29,12 +28,17 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from declip_jax import build, objectives
-from declip_jax.build import check_objective, make_augment, make_encoders, make_step
+from declip_jax.build import (
+  check_evals,
+  check_objective,
+  make_augment,
+  make_encoders,
+  make_evaluators,
+  make_step,
+)
 from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
 from declip_jax.data.sources import BAD, Source, open_source
-from declip_jax.evaluate import check_evals, make_evaluators
-from declip_jax.models.model import Model
 from declip_jax.planning import devices, flops
 from declip_jax.reporting import pictures
 from declip_jax.reporting.metrics import MetricWriter, Progress, read_metrics, summary_table
@@ -48,8 +52,7 @@ from declip_jax.sharding import batch_sharding, check_batch, layout_table, to_gl
 from declip_jax.training.state import State, abstract_state, create_state
 from declip_jax.training.step import Metrics
 from declip_jax.types import Batch
-from declip_jax.weights.initial import check_towers, initial
-from declip_jax.weights.read import Weights, read
+from declip_jax.weights.initial import initialise, read_initial
 
 _PATIENCE = 300.0  # seconds for which the last checkpoint is tried to be written
 
@@ -111,7 +114,8 @@ def train(
     )
   main = jax.process_index() == 0
   resuming = any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
-  given = None if resuming else read_initial(config)  # what is wrong with them shows before anything is written
+  init_from = build.make_init_from(config)
+  given = None if resuming else read_initial(init_from, config.model)  # errors come before anything is written
   workdir.mkdir(parents=True, exist_ok=True)
 
   with contextlib.ExitStack() as stack:
@@ -136,9 +140,9 @@ def train(
       start, position, model = 0, None, {"model": built.model, "optimizer": built.optimizer}
       state = create_state(config.seed, batch_shape, abstract, **model)
       if given is None:
-        given = read_initial(config)
+        given = read_initial(init_from, config.model)
       if given is not None:
-        state, origin = initialise(state, given, config, built.model)
+        state, origin = initialise(state, given, init_from.groups, built.model)
         notes += origin
 
     stop = stack.enter_context(_stop_signals())
@@ -313,38 +317,6 @@ def _check_hosts(sources: Sequence[Source]) -> None:
     if len(set(seen.tolist())) > 1:
       counts = ", ".join(f"host {host}: {count:,}" for host, count in enumerate(seen))
       raise ValueError(f"{source.name}: the hosts see different numbers of samples ({counts})")
-
-
-def read_initial(config: ConfigDict) -> Weights | None:
-  """The weights of `config.init_from`, None if it names none.
-
-  Raises:
-    FileNotFoundError, ValueError: there are no such weights, or their towers are others than the run's.
-  """
-  if not config.init_from.path:
-    return None
-  settings = dict(map(_parse_setting, config.init_from.settings))
-  weights = read(config.init_from.path, settings)
-  check_towers(weights, config.model, config.init_from.parts)
-  return weights
-
-
-def initialise(state: State, weights: Weights, config: ConfigDict, model: Model) -> tuple[State, list[str]]:
-  """The first state with weights put over it, a momentum tower included, and what came from where."""
-  params, collections, lines = initial(state.params, state.collections, weights, config.init_from.parts)
-  if (weights.model.mean, weights.model.std) != (config.model.mean, config.model.std):
-    lines.append(f"pixels are normalised as the run says, not by the weights' {weights.model.mean} {weights.model.std}")
-  return state.replace(params=params, collections={**collections, **model.momentum_copy(params)}), lines
-
-
-def _parse_setting(setting: str) -> tuple[str, Any]:
-  name, equals, value = setting.partition("=")
-  if not equals:
-    raise ValueError(f"config.init_from.settings: {setting!r} is not of the form 'image.heads=16'")
-  try:
-    return name, ast.literal_eval(value)
-  except (SyntaxError, ValueError):
-    return name, value
 
 
 class _Watch:

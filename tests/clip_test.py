@@ -163,15 +163,20 @@ def test_evaluators_of_filip_see_tokens_whatever_batch_and_devices(filip, tokens
   source = open_source("scenes:heldout/12/24")
   templates = ("a {}.", "a photo of one {}.")
   one = Clip(make_weights("filip"), make_mesh(-1, 1, jax.devices()[:1]))
+  texts = prompts(source.classnames, templates)
+
+  def classify(encoders):
+    return token_classifier(embed_texts(texts, encoders), len(source.classnames), encoders.similarity)
+
   found = []
   for encoders in (filip.encoders(16), one.encoders(5)):
-    logits = embed_images(source, encoders, then=token_classifier(source.classnames, templates, encoders)).embeddings
+    logits = embed_images(source, encoders, classify(encoders)).embeddings
     found.append((logits, embed_images(source, encoders).embeddings, embed_texts(TEXTS, encoders)))
   for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
   logits, image, text = found[0]
   views = np.stack([filip.preprocess(source[index]["image"]) for index in range(12)])
-  expected_image, expected_prompt = tokens_of(views, prompts(source.classnames, templates))
+  expected_image, expected_prompt = tokens_of(views, texts)
   np.testing.assert_allclose(image, expected_image, atol=1e-5)
   expected = late_interaction_by_loops(expected_image, expected_prompt)[0].reshape(12, -1, 2).mean(axis=2)
   np.testing.assert_allclose(logits, expected, atol=1e-5)

@@ -417,7 +417,7 @@ def test_the_papers_signals_are_added_one_by_one():
 def test_rows_start_from_the_run_that_they_build_on(name, first, parts):
   c = get(name)
   assert f"--workdir {c.init_from.path}\n" in load(first).__doc__
-  assert c.init_from.parts == parts
+  assert c.init_from.groups == parts
   assert c.model.image == get(first).model.image
 
 

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 import pytest
 
 from declip_jax import config
-from declip_jax.evaluate import check_evals
+from declip_jax.build import check_evals
 
 
 @pytest.mark.parametrize(

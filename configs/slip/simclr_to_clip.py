@@ -17,5 +17,5 @@ from declip_jax.configs.slip import recipe
 def get_config(arg: str = "") -> ConfigDict:
   """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
   c = recipe.make("clip", "SLIP ViT-B/16", arg, epochs=25)
-  c.init_from.path, c.init_from.parts = "runs/simclr_base_25ep", ("image",)
+  c.init_from.path, c.init_from.groups = "runs/simclr_base_25ep", ("image",)
   return c

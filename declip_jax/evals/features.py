@@ -1,6 +1,7 @@
 """A whole source of images, or many texts, encoded in batches: the input of every evaluation."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from jaxtyping import Bool, Int
@@ -9,7 +10,7 @@ import numpy as np
 from declip_jax.data.pipeline import EvaluationBatches
 from declip_jax.data.sources import Source
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.similarity import Embeddings, concatenate
+from declip_jax.evals.similarity import Embeddings, Similarity, concatenate, take
 
 
 class ImageFeatures(NamedTuple):
@@ -24,6 +25,44 @@ class ImageFeatures(NamedTuple):
   embeddings: Embeddings
   label: Int[np.ndarray, "n"]
   readable: Bool[np.ndarray, "n"]
+
+
+class SourceFeatures:
+  """A source with its features, which are encoded when an evaluation first reads them, and only once.
+
+  Attributes:
+    source: images, captions and labels.
+    encoders: encode functions.
+  """
+
+  def __init__(self, source: Source, encoders: Encoders):
+    self.source, self.encoders = source, encoders
+
+  @property
+  def similarity(self) -> Similarity:
+    """Scores of embeddings, see `Encoders.similarity`."""
+    return self.encoders.similarity
+
+  @cached_property
+  def images(self) -> ImageFeatures:
+    """Features of all images, in memory until the evaluation ends."""
+    return embed_images(self.source, self.encoders)
+
+  def map_images(self, function: Callable[[Embeddings], Embeddings]) -> ImageFeatures:
+    """Features of all images with a function applied to the embeddings of each batch.
+
+    Unlike `images` this keeps only the values of the function: the tokens of a large source would not fit in memory.
+    """
+    if "images" not in vars(self):
+      return embed_images(self.source, self.encoders, function)
+    size = self.encoders.batch_size
+    starts = range(0, len(self.images.label), size)
+    batches = [function(take(self.images.embeddings, slice(start, start + size))) for start in starts]
+    return self.images._replace(embeddings=concatenate(batches))
+
+  def texts(self, texts: Sequence[str]) -> Embeddings:
+    """Embeddings of any texts."""
+    return embed_texts(texts, self.encoders)
 
 
 def embed_images(

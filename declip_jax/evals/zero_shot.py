@@ -6,51 +6,51 @@ from pathlib import Path
 from jaxtyping import Float
 import numpy as np
 
-from declip_jax.data.sources import Source
-from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.features import embed_images, embed_texts
+from declip_jax.evals.features import SourceFeatures
 from declip_jax.evals.metrics import accuracies
-from declip_jax.evals.similarity import Embeddings
+from declip_jax.evals.similarity import Embeddings, Similarity
 
 
-def classifier(
-  classnames: Sequence[str], templates: Sequence[str], encoders: Encoders
-) -> Float[np.ndarray, "classes d"]:
-  """One unit row per class: the mean over templates of unit-norm text embeddings, normalised again.
+def zero_shot(
+  features: SourceFeatures, pictures: Path | None, *, templates: Sequence[str] = ("a photo of a {}.",)
+) -> Iterator[tuple[str, float]]:
+  """Yields the `accuracies` of classifying a source with class names; images without a label are skipped.
 
-  Raises:
-    ValueError: a template has no `{}` for the name.
-  """
-  rows = embed_texts(prompts(classnames, templates), encoders)
-  rows = rows.reshape(len(classnames), len(templates), -1).mean(axis=1)
-  return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def token_classifier(
-  classnames: Sequence[str], templates: Sequence[str], encoders: Encoders
-) -> Callable[[Embeddings], Float[np.ndarray, "n classes"]]:
-  """The logits of images by their tokens: the mean over templates of the late interaction with a class's prompts.
-
-  FILIP (Yao et al. 2022, section 3.3). DeCLIP's released code differs: it takes the mean over prompts of the tokens at
-  the same position, padding included, and divides it by the norm of the whole text, `[t e]`. The prompts of a class
-  differ in length, so that words of all kinds are mixed, and each class gets a scale of its own. We do not repeat that.
+  Args:
+    features: source to classify, and its features.
+    pictures: unused.
+    templates: prompts with `{}` for the class name.
 
   Raises:
-    ValueError: a template has no `{}` for the name.
+    ValueError: the source has no class names or no labelled image, or a template has no `{}`.
   """
-  rows = embed_texts(prompts(classnames, templates), encoders)
-
-  def logits(image: Embeddings) -> Float[np.ndarray, "n classes"]:
-    return encoders.similarity(image, rows).reshape(-1, len(classnames), len(templates)).mean(axis=2)
-
-  return logits
+  del pictures
+  source = features.source
+  if not source.classnames:
+    raise ValueError(
+      f"{source.name} has no class names: files need a classnames.txt, one name a line, next to the first of them"
+    )
+  prompt_embeddings = features.texts(prompts(source.classnames, templates))
+  classes = len(source.classnames)
+  if features.encoders.tokens:
+    images = features.map_images(token_classifier(prompt_embeddings, classes, features.similarity))
+  else:
+    images = features.images
+  used = images.label >= 0  # -1 also where an image cannot be read
+  if not used.any():
+    raise ValueError(f"{source.name} has no readable image with a class label")
+  logits = images.embeddings[used]
+  if not features.encoders.tokens:
+    logits = features.similarity(logits, classifier(prompt_embeddings, classes))
+  yield from accuracies(logits, images.label[used]).items()
+  yield "images", int(used.sum())
 
 
 def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
-  """All templates filled in for the first class, then for the next.
+  """Every template filled in for the first class, then for the next.
 
   Raises:
-    ValueError: a template has no `{}` for the name.
+    ValueError: a template has no `{}` for the class name.
   """
   for template in templates:
     if "{}" not in template:
@@ -58,25 +58,24 @@ def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
   return [template.format(name) for name in classnames for template in templates]
 
 
-def zero_shot(
-  source: Source, encoders: Encoders, pictures: Path | None, *, templates: Sequence[str]
-) -> Iterator[tuple[str, float]]:
-  """Yields the `scores` of classifying a source with class names; images without a label are left out.
+def classifier(prompt_embeddings: Float[np.ndarray, "prompts d"], classes: int) -> Float[np.ndarray, "classes d"]:
+  """One unit-norm embedding per class: the mean of its prompts' unit-norm embeddings, normalised again."""
+  means = prompt_embeddings.reshape(classes, -1, prompt_embeddings.shape[1]).mean(axis=1)
+  return means / np.linalg.norm(means, axis=1, keepdims=True)
 
-  Raises:
-    ValueError: the source has no class names or no labelled image.
+
+def token_classifier(
+  prompt_embeddings: Embeddings, classes: int, similarity: Similarity
+) -> Callable[[Embeddings], Float[np.ndarray, "n classes"]]:
+  """From image tokens to logits: the mean, over a class's prompts, of their late interaction with the image.
+
+  FILIP (Yao et al. 2022, section 3.3). DeCLIP's released code differs: it averages the tokens at the same position of
+  all prompts of a class, padding included, and divides by the norm of the whole text, `[t e]`. Since prompts differ in
+  length, this mixes unrelated words and gives each class a scale of its own. We do not reproduce it.
   """
-  del pictures
-  if not source.classnames:
-    raise ValueError(f"{source.name} has no class names: files have them in a classnames.txt beside the first")
-  if encoders.tokens:
-    images = embed_images(source, encoders, then=token_classifier(source.classnames, templates, encoders))
-  else:
-    weights = classifier(source.classnames, templates, encoders)
-    images = embed_images(source, encoders)
-  used = images.label >= 0  # -1 also where an image cannot be read
-  if not used.any():
-    raise ValueError(f"{source.name} has no readable image with a class label")
-  logits = images.embeddings[used] if encoders.tokens else encoders.similarity(images.embeddings[used], weights)
-  yield from accuracies(logits, images.label[used]).items()
-  yield "images", int(used.sum())
+
+  def logits(image: Embeddings) -> Float[np.ndarray, "n classes"]:
+    scores = similarity(image, prompt_embeddings)
+    return scores.reshape(len(scores), classes, -1).mean(axis=2)
+
+  return logits

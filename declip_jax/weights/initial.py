@@ -1,10 +1,11 @@
 """The first state of a run from other weights: either tower, both, or everything, into any method.
 
-What a run may change on the way: resolution, context length, vocabulary (a mask token), heads. What it may not change
-is what the towers compute.
+Resolution, context length, vocabulary (a mask token) and heads may differ; what the towers compute may not.
 """
 
+import ast
 from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -15,65 +16,114 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from declip_jax.models.bank import Bank
-from declip_jax.weights.read import Weights
+from declip_jax.models.model import Model
+from declip_jax.models.paths import is_below_any
+from declip_jax.training.state import State
+from declip_jax.weights.read import Weights, read
 
 Tree = Any
-# A part of `config.init_from.parts` -> where its arrays lie, below "params" and "collections".
-PARTS = {
+# An entry of `config.init_from.groups` -> paths of its arrays in `params` and in `collections`.
+GROUPS = {
   "image": ("towers/image", "heads/image_projection", "towers/batch_stats/image"),
   "text": ("towers/text", "heads/text_projection"),
   "heads": ("heads",),
 }
+# Fields of a tower that may differ between the weights and the run.
 _MAY_DIFFER = {
   "image": ("initializer", "norm_groups"),
   "text": ("context_length", "vocab_size", "buckets"),
 }
 
 
-def check_towers(weights: Weights, model: ConfigDict, parts: Sequence[str]) -> None:
-  """Refuses weights whose towers compute something else than those of `config.model`.
+@dataclasses.dataclass(frozen=True)
+class InitFrom:
+  """Weights that a run starts from.
 
-  Raises:
-    ValueError: an unknown part, a tower that is not there, or one that computes something else.
+  Attributes:
+    path: a run, or any checkpoint that `weights.read.read` reads; empty for none.
+    groups: the `GROUPS` to load.
+    settings: fields that the file does not contain, such as "image.heads=16".
   """
-  if unknown := set(parts) - set(PARTS):
-    raise ValueError(f"config.init_from.parts={tuple(parts)}: choose of {sorted(PARTS)}, not {sorted(unknown)}")
-  for part in ("image", "text"):
-    if part in parts:
-      if part not in weights.params["towers"]:
-        raise ValueError(f"config.init_from.parts={tuple(parts)}: {weights.origin} has no {part} tower")
-      _check_tower(part, weights, model)
+
+  path: str = ""
+  groups: tuple[str, ...] = ("image", "text", "heads")
+  settings: tuple[str, ...] = ()
 
 
-def initial(params: Tree, collections: Tree, weights: Weights, parts: Sequence[str]) -> tuple[Tree, Tree, list[str]]:
-  """Puts weights over freshly drawn parameters and collections, leaf by leaf where these lie on the devices.
-
-  Position embeddings of images are resized, by cubic interpolation as in open_clip; those of texts are cut, or keep
-  their fresh rows at the end (open_clip interpolates them, which moves every position). So does a larger vocabulary.
-  A projection or head of another shape stays fresh; a bias that a projection did not have starts at zero.
+def read_initial(init_from: InitFrom, model: ConfigDict) -> Weights | None:
+  """Reads the weights that a run starts from, None if there are none.
 
   Args:
-    params, collections: of the run, fresh.
-    weights: to put over them; see `check_towers`.
-    parts: which of `PARTS` to take; "heads" is everything behind the towers but the projections.
-
-  Returns:
-    Parameters, collections, and what came from where, as lines to print.
+    init_from: what to read.
+    model: `config.model` of the run.
 
   Raises:
-    ValueError: a tower of other shapes, or nothing of the wanted parts.
+    FileNotFoundError: there are no such weights.
+    ValueError: the file cannot be read, or the towers compute something else than those of the run.
+  """
+  if not init_from.path:
+    return None
+  weights = read(init_from.path, dict(map(_parse_setting, init_from.settings)))
+  _check_towers(weights, model, init_from.groups)
+  return weights
+
+
+def initialise(state: State, weights: Weights, groups: Sequence[str], model: Model) -> tuple[State, list[str]]:
+  """Loads weights into a fresh state, and copies them into its momentum tower.
+
+  Args:
+    state: freshly drawn state.
+    weights: weights to load.
+    groups: the `GROUPS` to load.
+    model: model of the run.
+
+  Returns:
+    The state, and lines that report where each array is from.
+
+  Raises:
+    ValueError: see `load_weights`.
+  """
+  params, collections, lines = load_weights(state.params, state.collections, weights, groups)
+  if (weights.view.mean, weights.view.std) != (model.towers.mean, model.towers.std):
+    lines.append(
+      f"pixels are normalised by the run's mean and standard deviation, not by the weights' {weights.view.mean} and "
+      f"{weights.view.std}"
+    )
+  return state.replace(params=params, collections={**collections, **model.momentum_copy(params)}), lines
+
+
+def load_weights(
+  params: Tree, collections: Tree, weights: Weights, groups: Sequence[str]
+) -> tuple[Tree, Tree, list[str]]:
+  """Loads weights into freshly drawn parameters and collections, leaf by leaf, onto the devices of each leaf.
+
+  Position embeddings of images are resized by cubic interpolation, as in open_clip. Position embeddings of texts and
+  token embeddings are cut, or keep their fresh entries at the end (open_clip interpolates positions of texts, which
+  moves every position). A projection or head of another shape stays fresh; a bias that a projection did not have starts
+  at zero.
+
+  Args:
+    params, collections: fresh arrays of the run.
+    weights: weights to load; `read_initial` has checked them.
+    groups: the `GROUPS` to load; "heads" contains everything after the towers but the projections.
+
+  Returns:
+    Parameters, collections, and lines that report where each array is from.
+
+  Raises:
+    ValueError: a tower has other shapes, or the weights have nothing in `groups`.
   """
   fresh = flatten_dict({"params": params, "collections": collections}, sep="/")
   given = flatten_dict({"params": weights.params, "collections": weights.collections}, sep="/")
   merged, changed = dict(fresh), []
   for path, leaf in fresh.items():
     below = path.split("/", 1)[1]
-    if not _wanted(below, parts):
+    if not _is_in(below, groups):
       continue
     if path not in given:
       if below.endswith("_projection/bias") and path.replace("/bias", "/kernel") in given:
         merged[path] = _placed(leaf, np.zeros(leaf.shape))
-        changed.append(f"new, at zero: {below}")
+        changed.append(f"new, zero: {below}")
     elif isinstance(leaf, Bank):
       if leaf.entries.shape == given[path].entries.shape:
         merged[path] = jax.tree.map(_placed, leaf, given[path])
@@ -82,67 +132,85 @@ def initial(params: Tree, collections: Tree, weights: Weights, parts: Sequence[s
         changed.append(f"fresh: {below}, {shapes}")
     else:
       merged[path] = _fitted(below, np.asarray(given[path]), leaf, changed)
-  taken = [path for path in fresh if merged[path] is not fresh[path]]
-  if not taken:
-    raise ValueError(f"config.init_from: {weights.origin} holds nothing of {tuple(parts)}")
+  loaded = [path for path in fresh if merged[path] is not fresh[path]]
+  if not loaded:
+    raise ValueError(f"config.init_from.groups={tuple(groups)}: {weights.origin} has no array of these groups")
   tree = unflatten_dict(merged, sep="/")
-  lines = [f"from {weights.origin}: {_counted(taken, merged)}", *changed]
-  behind = [path.split("/", 1)[1] for path in given if path not in fresh and _wanted(path.split("/", 1)[1], parts)]
-  if behind:
-    lines.append(f"left behind: {', '.join(behind)}")
-  left = [path for path in fresh if path.startswith("params/") and path not in taken]
-  lines.append(f"fresh: {_counted(left, fresh)}" if left else "nothing is fresh")
+  lines = [f"loaded from {weights.origin}: {_sizes(loaded, merged)}", *changed]
+  unused = [path.split("/", 1)[1] for path in given if path not in fresh]
+  if unused := [path for path in unused if _is_in(path, groups)]:
+    lines.append(f"not in this model: {', '.join(unused)}")
+  left = [path for path in fresh if path.startswith("params/") and path not in loaded]
+  lines.append(f"fresh: {_sizes(left, fresh)}" if left else "nothing is fresh")
   collections = {half: tree.get("collections", {}).get(half, {}) for half in collections}
   return tree["params"], collections, [*lines, *weights.remarks]
 
 
-def resize_positions(positions: Float[np.ndarray, "n w"], count: int) -> Float[np.ndarray, "m w"]:
-  """Position embeddings of a class token and a square grid, for `count` - 1 cells: a cubic resize with antialiasing.
+def resize_positions(positions: Float[np.ndarray, "n w"], size: int) -> Float[np.ndarray, "m w"]:
+  """Resizes position embeddings of a class token and a square grid to `size` positions, cubic with antialiasing.
 
   Raises:
     ValueError: one of the two grids is not square.
   """
-  sides = [round((n - 1) ** 0.5) for n in (len(positions), count)]
-  if [side**2 + 1 for side in sides] != [len(positions), count]:
-    raise ValueError(f"{len(positions)} and {count} positions are not those of a class token and a square grid")
+  sides = [round((n - 1) ** 0.5) for n in (len(positions), size)]
+  if [side**2 + 1 for side in sides] != [len(positions), size]:
+    raise ValueError(f"{len(positions)} and {size} positions are not those of a class token and a square grid")
   grid = positions[1:].reshape(sides[0], sides[0], -1)
   resized = jax.image.resize(grid, (sides[1], sides[1], grid.shape[-1]), "cubic", antialias=True)
-  return np.concatenate([positions[:1], np.asarray(resized).reshape(count - 1, -1)])
+  return np.concatenate([positions[:1], np.asarray(resized).reshape(size - 1, -1)])
 
 
-def _check_tower(part: str, weights: Weights, model: ConfigDict) -> None:
-  ours, theirs = model[part], weights.model[part]
-  for name in {*ours, *theirs} - set(_MAY_DIFFER[part]):
-    if ours.get(name) != theirs.get(name):
-      raise ValueError(
-        f"config.model.{part}.{name}={ours.get(name)!r} does not fit the weights of {weights.origin}, which have "
-        f"{theirs.get(name)!r}"
-      )
+def _check_towers(weights: Weights, model: ConfigDict, groups: Sequence[str]) -> None:
+  """Rejects groups that do not exist, and towers that compute something else than those of `config.model`."""
+  if unknown := set(groups) - set(GROUPS):
+    raise ValueError(f"config.init_from.groups={tuple(groups)}: choose from {sorted(GROUPS)}, not {sorted(unknown)}")
+  for side in ("image", "text"):
+    if side not in groups:
+      continue
+    if side not in weights.params["towers"]:
+      raise ValueError(f"config.init_from.groups={tuple(groups)}: {weights.origin} has no {side} tower")
+    ours, theirs = model[side], weights.model[side]
+    for name in sorted({*ours, *theirs} - set(_MAY_DIFFER[side])):
+      if ours.get(name) != theirs.get(name):
+        raise ValueError(
+          f"config.model.{side}.{name}={ours.get(name)!r} does not match the weights of {weights.origin}, which have "
+          f"{theirs.get(name)!r}"
+        )
 
 
-def _wanted(path: str, parts: Sequence[str]) -> bool:
-  for part in ("image", "text", "heads"):  # a projection belongs to its tower
-    if any(f"{path}/".startswith(f"{prefix}/") for prefix in PARTS[part]):
-      return part in parts
+def _parse_setting(setting: str) -> tuple[str, Any]:
+  name, equals, value = setting.partition("=")
+  if not equals:
+    raise ValueError(f"config.init_from.settings: {setting!r} is not of the form 'image.heads=16'")
+  try:
+    return name, ast.literal_eval(value)
+  except (SyntaxError, ValueError):
+    return name, value
+
+
+def _is_in(path: str, groups: Sequence[str]) -> bool:
+  for group in ("image", "text", "heads"):  # in this order: a projection belongs to its tower
+    if is_below_any(path, GROUPS[group]):
+      return group in groups
   return False
 
 
 def _fitted(path: str, value: np.ndarray, leaf: Array, changed: list[str]) -> Array:
-  """The value in the place of a fresh leaf; the leaf itself if it does not fit there."""
+  """A value on the devices of a fresh leaf, resized if need be; the leaf itself if no resizing fits."""
   if value.shape == leaf.shape:
     return _placed(leaf, value)
   name = path.rsplit("/", 1)[1]
   if name == "position_embedding" and path.startswith("towers/image") and value.shape[1:] == leaf.shape[1:]:
     changed.append(f"resized: {path}, {value.shape[0]} -> {leaf.shape[0]} positions")
     return _placed(leaf, resize_positions(value, leaf.shape[0]))
-  rows = name in ("position_embedding", "embedding") and value.shape[1:] == leaf.shape[1:]
-  columns = path.startswith("heads/mlm/") and value.shape[:-1] == leaf.shape[:-1]
-  if rows or columns:
-    axis = 0 if rows else leaf.ndim - 1
-    how = "cut" if value.shape[axis] > leaf.shape[axis] else "grown"
-    changed.append(f"{how}: {path}, {value.shape} -> {leaf.shape}")
-    part = tuple(slice(0, min(a, b)) for a, b in zip(value.shape, leaf.shape, strict=True))
-    return _grown(leaf, value[part])
+  along_first = name in ("position_embedding", "embedding") and value.shape[1:] == leaf.shape[1:]
+  along_last = path.startswith("heads/mlm/") and value.shape[:-1] == leaf.shape[:-1]
+  if along_first or along_last:
+    axis = 0 if along_first else leaf.ndim - 1
+    change = "cut" if value.shape[axis] > leaf.shape[axis] else "extended"
+    changed.append(f"{change}: {path}, {value.shape} -> {leaf.shape}")
+    common = tuple(slice(0, min(a, b)) for a, b in zip(value.shape, leaf.shape, strict=True))
+    return _overwritten(leaf, value[common])
   if path.startswith("towers/"):
     raise ValueError(f"config.init_from: {path} is {value.shape} in the weights and {leaf.shape} in the run")
   return leaf
@@ -153,16 +221,17 @@ def _placed(leaf: Array, value: np.ndarray) -> Array:
   return jax.make_array_from_callback(value.shape, leaf.sharding, lambda index: value[index])
 
 
-def _grown(leaf: Array, value: np.ndarray) -> Array:
-  part = tuple(slice(0, size) for size in value.shape)
-  return jax.jit(lambda x: x.at[part].set(jnp.asarray(value)), out_shardings=leaf.sharding)(leaf)
+def _overwritten(leaf: Array, value: np.ndarray) -> Array:
+  """A fresh leaf whose first entries are those of a smaller value."""
+  first = tuple(slice(0, size) for size in value.shape)
+  return jax.jit(lambda x: x.at[first].set(jnp.asarray(value)), out_shardings=leaf.sharding)(leaf)
 
 
-def _counted(paths: Sequence[str], leaves: Mapping[str, Any]) -> str:
-  """The parts of the model that paths lie in, and how many numbers they hold."""
+def _sizes(paths: Sequence[str], leaves: Mapping[str, Any]) -> str:
+  """Towers and heads with the numbers of their parameters among `paths`, for printing."""
   sizes: dict[str, int] = {}
   for path in paths:
     if path.startswith("params/"):
-      part = "/".join(path.split("/")[1:3])
-      sizes[part] = sizes.get(part, 0) + leaves[path].size
-  return ", ".join(f"{part} ({size:,})" for part, size in sizes.items())
+      module = "/".join(path.split("/")[1:3])
+      sizes[module] = sizes.get(module, 0) + leaves[path].size
+  return ", ".join(f"{module} ({size:,})" for module, size in sizes.items())

@@ -7,6 +7,7 @@ import references as reference
 from declip_jax.data.images import EvalView
 from declip_jax.evals import metrics
 from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.features import SourceFeatures
 from declip_jax.evals.metrics import recall
 from declip_jax.evals.retrieval import retrieval
 from declip_jax.evals.similarity import TextTokens
@@ -120,7 +121,7 @@ def test_evaluates_a_source_without_what_cannot_be_used():
     [(0, ("zero", "nought")), ("broken", ("lost",)), (1, ("one",)), (2, ()), (3, ("three",)), (4, ("five",))]
   )
   words = {"zero": 0, "nought": 0, "one": 1, "three": 3, "five": 5}
-  found = dict(retrieval(source, encoders(words), None, equal_texts=False))
+  found = dict(retrieval(SourceFeatures(source, encoders(words)), None))
   assert (found["images"], found["texts"]) == (4, 5)
   assert found["image_to_text_r1"] == 0.75  # the picture of a four has only a text about a five
   assert found["text_to_image_r1"] == 0.8
@@ -130,10 +131,12 @@ def test_evaluates_a_source_without_what_cannot_be_used():
 def test_equal_texts_may_match_each_others_images(equal_texts, expected):
   # Two pictures of a one share their caption. On their own they tie with each other and so count as lost.
   source = Source([(1, ("one",)), (2, ("two",)), (1, ("one",)), (3, ("three",))])
-  found = dict(retrieval(source, encoders({"one": 1, "two": 2, "three": 3}), None, equal_texts=equal_texts))
+  found = dict(
+    retrieval(SourceFeatures(source, encoders({"one": 1, "two": 2, "three": 3})), None, equal_texts=equal_texts)
+  )
   assert found["image_to_text_r1"] == found["text_to_image_r1"] == expected
 
 
 def test_a_source_without_captions_is_named():
   with pytest.raises(ValueError, match="greys has no readable image with a caption"):
-    dict(retrieval(Source([(1, ()), ("broken", ("lost",))]), encoders({}), None, equal_texts=False))
+    dict(retrieval(SourceFeatures(Source([(1, ()), ("broken", ("lost",))]), encoders({})), None))

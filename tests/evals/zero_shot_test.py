@@ -6,9 +6,10 @@ import references as reference
 
 from declip_jax.data.images import EvalView
 from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.features import SourceFeatures
 from declip_jax.evals.metrics import accuracies
 from declip_jax.evals.similarity import TextTokens
-from declip_jax.evals.zero_shot import classifier, token_classifier, zero_shot
+from declip_jax.evals.zero_shot import classifier, prompts, token_classifier, zero_shot
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_classes_without_an_image_do_not_count():
 
 
 @pytest.fixture(scope="module")
-def prompts(golden):
+def reference_prompts(golden):
   """Names, templates and a lookup of the embeddings that the reference had for them, in batches that do not fit."""
   classes, templates, dim = golden["zeroshot/template_embeddings"].shape
   names = [f"name {index}" for index in range(classes)]
@@ -82,20 +83,20 @@ def prompts(golden):
   return names, forms, texts, rows
 
 
-def test_classifier_equals_clip_benchmark(golden, prompts):
-  names, forms, texts, rows = prompts
-  weights = classifier(names, forms, encoders(rows, texts))
+def test_classifier_equals_clip_benchmark(golden, reference_prompts):
+  names, forms, texts, rows = reference_prompts
+  weights = classifier(rows, len(names))
   np.testing.assert_allclose(weights, golden["zeroshot/weights_dim_by_class"].T, atol=1e-6)
   logits = 100 * unit(golden["zeroshot/image_embeddings"]) @ weights.T
   np.testing.assert_allclose(logits, golden["zeroshot/logits_x100"], atol=1e-4)
 
 
-def test_accuracy_over_a_source_equals_clip_benchmark(golden, prompts):
-  names, forms, texts, rows = prompts
+def test_accuracy_over_a_source_equals_clip_benchmark(golden, reference_prompts):
+  names, forms, texts, rows = reference_prompts
   images = unit(golden["zeroshot/image_embeddings"])
   examples = [(index, label) for index, label in enumerate(golden["zeroshot/labels"])]
   source = Source([(None, 0), *examples, (0, -1)], names)  # an unreadable image and one without a label
-  found = dict(zero_shot(source, encoders(rows, texts, images), None, templates=forms))
+  found = dict(zero_shot(SourceFeatures(source, encoders(rows, texts, images)), None, templates=forms))
   assert found["images"] == len(examples)
   np.testing.assert_allclose(found["top1"], golden["zeroshot/acc1"], atol=1e-6)
 
@@ -129,29 +130,27 @@ def test_tokens_are_compared_with_every_prompt_and_scores_averaged_over_template
   logits = np.zeros((9, 3))
   for i in range(9):
     for c in range(3):
-      prompts = range(4 * c, 4 * c + 4)
+      own = range(4 * c, 4 * c + 4)
       logits[i, c] = np.mean(
-        [np.mean([max(patch @ word for word in token[p][valid[p]]) for patch in image[i]]) for p in prompts]
+        [np.mean([max(patch @ word for word in token[p][valid[p]]) for patch in image[i]]) for p in own]
       )
-  np.testing.assert_allclose(token_classifier(names, forms, found)(image), logits, atol=1e-12)
+  np.testing.assert_allclose(token_classifier(TextTokens(token, valid), 3, similarity)(image), logits, atol=1e-12)
   label = np.argsort(-logits, axis=1)[np.arange(9), np.arange(9) % 2]  # every other one is wrong
   source = Source([(None, 0), *enumerate(label), (0, -1)], names)
   calls.clear()
-  result = dict(zero_shot(source, found, None, templates=forms))
+  result = dict(zero_shot(SourceFeatures(source, found), None, templates=forms))
   assert (result["images"], result["top1"]) == (9, 5 / 9)
   assert calls == [4, 4, 4]  # a batch at a time, whose tokens are then forgotten
 
 
 def test_a_template_without_a_place_for_the_name_is_named():
   with pytest.raises(ValueError, match="prompt template 'a photo' has no {} for the class name"):
-    classifier(["cat"], ["a {}", "a photo"], encoders(np.eye(2), []))
-  with pytest.raises(ValueError, match="prompt template 'a photo' has no {} for the class name"):
-    token_classifier(["cat"], ["a {}", "a photo"], encoders(np.eye(2), []))
+    prompts(["cat"], ["a {}", "a photo"])
 
 
 def test_a_source_that_cannot_be_classified_is_named():
   with pytest.raises(ValueError, match="pictures has no class names"):
-    dict(zero_shot(Source([(0, 0)], ()), encoders(np.eye(2), []), None, templates=("{}",)))
+    dict(zero_shot(SourceFeatures(Source([(0, 0)], ()), encoders(np.eye(2), [])), None))
   source = Source([(0, -1), (None, 0)], ("cat", "dog"))
   with pytest.raises(ValueError, match="pictures has no readable image with a class label"):
-    dict(zero_shot(source, encoders(np.eye(2), ["cat", "dog"], np.eye(2)), None, templates=("{}",)))
+    dict(zero_shot(SourceFeatures(source, encoders(np.eye(2), ["cat", "dog"], np.eye(2))), None, templates=("{}",)))

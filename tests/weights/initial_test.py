@@ -17,8 +17,8 @@ from declip_jax import architectures, build, config, train
 from declip_jax.models.bank import Bank
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.training.state import State
-from declip_jax.weights.initial import initial, resize_positions
-from declip_jax.weights.read import from_state_dict, read_run
+from declip_jax.weights.initial import initialise, load_weights, read_initial, resize_positions
+from declip_jax.weights.read import Weights, from_state_dict, read_run
 
 MakeState = Callable[..., State]
 Runs = Callable[[str], Path]
@@ -31,13 +31,18 @@ def bare(method: str, workdir: Path | str = "", *parts: str) -> ConfigDict:
   c.duration.steps = 3
   c.init_from.path = str(workdir)
   if parts:
-    c.init_from.parts = parts
+    c.init_from.groups = parts
   return c
+
+
+def read(c: ConfigDict) -> Weights:
+  """The weights that a config starts from."""
+  return read_initial(build.make_init_from(c), c.model)
 
 
 def start(c: ConfigDict, fresh: State) -> tuple[State, list[str]]:
   """The first state of a run with its weights, and what is said of it."""
-  return train.initialise(fresh, train.read_initial(c), c, build.build(c).model)
+  return initialise(fresh, read(c), c.init_from.groups, build.build(c).model)
 
 
 def of_line(lines: list[str], opening: str) -> set[str]:
@@ -77,10 +82,10 @@ def test_a_run_goes_on_with_another_method_and_new_heads(clip_run: Path, random_
   for head in ("projector", "predictor", "mlm"):
     assert_same(state.params["heads"][head], fresh.params["heads"][head])
   assert not np.any(state.params["heads"]["text_projection"]["bias"])
-  assert "new, at zero: heads/text_projection/bias" in lines
-  assert lines[0].startswith("from declip_jax, step 3: ")
+  assert "new, zero: heads/text_projection/bias" in lines
+  assert lines[0].startswith("loaded from declip_jax, step 3: ")
   assert "towers/image (31,872)" in lines[0]
-  assert "grown: towers/text/token_embedding/embedding, (49408, 16) -> (49409, 16)" in lines
+  assert "extended: towers/text/token_embedding/embedding, (49408, 16) -> (49409, 16)" in lines
   assert lines[-1].startswith("fresh: heads/")
   assert "heads/mlm" in lines[-1]
   assert "towers" not in lines[-1]
@@ -155,21 +160,21 @@ def test_a_bank_of_another_shape_stays_fresh(change: dict, runs: Runs, random_st
 def test_settings_say_what_the_file_does_not(clip_run: Path) -> None:
   c = bare("clip", clip_run)
   c.init_from.settings = ("image.activation=gelu", "text.heads=1")
-  with pytest.raises(ValueError, match="activation='quick_gelu' does not fit .* 'gelu'"):
-    train.read_initial(c)
+  with pytest.raises(ValueError, match="activation='quick_gelu' does not match .* 'gelu'"):
+    read(c)
   c.model.image.activation, c.model.text.heads = "gelu", 1
-  assert train.read_initial(c).model.text.heads == 1
+  assert read(c).model.text.heads == 1
   c.init_from.settings = ("gelu",)
   with pytest.raises(ValueError, match="'gelu' is not of the form"):
-    train.read_initial(c)
+    read(c)
 
 
 def test_what_is_left_behind_is_said(runs: Runs, random_state: MakeState) -> None:
   c = bare("clip", runs("declip"))
   _, lines = start(c, random_state(c))
-  (behind,) = [line for line in lines if line.startswith("left behind: ")]
+  (behind,) = [line for line in lines if line.startswith("not in this model: ")]
   assert {"heads/text_projection/bias", "heads/mlm/kernel", "heads/bank/text"} <= set(
-    behind.removeprefix("left behind: ").split(", ")
+    behind.removeprefix("not in this model: ").split(", ")
   )
 
 
@@ -186,7 +191,7 @@ def test_a_momentum_tower_starts_as_the_tower_that_came(runs: Runs, random_state
   pointers = [leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in jax.tree.leaves((tower, copy))]
   assert len(pointers) == len(set(pointers))  # a step takes both over
   assert of_line(lines, "fresh: ") == {"heads/momentum_predict", "heads/momentum_project"}
-  assert {"heads/text_projection/bias", "heads/predictor/linear1/kernel", "heads/bank/text"} <= of_line(lines, "left")
+  assert {"heads/text_projection/bias", "heads/predictor/linear1/kernel", "heads/bank/text"} <= of_line(lines, "not in")
 
 
 def test_a_run_with_a_momentum_tower_goes_on_without_and_with_it(runs: Runs, random_state: MakeState) -> None:
@@ -196,7 +201,7 @@ def test_a_run_with_a_momentum_tower_goes_on_without_and_with_it(runs: Runs, ran
   state, lines = start(c, random_state(c))
   assert state.collections.keys() == {"towers", "heads"}
   assert_same(state.params["towers"], given.params["towers"])
-  assert {path.split("/")[-3] for path in of_line(lines, "left") if "norm0" in path} == {
+  assert {path.split("/")[-3] for path in of_line(lines, "not in") if "norm0" in path} == {
     "momentum_predict",
     "momentum_project",
   }
@@ -222,7 +227,7 @@ def test_self_supervision_first_then_clip(runs: Runs, random_state: MakeState) -
   assert_same(state.params["towers"]["image"], given.params["towers"]["image"])
   assert_same(state.params["towers"]["text"], fresh.params["towers"]["text"])
   assert_same(state.params["heads"], fresh.params["heads"])
-  assert of_line(lines, "from declip_jax, step 3: ") == {"towers/image"}
+  assert of_line(lines, "loaded from declip_jax, step 3: ") == {"towers/image"}
   assert of_line(lines, "fresh: ") == {
     "towers/text",
     "heads/image_projection",
@@ -235,7 +240,7 @@ def test_self_supervision_first_then_clip(runs: Runs, random_state: MakeState) -
   assert_same(state.collections["heads"], given.collections["heads"])
   assert "heads/simclr" in of_line(lines, "from ")
   with pytest.raises(ValueError, match=r"parts=\('image', 'text', 'heads'\): declip_jax, step 3 has no text tower"):
-    train.read_initial(bare("clip", runs("simclr")))
+    read(bare("clip", runs("simclr")))
   # And a method without texts takes its image tower from one with them.
   c = bare("simclr", clip := runs("clip"), "image")
   state, _ = start(c, random_state(c))
@@ -249,7 +254,7 @@ def test_the_mask_of_patches_comes_and_goes(runs: Runs, random_state: MakeState)
   assert "towers/image (32)" in lines[-1]
   c = bare("clip", runs("slip_mim"))
   _, lines = start(c, random_state(c))
-  assert "towers/image/mask_embedding" in of_line(lines, "left behind: ")
+  assert "towers/image/mask_embedding" in of_line(lines, "not in this model: ")
   assert lines[-1] == "nothing is fresh"
 
 
@@ -304,7 +309,7 @@ def test_a_locked_resnet_keeps_its_statistics(frozen: str, random_state: MakeSta
   c.model.text.eot = 49407
   built = build.build(c)
   state = random_state(c)
-  params, collections, _ = initial(state.params, state.collections, weights, ("image",))
+  params, collections, _ = load_weights(state.params, state.collections, weights, ("image",))
   batch = {
     "image": np.random.default_rng(0).integers(0, 256, (8, 1, 64, 64, 3), np.uint8),
     "text": np.full((8, 1, 16), 49407, np.int32),
@@ -318,9 +323,9 @@ def test_a_locked_resnet_keeps_its_statistics(frozen: str, random_state: MakeSta
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"model.image.activation": "gelu"}, r"config.model.image.activation='gelu' does not fit .* 'quick_gelu'"),
-    ({"model.text.width": 32}, r"config.model.text.width=32 does not fit"),
-    ({"init_from.parts": ("vision",)}, r"parts=\('vision',\): choose of \['heads', 'image', 'text'\]"),
+    ({"model.image.activation": "gelu"}, r"config.model.image.activation='gelu' does not match .* 'quick_gelu'"),
+    ({"model.text.width": 32}, r"config.model.text.width=32 does not match"),
+    ({"init_from.groups": ("vision",)}, r"groups=\('vision',\): choose from \['heads', 'image', 'text'\]"),
     ({"init_from.path": "/nowhere"}, r"/nowhere does not exist"),
     ({"optimizer.frozen": ("towers/vision",)}, r"config.optimizer.frozen: no parameter at 'towers/vision'"),
   ],
@@ -342,7 +347,7 @@ def test_a_simclr_model_gives_its_image_tower(random_state: MakeState) -> None:
   c.model.text.update({"width": 16, "depth": 1, "heads": 2, "context_length": 16})
   c.model.heads.update({"embed_dim": 24, "simclr_projector": (64, 64, 32)})
   state = random_state(c)
-  params, _, lines = initial(state.params, state.collections, weights, ("image", "heads"))
+  params, _, lines = load_weights(state.params, state.collections, weights, ("image", "heads"))
   np.testing.assert_array_equal(params["heads"]["simclr"]["linear2"]["bias"], sd["image_mlp.layer3.bias"])
   np.testing.assert_array_equal(params["towers"]["image"]["post_norm"]["scale"], sd["visual.norm.weight"])
   assert lines[-1].startswith("fresh: ")
