@@ -1,14 +1,14 @@
 """Evaluates a run: python -m declip_jax.evaluate --workdir runs/demo
 
-Without further flags it repeats the evaluations of the run's config. With --zero_shot or --retrieval it measures on any
-source instead:
+Without further flags the evaluations of the run's config are repeated. --zero_shot and --retrieval evaluate on other
+data instead:
 
   --zero_shot=webdataset:/data/test-*.tar --template="a photo of a {}." --template="a drawing of a {}."
   --retrieval=webdataset:/data/test-*.tar
 
-With --weights it measures any other checkpoint that `declip_jax.load` reads, such as OpenAI's or one of open_clip.
+--weights evaluates any other checkpoint that `declip_jax.load` reads, such as one of OpenAI's CLIP or of open_clip.
 
-Results are printed and added, one JSON object a line, to evaluations.jsonl in the run's directory.
+Results are printed, and appended to evaluations.jsonl in the working directory, one JSON object per line.
 """
 
 import json
@@ -26,6 +26,8 @@ from declip_jax.clip import load
 from declip_jax.reporting.metrics import summary_table
 from declip_jax.runtime.command import launch
 
+_BATCH_SIZE = 256  # without a run's config
+
 
 def evaluate(
   workdir: Path,
@@ -34,26 +36,27 @@ def evaluate(
   weights: str | os.PathLike[str] | None = None,
   batch_size: int | None = None,
 ) -> dict[str, Any]:
-  """Evaluates a checkpoint and adds the results to `workdir/evaluations.jsonl`.
+  """Evaluates a checkpoint and appends the results to `workdir/evaluations.jsonl`.
 
   Args:
-    workdir: of a run, or where to put the results for other `weights`.
-    step: checkpoint of the run; by default the newest.
-    evals: what to measure; by default what the config of the run does.
-    weights: what to evaluate in place of the run.
-    batch_size: images and texts that are encoded at once; by default the config's, or 256.
+    workdir: working directory of a run, or, with `weights`, any directory for the results.
+    step: checkpoint of the run, the newest by default.
+    evals: evaluations, those of the run's config by default.
+    weights: checkpoint file or folder to evaluate instead of the run.
+    batch_size: images and texts encoded at once, that of the run's config by default, or 256.
 
   Raises:
     FileNotFoundError: no such run or checkpoint.
-    ValueError: there is nothing to evaluate.
+    ValueError: no evaluation is given.
   """
   clip = load(weights or workdir, step=step)
   config_file = workdir / "config.json"
-  config = config_lib.from_json(config_file.read_text()) if config_file.exists() else config_lib.default()
-  evals = config.evals if evals is None else evals
+  config = config_lib.from_json(config_file.read_text()) if config_file.exists() else None
+  if evals is None:
+    evals = config.evals if config else ConfigDict()
   if not len(evals):
-    raise ValueError(f"{workdir} has no config with evals: give --zero_shot or --retrieval")
-  encoders = clip.encoders(batch_size or (config.evaluate_batch_size if config_file.exists() else 256))
+    raise ValueError(f"{workdir} has no config.json with evaluations: pass --zero_shot or --retrieval")
+  encoders = clip.encoders(batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE))
   about = {"step": clip.step} if weights is None else {"weights": os.fspath(weights), "origin": clip.origin}
   results = {**about, **make_evaluators(evals, workdir)(encoders)}
   if jax.process_index() == 0:
@@ -63,7 +66,7 @@ def evaluate(
   return results
 
 
-def _asked() -> ConfigDict | None:
+def _evals_from_flags() -> ConfigDict | None:
   evals = ConfigDict()
   if flags.FLAGS.zero_shot:
     evals.zero_shot = config_lib.zero_shot(flags.FLAGS.zero_shot, tuple(flags.FLAGS.template))
@@ -74,20 +77,22 @@ def _asked() -> ConfigDict | None:
 
 def _command(workdir: Path) -> None:
   given = flags.FLAGS
-  results = evaluate(workdir, given.step, _asked(), given.weights, given.batch_size)
+  results = evaluate(workdir, given.step, _evals_from_flags(), given.weights, given.batch_size)
   if jax.process_index() == 0:
     print(summary_table({"run": str(workdir), **results}))
 
 
 def main() -> None:
   """Runs the command."""
-  flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.")
-  flags.DEFINE_string("weights", None, "Checkpoint file or folder to evaluate in place of the run in --workdir.")
-  flags.DEFINE_integer("batch_size", None, "Images and texts encoded at once; by default the run's, or 256.")
-  flags.DEFINE_string("zero_shot", None, "Source to classify, such as webdataset:/data/test-*.tar")
-  flags.DEFINE_multi_string("template", ["a photo of a {}."], "Prompt with {} for the class name; may be repeated.")
-  flags.DEFINE_string("retrieval", None, "Source to search.")
-  flags.DEFINE_bool("equal_texts", False, "In retrieval, captions of the same wording match each other's images.")
+  flags.DEFINE_integer("step", None, "Step of the checkpoint to evaluate; the newest by default.")
+  flags.DEFINE_string("weights", None, "Checkpoint file or folder to evaluate instead of the run.")
+  flags.DEFINE_integer("batch_size", None, "Images and texts encoded at once; by default that of the run, or 256.")
+  flags.DEFINE_string("zero_shot", None, "Data to classify, such as webdataset:/data/test-*.tar.")
+  flags.DEFINE_multi_string(
+    "template", ["a photo of a {}."], "Prompt with {} for the class name. Repeat the flag for several."
+  )
+  flags.DEFINE_string("retrieval", None, "Data to search, such as webdataset:/data/test-*.tar.")
+  flags.DEFINE_bool("equal_texts", False, "In retrieval, let identical captions match each other's images.")
   launch(_command, __doc__)
 
 

@@ -1,10 +1,10 @@
-"""Writes trained weights for other tools: python -m declip_jax.export --workdir RUN --format open_clip --output DIR
+"""Exports trained weights: python -m declip_jax.export --workdir RUN --format open_clip --output DIR
 
   open_clip    a folder for open_clip.create_model_and_transforms("local-dir:DIR") and CLIP_benchmark
-  huggingface  a folder for transformers' CLIPModel and CLIPProcessor
-  orbax        parameters only, for declip_jax.load and config.init_from; the one format for FILIP and SimCLR
+  huggingface  a folder for CLIPModel and CLIPProcessor of transformers
+  orbax        parameters only, for declip_jax.load and config.init_from; the only format for FILIP and SimCLR
 
-RUN is the directory of a run, or any checkpoint that declip_jax.load reads. The folder must not exist yet, or be empty.
+RUN is the working directory of a run, or any checkpoint that declip_jax.load reads. DIR must be empty or not exist yet.
 """
 
 from pathlib import Path
@@ -23,18 +23,18 @@ def _command(workdir: Path) -> None:
   given = flags.FLAGS
   weights = read(workdir, step=given.step)
   notes = [*weights.remarks, *write(weights, given.output, given.format)]
-  count = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
-  print(f"{weights.origin}: {count:,} parameters")
+  num_parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
+  print(f"{weights.origin}: {num_parameters:,} parameters")
   for note in notes:
     print(note)
-  print(f"written for {given.format}: {given.output}")
+  print(f"wrote {given.output} in the format of {given.format}")
 
 
 def main() -> None:
   """Runs the command."""
-  flags.DEFINE_enum("format", None, sorted(FORMATS), "What to write.", required=True)
-  flags.DEFINE_string("output", None, "Folder to write; it must not exist yet, or be empty.", required=True)
-  flags.DEFINE_integer("step", None, "Checkpoint of the run; the newest by default.")
+  flags.DEFINE_enum("format", None, sorted(FORMATS), "Format to write.", required=True)
+  flags.DEFINE_string("output", None, "Folder to write; it must be empty or not exist yet.", required=True)
+  flags.DEFINE_integer("step", None, "Step of the checkpoint to export; the newest by default.")
   launch(_command, __doc__)
 
 

@@ -225,7 +225,7 @@ def test_export_by_command(workdir: Path, tmp_path: Path) -> None:
   lines = done.stdout.splitlines()
   assert lines[0].startswith("declip_jax, step 2: ")
   assert "left out: the heads that only training uses (bank, mlm, simsiam)" in lines
-  assert lines[-1] == f"written for open_clip: {tmp_path / 'out'}"
+  assert lines[-1] == f"wrote {tmp_path / 'out'} in the format of open_clip"
   again = subprocess.run(command, capture_output=True, text=True)
   assert again.returncode == 2
   assert "exists already" in again.stderr
