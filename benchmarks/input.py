@@ -39,7 +39,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from rivals import import_torchvision
 
 from declip_jax.data import images
-from declip_jax.data.recipes import RECIPES, MakeViews, Recipe, get_recipe
+from declip_jax.data.make_views import MakeViews
+from declip_jax.data.recipes import RECIPES, Recipe, get_recipe
 from declip_jax.data.sources import BadSample, Example, open_source
 from declip_jax.data.sources.webdataset import WebDataset
 from declip_jax.data.text.tokenizer import OpenAI, Tokenizer

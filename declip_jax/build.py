@@ -16,7 +16,8 @@ import optax
 from declip_jax import objectives
 from declip_jax.config import steps_of
 from declip_jax.data.images import INTERPOLATIONS, EvalView
-from declip_jax.data.recipes import MakeViews, Recipe, get_recipe, trimmed
+from declip_jax.data.make_views import MakeViews
+from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals import EVALUATORS, check_options

@@ -38,6 +38,7 @@ from declip_jax.build import (
 )
 from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
+from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import BAD, Source, open_source
 from declip_jax.planning import devices, flops
 from declip_jax.reporting import pictures
@@ -93,8 +94,8 @@ def train(
 
   # Input: every host sees the same rows and takes its part.
   mixture, ssl_mixture = _open_mixtures(config, built, sources)
-  rows = pipeline.training_rows(mixture, built.make_views, config.seed, ssl_mixture)
-  workers, threads = pipeline.plan_reading(config.data.workers, config.data.threads)
+  rows = pipeline.training_samples(mixture, built.make_views, config.seed, ssl_mixture)
+  workers, threads = pipeline.reader_counts(config.data.workers, config.data.threads)
   batch_shape = built.batch_shape(config.batch_size)
   steps = build.to_steps(config, sum(map(len, mixture.sources)))
   opened = [*mixture.sources, *(ssl_mixture.sources if ssl_mixture else ())]
@@ -292,16 +293,16 @@ def _go_back(
 
 def _open_mixtures(
   config: ConfigDict, built: build.Built, sources: Sequence[Source] | None
-) -> tuple[pipeline.Mixture, pipeline.Mixture | None]:
+) -> tuple[Mixture, Mixture | None]:
   """The sources to train on, and those of other images for self-supervision, if there are any."""
   data = config.data
   needs_caption = bool(built.recipe.text_views)
   sources = tuple(map(open_source, data.train) if sources is None else sources)
-  mixture = pipeline.Mixture(sources, data.mixture, needs_caption, data.templates)
+  mixture = Mixture(sources, data.mixture, needs_caption, data.templates)
   mixture.check_captions()
   if not data.ssl_train:
     return mixture, None
-  return mixture, pipeline.Mixture(tuple(map(open_source, data.ssl_train)), data.ssl_mixture, False, (), "ssl_mixture")
+  return mixture, Mixture(tuple(map(open_source, data.ssl_train)), data.ssl_mixture, False, (), "ssl_mixture")
 
 
 def _check_hosts(sources: Sequence[Source]) -> None:

@@ -26,6 +26,7 @@ from declip_jax import build, objectives, sharding, train
 from declip_jax import config as config_lib
 from declip_jax.clip import load
 from declip_jax.data import pipeline
+from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import open_source
 from declip_jax.evaluate import evaluate
 from declip_jax.reporting.metrics import MetricWriter, read_metrics
@@ -382,11 +383,11 @@ def test_self_supervision_on_other_images_than_those_with_captions(tmp_path: Pat
   coupled = build.build(config).make_views
   config.data.ssl_train, config.data.ssl_mixture = ("scenes:test/64/24",), (1.0,)
   pairs, others = (
-    pipeline.Mixture(tuple(map(open_source, specs)), needs_caption=needed)
+    Mixture(tuple(map(open_source, specs)), needs_caption=needed)
     for specs, needed in ((config.data.train, True), (config.data.ssl_train, False))
   )
-  rows = pipeline.training_rows(pairs, coupled, 0)[5]
-  apart = pipeline.training_rows(pairs, coupled, 0, others)[5]
+  rows = pipeline.training_samples(pairs, coupled, 0)[5]
+  apart = pipeline.training_samples(pairs, coupled, 0, others)[5]
   np.testing.assert_array_equal(rows["image"][0], apart["image"][0])
   np.testing.assert_array_equal(rows["text"], apart["text"])
   assert not np.array_equal(rows["image"][1:], apart["image"][1:])
@@ -527,8 +528,8 @@ def train_until(step: int, config: ConfigDict, workdir: Path, time: int = 1) -> 
 
 def poison(monkeypatch: pytest.MonkeyPatch, config: ConfigDict, batches: list[int]) -> None:
   """Makes the images of these batches of the stream not finite."""
-  mixture = pipeline.Mixture(tuple(map(open_source, config.data.train)))
-  rows = pipeline.training_rows(mixture, build.build(config).make_views, config.seed)
+  mixture = Mixture(tuple(map(open_source, config.data.train)))
+  rows = pipeline.training_samples(mixture, build.build(config).make_views, config.seed)
   size = config.batch_size
   images = [np.stack([rows[index]["image"] for index in range(b * size, (b + 1) * size)]) for b in batches]
   sums = jnp.array([image.sum() for image in images], jnp.uint32)

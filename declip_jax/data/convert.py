@@ -38,10 +38,9 @@ import numpy as np
 from PIL import Image
 
 from declip_jax.data import images
-from declip_jax.data.processes import cores, end_with_parent
-from declip_jax.data.sources import BadSample, Example, Source, open_source, rows
+from declip_jax.data.sources import BadSample, Example, Source, lists, open_source
 from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_reader, pack
-from declip_jax.data.storage import files
+from declip_jax.data.storage import files, indexes, jobs, patterns, remote
 
 _SHARD_BYTES = 512 * 2**20
 _MAX_SHARDS = 1024  # by default: larger sources get larger files, for a process keeps a limited number open
@@ -87,13 +86,13 @@ def convert(
       conversion of the source as it was before its files changed.
     OSError: the files cannot be written.
   """
-  output = rows.absolute(os.fspath(output))
+  output = lists.absolute(os.fspath(output))
   source = open_source(spec)
   about = _plan(source, output, shards)
   shards, samples = about["shards"], about["samples"]
   bounds = [samples * number // shards for number in range(shards + 1)]
   names = [f"data-{number:05d}-of-{shards:05d}.array_record" for number in range(shards)]
-  there = set(files.names(output))
+  there = set(patterns.names(output))
   if "count" in about:
     _expect(names, there, f"{output} was complete and")
     return about
@@ -101,11 +100,11 @@ def convert(
   _write_classnames(source, output)
   done = {number: report for number, report in _finished(output, there).items() if names[number] in there}
   todo = {n: _Shard(f"{output}/{names[n]}", bounds[n], bounds[n + 1]) for n in range(shards) if n not in done}
-  running = _run(source, todo, samples, workers or cores())
+  running = _run(source, todo, samples, workers or jobs.cores())
   with contextlib.closing(_Journal(output, done)) as journal, contextlib.closing(running) as reports:
     for number, report in reports:
       journal.add(number, report)
-  _expect(names, set(files.names(output)), output)
+  _expect(names, set(patterns.names(output)), output)
   return _finish(source, output, about, done)
 
 
@@ -122,8 +121,8 @@ def _plan(source: Source, output: str, shards: int | None) -> dict[str, Any]:
     ValueError: it holds something else.
   """
   plan = {"source": source.name, "samples": len(source), "stamp": source.stamp}
-  url = files.is_url(output)
-  there = sorted(os.listdir(output)) if not url and os.path.isdir(output) else files.names(output)
+  url = remote.is_url(output)
+  there = sorted(os.listdir(output)) if not url and os.path.isdir(output) else patterns.names(output)
   if not len(source):
     raise ValueError(f"{source.name} has no sample; left out: {source.skipped or 'none'}")
   if _ABOUT in there:
@@ -180,7 +179,7 @@ class _Journal:
 
   def add(self, number: int, report: dict[str, Any]) -> None:
     self._done[number] = report
-    if not files.is_url(self._path):
+    if not remote.is_url(self._path):
       with open(self._path, "a") as file:
         file.write(self._line(number))
       return
@@ -236,13 +235,13 @@ def _committed(path: str) -> Iterator[Path]:
   local = _left_in(folder)[0] / f"{_left_in(folder)[1]}{name}"
   with _temporary(local) as temporary:
     yield temporary
-    files.upload(temporary, path) if files.is_url(path) else files.commit(temporary, local)
+    files.upload(temporary, path) if remote.is_url(path) else files.commit(temporary, local)
 
 
 def _left_in(output: str) -> tuple[Path, str]:
   """Where temporary files for a folder lie, and how their names begin, after the dot."""
-  if files.is_url(output):
-    return Path(tempfile.gettempdir()), f"declip_jax-{files.digest(output)}-"
+  if remote.is_url(output):
+    return Path(tempfile.gettempdir()), f"declip_jax-{indexes.digest(output)}-"
   return Path(output), ""
 
 
@@ -340,7 +339,7 @@ def _start_worker(source: Source, stop: Any, written: Any) -> None:
   """Workers leave Ctrl-C to the main process, which tells them to stop, and end when it is killed."""
   _worker.update(source=source, stop=stop, written=written)
   if multiprocessing.parent_process():
-    end_with_parent()
+    jobs.end_with_parent()
 
 
 def _write(shard: _Shard) -> dict[str, Any]:
@@ -398,7 +397,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _report(about: dict[str, Any], output: str) -> str:
-  written = [f"{output}/{name}" for name in files.names(output) if name.endswith(".array_record")]
+  written = [f"{output}/{name}" for name in patterns.names(output) if name.endswith(".array_record")]
   size = sum(size for size, _ in files.stamps(written))
   lines = [f"{output}: {about['count']:,} samples in {about['shards']:,} files, {size / 2**20:,.1f} MiB"]
   for kind, count in sorted(about["skipped"].items()):
@@ -431,7 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     print("interrupted; give the same command again to go on", file=sys.stderr)
     return 130
-  print(_report(about, rows.absolute(given.output)))
+  print(_report(about, lists.absolute(given.output)))
   return 0
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from declip_jax.data import images
 from declip_jax.data.convert import holding_interrupts, read
 from declip_jax.data.sources import SOURCES, BadSample, Source, open_source
-from declip_jax.data.storage import files
+from declip_jax.data.storage import files, patterns, remote
 from declip_jax.data.text.tokenizer import Tokenizer
 
 _THREADS = 8
@@ -84,12 +84,12 @@ def guess(path: str) -> str:
   if kind in SOURCES and location and not location.startswith("//"):
     return path
   local = path.removeprefix("file://")
-  if not files.is_url(path) and os.path.isdir(os.path.expanduser(local)):
+  if not remote.is_url(path) and os.path.isdir(os.path.expanduser(local)):
     return _guess_folder(local.rstrip("/") or "/")
   try:
-    found = files.expand(path)
+    found = patterns.expand(path)
   except FileNotFoundError:
-    if files.is_url(path) and files.names(path):
+    if remote.is_url(path) and patterns.names(path):
       return _guess_folder(path.rstrip("/"))
     if re.match(r"\w+:(?!//)", path):
       raise ValueError(f"{path}: no kind {kind!r} of source nor such a file; kinds are {', '.join(SOURCES)}") from None
@@ -116,7 +116,7 @@ def _kind(path: str) -> str | None:
 
 def _guess_folder(folder: str) -> str:
   place = os.path.expanduser(folder)
-  names = files.names(place)
+  names = patterns.names(place)
   if "state.json" in names:
     return f"huggingface:{folder}"
   for name, kind in (("dataset_dict.json", "huggingface"), ("dataset_info.json", "tfds")):
@@ -127,12 +127,12 @@ def _guess_folder(folder: str) -> str:
     if alike:
       return guess(f"{folder}/*{alike.most_common(1)[0][0]}")
   below = (name for _, _, inside in itertools.islice(os.walk(place), _WALKED) for name in inside)
-  if any(name.lower().endswith(files.IMAGE_SUFFIXES) for name in (names if files.is_url(folder) else below)):
+  if any(name.lower().endswith(files.IMAGE_SUFFIXES) for name in (names if remote.is_url(folder) else below)):
     return f"folder:{folder}"
   annotations = [name for name in names if name.endswith(".json")]
   if len(annotations) == 1:
     return guess(f"{folder}/{annotations[0]}")
-  folders = [] if files.is_url(folder) else [f"{entry.name}/" for entry in os.scandir(place) if entry.is_dir()]
+  folders = [] if remote.is_url(folder) else [f"{entry.name}/" for entry in os.scandir(place) if entry.is_dir()]
   raise ValueError(f"{folder}: {_unknown([*names, *folders])}")
 
 

@@ -7,7 +7,6 @@ A training stream depends on seed and position alone: not on workers, threads, h
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 import logging
 import queue
 import signal
@@ -19,109 +18,17 @@ import cv2
 import grain
 import numpy as np
 
-from declip_jax.data import images, processes
+from declip_jax.data import images
+from declip_jax.data.mixture import Mixture, Place, hashed
 from declip_jax.data.sources import BAD, BadSample, Example, Source
+from declip_jax.data.storage import jobs
 
 Row = dict[str, np.ndarray]
-Place = tuple[int, int]  # number of the source, index in it
-PASSED_OVER = "passed_over"  # in a row: how many examples of each kind of `BAD` could not be used for it
+BAD_COUNTS = "bad_counts"  # field of a sample: how many examples of each kind of `BAD` were skipped for it
 _MAX_TRIES = 100
 _NAMED = 20  # bad samples of each kind that a process names
 _SECOND_STREAM = 1
 _CHUNK = 32  # rows, at most, that one thread puts together
-
-
-@dataclass(frozen=True)
-class Mixture:
-  """Sources that are read as one, and how their examples get captions.
-
-  Attributes:
-    sources: what to read.
-    weights: positive, one for each: they are interleaved in exact proportion.
-    needs_caption: whether an example without a caption is passed over; a recipe without text can take it.
-    templates: captions for examples that have a class and no caption, with {} for the name of the class.
-    field: of `config.data`, where the weights stand, for error messages.
-  """
-
-  sources: tuple[Source, ...]
-  weights: tuple[float, ...] = (1.0,)
-  needs_caption: bool = True
-  templates: tuple[str, ...] = ()
-  field: str = "mixture"
-
-  def __post_init__(self) -> None:
-    if len(self.sources) != len(self.weights) or any(weight <= 0 for weight in self.weights):
-      raise ValueError(
-        f"config.data.{self.field}={self.weights}: give a positive weight for each of {len(self.sources)} sources"
-      )
-    for source in self.sources:
-      if not len(source):
-        raise ValueError(f"{source.name} has no usable sample; left out: {source.skipped or 'none'}")
-
-  def places(self, seed: int) -> grain.MapDataset:
-    """Endless pairs of source and index: each pass over a source is another permutation of all of it."""
-    # Seeds are given one by one: those that grain derives change with the order of operations. They are hashes, for
-    # grain counts a seed up with each pass: with neighbouring seeds, sources or runs would go through the same orders.
-    parts = [
-      grain.MapDataset.range(len(source)).shuffle(seed=_hash(seed, number)).repeat().map(partial(_pair, number))
-      for number, source in enumerate(self.sources)
-    ]
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=list(self.weights))
-
-  def read(self, place: Place) -> Example:
-    """The example of a place, with a caption if one is needed.
-
-    Raises:
-      BadSample: it cannot be used; the message names it.
-    """
-    source = self.sources[place[0]]
-    try:
-      example = source[place[1]]
-    except OSError as error:
-      raise BadSample("missing file", f"{source.name}: example {place[1]}: {error}") from error
-    if any(caption.strip() for caption in example["captions"]):
-      return example
-    if self.templates and source.classnames and example["label"] >= 0:
-      name = source.classnames[example["label"]]
-      return {**example, "captions": tuple(template.format(name) for template in self.templates)}
-    if self.needs_caption:
-      raise BadSample("no caption", f"{example['id']}: no caption")
-    return example
-
-  def another(self, place: Place, rng: np.random.Generator) -> Place:
-    """A place of the same source to take for one that cannot be used.
-
-    Anywhere in it: bad samples lie side by side, as those of a lost shard do, and the first good one behind them would
-    come as often as they are many.
-    """
-    return place[0], int(rng.integers(len(self.sources[place[0]])))
-
-  def check_captions(self) -> None:
-    """Refuses a source of classes that has no captions, where they are needed and no templates make them.
-
-    Raises:
-      ValueError: names the source.
-    """
-    for source in self.sources if self.needs_caption and not self.templates else ():
-      if source.classnames and not _captioned(source):
-        raise ValueError(
-          f"{source.name} has classes and no captions: give config.data.templates, such as ('a photo of a {{}}.',)"
-        )
-
-
-def _captioned(source: Source) -> bool:
-  """Whether one of a few examples has a caption."""
-  for index in sorted({len(source) * part // 8 for part in range(8)}):
-    try:
-      if any(caption.strip() for caption in source[index]["captions"]):
-        return True
-    except (BadSample, OSError):
-      continue
-  return False
-
-
-def _pair(number: int, index: int) -> Place:
-  return number, index
 
 
 @dataclass(frozen=True)
@@ -154,7 +61,7 @@ class _MakeRow(grain.transforms.RandomMap):
         else:
           first = self._pass_over(self.first, first, _named(error, example), passed, rng)
         continue
-      return row | {PASSED_OVER: passed}
+      return row | {BAD_COUNTS: passed}
 
   def _pass_over(
     self, mixture: Mixture, place: Place, error: BadSample, passed: np.ndarray, rng: np.random.Generator
@@ -170,11 +77,6 @@ class _MakeRow(grain.transforms.RandomMap):
 
 def _named(error: BadSample, example: Example) -> BadSample:
   return BadSample(error.kind, f"{example['id']}: {error}")
-
-
-def _hash(*numbers: int) -> int:
-  """32 bits that look random."""
-  return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _decodes(image: Any) -> bool:
@@ -196,7 +98,7 @@ def _warn(error: BadSample) -> None:
     logging.getLogger(__name__).warning("passed over (%s) %s%s", error.kind, error, more)
 
 
-def training_rows(
+def training_samples(
   mixture: Mixture,
   make_views: Callable[[Example, np.random.Generator], Row],
   seed: int,
@@ -216,22 +118,22 @@ def training_rows(
     ssl_mixture: of the second stream, whose captions are not looked at.
 
   Returns:
-    Rows of `make_views` with `passed_over`, int32 `[len(BAD)]`: how many examples of each kind could not be used for
+    Rows of `make_views` with `bad_counts`, int32 `[len(BAD)]`: how many examples of each kind could not be used for
     this one, in both streams together. Reading one raises ValueError if there are 100.
   """
   places = mixture.places(seed)
   if ssl_mixture:
-    places = grain.experimental.ZipMapDataset([places, ssl_mixture.places(_hash(seed, _SECOND_STREAM))])
+    places = grain.experimental.ZipMapDataset([places, ssl_mixture.places(hashed(seed, _SECOND_STREAM))])
   return places.random_map(_MakeRow(mixture, ssl_mixture, make_views), seed=seed)
 
 
-def plan_reading(workers: int | None, threads: int | None, cores: int | None = None) -> tuple[int, int]:
+def reader_counts(workers: int | None, threads: int | None, cores: int | None = None) -> tuple[int, int]:
   """Processes, and threads in each, to read with; None chooses by the cores that this process may use.
 
   The work is done by libraries that let go of Python's lock, so up to four threads in a process are nearly as fast as
   processes, which take 200 MB and some seconds to start each. Two cores are left to the training itself.
   """
-  cores = cores or processes.cores()
+  cores = cores or jobs.cores()
   if workers is None:
     workers = 0 if cores <= 4 else max((cores - 2) // (threads or 4), 1)
   return workers, threads or min(cores, 4)
@@ -243,7 +145,7 @@ class TrainStream:
   A thread makes a chunk of a batch, not all of it: so the first batch comes soon, and what is read ahead is little.
 
   Args:
-    rows: of `training_rows`, the same on every host.
+    rows: of `training_samples`, the same on every host.
     batch_size: global.
     host, hosts: which part of each batch is this host's.
     workers: processes to read with; 0 reads in threads of this one.
@@ -310,7 +212,7 @@ class TrainStream:
     return {"next_index": self._next_index}
 
   def close(self) -> None:
-    """Ends the worker processes."""
+    """Ends the worker jobs."""
     if close := getattr(self._iterator, "close", None):
       close()
 
@@ -355,7 +257,7 @@ class Prefetch:
   def _run(self) -> None:
     try:
       for batch in self._stream:
-        passed_over = batch.pop(PASSED_OVER).sum(axis=0)
+        passed_over = batch.pop(BAD_COUNTS).sum(axis=0)
         self._put((self._place(batch), self._stream.state, passed_over))
         if self._stopped.is_set():
           return
@@ -439,6 +341,6 @@ def _start_worker(index: int = 0, count: int = 0) -> None:
   """Workers leave signals to the main process, which saves a checkpoint first; OpenCV's threads would only compete."""
   cv2.setNumThreads(0)
   if count:
-    processes.end_with_parent()
+    jobs.end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

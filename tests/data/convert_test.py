@@ -17,8 +17,9 @@ from PIL import Image
 import pytest
 
 from declip_jax.data import convert as convert_lib
-from declip_jax.data import images, pipeline, sources
+from declip_jax.data import images, sources
 from declip_jax.data.convert import convert, main
+from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources.scenes import open_scenes
 
 
@@ -142,7 +143,7 @@ def test_a_sample_is_bad_by_the_rules_of_training(monkeypatch):
   source = open_scenes("test/10/16")
   assert convert_lib.read(source, 3)[1].shape == (16, 16, 3)
   monkeypatch.setattr(type(source), "__getitem__", unreadable)
-  for read in (lambda: convert_lib.read(source, 3), lambda: pipeline.Mixture((source,)).read((0, 3))):
+  for read in (lambda: convert_lib.read(source, 3), lambda: Mixture((source,)).read((0, 3))):
     with pytest.raises(sources.BadSample, match="scenes:test/10/16: .*3: no such thing") as error:
       read()
     assert error.value.kind == "missing file"
@@ -331,7 +332,7 @@ def test_an_interrupted_conversion_to_a_url_goes_on(shards, tmp_path, bucket, mo
     "classnames.txt", "data-00000-of-00004.array_record", "data-00001-of-00004.array_record", "dataset.json",
     "progress.jsonl",
   ]  # fmt: skip
-  left = tmp_path / "temporary" / f".declip_jax-{convert_lib.files.digest('memory://bucket/out')}-data-00002.1.tmp"
+  left = tmp_path / "temporary" / f".declip_jax-{convert_lib.indexes.digest('memory://bucket/out')}-data-00002.1.tmp"
   left.write_bytes(b"of a process that was killed")
   puts.clear()
   interrupted.clear()

@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from declip_jax.data import convert, pipeline
-from declip_jax.data.recipes import RECIPES, MakeViews
+from declip_jax.data.make_views import MakeViews
+from declip_jax.data.mixture import Mixture
+from declip_jax.data.recipes import RECIPES
 from declip_jax.data.sources import BAD, BadSample, Source, open_source
 from declip_jax.data.text.tokenizer import Tokenizer
 
@@ -212,7 +214,7 @@ def folder_of_pairs(folder: Path) -> str:
 KINDS = (webdataset, arrayrecord, csv_table, json_lines, parquet, coco, yfcc, folder_of_pairs)
 
 
-def judge(source: Source, mixture: pipeline.Mixture) -> list[str | None]:
+def judge(source: Source, mixture: Mixture) -> list[str | None]:
   """What is wrong with each sample; nothing else may ever happen than a row or a BadSample."""
   kinds = []
   for index in range(len(source)):
@@ -238,15 +240,15 @@ def digest(rows: Iterator[dict[str, np.ndarray]]) -> str:
 def test_damaged_samples_are_counted_and_the_stream_goes_on(kind: Callable[[Path], str], tmp_path: Path) -> None:
   spec = kind(tmp_path)
   source = open_source(spec)
-  mixture = pipeline.Mixture((source,))
+  mixture = Mixture((source,))
   assert len(source) > SAMPLES // 2
   kinds = judge(source, mixture)
   bad = Counter(filter(None, kinds))
   assert set(bad) <= set(BAD)
   assert 0.02 < bad.total() / len(source) < 0.6
   # A pass over the source meets each of its samples once; another one takes the place of each that is bad.
-  rows = pipeline.training_rows(mixture, VIEWS, seed=1)
-  passed = np.array([rows[index]["passed_over"] for index in range(len(source))])
+  rows = pipeline.training_samples(mixture, VIEWS, seed=1)
+  passed = np.array([rows[index]["bad_counts"] for index in range(len(source))])
   assert passed.any(axis=1).sum() == bad.total()
   assert {name for name, count in zip(BAD, passed.sum(axis=0), strict=True) if count} == set(bad)
 
@@ -258,8 +260,8 @@ def test_surviving_stream_does_not_depend_on_workers(workers: int, tmp_path: Pat
   for kind in (webdataset, json_lines, yfcc, parquet):
     (tmp_path / kind.__name__).mkdir()
     specs.append(kind(tmp_path / kind.__name__))
-  mixture = pipeline.Mixture(tuple(map(open_source, specs)), (0.4, 0.3, 0.2, 0.1))
-  rows = pipeline.training_rows(mixture, VIEWS, seed=3)
+  mixture = Mixture(tuple(map(open_source, specs)), (0.4, 0.3, 0.2, 0.1))
+  rows = pipeline.training_samples(mixture, VIEWS, seed=3)
   digests = []
   for count in (0, workers):
     stream = pipeline.TrainStream(rows, 50, workers=count, threads=2)

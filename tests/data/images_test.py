@@ -531,7 +531,7 @@ def test_adjustments_that_are_put_together_are_those_one_by_one():
 
 
 def test_the_whole_chain_is_close_to_torchvision():
-  plan = images.Plan(
+  plan = images.ViewParams(
     Crop(tuple(GOLDEN["chain_box_tlhw"]), 64, 64, 0, 0, 64),
     tuple(zip(OPERATIONS, GOLDEN["chain_factors_bcsh"], strict=True)),
     blur=float(GOLDEN["chain_blur_radius"]),
@@ -601,7 +601,7 @@ def test_each_operation_happens_as_often_as_its_probability_says():
   radii = [plan.blur for plan in plans if plan.blur is not None]
   assert 0.1 <= min(radii) < 0.15 < 1.95 < max(radii) <= 2.0
   weak = images.draw(WEAK, 96, 128, 8, rng)
-  assert weak == images.Plan(weak.crop)
+  assert weak == images.ViewParams(weak.crop)
 
 
 def test_square_falls_on_every_place_equally_often():
@@ -663,7 +663,7 @@ def test_operations_come_in_the_order_of_the_papers(engine):
   crop = Crop((0, 0, 96, 128), 40, 40, 0, 0, 40)
   steps = (("hue", 0.1), ("brightness", 1.4))
   view = do.solarize(do.blur(do.grayscale(do.jitter(do.cut(IMAGE, 1, crop, "bilinear"), steps)), 1.5))
-  plan = images.Plan(crop, steps, grayscale=True, blur=1.5, solarize=True, flip=True)
+  plan = images.ViewParams(crop, steps, grayscale=True, blur=1.5, solarize=True, flip=True)
   np.testing.assert_array_equal(images.make(IMAGE, [plan], engine=engine)[0], view[:, ::-1])
 
 
@@ -717,7 +717,7 @@ def test_views_are_made_of_one_image_of_no_more_pixels_than_needed(monkeypatch, 
     return np.zeros((min_height, min_width, 3), np.uint8)
 
   monkeypatch.setattr(photo.simplejpeg, "decode_jpeg", record)
-  plans = [images.Plan(geometry.centre_crop(384, 512, size)) for size in sizes]
+  plans = [images.ViewParams(geometry.centre_crop(384, 512, size)) for size in sizes]
   views = images.make(SCENE_JPEG, plans)
   assert heights == [decoded]
   assert [view.shape for view in views] == [(size, size, 3) for size in sizes]

@@ -16,7 +16,9 @@ import psutil
 import pytest
 
 from declip_jax.data import images, pipeline
-from declip_jax.data.recipes import RECIPES, MakeViews
+from declip_jax.data.make_views import MakeViews
+from declip_jax.data.mixture import Mixture
+from declip_jax.data.recipes import RECIPES
 from declip_jax.data.sources import BAD, open_source
 from declip_jax.data.text.tokenizer import Tokenizer
 
@@ -56,12 +58,12 @@ def say_both(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def rows(*sources: Numbers, weights: tuple[float, ...] = (1.0,), seed: int = 0):
-  return pipeline.training_rows(pipeline.Mixture(sources, weights), say_number, seed)
+  return pipeline.training_samples(Mixture(sources, weights), say_number, seed)
 
 
 def decoupled(*others: Numbers, first: Numbers, weights: tuple[float, ...] = (1.0,), seed: int = 0):
-  second = pipeline.Mixture(others, weights, needs_caption=False, field="ssl_mixture")
-  return pipeline.training_rows(pipeline.Mixture((first,)), say_both, seed, second)
+  second = Mixture(others, weights, needs_caption=False, field="ssl_mixture")
+  return pipeline.training_samples(Mixture((first,)), say_both, seed, second)
 
 
 def read(stream: pipeline.TrainStream, batches: int) -> dict[str, np.ndarray]:
@@ -149,7 +151,7 @@ def test_bad_example_is_replaced_by_another_and_named(caplog: pytest.LogCaptureF
   kinds = {1: "unknown format", 2: "unknown format", 5: "no caption"}
   for index in range(120):
     value, row = int(good[index]["value"]), mixed[index]
-    passed = dict(zip(BAD, row["passed_over"], strict=True))
+    passed = dict(zip(BAD, row["bad_counts"], strict=True))
     if value in kinds:
       assert row["value"] not in kinds
       assert passed[kinds[value]] >= 1
@@ -171,7 +173,7 @@ def test_neighbouring_bad_examples_do_not_favour_the_one_behind_them() -> None:
 def test_only_the_first_bad_examples_of_a_kind_are_named(caplog: pytest.LogCaptureFixture) -> None:
   pipeline._warned.clear()
   mixed = rows(Numbers(200, broken=tuple(range(0, 200, 2)), blank=(1,)))
-  counted = sum(mixed[index]["passed_over"] for index in range(200))
+  counted = sum(mixed[index]["bad_counts"] for index in range(200))
   assert caplog.text.count("unknown format") == 20
   assert "further ones of this kind are only counted" in caplog.text
   assert "numbers:1: no caption" in caplog.text
@@ -187,7 +189,7 @@ def test_file_that_cannot_be_read_is_a_bad_example() -> None:
 
   got = [rows(Gone(4))[index] for index in range(4)]
   assert {int(row["value"]) for row in got} == {0, 1, 3}
-  assert sum(row["passed_over"][BAD.index("missing file")] > 0 for row in got) == 1
+  assert sum(row["bad_counts"][BAD.index("missing file")] > 0 for row in got) == 1
 
 
 def test_source_without_anything_usable_is_an_error() -> None:
@@ -200,18 +202,18 @@ def test_captions_are_needed_only_by_those_who_read_them() -> None:
     return {"value": np.int32(example["image"][0, 0, 0])}
 
   silent = Numbers(20, blank=tuple(range(20)))
-  got = pipeline.training_rows(pipeline.Mixture((silent,), needs_caption=False), say_pixel, 0)
+  got = pipeline.training_samples(Mixture((silent,), needs_caption=False), say_pixel, 0)
   assert sorted(int(got[index]["value"]) for index in range(20)) == list(range(20))
   with pytest.raises(ValueError, match="100 examples in a row .*no caption"):
-    pipeline.training_rows(pipeline.Mixture((silent,)), say_pixel, 0)[0]
+    pipeline.training_samples(Mixture((silent,)), say_pixel, 0)[0]
 
 
 def test_templates_caption_the_examples_that_have_a_class_and_no_caption() -> None:
   def say_captions(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"captions": np.array("|".join(example["captions"]))}
 
-  mixture = pipeline.Mixture((Numbers(4, blank=(0, 1, 2)),), templates=("a {} one", "{}!"))
-  got = pipeline.training_rows(mixture, say_captions, 0)
+  mixture = Mixture((Numbers(4, blank=(0, 1, 2)),), templates=("a {} one", "{}!"))
+  got = pipeline.training_samples(mixture, say_captions, 0)
   assert sorted(str(got[index]["captions"]) for index in range(4)) == [
     "3",
     "a even one|even!",
@@ -234,7 +236,7 @@ def test_templates_caption_the_examples_that_have_a_class_and_no_caption() -> No
   ],
 )
 def test_reading_is_planned_by_the_cores(cores: int, given: tuple, planned: tuple[int, int]) -> None:
-  assert pipeline.plan_reading(*given, cores=cores) == planned
+  assert pipeline.reader_counts(*given, cores=cores) == planned
 
 
 def die_at_30(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -245,7 +247,7 @@ def die_at_30(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 def test_dead_worker_is_an_error_within_seconds() -> None:
   stream = pipeline.TrainStream(
-    pipeline.training_rows(pipeline.Mixture((Numbers(40),)), die_at_30, 0), 4, workers=2, threads=1
+    pipeline.training_samples(Mixture((Numbers(40),)), die_at_30, 0), 4, workers=2, threads=1
   )
   batches = pipeline.Prefetch(stream, lambda batch: batch)
   next(batches)  # the processes have started
@@ -268,7 +270,7 @@ def test_decoupled_stream_and_resumption_do_not_depend_on_workers(workers: int) 
   head = read(stream, 5)
   assert stream.state == {"next_index": 40}
   tail = read(pipeline.TrainStream(decoupled(*others, **mixed), 8, workers=workers, threads=2, state=stream.state), 7)
-  for name in ("value", "other", "random", "passed_over"):
+  for name in ("value", "other", "random", "bad_counts"):
     np.testing.assert_array_equal(np.concatenate([head[name], tail[name]]), [row[name] for row in whole])
   others = np.array([row["other"] for row in whole])
   assert (others < 150).sum() == 48
@@ -304,8 +306,8 @@ def test_passed_over_counts_both_streams_and_no_missing_caption_of_the_second() 
   got = [decoupled(others, first=Numbers(10, broken=(0,), blank=(5,)))[index] for index in range(10)]
   assert {int(row["other"]) for row in got} == set(range(10)) - {3, 4}
   assert {int(row["value"]) for row in got} == set(range(10)) - {0, 5}
-  alone = [rows(Numbers(10, broken=(0,), blank=(5,)))[index]["passed_over"].sum() for index in range(10)]
-  both = [row["passed_over"].sum() for row in got]
+  alone = [rows(Numbers(10, broken=(0,), blank=(5,)))[index]["bad_counts"].sum() for index in range(10)]
+  both = [row["bad_counts"].sum() for row in got]
   assert sum(count > 0 for count in alone) == 2
   assert sum(both) >= sum(alone) + 2
 
@@ -313,10 +315,10 @@ def test_passed_over_counts_both_streams_and_no_missing_caption_of_the_second() 
 def test_captions_are_asked_for_where_there_are_only_classes() -> None:
   silent = Numbers(20, blank=tuple(range(20)))
   with pytest.raises(ValueError, match=r"numbers has classes and no captions: give config.data.templates, such as"):
-    pipeline.Mixture((silent,)).check_captions()
-  pipeline.Mixture((silent,), templates=("{}",)).check_captions()
-  pipeline.Mixture((silent,), needs_caption=False).check_captions()
-  pipeline.Mixture((Numbers(20),)).check_captions()
+    Mixture((silent,)).check_captions()
+  Mixture((silent,), templates=("{}",)).check_captions()
+  Mixture((silent,), needs_caption=False).check_captions()
+  Mixture((Numbers(20),)).check_captions()
 
 
 def read_slowly(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -326,14 +328,12 @@ def read_slowly(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray
 
 def test_a_batch_is_made_by_all_threads() -> None:
   """128 rows of 10 ms: one thread would take 1.3 s for the first batch."""
-  stream = pipeline.TrainStream(
-    pipeline.training_rows(pipeline.Mixture((Numbers(250),)), read_slowly, 0), 128, threads=4
-  )
+  stream = pipeline.TrainStream(pipeline.training_samples(Mixture((Numbers(250),)), read_slowly, 0), 128, threads=4)
   start = time.perf_counter()
   batch = next(stream)
   assert time.perf_counter() - start < 1.0
   stream.close()
-  whole = pipeline.training_rows(pipeline.Mixture((Numbers(250),)), say_number, 0)
+  whole = pipeline.training_samples(Mixture((Numbers(250),)), say_number, 0)
   np.testing.assert_array_equal(batch["value"], [whole[index]["value"] for index in range(128)])
 
 
@@ -385,7 +385,7 @@ def test_prefetch_gives_states_and_passes_errors_on() -> None:
   with_broken.close()
   assert [state for _, state, _ in seen] == [{"next_index": 10}, {"next_index": 20}, {"next_index": 30}]
   assert sum(passed_over.sum() for *_, passed_over in seen) == 1
-  failing = pipeline.training_rows(pipeline.Mixture((Numbers(31),)), fail_at_30, 0)
+  failing = pipeline.training_samples(Mixture((Numbers(31),)), fail_at_30, 0)
   batches = pipeline.Prefetch(pipeline.TrainStream(failing, 31), lambda batch: batch)
   with pytest.raises(RuntimeError, match="thirty"):
     next(batches)
@@ -415,9 +415,9 @@ def test_evaluation_is_in_order_padded_and_masked(batch_size: int, hosts: int) -
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_batch_shapes_are_those_of_the_rows(recipe: str) -> None:
   make_views = MakeViews(RECIPES[recipe], Tokenizer(16), size=20, patch_grid=5)
-  dataset = pipeline.training_rows(pipeline.Mixture((open_source("scenes:train/40/24"),)), make_views, 0)
+  dataset = pipeline.training_samples(Mixture((open_source("scenes:train/40/24"),)), make_views, 0)
   batch = next(pipeline.TrainStream(dataset, 8))
-  batch.pop(pipeline.PASSED_OVER)
+  batch.pop(pipeline.BAD_COUNTS)
   assert {name: (value.shape, value.dtype.type) for name, value in batch.items()} == make_views.batch_shapes(8)
 
 

@@ -9,7 +9,8 @@ from PIL import Image
 import pytest
 
 from declip_jax.data import images
-from declip_jax.data.recipes import RECIPES, MakeViews, Recipe, get_recipe, trimmed
+from declip_jax.data.make_views import MakeViews
+from declip_jax.data.recipes import RECIPES, Recipe, get_recipe, trimmed
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.types import Views
@@ -217,7 +218,9 @@ def test_for_the_device_the_same_crops_are_made_and_nothing_else(name):
     assert all(np.array_equal(host[key], device[key]) for key in host if key != "image")  # texts and patches
     rng = np.random.default_rng(seed)
     plans = [images.draw(augmentation, 48, 60, 12, rng) for augmentation in RECIPES[name].augmentations]
-    np.testing.assert_array_equal(device["image"], images.make(photo(), [images.Plan(plan.crop) for plan in plans]))
+    np.testing.assert_array_equal(
+      device["image"], images.make(photo(), [images.ViewParams(plan.crop) for plan in plans])
+    )
     np.testing.assert_array_equal(host["image"], images.make(photo(), plans))
 
 

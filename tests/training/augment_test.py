@@ -179,7 +179,7 @@ def test_views_equal_those_of_the_host_with_the_same_draws(run):
 
   for place, view in itertools.product(range(16), range(3)):
     d = jax.device_get(draw(place, view))
-    plan = images.Plan(
+    plan = images.ViewParams(
       whole,
       jitter=tuple((NAMES[i], float(d.factors[i])) for i in d.order if given[view].jitter[i]) if d.jitter else (),
       grayscale=bool(d.grayscale),

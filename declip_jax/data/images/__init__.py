@@ -1,9 +1,9 @@
 """From the bytes of an image to the views that the networks see: decoding, random crops, colours, blur.
 
-Pixels are uint8 RGB arrays `[h w 3]`; the mean and standard deviation are applied on the device. A view is drawn first
-and made later: `draw` needs height and width only, which the header tells, and returns a `Plan`; `make` decodes as much
-as the plans of an image need and follows them. So a view is a pure function of image and seed, and two engines that are
-given one plan can be compared:
+Pixels are uint8 RGB arrays `[h w 3]`; the mean and standard deviation are applied on the device. A view is made in two
+steps: `draw` needs only the height and width, which the header contains, and returns `ViewParams`; `make` decodes as
+much of the image as its views need and applies their parameters. So a view is a pure function of image and seed, and
+two engines can be compared on the same parameters:
 
 - `exact`: every operation by Pillow, as torchvision's transforms on Pillow images do it, to the bit. CLIP, SLIP and
   DeCLIP were trained so.
@@ -19,7 +19,7 @@ from declip_jax.data.images.views import (
   Augmentation,
   EngineName,
   EvalView,
-  Plan,
+  ViewParams,
   draw,
   eval_view,
   make,
@@ -40,7 +40,7 @@ __all__ = [
   "EvalView",
   "Photo",
   "Pixels",
-  "Plan",
+  "ViewParams",
   "decode",
   "draw",
   "eval_view",

@@ -78,7 +78,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ViewParams:
   """What was drawn for one view.
 
   Attributes:
@@ -96,7 +96,7 @@ class Plan:
   flip: bool = False
 
 
-def draw(augmentation: Augmentation, height: int, width: int, size: int, rng: np.random.Generator) -> Plan:
+def draw(augmentation: Augmentation, height: int, width: int, size: int, rng: np.random.Generator) -> ViewParams:
   """Draws a view of `size` x `size` pixels of an image.
 
   The order of the draws, which streams of seeds rely on: the crop, then jitter (whether; order; factors in this order),
@@ -111,7 +111,7 @@ def draw(augmentation: Augmentation, height: int, width: int, size: int, rng: np
   def happens(probability: float) -> bool:
     return bool(probability) and rng.random() < probability
 
-  return Plan(  # arguments are evaluated in the order in which they stand
+  return ViewParams(  # arguments are evaluated in the order in which they stand
     crop,
     jitter=_draw_jitter(a.jitter, rng) if happens(a.jitter_probability) else (),
     grayscale=happens(a.grayscale_probability),
@@ -133,7 +133,7 @@ def _draw_jitter(strengths: tuple[float, float, float, float], rng: np.random.Ge
 
 def make(
   image: bytes | np.ndarray | Image.Image | Photo,
-  plans: Sequence[Plan],
+  plans: Sequence[ViewParams],
   *,
   interpolation: Interpolation = "bilinear",
   engine: EngineName = "fast",
@@ -153,7 +153,7 @@ def make(
   return [_change(do.cut(pixels, times, plan.crop, interpolation), plan, do) for plan in plans]
 
 
-def _change(view: Pixels, plan: Plan, do: Engine) -> Pixels:
+def _change(view: Pixels, plan: ViewParams, do: Engine) -> Pixels:
   """What comes behind the crop."""
   if plan.jitter:
     view = do.jitter(view, plan.jitter)
@@ -218,5 +218,5 @@ def eval_view(
     ValueError: see `centre_crop` and `make`.
   """
   photo = open_photo(image)
-  plan = Plan(centre_crop(photo.height, photo.width, view.size, view.resize))
+  plan = ViewParams(centre_crop(photo.height, photo.width, view.size, view.resize))
   return make(photo, [plan], interpolation=view.interpolation, engine=engine)[0]

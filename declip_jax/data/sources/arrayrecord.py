@@ -7,7 +7,7 @@ damaged one costs no other. To open a file is a read of about 1 MiB from its end
 half its descriptors (`ulimit -n`), 128 at least; where there are more files than that, most reads open one first.
 
 The library that reads them opens local files only. Of a file behind a URL (gs://, s3://), a process that first needs a
-record of it makes a copy for all processes of the machine, see `files.copies`: a shuffled stream soon has copied all
+record of it makes a copy for all processes of the machine, see `copies.folder`: a shuffled stream soon has copied all
 files, so the disk must hold the set. For larger ones choose a WebDataset, which is read where it lies. To count the
 records, when such a set is first opened, 512 KiB from the end of each file are transferred, or 2 MiB, or 8 MiB, ...
 where the file has more than about 20,000 records.
@@ -27,7 +27,7 @@ import msgpack
 import numpy as np
 
 from declip_jax.data.sources.base import BadSample, Example
-from declip_jax.data.storage import files
+from declip_jax.data.storage import copies, files, indexes, patterns, remote
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
@@ -120,18 +120,18 @@ def open_arrayrecord(location: str) -> ArrayRecord:
   """Opens a set of files, and counts their records first, from their footers, if it meets them for the first time.
 
   Args:
-    location: as `files.expand` reads it: `/data/cc12m/*.array_record`, `gs://bucket/cc12m/*.array_record`. The folder
-      of the first file may have a classnames.txt.
+    location: the files, as in `patterns.expand`: `/data/cc12m/*.array_record`, `gs://bucket/cc12m/*.array_record`. The
+      folder of the first file may contain a classnames.txt.
 
   Raises:
     FileNotFoundError: a pattern matches no file.
     ValueError: a file is cut off, or no ArrayRecord file; or there is no record.
   """
-  paths = files.expand(location)
+  paths = patterns.expand(location)
   stamps = files.stamps(paths)
   stamp = [_INDEX_FORMAT, list(zip(paths, stamps, strict=True))]
   build = partial(_build, paths=paths, stamps=stamps)
-  source = ArrayRecord(f"arrayrecord:{location}", files.index(stamp, paths[0], build, ".json"))
+  source = ArrayRecord(f"arrayrecord:{location}", indexes.find_or_build(stamp, paths[0], build, ".json"))
   if not len(source):
     raise ValueError(f"arrayrecord:{location}: no record in {len(paths)} files")
   return source
@@ -162,7 +162,7 @@ def open_reader(path: str) -> Any:
 @lru_cache(_most_readers())
 def _reader(path: str, stamp: files.Stamp) -> Any:
   """An open file, of the state that its stamp tells, for all sources and threads of this process."""
-  return open_reader(files.local_copy(path, stamp))
+  return open_reader(copies.local_copy(path, stamp))
 
 
 def _build(path: Path, paths: list[str], stamps: list[files.Stamp]) -> None:
@@ -172,7 +172,7 @@ def _build(path: Path, paths: list[str], stamps: list[files.Stamp]) -> None:
 
 
 def _count(path: str, stamp: files.Stamp) -> int:
-  return _count_at_end(path, stamp[0]) if files.is_url(path) else open_reader(path).num_records()
+  return _count_at_end(path, stamp[0]) if remote.is_url(path) else open_reader(path).num_records()
 
 
 def _count_at_end(url: str, size: int) -> int:

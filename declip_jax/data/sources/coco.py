@@ -11,16 +11,16 @@ import json
 import re
 from typing import Any
 
-from declip_jax.data.sources import rows
+from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
-from declip_jax.data.sources.rows import Row
-from declip_jax.data.storage import files
+from declip_jax.data.sources.lists import Entry
+from declip_jax.data.storage import files, patterns
 
 _FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset")
 _PROBED = 3  # images to look for in a folder: single ones may be missing
 
 
-def open_coco(location: str) -> rows.Rows:
+def open_coco(location: str) -> lists.ListSource:
   """Opens "ANNOTATIONS.json", or "ANNOTATIONS.json?split=test&root=FOLDER", either of them.
 
   A sample is an image with all its captions, in the order of the file. Images without captions or an id are left out
@@ -38,20 +38,20 @@ def open_coco(location: str) -> rows.Rows:
       of place.
   """
   name = f"coco:{location}"
-  place, wanted = rows.parse(location, ("split", "root"))
-  path, *others = files.expand(place)
+  place, wanted = lists.parse(location, ("split", "root"))
+  path, *others = patterns.expand(place)
   if others:
     raise ValueError(f"{name}: expected one file, got {1 + len(others)}; open each as a source of its own")
-  split, root = wanted.get("split"), rows.root_of(wanted)
-  index = rows.index_rows(name, [path], ["coco", split, files.stamps([path])], lambda: _rows(path, split))
-  source = rows.Rows(name, index, root)
+  split, root = wanted.get("split"), lists.root_of(wanted)
+  index = lists.index_list(name, [path], ["coco", split, files.stamps([path])], lambda: _rows(path, split))
+  source = lists.ListSource(name, index, root)
   if root is None:
     few = [source.row(number).path for number in range(min(_PROBED, len(source)))]
-    source = rows.Rows(name, index, _find_root(name, path, few))
-  return rows.probed(source)
+    source = lists.ListSource(name, index, _find_root(name, path, few))
+  return lists.probed(source)
 
 
-def _rows(path: str, split: str | None) -> Iterator[Row | BadSample]:
+def _rows(path: str, split: str | None) -> Iterator[Entry | BadSample]:
   try:
     content = json.loads(files.read(path))
   except ValueError as error:
@@ -81,7 +81,7 @@ def _objects(content: Mapping[str, Any], name: str, path: str) -> list[Mapping[s
 
 def _coco_rows(
   images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], path: str
-) -> Iterator[Row | BadSample]:
+) -> Iterator[Entry | BadSample]:
   captions: dict[int | str, list[Any]] = {image["id"]: [] for image in images if _has_id(image, "id")}
   for annotation in annotations:
     known = captions.get(annotation["image_id"]) if _has_id(annotation, "image_id") else None
@@ -100,7 +100,7 @@ def _has_id(element: Mapping[str, Any], name: str) -> bool:
   return isinstance(element.get(name), int | str)
 
 
-def _karpathy_rows(images: Sequence[Mapping[str, Any]], split: str | None, path: str) -> Iterator[Row | BadSample]:
+def _karpathy_rows(images: Sequence[Mapping[str, Any]], split: str | None, path: str) -> Iterator[Entry | BadSample]:
   counts = Counter(str(image.get("split")) for image in images)
   wanted = set(split.split("+")) if split else set()
   if not wanted or not wanted <= counts.keys():
@@ -112,21 +112,21 @@ def _karpathy_rows(images: Sequence[Mapping[str, Any]], split: str | None, path:
       yield _row(image.get("imgid", number), name, captions, f"{path}, image {number}")
 
 
-def _row(number: Any, name: Any, captions: Sequence[Any], place: str) -> Row | BadSample:
+def _row(number: Any, name: Any, captions: Sequence[Any], place: str) -> Entry | BadSample:
   texts = [text.strip() for text in captions if isinstance(text, str) and text.strip()]
   if not name or not isinstance(name, str):
     return BadSample("damaged record", f"{place}: expected the name of a file, got {name!r}")
   if not texts:
     return BadSample("no caption", f"{place}: {name} has no caption")
-  return Row(0, number if isinstance(number, int) else -1, name, captions=texts)
+  return Entry(0, number if isinstance(number, int) else -1, name, captions=texts)
 
 
 def _find_root(name: str, path: str, images: Sequence[str]) -> str:
   """The first folder around the annotations in which one of the images lies."""
-  here = rows.folder_of(path)
+  here = lists.folder_of(path)
   parts = re.search(r"(train|val|test)\d{4}", path.rpartition("/")[2])
   folders = [*_FOLDERS, *((parts[0], f"images/{parts[0]}") if parts else ())]
-  tried = [f"{place}/{folder}".rstrip("/") for place in (here, rows.folder_of(here)) for folder in folders]
+  tried = [f"{place}/{folder}".rstrip("/") for place in (here, lists.folder_of(here)) for folder in folders]
   for root in tried:
     if any(files.exists(f"{root}/{image}") for image in images):
       return root

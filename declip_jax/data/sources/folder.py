@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from absl import logging
 
-from declip_jax.data.sources import rows
+from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
-from declip_jax.data.sources.rows import Row
-from declip_jax.data.storage import files
+from declip_jax.data.sources.lists import Entry
+from declip_jax.data.storage import files, patterns, remote
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
@@ -24,7 +24,7 @@ class _Files(NamedTuple):
   texts: set[str]
 
 
-class Folder(rows.Rows):
+class Folder(lists.ListSource):
   """A folder of images as a `Source`; make it with `open_folder`."""
 
   @cached_property
@@ -33,7 +33,7 @@ class Folder(rows.Rows):
     names = tuple(self._about["classnames"])
     return files.classnames(self._about["files"][0]) or names if names else ()
 
-  def _captions(self, row: Row) -> tuple[str, ...]:
+  def _captions(self, row: Entry) -> tuple[str, ...]:
     """The lines of the text beside an image: a row has the name of that text for its caption."""
     texts = (_decoded(path, files.read(path)) for path in (self._at(row, name) for name in row.captions))
     return tuple(line.strip() for text in texts for line in text.splitlines() if line.strip())
@@ -59,8 +59,8 @@ def open_folder(location: str) -> Folder:
       classnames.txt has too few lines.
   """
   name = f"folder:{location}"
-  place, _ = rows.parse(location, ())
-  folder = rows.absolute(place)
+  place, _ = lists.parse(location, ())
+  folder = lists.absolute(place)
   digest, tops, classes, captioned = hashlib.sha256(), set(), set(), False
   for found in _listing(folder):
     digest.update(repr((found.path, found.images, sorted(found.texts))).encode())
@@ -75,20 +75,20 @@ def open_folder(location: str) -> Folder:
     few = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
     raise ValueError(f"{name}: no image in {few}, but each folder is a class; remove those that are none")
   numbers = {} if captioned else {top: number for number, top in enumerate(sorted(classes))}
-  index = rows.index_rows(name, [f"{folder}/"], ["folder", digest.hexdigest()], lambda: _rows(folder, numbers))
-  return rows.probed(Folder(name, index))
+  index = lists.index_list(name, [f"{folder}/"], ["folder", digest.hexdigest()], lambda: _rows(folder, numbers))
+  return lists.probed(Folder(name, index))
 
 
-def _rows(folder: str, classes: dict[str, int]) -> Iterator[Row | BadSample]:
+def _rows(folder: str, classes: dict[str, int]) -> Iterator[Entry | BadSample]:
   for found in _listing(folder):
     top = found.path.partition("/")[0]
     for image in found.images:
       path = f"{found.path}/{image}".lstrip("/")
       text = _text_of(image)
       if not classes:
-        yield Row(0, -1, path, captions=[f"{found.path}/{text}".lstrip("/")] if text in found.texts else [])
+        yield Entry(0, -1, path, captions=[f"{found.path}/{text}".lstrip("/")] if text in found.texts else [])
       elif top:
-        yield Row(0, -1, path, label=classes[top], label_name=top)
+        yield Entry(0, -1, path, label=classes[top], label_name=top)
       else:
         yield BadSample("damaged record", f"{folder}/{path} is in no folder of a class")
 
@@ -96,7 +96,7 @@ def _rows(folder: str, classes: dict[str, int]) -> Iterator[Row | BadSample]:
 def _listing(folder: str) -> Iterator[_Files]:
   """Folder after folder, in the same order each time."""
   empty = True
-  for path, names in _remote_folders(folder) if files.is_url(folder) else _local_folders(folder):
+  for path, names in _remote_folders(folder) if remote.is_url(folder) else _local_folders(folder):
     visible = [name for name in names if not name.startswith(".")]
     images = sorted(name for name in visible if name.lower().endswith(files.IMAGE_SUFFIXES))
     empty = empty and not images
@@ -125,7 +125,7 @@ def _local_folders(
 
 def _remote_folders(folder: str) -> Iterator[tuple[str, list[str]]]:
   inside: dict[str, list[str]] = {}
-  for url in files.expand(f"{folder}/**"):
+  for url in patterns.expand(f"{folder}/**"):
     path, _, name = _within(url).removeprefix(_within(folder)).strip("/").rpartition("/")
     if not any(part.startswith(".") for part in path.split("/")):
       inside.setdefault(path, []).append(name)
@@ -142,7 +142,7 @@ def _text_of(image: str) -> str:
 
 
 def _decoded(path: str, text: bytes) -> str:
-  encoding = rows.encoding_of(text)
+  encoding = lists.encoding_of(text)
   try:
     return text.decode(encoding)
   except UnicodeDecodeError as error:

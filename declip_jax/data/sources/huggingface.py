@@ -1,7 +1,7 @@
 """Data sets of Hugging Face's `datasets`, memory-mapped from a folder, or at hand in a notebook.
 
 Of a folder behind a URL (gs://, s3://) the files of the split are copied when it is opened, once for all processes of
-the machine, see `files.copies`: the disk must hold them. (`datasets` itself makes a copy for every process that opens
+the machine, see `copies.folder`: the disk must hold them. (`datasets` itself makes a copy for every process that opens
 such a folder, and the tables have to be mapped whole, so that single files cannot wait until they are needed.)
 """
 
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from declip_jax.data.sources import rows
+from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample, Example
 from declip_jax.data.sources.table import captions_of
-from declip_jax.data.storage import files
+from declip_jax.data.storage import copies, files, remote
 
 _THREADS = 8  # that copy files from behind a URL
 _ROLES = ("image", "caption", "label")
@@ -94,11 +94,11 @@ def open_huggingface(location: str) -> HuggingFace:
     OSError: it cannot be copied from behind a URL.
     ValueError: the split or a column is unknown, the choice of one is not clear, or `datasets` is not installed.
   """
-  place, wanted = rows.parse(location, _ROLES, "PATH or PATH:SPLIT")
+  place, wanted = lists.parse(location, _ROLES, "PATH or PATH:SPLIT")
   path, split = _LOCATION.fullmatch(place).groups()
   datasets, name = _import_datasets(), f"huggingface:{location}"
   try:
-    found = _load_url(path.rstrip("/"), split) if files.is_url(path) else datasets.load_from_disk(rows.absolute(path))
+    found = _load_url(path.rstrip("/"), split) if remote.is_url(path) else datasets.load_from_disk(lists.absolute(path))
   except FileNotFoundError as error:
     hint = f'datasets.load_dataset("NAME").save_to_disk({path!r})'
     raise FileNotFoundError(f"{name}: {error}; to have one there, run {hint}") from error
@@ -126,9 +126,9 @@ def _load_copy(url: str) -> Any:
   state = json.loads(files.read(f"{url}/state.json"))
   names = ["state.json", "dataset_info.json", *(file["filename"] for file in state["_data_files"])]
   stamps = dict(zip(names, files.stamps([f"{url}/{name}" for name in names]), strict=True))
-  folder = files.copies(url, stamps)
+  folder = copies.folder(url, stamps)
   with ThreadPoolExecutor(_THREADS) as pool:
-    list(pool.map(lambda name: files.fetch(f"{url}/{name}", stamps[name], folder / name), names))
+    list(pool.map(lambda name: copies.fetch(f"{url}/{name}", stamps[name], folder / name), names))
   return _import_datasets().load_from_disk(os.fspath(folder))
 
 
@@ -192,10 +192,10 @@ def _choose(name: str, features: dict[str, Any], wanted: dict[str, str]) -> _Col
 
   pictures, classes = of((datasets.Image,)), of((datasets.ClassLabel,))
   numbers = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
-  images = _pick("image", wanted, of((datasets.Image,), "binary", "large_binary"), rows.IMAGE_NAMES, pictures, name)
-  labels = _pick("label", wanted, of((datasets.ClassLabel,), *numbers), rows.LABEL_NAMES, classes, name)
+  images = _pick("image", wanted, of((datasets.Image,), "binary", "large_binary"), lists.IMAGE_NAMES, pictures, name)
+  labels = _pick("label", wanted, of((datasets.ClassLabel,), *numbers), lists.LABEL_NAMES, classes, name)
   texts = [column for column, feature in features.items() if _is_text(feature)]
-  captions = rows.choose("caption", wanted.get("caption"), texts, rows.CAPTION_NAMES, name, several=True)
+  captions = lists.choose("caption", wanted.get("caption"), texts, lists.CAPTION_NAMES, name, several=True)
   if not images or not (captions or labels or wanted.get("caption") == ""):
     missing = "caption or label" if images else "image"
     raise ValueError(f"{name}: which column is the {missing}? There are {dict(features)}; choose with ?image=COLUMN")
@@ -206,7 +206,7 @@ def _pick(
   role: str, wanted: dict[str, str], legal: Sequence[str], names: Sequence[str], typed: Sequence[str], place: str
 ) -> Sequence[str]:
   """The column of a name that fits, or else the only one whose type says what it is."""
-  chosen = rows.choose(role, wanted.get(role), legal, names, place)
+  chosen = lists.choose(role, wanted.get(role), legal, names, place)
   if chosen or role in wanted:
     return chosen
   if len(typed) > 1:

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from declip_jax.data.sources.base import Example
-from declip_jax.data.storage import files
+from declip_jax.data.storage import indexes
 
 _OVERSAMPLING = 2  # masks are drawn this much larger, then averaged
 _MAX_TILT = math.radians(20)
@@ -221,7 +221,7 @@ class Scenes:
   def stamp(self) -> str:
     """Changes when scenes look otherwise or are told otherwise, as with another version of OpenCV; probes three."""
     examples = [self[index] for index in sorted({0, self.size // 2, self.size - 1})]
-    return files.digest([[example["image"].tolist(), example["captions"]] for example in examples])
+    return indexes.digest([[example["image"].tolist(), example["captions"]] for example in examples])
 
   def __len__(self) -> int:
     return self.size

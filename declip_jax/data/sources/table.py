@@ -33,10 +33,10 @@ from absl import logging
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from declip_jax.data.sources import rows
+from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
-from declip_jax.data.sources.rows import Row
-from declip_jax.data.storage import files
+from declip_jax.data.sources.lists import Entry
+from declip_jax.data.storage import files, patterns
 
 _LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
 _ROLES = ("image", "caption", "label", "label_name", "encoding", "root")
@@ -61,7 +61,7 @@ class _Columns(NamedTuple):
   label_name: str | None
 
 
-def open_table(location: str) -> rows.Rows:
+def open_table(location: str) -> lists.ListSource:
   """Opens "PATTERN", or "PATTERN?image=COLUMN&caption=COLUMN,COLUMN&label=COLUMN&label_name=COLUMN&root=FOLDER".
 
   All of these may be left out, and `encoding`, such as "&encoding=latin-1", is one more.
@@ -77,8 +77,8 @@ def open_table(location: str) -> rows.Rows:
   index once, which takes as much room as they do, because a row of Parquet takes tens of ms to read by itself.
 
   Args:
-    location: of the files, as `files.expand` reads patterns. Paths of images are relative to `root`, by default to the
-      folder of the table in which they stand; a path may be a URL.
+    location: the files, as in `patterns.expand`. Paths of images are relative to `root`, by default the folder of their
+      table; a path may be a URL.
 
   Raises:
     FileNotFoundError: no such table, or none of its images is where it says.
@@ -86,16 +86,16 @@ def open_table(location: str) -> rows.Rows:
       encoding, or no line is usable.
   """
   name = f"table:{location}"
-  place, wanted = rows.parse(location, _ROLES)
-  paths = files.expand(place)
+  place, wanted = lists.parse(location, _ROLES)
+  paths = patterns.expand(place)
 
-  def all_rows() -> Iterator[Row | BadSample]:
+  def all_rows() -> Iterator[Entry | BadSample]:
     for number, path in enumerate(paths):
       yield from _merged(_rows(number, path, wanted))
 
   chosen = {role: column for role, column in wanted.items() if role != "root"}
-  index = rows.index_rows(name, paths, ["table", chosen, files.stamps(paths)], all_rows)
-  return rows.probed(rows.Rows(name, index, rows.root_of(wanted)))
+  index = lists.index_list(name, paths, ["table", chosen, files.stamps(paths)], all_rows)
+  return lists.probed(lists.ListSource(name, index, lists.root_of(wanted)))
 
 
 @contextlib.contextmanager
@@ -133,10 +133,10 @@ def read_table(
           raise _undecodable(path, text.encoding) from None
 
 
-def _rows(number: int, path: str, wanted: Mapping[str, str]) -> Iterator[Row | BadSample]:
+def _rows(number: int, path: str, wanted: Mapping[str, str]) -> Iterator[Entry | BadSample]:
   """The rows of one table."""
   given = [name.lower() for role in ("image", "caption", "label") for name in wanted.get(role, "").split(",")]
-  expected = [*rows.IMAGE_NAMES, *rows.CAPTION_NAMES, *rows.LABEL_NAMES, *given]
+  expected = [*lists.IMAGE_NAMES, *lists.CAPTION_NAMES, *lists.LABEL_NAMES, *given]
   with read_table(path, expected, wanted.get("encoding")) as (columns, read):
     chosen = _choose(columns, wanted, path)
     logging.info("%s: %s", path, chosen)
@@ -150,10 +150,10 @@ def _rows(number: int, path: str, wanted: Mapping[str, str]) -> Iterator[Row | B
 
 def _choose(columns: list[str], wanted: Mapping[str, str], path: str) -> _Columns:
   """Decides which column plays which part."""
-  (image, *_) = rows.choose("image", wanted.get("image"), columns, rows.IMAGE_NAMES, path) or [""]
-  captions = rows.choose("caption", wanted.get("caption"), columns, rows.CAPTION_NAMES, path, several=True)
-  names = rows.choose("label_name", wanted.get("label_name"), columns, _LABEL_TEXTS, path)
-  labels = rows.choose("label", wanted.get("label"), columns, rows.LABEL_NAMES, path)
+  (image, *_) = lists.choose("image", wanted.get("image"), columns, lists.IMAGE_NAMES, path) or [""]
+  captions = lists.choose("caption", wanted.get("caption"), columns, lists.CAPTION_NAMES, path, several=True)
+  names = lists.choose("label_name", wanted.get("label_name"), columns, _LABEL_TEXTS, path)
+  labels = lists.choose("label", wanted.get("label"), columns, lists.LABEL_NAMES, path)
   if not labels and "label" not in wanted:
     labels, names = names, ()
   if not image or not (captions or labels or wanted.get("caption") == ""):
@@ -166,7 +166,7 @@ def _choose(columns: list[str], wanted: Mapping[str, str], path: str) -> _Column
   return _Columns(image, captions, labels[0] if labels else None, label_name)
 
 
-def _row(number: int, line: int, fields: Mapping[str, Any] | str, columns: _Columns) -> Row:
+def _row(number: int, line: int, fields: Mapping[str, Any] | str, columns: _Columns) -> Entry:
   """Makes a row of a record; a BadSample says what is wrong with it."""
   if isinstance(fields, str):
     raise BadSample("damaged record", fields)
@@ -176,7 +176,7 @@ def _row(number: int, line: int, fields: Mapping[str, Any] | str, columns: _Colu
   if columns.captions and not captions and label is None:
     raise BadSample("no caption", f"no caption in {', '.join(columns.captions)}")
   name = fields.get(columns.label_name) if columns.label_name else None
-  return Row(number, line, path, image, captions, label, None if name is None else str(name).strip())
+  return Entry(number, line, path, image, captions, label, None if name is None else str(name).strip())
 
 
 def _image(value: Any, column: str) -> tuple[str | None, bytes | None]:
@@ -220,9 +220,9 @@ def _label(value: Any, column: str) -> int | str | None:
   )
 
 
-def _merged(records: Iterable[Row | BadSample]) -> Iterator[Row | BadSample]:
+def _merged(records: Iterable[Entry | BadSample]) -> Iterator[Entry | BadSample]:
   """Joins the captions of neighbouring rows that have image and label in common."""
-  held: Row | None = None
+  held: Entry | None = None
   for row in records:
     if isinstance(row, BadSample):
       yield row
@@ -244,7 +244,7 @@ def _naming(path: str) -> Iterator[None]:
   except (pa.ArrowException, EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
     if isinstance(error, OSError) and error.errno is not None:  # of the system; those of Arrow and gzip have none
       raise
-    raise ValueError(f"{path}: cannot be read: {rows.one_line(error)}") from None
+    raise ValueError(f"{path}: cannot be read: {lists.one_line(error)}") from None
 
 
 def _unzipped(stream: BinaryIO, path: str) -> BinaryIO:
@@ -256,7 +256,7 @@ def _text(stream: BinaryIO, path: str, encoding: str | None) -> TextIO:
   start = stream.read(2)
   stream.seek(0)
   try:
-    return io.TextIOWrapper(stream, encoding or rows.encoding_of(start), newline="\n")
+    return io.TextIOWrapper(stream, encoding or lists.encoding_of(start), newline="\n")
   except LookupError as error:
     raise ValueError(f"{path}: {error}") from None
 

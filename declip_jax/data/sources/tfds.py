@@ -1,6 +1,6 @@
 """Data sets that TensorFlow Datasets prepared for random access (ArrayRecord or Parquet), read without TensorFlow.
 
-Of a folder behind a URL (gs://, s3://) copies are made, once for all processes of the machine, see `files.copies`: of
+Of a folder behind a URL (gs://, s3://) copies are made, once for all processes of the machine, see `copies.folder`: of
 what describes the data set at once, of each ArrayRecord file when a record of it is first needed, of Parquet files when
 the data set is opened, for they are read as a whole. A shuffled stream soon has copied all files of its split.
 """
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from declip_jax.data.sources import rows
+from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample, Example
-from declip_jax.data.storage import files
+from declip_jax.data.storage import copies, files, indexes, patterns, remote
 
 _FORM = "NAME:SPLIT or FOLDER:SPLIT"
 _THREADS = 8  # that copy files from behind a URL
@@ -124,12 +124,14 @@ class _Directory:
 
   def __init__(self, place: str):
     self._place, self._index = place, None
-    names = [name for name in files.names(place) if not name.startswith(".")]
+    names = [name for name in patterns.names(place) if not name.startswith(".")]
     stamps = dict(zip(names, files.stamps([f"{place}/{name}" for name in names]), strict=True))
-    self.stamp = files.digest(stamps)
-    if files.is_url(place):
+    self.stamp = indexes.digest(stamps)
+    if remote.is_url(place):
       about = json.dumps(stamps)
-      self._index = files.index(["tfds", place, self.stamp], place, lambda path: path.write_text(about), ".json")
+      self._index = indexes.find_or_build(
+        ["tfds", place, self.stamp], place, lambda path: path.write_text(about), ".json"
+      )
 
   @cached_property
   def _stamps(self) -> dict[str, files.Stamp]:
@@ -145,7 +147,7 @@ class _Directory:
 
   @cached_property
   def _folder(self) -> Path:
-    return files.copies(self._place, self._stamps)
+    return copies.folder(self._place, self._stamps)
 
   def fetch(self, names: list[str]) -> None:
     """Sees to it that files are there."""
@@ -155,7 +157,7 @@ class _Directory:
     if missing:
       urls, stamps = [f"{self._place}/{name}" for name in missing], [self._stamps[name] for name in missing]
       with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(files.fetch, urls, stamps, [self._folder / name for name in missing]))
+        list(pool.map(copies.fetch, urls, stamps, [self._folder / name for name in missing]))
 
   def __getstate__(self) -> dict[str, Any]:
     return {"_place": self._place, "_index": self._index, "stamp": self.stamp}
@@ -174,7 +176,7 @@ def open_tfds(location: str) -> Tfds:
     ValueError: the location, the name, the split or a feature is unknown, the choice of a feature is not clear, or a
       part of a split is in Parquet files.
   """
-  place, wanted = rows.parse(location, _Fields._fields, _FORM)
+  place, wanted = lists.parse(location, _Fields._fields, _FORM)
   match = _LOCATION.fullmatch(place)
   if not match:
     raise ValueError(f"bad location {location!r}: expected {_FORM}")
@@ -217,7 +219,7 @@ def _fields(features: Mapping[str, Any], wanted: Mapping[str, str], place: str) 
   images = [path for path, feature in leaves if isinstance(feature, tfds.features.Image) and "/" not in path]
   labels = [path for path, feature in leaves if isinstance(feature, tfds.features.ClassLabel) and "/" not in path]
   texts = [path for path, feature in leaves if isinstance(getattr(feature, "feature", feature), tfds.features.Text)]
-  likely = [path for path in texts if not set(rows.CAPTION_NAMES).isdisjoint(path.split("/"))]
+  likely = [path for path in texts if not set(lists.CAPTION_NAMES).isdisjoint(path.split("/"))]
   image = _choose("image", wanted, images, images, place)
   fields = _Fields(
     image, _choose("caption", wanted, texts, likely, place), _choose("label", wanted, labels, labels, place)

@@ -6,10 +6,10 @@ The index keeps one byte span per sample, `[n 3]` int64 of (shard, start, stop).
 its tar headers are parsed again in that buffer, so names, sizes and fields take no room in the index. Members that are
 not used (a .npy of features, say) are read along with it.
 
-The index of a set of shards is one memory-mapped .npy file of `files.index`, named by the paths, sizes and times of
-change of the shards, so it can never be older than they are, and any number of processes and hosts share it. One file
-for the whole set, not one per shard, keeps a worker at one mapping and a pickle at one path, however many shards there
-are; their names, as JSON, follow the spans in the same file.
+The index of a set of shards is one memory-mapped .npy file, see `indexes.find_or_build`. Its name depends on the paths,
+sizes and times of change of the shards, so it is never older than they are, and any number of processes and hosts share
+it. One file for the whole set rather than one per shard means one mapping per worker and one path per pickle, however
+many shards there are; their names follow the spans in the same file, as JSON.
 
 Shards behind a URL (gs://, s3://, https://) are read in ranges, a request per sample. To index them, requests of 1 MiB
 walk from header to header: larger members are skipped, smaller ones pass with their neighbours, for a request of their
@@ -38,16 +38,14 @@ from pathlib import Path
 import re
 import shutil
 import sys
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging
 from jaxtyping import Int64
 import numpy as np
 
-from declip_jax.data import parts
-from declip_jax.data.processes import cores
 from declip_jax.data.sources.base import BadSample, Example
-from declip_jax.data.storage import files
+from declip_jax.data.storage import files, indexes, jobs, patterns, tars
 
 _IMAGES = tuple(suffix.removeprefix(".") for suffix in files.IMAGE_SUFFIXES)
 _CAPTION_KEYS = ("captions", "caption", "text")  # of the .json; img2dataset writes "caption"
@@ -56,21 +54,6 @@ _GROUP = 16  # shards of a part; as many threads scan them, which hides the late
 _ALONE = 2**32  # bytes of shards, some seconds of work; from there on it pays to start other processes
 _PROGRESS = 10.0  # seconds between its lines
 _SHOWN = 8  # suffixes that an error lists
-_BLOCK = 512
-_END = bytes(_BLOCK)
-_REGULAR, _EMPTY, _EXTENSIONS = {b"0", b"\0", b"7"}, set(map(str.encode, "123456")), {b"x", b"g", b"L", b"K"}
-_MOST = 2**60  # bytes of a member
-_PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")  # "LENGTH KEY=VALUE\n", where LENGTH counts all of it
-
-
-class _Member(NamedTuple):
-  """A regular file of a tar: its first header is at `start`, its contents from `data` to `stop`, all in bytes."""
-
-  key: str
-  suffix: str
-  start: int
-  data: int
-  stop: int
 
 
 class WebDataset:
@@ -124,7 +107,7 @@ class WebDataset:
     place = f"{path}, sample at byte {start}"
     try:
       buffer = files.read(path, start, stop - start)
-      members = list(_members(io.BytesIO(buffer), len(buffer)))
+      members = list(tars.members(io.BytesIO(buffer), len(buffer)))
     except OSError as error:
       raise BadSample("missing file", f"{place}: {error}") from error
     except ValueError as error:  # no tar header
@@ -152,24 +135,24 @@ def open_webdataset(location: str) -> WebDataset:
   once, as is one without a sample. Without a caption a sample stays: self-supervision and classification need none.
 
   Args:
-    location: of .tar files, as `files.expand` reads it: `train-*.tar`, `gs://bucket/train-{0000..0012}.tar`.
+    location: of .tar files, as `patterns.expand` reads it: `train-*.tar`, `gs://bucket/train-{0000..0012}.tar`.
 
   Raises:
     FileNotFoundError: a pattern matches no file, or a shard of a range is missing.
     ValueError: no sample is usable, as where the shards are not plain tars.
   """
-  shards = files.expand(location)
+  shards = patterns.expand(location)
   stamps = files.stamps(shards)
   stamp = [_INDEX_FORMAT, list(zip(shards, stamps, strict=True))]
   sizes = [size for size, _ in stamps]
-  build = partial(_build, key=files.digest(stamp), shards=shards, sizes=sizes, location=location)
-  index = files.index(stamp, shards[0], build, ".npy")
+  build = partial(_build, key=indexes.digest(stamp), shards=shards, sizes=sizes, location=location)
+  index = indexes.find_or_build(stamp, shards[0], build, ".npy")
   shutil.rmtree(_parts_of(index.parent, index.stem), ignore_errors=True)
   return WebDataset(f"webdataset:{location}", index)
 
 
 def _parts_of(folder: Path, key: str) -> Path:
-  """The folder of the parts of an index; by its dot `files.index` knows what it may delete when it is old."""
+  """The folder of the parts of an index; by its dot `indexes.find_or_build` knows what it may delete when it is old."""
   return folder / f".{key}.parts"
 
 
@@ -186,14 +169,14 @@ def _build(path: Path, key: str, shards: list[str], sizes: list[int], location: 
   folder, index = _parts_of(path.parent, key), path.with_name(f"{key}.npy")
   numbered = list(zip(range(len(shards)), shards, sizes, strict=True))
   groups = [numbered[start : start + _GROUP] for start in range(0, len(shards), _GROUP)]
-  todo = [parts.Part(folder / f"{number:06d}", group, len(group)) for number, group in enumerate(groups)]
-  processes = cores() if len(groups) > 1 and sum(sizes) >= _ALONE else 1
+  todo = [jobs.Job(folder / f"{number:06d}", group, len(group)) for number, group in enumerate(groups)]
+  processes = jobs.cores() if len(groups) > 1 and sum(sizes) >= _ALONE else 1
 
   def report(count: int) -> None:
     print(f"indexing {count} of {len(shards)} shards of {location} ...", file=sys.stderr, flush=True)
 
   try:
-    parts.make(make_part, todo, processes if processes > 1 else 0, index.is_file, report, _PROGRESS)
+    jobs.make(make_part, todo, processes if processes > 1 else 0, index.is_file, report, _PROGRESS)
     _join([part.path for part in todo], path, shards, location)
   except (OSError, ValueError) as error:
     if isinstance(error, ValueError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -279,7 +262,7 @@ def _scan(path: str, size: int) -> _Scan:
   spans, skipped, suffixes, damage = [], Counter(), Counter(), ""
   with files.open_stream(path) as file:
     try:
-      for sample in _samples(_members(file, size)):
+      for sample in _samples(tars.members(file, size)):
         if sample[-1].stop > size:
           raise ValueError(f"byte {sample[-1].start}: cut off within this member")
         if any(member.suffix in _IMAGES for member in sample):
@@ -295,9 +278,9 @@ def _scan(path: str, size: int) -> _Scan:
   return _Scan(np.array(spans, np.int64).reshape(-1, 2), skipped, Counter(dict(suffixes.most_common(_SHOWN))), damage)
 
 
-def _samples(members: Iterable[_Member]) -> Iterator[list[_Member]]:
+def _samples(members: Iterable[tars.Member]) -> Iterator[list[tars.Member]]:
   """Neighbours of the same key, each suffix once; where `members` ends in an error, the last sample is left out."""
-  sample: list[_Member] = []
+  sample: list[tars.Member] = []
   key, suffixes = "", set()
   for member in members:
     if member.key != key or member.suffix in suffixes:
@@ -337,91 +320,3 @@ def _label(text: bytes, classes: int, place: str) -> int:
     message = f"{place}: bad .cls {text[:40]!r}: expected a whole number from -1 {legal}"
     raise BadSample("damaged record", message)
   return label
-
-
-# The tar format: POSIX.1-2024 "pax", and the GNU tar manual, "Basic Tar Format", for GNU's own header types.
-
-
-def _members(file: BinaryIO, size: int) -> Iterator[_Member]:
-  """Regular files of a tar, in order, except hidden ones and those without a suffix, which belong to no sample.
-
-  A tar that ends within the contents of a member ends with that member, whose `stop` exceeds `size`.
-
-  Raises:
-    ValueError: no header where one should be, or it is cut off, so that nobody knows whose member follows.
-  """
-  start = offset = 0
-  extended = {}
-  while (header := _read(file, offset, _BLOCK)) != _END:
-    if len(header) < _BLOCK:
-      if not header:
-        return
-      raise ValueError(f"byte {offset}: cut off within a header")
-    name, kind, length = _header(header, offset)
-    data, extension = offset + _BLOCK, kind in _EXTENSIONS
-    length = length if extension else extended.get("size", length)
-    if not 0 <= length < _MOST:
-      raise ValueError(f"byte {offset}: a member of {length} bytes; is the file damaged?")
-    offset = data + -(-length // _BLOCK) * _BLOCK
-    if extension:
-      if data + length > size:
-        raise ValueError(f"byte {data - _BLOCK}: cut off within a header")
-      extended |= _extension(kind, _read(file, data, length))
-      continue
-    key, suffix = _split(extended.get("path", name))
-    if key and kind in _REGULAR:
-      yield _Member(key, suffix, start, data, data + length)
-    start = offset
-    if extended:
-      extended = {}
-
-
-def _read(file: BinaryIO, offset: int, size: int) -> bytes:
-  file.seek(offset)
-  return file.read(size)
-
-
-def _split(path: str) -> tuple[str, str]:
-  """`a/b.c.JPG` -> `a/b`, `c.jpg`; nothing for a name without a stem or a suffix."""
-  folder, slash, file = path.rpartition("/")
-  stem, _, suffix = file.partition(".")
-  return (folder + slash + stem, suffix.lower()) if stem and suffix else ("", "")
-
-
-def _header(block: bytes, offset: int) -> tuple[str, bytes, int]:
-  """Name, type and size in a header; links, folders and devices have no contents, whatever their size says."""
-  try:
-    if block[257:262] != b"ustar" and _number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * 32:
-      raise ValueError  # the tars of before 1988 have no magic, only a checksum, which counts itself as spaces
-    kind, size = block[156:157], _number(block[124:136])
-  except ValueError:
-    raise ValueError(f"byte {offset}: no tar header; is the file damaged or compressed?") from None
-  name = block[:100].partition(b"\0")[0]
-  if block[257:263] == b"ustar\0" and block[345]:
-    name = block[345:500].partition(b"\0")[0] + b"/" + name
-  return name.decode("utf-8", "backslashreplace"), kind, 0 if kind in _EMPTY else size
-
-
-def _number(field: bytes) -> int:
-  """An octal number, or GNU's base 256 for those that are too long."""
-  if field[-1] in b"\0 " and field[:-1].isdigit():  # nearly all, in half the time
-    return int(field[:-1], 8)
-  if field[0] & 0x80:
-    return int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
-  return int(field.partition(b"\0")[0].strip() or b"0", 8)
-
-
-def _extension(kind: bytes, body: bytes) -> dict[str, Any]:
-  """Path and size that a GNU long name or a PAX header gives to the member after it."""
-  found = {}
-  if kind == b"L":
-    found["path"] = _text(body.partition(b"\0")[0])
-  while kind == b"x" and (match := _PAX_RECORD.match(body)):
-    size, key = int(match[1]), match[2]
-    value, body = body[match.end() : size - 1], body[max(size, match.end()) :]
-    if key in (b"path", b"size"):
-      found[key.decode()] = _text(value) if key == b"path" else int(value)
-  return found
-
-
-_text = partial(str, encoding="utf-8", errors="backslashreplace")  # a name must be fit to print in an error

@@ -383,7 +383,7 @@ def test_a_damaged_index_is_an_error_that_names_it(tmp_path, content):
 def test_a_long_index_reports_how_far_it_is(tmp_path, monkeypatch, capsys):
   write_images(tmp_path, "a.jpg")
   path = write(tmp_path / "t.csv", "image,caption,label", *(f"a.jpg,x,{number}" for number in range(10_000)))
-  monkeypatch.setattr("declip_jax.data.sources.rows._SILENCE", 0.0)
+  monkeypatch.setattr("declip_jax.data.sources.lists._SILENCE", 0.0)
   open_table(path)
   assert capsys.readouterr().err.splitlines() == [
     f"indexing table:{path}, once: {count} samples so far" for count in (4096, 8192, 10_000)

@@ -13,11 +13,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from declip_jax.data import parts, sources
+from declip_jax.data import sources
 from declip_jax.data.sources import webdataset
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.webdataset import open_webdataset
-from declip_jax.data.storage import files
+from declip_jax.data.storage import files, jobs, patterns
 
 LONG = "folder " + "ü" * 60 + "/" + "n" * 90  # more than 100 characters and 255 bytes
 BIG = bytes(range(256)) * 5
@@ -472,18 +472,18 @@ def test_an_index_does_not_depend_on_who_builds_it(many, monkeypatch):
 
   monkeypatch.setattr(webdataset, "_GROUP", 64)
   alone = indexed(many)
-  scans = [webdataset._scan(path, os.path.getsize(path)) for path in files.expand(many)]
+  scans = [webdataset._scan(path, os.path.getsize(path)) for path in patterns.expand(many)]
   spans = [(number, *span) for number, scan in enumerate(scans) for span in scan.spans.tolist()]
   np.testing.assert_array_equal(np.load(io.BytesIO(alone)), spans)
   skipped = {"missing file": 6, "damaged record": 6}
-  assert alone.endswith(json.dumps({"shards": files.expand(many), "skipped": skipped}).encode())
+  assert alone.endswith(json.dumps({"shards": patterns.expand(many), "skipped": skipped}).encode())
   monkeypatch.setattr(webdataset, "_GROUP", 3)
   assert indexed(many) == alone
   monkeypatch.setattr(webdataset, "_ALONE", 0)
-  monkeypatch.setattr(webdataset, "cores", lambda: 1)
+  monkeypatch.setattr(jobs, "cores", lambda: 1)
   assert indexed(many) == alone
-  monkeypatch.setattr(webdataset, "cores", lambda: 2)
-  monkeypatch.setattr(parts, "_make", failing)
+  monkeypatch.setattr(jobs, "cores", lambda: 2)
+  monkeypatch.setattr(jobs, "_make", failing)
   assert indexed(many) == alone
 
 
@@ -503,12 +503,12 @@ def test_a_build_that_was_interrupted_goes_on(many, monkeypatch):
   folder = Path(many).parent / ".declip_jax"
   ((left),) = folder.iterdir()  # the folder of parts
   made = [int(part.name) for part in left.iterdir() if not part.name.startswith(".")]
-  kept = {path for number in made for path in files.expand(many)[3 * number : 3 * number + 3]}
+  kept = {path for number in made for path in patterns.expand(many)[3 * number : 3 * number + 3]}
   assert 15 < len(kept) <= 25
   scanned.clear()
   most = 50
   assert indexed(many) == whole
-  assert scanned.keys() == set(files.expand(many)) - kept
+  assert scanned.keys() == set(patterns.expand(many)) - kept
   assert set(scanned.values()) == {1}
 
 
@@ -545,10 +545,10 @@ def test_builders_that_share_a_folder_share_the_work(many, monkeypatch):
 
 
 def test_where_other_processes_cannot_read_the_shards_this_one_does(many, bucket, monkeypatch, caplog):
-  for path in files.expand(many):
+  for path in patterns.expand(many):
     bucket.pipe(f"/bucket/{Path(path).name}", Path(path).read_bytes())
   monkeypatch.setattr(webdataset, "_ALONE", 0)
-  monkeypatch.setattr(webdataset, "cores", lambda: 2)
+  monkeypatch.setattr(jobs, "cores", lambda: 2)
   local, remote = open_webdataset(many), open_webdataset("memory://bucket/*.tar")
   assert list(remote) == list(local)
   assert "could not make it, so this one does: FileNotFoundError" in caplog.text

@@ -1,9 +1,10 @@
-"""Lists of images on disk as sources: tables, COCO files, YFCC lists and folders all become the same rows, once.
+"""Lists of images as sources: tables, COCO files, YFCC lists and folders are converted once to the same kind of index.
 
-A row is the path of an image, its captions and its label. The rows of a list are an Arrow IPC file of `files.index`,
-built by streaming and memory-mapped from then on: a row costs about 20 us, opening it again reads nothing of the list,
-and neither the process nor a pickle holds anything that grows with the list. Its batches have the same number of rows,
-so that position i is a division away; what is known only at the end stands as JSON at a last, empty batch.
+An entry of a list is the path of an image, its captions and its label. The index of a list is an Arrow IPC file (see
+`indexes.find_or_build`), built by streaming and memory-mapped afterwards: building costs about 20 us per entry, opening
+the list again reads nothing of it, and neither a process nor a pickle contains anything that grows with the list. All
+record batches have the same number of entries, so that a division finds entry i; what is known only at the end is
+stored as JSON in the metadata of a last, empty batch.
 """
 
 import codecs
@@ -23,7 +24,7 @@ from absl import logging
 import pyarrow as pa
 
 from declip_jax.data.sources.base import BadSample, Example
-from declip_jax.data.storage import files
+from declip_jax.data.storage import files, indexes, remote
 
 IMAGE_NAMES = ("image", "filename", "file_name", "filepath", "file_path", "file", "path", "img", "img_path", "img_name")
 IMAGE_NAMES += (
@@ -61,7 +62,7 @@ _SCHEMA = pa.schema(
 _QUERY = re.compile(r"(.*?)(?:\?([a-z_]+=.*))?", re.DOTALL)
 
 
-class Row(NamedTuple):
+class Entry(NamedTuple):
   """A sample as a list describes it.
 
   Attributes:
@@ -83,12 +84,12 @@ class Row(NamedTuple):
   label_name: str | None = None
 
 
-class Rows:
+class ListSource:
   """The rows of a list as a `Source`. Reads an image from the path of its row; lists that differ override that.
 
   Args:
     name: the spec that opened it.
-    index: of `index_rows`.
+    index: of `index_list`.
     root: what paths of images are relative to; None for the folder of the file in which a row stands.
   """
 
@@ -151,21 +152,21 @@ class Rows:
     except (OSError, ValueError) as error:  # a ValueError for a URL of a kind that nothing here can read
       raise BadSample("missing file", f"{place}: {error}") from error
 
-  def row(self, index: int) -> Row:
+  def row(self, index: int) -> Entry:
     """What the list has at `index`, with -1 for no label."""
     number, position = divmod(int(index), self._about["batch"])
     batch = self._batches.get_batch(number)
     file, record, path, image, captions, label = (column[position].as_py() for column in batch.columns)
     path = None if path is None else path.decode("utf-8", "surrogateescape")
-    return Row(file, record, path, image, captions, self._about["labels"][label] if label >= 0 else -1)
+    return Entry(file, record, path, image, captions, self._about["labels"][label] if label >= 0 else -1)
 
-  def _image(self, row: Row) -> bytes:
+  def _image(self, row: Entry) -> bytes:
     return files.read(self._at(row, row.path))
 
-  def _captions(self, row: Row) -> tuple[str, ...]:
+  def _captions(self, row: Entry) -> tuple[str, ...]:
     return tuple(row.captions)
 
-  def _at(self, row: Row, path: str) -> str:
+  def _at(self, row: Entry, path: str) -> str:
     """A path of a row with its root."""
     root = folder_of(self._about["files"][row.file]) if self._root is None else self._root
     return path if path.startswith("/") or "://" in path else f"{root}/{path}"
@@ -177,12 +178,12 @@ class Rows:
     return f"{type(self).__name__}({self.name!r})"
 
 
-def index_rows(name: str, paths: Sequence[str], stamp: Any, rows: Callable[[], Iterable[Row | BadSample]]) -> Path:
+def index_list(name: str, paths: Sequence[str], stamp: Any, rows: Callable[[], Iterable[Entry | BadSample]]) -> Path:
   """The index of a list, built if there is none.
 
   Args:
     name: the spec of the list, for messages.
-    paths: the files of the list, which `Row.file` counts.
+    paths: the files of the list, which `Entry.file` counts.
     stamp: JSON of all that the rows depend on besides `paths`.
     rows: gives the rows, in order, with a `BadSample` for each that cannot be used.
 
@@ -191,10 +192,10 @@ def index_rows(name: str, paths: Sequence[str], stamp: Any, rows: Callable[[], I
     OSError: no place for the index.
   """
   build = partial(_build, name=name, paths=paths, rows=rows)
-  return files.index([_FORMAT, list(paths), stamp], paths[0].rstrip("/"), build, ".arrow")
+  return indexes.find_or_build([_FORMAT, list(paths), stamp], paths[0].rstrip("/"), build, ".arrow")
 
 
-def probed(source: Rows) -> Rows:
+def probed(source: ListSource) -> ListSource:
   """The source, if an image of it can be read: the first, the middle or the last.
 
   Raises:
@@ -270,7 +271,7 @@ def folder_of(path: str) -> str:
 
 def absolute(folder: str) -> str:
   """A folder's absolute path, or its URL, without a slash at its end."""
-  if files.is_url(folder):
+  if remote.is_url(folder):
     return folder.rstrip("/")
   return os.path.abspath(os.path.expanduser(folder.removeprefix("file://"))).rstrip("/")
 
@@ -294,7 +295,7 @@ def _plain(column: str) -> str:
   return re.sub(r"[\s-]+", "_", column.strip().lower())
 
 
-def _build(path: Path, name: str, paths: Sequence[str], rows: Callable[[], Iterable[Row | BadSample]]) -> None:
+def _build(path: Path, name: str, paths: Sequence[str], rows: Callable[[], Iterable[Entry | BadSample]]) -> None:
   """Writes the index of a list."""
   logging.info("indexing %s, once", name)
   skipped: Counter[str] = Counter()
@@ -323,7 +324,7 @@ def _build(path: Path, name: str, paths: Sequence[str], rows: Callable[[], Itera
   logging.info("%s: %d samples, %d left out %s", name, count, skipped.total(), dict(skipped))
 
 
-def _usable(rows: Iterable[Row | BadSample], skipped: Counter[str]) -> Iterator[Row]:
+def _usable(rows: Iterable[Entry | BadSample], skipped: Counter[str]) -> Iterator[Entry]:
   """The rows that can be stored; counts the others and logs the first of them."""
   for row in rows:
     error = row if isinstance(row, BadSample) else _unstorable(row)
@@ -335,7 +336,7 @@ def _usable(rows: Iterable[Row | BadSample], skipped: Counter[str]) -> Iterator[
       logging.warning("left out: %s", error)
 
 
-def _unstorable(row: Row) -> BadSample | None:
+def _unstorable(row: Entry) -> BadSample | None:
   try:
     (row.path or "").encode("utf-8", "surrogateescape")
   except UnicodeEncodeError as error:  # a lone surrogate, as JSON can express it
@@ -345,7 +346,7 @@ def _unstorable(row: Row) -> BadSample | None:
   return None
 
 
-def _encoded(row: Row) -> tuple[int, int, bytes | None, bytes | None, list[str]]:
+def _encoded(row: Entry) -> tuple[int, int, bytes | None, bytes | None, list[str]]:
   path = None if row.path is None else row.path.encode("utf-8", "surrogateescape")
   return row.file, row.record, path, row.image, [text.encode("utf-8", "replace").decode() for text in row.captions]
 
@@ -356,7 +357,7 @@ def _batch(rows: Sequence[tuple[Any, ...]]) -> pa.RecordBatch:
   return pa.record_batch(arrays, schema=_SCHEMA)
 
 
-def _number(row: Row, numbers: dict[int | str, int], names: dict[int | str, str]) -> int:
+def _number(row: Entry, numbers: dict[int | str, int], names: dict[int | str, str]) -> int:
   """The number of a row's label among those that appeared so far, -1 for no label."""
   label = row.label
   if label is None or (isinstance(label, int) and label < 0):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 import importlib
 import json
+import math
+from multiprocessing import connection, parent_process
 import os
 from pathlib import Path
 import queue
@@ -23,6 +25,7 @@ from absl import logging
 
 from declip_jax.data.storage import files
 
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time, or "max", in a period
 _THREADS = 2  # where there are no processes
 _TOLD, _DONE = ".\n", "done\n"  # lines of a process: one for each step of its work, one at its end
 
@@ -30,7 +33,7 @@ Tell = Callable[[], None]
 Make = Callable[[Path, Any, Tell], None]
 
 
-class Part(NamedTuple):
+class Job(NamedTuple):
   """A file to make: `argument`, in JSON, is all that its contents depend on, and `steps` says how much work it is."""
 
   path: Path
@@ -40,7 +43,7 @@ class Part(NamedTuple):
 
 def make(
   function: Make,
-  parts: Sequence[Part],
+  parts: Sequence[Job],
   processes: int,
   over: Callable[[], bool],
   report: Callable[[int], None],
@@ -60,7 +63,7 @@ def make(
   Raises:
     Exception: of `function`; other files may be there.
   """
-  waiting: queue.SimpleQueue[Part] = queue.SimpleQueue()
+  waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
   for part in random.sample(parts, len(parts)):
     waiting.put(part)
   done, stop = dict.fromkeys((part.path for part in parts), 0), threading.Event()
@@ -91,7 +94,7 @@ def make(
 
 def _work(
   function: Make,
-  waiting: "queue.SimpleQueue[Part]",
+  waiting: "queue.SimpleQueue[Job]",
   done: dict[Path, int],
   ended: Callable[[], bool],
   helper: "_Helper | None",
@@ -102,7 +105,7 @@ def _work(
     except queue.Empty:
       return
 
-    def tell(part: Part = part) -> None:
+    def tell(part: Job = part) -> None:
       done[part.path] = min(done[part.path] + 1, part.steps)
 
     if not part.path.is_file() and not (helper and helper.make(part, tell)) and not ended():
@@ -139,7 +142,7 @@ class _Helper:
       env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
     )
 
-  def make(self, part: Part, tell: Tell) -> bool:
+  def make(self, part: Job, tell: Tell) -> bool:
     """Whether it made the file."""
     line = ""
     try:
@@ -183,3 +186,23 @@ def _listen(waiting: "queue.SimpleQueue[str]") -> None:
   for line in sys.stdin:
     waiting.put(line)
   os._exit(0)  # who started this process has ended, perhaps by SIGKILL
+
+
+def cores() -> int:
+  """Cores that this process may use: by its affinity and, in a container, by its quota."""
+  allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  try:
+    quota, period = _QUOTA.read_text().split()
+    return max(1, min(allowed, math.ceil(int(quota) / int(period))))
+  except (OSError, ValueError):  # no such file, or no quota
+    return allowed
+
+
+def end_with_parent() -> None:
+  """Ends this process when the one that started it dies, even by SIGKILL: nobody else would end it."""
+  threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+  connection.wait([parent_process().sentinel])
+  os._exit(1)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from declip_jax.data import parts
+from declip_jax.data.storage import jobs
 
 MODULE = """
 import os, time
@@ -29,7 +29,7 @@ def write(path, argument, tell):
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch) -> parts.Make:
+def write(tmp_path, monkeypatch) -> jobs.Make:
   """A function of a module that other processes find where this one does."""
   (tmp_path / "writing_parts.py").write_text(MODULE)
   monkeypatch.syspath_prepend(tmp_path)
@@ -39,13 +39,13 @@ def write(tmp_path, monkeypatch) -> parts.Make:
   return writing_parts.write
 
 
-def listed(folder: Path, ending: str = "") -> list[parts.Part]:
-  return [parts.Part(folder / f"{number}", [number, os.getpid(), ending], 2) for number in range(6)]
+def listed(folder: Path, ending: str = "") -> list[jobs.Job]:
+  return [jobs.Job(folder / f"{number}", [number, os.getpid(), ending], 2) for number in range(6)]
 
 
-def make(write: parts.Make, todo: list[parts.Part], processes: int, over=lambda: False) -> list[int]:
+def make(write: jobs.Make, todo: list[jobs.Job], processes: int, over=lambda: False) -> list[int]:
   reports = []
-  parts.make(write, todo, processes, over, reports.append, 0.01)
+  jobs.make(write, todo, processes, over, reports.append, 0.01)
   return reports
 
 
@@ -94,10 +94,10 @@ def test_nothing_is_made_when_it_is_over(write, tmp_path):
 SCRIPT = """
 import sys, writing_parts
 from pathlib import Path
-from declip_jax.data import parts
+from declip_jax.data.storage import jobs
 print("once", flush=True)
-todo = [parts.Part(Path(sys.argv[1]) / str(number), [number, 0, sys.argv[2]], 2) for number in range(3)]
-parts.make(writing_parts.write, todo, 2, lambda: False, lambda count: None, 1.0)
+todo = [jobs.Job(Path(sys.argv[1]) / str(number), [number, 0, sys.argv[2]], 2) for number in range(3)]
+jobs.make(writing_parts.write, todo, 2, lambda: False, lambda count: None, 1.0)
 """
 
 
