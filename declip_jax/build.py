@@ -34,7 +34,7 @@ from declip_jax.training import optim, schedules
 from declip_jax.training.gradient import Metrics, make_gradient
 from declip_jax.training.state import State
 from declip_jax.training.step import train_step
-from declip_jax.types import Batch
+from declip_jax.types import Batch, BatchShapes
 from declip_jax.weights.initial import InitFrom
 
 _OVERRIDES = (
@@ -60,7 +60,7 @@ class Built(NamedTuple):
   make_views: MakeViews
   mesh: Mesh
 
-  def batch_shape(self, batch_size: int) -> Batch:
+  def batch_shape(self, batch_size: int) -> BatchShapes:
     """Shapes and dtypes of a global batch."""
     shapes = self.make_views.batch_shapes(batch_size).items()
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes}
@@ -285,7 +285,7 @@ def make_step(
     model=built.model,
     optimizer=built.optimizer,
     schedule=schedules.make_schedule(steps.schedule),
-    gradient_of=make_gradient(
+    gradient_fn=make_gradient(
       config.micro_batching,
       config.micro_batches,
       model=built.model,
@@ -293,12 +293,12 @@ def make_step(
       frozen=config.optimizer.frozen,
       gather=partial(gather, mesh=built.mesh, dtype=jnp.dtype(config.model.dtype)),
     ),
-    momentum=lambda step: momentum_at(step, last, config.momentum_tower.decay),
-    diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
+    momentum_decay=lambda step: momentum_at(step, last, config.momentum_tower.decay),
+    is_diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
     augment=make_augment(config, built),
-    measure=partial(diagnostics.measure, pooled=not objectives.compares_tokens(config.objective)),
+    diagnose=partial(diagnostics.measure, pooled=not objectives.compares_tokens(config.objective)),
     logit_scale_range=config.optimizer.logit_scale_range,
-    spike=config.safety.spike_factor,
+    spike_factor=config.safety.spike_factor,
   )
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(built.mesh)))
@@ -413,7 +413,7 @@ def make_objective(config: ConfigDict, mesh: Mesh | None) -> objectives.Objectiv
   return objectives.make_objective(config.objective, form)
 
 
-def check_objective(config: ConfigDict, model: Model, batch: Batch) -> None:
+def check_objective(config: ConfigDict, model: Model, batch: BatchShapes) -> None:
   """Traces the forward pass without computing it, and refuses terms whose inputs the recipe does not give.
 
   Raises:

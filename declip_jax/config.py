@@ -92,7 +92,7 @@ def _safety() -> ConfigDict:
   """What a run does about divergence, hangs and lost work."""
   c = ConfigDict()
   # A step is skipped if its loss, gradient or rate is not finite, or if its gradient norm exceeds the usual norm by
-  # this factor (see `step.spikes`); 0 turns the comparison off.
+  # this factor (see `step.is_spike`); 0 turns the comparison off.
   c.spike_factor = 10.0
   c.max_skipped_steps = 20  # consecutive skipped steps after which the run rolls back to the previous checkpoint
   c.max_rollbacks = 3  # rollbacks after which the run stops; 0 stops it instead of the first

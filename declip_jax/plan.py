@@ -40,7 +40,7 @@ from declip_jax.config import duration
 from declip_jax.planning import devices, flops, hlo
 from declip_jax.sharding import batch_sharding, check_batch, layout_table
 from declip_jax.training.state import State, abstract_state
-from declip_jax.types import Batch
+from declip_jax.types import BatchShapes
 
 Report = dict[str, Any]
 
@@ -88,7 +88,7 @@ class Step(NamedTuple):
   """A compiled train step, and what it is made of."""
 
   abstract: State
-  batch: Batch  # shapes
+  batch: BatchShapes
   executed_flops: float  # of all devices, with what is computed again
   compiled: jax.stages.Compiled
 

@@ -27,6 +27,7 @@ import jax
 #   mask          bool [b]              False where evaluation padded the last batch
 #   label         int32 [b]             class, -1 for none (evaluation only)
 Batch = dict[str, jax.Array]
+BatchShapes = dict[str, jax.ShapeDtypeStruct]  # the same, without data
 
 
 class Views(NamedTuple):

@@ -36,7 +36,7 @@ from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.runtime.trace import Trace, parse_steps
 from declip_jax.training.gradient import Gradient, make_gradient
 from declip_jax.training.state import abstract_state, init_state
-from declip_jax.training.step import spikes, train_step
+from declip_jax.training.step import is_spike, train_step
 
 TESTS = Path(__file__).parent
 
@@ -298,9 +298,9 @@ def test_step_with_nan_changes_nothing_but_counts() -> None:
   options = {
     "model": built.model,
     "optimizer": built.optimizer,
-    "gradient_of": gradient_of(built, config.objective),
-    "momentum": lambda step: 1.0,
-    "diagnosed": lambda step: False,
+    "gradient_fn": gradient_of(built, config.objective),
+    "momentum_decay": lambda step: 1.0,
+    "is_diagnosed": lambda step: False,
     "logit_scale_range": (0.0, 4.6),
   }
   state = init_state(0, batch, model=built.model, optimizer=built.optimizer)
@@ -335,9 +335,9 @@ def test_an_entry_whose_update_is_not_finite_stays_and_the_others_move() -> None
     model=built.model,
     optimizer=optax.GradientTransformation(plain.init, update),
     schedule=lambda step: 0.1,
-    gradient_of=gradient_of(built, config.objective),
-    momentum=lambda step: 1.0,
-    diagnosed=lambda step: False,
+    gradient_fn=gradient_of(built, config.objective),
+    momentum_decay=lambda step: 1.0,
+    is_diagnosed=lambda step: False,
   )
   after, metrics = jax.jit(step)(state, batch)
   before, after = (tree.params["heads"]["text_projection"]["kernel"] for tree in (state, after))
@@ -360,9 +360,9 @@ def test_the_momentum_tower_follows_the_parameters_before_it_encodes() -> None:
       model=built.model,
       optimizer=built.optimizer,
       schedule=lambda step: 1e-2,
-      gradient_of=gradient_of(built, {"moco": {"weight": 1.0}}),
-      momentum=lambda step: kept,
-      diagnosed=lambda step: step == 1,
+      gradient_fn=gradient_of(built, {"moco": {"weight": 1.0}}),
+      momentum_decay=lambda step: kept,
+      is_diagnosed=lambda step: step == 1,
     )
   )
   first, metrics = step(state)
@@ -441,7 +441,7 @@ def test_a_spike_is_a_gradient_far_above_the_mean_of_those_before() -> None:
   norms[[50, 150, 151, 300]] *= 1000
   norms[200] = 0
   state = {"measured": jnp.int32(0), "log_norm": jnp.float32(0)}
-  judge = jax.jit(lambda norm, state: spikes(norm, state, 30.0))
+  judge = jax.jit(lambda norm, state: is_spike(norm, state, 30.0))
   logs: list[float] = []
   for index, norm in enumerate(norms):
     too_large, after = judge(norm, state)
@@ -456,7 +456,7 @@ def test_a_spike_is_a_gradient_far_above_the_mean_of_those_before() -> None:
       state = after
       logs.append(log_norm)
   assert [bool(judge(norm, state)[0]) for norm in (1e3, 1.0)] == [True, False]
-  assert not spikes(jnp.float32(1e30), state, 0.0)[0]
+  assert not is_spike(jnp.float32(1e30), state, 0.0)[0]
 
 
 def test_a_run_goes_back_before_what_was_skipped_or_else_as_far_as_it_can(tmp_path: Path) -> None:
@@ -480,10 +480,10 @@ def test_a_spike_changes_nothing_but_counts() -> None:
       model=built.model,
       optimizer=built.optimizer,
       schedule=lambda step: 0.1,
-      gradient_of=gradient_of(built, config.objective),
-      momentum=lambda step: 1.0,
-      diagnosed=lambda step: False,
-      spike=10.0,
+      gradient_fn=gradient_of(built, config.objective),
+      momentum_decay=lambda step: 1.0,
+      is_diagnosed=lambda step: False,
+      spike_factor=10.0,
     )
   )
   _, metrics = step(state)

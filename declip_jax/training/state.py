@@ -1,4 +1,4 @@
-"""The train state: all that a step changes, and so all that a checkpoint holds."""
+"""The train state: everything that a step changes, and so everything that a checkpoint contains."""
 
 from typing import Any
 
@@ -10,23 +10,26 @@ import optax
 
 from declip_jax.models.model import Model
 from declip_jax.sharding import shard_like
-from declip_jax.types import Batch
+from declip_jax.types import Batch, BatchShapes
 
 Tree = Any
 
 
 @struct.dataclass
 class State:
-  """What a step maps to its successor. Random keys are no part of it: they are derived from the step.
+  """The input and output of a step. Random keys are not part of it: they are derived from the step.
+
+  As a tree of shapes, its leaves are `jax.ShapeDtypeStruct`s with shardings.
 
   Attributes:
-    step: updates made or skipped, int32.
+    step: number of steps taken or skipped, int32.
     params: float32, under "towers" and "heads".
-    opt_state: of the optimiser.
+    opt_state: the optimizer's state.
     collections: batch statistics and the neighbour bank, under "towers" and "heads"; under "momentum" the momentum
       tower's parameters, if a term needs one.
-    skipped: steps without an update because loss, gradient or rate was not finite or spiked, "total" and the latest
-      "in_a_row"; and what spikes are told by, see `step.spikes`.
+    skipped: the number of steps without an update because the loss, gradient or learning rate was not finite or the
+      gradient spiked, in "total" and most recently "in_a_row"; and the statistics that spikes are detected by, see
+      `step.is_spike`.
   """
 
   step: jax.Array
@@ -44,7 +47,7 @@ def init_state(seed: int, batch: Batch, *, model: Model, optimizer: optax.Gradie
   return State(zero, params, optimizer.init(params), collections, skipped)
 
 
-def abstract_state(batch: Batch, mesh: Mesh, *, model: Model, optimizer: optax.GradientTransformation) -> State:
+def abstract_state(batch: BatchShapes, mesh: Mesh, *, model: Model, optimizer: optax.GradientTransformation) -> State:
   """Shapes, dtypes and shardings of the state, without computing anything."""
   shapes = jax.eval_shape(lambda batch: init_state(0, batch, model=model, optimizer=optimizer), batch)
   return jax.tree.map(
@@ -55,13 +58,13 @@ def abstract_state(batch: Batch, mesh: Mesh, *, model: Model, optimizer: optax.G
 
 
 def create_state(
-  seed: int, batch: Batch, abstract: State, *, model: Model, optimizer: optax.GradientTransformation
+  seed: int, batch: BatchShapes, abstract: State, *, model: Model, optimizer: optax.GradientTransformation
 ) -> State:
-  """Computes the initial state straight into its shards, so that no device ever holds all of it."""
+  """Computes the initial state directly into its shards, so that no device ever holds all of it."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
   def init() -> State:
-    # Only the shapes of the batch matter: zeros inside jit cost nothing.
+    # Only the shapes of the batch matter, and zeros inside jit cost nothing.
     zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in batch.items()}
     return init_state(seed, zeros, model=model, optimizer=optimizer)
 

@@ -1,6 +1,6 @@
 """What every source of examples gives, and what the input pipeline may rely on."""
 
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -47,6 +47,7 @@ class Example(TypedDict):
   id: str
 
 
+@runtime_checkable
 class Source(Protocol):
   """Random access to examples, which is all that grain needs; pickles to a few kilobytes, for its worker processes.
 
