@@ -16,7 +16,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 .PHONY: demo test test-slow test-interop check clean
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python -m declip_jax.train --config configs/demo.py --workdir $(RUN)
+	$(VENV)/bin/python -m declip_jax.train --config=demo --workdir $(RUN)
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest -n 2 -m "not slow"
