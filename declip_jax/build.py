@@ -16,7 +16,7 @@ import optax
 from declip_jax import objectives
 from declip_jax.config import steps_of
 from declip_jax.data.images import INTERPOLATIONS, EvalView
-from declip_jax.data.make_views import MakeViews
+from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
@@ -120,20 +120,15 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bu
       f"config.data.patch_share={config.data.patch_share} hides none or all of the {grid} x {grid} patches that "
       f"config.data.image_size={config.data.image_size} has with this config.model.image: choose a larger image"
     )
-  make_views = MakeViews(
-    recipe,
-    tokenizer,
-    config.data.image_size,
-    config.data.interpolation,
+  rendering = Rendering(config.data.image_size, config.data.interpolation, config.data.engine, config.data.augment_on)
+  masking = Masking(
     config.data.mask_probability,
     config.data.mask_slots,
     config.data.mask_whole_words,
-    config.data.caption_weights,
     patch_grid=grid,
     patch_share=config.data.patch_share,
-    engine=config.data.engine,
-    augment_on=config.data.augment_on,
   )
+  make_views = MakeViews(recipe, tokenizer, rendering, masking, config.data.caption_weights)
   return Built(model, optim.make_optimizer(optimizer), tokenizer, make_views, make_mesh(**config.mesh, devices=devices))
 
 
