@@ -1,7 +1,7 @@
 # docker build --build-arg EXTRA=gpu -t declip_jax .
 # docker run --gpus=all --volume=/data/runs:/runs declip_jax --config=demo --workdir /runs/demo
 FROM python:3.12-slim AS build
-# Extras of setup.py, separated by commas: gpu, tpu, gcs, s3, ...; none is for the CPU.
+# Extras of setup.py: gpu, tpu, gcs, s3, ..., separated by commas; none is for the CPU.
 ARG EXTRA=""
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
