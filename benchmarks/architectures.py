@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from declip_jax import build, config
 from declip_jax.architectures import ARCHITECTURES
 from declip_jax.build import make_step
-from declip_jax.sharding import batch_sharding, make_mesh
+from declip_jax.sharding import batch_sharding
 from declip_jax.training.state import abstract_state
 from declip_jax.weights.layout import abstract_variables
 
@@ -92,7 +92,7 @@ def compile_seconds(name: str, unroll: int, batch_size: int, devices: list[jax.D
   """Seconds to compile the train step of CLIP, without tracing."""
   c = config.default("clip", name)
   c.batch_size, c.model.unroll = batch_size, unroll
-  built = build.build(c)._replace(mesh=make_mesh(-1, 1, devices))
+  built = build.build(c, devices)
   rows = batch_sharding(built.mesh)
   shapes = {
     field: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for field, x in built.batch_shape(c.batch_size).items()

@@ -46,7 +46,7 @@ def print_table(args: argparse.Namespace) -> None:
   import numpy as np
 
   from declip_jax import plan
-  from declip_jax.objectives.blockwise import Form
+  from declip_jax.objectives.blockwise import Method
   from declip_jax.objectives.contrastive import info_nce
   from declip_jax.sharding import make_mesh
 
@@ -54,8 +54,10 @@ def print_table(args: argparse.Namespace) -> None:
   rows, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), NamedSharding(mesh, PartitionSpec())
 
   def ours(kind: str) -> Callable:
-    form = Form(kind, mesh, args.block if kind == "chunked" else 0)
-    return jax.value_and_grad(lambda x, y, s: info_nce(x[None], y[None], s, form=form).loss[0, 0], argnums=(0, 1, 2))
+    method = Method(kind, mesh, args.block if kind == "chunked" else 0)
+    return jax.value_and_grad(
+      lambda x, y, s: info_nce(x[None], y[None], s, method=method).loss[0, 0], argnums=(0, 1, 2)
+    )
 
   def theirs(local: bool) -> Callable:
     axes = mesh.axis_names

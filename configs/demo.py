@@ -1,9 +1,7 @@
 """DeCLIP on the embedded scenes, small enough for two CPU cores: make demo
 
-  python -m declip_jax.train --config=demo:method=slip --workdir runs/slip
-
-The classes of the zero-shot evaluation are 30 pairs of a colour and a shape that never appear together in training;
-chance is 3.3 %.
+The classes of the zero-shot evaluation are 30 pairs of a colour and a shape that training never shows together; chance
+is 3.3 %.
 """
 
 from ml_collections import ConfigDict
@@ -13,25 +11,25 @@ from declip_jax.data.sources.scenes import TEMPLATES
 
 
 def get_config(method: str = "declip") -> ConfigDict:
-  """Returns the config of a `method` of `methods.METHODS`."""
+  """`method` is one of `methods.METHODS`, as in --config=configs/demo.py:clip"""
   c = config.default(method)
   c.batch_size = 64
   c.duration = config.duration(steps=1000)
   c.data.train = ("scenes:train/100000/40",)
   c.data.image_size = 32
-  # Milder than for photographs: a scene is one object, and its colour is half of what can be learned.
+  # Milder than on photographs: a scene is one object, and its colour is half of what there is to learn.
   c.data.weak_scale = c.data.strong_scale = (0.8, 1.0)
   c.data.jitter = (0.2, 0.2, 0.2, 0.02)
   c.data.grayscale_probability = 0.05
   c.data.blur_probability, c.data.blur_radius = (0.2,), (0.1, 0.5)
-  c.data.mask_slots = 2  # captions are short: 15 % of about 10 tokens
+  c.data.mask_slots = 2  # captions are short: 15 % of some 10 tokens
   c.data.threads = 2
   c.model.dtype = "float32"
-  tokens = method in ("slip_mim", "filip", "defilip")  # they use patches, of which a ResNet has one for 32 pixels
+  tokens = method in ("slip_mim", "filip", "defilip")  # which look at patches: a ResNet has one on 32 pixels
   if tokens:
     c.model.image = architectures.vit(patch=8, width=128, depth=4, heads=4)
   else:
-    c.model.image = architectures.resnet(width=16, layers=(1, 1, 1, 1))  # learns shapes from fewer images
+    c.model.image = architectures.resnet(width=16, layers=(1, 1, 1, 1))  # learns shapes from fewer pictures
   c.model.text.update({"width": 64, "depth": 2, "heads": 2, "context_length": 24})
   c.model.heads.update({"embed_dim": 64, "image_bias": not tokens, "bank_size": 2048})
   c.model.heads.update({"simsiam_projector": (128, 128, 128), "simsiam_predictor": (64, 128)})
@@ -44,7 +42,7 @@ def get_config(method: str = "declip") -> ConfigDict:
   c.evaluate_every = config.duration(steps=250)
   c.evaluate_batch_size = 256
   c.checkpoint.every = config.duration(steps=250)
-  if method != "simclr":  # it has no text tower
+  if method != "simclr":  # which sees no text
     c.evals.heldout = config.zero_shot("scenes:heldout/1500/40", TEMPLATES)
     c.evals.retrieval = config.retrieval("scenes:test/500/40")
     c.checkpoint.best_metric = "eval/heldout/top1"

@@ -1,8 +1,9 @@
 """The one door where a config becomes objects: nothing below reads a config."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from functools import partial
+import operator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,20 +14,20 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 import optax
 
-from declip_jax import objectives
 from declip_jax.config import steps_of
 from declip_jax.data.images import INTERPOLATIONS, EvalView
-from declip_jax.data.make_views import MakeViews, Masking, Rendering
+from declip_jax.data.make_views import MakeViews
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals import EVALUATORS, check_options
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.features import SourceFeatures
+from declip_jax.models.heads import diagnostic_kinds
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_below
-from declip_jax.objectives import diagnostics
-from declip_jax.objectives.blockwise import PLAIN, Form
+from declip_jax.objectives import TERMS, Objective, diagnostics, make_objective
+from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.momentum import momentum_at
 from declip_jax.sharding import gather, make_mesh, replicated
 from declip_jax.training import augment as augmentation
@@ -51,10 +52,52 @@ _OVERRIDES = (
 )
 
 
+# Fields of a config that are numbers, texts or lists: which values are legal, and how to say so.
+_RANGES = (
+  ("seed", lambda seed: seed >= 0, "0 or more"),
+  ("momentum_tower.decay", lambda decay: 0 <= decay <= 1, "0 to 1"),
+  ("data.image_size", lambda size: size > 0, "1 or more"),
+  ("data.interpolation", lambda name: name in INTERPOLATIONS, f"one of {list(INTERPOLATIONS)}"),
+  ("data.workers", lambda count: count is None or count >= 0, "0 or more, or None"),
+  ("data.threads", lambda count: count is None or count >= 1, "1 or more, or None"),
+  ("data.max_bad", lambda share: 0 <= share <= 1, "a share, 0 to 1"),
+  ("data.mask_probability", lambda probability: 0 <= probability <= 1, "0 to 1"),
+  (
+    "data.caption_weights",
+    lambda weights: all(weight >= 0 for weight in weights) and (not weights or any(weights)),
+    "weights of 0 or more, at least one of them more",
+  ),
+  (
+    "data.templates",
+    lambda templates: all(_has_class_name(template) for template in templates),
+    "texts with {} once, for the name of the class",
+  ),
+)
+_SAFETY_RANGES = (
+  ("checkpoint.keep_last", lambda count: count >= 1, "1 or more"),
+  ("checkpoint.keep_best", lambda count: count >= 0, "0 or more"),
+  ("safety.max_skipped_steps", lambda count: count >= 1, "1 or more"),
+  ("safety.spike_factor", lambda factor: factor == 0 or factor > 1, "0, or more than 1"),
+  ("safety.max_rollbacks", lambda count: count >= 0, "0 or more"),
+  ("safety.hang_timeout", lambda seconds: seconds >= 0, "0 or more"),
+  ("safety.checkpoint_minutes", lambda minutes: minutes >= 0, "0 or more"),
+)
+
+
 class Built(NamedTuple):
-  """What a config describes, without data, parameters or devices' memory."""
+  """What a config describes, without data and parameters.
+
+  Attributes:
+    model: pure functions of parameters.
+    objective: the weighted terms, which split their comparisons of all pairs over `mesh`.
+    optimizer: its update has no learning rate yet.
+    tokenizer: of the captions.
+    make_views: from an example to the views of the data recipe that the objective uses.
+    mesh: all devices.
+  """
 
   model: Model
+  objective: Objective
   optimizer: optax.GradientTransformation
   tokenizer: Tokenizer
   make_views: MakeViews
@@ -72,100 +115,102 @@ class Built(NamedTuple):
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Built:
-  """Builds the parts of a run from its config, over all devices of all processes or over those given.
+  """Builds the objects that a config describes, over all devices of all processes or over the given ones.
 
   Raises:
     ValueError: a name or a number that does not fit; the message says which and what would.
   """
-  _check_numbers(config)
+  _check_ranges(config, _RANGES)
+  mesh = make_mesh(**config.mesh, devices=devices)
+  contrast = Method(config.contrast.method, mesh, config.contrast.block)
+  objective = make_objective(config.objective.to_dict(), contrast)
+  recipe = _make_recipe(config, objective)
   tokenizer = make_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
-  recipe = get_recipe(config.data.recipe, {name: config.data[name] for name in _OVERRIDES})
-  if config.data.neighbour_texts is not None:
-    recipe = _with_neighbour_texts(recipe, config.data.neighbour_texts)
-  objectives.check_views(recipe.views, config.objective, config.data.recipe)
-  recipe = trimmed(recipe, objectives.used_views(recipe.views, config.objective))
-  needed = tokenizer.vocab_size if "masked" in recipe.text_views else tokenizer.plain_size
-  if config.model.text.vocab_size < needed:
-    raise ValueError(
-      f"config.model.text.vocab_size={config.model.text.vocab_size} is too small: recipe {config.data.recipe!r} "
-      f"makes ids up to {needed - 1}"
-    )
-  if config.model.text.eot != tokenizer.eot:
-    raise ValueError(
-      f"config.model.text.eot={config.model.text.eot}: config.model.text.tokenizer={config.model.text.tokenizer!r} "
-      f"ends texts with {tokenizer.eot}"
-    )
-  if config.model.image.get("patch") and config.data.image_size % config.model.image.patch:
-    raise ValueError(
-      f"config.data.image_size={config.data.image_size} is no multiple of config.model.image.patch="
-      f"{config.model.image.patch}"
-    )
-  if config.model.image.kind == "resnet" and config.data.image_size % 32:
-    raise ValueError(f"config.data.image_size={config.data.image_size} is no multiple of 32, as a ResNet needs")
-  if config.data.ssl_train:
-    _check_ssl_sources(config, recipe)
-  if config.model.text.buckets and config.objective.filip.weight and config.objective.filip.top_k:
-    raise ValueError(
-      f"config.model.text.buckets={config.model.text.buckets} cut off padding, which config.objective.filip.top_k="
-      f"{config.objective.filip.top_k} compares: set one of the two to () or 0"
-    )
-  heads = objectives.heads_for(config.objective)
+  _check_texts(config, recipe, tokenizer)
+  _check_images(config)
   optimizer = read_settings(optim.OptimizerSettings, config.optimizer, "optimizer")
   _check_unread(config.optimizer, "optimizer", optim.OptimizerSettings, schedules.ScheduleSettings)
   locked = any(is_below("towers/image", prefix) for prefix in config.optimizer.frozen)
-  model = make_model(config.model, views=recipe.views, heads=heads, lock_image=locked)
-  grid = config.data.image_size // model.towers.image.stride
-  if recipe.views.masked_image is not None and not 0 < round(config.data.patch_share * grid**2) < grid**2:
-    raise ValueError(
-      f"config.data.patch_share={config.data.patch_share} hides none or all of the {grid} x {grid} patches that "
-      f"config.data.image_size={config.data.image_size} has with this config.model.image: choose a larger image"
-    )
-  rendering = Rendering(config.data.image_size, config.data.interpolation, config.data.engine, config.data.augment_on)
-  masking = Masking(
-    config.data.mask_probability,
-    config.data.mask_slots,
-    config.data.mask_whole_words,
-    patch_grid=grid,
-    patch_share=config.data.patch_share,
-  )
-  make_views = MakeViews(recipe, tokenizer, rendering, masking, config.data.caption_weights)
-  return Built(model, optim.make_optimizer(optimizer), tokenizer, make_views, make_mesh(**config.mesh, devices=devices))
+  model = make_model(config.model.to_dict(), views=recipe.views, heads=objective.heads, lock_image=locked)
+  make_views = _make_views(config, recipe, tokenizer, config.data.image_size // model.towers.image.stride)
+  return Built(model, objective, optim.make_optimizer(optimizer), tokenizer, make_views, mesh)
 
 
-def _check_numbers(config: ConfigDict) -> None:
-  """Refuses numbers that cannot be; those of the recipe are checked with it."""
+def _make_recipe(config: ConfigDict, objective: Objective) -> Recipe:
+  """The data recipe with the config's overrides and only the views that the objective uses."""
+  recipe = get_recipe(config.data.recipe, {name: config.data[name] for name in _OVERRIDES})
+  if config.data.neighbour_texts is not None:
+    recipe = _with_neighbour_texts(recipe, config.data.neighbour_texts)
+  objective.check_views(recipe.views, config.data.recipe)
+  recipe = trimmed(recipe, objective.used_views(recipe.views))
+  if config.data.ssl_train:
+    _check_ssl_sources(config, recipe)
+  return recipe
+
+
+def _make_views(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer, grid: int) -> MakeViews:
   data = config.data
-  checks = {
-    "seed": (config.seed >= 0, config.seed, "0 or more"),
-    "momentum_tower.decay": (0 <= config.momentum_tower.decay <= 1, config.momentum_tower.decay, "0 to 1"),
-    "data.image_size": (data.image_size > 0, data.image_size, "1 or more"),
-    "data.interpolation": (data.interpolation in INTERPOLATIONS, data.interpolation, f"one of {list(INTERPOLATIONS)}"),
-    "data.workers": (data.workers is None or data.workers >= 0, data.workers, "0 or more, or None"),
-    "data.threads": (data.threads is None or data.threads >= 1, data.threads, "1 or more, or None"),
-    "data.max_bad": (0 <= data.max_bad <= 1, data.max_bad, "a share, 0 to 1"),
-    "data.mask_probability": (0 <= data.mask_probability <= 1, data.mask_probability, "0 to 1"),
-    "data.caption_weights": (
-      all(weight >= 0 for weight in data.caption_weights) and (not data.caption_weights or any(data.caption_weights)),
-      data.caption_weights,
-      "weights of 0 or more, one of them more",
-    ),
-    "data.templates": (
-      all(_names_class(template) for template in data.templates),
-      data.templates,
-      "texts with {} once, for the name of the class",
-    ),
-  }
-  _refuse(checks)
+  if recipe.views.masked_image is not None and not 0 < round(data.patch_share * grid**2) < grid**2:
+    raise ValueError(
+      f"config.data.patch_share={data.patch_share} hides none or all of the {grid} x {grid} patches that "
+      f"config.data.image_size={data.image_size} has with this config.model.image: choose a larger image"
+    )
+  return MakeViews(
+    recipe,
+    tokenizer,
+    data.image_size,
+    data.interpolation,
+    data.mask_probability,
+    data.mask_slots,
+    data.mask_whole_words,
+    data.caption_weights,
+    patch_grid=grid,
+    patch_share=data.patch_share,
+    engine=data.engine,
+    augment_on=data.augment_on,
+  )
 
 
-def _refuse(checks: Mapping[str, tuple[Any, Any, str]]) -> None:
-  for field, (good, value, legal) in checks.items():
-    if not good:
+def _check_ranges(config: ConfigDict, ranges: Sequence[tuple[str, Callable[[Any], bool], str]]) -> None:
+  """Rejects values that are not legal; those of recipes, optimisers and models are checked where they are used."""
+  for field, is_legal, legal in ranges:
+    value = operator.attrgetter(field)(config)
+    if not is_legal(value):
       raise ValueError(f"config.{field}={value!r}: {legal}")
 
 
-def _names_class(template: str) -> bool:
+def _has_class_name(template: str) -> bool:
   return template.count("{}") == 1 and not set(template.replace("{}", "")) & {"{", "}"}
+
+
+def _check_texts(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer) -> None:
+  """Rejects a text tower that does not fit the tokenizer, the recipe or the objective."""
+  text, filip = config.model.text, config.objective.filip
+  needed = tokenizer.vocab_size if "masked" in recipe.text_views else tokenizer.plain_size
+  if text.vocab_size < needed:
+    raise ValueError(
+      f"config.model.text.vocab_size={text.vocab_size} is too small: recipe {config.data.recipe!r} makes ids up to "
+      f"{needed - 1}"
+    )
+  if text.eot != tokenizer.eot:
+    raise ValueError(
+      f"config.model.text.eot={text.eot}: config.model.text.tokenizer={text.tokenizer!r} ends texts with "
+      f"{tokenizer.eot}"
+    )
+  if text.buckets and filip.weight and filip.top_k:
+    raise ValueError(
+      f"config.model.text.buckets={text.buckets} cut off padding, which config.objective.filip.top_k={filip.top_k} "
+      "compares: set one of the two to () or 0"
+    )
+
+
+def _check_images(config: ConfigDict) -> None:
+  """Rejects images that do not divide into the image tower's patches."""
+  size, image = config.data.image_size, config.model.image
+  if image.get("patch") and size % image.patch:
+    raise ValueError(f"config.data.image_size={size} is not a multiple of config.model.image.patch={image.patch}")
+  if image.kind == "resnet" and size % 32:
+    raise ValueError(f"config.data.image_size={size} is not a multiple of 32, as a ResNet requires")
 
 
 def _with_neighbour_texts(recipe: Recipe, kinds: tuple[str, ...]) -> Recipe:
@@ -173,15 +218,15 @@ def _with_neighbour_texts(recipe: Recipe, kinds: tuple[str, ...]) -> Recipe:
   contrasted = {recipe.text_views[view]: view for view in recipe.views.contrastive_text}
   if not kinds or not set(kinds) <= set(contrasted):
     raise ValueError(f"config.data.neighbour_texts={kinds}: choose one or more of {list(contrasted)}")
-  views = recipe.views._replace(neighbour_text=tuple(contrasted[kind] for kind in kinds))
+  views = recipe.views.replace(neighbour_text=tuple(contrasted[kind] for kind in kinds))
   return dataclasses.replace(recipe, views=views)
 
 
 def _check_ssl_sources(config: ConfigDict, recipe: Recipe) -> None:
-  """Refuses images of other sources for views that the recipe does not make, or that meet a caption."""
+  """Rejects images of other sources for views that the recipe does not make, or that are compared with captions."""
   views, where = recipe.views, f"config.data.ssl_train={config.data.ssl_train}: recipe {config.data.recipe!r}"
   if not views.ssl_image:
-    raise ValueError(f"{where} makes no view for self-supervision on images, or no term with a weight looks at it")
+    raise ValueError(f"{where} makes no view for self-supervision on images, or no term with a weight uses it")
   if set(views.ssl_image) & set(views.contrastive_image):
     raise ValueError(f"{where} also contrasts these views with captions, which would not fit: use slip")
 
@@ -228,9 +273,9 @@ def to_steps(config: ConfigDict, epoch_examples: int) -> Steps:
   """Converts the durations of a config, once.
 
   Raises:
-    ValueError: the training has no length, or a duration has two; or a number of how it is kept safe cannot be.
+    ValueError: the training has no length, a duration has two, or a number of `config.safety` is not legal.
   """
-  _check_safety(config)
+  _check_ranges(config, _SAFETY_RANGES)
   lengths = {
     "duration": config.duration,
     "evaluate_every": config.evaluate_every,
@@ -247,33 +292,15 @@ def to_steps(config: ConfigDict, epoch_examples: int) -> Steps:
   return Steps(*steps, schedule)
 
 
-def _check_safety(config: ConfigDict) -> None:
-  checkpoint, safety = config.checkpoint, config.safety
-  checks = {
-    "checkpoint.keep_last": (checkpoint.keep_last >= 1, checkpoint.keep_last, "1 or more"),
-    "checkpoint.keep_best": (checkpoint.keep_best >= 0, checkpoint.keep_best, "0 or more"),
-    "safety.max_skipped_steps": (safety.max_skipped_steps >= 1, safety.max_skipped_steps, "1 or more"),
-    "safety.spike_factor": (
-      safety.spike_factor == 0 or safety.spike_factor > 1,
-      safety.spike_factor,
-      "0, or more than 1",
-    ),
-    "safety.max_rollbacks": (safety.max_rollbacks >= 0, safety.max_rollbacks, "0 or more"),
-    "safety.hang_timeout": (safety.hang_timeout >= 0, safety.hang_timeout, "0 or more"),
-    "safety.checkpoint_minutes": (safety.checkpoint_minutes >= 0, safety.checkpoint_minutes, "0 or more"),
-  }
-  _refuse(checks)
-
-
 def make_step(
   config: ConfigDict, built: Built, steps: Steps, abstract: State
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
-  """`train_step` compiled for the mesh; the state that goes in is donated to the one that comes out.
+  """`train_step` compiled for the mesh; its input state is donated to its output state.
 
   Raises:
     ValueError: a name that does not exist, or a batch that cannot be divided as the config says.
   """
-  _check_parts(config, built.mesh.size)
+  _check_batch(config, built.mesh.size)
   every, last = config.log_every or steps.total, steps.total
   step = partial(
     train_step,
@@ -284,14 +311,18 @@ def make_step(
       config.micro_batching,
       config.micro_batches,
       model=built.model,
-      objective=make_objective(config, built.mesh),
+      objective=built.objective,
       frozen=config.optimizer.frozen,
       gather=partial(gather, mesh=built.mesh, dtype=jnp.dtype(config.model.dtype)),
     ),
     momentum_decay=lambda step: momentum_at(step, last, config.momentum_tower.decay),
     is_diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
     augment=make_augment(config, built),
-    diagnose=partial(diagnostics.measure, pooled=not objectives.compares_tokens(config.objective)),
+    diagnose=partial(
+      diagnostics.diagnose,
+      kinds=diagnostic_kinds(built.objective.heads),
+      has_pooled=not built.objective.compares_tokens,
+    ),
     logit_scale_range=config.optimizer.logit_scale_range,
     spike_factor=config.safety.spike_factor,
   )
@@ -299,27 +330,27 @@ def make_step(
   return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(built.mesh)))
 
 
-def _check_parts(config: ConfigDict, devices: int) -> None:
-  """Refuses a batch that does not divide into the parts that a config asks for."""
+def _check_batch(config: ConfigDict, devices: int) -> None:
+  """Rejects a batch that does not divide into micro-batches, groups or blocks."""
   count = config.micro_batches
   if count > 1 and config.batch_size % (count * devices):
     raise ValueError(
-      f"config.micro_batches={count}: config.batch_size={config.batch_size} does not divide into so many parts for "
-      f"each of {devices} devices"
+      f"config.micro_batches={count}: config.batch_size={config.batch_size} does not divide into so many for each of "
+      f"{devices} devices"
     )
   compared = config.batch_size // (max(count, 1) if config.micro_batching == "plain" else 1)  # at once
   for name in ("norm_groups", "bank_groups"):
     groups = config.model.heads[name]
     if config.micro_batching == "plain" and count > 1 and compared % groups:
       raise ValueError(
-        f"config.micro_batches={count}: config.model.heads.{name}={groups} does not divide a part of {compared}"
+        f"config.micro_batches={count}: config.model.heads.{name}={groups} does not divide a micro-batch of {compared}"
       )
-  form, block = config.contrast.method, config.contrast.block
-  candidates = compared // devices if form == "ring" else compared  # a ring sees those of one device at a time
-  if block > 0 and form != "plain" and candidates % block:
+  method, block = config.contrast.method, config.contrast.block
+  candidates = compared // devices if method == "ring" else compared  # a ring sees those of one device at a time
+  if block > 0 and method != "plain" and candidates % block:
     raise ValueError(
-      f"config.contrast.block={block} does not divide the {candidates} candidates that config.contrast.method={form!r} "
-      f"compares on {devices} devices at a time"
+      f"config.contrast.block={block} does not divide the {candidates} candidates that config.contrast.method="
+      f"{method!r} compares on {devices} devices at a time"
     )
 
 
@@ -350,22 +381,21 @@ def make_encoders(config: ConfigDict, built: Built) -> EncoderFactory:
     mean=config.model.mean,
     std=config.model.std,
   )
-  functions = make_encode_functions(built.model, built.mesh, tokens=objectives.compares_tokens(config.objective))
+  functions = make_encode_functions(built.model, built.mesh, tokens=built.objective.compares_tokens)
   return EncoderFactory(functions, built.tokenizer, view, config.evaluate_batch_size)
 
 
-def check_evals(evals: ConfigDict, settings: objectives.Settings) -> None:
+def check_evals(evals: ConfigDict, objective: Objective) -> None:
   """Rejects `config.evals` of a run whose terms never compare an image with a text.
 
   Raises:
     ValueError: names the evaluations and the terms.
   """
-  across = [name for name, term in objectives.TERMS.items() if {"pair", "contrastive_text"} & {*term.views}]
-  trained = objectives.active(settings)
-  if len(evals) and not trained.keys() & set(across):
+  if len(evals) and not (objective.compares_embeddings or objective.compares_tokens):
+    across = [name for name, term in TERMS.items() if term.compares_embeddings or term.compares_tokens]
     raise ValueError(
       f"config.evals has {sorted(evals)}, which compare images with texts, but config.objective trains no such "
-      f"comparison, only {trained}: leave config.evals empty or give one of {across} a weight"
+      f"comparison, only {objective.weights}: leave config.evals empty or give one of {across} a weight"
     )
 
 
@@ -402,24 +432,18 @@ def make_init_from(config: ConfigDict) -> InitFrom:
   return read_settings(InitFrom, config.init_from, "init_from")
 
 
-def make_objective(config: ConfigDict, mesh: Mesh | None) -> objectives.Objective:
-  """The weighted terms of a config, whose comparisons of all pairs are split over a mesh."""
-  form = Form(config.contrast.method, mesh, config.contrast.block) if mesh is not None else PLAIN
-  return objectives.make_objective(config.objective, form)
-
-
-def check_objective(config: ConfigDict, model: Model, batch: BatchShapes) -> None:
-  """Traces the forward pass without computing it, and refuses terms whose inputs the recipe does not give.
+def check_objective(config: ConfigDict, built: Built, batch: BatchShapes) -> None:
+  """Traces the forward pass without computing it, and rejects terms whose inputs the recipe does not make.
 
   Raises:
-    ValueError: names term, field and recipe.
+    ValueError: names the term, the entry of `Outputs` and the recipe.
   """
-  objective = make_objective(config, None)
+  model, objective = built.model, dataclasses.replace(built.objective, method=PLAIN)
 
   def forward(batch: Batch) -> Any:
     params, collections = model.init(jax.random.key(0), batch)
     outputs, _ = model.apply_heads(params, collections, model.encode(params, collections, batch)[0])
-    objectives.check_inputs(outputs, config.objective, config.data.recipe)
+    objective.check_inputs(outputs, config.data.recipe)
     return objective(outputs, batch, jnp.zeros((), jnp.int32))
 
   jax.eval_shape(forward, batch)

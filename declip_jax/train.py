@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 import numpy as np
 
-from declip_jax import build, objectives
+from declip_jax import build
 from declip_jax.build import (
   check_evals,
   check_objective,
@@ -102,8 +102,8 @@ def train(
   _check_hosts(opened)
 
   # State: shapes and layout first, arrays last.
-  check_evals(config.evals, config.objective)
-  check_objective(config, built.model, batch_shape)
+  check_evals(config.evals, built.objective)
+  check_objective(config, built, batch_shape)
   abstract = abstract_state(batch_shape, mesh, model=built.model, optimizer=built.optimizer)
   step_fn = make_step(config, built, steps, abstract)
   encoders = make_encoders(config, built)
@@ -479,7 +479,7 @@ def _opening(
   for source in sources:
     left_out = "".join(f", left out {count:,}: {reason}" for reason, count in source.skipped.items())
     yield f"{source.name}: {len(source):,} samples{left_out}"
-  terms = " + ".join(f"{weight:g} {name}" for name, weight in objectives.active(config.objective).items())
+  terms = " + ".join(f"{weight:g} {name}" for name, weight in built.objective.weights.items())
   count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
   mesh = " x ".join(f"{axis}={size}" for axis, size in built.mesh.shape.items())
   yield f"objective {terms}; recipe {config.data.recipe}; {count:,} parameters"

@@ -11,7 +11,6 @@ import pytest
 import references as reference
 from tiny import tiny_config
 
-from declip_jax import objectives
 from declip_jax.clip import Clip
 from declip_jax.data.images import EvalView
 from declip_jax.data.sources import open_source
@@ -20,6 +19,7 @@ from declip_jax.evals.features import embed_images, embed_texts
 from declip_jax.evals.similarity import TextTokens, make_late_interaction
 from declip_jax.evals.zero_shot import prompts, token_classifier
 from declip_jax.models.model import make_model
+from declip_jax.objectives import make_objective
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.sharding import make_mesh
 from declip_jax.training.state import State
@@ -79,14 +79,14 @@ def make_weights(method):
   """Untrained weights of a method, for texts of up to 32 tokens."""
   c = tiny_config(method)
   c.model.heads.dense_dim, c.model.text.context_length = 8, 32
-  heads = objectives.heads_for(c.objective)
-  model = make_model(c.model, views=Views(), heads=heads)
+  heads = make_objective(c.objective.to_dict()).heads
+  model = make_model(c.model.to_dict(), views=Views(), heads=heads)
   batch = {"image": jnp.zeros((2, 1, 16, 16, 3), jnp.uint8), "text": jnp.zeros((2, 1, 32), jnp.int32)}
   params, collections = jax.jit(model.init)(jax.random.key(0), batch)
   # As if trained for a while: untrained towers say nearly the same of everything.
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), params)
-  tokens = objectives.compares_tokens(c.objective)
+  tokens = make_objective(c.objective.to_dict()).compares_tokens
   return Weights("nowhere", c.model, heads, params, collections, EvalView(16), tokens=tokens)
 
 
@@ -207,7 +207,7 @@ def test_whether_tokens_are_compared_follows_from_the_weights_of_a_run(weights, 
   c.objective.clip.weight = 0.0
   for term, weight in weights.items():
     c.objective[term].weight = weight
-  _, variables = abstract_variables(c.model, objectives.heads_for(c.objective), c.data.image_size)
+  _, variables = abstract_variables(c.model, make_objective(c.objective.to_dict()).heads, c.data.image_size)
   arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
   zero = jnp.zeros((), jnp.int32)
   state = State(zero, arrays["params"], {}, arrays["collections"], {"total": zero, "in_a_row": zero})

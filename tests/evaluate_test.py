@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 import pytest
+import references as reference
 
 from declip_jax import config
 from declip_jax.build import check_evals
@@ -20,13 +21,13 @@ from declip_jax.build import check_evals
   ],
 )
 def test_evaluations_of_a_run_that_compares_no_image_with_a_text_are_refused(weights, legal):
-  settings = {term: {"weight": weight} for term, weight in weights.items()}
-  check_evals(ConfigDict(), settings)
+  objective = reference.objective(weights)
+  check_evals(ConfigDict(), objective)
   evals = ConfigDict({"heldout": config.zero_shot("scenes:heldout")})
   if legal:
-    check_evals(evals, settings)
+    check_evals(evals, objective)
     return
   with pytest.raises(
     ValueError, match=r"config.evals has \['heldout'\].*config.objective.*{'sim.*empty or give one of"
   ):
-    check_evals(evals, settings)
+    check_evals(evals, objective)

@@ -4,13 +4,15 @@ from pathlib import Path
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from declip_jax import config
-from declip_jax.models.heads import Heads
+from declip_jax.models.heads import make_heads
 from declip_jax.models.model import Model
 from declip_jax.models.towers import Towers
-from declip_jax.objectives import total_loss
+from declip_jax.objectives import Objective, make_objective
+from declip_jax.objectives.blockwise import PLAIN
 from declip_jax.types import Views
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -58,15 +60,25 @@ class GivenTexts(nn.Module):
 
 
 def make_model(image, text, views=None, **heads):
-  """A model of these towers; `heads` are fields of `Heads` other than the tests' usual ones."""
+  """A model of these towers; `heads` are names of heads under "heads", and values of their fields."""
   usual = {
     **config.default().model.heads.to_dict(),
     "heads": ("joint",),
     "patch_size": 3,
     "vocab_size": 8,
     "bank_size": 1,
+    "dtype": jnp.float32,
   }
-  return Model(towers=Towers(image, text, **UNCHANGED), heads=Heads(**usual | heads), views=views or Views())
+  fields = usual | heads
+  heads = make_heads(fields.pop("heads"), fields)
+  return Model(towers=Towers(image, text, **UNCHANGED), heads=heads, views=views or Views())
+
+
+def objective(weights, options=None, method=PLAIN) -> Objective:
+  """The objective of terms with these weights, and with these options by the term."""
+  return make_objective(
+    {name: {"weight": weight, **(options or {}).get(name, {})} for name, weight in weights.items()}, method
+  )
 
 
 def differentiate(model, params, collections, batch, options=None, **weights):
@@ -79,7 +91,7 @@ def differentiate(model, params, collections, batch, options=None, **weights):
   def forward(params):
     features, towers = model.encode(params, collections, batch)
     outputs, heads = model.apply_heads(params, collections, features)
-    loss, metrics = total_loss(outputs, batch, weights, options or {})
+    loss, metrics = objective(weights, options)(outputs, batch, 0)
     return loss, (features, outputs, metrics, {"towers": towers, "heads": heads})
 
   (loss, aux), gradient = jax.jit(jax.value_and_grad(forward, has_aux=True))(params)

@@ -16,7 +16,7 @@ from tiny import tiny_config
 
 from declip_jax import architectures, build, sharding
 from declip_jax.build import make_step
-from declip_jax.sharding import batch_sharding, make_mesh, replicated, to_global
+from declip_jax.sharding import batch_sharding, replicated, to_global
 from declip_jax.training.state import abstract_state, create_state
 
 STEPS, BATCH = 3, 16
@@ -58,9 +58,10 @@ def take_steps(method: str, data: int, fsdp: int, **settings: object) -> dict[st
   config.optimizer.warmup_start = 0.0
   config.log_every = 1
   config.update(settings)
-  mesh = make_mesh(data, fsdp, jax.devices()[: data * fsdp])
-  built = build.build(config)
-  built = built._replace(mesh=mesh, optimizer=optax.chain(keep_second_gradient(), built.optimizer))
+  config.mesh.update({"data": data, "fsdp": fsdp})
+  built = build.build(config, jax.devices()[: data * fsdp])
+  mesh = built.mesh
+  built = built._replace(optimizer=optax.chain(keep_second_gradient(), built.optimizer))
   model = {"model": built.model, "optimizer": built.optimizer}
   shapes = built.batch_shape(BATCH)
   abstract = abstract_state(shapes, mesh, **model)

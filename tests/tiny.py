@@ -2,7 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from declip_jax import architectures, config, objectives
+from declip_jax import architectures, config
+from declip_jax.objectives import make_objective
 
 
 def tiny_config(method: str, **data: object) -> ConfigDict:
@@ -31,7 +32,7 @@ def tiny_config(method: str, **data: object) -> ConfigDict:
   c.evaluate_every = config.duration(steps=100)
   c.evaluate_batch_size = 16
   c.checkpoint.every = config.duration(steps=2)
-  if "joint" not in objectives.heads_for(c.objective):
+  if "joint" not in make_objective(c.objective.to_dict()).heads:
     return c
   c.evals.heldout = config.zero_shot("scenes:heldout/40/24")
   c.evals.retrieval = config.retrieval("scenes:test/20/24")

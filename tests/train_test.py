@@ -13,7 +13,6 @@ import time
 from typing import Any
 
 from checkpoint_files import arrays, flip
-from cpu_devices import xla_flags
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -23,13 +22,16 @@ import pytest
 from steps import random_batch
 from tiny import tiny_config
 
-from declip_jax import build, objectives, sharding, train
+from declip_jax import build, sharding, train
 from declip_jax import config as config_lib
 from declip_jax.clip import load
 from declip_jax.data import pipeline
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import open_source
 from declip_jax.evaluate import evaluate
+from declip_jax.models.heads import diagnostic_kinds
+from declip_jax.objectives import make_objective
+from declip_jax.objectives.diagnostics import diagnose
 from declip_jax.reporting.metrics import MetricWriter, read_metrics
 from declip_jax.runtime import workdir as workdir_lib
 from declip_jax.runtime.checkpoint import Checkpoints
@@ -44,7 +46,7 @@ TESTS = Path(__file__).parent
 
 def final_state(workdir: Path, config, step: int):
   """The state of a run, on one device."""
-  built = build.build(config)._replace(mesh=sharding.make_mesh(1, 1, jax.devices()[:1]))
+  built = build.build(config, jax.devices()[:1])
   abstract = abstract_state(
     built.batch_shape(config.batch_size), built.mesh, model=built.model, optimizer=built.optimizer
   )
@@ -159,8 +161,8 @@ def command(config: str, workdir: Path, *overrides: str) -> list[str]:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-  settings = {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-  return os.environ | settings | {"XLA_FLAGS": xla_flags(devices)}
+  flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+  return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 
 
 def losses_on_disk(workdir: Path) -> list[float]:
@@ -289,7 +291,7 @@ def test_training_learns(tmp_path: Path) -> None:
 
 
 def gradient_of(built: build.Built, weights: Mapping[str, Any]) -> Gradient:
-  return make_gradient("cached", 1, model=built.model, objective=objectives.make_objective(weights))
+  return make_gradient("cached", 1, model=built.model, objective=make_objective(weights))
 
 
 def test_step_with_nan_changes_nothing_but_counts() -> None:
@@ -299,7 +301,7 @@ def test_step_with_nan_changes_nothing_but_counts() -> None:
   options = {
     "model": built.model,
     "optimizer": built.optimizer,
-    "gradient_fn": gradient_of(built, config.objective),
+    "gradient_fn": gradient_of(built, config.objective.to_dict()),
     "momentum_decay": lambda step: 1.0,
     "is_diagnosed": lambda step: False,
     "logit_scale_range": (0.0, 4.6),
@@ -336,7 +338,7 @@ def test_an_entry_whose_update_is_not_finite_stays_and_the_others_move() -> None
     model=built.model,
     optimizer=optax.GradientTransformation(plain.init, update),
     schedule=lambda step: 0.1,
-    gradient_fn=gradient_of(built, config.objective),
+    gradient_fn=gradient_of(built, config.objective.to_dict()),
     momentum_decay=lambda step: 1.0,
     is_diagnosed=lambda step: False,
   )
@@ -364,6 +366,7 @@ def test_the_momentum_tower_follows_the_parameters_before_it_encodes() -> None:
       gradient_fn=gradient_of(built, {"moco": {"weight": 1.0}}),
       momentum_decay=lambda step: kept,
       is_diagnosed=lambda step: step == 1,
+      diagnose=partial(diagnose, kinds=diagnostic_kinds(("momentum",))),
     )
   )
   first, metrics = step(state)
@@ -481,7 +484,7 @@ def test_a_spike_changes_nothing_but_counts() -> None:
       model=built.model,
       optimizer=built.optimizer,
       schedule=lambda step: 0.1,
-      gradient_fn=gradient_of(built, config.objective),
+      gradient_fn=gradient_of(built, config.objective.to_dict()),
       momentum_decay=lambda step: 1.0,
       is_diagnosed=lambda step: False,
       spike_factor=10.0,

@@ -1,1 +1,1 @@
-"""The ablation on CC3M and the comparison on YFCC15M of DeCLIP's paper."""
+"""DeCLIP's paper: its ablation on CC3M and its comparison on YFCC15M."""

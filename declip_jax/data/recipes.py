@@ -199,11 +199,18 @@ def trimmed(recipe: Recipe, used: Views) -> Recipe:
   Raises:
     ValueError: `used` names no image view.
   """
-  images_kept = _named(used.contrastive_image, used.ssl_image, used.masked_image)
-  texts_kept = _named(used.contrastive_text, used.neighbour_text, used.masked_text)
+  images_kept, texts_kept = (
+    sorted({view for role in used if role.endswith(modality) for view in used.numbers(role)})
+    for modality in ("_image", "_text")
+  )
   if not images_kept:
     raise ValueError("config.objective: no term with a weight uses an image view")
   new_image, new_text = ({old: new for new, old in enumerate(kept)} for kept in (images_kept, texts_kept))
+
+  def renumber(role: str, view: tuple[int, ...] | int | None) -> tuple[int, ...] | int | None:
+    new = new_image if role.endswith("_image") else new_text
+    return tuple(new[one] for one in view) if isinstance(view, tuple) else new.get(view)
+
   probabilities = {}
   for field in _PER_VIEW:
     of_view = _per_view(getattr(recipe, field), recipe.image_views)
@@ -212,21 +219,9 @@ def trimmed(recipe: Recipe, used: Views) -> Recipe:
     recipe,
     image_views=tuple(recipe.image_views[view] for view in images_kept),
     text_views=tuple(recipe.text_views[view] for view in texts_kept),
-    views=Views(
-      contrastive_image=tuple(new_image[view] for view in used.contrastive_image),
-      contrastive_text=tuple(new_text[view] for view in used.contrastive_text),
-      ssl_image=tuple(new_image[view] for view in used.ssl_image),
-      masked_text=new_text.get(used.masked_text),
-      masked_image=new_image.get(used.masked_image),
-      neighbour_text=tuple(new_text[view] for view in used.neighbour_text),
-    ),
+    views=Views(**{role: renumber(role, getattr(used, role)) for role in used}),
     **probabilities,
   )
-
-
-def _named(first: tuple[int, ...], second: tuple[int, ...], masked: int | None) -> list[int]:
-  """The views that these parts name, ascending."""
-  return sorted({*first, *second} | ({masked} - {None}))
 
 
 def _per_view(probabilities: tuple[float, ...], kinds: tuple[str, ...]) -> dict[int, float]:

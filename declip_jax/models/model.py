@@ -1,17 +1,15 @@
-"""The two halves put together: `make_model` builds them from a config, `Model` applies them as pure functions."""
+"""The two halves put together: `make_model` builds them, `Model` applies them as pure functions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
-from ml_collections import ConfigDict
 
 from declip_jax.models.bank import OVERFLOWS
-from declip_jax.models.heads import Heads
+from declip_jax.models.heads import Heads, make_heads
 from declip_jax.models.text import TextTransformer
 from declip_jax.models.towers import IMAGE_TOWERS, MLM_ATTENTION, Towers
 from declip_jax.models.transformer import ACTIVATIONS, INITS, REMAT_POLICIES
@@ -58,17 +56,17 @@ class Model:
     """The second half, in training mode: outputs, and the heads' new collections (statistics and bank)."""
     _, variables = _variables(params, collections)
     outputs, heads = self.heads.apply(variables, features, self.views, True, mutable=list(collections["heads"]))
-    if features.momentum_image is not None:
+    if "momentum_image" in features:
       variables["params"] = {**params["heads"], **collections["momentum"]["heads"]}
       target, _ = self.heads.apply(
-        variables, features.momentum_image, True, method=Heads.project_momentum, mutable=["batch_stats"]
+        variables, features.momentum_image, True, method=Heads.momentum_targets, mutable=["batch_stats"]
       )
       outputs = outputs.replace(momentum_target=jax.lax.stop_gradient(target))
     return outputs, heads
 
   def momentum_copy(self, params: Tree) -> Tree:
     """What of the parameters the momentum tower copies, as `{"momentum": ...}`; empty if there is none."""
-    if "momentum" not in self.heads.heads:
+    if "momentum" not in self.heads.members:
       return {}
     copied = {
       "towers": {"image": params["towers"]["image"]},
@@ -112,9 +110,9 @@ class Model:
 
   @property
   def _dense(self) -> bool:
-    return "filip" in self.heads.heads
+    return "filip" in self.heads.members
 
-  def _encode_momentum(self, collections: Tree, batch: Batch) -> Float[Array, "b 2 w"]:
+  def _encode_momentum(self, collections: Tree, batch: Batch) -> Float[Array, "b 2 f"]:
     """Features of the self-supervised views by the momentum tower; its batch statistics are those of the batch."""
     images = jnp.stack([batch["image"][:, view] for view in self.views.ssl_image], axis=1)
     variables = {"params": collections["momentum"]["towers"], **collections["towers"]}
@@ -129,70 +127,71 @@ class Model:
     return self.heads.apply(heads, features, method=Heads.project_image)
 
 
-def make_model(config: ConfigDict, *, views: Views, heads: tuple[str, ...], lock_image: bool = False) -> Model:
-  """Builds the model of `config.model`; see `config.default` for its fields.
+def make_model(fields: Mapping[str, Any], *, views: Views, heads: Sequence[str], lock_image: bool = False) -> Model:
+  """Builds a model.
 
   Args:
-    config: the `model` part of a config.
-    views: which view plays which part, from the data recipe.
+    fields: `config.model` as nested dicts; see `config.default` for its fields.
+    views: which view plays which role, from the data recipe.
     heads: which of `models.heads.HEADS` the objective's terms need.
     lock_image: whether the image tower is not trained; see `Towers`.
 
   Raises:
-    ValueError: a field with a name that does not exist, or a number that does not fit; the message says which would.
+    ValueError: a name that does not exist or a number that does not fit; the message lists the legal ones.
   """
-  image_fields = config.image.to_dict()
-  kind = image_fields.pop("kind")
-  if kind not in IMAGE_TOWERS:
-    raise ValueError(f"config.model.image.kind={kind!r}: choose one of {sorted(IMAGE_TOWERS)}")
-  _check(config)
-  dtype = jnp.dtype(config.dtype)
-  common = {"remat": config.remat, "unroll": config.unroll, "dtype": dtype}
-  image = IMAGE_TOWERS[kind](**image_fields, **common)
-  text_fields = {name: value for name, value in config.text.items() if name != "tokenizer"}
-  text = TextTransformer(**text_fields, **common) if "joint" in heads else None
+  _check(fields)
+  dtype = jnp.dtype(fields["dtype"])
+  common = {"remat": fields["remat"], "unroll": fields["unroll"], "dtype": dtype}
+  image = IMAGE_TOWERS[fields["image"]["kind"]](**_without(fields["image"], "kind"), **common)
+  text = TextTransformer(**_without(fields["text"], "tokenizer"), **common) if "joint" in heads else None
+  of_towers = {
+    "image_width": image.feature_width,
+    "text_width": fields["text"]["width"],
+    "patch_size": 3 * image.stride**2,
+    "vocab_size": fields["text"]["vocab_size"],
+    "dtype": dtype,
+  }
   return Model(
-    towers=Towers(image, text, config.mean, config.std, lock_image, config.mlm_attention, dtype),
-    heads=Heads(
-      image_width=image.feature_width,
-      text_width=config.text.width,
-      patch_size=3 * image.stride**2,
-      heads=heads,
-      vocab_size=config.text.vocab_size,
-      dtype=dtype,
-      **config.heads,
-    ),
+    towers=Towers(image, text, fields["mean"], fields["std"], lock_image, fields["mlm_attention"], dtype),
+    heads=make_heads(heads, {**fields["heads"], **of_towers}),
     views=views,
   )
 
 
-def _check(config: ConfigDict) -> None:
-  legal = {
-    "remat": REMAT_POLICIES,
-    "mlm_attention": MLM_ATTENTION,
-    "text.activation": ACTIVATIONS,
-    "heads.bank_overflow": OVERFLOWS,
-  }
-  if config.image.kind == "vit":
-    legal |= {"image.activation": ACTIVATIONS, "image.initializer": INITS}
-  for name, names in legal.items():
-    value = operator.attrgetter(name)(config)
-    if value not in names:
-      raise ValueError(f"config.model.{name}={value!r}: choose one of {sorted(names)}")
-  for part in ("image", "text"):
-    width, heads = config[part].get("width"), config[part].get("heads")
-    if heads is not None and (heads < 1 or width % heads):
-      raise ValueError(f"config.model.{part}.heads={heads} does not divide config.model.{part}.width={width}")
-  if any(length < 1 for length in config.text.buckets) or list(config.text.buckets) != sorted(config.text.buckets):
-    raise ValueError(f"config.model.text.buckets={config.text.buckets}: positive lengths, ascending")
-  if config.heads.bank_neighbours > config.heads.bank_size:
-    raise ValueError(
-      f"config.model.heads.bank_neighbours={config.heads.bank_neighbours} is more than its bank_size="
-      f"{config.heads.bank_size}"
-    )
+def _without(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+  return {field: value for field, value in fields.items() if field != name}
+
+
+def _check(fields: Mapping[str, Any]) -> None:
+  """Rejects names that do not exist and numbers that do not fit."""
+  image, text, heads = fields["image"], fields["text"], fields["heads"]
+  _check_name("image.kind", image["kind"], IMAGE_TOWERS)
+  _check_name("remat", fields["remat"], REMAT_POLICIES)
+  _check_name("mlm_attention", fields["mlm_attention"], MLM_ATTENTION)
+  _check_name("text.activation", text["activation"], ACTIVATIONS)
+  _check_name("heads.bank_overflow", heads["bank_overflow"], OVERFLOWS)
+  if image["kind"] == "vit":
+    _check_name("image.activation", image["activation"], ACTIVATIONS)
+    _check_name("image.initializer", image["initializer"], INITS)
+  for tower in ("image", "text"):
+    width, count = fields[tower].get("width"), fields[tower].get("heads")
+    if count is not None and (count < 1 or width % count):
+      raise ValueError(f"config.model.{tower}.heads={count} does not divide config.model.{tower}.width={width}")
+  buckets = text["buckets"]
+  if any(length < 1 for length in buckets) or list(buckets) != sorted(buckets):
+    raise ValueError(f"config.model.text.buckets={buckets}: positive lengths, ascending")
   for name in ("norm_groups", "bank_groups", "bank_neighbours", "bank_size"):
-    if config.heads[name] < 1:
-      raise ValueError(f"config.model.heads.{name}={config.heads[name]}: at least 1")
+    if heads[name] < 1:
+      raise ValueError(f"config.model.heads.{name}={heads[name]}: at least 1")
+  if heads["bank_neighbours"] > heads["bank_size"]:
+    raise ValueError(
+      f"config.model.heads.bank_neighbours={heads['bank_neighbours']} is more than its bank_size={heads['bank_size']}"
+    )
+
+
+def _check_name(field: str, value: str, legal: Iterable[str]) -> None:
+  if value not in legal:
+    raise ValueError(f"config.model.{field}={value!r}: choose one of {sorted(legal)}")
 
 
 def _variables(params: Tree, collections: Tree) -> tuple[Tree, Tree]:

@@ -5,20 +5,15 @@ from typing import Any
 
 import jax
 
+from declip_jax.models.heads import parameters_of_side
+
 Tree = Any
 
 TEMPERATURES = ("logit_scale", "dense_logit_scale", "logit_bias")
 EMBEDDINGS = ("position_embedding", "class_embedding", "mask_embedding")
 
 # The sides of DeCLIP's hybrid optimiser. Its encoders own their projections, and its heads belong to the encoders.
-SIDES = {
-  "image": (
-    "towers/image",
-    *(f"heads/{name}" for name in ("image_projection", "image_mapping", "projector", "predictor", "simclr")),
-    *(f"heads/{name}" for name in ("momentum_project", "momentum_predict", "mim", "mim_norm")),
-  ),
-  "text": ("towers/text", *(f"heads/{name}" for name in ("text_projection", "text_mapping", "mlm"))),
-}
+SIDES = ("image", "text")
 
 # An image ViT for layer-wise decay: the parameters before its blocks, and the blocks, stacked.
 IMAGE_INPUT = tuple(f"towers/image/{name}" for name in (*EMBEDDINGS, "patch_embedding", "pre_norm"))
@@ -38,6 +33,11 @@ def is_below(path: str, prefix: str) -> bool:
 def is_below_any(path: str, prefixes: Sequence[str]) -> bool:
   """Whether a path is equal to one of `prefixes` or below one of them."""
   return any(is_below(path, prefix) for prefix in prefixes)
+
+
+def side_prefixes(side: str) -> tuple[str, ...]:
+  """The paths that belong to one of `SIDES`: a tower, and the parameters that heads declare as its own."""
+  return (f"towers/{side}", *(f"heads/{name}" for name in parameters_of_side(side)))
 
 
 def is_stacked(path: str) -> bool:

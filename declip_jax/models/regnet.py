@@ -140,7 +140,7 @@ class RegNetY(nn.Module):
   @nn.compact
   def __call__(
     self, images: Float[Array, "b h w c"], train: bool = False, hidden: Bool[Array, "b n"] | None = None
-  ) -> tuple[Float[Array, "b width"], Float[Array, "b n width"]]:
+  ) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
     """Encodes normalised images of any height and width; tokens are the cells of the last map.
 
     Pixels are 0 where `hidden`.

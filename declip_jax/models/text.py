@@ -62,8 +62,8 @@ class TextTransformer(nn.Module):
 
   def __call__(
     self, tokens: Int[Array, "b n"], bidirectional: bool = False
-  ) -> tuple[Float[Array, "b width"], Float[Array, "b n width"]]:
-    """Returns the feature `[b width]` at the first end-of-text token, and the states `[b n width]` before the norm.
+  ) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
+    """Returns the feature `[b f]` at the first end-of-text token, and the states `[b n f]` before the norm.
 
     OpenAI's code pools at the largest id of a row. That is the same position for its vocabulary; a search for the id
     itself also holds when a mask token is appended behind it.
@@ -83,19 +83,19 @@ class TextTransformer(nn.Module):
     """Position of the first end-of-text token; 0 where there is none."""
     return jnp.argmax(tokens == self.eot, axis=-1)
 
-  def encode(self, tokens: Int[Array, "b n"], bidirectional: bool = False) -> Float[Array, "b n width"]:
+  def encode(self, tokens: Int[Array, "b n"], bidirectional: bool = False) -> Float[Array, "b n f"]:
     """States of all positions, before the final norm."""
     positions = self.position_embedding[: tokens.shape[1]].astype(self.dtype)
     lengths = self.end(tokens) + 1 if bidirectional else None
     return self.transformer(self.token_embedding(tokens) + positions, lengths)
 
-  def normalise(self, states: Float[Array, "... width"]) -> Float[Array, "... width"]:
+  def normalise(self, states: Float[Array, "... f"]) -> Float[Array, "... f"]:
     """The final norm, which acts on each position alone and so is applied to the wanted positions only."""
     return self.final_norm(states)
 
 
 def _encode_cut(
   text: TextTransformer, tokens: Int[Array, "b n"], *, length: int, bidirectional: bool
-) -> Float[Array, "b n width"]:
+) -> Float[Array, "b n f"]:
   """The states of the first `length` positions, and zeros behind them."""
   return jnp.pad(text.encode(tokens[:, :length], bidirectional), ((0, 0), (0, tokens.shape[1] - length), (0, 0)))

@@ -1,5 +1,6 @@
 """The first half of the model: towers that look at one example at a time, from a `Batch` to `Features`."""
 
+import itertools
 from typing import Any
 
 from einops import rearrange
@@ -24,7 +25,7 @@ class Towers(nn.Module):
   """An image tower and a text tower side by side; pixels are normalised here, on the device.
 
   Attributes:
-    image: a module from normalised images `[b h w c]`, `train` and `hidden` patches to features `[b w]` and tokens.
+    image: a module from normalised images `[b h w c]`, `train` and `hidden` patches to features `[b f]` and tokens.
     text: the text transformer, None where no term looks at texts.
     mean, std: per channel, on a scale of 0 to 1.
     lock_image: the image tower is not trained, so its batch norms use their running statistics and keep them.
@@ -59,21 +60,21 @@ class Towers(nn.Module):
       features = features.replace(image_tokens=image_tokens[:, views.contrastive_image[0]])
     return features
 
-  def encode_views(self, images: UInt8[Array, "b v h w c"], train: bool) -> Float[Array, "b v w"]:
+  def encode_views(self, images: UInt8[Array, "b v h w c"], train: bool) -> Float[Array, "b v f"]:
     """Features of several views per image, from unnormalised pixels."""
     return self._encode_views(self.normalise(images), train)[0]
 
-  def encode_image(self, images: UInt8[Array, "b h w c"]) -> tuple[Float[Array, "b w"], Float[Array, "b n w"]]:
+  def encode_image(self, images: UInt8[Array, "b h w c"]) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
     """Feature and tokens of one view per image, from unnormalised pixels, in evaluation mode."""
     return self.encode_pixels(self.normalise(images))
 
-  def encode_pixels(self, images: Float[Array, "b h w c"]) -> tuple[Float[Array, "b w"], Float[Array, "b n w"]]:
+  def encode_pixels(self, images: Float[Array, "b h w c"]) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
     """Feature and tokens of one view per image, from normalised pixels, in evaluation mode."""
     return self.image(images.astype(self.dtype), False)
 
   def encode_text(
     self, tokens: Int[Array, "b t"]
-  ) -> tuple[Float[Array, "b w"], Float[Array, "b t w"], Bool[Array, "b t"]]:
+  ) -> tuple[Float[Array, "b f"], Float[Array, "b t f"], Bool[Array, "b t"]]:
     """Features of texts at their end-of-text token, the states of all tokens, and which of these are no padding."""
     feature, states = self.text(tokens)
     return feature, self.text.normalise(states), self._valid(tokens)
@@ -88,7 +89,7 @@ class Towers(nn.Module):
 
   def _encode_views(
     self, pixels: Float[Array, "b v h w c"], train: bool, hidden: Bool[Array, "b v n"] | None = None
-  ) -> tuple[Float[Array, "b v w"], Float[Array, "b v n w"]]:
+  ) -> tuple[Float[Array, "b v f"], Float[Array, "b v n f"]]:
     train, pixels = train and not self.lock_image, pixels.astype(self.dtype)
     views = pixels.shape[1]
     if isinstance(self.image, _BATCH_NORMED):
@@ -104,13 +105,18 @@ class Towers(nn.Module):
     text, masked = batch["text"], views.masked_text
     apart = self.mlm_attention == "bidirectional"
     wanted = views.contrastive_text
-    if masked is not None and not apart and masked not in wanted:
+    if masked is not None and not apart:
       wanted = (*wanted, masked)
+    others = {role: views.numbers(role) for role in views.other_texts()}
+    wanted = tuple(dict.fromkeys([*wanted, *itertools.chain(*others.values())]))
     if wanted:
       chosen = jnp.stack([text[:, view] for view in wanted], axis=1)
       feature, states = self.text(rearrange(chosen, "b u t -> (b u) t"))
       feature, states = (rearrange(x, "(b u) ... -> b u ...", u=len(wanted)) for x in (feature, states))
       features = features.replace(text=feature[:, : len(views.contrastive_text)])
+      for role, numbers in others.items():
+        chosen = [wanted.index(number) for number in numbers]
+        features = features.replace(**{role: jnp.stack([feature[:, index] for index in chosen], axis=1)})
     if masked is not None:
       words = self.text(text[:, masked], bidirectional=True)[1] if apart else states[:, wanted.index(masked)]
       # Only masked positions go on: the vocabulary head is the widest matrix of the model.
@@ -132,7 +138,7 @@ class Towers(nn.Module):
     return rearrange(pixels, "b (y p) (x q) c -> b (y x) (p q c)", p=side, q=side)
 
 
-def _take(x: Float[Array, "b n w"], position: Int[Array, "b m"]) -> Float[Array, "b m w"]:
+def _take(x: Float[Array, "b n f"], position: Int[Array, "b m"]) -> Float[Array, "b m f"]:
   return jnp.take_along_axis(x, position[..., None], axis=1)
 
 

@@ -101,14 +101,14 @@ class QueryKeyValue(nn.Module):
   bias_init: Initializer
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n w"]) -> list[Float[Array, "b n h e"]]:
+  def __call__(self, x: Float[Array, "b n f"]) -> list[Float[Array, "b n h e"]]:
     width = x.shape[-1]
     kernel = self.param("kernel", self.kernel_init, (width, 3 * width))
     bias = self.param("bias", self.bias_init, (3 * width,))
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    kernels = rearrange(kernel, "w (three h e) -> three w h e", three=3, h=self.heads)
+    kernels = rearrange(kernel, "f (three h e) -> three f h e", three=3, h=self.heads)
     biases = rearrange(bias, "(three h e) -> three h e", three=3, h=self.heads)
-    return [jnp.einsum("bnw,whe->bnhe", x, kernels[part]) + biases[part] for part in range(3)]
+    return [jnp.einsum("bnf,fhe->bnhe", x, kernels[part]) + biases[part] for part in range(3)]
 
 
 class Block(nn.Module):
@@ -129,8 +129,8 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b n w"], lengths: Int[Array, "b"] | None = None
-  ) -> tuple[Float[Array, "b n w"], None]:
+    self, x: Float[Array, "b n f"], lengths: Int[Array, "b"] | None = None
+  ) -> tuple[Float[Array, "b n f"], None]:
     init = INITS[self.initializer](self.width, self.depth, round(self.mlp_ratio * self.width))
 
     def norm(name: str) -> nn.LayerNorm:
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n w"], lengths: Int[Array, "b"] | None = None) -> Float[Array, "b n w"]:
+  def __call__(self, x: Float[Array, "b n f"], lengths: Int[Array, "b"] | None = None) -> Float[Array, "b n f"]:
     policy = REMAT_POLICIES[self.remat]
     block = Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy)
     blocks = nn.scan(

@@ -45,7 +45,7 @@ class ViT(nn.Module):
   @nn.compact
   def __call__(
     self, images: Float[Array, "b h w c"], train: bool = False, hidden: Bool[Array, "b n"] | None = None
-  ) -> tuple[Float[Array, "b width"], Float[Array, "b n width"]]:
+  ) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
     """Encodes normalised images, whose height and width must be multiples of `patch`.
 
     Where `hidden`, a learned embedding stands in place of the patch's (BEiT, Bao et al. 2022, section 2.3). Tokens come

@@ -1,9 +1,9 @@
 """Sums over all pairs of a global batch, for losses whose matrix of similarities no device could hold.
 
 A contrastive loss needs of the matrix `x y^T` its sums over rows and over columns: log-sum-exp for a softmax, the terms
-of a sigmoid. Three forms compute the same, value and gradient:
+of a sigmoid. Three methods compute the same, value and gradient:
 
-| form | similarities in memory on each of `p` devices | candidates in memory |
+| method | similarities in memory on each of `p` devices | candidates in memory |
 |---|---|---|
 | "plain" | `b/p * n` | all |
 | "chunked" | `b/p * block` | all |
@@ -35,7 +35,7 @@ _NEVER = -1e30  # in place of a similarity that does not count; not infinite, fo
 
 
 @dataclass(frozen=True)
-class Form:
+class Method:
   """How sums over pairs are computed.
 
   Attributes:
@@ -49,7 +49,7 @@ class Form:
   block: int = 0
 
 
-PLAIN = Form()
+PLAIN = Method()
 
 
 class Sums(NamedTuple):
@@ -69,7 +69,7 @@ class Sums(NamedTuple):
 def log_sums(
   x: Float[Array, "v b d"],
   y: Float[Array, "u n d"],
-  form: Form = PLAIN,
+  method: Method = PLAIN,
   *,
   full_gradient: bool = True,
   without_self: bool = False,
@@ -79,67 +79,67 @@ def log_sums(
 
   Args:
     x, y: rows and columns, split over the devices along `b` and `n`; float32.
-    form: how.
+    method: how.
     full_gradient: otherwise columns are constants for the sums of a row, and rows for those of a column.
     without_self: leaves out similarity (i, i) of each matrix (v, v): those of a row with itself, if `x` is `y`.
     columns: whether they are wanted; None takes the place of their sums otherwise.
   """
-  form = _chosen(form, x, y)
-  if form.kind == "plain":
+  method = _chosen(method, x, y)
+  if method.kind == "plain":
     return _plain_log_sums(x, y, full_gradient, without_self, columns)
-  return _softmax(x, y, form, _Softmax(full_gradient, without_self, columns))
+  return _softmax(x, y, method, _Softmax(full_gradient, without_self, columns))
 
 
 def sigmoid_sums(
-  x: Float[Array, "b d"], y: Float[Array, "b d"], bias: Float[Array, ""], form: Form = PLAIN
+  x: Float[Array, "b d"], y: Float[Array, "b d"], bias: Float[Array, ""], method: Method = PLAIN
 ) -> Float[Array, "b"]:
   """For each row of `x @ y.T + bias` the sum of binary cross-entropies: 1 for the column of its own index, else 0."""
   # The bias is one more dimension, in which all candidates are 1: so it needs no gradient of its own.
   x = jnp.concatenate([x, jnp.broadcast_to(bias, (len(x), 1))], axis=1)[None]
   y = jnp.concatenate([y, jnp.ones((len(y), 1), y.dtype)], axis=1)[None]
-  form = _chosen(form, x, y)
-  if form.kind == "plain":
+  method = _chosen(method, x, y)
+  if method.kind == "plain":
     return -jax.nn.log_sigmoid(_signed(_products(x, y), 0, 0)[0, 0]).sum(axis=1)
-  return _sigmoid(x, y, form)[0, 0]
+  return _sigmoid(x, y, method)[0, 0]
 
 
-def check_form(form: Form) -> None:
+def check_method(method: Method) -> None:
   """Refuses what no batch could make good.
 
   Raises:
     ValueError: names the field, its value and the legal ones.
   """
-  if form.kind not in (*KINDS, "auto"):
-    raise ValueError(f"config.contrast.method={form.kind!r}: choose one of {['auto', *KINDS]}")
-  if form.block < 0:
-    raise ValueError(f"config.contrast.block={form.block}: 1 or more candidates, or 0 to choose by the sizes")
+  if method.kind not in (*KINDS, "auto"):
+    raise ValueError(f"config.contrast.method={method.kind!r}: choose one of {['auto', *KINDS]}")
+  if method.block < 0:
+    raise ValueError(f"config.contrast.block={method.block}: 1 or more candidates, or 0 to choose by the sizes")
 
 
-def _chosen(form: Form, x: Float[Array, "v b d"], y: Float[Array, "u n d"]) -> Form:
-  """The form with its kind and block decided.
+def _chosen(method: Method, x: Float[Array, "v b d"], y: Float[Array, "u n d"]) -> Method:
+  """The method with its kind and block decided.
 
   Raises:
     ValueError: an unknown kind, or a block that does not divide the candidates.
   """
-  check_form(form)
-  devices = form.mesh.size if form.mesh is not None else 1
+  check_method(method)
+  devices = method.mesh.size if method.mesh is not None else 1
   views, columns = len(x) * len(y), y.shape[1]
   matrix = 4 * views * math.ceil(x.shape[1] / devices) * columns
-  kind = form.kind
+  kind = method.kind
   if kind == "auto":
-    kind = "plain" if matrix <= PLAIN_BYTES or form.mesh is None else "chunked"
+    kind = "plain" if matrix <= PLAIN_BYTES or method.mesh is None else "chunked"
     if kind == "chunked" and 4 * y.size > GATHERED_BYTES:
       kind = "ring"
   if kind == "plain":
-    return Form(kind, form.mesh)
-  block, candidates = form.block, columns if kind == "chunked" else columns // devices
+    return Method(kind, method.mesh)
+  block, candidates = method.block, columns if kind == "chunked" else columns // devices
   if not block:
     wanted = max(columns * CHUNK_BYTES // matrix, 1)
     block = max(size for size in range(1, min(wanted, candidates) + 1) if candidates % size == 0)
   if candidates % block:
     where = "a batch" if kind == "chunked" else "a device"
     raise ValueError(f"config.contrast.block={block} does not divide the {candidates} candidates of {where}")
-  return Form(kind, form.mesh, block)
+  return Method(kind, method.mesh, block)
 
 
 def _products(x: Float[Array, "v b d"], y: Float[Array, "u n d"]) -> Float[Array, "v u b n"]:
@@ -305,19 +305,19 @@ def _signed(matrix: Float[Array, "v u b n"], row: Any, column: Any) -> Float[Arr
 Loss = _Softmax | _Sigmoid
 
 
-def _forward(loss: Loss, x: Array, y: Array, form: Form) -> tuple[Any, Any]:
+def _forward(loss: Loss, x: Array, y: Array, method: Method) -> tuple[Any, Any]:
   """The sums of a device's rows over all columns, and of its columns over all rows."""
-  axes, place, count = _places(form)
+  axes, place, count = _places(method)
   shape, (row_kind, column_kind) = (len(x), len(y)), loss.running
-  look = partial(_look, loss, x, place * x.shape[1], form.block)
+  look = partial(_look, loss, x, place * x.shape[1], method.block)
   rows = row_kind.nothing((*shape, x.shape[1]))
-  if form.kind == "ring":
+  if method.kind == "ring":
 
     def turn(carry: Any, step: Array) -> tuple[Any, None]:
       rows, y, columns = carry
-      arriving = _passed_on(y, form)  # while the products are computed
+      arriving = _passed_on(y, method)  # while the products are computed
       rows, part = look(rows, y, (place + step) % count * y.shape[1])
-      return (rows, arriving, _passed_on(columns.merged(part), form)), None
+      return (rows, arriving, _passed_on(columns.merged(part), method)), None
 
     carry = rows, y, column_kind.nothing((*shape, y.shape[1]))
     (rows, _, columns), _ = jax.lax.scan(turn, carry, jnp.arange(count))
@@ -339,18 +339,18 @@ def _look(loss: Loss, x: Array, row: Any, block: int, rows: Any, y: Array, colum
   return rows, jax.tree.map(_joined, columns)
 
 
-def _backward(loss: Loss, x: Array, y: Array, rows: Any, columns: Any, form: Form) -> tuple[Array, Array]:
+def _backward(loss: Loss, x: Array, y: Array, rows: Any, columns: Any, method: Method) -> tuple[Array, Array]:
   """The gradients of a device's rows and columns; `rows` and `columns` are what `slopes` takes."""
-  axes, place, count = _places(form)
-  pull = partial(_pull, loss, x, place * x.shape[1], form.block, rows)
+  axes, place, count = _places(method)
+  pull = partial(_pull, loss, x, place * x.shape[1], method.block, rows)
   slope_x = jnp.zeros_like(x)
-  if form.kind == "ring":
+  if method.kind == "ring":
 
     def turn(carry: Any, step: Array) -> tuple[Any, None]:
       slope_x, (y, columns), slope_y = carry
-      arriving = _passed_on((y, columns), form)
+      arriving = _passed_on((y, columns), method)
       slope_x, more_y = pull(slope_x, y, columns, (place + step) % count * y.shape[1])
-      return (slope_x, arriving, _passed_on(slope_y + more_y, form)), None
+      return (slope_x, arriving, _passed_on(slope_y + more_y, method)), None
 
     carry = slope_x, (y, columns), jnp.zeros_like(y)
     (slope_x, _, slope_y), _ = jax.lax.scan(turn, carry, jnp.arange(count))
@@ -377,15 +377,15 @@ def _pull(
   return slope_x, _joined(slopes_y, axis=1)
 
 
-def _places(form: Form) -> tuple[tuple[str, ...], Array, int]:
+def _places(method: Method) -> tuple[tuple[str, ...], Array, int]:
   """The axes of the mesh, this device's place along them, and how many there are."""
-  axes = form.mesh.axis_names
-  return axes, jax.lax.axis_index(axes), form.mesh.size
+  axes = method.mesh.axis_names
+  return axes, jax.lax.axis_index(axes), method.mesh.size
 
 
-def _passed_on(tree: Any, form: Form) -> Any:
+def _passed_on(tree: Any, method: Method) -> Any:
   """What the next device had."""
-  axes, _, count = _places(form)
+  axes, _, count = _places(method)
   ring = [(device, (device - 1) % count) for device in range(count)]
   return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, ring), tree)
 
@@ -396,16 +396,16 @@ def _joined(chunks: Array, axis: int = 2) -> Array:
   return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
 
 
-def _on_devices(function: Callable[..., Any], form: Form, axes_in: tuple[int, ...], axis_out: int) -> Any:
+def _on_devices(function: Callable[..., Any], method: Method, axes_in: tuple[int, ...], axis_out: int) -> Any:
   """`function` on each device's part; the numbers are the axes along which arguments and all results are split."""
 
   def spec(axis: int) -> PartitionSpec:
-    return PartitionSpec(*(None,) * axis, form.mesh.axis_names)
+    return PartitionSpec(*(None,) * axis, method.mesh.axis_names)
 
   # Not checked for what varies from device to device: derivatives are ours.
   return jax.shard_map(
     function,
-    mesh=form.mesh,
+    mesh=method.mesh,
     in_specs=tuple(map(spec, axes_in)),
     out_specs=spec(axis_out),
     check_vma=False,
@@ -413,48 +413,48 @@ def _on_devices(function: Callable[..., Any], form: Form, axes_in: tuple[int, ..
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _softmax(x: Array, y: Array, form: Form, loss: _Softmax) -> tuple[Sums, Sums | None]:
-  return _softmax_forward(x, y, form, loss)[0]
+def _softmax(x: Array, y: Array, method: Method, loss: _Softmax) -> tuple[Sums, Sums | None]:
+  return _softmax_forward(x, y, method, loss)[0]
 
 
-def _softmax_forward(x: Array, y: Array, form: Form, loss: _Softmax) -> tuple[Any, Any]:
+def _softmax_forward(x: Array, y: Array, method: Method, loss: _Softmax) -> tuple[Any, Any]:
   def local(x: Array, y: Array) -> tuple[Sums, Sums | None]:
-    rows, columns = _forward(loss, x, y, form)
+    rows, columns = _forward(loss, x, y, method)
     return rows.sums, columns.sums
 
-  rows, columns = found = _on_devices(local, form, (1, 1), 2)(x, y)
+  rows, columns = found = _on_devices(local, method, (1, 1), 2)(x, y)
   return found, (x, y, rows.log_sum, columns.log_sum if columns else None)
 
 
-def _softmax_backward(form: Form, loss: _Softmax, saved: Any, gradient: tuple[Sums, Sums | None]) -> Any:
+def _softmax_backward(method: Method, loss: _Softmax, saved: Any, gradient: tuple[Sums, Sums | None]) -> Any:
   def local(x: Array, y: Array, rows: Array, columns: Array, row_slope: Array, column_slope: Array) -> Any:
-    return _backward(loss, x, y, (rows, row_slope), (columns, column_slope), form)
+    return _backward(loss, x, y, (rows, row_slope), (columns, column_slope), method)
 
   rows, columns = gradient
   slopes = rows.log_sum, columns.log_sum if columns else None
-  return _on_devices(local, form, (1, 1, 2, 2, 2, 2), 1)(*saved, *slopes)
+  return _on_devices(local, method, (1, 1, 2, 2, 2, 2), 1)(*saved, *slopes)
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _sigmoid(x: Array, y: Array, form: Form) -> Array:
-  return _sigmoid_forward(x, y, form)[0]
+def _sigmoid(x: Array, y: Array, method: Method) -> Array:
+  return _sigmoid_forward(x, y, method)[0]
 
 
-def _sigmoid_forward(x: Array, y: Array, form: Form) -> tuple[Any, Any]:
+def _sigmoid_forward(x: Array, y: Array, method: Method) -> tuple[Any, Any]:
   def local(x: Array, y: Array) -> Array:
-    return _forward(_Sigmoid(), x, y, form)[0].total
+    return _forward(_Sigmoid(), x, y, method)[0].total
 
-  return _on_devices(local, form, (1, 1), 2)(x, y), (x, y)
+  return _on_devices(local, method, (1, 1), 2)(x, y), (x, y)
 
 
-def _sigmoid_backward(form: Form, saved: Any, gradient: Array) -> Any:
+def _sigmoid_backward(method: Method, saved: Any, gradient: Array) -> Any:
   def local(x: Array, y: Array, slope: Array) -> tuple[Array, Array]:
-    return _backward(_Sigmoid(), x, y, slope, (), form)
+    return _backward(_Sigmoid(), x, y, slope, (), method)
 
-  return _on_devices(local, form, (1, 1, 2), 1)(*saved, gradient)
+  return _on_devices(local, method, (1, 1, 2), 1)(*saved, gradient)
 
 
 _sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
-from declip_jax.objectives.blockwise import PLAIN, Form, log_sums
+from declip_jax.objectives.blockwise import PLAIN, Method, log_sums
 from declip_jax.types import Batch, Outputs
 
 Metrics = dict[str, Float[Array, ""]]
@@ -38,7 +38,7 @@ def info_nce(
   columns: Float[Array, "u b d"],
   scale: Float[Array, ""],
   *,
-  form: Form = PLAIN,
+  method: Method = PLAIN,
   full_gradient: bool = True,
   symmetric: bool = True,
 ) -> Contrast:
@@ -57,7 +57,7 @@ def info_nce(
   queries, candidates = scale * rows, columns
   if not full_gradient:  # for the columns' sums the rows are constants, and the scale with them: so it stands here too
     candidates = columns * (scale / jax.lax.stop_gradient(scale))
-  found = log_sums(queries, candidates, form, full_gradient=full_gradient, columns=symmetric)
+  found = log_sums(queries, candidates, method, full_gradient=full_gradient, columns=symmetric)
   sides = ((queries, held(candidates)), (held(queries), candidates))[: 1 + symmetric]
   own = jnp.arange(rows.shape[1])
   losses, spreads, accuracies = [], [], []
@@ -71,25 +71,26 @@ def info_nce(
   return Contrast(sum(losses) / len(losses), sum(spreads) / len(spreads), *accuracies[:2])
 
 
-def contrast_views(outputs: Outputs, form: Form = PLAIN, *, full_gradient: bool = True) -> Contrast:
+def contrast_views(outputs: Outputs, method: Method = PLAIN, *, full_gradient: bool = True) -> Contrast:
   """`info_nce` of every image view with every text view."""
-  return info_nce(outputs.image, outputs.text, outputs.scale, form=form, full_gradient=full_gradient)
+  return info_nce(outputs.image, outputs.text, outputs.scale, method=method, full_gradient=full_gradient)
 
 
 def clip(
   outputs: Outputs,
   batch: Batch,
   *,
-  form: Form = PLAIN,
+  method: Method = PLAIN,
   full_gradient: bool = True,
   label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
   """InfoNCE of the first image view and the first text view, with the accuracy of both directions in the batch."""
   del batch
-  pairs = outputs.pairs
-  if pairs is None:
+  if "pairs" in outputs:
+    pairs = outputs.pairs
+  else:
     first = outputs.replace(image=outputs.image[:1], text=outputs.text[:1])
-    pairs = contrast_views(first, form, full_gradient=full_gradient)
+    pairs = contrast_views(first, method, full_gradient=full_gradient)
   metrics = {"image_to_text_accuracy": pairs.row_accuracy, "text_to_image_accuracy": pairs.column_accuracy}
   return pairs.smoothed(label_smoothing)[0, 0], {name: value[0, 0] for name, value in metrics.items()}
 
@@ -98,7 +99,7 @@ def multi_view(
   outputs: Outputs,
   batch: Batch,
   *,
-  form: Form = PLAIN,
+  method: Method = PLAIN,
   full_gradient: bool = True,
   label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -113,9 +114,7 @@ def multi_view(
   del batch
   if len(outputs.image) * len(outputs.text) == 1:
     raise ValueError("term 'mvs' needs Outputs.image or Outputs.text with a second view: choose another recipe")
-  pairs = outputs.pairs
-  if pairs is None:
-    pairs = contrast_views(outputs, form, full_gradient=full_gradient)
+  pairs = outputs.pairs if "pairs" in outputs else contrast_views(outputs, method, full_gradient=full_gradient)
   return pairs.smoothed(label_smoothing).ravel()[1:].mean(), {}
 
 

@@ -1,4 +1,4 @@
-"""Numbers that tell a collapsed or broken run early, from the outputs of a step. No term of any loss.
+"""Numbers that show a collapsed or broken run early, from the outputs of a step. They are not part of any loss.
 
 | `diagnostics/<branch>/<what>` | healthy | collapsed |
 |---|---|---|
@@ -9,6 +9,8 @@
 | `accuracy` of pairs | rises to 1 | 1 / rows |
 | `explained_variance` of hidden patches, at most 1 | above 0 | 0 or less |
 """
+
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,44 +24,69 @@ MOST_ROWS = 4096  # at most so many are compared, all pairs: a matrix of 64 MiB 
 _ROUNDING = 1e-12  # total variance of unit rows below which float32 cannot tell them from equal ones
 
 
-def measure(outputs: Outputs, pooled: bool = True) -> Metrics:
-  """All diagnostics that the fields of `outputs` allow, as float32 scalars without gradient.
+def diagnose(outputs: Outputs, kinds: Mapping[str, str], has_pooled: bool = True) -> Metrics:
+  """All diagnostics of `outputs`, as float32 scalars without gradient.
 
-  - `simclr`, `simsiam_projection`, `momentum_prediction`, `momentum_target`: `deviation`, `rank`.
-  - `image`, `text`: `deviation`, `rank`; and `uniformity` of the first view.
-  - `image_text`: `alignment` of the first image view with the first text view; for the sigmoid loss, which unlike the
-    other contrasts ranks nothing, also the `accuracy` of finding one by the other, in the batch or among some
-    `MOST_ROWS` of it.
-  - `image_tokens`, `text_tokens`: `deviation` over all tokens of all examples, without the padding of texts.
-  - `mim`: `explained_variance`.
+  Where both `image` and `text` exist, there is also `image_text/alignment` of the first image view with the first text
+  view; and for the sigmoid loss, which unlike the other contrasts ranks nothing, the accuracy of finding one by the
+  other, in the batch or in `MOST_ROWS` of it.
 
-  Which names there are follows from which fields are None; not `pooled` leaves out what is of images and texts as a
-  whole, for objectives such as FILIP's that only train their tokens. The batch is the global one, sharded or not.
+  Args:
+    outputs: outputs of the global batch, sharded or not.
+    kinds: the kind of each output, one of `KINDS`; outputs of no kind have no diagnostics.
+    has_pooled: False omits those of images and texts as a whole, for objectives such as FILIP's that train only tokens.
   """
-  outputs = jax.lax.stop_gradient(outputs if pooled else outputs.replace(image=None, text=None))
+  outputs = jax.lax.stop_gradient(outputs)
   found = {}
-  for branch in ("simclr", "simsiam_projection", "momentum_prediction", "momentum_target", "image", "text"):
-    if (rows := getattr(outputs, branch)) is not None:
-      rows = unit_norm(rows)
-      found[f"{branch}/deviation"] = _deviation(rows, axis=1)
-      found[f"{branch}/rank"] = _effective_rank(rows)
-      if branch in ("image", "text"):
-        found[f"{branch}/uniformity"] = _uniformity(rows[0])
-  if outputs.image is not None and outputs.text is not None:
-    image, text = outputs.image[0], outputs.text[0]
-    found["image_text/alignment"] = _alignment(image, text)
-    if outputs.bias is not None:
-      logits = jnp.einsum("bd,nd->bn", _some(image), _some(text), precision=jax.lax.Precision.HIGHEST)
-      found["image_text/image_to_text_accuracy"] = accuracy(logits)
-      found["image_text/text_to_image_accuracy"] = accuracy(logits.T)
-  if outputs.image_tokens is not None:
-    found["image_tokens/deviation"] = _deviation(unit_norm(outputs.image_tokens), axis=(0, 1))
-  if outputs.text_tokens is not None and outputs.text_valid is not None:
-    valid = outputs.text_valid[..., None]
-    found["text_tokens/deviation"] = _deviation(unit_norm(outputs.text_tokens), axis=(0, 1), where=valid)
-  if outputs.mim_prediction is not None and outputs.mim_target is not None:
-    found["mim/explained_variance"] = _explained_variance(outputs.mim_prediction, outputs.mim_target)
+  for name, kind in kinds.items():
+    if name in outputs and (has_pooled or kind != "pooled"):
+      found |= KINDS[kind](outputs, name)
+  if has_pooled and "image" in outputs and "text" in outputs:
+    found |= _pairs(outputs)
   return {f"diagnostics/{name}": value for name, value in found.items()}
+
+
+def _embeddings(outputs: Outputs, name: str) -> Metrics:
+  rows = unit_norm(getattr(outputs, name))
+  return {f"{name}/deviation": _deviation(rows, axis=1), f"{name}/rank": _effective_rank(rows)}
+
+
+def _pooled(outputs: Outputs, name: str) -> Metrics:
+  uniformity = _uniformity(unit_norm(getattr(outputs, name))[0])
+  return {**_embeddings(outputs, name), f"{name}/uniformity": uniformity}
+
+
+def _tokens(outputs: Outputs, name: str) -> Metrics:
+  mask = name.replace("_tokens", "_valid")
+  valid = getattr(outputs, mask)[..., None] if mask in outputs else None
+  return {f"{name}/deviation": _deviation(unit_norm(getattr(outputs, name)), axis=(0, 1), where=valid)}
+
+
+def _patches(outputs: Outputs, name: str) -> Metrics:
+  branch = name.removesuffix("_prediction")
+  target = getattr(outputs, f"{branch}_target")
+  return {f"{branch}/explained_variance": _explained_variance(getattr(outputs, name), target)}
+
+
+def _pairs(outputs: Outputs) -> Metrics:
+  image, text = outputs.image[0], outputs.text[0]
+  found = {"image_text/alignment": _alignment(image, text)}
+  if "bias" in outputs:
+    logits = jnp.einsum("bd,nd->bn", _some(image), _some(text), precision=jax.lax.Precision.HIGHEST)
+    found["image_text/image_to_text_accuracy"] = accuracy(logits)
+    found["image_text/text_to_image_accuracy"] = accuracy(logits.T)
+  return found
+
+
+# The kinds of outputs, as heads declare them: `[v b p]` embeddings of self-supervision, of whole images or texts in the
+# joint space (which also have `uniformity` of the first view), `[b n e]` tokens, whose padding `<modality>_valid`
+# masks, and `[b m e]` predictions of patches, `<branch>_prediction` of `<branch>_target`.
+KINDS: dict[str, Callable[[Outputs, str], Metrics]] = {
+  "embeddings": _embeddings,
+  "pooled": _pooled,
+  "tokens": _tokens,
+  "patches": _patches,
+}
 
 
 def _deviation(

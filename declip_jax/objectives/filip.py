@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from declip_jax.objectives.blockwise import PLAIN, Form
+from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.contrastive import Metrics, accuracy, cross_entropy
 from declip_jax.types import Batch, Outputs
 
@@ -17,7 +17,7 @@ BLOCK = 2**24
 
 
 def filip(
-  outputs: Outputs, batch: Batch, *, form: Form = PLAIN, top_k: int = 0, label_smoothing: float = 0.0
+  outputs: Outputs, batch: Batch, *, method: Method = PLAIN, top_k: int = 0, label_smoothing: float = 0.0
 ) -> tuple[Float[Array, ""], Metrics]:
   """Symmetric cross-entropy of `dense_scale` times the late interaction, with the accuracy of both directions.
 
@@ -33,7 +33,7 @@ def filip(
   """
   del batch
   image, text = outputs.image_tokens, outputs.text_tokens
-  devices = form.mesh.size if form.mesh else 1  # over which the batch is split
+  devices = method.mesh.size if method.mesh else 1  # over which the batch is split
   if top_k:
     most = min(image.shape[1], text.shape[1])
     if top_k > most:

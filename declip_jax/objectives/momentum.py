@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from declip_jax.objectives.blockwise import PLAIN, Form
+from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.contrastive import Metrics, info_nce
 from declip_jax.types import Batch, Outputs
 from declip_jax.unit_norm import unit_norm
 
 
 def moco(
-  outputs: Outputs, batch: Batch, *, form: Form = PLAIN, temperature: float = 0.2
+  outputs: Outputs, batch: Batch, *, method: Method = PLAIN, temperature: float = 0.2
 ) -> tuple[Float[Array, ""], Metrics]:
   """`2 tau (CE(q1 k2 / tau) + CE(q2 k1 / tau))`: each prediction finds the target of the other view in the batch.
 
@@ -26,7 +26,7 @@ def moco(
   target = jax.lax.stop_gradient(unit_norm(outputs.momentum_target))[::-1]
   inverse = jnp.asarray(1 / temperature, target.dtype)
   pairs = [
-    info_nce(query[None], key[None], inverse, form=form, symmetric=False)
+    info_nce(query[None], key[None], inverse, method=method, symmetric=False)
     for query, key in zip(unit_norm(outputs.momentum_prediction), target, strict=True)
   ]
   loss = 2 * temperature * sum(pair.loss[0, 0] for pair in pairs)

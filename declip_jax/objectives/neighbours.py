@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from declip_jax.objectives.blockwise import PLAIN, Form
+from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.contrastive import Metrics, info_nce
 from declip_jax.types import Batch, Outputs
 
@@ -12,7 +12,7 @@ def nearest_neighbour(
   outputs: Outputs,
   batch: Batch,
   *,
-  form: Form = PLAIN,
+  method: Method = PLAIN,
   symmetric: bool = True,
   warmup: bool = True,
   label_smoothing: float = 0.0,
@@ -27,7 +27,7 @@ def nearest_neighbour(
   there are none yet; and the share of what was found that is noise, with which a bank starts.
   """
   del batch
-  pairs = info_nce(outputs.image, outputs.neighbour, outputs.scale, form=form, symmetric=symmetric)
+  pairs = info_nce(outputs.image, outputs.neighbour, outputs.scale, method=method, symmetric=symmetric)
   loss = pairs.smoothed(label_smoothing).mean()
   texts = outputs.neighbour_age > 0
   count = jnp.maximum(texts.sum(), 1)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from declip_jax.objectives.blockwise import PLAIN, Form, sigmoid_sums
+from declip_jax.objectives.blockwise import PLAIN, Method, sigmoid_sums
 from declip_jax.objectives.contrastive import Metrics
 from declip_jax.types import Batch, Outputs
 
 
-def sigmoid(outputs: Outputs, batch: Batch, *, form: Form = PLAIN) -> tuple[Float[Array, ""], Metrics]:
+def sigmoid(outputs: Outputs, batch: Batch, *, method: Method = PLAIN) -> tuple[Float[Array, ""], Metrics]:
   """Is this the text of that image? Binary cross-entropy summed over all pairs of the first views, divided by `b`.
 
   SigLIP (Zhai et al. 2023). The bias is added to the logits, as in its algorithm 1, and so starts at -10; its equation
@@ -19,7 +19,7 @@ def sigmoid(outputs: Outputs, batch: Batch, *, form: Form = PLAIN) -> tuple[Floa
   """
   del batch
   image, text, count = outputs.scale * outputs.image[0], outputs.text[0], outputs.image.shape[1]
-  loss = sigmoid_sums(image, text, outputs.bias, form).mean()
+  loss = sigmoid_sums(image, text, outputs.bias, method).mean()
   exact = jax.lax.Precision.HIGHEST
   positive = jnp.einsum("bd,bd->", image, text, precision=exact)
   negative = jnp.dot(image.sum(axis=0), text.sum(axis=0), precision=exact) - positive

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from declip_jax.objectives.blockwise import PLAIN, Form, log_sums
+from declip_jax.objectives.blockwise import PLAIN, Method, log_sums
 from declip_jax.objectives.contrastive import Metrics
 from declip_jax.types import Batch, Outputs
 from declip_jax.unit_norm import unit_norm
 
 
 def nt_xent(
-  outputs: Outputs, batch: Batch, *, form: Form = PLAIN, temperature: float = 0.1
+  outputs: Outputs, batch: Batch, *, method: Method = PLAIN, temperature: float = 0.1
 ) -> tuple[Float[Array, ""], Metrics]:
   """Each view of an image has to find the other among both views of the whole batch.
 
@@ -23,7 +23,7 @@ def nt_xent(
   del batch
   views = unit_norm(outputs.simclr)
   # An anchor is no candidate of its own.
-  found, _ = log_sums(views / temperature, views, form, without_self=True, columns=False)
+  found, _ = log_sums(views / temperature, views, method, without_self=True, columns=False)
   positive = jnp.einsum("bd,bd->b", *views, precision=jax.lax.Precision.HIGHEST) / temperature
   loss = (jax.nn.logsumexp(found.log_sum, axis=1) - positive).mean()
   # On a tie with one of its own view the other view counts, as it comes first in SLIP's argmax.

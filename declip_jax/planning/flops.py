@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from declip_jax import build, objectives
+from declip_jax import build
 from declip_jax.models.paths import stop_gradient_below
+from declip_jax.objectives.blockwise import PLAIN
 from declip_jax.types import Batch
 
 
@@ -35,7 +36,7 @@ def step_flops(config: ConfigDict, built: build.Built) -> float:
   )
   model = dataclasses.replace(built.model, towers=built.model.towers.clone(image=image, text=text, dtype=jnp.float32))
   batch = built.batch_shape(config.batch_size)
-  objective = objectives.make_objective(config.objective)
+  objective = dataclasses.replace(built.objective, method=PLAIN)
   params, collections = jax.eval_shape(model.init, jax.random.key(0), batch)
 
   def loss_of(params: Any, collections: Any, batch: Batch) -> jax.Array:

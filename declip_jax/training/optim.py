@@ -31,6 +31,7 @@ from declip_jax.models.paths import (
   is_below_any,
   is_stacked,
   parameter_paths,
+  side_prefixes,
   trainable_mask,
 )
 
@@ -202,9 +203,8 @@ def _adamw_sgd(settings: OptimizerSettings) -> optax.GradientTransformation:
   """
 
   def labels(params: Tree) -> Tree:
-    return jax.tree.map(
-      lambda path: "sgd" if is_below_any(path, SIDES[settings.sgd_side]) else "adamw", parameter_paths(params)
-    )
+    prefixes = side_prefixes(settings.sgd_side)
+    return jax.tree.map(lambda path: "sgd" if is_below_any(path, prefixes) else "adamw", parameter_paths(params))
 
   sgd = _sgd(dataclasses.replace(settings, weight_decay=settings.sgd_weight_decay))
   return optax.partition({"adamw": _adamw(settings), "sgd": sgd}, labels)

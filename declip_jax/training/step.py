@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 import optax
 
 from declip_jax.models.model import Model
-from declip_jax.objectives import diagnostics
 from declip_jax.objectives.momentum import moving_average
 from declip_jax.training.gradient import Gradient, Metrics
 from declip_jax.training.state import State
@@ -36,7 +35,7 @@ def train_step(
   momentum_decay: Callable[[Step], Scalar],
   is_diagnosed: Callable[[Step], Flag],
   augment: Callable[[Batch, Step], Batch] = lambda batch, step: batch,
-  diagnose: Callable[[Outputs], Metrics] = diagnostics.measure,
+  diagnose: Callable[[Outputs], Metrics] = lambda outputs: {},
   logit_scale_range: tuple[float, ...] = (),
   spike_factor: float = 0.0,
 ) -> tuple[State, Metrics]:
@@ -86,8 +85,8 @@ def train_step(
   )
   metrics |= {"lr": learning_rate, "gradient_norm": gradient_norm}
   metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
-  scales = {"temperature": outputs.scale, "dense_temperature": outputs.dense_scale}
-  metrics |= {name: 1 / scale for name, scale in scales.items() if scale is not None}
+  scales = {"temperature": "scale", "dense_temperature": "dense_scale"}
+  metrics |= {name: 1 / getattr(outputs, scale) for name, scale in scales.items() if scale in outputs}
   metrics |= {f"skipped_{name}": new.skipped[name] for name in ("total", "in_a_row")}
   return new, metrics | _diagnose_if(is_diagnosed(state.step), diagnose, outputs)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
+from declip_jax.models.heads import HEADS
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_stacked
 from declip_jax.types import Views
@@ -80,12 +81,9 @@ def layout(model: ConfigDict, heads: Sequence[str]) -> dict[str, Entry]:
 
 def abstract_variables(model: ConfigDict, heads: Sequence[str], image_size: int) -> tuple[Model, Tree]:
   """A model with these heads, and the shapes of its parameters and collections under "params" and "collections"."""
-  views = Views(
-    ssl_image=(0,) if {"simclr", "simsiam", "momentum"} & set(heads) else (),
-    masked_text=0 if "mlm" in heads else None,
-    masked_image=0 if "mim" in heads else None,
-  )
-  built = make_model(model, views=views, heads=tuple(heads))
+  roles = {role for head in heads for role in HEADS[head].views}
+  views = Views(**{role: 0 if role.startswith("masked_") else (0,) for role in roles})
+  built = make_model(model.to_dict(), views=views, heads=tuple(heads))
   groups = (model.heads.norm_groups, model.heads.bank_groups, model.image.get("norm_groups", 1))
   shape, rows = jax.ShapeDtypeStruct, math.lcm(*groups)  # each deals the batch out in equal parts
   batch = {

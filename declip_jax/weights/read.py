@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 import numpy as np
 import orbax.checkpoint as ocp
 
-from declip_jax import architectures, objectives
+from declip_jax import architectures
 from declip_jax import config as config_lib
 from declip_jax.data.images import EvalView
+from declip_jax.objectives import make_objective
 from declip_jax.runtime.checkpoint import Checkpoints, restore_as_numpy
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import StateDict, abstract_variables, expected_shapes, layout, to_variables
@@ -185,7 +186,8 @@ def read_run(
       remarks.append(f"the checkpoint of step {chosen} is damaged and that of step {older[-1]} is taken: {damage}")
       chosen = older[-1]
     config = config_lib.from_json(json.dumps(checkpoints.config(chosen)))
-    heads = objectives.heads_for(config.objective)
+    objective = make_objective(config.objective.to_dict())
+    heads = objective.heads
     _, variables = abstract_variables(config.model, heads, config.data.image_size)
     params, collections = checkpoints.restore_model(chosen, variables["params"], variables["collections"])
     collections = _without_momentum(collections)
@@ -206,7 +208,7 @@ def read_run(
     ),
     step=chosen,
     remarks=tuple(remarks),
-    tokens=objectives.compares_tokens(config.objective),
+    tokens=objective.compares_tokens,
   )
   return _with_settings(weights, settings or {}, str(workdir))
 

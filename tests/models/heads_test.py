@@ -10,7 +10,7 @@ from declip_jax import config
 from declip_jax.data.recipes import RECIPES
 from declip_jax.methods import METHODS
 from declip_jax.models.model import make_model
-from declip_jax.objectives import heads_for
+from declip_jax.objectives import make_objective
 from declip_jax.types import Features, Views
 from declip_jax.unit_norm import unit_norm
 
@@ -52,7 +52,7 @@ def test_bfloat16_stays_inside(method):
   c = config.default(method)
   c.model.dtype = "bfloat16"
   recipe = RECIPES[c.data.recipe]
-  model = make_model(c.model, views=recipe.views, heads=heads_for(c.objective))
+  model = make_model(c.model.to_dict(), views=recipe.views, heads=make_objective(c.objective.to_dict()).heads)
   shape = jax.ShapeDtypeStruct
   batch = {
     "image": shape((2, len(recipe.image_views), 64, 64, 3), jnp.uint8),
@@ -66,7 +66,7 @@ def test_bfloat16_stays_inside(method):
     features, _ = model.encode(params, collections, batch)
     outputs, new = model.apply_heads(params, collections, features)
     evaluated = []
-    if "joint" in model.heads.heads:
+    if "joint" in model.heads.members:
       evaluated.append(model.encode_image(params, collections, batch["image"][:, 0]))
       evaluated.append(model.encode_text(params, collections, batch["text"][:, 0]))
     return params, new, features, outputs, evaluated

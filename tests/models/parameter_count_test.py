@@ -4,13 +4,13 @@ import jax
 import pytest
 
 from declip_jax import config
-from declip_jax.objectives import heads_for
+from declip_jax.objectives import make_objective
 from declip_jax.weights.layout import abstract_variables
 
 
 def count(method: str, architecture: str) -> int:
   c = config.default(method, architecture)
-  _, variables = abstract_variables(c.model, heads_for(c.objective), c.data.image_size)
+  _, variables = abstract_variables(c.model, make_objective(c.objective.to_dict()).heads, c.data.image_size)
   return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 

@@ -1,4 +1,4 @@
-"""The forms of sums over all pairs: equal in value and gradient, and of which size."""
+"""The methods of sums over all pairs: equal in value and gradient, and of which size."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from declip_jax.objectives import blockwise
-from declip_jax.objectives.blockwise import PLAIN, Form
+from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.sharding import make_mesh
 
 B, D = 32, 5
@@ -18,38 +18,38 @@ def arrays(*shapes: tuple[int, ...], seed: int = 0) -> list[jax.Array]:
   return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def forms() -> list[Form]:
+def methods() -> list[Method]:
   meshes = make_mesh(8, 1), make_mesh(2, 4), make_mesh(1, 1, jax.devices()[:1])
   return [
-    Form("chunked", meshes[0], 8),
-    Form("chunked", meshes[1], 32),
-    Form("chunked", meshes[2], 4),
-    Form("ring", meshes[0]),
-    Form("ring", meshes[1], 2),
-    Form("ring", meshes[2], 8),
+    Method("chunked", meshes[0], 8),
+    Method("chunked", meshes[1], 32),
+    Method("chunked", meshes[2], 4),
+    Method("ring", meshes[0]),
+    Method("ring", meshes[1], 2),
+    Method("ring", meshes[2], 8),
   ]
 
 
-def on(form: Form, x: jax.Array) -> jax.Array:
+def on(method: Method, x: jax.Array) -> jax.Array:
   """Split as a batch is, along the axis before the last."""
-  if form.mesh is None:
+  if method.mesh is None:
     return x
-  return jax.device_put(x, NamedSharding(form.mesh, PartitionSpec(*(None,) * (x.ndim - 2), form.mesh.axis_names)))
+  return jax.device_put(x, NamedSharding(method.mesh, PartitionSpec(*(None,) * (x.ndim - 2), method.mesh.axis_names)))
 
 
-@pytest.mark.parametrize("form", forms(), ids=lambda form: f"{form.kind} {dict(form.mesh.shape)}")
+@pytest.mark.parametrize("method", methods(), ids=lambda method: f"{method.kind} {dict(method.mesh.shape)}")
 @pytest.mark.parametrize("full_gradient", [True, False])
-def test_log_sums_equal_those_of_the_whole_matrix(form: Form, full_gradient: bool) -> None:
+def test_log_sums_equal_those_of_the_whole_matrix(method: Method, full_gradient: bool) -> None:
   x, y = arrays((2, B, D), (3, B, D))
   y = y.at[0, 3].set(y[0, 9])  # two candidates that are equal: the first is the best
   slopes = arrays((2, 3, B), (2, 3, B), seed=1)
 
-  def weighted(x: jax.Array, y: jax.Array, form: Form) -> tuple[jax.Array, tuple]:
-    sums = blockwise.log_sums(x, y, form, full_gradient=full_gradient)
+  def weighted(x: jax.Array, y: jax.Array, method: Method) -> tuple[jax.Array, tuple]:
+    sums = blockwise.log_sums(x, y, method, full_gradient=full_gradient)
     return sum((of.log_sum * slope).sum() for of, slope in zip(sums, slopes, strict=True)), sums
 
   grad = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True), static_argnums=2)
-  ((_, sums), gradient), ((_, wanted), wanted_gradient) = (grad(on(f, x), on(f, y), f) for f in (form, PLAIN))
+  ((_, sums), gradient), ((_, wanted), wanted_gradient) = (grad(on(f, x), on(f, y), f) for f in (method, PLAIN))
   for of, want in zip(sums, wanted, strict=True):
     np.testing.assert_allclose(of.log_sum, want.log_sum, atol=3e-6)
     np.testing.assert_array_equal(of.best, want.best)
@@ -70,18 +70,18 @@ def test_whole_matrix_equals_a_loop() -> None:
       assert float(columns.log_sum[0, u, j]) == pytest.approx(np.log(sum(np.exp(column))), abs=1e-5)
 
 
-@pytest.mark.parametrize("form", [*forms()[::2], PLAIN], ids=lambda form: form.kind)
-def test_a_row_may_be_left_out_of_its_own_candidates(form: Form) -> None:
+@pytest.mark.parametrize("method", [*methods()[::2], PLAIN], ids=lambda method: method.kind)
+def test_a_row_may_be_left_out_of_its_own_candidates(method: Method) -> None:
   (x,) = arrays((2, B, D))
   slope = arrays((2, 2, B), seed=1)[0]
   logits = np.einsum("vbd,und->vubn", x, x)
   logits[[0, 1], [0, 1], np.arange(B)[:, None], np.arange(B)[:, None]] = -np.inf
 
   def weighted(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    rows, _ = blockwise.log_sums(x, x, form, without_self=True)
+    rows, _ = blockwise.log_sums(x, x, method, without_self=True)
     return (rows.log_sum * slope).sum(), rows
 
-  (_, rows), gradient = jax.jit(jax.value_and_grad(weighted, has_aux=True))(on(form, x))
+  (_, rows), gradient = jax.jit(jax.value_and_grad(weighted, has_aux=True))(on(method, x))
   np.testing.assert_allclose(rows.log_sum, np.log(np.exp(logits).sum(axis=3)), atol=5e-6)
   np.testing.assert_array_equal(rows.best, logits.argmax(axis=3))
   soft = np.exp(logits - np.log(np.exp(logits).sum(axis=3, keepdims=True))) * np.asarray(slope)[..., None]
@@ -89,15 +89,15 @@ def test_a_row_may_be_left_out_of_its_own_candidates(form: Form) -> None:
   np.testing.assert_allclose(gradient, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", forms(), ids=lambda form: f"{form.kind} {dict(form.mesh.shape)}")
-def test_sigmoid_sums_equal_those_of_the_whole_matrix(form: Form) -> None:
+@pytest.mark.parametrize("method", methods(), ids=lambda method: f"{method.kind} {dict(method.mesh.shape)}")
+def test_sigmoid_sums_equal_those_of_the_whole_matrix(method: Method) -> None:
   x, y, slope = *arrays((B, D), (B, D)), arrays((B,), seed=1)[0]
 
-  def weighted(x: jax.Array, y: jax.Array, bias: jax.Array, form: Form) -> jax.Array:
-    return (blockwise.sigmoid_sums(x, y, bias, form) * slope).sum()
+  def weighted(x: jax.Array, y: jax.Array, bias: jax.Array, method: Method) -> jax.Array:
+    return (blockwise.sigmoid_sums(x, y, bias, method) * slope).sum()
 
   grad = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)), static_argnums=3)
-  found, wanted = (grad(on(f, x), on(f, y), jnp.float32(-3), f) for f in (form, PLAIN))
+  found, wanted = (grad(on(f, x), on(f, y), jnp.float32(-3), f) for f in (method, PLAIN))
   for of, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(of, want, atol=1e-5, rtol=1e-6)
 
@@ -106,12 +106,12 @@ def test_memory_of_the_ring_does_not_grow_with_the_devices_and_that_of_chunks_le
   """Temporary bytes on each device, by the compiler, for 64 rows on each of 2 and of 8 devices."""
 
   def temporary(kind: str, count: int, block: int = 0) -> int:
-    form = Form(kind, make_mesh(count, 1, jax.devices()[:count]), block)
-    place = NamedSharding(form.mesh, PartitionSpec(None, form.mesh.axis_names))
+    method = Method(kind, make_mesh(count, 1, jax.devices()[:count]), block)
+    place = NamedSharding(method.mesh, PartitionSpec(None, method.mesh.axis_names))
     x = jax.ShapeDtypeStruct((1, 64 * count, 16), jnp.float32, sharding=place)
 
     def loss(x: jax.Array, y: jax.Array) -> jax.Array:
-      rows, columns = blockwise.log_sums(x, y, form)
+      rows, columns = blockwise.log_sums(x, y, method)
       return rows.log_sum.sum() + columns.log_sum.sum()
 
     grad = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=(place, place))
@@ -128,8 +128,8 @@ def test_form_is_chosen_by_the_sizes_and_a_bad_one_refused(monkeypatch: pytest.M
   mesh = make_mesh(8, 1)
 
   def chosen(kind: str = "auto", block: int = 0) -> tuple[str, int]:
-    form = blockwise._chosen(Form(kind, mesh, block), x, x)
-    return form.kind, form.block
+    method = blockwise._chosen(Method(kind, mesh, block), x, x)
+    return method.kind, method.block
 
   assert chosen() == ("plain", 0)
   monkeypatch.setattr(blockwise, "PLAIN_BYTES", 1024)  # the matrix has 64 / 8 * 64 * 4 = 2048 on each device

@@ -1,4 +1,4 @@
-"""Every term that compares all pairs of a batch: the same value, metrics and gradient in each form and on any mesh."""
+"""Every term that compares all pairs of a batch: the same value, metrics and gradient by each method on any mesh."""
 
 import functools
 import inspect
@@ -9,24 +9,25 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
+import references as reference
 
-from declip_jax.objectives import TERMS, blockwise, total_loss
-from declip_jax.objectives.blockwise import PLAIN, Form
+from declip_jax.objectives import TERMS, blockwise
+from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.sharding import make_mesh
 from declip_jax.types import Outputs
 
 COUNT, DIM = 16, 6
 FILIP = sys.modules[TERMS["filip"].loss.__module__]  # the package has a function of this name
 FORMS = {
-  "chunked on 8": lambda: Form("chunked", make_mesh(8, 1), 4),
-  "chunked on 2 x 4": lambda: Form("chunked", make_mesh(2, 4), 8),
-  "chunked on 1": lambda: Form("chunked", make_mesh(1, 1, jax.devices()[:1]), 2),
-  "ring on 8": lambda: Form("ring", make_mesh(8, 1)),
-  "ring on 4 x 2": lambda: Form("ring", make_mesh(4, 2), 1),
-  "ring on 1": lambda: Form("ring", make_mesh(1, 1, jax.devices()[:1])),
-  "plain on 8": lambda: Form("plain", make_mesh(8, 1)),
-  "auto chunked": lambda: Form("auto", make_mesh(8, 1)),
-  "auto ring": lambda: Form("auto", make_mesh(2, 4)),
+  "chunked on 8": lambda: Method("chunked", make_mesh(8, 1), 4),
+  "chunked on 2 x 4": lambda: Method("chunked", make_mesh(2, 4), 8),
+  "chunked on 1": lambda: Method("chunked", make_mesh(1, 1, jax.devices()[:1]), 2),
+  "ring on 8": lambda: Method("ring", make_mesh(8, 1)),
+  "ring on 4 x 2": lambda: Method("ring", make_mesh(4, 2), 1),
+  "ring on 1": lambda: Method("ring", make_mesh(1, 1, jax.devices()[:1])),
+  "plain on 8": lambda: Method("plain", make_mesh(8, 1)),
+  "auto chunked": lambda: Method("auto", make_mesh(8, 1)),
+  "auto ring": lambda: Method("auto", make_mesh(2, 4)),
 }
 # Terms with their options, and the axis of the batch of the fields that they read.
 PAIRS = {"image": 1, "text": 1}
@@ -46,7 +47,7 @@ CASES = {
 
 
 def test_every_term_with_forms_is_here() -> None:
-  formed = {name for name, term in TERMS.items() if "form" in inspect.signature(term.loss).parameters}
+  formed = {name for name, term in TERMS.items() if "method" in inspect.signature(term.loss).parameters}
   assert formed == {name for options, _ in CASES.values() for name in options}
 
 
@@ -77,21 +78,21 @@ def outputs() -> Outputs:
   )
 
 
-def compute(case: str, form: Form) -> dict[str, np.ndarray]:
-  """Loss, metrics and gradients by name, with all rows split over the form's devices."""
+def compute(case: str, method: Method) -> dict[str, np.ndarray]:
+  """Loss, metrics and gradients by name, with all rows split over the method's devices."""
   options, axes = CASES[case]
 
   def place(axis: int, x: np.ndarray) -> jax.Array:
-    if form.mesh is None:
+    if method.mesh is None:
       return jnp.asarray(x)
-    return jax.device_put(x, NamedSharding(form.mesh, PartitionSpec(*(None,) * axis, form.mesh.axis_names)))
+    return jax.device_put(x, NamedSharding(method.mesh, PartitionSpec(*(None,) * axis, method.mesh.axis_names)))
 
   point = {name: place(axis, getattr(outputs(), name)) for name, axis in axes.items()}
   point |= {name: jnp.asarray(getattr(outputs(), name)) for name in ("scale", "dense_scale", "bias")}
   weights = {name: 0.5 + index for index, name in enumerate(options)}
 
   def loss(fields: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    return total_loss(outputs().replace(**fields), {}, weights, options, form)
+    return reference.objective(weights, options, method)(outputs().replace(**fields), {}, 0)
 
   (_, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(point)
   return {**metrics, **{f"gradient of {name}": value for name, value in gradient.items()}}
@@ -100,16 +101,16 @@ def compute(case: str, form: Form) -> dict[str, np.ndarray]:
 plain = functools.cache(lambda case: compute(case, PLAIN))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", FORMS)
 @pytest.mark.parametrize("case", CASES)
-def test_all_forms_are_equal(case: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_forms_are_equal(case: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
   expected = plain(case)
   monkeypatch.setattr(FILIP, "BLOCK", 200)  # FILIP's own blocks, some products each
-  if form.startswith("auto"):
+  if method.startswith("auto"):
     monkeypatch.setattr(blockwise, "PLAIN_BYTES", 1)
     monkeypatch.setattr(blockwise, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(blockwise, "GATHERED_BYTES", 1 if form == "auto ring" else 2**30)
-  found = compute(case, FORMS[form]())
+    monkeypatch.setattr(blockwise, "GATHERED_BYTES", 1 if method == "auto ring" else 2**30)
+  found = compute(case, FORMS[method]())
   assert found.keys() == expected.keys()
   for name, value in expected.items():
     np.testing.assert_allclose(found[name], value, atol=3e-6, rtol=3e-6, err_msg=name)

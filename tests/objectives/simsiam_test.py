@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import references as reference
 
-from declip_jax.objectives.diagnostics import measure
+from declip_jax.objectives.diagnostics import diagnose
 from declip_jax.objectives.simsiam import simsiam
 from declip_jax.types import Outputs
 
@@ -36,13 +36,15 @@ def test_value_equals_loops(count, dim):
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def test_the_deviation_of_projections_tells_a_collapse():
+def test_the_deviation_of_projections_shows_a_collapse():
   rng = np.random.default_rng(1)
   healthy = rng.normal(size=(2, 400, 16)).astype(np.float32)
   collapsed = np.broadcast_to(healthy[:, :1], healthy.shape)
 
-  def spread(z):
-    return jax.jit(measure)(Outputs(simsiam_projection=z))["diagnostics/simsiam_projection/deviation"]
+  @jax.jit
+  def deviation(z):
+    found = diagnose(Outputs(simsiam_projection=z), {"simsiam_projection": "embeddings"})
+    return found["diagnostics/simsiam_projection/deviation"]
 
-  np.testing.assert_allclose(spread(healthy), 1, atol=0.02)
-  np.testing.assert_allclose(spread(collapsed), 0, atol=1e-5)
+  np.testing.assert_allclose(deviation(healthy), 1, atol=0.02)
+  np.testing.assert_allclose(deviation(collapsed), 0, atol=1e-5)

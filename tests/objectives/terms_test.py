@@ -5,21 +5,13 @@ import inspect
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references as reference
 
 from declip_jax import build, config
 from declip_jax.build import check_objective
 from declip_jax.data.recipes import RECIPES
 from declip_jax.methods import METHODS
-from declip_jax.objectives import (
-  TERMS,
-  active,
-  check_inputs,
-  check_views,
-  heads_for,
-  make_objective,
-  total_loss,
-  used_views,
-)
+from declip_jax.objectives import TERMS, make_objective
 from declip_jax.types import Outputs, Views
 
 RNG = np.random.default_rng(0)
@@ -28,6 +20,11 @@ RNG = np.random.default_rng(0)
 def settings(**weights: float) -> dict[str, dict[str, float]]:
   """A `config.objective` that gives terms weights."""
   return {term: {"weight": weight} for term, weight in weights.items()}
+
+
+def used(views: Views, **weights: float) -> Views:
+  """The views of a recipe that terms with these weights use."""
+  return make_objective(settings(**weights)).used_views(views)
 
 
 def everything():
@@ -65,8 +62,8 @@ def everything():
 def test_the_loss_is_the_weighted_sum_and_every_term_is_reported_unweighted():
   outputs, batch = everything()
   weights = {name: 0.1 * (1 + index) for index, name in enumerate(TERMS)}
-  loss, metrics = total_loss(outputs, batch, weights)
-  alone = {name: total_loss(outputs, batch, {name: 1.0})[0] for name in TERMS}
+  loss, metrics = reference.objective(weights)(outputs, batch, 0)
+  alone = {name: reference.objective({name: 1.0})(outputs, batch, 0)[0] for name in TERMS}
   np.testing.assert_allclose(loss, sum(weights[name] * alone[name] for name in TERMS), rtol=1e-6)
   assert metrics["loss"] == loss
   for name in TERMS:
@@ -88,7 +85,7 @@ def test_a_weight_follows_its_schedule_between_its_points_and_stays_behind_them(
   outputs, batch = everything()
   points = ((10, 0.0), (20, 1.0), (40, 0.5))
   objective = make_objective({"clip": {"weight": 1.0}, "nns": {"weight": 0.4, "schedule": points}})
-  clip, nns = (total_loss(outputs, batch, {name: 1.0})[0] for name in ("clip", "nns"))
+  clip, nns = (reference.objective({name: 1.0})(outputs, batch, 0)[0] for name in ("clip", "nns"))
   for step, factor in ((0, 0), (10, 0), (15, 0.5), (20, 1), (30, 0.75), (1000, 0.5)):
     loss, _ = objective(outputs, batch, jnp.asarray(step))
     np.testing.assert_allclose(loss, clip + 0.4 * factor * nns, rtol=1e-5, err_msg=str(step))
@@ -110,28 +107,28 @@ def test_the_config_gives_every_term_a_weight_and_every_option_its_default():
   assert set(c.objective) == set(TERMS)
   for name, term in TERMS.items():
     options = dict(list(inspect.signature(term.loss).parameters.items())[2:])
-    options.pop("form", None)  # is `config.contrast`, for all of them
+    options.pop("method", None)  # is `config.contrast`, for all of them
     expected = {option: parameter.default for option, parameter in options.items()}
     assert dict(c.objective[name]) == {"weight": float(name == "clip"), "schedule": (), **expected}
 
 
 def test_only_views_that_a_term_looks_at_are_used():
   views = RECIPES["declip"].views
-  assert used_views(views, settings(**METHODS["declip"][1])) == views
+  assert used(views, **METHODS["declip"][1]) == views
   alone = Views((0,), (0,), (), None, None, ())
-  assert used_views(views, settings(clip=1.0)) == used_views(views, settings(filip=1.0)) == alone
-  assert used_views(views, settings(mvs=1.0)) == alone._replace(contrastive_image=(0, 1), contrastive_text=(0, 1))
-  assert used_views(views, settings(mlm=1.0)) == alone._replace(masked_text=2)
-  assert used_views(views, settings(simsiam=1.0)) == alone._replace(ssl_image=(0, 1))
-  assert used_views(RECIPES["slip"].views, settings(simclr=1.0)) == Views((), (), (1, 2), None, None, ())
-  assert used_views(views, settings(nns=1.0)) == Views((0, 1), (0,), (), None, None, (0,))
+  assert used(views, clip=1.0) == used(views, filip=1.0) == alone
+  assert used(views, mvs=1.0) == alone.replace(contrastive_image=(0, 1), contrastive_text=(0, 1))
+  assert used(views, mlm=1.0) == alone.replace(masked_text=2)
+  assert used(views, simsiam=1.0) == alone.replace(ssl_image=(0, 1))
+  assert used(RECIPES["slip"].views, simclr=1.0) == Views((), (), (1, 2), None, None, ())
+  assert used(views, nns=1.0) == Views((0, 1), (0,), (), None, None, (0,))
   released = RECIPES["declip_repo"].views
-  assert used_views(released, settings(nns=1.0)) == Views((0, 1), (0, 1), (), None, None, (0, 1))
+  assert used(released, nns=1.0) == Views((0, 1), (0, 1), (), None, None, (0, 1))
 
 
 def test_multi_view_supervision_of_one_view_is_refused():
   with pytest.raises(ValueError, match=r"term 'mvs' .*needs Views.contrastive_text\[1\].*recipe 'plain'"):
-    check_views(Views(), settings(mvs=1.0), "plain")
+    reference.objective({"mvs": 1.0}).check_views(Views(), "plain")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -146,22 +143,22 @@ def test_any_term_with_any_recipe_is_either_built_or_refused_by_name(recipe, ter
     assert f"term '{term}'" in str(error)  # noqa: PT017
     assert f"recipe '{recipe}'" in str(error)  # noqa: PT017
   else:
-    check_objective(c, built.model, built.batch_shape(8))
+    check_objective(c, built, built.batch_shape(8))
 
 
 def test_unknown_terms_are_named_with_the_known_ones():
   with pytest.raises(ValueError, match=r"unknown terms \['barlow', 'filp'\]: choose from \['byol', 'clip'"):
-    active(settings(clip=1.0, filp=0.0, barlow=1.0))
+    make_objective(settings(clip=1.0, filp=0.0, barlow=1.0))
 
 
 @pytest.mark.parametrize("weights", [{}, {"clip": 0.0, "mlm": 0}])
 def test_a_method_without_terms_is_refused(weights):
   with pytest.raises(ValueError, match="every term weight 0"):
-    active(settings(**weights))
+    make_objective(settings(**weights))
 
 
 def test_heads_exist_where_a_term_needs_them():
-  found = {method: heads_for(config.default(method).objective) for method in METHODS}
+  found = {method: make_objective(config.default(method).objective.to_dict()).heads for method in METHODS}
   assert found == {
     "clip": ("joint",),
     "simclr": ("simclr",),
@@ -174,14 +171,14 @@ def test_heads_exist_where_a_term_needs_them():
     "defilip": ("bank", "filip", "joint", "mlm", "simsiam"),
     "siglip": ("joint", "sigmoid"),
   }
-  assert heads_for(settings(clip=1.0, nns=0.0)) == ("joint",)
+  assert make_objective(settings(clip=1.0, nns=0.0)).heads == ("joint",)
 
 
 @pytest.mark.parametrize(("term", "field"), [(n, f) for n, term in TERMS.items() for f in term.needs])
 def test_a_missing_input_is_named_with_its_term_and_recipe(term, field):
   outputs, _ = everything()
-  check_inputs(outputs, settings(**{term: 1.0}), "some-recipe")
+  reference.objective({term: 1.0}).check_inputs(outputs, "some-recipe")
   with pytest.raises(ValueError, match=f"term '{term}' .*needs Outputs.{field}, .*recipe 'some-recipe'"):
-    check_inputs(outputs.replace(**{field: None}), settings(**{term: 1.0}), "some-recipe")
-  other = settings(**{"clip" if field not in ("image", "text") else "mlm": 1.0})
-  check_inputs(outputs.replace(**{field: None}), other, "any")
+    reference.objective({term: 1.0}).check_inputs(outputs.replace(**{field: None}), "some-recipe")
+  other = reference.objective({"clip" if field not in ("image", "text") else "mlm": 1.0})
+  other.check_inputs(outputs.replace(**{field: None}), "any")

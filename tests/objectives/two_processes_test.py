@@ -50,9 +50,9 @@ FORMS = {
 
 
 @cache
-def sharded(form):
+def sharded(method):
   """Value and gradients by name, with rows split over two devices."""
-  loss, inputs, names = FORMS[form]
+  loss, inputs, names = FORMS[method]
   mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
   placed = [
     jax.device_put(GOLDEN[name], NamedSharding(mesh, PartitionSpec("data") if GOLDEN[name].ndim else PartitionSpec()))
@@ -63,7 +63,7 @@ def sharded(form):
 
 
 @pytest.mark.parametrize(
-  ("name", "form"),
+  ("name", "method"),
   [
     ("slip_clip", "constant candidates"),
     ("simclr", "simclr"),
@@ -78,8 +78,8 @@ def sharded(form):
     ("siglip_gather", "siglip"),
   ],
 )
-def test_value_and_gradient_equal_the_reference_in_two_processes(name, form):
-  value, gradients = sharded(form)
+def test_value_and_gradient_equal_the_reference_in_two_processes(name, method):
+  value, gradients = sharded(method)
   np.testing.assert_allclose(value, GOLDEN[f"w2/{name}/loss_mean"], atol=3e-6)
   for field, gradient in gradients.items():
     expected = GOLDEN[f"w2/{name}/global_grad_{field}"].reshape(gradient.shape)
@@ -101,7 +101,7 @@ def check_processes(name, value, gradients):
 
 
 def test_open_clip_by_default_passes_one_half_of_the_gradient_in_two_processes():
-  """Neither form of ours: its gather drops the other process' gradient of all logits, but not that of the scale."""
+  """Not a method of ours: its gather drops the other process' gradient of all logits, but not that of the scale."""
   name = "openclip_clip_local0_ggrad0"
   value, gradients = sharded("full")
   np.testing.assert_allclose(value, GOLDEN[f"w2/{name}/loss_mean"], atol=3e-6)
@@ -112,7 +112,7 @@ def test_open_clip_by_default_passes_one_half_of_the_gradient_in_two_processes()
 
 
 def test_constant_candidates_halve_the_gradient_but_only_about():
-  full, constant = (np.asarray(sharded(form)[1]["image"]).ravel() for form in ("full", "constant candidates"))
+  full, constant = (np.asarray(sharded(method)[1]["image"]).ravel() for method in ("full", "constant candidates"))
   length = np.linalg.norm(full) / np.linalg.norm(constant)
   direction = full @ constant / np.linalg.norm(full) / np.linalg.norm(constant)
   assert 1.8 < length < 2.2

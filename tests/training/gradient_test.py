@@ -1,5 +1,6 @@
 """Batches in parts: the exact gradient of the whole, and the plain mean of parts."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import steps
 from tiny import tiny_config
 
 from declip_jax import build, objectives, sharding
+from declip_jax.objectives.blockwise import PLAIN
 from declip_jax.training import gradient
 
 whole = functools.cache(functools.partial(steps.take_steps, data=1, fsdp=1))
@@ -33,7 +35,7 @@ def built_of(method: str) -> tuple[build.Built, objectives.Objective, dict, tupl
   config = tiny_config(method)
   config.model.heads.bank_size = steps.BATCH
   built = build.build(config)
-  objective = objectives.make_objective(config.objective)
+  objective = dataclasses.replace(built.objective, method=PLAIN)
   batch = steps.random_batch(built, np.random.default_rng(0))
   return built, objective, batch, built.model.init(jax.random.key(0), batch)
 

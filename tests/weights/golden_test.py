@@ -18,9 +18,10 @@ from declip_jax import config
 from declip_jax.data.recipes import RECIPES
 from declip_jax.models import bank
 from declip_jax.models.model import make_model
-from declip_jax.objectives import active, heads_for, nearest_neighbour, used_views
+from declip_jax.objectives import make_objective
 from declip_jax.objectives.contrastive import info_nce
 from declip_jax.objectives.filip import selected_interaction
+from declip_jax.objectives.neighbours import nearest_neighbour
 from declip_jax.types import Views
 from declip_jax.unit_norm import unit_norm
 from declip_jax.weights import dialects
@@ -44,7 +45,7 @@ class Golden:
     fields = self.weights.model.copy_and_resolve_references()
     fields.mean, fields.std = (0.0, 0.0, 0.0), (1 / 255,) * 3
     self.fields, self.views, self.heads = fields, views or Views(), self.weights.heads
-    self.model = make_model(fields, views=self.views, heads=self.heads)
+    self.model = make_model(fields.to_dict(), views=self.views, heads=self.heads)
     self.params, self.collections = self.weights.params, self.weights.collections
 
   def theirs(self, variables):
@@ -70,7 +71,7 @@ class Golden:
     fields = self.fields.copy_and_resolve_references()
     if depth is not None:
       fields[tower].depth = depth
-    module = getattr(make_model(fields, views=self.views, heads=("joint",)).towers, tower)
+    module = getattr(make_model(fields.to_dict(), views=self.views, heads=("joint",)).towers, tower)
     params = self.params["towers"][tower]
     if depth is not None:
       cut = jax.tree.map(lambda x: x[:depth], params["transformer"])
@@ -293,7 +294,7 @@ def test_slip_in_evaluation_mode(slip):
   for view in ("aug1", "aug2"):
     feature = golden.inside("image", nhwc(arrays[view]), 2)["post_norm"]["__call__"][0]
     projection = golden.model.heads.apply(
-      variables, feature, False, method=lambda heads, x, train: heads.simclr(x, train)
+      variables, feature, False, method=lambda heads, x, train: heads.members["simclr"].simclr(x, train)
     )
     np.testing.assert_allclose(projection, expected[f"{view}_embed"], **FORWARD)
   pixels = golden.inside("image", nhwc(arrays["image"]), 2)
@@ -331,9 +332,13 @@ class Declip(Golden):
     """Loss, gradient, features, outputs, metrics and collections of a step of a method, with `more` weights."""
     c = config.default(method, preset="repo")
     c.objective.filip.top_k = 4
-    weights = active(c.objective) | more
-    self.model = make_model(self.fields, views=used_views(self.views, weights), heads=heads_for(weights))
-    options = objectives.options_of(c.objective)
+    for term, weight in more.items():
+      c.objective[term].weight = weight
+    objective = make_objective(c.objective.to_dict())
+    views = objective.used_views(self.views)
+    self.model = make_model(self.fields.to_dict(), views=views, heads=objective.heads)
+    options = {active.name: active.options for active in objective.terms}
+    weights = objective.weights
     return reference.differentiate(self.model, self.params, self.collections, self.batch, options=options, **weights)
 
   def gradients(self, gradient, prefix):
@@ -402,7 +407,8 @@ def test_neighbours_of_declip(declip):
   golden, _, (_, _, _, outputs, metrics, _) = declip
   arrays = golden.arrays
   np.testing.assert_allclose(metrics["loss/nns"], arrays["declip/nn_loss"], atol=1e-5)
-  options = objectives.options_of(config.default("declip", preset="repo").objective)["nns"]
+  objective = make_objective(config.default("declip", preset="repo").objective.to_dict())
+  (options,) = (active.options for active in objective.terms if active.name == "nns")
   for view in (1, 2):
     one, _ = nearest_neighbour(outputs.replace(image=outputs.image[view - 1 : view]), {}, **options)
     np.testing.assert_allclose(one, arrays[f"declip/nn_loss_image{view}"], atol=1e-5)
