@@ -1,11 +1,14 @@
-# make demo   installs into .venv and pretrains DeCLIP on the embedded scenes (a few minutes on two cores)
-# make test   installs into .venv and runs the tests, without those of test-slow
-# make test-interop  installs PyTorch, open_clip and transformers into .venv-interop and exchanges weights with them
-# make bench-input  installs torchvision and open_clip into .venv-bench and measures the input pipeline beside them
-# make bench-scale  prints memory and time of InfoNCE in each form for batches up to 128k, beside open_clip's forms
-# make bench-open-clip  installs as bench-input and times CLIP's train step beside open_clip's
-# make test-slow  runs the tests that take minutes each
-# make check  what CI runs: formatting, lint, all tests
+# make demo          pretrains DeCLIP on the embedded scenes (a few minutes on two cores)
+# make test          the fast tests: 5 minutes on two cores, 3 once their programs are in the compile cache
+# make test-all      all tests but those of the next two: the fast ones, then the slow ones
+# make test-interop  exchanges weights with PyTorch, open_clip and transformers, in .venv-interop
+# make test-device   the tests that need a GPU or TPU; they are skipped where there is none
+# make mutate        plants bugs in a copy of the package, one at a time, and counts those that the fast tests catch
+# make check         what CI runs: format, lint, types, fast tests, and slow tests until SLOW_SECONDS are over
+# make bench-input   compares the input pipeline with torchvision and open_clip, in .venv-bench
+# make bench-scale   memory and time of InfoNCE by each method for batches up to 128k, beside open_clip's
+# make bench-open-clip  times CLIP's train step beside open_clip's, in .venv-bench
+# Each installs what it needs first. ARGS are further arguments, such as make test ARGS="tests/data -x".
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
@@ -13,25 +16,40 @@ RUN ?= runs/demo
 # Large pages for the arrays of a step: the demo takes a fifth less time. Only glibc reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow test-interop check clean
+.PHONY: demo test test-slow test-all test-interop test-device mutate lint check clean
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python -m declip_jax.train --config configs/demo.py --workdir $(RUN)
+	$(VENV)/bin/python -m declip_jax.train --config=demo --workdir $(RUN)
+
+# Neighbouring tests share what they have computed, so each core takes one half and then the rest of the other's.
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow" $(ARGS)
 
+# One test at a time in the order of tests/conftest.py, most valuable first.
 test-slow: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -n 2 --dist load --maxschedchunk 1 -m slow $(ARGS)
+
+test-all: test test-slow
 
 test-interop: $(VENV)-interop/installed
-	$(VENV)-interop/bin/python -m pytest -n 2 tests/interop
+	$(VENV)-interop/bin/python -m pytest -n 2 tests/interop $(ARGS)
 
-check: $(VENV)/installed-dev
+test-device: $(VENV)/installed-dev
+	JAX_PLATFORMS= $(VENV)/bin/python -m pytest tests/device_test.py $(ARGS)
+
+mutate: $(VENV)/installed-dev
+	$(VENV)/bin/python tools/mutate.py $(ARGS)
+
+lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(MAKE) test
-	$(MAKE) test-slow
+
+SLOW_SECONDS ?= 360
+
+check: lint test
+	$(MAKE) test-slow ARGS="--stop-after=$(SLOW_SECONDS)"
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

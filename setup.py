@@ -70,6 +70,7 @@ setup(
       "datasets>=3.0",
       "psutil>=6",
       "pytest>=8",
+      "pytest-timeout>=2.3",
       "pytest-xdist>=3.6",
       "ruff>=0.14",
       "sentencepiece>=0.2",

@@ -39,7 +39,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from rivals import import_torchvision
 
 from declip_jax.data import images
-from declip_jax.data.make_views import MakeViews
+from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import RECIPES, Recipe, get_recipe
 from declip_jax.data.sources import BadSample, Example, open_source
 from declip_jax.data.sources.webdataset import WebDataset
@@ -188,9 +188,9 @@ def bench_views(
 def contestants(recipe: Recipe, size: int, interpolation: str) -> dict[str, Work]:
   """Each from an example to its views."""
   rng = np.random.default_rng(0)
-  common = {"interpolation": interpolation, "patch_grid": size // 16}
+  masking = Masking(patch_grid=size // 16)
   make = {
-    name: MakeViews(recipe, Tokenizer(77), size, engine=engine, augment_on=place, **common)
+    name: MakeViews(recipe, Tokenizer(77), Rendering(size, interpolation, engine, place), masking)
     for name, engine, place in (("fast", "fast", "host"), ("exact", "exact", "host"), ("device", "fast", "device"))
   }
   works: dict[str, Work] = {"decoding": lambda example: images.decode(example["image"])}

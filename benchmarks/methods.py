@@ -6,25 +6,21 @@ already goes on where it was. With --check the command fails if a loss did not f
 """
 
 import argparse
-import importlib.util
 from pathlib import Path
 import sys
 
+from declip_jax import config_files
 from declip_jax.config import duration
 from declip_jax.methods import METHODS
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.train import train
 
-ROOT = Path(__file__).resolve().parent.parent
 LOWEST_DEVIATION = 0.3
 
 
 def train_method(method: str, steps: int, workdir: Path) -> list[dict[str, float]]:
-  """The metrics of a run of `configs/demo.py:METHOD` cut to `steps`."""
-  spec = importlib.util.spec_from_file_location("demo", ROOT / "configs" / "demo.py")
-  demo = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(demo)
-  config = demo.get_config(method)
+  """The metrics of a run of `demo:method=METHOD` cut to `steps`."""
+  config = config_files.load(f"demo:method={method}")
   config.duration = duration(steps=steps)
   config.evaluate_every = config.checkpoint.every = duration()
   train(config, workdir)

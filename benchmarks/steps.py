@@ -16,8 +16,6 @@ second row: texts are cut behind the longest of a batch (here 13 tokens).
 
 import argparse
 from dataclasses import dataclass, field
-import importlib.util
-from pathlib import Path
 import statistics
 import time
 from typing import Any
@@ -26,7 +24,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from declip_jax import build
+from declip_jax import build, config_files
 from declip_jax.build import make_step
 from declip_jax.config import duration
 from declip_jax.methods import METHODS
@@ -34,7 +32,6 @@ from declip_jax.planning import flops
 from declip_jax.sharding import batch_sharding, to_global
 from declip_jax.training.state import State, abstract_state, create_state
 
-ROOT = Path(__file__).resolve().parent.parent
 RELEASED = ("declip_repo", "filip_repo", "defilip_repo")
 TOKENS = 13  # of each text, with both ends
 
@@ -73,12 +70,9 @@ class Step:
 
 
 def read_config(name: str, method: str) -> ConfigDict:
-  """`configs/NAME.py` for a method; NAME:REST appends REST to its argument."""
-  name, _, rest = name.partition(":")
-  spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config(method + rest)
+  """Returns a config that takes a method; further arguments follow a colon, as in small:dataset=flickr8k."""
+  name, _, arguments = name.partition(":")
+  return config_files.load(f"{name}:method={method},{arguments}")
 
 
 def random_batch(built: build.Built, batch_size: int) -> Any:
@@ -123,7 +117,7 @@ def main() -> None:
   parser.add_argument(
     "--config",
     default="demo",
-    help="a file of configs/ that takes a method, as demo (the default) or small:,fashion44k,-",
+    help="a config that takes a method, such as demo (the default) or small:dataset=flickr8k",
   )
   parser.add_argument("--methods", nargs="+", help="which, beside clip (default: all that the config takes)")
   parser.add_argument("--batch-size", type=int, help="default: that of the config")

@@ -1,33 +1,59 @@
-"""What there is to train: `demo`, `small`, `pretrain`, and a folder for each published recipe with a file for each row.
+"""What there is to train: `demo`, `small`, `pretrain`, and a folder per paper with a file for each published result.
 
-A row's file tells its command, the published number and the hardware; `recipe` beside it the paper, the data, where we
-differ, and what all rows share. Rows import these, so commands run in the folder that holds configs/. Each takes
-FOLDER,IMAGENET as its argument:
+A config is found by its name from any folder; the parameters of its `get_config` are named arguments:
 
-  python -m declip_jax.train --config=configs/slip/slip_base_25ep.py:FOLDER,IMAGENET --workdir runs/slip_base_25ep
+  python -m declip_jax.train --config=slip/slip_base_25ep:data=FOLDER,imagenet=FOLDER --workdir runs/slip_base_25ep
 
-All published numbers that are called zero-shot need OpenAI's 80 prompts or, for SLIP's rows, its seven. OpenAI's are
-not in this repository: IMAGENET measures with one, which costs points (about 3.5 with CLIP's own models);
-`--config.evals.imagenet.templates` takes all.
+The `recipe` beside a published result names the paper and the data, lists where we differ, and has what its results
+share. Each result has its numbers in `PUBLISHED`, as its source reports them; they are not ours:
+
+  source                 paper and table
+  imagenet_top1_percent  top-1 accuracy on ImageNet by protocol: zero_shot, linear_probe, fine_tuned
+  parameters             trained parameters
+  hardware               devices and time; missing if not published
+  second_hand            which of these come from another publication: look them up before you quote them
+
+Zero-shot accuracies are those of OpenAI's 80 prompts or, in `slip`, of its seven. OpenAI's are not in this repository:
+`imagenet` evaluates with one prompt, which costs about 3.5 points with CLIP's own models; set all of them by
+`--config.evals.imagenet.templates`.
 """
+
+import os
 
 from ml_collections import ConfigDict
 
 from declip_jax import config
 
 
-def read_folders(c: ConfigDict, arg: str, default: str, templates: tuple[str, ...] = ("a photo of a {}.",)) -> None:
-  """Sets where a row reads, by its argument: empty, FOLDER or FOLDER,IMAGENET.
+def to_source(data: str) -> str:
+  """Returns the source for an argument `data`.
 
   Args:
-    c: changed in place.
-    arg: FOLDER holds the training shards, *.tar. IMAGENET, if given, holds those of ImageNet's validation images with
-      classnames.txt beside them: they are classified every `c.evaluate_every`, and the best checkpoint is kept.
-    default: in place of an empty FOLDER.
-    templates: prompts to classify with.
+    data: a folder of WebDataset shards, *.tar; the path of a table or an archive; or any KIND:LOCATION.
+
+  Raises:
+    FileNotFoundError: a file that does not exist.
+    ValueError: a file that is not recognised.
   """
-  folder, _, imagenet = arg.partition(",")
-  c.data.train = (f"webdataset:{folder or default}/*.tar",)
+  path = ":" not in data or "://" in data
+  if path and (os.path.isdir(data) or not os.path.splitext(data)[1]):
+    return f"webdataset:{data.rstrip('/')}/*.tar"
+  from declip_jax.data.inspect import guess  # on demand: it imports the image codecs
+
+  return guess(data)
+
+
+def read_data(c: ConfigDict, data: str, imagenet: str, templates: tuple[str, ...] = ("a photo of a {}.",)) -> None:
+  """Sets what a published result trains on and how it is evaluated, in place.
+
+  Args:
+    c: the config.
+    data: the training data; see `to_source`.
+    imagenet: ImageNet's validation images, with `classnames.txt` beside the shards. They are classified every
+      `c.evaluate_every`, and the best checkpoint is kept. If empty, nothing is evaluated.
+    templates: the prompts for it.
+  """
+  c.data.train = (to_source(data),)
   if imagenet:
-    c.evals.imagenet = config.zero_shot(f"webdataset:{imagenet}/*.tar", templates)
+    c.evals.imagenet = config.zero_shot(to_source(imagenet), templates)
     c.checkpoint.best_metric = "eval/imagenet/top1"

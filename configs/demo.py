@@ -1,7 +1,9 @@
 """DeCLIP on the embedded scenes, small enough for two CPU cores: make demo
 
-The classes of the zero-shot evaluation are 30 pairs of a colour and a shape that training never shows together; chance
-is 3.3 %.
+  python -m declip_jax.train --config=demo:method=slip --workdir runs/slip
+
+The classes of the zero-shot evaluation are 30 pairs of a colour and a shape that never appear together in training;
+chance is 3.3 %.
 """
 
 from ml_collections import ConfigDict
@@ -11,25 +13,25 @@ from declip_jax.data.sources.scenes import TEMPLATES
 
 
 def get_config(method: str = "declip") -> ConfigDict:
-  """`method` is one of `methods.METHODS`, as in --config=configs/demo.py:clip"""
+  """Returns the config of a `method` of `methods.METHODS`."""
   c = config.default(method)
   c.batch_size = 64
   c.duration = config.duration(steps=1000)
   c.data.train = ("scenes:train/100000/40",)
   c.data.image_size = 32
-  # Milder than on photographs: a scene is one object, and its colour is half of what there is to learn.
+  # Milder than for photographs: a scene is one object, and its colour is half of what can be learned.
   c.data.weak_scale = c.data.strong_scale = (0.8, 1.0)
   c.data.jitter = (0.2, 0.2, 0.2, 0.02)
   c.data.grayscale_probability = 0.05
   c.data.blur_probability, c.data.blur_radius = (0.2,), (0.1, 0.5)
-  c.data.mask_slots = 2  # captions are short: 15 % of some 10 tokens
+  c.data.mask_slots = 2  # captions are short: 15 % of about 10 tokens
   c.data.threads = 2
   c.model.dtype = "float32"
-  tokens = method in ("slip_mim", "filip", "defilip")  # which look at patches: a ResNet has one on 32 pixels
+  tokens = method in ("slip_mim", "filip", "defilip")  # they use patches, of which a ResNet has one for 32 pixels
   if tokens:
     c.model.image = architectures.vit(patch=8, width=128, depth=4, heads=4)
   else:
-    c.model.image = architectures.resnet(width=16, layers=(1, 1, 1, 1))  # learns shapes from fewer pictures
+    c.model.image = architectures.resnet(width=16, layers=(1, 1, 1, 1))  # learns shapes from fewer images
   c.model.text.update({"width": 64, "depth": 2, "heads": 2, "context_length": 24})
   c.model.heads.update({"embed_dim": 64, "image_bias": not tokens, "bank_size": 2048})
   c.model.heads.update({"simsiam_projector": (128, 128, 128), "simsiam_predictor": (64, 128)})
@@ -42,7 +44,7 @@ def get_config(method: str = "declip") -> ConfigDict:
   c.evaluate_every = config.duration(steps=250)
   c.evaluate_batch_size = 256
   c.checkpoint.every = config.duration(steps=250)
-  if method != "simclr":  # which sees no text
+  if method != "simclr":  # it has no text tower
     c.evals.heldout = config.zero_shot("scenes:heldout/1500/40", TEMPLATES)
     c.evals.retrieval = config.retrieval("scenes:test/500/40")
     c.checkpoint.best_metric = "eval/heldout/top1"

@@ -1,20 +1,18 @@
-"""Any method with one small ViT on a small WebDataset, for two CPU cores: docs/results.md has the figures.
+"""Any method with one small ViT on a small WebDataset, for two CPU cores; docs/results.md has the results.
 
-  --config=configs/small.py:METHOD,DATASET,FOLDER
+  python -m declip_jax.train --config=small:method=slip,dataset=flickr8k,data=FOLDER --workdir runs/slip
 
-METHOD is one of `methods.METHODS` or `methods.STUDIES`, or METHOD_repo for what DeCLIP's released code does under that
-name. DATASET is fashion44k (product photos, their titles, 68 article types) or flickr8k (photos with five captions
-each). FOLDER holds train-*.tar and test-*.tar, for fashion44k also classnames.txt.
-All methods see the same pairs, the same number of them, and train the same towers; METHOD_repo freezes the patch
-embedding, as released.
+All methods see the same pairs equally often and train the same towers; METHOD_repo freezes the patch embedding, as
+released.
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax import architectures, config
+from declip_jax.config_files import did_you_mean
 
 EPOCHS = {"fashion44k": 6, "flickr8k": 20}
-# Titles are like "Puma Women Black Crazy Slide Flats", not like "a photo of flats".
+# Titles read like "Puma Women Black Crazy Slide Flats", not like "a photo of flats".
 FASHION_TEMPLATES = tuple(
   f"{who} {color} {{}}"
   for who in ("Men", "Women")
@@ -22,19 +20,28 @@ FASHION_TEMPLATES = tuple(
 )
 
 
-def get_config(arg: str = "clip,fashion44k,data/fashion44k") -> ConfigDict:
-  """`arg` is METHOD,DATASET,FOLDER."""
-  method, _, rest = arg.partition(",")
-  dataset, _, folder = rest.partition(",")
+def get_config(method: str = "clip", dataset: str = "fashion44k", data: str = "") -> ConfigDict:
+  """Returns the config.
+
+  Args:
+    method: a name of `methods.METHODS` or `methods.STUDIES`, or METHOD_repo for what DeCLIP's released code does under
+      that name.
+    dataset: fashion44k (product photos, their titles, 68 article types) or flickr8k (photos with five captions each).
+    data: a folder with train-*.tar and test-*.tar, for fashion44k also classnames.txt; data/DATASET by default.
+
+  Raises:
+    ValueError: an unknown dataset.
+  """
   if dataset not in EPOCHS:
-    raise ValueError(f"{arg!r} is not METHOD,DATASET,FOLDER: DATASET {dataset!r} is none of {sorted(EPOCHS)}")
+    raise ValueError(f"dataset {dataset!r}: choose one of {sorted(EPOCHS)}{did_you_mean(dataset, EPOCHS)}")
+  folder = data or f"data/{dataset}"
   c = config.default(method.removesuffix("_repo"), preset="repo" if method.endswith("_repo") else "paper")
   c.batch_size = 256
   c.duration = config.duration(epochs=EPOCHS[dataset])
   c.data.train = (f"webdataset:{folder}/train-*.tar",)
   c.data.image_size = 32
-  c.data.blur_radius = (0.1, 0.5)  # the papers' are for images of 224 pixels
-  c.data.mask_slots = 2  # captions are short: 15 % of some 7 to 12 tokens
+  c.data.blur_radius = (0.1, 0.5)  # the papers' radii are for images of 224 pixels
+  c.data.mask_slots = 2  # captions are short: 15 % of 7 to 12 tokens
   c.data.threads = 2
   c.model.dtype = "float32"
   c.model.image = architectures.vit(patch=8, width=128, depth=4, heads=4)
@@ -43,9 +50,9 @@ def get_config(arg: str = "clip,fashion44k,data/fashion44k") -> ConfigDict:
   c.model.heads.update({"simsiam_projector": (256, 256, 256), "simsiam_predictor": (128, 256)})
   c.model.heads.update({"momentum_projector": (512, 512, 128), "momentum_predictor": (512, 128), "dense_dim": 64})
   if method.endswith("_repo"):
-    c.model.heads.norm_groups = c.model.heads.bank_groups = 2  # of 128 pairs
+    c.model.heads.norm_groups = c.model.heads.bank_groups = 2  # of 128 pairs each
     c.model.heads.bank_size = 4096
-    c.data.evaluation_resize = 0  # as in all rows
+    c.data.evaluation_resize = 0  # as for all other methods
   c.optimizer.learning_rate = 1e-3
   c.optimizer.warmup, c.optimizer.weight_decay = config.duration(steps=100), 0.2
   c.log_every = 10
@@ -53,7 +60,7 @@ def get_config(arg: str = "clip,fashion44k,data/fashion44k") -> ConfigDict:
   c.evaluate_batch_size = 256
   c.checkpoint.every = config.duration(epochs=EPOCHS[dataset] / 4)
   test = f"webdataset:{folder}/test-*.tar"
-  if method == "simclr":  # which sees no text
+  if method == "simclr":  # it has no text tower
     return c
   if dataset == "fashion44k":
     c.evals.zero_shot = config.zero_shot(test, FASHION_TEMPLATES)

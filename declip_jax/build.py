@@ -16,7 +16,7 @@ import optax
 
 from declip_jax.config import steps_of
 from declip_jax.data.images import INTERPOLATIONS, EvalView
-from declip_jax.data.make_views import MakeViews
+from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
@@ -155,20 +155,15 @@ def _make_views(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer, grid: 
       f"config.data.patch_share={data.patch_share} hides none or all of the {grid} x {grid} patches that "
       f"config.data.image_size={data.image_size} has with this config.model.image: choose a larger image"
     )
-  return MakeViews(
-    recipe,
-    tokenizer,
-    data.image_size,
-    data.interpolation,
+  rendering = Rendering(data.image_size, data.interpolation, data.engine, data.augment_on)
+  masking = Masking(
     data.mask_probability,
     data.mask_slots,
     data.mask_whole_words,
-    data.caption_weights,
     patch_grid=grid,
     patch_share=data.patch_share,
-    engine=data.engine,
-    augment_on=data.augment_on,
   )
+  return MakeViews(recipe, tokenizer, rendering, masking, data.caption_weights)
 
 
 def _check_ranges(config: ConfigDict, ranges: Sequence[tuple[str, Callable[[Any], bool], str]]) -> None:

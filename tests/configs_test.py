@@ -1,57 +1,51 @@
-"""The configs under `configs/`: each file builds, has the size and the recipe that its source says, and tells it.
+"""The files of configs/: each builds, has the size, the recipe and the numbers of its source, and says how to run it.
 
-Nothing is compiled and no array is made: models are traced for their shapes, at the batch size of the config.
+Nothing is compiled and no array is made: models are traced for their shapes, at the batch size of the config. The fast
+tests trace one config of each folder; the slow ones trace all.
 """
 
 from functools import cache
-import importlib.util
 import itertools
 from pathlib import Path
 import re
-import subprocess
-import sys
+from types import ModuleType
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from declip_jax import architectures, build, config
-from declip_jax.build import check_objective, make_step
+from declip_jax import architectures, build, config, config_files
+from declip_jax.configs.declip_yfcc15m.recipe import MLM_HEAD
 from declip_jax.methods import METHODS, REPO_METHODS, STUDIES
 from declip_jax.objectives import make_objective
 from declip_jax.sharding import check_batch
 from declip_jax.training import schedules
-from declip_jax.training.state import abstract_state
+from declip_jax.training.state import State, abstract_state
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 SCHEDULES = np.load(Path(__file__).parent / "fixtures" / "schedule.npz")
-FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.glob("**/*.py"))
-NAMES = [str(file) for file in FILES if file.stem not in ("__init__", "recipe")]
-ROWS = [name for name in NAMES if "/" in name]  # of a paper; the others are ours
+NAMES = config_files.names()
 EPOCH = 100_000_000  # examples; only clip_wit needs so many for its warm-up
+# One config of each folder, with every term but those of the momentum tower; the small ones.
+REPRESENTATIVES = ("demo", "pretrain", "slip/slip_small_25ep", "clip_wit/vit_b_32", "declip_yfcc15m/vit_defilip")
 
 
 @cache
-def load(name):
-  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+def load(name: str) -> ModuleType:
+  return config_files.load_module(name)
 
 
-def get(name, *arg):
-  return load(name).get_config(*arg)
+def get(name: str, **arguments: str) -> ConfigDict:
+  return load(name).get_config(**arguments)
 
 
-def in_folder(folder):
-  return [name for name in ROWS if name.startswith(f"{folder}/")]
+ENTRIES = [name for name in NAMES if hasattr(load(name), "PUBLISHED")]
+
+_traced: dict[str, State] = {}
 
 
-_traced = {}
-
-
-def traced(c):
-  """Parts and abstract state of a config; those with the same parameters and moments are traced once."""
+def traced(c: ConfigDict) -> tuple[build.Built, State]:
+  """Returns what a config builds and its abstract state; equal parameters and moments are traced once."""
   built = build.build(c)
   key = str(
     (c.model, make_objective(c.objective.to_dict()).heads, c.data.image_size, c.optimizer.name, c.optimizer.frozen)
@@ -62,60 +56,39 @@ def traced(c):
   return built, _traced[key]
 
 
-_checked = set()
+_checked: set[str] = set()
 
 
-def check_terms(c):
-  """That each term finds its inputs. A ViT stands in for a ResNet, which takes three times as long to trace."""
+def check_terms(c: ConfigDict) -> None:
+  """Checks that each term finds its inputs. A ViT replaces a ResNet, which takes three times as long to trace."""
   if c.model.image.kind == "resnet":
     c = c.copy_and_resolve_references()
     c.model.image = architectures.vit(patch=32, width=64, depth=1, heads=1)
   built = build.build(c)
   key = str((built.recipe.views, c.objective, c.model.mlm_attention, c.model.heads))
   if key not in _checked:
-    check_objective(c, built, built.batch_shape(c.batch_size))
+    build.check_objective(c, built, built.batch_shape(c.batch_size))
     _checked.add(key)
 
 
-def count(c):
-  return sum(leaf.size for leaf in jax.tree.leaves(traced(c)[1].params))
+def num_parameters(name: str) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(traced(get(name))[1].params))
 
 
-ALL = [*METHODS, *STUDIES, *(f"{method}_repo" for method in REPO_METHODS)]
-
-
-@pytest.mark.parametrize(("name", "method"), [("demo", m) for m in METHODS] + [("small", m) for m in ALL])
-def test_every_method_builds_with_our_own_configs(name, method):
-  c = load(name).get_config(method if name == "demo" else f"{method},fashion44k,/data")
-  built = build.build(c)
-  check_objective(c, built, built.batch_shape(8))
-  assert {"zero_shot", "heldout"} & set(c.evals) or method == "simclr"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_config_builds(name):
+def check_shapes(name: str) -> None:
+  """Traces the model of a config, and checks its dtype and that its terms find their inputs."""
   c = get(name)
   built, state = traced(c)
   assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
   check_terms(c)
   check_batch(c.batch_size, built.mesh, "batch_size")
-  build.to_steps(c, EPOCH)  # rejects a warm-up longer than training
-  assert config.from_json(c.to_json_best_effort()).to_dict() == c.to_dict()
 
 
-_stepped = {}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_step_maps_the_state_to_one_of_the_same_shapes(name):
+def check_step(name: str) -> None:
+  """Checks that a train step maps the state of a config to one of the same shapes, with a loss for each term."""
   c = get(name)
   built, state = traced(c)
-  o = c.optimizer
-  program = (built.recipe.views, c.objective, c.model, c.data.image_size, c.batch_size)
-  program += (o.name, o.schedule, o.decay_mask, o.frozen, o.multipliers, o.layer_decay, o.logit_scale_range)
-  if (other := _stepped.setdefault(str(program), name)) != name:
-    pytest.skip(f"the step of {other}, which differs in data, epochs or rates only")
-  step = make_step(c, built, build.to_steps(c, EPOCH), state)
+  step = build.make_step(c, built, build.to_steps(c, EPOCH), state)
   after, metrics = jax.eval_shape(step, state, built.batch_shape(c.batch_size))
   shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, after)]
   assert shapes[0] == shapes[1]
@@ -123,185 +96,97 @@ def test_a_step_maps_the_state_to_one_of_the_same_shapes(name):
   assert {leaf.shape for leaf in metrics.values()} == {()}
 
 
-# What others count that no loss ever trains, so that we do not have it.
-RESNET_FC = 2048 * 1024 + 1024  # DeCLIP's ResNet: a linear layer for other resolutions than 224
-MLM_HEAD = 512 * 49409 + 49409  # its FILIP masks captions, but predicts nothing
-SLIP_NORM = 2 * 4096  # its SLIP head: a norm behind the last layer, not applied
+# Every file.
 
 
-PUBLISHED = {
-  "declip_yfcc15m/vit_clip": 151_278_337,
-  "declip_yfcc15m/vit_slip": 172_282_881 - SLIP_NORM,
-  "declip_yfcc15m/vit_filip": 177_281_283 - MLM_HEAD,
-  "declip_yfcc15m/vit_declip": 180_306_946,
-  "declip_yfcc15m/vit_defilip": 180_635_139,
-  "declip_yfcc15m/r50_clip": 104_106_849 - RESNET_FC,
-  "declip_yfcc15m/r50_filip": 130_109_539 - RESNET_FC - MLM_HEAD,
-  "declip_yfcc15m/r50_declip": 133_659_746 - RESNET_FC,
-  "declip_88m/r50": 133_659_746 - RESNET_FC,
-  "declip_88m/vitb32": 186_207_746,
-  "slip/clip_small_25ep": 85_290_369,
-  "slip/clip_base_25ep": 149_619_969,
-  "slip/clip_large_25ep": 367_254_017,
-  "slip/simclr_small_25ep": 41_089_152,
-  "slip/simclr_base_25ep": 106_795_008,
-  "slip/simclr_large_25ep": 325_346_560,
-  "slip/slip_small_25ep": 104_713_857,
-  "slip/slip_base_25ep": 170_616_321,
-  "slip/slip_large_25ep": 389_298_945,
-  "slip/clip_rn50_25ep": 102_007_137,
-  "clip_wit/rn50": 102_007_137,
-  "clip_wit/rn101": 119_688_033,
-  "clip_wit/rn50x4": 178_300_601,
-  "clip_wit/rn50x16": 290_979_217,
-  "clip_wit/rn50x64": 623_258_305,
-  "clip_wit/vit_b_32": 151_277_313,
-  "clip_wit/vit_b_16": 149_620_737,
-  "clip_wit/vit_l_14": 427_616_513,
-  "clip_wit/vit_l_14_336px": 427_944_193,
-}
+def test_every_config_is_complete() -> None:
+  seen: dict[str, str] = {}
+  for name in NAMES:
+    c = get(name)
+    build.to_steps(c, EPOCH)  # rejects a warm-up longer than training
+    saved = c.to_json_best_effort(sort_keys=True)
+    assert config.from_json(saved).to_dict() == c.to_dict(), name
+    assert saved not in seen, (name, seen[saved])  # two files for the same run
+    seen[saved] = name
 
 
-def layers(*widths, bias):
-  """Linear layers of these widths, and a gain and a bias of the norm behind each but the last."""
-  return sum(a * b + b * bias for a, b in itertools.pairwise(widths)) + sum(2 * width for width in widths[1:-1])
+def test_every_file_says_how_to_run_it() -> None:
+  for name in NAMES:
+    text = re.sub(r"\\\n *", "", load(name).__doc__ or "")
+    command = re.search(r"\n *python -m declip_jax\.train --config=(\S+) --workdir (\S+)\n", text)
+    assert command, name
+    assert config_files.load(command[1]).to_dict(), name
+    assert command[1].partition(":")[0] == name
+    if name in ENTRIES:
+      assert command[2] == f"runs/{name.split('/')[1]}"
 
 
-MOCO_HEADS = layers(768, 4096, 4096, 256, bias=False) + layers(256, 4096, 256, bias=False)
-MIM_HEAD = 768 + 2 * 768 + layers(768, 16 * 16 * 3, bias=True)  # the hidden patches' embedding, a norm, the pixels
-# A row that has no published count: one that has, and what it has more.
-LIKE = {
-  "declip_yfcc15m/r50_slip": ("declip_yfcc15m/r50_clip", layers(2048, 4096, 4096, 256, bias=True)),
-  "declip_paper/cc3m_iss": ("declip_yfcc15m/r50_declip", -MLM_HEAD),
-  "declip_paper/cc3m_tss": ("declip_yfcc15m/r50_clip", MLM_HEAD),
-  "slip/slip_mocov3": ("slip/clip_base_25ep", MOCO_HEADS),
-  "slip/slip_byol": ("slip/clip_base_25ep", MOCO_HEADS),
-  "slip/slip_mim": ("slip/clip_base_25ep", MIM_HEAD),
-}
-for one, others in {
-  "declip_yfcc15m/r50_clip": "cc3m_clip cc3m_mvs cc3m_clip_weak cc3m_nns yfcc15m_clip",
-  "declip_yfcc15m/r50_declip": "cc3m_mvs_ss cc3m_declip yfcc15m_declip",
-}.items():
-  LIKE |= {f"declip_paper/{row}": (one, 0) for row in others.split()}
-for one, others in {
-  "clip_base_25ep": "clip_base_cc3m_40ep clip_base_cc12m_35ep simclr_to_clip clip_color clip_crop clip_full",
-  "slip_small_25ep": "slip_small_50ep slip_small_100ep",
-  "slip_base_25ep": "slip_base_50ep slip_base_100ep slip_base_cc3m_40ep slip_base_cc12m_35ep slip_decoupled",
-  "slip_large_25ep": "slip_large_50ep slip_large_100ep",
-}.items():
-  LIKE |= {f"slip/{row}": (f"slip/{one}", 0) for row in others.split()}
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_a_config_of_each_folder_has_shapes_that_fit(name: str) -> None:
+  check_shapes(name)
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_parameters_are_as_many_as_published(name):
-  other, more = LIKE.get(name, (name, 0))
-  assert count(get(name)) == PUBLISHED[other] + more
+def test_a_step_maps_the_state_to_one_of_the_same_shapes() -> None:
+  check_step("declip_yfcc15m/vit_defilip")
 
 
-def test_no_two_rows_are_the_same_run():
-  configs = {name: get(name).to_dict() for name in NAMES}
-  for one, other in itertools.combinations(configs, 2):
-    assert configs[one] != configs[other], (one, other)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_has_shapes_that_fit(name: str) -> None:
+  check_shapes(name)
 
 
-# The recipes, as the sources have them.
+_stepped: dict[str, str] = {}
 
 
-@pytest.mark.parametrize(
-  ("row", "terms", "width", "rate", "decay"),
-  [
-    # experiments/*/yfcc15m/*/config.yaml of Sense-GVT/DeCLIP; a mean over 2x2 pairs is a quarter `clip`.
-    ("vit_clip", {"clip": 1}, 512, 1e-3, 0.1),
-    ("vit_slip", {"clip": 1, "simclr": 1}, 512, 5e-4, 0.5),
-    ("vit_filip", {"filip": 1}, 768, 5e-4, 0.5),
-    ("vit_declip", {"clip": 0.1, "mvs": 0.3, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}, 512, 1e-3, 0.1),
-    ("vit_defilip", {"clip": 0.1, "mvs": 0.3, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2, "filip": 0.2}, 512, 1e-3, 0.1),
-    ("r50_clip", {"clip": 1}, 1024, 1e-3, 0.1),
-    ("r50_slip", {"clip": 1, "simclr": 1}, 1024, 5e-4, 0.5),
-    ("r50_filip", {"filip": 1}, 1024, 5e-4, 0.5),
-    ("r50_declip", {"clip": 0.1, "mvs": 0.3, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}, 1024, 1e-3, 0.1),
-  ],
-)
-def test_declips_rows_are_its_released_configs(row, terms, width, rate, decay):
-  c = get(f"declip_yfcc15m/{row}")
-  assert make_objective(c.objective.to_dict()).weights == pytest.approx(terms)
-  assert (c.model.heads.embed_dim, c.optimizer.learning_rate, c.optimizer.weight_decay) == (width, rate, decay)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_step_maps_the_state_to_one_of_the_same_shapes(name: str) -> None:
+  c = get(name)
   o = c.optimizer
-  assert (o.name, o.b1, o.b2, o.epsilon, o.decay_mask) == ("adamw", 0.9, 0.98, 1e-8, "declip")
-  assert (o.gradient_clip, o.layer_decay, o.multipliers, o.logit_scale_range) == (0, 1, (), (3, 6))
-  assert o.frozen == (("towers/image/patch_embedding",) if row.startswith("vit") else ())
-  assert c.batch_size == 32 * 128
-  heads, nns = c.model.heads, c.objective.nns
-  assert heads.norm_groups == heads.bank_groups == 32
-  assert (heads.bank_overflow, heads.max_scale) == ("drop", 0 if row.endswith(("_slip", "_filip")) else 100)
-  assert not nns.symmetric
-  assert not nns.warmup
-  assert (c.objective.filip.top_k, c.model.mlm_attention) == (16, "causal")
-  assert (c.model.mean, c.model.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-  recipes = {"clip": "clip", "slip": "slip", "filip": "filip_repo", "declip": "declip_repo", "defilip": "declip_repo"}
-  assert (c.data.recipe, c.data.caption_weights) == (recipes[row.split("_")[1]], (1,))
-  assert c.data.strong_scale == ((0.2, 1) if row.endswith("_slip") else None)
-  assert (c.data.image_size, c.data.evaluation_resize, c.data.interpolation) == (224, 256, "bilinear")
-  steps = build.to_steps(c, epoch_examples=15_388_848)
-  assert steps.total == 128_001
-  if rate == 1e-3:
-    want, schedule = SCHEDULES["declip_release/lr"], schedules.make_schedule(steps.schedule)
-    got = [float(schedule(np.int32(step - 1))) for step in SCHEDULES["declip_release/steps1"]]
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-9)
+  program = str((c.data.recipe, c.objective, c.model, c.data.image_size, c.batch_size, o.name, o.schedule, o.frozen))
+  program += str((o.decay_mask, o.multipliers, o.layer_decay, o.logit_scale_range))
+  if (other := _stepped.setdefault(program, name)) != name:
+    pytest.skip(f"same step as {other}: only data, epochs or rates differ")
+  check_step(name)
 
 
-def test_declips_released_models_are_their_configs():
-  r50, vit = get("declip_88m/r50"), get("declip_88m/vitb32")
-  for c in (r50, vit):
-    o = c.optimizer
-    assert (o.name, o.momentum, o.nesterov, o.learning_rate, o.decay_mask) == ("sgd", 0.9, True, 0.2, "all")
-    assert o.logit_scale_range[0] == 3
-  four_pairs = {"clip": 0.25, "mvs": 0.75}
-  rest = {"simsiam": 0.2, "mlm": 0.2, "nns": 0.2}
-  for c, share, pairs in ((r50, 0.4, 128), (vit, 0.6, 64)):
-    expected = {**{term: share * part for term, part in four_pairs.items()}, **rest}
-    assert make_objective(c.objective.to_dict()).weights == pytest.approx(expected)
-    assert c.batch_size // c.model.heads.bank_groups == c.batch_size // c.model.heads.norm_groups == pairs
-  assert (r50.optimizer.weight_decay, vit.optimizer.weight_decay) == (1e-4, 0)
-  assert (r50.model.heads.embed_dim, vit.model.heads.embed_dim) == (1024, 3072)
-  assert r50.optimizer.multipliers == (("heads/logit_scale", 0.1),)
-  assert "heads/logit_scale" in vit.optimizer.frozen
-  steps = build.to_steps(vit, epoch_examples=88_000_000)
-  schedule = schedules.make_schedule(steps.schedule)
-  assert [float(schedule(np.int32(step))) for step in (0, 4999, 300_000)] == pytest.approx([1e-3, 0.2, 0])
+ALL = [*METHODS, *STUDIES, *(f"{method}_repo" for method in REPO_METHODS)]
 
 
-@pytest.mark.parametrize("name", in_folder("slip"))
-def test_slips_rows_have_its_training_procedure(name):
-  c, row = get(name), name.removeprefix("slip/")
-  length = re.search(r"_(\d+)ep", row)
-  epochs = int(length[1]) if length else 25
-  method = "clip" if row == "simclr_to_clip" else row.split("_")[0]
-  rates = {"clip": (5e-4, 0.5), "simclr": (3.2e-3, 0.1), "slip": (3e-3, 0.1)}
-  o = c.optimizer
-  assert (o.learning_rate, o.weight_decay) == rates[method]
-  assert (o.name, o.b1, o.b2, o.epsilon, o.decay_mask) == ("adamw", 0.9, 0.98, 1e-8, "weights")
-  assert o.logit_scale_range == pytest.approx((0, np.log(100)))
-  assert not c.objective.clip.full_gradient
-  assert (c.model.mean, c.model.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-  assert (c.batch_size, c.data.interpolation, c.data.evaluation_resize) == (4096, "bilinear", 0)
-  assert c.model.heads.simclr_projector == (4096, 4096, 256)
-  steps = build.to_steps(c, epoch_examples=4096 * 100)
-  warmup = 200 if epochs == 100 else 100
-  assert (steps.total, steps.schedule.warmup) == (100 * epochs, warmup)
-  schedule = schedules.make_schedule(steps.schedule)
-  got = [float(schedule(np.int32(step))) for step in (0, warmup - 1, warmup, steps.total)]
-  assert got == pytest.approx([1e-6, o.learning_rate, o.learning_rate, 1e-5])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "method"), [("demo", m) for m in METHODS] + [("small", m) for m in ALL])
+def test_every_method_builds_with_our_own_configs(name: str, method: str) -> None:
+  c = get(name, method=method)
+  built = build.build(c)
+  build.check_objective(c, built, built.batch_shape(8))
 
 
-def numbers(name):
-  """What a row's docstring expects, in per cent."""
-  expected = next(line for line in load(name).__doc__.splitlines() if line.startswith("Expected: "))
-  return {what: float(number) for number, what in re.findall(r"(\d\d\.\d) ([a-z -]+)", expected.split(";")[0])}
+def test_our_own_configs_evaluate_every_method_with_a_text_tower() -> None:
+  for name, methods in (("demo", METHODS), ("small", ALL)):
+    for method in methods:
+      c = get(name, method=method)
+      build.build(c)
+      assert bool({"zero_shot", "heldout"} & set(c.evals)) == (method != "simclr"), (name, method)
 
 
-# Top-1 on ImageNet as the sources' tables have it, in per cent: zero-shot, or for SLIP zero-shot, linear probe and
-# fine-tuned, or for SimCLR the last two.
+# Published results.
+
+
+def test_published_results_are_described() -> None:
+  known = {"source", "imagenet_top1_percent", "parameters", "hardware", "second_hand"}
+  for name in ENTRIES:
+    published = load(name).PUBLISHED
+    assert published.keys() <= known, name
+    assert re.fullmatch(r".+ et al\. 20\d\d, arXiv 2\d{3}\.\d{5}(, .+)?", published["source"]), name
+    values = published.get("imagenet_top1_percent", {"zero_shot": 1})
+    assert values.keys() <= {"zero_shot", "linear_probe", "fine_tuned"}, name
+    assert all(0 < value < 100 for value in values.values()), name
+    assert set(published.get("second_hand", ())) <= published.keys(), name
+
+
+# Top-1 on ImageNet in per cent, typed a second time from the tables of the papers: zero-shot; for SLIP zero-shot,
+# linear probe and fine-tuned; for SimCLR the last two. A new result needs no line here.
 TABLES = {
   "clip_wit": {
     "rn101": (62.2,),
@@ -372,116 +257,255 @@ TABLES = {
     "slip_small_50ep": (39.3, 67.6, 80.7),
   },
 }
-NAMES_OF_NUMBERS = {
-  0: (),
-  1: ("zero-shot",),
-  2: ("linear probe", "fine-tuned"),
-  3: ("zero-shot", "linear probe", "fine-tuned"),
+
+
+def test_published_numbers_are_those_of_the_papers() -> None:
+  keys = {0: (), 1: ("zero_shot",), 2: ("linear_probe", "fine_tuned"), 3: ("zero_shot", "linear_probe", "fine_tuned")}
+  for folder, table in TABLES.items():
+    for entry, expected in table.items():
+      found = load(f"{folder}/{entry}").PUBLISHED.get("imagenet_top1_percent", {})
+      assert found == dict(zip(keys[len(expected)], expected, strict=True)), (folder, entry)
+
+
+def layers(*widths: int, bias: bool) -> int:
+  """Parameters of linear layers of these widths, each but the last followed by a norm with a gain and a bias."""
+  return sum(a * b + b * bias for a, b in itertools.pairwise(widths)) + sum(2 * width for width in widths[1:-1])
+
+
+MOCO_HEADS = layers(768, 4096, 4096, 256, bias=False) + layers(256, 4096, 256, bias=False)
+MIM_HEAD = 768 + 2 * 768 + layers(768, 16 * 16 * 3, bias=True)  # the embedding of hidden patches, a norm, the pixels
+# For a result without a published count: one that has it, and how many more parameters it has.
+LIKE = {
+  "declip_yfcc15m/r50_slip": ("declip_yfcc15m/r50_clip", layers(2048, 4096, 4096, 256, bias=True)),
+  "declip_paper/cc3m_iss": ("declip_yfcc15m/r50_declip", -MLM_HEAD),
+  "declip_paper/cc3m_tss": ("declip_yfcc15m/r50_clip", MLM_HEAD),
+  "slip/slip_mocov3": ("slip/clip_base_25ep", MOCO_HEADS),
+  "slip/slip_byol": ("slip/clip_base_25ep", MOCO_HEADS),
+  "slip/slip_mim": ("slip/clip_base_25ep", MIM_HEAD),
 }
+for one, others in {
+  "declip_yfcc15m/r50_clip": "cc3m_clip cc3m_mvs cc3m_clip_weak cc3m_nns yfcc15m_clip",
+  "declip_yfcc15m/r50_declip": "cc3m_mvs_ss cc3m_declip yfcc15m_declip",
+}.items():
+  LIKE |= {f"declip_paper/{entry}": (one, 0) for entry in others.split()}
+for one, others in {
+  "clip_base_25ep": "clip_base_cc3m_40ep clip_base_cc12m_35ep simclr_to_clip clip_color clip_crop clip_full",
+  "slip_small_25ep": "slip_small_50ep slip_small_100ep",
+  "slip_base_25ep": "slip_base_50ep slip_base_100ep slip_base_cc3m_40ep slip_base_cc12m_35ep slip_decoupled",
+  "slip_large_25ep": "slip_large_50ep slip_large_100ep",
+}.items():
+  LIKE |= {f"slip/{entry}": (f"slip/{one}", 0) for entry in others.split()}
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_numbers_are_those_of_the_papers_tables(name):
-  folder, row = name.split("/")
-  expected = TABLES[folder][row]
-  assert numbers(name) == dict(zip(NAMES_OF_NUMBERS[len(expected)], expected, strict=True))
+def check_parameters(name: str) -> None:
+  other, more = LIKE.get(name, (name, 0))
+  assert num_parameters(name) == load(other).PUBLISHED["parameters"] + more
 
 
-def test_clips_rows_have_its_hyperparameters():
+@pytest.mark.parametrize("name", [name for name in REPRESENTATIVES if name in ENTRIES])
+def test_parameters_of_a_result_of_each_folder_are_as_many_as_published(name: str) -> None:
+  check_parameters(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ENTRIES if name in LIKE or "parameters" in load(name).PUBLISHED])
+def test_parameters_of_every_result_are_as_many_as_published(name: str) -> None:
+  check_parameters(name)
+
+
+# The recipes of the sources.
+
+
+@pytest.mark.parametrize(
+  ("entry", "terms", "width", "rate", "decay"),
+  [
+    # experiments/*/yfcc15m/*/config.yaml of Sense-GVT/DeCLIP; a mean over 2x2 pairs is a quarter `clip`.
+    ("vit_clip", {"clip": 1}, 512, 1e-3, 0.1),
+    ("vit_slip", {"clip": 1, "simclr": 1}, 512, 5e-4, 0.5),
+    ("vit_filip", {"filip": 1}, 768, 5e-4, 0.5),
+    ("vit_declip", {"clip": 0.1, "mvs": 0.3, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}, 512, 1e-3, 0.1),
+    ("vit_defilip", {"clip": 0.1, "mvs": 0.3, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2, "filip": 0.2}, 512, 1e-3, 0.1),
+    ("r50_clip", {"clip": 1}, 1024, 1e-3, 0.1),
+    ("r50_slip", {"clip": 1, "simclr": 1}, 1024, 5e-4, 0.5),
+    ("r50_filip", {"filip": 1}, 1024, 5e-4, 0.5),
+    ("r50_declip", {"clip": 0.1, "mvs": 0.3, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}, 1024, 1e-3, 0.1),
+  ],
+)
+def test_declips_benchmark_is_its_released_configs(
+  entry: str, terms: dict[str, float], width: int, rate: float, decay: float
+) -> None:
+  c = get(f"declip_yfcc15m/{entry}")
+  assert make_objective(c.objective.to_dict()).weights == pytest.approx(terms)
+  assert (c.model.heads.embed_dim, c.optimizer.learning_rate, c.optimizer.weight_decay) == (width, rate, decay)
+  o = c.optimizer
+  assert (o.name, o.b1, o.b2, o.epsilon, o.decay_mask) == ("adamw", 0.9, 0.98, 1e-8, "declip")
+  assert (o.gradient_clip, o.layer_decay, o.multipliers, o.logit_scale_range) == (0, 1, (), (3, 6))
+  assert o.frozen == (("towers/image/patch_embedding",) if entry.startswith("vit") else ())
+  assert c.batch_size == 32 * 128
+  heads, nns = c.model.heads, c.objective.nns
+  assert heads.norm_groups == heads.bank_groups == 32
+  assert (heads.bank_overflow, heads.max_scale) == ("drop", 0 if entry.endswith(("_slip", "_filip")) else 100)
+  assert not nns.symmetric
+  assert not nns.warmup
+  assert (c.objective.filip.top_k, c.model.mlm_attention) == (16, "causal")
+  assert (c.model.mean, c.model.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+  recipes = {"clip": "clip", "slip": "slip", "filip": "filip_repo", "declip": "declip_repo", "defilip": "declip_repo"}
+  assert (c.data.recipe, c.data.caption_weights) == (recipes[entry.split("_")[1]], (1,))
+  assert c.data.strong_scale == ((0.2, 1) if entry.endswith("_slip") else None)
+  assert (c.data.image_size, c.data.evaluation_resize, c.data.interpolation) == (224, 256, "bilinear")
+  steps = build.to_steps(c, epoch_examples=15_388_848)
+  assert steps.total == 128_001
+  if rate == 1e-3:
+    want, schedule = SCHEDULES["declip_release/lr"], schedules.make_schedule(steps.schedule)
+    got = [float(schedule(np.int32(step - 1))) for step in SCHEDULES["declip_release/steps1"]]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-9)
+
+
+def test_declips_released_models_are_their_configs() -> None:
+  r50, vit = get("declip_88m/r50"), get("declip_88m/vitb32")
+  for c in (r50, vit):
+    o = c.optimizer
+    assert (o.name, o.momentum, o.nesterov, o.learning_rate, o.decay_mask) == ("sgd", 0.9, True, 0.2, "all")
+    assert o.logit_scale_range[0] == 3
+  four_pairs = {"clip": 0.25, "mvs": 0.75}
+  rest = {"simsiam": 0.2, "mlm": 0.2, "nns": 0.2}
+  for c, share, pairs in ((r50, 0.4, 128), (vit, 0.6, 64)):
+    expected = {**{term: share * weight for term, weight in four_pairs.items()}, **rest}
+    assert make_objective(c.objective.to_dict()).weights == pytest.approx(expected)
+    assert c.batch_size // c.model.heads.bank_groups == c.batch_size // c.model.heads.norm_groups == pairs
+  assert (r50.optimizer.weight_decay, vit.optimizer.weight_decay) == (1e-4, 0)
+  assert (r50.model.heads.embed_dim, vit.model.heads.embed_dim) == (1024, 3072)
+  assert r50.optimizer.multipliers == (("heads/logit_scale", 0.1),)
+  assert "heads/logit_scale" in vit.optimizer.frozen
+  steps = build.to_steps(vit, epoch_examples=88_000_000)
+  schedule = schedules.make_schedule(steps.schedule)
+  assert [float(schedule(np.int32(step))) for step in (0, 4999, 300_000)] == pytest.approx([1e-3, 0.2, 0])
+
+
+@pytest.mark.parametrize("entry", TABLES["slip"])
+def test_slips_results_have_its_training_procedure(entry: str) -> None:
+  c = get(f"slip/{entry}")
+  length = re.search(r"_(\d+)ep", entry)
+  epochs = int(length[1]) if length else 25
+  method = "clip" if entry == "simclr_to_clip" else entry.split("_")[0]
+  rates = {"clip": (5e-4, 0.5), "simclr": (3.2e-3, 0.1), "slip": (3e-3, 0.1)}
+  o = c.optimizer
+  assert (o.learning_rate, o.weight_decay) == rates[method]
+  assert (o.name, o.b1, o.b2, o.epsilon, o.decay_mask) == ("adamw", 0.9, 0.98, 1e-8, "weights")
+  assert o.logit_scale_range == pytest.approx((0, np.log(100)))
+  assert not c.objective.clip.full_gradient
+  assert (c.model.mean, c.model.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+  assert (c.batch_size, c.data.interpolation, c.data.evaluation_resize) == (4096, "bilinear", 0)
+  assert c.model.heads.simclr_projector == (4096, 4096, 256)
+  steps = build.to_steps(c, epoch_examples=4096 * 100)
+  warmup = 200 if epochs == 100 else 100
+  assert (steps.total, steps.schedule.warmup) == (100 * epochs, warmup)
+  schedule = schedules.make_schedule(steps.schedule)
+  got = [float(schedule(np.int32(step))) for step in (0, warmup - 1, warmup, steps.total)]
+  assert got == pytest.approx([1e-6, o.learning_rate, o.learning_rate, 1e-5])
+
+
+def test_clips_models_have_its_hyperparameters() -> None:
   rates = {"rn50x16": 4e-4, "rn50x64": 3.6e-4, "vit_l_14": 4e-4, "vit_l_14_336px": 2e-5}
-  for name in in_folder("clip_wit"):
-    row = name.removeprefix("clip_wit/")
-    c, resnet, rate = get(name), row.startswith("rn"), rates.get(row, 5e-4)
+  for entry in TABLES["clip_wit"]:
+    c, resnet, rate = get(f"clip_wit/{entry}"), entry.startswith("rn"), rates.get(entry, 5e-4)
     assert (c.optimizer.b2, c.optimizer.epsilon) == ((0.999, 1e-8) if resnet else (0.98, 1e-6))
     assert (c.optimizer.learning_rate, c.optimizer.weight_decay, c.batch_size) == (rate, 0.2, 32768)
     assert (c.data.recipe, c.data.interpolation) == ("openai", "bicubic")
     steps = build.to_steps(c, epoch_examples=400_000_000)
-    assert (steps.schedule.warmup, steps.total) == (2000, 12_208 if row.endswith("336px") else 390_625)
+    assert (steps.schedule.warmup, steps.total) == (2000, 12_208 if entry.endswith("336px") else 390_625)
 
 
-def test_the_papers_signals_are_added_one_by_one():
-  objectives = [get(f"declip_paper/cc3m_{row}").objective for row in ("clip", "mvs", "mvs_ss", "declip")]
+def test_the_papers_signals_are_added_one_by_one() -> None:
+  objectives = [get(f"declip_paper/cc3m_{entry}").objective for entry in ("clip", "mvs", "mvs_ss", "declip")]
   active = [make_objective(objective.to_dict()).weights for objective in objectives]
   assert [set(after) - set(before) for before, after in itertools.pairwise(active)] == [
     {"mvs"},
     {"simsiam", "mlm"},
     {"nns"},
   ]
-  # The share of CLIP, self-supervision of images and texts taken as one.
+  # The share of CLIP, with self-supervision of images and of texts as one.
   assert [weights["clip"] for weights in active] == pytest.approx([1, 0.8, 0.6, 0.4])
 
 
 @pytest.mark.parametrize(
-  ("name", "first", "parts"),
+  ("name", "first", "groups"),
   [
     ("slip/simclr_to_clip", "slip/simclr_base_25ep", ("image",)),
     ("clip_wit/vit_l_14_336px", "clip_wit/vit_l_14", ("image", "text", "heads")),
   ],
 )
-def test_rows_start_from_the_run_that_they_build_on(name, first, parts):
+def test_results_start_from_the_run_that_they_build_on(name: str, first: str, groups: tuple[str, ...]) -> None:
   c = get(name)
   assert f"--workdir {c.init_from.path}\n" in load(first).__doc__
-  assert c.init_from.groups == parts
+  assert c.init_from.groups == groups
   assert c.model.image == get(first).model.image
 
 
-def test_decoupled_self_supervision_has_images_of_its_own():
+def test_decoupled_self_supervision_has_images_of_its_own() -> None:
   data = get("slip/slip_decoupled").data
   assert data.ssl_train
   assert not set(data.ssl_train) & set(data.train)
 
 
-# What a user gives, and is told.
+# Arguments.
 
 
-def test_a_row_is_found_by_its_command(tmp_path):
-  command = [sys.executable, "-m", "declip_jax.train", "--config=configs/slip/slip_mim.py", f"--workdir={tmp_path}"]
-  done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, check=False)
-  assert done.returncode == 2
-  assert done.stderr.startswith("error: data/yfcc15m/*.tar: no file matches")  # the row's own default
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_folders_of_the_argument_are_read(name):
-  c = get(name)
-  assert c.evals.to_dict() == {}
-  assert all(spec.startswith("webdataset:data/") for spec in c.data.train)
-  assert get(name, "/mine").data.train == ("webdataset:/mine/*.tar",)
-  if c.data.recipe == "simclr":
-    with pytest.raises(
-      ValueError, match=r"simclr has no text tower to classify webdataset:/val/\*.tar with: leave IMAGENET"
-    ):
-      get(name, ",/val")
-    return
-  assert get(name, ",/val").data.train == c.data.train
-  c = get(name, "/mine,/val")
-  assert c.data.train == ("webdataset:/mine/*.tar",)
-  assert c.evals.imagenet.data == "webdataset:/val/*.tar"
-  assert c.checkpoint.best_metric == "eval/imagenet/top1"
-  assert len(set(c.evals.imagenet.templates)) == (7 if name.startswith("slip/") else 1)
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_docstrings_tell_paper_command_numbers_and_hardware(name):
-  text = load(name).__doc__
-  row = name.split("/")[1]
-  assert re.search(r"\n\nPaper: .+ et al\. 20\d\d, arXiv 2\d{3}\.\d{5}[,;] .+\.\nExpected: .+\.\n", text)
-  assert re.search(r"\nHardware: .*(hours|days|not published)", text)
-  assert (" not ours" in text) == bool(numbers(name))
-  command = f"python -m declip_jax.train --config=configs/{name}.py:FOLDER,IMAGENET --workdir runs/{row}\n"
-  assert command in re.sub(" +", " ", text)
+def test_folders_are_named_arguments() -> None:
+  for name in ENTRIES:
+    c = get(name)
+    assert c.evals.to_dict() == {}, name
+    assert all(spec.startswith("webdataset:data/") for spec in c.data.train), name
+    assert get(name, data="/mine").data.train == ("webdataset:/mine/*.tar",), name
+    if c.data.recipe == "simclr":  # no text tower to classify with
+      with pytest.raises(ValueError, match="'imagenet'"):
+        config_files.load(f"{name}:imagenet=/val")
+      continue
+    c = get(name, imagenet="/val")
+    assert c.data.train == get(name).data.train, name
+    assert c.evals.imagenet.data == "webdataset:/val/*.tar", name
+    assert c.checkpoint.best_metric == "eval/imagenet/top1", name
+    assert len(set(c.evals.imagenet.templates)) == (7 if name.startswith("slip/") else 1), name
 
 
 @pytest.mark.parametrize(
-  ("arg", "method", "architecture", "preset"),
+  ("arguments", "method", "architecture", "preset", "source"),
   [
-    ("declip,ViT-B/16,/data/own", "declip", "ViT-B/16", "paper"),
-    ("slip_repo,RN50", "slip", "RN50", "repo"),
-    ("clip", "clip", "ViT-B/32", "paper"),
+    ("", "declip", "ViT-B/32", "paper", "webdataset:data/train/*.tar"),
+    ("method=slip_repo,architecture=RN50", "slip", "RN50", "repo", "webdataset:data/train/*.tar"),
+    ("declip,ViT-B/16,/data/own", "declip", "ViT-B/16", "paper", "webdataset:/data/own/*.tar"),
+    ("clip,data=table:/d/a.csv?root=/d", "clip", "ViT-B/32", "paper", "table:/d/a.csv?root=/d"),
+    ("clip,data=gs://bucket/train/", "clip", "ViT-B/32", "paper", "webdataset:gs://bucket/train/*.tar"),
   ],
 )
-def test_pretrain_takes_any_method_architecture_and_folder(arg, method, architecture, preset):
-  c, expected = get("pretrain", arg), config.default(method, architecture, preset)
-  assert c.data.train == ("webdataset:/data/own/*.tar" if "own" in arg else "webdataset:data/train/*.tar",)
-  for part in ("model", "objective", "optimizer"):
-    assert c[part].to_dict() == expected[part].to_dict()
+def test_pretrain_takes_any_method_architecture_and_data(
+  arguments: str, method: str, architecture: str, preset: str, source: str
+) -> None:
+  c, expected = config_files.load(f"pretrain:{arguments}"), config.default(method, architecture, preset)
+  assert c.data.train == (source,)
+  for subtree in ("model", "objective", "optimizer"):
+    assert c[subtree].to_dict() == expected[subtree].to_dict()
+
+
+def test_pretrain_recognises_files(tmp_path: Path) -> None:
+  table = tmp_path / "pairs.csv"
+  table.write_text("image,caption\na.jpg,a\n")
+  assert get("pretrain", data=str(table)).data.train == (f"table:{table}",)
+  with pytest.raises(FileNotFoundError, match=r"other\.csv"):
+    get("pretrain", data=str(tmp_path / "other.csv"))
+
+
+@pytest.mark.parametrize(
+  ("text", "named"),
+  [
+    ("demo:method=clap", ["'clap'", "'clip'"]),
+    ("pretrain:architecture=ViT-B16", ["ViT-B16", "ViT-B/16"]),
+    ("pretrain:metod=clip", ["'metod'", "did you mean method", "method, architecture, data"]),
+    ("small:dataset=flickr", ["'flickr'", "'flickr8k'"]),
+    ("slip/slip_mim:folder=/d", ["'folder'", "data, imagenet"]),
+  ],
+)
+def test_a_wrong_argument_is_named_with_the_legal_ones(text: str, named: list[str]) -> None:
+  with pytest.raises(ValueError, match=named[0]) as raised:
+    config_files.load(text)
+  assert all(word in str(raised.value) for word in named)

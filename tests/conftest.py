@@ -1,16 +1,55 @@
-"""Eight CPU devices, so that sharding is tested everywhere; full-precision products; code that compiles fast."""
+"""Eight CPU devices, so that sharding is tested everywhere; full-precision products; slow tests in order of value."""
 
 import os
+from pathlib import Path
+import time
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+from cpu_devices import xla_flags
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # make test-device sets it to ""
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 
 # Most of the time of these tests is compiling. The cache outlives a checkout.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/declip_jax/compiled_tests"))
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+TESTS, START = Path(__file__).parent, time.monotonic()
+# The slow tests run in this order, other files last: CI stops when its time is over.
+SLOW_FIRST = (
+  "train_test.py",
+  "training/gradient_test.py",
+  "methods_test.py",
+  "runtime/checkpoint_test.py",
+  "colabs_test.py",
+  "configs_test.py",
+  "objectives/forms_test.py",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+  text = "skip the tests that have not begun so many seconds after the start"
+  parser.addoption("--stop-after", type=float, default=None, metavar="SECONDS", help=text)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Moves the slow tests behind the fast ones, in order of their value."""
+
+  def rank(item: pytest.Item) -> int:
+    if item.get_closest_marker("slow") is None:
+      return -1
+    name = item.path.relative_to(TESTS).as_posix()
+    return SLOW_FIRST.index(name) if name in SLOW_FIRST else len(SLOW_FIRST)
+
+  items.sort(key=rank)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+  limit = item.config.getoption("stop_after")
+  if limit is not None and time.monotonic() - START > limit:
+    pytest.skip(f"--stop-after={limit:g}: out of time")

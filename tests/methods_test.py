@@ -6,6 +6,7 @@ from pathlib import Path
 import subprocess
 import sys
 
+import cpu_devices
 import numpy as np
 import pytest
 import steps
@@ -37,7 +38,7 @@ def test_the_log_scales_stay_in_their_window_even_where_they_are_frozen() -> Non
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-  flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+  flags = cpu_devices.xla_flags(1)
   command = [sys.executable, steps.__file__, str(tmp_path / "result.npz"), str(20000 + os.getpid() % 20000)]
   processes = [
     subprocess.Popen([*command, str(index), *VARIANTS], env=os.environ | {"XLA_FLAGS": flags}) for index in range(2)

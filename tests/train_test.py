@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from checkpoint_files import arrays, flip
+from cpu_devices import xla_flags
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -161,8 +162,8 @@ def command(config: str, workdir: Path, *overrides: str) -> list[str]:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-  flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-  return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+  settings = {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+  return os.environ | settings | {"XLA_FLAGS": xla_flags(devices)}
 
 
 def losses_on_disk(workdir: Path) -> list[float]:

@@ -1,1 +1,1 @@
-"""CLIP's nine models by its own recipe."""
+"""CLIP's nine models."""

@@ -1,12 +1,8 @@
 """CLIP ViT-L/14@336px: ViT-L/14 for one more epoch.
 
-  python -m declip_jax.train --config=configs/clip_wit/vit_l_14_336px.py:FOLDER,IMAGENET --workdir runs/vit_l_14_336px
+  python -m declip_jax.train --config=clip_wit/vit_l_14_336px:data=FOLDER,imagenet=FOLDER --workdir runs/vit_l_14_336px
 
-Paper: Radford et al. 2021, arXiv 2103.00020; recipe in tables 18 to 20.
-Expected: 76.2 zero-shot; the paper's top-1 on ImageNet, not ours.
-Hardware: not published.
-
-It starts from runs/vit_l_14, or what --config.init_from.path says. The warm-up is ours.
+It starts from runs/vit_l_14, or from --config.init_from.path. The warm-up is our choice.
 """
 
 from ml_collections import ConfigDict
@@ -14,10 +10,16 @@ from ml_collections import ConfigDict
 from declip_jax import config
 from declip_jax.configs.clip_wit import recipe
 
+PUBLISHED = {
+  "source": "Radford et al. 2021, arXiv 2103.00020",
+  "imagenet_top1_percent": {"zero_shot": 76.2},
+  "parameters": 427_944_193,
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  c = recipe.make("ViT-L/14@336px", arg, rate=2e-5)
+
+def get_config(data: str = "data/wit", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  c = recipe.make("ViT-L/14@336px", data, imagenet, rate=2e-5)
   c.duration = config.duration(epochs=1)
   c.init_from.path = "runs/vit_l_14"
   return c

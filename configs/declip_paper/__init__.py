@@ -1,1 +1,1 @@
-"""DeCLIP's paper: its ablation on CC3M and its comparison on YFCC15M."""
+"""The ablation on CC3M and the comparison on YFCC15M of DeCLIP's paper."""

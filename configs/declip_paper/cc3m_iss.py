@@ -1,17 +1,17 @@
-"""DeCLIP's ablation, ResNet-50 on CC3M: CLIP and self-supervision of images.
+"""DeCLIP's ablation with ResNet-50 on CC3M: CLIP and self-supervision of images.
 
-  python -m declip_jax.train --config=configs/declip_paper/cc3m_iss.py:FOLDER,IMAGENET --workdir runs/cc3m_iss
-
-Paper: Li et al. 2022, arXiv 2110.05208, section 4.
-Expected: we know of no published number.
-Hardware: not published, as far as we know.
+python -m declip_jax.train --config=declip_paper/cc3m_iss:data=FOLDER,imagenet=FOLDER --workdir runs/cc3m_iss
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax.configs.declip_paper import recipe
 
+PUBLISHED = {
+  "source": "Li et al. 2022, arXiv 2110.05208, section 4",
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  return recipe.make("declip_iss", arg, data="cc3m")
+
+def get_config(data: str = "data/cc3m", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  return recipe.make("declip_iss", data, imagenet)

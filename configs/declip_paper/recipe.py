@@ -1,25 +1,25 @@
-"""DeCLIP's ablation on CC3M, and its comparison on YFCC15M, with ResNet-50 and the objective of the paper.
+"""DeCLIP's ablation on CC3M and its comparison on YFCC15M, with ResNet-50 and the objective of the paper.
 
 Li et al. 2022, "Supervision Exists Everywhere: A Data Efficient Contrastive Language-Image Pre-training Paradigm",
 arXiv 2110.05208, section 4.
 
-FOLDER is data/cc3m or data/yfcc15m_v2 by default; IMAGENET is classified after each epoch.
+`data` is data/cc3m or data/yfcc15m_v2 by default; `imagenet` is classified after each epoch.
 
 The objective is the paper's, section 3.2: (1 - a - b - g) CLIP + a (ISS + TSS) + b MVS + g NNS, where a, b and g are
-0.2 for what is in use. Which view CLIP sees in the base rows we do not know: cc3m_clip has one strong crop and the
-clean caption, the first pair of the rows above it; cc3m_clip_weak and yfcc15m_clip have one weak crop. Nor do we know
-optimiser and batch: they are those that the authors released for this ResNet-50 on YFCC15M (configs/declip_yfcc15m),
-for 32 epochs.
+0.2 for the terms in use. Which view CLIP sees in the baselines is not known to us: cc3m_clip has one strong crop and
+the clean caption, the first pair of the steps that follow it; cc3m_clip_weak and yfcc15m_clip have one weak crop.
+Optimiser and batch size are not known to us either: they are those that the authors released for this ResNet-50 on
+YFCC15M (configs/declip_yfcc15m), for 32 epochs.
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax import config
-from declip_jax.configs import read_folders
+from declip_jax.configs import read_data
 
 
-def make(method: str, arg: str, *, data: str) -> ConfigDict:
-  """A row; `arg` is that of its `get_config`, `data` the folder in data/ that FOLDER is by default."""
+def make(method: str, data: str, imagenet: str) -> ConfigDict:
+  """Returns the config of a result; see `read_data` for `data` and `imagenet`."""
   c = config.default(method, "DeCLIP RN50")
   c.batch_size = 4096
   c.duration = config.duration(epochs=32)
@@ -29,5 +29,5 @@ def make(method: str, arg: str, *, data: str) -> ConfigDict:
   c.optimizer.epsilon = 1e-8
   c.optimizer.schedule = "declip_cosine"
   c.optimizer.warmup, c.optimizer.warmup_start = config.duration(steps=2500), 1e-4
-  read_folders(c, arg, f"data/{data}")
+  read_data(c, data, imagenet)
   return c

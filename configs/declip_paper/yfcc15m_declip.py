@@ -1,18 +1,19 @@
-"""DeCLIP ResNet-50 on YFCC15M, as DeCLIP's paper compares.
+"""DeCLIP ResNet-50 on YFCC15M, the comparison of DeCLIP's paper.
 
-  python -m declip_jax.train --config=configs/declip_paper/yfcc15m_declip.py:FOLDER,IMAGENET \
+  python -m declip_jax.train --config=declip_paper/yfcc15m_declip:data=FOLDER,imagenet=FOLDER \\
     --workdir runs/yfcc15m_declip
-
-Paper: Li et al. 2022, arXiv 2110.05208, section 4.
-Expected: 41.9 zero-shot; the paper's top-1 on ImageNet, not ours.
-Hardware: not published, as far as we know.
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax.configs.declip_paper import recipe
 
+PUBLISHED = {
+  "source": "Li et al. 2022, arXiv 2110.05208, section 4",
+  "imagenet_top1_percent": {"zero_shot": 41.9},
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  return recipe.make("declip", arg, data="yfcc15m_v2")
+
+def get_config(data: str = "data/yfcc15m_v2", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  return recipe.make("declip", data, imagenet)

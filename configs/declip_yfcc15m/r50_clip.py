@@ -1,19 +1,22 @@
-"""CLIP ResNet-50 on YFCC15M by DeCLIP's authors' code.
+"""CLIP ResNet-50 on YFCC15M by the code of DeCLIP's authors.
 
-  python -m declip_jax.train --config=configs/declip_yfcc15m/r50_clip.py:FOLDER,IMAGENET --workdir runs/r50_clip
-
-Paper: Cui et al. 2022, arXiv 2203.05796, and the table of the code's README.
-Expected: 37.2 zero-shot; the authors' top-1 on ImageNet, not ours.
-Hardware: 32 GPUs, four nodes of eight, with 128 pairs each; neither hours nor kind are published.
+python -m declip_jax.train --config=declip_yfcc15m/r50_clip:data=FOLDER,imagenet=FOLDER --workdir runs/r50_clip
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax.configs.declip_yfcc15m import recipe
 
+PUBLISHED = {
+  "source": "Cui et al. 2022, arXiv 2203.05796, and the table of the code's README",
+  "imagenet_top1_percent": {"zero_shot": 37.2},
+  "parameters": 104_106_849 - recipe.RESNET_FC,
+  "hardware": "32 GPUs on 4 nodes, 128 pairs each; type and hours not published",
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  c = recipe.make("clip", "DeCLIP RN50", arg, embed_dim=1024)
-  c.model.image.norm_groups = 32  # parts of the batch that its batch norms see apart
+
+def get_config(data: str = "data/yfcc15m_v2", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  c = recipe.make("clip", "DeCLIP RN50", data, imagenet, embed_dim=1024)
+  c.model.image.norm_groups = 32  # groups of the batch, each with its own batch statistics
   return c

@@ -1,22 +1,25 @@
-"""FILIP ResNet-50 on YFCC15M by DeCLIP's authors' code.
+"""FILIP ResNet-50 on YFCC15M by the code of DeCLIP's authors.
 
-  python -m declip_jax.train --config=configs/declip_yfcc15m/r50_filip.py:FOLDER,IMAGENET --workdir runs/r50_filip
+  python -m declip_jax.train --config=declip_yfcc15m/r50_filip:data=FOLDER,imagenet=FOLDER --workdir runs/r50_filip
 
-Paper: Cui et al. 2022, arXiv 2203.05796, and the table of the code's README.
-Expected: 21.3 zero-shot; the authors' top-1 on ImageNet, not ours.
-Hardware: 32 GPUs, four nodes of eight, with 128 pairs each; neither hours nor kind are published.
-
-Classified by the tokens, where the released code averages prompts position by position and gives each class a scale of
-its own.
+Images are classified by their tokens. The released code averages the prompts position by position and gives each class
+a scale of its own.
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax.configs.declip_yfcc15m import recipe
 
+PUBLISHED = {
+  "source": "Cui et al. 2022, arXiv 2203.05796, and the table of the code's README",
+  "imagenet_top1_percent": {"zero_shot": 21.3},
+  "parameters": 130_109_539 - recipe.RESNET_FC - recipe.MLM_HEAD,
+  "hardware": "32 GPUs on 4 nodes, 128 pairs each; type and hours not published",
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  c = recipe.make("filip", "DeCLIP RN50", arg, embed_dim=1024)
-  c.model.image.norm_groups = 2  # parts of the batch that its batch norms see apart
+
+def get_config(data: str = "data/yfcc15m_v2", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  c = recipe.make("filip", "DeCLIP RN50", data, imagenet, embed_dim=1024)
+  c.model.image.norm_groups = 2  # groups of the batch, each with its own batch statistics
   return c

@@ -1,20 +1,23 @@
-"""FILIP ViT-B/32 on YFCC15M by DeCLIP's authors' code.
+"""FILIP ViT-B/32 on YFCC15M by the code of DeCLIP's authors.
 
-  python -m declip_jax.train --config=configs/declip_yfcc15m/vit_filip.py:FOLDER,IMAGENET --workdir runs/vit_filip
+  python -m declip_jax.train --config=declip_yfcc15m/vit_filip:data=FOLDER,imagenet=FOLDER --workdir runs/vit_filip
 
-Paper: Cui et al. 2022, arXiv 2203.05796, and the table of the code's README.
-Expected: 39.5 zero-shot; the authors' top-1 on ImageNet, not ours.
-Hardware: 32 GPUs, four nodes of eight, with 128 pairs each; neither hours nor kind are published.
-
-Classified by the tokens, where the released code averages prompts position by position and gives each class a scale of
-its own.
+Images are classified by their tokens. The released code averages the prompts position by position and gives each class
+a scale of its own.
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax.configs.declip_yfcc15m import recipe
 
+PUBLISHED = {
+  "source": "Cui et al. 2022, arXiv 2203.05796, and the table of the code's README",
+  "imagenet_top1_percent": {"zero_shot": 39.5},
+  "parameters": 177_281_283 - recipe.MLM_HEAD,
+  "hardware": "32 GPUs on 4 nodes, 128 pairs each; type and hours not published",
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  return recipe.make("filip", "DeCLIP ViT-B/32", arg, embed_dim=768)
+
+def get_config(data: str = "data/yfcc15m_v2", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  return recipe.make("filip", "DeCLIP ViT-B/32", data, imagenet, embed_dim=768)

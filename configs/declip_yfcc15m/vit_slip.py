@@ -1,17 +1,20 @@
-"""SLIP ViT-B/32 on YFCC15M by DeCLIP's authors' code.
+"""SLIP ViT-B/32 on YFCC15M by the code of DeCLIP's authors.
 
-  python -m declip_jax.train --config=configs/declip_yfcc15m/vit_slip.py:FOLDER,IMAGENET --workdir runs/vit_slip
-
-Paper: Cui et al. 2022, arXiv 2203.05796, and the table of the code's README.
-Expected: 34.3 zero-shot; the authors' top-1 on ImageNet, not ours.
-Hardware: 32 GPUs, four nodes of eight, with 128 pairs each; neither hours nor kind are published.
+python -m declip_jax.train --config=declip_yfcc15m/vit_slip:data=FOLDER,imagenet=FOLDER --workdir runs/vit_slip
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax.configs.declip_yfcc15m import recipe
 
+PUBLISHED = {
+  "source": "Cui et al. 2022, arXiv 2203.05796, and the table of the code's README",
+  "imagenet_top1_percent": {"zero_shot": 34.3},
+  "parameters": 172_282_881 - recipe.SLIP_NORM,
+  "hardware": "32 GPUs on 4 nodes, 128 pairs each; type and hours not published",
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  return recipe.make("slip", "DeCLIP ViT-B/32", arg, embed_dim=512)
+
+def get_config(data: str = "data/yfcc15m_v2", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  return recipe.make("slip", "DeCLIP ViT-B/32", data, imagenet, embed_dim=512)

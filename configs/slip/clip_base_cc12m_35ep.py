@@ -1,18 +1,19 @@
 """CLIP ViT-B/16, 35 epochs of CC12M.
 
-  python -m declip_jax.train --config=configs/slip/clip_base_cc12m_35ep.py:FOLDER,IMAGENET \
+  python -m declip_jax.train --config=slip/clip_base_cc12m_35ep:data=FOLDER,imagenet=FOLDER \\
     --workdir runs/clip_base_cc12m_35ep
-
-Paper: Mu et al. 2021, arXiv 2112.12750, table 5.
-Expected: 36.5 zero-shot, 69.0 linear probe, 82.1 fine-tuned; the paper's top-1 on ImageNet, not ours.
-Hardware: not published.
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax.configs.slip import recipe
 
+PUBLISHED = {
+  "source": "Mu et al. 2021, arXiv 2112.12750, table 5",
+  "imagenet_top1_percent": {"zero_shot": 36.5, "linear_probe": 69.0, "fine_tuned": 82.1},
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  return recipe.make("clip", "SLIP ViT-B/16", arg, epochs=35, data="cc12m")
+
+def get_config(data: str = "data/cc12m", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  return recipe.make("clip", "SLIP ViT-B/16", data, imagenet, epochs=35)

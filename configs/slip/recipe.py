@@ -1,21 +1,21 @@
 """SLIP: CLIP, SimCLR and SLIP with SLIP's training procedure, and its studies.
 
 Mu et al. 2021, "SLIP: Self-supervision meets Language-Image Pre-training", arXiv 2112.12750; recipe of its released
-code, facebookresearch/SLIP. Rows of released weights have their names.
+code, facebookresearch/SLIP. Results with released weights have the names of those.
 
 Data: OpenAI's list of YFCC15M, 14.6 M pairs; CC12M with 11.0 M and CC3M with 3.1 M that could still be downloaded.
-FOLDER is data/yfcc15m, data/cc3m or data/cc12m by default; its samples have all captions of an image, of which one is
-drawn each time. IMAGENET is classified after each epoch. SimCLR has no text tower, and so none of this.
+`data` is data/yfcc15m, data/cc3m or data/cc12m by default. Its samples have all captions of an image, one of which is
+drawn each time. `imagenet` is classified after each epoch; SimCLR, which has no text tower, does not take it.
 
-The contrast has no gradient through the candidates, as in the released code on several GPUs
-(`config.objective.clip.full_gradient`). Where we differ: bfloat16 in place of float16 with loss scaling; a long caption
-keeps its end-of-text token; a title or a description that is empty is never drawn.
+No gradient flows through the candidates of the contrast, as in the released code on several GPUs
+(`config.objective.clip.full_gradient`). Where we differ: bfloat16 instead of float16 with loss scaling; a long caption
+keeps its end-of-text token; an empty title or description is never drawn.
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax import config
-from declip_jax.configs import read_folders
+from declip_jax.configs import read_data
 
 TEMPLATES = (
   "itap of a {}.",
@@ -28,8 +28,8 @@ TEMPLATES = (
 )
 
 
-def make(method: str, architecture: str, arg: str, *, epochs: int, data: str = "yfcc15m") -> ConfigDict:
-  """A row; `arg` is that of its `get_config`, `data` the folder in data/ that FOLDER is by default."""
+def make(method: str, architecture: str, data: str, imagenet: str = "", *, epochs: int) -> ConfigDict:
+  """Returns the config of a result; see `read_data` for `data` and `imagenet`."""
   c = config.default(method, architecture)
   c.batch_size = 4096
   c.duration = config.duration(epochs=epochs)
@@ -41,7 +41,5 @@ def make(method: str, architecture: str, arg: str, *, epochs: int, data: str = "
   c.optimizer.epsilon = 1e-8
   c.optimizer.warmup = config.duration(epochs=2 if epochs == 100 else 1)
   c.optimizer.warmup_start, c.optimizer.end_learning_rate = 1e-6, 1e-5
-  read_folders(c, arg, f"data/{data}", TEMPLATES)
-  if method == "simclr" and len(c.evals):
-    raise ValueError(f"simclr has no text tower to classify {c.evals.imagenet.data} with: leave IMAGENET out")
+  read_data(c, data, imagenet, TEMPLATES)
   return c

@@ -1,17 +1,18 @@
 """SLIP ViT-B/16, 100 epochs of YFCC15M.
 
-  python -m declip_jax.train --config=configs/slip/slip_base_100ep.py:FOLDER,IMAGENET --workdir runs/slip_base_100ep
-
-Paper: Mu et al. 2021, arXiv 2112.12750, tables 2 and 10.
-Expected: 45.0 zero-shot, 73.6 linear probe, 83.4 fine-tuned; the paper's top-1 on ImageNet, not ours.
-Hardware: not published.
+python -m declip_jax.train --config=slip/slip_base_100ep:data=FOLDER,imagenet=FOLDER --workdir runs/slip_base_100ep
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax.configs.slip import recipe
 
+PUBLISHED = {
+  "source": "Mu et al. 2021, arXiv 2112.12750, tables 2 and 10",
+  "imagenet_top1_percent": {"zero_shot": 45.0, "linear_probe": 73.6, "fine_tuned": 83.4},
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  return recipe.make("slip", "SLIP ViT-B/16", arg, epochs=100)
+
+def get_config(data: str = "data/yfcc15m", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  return recipe.make("slip", "SLIP ViT-B/16", data, imagenet, epochs=100)

@@ -1,17 +1,20 @@
 """SLIP ViT-B/16, 25 epochs of YFCC15M.
 
-  python -m declip_jax.train --config=configs/slip/slip_base_25ep.py:FOLDER,IMAGENET --workdir runs/slip_base_25ep
-
-Paper: Mu et al. 2021, arXiv 2112.12750, tables 2 and 10.
-Expected: 42.8 zero-shot, 72.1 linear probe, 82.6 fine-tuned; the paper's top-1 on ImageNet, not ours.
-Hardware: 64 V100, 30.5 hours.
+python -m declip_jax.train --config=slip/slip_base_25ep:data=FOLDER,imagenet=FOLDER --workdir runs/slip_base_25ep
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax.configs.slip import recipe
 
+PUBLISHED = {
+  "source": "Mu et al. 2021, arXiv 2112.12750, tables 2 and 10",
+  "imagenet_top1_percent": {"zero_shot": 42.8, "linear_probe": 72.1, "fine_tuned": 82.6},
+  "parameters": 170_616_321,
+  "hardware": "64 V100, 30.5 hours",
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  return recipe.make("slip", "SLIP ViT-B/16", arg, epochs=25)
+
+def get_config(data: str = "data/yfcc15m", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  return recipe.make("slip", "SLIP ViT-B/16", data, imagenet, epochs=25)

@@ -1,17 +1,18 @@
 """SLIP ViT-B/16, 50 epochs of YFCC15M.
 
-  python -m declip_jax.train --config=configs/slip/slip_base_50ep.py:FOLDER,IMAGENET --workdir runs/slip_base_50ep
-
-Paper: Mu et al. 2021, arXiv 2112.12750, tables 2 and 10.
-Expected: 44.1 zero-shot, 73.0 linear probe, 82.9 fine-tuned; the paper's top-1 on ImageNet, not ours.
-Hardware: not published.
+python -m declip_jax.train --config=slip/slip_base_50ep:data=FOLDER,imagenet=FOLDER --workdir runs/slip_base_50ep
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax.configs.slip import recipe
 
+PUBLISHED = {
+  "source": "Mu et al. 2021, arXiv 2112.12750, tables 2 and 10",
+  "imagenet_top1_percent": {"zero_shot": 44.1, "linear_probe": 73.0, "fine_tuned": 82.9},
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  return recipe.make("slip", "SLIP ViT-B/16", arg, epochs=50)
+
+def get_config(data: str = "data/yfcc15m", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  return recipe.make("slip", "SLIP ViT-B/16", data, imagenet, epochs=50)

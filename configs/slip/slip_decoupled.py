@@ -1,22 +1,23 @@
 """SLIP with self-supervision on other images, ViT-B/16, 25 epochs of YFCC15M.
 
-  python -m declip_jax.train --config=configs/slip/slip_decoupled.py:FOLDER,IMAGENET --workdir runs/slip_decoupled
+  python -m declip_jax.train --config=slip/slip_decoupled:data=FOLDER,imagenet=FOLDER --workdir runs/slip_decoupled
 
-Paper: Mu et al. 2021, arXiv 2112.12750, tables 7 to 9.
-Expected: 42.7 zero-shot, 72.0 linear probe, 82.8 fine-tuned; the paper's top-1 on ImageNet, not ours.
-Hardware: not published.
-
-SimCLR's views are of other images, data/yfcc15m_others/*.tar or what --config.data.ssl_train says: 15 M of YFCC100M
-that are not in YFCC15M. Their shards need a caption or class too, which nobody looks at.
+SimCLR sees other images: data/yfcc15m_others/*.tar or --config.data.ssl_train, 15 M images of YFCC100M that are not in
+YFCC15M. Their shards need a caption or a class too, which is not read.
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax.configs.slip import recipe
 
+PUBLISHED = {
+  "source": "Mu et al. 2021, arXiv 2112.12750, tables 7 to 9",
+  "imagenet_top1_percent": {"zero_shot": 42.7, "linear_probe": 72.0, "fine_tuned": 82.8},
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  c = recipe.make("slip", "SLIP ViT-B/16", arg, epochs=25)
+
+def get_config(data: str = "data/yfcc15m", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  c = recipe.make("slip", "SLIP ViT-B/16", data, imagenet, epochs=25)
   c.data.ssl_train = ("webdataset:data/yfcc15m_others/*.tar",)
   return c

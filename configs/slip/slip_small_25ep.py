@@ -1,17 +1,19 @@
 """SLIP ViT-S/16, 25 epochs of YFCC15M.
 
-  python -m declip_jax.train --config=configs/slip/slip_small_25ep.py:FOLDER,IMAGENET --workdir runs/slip_small_25ep
-
-Paper: Mu et al. 2021, arXiv 2112.12750, tables 2 and 10.
-Expected: 38.3 zero-shot, 66.4 linear probe, 80.3 fine-tuned; the paper's top-1 on ImageNet, not ours.
-Hardware: not published.
+python -m declip_jax.train --config=slip/slip_small_25ep:data=FOLDER,imagenet=FOLDER --workdir runs/slip_small_25ep
 """
 
 from ml_collections import ConfigDict
 
 from declip_jax.configs.slip import recipe
 
+PUBLISHED = {
+  "source": "Mu et al. 2021, arXiv 2112.12750, tables 2 and 10",
+  "imagenet_top1_percent": {"zero_shot": 38.3, "linear_probe": 66.4, "fine_tuned": 80.3},
+  "parameters": 104_713_857,
+}
 
-def get_config(arg: str = "") -> ConfigDict:
-  """`arg` is empty, FOLDER or FOLDER,IMAGENET; see `configs.read_folders`."""
-  return recipe.make("slip", "SLIP ViT-S/16", arg, epochs=25)
+
+def get_config(data: str = "data/yfcc15m", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  return recipe.make("slip", "SLIP ViT-S/16", data, imagenet, epochs=25)

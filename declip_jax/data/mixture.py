@@ -1,4 +1,4 @@
-"""Several sources read as one."""
+"""Several sources that are read as one."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +8,7 @@ import numpy as np
 
 from declip_jax.data.sources import BadSample, Example, Source
 
-Place = tuple[int, int]  # number of the source, index in it
+Position = tuple[int, int]  # number of the source, index in it
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,14 @@ class Mixture:
   """Sources that are read as one, and how their examples get captions.
 
   Attributes:
-    sources: what to read.
-    weights: positive, one for each: they are interleaved in exact proportion.
-    needs_caption: whether an example without a caption is passed over; a recipe without text can take it.
-    templates: captions for examples that have a class and no caption, with {} for the name of the class.
-    field: of `config.data`, where the weights stand, for error messages.
+    sources: the sources to read.
+    weights: one positive weight per source; the sources are interleaved in exact proportion.
+    needs_caption: whether examples without a caption are bad; a recipe without texts can use them.
+    templates: captions for examples that have a class and no caption, with {} for the class name.
+    field: the field of `config.data` that has the weights, for error messages.
+
+  Raises:
+    ValueError: a source is empty, or there is not one positive weight per source.
   """
 
   sources: tuple[Source, ...]
@@ -32,33 +35,33 @@ class Mixture:
   def __post_init__(self) -> None:
     if len(self.sources) != len(self.weights) or any(weight <= 0 for weight in self.weights):
       raise ValueError(
-        f"config.data.{self.field}={self.weights}: give a positive weight for each of {len(self.sources)} sources"
+        f"config.data.{self.field}={self.weights}: expected a positive weight for each of {len(self.sources)} sources"
       )
     for source in self.sources:
       if not len(source):
-        raise ValueError(f"{source.name} has no usable sample; left out: {source.skipped or 'none'}")
+        raise ValueError(f"{source.name} has no usable sample; skipped: {source.skipped or 'none'}")
 
-  def places(self, seed: int) -> grain.MapDataset:
-    """Endless pairs of source and index: each pass over a source is another permutation of all of it."""
-    # Seeds are given one by one: those that grain derives change with the order of operations. They are hashes, for
-    # grain counts a seed up with each pass: with neighbouring seeds, sources or runs would go through the same orders.
-    parts = [
+  def positions(self, seed: int) -> grain.MapDataset:
+    """Endless pairs of source and index; each epoch of a source is a new permutation of all of it."""
+    # Every seed is explicit, since the seeds that grain derives change with the order of operations. Seeds are hashes,
+    # since grain increments them with each epoch: with adjacent seeds, sources or runs would share permutations.
+    streams = [
       grain.MapDataset.range(len(source)).shuffle(seed=hashed(seed, number)).repeat().map(partial(_pair, number))
       for number, source in enumerate(self.sources)
     ]
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=list(self.weights))
+    return streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights=list(self.weights))
 
-  def read(self, place: Place) -> Example:
-    """The example of a place, with a caption if one is needed.
+  def read(self, position: Position) -> Example:
+    """Reads the example at a position, with a caption if one is needed.
 
     Raises:
-      BadSample: it cannot be used; the message names it.
+      BadSample: the example cannot be used; the message names it.
     """
-    source = self.sources[place[0]]
+    source = self.sources[position[0]]
     try:
-      example = source[place[1]]
+      example = source[position[1]]
     except OSError as error:
-      raise BadSample("missing file", f"{source.name}: example {place[1]}: {error}") from error
+      raise BadSample("missing file", f"{source.name}: example {position[1]}: {error}") from error
     if any(caption.strip() for caption in example["captions"]):
       return example
     if self.templates and source.classnames and example["label"] >= 0:
@@ -68,30 +71,30 @@ class Mixture:
       raise BadSample("no caption", f"{example['id']}: no caption")
     return example
 
-  def another(self, place: Place, rng: np.random.Generator) -> Place:
-    """A place of the same source to take for one that cannot be used.
+  def replacement(self, position: Position, rng: np.random.Generator) -> Position:
+    """Draws a position of the same source to use instead of a bad one.
 
-    Anywhere in it: bad samples lie side by side, as those of a lost shard do, and the first good one behind them would
-    come as often as they are many.
+    It may be anywhere: bad examples are often adjacent, as in a lost shard, and the first good one after them would
+    otherwise be used once for each of them.
     """
-    return place[0], int(rng.integers(len(self.sources[place[0]])))
+    return position[0], int(rng.integers(len(self.sources[position[0]])))
 
   def check_captions(self) -> None:
-    """Refuses a source of classes that has no captions, where they are needed and no templates make them.
+    """Rejects sources that have classes but no captions, if captions are needed and there are no templates.
 
     Raises:
-      ValueError: names the source.
+      ValueError: names the first such source.
     """
     for source in self.sources if self.needs_caption and not self.templates else ():
       if source.classnames and not _captioned(source):
         raise ValueError(
-          f"{source.name} has classes and no captions: give config.data.templates, such as ('a photo of a {{}}.',)"
+          f"{source.name} has classes but no captions: set config.data.templates, such as ('a photo of a {{}}.',)"
         )
 
 
 def _captioned(source: Source) -> bool:
-  """Whether one of a few examples has a caption."""
-  for index in sorted({len(source) * part // 8 for part in range(8)}):
+  """Whether one of eight examples has a caption."""
+  for index in sorted({len(source) * eighth // 8 for eighth in range(8)}):
     try:
       if any(caption.strip() for caption in source[index]["captions"]):
         return True
@@ -100,10 +103,10 @@ def _captioned(source: Source) -> bool:
   return False
 
 
-def _pair(number: int, index: int) -> Place:
+def _pair(number: int, index: int) -> Position:
   return number, index
 
 
 def hashed(*numbers: int) -> int:
-  """32 bits that look random."""
+  """Mixes numbers into 32 random-looking bits."""
   return int(np.random.SeedSequence(numbers).generate_state(1)[0])

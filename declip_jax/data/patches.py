@@ -1,4 +1,4 @@
-"""Masks of image patches for masked image modelling: which cells of a square grid are hidden."""
+"""Masked image modelling: which patches of an image, cells of a square grid, are hidden."""
 
 import math
 
@@ -6,12 +6,12 @@ from jaxtyping import Int32
 import numpy as np
 
 _LEAST = 16  # patches of a block ...
-_LEAST_OF = 14 * 14  # ... where an image has so many, as at 224 pixels and patches of 16
+_LEAST_OF = 14 * 14  # ... in an image of this many patches, as with 224 pixels and patches of 16
 _ASPECT = (0.3, 1 / 0.3)  # height / width of a block
 
 
-def count_hidden(grid: int, share: float) -> int:
-  """Returns `m`, how many patches of `[grid grid]` are hidden.
+def num_hidden(grid: int, share: float) -> int:
+  """Returns `m`, the number of hidden patches of `[grid grid]`.
 
   Raises:
     ValueError: the grid is smaller than 2 x 2, or `share` hides no patch or all of them.
@@ -28,27 +28,27 @@ def count_hidden(grid: int, share: float) -> int:
 
 
 def block_mask(grid: int, count: int, rng: np.random.Generator) -> Int32[np.ndarray, "m"]:
-  """Draws the patches to hide as BEiT does, in blocks (Bao et al. 2022, algorithm 1).
+  """Draws the hidden patches in blocks, as BEiT does (Bao et al. 2022, algorithm 1).
 
-  Blocks fall on random places, and may overlap, until `count` patches are hidden. A block has at least 16 patches, and
-  at most as many as are still missing, if these are more; its aspect is log-uniform between 0.3 and 1 / 0.3, as in the
-  released code. Of the last block a random part is hidden, so that `count` is exact. On a grid smaller than 14 x 14
-  the 16 shrink in proportion to its patches: 4 on 7 x 7.
+  Blocks are placed at random, possibly overlapping, until `count` patches are hidden. The area of a block is uniform
+  between 16 and the number of patches still missing, if that is larger; its aspect ratio is log-uniform between 0.3 and
+  1 / 0.3, as in the released code. Only a random part of the last block is hidden, so that `count` is exact. On a grid
+  smaller than 14 x 14 the minimum of 16 shrinks in proportion to the number of patches: 4 on 7 x 7.
 
-  Where we differ: a block longer than the grid is cut, not drawn again; the released code gives up after ten blocks
-  that do not fit, and then hides fewer patches.
+  Difference from the released code: a block longer than the grid is clipped. There it is drawn again, and after ten
+  blocks that do not fit fewer patches are hidden.
 
   Args:
-    grid: patches along each side.
-    count: `m`, less than `grid * grid`; see `count_hidden`.
-    rng: source of randomness.
+    grid: number of patches along each side.
+    count: `m`, less than `grid * grid`; see `num_hidden`.
+    rng: generator.
 
   Returns:
-    The hidden patches, ascending, counted row by row from 0.
+    The hidden patches in ascending order, numbered row by row from 0.
   """
   least = max(1, round(_LEAST * min(1.0, grid * grid / _LEAST_OF)))
   hidden = np.zeros((grid, grid), bool)
-  # Any block may hide any patch that is left, so this ends; the last patches of a large share take some hundred blocks.
+  # Any block may hide any remaining patch, so this ends; the last patches of a large share take some hundred blocks.
   while missing := count - np.count_nonzero(hidden):
     area = rng.uniform(least, max(least, missing))
     aspect = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -99,7 +99,7 @@ class Encoders:
   similarity: Similarity = cosines
   tokens: bool = False
 
-  def with_callback(self, callback: Callable[[], None]) -> Self:
+  def with_callback(self, callback: Callable[[], None]) -> "Encoders":
     """The same encoders, which call `callback` before each batch: an evaluation may take long."""
 
     def calling(function: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from declip_jax.data import convert, pipeline
-from declip_jax.data.make_views import MakeViews
+from declip_jax.data.make_views import MakeViews, Rendering
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.recipes import RECIPES
 from declip_jax.data.sources import BAD, BadSample, Source, open_source
@@ -26,7 +26,7 @@ from declip_jax.data.text.tokenizer import Tokenizer
 pytestmark = pytest.mark.slow
 
 SAMPLES = 2000  # of each of eight sources; some 10,000 of the 16,000 are damaged or odd
-VIEWS = MakeViews(RECIPES["declip"], Tokenizer(24), size=32)
+VIEWS = MakeViews(RECIPES["declip"], Tokenizer(24), Rendering(32))
 
 
 def picture(rng: np.random.Generator) -> np.ndarray:

@@ -30,7 +30,7 @@ def adjacent_pairs(masks):
 def test_hides_exactly_that_share_on_any_grid(grid, share):
   count = min(max(round(share * grid * grid), 1), grid * grid - 1)
   if count == round(share * grid * grid):
-    assert patches.count_hidden(grid, share) == count
+    assert patches.num_hidden(grid, share) == count
   for seed in range(20):
     positions = draw(grid, count, seed)
     assert positions.dtype == np.int32
@@ -40,8 +40,8 @@ def test_hides_exactly_that_share_on_any_grid(grid, share):
 
 
 def test_counts_as_the_paper_does():
-  assert patches.count_hidden(14, 0.4) == 78
-  assert patches.count_hidden(7, 0.4) == 20
+  assert patches.num_hidden(14, 0.4) == 78
+  assert patches.num_hidden(7, 0.4) == 20
 
 
 def test_depends_on_the_generator_only():
@@ -51,7 +51,7 @@ def test_depends_on_the_generator_only():
 
 @pytest.mark.parametrize("grid", [7, 14, 16])
 def test_hidden_patches_touch_more_than_scattered_ones(grid):
-  count = patches.count_hidden(grid, 0.4)
+  count = patches.num_hidden(grid, 0.4)
   rng = np.random.default_rng(0)
   scattered = np.zeros((200, grid * grid), bool)
   for mask in scattered:
@@ -62,7 +62,7 @@ def test_hidden_patches_touch_more_than_scattered_ones(grid):
 
 @pytest.mark.parametrize("grid", [4, 7, 14])
 def test_no_side_is_hidden_more_often_than_another(grid):
-  often = pictures(grid, patches.count_hidden(grid, 0.4), 3000).mean(axis=0)
+  often = pictures(grid, patches.num_hidden(grid, 0.4), 3000).mean(axis=0)
   for mirrored in (often[::-1], often[:, ::-1], often.T):
     np.testing.assert_allclose(often, mirrored, atol=0.055)  # about 4 standard errors of a difference
 
@@ -92,10 +92,10 @@ def test_the_smallest_block_is_scaled_with_the_grid(grid, least):
 @pytest.mark.parametrize(("grid", "share", "named"), [(0, 0.4, "patch_grid=0"), (1, 0.4, "patch_grid=1")])
 def test_refuses_an_image_without_patches(grid, share, named):
   with pytest.raises(ValueError, match=f"{named}: .*at least 2 x 2 patches"):
-    patches.count_hidden(grid, share)
+    patches.num_hidden(grid, share)
 
 
 @pytest.mark.parametrize("share", [-0.1, 0.0, 0.1, 0.9, 1.0])
 def test_refuses_a_share_that_hides_nothing_or_all(share):
   with pytest.raises(ValueError, match=rf"config.data.patch_share={share} hides .* of 4 patches.* 1 to 3"):
-    patches.count_hidden(2, share)
+    patches.num_hidden(2, share)

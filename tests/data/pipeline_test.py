@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from declip_jax.data import images, pipeline
-from declip_jax.data.make_views import MakeViews
+from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.recipes import RECIPES
 from declip_jax.data.sources import BAD, open_source
@@ -158,8 +158,8 @@ def test_bad_example_is_replaced_by_another_and_named(caplog: pytest.LogCaptureF
     else:
       assert row["value"] == value
       assert not any(passed.values())
-  assert "passed over (unknown format) numbers:1: " in caplog.text
-  assert "passed over (no caption) numbers:5: no caption" in caplog.text
+  assert "skipped (unknown format) numbers:1: " in caplog.text
+  assert "skipped (no caption) numbers:5: no caption" in caplog.text
 
 
 def test_neighbouring_bad_examples_do_not_favour_the_one_behind_them() -> None:
@@ -314,7 +314,7 @@ def test_passed_over_counts_both_streams_and_no_missing_caption_of_the_second() 
 
 def test_captions_are_asked_for_where_there_are_only_classes() -> None:
   silent = Numbers(20, blank=tuple(range(20)))
-  with pytest.raises(ValueError, match=r"numbers has classes and no captions: give config.data.templates, such as"):
+  with pytest.raises(ValueError, match=r"numbers has classes but no captions: set config.data.templates, such as"):
     Mixture((silent,)).check_captions()
   Mixture((silent,), templates=("{}",)).check_captions()
   Mixture((silent,), needs_caption=False).check_captions()
@@ -366,7 +366,7 @@ def test_workers_end_when_the_training_is_killed(tmp_path: pathlib.Path) -> None
 
 def test_bad_second_mixture_is_refused() -> None:
   with pytest.raises(
-    ValueError, match=r"config.data.ssl_mixture=\(1.0,\): give a positive weight for each of 2 sources"
+    ValueError, match=r"config.data.ssl_mixture=\(1.0,\): expected a positive weight for each of 2 sources"
   ):
     decoupled(Numbers(3), Numbers(3), first=Numbers(3))
   with pytest.raises(ValueError, match="numbers has no usable sample"):
@@ -414,7 +414,7 @@ def test_evaluation_is_in_order_padded_and_masked(batch_size: int, hosts: int) -
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_batch_shapes_are_those_of_the_rows(recipe: str) -> None:
-  make_views = MakeViews(RECIPES[recipe], Tokenizer(16), size=20, patch_grid=5)
+  make_views = MakeViews(RECIPES[recipe], Tokenizer(16), Rendering(20), Masking(patch_grid=5))
   dataset = pipeline.training_samples(Mixture((open_source("scenes:train/40/24"),)), make_views, 0)
   batch = next(pipeline.TrainStream(dataset, 8))
   batch.pop(pipeline.BAD_COUNTS)
@@ -426,14 +426,14 @@ def test_views_are_what_the_recipe_says() -> None:
   Image.new("RGB", (40, 30), (10, 200, 90)).save(file, "PNG")
   example = {"image": images.decode(file.getvalue()), "captions": ("a tall red house stands alone",)}
   tokenizer = Tokenizer(16)
-  clip = MakeViews(RECIPES["clip"], tokenizer, size=8)(example, np.random.default_rng(0))
+  clip = MakeViews(RECIPES["clip"], tokenizer, Rendering(8))(example, np.random.default_rng(0))
   assert (clip["image"] == [10, 200, 90]).all()  # a crop and nothing else
   np.testing.assert_array_equal(clip["text"], tokenizer(example["captions"]))
-  slip = MakeViews(RECIPES["slip"], tokenizer, size=8)(example, np.random.default_rng(1))
+  slip = MakeViews(RECIPES["slip"], tokenizer, Rendering(8))(example, np.random.default_rng(1))
   assert (slip["image"][0] == [10, 200, 90]).all()
   assert not np.array_equal(slip["image"][1], slip["image"][2])
   for seed in range(20):
-    row = MakeViews(RECIPES["declip"], tokenizer, size=8)(example, np.random.default_rng(seed))
+    row = MakeViews(RECIPES["declip"], tokenizer, Rendering(8))(example, np.random.default_rng(seed))
     raw, _, masked = row["text"]
     np.testing.assert_array_equal(raw, clip["text"][0])  # the contrast sees a clean caption
     real = row["mlm_weight"] > 0

@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from declip_jax.data import images
-from declip_jax.data.make_views import MakeViews
+from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import RECIPES, Recipe, get_recipe, trimmed
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.text.tokenizer import Tokenizer
@@ -28,11 +28,11 @@ def flat(level=200, size=12):
   return np.full((size, size, 3), level, np.uint8)
 
 
-def make(recipe, example, seeds=1, size=12, **options):
-  """Rows of seeds 0, 1, ..., stacked."""
-  make_views = MakeViews(recipe, TOKENIZER, size, patch_grid=4, **options)
-  rows = [make_views(example, np.random.default_rng(seed)) for seed in range(seeds)]
-  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def make(recipe, example, seeds=1, size=12, patch_share=0.4):
+  """Samples of seeds 0, 1, ..., stacked."""
+  make_views = MakeViews(recipe, TOKENIZER, Rendering(size), Masking(patch_grid=4, patch_share=patch_share))
+  samples = [make_views(example, np.random.default_rng(seed)) for seed in range(seeds)]
+  return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def roughness(views):
@@ -58,8 +58,8 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_rows_and_batch_shapes_hold_what_the_recipe_says(name):
+@pytest.mark.parametrize("name", CONTENTS)
+def test_samples_and_batch_shapes_have_what_the_recipe_says(name):
   image_views, text_views, masks = CONTENTS[name]
   shapes = {"image": ((image_views, 12, 12, 3), np.uint8)}
   if text_views:
@@ -68,7 +68,7 @@ def test_rows_and_batch_shapes_hold_what_the_recipe_says(name):
     shapes |= {"mlm_position": ((5,), np.int32), "mlm_target": ((5,), np.int32), "mlm_weight": ((5,), np.float32)}
   if masks == "mim":
     shapes["mim_position"] = ((6,), np.int32)  # 0.4 of 4 x 4
-  make_views = MakeViews(RECIPES[name], TOKENIZER, 12, mask_slots=5, patch_grid=4)
+  make_views = MakeViews(RECIPES[name], TOKENIZER, Rendering(12), Masking(slots=5, patch_grid=4))
   row = make_views({"image": photo(), "captions": CAPTIONS}, np.random.default_rng(0))
   assert {key: (value.shape, value.dtype.type) for key, value in row.items()} == shapes
   assert make_views.batch_shapes(7) == {key: ((7, *shape), dtype) for key, (shape, dtype) in shapes.items()}
@@ -203,7 +203,7 @@ def test_views_are_drawn_one_by_one_and_made_of_one_image(name, engine):
   for seed in range(5):
     rng = np.random.default_rng(seed)
     plans = [images.draw(augmentation, 200, 260, 24, rng) for augmentation in RECIPES[name].augmentations]
-    row = MakeViews(RECIPES[name], TOKENIZER, 24, engine=engine)(example, np.random.default_rng(seed))
+    row = MakeViews(RECIPES[name], TOKENIZER, Rendering(24, engine=engine))(example, np.random.default_rng(seed))
     np.testing.assert_array_equal(row["image"], images.make(example["image"], plans, engine=engine))
 
 
@@ -212,7 +212,9 @@ def test_for_the_device_the_same_crops_are_made_and_nothing_else(name):
   example = {"image": photo(), "captions": CAPTIONS}
   for seed in range(4):
     host, device = (
-      MakeViews(RECIPES[name], TOKENIZER, 12, patch_grid=4, augment_on=where)(example, np.random.default_rng(seed))
+      MakeViews(RECIPES[name], TOKENIZER, Rendering(12, augment_on=where), Masking(patch_grid=4))(
+        example, np.random.default_rng(seed)
+      )
       for where in ("host", "device")
     )
     assert all(np.array_equal(host[key], device[key]) for key in host if key != "image")  # texts and patches
@@ -226,7 +228,7 @@ def test_for_the_device_the_same_crops_are_made_and_nothing_else(name):
 
 def test_bad_images_are_bad_samples():
   for engine in images.ENGINES:
-    make_views = MakeViews(RECIPES["slip"], TOKENIZER, 12, engine=engine)
+    make_views = MakeViews(RECIPES["slip"], TOKENIZER, Rendering(12, engine=engine))
     with pytest.raises(BadSample, match="no known image format") as caught:
       make_views({"image": b"<html>", "captions": CAPTIONS}, np.random.default_rng(0))
     assert caught.value.kind == "unknown format"
@@ -238,7 +240,7 @@ def test_bad_images_are_bad_samples():
 @pytest.mark.parametrize(("field", "legal"), [("engine", "'exact', 'fast'"), ("augment_on", "'host' or 'device'")])
 def test_an_unknown_way_is_refused_by_name(field, legal):
   with pytest.raises(ValueError, match=rf"config.data.{field}='gpu': choose .*{legal}"):
-    MakeViews(RECIPES["clip"], TOKENIZER, 12, **{field: "gpu"})
+    Rendering(12, **{field: "gpu"})
 
 
 # Patches.
@@ -255,7 +257,7 @@ def test_patches_are_hidden_by_share_and_differ_from_row_to_row():
 
 @pytest.mark.parametrize(("grid", "share", "named"), [(0, 0.4, "patch_grid=0"), (4, 1.0, "patch_share=1.0")])
 def test_hiding_no_patches_is_refused_before_anything_is_read(grid, share, named):
-  make_views = MakeViews(RECIPES["slip_mim"], TOKENIZER, 12, patch_grid=grid, patch_share=share)
+  make_views = MakeViews(RECIPES["slip_mim"], TOKENIZER, Rendering(12), Masking(patch_grid=grid, patch_share=share))
   with pytest.raises(ValueError, match=named):
     make_views.batch_shapes(4)
 
@@ -373,7 +375,7 @@ def test_views_that_are_left_keep_their_strength():
 
 
 def test_a_use_without_image_is_refused():
-  with pytest.raises(ValueError, match="no term with a weight uses an image view"):
+  with pytest.raises(ValueError, match="config.objective: no term"):
     trimmed(RECIPES["declip"], UNUSED.replace(masked_text=2))
 
 
@@ -401,6 +403,6 @@ def test_an_unknown_recipe_is_refused_by_name():
 
 
 def test_makers_of_views_go_to_worker_processes():
-  make_views = MakeViews(RECIPES["slip_mocov3"], TOKENIZER, 12)
+  make_views = MakeViews(RECIPES["slip_mocov3"], TOKENIZER, Rendering(12))
   row = pickle.loads(pickle.dumps(make_views))({"image": photo(), "captions": CAPTIONS}, np.random.default_rng(0))
   assert row["image"].shape == (3, 12, 12, 3)
