@@ -5,8 +5,10 @@ finished run with its embeddings of two images and two texts.
 """
 
 from collections.abc import Mapping
-import math
+import os
 from pathlib import Path
+import subprocess
+import sys
 import tarfile
 
 import jax
@@ -16,8 +18,8 @@ import pytest
 from declip_jax import build, load
 from declip_jax import config as config_lib
 from declip_jax.evaluate import evaluate
+from declip_jax.reporting.metrics import read_metrics
 from declip_jax.runtime.checkpoint import Checkpoints
-from declip_jax.train import train
 from declip_jax.training.state import abstract_state
 from declip_jax.weights.read import read
 from declip_jax.weights.write import write
@@ -25,6 +27,12 @@ from declip_jax.weights.write import write
 TESTS = Path(__file__).parent
 FIXTURE = TESTS / "fixtures" / "old_run"
 TEXTS = ("a photo of a red circle", "a small striped blue star in the middle")
+RESUME = """
+import pathlib, sys
+from declip_jax import config, train
+run = pathlib.Path(sys.argv[1])
+train.train(config.from_json((run / "config.json").read_text()), run)
+"""
 SCORES = {"top1": 0.005, "top5": 0.135, "mean_per_class": 0.1 / 18, "majority_share": 0.055, "images": 200}
 
 
@@ -60,14 +68,6 @@ def check_arrays(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndar
     np.testing.assert_allclose(array, expected[path], rtol=atol, atol=atol, err_msg=path)
 
 
-def without_key_bias(path: str, array: np.ndarray) -> np.ndarray:
-  """Drops the bias of keys: its gradient is zero but for rounding, of which Adam makes steps of any size."""
-  if not path.endswith("/qkv/bias"):
-    return array
-  query, _, value = np.split(array, 3, axis=-1)
-  return np.concatenate([query, value], axis=-1)
-
-
 def check_embeddings(path: Path, expected: Mapping[str, np.ndarray]) -> None:
   clip, images = load(path), [expected["images/0"], expected["images/1"]]
   np.testing.assert_allclose(clip.encode_image(images), expected["image_embedding"], atol=1e-5)
@@ -100,14 +100,13 @@ def test_the_whole_state_of_an_old_run_is_restored(runs: Path, expected: Mapping
 
 @pytest.mark.slow
 def test_an_old_run_resumes_to_the_same_parameters(runs: Path, expected: Mapping[str, np.ndarray]) -> None:
+  # In a process with one device and the compiler's defaults, as when it was recorded: Adam turns rounding into steps
+  # where a gradient is zero otherwise, such as that of a bias before a batch norm.
   run = runs / "old_run_unfinished"
-  final = train(config_lib.from_json((run / "config.json").read_text()), run)
-  assert final["step"] == 6
-  assert math.isclose(final["eval/heldout/top1"], SCORES["top1"])
-  weights = read(run)
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  subprocess.run([sys.executable, "-c", RESUME, str(run)], check=True, env=environment)
+  assert read_metrics(run)[-1]["eval/heldout/top1"] == SCORES["top1"]
+  weights = read(run, step=6)
   for name in ("params", "collections"):
     wanted = {path: x for path, x in expected.items() if path.startswith(f"state/{name}/")}
-    found = flat(getattr(weights, name), f"state/{name}")
-    check_arrays(
-      *({path: without_key_bias(path, x) for path, x in tree.items()} for tree in (found, wanted)), atol=2e-5
-    )
+    check_arrays(flat(getattr(weights, name), f"state/{name}"), wanted, atol=1e-6)
