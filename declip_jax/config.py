@@ -4,7 +4,8 @@ A duration is written as a dict with one of `steps`, `epochs` or `examples`; `st
 A field that is a tuple is set on the command line as `--config.data.train="('webdataset:/data/train-*.tar',)"`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import inspect
 import json
 import math
 from typing import Any
@@ -84,7 +85,11 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   if preset == "repo":
     _as_released(c, method)
   c.lock()
-  c.evals.unlock()  # the one place where a config adds fields
+  # The two places where a config may add fields: evaluations, and terms of its own.
+  c.evals.unlock()
+  c.objective.unlock()
+  for fields in c.objective.values():
+    fields.lock()
   return c
 
 
@@ -264,6 +269,44 @@ def _optimizer() -> ConfigDict:
   # Of the log inverse temperatures after each step; () is any.
   c.logit_scale_range = (0.0, math.log(100))
   return c
+
+
+def term(
+  loss: Callable[..., Any],
+  *,
+  weight: float,
+  schedule: tuple[tuple[int, float], ...] = (),
+  heads: tuple[str, ...] = ("joint",),
+  needs: tuple[str, ...] = ("image", "text"),
+  views: tuple[str, ...] = ("pair",),
+  **options: Any,
+) -> ConfigDict:
+  """A term of your own, defined in your config file: `c.objective.<name> = config.term(loss, weight=0.5)`.
+
+  `config.json` has the name of its function only. Resuming the run takes the config file; loading or evaluating what it
+  trained does not.
+
+  Args:
+    loss: function `(outputs, batch, *, option=default, ...) -> (loss, metrics)`; with an argument `method`, it is given
+      how all pairs of a batch are compared.
+    weight: weight of the term.
+    schedule: factor of the weight over the steps, see `default`.
+    heads: names of `models.heads.HEADS` that have to exist.
+    needs: entries of `types.Outputs` that the loss reads.
+    views: roles of `types.Views` that the recipe has to make; "pair" is the first contrastive view of each modality.
+    options: values of the loss's options other than their defaults.
+
+  Raises:
+    ValueError: `loss` is not a plain function, or does not have one of the options.
+  """
+  if not inspect.isfunction(loss):
+    raise ValueError(f"config.term: loss={loss!r}: a function defined by def, whose name config.json can record")
+  parameters = list(inspect.signature(loss).parameters.values())[2:]
+  defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "method"}
+  if unknown := sorted(set(options) - set(defaults)):
+    raise ValueError(f"config.term: {loss.__name__} has the options {sorted(defaults)}, not {unknown}")
+  own = {"loss": loss, "heads": heads, "needs": needs, "views": views}
+  return ConfigDict({"weight": float(weight), "schedule": schedule, **own, **defaults, **options})
 
 
 def zero_shot(data: str, templates: tuple[str, ...] = ("a photo of a {}.",)) -> ConfigDict:

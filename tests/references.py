@@ -40,7 +40,9 @@ def pixels(*views):
 
 
 class GivenImages(nn.Module):
-  """An image tower whose input already is the feature, as `[b 1 1 w]`."""
+  """An image tower whose input already is the feature, as `[b 1 1 f]`."""
+
+  has_batch_norm = False
 
   @property
   def stride(self):

@@ -3,7 +3,7 @@
 from collections import Counter
 from functools import partial
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from einops import rearrange
 import flax.linen as nn
@@ -121,6 +121,8 @@ class RegNetY(nn.Module):
   remat: str = "none"
   unroll: int = 1
   dtype: Any = jnp.float32
+
+  has_batch_norm: ClassVar[bool] = True
 
   @property
   def stages(self) -> tuple[tuple[int, int], ...]:

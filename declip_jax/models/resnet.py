@@ -1,7 +1,7 @@
 """CLIP's modified ResNet (Radford et al. 2021, section 2.4): a deep stem, anti-aliased strides, attention pool."""
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from einops import rearrange
 import flax.linen as nn
@@ -84,6 +84,8 @@ class ModifiedResNet(nn.Module):
   remat: str = "none"
   unroll: int = 1
   dtype: Any = jnp.float32
+
+  has_batch_norm: ClassVar[bool] = True
 
   @property
   def feature_width(self) -> int:

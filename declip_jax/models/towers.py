@@ -16,7 +16,6 @@ from declip_jax.types import Batch, Features, Views
 
 # What `config.model.image.kind` may name.
 IMAGE_TOWERS = {"vit": ViT, "resnet": ModifiedResNet, "regnet": RegNetY}
-_BATCH_NORMED = (ModifiedResNet, RegNetY)
 # What `config.model.mlm_attention` may name: a masked token sees what stands before it, or the whole caption.
 MLM_ATTENTION = ("causal", "bidirectional")
 
@@ -25,7 +24,8 @@ class Towers(nn.Module):
   """An image tower and a text tower side by side; pixels are normalised here, on the device.
 
   Attributes:
-    image: a module from normalised images `[b h w c]`, `train` and `hidden` patches to features `[b f]` and tokens.
+    image: a module from normalised images `[b h w c]`, `train` and `hidden` patches to features `[b f]` and tokens
+      `[b n f]`, with `feature_width`, `stride` and `has_batch_norm`: whether `train` makes it normalise by the batch.
     text: the text transformer, None where no term looks at texts.
     mean, std: per channel, on a scale of 0 to 1.
     lock_image: the image tower is not trained, so its batch norms use their running statistics and keep them.
@@ -92,7 +92,7 @@ class Towers(nn.Module):
   ) -> tuple[Float[Array, "b v f"], Float[Array, "b v n f"]]:
     train, pixels = train and not self.lock_image, pixels.astype(self.dtype)
     views = pixels.shape[1]
-    if isinstance(self.image, _BATCH_NORMED):
+    if self.image.has_batch_norm:
       # Batch statistics are those of one view, so views go through one after the other.
       masks = [None if hidden is None else hidden[:, view] for view in range(views)]
       encoded = [self.image(pixels[:, view], train, masks[view]) for view in range(views)]

@@ -1,6 +1,6 @@
 """The vision transformer of OpenAI's CLIP; by its options also timm's, which SLIP uses, and DeCLIP's."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from einops import rearrange
 import flax.linen as nn
@@ -31,6 +31,8 @@ class ViT(nn.Module):
   remat: str = "none"
   unroll: int = 1
   dtype: Any = jnp.float32
+
+  has_batch_norm: ClassVar[bool] = False
 
   @property
   def feature_width(self) -> int:

@@ -1,0 +1,264 @@
+"""What it takes to extend the package: each test adds a toy, uses it, and counts the places of the package it edits.
+
+A place is an entry that an existing file needs; the toy itself is a new file. CONTRIBUTING.md has the same numbers.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from declip_jax import architectures, build, config, config_files
+from declip_jax.clip import load
+from declip_jax.data.recipes import RECIPES
+from declip_jax.models.heads import HEADS
+from declip_jax.models.heads.base import Head, linear, pick
+from declip_jax.models.paths import side_prefixes
+from declip_jax.models.towers import IMAGE_TOWERS
+from declip_jax.objectives import TERMS, Term, make_objective
+from declip_jax.reporting.metrics import read_metrics
+from declip_jax.train import train
+from declip_jax.training.state import abstract_state
+from declip_jax.types import Features, Outputs, Views
+from declip_jax.unit_norm import unit_norm
+from declip_jax.weights.layout import abstract_variables
+
+
+class Places:
+  """Extends the package for a test, and counts the places that had to change."""
+
+  def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    self._monkeypatch, self._places = monkeypatch, []
+
+  def add(self, table: dict[str, Any], name: str, entry: Any) -> None:
+    """An entry of a table, such as `TERMS`."""
+    assert name not in table
+    self._monkeypatch.setitem(table, name, entry)
+    self._places.append(name)
+
+  def configure(self, add_fields: Callable[[ConfigDict], None]) -> None:
+    """Defaults in `config.py`, however many: `add_fields` gets the unlocked config of `config.default`."""
+    default = config.default
+
+    def extended(*arguments: Any, **options: Any) -> ConfigDict:
+      c = default(*arguments, **options).unlock()
+      add_fields(c)
+      c.lock()
+      c.evals.unlock()
+      return c
+
+    self._monkeypatch.setattr(config, "default", extended)
+    self._places.append("config.py")
+
+  def __len__(self) -> int:
+    return len(self._places)
+
+
+@pytest.fixture
+def places(monkeypatch: pytest.MonkeyPatch) -> Places:
+  return Places(monkeypatch)
+
+
+def trace_step(c: ConfigDict) -> tuple[Any, dict[str, Any]]:
+  """The shapes of the state and the metrics after a train step of a config; nothing is compiled."""
+  built = build.build(c)
+  shapes = built.batch_shape(c.batch_size)
+  build.check_objective(c, built, shapes)
+  state = abstract_state(shapes, built.mesh, model=built.model, optimizer=built.optimizer)
+  return jax.eval_shape(build.make_step(c, built, build.to_steps(c, 256), state), state, shapes)
+
+
+def toy_loss(outputs: Outputs, batch: Any, *, margin: float = 0.2) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """A hinge on the cosine of the first pair."""
+  del batch
+  cosine = jnp.sum(outputs.image[0] * outputs.text[0], axis=-1)
+  return jnp.maximum(0, 1 - margin - cosine).mean(), {"toy_cosine": cosine.mean()}
+
+
+def test_a_term_on_existing_outputs_takes_2_places(places: Places) -> None:
+  places.add(TERMS, "toy", Term(toy_loss, ("joint",), ("image", "text"), ("pair",)))
+  places.configure(lambda c: c.objective.update({"toy": {"weight": 0.0, "schedule": (), "margin": 0.2}}))
+  c = tiny_config("clip")
+  c.objective.toy.update({"weight": 0.5, "margin": 0.1})
+  _, metrics = trace_step(c)
+  assert {"loss/clip", "loss/toy", "share/toy", "toy_cosine"} <= set(metrics)
+  assert len(places) == 2
+  c.objective.toy.weight = 0.0  # it leaves no trace if it is not used
+  assert "toy" not in make_objective(c.objective.to_dict()).weights
+
+
+class ToyHead(Head):
+  """Projects the mosaic views."""
+
+  image_width: int
+  toy_width: int
+  dtype: Any = jnp.float32
+
+  views: ClassVar = ("mosaic_image",)
+  sides: ClassVar = {"image": ("toy",)}
+  diagnostics: ClassVar = {"toy": "embeddings"}
+
+  def setup(self) -> None:
+    self.toy = linear(self.image_width, self.toy_width, self.dtype)
+
+  def __call__(self, features: Features, outputs: Outputs, views: Views, train: bool) -> dict[str, jax.Array]:
+    del outputs, train
+    if "mosaic_image" not in views:
+      return {}
+    return {"toy": self.toy(pick(features.image, views.mosaic_image))}
+
+
+def toy_head_loss(outputs: Outputs, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+  del batch
+  first, second = unit_norm(outputs.toy)
+  return -jnp.sum(first * second, axis=-1).mean(), {}
+
+
+def test_a_term_with_its_own_head_and_view_takes_4_places(places: Places) -> None:
+  places.add(TERMS, "toy", Term(toy_head_loss, ("toy",), ("toy",), ("mosaic_image",)))
+  places.add(HEADS, "toy", ToyHead)
+  views = Views(mosaic_image=(1, 2))
+  places.add(RECIPES, "toy", dataclasses.replace(RECIPES["slip"], views=views))
+
+  def add_fields(c: ConfigDict) -> None:
+    c.objective.toy = {"weight": 0.0, "schedule": ()}
+    c.model.heads.toy_width = 6
+
+  places.configure(add_fields)
+  c = tiny_config("clip")
+  c.data.recipe, c.objective.toy.weight, c.optimizer.name = "toy", 1.0, "adamw_sgd"
+  state, metrics = trace_step(c)
+  assert state.params["heads"]["toy"]["kernel"].shape == (32, 6)
+  assert {"loss/toy", "diagnostics/toy/rank"} <= set(metrics)
+  assert "heads/toy" in side_prefixes("image")
+  _, variables = abstract_variables(c.model, ("joint", "toy"), c.data.image_size)  # as a saved run is read
+  assert variables["params"]["heads"]["toy"]["kernel"].shape == (32, 6)
+  assert len(places) == 4
+
+
+def test_a_recipe_takes_1_place(places: Places) -> None:
+  places.add(RECIPES, "toy", dataclasses.replace(RECIPES["clip"], image_views=("strong",), text_views=("augmented",)))
+  c = tiny_config("clip")
+  c.data.recipe = "toy"
+  assert build.build(c).recipe.text_views == ("augmented",)
+  assert len(places) == 1
+
+
+class ToyTower(nn.Module):
+  """A linear map of each patch."""
+
+  patch: int
+  width: int
+  remat: str = "none"
+  unroll: int = 1
+  dtype: Any = jnp.float32
+
+  has_batch_norm: ClassVar[bool] = False
+
+  @property
+  def feature_width(self) -> int:
+    return self.width
+
+  @property
+  def stride(self) -> int:
+    return self.patch
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool = False, hidden: Any = None) -> tuple[jax.Array, jax.Array]:
+    side = (self.patch, self.patch)
+    x = nn.Conv(self.width, side, side, dtype=self.dtype)(images)
+    x = x.reshape(x.shape[0], -1, self.width)
+    return x.mean(axis=1), x
+
+
+def test_an_image_tower_takes_2_places(places: Places) -> None:
+  places.add(IMAGE_TOWERS, "toy", ToyTower)
+  image = ConfigDict({"kind": "toy", "patch": 8, "width": 24})
+  places.add(architectures.ARCHITECTURES, "toy", architectures.Architecture(image, architectures.text(64), 32, 16))
+  c = tiny_config("clip")
+  named = config.default("clip", "toy")
+  c.model.image = named.model.image
+  state, metrics = trace_step(c)
+  assert state.params["towers"]["image"]["Conv_0"]["kernel"].shape == (8, 8, 3, 24)
+  assert "loss/clip" in metrics
+  assert len(places) == 2
+
+
+OWN_TERM = """
+import jax.numpy as jnp
+from declip_jax import config
+from tiny import tiny_config
+
+
+def hinge(outputs, batch, *, margin=0.2):
+  cosine = jnp.sum(outputs.image[0] * outputs.text[0], axis=-1)
+  return jnp.maximum(0, 1 - margin - cosine).mean(), {}
+
+
+def get_config():
+  c = tiny_config("clip")
+  c.objective.mine = config.term(hinge, weight=0.5, margin=0.3)
+  return c
+"""
+
+
+@pytest.fixture
+def own_config(tmp_path: Path) -> ConfigDict:
+  """A user's config file with a term of its own."""
+  file = tmp_path / "mine.py"
+  file.write_text(OWN_TERM)
+  return config_files.load(str(file))
+
+
+def test_a_term_of_a_users_config_file_takes_no_place(own_config: ConfigDict) -> None:
+  c = own_config
+  _, metrics = trace_step(c)
+  assert {"loss/clip", "loss/mine", "share/mine"} <= set(metrics)
+  outputs = Outputs(image=np.eye(3)[None], text=np.eye(3)[None, ::-1], scale=jnp.float32(1))
+  _, details = make_objective(c.objective.to_dict())(outputs, {}, 0)
+  np.testing.assert_allclose(details["loss/mine"], 0.7 * 2 / 3, rtol=1e-6)
+  # What config.json keeps of it is enough to build the model, but not to train.
+  saved = config.from_json(c.to_json_best_effort())
+  assert json.loads(saved.to_json_best_effort()) == json.loads(c.to_json_best_effort())
+  objective = make_objective(saved.objective.to_dict())
+  assert (objective.heads, objective.weights) == (("joint",), {"clip": 1.0, "mine": 0.5})
+  with pytest.raises(ValueError, match=r"config.objective.mine.loss='function hinge'"):
+    objective(outputs, {}, 0)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_users_own_term_resumes_and_loads_without_its_file(own_config: ConfigDict, tmp_path: Path) -> None:
+  c, workdir = own_config, tmp_path / "run"
+  c.evals, c.duration.steps = ConfigDict(), 2
+  train(c, workdir)
+  c.duration.steps = 3
+  train(c, workdir)
+  assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl") if "loss/mine" in line] == [1, 2, 3]
+  assert load(workdir).image(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 16)
+
+
+def test_a_term_of_a_users_own_is_checked_at_the_door(own_config: ConfigDict) -> None:
+  with pytest.raises(ValueError, match=r"hinge has the options \['margin'\], not \['marign'\]"):
+    config.term(own_config.objective.mine.loss, weight=1.0, marign=0.1)
+  with pytest.raises(ValueError, match="config.term: loss="):
+    config.term(nn.Dense(3), weight=1.0)
+  c = own_config
+  c.objective.clip = config.term(toy_loss, weight=1.0)
+  with pytest.raises(ValueError, match="config.objective.clip.loss"):
+    make_objective(c.objective.to_dict())
+  c = tiny_config("clip")
+  c.objective.mine = config.term(toy_loss, weight=1.0, views=("mosaic_image",))
+  with pytest.raises(ValueError, match=r"term 'mine' .* needs Views.mosaic_image.*recipe 'clip'"):
+    build.build(c)
+  c.objective.mine = config.term(toy_loss, weight=1.0, heads=("tyo",))
+  with pytest.raises(ValueError, match=r"\['tyo'\]"):
+    build.build(c)
