@@ -208,8 +208,8 @@ def test_the_table_of_layouts_sums_up(mesh):
   assert [row.split() for row in rows] == [
     ["bank", "float32", "data", "x", "fsdp,", "axis", "0", "1", "16.00", "2.00", "[8,", "512,", "1024]"],
     ["params", "float32", "fsdp,", "axis", "0", "2", "12.00", "6.00", "b", "[2048,", "1024]"],
-    ["params", "float32", "nothing:", "whole", "1", "1.00", "1.00", "c", "[256,", "1024]"],
-    ["step", "int32", "nothing:", "whole", "1", "0.00", "0.00", "[]"],
+    ["params", "float32", "replicated", "1", "1.00", "1.00", "c", "[256,", "1024]"],
+    ["step", "int32", "replicated", "1", "0.00", "0.00", "[]"],
   ]
   assert total.split() == ["total", "5", "29.00", "9.00"]
   many = {f"part{place}": leaf(place + 1, 1024, 1024) for place in range(30)}

@@ -15,7 +15,7 @@ from declip_jax.data.images import EvalView
 from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.evals.similarity import Embeddings, Similarity, TextTokens, cosines, make_late_interaction
 from declip_jax.models.model import Model
-from declip_jax.sharding import batch_sharding, check_batch, local_rows, replicated, to_global
+from declip_jax.sharding import batch_rows, batch_sharding, check_batch, replicated, to_global
 
 Tree = Any
 # From parameters, collections and a global batch to arrays that every device has.
@@ -130,7 +130,7 @@ class EncoderFactory:
       "tokenizer": tokenizer,
       "view": view,
       "batch_size": batch_size,
-      "batch_rows": local_rows(self._sharding, batch_size),
+      "batch_rows": batch_rows(self._sharding, batch_size),
       "similarity": functions.similarity,
       "tokens": functions.tokens,
     }

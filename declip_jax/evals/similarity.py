@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 import numpy as np
 
 from declip_jax.objectives.filip import late_interaction
-from declip_jax.sharding import batch_sharding, local_rows, replicated, to_global
+from declip_jax.sharding import batch_rows, batch_sharding, replicated, to_global
 
 Tree = Any
 # One leading entry per image or text, in NumPy: unit-norm embeddings `[n d]`, unit-norm tokens of images `[n k e]`, or
@@ -71,7 +71,7 @@ def make_late_interaction(mesh: Mesh) -> Similarity:
   text_to_image = jax.jit(lambda text, image: compare(image, *text)[1], out_shardings=replicated(mesh))
 
   def place(embeddings: Embeddings, start: int, size: int) -> Tree:
-    index = np.minimum(start + local_rows(sharding, size), num_embeddings(embeddings) - 1)  # padded with the last one
+    index = np.minimum(start + batch_rows(sharding, size), num_embeddings(embeddings) - 1)  # padded with the last one
     return to_global(take(embeddings, index), sharding)
 
   def similarity(query: Embeddings, key: Embeddings) -> Float[np.ndarray, "n m"]:
