@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILT_FROM = ("declip_jax", "configs", "setup.py", "pyproject.toml", "LICENSE")
 TINY = (
   "duration.steps=2",
+  "optimizer.warmup.steps=1",
   "batch_size=8",
   "evals.heldout.data=scenes:heldout/40/24",
   "evals.retrieval.data=scenes:test/20/24",
