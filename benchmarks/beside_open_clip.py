@@ -132,7 +132,7 @@ class Ours:
     ]
     placed = [to_global(batch, batch_sharding(built.mesh)) for batch in self.batches]
     traced = make_step(config, built, build.to_steps(config, 10**6), abstract).trace(abstract, placed[0])
-    self.flops = flops.count(traced.jaxpr)
+    self.flops = flops.num_flops(traced.jaxpr)
     self._step, self._placed = traced.lower().compile(), round_and_round(placed)
 
   def take(self) -> float:

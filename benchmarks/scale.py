@@ -45,12 +45,12 @@ def print_table(args: argparse.Namespace) -> None:
   from jax.sharding import NamedSharding, PartitionSpec
   import numpy as np
 
-  from declip_jax import plan
   from declip_jax.objectives.blockwise import Method
   from declip_jax.objectives.contrastive import info_nce
+  from declip_jax.planning.topology import topology_devices
   from declip_jax.sharding import make_mesh
 
-  mesh = make_mesh(-1, 1, plan.topology(args.topology) if args.topology else jax.devices())
+  mesh = make_mesh(-1, 1, topology_devices(args.topology) if args.topology else jax.devices())
   rows, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), NamedSharding(mesh, PartitionSpec())
 
   def ours(kind: str) -> Callable:

@@ -4,8 +4,8 @@ Each row is the median of several steps after compilation, on all devices, with 
 diagnostics, which a training measures every `log_every` steps. The methods are timed in turn, round after round, and
 compared with CLIP's step of the same round, so that a noisy machine treats them alike: step time (the median of these
 ratios), temporary memory of the compiled step, and the FLOPs of its matrix products and convolutions (see
-`flops.count`). The last column is what a step takes for each that FLOPs predict: above 1 it does work that they do not
-count.
+`flops.num_flops`). The last column is the relative time divided by the relative FLOPs: above 1, a step does work that
+FLOPs do not count.
 
 On a CPU export the Makefile's GLIBC_TUNABLES first: without it the kernel clears the memory of each step page by page,
 which the methods with the most memory pay most for.
@@ -108,7 +108,7 @@ def compile_step(config: ConfigDict) -> Step:
   )
   compiled = traced.lower().compile()
   seconds = time.perf_counter() - start
-  return Step(compiled, create_state(0, batch, abstract, **model), batch, seconds, flops.count(traced.jaxpr))
+  return Step(compiled, create_state(0, batch, abstract, **model), batch, seconds, flops.num_flops(traced.jaxpr))
 
 
 def main() -> None:

@@ -1,39 +1,50 @@
-"""What accelerators can do at their best, by the name that JAX gives them: a literal table, and who says so.
+"""Peak figures of accelerators, by the name that JAX gives them, and their sources.
 
-All figures are of one JAX device, which is one chip, but half a chip of a TPU7x. Compute is dense bfloat16: NVIDIA's
-data sheets print it with sparsity, which is twice as much. Links and networks carry these bytes in each direction.
+All figures are per JAX device, which is one chip, except for TPU7x, where it is half a chip. Compute is dense bfloat16;
+NVIDIA's data sheets print it with sparsity, which is twice as much. Bandwidths of links and networks are one direction.
 
-Sources, all of the vendors:
-  TPU v5e, v6e, v5p, TPU7x: Google Cloud's pages "TPU v5e", "TPU v6e", "TPU v5p" and "TPU7x" (bfloat16 peak, HBM, ICI
-    bandwidth in both directions per chip, of which half is one direction; data center network per pod or per chip;
+Sources, all from the vendors:
+  TPU v5e, v6e, v5p, TPU7x: Google Cloud's pages "TPU v5e", "TPU v6e", "TPU v5p" and "TPU7x" (bfloat16 peak, HBM; ICI
+    bandwidth per chip in both directions, half of which is one direction; data center network per pod or per chip;
     vCPUs of a VM with four chips). A chip has four ICI links in two dimensions (v5e, v6e), six in three (v4, v5p, 7x).
-    Memory is what libtpu leaves to programs, as it says when one is too large: 15.75 of 16 GiB on a v5e.
-  TPU v4: "TPU v4" for compute and HBM; Jouppi et al. 2023 (arXiv 2304.01433), table 4, for its six links of 50 GB/s.
-  A100, A10, A10G, L4, L40S, H100, H200, GH200: NVIDIA's data sheet of each. B200: that of the DGX B200, by eight.
-  NVLink: 12 links of 25 GB/s (A100), 18 of 25 (H100, H200), 18 of 50 (B200). Cards without NVSwitch talk over PCI
-    Express: 16 lanes of generation 4 are 32 GB/s, of generation 5 64 GB/s.
-  Networks of GPU nodes: one adapter for each GPU as in NVIDIA's DGX A100 (200 Gb/s), H100, H200, B200 (400 Gb/s).
+    Memory is the part that libtpu leaves to programs, from its out-of-memory errors: 15.75 of 16 GiB on a v5e.
+  TPU v4: "TPU v4" for compute and HBM; Jouppi et al. 2023 (arXiv 2304.01433), table 4, for the six links of 50 GB/s.
+  A100, A10, A10G, L4, L40S, H100, H200, GH200: NVIDIA's data sheet of each. B200: that of the DGX B200, divided by 8.
+  NVLink: 12 links of 25 GB/s (A100), 18 of 25 (H100, H200), 18 of 50 (B200). Cards without NVSwitch communicate over
+    PCI Express: 16 lanes are 32 GB/s in generation 4, 64 GB/s in generation 5.
+  Networks of GPU nodes: one adapter per GPU, as in NVIDIA's DGX A100 (200 Gb/s), H100, H200, B200 (400 Gb/s).
 """
 
-from typing import NamedTuple
+import dataclasses
 
 GB, GIB = 1e9, 2**30
 
 
-class Device(NamedTuple):
-  """Peak figures of one device."""
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """Peak figures of one device.
 
-  flops: float  # per second, dense bfloat16 products
-  memory: float  # bytes, of a TPU those that programs get
-  memory_bandwidth: float  # bytes per second
-  links: int  # to other devices of its slice or node
-  link_bandwidth: float  # bytes per second, of one link in one direction
-  network_bandwidth: float | None  # bytes per second between slices or nodes, in one direction; None is not known
-  host_cpus: float | None = None  # virtual CPUs (hyperthreads) of its host, a device's share; None is not known
+  Attributes:
+    flops: FLOPs per second of dense bfloat16 matrix products.
+    memory: bytes of main memory; on a TPU those available to programs.
+    memory_bandwidth: bytes per second.
+    links: number of links to other devices of the same slice or node.
+    link_bandwidth: bytes per second of one link in one direction.
+    network_bandwidth: bytes per second between slices or nodes, in one direction; None if unknown.
+    host_cpus: virtual CPUs (hyperthreads) of the host per device; None if unknown.
+  """
+
+  flops: float
+  memory: float
+  memory_bandwidth: float
+  links: int
+  link_bandwidth: float
+  network_bandwidth: float | None
+  host_cpus: float | None = None
 
   @property
   def interconnect(self) -> float:
-    """Bytes per second that it sends over all its links at once."""
+    """Bytes per second over all links at once, in one direction."""
     return self.links * self.link_bandwidth
 
 
@@ -69,5 +80,5 @@ DEVICES = {
 
 
 def of(device_kind: str) -> Device | None:
-  """The figures of a `jax.Device.device_kind`; None for a CPU, and for what the table does not know."""
+  """The figures of a `jax.Device.device_kind`; None for a CPU and for devices that are not in the table."""
   return DEVICES.get(device_kind)

@@ -1,6 +1,6 @@
-"""FLOPs of a traced function, from its jaxpr: those of matrix products and convolutions, with all turns of a loop.
+"""FLOPs of matrix products and convolutions in a traced function, from its jaxpr, with every iteration of a loop.
 
-XLA's own `cost_analysis` counts the body of a loop once, and so a scanned transformer as one layer.
+XLA's own `cost_analysis` counts the body of a loop once, and therefore a scanned transformer as one layer.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,15 @@ from declip_jax.types import Batch
 
 
 def step_flops(config: ConfigDict, built: build.Built) -> float:
-  """The model's FLOPs in one train step on a global batch, over all devices: `step_flops(config, build.build(config))`.
+  """FLOPs of the model in one train step on a global batch, over all devices.
 
   They are the numerator of model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B): forward and backward pass
-  of towers, heads and objective, once. What a step computes again to save memory (rematerialisation, gradient caching,
-  losses in blocks) does not count, and neither do augmentation, optimiser and diagnostics. Texts count with the
-  shortest of `config.model.text.buckets`, so that utilisation is at least what it says. Tracing takes seconds;
-  nothing is compiled or computed.
+  of towers, heads and objective, once. Recomputation to save memory (rematerialisation, gradient caching, losses in
+  blocks) does not count, nor do augmentation, optimiser and diagnostics. Texts count with the shortest of
+  `config.model.text.buckets`, so that the utilisation is a lower bound. Tracing takes seconds; nothing is compiled or
+  computed.
   """
-  # In float32, for in half precision a GPU's attention computes its weights again.
+  # In float32, since attention in half precision recomputes its weights on a GPU.
   image, text = (
     module and module.clone(dtype=jnp.float32) for module in (built.model.towers.image, built.model.towers.text)
   )
@@ -45,81 +45,80 @@ def step_flops(config: ConfigDict, built: build.Built) -> float:
     outputs, _ = model.apply_heads(params, collections, features)
     return objective(outputs, batch, jnp.zeros((), jnp.int32))[0]
 
-  return count(jax.make_jaxpr(jax.grad(without_remat(loss_of)))(params, collections, batch))
+  return num_flops(jax.make_jaxpr(jax.grad(without_remat(loss_of)))(params, collections, batch))
 
 
 def without_remat(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """The same function of arrays to one array without any `jax.checkpoint`, so that its gradient computes nothing again.
+  """Removes every `jax.checkpoint` from a function that returns one array, so that its gradient recomputes nothing.
 
-  What a custom gradient computes again stays.
+  Recomputation in a custom gradient remains.
   """
 
   def plain(*args: Any) -> jax.Array:
-    return jaxpr_as_fun(_unwrapped(jax.make_jaxpr(function)(*args)))(*jax.tree.leaves(args))[0]
+    return jaxpr_as_fun(_without_checkpoint(jax.make_jaxpr(function)(*args)))(*jax.tree.leaves(args))[0]
 
   return plain
 
 
-def _unwrapped(part: Any) -> Any:
-  """A jaxpr, or whatever else a primitive has as a parameter, with `jax.checkpoint`s turned into calls."""
-  if type(part) in (tuple, list):
-    return type(part)(map(_unwrapped, part))
-  if isinstance(part, ClosedJaxpr):
-    return ClosedJaxpr(_unwrapped(part.jaxpr), part.consts)
-  if not isinstance(part, Jaxpr):
-    return part
+def _without_checkpoint(value: Any) -> Any:
+  """A jaxpr, or any other parameter of a primitive, in which each `jax.checkpoint` has become a plain call."""
+  if type(value) in (tuple, list):
+    return type(value)(map(_without_checkpoint, value))
+  if isinstance(value, ClosedJaxpr):
+    return ClosedJaxpr(_without_checkpoint(value.jaxpr), value.consts)
+  if not isinstance(value, Jaxpr):
+    return value
   eqns = []
-  for eqn in part.eqns:
-    params = {name: _unwrapped(param) for name, param in eqn.params.items()}
+  for eqn in value.eqns:
+    params = {name: _without_checkpoint(param) for name, param in eqn.params.items()}
     if eqn.primitive is primitives.remat_p:
       call = {"call_jaxpr": ClosedJaxpr(params["jaxpr"], ())}
       eqns.append(eqn.replace(primitive=primitives.closed_call_p, params=call))
     else:
       eqns.append(eqn.replace(params=params))
-  return part.replace(eqns=eqns)
+  return value.replace(eqns=eqns)
 
 
-def count(jaxpr: ClosedJaxpr | Jaxpr) -> float:
-  """FLOPs of one call, as it is written: of `jax.make_jaxpr(f)(...)`, or the `jaxpr` of `jax.jit(f).trace(...)`.
+def num_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
+  """FLOPs of one call of a function as written: `jax.make_jaxpr(f)(...)`, or `jaxpr` of `jax.jit(f).trace(...)`.
 
-  A multiplication and an addition are two. A scan counts its body times its length, the backward pass of
-  `jax.checkpoint` also what it computes again. Left out are what no result needs, everything elementwise, and, of each
-  conditional, all branches but the cheapest: a train step that does not run its diagnostics. Products that the compiler
-  finds to be equal count each.
+  A multiplication and an addition are two FLOPs. The body of a scan counts as often as it runs, and the backward pass
+  of `jax.checkpoint` includes recomputation. Elementwise operations and dead code do not count. A conditional counts
+  its cheapest branch: a train step without its diagnostics. Equal products that the compiler would merge all count.
 
   Raises:
-    ValueError: a loop of unknown length around products.
+    ValueError: products in a while loop, whose number of iterations is unknown.
   """
   jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
   needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-  return _count(needed)
+  return _sum(needed)
 
 
-def _count(jaxpr: Jaxpr) -> float:
-  return float(sum(COSTS.get(eqn.primitive.name, _of_parts)(eqn) for eqn in jaxpr.eqns))
+def _sum(jaxpr: Jaxpr) -> float:
+  return float(sum(COSTS.get(eqn.primitive.name, _nested)(eqn) for eqn in jaxpr.eqns))
 
 
-def _of_parts(eqn: JaxprEqn) -> float:
-  return sum(_count(part) for part in jaxprs_in_params(eqn.params))
+def _nested(eqn: JaxprEqn) -> float:
+  return sum(_sum(jaxpr) for jaxpr in jaxprs_in_params(eqn.params))
 
 
 def _scan(eqn: JaxprEqn) -> float:
-  return eqn.params["length"] * _of_parts(eqn)
+  return eqn.params["length"] * _nested(eqn)
 
 
 def _while(eqn: JaxprEqn) -> float:
-  if _of_parts(eqn):
-    raise ValueError("a while loop around products or convolutions: nobody knows how often it turns")
+  if _nested(eqn):
+    raise ValueError("products or convolutions in a while loop: the number of iterations is unknown")
   return 0.0
 
 
 def _shard_map(eqn: JaxprEqn) -> float:
-  """Written for one device of a mesh; all do it."""
-  return eqn.params["mesh"].size * _of_parts(eqn)
+  """The body is written for one device; every device of the mesh runs it."""
+  return eqn.params["mesh"].size * _nested(eqn)
 
 
 def _cond(eqn: JaxprEqn) -> float:
-  return min(_count(branch.jaxpr) for branch in eqn.params["branches"])
+  return min(_sum(branch.jaxpr) for branch in eqn.params["branches"])
 
 
 def _dot_general(eqn: JaxprEqn) -> float:
@@ -130,25 +129,29 @@ def _dot_general(eqn: JaxprEqn) -> float:
 
 
 def _convolution(eqn: JaxprEqn) -> float:
-  """Without the products with padding, or with the holes that the gradient of a stride makes."""
+  """Products with padding, and with the holes in the gradient of a strided convolution, do not count."""
   image, kernel = (x.aval.shape for x in eqn.invars)
   output, params = eqn.outvars[0].aval.shape, eqn.params
   image_axes, kernel_axes, output_axes = params["dimension_numbers"]
   products = output[output_axes[0]] * output[output_axes[1]] * kernel[kernel_axes[1]]
   for axis, (low, _) in enumerate(params["padding"]):
-    reached = (
+    position = (
       params["window_strides"][axis] * np.arange(output[output_axes[2 + axis]])[:, None]
       + params["rhs_dilation"][axis] * np.arange(kernel[kernel_axes[2 + axis]])
       - low
     )
     hole = params["lhs_dilation"][axis]
-    inside = (reached >= 0) & (reached <= hole * (image[image_axes[2 + axis]] - 1))
-    products *= np.count_nonzero(inside & (reached % hole == 0))
+    inside = (position >= 0) & (position <= hole * (image[image_axes[2 + axis]] - 1))
+    products *= np.count_nonzero(inside & (position % hole == 0))
   return 2.0 * products
 
 
 def _flash_attention(products: int) -> Callable[[JaxprEqn], float]:
-  """cuDNN's, on a GPU in half precision: so many products of the size of query `[b n h e]` with key `[b m h e]`."""
+  """cuDNN attention, on a GPU in half precision.
+
+  Args:
+    products: number of products of the size of query `[b n h e]` times key `[b m h e]`.
+  """
   return lambda eqn: 2.0 * products * eqn.invars[0].aval.size * eqn.invars[1].aval.shape[1]
 
 
@@ -160,5 +163,5 @@ COSTS: dict[str, Callable[[JaxprEqn], float]] = {
   "dot_general": _dot_general,
   "conv_general_dilated": _convolution,
   "dot_product_attention_fwd_wrapper": _flash_attention(2),
-  "dot_product_attention_bwd_wrapper": _flash_attention(5),  # it computes the weights again
+  "dot_product_attention_bwd_wrapper": _flash_attention(5),  # including the weights, which it recomputes
 }

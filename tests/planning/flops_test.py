@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.planning.flops`: products of small functions and of whole steps, against counts by hand."""
+"""Tests of `declip_jax.planning.flops`: small functions and whole steps, against figures worked out by hand."""
 
 import itertools
 
@@ -15,7 +15,7 @@ from declip_jax.training.state import abstract_state
 
 
 def counted(function, *shapes):
-  return flops.count(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
+  return flops.num_flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
 
 
 def test_a_product_costs_two_for_each_multiplication():
@@ -32,11 +32,11 @@ def test_gradients_and_nested_functions_count():
   assert counted(jax.grad(lambda x, y: (inner(x, y) ** 2).sum()), (3, 5), (5, 7)) == 2 * 2 * 3 * 5 * 7
 
 
-def test_products_that_no_result_needs_do_not_count():
+def test_dead_code_does_not_count():
   assert counted(lambda x, y: (x @ y, x)[1], (3, 5), (5, 7)) == 0
 
 
-def test_a_scan_counts_each_turn_where_xla_counts_one():
+def test_a_scan_counts_every_iteration_where_xla_counts_one():
   def power(x, y):
     return jax.lax.scan(lambda x, _: (x @ y, None), x, length=6)[0]
 
@@ -45,7 +45,7 @@ def test_a_scan_counts_each_turn_where_xla_counts_one():
   assert jax.jit(power).lower(*shapes).cost_analysis()["flops"] < 2 * 2 * 3 * 5 * 5
 
 
-def test_a_rematerialised_backward_pass_counts_what_it_computes_again():
+def test_a_rematerialised_backward_pass_counts_recomputation():
   def cost(wrap):
     def loss(x, y):
       return wrap(lambda x: jnp.sin(jnp.sin(x @ y) @ y))(x).sum()
@@ -57,7 +57,7 @@ def test_a_rematerialised_backward_pass_counts_what_it_computes_again():
   assert cost(jax.checkpoint) == (2 + 2 + 2 * 2) * product
 
 
-def test_a_scan_of_rematerialised_blocks_does_not_compute_their_last_product_again():
+def test_a_scan_of_rematerialised_blocks_does_not_recompute_their_last_product():
   def loss(x, y):
     block = jax.checkpoint(lambda x, _: (jnp.sin(x @ y) @ y, None), prevent_cse=False)
     return jax.lax.scan(block, x, length=4)[0].sum()
@@ -65,13 +65,13 @@ def test_a_scan_of_rematerialised_blocks_does_not_compute_their_last_product_aga
   assert counted(jax.value_and_grad(loss, argnums=(0, 1)), (3, 5), (5, 5)) == 4 * (2 + 1 + 2 * 2) * 2 * 3 * 5 * 5
 
 
-def test_what_each_device_does_counts_for_all():
+def test_a_shard_map_counts_every_device():
   rows = jax.sharding.PartitionSpec("data")
   each = jax.shard_map(lambda x, y: x @ y, mesh=make_mesh(8, 1), in_specs=(rows, None), out_specs=rows)
   assert counted(each, (16, 5), (5, 7)) == counted(jnp.matmul, (16, 5), (5, 7))
 
 
-def test_of_a_conditional_the_cheapest_branch_counts():
+def test_a_conditional_counts_its_cheapest_branch():
   def maybe(x, y):
     return jax.lax.cond(x[0, 0] > 0, lambda: x @ y, lambda: jnp.zeros((3, 7)))
 
@@ -83,17 +83,17 @@ def test_of_a_conditional_the_cheapest_branch_counts():
   assert counted(switched, (3, 5), (5, 7)) == 2 * 2 * 5 * 7
 
 
-def test_a_loop_of_unknown_length_is_refused_if_it_holds_products():
+def test_products_in_a_while_loop_are_rejected():
   def until(x, y):
     return jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ y, x)
 
-  with pytest.raises(ValueError, match="how often"):
+  with pytest.raises(ValueError, match="while loop"):
     counted(until, (3, 5), (5, 5))
   assert counted(lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x - 1, x), (3, 5)) == 0
 
 
 def by_hand(image, kernel, stride, padding, dilation, groups):
-  """FLOPs of a convolution `[b h w c] * [h w c o]`, one multiplication after the other."""
+  """FLOPs of a convolution `[b h w c] * [h w c o]`, multiplication by multiplication."""
   side = (image[1] + sum(padding) - dilation * (kernel[0] - 1) - 1) // stride + 1
   met = 0
   for y, x, i, j in itertools.product(range(side), range(side), range(kernel[0]), range(kernel[1])):
@@ -106,7 +106,7 @@ def by_hand(image, kernel, stride, padding, dilation, groups):
   ("stride", "padding", "dilation", "groups"),
   [(1, (0, 0), 1, 1), (1, (1, 1), 1, 1), (2, (1, 1), 1, 1), (2, (0, 1), 1, 2), (1, (2, 2), 2, 3)],
 )
-def test_a_convolution_and_its_gradients_count_no_padding_and_no_holes(stride, padding, dilation, groups):
+def test_a_convolution_and_its_gradients_count_neither_padding_nor_holes(stride, padding, dilation, groups):
   image, kernel = (2, 8, 8, 6), (3, 3, 6 // groups, 12)
 
   def convolve(x, y):
@@ -122,12 +122,12 @@ def test_a_convolution_and_its_gradients_count_no_padding_and_no_holes(stride, p
 
   want = by_hand(image, kernel, stride, padding, dilation, groups)
   assert counted(convolve, image, kernel) == want
-  # Of the same products each side's gradient is a sum.
+  # The gradient of each argument sums the same products.
   for side in (0, 1):
     assert counted(jax.grad(lambda x, y: convolve(x, y).sum(), argnums=side), image, kernel) == want
 
 
-def test_a_step_of_clip_costs_what_its_layers_do():
+def test_a_step_of_clip_costs_as_much_as_its_layers():
   config = tiny_config("clip")
 
   def blocks(tokens, width):  # query, key, value and output; weights and values; the two layers of the perceptron
@@ -135,12 +135,12 @@ def test_a_step_of_clip_costs_what_its_layers_do():
 
   patches, pairs = 4 * (8 * 8 * 3) * 32, config.batch_size * 16
   towers = blocks(5, 32) + 32 * 16 + blocks(16, 16) + 16 * 16
-  # Backward is twice forward, but pixels have no gradient. All pairs are compared once, or once for each direction.
+  # Backward is twice forward, except that pixels have no gradient. All pairs are compared once, or once per direction.
   least, most = (2 * config.batch_size * (2 * patches + 3 * (towers + times * pairs)) for times in (1, 2))
   assert least <= flops.step_flops(config, build.build(config)) < 1.001 * most < 1.005 * least
 
 
-def test_what_saves_memory_does_not_count():
+def test_step_flops_exclude_recomputation():
   config = tiny_config("clip")
   config.log_every = 0
 
@@ -150,7 +150,7 @@ def test_what_saves_memory_does_not_count():
     shapes = built.batch_shape(config.batch_size)
     abstract = abstract_state(shapes, built.mesh, model=built.model, optimizer=built.optimizer)
     step = make_step(config, built, build.to_steps(config, 256), abstract)
-    return flops.step_flops(config, built), flops.count(step.trace(abstract, shapes).jaxpr)
+    return flops.step_flops(config, built), flops.num_flops(step.trace(abstract, shapes).jaxpr)
 
   (plain, step), (same, more) = measure("none"), measure("full")
   assert plain <= step < 1.001 * plain  # metrics have small products
@@ -158,7 +158,7 @@ def test_what_saves_memory_does_not_count():
   assert more > 1.1 * plain
 
 
-def test_without_remat_the_value_stays_and_nothing_is_computed_again():
+def test_without_remat_keeps_the_value_and_recomputes_nothing():
   def loss(x, y):
     block = jax.checkpoint(lambda x, _: (jnp.sin(jnp.sin(x @ y) @ y), None), prevent_cse=False)
     return jax.jit(lambda x: jax.lax.scan(block, x, length=4)[0])(x).sum()

@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.planning.hlo`: collectives and memory of small functions by hand, and of HLO as TPUs have it."""
+"""Tests of `declip_jax.planning.hlo`: small functions, against figures worked out by hand, and HLO of TPUs."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from declip_jax.planning import hlo
 from declip_jax.sharding import make_mesh
 
 ROWS, WIDTH = 64, 32
-PART = ROWS * WIDTH * 4 / 8  # bytes on each of eight devices
+SHARD = ROWS * WIDTH * 4 / 8  # bytes on each of eight devices
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def mesh():
 
 
 def compiled(function, mesh):
-  """The traffic of a function of a device's rows."""
+  """The traffic of a function that every device applies to its shard."""
   rows = PartitionSpec(("data", "fsdp"))
   mapped = jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
   x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=NamedSharding(mesh, rows))
@@ -30,31 +30,31 @@ def compiled(function, mesh):
 @pytest.mark.parametrize(
   ("kind", "sent", "function"),
   [
-    ("all-reduce", 2 * PART * 3 / 4, lambda x: jax.lax.psum(x, "data")),
-    ("all-reduce", 2 * PART * 1 / 2, lambda x: jax.lax.psum(x, "fsdp")),
-    ("all-reduce", 2 * PART * 7 / 8, lambda x: jax.lax.psum(x, ("data", "fsdp"))),
-    ("all-gather", PART * 3, lambda x: jax.lax.all_gather(x, "data")[0]),
-    ("reduce-scatter", PART * 3 / 4, lambda x: jax.lax.psum_scatter(x, "data", tiled=True)),
-    ("all-to-all", PART * 3 / 4, lambda x: jax.lax.all_to_all(x, "data", 1, 0, tiled=True)),
-    ("collective-permute", PART, lambda x: jax.lax.ppermute(x, "data", [(i, (i + 1) % 4) for i in range(4)])),
+    ("all-reduce", 2 * SHARD * 3 / 4, lambda x: jax.lax.psum(x, "data")),
+    ("all-reduce", 2 * SHARD * 1 / 2, lambda x: jax.lax.psum(x, "fsdp")),
+    ("all-reduce", 2 * SHARD * 7 / 8, lambda x: jax.lax.psum(x, ("data", "fsdp"))),
+    ("all-gather", SHARD * 3, lambda x: jax.lax.all_gather(x, "data")[0]),
+    ("reduce-scatter", SHARD * 3 / 4, lambda x: jax.lax.psum_scatter(x, "data", tiled=True)),
+    ("all-to-all", SHARD * 3 / 4, lambda x: jax.lax.all_to_all(x, "data", 1, 0, tiled=True)),
+    ("collective-permute", SHARD, lambda x: jax.lax.ppermute(x, "data", [(i, (i + 1) % 4) for i in range(4)])),
   ],
 )
-@pytest.mark.parametrize("turns", [1, 5])
-def test_a_collective_sends_what_its_best_algorithm_does_in_each_turn_of_a_loop(mesh, kind, sent, function, turns):
+@pytest.mark.parametrize("iterations", [1, 5])
+def test_a_collective_sends_what_the_best_algorithm_does_in_every_iteration(mesh, kind, sent, function, iterations):
   def looped(x):
-    def turn(x, _):
+    def body(x, _):
       y = function(x)
       return x * 0.5 + jnp.sum(y), None
 
-    return jax.lax.scan(turn, x, length=turns)[0]
+    return jax.lax.scan(body, x, length=iterations)[0]
 
-  found = compiled(function if turns == 1 else looped, mesh)
-  assert found.collectives == {kind: turns}
-  assert found.links == {kind: pytest.approx(turns * sent)}
+  found = compiled(function if iterations == 1 else looped, mesh)
+  assert found.collectives == {kind: iterations}
+  assert found.links == {kind: pytest.approx(iterations * sent)}
   assert not found.network
 
 
-def test_of_a_conditional_the_branch_counts_that_sends_less(mesh):
+def test_a_conditional_counts_the_branch_that_sends_least(mesh):
   def maybe(x, least):
     def much(x):
       return jax.lax.psum(x, "data")
@@ -62,7 +62,7 @@ def test_of_a_conditional_the_branch_counts_that_sends_less(mesh):
     return jax.lax.cond(x[0, 0] > 0, much, lambda x: jax.lax.psum(x[:least], "data").sum() + x, x)
 
   assert compiled(partial(maybe, least=0), mesh).links.total() == 0
-  assert compiled(partial(maybe, least=2), mesh).links.total() == pytest.approx(2 * PART / 4 * 3 / 4)
+  assert compiled(partial(maybe, least=2), mesh).links.total() == pytest.approx(2 * SHARD / 4 * 3 / 4)
 
 
 def traffic_of(function, *shapes):
@@ -70,19 +70,19 @@ def traffic_of(function, *shapes):
   return hlo.traffic(jax.jit(function).lower(*shapes).compile().as_text(), 1).memory
 
 
-def test_memory_counts_what_is_read_and_written():
+def test_memory_is_what_is_read_and_written():
   size = 4 * 1000 * 100
   assert traffic_of(lambda x: jnp.exp(x) + 1, (1000, 100)) == 2 * size
   assert traffic_of(lambda x, y: (x + y) * y, (1000, 100), (1000, 100)) == 3 * size
 
 
-def test_a_loop_reads_and_writes_the_slices_that_it_takes():
+def test_a_loop_reads_and_writes_slices():
   rows, width = 50, 10_000
   sums = traffic_of(lambda x: jax.lax.map(lambda row: jnp.cumsum(jnp.sin(row)), x), (rows, width))
-  assert 2 * 4 * rows * width <= sums < 20 * 4 * rows * width  # and not times the rows again
+  assert 2 * 4 * rows * width <= sums < 20 * 4 * rows * width  # not that many for every row
 
 
-# Two fusions within a third, as a TPU writes them: one takes a layer of a stack, one puts a layer into another.
+# Two fusions in a third, as on a TPU: one slices a layer from a stack, one updates a layer of another stack.
 NESTED = """
 %take (p: f32[12,100], i: s32[]) -> f32[100] {
   %p = f32[12,100]{1,0} parameter(0)
@@ -119,12 +119,12 @@ ENTRY %main (a: f32[12,100], k: s32[]) -> f32[12,100] {
 """
 
 
-def test_fusions_within_a_fusion_read_and_write_the_slices_that_they_take_and_a_buffer_costs_nothing():
-  layer, place = 4 * 100, 4
-  assert hlo.traffic(NESTED, 1).memory == 2 * layer + place
+def test_nested_fusions_read_and_write_slices_and_a_buffer_costs_nothing():
+  layer, index = 4 * 100, 4
+  assert hlo.traffic(NESTED, 1).memory == 2 * layer + index
 
 
-# A fusion that only names an array anew, within one that reads it all.
+# A fusion that only renames an array, in a fusion that reads all of it.
 RENAMED = """
 %rename (p: f32[12,100]) -> f32[1200] {
   %p = f32[12,100]{1,0} parameter(0)
@@ -144,11 +144,11 @@ ENTRY %main (a: f32[12,100]) -> f32[1200] {
 """
 
 
-def test_what_a_fusion_within_a_fusion_hands_on_is_read_by_its_user():
+def test_an_array_returned_by_a_nested_fusion_is_read_by_its_user():
   assert hlo.traffic(RENAMED, 1).memory == 2 * 4 * 1200
 
 
-# An all-gather as a TPU does it beside other work, in a chain of fusions, within a loop whose turns nobody noted.
+# An asynchronous all-gather of a TPU, a chain of fusions, in a loop without an annotated number of iterations.
 CHAIN = """
 %start (p: bf16[8,4]) -> (bf16[8,4], bf16[32,4]) {
   %p = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
@@ -201,24 +201,24 @@ ENTRY %main (a: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
     ("mesh['x'=4,'z'=1,'y'=2], device_ids=([2,4]T(1,0)) {'y'}", 2, 2),
   ],
 )
-def test_a_chain_counts_once_and_groups_are_read_in_all_notations(groups, size, slices):
+def test_a_chain_counts_once_and_groups_are_parsed_in_all_notations(groups, size, slices):
   found = hlo.traffic(CHAIN.replace("GROUPS", groups), 8, 2)
-  part, turns = 8 * 4 * 2, 6
-  # Each device exchanges its part between slices, then all that its slice has got is gathered within.
+  shard, iterations = 8 * 4 * 2, 6
+  # Each device exchanges its shard between slices; then its slice gathers what its devices received.
   within = size // slices
-  assert found.collectives == {"all-gather": turns}
-  assert found.links.total() == turns * (within - 1) * slices * part
-  assert found.network.total() == turns * (slices - 1) * part
-  # Each fusion reads the part, and the first one writes it; the whole stays on the chip. The counter takes 4 bytes.
-  assert found.memory == turns * (3 * part + 3 * 4)
+  assert found.collectives == {"all-gather": iterations}
+  assert found.links.total() == iterations * (within - 1) * slices * shard
+  assert found.network.total() == iterations * (slices - 1) * shard
+  # Each fusion reads the shard and the first one writes it; the result stays on the chip. The counter has 4 bytes.
+  assert found.memory == iterations * (3 * shard + 3 * 4)
 
 
-def test_unknown_groups_are_refused():
+def test_unknown_groups_are_rejected():
   with pytest.raises(ValueError, match=r"replica_groups=mesh\['x'=8\] \{'x':\(1\)2\}"):
     hlo.traffic(CHAIN.replace("GROUPS", "mesh['x'=8] {'x':(1)2}"), 8)
 
 
-def test_what_hosts_exchange_between_slices_is_network():
+def test_transfers_between_hosts_of_slices_are_network_traffic():
   text = """
 ENTRY %main (a: f32[6]) -> token[] {
   %a = f32[6]{0} parameter(0)

@@ -1,0 +1,158 @@
+"""Compiles the train step of a config, for devices that need not exist, and measures its memory."""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from declip_jax import build
+from declip_jax.config import duration
+from declip_jax.planning import flops
+from declip_jax.sharding import batch_sharding
+from declip_jax.training.state import State, abstract_state
+from declip_jax.types import BatchShapes
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class OutOfMemory(Exception):
+  """Raised if a step does not fit into the memory of a device.
+
+  Attributes:
+    needed: bytes that the step needs on each device; infinity if unknown.
+  """
+
+  def __init__(self, needed: float):
+    super().__init__(f"the step needs {needed:.3g} bytes on each device, which do not fit")
+    self.needed = needed
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+  """A compiled train step.
+
+  Attributes:
+    state: shapes and shardings of the train state.
+    batch: shapes and shardings of the global batch.
+    executed_flops: FLOPs over all devices, including recomputation.
+    compiled: the program.
+  """
+
+  state: State
+  batch: BatchShapes
+  executed_flops: float
+  compiled: jax.stages.Compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on each device.
+
+  Attributes:
+    parameters: the model's parameters.
+    optimizer_state: the optimizer's moments.
+    collections: batch statistics, the neighbour bank, the momentum tower.
+    batch: one batch.
+    padding: what a TPU adds to arrays that do not fill its tiles.
+    temporaries: activations, gradients and all other intermediate arrays.
+    program: the compiled code.
+    peak: all of them and the step's metrics.
+  """
+
+  parameters: float
+  optimizer_state: float
+  collections: float
+  batch: float
+  padding: float
+  temporaries: float
+  program: float
+  peak: float
+
+
+def compile_step(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> CompiledStep:
+  """Compiles the train step as the trainer does, for all devices or for the given ones.
+
+  Raises:
+    OutOfMemory: the step does not fit into the devices' memory.
+    ValueError: the config contradicts itself or does not fit the devices.
+  """
+  config = config.copy_and_resolve_references()
+  # No data set is opened, so that the length of an epoch is unknown; the compiled step does not depend on it.
+  config.duration = duration(steps=10**9)
+  built = build.build(config, devices)
+  shapes, sharding = built.batch_shape(config.batch_size), batch_sharding(built.mesh)
+  batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in shapes.items()}
+  state = state_shapes(config, built)
+  traced = build.make_step(config, built, build.to_steps(config, epoch_examples=10**6), state).trace(state, batch)
+  try:
+    compiled = traced.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" in str(error):
+      raise OutOfMemory(needed_bytes(str(error), bytes_per_device((state, batch)))) from error
+    raise
+  return CompiledStep(state, batch, flops.num_flops(traced.jaxpr), compiled)
+
+
+def compile_with_progress(config: ConfigDict, devices: Sequence[jax.Device]) -> CompiledStep:
+  """`compile_step` that prints to stderr what is compiled and how long it took."""
+  pairs = config.batch_size / len(devices)
+  print(
+    f"compiling the step for {len(devices)} x {devices[0].device_kind}, {pairs:g} pairs per device; takes minutes",
+    file=sys.stderr,
+    flush=True,
+  )
+  start = time.perf_counter()
+  try:
+    return compile_step(config, devices)
+  finally:
+    print(f"  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def state_shapes(config: ConfigDict, built: build.Built) -> State:
+  """Shapes and shardings of a config's train state."""
+  shapes = built.batch_shape(config.batch_size)
+  return abstract_state(shapes, built.mesh, model=built.model, optimizer=built.optimizer)
+
+
+def needed_bytes(message: str, arguments: float) -> float:
+  """Parses libtpu's out-of-memory message: bytes that the program needs, infinity if it does not say.
+
+  Args:
+    message: one of libtpu's two wordings; the second one does not include the arguments.
+    arguments: bytes of the program's arguments on each device.
+  """
+  number = r"([\d.]+)([KMGT])"
+  if total := re.search(rf"Used {number} of \S+ hbm", message):
+    return float(total[1]) * _UNITS[total[2]]
+  if temporaries := re.search(rf"HLO temporaries \({number}\) exceeds", message):
+    return float(temporaries[1]) * _UNITS[temporaries[2]] + arguments
+  return math.inf
+
+
+def bytes_per_device(tree: Any) -> float:
+  """Bytes on each device of a tree of shapes with shardings."""
+  return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def memory(step: CompiledStep) -> Memory:
+  """Memory that a compiled step uses on each device."""
+  used, state = step.compiled.memory_analysis(), step.state
+  metrics = used.output_size_in_bytes - used.alias_size_in_bytes  # the state is donated, so that its output is aliased
+  return Memory(
+    parameters=bytes_per_device(state.params),
+    optimizer_state=bytes_per_device(state.opt_state),
+    collections=bytes_per_device(state.collections),
+    batch=bytes_per_device(step.batch),
+    padding=used.argument_size_in_bytes - bytes_per_device((state, step.batch)),
+    temporaries=float(used.temp_size_in_bytes),
+    program=float(used.generated_code_size_in_bytes),
+    peak=float(
+      used.argument_size_in_bytes + metrics + used.temp_size_in_bytes + used.generated_code_size_in_bytes,
+    ),
+  )

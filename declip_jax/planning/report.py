@@ -1,0 +1,191 @@
+"""What a train step costs on given devices: memory, FLOPs, traffic, the least time, and the input it requires."""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+
+import jax
+from ml_collections import ConfigDict
+
+from declip_jax import build
+from declip_jax.planning import compile as compilation
+from declip_jax.planning import devices as device_table
+from declip_jax.planning import flops, hlo
+from declip_jax.planning.devices import Device
+from declip_jax.planning.input_rate import InputRate, measured_rate
+from declip_jax.planning.search import Largest, largest_batch
+from declip_jax.sharding import check_batch, layout_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+  """What each device sends in one step by one kind of collective.
+
+  Attributes:
+    count: number of these collectives.
+    links: bytes to devices of the same slice or node.
+    network: bytes to other slices or nodes.
+  """
+
+  count: int
+  links: float
+  network: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+  """Seconds that a step takes at least, by what limits it, at the peak figures of a device; None if unknown."""
+
+  compute: float
+  memory: float
+  interconnect: float
+  network: float | None
+
+  @property
+  def step(self) -> float:
+    """Seconds of a step that does all of this at the same time."""
+    return max(filter(None, dataclasses.astuple(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """The cost of a train step. Sizes are bytes on each device, FLOPs are over all devices, times are seconds.
+
+  Attributes:
+    device: what JAX calls the kind of device.
+    devices: number of devices.
+    hosts: number of hosts.
+    slices: number of slices that a network connects.
+    mesh: size of each axis.
+    batch_size: global batch size.
+    layout: a table of how parameters are sharded, as lines.
+    model_flops: FLOPs of the model in one step, `flops.step_flops`.
+    peak: peak figures of the device; None if it is not in `devices.DEVICES`.
+    available: memory for programs; None if unknown.
+    needed: memory that the step needs; None if unknown.
+    fits: whether it needs at most what is available; None if unknown.
+    memory: the parts of the needed memory; None if the step does not fit.
+    executed_flops: `model_flops` and recomputation; None if the step does not fit.
+    collectives: what each kind of collective sends; None if the step does not fit.
+    memory_traffic: bytes read and written in main memory; None if the step does not fit.
+    seconds: the least times; None if the device is unknown or the step does not fit.
+    input: the input rate that the least time requires; None where that is None.
+    largest: the largest batch that fits; None if it was not searched for, or the available memory is unknown.
+  """
+
+  device: str
+  devices: int
+  hosts: int
+  slices: int
+  mesh: dict[str, int]
+  batch_size: int
+  layout: list[str]
+  model_flops: float
+  peak: Device | None
+  available: float | None
+  needed: float | None
+  fits: bool | None
+  memory: compilation.Memory | None = None
+  executed_flops: float | None = None
+  collectives: dict[str, Sent] | None = None
+  memory_traffic: float | None = None
+  seconds: Times | None = None
+  input: InputRate | None = None
+  largest: Largest | None = None
+
+
+def make_report(config: ConfigDict, devices: Sequence[jax.Device] | None = None, search: bool = True) -> Report:
+  """Compiles the step of a config for all devices or for the given ones, and reports what it costs.
+
+  Args:
+    config: config of a training; its duration does not matter.
+    devices: devices to compile for, such as those of `topology_devices`.
+    search: whether to search for the largest batch that fits.
+
+  Raises:
+    ValueError: the config contradicts itself or does not fit the devices.
+  """
+  devices = list(devices or jax.devices())
+  built = build.build(config, devices)
+  check_batch(config.batch_size, built.mesh, "batch_size")
+  peak, available = device_table.of(devices[0].device_kind), available_memory(devices[0])
+  try:
+    step = compilation.compile_with_progress(config, devices)
+    memory = compilation.memory(step)
+    needed = memory.peak
+  except compilation.OutOfMemory as error:
+    step, memory, needed = None, None, error.needed
+  report = Report(
+    device=devices[0].device_kind,
+    devices=len(devices),
+    hosts=len({device.process_index for device in devices}),
+    slices=len({getattr(device, "slice_index", 0) for device in devices}),
+    mesh=dict(built.mesh.shape),
+    batch_size=config.batch_size,
+    layout=layout_table(compilation.state_shapes(config, built)),
+    model_flops=flops.step_flops(config, built),
+    peak=peak,
+    available=available,
+    needed=needed if math.isfinite(needed) else None,
+    fits=None if available is None else needed <= available,
+    memory=memory,
+  )
+  if step:
+    report = _with_traffic(report, step)
+  if step and peak:
+    report = dataclasses.replace(report, seconds=least_times(report, peak))
+    report = dataclasses.replace(report, input=required_input(report, config, peak))
+  if search and available:
+    report = dataclasses.replace(report, largest=largest_batch(config, devices, needed, available))
+  return report
+
+
+def available_memory(device: jax.Device) -> float | None:
+  """Bytes that a program may use: the device's own limit, or else the table's; None if neither is known."""
+  known = device_table.of(device.device_kind)
+  try:
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+  except (AttributeError, RuntimeError):  # a device that is only compiled for
+    limit = None
+  return float(limit) if limit else known and known.memory
+
+
+def _with_traffic(report: Report, step: compilation.CompiledStep) -> Report:
+  traffic = hlo.traffic(step.compiled.as_text(), report.devices, report.slices)
+  collectives = {
+    kind: Sent(traffic.collectives[kind], traffic.links[kind], traffic.network[kind])
+    for kind in hlo.COLLECTIVES
+    if traffic.collectives[kind]
+  }
+  return dataclasses.replace(
+    report, executed_flops=step.executed_flops, collectives=collectives, memory_traffic=traffic.memory
+  )
+
+
+def least_times(report: Report, peak: Device) -> Times:
+  """The roofline of a step: each of its loads divided by the peak rate of a device."""
+  sent = report.collectives.values()
+  links, network = sum(kind.links for kind in sent), sum(kind.network for kind in sent)
+  return Times(
+    compute=report.executed_flops / report.devices / peak.flops,
+    memory=report.memory_traffic / peak.memory_bandwidth,
+    interconnect=links / peak.interconnect,
+    network=network and (network / peak.network_bandwidth if peak.network_bandwidth else None),
+  )
+
+
+def required_input(report: Report, config: ConfigDict, peak: Device) -> InputRate:
+  """The input rate that the fastest possible step requires of the hosts."""
+  step = report.seconds.step
+  images_per_second = report.batch_size / step
+  name, rate = measured_rate(config.data.recipe, config.data.engine, config.data.augment_on)
+  return InputRate(
+    step=step,
+    utilisation=report.model_flops / report.devices / peak.flops / step,
+    images_per_second=images_per_second,
+    images_per_second_and_host=images_per_second / report.hosts,
+    cores_per_host=rate and images_per_second / report.hosts / rate,
+    cpus_per_host=peak.host_cpus and peak.host_cpus * report.devices / report.hosts,
+    measured_of=name,
+    measured_rate=rate,
+  )

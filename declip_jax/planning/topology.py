@@ -1,0 +1,44 @@
+"""TPU topologies to compile for without the hardware."""
+
+import importlib.util
+import os
+
+import jax
+from jax.experimental import topologies
+
+EXAMPLES = "v4:4x4x4, v5e:4x4, v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:2x2x2"
+# Otherwise libtpu queries a TPU VM's metadata server, locks out other processes, and logs everything.
+_LIBTPU = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_MIN_LOG_LEVEL": "3",
+  "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
+  """Devices of TPU slices, to compile for; the slices need not exist.
+
+  Args:
+    name: TYPE:SHAPE, as libtpu names it.
+    slices: number of slices.
+
+  Raises:
+    ModuleNotFoundError: libtpu is not installed.
+    ValueError: libtpu does not know the topology; the message includes libtpu's own.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise ModuleNotFoundError(
+      f"--topology={name} needs libtpu, which installs on any x86 Linux: pip install 'declip_jax[tpu]'"
+    )
+  os.environ |= _LIBTPU
+  jax.config.update("jax_platforms", "cpu")
+  options = {"num_slices": slices} if slices > 1 else {}
+  if name.lower().startswith("v4"):
+    options["chip_config_name"] = "megacore"  # one device per chip, as on real hosts
+  try:
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+  except (RuntimeError, ValueError) as error:
+    reason = str(error).removeprefix("INVALID_ARGUMENT: ")
+    raise ValueError(f"--topology={name}: {reason}\nExamples of topologies: {EXAMPLES}") from error

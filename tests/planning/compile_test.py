@@ -1,0 +1,48 @@
+"""Tests of `declip_jax.planning.compile`: the memory of a step on two devices, and libtpu's out-of-memory messages."""
+
+import math
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+import pytest
+
+from declip_jax import build
+from declip_jax.planning import compile as compilation
+
+
+def test_memory_is_what_the_shards_of_the_state_take(config: ConfigDict, step: compilation.CompiledStep):
+  shapes = build.build(config, jax.devices()[:2]).batch_shape(config.batch_size)
+  state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), step.state)
+
+  def bytes_on_second_device(tree: Any) -> int:
+    shards = (shard for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
+    return sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[1])
+
+  found = compilation.memory(step)
+  parameters = sum(x.nbytes for x in jax.tree.leaves(state.params))
+  assert found.parameters == bytes_on_second_device(state.params) < parameters
+  assert found.optimizer_state == bytes_on_second_device(state.opt_state)
+  assert found.collections == bytes_on_second_device(state.collections)
+  assert found.batch == sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values()) / 2
+  assert found.temporaries == step.compiled.memory_analysis().temp_size_in_bytes
+  assert found.parameters + found.optimizer_state + found.batch + found.temporaries <= found.peak
+
+
+@pytest.mark.parametrize(
+  ("message", "needed"),
+  [
+    (
+      "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+      20.5 * 2**30,
+    ),
+    (
+      "the total memory required for HLO temporaries (111.87G) exceeds available HBM (15.75G).",
+      111.87 * 2**30 + 1e9,
+    ),
+    ("something else", math.inf),
+  ],
+)
+def test_needed_bytes_of_libtpus_messages(message: str, needed: float):
+  assert compilation.needed_bytes(message, arguments=1e9) == needed

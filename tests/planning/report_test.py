@@ -1,0 +1,81 @@
+"""Tests of `declip_jax.planning.report`: the figures of a step on two devices, and of steps that do not fit."""
+
+import dataclasses
+
+import jax
+from ml_collections import ConfigDict
+import pytest
+from tiny import tiny_config
+
+from declip_jax import build
+from declip_jax.planning import compile as compilation
+from declip_jax.planning import devices, flops, hlo
+from declip_jax.planning import search as search_lib
+from declip_jax.planning.report import Report, Times, make_report
+from declip_jax.planning.search import Largest
+from declip_jax.planning.table import table
+
+
+def test_needed_memory_is_the_peak(step: compilation.CompiledStep, report: Report):
+  assert report.memory == compilation.memory(step)
+  assert report.needed == report.memory.peak <= report.available == 2**30
+  assert report.fits
+
+
+def test_times_are_loads_over_peak_rates(config: ConfigDict, step: compilation.CompiledStep, report: Report):
+  assert report.model_flops == flops.step_flops(config, build.build(config, jax.devices()[:2]))
+  traffic = hlo.traffic(step.compiled.as_text(), 2)
+  assert traffic.links.total() > 0
+  assert report.seconds == Times(
+    compute=pytest.approx(report.executed_flops / 2 / 1e12),
+    memory=pytest.approx(traffic.memory / 1e11),
+    interconnect=pytest.approx(traffic.links.total() / 1e10),
+    network=0,
+  )
+  slowest = max(report.seconds.compute, report.seconds.memory, report.seconds.interconnect)
+  assert report.input.step == slowest
+  assert report.input.images_per_second_and_host == pytest.approx(config.batch_size / slowest)
+  assert report.input.cores_per_host == pytest.approx(config.batch_size / slowest / 840)
+  assert report.input.cpus_per_host == 8
+  assert report.input.utilisation == pytest.approx(report.model_flops / 2 / 1e12 / slowest)
+
+
+def test_a_step_that_does_not_fit_reports_the_largest_that_does(report: Report, monkeypatch):
+  @dataclasses.dataclass
+  class FakeMemory:
+    peak: float
+
+  def compile_step(config: ConfigDict, devices: list[jax.Device]) -> int:
+    pairs = config.batch_size // len(devices)
+    if pairs > 11:
+      raise compilation.OutOfMemory(1e7 * pairs)
+    return pairs
+
+  monkeypatch.setattr(compilation, "compile_step", compile_step)
+  monkeypatch.setattr(search_lib, "memory", lambda pairs: FakeMemory(1e7 * pairs))
+  monkeypatch.setitem(devices.DEVICES, "cpu", dataclasses.replace(report.peak, memory=1.19e8))
+  config = tiny_config("clip")
+  config.batch_size, config.micro_batches = 32, 2
+  report = make_report(config, jax.devices()[:2])
+  assert report.fits is False
+  assert report.needed == 1.6e8
+  assert report.memory is report.seconds is report.collectives is report.input is None
+  assert report.largest == Largest(pairs=10, batch_size=20, tried=[(8, 8e7), (10, 1e8), (16, 1.6e8)])
+  text = "\n".join(table(report))
+  assert "DOES NOT FIT: needs 152.59 MiB of 113.49 MiB" in text
+  assert "10 pairs, batch 20 " in text
+
+
+def test_an_unknown_device_has_no_times(config: ConfigDict, step: compilation.CompiledStep, monkeypatch):
+  monkeypatch.setattr(compilation, "compile_step", lambda *_: step)
+  report = make_report(config, jax.devices()[:2])
+  assert report.peak is report.fits is report.seconds is report.input is report.largest is None
+  assert report.collectives
+  assert "roofline" not in "\n".join(table(report))
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_rejected():
+  config = tiny_config("clip")
+  config.batch_size = 13
+  with pytest.raises(ValueError, match=r"config.batch_size=13.* 2 devices"):
+    make_report(config, jax.devices()[:2])
