@@ -1,4 +1,4 @@
-"""Trained models as functions: `load` reads anything that `weights.read` knows and returns a `Clip`."""
+"""Trained models as functions: `load` reads any checkpoint that `weights.read` reads and returns a `Clip`."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,6 +17,7 @@ from declip_jax.data import images as image_ops
 from declip_jax.data.text.tokenizer import make_tokenizer
 from declip_jax.evals.encoders import EncodeFunction, EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.similarity import Embeddings, concatenate, padded_size
+from declip_jax.models.heads.joint import Joint
 from declip_jax.models.model import make_model
 from declip_jax.sharding import batch_sharding, make_mesh, replicated
 from declip_jax.types import Views
@@ -29,16 +30,16 @@ class Clip:
   """A trained model as functions; see `load`.
 
   Attributes:
-    origin: where the weights are from, in words.
-    model: the pure functions; `params` and `collections` are their first arguments.
-    params, collections: on the devices of `mesh`.
-    mesh: over which batches are split.
-    tokenizer: texts to ids.
+    origin: project or run that the weights are from, for messages.
+    model: pure functions, whose first arguments are `params` and `collections`.
+    params, collections: arrays on the devices of `mesh`.
+    mesh: devices over which batches are split.
+    tokenizer: from texts to token ids.
     view: preprocessing of images, see `preprocess` and `normalise`.
-    tokens: whether images and texts are compared by their tokens (FILIP) and not by their embeddings.
-    logit_scale: inverse temperature of the contrastive loss, by which the scores of `similarity` are multiplied.
-    remarks: what should be known about how the file was read.
-    step: of a run's checkpoint, None for other files.
+    tokens: whether images and texts are compared by their tokens (FILIP) instead of their embeddings.
+    logit_scale: inverse temperature of the contrastive loss, a factor of the scores of `similarity`.
+    remarks: guesses and omissions when the file was read.
+    step: step of a run's checkpoint, None for other files.
   """
 
   def __init__(self, weights: Weights, mesh: Mesh):
@@ -61,22 +62,28 @@ class Clip:
     self._check_text()
     if self.tokens:
       return float(np.exp(self.params["heads"]["dense_logit_scale"]))
-    scale, largest = float(np.exp(self.params["heads"]["logit_scale"])), self.model.heads.max_scale
+    scale, largest = float(np.exp(self.params["heads"]["logit_scale"])), self._joint.max_scale
     return min(scale, largest) if largest else scale
+
+  @property
+  def _joint(self) -> Joint:
+    """The head of the joint space."""
+    self._check_text()
+    return self.model.heads.members["joint"]
 
   def similarity(
     self, images: Image | Sequence[Image], texts: str | Sequence[str], batch_size: int = 64
   ) -> Float[np.ndarray, "n m"]:
-    """Scores of images against texts: cosines of their embeddings, or FILIP's late interaction where it was trained.
+    """Scores of images against texts: cosines of their embeddings, or FILIP's late interaction for a FILIP model.
 
-    The latter is the mean over an image's tokens of the largest cosine with a token of the text.
+    Late interaction is the mean, over an image's tokens, of the largest cosine with a token of the text.
 
     Args:
       images, texts: see `encode_image` and `encode_text`.
-      batch_size: images and texts that are encoded at once.
+      batch_size: images and texts encoded at once.
 
     Raises:
-      ValueError: one of the images is no image, or the model has another vocabulary than OpenAI's.
+      ValueError: an image cannot be read, or the model's vocabulary is not that of its tokenizer.
     """
     images, texts = _listed(images), [texts] if isinstance(texts, str) else list(texts)
     if not len(images) or not texts:
@@ -88,53 +95,53 @@ class Clip:
     """Unit-norm float32 embeddings of images.
 
     Args:
-      images: one or any number of them, each a PIL image, uint8 pixels `[h w 3]` or `[h w]` of any size, a path, or the
-        bytes of a file; or one array `[n h w 3]`.
-      batch_size: images that are encoded at once.
+      images: one or more images, each a PIL image, uint8 pixels `[h w 3]` or `[h w]` of any size, a path, or the bytes
+        of a file; or one array `[n h w 3]`.
+      batch_size: images encoded at once.
 
     Raises:
-      ValueError: one of them is no image.
+      ValueError: an image cannot be read.
     """
-    self._warn_of_pooling()
+    self._warn_about_pooling()
     return self._encode_images(self._functions.image_embeddings, _listed(images), batch_size)
 
   def encode_text(self, texts: str | Sequence[str], batch_size: int = 256) -> Float[np.ndarray, "n d"]:
-    """Unit-norm float32 embeddings of one text or several; those that are too long are cut.
+    """Unit-norm float32 embeddings of one or more texts; long texts are truncated.
 
     Raises:
-      ValueError: the model has another vocabulary than OpenAI's.
+      ValueError: the model's vocabulary is not that of its tokenizer.
     """
-    self._warn_of_pooling()
+    self._warn_about_pooling()
     texts = [texts] if isinstance(texts, str) else list(texts)
     return self._encode_texts(self._functions.text_embeddings, texts, batch_size)
 
   def image_features(self, images: Float[np.ndarray, "n h w 3"], batch_size: int = 64) -> Float[np.ndarray, "n d"]:
-    """Joint embeddings, float32 and not of unit norm, of images that are already resized and normalised."""
+    """Joint embeddings, float32 and not of unit norm, of images after `preprocess` and `normalise`."""
     return self._batched(self._functions.image_features, np.asarray(images, np.float32), batch_size)
 
   def text_features(self, tokens: Int[np.ndarray, "n t"], batch_size: int = 256) -> Float[np.ndarray, "n d"]:
-    """Joint embeddings, float32 and not of unit norm, of token ids; rows may be shorter than the context length.
+    """Joint embeddings, float32 and not of unit norm, of token ids; `t` may be smaller than the context length.
 
-    Each row needs an end-of-text id, whose state is its feature; without one it is that of the first token.
+    The feature of a text is the state of its end-of-text id, or of its first token if it has none.
     """
     return self._batched(self._functions.text_features, np.asarray(tokens, np.int32), batch_size)
 
   def preprocess(self, image: Image) -> np.ndarray:
-    """The view of an image that the model sees, uint8 `[image_size image_size 3]`: resized, centre cropped.
+    """Resizes an image and crops its centre: uint8 `[view.size view.size 3]`.
 
     Raises:
-      ValueError: it is no image.
+      ValueError: the image cannot be read.
     """
     if isinstance(image, (str, os.PathLike)):
       image = Path(image).read_bytes()
     return image_ops.eval_view(image_ops.decode(image), self.view)
 
   def normalise(self, views: np.ndarray) -> Float[np.ndarray, "n h w 3"]:
-    """What `image_features` takes, from what `preprocess` returns."""
+    """Input of `image_features` from outputs of `preprocess`."""
     return self.view.normalise(views)
 
   def encoders(self, batch_size: int) -> Encoders:
-    """What the evaluators of `declip_jax.evals` take."""
+    """Encode functions for the evaluators of `declip_jax.evals`."""
     self._check_vocabulary()
     factory = EncoderFactory(self._functions, self.tokenizer, self.view, batch_size)
     return factory.bind(self.params, self.collections)
@@ -142,7 +149,7 @@ class Clip:
   def _encode_images(self, function: EncodeFunction, images: Sequence[Image], batch_size: int) -> Embeddings:
     _check_batch_size(batch_size)
     if not len(images):
-      return np.empty((0, self.model.heads.embed_dim), np.float32)
+      return np.empty((0, self._joint.embed_dim), np.float32)
     chunks = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     return concatenate([self._apply(function, np.stack([self.preprocess(x) for x in chunk])) for chunk in chunks])
 
@@ -153,7 +160,7 @@ class Clip:
   def _batched(self, function: EncodeFunction, inputs: np.ndarray, batch_size: int) -> Embeddings:
     _check_batch_size(batch_size)
     if not len(inputs):
-      return np.empty((0, self.model.heads.embed_dim), np.float32)
+      return np.empty((0, self._joint.embed_dim), np.float32)
     starts = range(0, len(inputs), batch_size)
     return concatenate([self._apply(function, inputs[start : start + batch_size]) for start in starts])
 
@@ -168,7 +175,8 @@ class Clip:
   def _check_text(self) -> None:
     if not self._has_text:
       raise ValueError(
-        f"these weights ({self.origin}) have no text tower and no joint space: start a run from them (config.init_from)"
+        f"these weights ({self.origin}) have no text tower and no joint space; they can initialise a run by "
+        "config.init_from"
       )
 
   def _check_vocabulary(self) -> None:
@@ -176,16 +184,16 @@ class Clip:
     text = self.model.towers.text
     if text.vocab_size < self.tokenizer.plain_size or text.eot != self.tokenizer.eot:
       raise ValueError(
-        f"these weights ({self.origin}) have {text.vocab_size} tokens and end texts with {text.eot}, which is not "
-        "the tokenizer's vocabulary: give token ids to text_features"
+        f"these weights ({self.origin}) have {text.vocab_size} tokens and end texts with id {text.eot}, but the "
+        f"tokenizer has {self.tokenizer.plain_size} and id {self.tokenizer.eot}: pass token ids to text_features"
       )
 
-  def _warn_of_pooling(self) -> None:
+  def _warn_about_pooling(self) -> None:
     if self.tokens and not self._warned:
       self._warned = True
       warnings.warn(
-        f"these weights ({self.origin}) were trained to compare tokens and not pooled embeddings, which mean little: "
-        "use similarity(images, texts)",
+        f"these weights ({self.origin}) were trained to compare tokens, so their pooled embeddings mean little: use "
+        "similarity(images, texts)",
         stacklevel=3,
       )
 
@@ -200,22 +208,22 @@ def _listed(images: Image | Sequence[Image]) -> Sequence[Image]:
 
 def _check_batch_size(batch_size: int) -> None:
   if batch_size < 1:
-    raise ValueError(f"batch_size is {batch_size}; at least 1")
+    raise ValueError(f"batch_size={batch_size}: must be at least 1")
 
 
 def load(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None, *, step: int | None = None) -> Clip:
-  """A trained model on all devices, from a run or from any file or folder that `weights.read.read` knows.
+  """A trained model on all devices, from a run or from any file or folder that `weights.read.read` reads.
 
-  What should be known about how the file was read, such as a guess, is a warning.
+  Guesses and omissions are warnings.
 
   Args:
-    path: of it.
-    settings: fields that replace what was recognised, such as `{"image.activation": "gelu"}`.
-    step: which checkpoint of a run; by default the newest.
+    path: working directory of a run, or a checkpoint file or folder.
+    settings: fields that override what was recognised, such as `{"image.activation": "gelu"}`.
+    step: checkpoint of a run, the newest by default.
 
   Raises:
-    FileNotFoundError: there is nothing, or no such checkpoint.
-    ValueError: it is no checkpoint that is known; the message says what does not fit.
+    FileNotFoundError: no such file or checkpoint.
+    ValueError: the checkpoint is not recognised, or does not match a model; the message names what differs.
   """
   weights = read(path, settings, step)
   for remark in weights.remarks:

@@ -49,7 +49,6 @@ LONGEST_FUNCTION = 80
 UPWARD = {("declip_jax", "declip_jax.clip")}  # declip_jax.load, on demand
 CYCLIC = {("declip_jax.data.sources.heldout", "declip_jax.data.sources")}  # a source that opens another, on demand
 CONFIGS_BELOW: set[str] = {
-  "declip_jax.models.model",
   "declip_jax.runtime.workdir",
   "declip_jax.weights.initial",
   "declip_jax.weights.layout",
