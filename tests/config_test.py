@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_config
 
+import declip_jax
 from declip_jax import config
 from declip_jax.methods import METHODS
 
@@ -72,3 +73,13 @@ def test_an_unknown_field_of_a_config_file_is_named(field: str) -> None:
   with pytest.raises(ValueError, match="config.json has unknown fields") as error:
     config.from_json(json.dumps(saved))
   assert repr(field) in str(error.value)
+
+
+def test_the_changelog_has_every_renamed_field_and_the_citation_the_version() -> None:
+  root = Path(__file__).parents[1]
+  changelog = (root / "CHANGELOG.md").read_text()
+  for old, new in config._RENAMED.items():
+    assert f"| `{old.replace('.*', '.TERM')}" in changelog, old
+    assert f"| `{new.replace('.*', '.TERM')}" in changelog, new
+  assert changelog.split("\n## ")[1].startswith(declip_jax.__version__)
+  assert f"\nversion: {declip_jax.__version__}\n" in (root / "CITATION.cff").read_text()
