@@ -12,14 +12,23 @@ COMMANDS = {
 }
 
 
+def describe(name: str) -> str:
+  """Returns a line about a config: its title and, if it is a published result, its top-1 accuracy on ImageNet."""
+  module = config_files.load_module(name)
+  title = (module.__doc__ or "").splitlines()[0].rstrip(".")
+  accuracies = getattr(module, "PUBLISHED", {}).get("imagenet_top1_percent", {})
+  published = ", ".join(f"{protocol.replace('_', '-')} {value}" for protocol, value in accuracies.items())
+  return f"  {name:<32}{title}" + (f" ({published})" if published else "")
+
+
 def main() -> None:
   """Prints the lists."""
   print(f"declip_jax {__version__}\n\ncommands, each with --help:")
   for name, (module, summary) in COMMANDS.items():
     print(f"  declip-{name:<10}python -m {module:<26}{summary}")
-  print("\nconfigs, for --config=NAME:")
+  print("\nconfigs, for --config=NAME, with their published top-1 accuracies on ImageNet in per cent:")
   for name in config_files.names():
-    print(f"  {name}")
+    print(describe(name))
 
 
 if __name__ == "__main__":
