@@ -1,11 +1,12 @@
-"""Says what is in a data set: python -m declip_jax.data.inspect PATH_OR_SPEC --sheet samples.png
+"""Describes a data set: python -m declip_jax.data.inspect DATA --sheet samples.png
 
-Looks at a random part of the samples, always the same one: image formats and sizes, captions and their lengths,
-classes, and samples that cannot be used, with their places. A bare path is recognised: shards, tables, annotations,
-folders. The first line that it prints is the spec to train with.
+  DATA    a path, pattern, folder or URL, or KIND:LOCATION
+
+Reads a fixed random subset of the samples and prints image formats and sizes, captions and their lengths, classes, and
+bad samples with their names. A plain path is recognised: shards, tables, annotations, folders. The first line printed
+is the spec to train with.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,43 +15,43 @@ import itertools
 import json
 import os
 import re
-import sys
 from typing import NamedTuple
 
+from absl import flags
 from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
-from declip_jax.data import images
-from declip_jax.data.convert import holding_interrupts, read
+from declip_jax import command_line
+from declip_jax.data import images, records
 from declip_jax.data.sources import SOURCES, BadSample, Source, open_source
-from declip_jax.data.storage import files, patterns, remote
+from declip_jax.data.storage import files, jobs, patterns, remote
 from declip_jax.data.text.tokenizer import Tokenizer
 
 _THREADS = 8
-_NAMED = 3  # bad samples of each kind that are named
-_CLASSES = 8  # that are named
-_COLUMNS, _ROWS, _SIDE = 6, 4, 224  # of the sheet; pixels of a picture's longer side
+_NAMED = 3  # bad samples of each kind to name
+_CLASSES = 8  # classes to name
+_COLUMNS, _ROWS, _SIDE = 6, 4, 224  # of the sheet, and the longer side of its images in pixels
 _CONTEXT = 77  # tokens, with start and end of text
 
 _TABLES = (".csv", ".tsv", ".psv", ".jsonl", ".ndjson", ".parquet", ".pq")
 _TABLES += tuple(f"{suffix}.gz" for suffix in (*_TABLES, ".json"))
-_WALKED = 1000  # folders in which images are looked for
-_NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")  # as TFDS ends the names of its files
+_WALKED = 1000  # folders to search for images
+_NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")  # ends the names of TFDS's files
 
 
 class Sample(NamedTuple):
-  """What is told of one sample.
+  """The properties of one sample.
 
   Attributes:
-    index: in the source.
-    format: of the image, such as "JPEG", or "pixels".
-    width: in pixels.
-    height: in pixels.
-    size: of the encoded image, in bytes.
-    captions: as they are.
-    tokens: of each caption, with start and end of text.
-    label: the class, -1 for none.
+    index: position in the source.
+    format: image format, such as "JPEG", or "pixels".
+    width: width in pixels.
+    height: height in pixels.
+    size: size of the encoded image in bytes, 0 for pixels.
+    captions: captions, unchanged.
+    tokens: number of tokens of each caption, with start and end of text.
+    label: class, -1 for none.
   """
 
   index: int
@@ -64,21 +65,21 @@ class Sample(NamedTuple):
 
 
 def guess(path: str) -> str:
-  """The spec of the data set at a path or URL; a spec is returned as it is.
+  """Returns the spec of the data set at a path or URL; a spec is returned unchanged.
 
-  | what is there | source |
+  | found | source |
   |---|---|
   | .tar | webdataset |
-  | .array_record | arrayrecord; tfds with a dataset_info.json beside it |
+  | .array_record | arrayrecord; tfds if a dataset_info.json is next to it |
   | .csv .tsv .psv .jsonl .ndjson .parquet .pq, also .gz; a .json that is a list | table |
   | another .json | coco |
-  | a folder that TFDS prepared, or Hugging Face's datasets saved | tfds, huggingface |
-  | a folder of tars, ArrayRecord files or tables | the first of them that is there, as a pattern |
+  | a folder prepared by TFDS, or saved by Hugging Face's datasets | tfds, huggingface |
+  | a folder of ArrayRecord files, tars or tables | the first of these kinds that exists, as a pattern |
   | a folder with images, at any depth | folder |
 
   Raises:
-    FileNotFoundError: there is nothing.
-    ValueError: nothing that is recognised; the message says what was found.
+    FileNotFoundError: nothing exists at the path.
+    ValueError: no data set was recognised; the message lists what was found.
   """
   kind, _, location = path.partition(":")
   if kind in SOURCES and location and not location.startswith("//"):
@@ -92,7 +93,7 @@ def guess(path: str) -> str:
     if remote.is_url(path) and patterns.names(path):
       return _guess_folder(path.rstrip("/"))
     if re.match(r"\w+:(?!//)", path):
-      raise ValueError(f"{path}: no kind {kind!r} of source nor such a file; kinds are {', '.join(SOURCES)}") from None
+      raise ValueError(f"{path}: {kind!r} is not a kind of source; expected one of {', '.join(SOURCES)}") from None
     raise
   kinds = {_kind(file) for file in found}
   if len(kinds) > 1 or kinds <= {None, "image"}:
@@ -104,7 +105,7 @@ def guess(path: str) -> str:
 
 
 def _kind(path: str) -> str | None:
-  """The kind of source that reads a file, "image" for an image."""
+  """The kind of source that reads a file, "image" for an image, None if unknown."""
   name = _NUMBERED.sub("", path.lower())
   if name.endswith(".array_record"):
     return "tfds" if files.exists(files.beside(path, "dataset_info.json")) else "arrayrecord"
@@ -126,8 +127,8 @@ def _guess_folder(folder: str) -> str:
     alike = Counter(suffix for suffix in suffixes for name in names if name.lower().endswith(suffix))
     if alike:
       return guess(f"{folder}/*{alike.most_common(1)[0][0]}")
-  below = (name for _, _, inside in itertools.islice(os.walk(place), _WALKED) for name in inside)
-  if any(name.lower().endswith(files.IMAGE_SUFFIXES) for name in (names if remote.is_url(folder) else below)):
+  nested = (name for _, _, inside in itertools.islice(os.walk(place), _WALKED) for name in inside)
+  if any(name.lower().endswith(files.IMAGE_SUFFIXES) for name in (names if remote.is_url(folder) else nested)):
     return f"folder:{folder}"
   annotations = [name for name in names if name.endswith(".json")]
   if len(annotations) == 1:
@@ -137,10 +138,10 @@ def _guess_folder(folder: str) -> str:
 
 
 def _split(path: str) -> str:
-  """The split to look at, of those that TFDS or Hugging Face list in a file.
+  """Chooses a split, "train" or else the first, from a file in which TFDS or Hugging Face lists them.
 
   Raises:
-    ValueError: it is no such file.
+    ValueError: the file lists no splits.
   """
   try:
     splits = json.loads(files.read(path))["splits"]
@@ -148,33 +149,33 @@ def _split(path: str) -> str:
   except (ValueError, LookupError, TypeError):
     names = []
   if not names:
-    raise ValueError(f"{path} is of no prepared data set, or lists no splits")
+    raise ValueError(f"{path} lists no splits: not a prepared data set?")
   return "train" if "train" in names else names[0]
 
 
 def _unknown(names: Iterable[str]) -> str:
   suffixes = Counter("folders" if name.endswith("/") else os.path.splitext(name)[1] or "no suffix" for name in names)
   found = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(6)) or "nothing"
-  return f"no data set is recognised, there is {found}; give KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}"
+  return f"not recognised as a data set, found {found}; give KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}"
 
 
-def look(source: Source, samples: int) -> tuple[list[Sample], list[BadSample]]:
-  """Reads and decodes that many samples, drawn at random but always the same, or all; and those that are bad."""
+def read_samples(source: Source, num_samples: int) -> tuple[list[Sample], list[BadSample]]:
+  """Reads and decodes a fixed random subset of a source, or all of it; returns good and bad samples."""
   rng = np.random.default_rng(0)
-  indices = rng.choice(len(source), size=min(samples, len(source)), replace=False)
+  indices = rng.choice(len(source), size=min(num_samples, len(source)), replace=False)
   pool = ThreadPoolExecutor(_THREADS)
   try:
-    with holding_interrupts():  # one that meets `submit` may leave a lock of the pool's closed for ever
-      futures = [pool.submit(_look, source, index) for index in sorted(indices.tolist())]
+    with jobs.hold_interrupts():  # Ctrl-C within `submit` may leave a lock of the pool locked for ever
+      futures = [pool.submit(_read_sample, source, index) for index in sorted(indices.tolist())]
     found = [future.result() for future in futures]
   finally:
     pool.shutdown(cancel_futures=True)
   return [one for one in found if isinstance(one, Sample)], [one for one in found if isinstance(one, BadSample)]
 
 
-def _look(source: Source, index: int) -> Sample | BadSample:
+def _read_sample(source: Source, index: int) -> Sample | BadSample:
   try:
-    example, pixels = read(source, index)
+    example, pixels = records.read(source, index)
   except BadSample as error:
     return error
   image, (height, width, _) = example["image"], pixels.shape
@@ -193,17 +194,17 @@ def _format(image: bytes) -> str:
 
 
 def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
-  """A few lines of text on what `look` saw."""
+  """Returns a text of some 15 lines about the samples that `read_samples` returned."""
   captions = [caption for sample in good for caption in sample.captions]
   tokens = [count for sample in good for count in sample.tokens]
   labels = Counter(sample.label for sample in good if sample.label >= 0)
   seen = len(good) + len(bad)
-  rows = [("samples", f"{len(source):,}, of which {seen:,} were looked at")]
-  rows += [("left out", f"{count:,}: {kind}") for kind, count in sorted(source.skipped.items())]
-  rows.append(("fields", ", ".join(_fields(good)) or "none"))
+  lines = [("samples", f"{len(source):,}, of which {seen:,} were read")]
+  lines += [("skipped", f"{count:,}: {kind}") for kind, count in sorted(source.skipped.items())]
+  lines.append(("fields", ", ".join(_fields(good)) or "none"))
   if good:
     formats = Counter(sample.format for sample in good).most_common()
-    rows += [
+    lines += [
       ("images", ", ".join(f"{count:,} {name}" for name, count in formats)),
       ("  width", _range(sample.width for sample in good)),
       ("  height", _range(sample.height for sample in good)),
@@ -212,23 +213,23 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
     ]
   if captions:
     too_long = np.mean(np.array(tokens) > _CONTEXT)
-    rows += [
+    lines += [
       ("  characters", _range(map(len, captions))),
-      ("  tokens", f"{_range(tokens)}; {too_long:.1%} of the captions have more than {_CONTEXT}, the rest is cut off"),
+      ("  tokens", f"{_range(tokens)}; {too_long:.1%} of the captions have more than {_CONTEXT} and are cut off"),
     ]
   if source.classnames or labels:
     names, more = source.classnames[:_CLASSES], len(source.classnames) > _CLASSES
-    rows.append(("classes", f"{len(source.classnames):,} names: {', '.join(names)}{' ...' * more}"))
-    rows.append(("  seen", f"{len(labels):,}, {_range(labels.values())} times each" if labels else "none"))
-  rows.append(("bad", f"{len(bad):,} of {seen:,} ({len(bad) / max(seen, 1):.1%})"))
+    lines.append(("classes", f"{len(source.classnames):,} names: {', '.join(names)}{' ...' * more}"))
+    lines.append(("  seen", f"{len(labels):,}, {_range(labels.values())} times each" if labels else "none"))
+  lines.append(("bad", f"{len(bad):,} of {seen:,} ({len(bad) / max(seen, 1):.1%})"))
   for kind, count in sorted(Counter(error.kind for error in bad).items()):
-    rows.append((f"  {count:,}", kind))
-    rows += [("", f"  {error}") for error in [error for error in bad if error.kind == kind][:_NAMED]]
-  return "\n".join([source.name, *(f"{name:<13}{text}" for name, text in rows)])
+    lines.append((f"  {count:,}", kind))
+    lines += [("", f"  {error}") for error in [error for error in bad if error.kind == kind][:_NAMED]]
+  return "\n".join([source.name, *(f"{name:<13}{text}" for name, text in lines)])
 
 
 def _fields(good: list[Sample]) -> list[str]:
-  """What samples have, and how many where not all do."""
+  """The fields of samples, with the share of samples that have them if not all do."""
   counts = {
     "image": len(good),
     "captions": sum(bool(sample.captions) for sample in good),
@@ -245,16 +246,16 @@ def _range(values: Iterable[float]) -> str:
 
 
 def draw(source: Source, good: list[Sample], path: str | os.PathLike[str]) -> None:
-  """Writes a contact sheet, a PNG: up to 24 of the samples that `look` found good, with a caption or the class.
+  """Writes a contact sheet of up to 24 good samples, each with a caption or the class, as PNG.
 
   Raises:
-    OSError: it cannot be written.
+    OSError: the file cannot be written.
     ValueError: there is no good sample.
   """
-  from declip_jax.reporting import pictures  # matplotlib takes a second, which only this needs
+  from declip_jax.reporting import pictures  # importing matplotlib takes a second, and only this needs it
 
   if not good:
-    raise ValueError(f"{source.name}: no sample to draw")
+    raise ValueError(f"{source.name} has no good sample to draw")
   shown = [good[number] for number in np.linspace(0, len(good) - 1, min(_COLUMNS * _ROWS, len(good)), dtype=int)]
   rows = -(-len(shown) // _COLUMNS)
   tiles = np.full((rows * _COLUMNS, _SIDE, _SIDE, 3), 255, np.uint8)
@@ -270,7 +271,7 @@ def draw(source: Source, good: list[Sample], path: str | os.PathLike[str]) -> No
 
 
 def _thumbnail(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
-  """The whole image in the middle of a white square."""
+  """Scales the whole image into the middle of a white square."""
   image = Image.fromarray(pixels)
   scale = _SIDE / max(image.size)
   image = image.resize([max(1, round(scale * side)) for side in image.size])
@@ -279,33 +280,21 @@ def _thumbnail(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]
   return np.asarray(square)
 
 
-def main(arguments: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog="python -m declip_jax.data.inspect",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument("data", metavar="PATH_OR_SPEC", help="file, pattern, folder, URL, or KIND:LOCATION")
-  parser.add_argument("--samples", type=int, default=1000, help="how many to look at (default: 1000)")
-  parser.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet of up to 24 samples")
-  given = parser.parse_args(arguments)
-  if given.samples < 1:
-    parser.error(f"--samples={given.samples}: expected at least 1")
-  try:
-    source = open_source(guess(given.data))
-    good, bad = look(source, given.samples)
-    print(describe(source, good, bad))
-    if given.sheet:
-      draw(source, good, given.sheet)
-      print(f"{'sheet':<13}{given.sheet}")
-  except (ValueError, OSError, ImportError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    return 130
-  return 0
+def _command(arguments: list[str]) -> None:
+  source = open_source(guess(arguments[0]))
+  good, bad = read_samples(source, flags.FLAGS.samples)
+  print(describe(source, good, bad))
+  if sheet := flags.FLAGS.sheet:
+    draw(source, good, sheet)
+    print(f"{'sheet':<13}{sheet}")
+
+
+def main() -> None:
+  """Runs the command."""
+  flags.DEFINE_integer("samples", 1000, "Number of samples to read.", lower_bound=1)
+  flags.DEFINE_string("sheet", None, "Contact sheet of up to 24 samples to write, a .png file.")
+  command_line.run(_command, __doc__, positional=("DATA",))
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  main()

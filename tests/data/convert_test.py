@@ -17,10 +17,11 @@ from PIL import Image
 import pytest
 
 from declip_jax.data import convert as convert_lib
-from declip_jax.data import images, sources
-from declip_jax.data.convert import convert, main
+from declip_jax.data import images, records, sources
+from declip_jax.data.convert import convert
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources.scenes import open_scenes
+from declip_jax.data.storage import files, indexes, outputs
 
 
 def jpeg(key: int) -> bytes:
@@ -36,14 +37,14 @@ HEARS_CTRL_C = {"start_new_session": True, "preexec_fn": lambda: signal.signal(s
 @pytest.fixture
 def shards(tmp_path) -> str:
   """60 samples of which 55 can be used, with classes, in three tars."""
-  files = {}
+  members = {}
   for key in range(60):
-    files |= {f"{key}.jpg": jpeg(key), f"{key}.txt": f"caption {key}".encode(), f"{key}.cls": str(key % 2).encode()}
-  files |= {"3.jpg": b"", "17.jpg": jpeg(17)[:300], "31.cls": b"dog", "32.cls": b"2"}
-  del files["45.jpg"], files["50.txt"]
+    members |= {f"{key}.jpg": jpeg(key), f"{key}.txt": f"caption {key}".encode(), f"{key}.cls": str(key % 2).encode()}
+  members |= {"3.jpg": b"", "17.jpg": jpeg(17)[:300], "31.cls": b"dog", "32.cls": b"2"}
+  del members["45.jpg"], members["50.txt"]
   for shard in range(3):
     with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
-      for name, contents in files.items():
+      for name, contents in members.items():
         if int(name.partition(".")[0]) % 3 == shard:
           info = tarfile.TarInfo(name)
           info.size = len(contents)
@@ -68,9 +69,9 @@ def usable(source: sources.Source) -> list[sources.Example]:
   return found
 
 
-def test_samples_stay_what_they_are_and_bad_ones_are_left_out_and_counted(shards, tmp_path, capsys):
+def test_samples_stay_what_they_are_and_bad_ones_are_skipped_and_counted(shards, tmp_path):
   output = tmp_path / "out"
-  assert main([shards, str(output), "--shards=4", "--workers=2"]) == 0
+  summary = convert_lib._summary(convert(shards, output, shards=4, workers=2), str(output))
   names = [f"data-{number:05d}-of-00004.array_record" for number in range(4)]
   assert sorted(contents(output)) == ["classnames.txt", *names, "dataset.json"]
   source, converted = sources.open_source(shards), sources.open_source(f"arrayrecord:{output}/*.array_record")
@@ -86,10 +87,9 @@ def test_samples_stay_what_they_are_and_bad_ones_are_left_out_and_counted(shards
     "source": shards, "samples": 59, "shards": 4, "count": 55
   }  # fmt: skip
   assert "2.tar:32: bad .cls" in named["damaged record"][1]
-  printed = capsys.readouterr().out
-  assert "55 samples in 4 files" in printed
-  assert "left out 2: damaged record\n  1.tar:31: bad .cls" in printed
-  assert f"arrayrecord:{output}/*.array_record" in printed
+  assert "55 samples in 4 files" in summary
+  assert "skipped 2: damaged record\n  1.tar:31: bad .cls" in summary
+  assert f"arrayrecord:{output}/*.array_record" in summary
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_workers_and_a_complete_folder_is_left_alone(shards, tmp_path):
@@ -100,7 +100,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers_and_a_complete_folder_
   assert convert(shards, tmp_path / "two") == about
   assert {path: path.stat().st_mtime_ns for path in (tmp_path / "two").iterdir()} == before
   (tmp_path / "two" / "data-00001-of-00003.array_record").unlink()
-  with pytest.raises(ValueError, match="lacks 1 files now, such as data-00001-of-00003"):
+  with pytest.raises(ValueError, match="now lacks 1 files, such as data-00001-of-00003"):
     convert(shards, tmp_path / "two")
 
 
@@ -118,19 +118,19 @@ def test_a_source_that_changed_is_refused(shards, tmp_path, monkeypatch):
   (tmp_path / "0.tar").write_bytes(tar.replace(b"caption 6", b"CAPTION 6"))
   for folder in (output, tmp_path / "half"):
     before = contents(folder)
-    with pytest.raises(ValueError, match=f"{folder} holds webdataset:.* as it was before its files changed: delete"):
+    with pytest.raises(ValueError, match=f"{folder} contains webdataset:.* as it was before its files changed: delete"):
       convert(shards, folder, workers=1)
     assert contents(folder) == before
 
 
 def test_files_that_another_process_writes_are_left_alone(tmp_path):
   output = tmp_path / "out"
-  plan = convert_lib._plan(open_scenes("test/10/16"), str(output), 1)
+  settings = convert_lib._settings(open_scenes("test/10/16"), str(output), 1)
   (output / ".data-00000-of-00001.array_record.1.tmp").write_bytes(b"of a process that was killed")
-  with convert_lib._temporary(output / "other") as theirs:
+  with outputs.temporary(output / "other") as theirs:
     inode = theirs.stat().st_ino
-    writer = convert_lib.array_record_module.ArrayRecordWriter(str(theirs), convert_lib.WRITER_OPTIONS)
-    assert convert("scenes:test/10/16", output, workers=1)["shards"] == plan["shards"]
+    writer = records.array_record_module.ArrayRecordWriter(str(theirs), records.WRITER_OPTIONS)
+    assert convert("scenes:test/10/16", output, workers=1)["shards"] == settings["shards"]
     assert theirs.stat().st_ino == inode  # the writer keeps the file that is locked
     writer.close()
   assert sorted(contents(output)) == ["classnames.txt", "data-00000-of-00001.array_record", "dataset.json"]
@@ -141,9 +141,9 @@ def test_a_sample_is_bad_by_the_rules_of_training(monkeypatch):
     raise OSError("no such thing")
 
   source = open_scenes("test/10/16")
-  assert convert_lib.read(source, 3)[1].shape == (16, 16, 3)
+  assert records.read(source, 3)[1].shape == (16, 16, 3)
   monkeypatch.setattr(type(source), "__getitem__", unreadable)
-  for read in (lambda: convert_lib.read(source, 3), lambda: Mixture((source,)).read((0, 3))):
+  for read in (lambda: records.read(source, 3), lambda: Mixture((source,)).read((0, 3))):
     with pytest.raises(sources.BadSample, match="scenes:test/10/16: .*3: no such thing") as error:
       read()
     assert error.value.kind == "missing file"
@@ -210,7 +210,7 @@ def test_an_interrupt_while_processes_start_is_told_in_one_line(tmp_path):
   errors = process.communicate(timeout=60)[1].decode()
   assert process.returncode == 130
   assert "Traceback" not in errors
-  assert errors.endswith("interrupted; give the same command again to go on\n")
+  assert errors.endswith("interrupted; run the same command again to resume\n")
 
 
 def test_a_file_that_is_gone_or_whose_report_was_cut_off_is_written_again(shards, tmp_path, monkeypatch):
@@ -238,39 +238,41 @@ def test_a_file_that_is_gone_or_whose_report_was_cut_off_is_written_again(shards
 def test_the_number_of_files_follows_from_the_size(tmp_path, monkeypatch, limit, expected):
   monkeypatch.setattr(convert_lib, "_SHARD_BYTES", limit)
   source = open_scenes("test/300/32")
-  size = sum(len(convert_lib._record(source, index)) for index in range(300))
+  size = sum(len(records.make_record(source, index)) for index in range(300))
   assert 430_000 < size < 470_000
-  assert convert_lib._plan(source, f"{tmp_path}/out", None)["shards"] == expected
+  assert convert_lib._settings(source, f"{tmp_path}/out", None)["shards"] == expected
   monkeypatch.setattr(convert_lib, "_MAX_SHARDS", 4)
-  assert convert_lib._plan(source, f"{tmp_path}/few", None)["shards"] == min(expected, 4)
+  assert convert_lib._settings(source, f"{tmp_path}/few", None)["shards"] == min(expected, 4)
 
 
-def test_what_the_user_can_mend_is_one_line(shards, tmp_path, capsys):
-  def error(*arguments: str) -> str:
-    assert main([*arguments]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
-    return line
+def test_what_the_user_can_correct_is_one_line(shards, tmp_path):
+  def error(spec: str, output: str, **settings: int) -> str:
+    with pytest.raises((ValueError, OSError)) as caught:
+      convert(spec, output, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
   output = str(tmp_path / "out")
   assert "expected KIND:LOCATION" in error("/data/*.tar", output)
   assert "no file matches" in error(f"webdataset:{tmp_path}/x-*.tar", output)
-  assert "0 shards: expected 1 to 10" in error("scenes:test/10/16", output, "--shards=0")
-  assert "11 shards: expected 1 to 10" in error("scenes:test/10/16", output, "--shards=11")
+  assert "shards=11: expected 1 to 10" in error("scenes:test/10/16", output, shards=11)
   assert "Protocol not known: unknown" in error("scenes:test/10/16", "unknown://bucket/out")
   assert not os.path.exists(output)
-  assert main(["scenes:test/10/16", output, "--workers=1"]) == 0
-  capsys.readouterr()
-  assert "holds another conversion: source 'scenes:test/10/16', not 'scenes:test/11/16'" in error(
-    "scenes:test/11/16", output
-  )
-  assert "shards 1, not 2" in error("scenes:test/10/16", output, "--shards=2")
-  assert "is not empty, it holds .declip_jax, 0.tar" in error(shards, str(tmp_path))
+  convert("scenes:test/10/16", output, workers=1)
+  assert "source 'scenes:test/10/16', not 'scenes:test/11/16'" in error("scenes:test/11/16", output)
+  assert "shards 1, not 2" in error("scenes:test/10/16", output, shards=2)
+  assert "it contains .declip_jax, 0.tar" in error(shards, str(tmp_path))
   (tmp_path / "out" / "dataset.json").write_text("[1]")
-  assert "is not of this command" in error("scenes:test/10/16", output)
-  with pytest.raises(SystemExit, match="2"):
-    main(["scenes:test/10/16", output, "--workers=0"])
+  assert f"{output}/dataset.json" in error("scenes:test/10/16", output)
+
+
+@pytest.mark.parametrize("arguments", [["scenes:test/10/16", "OUT", "--workers=0"], ["scenes:none", "OUT"], ["one"]])
+def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path, arguments):
+  command = [sys.executable, "-m", "declip_jax.data.convert", *arguments]
+  done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stdout) == (2, "")
+  assert len(done.stderr.splitlines()) == 1
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_usable_is_an_error(tmp_path):
@@ -295,25 +297,24 @@ def stored(bucket: dict) -> dict[str, bytes]:
   return {name.rpartition("/")[2]: file.getvalue() for name, file in bucket.items()}
 
 
-def test_a_url_gets_the_same_files_as_a_folder(shards, tmp_path, bucket, capsys):
-  assert main([shards, "memory://bucket/out/", "--shards=4", "--workers=1"]) == 0
-  printed = capsys.readouterr().out
+def test_a_url_gets_the_same_files_as_a_folder(shards, tmp_path, bucket):
+  summary = convert_lib._summary(convert(shards, "memory://bucket/out/", shards=4, workers=1), "memory://bucket/out")
   local = convert(shards, tmp_path / "out", shards=4, workers=1)
   assert stored(bucket) == contents(tmp_path / "out")
   assert list(sources.open_source("arrayrecord:memory://bucket/out/*.array_record")) == usable(
     sources.open_source(shards)
   )
   size = sum(len(file) for name, file in stored(bucket).items() if name.startswith("data-"))
-  assert f"memory://bucket/out: 55 samples in 4 files, {size / 2**20:.1f} MiB" in printed
+  assert f"memory://bucket/out: 55 samples in 4 files, {size / 2**20:.1f} MiB" in summary
   assert list((tmp_path / "temporary").iterdir()) == []
   assert convert(shards, "memory://bucket/out", workers=1) == local
   del bucket["/bucket/out/data-00002-of-00004.array_record"]
-  with pytest.raises(ValueError, match="was complete and lacks 1 files now, such as data-00002-of-00004"):
+  with pytest.raises(ValueError, match="was complete and now lacks 1 files, such as data-00002-of-00004"):
     convert(shards, "memory://bucket/out")
-  with pytest.raises(ValueError, match="holds another conversion"):
+  with pytest.raises(ValueError, match="contains another conversion"):
     convert("scenes:test/10/16", "memory://bucket/out")
   bucket["/bucket/full/other.txt"] = bucket["/bucket/out/dataset.json"]
-  with pytest.raises(ValueError, match="is not empty, it holds other.txt"):
+  with pytest.raises(ValueError, match="it contains other.txt"):
     convert("scenes:test/10/16", "memory://bucket/full")
 
 
@@ -332,7 +333,7 @@ def test_an_interrupted_conversion_to_a_url_goes_on(shards, tmp_path, bucket, mo
     "classnames.txt", "data-00000-of-00004.array_record", "data-00001-of-00004.array_record", "dataset.json",
     "progress.jsonl",
   ]  # fmt: skip
-  left = tmp_path / "temporary" / f".declip_jax-{convert_lib.indexes.digest('memory://bucket/out')}-data-00002.1.tmp"
+  left = tmp_path / "temporary" / f".declip_jax-{indexes.digest('memory://bucket/out')}-data-00002.1.tmp"
   left.write_bytes(b"of a process that was killed")
   puts.clear()
   interrupted.clear()
@@ -360,10 +361,10 @@ def test_workers_write_to_a_url_and_what_renames_files_never_shows_half_of_one(s
 
   put, names = LocalFileSystem.put_file, []
   monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
-  monkeypatch.setattr(convert_lib.files, "_PAUSES", (0.0,))
+  monkeypatch.setattr(files, "_PAUSES", (0.0,))
   (tmp_path / "a").write_bytes(b"contents")
   with pytest.raises(OSError, match="the connection broke"):
-    convert_lib.files.upload(tmp_path / "a", f"local://{tmp_path}/broken/a")
+    files.upload(tmp_path / "a", f"local://{tmp_path}/broken/a")
   assert len(names) == 2
   assert f"{tmp_path}/broken/a" not in names
   assert list((tmp_path / "broken").iterdir()) == []

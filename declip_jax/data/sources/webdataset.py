@@ -1,25 +1,25 @@
-"""WebDataset tar shards with random access, read where they lie.
+"""WebDataset tar shards with random access, without extracting them.
 
-A sample is a run of neighbouring members whose paths agree up to the first dot of the file name, webdataset's own rule.
-Where a suffix comes a second time in such a run, another sample begins (webdataset refuses the shard).
-The index keeps one byte span per sample, `[n 3]` int64 of (shard, start, stop). Reading a sample is one `pread`, and
-its tar headers are parsed again in that buffer, so names, sizes and fields take no room in the index. Members that are
-not used (a .npy of features, say) are read along with it.
+A sample consists of consecutive members whose paths agree up to the first dot of the file name, webdataset's own rule.
+A repeated suffix starts another sample (webdataset rejects such a shard). The index has one byte span per sample,
+`[n 3]` int64 of (shard, start, stop). Reading a sample takes one `pread`; its tar headers are parsed again in that
+buffer, so that the index need not store names, sizes and fields. Members that are not used, such as a .npy of features,
+are read along with it.
 
 The index of a set of shards is one memory-mapped .npy file, see `indexes.find_or_build`. Its name depends on the paths,
 sizes and times of change of the shards, so it is never older than they are, and any number of processes and hosts share
 it. One file for the whole set rather than one per shard means one mapping per worker and one path per pickle, however
 many shards there are; their names follow the spans in the same file, as JSON.
 
-Shards behind a URL (gs://, s3://, https://) are read in ranges, a request per sample. To index them, requests of 1 MiB
-walk from header to header: larger members are skipped, smaller ones pass with their neighbours, for a request of their
+Remote shards (gs://, s3://, https://) are read in ranges, one request per sample. To index them, requests of 1 MiB
+follow the headers: larger members are skipped, smaller ones are read with their neighbours, since a request of their
 own would take longer than their transfer.
 
-Indexing takes some 10 us of a core for each sample, and large sets are indexed by a process for each core. Groups of 16
-shards leave `parts` beside the index, so a build that was interrupted goes on when the set is opened again within a
-day, and hosts that share the folder share the work. They are deleted when the index is there.
+Indexing costs some 10 us per sample on one core, and large sets are indexed by one process per core. The results of
+groups of 16 shards are kept next to the index, so that an interrupted build continues when the set is opened again
+within a day, and hosts that share the folder share the work. They are deleted once the index exists.
 
-| field | members, the first that is there |
+| field | members, of which the first that exists counts |
 |---|---|
 | image | `files.IMAGE_SUFFIXES`: .jpg .jpeg .png .webp and more |
 | captions | a list in .json ("captions", "caption", "text"); else .txt; else a string in .json |
@@ -27,7 +27,7 @@ day, and hosts that share the folder share the work. They are deleted when the i
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import errno
@@ -37,7 +37,6 @@ import json
 from pathlib import Path
 import re
 import shutil
-import sys
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -46,13 +45,13 @@ import numpy as np
 
 from declip_jax.data.sources.base import BadSample, Example
 from declip_jax.data.storage import files, indexes, jobs, patterns, tars
+from declip_jax.reporting import progress
 
 _IMAGES = tuple(suffix.removeprefix(".") for suffix in files.IMAGE_SUFFIXES)
-_CAPTION_KEYS = ("captions", "caption", "text")  # of the .json; img2dataset writes "caption"
+_CAPTION_KEYS = ("captions", "caption", "text")  # in .json; img2dataset writes "caption"
 _INDEX_FORMAT = 3  # part of the hash: raise it when the index or the rules for usable samples change
-_GROUP = 16  # shards of a part; as many threads scan them, which hides the latency of disks and servers
-_ALONE = 2**32  # bytes of shards, some seconds of work; from there on it pays to start other processes
-_PROGRESS = 10.0  # seconds between its lines
+_GROUP = 16  # shards per job; as many threads scan them, which hides the latency of disks and servers
+_ALONE = 2**32  # bytes of shards, some seconds of work; with more it pays to start other processes
 _SHOWN = 8  # suffixes that an error lists
 
 
@@ -65,14 +64,14 @@ class WebDataset:
 
   @cached_property
   def _opened(self) -> tuple[Int64[np.ndarray, "n 3"], dict[str, Any]]:
-    """The spans, still mapped but without the slow indexing of np.memmap, and what follows them in the file."""
+    """The spans, mapped but without the slow indexing of np.memmap, and the JSON that follows them in the file."""
     try:
       spans = np.load(self._index, mmap_mode="r")
       with self._index.open("rb") as file:
         file.seek(spans.offset + spans.nbytes)
         return np.asarray(spans), json.load(file)
     except (ValueError, EOFError) as error:
-      raise ValueError(f"{self._index}: a damaged index ({error}): delete it, and it is built anew") from error
+      raise ValueError(f"{self._index}: damaged index ({error}); delete it to build it again") from error
 
   @property
   def stamp(self) -> str:
@@ -81,19 +80,19 @@ class WebDataset:
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
-    """Line i of classnames.txt beside the first shard is class i; empty without that file."""
+    """Line i of classnames.txt next to the first shard is class i; empty without that file."""
     return files.classnames(self._opened[1]["shards"][0])
 
   @property
   def skipped(self) -> dict[str, int]:
-    """Samples without an image and shards with damage, by reason, as counted when the shards were indexed."""
+    """Numbers of samples without an image and of damaged shards, by kind, counted when the shards were indexed."""
     return dict(self._opened[1]["skipped"])
 
   def __len__(self) -> int:
     return len(self._opened[0])
 
   def __getitem__(self, index: int) -> Example:
-    """Reads one sample; without a caption, or with empty ones, it still comes, and so it does without a class.
+    """Reads one sample, which may have no caption and no class.
 
     Raises:
       IndexError: `index` is not in `range(len(self))`.
@@ -128,18 +127,19 @@ class WebDataset:
 
 
 def open_webdataset(location: str) -> WebDataset:
-  """Opens a set of shards, and indexes them first if no index of just these files is found.
+  """Opens a set of shards and indexes them first if exactly these files have no index.
 
-  Samples without an image are left out and counted in `skipped`. Of a shard that is cut off or damaged somewhere, the
-  samples before that place stay, except for the last if it may lack a member; the shard is named in the log and counted
-  once, as is one without a sample. Without a caption a sample stays: self-supervision and classification need none.
+  Samples without an image are skipped and counted in `skipped`. If a shard is cut off or damaged, the samples before
+  the damage remain, except for the last one if a member of it may be missing; the shard is named in the log and counted
+  once, like one without any sample. Samples without a caption remain, since self-supervision and classification need
+  none.
 
   Args:
-    location: of .tar files, as `patterns.expand` reads it: `train-*.tar`, `gs://bucket/train-{0000..0012}.tar`.
+    location: the .tar files, see `patterns.expand`: `train-*.tar`, `gs://bucket/train-{0000..0012}.tar`.
 
   Raises:
     FileNotFoundError: a pattern matches no file, or a shard of a range is missing.
-    ValueError: no sample is usable, as where the shards are not plain tars.
+    ValueError: no sample is usable, for example because the shards are not plain tars.
   """
   shards = patterns.expand(location)
   stamps = files.stamps(shards)
@@ -147,12 +147,12 @@ def open_webdataset(location: str) -> WebDataset:
   sizes = [size for size, _ in stamps]
   build = partial(_build, key=indexes.digest(stamp), shards=shards, sizes=sizes, location=location)
   index = indexes.find_or_build(stamp, shards[0], build, ".npy")
-  shutil.rmtree(_parts_of(index.parent, index.stem), ignore_errors=True)
+  shutil.rmtree(_pieces_folder(index.parent, index.stem), ignore_errors=True)
   return WebDataset(f"webdataset:{location}", index)
 
 
-def _parts_of(folder: Path, key: str) -> Path:
-  """The folder of the parts of an index; by its dot `indexes.find_or_build` knows what it may delete when it is old."""
+def _pieces_folder(folder: Path, key: str) -> Path:
+  """The folder for the pieces of an index; its name starts with a dot, so that it is deleted once it is old."""
   return folder / f".{key}.parts"
 
 
@@ -160,45 +160,42 @@ def _build(path: Path, key: str, shards: list[str], sizes: list[int], location: 
   """Writes the index: the spans `[n 3]` of the usable samples, then JSON.
 
   Args:
-    path: to write to. The index itself will lie beside it; when it does, another process was faster.
-    key: stem of the name of the index.
-    shards: paths.
-    sizes: in bytes.
+    path: the file to write. The index will be next to it; if it exists already, another process was faster.
+    key: the stem of the index's name.
+    shards: paths of the shards.
+    sizes: sizes of the shards in bytes.
     location: for messages.
   """
-  folder, index = _parts_of(path.parent, key), path.with_name(f"{key}.npy")
+  folder, index = _pieces_folder(path.parent, key), path.with_name(f"{key}.npy")
   numbered = list(zip(range(len(shards)), shards, sizes, strict=True))
   groups = [numbered[start : start + _GROUP] for start in range(0, len(shards), _GROUP)]
   todo = [jobs.Job(folder / f"{number:06d}", group, len(group)) for number, group in enumerate(groups)]
   processes = jobs.cores() if len(groups) > 1 and sum(sizes) >= _ALONE else 1
-
-  def report(count: int) -> None:
-    print(f"indexing {count} of {len(shards)} shards of {location} ...", file=sys.stderr, flush=True)
-
   try:
-    jobs.make(make_part, todo, processes if processes > 1 else 0, index.is_file, report, _PROGRESS)
-    _join([part.path for part in todo], path, shards, location)
+    with progress.Bar(f"indexing {location}", len(shards), "shards") as bar:
+      jobs.make_files(write_piece, todo, processes if processes > 1 else 0, index.is_file, bar.set, interval=0.5)
+    _join([job.path for job in todo], path, shards, location)
   except (OSError, ValueError) as error:
     if isinstance(error, ValueError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
       shutil.rmtree(folder, ignore_errors=True)  # these shards have no index, or another folder will have it
     raise
   finally:
     with contextlib.suppress(OSError):
-      folder.rmdir()  # if there is nothing in it
+      folder.rmdir()  # if it is empty
 
 
-def make_part(path: Path, shards: list[tuple[int, str, int]], tell: Callable[[], None]) -> None:
-  """Writes the part of an index that neighbouring shards are: a line of JSON, then their spans `[m 3]`, raw.
+def write_piece(path: Path, shards: list[tuple[int, str, int]], advance: jobs.Advance) -> None:
+  """Writes the piece of an index for some consecutive shards: a line of JSON, then their raw spans `[m 3]`.
 
   Args:
-    path: to write to.
-    shards: number, path and size of each.
-    tell: is called after each.
+    path: the file to write.
+    shards: number, path and size of each shard.
+    advance: called after each shard.
   """
 
   def scan(shard: tuple[int, str, int]) -> _Scan:
     found = _scan(*shard[1:])
-    tell()
+    advance(1)
     return found
 
   with ThreadPoolExecutor(len(shards)) as pool:
@@ -210,11 +207,11 @@ def make_part(path: Path, shards: list[tuple[int, str, int]], tell: Callable[[],
       file.write(np.insert(scan.spans, 0, number, axis=1).tobytes())
 
 
-def _join(made: list[Path], path: Path, shards: list[str], location: str) -> None:
-  """Writes the index from its parts, one after the other."""
+def _join(pieces: list[Path], path: Path, shards: list[str], location: str) -> None:
+  """Writes the index from its pieces, one after the other."""
   scans = []
-  for part in made:
-    with part.open("rb") as file:
+  for piece in pieces:
+    with piece.open("rb") as file:
       scans += [_Scan(*scan) for scan in json.loads(file.readline())]
   count, skipped = sum(scan.spans for scan in scans), sum((Counter(scan.skipped) for scan in scans), Counter())
   for scan in scans:
@@ -222,7 +219,7 @@ def _join(made: list[Path], path: Path, shards: list[str], location: str) -> Non
       logging.warning("%s; the %d samples before it are kept", scan.damage, scan.spans)
   if not count:
     seen = sum((Counter(scan.suffixes) for scan in scans), Counter()).most_common(_SHOWN)
-    found = f"; of samples without an image there are {', '.join(f'.{name}' for name, _ in seen)}" if seen else ""
+    found = f"; samples without an image have {', '.join(f'.{name}' for name, _ in seen)}" if seen else ""
     damage = next((f"; {scan.damage}" for scan in scans if scan.damage), "")
     legal = " ".join(files.IMAGE_SUFFIXES)
     raise ValueError(
@@ -231,8 +228,8 @@ def _join(made: list[Path], path: Path, shards: list[str], location: str) -> Non
     )
   index = np.lib.format.open_memmap(path, "w+", np.int64, (count, 3))
   start = 0
-  for part in made:
-    with part.open("rb") as file:
+  for piece in pieces:
+    with piece.open("rb") as file:
       file.readline()
       spans = np.frombuffer(file.read(), np.int64).reshape(-1, 3)
     index[start : start + len(spans)] = spans
@@ -243,13 +240,13 @@ def _join(made: list[Path], path: Path, shards: list[str], location: str) -> Non
 
 
 class _Scan(NamedTuple):
-  """What is in one shard.
+  """The samples of one shard.
 
   Attributes:
-    spans: start and stop of the usable samples, in bytes; in a part their number alone.
-    skipped: counts of the others, and of the damage, by kind of `BAD`.
-    suffixes: of members of samples that have no image, the most frequent ones.
-    damage: what ends the shard early, with its place; empty if nothing does.
+    spans: start and stop of the usable samples, in bytes; in a piece of the index only their number.
+    skipped: numbers of the other samples and of damage, by kind of `BAD`.
+    suffixes: the most frequent suffixes in samples without an image.
+    damage: the damage that ends the shard early, with its position; empty if there is none.
   """
 
   spans: Int64[np.ndarray, "m 2"] | int
@@ -279,7 +276,7 @@ def _scan(path: str, size: int) -> _Scan:
 
 
 def _samples(members: Iterable[tars.Member]) -> Iterator[list[tars.Member]]:
-  """Neighbours of the same key, each suffix once; where `members` ends in an error, the last sample is left out."""
+  """Groups consecutive members with the same key, each suffix once; drops the last group if `members` raises."""
   sample: list[tars.Member] = []
   key, suffixes = "", set()
   for member in members:

@@ -1,195 +1,250 @@
-"""Long work that is cut into files, each made whole or not at all, by all processes and hosts that see their folder.
+"""Long work split into jobs: `run` does them in worker processes, `make_files` turns each into a file.
 
-What is there is not made again: work that was interrupted goes on, and hosts that share a folder share the work. Each
-takes the files in a random order of its own, so that few are made twice, which does no harm. There are no locks, and
-nobody waits for anybody.
+Workers are processes of `concurrent.futures` that end with this one, even if it is killed, and that leave Ctrl-C to it.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-import importlib
-import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+import contextlib
+from functools import partial
 import math
+import multiprocessing
 from multiprocessing import connection, parent_process
 import os
 from pathlib import Path
-import queue
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import threading
+import types
 from typing import Any, NamedTuple
+import uuid
 
 from absl import logging
 
 from declip_jax.data.storage import files
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time, or "max", in a period
-_THREADS = 2  # where there are no processes
-_TOLD, _DONE = ".\n", "done\n"  # lines of a process: one for each step of its work, one at its end
+_THREADS = 2  # for jobs in this process
 
-Tell = Callable[[], None]
-Make = Callable[[Path, Any, Tell], None]
+Advance = Callable[[int], None]
+Function = Callable[[Any, Advance], Any]
+Write = Callable[[Path, Any, Advance], None]
+
+
+class WorkerKilled(ChildProcessError):
+  """A worker process ended before its job, for example because memory ran out."""
+
+
+class _Stopped(Exception):
+  """Ends a job of this process whose result is no longer needed."""
+
+
+def run(
+  function: Function,
+  arguments: Sequence[Any],
+  processes: int,
+  *,
+  threads: int = _THREADS,
+  report: Callable[[int], None] = lambda steps: None,
+  interval: float = 1.0,
+  is_over: Callable[[], bool] = lambda: False,
+  retry: bool = False,
+) -> Generator[tuple[int, Any], None, None]:
+  """Yields the number and the result of each job as it finishes; closing the generator stops the others.
+
+  Args:
+    function: called as `function(argument, advance)` for each job; calls `advance(n)` after `n` more steps. Processes
+      import its module, unless that is a script.
+    arguments: the argument of each job. Like `function` and the results they are pickled.
+    processes: number of worker processes; 0 means threads of this process.
+    threads: number of threads for jobs in this process.
+    report: called with the number of steps done by all jobs.
+    interval: seconds between two reports.
+    is_over: whether the remaining jobs are no longer needed.
+    retry: whether this process repeats a job that failed in a worker. It may know more than its workers do, such as
+      memory:// and file systems that a program registered.
+
+  Raises:
+    Exception: whatever `function` raises.
+    WorkerKilled: a worker process was killed, without `retry`.
+  """
+  if is_over() or not arguments:
+    return
+  context = multiprocessing.get_context("spawn")  # threads of array_record and fsspec do not survive a fork
+  lock, stop, complete = threading.Lock(), threading.Event(), False
+  steps = context.Value("q", 0) if processes else types.SimpleNamespace(value=0, get_lock=lambda: lock)
+  receiver, lifeline = context.Pipe(duplex=False)
+  local, workers = ThreadPoolExecutor(threads), None
+  if processes:
+    workers = ProcessPoolExecutor(min(processes, len(arguments)), context, _start_worker, (steps, receiver))
+
+  def advance(count: int) -> None:
+    _add(steps, count)
+    if stop.is_set():
+      raise _Stopped
+
+  def submit(number: int, here: bool) -> Future:
+    if workers and not here:
+      with contextlib.suppress(BrokenProcessPool), _hold_main_back():
+        return workers.submit(_work, function, arguments[number])
+      if not retry:
+        raise WorkerKilled(_KILLED)
+    return local.submit(function, arguments[number], advance)
+
+  try:
+    with hold_interrupts():
+      pending = {submit(number, here=False): (number, not workers) for number in range(len(arguments))}
+    while pending and not is_over():
+      ready, _ = wait(pending, interval, FIRST_COMPLETED)
+      report(steps.value)
+      for future in ready:
+        number, here = pending.pop(future)
+        error = future.exception()
+        if error is None:
+          yield number, future.result()
+        elif here or not retry:
+          raise WorkerKilled(_KILLED) if isinstance(error, BrokenProcessPool) else error
+        else:
+          message = " ".join(f"{type(error).__name__}: {error}".split())
+          logging.warning("a worker process failed, so this process repeats its job: %s", message)
+          pending[submit(number, here=True)] = (number, True)
+    complete = not pending
+  finally:
+    with hold_interrupts():
+      stop.set()
+      if not complete:
+        lifeline.close()  # workers see it and exit at once
+      for pool in filter(None, (workers, local)):
+        pool.shutdown(cancel_futures=True)
+      lifeline.close()
+      receiver.close()
+
+
+_KILLED = "a worker process was killed, perhaps because memory ran out: run the command again with fewer workers"
 
 
 class Job(NamedTuple):
-  """A file to make: `argument`, in JSON, is all that its contents depend on, and `steps` says how much work it is."""
+  """A file to make.
+
+  Attributes:
+    path: the path of the file.
+    argument: everything that its contents depend on; pickled.
+    steps: the amount of work.
+  """
 
   path: Path
   argument: Any
   steps: int
 
 
-def make(
-  function: Make,
-  parts: Sequence[Job],
+def make_files(
+  write: Write,
+  jobs: Sequence[Job],
   processes: int,
-  over: Callable[[], bool],
+  is_over: Callable[[], bool],
   report: Callable[[int], None],
   interval: float,
 ) -> None:
-  """Makes the files that are missing.
+  """Makes the files that are missing, each completely or not at all.
+
+  Interrupted work continues when it is started again, and hosts that share a folder share the work: each takes the
+  jobs in a random order of its own, so that few files are made twice, which does no harm. There are no locks, and
+  nobody waits for anybody.
 
   Args:
-    function: of a module. Writes a file: `function(path, argument, tell)` calls `tell` after each step.
-    parts: the files, of one folder, which is created.
-    processes: to start beside this one; with 0 it works itself, as it does where one of them fails, for it may know
-      more than they do, such as memory:// and file systems that a program registered.
-    over: whether the files are no longer needed; asked between them.
-    report: is called with the number of steps that are done, whoever did them.
-    interval: between two reports, in seconds.
+    write: called as `write(path, argument, advance)` to write a file; calls `advance(n)` after `n` more steps.
+    jobs: the files; their folders are created.
+    processes: number of worker processes; see `run`.
+    is_over: whether the files are no longer needed; called between jobs.
+    report: called with the number of steps done, whoever did them.
+    interval: seconds between two reports.
 
   Raises:
-    Exception: of `function`; other files may be there.
+    Exception: whatever `write` raises; other files may exist.
   """
-  waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-  for part in random.sample(parts, len(parts)):
-    waiting.put(part)
-  done, stop = dict.fromkeys((part.path for part in parts), 0), threading.Event()
-  helpers = [_Helper(function) for _ in range(min(processes, len(parts)))] or [None] * _THREADS
-  pool = ThreadPoolExecutor(len(helpers))
+  shuffled = random.sample(jobs, len(jobs))
+  token, total = uuid.uuid4().hex, sum(job.steps for job in jobs)
+  running = run(
+    partial(_make_file, write, token),
+    shuffled,
+    processes,
+    report=lambda steps: report(min(steps, total)),  # a repeated job counts twice
+    interval=interval,
+    is_over=is_over,
+    retry=True,
+  )
   try:
-    futures = [
-      pool.submit(_work, function, waiting, done, lambda: stop.is_set() or over(), helper) for helper in helpers
-    ]
-    while (state := wait(futures, interval, FIRST_EXCEPTION)).not_done:
-      if any(future.exception() for future in state.done):
-        break
-      report(sum(done.values()))
-    for future in state.done:
-      future.result()
+    with contextlib.closing(running):
+      for _ in running:
+        pass
   finally:
-    stop.set()
-    started = [helper for helper in helpers if helper]
-    for helper in started:
-      helper.kill()
-    pool.shutdown()
-    for helper in started:
-      helper.close()
-      for folder in {part.path.parent for part in parts}:  # what it was killed over
-        for unfinished in folder.glob(f".{helper.pid}.*"):
-          unfinished.unlink(missing_ok=True)
+    for folder in {job.path.parent for job in jobs}:  # what killed workers left
+      for unfinished in folder.glob(f".{token}.*"):
+        unfinished.unlink(missing_ok=True)
 
 
-def _work(
-  function: Make,
-  waiting: "queue.SimpleQueue[Job]",
-  done: dict[Path, int],
-  ended: Callable[[], bool],
-  helper: "_Helper | None",
-) -> None:
-  while not ended():
-    try:
-      part = waiting.get_nowait()
-    except queue.Empty:
-      return
-
-    def tell(part: Job = part) -> None:
-      done[part.path] = min(done[part.path] + 1, part.steps)
-
-    if not part.path.is_file() and not (helper and helper.make(part, tell)) and not ended():
-      helper = None
-      _make(function, part.path, part.argument, tell)
-    done[part.path] = part.steps
-
-
-def _make(function: Make, path: Path, argument: Any, tell: Tell) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{os.getpid()}.", delete=False) as file:
+def _make_file(write: Write, token: str, job: Job, advance: Advance) -> None:
+  if job.path.is_file():
+    advance(job.steps)
+    return
+  job.path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.NamedTemporaryFile(dir=job.path.parent, prefix=f".{token}.", delete=False) as file:
     temporary = Path(file.name)
   try:
-    function(temporary, argument, tell)
-    files.commit(temporary, path)
+    write(temporary, job.argument, advance)
+    files.commit(temporary, job.path)
   finally:
     temporary.unlink(missing_ok=True)
 
 
-class _Helper:
-  """A process that makes files.
+_worker: dict[str, Any] = {}  # in a worker process: the shared number of steps
 
-  It is no process of `multiprocessing`, which would run a script without `if __name__ == "__main__"` once more.
-  """
 
-  def __init__(self, function: Make):
-    command = [sys.executable, "-c", f"from {__name__} import serve; serve()", function.__module__, function.__name__]
-    self._process = subprocess.Popen(
-      command,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-      start_new_session=True,  # Ctrl-C is for this process alone
-      env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-    )
+def _start_worker(steps: Any, receiver: connection.Connection) -> None:
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops its workers
+  _worker["steps"] = steps
+  end_with_parent(receiver)
 
-  def make(self, part: Job, tell: Tell) -> bool:
-    """Whether it made the file."""
-    line = ""
+
+def _work(function: Function, argument: Any) -> Any:
+  return function(argument, partial(_add, _worker["steps"]))
+
+
+def _add(steps: Any, count: int) -> None:
+  with steps.get_lock():
+    steps.value += count
+
+
+_main_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _hold_main_back() -> Iterator[None]:
+  """Keeps workers that start within from importing `__main__`: a script without a main guard would run once more."""
+  with _main_lock:
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
     try:
-      self._process.stdin.write(json.dumps([os.fspath(part.path), part.argument]) + "\n")
-      self._process.stdin.flush()
-      while (line := self._process.stdout.readline()) == _TOLD:
-        tell()
-    except OSError:  # it was killed
-      pass
-    if line and line != _DONE:
-      logging.warning("%s: a process could not make it, so this one does: %s", part.path, line.strip())
-    return line == _DONE
-
-  @property
-  def pid(self) -> int:
-    return self._process.pid
-
-  def kill(self) -> None:
-    self._process.kill()
-
-  def close(self) -> None:
-    self._process.communicate()
+      yield
+    finally:
+      sys.modules["__main__"] = main
 
 
-def serve() -> None:
-  """What a helper does: makes the files that lines of standard input describe."""
-  module, name = sys.argv[1:]
-  waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-  threading.Thread(target=_listen, args=(waiting,), daemon=True).start()
-  function = getattr(importlib.import_module(module), name)
-  while True:
-    path, argument = json.loads(waiting.get())
-    try:
-      _make(function, Path(path), argument, lambda: print(_TOLD, end="", flush=True))
-      print(_DONE, end="", flush=True)
-    except Exception as error:
-      print(" ".join(f"{type(error).__name__}: {error}".split()), flush=True)
-
-
-def _listen(waiting: "queue.SimpleQueue[str]") -> None:
-  for line in sys.stdin:
-    waiting.put(line)
-  os._exit(0)  # who started this process has ended, perhaps by SIGKILL
+@contextlib.contextmanager
+def hold_interrupts() -> Iterator[None]:
+  """Delays Ctrl-C; processes and threads that start within never see it."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def cores() -> int:
-  """Cores that this process may use: by its affinity and, in a container, by its quota."""
+  """Returns the number of cores that this process may use, by its affinity and, in a container, by its quota."""
   allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   try:
     quota, period = _QUOTA.read_text().split()
@@ -198,11 +253,11 @@ def cores() -> int:
     return allowed
 
 
-def end_with_parent() -> None:
-  """Ends this process when the one that started it dies, even by SIGKILL: nobody else would end it."""
-  threading.Thread(target=_wait_for_parent, daemon=True).start()
+def end_with_parent(*lifelines: connection.Connection) -> None:
+  """Ends this process when its parent dies, even by SIGKILL, or closes a pipe of `lifelines`."""
+  threading.Thread(target=_wait_for_parent, args=lifelines, daemon=True).start()
 
 
-def _wait_for_parent() -> None:
-  connection.wait([parent_process().sentinel])
+def _wait_for_parent(*lifelines: connection.Connection) -> None:
+  connection.wait([parent_process().sentinel, *lifelines])
   os._exit(1)

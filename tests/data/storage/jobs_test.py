@@ -11,7 +11,7 @@ from declip_jax.data.storage import jobs
 
 MODULE = """
 import os, time
-def write(path, argument, tell):
+def write(path, argument, advance):
   value, parent, ending = argument
   if os.getpid() != parent and ending == "dies":
     os._exit(1)
@@ -22,14 +22,14 @@ def write(path, argument, tell):
   if ending == "is slow":
     print(os.getpid(), file=open(f"{path.parent}/pid", "w"))
     time.sleep(100)
-  tell()
+  advance(1)
   path.write_text(f"{value} {os.getpid()}")
-  tell()
+  advance(1)
 """
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch) -> jobs.Make:
+def write(tmp_path, monkeypatch) -> jobs.Write:
   """A function of a module that other processes find where this one does."""
   (tmp_path / "writing_parts.py").write_text(MODULE)
   monkeypatch.syspath_prepend(tmp_path)
@@ -43,9 +43,9 @@ def listed(folder: Path, ending: str = "") -> list[jobs.Job]:
   return [jobs.Job(folder / f"{number}", [number, os.getpid(), ending], 2) for number in range(6)]
 
 
-def make(write: jobs.Make, todo: list[jobs.Job], processes: int, over=lambda: False) -> list[int]:
+def make(write: jobs.Write, todo: list[jobs.Job], processes: int, over=lambda: False) -> list[int]:
   reports = []
-  jobs.make(write, todo, processes, over, reports.append, 0.01)
+  jobs.make_files(write, todo, processes, over, reports.append, 0.01)
   return reports
 
 
@@ -70,7 +70,7 @@ def test_what_a_process_cannot_make_is_made_here(write, tmp_path, ending, caplog
   todo = listed(tmp_path / "made", ending)
   make(write, todo, 2)
   assert [part.path.read_text() for part in todo] == [f"{number} {os.getpid()}" for number in range(6)]
-  assert ("could not make it, so this one does: ValueError: only the parent can" in caplog.text) == (ending == "fails")
+  assert ("so this process repeats its job: ValueError: only the parent can" in caplog.text) == (ending == "fails")
 
 
 @pytest.mark.parametrize("processes", [0, 2])
@@ -97,7 +97,7 @@ from pathlib import Path
 from declip_jax.data.storage import jobs
 print("once", flush=True)
 todo = [jobs.Job(Path(sys.argv[1]) / str(number), [number, 0, sys.argv[2]], 2) for number in range(3)]
-jobs.make(writing_parts.write, todo, 2, lambda: False, lambda count: None, 1.0)
+jobs.make_files(writing_parts.write, todo, 2, lambda: False, lambda count: None, 1.0)
 """
 
 

@@ -1,0 +1,89 @@
+"""Samples that are known to be usable, and ArrayRecord files of them."""
+
+from collections import Counter
+import io
+import os
+from typing import Any, NamedTuple
+
+from array_record.python import array_record_module
+import numpy as np
+from PIL import Image
+
+from declip_jax.data import images
+from declip_jax.data.sources import BadSample, Example, Source
+from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_reader, pack
+from declip_jax.data.storage import outputs
+from declip_jax.data.storage.jobs import Advance
+
+NAMED = 3  # bad samples of each kind whose messages are kept
+_STEP = 64  # samples between two reports of progress
+
+
+class Shard(NamedTuple):
+  """Samples `start` to `stop` of a source, for the file at `path`, a path or URL."""
+
+  path: str
+  start: int
+  stop: int
+
+
+def read(source: Source, index: int) -> tuple[Example, images.Pixels]:
+  """Returns a sample and its pixels.
+
+  Raises:
+    BadSample: training could not use the sample; the message names it.
+  """
+  try:
+    example = source[index]
+  except OSError as error:
+    raise BadSample("missing file", f"{source.name}: sample {index}: {error}") from error
+  try:
+    return example, images.decode(example["image"])
+  except BadSample as error:
+    raise BadSample(error.kind, f"{example['id']}: {error}") from error
+
+
+def make_record(source: Source, index: int) -> bytes:
+  """Returns the record of a sample; its image is stored as it is, pixels as PNG.
+
+  Raises:
+    BadSample: as in `read`.
+  """
+  example, pixels = read(source, index)
+  return pack(example if isinstance(example["image"], bytes) else {**example, "image": _png(pixels)})
+
+
+def write(source: Source, shard: Shard, advance: Advance) -> dict[str, Any]:
+  """Writes an ArrayRecord file.
+
+  Returns:
+    `count` of the written samples, and of the others: how many were `skipped` by kind, and the first messages `named`.
+
+  Raises:
+    OSError: the file cannot be written.
+  """
+  skipped, named, count = Counter(), {}, 0
+  try:
+    with outputs.writing(shard.path) as temporary:
+      writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), WRITER_OPTIONS)
+      for index in range(shard.start, shard.stop):
+        try:
+          writer.write(make_record(source, index))
+          count += 1
+        except BadSample as error:
+          skipped[error.kind] += 1
+          named.setdefault(error.kind, []).extend([str(error)] * (skipped[error.kind] <= NAMED))
+        if (index + 1 - shard.start) % _STEP == 0 or index + 1 == shard.stop:
+          advance((index - shard.start) % _STEP + 1)
+      writer.close()
+      if open_reader(os.fspath(temporary)).num_records() != count:
+        raise OSError(f"{shard.path} could not be written completely: is the disk of {temporary.parent} full?")
+  except RuntimeError as error:  # of array_record
+    raise OSError(f"{shard.path} could not be written: {error}") from error
+  return {"count": count, "skipped": dict(skipped), "named": named}
+
+
+def _png(pixels: np.ndarray) -> bytes:
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, "PNG")
+  return file.getvalue()
