@@ -1,11 +1,11 @@
-"""Tests of `declip_jax.evaluate`: what it refuses before anything runs."""
+"""Tests of the evaluations of a config: what is rejected before anything runs."""
 
 from ml_collections import ConfigDict
 import pytest
 import references as reference
 
 from declip_jax import config
-from declip_jax.build import check_evals
+from declip_jax.build import check_evals, make_evaluators
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,16 @@ def test_evaluations_of_a_run_that_compares_no_image_with_a_text_are_refused(wei
     ValueError, match=r"config.evals has \['heldout'\].*config.objective.*{'sim.*empty or give one of"
   ):
     check_evals(evals, objective)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"kind": "knn"}, r"config.evals.mine.kind='knn'.*\['retrieval', 'zero_shot'\]"),
+    ({"kind": "retrieval", "templates": ()}, r"config.evals.mine .*\['templates'\].*'retrieval'.*\['equal_texts'\]"),
+  ],
+)
+def test_evaluations_that_do_not_exist_are_rejected(fields, message, tmp_path):
+  evals = ConfigDict({"mine": {"data": "scenes:test/4/16", **fields}})
+  with pytest.raises(ValueError, match=message):
+    make_evaluators(evals, tmp_path)

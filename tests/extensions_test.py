@@ -3,7 +3,7 @@
 A place is an entry that an existing file needs; the toy itself is a new file. CONTRIBUTING.md has the same numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import json
 from pathlib import Path
@@ -19,7 +19,11 @@ from tiny import tiny_config
 
 from declip_jax import architectures, build, config, config_files
 from declip_jax.clip import load
+from declip_jax.data.images import EvalView
 from declip_jax.data.recipes import RECIPES
+from declip_jax.evals import EVALUATORS
+from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.features import SourceFeatures
 from declip_jax.models.heads import HEADS
 from declip_jax.models.heads.base import Head, linear, pick
 from declip_jax.models.paths import side_prefixes
@@ -191,6 +195,36 @@ def test_an_image_tower_takes_2_places(places: Places) -> None:
   assert state.params["towers"]["image"]["Conv_0"]["kernel"].shape == (8, 8, 3, 24)
   assert "loss/clip" in metrics
   assert len(places) == 2
+
+
+def toy_evaluator(
+  features: SourceFeatures, pictures: Path | None, *, scale: float = 1.0
+) -> Iterator[tuple[str, float]]:
+  """The largest element of an embedding."""
+  del pictures
+  yield "largest", scale * float(features.images.embeddings.max())
+
+
+def test_an_evaluator_takes_1_place(places: Places, tmp_path: Path) -> None:
+  places.add(EVALUATORS, "toy", toy_evaluator)
+  c = tiny_config("clip")
+  c.evals = {
+    "defaults": {"kind": "toy", "data": "scenes:test/6/16"},
+    "doubled": {"kind": "toy", "data": "scenes:test/6/16", "scale": 2.0},
+  }
+  saved = config.from_json(c.to_json_best_effort())
+  batches = []
+
+  def encode(images: np.ndarray) -> np.ndarray:
+    batches.append(len(images))
+    return images.mean(axis=(1, 2)) / 255
+
+  encoders = Encoders(encode, lambda tokens: tokens, lambda x: x, lambda texts: texts, EvalView(8), 4, np.arange(4))
+  results = build.make_evaluators(saved.evals, tmp_path)(encoders)
+  assert results.keys() == {"eval/defaults/largest", "eval/doubled/largest"}
+  assert 0 < results["eval/doubled/largest"] == 2 * results["eval/defaults/largest"]
+  assert batches == [4, 4]  # six images, encoded once for both
+  assert len(places) == 1
 
 
 OWN_TERM = """
