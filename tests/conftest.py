@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 import time
+from typing import TYPE_CHECKING
 
 from cpu_devices import xla_flags
 import pytest
@@ -16,6 +17,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
+
+if TYPE_CHECKING:
+  from tiny import FinishedRun
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -53,3 +57,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
   limit = item.config.getoption("stop_after")
   if limit is not None and time.monotonic() - START > limit:
     pytest.skip(f"--stop-after={limit:g}: out of time")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> "FinishedRun":
+  """A finished run of a tiny DeCLIP; one for all tests."""
+  from tiny import train_tiny_declip
+
+  return train_tiny_declip(tmp_path_factory.mktemp("finished"))

@@ -10,8 +10,8 @@ import time
 from checkpoint_files import arrays, flip
 import numpy as np
 import pytest
+from runs import assert_equal, environment, final_state, losses_on_disk, wait_for_step
 from tiny import tiny_config
-from train_test import assert_equal, environment, final_state, losses_on_disk, wait_for_step
 
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.runtime.checkpoint import Checkpoints

@@ -1,5 +1,8 @@
 """A config so small that a step takes milliseconds, shared by the tests of the trainer."""
 
+from pathlib import Path
+from typing import NamedTuple
+
 from ml_collections import ConfigDict
 
 from declip_jax import architectures, config
@@ -47,3 +50,25 @@ def get_config(arg: str = "declip") -> ConfigDict:
     c.evals = ConfigDict()
     c.checkpoint.every = config.duration(steps=4)
   return c
+
+
+class FinishedRun(NamedTuple):
+  """A run that was trained to its end.
+
+  Attributes:
+    workdir: working directory; copy it before changing anything in it.
+    config: config of the run.
+    final: metrics that `train` returned.
+  """
+
+  workdir: Path
+  config: ConfigDict
+  final: dict[str, float]
+
+
+def train_tiny_declip(workdir: Path) -> FinishedRun:
+  """Trains DeCLIP for 8 steps, with both evaluators at the end and a trace of the steps 3 and 4."""
+  from declip_jax.train import train  # here, so that commands can load this file as a config without importing JAX
+
+  config = tiny_config("declip")
+  return FinishedRun(workdir, config, train(config, workdir, profile=(3, 4)))

@@ -1,12 +1,17 @@
 """The progress display: one line, redrawn on a terminal or in a notebook, repeated now and then in a log file.
 
-`track` counts what an iteration yields, and `Bar` what other processes report. `message` prints above the bars.
+`track` counts what an iteration yields, `Bar` what other processes report, and `TrainingProgress` follows a training.
+`message` prints above the line.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
+import math
+import os
+import shutil
 import sys
 import threading
+import time
 from typing import Any, Self, TextIO, TypeVar
 
 from absl import logging
@@ -124,6 +129,141 @@ def logs_above(stream: TextIO) -> Iterator[None]:
 def is_live(stream: TextIO) -> bool:
   """Whether a line of the stream can be redrawn: it is a terminal or the output of a notebook cell."""
   return stream.isatty() or type(stream).__module__.startswith("ipykernel")
+
+
+class TrainingProgress:
+  """A live line about a training: step, losses, speed, time left, share of the time spent waiting for data.
+
+  A terminal shows one line, cut to its width, the least important fields first; a log file gets a plain line every
+  `min_interval` seconds.
+
+  Args:
+    total_steps: step at which training ends.
+    batch_size: global batch size.
+    devices: number of devices that share the batch.
+    enabled: False prints nothing, for all processes but the first.
+    min_interval: seconds between two lines of a log file.
+    stream: where to draw, standard error if None.
+    now: returns seconds.
+  """
+
+  def __init__(
+    self,
+    total_steps: int,
+    batch_size: int,
+    *,
+    devices: int = 1,
+    enabled: bool = True,
+    min_interval: float = _LOG_SECONDS,
+    stream: TextIO | None = None,
+    now: Callable[[], float] = time.perf_counter,
+  ):
+    self._total_steps, self._batch_size, self._devices = total_steps, batch_size, devices
+    self._enabled, self._now = enabled, now
+    self._stream = sys.stderr if stream is None else stream
+    self._live = is_live(self._stream)
+    self._interval = _REDRAW_SECONDS if self._live else min_interval
+    self._drawn_at = -math.inf
+    self._line: _Line | None = None
+    self._stack = contextlib.ExitStack()
+
+  def update(
+    self,
+    step: int,
+    metrics: Mapping[str, Any],
+    *,
+    images_per_second: float = math.nan,
+    utilisation: float | None = None,
+    wait: float = 0.0,
+  ) -> None:
+    """Redraws the line if it is due.
+
+    Args:
+      step: number of steps done.
+      metrics: "loss", each "loss/<term>", "lr" and "temperature" are shown; device arrays are fetched only to be drawn.
+      images_per_second: over all devices; NaN if unknown.
+      utilisation: model FLOPs utilisation, 0 to 1; None if unknown.
+      wait: share of the time that the loop waited for data, 0 to 1.
+    """
+    now = self._now()
+    if self._enabled and (now - self._drawn_at >= self._interval or step >= self._total_steps):
+      self._drawn_at = now
+      speed = self._speed_fields(step, images_per_second, utilisation)
+      self._draw("  ".join(self._fit(self._fields(step, metrics, [*speed, f"wait {wait:.0%}"]))))
+
+  def message(self, text: str) -> None:
+    """Prints a line above the live line."""
+    if self._enabled:
+      message(text, stream=self._stream)
+
+  def close(self) -> None:
+    """Leaves the last line on the screen and moves below it."""
+    if self._line is not None:
+      self._line.close()
+      self._line = None
+
+  def __enter__(self) -> Self:
+    self._stack.enter_context(logs_above(self._stream))
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+    self._stack.close()
+
+  def _fields(self, step: int, metrics: Mapping[str, Any], speed: list[str]) -> list[str]:
+    """Returns the fields of the line, the most important first."""
+    fields = [f"step {step:,}/{self._total_steps:,} {step / self._total_steps:.1%}"]
+    fields += [f"loss {float(metrics['loss']):.3f}"] if "loss" in metrics else []
+    fields += speed
+    terms = [name for name in metrics if name.startswith("loss/")]
+    fields += [f"{name.removeprefix('loss/')} {float(metrics[name]):.3f}" for name in terms]
+    others = {"lr": ".2e", "temperature": ".4f"}
+    return fields + [f"{name} {float(metrics[name]):{digits}}" for name, digits in others.items() if name in metrics]
+
+  def _speed_fields(self, step: int, images_per_second: float, utilisation: float | None) -> list[str]:
+    if not images_per_second > 0:  # NaN
+      return []
+    left = (self._total_steps - step) * self._batch_size / images_per_second
+    each = f" ({images_per_second / self._devices:,.4g} per device)" if self._devices > 1 else ""
+    fields = [f"{_duration(left)} left", f"{images_per_second:,.0f} images/s{each}"]
+    return fields if utilisation is None else [*fields, f"{utilisation:.1%} of peak"]
+
+  def _fit(self, fields: list[str]) -> list[str]:
+    if self._live:
+      columns = _columns(self._stream) - 1  # some terminals wrap in the last column
+      while len(fields) > 1 and len("  ".join(fields)) > columns:
+        fields = fields[:-1]
+      fields[-1] = fields[-1][:columns]
+    return fields
+
+  def _draw(self, text: str) -> None:
+    if not self._live:
+      self._stream.write(text + "\n")
+      self._stream.flush()
+    elif self._line is None:
+      self._line = _Line(desc=text, file=self._stream, bar_format="{desc}", leave=True)
+    else:
+      self._line.set_description_str(text)
+
+
+def _columns(stream: TextIO) -> int:
+  # Asks the stream itself: standard output, which `shutil` asks, may be a file. A terminal may answer 0.
+  try:
+    columns = os.get_terminal_size(stream.fileno()).columns
+  except (OSError, ValueError):
+    columns = 0
+  return columns or shutil.get_terminal_size().columns
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  days, hours = divmod(hours, 24)
+  if days:
+    return f"{days}d {hours}h"
+  if hours:
+    return f"{hours}h {minutes:02}m"
+  return f"{minutes}m {seconds:02}s"
 
 
 class _Line(tqdm):

@@ -1,12 +1,20 @@
-"""What several processes agree on."""
+"""What the processes of one run do together; with a single process nothing is sent.
+
+Every process has to call each of these functions, at the same point.
+"""
+
+from collections.abc import Sequence
 
 from absl import flags
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+_ERROR_BYTES = 400  # length to which an error is cut before it is sent
+
 
 def join_processes() -> None:
+  """Connects this process with the others that the flags `--coordinator` or `--multihost` describe."""
   if flags.FLAGS.coordinator:
     where = (flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
     jax.distributed.initialize(*where, heartbeat_timeout_seconds=flags.FLAGS.heartbeat)
@@ -14,16 +22,47 @@ def join_processes() -> None:
     jax.distributed.initialize(heartbeat_timeout_seconds=flags.FLAGS.heartbeat)
 
 
-_MESSAGE_BYTES = 400  # of an error that the hosts tell each other
-
-
-def agree(reason: str) -> str:
-  """The first of the hosts' reasons that is not empty, the same on all of them; every host has to call it."""
+def first_error(error: str) -> str:
+  """Returns the first host's error that is not empty, with the number of the host; "" if none has one."""
   if jax.process_count() == 1:
-    return reason
-  mine = np.zeros(_MESSAGE_BYTES, np.uint8)
-  text = reason.encode()[:_MESSAGE_BYTES]
+    return error
+  mine = np.zeros(_ERROR_BYTES, np.uint8)
+  text = error.encode()[:_ERROR_BYTES]
   mine[: len(text)] = np.frombuffer(text, np.uint8)
-  everyones = multihost_utils.process_allgather(mine).reshape(-1, _MESSAGE_BYTES)
-  reasons = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in everyones]
-  return next((f"host {host}: {reason}" for host, reason in enumerate(reasons) if reason), "")
+  gathered = multihost_utils.process_allgather(mine).reshape(-1, _ERROR_BYTES)
+  errors = [bytes(host).rstrip(b"\0").decode(errors="replace") for host in gathered]
+  return next((f"host {host}: {error}" for host, error in enumerate(errors) if error), "")
+
+
+def any_host(condition: bool) -> bool:
+  """Returns whether the condition is true on any host."""
+  return bool(sum_over_hosts(np.int32(condition)))
+
+
+def barrier() -> None:
+  """Waits until every host is here."""
+  sum_over_hosts(np.int32(0))
+
+
+def sum_over_hosts(values: np.ndarray) -> np.ndarray:
+  """Adds up the values of all hosts, element by element."""
+  if jax.process_count() == 1:
+    return np.asarray(values)
+  return multihost_utils.process_allgather(values, tiled=False).sum(axis=0)
+
+
+def check_sizes(sizes: Sequence[tuple[str, int]]) -> None:
+  """Checks that all hosts see equally many samples in each source: otherwise they would read in different orders.
+
+  Args:
+    sizes: name and number of samples of each source.
+
+  Raises:
+    ValueError: on every host; names the first source that differs and its size on each host.
+  """
+  mine = np.array([size for _, size in sizes], np.int64)
+  gathered = multihost_utils.process_allgather(mine, tiled=False).reshape(-1, len(mine))
+  for (name, _), counts in zip(sizes, gathered.T, strict=True):
+    if len(set(counts.tolist())) > 1:
+      seen = ", ".join(f"host {host}: {count:,}" for host, count in enumerate(counts))
+      raise ValueError(f"{name}: the hosts see different numbers of samples ({seen})")

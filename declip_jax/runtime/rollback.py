@@ -1,8 +1,8 @@
-"""Going back to an earlier checkpoint, and on with other data, after a run has diverged.
+"""Rolling back to an earlier checkpoint after a run has diverged, and skipping the offending batches.
 
-Step count, parameters and schedule are those of the checkpoint, so the training is as long as it should be; the input
-goes on behind the batches at which it diverged. Each time is a line of `rollbacks.jsonl`, from which a run that is
-killed before its next checkpoint knows where its input was.
+Step count, parameters and schedule are those of the checkpoint, so the training has its full length; the input
+continues after the batches at which it diverged. Each rollback is a line of `rollbacks.jsonl`, by which a run that is
+killed before its next checkpoint finds its input position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,27 +14,70 @@ from typing import Any
 
 import jax
 
+from declip_jax.runtime.checkpoint import Checkpoints, Restored
+from declip_jax.training.state import State
+
 
 class Rollbacks:
-  """The times that a run went back.
+  """The rollbacks of a run.
 
   Args:
-    workdir: of the run.
+    workdir: working directory of the run.
+    limit: maximum number of rollbacks.
   """
 
-  def __init__(self, workdir: Path):
-    self._path = workdir / "rollbacks.jsonl"
+  def __init__(self, workdir: Path, limit: int = 0):
+    self._path, self._limit = workdir / "rollbacks.jsonl", limit
     lines = self._path.read_text().split("\n")[:-1] if self._path.exists() else []  # a torn last line does not count
     self._made: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
   def __len__(self) -> int:
     return len(self._made)
 
-  def target(self, steps: Sequence[int], healthy: int) -> int | None:
-    """Where to go back to: the newest checkpoint up to the step `healthy`, None if there is none at all.
+  def roll_back(
+    self, at: int, skipped: int, position: dict[str, Any], checkpoints: Checkpoints, abstract: State
+  ) -> Restored:
+    """Restores the checkpoint before a run diverged; newer ones are renamed, since their steps will be repeated.
 
-    If that is where the run came from the last time, and so diverged again without any other checkpoint, it is the one
-    before, if there is one. If all are newer, it is the oldest: skipped steps have changed no parameters.
+    Args:
+      at: last step that was skipped.
+      skipped: number of consecutive skipped steps.
+      position: position of the input after the offending batches.
+      checkpoints: checkpoints of the run.
+      abstract: shapes and shardings of the state.
+
+    Returns:
+      Step and state of the checkpoint, `position`, and messages.
+
+    Raises:
+      FloatingPointError: there is no such checkpoint, or the limit is reached; the same on every host.
+    """
+    checkpoints.wait()
+    target = self.target(checkpoints.steps(), at - skipped)
+    reason = f"step {at}: {skipped} consecutive steps were skipped (loss, gradient or rate not finite, or a spike)"
+    if target is None or len(self) >= self._limit:
+      limit = f"the run has rolled back {len(self)} times (config.safety.max_rollbacks={self._limit})"
+      raise FloatingPointError(
+        f"{reason}; {limit if target is not None else 'there is no earlier checkpoint'}. Lower "
+        "config.optimizer.learning_rate, inspect the data, or allow larger gradients with config.safety.spike_factor "
+        "and config.optimizer.gradient_clip"
+      )
+    newer = [step for step in checkpoints.steps() if step > target]
+    renamed = [checkpoints.rename(step, "the run diverged", "diverged") for step in newer]
+    restored = checkpoints.restore_newest(abstract)
+    self.record(skipped, at, restored.step, position)
+    message = (
+      f"{reason}; rolled back to checkpoint {restored.step:,}, data continues at sample {position['next_index']:,} "
+      f"(rollback {len(self)} of {self._limit})"
+    )
+    return restored._replace(data=position, messages=[message, *renamed, *restored.messages])
+
+  def target(self, steps: Sequence[int], healthy: int) -> int | None:
+    """Chooses the newest checkpoint up to the step `healthy` to roll back to; None if there are no checkpoints.
+
+    If the latest rollback had the same target, the run has diverged again before its next checkpoint: then the one
+    before is chosen, if there is one. If all checkpoints are newer than `healthy`, the oldest is chosen: skipped steps
+    do not change parameters.
     """
     older = [step for step in sorted(steps) if step <= healthy]
     if len(older) > 1 and self._made and self._made[-1]["to"] == older[-1]:
@@ -42,13 +85,13 @@ class Rollbacks:
     return older[-1] if older else min(steps, default=None)
 
   def position(self, step: int, data: dict[str, Any]) -> dict[str, Any]:
-    """Where the input goes on at the checkpoint of a step, which has `data`: behind what the run went back for."""
+    """Returns the input position for a checkpoint that has `data`: after the batches that the run rolled back for."""
     if not self._made or self._made[-1]["to"] != step or self._made[-1]["data"]["next_index"] <= data["next_index"]:
       return data
     return self._made[-1]["data"]
 
   def record(self, skipped: int, at: int, to: int, data: Mapping[str, Any]) -> None:
-    """Notes that after `skipped` steps in a row, the last one `at`, the run went back `to` a step and on at `data`."""
+    """Records a rollback from step `at`, after `skipped` skipped steps, to step `to` and input position `data`."""
     self._made.append({"time": round(time.time(), 3), "skipped": skipped, "at": at, "to": to, "data": dict(data)})
     if jax.process_index() == 0:
       text = "".join(json.dumps(line) + "\n" for line in self._made)

@@ -1,4 +1,4 @@
-"""Ends a process whose training stands still, so that whoever started it can start it again."""
+"""Exits a process whose training has stalled, so that its supervisor can restart it."""
 
 import faulthandler
 import math
@@ -12,19 +12,19 @@ from typing import Self
 import jax
 
 EXIT_CODE = 70
-_LAST_WORDS = 10.0  # seconds for message and stacks: the directory may be what hangs
+_REPORT_SECONDS = 10.0  # for message and stacks before the exit: the directory may be what hangs
 
 
 class Watchdog:
-  """A thread that ends the process, by exit code 70, when the time between two calls of `beat` becomes too long.
+  """A thread that ends the process with exit code 70 when the time between two calls of `beat` becomes too long.
 
-  The stacks of all threads go to `hang.HOST.txt` in the directory of the run. A peer that dies is noticed sooner, by
-  the heartbeats of JAX; this is for what hangs and still beats: a collective, a mount, a worker. It begins with the
-  first call of `beat`: compiling the first step may take as long as it likes.
+  The stacks of all threads are written to `hang.HOST.txt` in the working directory. JAX's heartbeats detect a dead peer
+  sooner; this detects a process that hangs while its heartbeats continue: in a collective, a mount, a worker. It starts
+  with the first call of `beat`, so that compiling the first step may take as long as it needs.
 
   Args:
-    workdir: of the run.
-    seconds: between two beats, at most; 0 never ends the process.
+    workdir: working directory of the run.
+    seconds: maximum time between two beats; 0 never ends the process.
   """
 
   def __init__(self, workdir: Path, seconds: float):
@@ -34,9 +34,9 @@ class Watchdog:
     if seconds:
       threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-  def beat(self, doing: str) -> None:
-    """Life goes on; `doing` names what begins now."""
-    self._latest = time.monotonic(), doing
+  def beat(self, activity: str) -> None:
+    """Reports that the process is alive and that `activity` begins."""
+    self._latest = time.monotonic(), activity
 
   def __enter__(self) -> Self:
     return self
@@ -46,21 +46,21 @@ class Watchdog:
 
   def _watch(self) -> None:
     while not self._closed.wait(min(self._seconds / 10, 5.0)):
-      since, doing = self._latest
+      since, activity = self._latest
       if time.monotonic() - since > self._seconds:
-        speaker = threading.Thread(target=self._tell, args=(doing,), daemon=True)
-        speaker.start()
-        speaker.join(_LAST_WORDS)
+        reporter = threading.Thread(target=self._report, args=(activity,), daemon=True)
+        reporter.start()
+        reporter.join(_REPORT_SECONDS)
         os._exit(EXIT_CODE)
 
-  def _tell(self, doing: str) -> None:
+  def _report(self, activity: str) -> None:
     print(
-      f"error: {doing} has not ended within config.safety.hang_timeout={self._seconds:g} s: this process ends, and so "
-      f"do the others (stacks of all threads in {self._path})",
+      f"error: {activity} has not finished within config.safety.hang_timeout={self._seconds:g} s: this process exits, "
+      f"and the others follow (stacks of all threads in {self._path})",
       file=sys.stderr,
       flush=True,
     )
     with self._path.open("w") as file:
-      file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {doing}\n")
+      file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {activity}\n")
       file.flush()
       faulthandler.dump_traceback(file, all_threads=True)

@@ -1,4 +1,4 @@
-"""A run's working directory: its lock, what it records about itself, and where compiled programs are kept."""
+"""The working directory of a run: its lock, the record of its starts, and the cache of compiled programs."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -15,34 +15,33 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from declip_jax.runtime.hosts import agree
+from declip_jax.runtime.hosts import first_error
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def local_path(workdir: str | os.PathLike[str]) -> Path:
-  """The path of a working directory.
+  """Returns the path of a working directory.
 
   Raises:
-    ValueError: it is an address such as gs://...; metrics are appended to, which object stores cannot do.
+    ValueError: it is an address such as gs://...: object stores cannot append to a file, as metrics.jsonl requires.
   """
   if "://" in os.fspath(workdir):
-    raise ValueError(f"workdir {os.fspath(workdir)!r} is an address: mount it (gcsfuse, NFS) and give the path")
+    raise ValueError(f"workdir {os.fspath(workdir)!r} is an address: mount it (gcsfuse, NFS) and pass the path")
   return Path(workdir)
 
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[str]:
-  """Keeps a second run out of a working directory, by a lock on its `run.lock` that the system frees with the process.
+  """Locks a working directory against a second run, by `run.lock`, until the context or the process ends.
 
-  Process 0 holds it for all. Yields what should be said: a file system that knows no locks keeps nobody out.
+  Process 0 holds the lock for all. Yields a message if the file system does not support locks, otherwise "".
 
   Raises:
-    ValueError: another run has it, the same on every host; names host, process and time.
+    ValueError: another run holds the lock, the same on every host; names its host, process and time.
   """
-  path, refused, note = workdir / "run.lock", "", ""
+  path, in_use, message = workdir / "run.lock", "", ""
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       try:
@@ -53,36 +52,42 @@ def lock(workdir: Path) -> Iterator[str]:
         file.flush()
       except BlockingIOError:
         file.seek(0)
-        refused = f"{workdir} is in use by another run: {file.read()}"
+        in_use = f"{workdir} is in use by another run: {file.read()}"
       except PermissionError as error:
-        refused = f"{workdir} cannot be written to: {error}"
+        in_use = f"{workdir} cannot be written to: {error}"
       except OSError as error:
-        note = f"{path}: {error}; nothing keeps a second run out of this directory"
-    if refused := agree(refused):
-      raise ValueError(refused)
-    yield note
+        message = f"{path}: {error}; this directory is not protected against a second run"
+    if in_use := first_error(in_use):
+      raise ValueError(in_use)
+    yield message
 
 
 def use_compile_cache(folder: Path) -> None:
-  """Keeps what is compiled in a folder, so that a run that starts again is soon at work.
+  """Caches compiled programs in a folder, so that a run that is started again need not compile.
 
-  `JAX_COMPILATION_CACHE_DIR` names another one.
+  `JAX_COMPILATION_CACHE_DIR` overrides the folder.
   """
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
 
 
-def record(config: ConfigDict, mesh: Mesh, workdir: Path, samples: Mapping[str, int]) -> list[str]:
-  """Writes `config.json` into a working directory, and adds a line to `starts.jsonl`.
+def record(config: str, mesh: Mesh, workdir: Path, samples: Mapping[str, int]) -> list[str]:
+  """Writes `config.json` into a working directory, and appends a line to `starts.jsonl`.
 
-  The line has time, command, versions, mesh, devices, git revision and `samples`, the size of each source.
+  The line has time, command, versions, mesh, devices, git revision and the size of each source.
+
+  Args:
+    config: config as JSON.
+    mesh: devices of the run.
+    workdir: working directory.
+    samples: number of samples of each source.
 
   Returns:
-    The fields and sizes in which an earlier run in this directory differed, as text.
+    Messages about the fields and sizes that have changed since the last start in this directory.
   """
-  config_file, text = workdir / "config.json", config.to_json_best_effort(indent=2, sort_keys=True)
-  before = json.loads(config_file.read_text()) if config_file.exists() else json.loads(text)
-  config_file.write_text(text + "\n")
+  config_file = workdir / "config.json"
+  before = json.loads(config_file.read_text()) if config_file.exists() else json.loads(config)
+  config_file.write_text(config + "\n")
   about = {
     "time": round(time.time(), 3),
     "command": sys.argv,
@@ -100,11 +105,11 @@ def record(config: ConfigDict, mesh: Mesh, workdir: Path, samples: Mapping[str, 
   with starts.open("a") as file:
     file.write(json.dumps(about) + "\n")
   changed = [
-    f"{name} had {earlier[name]:,} samples and has {count:,}: from here on they come in another order"
+    f"{name} had {earlier[name]:,} samples and now has {count:,}: from here on their order is different"
     for name, count in samples.items()
     if earlier.get(name, count) != count
   ]
-  return _differences(before, json.loads(text)) + changed
+  return _differences(before, json.loads(config)) + changed
 
 
 def _git_revision() -> str:
@@ -117,7 +122,7 @@ def _git_revision() -> str:
 
 def _differences(before: Any, after: Any, name: str = "config") -> list[str]:
   if isinstance(before, dict) and isinstance(after, dict):
-    # Fields that one version has and the other has not are no change of the user's; evaluations are.
+    # A field that only one of two versions has was not changed by the user; an evaluation was.
     names = sorted({*before, *after} if name == "config.evals" else before.keys() & after.keys())
     return [line for key in names for line in _differences(before.get(key), after.get(key), f"{name}.{key}")]
   return [] if before == after else [f"{name}: {before!r} -> {after!r}"]

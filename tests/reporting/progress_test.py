@@ -1,13 +1,18 @@
 """The progress display on terminals and in log files; time is simulated."""
 
+from collections.abc import Iterable
+import contextlib
 import io
+import math
 import os
 import pty
 import subprocess
 import sys
 import termios
+from typing import Any
 
 from absl import logging
+import numpy as np
 import pytest
 
 from declip_jax.reporting import progress
@@ -22,6 +27,16 @@ class Screen(io.StringIO):
   def frames(self) -> list[str]:
     """What the line showed, one string per redraw, without padding."""
     return [frame.rstrip() for frame in self.getvalue().split("\r") if frame.strip()]
+
+  def shown(self) -> list[str]:
+    """The lines that are on the screen at last."""
+    lines = []
+    for written in self.getvalue().split("\n"):
+      line = ""
+      for frame in written.split("\r"):
+        line = frame + line[len(frame) :]
+      lines.append(line.rstrip())
+    return lines
 
 
 class Clock:
@@ -118,9 +133,110 @@ def test_messages_and_log_lines_appear_above_the_bars(clock: Clock, monkeypatch:
     handler.stream.write("a log line\n")
   progress.message("the end")
   assert handler.stream is screen
-  frames = screen.frames()
-  assert [frame for frame in frames if not frame.startswith("reading:  10%|")] == ["a message", "a log line"]
-  assert "".join(screen.getvalue().rpartition("\n")[0].rpartition("\n")[2]) == "the end"
+  message, log_line, bar, end, nothing = screen.shown()
+  assert (message, log_line, end, nothing) == ("a message", "a log line", "the end", "")
+  assert bar.startswith("reading:  10%|")
+
+
+METRICS = {"loss": 3.14159, "loss/clip": 4.5, "loss/simsiam": np.float32(-0.75), "lr": 1e-3, "temperature": 0.07}
+
+
+def train(
+  training: progress.TrainingProgress, clock: Clock, steps: Iterable[int], seconds: float, **given: Any
+) -> None:
+  for step in steps:
+    clock.now += seconds
+    training.update(step, **({"metrics": METRICS, "wait": 0.25} | given))
+
+
+def test_the_training_line_has_all_fields(clock: Clock) -> None:
+  training = progress.TrainingProgress(10_000, 512, stream=(log := io.StringIO()), now=clock)
+  train(training, clock, [2020], 20.0, images_per_second=256.0)
+  assert log.getvalue().splitlines() == [
+    "step 2,020/10,000 20.2%  loss 3.142  4h 26m left  256 images/s  wait 25%  clip 4.500  simsiam -0.750"
+    "  lr 1.00e-03  temperature 0.0700"
+  ]
+
+
+def test_the_training_line_has_the_speed_per_device_and_the_share_of_the_peak(clock: Clock) -> None:
+  training = progress.TrainingProgress(10_000, 512, devices=8, stream=(log := io.StringIO()), now=clock)
+  train(training, clock, [2020], 20.0, images_per_second=256.0, utilisation=0.4)
+  assert "  256 images/s (32 per device)  40.0% of peak  wait 25%" in log.getvalue()
+
+
+@pytest.mark.parametrize(("steps", "left"), [(11, "0m 10s"), (200, "3m 19s"), (8001, "2h 13m"), (864_001, "10d 0h")])
+def test_time_left(steps: int, left: str, clock: Clock) -> None:
+  training = progress.TrainingProgress(steps, 1, stream=(log := io.StringIO()), now=clock)
+  train(training, clock, [1], 1.0, images_per_second=1.0)
+  assert f"  {left} left  " in log.getvalue()
+
+
+def test_a_training_writes_few_plain_lines_to_a_log_file_and_the_last_one(clock: Clock) -> None:
+  with progress.TrainingProgress(105, 8, stream=(log := io.StringIO()), now=clock) as training:
+    train(training, clock, range(1, 106), 1.0)
+    training.message("saved")
+  *lines, message = log.getvalue().splitlines()
+  assert [line.split("/")[0] for line in lines] == [f"step {step}" for step in [*range(1, 102, 10), 105]]
+  assert message == "saved"
+  assert not {"\r", "\x1b"} & set(log.getvalue())
+
+
+def test_a_message_appears_above_the_training_line(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setenv("COLUMNS", "200")
+  with progress.TrainingProgress(10, 8, stream=(screen := Screen()), now=clock) as training:
+    training.message("before")
+    train(training, clock, [1], 1.0)
+    training.message("between")
+  before, between, line, end = screen.shown()
+  assert (before, between, end) == ("before", "between", "")
+  assert line.startswith("step 1/10 10.0%")
+
+
+def test_log_lines_appear_above_the_training_line(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+  handler, screen = logging.get_absl_handler().python_handler, Screen()
+  monkeypatch.setattr(handler, "stream", screen)
+  with progress.TrainingProgress(10, 8, stream=screen, now=clock) as training:
+    train(training, clock, [1], 1.0)
+    handler.stream.write("a warning\n")
+  assert handler.stream is screen
+  assert screen.shown() == ["a warning", screen.frames()[0], ""]
+
+
+def test_a_screen_is_not_redrawn_faster_than_the_eye(clock: Clock) -> None:
+  with progress.TrainingProgress(10_000, 8, stream=(screen := Screen()), now=clock) as training:
+    train(training, clock, range(1, 1001), 0.001)
+  assert 9 <= len(screen.frames()) <= 12
+
+
+@pytest.mark.parametrize("columns", [5, 30, 60, 80, 120])
+def test_the_training_line_is_narrower_than_the_terminal(columns: int, clock: Clock) -> None:
+  controller, terminal = pty.openpty()
+  termios.tcsetwinsize(terminal, (24, columns))
+  with open(terminal, "w") as stream, progress.TrainingProgress(10_000, 512, stream=stream, now=clock) as training:
+    train(training, clock, [1, 2, 3], 20.0, images_per_second=26.0)
+  shown = b""
+  with contextlib.suppress(OSError):  # which is how Linux ends a terminal
+    while chunk := os.read(controller, 10_000):
+      shown += chunk
+  os.close(controller)
+  lines = [frame.rstrip() for frame in shown.decode().split("\r") if frame.strip()]
+  assert len(lines) == 4  # three updates and the last state
+  assert all(0 < len(line) < columns for line in lines)
+  assert lines[-1] == "step 3/10,000 0.0%"[: columns - 1] or "  " in lines[-1]
+  assert ("wait 25%" in lines[-1]) == (columns >= 80)
+
+
+def test_a_disabled_training_line_prints_nothing(clock: Clock) -> None:
+  with progress.TrainingProgress(10, 8, enabled=False, stream=(log := io.StringIO()), now=clock) as training:
+    train(training, clock, range(1, 11), 20.0)
+    training.message("hidden")
+  assert log.getvalue() == ""
+
+
+def test_missing_and_broken_metrics_do_not_stop_the_training_line(clock: Clock) -> None:
+  training = progress.TrainingProgress(10, 8, stream=(log := io.StringIO()), now=clock)
+  train(training, clock, [1], 1.0, metrics={"loss": math.nan, "eval/zero_shot/top1": 0.5})
+  assert log.getvalue() == "step 1/10 10.0%  loss nan  wait 25%\n"
 
 
 def test_a_line_fits_a_real_terminal() -> None:

@@ -123,9 +123,9 @@ def test_a_full_disk_is_a_warning_and_the_next_save_succeeds(
     assert checkpoints.steps() == [1]  # nothing is deleted for what was not written
     assert not list((small_disk / "checkpoints").glob("*tmp*"))
     assert checkpoints.check(1) == ("", True)
-    assert re.search(rf"checkpoint of step {step} was not written: .*No space left on device", caplog.text)
+    assert re.search(rf"checkpoint {step} was not written: .*No space left on device", caplog.text)
     assert not checkpoints.due()
-  with pytest.raises(OSError, match=r"checkpoint of step 4 cannot be written .*No space left.*newest .* of step 1"):
+  with pytest.raises(OSError, match=r"checkpoint 4 could not be written .*No space left.*newest checkpoint is 1"):
     checkpoints.finish(4, lambda: save(4), patience=1.5)
   fill.unlink()
   checkpoints.finish(4, lambda: save(4), patience=60)
@@ -141,7 +141,7 @@ def test_a_mount_that_vanishes_and_comes_back(tmp_path: Path, caplog: pytest.Log
   (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
   checkpoints.save(2, make_state(2, mesh), data={}, config={})
   checkpoints.wait()
-  assert "the checkpoint of step 2 was not written: OSError: [Errno 2] No such file or directory" in caplog.text
+  assert "checkpoint 2 was not written: OSError: [Errno 2] No such file or directory" in caplog.text
   (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
   checkpoints.save(3, make_state(3, mesh), data={}, config={})
   checkpoints.wait()
@@ -169,7 +169,7 @@ def test_a_mount_that_answers_nothing_but_errors(
     fail_while_broken(name)
   broken.append(True)
   checkpoints.save(1, make_state(1, mesh), data={}, config={})
-  assert "the checkpoint of step 1 was not written: OSError: [Errno 107] Transport endpoint" in caplog.text
+  assert "checkpoint 1 was not written: OSError: [Errno 107] Transport endpoint" in caplog.text
   broken.clear()
   checkpoints.save(2, make_state(2, mesh), data={}, config={})
   checkpoints.wait()
@@ -195,7 +195,7 @@ def test_the_clock_asks_for_saves_and_for_another_try(tmp_path: Path, monkeypatc
   assert (due_after(599), due_after(2)) == (False, True)
   save(1)
   assert (due_after(599), due_after(2)) == (False, True)
-  monkeypatch.setattr(Checkpoints, "_cannot_write", lambda self: "gone")
+  monkeypatch.setattr(Checkpoints, "_write_error", lambda self: "gone")
   for step, pause in ((2, 30), (3, 60), (4, 120)):
     save(step)
     assert (due_after(pause - 1), due_after(2)) == (False, True)
@@ -234,8 +234,8 @@ def test_the_first_of_each_so_many_steps_is_kept(tmp_path: Path) -> None:
 
 
 DAMAGE = {
-  "a bit of the arrays": (lambda folder: flip(arrays(folder / "model")[0]), "has another checksum"),
-  "a bit of the config": (lambda folder: flip(folder / "config" / "metadata"), "has another checksum"),
+  "a bit of the arrays": (lambda folder: flip(arrays(folder / "model")[0]), "does not match its checksum"),
+  "a bit of the config": (lambda folder: flip(folder / "config" / "metadata"), "does not match its checksum"),
   "a bit of the seal": (lambda folder: flip(folder / "checksums.0.json"), ""),
   "cut off": (lambda folder: os.truncate(arrays(folder / "training")[0], 10), "has 10 bytes, not"),
   "a file gone": (lambda folder: (folder / "training" / "_METADATA").unlink(), "_METADATA is missing"),
@@ -256,8 +256,8 @@ def test_what_is_damaged_is_passed_over_and_kept(damage: str, tmp_path: Path) ->
   found = restore_newest(tmp_path)
   assert (found.step, found.data) == (3, {"next_index": 3})
   jax.tree.map(np.testing.assert_array_equal, found.state, make_state(3, make_mesh(2, 4)))
-  (line,) = found.passed_over
-  assert line.startswith("the checkpoint of step 5 is passed over: ")
+  (line,) = found.messages
+  assert line.startswith("checkpoint 5 was skipped: ")
   assert message in line
   assert (tmp_path / "checkpoints" / "5.damaged").is_dir()
   assert save_steps(tmp_path, {5: None}, keep_last=2) == [3, 5]  # the same step again
@@ -278,9 +278,9 @@ def test_a_state_of_another_model_is_no_damage(tmp_path: Path) -> None:
   state = make_state(0, make_mesh(2, 4))
   checkpoints = Checkpoints(tmp_path)
   wider = state.replace(opt_state={"moment": jnp.zeros(9)})
-  with pytest.raises(ValueError, match=r"opt_state/moment is \(8,\) in the checkpoint and \(9,\) by the config; give"):
+  with pytest.raises(ValueError, match=r"opt_state/moment is \(8,\) in the checkpoint and \(9,\) in the config; use"):
     checkpoints.restore_newest(abstract_like(wider))
-  with pytest.raises(ValueError, match=r"5 does not fit the config: params/another is none in .* and \(\) by"):
+  with pytest.raises(ValueError, match=r"5 does not fit the config: params/another is missing in .* and \(\) in"):
     checkpoints.restore_newest(abstract_like(state.replace(params={**state.params, "another": state.step})))
   assert checkpoints.steps() == [3, 5]
   checkpoints.close()
@@ -314,4 +314,4 @@ def test_checkpoints_without_seals_and_counters_are_restored(tmp_path: Path) -> 
   found = checkpoints.restore_newest(abstract_like(state))
   checkpoints.close()
   assert {name: int(x) for name, x in found.state.skipped.items()} == {"total": 0, "in_a_row": 0, "later": 0}
-  assert (found.step, found.passed_over) == (3, [])
+  assert (found.step, found.messages) == (3, [])

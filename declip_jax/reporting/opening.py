@@ -1,0 +1,84 @@
+"""What a run reports before its first step, and the lines about its evaluations."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from declip_jax.data.make_views import MakeViews
+from declip_jax.data.sources import Source
+from declip_jax.reporting import pictures
+from declip_jax.sharding import layout_table
+from declip_jax.types import Batch
+
+
+def opening_lines(
+  *,
+  sources: Sequence[Source],
+  weights: Mapping[str, float],
+  recipe: str,
+  groups: Mapping[str, int],
+  batch_size: int,
+  start: int,
+  total: int,
+  mesh: Mesh,
+  abstract: Any,
+  changes: Sequence[str],
+) -> Iterator[str]:
+  """Describes a run.
+
+  Args:
+    sources: sources to train on.
+    weights: weight of each active term.
+    recipe: name of the recipe.
+    groups: number of groups into which each kind of head divides a batch, 1 for none.
+    batch_size: global batch size.
+    start, total: first and last step.
+    mesh: devices.
+    abstract: shapes and shardings of the state.
+    changes: differences to the config of the previous start.
+  """
+  for source in sources:
+    skipped = "".join(f", skipped {count:,}: {reason}" for reason, count in source.skipped.items())
+    yield f"{source.name}: {len(source):,} samples{skipped}"
+  terms = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
+  num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+  axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+  yield f"objective {terms}; recipe {recipe}; {num_params:,} parameters"
+  yield f"{total:,} steps of {batch_size:,} on {axes} ({mesh.devices.flat[0].device_kind})"
+  if mesh.size > 1:
+    yield from layout_table(abstract)
+  for name, count in groups.items():
+    if count > 1:
+      yield f"{name}: {count} groups of {batch_size // count} pairs"
+  if start:
+    yield f"resuming from step {start:,}" if start < total else f"nothing to do: already trained to step {start:,}"
+  yield from (f"changed since the last start: {line}" for line in changes)
+
+
+def draw_views(
+  samples: grain.MapDataset, make_views: MakeViews, augment: Callable[[Batch, jax.Array], Batch], path: Path
+) -> None:
+  """Draws the first samples of a run as the model receives them, unless the picture exists."""
+  if path.exists():
+    return
+  first = [samples[index] for index in range(6)]
+  texts = [[make_views.tokenizer.decode(ids) for ids in sample.get("text", ())] for sample in first]
+  batch = jax.jit(augment)({"image": np.stack([sample["image"] for sample in first])}, 0)
+  recipe = make_views.recipe
+  pictures.plot_views(np.asarray(batch["image"]), texts, path, recipe.image_views, recipe.text_views)
+
+
+def score_lines(step: int, results: Mapping[str, float]) -> Iterator[str]:
+  """Describes the metrics of an evaluation, one line per evaluator."""
+  for name in dict.fromkeys(metric.split("/")[1] for metric in results):
+    prefix = f"eval/{name}/"
+    scores = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
+    shown = "  ".join(
+      f"{key} {value:.1%}" if isinstance(value, float) else f"{key} {value:,}" for key, value in scores.items()
+    )
+    yield f"step {step:,}  {name}: {shown}"

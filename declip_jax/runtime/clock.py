@@ -1,0 +1,130 @@
+"""Where the time of a run goes: data, steps, saves, evaluations, compiling; and the speed of the steps."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import math
+import time
+
+import jax
+
+_SPEED_MEMORY = 30.0  # seconds after which a measured speed counts 1/e in the average
+_PAUSES = ("save", "evaluation")  # left out of the speed
+ACTIVITIES = ("data", "step", *_PAUSES)
+
+
+class Clock:
+  """Measures the time of a loop.
+
+  The speed is an average over about the last half minute. It leaves out saves, evaluations and the time before the
+  first update, which is mostly compilation.
+
+  Args:
+    start: step from which the loop starts.
+    batch_size: global batch size.
+    devices: number of devices that share the batch.
+    peak: images per second if all devices multiplied matrices at their peak; None if unknown.
+    now: returns seconds.
+  """
+
+  def __init__(
+    self,
+    start: int,
+    batch_size: int,
+    *,
+    devices: int = 1,
+    peak: float | None = None,
+    now: Callable[[], float] = time.perf_counter,
+  ):
+    self._batch_size, self._devices, self._peak, self._now = batch_size, devices, peak, now
+    self._first_call: float | None = None  # seconds
+    self._compiled = False
+    self._steps, self._seconds = 0.0, 0.0  # decaying sums: their quotient is the speed
+    self.roll_back(start)
+
+  @property
+  def has_compiled(self) -> bool:
+    """Whether the first step has finished."""
+    return self._compiled
+
+  @property
+  def shares(self) -> dict[str, float]:
+    """Share of each activity in the time since the last `values`."""
+    total = max(self._now() - self._began, 1e-9)
+    return {activity: seconds / total for activity, seconds in self._spent.items()}
+
+  @property
+  def images_per_second(self) -> float:
+    """Images per second over all processes; NaN before the second update."""
+    return self._batch_size * self._steps / self._seconds if self._seconds else math.nan
+
+  @property
+  def utilisation(self) -> float | None:
+    """Model FLOPs utilisation, 0 to 1 (Chowdhery et al. 2022, appendix B); None if peak or speed is unknown."""
+    speed = self.images_per_second
+    return speed / self._peak if self._peak and speed > 0 else None
+
+  @contextlib.contextmanager
+  def spending(self, activity: str) -> Iterator[None]:
+    """Attributes the time inside the context to one of `ACTIVITIES`."""
+    before = self._now()
+    try:
+      yield
+    finally:
+      seconds = self._now() - before
+      self._spent[activity] += seconds
+      if activity in _PAUSES and self._mark is not None:
+        self._mark += seconds
+
+  @contextlib.contextmanager
+  def compiling(self) -> Iterator[None]:
+    """Measures the first call of the step, which compiles it and returns before it has run."""
+    before = self._now()
+    yield
+    if self._first_call is None:
+      self._first_call = self._now() - before
+
+  def first_step_done(self) -> str:
+    """Notes that the first step has finished; returns a message with its compile time and memory."""
+    self._compiled = True
+    memory = peak_memory()
+    usage = f"; {memory:.1f} GiB of memory on a device" if memory else ""
+    return f"compiled in {self._first_call:.0f} s{usage}"
+
+  def update(self, step: int) -> None:
+    """Notes that `step` steps are done."""
+    now = self._now()
+    if self._mark is not None:
+      seconds = now - self._mark
+      decay = math.exp(-seconds / _SPEED_MEMORY)
+      self._steps = decay * self._steps + step - self._step
+      self._seconds = decay * self._seconds + seconds
+    self._step, self._mark = step, now
+
+  def roll_back(self, step: int) -> None:
+    """Continues from `step`, whatever was measured since the last line."""
+    self._step, self._mark = step, None  # the last step measured, and when
+    self._restart()
+
+  def values(self) -> dict[str, float]:
+    """Returns what the clock adds to a line of metrics.jsonl, and starts the next line."""
+    values = {f"time/{activity}": share for activity, share in self.shares.items()}
+    speed = self.images_per_second
+    if math.isfinite(speed):  # not yet known at the first step
+      values |= {"images_per_second": speed, "images_per_second_per_device": speed / self._devices}
+    known = {
+      "utilisation": self.utilisation,
+      "compile_seconds": self._first_call,
+      "device_memory_gib": peak_memory(),
+    }
+    self._restart()
+    return values | {name: value for name, value in known.items() if value is not None}
+
+  def _restart(self) -> None:
+    self._began = self._now()
+    self._spent = dict.fromkeys(ACTIVITIES, 0.0)
+
+
+def peak_memory() -> float | None:
+  """Returns the peak memory of this host's fullest device in GiB; None where the backend does not report it (CPU)."""
+  peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+  return max(peaks) / 2**30 if None not in peaks else None

@@ -1,0 +1,79 @@
+"""Which checkpoints are kept, as preservation policies of orbax: the newest, the best, and one of each stretch."""
+
+from collections.abc import Mapping, Sequence
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
+
+_SCORES = "scores.json"  # metrics of an evaluation; written after the checkpoint and its seal
+
+
+def make_policy(last: int, every: int, best: "KeepBest") -> AnyPreservationPolicy:
+  """Returns the policy that keeps the `last` newest checkpoints, the best, and the first of each `every` steps."""
+  return AnyPreservationPolicy([LatestN(max(last, 1)), best, *([KeepFirstOfEach(every)] if every else [])])
+
+
+class KeepFirstOfEach:
+  """Keeps the first checkpoint in each stretch of `every` steps, except the first stretch.
+
+  Orbax's `EveryNSteps` keeps only exact multiples, which checkpoints saved by the clock or at a signal miss, or counts
+  from the oldest checkpoint that is left, so that the stretches drift.
+  """
+
+  def __init__(self, every: int):
+    self._every = every
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    steps = sorted((checkpoint.step for checkpoint in checkpoints if checkpoint.step >= self._every), reverse=True)
+    kept = {step // self._every: step for step in steps}.values()
+    return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+class KeepBest:
+  """Keeps the `count` checkpoints with the highest `metric`; of equal ones the newest.
+
+  Orbax's `BestN` needs the metrics when a checkpoint is saved, but they are known only after its evaluation.
+
+  Args:
+    folder: of all checkpoints.
+    count: number of checkpoints to keep, 0 keeps none.
+    metric: name of the metric.
+  """
+
+  def __init__(self, folder: Path, count: int, metric: str):
+    self._folder, self._count, self._metric = folder, count, metric
+    self._scores: dict[int, float] = {}
+
+  def record(self, step: int, metrics: Mapping[str, float], write: bool) -> None:
+    """Stores the metrics of a checkpoint, with `write` also in its folder, for later runs.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    values = {name: float(value) for name, value in metrics.items()}
+    self._scores[step] = values.get(self._metric, math.nan)
+    if write:
+      path = self._folder / str(step) / _SCORES
+      path.with_suffix(".tmp").write_text(json.dumps(values))
+      os.replace(path.with_suffix(".tmp"), path)
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    scores = {checkpoint.step: self._score(checkpoint.step) for checkpoint in checkpoints} if self._count else {}
+    ranked = sorted((score, step) for step, score in scores.items() if not math.isnan(score))
+    kept = {step for _, step in ranked[-self._count :]}
+    return [checkpoint.step in kept for checkpoint in checkpoints]
+
+  def _score(self, step: int) -> float:
+    if step not in self._scores:
+      try:
+        metrics = json.loads((self._folder / str(step) / _SCORES).read_text())
+        self._scores[step] = float(metrics.get(self._metric, math.nan))
+      except (OSError, ValueError, TypeError, AttributeError):  # not evaluated, by an older version, or damaged
+        self._scores[step] = math.nan
+    return self._scores[step]

@@ -1,0 +1,213 @@
+"""What the training loop calls besides the step: each concern of a run is one method of `Services`."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from declip_jax.reporting.metrics import MetricWriter, read_metrics
+from declip_jax.reporting.opening import score_lines
+from declip_jax.reporting.progress import TrainingProgress
+from declip_jax.runtime.bad_samples import BadSamples
+from declip_jax.runtime.checkpoint import Checkpoints
+from declip_jax.runtime.clock import Clock
+from declip_jax.runtime.hosts import any_host
+from declip_jax.runtime.rollback import Rollbacks
+from declip_jax.runtime.signals import StopRequest
+from declip_jax.runtime.trace import Trace
+from declip_jax.runtime.watchdog import Watchdog
+from declip_jax.training.state import State
+
+Metrics = dict[str, jax.Array]
+_PATIENCE = 300.0  # seconds for which the last checkpoint is retried
+_DUE_EVERY = 50  # steps between questions whether a host's clock asks for a checkpoint, in a run without log lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+  """The steps at which a run logs, evaluates and saves; its last step does all three.
+
+  Attributes:
+    total: number of steps.
+    log, evaluate, checkpoint: steps between two of each, 0 for only the last step.
+  """
+
+  total: int
+  log: int = 0
+  evaluate: int = 0
+  checkpoint: int = 0
+
+  def logs(self, step: int) -> bool:
+    return self._is_due(step, self.log)
+
+  def evaluates(self, step: int) -> bool:
+    return self._is_due(step, self.evaluate)
+
+  def saves(self, step: int) -> bool:
+    return self._is_due(step, self.checkpoint)
+
+  def _is_due(self, step: int, every: int) -> bool:
+    return step >= self.total or (every > 0 and step % every == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Services:
+  """The services of one run.
+
+  Attributes:
+    workdir: working directory.
+    cadence: when to log, evaluate and save.
+    batch_size: global batch size.
+    config: config that is saved with each checkpoint.
+    abstract: shapes and shardings of the state.
+    max_skipped_steps: number of consecutive skipped steps at which the run rolls back.
+    evaluate_state: evaluates a state; returns its metrics, named "eval/...".
+    draw_curves: draws the curves of the metrics so far.
+    latest: latest metrics, filled by `log` and `evaluate`.
+    The others are described in their classes.
+  """
+
+  workdir: Path
+  cadence: Cadence
+  batch_size: int
+  config: Mapping[str, Any]
+  abstract: State
+  max_skipped_steps: int
+  checkpoints: Checkpoints
+  rollbacks: Rollbacks
+  stop: StopRequest
+  writer: MetricWriter
+  progress: TrainingProgress
+  trace: Trace
+  watchdog: Watchdog
+  clock: Clock
+  bad_samples: BadSamples
+  evaluate_state: Callable[[State], dict[str, float]] = lambda state: {}
+  draw_curves: Callable[[], None] = lambda: None
+  latest: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def begin(self, step: int, state: State) -> None:
+    """Prepares for a step that is about to be dispatched."""
+    if self.clock.has_compiled:  # the first step may take as long as it needs to compile
+      self.watchdog.beat(f"step {step}")
+    self.trace.begin(step, state)
+
+  def end(self, step: int, state: State, metrics: Metrics) -> None:
+    """Reports what is known after a step is dispatched: how long the first one took, and where the trace is."""
+    if not self.clock.has_compiled:
+      with self.clock.spending("step"):
+        jax.block_until_ready(metrics)
+      self.progress.message(self.clock.first_step_done())
+    if message := self.trace.end(step, state):
+      self.progress.message(message)
+
+  def diverged(self, metrics: Metrics) -> bool:
+    """Whether too many consecutive steps were skipped, by the metrics of a finished step; the same on every host."""
+    return _skipped(metrics) >= self.max_skipped_steps
+
+  def roll_back(self, at: int, metrics: Metrics, state: State, position: dict[str, Any]) -> tuple[int, State]:
+    """Restores the checkpoint before the run diverged, and returns its step and state.
+
+    Args:
+      at: last step that was skipped.
+      metrics: metrics of that step.
+      state: current state, which is deleted first: there may be no memory for two.
+      position: position of the input after the offending batches.
+
+    Raises:
+      FloatingPointError: see `Rollbacks.roll_back`.
+    """
+    for leaf in jax.tree.leaves(state):
+      leaf.delete()
+    restored = self.rollbacks.roll_back(at, _skipped(metrics), position, self.checkpoints, self.abstract)
+    for service in (self.writer, self.clock, self.bad_samples):
+      service.roll_back(restored.step)
+    for message in restored.messages:
+      self.progress.message(message)
+    return restored.step, restored.state
+
+  def show(self, step: int, metrics: Metrics) -> None:
+    """Updates speed and progress line."""
+    self.clock.update(step)
+    self.progress.update(
+      step,
+      metrics,
+      images_per_second=self.clock.images_per_second,
+      utilisation=self.clock.utilisation,
+      wait=self.clock.shares["data"],
+    )
+
+  def log(self, step: int, metrics: Metrics) -> None:
+    """Writes a line of metrics.jsonl.
+
+    Raises:
+      ValueError: too many samples cannot be used.
+    """
+    bad = self.bad_samples.values()
+    with self.clock.spending("step"):
+      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    counts = {"checkpoint_failed": self.checkpoints.failed, "rollbacks": len(self.rollbacks)}
+    values |= {"examples": step * self.batch_size, **bad, **self.clock.values()}
+    values |= {name: count for name, count in counts.items() if count}
+    self.writer.write(step, values)
+    self.latest.update(values)
+    self.bad_samples.check(bad)
+
+  def save_is_due(self, step: int) -> bool:
+    """Whether a checkpoint is due, by the step or by the clock of any host; the same on every host."""
+    by_clock = step % (self.cadence.log or _DUE_EVERY) == 0 and any_host(self.checkpoints.due())
+    return by_clock or self.cadence.saves(step)
+
+  def save(self, step: int, state: State, position: dict[str, Any]) -> None:
+    """Starts to save a checkpoint."""
+    self.watchdog.beat(f"checkpoint {step}")
+    with self.clock.spending("save"):
+      self._save(step, state, position)
+
+  def finish_save(self, step: int, state: State, position: dict[str, Any]) -> None:
+    """Waits until the checkpoint of a step is written, and retries if that fails.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with self.clock.spending("save"):
+      self.checkpoints.finish(step, lambda: self._save(step, state, position), _PATIENCE)
+
+  def evaluate(self, step: int, state: State) -> None:
+    """Evaluates a state, and records its metrics with its checkpoint and in metrics.jsonl."""
+    with self.clock.spending("evaluation"):
+      results = self.evaluate_state(state)
+    self.checkpoints.score(step, results)
+    self.writer.write(step, {"examples": step * self.batch_size, **results})
+    self.latest.update(results)
+    for line in score_lines(step, results):
+      self.progress.message(line)
+
+  def evaluate_if_missed(self, start: int, state: State) -> None:
+    """Repeats the evaluation of the checkpoint that a run resumes from, if the earlier run was stopped before it.
+
+    A finished run is evaluated in any case, since its metrics are returned.
+    """
+    if not start or not self.cadence.evaluates(start):
+      return
+    written = jax.process_index() == 0 and any(
+      name.startswith("eval/") for line in read_metrics(self.workdir) for name in line if line["step"] == start
+    )
+    if not any_host(written):
+      self.evaluate(start, state)
+    elif start >= self.cadence.total:
+      self.latest.update(self.evaluate_state(state))
+
+  def curves(self) -> None:
+    """Draws the curves of the metrics so far."""
+    with self.clock.spending("save"):
+      self.draw_curves()
+
+  def _save(self, step: int, state: State, position: dict[str, Any]) -> None:
+    self.checkpoints.save(step, state, data=position, config=self.config)
+
+
+def _skipped(metrics: Metrics) -> int:
+  return int(metrics.get("skipped_in_a_row", 0))

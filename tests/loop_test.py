@@ -1,0 +1,273 @@
+"""The training loop with a step that adds a number: its order, and what it does about failures. Nothing is compiled."""
+
+from collections.abc import Callable
+import json
+import os
+from pathlib import Path
+import signal
+from typing import Any
+
+from fake_training import BATCH_SIZE, FakeTraining, add_batch, lines, restore, saved_steps
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from declip_jax.data.sources import BAD
+from declip_jax.reporting.metrics import MetricWriter
+from declip_jax.runtime.checkpoint import Checkpoints
+from declip_jax.runtime.rollback import Rollbacks
+from declip_jax.runtime.services import Cadence
+from declip_jax.runtime.signals import Stopped
+from declip_jax.training.state import State
+
+
+class Killed(BaseException):
+  """Stands in for a signal that ends the process."""
+
+
+def losses(workdir: Path) -> list[float]:
+  return [line["loss"] for line in lines(workdir)]
+
+
+def at(number: int, action: Callable[[], Any]) -> Callable[[int], None]:
+  """Calls `action` before the batch with this number is used."""
+
+  def on_batch(current: int) -> None:
+    if current == number:
+      action()
+
+  return on_batch
+
+
+def interrupt() -> None:
+  raise KeyboardInterrupt
+
+
+def terminate() -> None:
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_until_line(training: FakeTraining, step: int, workdir: Path, time: int = 1) -> None:
+  """Runs a training that is killed before it writes its line about a step for the `time`-th time."""
+  seen, write = [], MetricWriter.write
+
+  def killing(self: MetricWriter, at: int, values: dict[str, float]) -> None:
+    seen.append(at)
+    if seen.count(step) == time:
+      raise Killed
+    write(self, at, values)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(MetricWriter, "write", killing)
+    with pytest.raises(Killed):
+      training.run(workdir)
+
+
+def test_a_run_logs_saves_and_counts_each_step_once(tmp_path: Path) -> None:
+  services = FakeTraining().run(tmp_path)
+  found = list(lines(tmp_path))
+  assert [line["step"] for line in found] == list(range(1, 9))
+  assert [line["examples"] for line in found] == [BATCH_SIZE * step for step in range(1, 9)]
+  np.testing.assert_allclose([line["loss"] for line in found], np.cumsum(1 + np.arange(8) / 7), rtol=1e-6)
+  assert saved_steps(tmp_path) == [6, 8]
+  assert restore(tmp_path, 8)[1] == {"next_index": 8 * BATCH_SIZE}
+  assert services.latest["loss"] == found[-1]["loss"]
+  assert all("images_per_second" in line for line in found[1:])
+  for line in found:
+    assert 0 < sum(line[f"time/{activity}"] for activity in ("data", "step", "save", "evaluation")) <= 1
+
+
+@pytest.mark.parametrize(
+  ("cadence", "logged", "saved"),
+  [
+    (Cadence(total=8), [8], [8]),
+    (Cadence(total=8, log=3), [3, 6, 8], [8]),
+    (Cadence(total=8, log=8, checkpoint=5), [8], [5, 8]),
+    (Cadence(total=8, log=8, evaluate=3), [8], [3, 6, 8]),  # an evaluation saves first
+  ],
+)
+def test_the_cadence_decides_what_is_logged_and_saved(
+  cadence: Cadence, logged: list[int], saved: list[int], tmp_path: Path
+) -> None:
+  FakeTraining(cadence, keep={"keep_last": 9}).run(tmp_path)
+  assert [int(line["step"]) for line in lines(tmp_path)] == logged
+  assert saved_steps(tmp_path) == saved
+
+
+def test_a_killed_run_resumes_bit_exact(tmp_path: Path) -> None:
+  FakeTraining().run(tmp_path / "whole")
+  for step in (3, 6, 7):
+    run_until_line(FakeTraining(), step, tmp_path / "killed")
+  FakeTraining().run(tmp_path / "killed")
+  assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+  assert restore(tmp_path / "killed", 8) == restore(tmp_path / "whole", 8)
+
+
+def test_a_hidden_transfer_is_an_error(tmp_path: Path) -> None:
+  def add_host_array(state: State, batch: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+    state, metrics = add_batch(state, batch)
+    return state, metrics | {"loss": metrics["loss"] + jnp.asarray(np.ones(3))[0]}
+
+  with pytest.raises(Exception, match=r"Disallowed host-to-device transfer"):
+    FakeTraining(step_fn=add_host_array).run(tmp_path)
+
+
+def test_rolls_back_and_skips_the_offending_batches(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+  training = FakeTraining(
+    Cadence(total=10, log=1, checkpoint=2), max_skipped_steps=2, poisoned=(4, 5), keep={"keep_last": 3}
+  )
+  training.run(tmp_path / "diverged")
+  messages = capsys.readouterr().err
+  assert "step 6: 2 consecutive steps were skipped" in messages
+  assert "rolled back to checkpoint 4, data continues at sample 112 (rollback 1 of 3)" in messages
+  assert "checkpoint 6 was skipped: the run diverged" in messages
+  found = list(lines(tmp_path / "diverged"))
+  assert [line["step"] for line in found] == list(range(1, 11))
+  assert [line.get("rollbacks", 0) for line in found] == [0] * 4 + [1] * 6
+  final = restore(tmp_path / "diverged", 10)
+  assert final[1] == {"next_index": (10 + 3) * BATCH_SIZE}  # two bad batches, and the one that was in flight
+  assert found[-1]["skipped_total"] == 0
+  used = [number for number in range(13) if number not in (4, 5, 6)]
+  np.testing.assert_allclose(found[-1]["loss"], sum(1 + number / 7 for number in used), rtol=1e-6)
+  # A run that is killed between the rollback and the next checkpoint ends the same way,
+  run_until_line(training, 6, tmp_path / "killed", time=2)
+  training.run(tmp_path / "killed")
+  # and so does a run that never met the bad data.
+  run_until_line(training, 5, tmp_path / "informed")
+  Rollbacks(tmp_path / "informed").record(2, 6, 4, {"next_index": 112})
+  training.run(tmp_path / "informed")
+  for name in ("killed", "informed"):
+    assert losses(tmp_path / name) == losses(tmp_path / "diverged")
+    assert restore(tmp_path / name, 10) == final
+
+
+def test_a_run_that_diverges_again_rolls_back_further_and_stops_at_last(tmp_path: Path) -> None:
+  training = FakeTraining(
+    Cadence(total=10, log=1, checkpoint=2),
+    max_skipped_steps=2,
+    max_rollbacks=2,
+    poisoned=tuple(range(4, 20)),
+    keep={"keep_last": 3},
+  )
+  with pytest.raises(FloatingPointError, match=r"rolled back 2 times \(config.safety.max_rollbacks=2\)"):
+    training.run(tmp_path)
+  made = [json.loads(line) for line in (tmp_path / "rollbacks.jsonl").read_text().splitlines()]
+  assert [(line["to"], line["at"]) for line in made] == [(4, 6), (2, 6)]
+  assert {path.name for path in (tmp_path / "checkpoints").glob("*.diverged*")} >= {"6.diverged", "4.diverged"}
+
+
+def test_too_many_skipped_steps_stop_a_run_without_checkpoints(tmp_path: Path) -> None:
+  training = FakeTraining(Cadence(total=8), max_skipped_steps=3, poisoned=tuple(range(8)))
+  with pytest.raises(FloatingPointError, match=r"step 3: 3 consecutive steps.*no earlier checkpoint"):
+    training.run(tmp_path)
+
+
+def test_training_survives_saves_that_fail(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  reasons = ["No space left on device"] * 3
+  monkeypatch.setattr(Checkpoints, "_write_error", lambda self: reasons.pop() if reasons else "")
+  FakeTraining().run(tmp_path)
+  assert [line.get("checkpoint_failed", 0) for line in lines(tmp_path)] == [0, 0, 1, 1, 2, 2, 3, 3]
+  assert saved_steps(tmp_path) == [8]
+  assert "checkpoint 4 was not written: OSError: No space left on device" in caplog.text
+  # Only the last checkpoint is required.
+  monkeypatch.setattr(Checkpoints, "_write_error", lambda self: "No space left on device")
+  monkeypatch.setattr("declip_jax.runtime.services._PATIENCE", 1.5)
+  with pytest.raises(OSError, match=r"checkpoint 8 could not be written to .*No space left.*newest checkpoint is none"):
+    FakeTraining().run(tmp_path / "never")
+
+
+@pytest.mark.parametrize(("log", "saved"), [(3, [3, 6, 8]), (0, [2, 4, 6, 8])])
+def test_the_clock_saves_with_and_without_log_lines(
+  log: int, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr("declip_jax.runtime.services._DUE_EVERY", 2)
+  FakeTraining(Cadence(total=8, log=log), keep={"keep_last": 9, "minutes": 1e-9}).run(tmp_path)
+  assert saved_steps(tmp_path) == saved
+
+
+@pytest.mark.parametrize("action", [interrupt, terminate])
+def test_an_interrupted_evaluation_loses_no_step_and_is_repeated(action: Callable[[], None], tmp_path: Path) -> None:
+  def evaluate(state: State) -> dict[str, float]:
+    del state
+    action()
+    return {"eval/heldout/top1": 0.5}
+
+  cadence = Cadence(total=8, log=1, evaluate=4)
+  with pytest.raises(Stopped if action is terminate else KeyboardInterrupt):
+    FakeTraining(cadence, evaluate=evaluate).run(tmp_path)
+  assert saved_steps(tmp_path) == [4]
+  evaluated = []
+
+  def finish(state: State) -> dict[str, float]:
+    evaluated.append(int(state.step))
+    return {"eval/heldout/top1": float(state.step) / 10}
+
+  services = FakeTraining(cadence, evaluate=finish).run(tmp_path)
+  assert [line["step"] for line in lines(tmp_path, "eval/heldout/top1")] == [4, 8]
+  assert evaluated == ([8] if action is terminate else [4, 8])
+  assert services.latest["eval/heldout/top1"] == 0.8
+  # A finished run is evaluated again for its result, but not recorded again.
+  assert FakeTraining(cadence, evaluate=finish).run(tmp_path).latest["eval/heldout/top1"] == 0.8
+  assert [line["step"] for line in lines(tmp_path, "eval/heldout/top1")] == [4, 8]
+
+
+def test_the_scores_of_evaluations_decide_which_checkpoint_is_best(tmp_path: Path) -> None:
+  keep = {"keep_last": 1, "keep_best": 1, "best_metric": "eval/a/top1"}
+  scores = {2: 0.1, 4: 0.9, 6: 0.3, 8: 0.2}
+  training = FakeTraining(
+    Cadence(total=8, evaluate=2), evaluate=lambda state: {"eval/a/top1": scores[int(state.step)]}, keep=keep
+  )
+  training.run(tmp_path)
+  assert saved_steps(tmp_path) == [4, 8]
+
+
+def test_sigterm_saves_and_the_run_resumes_exactly(tmp_path: Path) -> None:
+  FakeTraining(Cadence(total=8, log=1)).run(tmp_path / "whole")
+  with pytest.raises(Stopped, match=r"step 5 by SIGTERM") as stopped:
+    FakeTraining(Cadence(total=8, log=1), on_batch=at(4, terminate)).run(tmp_path / "stopped")
+  assert (stopped.value.step, stopped.value.signum) == (5, signal.SIGTERM)
+  assert saved_steps(tmp_path / "stopped") == [5]
+  FakeTraining(Cadence(total=8, log=1)).run(tmp_path / "stopped")
+  assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+  assert restore(tmp_path / "stopped", 8) == restore(tmp_path / "whole", 8)
+
+
+def test_a_stop_leaves_out_the_evaluation_that_is_due(tmp_path: Path) -> None:
+  training = FakeTraining(
+    Cadence(total=8, evaluate=4), evaluate=lambda state: {"eval/a/top1": 0.0}, on_batch=at(3, terminate)
+  )
+  with pytest.raises(Stopped, match=r"step 4"):
+    training.run(tmp_path)
+  assert not list(lines(tmp_path, "eval/a/top1"))
+  assert saved_steps(tmp_path) == [4]
+
+
+def test_preemption_is_asked_for_by_numbers_that_rise_also_after_a_rollback(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  numbers = []
+  monkeypatch.setattr(Checkpoints, "preempted", lambda self, number: numbers.append(number))
+  cadence = Cadence(total=8, log=1, checkpoint=2)
+  FakeTraining(cadence, max_skipped_steps=2, poisoned=(4, 5), keep={"keep_last": 3}).run(tmp_path)
+  assert numbers == list(range(1, 11))  # the steps 5 and 6 were taken twice
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
+  bad = (16, *[0] * (len(BAD) - 1))
+  services = FakeTraining(bad=bad).run(tmp_path / "few")
+  kind = BAD[0].replace(" ", "_")
+  assert services.latest["bad_share"] == 0.5
+  assert services.latest[f"bad/{kind}"] == 16
+  with pytest.raises(ValueError, match=rf"step 1: 50.0% .*\(16 {BAD[0]}\).*config.data.max_bad=40.0%"):
+    FakeTraining(bad=bad, max_bad=0.4).run(tmp_path / "many")
+
+
+def test_an_error_of_the_input_ends_the_run_and_leaves_its_checkpoints(tmp_path: Path) -> None:
+  def fail() -> None:
+    raise ChildProcessError("a worker died")
+
+  with pytest.raises(ChildProcessError, match="a worker died"):
+    FakeTraining(on_batch=at(5, fail)).run(tmp_path)
+  assert saved_steps(tmp_path) == [2, 4]

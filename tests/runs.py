@@ -1,0 +1,66 @@
+"""Runs in processes of their own, and what they leave behind."""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+import time
+from typing import Any
+
+from cpu_devices import xla_flags
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from declip_jax import build
+from declip_jax.reporting.metrics import read_metrics
+from declip_jax.runtime.checkpoint import Checkpoints
+from declip_jax.training.state import State, abstract_state
+
+TESTS = Path(__file__).parent
+
+
+def command(config: str, workdir: Path, *overrides: str) -> list[str]:
+  """Arguments of a training with a config of tests/tiny.py, such as "clip" or, without evaluations, "clip,bare"."""
+  paths = ["--config", f"{TESTS / 'tiny.py'}:{config}", "--workdir", str(workdir)]
+  return [sys.executable, "-m", "declip_jax.train", *paths, *overrides]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+  """Environment of a training on so many CPU devices."""
+  settings = {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+  return os.environ | settings | {"XLA_FLAGS": xla_flags(devices)}
+
+
+def losses_on_disk(workdir: Path) -> list[float]:
+  """The losses in metrics.jsonl."""
+  return [line["loss"] for line in read_metrics(workdir) if "loss" in line]
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
+  """Waits until metrics.jsonl has that step."""
+  deadline = time.monotonic() + seconds
+  while time.monotonic() < deadline:
+    if (workdir / "metrics.jsonl").exists() and any(line["step"] >= step for line in read_metrics(workdir)):
+      return
+    assert process.poll() is None, f"ended with {process.returncode} before step {step}"
+    time.sleep(0.05)
+  raise AssertionError(f"no step {step} within {seconds:.0f} s")
+
+
+def final_state(workdir: Path, config: ConfigDict, step: int) -> tuple[State, dict[str, Any]]:
+  """The state of a run on one device, and its position of the input."""
+  built = build.build(config, jax.devices()[:1])
+  abstract = abstract_state(
+    built.batch_shape(config.batch_size), built.mesh, model=built.model, optimizer=built.optimizer
+  )
+  checkpoints = Checkpoints(workdir)
+  state, position = checkpoints.restore(step, abstract)
+  checkpoints.close()
+  return jax.tree.map(np.asarray, state), position
+
+
+def assert_equal(a: Any, b: Any, **tolerance: float) -> None:
+  """Compares trees leaf by leaf, bit for bit unless a tolerance is given."""
+  for (path, x), (_, y) in zip(jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b), strict=True):
+    np.testing.assert_allclose(x, y, **({"rtol": 0, "atol": 0} | tolerance), err_msg=jax.tree_util.keystr(path))

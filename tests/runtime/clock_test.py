@@ -1,0 +1,107 @@
+"""Speed and shares of the time; time is simulated."""
+
+from collections.abc import Iterable
+import contextlib
+import math
+
+import pytest
+
+from declip_jax.runtime.clock import Clock
+
+
+class Time:
+  def __init__(self) -> None:
+    self.now = 100.0
+
+  def __call__(self) -> float:
+    return self.now
+
+
+@pytest.fixture
+def time() -> Time:
+  return Time()
+
+
+def update(clock: Clock, time: Time, steps: Iterable[int], seconds: float) -> None:
+  for step in steps:
+    time.now += seconds
+    clock.update(step)
+
+
+@pytest.mark.parametrize("activity", ["evaluation", "save"])
+def test_speed_leaves_out_compilation_saves_and_evaluations(time: Time, activity: str) -> None:
+  clock = Clock(0, 64, now=time)
+  with clock.spending(activity):
+    time.now += 50  # before the first step
+  update(clock, time, [1], 300.0)  # compiles
+  assert math.isnan(clock.images_per_second)
+  update(clock, time, range(2, 50), 0.5)
+  with contextlib.suppress(KeyboardInterrupt), clock.spending(activity):
+    time.now += 1000
+    raise KeyboardInterrupt
+  update(clock, time, range(50, 60), 0.5)
+  assert clock.images_per_second == pytest.approx(128)
+
+
+def test_speed_includes_the_time_that_is_spent_on_data_and_steps(time: Time) -> None:
+  clock = Clock(0, 64, now=time)
+  update(clock, time, [1], 1.0)
+  for step in range(2, 100):
+    for activity in ("data", "step"):
+      with clock.spending(activity):
+        time.now += 0.25
+    clock.update(step)
+  assert clock.images_per_second == pytest.approx(128)
+
+
+def test_speed_follows_a_change_within_minutes_and_not_at_once(time: Time) -> None:
+  clock = Clock(0, 10, now=time)
+  update(clock, time, range(1, 100), 1.0)
+  update(clock, time, [101], 1.0)  # two steps in one second
+  assert 10 < clock.images_per_second < 11
+  update(clock, time, range(103, 400, 2), 1.0)
+  assert clock.images_per_second == pytest.approx(20, rel=0.01)
+
+
+def test_after_a_rollback_the_speed_is_that_of_the_steps(time: Time) -> None:
+  clock = Clock(0, 64, now=time)
+  update(clock, time, range(1, 50), 0.5)
+  clock.roll_back(20)
+  time.now += 30
+  update(clock, time, range(21, 60), 0.5)
+  assert clock.images_per_second == pytest.approx(128)
+
+
+def test_values_have_shares_since_the_last_line_and_speeds(time: Time) -> None:
+  clock = Clock(0, 512, devices=8, peak=640.0, now=time)
+  assert clock.utilisation is None
+  assert "images_per_second" not in clock.values()
+  update(clock, time, [10, 20], 20.0)
+  clock.values()
+  for activity, seconds in {"data": 5.0, "step": 2.5, "save": 1.0, "evaluation": 1.0}.items():
+    with clock.spending(activity):
+      time.now += seconds
+  time.now += 0.5
+  assert clock.shares == {"data": 0.5, "step": 0.25, "save": 0.1, "evaluation": 0.1}
+  values = clock.values()
+  assert {name: value for name, value in values.items() if name.startswith("time/")} == {
+    "time/data": 0.5,
+    "time/step": 0.25,
+    "time/save": 0.1,
+    "time/evaluation": 0.1,
+  }
+  assert values["images_per_second"] == pytest.approx(256)
+  assert values["images_per_second_per_device"] == pytest.approx(32)
+  assert values["utilisation"] == pytest.approx(0.4)
+  assert clock.shares == dict.fromkeys(("data", "step", "save", "evaluation"), 0.0)
+
+
+def test_the_first_call_is_the_compilation(time: Time) -> None:
+  clock = Clock(0, 64, now=time)
+  assert not clock.has_compiled
+  for seconds in (42.0, 1.0):
+    with clock.compiling():
+      time.now += seconds
+  assert "42 s" in clock.first_step_done()
+  assert clock.has_compiled
+  assert clock.values()["compile_seconds"] == 42.0

@@ -1,0 +1,31 @@
+"""Where a run rolls back to; tests/loop_test.py rolls back."""
+
+from pathlib import Path
+
+from declip_jax.runtime.rollback import Rollbacks
+
+
+def test_the_target_is_before_the_skipped_steps_or_else_the_oldest(tmp_path: Path) -> None:
+  rollbacks = Rollbacks(tmp_path)
+  assert rollbacks.target([2, 4, 6, 8], 5) == 4
+  assert rollbacks.target([6, 8], 5) == 6  # skipped steps do not change parameters
+  assert rollbacks.target([], 5) is None
+  rollbacks.record(3, 8, 4, {"next_index": 128})
+  assert Rollbacks(tmp_path).target([2, 4], 5) == 2  # from 4 it diverged again
+
+
+def test_the_position_after_a_rollback_is_that_of_the_rollback_until_the_next_checkpoint(tmp_path: Path) -> None:
+  rollbacks = Rollbacks(tmp_path)
+  assert rollbacks.position(4, {"next_index": 64}) == {"next_index": 64}
+  rollbacks.record(3, 8, 4, {"next_index": 128})
+  rollbacks = Rollbacks(tmp_path)
+  assert rollbacks.position(4, {"next_index": 64}) == {"next_index": 128}
+  assert rollbacks.position(6, {"next_index": 160}) == {"next_index": 160}
+  assert rollbacks.position(4, {"next_index": 160}) == {"next_index": 160}  # saved again after the rollback
+
+
+def test_a_torn_last_line_does_not_count(tmp_path: Path) -> None:
+  Rollbacks(tmp_path).record(3, 8, 4, {"next_index": 128})
+  with (tmp_path / "rollbacks.jsonl").open("a") as file:
+    file.write('{"time": 1')
+  assert len(Rollbacks(tmp_path)) == 1
