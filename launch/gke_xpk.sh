@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on TPUs of a GKE cluster, one slice or several, through xpk (1.x) and kubectl.
+# Trains on the TPUs of a GKE cluster, on one or more slices, through xpk (1.x) and kubectl.
 set -euo pipefail
 
 usage() {
@@ -9,23 +9,23 @@ usage: launch/gke_xpk.sh run CONFIG WORKDIR [--config.field=value ...]
        launch/gke_xpk.sh logs [SLICE [WORKER]]
        launch/gke_xpk.sh delete
 
-run     submits the workload: it waits for its slices, and starts again on all of them after a crash and preemption
-list    shows the workloads of the cluster
+run     submits the workload, which waits for its slices and restarts on all of them after a crash or preemption
+list    lists the workloads of the cluster
 logs    follows the log of a worker of a slice (default 0 and 0, which reports for all)
-delete  ends the workload with SIGTERM and gives it five minutes for a checkpoint; `run` again goes on from there
+delete  stops the workload by SIGTERM, with five minutes to save a checkpoint, from which another `run` resumes
 
 Variables:
-  CLUSTER     run, list, delete: name of the cluster, made by `xpk cluster create`, with --spot or without
-  ZONE        run, list, delete: of the cluster
-  PROJECT     default: that of gcloud
+  CLUSTER     run, list, delete: name of the cluster, created by `xpk cluster create`, with or without --spot
+  ZONE        run, list, delete: zone of the cluster
+  PROJECT     project (default: that of gcloud)
   WORKLOAD    run, logs, delete: a name for the run
-  TPU_TYPE    run: the type of each slice, such as v5litepod-256
-  SLICES      run: how many (default 1)
-  IMAGE       run: what the Dockerfile gives with EXTRA=tpu, in a registry
-  BASE_IMAGE  run: the same, in place of IMAGE; xpk puts this checkout over it and uploads the result
-  RESTARTS    run: how often to start again after a crash or preemption at most (default 100)
-  XPK_FLAGS   run: further flags, such as --storage=NAME for what WORKDIR and the data are in
-  DRY_RUN     1 prints the command and does not run it
+  TPU_TYPE    run: type of each slice, such as v5litepod-256
+  SLICES      run: number of slices (default 1)
+  IMAGE       run: the image of the Dockerfile with EXTRA=tpu, in a registry
+  BASE_IMAGE  run: the same, instead of IMAGE; xpk copies this checkout over it and uploads the result
+  RESTARTS    run: maximum number of restarts after a crash or preemption (default 100)
+  XPK_FLAGS   run: further flags, such as --storage=NAME for the file system of WORKDIR and the data
+  DRY_RUN     1 prints the command without running it
 USAGE
 }
 
@@ -53,16 +53,16 @@ run() {
   fi
   [[ ${BASE_IMAGE:-} ]] || require IMAGE
   local image=${IMAGE:+"--docker-image=$IMAGE"} train
-  # exec, or else the signal would go to the shell that xpk puts around it.
+  # exec: otherwise the signal goes to the shell that xpk wraps around it.
   printf -v train '%q ' exec python -m declip_jax.train --config "$1" --workdir "$2" --stopped_exit_code=143 "${@:3}" --multihost
-  # Without more words, xpk starts again after exit codes from 127 on. A user error, 2, stays an end.
+  # By default xpk restarts after exit codes from 127 on. After a user error, 2, it must not.
   # shellcheck disable=SC2086 # several flags
   workload create "--workload=$WORKLOAD" "--tpu-type=$TPU_TYPE" "--num-slices=${SLICES:-1}" \
     "${image:-"--base-docker-image=$BASE_IMAGE"}" "--max-restarts=${RESTARTS:-100}" --restart-on-exit-codes=1,3-126 \
     --termination-grace-period-seconds=300 ${XPK_FLAGS:-} "--command=${train% }"
 }
 
-# xpk has no logs; it leaves kubectl pointing at the cluster.
+# xpk shows no logs, but it has configured kubectl for the cluster.
 logs() {
   require WORKLOAD
   local pod="jobset.sigs.k8s.io/job-index=${1:-0},batch.kubernetes.io/job-completion-index=${2:-0}"

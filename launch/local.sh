@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Trains on one machine and starts again after a crash; the run itself goes on from its newest checkpoint.
+# Trains on one machine and restarts after a crash; the run resumes from its newest checkpoint.
 set -euo pipefail
 
 usage() {
   cat <<'USAGE'
 usage: launch/local.sh CONFIG WORKDIR [--config.field=value ...]
 
-Trains on this machine by one process, which takes the CPU, all GPUs, or all chips of a TPU VM. A crash starts it again.
-Success, a user error (exit code 2), Ctrl-C and SIGTERM (130 and 143, after a checkpoint) do not.
+Trains on this machine in one process, which uses the CPU, all GPUs, or all chips of a TPU VM. It is restarted after a
+crash, but not after success, a user error (exit code 2), or Ctrl-C and SIGTERM (130 and 143, after a checkpoint).
+
+CONFIG is the name of a config, such as demo or slip/slip_base_25ep, or the path of a file.
 
 Variables:
-  RESTARTS  how often to start again at most (default 5)
-  PAUSE     seconds before that (default 10)
-  PYTHON    the interpreter (default python); CUDA_VISIBLE_DEVICES=0,1 leaves it those GPUs
-  EXIT_FILE gets the exit code at the end (default: none)
-  DRY_RUN   1 prints the command and does not run it
+  RESTARTS  maximum number of restarts (default 5)
+  PAUSE     seconds before a restart (default 10)
+  PYTHON    the interpreter (default python); CUDA_VISIBLE_DEVICES=0,1 restricts it to those GPUs
+  EXIT_FILE file to write the exit code to at the end (default: none)
+  DRY_RUN   1 prints the command without running it
 USAGE
 }
 
@@ -26,13 +28,13 @@ command=("${PYTHON:-python}" -m declip_jax.train --config "$1" --workdir "$2" --
 
 trap 'code=$?; [[ ! ${EXIT_FILE:-} ]] || echo "$code" >"$EXIT_FILE"' EXIT
 child='' stopped=''
-# In the background, since bash would otherwise hold a signal back until the command has ended by itself.
+# In the background: otherwise bash handles a signal only after the command has exited by itself.
 trap 'stopped=1; [[ $child ]] && kill -TERM "$child" 2>/dev/null || true' INT TERM HUP
 
 for ((restart = 0; ; restart++)); do
   "${command[@]}" &
   child=$!
-  # A signal interrupts `wait`, but the command still has a checkpoint to write.
+  # A signal interrupts `wait` while the command still writes its checkpoint.
   while code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do :; done
   case $code in 0 | 2 | 130 | 143) exit "$code" ;; esac
   [[ $stopped ]] && exit "$code"
@@ -40,7 +42,7 @@ for ((restart = 0; ; restart++)); do
     echo "local.sh: exit code $code; giving up after $restart restarts" >&2
     exit "$code"
   fi
-  echo "local.sh: exit code $code; starting again in ${PAUSE:-10} s ($((restart + 1)) of ${RESTARTS:-5})" >&2
+  echo "local.sh: exit code $code; restarting in ${PAUSE:-10} s ($((restart + 1)) of ${RESTARTS:-5})" >&2
   sleep "${PAUSE:-10}" &
   child=$!
   wait "$child" || true

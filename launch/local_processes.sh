@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains by several processes on this machine that talk over localhost: practice for a pod.
+# Trains in several processes on this machine that communicate over localhost: practice for a pod.
 set -euo pipefail
 
 usage() {
   cat <<'USAGE'
 usage: launch/local_processes.sh N CONFIG WORKDIR [--config.field=value ...]
 
-Runs one training by N processes on the CPU of this machine, as N hosts of a pod would. If one of them fails, the others
-are ended. Ctrl-C and SIGTERM reach all of them, and they save a checkpoint together; a second one kills them.
+Runs one training in N processes on the CPU of this machine, like N hosts of a pod. If one of them fails, the others are
+stopped. Ctrl-C and SIGTERM reach all of them, and they save a checkpoint together; a second signal kills them.
 
 Variables:
-  PORT           of process 0 on localhost (default: a random one)
-  GRACE          seconds that the others get to end after one has ended badly (default 60)
-  JAX_PLATFORMS  default cpu, because every process would take all GPUs of the machine
+  PORT           port of process 0 on localhost (default: a random one)
+  GRACE          seconds that the others have to exit after one has failed (default 60)
+  JAX_PLATFORMS  default cpu, since every process would claim all GPUs of the machine
   PYTHON         the interpreter (default python)
-  DRY_RUN        1 prints the commands and does not run them
+  DRY_RUN        1 prints the commands without running them
 USAGE
 }
 
@@ -36,7 +36,7 @@ signal_all() { for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null || true
 trap 'signals=$((signals + 1)); if ((signals > 1)); then signal_all KILL; else signal_all TERM; fi' INT TERM HUP
 
 for ((i = 0; i < count; i++)); do
-  # The prefixer must outlive the signals, or the last words of its process are lost.
+  # The prefixer ignores the signals, so that the last output of its process is not lost.
   "${command[@]}" --process "$i" > >(trap '' INT TERM HUP; exec sed -u "s/^/[$i] /") 2>&1 &
   pids[i]=$!
 done
@@ -51,7 +51,7 @@ while ((${#pids[@]})); do
     if ((code && !status)); then
       status=$code deadline=$((SECONDS + ${GRACE:-60}))
       if ((!signals)); then
-        echo "local_processes.sh: process $i ended with exit code $code; ending the others" >&2
+        echo "local_processes.sh: process $i exited with code $code; stopping the others" >&2
         signal_all TERM
       fi
     fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM, one host or all hosts of a pod slice, through gcloud.
+# Trains on a Cloud TPU VM, on one host or all hosts of a pod slice, through gcloud.
 set -euo pipefail
 
 usage() {
@@ -14,33 +14,33 @@ usage: launch/tpu_vm.sh create [gcloud flags, such as --spot]
        launch/tpu_vm.sh delete [gcloud flags, such as --quiet]
        launch/tpu_vm.sh keep CONFIG WORKDIR [--config.field=value ...]
 
-create  makes the TPU; with QUEUED=1, puts a request for it into Google's queue and returns
-wait    returns when the TPU is there
+create  creates the TPU; with QUEUED=1, adds a request for it to Google's queue and returns
+wait    returns when the TPU is ready
 setup   installs declip_jax on all workers: REPO at REVISION, with Python 3.12; then runs PREPARE
 exec    runs a shell command on all workers
 run     starts training on all workers through launch/local.sh; it outlives the connection and restarts after a crash
 logs    follows the log of a worker (default 0)
-stop    sends SIGTERM to all workers and waits until they have saved a checkpoint; `run` again goes on from there
-delete  deletes the TPU, with all that is on its disks
-keep    does all of it until the run ends by itself: creates, waits, sets up, runs and watches; a TPU that was taken
-        away is deleted and created again, and the run goes on in WORKDIR. Returns the run's exit code: 0 when it has
-        finished, 2 after a user error, 143 after `stop`. The TPU stays. Ctrl-C ends only the watching.
+stop    sends SIGTERM to all workers and waits until they have saved a checkpoint, from which another `run` resumes
+delete  deletes the TPU and everything on its disks
+keep    does all of this until the run ends by itself: creates, waits, sets up, runs and watches. A preempted TPU is
+        deleted and created again, and the run resumes in WORKDIR. Returns the run's exit code: 0 when it has finished,
+        2 after a user error, 143 after `stop`. The TPU is kept. Ctrl-C ends only the watching.
 
 Variables:
-  TPU_NAME, ZONE  always
-  PROJECT         default: that of gcloud
-  QUEUED          1: create, wait, delete and keep go through a queued resource, which waits until there is capacity
-  ACCELERATOR     create, keep: the type, such as v5litepod-16
-  VERSION         create, keep: the software; the default depends on ACCELERATOR
+  TPU_NAME, ZONE  always required
+  PROJECT         project (default: that of gcloud)
+  QUEUED          1: create, wait, delete and keep use a queued resource, which waits for capacity
+  ACCELERATOR     create, keep: type of the TPU, such as v5litepod-16
+  VERSION         create, keep: software version; the default depends on ACCELERATOR
   GCLOUD_FLAGS    keep: further flags of create, such as --spot
   REPO            setup, keep: git URL that the workers can read
   REVISION        setup, keep: branch, tag or full commit (default main)
-  PREPARE         setup, keep: shell command for all workers, such as one that mounts what WORKDIR and the data are in
-  RESTARTS        run, keep: how often to start again after a crash at most (default 5)
-  POLL            wait, keep: seconds between two looks (default 60); up to 16 times that after failures
-  RETRIES         keep: gives up after so many failures, of gcloud too, without a running run between (default 100)
-  CRASHES         keep: gives up after so many new TPUs because RESTARTS did not help (default 3)
-  DRY_RUN         1 prints the gcloud commands and does not run them
+  PREPARE         setup, keep: shell command for all workers, such as mounting the file system of WORKDIR and the data
+  RESTARTS        run, keep: maximum number of restarts after a crash (default 5)
+  POLL            wait, keep: seconds between two checks (default 60); up to 16 times that after failures
+  RETRIES         keep: maximum number of consecutive failures, also of gcloud, without a running training (default 100)
+  CRASHES         keep: maximum number of new TPUs after crashes that RESTARTS did not recover (default 3)
+  DRY_RUN         1 prints the gcloud commands without running them
 USAGE
 }
 
@@ -52,7 +52,7 @@ require() {
   done
 }
 
-exec 3>&1 # dry runs print here, also where a command's output would be read
+exec 3>&1 # dry runs print here, even where the output of a command is captured
 
 # tpu GROUP VERB ARGUMENTS..., where GROUP is tpu-vm or queued-resources: the two have the same name
 tpu() {
@@ -60,7 +60,7 @@ tpu() {
   if [[ ${DRY_RUN:-} == 1 ]]; then printf '%q ' "${command[@]}" >&3; echo >&3; else "${command[@]}" 3>&-; fi
 }
 
-# workers WHICH COMMAND; a TPU that is taken away does not hang up, so the connection has to be asked
+# workers WHICH COMMAND; a preempted TPU does not close the connection, so keep-alive messages probe it
 workers() { tpu tpu-vm ssh "--worker=$1" --ssh-flag=-oServerAliveInterval=30 "--command=$2"; }
 
 # https://cloud.google.com/tpu/docs/runtimes
@@ -109,7 +109,7 @@ setup() {
     git log -1 --oneline"
 }
 
-# A number alone could by now be that of another process.
+# The process id alone may belong to another process by now.
 readonly IS_RUNNING='running() { grep -qs launch/local.sh "/proc/$(cat ~/declip_jax.pid 2>/dev/null)/cmdline"; }'
 
 run() {
@@ -133,7 +133,7 @@ stop() {
     tail -n 1 ~/declip_jax.log'
 }
 
-# How the run is, in a word: running, stopped (by `stop`), absent (not on all workers), silent (a worker does not
+# The state of the run in one word: running, stopped (by `stop`), absent (not on all workers), silent (a worker does not
 # answer), or its exit code.
 status() {
   local output code
@@ -142,7 +142,7 @@ status() {
     elif [ -e ~/declip_jax.stopped ]; then word=stopped
     else word=$(cat ~/declip_jax.exit 2>/dev/null || echo absent); fi
     echo "declip_jax is $word"') || { echo silent; return; }
-  # The worst comes first. 130 and 143 are a machine that goes down, since nobody has asked for it.
+  # The worst state first. 130 and 143 mean that the machine is going down, since nobody stopped the run.
   for code in stopped absent running 2 130 143 '[0-9]*[1-9][0-9]*' 0; do
     code=$(grep -owE "declip_jax is $code" <<<"$output" | head -n 1) || continue
     code=${code##* }
@@ -164,7 +164,7 @@ describe() {
   grep -oxE '[A-Z_]+' <<<"$output" | tail -n 1 || echo silent
 }
 
-# The state of the TPU, or, as long as there is none, of the queued resource.
+# The state of the TPU, or that of the queued resource as long as there is no TPU.
 state() {
   local found=ACTIVE
   if [[ ${QUEUED:-} == 1 ]]; then
@@ -176,7 +176,7 @@ state() {
   echo "$found"
 }
 
-# Says what is new.
+# Prints a message unless it was the last one.
 said=''
 say() {
   [[ $1 == "$said" ]] || echo "$(date '+%F %T') tpu_vm.sh: $1" >&2
@@ -185,10 +185,10 @@ say() {
 
 pause() {
   sleep "$1" &
-  wait $! || true # in the background, so that a signal is heard at once
+  wait $! || true # in the background, so that a signal is handled at once
 }
 
-# UNKNOWN is what Google calls a TPU whose repair has failed.
+# Google calls a TPU UNKNOWN when its repair has failed.
 readonly LOST='^(PREEMPTED|TERMINATED|STOPPED|SUSPENDED|UNKNOWN|FAILED)$'
 
 wait_for_tpu() {
@@ -202,7 +202,7 @@ wait_for_tpu() {
   done
 }
 
-# keep looks, does the one thing that is to be done, and looks again: it can be interrupted anywhere and called again.
+# keep checks the state, takes the one step that it requires, and checks again: it can be interrupted anywhere.
 keep() {
   require ACCELERATOR REPO
   VERSION=${VERSION:-$(default_version)}
@@ -222,7 +222,7 @@ keep() {
     delay=${POLL:-60} run='' found=$(state)
     if [[ $found == READY ]]; then
       run=$(status)
-      # What another run has left says nothing about this one.
+      # The exit code may be that of an earlier run.
       [[ $mine || $run == running || $run == silent ]] || run=absent
     fi
     case $found/$run in
@@ -231,8 +231,8 @@ keep() {
         mine=1 failures=0
         ;;
       READY/absent)
-        say "sets up and starts the run"
-        # Where only some workers have lost it, this fails on the others, and the next look finds it running.
+        say "setting up and starting the run"
+        # If only some workers have lost the run, this fails on the others, and the next check finds it running.
         if setup && run "$@"; then mine=1; else fail "the start"; fi
         ;;
       READY/silent) fail "asking the workers" ;;
@@ -246,7 +246,7 @@ keep() {
         replace || fail "replacing $TPU_NAME"
         ;;
       NONE/)
-        say "creates $TPU_NAME"
+        say "creating $TPU_NAME"
         # shellcheck disable=SC2086 # several flags
         create ${GCLOUD_FLAGS:-} || fail "creating $TPU_NAME"
         ;;
@@ -269,26 +269,26 @@ replace() { delete --quiet && create ${GCLOUD_FLAGS:-}; }
 # Counts a failure and makes the delay longer.
 fail() {
   if ((failures >= ${RETRIES:-100})); then
-    say "$1 failed; gives up after $failures retries. The same command goes on"
+    say "$1 failed; giving up after $failures retries. The same command continues"
     exit 1
   fi
   delay=$((${POLL:-60} << (failures < 4 ? failures : 4)))
   failures=$((failures + 1))
-  said='' # every failure is said
-  say "$1 failed; again in $delay s (retry $failures of ${RETRIES:-100})"
+  said='' # every failure is printed
+  say "$1 failed; retrying in $delay s (retry $failures of ${RETRIES:-100})"
 }
 
 end() {
   workers 0 'tail -n 5 ~/declip_jax.log' || true
-  say "the run has ended: $2 (exit code $1). $TPU_NAME is still there and paid for: launch/tpu_vm.sh delete"
+  say "the run has ended: $2 (exit code $1). $TPU_NAME still exists and is billed: launch/tpu_vm.sh delete"
   exit "$1"
 }
 
 leave() {
   local sleeper
   for sleeper in $(jobs -p); do kill "$sleeper" 2>/dev/null || true; done
-  say "no longer watches; what runs on $TPU_NAME goes on, and the same command watches it again.
-  launch/tpu_vm.sh stop ends the run, launch/tpu_vm.sh delete the TPU"
+  say "no longer watching; the run on $TPU_NAME continues, and the same command watches it again.
+  launch/tpu_vm.sh stop stops the run, launch/tpu_vm.sh delete deletes the TPU"
   exit 130
 }
 

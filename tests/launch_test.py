@@ -294,7 +294,7 @@ def test_local_can_be_stopped_between_two_starts(machine, monkeypatch):
   monkeypatch.setenv("PAUSE", "30")
   exits(machine, 1, 0)
   process = start(LOCAL, "c.py", "runs/a")
-  until(lambda: "starting again" in process.stdout.readline())
+  until(lambda: "restarting" in process.stdout.readline())
   time.sleep(0.1)
   process.terminate()
   assert process.wait(timeout=5) == 1
@@ -318,7 +318,7 @@ def test_one_failing_process_ends_the_others(machine):
   exits(machine, "", "", 7)
   output = process.communicate(timeout=10)[0]
   assert process.returncode == 7
-  assert "process 2 ended with exit code 7; ending the others" in output
+  assert "process 2 exited with code 7; stopping the others" in output
   assert {"[0] saved", "[1] saved"} < set(output.splitlines())
 
 
@@ -442,7 +442,7 @@ def test_keep_makes_a_tpu_and_returns_when_the_run_has_finished(machine):
   assert (result.returncode, done) == (0, ["create"])
   assert calls(machine) == [[*SUPERVISED, FIELD, "--multihost"]]
   assert {"--spot", "--internal-ips"} < set(gcloud_calls(machine))
-  assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d tpu_vm.sh: creates slice$", result.stderr, re.MULTILINE)
+  assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d tpu_vm.sh: creating slice$", result.stderr, re.MULTILINE)
   assert "finished (exit code 0)" in result.stderr
 
 
@@ -534,8 +534,8 @@ def test_keep_waits_longer_after_every_failure_and_gives_up(machine):
   result, done = watch(machine, RETRIES="7", POLL="3")
   assert (result.returncode, done) == (1, ["create"] * 8)
   assert (machine / "log.sleep").read_text().split() == ["3", "6", "12", "24", "48", "48", "48"]
-  assert "creating slice failed; again in 48 s (retry 7 of 7)" in result.stderr
-  assert "creating slice failed; gives up after 7 retries" in result.stderr
+  assert "creating slice failed; retrying in 48 s (retry 7 of 7)" in result.stderr
+  assert "creating slice failed; giving up after 7 retries" in result.stderr
 
 
 def test_keep_counts_failures_anew_once_the_run_has_run(machine):
@@ -570,7 +570,7 @@ def test_interrupting_keep_leaves_the_run_alone(machine, monkeypatch, signum):
     watcher.send_signal(signum)
     said = watcher.communicate(timeout=5)[0]
     assert watcher.returncode == 130
-    assert "what runs on slice goes on, and the same command watches it again" in said
+    assert "the run on slice continues, and the same command watches it again" in said
     monkeypatch.setenv("POLL", "0")
     watcher = start(*command)
     until(lambda: "running" in watcher.stdout.readline())
@@ -715,7 +715,7 @@ def test_slurm_job_saves_and_goes_back_into_the_queue_before_its_time_is_over(jo
   assert process.stdout.readline() == "started 1\n"
   process.send_signal(signal.SIGUSR1)
   lines = process.communicate(timeout=10)[0].splitlines()
-  assert lines[-3:] == ["saved", "slurm.sh: back into the queue", "scontrol requeue 77"]
+  assert lines[-3:] == ["saved", "slurm.sh: requeueing the job", "scontrol requeue 77"]
   assert "forcing job termination" not in lines
   assert (process.returncode, len(calls(job))) == (143, 1)
 
@@ -726,7 +726,7 @@ def test_slurm_job_that_crashes_when_its_time_is_over_goes_back_too(job, monkeyp
   process = start(SLURM, "c.py", "runs/a")
   assert process.stdout.readline() == "started 1\n"
   process.send_signal(signal.SIGUSR1)
-  assert "time is nearly over" in process.stdout.readline()
+  assert "the time limit is near" in process.stdout.readline()
   exits(job, 1, 0)
   assert "scontrol requeue 77" in process.communicate(timeout=10)[0]
   assert len(calls(job)) == 1
@@ -736,7 +736,7 @@ def test_slurm_job_does_not_start_again_when_its_time_is_over(job, monkeypatch):
   monkeypatch.setenv("PAUSE", "30")
   exits(job, 1, 0)
   process = start(SLURM, "c.py", "runs/a")
-  until(lambda: "starting again" in process.stdout.readline())
+  until(lambda: "restarting" in process.stdout.readline())
   time.sleep(0.1)
   process.send_signal(signal.SIGUSR1)
   until(lambda: process.stdout.readline() == "scontrol requeue 77\n")
