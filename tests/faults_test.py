@@ -1,38 +1,31 @@
-"""Runs that are killed, stopped or frozen at random moments; nothing of them is lost. All of it takes minutes."""
+"""Runs that are killed, stopped or frozen at random moments lose nothing. All of these tests take minutes."""
 
 import os
 from pathlib import Path
 import signal
 import subprocess
-import sys
 import time
 
 from checkpoint_files import arrays, flip
 import numpy as np
 import pytest
-from runs import assert_equal, environment, final_state, losses_on_disk, wait_for_step
+from runs import assert_equal, command, environment, final_state, losses_on_disk, wait_for_step
 from tiny import tiny_config
 
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.runtime.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
-TESTS = Path(__file__).parent
 STEPS, KILLS = 200, 20
-WAIT = 600.0  # seconds, for a machine that does other things, too
+WAIT = 600.0  # seconds, for a machine that is busy with other things
 
 
-def command(workdir: Path, *flags: str, config: str = "clip,bare") -> list[str]:
-  paths = ["--config", f"{TESTS / 'tiny.py'}:{config}", "--workdir", str(workdir)]
-  return [sys.executable, "-m", "declip_jax.train", *paths, *flags]
-
-
-def start(*arguments: object, devices: int = 1, cache: Path, **options: object) -> subprocess.Popen:
-  """A run in a process group of its own; `cache` keeps what is compiled."""
-  flags = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+def start(workdir: Path, *flags: str, cache: Path) -> subprocess.Popen:
+  """Starts a run in a process group of its own; `cache` has its compiled programs."""
+  settings = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
   return subprocess.Popen(
-    command(*arguments, **options),
-    env=environment(devices) | flags,
+    command("clip,bare", workdir, *flags),
+    env=environment() | settings,
     start_new_session=True,
     stderr=subprocess.PIPE,
     text=True,
@@ -40,7 +33,7 @@ def start(*arguments: object, devices: int = 1, cache: Path, **options: object) 
 
 
 def pair(workdir: Path, port: int, *flags: str, cache: Path) -> list[subprocess.Popen]:
-  """Two processes of one run."""
+  """Starts two processes of one run."""
   joined = [f"--coordinator=localhost:{port}", "--processes=2", *flags]
   return [start(workdir, *joined, f"--process={index}", cache=cache) for index in range(2)]
 
@@ -62,7 +55,7 @@ def unfinished(workdir: Path) -> bool:
 
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
-  """Every other kill waits for a checkpoint that is being written, which takes most of the time here anyway."""
+  """Every second kill waits until a checkpoint is being written."""
   rng = np.random.default_rng(0)
   flags = [f"--config.duration.steps={STEPS}", "--config.checkpoint.every.steps=4"]
   whole = start(tmp_path / "whole", *flags, cache=tmp_path / "cache")
@@ -95,7 +88,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
   assert states[0][1] == states[1][1]
 
 
-def test_sigterm_to_the_whole_group_saves_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
+def test_sigterm_to_the_whole_group_saves_and_the_run_resumes_exactly(tmp_path: Path) -> None:
   flags = ["--config.duration.steps=60", "--config.checkpoint.every.steps=0", "--config.data.workers=2"]
   whole = start(tmp_path / "whole", *flags, cache=tmp_path / "cache")
   assert whole.wait(timeout=WAIT) == 0
@@ -104,7 +97,7 @@ def test_sigterm_to_the_whole_group_saves_and_the_run_goes_on_exactly(tmp_path: 
   os.killpg(stopped.pid, signal.SIGTERM)
   _, errors = stopped.communicate(timeout=120)
   assert stopped.returncode == 0, errors
-  assert "by SIGTERM; start again to go on" in errors
+  assert "by SIGTERM" in errors
   (step,) = Checkpoints(tmp_path / "stopped").steps()
   assert step >= 7
   again = start(tmp_path / "stopped", *flags, cache=tmp_path / "cache")
@@ -114,7 +107,7 @@ def test_sigterm_to_the_whole_group_saves_and_the_run_goes_on_exactly(tmp_path: 
   assert losses_on_disk(tmp_path / "stopped") == losses_on_disk(tmp_path / "whole")
 
 
-def test_a_bit_flipped_in_the_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path: Path) -> None:
+def test_a_bit_flipped_in_the_newest_checkpoint_costs_the_steps_since_the_previous_one(tmp_path: Path) -> None:
   flags = ["--config.duration.steps=12"]
   first = start(tmp_path, *flags, cache=tmp_path / "cache")
   assert first.wait(timeout=WAIT) == 0
@@ -124,8 +117,8 @@ def test_a_bit_flipped_in_the_newest_checkpoint_costs_the_steps_since_the_one_be
   again = start(tmp_path, *flags, cache=tmp_path / "cache")
   _, errors = again.communicate(timeout=WAIT)
   assert again.returncode == 0, errors
-  assert f"the checkpoint of step 12 is passed over: {file} has another checksum than when it was written" in errors
-  assert "going on from step 8" in errors
+  assert f"checkpoint 12 was skipped: {file} does not match its checksum" in errors
+  assert "resuming from step 8" in errors
   assert losses_on_disk(tmp_path) == losses
 
 
@@ -149,7 +142,7 @@ def test_a_dead_or_frozen_peer_ends_all_within_the_bound(signum: int, victim: in
     end(processes)
 
 
-def test_two_processes_stop_together_agree_on_what_is_damaged_and_one_goes_on_alone(tmp_path: Path) -> None:
+def test_two_processes_stop_together_agree_on_the_damage_and_one_resumes_alone(tmp_path: Path) -> None:
   flags = ["--config.duration.steps=200", "--config.checkpoint.every.steps=10"]
   one = start(tmp_path / "one", *flags, cache=tmp_path / "cache")
   workdir, step, damaged = tmp_path / "two", 7, 0
@@ -157,9 +150,9 @@ def test_two_processes_stop_together_agree_on_what_is_damaged_and_one_goes_on_al
     processes = pair(workdir, port(), *flags, cache=tmp_path / "cache")
     try:
       wait_for_step(workdir, step + 5, processes[0], WAIT)
-      processes[1].send_signal(signal.SIGTERM)  # one host is told to go, and all save
-      said = [process.communicate(timeout=WAIT)[1] for process in processes]
-      assert [process.returncode for process in processes] == [0, 0], said
+      processes[1].send_signal(signal.SIGTERM)  # one host is stopped, and all save
+      output = [process.communicate(timeout=WAIT)[1] for process in processes]
+      assert [process.returncode for process in processes] == [0, 0], output
     finally:
       end(processes)
     checkpoints = Checkpoints(workdir)
@@ -173,8 +166,8 @@ def test_two_processes_stop_together_agree_on_what_is_damaged_and_one_goes_on_al
       damaged, whole = step, before
       flip(arrays(workdir / "checkpoints" / str(step) / "model" / "ocdbt.process_1")[0])
     else:
-      assert f"the checkpoint of step {damaged} is passed over: host " in said[0]
-      assert f"going on from step {whole}" in said[0]
+      assert f"checkpoint {damaged} was skipped: host " in output[0]
+      assert f"resuming from step {whole}" in output[0]
   assert step < 200
   alone = start(workdir, *flags, cache=tmp_path / "cache")
   _, errors = alone.communicate(timeout=WAIT)

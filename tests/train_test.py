@@ -3,6 +3,7 @@
 tests/loop_test.py has the tests of the loop that need no model.
 """
 
+from collections.abc import Callable
 import json
 import os
 from pathlib import Path
@@ -34,15 +35,15 @@ from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.training.state import State
 
 
-def without_blind_biases(params):
-  """The parameters with those biases set to zero that the loss cannot see.
+def without_blind_biases(params: Any) -> Any:
+  """Sets the biases to zero on which the loss does not depend.
 
-  Softmax does not see a bias of the keys, and batch norm none of the linear layer before it, nor one before that: that
-  of SimSiam's projections, whose prediction starts with a linear layer. Their exact gradient is zero, and Adam turns
-  its rounding noise into steps of full size.
+  These are the biases of attention keys, since softmax removes them, the biases of linear layers before a batch norm,
+  and the bias of SimSiam's projection, since its prediction starts with a linear layer and a batch norm. Their exact
+  gradient is zero, and Adam turns its rounding noise into steps of full size.
   """
 
-  def clear(path, leaf):
+  def clear(path: tuple[Any, ...], leaf: np.ndarray) -> np.ndarray:
     names = [entry.key for entry in path]
     if names[-2:] == ["qkv", "bias"]:
       query, _, value = np.split(leaf, 3, axis=-1)
@@ -55,8 +56,8 @@ def without_blind_biases(params):
   return jax.tree.map_with_path(clear, params)
 
 
-def banks(state):
-  """The neighbour bank, if there is one. (Batch statistics follow the biases that the loss cannot see.)"""
+def banks(state: State) -> Any:
+  """The neighbour bank, if there is one. (Batch statistics depend on the biases above.)"""
   return state.collections["heads"].get("bank", {})
 
 
@@ -262,22 +263,36 @@ def test_training_learns(tmp_path: Path) -> None:
   assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
 
 
-def test_self_supervision_on_other_images_than_those_with_captions(tmp_path: Path) -> None:
-  """SLIP's decoupled study: the pairs' stream is the same as without, the views of self-supervision are others."""
+def slip_on_other_images() -> ConfigDict:
+  """SLIP with self-supervision on other images than those with captions, as in its decoupled study."""
   config = tiny_config("slip")
-  coupled = build.build(config).make_views
   config.data.ssl_train, config.data.ssl_mixture = ("scenes:test/64/24",), (1.0,)
+  return config
+
+
+def test_self_supervision_on_other_images_leaves_the_pairs_as_they_are() -> None:
+  config = slip_on_other_images()
+  make_views = build.build(config).make_views
   pairs, others = (
     Mixture(tuple(map(open_source, specs)), needs_caption=needed)
     for specs, needed in ((config.data.train, True), (config.data.ssl_train, False))
   )
-  rows = pipeline.training_samples(pairs, coupled, 0)[5]
-  apart = pipeline.training_samples(pairs, coupled, 0, others)[5]
-  np.testing.assert_array_equal(rows["image"][0], apart["image"][0])
-  np.testing.assert_array_equal(rows["text"], apart["text"])
-  assert not np.array_equal(rows["image"][1:], apart["image"][1:])
+  coupled = pipeline.training_samples(pairs, make_views, 0)[5]
+  decoupled = pipeline.training_samples(pairs, make_views, 0, others)[5]
+  np.testing.assert_array_equal(coupled["image"][0], decoupled["image"][0])
+  np.testing.assert_array_equal(coupled["text"], decoupled["text"])
+  assert not np.array_equal(coupled["image"][1:], decoupled["image"][1:])
+
+
+@pytest.mark.slow
+def test_self_supervision_on_other_images_trains(tmp_path: Path) -> None:
+  config = slip_on_other_images()
   config.duration.steps, config.evals = 2, ConfigDict()
   assert np.isfinite(train.train(config, tmp_path)["loss"])
+
+
+def test_self_supervision_on_other_images_needs_views_of_its_own() -> None:
+  config = slip_on_other_images()
   config.objective.simclr.weight = 0.0
   with pytest.raises(ValueError, match=r"ssl_train=.*no view for self-supervision"):
     build.build(config)
@@ -325,14 +340,14 @@ def test_a_directory_in_use_is_rejected_before_anything_is_written(tmp_path: Pat
 
 
 class Killed(BaseException):
-  """In place of a signal that ends the process."""
+  """Stands in for a signal that ends the process."""
 
 
 def train_until(step: int, config: ConfigDict, workdir: Path, time: int = 1) -> None:
-  """A run that ends before it writes its line about a step, the first one or the so manieth."""
+  """Trains until a run is about to write its line about a step for the `time`-th time."""
   seen, write = [], MetricWriter.write
 
-  def killing(self, at, values):
+  def killing(self: MetricWriter, at: int, values: dict[str, float]) -> None:
     seen.append(at)
     if seen.count(step) == time:
       raise Killed
@@ -345,15 +360,15 @@ def train_until(step: int, config: ConfigDict, workdir: Path, time: int = 1) -> 
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, config: ConfigDict, batches: list[int]) -> None:
-  """Makes the images of these batches of the stream not finite."""
+  """Makes the images of the batches with these numbers not finite."""
   mixture = Mixture(tuple(map(open_source, config.data.train)))
-  rows = pipeline.training_samples(mixture, build.build(config).make_views, config.seed)
+  samples = pipeline.training_samples(mixture, build.build(config).make_views, config.seed)
   size = config.batch_size
-  images = [np.stack([rows[index]["image"] for index in range(b * size, (b + 1) * size)]) for b in batches]
+  images = [np.stack([samples[index]["image"] for index in range(b * size, (b + 1) * size)]) for b in batches]
   sums = jnp.array([image.sum() for image in images], jnp.uint32)
 
-  def make_augment(config, built):
-    def augment(batch, step):
+  def make_augment(*_: object) -> Callable[..., dict[str, jax.Array]]:
+    def augment(batch: dict[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
       poisoned = jnp.isin(batch["image"].astype(jnp.uint32).sum(), sums)
       return {**batch, "image": jnp.where(poisoned, jnp.nan, batch["image"].astype(jnp.float32))}
 
@@ -363,30 +378,30 @@ def poison(monkeypatch: pytest.MonkeyPatch, config: ConfigDict, batches: list[in
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_goes_back_and_on_behind_the_bad_data(
+def test_a_run_that_diverges_rolls_back_and_skips_the_bad_data(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
   use_mesh(monkeypatch, 1, 1)
   config = bare(**{"duration.steps": 10, "safety.max_skipped_steps": 2, "checkpoint.keep_last": 3})
   poison(monkeypatch, config, [4, 5])
   train.train(config, tmp_path / "diverged")
-  assert "step 6: loss, gradient or rate was not finite" in (said := capsys.readouterr().err)
-  assert "back to the checkpoint of step 4, and on with the data from example 112 on (time 1 of 3)" in said
-  assert "the checkpoint of step 6 is passed over: the run diverged" in said
-  rows = [row for row in read_metrics(tmp_path / "diverged") if "loss" in row]
-  assert [row["step"] for row in rows] == list(range(1, 11))
-  assert [row.get("rollbacks", 0) for row in rows] == [0] * 4 + [1] * 6
+  assert "step 6: 2 consecutive steps were skipped" in (messages := capsys.readouterr().err)
+  assert "rolled back to checkpoint 4, data continues at sample 112 (rollback 1 of 3)" in messages
+  assert "checkpoint 6 was skipped: the run diverged" in messages
+  lines = [line for line in read_metrics(tmp_path / "diverged") if "loss" in line]
+  assert [line["step"] for line in lines] == list(range(1, 11))
+  assert [line.get("rollbacks", 0) for line in lines] == [0] * 4 + [1] * 6
   final = final_state(tmp_path / "diverged", config, 10)
-  assert final[1] == {"next_index": (10 + 3) * 16}  # two bad batches, and the one that was on its way
+  assert final[1] == {"next_index": (10 + 3) * 16}  # two bad batches, and the one that was in flight
   assert int(final[0].skipped["total"]) == 0
-  # Killed after it went back and before the next checkpoint, it comes to the same.
+  # A run that is killed between the rollback and the next checkpoint ends the same way,
   train_until(6, config, tmp_path / "killed", time=2)
   train.train(config, tmp_path / "killed")
-  # And so does a run that never met the bad data.
-  train_until(5, config, tmp_path / "told")
-  Rollbacks(tmp_path / "told").record(2, 6, 4, {"next_index": 112})
-  train.train(config, tmp_path / "told")
-  for name in ("killed", "told"):
+  # and so does a run that never met the bad data.
+  train_until(5, config, tmp_path / "informed")
+  Rollbacks(tmp_path / "informed").record(2, 6, 4, {"next_index": 112})
+  train.train(config, tmp_path / "informed")
+  for name in ("killed", "informed"):
     assert losses_on_disk(tmp_path / name) == losses_on_disk(tmp_path / "diverged")
     other = final_state(tmp_path / name, config, 10)
     assert_equal(other[0], final[0])
@@ -403,7 +418,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_the_loss_goes_on_the_same_on_fewer_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_with_the_same_losses_on_another_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(sharding, "MIN_SIZE", 256)
   config = bare()
   use_mesh(monkeypatch, 1, 1)
@@ -489,7 +504,7 @@ def test_the_loss_goes_on_the_same_on_fewer_devices(tmp_path: Path, monkeypatch:
     ({"model.text.eot": 3}, r"eot=3: config.model.text.tokenizer='openai' ends texts with 49407"),
   ],
 )
-def test_bad_config_is_refused_before_compiling(change: dict, message: str, tmp_path: Path) -> None:
+def test_a_bad_config_is_rejected_before_compiling(change: dict, message: str, tmp_path: Path) -> None:
   config = tiny_config("declip")
   config.update_from_flattened_dict(change)
   with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -5,6 +5,8 @@ from typing import Any, Self
 
 import jax
 
+from declip_jax.reporting.progress import message
+
 
 def parse_steps(text: str) -> tuple[int, int]:
   """Parses the first and the last step from a text such as "100:110".
@@ -65,4 +67,4 @@ class Trace:
 
   def __exit__(self, *_: object) -> None:
     if self._active:
-      print(self._stop("the end"))
+      message(self._stop("the end"))

@@ -42,4 +42,4 @@ def test_a_trace_covers_its_steps_and_ends_with_the_run(
   with Trace(tmp_path, (3, 9)) as trace:
     trace.begin(5, ())  # a run that resumed within the steps to trace
   assert calls == [f"start {tmp_path}", "stop"]
-  assert f"tensorboard --logdir {tmp_path}" in capsys.readouterr().out
+  assert f"tensorboard --logdir {tmp_path}" in capsys.readouterr().err
