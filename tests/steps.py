@@ -1,92 +1,179 @@
-"""A few steps of a method on any mesh, without a trainer around them: python tests/steps.py OUT PORT PROCESS METHOD...
+"""A few train steps of a method on any mesh, without the training loop: tests/steps.py OUT PORT PROCESS METHOD...
 
-As a command it is one of two processes of one device each that take these steps together; the first writes to OUT.
+As a command it is one of two processes with one device each that take these steps together; the first writes OUT.
 """
 
+from collections.abc import Mapping
+import dataclasses
+import functools
 from pathlib import Path
 import sys
 from typing import Any, NamedTuple
+from unittest import mock
 
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 import optax
 from tiny import tiny_config
 
 from declip_jax import architectures, build, sharding
 from declip_jax.build import make_step
-from declip_jax.sharding import batch_sharding, replicated, to_global
-from declip_jax.training.state import abstract_state, create_state
+from declip_jax.data.recipes import RECIPES
+from declip_jax.objectives import TERMS
+from declip_jax.sharding import batch_sharding, gather, replicated, shard_like, to_global
+from declip_jax.training.gradient import make_gradient
+from declip_jax.training.state import State, abstract_state, init_state
 
 STEPS, BATCH = 3, 16
 
 
-class SecondGradient(NamedTuple):
+class FirstGradient(NamedTuple):
   count: jax.Array
   gradient: Any
 
 
-def keep_second_gradient() -> optax.GradientTransformation:
-  """Changes no update: its state is the gradient of the second step."""
+def keep_first_gradient() -> optax.GradientTransformation:
+  """Changes no update; its state is the gradient of the first step."""
 
-  def update(gradient: Any, state: SecondGradient, params: Any = None) -> tuple[Any, SecondGradient]:
+  def update(gradient: Any, state: FirstGradient, params: Any = None) -> tuple[Any, FirstGradient]:
     del params
-    kept = jax.tree.map(lambda new, old: jnp.where(state.count == 1, new, old), gradient, state.gradient)
-    return gradient, SecondGradient(state.count + 1, kept)
+    kept = jax.tree.map(lambda new, old: jnp.where(state.count == 0, new, old), gradient, state.gradient)
+    return gradient, FirstGradient(state.count + 1, kept)
 
   return optax.GradientTransformation(
-    lambda params: SecondGradient(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)), update
+    lambda params: FirstGradient(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)), update
   )
 
 
-def take_steps(method: str, data: int, fsdp: int, **settings: object) -> dict[str, np.ndarray]:
-  """Metrics of each step of METHOD or "METHOD resnet", parameters and collections behind the last, and the gradient of
-  the second, by path.
+# DeCLIP's views and one with hidden patches: every term has what it needs.
+_EVERYTHING = dataclasses.replace(
+  RECIPES["declip"],
+  image_views=("strong", "strong", "weak"),
+  views=RECIPES["declip"].views.replace(masked_image=2),
+)
 
-  The neighbour bank is full after the first step, whose learning rate is 0: the second has the same parameters whatever
-  the mesh, and all terms. `settings` are fields of the config.
-  The examples, noise with captions of any tokens, are the same in the same order whatever the mesh.
+
+def step_config(method: str) -> ConfigDict:
+  """The tiny config of METHOD, METHOD_repo, or EVERYTHING: all terms at once; with a ResNet for "... resnet".
+
+  A ResNet hides no patches, so that everything is then all but masked image modelling.
   """
-  config = tiny_config(method.removesuffix(" resnet"))
-  if method.endswith(" resnet"):
+  name, resnet = method.removesuffix(" resnet"), method.endswith(" resnet")
+  config = tiny_config(name.replace("everything", "defilip"))
+  if name.startswith("everything"):
+    for term, field in config.objective.items():
+      if not resnet or "masked_image" not in TERMS[term].views:
+        field.weight = field.weight or 0.1
+    config.data.recipe = "everything"
+  if resnet:
+    config.optimizer.frozen = ()
     config.model.image = architectures.resnet(4, (1, 1, 1, 1))
     config.model.image.norm_groups = 2
     config.model.heads.image_bias = True
     config.data.image_size = 64
   config.model.heads.bank_size = BATCH
   config.optimizer.warmup_start = 0.0
-  config.log_every = 1
-  config.update(settings)
+  if name.startswith("everything"):
+    config.optimizer.logit_scale_range = (3.0, 6.0)  # the scales start below it
+    config.optimizer.epsilon = 1e-3  # Adam makes no large steps out of rounding errors
+  return config
+
+
+def build_steps(config: ConfigDict, data: int = 1, fsdp: int = 1) -> build.Built:
+  """What a config describes, on a mesh of the first devices."""
   config.mesh.update({"data": data, "fsdp": fsdp})
-  built = build.build(config, jax.devices()[: data * fsdp])
-  mesh = built.mesh
-  built = built._replace(optimizer=optax.chain(keep_second_gradient(), built.optimizer))
-  model = {"model": built.model, "optimizer": built.optimizer}
-  shapes = built.batch_shape(BATCH)
-  abstract = abstract_state(shapes, mesh, **model)
-  state = create_state(0, shapes, abstract, **model)
+  with mock.patch.dict(RECIPES, {"everything": _EVERYTHING}):
+    return build.build(config, jax.devices()[: data * fsdp])
+
+
+@functools.cache
+def first_state(method: str) -> State:
+  """The state before the first step as NumPy arrays, compiled once for all meshes.
+
+  The neighbour bank counts as full, so that the first step has all terms.
+  """
+  built = build_steps(step_config(method))
+  init = functools.partial(init_state, 0, model=built.model, optimizer=_chain(built.optimizer))
+  zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in built.batch_shape(BATCH).items()}
+  state = jax.tree.map(np.asarray, jax.jit(init)(zeros))
+  if bank := state.collections["heads"].get("bank"):
+    bank["text"] = bank["text"]._replace(filled=np.int32(BATCH))
+  return state
+
+
+def take_steps(method: str, data: int, fsdp: int, **settings: object) -> dict[str, np.ndarray]:
+  """Takes `STEPS` steps of `step_config(method)` on a mesh, with `settings` as further fields of the config.
+
+  The examples, noise with captions of any tokens, are the same in the same order whatever the mesh.
+
+  Returns:
+    By name: metrics of each step, parameters and collections after the last, and the gradient of the first.
+  """
+  config = step_config(method)
+  config.update(settings)
+  built = build_steps(config, data, fsdp)
+  mesh, built = built.mesh, built._replace(optimizer=_chain(built.optimizer))
+  abstract = abstract_state(built.batch_shape(BATCH), mesh, model=built.model, optimizer=built.optimizer)
+  state = jax.tree.map(
+    lambda x, like: jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index]),
+    first_state(method),
+    abstract,
+  )
   step = make_step(config, built, build.to_steps(config, 256), abstract)
   result, rng = {}, np.random.default_rng(0)
   for index in range(STEPS):
     batch = {name: local_rows(x) for name, x in random_batch(built, rng).items()}
     state, metrics = step(state, to_global(batch, batch_sharding(mesh)))
     result |= {f"{name}/{index}": value for name, value in metrics.items()}
-  assert result["lr/0"] == 0
   whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))
   tree = {"params": state.params, "collections": state.collections, "gradient": state.opt_state[0].gradient}
-  tree = jax.tree.map(np.asarray, whole(tree))
-  collections = tree["collections"]
-  flat = {path: value for path, value in flatten_dict(tree, sep="/").items() if not path.endswith("bank/text")}
-  if bank := collections["heads"].get("bank"):
-    flat |= {f"bank/{name}": value for name, value in bank["text"]._asdict().items()}
-  return {name: np.asarray(value) for name, value in {**result, **flat}.items()}
+  return _flatten(result, jax.tree.map(np.asarray, whole(tree)))
+
+
+def take_gradient(method: str, data: int, fsdp: int, micro_batches: int = 1) -> dict[str, np.ndarray]:
+  """The metrics and the gradient of the first step of `take_steps`, by the same names, without the rest of the step."""
+  config = step_config(method)
+  built = build_steps(config, data, fsdp)
+  mesh, state = built.mesh, first_state(method)
+  gradient = make_gradient(
+    "cached",
+    micro_batches,
+    model=built.model,
+    objective=built.objective,
+    frozen=config.optimizer.frozen,
+    gather=functools.partial(gather, mesh=mesh, dtype=jnp.float32),
+  )
+  params, collections = (jax.device_put(x, shard_like(x, mesh)) for x in (state.params, state.collections))
+  batch = to_global(random_batch(built, np.random.default_rng(0)), batch_sharding(mesh))
+  result, gradients = jax.jit(gradient, out_shardings=(None, shard_like(params, mesh)))(params, collections, batch, 0)
+  return _flatten({f"{name}/0": value for name, value in result.metrics.items()}, {"gradient": gradients})
+
+
+def _flatten(metrics: Mapping[str, Any], tree: dict[str, Any]) -> dict[str, np.ndarray]:
+  flat = flatten_dict(tree, sep="/")
+  bank = flat.pop("collections/heads/bank/text", None)
+  if bank is not None:
+    flat |= {f"bank/{name}": value for name, value in bank._asdict().items()}
+  return {name: np.asarray(value) for name, value in {**metrics, **flat}.items()}
+
+
+@functools.cache
+def one_device(method: str) -> dict[str, np.ndarray]:
+  """`take_steps` on one device, with which the others are compared."""
+  return take_steps(method, 1, 1)
+
+
+def _chain(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  return optax.chain(keep_first_gradient(), optimizer)
 
 
 def compare(method: str, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-  """Two results of `take_steps` are equal to 1e-5 in what the loss can see.
+  """Asserts that two results differ by at most 1e-5 in what the loss depends on.
 
-  A gradient is so to 1e-5 of its largest entry; to 2e-5 in a ResNet, whose sums over a batch stand behind one another.
+  Gradients differ by at most 1e-5 of their largest entry; by 2e-5 in a ResNet, with its chain of sums over the batch.
   """
   assert found.keys() == expected.keys()
   for name, value in expected.items():
@@ -95,18 +182,17 @@ def compare(method: str, found: dict[str, np.ndarray], expected: dict[str, np.nd
       ours, value = (np.delete(np.stack(np.split(x, 3, axis=-1)), 1, axis=0) for x in (ours, value))
     if not blind(method, name) and not name.startswith("skipped"):
       largest = np.abs(value).max()
-      of_gradient = largest * (2 if method.endswith(" resnet") else 1)
-      scale = 1e-5 * (of_gradient if name.startswith("gradient/") else max(1, largest))
+      of_largest = largest * (2 if method.endswith(" resnet") else 1)
+      scale = 1e-5 * (of_largest if name.startswith("gradient/") else max(1, largest))
       np.testing.assert_allclose(ours, value, rtol=0, atol=scale, err_msg=f"{method}: {name}")
 
 
 def blind(method: str, name: str) -> bool:
-  """Whether the loss cannot see a parameter, so that its exact gradient is zero.
+  """Whether the loss does not depend on a parameter, so that its exact gradient is zero.
 
-  So it is with a bias in front of a batch norm, and that of SimSiam's projections, whose prediction starts with a
+  That is the case for a bias before a batch norm, and for that of SimSiam's projections, whose prediction starts with a
   linear layer and a batch norm. Adam turns the rounding noise of their gradients into steps of full size, and the
-  running means of these heads follow them. (The bias of the keys, which softmax does not see, is taken out by
-  `compare`.)
+  running means of these heads follow them. (`compare` drops the bias of the keys, which cancels in the softmax.)
   """
   part = name.split("/")[-2:]
   head = any(
