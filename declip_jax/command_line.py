@@ -108,18 +108,24 @@ class _ConfigParser(flags.ArgumentParser):
   def parse(self, argument: str) -> ConfigDict:
     config = config_files.load(argument).lock()
     for text in flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False):
-      if field := re.match(r"--?(?:no)?config\.([^=\[]+)", text):
-        check_field(config, field[1])
+      if field := re.match(r"--?(?:no)?config\.([^=\[]+)=?(.*)", text):
+        check_field(config, field[1], field[2])
     return config
 
   def flag_type(self) -> str:
     return "config"
 
 
-def check_field(config: ConfigDict, field: str) -> None:
-  """Raises `ValueError` for a dotted `field` that `config` does not have, with the closest fields."""
+def check_field(config: ConfigDict, field: str, value: str) -> None:
+  """Checks that a `value` can be set for a dotted `field`.
+
+  Raises:
+    ValueError: `config` has no such field; names the closest ones. Or the field has fields itself.
+  """
   known = dict(_fields(config))
   if field in known:
+    if isinstance(known[field], ConfigDict) and value and not value.startswith("{"):
+      raise ValueError(f"config.{field} cannot be {value!r}, since it has fields: {', '.join(known[field])}")
     return
   leaf = field.rpartition(".")[2]
   same = [name for name in known if name.rpartition(".")[2] == leaf]
@@ -137,9 +143,10 @@ def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _one_line(error: Exception) -> str:
   """Returns what is wrong with a flag, without the text that absl wraps it in."""
   text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-  if missing := re.fullmatch(r"flag --(\w+)=None: Flag --\w+ must have a value other than None\.", text):
-    return f"--{missing[1]} is required"
-  return text
+  if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
+    return f"--{' and --'.join(missing)} {'are' if len(missing) > 1 else 'is'} required"
+  text = re.sub("invalid literal for int.. with base 10:.*", "not an integer", text)
+  return re.sub("could not convert string to float:.*", "not a number", text)
 
 
 def help_text(doc: str, values: flags.FlagValues) -> list[str]:
@@ -167,7 +174,8 @@ def _flag_lines(flag: flags.Flag) -> list[str]:
   else:
     head = f"--{flag.name}={_value_name(flag)}"
   default = "" if flag.default in (None, "", False) else f" (default: {flag.default})"
-  text = re.sub("^<[^>]*>: ", "", flag.help or "")  # absl writes the values of an enum into its help
+  # absl adds the values of an enum, and that a flag can be repeated.
+  text = re.sub(r"^<[^>]*>: |;\s+repeat this option.*", "", flag.help or "", flags=re.DOTALL)
   margin = " " * 6
   return [f"  {head}", *textwrap.wrap(f"{text}{default}", 120, initial_indent=margin, subsequent_indent=margin)]
 
