@@ -1,68 +1,78 @@
-"""A train step of CLIP beside open_clip's, on the same device: python benchmarks/beside_open_clip.py
+"""Times a train step of CLIP beside open_clip's, on the same device: python benchmarks/beside_open_clip.py
 
-Both take the same weights, images and captions, in the same dtype, and do the same: forward, symmetric InfoNCE,
-backward, AdamW with the same numbers, clipping of the scale. That they do is checked: the losses of the first two steps
-must agree. Then they take turns, round after round, so that a noisy machine treats them alike. "trimmed" is our step
-with `config.model.text.buckets`: texts are cut behind the longest of a batch, which a causal mask makes exact.
+Both have the same weights, images, captions and dtype, and compute the same step: forward, symmetric InfoNCE, backward,
+AdamW with the same hyperparameters, clipping of the scale. The losses of the first two steps must agree. Then they take
+turns, round after round, so that noise of the machine affects both alike. "trimmed" is our step with
+`config.model.text.buckets`: each batch is trimmed to its longest text, which is exact because of the causal mask.
 
-On a CPU both have all cores. On a GPU open_clip runs under torch.compile with its fastest settings; the table also
-gives images per second, and the share of the highest product rate measured on that device that the model's FLOPs make.
+On a CPU both use all cores. On a GPU open_clip runs under torch.compile with its fastest settings; the table also shows
+images per second, and the model's FLOP/s as a share of the highest rate of a matrix product measured on the device.
 
-  make bench-open-clip                                       on this machine; installs PyTorch and open_clip apart
+  make bench-open-clip                                       on this machine; installs PyTorch in its own environment
   ... --source "webdataset:data/test-*.tar"                  captions of a source (default: embedded scenes)
   ... --model ViT-B-16 --dtype bfloat16 --batch-size 256     for a GPU
 """
 
 import argparse
 from collections.abc import Callable, Iterator
+import itertools
 import os
 from pathlib import Path
 import tempfile
 import time
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both need room on a GPU, and have one
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both share the memory of one GPU
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
+from command import parser
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rivals import import_torchvision
-from steps import Step, compile_step
-import torch
+from rivals import optional_import
+from rounds import median_ratio, seconds_in_turn
+from train_step import TrainStep, make_train_step
 
 from declip_jax import build
 from declip_jax import config as config_lib
-from declip_jax.build import make_step
 from declip_jax.data.sources import open_source
-from declip_jax.planning import flops
+from declip_jax.planning.compile import compile_step
 from declip_jax.sharding import batch_sharding, to_global
-from declip_jax.training.state import abstract_state, create_state
+from declip_jax.training.state import create_state
 from declip_jax.weights.initial import load_weights
 from declip_jax.weights.read import read
 
-import_torchvision()
-import open_clip  # noqa: E402 (imports torchvision)
+torch, open_clip = optional_import("torch"), optional_import("open_clip")
 
-BATCHES = 8  # that the steps go round
+BATCHES = 8  # the steps cycle through them
 ADAMW = {"lr": 5e-4, "betas": (0.9, 0.98), "eps": 1e-6}
 DECAY = 0.2
 
 
 def main() -> None:
   """Prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--model", default="ViT-B-32", help="open_clip's name of a ViT (default: ViT-B-32)")
-  parser.add_argument("--batch-size", type=int, default=16, help="pairs (default: 16)")
-  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations")
-  parser.add_argument("--remat", default="dots", help="config.model.remat of ours (default: dots, as in our configs)")
-  parser.add_argument("--unroll", type=int, default=1, help="config.model.unroll of ours (default: 1)")
-  parser.add_argument("--buckets", type=int, nargs="+", default=[16, 24, 32, 48], help="of the trimmed step")
-  parser.add_argument("--source", default="scenes:train/256/32", help="whose captions are read")
-  parser.add_argument("--rounds", type=int, default=10, help="timed steps of each (default: 10)")
-  parser.add_argument("--declip", action="store_true", help="also time our DeCLIP step with this architecture")
-  parser.add_argument("--profile", type=Path, help="folder for a trace of two of our steps")
-  args = parser.parse_args()
+  arguments = parser(__doc__)
+  arguments.add_argument("--model", default="ViT-B-32", help="a ViT of open_clip (default: ViT-B-32)")
+  arguments.add_argument("--batch-size", type=int, default=16, help="pairs per step (default: 16)")
+  arguments.add_argument(
+    "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of activations (default: float32)"
+  )
+  arguments.add_argument("--remat", default="dots", help="config.model.remat of our step (default: dots)")
+  arguments.add_argument("--unroll", type=int, default=1, help="config.model.unroll of our step (default: 1)")
+  arguments.add_argument(
+    "--buckets",
+    type=int,
+    nargs="+",
+    default=[16, 24, 32, 48],
+    help="lengths of the trimmed step (default: 16 24 32 48)",
+  )
+  arguments.add_argument("--source", default="scenes:train/256/32", help="data source of the captions")
+  arguments.add_argument("--rounds", type=int, default=10, help="timed steps of each (default: 10)")
+  arguments.add_argument("--declip", action="store_true", help="also time our DeCLIP step with this architecture")
+  arguments.add_argument("--profile", type=Path, help="folder for a trace of two of our steps")
+  args = arguments.parse_args()
+  if torch is None or open_clip is None:
+    arguments.error("PyTorch and open_clip are not installed; make bench-open-clip installs them")
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.manual_seed(0)
   model = open_clip.create_model(args.model)
@@ -74,54 +84,50 @@ def main() -> None:
       "trimmed": Ours(args, f"{folder}/model.pt", captions, tuple(args.buckets)),
     }
   contestants["open_clip"] = Theirs(args, model, contestants["declip_jax"].batches, device)
-  losses = {name: [one.take() for _ in range(2)] for name, one in contestants.items()}
+  losses = {name: [step() for _ in range(2)] for name, step in contestants.items()}
   tolerance = 2e-3 if args.dtype == "float32" else 5e-2
   for name, found in losses.items():
-    np.testing.assert_allclose(found, losses["open_clip"], rtol=tolerance, err_msg=f"{name} does not do the same")
+    np.testing.assert_allclose(found, losses["open_clip"], rtol=tolerance, err_msg=f"losses of {name} and open_clip")
   if args.declip:
     contestants["DeCLIP"] = declip_step(args)
-    contestants["DeCLIP"].take()
-  seconds: dict[str, list[float]] = {name: [] for name in contestants}
-  for _ in range(args.rounds):
-    for name, one in contestants.items():
-      start = time.perf_counter()
-      one.take()
-      seconds[name].append(time.perf_counter() - start)
+    contestants["DeCLIP"]()
+  seconds = seconds_in_turn(contestants, args.rounds)
   if args.profile:
     with jax.profiler.trace(args.profile):
       for _ in range(2):
-        contestants["declip_jax"].take()
-  counts = {name: contestants[name].flops for name in contestants if name not in ("trimmed", "open_clip")}
-  print_table(args, seconds, counts, highest_rate(args.dtype))
+        contestants["declip_jax"]()
+  flops = {
+    name: contestants[name].program.executed_flops for name in contestants if name not in ("trimmed", "open_clip")
+  }
+  print_table(args, seconds, flops, highest_rate(args.dtype))
 
 
 def read_captions(location: str, count: int) -> list[str]:
-  """The first captions of a source, from its start again where it is too short."""
+  """The first captions of a source; a source with fewer examples repeats."""
   source = open_source(location)
   return [source[index % len(source)]["captions"][0] for index in range(count)]
 
 
 class Ours:
-  """Our step, and batches for it."""
+  """Our step, and the batches of both sides."""
 
   def __init__(self, args: argparse.Namespace, weights: str, captions: list[str], buckets: tuple[int, ...]):
     loaded = read(weights, {"image.activation": "gelu", "text.activation": "gelu"} if "quick" not in args.model else {})
     config = config_lib.default("clip")
     config.batch_size = args.batch_size
     config.data.image_size = loaded.view.size
-    for part in ("image", "text"):
-      config.model[part] = loaded.model[part]
+    for tower in ("image", "text"):
+      config.model[tower] = loaded.model[tower]
     config.model.heads.embed_dim = loaded.model.heads.embed_dim
     config.model.text.buckets = buckets
     config.model.update({"dtype": args.dtype, "remat": args.remat, "unroll": args.unroll})
     config.optimizer.schedule, config.optimizer.warmup = "constant", config_lib.duration()
     config.optimizer.learning_rate, config.optimizer.weight_decay = ADAMW["lr"], DECAY
     (config.optimizer.b1, config.optimizer.b2), config.optimizer.epsilon = ADAMW["betas"], ADAMW["eps"]
-    config.log_every, config.duration = 0, config_lib.duration(steps=10**6)
-    built = build.build(config)
-    shapes, model = built.batch_shape(args.batch_size), {"model": built.model, "optimizer": built.optimizer}
-    abstract = abstract_state(shapes, built.mesh, **model)
-    state = create_state(0, shapes, abstract, **model)
+    config.log_every = 0
+    built, self.program = build.build(config), compile_step(config)
+    shapes = built.batch_shape(args.batch_size)
+    state = create_state(0, shapes, self.program.state, model=built.model, optimizer=built.optimizer)
     params, collections, _ = load_weights(state.params, state.collections, loaded, ("image", "text", "heads"))
     self.state = state.replace(params=params, collections=collections)
     rng = np.random.default_rng(0)
@@ -131,31 +137,29 @@ class Ours:
       for text in np.split(tokens, BATCHES)
     ]
     placed = [to_global(batch, batch_sharding(built.mesh)) for batch in self.batches]
-    traced = make_step(config, built, build.to_steps(config, 10**6), abstract).trace(abstract, placed[0])
-    self.flops = flops.num_flops(traced.jaxpr)
-    self._step, self._placed = traced.lower().compile(), round_and_round(placed)
+    self._placed = itertools.cycle(placed)
 
-  def take(self) -> float:
-    """One step; returns its loss."""
-    self.state, metrics = self._step(self.state, next(self._placed))
+  def __call__(self) -> float:
+    """Takes one step; returns its loss."""
+    self.state, metrics = self.program.compiled(self.state, next(self._placed))
     jax.block_until_ready(self.state)
     return float(metrics["loss"])
 
 
-def declip_step(args: argparse.Namespace) -> Step:
-  """DeCLIP's step with the same architecture, on noise and short captions: three times the views."""
+def declip_step(args: argparse.Namespace) -> TrainStep:
+  """DeCLIP's step with the same architecture, on noise and short captions; it has three times the views."""
   config = config_lib.default("declip", args.model.replace("-", "/").replace("ViT/", "ViT-"))
   config.batch_size = args.batch_size
   config.model.update({"dtype": args.dtype, "remat": args.remat, "unroll": args.unroll})
-  return compile_step(config)
+  return make_train_step(config)
 
 
 class Theirs:
   """open_clip's step on the same batches."""
 
-  def __init__(self, args: argparse.Namespace, model: torch.nn.Module, batches: list[dict], device: str):
+  def __init__(self, args: argparse.Namespace, model: Any, batches: list[dict], device: str):
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (config_lib.OPENAI_MEAN, config_lib.OPENAI_STD))
-    self._batches = round_and_round(
+    self._batches: Iterator[Any] = itertools.cycle(
       [
         (
           ((torch.from_numpy(batch["image"][:, 0]).permute(0, 3, 1, 2) / 255 - mean) / std).contiguous().to(device),
@@ -168,19 +172,19 @@ class Theirs:
     self._forward = torch.compile(model, mode="max-autotune-no-cudagraphs") if device == "cuda" else model
     self._loss = open_clip.ClipLoss()
     named = list(model.named_parameters())
-    kept = [p for name, p in named if p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name]
-    others = {id(p) for p in kept}
+    not_decayed = [p for name, p in named if p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name]
+    ids = {id(p) for p in not_decayed}
     groups = [
-      {"params": kept, "weight_decay": 0.0},
-      {"params": [p for _, p in named if id(p) not in others], "weight_decay": DECAY},
+      {"params": not_decayed, "weight_decay": 0.0},
+      {"params": [p for _, p in named if id(p) not in ids], "weight_decay": DECAY},
     ]
     self._optimizer = torch.optim.AdamW(groups, **ADAMW, fused=device == "cuda")
     if device == "cuda":
       torch.set_float32_matmul_precision("high")
     self._autocast = {"device_type": device, "dtype": torch.bfloat16, "enabled": args.dtype == "bfloat16"}
 
-  def take(self) -> float:
-    """One step; returns its loss."""
+  def __call__(self) -> float:
+    """Takes one step; returns its loss."""
     image, text = next(self._batches)
     self._optimizer.zero_grad()
     with torch.autocast(**self._autocast):
@@ -195,14 +199,8 @@ class Theirs:
     return loss.item()
 
 
-def round_and_round(batches: list[Any]) -> Iterator[Any]:
-  """The batches, again and again."""
-  while True:
-    yield from batches
-
-
 def highest_rate(dtype: str, size: int = 8192) -> float:
-  """FLOP/s of a large product of matrices on the device, as measured; on a CPU a smaller one."""
+  """Measured FLOP/s of a large matrix product on the device; on a CPU of a smaller one."""
   size = size if jax.default_backend() != "cpu" else 2048
   x = jnp.ones((size, size), dtype)
   product: Callable = jax.jit(lambda x: x @ x)
@@ -216,22 +214,22 @@ def highest_rate(dtype: str, size: int = 8192) -> float:
 
 
 def print_table(
-  args: argparse.Namespace, seconds: dict[str, list[float]], counts: dict[str, float], highest: float
+  args: argparse.Namespace, seconds: dict[str, list[float]], flops: dict[str, float], highest: float
 ) -> None:
-  """A row for each contestant; ratios are medians over the rounds, for neighbours in time are alike."""
+  """Prints a row for each contestant; ratios are medians over the rounds."""
   kind = jax.devices()[0].device_kind
   print(
     f"{args.model}, {args.batch_size} pairs, {args.dtype}, {kind}; PyTorch {torch.__version__}, JAX {jax.__version__}"
   )
-  known = ", ".join(f"{name} {count / 1e9:,.1f}" for name, count in counts.items())
-  print(f"highest rate of products {highest / 1e12:.2f} TFLOP/s; GFLOPs of a step: {known}")
-  counts = {"open_clip": counts["declip_jax"], **counts}
-  print(f"{'':12}{'best ms':>9}{'median ms':>11}{'pairs/s':>10}{'times open_clip':>17}{'of highest rate':>17}")
+  known = ", ".join(f"{name} {number / 1e9:,.1f}" for name, number in flops.items())
+  print(f"highest rate of a matrix product {highest / 1e12:.2f} TFLOP/s; GFLOPs of a step: {known}")
+  flops = {"open_clip": flops["declip_jax"], **flops}
+  print(f"{'':12}{'best ms':>9}{'median ms':>11}{'pairs/s':>10}{'speed x open_clip':>19}{'of highest rate':>17}")
   for name, times in seconds.items():
-    faster = np.median(np.asarray(seconds["open_clip"]) / np.asarray(times))
-    used = f"{counts[name] / min(times) / highest:16.0%}" if name in counts else ""
+    faster = median_ratio(seconds["open_clip"], times)
+    used = f"{flops[name] / min(times) / highest:16.0%}" if name in flops else ""
     print(f"{name:12}{1e3 * min(times):9.0f}{1e3 * np.median(times):11.0f}", end="")
-    print(f"{args.batch_size / min(times):10.1f}{faster:17.2f}{used}")
+    print(f"{args.batch_size / min(times):10.1f}{faster:19.2f}{used}")
 
 
 if __name__ == "__main__":

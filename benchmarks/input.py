@@ -1,20 +1,20 @@
-"""What the host does for a training, per core: images to views, captions to tokens, and finding one of 400 M samples.
+"""Speed of the input pipeline per core: images to views, captions to tokens, and reading one of 400 M samples.
 
-  make bench-input                                       installs the rivals apart, then runs this
+  make bench-input                                       installs the rivals in their own environment and runs this
   python benchmarks/input.py --source "webdataset:data/train-{0000..0003}.tar" --quick
 
-Views: images per second (of the data set; an image gives one to three views) for the views of each recipe. "fast" and
-"exact" are the engines of `declip_jax.data.images`; "device" is the host's part with `config.data.augment_on="device"`.
-All three make the texts of the recipe too. The rivals make views only: "torchvision" by its transforms on Pillow images
-with ToTensor and Normalize, as the loaders of SLIP, DeCLIP and open_clip do; "Pillow" by the same operations without
-torchvision and tensors. "decoding" is our decoder at full resolution and nothing else.
+Views: images per second (of the data set; an image has one to three views) for each recipe. "fast" and "exact" are the
+engines of `declip_jax.data.images`; "device" is the host's share with `config.data.augment_on="device"`. All three make
+the texts of the recipe as well. The rivals make views only: "torchvision" with its transforms on Pillow images,
+ToTensor and Normalize, like the loaders of SLIP, DeCLIP and open_clip; "Pillow" with the same operations without
+torchvision and tensors. "decoding" is our decoder at full resolution alone.
 
-Tokens: captions per second, beside OpenAI's tokenizer as open_clip ships it. That keeps all words it has met: it is
-given as many other captions before, so that frequent words cost it nothing any more and rare ones do.
+Tokens: captions per second, and those of OpenAI's tokenizer as open_clip ships it. That one caches every word, and is
+warmed up with as many other captions, so that frequent words cost nothing and rare ones do.
 
-Everything is measured in CPU time of one thread, from bytes in memory. The contestants take turns on the same images,
-round after round, so that a noisy machine treats them alike; figures are medians over the rounds, "faster" that of the
-ratios to torchvision. What is not installed is left out.
+All figures are CPU time of one thread, from bytes in memory. The contestants take turns on the same images, round after
+round, so that noise of the machine affects all alike; figures are medians over the rounds, "x torchvision" those of the
+ratios to torchvision. Libraries that are not installed are skipped.
 """
 
 import argparse
@@ -31,12 +31,13 @@ import tempfile
 import time
 from typing import Any
 
+from command import parser
 import cv2
 import grain
 from images import synthetic_photo
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from rivals import import_torchvision
+from rivals import optional_import
 
 from declip_jax.data import images
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
@@ -46,39 +47,31 @@ from declip_jax.data.sources.webdataset import WebDataset
 from declip_jax.data.text.tokenizer import OpenAI, Tokenizer
 
 GOALS = {("declip", "fast"): 2.5, ("declip", "device"): 4.0, ("clip", "fast"): 1.5, ("tokens", "plain"): 10.0}
-ROWS = (*RECIPES, "open_clip")
+RECIPE_ROWS = (*RECIPES, "open_clip")
 Work = Callable[[Any], object]
 
 
-def import_rivals() -> tuple[Any, Any, Any]:
-  """torch, torchvision's transforms and open_clip's tokenizer; None for each that is not installed."""
-  try:
-    import torch
-  except ImportError:
-    return None, None, None
-  transforms = tokenizer = None
-  with contextlib.suppress(ImportError):
-    import_torchvision()
-    from torchvision import transforms
-  with contextlib.suppress(ImportError):
-    from open_clip.tokenizer import SimpleTokenizer as tokenizer
-  return torch, transforms, tokenizer
-
-
-torch, transforms, SimpleTokenizer = import_rivals()
+torch, transforms = optional_import("torch"), optional_import("torchvision.transforms")
+open_clip = optional_import("open_clip")
 
 
 def main() -> None:
   """Prints the tables."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--source", action="append", default=[], help="of images too, such as webdataset:...; repeatable")
-  parser.add_argument("--recipes", nargs="+", choices=ROWS, default=ROWS, metavar="RECIPE", help="rows (default: all)")
-  parser.add_argument("--size", type=int, default=224, help="pixels of a view (default: 224)")
-  parser.add_argument("--images", type=int, default=64, help="of each source (default: 64)")
-  parser.add_argument("--seconds", type=float, default=3, help="for each figure (default: 3)")
-  parser.add_argument("--samples", type=int, default=400_000_000, help="of the synthetic index (default: 400 M)")
-  parser.add_argument("--quick", action="store_true", help="0.3 seconds for each figure: whether it works")
-  args = parser.parse_args()
+  arguments = parser(__doc__)
+  arguments.add_argument(
+    "--source", action="append", default=[], help="also measure images of a source, such as webdataset:...; repeatable"
+  )
+  arguments.add_argument(
+    "--recipes", nargs="+", choices=RECIPE_ROWS, default=RECIPE_ROWS, metavar="RECIPE", help="recipes (default: all)"
+  )
+  arguments.add_argument("--size", type=int, default=224, help="side of a view in pixels (default: 224)")
+  arguments.add_argument("--images", type=int, default=64, help="images of each source (default: 64)")
+  arguments.add_argument("--seconds", type=float, default=3, help="seconds for each figure (default: 3)")
+  arguments.add_argument(
+    "--samples", type=int, default=400_000_000, help="samples of the synthetic index (default: 400 M)"
+  )
+  arguments.add_argument("--quick", action="store_true", help="check that everything runs: 0.3 seconds for each figure")
+  args = arguments.parse_args()
   seconds = 0.3 if args.quick else args.seconds
   cv2.setNumThreads(0)
   if torch:
@@ -92,7 +85,7 @@ def main() -> None:
   reached |= bench_tokens(args.source, seconds)
   bench_index(args.samples, seconds)
   if reached:
-    row("goal", "times as fast", "measured")
+    row("goal", "speedup", "measured")
     row(*["---"] * 3)
   for (label, column), goal in GOALS.items():
     if (label, column) in reached:
@@ -100,29 +93,29 @@ def main() -> None:
 
 
 def alternate(works: dict[str, Work], items: Sequence[Any], seconds: float, block: int) -> dict[str, np.ndarray]:
-  """CPU seconds per item of each, `[rounds]`; in a round all of them do the same block of items, in changing order.
+  """CPU seconds per item of each function, `[rounds]`; in a round all process the same block, in changing order.
 
-  A turn has to last milliseconds, or what it costs is to get the processor's caches back from the one before.
+  A turn should last milliseconds, so that refilling the processor's caches after the previous turn does not dominate.
   """
   spent: dict[str, list[float]] = {name: [] for name in works}
   blocks = itertools.cycle([items[i : i + block] for i in range(0, len(items), block)])
   names, end = list(works), time.perf_counter() + seconds * len(works)
   while len(spent[names[0]]) < 4 or time.perf_counter() < end:
-    some = next(blocks)
+    items_of_round = next(blocks)
     for name in names:
       before = time.thread_time()
-      for item in some:
+      for item in items_of_round:
         works[name](item)
-      spent[name].append((time.thread_time() - before) / len(some))
+      spent[name].append((time.thread_time() - before) / len(items_of_round))
     names = names[1:] + names[:1]
   return {name: np.array(spent[name][1:]) for name in works}  # the first round warms up
 
 
 def figures(spent: dict[str, np.ndarray], ours: Sequence[str], rival: str) -> tuple[list[str], dict[str, float]]:
-  """Cells of a row: items per second of each, then how many times faster than the rival each of `ours` is."""
+  """Cells of a row: items per second of each contestant, then the speedup of each of `ours` over the rival."""
   rates = [f"{1 / np.median(times):,.0f}" for times in spent.values()]
-  faster = {name: float(np.median(spent[rival] / spent[name])) for name in ours if rival in spent}
-  return rates + [f"{ratio:.2f} x" for ratio in faster.values()], faster
+  speedups = {name: float(np.median(spent[rival] / spent[name])) for name in ours if rival in spent}
+  return rates + [f"{ratio:.2f} x" for ratio in speedups.values()], speedups
 
 
 def row(*cells: object) -> None:
@@ -134,7 +127,7 @@ def row(*cells: object) -> None:
 
 
 def photos(count: int) -> list[Example]:
-  """Synthetic JPEG photographs of 500 x 375 pixels with captions: what web-scraped pairs cost to decode."""
+  """Synthetic JPEG photos of 500 x 375 pixels with captions, as costly to decode as pairs from the web."""
   rng = np.random.default_rng(0)
   texts = captions(count, 0.0)
   return [
@@ -143,7 +136,7 @@ def photos(count: int) -> list[Example]:
 
 
 def sample(spec: str, count: int) -> list[Example]:
-  """Usable examples from all over a source."""
+  """Usable examples at regular intervals of a source."""
   source, found = open_source(spec), []
   for index in np.linspace(0, len(source) - 1, min(count, len(source)), dtype=int):
     try:
@@ -158,35 +151,33 @@ def sample(spec: str, count: int) -> list[Example]:
 def bench_views(
   name: str, examples: list[Example], args: argparse.Namespace, seconds: float
 ) -> dict[tuple[str, str], float]:
-  """Prints the table of one source; returns how many times faster than torchvision each row and column is."""
+  """Prints the table of one source; returns the speedup over torchvision by row and column."""
   kilobytes = np.mean([len(e["image"]) for e in examples if isinstance(e["image"], bytes)]) / 1000
   shapes = np.array([(p.width, p.height) for p in (images.open_photo(e["image"]) for e in examples)])
   width, height = np.median(shapes, axis=0)
-  print(
-    f"{name}: {len(examples)} images, {kilobytes:.0f} kB, in the middle {width:.0f} x {height:.0f} pixels; ", end=""
-  )
+  print(f"{name}: {len(examples)} images, {kilobytes:.0f} kB, median {width:.0f} x {height:.0f} pixels; ", end="")
   print(f"views of {args.size} pixels; images per second and core:\n")
   ours, reached, done = ("fast", "exact", "device"), {}, {}
   header = ["recipe", "views", "decoding", *ours, *(["torchvision"] if transforms else []), "Pillow"]
-  row(*header, *(f"{engine} faster" for engine in ours if transforms))
+  row(*header, *(f"{engine} x torchvision" for engine in ours if transforms))
   row(*["---"] * (len(header) + 3 * bool(transforms)))
   for label in args.recipes:
-    # open_clip crops less, and with another interpolation, than the others do for CLIP.
+    # open_clip crops less than the others, and interpolates differently.
     recipe = get_recipe("clip", {"weak_scale": (0.9, 1.0)}) if label == "open_clip" else RECIPES[label]
     interpolation = "bicubic" if label == "open_clip" else "bilinear"
     if (same := done.setdefault((recipe.augmentations, interpolation), label)) != label:
-      row(label, len(recipe.image_views), f"as {same}")
+      row(label, len(recipe.image_views), f"same as {same}")
       continue
     spent = alternate(contestants(recipe, args.size, interpolation), examples, seconds, block=8)
-    cells, faster = figures(spent, ours, "torchvision")
+    cells, speedups = figures(spent, ours, "torchvision")
     row(label, len(recipe.image_views), *cells)
-    reached |= {(label, engine): ratio for engine, ratio in faster.items()}
+    reached |= {(label, engine): ratio for engine, ratio in speedups.items()}
   print()
   return reached
 
 
 def contestants(recipe: Recipe, size: int, interpolation: str) -> dict[str, Work]:
-  """Each from an example to its views."""
+  """Functions from an example to its views."""
   rng = np.random.default_rng(0)
   masking = Masking(patch_grid=size // 16)
   make = {
@@ -213,7 +204,7 @@ def contestants(recipe: Recipe, size: int, interpolation: str) -> dict[str, Work
 
 
 def torchvision_chain(a: images.Augmentation, size: int, interpolation: str) -> Callable[[Image.Image], Any]:
-  """The transforms of SLIP's, DeCLIP's and open_clip's loaders for such a view; of what they do not do, none."""
+  """The transforms of SLIP's, DeCLIP's and open_clip's loaders for such a view, and no others."""
   mode = transforms.InterpolationMode(interpolation)
 
   def blur(image: Image.Image) -> Image.Image:
@@ -238,43 +229,47 @@ def torchvision_chain(a: images.Augmentation, size: int, interpolation: str) -> 
 def pillow_view(
   image: Image.Image, augmentation: images.Augmentation, size: int, interpolation: str, rng: np.random.Generator
 ) -> np.ndarray:
-  """A view by Pillow alone."""
-  plan = images.draw(augmentation, image.height, image.width, size, rng)
-  crop = plan.crop
+  """A view made by Pillow alone."""
+  params = images.draw(augmentation, image.height, image.width, size, rng)
+  crop = params.crop
   top, left, height, width = crop.box
   resample = Image.Resampling[interpolation.upper()]
   view = image.crop((left, top, left + width, top + height)).resize((crop.width, crop.height), resample)
   view = view.crop((crop.left, crop.top, crop.left + size, crop.top + size))
   enhance = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "saturation": ImageEnhance.Color}
-  for operation, factor in plan.jitter:
+  for operation, factor in params.jitter:
     if operation != "hue":
       view = enhance[operation](view).enhance(factor)
       continue
     hue, saturation, value = view.convert("HSV").split()
     hue = hue.point([(level + int(factor * 255)) % 256 for level in range(256)])
     view = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-  if plan.grayscale:
+  if params.grayscale:
     view = ImageOps.grayscale(view).convert("RGB")
-  if plan.blur is not None:
-    view = view.filter(ImageFilter.GaussianBlur(plan.blur))
-  if plan.solarize:
+  if params.blur is not None:
+    view = view.filter(ImageFilter.GaussianBlur(params.blur))
+  if params.solarize:
     view = ImageOps.solarize(view)
-  return np.asarray(ImageOps.mirror(view) if plan.flip else view)
+  return np.asarray(ImageOps.mirror(view) if params.flip else view)
 
 
 # Tokens.
 
 
 def captions(count: int, foreign: float) -> list[str]:
-  """Captions as the web writes them: 4 to 24 words, endings of file names and dates, a share with other characters.
+  """Captions like those on the web: 4 to 24 words, some ending in file names or dates.
 
-  The words are those of OpenAI's vocabulary, as often as Zipf's law has it; one in twelve is two of them in one, for
-  the names and the rare words, which take several tokens.
+  The words are those of OpenAI's vocabulary, with frequencies by Zipf's law. One in twelve joins two of them and takes
+  several tokens, like names and rare words.
+
+  Args:
+    count: number of captions.
+    foreign: share of captions with characters beyond ASCII.
   """
   rng, encoder = np.random.default_rng(1), OpenAI()
   words = [
     encoder.decode([int(index)]).strip() for index in np.flatnonzero(encoder.word_marks()[1]) if index >= 512
-  ]  # no bytes
+  ]  # no single bytes
   words = [word for word in words if word.isascii() and word.isalpha()]
   chances = 1 / np.arange(10, len(words) + 10)
   chosen = rng.choice(words, (2, count, 24), p=chances / chances.sum()).tolist()
@@ -290,7 +285,7 @@ def captions(count: int, foreign: float) -> list[str]:
 
 
 def read_captions(spec: str, count: int) -> list[str]:
-  """The first captions of examples from all over a source."""
+  """The first captions of examples at regular intervals of a source."""
   source, found = open_source(spec), []
   for index in np.linspace(0, len(source) - 1, min(count, len(source)), dtype=int):
     with contextlib.suppress(BadSample):
@@ -299,27 +294,26 @@ def read_captions(spec: str, count: int) -> list[str]:
 
 
 def bench_tokens(sources: list[str], seconds: float) -> dict[tuple[str, str], float]:
-  """Prints the table of tokenizers; returns how many times faster than OpenAI's ours is."""
+  """Prints the table of tokenizers; returns our speedup over OpenAI's."""
   texts = {"plain": captions(20_000, 0.0), "1 in 10 beyond ASCII": captions(20_000, 0.1)}
   texts |= {spec: read_captions(spec, 20_000) for spec in sources}
-  tokenizer, rival = Tokenizer(77), SimpleTokenizer() if SimpleTokenizer else None
+  tokenizer, rival = Tokenizer(77), open_clip.tokenizer.SimpleTokenizer() if open_clip else None
   works: dict[str, Work] = {"declip_jax": lambda text: tokenizer([text])}
   works |= {"OpenAI's, in open_clip": lambda text: rival([text])} if rival else {}
   print("Captions per second and core, to 77 tokens each:\n")
-  row("captions", *works, *(["faster"] if rival else []))
+  row("captions", *works, *(["speedup"] if rival else []))
   row(*["---"] * (2 + 2 * bool(rival)))
   reached = {}
-  for name, some in texts.items():
-    half = len(some) // 2
+  for name, captions_of_row in texts.items():
+    half = len(captions_of_row) // 2
     for work in works.values():
-      for text in some[:half]:
+      for text in captions_of_row[:half]:
         work(text)
-    cells, faster = figures(
-      alternate(works, some[half:], seconds, block=500), ("declip_jax",), "OpenAI's, in open_clip"
-    )
+    spent = alternate(works, captions_of_row[half:], seconds, block=500)
+    cells, speedups = figures(spent, ("declip_jax",), "OpenAI's, in open_clip")
     row(name, *cells)
     if rival:
-      reached["tokens", name] = faster["declip_jax"]
+      reached["tokens", name] = speedups["declip_jax"]
   print()
   return reached
 
@@ -328,17 +322,21 @@ def bench_tokens(sources: list[str], seconds: float) -> dict[tuple[str, str], fl
 
 
 def bench_index(count: int, seconds: float) -> None:
-  """Prints what it costs a worker process to open a WebDataset of so many samples and to find one of them.
+  """Prints the cost of opening a WebDataset in a worker process and of reading one of its samples.
 
-  The index file is sparse, and all samples that are looked up are the same one, so everything comes from memory. What
-  has to be read from a disk, of the index or of a shard, costs that in addition.
+  The index file is sparse and every sample is the same bytes of one shard, so that everything is read from memory.
+  Reading the index and the shards from a disk would add to it.
+
+  Args:
+    count: number of samples.
+    seconds: time for each figure.
   """
   with tempfile.TemporaryDirectory(prefix="bench_input_") as folder:
     index = write_index(Path(folder), count)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
       measured = pool.apply(open_index, (index, count, seconds))
   print(f"A WebDataset of {count:,} samples in {-(-count // 10_000):,} shards, in a worker process:\n")
-  row("what", "cost")
+  row("operation", "cost")
   row("---", "---")
   for name, cost in measured.items():
     row(name, cost)
@@ -346,14 +344,14 @@ def bench_index(count: int, seconds: float) -> None:
 
 
 def write_index(folder: Path, count: int) -> Path:
-  """A shard of one sample, and an index that says that `chosen` of `count` samples are that one."""
+  """Writes a shard of one sample, and an index of `count` samples in which the `chosen` ones are that sample."""
   shard, index = folder / "0.tar", folder / "index.npy"
   with tarfile.open(shard, "w") as tar:
     for suffix, content in (("jpg", photos(1)[0]["image"]), ("txt", b"a photo")):
       member = tarfile.TarInfo(f"0.{suffix}")
       member.size = len(content)
       tar.addfile(member, io.BytesIO(content))
-  spans = np.lib.format.open_memmap(index, "w+", np.int64, (count, 3))  # holes take no room on the disk
+  spans = np.lib.format.open_memmap(index, "w+", np.int64, (count, 3))  # a sparse file
   spans[chosen(count)] = (0, 0, shard.stat().st_size)
   spans.flush()
   shards = [str(shard)] + [f"/data/laion/part-{i // 1000:03}/{i:05}.tar" for i in range(1, -(-count // 10_000))]
@@ -363,19 +361,19 @@ def write_index(folder: Path, count: int) -> Path:
 
 
 def chosen(count: int, lookups: int = 2000) -> np.ndarray:
-  """The first indices of a global shuffle."""
+  """The first samples of a global shuffle, by index."""
   order = grain.MapDataset.range(count).shuffle(seed=0)
   return np.array([order[position] for position in range(lookups)])
 
 
 def open_index(index: Path, count: int, seconds: float) -> dict[str, str]:
-  """What a worker process measures."""
+  """Opens the index and reads samples, in a worker process; returns the costs."""
   before, start = memory(), time.perf_counter()
   source = WebDataset("bench", index)
   assert len(source) == count
   opening, opened = time.perf_counter() - start, memory()
   order, places = grain.MapDataset.range(count).shuffle(seed=0), chosen(count)
-  spans = np.asarray(np.load(index, mmap_mode="r"))  # as the source does it
+  spans = np.asarray(np.load(index, mmap_mode="r"))  # as in the source
   works = {
     "place in the global shuffle": lambda position: order[position],
     "entry of the index": lambda position: spans[places[position]].tolist(),
@@ -393,7 +391,7 @@ def open_index(index: Path, count: int, seconds: float) -> dict[str, str]:
 
 
 def memory() -> tuple[float, float]:
-  """MB of this process alone, and MB of files that are mapped; NaN where the kernel does not tell."""
+  """MB of this process alone, and MB of mapped files; NaN where the kernel does not report them."""
   path = Path("/proc/self/status")
   if not path.exists():
     return float("nan"), float("nan")

@@ -1,13 +1,15 @@
 """Trains every method on the embedded scenes for a few hundred steps: python benchmarks/methods.py
 
-One row a method: losses at the first and the last step, held-out zero-shot accuracy, and the deviation of the features
-of each branch that could collapse (about 1 is healthy, 0 a collapse; see `objectives.diagnostics`). A run that is there
-already goes on where it was. With --check the command fails if a loss did not fall or a deviation is below 0.3.
+Prints a row per method: losses of the first and the last step, held-out zero-shot accuracy, and the deviation of the
+features of each branch that could collapse (about 1 is healthy, 0 is a collapse; see `objectives.diagnostics`). A run
+whose working directory exists resumes. With --check the command fails if a loss did not fall or a deviation is below
+0.3.
 """
 
-import argparse
 from pathlib import Path
 import sys
+
+from command import parser
 
 from declip_jax import config_files
 from declip_jax.config import duration
@@ -19,7 +21,7 @@ LOWEST_DEVIATION = 0.3
 
 
 def train_method(method: str, steps: int, workdir: Path) -> list[dict[str, float]]:
-  """The metrics of a run of `demo:method=METHOD` cut to `steps`."""
+  """Trains `demo:method=METHOD` for `steps`; returns its metrics."""
   config = config_files.load(f"demo:method={method}")
   config.duration = duration(steps=steps)
   config.evaluate_every = config.checkpoint.every = duration()
@@ -29,17 +31,21 @@ def train_method(method: str, steps: int, workdir: Path) -> list[dict[str, float
 
 def main() -> None:
   """Trains and prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS))
-  parser.add_argument("--steps", type=int, default=300)
-  parser.add_argument("--workdir", type=Path, default=Path("runs/methods"), help="where the runs lie")
-  parser.add_argument("--check", action="store_true", help="fail if a method collapsed or did not learn")
-  args = parser.parse_args()
-  lines, sick = [], []
+  arguments = parser(__doc__)
+  arguments.add_argument(
+    "--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS), help="methods to train (default: all)"
+  )
+  arguments.add_argument("--steps", type=int, default=300, help="steps of each run (default: 300)")
+  arguments.add_argument(
+    "--workdir", type=Path, default=Path("runs/methods"), help="folder of the runs (default: runs/methods)"
+  )
+  arguments.add_argument("--check", action="store_true", help="fail if a method collapsed or did not learn")
+  args = arguments.parse_args()
+  lines, failed = [], []
   for method in args.methods:
-    rows = train_method(method, args.steps, args.workdir / method)
-    losses = [row["loss"] for row in rows if "loss" in row]
-    last = {name: value for row in rows for name, value in row.items()}
+    metrics = train_method(method, args.steps, args.workdir / method)
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    last = {name: value for line in metrics for name, value in line.items()}
     deviations = {
       name.split("/")[1]: value
       for name, value in last.items()
@@ -50,11 +56,11 @@ def main() -> None:
     cells.append(", ".join(f"{name} {value:.2f}" for name, value in deviations.items()))
     lines.append("| " + " | ".join(cells) + " |")
     if losses[-1] >= losses[0] or min(deviations.values()) < LOWEST_DEVIATION:
-      sick.append(method)
+      failed.append(method)
   print("\n| method | first loss | last loss | held-out top-1 | deviation of features |")
   print("|---|---|---|---|---|\n" + "\n".join(lines))
-  if args.check and sick:
-    sys.exit(f"collapsed, or did not learn: {', '.join(sick)}")
+  if args.check and failed:
+    sys.exit(f"collapsed or did not learn: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""Table and plot of finished runs, from their working directories:
+"""Prints a table and plots curves of finished runs:
 
 python benchmarks/results.py --plot docs/fashion44k.png --metric eval/zero_shot/top1 runs/clip-0 runs/clip-1 runs/slip-0
 
-Runs whose names differ in a number behind a dash are seeds of one row: the row has their mean and, behind ±, half of
-what the largest and the smallest lie apart. Each score is that of the last evaluation.
+Runs whose names differ only in a final number, as in clip-0 and clip-1, are seeds of one row of the table: it has their
+mean ± half the difference of the largest and the smallest. Scores are those of the last evaluation.
 
-With --collect FILE the evaluations of the runs are written to FILE, one JSON object a line, with the git revisions that
-the run has seen, and the means of losses and accuracies in the batch since the evaluation before. It can be given in
-place of a working directory.
+With --collect FILE it writes the evaluations of the runs to FILE, one JSON object per line, with the git revisions of
+the run, and the means of losses and in-batch accuracies since the previous evaluation. Such a file can take the place
+of working directories.
 """
 
-import argparse
 import json
 from pathlib import Path
 import re
 from statistics import fmean
 from typing import Any
+
+from command import parser
 
 from declip_jax.config import from_json
 from declip_jax.reporting.metrics import read_metrics
@@ -32,92 +33,94 @@ SCORES = {
   "R@5 ": "eval/retrieval/text_to_image_r5",
   "R@10 ": "eval/retrieval/text_to_image_r10",
 }
-Rows = list[dict[str, Any]]
+Evaluations = list[dict[str, Any]]
 
 
-def read_run(workdir: Path) -> Rows:
-  """The evaluations of a run and of what `declip_jax.evaluate` measured later, each with the examples seen."""
+def read_run(workdir: Path) -> Evaluations:
+  """Evaluations during a run and those of `declip_jax.evaluate` later, each with the number of examples seen."""
   batch_size = from_json((workdir / "config.json").read_text()).batch_size
   later = workdir / "evaluations.jsonl"
   evaluations = [json.loads(line) for line in later.read_text().splitlines()] if later.exists() else []
   starts = [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
   revisions = list(dict.fromkeys(start["git"] for start in starts))
-  rows: Rows = []
-  logged: Rows = []
-  for row in [*read_metrics(workdir), *evaluations]:
-    logged.append({name: x for name, x in row.items() if name.startswith("loss") or name.endswith("_accuracy")})
-    scores = {name: value for name, value in row.items() if name.startswith("eval/")}
-    if "step" in row and scores:
-      rows.append({"git": revisions, "examples": row["step"] * batch_size, **scores, **means(logged)})
-      logged = []
-  return rows
+  found: Evaluations = []
+  training: list[dict[str, float]] = []
+  for line in [*read_metrics(workdir), *evaluations]:
+    training.append({name: x for name, x in line.items() if name.startswith("loss") or name.endswith("_accuracy")})
+    scores = {name: value for name, value in line.items() if name.startswith("eval/")}
+    if "step" in line and scores:
+      found.append({"git": revisions, "examples": line["step"] * batch_size, **scores, **means(training)})
+      training = []
+  return found
 
 
-def means(rows: Rows) -> dict[str, float]:
-  """The mean of each number over the rows that have it."""
-  names = dict.fromkeys(name for row in rows for name in row)
-  return {name: fmean(row[name] for row in rows if name in row) for name in names}
+def means(lines: list[dict[str, float]]) -> dict[str, float]:
+  """The mean of each metric over the lines that have it."""
+  names = dict.fromkeys(name for line in lines for name in line)
+  return {name: fmean(line[name] for line in lines if name in line) for name in names}
 
 
-def read_runs(paths: list[Path]) -> dict[str, Rows]:
-  """The evaluations of all runs, by name."""
-  runs: dict[str, Rows] = {}
+def read_runs(paths: list[Path]) -> dict[str, Evaluations]:
+  """Evaluations of all runs, by the name of the run."""
+  runs: dict[str, Evaluations] = {}
   for path in paths:
     if path.is_dir():
       runs[path.name] = read_run(path)
     else:
       for line in path.read_text().splitlines():
-        row = json.loads(line)
-        runs.setdefault(row.pop("run"), []).append(row)
+        evaluation = json.loads(line)
+        runs.setdefault(evaluation.pop("run"), []).append(evaluation)
   return runs
 
 
-def by_method(runs: dict[str, Rows]) -> dict[str, list[Rows]]:
-  """The runs of each row of the table: those whose names are the same without the seed."""
-  methods: dict[str, list[Rows]] = {}
-  for name, rows in runs.items():
-    methods.setdefault(re.sub(r"-\d+$", "", name), []).append(rows)
+def by_method(runs: dict[str, Evaluations]) -> dict[str, list[Evaluations]]:
+  """Groups the seeds of a method: runs whose names are equal without the final number."""
+  methods: dict[str, list[Evaluations]] = {}
+  for name, evaluations in runs.items():
+    methods.setdefault(re.sub(r"-\d+$", "", name), []).append(evaluations)
   return methods
 
 
-def mean_curve(seeds: list[Rows], metric: str) -> Rows:
-  """The mean of a metric over the seeds, at each number of examples that all of them reached."""
-  curves = [{row["examples"]: row[metric] for row in rows if metric in row} for rows in seeds]
+def mean_curve(seeds: list[Evaluations], metric: str) -> Evaluations:
+  """The mean of a metric over the seeds, at each number of examples at which all of them were evaluated."""
+  curves = [{each["examples"]: each[metric] for each in seed if metric in each} for seed in seeds]
   shared = sorted(set.intersection(*map(set, curves)))
   return [{"examples": seen, metric: sum(curve[seen] for curve in curves) / len(curves)} for seen in shared]
 
 
-def table_row(name: str, seeds: list[Rows], scores: dict[str, str]) -> str:
-  """Name, seeds, pairs seen, and the scores, in Markdown."""
+def table_row(name: str, seeds: list[Evaluations], scores: dict[str, str]) -> str:
+  """A row of the table in Markdown: name, number of seeds, pairs seen, and the scores."""
   cells = [name, str(len(seeds)), f"{seeds[0][-1]['examples']:,.0f}"]
   for metric in scores.values():
-    last = [[row[metric] for row in rows if metric in row][-1] for rows in seeds]
-    spread = f" ± {100 * (max(last) - min(last)) / 2:.1f}" if len(last) > 1 else ""
-    cells.append(f"{100 * sum(last) / len(last):.1f}{spread}")
+    last = [[each[metric] for each in seed if metric in each][-1] for seed in seeds]
+    deviation = f" ± {100 * (max(last) - min(last)) / 2:.1f}" if len(last) > 1 else ""
+    cells.append(f"{100 * sum(last) / len(last):.1f}{deviation}")
   return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
   """Prints the table and writes the plot."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("runs", nargs="+", type=Path, help="working directories, or files written with --collect")
-  parser.add_argument("--plot", type=Path, help="PNG file to write")
-  parser.add_argument("--metric", default="eval/zero_shot/top1", help="what to plot (default: eval/zero_shot/top1)")
-  parser.add_argument("--collect", type=Path, help="file to which the evaluations of all given runs are written")
-  args = parser.parse_args()
+  arguments = parser(__doc__)
+  arguments.add_argument("runs", nargs="+", type=Path, help="working directories, or files written with --collect")
+  arguments.add_argument("--plot", type=Path, help="PNG file to write")
+  arguments.add_argument(
+    "--metric", default="eval/zero_shot/top1", help="metric to plot (default: eval/zero_shot/top1)"
+  )
+  arguments.add_argument("--collect", type=Path, help="file to write the evaluations of all runs to")
+  args = arguments.parse_args()
   runs = read_runs(args.runs)
   methods = by_method(runs)
-  every = [row for rows in runs.values() for row in rows]
-  scores = {title: name for title, name in SCORES.items() if any(name in row for row in every)}
+  every = [evaluation for evaluations in runs.values() for evaluation in evaluations]
+  scores = {title: name for title, name in SCORES.items() if any(name in each for each in every)}
   print("| run | seeds | pairs seen | " + " | ".join(title.strip() for title in scores) + " |")
   print("|---" * (3 + len(scores)) + "|")
   for name, seeds in methods.items():
     print(table_row(name, seeds, scores))
-  shares = {row["eval/zero_shot/majority_share"] for row in every if "eval/zero_shot/majority_share" in row}
+  shares = {each["eval/zero_shot/majority_share"] for each in every if "eval/zero_shot/majority_share" in each}
   if len(shares) == 1:
     print(f"\nShare of the largest class: {shares.copy().pop():.1%}")
   if args.collect:
-    lines = [json.dumps({"run": name, **row}) for name, rows in runs.items() for row in rows]
+    lines = [json.dumps({"run": name, **each}) for name, evaluations in runs.items() for each in evaluations]
     args.collect.write_text("\n".join(lines) + "\n")
   if args.plot:
     baselines = {"largest class": max(shares)} if shares and args.metric.endswith("top1") else {}

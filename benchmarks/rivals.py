@@ -1,12 +1,24 @@
-"""PyTorch and torchvision for the benchmarks that measure beside them."""
+"""Imports of the libraries that some benchmarks compare with; `make bench-input` and `bench-open-clip` install them."""
 
+import importlib
 import re
+from types import ModuleType
 
 
-def import_torchvision() -> None:
-  """Imports it, also its CUDA build beside PyTorch's CPU build.
+def optional_import(name: str) -> ModuleType | None:
+  """Imports a module; returns None if it is not installed."""
+  try:
+    if name in ("open_clip", "torchvision.transforms"):
+      _import_torchvision()
+    return importlib.import_module(name)
+  except ImportError:
+    return None
 
-  That misses a few operators at import, which nothing here uses: they are declared.
+
+def _import_torchvision() -> None:
+  """Imports torchvision, even its CUDA build together with PyTorch's CPU build.
+
+  That combination lacks a few operators at import, which no benchmark uses; this declares them.
 
   Raises:
     ImportError: PyTorch or torchvision is not installed.

@@ -42,12 +42,16 @@ class CompiledStep:
     batch: shapes and shardings of the global batch.
     executed_flops: FLOPs over all devices, including recomputation.
     compiled: the program.
+    trace_seconds: time to trace and lower it.
+    compile_seconds: time to compile it.
   """
 
   state: State
   batch: BatchShapes
   executed_flops: float
   compiled: jax.stages.Compiled
+  trace_seconds: float
+  compile_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +93,20 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device] | None = None
   shapes, sharding = built.batch_shape(config.batch_size), batch_sharding(built.mesh)
   batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in shapes.items()}
   state = state_shapes(config, built)
-  traced = build.make_step(config, built, build.to_steps(config, epoch_examples=10**6), state).trace(state, batch)
+  step = build.make_step(config, built, build.to_steps(config, epoch_examples=10**6), state)
+  start = time.perf_counter()
+  traced = step.trace(state, batch)
+  lowered = traced.lower()
+  lowered_at = time.perf_counter()
   try:
-    compiled = traced.lower().compile()
+    compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" in str(error):
       raise OutOfMemory(needed_bytes(str(error), bytes_per_device((state, batch)))) from error
     raise
-  return CompiledStep(state, batch, flops.num_flops(traced.jaxpr), compiled)
+  compiled_at = time.perf_counter()
+  executed = flops.num_flops(traced.jaxpr)
+  return CompiledStep(state, batch, executed, compiled, lowered_at - start, compiled_at - lowered_at)
 
 
 def compile_with_progress(config: ConfigDict, devices: Sequence[jax.Device]) -> CompiledStep:
