@@ -1,4 +1,4 @@
-"""Where examples come from. A new kind of source is one file and one line here."""
+"""Sources of examples. A new kind of source is one file and one line of `SOURCES`."""
 
 from collections.abc import Callable
 

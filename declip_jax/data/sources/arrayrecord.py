@@ -1,16 +1,16 @@
-"""ArrayRecord files as `declip_jax.data.convert` writes them, for data that are read many times.
+"""ArrayRecord files written by `declip_jax.data.convert`, for data that are read many times.
 
-A record is a msgpack map of the fields of `Example`: `image` (an encoded file, bytes), `captions` (list of str),
-`label` (int, -1 for none), `id` (str, where the sample came from before). Files have one record in a group and no
-compression, for images are compressed already: to read a record of an open file is one access to the disk, and a
-damaged one costs no other. To open a file is a read of about 1 MiB from its end, so a process keeps as many open as
-half its descriptors (`ulimit -n`), 128 at least; where there are more files than that, most reads open one first.
+A record is a msgpack map of the fields of `Example`: `image` (encoded, bytes), `captions` (list of str), `label` (int,
+-1 for none), `id` (str, where the sample came from originally). Files have one record per group and no compression,
+since images are compressed already: reading a record of an open file is one disk access, and a damaged record affects
+no other. Opening a file reads about 1 MiB from its end, so a process keeps half its descriptors' worth of files open
+(`ulimit -n`), at least 128; with more files than that, most reads open one first.
 
-The library that reads them opens local files only. Of a file behind a URL (gs://, s3://), a process that first needs a
-record of it makes a copy for all processes of the machine, see `copies.folder`: a shuffled stream soon has copied all
-files, so the disk must hold the set. For larger ones choose a WebDataset, which is read where it lies. To count the
-records, when such a set is first opened, 512 KiB from the end of each file are transferred, or 2 MiB, or 8 MiB, ...
-where the file has more than about 20,000 records.
+The library that reads them opens local files only. A process that first needs a record of a remote file (gs://, s3://)
+makes a copy for all processes of the machine, see `copies.folder`. A shuffled stream soon has copied all files, so the
+set must fit on the disk. For larger sets use a WebDataset, which is read remotely. To count the records when such a set
+is first opened, the last 512 KiB of each file are transferred, or 2 MiB, 8 MiB, ... if it has more than about 20,000
+records.
 """
 
 from bisect import bisect_right
@@ -34,17 +34,17 @@ _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random acce
 _READER_BUFFER = 2**15  # bytes
 _INDEX_FORMAT = 2
 _THREADS = 32
-_TAIL = 2**19  # bytes of a file behind a URL in which its footer is looked for first: the last 64 KiB, and 20 a record
+_TAIL = 2**19  # bytes of a remote file to search first for its footer: the last 64 KiB, and 20 per record
 
 
 def _most_readers() -> int:
-  """How many files a process keeps open, of all its sources."""
+  """The number of files that a process keeps open, over all its sources."""
   limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
   return 2**16 if limit == resource.RLIM_INFINITY else max(limit // 2, 128)
 
 
 class _Files(NamedTuple):
-  """Paths, their stamps, and how many records there are in each and all those before it."""
+  """Paths, their stamps, and the number of records in each file and all before it."""
 
   paths: list[str]
   stamps: list[files.Stamp]
@@ -64,21 +64,21 @@ class ArrayRecord:
       about = json.loads(self._index.read_text())
       return _Files(about["files"], list(map(tuple, about["stamps"])), np.cumsum(about["counts"]).tolist())
     except (ValueError, LookupError, TypeError) as error:
-      raise ValueError(f"{self._index}: a damaged index ({error}): delete it, and it is built anew") from error
+      raise ValueError(f"{self._index}: damaged index ({error}); delete it to build it again") from error
 
   @property
   def stamp(self) -> str:
-    """Changes when the files do."""
+    """Changes with the files."""
     return self._index.stem
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
-    """Line i of classnames.txt beside the first file is class i; empty without that file."""
+    """Line i of classnames.txt next to the first file is class i; empty without that file."""
     return files.classnames(self._files.paths[0])
 
   @property
   def skipped(self) -> dict[str, int]:
-    return {}  # the conversion left out what could not be used
+    return {}  # the conversion skipped bad samples
 
   def __len__(self) -> int:
     return self._files.ends[-1]
@@ -88,7 +88,7 @@ class ArrayRecord:
 
     Raises:
       IndexError: `index` is not in `range(len(self))`.
-      BadSample: the record is damaged, or its file is gone.
+      BadSample: the record is damaged, or its file is missing.
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no record {index}, there are {len(self)}")
@@ -102,7 +102,7 @@ class ArrayRecord:
       raise BadSample("missing file", f"{place}: {error}") from error
     try:
       example = _unpack(reader.read([position])[0])
-    except (ValueError, TypeError, LookupError, RuntimeError) as error:  # of array_record, of msgpack, and ours
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:  # array_record's, msgpack's and ours
       raise BadSample("damaged record", f"{place}: {error}") from error
     if len(self.classnames) <= example["label"] and self.classnames:
       classes = f"-1 to {len(self.classnames) - 1}, the last line of classnames.txt"
@@ -117,7 +117,7 @@ class ArrayRecord:
 
 
 def open_arrayrecord(location: str) -> ArrayRecord:
-  """Opens a set of files, and counts their records first, from their footers, if it meets them for the first time.
+  """Opens a set of files; the first time, their records are counted from their footers.
 
   Args:
     location: the files, as in `patterns.expand`: `/data/cc12m/*.array_record`, `gs://bucket/cc12m/*.array_record`. The
@@ -125,7 +125,7 @@ def open_arrayrecord(location: str) -> ArrayRecord:
 
   Raises:
     FileNotFoundError: a pattern matches no file.
-    ValueError: a file is cut off, or no ArrayRecord file; or there is no record.
+    ValueError: a file is cut off or not an ArrayRecord file, or there is no record.
   """
   paths = patterns.expand(location)
   stamps = files.stamps(paths)
@@ -138,8 +138,8 @@ def open_arrayrecord(location: str) -> ArrayRecord:
 
 
 def pack(example: Example) -> bytes:
-  """The record of an example whose image is an encoded file."""
-  # Halves of surrogate pairs, which broken captions contain, have no UTF-8.
+  """Returns the record of an example whose image is encoded."""
+  # Broken captions contain halves of surrogate pairs, which UTF-8 cannot encode.
   captions = [caption.encode(errors="replace").decode() for caption in example["captions"]]
   place = example["id"].encode(errors="replace").decode()
   return msgpack.packb({"image": example["image"], "captions": captions, "label": int(example["label"]), "id": place})
@@ -149,19 +149,19 @@ def open_reader(path: str) -> Any:
   """Opens a file for random access; thread-safe.
 
   Raises:
-    FileNotFoundError: it is not there.
-    ValueError: it is no ArrayRecord file, or was cut off.
+    FileNotFoundError: the file does not exist.
+    ValueError: the file is cut off or not an ArrayRecord file.
   """
-  files.stamp(path)  # the reader does not tell a missing file from a bad one
+  files.stamp(path)  # the reader does not distinguish a missing file from a bad one
   reader = array_record_module.ArrayRecordReader(path, _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
   if not reader.ok():
-    raise ValueError(f"{path}: no complete ArrayRecord file: cut off, damaged at its end or of another format")
+    raise ValueError(f"{path}: not a complete ArrayRecord file: cut off, damaged at its end or of another format")
   return reader
 
 
 @lru_cache(_most_readers())
 def _reader(path: str, stamp: files.Stamp) -> Any:
-  """An open file, of the state that its stamp tells, for all sources and threads of this process."""
+  """An open file, in the version of the stamp, shared by all sources and threads of this process."""
   return open_reader(copies.local_copy(path, stamp))
 
 
@@ -176,11 +176,11 @@ def _count(path: str, stamp: files.Stamp) -> int:
 
 
 def _count_at_end(url: str, size: int) -> int:
-  """Records of a file behind a URL. Its footer is read from a file of the same size that has nothing but the end."""
+  """Number of records of a remote file, read from a sparse local file that has only its end."""
   length = min(_TAIL, size)
   while True:
     with tempfile.NamedTemporaryFile() as file:
-      file.truncate(size)  # takes no room
+      file.truncate(size)  # takes no space
       file.seek(size - length)
       file.write(files.read(url, size - length, length))
       file.flush()
@@ -193,15 +193,15 @@ def _count_at_end(url: str, size: int) -> int:
 
 
 def _unpack(record: bytes) -> Example:
-  """The example of a record.
+  """Returns the example of a record.
 
   Raises:
-    ValueError: it is no such map.
+    ValueError: the record does not have the fields of `Example`.
   """
   fields = msgpack.unpackb(record)
   found = {name: type(value).__name__ for name, value in fields.items()} if isinstance(fields, dict) else fields
   if found != {"image": "bytes", "captions": "list", "label": "int", "id": "str"} or fields["label"] < -1:
-    raise ValueError(f"no record of declip_jax.data.convert: {str(found)[:200]}")
+    raise ValueError(f"not a record of declip_jax.data.convert: {str(found)[:200]}")
   if not all(isinstance(caption, str) for caption in fields["captions"]):
-    raise ValueError("a caption is no text")
+    raise ValueError("a caption is not a text")
   return Example(**{**fields, "captions": tuple(fields["captions"])})

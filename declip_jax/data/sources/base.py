@@ -1,23 +1,23 @@
-"""What every source of examples gives, and what the input pipeline may rely on."""
+"""The interface of sources, on which the input pipeline relies."""
 
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
-# Why a sample cannot be used.
+# The kinds of bad samples.
 BAD = (
-  "missing file",  # or member, or it cannot be read
-  "empty image",  # of no bytes
-  "unknown format",  # the bytes are no image that we know
-  "damaged image",  # cut off, or it cannot be decoded
+  "missing file",  # or member of an archive, or it cannot be read
+  "empty image",  # without bytes
+  "unknown format",  # not a known image format
+  "damaged image",  # cut off or not decodable
   "too many pixels",
   "no caption",
-  "damaged record",  # what describes the sample cannot be parsed: its .json, its class, its line
+  "damaged record",  # the description of the sample cannot be parsed: its .json, its class, its line
 )
 
 
 class BadSample(ValueError):
-  """A sample that cannot be used: the pipeline takes another and counts it.
+  """A sample that cannot be used; the pipeline counts it and uses another one.
 
   Attributes:
     kind: one of `BAD`.
@@ -28,17 +28,17 @@ class BadSample(ValueError):
     self.kind = kind
 
   def __reduce__(self) -> tuple[type, tuple[str, str]]:
-    return BadSample, (self.kind, str(self))  # without it, to cross from a worker process fails
+    return BadSample, (self.kind, str(self))  # so that worker processes can raise it
 
 
 class Example(TypedDict):
-  """One example as it lies in the source: nothing decoded, augmented or tokenized.
+  """One example as the source stores it: not decoded, augmented or tokenized.
 
   Attributes:
-    image: the encoded file, or uint8 pixels `[h w 3]`.
-    captions: stripped, none of them empty; may be no caption at all where only a class is known.
+    image: the encoded image, or uint8 pixels `[h w 3]`.
+    captions: captions, stripped and not empty; there may be none if only a class is known.
     label: the class, -1 for none.
-    id: where it came from, for error messages.
+    id: where the example comes from, for error messages.
   """
 
   image: bytes | np.ndarray
@@ -49,13 +49,13 @@ class Example(TypedDict):
 
 @runtime_checkable
 class Source(Protocol):
-  """Random access to examples, which is all that grain needs; pickles to a few kilobytes, for its worker processes.
+  """Random access to examples, for grain; pickles to a few kilobytes, for worker processes.
 
   Attributes:
-    name: the spec that opened it.
-    classnames: the names of classes 0, 1, ...; empty if there are none.
-    skipped: how many samples were left out when the source was opened, by reason.
-    stamp: a text that changes when the data do.
+    name: the spec that opened the source.
+    classnames: the names of classes 0, 1, ...; empty without classes.
+    skipped: number of samples that were skipped when the source was opened, by kind of `BAD`.
+    stamp: a text that changes with the data.
   """
 
   @property
@@ -76,6 +76,6 @@ class Source(Protocol):
     """Reads one example.
 
     Raises:
-      BadSample: this one cannot be used; others can.
+      BadSample: this example cannot be used; others can.
     """
     ...

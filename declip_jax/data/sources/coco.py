@@ -1,8 +1,8 @@
-"""Captions in the JSON of COCO, and in Karpathy's splits of COCO, Flickr30k and Flickr8k.
+"""Captions in COCO's JSON format, and in Karpathy's splits of COCO, Flickr30k and Flickr8k.
 
-COCO's own files (captions_train2017.json) have `images` and `annotations`, which meet by the image's id. The files of
+COCO's own files (captions_train2017.json) have `images` and `annotations`, joined by the image's id. The files of
 Karpathy and Fei-Fei (2015), dataset_coco.json and dataset_flickr30k.json, have one list of images, each with its
-sentences and its split; their "test" of 5,000 and of 1,000 images is what retrieval is reported on.
+sentences and its split; retrieval is reported on their "test" split, 5,000 and 1,000 images.
 """
 
 from collections import Counter
@@ -17,61 +17,62 @@ from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, patterns
 
 _FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset")
-_PROBED = 3  # images to look for in a folder: single ones may be missing
+_PROBED = 3  # images to look for in a folder, since single ones may be missing
 
 
 def open_coco(location: str) -> lists.ListSource:
-  """Opens "ANNOTATIONS.json", or "ANNOTATIONS.json?split=test&root=FOLDER", either of them.
+  """Opens "ANNOTATIONS.json?split=test&root=FOLDER", of which `split` and `root` are optional.
 
-  A sample is an image with all its captions, in the order of the file. Images without captions or an id are left out
-  and counted, and so are captions of unknown images. The file is parsed as a whole, once, with some 8 times its size in
+  A sample is an image with all its captions, in the order of the file. Images without captions or an id and captions of
+  unknown images are skipped and counted. The file is parsed once, as a whole, which takes about 8 times its size in
   memory.
 
   Args:
-    location: of the file. `split` is for Karpathy's files, and they need it; "train+restval" joins splits. `root` is
-      the folder that names of images are relative to. Without it the images are looked for beside the file and one
-      folder up, there and in folders named as COCO's archives ("train2017" for captions_train2017.json) and "images".
+    location: the file. Karpathy's files need `split`, and only they have one; "train+restval" joins splits. `root` is
+      the folder that image names are relative to. Without it the images are searched for next to the file, one folder
+      up, and in folders of these with the names of COCO's archives ("train2017" for captions_train2017.json) or
+      "images".
 
   Raises:
-    FileNotFoundError: no such file, or its images are not found; the message says where they were looked for.
-    ValueError: the file has no captions, an element of its lists is no object, or `split` is missing, unknown or out
-      of place.
+    FileNotFoundError: the file or its images are not found; the message lists where they were searched for.
+    ValueError: the file has no captions, an element of its lists is not an object, or `split` is missing, unknown or
+      not applicable.
   """
   name = f"coco:{location}"
   place, wanted = lists.parse(location, ("split", "root"))
   path, *others = patterns.expand(place)
   if others:
-    raise ValueError(f"{name}: expected one file, got {1 + len(others)}; open each as a source of its own")
+    raise ValueError(f"{name}: expected one file, got {1 + len(others)}; open each as a separate source")
   split, root = wanted.get("split"), lists.root_of(wanted)
-  index = lists.index_list(name, [path], ["coco", split, files.stamps([path])], lambda: _rows(path, split))
+  index = lists.index_list(name, [path], ["coco", split, files.stamps([path])], lambda: _entries(path, split))
   source = lists.ListSource(name, index, root)
   if root is None:
-    few = [source.row(number).path for number in range(min(_PROBED, len(source)))]
+    few = [source.entry(number).path for number in range(min(_PROBED, len(source)))]
     source = lists.ListSource(name, index, _find_root(name, path, few))
-  return lists.probed(source)
+  return lists.checked(source)
 
 
-def _rows(path: str, split: str | None) -> Iterator[Entry | BadSample]:
+def _entries(path: str, split: str | None) -> Iterator[Entry | BadSample]:
   try:
     content = json.loads(files.read(path))
   except ValueError as error:
-    raise ValueError(f"{path}: no JSON: {error}") from None
+    raise ValueError(f"{path}: not JSON: {error}") from None
   content = content if isinstance(content, dict) else {}
   images, annotations = (_objects(content, name, path) for name in ("images", "annotations"))
   if any("sentences" in image for image in images):
-    return _karpathy_rows(images, split, path)
+    return _karpathy_entries(images, split, path)
   if not any("caption" in annotation for annotation in annotations):
     raise ValueError(
       f"{path}: expected images and annotations with captions, as in captions_train2017.json, or images with sentences,"
-      f" as in dataset_coco.json; got {list(content) or 'no object'}"
+      f" as in dataset_coco.json; its fields: {list(content) or 'none'}"
     )
   if split:
-    raise ValueError(f"{path}: split={split}, but it has no splits; they are for files such as dataset_coco.json")
-  return _coco_rows(images, annotations, path)
+    raise ValueError(f"{path}: split={split}, but only files such as dataset_coco.json have splits")
+  return _coco_entries(images, annotations, path)
 
 
 def _objects(content: Mapping[str, Any], name: str, path: str) -> list[Mapping[str, Any]]:
-  """A list of objects, empty if there is none."""
+  """A list of objects, empty if it is missing."""
   listed = content.get(name)
   for number, element in enumerate(listed if isinstance(listed, list) else ()):
     if not isinstance(element, dict):
@@ -79,7 +80,7 @@ def _objects(content: Mapping[str, Any], name: str, path: str) -> list[Mapping[s
   return listed if isinstance(listed, list) else []
 
 
-def _coco_rows(
+def _coco_entries(
   images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], path: str
 ) -> Iterator[Entry | BadSample]:
   captions: dict[int | str, list[Any]] = {image["id"]: [] for image in images if _has_id(image, "id")}
@@ -91,41 +92,41 @@ def _coco_rows(
       known.append(annotation.get("caption"))
   for number, image in enumerate(images):
     if _has_id(image, "id"):
-      yield _row(image["id"], image.get("file_name"), captions[image["id"]], f"{path}, image {image['id']}")
+      yield _entry(image["id"], image.get("file_name"), captions[image["id"]], f"{path}, image {image['id']}")
     else:
-      yield BadSample("damaged record", f"{path}: images[{number}] has no number or text as its id: {image!r:.200}")
+      yield BadSample("damaged record", f"{path}: images[{number}] needs a number or text as id: {image!r:.200}")
 
 
 def _has_id(element: Mapping[str, Any], name: str) -> bool:
   return isinstance(element.get(name), int | str)
 
 
-def _karpathy_rows(images: Sequence[Mapping[str, Any]], split: str | None, path: str) -> Iterator[Entry | BadSample]:
+def _karpathy_entries(images: Sequence[Mapping[str, Any]], split: str | None, path: str) -> Iterator[Entry | BadSample]:
   counts = Counter(str(image.get("split")) for image in images)
   wanted = set(split.split("+")) if split else set()
   if not wanted or not wanted <= counts.keys():
-    raise ValueError(f"{path}: split={split}; choose with ?split=NAME, or NAME+NAME, from {dict(counts)} images")
+    raise ValueError(f"{path}: split={split}; choose with ?split=NAME or NAME+NAME; numbers of images: {dict(counts)}")
   for number, image in enumerate(images):
     if str(image.get("split")) in wanted:
       name = "/".join(map(str, filter(None, (image.get("filepath"), image.get("filename")))))
       captions = [sentence.get("raw") for sentence in _objects(image, "sentences", f"{path}: images[{number}]")]
-      yield _row(image.get("imgid", number), name, captions, f"{path}, image {number}")
+      yield _entry(image.get("imgid", number), name, captions, f"{path}, image {number}")
 
 
-def _row(number: Any, name: Any, captions: Sequence[Any], place: str) -> Entry | BadSample:
+def _entry(number: Any, name: Any, captions: Sequence[Any], place: str) -> Entry | BadSample:
   texts = [text.strip() for text in captions if isinstance(text, str) and text.strip()]
   if not name or not isinstance(name, str):
-    return BadSample("damaged record", f"{place}: expected the name of a file, got {name!r}")
+    return BadSample("damaged record", f"{place}: expected a file name, got {name!r}")
   if not texts:
     return BadSample("no caption", f"{place}: {name} has no caption")
   return Entry(0, number if isinstance(number, int) else -1, name, captions=texts)
 
 
 def _find_root(name: str, path: str, images: Sequence[str]) -> str:
-  """The first folder around the annotations in which one of the images lies."""
+  """The first folder near the annotations that contains one of the images."""
   here = lists.folder_of(path)
-  parts = re.search(r"(train|val|test)\d{4}", path.rpartition("/")[2])
-  folders = [*_FOLDERS, *((parts[0], f"images/{parts[0]}") if parts else ())]
+  archive = re.search(r"(train|val|test)\d{4}", path.rpartition("/")[2])
+  folders = [*_FOLDERS, *((archive[0], f"images/{archive[0]}") if archive else ())]
   tried = [f"{place}/{folder}".rstrip("/") for place in (here, lists.folder_of(here)) for folder in folders]
   for root in tried:
     if any(files.exists(f"{root}/{image}") for image in images):

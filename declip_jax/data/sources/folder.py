@@ -1,4 +1,4 @@
-"""Folders of images: a folder for each class, as for ImageNet, or a text beside each image."""
+"""Folders of images: one folder per class, as in ImageNet, or a text next to each image."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -17,7 +17,7 @@ _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 class _Files(NamedTuple):
-  """What lies in one of the folders: its path relative to the whole, images in order, and texts."""
+  """The files in one folder: its path relative to the top, the images in order, and the texts."""
 
   path: str
   images: list[str]
@@ -29,34 +29,34 @@ class Folder(lists.ListSource):
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
-    """Line i of classnames.txt within the folder, else the name of the folder of class i; empty without classes."""
+    """Line i of classnames.txt in the top folder, else the name of the folder of class i; empty without classes."""
     names = tuple(self._about["classnames"])
     return files.classnames(self._about["files"][0]) or names if names else ()
 
-  def _captions(self, row: Entry) -> tuple[str, ...]:
-    """The lines of the text beside an image: a row has the name of that text for its caption."""
-    texts = (_decoded(path, files.read(path)) for path in (self._at(row, name) for name in row.captions))
+  def _captions(self, entry: Entry) -> tuple[str, ...]:
+    """The lines of the text next to an image; the caption in the entry is the name of that text."""
+    texts = (_decoded(path, files.read(path)) for path in (self._with_root(entry, name) for name in entry.captions))
     return tuple(line.strip() for text in texts for line in text.splitlines() if line.strip())
 
 
 def open_folder(location: str) -> Folder:
   """Opens a folder of images, at any depth.
 
-  If texts lie beside images, NAME.txt by NAME.jpg, each line of theirs that is not blank is a caption (while a text in
-  a WebDataset is one caption), and there are no classes. Otherwise the folders at the top are the classes, in
-  alphabetical order as in torchvision, which refuses one without an image too: were it passed over, those behind it
-  would have other numbers than in another split. A classnames.txt among them may give better names, line i for class i.
-  If there are no folders with images either, there are images alone. Hidden files are passed over. Links are followed,
-  but for those that lead back to a folder that they lie in.
+  If there are texts next to images, NAME.txt for NAME.jpg, each of their lines that is not blank is a caption (in a
+  WebDataset the whole text is one caption), and there are no classes. Otherwise the folders at the top are the classes,
+  in alphabetical order as in torchvision; one without an image is an error as there, since skipping it would change the
+  numbers of the classes after it. A classnames.txt next to them may give better names, line i for class i. If there are
+  no folders with images either, the samples are images alone. Hidden files are skipped. Links are followed, except for
+  those that lead back to a folder above them.
 
-  The folder is listed each time it is opened, and its index is named by the names of its files, so it follows them.
-  What a text says is read with its image.
+  The folder is listed each time it is opened, and the name of its index depends on its file names. Texts are read
+  together with their images.
 
   Raises:
-    FileNotFoundError: no such folder, or no image in it.
+    FileNotFoundError: the folder does not exist or has no image.
     OSError: a folder in it cannot be listed.
-    ValueError: its folders are called "train" and "val" rather than as classes, one of them holds no image, or
-      classnames.txt has too few lines.
+    ValueError: its folders have names of splits, such as "train", one of them has no image, or classnames.txt has too
+      few lines.
   """
   name = f"folder:{location}"
   place, _ = lists.parse(location, ())
@@ -69,17 +69,19 @@ def open_folder(location: str) -> Folder:
     tops |= {top} - {""}
     classes |= {top} - {""} if found.images else set()
   if classes and classes <= _SPLITS and not captioned:
-    raise ValueError(f"{name}: {', '.join(sorted(classes))} are no classes; open {place.rstrip('/')}/{min(classes)}")
+    raise ValueError(
+      f"{name}: {', '.join(sorted(classes))} are splits, not classes; open {place.rstrip('/')}/{min(classes)}"
+    )
   if classes and classes < tops and not captioned:
     empty = sorted(tops - classes)
     few = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
-    raise ValueError(f"{name}: no image in {few}, but each folder is a class; remove those that are none")
+    raise ValueError(f"{name}: no image in {few}, but each folder is a class; remove those that are not")
   numbers = {} if captioned else {top: number for number, top in enumerate(sorted(classes))}
-  index = lists.index_list(name, [f"{folder}/"], ["folder", digest.hexdigest()], lambda: _rows(folder, numbers))
-  return lists.probed(Folder(name, index))
+  index = lists.index_list(name, [f"{folder}/"], ["folder", digest.hexdigest()], lambda: _entries(folder, numbers))
+  return lists.checked(Folder(name, index))
 
 
-def _rows(folder: str, classes: dict[str, int]) -> Iterator[Entry | BadSample]:
+def _entries(folder: str, classes: dict[str, int]) -> Iterator[Entry | BadSample]:
   for found in _listing(folder):
     top = found.path.partition("/")[0]
     for image in found.images:
@@ -90,11 +92,11 @@ def _rows(folder: str, classes: dict[str, int]) -> Iterator[Entry | BadSample]:
       elif top:
         yield Entry(0, -1, path, label=classes[top], label_name=top)
       else:
-        yield BadSample("damaged record", f"{folder}/{path} is in no folder of a class")
+        yield BadSample("damaged record", f"{folder}/{path} is not in the folder of a class")
 
 
 def _listing(folder: str) -> Iterator[_Files]:
-  """Folder after folder, in the same order each time."""
+  """Yields folder after folder, always in the same order."""
   empty = True
   for path, names in _remote_folders(folder) if remote.is_url(folder) else _local_folders(folder):
     visible = [name for name in names if not name.startswith(".")]
@@ -102,13 +104,13 @@ def _listing(folder: str) -> Iterator[_Files]:
     empty = empty and not images
     yield _Files(path, images, {name for name in visible if name.endswith(".txt")})
   if empty:
-    raise FileNotFoundError(f"{folder}: no such folder, or no image in it, {' '.join(files.IMAGE_SUFFIXES)}")
+    raise FileNotFoundError(f"{folder}: not a folder, or without any image ({' '.join(files.IMAGE_SUFFIXES)})")
 
 
 def _local_folders(
   folder: str, path: str = "", above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[tuple[str, list[str]]]:
-  """Folder after folder; os.walk passes over those that it cannot list, and goes round in a cycle of links."""
+  """Yields folder after folder; os.walk would skip folders that it cannot list and follow cycles of links."""
   stat = os.stat(f"{folder}/{path}")
   if (stat.st_dev, stat.st_ino) in above:
     return
@@ -127,13 +129,13 @@ def _remote_folders(folder: str) -> Iterator[tuple[str, list[str]]]:
   inside: dict[str, list[str]] = {}
   for url in patterns.expand(f"{folder}/**"):
     path, _, name = _within(url).removeprefix(_within(folder)).strip("/").rpartition("/")
-    if not any(part.startswith(".") for part in path.split("/")):
+    if not any(level.startswith(".") for level in path.split("/")):
       inside.setdefault(path, []).append(name)
   yield from inside.items()
 
 
 def _within(url: str) -> str:
-  """A URL without its protocol, which may be followed by two slashes or three."""
+  """A URL without its protocol, which two or three slashes may follow."""
   return url.partition("://")[2].strip("/")
 
 
@@ -146,5 +148,5 @@ def _decoded(path: str, text: bytes) -> str:
   try:
     return text.decode(encoding)
   except UnicodeDecodeError as error:
-    logging.log_first_n(logging.WARNING, "%s is not UTF-8, nor may others be: %s", 1, path, error)
+    logging.log_first_n(logging.WARNING, "%s is not UTF-8, and others may not be either: %s", 1, path, error)
     return text.decode(encoding, "replace")

@@ -1,7 +1,7 @@
-"""A fixed part of any other source, chosen at random, for evaluation, and the rest of it, for training.
+"""A fixed random subset of another source for evaluation, and the rest of that source for training.
 
-`heldout:1%:SPEC` and `kept:1%:SPEC` have no sample in common and together all of SPEC. Which samples these are depends
-on nothing but the number of samples of SPEC and the fraction, and so stays the same for ever.
+`heldout:1%:SPEC` and `kept:1%:SPEC` are disjoint and together contain all samples of SPEC. The division depends only on
+the number of samples of SPEC and the fraction, so it never changes.
 """
 
 from fractions import Fraction
@@ -13,8 +13,8 @@ _ROUNDS = 4
 _MASK = 2**64 - 1
 
 
-class Part:
-  """Places `start` to `stop` of a source in a random order, as a `Source`; see `open_heldout` and `open_kept`."""
+class Subset:
+  """Positions `start` to `stop` of a random order of a source, as a `Source`; see `open_heldout` and `open_kept`."""
 
   def __init__(self, name: str, source: Source, start: int, stop: int):
     self.name = name
@@ -26,47 +26,47 @@ class Part:
 
   @property
   def skipped(self) -> dict[str, int]:
-    """Of the whole source."""
+    """Numbers of skipped samples of the whole source, by kind."""
     return self._source.skipped
 
   @property
   def stamp(self) -> str:
-    """Of the whole source."""
+    """The stamp of the whole source."""
     return self._source.stamp
 
   def __len__(self) -> int:
     return self._stop - self._start
 
   def __getitem__(self, index: int) -> Example:
-    """Reads one example of the part.
+    """Reads one example of the subset.
 
     Raises:
       IndexError: `index` is not in `range(len(self))`.
-      BadSample: as the source does.
+      BadSample: raised by the source.
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no sample {index}, there are {len(self)}")
     return self._source[shuffled(self._start + index, len(self._source))]
 
   def __repr__(self) -> str:
-    return f"Part({self.name!r})"
+    return f"Subset({self.name!r})"
 
 
-def open_heldout(location: str) -> Part:
-  """Opens the held-out part: "1%:webdataset:/data/train-*.tar" or "0.01:...".
+def open_heldout(location: str) -> Subset:
+  """Opens the held-out subset: "1%:webdataset:/data/train-*.tar" or "0.01:...".
 
   Raises:
-    ValueError: the fraction is not between 0 and 1, or one of the parts is empty; or as the source does.
+    ValueError: the fraction is not between 0 and 1, a subset is empty, or the source raises it.
   """
   return _open("heldout", location)
 
 
-def open_kept(location: str) -> Part:
-  """Opens all but the held-out part of the same location; see `open_heldout`."""
+def open_kept(location: str) -> Subset:
+  """Opens everything except the held-out subset of the same location; see `open_heldout`."""
   return _open("kept", location)
 
 
-def _open(kind: str, location: str) -> Part:
+def _open(kind: str, location: str) -> Subset:
   from declip_jax.data.sources import open_source  # which imports this file
 
   text, _, spec = location.partition(":")
@@ -82,11 +82,11 @@ def _open(kind: str, location: str) -> Part:
   cut = round(fraction * total)
   if not 0 < cut < total:
     raise ValueError(f"{name}: {text} of {total} samples is {'none' if not cut else 'all'} of them")
-  return Part(name, source, *((0, cut) if kind == "heldout" else (cut, total)))
+  return Subset(name, source, *((0, cut) if kind == "heldout" else (cut, total)))
 
 
 def shuffled(index: int, count: int) -> int:
-  """Where `index` goes in a fixed permutation of `range(count)`, without a table.
+  """Returns the image of `index` under a fixed permutation of `range(count)`, without a table.
 
   A generalised Feistel network with cycle walking (Black and Rogaway 2002, sections 4 and 5).
   Changing it would mix held-out samples into training.
@@ -104,7 +104,7 @@ def shuffled(index: int, count: int) -> int:
 
 
 def _hash(value: int, number: int) -> int:
-  """64 bits that look random: the finaliser of SplitMix64 (Steele et al. 2014), variant 13 of Stafford."""
+  """64 random-looking bits: the finaliser of SplitMix64 (Steele et al. 2014), variant 13 of Stafford."""
   x = (value + (number + 1) * 0x9E3779B97F4A7C15) & _MASK
   x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
   x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK

@@ -1,8 +1,8 @@
-"""Data sets of Hugging Face's `datasets`, memory-mapped from a folder, or at hand in a notebook.
+"""Data sets of Hugging Face's `datasets`: memory-mapped from a folder, or an object in a notebook.
 
-Of a folder behind a URL (gs://, s3://) the files of the split are copied when it is opened, once for all processes of
-the machine, see `copies.folder`: the disk must hold them. (`datasets` itself makes a copy for every process that opens
-such a folder, and the tables have to be mapped whole, so that single files cannot wait until they are needed.)
+When a remote folder (gs://, s3://) is opened, the files of the split are copied once for all processes of the machine,
+see `copies.folder`, so they must fit on the disk. (`datasets` itself makes one copy per process, and maps whole tables,
+so that files cannot be copied one by one when they are needed.)
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +19,13 @@ from declip_jax.data.sources.base import BadSample, Example
 from declip_jax.data.sources.table import captions_of
 from declip_jax.data.storage import copies, files, remote
 
-_THREADS = 8  # that copy files from behind a URL
+_THREADS = 8  # for copying remote files
 _ROLES = ("image", "caption", "label")
 _LOCATION = re.compile(r"(.+?)(?::([\w.-]+))?")
 
 
 class _Columns(NamedTuple):
-  """Which columns play a part."""
+  """The columns in use."""
 
   image: str
   captions: tuple[str, ...]
@@ -41,17 +41,17 @@ class HuggingFace:
 
   @property
   def classnames(self) -> tuple[str, ...]:
-    """Of the label, if it is a ClassLabel."""
+    """The names of the label's classes, if it is a ClassLabel."""
     return tuple(getattr(self._dataset.features.get(self._columns.label), "names", None) or ())
 
   @property
   def stamp(self) -> str:
-    """Changes when the data do: what `datasets` calls the fingerprint, kept with the files."""
+    """Changes with the data: the fingerprint of `datasets`, stored with the files."""
     return self._dataset._fingerprint
 
   @property
   def skipped(self) -> dict[str, int]:
-    return {}  # nothing is looked at before it is read
+    return {}  # samples are not checked in advance
 
   def __len__(self) -> int:
     return len(self._dataset)
@@ -77,7 +77,7 @@ class HuggingFace:
 
   def __reduce__(self) -> tuple[Callable[..., "HuggingFace"], tuple[Any, ...]]:
     if self._location is not None:
-      return open_huggingface, (self._location,)  # the data set itself lists all its files and classes
+      return open_huggingface, (self._location,)  # a pickle of the data set would list all its files and classes
     return HuggingFace, (self.name, self._dataset, self._columns, None)
 
   def __repr__(self) -> str:
@@ -85,14 +85,14 @@ class HuggingFace:
 
 
 def open_huggingface(location: str) -> HuggingFace:
-  """Opens what `dataset.save_to_disk(PATH)` wrote: "PATH", "PATH:SPLIT" or "PATH:SPLIT?image=..&caption=..&label=..".
+  """Opens a folder of `dataset.save_to_disk`: "PATH", "PATH:SPLIT" or "PATH:SPLIT?image=..&caption=..&label=..".
 
-  Columns are chosen as in `from_huggingface`. Nothing is ever downloaded from the hub; PATH may be a URL.
+  Columns are chosen as in `from_huggingface`. Nothing is downloaded from the hub; PATH may be a URL.
 
   Raises:
     FileNotFoundError: there is no saved data set.
-    OSError: it cannot be copied from behind a URL.
-    ValueError: the split or a column is unknown, the choice of one is not clear, or `datasets` is not installed.
+    OSError: a remote file cannot be copied.
+    ValueError: the split or a column is unknown, the choice of one is ambiguous, or `datasets` is not installed.
   """
   place, wanted = lists.parse(location, _ROLES, "PATH or PATH:SPLIT")
   path, split = _LOCATION.fullmatch(place).groups()
@@ -101,19 +101,19 @@ def open_huggingface(location: str) -> HuggingFace:
     found = _load_url(path.rstrip("/"), split) if remote.is_url(path) else datasets.load_from_disk(lists.absolute(path))
   except FileNotFoundError as error:
     hint = f'datasets.load_dataset("NAME").save_to_disk({path!r})'
-    raise FileNotFoundError(f"{name}: {error}; to have one there, run {hint}") from error
+    raise FileNotFoundError(f"{name}: {error}; to save one there, run {hint}") from error
   splits = found if isinstance(found, datasets.DatasetDict) else {None: found}
   if split is None and len(splits) == 1:
     (split,) = splits
   if split not in splits:
-    has = "no splits, open PATH" if None in splits else f"the splits {list(splits)}, open PATH:SPLIT with one of them"
+    has = "no splits; open PATH" if None in splits else f"the splits {list(splits)}; open PATH:SPLIT with one of them"
     raise ValueError(f"{name}: no split {split!r}; the data set has {has}")
   dataset, columns = _prepare(name, splits[split], wanted)
   return HuggingFace(name, dataset, columns, location)
 
 
 def _load_url(url: str, split: str | None) -> Any:
-  """What lies in a folder behind a URL; of a `DatasetDict`, the splits that are not asked for are None."""
+  """Loads the data set in a remote folder; in a `DatasetDict` only the wanted split is loaded, the others are None."""
   datasets = _import_datasets()
   if not files.exists(f"{url}/dataset_dict.json"):
     return _load_copy(url)
@@ -135,20 +135,21 @@ def _load_copy(url: str) -> Any:
 def from_huggingface(
   dataset: Any, *, image: str | None = None, caption: str | None = None, label: str | None = None, name: str = "dataset"
 ) -> HuggingFace:
-  """A source of a `datasets.Dataset` at hand, as `datasets.load_dataset(NAME, split="train")` gives it.
+  """Makes a source from a `datasets.Dataset`, such as `datasets.load_dataset(NAME, split="train")`.
 
-  It is pickled as the data set is: to a few kB if that lies in files, with all its data if it lies in memory.
+  It pickles like the data set: to a few kB if the data are in files, with all data if they are in memory.
 
   Args:
-    dataset: with random access, not streaming.
-    image: column; by default the one of images, or of bytes, with a name such as "image".
-    caption: column, or several joined by commas, of texts or lists of texts; by default the one with a name such as
-      "caption" or "text"; "" for none.
-    label: column; by default the one class label, or whole number with a name such as "label"; "" for none.
-    name: for messages.
+    dataset: a data set with random access, not streaming.
+    image: column of images or bytes; by default the one with a name such as "image".
+    caption: column of texts or lists of texts, or several columns joined by commas; by default the one with a name such
+      as "caption" or "text"; "" means none.
+    label: column of labels; by default the only class label, or a whole number with a name such as "label"; "" means
+      none.
+    name: name for messages.
 
   Raises:
-    ValueError: it is no such data set, a column is unknown, the choice of one is not clear, or `datasets` is not
+    ValueError: not such a data set, a column is unknown, the choice of one is ambiguous, or `datasets` is not
       installed.
   """
   given = {"image": image, "caption": caption, "label": label}
@@ -160,15 +161,15 @@ def _import_datasets() -> Any:
   try:
     import datasets
   except ImportError as error:
-    raise ValueError(f"{error}: a data set of Hugging Face needs pip install 'declip_jax[huggingface]'") from error
+    raise ValueError(f"{error}: data sets of Hugging Face need pip install 'declip_jax[huggingface]'") from error
   return datasets
 
 
 def _prepare(name: str, dataset: Any, wanted: dict[str, str]) -> tuple[Any, _Columns]:
-  """The data set with the columns that play a part, and which they are; images stay encoded."""
+  """Returns the data set with only the columns in use, and these columns; images remain encoded."""
   datasets = _import_datasets()
   if not isinstance(dataset, datasets.Dataset):
-    hint = "choose a split, as dataset['train']" if isinstance(dataset, dict) else "load it without streaming"
+    hint = "choose a split, such as dataset['train']" if isinstance(dataset, dict) else "load it without streaming"
     raise ValueError(f"{name}: expected a datasets.Dataset, got a {type(dataset).__name__}; {hint}")
   columns = _choose(name, dataset.features, wanted)
   logging.info("%s: %s", name, columns)
@@ -182,35 +183,36 @@ def _prepare(name: str, dataset: Any, wanted: dict[str, str]) -> tuple[Any, _Col
 def _choose(name: str, features: dict[str, Any], wanted: dict[str, str]) -> _Columns:
   datasets = _import_datasets()
 
-  def of(kinds: tuple[type, ...], *dtypes: str) -> list[str]:
-    """Columns of the kinds, or of plain values of the types."""
+  def columns(kinds: tuple[type, ...], *dtypes: str) -> list[str]:
+    """Names of the columns of these kinds, or of plain values of these types."""
     return [
       column
       for column, feature in features.items()
       if isinstance(feature, kinds) or (isinstance(feature, datasets.Value) and feature.dtype in dtypes)
     ]
 
-  pictures, classes = of((datasets.Image,)), of((datasets.ClassLabel,))
+  pictures, classes = columns((datasets.Image,)), columns((datasets.ClassLabel,))
   numbers = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
-  images = _pick("image", wanted, of((datasets.Image,), "binary", "large_binary"), lists.IMAGE_NAMES, pictures, name)
-  labels = _pick("label", wanted, of((datasets.ClassLabel,), *numbers), lists.LABEL_NAMES, classes, name)
+  files_or_images = columns((datasets.Image,), "binary", "large_binary")
+  images = _pick("image", wanted, files_or_images, lists.IMAGE_NAMES, pictures, name)
+  labels = _pick("label", wanted, columns((datasets.ClassLabel,), *numbers), lists.LABEL_NAMES, classes, name)
   texts = [column for column, feature in features.items() if _is_text(feature)]
   captions = lists.choose("caption", wanted.get("caption"), texts, lists.CAPTION_NAMES, name, several=True)
   if not images or not (captions or labels or wanted.get("caption") == ""):
     missing = "caption or label" if images else "image"
-    raise ValueError(f"{name}: which column is the {missing}? There are {dict(features)}; choose with ?image=COLUMN")
+    raise ValueError(f"{name}: which column is the {missing}? Choose with ?image=COLUMN from {dict(features)}")
   return _Columns(images[0], captions, labels[0] if labels else None)
 
 
 def _pick(
   role: str, wanted: dict[str, str], legal: Sequence[str], names: Sequence[str], typed: Sequence[str], place: str
 ) -> Sequence[str]:
-  """The column of a name that fits, or else the only one whose type says what it is."""
+  """The column with a known name, or else the only one with the type."""
   chosen = lists.choose(role, wanted.get(role), legal, names, place)
   if chosen or role in wanted:
     return chosen
   if len(typed) > 1:
-    raise ValueError(f"{place}: the {role} may be any of {list(typed)}; choose one with ?{role}={typed[0]}")
+    raise ValueError(f"{place}: the {role} could be any of {list(typed)}; choose one with ?{role}={typed[0]}")
   return typed
 
 

@@ -16,8 +16,6 @@ import json
 import os
 from pathlib import Path
 import re
-import sys
-import time
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -25,40 +23,31 @@ import pyarrow as pa
 
 from declip_jax.data.sources.base import BadSample, Example
 from declip_jax.data.storage import files, indexes, remote
+from declip_jax.reporting import progress
 
 IMAGE_NAMES = ("image", "filename", "file_name", "filepath", "file_path", "file", "path", "img", "img_path", "img_name")
-IMAGE_NAMES += (
-  "image_path",
-  "image_name",
-  "image_file",
-  "image_filename",
-  "image_filepath",
-  "jpg",
-  "jpeg",
-  "png",
-  "webp",
-)
+IMAGE_NAMES += ("image_path", "image_name", "image_file", "image_filename", "image_filepath")
+IMAGE_NAMES += ("jpg", "jpeg", "png", "webp")
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "txt", "title", "sentence", "sentences", "description")
 CAPTION_NAMES += ("alt_text", "alt", "comment", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "class_id", "class_index", "target", "category", "category_id")
 
-_FORMAT = 2  # part of the name of an index: raise it when its columns, or the rules of any list for its rows, change
-_BATCH = 4096  # rows; the builder holds one batch
+_FORMAT = 2  # part of the name of an index: raise it when its columns, or the rules by which a list is read, change
+_BATCH = 4096  # entries; the builder keeps one batch in memory
 _BATCH_WITH_IMAGES = 64
-_LOGGED = 5  # of the samples left out; all of them are counted
-_SILENCE = 10.0  # seconds between two reports of how far an index is
-_MOST_CLASSES = 100_000  # more are no classes, but the numbers or names of samples
+_LOGGED = 5  # skipped samples to name in the log; all of them are counted
+_MAX_CLASSES = 100_000  # more labels than this are not classes, but numbers or names of samples
 _SCHEMA = pa.schema(
   [
     ("file", pa.int32()),
     ("record", pa.int64()),
-    ("path", pa.binary()),  # names of files need not be UTF-8
+    ("path", pa.binary()),  # file names need not be UTF-8
     ("image", pa.binary()),
     ("captions", pa.list_(pa.string())),
-    ("label", pa.int64()),  # numbered as they appear
+    ("label", pa.int64()),  # in order of appearance
   ]
 )
-# A path may have a ? in it, as a glob character.
+# A path may contain a ?, as a glob character.
 _QUERY = re.compile(r"(.*?)(?:\?([a-z_]+=.*))?", re.DOTALL)
 
 
@@ -66,13 +55,13 @@ class Entry(NamedTuple):
   """A sample as a list describes it.
 
   Attributes:
-    file: which file of the list it stands in.
-    record: where in that file, for messages: a line or an id; -1 if `path` says it.
-    path: of the image, absolute, a URL or relative to a root; None if the rest tells where it is.
-    image: the encoded file, if the list holds it.
-    captions: stripped, none of them empty.
-    label: a whole number, also as text, or the name of a class; None or a negative number for none.
-    label_name: the name of that class, where the label is a number.
+    file: number of the file of the list that has the entry.
+    record: position in that file, for messages: a line or an id; -1 if `path` identifies the entry.
+    path: path of the image, absolute, a URL or relative to a root; None if the other fields determine it.
+    image: the encoded image, if the list contains it.
+    captions: captions, stripped and not empty.
+    label: a whole number, also as text, or the name of a class; None or a negative number for no label.
+    label_name: the name of that class if `label` is a number.
   """
 
   file: int
@@ -85,12 +74,12 @@ class Entry(NamedTuple):
 
 
 class ListSource:
-  """The rows of a list as a `Source`. Reads an image from the path of its row; lists that differ override that.
+  """A list as a `Source`. Reads an image from the path of its entry; subclasses may override that.
 
   Args:
-    name: the spec that opened it.
-    index: of `index_list`.
-    root: what paths of images are relative to; None for the folder of the file in which a row stands.
+    name: the spec that opened the list.
+    index: the index, see `index_list`.
+    root: the folder that paths of images are relative to; None means the folder of the list's file.
   """
 
   def __init__(self, name: str, index: Path, root: str | None = None):
@@ -102,10 +91,10 @@ class ListSource:
     try:
       return pa.ipc.open_file(pa.memory_map(str(self._index)))
     except (pa.ArrowException, OSError) as error:
-      if isinstance(error, OSError) and error.errno is not None:  # of the system; those of Arrow have none
+      if isinstance(error, OSError) and error.errno is not None:  # of the system; Arrow's errors have no number
         raise
       damage = f"{self.name}: its index {self._index} is damaged: {one_line(error)}"
-      raise ValueError(f"{damage}; delete it, and the next to open the list builds it anew") from None
+      raise ValueError(f"{damage}; delete it to build it again") from None
 
   @cached_property
   def _about(self) -> dict[str, Any]:
@@ -114,19 +103,19 @@ class ListSource:
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
-    """As the list gives them; else from classnames.txt beside it, line i for class i; else empty."""
+    """Names from the list; else line i of classnames.txt next to it for class i; else empty."""
     if not self._about["labels"]:
       return ()
     return tuple(self._about["classnames"]) or files.classnames(self._about["files"][0])
 
   @property
   def skipped(self) -> dict[str, int]:
-    """Samples that the list describes wrongly or without a caption, counted when it was indexed."""
+    """Numbers of samples with an invalid entry or without a caption, by kind, counted when the list was indexed."""
     return dict(self._about["skipped"])
 
   @property
   def stamp(self) -> str:
-    """Changes when the list does."""
+    """Changes with the list."""
     return self._index.stem
 
   def __len__(self) -> int:
@@ -141,34 +130,34 @@ class ListSource:
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no sample {index}, there are {len(self)}")
-    row = self.row(index)
-    name = self._about["files"][row.file].rpartition("/")[2]
-    place = row.path if row.record < 0 else f"{name}:{row.record}"
+    entry = self.entry(index)
+    name = self._about["files"][entry.file].rpartition("/")[2]
+    place = entry.path if entry.record < 0 else f"{name}:{entry.record}"
     try:
-      image = self._image(row) if row.image is None else row.image
-      return Example(image=image, captions=self._captions(row), label=row.label, id=place)
+      image = self._image(entry) if entry.image is None else entry.image
+      return Example(image=image, captions=self._captions(entry), label=entry.label, id=place)
     except BadSample as error:
       raise BadSample(error.kind, f"{place}: {error}") from error
-    except (OSError, ValueError) as error:  # a ValueError for a URL of a kind that nothing here can read
+    except (OSError, ValueError) as error:  # ValueError for a kind of URL that is not supported
       raise BadSample("missing file", f"{place}: {error}") from error
 
-  def row(self, index: int) -> Entry:
-    """What the list has at `index`, with -1 for no label."""
+  def entry(self, index: int) -> Entry:
+    """Returns entry `index` of the list, with label -1 for none."""
     number, position = divmod(int(index), self._about["batch"])
     batch = self._batches.get_batch(number)
     file, record, path, image, captions, label = (column[position].as_py() for column in batch.columns)
     path = None if path is None else path.decode("utf-8", "surrogateescape")
     return Entry(file, record, path, image, captions, self._about["labels"][label] if label >= 0 else -1)
 
-  def _image(self, row: Entry) -> bytes:
-    return files.read(self._at(row, row.path))
+  def _image(self, entry: Entry) -> bytes:
+    return files.read(self._with_root(entry, entry.path))
 
-  def _captions(self, row: Entry) -> tuple[str, ...]:
-    return tuple(row.captions)
+  def _captions(self, entry: Entry) -> tuple[str, ...]:
+    return tuple(entry.captions)
 
-  def _at(self, row: Entry, path: str) -> str:
-    """A path of a row with its root."""
-    root = folder_of(self._about["files"][row.file]) if self._root is None else self._root
+  def _with_root(self, entry: Entry, path: str) -> str:
+    """A path of an entry, made absolute."""
+    root = folder_of(self._about["files"][entry.file]) if self._root is None else self._root
     return path if path.startswith("/") or "://" in path else f"{root}/{path}"
 
   def __getstate__(self) -> dict[str, Any]:
@@ -178,33 +167,35 @@ class ListSource:
     return f"{type(self).__name__}({self.name!r})"
 
 
-def index_list(name: str, paths: Sequence[str], stamp: Any, rows: Callable[[], Iterable[Entry | BadSample]]) -> Path:
-  """The index of a list, built if there is none.
+def index_list(
+  name: str, paths: Sequence[str], stamp: Any, read_entries: Callable[[], Iterable[Entry | BadSample]]
+) -> Path:
+  """Returns the index of a list and builds it if it does not exist.
 
   Args:
     name: the spec of the list, for messages.
-    paths: the files of the list, which `Entry.file` counts.
-    stamp: JSON of all that the rows depend on besides `paths`.
-    rows: gives the rows, in order, with a `BadSample` for each that cannot be used.
+    paths: the files of the list, numbered by `Entry.file`.
+    stamp: everything else that the entries depend on, as JSON.
+    read_entries: yields the entries in order, and a `BadSample` for each one that cannot be used.
 
   Raises:
-    ValueError: there is no usable row, or the labels are no classes.
-    OSError: no place for the index.
+    ValueError: there is no usable entry, or the labels are not classes.
+    OSError: the index cannot be stored.
   """
-  build = partial(_build, name=name, paths=paths, rows=rows)
+  build = partial(_build, name=name, paths=paths, read_entries=read_entries)
   return indexes.find_or_build([_FORMAT, list(paths), stamp], paths[0].rstrip("/"), build, ".arrow")
 
 
-def probed(source: ListSource) -> ListSource:
-  """The source, if an image of it can be read: the first, the middle or the last.
+def checked(source: ListSource) -> ListSource:
+  """Returns the source if its first, middle or last image can be read.
 
   Raises:
-    FileNotFoundError: none of them can.
-    ValueError: classnames.txt has not a line for each class.
+    FileNotFoundError: none of them can be read.
+    ValueError: classnames.txt lacks a line for a class.
   """
-  most = max(source._about["labels"], default=-1)
-  if source.classnames and most >= len(source.classnames):
-    raise ValueError(f"{source.name}: label {most}, but only {len(source.classnames)} class names")
+  largest = max(source._about["labels"], default=-1)
+  if source.classnames and largest >= len(source.classnames):
+    raise ValueError(f"{source.name}: label {largest}, but only {len(source.classnames)} class names")
   errors = []
   for index in sorted({0, len(source) // 2, len(source) - 1}):
     try:
@@ -212,18 +203,23 @@ def probed(source: ListSource) -> ListSource:
       return source
     except BadSample as error:
       errors.append(error)
-  tried = f"{len(errors)} images tried, none can be read, such as {errors[0]}"
-  raise FileNotFoundError(f"{source.name}: {tried}; ?root=FOLDER says where they are")
+  tried = f"none of {len(errors)} images tried can be read: {errors[0]}"
+  raise FileNotFoundError(f"{source.name}: {tried}; give their folder as ?root=FOLDER")
 
 
 def parse(location: str, legal: Sequence[str], form: str = "PLACE") -> tuple[str, dict[str, str]]:
-  """Splits PLACE?name=value&name=value; `form` is what a place looks like, for messages.
+  """Splits PLACE?name=value&name=value.
+
+  Args:
+    location: the text to split.
+    legal: the allowed names.
+    form: the form of a place, for messages.
 
   Raises:
     ValueError: the place is empty, or a name is not one of `legal`.
   """
   place, query = _QUERY.fullmatch(location).groups()
-  # As it stands: a path or the name of a column may have + and % in it.
+  # No decoding: a path or the name of a column may contain + and %.
   wanted = dict(choice.split("=", 1) for choice in re.split(r"&(?=[a-z_]+=)", query or "") if choice)
   if not place or not wanted.keys() <= set(legal):
     expected = "&".join(f"{name}=.." for name in legal)
@@ -234,60 +230,60 @@ def parse(location: str, legal: Sequence[str], form: str = "PLACE") -> tuple[str
 def choose(
   role: str, wanted: str | None, columns: Sequence[str], names: Sequence[str], place: str, *, several: bool = False
 ) -> tuple[str, ...]:
-  """Decides which columns play a part: those wanted, else the one called just so, else the only one with such a name.
+  """Chooses the columns of a role: those wanted, else the one with the usual name, else the only one with a known name.
 
   Args:
     role: "image", "caption" or "label".
-    wanted: a column, or several joined by commas; "" for none; None leaves the choice to their names.
-    columns: all there are.
-    names: that columns of this role have; the first is the plainest.
-    place: for messages.
-    several: whether there may be more than one.
+    wanted: a column, or several joined by commas; "" means none; None means a choice by name.
+    columns: all columns.
+    names: known names of columns with this role, the usual one first.
+    place: the file, for messages.
+    several: whether there may be more than one column.
 
   Returns:
-    The columns, none if no name fits.
+    The columns, none if no name matches.
 
   Raises:
-    ValueError: one that is wanted is not there, or more than one would fit.
+    ValueError: a wanted column does not exist, or several match.
   """
   if wanted is not None:
     chosen = [wanted] if wanted in columns or not several else wanted.split(",")
     for column in chosen if wanted else []:
       if column not in columns:
-        raise ValueError(f"{place}: no column {column!r} for the {role}, there are {list(columns)}")
+        raise ValueError(f"{place}: no column {column!r} for the {role}; the columns are {list(columns)}")
     return tuple(chosen) if wanted else ()
   likely = [column for column in columns if _plain(column) in names]
   exact = [column for column in likely if _plain(column) == names[0]]
   if len(likely) > 1 and not exact:
-    join = f" or use them together with ?{role}={','.join(likely[:2])}" if several else ""
-    raise ValueError(f"{place}: the {role} may be any of {likely}; choose one with ?{role}={likely[0]}{join}")
+    join = f" or join them with ?{role}={','.join(likely[:2])}" if several else ""
+    raise ValueError(f"{place}: the {role} could be any of {likely}; choose one with ?{role}={likely[0]}{join}")
   return tuple(exact[:1] or likely)
 
 
 def folder_of(path: str) -> str:
-  """The folder that a file lies in."""
+  """The folder of a file."""
   return path.rpartition("/")[0] or "/"
 
 
 def absolute(folder: str) -> str:
-  """A folder's absolute path, or its URL, without a slash at its end."""
+  """The absolute path of a folder, or its URL, without a trailing slash."""
   if remote.is_url(folder):
     return folder.rstrip("/")
   return os.path.abspath(os.path.expanduser(folder.removeprefix("file://"))).rstrip("/")
 
 
 def encoding_of(start: bytes) -> str:
-  """The encoding of a text, by its first two bytes: UTF-16 with a byte order mark, else UTF-8."""
+  """The encoding of a text, from its first two bytes: UTF-16 with a byte order mark, else UTF-8."""
   return "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def one_line(error: Exception) -> str:
-  """What an error says; Arrow says it in several lines."""
+  """The message of an error on one line; Arrow's have several."""
   return " ".join(str(error).split())
 
 
 def root_of(wanted: Mapping[str, str]) -> str | None:
-  """The root that a query gives; None if it gives none."""
+  """The root in a query, None if there is none."""
   return absolute(wanted["root"]) if wanted.get("root") else None
 
 
@@ -295,84 +291,87 @@ def _plain(column: str) -> str:
   return re.sub(r"[\s-]+", "_", column.strip().lower())
 
 
-def _build(path: Path, name: str, paths: Sequence[str], rows: Callable[[], Iterable[Entry | BadSample]]) -> None:
+def _build(
+  path: Path, name: str, paths: Sequence[str], read_entries: Callable[[], Iterable[Entry | BadSample]]
+) -> None:
   """Writes the index of a list."""
   logging.info("indexing %s, once", name)
   skipped: Counter[str] = Counter()
-  numbers: dict[int | str, int] = {}  # of labels, as they appear
+  numbers: dict[int | str, int] = {}  # of labels, in order of appearance
   names: dict[int | str, str] = {}
-  count, usable, reported = 0, _usable(rows(), skipped), time.monotonic()
+  count, usable = 0, _usable(read_entries(), skipped)
   first = next(usable, None)
   if first is None:
     raise ValueError(f"{name}: no usable sample, skipped {dict(skipped)}")
   size = _BATCH if first.image is None else _BATCH_WITH_IMAGES
-  usable = itertools.chain([first], usable)
+  usable = progress.track(itertools.chain([first], usable), f"indexing {name}", unit="samples")
   with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
     while batch := list(itertools.islice(usable, size)):
-      writer.write_batch(_batch([(*_encoded(row), _number(row, numbers, names)) for row in batch]))
+      writer.write_batch(_batch([(*_encoded(entry), _number(entry, numbers, names)) for entry in batch]))
       count += len(batch)
-      if time.monotonic() - reported >= _SILENCE:
-        reported = time.monotonic()
-        print(f"indexing {name}, once: {count} samples so far", file=sys.stderr, flush=True)
-      if len(numbers) > _MOST_CLASSES:
+      if len(numbers) > _MAX_CLASSES:
         few = ", ".join(map(repr, list(numbers)[:3]))
-        raise ValueError(f"{name}: over {_MOST_CLASSES} labels ({few}, ...) are no classes; choose none with ?label=")
+        raise ValueError(
+          f"{name}: more than {_MAX_CLASSES:,} distinct labels ({few}, ...): not class labels? Pass ?label= to ignore "
+          "them"
+        )
     labels, classnames = _classes(numbers, names)
     about = {"files": paths, "count": count, "batch": size, "skipped": skipped}
     about |= {"labels": labels, "classnames": classnames}
     writer.write_batch(_batch([]), custom_metadata={"about": json.dumps(about)})
-  logging.info("%s: %d samples, %d left out %s", name, count, skipped.total(), dict(skipped))
+  logging.info("%s: %d samples, %d skipped %s", name, count, skipped.total(), dict(skipped))
 
 
-def _usable(rows: Iterable[Entry | BadSample], skipped: Counter[str]) -> Iterator[Entry]:
-  """The rows that can be stored; counts the others and logs the first of them."""
-  for row in rows:
-    error = row if isinstance(row, BadSample) else _unstorable(row)
+def _usable(entries: Iterable[Entry | BadSample], skipped: Counter[str]) -> Iterator[Entry]:
+  """Yields the entries that can be stored; counts the others and logs the first of them."""
+  for entry in entries:
+    error = entry if isinstance(entry, BadSample) else _defect(entry)
     if error is None:
-      yield row
+      yield entry
       continue
     skipped[error.kind] += 1
     if skipped.total() <= _LOGGED:
-      logging.warning("left out: %s", error)
+      logging.warning("skipped: %s", error)
 
 
-def _unstorable(row: Entry) -> BadSample | None:
+def _defect(entry: Entry) -> BadSample | None:
   try:
-    (row.path or "").encode("utf-8", "surrogateescape")
-  except UnicodeEncodeError as error:  # a lone surrogate, as JSON can express it
-    return BadSample("damaged record", f"record {row.record}: bad path {row.path!r}: {error}")
-  if any("\0" in text for text in (row.path or "", *row.captions)):
-    return BadSample("damaged record", f"record {row.record}: a NUL byte in {row.path!r} or its captions")
+    (entry.path or "").encode("utf-8", "surrogateescape")
+  except UnicodeEncodeError as error:  # a lone surrogate, which JSON can express
+    return BadSample("damaged record", f"record {entry.record}: bad path {entry.path!r}: {error}")
+  if any("\0" in text for text in (entry.path or "", *entry.captions)):
+    return BadSample("damaged record", f"record {entry.record}: a NUL byte in {entry.path!r} or its captions")
   return None
 
 
-def _encoded(row: Entry) -> tuple[int, int, bytes | None, bytes | None, list[str]]:
-  path = None if row.path is None else row.path.encode("utf-8", "surrogateescape")
-  return row.file, row.record, path, row.image, [text.encode("utf-8", "replace").decode() for text in row.captions]
+def _encoded(entry: Entry) -> tuple[int, int, bytes | None, bytes | None, list[str]]:
+  path = None if entry.path is None else entry.path.encode("utf-8", "surrogateescape")
+  captions = [text.encode("utf-8", "replace").decode() for text in entry.captions]
+  return entry.file, entry.record, path, entry.image, captions
 
 
-def _batch(rows: Sequence[tuple[Any, ...]]) -> pa.RecordBatch:
-  columns = zip(*rows, strict=True) if rows else [()] * len(_SCHEMA)
+def _batch(entries: Sequence[tuple[Any, ...]]) -> pa.RecordBatch:
+  columns = zip(*entries, strict=True) if entries else [()] * len(_SCHEMA)
   arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
   return pa.record_batch(arrays, schema=_SCHEMA)
 
 
-def _number(row: Entry, numbers: dict[int | str, int], names: dict[int | str, str]) -> int:
-  """The number of a row's label among those that appeared so far, -1 for no label."""
-  label = row.label
+def _number(entry: Entry, numbers: dict[int | str, int], names: dict[int | str, str]) -> int:
+  """The number of an entry's label, in order of appearance, -1 for no label."""
+  label = entry.label
   if label is None or (isinstance(label, int) and label < 0):
     return -1
-  if row.label_name and label not in names:
-    names[label] = row.label_name
+  if entry.label_name and label not in names:
+    names[label] = entry.label_name
   return numbers.setdefault(label, len(numbers))
 
 
 def _classes(numbers: dict[int | str, int], names: dict[int | str, str]) -> tuple[list[int], list[str]]:
-  """Labels in order of appearance, and class names: numbers stay what they are, names are numbered alphabetically."""
+  """Labels in order of appearance, and class names; numbers remain as they are, names are numbered alphabetically."""
   if all(isinstance(label, int) or label.isdecimal() for label in numbers):
     labels = [int(label) for label in numbers]
-    if names and max(labels) >= _MOST_CLASSES:
-      raise ValueError(f"the label {max(labels)} has a name, but classes are numbered 0, 1, ... below {_MOST_CLASSES}")
+    if names and max(labels) >= _MAX_CLASSES:
+      raise ValueError(f"label {max(labels)} has a name, but classes are numbered from 0 to at most {_MAX_CLASSES - 1}")
     named = {int(label): name for label, name in names.items()}
     return labels, [named.get(label, "") for label in range(max(labels) + 1)] if named else []
   classnames = sorted(set(map(str, numbers)))

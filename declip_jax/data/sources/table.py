@@ -1,19 +1,19 @@
 """Tables of image paths and captions: CSV, TSV, JSON and Parquet.
 
-| file | rows |
+| file | records |
 |---|---|
-| .csv .tsv .psv .txt | lines after a first line that names the columns; comma, tab, semicolon or pipe is recognised |
-| .jsonl .ndjson .json | one object a line, or one array of objects |
-| .parquet .pq | as it says |
+| .csv .tsv .psv .txt | lines after a first line that names the columns; separated by comma, tab, semicolon or pipe |
+| .jsonl .ndjson .json | one object per line, or one array of objects |
+| .parquet .pq | rows |
 
-All but Parquet may be compressed as .gz. Text is UTF-8, or UTF-16 with a byte order mark, or what `encoding` says. A
-byte that is not is an error, and not a line left out, for it tells that the whole table is in another encoding. A line
-that does not parse is left out and counted, with its number in the log, and the next one is read as if nothing had
-been: an unbalanced quote is text, and does not swallow the lines behind it.
+All but Parquet may be compressed as .gz. Text is UTF-8, UTF-16 with a byte order mark, or in the given `encoding`. A
+byte that is invalid there is an error and not just a skipped line, since it means that the whole table is in another
+encoding. A line that does not parse is skipped and counted, with its number in the log, and reading continues on the
+next line: an unbalanced quote is plain text and does not swallow the lines after it.
 
-This is also the form of DeCLIP's metadata (data/datasets/clip_dataset.py there): JSON lines of `filename`, `caption`, a
-text or a list, and `label` and `label_name` for evaluation, with paths relative to a folder. There only the first
-caption of a list is used, and captions with CJK characters are passed over; here all captions count.
+DeCLIP's metadata (its data/datasets/clip_dataset.py) have this form: JSON lines with `filename`, `caption`, a text or a
+list, and `label` and `label_name` for evaluation, with paths relative to a folder. DeCLIP uses only the first caption
+of a list and skips captions with CJK characters; here all captions count.
 """
 
 import codecs
@@ -42,18 +42,18 @@ _LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
 _ROLES = ("image", "caption", "label", "label_name", "encoding", "root")
 _SEPARATORS = ",\t;|"
 _LONGEST_HEADER = 2**16
-_QUOTED_LINES = 100  # that one quoted field may span
-_PEEKED = 100  # objects, to learn the keys: not all need have all
+_QUOTED_LINES = 100  # lines that one quoted field may span
+_PEEKED = 100  # objects to read for their keys, since not all objects need all keys
 _CHUNK = 2**20
 _MOST_JSON = 2**26  # characters of one object in an array
-_PARQUET_ROWS = 256  # with images, a batch of these is in memory
+_PARQUET_ROWS = 256  # per batch, which is in memory, images included
 
-# A line's number, and its fields by column, or what is wrong with it.
+# A line number, and its fields by column or an error message.
 _Record = tuple[int, Mapping[str, Any] | str]
 
 
 class _Columns(NamedTuple):
-  """Which columns play a part."""
+  """The columns in use."""
 
   image: str
   captions: tuple[str, ...]
@@ -64,59 +64,59 @@ class _Columns(NamedTuple):
 def open_table(location: str) -> lists.ListSource:
   """Opens "PATTERN", or "PATTERN?image=COLUMN&caption=COLUMN,COLUMN&label=COLUMN&label_name=COLUMN&root=FOLDER".
 
-  All of these may be left out, and `encoding`, such as "&encoding=latin-1", is one more.
+  All of these are optional, as is `encoding`, such as "&encoding=latin-1".
 
   Columns that are not given are recognised by their names, such as "filepath" and "title", and the choice is logged;
-  "caption=" or "label=" is for none. Captions are a text, a list of texts, also as JSON in a text, or several columns;
-  all that are not blank count. Neighbouring lines of the same image and label are one sample with the captions of all,
-  as in the tables of Flickr8k and Flickr30k. Labels are whole numbers or names of classes, which are then numbered
-  alphabetically; a column such as "label_name" names those that are numbers, or else classnames.txt beside the table.
-  A negative number is no label.
+  "caption=" or "label=" means none. Captions are a text, a list of texts, which may be JSON in a text, or several
+  columns; all that are not blank count. Consecutive lines with the same image and label are one sample with all their
+  captions, as in the tables of Flickr8k and Flickr30k. Labels are whole numbers, or names of classes, which are
+  numbered alphabetically; numbers are named by a column such as "label_name", or else by classnames.txt next to the
+  table. A negative number means no label.
 
-  Parquet may hold the images themselves, as bytes or as {bytes, path} like Hugging Face's: these are copied into the
-  index once, which takes as much room as they do, because a row of Parquet takes tens of ms to read by itself.
+  Parquet may contain the images themselves, as bytes or as {bytes, path} like Hugging Face's. They are copied into the
+  index once, which doubles the disk space, because reading a single row of Parquet takes tens of ms.
 
   Args:
     location: the files, as in `patterns.expand`. Paths of images are relative to `root`, by default the folder of their
       table; a path may be a URL.
 
   Raises:
-    FileNotFoundError: no such table, or none of its images is where it says.
-    ValueError: a column is missing or its choice unclear, the kind of file is unknown, a file is damaged or in another
-      encoding, or no line is usable.
+    FileNotFoundError: the table does not exist, or its images are not found.
+    ValueError: a column is missing or ambiguous, the kind of file is unknown, a file is damaged or in another encoding,
+      or no line is usable.
   """
   name = f"table:{location}"
   place, wanted = lists.parse(location, _ROLES)
   paths = patterns.expand(place)
 
-  def all_rows() -> Iterator[Entry | BadSample]:
+  def read_entries() -> Iterator[Entry | BadSample]:
     for number, path in enumerate(paths):
-      yield from _merged(_rows(number, path, wanted))
+      yield from _merged(_entries(number, path, wanted))
 
   chosen = {role: column for role, column in wanted.items() if role != "root"}
-  index = lists.index_list(name, paths, ["table", chosen, files.stamps(paths)], all_rows)
-  return lists.probed(lists.ListSource(name, index, lists.root_of(wanted)))
+  index = lists.index_list(name, paths, ["table", chosen, files.stamps(paths)], read_entries)
+  return lists.checked(lists.ListSource(name, index, lists.root_of(wanted)))
 
 
 @contextlib.contextmanager
 def read_table(
   path: str, names: Iterable[str], encoding: str | None = None
 ) -> Iterator[tuple[list[str], Callable[[Iterable[str]], Iterator[_Record]]]]:
-  """Opens one table, for the time of a `with`.
+  """Opens one table, as a context manager.
 
   Args:
-    path: its suffix says of what kind it is.
-    names: of columns that one would expect, in lower case; they tell which separator a line of column names has.
-    encoding: of text; by default UTF-8, or UTF-16 if it begins with a byte order mark.
+    path: the file; its suffix determines its kind.
+    names: expected names of columns, in lower case; they help to recognise the separator.
+    encoding: encoding of the text, by default UTF-8, or UTF-16 if it starts with a byte order mark.
 
   Returns:
-    Its columns, and a function that reads the rows of those columns that it is given: pairs of a line's number, which
-    counts from 1 with the line of column names, and the fields, or a text that says what is wrong with the line. Rows
-    of Parquet and elements of an array count from 0.
+    The columns, and a function that yields the records of given columns: pairs of a line number, counted from 1
+    including the line of column names, and the fields or an error message. Rows of Parquet and elements of an array
+    count from 0.
 
   Raises:
-    ValueError: the kind of file is unknown, it is not what its name says or in another encoding, or it is damaged; the
-      latter two may show as late as in the `with`.
+    ValueError: the kind of file is unknown, its contents do not match its kind, it is in another encoding, or it is
+      damaged; the last two may be raised within the context.
   """
   kind = re.sub(r"\.gz$", "", path.lower()).rpartition(".")[2]
   if kind not in ("parquet", "pq", "csv", "tsv", "psv", "txt", "jsonl", "ndjson", "json"):
@@ -133,8 +133,8 @@ def read_table(
           raise _undecodable(path, text.encoding) from None
 
 
-def _rows(number: int, path: str, wanted: Mapping[str, str]) -> Iterator[Entry | BadSample]:
-  """The rows of one table."""
+def _entries(number: int, path: str, wanted: Mapping[str, str]) -> Iterator[Entry | BadSample]:
+  """Yields the entries of one table."""
   given = [name.lower() for role in ("image", "caption", "label") for name in wanted.get(role, "").split(",")]
   expected = [*lists.IMAGE_NAMES, *lists.CAPTION_NAMES, *lists.LABEL_NAMES, *given]
   with read_table(path, expected, wanted.get("encoding")) as (columns, read):
@@ -143,13 +143,13 @@ def _rows(number: int, path: str, wanted: Mapping[str, str]) -> Iterator[Entry |
     needed = [column for column in (chosen.image, *chosen.captions, chosen.label, chosen.label_name) if column]
     for line, fields in read(needed):
       try:
-        yield _row(number, line, fields, chosen)
+        yield _entry(number, line, fields, chosen)
       except BadSample as error:
         yield BadSample(error.kind, f"{path}:{line}: {error}")
 
 
 def _choose(columns: list[str], wanted: Mapping[str, str], path: str) -> _Columns:
-  """Decides which column plays which part."""
+  """Chooses the columns."""
   (image, *_) = lists.choose("image", wanted.get("image"), columns, lists.IMAGE_NAMES, path) or [""]
   captions = lists.choose("caption", wanted.get("caption"), columns, lists.CAPTION_NAMES, path, several=True)
   names = lists.choose("label_name", wanted.get("label_name"), columns, _LABEL_TEXTS, path)
@@ -159,15 +159,15 @@ def _choose(columns: list[str], wanted: Mapping[str, str], path: str) -> _Column
   if not image or not (captions or labels or wanted.get("caption") == ""):
     missing = "caption or label" if image else "image"
     raise ValueError(
-      f"{path}: which column is the {missing}? There are {columns}; choose with ?image=COLUMN&caption=COLUMN. Lines of"
-      " text need a first line that names the columns"
+      f"{path}: which column is the {missing}? The columns are {columns}; choose with ?image=COLUMN&caption=COLUMN. "
+      "Text needs a first line that names the columns"
     )
   label_name = names[0] if names and labels and names != labels else None
   return _Columns(image, captions, labels[0] if labels else None, label_name)
 
 
-def _row(number: int, line: int, fields: Mapping[str, Any] | str, columns: _Columns) -> Entry:
-  """Makes a row of a record; a BadSample says what is wrong with it."""
+def _entry(number: int, line: int, fields: Mapping[str, Any] | str, columns: _Columns) -> Entry:
+  """Makes an entry from a record; raises BadSample if the record is wrong."""
   if isinstance(fields, str):
     raise BadSample("damaged record", fields)
   path, image = _image(fields.get(columns.image), columns.image)
@@ -180,7 +180,7 @@ def _row(number: int, line: int, fields: Mapping[str, Any] | str, columns: _Colu
 
 
 def _image(value: Any, column: str) -> tuple[str | None, bytes | None]:
-  """Path and bytes of an image, one of them."""
+  """Returns path and bytes of an image, one of them None."""
   if isinstance(value, Mapping) and value.keys() >= {"bytes", "path"}:  # the image of Hugging Face's datasets
     value = value["path"] if value["bytes"] is None else value["bytes"]
   if isinstance(value, bytes):
@@ -191,11 +191,11 @@ def _image(value: Any, column: str) -> tuple[str | None, bytes | None]:
 
 
 def captions_of(value: Any) -> list[str]:
-  """Texts that are not blank, stripped, of a text, a list of texts, a list as JSON in a text, or None."""
+  """Returns the stripped texts that are not blank, from a text, a list of texts, a JSON list in a text, or None."""
   if isinstance(value, str) and value.lstrip().startswith('["'):
     try:
       value = json.loads(value)
-    except ValueError:  # a text that merely looks so
+    except ValueError:  # a text that merely looks like a list
       value = [value]
   texts = [value] if isinstance(value, str) else value or ()
   if not isinstance(texts, list | tuple) or not all(isinstance(text, str | None) for text in texts):
@@ -204,7 +204,7 @@ def captions_of(value: Any) -> list[str]:
 
 
 def _label(value: Any, column: str) -> int | str | None:
-  """A label as number or name, None for none; pandas writes whole numbers as 3.0 where others are missing."""
+  """Returns a label, a number, a name or None; pandas writes whole numbers as 3.0 if some are missing."""
   if isinstance(value, str):
     value = re.sub(r"^(-?\d+)\.0+$", r"\1", value.strip())
     if not value or re.fullmatch(r"-\d+", value):
@@ -221,28 +221,28 @@ def _label(value: Any, column: str) -> int | str | None:
 
 
 def _merged(records: Iterable[Entry | BadSample]) -> Iterator[Entry | BadSample]:
-  """Joins the captions of neighbouring rows that have image and label in common."""
-  held: Entry | None = None
-  for row in records:
-    if isinstance(row, BadSample):
-      yield row
-    elif held and row.path is not None and (row.path, row.label) == (held.path, held.label):
-      held.captions.extend(row.captions)
+  """Joins the captions of consecutive entries with the same image and label."""
+  last: Entry | None = None
+  for entry in records:
+    if isinstance(entry, BadSample):
+      yield entry
+    elif last and entry.path is not None and (entry.path, entry.label) == (last.path, last.label):
+      last.captions.extend(entry.captions)
     else:
-      if held:
-        yield held
-      held = row
-  if held:
-    yield held
+      if last:
+        yield last
+      last = entry
+  if last:
+    yield last
 
 
 @contextlib.contextmanager
 def _naming(path: str) -> Iterator[None]:
-  """Makes one line with the file's name of what Arrow and gzip raise for a damaged file."""
+  """Turns the errors of Arrow and gzip for a damaged file into one line with the file's name."""
   try:
     yield
   except (pa.ArrowException, EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
-    if isinstance(error, OSError) and error.errno is not None:  # of the system; those of Arrow and gzip have none
+    if isinstance(error, OSError) and error.errno is not None:  # of the system; errors of Arrow and gzip have no number
       raise
     raise ValueError(f"{path}: cannot be read: {lists.one_line(error)}") from None
 
@@ -252,7 +252,7 @@ def _unzipped(stream: BinaryIO, path: str) -> BinaryIO:
 
 
 def _text(stream: BinaryIO, path: str, encoding: str | None) -> TextIO:
-  # Only \n ends a line: a lone \r stands within captions, and \r\n is stripped.
+  # Only \n ends a line: a lone \r occurs within captions, and \r\n is stripped.
   start = stream.read(2)
   stream.seek(0)
   try:
@@ -262,28 +262,30 @@ def _text(stream: BinaryIO, path: str, encoding: str | None) -> TextIO:
 
 
 def _undecodable(path: str, encoding: str) -> ValueError:
-  """Says where a text is not in its encoding, which the error of the wrapper does not know."""
+  """Returns an error with the place where a text is not in its encoding, which the wrapper's error lacks."""
   decoder, line, before = codecs.getincrementaldecoder(encoding)(), 1, 0
   with files.open_stream(path) as stream:
-    for part in itertools.chain(_unzipped(stream, path), [b""]):
-      before += len(part)
+    for piece in itertools.chain(_unzipped(stream, path), [b""]):
+      before += len(piece)
       try:
-        line += decoder.decode(part, final=not part).count("\n")
+        line += decoder.decode(piece, final=not piece).count("\n")
       except UnicodeDecodeError as error:
         line += error.object[: error.start].count(b"\n")
         place = before - len(error.object) + error.start
         found = f"byte {place} of the file, {error.object[error.start]:#04x}, is not {encoding.removesuffix('-sig')}"
-        return ValueError(f"{path}:{line}: {found}; convert the file, or say what it is, as in ?encoding=latin-1")
+        return ValueError(f"{path}:{line}: {found}; convert the file, or name its encoding as in ?encoding=latin-1")
   return ValueError(f"{path}: not {encoding}")
 
 
 def _read_lines(text: TextIO, path: str, names: Set[str]) -> tuple[list[str], Iterator[_Record]]:
-  """A table of which each line is a row."""
+  """Reads a table with one record per line."""
   header = text.readline(_LONGEST_HEADER).rstrip("\r\n")
   if not header.strip() or "\r" in header:
-    raise ValueError(f"{path}: its first line names no columns, or its lines do not end with \\n: {_short(header)}")
+    raise ValueError(
+      f"{path}: its first line does not name columns, or its lines do not end with \\n: {_short(header)}"
+    )
   headers = {separator: _split(header, separator) for separator in _SEPARATORS}
-  # The separator that gives most names that are known; then the one that gives most columns.
+  # The separator with the most known names, then the one with the most columns.
   separator = max(headers, key=lambda sep: (len(names & set(map(str.lower, headers[sep]))), len(headers[sep])))
   return headers[separator], _lines(text, headers[separator], separator)
 
@@ -293,7 +295,7 @@ def _split(header: str, separator: str) -> list[str]:
 
 
 def _lines(text: TextIO, columns: list[str], separator: str) -> Iterator[_Record]:
-  """Splits lines into fields. If a line, with those that its quotes span, makes no row, its quotes are mere text."""
+  """Splits lines into fields; if a line and those that its quotes span are no record, its quotes are plain text."""
   ahead: deque[str] = deque()
   number = 1
   while line := ahead.popleft() if ahead else text.readline():
@@ -316,7 +318,7 @@ def _lines(text: TextIO, columns: list[str], separator: str) -> Iterator[_Record
 
 
 def _quoted(lines: list[str], separator: str) -> tuple[list[str], int]:
-  """The fields of the first row by the rules of quotes, and how many lines it takes; none if it breaks the rules."""
+  """The fields of the first quoted record and its number of lines; no fields if the quotes are invalid."""
   reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
   try:
     return next(reader), reader.line_num
@@ -336,7 +338,7 @@ def _read_json(text: TextIO, path: str) -> tuple[list[str], Iterator[_Record]]:
   columns = list(dict.fromkeys(key for _, fields in head if not isinstance(fields, str) for key in fields))
   if not columns:
     what = head[0][1] if head else "it is empty"
-    raise ValueError(f"{path}: no JSON object a line and no array of objects: {what}")
+    raise ValueError(f"{path}: neither one JSON object per line nor an array of objects: {what}")
   return columns, itertools.chain(head, records)
 
 
@@ -350,7 +352,7 @@ def _objects(text: TextIO) -> Iterator[_Record]:
 
 
 def _array(text: TextIO, buffer: str) -> Iterator[_Record]:
-  """The elements of an array whose bracket has been read, a piece of the file at a time."""
+  """Yields the elements of an array, whose bracket has been read, without reading the whole file at once."""
   decoder, position, number = json.JSONDecoder(), 0, 0
   gap = re.compile(r"[\s,]*")
   while True:
@@ -362,7 +364,7 @@ def _array(text: TextIO, buffer: str) -> Iterator[_Record]:
     except ValueError as error:
       chunk = text.read(_CHUNK)
       if not chunk or len(buffer) - position > _MOST_JSON:
-        yield number, f"bad JSON, read no further: {error}"
+        yield number, f"bad JSON, the rest is not read: {error}"
         return
       buffer, position = buffer[position:] + chunk, 0
       continue

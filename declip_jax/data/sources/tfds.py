@@ -1,8 +1,8 @@
-"""Data sets that TensorFlow Datasets prepared for random access (ArrayRecord or Parquet), read without TensorFlow.
+"""Data sets prepared by TensorFlow Datasets for random access (ArrayRecord or Parquet), read without TensorFlow.
 
-Of a folder behind a URL (gs://, s3://) copies are made, once for all processes of the machine, see `copies.folder`: of
-what describes the data set at once, of each ArrayRecord file when a record of it is first needed, of Parquet files when
-the data set is opened, for they are read as a whole. A shuffled stream soon has copied all files of its split.
+Files of a remote folder (gs://, s3://) are copied once for all processes of the machine, see `copies.folder`: the
+description of the data set and Parquet files, which are read as a whole, when the data set is opened, an ArrayRecord
+file when a record of it is first needed. A shuffled stream soon has copied all files of its split.
 """
 
 from bisect import bisect_right
@@ -22,14 +22,14 @@ from declip_jax.data.sources.base import BadSample, Example
 from declip_jax.data.storage import copies, files, indexes, patterns, remote
 
 _FORM = "NAME:SPLIT or FOLDER:SPLIT"
-_THREADS = 8  # that copy files from behind a URL
+_THREADS = 8  # for copying remote files
 # NAME, NAME:VERSION or a folder; then splits such as train[10%:60%]+test, whose slices have colons of their own.
 _LOCATION = re.compile(r"(.+?):((?:\+?[A-Za-z][\w-]*(?:\[[^]]*\])?)+)")
-_SHARD = re.compile(r".*-\d{5,}-of-\d{5,}(\.\w+)?")  # the other files are small and describe the data set
+_SHARD = re.compile(r".*-\d{5,}-of-\d{5,}(\.\w+)?")  # all other files are small and describe the data set
 
 
 class _Fields(NamedTuple):
-  """Paths of the features that play a part, "captions/text" for a text within a sequence; None for none."""
+  """Paths of the features in use, such as "captions/text" for a text within a sequence; None for none."""
 
   image: str
   caption: str | None
@@ -45,31 +45,31 @@ class Tfds:
 
   @cached_property
   def _records(self) -> Any:
-    """Opened anew in every process, from files alone: the worker need not know the class that prepared them."""
-    import tensorflow_datasets as tfds  # slow, so not for those who read something else
+    """Opened by every process from files alone, so that workers need not know the class that prepared them."""
+    import tensorflow_datasets as tfds  # slow to import, and other sources do not need it
 
     builder = tfds.builder_from_directory(self._directory.path)
     kind = "array_record" if "array_record" in _formats(builder) else "parquet"
     if builder.info.file_format.value != kind:
       builder = tfds.builder_from_directory(self._directory.path, file_format=kind)
     if kind == "parquet":
-      parts = builder.info.splits[self._split].file_instructions
-      if any(part.take < part.examples_in_shard for part in parts):  # TFDS would read all of those files
-        raise ValueError(f"{self.name}: of Parquet files whole splits are read, not {self._split!r}; choose heldout:")
-      self._directory.fetch([part.basename() for part in parts])
+      shards = builder.info.splits[self._split].file_instructions
+      if any(shard.take < shard.examples_in_shard for shard in shards):  # TFDS would read all of those files
+        raise ValueError(f"{self.name}: Parquet needs whole splits, not {self._split!r}; use heldout: for a subset")
+      self._directory.fetch([shard.basename() for shard in shards])
     images = [path for path, feature in _leaves(builder.info.features) if isinstance(feature, tfds.features.Image)]
     decoders = {path: tfds.decode.SkipDecoding() for path in images if "/" not in path}
     return builder.as_data_source(self._split, decoders=decoders)
 
   @cached_property
-  def _parts(self) -> tuple[list[str], list[int]]:
-    """Names of the files that the split is in, and how many records it has in each and all those before it."""
-    parts = self._records.dataset_info.splits[self._split].file_instructions
-    return [part.basename() for part in parts], np.cumsum([part.take for part in parts]).tolist()
+  def _shards(self) -> tuple[list[str], list[int]]:
+    """Names of the split's files, and the number of its records in each file and all before it."""
+    shards = self._records.dataset_info.splits[self._split].file_instructions
+    return [shard.basename() for shard in shards], np.cumsum([shard.take for shard in shards]).tolist()
 
   @property
   def stamp(self) -> str:
-    """Changes when a file in the folder does."""
+    """Changes with any file in the folder."""
     return self._directory.stamp
 
   @property
@@ -78,7 +78,7 @@ class Tfds:
 
   @property
   def skipped(self) -> dict[str, int]:
-    return {}  # its features are typed: no record lacks one
+    return {}  # features are typed, so no record lacks one
 
   def __len__(self) -> int:
     return len(self._records)
@@ -88,18 +88,18 @@ class Tfds:
 
     Raises:
       IndexError: `index` is not in `range(len(self))`.
-      BadSample: the record is damaged, or its file cannot be copied from behind a URL.
+      BadSample: the record is damaged, or its remote file cannot be copied.
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no record {index}, there are {len(self)}")
-    fields, (names, ends) = self._fields, self._parts
+    fields, (names, ends) = self._fields, self._shards
     try:
       self._directory.fetch([names[bisect_right(ends, index)]])
     except OSError as error:
       raise BadSample("missing file", f"{self.name}: record {index}: {error}") from error
     try:
       record = self._records[index]
-    except (RuntimeError, ValueError) as error:  # of array_record, of protobuf
+    except (RuntimeError, ValueError) as error:  # array_record's and protobuf's
       raise BadSample("damaged record", f"{self.name}: record {index}: {error}") from error
     return Example(
       image=record[fields.image],
@@ -109,17 +109,17 @@ class Tfds:
     )
 
   def __getstate__(self) -> dict[str, Any]:
-    return {key: value for key, value in vars(self).items() if key not in ("_records", "_parts")}
+    return {key: value for key, value in vars(self).items() if key not in ("_records", "_shards")}
 
   def __repr__(self) -> str:
     return f"Tfds({self.name!r})"
 
 
 class _Directory:
-  """The folder of a prepared data set, at hand locally.
+  """The folder of a prepared data set, with local copies if it is remote.
 
   Attributes:
-    stamp: changes when a file in it does.
+    stamp: changes with any file in the folder.
   """
 
   def __init__(self, place: str):
@@ -139,7 +139,7 @@ class _Directory:
 
   @cached_property
   def path(self) -> str:
-    """Of itself, or of the folder of copies, in which shards may be missing."""
+    """Its own path, or that of the folder of copies, in which shards may be missing."""
     if self._index is None:
       return self._place
     self.fetch([name for name in self._stamps if not _SHARD.fullmatch(name)])
@@ -150,7 +150,7 @@ class _Directory:
     return copies.folder(self._place, self._stamps)
 
   def fetch(self, names: list[str]) -> None:
-    """Sees to it that files are there."""
+    """Copies files that are remote and have no copy yet."""
     if self._index is None:
       return
     missing = [name for name in names if not (self._folder / name).is_file()]
@@ -166,15 +166,15 @@ class _Directory:
 def open_tfds(location: str) -> Tfds:
   """Opens a split: "NAME:SPLIT", as in "cifar10:train[:90%]", or "FOLDER:SPLIT" for a folder with a dataset_info.json.
 
-  The image is the one image feature, the label the one class label, the captions the one text or sequence of texts with
-  a name such as "caption" or "title". Of several, the one that is called just "image", "label" or "caption" is taken,
-  or say which: "cifar100:train?label=coarse_label"; "caption=" or "label=" is for none. Nothing is ever downloaded to
-  be prepared; FOLDER may be a URL.
+  The image is the only image feature, the label the only class label, the captions the only text or sequence of texts
+  with a name such as "caption" or "title". If there are several, the one called "image", "label" or "caption" is used;
+  or choose as in "cifar100:train?label=coarse_label". "caption=" or "label=" means none. Data sets are not downloaded
+  or prepared; FOLDER may be a URL.
 
   Raises:
-    FileNotFoundError: the data set is not prepared, or not for random access; the message says how to prepare it.
-    ValueError: the location, the name, the split or a feature is unknown, the choice of a feature is not clear, or a
-      part of a split is in Parquet files.
+    FileNotFoundError: the data set is not prepared, or not for random access; the message explains how to prepare it.
+    ValueError: the location, the name, the split or a feature is unknown, the choice of a feature is ambiguous, or a
+      subset of a split is in Parquet files.
   """
   place, wanted = lists.parse(location, _Fields._fields, _FORM)
   match = _LOCATION.fullmatch(place)
@@ -182,12 +182,12 @@ def open_tfds(location: str) -> Tfds:
     raise ValueError(f"bad location {location!r}: expected {_FORM}")
   directory, features = _find(match[1])
   source = Tfds(f"tfds:{location}", directory, match[2], _fields(features, wanted, location))
-  len(source)  # an unknown split fails here and not in a worker
+  len(source)  # an unknown split fails here rather than in a worker
   return source
 
 
 def _find(where: str) -> tuple[_Directory, Mapping[str, Any]]:
-  """The folder of a data set that is prepared for random access, and its features."""
+  """Returns the folder of a data set that is prepared for random access, and its features."""
   import tensorflow_datasets as tfds
 
   folder = where.startswith(("/", ".", "~")) or "://" in where
@@ -197,13 +197,13 @@ def _find(where: str) -> tuple[_Directory, Mapping[str, Any]]:
     directory = _Directory(os.path.expanduser(where).rstrip("/")) if folder else None
     builder = tfds.builder_from_directory(directory.path) if directory else tfds.builder(where)
   except tfds.core.DatasetNotFoundError:
-    raise ValueError(f"TFDS has no data set {where!r}; a folder is written with its path, as ./{where}") from None
+    raise ValueError(f"TFDS has no data set {where!r}; write a folder as a path, such as ./{where}") from None
   except OSError as error:
     raise FileNotFoundError(f"{where} is not the folder of a prepared version: {error}; {hint}") from error
   if not builder.info.splits:
     raise FileNotFoundError(f"{where} is not prepared in {builder.data_dir}; {hint}")
   if _formats(builder).isdisjoint({"array_record", "parquet"}):
-    raise FileNotFoundError(f"{where} holds only {', '.join(_formats(builder))}; move it away and {hint}")
+    raise FileNotFoundError(f"{where} has only the formats {', '.join(_formats(builder))}; move it away and {hint}")
   return directory or _Directory(os.fspath(builder.data_dir)), builder.info.features
 
 
@@ -212,10 +212,10 @@ def _formats(builder: Any) -> set[str]:
 
 
 def _fields(features: Mapping[str, Any], wanted: Mapping[str, str], place: str) -> _Fields:
-  """Decides which feature plays which part."""
+  """Chooses the features."""
   import tensorflow_datasets as tfds
 
-  leaves = sorted(_leaves(features))  # their order differs between code and files
+  leaves = sorted(_leaves(features))  # their order in code differs from that in files
   images = [path for path, feature in leaves if isinstance(feature, tfds.features.Image) and "/" not in path]
   labels = [path for path, feature in leaves if isinstance(feature, tfds.features.ClassLabel) and "/" not in path]
   texts = [path for path, feature in leaves if isinstance(getattr(feature, "feature", feature), tfds.features.Text)]
@@ -237,12 +237,12 @@ def _choose(role: str, wanted: Mapping[str, str], legal: list[str], likely: list
   if role in wanted or role in likely:
     return wanted.get(role, role) or None
   if len(likely) > 1:
-    raise ValueError(f"{place}: the {role} may be any of {likely}; choose one with ?{role}={likely[0]}")
+    raise ValueError(f"{place}: the {role} could be any of {likely}; choose one with ?{role}={likely[0]}")
   return likely[0] if likely else None
 
 
 def _leaves(features: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  """Paths and features, through dicts and sequences of dicts."""
+  """Yields paths and features, through dicts and sequences of dicts."""
   for name, feature in features.items():
     inner = getattr(feature, "feature", feature)
     if hasattr(inner, "items"):
@@ -252,8 +252,8 @@ def _leaves(features: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def _at(record: Any, path: str) -> Any:
-  for part in path.split("/"):
-    record = record[part]
+  for name in path.split("/"):
+    record = record[name]
   return record
 
 

@@ -1,7 +1,7 @@
-"""YFCC15M as SLIP lays it out: a list of photos with title and description, and the photos in zips of a thousand.
+"""YFCC15M in the layout of SLIP: a list of photos with title and description, and zips of a thousand photos each.
 
-The photo with index RRZZZFFF, eight digits, is the member `FFF.jpg` of `images/RR/ZZZ.zip` (Mu et al. 2021; datasets.py
-there). An index is the number of a photo's line in yfcc100m_dataset.txt.
+The photo with index RRZZZFFF, eight digits, is the member `FFF.jpg` of `images/RR/ZZZ.zip` (Mu et al. 2021,
+datasets.py). An index is the line number of a photo in yfcc100m_dataset.txt.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,10 +21,10 @@ _PHOTOS = 10**8
 class Yfcc(lists.ListSource):
   """A list of photos in zips as a `Source`; make it with `open_yfcc`."""
 
-  def _image(self, row: Entry) -> bytes:
-    digits = f"{row.record:08d}"
+  def _image(self, entry: Entry) -> bytes:
+    digits = f"{entry.record:08d}"
     try:
-      return zips.read_member(self._at(row, f"images/{digits[:2]}/{digits[2:5]}.zip"), f"{digits[5:]}.jpg")
+      return zips.read_member(self._with_root(entry, f"images/{digits[:2]}/{digits[2:5]}.zip"), f"{digits[5:]}.jpg")
     except zips.DamagedMember as error:
       raise BadSample("damaged image", str(error)) from None
 
@@ -32,53 +32,53 @@ class Yfcc(lists.ListSource):
 def open_yfcc(location: str) -> Yfcc:
   """Opens "METADATA" or "METADATA?root=FOLDER&encoding=NAME".
 
-  A sample's captions are its title and its description, without those that are blank: the pipeline draws one of them,
-  where SLIP draws either of the two even if it is empty. A photo that has neither is left out and counted; one that is
-  not in its zip is found missing when it is read. Texts are taken as they are: SLIP cleans them of percent signs, HTML
-  and URLs when it makes its list.
+  The captions of a sample are its title and its description, if not blank: the pipeline draws one of them, while SLIP
+  draws one of the two even if it is empty. Photos with neither are skipped and counted; photos missing from their zip
+  are bad samples when they are read. Texts are not cleaned: SLIP removes percent signs, HTML and URLs when it makes its
+  list.
 
   Args:
-    location: of a table with columns index, title and description, as `open_table` reads it, or of SLIP's own
-      yfcc15m.pkl, a pickled list of (index, title, description), which takes some 6 GB of memory, once; a pickle that
-      names any class or function is refused, for to load it may run any code. `root` is the folder that holds images/,
-      by default the folder of the list, and `encoding` that of the table if it is not UTF-8.
+    location: a table with columns index, title and description, see `open_table`, or SLIP's own yfcc15m.pkl, a pickled
+      list of (index, title, description), which takes some 6 GB of memory, once. A pickle that names any class or
+      function is rejected, since loading it could run any code. `root` is the folder that contains images/, by default
+      the folder of the list; `encoding` is that of the table if it is not UTF-8.
 
   Raises:
-    FileNotFoundError: no such list, or its photos are not found.
-    ValueError: a column is missing, the pickle is refused, or no line is usable.
+    FileNotFoundError: the list or its photos are not found.
+    ValueError: a column is missing, the pickle is rejected, or no line is usable.
   """
   name = f"yfcc:{location}"
   place, wanted = lists.parse(location, ("root", "encoding"))
   paths = patterns.expand(place)
 
-  def all_rows() -> Iterator[Entry | BadSample]:
+  def read_entries() -> Iterator[Entry | BadSample]:
     for number, path in enumerate(paths):
       pickled = path.endswith((".pkl", ".pickle"))
       for line, record in _pickled(path) if pickled else _tabled(path, wanted.get("encoding")):
         try:
-          yield _row(number, record)
+          yield _entry(number, record)
         except BadSample as error:
           yield BadSample(error.kind, f"{path}:{line}: {error}")
 
-  index = lists.index_list(name, paths, ["yfcc", wanted.get("encoding"), files.stamps(paths)], all_rows)
-  return lists.probed(Yfcc(name, index, lists.root_of(wanted)))
+  index = lists.index_list(name, paths, ["yfcc", wanted.get("encoding"), files.stamps(paths)], read_entries)
+  return lists.checked(Yfcc(name, index, lists.root_of(wanted)))
 
 
 class _PlainUnpickler(pickle.Unpickler):
-  """Loads lists, tuples, numbers and texts. All else in a pickle goes through a name, and every name is refused."""
+  """Loads lists, tuples, numbers and texts. Everything else in a pickle needs a name, and every name is rejected."""
 
   def find_class(self, module: str, name: str) -> Any:
-    raise pickle.UnpicklingError(f"it names {module}.{name}, and to load that may run any code")
+    raise pickle.UnpicklingError(f"it names {module}.{name}, and loading that could run any code")
 
 
 def _pickled(path: str) -> Iterator[tuple[int, Any]]:
-  """Positions and elements of a pickled list."""
+  """Yields positions and elements of a pickled list."""
   try:
     with files.open_stream(path) as stream:
       records = _PlainUnpickler(stream).load()
   except OSError:
     raise
-  except Exception as error:  # a damaged pickle raises whatever its instructions lead to
+  except Exception as error:  # a damaged pickle may raise anything
     raise ValueError(f"{path}: expected a pickled list of (index, title, description): {error}") from None
   if not isinstance(records, list):
     raise ValueError(f"{path}: expected a list of (index, title, description), got a {type(records).__name__}")
@@ -86,16 +86,16 @@ def _pickled(path: str) -> Iterator[tuple[int, Any]]:
 
 
 def _tabled(path: str, encoding: str | None) -> Iterator[tuple[int, Any]]:
-  """Lines and (index, title, description) of a table."""
+  """Yields line numbers and (index, title, description) of a table."""
   with read_table(path, _COLUMNS, encoding) as (columns, read):
     if not set(_COLUMNS) <= set(columns):
-      raise ValueError(f"{path}: expected the columns {', '.join(_COLUMNS)}, there are {columns}")
+      raise ValueError(f"{path}: expected the columns {', '.join(_COLUMNS)}; the columns are {columns}")
     for line, fields in read(_COLUMNS):
       yield line, fields if isinstance(fields, str) else tuple(map(fields.get, _COLUMNS))
 
 
-def _row(number: int, record: Any) -> Entry:
-  """Makes a row of (index, title, description); a BadSample says what is wrong with it."""
+def _entry(number: int, record: Any) -> Entry:
+  """Makes an entry from (index, title, description); raises BadSample if it is wrong."""
   if isinstance(record, str):
     raise BadSample("damaged record", record)
   if not isinstance(record, tuple | list) or len(record) != len(_COLUMNS):

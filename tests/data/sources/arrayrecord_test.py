@@ -114,7 +114,7 @@ def test_a_record_of_another_kind_is_bad_and_named(tmp_path, record):
 def test_a_file_that_was_cut_off_is_refused(folder, kept):
   path = folder / "data-00002-of-00003.array_record"
   path.write_bytes(path.read_bytes()[:kept])
-  with pytest.raises(ValueError, match="data-00002-of-00003.array_record: no complete ArrayRecord file"):
+  with pytest.raises(ValueError, match="data-00002-of-00003.array_record: not a complete ArrayRecord file"):
     open_arrayrecord(f"{folder}/*.array_record")
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_index_is_named(folder):
   (index,) = (folder / ".declip_jax").glob("*.json")
   for contents in (b"", index.read_bytes()[:-4], b"[1]", b"{}", b"\xff"):
     index.write_bytes(contents)
-    with pytest.raises(ValueError, match=f"{index}: a damaged index .*: delete it"):
+    with pytest.raises(ValueError, match=f"{index}: damaged index .*delete it"):
       open_arrayrecord(f"{folder}/*.array_record")
 
 
@@ -237,5 +237,5 @@ def test_a_file_behind_a_url_that_changed_is_copied_anew(folder, bucket):
 
 def test_what_is_no_array_record_behind_a_url_is_an_error_with_its_name(folder, bucket):
   bucket.pipe("/bucket/data-00001-of-00003.array_record", b"x" * 200_000)
-  with pytest.raises(ValueError, match="^memory:///?bucket/data-00001-of-00003.array_record: no complete ArrayRecord"):
+  with pytest.raises(ValueError, match="^memory:///?bucket/data-00001-of-00003.array_record: not a complete ArrayRecord"):
     open_arrayrecord("memory://bucket/*.array_record")

@@ -69,7 +69,7 @@ def test_images_that_are_not_found(tmp_path):
     open_coco(path)
   write_images(tmp_path / "far away", f"{30:012d}.jpg")
   assert open_coco(f"{path}?root={tmp_path}/far away/")[0]["image"] == b"000000000030.jpg"
-  with pytest.raises(FileNotFoundError, match="none can be read"):
+  with pytest.raises(FileNotFoundError, match="none of 2 images"):
     open_coco(f"{path}?root={tmp_path}")
 
 
@@ -91,7 +91,7 @@ def test_a_split_is_needed_where_there_are_splits_and_only_there(tmp_path):
   for location in (path, f"{path}?split=restval"):
     with pytest.raises(ValueError, match=r"\?split=NAME.*'test': 3, 'train': 1, 'val': 1"):
       open_coco(location)
-  with pytest.raises(ValueError, match="split=test, but it has no splits"):
+  with pytest.raises(ValueError, match="captions.json: split=test"):
     open_coco(write(tmp_path / "captions.json", ANNOTATIONS) + "?split=test")
 
 
@@ -106,7 +106,7 @@ def test_flickr30k_has_no_folder_in_its_names(tmp_path):
   ("content", "message"),
   [
     ({**ANNOTATIONS, "annotations": [{"image_id": 10, "bbox": []}]}, r"annotations with captions.*\['images', 'annot"),
-    ([{"image": "a.jpg", "caption": "x"}], "got no object"),
+    ([{"image": "a.jpg", "caption": "x"}], "its fields: none"),
     ({"images": []}, "expected images and annotations"),
   ],
 )
@@ -155,7 +155,7 @@ def test_odd_fields_of_karpathy_are_damaged_records(tmp_path):
 def test_no_json_and_several_files_are_errors(tmp_path):
   for name in "ab":
     (tmp_path / f"{name}.json").write_text("{")
-  with pytest.raises(ValueError, match=r"a\.json: no JSON"):
+  with pytest.raises(ValueError, match=r"a\.json: not JSON"):
     open_coco(f"{tmp_path}/a.json")
   with pytest.raises(ValueError, match="one file, got 2"):
     open_coco(f"{tmp_path}/*.json")

@@ -75,7 +75,7 @@ def test_images_beside_the_folders_of_classes_are_counted(tmp_path):
 
 def test_splits_are_no_classes(tmp_path):
   path = write(tmp_path, "train/cat/a.jpg", "val/cat/a.jpg")
-  with pytest.raises(ValueError, match=f"train, val are no classes; open {path}/train"):
+  with pytest.raises(ValueError, match=f"train, val are splits.*open {path}/train"):
     open_folder(path)
 
 
@@ -151,7 +151,7 @@ def test_links_and_names_that_are_not_utf_8(tmp_path):
 def test_no_folder_and_no_image(tmp_path):
   with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{tmp_path}/none"):
     open_folder(f"{tmp_path}/none")
-  with pytest.raises(FileNotFoundError, match=f"{tmp_path}: no such folder, or no image in it"):
+  with pytest.raises(FileNotFoundError, match=f"{tmp_path}: not a folder"):
     open_folder(str(tmp_path))
   with pytest.raises(ValueError, match="bad location"):
     open_folder(f"{tmp_path}?label=x")
