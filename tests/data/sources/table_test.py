@@ -186,7 +186,7 @@ def test_columns_that_are_missing_or_unclear_are_named(tmp_path):
     open_table(f"{path}?image=file")
   with pytest.raises(ValueError, match=r"bad location.*\?image=\.\.&caption=\.\."):
     open_table(f"{path}?captain=title")
-  with pytest.raises(ValueError, match=r"which column is the caption or label\? There are \['image', 'width'\]"):
+  with pytest.raises(ValueError, match=r"which column is the caption or label\?.*\['image', 'width'\]"):
     open_table(write(tmp_path / "n.csv", "image,width", "a.jpg,3"))
   with pytest.raises(ValueError, match=r"t\.xls: expected a table"):
     open_table(write(tmp_path / "t.xls", "x"))
@@ -405,9 +405,7 @@ def test_a_missing_image_is_a_bad_sample_and_all_missing_an_error_at_once(tmp_pa
   for index in (-1, 3):
     with pytest.raises(IndexError, match=f"no sample {index}, there are 3"):
       source[index]
-  with pytest.raises(
-    FileNotFoundError, match=r"none of 3 images .*t\.csv:2.*elsewhere/0\.jpg.*\?root="
-  ):
+  with pytest.raises(FileNotFoundError, match=r"none of 3 images .*t\.csv:2.*elsewhere/0\.jpg.*\?root="):
     open_table(f"{path}?root={tmp_path}/elsewhere")
 
 

@@ -128,7 +128,7 @@ def test_parts_of_splits(folders):
 
 def test_a_choice_that_is_not_clear_is_an_error_that_names_it(folders):
   where = folders["Unclear"]
-  with pytest.raises(ValueError, match=r"caption could be any of \['comments/text', 'title'\].*\?caption=comments/text"):
+  with pytest.raises(ValueError, match=r"could be any of \['comments/text', 'title'\].*\?caption=comments/text"):
     open_tfds(f"{where}:train")
   with pytest.raises(ValueError, match=r"no caption 'coarse', choose from \['comments/text', 'title'\]"):
     open_tfds(f"{where}:train?caption=coarse")
@@ -184,7 +184,7 @@ def test_prepared_for_sequential_reading_only(folders, tmp_path):
   shutil.copytree(folders["Tiny"], folder)
   info = folder / "dataset_info.json"
   info.write_text(info.read_text().replace("array_record", "tfrecord"))
-  with pytest.raises(FileNotFoundError, match=r"only the formats tfrecord; move it away and prepare it with\n.*array_record"):
+  with pytest.raises(FileNotFoundError, match=r"only the formats tfrecord; .*\n.*array_record"):
     open_tfds(f"{folder}:train")
 
 
