@@ -1,4 +1,4 @@
-"""Every field of a config with its default and its meaning; a file under `configs/` changes what it wants to.
+"""Every field of a config with its default and its meaning; a file under `configs/` changes some of them.
 
 A duration is written as a dict with one of `steps`, `epochs` or `examples`; `steps_of` converts it once, at the start.
 A field that is a tuple is set on the command line as `--config.data.train="('webdataset:/data/train-*.tar',)"`.
@@ -25,9 +25,9 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
 
   Locked: only known fields can be set. `architectures.ARCHITECTURES` lists the names.
 
-  With `preset` "paper", normalisation and optimiser are OpenAI's for every method, so that methods differ in nothing
-  but their objective and what comes with it: views, heads, the temperature of `siglip`, and for those of DeCLIP the
-  bias and the mask word of its text tower; "repo" is what DeCLIP's released code does under the name of the method, see
+  With `preset` "paper", normalisation and optimiser are OpenAI's for every method, so that methods differ only in their
+  objective and what belongs to it: views, heads, the temperature of `siglip`, and for those of DeCLIP the bias and the
+  mask token of its text tower; "repo" is what DeCLIP's released code does under the name of the method, see
   `_as_released`.
 
   Raises:
@@ -46,21 +46,21 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   for term, weight in weights.items():
     c.objective[term].weight = weight
   c.contrast = ConfigDict()
-  # How all pairs of a batch are compared: "plain", "chunked" or "ring" of `objectives.blockwise`, "auto" by the sizes.
+  # How all pairs of a batch are compared: "plain", "chunked" or "ring" of `objectives.blockwise`; "auto" chooses.
   c.contrast.method = "auto"
-  c.contrast.block = 0  # candidates that a chunk or a turn of the ring compares at once; 0 chooses by the sizes
+  c.contrast.block = 0  # candidates that are compared at once by a chunk or a step of the ring; 0 chooses by the sizes
   c.momentum_tower = ConfigDict()
   # Decay of the moving average that is the momentum tower (MoCo v3, BYOL) at the first step; a half cosine to 1.
   c.momentum_tower.decay = 0.996 if method == "slip_byol" else 0.99
   c.batch_size = 4096  # pairs per step over all devices
-  c.micro_batches = 1  # parts of it that the towers see one after the other, for batches larger than memory
-  # "cached": the loss sees the whole batch, to the same gradient; "plain": each part alone; see `training.gradient`.
+  c.micro_batches = 1  # micro-batches that the towers encode one after the other, for batches larger than memory
+  # "cached": the loss sees the whole batch, with the same gradient; "plain": each micro-batch; see `training.gradient`.
   c.micro_batching = "cached"
   c.duration = duration(epochs=32)  # of the training
   c.data = _data(recipe, built.image_size)
   c.model = _model(built)
   if recipe in ("declip", "declip_repo", "filip_repo"):
-    c.model.text.vocab_size = 49409  # the mask token, behind OpenAI's vocabulary
+    c.model.text.vocab_size = 49409  # the mask token, after OpenAI's vocabulary
     c.model.heads.text_bias = True  # as in DeCLIP
   c.init_from = ConfigDict()  # weights to start from; see `weights.initial`
   c.init_from.path = ""  # a run, or any checkpoint that `declip_jax.load` reads
@@ -76,7 +76,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.checkpoint = ConfigDict()
   c.checkpoint.every = duration(epochs=1)
   c.checkpoint.keep_last = 2
-  c.checkpoint.keep_every = duration()  # of each such stretch the first checkpoint is kept for good
+  c.checkpoint.keep_every = duration()  # the first checkpoint of each such period is kept for good
   c.checkpoint.keep_best = 1
   c.checkpoint.best_metric = ""  # such as "eval/zero_shot/top1"; higher is better; "" keeps only the last
   if weights.get("sigmoid"):  # SigLIP (Zhai et al. 2023), section 3.2 and algorithm 1
@@ -85,7 +85,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   if preset == "repo":
     _as_released(c, method)
   c.lock()
-  # The two places where a config may add fields: evaluations, and terms of its own.
+  # The two subtrees to which a config may add fields: evaluations, and terms of its own.
   c.evals.unlock()
   c.objective.unlock()
   for fields in c.objective.values():
@@ -137,16 +137,17 @@ def _objective() -> ConfigDict:
 def _as_released(c: ConfigDict, method: str) -> None:
   """Turns a config into what Sense-GVT/DeCLIP's code and YFCC15M configs do, where that differs from the paper.
 
-  The masked caption is the first text of every contrast, also without masked language modelling; that one is causal.
-  Both texts of a pair search the neighbour bank and enter it; the loss goes from image to text, at once and at full
-  weight. Banks and the heads' batch norms are those of a GPU: 32 of them with 128 pairs each, whatever the batch size
-  becomes later. The log scale is kept in [3, 6] after each step (there also before the first backward pass, which only
-  moves its first value to 3), and FILIP compares 16 selected tokens, padding included. A ViT's patch embedding is
-  frozen, and the packed bias of query, key and value is decayed. Of several captions the first is taken.
+  The masked caption is the first text of every contrast, even without masked language modelling, which is causal. Both
+  texts of a pair search the neighbour bank and are stored in it; the loss has the direction from image to text only, at
+  full weight from the start. Banks and the heads' batch norms are those of one GPU: 32 of them with 128 pairs each,
+  whatever the batch size becomes later. The log scale is kept in [3, 6] after each step (in the code also before the
+  first backward pass, which only moves its initial value to 3), and FILIP compares 16 selected tokens, padding
+  included. A ViT's patch embedding is frozen, and the packed bias of query, key and value is decayed. Of several
+  captions the first is used.
 
-  Three things that the code does are not had by any config, since no one would ask for them: masked language modelling
-  weighs each GPU's mean the same, however many tokens are masked there (`objectives.masked_lm`); a random token may be
-  one of the special ones, and EDA's swaps and stop words have slips (`data.texts`).
+  Three things that the code does cannot be configured, since no one would want them: masked language modelling weights
+  each GPU's mean equally, however many tokens are masked there (`objectives.masked_lm`); a random token may be a
+  special one; and EDA's swaps and stop words have bugs (`data.text.augment`).
   """
   heads, objective, optimizer = c.model.heads, c.objective, c.optimizer
   objective.nns.symmetric = objective.nns.warmup = False
@@ -174,36 +175,35 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
   c = ConfigDict()
   c.train = ("scenes:train",)  # sources to train on, "kind:location" each
   c.mixture = (1.0,)  # weight of each source
-  # Sources of other images for self-supervision in the same step (SLIP's "decoupled"); () takes those of the pairs.
+  # Sources of other images for self-supervision in the same step (SLIP's "decoupled"); () uses those of the pairs.
   c.ssl_train = ()
   c.ssl_mixture = (1.0,)  # weight of each of them
   c.recipe = recipe  # a name of `data.recipes.RECIPES`
   c.image_size = image_size
   c.interpolation = "bilinear"  # of crops and of evaluation; OpenAI's CLIP evaluates with "bicubic"
-  c.evaluation_resize = (
-    0  # shorter side, in pixels, before evaluation cuts out the centre; 0 is image_size, DeCLIP's 256
-  )
+  # Shorter side, in pixels, before evaluation crops the centre; 0 is image_size. DeCLIP: 256.
+  c.evaluation_resize = 0
   c.mask_probability = 0.15  # of masked language modelling, per token (BERT: 0.15)
-  c.mask_slots = 0  # masked positions kept per caption; 0 derives a bound that is seldom exceeded
+  c.mask_slots = 0  # masked positions kept per caption; 0 derives a bound that is rarely exceeded
   c.mask_whole_words = False  # mask words with all their tokens
-  # Chance of the first caption of an example, of the second and so on; (1,) takes the first. () gives all the same.
+  # Probability of the first caption of an example, of the second and so on; (1,) uses the first; () uses all equally.
   c.caption_weights = ()
-  c.patch_share = 0.4  # of an image that masked image modelling hides (BEiT: 0.4)
-  # Augmentation. None keeps the recipe's own value; see `data.recipes.Recipe` for what each means.
+  c.patch_share = 0.4  # share of an image that masked image modelling hides (BEiT: 0.4)
+  # Augmentation. None keeps the recipe's value; `data.recipes.Recipe` explains each field.
   for name in ("weak_scale", "strong_scale", "jitter", "blur_probability", "blur_radius", "solarize_probability"):
     c[name] = placeholder(tuple)
   for name in ("jitter_probability", "grayscale_probability", "flip_probability"):
     c[name] = placeholder(float)
   c.text_operations = placeholder(tuple)  # such as ("replace", "insert", "swap", "delete"): all of EDA
-  c.engine = "fast"  # of image views; "exact" does them by Pillow, as torchvision, to the bit
-  c.augment_on = "host"  # or "device": the host only crops, and the step does what comes behind
-  # Which contrasted texts search the neighbour bank and enter it, such as ("raw", "augmented"). None: the recipe's.
-  # What a recipe does not contrast cannot: no method has raw and masked captions both.
+  c.engine = "fast"  # for image views; "exact" uses Pillow and equals torchvision bit for bit
+  c.augment_on = "host"  # or "device": the host only crops, and the step does the rest
+  # Which contrasted texts search the neighbour bank and are stored in it, such as ("raw", "augmented"). None: those of
+  # the recipe. Texts that a recipe does not contrast cannot: no method has both raw and masked captions.
   c.neighbour_texts = placeholder(tuple)
-  c.templates = ()  # captions for examples with a class and none, such as ("a photo of a {}.",)
-  c.workers = placeholder(int)  # processes that read and augment; 0 does it in threads of this one. None: by the cores
-  c.threads = placeholder(int)  # threads in each. None: by the cores
-  c.max_bad = 0.05  # stop when a larger share of the examples cannot be used and others took their places
+  c.templates = ()  # captions for examples with a class but no caption, such as ("a photo of a {}.",)
+  c.workers = placeholder(int)  # processes that read and augment; 0 uses threads of this process. None: by the cores
+  c.threads = placeholder(int)  # threads per process. None: by the cores
+  c.max_bad = 0.05  # largest share of examples that may be unusable and replaced by others before the run stops
   return c
 
 
@@ -213,9 +213,9 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   # What the backward pass recomputes: "none", "dots" (all but the products of linear layers and convolutions; a third
   # of the memory for 0.2 % more FLOPs) or "full" (everything inside a block).
   c.remat = "dots"
-  c.unroll = 1  # blocks of a transformer that the compiler sees at once; more take longer to compile
+  c.unroll = 1  # blocks of a transformer that are unrolled for the compiler; more take longer to compile
   c.mean, c.std = OPENAI_MEAN, OPENAI_STD
-  # What a masked token sees: the whole caption ("bidirectional", as in BERT, in a pass of its own), or what stands
+  # What a masked token sees: the whole caption ("bidirectional", as in BERT, in a pass of its own), or the tokens
   # before it ("causal", as in DeCLIP's released code).
   c.mlm_attention = "bidirectional"
   c.image, c.text = built.image, built.text
@@ -223,21 +223,21 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.heads.embed_dim = built.embed_dim  # of the joint space
   c.heads.image_bias = built.image_bias
   c.heads.text_bias = built.text_bias
-  # Of embeddings and of FILIP's tokens; Radford et al. 2021, section 2.5.
+  # Initial log inverse temperature of embeddings and of FILIP's tokens (Radford et al. 2021, section 2.5).
   c.heads.logit_scale_init = math.log(1 / 0.07)
-  c.heads.logit_bias_init = -10.0  # of the sigmoid loss, which also wants logit_scale_init=ln 10 (SigLIP, section 3.2)
+  c.heads.logit_bias_init = -10.0  # of the sigmoid loss, which also needs logit_scale_init=ln 10 (SigLIP, section 3.2)
   c.heads.max_scale = 0.0  # largest inverse temperature in the forward pass, 0 for none; see also logit_scale_range
-  c.heads.dense_dim = 256  # in which FILIP compares tokens
+  c.heads.dense_dim = 256  # dimension in which FILIP compares tokens
   c.heads.simclr_projector = (4096, 4096, 256)
   c.heads.simsiam_projector = (1024, 1024, 1024)
   c.heads.simsiam_predictor = (512, 1024)
   c.heads.momentum_projector = (4096, 4096, 256)  # of MoCo v3 and BYOL
   c.heads.momentum_predictor = (4096, 256)
-  c.heads.norm_groups = 1  # parts of the batch that heads normalise apart; 1 is synchronised batch norm
+  c.heads.norm_groups = 1  # groups of the batch that heads normalise separately; 1 is synchronised batch norm
   c.heads.bank_size = 65536  # texts that nearest-neighbour supervision searches, in each bank
   c.heads.bank_groups = 1  # banks, each for its part of the batch
   c.heads.bank_overflow = "wrap"  # what happens at the end of a bank, see `models.bank.OVERFLOWS`
-  c.heads.bank_neighbours = 1  # nearest texts that are taken for each
+  c.heads.bank_neighbours = 1  # nearest texts that are found for each text
   return c
 
 
@@ -248,25 +248,25 @@ def _optimizer() -> ConfigDict:
   c.schedule = "cosine"  # one of `schedules.SCHEDULES`
   c.warmup = duration(steps=2000)
   c.warmup_start = 0.0  # learning rate of the first step
-  c.end_learning_rate = 0.0  # learning rate that the schedule falls to
+  c.end_learning_rate = 0.0  # learning rate that the schedule decays to
   c.milestones = ()  # of the schedule "step": pairs of a step and a factor
-  c.cooldown = duration()  # of the schedule "cooldown": how long the fall at the end takes
-  c.cooldown_power = 1.0  # its form; 1 is linear
+  c.cooldown = duration()  # of the schedule "cooldown": length of the decay at the end
+  c.cooldown_power = 1.0  # its exponent; 1 is linear
   c.weight_decay = 0.2  # decoupled from AdamW's moments
-  c.sgd_side = "image"  # what "adamw_sgd" trains by SGD, one of `models.paths.SIDES`
-  c.sgd_weight_decay = 0.0  # of that side; there it is added to the gradient
-  c.decay_mask = "weights"  # what it acts on, one of `optim.DECAY_MASKS`
+  c.sgd_side = "image"  # side that "adamw_sgd" trains with SGD, one of `models.paths.SIDES`
+  c.sgd_weight_decay = 0.0  # of that side, added to the gradient
+  c.decay_mask = "weights"  # parameters that it applies to, one of `optim.DECAY_MASKS`
   c.b1, c.b2, c.epsilon = 0.9, 0.98, 1e-6  # of AdamW
   c.momentum, c.nesterov = 0.9, False  # of SGD and LARS
   c.trust_coefficient = 0.001  # of LARS
   c.gradient_clip = 0.0  # largest global norm of the gradient; 0 does not clip
   # Factors of the learning rate below paths of parameters, such as (("heads/logit_scale", 0.1),).
   c.multipliers = ()
-  c.layer_decay = 1.0  # factor of the learning rate from block to block of an image ViT, from its end on
-  # Paths of parameters that stay as they are: ("towers/image",) is a locked image tower (LiT), and DeCLIP freezes
+  c.layer_decay = 1.0  # factor of the learning rate per block of an image ViT, counted from its end
+  # Paths of parameters that are not trained: ("towers/image",) is a locked image tower (LiT), and DeCLIP freezes
   # ("towers/image/patch_embedding",).
   c.frozen = ()
-  # Of the log inverse temperatures after each step; () is any.
+  # Range of the log inverse temperatures after each step; () is unlimited.
   c.logit_scale_range = (0.0, math.log(100))
   return c
 
@@ -297,7 +297,7 @@ def term(
     options: values of the loss's options other than their defaults.
 
   Raises:
-    ValueError: `loss` is not a plain function, or does not have one of the options.
+    ValueError: `loss` is not a plain function, has an option without a default, or lacks one of `options`.
   """
   if not inspect.isfunction(loss):
     raise ValueError(f"config.term: loss={loss!r}: a function defined by def, whose name config.json can record")
@@ -305,6 +305,8 @@ def term(
   defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "method"}
   if unknown := sorted(set(options) - set(defaults)):
     raise ValueError(f"config.term: {loss.__name__} has the options {sorted(defaults)}, not {unknown}")
+  if missing := sorted(name for name, default in defaults.items() if default is inspect.Parameter.empty):
+    raise ValueError(f"config.term: {loss.__name__} has options without defaults: {missing}")
   own = {"loss": loss, "heads": heads, "needs": needs, "views": views}
   return ConfigDict({"weight": float(weight), "schedule": schedule, **own, **defaults, **options})
 
@@ -315,12 +317,12 @@ def zero_shot(data: str, templates: tuple[str, ...] = ("a photo of a {}.",)) -> 
 
 
 def retrieval(data: str, equal_texts: bool = False) -> ConfigDict:
-  """Image-text retrieval over a source; with `equal_texts` captions of the same wording count as each other's match."""
+  """Image-text retrieval over a source; with `equal_texts` captions with the same wording match each other's images."""
   return ConfigDict({"kind": "retrieval", "data": data, "equal_texts": equal_texts})
 
 
 def duration(*, steps: int = 0, epochs: float = 0, examples: int = 0) -> ConfigDict:
-  """A length of training in one of three units; the others are 0."""
+  """A duration in one of three units; the others are 0."""
   return ConfigDict({"steps": steps, "epochs": float(epochs), "examples": examples})
 
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention by the fastest implementation that the backend has."""
+"""Scaled dot-product attention by the backend's fastest implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ def attend(
 ) -> Float[Array, "b n h e"]:
   """Attention with a float32 softmax and scale `1 / sqrt(e)`, without dropout, to the first `lengths` keys if given.
 
-  On a GPU in half precision it is cuDNN's flash attention, which never holds the `[b h n m]` weights in memory;
-  everywhere else it is plain XLA, which fuses well on a TPU at the few hundred positions of these towers.
+  On a GPU in half precision it is cuDNN's flash attention, which never stores the `[b h n m]` weights; everywhere else
+  it is plain XLA, which fuses well on a TPU at the few hundred positions of these towers.
   """
   return jax.nn.dot_product_attention(
     query,
@@ -35,7 +35,7 @@ def _implementation(dtype: jnp.dtype, head_width: int) -> str:
 
 
 def _cuda_capability() -> float:
-  """Compute capability of the GPUs, 0 where there are none of NVIDIA's; flash attention needs 8 (Ampere)."""
+  """Compute capability of the GPUs, 0 without NVIDIA GPUs; flash attention needs 8 (Ampere)."""
   if jax.default_backend() != "gpu":
     return 0.0
   try:

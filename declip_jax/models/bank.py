@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# What becomes of entries that reach beyond the end of a bank: "wrap" writes them at its start; "drop" is DeCLIP's code,
-# which loses them and starts again at row 0 (also when they end exactly there).
+# What happens to entries past the end of a bank: "wrap" writes them at its start; "drop", as in DeCLIP's code, loses
+# them and starts again at row 0 (also when they end exactly there).
 OVERFLOWS = ("wrap", "drop")
 
 
 class Bank(NamedTuple):
-  """`g` banks of `q` unit rows, the row `pointer` of each that is written next, and how many rows were ever `filled`.
+  """`g` banks of `q` unit rows, the row `pointer` of each that is written next, and the number of rows `filled` so far.
 
-  The batch is dealt to the banks in equal parts, in order. One bank is global; DeCLIP's code has one on each GPU.
+  The batch is divided among the banks equally, in order. A single bank is global; DeCLIP's code has one per GPU.
   """
 
   entries: Float[Array, "g q d"]
@@ -36,12 +36,12 @@ def nearest(
   """The `count` entries with the largest inner products for each query, without gradient, and their ages in steps.
 
   Each query searches the bank of its part of the batch. `written` is the number of rows that a step writes to each
-  bank, by which the age is counted: 1 is the step before, 0 a row of noise that no step has written.
+  bank, from which ages follow: 1 is the previous step, 0 a row of noise that no step has written.
   """
   size = bank.entries.shape[1]
-  similarity = jnp.einsum("gbd,gqd->gbq", _deal(bank, queries), bank.entries, precision=jax.lax.Precision.HIGHEST)
+  similarity = jnp.einsum("gbd,gqd->gbq", _split(bank, queries), bank.entries, precision=jax.lax.Precision.HIGHEST)
   chosen = []
-  for _ in range(count):  # top_k would gather all similarities of all devices on each
+  for _ in range(count):  # top_k would gather the similarities of all devices on each device
     chosen.append(jnp.argmax(similarity, axis=-1))
     similarity = jnp.where(jnp.arange(size) == chosen[-1][..., None], -jnp.inf, similarity)
   index = jnp.stack(chosen, axis=-1)
@@ -57,11 +57,11 @@ def push(bank: Bank, entries: Float[Array, "b d"], overflow: str = "wrap") -> Ba
   Raises:
     ValueError: more entries than the banks have rows.
   """
-  size, parts = bank.entries.shape[1], jax.lax.stop_gradient(_deal(bank, entries))
-  new = parts.shape[1]
+  size, per_bank = bank.entries.shape[1], jax.lax.stop_gradient(_split(bank, entries))
+  new = per_bank.shape[1]
   if new > size:
     raise ValueError(
-      f"config.model.heads.bank_size={size} texts, fewer than the {new} of a step: raise it, or bank_groups"
+      f"config.model.heads.bank_size={size} texts, fewer than the {new} of a step: raise bank_size or bank_groups"
     )
   rows, end = bank.pointer + jnp.arange(new), bank.pointer + new
   if overflow == "wrap":
@@ -69,14 +69,14 @@ def push(bank: Bank, entries: Float[Array, "b d"], overflow: str = "wrap") -> Ba
   else:
     pointer = jnp.where(end >= size, 0, end)
   return Bank(
-    bank.entries.at[:, rows].set(parts, mode="drop", unique_indices=True),
+    bank.entries.at[:, rows].set(per_bank, mode="drop", unique_indices=True),
     pointer,
     jnp.minimum(bank.filled + new, size),
   )
 
 
-def _deal(bank: Bank, rows: Float[Array, "b d"]) -> Float[Array, "g b2 d"]:
-  """The parts of a batch that belong to each bank."""
+def _split(bank: Bank, rows: Float[Array, "b d"]) -> Float[Array, "g b2 d"]:
+  """The entries of a batch for each bank."""
   groups = bank.entries.shape[0]
   if rows.shape[0] % groups:
     raise ValueError(f"config.model.heads.bank_groups={groups} does not divide the batch of {rows.shape[0]}")

@@ -10,13 +10,13 @@ from jaxtyping import Array, Float
 class BatchNorm(nn.Module):
   """Normalises over all axes but the last; statistics are float32 and, under jit, those of the global batch.
 
-  Under jit a sharded batch is one array, so this is what PyTorch calls synchronised batch norm. Unlike Flax's, the
-  running variance takes the unbiased batch variance, as PyTorch's does: `new = 0.9 old + 0.1 batch`.
+  Under jit a sharded batch is one array, so this is what PyTorch calls synchronised batch norm. Unlike Flax, and
+  like PyTorch, the running variance averages the unbiased batch variance: `new = 0.9 old + 0.1 batch`.
 
   Attributes:
-    groups: equal parts of the batch, in order, that are normalised apart, as GPUs are without synchronisation; running
-      statistics take the mean over the parts, where PyTorch keeps those of one GPU.
-    affine: whether there are a gain and a bias.
+    groups: number of equal groups of the batch, in order, that are normalised separately, as by GPUs without
+      synchronisation; running statistics average the groups, where PyTorch keeps those of one GPU.
+    affine: whether there is a gain and a bias.
   """
 
   momentum: float = 0.9

@@ -21,11 +21,11 @@ Tree = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Model:
-  """Two linen modules and the views they serve. Hashable, so that jit may close over it; all state is passed in.
+  """Two linen modules, and the views that they encode. Hashable, so that jit may close over it; all state is passed in.
 
   `params` has two entries, "towers" and "heads". `collections` has the same, with batch statistics and the neighbour
-  bank; functions that train return the new ones. Where a term needs a momentum tower, `collections["momentum"]` holds
-  its copy of the image tower's and the projector's parameters, laid out like `params`.
+  bank; functions in training mode return the new ones. Where a term needs a momentum tower, `collections["momentum"]`
+  is its copy of the parameters of the image tower and the projector, with the structure of `params`.
   """
 
   towers: Towers
@@ -65,7 +65,7 @@ class Model:
     return outputs, heads
 
   def momentum_copy(self, params: Tree) -> Tree:
-    """What of the parameters the momentum tower copies, as `{"momentum": ...}`; empty if there is none."""
+    """A copy of the parameters that the momentum tower has, as `{"momentum": ...}`; empty without one."""
     if "momentum" not in self.heads.members:
       return {}
     copied = {
@@ -93,7 +93,7 @@ class Model:
   def encode_text_tokens(
     self, params: Tree, collections: Tree, tokens: Int[Array, "b t"]
   ) -> tuple[Float[Array, "b t e"], Bool[Array, "b t"]]:
-    """Unit-norm float32 tokens of texts, as FILIP compares them, and which are no padding, in evaluation mode."""
+    """Unit-norm float32 tokens of texts, as FILIP compares them, and which are not padding, in evaluation mode."""
     towers, heads = _variables(params, collections)
     _, states, valid = self.towers.apply(towers, tokens, method=Towers.encode_text)
     return self.heads.apply(heads, states, method=Heads.map_text), valid

@@ -14,7 +14,7 @@ from declip_jax.models.batch_norm import BatchNorm
 from declip_jax.models.stages import apply_stage, convolution, hide
 from declip_jax.models.transformer import torch_uniform
 
-QUANTUM = 8  # widths are multiples of it, until they are made multiples of the group width
+QUANTUM = 8  # widths are multiples of it, before they are rounded to multiples of the group width
 
 
 def stages(
@@ -22,13 +22,13 @@ def stages(
 ) -> tuple[tuple[int, int], ...]:
   """The width and the number of blocks of each stage, by the paper's quantised linear rule (its equations 2 to 4).
 
-  Block `j` has the width `initial_width * multiplier**s`, where `s` is the whole number that comes nearest to
-  `initial_width + slope * j`; blocks of equal width are a stage. Then widths go to the nearest multiple of the group
-  width, as in pycls; torchvision rounds halves up and never goes down by more than a tenth, which makes another 800MF
-  and another 8GF.
+  Block `j` has the width `initial_width * multiplier**s`, where `s` is the integer for which it is closest to
+  `initial_width + slope * j`; blocks of equal width are a stage. Then widths are rounded to the nearest multiple of the
+  group width, as in pycls; torchvision rounds halves up and never down by more than a tenth, which makes a different
+  800MF and a different 8GF.
 
   Raises:
-    ValueError: parameters of which the rule makes no network.
+    ValueError: parameters from which the rule makes no network.
   """
   if not (initial_width > 0 and initial_width % QUANTUM == 0 and slope >= 0 and multiplier > 1):
     raise ValueError(
@@ -50,15 +50,15 @@ def _convolution(features: int, kernel: int, stride: int, dtype: Any, name: str,
 
 
 def _fan_out_normal(features: int, kernel: int = 1) -> nn.initializers.Initializer:
-  """He's deviation by the outgoing connections, of which pycls counts those to all groups."""
+  """He's initialisation by fan-out, which pycls counts over all groups."""
   return nn.initializers.normal(math.sqrt(2 / (kernel**2 * features)))
 
 
 class Block(nn.Module):
   """1x1, grouped 3x3 with the stride, squeeze and excitation, 1x1, and a projected shortcut where the shape changes.
 
-  The squeezed width is a share of the block's input, not of what is squeezed. `train` is a field, because a scan and
-  a rematerialisation would make an argument a traced value.
+  The squeezed width is a share of the width of the block's input, not of the squeezed layer. `train` is a field,
+  because scan and rematerialisation would make an argument a traced value.
   """
 
   width: int
@@ -98,9 +98,9 @@ class RegNetY(nn.Module):
   """Images to the globally average-pooled feature `[b width of the last stage]`, before the output projection.
 
   Structure and initialisation are those of pycls, the paper's code: convolutions N(0, 2 / (kernel area * outputs)),
-  gains of all norms one (timm's last ones of a block start at zero). The blocks of a stage after its first are one
+  all gains of norms 1 (timm's last one of each block starts at 0). The blocks of a stage after its first are one
   scanned block: their parameters and statistics are stacked along a leading axis under `stage<n>_rest`, which a stage
-  of one block has not. As in every ResNet, encoding in micro-batches changes the batch statistics.
+  of one block does not have. As in every ResNet, encoding in micro-batches changes the batch statistics.
 
   Attributes:
     initial_width, slope, multiplier, depth, group_width: w_0, w_a, w_m, d and g of the paper; see `stages`.
@@ -108,7 +108,7 @@ class RegNetY(nn.Module):
     stem_width: channels after the first convolution.
     remat: what the backward pass of a block recomputes, one of `REMAT_POLICIES`.
     unroll: scanned blocks that the compiler sees at once.
-    dtype: of computation; parameters, statistics and norms are float32.
+    dtype: compute dtype; parameters, statistics and norms are float32.
   """
 
   initial_width: int

@@ -28,7 +28,7 @@ class Bottleneck(nn.Module):
   planes: int
   stride: int
   shortcut: bool
-  train: bool  # a field, because a scan would make an argument a traced value
+  train: bool  # a field, because scan would make an argument a traced value
   norm_groups: int
   dtype: Any
 
@@ -74,8 +74,8 @@ class ModifiedResNet(nn.Module):
   """Images to the attention-pooled feature `[b 32*width]`, before its output projection, and the last map's cells.
 
   The reference's attention pool ends in that projection; here it is the model's image projection (with a bias), so
-  that self-supervised heads may start from the feature before it, as with a ViT. BatchNorm looks across the examples
-  of a batch: it is the one layer for which encoding in micro-batches is not the same as encoding at once.
+  that self-supervised heads may start from the feature before it, as with a ViT. Batch norm depends on the other
+  examples of a batch: it is the only layer whose results differ if a batch is encoded in micro-batches.
   """
 
   width: int

@@ -1,5 +1,6 @@
-"""What residual networks share: a stage, which is a first block that changes the shape and then equal blocks as one
-scanned block, convolutions, and hidden patches.
+"""What residual networks share: stages, convolutions and hidden patches.
+
+A stage is a first block that changes the shape, then equal blocks as one scanned block.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ def convolution(
 
 
 def hide(images: Float[Array, "b h w c"], hidden: Bool[Array, "b n"] | None, stride: int) -> Float[Array, "b h w c"]:
-  """Images with 0, the mean, in the hidden cells of a `stride` wide grid; a convolution has no token to mask."""
+  """Images with 0, the mean, in the hidden cells of a grid `stride` wide; a convolution has no tokens to mask."""
   if hidden is None:
     return images
   shape = {"y": images.shape[1] // stride, "x": images.shape[2] // stride}
@@ -52,16 +53,16 @@ def apply_stage(
 ) -> Float[Array, "b h2 w2 c2"]:
   """Applies a stage inside a compact module.
 
-  Parameters and batch statistics of the first block lie under `<name>_first`; those of the others are stacked along a
+  Parameters and batch statistics of the first block are under `<name>_first`; those of the others are stacked along a
   leading axis under `<name>_rest`, which a stage of one block does not have.
 
   Args:
-    block: from `x` and None to `(x, None)`, as a scan wants it.
+    block: a module from `x` and None to `(x, None)`, as a scan requires.
     x: input.
-    blocks: how many, the first included.
+    blocks: number of blocks, including the first.
     first: fields of the first block that differ from `fields`.
     fields: fields of all blocks.
-    name: of the stage.
+    name: name of the stage.
     remat: what the backward pass of a block recomputes, one of `REMAT_POLICIES`.
     unroll: scanned blocks that the compiler sees at once.
   """

@@ -13,17 +13,17 @@ from declip_jax.models.transformer import Transformer
 class TextTransformer(nn.Module):
   """Token ids to states at every position, before the final norm; `final_norm` turns chosen states into features.
 
-  Attention is causal, and so needs no padding mask: nothing behind the end-of-text token reaches it. Masked language
-  modelling may ask for a pass in which every token sees the whole text, as BERT's do; in DeCLIP's released code it sees
-  only what stands before it.
+  Attention is causal and needs no padding mask: nothing after the end-of-text token affects it. Masked language
+  modelling may ask for a pass in which every token sees the whole text, as in BERT; in DeCLIP's released code a token
+  sees only those before it.
 
-  Since nothing behind the end matters, a batch may be cut behind its longest text. The lengths that it may be cut to
-  are `buckets`; a switch on the device picks the shortest that fits, so that shapes stay static, nothing is compiled
-  twice, and several hosts need not agree beforehand. The result is the same; states behind the cut are zero.
+  Since nothing after the end matters, a batch may be trimmed to its longest text. `buckets` are the lengths that it may
+  be trimmed to; a switch on the device picks the shortest that fits, so that shapes stay static, nothing is compiled
+  twice, and several hosts need not agree beforehand. The result is the same; states past the cut are zero.
 
   Attributes:
     eot: id of the end-of-text token.
-    buckets: lengths, ascending, to which a batch may be cut; the context length itself is always one of them.
+    buckets: lengths, ascending, to which a batch may be trimmed; the context length is always one of them.
   """
 
   vocab_size: int
@@ -65,8 +65,8 @@ class TextTransformer(nn.Module):
   ) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
     """Returns the feature `[b f]` at the first end-of-text token, and the states `[b n f]` before the norm.
 
-    OpenAI's code pools at the largest id of a row. That is the same position for its vocabulary; a search for the id
-    itself also holds when a mask token is appended behind it.
+    OpenAI's code pools at the largest id of a row, which is the same position for its vocabulary; searching for the id
+    itself also works after a mask token is appended to the vocabulary.
     """
     end = self.end(tokens)
     lengths = (*(length for length in self.buckets if length < tokens.shape[1]), tokens.shape[1])
@@ -90,12 +90,12 @@ class TextTransformer(nn.Module):
     return self.transformer(self.token_embedding(tokens) + positions, lengths)
 
   def normalise(self, states: Float[Array, "... f"]) -> Float[Array, "... f"]:
-    """The final norm, which acts on each position alone and so is applied to the wanted positions only."""
+    """The final norm, which acts on each position separately and is applied only where states are used."""
     return self.final_norm(states)
 
 
 def _encode_cut(
   text: TextTransformer, tokens: Int[Array, "b n"], *, length: int, bidirectional: bool
 ) -> Float[Array, "b n f"]:
-  """The states of the first `length` positions, and zeros behind them."""
+  """The states of the first `length` positions, then zeros."""
   return jnp.pad(text.encode(tokens[:, :length], bidirectional), ((0, 0), (0, tokens.shape[1] - length), (0, 0)))

@@ -1,4 +1,4 @@
-"""The first half of the model: towers that look at one example at a time, from a `Batch` to `Features`."""
+"""The first half of the model: towers that encode one example at a time, from a `Batch` to `Features`."""
 
 import itertools
 from typing import Any
@@ -16,7 +16,7 @@ from declip_jax.types import Batch, Features, Views
 
 # What `config.model.image.kind` may name.
 IMAGE_TOWERS = {"vit": ViT, "resnet": ModifiedResNet, "regnet": RegNetY}
-# What `config.model.mlm_attention` may name: a masked token sees what stands before it, or the whole caption.
+# What `config.model.mlm_attention` may name: a masked token sees the tokens before it, or the whole caption.
 MLM_ATTENTION = ("causal", "bidirectional")
 
 
@@ -26,9 +26,9 @@ class Towers(nn.Module):
   Attributes:
     image: a module from normalised images `[b h w c]`, `train` and `hidden` patches to features `[b f]` and tokens
       `[b n f]`, with `feature_width`, `stride` and `has_batch_norm`: whether `train` makes it normalise by the batch.
-    text: the text transformer, None where no term looks at texts.
-    mean, std: per channel, on a scale of 0 to 1.
-    lock_image: the image tower is not trained, so its batch norms use their running statistics and keep them.
+    text: the text transformer, None where no term uses texts.
+    mean, std: mean and standard deviation per channel, on a scale of 0 to 1.
+    lock_image: whether the image tower is not trained, so that its batch norms use and keep their running statistics.
     mlm_attention: one of `MLM_ATTENTION`.
   """
 
@@ -41,7 +41,7 @@ class Towers(nn.Module):
   dtype: Any = jnp.float32
 
   def __call__(self, batch: Batch, views: Views, tokens: bool, train: bool) -> Features:
-    """Encodes every view that plays a part; `tokens` asks for those of the contrastive pair too."""
+    """Encodes every view that has a role; with `tokens`, also returns the tokens of the contrastive pair."""
     pixels = self.normalise(batch["image"])
     hidden = None
     if views.masked_image is not None:
@@ -49,10 +49,10 @@ class Towers(nn.Module):
     image, image_tokens = self._encode_views(pixels, train, hidden)
     features = Features(image=image)
     if views.masked_image is not None:
-      hides = self._patches(pixels[:, views.masked_image])
+      hidden_pixels = self._patches(pixels[:, views.masked_image])
       features = features.replace(
         masked_image=_take(image_tokens[:, views.masked_image], batch["mim_position"]),
-        masked_pixels=_standardised(_take(hides, batch["mim_position"])),
+        masked_pixels=_standardised(_take(hidden_pixels, batch["mim_position"])),
       )
     if self.text is not None:
       features = self._add_text(features, batch, views, tokens)
@@ -75,12 +75,12 @@ class Towers(nn.Module):
   def encode_text(
     self, tokens: Int[Array, "b t"]
   ) -> tuple[Float[Array, "b f"], Float[Array, "b t f"], Bool[Array, "b t"]]:
-    """Features of texts at their end-of-text token, the states of all tokens, and which of these are no padding."""
+    """Features of texts at their end-of-text token, the states of all tokens, and which of them are not padding."""
     feature, states = self.text(tokens)
     return feature, self.text.normalise(states), self._valid(tokens)
 
   def normalise(self, images: UInt8[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
-    """Pixels with the mean and the standard deviation of the config taken out."""
+    """Pixels normalised by the mean and the standard deviation of the config."""
     mean, std = (255 * jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
     return (images.astype(jnp.float32) - mean) / std
 
@@ -93,19 +93,19 @@ class Towers(nn.Module):
     train, pixels = train and not self.lock_image, pixels.astype(self.dtype)
     views = pixels.shape[1]
     if self.image.has_batch_norm:
-      # Batch statistics are those of one view, so views go through one after the other.
+      # Batch statistics are those of one view, so views are encoded one after the other.
       masks = [None if hidden is None else hidden[:, view] for view in range(views)]
       encoded = [self.image(pixels[:, view], train, masks[view]) for view in range(views)]
-      return tuple(jnp.stack(parts, axis=1) for parts in zip(*encoded, strict=True))
+      return tuple(jnp.stack(views, axis=1) for views in zip(*encoded, strict=True))
     flat = None if hidden is None else rearrange(hidden, "b v n -> (b v) n")
     encoded = self.image(rearrange(pixels, "b v h w c -> (b v) h w c"), train, flat)
     return tuple(rearrange(x, "(b v) ... -> b v ...", v=views) for x in encoded)
 
   def _add_text(self, features: Features, batch: Batch, views: Views, tokens: bool) -> Features:
     text, masked = batch["text"], views.masked_text
-    apart = self.mlm_attention == "bidirectional"
+    bidirectional = self.mlm_attention == "bidirectional"
     wanted = views.contrastive_text
-    if masked is not None and not apart:
+    if masked is not None and not bidirectional:
       wanted = (*wanted, masked)
     others = {role: views.numbers(role) for role in views.other_texts()}
     wanted = tuple(dict.fromkeys([*wanted, *itertools.chain(*others.values())]))
@@ -118,8 +118,8 @@ class Towers(nn.Module):
         chosen = [wanted.index(number) for number in numbers]
         features = features.replace(**{role: jnp.stack([feature[:, index] for index in chosen], axis=1)})
     if masked is not None:
-      words = self.text(text[:, masked], bidirectional=True)[1] if apart else states[:, wanted.index(masked)]
-      # Only masked positions go on: the vocabulary head is the widest matrix of the model.
+      words = self.text(text[:, masked], bidirectional=True)[1] if bidirectional else states[:, wanted.index(masked)]
+      # Only masked positions are kept: the vocabulary layer is the widest matrix of the model.
       features = features.replace(masked_text=self.text.normalise(_take(words, batch["mlm_position"])))
     if tokens:
       features = features.replace(

@@ -28,13 +28,13 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
 
 
 def _keeps_products(primitive: Any, *args: Any, **params: Any) -> bool:
-  """Keeps what linear layers and convolutions return; attention, norms and activations are cheap to compute again."""
+  """Keeps the results of linear layers and convolutions; attention, norms and activations are cheap to recompute."""
   dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
   return primitive is jax.lax.conv_general_dilated_p or dots(primitive, *args, **params)
 
 
-# What the backward pass recomputes. "none" keeps every activation that differentiation asks for, which a scan stores
-# for all layers, most of them in float32; "full" keeps only the input of each block.
+# What the backward pass recomputes. "none" keeps every activation that differentiation needs, which a scan stores for
+# all layers, most of them in float32; "full" keeps only the input of each block.
 REMAT_POLICIES = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -89,10 +89,10 @@ INITS = {"openai_text": openai_text_init, "torch": torch_init, "timm": timm_init
 
 
 class QueryKeyValue(nn.Module):
-  """What attention reads of its input: a dense layer of three times the width, but as three products.
+  """Query, key and value: a dense layer of three times the width, computed as three products.
 
-  Each result then lies in memory as attention wants it. Cut out of one product all three are copied: compiled for a
-  TPU v5e, a step of CLIP ViT-B/16 so moves 17 % more bytes, and takes a quarter more time by the compiler's estimate.
+  Each result then has the memory layout that attention needs. Slices of a single product would be copied: compiled for
+  a TPU v5e, a step of CLIP ViT-B/16 would move 17 % more bytes and take 25 % more time by the compiler's estimate.
   """
 
   heads: int

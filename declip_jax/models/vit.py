@@ -50,10 +50,10 @@ class ViT(nn.Module):
   ) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
     """Encodes normalised images, whose height and width must be multiples of `patch`.
 
-    Where `hidden`, a learned embedding stands in place of the patch's (BEiT, Bao et al. 2022, section 2.3). Tokens come
-    before the final norm, as DeCLIP's FILIP takes them.
+    Where `hidden`, a learned embedding replaces that of the patch (BEiT, Bao et al. 2022, section 2.3). Tokens are
+    those before the final norm, as in DeCLIP's FILIP.
     """
-    del train  # nothing here looks across examples
+    del train  # no layer depends on other examples
     fan_in = self.patch**2 * images.shape[-1]
     class_init = nn.initializers.normal(0.02 if self.initializer == "timm" else self.width**-0.5)
     patches = rearrange(images, "b (y p) (x q) c -> b (y x) (p q c)", p=self.patch, q=self.patch)

@@ -1,17 +1,17 @@
-"""Sums over all pairs of a global batch, for losses whose matrix of similarities no device could hold.
+"""Sums over all pairs of a global batch, for losses whose matrix of similarities does not fit on a device.
 
-A contrastive loss needs of the matrix `x y^T` its sums over rows and over columns: log-sum-exp for a softmax, the terms
-of a sigmoid. Three methods compute the same, value and gradient:
+A contrastive loss needs the sums of the matrix `x y^T` over rows and over columns: log-sum-exp for a softmax, a sum of
+log-sigmoids for a sigmoid. Three methods compute the same value and gradient:
 
 | method | similarities in memory on each of `p` devices | candidates in memory |
 |---|---|---|
 | "plain" | `b/p * n` | all |
 | "chunked" | `b/p * block` | all |
-| "ring" | `b/p * block` | those of one device at a time, passed on from neighbour to neighbour |
+| "ring" | `b/p * block` | those of one device at a time, passed from neighbour to neighbour |
 
 The last two go through the blocks twice, once for the sums and once, with the same products again, for the gradient:
-nothing between is stored, which differentiating the loop itself would do. In the ring a candidate travels with its own
-sums and, on the way back, with its gradient, so that after a round everything is home.
+nothing is stored in between, which differentiating the loop itself would do. In the ring a candidate travels with its
+own sums and, in the backward pass, with its gradient, so that after one round both are back on their device.
 """
 
 from collections.abc import Callable
@@ -26,12 +26,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 KINDS = ("plain", "chunked", "ring")
-# Bytes of similarities on a device up to which the whole matrix is simplest, and of one chunk beyond. A gradient holds
-# about four such arrays.
+# Bytes of similarities on a device up to which "auto" takes the whole matrix, and the size of a chunk above that. A
+# gradient holds about four such arrays.
 PLAIN_BYTES, CHUNK_BYTES = 2**26, 2**26
-# Bytes of candidates beyond which a device should not hold them all.
+# Bytes of candidates above which a device should not hold all of them.
 GATHERED_BYTES = 2**30
-_NEVER = -1e30  # in place of a similarity that does not count; not infinite, for differences of it are taken
+_NEVER = -1e30  # in place of a similarity that does not count; not infinite, because differences of it are computed
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Method:
 
   Attributes:
     kind: one of `KINDS`, or "auto", which chooses by the sizes.
-    mesh: over whose devices the rows are split; only "plain" does without.
+    mesh: devices over which the rows are split; only "plain" works without it.
     block: candidates that are compared at once; 0 chooses by the sizes.
   """
 
@@ -53,12 +53,12 @@ PLAIN = Method()
 
 
 class Sums(NamedTuple):
-  """Of the similarities of one axis.
+  """Sums of the similarities along one axis.
 
   Attributes:
     log_sum: log of the sum of their exponentials.
-    top: the largest; without gradient.
-    best: its place, the first of equal ones.
+    top: the largest similarity, without gradient.
+    best: its index, the first of equal ones.
   """
 
   log_sum: Float[Array, "v u b"]
@@ -79,10 +79,10 @@ def log_sums(
 
   Args:
     x, y: rows and columns, split over the devices along `b` and `n`; float32.
-    method: how.
-    full_gradient: otherwise columns are constants for the sums of a row, and rows for those of a column.
-    without_self: leaves out similarity (i, i) of each matrix (v, v): those of a row with itself, if `x` is `y`.
-    columns: whether they are wanted; None takes the place of their sums otherwise.
+    method: how the sums are computed.
+    full_gradient: otherwise columns are constants in the sums of a row, and rows in those of a column.
+    without_self: omits similarity (i, i) of each matrix (v, v): that of a row with itself, if `x` is `y`.
+    columns: whether to compute the sums of columns; they are None otherwise.
   """
   method = _chosen(method, x, y)
   if method.kind == "plain":
@@ -104,7 +104,7 @@ def sigmoid_sums(
 
 
 def check_method(method: Method) -> None:
-  """Refuses what no batch could make good.
+  """Rejects a method that is wrong for every batch.
 
   Raises:
     ValueError: names the field, its value and the legal ones.
@@ -155,22 +155,22 @@ def _plain_log_sums(
     constant = jax.lax.stop_gradient(matrix)
     return Sums(jax.nn.logsumexp(matrix, axis=axis), constant.max(axis), jnp.argmax(constant, axis))
 
-  # One product all the same: XLA sees that they are equal.
-  hold = (lambda side: side) if full_gradient else jax.lax.stop_gradient
-  return sums(x, hold(y), 3), sums(hold(x), y, 2) if columns else None
+  # Still a single product: XLA merges equal ones.
+  constant = (lambda side: side) if full_gradient else jax.lax.stop_gradient
+  return sums(x, constant(y), 3), sums(constant(x), y, 2) if columns else None
 
 
-def _own(matrix: Float[Array, "v u b n"], row: Any, column: Any) -> Array:
-  """Where a row and a column of a block, which begins at these, have the same index."""
+def _is_pair(matrix: Float[Array, "v u b n"], row: Any, column: Any) -> Array:
+  """Whether a row and a column have the same index, in the block that begins at `row` and `column`."""
   return (row + jnp.arange(matrix.shape[2]))[:, None] == column + jnp.arange(matrix.shape[3])
 
 
 def _without_self(matrix: Float[Array, "v u b n"], row: Any, column: Any) -> Float[Array, "v u b n"]:
   same = jnp.eye(*matrix.shape[:2], dtype=bool)[:, :, None, None]
-  return jnp.where(same & _own(matrix, row, column), _NEVER, matrix)
+  return jnp.where(same & _is_pair(matrix, row, column), _NEVER, matrix)
 
 
-# Two kinds of sums over the blocks that have been seen so far.
+# Two kinds of sums over the blocks so far.
 
 
 class _Running(NamedTuple):
@@ -200,7 +200,7 @@ class _Running(NamedTuple):
     return _Running(top, total, first)
 
   def over(self, axes: tuple[str, ...]) -> "_Running":
-    """All devices' merged, on each."""
+    """The sums of all devices merged, on each device."""
     top = jax.lax.pmax(self.top, axes)
     total = jax.lax.psum(self.total * jnp.exp(self.top - top), axes)
     best = jax.lax.pmin(jnp.where(self.top == top, self.best, jnp.iinfo(jnp.int32).max), axes)
@@ -225,7 +225,7 @@ class _Total(NamedTuple):
 
 
 class _Nothing(NamedTuple):
-  """Of a side that is not wanted."""
+  """In place of the sums of a side that are not computed."""
 
   @classmethod
   def nothing(cls, shape: tuple[int, ...]) -> "_Nothing":
@@ -245,8 +245,9 @@ class _Nothing(NamedTuple):
     return None
 
 
-# Two losses over a block, whose first row and column have these places. `look` gives what it adds to the sums of its
-# rows and of its columns, `slopes` its gradient for its rows and for its columns, of what was saved of both.
+# Two losses over a block that begins at `row` and `column`. `forward` returns what the block adds to the sums of its
+# rows and of its columns; `gradients` returns the gradients of the products, for the rows and for the columns, from
+# what was saved of both.
 
 
 @dataclass(frozen=True)
@@ -259,26 +260,26 @@ class _Softmax:
 
   @property
   def running(self) -> tuple[type, type]:
-    """What is kept of rows and of columns."""
+    """The kinds of sums of rows and of columns."""
     return _Running, _Running if self.columns else _Nothing
 
-  def look(self, matrix: Array, row: Any, column: Any) -> tuple[_Running, _Running | _Nothing]:
+  def forward(self, matrix: Array, row: Any, column: Any) -> tuple[_Running, _Running | _Nothing]:
     if self.without_self:
       matrix = _without_self(matrix, row, column)
     return _Running.of(matrix, 3, column), _Running.of(matrix, 2, row) if self.columns else _Nothing()
 
-  def slopes(self, matrix: Array, row: Any, column: Any, rows: Any, columns: Any) -> tuple[Array, Array]:
-    """Of rows and columns are saved their log-sums, and the gradients of these; of columns nothing if not wanted."""
+  def gradients(self, matrix: Array, row: Any, column: Any, rows: Any, columns: Any) -> tuple[Array, Array]:
+    """`rows` and `columns` are log-sums and their gradients; `columns` is unused without sums of columns."""
     if self.without_self:
       matrix = _without_self(matrix, row, column)
     sides = [(rows, 3), (columns, 2)] if self.columns else [(rows, 3)]
-    slopes = [
+    gradients = [
       jnp.expand_dims(gradient, axis) * jnp.exp(matrix - jnp.expand_dims(log_sum, axis))
       for (log_sum, gradient), axis in sides
     ]
     if self.full_gradient:
-      return (sum(slopes),) * 2
-    return slopes[0], slopes[1] if self.columns else jnp.zeros_like(matrix)
+      return (sum(gradients),) * 2
+    return gradients[0], gradients[1] if self.columns else jnp.zeros_like(matrix)
 
 
 @dataclass(frozen=True)
@@ -287,19 +288,19 @@ class _Sigmoid:
 
   running = _Total, _Nothing
 
-  def look(self, matrix: Array, row: Any, column: Any) -> tuple[_Total, _Nothing]:
+  def forward(self, matrix: Array, row: Any, column: Any) -> tuple[_Total, _Nothing]:
     return _Total(-jax.nn.log_sigmoid(_signed(matrix, row, column)).sum(axis=3)), _Nothing()
 
-  def slopes(self, matrix: Array, row: Any, column: Any, rows: Array, columns: tuple[()]) -> tuple[Array, Array]:
-    """Of rows is saved the gradient of their sums, of columns nothing."""
+  def gradients(self, matrix: Array, row: Any, column: Any, rows: Array, columns: tuple[()]) -> tuple[Array, Array]:
+    """`rows` are the gradients of their sums; of columns nothing is saved."""
     del columns
     wrong = jax.nn.sigmoid(-_signed(matrix, row, column))
     return (-_signed(wrong, row, column) * rows[..., None],) * 2
 
 
 def _signed(matrix: Float[Array, "v u b n"], row: Any, column: Any) -> Float[Array, "v u b n"]:
-  """Plus for a pair, minus for all others."""
-  return jnp.where(_own(matrix, row, column), matrix, -matrix)
+  """The similarity of a pair, and minus that of all others."""
+  return jnp.where(_is_pair(matrix, row, column), matrix, -matrix)
 
 
 Loss = _Softmax | _Sigmoid
@@ -309,30 +310,30 @@ def _forward(loss: Loss, x: Array, y: Array, method: Method) -> tuple[Any, Any]:
   """The sums of a device's rows over all columns, and of its columns over all rows."""
   axes, place, count = _places(method)
   shape, (row_kind, column_kind) = (len(x), len(y)), loss.running
-  look = partial(_look, loss, x, place * x.shape[1], method.block)
+  add = partial(_add_block, loss, x, place * x.shape[1], method.block)
   rows = row_kind.nothing((*shape, x.shape[1]))
   if method.kind == "ring":
 
     def turn(carry: Any, step: Array) -> tuple[Any, None]:
       rows, y, columns = carry
-      arriving = _passed_on(y, method)  # while the products are computed
-      rows, part = look(rows, y, (place + step) % count * y.shape[1])
-      return (rows, arriving, _passed_on(columns.merged(part), method)), None
+      arriving = _from_next(y, method)  # while the products are computed
+      rows, part = add(rows, y, (place + step) % count * y.shape[1])
+      return (rows, arriving, _from_next(columns.merged(part), method)), None
 
     carry = rows, y, column_kind.nothing((*shape, y.shape[1]))
     (rows, _, columns), _ = jax.lax.scan(turn, carry, jnp.arange(count))
     return rows, columns
-  rows, columns = look(rows, jax.lax.all_gather(y, axes, axis=1, tiled=True), 0)
+  rows, columns = add(rows, jax.lax.all_gather(y, axes, axis=1, tiled=True), 0)
   own = partial(jax.lax.dynamic_slice_in_dim, start_index=place * y.shape[1], slice_size=y.shape[1], axis=2)
   return rows, jax.tree.map(own, columns.over(axes))
 
 
-def _look(loss: Loss, x: Array, row: Any, block: int, rows: Any, y: Array, column: Any) -> tuple[Any, Any]:
-  """The sums of rows with these candidates in them, and those of the candidates, chunk by chunk."""
+def _add_block(loss: Loss, x: Array, row: Any, block: int, rows: Any, y: Array, column: Any) -> tuple[Any, Any]:
+  """Adds candidates to the sums of rows, chunk by chunk; also returns the sums of the candidates."""
 
   def chunk(rows: Any, start: Array) -> tuple[Any, Any]:
     part = jax.lax.dynamic_slice_in_dim(y, start, block, axis=1)
-    row_part, column_part = loss.look(_products(x, part), row, column + start)
+    row_part, column_part = loss.forward(_products(x, part), row, column + start)
     return rows.merged(row_part), column_part
 
   rows, columns = jax.lax.scan(chunk, rows, jnp.arange(0, y.shape[1], block))
@@ -340,69 +341,69 @@ def _look(loss: Loss, x: Array, row: Any, block: int, rows: Any, y: Array, colum
 
 
 def _backward(loss: Loss, x: Array, y: Array, rows: Any, columns: Any, method: Method) -> tuple[Array, Array]:
-  """The gradients of a device's rows and columns; `rows` and `columns` are what `slopes` takes."""
+  """The gradients of a device's rows and columns; `rows` and `columns` are arguments of `gradients`."""
   axes, place, count = _places(method)
-  pull = partial(_pull, loss, x, place * x.shape[1], method.block, rows)
-  slope_x = jnp.zeros_like(x)
+  vjp = partial(_vjp_block, loss, x, place * x.shape[1], method.block, rows)
+  gradient_x = jnp.zeros_like(x)
   if method.kind == "ring":
 
     def turn(carry: Any, step: Array) -> tuple[Any, None]:
-      slope_x, (y, columns), slope_y = carry
-      arriving = _passed_on((y, columns), method)
-      slope_x, more_y = pull(slope_x, y, columns, (place + step) % count * y.shape[1])
-      return (slope_x, arriving, _passed_on(slope_y + more_y, method)), None
+      gradient_x, (y, columns), gradient_y = carry
+      arriving = _from_next((y, columns), method)
+      gradient_x, more_y = vjp(gradient_x, y, columns, (place + step) % count * y.shape[1])
+      return (gradient_x, arriving, _from_next(gradient_y + more_y, method)), None
 
-    carry = slope_x, (y, columns), jnp.zeros_like(y)
-    (slope_x, _, slope_y), _ = jax.lax.scan(turn, carry, jnp.arange(count))
-    return slope_x, slope_y
+    carry = gradient_x, (y, columns), jnp.zeros_like(y)
+    (gradient_x, _, gradient_y), _ = jax.lax.scan(turn, carry, jnp.arange(count))
+    return gradient_x, gradient_y
   gathered = jax.lax.all_gather(y, axes, axis=1, tiled=True)
   all_columns = jax.tree.map(partial(jax.lax.all_gather, axis_name=axes, axis=2, tiled=True), columns)
-  slope_x, slope_y = pull(slope_x, gathered, all_columns, 0)
-  return slope_x, jax.lax.psum_scatter(slope_y, axes, scatter_dimension=1, tiled=True)
+  gradient_x, gradient_y = vjp(gradient_x, gathered, all_columns, 0)
+  return gradient_x, jax.lax.psum_scatter(gradient_y, axes, scatter_dimension=1, tiled=True)
 
 
-def _pull(
-  loss: Loss, x: Array, row: Any, block: int, rows: Any, slope_x: Array, y: Array, columns: Any, column: Any
+def _vjp_block(
+  loss: Loss, x: Array, row: Any, block: int, rows: Any, gradient_x: Array, y: Array, columns: Any, column: Any
 ) -> tuple[Array, Array]:
-  """The gradient of rows with that of these candidates in it, and the candidates', chunk by chunk."""
+  """Adds the gradient from candidates to that of rows, chunk by chunk; also returns the gradient of the candidates."""
   exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-  def chunk(slope_x: Array, start: Array) -> tuple[Array, Array]:
+  def chunk(gradient_x: Array, start: Array) -> tuple[Array, Array]:
     part = jax.lax.dynamic_slice_in_dim(y, start, block, axis=1)
     saved = jax.tree.map(lambda c: jax.lax.dynamic_slice_in_dim(c, start, block, axis=2), columns)
-    for_x, for_y = loss.slopes(_products(x, part), row, column + start, rows, saved)
-    return slope_x + exact("vubn,und->vbd", for_x, part), exact("vubn,vbd->und", for_y, x)
+    for_x, for_y = loss.gradients(_products(x, part), row, column + start, rows, saved)
+    return gradient_x + exact("vubn,und->vbd", for_x, part), exact("vubn,vbd->und", for_y, x)
 
-  slope_x, slopes_y = jax.lax.scan(chunk, slope_x, jnp.arange(0, y.shape[1], block))
-  return slope_x, _joined(slopes_y, axis=1)
+  gradient_x, gradients_y = jax.lax.scan(chunk, gradient_x, jnp.arange(0, y.shape[1], block))
+  return gradient_x, _joined(gradients_y, axis=1)
 
 
 def _places(method: Method) -> tuple[tuple[str, ...], Array, int]:
-  """The axes of the mesh, this device's place along them, and how many there are."""
+  """The axes of the mesh, the index of this device along them, and the number of devices."""
   axes = method.mesh.axis_names
   return axes, jax.lax.axis_index(axes), method.mesh.size
 
 
-def _passed_on(tree: Any, method: Method) -> Any:
-  """What the next device had."""
+def _from_next(tree: Any, method: Method) -> Any:
+  """The values of the next device in the ring."""
   axes, _, count = _places(method)
   ring = [(device, (device - 1) % count) for device in range(count)]
   return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, ring), tree)
 
 
 def _joined(chunks: Array, axis: int = 2) -> Array:
-  """`[chunks ... block ...]` to `[... n ...]`, the block being axis `axis` of a chunk."""
+  """`[chunks ... block ...]` to `[... n ...]`, where the block is axis `axis` of a chunk."""
   moved = jnp.moveaxis(chunks, 0, axis)
   return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
 
 
 def _on_devices(function: Callable[..., Any], method: Method, axes_in: tuple[int, ...], axis_out: int) -> Any:
-  """`function` on each device's part; the numbers are the axes along which arguments and all results are split."""
+  """`function` on each device's rows; arguments and results are split along `axes_in` and `axis_out`."""
 
   def spec(axis: int) -> PartitionSpec:
     return PartitionSpec(*(None,) * axis, method.mesh.axis_names)
 
-  # Not checked for what varies from device to device: derivatives are ours.
+  # Without the check of what varies over devices, which does not know our derivatives.
   return jax.shard_map(
     function,
     mesh=method.mesh,
@@ -427,12 +428,12 @@ def _softmax_forward(x: Array, y: Array, method: Method, loss: _Softmax) -> tupl
 
 
 def _softmax_backward(method: Method, loss: _Softmax, saved: Any, gradient: tuple[Sums, Sums | None]) -> Any:
-  def local(x: Array, y: Array, rows: Array, columns: Array, row_slope: Array, column_slope: Array) -> Any:
-    return _backward(loss, x, y, (rows, row_slope), (columns, column_slope), method)
+  def local(x: Array, y: Array, rows: Array, columns: Array, row_gradient: Array, column_gradient: Array) -> Any:
+    return _backward(loss, x, y, (rows, row_gradient), (columns, column_gradient), method)
 
   rows, columns = gradient
-  slopes = rows.log_sum, columns.log_sum if columns else None
-  return _on_devices(local, method, (1, 1, 2, 2, 2, 2), 1)(*saved, *slopes)
+  gradients = rows.log_sum, columns.log_sum if columns else None
+  return _on_devices(local, method, (1, 1, 2, 2, 2, 2), 1)(*saved, *gradients)
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -451,8 +452,8 @@ def _sigmoid_forward(x: Array, y: Array, method: Method) -> tuple[Any, Any]:
 
 
 def _sigmoid_backward(method: Method, saved: Any, gradient: Array) -> Any:
-  def local(x: Array, y: Array, slope: Array) -> tuple[Array, Array]:
-    return _backward(_Sigmoid(), x, y, slope, (), method)
+  def local(x: Array, y: Array, gradient: Array) -> tuple[Array, Array]:
+    return _backward(_Sigmoid(), x, y, gradient, (), method)
 
   return _on_devices(local, method, (1, 1, 2), 1)(*saved, gradient)
 

@@ -18,19 +18,19 @@ class Contrast(NamedTuple):
 
   Attributes:
     loss: mean over the batch, and over both directions.
-    spread: the same if each query had to find all candidates equally, less `loss`: what a label smoothing of 1 adds.
-    row_accuracy, column_accuracy: fraction of queries whose most similar candidate is their own; zero, of columns, if
-      they search nothing.
+    smoothing: the loss with uniform targets minus `loss`: what a label smoothing of 1 adds.
+    row_accuracy, column_accuracy: fraction of queries whose most similar candidate is their own; zero for columns that
+      are not queries.
   """
 
   loss: Float[Array, "v u"]
-  spread: Float[Array, "v u"]
+  smoothing: Float[Array, "v u"]
   row_accuracy: Float[Array, "v u"]
   column_accuracy: Float[Array, "v u"]
 
   def smoothed(self, label_smoothing: float) -> Float[Array, "v u"]:
-    """The loss with this part of the target spread evenly over all candidates, the own one included, as in PyTorch."""
-    return self.loss + label_smoothing * self.spread
+    """The loss with this share of the target distributed evenly over all candidates, as in PyTorch."""
+    return self.loss + label_smoothing * self.smoothing
 
 
 def info_nce(
@@ -42,33 +42,33 @@ def info_nce(
   full_gradient: bool = True,
   symmetric: bool = True,
 ) -> Contrast:
-  """Each row has to find the column of its own index by `scale` times their inner product, and each column its row.
+  """Each row has to find the column with its own index by `scale` times their inner product, and each column its row.
 
   CLIP (Radford et al. 2021, figure 3). The batch is the global one, and by default the gradient is that of the whole
-  logit matrix: so are DeCLIP's, and open_clip's with `gather_with_grad`. Not `symmetric`: only rows search.
+  logit matrix, as in DeCLIP, and in open_clip with `gather_with_grad`. Unless `symmetric`, only rows are queries.
 
-  With `full_gradient=False` the candidates of each query are constants, so that an image learns only from looking for
-  its text and a text only from looking for its image. SLIP's released code trains so, because its gather has no
-  gradient. The value and the gradient of `scale` are the same; that of the embeddings is about half as long, which
-  doubles the weight of every other term. (open_clip's default without `local_loss` is exactly half of the full
+  With `full_gradient=False` the candidates of each query are constants, so that an image learns only as a query for its
+  text and a text only as a query for its image. SLIP's released code does this, because its gather has no gradient. The
+  value and the gradient of `scale` are the same; the gradient of the embeddings is about half as long, which doubles
+  the weight of every other term. (open_clip's default without `local_loss` is exactly half of the full
   gradient on two processes, 1 / n on n of them.)
   """
-  held = (lambda side: side) if full_gradient else jax.lax.stop_gradient
+  constant = (lambda side: side) if full_gradient else jax.lax.stop_gradient
   queries, candidates = scale * rows, columns
-  if not full_gradient:  # for the columns' sums the rows are constants, and the scale with them: so it stands here too
+  if not full_gradient:  # the columns' sums see constant rows, and so a constant scale: they get it from the candidates
     candidates = columns * (scale / jax.lax.stop_gradient(scale))
   found = log_sums(queries, candidates, method, full_gradient=full_gradient, columns=symmetric)
-  sides = ((queries, held(candidates)), (held(queries), candidates))[: 1 + symmetric]
+  sides = ((queries, constant(candidates)), (constant(queries), candidates))[: 1 + symmetric]
   own = jnp.arange(rows.shape[1])
-  losses, spreads, accuracies = [], [], []
+  losses, smoothings, accuracies = [], [], []
   for sums, (x, y) in zip(found, sides, strict=False):
     positive = jnp.einsum("vbd,ubd->vub", x, y, precision=jax.lax.Precision.HIGHEST)
     losses.append(jnp.mean(sums.log_sum - positive, axis=2))
     mean = jnp.einsum("vd,ud->vu", x.mean(axis=1), y.mean(axis=1), precision=jax.lax.Precision.HIGHEST)
-    spreads.append(positive.mean(axis=2) - mean)
+    smoothings.append(positive.mean(axis=2) - mean)
     accuracies.append(jnp.mean(sums.best == own, axis=2))
   accuracies.append(jnp.zeros_like(accuracies[0]))
-  return Contrast(sum(losses) / len(losses), sum(spreads) / len(spreads), *accuracies[:2])
+  return Contrast(sum(losses) / len(losses), sum(smoothings) / len(smoothings), *accuracies[:2])
 
 
 def contrast_views(outputs: Outputs, method: Method = PLAIN, *, full_gradient: bool = True) -> Contrast:
@@ -103,10 +103,10 @@ def multi_view(
   full_gradient: bool = True,
   label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
-  """Mean InfoNCE over all pairs of an image view and a text view but the first: three of DeCLIP's 2x2.
+  """Mean InfoNCE over all pairs of an image view and a text view except the first: three of DeCLIP's 2x2.
 
   DeCLIP (Li et al. 2022, section 3.2.2) gives the first pair to the CLIP term and the others to this one. The
-  released YFCC15M configs fold both into one mean over four pairs: its weight of 0.4 is 0.1 for `clip` and 0.3 here.
+  released YFCC15M configs average over all four pairs: their weight of 0.4 is 0.1 for `clip` and 0.3 here.
 
   Raises:
     ValueError: there is only one image view and one text view.
@@ -119,10 +119,10 @@ def multi_view(
 
 
 def cross_entropy(logits: Float[Array, "b b"], label_smoothing: float = 0.0) -> Float[Array, ""]:
-  """Mean cross-entropy of rows that have to find the column of their own index, where the whole matrix is at hand.
+  """Mean cross-entropy of rows that have to find the column with their own index, given the whole matrix.
 
-  `label_smoothing` is the part of the target that is spread evenly over all columns, the own one included, as in
-  PyTorch's `CrossEntropyLoss`.
+  `label_smoothing` is the share of the target that is distributed evenly over all columns, as in PyTorch's
+  `CrossEntropyLoss`.
   """
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(logits.shape[0])).mean()
   if label_smoothing:

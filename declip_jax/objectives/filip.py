@@ -10,9 +10,9 @@ from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.contrastive import Metrics, accuracy, cross_entropy
 from declip_jax.types import Batch, Outputs
 
-# Similarities of tokens that are computed at once on a device: an array of 64 MiB, of which a gradient holds four or
-# five. They take the precision that `jax_default_matmul_precision` sets, since they cost as much as a tower; FILIP
-# itself compares in half precision.
+# Similarities of tokens that a device computes at once: an array of 64 MiB, of which a gradient holds four or five.
+# Their precision is that of `jax_default_matmul_precision`, since they cost as much as a tower; FILIP itself compares
+# in half precision.
 BLOCK = 2**24
 
 
@@ -22,11 +22,12 @@ def filip(
   """Symmetric cross-entropy of `dense_scale` times the late interaction, with the accuracy of both directions.
 
   With `top_k=0` it is that of the paper (FILIP, Yao et al. 2022, section 3.1): every token of a query finds its most
-  similar token in the candidate, and padding takes no part on either side.
+  similar token in the candidate, and padding is excluded on both sides.
 
-  `top_k` above 0 is the code of DeCLIP's authors, whose released configs say 16. Of every candidate only `top_k` tokens
-  are found: those that are most similar, in sum, to all tokens of their own partner, as constants. Queries keep all
-  their tokens. Padding counts like every other token: in the sums, among the candidates and in the mean over a text.
+  `top_k` above 0 follows the code of DeCLIP's authors, whose released configs use 16. Only `top_k` tokens of each
+  candidate can be found: those whose sum of similarities to all tokens of their own partner is largest; the selection
+  has no gradient. Queries keep all their tokens. Padding counts like every other token: in the sums, among the
+  candidates and in the mean over a text.
 
   Raises:
     ValueError: `top_k` is larger than the number of tokens.
@@ -57,12 +58,12 @@ def late_interaction(
   *,
   devices: int = 1,
 ) -> tuple[Float[Array, "b b2"], Float[Array, "b2 b"]]:
-  """Similarities of all images to all texts, and of all texts to all images: the two are not each other's transpose.
+  """Similarities of all images to all texts, and of all texts to all images: neither is the transpose of the other.
 
   Image to text: the mean over image tokens of the largest inner product with a valid token of the text. Text to image:
   the mean over valid text tokens of the largest inner product with an image token. For unit tokens both are at most 1.
 
-  `b * n * b2 * t` products are computed, but only `BLOCK` of them are in memory at once on each of the `devices` over
+  `b * n * b2 * t` products are computed, of which only `BLOCK` are in memory at once on each of the `devices` over
   which both batches are split; value and gradient do not depend on it.
   """
 
@@ -98,9 +99,9 @@ def _best_matches(query: Float[Array, "b n e"], candidate: Float[Array, "c k e"]
 
 
 def _largest(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-  """`x.max(axis)`, of which the first of equal values has the gradient, as in PyTorch; JAX shares it out among them.
+  """`x.max(axis)`, where the first of equal values gets the gradient, as in PyTorch; JAX divides it among them.
 
-  The gradient needs where the maxima stood and not `x`, which would be written, compared and counted again.
+  The gradient needs the positions of the maxima and not `x`, which would be written, compared and counted again.
   """
   size = x.shape[axis]
 
@@ -131,10 +132,10 @@ def _in_blocks(
   cost: int,
   devices: int,
 ) -> tuple[Float[Array, "b b2"], ...]:
-  """`compare(*candidates)`, one block of candidates after the other, computed again for the gradient.
+  """`compare(*candidates)`, one block of candidates after the other, recomputed for the gradient.
 
-  `cost` is the number of products per candidate. A block takes its candidates from all over the batch, as many from
-  each device, so that every device sends its own part of a block and no more.
+  `cost` is the number of products per candidate. A block takes equally many candidates from each device, so that every
+  device sends only its own share of a block.
   """
   count = candidates[0].shape[0]
   blocks = -(-count * cost // (BLOCK * devices))

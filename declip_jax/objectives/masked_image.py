@@ -12,8 +12,8 @@ def masked_image(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metr
   """Mean squared error of the predictions at the hidden patches, over patches and their elements.
 
   In the spirit of BEiT (Bao et al. 2022), which hides patches of the tower's input and predicts them from its tokens.
-  BEiT's targets are the codes of a tokenizer trained elsewhere; ours are the patch's own pixels, normalised per patch,
-  and so is the loss (MAE, He et al. 2022, section 3, "reconstruction target"). Predicting 0, the mean of every
+  BEiT's targets are the codes of a separately trained tokenizer; ours are the patch's own pixels, normalised per patch,
+  and the loss is that of MAE (He et al. 2022, section 3, "reconstruction target"). Predicting 0, the mean of every
   normalised patch, costs about 1.
   """
   del batch

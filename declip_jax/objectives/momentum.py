@@ -15,8 +15,8 @@ def moco(
 ) -> tuple[Float[Array, ""], Metrics]:
   """`2 tau (CE(q1 k2 / tau) + CE(q2 k1 / tau))`: each prediction finds the target of the other view in the batch.
 
-  MoCo v3 (Chen et al. 2021, algorithm 1). The factor `2 tau`, in the paper as in its released code, takes the `1 / tau`
-  of the logits out of the gradient; both add the two directions. An anchor has `b - 1` negatives, all of them targets
+  MoCo v3 (Chen et al. 2021, algorithm 1). The factor `2 tau`, in the paper as in its released code, cancels the `1 /
+  tau` of the logits in the gradient; both add the two directions. An anchor has `b - 1` negatives, all of them targets
   of the other view. The targets are constants. MoCo v3 also freezes the patch embedding of its ViTs, which
   `config.optimizer.frozen` does.
 
@@ -46,7 +46,7 @@ def byol(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
 
 
 def momentum_at(step: Int[Array, ""], total_steps: int, start: float) -> Float[Array, ""]:
-  """The part that the copy keeps of itself: from `start` at step 0 to 1 at `total_steps`, along half a cosine.
+  """The decay of the momentum tower: from `start` at step 0 to 1 at `total_steps`, along half a cosine.
 
   BYOL starts at 0.996, MoCo v3 at 0.99.
   """

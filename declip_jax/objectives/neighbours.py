@@ -19,12 +19,12 @@ def nearest_neighbour(
 ) -> tuple[Float[Array, ""], Metrics]:
   """Mean InfoNCE of every image view with every neighbour of its texts; neighbours are constants.
 
-  By default the loss goes both ways, as we read the paper, and it is 0 until the bank is full, of which the paper
-  says nothing. The released code goes from image to text only (`symmetric=False`) and searches a bank of noise until
-  it is filled (`warmup=False`); its queries are both text views, which `Views.neighbour_text` chooses.
+  By default the loss has both directions, as we read the paper, and is 0 until the bank is full, which the paper does
+  not mention. The released code has only the direction from image to text (`symmetric=False`) and searches a bank of
+  noise until it is full (`warmup=False`); both text views are queries there, which `Views.neighbour_text` chooses.
 
   The metrics are the mean cosine of the neighbours and the texts that searched, and their mean age in steps, both 0 if
-  there are none yet; and the share of what was found that is noise, with which a bank starts.
+  there are none yet; and the share of the neighbours that are the noise with which a bank starts.
   """
   del batch
   pairs = info_nce(outputs.image, outputs.neighbour, outputs.scale, method=method, symmetric=symmetric)

@@ -1,4 +1,4 @@
-"""Image-text contrast without a softmax: SigLIP's sigmoid loss, in which every pair is a question of its own."""
+"""Image-text contrast without a softmax: SigLIP's sigmoid loss, in which every pair is a binary classification."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ from declip_jax.types import Batch, Outputs
 
 
 def sigmoid(outputs: Outputs, batch: Batch, *, method: Method = PLAIN) -> tuple[Float[Array, ""], Metrics]:
-  """Is this the text of that image? Binary cross-entropy summed over all pairs of the first views, divided by `b`.
+  """Binary cross-entropy of matching pairs against all others, summed over all pairs of the first views, over `b`.
 
-  SigLIP (Zhai et al. 2023). The bias is added to the logits, as in its algorithm 1, and so starts at -10; its equation
-  has the other sign. The sum grows with the batch, since there are `b - 1` negatives for each positive.
+  SigLIP (Zhai et al. 2023). The bias is added to the logits, as in its algorithm 1, and so it starts at -10; its
+  equation has the opposite sign. The sum grows with the batch, since there are `b - 1` negatives for each positive.
 
   The metrics are the mean logits of the pairs and of all others.
   """

@@ -1,4 +1,4 @@
-"""Self-supervision on images by contrast: SimCLR's NT-Xent, as SLIP trains with it."""
+"""Self-supervision on images by contrast: SimCLR's NT-Xent, as in SLIP."""
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,16 @@ def nt_xent(
   """Each view of an image has to find the other among both views of the whole batch.
 
   SimCLR (Chen et al. 2020, equation 1): `2b - 2` negatives for each of the `2b` anchors, all with gradient. SLIP and
-  DeCLIP's SLIP both take the temperature 0.1.
+  DeCLIP's SLIP both use the temperature 0.1.
 
   The metric is the fraction of the first views that find theirs, as SLIP counts it.
   """
   del batch
   views = unit_norm(outputs.simclr)
-  # An anchor is no candidate of its own.
+  # An anchor is not its own candidate.
   found, _ = log_sums(views / temperature, views, method, without_self=True, columns=False)
   positive = jnp.einsum("bd,bd->b", *views, precision=jax.lax.Precision.HIGHEST) / temperature
   loss = (jax.nn.logsumexp(found.log_sum, axis=1) - positive).mean()
-  # On a tie with one of its own view the other view counts, as it comes first in SLIP's argmax.
+  # On a tie with a candidate of its own view the other view wins, which is first in SLIP's argmax.
   in_other_view, own = found.top[0, 1] >= found.top[0, 0], found.best[0, 1] == jnp.arange(views.shape[1])
   return loss, {"simclr_accuracy": jnp.mean(in_other_view & own)}

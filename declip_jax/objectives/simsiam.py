@@ -1,4 +1,4 @@
-"""Self-supervision on images without negatives: SimSiam (Chen and He 2021), as DeCLIP trains with it."""
+"""Self-supervision on images without negatives: SimSiam (Chen and He 2021), as in DeCLIP."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from declip_jax.unit_norm import unit_norm
 def simsiam(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
   """`-(cos(p1, z2) + cos(p2, z1)) / 2`, no gradient into `z`; in [-1, 1].
 
-  `diagnostics` measures the deviation of `z`, which tells a collapse. DeCLIP's code divides by the bare length, which
-  is not a number for a row of zeros.
+  `diagnostics` has the deviation of `z`, which reveals a collapse. DeCLIP's code divides by the length without an
+  epsilon, which is NaN for a row of zeros.
   """
   del batch
   target = jax.lax.stop_gradient(unit_norm(outputs.simsiam_projection))
