@@ -58,31 +58,42 @@ def test_scan_equals_a_loop_over_blocks():
   np.testing.assert_allclose(jax.jit(transformer.apply)(variables, x), jax.jit(unrolled)(variables, x), atol=1e-5)
 
 
-def test_cutting_behind_the_longest_text_changes_neither_value_nor_gradient():
+def trimmable(longest: int, rng: np.random.Generator) -> np.ndarray:
+  """Three texts of which the longest has `longest` tokens."""
+  tokens = np.zeros((3, 8), np.int32)
+  for row, length in zip(tokens, (longest, 2, max(longest - 1, 2)), strict=True):
+    row[: length - 1], row[length - 1] = rng.integers(1, EOT, length - 1), EOT
+  return tokens
+
+
+def test_trimming_to_the_longest_text_changes_no_value():
   rng = np.random.default_rng(0)
-  plain, cut = TextTransformer(**TINY), TextTransformer(**TINY, buckets=(3, 5, 20))
+  plain, trimmed = TextTransformer(**TINY), TextTransformer(**TINY, buckets=(3, 5, 20))
   variables = jax.jit(plain.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-
-  def make_step(tower):
-    def loss(variables, tokens):
-      features, states = tower.apply(variables, tokens)
-      return jnp.sin(features).sum(), (features, states)
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
-
-  plain_step, cut_step = make_step(plain), make_step(cut)
+  encode, encode_trimmed = (jax.jit(partial(tower.apply, variables)) for tower in (plain, trimmed))
   for longest in (2, 3, 4, 5, 8):  # of which 2 and 3, and 4 and 5 fall into one bucket
-    tokens = np.zeros((3, 8), np.int32)
-    for row, length in zip(tokens, (longest, 2, max(longest - 1, 2)), strict=True):
-      row[: length - 1], row[length - 1] = rng.integers(1, EOT, length - 1), EOT
-    (_, (features, states)), gradient = plain_step(variables, tokens)
-    (_, (again, states_again)), gradient_again = cut_step(variables, tokens)
+    tokens = trimmable(longest, rng)
+    features, states = encode(tokens)
+    again, states_again = encode_trimmed(tokens)
     np.testing.assert_allclose(again, features, atol=5e-6)
     np.testing.assert_allclose(states_again[:, :longest], states[:, :longest], atol=5e-6)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), gradient_again, gradient)
     bucket = next(length for length in (3, 5, 8) if length >= longest)
     assert not np.any(states_again[:, bucket:])
     assert bucket == 8 or np.all(states[:, bucket:])
+
+
+def test_trimming_to_the_longest_text_changes_no_gradient():
+  rng = np.random.default_rng(0)
+  plain, trimmed = TextTransformer(**TINY), TextTransformer(**TINY, buckets=(3,))
+  variables = jax.jit(plain.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+  gradient, gradient_trimmed = (
+    jax.jit(jax.grad(lambda variables, tokens, tower=tower: jnp.sin(tower.apply(variables, tokens)[0]).sum()))
+    for tower in (plain, trimmed)
+  )
+  for longest in (2, 3, 8):
+    tokens = trimmable(longest, rng)
+    found, expected = gradient_trimmed(variables, tokens), gradient(variables, tokens)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, expected)
 
 
 def test_reads_both_ways_when_asked_up_to_the_end_of_the_text(tiny):
@@ -96,6 +107,18 @@ def test_reads_both_ways_when_asked_up_to_the_end_of_the_text(tiny):
     difference = np.abs(np.asarray(both_ways(tokens)) - both_ways(changed)).max(axis=1)[:place]
     assert (difference > 1e-4).all() == seen
     assert (difference < 1e-6).all() != seen
-  # An alone standing token sees itself alone either way.
+  # A single token sees only itself either way.
   alone = np.array([[EOT, 0, 0, 0, 0, 0, 0, 0]])
   np.testing.assert_allclose(both_ways(alone)[0], tiny(alone)[1][0, 0], atol=1e-6)
+
+
+def test_the_final_norm_has_openais_epsilon() -> None:
+  # States so small that epsilon decides: a normalised row of 1e-3 has the deviation 1e-3 / sqrt(1e-6 + 1e-5).
+  states = np.where(np.arange(16) % 2, 1e-3, -1e-3).astype(np.float32)
+  ones = {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)}
+  found = TextTransformer(**TINY).apply(
+    {"params": {"final_norm": ones, "position_embedding": np.zeros((8, 16), np.float32)}},
+    states,
+    method=TextTransformer.normalise,
+  )
+  np.testing.assert_allclose(found, states / np.sqrt(1e-6 + 1e-5), rtol=1e-5)

@@ -191,3 +191,12 @@ def test_more_tokens_than_there_are_are_refused():
     ValueError, match="config.objective.filip.top_k=4: images have 3 tokens and texts 4, so choose 1 to 3"
   ):
     filip(outputs, {}, top_k=4)
+
+
+def test_of_equal_tokens_the_first_gets_the_gradient_as_in_pytorch():
+  image, text = jnp.ones((1, 1, 2)), jnp.array([[[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]])  # all at the same similarity
+  valid = jnp.ones((1, 3), bool)
+  gradient = jax.jit(jax.grad(lambda text: late_interaction(image, text, valid)[0].sum()))(text)
+  np.testing.assert_array_equal(gradient, [[[1, 1], [0, 0], [0, 0]]])
+  gradient = jax.jit(jax.grad(lambda text: late_interaction(image, text, valid.at[0, 0].set(False))[0].sum()))(text)
+  np.testing.assert_array_equal(gradient, [[[0, 0], [1, 1], [0, 0]]])

@@ -2,16 +2,20 @@
 
 import inspect
 
+import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 import references as reference
+from tiny import tiny_config
 
 from declip_jax import build, config
 from declip_jax.build import check_objective
 from declip_jax.data.recipes import RECIPES
 from declip_jax.methods import METHODS
 from declip_jax.objectives import TERMS, make_objective
+from declip_jax.objectives.terms import option_names
 from declip_jax.types import Outputs, Views
 
 RNG = np.random.default_rng(0)
@@ -28,7 +32,7 @@ def used(views: Views, **weights: float) -> Views:
 
 
 def everything():
-  """Outputs and batch that every term can be computed from."""
+  """Outputs and a batch from which every term can be computed."""
 
   def rows(*shape):
     x = RNG.normal(size=shape)
@@ -59,11 +63,16 @@ def everything():
   return outputs, {"mlm_target": np.zeros((4, 2), int), "mlm_weight": np.ones((4, 2), np.float32)}
 
 
-def test_the_loss_is_the_weighted_sum_and_every_term_is_reported_unweighted():
+def test_the_loss_is_the_weighted_sum_and_every_term_is_reported_unweighted() -> None:
   outputs, batch = everything()
   weights = {name: 0.1 * (1 + index) for index, name in enumerate(TERMS)}
-  loss, metrics = reference.objective(weights)(outputs, batch, 0)
-  alone = {name: reference.objective({name: 1.0})(outputs, batch, 0)[0] for name in TERMS}
+
+  @jax.jit
+  def compute(outputs: Outputs, batch: dict[str, jax.Array]) -> tuple:
+    alone = {name: reference.objective({name: 1.0})(outputs, batch, 0)[0] for name in TERMS}
+    return *reference.objective(weights)(outputs, batch, 0), alone
+
+  loss, metrics, alone = compute(outputs, batch)
   np.testing.assert_allclose(loss, sum(weights[name] * alone[name] for name in TERMS), rtol=1e-6)
   assert metrics["loss"] == loss
   for name in TERMS:
@@ -74,27 +83,34 @@ def test_the_loss_is_the_weighted_sum_and_every_term_is_reported_unweighted():
   assert all(np.shape(value) == () for value in metrics.values())
 
 
-def test_a_weight_of_zero_leaves_a_term_out():
+def test_a_weight_of_zero_leaves_a_term_out() -> None:
   outputs = Outputs(image=np.eye(2)[None], text=np.eye(2)[None], scale=jnp.float32(1.0))
   objective = make_objective(settings(clip=2.0, simclr=0.0, mlm=0))
-  _, metrics = objective(outputs, {}, 0)
+  metrics = jax.eval_shape(lambda outputs: objective(outputs, {}, 0)[1], outputs)
   assert set(metrics) == {"loss", "loss/clip", "image_to_text_accuracy", "text_to_image_accuracy"}
 
 
-def test_a_weight_follows_its_schedule_between_its_points_and_stays_behind_them():
+def test_a_weight_follows_its_schedule_between_its_points_and_stays_after_them() -> None:
   outputs, batch = everything()
   points = ((10, 0.0), (20, 1.0), (40, 0.5))
   objective = make_objective({"clip": {"weight": 1.0}, "nns": {"weight": 0.4, "schedule": points}})
-  clip, nns = (reference.objective({name: 1.0})(outputs, batch, 0)[0] for name in ("clip", "nns"))
+  compute = jax.jit(lambda step: objective(outputs, batch, step))
   for step, factor in ((0, 0), (10, 0), (15, 0.5), (20, 1), (30, 0.75), (1000, 0.5)):
-    loss, _ = objective(outputs, batch, jnp.asarray(step))
-    np.testing.assert_allclose(loss, clip + 0.4 * factor * nns, rtol=1e-5, err_msg=str(step))
+    loss, metrics = compute(step)
+    expected = metrics["loss/clip"] + 0.4 * factor * metrics["loss/nns"]
+    np.testing.assert_allclose(loss, expected, rtol=1e-5, err_msg=str(step))
+  assert metrics["loss/nns"] > 0.1
 
 
-def test_options_reach_their_term_and_unknown_ones_are_named():
+def test_options_reach_their_term_and_unknown_ones_are_named() -> None:
   outputs, batch = everything()
   simclr = {"weight": 1.0, "schedule": ()}
-  cold, warm = (make_objective({"simclr": {**simclr, "temperature": t}})(outputs, batch, 0)[0] for t in (0.1, 1.0))
+
+  @jax.jit
+  def losses(outputs: Outputs) -> list[jax.Array]:
+    return [make_objective({"simclr": {**simclr, "temperature": t}})(outputs, batch, 0)[0] for t in (0.1, 1.0)]
+
+  cold, warm = losses(outputs)
   assert abs(cold - warm) > 0.1
   with pytest.raises(ValueError, match=r"config.objective.simclr.temprature: .* has the options \['temperature'"):
     make_objective({"simclr": {**simclr, "temprature": 0.1}})
@@ -102,17 +118,36 @@ def test_options_reach_their_term_and_unknown_ones_are_named():
     make_objective({"simklr": {**simclr, "temperature": 0.1}})
 
 
-def test_the_config_gives_every_term_a_weight_and_every_option_its_default():
+@pytest.mark.parametrize(
+  ("field", "value", "legal"),
+  [
+    ("weight", float("nan"), "a finite number"),
+    ("temperature", 0.0, "more than 0"),
+    ("label_smoothing", 1.5, "0 to 1"),
+    ("schedule", ((9, 0.0), (5, 1.0)), "steps have to ascend"),
+    ("schedule", (0, 0.0), "pairs of a step and a factor"),
+    ("schedule", ((0, float("nan")),), "factors have to be finite"),
+  ],
+)
+def test_a_number_that_cannot_be_is_named_with_its_field(field: str, value: object, legal: str) -> None:
+  term = "simclr" if field == "temperature" else "clip"
+  with pytest.raises(ValueError, match=f"config.objective.{term}.{field}=") as error:
+    make_objective({term: {"weight": 1.0, field: value}})
+  assert legal in str(error.value)
+  with pytest.raises(ValueError, match=r"config.objective.byol.schedule=.*config.objective.byol.weight is 0"):
+    make_objective({"clip": {"weight": 1.0}, "byol": {"weight": 0.0, "schedule": ((0, 1.0),)}})
+
+
+def test_the_config_gives_every_term_a_weight_and_every_option_its_default() -> None:
   c = config.default()
   assert set(c.objective) == set(TERMS)
   for name, term in TERMS.items():
-    options = dict(list(inspect.signature(term.loss).parameters.items())[2:])
-    options.pop("method", None)  # is `config.contrast`, for all of them
-    expected = {option: parameter.default for option, parameter in options.items()}
+    parameters = inspect.signature(term.loss).parameters
+    expected = {option: parameters[option].default for option in option_names(term.loss)}
     assert dict(c.objective[name]) == {"weight": float(name == "clip"), "schedule": (), **expected}
 
 
-def test_only_views_that_a_term_looks_at_are_used():
+def test_only_views_that_a_term_uses_remain() -> None:
   views = RECIPES["declip"].views
   assert used(views, **METHODS["declip"][1]) == views
   alone = Views((0,), (0,), (), None, None, ())
@@ -126,40 +161,58 @@ def test_only_views_that_a_term_looks_at_are_used():
   assert used(released, nns=1.0) == Views((0, 1), (0, 1), (), None, None, (0, 1))
 
 
-def test_multi_view_supervision_of_one_view_is_refused():
+def test_multi_view_supervision_of_one_view_is_rejected() -> None:
   with pytest.raises(ValueError, match=r"term 'mvs' .*needs Views.contrastive_text\[1\].*recipe 'plain'"):
     reference.objective({"mvs": 1.0}).check_views(Views(), "plain")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("term", TERMS)
-def test_any_term_with_any_recipe_is_either_built_or_refused_by_name(recipe, term):
-  c = config.default()
-  c.data.recipe, c.data.image_size, c.model.text.vocab_size = recipe, 64, 49409
-  c.objective.clip.weight, c.objective[term].weight = 0.0, 1.0
+def built_or_rejected(term: str, recipe: str) -> tuple[ConfigDict, build.Built] | None:
+  """The config of one term on a recipe and what it describes; None if the error names both."""
+  c = tiny_config("clip")
+  c.data.recipe, c.model.text.vocab_size, c.objective.clip.weight = recipe, 49409, 0.0
+  c.objective[term].weight = 1.0
   try:
-    built = build.build(c)
+    return c, build.build(c)
   except ValueError as error:
     assert f"term '{term}'" in str(error)  # noqa: PT017
     assert f"recipe '{recipe}'" in str(error)  # noqa: PT017
-  else:
+    return None
+
+
+def test_any_term_with_any_recipe_is_either_built_or_rejected_by_name() -> None:
+  fitting = {term: [recipe for recipe in RECIPES if built_or_rejected(term, recipe)] for term in TERMS}
+  assert all(fitting.values())  # every term has a recipe
+  assert fitting["clip"] == [recipe for recipe in RECIPES if recipe != "simclr"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("term", TERMS)
+def test_any_term_that_is_built_finds_its_inputs(recipe: str, term: str) -> None:
+  if found := built_or_rejected(term, recipe):
+    c, built = found
     check_objective(c, built, built.batch_shape(8))
 
 
-def test_unknown_terms_are_named_with_the_known_ones():
+@pytest.mark.parametrize("term", ["mvs", "nns", "mim"])
+def test_a_term_that_is_built_finds_its_inputs(term: str) -> None:
+  c, built = built_or_rejected(term, "slip_mim" if term == "mim" else "declip")
+  check_objective(c, built, built.batch_shape(8))
+
+
+def test_unknown_terms_are_named_with_the_known_ones() -> None:
   with pytest.raises(ValueError, match=r"unknown terms \['barlow', 'filp'\]: choose from \['byol', 'clip'"):
     make_objective(settings(clip=1.0, filp=0.0, barlow=1.0))
 
 
 @pytest.mark.parametrize("weights", [{}, {"clip": 0.0, "mlm": 0}])
-def test_a_method_without_terms_is_refused(weights):
+def test_a_method_without_terms_is_rejected(weights) -> None:
   with pytest.raises(ValueError, match="every term weight 0"):
     make_objective(settings(**weights))
 
 
-def test_heads_exist_where_a_term_needs_them():
-  found = {method: make_objective(config.default(method).objective.to_dict()).heads for method in METHODS}
-  assert found == {
+def test_heads_exist_where_a_term_needs_them() -> None:
+  expected = {
     "clip": ("joint",),
     "simclr": ("simclr",),
     "slip": ("joint", "simclr"),
@@ -171,11 +224,13 @@ def test_heads_exist_where_a_term_needs_them():
     "defilip": ("bank", "filip", "joint", "mlm", "simsiam"),
     "siglip": ("joint", "sigmoid"),
   }
+  found = {method: make_objective(config.default(method).objective.to_dict()).heads for method in expected}
+  assert found == expected
   assert make_objective(settings(clip=1.0, nns=0.0)).heads == ("joint",)
 
 
 @pytest.mark.parametrize(("term", "field"), [(n, f) for n, term in TERMS.items() for f in term.needs])
-def test_a_missing_input_is_named_with_its_term_and_recipe(term, field):
+def test_a_missing_input_is_named_with_its_term_and_recipe(term, field) -> None:
   outputs, _ = everything()
   reference.objective({term: 1.0}).check_inputs(outputs, "some-recipe")
   with pytest.raises(ValueError, match=f"term '{term}' .*needs Outputs.{field}, .*recipe 'some-recipe'"):
