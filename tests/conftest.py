@@ -32,7 +32,7 @@ SLOW_FIRST = (
   "runtime/checkpoint_test.py",
   "colabs_test.py",
   "configs_test.py",
-  "objectives/forms_test.py",
+  "objectives/contrast_methods_test.py",
 )
 
 

@@ -28,11 +28,10 @@ def test_eight_devices_equal_one(method: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_everything_is_every_term() -> None:
   """So that the tests of everything on meshes and in micro-batches cover every term."""
-  config = steps.step_config("everything")
   result = steps.one_device("everything")
-  for term in config.objective:
-    assert abs(result[f"loss/{term}/0"]) > 0
-    assert result[f"share/{term}/0"] > 0
+  for term, field in steps.step_config("everything").objective.items():
+    assert field.weight == 0 or result[f"share/{term}/0"] > 0
+  assert len([name for name in result if name.startswith("share/") and name.endswith("/0")]) >= 11
 
 
 def test_the_log_scales_stay_in_the_range_of_the_config() -> None:

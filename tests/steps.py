@@ -65,7 +65,8 @@ def step_config(method: str) -> ConfigDict:
   config = tiny_config(name.replace("everything", "defilip"))
   if name.startswith("everything"):
     for term, field in config.objective.items():
-      if not resnet or "masked_image" not in TERMS[term].views:
+      views = {*TERMS[term].views} - {"pair"}
+      if views <= {*_EVERYTHING.views} - ({"masked_image"} if resnet else set()):
         field.weight = field.weight or 0.1
     config.data.recipe = "everything"
   if resnet:
