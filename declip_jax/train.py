@@ -276,8 +276,11 @@ def _open_services(
 ) -> Services:
   """Opens what the loop calls; `stack` closes it."""
   main, mesh, steps = jax.process_index() == 0, run.built.mesh, run.steps
-  device = devices.of(mesh.devices.flat[0].device_kind)
-  peak = device and device.flops * mesh.size * config.batch_size / flops.step_flops(config, run.built)
+  device = devices.find(mesh.devices.flat[0].device_kind)
+  frozen = config.optimizer.frozen
+  peak = device and device.flops * mesh.size * config.batch_size / flops.step_flops(
+    run.built, config.batch_size, frozen
+  )
   stop = StopRequest(checkpoints.preempted, start)
   stack.enter_context(stop_signals(stop))
   watchdog = stack.enter_context(Watchdog(workdir, config.safety.hang_timeout))

@@ -79,6 +79,6 @@ DEVICES = {
 }
 
 
-def of(device_kind: str) -> Device | None:
+def find(device_kind: str) -> Device | None:
   """The figures of a `jax.Device.device_kind`; None for a CPU and for devices that are not in the table."""
   return DEVICES.get(device_kind)

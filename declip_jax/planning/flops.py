@@ -3,7 +3,7 @@
 XLA's own `cost_analysis` counts the body of a loop once, and therefore a scanned transformer as one layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -12,16 +12,15 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun, jaxprs_in_params, primitives
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 
-from declip_jax import build
+from declip_jax.build import Built
 from declip_jax.models.paths import stop_gradient_below
 from declip_jax.objectives.blockwise import PLAIN
 from declip_jax.types import Batch
 
 
-def step_flops(config: ConfigDict, built: build.Built) -> float:
+def step_flops(built: Built, batch_size: int, frozen: Sequence[str] = ()) -> float:
   """FLOPs of the model in one train step on a global batch, over all devices.
 
   They are the numerator of model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B): forward and backward pass
@@ -29,18 +28,23 @@ def step_flops(config: ConfigDict, built: build.Built) -> float:
   blocks) does not count, nor do augmentation, optimiser and diagnostics. Texts count with the shortest of
   `config.model.text.buckets`, so that the utilisation is a lower bound. Tracing takes seconds; nothing is compiled or
   computed.
+
+  Args:
+    built: model, objective and views.
+    batch_size: global batch size.
+    frozen: prefixes of the parameters that are not trained, `config.optimizer.frozen`.
   """
   # In float32, since attention in half precision recomputes its weights on a GPU.
   image, text = (
     module and module.clone(dtype=jnp.float32) for module in (built.model.towers.image, built.model.towers.text)
   )
   model = dataclasses.replace(built.model, towers=built.model.towers.clone(image=image, text=text, dtype=jnp.float32))
-  batch = built.batch_shape(config.batch_size)
+  batch = built.batch_shape(batch_size)
   objective = dataclasses.replace(built.objective, method=PLAIN)
   params, collections = jax.eval_shape(model.init, jax.random.key(0), batch)
 
   def loss_of(params: Any, collections: Any, batch: Batch) -> jax.Array:
-    params = stop_gradient_below(params, config.optimizer.frozen)
+    params = stop_gradient_below(params, frozen)
     features, _ = model.encode(params, collections, batch)
     outputs, _ = model.apply_heads(params, collections, features)
     return objective(outputs, batch, jnp.zeros((), jnp.int32))[0]

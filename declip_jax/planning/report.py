@@ -108,7 +108,7 @@ def make_report(config: ConfigDict, devices: Sequence[jax.Device] | None = None,
   devices = list(devices or jax.devices())
   built = build.build(config, devices)
   check_batch(config.batch_size, built.mesh, "batch_size")
-  peak, available = device_table.of(devices[0].device_kind), available_memory(devices[0])
+  peak, available = device_table.find(devices[0].device_kind), available_memory(devices[0])
   try:
     step = compilation.compile_with_progress(config, devices)
     memory = compilation.memory(step)
@@ -123,7 +123,7 @@ def make_report(config: ConfigDict, devices: Sequence[jax.Device] | None = None,
     mesh=dict(built.mesh.shape),
     batch_size=config.batch_size,
     layout=layout_table(compilation.state_shapes(config, built)),
-    model_flops=flops.step_flops(config, built),
+    model_flops=flops.step_flops(built, config.batch_size, config.optimizer.frozen),
     peak=peak,
     available=available,
     needed=needed if math.isfinite(needed) else None,
@@ -142,7 +142,7 @@ def make_report(config: ConfigDict, devices: Sequence[jax.Device] | None = None,
 
 def available_memory(device: jax.Device) -> float | None:
   """Bytes that a program may use: the device's own limit, or else the table's; None if neither is known."""
-  known = device_table.of(device.device_kind)
+  known = device_table.find(device.device_kind)
   try:
     limit = (device.memory_stats() or {}).get("bytes_limit")
   except (AttributeError, RuntimeError):  # a device that is only compiled for

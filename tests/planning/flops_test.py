@@ -1,8 +1,10 @@
 """Tests of `declip_jax.planning.flops`: small functions and whole steps, against figures worked out by hand."""
 
 import itertools
+from typing import Any
 
 import jax
+from jax.experimental.roofline import roofline
 import jax.numpy as jnp
 import pytest
 from tiny import tiny_config
@@ -10,8 +12,10 @@ from tiny import tiny_config
 from declip_jax import build
 from declip_jax.build import make_step
 from declip_jax.planning import flops
+from declip_jax.planning.report import Report
 from declip_jax.sharding import make_mesh
 from declip_jax.training.state import abstract_state
+from declip_jax.types import Batch
 
 
 def counted(function, *shapes):
@@ -137,25 +141,66 @@ def test_a_step_of_clip_costs_as_much_as_its_layers():
   towers = blocks(5, 32) + 32 * 16 + blocks(16, 16) + 16 * 16
   # Backward is twice forward, except that pixels have no gradient. All pairs are compared once, or once per direction.
   least, most = (2 * config.batch_size * (2 * patches + 3 * (towers + times * pairs)) for times in (1, 2))
-  assert least <= flops.step_flops(config, build.build(config)) < 1.001 * most < 1.005 * least
+  assert least <= flops.step_flops(build.build(config), config.batch_size) < 1.001 * most < 1.005 * least
 
 
-def test_step_flops_exclude_recomputation():
+def test_step_flops_exclude_recomputation(report: Report):
+  config = tiny_config("clip")
+  assert config.model.remat != "full"
+  config.model.remat = "full"
+  assert flops.step_flops(build.build(config), config.batch_size) == report.model_flops
+
+
+def test_step_flops_exclude_frozen_parameters(report: Report):
+  config = tiny_config("clip")
+  frozen = flops.step_flops(build.build(config), config.batch_size, frozen=("towers/image",))
+  assert frozen < 0.8 * report.model_flops
+
+
+@pytest.mark.slow
+def test_a_whole_step_has_the_flops_of_the_model_and_of_recomputation():
   config = tiny_config("clip")
   config.log_every = 0
 
-  def measure(remat):
+  def model_and_step_flops(remat: str) -> tuple[float, float]:
     config.model.remat = remat
     built = build.build(config)
     shapes = built.batch_shape(config.batch_size)
     abstract = abstract_state(shapes, built.mesh, model=built.model, optimizer=built.optimizer)
     step = make_step(config, built, build.to_steps(config, 256), abstract)
-    return flops.step_flops(config, built), flops.num_flops(step.trace(abstract, shapes).jaxpr)
+    return flops.step_flops(built, config.batch_size), flops.num_flops(step.trace(abstract, shapes).jaxpr)
 
-  (plain, step), (same, more) = measure("none"), measure("full")
-  assert plain <= step < 1.001 * plain  # metrics have small products
-  assert same == plain
-  assert more > 1.1 * plain
+  model, step = model_and_step_flops("none")
+  assert model <= step < 1.001 * model  # metrics have small products
+  same, with_recomputation = model_and_step_flops("full")
+  assert same == model
+  assert with_recomputation > 1.1 * model
+
+
+@pytest.mark.slow
+def test_jax_roofline_counts_the_same_flops_except_in_loops():
+  """`jax.experimental.roofline` counts the body of a scan over the layers once."""
+  config = tiny_config("clip")
+  config.model.remat = "none"
+
+  def ours_and_roofline(depth: int) -> tuple[float, float]:
+    config.model.image.depth = config.model.text.depth = depth
+    built = build.build(config)
+    batch = built.batch_shape(config.batch_size)
+    params, collections = jax.eval_shape(built.model.init, jax.random.key(0), batch)
+
+    def loss(params: Any, collections: Any, batch: Batch) -> jax.Array:
+      features, _ = built.model.encode(params, collections, batch)
+      outputs, _ = built.model.apply_heads(params, collections, features)
+      return built.objective(outputs, batch, jnp.zeros((), jnp.int32))[0]
+
+    gradient = jax.grad(loss)
+    _, found = roofline(gradient)(params, collections, batch)
+    return flops.num_flops(jax.make_jaxpr(gradient)(params, collections, batch)), found.flops
+
+  ours, theirs = ours_and_roofline(depth=1)
+  assert ours == theirs
+  assert ours_and_roofline(depth=2) == (pytest.approx(1.87 * ours, rel=0.01), theirs)
 
 
 def test_without_remat_keeps_the_value_and_recomputes_nothing():

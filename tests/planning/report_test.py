@@ -23,7 +23,7 @@ def test_needed_memory_is_the_peak(step: compilation.CompiledStep, report: Repor
 
 
 def test_times_are_loads_over_peak_rates(config: ConfigDict, step: compilation.CompiledStep, report: Report):
-  assert report.model_flops == flops.step_flops(config, build.build(config, jax.devices()[:2]))
+  assert report.model_flops == flops.step_flops(build.build(config, jax.devices()[:2]), config.batch_size)
   traffic = hlo.traffic(step.compiled.as_text(), 2)
   assert traffic.links.total() > 0
   assert report.seconds == Times(
