@@ -50,16 +50,16 @@ def test_value_and_gradient_equal_open_clip_and_slip(golden, name, full_gradient
 
   step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
   (value, metrics), gradients = step(golden["img"], golden["txt"], golden["log_scale"])
-  np.testing.assert_allclose(value, golden[f"{name}/loss"], atol=3e-6)
+  np.testing.assert_allclose(value, golden[f"{name}/loss"], atol=7.5e-7)
   np.testing.assert_allclose(metrics["image_to_text_accuracy"], golden["slip_clip/acc"] / 100, atol=1e-6)
   for field, gradient in zip(("image", "text", "log_scale"), gradients, strict=True):
-    np.testing.assert_allclose(gradient, golden[f"{name}/grad_{field}"], atol=3e-6, err_msg=field)
+    np.testing.assert_allclose(gradient, golden[f"{name}/grad_{field}"], atol=7.5e-7, err_msg=field)
 
 
 def test_unit_rows_and_their_logits_equal_open_clip(golden):
   image, text = (np.asarray(unit_norm(golden[name])) for name in ("img", "txt"))
   logits = np.exp(golden["log_scale"]) * np.einsum("id,jd->ij", image.astype(np.float64), text.astype(np.float64))
-  np.testing.assert_allclose(logits, golden["infonce/logits_per_image"], atol=1e-5)
+  np.testing.assert_allclose(logits, golden["infonce/logits_per_image"], atol=2.5e-6)
 
 
 def test_gradient_of_the_embeddings_equals_open_clip(golden):
@@ -69,7 +69,7 @@ def test_gradient_of_the_embeddings_equals_open_clip(golden):
   inputs = unit_norm(golden["img"]), unit_norm(golden["txt"])
   gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(*inputs)
   for field, gradient in zip(("image", "text"), gradients, strict=True):
-    np.testing.assert_allclose(gradient, golden[f"infonce/grad_normalized_{field}"], atol=3e-6, err_msg=field)
+    np.testing.assert_allclose(gradient, golden[f"infonce/grad_normalized_{field}"], atol=7.5e-7, err_msg=field)
 
 
 @pytest.mark.parametrize(("count", "dim"), [(7, 5), (2, 9), (19, 4)])
@@ -163,9 +163,9 @@ def test_the_two_directions_apart_are_what_declip_logs_as_convirt(golden):
 
   value, (image, text) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(golden["img"], golden["txt"])
   name = "convirt_t0.1_a0.75"
-  np.testing.assert_allclose(value, golden[f"{name}/loss"], atol=3e-6)
-  np.testing.assert_allclose(image, golden[f"{name}/grad_image"], atol=3e-6)
-  np.testing.assert_allclose(text, golden[f"{name}/grad_text"], atol=3e-6)
+  np.testing.assert_allclose(value, golden[f"{name}/loss"], atol=7.5e-7)
+  np.testing.assert_allclose(image, golden[f"{name}/grad_image"], atol=7.5e-7)
+  np.testing.assert_allclose(text, golden[f"{name}/grad_text"], atol=7.5e-7)
   declip = reference.load("declip")
   views = (loss(declip[f"declip/image_features{view}"], declip["declip/text_features1"]) for view in (1, 2))
   np.testing.assert_allclose(sum(views), declip["declip/convirt_logged"], atol=1e-5)

@@ -82,9 +82,9 @@ def test_value_and_gradient_equal_declip_and_float64(golden, name):
   inputs = [golden[f"filip_topk/{key}"] for key in ("image_tokens", "text_tokens")]
   run = step(int(golden["filip_top_k"]) if name == "filip_topk" else 0)
   (value, metrics), gradients = run(*inputs, golden["filip_log_scale"], golden["filip_topk/text_valid"])
-  np.testing.assert_allclose(value, golden[f"{name}/loss"], atol=3e-6)
+  np.testing.assert_allclose(value, golden[f"{name}/loss"], atol=7.5e-7)
   for field, gradient in zip(("image_tokens", "text_tokens", "log_scale"), gradients, strict=True):
-    np.testing.assert_allclose(gradient, golden[f"{name}/grad_{field}"], atol=3e-6, err_msg=field)
+    np.testing.assert_allclose(gradient, golden[f"{name}/grad_{field}"], atol=7.5e-7, err_msg=field)
   for short, long in (("i2t", "image_to_text"), ("t2i", "text_to_image")):
     hits = np.argmax(golden[f"{name}/logits_{short}"], axis=1) == np.arange(10)
     np.testing.assert_allclose(metrics[f"filip_{long}_accuracy"], hits.mean(), rtol=1e-6)
@@ -95,7 +95,7 @@ def test_selected_interaction_equals_declip(golden):
   pairs = jax.jit(partial(selected_interaction, top_k=int(golden["filip_top_k"])))(*tokens)
   for way, similarity in zip(("i2t", "t2i"), pairs, strict=True):
     logits = np.exp(golden["filip_log_scale"]) * similarity
-    np.testing.assert_allclose(logits, golden[f"filip_topk/logits_{way}"], atol=1e-5)
+    np.testing.assert_allclose(logits, golden[f"filip_topk/logits_{way}"], atol=2.5e-6)
 
 
 def test_the_selected_tokens_are_declips(golden):
@@ -110,8 +110,8 @@ def test_late_interaction_equals_float64(golden):
   tokens = (jax.jit(unit_norm)(golden[f"filip_topk/{key}"]) for key in ("image_tokens", "text_tokens"))
   image_to_text, text_to_image = jax.jit(late_interaction)(*tokens, golden["filip_topk/text_valid"])
   scale = np.exp(golden["filip_log_scale"])
-  np.testing.assert_allclose(scale * image_to_text, golden["filip_clean/logits_i2t"], atol=1e-5)
-  np.testing.assert_allclose(scale * text_to_image, golden["filip_clean/logits_t2i"], atol=1e-5)
+  np.testing.assert_allclose(scale * image_to_text, golden["filip_clean/logits_i2t"], atol=2.5e-6)
+  np.testing.assert_allclose(scale * text_to_image, golden["filip_clean/logits_t2i"], atol=2.5e-6)
 
 
 @pytest.mark.parametrize(("images", "texts"), [(5, 5), (3, 7), (6, 1)])

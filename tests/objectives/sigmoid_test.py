@@ -20,9 +20,9 @@ def test_value_and_gradient_equal_open_clip():
 
   inputs = golden["img"], golden["txt"], golden["siglip_log_scale"], golden["siglip_bias"]
   value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*inputs)
-  np.testing.assert_allclose(value, golden["siglip/loss"], atol=3e-6)
+  np.testing.assert_allclose(value, golden["siglip/loss"], atol=7.5e-7)
   for field, gradient in zip(("image", "text", "log_scale", "bias"), gradients, strict=True):
-    np.testing.assert_allclose(gradient, golden[f"siglip/grad_{field}"], atol=3e-6, err_msg=field)
+    np.testing.assert_allclose(gradient, golden[f"siglip/grad_{field}"], atol=7.5e-7, err_msg=field)
 
 
 @pytest.mark.parametrize(("count", "dim"), [(7, 3), (2, 9), (19, 4)])

@@ -21,8 +21,8 @@ def test_value_and_gradient_equal_slip_and_declip(name, temperature):
   golden = reference.load("losses")
   step = jax.jit(jax.value_and_grad(lambda views: run(views, temperature), has_aux=True))
   (value, metrics), gradient = step(np.stack([golden["ssl_a"], golden["ssl_b"]]))
-  np.testing.assert_allclose(value, golden[f"{name}/loss"], atol=3e-6)
-  np.testing.assert_allclose(gradient, np.stack([golden[f"{name}/grad_a"], golden[f"{name}/grad_b"]]), atol=3e-6)
+  np.testing.assert_allclose(value, golden[f"{name}/loss"], atol=7.5e-7)
+  np.testing.assert_allclose(gradient, np.stack([golden[f"{name}/grad_a"], golden[f"{name}/grad_b"]]), atol=7.5e-7)
   np.testing.assert_allclose(metrics["simclr_accuracy"], golden["simclr/acc"] / 100, rtol=1e-6)
 
 

@@ -80,10 +80,10 @@ def sharded(method):
 )
 def test_value_and_gradient_equal_the_reference_in_two_processes(name, method):
   value, gradients = sharded(method)
-  np.testing.assert_allclose(value, GOLDEN[f"w2/{name}/loss_mean"], atol=3e-6)
+  np.testing.assert_allclose(value, GOLDEN[f"w2/{name}/loss_mean"], atol=7.5e-7)
   for field, gradient in gradients.items():
     expected = GOLDEN[f"w2/{name}/global_grad_{field}"].reshape(gradient.shape)
-    np.testing.assert_allclose(gradient, expected, atol=3e-6, err_msg=field)
+    np.testing.assert_allclose(gradient, expected, atol=7.5e-7, err_msg=field)
   check_processes(name, value, gradients)
 
 
@@ -91,23 +91,23 @@ def check_processes(name, value, gradients):
   """What each process has for itself: DeCLIP's add up; those of the others are averaged, so of rows that only one of
   the two has they hold twice the gradient."""
   added = name.startswith("declip_")
-  np.testing.assert_allclose(GOLDEN[f"w2/{name}/loss_per_rank"].mean(), value, atol=3e-6)
+  np.testing.assert_allclose(GOLDEN[f"w2/{name}/loss_per_rank"].mean(), value, atol=7.5e-7)
   for field, gradient in gradients.items():
     parts = GOLDEN[f"w2/{name}/rank_grad_{field}"]
     if gradient.ndim:
-      np.testing.assert_allclose(parts, np.stack(np.split(gradient, 2)) * (1 if added else 2), atol=6e-6)
+      np.testing.assert_allclose(parts, np.stack(np.split(gradient, 2)) * (1 if added else 2), atol=1.5e-6)
     else:
-      np.testing.assert_allclose(parts.sum() if added else parts.mean(), gradient, atol=3e-6)
+      np.testing.assert_allclose(parts.sum() if added else parts.mean(), gradient, atol=7.5e-7)
 
 
 def test_open_clip_by_default_passes_one_half_of_the_gradient_in_two_processes():
   """Not a method of ours: its gather drops the other process' gradient of all logits, but not that of the scale."""
   name = "openclip_clip_local0_ggrad0"
   value, gradients = sharded("full")
-  np.testing.assert_allclose(value, GOLDEN[f"w2/{name}/loss_mean"], atol=3e-6)
+  np.testing.assert_allclose(value, GOLDEN[f"w2/{name}/loss_mean"], atol=7.5e-7)
   passed = {field: factor * gradients[field] for field, factor in (("image", 0.5), ("text", 0.5), ("log_scale", 1))}
   for field, gradient in passed.items():
-    np.testing.assert_allclose(gradient, GOLDEN[f"w2/{name}/global_grad_{field}"], atol=3e-6, err_msg=field)
+    np.testing.assert_allclose(gradient, GOLDEN[f"w2/{name}/global_grad_{field}"], atol=7.5e-7, err_msg=field)
   check_processes(name, value, passed)
 
 
