@@ -56,7 +56,7 @@ def forward_flops(name: str) -> tuple[float, float]:
   """FLOPs to encode one image and one text."""
   c = config.default("clip", name)
   c.model.unroll = 1000  # XLA counts the body of a loop once
-  model, shapes = abstract_variables(c.model, ("joint",), c.data.image_size)
+  model, shapes = abstract_variables(c.model.to_dict(), ("joint",), c.data.image_size)
   size, length = c.data.image_size, c.model.text.context_length
   inputs = {
     "image_features": jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
@@ -74,7 +74,7 @@ def print_sizes(names: list[str]) -> None:
   print(f"{'architecture':<21}" + "".join(f"{column:>14}" for column in COLUMNS))
   for name in names:
     c = config.default("clip", name)
-    params = abstract_variables(c.model, ("joint",), c.data.image_size)[1]["params"]
+    params = abstract_variables(c.model.to_dict(), ("joint",), c.data.image_size)[1]["params"]
     towers = {
       side: num_parameters(params["towers"][side]) + num_parameters(params["heads"][f"{side}_projection"])
       for side in ("image", "text")

@@ -28,6 +28,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 from command import parser
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 from rivals import optional_import
 from rounds import median_ratio, seconds_in_turn
@@ -117,8 +118,8 @@ class Ours:
     config.batch_size = args.batch_size
     config.data.image_size = loaded.view.size
     for tower in ("image", "text"):
-      config.model[tower] = loaded.model[tower]
-    config.model.heads.embed_dim = loaded.model.heads.embed_dim
+      config.model[tower] = ConfigDict(loaded.model[tower])
+    config.model.heads.embed_dim = loaded.model["heads"]["embed_dim"]
     config.model.text.buckets = buckets
     config.model.update({"dtype": args.dtype, "remat": args.remat, "unroll": args.unroll})
     config.optimizer.schedule, config.optimizer.warmup = "constant", config_lib.duration()

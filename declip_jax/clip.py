@@ -44,10 +44,10 @@ class Clip:
 
   def __init__(self, weights: Weights, mesh: Mesh):
     self.origin, self.remarks, self.step, self.mesh = weights.origin, weights.remarks, weights.step, mesh
-    self.model = make_model(weights.model.to_dict(), views=Views(), heads=weights.heads)
+    self.model = make_model(weights.model, views=Views(), heads=weights.heads)
     place = partial(jax.device_put, device=replicated(mesh))
     self.params, self.collections = place(weights.params), place(weights.collections)
-    self.tokenizer = make_tokenizer(weights.model.text.tokenizer, weights.model.text.context_length)
+    self.tokenizer = make_tokenizer(weights.model["text"]["tokenizer"], weights.model["text"]["context_length"])
     self.view, self.tokens = weights.view, weights.tokens
     self._has_text, self._warned = "joint" in weights.heads, False
     self._functions = make_encode_functions(self.model, mesh, tokens=self.tokens)

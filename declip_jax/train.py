@@ -197,7 +197,7 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
     step_fn=build.make_step(config, built, steps, abstract),
     encoders=build.make_encoders(config, built),
     evaluate=build.make_evaluators(config.evals, workdir),
-    initial=None if _has_checkpoints(workdir) else read_initial(build.make_init_from(config), config.model),
+    initial=None if _has_checkpoints(workdir) else read_initial(build.make_init_from(config), config.model.to_dict()),
   )
 
 
@@ -257,7 +257,7 @@ def _restore_or_create(
   state = create_state(
     config.seed, run.built.batch_shape(config.batch_size), run.abstract, model=model, optimizer=run.built.optimizer
   )
-  weights = run.initial or read_initial(build.make_init_from(config), config.model)
+  weights = run.initial or read_initial(build.make_init_from(config), config.model.to_dict())
   if weights is None:
     return 0, state, None, []
   state, messages = initialise(state, weights, config.init_from.groups, model)

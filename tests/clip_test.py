@@ -87,7 +87,7 @@ def make_weights(method):
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), params)
   tokens = make_objective(c.objective.to_dict()).compares_tokens
-  return Weights("nowhere", c.model, heads, params, collections, EvalView(16), tokens=tokens)
+  return Weights("nowhere", c.model.to_dict(), heads, params, collections, EvalView(16), tokens=tokens)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_whether_tokens_are_compared_follows_from_the_weights_of_a_run(weights, 
   c.objective.clip.weight = 0.0
   for term, weight in weights.items():
     c.objective[term].weight = weight
-  _, variables = abstract_variables(c.model, make_objective(c.objective.to_dict()).heads, c.data.image_size)
+  _, variables = abstract_variables(c.model.to_dict(), make_objective(c.objective.to_dict()).heads, c.data.image_size)
   arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
   zero = jnp.zeros((), jnp.int32)
   state = State(zero, arrays["params"], {}, arrays["collections"], {"total": zero, "in_a_row": zero})

@@ -144,7 +144,7 @@ def test_a_term_with_its_own_head_and_view_takes_4_places(places: Places) -> Non
   assert state.params["heads"]["toy"]["kernel"].shape == (32, 6)
   assert {"loss/toy", "diagnostics/toy/rank"} <= set(metrics)
   assert "heads/toy" in side_prefixes("image")
-  _, variables = abstract_variables(c.model, ("joint", "toy"), c.data.image_size)  # as a saved run is read
+  _, variables = abstract_variables(c.model.to_dict(), ("joint", "toy"), c.data.image_size)  # as a saved run is read
   assert variables["params"]["heads"]["toy"]["kernel"].shape == (32, 6)
   assert len(places) == 4
 

@@ -1,7 +1,7 @@
-"""How other projects name and store the tensors of a CLIP model, as translations to OpenAI's names and back.
+"""Names and layouts that other projects use for the tensors of a CLIP model, translated to OpenAI's and back.
 
-A dialect is a list of pairs of names, OpenAI's and the project's, where `#` stands for a number of a layer and `*` for
-the rest of a name, and what else has to be turned. Names without a pair are the same on both sides.
+A dialect is a list of pairs of names, OpenAI's and the project's, and functions for what renaming does not cover. In a
+name `#` is the number of a layer and `*` the rest of the name. Names without a pair are the same on both sides.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,12 +21,12 @@ def _keep(tensors: StateDict) -> StateDict:
 
 
 class Dialect(NamedTuple):
-  """One project's way.
+  """Names and layouts of one project.
 
   Attributes:
-    marker: a name that only this dialect has.
+    marker: name of a tensor by which the dialect is recognised; see the order of `DIALECTS`.
     pairs: OpenAI's names and the project's.
-    to_openai, from_openai: what is to be done beside renaming, on tensors under the project's names.
+    to_openai, from_openai: changes beside renaming, of tensors under the project's names.
   """
 
   marker: str
@@ -36,22 +36,21 @@ class Dialect(NamedTuple):
 
 
 def recognise(names: Iterable[str]) -> str | None:
-  """The name of the dialect in which a state dict is written, None if it is none of them."""
+  """The dialect of a state dict with these names, None if there is none."""
   names = set(names)
   return next((name for name, dialect in DIALECTS.items() if dialect.marker in names), None)
 
 
 def to_openai(tensors: Mapping[str, np.ndarray], dialect: str) -> StateDict:
-  """A state dict under OpenAI's names and in OpenAI's form."""
+  """A state dict under OpenAI's names and in OpenAI's layout."""
   found = DIALECTS[dialect]
-  ours = _renamed(found.to_openai(dict(tensors)), [(theirs, ours) for ours, theirs in found.pairs])
+  renamed = _renamed(found.to_openai(dict(tensors)), [(theirs, openai) for openai, theirs in found.pairs])
   names = ("logit_scale", "logit_bias", "logit_scale_dense")
-  scalars = dict.fromkeys(names, lambda x: x.reshape(()) if x.size == 1 else x)
-  return _reshaped(ours, scalars)
+  return _changed(renamed, dict.fromkeys(names, lambda x: x.reshape(()) if x.size == 1 else x))
 
 
 def from_openai(tensors: Mapping[str, np.ndarray], dialect: str) -> StateDict:
-  """A state dict under the names and in the form of a dialect."""
+  """A state dict under the names and in the layout of a dialect."""
   found = DIALECTS[dialect]
   return found.from_openai(_renamed(tensors, found.pairs))
 
@@ -71,12 +70,12 @@ def _pattern(template: str) -> str:
 
 
 def _replacement(template: str) -> str:
-  count = iter(range(1, 10))
-  return re.sub("[#*]", lambda _: f"\\g<{next(count)}>", template)
+  number = iter(range(1, 10))
+  return re.sub("[#*]", lambda _: f"\\g<{next(number)}>", template)
 
 
-def _reshaped(tensors: StateDict, shapes: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> StateDict:
-  return tensors | {name: turn(tensors[name]) for name, turn in shapes.items() if name in tensors}
+def _changed(tensors: StateDict, changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> StateDict:
+  return tensors | {name: change(tensors[name]) for name, change in changes.items() if name in tensors}
 
 
 # timm's vision transformer, which SLIP uses; `image_projection` is already `[in out]`.
@@ -98,22 +97,22 @@ def _timm_pairs(trunk: str) -> Pairs:
 
 def _without_leading_ones(tensors: StateDict) -> StateDict:
   flat = {"cls_token": lambda x: x[0, 0], "pos_embed": lambda x: x[0]}
-  return _reshaped(tensors, {name: flat[end] for name in tensors if (end := name.rpartition(".")[2]) in flat})
+  return _changed(tensors, {name: flat[end] for name in tensors if (end := name.rpartition(".")[2]) in flat})
 
 
 def _with_leading_ones(tensors: StateDict) -> StateDict:
   deep = {"cls_token": lambda x: x[None, None], "pos_embed": lambda x: x[None]}
-  return _reshaped(tensors, {name: deep[end] for name in tensors if (end := name.rpartition(".")[2]) in deep})
+  return _changed(tensors, {name: deep[end] for name in tensors if (end := name.rpartition(".")[2]) in deep})
 
 
 # open_clip with a timm trunk: its projection is a linear layer.
 def _from_trunk(tensors: StateDict) -> StateDict:
-  flat = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}  # its text may be apart, too
-  return _reshaped(_without_leading_ones(flat), {"visual.head.proj.weight": np.transpose})
+  flat = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}  # text under "text." as well
+  return _changed(_without_leading_ones(flat), {"visual.head.proj.weight": np.transpose})
 
 
 def _to_trunk(tensors: StateDict) -> StateDict:
-  return _reshaped(_with_leading_ones(tensors), {"visual.head.proj.weight": np.transpose})
+  return _changed(_with_leading_ones(tensors), {"visual.head.proj.weight": np.transpose})
 
 
 def _text_under(prefix: str) -> Pairs:
@@ -121,16 +120,16 @@ def _text_under(prefix: str) -> Pairs:
   return tuple((name, f"{prefix}.{name}") for name in (*names, "text_projection.*"))
 
 
-# DeCLIP: its three special ids are mask, start, end; ours are start, end, mask, so that the first two are OpenAI's.
+# DeCLIP: its three special ids are mask, start, end; ours are start, end, mask, the first two of which are OpenAI's.
 _SPECIAL = {"to": [1, 2, 0], "from": [2, 0, 1]}
 
 
 def _with_specials(tensors: StateDict, order: list[int]) -> StateDict:
-  def turn(rows: np.ndarray) -> np.ndarray:
-    return np.concatenate([rows[:-3], rows[-3:][order]])
+  def reorder(x: np.ndarray) -> np.ndarray:
+    return np.concatenate([x[:-3], x[-3:][order]])
 
   ends = (".token_embedding.weight", "text_label_predictor.weight", "text_label_predictor.bias")
-  return _reshaped(tensors, {name: turn for name in tensors if name.endswith(ends)})
+  return _changed(tensors, {name: reorder for name in tensors if name.endswith(ends)})
 
 
 def _from_declip(tensors: StateDict) -> StateDict:
@@ -139,10 +138,10 @@ def _from_declip(tensors: StateDict) -> StateDict:
 
 def _to_declip(tensors: StateDict) -> StateDict:
   scales = dict.fromkeys(("logit_scale", "logit_scale_dense"), lambda x: x.reshape(1))
-  return _reshaped(_with_specials(tensors, _SPECIAL["from"]), scales)
+  return _changed(_with_specials(tensors, _SPECIAL["from"]), scales)
 
 
-# Hugging Face: query, key and value apart, and projections that are linear layers.
+# Hugging Face: query, key and value are separate, and projections are linear layers.
 def _hugging_face_tower(ours: str, theirs: str) -> Pairs:
   block, layer = f"{ours}transformer.resblocks.#.", f"{theirs}_model.encoder.layers.#."
   return (
@@ -156,28 +155,29 @@ def _hugging_face_tower(ours: str, theirs: str) -> Pairs:
 
 
 _PROJECTIONS = {"visual_projection.weight": np.transpose, "text_projection.weight": np.transpose}
-_PARTS = ("q_proj", "k_proj", "v_proj")
+_PROJECTION_NAMES = ("q_proj", "k_proj", "v_proj")
 
 
 def _from_hugging_face(tensors: StateDict) -> StateDict:
   joined = {}
-  for name, tensor in _reshaped(tensors, _PROJECTIONS).items():
+  for name, tensor in _changed(tensors, _PROJECTIONS).items():
     match = re.fullmatch(r"(.+\.self_attn\.)([qkv]_proj)\.(weight|bias)", name)
     if not match:
       joined[name] = tensor
     elif match[2] == "q_proj":
-      names = [f"{match[1]}{part}.{match[3]}" for part in _PARTS]
-      if all(part in tensors for part in names):
-        joined[f"{match[1]}in_proj_{match[3]}"] = np.concatenate([tensors[part] for part in names])
+      names = [f"{match[1]}{projection}.{match[3]}" for projection in _PROJECTION_NAMES]
+      if all(name in tensors for name in names):
+        joined[f"{match[1]}in_proj_{match[3]}"] = np.concatenate([tensors[name] for name in names])
   return joined
 
 
 def _to_hugging_face(tensors: StateDict) -> StateDict:
   split = {}
-  for name, tensor in _reshaped(tensors, _PROJECTIONS).items():
+  for name, tensor in _changed(tensors, _PROJECTIONS).items():
     match = re.fullmatch(r"(.+\.self_attn\.)in_proj_(weight|bias)", name)
     if match:
-      split |= {f"{match[1]}{part}.{match[2]}": x for part, x in zip(_PARTS, np.split(tensor, 3), strict=True)}
+      thirds = zip(_PROJECTION_NAMES, np.split(tensor, 3), strict=True)
+      split |= {f"{match[1]}{projection}.{match[2]}": third for projection, third in thirds}
     else:
       split[name] = tensor
   return split
@@ -197,12 +197,13 @@ _HUGGING_FACE: Pairs = (
   ("ln_final.*", "text_model.final_layer_norm.*"),
   ("text_projection", "text_projection.weight"),
 )
-# DeCLIP's SLIP has an unused norm behind its head, which stays where it is.
+# DeCLIP's SLIP has an unused norm after its head, which keeps its name.
 _DECLIP_SLIP_HEAD: Pairs = (
   ("image_mlp.layer#.*", "predictor_sim.linear#.*"),
   ("image_mlp.bn#.*", "predictor_sim.bn#.*"),
 )
 
+# In the order in which they are recognised: the markers of the last ones occur in others, too.
 DIALECTS = {
   "Hugging Face": Dialect(
     "vision_model.embeddings.class_embedding", _HUGGING_FACE, _from_hugging_face, _to_hugging_face
@@ -217,7 +218,7 @@ DIALECTS = {
     _from_trunk,
     _to_trunk,
   ),
-  "open_clip, text apart": Dialect("text.token_embedding.weight", _text_under("text")),
+  "open_clip, separate text": Dialect("text.token_embedding.weight", _text_under("text")),
   "SLIP": Dialect(
     "visual.cls_token",
     (*_timm_pairs("visual"), ("visual.proj", "image_projection")),

@@ -12,13 +12,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from ml_collections import ConfigDict
 import numpy as np
 
 from declip_jax.models.bank import Bank
 from declip_jax.models.model import Model
 from declip_jax.models.paths import is_below_any
 from declip_jax.training.state import State
+from declip_jax.weights.layout import ModelFields
 from declip_jax.weights.read import Weights, read
 
 Tree = Any
@@ -50,12 +50,12 @@ class InitFrom:
   settings: tuple[str, ...] = ()
 
 
-def read_initial(init_from: InitFrom, model: ConfigDict) -> Weights | None:
+def read_initial(init_from: InitFrom, model: ModelFields) -> Weights | None:
   """Reads the weights that a run starts from, None if there are none.
 
   Args:
     init_from: what to read.
-    model: `config.model` of the run.
+    model: `config.model` of the run, as nested dicts.
 
   Raises:
     FileNotFoundError: there are no such weights.
@@ -160,7 +160,7 @@ def resize_positions(positions: Float[np.ndarray, "n w"], size: int) -> Float[np
   return np.concatenate([positions[:1], np.asarray(resized).reshape(size - 1, -1)])
 
 
-def _check_towers(weights: Weights, model: ConfigDict, groups: Sequence[str]) -> None:
+def _check_towers(weights: Weights, model: ModelFields, groups: Sequence[str]) -> None:
   """Rejects groups that do not exist, and towers that compute something else than those of `config.model`."""
   if unknown := set(groups) - set(GROUPS):
     raise ValueError(f"config.init_from.groups={tuple(groups)}: choose from {sorted(GROUPS)}, not {sorted(unknown)}")

@@ -1,8 +1,8 @@
-"""Which tensors of OpenAI's CLIP state dict make up which of our arrays, and how they are turned.
+"""Correspondence of our arrays and the tensors of OpenAI's CLIP state dict, with the transpositions between them.
 
-OpenAI's names are the common tongue: `dialects` translates every other project's to them. Heads that OpenAI's model
-does not have bear the names of the projects that do: `image_mlp` (SLIP), `projector`, `predictor` and
-`text_label_predictor` (DeCLIP), `image_mapping` and `text_mapping` (FILIP); `logit_bias` is open_clip's.
+OpenAI's names are the common ones: `dialects` translates those of every other project to them. Heads that OpenAI's
+model does not have keep the names of their projects: `image_mlp` (SLIP), `projector`, `predictor` and
+`text_label_predictor` (DeCLIP), `image_mapping` and `text_mapping` (FILIP), `logit_bias` (open_clip).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 
 from declip_jax.models.heads import HEADS
@@ -22,10 +21,16 @@ from declip_jax.types import Views
 
 Tree = Any
 StateDict = dict[str, np.ndarray]
+ModelFields = Mapping[str, Any]  # `config.model` as nested dicts, as `make_model` takes them
 
 
 class Entry(NamedTuple):
-  """The reference's tensors behind one of our arrays: one, or one for each layer along our leading axis."""
+  """The tensors that make up one of our arrays.
+
+  Attributes:
+    names: one tensor, or one for each layer along our leading axis.
+    kind: key of `_TRANSPOSITIONS`.
+  """
 
   names: tuple[str, ...]
   kind: str = "same"
@@ -48,8 +53,8 @@ def _kernel_to_patches(x: np.ndarray) -> np.ndarray:
   return x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
 
 
-# Kind of an entry -> theirs to ours, ours to theirs.
-_TURNS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
+# Kind of an entry -> functions from their layout to ours, and back.
+_TRANSPOSITIONS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
   "same": (_same, _same),
   "linear": (_transposed, _transposed),  # [out in] and [in out]
   "convolution": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # OIHW and HWIO
@@ -65,65 +70,69 @@ _BLOCK = {
 }
 
 
-def layout(model: ConfigDict, heads: Sequence[str]) -> dict[str, Entry]:
-  """Path of each array of a model, such as "params/towers/image/class_embedding", to the tensors behind it.
+def layout(model: ModelFields, heads: Sequence[str]) -> dict[str, Entry]:
+  """From the path of each array of a model, such as "params/towers/image/class_embedding", to its tensors.
 
-  The neighbour bank is left out, since no project saves one; so are the heads of MoCo v3, BYOL and masked image
-  modelling, and everything of a RegNet, for which there is no format.
+  The neighbour bank has no entry, since no project saves one; nor do the heads of MoCo v3, BYOL and masked image
+  modelling and the arrays of a RegNet, for which there is no format.
+
+  Args:
+    model: `config.model` as nested dicts.
+    heads: the model's heads.
   """
   entries = {**(_text(model) if "joint" in heads else {}), **_heads(model, heads)}
-  if model.image.kind == "vit":
+  if model["image"]["kind"] == "vit":
     entries |= _vit(model)
-  elif model.image.kind == "resnet":
+  elif model["image"]["kind"] == "resnet":
     entries |= _resnet(model)
   return entries
 
 
-def abstract_variables(model: ConfigDict, heads: Sequence[str], image_size: int) -> tuple[Model, Tree]:
+def abstract_variables(model: ModelFields, heads: Sequence[str], image_size: int) -> tuple[Model, Tree]:
   """A model with these heads, and the shapes of its parameters and collections under "params" and "collections"."""
   roles = {role for head in heads for role in HEADS[head].views}
   views = Views(**{role: 0 if role.startswith("masked_") else (0,) for role in roles})
-  built = make_model(model.to_dict(), views=views, heads=tuple(heads))
-  groups = (model.heads.norm_groups, model.heads.bank_groups, model.image.get("norm_groups", 1))
-  shape, rows = jax.ShapeDtypeStruct, math.lcm(*groups)  # each deals the batch out in equal parts
+  built = make_model(model, views=views, heads=tuple(heads))
+  groups = (model["heads"]["norm_groups"], model["heads"]["bank_groups"], model["image"].get("norm_groups", 1))
+  shape, examples = jax.ShapeDtypeStruct, math.lcm(*groups)  # each number of groups divides the batch
   batch = {
-    "image": shape((rows, 1, image_size, image_size, 3), jnp.uint8),
-    "text": shape((rows, 1, model.text.context_length), jnp.int32),
-    "mlm_position": shape((rows, 1), jnp.int32),
-    "mim_position": shape((rows, 1), jnp.int32),
+    "image": shape((examples, 1, image_size, image_size, 3), jnp.uint8),
+    "text": shape((examples, 1, model["text"]["context_length"]), jnp.int32),
+    "mlm_position": shape((examples, 1), jnp.int32),
+    "mim_position": shape((examples, 1), jnp.int32),
   }
   params, collections = jax.eval_shape(lambda batch: built.init(jax.random.key(0), batch), batch)
   return built, {"params": params, "collections": collections}
 
 
 def to_variables(tensors: Mapping[str, np.ndarray], entries: Mapping[str, Entry]) -> Tree:
-  """Our arrays, float32, from a state dict that holds all their tensors."""
+  """Our arrays, float32, from a state dict with all their tensors."""
   flat = {}
   for path, entry in entries.items():
-    turn = _TURNS[entry.kind][0]
-    parts = [np.asarray(turn(tensors[name]), np.float32) for name in entry.names]
-    flat[path] = np.stack(parts) if is_stacked(path) else np.array(parts[0], order="C")
+    transpose = _TRANSPOSITIONS[entry.kind][0]
+    layers = [np.asarray(transpose(tensors[name]), np.float32) for name in entry.names]
+    flat[path] = np.stack(layers) if is_stacked(path) else np.array(layers[0], order="C")
   return unflatten_dict(flat, sep="/")
 
 
 def to_state_dict(variables: Tree, entries: Mapping[str, Entry]) -> StateDict:
-  """The state dict, float32, of our arrays; those without an entry are left out."""
+  """The state dict, float32, of our arrays; arrays without an entry are omitted."""
   flat, tensors = flatten_dict(variables, sep="/"), {}
   for path, entry in entries.items():
     array = np.asarray(flat[path])
-    parts = array if is_stacked(path) else array[None]
-    turn = _TURNS[entry.kind][1]
-    tensors |= {name: np.array(turn(part), order="C") for name, part in zip(entry.names, parts, strict=True)}
+    layers = array if is_stacked(path) else array[None]
+    transpose = _TRANSPOSITIONS[entry.kind][1]
+    tensors |= {name: np.array(transpose(layer), order="C") for name, layer in zip(entry.names, layers, strict=True)}
   return tensors
 
 
 def expected_shapes(variables: Tree, entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
-  """Name of each tensor to the shape that it must have in the state dict."""
+  """From the name of each tensor to its shape in the state dict."""
   flat, shapes = flatten_dict(variables, sep="/"), {}
   for path, entry in entries.items():
     shape = flat[path].shape[1:] if is_stacked(path) else flat[path].shape
-    turned = _TURNS[entry.kind][1](np.broadcast_to(np.float32(0), shape)).shape  # takes no memory
-    shapes |= dict.fromkeys(entry.names, turned)
+    transposed = _TRANSPOSITIONS[entry.kind][1](np.broadcast_to(np.float32(0), shape)).shape  # takes no memory
+    shapes |= dict.fromkeys(entry.names, transposed)
   return shapes
 
 
@@ -132,7 +141,7 @@ def _norm(path: str, name: str) -> dict[str, Entry]:
 
 
 def _batch_norm(half: str, path: str, *names: str) -> dict[str, Entry]:
-  """A batch norm, or those of several layers stacked."""
+  """A batch norm, or stacked batch norms of several layers."""
   theirs = {
     f"params/{half}/{path}/scale": "weight",
     f"params/{half}/{path}/bias": "bias",
@@ -158,31 +167,31 @@ def _transformer(path: str, name: str, depth: int) -> dict[str, Entry]:
   return entries
 
 
-def _text(model: ConfigDict) -> dict[str, Entry]:
+def _text(model: ModelFields) -> dict[str, Entry]:
   tower = "params/towers/text"
   return {
     f"{tower}/token_embedding/embedding": Entry(("token_embedding.weight",)),
     f"{tower}/position_embedding": Entry(("positional_embedding",)),
-    **_transformer(f"{tower}/transformer", "transformer", model.text.depth),
+    **_transformer(f"{tower}/transformer", "transformer", model["text"]["depth"]),
     **_norm(f"{tower}/final_norm", "ln_final"),
   }
 
 
-def _vit(model: ConfigDict) -> dict[str, Entry]:
+def _vit(model: ModelFields) -> dict[str, Entry]:
   tower = "params/towers/image"
   entries = {
     f"{tower}/class_embedding": Entry(("visual.class_embedding",)),
     f"{tower}/position_embedding": Entry(("visual.positional_embedding",)),
     f"{tower}/patch_embedding/kernel": Entry(("visual.conv1.weight",), "patches"),
-    **_transformer(f"{tower}/transformer", "visual.transformer", model.image.depth),
+    **_transformer(f"{tower}/transformer", "visual.transformer", model["image"]["depth"]),
     **_norm(f"{tower}/post_norm", "visual.ln_post"),
   }
-  if model.image.patch_bias:
+  if model["image"]["patch_bias"]:
     entries[f"{tower}/patch_embedding/bias"] = Entry(("visual.conv1.bias",))
-  return entries | (_norm(f"{tower}/pre_norm", "visual.ln_pre") if model.image.pre_norm else {})
+  return entries | (_norm(f"{tower}/pre_norm", "visual.ln_pre") if model["image"]["pre_norm"] else {})
 
 
-def _resnet(model: ConfigDict) -> dict[str, Entry]:
+def _resnet(model: ModelFields) -> dict[str, Entry]:
   tower, entries = "params/towers/image", {}
 
   def layer(path: str, conv: str, norm: str, blocks: Sequence[str], their_conv: str, their_norm: str) -> None:
@@ -192,11 +201,11 @@ def _resnet(model: ConfigDict) -> dict[str, Entry]:
 
   for index in (1, 2, 3):
     layer("", f"stem_conv{index}", f"stem_norm{index}", [""], f"conv{index}", f"bn{index}")
-  for stage, count in enumerate(model.image.layers, start=1):
-    blocks = [f"layer{stage}.{block}." for block in range(count)]
-    for part, names in (("first", blocks[:1]), ("rest", blocks[1:])):
+  for stage, depth in enumerate(model["image"]["layers"], start=1):
+    blocks = [f"layer{stage}.{block}." for block in range(depth)]
+    for which, names in (("first", blocks[:1]), ("rest", blocks[1:])):
       for index in (1, 2, 3) if names else ():
-        layer(f"stage{stage}_{part}/", f"conv{index}", f"norm{index}", names, f"conv{index}", f"bn{index}")
+        layer(f"stage{stage}_{which}/", f"conv{index}", f"norm{index}", names, f"conv{index}", f"bn{index}")
     layer(f"stage{stage}_first/", "shortcut_conv", "shortcut_norm", blocks[:1], "downsample.0", "downsample.1")
   pool = f"{tower}/attention_pool"
   entries[f"{pool}/position_embedding"] = Entry(("visual.attnpool.positional_embedding",))
@@ -205,7 +214,7 @@ def _resnet(model: ConfigDict) -> dict[str, Entry]:
   return entries
 
 
-def _heads(model: ConfigDict, heads: Sequence[str]) -> dict[str, Entry]:
+def _heads(model: ModelFields, heads: Sequence[str]) -> dict[str, Entry]:
   entries = _joint(model) if "joint" in heads else {}
   if "sigmoid" in heads:
     entries["params/heads/logit_bias"] = Entry(("logit_bias",))
@@ -223,14 +232,14 @@ def _heads(model: ConfigDict, heads: Sequence[str]) -> dict[str, Entry]:
   return entries
 
 
-def _joint(model: ConfigDict) -> dict[str, Entry]:
+def _joint(model: ModelFields) -> dict[str, Entry]:
   entries = {"params/heads/logit_scale": Entry(("logit_scale",))}
   image, text = "params/heads/image_projection", "params/heads/text_projection"
-  if model.image.kind == "resnet":  # the reference's attention pool ends in it
-    entries |= _linear(image, "visual.attnpool.c_proj", model.heads.image_bias)
+  if model["image"]["kind"] == "resnet":  # OpenAI's projection is the last layer of its attention pool
+    entries |= _linear(image, "visual.attnpool.c_proj", model["heads"]["image_bias"])
   else:
     entries[f"{image}/kernel"] = Entry(("visual.proj",))
-  if model.heads.text_bias:
+  if model["heads"]["text_bias"]:
     return entries | _linear(text, "text_projection")
   return entries | {f"{text}/kernel": Entry(("text_projection",))}
 

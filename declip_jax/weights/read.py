@@ -1,7 +1,8 @@
-"""Checkpoints of OpenAI's CLIP, open_clip, Hugging Face, SLIP, DeCLIP and our own runs, as parameters of our model.
+"""Reads checkpoints of OpenAI's CLIP, open_clip, Hugging Face, SLIP, DeCLIP and our own runs as our parameters.
 
-Format and architecture are recognised by names and shapes and by the configs beside the file. What neither says can be
-given: the number of heads (64 wide unless said), the activation (see `_activation`), the end-of-text id.
+Format and architecture are recognised by the names and shapes of tensors and by config files in the same folder. What
+they do not determine can be given as settings: the number of heads (64 channels each by default), the activation (see
+`_activation`), the end-of-text id.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ import re
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from flax.traverse_util import flatten_dict, unflatten_dict
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -24,11 +25,18 @@ from declip_jax.data.images import EvalView
 from declip_jax.objectives import make_objective
 from declip_jax.runtime.checkpoint import Checkpoints, restore_as_numpy
 from declip_jax.weights import dialects
-from declip_jax.weights.layout import StateDict, abstract_variables, expected_shapes, layout, to_variables
+from declip_jax.weights.layout import (
+  ModelFields,
+  StateDict,
+  abstract_variables,
+  expected_shapes,
+  layout,
+  to_variables,
+)
 from declip_jax.weights.tensor_files import read_tensors
 
 Tree = Any
-# Bookkeeping of the projects, and what belongs to no term of ours: kept in `Weights.rest`.
+# Tensors without a place in our model, such as counters: kept in `Weights.rest`.
 _BOOKKEEPING = re.compile(
   r".*num_batches_tracked|.*position_ids|.*attn_mask|input_resolution|context_length|vocab_size|visual\.fc\..*"
   r"|image_mlp\.bn3\..*"
@@ -41,26 +49,26 @@ _WEIGHT_FILES = (
 )
 # Settings and fields of an export that are not fields of `config.model`, and the fields of `EvalView` that they set.
 _VIEW = {"image_size": "size", "interpolation": "interpolation", "resize": "resize"}
-EXPORT_FILE = "weights.json"  # beside the arrays of an orbax export
+EXPORT_FILE = "weights.json"  # next to the arrays of an orbax export
 
 
 class Weights(NamedTuple):
-  """A model's parameters, and what must travel with them.
+  """A model's parameters and their description.
 
   Attributes:
-    origin: where they are from, in words.
-    model: the `config.model` that they fit.
-    heads: which of `models.heads.HEADS` are among them.
-    params, collections: float32 trees; of a SimCLR model without the text tower and the projections.
-    view: preprocessing of the images that the model is evaluated on.
+    origin: project or run that they are from, for messages.
+    model: the model's `config.model`, as nested dicts.
+    heads: names of `models.heads.HEADS`.
+    params, collections: float32 trees; a SimCLR model has neither text tower nor projections.
+    view: preprocessing of images for evaluation.
     rest: tensors of the file that have no place in the model, under OpenAI's names.
-    remarks: what a user should know about how the file was read.
-    step: of a run's checkpoint.
-    tokens: whether only tokens were trained to be compared and not pooled embeddings, as in FILIP.
+    remarks: guesses and omissions that a user should know of.
+    step: step of a run's checkpoint, None for other files.
+    tokens: whether training compared tokens only, and no pooled embeddings, as in FILIP.
   """
 
   origin: str
-  model: ConfigDict
+  model: ModelFields
   heads: tuple[str, ...]
   params: Tree
   collections: Tree
@@ -76,14 +84,14 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
 
   Args:
     path: a file (`.pt`, `.pth.tar`, `.bin`, `.safetensors`), a folder of open_clip or Hugging Face, our orbax export,
-      or a run.
-    settings: fields that replace what was recognised, such as `{"image.heads": 12, "image.activation": "gelu"}`; names
-      are those of `config.model`, and `image_size`, `interpolation` and `resize`.
-    step: which checkpoint of a run; by default the newest.
+      or the working directory of a run.
+    settings: fields that override what was recognised, such as `{"image.heads": 12, "image.activation": "gelu"}`: those
+      of `config.model`, and `image_size`, `interpolation` and `resize`.
+    step: checkpoint of a run, the newest by default.
 
   Raises:
-    FileNotFoundError: there is no such file, or a folder has no weights.
-    ValueError: it is no checkpoint of these projects, or its tensors do not fit one model; each is named.
+    FileNotFoundError: no such file, or a folder without weights.
+    ValueError: the checkpoint is of no known project, or its tensors do not match a model; the message names them.
   """
   path = Path(path)
   if not path.exists():
@@ -92,7 +100,7 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
   if (path / "checkpoints").is_dir():
     return read_run(path, step, settings)
   if step is not None:
-    raise ValueError(f"{path} is no run: there is no step {step} to choose")
+    raise ValueError(f"{path} is not a run, so step={step} does not apply")
   if (path / EXPORT_FILE).exists():
     return _read_export(path, settings)
   file = path if path.is_file() else _weights_file(path)
@@ -112,30 +120,28 @@ def from_state_dict(
   """The model of a state dict in any dialect of `weights.dialects`; see `read`.
 
   Args:
-    tensors: by their names in the project's model.
+    tensors: arrays by their names in the project's model.
     settings: see `read`.
-    name: of the file, for messages.
-    kind: of the file, "torchscript" for OpenAI's archives.
-    extras: what the file says beside the tensors.
+    name: file name, for messages.
+    kind: file format, "torchscript" for OpenAI's archives; see `TensorFile`.
+    extras: other values of the file, such as an epoch.
   """
   dialect = dialects.recognise(tensors)
   if dialect is None:
-    raise ValueError(
-      f"{name} holds no CLIP, SLIP or DeCLIP model that is known here; its tensors are {_shown(tensors)}"
-    )
+    raise ValueError(f"{name} is not a recognised CLIP, SLIP or DeCLIP checkpoint; its tensors are {_shown(tensors)}")
   translated = dialects.to_openai(tensors, dialect)
   try:
     found = _recognise(translated, dialect, kind, extras or {})
   except (KeyError, IndexError, ValueError) as error:
-    raise ValueError(f"{name} ({dialect}): cannot recognise the architecture by its tensors: {error}") from error
+    raise ValueError(f"{name} ({dialect}): cannot recognise the architecture from its tensors: {error}") from error
   settings = dict(described := settings or {})
   found.image_size = settings.pop("image_size", found.image_size)
   found.interpolation = settings.pop("interpolation", found.interpolation)
-  declip = dialect.startswith("DeCLIP")  # which evaluates at 224 pixels cut out of 256
+  declip = dialect.startswith("DeCLIP")  # evaluates on a crop of 224 pixels out of 256
   resize = settings.pop("resize", found.image_size * 256 // 224 if declip else 0)
-  _replace(found.model, settings, name)
-  _, variables = abstract_variables(found.model, found.heads, found.image_size)
-  entries = layout(found.model, found.heads)
+  model = _with_fields(found.model, settings, name)
+  _, variables = abstract_variables(model, found.heads, found.image_size)
+  entries = layout(model, found.heads)
   expected = expected_shapes(variables, entries)
   _check(translated, expected, f"{name} ({dialect})")
   tree = to_variables(translated, entries)
@@ -147,55 +153,54 @@ def from_state_dict(
   by_open_clip = dialect == "OpenAI" and (Path(name).name.startswith("open_clip") or "epoch" in (extras or {}))
   return Weights(
     origin="open_clip" if by_open_clip else dialect,
-    model=found.model,
+    model=model,
     heads=tuple(found.heads),
     params=tree["params"],
     collections=collections,
-    view=EvalView(found.image_size, resize, found.interpolation, found.model.mean, found.model.std),
+    view=EvalView(found.image_size, resize, found.interpolation, model["mean"], model["std"]),
     rest=rest,
     tokens="filip" in found.heads and "simsiam" not in found.heads,  # FILIP; DeFILIP has both and compares embeddings
-    remarks=(*remarks, *([f"without a place in this model: {', '.join(unused)}"] if unused else [])),
+    remarks=(*remarks, *([f"tensors without a place in this model: {', '.join(unused)}"] if unused else [])),
   )
 
 
 def read_run(
   workdir: str | os.PathLike[str], step: int | None = None, settings: Mapping[str, Any] | None = None
 ) -> Weights:
-  """The model of one of our runs at its newest checkpoint that is whole, or at `step`, by the config saved with it.
+  """The model of a run at its newest undamaged checkpoint, or at `step`, by the config saved with it.
 
   Raises:
-    FileNotFoundError: there is no such checkpoint.
-    ValueError: the checkpoint is damaged, or a setting that does not exist; see `read`.
+    FileNotFoundError: no such checkpoint.
+    ValueError: the checkpoint is damaged, or a setting does not exist; see `read`.
   """
   workdir = Path(workdir)
   if not (workdir / "checkpoints").is_dir():
-    raise FileNotFoundError(f"{workdir} is no run: it has no checkpoints")
+    raise FileNotFoundError(f"{workdir} is not a run: it has no checkpoints")
   checkpoints = Checkpoints(workdir)
   try:
     steps = checkpoints.steps()
     chosen = step if step is not None else (steps or [None])[-1]
     if chosen not in steps:
-      raise FileNotFoundError(
-        f"{workdir} has no checkpoint of step {'any' if step is None else step}; there are: {steps or 'none'}"
-      )
+      wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+      raise FileNotFoundError(f"{workdir} has no {wanted}; its checkpoints are of steps {steps}")
     remarks = []
     while damage := checkpoints.check(chosen, ("model", "config"))[0]:
       older = [other for other in steps if other < chosen and step is None]
       if not older:
         raise ValueError(f"{workdir}: the checkpoint of step {chosen} is damaged: {damage}")
-      remarks.append(f"the checkpoint of step {chosen} is damaged and that of step {older[-1]} is taken: {damage}")
+      remarks.append(f"the checkpoint of step {chosen} is damaged, using that of step {older[-1]}: {damage}")
       chosen = older[-1]
     config = config_lib.from_json(json.dumps(checkpoints.config(chosen)))
     objective = make_objective(config.objective.to_dict())
-    heads = objective.heads
-    _, variables = abstract_variables(config.model, heads, config.data.image_size)
+    model, heads = config.model.to_dict(), objective.heads
+    _, variables = abstract_variables(model, heads, config.data.image_size)
     params, collections = checkpoints.restore_model(chosen, variables["params"], variables["collections"])
     collections = _without_momentum(collections)
   finally:
     checkpoints.close()
   weights = Weights(
     origin=f"declip_jax, step {chosen}",
-    model=config.model,
+    model=model,
     heads=heads,
     params=params,
     collections=collections,
@@ -203,8 +208,8 @@ def read_run(
       config.data.image_size,
       config.data.evaluation_resize,
       config.data.interpolation,
-      config.model.mean,
-      config.model.std,
+      model["mean"],
+      model["std"],
     ),
     step=chosen,
     remarks=tuple(remarks),
@@ -214,29 +219,30 @@ def read_run(
 
 
 def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
-  about = config_lib.parse_json(json.dumps(_json(path / EXPORT_FILE)))
+  about = config_lib.parse_json(json.dumps(_json(path / EXPORT_FILE))).to_dict()
   if missing := {"model", "heads", "origin", *_VIEW} - set(about):
-    raise ValueError(f"{path / EXPORT_FILE} lacks {', '.join(sorted(missing))}")
-  _, variables = abstract_variables(about.model, about.heads, about.image_size)
+    raise ValueError(f"{path / EXPORT_FILE} has no {', '.join(sorted(missing))}")
+  model, heads = about["model"], about["heads"]
+  _, variables = abstract_variables(model, heads, about["image_size"])
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     variables["collections"] = _without_momentum(variables["collections"])
     restored = checkpointer.restore((path / "arrays").resolve(), args=restore_as_numpy(variables))
-  view = EvalView(**{ours: about[name] for name, ours in _VIEW.items()}, mean=about.model.mean, std=about.model.std)
-  weights = Weights(about.origin, about.model, about.heads, **restored, view=view, tokens=about.get("tokens", False))
+  view = EvalView(**{ours: about[name] for name, ours in _VIEW.items()}, mean=model["mean"], std=model["std"])
+  weights = Weights(about["origin"], model, heads, **restored, view=view, tokens=about.get("tokens", False))
   return _with_settings(weights, settings, str(path))
 
 
 def _without_momentum(collections: Tree) -> Tree:
-  """Without the momentum tower, which only a training needs."""
+  """Collections without the momentum tower, which only training uses."""
   return {half: collections[half] for half in ("towers", "heads")}
 
 
 def _with_settings(weights: Weights, settings: Mapping[str, Any], name: str) -> Weights:
   others = dict(settings)
   view = {ours: others.pop(key) for key, ours in _VIEW.items() if key in others}
-  _replace(weights.model, others, name)
-  view |= {"mean": weights.model.mean, "std": weights.model.std}
-  return weights._replace(view=dataclasses.replace(weights.view, **view))
+  model = _with_fields(weights.model, others, name)
+  view |= {"mean": model["mean"], "std": model["std"]}
+  return weights._replace(model=model, view=dataclasses.replace(weights.view, **view))
 
 
 def _weights_file(folder: Path) -> Path:
@@ -245,14 +251,14 @@ def _weights_file(folder: Path) -> Path:
       return folder / name
   found = sorted(file.name for file in folder.iterdir())
   if any(name.endswith(".index.json") for name in found):
-    raise ValueError(f"{folder} holds weights in several files, which are not read: save them as one")
+    raise ValueError(f"{folder} has its weights in several files, which is not supported: save them as one file")
   raise FileNotFoundError(
-    f"{folder} has no weights: looked for {', '.join(_WEIGHT_FILES)}, {EXPORT_FILE} and checkpoints/; it has {found}"
+    f"{folder} has no weights: expected one of {', '.join(_WEIGHT_FILES)}, {EXPORT_FILE} or checkpoints/, found {found}"
   )
 
 
 def _without_prefix(found: Any) -> Any:
-  """Drops what `DistributedDataParallel` and `torch.compile` put before every name."""
+  """Drops the prefixes that `DistributedDataParallel` and `torch.compile` add to every name."""
   tensors = found.tensors
   for prefix in ("module.", "_orig_mod.", "module."):
     if tensors and all(name.startswith(prefix) for name in tensors):
@@ -260,41 +266,30 @@ def _without_prefix(found: Any) -> Any:
   return found._replace(tensors=tensors)
 
 
-def _replace(model: ConfigDict, settings: Mapping[str, Any], name: str) -> None:
+def _with_fields(model: ModelFields, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+  """The fields of a model with some replaced, by their paths, such as "image.heads"."""
+  fields = flatten_dict(dict(model), sep=".")
   for field, value in settings.items():
-    *parents, last = field.split(".")
-    node = model
-    for parent in parents:
-      node = node.get(parent, ConfigDict())
-    if last not in node:
-      known = [*(key for key, _ in _leaves(model)), *_VIEW]
-      raise ValueError(f"{name}: setting {field!r} is no field of this model; there are {', '.join(known)}")
-    with node.ignore_type():
-      node[last] = value
-
-
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterable[tuple[str, Any]]:
-  for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      yield from _leaves(value, f"{prefix}{name}.")
-    else:
-      yield f"{prefix}{name}", value
+    if field not in fields:
+      raise ValueError(f"{name}: this model has no field {field!r}; it has {', '.join([*fields, *_VIEW])}")
+    fields[field] = value
+  return unflatten_dict(fields, sep=".")
 
 
 def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], name: str) -> None:
-  wrong = [f"{key} is missing, {shape}" for key, shape in expected.items() if key not in tensors]
+  wrong = [f"{key} {shape}: missing" for key, shape in expected.items() if key not in tensors]
   for key, tensor in tensors.items():
     if key in expected and tensor.shape != expected[key]:
-      wrong.append(f"{key} is {tensor.shape} where {expected[key]} fits")
+      wrong.append(f"{key} {tensor.shape}: should be {expected[key]}")
     elif key not in expected and not _BOOKKEEPING.fullmatch(key):
-      wrong.append(f"{key}, {tensor.shape}, has no place")
+      wrong.append(f"{key} {tensor.shape}: unknown")
   if wrong:
-    raise ValueError(f"{name} does not fit a model of ours:\n  " + "\n  ".join(wrong))
+    raise ValueError(f"{name} does not match the model that its tensors suggest:\n  " + "\n  ".join(wrong))
 
 
 @dataclasses.dataclass
 class _Recognised:
-  model: ConfigDict
+  model: dict[str, Any]
   heads: list[str]
   image_size: int
   interpolation: str
@@ -303,25 +298,25 @@ class _Recognised:
 
 def _recognise(tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extras: Mapping[str, Any]) -> _Recognised:
   """The model whose tensors have these names and shapes."""
-  model = config_lib.default("clip").model
-  with model.unlocked():
-    slip, declip = dialect == "SLIP", dialect.startswith("DeCLIP")
-    timm = slip or dialect == "open_clip, timm trunk"
-    activation, guessed = _activation(tensors, dialect, kind, extras)
-    model.dtype = "float32"
-    if slip or declip:
-      model.mean, model.std = config_lib.IMAGENET_MEAN, config_lib.IMAGENET_STD
-    if "visual.layer1.0.conv1.weight" in tensors:
-      model.image, image_size = _resnet(tensors)
-    else:
-      model.image, image_size = _vit(tensors, "gelu" if timm else activation, 1e-6 if timm else 1e-5)
-    if slip and model.image.width in (384, 768):
-      model.image.heads = 12
-    if "token_embedding.weight" in tensors:
-      model.text = _text(tensors, activation)
-      if declip:
-        model.text.eot = model.text.vocab_size - 2
-    model.heads, heads = _heads(tensors, model)
+  model = config_lib.default("clip").model.to_dict()
+  slip, declip = dialect == "SLIP", dialect.startswith("DeCLIP")
+  timm = slip or dialect == "open_clip, timm trunk"
+  activation, guessed = _activation(tensors, dialect, kind, extras)
+  model["dtype"] = "float32"
+  if slip or declip:
+    model["mean"], model["std"] = config_lib.IMAGENET_MEAN, config_lib.IMAGENET_STD
+  if "visual.layer1.0.conv1.weight" in tensors:
+    model["image"], image_size = _resnet(tensors)
+  else:
+    model["image"], image_size = _vit(tensors, "gelu" if timm else activation, 1e-6 if timm else 1e-5)
+  if slip and model["image"]["width"] in (384, 768):
+    model["image"]["heads"] = 12
+  if "token_embedding.weight" in tensors:
+    model["text"] = _text(tensors, activation)
+    if declip:
+      model["text"]["eot"] = model["text"]["vocab_size"] - 2
+  fields, heads = _heads(tensors)
+  model["heads"] |= fields
   return _Recognised(model, heads, image_size, "bilinear" if slip or declip else "bicubic", guessed)
 
 
@@ -330,9 +325,9 @@ def _activation(
 ) -> tuple[str, str]:
   """The activation, and a remark if it is a guess.
 
-  No tensor tells it. QuickGELU is OpenAI's, SLIP's (text), DeCLIP's and Hugging Face's default; exact GELU is what
-  open_clip trains unless the model's name says quickgelu. An open_clip checkpoint has an epoch or a name; OpenAI's
-  files are TorchScript archives, or in half precision, or carry their resolution.
+  It cannot be recognised from tensors. QuickGELU is the default of OpenAI, SLIP (text), DeCLIP and Hugging Face;
+  open_clip trains with exact GELU unless the model's name contains "quickgelu". An open_clip checkpoint has an epoch or
+  a name; OpenAI's files are TorchScript archives, or in half precision, or contain their resolution.
   """
   if dialect != "OpenAI" and not dialect.startswith("open_clip"):
     return "quick_gelu", ""
@@ -342,7 +337,7 @@ def _activation(
   if kind == "torchscript" or "input_resolution" in tensors or halves:
     return "quick_gelu", ""
   activation = "quick_gelu" if kind == "torch" and dialect == "OpenAI" else "gelu"
-  return activation, f"the file does not say its activation: taken to be {activation!r}; heads to be 64 wide"
+  return activation, f"the file does not specify its activation or heads: assuming {activation!r}, 64 channels per head"
 
 
 def _depth(tensors: Iterable[str], prefix: str) -> int:
@@ -350,11 +345,11 @@ def _depth(tensors: Iterable[str], prefix: str) -> int:
   return len(numbers)
 
 
-# Heads of open_clip's H/14, g/14 and bigG/14 by width and depth: not 64 wide.
+# Number of heads of open_clip's H/14, g/14 and bigG/14 by width and depth: theirs do not have 64 channels.
 _WIDE_HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16}
 
 
-def _vit(tensors: Mapping[str, np.ndarray], activation: str, epsilon: float) -> tuple[ConfigDict, int]:
+def _vit(tensors: Mapping[str, np.ndarray], activation: str, epsilon: float) -> tuple[dict[str, Any], int]:
   width, _, patch, _ = tensors["visual.conv1.weight"].shape
   blocks = "visual.transformer.resblocks."
   depth = _depth(tensors, blocks)
@@ -369,19 +364,19 @@ def _vit(tensors: Mapping[str, np.ndarray], activation: str, epsilon: float) -> 
     epsilon=epsilon,
     mlp_ratio=tensors[f"{blocks}0.mlp.c_fc.weight"].shape[0] / width,
   )
-  return image, patch * math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
+  return image.to_dict(), patch * math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
 
 
-def _resnet(tensors: Mapping[str, np.ndarray]) -> tuple[ConfigDict, int]:
+def _resnet(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], int]:
   layers = tuple(_depth(tensors, f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
   image = architectures.resnet(tensors["visual.conv3.weight"].shape[0], layers)
-  return image, 32 * math.isqrt(tensors["visual.attnpool.positional_embedding"].shape[0] - 1)
+  return image.to_dict(), 32 * math.isqrt(tensors["visual.attnpool.positional_embedding"].shape[0] - 1)
 
 
-def _text(tensors: Mapping[str, np.ndarray], activation: str) -> ConfigDict:
+def _text(tensors: Mapping[str, np.ndarray], activation: str) -> dict[str, Any]:
   vocab_size, width = tensors["token_embedding.weight"].shape
   blocks = "transformer.resblocks."
-  return architectures.text(
+  text = architectures.text(
     width,
     _depth(tensors, blocks),
     heads=max(width // 64, 1),
@@ -391,38 +386,43 @@ def _text(tensors: Mapping[str, np.ndarray], activation: str) -> ConfigDict:
     activation=activation,
     mlp_ratio=tensors[f"{blocks}0.mlp.c_fc.weight"].shape[0] / width,
   )
+  return text.to_dict()
 
 
-def _heads(tensors: Mapping[str, np.ndarray], model: ConfigDict) -> tuple[ConfigDict, list[str]]:
+def _heads(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], list[str]]:
+  """Fields of `config.model.heads` that the tensors determine, and the heads that they belong to."""
+
   def widths(*names: str) -> tuple[int, ...]:
     return tuple(tensors[f"{name}.weight"].shape[0] for name in names)
 
-  fields, heads = model.heads, ["joint"] if "token_embedding.weight" in tensors else []
-  fields.image_bias = "visual.attnpool.c_proj.bias" in tensors
-  fields.text_bias = "text_projection.bias" in tensors
+  heads = ["joint"] if "token_embedding.weight" in tensors else []
+  fields: dict[str, Any] = {
+    "image_bias": "visual.attnpool.c_proj.bias" in tensors,
+    "text_bias": "text_projection.bias" in tensors,
+  }
   if "text_projection" in tensors:
-    fields.embed_dim = tensors["text_projection"].shape[1]
+    fields["embed_dim"] = tensors["text_projection"].shape[1]
   elif "text_projection.weight" in tensors:
-    fields.embed_dim = tensors["text_projection.weight"].shape[0]
+    fields["embed_dim"] = tensors["text_projection.weight"].shape[0]
   if "image_mlp.layer1.weight" in tensors:
     heads.append("simclr")
-    fields.simclr_projector = widths(*(f"image_mlp.layer{index}" for index in (1, 2, 3)))
+    fields["simclr_projector"] = widths(*(f"image_mlp.layer{index}" for index in (1, 2, 3)))
   if "projector.linear1.weight" in tensors:
     heads.append("simsiam")
-    fields.simsiam_projector = widths(*(f"projector.linear{index}" for index in (1, 2, 3)))
-    fields.simsiam_predictor = widths("predictor.linear1", "predictor.layer2")
+    fields["simsiam_projector"] = widths(*(f"projector.linear{index}" for index in (1, 2, 3)))
+    fields["simsiam_predictor"] = widths("predictor.linear1", "predictor.layer2")
   if "text_label_predictor.weight" in tensors:
     heads.append("mlm")
   if "image_mapping.weight" in tensors:
     heads.append("filip")
-    fields.dense_dim = tensors["image_mapping.weight"].shape[0]
+    fields["dense_dim"] = tensors["image_mapping.weight"].shape[0]
   if "logit_bias" in tensors:
     heads.append("sigmoid")
   return fields, heads
 
 
 def _described_by(folder: Path, file: Path) -> dict[str, Any]:
-  """What the configs of open_clip or Hugging Face in a folder say about the model."""
+  """Settings from the config files of open_clip or Hugging Face in a folder."""
   if file.suffix not in (".safetensors", ".bin"):
     return {}
   if (folder / "open_clip_config.json").exists() and file.name.startswith("open_clip"):
@@ -432,7 +432,7 @@ def _described_by(folder: Path, file: Path) -> dict[str, Any]:
   return {}
 
 
-# What our towers do, by the names of open_clip's fields; a model that sets another of its fields is refused.
+# Fields of open_clip's towers and the values that our towers support, None for any. Other fields must have no effect.
 _OPEN_CLIP_TOWER = {
   "layers": None,
   "width": None,
@@ -459,14 +459,14 @@ def _open_clip_settings(file: Path) -> dict[str, Any]:
   about = _json(file)
   model, preprocess = about.get("model_cfg", {}), about.get("preprocess_cfg", {})
   vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
-  for part, fields in (("vision_cfg", vision), ("text_cfg", text)):
+  for tower, fields in (("vision_cfg", vision), ("text_cfg", text)):
     for name, value in fields.items():
       legal = _OPEN_CLIP_TOWER.get(name, (None, False, 0, 0.0, ""))
       if legal is not None and value not in legal:
-        raise ValueError(f"{file}: {part}.{name}={value!r} is not supported; only {list(legal)}")
+        raise ValueError(f"{file}: {tower}.{name}={value!r} is not supported, only {list(legal)}")
   if preprocess.get("resize_mode", "shortest") != "shortest":
     raise ValueError(
-      f"{file}: preprocess_cfg.resize_mode={preprocess['resize_mode']!r} is not supported; only 'shortest'"
+      f"{file}: preprocess_cfg.resize_mode={preprocess['resize_mode']!r} is not supported, only 'shortest'"
     )
   activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
   settings = {"text.activation": activation, "text.heads": text.get("heads", 8)}
@@ -483,10 +483,12 @@ def _open_clip_settings(file: Path) -> dict[str, Any]:
 def _hugging_face_settings(folder: Path) -> dict[str, Any]:
   about = _json(folder / "config.json")
   if about.get("model_type") != "clip":
-    raise ValueError(f"{folder / 'config.json'}: model_type is {about.get('model_type')!r}; only 'clip' is read")
+    raise ValueError(f"{folder / 'config.json'}: model_type={about.get('model_type')!r} is not supported, only 'clip'")
   vision, text = about.get("vision_config", {}), about.get("text_config", {})
   if text.get("layer_norm_eps", 1e-5) != 1e-5:
-    raise ValueError(f"{folder / 'config.json'}: text_config.layer_norm_eps={text['layer_norm_eps']}; only 1e-5")
+    raise ValueError(
+      f"{folder / 'config.json'}: text_config.layer_norm_eps={text['layer_norm_eps']} is not supported, only 1e-5"
+    )
   settings = {
     "image.activation": vision.get("hidden_act", "quick_gelu"),
     "image.heads": vision.get("num_attention_heads", 12),
@@ -512,7 +514,7 @@ def _json(file: Path) -> dict[str, Any]:
   try:
     return json.loads(file.read_text())
   except (UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise ValueError(f"{file} is no JSON: {error}") from error
+    raise ValueError(f"{file} is not JSON: {error}") from error
 
 
 def _shown(names: Iterable[str]) -> str:

@@ -51,7 +51,7 @@ def random_weights(architecture: architectures.Architecture, heads: tuple[str, .
   c.model.heads.embed_dim = architecture.embed_dim
   c.model.heads.image_bias, c.model.heads.text_bias = architecture.image_bias, architecture.text_bias
   c.model.dtype = "float32"
-  built, shapes = abstract_variables(c.model, heads, architecture.image_size)
+  built, shapes = abstract_variables(c.model.to_dict(), heads, architecture.image_size)
   rng = np.random.default_rng(0)
 
   def draw(path, leaf):
@@ -64,7 +64,7 @@ def random_weights(architecture: architectures.Architecture, heads: tuple[str, .
   variables = jax.tree.map_with_path(draw, shapes)
   variables["params"]["heads"]["logit_scale"] = np.float32(2.5)
   view = EvalView(architecture.image_size, 0, "bicubic", c.model.mean, c.model.std)
-  return Weights("test", c.model, heads, **variables, view=view)
+  return Weights("test", c.model.to_dict(), heads, **variables, view=view)
 
 
 def assert_near(ours: np.ndarray, theirs: torch.Tensor) -> None:
@@ -113,7 +113,7 @@ def test_open_clip_loads_the_bias_of_the_sigmoid_loss(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_transformers_loads_our_export(name: str, tmp_path: Path) -> None:
   weights = random_weights(ARCHITECTURES[name])
-  if weights.model.image.kind == "resnet" or not weights.model.image.pre_norm:
+  if weights.model["image"]["kind"] == "resnet" or not weights.model["image"]["pre_norm"]:
     with pytest.raises(ValueError, match="no place for"):
       write(weights, tmp_path / "export", "huggingface")
     assert not (tmp_path / "export").exists()

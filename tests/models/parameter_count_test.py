@@ -10,7 +10,7 @@ from declip_jax.weights.layout import abstract_variables
 
 def count(method: str, architecture: str) -> int:
   c = config.default(method, architecture)
-  _, variables = abstract_variables(c.model, make_objective(c.objective.to_dict()).heads, c.data.image_size)
+  _, variables = abstract_variables(c.model.to_dict(), make_objective(c.objective.to_dict()).heads, c.data.image_size)
   return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 

@@ -42,10 +42,9 @@ class Golden:
     self.sd = reference.below(self.arrays, "sd/")
     self.dialect = dialects.recognise(self.sd)
     self.weights = from_state_dict(self.sd, settings)
-    fields = self.weights.model.copy_and_resolve_references()
-    fields.mean, fields.std = (0.0, 0.0, 0.0), (1 / 255,) * 3
+    fields = {**self.weights.model, "mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
     self.fields, self.views, self.heads = fields, views or Views(), self.weights.heads
-    self.model = make_model(fields.to_dict(), views=self.views, heads=self.heads)
+    self.model = make_model(fields, views=self.views, heads=self.heads)
     self.params, self.collections = self.weights.params, self.weights.collections
 
   def theirs(self, variables):
@@ -68,10 +67,10 @@ class Golden:
 
   def inside(self, tower, inputs, depth):
     """Outputs of the modules of a tower cut after `depth` blocks, by name."""
-    fields = self.fields.copy_and_resolve_references()
+    fields = self.fields
     if depth is not None:
-      fields[tower].depth = depth
-    module = getattr(make_model(fields.to_dict(), views=self.views, heads=("joint",)).towers, tower)
+      fields = {**fields, tower: {**fields[tower], "depth": depth}}
+    module = getattr(make_model(fields, views=self.views, heads=("joint",)).towers, tower)
     params = self.params["towers"][tower]
     if depth is not None:
       cut = jax.tree.map(lambda x: x[:depth], params["transformer"])

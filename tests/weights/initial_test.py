@@ -37,7 +37,7 @@ def bare(method: str, workdir: Path | str = "", *parts: str) -> ConfigDict:
 
 def read(c: ConfigDict) -> Weights:
   """The weights that a config starts from."""
-  return read_initial(build.make_init_from(c), c.model)
+  return read_initial(build.make_init_from(c), c.model.to_dict())
 
 
 def start(c: ConfigDict, fresh: State) -> tuple[State, list[str]]:
@@ -163,7 +163,7 @@ def test_settings_say_what_the_file_does_not(clip_run: Path) -> None:
   with pytest.raises(ValueError, match="activation='quick_gelu' does not match .* 'gelu'"):
     read(c)
   c.model.image.activation, c.model.text.heads = "gelu", 1
-  assert read(c).model.text.heads == 1
+  assert read(c).model["text"]["heads"] == 1
   c.init_from.settings = ("gelu",)
   with pytest.raises(ValueError, match="'gelu' is not of the form"):
     read(c)
@@ -238,8 +238,8 @@ def test_self_supervision_first_then_clip(runs: Runs, random_state: MakeState) -
   state, lines = start(c, random_state(c))
   assert_same(state.params["heads"]["simclr"], given.params["heads"]["simclr"])
   assert_same(state.collections["heads"], given.collections["heads"])
-  assert "heads/simclr" in of_line(lines, "from ")
-  with pytest.raises(ValueError, match=r"parts=\('image', 'text', 'heads'\): declip_jax, step 3 has no text tower"):
+  assert "heads/simclr" in of_line(lines, "loaded from ")
+  with pytest.raises(ValueError, match=r"groups=\('image', 'text', 'heads'\): declip_jax, step 3 has no text tower"):
     read(bare("clip", runs("simclr")))
   # And a method without texts takes its image tower from one with them.
   c = bare("simclr", clip := runs("clip"), "image")
@@ -303,7 +303,7 @@ def test_a_locked_resnet_keeps_its_statistics(frozen: str, random_state: MakeSta
   golden = reference.load("openai_resnet")
   weights = from_state_dict(reference.below(golden, "sd/"))
   c = config.default("clip")
-  c.model, c.data.image_size = weights.model, 64
+  c.model, c.data.image_size = ConfigDict(weights.model), 64
   c.batch_size, c.optimizer.frozen = 8, (frozen,)
   c.model.text.vocab_size, c.model.text.context_length = 49408, 16
   c.model.text.eot = 49407
@@ -343,7 +343,7 @@ def test_a_simclr_model_gives_its_image_tower(random_state: MakeState) -> None:
   weights = from_state_dict(sd, {"image.heads": 3})
   assert (weights.heads, sorted(weights.params["towers"])) == (("simclr",), ["image"])
   c = config.default("slip")
-  c.model.image, c.data.image_size, c.batch_size = weights.model.image, 32, 8
+  c.model.image, c.data.image_size, c.batch_size = ConfigDict(weights.model["image"]), 32, 8
   c.model.text.update({"width": 16, "depth": 1, "heads": 2, "context_length": 16})
   c.model.heads.update({"embed_dim": 24, "simclr_projector": (64, 64, 32)})
   state = random_state(c)

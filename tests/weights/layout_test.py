@@ -46,24 +46,24 @@ def test_every_array_has_its_tensors_but_those_without_a_format(head: str) -> No
   model = small(architectures.vit(8, 16, 2, 2))
   alone = head in ("joint", "simclr", "momentum", "mim")
   heads = (head,) if alone else ("joint", head)
-  _, shapes = abstract_variables(model, heads, 16)
+  _, shapes = abstract_variables(model.to_dict(), heads, 16)
   assert ("text" in shapes["params"]["towers"]) == ("joint" in heads)
   flat, rng = flatten_dict(shapes, sep="/"), np.random.default_rng(0)
   without = {path for path in flat if re.fullmatch(WITHOUT_FORMAT.get(head, ""), path)}
   assert bool(without) == (head in WITHOUT_FORMAT)
   variables = {path: rng.normal(size=flat[path].shape).astype(np.float32) for path in flat.keys() - without}
-  check_there_and_back(variables, layout(model, heads))
+  check_there_and_back(variables, layout(model.to_dict(), heads))
 
 
 def test_every_layer_of_a_resnet_has_its_tensors() -> None:
   model = small(architectures.resnet(8, (2, 3, 1, 1)))
   model.heads.image_bias = True
-  _, shapes = abstract_variables(model, ("joint",), 32)
+  _, shapes = abstract_variables(model.to_dict(), ("joint",), 32)
   rng = np.random.default_rng(0)
   variables = {
     key: rng.normal(size=leaf.shape).astype(np.float32) for key, leaf in flatten_dict(shapes, sep="/").items()
   }
-  tensors = check_there_and_back(variables, layout(model, ("joint",)))
+  tensors = check_there_and_back(variables, layout(model.to_dict(), ("joint",)))
   tower, statistics = "params/towers/image", "collections/towers/batch_stats/image"
   expected = {
     "visual.layer2.0.conv1.weight": variables[f"{tower}/stage2_first/conv1/kernel"].transpose(3, 2, 0, 1),
@@ -81,11 +81,11 @@ def test_every_layer_of_a_resnet_has_its_tensors() -> None:
 def test_groups_of_a_batch_change_nothing_but_the_number_of_banks(image: int, norms: int, banks: int) -> None:
   heads = ("bank", "joint", "momentum", "simclr", "simsiam")
   model = small(architectures.vit(8, 16, 2, 2) if image == 1 else architectures.resnet(8, (1, 1, 1, 1)))
-  _, one = abstract_variables(model, heads, 32)
+  _, one = abstract_variables(model.to_dict(), heads, 32)
   model.heads.update({"norm_groups": norms, "bank_groups": banks})
   if image > 1:
     model.image.norm_groups = image
-  _, many = abstract_variables(model, heads, 32)
+  _, many = abstract_variables(model.to_dict(), heads, 32)
   bank = many["collections"]["heads"].pop("bank")["text"]
   assert one["collections"]["heads"].pop("bank")["text"].entries.shape == (1, 7, 12)
   assert bank.entries.shape == (banks, 7, 12)

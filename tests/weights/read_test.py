@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -25,8 +26,8 @@ HEADS = {"clip": ("joint",), "slip": ("joint", "simclr"), "declip": ("joint", "s
 def shapes_of(name: str, method: str) -> tuple[config.ConfigDict, dict[str, np.ndarray]]:
   """The config of a published model, and arrays of its shapes that take no memory, under OpenAI's names."""
   c = config.default(method, name)
-  _, variables = abstract_variables(c.model, HEADS[method], c.data.image_size)
-  shapes = expected_shapes(variables, layout(c.model, HEADS[method]))
+  _, variables = abstract_variables(c.model.to_dict(), HEADS[method], c.data.image_size)
+  shapes = expected_shapes(variables, layout(c.model.to_dict(), HEADS[method]))
   return c, {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
 
 
@@ -40,16 +41,16 @@ def test_published_architectures_are_recognised(name: str, method: str) -> None:
   kind = "safetensors" if name in ("ViT-H/14", "ViT-g/14") else "torch"
   found = _recognise(dialects.to_openai(theirs, dialect), dialect, kind, {})
   if name in ("ViT-H/14", "ViT-g/14") and method == "declip":  # DeCLIP has none with GELU
-    found.model.image.activation = found.model.text.activation = "gelu"
-  if "initializer" in found.model.image:
-    found.model.image.initializer = c.model.image.initializer
+    found.model["image"]["activation"] = found.model["text"]["activation"] = "gelu"
+  if "initializer" in found.model["image"]:
+    found.model["image"]["initializer"] = c.model.image.initializer
   for part in ("image", "text"):
     ours = {key: value for key, value in c.model[part].items() if value is not None}
     assert {key: value for key, value in found.model[part].items() if value is not None} == ours
-  assert found.model.heads.embed_dim == c.model.heads.embed_dim
-  assert (found.view.size, tuple(found.heads)) == (c.data.image_size, HEADS[method])
+  assert found.model["heads"]["embed_dim"] == c.model.heads.embed_dim
+  assert (found.image_size, tuple(found.heads)) == (c.data.image_size, HEADS[method])
   imagenet = dialect != "OpenAI"
-  assert (found.view.mean == found.model.mean == config.IMAGENET_MEAN, found.view.interpolation == "bilinear") == (
+  assert (found.model["mean"] == config.IMAGENET_MEAN, found.interpolation == "bilinear") == (
     imagenet,
     imagenet,
   )
@@ -68,8 +69,9 @@ def test_prefixes_of_wrappers_are_dropped(openai: dict[str, np.ndarray], tmp_pat
   np.testing.assert_array_equal(
     found.params["heads"]["image_projection"]["kernel"], openai["visual.proj"].astype(np.float32)
   )
-  assert found.model.image.activation == "gelu"
-  assert found.remarks == ("the file does not say its activation: taken to be 'gelu'; heads to be 64 wide",)
+  assert found.model["image"]["activation"] == "gelu"
+  (remark,) = found.remarks
+  assert re.search("activation.*'gelu'.*64", remark)
   assert read(file, {"image.activation": "quick_gelu", "text.activation": "quick_gelu"}).remarks == ()
 
 
@@ -77,7 +79,7 @@ def test_half_precision_is_openai(openai: dict[str, np.ndarray]) -> None:
   halves = {key: value.astype(np.float16) for key, value in openai.items()}
   extra = {"input_resolution": np.int64(32), "context_length": np.int64(16), "vocab_size": np.int64(128)}
   found = from_state_dict(halves | extra, kind="safetensors")
-  assert (found.model.image.activation, found.remarks) == ("quick_gelu", ())
+  assert (found.model["image"]["activation"], found.remarks) == ("quick_gelu", ())
   assert found.params["heads"]["image_projection"]["kernel"].dtype == np.float32
   assert set(found.rest) == set(extra)
 
@@ -105,9 +107,9 @@ def test_heads_of_released_models_have_their_place(method: str) -> None:
     np.testing.assert_array_equal(ours["text_mapping"]["kernel"], sd["text_mapping.weight"].T)
     np.testing.assert_array_equal(ours["image_mapping"]["bias"], sd["image_mapping.bias"])
     np.testing.assert_array_equal(ours["dense_logit_scale"], sd["logit_scale_dense"].reshape(()))
-    assert found.model.heads.dense_dim == len(sd["image_mapping.bias"])
+    assert found.model["heads"]["dense_dim"] == len(sd["image_mapping.bias"])
     del sd["text_mapping.bias"]
-    with pytest.raises(ValueError, match="text_mapping.bias is missing"):
+    with pytest.raises(ValueError, match=r"text_mapping.bias \(\d+,\): missing"):
       from_state_dict(sd, {"image.heads": 2, "text.heads": 3})
 
 
@@ -162,7 +164,7 @@ def test_hostile_and_broken_files_are_clear_errors(openai: dict[str, np.ndarray]
     "evil_zip.pt": "mkdir",
     "empty.pt": "0 bytes|empty",
     "cut.pt": "cut.pt",
-    "resnet18.safetensors": "no CLIP, SLIP or DeCLIP model .* conv1.weight, fc.bias",
+    "resnet18.safetensors": "resnet18.*CLIP, SLIP or DeCLIP.* conv1.weight, fc.bias",
   }
   for name, message in messages.items():
     with pytest.raises(ValueError, match=message):
@@ -180,16 +182,14 @@ def test_what_does_not_fit_is_named_tensor_by_tensor(openai: dict[str, np.ndarra
   del tensors["visual.ln_post.bias"]
   tensors["ln_final.weight"] = np.ones(7)
   tensors["text_decoder.weight"] = np.ones((2, 3))
-  with pytest.raises(ValueError, match="does not fit a model of ours") as error:
+  with pytest.raises(ValueError, match=r"coca.pt \(OpenAI\)") as error:
     from_state_dict(tensors, name="coca.pt")
-  lines = str(error.value).split("\n")
-  assert lines[0] == "coca.pt (OpenAI) does not fit a model of ours:"
-  assert set(lines[1:]) == {
-    "  visual.ln_post.bias is missing, (64,)",
-    "  ln_final.weight is (7,) where (128,) fits",
-    "  text_decoder.weight, (2, 3), has no place",
+  assert set(str(error.value).split("\n")[1:]) == {
+    "  visual.ln_post.bias (64,): missing",
+    "  ln_final.weight (7,): should be (128,)",
+    "  text_decoder.weight (2, 3): unknown",
   }
-  with pytest.raises(ValueError, match="setting 'image.head' is no field of this model; there are .*image.heads"):
+  with pytest.raises(ValueError, match="'image.head'.*image.heads"):
     from_state_dict(openai, {"image.head": 2})
   with pytest.raises(ValueError, match="cannot recognise"):
     from_state_dict({"visual.conv1.weight": np.zeros(4)})
@@ -220,14 +220,14 @@ def test_open_clip_configs_of_other_models_are_refused(field: str, value: object
     ("OpenAI", {"epoch": 32, "name": "ViT-B-32"}, "gelu", False),
     ("OpenAI", {"epoch": 32, "name": "ViT-B-32-quickgelu"}, "quick_gelu", False),
     ("OpenAI", {}, "quick_gelu", True),  # a bare state dict of PyTorch: OpenAI's
-    ("open_clip, text apart", {"epoch": 1, "name": "ViT-B-32-quickgelu"}, "quick_gelu", False),
-    ("open_clip, text apart", {}, "gelu", True),
+    ("open_clip, separate text", {"epoch": 1, "name": "ViT-B-32-quickgelu"}, "quick_gelu", False),
+    ("open_clip, separate text", {}, "gelu", True),
     ("Hugging Face", {}, "quick_gelu", False),
   ],
 )
 def test_activations(dialect: str, extras: dict, activation: str, guessed: bool, openai: dict[str, np.ndarray]) -> None:
   found = from_state_dict(dialects.from_openai(openai, dialect), extras=extras)
-  assert (found.model.text.activation, bool(found.remarks)) == (activation, guessed)
+  assert (found.model["text"]["activation"], bool(found.remarks)) == (activation, guessed)
 
 
 def test_a_trunk_of_timm_may_have_its_text_apart_and_a_vector_for_a_temperature(openai: dict[str, np.ndarray]) -> None:
@@ -244,9 +244,9 @@ def test_a_trunk_of_timm_may_have_its_text_apart_and_a_vector_for_a_temperature(
 
 def test_guesses_warn_and_other_vocabularies_take_ids_only(openai: dict[str, np.ndarray], tmp_path: Path) -> None:
   safetensors.numpy.save_file(openai, tmp_path / "bare.safetensors")
-  with pytest.warns(UserWarning, match=r"bare.safetensors: the file does not say its activation"):
+  with pytest.warns(UserWarning, match=r"bare.safetensors: .*activation"):
     clip = declip_jax.load(tmp_path / "bare.safetensors")
-  with pytest.raises(ValueError, match="have 128 tokens and end texts with 127, which is not the tokenizer's"):
+  with pytest.raises(ValueError, match="128 tokens .* 127.* tokenizer has 49408 .*text_features"):
     clip.encode_text(["a dog"])
   assert np.isfinite(clip.text_features([[126, 5, 127]])).all()
 
