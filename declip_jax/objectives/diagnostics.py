@@ -132,7 +132,7 @@ def _alignment(x: Float[Array, "b d"], y: Float[Array, "b d"]) -> Float[Array, "
 def _uniformity(rows: Float[Array, "b d"]) -> Float[Array, ""]:
   """`log mean exp(-2 distance^2)` over the pairs of distinct unit rows (Wang and Isola 2020, section 4.1, with t = 2).
 
-  Of `_some` of the rows. Those all over a sphere of many dimensions come near -4: two of them are sqrt(2) apart.
+  Of `_some` of the rows. Rows spread over a sphere of many dimensions approach -4: any two have the distance sqrt(2).
   """
   rows = _some(rows)
   count = rows.shape[0]

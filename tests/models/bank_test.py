@@ -21,7 +21,7 @@ def golden_bank(golden, start):
 
 
 def written(golden, start, overflow):
-  """The bank behind a step of DeCLIP, which writes its second text first."""
+  """The bank after a step of DeCLIP, which stores its second text first."""
   new = golden_bank(golden, start)
   for text in ("text2", "text1"):
     new = bank.push(new, golden[f"nn/{text}"], overflow)
@@ -84,7 +84,7 @@ def test_each_part_of_the_batch_searches_its_own_bank_for_the_k_nearest():
   nearest = jax.jit(bank.nearest, static_argnums=(2, 3))
   full = full._replace(pointer=jnp.asarray(5), filled=jnp.asarray(size))
   found, age = nearest(full, queries, count, 2)
-  # The first time round, the rows behind the pointer are noise.
+  # Before the bank is full, the rows after the pointer are noise.
   _, first_age = nearest(full._replace(filled=full.pointer), queries, count, 2)
   for row, query in enumerate(queries):
     entries = np.asarray(full.entries[row // 2])

@@ -42,6 +42,6 @@ def test_without_gain_and_bias_there_are_no_parameters():
   np.testing.assert_allclose(y.std(axis=0), 1, rtol=1e-4)
 
 
-def test_parts_that_do_not_divide_the_batch_are_refused():
+def test_groups_that_do_not_divide_the_batch_are_rejected():
   with pytest.raises(ValueError, match="norm_groups=3 .*does not divide the batch of 8"):
     run(3, jnp.ones((8, 2)))

@@ -1,5 +1,7 @@
 """Parameter counts of the published models, from shapes alone."""
 
+from functools import partial
+
 import jax
 import pytest
 
@@ -8,10 +10,13 @@ from declip_jax.objectives import make_objective
 from declip_jax.weights.layout import abstract_variables
 
 
-def count(method: str, architecture: str) -> int:
+def num_parameters(method: str, architecture: str) -> int:
   c = config.default(method, architecture)
   _, variables = abstract_variables(c.model.to_dict(), make_objective(c.objective.to_dict()).heads, c.data.image_size)
   return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+slow = partial(pytest.param, marks=pytest.mark.slow)  # the fast tier has one of each kind
 
 
 @pytest.mark.parametrize(
@@ -19,50 +24,50 @@ def count(method: str, architecture: str) -> int:
   [
     # From the shapes of OpenAI's released models; ViT-B/32 is also printed in their notebook.
     ("RN50", 102_007_137),
-    ("RN101", 119_688_033),
-    ("RN50x4", 178_300_601),
-    ("RN50x16", 290_979_217),
-    ("RN50x64", 623_258_305),
+    slow("RN101", 119_688_033),
+    slow("RN50x4", 178_300_601),
+    slow("RN50x16", 290_979_217),
+    slow("RN50x64", 623_258_305),
     ("ViT-B/32", 151_277_313),
-    ("ViT-B/16", 149_620_737),
-    ("ViT-L/14", 427_616_513),
-    ("ViT-L/14@336px", 427_944_193),
+    slow("ViT-B/16", 149_620_737),
+    slow("ViT-L/14", 427_616_513),
+    slow("ViT-L/14@336px", 427_944_193),
     # Counted on SLIP's models.
     ("SLIP ViT-S/16", 85_290_369),
-    ("SLIP ViT-B/16", 149_619_969),
-    ("SLIP ViT-L/16", 367_254_017),
+    slow("SLIP ViT-B/16", 149_619_969),
+    slow("SLIP ViT-L/16", 367_254_017),
     # DeCLIP's CLIP, without the linear layer that its ResNet has and never uses.
-    ("DeCLIP ViT-B/32", 151_278_337),
-    ("DeCLIP RN50", 104_106_849 - 2_098_176),
+    slow("DeCLIP ViT-B/32", 151_278_337),
+    slow("DeCLIP RN50", 104_106_849 - 2_098_176),
     # Counted on open_clip 3.3.0, ViT-H-14 and ViT-g-14.
-    ("ViT-H/14", 986_109_441),
-    ("ViT-g/14", 1_366_678_273),
+    slow("ViT-H/14", 986_109_441),
+    slow("ViT-g/14", 1_366_678_273),
     # Trunks counted on timm 1.0.31, text towers and projections as above.
     ("RegNetY-400MF", 3_903_144 + 440 * 512 + 63_428_096 + 1),
-    ("RegNetY-16GF", 80_565_140 + 3024 * 512 + 63_428_096 + 1),
-    ("DeCLIP RegNetY-64GF", 276_457_786 + 4920 * 1024 + 63_691_776 + 1),
+    slow("RegNetY-16GF", 80_565_140 + 3024 * 512 + 63_428_096 + 1),
+    slow("DeCLIP RegNetY-64GF", 276_457_786 + 4920 * 1024 + 63_691_776 + 1),
   ],
 )
 def test_clip(architecture: str, expected: int) -> None:
-  assert count("clip", architecture) == expected
+  assert num_parameters("clip", architecture) == expected
 
 
 @pytest.mark.parametrize(
   ("architecture", "expected"),
-  [("SLIP ViT-S/16", 104_713_857), ("SLIP ViT-B/16", 170_616_321), ("SLIP ViT-L/16", 389_298_945)],
+  [("SLIP ViT-S/16", 104_713_857), slow("SLIP ViT-B/16", 170_616_321), slow("SLIP ViT-L/16", 389_298_945)],
 )
 def test_slip(architecture: str, expected: int) -> None:
-  assert count("slip", architecture) == expected
+  assert num_parameters("slip", architecture) == expected
 
 
 @pytest.mark.parametrize(
-  ("architecture", "expected"), [("DeCLIP ViT-B/32", 180_306_946), ("DeCLIP RN50", 133_659_746 - 2_098_176)]
+  ("architecture", "expected"), [("DeCLIP ViT-B/32", 180_306_946), slow("DeCLIP RN50", 133_659_746 - 2_098_176)]
 )
 def test_declip(architecture: str, expected: int) -> None:
-  assert count("declip", architecture) == expected
+  assert num_parameters("declip", architecture) == expected
 
 
-def test_the_table_is_copied_and_its_names_are_told() -> None:
+def test_the_table_is_copied_and_an_unknown_name_is_answered_with_its_names() -> None:
   config.default("clip", "RN50").model.image.width = 1
   assert config.default("clip", "RN50").model.image.width == 64
   with pytest.raises(ValueError, match=r"'RN18': choose one of \['DeCLIP RN50', "):

@@ -123,7 +123,7 @@ def test_memory_of_the_ring_does_not_grow_with_the_devices_and_that_of_chunks_le
   assert temporary("chunked", 8, 64) < temporary("plain", 8) / 2
 
 
-def test_form_is_chosen_by_the_sizes_and_a_bad_one_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_method_is_chosen_by_the_sizes_and_a_bad_one_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
   x = jax.ShapeDtypeStruct((1, 64, 4), jnp.float32)
   mesh = make_mesh(8, 1)
 

@@ -163,7 +163,7 @@ def test_collapsed_rows_have_no_deviation_and_rank_1_and_stay_finite(outputs):
   for branch in ("image", "text"):
     np.testing.assert_allclose(found[f"diagnostics/{branch}/uniformity"], 0, atol=1e-5)
 
-  # Rounding alone tells the rows apart, in every direction, so that the rank of the rest would be large.
+  # Only rounding distinguishes the rows, in every direction, so that the rank of the rest would be large.
   noise = 1 + 1e-7 * np.random.default_rng(0).normal(size=rows["simclr"].shape)
   check(equal.replace(simclr=(rows["simclr"] * noise).astype(np.float32)))
   check(equal.replace(**{name: np.zeros_like(rows[name]) for name in BRANCHES}))  # dead units

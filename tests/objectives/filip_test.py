@@ -136,7 +136,7 @@ def test_value_equals_loops(top_k, label_smoothing, count, sizes):
   np.testing.assert_allclose(loss, symmetric(4 * expected[0], 4 * expected[1], label_smoothing), rtol=1e-5)
 
 
-def test_padding_has_no_part_in_the_form_of_the_paper():
+def test_padding_has_no_effect_in_the_method_of_the_paper():
   image, text, valid = random_tokens(2)
   other = np.where(valid[..., None], text, random_tokens(3)[1])
   paper, release = step(0), step(2)
@@ -184,7 +184,7 @@ def test_no_array_of_the_gradient_is_larger_than_a_block(monkeypatch, block):
   assert largest == min(16 * 8 * 16 * 8, block)
 
 
-def test_more_tokens_than_there_are_are_refused():
+def test_more_tokens_than_exist_are_rejected():
   image, text, valid = random_tokens(6)
   outputs = Outputs(image_tokens=image, text_tokens=text, text_valid=valid, dense_scale=jnp.float32(4.0))
   with pytest.raises(

@@ -95,7 +95,7 @@ def test_value_and_metrics_equal_loops(views, neighbours, symmetric, label_smoot
   np.testing.assert_allclose(metrics["neighbour_noise"], 1 / (count * neighbours), rtol=1e-5)
 
 
-def test_costs_nothing_until_the_bank_is_full_unless_told_not_to_wait():
+def test_the_loss_is_zero_until_the_bank_is_full_with_warmup_only():
   outputs = random_outputs()
 
   def loss(image, ready, warmup=True):

@@ -22,8 +22,8 @@ class Head(nn.Module):
 
   Attributes:
     views: roles of `Views` without which a head has no output and no parameters.
-    sides: names of the parameters that belong to a tower, under "image" and "text", for optimisers that tell them
-      apart.
+    sides: names of the parameters that belong to a tower, under "image" and "text", for optimisers that treat the two
+      sides differently.
     diagnostics: which of `objectives.diagnostics.KINDS` each output is.
     internal: outputs that only later heads use; they leave `Outputs` afterwards.
   """
