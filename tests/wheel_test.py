@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
       shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     else:
       shutil.copy(ROOT / name, source / name)
-  # pyproject.toml asks for setuptools 77; an older one in the environment needs an isolated build, and the network.
+  # pyproject.toml requires setuptools 77; with an older one pip builds in an environment of its own, from the network.
   old = int(metadata.version("setuptools").split(".")[0]) < 77
   command = [sys.executable, "-m", "pip", "wheel", "--no-deps", *([] if old else ["--no-build-isolation"])]
   built = run([*command, "-w", output, source], source)
