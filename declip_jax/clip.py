@@ -146,7 +146,9 @@ class Clip:
     factory = EncoderFactory(self._functions, self.tokenizer, self.view, batch_size)
     return factory.bind(self.params, self.collections)
 
-  def _encode_images(self, function: EncodeFunction, images: Sequence[Image], batch_size: int) -> Embeddings:
+  def _encode_images(
+    self, function: EncodeFunction, images: Sequence[Image] | np.ndarray, batch_size: int
+  ) -> Embeddings:
     _check_batch_size(batch_size)
     if not len(images):
       return np.empty((0, self._joint.embed_dim), np.float32)
@@ -198,7 +200,7 @@ class Clip:
       )
 
 
-def _listed(images: Image | Sequence[Image]) -> Sequence[Image]:
+def _listed(images: Image | Sequence[Image]) -> Sequence[Image] | np.ndarray:
   if isinstance(images, jax.Array):
     images = np.asarray(images)
   one = isinstance(images, (PIL.Image.Image, bytes, str, os.PathLike))

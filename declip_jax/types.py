@@ -13,7 +13,7 @@ Letters used in shapes, here and everywhere:
 | | | `e` | width of a token where tokens meet |
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import jax
@@ -133,7 +133,7 @@ class _Arrays(_Named):
     return [(jax.tree_util.GetAttrKey(name), self._entries[name]) for name in self], tuple(self)
 
   @classmethod
-  def tree_unflatten(cls, names: tuple[str, ...], values: list[Any]) -> Self:
+  def tree_unflatten(cls, names: tuple[str, ...], values: Iterable[Any]) -> Self:
     new = object.__new__(cls)  # as it is: JAX also puts None and other placeholders in the place of arrays
     object.__setattr__(new, "_entries", dict(zip(names, values, strict=True)))
     return new

@@ -1,6 +1,6 @@
 """The encode functions of a model, compiled once: `Clip` calls them, evaluators receive them with parameters bound."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,6 @@ from jaxtyping import Int, UInt8
 import numpy as np
 
 from declip_jax.data.images import EvalView
-from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.evals.similarity import Embeddings, Similarity, TextTokens, cosines, make_late_interaction
 from declip_jax.models.model import Model
 from declip_jax.sharding import batch_rows, batch_sharding, check_batch, replicated, to_global
@@ -92,7 +91,7 @@ class Encoders:
   image: Callable[[UInt8[np.ndarray, "b h w c"]], Embeddings]
   text: Callable[[Int[np.ndarray, "b t"]], Embeddings]
   gather: Callable[[Any], Any]
-  tokenizer: Tokenizer
+  tokenizer: Callable[[Sequence[str]], np.ndarray]
   view: EvalView
   batch_size: int
   batch_rows: Int[np.ndarray, "b"]
@@ -122,7 +121,9 @@ class EncoderFactory:
     batch_size: global batch size of every call, a multiple of the number of devices.
   """
 
-  def __init__(self, functions: EncodeFunctions, tokenizer: Tokenizer, view: EvalView, batch_size: int):
+  def __init__(
+    self, functions: EncodeFunctions, tokenizer: Callable[[Sequence[str]], np.ndarray], view: EvalView, batch_size: int
+  ):
     check_batch(batch_size, functions.mesh, "evaluate_batch_size")
     self._functions, self._sharding = functions, batch_sharding(functions.mesh)
     self._gather = jax.jit(lambda x: x, out_shardings=replicated(functions.mesh))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Int
 import numpy as np
@@ -35,7 +35,7 @@ class SourceFeatures:
     encoders: encode functions.
   """
 
-  def __init__(self, source: Source, encoders: Encoders):
+  def __init__(self, source: Source | Sequence[Any], encoders: Encoders):
     self.source, self.encoders = source, encoders
 
   @property
@@ -66,7 +66,9 @@ class SourceFeatures:
 
 
 def embed_images(
-  source: Source, encoders: Encoders, then: Callable[[Embeddings], Embeddings] = lambda embeddings: embeddings
+  source: Source | Sequence[Any],
+  encoders: Encoders,
+  then: Callable[[Embeddings], Embeddings] = lambda embeddings: embeddings,
 ) -> ImageFeatures:
   """Encodes every image of a source; the result depends on neither batch size nor number of devices or hosts.
 
@@ -93,4 +95,4 @@ def embed_texts(texts: Sequence[str], encoders: Encoders) -> Embeddings:
 
 def _longest(tokens: Int[np.ndarray, "n t"]) -> int:
   """Length of the longest text, rounded up to a multiple of 16, so that few lengths are ever compiled."""
-  return -(-(np.flatnonzero(tokens.any(axis=0))[-1] + 1) // 16) * 16
+  return int(-(-(np.flatnonzero(tokens.any(axis=0))[-1] + 1) // 16) * 16)

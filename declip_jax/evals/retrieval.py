@@ -1,7 +1,8 @@
 """Image-text retrieval, both ways, with any number of captions per image."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 import numpy as np
@@ -54,7 +55,7 @@ def _shown(texts: int) -> Int[np.ndarray, "shown"]:
 
 
 def _draw(
-  source: Source,
+  source: Source | Sequence[Any],
   kept: Int[np.ndarray, "n"],
   texts: list[str],
   scores: Float[np.ndarray, "shown n"],

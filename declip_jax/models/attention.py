@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
@@ -28,7 +29,7 @@ def attend(
   )
 
 
-def _implementation(dtype: jnp.dtype, head_width: int) -> str:
+def _implementation(dtype: DTypeLike, head_width: int) -> str:
   half = dtype in (jnp.bfloat16, jnp.float16)
   fits = head_width % 8 == 0 and head_width <= 128  # cuDNN's conditions on every GPU that has it
   return "cudnn" if half and fits and _cuda_capability() >= 8 else "xla"

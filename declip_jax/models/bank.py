@@ -43,7 +43,7 @@ def nearest(
   chosen = []
   for _ in range(count):  # top_k would gather the similarities of all devices on each device
     chosen.append(jnp.argmax(similarity, axis=-1))
-    similarity = jnp.where(jnp.arange(size) == chosen[-1][..., None], -jnp.inf, similarity)
+    similarity = jnp.where(jnp.arange(size)[None, None] == chosen[-1][..., None], -jnp.inf, similarity)
   index = jnp.stack(chosen, axis=-1)
   found = jax.vmap(lambda rows, chosen: rows[chosen])(bank.entries, index)
   age = jnp.where(index < bank.filled, (bank.pointer - 1 - index) % size // written + 1, 0)

@@ -49,5 +49,9 @@ class BatchNorm(nn.Module):
         unbiased = var * (count / max(count - 1, 1))
         for running, batch in ((running_mean, mean), (running_var, unbiased)):
           running.value = self.momentum * running.value + (1 - self.momentum) * batch.mean(tuple(range(x.ndim - 1)))
+    axes = tuple(range(x.ndim - 1))
+    mean, var, scale, bias = (
+      jnp.expand_dims(value, axes) if jnp.ndim(value) == 1 else value for value in (mean, var, scale, bias)
+    )
     y = (x - mean) * (scale / jnp.sqrt(var + self.epsilon)) + bias
     return y.reshape(shape).astype(self.dtype)

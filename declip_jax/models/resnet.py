@@ -62,7 +62,7 @@ class AttentionPool(nn.Module):
     x = rearrange(x, "b h w c -> b (h w) c")
     x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)
     init = nn.initializers.normal(width**-0.5)
-    x = x + self.param("position_embedding", init, x.shape[1:]).astype(x.dtype)
+    x = x + self.param("position_embedding", init, x.shape[1:])[None].astype(x.dtype)
     bias = torch_uniform(width)
     dense = partial(nn.Dense, width, dtype=self.dtype, kernel_init=init, bias_init=bias)
     split = partial(rearrange, pattern="b n (h e) -> b n h e", h=self.heads)

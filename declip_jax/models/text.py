@@ -85,7 +85,7 @@ class TextTransformer(nn.Module):
 
   def encode(self, tokens: Int[Array, "b n"], bidirectional: bool = False) -> Float[Array, "b n f"]:
     """States of all positions, before the final norm."""
-    positions = self.position_embedding[: tokens.shape[1]].astype(self.dtype)
+    positions = self.position_embedding[None, : tokens.shape[1]].astype(self.dtype)
     lengths = self.end(tokens) + 1 if bidirectional else None
     return self.transformer(self.token_embedding(tokens) + positions, lengths)
 

@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from declip_jax.models.regnet import RegNetY
 from declip_jax.models.resnet import ModifiedResNet
-from declip_jax.models.text import TextTransformer
 from declip_jax.models.vit import ViT
 from declip_jax.types import Batch, Features, Views
 
@@ -33,9 +32,9 @@ class Towers(nn.Module):
   """
 
   image: nn.Module
-  text: TextTransformer | None
-  mean: tuple[float, float, float]
-  std: tuple[float, float, float]
+  text: nn.Module | None
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
   lock_image: bool = False
   mlm_attention: str = "causal"
   dtype: Any = jnp.float32
@@ -81,11 +80,12 @@ class Towers(nn.Module):
 
   def normalise(self, images: UInt8[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
     """Pixels normalised by the mean and the standard deviation of the config."""
-    mean, std = (255 * jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
+    axes = tuple(range(images.ndim - 1))
+    mean, std = (jnp.expand_dims(255 * jnp.asarray(x, jnp.float32), axes) for x in (self.mean, self.std))
     return (images.astype(jnp.float32) - mean) / std
 
   def _valid(self, tokens: Int[Array, "b t"]) -> Bool[Array, "b t"]:
-    return jnp.arange(tokens.shape[1]) <= self.text.end(tokens)[:, None]
+    return jnp.arange(tokens.shape[1])[None] <= self.text.end(tokens)[:, None]
 
   def _encode_views(
     self, pixels: Float[Array, "b v h w c"], train: bool, hidden: Bool[Array, "b v n"] | None = None
@@ -130,7 +130,7 @@ class Towers(nn.Module):
   def _hidden(self, pixels: Float[Array, "b v h w c"], view: int, position: Int[Array, "b m"]) -> Bool[Array, "b v n"]:
     """Which patches of which views are hidden."""
     count = (pixels.shape[2] // self.image.stride) * (pixels.shape[3] // self.image.stride)
-    here = (position[..., None] == jnp.arange(count)).any(axis=1)
+    here = (position[..., None] == jnp.arange(count)[None, None]).any(axis=1)
     return jnp.zeros((*pixels.shape[:2], count), bool).at[:, view].set(here)
 
   def _patches(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b n e"]:

@@ -107,7 +107,7 @@ class QueryKeyValue(nn.Module):
     bias = self.param("bias", self.bias_init, (3 * width,))
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
     kernels = rearrange(kernel, "f (three h e) -> three f h e", three=3, h=self.heads)
-    biases = rearrange(bias, "(three h e) -> three h e", three=3, h=self.heads)
+    biases = rearrange(bias, "(three h e) -> three 1 1 h e", three=3, h=self.heads)
     return [jnp.einsum("bnf,fhe->bnhe", x, kernels[part]) + biases[part] for part in range(3)]
 
 

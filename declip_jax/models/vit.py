@@ -67,11 +67,11 @@ class ViT(nn.Module):
     )(patches)
     if hidden is not None:
       mask = self.param("mask_embedding", nn.initializers.normal(0.02), (self.width,))
-      x = jnp.where(hidden[..., None], mask.astype(x.dtype), x)
+      x = jnp.where(hidden[..., None], mask[None, None].astype(x.dtype), x)
     token = self.param("class_embedding", class_init, (self.width,))
     x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width)), x], axis=1)
     position_init = nn.initializers.normal(0.01) if self.initializer == "openai_text" else class_init
-    x = x + self.param("position_embedding", position_init, x.shape[1:]).astype(x.dtype)
+    x = x + self.param("position_embedding", position_init, x.shape[1:])[None].astype(x.dtype)
     if self.pre_norm:
       x = self._norm("pre_norm")(x)
     x = Transformer(

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 KINDS = ("plain", "chunked", "ring")
 # Bytes of similarities on a device up to which "auto" takes the whole matrix, and the size of a chunk above that. A
@@ -160,9 +160,10 @@ def _plain_log_sums(
   return sums(x, constant(y), 3), sums(constant(x), y, 2) if columns else None
 
 
-def _is_pair(matrix: Float[Array, "v u b n"], row: Any, column: Any) -> Array:
+def _is_pair(matrix: Float[Array, "v u b n"], row: Any, column: Any) -> Bool[Array, "1 1 b n"]:
   """Whether a row and a column have the same index, in the block that begins at `row` and `column`."""
-  return (row + jnp.arange(matrix.shape[2]))[:, None] == column + jnp.arange(matrix.shape[3])
+  own = (row + jnp.arange(matrix.shape[2]))[:, None] == (column + jnp.arange(matrix.shape[3]))[None]
+  return own[None, None]
 
 
 def _without_self(matrix: Float[Array, "v u b n"], row: Any, column: Any) -> Float[Array, "v u b n"]:

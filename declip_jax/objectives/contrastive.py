@@ -59,7 +59,7 @@ def info_nce(
     candidates = columns * (scale / jax.lax.stop_gradient(scale))
   found = log_sums(queries, candidates, method, full_gradient=full_gradient, columns=symmetric)
   sides = ((queries, constant(candidates)), (constant(queries), candidates))[: 1 + symmetric]
-  own = jnp.arange(rows.shape[1])
+  own = jnp.arange(rows.shape[1])[None, None]
   losses, smoothings, accuracies = [], [], []
   for sums, (x, y) in zip(found, sides, strict=False):
     positive = jnp.einsum("vbd,ubd->vub", x, y, precision=jax.lax.Precision.HIGHEST)

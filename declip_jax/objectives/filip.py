@@ -70,8 +70,8 @@ def late_interaction(
   def compare(tokens: Float[Array, "c t e"], valid: Bool[Array, "c t"]) -> tuple[Float[Array, "b c"], ...]:
     likeness = jnp.einsum("bne,cte->bnct", image_tokens, tokens)
     count = jnp.maximum(valid.sum(axis=-1), 1)
-    image_to_text = _largest(jnp.where(valid, likeness, -jnp.inf), axis=3).mean(axis=1)
-    text_to_image = jnp.where(valid, _largest(likeness, axis=1), 0).sum(axis=-1) / count
+    image_to_text = _largest(jnp.where(valid[None, None], likeness, -jnp.inf), axis=3).mean(axis=1)
+    text_to_image = jnp.where(valid[None], _largest(likeness, axis=1), 0).sum(axis=-1) / count[None]
     return image_to_text, text_to_image
 
   cost = image_tokens.shape[0] * image_tokens.shape[1] * text_tokens.shape[1]

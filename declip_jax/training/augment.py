@@ -221,7 +221,7 @@ def _three_boxes(radius: Scalar | float, greatest_radius: float, size: int) -> F
   box = jnp.zeros((size, size))
   for offset in range(-reach, reach + 1):
     weight = jnp.where(abs(offset) <= whole, 1, jnp.where(abs(offset) == whole + 1, edge, 0))
-    box += weight * (jnp.clip(place + offset, 0, size - 1)[:, None] == place)
+    box += weight * (jnp.clip(place + offset, 0, size - 1)[:, None] == place[None])
   return jnp.linalg.matrix_power(box / (2 * whole + 1 + 2 * edge), 3)
 
 

@@ -7,7 +7,7 @@ Adding a setting takes two places: its default in `config._optimizer` and a fiel
 optimiser takes one: its function, listed in `OPTIMIZERS`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
 from functools import partial
 import math
@@ -90,7 +90,7 @@ class OptimizerSettings:
       raise ValueError(f"config.optimizer.logit_scale_range={bounds!r}: two numbers, ascending, or ()")
 
 
-def check_name(field: str, name: str, known: Mapping[str, Any]) -> None:
+def check_name(field: str, name: str, known: Collection[str]) -> None:
   """Rejects a name that is not in a table.
 
   Raises:

@@ -13,13 +13,12 @@ from declip_jax.sharding import shard_like
 from declip_jax.types import Batch, BatchShapes
 
 Tree = Any
+Leaf = Any  # an array; or its shape, its sharding and so on, in trees that describe a state
 
 
 @struct.dataclass
 class State:
   """The input and output of a step. Random keys are not part of it: they are derived from the step.
-
-  As a tree of shapes, its leaves are `jax.ShapeDtypeStruct`s with shardings.
 
   Attributes:
     step: number of steps taken or skipped, int32.
@@ -32,11 +31,11 @@ class State:
       `step.is_spike`.
   """
 
-  step: jax.Array
+  step: Leaf
   params: Tree
   opt_state: Tree
   collections: Tree
-  skipped: dict[str, jax.Array]
+  skipped: dict[str, Leaf]
 
 
 def init_state(seed: int, batch: Batch, *, model: Model, optimizer: optax.GradientTransformation) -> State:

@@ -340,7 +340,7 @@ def test_crop_box_falls_back_to_the_centre():
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_crops_equal_torchvision(interpolation):
   for box, golden in zip(GOLDEN["crop_boxes"], GOLDEN[f"crop_{interpolation}"], strict=True):
-    crop = Crop(tuple(box), 64, 64, 0, 0, 64)
+    crop = Crop(tuple(map(int, box)), 64, 64, 0, 0, 64)
     np.testing.assert_array_equal(exact.cut(IMAGE, 1, crop, interpolation)[::2, 16:48], golden)
     mean, largest = difference(fast.cut(IMAGE, 1, crop, interpolation)[::2, 16:48], golden)
     assert mean < 1.1
@@ -532,7 +532,7 @@ def test_adjustments_that_are_put_together_are_those_one_by_one():
 
 def test_the_whole_chain_is_close_to_torchvision():
   plan = images.ViewParams(
-    Crop(tuple(GOLDEN["chain_box_tlhw"]), 64, 64, 0, 0, 64),
+    Crop(tuple(map(int, GOLDEN["chain_box_tlhw"])), 64, 64, 0, 0, 64),
     tuple(zip(OPERATIONS, GOLDEN["chain_factors_bcsh"], strict=True)),
     blur=float(GOLDEN["chain_blur_radius"]),
     flip=True,

@@ -24,13 +24,13 @@ def written(golden, start, overflow):
   """The bank after a step of DeCLIP, which stores its second text first."""
   new = golden_bank(golden, start)
   for text in ("text2", "text1"):
-    new = bank.push(new, golden[f"nn/{text}"], overflow)
+    new = bank.push(new, jnp.asarray(golden[f"nn/{text}"]), overflow)
   return new
 
 
 def test_finds_what_declip_finds(golden):
   for text in ("text1", "text2"):
-    found, _ = bank.nearest(golden_bank(golden, "nn"), golden[f"nn/{text}"], 1, 1)
+    found, _ = bank.nearest(golden_bank(golden, "nn"), jnp.asarray(golden[f"nn/{text}"]), 1, 1)
     np.testing.assert_array_equal(found[0], golden[f"nn/nn_{text}"])
     np.testing.assert_array_equal(found[0], golden["nn/bank_before"][golden[f"nn/nn_index_{text}"]])
 
@@ -68,7 +68,7 @@ def test_keeps_the_newest_rows_of_a_stream_in_each_bank(groups):
   current, seen = bank.random(jax.random.key(0), groups, size, 3), [[] for _ in range(groups)]
   for count in (3, 3, 1, 7, 2, 5):
     rows = rng.normal(size=(groups * count, 3)).astype(np.float32)
-    current = bank.push(current, rows)
+    current = bank.push(current, jnp.asarray(rows))
     for part, new in zip(seen, np.split(rows, groups), strict=True):
       part += list(new)
     assert current.filled == min(len(seen[0]), size)

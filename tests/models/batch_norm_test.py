@@ -9,7 +9,7 @@ from declip_jax.models.batch_norm import BatchNorm
 
 
 def run(groups, x, affine=True):
-  module = BatchNorm(groups=groups, affine=affine)
+  module, x = BatchNorm(groups=groups, affine=affine), jnp.asarray(x)
   variables = module.init(jax.random.key(0), x, True)
   y, new = jax.jit(lambda x: module.apply(variables, x, True, mutable=["batch_stats"]))(x)
   return variables, np.asarray(y), new["batch_stats"]

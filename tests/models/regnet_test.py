@@ -110,7 +110,7 @@ def test_refuses_parameters_that_make_no_network(parameters, named):
 def tiny():
   """timm's numbers, variables with its weights, images."""
   golden = reference.load("regnet")
-  return golden, from_timm(reference.below(golden, "sd/")), reference.pixels(golden["images"])[:, 0]
+  return golden, from_timm(reference.below(golden, "sd/")), jnp.asarray(reference.pixels(golden["images"])[:, 0])
 
 
 def differentiate(variables, images, remat):

@@ -12,10 +12,10 @@ def test_attention_pool_equals_loops():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(batch, side, side, width)).astype(np.float32)
   module = AttentionPool(heads=heads, dtype=jnp.float32)
-  params = module.init(jax.random.key(0), x)["params"]
+  params = module.init(jax.random.key(0), jnp.asarray(x))["params"]
   params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
   each = width // heads
-  for image, found in zip(x, module.apply({"params": params}, x), strict=True):
+  for image, found in zip(x, module.apply({"params": params}, jnp.asarray(x)), strict=True):
     cells = [image[row, column] for row in range(side) for column in range(side)]
     tokens = np.stack([np.mean(cells, axis=0), *cells]) + params["position_embedding"]
     query, key, value = (tokens @ params[n]["kernel"] + params[n]["bias"] for n in ("query", "key", "value"))

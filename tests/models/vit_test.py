@@ -86,12 +86,11 @@ def test_each_layer_is_drawn_by_its_own_rule_and_key(tiny):
 
 def test_hidden_patches_do_not_reach_the_output_and_their_places_do():
   vit = ViT(patch=4, width=16, depth=1, heads=2)
-  images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
-  hidden = np.array([[True, False, False, False], [False, False, False, True]])
+  images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+  hidden = jnp.array([[True, False, False, False], [False, False, False, True]])
   variables = vit.init(jax.random.key(0), images, False, hidden)
   encode = jax.jit(lambda images, hidden: vit.apply(variables, images, False, hidden))
-  changed = images.copy()
-  changed[0, :4, :4] += 1  # under the first patch of the first image
+  changed = images.at[0, :4, :4].add(1)  # under the first patch of the first image
   feature, tokens = encode(images, hidden)
   again = encode(changed, hidden)
   np.testing.assert_array_equal(feature, again[0])

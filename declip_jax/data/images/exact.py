@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from declip_jax.data.images.geometry import Crop
-from declip_jax.data.images.photo import Pixels
+from declip_jax.data.images.photo import Pixels, View
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _ENHANCE = {
@@ -16,7 +16,7 @@ _ENHANCE = {
 }
 
 
-def cut(pixels: Pixels, times: int, crop: Crop, interpolation: str) -> Pixels:
+def cut(pixels: Pixels, times: int, crop: Crop, interpolation: str) -> View:
   """Cuts out a view, `[size size 3]`; `times` must be 1, for this engine decodes at full resolution only."""
   assert times == 1
   top, left, height, width = crop.box

@@ -13,7 +13,7 @@ from jaxtyping import Float32, Float64, UInt8
 import numpy as np
 
 from declip_jax.data.images.geometry import Crop
-from declip_jax.data.images.photo import Pixels
+from declip_jax.data.images.photo import Pixels, View
 
 _SAMPLING = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 _REACH = {"bilinear": 1, "bicubic": 2}  # of the kernels, in pixels
@@ -25,7 +25,7 @@ _TRUNCATE = -0.499  # added before OpenCV rounds to nearest, for Pillow truncate
 LEAST_FACTOR = 1.5
 
 
-def cut(pixels: Pixels, times: int, crop: Crop, interpolation: str) -> Pixels:
+def cut(pixels: Pixels, times: int, crop: Crop, interpolation: str) -> View:
   """Cuts out a view, `[size size 3]`.
 
   Where it reduces, Pillow widens its kernel and OpenCV does not. So the image is filtered before with the few taps that

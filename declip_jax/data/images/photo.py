@@ -14,6 +14,7 @@ import simplejpeg
 from declip_jax.data.sources.base import BadSample
 
 Pixels = UInt8[np.ndarray, "h w 3"]
+View = UInt8[np.ndarray, "size size 3"]
 
 MAX_PIXELS = 2**26  # 8192 x 8192, 192 MiB decoded: more is a decompression bomb to us
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from declip_jax.data.images import exact, fast
 from declip_jax.data.images.geometry import CROP_RATIO, Crop, centre_crop, random_resized_crop, square_crop
-from declip_jax.data.images.photo import Photo, Pixels, open_photo
+from declip_jax.data.images.photo import Photo, Pixels, View, open_photo
 
 EngineName = Literal["exact", "fast"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -32,7 +32,7 @@ class Engine:
     least_factor: decoded pixels that it wants for each of the view, along each axis; infinity wants all there are.
   """
 
-  cut: Callable[[Pixels, int, Crop, str], Pixels]
+  cut: Callable[[Pixels, int, Crop, str], View]
   jitter: Callable[[Pixels, Sequence[tuple[str, float]]], Pixels]
   grayscale: Callable[[Pixels], Pixels]
   blur: Callable[[Pixels, float], Pixels]

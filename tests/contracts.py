@@ -1,0 +1,37 @@
+"""Annotations as contracts: shapes, dtypes and types of every call in packages that handle arrays are checked."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+CHECKED = (
+  "declip_jax.types",
+  "declip_jax.unit_norm",
+  "declip_jax.sharding",
+  "declip_jax.models",
+  "declip_jax.objectives",
+  "declip_jax.data.images.exact",
+  "declip_jax.data.images.fast",
+  "declip_jax.data.images.geometry",
+  "declip_jax.data.images.photo",
+  "declip_jax.data.patches",
+  "declip_jax.training",
+  "declip_jax.evals",
+  "declip_jax.weights",
+  "declip_jax.planning",
+  "declip_jax.clip",
+)
+
+
+def check_calls() -> None:
+  """Turns the checks on for modules that are imported from here on; a violation raises `jaxtyping.TypeCheckError`."""
+  install_import_hook(CHECKED, "contracts.check")
+
+
+def check(function: Callable[..., Any]) -> Callable[..., Any]:
+  """beartype's decorator, where an int is a float, and without Self, which it knows in classes that it decorates."""
+  hints = getattr(function, "__annotations__", {})
+  hints |= {name: Any for name, hint in hints.items() if hint is Self}
+  return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
