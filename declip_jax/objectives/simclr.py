@@ -25,7 +25,7 @@ def nt_xent(
   # An anchor is not its own candidate.
   found, _ = log_sums(views / temperature, views, method, without_self=True, columns=False)
   positive = jnp.einsum("bd,bd->b", *views, precision=jax.lax.Precision.HIGHEST) / temperature
-  loss = (jax.nn.logsumexp(found.log_sum, axis=1) - positive).mean()
+  loss = (jax.nn.logsumexp(found.log_sum, axis=1) - positive[None]).mean()
   # On a tie with a candidate of its own view the other view wins, which is first in SLIP's argmax.
   in_other_view, own = found.top[0, 1] >= found.top[0, 0], found.best[0, 1] == jnp.arange(views.shape[1])
   return loss, {"simclr_accuracy": jnp.mean(in_other_view & own)}
