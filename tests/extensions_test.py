@@ -19,8 +19,13 @@ from tiny import tiny_config
 
 from declip_jax import architectures, build, config, config_files
 from declip_jax.clip import load
+from declip_jax.data.convert import convert
 from declip_jax.data.images import EvalView
+from declip_jax.data.inspect import guess
+from declip_jax.data.mixture import Mixture
+from declip_jax.data.pipeline import training_samples
 from declip_jax.data.recipes import RECIPES
+from declip_jax.data.sources import SOURCES, Example, open_source
 from declip_jax.evals import EVALUATORS
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.features import SourceFeatures
@@ -195,6 +200,41 @@ def test_an_image_tower_takes_2_places(places: Places) -> None:
   assert state.params["towers"]["image"]["Conv_0"]["kernel"].shape == (8, 8, 3, 24)
   assert "loss/clip" in metrics
   assert len(places) == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ToySource:
+  """Squares of one grey level, with class and caption."""
+
+  name: str
+  classnames: tuple[str, ...] = ("dark", "bright")
+  stamp: str = "toy"
+
+  @property
+  def skipped(self) -> dict[str, int]:
+    return {}
+
+  def __len__(self) -> int:
+    return 12
+
+  def __getitem__(self, index: int) -> Example:
+    label = index % 2
+    pixels = np.full((16, 16, 3), 20 + 200 * label, np.uint8)
+    return Example(image=pixels, captions=(f"a {self.classnames[label]} square",), label=label, id=f"toy:{index}")
+
+
+def test_a_source_takes_1_place(places: Places, tmp_path: Path) -> None:
+  places.add(SOURCES, "toy", lambda location: ToySource(f"toy:{location}"))
+  source = open_source("heldout:50%:toy:squares")
+  assert [len(source), source.classnames] == [6, ("dark", "bright")]
+  assert guess("toy:squares") == "toy:squares"
+  assert convert("toy:squares", tmp_path, shards=1, workers=1)["count"] == 12
+  converted = open_source(f"arrayrecord:{tmp_path}/*.array_record")
+  assert converted[1]["captions"] == ("a bright square",)
+  c = tiny_config("clip", train=("toy:squares",))
+  samples = training_samples(Mixture((open_source(*c.data.train),)), build.build(c).make_views, seed=0)
+  assert samples[0]["image"].shape == (1, 16, 16, 3)
+  assert len(places) == 1
 
 
 def toy_evaluator(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 import io
+import json
 import pathlib
 import struct
 import warnings
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 import pytest
 
+from declip_jax.config import OPENAI_MEAN, OPENAI_STD
 from declip_jax.data import images
 from declip_jax.data.images import exact, fast, geometry, photo
 from declip_jax.data.images.geometry import Crop
@@ -754,3 +756,13 @@ def test_views_of_any_image_are_contiguous_and_writable(shape, engine):
       assert view.dtype == np.uint8
       assert view.flags.c_contiguous
       assert view.flags.writeable
+
+
+def test_means_and_deviations_equal_published_ones():
+  """CLIP's, as a run of an earlier version stored them, and on a scale of 255 as in MMPretrain; and ImageNet's."""
+  model = json.loads((pathlib.Path(__file__).parents[1] / "fixtures" / "config_6279b88.json").read_text())["model"]
+  assert (tuple(model["mean"]), tuple(model["std"])) == (OPENAI_MEAN, OPENAI_STD)
+  np.testing.assert_allclose(255 * np.array(OPENAI_MEAN), [122.771, 116.746, 104.093], atol=1e-3)
+  np.testing.assert_allclose(255 * np.array(OPENAI_STD), [68.500, 66.632, 70.323], atol=1e-3)
+  mean, std = images.IMAGENET_MEAN_STD
+  assert [round(255 * level, 3) for level in (*mean, *std)] == [123.675, 116.28, 103.53, 58.395, 57.12, 57.375]

@@ -68,6 +68,14 @@ def test_clean_equals_the_long_way(alphabet, count):
     assert tokenizers.clean(text) == _clean_slowly(text), repr(text)
 
 
+@pytest.mark.parametrize(
+  ("text", "expected"), [("a < b &amp;amp; c", "a < b & c"), ("<i>&amp;eacute;t&amp;eacute;</i>", "<i>été</i>")]
+)
+def test_entities_are_decoded_twice(text, expected):
+  """ftfy decodes no entities in texts with a <, so both decodings are `clean`'s own."""
+  assert tokenizers.clean(text) == expected
+
+
 def test_known_ids():
   row = tokenizers.Tokenizer()(["A photo of\na  DOG"])[0]
   assert row.dtype == np.int32
