@@ -172,7 +172,7 @@ def uninterrupted(tmp_path_factory) -> dict[str, bytes]:
   return contents(output)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_an_interrupted_conversion_goes_on_and_gives_the_same_bytes(tmp_path, uninterrupted, number):
   output = tmp_path / "out"
   command = [sys.executable, "-m", "declip_jax.data.convert", SCENES, str(output), "--shards=2", "--workers=1"]
@@ -198,6 +198,7 @@ def test_an_interrupted_conversion_goes_on_and_gives_the_same_bytes(tmp_path, un
   assert contents(output) == uninterrupted
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_processes_start_is_told_in_one_line(tmp_path):
   command = [sys.executable, "-m", "declip_jax.data.convert", "scenes:test/99999/16", str(tmp_path / "out")]
   process = subprocess.Popen([*command, "--shards=9", "--workers=2"], stderr=subprocess.PIPE, **HEARS_CTRL_C)
@@ -266,7 +267,14 @@ def test_what_the_user_can_correct_is_one_line(shards, tmp_path):
   assert f"{output}/dataset.json" in error("scenes:test/10/16", output)
 
 
-@pytest.mark.parametrize("arguments", [["scenes:test/10/16", "OUT", "--workers=0"], ["scenes:none", "OUT"], ["one"]])
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    ["scenes:none", "OUT"],
+    pytest.param(["scenes:test/10/16", "OUT", "--workers=0"], marks=pytest.mark.slow),
+    pytest.param(["one"], marks=pytest.mark.slow),
+  ],
+)
 def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path, arguments):
   command = [sys.executable, "-m", "declip_jax.data.convert", *arguments]
   done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -346,6 +354,7 @@ def test_an_interrupted_conversion_to_a_url_goes_on(shards, tmp_path, bucket, mo
   assert list((tmp_path / "temporary").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_workers_write_to_a_url_and_what_renames_files_never_shows_half_of_one(shards, tmp_path, monkeypatch):
   (tmp_path / "temporary").mkdir()
   monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))  # of the workers

@@ -96,7 +96,7 @@ def test_seed_changes_order_and_augmentation() -> None:
   assert not set(a["random"]) & set(b["random"])
 
 
-@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_stream_and_resumption_do_not_depend_on_workers(workers: int) -> None:
   whole = read(pipeline.TrainStream(rows(Numbers(50)), 8), 12)
   stream = pipeline.TrainStream(rows(Numbers(50)), 8)
@@ -261,7 +261,7 @@ def test_dead_worker_is_an_error_within_seconds() -> None:
 # Decoupled: self-supervision on images of a second stream.
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_decoupled_stream_and_resumption_do_not_depend_on_workers(workers: int) -> None:
   mixed = {"first": Numbers(50), "weights": (0.5, 0.5), "seed": 3}
   others = Numbers(23, first=100, broken=(4,)), Numbers(31, first=150)
@@ -392,19 +392,24 @@ def test_prefetch_gives_states_and_passes_errors_on() -> None:
   batches.close()
 
 
-@pytest.mark.parametrize("batch_size", [4, 16])
-@pytest.mark.parametrize("hosts", [1, 2])
-def test_evaluation_is_in_order_padded_and_masked(batch_size: int, hosts: int) -> None:
+@pytest.mark.parametrize(
+  ("batch_size", "hosts", "workers"),
+  [(4, 1, 0), (16, 1, 0), (4, 2, 0), (16, 2, 0), pytest.param(4, 2, 2, marks=pytest.mark.slow)],
+)
+def test_evaluation_is_in_order_padded_and_masked(batch_size: int, hosts: int, workers: int) -> None:
   source = Numbers(11, broken=(3,))
-  parts = [
-    list(pipeline.EvaluationBatches(source, batch_size, images.EvalView(2), rows))
+  of_hosts = [
+    list(pipeline.EvaluationBatches(source, batch_size, images.EvalView(2), rows, workers))
     for rows in np.array_split(np.arange(batch_size), hosts)
   ]
-  assert len({len(part) for part in parts}) == 1
-  rows = [np.concatenate([batch["mask"] for batch in batches]) for batches in zip(*parts, strict=True)]
-  mask = np.concatenate(rows)
-  labels = np.concatenate([batch["label"] for batches in zip(*parts, strict=True) for batch in batches])
-  pixels = np.concatenate([batch["image"][:, 0, 0, 0] for batches in zip(*parts, strict=True) for batch in batches])
+  assert len({len(batches) for batches in of_hosts}) == 1
+  batches = [batch for same in zip(*of_hosts, strict=True) for batch in same]
+  assert {(batch["image"].shape, batch["image"].dtype.name) for batch in batches} == {
+    ((batch_size // hosts, 2, 2, 3), "uint8")
+  }
+  assert {(batch["label"].dtype.name, batch["mask"].dtype.name) for batch in batches} == {("int32", "bool")}
+  mask, labels = (np.concatenate([batch[name] for batch in batches]) for name in ("mask", "label"))
+  pixels = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
   kept = [value for value in range(11) if value != 3]
   np.testing.assert_array_equal(np.flatnonzero(mask), kept)
   np.testing.assert_array_equal(pixels[mask], kept)

@@ -95,6 +95,7 @@ def test_splits(folder):
     open_huggingface(f"{folder}/one?root=x")
 
 
+@pytest.mark.slow
 def test_pickles_small_and_works_in_another_process(folder):
   source = open_huggingface(f"{folder}/one")
   pickled = pickle.dumps(source)

@@ -420,15 +420,15 @@ def test_table_and_images_behind_urls(tmp_path, monkeypatch):
 
 def test_a_table_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
   write_images(tmp_path, "a.jpg")
-  lines = [f"a.jpg,caption {number},{number % 7}" for number in range(100_000)]
+  lines = [f"a.jpg,caption {number},{number % 7}" for number in range(20_000)]
   path = write(tmp_path / "t.csv", "image,caption,label", *lines)
   source = open_table(path)
   opened = []
   open_stream = files.open_stream
   monkeypatch.setattr(files, "open_stream", lambda path: opened.append(path) or open_stream(path))
   again = open_table(path)
-  assert (len(again), opened) == (100_000, [])
-  for index in (0, 4095, 4096, 77_777, 99_999):
+  assert (len(again), opened) == (20_000, [])
+  for index in (0, 4095, 4096, 17_777, 19_999):
     assert (
       source[index]
       == again[index]
@@ -439,7 +439,7 @@ def test_a_table_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
         "id": f"t.csv:{index + 2}",
       }
     )
-  order = np.random.default_rng(0).integers(100_000, size=2000)
+  order = np.random.default_rng(0).integers(20_000, size=2000)
   with ThreadPoolExecutor(8) as pool:
     assert [example["captions"] for example in pool.map(source.__getitem__, order)] == [
       (f"caption {i}",) for i in order

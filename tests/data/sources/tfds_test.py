@@ -195,6 +195,7 @@ def test_index_out_of_range(folders):
       source[index]
 
 
+@pytest.mark.slow
 def test_crosses_to_a_process_without_tensorflow_or_the_builder(folders):
   source = open_tfds(f"{folders['Tiny']}:train")
   assert source[0]["id"] == "tiny/1.0.0/train:0"

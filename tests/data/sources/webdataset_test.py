@@ -544,6 +544,7 @@ def test_builders_that_share_a_folder_share_the_work(many, monkeypatch):
   assert scanned.total() < 90  # of 150
 
 
+@pytest.mark.slow
 def test_where_other_processes_cannot_read_the_shards_this_one_does(many, bucket, monkeypatch, caplog):
   for path in patterns.expand(many):
     bucket.pipe(f"/bucket/{Path(path).name}", Path(path).read_bytes())

@@ -87,7 +87,7 @@ def test_of_two_processes_that_want_a_file_one_copies_it_and_a_killed_one_is_rep
   killed = fetching(remote_file)
   assert killed.stdout.readline() == "read\n"
   others = [fetching(remote_file) for _ in range(2)]
-  assert not select.select([process.stdout for process in others], [], [], 3.0)[0]  # they wait
+  assert not select.select([process.stdout for process in others], [], [], 1.0)[0]  # they wait
   killed.kill()
   killed.communicate()
   (first,), *_ = select.select([process.stdout for process in others], [], [], 30.0)

@@ -115,7 +115,7 @@ def test_a_script_without_a_main_guard_is_not_run_again(write, tmp_path):
   assert len(list((tmp_path / "made").iterdir())) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_processes_end_with_the_one_that_started_them(write, tmp_path, number):
   process = script(tmp_path, "is slow")
   pid = tmp_path / "made" / "pid"
