@@ -3,11 +3,10 @@
 A command defines its flags in `main()` and calls `run`. This module imports no JAX.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import re
 import sys
 import textwrap
-from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -122,22 +121,12 @@ def check_field(config: ConfigDict, field: str, value: str) -> None:
   Raises:
     ValueError: `config` has no such field; names the closest ones. Or the field has fields itself.
   """
-  known = dict(_fields(config))
+  known = dict(config_files.fields(config))
   if field in known:
     if isinstance(known[field], ConfigDict) and value and not value.startswith("{"):
       raise ValueError(f"config.{field} cannot be {value!r}, since it has fields: {', '.join(known[field])}")
     return
-  leaf = field.rpartition(".")[2]
-  same = [name for name in known if name.rpartition(".")[2] == leaf]
-  close = f"; did you mean {' or '.join(same[:3])}?" if same else config_files.did_you_mean(field, known)
-  raise ValueError(f"the config has no field {field!r}{close}")
-
-
-def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for name, value in config.items(preserve_field_references=True):
-    yield f"{prefix}{name}", value
-    if isinstance(value, ConfigDict):
-      yield from _fields(value, f"{prefix}{name}.")
+  raise ValueError(config_files.no_field(config, field))
 
 
 def _one_line(error: Exception) -> str:

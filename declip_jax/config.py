@@ -340,7 +340,7 @@ def steps_of(length: ConfigDict, *, name: str, batch_size: int, epoch_examples: 
 
 
 # Fields of old config.json files and their names today; "*" is any name. What follows a path moves with it.
-_RENAMED = {
+RENAMED = {
   "weights.*": "objective.*.weight",
   "weight_schedule.*": "objective.*.schedule",
   "terms.*": "objective.*",
@@ -367,7 +367,7 @@ def from_json(text: str) -> ConfigDict:
   """
   config = parse_json(text)
   with config.unlocked():
-    for old, new in _RENAMED.items():
+    for old, new in RENAMED.items():
       _rename(config, old.split("."), new.split("."))
   known = default()
   if unknown := sorted(_unknown(config, known)):
@@ -387,7 +387,7 @@ def parse_json(text: str) -> ConfigDict:
 
 
 def _rename(config: ConfigDict, old: list[str], new: list[str]) -> None:
-  """Moves the field or subtree at a path of `_RENAMED` to its new path, and drops what is empty afterwards."""
+  """Moves the field or subtree at a path of `RENAMED` to its new path, and drops what is empty afterwards."""
   parent = config
   for name in old[:-1]:
     parent = parent.get(name)

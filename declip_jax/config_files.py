@@ -9,7 +9,7 @@ parameter is called `arg` gets the whole text and parses it itself.
 """
 
 import ast
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from difflib import get_close_matches
 import importlib
 import importlib.util
@@ -22,6 +22,8 @@ from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from declip_jax import config
 
 _FOLDER = (Path(__file__).parent / "configs").resolve()  # in a checkout, the one at the top
 _WHOLE_TEXT = ("arg", "config_string")  # ml_collections' own convention: one string
@@ -87,14 +89,14 @@ def load(text: str) -> ConfigDict:
     raise ValueError(_where(error, path)) from error
   given = _arguments(get_config, name, arguments) if colon else {}
   try:
-    config = get_config(**given)
+    made = get_config(**given)
   except ValueError:
     raise  # the value of an argument is wrong, and the message says how
   except Exception as error:
     raise ValueError(_where(error, path)) from error
-  if not isinstance(config, ConfigDict):
-    raise ValueError(f"{name}: get_config returned {type(config).__name__}, not a ConfigDict")
-  return config
+  if not isinstance(made, ConfigDict):
+    raise ValueError(f"{name}: get_config returned {type(made).__name__}, not a ConfigDict")
+  return made
 
 
 def _arguments(get_config: Callable[..., Any], name: str, text: str) -> dict[str, Any]:
@@ -134,7 +136,37 @@ def _where(error: Exception, path: Path) -> str:
   files = {path, path.resolve()}
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) in files]
   place = f"{path}, line {lines[-1]}" if lines else str(path)
-  return f"{place}: {type(error).__name__}: {' '.join(str(error).split())}"
+  text = " ".join(str(error).split())
+  if isinstance(error, (AttributeError, KeyError)) and (field := re.match(r"""['"]*(?:Key ")?(\w+)['"]""", text)):
+    return f"{place}: {no_field(config.default(), field[1])}"  # ml_collections adds the whole config
+  return f"{place}: {type(error).__name__}: {text}"
+
+
+def no_field(c: ConfigDict, field: str) -> str:
+  """Returns the message that `c` has no `field` of this dotted path, with its new name or the closest fields."""
+  message = f"the config has no field {field!r}"
+  if renamed := [*_renamed(field)]:
+    return f"{message}; {', '.join(renamed)}"
+  known = [name for name, _ in fields(c)]
+  same = [name for name in known if name.rpartition(".")[2] == field.rpartition(".")[2]]
+  return message + (_or(same[:3]) if same else did_you_mean(field, known))
+
+
+def _renamed(field: str) -> Iterator[str]:
+  """Yields "OLD is now NEW" for each field of an older version that `field` names in full or in part."""
+  for old, new in config.RENAMED.items():
+    if match := re.fullmatch(re.escape(old).replace(r"\*", r"([\w.]+)"), field):
+      yield f"{field} is now {new.replace('*', match[1]) if '*' in new else new}"
+    elif old.startswith(f"{field}.") or old.endswith(f".{field}"):
+      yield f"{old} is now {new}".replace("*", "TERM")
+
+
+def fields(c: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields the dotted path and the value of each field and subtree."""
+  for name, value in c.items(preserve_field_references=True):
+    yield f"{prefix}{name}", value
+    if isinstance(value, ConfigDict):
+      yield from fields(value, f"{prefix}{name}.")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

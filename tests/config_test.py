@@ -78,7 +78,7 @@ def test_an_unknown_field_of_a_config_file_is_named(field: str) -> None:
 def test_the_changelog_has_every_renamed_field_and_the_citation_the_version() -> None:
   root = Path(__file__).parents[1]
   changelog = (root / "CHANGELOG.md").read_text()
-  for old, new in config._RENAMED.items():
+  for old, new in config.RENAMED.items():
     assert f"| `{old.replace('.*', '.TERM')}" in changelog, old
     assert f"| `{new.replace('.*', '.TERM')}" in changelog, new
   assert changelog.split("\n## ")[1].startswith(declip_jax.__version__)
