@@ -14,7 +14,7 @@ Letters used in shapes, here and everywhere:
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import jax
 
@@ -29,6 +29,9 @@ import jax
 #   label         int32 [b]             class, -1 for none (evaluation only)
 Batch = dict[str, jax.Array]
 BatchShapes = dict[str, jax.ShapeDtypeStruct]  # the same, without data
+
+
+Same = TypeVar("Same", bound="_Named")  # not `Self`, which the checker of annotations in tests cannot resolve
 
 
 class _Named:
@@ -58,7 +61,7 @@ class _Named:
   def __repr__(self) -> str:
     return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._entries.items())})"
 
-  def replace(self, **changes: Any) -> Self:
+  def replace(self: Same, **changes: Any) -> Same:
     """A copy with some entries changed or added, or removed by None."""
     return type(self)(**{**self._entries, **changes})
 
@@ -133,7 +136,7 @@ class _Arrays(_Named):
     return [(jax.tree_util.GetAttrKey(name), self._entries[name]) for name in self], tuple(self)
 
   @classmethod
-  def tree_unflatten(cls, names: tuple[str, ...], values: Iterable[Any]) -> Self:
+  def tree_unflatten(cls: type[Same], names: tuple[str, ...], values: Iterable[Any]) -> Same:
     new = object.__new__(cls)  # as it is: JAX also puts None and other placeholders in the place of arrays
     object.__setattr__(new, "_entries", dict(zip(names, values, strict=True)))
     return new
