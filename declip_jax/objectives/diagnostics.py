@@ -47,13 +47,16 @@ def diagnose(outputs: Outputs, kinds: Mapping[str, str], has_pooled: bool = True
 
 
 def _embeddings(outputs: Outputs, name: str) -> Metrics:
-  rows = unit_norm(getattr(outputs, name))
-  return {f"{name}/deviation": _deviation(rows, axis=1), f"{name}/rank": _effective_rank(rows)}
+  return _variation(name, unit_norm(getattr(outputs, name)))
 
 
 def _pooled(outputs: Outputs, name: str) -> Metrics:
-  uniformity = _uniformity(unit_norm(getattr(outputs, name))[0])
-  return {**_embeddings(outputs, name), f"{name}/uniformity": uniformity}
+  rows = unit_norm(getattr(outputs, name))
+  return {**_variation(name, rows), f"{name}/uniformity": _uniformity(rows[0])}
+
+
+def _variation(name: str, rows: Float[Array, "v b p"]) -> Metrics:
+  return {f"{name}/deviation": _deviation(rows, axis=1), f"{name}/rank": _effective_rank(rows)}
 
 
 def _tokens(outputs: Outputs, name: str) -> Metrics:
