@@ -59,7 +59,7 @@ def run(
 
 
 def report(error: Exception, note: str = "") -> int:
-  """Prints an error and returns the exit code that tells the user's errors from those of a disk or a network."""
+  """Prints an error and returns the exit code: 2, or 74 for a disk or a network that failed."""
   print(f"error: {error}{note}", file=sys.stderr)
   return _IO_EXIT_CODE if isinstance(error, OSError) and not isinstance(error, _PATH_ERRORS) else 2
 

@@ -109,7 +109,7 @@ def test_help_shows_the_doc_and_the_flags(values: flags.FlagValues, monkeypatch:
   ("error", "code"),
   [(ValueError("x"), 2), (FileNotFoundError("x"), 2), (OSError(5, "x"), 74), (TimeoutError("x"), 74)],
 )
-def test_exit_codes_tell_the_users_errors_from_those_of_a_disk(
+def test_exit_codes_distinguish_a_users_error_from_a_disk_that_failed(
   error: Exception, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
   assert command_line.report(error) == code

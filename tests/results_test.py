@@ -1,4 +1,4 @@
-"""benchmarks/results.py: what it collects of a run, and that docs/results.md has the table that it prints."""
+"""benchmarks/results.py: what it collects from a run, and that docs/results.md has the table that it prints."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ def results(*arguments: str | Path) -> str:
   return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_table_in_the_docs_is_that_of_the_runs() -> None:
+def test_the_table_in_the_docs_is_the_one_printed_for_the_runs() -> None:
   printed = [line for line in results(ROOT / "docs" / "fashion44k.jsonl").splitlines() if line.startswith("| ")]
   documented = (ROOT / "docs" / "results.md").read_text().splitlines()
   assert len(printed) == 12
@@ -23,7 +23,7 @@ def test_the_table_in_the_docs_is_that_of_the_runs() -> None:
   assert documented[start : start + 13] == [printed[0], documented[start + 1], *printed[1:]]
 
 
-def test_a_run_is_collected_with_its_revisions_and_the_means_since_the_evaluation_before(tmp_path: Path) -> None:
+def test_a_run_is_collected_with_its_revisions_and_the_means_since_the_previous_evaluation(tmp_path: Path) -> None:
   for seed, top1 in (("0", 0.25), ("1", 0.5)):
     workdir = tmp_path / f"clip-{seed}"
     workdir.mkdir()

@@ -1,4 +1,4 @@
-"""SLIP with BYOL in place of SimCLR, ViT-B/16, 25 epochs of YFCC15M.
+"""SLIP with BYOL instead of SimCLR, ViT-B/16, 25 epochs of YFCC15M.
 
   python -m declip_jax.train --config=slip/slip_byol:data=FOLDER,imagenet=FOLDER --workdir runs/slip_byol
 

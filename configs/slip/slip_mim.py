@@ -1,4 +1,4 @@
-"""SLIP with masked image modelling in place of SimCLR, ViT-B/16, 25 epochs of YFCC15M.
+"""SLIP with masked image modelling instead of SimCLR, ViT-B/16, 25 epochs of YFCC15M.
 
   python -m declip_jax.train --config=slip/slip_mim:data=FOLDER,imagenet=FOLDER --workdir runs/slip_mim
 

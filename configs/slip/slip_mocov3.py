@@ -1,4 +1,4 @@
-"""SLIP with MoCo v3 in place of SimCLR, ViT-B/16, 25 epochs of YFCC15M.
+"""SLIP with MoCo v3 instead of SimCLR, ViT-B/16, 25 epochs of YFCC15M.
 
   python -m declip_jax.train --config=slip/slip_mocov3:data=FOLDER,imagenet=FOLDER --workdir runs/slip_mocov3
 
