@@ -1,5 +1,7 @@
 """The train step on a toy model; `methods_test.py` and `train_test.py` take steps of real ones."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,31 +22,44 @@ class ToyModel(Model):
     return {}
 
 
-def scales_after_a_step(bounds: tuple[float, ...]) -> dict[str, float]:
-  """Both log inverse temperatures after a step from 2.5, in which the first is frozen and the second moves by 0.5."""
-  start = {"logit_scale": jnp.float32(2.5), "dense_logit_scale": jnp.float32(2.5)}
-  params = {"towers": {"image": {"kernel": jnp.ones(2)}}, "heads": start}
+def take_step(
+  params: dict,
+  gradients: dict,
+  *,
+  loss: float = 1.0,
+  rate: float = 0.1,
+  skipped: dict | None = None,
+  optimizer: optax.GradientTransformation | None = None,
+  **options: object,
+) -> State:
+  """The state after a step on `params` with these gradients, by default of gradient descent."""
+  optimizer = optimizer or optax.identity()
   zero = jnp.zeros((), jnp.int32)
-  skipped = {"total": zero, "in_a_row": zero, "measured": zero, "log_norm": jnp.zeros(())}
+  counts = {"total": zero, "in_a_row": zero, "measured": zero, "log_norm": jnp.zeros(())} | (skipped or {})
 
   def gradient_fn(params: dict, collections: dict, batch: dict, step: jax.Array) -> tuple[Result, dict]:
-    gradients = {"towers": params["towers"], "heads": {"logit_scale": 0 * step, "dense_logit_scale": jnp.float32(-5.0)}}
-    return Result(jnp.float32(1.0), {}, Outputs(), collections), jax.tree.map(jnp.float32, gradients)
+    result = Result(jnp.float32(loss), {}, Outputs(), {"seen": collections["seen"] + 1})
+    return result, jax.tree.map(jnp.float32, gradients)
 
   state, _ = train_step(
-    State(zero, params, optax.identity().init(params), {}, skipped),
+    State(zero, params, optimizer.init(params), {"seen": zero + 1}, counts),
     {},
     model=ToyModel(),
-    optimizer=optax.identity(),
-    schedule=lambda step: jnp.float32(0.1),
+    optimizer=optimizer,
+    schedule=lambda step: jnp.float32(rate),
     gradient_fn=gradient_fn,
     momentum_decay=lambda step: jnp.float32(1.0),
     is_diagnosed=lambda step: step < 0,
     diagnose=lambda outputs: {},
-    logit_scale_range=bounds,
+    **options,
   )
   assert state.step == 1
-  return {name: float(value) for name, value in state.params["heads"].items()}
+  return state
+
+
+def tree(image: list[float], scale: float, dense: float = 0.0) -> dict:
+  heads = {"logit_scale": jnp.float32(scale), "dense_logit_scale": jnp.float32(dense)}
+  return {"towers": {"image": {"kernel": jnp.asarray(image, jnp.float32)}}, "heads": heads}
 
 
 @pytest.mark.parametrize(
@@ -54,4 +69,50 @@ def scales_after_a_step(bounds: tuple[float, ...]) -> dict[str, float]:
 def test_log_scales_stay_in_their_range_even_where_they_are_frozen(
   bounds: tuple[float, ...], frozen: float, trained: float
 ) -> None:
-  assert scales_after_a_step(bounds) == pytest.approx({"logit_scale": frozen, "dense_logit_scale": trained})
+  """Both start at 2.5; the first is frozen, the second moves by 0.5."""
+  state = take_step(tree([1, 1], 2.5, 2.5), tree([1, 1], 0, -5), logit_scale_range=bounds)
+  found = {name: float(value) for name, value in state.params["heads"].items()}
+  assert found == pytest.approx({"logit_scale": frozen, "dense_logit_scale": trained})
+
+
+@pytest.mark.parametrize(
+  ("loss", "gradient", "rate", "good"),
+  [
+    (1.0, 2.0, 0.1, True),
+    (math.nan, 2.0, 0.1, False),
+    (math.inf, 2.0, 0.1, False),
+    (1.0, math.nan, 0.1, False),
+    (1.0, -math.inf, 0.1, False),
+    (1.0, 2.0, math.nan, False),
+  ],
+)
+def test_a_step_that_is_not_finite_changes_only_counts(loss: float, gradient: float, rate: float, good: bool) -> None:
+  before = {"total": jnp.int32(5), "in_a_row": jnp.int32(3)}
+  state = take_step(tree([1, 1], 1), tree([gradient, 1], 1), loss=loss, rate=rate, skipped=before)
+  kernel, scale = state.params["towers"]["image"]["kernel"], state.params["heads"]["logit_scale"]
+  assert kernel.tolist() == pytest.approx([0.8, 0.9] if good else [1, 1])
+  assert float(scale) == pytest.approx(0.9 if good else 1)
+  assert int(state.collections["seen"]) == (2 if good else 1)
+  assert (int(state.skipped["total"]), int(state.skipped["in_a_row"])) == ((5, 0) if good else (6, 4))
+  assert int(state.skipped["measured"]) == (1 if good else 0)
+
+
+def test_an_entry_whose_update_is_not_finite_keeps_its_value() -> None:
+  """As Adam without an epsilon divides 0 by 0."""
+  optimizer = optax.stateless(lambda updates, _: jax.tree.map(lambda x: x / (x > 0), updates))
+  state = take_step(tree([1, 1], 1), tree([0, 1], 1), rate=1.0, optimizer=optimizer)
+  assert state.params["towers"]["image"]["kernel"].tolist() == pytest.approx([1, 0])
+
+
+@pytest.mark.parametrize(
+  ("norm", "measured", "factor", "good"),
+  [(9.9, 100, 10.0, True), (10.1, 100, 10.0, False), (10.1, 99, 10.0, True), (1e6, 100, 0.0, True)],
+)
+def test_a_spike_is_skipped(norm: float, measured: int, factor: float, good: bool) -> None:
+  """The usual norm is 1, and is trusted after 100 steps."""
+  statistics = {"measured": jnp.int32(measured), "log_norm": jnp.float32(0.0)}
+  state = take_step(tree([1, 1], 1), tree([norm, 0], 0), skipped=statistics, spike_factor=factor)
+  assert (state.params["towers"]["image"]["kernel"][0] != 1) == good
+  assert int(state.skipped["total"]) == (0 if good else 1)
+  usual = math.log(norm) / 100 if good else 0.0
+  assert float(state.skipped["log_norm"]) == pytest.approx(usual, rel=1e-3)

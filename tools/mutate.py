@@ -1,0 +1,360 @@
+"""Measures what the fast tests catch: changes one line of the package at a time and runs the tests that cover it.
+
+  python tools/mutate.py               # every mutation against its own tests, and these tests without a mutation
+  python tools/mutate.py bank spike    # the mutations whose file or subject contains one of these words
+  python tools/mutate.py --all         # every mutation against all fast tests, which takes hours
+
+Every mutation is applied to a copy of the repository, never in place. A mutation is caught if a test fails. The exit
+status is 0 if at least 90 % are caught.
+"""
+
+import argparse
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+import os
+from pathlib import Path
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("declip_jax", "tests", "configs", "launch", "colabs", "docs", "benchmarks", "tools")
+LEAST_CAUGHT = 0.9
+
+
+class Mutation(NamedTuple):
+  """A bug: `old`, which occurs once in `file`, becomes `new`.
+
+  Attributes:
+    subject: what is wrong then, in a few words.
+    file: path below `declip_jax/`.
+    old, new: text.
+    tests: test file below `tests/` that should fail, or several with spaces between them.
+  """
+
+  subject: str
+  file: str
+  old: str
+  new: str
+  tests: str
+
+
+_CONTRASTIVE, _FILIP = "objectives/contrastive_test.py", "objectives/filip_test.py"
+_BANK, _OPTIM = "models/bank_test.py", "training/optim_test.py"
+_TOKENIZER, _TEXTS = "data/text/tokenizer_test.py", "data/text/augment_test.py"
+_BATCH_NORM, _BLOCKWISE = "models/batch_norm_test.py", "objectives/blockwise_test.py"
+_PIPELINE, _STEP = "data/pipeline_test.py", "training/step_test.py"
+_WEIGHTS = "weights/layout_test.py weights/read_test.py"
+_METRICS = "evals/retrieval_test.py evals/zero_shot_test.py"
+# fmt: off
+MUTATIONS = [
+  # Terms.
+  Mutation("constant candidates have a gradient", "objectives/contrastive.py",
+           "constant = (lambda side: side) if full_gradient else jax.lax.stop_gradient\n  queries",
+           "constant = lambda side: side\n  queries", "objectives/gradients_test.py"),
+  Mutation("sign of label smoothing", "objectives/contrastive.py",
+           "self.loss + label_smoothing * self.smoothing",
+           "self.loss - label_smoothing * self.smoothing", _CONTRASTIVE),
+  Mutation("sign of label smoothing, whole matrix", "objectives/contrastive.py",
+           "logits.shape[0] - logits.mean())", "logits.shape[0] + logits.mean())", _FILIP),
+  Mutation("multi-view contrast also has the first pair", "objectives/contrastive.py",
+           ".ravel()[1:].mean()", ".ravel().mean()", _CONTRASTIVE),
+  Mutation("accuracy along the wrong axis", "objectives/contrastive.py",
+           "jnp.argmax(logits, axis=1) ==", "jnp.argmax(logits, axis=0) ==", _FILIP),
+  Mutation("sums of rows and of columns swapped", "objectives/blockwise.py",
+           "return sums(x, constant(y), 3), sums(constant(x), y, 2) if columns else None",
+           "return sums(x, constant(y), 2), sums(constant(x), y, 3) if columns else None",
+           _BLOCKWISE),
+  Mutation("a chunk's candidates are counted from 0", "objectives/blockwise.py",
+           "loss.forward(_products(x, part), row, column + start)", "loss.forward(_products(x, part), row, column)",
+           _BLOCKWISE),
+  Mutation("merged sums relative to different maxima", "objectives/blockwise.py",
+           "self.total * jnp.exp(self.top - top) + other.total * jnp.exp(other.top - top)",
+           "self.total + other.total * jnp.exp(other.top - top)", _BLOCKWISE),
+  Mutation("the ring turns the wrong way", "objectives/blockwise.py",
+           "(device - 1) % count", "(device + 1) % count", _BLOCKWISE),
+  Mutation("sign of the sigmoid bias", "objectives/blockwise.py",
+           "jnp.broadcast_to(bias, (len(x), 1))", "jnp.broadcast_to(-bias, (len(x), 1))", "objectives/sigmoid_test.py"),
+  Mutation("padding counts as a candidate", "objectives/filip.py",
+           "jnp.where(valid, likeness, -jnp.inf)", "likeness", _FILIP),
+  Mutation("padding counts in the mean over a text", "objectives/filip.py",
+           "0).sum(axis=-1) / count", "0).mean(axis=-1)", _FILIP),
+  Mutation("the last of equal tokens gets the gradient", "objectives/filip.py",
+           "place, size).min(axis)", "place, -1).max(axis)", _FILIP),
+  Mutation("tokens selected by their own side", "objectives/filip.py",
+           "partner.sum(axis=1), precision", "tokens.sum(axis=1), precision", _FILIP),
+  Mutation("masked tokens without their mask", "objectives/masked_lm.py",
+           "return (loss * weight).sum() / total,", "return loss.mean(),", "objectives/masked_lm_test.py"),
+  Mutation("gradient into hidden pixels", "objectives/masked_image.py",
+           "jax.lax.stop_gradient(outputs.mim_target)", "outputs.mim_target", "objectives/gradients_test.py"),
+  Mutation("gradient into MoCo's targets", "objectives/momentum.py",
+           "jax.lax.stop_gradient(unit_norm(outputs.momentum_target))[::-1]",
+           "unit_norm(outputs.momentum_target)[::-1]", "objectives/gradients_test.py"),
+  Mutation("MoCo's targets of the same view", "objectives/momentum.py",
+           "jax.lax.stop_gradient(unit_norm(outputs.momentum_target))[::-1]",
+           "jax.lax.stop_gradient(unit_norm(outputs.momentum_target))", "objectives/momentum_test.py"),
+  Mutation("BYOL's epsilon", "objectives/momentum.py",
+           "unit_norm(outputs.momentum_prediction, 1e-6)", "unit_norm(outputs.momentum_prediction)",
+           "objectives/momentum_test.py"),
+  Mutation("momentum falls instead of rises", "objectives/momentum.py",
+           "(1 + jnp.cos(jnp.pi * step / total_steps))", "(1 - jnp.cos(jnp.pi * step / total_steps))",
+           "objectives/momentum_test.py"),
+  Mutation("moving average the wrong way round", "objectives/momentum.py",
+           "momentum * o + (1 - momentum) * n", "momentum * n + (1 - momentum) * o", "objectives/momentum_test.py"),
+  Mutation("neighbours count before the bank is full", "objectives/neighbours.py",
+           "outputs.neighbour_ready * loss if warmup else loss", "loss", "objectives/neighbours_test.py"),
+  Mutation("anchors are their own candidates", "objectives/simclr.py",
+           "without_self=True", "without_self=False", "objectives/simclr_test.py"),
+  Mutation("gradient into SimSiam's targets", "objectives/simsiam.py",
+           "jax.lax.stop_gradient(unit_norm(outputs.simsiam_projection))",
+           "unit_norm(outputs.simsiam_projection)", "objectives/gradients_test.py"),
+  Mutation("SimSiam's targets of the same view", "objectives/simsiam.py",
+           "target[::-1]", "target", "objectives/simsiam_test.py"),
+  Mutation("default epsilon of unit rows", "unit_norm.py",
+           "epsilon: float = 1e-12", "epsilon: float = 1e-8", _CONTRASTIVE),
+  Mutation("a schedule multiplies nothing", "objectives/total.py",
+           "return weight * jnp.interp(", "return jnp.interp(", "objectives/terms_test.py"),
+  Mutation("scale of the deviation", "objectives/diagnostics.py",
+           "* rows.shape[-1] ** 0.5", "* rows.shape[0] ** 0.5", "objectives/diagnostics_test.py"),
+  # Models.
+  Mutation("the bank writes one row late", "models/bank.py",
+           "rows, end = bank.pointer + jnp.arange(new)", "rows, end = bank.pointer + 1 + jnp.arange(new)", _BANK),
+  Mutation("the bank's pointer stays behind by one", "models/bank.py",
+           "end % size", "(end - 1) % size", _BANK),
+  Mutation("the bank counts more rows than it has", "models/bank.py",
+           "jnp.minimum(bank.filled + new, size)", "bank.filled + new", _BANK),
+  Mutation("age of neighbours off by one", "models/bank.py",
+           "// written + 1, 0)", "// written, 0)", _BANK),
+  Mutation("DeCLIP's bank that ends exactly at its end", "models/bank.py",
+           "jnp.where(end >= size, 0, end)", "jnp.where(end > size, 0, end)", _BANK),
+  Mutation("the bank is full one text too early", "models/heads/bank.py",
+           "current.filled == self.bank_size", "current.filled >= self.bank_size - 1", "models/heads_test.py"),
+  Mutation("the views of a text enter the bank in order", "models/heads/bank.py",
+           "in reversed(queries)", "in queries", "models/heads_test.py"),
+  Mutation("the last end-of-text token", "models/text.py",
+           "jnp.argmax(tokens == self.eot, axis=-1)",
+           "tokens.shape[1] - 1 - jnp.argmax(tokens[:, ::-1] == self.eot, axis=-1)", "models/text_test.py"),
+  Mutation("texts see what follows", "models/text.py", "causal=True", "causal=False", "models/text_test.py"),
+  Mutation("epsilon of the text tower's last norm", "models/text.py",
+           "nn.LayerNorm(epsilon=1e-5,", "nn.LayerNorm(epsilon=1e-6,", "models/text_test.py"),
+  Mutation("image tokens one position early", "models/vit.py", "x[:, 1:]", "x[:, :-1]", "models/vit_test.py"),
+  Mutation("constant of QuickGELU", "models/transformer.py", "1.702 * x", "1.7 * x", "models/vit_test.py"),
+  Mutation("heads of queries, keys and values mixed", "models/transformer.py",
+           '"f (three h e) -> three f h e"', '"f (h three e) -> three f h e"', "models/attention_test.py"),
+  Mutation("running variance is the biased one", "models/batch_norm.py",
+           "(count / max(count - 1, 1))", "1.0", _BATCH_NORM),
+  Mutation("momentum of running statistics swapped", "models/batch_norm.py",
+           "self.momentum * running.value + (1 - self.momentum) *",
+           "(1 - self.momentum) * running.value + self.momentum *",
+           _BATCH_NORM),
+  Mutation("epsilon of batch norms", "models/batch_norm.py",
+           "epsilon: float = 1e-5", "epsilon: float = 1e-4", _BATCH_NORM),
+  Mutation("mean and deviation of pixels swapped", "models/towers.py",
+           "for x in (self.mean, self.std))\n    return (images.astype",
+           "for x in (self.std, self.mean))\n    return (images.astype",
+           "models/towers_test.py"),
+  Mutation("hidden patches by the biased variance", "models/towers.py", "ddof=1", "ddof=0", "models/towers_test.py"),
+  Mutation("the end of a text counts as padding", "models/towers.py",
+           "<= self.text.end(tokens)", "< self.text.end(tokens)", "models/towers_test.py"),
+  Mutation("no gradient beyond the largest scale", "models/heads/joint.py",
+           "scale - jax.lax.stop_gradient(jnp.maximum(scale - self.max_scale, 0))",
+           "jnp.minimum(scale, self.max_scale)",
+           "models/heads_test.py"),
+  # Training.
+  Mutation("biases decay", "training/optim.py",
+           '_all_except(params, ("bias", "scale", *TEMPERATURES))',
+           '_all_except(params, ("scale", *TEMPERATURES))', _OPTIM),
+  Mutation("DeCLIP's biases do not decay", "training/optim.py",
+           "jax.tree.map(operator.or_, packed,", "jax.tree.map(operator.and_, packed,", _OPTIM),
+  Mutation("stacked layers share a rate of LARS", "training/optim.py",
+           "range(int(is_stacked(path)), param.ndim)", "range(param.ndim)", _OPTIM),
+  Mutation("layer-wise decay off by one", "training/optim.py",
+           "np.arange(depth, 0, -1)", "np.arange(depth - 1, -1, -1)", _OPTIM),
+  Mutation("warm-up one step longer", "training/schedules.py",
+           "step / max(warmup - 1, 1)", "step / max(warmup, 1)", "training/schedules_test.py"),
+  Mutation("DeCLIP's cosine one step later", "training/schedules.py",
+           "settings.warmup - 1, settings.total_steps - 1)", "settings.warmup, settings.total_steps - 1)",
+           "training/schedules_test.py"),
+  Mutation("milestones counted from 0", "training/schedules.py",
+           "{step - 1: factor", "{step: factor", "training/schedules_test.py"),
+  Mutation("a gradient that is not finite is taken", "training/step.py",
+           "jnp.isfinite(loss) & jnp.isfinite(gradient_norm) &", "jnp.isfinite(loss) &", _STEP),
+  Mutation("an update that is not finite is taken", "training/step.py",
+           "jnp.where(good & jnp.isfinite(new), new, old)", "jnp.where(good, new, old)", _STEP),
+  Mutation("a spike is not skipped", "training/step.py",
+           "jnp.isfinite(learning_rate) & ~spike", "jnp.isfinite(learning_rate)", _STEP),
+  Mutation("steps skipped in a row never end", "training/step.py",
+           'jnp.where(good, 0, state.skipped["in_a_row"] + 1)', 'state.skipped["in_a_row"] + ~good',
+           _STEP),
+  Mutation("spikes are watched for one step late", "training/step.py",
+           "(measured >= _SPIKE_WINDOW)", "(measured > _SPIKE_WINDOW)", _STEP),
+  Mutation("the sum over micro-batches, not their mean", "training/gradient.py",
+           "sum_ + new / micro_batches", "sum_ + new", "training/gradient_test.py"),
+  Mutation("all views of an image are drawn alike", "training/augment.py",
+           "draw(jax.random.fold_in(example, view), ", "draw(example, ", "training/augment_test.py"),
+  Mutation("the last of equal axes is split", "sharding.py", "(shape[axis], -axis)", "(shape[axis], axis)",
+           "sharding_test.py"),
+  # Data.
+  Mutation("HTML is decoded once", "data/text/tokenizer.py",
+           "html.unescape(html.unescape(ftfy.fix_text(text)))", "html.unescape(ftfy.fix_text(text))", _TOKENIZER),
+  Mutation("texts are cut one token early", "data/text/tokenizer.py",
+           "ids = ids[: self.context_length - 2]", "ids = ids[: self.context_length - 3]", _TOKENIZER),
+  Mutation("random words may be special tokens", "data/text/tokenizer.py",
+           "ids += ids >= index", "ids += ids > index", f"{_TOKENIZER} {_TEXTS}"),
+  Mutation("positions of masked tokens off by one", "data/text/augment.py",
+           "selected = 1 + np.flatnonzero(rng", "selected = np.flatnonzero(rng", _TEXTS),
+  Mutation("too many tokens become the mask", "data/text/augment.py",
+           "np.where(fate < 0.8, tokenizer.mask", "np.where(fate < 0.9, tokenizer.mask", _TEXTS),
+  Mutation("a word is swapped with itself", "data/text/augment.py", "    j += j >= i\n", "", _TEXTS),
+  Mutation("two deviations of slots", "data/text/augment.py", "3 * math.sqrt(n", "2 * math.sqrt(n", _TEXTS),
+  Mutation("sources share their permutation", "data/mixture.py",
+           "seed=hashed(seed, number)", "seed=hashed(seed, 0)", _PIPELINE),
+  Mutation("a resumed stream repeats a sample", "data/pipeline.py",
+           "samples[self._next_index :]", "samples[max(self._next_index - 1, 0) :]", _PIPELINE),
+  Mutation("hosts read the same samples", "data/pipeline.py",
+           "((batch * self.hosts + self.host) * self.count", "(batch * self.hosts * self.count", _PIPELINE),
+  Mutation("height and width of a crop swapped", "data/images/geometry.py",
+           "round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))",
+           "round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))", "data/images_test.py"),
+  Mutation("the centre is rounded down", "data/images/geometry.py",
+           "return round((whole - part) / 2)", "return (whole - part) // 2", "data/images_test.py"),
+  Mutation("blocks of patches may exceed their number", "data/patches.py",
+           "new if len(new) <= missing else rng.choice(new, missing, replace=False)", "new", "data/patches_test.py"),
+  # Evaluation and weights.
+  Mutation("ties count for the model", "evals/metrics.py", "~(scores < best)", "(scores > best)", _METRICS),
+  Mutation("recall at k is that at k + 1", "evals/metrics.py", "(rank < k)", "(rank <= k)", _METRICS),
+  Mutation("classes without an image count", "evals/metrics.py",
+           "(correct[present] / totals[present])", "(correct / np.maximum(totals, 1))", _METRICS),
+  Mutation("classifiers are not of unit length", "evals/zero_shot.py",
+           "return means / np.linalg.norm(means, axis=1, keepdims=True)", "return means", _METRICS),
+  Mutation("linear layers are not transposed", "weights/layout.py",
+           '"linear": (_transposed, _transposed)', '"linear": (_same, _same)', _WEIGHTS),
+  Mutation("height and width of kernels swapped", "weights/layout.py",
+           "return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])",
+           "return x.transpose(3, 2, 1, 0).reshape(-1, x.shape[0])",
+           _WEIGHTS),
+  Mutation("DeCLIP's special tokens in its own order", "weights/dialects.py",
+           '"to": [1, 2, 0]', '"to": [0, 1, 2]', _WEIGHTS),
+  Mutation("Hugging Face's end of text is taken as it is", "weights/read.py",
+           'if text.get("eos_token_id", 2) != 2:', 'if "eos_token_id" in text:', "weights/read_test.py"),
+  Mutation("the largest id as the end of text", "weights/read.py",
+           "eot=49407 if vocab_size in (49408, 49409) else vocab_size - 1",
+           "eot=vocab_size - 1", "weights/read_test.py"),
+  Mutation("a typo in OpenAI's mean", "config.py", "0.4578275", "0.4587275", "config_test.py"),
+  Mutation("durations are rounded down", "config.py",
+           "math.ceil(examples / batch_size)", "math.floor(examples / batch_size)", "config_test.py"),
+  # Running.
+  Mutation("the worst checkpoints are kept", "runtime/retention.py",
+           "ranked[-self._count :]", "ranked[: self._count]", "runtime/checkpoint_test.py"),
+  Mutation("the last checkpoint of a stretch is kept", "runtime/retention.py",
+           "if checkpoint.step >= self._every), reverse=True)", "if checkpoint.step >= self._every))",
+           "runtime/checkpoint_test.py"),
+  Mutation("a rollback goes too far", "runtime/rollback.py", "if step <= healthy]", "if step < healthy]",
+           "runtime/rollback_test.py"),
+  Mutation("the oldest checkpoint is restored", "runtime/checkpoint.py",
+           "for step in reversed(self.steps()):", "for step in self.steps():", "runtime/checkpoint_test.py"),
+]
+# fmt: on
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("words", nargs="*", help="choose mutations by their file or subject")
+  parser.add_argument("--all", action="store_true", help="run all fast tests for each mutation")
+  parser.add_argument("--jobs", type=int, default=2, help="mutations at the same time")
+  parser.add_argument("--no-baseline", action="store_true", help="do not check that the tests pass without a mutation")
+  arguments = parser.parse_args()
+  chosen = [m for m in MUTATIONS if not arguments.words or any(w in f"{m.file} {m.subject}" for w in arguments.words)]
+  check(chosen)
+  with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+    copies: queue.Queue[Path] = queue.Queue()
+    for number in range(arguments.jobs):
+      copies.put(copy(Path(folder) / str(number)))
+
+    def run(mutation: Mutation | None, tests: Sequence[str]) -> str:
+      place = copies.get()
+      try:
+        return outcome(place, mutation, tests)
+      finally:
+        copies.put(place)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+      if not arguments.no_baseline:
+        tests = sorted({test for mutation in chosen for test in mutation.tests.split()})
+        passed = pool.map(lambda test: run(None, [test]) == "survived", tests)
+        bad = [test for test, ok in zip(tests, passed, strict=True) if not ok]
+        if bad:
+          sys.exit(f"These fail without any mutation: {bad}")
+      started = time.monotonic()
+      outcomes = pool.map(lambda m: run(m, [""] if arguments.all else m.tests.split()), chosen)
+      counts = report(chosen, outcomes)
+  print(f"\n{counts['caught']} of {len(chosen)} caught, in {time.monotonic() - started:.0f} seconds")
+  sys.exit(counts["caught"] < LEAST_CAUGHT * len(chosen))
+
+
+def check(mutations: Sequence[Mutation]) -> None:
+  """Exits if a mutation no longer fits the package, or names tests that do not exist."""
+  wrong = []
+  for mutation in mutations:
+    path = ROOT / "declip_jax" / mutation.file
+    found = path.read_text().count(mutation.old) if path.exists() else 0
+    if found != 1:
+      wrong.append(f"{mutation.file}: {mutation.old!r} occurs {found} times ({mutation.subject})")
+    wrong += [
+      f"no file tests/{test} ({mutation.subject})"
+      for test in mutation.tests.split()
+      if not (ROOT / "tests" / test).exists()
+    ]
+  if wrong:
+    sys.exit("\n".join(["Update MUTATIONS of tools/mutate.py:", *wrong]))
+
+
+def copy(folder: Path) -> Path:
+  """A copy of the repository's files that tests read."""
+  folder.mkdir(parents=True)
+  ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "interop")
+  for path in ROOT.iterdir():
+    if path.name in COPIED:
+      shutil.copytree(path, folder / path.name, symlinks=True, ignore=ignored)
+    elif path.is_file():
+      shutil.copy2(path, folder)
+  return folder
+
+
+def outcome(folder: Path, mutation: Mutation | None, tests: Sequence[str]) -> str:
+  """Runs tests in a copy with a mutation, and undoes it: "caught", "survived", or "broken" if no test could run."""
+  path = folder / "declip_jax" / mutation.file if mutation else None
+  if path:
+    original = path.read_text()
+    path.write_text(original.replace(mutation.old, mutation.new))
+  # Mutated programs do not enter the compile cache; the others come from it.
+  environment = os.environ | {
+    "PYTHONPATH": str(folder),
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
+  }
+  command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+  try:
+    paths = [str(folder / "tests" / test) for test in tests]
+    process = subprocess.run([*command, *paths], cwd=folder, env=environment, capture_output=True, text=True)
+  finally:
+    if path:
+      path.write_text(original)
+  return {0: "survived", 1: "caught"}.get(process.returncode, "broken")
+
+
+def report(mutations: Sequence[Mutation], outcomes: Sequence[str]) -> dict[str, int]:
+  """Prints a line for each mutation as soon as it is known."""
+  counts = {"caught": 0, "survived": 0, "broken": 0}
+  for mutation, found in zip(mutations, outcomes, strict=True):
+    counts[found] += 1
+    print(f"{found:<9} {mutation.subject:<48} {mutation.file:<26} {mutation.tests}", flush=True)
+  return counts
+
+
+if __name__ == "__main__":
+  main()
