@@ -1,7 +1,7 @@
 """Pictures of a run: training curves, augmented views with their texts, retrieved images, comparisons of runs.
 
-All are PNG files, written to a temporary name and renamed, so a viewer never sees half of one. Figures are plain
-objects: nothing here touches pyplot, the backend or matplotlib's global settings.
+All are PNG files, written under a temporary name and renamed, so that a viewer never sees an incomplete file. Figures
+are plain objects: nothing here changes pyplot, the backend or matplotlib's global settings.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,52 +20,49 @@ from matplotlib.ticker import EngFormatter
 import numpy as np
 
 _DPI = 100
-_CELL = 2.24  # inches a picture is wide: 224 pixels
+_CELL = 2.24  # width of a picture in inches: 224 pixels
 _GAP = 0.12  # inches between pictures
-_LINE = 0.16  # inches from one line of text to the next
-_CHARACTER = 0.082  # inches a character takes
-_MONOSPACE = ["DejaVu Sans Mono", "DejaVu Sans"]  # both come with matplotlib; the second knows more scripts
-_INSIDE = 6  # curves up to which their legend finds a place among them
-_FEW = 200  # points up to which each is marked and none is smoothed
+_LINE = 0.16  # inches between two lines of text
+_CHARACTER = 0.082  # width of a character in inches
+_MONOSPACE = ["DejaVu Sans Mono", "DejaVu Sans"]  # both are part of matplotlib; the second covers more scripts
+_INSIDE = 6  # number of curves up to which the legend is inside the axes
+_FEW = 200  # number of points up to which each is marked and none is smoothed
 _RIGHT, _WRONG, _INK, _FAINT = "#1a9850", "#d73027", "#222222", "#888888"
 
 
 @contextlib.contextmanager
 def optional(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Turns an error while a picture is made into a warning.
-
-  A picture is no reason to stop a run, least of all its first process while the others wait for it.
-  """
+  """Turns an error in drawing a picture into a warning: a picture must not stop a run."""
   try:
     yield
   except Exception:
-    logging.warning("no picture %s", path, exc_info=True)
+    logging.warning("%s could not be drawn", path, exc_info=True)
 
 
-_NO_SCORES = ("loss", "seconds", "images", "texts", "majority_share")
+_NOT_SCORES = ("loss", "seconds", "images", "texts", "majority_share")
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
   """Draws the curves of one run over its steps: losses, evaluations, learning rate, temperature, features and speed.
 
-  Long series are drawn light, with a smoothed line on top. The loss panel holds "loss" and every "loss/<term>"; the
-  evaluation panel every "eval/..." that is a score, and no loss, duration or count; the deviation of the
-  features of every branch, about 1, falls to 0 where one collapses. Missing series leave their panel empty.
+  Long series are drawn light, with a smoothed line on top. The loss panel has "loss" and every "loss/<term>", the
+  evaluation panel every "eval/..." that is a score rather than a loss, a duration or a count. The deviation of the
+  features of each branch is about 1, and falls to 0 where a branch collapses. Panels without series stay empty.
 
   Args:
-    metrics: the rows of `metrics.read_metrics`; a None or a number that is not finite is a missing point.
-    path: the PNG file to write.
+    metrics: lines of `metrics.read_metrics`; a None or a number that is not finite is a missing point.
+    path: PNG file to write.
   """
   figure = _figure(14, 8)
   small = ("lr", "temperature", "images_per_second")
   panels = figure.subplot_mosaic([["loss", "loss", "eval", "eval"], ["lr", "temperature", "deviation", small[-1]]])
-  names = sorted({name for row in metrics for name in row})
+  names = sorted({name for line in metrics for name in line})
   losses = [name for name in names if name == "loss" or name.startswith("loss/")]
-  scores = [name for name in names if name.startswith("eval/") and not name.endswith(_NO_SCORES)]
+  scores = [name for name in names if name.startswith("eval/") and not name.endswith(_NOT_SCORES)]
   _panel(panels["loss"], "loss", {name.removeprefix("loss/"): _series(metrics, name) for name in losses})
   _panel(panels["eval"], "evaluation", {name.removeprefix("eval/"): _series(metrics, name) for name in scores})
-  spread = [name for name in names if name.startswith("diagnostics/") and name.endswith("/deviation")]
-  _panel(panels["deviation"], "deviation", {name.split("/")[1]: _series(metrics, name) for name in spread})
+  deviations = [name for name in names if name.startswith("diagnostics/") and name.endswith("/deviation")]
+  _panel(panels["deviation"], "deviation", {name.split("/")[1]: _series(metrics, name) for name in deviations})
   for name in small:
     _panel(panels[name], name.replace("_", " "), {"last": _series(metrics, name)}, smooth=name == "images_per_second")
   for name in ("loss", "eval"):
@@ -79,16 +76,16 @@ def plot_comparison(
   path: str | os.PathLike[str],
   baselines: Mapping[str, float] | None = None,
 ) -> None:
-  """Draws one metric or several, a panel each, of several runs over the examples seen.
+  """Draws metrics of several runs over the examples seen, one panel per metric.
 
   Args:
-    runs: label to the rows of `metrics.read_metrics`. The axis is "examples" if all rows have it, else "step".
-    metric_names: the metrics to draw.
-    path: the PNG file to write.
-    baselines: label to a value known from elsewhere, a dashed line in every panel.
+    runs: lines of `metrics.read_metrics` by label. The axis is "examples" if all lines have it, otherwise "step".
+    metric_names: metrics to draw.
+    path: PNG file to write.
+    baselines: values from elsewhere by label, a dashed line in every panel.
   """
-  rows = [row for run in runs.values() for row in run]
-  axis = "examples" if all("examples" in row for row in rows) else "step"
+  lines = [line for run in runs.values() for line in run]
+  axis = "examples" if all("examples" in line for line in lines) else "step"
   figure = _figure(7 * len(metric_names), 5)
   for axes, name in zip(figure.subplots(1, len(metric_names), squeeze=False)[0], metric_names, strict=True):
     _panel(axes, name.removeprefix("eval/"), {label: _series(run, name, axis) for label, run in runs.items()})
@@ -107,17 +104,17 @@ def plot_views(
   view_names: Sequence[str],
   text_names: Sequence[str],
 ) -> None:
-  """Draws a contact sheet: a row per example with its image views, its text views underneath.
+  """Draws a contact sheet: one row per example with its image views, and its text views below them.
 
   Args:
     images: uint8 `[b v h w 3]`.
-    texts: `b` lists of `u` texts, as the model sees them.
-    path: the PNG file to write.
+    texts: `b` lists of `u` texts, as the model receives them.
+    path: PNG file to write.
     view_names: `v` names, written above the pictures.
     text_names: `u` names, written before the texts.
 
   Raises:
-    ValueError: `images` has another shape or type, or a number of names or texts does not fit.
+    ValueError: `images` has another shape or type, or the numbers of names and texts do not match.
   """
   _check_views(images, texts, view_names, text_names)
   (count, views, height, width), margin = images.shape[:4], 2 * _GAP
@@ -143,16 +140,16 @@ def plot_retrieval(
   correct: np.ndarray | Sequence[Sequence[bool]],
   path: str | os.PathLike[str],
 ) -> None:
-  """Draws the images that each text retrieves, best first, framed green where correct and red where not.
+  """Draws the images that each text retrieves, best first, with a green frame if correct and a red one if not.
 
   Args:
     query_texts: `n` texts.
     images: `n` rows of `k` pictures, each uint8 `[h w 3]`; sizes may differ.
-    correct: `[n k]` whether the picture belongs to the text.
-    path: the PNG file to write.
+    correct: whether each picture belongs to its text, `[n k]`.
+    path: PNG file to write.
 
   Raises:
-    ValueError: the three do not have the same number of queries, or a row of `images` not that of `correct`.
+    ValueError: the three have different numbers of queries, or `images` and `correct` different numbers of pictures.
   """
   correct = np.asarray(correct, bool)
   if not len(query_texts) == len(images) == len(correct):
@@ -170,14 +167,14 @@ def plot_retrieval(
 
 
 class _Sheet:
-  """A figure on which pictures and texts are placed by the inch, from the top left corner."""
+  """A figure on which pictures and texts are placed in inches from the top left corner."""
 
   def __init__(self, width: float, height: float):
     self.figure = Figure(figsize=(width, height), dpi=_DPI)
     self._size = width, height
 
   def place(self, left: float, top: float, width: float, height: float, picture: np.ndarray, frame: str = "") -> None:
-    """Draws a picture as large as fits at the top of the box, framed in the colour `frame`."""
+    """Draws a picture as large as the box allows, at its top, with a frame of the colour `frame`."""
     scale = min(width / picture.shape[1], height / picture.shape[0])
     across, down = scale * picture.shape[1], scale * picture.shape[0]
     box = self._across(left + (width - across) / 2), self._up(top + down)
@@ -186,7 +183,7 @@ class _Sheet:
     axes.spines[:].set(visible=bool(frame), linewidth=4, color=frame or _INK)
 
   def write(self, left: float, top: float, text: str, **style: Any) -> None:
-    """Writes a text whose top left corner is given."""
+    """Writes a text from its top left corner."""
     style = {"fontsize": 9, "color": _INK, "verticalalignment": "top", "parse_math": False} | style
     self.figure.text(self._across(left), self._up(top), text, **style)
 
@@ -203,7 +200,9 @@ def _check_views(images: np.ndarray, texts: Sequence[Sequence[str]], *names: Seq
   found = len(texts), *map(len, names), {len(row) for row in texts}
   expected = len(images), images.shape[1], len(names[1]), {len(names[1])}
   if found != expected:
-    raise ValueError(f"texts, view names, text names, texts per example: {found}; expected {expected} for these images")
+    raise ValueError(
+      f"texts, view names, text names, texts per example: {found}; expected {expected} for images of this shape"
+    )
 
 
 def _note(texts: Sequence[str], names: Sequence[str], width: int) -> str:
@@ -216,16 +215,16 @@ def _note(texts: Sequence[str], names: Sequence[str], width: int) -> str:
 
 
 def _wrap(text: str, width: int, lines: int) -> str:
-  # A font cannot draw half of a surrogate pair, nor control characters, which broken captions contain.
+  # Broken captions contain half surrogate pairs and control characters, which a font cannot draw.
   printable = "".join(c if c.isprintable() else " " for c in text.encode(errors="replace").decode())
-  # Letters of the scripts that the font lacks become boxes, nearly twice as wide as Latin ones.
+  # Letters of scripts that the font lacks become boxes, nearly twice as wide as Latin letters.
   wide = any(unicodedata.category(c) in ("Lo", "So") for c in printable)
   return textwrap.fill(printable, width // 2 if wide else width, max_lines=lines, placeholder=" ...")
 
 
-def _series(rows: Sequence[Mapping[str, Any]], name: str, axis: str = "step") -> tuple[np.ndarray, np.ndarray]:
-  """The points `(x, y)` of a metric, without the missing ones and those that are not finite."""
-  points = [(row[axis], row[name]) for row in rows if row.get(name) is not None]
+def _series(lines: Sequence[Mapping[str, Any]], name: str, axis: str = "step") -> tuple[np.ndarray, np.ndarray]:
+  """Returns the points `(x, y)` of a metric, without those that are missing or not finite."""
+  points = [(line[axis], line[name]) for line in lines if line.get(name) is not None]
   x, y = np.array(points, float).reshape(-1, 2).T
   return x[np.isfinite(y)], y[np.isfinite(y)]
 
@@ -237,9 +236,9 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _panel(axes: Axes, title: str, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, smooth: bool = True) -> None:
-  """Draws curves with their last value in the legend, which stands beside them if they are many.
+  """Draws curves with their last values in the legend, which is beside the axes if there are many.
 
-  More than ten also differ in line style.
+  More than ten curves also differ in line style.
   """
   axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK, parse_math=False)
   axes.spines[["top", "right"]].set_visible(False)
@@ -267,7 +266,7 @@ def _panel(axes: Axes, title: str, curves: Mapping[str, tuple[np.ndarray, np.nda
 
 
 def _smooth(values: np.ndarray, width: int) -> np.ndarray:
-  """A centred average under a bell about `width` points wide; at the ends it takes the points there are."""
+  """Averages with a bell-shaped window of about `width` points; at the ends with the points that exist."""
   bell = np.hanning(2 * width + 1)
   return np.convolve(values, bell, "same") / np.convolve(np.ones_like(values), bell, "same")
 
@@ -277,7 +276,7 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.tmp")
   with warnings.catch_warnings():
-    # The font lacks emoji and most scripts of Asia; it draws boxes, which is all one can ask.
+    # The font lacks emoji and most scripts of Asia, and draws boxes instead.
     warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
     figure.savefig(temporary, format="png", facecolor="white")
   os.replace(temporary, path)
