@@ -1,4 +1,4 @@
-"""Tests of `launch/` and the Dockerfile: what would be run, what starts again when, and that signals reach everyone."""
+"""Tests of `launch/` and the Dockerfile: their commands, their restarts, and that signals reach all processes."""
 
 import fnmatch
 import json
@@ -19,9 +19,9 @@ TRAIN = ["-m", "declip_jax.train", "--config", "c.py:clip", "--workdir", "my run
 SUPERVISED = [*TRAIN, "--stopped_exit_code=143"]  # so that a stopped run is not taken for a finished one
 FIELD = "--config.data.train=('webdataset:/data/train-*.tar',)"  # needs quotes in every shell it passes
 
-# Stands in for Python: notes its arguments, then ends with the code that the test has for this call or this process,
-# and as long as there is none, waits for SIGTERM. "gone" is a machine that was switched off, "preempted" one that was
-# taken away.
+# Stands in for Python: logs its arguments, then exits with the code that the test has set for this call or this
+# process; without a code it waits for SIGTERM. "gone" is a machine that was switched off, "preempted" one that was
+# preempted.
 FAKE_PYTHON = """#!/usr/bin/env bash
 trap 'echo saving; sleep 0.3; echo saved; exit 143' TERM
 printf '%s\\n' "$@" end >>"$LOG"
@@ -41,8 +41,8 @@ for _ in {1..150}; do
 done
 """
 
-# Stands in for gcloud and Google: notes its arguments, runs the command of `ssh` here, and has one TPU at most, whose
-# states are the lines of ~/tpu-vm and ~/queued-resources, of which the last one lasts.
+# Stands in for gcloud and Google: logs its arguments, runs the command of `ssh` here, and has one TPU at most. The
+# lines of ~/tpu-vm and ~/queued-resources are its states, one after the other; the last one remains.
 FAKE_GCLOUD = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >>"$LOG.gcloud"
 printf '%s ' "${@:3:2}" >>"$LOG.verbs"
@@ -78,7 +78,7 @@ case $4 in
 esac
 """
 
-# Stands in for srun and its tasks. Signals reach the tasks by way of scancel only.
+# Stands in for srun and its tasks. Signals reach the tasks only through scancel.
 FAKE_SRUN = """#!/usr/bin/env bash
 echo $$ >~/tasks
 trap 'echo forcing job termination; exit 137' TERM
@@ -127,7 +127,7 @@ def machine(tmp_path, monkeypatch):
 
 
 def exits(machine, *codes):
-  """Sets the exit codes of the calls in order, or of the processes by number; "" for one that shall go on."""
+  """Sets the exit codes of the calls in order, or of the processes by number; "" for one that continues."""
   (machine / "codes").write_text("".join(f"{code}\n" for code in codes))
 
 
@@ -170,13 +170,13 @@ def gcloud_calls(machine):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_parse_and_say_how_they_are_used(script):
+def test_scripts_parse_and_print_their_usage(script):
   subprocess.run(["bash", "-n", LAUNCH / script], check=True)
-  told, wrong = launch(script, "--help"), launch(script)
-  assert (told.returncode, told.stderr) == (0, "")
-  assert re.match(rf"usage: (sbatch \[flags\] )?launch/{script} ", told.stdout)
+  usage, wrong = launch(script, "--help"), launch(script)
+  assert (usage.returncode, usage.stderr) == (0, "")
+  assert re.match(rf"usage: (sbatch \[flags\] )?launch/{script} ", usage.stdout)
   assert (wrong.returncode, wrong.stdout) == (2, "")
-  assert wrong.stderr == told.stdout
+  assert wrong.stderr == usage.stdout
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_wrong_calls_run_nothing(machine, script, args):
   assert not (machine / "log.gcloud").exists()
 
 
-def test_dry_runs_print_what_would_be_run(machine):
+def test_dry_runs_print_the_commands(machine):
   local = launch(LOCAL, "c.py:clip", "my runs/a", FIELD, DRY_RUN="1")
   assert words(local.stdout) == ["python", *SUPERVISED, FIELD]
   processes = launch(PROCESSES, 2, "c.py:clip", "my runs/a", FIELD, DRY_RUN="1", PORT="1234", PYTHON="py")
@@ -272,7 +272,7 @@ def test_dry_runs_of_tpu_print_every_gcloud_command(machine, args, env, expected
   ("codes", "starts", "returned"),
   [([0], 1, 0), ([1, 137, 0], 3, 0), ([1, 1, 1, 0], 3, 1), ([2], 1, 2), ([130], 1, 130), ([1, 143], 2, 143)],
 )
-def test_local_starts_again_after_crashes_only(machine, codes, starts, returned):
+def test_local_restarts_after_crashes_only(machine, codes, starts, returned):
   exits(machine, *codes)
   result = launch(LOCAL, "c.py:clip", "my runs/a", FIELD, RESTARTS="2", EXIT_FILE=f"{machine}/exit")
   assert result.returncode == returned
@@ -311,7 +311,7 @@ def test_processes_get_their_number_and_a_prefix(machine):
   assert sorted(word for call in calls(machine) for word in call) == sorted([*common * 3, "0", "1", "2"])
 
 
-def test_one_failing_process_ends_the_others(machine):
+def test_a_failing_process_ends_the_others(machine):
   process = start(PROCESSES, 3, "c.py", "runs/a")
   for _ in range(3):
     assert "started" in process.stdout.readline()
@@ -424,7 +424,7 @@ def keep(*args, **env):
 
 
 def watch(machine, *codes, **env):
-  """`keep` to its end, with those exit codes of the trainings, and what it had gcloud do, without the looking."""
+  """Runs `keep` with these exit codes of the trainings; returns its result and its changing calls of gcloud."""
   exits(machine, *codes)
   command, env = keep("c.py:clip", "my runs/a", FIELD, **env)
   result = launch(*command, **env)
@@ -432,12 +432,12 @@ def watch(machine, *codes, **env):
 
 
 def acts(machine):
-  """The verbs of gcloud that change something."""
+  """The calls of gcloud that change something."""
   pairs = (machine / "log.verbs").read_text().split()
   return [verb for verb in pairs[1::2] if verb in ("create", "delete")]
 
 
-def test_keep_makes_a_tpu_and_returns_when_the_run_has_finished(machine):
+def test_keep_creates_a_tpu_and_returns_when_the_run_has_finished(machine):
   result, done = watch(machine, 0, GCLOUD_FLAGS="--spot --internal-ips")
   assert (result.returncode, done) == (0, ["create"])
   assert calls(machine) == [[*SUPERVISED, FIELD, "--multihost"]]
@@ -447,7 +447,7 @@ def test_keep_makes_a_tpu_and_returns_when_the_run_has_finished(machine):
 
 
 @pytest.mark.parametrize("queued", ["", "1"])
-def test_keep_makes_another_tpu_after_preemption_and_goes_on_in_the_same_workdir(machine, queued):
+def test_keep_creates_another_tpu_after_preemption_and_resumes_in_the_same_workdir(machine, queued):
   result, done = watch(machine, "preempted", "preempted", 0, QUEUED=queued)
   assert (result.returncode, done) == (0, ["create", *["delete", "create"] * 2])
   assert calls(machine) == [[*SUPERVISED, FIELD, "--multihost"]] * 3
@@ -475,7 +475,7 @@ def test_keep_deletes_a_request_that_has_lost_its_tpu(machine):
     ("1", ["PROVISIONING", "FAILED"]),
   ],
 )
-def test_keep_replaces_what_has_no_future_but_waits_for_what_changes(machine, queued, states):
+def test_keep_replaces_a_tpu_in_a_final_state_and_waits_for_one_that_changes(machine, queued, states):
   (machine / ("queued-resources" if queued else "tpu-vm")).write_text("\n".join(states) + "\n")
   result, done = watch(machine, 0, QUEUED=queued)
   assert (result.returncode, done) == (0, ["delete", "create"])
@@ -495,12 +495,12 @@ def test_keep_tries_another_tpu_after_a_crash_but_not_forever(machine):
 
 
 @pytest.mark.parametrize("code", ["gone", 143])
-def test_keep_starts_the_run_again_where_a_machine_came_back(machine, code):
+def test_keep_restarts_the_run_where_a_machine_came_back(machine, code):
   result, done = watch(machine, code, code, 0)
   assert (result.returncode, done, len(calls(machine))) == (0, ["create"], 3)
 
 
-def test_keep_does_not_take_the_end_of_another_run_for_its_own(machine):
+def test_keep_does_not_mistake_the_end_of_another_run_for_its_own(machine):
   (machine / "tpu-vm").write_text("READY\n")
   (machine / "declip_jax.exit").write_text("2\n")
   result, done = watch(machine, 0)
@@ -519,7 +519,7 @@ def test_keep_does_not_take_the_end_of_another_run_for_its_own(machine):
     (["running", "broken", "broken", "running", "0"], 0, []),
   ],
 )
-def test_keep_makes_sense_of_several_workers(machine, answers, returned, done):
+def test_keep_combines_the_answers_of_several_workers(machine, answers, returned, done):
   (machine / "tpu-vm").write_text("READY\n")
   (machine / "answers").write_text("\n".join(answers) + "\n")
   result, replaced = watch(machine, 0)
@@ -538,7 +538,7 @@ def test_keep_waits_longer_after_every_failure_and_gives_up(machine):
   assert "creating slice failed; giving up after 7 retries" in result.stderr
 
 
-def test_keep_counts_failures_anew_once_the_run_has_run(machine):
+def test_keep_resets_its_count_of_failures_once_the_run_has_trained(machine):
   (machine / "tpu-vm").write_text("broken\nbroken\nREADY\nbroken\nbroken\nREADY\n")
   (machine / "answers").write_text("running\n0\n")
   result, done = watch(machine, RETRIES="2")
@@ -546,7 +546,7 @@ def test_keep_counts_failures_anew_once_the_run_has_run(machine):
   assert result.stderr.count("no connection") == 4
 
 
-def test_keep_gives_up_on_a_request_that_fails_again_and_again(machine):
+def test_keep_gives_up_on_a_request_that_fails_repeatedly(machine):
   (machine / "queued-resources").write_text("FAILED\n")
   (machine / "failures").write_text("\n")
   result, done = watch(machine, QUEUED="1", RETRIES="1")
@@ -554,7 +554,7 @@ def test_keep_gives_up_on_a_request_that_fails_again_and_again(machine):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupting_keep_leaves_the_run_alone(machine, monkeypatch, signum):
+def test_interrupting_keep_does_not_stop_the_run(machine, monkeypatch, signum):
   command, env = keep("c.py", "runs/a")
   for name, value in env.items():
     monkeypatch.setenv(name, value)
@@ -568,9 +568,9 @@ def test_interrupting_keep_leaves_the_run_alone(machine, monkeypatch, signum):
     until(lambda: "running" in watcher.stdout.readline())
     time.sleep(0.3)  # into the pause
     watcher.send_signal(signum)
-    said = watcher.communicate(timeout=5)[0]
+    output = watcher.communicate(timeout=5)[0]
     assert watcher.returncode == 130
-    assert "the run on slice continues, and the same command watches it again" in said
+    assert "the run on slice continues, and the same command watches it again" in output
     monkeypatch.setenv("POLL", "0")
     watcher = start(*command)
     until(lambda: "running" in watcher.stdout.readline())
@@ -583,7 +583,7 @@ def test_interrupting_keep_leaves_the_run_alone(machine, monkeypatch, signum):
   assert (len(calls(machine)), acts(machine)) == (2, [])
 
 
-def test_keep_names_what_is_missing_before_it_makes_anything(machine):
+def test_keep_names_what_is_missing_before_it_creates_anything(machine):
   for missing in KEEP:
     result = launch(TPU, "keep", "c.py", "runs/a", **KEEP | {missing: ""})
     assert (result.returncode, f"variable {missing} is not set" in result.stderr) == (2, True)
@@ -613,7 +613,7 @@ def test_gke_runs_lists_logs_and_deletes_a_workload(machine):
   pod = "jobset.sigs.k8s.io/job-index={},batch.kubernetes.io/job-completion-index={}"
   logs = ["kubectl", "logs", "--follow", "--tail=100", "--container=jax-tpu"]
   logs += [f"--selector=xpk.google.com/workload=demo,{pod}"]
-  # What xpk 1.16 takes; its own dry run makes a JobSet of it.
+  # The arguments of xpk 1.16, whose own dry run turns them into a JobSet.
   create = ["xpk", "workload", "create", *where, "--workload=demo", "--tpu-type=v5litepod-16", "--num-slices=4"]
   create += ["--docker-image=host/declip:1", "--max-restarts=100", "--restart-on-exit-codes=1,3-126"]
   create += ["--termination-grace-period-seconds=300", "--storage=nfs", "--priority=high"]
@@ -644,7 +644,7 @@ def test_gke_signals_reach_python_through_the_shell_that_xpk_puts_around_it(mach
 
 
 @pytest.mark.parametrize(
-  ("args", "env", "said"),
+  ("args", "env", "message"),
   [
     (["run", "c.py", "runs/a"], {"IMAGE": ""}, "variable IMAGE is not set"),
     (["run", "c.py", "runs/a"], {"BASE_IMAGE": "other"}, "one of IMAGE and BASE_IMAGE"),
@@ -654,13 +654,13 @@ def test_gke_signals_reach_python_through_the_shell_that_xpk_puts_around_it(mach
     (["delete"], {"WORKLOAD": ""}, "variable WORKLOAD is not set"),  # xpk would delete all of them
   ],
 )
-def test_gke_names_what_is_wrong(machine, args, env, said):
+def test_gke_names_what_is_wrong(machine, args, env, message):
   result = launch(GKE, *args, **GKE_ENV | env)
-  assert (result.returncode, said in result.stderr) == (2, True)
+  assert (result.returncode, message in result.stderr) == (2, True)
   assert not calls(machine)
 
 
-def test_gke_takes_a_base_image_in_place_of_an_image(machine):
+def test_gke_accepts_a_base_image_instead_of_an_image(machine):
   result = launch(GKE, "run", "c.py", "runs/a", **GKE_ENV | {"IMAGE": "", "BASE_IMAGE": "host/base", "DRY_RUN": "1"})
   images = [word for word in words(result.stdout) if "image" in word]
   assert images == ["--base-docker-image=host/base"]
@@ -702,7 +702,7 @@ def test_slurm_finds_its_flags_at_the_top(machine):
 @pytest.mark.parametrize(
   ("codes", "starts", "returned"), [([0], 1, 0), ([1, 137, 0], 3, 0), ([1, 1, 1, 0], 3, 1), ([2], 1, 2), ([1, 2], 2, 2)]
 )
-def test_slurm_starts_again_after_crashes_only(job, codes, starts, returned):
+def test_slurm_restarts_after_crashes_only(job, codes, starts, returned):
   exits(job, *codes)
   result = launch(SLURM, "c.py:clip", "my runs/a", FIELD, RESTARTS="2")
   assert result.returncode == returned
@@ -710,7 +710,7 @@ def test_slurm_starts_again_after_crashes_only(job, codes, starts, returned):
   assert "scontrol" not in result.stdout
 
 
-def test_slurm_job_saves_and_goes_back_into_the_queue_before_its_time_is_over(job):
+def test_slurm_job_saves_and_is_requeued_before_its_time_is_over(job):
   process = start(SLURM, "c.py", "runs/a")
   assert process.stdout.readline() == "started 1\n"
   process.send_signal(signal.SIGUSR1)
@@ -720,7 +720,7 @@ def test_slurm_job_saves_and_goes_back_into_the_queue_before_its_time_is_over(jo
   assert (process.returncode, len(calls(job))) == (143, 1)
 
 
-def test_slurm_job_that_crashes_when_its_time_is_over_goes_back_too(job, monkeypatch):
+def test_slurm_job_that_crashes_when_its_time_is_over_is_requeued_too(job, monkeypatch):
   monkeypatch.setenv("RESTARTS", "0")
   (job / "bin" / "scancel").write_text("#!/usr/bin/env bash\nexit 1\n")
   process = start(SLURM, "c.py", "runs/a")
@@ -732,7 +732,7 @@ def test_slurm_job_that_crashes_when_its_time_is_over_goes_back_too(job, monkeyp
   assert len(calls(job)) == 1
 
 
-def test_slurm_job_does_not_start_again_when_its_time_is_over(job, monkeypatch):
+def test_slurm_job_does_not_restart_when_its_time_is_over(job, monkeypatch):
   monkeypatch.setenv("PAUSE", "30")
   exits(job, 1, 0)
   process = start(SLURM, "c.py", "runs/a")
@@ -744,12 +744,12 @@ def test_slurm_job_does_not_start_again_when_its_time_is_over(job, monkeypatch):
   assert len(calls(job)) == 1
 
 
-def test_slurm_goes_back_into_the_queue_when_its_tasks_were_stopped_from_outside(job):
+def test_slurm_job_is_requeued_when_its_tasks_were_stopped_from_outside(job):
   exits(job, 143)
   assert launch(SLURM, "c.py", "runs/a").stdout.endswith("scontrol requeue 77\n")
 
 
-def test_slurm_job_that_is_cancelled_stays_so_but_waits_for_its_tasks(job):
+def test_slurm_job_that_is_cancelled_is_not_requeued_but_waits_for_its_tasks(job):
   (job / "job").write_text("COMPLETING\n")
   process = start(SLURM, "c.py", "runs/a")
   assert process.stdout.readline() == "started 1\n"
@@ -762,16 +762,16 @@ def test_slurm_job_that_is_cancelled_stays_so_but_waits_for_its_tasks(job):
 
 
 @pytest.mark.parametrize(
-  ("env", "said"),
+  ("env", "message"),
   [
     ({"SLURM_JOB_ID": ""}, "variable SLURM_JOB_ID is not set: submit by sbatch"),
     ({"SLURM_GPUS_ON_NODE": ""}, "variable SLURM_GPUS_ON_NODE is not set"),
     ({"SLURM_GPUS_ON_NODE": "8"}, "--ntasks-per-node=4, but 8 GPUs on a node"),
   ],
 )
-def test_slurm_names_what_is_wrong(job, env, said):
+def test_slurm_names_what_is_wrong(job, env, message):
   result = launch(SLURM, "c.py", "runs/a", **env)
-  assert (result.returncode, said in result.stderr) == (2, True)
+  assert (result.returncode, message in result.stderr) == (2, True)
   assert not calls(job)
 
 
@@ -780,7 +780,7 @@ def docker_lines():
   return [line.split(maxsplit=1) for line in text.splitlines() if line]
 
 
-def test_the_image_gets_what_exists_and_nothing_else():
+def test_the_image_contains_the_tracked_files_it_names_and_nothing_else():
   copied = [rest.split()[:-1] for name, rest in docker_lines() if name == "COPY" and "--from" not in rest]
   sources = {source for line in copied for source in line}
   assert all((ROOT / source).exists() for source in sources)
@@ -793,7 +793,7 @@ def test_the_image_gets_what_exists_and_nothing_else():
   assert not lost
 
 
-def test_the_image_trains_as_nobody_special():
+def test_the_image_trains_as_an_unprivileged_user():
   lines = docker_lines()
   assert json.loads(dict(lines)["ENTRYPOINT"]) == ["python", *TRAIN[:2]]
   user = next(rest for name, rest in lines if name == "USER")
