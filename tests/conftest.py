@@ -61,7 +61,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> "FinishedRun":
-  """A finished run of a tiny DeCLIP; one for all tests."""
+  """A finished run of a tiny DeCLIP on one device; one for all tests."""
   from tiny import train_tiny_declip
 
-  return train_tiny_declip(tmp_path_factory.mktemp("finished"))
+  from declip_jax import build, sharding
+
+  with pytest.MonkeyPatch.context() as patch:  # for several devices, orbax compiles a program for each array it saves
+    patch.setattr(build, "make_mesh", lambda **_: sharding.make_mesh(1, 1, jax.devices()[:1]))
+    return train_tiny_declip(tmp_path_factory.mktemp("finished"))
