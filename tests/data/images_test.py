@@ -194,7 +194,7 @@ def test_a_jpeg_is_decoded_at_lower_resolution(asked, times):
 
 def test_pixels_that_are_not_as_many_as_the_header_says_are_damage():
   wrong = images.Photo(5, 7, encode(IMAGE, "PNG"))
-  with pytest.raises(BadSample, match="128 x 96 pixels, and 7 x 5 in its header") as caught:
+  with pytest.raises(BadSample, match="128 x 96 pixels, but 7 x 5") as caught:
     wrong.decode()
   assert caught.value.kind == "damaged image"
 
@@ -223,7 +223,7 @@ def test_only_ordinary_jpegs_are_decoded_at_lower_resolution():
 )
 def test_refuses_other_arrays_and_names_them(array):
   """Not as a bad sample to pass over: a source that gives one such array gives no others."""
-  with pytest.raises(ValueError, match=rf"image is {array.dtype}\[{array.shape[0]}.*want uint8") as caught:
+  with pytest.raises(ValueError, match=rf"image is {array.dtype}\[{array.shape[0]}.*expected uint8") as caught:
     images.decode(array)
   assert not isinstance(caught.value, BadSample)
 
@@ -251,9 +251,9 @@ BAD = {
   "nothing": (b"", "empty image", "0 bytes"),
   "array of nothing": (np.zeros((0, 4, 3), np.uint8), "empty image", "0, 4, 3"),
   "text": (b"<html>404 not found</html>", "unknown format", "starts with b'<html>40'"),
-  "nul bytes": (bytes(5000), "unknown format", "no known image format"),
+  "nul bytes": (bytes(5000), "unknown format", "not a known image format"),
   "a program for a printer": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "unknown format", "%!PS-Ado"),
-  "jpeg, only the start": (b"\xff\xd8\xff\xe0", "unknown format", "no known image format"),
+  "jpeg, only the start": (b"\xff\xd8\xff\xe0", "unknown format", "not a known image format"),
   "jpeg, truncated": (encode(IMAGE, "JPEG")[:-500], "damaged image", "truncated"),
   "jpeg, half": (encode(IMAGE, "JPEG")[:2000], "damaged image", "truncated"),
   "jpeg, large, truncated": (SCENE_JPEG[: len(SCENE_JPEG) // 2], "damaged image", "truncated"),
@@ -386,11 +386,11 @@ def test_eval_view_of_a_very_long_image_is_its_centre(engine):
 
 
 def test_options_are_checked():
-  with pytest.raises(ValueError, match="resize 30 is smaller than the 32"):
+  with pytest.raises(ValueError, match="resize=30 .*size=32"):
     images.eval_view(IMAGE, images.EvalView(32, resize=30))
-  with pytest.raises(ValueError, match=r"'lanczos' is none of \['bicubic', 'bilinear'\]"):
+  with pytest.raises(ValueError, match=r"interpolation='lanczos'.*\['bicubic', 'bilinear'\]"):
     images.eval_view(IMAGE, images.EvalView(32, interpolation="lanczos"))
-  with pytest.raises(ValueError, match=r"'slow' is none of \['exact', 'fast'\]"):
+  with pytest.raises(ValueError, match=r"engine='slow'.*\['exact', 'fast'\]"):
     images.eval_view(IMAGE, images.EvalView(32), engine="slow")
 
 

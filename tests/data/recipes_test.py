@@ -229,7 +229,7 @@ def test_for_the_device_the_same_crops_are_made_and_nothing_else(name):
 def test_bad_images_are_bad_samples():
   for engine in images.ENGINES:
     make_views = MakeViews(RECIPES["slip"], TOKENIZER, Rendering(12, engine=engine))
-    with pytest.raises(BadSample, match="no known image format") as caught:
+    with pytest.raises(BadSample, match="not a known image format") as caught:
       make_views({"image": b"<html>", "captions": CAPTIONS}, np.random.default_rng(0))
     assert caught.value.kind == "unknown format"
     with pytest.raises(BadSample) as caught:

@@ -1,14 +1,15 @@
-"""From the bytes of an image to the views that the networks see: decoding, random crops, colours, blur.
+"""From the bytes of an image to the views that models see: decoding, random crops, colours, blur.
 
 Pixels are uint8 RGB arrays `[h w 3]`; the mean and standard deviation are applied on the device. A view is made in two
 steps: `draw` needs only the height and width, which the header contains, and returns `ViewParams`; `make` decodes as
 much of the image as its views need and applies their parameters. So a view is a pure function of image and seed, and
 two engines can be compared on the same parameters:
 
-- `exact`: every operation by Pillow, as torchvision's transforms on Pillow images do it, to the bit. CLIP, SLIP and
-  DeCLIP were trained so.
-- `fast`, the default in training: JPEGs decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 where the view is that much
-  smaller, all else by OpenCV; within few levels of the other (`benchmarks/images.py` prints how few).
+- `exact`: every operation by Pillow, bit for bit as torchvision's transforms of Pillow images. CLIP, SLIP and DeCLIP
+  were trained with these.
+- `fast`, the default in training: JPEGs are decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 resolution if the view is that
+  much smaller; OpenCV does everything else. Pixels differ from `exact` by a few levels (`benchmarks/images.py` prints
+  how many).
 """
 
 from declip_jax.data.images.geometry import Crop, random_resized_crop_box

@@ -1,4 +1,4 @@
-"""Operations on images by Pillow, as torchvision's transforms on Pillow images do them, to the bit."""
+"""Operations on images by Pillow, bit for bit as torchvision's transforms of Pillow images."""
 
 from collections.abc import Sequence
 
@@ -16,9 +16,9 @@ _ENHANCE = {
 }
 
 
-def cut(pixels: Pixels, times: int, crop: Crop, interpolation: str) -> View:
-  """Cuts out a view, `[size size 3]`; `times` must be 1, for this engine decodes at full resolution only."""
-  assert times == 1
+def cut(pixels: Pixels, reduction: int, crop: Crop, interpolation: str) -> View:
+  """Cuts out a view, `[size size 3]`; `reduction` must be 1, since this engine decodes at full resolution."""
+  assert reduction == 1
   top, left, height, width = crop.box
   box = Image.fromarray(pixels[top : top + height, left : left + width])
   resized = box.resize((crop.width, crop.height), _RESAMPLING[interpolation])
@@ -26,17 +26,17 @@ def cut(pixels: Pixels, times: int, crop: Crop, interpolation: str) -> View:
 
 
 def jitter(image: Pixels, steps: Sequence[tuple[str, float]]) -> Pixels:
-  """Applies brightness, contrast, saturation and hue, each with its factor, in the given order."""
+  """Applies brightness, contrast, saturation and hue in the given order, each with its factor."""
   made = Image.fromarray(image)
   for operation, factor in steps:
-    made = _turn_hue(made, factor) if operation == "hue" else _ENHANCE[operation](made).enhance(factor)
+    made = _rotate_hue(made, factor) if operation == "hue" else _ENHANCE[operation](made).enhance(factor)
   return np.array(made)
 
 
-def _turn_hue(image: Image.Image, factor: float) -> Image.Image:
-  """Turns the hue by `factor` of the colour circle, in 8-bit HSV."""
+def _rotate_hue(image: Image.Image, factor: float) -> Image.Image:
+  """Rotates the hue by `factor` of the colour circle, in 8-bit HSV."""
   hue, saturation, value = image.convert("HSV").split()
-  turned = Image.fromarray(np.asarray(hue) + np.uint8(int(factor * 255) % 256))  # wraps around, as the circle does
+  turned = Image.fromarray(np.asarray(hue) + np.uint8(int(factor * 255) % 256))  # wraps around like the circle
   return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 
 
@@ -46,12 +46,12 @@ def grayscale(image: Pixels) -> Pixels:
 
 
 def blur(image: Pixels, radius: float) -> Pixels:
-  """Blurs by three box blurs that amount to a standard deviation of `radius` pixels."""
+  """Blurs by three box blurs whose total standard deviation is `radius` pixels."""
   return np.array(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
 
 
 def solarize(image: Pixels) -> Pixels:
-  """Inverts the levels from 128 on."""
+  """Inverts levels of 128 and more."""
   return np.array(ImageOps.solarize(Image.fromarray(image)))
 
 

@@ -1,6 +1,6 @@
 """Operations on images by OpenCV, several times faster than Pillow's and within a few levels of them.
 
-`tests/data/images_test.py` holds the limits, of each operation and of whole views.
+`tests/data/images_test.py` has the limits, for each operation and for whole views.
 """
 
 from collections.abc import Sequence
@@ -16,34 +16,34 @@ from declip_jax.data.images.geometry import Crop
 from declip_jax.data.images.photo import Pixels, View
 
 _SAMPLING = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
-_REACH = {"bilinear": 1, "bicubic": 2}  # of the kernels, in pixels
-_TRUNCATE = -0.499  # added before OpenCV rounds to nearest, for Pillow truncates
+_REACH = {"bilinear": 1, "bicubic": 2}  # radius of the kernels in pixels
+_TRUNCATE = -0.499  # added before OpenCV rounds to nearest, since Pillow truncates
 
-# Averaging blocks of pixels, the decoder or we, leaves at least so many for each of the view. From 1 on there would be
-# enough of them, but fine detail then differs from Pillow's: a photograph by 3 levels on average with 1, by 2 with
-# 1.25, by 1.4 with 1.5. Without averaging it is 0.3 to 0.9.
+# Minimum number of pixels per pixel of the view after blocks are averaged, by the decoder or here. 1 would suffice, but
+# fine detail then differs from Pillow's: in photographs by 3 levels on average with 1, by 2 with 1.25, by 1.4 with 1.5.
+# Without averaging the difference is 0.3 to 0.9.
 LEAST_FACTOR = 1.5
 
 
-def cut(pixels: Pixels, times: int, crop: Crop, interpolation: str) -> View:
+def cut(pixels: Pixels, reduction: int, crop: Crop, interpolation: str) -> View:
   """Cuts out a view, `[size size 3]`.
 
-  Where it reduces, Pillow widens its kernel and OpenCV does not. So the image is filtered before with the few taps that
-  make both together most like Pillow's kernel, and where there are many pixels for each of the view, blocks of them are
-  averaged before that.
+  To shrink an image, Pillow widens its kernel and OpenCV does not. So the image is first filtered with the few taps
+  that make both filters together most like Pillow's kernel; if there are many pixels per pixel of the view, blocks of
+  them are averaged before that.
 
   Args:
-    pixels: of the image.
-    times: how many times lower their resolution is than the image's.
-    crop: in pixels of the image.
+    pixels: the decoded image.
+    reduction: the factor by which its resolution was reduced.
+    crop: the crop, in pixels of the image at full resolution.
     interpolation: "bilinear" or "bicubic".
   """
-  factors = crop.box[2] / crop.height / times, crop.box[3] / crop.width / times
+  factors = crop.box[2] / crop.height / reduction, crop.box[3] / crop.width / reduction
   block = max(1, int(min(factors) / LEAST_FACTOR))
-  filters = [_filter(round(64 * factor / block) / 64, times * block, interpolation) for factor in factors]
+  filters = [_filter(round(64 * factor / block) / 64, reduction * block, interpolation) for factor in factors]
   margins = [(len(taps) // 2 + _REACH[interpolation] + 1) * block for taps in filters]
-  rows = _span(crop.box[0], crop.box[2], crop.height, crop.top, crop.size, times, margins[0])
-  columns = _span(crop.box[1], crop.box[3], crop.width, crop.left, crop.size, times, margins[1])
+  rows = _span(crop.box[0], crop.box[2], crop.height, crop.top, crop.size, reduction, margins[0])
+  columns = _span(crop.box[1], crop.box[3], crop.width, crop.left, crop.size, reduction, margins[1])
   part = pixels[rows.first : rows.last, columns.first : columns.last]
   if block > 1:
     height, width = (side // block for side in part.shape[:2])
@@ -61,12 +61,12 @@ def cut(pixels: Pixels, times: int, crop: Crop, interpolation: str) -> View:
 
 
 class _Span(NamedTuple):
-  """What a view needs of one axis, in decoded pixels.
+  """The decoded pixels that a view needs along one axis.
 
   Attributes:
-    first, last: the pixels to take, `[first, last)`.
-    offset: where the view begins in them.
-    whole: whether it is just these pixels.
+    first, last: the range of pixels, `[first, last)`.
+    offset: the start of the view within the range.
+    whole: whether the view is exactly this range.
   """
 
   first: int
@@ -75,25 +75,25 @@ class _Span(NamedTuple):
   whole: bool
 
 
-def _span(start: int, extent: int, resized: int, corner: int, size: int, times: int, margin: int) -> _Span:
-  """The span of a view that is `size` long, `corner` behind the start of the box, which is resized to `resized`."""
+def _span(start: int, extent: int, resized: int, corner: int, size: int, reduction: int, margin: int) -> _Span:
+  """The span of a view of length `size`, which starts `corner` pixels into the box resized to length `resized`."""
   begin, end = start + corner * extent / resized, start + (corner + size) * extent / resized
-  first = max(start // times, math.floor(begin / times) - margin)
-  last = min(-(-(start + extent) // times), math.ceil(end / times) + margin)
-  whole = size == resized and start % times == 0 and extent % times == 0
-  return _Span(first, last, begin / times - first, whole)
+  first = max(start // reduction, math.floor(begin / reduction) - margin)
+  last = min(-(-(start + extent) // reduction), math.ceil(end / reduction) + margin)
+  whole = size == resized and start % reduction == 0 and extent % reduction == 0
+  return _Span(first, last, begin / reduction - first, whole)
 
 
 @lru_cache(maxsize=1024)
 def _filter(factor: float, reduced: int, interpolation: str) -> Float32[np.ndarray, "taps"]:
-  """The filter behind which OpenCV's kernel is most like Pillow's, which is `factor` times wider: least squares.
+  """The filter after which OpenCV's kernel is most like Pillow's, which is `factor` times wider, in least squares.
 
   Args:
-    factor: how many times higher the resolution is than the view's; below 1 it is enlarged, with Pillow's own kernel.
-    reduced: how many times lower it is than the image's. Averaging has blurred it already, by nearly a pixel.
+    factor: resolution divided by that of the view; below 1 the image is enlarged, with Pillow's own kernel.
+    reduced: factor by which the resolution was reduced before; averaging already blurred the image by nearly a pixel.
     interpolation: "bilinear" or "bicubic".
   """
-  factor, reach, steps = max(factor, 1.0), _REACH[interpolation], 32  # steps: of the numerical integral, per pixel
+  factor, reach, steps = max(factor, 1.0), _REACH[interpolation], 32  # steps per pixel of the numerical integral
   radius = math.ceil(reach * factor) - 1
   end = math.ceil(reach * factor + radius) + reach + 2
   x = np.arange(-end * steps, end * steps + 1) / steps
@@ -105,13 +105,13 @@ def _filter(factor: float, reduced: int, interpolation: str) -> Float32[np.ndarr
   ]
   products = np.array([[a @ b for b in shifted] for a in shifted])
   ones = np.ones((len(shifted), 1))
-  system = np.block([[products, ones], [ones.T, np.zeros((1, 1))]])  # with a multiplier: the taps sum to 1
+  system = np.block([[products, ones], [ones.T, np.zeros((1, 1))]])  # a Lagrange multiplier makes the taps sum to 1
   taps = np.linalg.solve(system, np.array([*(a @ wanted for a in shifted), 1.0]))[:-1]
   return ((taps + taps[::-1]) / 2).astype(np.float32)
 
 
 def _kernel(x: Float64[np.ndarray, "x"], interpolation: str, a: float) -> Float64[np.ndarray, "x"]:
-  """Bilinear: the triangle. Bicubic: Keys's kernel, of which Pillow takes a = -0.5 and OpenCV -0.75."""
+  """Bilinear: the triangle. Bicubic: Keys's kernel, with a = -0.5 in Pillow and -0.75 in OpenCV."""
   x = np.abs(x)
   if interpolation == "bilinear":
     return np.maximum(0, 1 - x)
@@ -120,12 +120,12 @@ def _kernel(x: Float64[np.ndarray, "x"], interpolation: str, a: float) -> Float6
 
 
 def jitter(image: Pixels, steps: Sequence[tuple[str, float]]) -> Pixels:
-  """Applies brightness, contrast, saturation and hue, each with its factor, in the given order.
+  """Applies brightness, contrast, saturation and hue in the given order, each with its factor.
 
-  Brightness is equal to Pillow's, contrast and saturation are within 1 level. Hue is on average within 1, at most 12
-  apart: Pillow truncates hue and saturation, OpenCV rounds.
+  Brightness equals Pillow's; contrast and saturation are within 1 level. Hue differs by less than 1 on average, at most
+  by 12: Pillow truncates hue and saturation, OpenCV rounds.
   """
-  waiting = None  # a table of levels that the image has yet to go through
+  waiting = None  # a table of levels that is still to be applied
   for operation, factor in steps:
     if operation == "brightness":
       table = _blend(0, factor)
@@ -140,13 +140,13 @@ def jitter(image: Pixels, steps: Sequence[tuple[str, float]]) -> Pixels:
       image = cv2.addWeighted(image, factor, grayscale(image), 1 - factor, _TRUNCATE)
     else:
       hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-      hsv[..., 0] += np.uint8(int(factor * 255) % 256)  # wraps around, as the circle does
+      hsv[..., 0] += np.uint8(int(factor * 255) % 256)  # wraps around like the circle
       image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
   return image if waiting is None else cv2.LUT(image, waiting)
 
 
 def _blend(level: int, factor: float) -> UInt8[np.ndarray, "256"]:
-  """What each of the 256 levels becomes when blended with `level`, in float32 and truncated as in Pillow."""
+  """The 256 levels blended with `level`, in float32 and truncated as in Pillow."""
   levels = np.arange(256, dtype=np.float32)
   return np.clip(level + np.float32(factor) * (levels - level), 0, 255).astype(np.uint8)
 
@@ -159,8 +159,8 @@ def grayscale(image: Pixels) -> Pixels:
 def blur(image: Pixels, radius: float) -> Pixels:
   """Blurs as Pillow's `GaussianBlur(radius)`: three box blurs, each rounded and with repeated edges; within 3 levels.
 
-  The variances of the boxes sum to `radius`^2 (Gwosdek et al. 2011, extended box filter): one has `2 * whole + 1` taps
-  of weight 1 and one of weight `edge` at each end. Small kernels also are what OpenCV is fast at.
+  The variances of the boxes sum to `radius`^2 (Gwosdek et al. 2011, extended box filter): each has `2 * whole + 1`
+  taps of weight 1 and one of weight `edge` at each end. OpenCV is fast with such small kernels.
   """
   variance = radius**2 / 3
   whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
@@ -174,7 +174,7 @@ def blur(image: Pixels, radius: float) -> Pixels:
 
 
 def solarize(image: Pixels) -> Pixels:
-  """Inverts the levels from 128 on; equal to Pillow's."""
+  """Inverts levels of 128 and more; equal to Pillow's."""
   levels = np.arange(256, dtype=np.uint8)
   return cv2.LUT(image, np.where(levels < 128, levels, 255 - levels))
 

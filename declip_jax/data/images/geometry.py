@@ -1,4 +1,4 @@
-"""Where views are cut out: random crops of the papers, and the centre for evaluation. No pixel is looked at."""
+"""Positions of crops: the papers' random crops, and the centre for evaluation. No pixels are read."""
 
 import math
 from typing import NamedTuple
@@ -8,18 +8,18 @@ import numpy as np
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop, in all the papers
-_MAX_ASPECT = 16  # where the shorter side is resized: longer images would make giant intermediate ones
+_MAX_ASPECT = 16  # for resizing the shorter side: longer images would become huge in between
 
 
 class Crop(NamedTuple):
-  """A square cut out of an image: first `box`, which is resized, antialiased, and of that a square.
+  """A square crop: `box` of the image is resized, with antialiasing, and a square is cut out of the result.
 
-  Pixels outside the box have no influence (as with crop, then resize; Pillow's `resize(box=)` would look at them).
+  Pixels outside the box have no influence, as when cropping before resizing (Pillow's `resize(box=)` would use them).
 
   Attributes:
-    box: of the image.
-    height, width: what the box is resized to.
-    top, left: where the square begins in that.
+    box: the box in the image.
+    height, width: size to which the box is resized.
+    top, left: position of the square in the result.
     size: side of the square.
   """
 
@@ -32,7 +32,7 @@ class Crop(NamedTuple):
 
   @property
   def factor(self) -> float:
-    """How many times higher the resolution of the image is than that of the view."""
+    """The resolution of the image divided by that of the view."""
     return min(self.box[2] / self.height, self.box[3] / self.width)
 
 
@@ -46,16 +46,16 @@ def random_resized_crop(
 def random_resized_crop_box(
   height: int, width: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float] = CROP_RATIO
 ) -> Box:
-  """Draws the box of torchvision's `RandomResizedCrop`: area uniform, aspect log-uniform, place uniform.
+  """Draws the box of torchvision's `RandomResizedCrop`: uniform area, log-uniform aspect ratio, uniform position.
 
-  After 10 boxes that do not fit, the largest central box whose aspect lies within `ratio`.
+  After 10 boxes that do not fit, returns the largest central box with an aspect ratio within `ratio`.
 
   Args:
-    height: of the image, in pixels.
-    width: of the image, in pixels.
-    rng: draws area and aspect, again until they fit, then top and left.
-    scale: least and greatest area, as fractions of the image's.
-    ratio: least and greatest width / height.
+    height: height of the image in pixels.
+    width: width of the image in pixels.
+    rng: generator; draws area and aspect ratio until they fit, then top and left.
+    scale: range of the area, as a fraction of the image's.
+    ratio: range of width / height.
   """
   for _ in range(10):
     area = height * width * rng.uniform(*scale)
@@ -68,17 +68,17 @@ def random_resized_crop_box(
 
 
 def square_crop(height: int, width: int, size: int, rng: np.random.Generator) -> Crop:
-  """Draws the crop that OpenAI trained CLIP with (Radford et al. 2021, section 2.3).
+  """Draws the crop with which OpenAI trained CLIP (Radford et al. 2021, section 2.3).
 
-  The shorter side is resized to `size` pixels, and a square of that size cut out at a random place: torchvision's
-  `Resize` and `RandomCrop`. Where we differ: of an image longer than 16 times its shorter side only the central part of
+  The shorter side is resized to `size` pixels, and a square of that size is cut out at a random position: torchvision's
+  `Resize` and `RandomCrop`. Difference from these: of an image longer than 16 times its shorter side only the centre of
   that shape is used.
 
   Args:
-    height: of the image, in pixels.
-    width: of the image, in pixels.
-    size: of the view.
-    rng: draws top and left.
+    height: height of the image in pixels.
+    width: width of the image in pixels.
+    size: side of the view in pixels.
+    rng: generator; draws top and left.
   """
   box, height, width = _shorter_side(height, width, size)
   top, left = (int(rng.integers(side - size + 1)) for side in (height, width))
@@ -86,27 +86,26 @@ def square_crop(height: int, width: int, size: int, rng: np.random.Generator) ->
 
 
 def centre_crop(height: int, width: int, size: int, resize: int = 0) -> Crop:
-  """The crop of evaluation: the shorter side is resized to `resize` pixels (0 is `size`), the centre cut out.
+  """The crop of evaluation: the shorter side is resized to `resize` pixels (0 means `size`), the centre is cut out.
 
-  Where we differ from torchvision: what an image longer than 16 times its shorter side has beyond that is cut off
-  before the resize.
+  Difference from torchvision: an image longer than 16 times its shorter side is clipped to that length before.
 
   Raises:
     ValueError: `resize` is smaller than `size`.
   """
   shorter = resize or size
   if shorter < size:
-    raise ValueError(f"resize {shorter} is smaller than the {size} pixels to cut out")
+    raise ValueError(f"resize={shorter} is smaller than size={size}, which is cut out")
   box, height, width = _shorter_side(height, width, shorter)
   return Crop(box, height, width, _centre(height, size), _centre(width, size), size)
 
 
 def _shorter_side(height: int, width: int, shorter: int) -> tuple[Box, int, int]:
-  """The box to use, and its sides if the shorter one has that many pixels; the other is rounded down as there."""
+  """The box to use, and its size once the shorter side has `shorter` pixels; the other is rounded down as there."""
   h, w = (min(side, _MAX_ASPECT * min(height, width)) for side in (height, width))
   return (_centre(height, h), _centre(width, w), h, w), shorter * h // min(h, w), shorter * w // min(h, w)
 
 
 def _centre(whole: int, part: int) -> int:
-  """Where a central part begins, rounded half to even as torchvision rounds it."""
+  """The start of a central part, rounded half to even as in torchvision."""
   return round((whole - part) / 2)

@@ -1,4 +1,4 @@
-"""Images whose height and width are known before they are decoded, and what becomes of those that cannot be."""
+"""Images whose size is known before they are decoded, and errors for those that cannot be decoded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,22 +16,22 @@ from declip_jax.data.sources.base import BadSample
 Pixels = UInt8[np.ndarray, "h w 3"]
 View = UInt8[np.ndarray, "size size 3"]
 
-MAX_PIXELS = 2**26  # 8192 x 8192, 192 MiB decoded: more is a decompression bomb to us
+MAX_PIXELS = 2**26  # 8192 x 8192, 192 MiB decoded; more counts as a decompression bomb
 
-# What Pillow may try. Others it knows are no photographs, some (EPS) start programs, some (TGA) are guessed from noise.
+# Formats for Pillow. Of its others most are not for photographs, EPS starts programs, and TGA is guessed from noise.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000") + ("AVIF",) * features.check("avif")
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
 class Photo:
-  """An image of known size that is decoded on demand, each time anew; made by `open_photo`.
+  """An image of known size, decoded each time it is needed; made by `open_photo`.
 
   Attributes:
-    height: in pixels.
-    width: in pixels.
-    source: the bytes of a file, an image of Pillow's, or pixels.
-    reducible: whether it can be decoded at lower resolution: an ordinary JPEG.
+    height: height in pixels.
+    width: width in pixels.
+    source: the encoded image, a Pillow image, or pixels.
+    reducible: whether it can be decoded at lower resolution, as ordinary JPEGs can.
   """
 
   height: int
@@ -40,10 +40,10 @@ class Photo:
   reducible: bool = False
 
   def decode(self, factor: int = 1) -> tuple[Pixels, int]:
-    """Pixels, and how many times lower their resolution is than the image's: 8, 4, 2 or 1, at most `factor`.
+    """Returns pixels, and the factor `n` by which their resolution was reduced: 8, 4, 2 or 1, at most `factor`.
 
-    libjpeg-turbo leaves out the high frequencies of each block of 8 x 8 then; pixel `i` covers those from `n * i` up to
-    `n * (i + 1)` of the image, for a number of times `n`.
+    libjpeg-turbo then omits the high frequencies of each block of 8 x 8; pixel `i` covers pixels `n * i` to
+    `n * (i + 1)` of the image.
 
     Raises:
       BadSample: the image is damaged.
@@ -51,18 +51,18 @@ class Photo:
     if isinstance(self.source, np.ndarray):
       return self.source, 1
     if self.reducible:
-      times = next(times for times in (8, 4, 2, 1) if times <= max(factor, 1))
+      reduction = next(n for n in (8, 4, 2, 1) if n <= max(factor, 1))
       try:
-        # The smallest size that is at least the given one: also faster than others, which have no vector code.
-        height, width = -(-self.height // times), -(-self.width // times)
-        return simplejpeg.decode_jpeg(self.source, "RGB", min_height=height, min_width=width), times
+        # simplejpeg chooses the smallest size that is at least this one. Other factors are slower, without vector code.
+        height, width = -(-self.height // reduction), -(-self.width // reduction)
+        return simplejpeg.decode_jpeg(self.source, "RGB", min_height=height, min_width=width), reduction
       except ValueError:
-        pass  # also harmless damage (stray bytes), which Pillow forgives
+        pass  # the damage may be harmless (stray bytes), and Pillow tolerates that
     with _opened(self.source) as image:
       pixels = _rgb(_pillow_pixels(image))
     if pixels.shape[:2] != (self.height, self.width):
       height, width = pixels.shape[:2]
-      raise BadSample("damaged image", f"{width} x {height} pixels, and {self.width} x {self.height} in its header")
+      raise BadSample("damaged image", f"{width} x {height} pixels, but {self.width} x {self.height} in its header")
     return pixels, 1
 
 
@@ -70,12 +70,11 @@ def open_photo(image: bytes | np.ndarray | Image.Image | Photo) -> Photo:
   """Reads the header of an encoded image, or checks an array.
 
   Args:
-    image: a file's bytes, whatever its name said, in one of the formats of the web (JPEG, PNG, GIF, WebP, BMP, TIFF,
-      PPM, JPEG 2000, AVIF if Pillow has it), an image of Pillow's, or uint8 `[h w]`, `[h w 1]`, `[h w 3]`, `[h w 4]`.
+    image: an encoded image, whatever the suffix of its file, as JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, JPEG 2000 or, if
+      Pillow has it, AVIF; a Pillow image; or uint8 `[h w]`, `[h w 1]`, `[h w 3]`, `[h w 4]`.
 
   Raises:
-    BadSample: of no bytes, in no known format, or with more than `MAX_PIXELS`, which are not decoded to find out. The
-      caller knows the name of the file.
+    BadSample: no bytes, an unknown format, or more than `MAX_PIXELS` according to the header. Callers add the name.
     ValueError: an array of another type or shape.
   """
   if isinstance(image, Photo):
@@ -93,18 +92,18 @@ def open_photo(image: bytes | np.ndarray | Image.Image | Photo) -> Photo:
 
 
 def decode(image: bytes | np.ndarray | Image.Image | Photo) -> Pixels:
-  """Decodes an image into RGB, at its own resolution; of an animation the first frame.
+  """Decodes an image to RGB at full resolution; the first frame of an animation.
 
   JPEG pixels equal Pillow's. As in torchvision's loaders, transparency is dropped (not blended with a background) and
-  the EXIF orientation is ignored (but for TIFF, where Pillow obeys it). Unlike there, 16-bit grey keeps its range
-  instead of clipping to white.
+  the EXIF orientation is ignored (except in TIFF, where Pillow applies it). Unlike there, 16-bit grey keeps its range
+  instead of being clipped to white.
 
   Args:
-    image: as of `open_photo`; an array `[h w 3]` is returned as it is, not copied.
+    image: see `open_photo`; an array `[h w 3]` is returned without copying.
 
   Raises:
-    BadSample: as `open_photo`, or the image cannot be read completely.
-    ValueError: as `open_photo`.
+    BadSample: as in `open_photo`, or the image cannot be read completely.
+    ValueError: as in `open_photo`.
   """
   return open_photo(image).decode()[0]
 
@@ -116,7 +115,7 @@ def _checked(height: int, width: int) -> tuple[int, int]:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-  """Height and width of an ordinary JPEG; None leaves it to Pillow."""
+  """Height and width of an ordinary JPEG; None if Pillow should read it."""
   if not data.startswith(b"\xff\xd8\xff"):
     return None
   try:
@@ -128,7 +127,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 @contextmanager
 def _opened(source: bytes | Image.Image) -> Iterator[Image.Image]:
-  """The image by Pillow, lazily; what goes wrong with it within the context is a `BadSample`."""
+  """Opens an image with Pillow, lazily; errors of Pillow within the context become `BadSample`."""
   try:
     if isinstance(source, Image.Image):
       yield source
@@ -138,10 +137,10 @@ def _opened(source: bytes | Image.Image) -> Iterator[Image.Image]:
   except BadSample:
     raise
   except Image.UnidentifiedImageError as error:
-    raise BadSample("unknown format", f"no known image format (starts with {source[:8]!r})") from error
+    raise BadSample("unknown format", f"not a known image format (starts with {source[:8]!r})") from error
   except _BOMB as error:
     raise BadSample("too many pixels", f"more than {MAX_PIXELS} pixels: {error}") from error
-  except Exception as error:  # decoders meet bad bytes with nearly any: OSError, SyntaxError, struct.error, ...
+  except Exception as error:  # decoders raise nearly anything for bad bytes: OSError, SyntaxError, struct.error, ...
     raise BadSample("damaged image", f"cannot be decoded: {error}") from error
 
 
@@ -149,14 +148,14 @@ def _pillow_pixels(image: Image.Image) -> np.ndarray:
   if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to 255
     return np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
   image.load()
-  image.info.pop("transparency", None)  # else Pillow warns, for each palette image, that it is lost
+  image.info.pop("transparency", None)  # otherwise Pillow warns that each palette image loses it
   return np.array(image.convert("RGB"))
 
 
 def _rgb(image: np.ndarray) -> Pixels:
   channels = image.shape[2] if image.ndim == 3 else 1
   if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4):
-    raise ValueError(f"image is {image.dtype}{list(image.shape)}; want uint8 [h w], [h w 1], [h w 3] or [h w 4]")
+    raise ValueError(f"image is {image.dtype}{list(image.shape)}; expected uint8 [h w], [h w 1], [h w 3] or [h w 4]")
   if not image.size:
     raise BadSample("empty image", f"image is {image.dtype}{list(image.shape)}")
   if channels == 1:

@@ -1,4 +1,4 @@
-"""Views: how one is drawn, what was drawn, and the engines that make it."""
+"""Views: their random parameters, and the engines that make them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,14 +22,15 @@ _JITTER = ("brightness", "contrast", "saturation", "hue")
 
 @dataclass(frozen=True)
 class Engine:
-  """A way to do the operations of views; see the functions of `images.exact` for what each is.
+  """An implementation of the operations on views; see `images.exact` for their definitions.
 
   Attributes:
-    cut: from pixels, how many times lower their resolution is than the image's, a crop and an interpolation.
-    jitter: from pixels, and operations with their factors.
-    grayscale, solarize, flip: from pixels.
-    blur: from pixels and a radius.
-    least_factor: decoded pixels that it wants for each of the view, along each axis; infinity wants all there are.
+    cut: function of pixels, the factor by which their resolution was reduced, a crop and an interpolation.
+    jitter: function of pixels, and operations with their factors.
+    grayscale, solarize, flip: functions of pixels.
+    blur: function of pixels and a radius.
+    least_factor: minimum number of decoded pixels per pixel of the view, along each axis; infinity means full
+      resolution.
   """
 
   cut: Callable[[Pixels, int, Crop, str], View]
@@ -49,20 +50,20 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class Augmentation:
-  """How a view is drawn: crop, jitter, grey, blur, solarize, flip, in this order.
+  """The distribution of a view: crop, jitter, grayscale, blur, solarize, flip, in this order.
 
-  The defaults are a crop and nothing else. No flip: captions tell left from right.
+  The defaults are a crop and nothing else; no flip, since captions may mention left and right.
 
   Attributes:
-    crop: "resized", of random area and aspect; "square", of the whole height or width.
-    scale: of "resized", range of the crop's area as a share of the image's. The default is SLIP's (Mu et al. 2021).
-    ratio: of "resized", range of width / height.
-    jitter: brightness, contrast and saturation: the factor is uniform in [1 - strength, 1 + strength], cut at 0; hue:
-      the shift is uniform in [-strength, strength], in fractions of the colour circle. They come in random order, as in
-      torchvision's `ColorJitter`; one of strength 0 is left out.
-    jitter_probability: of the four together; the other probabilities are those of one operation each.
-    blur_radius: range of the standard deviation, in pixels of the view and not scaled with its size: the papers' values
-      belong to 224 pixels, so a config with smaller images may want smaller radii.
+    crop: "resized", with random area and aspect ratio; "square", with the full height or width.
+    scale: range of the area of "resized", as a share of the image's. The default is SLIP's (Mu et al. 2021).
+    ratio: range of width / height of "resized".
+    jitter: strengths of brightness, contrast, saturation and hue. For the first three the factor is uniform in
+      [1 - strength, 1 + strength], clipped at 0; for hue the shift is uniform in [-strength, strength], in fractions of
+      the colour circle. Their order is random, as in torchvision's `ColorJitter`; operations of strength 0 are omitted.
+    jitter_probability: probability of all four together; the other probabilities are those of one operation each.
+    blur_radius: range of the standard deviation, in pixels of the view. It does not scale with the view's size: the
+      papers' values are for 224 pixels, so configs with smaller images may need smaller radii.
   """
 
   crop: Literal["resized", "square"] = "resized"
@@ -79,13 +80,13 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class ViewParams:
-  """What was drawn for one view.
+  """The random parameters of one view.
 
   Attributes:
-    crop: where it lies.
-    jitter: operations in their order, with their factors.
-    grayscale, solarize, flip: whether it is done.
-    blur: radius; None does not blur.
+    crop: the crop.
+    jitter: operations in order, with their factors.
+    grayscale, solarize, flip: whether the operation is applied.
+    blur: radius, None for no blur.
   """
 
   crop: Crop
@@ -97,10 +98,10 @@ class ViewParams:
 
 
 def draw(augmentation: Augmentation, height: int, width: int, size: int, rng: np.random.Generator) -> ViewParams:
-  """Draws a view of `size` x `size` pixels of an image.
+  """Draws the parameters of a view of `size` x `size` pixels of an image.
 
-  The order of the draws, which streams of seeds rely on: the crop, then jitter (whether; order; factors in this order),
-  grey, blur (whether; radius), solarize, flip. Nothing is drawn for an operation of probability 0.
+  Reproducibility depends on the order of draws: crop, jitter (whether; order; factors in this order), grayscale, blur
+  (whether; radius), solarize, flip. Nothing is drawn for an operation with probability 0.
   """
   a = augmentation
   if a.crop == "square":
@@ -111,7 +112,7 @@ def draw(augmentation: Augmentation, height: int, width: int, size: int, rng: np
   def happens(probability: float) -> bool:
     return bool(probability) and rng.random() < probability
 
-  return ViewParams(  # arguments are evaluated in the order in which they stand
+  return ViewParams(  # Python evaluates arguments in the order written
     crop,
     jitter=_draw_jitter(a.jitter, rng) if happens(a.jitter_probability) else (),
     grayscale=happens(a.grayscale_probability),
@@ -133,37 +134,40 @@ def _draw_jitter(strengths: tuple[float, float, float, float], rng: np.random.Ge
 
 def make(
   image: bytes | np.ndarray | Image.Image | Photo,
-  plans: Sequence[ViewParams],
+  views: Sequence[ViewParams],
   *,
   interpolation: Interpolation = "bilinear",
   engine: EngineName = "fast",
 ) -> list[Pixels]:
-  """Makes views of one image, `[size size 3]` each; it is decoded once, at the resolution that the largest one needs.
+  """Makes views of one image, `[size size 3]` each, decoding it once at the resolution that the views need.
 
   Raises:
     BadSample: the image cannot be read.
-    ValueError: an unknown interpolation or engine.
+    ValueError: unknown interpolation or engine.
   """
   if engine not in ENGINES:
-    raise ValueError(f"engine {engine!r} is none of {sorted(ENGINES)}")
+    raise ValueError(f"engine={engine!r}: choose one of {sorted(ENGINES)}")
   if interpolation not in INTERPOLATIONS:
-    raise ValueError(f"interpolation {interpolation!r} is none of {sorted(INTERPOLATIONS)}")
-  do = ENGINES[engine]
-  pixels, times = open_photo(image).decode(int(min(plan.crop.factor for plan in plans) / do.least_factor))
-  return [_change(do.cut(pixels, times, plan.crop, interpolation), plan, do) for plan in plans]
+    raise ValueError(f"interpolation={interpolation!r}: choose one of {sorted(INTERPOLATIONS)}")
+  operations = ENGINES[engine]
+  factor = min(params.crop.factor for params in views) / operations.least_factor
+  pixels, reduction = open_photo(image).decode(int(factor))
+  return [
+    _augment(operations.cut(pixels, reduction, params.crop, interpolation), params, operations) for params in views
+  ]
 
 
-def _change(view: Pixels, plan: ViewParams, do: Engine) -> Pixels:
-  """What comes behind the crop."""
-  if plan.jitter:
-    view = do.jitter(view, plan.jitter)
-  if plan.grayscale:
-    view = do.grayscale(view)
-  if plan.blur is not None:
-    view = do.blur(view, plan.blur)
-  if plan.solarize:
-    view = do.solarize(view)
-  return do.flip(view) if plan.flip else view
+def _augment(view: Pixels, params: ViewParams, engine: Engine) -> Pixels:
+  """Applies everything after the crop."""
+  if params.jitter:
+    view = engine.jitter(view, params.jitter)
+  if params.grayscale:
+    view = engine.grayscale(view)
+  if params.blur is not None:
+    view = engine.blur(view, params.blur)
+  if params.solarize:
+    view = engine.solarize(view)
+  return engine.flip(view) if params.flip else view
 
 
 def random_view(
@@ -175,10 +179,10 @@ def random_view(
   interpolation: Interpolation = "bilinear",
   engine: EngineName = "fast",
 ) -> Pixels:
-  """Draws one view of an image and makes it, `[size size 3]`; raises as `make`."""
+  """Draws and makes one view of an image, `[size size 3]`; raises like `make`."""
   photo = open_photo(image)
-  plan = draw(augmentation, photo.height, photo.width, size, rng)
-  return make(photo, [plan], interpolation=interpolation, engine=engine)[0]
+  params = draw(augmentation, photo.height, photo.width, size, rng)
+  return make(photo, [params], interpolation=interpolation, engine=engine)[0]
 
 
 @dataclass(frozen=True)
@@ -218,5 +222,5 @@ def eval_view(
     ValueError: see `centre_crop` and `make`.
   """
   photo = open_photo(image)
-  plan = ViewParams(centre_crop(photo.height, photo.width, view.size, view.resize))
-  return make(photo, [plan], interpolation=view.interpolation, engine=engine)[0]
+  params = ViewParams(centre_crop(photo.height, photo.width, view.size, view.resize))
+  return make(photo, [params], interpolation=view.interpolation, engine=engine)[0]
