@@ -137,8 +137,7 @@ def _from_declip(tensors: StateDict) -> StateDict:
 
 
 def _to_declip(tensors: StateDict) -> StateDict:
-  scales = dict.fromkeys(("logit_scale", "logit_scale_dense"), lambda x: x.reshape(1))
-  return _changed(_with_specials(tensors, _SPECIAL["from"]), scales)
+  return _changed(_with_specials(tensors, _SPECIAL["from"]), {"logit_scale": lambda x: x.reshape(1)})
 
 
 # Hugging Face: query, key and value are separate, and projections are linear layers.

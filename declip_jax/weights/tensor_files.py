@@ -1,16 +1,16 @@
-"""Tensors in the checkpoint files of other projects, read without PyTorch and without running what a file says.
+"""Reads tensors from the checkpoint files of other projects, without PyTorch and without executing their pickles.
 
-| file | known by | kind |
+| file | recognised by | kind |
 |---|---|---|
 | safetensors | a JSON header | "safetensors" |
 | `torch.save` since PyTorch 1.6 | a zip with `*/data.pkl` | "torch" |
 | `torch.save` before 1.6 | a pickled magic number | "torch" |
-| `torch.jit.save`, such as OpenAI's release of CLIP | a zip with `*/constants.pkl` and `*/code/` too | "torchscript" |
+| `torch.jit.save`, such as OpenAI's release of CLIP | a zip with `*/constants.pkl` and `*/code/` | "torchscript" |
 
-The last three hold a pickle, a program for a small machine that can call any function. Here that machine knows only the
-instructions of plain data, and only the names in `_NAMES`; none of them does more than make a number, a container or a
-description of a tensor. It is Python's own `pickle._Unpickler`, not the compiled `pickle.Unpickler`: there the
-instructions cannot be chosen, and some of them reserve as much memory as the file asks for.
+The last three contain a pickle, a program for a stack machine that can call any function. Here the machine supports
+only the instructions for plain data and only the names in `_NAMES`, each of which makes a number, a container or a
+description of a tensor. It is Python's own `pickle._Unpickler`, not the compiled `pickle.Unpickler`, whose instructions
+cannot be restricted and some of which allocate as much memory as the file asks for.
 
 Formats: torch/serialization.py, torch/csrc/jit/serialization/pickler.cpp and caffe2/serialize/inline_container.h of
 PyTorch 2; https://github.com/huggingface/safetensors#format.
@@ -33,9 +33,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of the format before PyTorch 1.6
-_PLACES = ("state_dict", "model")  # of the state dict in a training checkpoint: open_clip and SLIP; DeCLIP
-_LONGEST_NAME = 500  # characters of a tensor's name in TorchScript, where a module may lie within itself
-_MOST_NAMES = 200_000  # in TorchScript, where a few modules within each other in many ways would have billions
+_PLACES = ("state_dict", "model")  # keys of the state dict in checkpoints of open_clip and SLIP, and of DeCLIP
+_LONGEST_NAME = 500  # characters of a tensor's name in TorchScript, where a module may contain itself
+_MOST_NAMES = 200_000  # in TorchScript, where a few modules that contain each other could have billions
 _MOST_AXES = 16
 _DAMAGE = (
   ArithmeticError,
@@ -55,11 +55,11 @@ _DAMAGE = (
 
 @dataclass(eq=False)
 class Opaque:
-  """Inert stand-in for an object of another class, such as argparse.Namespace or a TorchScript module.
+  """Inert placeholder for an object of another class, such as argparse.Namespace or a TorchScript module.
 
   Attributes:
-    name: the qualified name of the class.
-    state: the attributes of the object.
+    name: qualified name of the class.
+    state: attributes of the object.
   """
 
   name: str
@@ -67,12 +67,12 @@ class Opaque:
 
 
 class TensorFile(NamedTuple):
-  """What `read_tensors` found.
+  """Contents of a file, see `read_tensors`.
 
   Attributes:
-    tensors: read-only arrays by the names in the file's state dict; some share memory, or are not contiguous.
+    tensors: read-only arrays by their names in the state dict; some share memory or are not contiguous.
     kind: "torchscript", "torch" or "safetensors".
-    extras: the texts, numbers, truths and Nones beside the state dict; the metadata of a safetensors file.
+    extras: strings, numbers, booleans and Nones next to the state dict; the metadata of a safetensors file.
   """
 
   tensors: dict[str, np.ndarray]
@@ -81,7 +81,7 @@ class TensorFile(NamedTuple):
 
 
 class _Storage(NamedTuple):
-  """The memory behind a tensor: `size` elements."""
+  """The memory of a tensor: `size` elements."""
 
   dtype: np.dtype
   key: str
@@ -89,7 +89,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-  """A tensor that is not read yet; offset and stride count elements, and nothing is checked."""
+  """A tensor before it is read and checked; offset and stride are numbers of elements."""
 
   storage: _Storage
   offset: int
@@ -101,20 +101,20 @@ _Reader = Callable[[_Storage], bytes]
 
 
 def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
-  """Reads the state dict of a file; no other tensors, such as an optimizer's, are loaded.
+  """Reads the state dict of a file; other tensors, such as an optimizer's, are not loaded.
 
-  The state dict is the whole file or, in a training checkpoint, what lies under "state_dict" or "model";
-  open_clip's "state_dict_ema" is not read. From TorchScript come the parameters, the buffers and every other
-  attribute that is a tensor. Element types stay, bfloat16 as that of ml_dtypes.
+  The state dict is the whole file or, in a training checkpoint, the entry "state_dict" or "model"; open_clip's
+  "state_dict_ema" is not read. A TorchScript module's state dict has all attributes that are tensors. Element types are
+  kept, bfloat16 as that of ml_dtypes.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: the file is damaged, of another format, without tensors, or asks for a name that is none of plain
-      data's; the message begins with the path.
+    FileNotFoundError: no such file.
+    ValueError: the file is damaged, of another format, without tensors, or asks for a name other than those of plain
+      data; the message begins with the path.
   """
   path = os.fspath(path)
   if os.path.isdir(path):
-    raise ValueError(f"{path}: a folder; expected one file")
+    raise ValueError(f"{path}: is a folder, expected a file")
   try:
     with open(path, "rb") as file:
       start = file.read(512)
@@ -127,20 +127,20 @@ def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
         return _read_legacy(file)
       raise ValueError(_describe(start))
   except _DAMAGE as error:
-    raise ValueError(f"{path}: damaged, cut off or no checkpoint ({type(error).__name__}: {error})") from error
+    raise ValueError(f"{path}: damaged, truncated or not a checkpoint ({type(error).__name__}: {error})") from error
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
 
 def _describe(start: bytes) -> str:
-  """What a file of a wrong format seems to be."""
+  """A description of a file in a wrong format."""
   if not start:
     return "empty, 0 bytes"
   if start[257:262] == b"ustar":
-    return "a tar archive; unpack it and name one of its files"
+    return "a tar archive: unpack it and pass one of its files"
   kind = "text" if re.fullmatch(rb"[\t\n\r -~\x80-\xff]+", start) else "neither a PyTorch nor a safetensors file"
-  hint = "; was an error page or a Git LFS pointer saved in its place?" if kind == "text" else ""
-  return f"{kind}, it begins with {start[:40]!r}{hint}"
+  hint = "; is it an error page or a Git LFS pointer?" if kind == "text" else ""
+  return f"{kind}; it begins with {start[:40]!r}{hint}"
 
 
 def _read_safetensors(path: str) -> TensorFile:
@@ -151,7 +151,9 @@ def _read_safetensors(path: str) -> TensorFile:
       try:
         tensors[name] = file.get_tensor(name)  # bfloat16 too: ml_dtypes makes its name known to NumPy
       except (AttributeError, TypeError):
-        raise ValueError(f"tensor {name} has the type {file.get_slice(name).get_dtype()}, not known to NumPy") from None
+        raise ValueError(
+          f"tensor {name} has type {file.get_slice(name).get_dtype()}, which NumPy does not have"
+        ) from None
       tensors[name].flags.writeable = False
   if not tensors:
     raise ValueError("no tensors")
@@ -162,19 +164,19 @@ def _read_zip(file: BinaryIO) -> TensorFile:
   archive = zipfile.ZipFile(file)
   entries = {entry.filename: entry for entry in archive.infolist()}
   if len(entries) < len(archive.infolist()):
-    raise ValueError("damaged: two entries of the zip have one name")
+    raise ValueError("damaged: two entries of the zip have the same name")
   if sum(entry.compress_size for entry in entries.values()) > os.fstat(file.fileno()).st_size:
     raise ValueError("damaged: entries of the zip overlap")
   roots = [name.removesuffix("data.pkl") for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
   if len(roots) != 1:
-    raise ValueError(f"a zip with {len(roots)} entries FOLDER/data.pkl, not 1; it has {_listed(entries)}")
+    raise ValueError(f"a zip with {len(roots)} entries FOLDER/data.pkl, expected 1; its entries are {_listed(entries)}")
   (root,) = roots
 
   def read_entry(name: str) -> bytes:
     if name not in entries or entries[name].header_offset < 0:
-      raise ValueError(f"damaged: no {_shown(name)} in the zip")
+      raise ValueError(f"damaged: the zip has no {_shown(name)}")
     if entries[name].compress_type != zipfile.ZIP_STORED:  # not what PyTorch writes, and unpacked it may be huge
-      raise ValueError(f"{_shown(name)} is compressed within the zip; expected it stored as it is")
+      raise ValueError(f"{_shown(name)} is compressed in the zip, expected an uncompressed entry")
     return archive.read(name)
 
   @cache
@@ -186,7 +188,7 @@ def _read_zip(file: BinaryIO) -> TensorFile:
     return data
 
   if root + "byteorder" in entries and (order := read_entry(root + "byteorder")) != b"little":
-    raise ValueError(f"byte order {order[:20]!r}; only b'little' is read")
+    raise ValueError(f"byte order {order[:20]!r} is not supported, only b'little'")
   is_script = root + "constants.pkl" in entries and any(name.startswith(root + "code/") for name in entries)
   content = _Unpickler(io.BytesIO(read_entry(root + "data.pkl"))).load()
   return _collect(content, is_script, read_storage)
@@ -196,24 +198,24 @@ def _read_legacy(file: BinaryIO) -> TensorFile:
   """Five pickles (magic number, protocol, system, object, storage keys); then per key an int64 size and the data."""
   magic = _Unpickler(file).load()
   if magic != _MAGIC:
-    raise ValueError("a pickle, but none of torch.save")
+    raise ValueError("a pickle that torch.save did not write")
   protocol, system = _Unpickler(file).load(), _Unpickler(file).load()
   if protocol != _PROTOCOL or not isinstance(system, dict) or system.get("little_endian") is not True:
-    raise ValueError(f"damaged, or not little-endian: only protocol {_PROTOCOL} of little-endian machines is read")
+    raise ValueError(f"damaged or not supported: expected protocol {_PROTOCOL}, little-endian")
   unpickler = _Unpickler(file)
   content, keys = unpickler.load(), _Unpickler(file).load()
   end = os.fstat(file.fileno()).st_size
   starts = {}
   for key in keys:
     if not isinstance(key, str) or key not in unpickler.storages:
-      raise ValueError(f"damaged: no tensor lies in the storage {_shown(key)}")
+      raise ValueError(f"damaged: no tensor uses storage {_shown(key)}")
     storage = unpickler.storages[key]
     size = int.from_bytes(file.read(8), "little", signed=True)
     starts[key] = file.tell()
     stop = starts[key] + storage.size * storage.dtype.itemsize
     if size != storage.size or stop > end:
       raise ValueError(
-        f"damaged or cut off: storage {_shown(key)} should have {storage.size} elements up to byte {stop}"
+        f"damaged or truncated: storage {_shown(key)} should have {storage.size} elements up to byte {stop}"
       )
     file.seek(stop)
 
@@ -228,7 +230,7 @@ def _read_legacy(file: BinaryIO) -> TensorFile:
 
 
 def _collect(content: Any, is_script: bool, read: _Reader) -> TensorFile:
-  """Finds the state dict in what a pickle holds and reads its tensors."""
+  """Finds the state dict in the content of a pickle and reads its tensors."""
   if isinstance(content, Opaque) and content.name.startswith("__torch__."):
     is_script = True
     state, beside = _flatten(content), content.state
@@ -237,11 +239,11 @@ def _collect(content: Any, is_script: bool, read: _Reader) -> TensorFile:
     state, beside = next((place for place in places if _tensors_of(place)), content), content
   else:
     name = content.name if isinstance(content, Opaque) else type(content).__name__.strip("_")
-    raise ValueError(f"no state dict, it holds an object of type {name}")
+    raise ValueError(f"not a state dict but an object of type {name}")
   tensors = _tensors_of(state)
   if not tensors:
     where = "at the top or under " + " or ".join(map(repr, _PLACES))
-    raise ValueError(f"no tensors {where}; it has {_listed(beside)}")
+    raise ValueError(f"no tensors {where}; its entries are {_listed(beside)}")
   extras = {name: value for name, value in beside.items() if isinstance(name, str) and _is_plain(value)}
   arrays = {name: _array(name, tensor, read) for name, tensor in tensors.items()}
   return TensorFile(arrays, "torchscript" if is_script else "torch", extras)
@@ -256,7 +258,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _listed(names: Iterable[Any]) -> str:
-  """The first of the names, fit to print: what a file names can be long, and nested without an end."""
+  """The first of the names, shortened: names in a file can be long, or objects that contain themselves."""
   names = list(names)
   shown = ", ".join(map(_shown, names[:20]))
   return (shown or "nothing") + (f" ... ({len(names)})" if len(names) > 20 else "")
@@ -267,7 +269,7 @@ def _shown(name: Any) -> str:
 
 
 def _flatten(module: Opaque) -> dict[str, _Tensor]:
-  """Tensors of a TorchScript module and the modules in it, as `visual.conv1.weight`."""
+  """Tensors of a TorchScript module and its submodules, by names such as `visual.conv1.weight`."""
   tensors = {}
   pending, seen = [("", module)], 0
   while pending:
@@ -281,31 +283,33 @@ def _flatten(module: Opaque) -> dict[str, _Tensor]:
     elif isinstance(value, _Tensor):
       tensors[name] = value
     if seen + len(pending) > _MOST_NAMES or len(name) > _LONGEST_NAME:
-      raise ValueError(f"its modules lie within each other without an end, as in {_shown(name)}")
+      raise ValueError(f"its modules contain each other too deeply, as in {_shown(name)}")
   return tensors
 
 
 def _array(name: str, tensor: _Tensor, read: _Reader) -> np.ndarray:
-  """A view of the storage; every element must be its own, so that no few bytes become a huge array.
+  """A view of the storage; no two elements may share memory, so that few bytes cannot become a huge array.
 
   Raises:
-    ValueError: the tensor leaves its storage, or is no permutation of the axes of a contiguous one.
+    ValueError: the tensor exceeds its storage, or is not a permutation of the axes of a contiguous one.
   """
   storage, offset, shape, stride = tensor
   numbers = (offset, *shape, *stride)
   if not all(type(number) is int and 0 <= number < 2**63 for number in numbers) or len(shape) != len(stride):
     raise ValueError(f"tensor {_shown(name)}: bad offset, shape or stride")
   if len(shape) > _MOST_AXES:
-    raise ValueError(f"tensor {_shown(name)}: {len(shape)} axes, at most {_MOST_AXES} are read")
+    raise ValueError(f"tensor {_shown(name)}: {len(shape)} axes, at most {_MOST_AXES} are supported")
   size = math.prod(shape)
   order = sorted(range(len(shape)), key=lambda axis: -stride[axis])  # of the axes in memory
   step = 1
   for axis in reversed(order):
     if shape[axis] > 1 and stride[axis] != step and size:
-      raise ValueError(f"tensor {_shown(name)}: shape {shape} with stride {stride} has gaps or overlaps, it must not")
+      raise ValueError(
+        f"tensor {_shown(name)}: shape {shape} with stride {stride} has gaps or overlaps, which is not supported"
+      )
     step *= shape[axis] if shape[axis] > 1 else 1
   if offset + size > storage.size:
-    raise ValueError(f"tensor {_shown(name)}: shape {shape} at {offset} leaves its storage of {storage.size} elements")
+    raise ValueError(f"tensor {_shown(name)}: shape {shape} at {offset} exceeds its storage of {storage.size} elements")
   if size:
     flat = np.frombuffer(read(storage), storage.dtype, size, offset * storage.dtype.itemsize)
   else:
@@ -315,8 +319,8 @@ def _array(name: str, tensor: _Tensor, read: _Reader) -> np.ndarray:
   return array
 
 
-# The names that a pickle may ask for, and what stands for them. They take their arguments from the file, and none
-# copies what it is given: a few bytes that name one big list a thousand times must stay a few bytes.
+# The names that a pickle may ask for, and the functions that replace them. Their arguments are from the file, and none
+# copies them: a few bytes that name one big list a thousand times must stay a few bytes.
 
 
 def _make_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
@@ -335,7 +339,7 @@ def _keep(value: Any, *_: Any) -> Any:
 
 def _make_dtype(code: Any, *_: Any) -> np.dtype:
   if not (isinstance(code, str) and re.fullmatch("[biuf][1248]", code)):
-    raise ValueError(f"a NumPy value of type {_shown(code)}; only numbers are read")
+    raise ValueError(f"a NumPy value of type {_shown(code)} is not supported, only numbers")
   return np.dtype(code)
 
 
@@ -346,9 +350,9 @@ def _make_scalar(dtype: Any, data: Any) -> Any:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-  """Bytes of a NumPy number, which old pickles keep as text."""
+  """Bytes of a NumPy number, which old pickles store as text."""
   if not (isinstance(text, str) and len(text) <= 16 and encoding == "latin1"):
-    raise ValueError("damaged: the bytes of a NumPy value are no short latin1 text")
+    raise ValueError("damaged: the bytes of a NumPy value are not a short latin1 text")
   return text.encode("latin1")
 
 
@@ -389,14 +393,14 @@ _NAMES = {
 
 
 class _Instructions(dict[int, Callable[["_Unpickler"], None]]):
-  """What each byte of a pickle does."""
+  """From each byte of a pickle to its instruction."""
 
   def __missing__(self, code: int) -> NoReturn:
-    raise ValueError(f"damaged, or more than plain data: it has the pickle instruction {code:#x}")
+    raise ValueError(f"damaged, or not only plain data: it has the pickle instruction {code:#x}")
 
 
 class _Unpickler(pickle._Unpickler):
-  """Reads plain data and `_Tensor`s; every storage that they name is in `storages`."""
+  """Reads plain data and `_Tensor`s; `storages` has every storage that they name."""
 
   def __init__(self, file: BinaryIO):
     super().__init__(file, encoding="utf-8")
@@ -407,9 +411,7 @@ class _Unpickler(pickle._Unpickler):
     if full_name in _OPAQUE or full_name.startswith("__torch__."):
       return lambda *_: Opaque(full_name)
     if full_name not in _NAMES:
-      raise ValueError(
-        f"asks for {_shown(full_name)} while it is unpickled; only tensors and plain containers are read"
-      )
+      raise ValueError(f"its pickle asks for {_shown(full_name)}; only tensors and plain containers are supported")
     return _NAMES[full_name]
 
   def persistent_load(self, pid: Any) -> _Storage:
@@ -418,7 +420,7 @@ class _Unpickler(pickle._Unpickler):
         storage = _Storage(dtype, key, size)
         if self.storages.setdefault(key, storage) == storage:
           return storage
-    raise ValueError("damaged, or of PyTorch before 0.4: a storage is not described as expected")
+    raise ValueError("damaged, or written before PyTorch 0.4: a storage is not described as expected")
 
   def _call(self) -> None:
     arguments, function = self.stack.pop(), self.stack[-1]
@@ -431,7 +433,7 @@ class _Unpickler(pickle._Unpickler):
     if isinstance(target, Opaque) and isinstance(state, dict):
       target.state = state
     elif isinstance(target, np.dtype) and isinstance(state, tuple) and state[1] not in ("<", "|"):
-      raise ValueError(f"a NumPy value of byte order {_shown(state[1])}; only little-endian is read")
+      raise ValueError(f"a NumPy value of byte order {_shown(state[1])} is not supported, only little-endian")
     elif not isinstance(target, dict | np.dtype):  # a state dict has its versions as a state, which are not needed
       raise ValueError(f"damaged: {_shown(target)} is given a state")
 
@@ -448,9 +450,9 @@ class _Unpickler(pickle._Unpickler):
       raise ValueError(f"damaged: {_shown(target)} is filled like a dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
       if not _is_plain(key):  # to hash a tuple within a million tuples ends Python
-        raise ValueError(f"a dict with {_shown(key)} as a key; only texts and numbers are read")
+        raise ValueError(f"a dict with {_shown(key)} as a key is not supported, only strings and numbers")
       if key in target:
-        raise ValueError(f"the name {_shown(key)} is there twice")
+        raise ValueError(f"the name {_shown(key)} occurs twice")
       target[key] = value
 
   _PLAIN = """

@@ -1,6 +1,6 @@
 """OpenAI's byte-pair vocabulary as the two files that Hugging Face's CLIP tokenizer reads.
 
-`merges.txt.gz` holds the 48,894 merges that openai/CLIP uses of its `bpe_simple_vocab_16e6.txt.gz` (MIT licence), one
+`merges.txt.gz` has the 48,894 merges that openai/CLIP uses of its `bpe_simple_vocab_16e6.txt.gz` (MIT licence), one
 a line.
 """
 
@@ -14,13 +14,13 @@ _END_OF_WORD = "</w>"
 
 @functools.cache
 def merges() -> tuple[str, ...]:
-  """The merges, most frequent first, each two symbols with a space between."""
+  """The merges, most frequent first, each as two symbols with a space between them."""
   data = resources.files("declip_jax.weights").joinpath("merges.txt.gz").read_bytes()
   return tuple(gzip.decompress(data).decode().splitlines())
 
 
 def vocabulary() -> dict[str, int]:
-  """Symbol to id: 256 bytes, 256 bytes that end a word, the merges, start and end of text."""
+  """From symbol to id: 256 bytes, 256 bytes that end a word, the merges, start and end of text."""
   letters = [_letter(byte) for byte in _byte_order()]
   symbols = [*letters, *(letter + _END_OF_WORD for letter in letters)]
   symbols += [merge.replace(" ", "") for merge in merges()]
@@ -37,6 +37,6 @@ def _byte_order() -> list[int]:
 
 
 def _letter(byte: int) -> str:
-  """The character that stands for a byte: itself if it is printable, else one from 256 on, in order."""
+  """The character of a byte: itself if it is printable, else the next one from 256."""
   order = _byte_order()
   return chr(byte) if byte in set(_printable()) else chr(256 + order.index(byte) - len(_printable()))

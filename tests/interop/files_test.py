@@ -47,7 +47,7 @@ def nhwc(images: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("form", ["archive", "state dict"])
 def test_openai(name: str, form: str, tmp_path: Path) -> None:
   arrays, sd = golden(name)
-  # As released: matrices and convolutions in half precision, which holds these numbers without loss; sizes beside them.
+  # As released: matrices and convolutions in half precision, exact for these numbers; with their sizes.
   halves = {key: x.half() if x.ndim > 1 and "embedding" not in key else x for key, x in sd.items()}
   sizes = {"input_resolution": torch.tensor(64), "context_length": torch.tensor(16), "vocab_size": torch.tensor(128)}
   if form == "archive":

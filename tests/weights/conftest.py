@@ -1,4 +1,4 @@
-"""Runs with random numbers in place of parameters, moments and statistics: they take no training and no compilation."""
+"""Runs with random numbers for parameters, moments and statistics, without training or compiling."""
 
 from collections.abc import Callable
 import itertools
@@ -9,12 +9,23 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from declip_jax import build
+from declip_jax import build, config
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.training.state import State, abstract_state
 
+_states: dict[tuple[str, int], State] = {}
+
 
 def _random_state(c: ConfigDict, seed: int = 0) -> State:
+  c = c.copy_and_resolve_references()
+  c.init_from = config.default().init_from
+  key = (c.to_json_best_effort(sort_keys=True), seed)
+  if key not in _states:
+    _states[key] = _draw_state(c, seed)
+  return _states[key]
+
+
+def _draw_state(c: ConfigDict, seed: int) -> State:
   built = build.build(c)
   options = {"model": built.model, "optimizer": built.optimizer}
   abstract = abstract_state(built.batch_shape(c.batch_size), built.mesh, **options)
@@ -34,7 +45,7 @@ def _random_state(c: ConfigDict, seed: int = 0) -> State:
 
 @pytest.fixture(scope="session")
 def random_state() -> Callable[[ConfigDict, int], State]:
-  """A state of a config with other numbers for every seed, 0 unless said."""
+  """A function of a config, and a seed that is 0 by default, to a state; do not donate its arrays."""
   return _random_state
 
 

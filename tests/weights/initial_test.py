@@ -1,4 +1,4 @@
-"""Starting a run from weights: what is taken, resized, grown, locked, left fresh, and refused."""
+"""Tests of starting a run from weights: what is loaded, resized, extended, locked, left fresh, and rejected."""
 
 from collections.abc import Callable
 import functools
@@ -24,14 +24,14 @@ MakeState = Callable[..., State]
 Runs = Callable[[str], Path]
 
 
-def bare(method: str, workdir: Path | str = "", *parts: str) -> ConfigDict:
+def bare(method: str, workdir: Path | str = "", *groups: str) -> ConfigDict:
   """A tiny run without evaluations, from the weights in `workdir`."""
   c = tiny_config(method)
   c.evals = ConfigDict()
   c.duration.steps = 3
   c.init_from.path = str(workdir)
-  if parts:
-    c.init_from.groups = parts
+  if groups:
+    c.init_from.groups = groups
   return c
 
 
@@ -40,13 +40,14 @@ def read(c: ConfigDict) -> Weights:
   return read_initial(build.make_init_from(c), c.model.to_dict())
 
 
-def start(c: ConfigDict, fresh: State) -> tuple[State, list[str]]:
-  """The first state of a run with its weights, and what is said of it."""
-  return initialise(fresh, read(c), c.init_from.groups, build.build(c).model)
+def start(c: ConfigDict, fresh: State | None) -> tuple[State, list[str]]:
+  """The first state of a run with its weights, and the lines that report it."""
+  weights = read(c)
+  return initialise(fresh, weights, c.init_from.groups, build.build(c).model)
 
 
 def of_line(lines: list[str], opening: str) -> set[str]:
-  """The paths that the one line names that opens so."""
+  """The paths in the one line that begins with `opening`."""
   (line,) = [line for line in lines if line.startswith(opening)]
   return set(re.findall(r"\w+(?:/\w+)+", line))
 
@@ -67,14 +68,14 @@ def assert_same(a, b) -> None:
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_a_run_goes_on_with_another_method_and_new_heads(clip_run: Path, random_state: MakeState) -> None:
+def test_a_run_continues_with_another_method_and_new_heads(clip_run: Path, random_state: MakeState) -> None:
   c = bare("declip", clip_run)
   given, fresh = read_run(clip_run), random_state(c)
   state, lines = start(c, fresh)
   towers, theirs = state.params["towers"], given.params["towers"]
   assert_same(towers["image"], theirs["image"])
   assert_same(state.params["heads"]["image_projection"], given.params["heads"]["image_projection"])
-  # The mask token is a new row behind the old ones.
+  # The mask token is a new row after the old ones.
   rows, old = (np.asarray(x["text"]["token_embedding"]["embedding"]) for x in (towers, theirs))
   assert (len(rows), len(old)) == (49409, 49408)
   np.testing.assert_array_equal(rows[:-1], old)
@@ -106,7 +107,7 @@ def test_resolution_and_context_change(clip_run: Path, random_state: MakeState) 
   assert {"resized: towers/image/position_embedding, 5 -> 17 positions"} < set(lines)
 
 
-def test_positions_are_resized_as_they_lie_in_the_grid() -> None:
+def test_positions_are_resized_in_their_grid() -> None:
   grid = np.stack(np.meshgrid(np.arange(4.0), np.arange(4.0), indexing="ij"), axis=-1).reshape(16, 2)
   positions = np.concatenate([[[7.0, 7.0]], grid]).astype(np.float32)
   larger = resize_positions(positions, 65)
@@ -119,22 +120,22 @@ def test_positions_are_resized_as_they_lie_in_the_grid() -> None:
     resize_positions(positions, 60)
 
 
-@pytest.mark.parametrize("parts", [("image",), ("text",), ("image", "text"), ("heads",)])
-def test_only_the_wanted_parts_come(parts: tuple[str, ...], clip_run: Path, random_state: MakeState) -> None:
-  c = bare("clip", clip_run, *parts)
+@pytest.mark.parametrize("groups", [("image",), ("text",), ("image", "text"), ("heads",)])
+def test_only_the_wanted_groups_are_loaded(groups: tuple[str, ...], clip_run: Path, random_state: MakeState) -> None:
+  c = bare("clip", clip_run, *groups)
   fresh = random_state(c)
   before = jax.tree.map(np.asarray, fresh.params)
   state, _ = start(c, fresh)
   given = read_run(clip_run).params
-  for part in ("image", "text"):
-    expected = given if part in parts else before
-    assert_same(state.params["towers"][part], expected["towers"][part])
-    assert_same(state.params["heads"][f"{part}_projection"], expected["heads"][f"{part}_projection"])
-  expected = given if "heads" in parts else before
+  for side in ("image", "text"):
+    expected = given if side in groups else before
+    assert_same(state.params["towers"][side], expected["towers"][side])
+    assert_same(state.params["heads"][f"{side}_projection"], expected["heads"][f"{side}_projection"])
+  expected = given if "heads" in groups else before
   assert_same(state.params["heads"]["logit_scale"], expected["heads"]["logit_scale"])
 
 
-def test_a_declip_run_takes_its_bank_along(runs: Runs, random_state: MakeState) -> None:
+def test_a_declip_run_loads_its_bank(runs: Runs, random_state: MakeState) -> None:
   c = bare("declip", runs("declip"))
   fresh = random_state(c)
   state, lines = start(c, fresh)
@@ -157,7 +158,7 @@ def test_a_bank_of_another_shape_stays_fresh(change: dict, runs: Runs, random_st
   assert f"fresh: heads/bank/text, (1, 32, 16) in the weights and {bank.entries.shape} in the run" in lines
 
 
-def test_settings_say_what_the_file_does_not(clip_run: Path) -> None:
+def test_settings_add_to_the_file(clip_run: Path) -> None:
   c = bare("clip", clip_run)
   c.init_from.settings = ("image.activation=gelu", "text.heads=1")
   with pytest.raises(ValueError, match="activation='quick_gelu' does not match .* 'gelu'"):
@@ -169,16 +170,16 @@ def test_settings_say_what_the_file_does_not(clip_run: Path) -> None:
     read(c)
 
 
-def test_what_is_left_behind_is_said(runs: Runs, random_state: MakeState) -> None:
+def test_unused_weights_are_reported(runs: Runs, random_state: MakeState) -> None:
   c = bare("clip", runs("declip"))
   _, lines = start(c, random_state(c))
-  (behind,) = [line for line in lines if line.startswith("not in this model: ")]
+  (unused,) = [line for line in lines if line.startswith("not in this model: ")]
   assert {"heads/text_projection/bias", "heads/mlm/kernel", "heads/bank/text"} <= set(
-    behind.removeprefix("not in this model: ").split(", ")
+    unused.removeprefix("not in this model: ").split(", ")
   )
 
 
-def test_a_momentum_tower_starts_as_the_tower_that_came(runs: Runs, random_state: MakeState) -> None:
+def test_a_momentum_tower_starts_as_the_loaded_tower(runs: Runs, random_state: MakeState) -> None:
   c = bare("slip_mocov3", runs("declip"))
   fresh = random_state(c)
   state, lines = start(c, fresh)
@@ -194,7 +195,7 @@ def test_a_momentum_tower_starts_as_the_tower_that_came(runs: Runs, random_state
   assert {"heads/text_projection/bias", "heads/predictor/linear1/kernel", "heads/bank/text"} <= of_line(lines, "not in")
 
 
-def test_a_run_with_a_momentum_tower_goes_on_without_and_with_it(runs: Runs, random_state: MakeState) -> None:
+def test_a_run_with_a_momentum_tower_continues_without_and_with_it(runs: Runs, random_state: MakeState) -> None:
   given = read_run(runs("slip_mocov3"))
   assert given.collections.keys() == {"towers", "heads"}
   c = bare("clip", runs("slip_mocov3"))
@@ -247,7 +248,7 @@ def test_self_supervision_first_then_clip(runs: Runs, random_state: MakeState) -
   assert_same(state.params["towers"], {"image": read_run(clip).params["towers"]["image"]})
 
 
-def test_the_mask_of_patches_comes_and_goes(runs: Runs, random_state: MakeState) -> None:
+def test_the_mask_embedding_is_added_and_dropped(runs: Runs, random_state: MakeState) -> None:
   c = bare("slip_mim", runs("clip"))
   _, lines = start(c, random_state(c))
   assert of_line(lines, "fresh: ") == {"towers/image", "heads/mim", "heads/mim_norm"}
@@ -264,8 +265,9 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_convolutions_bring_their_statistics(
+def test_convolutional_towers_load_their_statistics(
   kind: str, save_run: Callable[[ConfigDict], Path], random_state: MakeState
 ) -> None:
   before, c = bare("clip"), bare("siglip")
@@ -281,6 +283,7 @@ def test_convolutions_bring_their_statistics(
   assert of_line(lines, "fresh: ") == {"heads/logit_bias"}
 
 
+@pytest.mark.slow
 def test_a_locked_image_tower_stays_and_has_no_moments(clip_run: Path, tmp_path: Path, random_state: MakeState) -> None:
   c = bare("clip", clip_run, "image")
   c.seed = 1
@@ -298,6 +301,7 @@ def test_a_locked_image_tower_stays_and_has_no_moments(clip_run: Path, tmp_path:
   assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path) if "loss" in row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["towers/image", "towers/image/", "towers"])
 def test_a_locked_resnet_keeps_its_statistics(frozen: str, random_state: MakeState) -> None:
   golden = reference.load("openai_resnet")
@@ -330,14 +334,14 @@ def test_a_locked_resnet_keeps_its_statistics(frozen: str, random_state: MakeSta
     ({"optimizer.frozen": ("towers/vision",)}, r"config.optimizer.frozen: no parameter at 'towers/vision'"),
   ],
 )
-def test_what_does_not_fit_is_refused(change: dict, message: str, clip_run: Path, tmp_path: Path) -> None:
+def test_what_does_not_match_is_rejected(change: dict, message: str, clip_run: Path, random_state: MakeState) -> None:
   c = bare("clip", clip_run)
   c.update_from_flattened_dict(change)
   with pytest.raises((ValueError, FileNotFoundError), match=message):
-    train.train(c, tmp_path)
+    start(c, random_state(c) if "optimizer.frozen" in change else None)
 
 
-def test_a_simclr_model_gives_its_image_tower(random_state: MakeState) -> None:
+def test_the_image_tower_of_a_simclr_model_is_loaded(random_state: MakeState) -> None:
   golden = reference.load("slip")
   sd = {k: v for k, v in reference.below(golden, "sd/").items() if k.startswith(("visual.", "image_mlp."))}
   weights = from_state_dict(sd, {"image.heads": 3})

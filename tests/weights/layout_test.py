@@ -1,4 +1,4 @@
-"""Every array has its tensors, layers that we stack in order, and comes back; groups of a batch change no shape."""
+"""Tests of the layout: every array maps to tensors and back, stacked layers in order, for any groups of a batch."""
 
 import re
 
@@ -11,7 +11,7 @@ from declip_jax import architectures, config
 from declip_jax.models.heads import HEADS
 from declip_jax.weights.layout import abstract_variables, layout, to_state_dict, to_variables
 
-# What no project's files have a place for.
+# Arrays that no project's files have.
 WITHOUT_FORMAT = {
   "momentum": r"collections/momentum/.*|.*/heads/(batch_stats/)?momentum_.*",
   "mim": r".*/heads/mim(_norm)?/.*|.*/mask_embedding",
@@ -30,13 +30,14 @@ def small(image: ConfigDict) -> ConfigDict:
 
 
 def check_there_and_back(variables: dict[str, np.ndarray], entries: dict) -> dict[str, np.ndarray]:
-  """The tensors of arrays by path, which come back to the bit."""
+  """The tensors of arrays by path, after checking that they map back bit for bit."""
   assert entries.keys() == variables.keys()
   tensors = to_state_dict(unflatten_dict(variables, sep="/"), entries)
   assert len(tensors) == sum(len(entry.names) for entry in entries.values())
   back = flatten_dict(to_variables(tensors, entries), sep="/")
   assert back.keys() == variables.keys()
   for key, value in variables.items():
+    assert (back[key].shape, back[key].dtype) == (value.shape, value.dtype), key
     np.testing.assert_array_equal(back[key], value, err_msg=key)
   return tensors
 
@@ -77,7 +78,14 @@ def test_every_layer_of_a_resnet_has_its_tensors() -> None:
     np.testing.assert_array_equal(tensors[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize(("image", "norms", "banks"), [(1, 32, 32), (1, 3, 2), (5, 3, 2)])
+@pytest.mark.parametrize(
+  ("image", "norms", "banks"),
+  [
+    pytest.param(1, 32, 32, marks=pytest.mark.slow),
+    (1, 3, 2),
+    pytest.param(5, 3, 2, marks=pytest.mark.slow),
+  ],
+)
 def test_groups_of_a_batch_change_nothing_but_the_number_of_banks(image: int, norms: int, banks: int) -> None:
   heads = ("bank", "joint", "momentum", "simclr", "simsiam")
   model = small(architectures.vit(8, 16, 2, 2) if image == 1 else architectures.resnet(8, (1, 1, 1, 1)))

@@ -66,7 +66,7 @@ def module(class_name: str, **attributes: bytes) -> bytes:
 
 
 def write_zip(path: Path, content: bytes, **entries: bytes) -> Path:
-  """A file of `torch.save` that holds `content`, instructions; storage 0 has four float32."""
+  """A file of `torch.save` with the instructions `content`; storage 0 has four float32."""
   entries = {"data.pkl": b"\x80\x02" + content + b".", "data/0": np.arange(4, dtype="<f4").tobytes()} | entries
   with zipfile.ZipFile(path, "w") as archive:
     for name, data in entries.items():
@@ -80,7 +80,7 @@ def write_legacy(path: Path, content: bytes) -> Path:
   return path
 
 
-def refuse(path: Path, message: str) -> None:
+def check_rejected(path: Path, message: str) -> None:
   with pytest.raises(ValueError, match=message) as caught:
     read_tensors(path)
   assert str(caught.value).startswith(f"{path}: ")
@@ -159,9 +159,9 @@ def test_files_by_hand_are_right_where_nothing_is_wrong_with_them(tmp_path, writ
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    (tensor(offset=1), r"tensor w: shape \(2, 2\) at 1 leaves its storage of 4 elements"),
-    (tensor(shape=(2, 3), stride=(3, 1)), "tensor w: .* leaves its storage"),
-    (tensor(shape=(), stride=(), offset=4), "tensor w: .* leaves its storage"),
+    (tensor(offset=1), r"tensor w: shape \(2, 2\) at 1 exceeds its storage of 4 elements"),
+    (tensor(shape=(2, 3), stride=(3, 1)), "tensor w: .* exceeds its storage"),
+    (tensor(shape=(), stride=(), offset=4), "tensor w: .* exceeds its storage"),
     (tensor(shape=(2, 2), stride=(0, 0)), r"shape \(2, 2\) with stride \(0, 0\) has gaps or overlaps"),
     (tensor(shape=(2**40, 4), stride=(0, 1)), "gaps or overlaps"),
     (tensor(shape=(2, 2), stride=(1, 1)), "gaps or overlaps"),
@@ -170,7 +170,7 @@ def test_files_by_hand_are_right_where_nothing_is_wrong_with_them(tmp_path, writ
     (tensor(offset=-1), "bad offset"),
     (tensor(offset=None), "bad offset"),
     (tensor(shape=(2**80, 2**80), stride=(2**80, 1)), "bad offset, shape"),
-    (tensor(shape=(2**62, 2**62), stride=(2**62, 1)), "leaves its storage"),
+    (tensor(shape=(2**62, 2**62), stride=(2**62, 1)), "exceeds its storage"),
     (tensor(shape=(2, True)), "bad offset, shape"),
     (tensor(shape=(4,)), "bad offset, shape"),
     (tensor(shape=(1,) * 17, stride=(1,) * 17), "17 axes, at most 16"),
@@ -184,13 +184,13 @@ def test_files_by_hand_are_right_where_nothing_is_wrong_with_them(tmp_path, writ
     (tensor(key=0), "a storage is not described as expected"),
     (tensor() + plain("v") + tensor(storage="IntStorage"), "a storage is not described as expected"),
     (tensor(key="../data.pkl"), r"damaged"),
-    (tensor() + plain("w") + tensor(), "the name w is there twice"),
+    (tensor() + plain("w") + tensor(), "the name w occurs twice"),
     (plain("w") + b"Q", "a storage is not described as expected"),
   ],
 )
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
 def test_bad_tensors(tmp_path, write, content, message):
-  refuse(write(tmp_path / "x.pt", dictionary(w=content)), message)
+  check_rejected(write(tmp_path / "x.pt", dictionary(w=content)), message)
 
 
 class Harm:
@@ -223,7 +223,7 @@ def test_no_file_runs_code(tmp_path, write, function, code, asked, protocol):
     write(path, harm[2:-1])
   else:
     path.write_bytes(harm)
-  refuse(path, f"asks for {asked} while it is unpickled; only tensors and plain containers are read")
+  check_rejected(path, f"its pickle asks for {asked};")
   assert not marker.exists()
 
 
@@ -243,11 +243,11 @@ def test_no_file_runs_code(tmp_path, write, function, code, asked, protocol):
     "copyreg._reconstructor",
   ],
 )
-def test_refused_names(tmp_path, name):
+def test_rejected_names(tmp_path, name):
   owner, _, attribute = name.rpartition(".")
   if name == "collections.OrderedDict.fromkeys":
     owner, attribute = "collections", "OrderedDict.fromkeys"
-  refuse(write_zip(tmp_path / "x.pt", call(owner, attribute)), f"asks for {re.escape(name)} while")
+  check_rejected(write_zip(tmp_path / "x.pt", call(owner, attribute)), f"asks for {re.escape(name)};")
 
 
 @pytest.mark.parametrize(
@@ -264,23 +264,25 @@ def test_refused_names(tmp_path, name):
     (b"\x96" + struct.pack("<Q", 2**50), "pickle instruction 0x96"),  # a byte array of a petabyte
     (b"X" + struct.pack("<I", 2**32 - 1) + b"x", "damaged"),
     (b"}r" + struct.pack("<I", 2**32 - 1), "no tensors"),  # place four billion of the memory
-    (call("numpy", "dtype", plain("O8")), "a NumPy value of type O8; only numbers are read"),
+    (call("numpy", "dtype", plain("O8")), "a NumPy value of type O8"),
     (call("numpy", "dtype", plain("f8")) + plain((3, ">", None, None, None, -1, -1, 0)) + b"b", "byte order >"),
     (call("numpy._core.multiarray", "scalar", call("numpy", "dtype", plain("f8")), plain("\0" * 8)), "NumPy value"),
-    (call("_codecs", "encode", plain("x" * 17), plain("latin1")), "no short latin1 text"),
-    (call("_codecs", "encode", plain("x"), plain("zip")), "no short latin1 text"),
+    (call("_codecs", "encode", plain("x" * 17), plain("latin1")), "short latin1 text"),
+    (call("_codecs", "encode", plain("x"), plain("zip")), "short latin1 text"),
     (call("argparse", "Namespace") + plain([1]) + b"b", "an object of type Opaque is given a state"),
     (b"K\x01)R", "an object of type int is called with an object of type tuple"),
     (b"ccollections\nOrderedDict\nK\x01R", "an object of type function is called with an object of type int"),
-    (b")" + b"\x85" * 10**6 + b"K\x01R", "an object of type tuple is called"),
-    (b"})" + b"\x85" * 10**6 + b"K\x01s", "a dict with an object of type tuple as a key"),  # its hash ends Python
+    # Tuples within tuples: to hash or to print as many ends Python.
+    pytest.param(b")" + b"\x85" * 10**6 + b"K\x01R", "an object of type tuple is called", marks=pytest.mark.slow),
+    pytest.param(b"})" + b"\x85" * 10**6 + b"K\x01s", "an object of type tuple as a key", marks=pytest.mark.slow),
+    (b"})" + b"\x85" + b"K\x01s", "an object of type tuple as a key"),
     (b"q\x00", "damaged"),
     (b"", "damaged"),
     (b"]K\x00K\x01s", "an object of type list is filled like a dict"),
   ],
 )
 def test_ways_round_the_names(tmp_path, content, message):
-  refuse(write_zip(tmp_path / "x.pt", content), message)
+  check_rejected(write_zip(tmp_path / "x.pt", content), message)
 
 
 @pytest.mark.parametrize(
@@ -295,13 +297,13 @@ def test_a_hundred_thousand_within_each_other_are_skipped(tmp_path, before, afte
 def test_modules_within_each_other(tmp_path):
   itself = module("M", w=tensor())[:-1] + b"(\x8c\x04selfh\x00ub"  # the module is memo 0
   content = itself.replace(b")\x81", b")\x81q\x00", 1)
-  refuse(write_zip(tmp_path / "cycle.pt", content), "within each other without an end, as in self.self.self")
+  check_rejected(write_zip(tmp_path / "cycle.pt", content), "as in self.self.self")
   many = module("M", w=tensor())
   for _ in range(40):
     many = module("M", a=many + b"q\x00", b=b"h\x00")
-  refuse(write_zip(tmp_path / "many.pt", many), "within each other without an end")
+  check_rejected(write_zip(tmp_path / "many.pt", many), "contain each other")
   twice = module("M", visual=module("N", w=tensor()), **{"visual.w": tensor()})
-  refuse(write_zip(tmp_path / "twice.pt", twice), "two tensors have the name visual.w")
+  check_rejected(write_zip(tmp_path / "twice.pt", twice), "two tensors have the name visual.w")
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ def test_modules_within_each_other(tmp_path):
     (b"version https://git-lfs.github.com/spec/v1\n", "text, .*Git LFS"),
     (b"\x1f\x8b\x08\x00abc", "neither a PyTorch nor a safetensors file"),
     (b"PK\5\6" + bytes(18), "neither a PyTorch nor a safetensors file"),
-    (b"PK\3\4" + bytes(99), "damaged, cut off.*not a zip file"),
+    (b"PK\3\4" + bytes(99), "damaged, truncated.*not a zip file"),
     (b"\x80\x02}.", "a pickle, but none of torch.save"),
     (LEGACY_START.replace(b"\x88", b"\x89") + b"\x80\x02}.", "not little-endian"),
     (b"\x05\0\0\0\0\0\0\0{oops", "damaged"),
@@ -322,18 +324,18 @@ def test_modules_within_each_other(tmp_path):
 def test_other_contents(tmp_path, contents, message):
   path = tmp_path / "x.pt"
   path.write_bytes(contents)
-  refuse(path, message)
+  check_rejected(path, message)
 
 
 def test_other_files(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
     read_tensors(tmp_path / "missing.pt")
-  refuse(tmp_path, "a folder")
+  check_rejected(tmp_path, "is a folder")
   with tarfile.open(tmp_path / "x.pth.tar", "w") as tar:
     tar.add(FILES / "mixed.pt", "mixed.pt")
-  refuse(tmp_path / "x.pth.tar", "a tar archive")
+  check_rejected(tmp_path / "x.pth.tar", "a tar archive")
   shutil.make_archive(str(tmp_path / "x"), "zip", FILES, "make_files.py")
-  refuse(tmp_path / "x.zip", r"a zip with 0 entries FOLDER/data\.pkl, not 1; it has make_files\.py")
+  check_rejected(tmp_path / "x.zip", r"a zip with 0 entries FOLDER/data\.pkl, .* make_files\.py")
 
 
 @pytest.mark.parametrize(
@@ -343,30 +345,30 @@ def test_other_files(tmp_path):
       plain({"epoch": 1, "model": {"a": 1}, "optimizer": {}}),
       "under 'state_dict' or 'model'; it has epoch, model, opt",
     ),
-    (plain({}), "it has nothing"),
-    (plain([1]), "no state dict, it holds an object of type list"),
-    (tensor(), "no state dict, it holds an object of type Tensor"),
+    (plain({}), "no tensors .* nothing"),
+    (plain([1]), "an object of type list"),
+    (tensor(), "an object of type Tensor"),
     (call("argparse", "Namespace") + dictionary(w=tensor()) + b"b", "object of type argparse.Namespace"),
-    (module("M", size=plain(1)), "it has size"),
+    (module("M", size=plain(1)), "no tensors .* size"),
   ],
 )
 def test_no_tensors(tmp_path, content, message):
-  refuse(write_zip(tmp_path / "x.pt", content), message)
+  check_rejected(write_zip(tmp_path / "x.pt", content), message)
 
 
 def test_bad_zip_entries(tmp_path):
   good = dictionary(w=tensor())
   assert len(read_tensors(write_zip(tmp_path / "x.pt", good, byteorder=b"little")).tensors) == 1
-  refuse(write_zip(tmp_path / "x.pt", good, byteorder=b"big"), "byte order b'big'; only b'little' is read")
-  refuse(write_zip(tmp_path / "x.pt", dictionary(w=tensor(key="1"))), "no any/data/1 in the zip")
-  refuse(write_zip(tmp_path / "x.pt", good, **{"data/0": bytes(20)}), r"any/data/0 has 20 bytes, expected 16")
-  refuse(write_zip(tmp_path / "x.pt", good, **{"data/0": bytes(12)}), r"any/data/0 has 12 bytes, expected 16")
+  check_rejected(write_zip(tmp_path / "x.pt", good, byteorder=b"big"), "byte order b'big'")
+  check_rejected(write_zip(tmp_path / "x.pt", dictionary(w=tensor(key="1"))), "the zip has no any/data/1")
+  check_rejected(write_zip(tmp_path / "x.pt", good, **{"data/0": bytes(20)}), r"any/data/0 has 20 bytes, expected 16")
+  check_rejected(write_zip(tmp_path / "x.pt", good, **{"data/0": bytes(12)}), r"any/data/0 has 12 bytes, expected 16")
   with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
     archive.writestr("any/data/0", bytes(16))
-  refuse(tmp_path / "x.pt", "two entries of the zip have one name")
+  check_rejected(tmp_path / "x.pt", "two entries of the zip")
   with zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as archive:
     archive.writestr("any/data.pkl", b"\x80\x02" + good + b".")
-  refuse(tmp_path / "y.pt", r"any/data\.pkl is compressed")
+  check_rejected(tmp_path / "y.pt", r"any/data\.pkl is compressed")
 
 
 def test_changed_tensor_data_is_noticed(tmp_path):
@@ -374,7 +376,7 @@ def test_changed_tensor_data_is_noticed(tmp_path):
   data = expected("mixed")["float32"].tobytes()
   contents[contents.index(data)] ^= 1
   (tmp_path / "x.pt").write_bytes(contents)
-  refuse(tmp_path / "x.pt", "Bad CRC-32 for file 'mixed/data/0'")
+  check_rejected(tmp_path / "x.pt", "Bad CRC-32 for file 'mixed/data/0'")
 
 
 def test_safetensors_whose_header_looks_like_a_pickle(tmp_path):
@@ -385,7 +387,7 @@ def test_safetensors_whose_header_looks_like_a_pickle(tmp_path):
   found = read_tensors(tmp_path / "x")
   assert (found.tensors["w"].tolist(), found.extras, found.kind) == ([[1, -2]], {"a": "b"}, "safetensors")
   (tmp_path / "x").write_bytes(contents.replace(b"BF16", b"F8_E4M3")[:-2])
-  refuse(tmp_path / "x", "damaged")
+  check_rejected(tmp_path / "x", "damaged")
 
 
 @pytest.mark.parametrize("file", CHECKPOINTS)
@@ -394,7 +396,7 @@ def test_every_cut_is_an_error(tmp_path, file):
   path = tmp_path / file
   for stop in {*np.linspace(0, len(contents) - 1, 40).astype(int), 1, 9, len(contents) - 2}:
     path.write_bytes(contents[:stop])
-    refuse(path, "damaged|0 bytes|neither|text|asks for")
+    check_rejected(path, "damaged|0 bytes|neither|text|asks for")
 
 
 @pytest.mark.parametrize("file", CHECKPOINTS)
