@@ -26,12 +26,16 @@ jax.config.update("jax_default_matmul_precision", "highest")
 TESTS, START = Path(__file__).parent, time.monotonic()
 # The slow tests run in this order, other files last: CI stops when its time is over.
 SLOW_FIRST = (
+  "old_runs_test.py",
   "train_test.py",
   "training/gradient_test.py",
   "methods_test.py",
   "runtime/checkpoint_test.py",
+  "extensions_test.py",
+  "wheel_test.py",
   "colabs_test.py",
   "configs_test.py",
+  "faults_test.py",
   "objectives/contrast_methods_test.py",
 )
 

@@ -1,0 +1,41 @@
+"""A GPU or TPU computes what CPUs do: `make test-device`. Elsewhere these tests are skipped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import steps
+
+from declip_jax.models.attention import attend
+
+pytestmark = pytest.mark.skipif(
+  jax.default_backend() == "cpu", reason="needs a GPU or TPU that JAX uses: make test-device"
+)
+
+
+def test_the_gradient_of_every_term_equals_that_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+  found = steps.take_gradient("everything", 1, 1)
+  devices = jax.devices("cpu")
+  monkeypatch.setattr(jax, "devices", lambda backend=None: devices)
+  with jax.default_device(devices[0]):
+    expected = steps.take_gradient("everything", 1, 1)
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
+    if not steps.blind("everything", name) and not name.endswith("accuracy/0"):
+      np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-3 * max(np.abs(value).max(), 1e-3), err_msg=name)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_half_precision_equals_that_in_float32(causal: bool) -> None:
+  """On a GPU the first is flash attention."""
+  query, key, value = jax.random.normal(jax.random.key(0), (3, 4, 50, 8, 64))
+  expected = attend(query, key, value, causal=causal)
+  found = attend(*(x.astype(jnp.bfloat16) for x in (query, key, value)), causal=causal)
+  np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=3e-2)
+
+
+def test_steps_in_half_precision_are_finite() -> None:
+  result = steps.take_steps("clip", 1, 1, model={"dtype": "bfloat16"})
+  losses = [float(result[f"loss/{index}"]) for index in range(steps.STEPS)]
+  assert np.isfinite(losses).all()
+  assert result[f"skipped_total/{steps.STEPS - 1}"] == 0
