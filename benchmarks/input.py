@@ -85,11 +85,11 @@ def main() -> None:
   reached |= bench_tokens(args.source, seconds)
   bench_index(args.samples, seconds)
   if reached:
-    row("goal", "speedup", "measured")
-    row(*["---"] * 3)
+    print_row("goal", "speedup", "measured")
+    print_row(*["---"] * 3)
   for (label, column), goal in GOALS.items():
     if (label, column) in reached:
-      row(f"{label}, {column}", goal, f"{reached[label, column]:.1f}")
+      print_row(f"{label}, {column}", goal, f"{reached[label, column]:.1f}")
 
 
 def alternate(works: dict[str, Work], items: Sequence[Any], seconds: float, block: int) -> dict[str, np.ndarray]:
@@ -118,7 +118,7 @@ def figures(spent: dict[str, np.ndarray], ours: Sequence[str], rival: str) -> tu
   return rates + [f"{ratio:.2f} x" for ratio in speedups.values()], speedups
 
 
-def row(*cells: object) -> None:
+def print_row(*cells: object) -> None:
   """Prints a row of a Markdown table."""
   print("|", " | ".join(map(str, cells)), "|", flush=True)
 
@@ -159,18 +159,18 @@ def bench_views(
   print(f"views of {args.size} pixels; images per second and core:\n")
   ours, reached, done = ("fast", "exact", "device"), {}, {}
   header = ["recipe", "views", "decoding", *ours, *(["torchvision"] if transforms else []), "Pillow"]
-  row(*header, *(f"{engine} x torchvision" for engine in ours if transforms))
-  row(*["---"] * (len(header) + 3 * bool(transforms)))
+  print_row(*header, *(f"{engine} x torchvision" for engine in ours if transforms))
+  print_row(*["---"] * (len(header) + 3 * bool(transforms)))
   for label in args.recipes:
     # open_clip crops less than the others, and interpolates differently.
     recipe = get_recipe("clip", {"weak_scale": (0.9, 1.0)}) if label == "open_clip" else RECIPES[label]
     interpolation = "bicubic" if label == "open_clip" else "bilinear"
     if (same := done.setdefault((recipe.augmentations, interpolation), label)) != label:
-      row(label, len(recipe.image_views), f"same as {same}")
+      print_row(label, len(recipe.image_views), f"same as {same}")
       continue
     spent = alternate(contestants(recipe, args.size, interpolation), examples, seconds, block=8)
     cells, speedups = figures(spent, ours, "torchvision")
-    row(label, len(recipe.image_views), *cells)
+    print_row(label, len(recipe.image_views), *cells)
     reached |= {(label, engine): ratio for engine, ratio in speedups.items()}
   print()
   return reached
@@ -301,8 +301,8 @@ def bench_tokens(sources: list[str], seconds: float) -> dict[tuple[str, str], fl
   works: dict[str, Work] = {"declip_jax": lambda text: tokenizer([text])}
   works |= {"OpenAI's, in open_clip": lambda text: rival([text])} if rival else {}
   print("Captions per second and core, to 77 tokens each:\n")
-  row("captions", *works, *(["speedup"] if rival else []))
-  row(*["---"] * (2 + 2 * bool(rival)))
+  print_row("captions", *works, *(["speedup"] if rival else []))
+  print_row(*["---"] * (2 + 2 * bool(rival)))
   reached = {}
   for name, captions_of_row in texts.items():
     half = len(captions_of_row) // 2
@@ -311,7 +311,7 @@ def bench_tokens(sources: list[str], seconds: float) -> dict[tuple[str, str], fl
         work(text)
     spent = alternate(works, captions_of_row[half:], seconds, block=500)
     cells, speedups = figures(spent, ("declip_jax",), "OpenAI's, in open_clip")
-    row(name, *cells)
+    print_row(name, *cells)
     if rival:
       reached["tokens", name] = speedups["declip_jax"]
   print()
@@ -336,10 +336,10 @@ def bench_index(count: int, seconds: float) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
       measured = pool.apply(open_index, (index, count, seconds))
   print(f"A WebDataset of {count:,} samples in {-(-count // 10_000):,} shards, in a worker process:\n")
-  row("operation", "cost")
-  row("---", "---")
+  print_row("operation", "cost")
+  print_row("---", "---")
   for name, cost in measured.items():
-    row(name, cost)
+    print_row(name, cost)
   print()
 
 

@@ -131,7 +131,7 @@ def state_shapes(config: ConfigDict, built: build.Built) -> State:
 
 
 def needed_bytes(message: str, arguments: float) -> float:
-  """Parses libtpu's out-of-memory message: bytes that the program needs, infinity if it does not say.
+  """Parses libtpu's out-of-memory message: bytes that the program needs, infinity if not stated.
 
   Args:
     message: one of libtpu's two wordings; the second one does not include the arguments.

@@ -50,7 +50,7 @@ class InputRate:
 
 
 def measured_rate(recipe: str, engine: str, augment_on: str) -> tuple[str, int | None]:
-  """The recipe whose rate stands for `recipe`, and its images per second and core; None if it was not measured."""
+  """The measured recipe with the views of `recipe`, and its images per second and core; None if there is none."""
   name = SIMILAR.get(recipe, recipe)
   column = 2 if augment_on == "device" else ("fast", "exact").index(engine)
   return name, RATES[name][column] if name in RATES else None

@@ -64,7 +64,7 @@ class Report:
     available: memory for programs; None if unknown.
     needed: memory that the step needs; None if unknown.
     fits: whether it needs at most what is available; None if unknown.
-    memory: the parts of the needed memory; None if the step does not fit.
+    memory: `needed` by use; None if the step does not fit.
     executed_flops: `model_flops` and recomputation; None if the step does not fit.
     collectives: what each kind of collective sends; None if the step does not fit.
     memory_traffic: bytes read and written in main memory; None if the step does not fit.
