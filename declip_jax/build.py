@@ -414,9 +414,11 @@ def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], di
   def evaluate(encoders: Encoders) -> dict[str, float]:
     features = {data: SourceFeatures(source, encoders) for data, source in sources.items()}
     results = {}
-    for name, data, evaluation in evaluations:
+    for index, (name, data, evaluation) in enumerate(evaluations):
       picture = workdir / f"{name}.png" if jax.process_index() == 0 else None
       results |= {f"eval/{name}/{metric}": value for metric, value in evaluation(features[data], picture)}
+      if data not in (later for _, later, _ in evaluations[index + 1 :]):
+        del features[data]  # the tokens of a source may be large
     return results
 
   return evaluate

@@ -112,7 +112,7 @@ OPENAI = {"image": "image_features", "text": "text_features", "logits": "logits_
 OPEN_CLIP = {"image": "encode_image", "text": "encode_text", "logits": "logits_per_image", "loss": "clip_loss"}
 
 
-@pytest.mark.parametrize("name", ["openai_vit", pytest.param("openai_resnet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["openai_vit", "openai_resnet"])
 def test_openai(name):
   golden = Golden(name)
   arrays = golden.arrays
@@ -140,8 +140,7 @@ def test_open_clip(name, activation):
   np.testing.assert_allclose(scale, arrays[f"{activation}/logit_scale_exp"], rtol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("activation", ["quick_gelu", pytest.param("gelu", marks=pytest.mark.slow)])
 def test_hugging_face(activation):
   about = json.loads(str(reference.load("hf_clip")[f"hf_config_json_{activation}"]))
   vision, text = about["vision_config"], about["text_config"]
@@ -305,7 +304,6 @@ def test_slip_losses_and_gradients(slip, name, weights):
     near(golden.theirs({"collections": collections}), after, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.slow
 def test_slip_in_evaluation_mode(slip):
   golden, _ = slip
   arrays, expected = golden.arrays, reference.below(golden.arrays, "eval/")
