@@ -45,6 +45,7 @@ mutate: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python tools/mutate.py --check
 
 SLOW_SECONDS ?= 360
 

@@ -9,7 +9,7 @@ status is 0 if at least 90 % are caught.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import os
 from pathlib import Path
@@ -33,7 +33,7 @@ class Mutation(NamedTuple):
     subject: what is wrong then, in a few words.
     file: path below `declip_jax/`.
     old, new: text.
-    tests: test file below `tests/` that should fail, or several with spaces between them.
+    tests: test file below `tests/` that should fail, or FILE::TEST, or several with spaces between them.
   """
 
   subject: str
@@ -80,7 +80,7 @@ MUTATIONS = [
   Mutation("sign of the sigmoid bias", "objectives/blockwise.py",
            "jnp.broadcast_to(bias, (len(x), 1))", "jnp.broadcast_to(-bias, (len(x), 1))", "objectives/sigmoid_test.py"),
   Mutation("padding counts as a candidate", "objectives/filip.py",
-           "jnp.where(valid, likeness, -jnp.inf)", "likeness", _FILIP),
+           "jnp.where(valid[None, None], likeness, -jnp.inf)", "likeness", _FILIP),
   Mutation("padding counts in the mean over a text", "objectives/filip.py",
            "0).sum(axis=-1) / count", "0).mean(axis=-1)", _FILIP),
   Mutation("the last of equal tokens gets the gradient", "objectives/filip.py",
@@ -134,17 +134,21 @@ MUTATIONS = [
   Mutation("the bank is full one text too early", "models/heads/bank.py",
            "current.filled == self.bank_size", "current.filled >= self.bank_size - 1", "models/heads_test.py"),
   Mutation("the views of a text enter the bank in order", "models/heads/bank.py",
-           "in reversed(queries)", "in queries", "models/heads_test.py"),
+           "in reversed(queries)", "in queries",
+           "weights/golden_test.py::test_the_bank_of_declip_takes_both_texts"),
   Mutation("the last end-of-text token", "models/text.py",
            "jnp.argmax(tokens == self.eot, axis=-1)",
            "tokens.shape[1] - 1 - jnp.argmax(tokens[:, ::-1] == self.eot, axis=-1)", "models/text_test.py"),
   Mutation("texts see what follows", "models/text.py", "causal=True", "causal=False", "models/text_test.py"),
   Mutation("epsilon of the text tower's last norm", "models/text.py",
            "nn.LayerNorm(epsilon=1e-5,", "nn.LayerNorm(epsilon=1e-6,", "models/text_test.py"),
-  Mutation("image tokens one position early", "models/vit.py", "x[:, 1:]", "x[:, :-1]", "models/vit_test.py"),
-  Mutation("constant of QuickGELU", "models/transformer.py", "1.702 * x", "1.7 * x", "models/vit_test.py"),
+  Mutation("image tokens one position early", "models/vit.py", "x[:, 1:]", "x[:, :-1]",
+           "weights/golden_test.py::test_late_interaction_of_filip_and_defilip"),
+  Mutation("constant of QuickGELU", "models/transformer.py", "1.702 * x", "1.7 * x",
+           "weights/golden_test.py::test_openai"),
   Mutation("heads of queries, keys and values mixed", "models/transformer.py",
-           '"f (three h e) -> three f h e"', '"f (h three e) -> three f h e"', "models/attention_test.py"),
+           '"f (three h e) -> three f h e"', '"f (h three e) -> three f h e"',
+           "weights/golden_test.py::test_openai"),
   Mutation("running variance is the biased one", "models/batch_norm.py",
            "(count / max(count - 1, 1))", "1.0", _BATCH_NORM),
   Mutation("momentum of running statistics swapped", "models/batch_norm.py",
@@ -240,7 +244,8 @@ MUTATIONS = [
   Mutation("DeCLIP's special tokens in its own order", "weights/dialects.py",
            '"to": [1, 2, 0]', '"to": [0, 1, 2]', _WEIGHTS),
   Mutation("Hugging Face's end of text is taken as it is", "weights/read.py",
-           'if text.get("eos_token_id", 2) != 2:', 'if "eos_token_id" in text:', "weights/read_test.py"),
+           'if text.get("eos_token_id", 2) != 2:', 'if "eos_token_id" in text:',
+           "weights/write_test.py"),
   Mutation("the largest id as the end of text", "weights/read.py",
            "eot=49407 if vocab_size in (49408, 49409) else vocab_size - 1",
            "eot=vocab_size - 1", "weights/read_test.py"),
@@ -265,11 +270,14 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("words", nargs="*", help="choose mutations by their file or subject")
   parser.add_argument("--all", action="store_true", help="run all fast tests for each mutation")
+  parser.add_argument("--check", action="store_true", help="only check that every mutation still fits the package")
   parser.add_argument("--jobs", type=int, default=2, help="mutations at the same time")
   parser.add_argument("--no-baseline", action="store_true", help="do not check that the tests pass without a mutation")
   arguments = parser.parse_args()
   chosen = [m for m in MUTATIONS if not arguments.words or any(w in f"{m.file} {m.subject}" for w in arguments.words)]
   check(chosen)
+  if arguments.check:
+    return
   with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
     copies: queue.Queue[Path] = queue.Queue()
     for number in range(arguments.jobs):
@@ -291,9 +299,10 @@ def main() -> None:
           sys.exit(f"These fail without any mutation: {bad}")
       started = time.monotonic()
       outcomes = pool.map(lambda m: run(m, [""] if arguments.all else m.tests.split()), chosen)
-      counts = report(chosen, outcomes)
-  print(f"\n{counts['caught']} of {len(chosen)} caught, in {time.monotonic() - started:.0f} seconds")
-  sys.exit(counts["caught"] < LEAST_CAUGHT * len(chosen))
+      missed = report(chosen, outcomes)
+  caught, seconds = len(chosen) - len(missed), time.monotonic() - started
+  print(f"\n{caught} of {len(chosen)} caught, in {seconds:.0f} seconds. Missed: {', '.join(missed) or 'none'}")
+  sys.exit(caught < LEAST_CAUGHT * len(chosen))
 
 
 def check(mutations: Sequence[Mutation]) -> None:
@@ -307,7 +316,7 @@ def check(mutations: Sequence[Mutation]) -> None:
     wrong += [
       f"no file tests/{test} ({mutation.subject})"
       for test in mutation.tests.split()
-      if not (ROOT / "tests" / test).exists()
+      if not (ROOT / "tests" / test.split("::")[0]).exists()
     ]
   if wrong:
     sys.exit("\n".join(["Update MUTATIONS of tools/mutate.py:", *wrong]))
@@ -347,13 +356,14 @@ def outcome(folder: Path, mutation: Mutation | None, tests: Sequence[str]) -> st
   return {0: "survived", 1: "caught"}.get(process.returncode, "broken")
 
 
-def report(mutations: Sequence[Mutation], outcomes: Sequence[str]) -> dict[str, int]:
-  """Prints a line for each mutation as soon as it is known."""
-  counts = {"caught": 0, "survived": 0, "broken": 0}
+def report(mutations: Sequence[Mutation], outcomes: Iterable[str]) -> list[str]:
+  """Prints a line for each mutation as soon as its outcome is known, and returns the subjects of those not caught."""
+  missed = []
   for mutation, found in zip(mutations, outcomes, strict=True):
-    counts[found] += 1
     print(f"{found:<9} {mutation.subject:<48} {mutation.file:<26} {mutation.tests}", flush=True)
-  return counts
+    if found != "caught":
+      missed.append(mutation.subject)
+  return missed
 
 
 if __name__ == "__main__":

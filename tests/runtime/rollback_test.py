@@ -8,6 +8,7 @@ from declip_jax.runtime.rollback import Rollbacks
 def test_the_target_is_before_the_skipped_steps_or_else_the_oldest(tmp_path: Path) -> None:
   rollbacks = Rollbacks(tmp_path)
   assert rollbacks.target([2, 4, 6, 8], 5) == 4
+  assert rollbacks.target([2, 4, 6, 8], 6) == 6
   assert rollbacks.target([6, 8], 5) == 6  # skipped steps do not change parameters
   assert rollbacks.target([], 5) is None
   rollbacks.record(3, 8, 4, {"next_index": 128})
