@@ -1,12 +1,12 @@
 """Augmentation for fine-tuning on labelled images: RandAugment, random erasing, mixup and CutMix.
 
-It is what SLIP (Mu et al. 2021) fine-tunes with, by BEiT's script: timm's `rand-m9-mstd0.5-inc1`, erasing with
-probability 0.25 in mode "pixel", mixup of 0.8 and CutMix of 1.0, label smoothing of 0.1, bicubic crops from 8 % on.
-timm's RandAugment is not that of the paper (Cubuk et al. 2020): its magnitudes vary, each operation is left out half of
-the time, and a greater magnitude is always a stronger change.
+SLIP (Mu et al. 2021) fine-tunes with these, by BEiT's script: timm's `rand-m9-mstd0.5-inc1`, erasing with probability
+0.25 in mode "pixel", mixup with 0.8 and CutMix with 1.0, label smoothing of 0.1, bicubic crops of at least 8 %. timm's
+RandAugment differs from the paper's (Cubuk et al. 2020): its magnitudes vary, each operation is omitted half of the
+time, and a greater magnitude is always a stronger change.
 
-RandAugment runs in Pillow whatever the engine: its operations are as good as equal there, and fine-tuning waits for the
-device.
+RandAugment runs in Pillow with both engines: its operations are practically equal, and fine-tuning is limited by the
+device anyway.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from declip_jax.data.images.geometry import Box
 
 Color = tuple[int, int, int]
 
-CROP = images.Augmentation(scale=(0.08, 1.0), flip_probability=0.5)  # what comes before RandAugment
+CROP = images.Augmentation(scale=(0.08, 1.0), flip_probability=0.5)  # before RandAugment
 _MEAN_COLOR = tuple(round(255 * level) for level in images.IMAGENET_MEAN_STD[0])
 
 
@@ -52,16 +52,16 @@ def rand_augment(
   probability: float = 0.5,
   fill: Color = _MEAN_COLOR,
 ) -> images.Pixels:
-  """Applies random operations of `OPERATIONS`, one after the other, as timm's `rand-m9-mstd0.5-inc1`.
+  """Applies random operations of `OPERATIONS` in sequence, as timm's `rand-m9-mstd0.5-inc1`.
 
   Args:
-    image: to change.
-    rng: draws the operations, then for each whether it is done, its magnitude and its sign.
-    magnitude: mean of the magnitudes, of 10; they are cut to [0, 10].
+    image: the image.
+    rng: generator; draws the operations, then for each whether it is applied, its magnitude and its sign.
+    magnitude: mean of the magnitudes, which are clipped to [0, 10].
     deviation: standard deviation of the magnitudes.
-    count: of operations; the same may come again.
-    probability: with which each is done.
-    fill: colour of what comes into view from outside.
+    count: number of operations, with replacement.
+    probability: the probability with which each is applied.
+    fill: colour of pixels from outside the image.
   """
   made = Image.fromarray(image)
   for number in rng.integers(len(OPERATIONS), size=count):
@@ -76,12 +76,12 @@ def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> "Operation
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Color) -> Image.Image:
-  how = {"resample": Image.Resampling.BICUBIC, "fillcolor": fill}
-  return image.transform(image.size, Image.Transform.AFFINE, matrix, **how)
+  kwargs = {"resample": Image.Resampling.BICUBIC, "fillcolor": fill}
+  return image.transform(image.size, Image.Transform.AFFINE, matrix, **kwargs)
 
 
 def _posterize(image: Image.Image, level: float, sign: int, fill: Color) -> Image.Image:
-  """Keeps the highest 4 to 0 bits; 0 is black, which `ImageOps.posterize` of today's Pillow refuses."""
+  """Keeps the highest 4 to 0 bits; 0 gives black, which `ImageOps.posterize` of current Pillow rejects."""
   kept = 256 - 2 ** (4 + int(4 * level))
   return image.point([value & kept for value in range(256)] * 3)
 
@@ -92,7 +92,7 @@ def _solarize_add(image: Image.Image, level: float, sign: int, fill: Color) -> I
   return image.point([*table] * 3)
 
 
-# From image, level in [0, 1], sign and colour of the outside to the changed image; what has no use for one ignores it.
+# Functions of image, level in [0, 1], sign and fill colour; they ignore what they do not need.
 Operation = Callable[[Image.Image, float, int, Color], Image.Image]
 OPERATIONS: dict[str, Operation] = {
   "auto_contrast": lambda image, level, sign, fill: ImageOps.autocontrast(image),
@@ -126,16 +126,16 @@ def random_erasing(
   probability: float = 0.25,
   mean_std: tuple[tuple[float, ...], tuple[float, ...]] = images.IMAGENET_MEAN_STD,
 ) -> images.Pixels:
-  """Fills a random box with noise (Zhong et al. 2020), as timm's mode "pixel"; a copy if it does.
+  """Fills a random box with noise (Zhong et al. 2020), as timm's mode "pixel"; does not modify `image`.
 
-  Where we differ: there the noise is normal in normalised values. Here it is so in levels, which end at 0 and 255: cut
-  off is what lies more than about two deviations from the mean.
+  Difference from timm: its noise is normal in normalised values. Here levels end at 0 and 255, which clips noise more
+  than about two standard deviations from the mean.
 
   Args:
-    image: to change.
-    rng: draws whether, the box and the noise.
-    probability: of erasing.
-    mean_std: with which images are normalised, per channel, for pixels scaled to [0, 1].
+    image: the image.
+    rng: generator; draws whether to erase, the box and the noise.
+    probability: the probability of erasing.
+    mean_std: mean and standard deviation by which images are normalised, per channel, for pixels scaled to [0, 1].
   """
   if rng.random() >= probability:
     return image
@@ -151,9 +151,9 @@ def random_erasing(
 
 
 def erased_box(height: int, width: int, rng: np.random.Generator) -> Box | None:
-  """Draws the box to erase: 2 % to a third of the area, height / width log-uniform in 0.3 to 1 / 0.3, place uniform.
+  """Draws the box to erase: 2 % to a third of the area, log-uniform height / width in 0.3 to 1 / 0.3, uniform position.
 
-  None after ten boxes that do not lie within the image.
+  None after ten boxes that do not fit into the image.
   """
   for _ in range(10):
     area = height * width * rng.uniform(0.02, 1 / 3)
@@ -165,11 +165,11 @@ def erased_box(height: int, width: int, rng: np.random.Generator) -> Box | None:
 
 
 class Mixed(NamedTuple):
-  """A batch of which each row is mixed with the one that stands as far from the other end.
+  """A batch of which each image is mixed with its partner in the reversed batch.
 
   Attributes:
     images: `[b h w c]`.
-    weight: of the row's own label; that of the other row, `labels[::-1]`, has the rest.
+    weight: weight of the image's own label; the partner's label, `labels[::-1]`, has the rest.
   """
 
   images: UInt8[np.ndarray, "b h w c"]
@@ -187,16 +187,16 @@ def mix(
 ) -> Mixed:
   """Mixes the images of a batch by mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), as timm's mode "batch".
 
-  One weight holds for the whole batch. A host that has a part of the global batch mixes within it, as processes of
-  PyTorch do.
+  The weight is the same for the whole batch. A host mixes within its share of the global batch, like processes of
+  PyTorch.
 
   Args:
-    batch: the middle row of an odd number is mixed with itself.
-    rng: draws whether, which of the two, the weight, and the box of CutMix.
-    mixup_alpha: the weight is drawn from Beta(alpha, alpha).
-    cutmix_alpha: likewise.
-    probability: of mixing at all.
-    cutmix_probability: of CutMix in place of mixup.
+    batch: images; the middle one of an odd number is mixed with itself.
+    rng: generator; draws whether to mix, by which method, the weight, and the box of CutMix.
+    mixup_alpha: parameter of the distribution of mixup's weight, Beta(alpha, alpha).
+    cutmix_alpha: parameter of the distribution of CutMix's weight, Beta(alpha, alpha).
+    probability: the probability of mixing at all.
+    cutmix_probability: the probability of CutMix instead of mixup.
   """
   if rng.random() >= probability:
     return Mixed(batch, 1.0)
@@ -214,8 +214,8 @@ def mixup(batch: UInt8[np.ndarray, "b h w c"], weight: float) -> Mixed:
 def cutmix(batch: UInt8[np.ndarray, "b h w c"], weight: float, rng: np.random.Generator) -> Mixed:
   """Replaces a box of each image by that of its partner.
 
-  The box has the shape of the image and `1 - weight` of its area, and its centre anywhere in the image. What sticks out
-  is cut off, and the weight is made to fit.
+  The box has the shape of the image, `1 - weight` of its area, and its centre anywhere in the image. It is clipped to
+  the image, and the weight is adjusted accordingly.
   """
   size, bounds = batch.shape[1:3], []
   for side in size:
@@ -231,13 +231,13 @@ def cutmix(batch: UInt8[np.ndarray, "b h w c"], weight: float, rng: np.random.Ge
 def soft_targets(
   labels: Int[np.ndarray, "b"], weight: float, classes: int, smoothing: float = 0.1
 ) -> Float[np.ndarray, "b classes"]:
-  """Probabilities of the classes for a mixed batch, float32: each label is smoothed, then it and its partner's weighed.
+  """Returns class probabilities for a mixed batch, float32: smoothed labels, mixed with their partners'.
 
   Args:
-    labels: of the rows, before they were mixed.
-    weight: of `Mixed`.
-    classes: how many there are.
-    smoothing: the share that all classes, the right one among them, divide evenly.
+    labels: labels of the images before mixing.
+    weight: the weight in `Mixed`.
+    classes: number of classes.
+    smoothing: the share of probability that is spread evenly over all classes, including the right one.
   """
   own = np.full((len(labels), classes), smoothing / classes, np.float32)
   own[np.arange(len(labels)), labels] += 1 - smoothing

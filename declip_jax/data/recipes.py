@@ -1,4 +1,4 @@
-"""Recipes: which views of an example are made, and how. A recipe is a value; what it makes are plain functions."""
+"""Recipes: which views of an example are made, and how. A recipe is a value; `make_views` makes its views."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from declip_jax.data import images
 from declip_jax.data.text import augment as texts
 from declip_jax.types import Views
 
-_COLOURED = ("strong", "color")  # the image views that blur and solarize
+_COLOURED = ("strong", "color")  # image views with blur and solarize
 _PER_VIEW = ("blur_probability", "solarize_probability")
 
 
@@ -17,19 +17,19 @@ class Recipe:
   """The views of an example and the strength of their augmentation.
 
   Attributes:
-    image_views: one of these for each; `augmentations` has them in numbers.
-      "weak": a crop of random area and aspect.
-      "square": OpenAI's crop, a random square of the whole height or width.
-      "strong": a crop of random area and aspect, jitter, grey, blur, solarize, flip.
-      "color": OpenAI's crop, jitter, grey, blur, solarize; no flip.
-    text_views: "raw", "augmented" (EDA) or "masked" (masked language modelling) each.
+    image_views: the kind of each image view; `augmentations` has their numbers.
+      "weak": a crop with random area and aspect ratio.
+      "square": OpenAI's crop, a random square with the full height or width.
+      "strong": a crop with random area and aspect ratio, jitter, grayscale, blur, solarize, flip.
+      "color": OpenAI's crop, jitter, grayscale, blur, solarize; no flip.
+    text_views: the kind of each text view: "raw", "augmented" (EDA) or "masked" (masked language modelling).
     views: which view plays which part in the model.
-    weak_scale, strong_scale: range of the crop's area, as a share of the image's, in weak and in strong views.
-    jitter: brightness, contrast, saturation, hue.
-    blur_radius: range, in pixels of the view.
-    blur_probability, solarize_probability: an entry for each strong or color view, in their order; the last entry is
-      also that of the views behind it.
-    text_operations: of an augmented text, names of `texts.OPERATIONS`; the default are DeCLIP's.
+    weak_scale, strong_scale: range of the crop's area, as a share of the image's, in weak and strong views.
+    jitter: strengths of brightness, contrast, saturation, hue.
+    blur_radius: range of the radius, in pixels of the view.
+    blur_probability, solarize_probability: one entry per strong or color view, in order; the last entry also applies to
+      further views.
+    text_operations: operations on augmented texts, names in `texts.OPERATIONS`; the default is DeCLIP's.
   """
 
   image_views: tuple[str, ...]
@@ -48,16 +48,16 @@ class Recipe:
 
   @property
   def augmentations(self) -> tuple[images.Augmentation, ...]:
-    """How each image view is drawn, with all its probabilities; those of a "weak" and a "square" view are 0."""
+    """The distribution of each image view; all probabilities of "weak" and "square" views are 0."""
     blur, solarize = (_per_view(getattr(self, field), self.image_views) for field in _PER_VIEW)
-    drawn = []
+    found = []
     for view, kind in enumerate(self.image_views):
       crop = "square" if kind in ("square", "color") else "resized"
       scale = self.strong_scale if kind == "strong" else self.weak_scale
       if kind not in _COLOURED:
-        drawn.append(images.Augmentation(crop, scale))
+        found.append(images.Augmentation(crop, scale))
         continue
-      drawn.append(
+      found.append(
         images.Augmentation(
           crop,
           scale,
@@ -70,19 +70,18 @@ class Recipe:
           flip_probability=0.0 if kind == "color" else self.flip_probability,
         )
       )
-    return tuple(drawn)
+    return tuple(found)
 
 
-# What `config.data.recipe` may name. A strength that a recipe does not give is that of MoCo v2 (Chen et al. 2020)
-# and so of DeCLIP.
+# The recipes that `config.data.recipe` may name. Default strengths are those of MoCo v2 (Chen et al. 2020), and so of
+# DeCLIP.
 RECIPES = {
-  # SLIP's code and DeCLIP's configs train CLIP alike: one weak crop, the caption as it is (clip_experiments/yfcc15m).
+  # SLIP's code and DeCLIP's configs (clip_experiments/yfcc15m) train CLIP alike: one weak crop, the raw caption.
   "clip": Recipe(("weak",), ("raw",), Views()),
-  # CLIP itself (Radford et al. 2021, section 2.3): a random square of the resized image, and nothing else.
+  # CLIP itself (Radford et al. 2021, section 2.3): a random square of the resized image and nothing else.
   "openai": Recipe(("square",), ("raw",), Views()),
-  # SLIP's three studies of CLIP with more augmentation (Mu et al. 2021, ablations): the colours and the blur of its
-  # self-supervised views on CLIP's own crop; their crop and flip; all of it. The paper gives no strengths: these are
-  # those of SLIP's code.
+  # SLIP's three ablations of CLIP with stronger augmentation (Mu et al. 2021): colours and blur of its self-supervised
+  # views on CLIP's own crop; their crop and flip; everything. The paper gives no strengths; these are from SLIP's code.
   "clip_color": Recipe(("color",), ("raw",), Views()),
   "clip_crop": Recipe(
     ("strong",),
@@ -104,7 +103,7 @@ RECIPES = {
   # SLIP, datasets.py: CLIP's view, and two of SimCLR.
   "slip": Recipe(("weak", "strong", "strong"), ("raw",), Views(ssl_image=(1, 2)), strong_scale=(0.08, 1.0)),
   # SLIP with MoCo v3 or BYOL in place of SimCLR: MoCo v3's two unlike views (facebookresearch/moco-v3, main_moco.py,
-  # with the crop of its ViTs), which SLIP takes for BYOL too.
+  # with the crop of its ViTs), which SLIP also uses for BYOL.
   "slip_mocov3": Recipe(
     ("weak", "strong", "strong"),
     ("raw",),
@@ -114,8 +113,8 @@ RECIPES = {
     blur_probability=(1.0, 0.1),
     solarize_probability=(0.0, 0.2),
   ),
-  # SLIP with BEiT (Bao et al. 2022, microsoft/unilm): a view of crop, jitter and flip, in which patches are hidden.
-  # Where we differ: BEiT jitters and flips before it crops, and always resizes with bicubic interpolation.
+  # SLIP with BEiT (Bao et al. 2022, microsoft/unilm): a view with crop, jitter and flip, in which patches are hidden.
+  # Difference: BEiT jitters and flips before it crops, and always resizes with bicubic interpolation.
   "slip_mim": Recipe(
     ("weak", "strong"),
     ("raw",),
@@ -126,15 +125,15 @@ RECIPES = {
     grayscale_probability=0.0,
     blur_probability=(0.0,),
   ),
-  # DeCLIP: two strong views (MOCOV2 of its loader), the caption, its EDA variant. The paper's contrast sees a clean
-  # caption, so the masked one is a view of its own; the released code masks the caption that it contrasts.
+  # DeCLIP: two strong views (MOCOV2 of its loader), the caption, its EDA variant. In the paper the clean caption is
+  # contrasted, so the masked one is a separate view; the released code masks the caption that it contrasts.
   "declip": Recipe(
     ("strong", "strong"),
     ("raw", "augmented", "masked"),
     Views(contrastive_image=(0, 1), contrastive_text=(0, 1), ssl_image=(0, 1), masked_text=2, neighbour_text=(0,)),
   ),
-  # DeCLIP and DeFILIP as released (declip.py, declip_solver.py): the masked caption in place of the clean one, and both
-  # text views search the bank and enter it.
+  # DeCLIP and DeFILIP as released (declip.py, declip_solver.py): the masked caption instead of the clean one, and both
+  # text views query the bank and enter it.
   "declip_repo": Recipe(
     ("strong", "strong"),
     ("masked", "augmented"),
@@ -149,11 +148,10 @@ RECIPES = {
 
 
 def get_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
-  """The recipe of that name, with those of its fields replaced that `overrides` gives a value other than None.
+  """Returns the recipe with this name, with the fields replaced that are not None in `overrides`.
 
   Raises:
-    ValueError: an unknown name, a number that cannot be, a probability that is no tuple where it can differ from view
-      to view, or an unknown operation on texts.
+    ValueError: unknown name or text operation, a number out of range, or a probability per view that is not a tuple.
   """
   if name not in RECIPES:
     raise ValueError(f"config.data.recipe={name!r}: choose one of {sorted(RECIPES)}")
@@ -161,7 +159,7 @@ def get_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
   for field in _PER_VIEW:
     if field in given and not (isinstance(given[field], tuple) and given[field]):
       raise ValueError(
-        f"config.data.{field}={given[field]!r}: give a tuple such as (0.5,), or (1.0, 0.1) for views that differ"
+        f"config.data.{field}={given[field]!r}: expected a tuple such as (0.5,), or (1.0, 0.1) for different views"
       )
   _check_strengths(given)
   operations = given.get("text_operations", ("swap",))
@@ -171,19 +169,21 @@ def get_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def _check_strengths(given: Mapping[str, Any]) -> None:
-  """Refuses ranges and probabilities that cannot be."""
+  """Rejects ranges and probabilities that are out of range."""
   legal = {"weak_scale": (0.0, 1.0), "strong_scale": (0.0, 1.0), "blur_radius": (0.0, float("inf"))}
   for field, (least, most) in legal.items():
     value = given.get(field, (most, most))
     if len(value) != 2 or not least <= value[0] <= value[1] <= most or value[1] == 0:
-      raise ValueError(f"config.data.{field}={value!r}: two numbers, ascending, from {least:g} to {most:g}")
+      raise ValueError(f"config.data.{field}={value!r}: expected two ascending numbers from {least:g} to {most:g}")
   jitter = given.get("jitter", (0.0,) * 4)
   if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
-    raise ValueError(f"config.data.jitter={jitter!r}: brightness, contrast, saturation, hue, the last at most 0.5")
+    raise ValueError(
+      f"config.data.jitter={jitter!r}: expected brightness, contrast, saturation and hue, the last at most 0.5"
+    )
   for field in (*_PER_VIEW, "jitter_probability", "grayscale_probability", "flip_probability"):
     values = given.get(field, ())
     if any(not 0 <= value <= 1 for value in (values if isinstance(values, tuple) else (values,))):
-      raise ValueError(f"config.data.{field}={values!r}: from 0 to 1")
+      raise ValueError(f"config.data.{field}={values!r}: expected 0 to 1")
 
 
 def trimmed(recipe: Recipe, used: Views) -> Recipe:

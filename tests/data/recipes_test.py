@@ -393,7 +393,7 @@ def test_overrides_replace_fields_and_none_keeps_them():
 @pytest.mark.parametrize("field", ["blur_probability", "solarize_probability"])
 @pytest.mark.parametrize("value", [0.2, (), 0.0])
 def test_a_probability_per_view_is_a_tuple(field, value):
-  with pytest.raises(ValueError, match=rf"config.data.{field}=.*: give a tuple such as \(0.5,\)"):
+  with pytest.raises(ValueError, match=rf"config.data.{field}=.*: .*tuple such as \(0.5,\)"):
     get_recipe("slip", {field: value})
 
 

@@ -1,11 +1,11 @@
-"""Captioned scenes drawn on the fly: a data set for which nothing has to be downloaded.
+"""Captioned scenes drawn on the fly: a data set that needs no download.
 
-Every scene shows one coloured shape, and every caption names both next to details and distractors, as captions from
-the web do. A scene is a pure function of its split and index, so the source is random access, endless in practice and
-pickles to a few bytes. Three tenths of the pairs of colour and shape occur in `heldout` only: zero-shot accuracy there
-measures whether the words were learnt one by one, after CLEVR's compositional split (Johnson et al. 2017, CoGenT).
+Every scene shows one coloured shape, and every caption names both, among details and distractors like those of captions
+from the web. A scene is a pure function of its split and index, so the source has random access, is practically endless
+and pickles to a few bytes. Three tenths of the pairs of colour and shape occur only in `heldout`: zero-shot accuracy
+there measures whether the words were learnt separately, like CLEVR's compositional split (Johnson et al. 2017, CoGenT).
 
-Nothing in a caption says left or right, so horizontal flips keep captions true.
+Captions never mention left or right, so they remain true after horizontal flips.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 from declip_jax.data.sources.base import Example
 from declip_jax.data.storage import indexes
 
-_OVERSAMPLING = 2  # masks are drawn this much larger, then averaged
+_OVERSAMPLING = 2  # masks are drawn this much larger and then averaged
 _MAX_TILT = math.radians(20)
 
 
@@ -91,7 +91,7 @@ SHAPES = {
   ),
 }
 
-# Prompts for zero-shot classification, worded as captions are: these end without the customary full stop, too.
+# Prompts for zero-shot classification, worded like captions: without the customary full stop.
 TEMPLATES = (
   "a {}",
   "a photo of a {}",
@@ -100,13 +100,13 @@ TEMPLATES = (
   "a {} on a plain background",
 )
 
-# Colour and shape form a Latin square of which three symbols are held out: in training every colour misses three
-# shapes and every shape misses three colours.
+# Colours and shapes form a Latin square of which three symbols are held out: in training every colour lacks three
+# shapes and every shape lacks three colours.
 _PAIRS = tuple((color, shape, (3 * i + j) % 10 < 3) for i, color in enumerate(COLORS) for j, shape in enumerate(SHAPES))
 SEEN = tuple((color, shape) for color, shape, held_out in _PAIRS if not held_out)
 HELD_OUT = tuple((color, shape) for color, shape, held_out in _PAIRS if held_out)
 
-# split: (pairs of colour and shape, default number of scenes). The order seeds the scenes: append only.
+# split: (pairs of colour and shape, default number of scenes). The order determines the seeds: only append.
 _SPLITS = {"train": (SEEN, 100_000), "test": (SEEN, 5_000), "heldout": (HELD_OUT, 3_000)}
 
 _REPEATS = 2.5  # periods of a texture across an object
@@ -140,7 +140,7 @@ _VISIBLE_ON = {
   for color in COLORS
 }
 
-# The nine cells of a 3 x 3 grid fold to six: a caption may know the row, and whether the object is off to a side.
+# A caption may name the row of a 3 x 3 grid, and whether the object is at a side, but not at which.
 _PLACES = (
   (("at the top", "near the top edge"), ("in an upper corner", "in a top corner")),
   (("in the middle", "in the centre"), ("at one side", "off to one side")),
@@ -175,14 +175,14 @@ _DISTRACTORS = (
   "img_{number} {caption}",
   "new! {caption}",
 )
-_CANONICAL = 0.75  # share of captions that use the class's own word rather than a synonym
-# Share of captions that mention size, texture, finish: with more, shape is hardly needed to tell scenes apart.
+_CANONICAL = 0.75  # share of captions with the class's own word rather than a synonym
+# Share of captions that mention size, texture, finish; with more, scenes could be distinguished without their shape.
 _DETAILED = 0.3
 _DISTRACTED = 0.3
 
 
 class _Scene(NamedTuple):
-  """What is on a picture; lengths are shares of the image's side, angles radians."""
+  """The contents of an image; lengths are shares of its side, angles in radians."""
 
   label: int
   color: str
@@ -203,9 +203,9 @@ class Scenes:
   """Random access to the scenes of one split; see `open_scenes`.
 
   Attributes:
-    name: the spec that opens the same scenes, in full.
-    classnames: what `label` indexes, for example "red circle"; the pairs of this split only.
-    skipped: records that could not be read, by reason; always empty.
+    name: the full spec that opens the same scenes.
+    classnames: names of the classes, such as "red circle"; only the pairs of this split.
+    skipped: number of skipped samples by kind; always empty.
   """
 
   def __init__(self, split: str, size: int, pixels: int = 64):
@@ -219,7 +219,7 @@ class Scenes:
 
   @property
   def stamp(self) -> str:
-    """Changes when scenes look otherwise or are told otherwise, as with another version of OpenCV; probes three."""
+    """Changes with the images or captions, as with another version of OpenCV; depends on three scenes."""
     examples = [self[index] for index in sorted({0, self.size // 2, self.size - 1})]
     return indexes.digest([[example["image"].tolist(), example["captions"]] for example in examples])
 
@@ -230,7 +230,7 @@ class Scenes:
     """Draws one scene: `image` uint8 [pixels pixels 3], two or three `captions`, `label` and `id`.
 
     Raises:
-      IndexError: the index lies outside of [-len, len).
+      IndexError: the index is not in [-len, len).
     """
     if not -self.size <= index < self.size:
       raise IndexError(f"{self.name} has scenes 0 to {self.size - 1}, not {index}")
@@ -247,23 +247,23 @@ class Scenes:
 
 
 def open_scenes(location: str) -> Scenes:
-  """Opens the scenes at "split", "split/count" or "split/count/pixels", for example "train/200000/48".
+  """Opens the scenes at "split", "split/count" or "split/count/pixels", such as "train/200000/48".
 
   Scene i of a split shows the same thing for every count and at every resolution.
 
   Args:
-    location: the split is "train", "test" (the pairs of colour and shape of "train", other scenes) or "heldout" (the
-      pairs that "train" and "test" never show); count is the number of scenes; pixels the side of an image, 64 unless
-      given, at least 16.
+    location: the split is "train", "test" (other scenes with the same pairs of colour and shape) or "heldout" (the
+      pairs that "train" and "test" never show); count is the number of scenes; pixels is the side of an image, 64 by
+      default and at least 16.
 
   Raises:
-    ValueError: the location names no split, or count or pixels are no such numbers.
+    ValueError: unknown split, or count or pixels out of range.
   """
   split, *numbers = location.split("/")
   if split not in _SPLITS:
-    raise ValueError(f"scenes: no split {split!r} in location {location!r}; there are {', '.join(_SPLITS)}")
+    raise ValueError(f"scenes: no split {split!r} in location {location!r}; choose one of {', '.join(_SPLITS)}")
   if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
-    raise ValueError(f"scenes: location {location!r} is not of the form split, split/count or split/count/pixels")
+    raise ValueError(f"scenes: location {location!r} should be split, split/count or split/count/pixels")
   size, pixels = [int(number) for number in numbers] + [_SPLITS[split][1], 64][len(numbers) :]
   if size < 1 or pixels < 16:
     raise ValueError(f"scenes: location {location!r} needs a count of at least 1 and at least 16 pixels")
@@ -275,7 +275,7 @@ def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def _compose(pairs: tuple[tuple[str, str], ...], rng: np.random.Generator) -> _Scene:
-  """Decides what a scene shows."""
+  """Draws the contents of a scene."""
   label = int(rng.integers(len(pairs)))
   color, shape = pairs[label]
   size = _pick(tuple(_EXTENTS), rng)
@@ -300,7 +300,7 @@ def _compose(pairs: tuple[tuple[str, str], ...], rng: np.random.Generator) -> _S
 
 
 def _describe(scene: _Scene, rng: np.random.Generator) -> tuple[str, ...]:
-  """Two or three captions, each built on another sentence."""
+  """Two or three captions, each with another sentence."""
   sentences = rng.choice(len(_SENTENCES), size=int(rng.integers(2, 4)), replace=False)
   return tuple(_caption(scene, _SENTENCES[i], rng) for i in sentences)
 
@@ -333,7 +333,7 @@ def _with_article(noun: str) -> str:
 
 
 def _draw(scene: _Scene, pixels: int, rng: np.random.Generator) -> np.ndarray:
-  """Renders a scene to uint8 [pixels pixels 3]: every pixel mixes three tones and a grey light."""
+  """Renders a scene as uint8 [pixels pixels 3]: every pixel mixes three tones and a grey light."""
   tones = np.array([_BACKGROUNDS[scene.background], *_tones(scene.color)]) + rng.normal(0, _TONE_JITTER, (3, 1))
   tones = np.concatenate([tones, np.ones((1, 3))]).astype(np.float32)
   contours = _place(scene)
@@ -346,7 +346,7 @@ def _draw(scene: _Scene, pixels: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _place(scene: _Scene) -> list[np.ndarray]:
-  """Tilts the shape's contours, then scales and shifts them so that their longer side is exactly `extent`."""
+  """Tilts the shape's contours, then scales and moves them so that their longer side is exactly `extent`."""
   cos, sin = math.cos(scene.tilt), math.sin(scene.tilt)
   turn = np.array([[cos, sin], [-sin, cos]]) * [[-1 if scene.mirrored else 1], [1]]
   contours = [contour @ turn for contour in SHAPES[scene.shape].contours]
@@ -356,7 +356,7 @@ def _place(scene: _Scene) -> list[np.ndarray]:
 
 
 def _mask(pixels: int, draw: Callable[[np.ndarray], object]) -> np.ndarray:
-  """Anti-aliased float32 [pixels pixels] in [0, 1] of what `draw` paints in 255 on a larger canvas."""
+  """Anti-aliased mask, float32 [pixels pixels] in [0, 1], of what `draw` paints with 255 on a larger canvas."""
   canvas = np.zeros((pixels * _OVERSAMPLING, pixels * _OVERSAMPLING), np.uint8)
   draw(canvas)
   return cv2.resize(canvas, (pixels, pixels), interpolation=cv2.INTER_AREA) * np.float32(1 / 255)
@@ -370,21 +370,21 @@ def _texture(scene: _Scene, contours: list[np.ndarray], pixels: int) -> np.ndarr
   """Share of the second tone, float32, broadcastable to [pixels pixels]."""
   if scene.texture == "solid":
     return np.zeros((1, 1), np.float32)
-  if scene.texture == "outlined":  # half of the line lies outside of the object and is never seen
+  if scene.texture == "outlined":  # half of the line is outside the object and invisible
     width = round(0.1 * scene.extent * pixels * _OVERSAMPLING)
     return _mask(pixels, lambda canvas: cv2.polylines(canvas, _scaled(contours, canvas), True, 255, width, cv2.LINE_AA))
   return _pattern(scene, pixels)
 
 
 def _pattern(scene: _Scene, pixels: int) -> np.ndarray:
-  """Stripes, dots or checks that turn with the object, the same number for every size, with edges one pixel soft."""
+  """Stripes, dots or checks that rotate with the object, equally many for every size, with edges one pixel wide."""
   frequency = 2 * math.pi * _REPEATS / scene.extent
   x, y = (((np.arange(pixels) + 0.5) / pixels - c) * frequency for c in scene.center)
   x, y = x.astype(np.float32), y.astype(np.float32)[:, None]
   cos, sin = math.cos(scene.tilt), math.sin(scene.tilt)
   down = np.cos(cos * y - sin * x)
   if scene.texture == "striped":
-    wave = down - np.float32(0.3)  # the first tone, which captions name, gets the wider stripes
+    wave = down - np.float32(0.3)  # the first tone, which captions name, has wider stripes
   elif scene.texture == "checkered":
     wave = down * np.cos(cos * x + sin * y)
   else:
@@ -393,7 +393,7 @@ def _pattern(scene: _Scene, pixels: int) -> np.ndarray:
 
 
 def _light(scene: _Scene, pixels: int, rng: np.random.Generator) -> np.ndarray:
-  """What the background's finish and up to three faint strokes add to it, float32 [pixels pixels]."""
+  """The light that the background's finish and up to three faint strokes add, float32 [pixels pixels]."""
   strokes = [rng.random((1, 2)) + [[0, 0], rng.uniform(-0.12, 0.12, 2)] for _ in range(rng.integers(4))]
   width = round(0.03 * pixels * _OVERSAMPLING)
   light = 24 * _mask(

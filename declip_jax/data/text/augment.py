@@ -1,7 +1,6 @@
-"""Text views of one example: pick a caption, vary its words (EDA), mask its tokens (masked language modelling).
+"""Text views of an example: choose a caption, vary its words (EDA), mask its tokens (masked language modelling).
 
-Every function takes the `rng` of its example and touches no other randomness, so a text view depends on seed and record
-alone, whatever the worker.
+The `rng` of the example is the only randomness, so a text view depends only on seed and position, not on the worker.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from declip_jax.data.text import tokenizer as tokenizers
 
 # English words that carry grammar rather than content: determiners and pronouns; prepositions and conjunctions;
 # auxiliary verbs; adverbs and the remains of contractions. WordNet knows many of them as something else: `a` as a
-# vitamin, `in` as a metal, `who` as an organization. The reference uses NLTK's list, and on lower-case words only.
+# vitamin, `in` as a metal, `who` as an organization. The reference uses NLTK's list, and only on lower-case words.
 _FUNCTION_WORDS = """
   a an the this that these those some any each every all both few many more most much other another such own same
   i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers
@@ -34,7 +33,7 @@ _FUNCTION_WORDS = """
 """
 STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
-# WordNet's rules that take an ending off (morphy(7WN)): ending, replacement.
+# WordNet's rules for removing endings (morphy(7WN)): ending, replacement.
 # fmt: off
 _ENDINGS = {
   "noun": (("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
@@ -47,13 +46,13 @@ _ENDINGS = {
 
 
 class MaskedText(NamedTuple):
-  """A caption with masked tokens, and what stood there. Positions without a target have position, target and weight 0.
+  """A caption with masked tokens, and the original ids. Unused slots have position, target and weight 0.
 
   Attributes:
     tokens: int32 `[t]` token ids of the masked caption.
     position: int32 `[k]` selected positions, ascending.
-    target: int32 `[k]` the ids that stood there.
-    weight: float32 `[k]` 1 for a selected position, 0 for filling.
+    target: int32 `[k]` original ids at these positions.
+    weight: float32 `[k]` 1 for a selected position, 0 for an unused slot.
   """
 
   tokens: np.ndarray
@@ -63,20 +62,21 @@ class MaskedText(NamedTuple):
 
 
 def choose_caption(captions: Sequence[str], rng: np.random.Generator, weights: Sequence[float] = ()) -> str:
-  """Returns one caption of an example, among those that are not blank.
+  """Draws one of the captions that are not blank.
 
   Args:
-    captions: of the example.
+    captions: captions of the example.
     rng: generator of the example.
-    weights: of the first, the second caption and so on; captions beyond have none. () gives all the same. DeCLIP's code
-      takes the first one always, which is (1,). If all that are written have none, they have the same.
+    weights: weights of the first caption, the second and so on; 0 for further ones. () means equal weights. DeCLIP's
+      code always uses the first caption, which is (1,). If all weights of captions that are not blank are 0, they are
+      equally likely.
 
   Raises:
     ValueError: there is no caption.
   """
   written = [place for place, caption in enumerate(captions) if caption.strip()]
   if not written:
-    raise ValueError(f"no caption: {captions!r} holds no text")
+    raise ValueError(f"no caption: {captions!r} contains no text")
   chances = np.array([weights[place] if place < len(weights) else 0.0 for place in written])
   if not chances.any():
     return captions[written[rng.integers(len(written))]]
@@ -85,7 +85,7 @@ def choose_caption(captions: Sequence[str], rng: np.random.Generator, weights: S
 
 @functools.cache
 def _wordnet() -> dict[str, dict[str, str]]:
-  """Reads the table of `build_synonyms` once per process; 0.1 s."""
+  """Reads the table made by `tools/build_synonyms.py`, once per process, in 0.1 s."""
   tables: dict[str, dict[str, str]] = {}
   with gzip.open(pathlib.Path(__file__).with_name("synonyms.txt.gz"), "rt", encoding="ascii") as file:
     for line in file:
@@ -95,13 +95,13 @@ def _wordnet() -> dict[str, dict[str, str]]:
   return tables
 
 
-def _base_forms(word: str, part: str) -> list[str]:
-  """Returns the lemmas of a part of speech that a lower-case word may be a form of, itself perhaps among them."""
-  lemmas, irregular = _wordnet()[part], _wordnet()[f"{part}.exc"]
+def _base_forms(word: str, speech: str) -> list[str]:
+  """Returns the lemmas of a part of speech of which a lower-case word may be a form, possibly the word itself."""
+  lemmas, irregular = _wordnet()[speech], _wordnet()[f"{speech}.exc"]
   if word in irregular:
     forms = [word, *irregular[word].split(",")]
   else:
-    forms = [word, *(word.removesuffix(end) + new for end, new in _ENDINGS[part] if word.endswith(end))]
+    forms = [word, *(word.removesuffix(end) + new for end, new in _ENDINGS[speech] if word.endswith(end))]
   return [form for form in forms if form in lemmas]
 
 
@@ -109,21 +109,24 @@ def _base_forms(word: str, part: str) -> list[str]:
 def find_synonyms(word: str) -> tuple[str, ...]:
   """Returns WordNet's synonyms of a word in any inflection, sorted; empty if it has none.
 
-  They are the lemmas of all synsets of all parts of speech, lower case, `a` to `z` and spaces (one may be two words).
-  The same as NLTK's `wordnet.synsets` gives, on which the reference builds, but that case is ignored: there, `dog` is a
-  synonym of `Dog`. A word with punctuation at it has none, here and there.
+  They are the lemmas of all synsets of all parts of speech, in lower case, `a` to `z` and spaces (one may be two
+  words). They equal those of NLTK's `wordnet.synsets`, which the reference uses, except that case is ignored: there,
+  `dog` is a synonym of `Dog`. In both, a word with punctuation attached has none.
   """
   word = word.lower()
   found = {
-    synonym for part in _ENDINGS for base in _base_forms(word, part) for synonym in _wordnet()[part][base].split(",")
+    synonym
+    for speech in _ENDINGS
+    for base in _base_forms(word, speech)
+    for synonym in _wordnet()[speech][base].split(",")
   }
   return tuple(sorted(found - {word}))
 
 
 def replace_synonyms(words: Sequence[str], rng: np.random.Generator, n: int = 1) -> list[str]:
-  """Returns the words with `n` of them, or as many as have synonyms, replaced, each in all its places.
+  """Replaces `n` of the words, or all that have synonyms if these are fewer, each in all its occurrences.
 
-  Stop words stay. A synonym of two words comes as one string with a space.
+  Stop words are kept. A synonym of two words is one string with a space.
   """
   candidates = [word for word in dict.fromkeys(words) if word.lower() not in STOP_WORDS]
   chosen: dict[str, str] = {}
@@ -136,9 +139,9 @@ def replace_synonyms(words: Sequence[str], rng: np.random.Generator, n: int = 1)
 
 
 def insert_synonyms(words: Sequence[str], rng: np.random.Generator, n: int = 1) -> list[str]:
-  """Returns the words with `n` synonyms of random words of theirs, no stop words, put in at random places.
+  """Inserts `n` synonyms of random words, not stop words, at random positions.
 
-  If no word has a synonym, all stay as they are. A synonym of two words comes as one string with a space.
+  If no word has a synonym, nothing changes. A synonym of two words is one string with a space.
   """
   new = list(words)
   known = [word for word in words if word.lower() not in STOP_WORDS]
@@ -151,9 +154,9 @@ def insert_synonyms(words: Sequence[str], rng: np.random.Generator, n: int = 1) 
 
 
 def swap_words(words: Sequence[str], rng: np.random.Generator) -> list[str]:
-  """Returns the words with two of them, at different places, swapped; fewer than two stay as they are.
+  """Swaps two of the words at different positions; fewer than two are returned unchanged.
 
-  The reference draws both places freely, three times at most, and so leaves short captions as they are now and then.
+  The reference draws both positions independently, up to three times, so it sometimes leaves short captions unchanged.
   """
   words = list(words)
   if len(words) > 1:
@@ -164,7 +167,7 @@ def swap_words(words: Sequence[str], rng: np.random.Generator) -> list[str]:
 
 
 def delete_words(words: Sequence[str], rng: np.random.Generator, p: float = 0.1) -> list[str]:
-  """Returns the words without each that falls to probability `p`; if all would fall, one random word stays."""
+  """Deletes each word with probability `p`; if all would be deleted, one random word remains."""
   if not words:
     return []
   kept = [word for word, chance in zip(words, rng.random(len(words)), strict=True) if chance >= p]
@@ -181,18 +184,18 @@ OPERATIONS: dict[str, Callable[[Sequence[str], np.random.Generator], list[str]]]
 
 
 def augment(text: str, rng: np.random.Generator, operations: Sequence[str] = ("replace", "swap", "delete")) -> str:
-  """Returns a caption varied by one operation of EDA, each with equal chance; blank text gives the empty string.
+  """Varies a caption by one operation of EDA, drawn with equal probability; blank text becomes the empty string.
 
-  Words are what white space separates. Linear in the length of the text.
+  Words are separated by white space. The time is linear in the length of the text.
 
-  Easy Data Augmentation (Wei and Zou, 2019, arXiv:1901.11196); the default is without its random insertion, as DeCLIP
-  uses it (Li et al., 2021, arXiv:2110.05208). DeCLIP's code draws from one global generator that every process seeds
-  with 1; we draw from the `rng` of the example.
+  Easy Data Augmentation (Wei and Zou, 2019, arXiv:1901.11196); by default without its random insertion, as in DeCLIP
+  (Li et al., 2021, arXiv:2110.05208). DeCLIP's code draws from one global generator, which every process seeds with 1;
+  we draw from the `rng` of the example.
 
   Args:
     text: a caption.
     rng: generator of the example.
-    operations: names of `OPERATIONS`.
+    operations: names in `OPERATIONS`.
   """
   words = text.split()
   operation = OPERATIONS[operations[rng.integers(len(operations))]]
@@ -200,10 +203,10 @@ def augment(text: str, rng: np.random.Generator, operations: Sequence[str] = ("r
 
 
 def mlm_slots(context_length: int = 77, probability: float = 0.15) -> int:
-  """Returns `k`, how many masked positions of a caption to keep room for: 20 for the defaults.
+  """Returns `k`, the number of slots for masked positions of a caption: 20 for the defaults.
 
   The number of selected tokens in a caption that fills the context is binomial; the bound is its mean plus three
-  standard deviations. A caption of 75 tokens exceeds it once in 360, one of 38 once in 10^8.
+  standard deviations. A caption of 75 tokens exceeds it once in 360 times, one of 38 once in 10^8.
   """
   n = context_length - 2
   return min(n, math.floor(n * probability + 3 * math.sqrt(n * probability * (1 - probability))))
@@ -220,28 +223,29 @@ def mask_tokens(
 ) -> MaskedText:
   """Masks a tokenized caption for masked language modelling (BERT: Devlin et al., 2018, arXiv:1810.04805, section 3.1).
 
-  Each token between start and end of text is selected with `probability`. Of the selected, 80 % become the mask, 10 %
-  a random ordinary id, 10 % stay. If more than `slots` are selected, a random `slots` of them count and the others stay
-  unmasked, so that the loss sees every masked position. A caption may go without any.
+  Each token between start and end of text is selected with `probability`. Of the selected tokens, 80 % become the
+  mask, 10 % a random ordinary id, and 10 % do not change. If more than `slots` are selected, a random `slots` of them
+  count and the others remain unmasked, so that the loss covers every masked position. A caption may have none.
 
-  The reference draws random ids from the whole vocabulary, where one in 50,000 is an end of text that cuts the caption.
+  The reference draws random ids from the whole vocabulary, in which one in 50,000 is an end of text that truncates the
+  caption.
 
   Args:
-    row: int32 `[t]` token ids of `tokenizer`, not changed.
+    row: int32 `[t]` token ids of `tokenizer`, not modified.
     rng: generator of the example.
-    tokenizer: gives the special ids.
-    slots: `k`, room for selected positions; see `mlm_slots`.
-    probability: chance of a token to be selected.
-    whole_words: whether words are selected, with all their tokens, as in BERT's models of May 2019. Of more words than
-      fit into `slots` random ones are selected; a word that is longer than `slots` never is.
+    tokenizer: the tokenizer, for its special ids.
+    slots: `k`, the number of slots for selected positions; see `mlm_slots`.
+    probability: the probability with which a token is selected.
+    whole_words: whether whole words are selected, as in BERT's models of May 2019. If more words are selected than fit
+      into `slots`, random ones of them count; a word longer than `slots` never does.
 
   Raises:
-    ValueError: the row holds no end of text.
+    ValueError: the row contains no end of text.
   """
   tokens = np.array(row, np.int32)
   ends = np.flatnonzero(tokens == tokenizer.eot)
   if not ends.size:
-    raise ValueError(f"the row {tokens.tolist()} holds no end of text, id {tokenizer.eot}")
+    raise ValueError(f"the row {tokens.tolist()} contains no end of text, id {tokenizer.eot}")
   if whole_words:
     selected = 1 + _words_within(tokenizer.word_numbers(tokens[1 : ends[0]]), rng, slots, probability)
   else:
@@ -258,7 +262,7 @@ def mask_tokens(
 
 
 def _words_within(words: np.ndarray, rng: np.random.Generator, slots: int, probability: float) -> np.ndarray:
-  """The places, ascending, of the tokens of random words, `slots` of them at most; `words` numbers the word of each."""
+  """The ascending positions of the tokens of random words, at most `slots`; `words` has the word number of each."""
   lengths = np.bincount(words)
   chosen = rng.permutation(np.flatnonzero((rng.random(len(lengths)) < probability) & (lengths <= slots)))
   chosen = chosen[np.cumsum(lengths[chosen]) <= slots]

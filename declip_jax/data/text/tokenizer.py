@@ -1,8 +1,8 @@
-"""Captions to token ids: OpenAI's cleaning and byte-pair encoding by default, or a tokenizer file of the user's.
+"""From captions to token ids: OpenAI's cleaning and byte-pair encoding by default, or a user's tokenizer file.
 
-Ids equal those of `clip.tokenize(..., truncate=True)` of openai/CLIP but for two classes of captions: we drop literal
-special tokens (see `OpenAI.encode`), and U+0345 and code points that Unicode has not assigned may split elsewhere,
-because the two sides carry different versions of the Unicode tables.
+Ids equal those of `clip.tokenize(..., truncate=True)` of openai/CLIP with two exceptions: literal special tokens are
+dropped (see `OpenAI.encode`), and captions with U+0345 or unassigned code points may be split differently, because the
+versions of the Unicode tables differ.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,9 +19,9 @@ import instant_clip_tokenizer
 from jaxtyping import Bool, Int
 import numpy as np
 
-ORDINARY_IDS = 49406  # of OpenAI's: 256 bytes, 256 bytes that end a word, 48,894 merges
+ORDINARY_IDS = 49406  # OpenAI's: 256 bytes, 256 bytes that end a word, 48,894 merges
 _SPECIAL_TEXT = re.compile(r"<\|(?:start|end)oftext\|>")
-# What special tokens are called in the files of others, in the order of preference.
+# Names of special tokens in other tokenizers' files, in order of preference.
 _NAMES = {
   "sot": ("<|startoftext|>", "[CLS]", "<s>", "<bos>", "<|begin_of_text|>"),
   "eot": ("<|endoftext|>", "[SEP]", "</s>", "<eos>", "<|end_of_text|>"),
@@ -31,10 +31,10 @@ _NAMES = {
 
 
 def clean(text: str) -> str:
-  """Returns a caption as OpenAI encodes it: mojibake repaired, entities decoded, spaces collapsed, lower case.
+  """Cleans a caption as OpenAI does: repairs mojibake, decodes entities, collapses spaces, lowers the case.
 
-  Printable ASCII without `&` needs neither ftfy nor HTML decoding: every repair of theirs starts from a control
-  character, an entity or a character beyond ASCII. That path takes 1 us instead of 50.
+  Printable ASCII without `&` needs neither ftfy nor HTML decoding, since everything they repair contains a control
+  character, an entity or a character beyond ASCII. This shortcut takes 1 us instead of 50.
   """
   if not (text.isascii() and text.isprintable() and "&" not in text):
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -42,11 +42,11 @@ def clean(text: str) -> str:
 
 
 class Encoder(Protocol):
-  """Text to ids and back, without start, end and filling. Picklable; what it reads is loaded once per process.
+  """From text to ids and back, without start, end and padding. Picklable; loads its files once per process.
 
   Attributes:
-    size: ids are below it.
-    special: ids that stand for no text, ascending.
+    size: upper limit of the ids.
+    special: ids that do not represent text, ascending.
   """
 
   @property
@@ -60,31 +60,33 @@ class Encoder(Protocol):
   def decode(self, ids: list[int]) -> str: ...
 
   def word_marks(self) -> tuple[Bool[np.ndarray, "size"], Bool[np.ndarray, "size"]]:
-    """Which tokens say that a word begins with them, and which that one ends."""
+    """Returns which tokens mark the beginning and which the end of a word."""
     ...
 
 
 @functools.cache
 def _byte_pairs() -> instant_clip_tokenizer.Tokenizer:
-  """Builds the encoder once per process: it takes 60 ms and does not pickle."""
+  """Builds the encoder, once per process: this takes 60 ms, and it does not pickle."""
   return instant_clip_tokenizer.Tokenizer()
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenAI:
-  """OpenAI's byte-pair encoding behind its cleaning (see `clean`); lower case."""
+  """OpenAI's byte-pair encoding after its cleaning (see `clean`); lower case."""
 
   size: int = ORDINARY_IDS
   special: tuple[int, ...] = ()
 
   def encode(self, text: str) -> list[int]:
-    """Drops the literal strings `<|startoftext|>` and `<|endoftext|>`: OpenAI's tokenizer turns them into the special
-    ids, and so lets a caption end itself. A literal `<|mask|>` is ordinary text, as in DeCLIP.
+    """Encodes a text without the literal strings `<|startoftext|>` and `<|endoftext|>`.
+
+    OpenAI's tokenizer turns them into the special ids, so that a caption can end itself. A literal `<|mask|>` is
+    ordinary text, as in DeCLIP.
     """
     return _byte_pairs().encode(self._prepared(text))
 
   def rows(self, texts: Sequence[str], context_length: int) -> Int[np.ndarray, "n t"]:
-    """Rows with OpenAI's start and end and 0 for filling, in one call: half the time of a list of ids for each."""
+    """Returns rows with OpenAI's start and end and padding 0, in half the time of encoding text by text."""
     if not texts:
       return np.empty((0, context_length), np.int32)
     return _byte_pairs().tokenize_batch(list(map(self._prepared, texts)), context_length).astype(np.int32)
@@ -110,8 +112,8 @@ def _tokenizer_json(path: str) -> Any:
   try:
     tokenizer = tokenizers.Tokenizer.from_file(path)
   except Exception as error:  # the library raises nothing narrower
-    raise ValueError(f"{path} is no tokenizer.json of Hugging Face: {error}") from error
-  tokenizer.no_truncation()  # rows are cut and filled here
+    raise ValueError(f"{path} is not a tokenizer.json of Hugging Face: {error}") from error
+  tokenizer.no_truncation()  # rows are truncated and padded by `Tokenizer`
   tokenizer.no_padding()
   return tokenizer
 
@@ -130,17 +132,17 @@ class HuggingFace:
   def special(self) -> tuple[int, ...]:
     tokenizer = _tokenizer_json(self.path)
     added = tokenizer.get_added_tokens_decoder()
-    unknown = getattr(tokenizer.model, "unk_token", None)  # stands for text
+    unknown = getattr(tokenizer.model, "unk_token", None)  # represents text
     return tuple(sorted(index for index, token in added.items() if token.special and token.content != unknown))
 
   def find(self, names: Sequence[str]) -> int | None:
-    """The id of the first of these tokens that there is."""
+    """The id of the first of these tokens that exists."""
     found = (_tokenizer_json(self.path).token_to_id(name) for name in names)
     return next((index for index in found if index is not None), None)
 
   def encode(self, text: str) -> list[int]:
     ids = _tokenizer_json(self.path).encode(_spaced(text), add_special_tokens=False).ids
-    return [index for index in ids if index not in self.special]  # a caption may spell one out
+    return [index for index in ids if index not in self.special]  # a caption may contain one literally
 
   def decode(self, ids: list[int]) -> str:
     return _tokenizer_json(self.path).decode(ids)
@@ -158,12 +160,12 @@ def _sentence_pieces(path: str) -> Any:
   try:
     return sentencepiece.SentencePieceProcessor(model_file=path)
   except (OSError, RuntimeError) as error:
-    raise ValueError(f"{path} is no model of SentencePiece: {error}") from error
+    raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class SentencePiece:
-  """A model of SentencePiece, with its own normalisation."""
+  """A SentencePiece model, with its own normalisation."""
 
   path: str
 
@@ -177,7 +179,7 @@ class SentencePiece:
     return tuple(i for i in range(self.size) if pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i))
 
   def find(self, names: Sequence[str]) -> int | None:
-    """The id of the first of these pieces that there is."""
+    """The id of the first of these pieces that exists."""
     pieces = _sentence_pieces(self.path)
     return next(
       (pieces.piece_to_id(name) for name in names if pieces.id_to_piece(pieces.piece_to_id(name)) == name), None
@@ -194,14 +196,15 @@ class SentencePiece:
 
 
 def _spaced(text: str) -> str:
-  """Words with one space between, without what cannot be encoded: NUL characters and halves of surrogate pairs."""
+  """Collapses spaces and removes what cannot be encoded: NUL characters and halves of surrogate pairs."""
   return " ".join(text.replace("\0", " ").encode("utf-8", "ignore").decode("utf-8").split())
 
 
 def _marks(tokens: Sequence[str]) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
-  """Which tokens begin, and which end a word, by the spelling of the vocabulary.
+  """Returns which tokens begin and which end a word, according to the spelling of the vocabulary.
 
-  CLIP's ends words with "</w>"; SentencePiece and GPT-2 begin them with a mark for the space; BERT marks what goes on.
+  CLIP's words end with "</w>"; those of SentencePiece and GPT-2 begin with a mark for the space; BERT marks tokens that
+  continue a word.
   """
   no = np.zeros(len(tokens), bool)
   ends = np.array([token.endswith("</w>") for token in tokens])
@@ -220,19 +223,19 @@ def _word_marks(encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """Encodes captions as rows of ids; picklable and cheap to make.
+  """Encodes captions as rows of ids; picklable and cheap to create.
 
-  The special ids are plain fields. The defaults are OpenAI's, with the mask token of masked language modelling behind
-  them, so that OpenAI's ids and weights fit unchanged. DeCLIP's released models insert the mask before the other two,
-  `Tokenizer(mask=49406, sot=49407, eot=49408)`; `weights.dialects` puts their rows into our order.
+  The special ids are plain fields. The defaults are OpenAI's, followed by the mask token of masked language modelling,
+  so that OpenAI's ids and weights fit unchanged. DeCLIP's released models insert the mask before the other two,
+  `Tokenizer(mask=49406, sot=49407, eot=49408)`; `weights.dialects` reorders their rows.
 
   Attributes:
-    context_length: `t`, tokens of an encoded row, with start and end of text.
+    context_length: `t`, number of tokens of an encoded row, with start and end of text.
     sot: id of the start of text.
     eot: id of the end of text.
     mask: id of the mask.
-    pad: id of the filling; 0 as in OpenAI's code, which is also the id of a `!` inside a word.
-    encoder: of the text between.
+    pad: id of the padding; 0 as in OpenAI's code, which is also the id of a `!` inside a word.
+    encoder: encoder of the text between start and end.
   """
 
   context_length: int = 77
@@ -244,16 +247,16 @@ class Tokenizer:
 
   def __post_init__(self) -> None:
     if self.context_length < 2:
-      raise ValueError(f"context_length is {self.context_length}; start and end of text need at least 2")
+      raise ValueError(f"context_length={self.context_length}: start and end of text need at least 2")
 
   @property
   def vocab_size(self) -> int:
-    """Number of ids, the specials included."""
+    """Number of ids, including the special ones."""
     return max(self.plain_size, self.mask + 1)
 
   @property
   def plain_size(self) -> int:
-    """Number of ids that a text without masked tokens needs."""
+    """Number of ids that texts without masked tokens need."""
     return max(self.encoder.size, self.sot + 1, self.eot + 1)
 
   def encode(self, text: str) -> list[int]:
@@ -261,7 +264,7 @@ class Tokenizer:
     return self.encoder.encode(text)
 
   def pad_ids(self, ids: Sequence[int]) -> np.ndarray:
-    """Returns ids of `encode` as a row int32 `[t]`: start of text, ids (as many as fit), end of text, filling."""
+    """Returns ids of `encode` as a row int32 `[t]`: start of text, as many ids as fit, end of text, padding."""
     ids = ids[: self.context_length - 2]
     row = np.full(self.context_length, self.pad, np.int32)
     row[: len(ids) + 2] = [self.sot, *ids, self.eot]
@@ -275,18 +278,18 @@ class Tokenizer:
     """
     if isinstance(texts, str):
       raise TypeError(f"texts is the string {texts!r}; give a sequence of strings, as [{texts!r}]")
-    if self._in_rows:
+    if self._encodes_rows:
       return self.encoder.rows(texts, self.context_length)
     rows = [self.pad_ids(self.encode(text)) for text in texts]
     return np.stack(rows) if rows else np.empty((0, self.context_length), np.int32)
 
   @functools.cached_property
-  def _in_rows(self) -> bool:
-    """Whether the encoder makes whole rows, in one call."""
+  def _encodes_rows(self) -> bool:
+    """Whether the encoder can make all rows in one call."""
     return self.encoder == OpenAI() and (self.sot, self.eot, self.pad) == (49406, 49407, 0)
 
   def random_ids(self, rng: np.random.Generator, count: int) -> Int[np.ndarray, "count"]:
-    """Returns ids of text, each with the same chance."""
+    """Draws ids of text with equal probability."""
     ends = {index for index in (self.sot, self.eot, self.mask) if index < self.encoder.size}
     special = sorted(ends.union(self.encoder.special))
     ids = rng.integers(self.encoder.size - len(special), size=count)
@@ -295,7 +298,7 @@ class Tokenizer:
     return ids
 
   def word_numbers(self, ids: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
-    """Returns to which word each token of a caption belongs, counted from 0; `ids` without start and end of text."""
+    """Returns the number of each token's word, counted from 0; `ids` have no start and end of text."""
     begins, ends = _word_marks(self.encoder)
     first = begins[ids]
     first[1:] |= ends[ids[:-1]]
@@ -303,9 +306,9 @@ class Tokenizer:
     return np.cumsum(first) - 1
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns readable text for ids of `encode` or for a row: up to the end of text, with `[mask]` for the mask token.
+    """Returns readable text for ids of `encode` or for a row, up to the end of text, with `[mask]` for the mask token.
 
-    Words are apart by one space and lower case; bytes that are no valid UTF-8 show as U+FFFD.
+    Words are in lower case and separated by one space; bytes that are not valid UTF-8 become U+FFFD.
     """
     body = itertools.takewhile(lambda i: i != self.eot, map(int, ids))
     words = (i for i in body if i != self.sot)
@@ -315,16 +318,16 @@ class Tokenizer:
 
 
 def make_tokenizer(name: str, context_length: int) -> Tokenizer:
-  """The tokenizer of `config.model.text.tokenizer`, for rows of `context_length` tokens.
+  """Makes the tokenizer named by `config.model.text.tokenizer`.
 
   Args:
-    name: "openai"; "huggingface:FILE" for a `tokenizer.json`; "sentencepiece:FILE" for a model of SentencePiece. The
-      ids of start, end, mask and filling are those of the file's tokens "[CLS]", "[SEP]", "[MASK]", "[PAD]" or of other
-      usual names; a start or a mask that the file lacks gets a new id behind its vocabulary, and filling is 0 then.
-    context_length: `t`.
+    name: "openai"; "huggingface:FILE" for a `tokenizer.json`; "sentencepiece:FILE" for a SentencePiece model. The ids
+      of start, end, mask and padding are those of the file's tokens "[CLS]", "[SEP]", "[MASK]", "[PAD]", or of other
+      usual names. A missing start or mask gets a new id after the vocabulary; missing padding is 0.
+    context_length: `t`, number of tokens of a row.
 
   Raises:
-    ValueError: another name, or a file that cannot be read or has no end of text.
+    ValueError: the name is unknown, or the file cannot be read or has no end of text.
   """
   kind, _, path = name.partition(":")
   encoders = {"huggingface": HuggingFace, "sentencepiece": SentencePiece}
@@ -337,11 +340,11 @@ def make_tokenizer(name: str, context_length: int) -> Tokenizer:
     )
   path = os.path.abspath(os.path.expanduser(path))
   if not os.path.isfile(path):
-    raise ValueError(f"config.model.text.tokenizer={name!r}: there is no file {path}")
+    raise ValueError(f"config.model.text.tokenizer={name!r}: file {path} does not exist")
   encoder = encoders[kind](path)
   ids = {role: encoder.find(names) for role, names in _NAMES.items()}
   if ids["eot"] is None:
     raise ValueError(f"config.model.text.tokenizer={name!r}: no end of text, none of {', '.join(_NAMES['eot'])}")
-  behind = itertools.count(encoder.size)
-  sot, mask = (next(behind) if ids[role] is None else ids[role] for role in ("sot", "mask"))
+  new_ids = itertools.count(encoder.size)
+  sot, mask = (next(new_ids) if ids[role] is None else ids[role] for role in ("sot", "mask"))
   return Tokenizer(context_length, sot, ids["eot"], mask, ids["pad"] or 0, encoder)

@@ -145,7 +145,7 @@ def test_odd_captions():
 def test_errors_name_the_value():
   with pytest.raises(TypeError, match="'a dog'"):
     tokenizers.Tokenizer()("a dog")
-  with pytest.raises(ValueError, match="context_length is 1"):
+  with pytest.raises(ValueError, match="context_length=1"):
     tokenizers.Tokenizer(context_length=1)
 
 
@@ -256,7 +256,7 @@ def test_what_a_file_lacks_gets_new_ids(files):
 def test_bad_tokenizer_names_say_what_is_legal(tmp_path):
   with pytest.raises(ValueError, match=r"tokenizer='bert': choose 'openai', 'huggingface:FILE'"):
     tokenizers.make_tokenizer("bert", 77)
-  with pytest.raises(ValueError, match="there is no file .*none.json"):
+  with pytest.raises(ValueError, match="none.json does not exist"):
     tokenizers.make_tokenizer(f"huggingface:{tmp_path / 'none.json'}", 77)
   broken = tmp_path / "broken"
   broken.write_text("{}")
