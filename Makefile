@@ -46,6 +46,7 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python tools/mutate.py --check
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
 
 SLOW_SECONDS ?= 360
 

@@ -69,6 +69,7 @@ setup(
       "beartype>=0.20",
       "datasets>=3.0",
       "psutil>=6",
+      "pyrefly>=1.5",
       "pytest>=8",
       "pytest-timeout>=2.3",
       "pytest-xdist>=3.6",

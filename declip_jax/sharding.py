@@ -23,7 +23,7 @@ MIN_SIZE = 2**18  # elements; splitting smaller arrays costs more communication 
 Tree = Any
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
   """A (data, fsdp) mesh over all devices of all processes; one of the two sizes may be -1, for all remaining devices.
 
   Within a slice (of a TPU, or GPUs connected by NVLink) the order of devices follows its links. Several slices are

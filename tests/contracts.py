@@ -19,7 +19,6 @@ CHECKED = (
   "declip_jax.data.patches",
   "declip_jax.training",
   "declip_jax.evals",
-  "declip_jax.weights",
   "declip_jax.planning",
   "declip_jax.clip",
 )

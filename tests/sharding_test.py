@@ -148,7 +148,7 @@ def test_moments_and_copies_lie_as_their_parameters_do(mesh, monkeypatch, method
 
 def tower(params, x):
   def layer(x, params):
-    return jnp.tanh(x @ params["kernel"].astype(x.dtype) + params["bias"]), None
+    return jnp.tanh(x @ params["kernel"].astype(x.dtype) + params["bias"][None]), None
 
   return (jax.lax.scan(layer, x, params)[0] ** 2).mean()
 

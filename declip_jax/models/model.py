@@ -95,7 +95,8 @@ class Model:
   ) -> tuple[Float[Array, "b t e"], Bool[Array, "b t"]]:
     """Unit-norm float32 tokens of texts, as FILIP compares them, and which are not padding, in evaluation mode."""
     towers, heads = _variables(params, collections)
-    _, states, valid = self.towers.apply(towers, tokens, method=Towers.encode_text)
+    encoded: Any = self.towers.apply(towers, tokens, method=Towers.encode_text)
+    _, states, valid = encoded
     return self.heads.apply(heads, states, method=Heads.map_text), valid
 
   def image_features(self, params: Tree, collections: Tree, images: Float[Array, "b h w c"]) -> Float[Array, "b d"]:

@@ -249,7 +249,7 @@ def _panel(axes: Axes, title: str, curves: Mapping[str, tuple[np.ndarray, np.nda
     return
   axes.grid(color="#e6e6e6", linewidth=0.8)
   axes.set_axisbelow(True)
-  axes.xaxis.get_major_locator().set_params(integer=True)
+  axes.xaxis.get_major_locator().set_params(integer=True)  # pyrefly: ignore[unexpected-keyword]: a MaxNLocator
   axes.xaxis.set_major_formatter(EngFormatter(sep=""))
   axes.yaxis.set_major_formatter("{x:.4g}")
   for index, (label, (x, y)) in enumerate(curves.items()):

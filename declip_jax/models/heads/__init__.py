@@ -1,6 +1,6 @@
 """The second half of the model: heads that see the global batch, from `Features` to `Outputs`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -91,7 +91,7 @@ def make_heads(names: Sequence[str], fields: Mapping[str, Any]) -> Heads:
   return Heads({name: head(**{field: fields[field] for field in _fields(head)}) for name, head in chosen.items()})
 
 
-def diagnostic_kinds(names: Sequence[str]) -> dict[str, str]:
+def diagnostic_kinds(names: Collection[str]) -> dict[str, str]:
   """Which of `objectives.diagnostics.KINDS` each output of these heads is."""
   return {output: kind for name in names for output, kind in HEADS[name].diagnostics.items()}
 
