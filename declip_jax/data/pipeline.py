@@ -337,7 +337,7 @@ class EvaluationBatches:
       example = self.source[index]
       pixels = images.decode(example["image"])
     except (BadSample, OSError) as error:
-      logging.warning("left out of the evaluation: %s, example %d: %s", self.source.name, index, error)
+      logging.warning("skipped in the evaluation: %s, example %d: %s", self.source.name, index, error)
       return blank
     image = images.eval_view(pixels, self.view)
     return {"image": image, "label": np.int32(example["label"]), "mask": np.bool_(True)}

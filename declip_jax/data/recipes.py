@@ -187,14 +187,14 @@ def _check_strengths(given: Mapping[str, Any]) -> None:
 
 
 def trimmed(recipe: Recipe, used: Views) -> Recipe:
-  """The recipe without the views that no part of `used` names; the others keep their order and get new numbers.
+  """Removes the views that `used` does not name; the others keep their order and get new numbers.
 
   Args:
-    recipe: what to trim.
-    used: `recipe.views` without the parts that nobody uses, () or None each.
+    recipe: the recipe to trim.
+    used: `recipe.views` with () or None for unused roles.
 
   Returns:
-    A recipe whose `views` are `used` in the new numbers. Each view is augmented as strongly as before.
+    The recipe whose `views` are `used` with the new numbers. Each view is augmented as strongly as before.
 
   Raises:
     ValueError: `used` names no image view.

@@ -104,7 +104,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers_and_a_complete_folder_
     convert(shards, tmp_path / "two")
 
 
-def test_a_source_that_changed_is_refused(shards, tmp_path, monkeypatch):
+def test_a_source_that_changed_is_rejected(shards, tmp_path, monkeypatch):
   def killed(*_):
     raise KeyboardInterrupt
 
@@ -173,7 +173,7 @@ def uninterrupted(tmp_path_factory) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
-def test_an_interrupted_conversion_goes_on_and_gives_the_same_bytes(tmp_path, uninterrupted, number):
+def test_an_interrupted_conversion_continues_and_gives_the_same_bytes(tmp_path, uninterrupted, number):
   output = tmp_path / "out"
   command = [sys.executable, "-m", "declip_jax.data.convert", SCENES, str(output), "--shards=2", "--workers=1"]
   process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **HEARS_CTRL_C)
@@ -199,7 +199,7 @@ def test_an_interrupted_conversion_goes_on_and_gives_the_same_bytes(tmp_path, un
 
 
 @pytest.mark.slow
-def test_an_interrupt_while_processes_start_is_told_in_one_line(tmp_path):
+def test_an_interrupt_while_processes_start_is_reported_in_one_line(tmp_path):
   command = [sys.executable, "-m", "declip_jax.data.convert", "scenes:test/99999/16", str(tmp_path / "out")]
   process = subprocess.Popen([*command, "--shards=9", "--workers=2"], stderr=subprocess.PIPE, **HEARS_CTRL_C)
   while not (tmp_path / "out" / "dataset.json").exists():
@@ -326,7 +326,7 @@ def test_a_url_gets_the_same_files_as_a_folder(shards, tmp_path, bucket):
     convert("scenes:test/10/16", "memory://bucket/full")
 
 
-def test_an_interrupted_conversion_to_a_url_goes_on(shards, tmp_path, bucket, monkeypatch):
+def test_an_interrupted_conversion_to_a_url_continues(shards, tmp_path, bucket, monkeypatch):
   def put_file(self, local, name, **more):
     puts.append(name.rpartition("/")[2])
     if interrupted and "data-00002" <= puts[-1] < "data-00004":
@@ -379,7 +379,7 @@ def test_workers_write_to_a_url_and_what_renames_files_never_shows_half_of_one(s
   assert list((tmp_path / "broken").iterdir()) == []
 
 
-def test_what_is_finished_is_told_to_a_url_at_once_and_then_every_few_seconds(bucket, monkeypatch):
+def test_what_is_finished_is_reported_to_a_url_at_once_and_then_every_few_seconds(bucket, monkeypatch):
   def told() -> int:
     return stored(bucket)["progress.jsonl"].count(b"\n")
 

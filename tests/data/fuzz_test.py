@@ -237,7 +237,7 @@ def digest(rows: Iterator[dict[str, np.ndarray]]) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_damaged_samples_are_counted_and_the_stream_goes_on(kind: Callable[[Path], str], tmp_path: Path) -> None:
+def test_damaged_samples_are_counted_and_the_stream_continues(kind: Callable[[Path], str], tmp_path: Path) -> None:
   spec = kind(tmp_path)
   source = open_source(spec)
   mixture = Mixture((source,))

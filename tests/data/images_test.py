@@ -166,7 +166,7 @@ def test_decodes_any_shape(shape, file_format):
   assert difference(images.decode(encode(pixels, file_format)), pixels)[1] <= 1
 
 
-def test_the_name_of_a_file_is_not_looked_at(tmp_path):
+def test_the_name_of_a_file_is_not_read(tmp_path):
   path = tmp_path / "photo.jpg"
   path.write_bytes(encode(IMAGE, "PNG"))
   np.testing.assert_array_equal(images.decode(path.read_bytes()), IMAGE)
@@ -221,7 +221,7 @@ def test_only_ordinary_jpegs_are_decoded_at_lower_resolution():
     np.zeros((4,), np.uint8),
   ],
 )
-def test_refuses_other_arrays_and_names_them(array):
+def test_rejects_other_arrays_and_names_them(array):
   """Not as a bad sample to pass over: a source that gives one such array gives no others."""
   with pytest.raises(ValueError, match=rf"image is {array.dtype}\[{array.shape[0]}.*expected uint8") as caught:
     images.decode(array)
@@ -271,7 +271,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_refuses_bad_bytes_and_says_why(name):
+def test_rejects_bad_bytes_and_says_why(name):
   data, kind, reason = BAD[name]
   with pytest.raises(BadSample, match=reason) as caught:
     images.decode(data)
@@ -287,7 +287,7 @@ def test_both_engines_refuse_the_same(name, engine):
   assert caught.value.kind == kind
 
 
-def test_a_small_file_of_too_many_pixels_is_refused():
+def test_a_small_file_of_too_many_pixels_is_rejected():
   file = io.BytesIO()
   Image.new("1", (9000, 8000)).save(file, "PNG")
   assert len(file.getvalue()) < 20_000
@@ -589,7 +589,7 @@ def test_jitter_is_drawn_as_by_torchvision():
     assert abs(fractions.std() - 12**-0.5) < 0.02
 
 
-def test_jitter_of_strength_zero_is_left_out():
+def test_jitter_of_strength_zero_is_skipped():
   rng = np.random.default_rng(0)
   some = replace(STRONG, jitter=(0, 0.4, 0, 0), jitter_probability=1)
   assert {name for _ in range(9) for name, _ in images.draw(some, 96, 128, 8, rng).jitter} == {"contrast"}

@@ -169,7 +169,7 @@ def test_a_folder_with_brackets(tmp_path):
   assert guess(spec.partition(":")[2]) == spec
 
 
-def test_an_unknown_kind_is_told_with_the_known_ones(tmp_path, monkeypatch):
+def test_an_unknown_kind_is_reported_with_the_known_ones(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   touch(tmp_path, "semi.csv", "odd:name.csv")
   with pytest.raises(ValueError, match=r"tabel:semi\.csv: 'tabel' is not a kind of source; .*scenes, .*table"):

@@ -90,12 +90,12 @@ def test_the_smallest_block_is_scaled_with_the_grid(grid, least):
 
 
 @pytest.mark.parametrize(("grid", "share", "named"), [(0, 0.4, "patch_grid=0"), (1, 0.4, "patch_grid=1")])
-def test_refuses_an_image_without_patches(grid, share, named):
+def test_rejects_an_image_without_patches(grid, share, named):
   with pytest.raises(ValueError, match=f"{named}: .*at least 2 x 2 patches"):
     patches.num_hidden(grid, share)
 
 
 @pytest.mark.parametrize("share", [-0.1, 0.0, 0.1, 0.9, 1.0])
-def test_refuses_a_share_that_hides_nothing_or_all(share):
+def test_rejects_a_share_that_hides_nothing_or_all(share):
   with pytest.raises(ValueError, match=rf"config.data.patch_share={share} hides .* of 4 patches.* 1 to 3"):
     patches.num_hidden(2, share)

@@ -82,7 +82,7 @@ def test_each_pass_is_another_permutation_with_other_randomness() -> None:
 
 
 def test_stream_is_that_of_earlier_versions() -> None:
-  """Runs that were begun with them go on with the same examples."""
+  """Their runs resume with the same examples."""
   mixed = rows(Numbers(60), Numbers(20, first=100), weights=(0.75, 0.25), seed=5)
   values = [int(mixed[index]["value"]) for index in range(12)]
   assert values == [7, 14, 9, 112, 37, 33, 13, 109, 52, 28, 44, 114]
@@ -109,7 +109,7 @@ def test_stream_and_resumption_do_not_depend_on_workers(workers: int) -> None:
     np.testing.assert_array_equal(np.concatenate([*(batch[name] for batch in head), tail[name]]), whole[name])
 
 
-def test_hosts_share_each_batch_and_any_number_goes_on() -> None:
+def test_hosts_share_each_batch_and_any_number_continues() -> None:
   whole = read(pipeline.TrainStream(rows(Numbers(50)), 8), 6)["value"].reshape(6, 8)
   parts = [pipeline.TrainStream(rows(Numbers(50)), 8, host=host, hosts=2, state={"next_index": 16}) for host in (0, 1)]
   assert [part.state for part in parts] == [{"next_index": 16}] * 2
@@ -118,7 +118,7 @@ def test_hosts_share_each_batch_and_any_number_goes_on() -> None:
   np.testing.assert_array_equal(values[1], whole[2:, 4:])
 
 
-def test_another_batch_size_goes_on_at_the_same_example() -> None:
+def test_another_batch_size_continues_at_the_same_example() -> None:
   mixed = rows(Numbers(50), Numbers(20, first=100), weights=(0.75, 0.25))
   whole = [int(mixed[index]["value"]) for index in range(60)]
   stream = pipeline.TrainStream(mixed, 8)
@@ -135,12 +135,12 @@ def test_mixture_is_in_exact_proportion() -> None:
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, -1.0)])
-def test_bad_mixture_is_refused(weights: tuple[float, ...]) -> None:
+def test_bad_mixture_is_rejected(weights: tuple[float, ...]) -> None:
   with pytest.raises(ValueError, match="a positive weight for each of 2 sources"):
     rows(Numbers(3), Numbers(3), weights=weights)
 
 
-def test_empty_source_is_refused() -> None:
+def test_empty_source_is_rejected() -> None:
   with pytest.raises(ValueError, match="numbers has no usable sample"):
     rows(Numbers(0))
 
@@ -301,7 +301,7 @@ def test_second_stream_is_shuffled_by_itself() -> None:
   assert equal.max() < 0.25  # by chance 1 of 40
 
 
-def test_passed_over_counts_both_streams_and_no_missing_caption_of_the_second() -> None:
+def test_skipped_counts_both_streams_and_no_missing_caption_of_the_second() -> None:
   others = Numbers(10, broken=(3, 4), blank=tuple(range(10)))
   got = [decoupled(others, first=Numbers(10, broken=(0,), blank=(5,)))[index] for index in range(10)]
   assert {int(row["other"]) for row in got} == set(range(10)) - {3, 4}
@@ -364,7 +364,7 @@ def test_workers_end_when_the_training_is_killed(tmp_path: pathlib.Path) -> None
   assert not left
 
 
-def test_bad_second_mixture_is_refused() -> None:
+def test_bad_second_mixture_is_rejected() -> None:
   with pytest.raises(
     ValueError, match=r"config.data.ssl_mixture=\(1.0,\): expected a positive weight for each of 2 sources"
   ):

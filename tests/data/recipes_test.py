@@ -238,7 +238,7 @@ def test_bad_images_are_bad_samples():
 
 
 @pytest.mark.parametrize(("field", "legal"), [("engine", "'exact', 'fast'"), ("augment_on", "'host' or 'device'")])
-def test_an_unknown_way_is_refused_by_name(field, legal):
+def test_an_unknown_way_is_rejected_by_name(field, legal):
   with pytest.raises(ValueError, match=rf"config.data.{field}='gpu': choose .*{legal}"):
     Rendering(12, **{field: "gpu"})
 
@@ -256,7 +256,7 @@ def test_patches_are_hidden_by_share_and_differ_from_row_to_row():
 
 
 @pytest.mark.parametrize(("grid", "share", "named"), [(0, 0.4, "patch_grid=0"), (4, 1.0, "patch_share=1.0")])
-def test_hiding_no_patches_is_refused_before_anything_is_read(grid, share, named):
+def test_hiding_no_patches_is_rejected_before_anything_is_read(grid, share, named):
   make_views = MakeViews(RECIPES["slip_mim"], TOKENIZER, Rendering(12), Masking(patch_grid=grid, patch_share=share))
   with pytest.raises(ValueError, match=named):
     make_views.batch_shapes(4)
@@ -265,7 +265,7 @@ def test_hiding_no_patches_is_refused_before_anything_is_read(grid, share, named
 # Texts.
 
 
-def test_without_a_text_view_captions_are_not_looked_at():
+def test_without_a_text_view_captions_are_not_read():
   assert set(make(RECIPES["simclr"], {"image": photo(), "captions": ()})) == {"image"}
 
 
@@ -374,7 +374,7 @@ def test_views_that_are_left_keep_their_strength():
   assert trimmed(three, UNUSED.replace(contrastive_image=(1,))).blur_probability == (0.1, 0.2, 0.3)  # nobody blurs
 
 
-def test_a_use_without_image_is_refused():
+def test_a_use_without_image_is_rejected():
   with pytest.raises(ValueError, match="config.objective: no term"):
     trimmed(RECIPES["declip"], UNUSED.replace(masked_text=2))
 
@@ -397,7 +397,7 @@ def test_a_probability_per_view_is_a_tuple(field, value):
     get_recipe("slip", {field: value})
 
 
-def test_an_unknown_recipe_is_refused_by_name():
+def test_an_unknown_recipe_is_rejected_by_name():
   with pytest.raises(ValueError, match=r"config.data.recipe='moco': choose one of \['clip', 'clip_color'"):
     get_recipe("moco", {})
 

@@ -111,7 +111,7 @@ def test_a_record_of_another_kind_is_bad_and_named(tmp_path, record):
 
 
 @pytest.mark.parametrize("kept", [0, 100, 30_000])
-def test_a_file_that_was_cut_off_is_refused(folder, kept):
+def test_a_file_that_was_cut_off_is_rejected(folder, kept):
   path = folder / "data-00002-of-00003.array_record"
   path.write_bytes(path.read_bytes()[:kept])
   with pytest.raises(ValueError, match="data-00002-of-00003.array_record: not a complete ArrayRecord file"):

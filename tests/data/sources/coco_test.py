@@ -171,7 +171,7 @@ def test_the_file_is_parsed_once(tmp_path, monkeypatch):
   assert [Path(path).suffix for path in read] == [".jpg"]
 
 
-def test_behind_urls(tmp_path, monkeypatch):
+def test_at_urls(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   memory = fsspec.filesystem("memory")
   memory.pipe("/coco/annotations/captions_train2017.json", json.dumps(ANNOTATIONS).encode())

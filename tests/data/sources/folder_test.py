@@ -158,7 +158,7 @@ def test_no_folder_and_no_image(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["memory://pets", "memory:///pets/"])
-def test_behind_urls(tmp_path, monkeypatch, folder):
+def test_at_urls(tmp_path, monkeypatch, folder):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   memory = fsspec.filesystem("memory")
   memory.pipe({"/pets/dog/a.jpg": b"a", "/pets/cat/pets/b.jpg": b"b", "/pets/classnames.txt": b"Cat\nDog\n"})
@@ -170,7 +170,7 @@ def test_behind_urls(tmp_path, monkeypatch, folder):
   assert source.classnames == ("Cat", "Dog")
 
 
-def test_hidden_folders_behind_urls_are_passed_over(tmp_path, monkeypatch):
+def test_hidden_folders_at_urls_are_skipped(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   names = ["dog/a.jpg", "dog/.git/x.jpg", ".ipynb_checkpoints/c.jpg", ".x/deep/d.jpg", "cat/b.jpg", "cat/.hidden.jpg"]
   fsspec.filesystem("memory").pipe({f"/hidden/{name}": name.encode() for name in names})

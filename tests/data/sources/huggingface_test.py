@@ -182,7 +182,7 @@ def upload(folder: Path, url: str) -> None:
   memory.pipe({f"{url}/{path.relative_to(folder)}": path.read_bytes() for path in folder.rglob("*") if path.is_file()})
 
 
-def test_behind_urls(folder, tmp_path, monkeypatch):
+def test_at_urls(folder, tmp_path, monkeypatch):
   def read(path, *given):
     requests.append(path)
     return read_before(path, *given)
@@ -205,7 +205,7 @@ def test_behind_urls(folder, tmp_path, monkeypatch):
     open_huggingface("memory://saved/none")
 
 
-def test_the_stamp_follows_the_data_also_behind_urls(tmp_path, monkeypatch):
+def test_the_stamp_follows_the_data_also_at_urls(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   seen = {}
   for count in (3, 4):

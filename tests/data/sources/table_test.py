@@ -409,7 +409,7 @@ def test_a_missing_image_is_a_bad_sample_and_all_missing_an_error_at_once(tmp_pa
     open_table(f"{path}?root={tmp_path}/elsewhere")
 
 
-def test_table_and_images_behind_urls(tmp_path, monkeypatch):
+def test_table_and_images_at_urls(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   memory = fsspec.filesystem("memory")
   memory.pipe("/table/t.csv", b"image,caption\na.jpg,relative\nmemory://other/b.jpg,a URL\n")

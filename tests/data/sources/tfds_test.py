@@ -247,7 +247,7 @@ class Several(Tiny):
 
 
 @pytest.mark.parametrize(("kind", "split"), [("array_record", "train[2:]+train[:2]"), ("parquet", "train")])
-def test_behind_urls(tmp_path, monkeypatch, kind, split):
+def test_at_urls(tmp_path, monkeypatch, kind, split):
   def read(path, *given):
     requests.append(path.rpartition("/")[2])
     return read_before(path, *given)

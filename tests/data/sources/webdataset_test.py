@@ -108,7 +108,7 @@ def test_image_suffixes(tmp_path, suffix):
   assert source[0] == {"image": b"pixels", "captions": (), "label": 0, "id": "s.tar:a"}
 
 
-def test_samples_without_image_are_left_out_and_counted(tmp_path):
+def test_samples_without_image_are_skipped_and_counted(tmp_path):
   files = samples("0", "1") | {"2.txt": b"x", "3.npy": b"x", "4.seg.png": b"x"}
   source = open_webdataset(str(write_tar(tmp_path / "s.tar", files)))
   assert [example["id"] for example in source] == ["s.tar:0", "s.tar:1"]
@@ -202,7 +202,7 @@ def test_a_suffix_that_comes_again_begins_a_sample(tmp_path):
   ]  # fmt: skip
 
 
-def test_suffixes_are_told_where_no_sample_has_an_image(tmp_path):
+def test_suffixes_are_reported_where_no_sample_has_an_image(tmp_path):
   path = write_tar(tmp_path / "s.tar", {"img.v1.0.jpg": b"x", "other.v1.0.jpg": b"x", "other.txt": b"x"})
   with pytest.raises(ValueError, match=r"no usable sample .* have \.v1\.0\.jpg, \.txt; expected \.jpg .*first dot"):
     open_webdataset(str(path))
@@ -487,7 +487,7 @@ def test_an_index_does_not_depend_on_who_builds_it(many, monkeypatch):
   assert indexed(many) == alone
 
 
-def test_a_build_that_was_interrupted_goes_on(many, monkeypatch):
+def test_a_build_that_was_interrupted_continues(many, monkeypatch):
   def scanning(path, size):
     scanned[path] += 1
     if len(scanned) > most:

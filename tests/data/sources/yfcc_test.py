@@ -97,7 +97,7 @@ class Malicious:
     return Path.touch, (Path("executed"),)
 
 
-def test_a_pickle_with_code_is_refused(tmp_path, monkeypatch):
+def test_a_pickle_with_code_is_rejected(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
     (tmp_path / "bad.pkl").write_bytes(pickle.dumps([(1, "a", Malicious())], protocol))
@@ -128,7 +128,7 @@ def test_bad_records_are_counted(tmp_path, caplog):
     open_yfcc(f"{tmp_path}/l.csv")
 
 
-def test_behind_urls(tmp_path, monkeypatch):
+def test_at_urls(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   memory = fsspec.filesystem("memory")
   write_zips(tmp_path, 1234567)

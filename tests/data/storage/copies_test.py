@@ -118,7 +118,7 @@ def test_without_locks_each_makes_its_copy_and_one_stays(remote_file, cache, mon
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_a_full_disk_is_told_with_the_place_and_the_bytes_needed(remote_file, cache, monkeypatch, when):
+def test_a_full_disk_is_reported_with_the_place_and_the_bytes_needed(remote_file, cache, monkeypatch, when):
   def read(*_):
     raise OSError(errno.ENOSPC, "no space")
 
@@ -133,7 +133,7 @@ def test_a_full_disk_is_told_with_the_place_and_the_bytes_needed(remote_file, ca
   assert not list(cache.rglob("*.tmp"))
 
 
-def test_a_cache_that_cannot_be_written_is_told(remote_file, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported(remote_file, monkeypatch, tmp_path):
   (tmp_path / "file").write_bytes(b"")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
   with pytest.raises(OSError, match="cannot store a copy of .*a.bin: .*set XDG_CACHE_HOME"):

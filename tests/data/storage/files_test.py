@@ -30,7 +30,7 @@ def test_any_part_of_a_file_is_read(folder):
 
 
 @pytest.mark.parametrize("do", [files.stamp, files.read, lambda path: files.read(path, 1, 2), files.open_stream])
-def test_a_missing_file_is_told_as_such(folder, do):
+def test_a_missing_file_is_reported_as_such(folder, do):
   with pytest.raises(FileNotFoundError, match="a-11.bin"):
     do(f"{folder}/a-11.bin")
   assert not files.exists(f"{folder}/a-11.bin")
@@ -140,7 +140,7 @@ def test_a_network_disk_that_fails_is_asked_again_with_a_new_descriptor(tmp_path
 
 
 @pytest.mark.parametrize(("name", "error"), [("nowhere", FileNotFoundError), ("", IsADirectoryError)])
-def test_what_will_not_pass_is_told_at_once(tmp_path, monkeypatch, name, error):
+def test_what_will_not_pass_is_reported_at_once(tmp_path, monkeypatch, name, error):
   monkeypatch.setattr(files.time, "sleep", lambda _: pytest.fail("waited"))
   for size in (None, 3):
     with pytest.raises(error):
