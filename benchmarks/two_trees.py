@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 
+from rounds import median_ratio
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path("benchmarks", "step_worker.py")
 
@@ -65,8 +67,8 @@ def compare(
   """Prints a row for each method: compile and step times of this tree and of the other one, and their ratios.
 
   The trees take turns, in an order that alternates from round to round; the first round warms up and does not count.
-  Ratios are medians over the rounds, of wall time (with quartiles) and of CPU time, which other work on the machine
-  disturbs less.
+  Ratios are medians over the rounds, of wall time (with quartiles) and of CPU time. Other work on the machine disturbs
+  CPU time less, and least the ratio of the fastest steps.
 
   Args:
     tree: root of the other source tree.
@@ -77,8 +79,10 @@ def compare(
     rounds: timed steps of each tree.
   """
   print(f"this tree: {ROOT}; other tree: {tree}; {rounds} rounds")
-  print(f"{'':13}{'compile s':>18}{'step ms':>20}{'this / other':>32}")
-  heads = f"{'this':>9}{'other':>9}{'this':>10}{'other':>10}{'step':>10}{'quartiles':>12}{'CPU time':>10}"
+  print(f"{'':13}{'compile s':>18}{'step ms':>20}{'this / other':>42}")
+  heads = (
+    f"{'this':>9}{'other':>9}{'this':>10}{'other':>10}{'step':>10}{'quartiles':>12}{'fastest':>10}{'CPU time':>10}"
+  )
   print(f"{'method':13}{heads}", flush=True)
   for method in methods:
     arguments = ["--config", config, "--method", method]
@@ -96,11 +100,12 @@ def row(method: str, tree: Path, script: Path | None, arguments: Sequence[str], 
     for index in range(rounds + 1):
       for worker in (this, other) if index % 2 else (other, this):
         times[worker].append(worker.step())
-  pairs = list(zip(times[this][1:], times[other][1:], strict=True))
-  wall, cpu = ([a[kind] / b[kind] for a, b in pairs] for kind in (0, 1))
-  mine, theirs = (statistics.median(1e3 * seconds for seconds, _ in side) for side in zip(*pairs, strict=True))
-  low, _, high = statistics.quantiles(wall, n=4) if rounds > 1 else wall * 3
+  (wall, cpu), (other_wall, other_cpu) = (zip(*times[worker][1:], strict=True) for worker in (this, other))
+  ratios = [a / b for a, b in zip(wall, other_wall, strict=True)]
+  low, _, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
   return (
-    f"{method:13}{this.compile_seconds:9.1f}{other.compile_seconds:9.1f}{mine:10.1f}{theirs:10.1f}"
-    f"{statistics.median(wall):10.3f}{f'{low:.2f}-{high:.2f}':>12}{statistics.median(cpu):10.3f}"
+    f"{method:13}{this.compile_seconds:9.1f}{other.compile_seconds:9.1f}"
+    f"{1e3 * statistics.median(wall):10.1f}{1e3 * statistics.median(other_wall):10.1f}"
+    f"{statistics.median(ratios):10.3f}{f'{low:.2f}-{high:.2f}':>12}{min(wall) / min(other_wall):10.3f}"
+    f"{median_ratio(cpu, other_cpu):10.3f}"
   )

@@ -131,10 +131,16 @@ def make_report(config: ConfigDict, devices: Sequence[jax.Device] | None = None,
     memory=memory,
   )
   if step:
-    report = _with_traffic(report, step)
-  if step and peak:
-    report = dataclasses.replace(report, seconds=least_times(report, peak))
-    report = dataclasses.replace(report, input=required_input(report, config, peak))
+    traffic = hlo.traffic(step.compiled.as_text(), report.devices, report.slices)
+    report = dataclasses.replace(
+      report,
+      executed_flops=step.executed_flops,
+      collectives=sent_by_kind(traffic),
+      memory_traffic=traffic.memory,
+    )
+    if peak:
+      seconds = least_times(step.executed_flops / report.devices, traffic, peak)
+      report = dataclasses.replace(report, seconds=seconds, input=required_input(report, config, seconds.step, peak))
   if search and available:
     report = dataclasses.replace(report, largest=largest_batch(config, devices, needed, available))
   return report
@@ -150,33 +156,28 @@ def available_memory(device: jax.Device) -> float | None:
   return float(limit) if limit else known and known.memory
 
 
-def _with_traffic(report: Report, step: compilation.CompiledStep) -> Report:
-  traffic = hlo.traffic(step.compiled.as_text(), report.devices, report.slices)
-  collectives = {
+def sent_by_kind(traffic: hlo.Traffic) -> dict[str, Sent]:
+  """Number and bytes of each kind of collective in a step."""
+  return {
     kind: Sent(traffic.collectives[kind], traffic.links[kind], traffic.network[kind])
     for kind in hlo.COLLECTIVES
     if traffic.collectives[kind]
   }
-  return dataclasses.replace(
-    report, executed_flops=step.executed_flops, collectives=collectives, memory_traffic=traffic.memory
-  )
 
 
-def least_times(report: Report, peak: Device) -> Times:
+def least_times(flops_per_device: float, traffic: hlo.Traffic, peak: Device) -> Times:
   """The roofline of a step: each of its loads divided by the peak rate of a device."""
-  sent = report.collectives.values()
-  links, network = sum(kind.links for kind in sent), sum(kind.network for kind in sent)
+  links, network = traffic.links.total(), traffic.network.total()
   return Times(
-    compute=report.executed_flops / report.devices / peak.flops,
-    memory=report.memory_traffic / peak.memory_bandwidth,
+    compute=flops_per_device / peak.flops,
+    memory=traffic.memory / peak.memory_bandwidth,
     interconnect=links / peak.interconnect,
     network=network and (network / peak.network_bandwidth if peak.network_bandwidth else None),
   )
 
 
-def required_input(report: Report, config: ConfigDict, peak: Device) -> InputRate:
-  """The input rate that the fastest possible step requires of the hosts."""
-  step = report.seconds.step
+def required_input(report: Report, config: ConfigDict, step: float, peak: Device) -> InputRate:
+  """The input rate that a step of `step` seconds, the least time, requires of the hosts."""
   images_per_second = report.batch_size / step
   name, rate = measured_rate(config.data.recipe, config.data.engine, config.data.augment_on)
   return InputRate(

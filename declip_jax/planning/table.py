@@ -3,16 +3,17 @@
 import dataclasses
 
 from declip_jax.planning.devices import Device
-from declip_jax.planning.report import Report
+from declip_jax.planning.input_rate import InputRate
+from declip_jax.planning.report import Report, Sent, Times
 
 
 def table(report: Report) -> list[str]:
   """The report as lines of text."""
   lines = [*_devices(report), "", *report.layout, "", *_memory(report), "", _flops(report)]
   if report.collectives is not None:
-    lines += ["", *_traffic(report)]
-  if report.seconds:
-    lines += ["", *_times(report), "", *_input(report)]
+    lines += ["", *_traffic(report.collectives, report.memory_traffic)]
+  if report.peak and report.seconds and report.input:
+    lines += ["", *_times(report.seconds, report.peak), _step(report.input, report.devices), "", *_input(report.input)]
   return lines
 
 
@@ -52,27 +53,29 @@ def _flops(report: Report) -> str:
   return text
 
 
-def _traffic(report: Report) -> list[str]:
+def _traffic(collectives: dict[str, Sent], memory_traffic: float | None) -> list[str]:
   lines = [f"{'sent by each device in a step':<30}{'number':>8}{'in the slice':>16}{'between slices':>16}"]
-  for kind, sent in report.collectives.items():
+  for kind, sent in collectives.items():
     lines.append(f"  {kind:<28}{sent.count:>8,}{format_bytes(sent.links):>16}{format_bytes(sent.network):>16}")
-  lines.append(f"  {'memory reads and writes':<28}{'':>8}{format_bytes(report.memory_traffic):>16}")
+  lines.append(f"  {'memory reads and writes':<28}{'':>8}{format_bytes(memory_traffic):>16}")
   return lines
 
 
-def _times(report: Report) -> list[str]:
+def _times(times: Times, peak: Device) -> list[str]:
   lines = ["least time (roofline)"]
-  rates = _rates(report.peak)
-  for name, seconds in dataclasses.asdict(report.seconds).items():
+  rates = _rates(peak)
+  for name, seconds in dataclasses.asdict(times).items():
     if name != "network" or seconds != 0:
       time = "unknown" if seconds is None else f"{1e3 * seconds:.1f} ms"
       lines.append(f"  {name:<22}{time:>12}  at {rates[name]}")
-  required = report.input
-  lines.append(
-    f"  {'step':<22}{1e3 * required.step:>9.1f} ms  model FLOPs utilisation {100 * required.utilisation:.0f} %, "
-    f"{required.images_per_second / report.devices:,.0f} pairs/s per device"
-  )
   return lines
+
+
+def _step(required: InputRate, devices: int) -> str:
+  return (
+    f"  {'step':<22}{1e3 * required.step:>9.1f} ms  model FLOPs utilisation {100 * required.utilisation:.0f} %, "
+    f"{required.images_per_second / devices:,.0f} pairs/s per device"
+  )
 
 
 def _rates(peak: Device) -> dict[str, str]:
@@ -85,8 +88,7 @@ def _rates(peak: Device) -> dict[str, str]:
   }
 
 
-def _input(report: Report) -> list[str]:
-  required = report.input
+def _input(required: InputRate) -> list[str]:
   line = f"  {required.images_per_second_and_host:,.0f} images/s on each host"
   if required.cores_per_host:
     cpus = f" of {required.cpus_per_host:g} vCPUs" if required.cpus_per_host else ""
