@@ -2,21 +2,14 @@
 
   python -m declip_jax.plan --config=clip_wit/vit_b_32 --topology=v5e:16x16
 
-Compiles the real train step for a TPU topology, on any machine with libtpu (pip install 'declip_jax[tpu]'), or without
---topology for the devices of this machine. For each device it prints the memory, the FLOPs and the traffic of a step,
-the least time it can take, the input rate which that requires of the hosts, and the largest batch that fits. No data
-is read.
-
-  --topology   TYPE:SHAPE as libtpu names it: v5e:16x16, v6e:16x16, v5p:4x4x8, v4:4x4x4, tpu7x:2x2x2
-  --slices     number of these slices, connected by the data center network
-  --nosearch   skips the search for the largest batch, which compiles two or three more steps
-  --json FILE  also writes the report as one JSON object
-  --config.FIELD=VALUE changes a field, such as --config.batch_size=16384 or --config.mesh.fsdp=8
+Compiles the real train step for a TPU topology, on any machine with libtpu (pip install -e '.[tpu]' in a checkout), or
+without --topology for the devices of this machine. For each device it prints memory, FLOPs and traffic of a step, the
+least time that it takes, the input rate required of the hosts, and the largest batch that fits. No data is read.
 
 Memory grows almost linearly with the batch, so that the search extrapolates from two compiled steps and compiles the
-largest batch as well. Times follow from the peak figures in `planning/devices.py`; compute, memory and links work at
-the same time, so that the longest of them bounds the step. Compiling takes minutes. Exit codes: 0, 1 if the step does
-not fit, 2 for an error that you can correct.
+largest batch as well. Times follow from the peak figures in declip_jax/planning/devices.py; compute, memory and links
+work at the same time, so that the slowest bounds the step. Compiling takes minutes. Exit codes: 0; 1 if the step does
+not fit; 2 for an error that you can correct.
 """
 
 import dataclasses
@@ -49,10 +42,12 @@ def _command(_: list[str]) -> int:
 def main() -> None:
   """Runs the command."""
   define_config()
-  flags.DEFINE_string("topology", None, f"TPU topology to compile for, such as {EXAMPLES}.")
-  flags.DEFINE_integer("slices", 1, "Number of slices of --topology.", lower_bound=1)
-  flags.DEFINE_bool("search", True, "Search for the largest batch that fits.")
-  flags.DEFINE_string("json", None, "File to write the report to, as one JSON object.")
+  flags.DEFINE_string("topology", None, f"TPU topology to compile for, TYPE:SHAPE as libtpu names it: {EXAMPLES}.")
+  flags.DEFINE_integer(
+    "slices", 1, "Number of slices of --topology, connected by the data center network.", lower_bound=1
+  )
+  flags.DEFINE_bool("search", True, "Search for the largest batch that fits, which compiles two or three more steps.")
+  flags.DEFINE_string("json", None, "File to write the report to as well, as one JSON object.")
   run(_command, __doc__, required=("config",))
 
 

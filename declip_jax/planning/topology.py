@@ -30,7 +30,7 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
   """
   if importlib.util.find_spec("libtpu") is None:
     raise ModuleNotFoundError(
-      f"--topology={name} needs libtpu, which installs on any x86 Linux: pip install 'declip_jax[tpu]'"
+      f"--topology={name} needs libtpu, which any x86 Linux can install: pip install -e '.[tpu]' in a checkout"
     )
   os.environ |= _LIBTPU
   jax.config.update("jax_platforms", "cpu")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_error_without_libtpu_says_how_to_install_it(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-  with pytest.raises(ModuleNotFoundError, match=r"v5e:4x4.*pip install 'declip_jax\[tpu\]'"):
+  with pytest.raises(ModuleNotFoundError, match=r"v5e:4x4.*pip install.*\[tpu\]"):
     topology_devices("v5e:4x4")
 
 
