@@ -1,12 +1,13 @@
 """Colours, blur and flip of image views on the device, within the train step; the host then only decodes and crops.
 
-Operations, their order and what is drawn for them are those of `data.images` behind the crop, so a view has the same
-distribution wherever it is made; the single draws differ. Pixels are those of its engine "exact", in Pillow's 8-bit
-arithmetic, but for two things: here and there a level in the hue, where float32 falls on the other side of an integer,
-and up to three in the blur, which is rounded once and not after each of its boxes.
+Operations, their order and their random parameters are those of `data.images` after the crop, so that a view has the
+same distribution wherever it is made; individual draws differ. Pixels are those of its engine "exact", in Pillow's
+8-bit arithmetic, with two exceptions: an occasional level in the hue, where float32 falls on the other side of an
+integer, and up to three levels in the blur, which is rounded once and not after each of its boxes.
 
-The functions for one image take and return float32 of whole levels from 0 to 255, colours first. Those that mix colours
-want the red, the green and the blue plane apart: a chain of them is one loop then, which as one array the hue breaks.
+The functions for one image take and return float32 of integer levels from 0 to 255, colours first. Those that mix
+colours take the red, green and blue planes as separate arrays: XLA fuses a chain of them into one loop, which the hue
+would break in a single array.
 """
 
 from collections.abc import Sequence
@@ -25,18 +26,18 @@ Planes = tuple[Plane, Plane, Plane]
 Scalar = Float[Array, ""]
 Flag = Bool[Array, ""]
 
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # their places in `Augmentation.jitter`
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # indices in `Augmentation.jitter`
 _OPERATIONS = ("jitter", "grayscale", "blur", "solarize", "flip")
 
 
 class Draws(NamedTuple):
-  """What is drawn for one view of one example.
+  """The random parameters of one view of one example.
 
   Attributes:
-    factors: of brightness, contrast and saturation, and the shift of the hue.
-    order: of these four: which comes first, second, third, last.
-    radius: of the blur.
-    jitter, grayscale, blur, solarize, flip: whether it is done.
+    factors: factors of brightness, contrast and saturation, and the shift of the hue.
+    order: order of these four, as indices.
+    radius: standard deviation of the blur, in pixels.
+    jitter, grayscale, blur, solarize, flip: whether the operation is applied.
   """
 
   factors: Float[Array, "4"]
@@ -55,29 +56,29 @@ def augment(
   index: Int[Array, "b"],
   augmentations: Sequence[Augmentation],
 ) -> UInt8[Array, "b v h w c"]:
-  """Augments the views of a batch, each with draws of its own.
+  """Augments the views of a batch, each with its own draws.
 
   Args:
-    images: crops as the host made them.
-    key: of the step.
-    index: the example's place in the global batch. Draws depend on key, place and view only, not on how the batch is
-      split over devices.
-    augmentations: of each view, `Recipe.augmentations`; their crops are not looked at. A view without any probability
-      stays as it is, and an operation that no view has is not computed.
+    images: crops made by the host.
+    key: random key of the step.
+    index: positions of the examples in the global batch. Draws depend only on key, position and view, not on how the
+      batch is split over devices.
+    augmentations: one for each view, `Recipe.augmentations`; their crops are ignored. A view without operations is
+      unchanged, and an operation that no view has is not computed.
   """
-  changed = [view for view, of in enumerate(augmentations) if _operations(of)]
+  changed = [view for view, augmentation in enumerate(augmentations) if _operations(augmentation)]
   if not changed:
     return images
-  given = [augmentations[view] for view in changed]
+  used = [augmentations[view] for view in changed]
   make = partial(
     _view,
-    operations=set().union(*map(_operations, given)),
-    turn_hue=any(of.jitter[_HUE] for of in given),
-    greatest_radius=max(of.blur_radius[1] if of.blur_probability else 0.0 for of in given),
+    operations=set().union(*map(_operations, used)),
+    turn_hue=any(augmentation.jitter[_HUE] for augmentation in used),
+    greatest_radius=max(a.blur_radius[1] if a.blur_probability else 0.0 for a in used),
   )
 
-  def draw_views(place: Int[Array, ""]) -> Draws:
-    example = jax.random.fold_in(key, place)
+  def draw_views(position: Int[Array, ""]) -> Draws:
+    example = jax.random.fold_in(key, position)
     draws = [draw(jax.random.fold_in(example, view), augmentations[view]) for view in changed]
     return jax.tree.map(lambda *values: jnp.stack(values), *draws)
 
@@ -91,7 +92,7 @@ def _operations(augmentation: Augmentation) -> set[str]:
 
 
 def draw(key: jax.Array, augmentation: Augmentation) -> Draws:
-  """Draws what happens to one view."""
+  """Draws the random parameters of one view."""
   uniform = jax.random.uniform(key, (14,))
   strength, is_hue = jnp.array(augmentation.jitter), jnp.arange(4) == _HUE
   low, high = jnp.where(is_hue, -strength, jnp.maximum(0, 1 - strength)), jnp.where(is_hue, strength, 1 + strength)
@@ -107,14 +108,14 @@ def draw(key: jax.Array, augmentation: Augmentation) -> Draws:
 def _view(
   image: UInt8[Array, "h w c"], draws: Draws, *, operations: set[str], turn_hue: bool, greatest_radius: float
 ) -> UInt8[Array, "h w c"]:
-  """One view of one example; the keywords are known when compiling."""
+  """Augments one view of one example; the keyword arguments are known at compile time."""
   planes = tuple(image[..., channel].astype(jnp.float32) for channel in range(3))
   if "jitter" in operations:
     planes = _where(draws.jitter, color_jitter(planes, draws.factors, draws.order, turn_hue), planes)
   if "grayscale" in operations:
     planes = _where(draws.grayscale, (luma(planes),) * 3, planes)
   made = jnp.stack(planes)
-  if operations & {"blur", "flip"}:  # whether solarized before or after the flip is the same
+  if operations & {"blur", "flip"}:  # solarizing before or after the flip gives the same
     made = blur_and_flip(made, jnp.where(draws.blur, draws.radius, 0), draws.flip, greatest_radius)
   if "solarize" in operations:
     made = jnp.where(draws.solarize, solarize(made), made)
@@ -128,36 +129,36 @@ def _where(condition: Flag, new: Planes, old: Planes) -> Planes:
 def color_jitter(image: Planes, factors: Float[Array, "4"], order: Int[Array, "4"], turn_hue: bool = True) -> Planes:
   """Adjusts brightness, contrast, saturation and hue, each by its factor, in the given order.
 
-  At each of four places all four are computed and one is taken, for a batch has all 24 orders. The first three share
-  their arithmetic. That is four hues where one would do, but only four passes over the image: each mean that contrast
-  may need ends one.
+  Each of the four steps computes all four adjustments and selects one, because a batch contains all 24 orders. The
+  first three share their arithmetic. The hue is computed four times instead of once, but with only four passes over
+  the image: each mean that contrast may need ends a pass.
 
   Args:
-    image: to adjust.
+    image: planes of the image.
     factors: see `blend` and `adjust_hue`.
-    order: of the four adjustments.
-    turn_hue: whether the hue is adjusted at all, known when compiling.
+    order: order of the four adjustments.
+    turn_hue: whether the hue is adjusted at all, known at compile time.
   """
   for operation in order:
     factor, is_hue = factors[operation], operation == _HUE
     grey = jnp.where(operation == _SATURATION, luma(image), 0)
     target = jnp.where(operation == _CONTRAST, mean_luma(image), grey)
     blended = blend(target, image, jnp.where(is_hue, 1, factor))
-    # A shift of just 0 is that of a view whose hue is left alone, without the rounding of HSV.
+    # A shift of exactly 0 means that the view's hue is unchanged, without the rounding of HSV.
     image = _where(is_hue & (factor != 0), adjust_hue(image, factor), blended) if turn_hue else blended
   return image
 
 
 def blend(target: Plane | Scalar | float, image: Planes, factor: Scalar | float) -> Planes:
-  """Moves an image away from `target`, which factor 0 leaves and 1 does not; truncated to whole levels as in Pillow.
+  """Interpolates from `target` (factor 0) to an image (factor 1) and beyond, truncated to integer levels as in Pillow.
 
-  With target 0 this is brightness, with `mean_luma` contrast, with `luma` saturation.
+  Target 0 adjusts brightness, `mean_luma` contrast, and `luma` saturation.
   """
   return tuple(jnp.floor(jnp.clip(target + factor * (plane - target), 0, 255)) for plane in image)
 
 
 def luma(image: Planes) -> Plane:
-  """Grey levels (ITU-R 601-2), in the fixed-point numbers of Pillow, which float32 holds exactly."""
+  """Grey levels (ITU-R 601-2), in the fixed-point numbers of Pillow, which are exact in float32."""
   red, green, blue = image
   return jnp.floor((19595 * red + 38470 * green + 7471 * blue + 2**15) / 2**16)
 
@@ -168,21 +169,21 @@ def mean_luma(image: Planes) -> Scalar:
 
 
 def adjust_hue(image: Planes, factor: Scalar | float) -> Planes:
-  """Turns the hue by `factor` of the colour circle, in Pillow's HSV of 8 bits each."""
+  """Rotates the hue by `factor` of the colour circle, in Pillow's 8-bit HSV."""
   red, green, blue = image
   value = jnp.maximum(jnp.maximum(red, green), blue)
   chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
-  # The hue in sixths of the circle: where the strongest channel stands, and how far the other two pull from there.
+  # The hue in sixths of the circle: the position of the strongest channel, and the shift by the other two.
   is_red, is_green = red == value, green == value
-  pull = jnp.where(is_red, green - blue, jnp.where(is_green, blue - red, red - green))
-  sixths = jnp.where(is_red, 0, jnp.where(is_green, 2, 4)) + pull / jnp.maximum(chroma, 1)
+  shift = jnp.where(is_red, green - blue, jnp.where(is_green, blue - red, red - green))
+  sixths = jnp.where(is_red, 0, jnp.where(is_green, 2, 4)) + shift / jnp.maximum(chroma, 1)
   hue = jnp.floor(jnp.where(sixths < 0, sixths + 6, sixths) * (255 / 6)) + jnp.trunc(factor * 255) % 256
   sixths = jnp.where(hue >= 256, hue - 256, hue) * (6 / 255)
   drop = value * jnp.floor(255 * chroma / jnp.maximum(value, 1)) / 255
 
   def channel(offset: int) -> Plane:
-    place = jnp.where(sixths + offset >= 6, sixths + offset - 6, sixths + offset)
-    return jnp.floor(value - drop * jnp.clip(jnp.minimum(place, 4 - place), 0, 1) + 0.5)
+    position = jnp.where(sixths + offset >= 6, sixths + offset - 6, sixths + offset)
+    return jnp.floor(value - drop * jnp.clip(jnp.minimum(position, 4 - position), 0, 1) + 0.5)
 
   return channel(5), channel(3), channel(1)
 
@@ -190,16 +191,16 @@ def adjust_hue(image: Planes, factor: Scalar | float) -> Planes:
 def blur_and_flip(
   image: Float[Array, "c h w"], radius: Scalar | float, flip: Flag | bool, greatest_radius: float
 ) -> Float[Array, "c h w"]:
-  """Blurs as Pillow's `GaussianBlur(radius)`, and mirrors left and right if `flip`.
+  """Blurs like Pillow's `GaussianBlur(radius)`, and mirrors left and right if `flip`.
 
-  Pillow blurs by three boxes of total variance `radius`^2, each of which repeats the edge. Here they are products with
-  a banded matrix for each axis. Every device does these fast, whatever the radius.
+  Pillow applies three box blurs of total variance `radius`^2, each of which repeats the edge. Here they are products
+  with a banded matrix for each axis, which are fast on every device for any radius.
 
   Args:
-    image: to blur.
-    radius: standard deviation, in pixels; 0 does not blur.
+    image: the image, colours first.
+    radius: standard deviation, in pixels; 0 for no blur.
     flip: whether to mirror.
-    greatest_radius: the largest there is, known when compiling.
+    greatest_radius: upper bound of the radius, known at compile time.
   """
   rows, columns = (_three_boxes(radius, greatest_radius, size) for size in image.shape[1:])
   columns = jnp.where(flip, columns[::-1], columns)
@@ -211,7 +212,7 @@ def blur_and_flip(
 def _three_boxes(radius: Scalar | float, greatest_radius: float, size: int) -> Float[Array, "size size"]:
   """The matrix of three box blurs, each of variance `radius`^2 / 3 (Gwosdek et al. 2011, extended box filter).
 
-  A box has `2 * whole + 1` taps of weight 1 and one of weight `edge` at each end.
+  A box has `2 * whole + 1` taps of weight 1, and a tap of weight `edge` at each end.
   """
   variance = radius**2 / 3
   whole = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)
@@ -226,5 +227,5 @@ def _three_boxes(radius: Scalar | float, greatest_radius: float, size: int) -> F
 
 
 def solarize(image: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
-  """Inverts the levels from 128 on."""
+  """Inverts levels of 128 and above."""
   return jnp.where(image < 128, image, 255 - image)
