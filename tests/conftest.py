@@ -5,6 +5,7 @@ from pathlib import Path
 import time
 from typing import TYPE_CHECKING
 
+import contracts
 from cpu_devices import xla_flags
 import pytest
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
   from tiny import FinishedRun
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# CONTRACTS=1 checks annotations, implicit broadcasting and warnings; not yet the default, see `contracts`.
+if contracts.WANTED:
+  jax.config.update("jax_numpy_rank_promotion", "raise")
+  contracts.check_calls()
 
 TESTS, START = Path(__file__).parent, time.monotonic()
 # The slow tests run in this order, other files last: CI stops when its time is over.
@@ -43,6 +49,11 @@ SLOW_FIRST = (
 def pytest_addoption(parser: pytest.Parser) -> None:
   text = "skip the tests that have not begun so many seconds after the start"
   parser.addoption("--stop-after", type=float, default=None, metavar="SECONDS", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  for line in contracts.WARNINGS if contracts.WANTED else ():
+    config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,13 +4,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from declip_jax.models.model import Model
 from declip_jax.training.gradient import Result
 from declip_jax.training.state import State
-from declip_jax.training.step import train_step
+from declip_jax.training.step import is_spike, train_step
 from declip_jax.types import Outputs
 
 
@@ -116,3 +117,27 @@ def test_a_spike_is_skipped(norm: float, measured: int, factor: float, good: boo
   assert int(state.skipped["total"]) == (0 if good else 1)
   usual = math.log(norm) / 100 if good else 0.0
   assert float(state.skipped["log_norm"]) == pytest.approx(usual, rel=1e-3)
+
+
+def test_a_spike_is_a_norm_far_above_the_mean_of_previous_norms() -> None:
+  rng = np.random.default_rng(0)
+  norms = np.exp(rng.normal(size=400)).astype(np.float32)
+  norms[[50, 150, 151, 300]] *= 1000
+  norms[200] = 0
+  state = {"measured": jnp.int32(0), "log_norm": jnp.float32(0)}
+  judge = jax.jit(lambda norm, state: is_spike(norm, state, 30.0))
+  logs: list[float] = []
+  for index, norm in enumerate(norms):
+    spike, after = judge(norm, state)
+    weights = 0.99 ** np.arange(len(logs))[::-1]
+    weights[: min(len(logs), 100)] = 0.99 ** max(len(logs) - 100, 0)  # the first hundred have one weight
+    log_norm = float(np.log(max(norm, np.finfo(np.float32).tiny)))
+    expected = len(logs) >= 100 and log_norm > np.average(logs, weights=weights) + np.log(30)
+    assert bool(spike) == expected, index
+    if norm == 0:  # a loss whose weight is still 0 says nothing about the usual norm
+      assert all(np.array_equal(after[name], state[name]) for name in state)
+    elif not expected:  # as `train_step` keeps it
+      state = after
+      logs.append(log_norm)
+  assert [bool(judge(norm, state)[0]) for norm in (1e3, 1.0)] == [True, False]
+  assert not is_spike(jnp.float32(1e30), state, 0.0)[0]
