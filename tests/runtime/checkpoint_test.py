@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, and restoring onto another layout."""
+"""Checkpoints: retention, damage, failed saves, and restoring onto another layout."""
 
 import errno
 import os
@@ -149,7 +149,7 @@ def test_a_mount_that_vanishes_and_comes_back(tmp_path: Path, caplog: pytest.Log
   checkpoints.close()
 
 
-def test_a_mount_that_answers_nothing_but_errors(
+def test_a_mount_that_returns_only_errors(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
   mesh, broken = make_mesh(2, 4), []
@@ -177,7 +177,7 @@ def test_a_mount_that_answers_nothing_but_errors(
   checkpoints.close()
 
 
-def test_the_clock_asks_for_saves_and_for_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_asks_for_saves_and_for_retries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   now = 1000.0
   monkeypatch.setattr("declip_jax.runtime.checkpoint.time.monotonic", lambda: now)
   mesh = make_mesh(2, 4)
@@ -227,7 +227,7 @@ def test_the_best_is_known_after_a_restart(scores: dict, kept: list[int], tmp_pa
   assert save_steps(tmp_path, {3: 0.05}, **keep) == kept
 
 
-def test_the_first_of_each_so_many_steps_is_kept(tmp_path: Path) -> None:
+def test_the_first_checkpoint_of_each_stretch_is_kept(tmp_path: Path) -> None:
   steps = dict.fromkeys((2, 4, 7, 9, 10, 19, 31, 33, 39))
   assert save_steps(tmp_path, steps, keep_last=1, keep_every=10) == [10, 31, 39]
   assert save_steps(tmp_path, {40: None, 41: None}, keep_last=1, keep_every=10) == [10, 31, 40, 41]
@@ -249,7 +249,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_damaged_is_passed_over_and_kept(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_renamed(damage: str, tmp_path: Path) -> None:
   save_steps(tmp_path, {3: None, 5: None}, keep_last=2)
   harm, message = DAMAGE[damage]
   harm(tmp_path / "checkpoints" / "5")
@@ -264,7 +264,7 @@ def test_what_is_damaged_is_passed_over_and_kept(damage: str, tmp_path: Path) ->
   assert restore_newest(tmp_path).step == 5
 
 
-def test_nothing_is_renamed_and_nothing_begun_anew_if_all_are_damaged(tmp_path: Path) -> None:
+def test_nothing_is_renamed_and_no_run_starts_from_scratch_if_all_are_damaged(tmp_path: Path) -> None:
   save_steps(tmp_path, {3: None, 5: None}, keep_last=2)
   for step in (3, 5):
     flip(arrays(tmp_path / "checkpoints" / str(step) / "model")[0])
@@ -273,7 +273,7 @@ def test_nothing_is_renamed_and_nothing_begun_anew_if_all_are_damaged(tmp_path: 
   assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"3", "5"}
 
 
-def test_a_state_of_another_model_is_no_damage(tmp_path: Path) -> None:
+def test_a_state_of_another_model_is_not_damage(tmp_path: Path) -> None:
   save_steps(tmp_path, {3: None, 5: None}, keep_last=2)
   state = make_state(0, make_mesh(2, 4))
   checkpoints = Checkpoints(tmp_path)
@@ -286,7 +286,7 @@ def test_a_state_of_another_model_is_no_damage(tmp_path: Path) -> None:
   checkpoints.close()
 
 
-def test_a_whole_checkpoint_that_cannot_be_read_just_now_is_not_given_up(
+def test_an_undamaged_checkpoint_that_cannot_be_read_is_not_renamed(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   save_steps(tmp_path, {3: None, 5: None}, keep_last=2)
