@@ -34,7 +34,7 @@ def test_equals_plain_loops(dtype: jnp.dtype, tolerance: float, causal: bool) ->
   np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance)
 
 
-def test_keys_behind_the_length_of_a_row_take_no_part() -> None:
+def test_keys_past_the_length_of_a_row_have_no_effect() -> None:
   rng = np.random.default_rng(1)
   query, key, value = (jnp.asarray(rng.normal(size=(3, 7, 2, 8)), jnp.float32) for _ in range(3))
   lengths = np.array([1, 4, 7], np.int32)
