@@ -278,3 +278,25 @@ def test_guesses_warn_and_other_vocabularies_take_ids_only(openai: dict[str, np.
 def test_impossible_models_are_rejected(setting: dict, message: str, openai: dict[str, np.ndarray]) -> None:
   with pytest.raises(ValueError, match=message):
     from_state_dict(openai, setting)
+
+
+@pytest.mark.parametrize(("vocab_size", "eot"), [(49408, 49407), (49409, 49407), (128, 127)])
+def test_texts_end_with_openais_id_or_the_largest(vocab_size: int, eot: int, openai: dict[str, np.ndarray]) -> None:
+  embedding = np.zeros((vocab_size, openai["token_embedding.weight"].shape[1]), np.float32)
+  assert from_state_dict(openai | {"token_embedding.weight": embedding}).model["text"]["eot"] == eot
+
+
+def test_the_largest_id_ends_texts_where_hugging_face_says_2(tmp_path: Path) -> None:
+  """An old mistake of their configs: eos_token_id=2 means the largest id; any other id means itself."""
+  write(
+    from_state_dict(reference.below(reference.load("hf_clip"), "sd/"), {"image.heads": 4, "text.heads": 2}),
+    tmp_path,
+    "huggingface",
+  )
+  file = tmp_path / "config.json"
+  about = json.loads(file.read_text())
+  size = about["text_config"]["vocab_size"]
+  for written, expected in ((2, size - 1), (3, 3), (size - 1, size - 1)):
+    about["text_config"]["eos_token_id"] = written
+    file.write_text(json.dumps(about))
+    assert read(tmp_path).model["text"]["eot"] == expected

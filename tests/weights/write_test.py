@@ -199,7 +199,7 @@ def test_a_run_of_every_method_is_exported_and_read_back(
   for format in ("open_clip", "huggingface"):
     rejected = {
       "simclr": rf"\(declip_jax, step 3\) have no text tower: {format} cannot",
-      "filip": rf"step 3\) compare tokens, not pooled embeddings: {format} cannot",
+      "filip": rf"compare tokens, not pooled embeddings: {format} cannot",
       "regnet": "cannot represent an? (image tower of kind 'regnet'|regnet)",
       **({"resnet": "cannot represent a resnet"} if format == "huggingface" else {}),
     }
@@ -280,17 +280,3 @@ def test_images_of_all_kinds_and_numbers_are_encoded(finished_run: FinishedRun, 
   np.testing.assert_allclose(text / np.linalg.norm(text), clip.encode_text("a ring"), atol=1e-5)
   with pytest.raises(ValueError, match="not a known image format"):
     clip.encode_image(b"not an image")
-
-
-def test_the_largest_id_ends_texts_where_hugging_face_says_2(tmp_path: Path) -> None:
-  """An old mistake of their configs: eos_token_id=2 means the largest id; any other id means itself."""
-  write(
-    from_state_dict(reference.below(reference.load("hf_clip"), "sd/"), SETTINGS["hf_clip"]), tmp_path, "huggingface"
-  )
-  file = tmp_path / "config.json"
-  about = json.loads(file.read_text())
-  size = about["text_config"]["vocab_size"]
-  for written, expected in ((2, size - 1), (3, 3), (size - 1, size - 1)):
-    about["text_config"]["eos_token_id"] = written
-    file.write_text(json.dumps(about))
-    assert read(tmp_path).model["text"]["eot"] == expected
