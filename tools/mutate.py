@@ -115,7 +115,7 @@ MUTATIONS = [
   Mutation("SimSiam's targets of the same view", "objectives/simsiam.py",
            "target[::-1]", "target", "objectives/simsiam_test.py"),
   Mutation("default epsilon of unit rows", "unit_norm.py",
-           "epsilon: float = 1e-12", "epsilon: float = 1e-8", _CONTRASTIVE),
+           "epsilon: float = 1e-12", "epsilon: float = 1e-8", "models/heads_test.py"),
   Mutation("a schedule multiplies nothing", "objectives/total.py",
            "return weight * jnp.interp(", "return jnp.interp(", "objectives/terms_test.py"),
   Mutation("scale of the deviation", "objectives/diagnostics.py",

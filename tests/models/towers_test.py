@@ -6,6 +6,7 @@ import pytest
 from tiny import tiny_config
 
 from declip_jax import architectures, build
+from declip_jax.models.towers import Towers
 
 PATCH, GRID, BATCH = 8, 3, 4
 TOWERS = {
@@ -66,3 +67,14 @@ def test_nothing_sees_hidden_pixels_and_predictions_see_all_others(masked):
   for name in ("image", "masked_image"):
     np.testing.assert_array_equal(getattr(without_hidden, name), getattr(before, name), err_msg=name)
     assert np.abs(getattr(without_shown, name) - getattr(before, name)).max() > 1e-3, name
+
+
+def test_a_text_is_valid_up_to_its_end_and_with_it():
+  towers = build.build(tiny_config("filip")).model.towers
+  start, end = 49406, 49407
+  tokens = np.array([[start, 5, end, 0, end, 0], [start, end, 7, 7, 7, 7], [start, 1, 2, 3, 4, end]])
+  shapes = jax.eval_shape(lambda: towers.init(jax.random.key(0), tokens, method=Towers.encode_text))
+  variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  valid = np.asarray(towers.apply(variables, tokens, method=Towers._valid))
+  assert valid.sum(axis=1).tolist() == [3, 2, 6]
+  assert valid[0].tolist() == [True] * 3 + [False] * 3

@@ -59,6 +59,13 @@ def test_byol_is_0_where_predictions_are_the_targets_of_the_other_view_and_8_whe
   np.testing.assert_allclose(loss(-target[::-1]), 8, rtol=1e-6)
 
 
+def test_byol_counts_rows_shorter_than_1e_6_as_that_long():
+  short = np.full((2, 1, 1), 1e-7, np.float32)
+  for prediction, target in ((short, short / 1e-7), (short / 1e-7, short)):
+    loss, _ = byol(Outputs(momentum_prediction=prediction, momentum_target=target), {})
+    np.testing.assert_allclose(loss, 2 * (2 - 2 * 0.1), rtol=1e-5)
+
+
 def test_momentum_rises_from_its_start_to_one():
   steps = [0, 25, 50, 100]
   expected = [0.99, 1 - 0.01 * (1 + np.sqrt(0.5)) / 2, 0.995, 1]
