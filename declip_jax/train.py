@@ -10,6 +10,7 @@ See declip_jax/config.py for all fields and their meaning, and configs/ for conf
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 from functools import partial
+import json
 import os
 from pathlib import Path
 import signal
@@ -298,7 +299,7 @@ def _open_services(
     workdir=workdir,
     cadence=Cadence(steps.total, config.log_every, steps.evaluate, steps.checkpoint),
     batch_size=config.batch_size,
-    config=config.to_dict(),
+    config=json.loads(config.to_json_best_effort()),  # of a term of the user's own only the name of its function
     abstract=run.abstract,
     max_skipped_steps=config.safety.max_skipped_steps,
     checkpoints=checkpoints,

@@ -316,8 +316,8 @@ def test_a_run_with_a_users_own_term_resumes_and_loads_without_its_file(own_conf
   train(c, workdir)
   c.duration.steps = 3
   train(c, workdir)
-  assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl") if "loss/mine" in line] == [1, 2, 3]
-  assert load(workdir).image(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 16)
+  assert [line["step"] for line in read_metrics(workdir) if "loss/mine" in line] == [1, 2, 3]
+  assert load(workdir).encode_image(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 16)
 
 
 def test_a_term_of_a_users_own_is_checked_at_the_door(own_config: ConfigDict) -> None:
