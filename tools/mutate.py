@@ -143,7 +143,7 @@ MUTATIONS = [
   Mutation("epsilon of the text tower's last norm", "models/text.py",
            "nn.LayerNorm(epsilon=1e-5,", "nn.LayerNorm(epsilon=1e-6,", "models/text_test.py"),
   Mutation("image tokens one position early", "models/vit.py", "x[:, 1:]", "x[:, :-1]",
-           "weights/golden_test.py::test_late_interaction_of_filip_and_defilip"),
+           "models/vit_test.py"),
   Mutation("constant of QuickGELU", "models/transformer.py", "1.702 * x", "1.7 * x",
            "weights/golden_test.py::test_openai"),
   Mutation("heads of queries, keys and values mixed", "models/transformer.py",
@@ -167,7 +167,7 @@ MUTATIONS = [
   Mutation("no gradient beyond the largest scale", "models/heads/joint.py",
            "scale - jax.lax.stop_gradient(jnp.maximum(scale - self.max_scale, 0))",
            "jnp.minimum(scale, self.max_scale)",
-           "models/heads_test.py"),
+           "weights/golden_test.py::test_the_forward_clamp_of_the_temperature_keeps_the_gradient"),
   # Training.
   Mutation("biases decay", "training/optim.py",
            '_all_except(params, ("bias", "scale", *TEMPERATURES))',

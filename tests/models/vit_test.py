@@ -38,6 +38,15 @@ def test_remat_changes_neither_value_nor_gradient(tiny):
   assert memory[0] > memory[1] > memory[2]
 
 
+def test_tokens_are_those_of_the_patches_without_the_class_token(tiny):
+  variables, images = tiny
+  feature, tokens = jax.jit(ViT(**TINY).apply)(variables, images)
+  assert tokens.shape == (2, 16, 64)
+  centred = tokens - tokens.mean(axis=-1, keepdims=True)
+  normed = centred / jnp.sqrt(tokens.var(axis=-1, keepdims=True) + 1e-5)  # as the class token was
+  assert (jnp.abs(normed - feature[:, None]).max(axis=-1) > 0.1).all()
+
+
 def test_options_add_and_remove_parameters(tiny):
   images = tiny[1]
   shapes = jax.eval_shape(ViT(**TINY, pre_norm=False, patch_bias=True).init, jax.random.key(0), images)["params"]
