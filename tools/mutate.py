@@ -245,7 +245,7 @@ MUTATIONS = [
            '"to": [1, 2, 0]', '"to": [0, 1, 2]', _WEIGHTS),
   Mutation("Hugging Face's end of text is taken as it is", "weights/read.py",
            'if text.get("eos_token_id", 2) != 2:', 'if "eos_token_id" in text:',
-           "weights/write_test.py"),
+           "weights/read_test.py"),
   Mutation("the largest id as the end of text", "weights/read.py",
            "eot=49407 if vocab_size in (49408, 49409) else vocab_size - 1",
            "eot=vocab_size - 1", "weights/read_test.py"),
