@@ -1,6 +1,6 @@
 """Lists the commands and the configs: python -m declip_jax"""
 
-from declip_jax import __version__, config_files
+from declip_jax import __version__, command_line, config_files
 
 COMMANDS = {
   "train": ("declip_jax.train", "pretrain a model"),
@@ -32,4 +32,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  with command_line.closed_pipe_exits():
+    main()

@@ -3,10 +3,14 @@
 A command defines its flags in `main()` and calls `run`. This module imports no JAX.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import os
 import re
+import select
 import sys
 import textwrap
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -26,7 +30,7 @@ def run(
   """Parses the command line, calls `main` with the positional arguments, and exits with what it returns.
 
   Exit codes: 2 for an error that the user can correct, 74 for a disk, a mount or a network that failed, 130 for Ctrl-C;
-  each of these prints one line.
+  each of these prints one line. 141, without a line, once nothing reads the output any more, as in `| head`.
 
   Args:
     main: the command; a returned `None` is exit code 0.
@@ -55,13 +59,39 @@ def run(
       print("interrupted", file=sys.stderr)
       return 130
 
-  app.run(call, flags_parser=parse)
+  with closed_pipe_exits():
+    app.run(call, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def closed_pipe_exits() -> Iterator[None]:
+  """Exits with 141, as a program killed by SIGPIPE, if the reader of standard output has closed it."""
+  try:
+    try:
+      yield
+    finally:
+      sys.stdout.flush()
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # at exit, Python flushes once more
+    sys.exit(141)
 
 
 def report(error: Exception, note: str = "") -> int:
-  """Prints an error and returns the exit code: 2, or 74 for a disk or a network that failed."""
+  """Prints an error and returns the exit code: 2, or 74 for a disk or a network that failed.
+
+  Raises:
+    BrokenPipeError: `error`, if the pipe is standard output; see `closed_pipe_exits`.
+  """
+  if isinstance(error, BrokenPipeError) and _is_output_closed():
+    raise error
   print(f"error: {error}{note}", file=sys.stderr)
   return _IO_EXIT_CODE if isinstance(error, OSError) and not isinstance(error, _PATH_ERRORS) else 2
+
+
+def _is_output_closed() -> bool:
+  poll = select.poll()
+  poll.register(1, 0)
+  return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def parse_flags(
@@ -162,11 +192,18 @@ def _flag_lines(flag: flags.Flag) -> list[str]:
     head = f"--[no]{flag.name}"
   else:
     head = f"--{flag.name}={_value_name(flag)}"
-  default = "" if flag.default in (None, "", False) else f" (default: {flag.default})"
+  default = "" if flag.default in (None, "", False) else f" (default: {_typed(flag.default)})"
   # absl adds the values of an enum, and that a flag can be repeated.
   text = re.sub(r"^<[^>]*>: |;\s+repeat this option.*", "", flag.help or "", flags=re.DOTALL)
   margin = " " * 6
   return [f"  {head}", *textwrap.wrap(f"{text}{default}", 120, initial_indent=margin, subsequent_indent=margin)]
+
+
+def _typed(default: Any) -> str:
+  """A default as it would be typed in a shell; several values of a repeated flag are separated by commas."""
+  if isinstance(default, list):
+    return ", ".join(f'"{value}"' if " " in str(value) else str(value) for value in default)
+  return str(default)
 
 
 def _value_name(flag: flags.Flag) -> str:

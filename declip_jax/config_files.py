@@ -92,6 +92,8 @@ def load(text: str) -> ConfigDict:
     made = get_config(**given)
   except ValueError:
     raise  # the value of an argument is wrong, and the message says how
+  except FileNotFoundError as error:  # the message names the path
+    raise ValueError(str(error)) from error
   except Exception as error:
     raise ValueError(_where(error, path)) from error
   if not isinstance(made, ConfigDict):

@@ -3,7 +3,10 @@
 import ast
 from collections.abc import Callable
 import json
+import os
 from pathlib import Path
+import subprocess
+import sys
 
 from absl import flags
 import pytest
@@ -86,6 +89,20 @@ def test_print_config_prints_what_would_train(parse: Parse) -> None:
   assert json.loads(printed) == json.loads(expected.to_json_best_effort())
 
 
+def test_print_config_needs_no_data(parse: Parse) -> None:
+  code, printed, error = parse("--config=pretrain:data=/nowhere/pairs.csv", "--print_config")
+  assert (code, error) == (0, "")
+  assert json.loads(printed)["data"]["train"] == ["table:/nowhere/pairs.csv"]
+
+
+def test_a_missing_file_of_an_unknown_kind_is_named(parse: Parse) -> None:
+  code, printed, error = parse("--config=pretrain:data=/nowhere/pairs.json", "--print_config")
+  assert (code, printed) == (2, "")
+  assert "pairs.json: " in error
+  assert "/nowhere" in error
+  assert "FileNotFoundError" not in error
+
+
 def test_parsed_flags_are_the_config_and_the_positional_arguments(
   values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +131,37 @@ def test_exit_codes_distinguish_a_users_error_from_a_disk_that_failed(
 ) -> None:
   assert command_line.report(error) == code
   assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def _run(code: str, *arguments: str, closed: bool = False) -> tuple[int, str]:
+  """Runs Python, with `closed` into a pipe without a reader; returns the exit code and the errors."""
+  read, write = os.pipe()
+  if closed:
+    os.close(read)
+  command = [sys.executable, "-c", code, *arguments]
+  done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+  os.close(write)
+  if not closed:
+    os.close(read)
+  return done.returncode, done.stderr
+
+
+def test_ctrl_c_is_one_word_and_exit_code_130() -> None:
+  interrupt = "import signal; from declip_jax import command_line as c; c.run(lambda _: signal.raise_signal(2), '')"
+  assert _run(interrupt) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_output_that_nobody_reads_ends_a_command_quietly(arguments: list[str]) -> None:
+  code = "from declip_jax import command_line; command_line.run(lambda _: print('x' * 100000), 'Prints.')"
+  assert _run(code, *arguments, closed=True) == (141, "")
+
+
+def test_a_default_of_several_values_is_shown_as_it_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr("sys.argv", [__name__])
+  values = flags.FlagValues()
+  flags.DEFINE_multi_string("prompt", ["a {}.", "{}"], "Prompts.", flag_values=values)
+  assert '      Prompts. (default: "a {}.", {})' in command_line.help_text("", values)
 
 
 def test_the_list_of_commands_is_that_of_the_installed_scripts() -> None:

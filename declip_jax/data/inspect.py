@@ -78,7 +78,7 @@ def guess(path: str) -> str:
   | a folder with images, at any depth | folder |
 
   Raises:
-    FileNotFoundError: nothing exists at the path.
+    FileNotFoundError: nothing exists at the path, and its suffix does not determine the kind.
     ValueError: no data set was recognised; the message lists what was found.
   """
   kind, _, location = path.partition(":")
@@ -94,7 +94,9 @@ def guess(path: str) -> str:
       return _guess_folder(path.rstrip("/"))
     if re.match(r"\w+:(?!//)", path):
       raise ValueError(f"{path}: {kind!r} is not a kind of source; expected one of {', '.join(SOURCES)}") from None
-    raise
+    if (kind := _kind_of_suffix(path)) in (None, "image"):
+      raise
+    return f"{kind}:{path}"  # may exist on another machine; `open_source` reports a missing file
   kinds = {_kind(file) for file in found}
   if len(kinds) > 1 or kinds <= {None, "image"}:
     raise ValueError(f"{path}: {_unknown(found)}")
@@ -111,8 +113,12 @@ def _kind(path: str) -> str | None:
     return "tfds" if files.exists(files.beside(path, "dataset_info.json")) else "arrayrecord"
   if name.endswith(".json"):
     return "table" if files.read(path, 0, 64).lstrip().startswith(b"[") else "coco"
+  return _kind_of_suffix(name)
+
+
+def _kind_of_suffix(path: str) -> str | None:
   kinds = {"webdataset": (".tar",), "table": _TABLES, "image": files.IMAGE_SUFFIXES}
-  return next((kind for kind, suffixes in kinds.items() if name.endswith(suffixes)), None)
+  return next((kind for kind, suffixes in kinds.items() if path.lower().endswith(suffixes)), None)
 
 
 def _guess_folder(folder: str) -> str:

@@ -180,7 +180,7 @@ def test_an_unknown_kind_is_reported_with_the_known_ones(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("names", "path", "message"),
   [
-    ([], "x.tar", "no file matches .*x.tar; in .*: nothing"),
+    ([], "x.json", "no file matches .*x.json; in .*: nothing"),
     ([], "", "found nothing; give KIND:LOCATION, where KIND is one of scenes"),
     (["a.bin", "b.bin", "c", "d/e.txt"], "", "found 2 .bin, 1 no suffix, 1 folders; give"),
     (["a.tar", "b.csv"], "*", "found 1 .tar, 1 .csv"),
