@@ -20,7 +20,7 @@ from declip_jax.evals.similarity import Embeddings, concatenate, padded_size
 from declip_jax.models.heads.joint import Joint
 from declip_jax.models.model import make_model
 from declip_jax.sharding import batch_sharding, make_mesh, replicated
-from declip_jax.types import Views
+from declip_jax.views import Views
 from declip_jax.weights.read import Weights, read
 
 Image = PIL.Image.Image | np.ndarray | bytes | str | os.PathLike[str]

@@ -4,7 +4,7 @@ A duration is written as a dict with one of `steps`, `epochs` or `examples`; `st
 A field that is a tuple is set on the command line as `--config.data.train="('webdataset:/data/train-*.tar',)"`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import inspect
 import json
 import math
@@ -293,7 +293,7 @@ def term(
     schedule: factor of the weight over the steps, see `default`.
     heads: names of `models.heads.HEADS` that have to exist.
     needs: entries of `types.Outputs` that the loss reads.
-    views: roles of `types.Views` that the recipe has to make; "pair" is the first contrastive view of each modality.
+    views: roles of `views.Views` that the recipe has to make; "pair" is the first contrastive view of each modality.
     options: values of the loss's options other than their defaults.
 
   Raises:
@@ -365,54 +365,52 @@ def from_json(text: str) -> ConfigDict:
   Raises:
     ValueError: a field that neither a config of today nor one of an older version has.
   """
-  config = parse_json(text)
-  with config.unlocked():
-    for old, new in RENAMED.items():
-      _rename(config, old.split("."), new.split("."))
-  known = default()
-  if unknown := sorted(_unknown(config, known)):
+  fields = parse_json(text)
+  if unknown := sorted(_unknown(fields, default().to_dict())):
     raise ValueError(f"config.json has unknown fields {unknown}: it was written by another version of declip_jax")
-  return config.lock()
+  return ConfigDict(fields).lock()
 
 
-def parse_json(text: str) -> ConfigDict:
-  """Fields as `to_json_best_effort` wrote them. JSON has no tuples: all its lists were tuples."""
-
-  def restore(value: Any) -> Any:
-    if isinstance(value, dict):
-      return {name: restore(entry) for name, entry in value.items()}
-    return tuple(map(restore, value)) if isinstance(value, list) else value
-
-  return ConfigDict(restore(json.loads(text))).lock()
+def parse_json(text: str) -> dict[str, Any]:
+  """The fields of a config, as `to_json_best_effort` wrote them, under the names of today; they are not checked."""
+  fields = with_tuples(json.loads(text))
+  for old, new in RENAMED.items():
+    _rename(fields, old.split("."), new.split("."))
+  return fields
 
 
-def _rename(config: ConfigDict, old: list[str], new: list[str]) -> None:
+def with_tuples(value: Any) -> Any:
+  """JSON has no tuples: all its lists were tuples."""
+  if isinstance(value, dict):
+    return {name: with_tuples(entry) for name, entry in value.items()}
+  return tuple(map(with_tuples, value)) if isinstance(value, list) else value
+
+
+def _rename(fields: dict[str, Any], old: list[str], new: list[str]) -> None:
   """Moves the field or subtree at a path of `RENAMED` to its new path, and drops what is empty afterwards."""
-  parent = config
+  parent = fields
   for name in old[:-1]:
     parent = parent.get(name)
-    if not isinstance(parent, ConfigDict):
+    if not isinstance(parent, dict):
       return
   for name in list(parent) if old[-1] == "*" else [old[-1]] if old[-1] in parent else []:
-    target, value = config, parent[name]
+    target, value = fields, parent[name]
     *above, last = [name if part == "*" else part for part in new]
     del parent[name]
     for part in above:
-      if part not in target:
-        target[part] = ConfigDict()
-      target = target[part]
-    if isinstance(value, ConfigDict) and last in target:
+      target = target.setdefault(part, {})
+    if isinstance(value, dict) and last in target:
       target[last].update(value)
     else:
       target[last] = value
-  if old[:-1] and not len(parent):
-    del config[old[0]]
+  if old[:-1] and not parent:
+    del fields[old[0]]
 
 
-def _unknown(config: ConfigDict, known: ConfigDict, path: str = "") -> Iterator[str]:
-  for name, value in config.items():
+def _unknown(fields: Mapping[str, Any], known: Mapping[str, Any], path: str = "") -> Iterator[str]:
+  for name, value in fields.items():
     field = f"{path}{name}"
     if name not in known:
       yield field
-    elif isinstance(value, ConfigDict) and isinstance(known[name], ConfigDict) and field not in _OPEN:
+    elif isinstance(value, dict) and isinstance(known[name], dict) and field not in _OPEN:
       yield from _unknown(value, known[name], f"{field}.")

@@ -17,6 +17,7 @@ WARNINGS = (
 )
 CHECKED = (
   "declip_jax.types",
+  "declip_jax.views",
   "declip_jax.unit_norm",
   "declip_jax.sharding",
   "declip_jax.models",

@@ -37,8 +37,9 @@ from declip_jax.objectives import TERMS, Term, make_objective
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.train import train
 from declip_jax.training.state import abstract_state
-from declip_jax.types import Features, Outputs, Views
+from declip_jax.types import Features, Outputs
 from declip_jax.unit_norm import unit_norm
+from declip_jax.views import Views
 from declip_jax.weights.layout import abstract_variables
 
 

@@ -4,6 +4,8 @@ import ast
 from collections.abc import Iterator
 import graphlib
 from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
@@ -13,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
   "declip_jax": 0,
   "declip_jax.types": 0,
+  "declip_jax.views": 0,
   "declip_jax.unit_norm": 0,
   "declip_jax.architectures": 0,
   "declip_jax.methods": 0,
@@ -118,16 +121,58 @@ def test_only_the_door_and_what_makes_configs_read_configs() -> None:
   assert below == CONFIGS_BELOW
 
 
-def test_reading_data_and_reporting_progress_import_no_jax() -> None:
-  for module in MODULES:
-    if _below(module, FREE_OF_JAX) and _floor(module) < 6:
-      found, ahead = set(), {module}
-      while ahead:  # everything of ours that is imported with it, except the names of views
-        name = ahead.pop()
-        found.add(name)
-        ahead |= {other for other in _ours(name) if (name, other) not in UPWARD} - found - {"declip_jax.types"}
-      foreign = {name.split(".")[0] for ours in found for name in IMPORTS[ours]}
-      assert not foreign & {"jax", "flax", "optax", "orbax"}, module
+def _configs(module: str, tree: ast.AST, makers: set[str]) -> Iterator[int]:
+  """Lines that call a function which returns a config and do not make it plain dicts at once, by `.to_dict()`."""
+  plain = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "to_dict"}
+  names = {}  # in this module -> in full
+  for node in ast.walk(tree):
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+      prefix = "" if isinstance(node, ast.Import) else f"{node.module}."
+      names |= {alias.asname or alias.name: f"{prefix}{alias.name}" for alias in node.names}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Call):
+      first, _, rest = ast.unparse(node.func).partition(".")
+      name = f"{names.get(first, first)}.{rest}".removesuffix(".")
+      if name in makers and id(node) not in plain:
+        yield node.lineno
+
+
+MAKERS = {
+  f"{module}.{node.name}"
+  for module in MAKES_CONFIGS
+  for node in MODULES[module].body
+  if isinstance(node, ast.FunctionDef) and node.returns and "ConfigDict" in ast.unparse(node.returns)
+}
+
+
+def test_below_the_door_configs_become_dicts_at_once() -> None:
+  assert {"declip_jax.config.from_json", "declip_jax.config.default", "declip_jax.architectures.vit"} <= MAKERS
+  below = [module for module in MODULES if _floor(module) < READS_CONFIGS and module not in MAKES_CONFIGS]
+  assert [(module, line) for module in below for line in _configs(module, MODULES[module], MAKERS)] == []
+
+
+@pytest.mark.parametrize(
+  ("source", "lines"),
+  [
+    ("from declip_jax import config\nx = config.default()", [2]),
+    ("from declip_jax import config as c\nx = c.default().model.to_dict()", [2]),
+    ("from declip_jax.config import default\nx = default()", [2]),
+    ("import declip_jax.config\nx = declip_jax.config.default()", [2]),
+    ("from declip_jax import config\nx = config.default().to_dict()", []),
+  ],
+)
+def test_configs_below_the_door_are_found(source: str, lines: list[int]) -> None:
+  assert list(_configs("any", ast.parse(source), MAKERS)) == lines
+
+
+def test_reading_data_and_reporting_progress_work_without_jax() -> None:
+  modules = [module for module in MODULES if _below(module, FREE_OF_JAX)]
+  assert "declip_jax.data.pipeline" in modules
+  # grain imports JAX where it is installed; what is None here cannot be imported.
+  absent = "import sys; sys.modules.update(dict.fromkeys(('jax', 'jaxlib', 'flax', 'optax', 'orbax')))"
+  command = [sys.executable, "-c", f"{absent}; import {', '.join(modules)}"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert not done.returncode, done.stderr
 
 
 def test_no_function_is_longer_than_two_screens() -> None:

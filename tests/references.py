@@ -13,7 +13,7 @@ from declip_jax.models.model import Model
 from declip_jax.models.towers import Towers
 from declip_jax.objectives import Objective, make_objective
 from declip_jax.objectives.blockwise import PLAIN
-from declip_jax.types import Views
+from declip_jax.views import Views
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # Pixels of the fixtures are already normalised: a mean and a deviation that leave them as they are.

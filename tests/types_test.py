@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from declip_jax.types import Features, Outputs, Views
+from declip_jax.types import Features, Outputs
+from declip_jax.views import Views
 
 
 def test_entries_are_attributes_and_none_removes_them() -> None:

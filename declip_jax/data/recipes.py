@@ -6,7 +6,7 @@ from typing import Any
 
 from declip_jax.data import images
 from declip_jax.data.text import augment as texts
-from declip_jax.types import Views
+from declip_jax.views import Views
 
 _COLOURED = ("strong", "color")  # image views with blur and solarize
 _PER_VIEW = ("blur_probability", "solarize_probability")

@@ -13,8 +13,9 @@ from declip_jax.models.heads import Heads, make_heads
 from declip_jax.models.text import TextTransformer
 from declip_jax.models.towers import IMAGE_TOWERS, MLM_ATTENTION, Towers
 from declip_jax.models.transformer import ACTIVATIONS, INITS, REMAT_POLICIES
-from declip_jax.types import Batch, Features, Outputs, Views
+from declip_jax.types import Batch, Features, Outputs
 from declip_jax.unit_norm import unit_norm
+from declip_jax.views import Views
 
 Tree = Mapping[str, Any]
 

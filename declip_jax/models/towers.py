@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from declip_jax.models.regnet import RegNetY
 from declip_jax.models.resnet import ModifiedResNet
 from declip_jax.models.vit import ViT
-from declip_jax.types import Batch, Features, Views
+from declip_jax.types import Batch, Features
+from declip_jax.views import Views
 
 # What `config.model.image.kind` may name.
 IMAGE_TOWERS = {"vit": ViT, "resnet": ModifiedResNet, "regnet": RegNetY}

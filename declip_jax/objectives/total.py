@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 from declip_jax.objectives.blockwise import PLAIN, Method, check_method
 from declip_jax.objectives.contrastive import Metrics, contrast_views
 from declip_jax.objectives.terms import PAIR, ActiveTerm, active_terms, compares_pairs
-from declip_jax.types import Batch, Outputs, Views
+from declip_jax.types import Batch, Outputs
+from declip_jax.views import Views
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from declip_jax import config as config_lib
 from declip_jax.runtime.hosts import first_error
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -86,7 +87,7 @@ def record(config: str, mesh: Mesh, workdir: Path, samples: Mapping[str, int]) -
     Messages about the fields and sizes that have changed since the last start in this directory.
   """
   config_file = workdir / "config.json"
-  before = json.loads(config_file.read_text()) if config_file.exists() else json.loads(config)
+  before = config_lib.parse_json(config_file.read_text() if config_file.exists() else config)
   config_file.write_text(config + "\n")
   about = {
     "time": round(time.time(), 3),
@@ -109,7 +110,7 @@ def record(config: str, mesh: Mesh, workdir: Path, samples: Mapping[str, int]) -
     for name, count in samples.items()
     if earlier.get(name, count) != count
   ]
-  return _differences(before, json.loads(config)) + changed
+  return _differences(before, config_lib.parse_json(config)) + changed
 
 
 def _git_revision() -> str:

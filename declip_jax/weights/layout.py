@@ -17,7 +17,7 @@ import numpy as np
 from declip_jax.models.heads import HEADS
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_stacked
-from declip_jax.types import Views
+from declip_jax.views import Views
 
 Tree = Any
 StateDict = dict[str, np.ndarray]

@@ -190,10 +190,10 @@ def read_run(
         raise ValueError(f"{workdir}: the checkpoint of step {chosen} is damaged: {damage}")
       remarks.append(f"the checkpoint of step {chosen} is damaged, using that of step {older[-1]}: {damage}")
       chosen = older[-1]
-    config = config_lib.from_json(json.dumps(checkpoints.config(chosen)))
-    objective = make_objective(config.objective.to_dict())
-    model, heads = config.model.to_dict(), objective.heads
-    _, variables = abstract_variables(model, heads, config.data.image_size)
+    config = config_lib.from_json(json.dumps(checkpoints.config(chosen))).to_dict()
+    objective = make_objective(config["objective"])
+    model, data, heads = config["model"], config["data"], objective.heads
+    _, variables = abstract_variables(model, heads, data["image_size"])
     params, collections = checkpoints.restore_model(chosen, variables["params"], variables["collections"])
     collections = _without_momentum(collections)
   finally:
@@ -204,13 +204,7 @@ def read_run(
     heads=heads,
     params=params,
     collections=collections,
-    view=EvalView(
-      config.data.image_size,
-      config.data.evaluation_resize,
-      config.data.interpolation,
-      model["mean"],
-      model["std"],
-    ),
+    view=EvalView(data["image_size"], data["evaluation_resize"], data["interpolation"], model["mean"], model["std"]),
     step=chosen,
     remarks=tuple(remarks),
     tokens=objective.compares_tokens,
@@ -219,7 +213,7 @@ def read_run(
 
 
 def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
-  about = config_lib.parse_json(json.dumps(_json(path / EXPORT_FILE))).to_dict()
+  about = config_lib.with_tuples(_json(path / EXPORT_FILE))
   if missing := {"model", "heads", "origin", *_VIEW} - set(about):
     raise ValueError(f"{path / EXPORT_FILE} has no {', '.join(sorted(missing))}")
   model, heads = about["model"], about["heads"]
@@ -298,7 +292,7 @@ class _Recognised:
 
 def _recognise(tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extras: Mapping[str, Any]) -> _Recognised:
   """The model whose tensors have these names and shapes."""
-  model = config_lib.default("clip").model.to_dict()
+  model = config_lib.default("clip").to_dict()["model"]
   slip, declip = dialect == "SLIP", dialect.startswith("DeCLIP")
   timm = slip or dialect == "open_clip, timm trunk"
   activation, guessed = _activation(tensors, dialect, kind, extras)
@@ -363,20 +357,20 @@ def _vit(tensors: Mapping[str, np.ndarray], activation: str, epsilon: float) -> 
     activation=activation,
     epsilon=epsilon,
     mlp_ratio=tensors[f"{blocks}0.mlp.c_fc.weight"].shape[0] / width,
-  )
-  return image.to_dict(), patch * math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
+  ).to_dict()
+  return image, patch * math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
 
 
 def _resnet(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], int]:
   layers = tuple(_depth(tensors, f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
-  image = architectures.resnet(tensors["visual.conv3.weight"].shape[0], layers)
-  return image.to_dict(), 32 * math.isqrt(tensors["visual.attnpool.positional_embedding"].shape[0] - 1)
+  image = architectures.resnet(tensors["visual.conv3.weight"].shape[0], layers).to_dict()
+  return image, 32 * math.isqrt(tensors["visual.attnpool.positional_embedding"].shape[0] - 1)
 
 
 def _text(tensors: Mapping[str, np.ndarray], activation: str) -> dict[str, Any]:
   vocab_size, width = tensors["token_embedding.weight"].shape
   blocks = "transformer.resblocks."
-  text = architectures.text(
+  return architectures.text(
     width,
     _depth(tensors, blocks),
     heads=max(width // 64, 1),
@@ -385,8 +379,7 @@ def _text(tensors: Mapping[str, np.ndarray], activation: str) -> dict[str, Any]:
     context_length=tensors["positional_embedding"].shape[0],
     activation=activation,
     mlp_ratio=tensors[f"{blocks}0.mlp.c_fc.weight"].shape[0] / width,
-  )
-  return text.to_dict()
+  ).to_dict()
 
 
 def _heads(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], list[str]]:

@@ -13,7 +13,7 @@ from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import RECIPES, Recipe, get_recipe, trimmed
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.text.tokenizer import Tokenizer
-from declip_jax.types import Views
+from declip_jax.views import Views
 
 TOKENIZER = Tokenizer(16)
 CAPTIONS = ("a tall red house stands alone on the hill",)

@@ -13,8 +13,9 @@ from declip_jax.methods import METHODS
 from declip_jax.models.heads import HEADS, make_heads, parameters_of_side
 from declip_jax.models.model import Model, make_model
 from declip_jax.objectives import make_objective
-from declip_jax.types import Features, Views
+from declip_jax.types import Features
 from declip_jax.unit_norm import unit_norm
+from declip_jax.views import Views
 
 
 def test_the_bank_is_ready_once_it_is_full() -> None:

@@ -16,7 +16,8 @@ from declip_jax.data.recipes import RECIPES
 from declip_jax.methods import METHODS
 from declip_jax.objectives import TERMS, make_objective
 from declip_jax.objectives.terms import option_names
-from declip_jax.types import Outputs, Views
+from declip_jax.types import Outputs
+from declip_jax.views import Views
 
 RNG = np.random.default_rng(0)
 

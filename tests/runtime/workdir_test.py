@@ -69,6 +69,16 @@ def test_changes_of_config_and_data_are_reported_at_the_next_start(tmp_path: Pat
   assert len((tmp_path / "starts.jsonl").read_text().splitlines()) == 3
 
 
+def test_a_change_of_a_field_that_had_another_name_is_reported(tmp_path: Path) -> None:
+  """The file is what 6279b88 wrote for tiny_config("declip")."""
+  old = Path(__file__).parents[1] / "fixtures" / "config_6279b88.json"
+  (tmp_path / "config.json").write_bytes(old.read_bytes())
+  config, mesh = tiny_config("declip"), sharding.make_mesh(-1, 1)
+  config.contrast.method, config.safety.max_rollbacks = "ring", 7
+  changed = workdir_lib.record(config.to_json_best_effort(), mesh, tmp_path, {})
+  assert changed == ["config.contrast.method: 'auto' -> 'ring'", "config.safety.max_rollbacks: 3 -> 7"]
+
+
 def test_programs_are_cached_with_the_run_unless_there_is_another_cache(tmp_path: Path) -> None:
   before = jax.config.jax_compilation_cache_dir
   try:

@@ -22,8 +22,8 @@ from declip_jax.objectives import make_objective
 from declip_jax.objectives.contrastive import info_nce
 from declip_jax.objectives.filip import selected_interaction
 from declip_jax.objectives.neighbours import nearest_neighbour
-from declip_jax.types import Views
 from declip_jax.unit_norm import unit_norm
+from declip_jax.views import Views
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import layout, to_state_dict
 from declip_jax.weights.read import from_state_dict

@@ -17,7 +17,8 @@ from declip_jax.models.heads.momentum import Momentum
 from declip_jax.models.heads.sigmoid import Sigmoid
 from declip_jax.models.heads.simclr import SimClr
 from declip_jax.models.heads.simsiam import SimSiam
-from declip_jax.types import Features, Outputs, Views
+from declip_jax.types import Features, Outputs
+from declip_jax.views import Views
 
 # The heads that a term may name, in the order in which they are applied: each sees the outputs of those before it.
 HEADS: dict[str, type[Head]] = {

@@ -6,7 +6,8 @@ from jaxtyping import Array
 
 from declip_jax.models import bank
 from declip_jax.models.heads.base import Head
-from declip_jax.types import Features, Outputs, Views
+from declip_jax.types import Features, Outputs
+from declip_jax.views import Views
 
 
 class NeighbourBank(Head):

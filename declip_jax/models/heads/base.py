@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from declip_jax.models.batch_norm import BatchNorm
 from declip_jax.models.transformer import torch_uniform
-from declip_jax.types import Features, Outputs, Views
+from declip_jax.types import Features, Outputs
+from declip_jax.views import Views
 
 
 class Head(nn.Module):

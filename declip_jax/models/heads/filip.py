@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from declip_jax.models.heads.base import Head, linear
-from declip_jax.types import Features, Outputs, Views
+from declip_jax.types import Features, Outputs
 from declip_jax.unit_norm import unit_norm
+from declip_jax.views import Views
 
 
 class Filip(Head):

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float
 
 from declip_jax.models.heads.base import Head, dense, pick
 from declip_jax.models.transformer import torch_uniform
-from declip_jax.types import Features, Outputs, Views
+from declip_jax.types import Features, Outputs
 from declip_jax.unit_norm import unit_norm
+from declip_jax.views import Views
 
 
 class Joint(Head):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from declip_jax.models.heads.base import Head, linear
-from declip_jax.types import Features, Outputs, Views
+from declip_jax.types import Features, Outputs
+from declip_jax.views import Views
 
 
 class Mlm(Head):

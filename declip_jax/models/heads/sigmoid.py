@@ -4,7 +4,8 @@ import flax.linen as nn
 from jaxtyping import Array
 
 from declip_jax.models.heads.base import Head
-from declip_jax.types import Features, Outputs, Views
+from declip_jax.types import Features, Outputs
+from declip_jax.views import Views
 
 
 class Sigmoid(Head):
