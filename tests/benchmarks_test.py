@@ -34,7 +34,7 @@ def two_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
   return two_trees
 
 
-def test_steps_of_two_trees_are_compared_without_the_first_round(two_trees, tmp_path, capsys):
+def test_benchmarks_of_two_trees_exclude_the_first_round(two_trees, tmp_path, capsys):
   two_trees.compare(tmp_path / "other", None, "demo", ["clip", "bad"], None, rounds=3)
   *_, clip, bad = capsys.readouterr().out.splitlines()
   assert clip.split() == ["clip", "0.0", "0.0", "1.0", "2.0", "0.500", "0.50-0.50", "0.500", "0.500"]

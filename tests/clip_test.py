@@ -116,7 +116,7 @@ def images():
   return np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
 
 
-def test_similarity_of_filip_is_its_late_interaction(filip, tokens_of, images):
+def test_filip_similarity_is_late_interaction(filip, tokens_of, images):
   expected, _ = late_interaction_by_loops(*tokens_of(images, TEXTS))
   with warnings.catch_warnings(action="error"):
     found = filip.similarity(images, TEXTS, batch_size=2)
@@ -127,7 +127,7 @@ def test_similarity_of_filip_is_its_late_interaction(filip, tokens_of, images):
   assert filip.logit_scale == pytest.approx(np.exp(filip.params["heads"]["dense_logit_scale"]))
 
 
-def test_pooled_embeddings_of_filip_warn_once(filip, images):
+def test_filips_pooled_embeddings_warn_once(filip, images):
   clip = copy.copy(filip)  # with what that one compiled
   clip._warned = False
   with pytest.warns(UserWarning, match=r"nowhere\).* tokens.*similarity") as caught:
@@ -138,7 +138,7 @@ def test_pooled_embeddings_of_filip_warn_once(filip, images):
     assert clip.encode_text(TEXTS).shape == (4, 16)
 
 
-def test_similarity_of_clip_is_that_of_its_embeddings(images):
+def test_clip_similarity_is_the_product_of_embeddings(images):
   clip = Clip(make_weights("clip"), make_mesh(-1, 1))
   with warnings.catch_warnings(action="error"):
     expected = clip.encode_image(images) @ clip.encode_text(TEXTS).T
@@ -147,7 +147,7 @@ def test_similarity_of_clip_is_that_of_its_embeddings(images):
   assert clip.logit_scale == pytest.approx(np.exp(clip.params["heads"]["logit_scale"]))
 
 
-def test_a_model_without_text_tower_says_so(images):
+def test_a_model_without_a_text_tower_rejects_texts(images):
   clip = Clip(make_weights("simclr"), make_mesh(-1, 1))
   calls = (
     lambda: clip.encode_image(images),
@@ -161,7 +161,7 @@ def test_a_model_without_text_tower_says_so(images):
       call()
 
 
-def test_evaluators_of_filip_see_tokens_whatever_batch_and_devices(filip, tokens_of):
+def test_filip_evaluators_compare_tokens_for_any_batch_and_devices(filip, tokens_of):
   source = open_source("scenes:heldout/12/24")
   templates = ("a {}.", "a photo of one {}.")
   one = Clip(make_weights("filip"), make_mesh(-1, 1, jax.devices()[:1]))

@@ -164,7 +164,7 @@ def test_a_default_of_several_values_is_shown_as_it_is_typed(monkeypatch: pytest
   assert '      Prompts. (default: "a {}.", {})' in command_line.help_text("", values)
 
 
-def test_the_list_of_commands_is_that_of_the_installed_scripts() -> None:
+def test_the_list_of_commands_matches_the_installed_scripts() -> None:
   lines = (Path(__file__).parents[1] / "setup.py").read_text().splitlines()
   installed = next(line for line in lines if line.startswith("_COMMANDS = ")).removeprefix("_COMMANDS = ")
   scripts = {module.split(".")[-1]: f"declip_jax.{module}" for module in ast.literal_eval(installed)}

@@ -40,7 +40,7 @@ def test_every_config_is_listed_and_no_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", ["demo", "demo.py", "configs/demo"])
-def test_a_file_of_the_users_wins(name: str, folder: Path) -> None:
+def test_a_users_file_takes_precedence(name: str, folder: Path) -> None:
   write(folder / f"{name.removesuffix('.py')}.py", "def get_config():\n  return ConfigDict({'mine': 1})\n")
   assert config_files.load(name).to_dict() == {"mine": 1}
 
@@ -117,7 +117,7 @@ def test_a_wrong_argument_is_an_error_that_lists_the_names(arguments: str, named
   assert all(word in str(raised.value) for word in named)
 
 
-def test_a_function_of_one_arg_gets_the_whole_text(folder: Path) -> None:
+def test_a_function_with_one_arg_gets_the_whole_text(folder: Path) -> None:
   write(folder / "whole.py", "def get_config(arg=''):\n  return ConfigDict({'arg': arg})\n")
   assert config_files.load("whole:a=1,b").arg == "a=1,b"
   assert config_files.load("whole").arg == ""

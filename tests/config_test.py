@@ -49,7 +49,7 @@ def test_an_ambiguous_duration_is_rejected(length: dict[str, float]) -> None:
     config.steps_of(config.duration(**length), name="duration", batch_size=10, epoch_examples=100)
 
 
-def test_a_config_of_the_first_release_loads_under_the_names_of_today() -> None:
+def test_a_config_of_the_first_release_loads_under_the_new_names() -> None:
   """The file is what 6279b88 wrote for tiny_config("declip")."""
   old = json.loads(OLD.read_text())
   old["weight_schedule"]["nns"] = [[0, 0.0], [5, 1.0]]

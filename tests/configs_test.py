@@ -110,7 +110,7 @@ def test_every_config_is_complete() -> None:
     seen[saved] = name
 
 
-def test_every_file_says_how_to_run_it() -> None:
+def test_every_file_shows_how_to_run_it() -> None:
   for name in NAMES:
     text = re.sub(r"\\\n *", "", load(name).__doc__ or "")
     command = re.search(r"\n *python -m declip_jax\.train --config=(\S+) --workdir (\S+)\n", text)
@@ -122,17 +122,17 @@ def test_every_file_says_how_to_run_it() -> None:
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVES)
-def test_a_config_of_each_folder_has_shapes_that_fit(name: str) -> None:
+def test_one_config_per_folder_has_consistent_shapes(name: str) -> None:
   check_shapes(name)
 
 
-def test_a_step_maps_the_state_to_one_of_the_same_shapes() -> None:
+def test_a_step_preserves_the_shapes_of_the_state() -> None:
   check_step("declip_yfcc15m/vit_defilip")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_has_shapes_that_fit(name: str) -> None:
+def test_every_config_has_consistent_shapes(name: str) -> None:
   check_shapes(name)
 
 
@@ -141,7 +141,7 @@ _stepped: dict[str, str] = {}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_step_maps_the_state_to_one_of_the_same_shapes(name: str) -> None:
+def test_every_step_preserves_the_shapes_of_the_state(name: str) -> None:
   c = get(name)
   o = c.optimizer
   program = str((c.data.recipe, c.objective, c.model, c.data.image_size, c.batch_size, o.name, o.schedule, o.frozen))
@@ -259,7 +259,7 @@ TABLES = {
 }
 
 
-def test_published_numbers_are_those_of_the_papers() -> None:
+def test_published_numbers_equal_the_papers() -> None:
   keys = {0: (), 1: ("zero_shot",), 2: ("linear_probe", "fine_tuned"), 3: ("zero_shot", "linear_probe", "fine_tuned")}
   for folder, table in TABLES.items():
     for entry, expected in table.items():
@@ -303,13 +303,13 @@ def check_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in REPRESENTATIVES if name in ENTRIES])
-def test_parameters_of_a_result_of_each_folder_are_as_many_as_published(name: str) -> None:
+def test_one_result_per_folder_has_the_published_parameter_count(name: str) -> None:
   check_parameters(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ENTRIES if name in LIKE or "parameters" in load(name).PUBLISHED])
-def test_parameters_of_every_result_are_as_many_as_published(name: str) -> None:
+def test_every_result_has_the_published_parameter_count(name: str) -> None:
   check_parameters(name)
 
 
@@ -442,7 +442,7 @@ def test_results_start_from_the_run_that_they_build_on(name: str, first: str, gr
   assert c.model.image == get(first).model.image
 
 
-def test_decoupled_self_supervision_has_images_of_its_own() -> None:
+def test_decoupled_self_supervision_has_separate_images() -> None:
   data = get("slip/slip_decoupled").data
   assert data.ssl_train
   assert not set(data.ssl_train) & set(data.train)
@@ -478,7 +478,7 @@ def test_folders_are_named_arguments() -> None:
     ("clip,data=gs://bucket/train/", "clip", "ViT-B/32", "paper", "webdataset:gs://bucket/train/*.tar"),
   ],
 )
-def test_pretrain_takes_any_method_architecture_and_data(
+def test_pretrain_accepts_any_method_architecture_and_data(
   arguments: str, method: str, architecture: str, preset: str, source: str
 ) -> None:
   c, expected = config_files.load(f"pretrain:{arguments}"), config.default(method, architecture, preset)

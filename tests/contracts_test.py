@@ -22,7 +22,7 @@ def test_a_wrong_shape_dtype_or_type_is_an_error() -> None:
     optim.check_name(3, "adamw", ["adamw"])
 
 
-def test_arrays_of_numpy_are_not_arrays_of_jax() -> None:
+def test_numpy_arrays_are_not_jax_arrays() -> None:
   with pytest.raises(TypeCheckError, match="numpy"):
     unit_norm(np.ones((2, 3), np.float32))
 

@@ -20,7 +20,7 @@ from declip_jax.build import check_evals, make_evaluators
     ({"simsiam": 1.0, "mlm": 1.0}, False),  # there is a joint space, but nothing meets in it
   ],
 )
-def test_evaluations_of_a_run_that_compares_no_image_with_a_text_are_rejected(weights, legal):
+def test_evaluations_of_a_run_without_image_text_comparison_are_rejected(weights, legal):
   objective = reference.objective(weights)
   check_evals(ConfigDict(), objective)
   evals = ConfigDict({"heldout": config.zero_shot("scenes:heldout")})

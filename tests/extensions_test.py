@@ -294,7 +294,7 @@ def own_config(tmp_path: Path) -> ConfigDict:
   return config_files.load(str(file))
 
 
-def test_a_term_of_a_users_config_file_takes_no_place(own_config: ConfigDict) -> None:
+def test_a_term_in_a_users_config_file_takes_no_place(own_config: ConfigDict) -> None:
   c = own_config
   _, metrics = trace_step(c)
   assert {"loss/clip", "loss/mine", "share/mine"} <= set(metrics)
@@ -321,7 +321,7 @@ def test_a_run_with_a_users_own_term_resumes_and_loads_without_its_file(own_conf
   assert load(workdir).encode_image(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 16)
 
 
-def test_a_term_of_a_users_own_is_checked_at_the_door(own_config: ConfigDict) -> None:
+def test_a_users_own_term_is_checked_by_build(own_config: ConfigDict) -> None:
   with pytest.raises(ValueError, match=r"hinge has the options \['margin'\], not \['marign'\]"):
     config.term(own_config.objective.mine.loss, weight=1.0, marign=0.1)
   with pytest.raises(ValueError, match="config.term: loss="):

@@ -115,7 +115,7 @@ def test_no_module_imports_itself_through_others() -> None:
   assert len([*graphlib.TopologicalSorter(graph).static_order()]) == len(MODULES)  # or raises CycleError with the cycle
 
 
-def test_only_the_door_and_what_makes_configs_read_configs() -> None:
+def test_only_build_and_modules_that_make_configs_read_configs() -> None:
   readers = {module for module, names in IMPORTS.items() if any(name.startswith("ml_collections") for name in names)}
   below = {module for module in readers if _floor(module) < READS_CONFIGS and module not in MAKES_CONFIGS}
   assert below == CONFIGS_BELOW

@@ -255,7 +255,7 @@ KEEP = {"ACCELERATOR": "v5p-8", "REPO": "https://host/repo"}
     ),
   ],
 )
-def test_dry_runs_of_tpu_print_every_gcloud_command(machine, args, env, expected):
+def test_tpu_dry_runs_print_every_gcloud_command(machine, args, env, expected):
   result = launch(TPU, *args, **KEEP | {"DRY_RUN": "1"} | env)
   assert (result.returncode, result.stderr) == (0, "")
   lines = [words(line) for line in result.stdout.splitlines()]
@@ -281,7 +281,7 @@ def test_local_restarts_after_crashes_only(machine, codes, starts, returned):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_local_passes_signals_on_and_waits_for_the_checkpoint(machine, signum):
+def test_local_forwards_signals_and_waits_for_the_checkpoint(machine, signum):
   process = start(LOCAL, "c.py", "runs/a")
   assert process.stdout.readline() == "started --stopped_exit_code=143\n"
   process.send_signal(signum)
@@ -333,7 +333,7 @@ def test_a_process_that_does_not_end_is_killed(machine, monkeypatch):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_processes_pass_signals_on_to_all(machine, signum):
+def test_processes_forward_signals_to_all(machine, signum):
   process = start(PROCESSES, 2, "c.py", "runs/a")
   lines = [process.stdout.readline() for _ in range(2)]
   assert sorted(lines) == ["[0] started 0\n", "[1] started 1\n"]
@@ -500,7 +500,7 @@ def test_keep_restarts_the_run_where_a_machine_came_back(machine, code):
   assert (result.returncode, done, len(calls(machine))) == (0, ["create"], 3)
 
 
-def test_keep_does_not_mistake_the_end_of_another_run_for_its_own(machine):
+def test_keep_ignores_the_end_of_another_run(machine):
   (machine / "tpu-vm").write_text("READY\n")
   (machine / "declip_jax.exit").write_text("2\n")
   result, done = watch(machine, 0)
@@ -538,7 +538,7 @@ def test_keep_waits_longer_after_every_failure_and_gives_up(machine):
   assert "creating slice failed; giving up after 7 retries" in result.stderr
 
 
-def test_keep_resets_its_count_of_failures_once_the_run_has_trained(machine):
+def test_keep_resets_its_failure_count_once_the_run_has_trained(machine):
   (machine / "tpu-vm").write_text("broken\nbroken\nREADY\nbroken\nbroken\nREADY\n")
   (machine / "answers").write_text("running\n0\n")
   result, done = watch(machine, RETRIES="2")
@@ -583,7 +583,7 @@ def test_interrupting_keep_does_not_stop_the_run(machine, monkeypatch, signum):
   assert (len(calls(machine)), acts(machine)) == (2, [])
 
 
-def test_keep_names_what_is_missing_before_it_creates_anything(machine):
+def test_keep_names_missing_variables_before_it_creates_anything(machine):
   for missing in KEEP:
     result = launch(TPU, "keep", "c.py", "runs/a", **KEEP | {missing: ""})
     assert (result.returncode, f"variable {missing} is not set" in result.stderr) == (2, True)
@@ -654,7 +654,7 @@ def test_gke_signals_reach_python_through_the_shell_that_xpk_puts_around_it(mach
     (["delete"], {"WORKLOAD": ""}, "variable WORKLOAD is not set"),  # xpk would delete all of them
   ],
 )
-def test_gke_names_what_is_wrong(machine, args, env, message):
+def test_gke_names_the_error(machine, args, env, message):
   result = launch(GKE, *args, **GKE_ENV | env)
   assert (result.returncode, message in result.stderr) == (2, True)
   assert not calls(machine)
@@ -769,7 +769,7 @@ def test_slurm_job_that_is_cancelled_is_not_requeued_but_waits_for_its_tasks(job
     ({"SLURM_GPUS_ON_NODE": "8"}, "--ntasks-per-node=4, but 8 GPUs on a node"),
   ],
 )
-def test_slurm_names_what_is_wrong(job, env, message):
+def test_slurm_names_the_error(job, env, message):
   result = launch(SLURM, "c.py", "runs/a", **env)
   assert (result.returncode, message in result.stderr) == (2, True)
   assert not calls(job)

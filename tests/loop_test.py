@@ -234,7 +234,7 @@ def test_sigterm_saves_and_the_run_resumes_exactly(tmp_path: Path) -> None:
   assert restore(tmp_path / "stopped", 8) == restore(tmp_path / "whole", 8)
 
 
-def test_a_stop_leaves_out_the_evaluation_that_is_due(tmp_path: Path) -> None:
+def test_a_stop_skips_the_evaluation_that_is_due(tmp_path: Path) -> None:
   training = FakeTraining(
     Cadence(total=8, evaluate=4), evaluate=lambda state: {"eval/a/top1": 0.0}, on_batch=at(3, terminate)
   )
@@ -244,7 +244,7 @@ def test_a_stop_leaves_out_the_evaluation_that_is_due(tmp_path: Path) -> None:
   assert saved_steps(tmp_path) == [4]
 
 
-def test_preemption_is_asked_for_by_numbers_that_rise_also_after_a_rollback(
+def test_preemption_checks_use_increasing_steps_even_after_a_rollback(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   numbers = []
@@ -264,7 +264,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     FakeTraining(bad=bad, max_bad=0.4).run(tmp_path / "many")
 
 
-def test_an_error_of_the_input_ends_the_run_and_leaves_its_checkpoints(tmp_path: Path) -> None:
+def test_an_input_error_ends_the_run_and_keeps_its_checkpoints(tmp_path: Path) -> None:
   def fail() -> None:
     raise ChildProcessError("a worker died")
 

@@ -55,11 +55,11 @@ def test_rule(shape, fsdp, expected):
   assert spec_for(shape, fsdp) == PartitionSpec(*expected)
 
 
-def test_the_limit_is_what_the_cases_assume():
+def test_the_limit_equals_the_cases():
   assert MIN_SIZE == 512 * 512
 
 
-def test_banks_of_parts_of_the_batch_lie_where_these_parts_are(mesh):
+def test_banks_are_sharded_like_their_groups_of_the_batch(mesh):
   shape = jax.ShapeDtypeStruct
   split = {}
   for groups in (1, 2, 4, 8, 16):
@@ -83,13 +83,13 @@ def test_every_leaf_of_a_tree_gets_the_rule(mesh):
 @pytest.mark.parametrize(
   ("asked", "expected"), [((-1, 1), (8, 1)), ((-1, 4), (2, 4)), ((2, -1), (2, 4)), ((4, 2), (4, 2))]
 )
-def test_mesh_fills_in_what_is_left(asked, expected):
+def test_mesh_infers_the_remaining_size(asked, expected):
   mesh = make_mesh(*asked)
   assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp"), expected, strict=True))
 
 
 @pytest.mark.parametrize("asked", [(-1, -1), (3, -1), (-1, 3), (4, 4), (0, 8), (8, 0), (-2, -4), (0, -1), (-1, 0)])
-def test_mesh_names_what_does_not_fit(asked):
+def test_mesh_names_sizes_that_do_not_divide(asked):
   with pytest.raises(ValueError, match=rf"config.mesh \(data={asked[0]}, fsdp={asked[1]}\) does not fit 8 devices"):
     make_mesh(*asked)
 
@@ -120,7 +120,7 @@ def test_slices_follow_one_another_along_data(asked):
 
 
 @pytest.mark.parametrize(("sizes", "asked"), [((4, 4), (1, 8)), ((2, 2, 2, 2), (2, 4)), ((2, 6), (4, 2))])
-def test_slices_across_which_parameters_would_be_gathered_are_refused(sizes, asked):
+def test_gathering_parameters_across_slices_is_rejected(sizes, asked):
   devices = [Device(id, place) for id, place in enumerate(np.repeat(range(len(sizes)), sizes).tolist())]
   with pytest.raises(ValueError, match=rf"config.mesh \(data={asked[0]}, fsdp={asked[1]}\) .* {len(sizes)} slices"):
     make_mesh(*asked, devices)
@@ -129,7 +129,7 @@ def test_slices_across_which_parameters_would_be_gathered_are_refused(sizes, ask
 @pytest.mark.parametrize(
   ("method", "name"), [("declip", "adamw"), *(("slip_mocov3", name) for name in optim.OPTIMIZERS)]
 )
-def test_moments_and_copies_lie_as_their_parameters_do(mesh, monkeypatch, method, name):
+def test_moments_and_copies_are_sharded_like_their_parameters(mesh, monkeypatch, method, name):
   monkeypatch.setattr(sharding, "MIN_SIZE", 256)
   config = tiny_config(method)
   config.optimizer.name = name
@@ -161,7 +161,7 @@ def layers(monkeypatch):
   return params, jax.random.normal(key, (1024, 64))
 
 
-def test_gathered_parameters_give_the_same_loss_and_gradient(layers):
+def test_gathered_parameters_have_the_same_loss_and_gradient(layers):
   params, x = layers
   mesh = make_mesh(2, 4)
   placed = jax.device_put(params, shard_like(params, mesh)), jax.device_put(x, batch_sharding(mesh))
@@ -220,12 +220,12 @@ def test_the_table_of_layouts_sums_up(mesh):
 
 
 @pytest.mark.parametrize("batch_size", [8, 4096])
-def test_batches_that_divide_are_taken(mesh, batch_size):
+def test_batches_that_divide_are_accepted(mesh, batch_size):
   check_batch(batch_size, mesh, "batch_size")
 
 
 @pytest.mark.parametrize("batch_size", [0, -8, 4, 12])
-def test_other_batches_are_refused_by_name(mesh, batch_size):
+def test_other_batches_are_rejected_by_name(mesh, batch_size):
   with pytest.raises(ValueError, match=rf"config.some_size={batch_size} .* 8 devices .*\(data=4 x fsdp=2\)"):
     check_batch(batch_size, mesh, "some_size")
 

@@ -226,7 +226,7 @@ def test_a_signal_saves_and_ends_the_run(signum: int, code: int, flags: tuple[st
 @pytest.mark.parametrize(
   ("signum", "flag", "code"), [(signal.SIGTERM, 0, 0), (signal.SIGTERM, 143, 143), (signal.SIGINT, 143, 130)]
 )
-def test_the_exit_code_tells_how_a_run_was_stopped(
+def test_the_exit_code_shows_how_a_run_was_stopped(
   signum: int, flag: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
   def stopped(*_: object, **__: object) -> None:
@@ -302,7 +302,7 @@ def slip_on_other_images() -> ConfigDict:
   return config
 
 
-def test_self_supervision_on_other_images_leaves_the_pairs_as_they_are() -> None:
+def test_self_supervision_on_other_images_does_not_change_the_pairs() -> None:
   config = slip_on_other_images()
   make_views = build.build(config).make_views
   pairs, others = (
@@ -323,7 +323,7 @@ def test_self_supervision_on_other_images_trains(tmp_path: Path) -> None:
   assert np.isfinite(train.train(config, tmp_path)["loss"])
 
 
-def test_self_supervision_on_other_images_needs_views_of_its_own() -> None:
+def test_self_supervision_on_other_images_requires_separate_views() -> None:
   config = slip_on_other_images()
   config.objective.simclr.weight = 0.0
   with pytest.raises(ValueError, match=r"ssl_train=.*no view for self-supervision"):
@@ -350,7 +350,7 @@ def forward(model, batch):
   return model.apply_heads(params, collections, model.encode(params, collections, batch)[0])[0]
 
 
-def test_a_method_without_texts_takes_no_evaluation(tmp_path: Path) -> None:
+def test_a_method_without_texts_rejects_evaluations(tmp_path: Path) -> None:
   config = tiny_config("simclr")
   config.evals.heldout = config_lib.zero_shot("scenes:heldout/40/24")
   with pytest.raises(ValueError, match=r"config.evals has \['heldout'\], which compare images with texts"):

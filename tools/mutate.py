@@ -135,7 +135,7 @@ MUTATIONS = [
            "current.filled == self.bank_size", "current.filled >= self.bank_size - 1", "models/heads_test.py"),
   Mutation("the views of a text enter the bank in order", "models/heads/bank.py",
            "in reversed(queries)", "in queries",
-           "weights/golden_test.py::test_the_bank_of_declip_takes_both_texts"),
+           "weights/golden_test.py::test_declips_bank_stores_both_texts"),
   Mutation("the last end-of-text token", "models/text.py",
            "jnp.argmax(tokens == self.eot, axis=-1)",
            "tokens.shape[1] - 1 - jnp.argmax(tokens[:, ::-1] == self.eot, axis=-1)", "models/text_test.py"),

@@ -69,7 +69,7 @@ def usable(source: sources.Source) -> list[sources.Example]:
   return found
 
 
-def test_samples_stay_what_they_are_and_bad_ones_are_skipped_and_counted(shards, tmp_path):
+def test_samples_are_unchanged_and_bad_ones_are_skipped_and_counted(shards, tmp_path):
   output = tmp_path / "out"
   summary = convert_lib._summary(convert(shards, output, shards=4, workers=2), str(output))
   names = [f"data-{number:05d}-of-00004.array_record" for number in range(4)]
@@ -92,7 +92,7 @@ def test_samples_stay_what_they_are_and_bad_ones_are_skipped_and_counted(shards,
   assert f"arrayrecord:{output}/*.array_record" in summary
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_workers_and_a_complete_folder_is_left_alone(shards, tmp_path):
+def test_bytes_do_not_depend_on_workers_and_a_complete_folder_is_not_touched(shards, tmp_path):
   convert(shards, tmp_path / "one", shards=3, workers=1)
   about = convert(shards, tmp_path / "two", shards=3, workers=2)
   assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -123,7 +123,7 @@ def test_a_source_that_changed_is_rejected(shards, tmp_path, monkeypatch):
     assert contents(folder) == before
 
 
-def test_files_that_another_process_writes_are_left_alone(tmp_path):
+def test_files_that_another_process_writes_are_not_touched(tmp_path):
   output = tmp_path / "out"
   settings = convert_lib._settings(open_scenes("test/10/16"), str(output), 1)
   (output / ".data-00000-of-00001.array_record.1.tmp").write_bytes(b"of a process that was killed")
@@ -214,7 +214,7 @@ def test_an_interrupt_while_processes_start_is_reported_in_one_line(tmp_path):
   assert errors.endswith("interrupted; run the same command again to resume\n")
 
 
-def test_a_file_that_is_gone_or_whose_report_was_cut_off_is_written_again(shards, tmp_path, monkeypatch):
+def test_a_missing_file_or_truncated_report_is_written_again(shards, tmp_path, monkeypatch):
   def killed(*_):
     raise KeyboardInterrupt
 
@@ -236,7 +236,7 @@ def test_a_file_that_is_gone_or_whose_report_was_cut_off_is_written_again(shards
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(10**9, 1), (100_000, 5), (1, 300)])
-def test_the_number_of_files_follows_from_the_size(tmp_path, monkeypatch, limit, expected):
+def test_the_size_determines_the_number_of_files(tmp_path, monkeypatch, limit, expected):
   monkeypatch.setattr(convert_lib, "_SHARD_BYTES", limit)
   source = open_scenes("test/300/32")
   size = sum(len(records.make_record(source, index)) for index in range(300))
@@ -246,7 +246,7 @@ def test_the_number_of_files_follows_from_the_size(tmp_path, monkeypatch, limit,
   assert convert_lib._settings(source, f"{tmp_path}/few", None)["shards"] == min(expected, 4)
 
 
-def test_what_the_user_can_correct_is_one_line(shards, tmp_path):
+def test_user_errors_are_one_line(shards, tmp_path):
   def error(spec: str, output: str, **settings: int) -> str:
     with pytest.raises((ValueError, OSError)) as caught:
       convert(spec, output, **settings)
@@ -283,7 +283,7 @@ def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path, arguments):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_usable_is_an_error(tmp_path):
+def test_a_source_without_usable_samples_is_an_error(tmp_path):
   with tarfile.open(tmp_path / "s.tar", "w") as tar:
     tar.addfile(tarfile.TarInfo("0.jpg"))
   with pytest.raises(ValueError, match="none of 1 samples can be used"):
@@ -355,7 +355,7 @@ def test_an_interrupted_conversion_to_a_url_continues(shards, tmp_path, bucket, 
 
 
 @pytest.mark.slow
-def test_workers_write_to_a_url_and_what_renames_files_never_shows_half_of_one(shards, tmp_path, monkeypatch):
+def test_workers_write_to_a_url_and_never_expose_a_partial_file(shards, tmp_path, monkeypatch):
   (tmp_path / "temporary").mkdir()
   monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))  # of the workers
   convert(shards, f"local://{tmp_path}/deep/out", shards=4, workers=2)
@@ -379,7 +379,7 @@ def test_workers_write_to_a_url_and_what_renames_files_never_shows_half_of_one(s
   assert list((tmp_path / "broken").iterdir()) == []
 
 
-def test_what_is_finished_is_reported_to_a_url_at_once_and_then_every_few_seconds(bucket, monkeypatch):
+def test_finished_files_are_reported_to_a_url_at_once_and_then_every_few_seconds(bucket, monkeypatch):
   def told() -> int:
     return stored(bucket)["progress.jsonl"].count(b"\n")
 

@@ -37,7 +37,7 @@ class Fixed:
 # RandAugment.
 
 
-def test_operations_are_those_of_timm():
+def test_operations_equal_timm():
   assert set(GOLDEN["operation"]) == set(finetuning.OPERATIONS)
   for name, level, sign, golden in zip(
     GOLDEN["operation"], GOLDEN["level"], GOLDEN["sign"], GOLDEN["changed"], strict=True
@@ -80,7 +80,7 @@ def test_operations_and_levels_are_drawn_as_by_timm(monkeypatch):
   assert 0.01 < np.mean(np.array(levels) == 1) < 0.04  # 2.3 % lie two deviations above
 
 
-def test_magnitude_stays_in_its_range(monkeypatch):
+def test_magnitude_is_clipped_to_its_range(monkeypatch):
   calls, rng = record(monkeypatch), np.random.default_rng(0)
   for magnitude in (-50.0, 50.0):
     finetuning.rand_augment(IMAGE, rng, magnitude=magnitude, probability=1.0, count=3)
@@ -98,7 +98,7 @@ def test_rand_augment_depends_on_the_seed_and_does_not_write():
 # Erasing.
 
 
-def test_erased_boxes_have_the_moments_of_timm():
+def test_erased_boxes_have_timms_moments():
   rng, draws = np.random.default_rng(1), int(GOLDEN["erased_draws"])
   top, left, h, w = np.array([finetuning.erased_box(48, 64, rng) for _ in range(draws)], float).T
   assert ((top >= 0) & (left >= 0) & (top + h <= 48) & (left + w <= 64)).all()
@@ -110,7 +110,7 @@ def test_erased_boxes_have_the_moments_of_timm():
   assert 0.26 < np.exp(values[1].min()) < 0.31  # 0.3, of whole pixels
 
 
-def test_what_is_too_small_is_not_erased():
+def test_an_image_that_is_too_small_is_not_erased():
   assert finetuning.erased_box(1, 1000, np.random.default_rng(0)) is None
   for shape in ((1, 1000, 3), (1, 1, 3)):
     even = np.full(shape, 7, np.uint8)
@@ -155,7 +155,7 @@ def test_cutmix_equals_timm():
     np.testing.assert_allclose(finetuning.soft_targets(LABELS, mixed.weight, 5), target, rtol=1e-6, atol=1e-7)
 
 
-def test_the_weight_of_cutmix_is_the_share_of_pixels_that_stayed():
+def test_the_weight_of_cutmix_is_the_share_of_remaining_pixels():
   light, dark = np.full((2, 20, 30, 3), 200, np.uint8), np.full((2, 20, 30, 3), 10, np.uint8)
   rng = np.random.default_rng(0)
   for weight in (0.0, 0.2, 0.7, 0.999, 1.0):

@@ -67,7 +67,7 @@ SCENE_JPEG = encode(SCENE, "JPEG", quality=90)
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_decodes_jpeg_to_the_pixels_of_pillow(subsampling, progressive):
+def test_decodes_jpeg_to_pillows_pixels(subsampling, progressive):
   data = encode(IMAGE, "JPEG", quality=80, subsampling=subsampling, progressive=progressive)
   np.testing.assert_array_equal(images.decode(data), pillow(data))
 
@@ -80,7 +80,7 @@ def test_decodes_jpeg_of_other_colour_spaces(mode):
   assert difference(pixels, np.asarray(Image.fromarray(IMAGE).convert(mode).convert("RGB")))[0] < 12
 
 
-def test_decodes_jpeg_with_stray_bytes_that_pillow_forgives():
+def test_decodes_jpeg_with_stray_bytes_that_pillow_ignores():
   data = encode(IMAGE, "JPEG")
   np.testing.assert_array_equal(images.decode(data + b"stray"), pillow(data))
   quantisation = data.index(b"\xff\xdb")
@@ -119,7 +119,7 @@ def test_keeps_the_range_of_16_bit_grey(file_format):
   np.testing.assert_array_equal(pixels, np.dstack([(grey // 256).astype(np.uint8)] * 3))
 
 
-def test_takes_the_first_frame_of_an_animation():
+def test_decodes_the_first_frame_of_an_animation():
   frames = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (40, 200)]
   for file_format in ("GIF", "PNG", "WEBP"):
     options = {"lossless": True} if file_format == "WEBP" else {}
@@ -134,7 +134,7 @@ def test_arrays_pass_through():
   np.testing.assert_array_equal(images.decode(np.dstack([IMAGE, IMAGE[..., 0]])), IMAGE)
 
 
-def test_reads_cmyk_with_and_without_the_marker_of_adobe():
+def test_reads_cmyk_with_and_without_adobes_marker():
   """Adobe writes CMYK inverted and leaves a marker; Pillow takes all CMYK for inverted, and so do we."""
   data = encode(Image.fromarray(IMAGE).convert("CMYK"), "JPEG", quality=95)
   marker = data.index(b"\xff\xee")
@@ -150,7 +150,7 @@ def test_reads_the_high_bytes_of_16_bit_colour():
   assert difference(images.decode(data), (levels >> 8).astype(np.uint8))[1] <= 1  # rounded or truncated
 
 
-def test_the_orientation_that_a_camera_notes_is_ignored():
+def test_the_exif_orientation_is_ignored():
   exif = Image.Exif()
   exif[0x0112] = 6  # turned by a quarter
   data = encode(Image.fromarray(IMAGE), "JPEG", exif=exif)
@@ -172,7 +172,7 @@ def test_the_name_of_a_file_is_not_read(tmp_path):
   np.testing.assert_array_equal(images.decode(path.read_bytes()), IMAGE)
 
 
-def test_images_of_pillow_are_taken():
+def test_pillow_images_are_accepted():
   np.testing.assert_array_equal(images.decode(Image.fromarray(IMAGE)), IMAGE)
   lazy = Image.open(io.BytesIO(encode(IMAGE, "PNG")[:-5000]))
   with pytest.raises(BadSample, match="truncated") as caught:
@@ -192,7 +192,7 @@ def test_a_jpeg_is_decoded_at_lower_resolution(asked, times):
   assert difference(pixels[: len(averages), : averages.shape[1]], averages)[0] < (1.5 if times > 1 else 1e-9)
 
 
-def test_pixels_that_are_not_as_many_as_the_header_says_are_damage():
+def test_a_pixel_count_that_contradicts_the_header_is_damage():
   wrong = images.Photo(5, 7, encode(IMAGE, "PNG"))
   with pytest.raises(BadSample, match="128 x 96 pixels, but 7 x 5") as caught:
     wrong.decode()
@@ -271,7 +271,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_rejects_bad_bytes_and_says_why(name):
+def test_rejects_bad_bytes_with_the_reason(name):
   data, kind, reason = BAD[name]
   with pytest.raises(BadSample, match=reason) as caught:
     images.decode(data)
@@ -280,7 +280,7 @@ def test_rejects_bad_bytes_and_says_why(name):
 
 @both
 @pytest.mark.parametrize("name", [name for name in BAD if "bomb" not in name])
-def test_both_engines_refuse_the_same(name, engine):
+def test_both_engines_reject_the_same_images(name, engine):
   data, kind, _ = BAD[name]
   with pytest.raises(BadSample) as caught:  # of few pixels: the fast engine decodes at 1/8
     images.random_view(data, WEAK, np.random.default_rng(0), size=8, engine=engine)
@@ -316,7 +316,7 @@ def test_damaged_bytes_give_pixels_or_a_bad_sample(file_format, engine):
 # Crops.
 
 
-def test_crop_boxes_have_the_moments_of_torchvision():
+def test_crop_boxes_have_torchvisions_moments():
   draws = 8000
   for (height, width, least), golden in zip(GOLDEN["box_cases"], GOLDEN["box_mean_std"], strict=True):
     height, width, rng = int(height), int(width), np.random.default_rng(1)
@@ -406,7 +406,7 @@ def test_pixels_outside_of_the_box_have_no_influence(engine):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.3, 1.9, 2.6, 2.99])
-def test_a_filtered_kernel_is_that_of_pillow(factor, interpolation):
+def test_a_filtered_kernel_equals_pillow(factor, interpolation):
   """A point at eight places: what is left of it is the kernel that it is seen through."""
   size, sums = 24, []
   side = round(size * factor)
@@ -421,14 +421,14 @@ def test_a_filtered_kernel_is_that_of_pillow(factor, interpolation):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_even_images_stay_even(interpolation):
+def test_uniform_images_are_unchanged(interpolation):
   for side in range(20, 200, 7):
     even = np.full((side, side, 3), (3, 128, 255), np.uint8)
     view = fast.cut(even, 1, Crop((0, 0, side, side), 24, 24, 0, 0, 24), interpolation)
     np.testing.assert_array_equal(view, even[:1, :1].repeat(24, 0).repeat(24, 1))
 
 
-def test_factors_of_blocks_and_of_the_decoder_keep_places():
+def test_block_means_and_decoder_scaling_preserve_positions():
   """A ramp has a known level at every place, whichever way its resolution was lowered."""
   ramp = np.broadcast_to(np.linspace(20, 235, 900).astype(np.uint8)[None, :, None], (700, 900, 3)).copy()
   crop = Crop((11, 33, 601, 777), 48, 48, 0, 0, 48)
@@ -497,13 +497,13 @@ def test_blur_is_close_to_pillow():
     assert largest <= 3
 
 
-def test_blur_keeps_its_distance_for_other_radii():
+def test_blur_is_equally_close_for_other_radii():
   for radius in (0.0, 0.7, 1.2, 3.3, 8.0):
     golden = np.asarray(Image.fromarray(IMAGE).filter(ImageFilter.GaussianBlur(radius)))
     assert difference(fast.blur(IMAGE, radius), golden)[1] <= 3
 
 
-def test_blur_leaves_an_even_image():
+def test_blur_does_not_change_a_uniform_image():
   even = np.full((20, 30, 3), (3, 128, 255), np.uint8)
   assert difference(fast.blur(even, 2.0), even)[1] <= 1
 
@@ -522,7 +522,7 @@ def test_jitter_orders_are_close_to_torchvision():
     assert largest <= 24  # a contrast or brightness step after the hue step widens the hue's 12
 
 
-def test_adjustments_that_are_put_together_are_those_one_by_one():
+def test_fused_adjustments_equal_separate_ones():
   rng = np.random.default_rng(0)
   for _ in range(30):
     steps = [(OPERATIONS[i], rng.uniform(0.4, 1.6)) for i in rng.integers(3, size=5)]
@@ -556,7 +556,7 @@ def test_solarize_equals_pillow(engine):
 # Draws.
 
 
-def test_the_order_of_draws_is_what_streams_rely_on():
+def test_the_order_of_draws_is_fixed():
   """Runs that were begun with it go on with the same views."""
   for seed in range(30):
     ours, rng = np.random.default_rng(seed), np.random.default_rng(seed)
@@ -595,7 +595,7 @@ def test_jitter_of_strength_zero_is_skipped():
   assert {name for _ in range(9) for name, _ in images.draw(some, 96, 128, 8, rng).jitter} == {"contrast"}
 
 
-def test_each_operation_happens_as_often_as_its_probability_says():
+def test_each_operation_is_applied_with_its_probability():
   rng = np.random.default_rng(0)
   plans = [images.draw(replace(STRONG, solarize_probability=0.3), 96, 128, 8, rng) for _ in range(1000)]
   happened = [[bool(p.jitter), p.grayscale, p.blur is not None, p.solarize, p.flip] for p in plans]
@@ -606,7 +606,7 @@ def test_each_operation_happens_as_often_as_its_probability_says():
   assert weak == images.ViewParams(weak.crop)
 
 
-def test_square_falls_on_every_place_equally_often():
+def test_square_positions_are_uniform():
   image = np.zeros((2, 6, 3), np.uint8)
   image[:, :, 0] = range(6)
   views = [images.random_view(image, SQUARE, np.random.default_rng(seed), size=2) for seed in range(1000)]
@@ -620,7 +620,7 @@ def test_square_falls_on_every_place_equally_often():
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("size", [61, 96, 150])
-def test_square_is_a_window_of_the_image_that_pillow_resizes(size, transposed, interpolation):
+def test_square_is_a_window_of_the_resized_image(size, transposed, interpolation):
   image = np.ascontiguousarray(IMAGE.transpose(1, 0, 2)) if transposed else IMAGE
   shorter, longer = sorted(image.shape[:2])
   sides = (size, int(size * longer / shorter)) if transposed else (int(size * longer / shorter), size)
@@ -642,7 +642,7 @@ def test_square_is_a_window_of_the_image_that_pillow_resizes(size, transposed, i
 
 
 @both
-def test_each_operation_shows_in_its_view(engine):
+def test_each_operation_changes_its_view(engine):
   do = images.ENGINES[engine]
 
   def view(**probabilities):
@@ -660,7 +660,7 @@ def test_each_operation_shows_in_its_view(engine):
 
 
 @both
-def test_operations_come_in_the_order_of_the_papers(engine):
+def test_operations_are_applied_in_the_papers_order(engine):
   do = images.ENGINES[engine]
   crop = Crop((0, 0, 96, 128), 40, 40, 0, 0, 40)
   steps = (("hue", 0.1), ("brightness", 1.4))
@@ -710,7 +710,7 @@ def test_engines_make_nearly_the_same_views(name, interpolation, size):
 @pytest.mark.parametrize(
   ("sizes", "decoded"), [((224,), 384), ((128,), 192), ((129,), 384), ((64,), 96), ((32,), 48), ((32, 128), 192)]
 )
-def test_views_are_made_of_one_image_of_no_more_pixels_than_needed(monkeypatch, sizes, decoded):
+def test_views_share_one_decoded_image_of_minimal_size(monkeypatch, sizes, decoded):
   """Of 384 rows: half of them are 1.5 for each row of 128, a quarter for 64."""
   heights = []
 

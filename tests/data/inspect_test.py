@@ -127,14 +127,14 @@ def test_a_bare_path_is_recognised(tmp_path, names, path, spec):
 
 
 @pytest.mark.parametrize(("splits", "split"), [(["test", "train"], "train"), (["validation"], "validation")])
-def test_a_folder_of_tfds_is_recognised(tmp_path, splits, split):
+def test_a_tfds_folder_is_recognised(tmp_path, splits, split):
   touch(tmp_path, "toy-train.array_record-00000-of-00001", "features.json")
   (tmp_path / "dataset_info.json").write_text(json.dumps({"splits": [{"name": name} for name in splits]}))
   assert guess(str(tmp_path)) == f"tfds:{tmp_path}:{split}"
   assert guess(f"{tmp_path}/toy-train.array_record-00000-of-00001") == f"tfds:{tmp_path}:{split}"
 
 
-def test_a_folder_of_hugging_face_is_recognised(tmp_path):
+def test_a_hugging_face_folder_is_recognised(tmp_path):
   touch(tmp_path, "train/state.json", "train/dataset_info.json", "train/data-00000-of-00001.arrow")
   assert guess(f"{tmp_path}/train/") == f"huggingface:{tmp_path}/train"
   (tmp_path / "dataset_dict.json").write_text('{"splits": ["test", "train"]}')

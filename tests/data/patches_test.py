@@ -67,7 +67,7 @@ def test_no_side_is_hidden_more_often_than_another(grid):
     np.testing.assert_allclose(often, mirrored, atol=0.055)  # about 4 standard errors of a difference
 
 
-def test_places_are_hidden_as_often_as_by_the_rule_of_the_released_code():
+def test_positions_are_hidden_as_often_as_in_the_released_code():
   """Its shares, from 3,000 masks of a plain loop over that rule: few blocks reach the border, and fewer a corner."""
   masks = pictures(14, 78, 3000)
   golden = {(0, 0): 0.05, (0, 6): 0.21, (2, 2): 0.32, (3, 5): 0.60, (6, 6): 0.75}

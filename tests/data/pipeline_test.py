@@ -81,7 +81,7 @@ def test_each_pass_is_another_permutation_with_other_randomness() -> None:
   assert len(set(got["random"])) == 120
 
 
-def test_stream_is_that_of_earlier_versions() -> None:
+def test_stream_equals_earlier_versions() -> None:
   """Their runs resume with the same examples."""
   mixed = rows(Numbers(60), Numbers(20, first=100), weights=(0.75, 0.25), seed=5)
   values = [int(mixed[index]["value"]) for index in range(12)]
@@ -162,7 +162,7 @@ def test_bad_example_is_replaced_by_another_and_named(caplog: pytest.LogCaptureF
   assert "skipped (no caption) numbers:5: no caption" in caplog.text
 
 
-def test_neighbouring_bad_examples_do_not_favour_the_one_behind_them() -> None:
+def test_runs_of_bad_examples_do_not_favour_the_next_good_one() -> None:
   mixed = rows(Numbers(240, broken=tuple(range(60, 180))))
   counts = np.bincount([int(mixed[index]["value"]) for index in range(240)], minlength=240)
   assert counts[60:180].sum() == 0
@@ -197,7 +197,7 @@ def test_source_without_anything_usable_is_an_error() -> None:
     rows(Numbers(3, broken=(0, 1, 2)))[0]
 
 
-def test_captions_are_needed_only_by_those_who_read_them() -> None:
+def test_captions_are_required_only_if_the_recipe_reads_them() -> None:
   def say_pixel(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"value": np.int32(example["image"][0, 0, 0])}
 
@@ -235,7 +235,7 @@ def test_templates_caption_the_examples_that_have_a_class_and_no_caption() -> No
     (2, (3, 1), (3, 1)),
   ],
 )
-def test_reading_is_planned_by_the_cores(cores: int, given: tuple, planned: tuple[int, int]) -> None:
+def test_reader_counts_follow_the_cores(cores: int, given: tuple, planned: tuple[int, int]) -> None:
   assert pipeline.reader_counts(*given, cores=cores) == planned
 
 
@@ -312,7 +312,7 @@ def test_skipped_counts_both_streams_and_no_missing_caption_of_the_second() -> N
   assert sum(both) >= sum(alone) + 2
 
 
-def test_captions_are_asked_for_where_there_are_only_classes() -> None:
+def test_sources_with_only_classes_require_templates() -> None:
   silent = Numbers(20, blank=tuple(range(20)))
   with pytest.raises(ValueError, match=r"numbers has classes but no captions: set config.data.templates, such as"):
     Mixture((silent,)).check_captions()
@@ -373,7 +373,7 @@ def test_bad_second_mixture_is_rejected() -> None:
     decoupled(Numbers(0), first=Numbers(3))
 
 
-def test_prefetch_gives_states_and_passes_errors_on() -> None:
+def test_prefetch_yields_states_and_raises_errors() -> None:
   def fail_at_30(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
     if int(example["captions"][0]) == 30:
       raise RuntimeError("thirty")
@@ -418,7 +418,7 @@ def test_evaluation_is_in_order_padded_and_masked(batch_size: int, hosts: int, w
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_batch_shapes_are_those_of_the_rows(recipe: str) -> None:
+def test_batch_shapes_equal_the_samples(recipe: str) -> None:
   make_views = MakeViews(RECIPES[recipe], Tokenizer(16), Rendering(20), Masking(patch_grid=5))
   dataset = pipeline.training_samples(Mixture((open_source("scenes:train/40/24"),)), make_views, 0)
   batch = next(pipeline.TrainStream(dataset, 8))
@@ -426,7 +426,7 @@ def test_batch_shapes_are_those_of_the_rows(recipe: str) -> None:
   assert {name: (value.shape, value.dtype.type) for name, value in batch.items()} == make_views.batch_shapes(8)
 
 
-def test_views_are_what_the_recipe_says() -> None:
+def test_views_follow_the_recipe() -> None:
   file = io.BytesIO()
   Image.new("RGB", (40, 30), (10, 200, 90)).save(file, "PNG")
   example = {"image": images.decode(file.getvalue()), "captions": ("a tall red house stands alone",)}

@@ -59,7 +59,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_samples_and_batch_shapes_have_what_the_recipe_says(name):
+def test_samples_and_batch_shapes_follow_the_recipe(name):
   image_views, text_views, masks = CONTENTS[name]
   shapes = {"image": ((image_views, 12, 12, 3), np.uint8)}
   if text_views:
@@ -75,7 +75,7 @@ def test_samples_and_batch_shapes_have_what_the_recipe_says(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_rows_depend_on_example_and_generator_only(name):
+def test_samples_depend_only_on_example_and_generator(name):
   example = {"image": photo(), "captions": CAPTIONS}
   first, again = (make(RECIPES[name], example, 3) for _ in range(2))
   assert all(np.array_equal(first[key], again[key]) for key in first)
@@ -83,7 +83,7 @@ def test_rows_depend_on_example_and_generator_only(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_views_play_parts_that_exist(name):
+def test_roles_name_existing_views(name):
   recipe = RECIPES[name]
   views = recipe.views
   of_image = {*views.contrastive_image, *views.ssl_image, views.masked_image} - {None}
@@ -98,7 +98,7 @@ def test_views_play_parts_that_exist(name):
 # Image views.
 
 
-def test_openai_takes_a_square_of_the_whole_height_as_it_is():
+def test_openai_crops_a_full_height_square_without_further_changes():
   image = photo(height=12, width=20)
   views = make(RECIPES["openai"], {"image": image, "captions": CAPTIONS}, 20)["image"][:, 0]
   windows = [image[:, left : left + 12].tobytes() for left in range(9)]
@@ -130,7 +130,7 @@ def test_crop_mirrors_half_of_its_views_and_keeps_their_colours():
   assert (rows[..., 0] == rows[..., 2]).all()
 
 
-def test_full_augmentation_is_that_of_the_self_supervised_views():
+def test_full_augmentation_equals_the_self_supervised_views():
   full, slip = RECIPES["clip_full"], RECIPES["slip"]
   assert full == replace(slip, image_views=("strong",), views=Views())
   simclr = RECIPES["simclr"]
@@ -153,7 +153,7 @@ def test_the_two_views_of_moco_v3_differ_in_blur_and_solarization():
   assert 16 < blurred[:, 2].sum() < 64  # 0.1 of 400, within 4 standard deviations
 
 
-def test_last_probability_is_that_of_the_views_behind():
+def test_the_last_probability_applies_to_all_further_views():
   four = replace(RECIPES["simclr"], image_views=("strong",) * 4, blur_probability=(0.0,))
   four = replace(four, jitter_probability=0.0, grayscale_probability=0.0, solarize_probability=(1.0, 0.0, 1.0))
   views = make(four, {"image": flat(), "captions": ()})["image"][0]
@@ -172,7 +172,7 @@ def test_self_supervised_views_come_from_the_other_image():
     make(RECIPES["declip"], example)
 
 
-def test_augmentations_say_what_each_view_is():
+def test_augmentations_describe_each_view():
   weak, strong = images.Augmentation(scale=(0.5, 1.0)), RECIPES["slip"].augmentations[1]
   assert RECIPES["clip"].augmentations == (weak,)
   assert RECIPES["openai"].augmentations == (images.Augmentation("square"),)
@@ -196,7 +196,7 @@ def test_augmentations_say_what_each_view_is():
 
 @pytest.mark.parametrize("engine", images.ENGINES)
 @pytest.mark.parametrize("name", ["slip_mocov3", "clip_color", "openai"])
-def test_views_are_drawn_one_by_one_and_made_of_one_image(name, engine):
+def test_views_are_drawn_one_by_one_from_one_image(name, engine):
   file = io.BytesIO()
   Image.fromarray(photo(height=200, width=260)).save(file, "JPEG")
   example = {"image": file.getvalue(), "captions": CAPTIONS}
@@ -238,7 +238,7 @@ def test_bad_images_are_bad_samples():
 
 
 @pytest.mark.parametrize(("field", "legal"), [("engine", "'exact', 'fast'"), ("augment_on", "'host' or 'device'")])
-def test_an_unknown_way_is_rejected_by_name(field, legal):
+def test_an_unknown_option_is_rejected_by_name(field, legal):
   with pytest.raises(ValueError, match=rf"config.data.{field}='gpu': choose .*{legal}"):
     Rendering(12, **{field: "gpu"})
 
@@ -246,7 +246,7 @@ def test_an_unknown_way_is_rejected_by_name(field, legal):
 # Patches.
 
 
-def test_patches_are_hidden_by_share_and_differ_from_row_to_row():
+def test_patches_are_hidden_by_share_and_differ_between_samples():
   example = {"image": photo(), "captions": CAPTIONS}
   positions = make(RECIPES["slip_mim"], example, 50, patch_share=0.25)["mim_position"]
   assert positions.shape == (50, 4)
@@ -290,7 +290,7 @@ def test_a_masked_caption_may_be_contrasted():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_that_is_used_fully_makes_the_same_rows(name):
+def test_a_recipe_used_in_full_makes_the_same_samples(name):
   example = {"image": photo(), "captions": CAPTIONS}
   same = trimmed(RECIPES[name], RECIPES[name].views)
   assert same.views == RECIPES[name].views
@@ -364,7 +364,7 @@ def test_unused_views_are_not_made(name, used, image_views, text_views, views):
   )
 
 
-def test_views_that_are_left_keep_their_strength():
+def test_remaining_views_keep_their_strength():
   three = Recipe(("strong", "weak", "color", "strong"), (), UNUSED)
   three = replace(three, blur_probability=(0.1, 0.2, 0.3), solarize_probability=(0.0, 0.4))
   kept = trimmed(three, UNUSED.replace(contrastive_image=(1,), ssl_image=(2, 3)))
@@ -402,7 +402,7 @@ def test_an_unknown_recipe_is_rejected_by_name():
     get_recipe("moco", {})
 
 
-def test_makers_of_views_go_to_worker_processes():
+def test_make_views_can_be_sent_to_worker_processes():
   make_views = MakeViews(RECIPES["slip_mocov3"], TOKENIZER, Rendering(12))
   row = pickle.loads(pickle.dumps(make_views))({"image": photo(), "captions": CAPTIONS}, np.random.default_rng(0))
   assert row["image"].shape == (3, 12, 12, 3)

@@ -85,7 +85,7 @@ def test_a_collapsed_model_scores_zero():
   assert set(found.values()) == {0.0}
 
 
-def test_a_model_of_nans_scores_zero():
+def test_a_model_with_nans_scores_zero():
   match, group = own_captions(np.repeat(np.arange(12), 2))
   found = recall(np.full((12, 3), np.nan), np.full((24, 3), np.nan), match, group)
   assert set(found.values()) == {0.0}
@@ -116,7 +116,7 @@ def encoders(words, batch_size=4):
   )
 
 
-def test_evaluates_a_source_without_what_cannot_be_used():
+def test_unusable_samples_are_skipped():
   source = Source(
     [(0, ("zero", "nought")), ("broken", ("lost",)), (1, ("one",)), (2, ()), (3, ("three",)), (4, ("five",))]
   )

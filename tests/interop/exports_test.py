@@ -156,7 +156,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
   ],
 )
 @pytest.mark.parametrize("form", ["folder", "training"])
-def test_we_load_what_open_clip_saves(model: str, fields: dict, form: str, tmp_path: Path) -> None:
+def test_checkpoints_of_open_clip_are_loaded(model: str, fields: dict, form: str, tmp_path: Path) -> None:
   theirs_config = open_clip.get_model_config(model)
   for part, values in fields.items():
     theirs_config[part].update(values)
@@ -180,7 +180,7 @@ def test_we_load_what_open_clip_saves(model: str, fields: dict, form: str, tmp_p
 
 
 @torch.no_grad()
-def test_we_load_what_transformers_saves(tmp_path: Path) -> None:
+def test_checkpoints_of_transformers_are_loaded(tmp_path: Path) -> None:
   theirs = transformers.CLIPModel(transformers.CLIPConfig()).eval()
   theirs.save_pretrained(tmp_path)
   ours = load(tmp_path)

@@ -34,7 +34,7 @@ def test_equals_plain_loops(dtype: jnp.dtype, tolerance: float, causal: bool) ->
   np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance)
 
 
-def test_keys_past_the_length_of_a_row_have_no_effect() -> None:
+def test_keys_past_a_sequences_length_have_no_effect() -> None:
   rng = np.random.default_rng(1)
   query, key, value = (jnp.asarray(rng.normal(size=(3, 7, 2, 8)), jnp.float32) for _ in range(3))
   lengths = np.array([1, 4, 7], np.int32)
@@ -76,7 +76,7 @@ def test_choice(
     (77, 77, False, (1, 77)),
   ],
 )
-def test_flash_attention_equals_the_plain_form(
+def test_flash_attention_equals_plain_attention(
   queries: int, keys: int, causal: bool, lengths: tuple[int, int] | None
 ) -> None:
   sizes = enumerate((queries, keys, keys))

@@ -28,7 +28,7 @@ def written(golden, start, overflow):
   return new
 
 
-def test_finds_what_declip_finds(golden):
+def test_finds_the_same_neighbours_as_declip(golden):
   for text in ("text1", "text2"):
     found, _ = bank.nearest(golden_bank(golden, "nn"), jnp.asarray(golden[f"nn/{text}"]), 1, 1)
     np.testing.assert_array_equal(found[0], golden[f"nn/nn_{text}"])
@@ -36,14 +36,14 @@ def test_finds_what_declip_finds(golden):
 
 
 @pytest.mark.parametrize("overflow", bank.OVERFLOWS)
-def test_writes_where_declip_writes(golden, overflow):
+def test_writes_the_same_entries_as_declip(golden, overflow):
   new = written(golden, "nn", overflow)
   np.testing.assert_array_equal(new.entries[0], golden["nn/bank_after"])
   assert new.pointer == golden["nn/bank_ptr_after"]
 
 
 @pytest.mark.parametrize("start", ["nn_wrap", "nn_exact_end"])
-def test_drops_at_the_end_what_declip_drops(golden, start):
+def test_drops_the_same_entries_at_the_end_as_declip(golden, start):
   new = written(golden, start, "drop")
   np.testing.assert_array_equal(new.entries[0], golden[f"{start}/bank_after"])
   assert new.pointer == golden[f"{start}/bank_ptr_after"]
@@ -76,7 +76,7 @@ def test_keeps_the_newest_rows_of_a_stream_in_each_bank(groups):
       assert set(map(tuple, part[-size:])) <= set(map(tuple, entries))
 
 
-def test_each_part_of_the_batch_searches_its_own_bank_for_the_k_nearest():
+def test_each_group_searches_its_own_bank_for_the_k_nearest():
   rng = np.random.default_rng(1)
   groups, size, count = 3, 8, 2
   full = bank.random(jax.random.key(1), groups, size, 4)
@@ -96,19 +96,19 @@ def test_each_part_of_the_batch_searches_its_own_bank_for_the_k_nearest():
   assert 0 < np.mean(first_age > 0) < 1
 
 
-def test_starts_with_unit_rows_that_do_not_count():
+def test_starts_with_random_unit_vectors_that_do_not_count():
   new = bank.random(jax.random.key(0), 2, 16, 5)
   np.testing.assert_allclose(jnp.linalg.norm(new.entries, axis=-1), 1, rtol=1e-5)
   assert new.filled == 0
   assert len({tuple(row) for row in np.asarray(new.entries).reshape(-1, 5)}) == 32
 
 
-def test_refuses_a_batch_larger_than_the_bank():
+def test_rejects_a_batch_larger_than_the_bank():
   with pytest.raises(ValueError, match="bank_size=4 texts, fewer than the 5 of a step"):
     bank.push(bank.random(jax.random.key(0), 1, 4, 2), jnp.zeros((5, 2)))
 
 
-def test_gives_no_gradient_to_queries_or_entries():
+def test_has_no_gradient_for_queries_or_entries():
   full = Bank(jnp.eye(3)[None], jnp.zeros((), jnp.int32), jnp.asarray(3))
 
   def loss(queries):

@@ -16,7 +16,7 @@ def run(groups, x, affine=True):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_each_part_of_the_batch_has_its_own_statistics(groups):
+def test_each_group_has_its_own_statistics(groups):
   x = np.random.default_rng(0).normal(2.0, 3.0, size=(8, 5)).astype(np.float32)
   _, y, after = run(groups, x)
   parts = np.split(x, groups)
@@ -27,7 +27,7 @@ def test_each_part_of_the_batch_has_its_own_statistics(groups):
   np.testing.assert_allclose(after["var"], 0.9 + 0.1 * unbiased, rtol=1e-5)
 
 
-def test_parts_do_not_see_each_other_and_the_whole_batch_does():
+def test_groups_are_independent_and_the_whole_batch_is_not():
   x = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
   changed = x.copy()
   changed[4:] += 5

@@ -82,7 +82,7 @@ def test_unknown_heads_are_named_with_the_known_ones() -> None:
 VIEWS = Views((0, 1), (0, 1), ssl_image=(0, 1), masked_text=2, masked_image=2, neighbour_text=(0,))
 
 
-def test_bfloat16_stays_inside() -> None:
+def test_heads_compute_in_bfloat16_and_return_float32() -> None:
   """Parameters, collections, embeddings and logits are float32; only features are not. All heads at once."""
   c = tiny_config("clip")
   c.model.dtype = "bfloat16"
@@ -92,7 +92,7 @@ def test_bfloat16_stays_inside() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_bfloat16_stays_inside_in_every_method(method: str) -> None:
+def test_all_methods_compute_in_bfloat16_and_return_float32(method: str) -> None:
   c = config.default(method)
   recipe = RECIPES[c.data.recipe]
   model = make_model(c.model.to_dict(), views=recipe.views, heads=make_objective(c.objective.to_dict()).heads)
@@ -128,7 +128,7 @@ def check_dtypes(model: Model, images: jax.ShapeDtypeStruct, texts: jax.ShapeDty
   assert {leaf.dtype for leaf in jax.tree.leaves(outputs.replace(text_valid=None))} == {jnp.dtype(jnp.float32)}
 
 
-def test_neighbours_come_with_the_cosine_to_the_text_that_searched() -> None:
+def test_neighbours_have_their_cosine_to_the_query() -> None:
   heads = {"image_width": 3, "text_width": 3, "embed_dim": 4, "bank_size": 9, "bank_neighbours": 2}
   views = Views(contrastive_text=(0, 1), neighbour_text=(1, 0))
   model = reference.make_model(reference.GivenImages(), reference.GivenTexts(), views, heads=("bank", "joint"), **heads)

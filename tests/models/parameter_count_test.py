@@ -67,7 +67,7 @@ def test_declip(architecture: str, expected: int) -> None:
   assert num_parameters("declip", architecture) == expected
 
 
-def test_the_table_is_copied_and_an_unknown_name_is_answered_with_its_names() -> None:
+def test_architectures_are_copies_and_an_unknown_name_lists_the_known_ones() -> None:
   config.default("clip", "RN50").model.image.width = 1
   assert config.default("clip", "RN50").model.image.width == 64
   with pytest.raises(ValueError, match=r"'RN18': choose one of \['DeCLIP RN50', "):

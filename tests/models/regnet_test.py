@@ -101,7 +101,7 @@ def test_published_networks(name):
     ((16, 1.0, 2.0, 4, 0), "group_width=0"),
   ],
 )
-def test_refuses_parameters_that_make_no_network(parameters, named):
+def test_rejects_parameters_without_a_valid_network(parameters, named):
   with pytest.raises(ValueError, match=named):
     stages(*parameters)
 
@@ -172,7 +172,7 @@ def test_computes_in_bfloat16_from_float32_variables(tiny):
   assert jax.tree.map(lambda x: (x.shape, x.dtype), initial) == jax.tree.map(lambda x: (x.shape, x.dtype), variables)
 
 
-def test_initial_parameters_are_those_of_pycls():
+def test_initial_parameters_equal_pycls():
   module = RegNetY(initial_width=48, slope=0.0, multiplier=2.0, depth=3, group_width=12)
   params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
   first, rest = params["stage1_first"], params["stage1_rest"]

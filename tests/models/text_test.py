@@ -31,7 +31,7 @@ def test_is_causal(tiny):
   assert (np.abs(before[4:] - after[4:]).max(axis=1) > 1e-4).all()
 
 
-def test_pools_at_the_first_end_of_text_whatever_ids_follow(tiny):
+def test_pools_at_the_first_end_of_text(tiny):
   plain = np.array([[8, 1, 2, EOT, 0, 0, 0, 0]])
   larger_id_and_second_end = np.array([[8, 1, 2, EOT, 11, EOT, 3, 10]])
   np.testing.assert_array_equal(tiny(plain)[0], tiny(larger_id_and_second_end)[0])
@@ -96,7 +96,7 @@ def test_trimming_to_the_longest_text_changes_no_gradient():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, expected)
 
 
-def test_reads_both_ways_when_asked_up_to_the_end_of_the_text(tiny):
+def test_bidirectional_attention_ends_at_the_end_of_the_text(tiny):
   tower = TextTransformer(**TINY)
   variables = jax.jit(tower.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
   both_ways = jax.jit(lambda ids: tower.apply(variables, ids, bidirectional=True)[1][0])

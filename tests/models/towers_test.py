@@ -40,7 +40,7 @@ def patch_at(batch, view, example, position, side):
   return batch["image"][example, view, y * side : (y + 1) * side, x * side : (x + 1) * side]
 
 
-def test_what_is_predicted_are_the_standardised_pixels_at_the_positions(masked):
+def test_the_targets_are_the_standardised_pixels_of_the_hidden_patches(masked):
   encode, view, batch, side, (mean, std) = masked
   found = encode(batch).masked_pixels
   for example, positions in enumerate(batch["mim_position"]):
@@ -53,7 +53,7 @@ def test_what_is_predicted_are_the_standardised_pixels_at_the_positions(masked):
       np.testing.assert_allclose(found[example, slot], expected, atol=1e-4)
 
 
-def test_nothing_sees_hidden_pixels_and_predictions_see_all_others(masked):
+def test_predictions_depend_on_visible_pixels_only(masked):
   encode, view, batch, side, _ = masked
   hidden, shown = ({**batch, "image": batch["image"].copy()} for _ in range(2))
   for example, positions in enumerate(batch["mim_position"]):

@@ -18,7 +18,7 @@ def tiny():
   return jax.jit(ViT(**TINY).init)(jax.random.key(0), images), images
 
 
-def test_remat_changes_neither_value_nor_gradient(tiny):
+def test_remat_preserves_value_and_gradient(tiny):
   variables, images = tiny
 
   def compiled(remat):
@@ -38,7 +38,7 @@ def test_remat_changes_neither_value_nor_gradient(tiny):
   assert memory[0] > memory[1] > memory[2]
 
 
-def test_tokens_are_those_of_the_patches_without_the_class_token(tiny):
+def test_tokens_exclude_the_class_token(tiny):
   variables, images = tiny
   feature, tokens = jax.jit(ViT(**TINY).apply)(variables, images)
   assert tokens.shape == (2, 16, 64)
@@ -83,7 +83,7 @@ def test_initial_deviations(initializer):
   assert_deviations(kernels, DEVIATIONS[initializer])
 
 
-def test_each_layer_is_drawn_by_its_own_rule_and_key(tiny):
+def test_each_layer_has_its_own_initializer_and_key(tiny):
   params = tiny[0]["params"]
   blocks = params["transformer"]["blocks"]
   kernels = {name: blocks[name]["kernel"] for name in ("qkv", "out", "fc1", "fc2")}
@@ -93,7 +93,7 @@ def test_each_layer_is_drawn_by_its_own_rule_and_key(tiny):
     assert not np.allclose(kernel[0], kernel[1])
 
 
-def test_hidden_patches_do_not_reach_the_output_and_their_places_do():
+def test_the_output_depends_on_hidden_positions_but_not_on_hidden_pixels():
   vit = ViT(patch=4, width=16, depth=1, heads=2)
   images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
   hidden = jnp.array([[True, False, False, False], [False, False, False, True]])

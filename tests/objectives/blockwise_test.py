@@ -39,7 +39,7 @@ def on(method: Method, x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("method", methods(), ids=lambda method: f"{method.kind} {dict(method.mesh.shape)}")
 @pytest.mark.parametrize("full_gradient", [True, False])
-def test_log_sums_equal_those_of_the_whole_matrix(method: Method, full_gradient: bool) -> None:
+def test_log_sums_equal_the_whole_matrix(method: Method, full_gradient: bool) -> None:
   x, y = arrays((2, B, D), (3, B, D))
   y = y.at[0, 3].set(y[0, 9])  # two candidates that are equal: the first is the best
   slopes = arrays((2, 3, B), (2, 3, B), seed=1)
@@ -71,7 +71,7 @@ def test_whole_matrix_equals_a_loop() -> None:
 
 
 @pytest.mark.parametrize("method", [*methods()[::2], PLAIN], ids=lambda method: method.kind)
-def test_a_row_may_be_left_out_of_its_own_candidates(method: Method) -> None:
+def test_a_row_can_be_excluded_from_its_own_candidates(method: Method) -> None:
   (x,) = arrays((2, B, D))
   slope = arrays((2, 2, B), seed=1)[0]
   logits = np.einsum("vbd,und->vubn", x, x)
@@ -90,7 +90,7 @@ def test_a_row_may_be_left_out_of_its_own_candidates(method: Method) -> None:
 
 
 @pytest.mark.parametrize("method", methods(), ids=lambda method: f"{method.kind} {dict(method.mesh.shape)}")
-def test_sigmoid_sums_equal_those_of_the_whole_matrix(method: Method) -> None:
+def test_sigmoid_sums_equal_the_whole_matrix(method: Method) -> None:
   x, y, slope = *arrays((B, D), (B, D)), arrays((B,), seed=1)[0]
 
   def weighted(x: jax.Array, y: jax.Array, bias: jax.Array, method: Method) -> jax.Array:
@@ -102,7 +102,7 @@ def test_sigmoid_sums_equal_those_of_the_whole_matrix(method: Method) -> None:
     np.testing.assert_allclose(of, want, atol=1e-5, rtol=1e-6)
 
 
-def test_memory_of_the_ring_does_not_grow_with_the_devices_and_that_of_chunks_less_than_the_matrix() -> None:
+def test_ring_memory_is_constant_in_devices_and_chunks_need_less_than_the_matrix() -> None:
   """Temporary bytes on each device, by the compiler, for 64 rows on each of 2 and of 8 devices."""
 
   def temporary(kind: str, count: int, block: int = 0) -> int:

@@ -93,7 +93,7 @@ def test_label_smoothing_has_its_optimum_at_the_smoothed_target():
   np.testing.assert_allclose(gradient, np.zeros((4, 4)), atol=1e-7)
 
 
-def test_clip_takes_the_first_views_and_multi_view_all_other_pairs():
+def test_clip_uses_the_first_views_and_multi_view_all_other_pairs():
   image, text = random_views(2, 2), random_views(3, 3)
   outputs = Outputs(image=image, text=text, scale=jnp.float32(4.0))
   pairs = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
@@ -154,7 +154,7 @@ def test_unit_norm_divides_short_rows_by_epsilon():
   assert np.isfinite(jax.grad(lambda x: unit_norm(x).sum())(np.zeros((1, 2), np.float32))).all()
 
 
-def test_the_two_directions_apart_are_what_declip_logs_as_convirt(golden):
+def test_separate_directions_equal_declips_convirt_losses(golden):
   """Three quarters of image to text and one of text to image at temperature 0.1; that solver never trains with it."""
 
   def loss(image, text):

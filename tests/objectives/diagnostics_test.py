@@ -93,7 +93,7 @@ def test_deviation_equals_loops(outputs, measured):
     np.testing.assert_allclose(measured[f"diagnostics/{branch}/deviation"], expected, rtol=1e-5, err_msg=branch)
 
 
-def test_rank_is_that_of_the_eigenvalues_and_a_lower_bound_of_the_entropy_ones(outputs, measured):
+def test_rank_equals_the_eigenvalues_and_bounds_the_entropy_rank_from_below(outputs, measured):
   for branch in ROWS:
     spectra = [spectrum(view) for view in getattr(outputs, branch)]
     rank = measured[f"diagnostics/{branch}/rank"]
@@ -140,7 +140,7 @@ def test_explained_variance_equals_loops_and_is_0_for_the_mean_patch(outputs, me
   np.testing.assert_allclose([of_mean, of_target], [0, 1], atol=1e-6)
 
 
-def test_collapsed_rows_have_no_deviation_and_rank_1_and_stay_finite(outputs):
+def test_collapsed_rows_have_deviation_0_and_rank_1_and_are_finite(outputs):
   def check(collapsed):
     found = measure_jit(collapsed)
     for name, value in found.items():
@@ -183,7 +183,7 @@ def test_isotropic_rows_have_deviation_1_and_full_rank():
   np.testing.assert_allclose(found["diagnostics/image/uniformity"], -4, atol=0.05)
 
 
-def test_uniformity_of_a_large_batch_is_that_of_every_second_row():
+def test_uniformity_of_a_large_batch_uses_every_second_row():
   assert MOST_ROWS == 4096
   rng = np.random.default_rng(0)
   rows = unit(rng.normal(size=(1, 4104, 3))).astype(np.float32)
@@ -203,7 +203,7 @@ def test_uniformity_of_a_large_batch_is_that_of_every_second_row():
   assert of_changed > of_whole + 0.1
 
 
-def test_a_batch_on_8_devices_gives_what_one_device_gives(outputs, measured):
+def test_eight_devices_equal_one(outputs, measured):
   mesh = make_mesh(4, 2)
 
   def split(name):
@@ -240,7 +240,7 @@ def test_names_follow_the_fields(outputs, measured):
   assert not jax.eval_shape(measure, Outputs(mim_target=outputs.mim_target))
 
 
-def test_a_step_may_measure_now_and_then_and_gets_no_gradient(outputs):
+def test_a_step_may_compute_diagnostics_occasionally_and_without_gradient(outputs):
   shapes = jax.eval_shape(measure, outputs)
   assert all(shape.shape == () and shape.dtype == jnp.float32 for shape in shapes.values())
   floats = {name: getattr(outputs, name) for name in outputs if name != "text_valid"}

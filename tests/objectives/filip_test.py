@@ -193,7 +193,7 @@ def test_more_tokens_than_exist_are_rejected():
     filip(outputs, {}, top_k=4)
 
 
-def test_of_equal_tokens_the_first_gets_the_gradient_as_in_pytorch():
+def test_the_first_of_equal_tokens_gets_the_gradient_as_in_pytorch():
   image, text = jnp.ones((1, 1, 2)), jnp.array([[[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]])  # all at the same similarity
   valid = jnp.ones((1, 3), bool)
   gradient = jax.jit(jax.grad(lambda text: late_interaction(image, text, valid)[0].sum()))(text)

@@ -59,7 +59,7 @@ def test_byol_is_0_where_predictions_are_the_targets_of_the_other_view_and_8_whe
   np.testing.assert_allclose(loss(-target[::-1]), 8, rtol=1e-6)
 
 
-def test_byol_counts_rows_shorter_than_1e_6_as_that_long():
+def test_byol_normalises_with_an_epsilon_of_1e_6():
   short = np.full((2, 1, 1), 1e-7, np.float32)
   for prediction, target in ((short, short / 1e-7), (short / 1e-7, short)):
     loss, _ = byol(Outputs(momentum_prediction=prediction, momentum_target=target), {})
@@ -83,6 +83,6 @@ def test_moving_average_leaf_by_leaf():
   assert found["b"][0].dtype == jnp.bfloat16
 
 
-def test_moving_average_keeps_what_it_has_at_momentum_one():
+def test_moving_average_is_constant_at_momentum_one():
   old, new = np.random.default_rng(3).normal(size=(2, 5)).astype(np.float32)
   np.testing.assert_array_equal(moving_average(old, new, momentum_at(jnp.int32(9), 9, 0.9)), old)

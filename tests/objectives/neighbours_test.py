@@ -47,7 +47,7 @@ def random_outputs(views=2, neighbours=3, count=5, dim=4):
   )
 
 
-def test_value_and_gradient_of_the_released_form_equal_declip(golden):
+def test_value_and_gradient_of_the_released_variant_equal_declip(golden):
   """From images to the neighbours of both texts, whether or not the bank is full."""
   neighbour = np.stack([golden["nn/nn_text1"], golden["nn/nn_text2"]])
 

@@ -42,7 +42,7 @@ def test_value_and_metrics_equal_loops(count, dim):
   np.testing.assert_allclose(metrics["sigmoid_negative_logit"], np.mean(logits[False]), rtol=1e-5)
 
 
-def test_logits_far_from_zero_cost_what_they_should():
+def test_the_loss_is_exact_for_extreme_logits():
   image = np.eye(2, dtype=np.float32)[None]
   wrong = Outputs(image=image, text=image[:, ::-1], scale=jnp.float32(400.0), bias=jnp.float32(-200.0))
   run = jax.jit(sigmoid)

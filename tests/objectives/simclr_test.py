@@ -45,7 +45,7 @@ def test_value_and_accuracy_equal_loops(count, temperature):
   assert 0 < np.mean(hits) < 1
 
 
-def test_a_collapsed_batch_finds_one_of_all():
+def test_a_collapsed_batch_has_chance_accuracy():
   """All candidates tie: SLIP's argmax takes the first of the other view."""
   _, metrics = run(np.ones((2, 4, 3), np.float32), 0.1)
   assert metrics["simclr_accuracy"] == 0.25

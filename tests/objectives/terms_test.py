@@ -84,14 +84,14 @@ def test_the_loss_is_the_weighted_sum_and_every_term_is_reported_unweighted() ->
   assert all(np.shape(value) == () for value in metrics.values())
 
 
-def test_a_weight_of_zero_leaves_a_term_out() -> None:
+def test_a_term_with_weight_zero_is_omitted() -> None:
   outputs = Outputs(image=np.eye(2)[None], text=np.eye(2)[None], scale=jnp.float32(1.0))
   objective = make_objective(settings(clip=2.0, simclr=0.0, mlm=0))
   metrics = jax.eval_shape(lambda outputs: objective(outputs, {}, 0)[1], outputs)
   assert set(metrics) == {"loss", "loss/clip", "image_to_text_accuracy", "text_to_image_accuracy"}
 
 
-def test_a_weight_follows_its_schedule_between_its_points_and_stays_after_them() -> None:
+def test_a_weight_interpolates_its_schedule_and_is_constant_after_it() -> None:
   outputs, batch = everything()
   points = ((10, 0.0), (20, 1.0), (40, 0.5))
   objective = make_objective({"clip": {"weight": 1.0}, "nns": {"weight": 0.4, "schedule": points}})
@@ -130,7 +130,7 @@ def test_options_reach_their_term_and_unknown_ones_are_named() -> None:
     ("schedule", ((0, float("nan")),), "factors have to be finite"),
   ],
 )
-def test_a_number_that_cannot_be_is_named_with_its_field(field: str, value: object, legal: str) -> None:
+def test_an_invalid_number_is_named_with_its_field(field: str, value: object, legal: str) -> None:
   term = "simclr" if field == "temperature" else "clip"
   with pytest.raises(ValueError, match=f"config.objective.{term}.{field}=") as error:
     make_objective({term: {"weight": 1.0, field: value}})

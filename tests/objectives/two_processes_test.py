@@ -100,7 +100,7 @@ def check_processes(name, value, gradients):
       np.testing.assert_allclose(parts.sum() if added else parts.mean(), gradient, atol=7.5e-7)
 
 
-def test_open_clip_by_default_passes_one_half_of_the_gradient_in_two_processes():
+def test_open_clips_default_halves_the_gradient_in_two_processes():
   """Not a method of ours: its gather drops the other process' gradient of all logits, but not that of the scale."""
   name = "openclip_clip_local0_ggrad0"
   value, gradients = sharded("full")

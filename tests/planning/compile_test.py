@@ -12,7 +12,7 @@ from declip_jax import build
 from declip_jax.planning import compile as compilation
 
 
-def test_memory_is_what_the_shards_of_the_state_take(config: ConfigDict, step: compilation.CompiledStep):
+def test_memory_is_the_size_of_the_state_shards(config: ConfigDict, step: compilation.CompiledStep):
   shapes = build.build(config, jax.devices()[:2]).batch_shape(config.batch_size)
   state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), step.state)
 
@@ -44,5 +44,5 @@ def test_memory_is_what_the_shards_of_the_state_take(config: ConfigDict, step: c
     ("something else", math.inf),
   ],
 )
-def test_needed_bytes_of_libtpus_messages(message: str, needed: float):
+def test_needed_bytes_are_parsed_from_libtpus_messages(message: str, needed: float):
   assert compilation.needed_bytes(message, arguments=1e9) == needed

@@ -131,7 +131,7 @@ def test_a_convolution_and_its_gradients_count_neither_padding_nor_holes(stride,
     assert counted(jax.grad(lambda x, y: convolve(x, y).sum(), argnums=side), image, kernel) == want
 
 
-def test_a_step_of_clip_costs_as_much_as_its_layers():
+def test_a_clip_step_costs_as_much_as_its_layers():
   config = tiny_config("clip")
 
   def blocks(tokens, width):  # query, key, value and output; weights and values; the two layers of the perceptron
@@ -158,7 +158,7 @@ def test_step_flops_exclude_frozen_parameters(report: Report):
 
 
 @pytest.mark.slow
-def test_a_whole_step_has_the_flops_of_the_model_and_of_recomputation():
+def test_a_whole_step_costs_the_model_plus_recomputation():
   config = tiny_config("clip")
   config.log_every = 0
 

@@ -40,7 +40,7 @@ def compiled(function, mesh):
   ],
 )
 @pytest.mark.parametrize("iterations", [1, 5])
-def test_a_collective_sends_what_the_best_algorithm_does_in_every_iteration(mesh, kind, sent, function, iterations):
+def test_a_collective_costs_as_much_as_its_best_algorithm_in_every_iteration(mesh, kind, sent, function, iterations):
   def looped(x):
     def body(x, _):
       y = function(x)
@@ -70,7 +70,7 @@ def traffic_of(function, *shapes):
   return hlo.traffic(jax.jit(function).lower(*shapes).compile().as_text(), 1).memory
 
 
-def test_memory_is_what_is_read_and_written():
+def test_memory_traffic_counts_reads_and_writes():
   size = 4 * 1000 * 100
   assert traffic_of(lambda x: jnp.exp(x) + 1, (1000, 100)) == 2 * size
   assert traffic_of(lambda x, y: (x + y) * y, (1000, 100), (1000, 100)) == 3 * size
@@ -218,7 +218,7 @@ def test_unknown_groups_are_rejected():
     hlo.traffic(CHAIN.replace("GROUPS", "mesh['x'=8] {'x':(1)2}"), 8)
 
 
-def test_transfers_between_hosts_of_slices_are_network_traffic():
+def test_transfers_between_slices_are_network_traffic():
   text = """
 ENTRY %main (a: f32[6]) -> token[] {
   %a = f32[6]{0} parameter(0)

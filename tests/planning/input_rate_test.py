@@ -16,7 +16,7 @@ def test_every_recipe_has_a_measured_rate():
   assert measured_rate("new", "fast", "host") == ("new", None)
 
 
-def test_rates_are_those_of_the_results():
+def test_rates_equal_the_results():
   results = (ROOT / "docs" / "results.md").read_text()
   table = results.partition("500x375 JPEGs of 58 kB")[2].partition("flickr8k, 128")[0]
   for name, rates in RATES.items():

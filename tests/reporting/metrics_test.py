@@ -102,7 +102,7 @@ def test_only_an_enabled_writer_touches_the_disk(tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"loss": np.ones(2)}, {"loss": []}, {"step": 1.0}, {"time": 1.0}])
-def test_what_is_not_one_number_is_refused_by_name(tmp_path, values):
+def test_values_that_are_not_one_number_are_rejected_by_name(tmp_path, values):
   with MetricWriter(tmp_path, resume_step=0) as writer:
     with pytest.raises(ValueError, match=next(iter(values))):
       writer.write(1, values)
@@ -110,7 +110,7 @@ def test_what_is_not_one_number_is_refused_by_name(tmp_path, values):
   assert read_metrics(tmp_path) == []
 
 
-def test_a_bucket_is_refused_rather_than_made_a_directory():
+def test_a_bucket_is_rejected_and_no_directory_is_created():
   with pytest.raises(ValueError, match="gs://bucket/run"):
     MetricWriter("gs://bucket/run", resume_step=0)
 

@@ -117,7 +117,7 @@ def test_comparison_falls_back_to_steps(tmp_path, figures):
   assert [line.get_xdata()[-1] for line in axes.lines] == [19, 7]
 
 
-def test_views_stand_in_a_grid_with_texts_underneath(tmp_path):
+def test_views_are_drawn_in_a_grid_with_texts_underneath(tmp_path):
   colors = np.array([[RED, GREEN], [BLUE, YELLOW]], np.uint8)
   images = np.broadcast_to(colors[:, :, None, None], (2, 2, 32, 32, 3))
   path = tmp_path / "views.png"

@@ -82,12 +82,12 @@ def test_a_terminal_gets_one_line_that_is_redrawn(clock: Clock, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Screen()])
-def test_what_takes_less_than_a_second_shows_nothing(clock: Clock, stream: io.StringIO) -> None:
+def test_work_shorter_than_a_second_shows_nothing(clock: Clock, stream: io.StringIO) -> None:
   consume(clock, 9, 0.1, stream, 9)
   assert stream.getvalue() == ""
 
 
-def test_the_total_is_taken_from_the_length_or_stays_unknown(clock: Clock) -> None:
+def test_the_total_is_the_length_if_there_is_one(clock: Clock) -> None:
   log = io.StringIO()
   for _ in progress.track([1, 2, 3], "reading", unit="files", stream=log):
     clock.now += 20

@@ -227,7 +227,7 @@ def test_the_best_is_known_after_a_restart(scores: dict, kept: list[int], tmp_pa
   assert save_steps(tmp_path, {3: 0.05}, **keep) == kept
 
 
-def test_the_first_checkpoint_of_each_stretch_is_kept(tmp_path: Path) -> None:
+def test_the_first_checkpoint_of_each_interval_is_kept(tmp_path: Path) -> None:
   steps = dict.fromkeys((2, 4, 7, 9, 10, 19, 31, 33, 39))
   assert save_steps(tmp_path, steps, keep_last=1, keep_every=10) == [10, 31, 39]
   assert save_steps(tmp_path, {40: None, 41: None}, keep_last=1, keep_every=10) == [10, 31, 40, 41]
@@ -273,7 +273,7 @@ def test_nothing_is_renamed_and_no_run_starts_from_scratch_if_all_are_damaged(tm
   assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"3", "5"}
 
 
-def test_a_state_of_another_model_is_not_damage(tmp_path: Path) -> None:
+def test_a_state_of_another_model_is_not_treated_as_damage(tmp_path: Path) -> None:
   save_steps(tmp_path, {3: None, 5: None}, keep_last=2)
   state = make_state(0, make_mesh(2, 4))
   checkpoints = Checkpoints(tmp_path)

@@ -63,7 +63,7 @@ def test_speed_follows_a_change_within_minutes_and_not_at_once(time: Time) -> No
   assert clock.images_per_second == pytest.approx(20, rel=0.01)
 
 
-def test_after_a_rollback_the_speed_is_that_of_the_steps(time: Time) -> None:
+def test_rollbacks_do_not_affect_the_measured_speed(time: Time) -> None:
   clock = Clock(0, 64, now=time)
   update(clock, time, range(1, 50), 0.5)
   clock.roll_back(20)

@@ -15,7 +15,7 @@ def test_the_target_is_before_the_skipped_steps_or_else_the_oldest(tmp_path: Pat
   assert Rollbacks(tmp_path).target([2, 4], 5) == 2  # from 4 it diverged again
 
 
-def test_the_position_after_a_rollback_is_that_of_the_rollback_until_the_next_checkpoint(tmp_path: Path) -> None:
+def test_a_rollback_determines_the_position_until_the_next_checkpoint(tmp_path: Path) -> None:
   rollbacks = Rollbacks(tmp_path)
   assert rollbacks.position(4, {"next_index": 64}) == {"next_index": 64}
   rollbacks.record(3, 8, 4, {"next_index": 128})

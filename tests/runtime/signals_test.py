@@ -55,7 +55,7 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
   assert inside == [before]
 
 
-def test_preemption_of_any_process_stops_all() -> None:
+def test_preempting_any_process_stops_all() -> None:
   request = StopRequest(lambda number: number == 12, start=10)
   assert [request.check() for _ in range(2)] == [0, signal.SIGTERM]
 

@@ -83,7 +83,7 @@ def test_hue_equals_torchvision():
     assert largest <= 6
 
 
-def test_hue_of_all_colours_is_that_of_pillow():
+def test_hue_of_all_colours_equals_pillow():
   levels = np.arange(0, 256, 15, dtype=np.uint8)
   colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 54, 3)
   turn = of_planes(augment.adjust_hue)
@@ -133,7 +133,7 @@ def test_jitter_in_every_order_equals_torchvision():
 # Draws.
 
 
-def test_draws_have_the_distributions_of_the_host():
+def test_draws_have_the_same_distributions_as_on_the_host():
   wide = replace(ALL, jitter=(0.4, 0.3, 1.5, 0.1), blur_radius=(0.5, 1.5))
   draws = jax.vmap(partial(augment.draw, augmentation=wide))(jax.random.split(jax.random.key(0), 4800))
   flags = np.stack([draws.jitter, draws.grayscale, draws.blur, draws.solarize, draws.flip]).astype(float)
@@ -152,7 +152,7 @@ def test_draws_have_the_distributions_of_the_host():
   assert np.abs(np.corrcoef(numbers.T) - np.eye(11)).max() < 4.5 / np.sqrt(4800)
 
 
-def test_a_probability_of_one_is_always_and_zero_never():
+def test_probability_one_always_applies_and_zero_never():
   given = Augmentation(jitter_probability=1.0, blur_probability=1.0, flip_probability=1.0)
   opposite = Augmentation(grayscale_probability=1.0, solarize_probability=1.0)
   keys = jax.random.split(jax.random.key(1), 500)
@@ -165,7 +165,7 @@ def test_a_probability_of_one_is_always_and_zero_never():
 # Views.
 
 
-def test_views_equal_those_of_the_host_with_the_same_draws(run):
+def test_views_equal_the_hosts_with_the_same_draws(run):
   """The exact engine is torchvision's, so this is the whole chain with its order, for 48 views of three strengths."""
   without = replace(ALL, jitter=(0.0, 0.3, 1.5, 0.0), blur_probability=0.0)
   key, given = jax.random.key(3), (ALL, without, replace(ALL, jitter_probability=1.0, blur_radius=(1.0, 4.0)))
@@ -199,7 +199,7 @@ def test_views_equal_those_of_the_host_with_the_same_draws(run):
   assert done.min() > 4
 
 
-def test_views_without_probabilities_stay_as_they_are(run):
+def test_views_without_probabilities_are_unchanged(run):
   plain, key = Augmentation(), jax.random.key(0)
   crops = jnp.array(CROPS)
   assert augment.augment(crops, key, jnp.arange(16), (plain,) * 3) is crops
@@ -232,7 +232,7 @@ def test_examples_views_and_steps_draw_differently_and_again_the_same(run):
   assert len(np.unique(every, axis=0)) == 96
 
 
-def test_draws_belong_to_the_place_in_the_global_batch(run):
+def test_draws_depend_on_the_position_in_the_global_batch(run):
   key, given = jax.random.key(2), (ALL,) * 3
   whole = run(CROPS, key, jnp.arange(16), given)
   mixed = np.random.default_rng(0).permutation(16)
@@ -260,7 +260,7 @@ def statistics(views):
   return np.column_stack([views.mean(axis=(1, 2)), views.std(axis=(1, 2)), *rough, sides, np.square(sides), mixed])
 
 
-def test_views_have_the_distribution_of_the_host():
+def test_views_have_the_same_distribution_as_on_the_host():
   count, crop = 2000, IMAGE[40 : 40 + SIZE, 30 : 30 + SIZE]
   rng = np.random.default_rng(0)
   host = statistics([images.random_view(crop, ALL, rng, size=SIZE, engine="exact") for _ in range(count)])
@@ -274,7 +274,7 @@ def test_views_have_the_distribution_of_the_host():
     assert (np.abs(ours.mean(axis=0) - golden.mean(axis=0)) < 4 * error).all()
 
 
-def test_a_recipe_says_what_each_view_gets(run):
+def test_a_recipe_determines_the_augmentation_of_each_view(run):
   given = RECIPES["slip_mocov3"].augmentations
   made = run(CROPS, jax.random.key(0), jnp.arange(16), given)
   assert made.shape == CROPS.shape

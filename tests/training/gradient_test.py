@@ -108,7 +108,7 @@ def built_of(method: str) -> tuple[build.Built, objectives.Objective]:
   return built, dataclasses.replace(built.objective, method=PLAIN)
 
 
-def test_cached_micro_batches_keep_the_activations_of_one() -> None:
+def test_cached_micro_batches_store_one_micro_batchs_activations() -> None:
   """Temporary bytes of the compiled gradient, in which the towers' activations are most."""
   built, objective = built_of("clip")
   shapes = built.batch_shape(16 * steps.BATCH)

@@ -142,7 +142,7 @@ def test_the_two_halves_of_the_hybrid_are_clipped_by_one_norm():
     make("adamw_sgd", sgd_side="both")
 
 
-def test_lars_has_a_rate_for_each_stacked_block_as_if_they_were_apart():
+def test_lars_scales_each_stacked_block_separately():
   rng = np.random.default_rng(0)
   param, gradient = rng.normal(size=(2, 3, 4, 5)).astype(np.float32) * np.array([1, 10, 100])[:, None, None]
   for scan in ("blocks", "stage1_rest"):
@@ -153,7 +153,7 @@ def test_lars_has_a_rate_for_each_stacked_block_as_if_they_were_apart():
       np.testing.assert_allclose(found[index], apart, rtol=1e-6)
 
 
-def test_lars_stays_finite_and_leaves_zeros_where_they_are():
+def test_lars_is_finite_and_does_not_change_zeros():
   params = {"new": {"bias": jnp.zeros(3)}, "unused": {"bias": jnp.ones(3)}, "nothing": {"bias": jnp.zeros(3)}}
   gradient = {"new": {"bias": jnp.ones(3)}, "unused": {"bias": jnp.zeros(3)}, "nothing": {"bias": jnp.zeros(3)}}
   update = update_of(make("lars"), params, gradient)
@@ -259,7 +259,7 @@ def test_decay_spares_biases_gains_and_temperatures_of_the_models_and_nothing_el
       jax.eval_shape(make("adamw", layer_decay=0.65).init, params)
 
 
-def test_layer_decay_is_that_of_beit():
+def test_layer_decay_equals_beit():
   """Ids as in its fine-tuning: 0 before the blocks, block i has i + 1, all else depth + 1; here the depth is 2."""
   update = by_path(update_of(make("sgd", **PLAIN, layer_decay=0.5), small_tree()))
   for path in (
@@ -281,7 +281,7 @@ def test_layer_decay_is_that_of_beit():
     np.testing.assert_array_equal(leaf, 1.0, err_msg=path)
 
 
-def test_multipliers_scale_what_lies_below_a_path():
+def test_multipliers_scale_everything_below_a_path():
   multipliers = (("heads", 2.0), ("heads/logit_scale", 0.0), ("towers/image", 3.0))
   update = by_path(update_of(make("sgd", **PLAIN, layer_decay=0.5, multipliers=multipliers), small_tree()))
   expected = {
@@ -338,7 +338,7 @@ def test_the_hybrid_is_sgd_on_the_image_side_and_adamw_on_the_rest():
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_frozen_parameters_stay_and_have_no_moments(name):
+def test_frozen_parameters_do_not_change_and_have_no_moments(name):
   tree, frozen = small_tree(), ("towers/image", "heads/logit_scale")
   settings = {"gradient_clip": 1.0, "layer_decay": 0.5, "multipliers": (("towers", 2.0),)}
   optimizer = make(name, frozen=frozen, **settings)
@@ -373,6 +373,6 @@ def test_frozen_parameters_stay_and_have_no_moments(name):
     ({"frozen": ("towers/imag",)}, r"config\.optimizer\.frozen: no parameter at 'towers/imag'; choose from \['heads/"),
   ],
 )
-def test_an_optimiser_that_cannot_be_is_refused_before_the_first_step(settings, message):
+def test_invalid_optimiser_settings_are_rejected_before_the_first_step(settings, message):
   with pytest.raises(ValueError, match=message):
     make(**{"name": "adamw"} | settings).init(small_tree())

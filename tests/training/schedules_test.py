@@ -79,7 +79,7 @@ def test_schedules_equal_slip_declip_and_open_clip(golden, precision):
     np.testing.assert_allclose(found[name], lr, **limits, err_msg=name)
 
 
-def test_a_schedule_without_warmup_starts_at_the_peak_and_stays_at_the_end():
+def test_a_schedule_without_warmup_starts_at_the_peak_and_is_constant_after_the_end():
   steps = jnp.array([0, 5, 10, 99])
   np.testing.assert_allclose(make("cosine")(steps), [1, 0.55, 0.1, 0.1], rtol=1e-6)
   np.testing.assert_allclose(make("cooldown", cooldown=10)(steps), [1, 0.55, 0.1, 0.1], rtol=1e-6)

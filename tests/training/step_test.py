@@ -67,9 +67,7 @@ def tree(image: list[float], scale: float, dense: float = 0.0) -> dict:
   ("bounds", "frozen", "trained"),
   [((), 2.5, 3.0), ((2.75, 6.0), 2.75, 3.0), ((3.5, 6.0), 3.5, 3.5), ((0.0, 2.75), 2.5, 2.75), ((0.0, 2.0), 2.0, 2.0)],
 )
-def test_log_scales_stay_in_their_range_even_where_they_are_frozen(
-  bounds: tuple[float, ...], frozen: float, trained: float
-) -> None:
+def test_log_scales_are_clipped_even_if_frozen(bounds: tuple[float, ...], frozen: float, trained: float) -> None:
   """Both start at 2.5; the first is frozen, the second moves by 0.5."""
   state = take_step(tree([1, 1], 2.5, 2.5), tree([1, 1], 0, -5), logit_scale_range=bounds)
   found = {name: float(value) for name, value in state.params["heads"].items()}

@@ -182,7 +182,7 @@ def test_hugging_face(activation):
 
 
 @pytest.mark.slow
-def test_activations_inside_the_transformers_of_openai():
+def test_activations_of_openais_transformers():
   golden = Golden("openai_vit")
   arrays = golden.arrays
   for depth in (1, 2):
@@ -196,7 +196,7 @@ def test_activations_inside_the_transformers_of_openai():
 
 
 @pytest.mark.slow
-def test_activations_inside_the_resnet_of_openai():
+def test_activations_of_openais_resnet():
   golden = Golden("openai_resnet")
   arrays = golden.arrays
   found = golden.inside("image", nhwc(arrays["images"]), None)
@@ -536,7 +536,7 @@ def test_declip_statistics(declip):
   near(golden.theirs({"collections": collections}), after, rtol=1e-4, atol=2e-5)
 
 
-def test_the_bank_of_declip_takes_both_texts(declip):
+def test_declips_bank_stores_both_texts(declip):
   golden, _, (*_, collections) = declip
   arrays = golden.arrays
   new = collections["heads"]["bank"]["text"]
@@ -556,7 +556,7 @@ def test_the_bank_of_declip_takes_both_texts(declip):
     ("declip", {"image.heads": 2, "text.heads": 3}),
   ],
 )
-def test_there_and_back_every_tensor_is_the_same(name, settings):
+def test_a_round_trip_preserves_every_tensor(name, settings):
   golden = Golden(name, settings)
   back = golden.theirs({"params": golden.params, "collections": golden.collections})
   back |= dialects.from_openai(golden.weights.rest, golden.dialect)

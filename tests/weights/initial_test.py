@@ -148,7 +148,7 @@ def test_a_declip_run_loads_its_bank(runs: Runs, random_state: MakeState) -> Non
 
 
 @pytest.mark.parametrize("change", [{"bank_size": 64}, {"bank_groups": 2}])
-def test_a_bank_of_another_shape_stays_fresh(change: dict, runs: Runs, random_state: MakeState) -> None:
+def test_a_bank_of_another_shape_is_not_loaded(change: dict, runs: Runs, random_state: MakeState) -> None:
   c = bare("declip", runs("declip"))
   c.model.heads.update(change)
   fresh = random_state(c)
@@ -284,7 +284,9 @@ def test_convolutional_towers_load_their_statistics(
 
 
 @pytest.mark.slow
-def test_a_locked_image_tower_stays_and_has_no_moments(clip_run: Path, tmp_path: Path, random_state: MakeState) -> None:
+def test_a_locked_image_tower_does_not_change_and_has_no_moments(
+  clip_run: Path, tmp_path: Path, random_state: MakeState
+) -> None:
   c = bare("clip", clip_run, "image")
   c.seed = 1
   c.optimizer.frozen = ("towers/image", "heads/image_projection")
@@ -334,7 +336,7 @@ def test_a_locked_resnet_keeps_its_statistics(frozen: str, random_state: MakeSta
     ({"optimizer.frozen": ("towers/vision",)}, r"config.optimizer.frozen: no parameter at 'towers/vision'"),
   ],
 )
-def test_what_does_not_match_is_rejected(change: dict, message: str, clip_run: Path, random_state: MakeState) -> None:
+def test_mismatched_weights_are_rejected(change: dict, message: str, clip_run: Path, random_state: MakeState) -> None:
   c = bare("clip", clip_run)
   c.update_from_flattened_dict(change)
   with pytest.raises((ValueError, FileNotFoundError), match=message):

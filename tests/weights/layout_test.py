@@ -86,7 +86,7 @@ def test_every_layer_of_a_resnet_has_its_tensors() -> None:
     pytest.param(5, 3, 2, marks=pytest.mark.slow),
   ],
 )
-def test_groups_of_a_batch_change_nothing_but_the_number_of_banks(image: int, norms: int, banks: int) -> None:
+def test_batch_groups_change_only_the_number_of_banks(image: int, norms: int, banks: int) -> None:
   heads = ("bank", "joint", "momentum", "simclr", "simsiam")
   model = small(architectures.vit(8, 16, 2, 2) if image == 1 else architectures.resnet(8, (1, 1, 1, 1)))
   _, one = abstract_variables(model.to_dict(), heads, 32)

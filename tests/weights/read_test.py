@@ -243,7 +243,7 @@ def test_activations(dialect: str, extras: dict, activation: str, guessed: bool,
   assert (found.model["text"]["activation"], bool(found.remarks)) == (activation, guessed)
 
 
-def test_a_trunk_of_timm_may_have_a_separate_text_tower_and_a_vector_for_a_temperature(
+def test_a_timm_trunk_may_have_a_separate_text_tower_and_a_vector_temperature(
   openai: dict[str, np.ndarray],
 ) -> None:
   tensors = {key: value for key, value in openai.items() if "ln_pre" not in key}

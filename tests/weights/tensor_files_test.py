@@ -149,7 +149,7 @@ def test_torchscript_known_by_its_folders(tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
-def test_files_by_hand_are_right_where_nothing_is_wrong_with_them(tmp_path, write):
+def test_handmade_files_without_defects_are_read(tmp_path, write):
   """What the tests below change one thing of."""
   content = dictionary(w=tensor(), v=tensor(1, (3, 1), (1, 77)), u=tensor(2, (), ()), t=tensor(shape=(0, 9)))
   tensors = read_tensors(write(tmp_path / "x.pt", content)).tensors
@@ -281,7 +281,7 @@ def test_rejected_names(tmp_path, name):
     (b"]K\x00K\x01s", "an object of type list is filled like a dict"),
   ],
 )
-def test_ways_round_the_names(tmp_path, content, message):
+def test_indirect_names_are_rejected(tmp_path, content, message):
   check_rejected(write_zip(tmp_path / "x.pt", content), message)
 
 
@@ -289,12 +289,12 @@ def test_ways_round_the_names(tmp_path, content, message):
   ("before", "after"),
   [(b"", b"\x85"), (b"]", b"a"), (b"}" + plain("a"), b"s"), (b"c__torch__\nM\n)\x81}" + plain("a"), b"sb")],
 )
-def test_a_hundred_thousand_within_each_other_are_skipped(tmp_path, before, after):
+def test_a_hundred_thousand_nested_objects_are_skipped(tmp_path, before, after):
   content = dictionary(w=tensor(), deep=before * 10**5 + b"N" + after * 10**5)
   assert list(read_tensors(write_zip(tmp_path / "x.pt", content)).tensors) == ["w"]
 
 
-def test_modules_within_each_other(tmp_path):
+def test_nested_modules(tmp_path):
   itself = module("M", w=tensor())[:-1] + b"(\x8c\x04selfh\x00ub"  # the module is memo 0
   content = itself.replace(b")\x81", b")\x81q\x00", 1)
   check_rejected(write_zip(tmp_path / "cycle.pt", content), "as in self.self.self")

@@ -55,7 +55,7 @@ REPRESENTATIVES = (("hf_clip", "huggingface"), ("openclip_vit", "open_clip"), ("
     for format in FORMATS
   ],
 )
-def test_read_again_it_is_the_same(name: str, format: str, tmp_path: Path) -> None:
+def test_files_read_back_equal_the_model(name: str, format: str, tmp_path: Path) -> None:
   sd = reference.below(reference.load(name), "sd/")
   weights = from_state_dict(sd, SETTINGS[name])
   if (name, format) in REJECTED:

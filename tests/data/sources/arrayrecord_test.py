@@ -70,7 +70,7 @@ def test_pickles_small_and_reads_in_a_spawned_process_and_in_threads(folder):
     assert list(pool.map(source.__getitem__, order)) == [expected[key] for key in order]
 
 
-def test_a_flipped_byte_costs_one_record(folder):
+def test_a_flipped_byte_loses_one_record(folder):
   path = folder / "data-00000-of-00003.array_record"
   contents = bytearray(path.read_bytes())
   contents[contents.index(example(7)["image"][:100]) + 500] ^= 1
@@ -131,7 +131,7 @@ def test_files_are_counted_again_when_they_change(folder):
   assert source[25] == example(99)
 
 
-def test_a_file_that_is_gone_costs_its_records(folder):
+def test_a_missing_file_loses_its_records(folder):
   source = open_arrayrecord(f"{folder}/*.array_record")
   (folder / "data-00000-of-00003.array_record").unlink()
   with pytest.raises(BadSample, match="data-00000-of-00003.array_record, record 3: ") as error:
@@ -140,7 +140,7 @@ def test_a_file_that_is_gone_costs_its_records(folder):
   assert source[30] == example(30)
 
 
-def test_what_cannot_be_opened_is_an_error(tmp_path):
+def test_files_that_cannot_be_opened_are_errors(tmp_path):
   with pytest.raises(FileNotFoundError, match="no file matches"):
     open_arrayrecord(f"{tmp_path}/*.array_record")
   write(tmp_path / "a.array_record", [])
@@ -170,7 +170,7 @@ def test_half_of_the_descriptors_are_used_for_open_files(monkeypatch):
     assert arrayrecord._most_readers() == expected
 
 
-def test_a_file_is_opened_once_for_all_sources_and_anew_when_it_changed(folder, monkeypatch):
+def test_a_file_is_opened_once_for_all_sources_and_again_after_a_change(folder, monkeypatch):
   opened, source = [], open_arrayrecord(f"{folder}/*.array_record")
   other = open_arrayrecord(f"{folder}/*.array_record")
   monkeypatch.setattr(arrayrecord, "open_reader", lambda path: opened.append(path) or open_reader(path))
@@ -194,7 +194,7 @@ def bucket(folder, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
   memory.store.clear()
 
 
-def test_files_behind_a_url_are_counted_by_their_ends_and_copied_when_they_are_needed(folder, bucket, monkeypatch):
+def test_files_at_urls_are_counted_by_their_footers_and_copied_on_demand(folder, bucket, monkeypatch):
   def read(path, start=0, size=None):
     requests.append((path.rpartition("/")[2][:10], size))
     return read_before(path, start, size)
@@ -218,7 +218,7 @@ def test_files_behind_a_url_are_counted_by_their_ends_and_copied_when_they_are_n
   assert len(pickle.dumps(source)) < 500
 
 
-def test_a_file_behind_a_url_that_changed_is_copied_anew(folder, bucket):
+def test_a_changed_file_at_a_url_is_copied_again(folder, bucket):
   name, location = "data-00000-of-00003.array_record", "memory://bucket/*.array_record"
   before = open_arrayrecord(location)
   late = open_arrayrecord("memory://bucket/data-0000[02]*")
@@ -235,7 +235,7 @@ def test_a_file_behind_a_url_that_changed_is_copied_anew(folder, bucket):
   assert error.value.kind == "missing file"
 
 
-def test_what_is_no_array_record_behind_a_url_is_an_error_with_its_name(folder, bucket):
+def test_a_url_that_is_not_an_array_record_is_named(folder, bucket):
   bucket.pipe("/bucket/data-00001-of-00003.array_record", b"x" * 200_000)
   with pytest.raises(ValueError, match="^memory:///?bucket/data-00001-of-00003.array_record"):
     open_arrayrecord("memory://bucket/*.array_record")

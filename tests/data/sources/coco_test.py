@@ -124,14 +124,14 @@ def test_other_json_is_an_error(tmp_path, content, message):
     ({"images": [{"filename": "a", "split": "test", "sentences": ["x"]}]}, r"images\[0\]: .* sentences\[0\] is 'x'"),
   ],
 )
-def test_elements_that_are_no_objects_are_named(tmp_path, content, message):
+def test_elements_that_are_not_objects_are_named(tmp_path, content, message):
   path = write(tmp_path / "captions.json", content)
   with pytest.raises(ValueError, match=f"captions\\.json.*{message}") as error:
     open_coco(f"{path}?split=test" if "annotations" not in content else path)
   assert "\n" not in str(error.value)
 
 
-def test_ids_that_are_none_are_damaged_records(tmp_path, caplog):
+def test_invalid_ids_are_damaged_records(tmp_path, caplog):
   images = [*ANNOTATIONS["images"], {"file_name": "a.jpg"}, {"id": [1], "file_name": "b.jpg"}]
   annotations = [*ANNOTATIONS["annotations"], {"image_id": [1], "caption": "x"}, {"caption": "x"}]
   path = write(tmp_path / "captions_train2017.json", {"images": images, "annotations": annotations})
@@ -142,7 +142,7 @@ def test_ids_that_are_none_are_damaged_records(tmp_path, caplog):
   assert f"{path}: annotation of an unknown image: {{'image_id': [1]" in caplog.text
 
 
-def test_odd_fields_of_karpathy_are_damaged_records(tmp_path):
+def test_odd_karpathy_fields_are_damaged_records(tmp_path):
   images = [{"filename": "1.jpg", "split": "test", "sentences": [{"raw": "one"}]}]
   images += [{"filename": name, "split": "test", "sentences": [{"raw": "x"}]} for name in (None, "")]
   images += [{"filename": "2.jpg", "split": ["test"], "sentences": None}, {"filename": "3.jpg", "split": "test"}]

@@ -50,7 +50,7 @@ def test_classnames_txt_names_the_folders(tmp_path):
     open_folder(path)
 
 
-def test_texts_beside_images_are_captions_and_folders_no_classes(tmp_path):
+def test_with_texts_beside_images_folders_are_not_classes(tmp_path):
   path = write(tmp_path, "0/a.b.jpg", "1/c.png", "1/d.png", **{"0/a.b": " one\n\n  two \r\n", "1/c": "ünï"})
   source = open_folder(path)
   assert [(example["id"], example["captions"], example["label"]) for example in source] == [
@@ -73,7 +73,7 @@ def test_images_beside_the_folders_of_classes_are_counted(tmp_path):
   assert ([example["id"] for example in source], source.skipped) == (["cat/a.jpg"], {"damaged record": 1})
 
 
-def test_splits_are_no_classes(tmp_path):
+def test_splits_are_not_classes(tmp_path):
   path = write(tmp_path, "train/cat/a.jpg", "val/cat/a.jpg")
   with pytest.raises(ValueError, match=f"train, val are splits.*open {path}/train"):
     open_folder(path)

@@ -15,7 +15,7 @@ def ids(source: sources.Source) -> list[str]:
 
 
 @pytest.mark.parametrize("fraction", ["10%", "0.1", "1/3", "0.5%", "99%"])
-def test_the_two_parts_are_all_of_it_and_share_nothing(fraction):
+def test_the_subsets_are_disjoint_and_complete(fraction):
   held, kept = open_heldout(f"{fraction}:scenes:test/201/16"), open_kept(f"{fraction}:scenes:test/201/16")
   assert len(held) == {"10%": 20, "0.1": 20, "1/3": 67, "0.5%": 1, "99%": 199}[fraction]
   assert sorted(ids(held) + ids(kept)) == sorted(ids(open_scenes("test/201/16")))
@@ -27,7 +27,7 @@ def test_a_fraction_may_be_written_in_two_ways():
   assert ids(open_heldout("0.7%:scenes:test/2000/16")) == ids(open_heldout("0.007:scenes:test/2000/16"))
 
 
-def test_parts_of_parts_and_pickling():
+def test_subsets_of_subsets_and_pickling():
   source = sources.open_source("kept:10%:heldout:50%:scenes:test/40/16")
   assert source.name == "kept:10%:heldout:50%:scenes:test/40/16"
   assert len(source) == 18
@@ -47,7 +47,7 @@ def test_a_bad_fraction_is_an_error(location):
     open_heldout(location)
 
 
-def test_an_empty_part_is_an_error():
+def test_an_empty_subset_is_an_error():
   with pytest.raises(ValueError, match="1% of 10 samples is none of them"):
     open_kept("1%:scenes:test/10/16")
   with pytest.raises(ValueError, match="99% of 10 samples is all of them"):
@@ -61,7 +61,7 @@ def test_the_order_is_a_permutation(count):
   assert sorted(shuffled(index, count) for index in range(count)) == list(range(count))
 
 
-def test_the_order_is_fixed_for_ever():
+def test_the_order_is_fixed():
   # The hash is SplitMix64, whose first numbers from seed 0 are published; the orders are those of our first release.
   assert [_hash(0, number) for number in range(3)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
   assert [shuffled(index, 1000) for index in range(8)] == [216, 431, 739, 460, 249, 369, 916, 651]
@@ -80,7 +80,7 @@ def test_the_order_looks_random():
   assert np.std(np.diff(np.sort(held))) == pytest.approx(20, rel=0.1)  # the gaps are geometric
 
 
-def test_the_stamp_is_that_of_the_whole_source(tmp_path):
+def test_the_stamp_equals_the_whole_sources(tmp_path):
   with tarfile.open(tmp_path / "s.tar", "w") as tar:
     for key in range(4):
       tar.addfile(tarfile.TarInfo(f"{key}.jpg"))

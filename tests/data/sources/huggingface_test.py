@@ -109,7 +109,7 @@ def test_pickles_small_and_works_in_another_process(folder):
 
 
 @pytest.mark.parametrize("formatted", ["numpy", "arrow"])
-def test_formats_and_subsets_of_a_data_set_at_hand(formatted):
+def test_formats_and_subsets_of_a_data_set_in_memory(formatted):
   dataset = make("image", "caption", "label").select([4, 2, 0]).with_format(formatted)
   assert [example["captions"] for example in from_huggingface(dataset)] == [
     (f"caption {index} é",) for index in (4, 2, 0)
@@ -151,7 +151,7 @@ def test_columns_that_are_missing_or_unclear_are_named():
     from_huggingface(make("image", "caption").to_iterable_dataset())
 
 
-def test_images_that_lie_in_files(tmp_path):
+def test_images_in_files(tmp_path):
   (tmp_path / "0.png").write_bytes(png(0))
   paths = [str(tmp_path / "0.png"), str(tmp_path / "1.png"), None]
   dataset = datasets.Dataset.from_dict({"image": paths, "text": ["a", "b", "c"]})
@@ -163,7 +163,7 @@ def test_images_that_lie_in_files(tmp_path):
     assert error.value.kind == "missing file"
 
 
-def test_without_the_package_the_error_says_what_to_install(monkeypatch):
+def test_a_missing_package_is_named_with_its_install_command(monkeypatch):
   real = builtins.__import__
 
   def without(name, *args):

@@ -118,7 +118,7 @@ def test_every_color_and_shape_is_partly_held_out():
       assert sum(pair[position] == name for pair in SEEN) == 7
 
 
-def test_classnames_are_the_pairs_of_the_split():
+def test_classnames_are_the_splits_pairs():
   assert open_scenes("train").classnames == open_scenes("test").classnames == tuple(map(" ".join, SEEN))
   assert open_scenes("heldout").classnames == tuple(map(" ".join, HELD_OUT))
 
@@ -160,7 +160,7 @@ def test_labels_name_the_color_that_is_drawn():
   assert np.mean(correct) > 0.95
 
 
-def test_shapes_learnt_in_training_are_recognised_in_held_out_pairs():
+def test_shapes_seen_in_training_occur_in_held_out_pairs():
   # The nearest mean silhouette: if this crude classifier transfers, labels, drawings and splits agree.
   def load(location):
     source = open_scenes(location)
@@ -174,7 +174,7 @@ def test_shapes_learnt_in_training_are_recognised_in_held_out_pairs():
   assert np.mean(predicted == shapes) > 0.9
 
 
-def test_objects_lie_inside_the_image_and_fill_six_to_nine_tenths_of_it():
+def test_objects_fit_into_the_image_and_fill_six_to_nine_tenths_of_it():
   for seed in range(500):
     scene = scenes._compose(SEEN, np.random.default_rng(seed))
     points = np.concatenate(scenes._place(scene))
@@ -184,7 +184,7 @@ def test_objects_lie_inside_the_image_and_fill_six_to_nine_tenths_of_it():
     assert 0.6 <= scene.extent <= 0.94
 
 
-def test_places_are_true():
+def test_captions_name_the_true_positions():
   rows = {"top": [], "middle": [], "bottom": []}
   for example in open_scenes("train/400"):
     height = np.flatnonzero(_silhouette(example["image"]).any(1)).mean() / 63
@@ -226,7 +226,7 @@ def test_templates_take_a_class_name():
   assert TEMPLATES[0].format("red circle") == "a red circle"
 
 
-def test_the_stamp_follows_what_is_drawn_and_told(monkeypatch):
+def test_the_stamp_depends_on_drawings_and_captions(monkeypatch):
   before = open_scenes("train/100/32").stamp
   assert pickle.loads(pickle.dumps(open_scenes("train/100/32"))).stamp == before
   monkeypatch.setattr(scenes, "_DETAILED", 0.9)

@@ -61,7 +61,7 @@ def test_separators_and_quotes_are_read_as_csv_writes_them(tmp_path, separator, 
   assert [example["id"] for example in source] == [f"t.csv:{line}" for line in (2, 3, 4, 6, 7)]
 
 
-def test_an_unbalanced_quote_costs_nothing_but_its_own_line(tmp_path):
+def test_an_unbalanced_quote_affects_only_its_own_line(tmp_path):
   lines = ["filepath\ttitle", '0.jpg\t"quoted" and more', '1.jpg\t"never closed', "2.jpg\tpla\rin", '3.jpg\t3" and 4"']
   write_images(tmp_path, *(f"{number}.jpg" for number in range(5)))
   source = open_table(write(tmp_path / "t.tsv", *lines, '4.jpg\t"never closed either'))
@@ -196,7 +196,7 @@ def test_columns_that_are_missing_or_unclear_are_named(tmp_path):
     open_table(write(tmp_path / "e.csv", "image,caption", "a.jpg"))
 
 
-def test_wanted_columns_tell_the_separator_and_none_is_a_choice(tmp_path):
+def test_named_columns_determine_the_separator_and_none_is_allowed(tmp_path):
   write_images(tmp_path, "a.jpg")
   path = write(tmp_path / "t.csv", "Bild;Text, kurz, 100 % + gut;Klasse", "a.jpg;hallo;3")
   (example,) = open_table(f"{path}?image=Bild&caption=Text, kurz, 100 % + gut&label=Klasse")
@@ -225,7 +225,7 @@ def test_labels_are_numbers_or_names(tmp_path, values, labels, classnames):
   assert source.classnames == classnames
 
 
-def test_a_fraction_is_no_label(tmp_path, caplog):
+def test_a_fraction_is_not_a_label(tmp_path, caplog):
   write_images(tmp_path, "a.jpg")
   source = open_table(write(tmp_path / "t.csv", "path,text,label", "a.jpg,x,2", "a.jpg,y,1.5", "a.jpg,z,-.5"))
   assert [(example["captions"], example["label"]) for example in source] == [(("x",), 2)]

@@ -117,7 +117,7 @@ def test_sequence_of_captions_without_label(folders):
   assert found[png(3)]["label"] == -1
 
 
-def test_parts_of_splits(folders):
+def test_subsets_of_splits(folders):
   where = folders["Tiny"]
   whole = [example["image"] for example in open_tfds(f"{where}:train")]
   assert [example["image"] for example in open_tfds(f"{where}:train[1:3]")] == whole[1:3]
@@ -164,7 +164,7 @@ def test_by_name(folders, monkeypatch):
   assert len(source) == 4
 
 
-def test_unprepared_and_unknown(tmp_path, monkeypatch):
+def test_unprepared_and_unknown_data_sets(tmp_path, monkeypatch):
   monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
   with pytest.raises(FileNotFoundError, match="not prepared") as error:
     open_tfds("tiny:train")
@@ -282,7 +282,7 @@ def test_at_urls(tmp_path, monkeypatch, kind, split):
       open_tfds(f"{folder}:train[:50%]")
 
 
-def test_a_file_that_cannot_be_copied_costs_its_records(folders, tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_copied_loses_only_its_records(folders, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   memory = upload(folders["Tiny"], "memory://tfds/tiny")
   source = open_tfds("memory://tfds/tiny:train")

@@ -98,7 +98,7 @@ def test_sizes_in_base_256_and_headers_without_magic(tmp_path):
     ({"0.txt": "caf\N{LATIN SMALL LETTER E WITH ACUTE}".encode("latin1")}, ("caf\ufffd",)),
   ],
 )
-def test_which_caption_counts(tmp_path, files, expected):
+def test_which_caption_is_used(tmp_path, files, expected):
   assert captions(tmp_path, files) == expected
 
 
@@ -167,14 +167,14 @@ def overwrite(path: Path, member: str, noise: bytes) -> int:
   return offset
 
 
-def test_a_shard_that_is_no_tar_is_an_error_with_shard_and_offset(tmp_path):
+def test_a_shard_that_is_not_a_tar_is_an_error_with_shard_and_offset(tmp_path):
   path = write_tar(tmp_path / "s.tar", samples("0", "1"))
   overwrite(path, "0.jpg", b"\xff" * 512)
   with pytest.raises(ValueError, match=r"s\.tar, byte 0: no tar header"):
     open_webdataset(str(path))
 
 
-def test_a_damaged_or_empty_shard_is_named_and_counted_and_costs_no_other(tmp_path, caplog):
+def test_a_damaged_or_empty_shard_is_counted_and_does_not_affect_others(tmp_path, caplog):
   for shard in range(4):
     write_tar(tmp_path / f"{shard}.tar", samples(*(f"{shard} {key}" for key in "abcd")))
   offset = overwrite(tmp_path / "1.tar", "1 c.jpg", b"\xff" * 60_000)
@@ -190,7 +190,7 @@ def test_a_damaged_or_empty_shard_is_named_and_counted_and_costs_no_other(tmp_pa
   assert "2.tar, no sample in its 0 bytes" in second
 
 
-def test_a_suffix_that_comes_again_begins_a_sample(tmp_path):
+def test_a_repeated_suffix_starts_a_sample(tmp_path):
   with tarfile.open(tmp_path / "s.tar", "w") as tar:
     for name, contents in [("a.jpg", b"0"), ("a.jpg", b"1"), ("a.txt", b"one"), ("a.txt", b"two"), ("a.jpg", b"2")]:
       info = tarfile.TarInfo(name)
@@ -244,7 +244,7 @@ def test_a_damaged_index_is_named(tmp_path, kept):
 
 
 @pytest.mark.parametrize("size", [b"-0000001000\0", b"\xff" * 12])
-def test_an_impossible_size_is_an_error_and_no_endless_loop(tmp_path, size):
+def test_an_impossible_size_is_an_error_not_an_endless_loop(tmp_path, size):
   path = write_tar(tmp_path / "s.tar", samples("0"))
   tar = bytearray(path.read_bytes())
   tar[124:136] = size
@@ -294,7 +294,7 @@ def test_index_is_reused_and_follows_its_shards(tmp_path):
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_a_shard_that_changes_while_it_is_open_costs_samples_and_nothing_else(tmp_path, number):
+def test_a_shard_that_changes_while_open_loses_only_samples(tmp_path, number):
   path = write_tar(tmp_path / "s.tar", samples("0", "1"))
   source = open_webdataset(str(path))
   tar = path.read_bytes()
@@ -308,7 +308,7 @@ def test_a_shard_that_changes_while_it_is_open_costs_samples_and_nothing_else(tm
   assert error.value.kind == "damaged record"
 
 
-def test_a_shard_that_was_replaced_is_read_anew(tmp_path):
+def test_a_replaced_shard_is_read_again(tmp_path):
   path = write_tar(tmp_path / "s.tar", samples("0"))
   before = open_webdataset(str(path))
   assert before[0]["id"] == "s.tar:0"
@@ -316,7 +316,7 @@ def test_a_shard_that_was_replaced_is_read_anew(tmp_path):
   assert [example["id"] for example in open_webdataset(str(path))] == ["s.tar:a", "s.tar:b"]
 
 
-def test_a_shard_that_is_gone_costs_its_samples(tmp_path):
+def test_a_missing_shard_loses_its_samples(tmp_path):
   for shard in range(2):
     write_tar(tmp_path / f"{shard}.tar", samples(str(shard)))
   source = open_webdataset(f"{tmp_path}/*.tar")
@@ -397,7 +397,7 @@ def bucket(tmp_path, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
 
 
 @pytest.mark.parametrize("pattern", ["s-*.tar", "s-{0..2}.tar"])
-def test_shards_behind_a_url_equal_local_ones(tmp_path, bucket, pattern):
+def test_shards_at_urls_equal_local_ones(tmp_path, bucket, pattern):
   for shard in range(3):
     path = write_tar(tmp_path / f"s-{shard}.tar", samples(f"{shard} a", LONG, cls=b"1"))
     bucket.pipe(f"/bucket/data/s-{shard}.tar", path.read_bytes())
@@ -419,7 +419,7 @@ def test_shards_behind_a_url_equal_local_ones(tmp_path, bucket, pattern):
   assert [example["id"] for example in open_webdataset(f"memory://bucket/data/{pattern}")][2:3] == ["s-1.tar:new"]
 
 
-def test_indexing_a_url_leaves_large_images_where_they_are(tmp_path, bucket, monkeypatch):
+def test_indexing_a_url_does_not_download_large_images(tmp_path, bucket, monkeypatch):
   large = {f"{key}.{suffix}": bytes(size) for key in range(4) for suffix, size in [("jpg", 5_000_000), ("txt", 10)]}
   bucket.pipe("/large.tar", write_tar(tmp_path / "large.tar", large).read_bytes())
   small = {f"{key}.{suffix}": bytes(size) for key in range(50) for suffix, size in [("jpg", 20_000), ("txt", 10)]}
@@ -512,7 +512,7 @@ def test_a_build_that_was_interrupted_continues(many, monkeypatch):
   assert set(scanned.values()) == {1}
 
 
-def test_parts_of_other_shards_do_not_count_and_are_deleted_after_a_day(many, monkeypatch):
+def test_job_files_of_other_shards_are_ignored_and_deleted_after_a_day(many, monkeypatch):
   monkeypatch.setattr(webdataset, "_GROUP", 3)
   with monkeypatch.context() as patch:
     patch.setattr(webdataset, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -545,7 +545,7 @@ def test_builders_that_share_a_folder_share_the_work(many, monkeypatch):
 
 
 @pytest.mark.slow
-def test_where_other_processes_cannot_read_the_shards_this_one_does(many, bucket, monkeypatch, caplog):
+def test_this_process_indexes_shards_that_others_cannot_read(many, bucket, monkeypatch, caplog):
   for path in patterns.expand(many):
     bucket.pipe(f"/bucket/{Path(path).name}", Path(path).read_bytes())
   monkeypatch.setattr(webdataset, "_ALONE", 0)

@@ -26,7 +26,7 @@ def test_a_local_file_is_its_own_copy(tmp_path, cache):
   assert not cache.exists()
 
 
-def test_a_copy_is_made_once_and_anew_when_the_file_changes(remote_file, cache, tmp_path, monkeypatch):
+def test_a_copy_is_made_once_and_again_after_a_change(remote_file, cache, tmp_path, monkeypatch):
   def read(path, start=0, size=None):
     requests.append((start, size))
     return read_before(path, start, size)
@@ -50,7 +50,7 @@ def test_a_copy_is_made_once_and_anew_when_the_file_changes(remote_file, cache, 
   assert new.read_bytes() == b"new"
 
 
-def test_a_file_that_changes_while_it_is_copied_is_no_copy(remote_file, cache, tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_copied_is_rejected(remote_file, cache, tmp_path, monkeypatch):
   def read(path, start=0, size=None):
     data = read_before(path, start, size)
     (tmp_path / "remote" / "a.bin").write_bytes(BODY[::-1])
@@ -83,7 +83,7 @@ def fetching(url: str) -> subprocess.Popen:
   )
 
 
-def test_of_two_processes_that_want_a_file_one_copies_it_and_a_killed_one_is_replaced(remote_file, cache):
+def test_one_of_two_processes_copies_a_file_and_a_killed_one_is_replaced(remote_file, cache):
   killed = fetching(remote_file)
   assert killed.stdout.readline() == "read\n"
   others = [fetching(remote_file) for _ in range(2)]
@@ -99,7 +99,7 @@ def test_of_two_processes_that_want_a_file_one_copies_it_and_a_killed_one_is_rep
   assert [process.communicate(timeout=30)[0] for process in others] == [f"{BODY.hex()}\n"] * 2  # only one has read
 
 
-def test_without_locks_each_makes_its_copy_and_one_stays(remote_file, cache, monkeypatch):
+def test_without_locks_each_process_copies_and_one_copy_is_kept(remote_file, cache, monkeypatch):
   def flock(*_):
     raise OSError(errno.ENOLCK, "no locks")
 

@@ -13,7 +13,7 @@ from declip_jax.data.storage import files, patterns, remote
 BODY = bytes(range(256)) * 40
 
 
-def test_any_part_of_a_file_is_read(folder):
+def test_any_range_of_a_file_is_read(folder):
   path, body = f"{folder}/a-09.bin", b"a-09.bin" + BODY
   for start, size in [(0, 5), (1000, 300), (len(body) - 3, 100), (len(body) + 5, 10), (0, 10**6), (7, 0)]:
     assert files.read(path, start, size) == body[start : start + size]
@@ -63,7 +63,7 @@ def test_a_replaced_file_is_read_after_its_stamp_was_taken(tmp_path):
   assert files.read(str(path), 0, 3) == b"new"
 
 
-def test_many_files_stay_open_only_in_part_while_threads_read_them(tmp_path):
+def test_a_limited_number_of_files_is_open_while_threads_read_many(tmp_path):
   for number in range(300):
     (tmp_path / str(number)).write_bytes(f"{number:08d}".encode())
 
@@ -85,7 +85,7 @@ def test_a_spawned_process_reads(tmp_path):
     assert pool.apply(files.read, (f"{tmp_path}/a", 2, 4)) == b"2345"
 
 
-def test_what_the_packages_below_raise_is_an_os_error_with_the_url(monkeypatch):
+def test_errors_of_storage_packages_become_os_errors_with_the_url(monkeypatch):
   class Unkind(Exception):
     pass
 
@@ -98,7 +98,7 @@ def test_what_the_packages_below_raise_is_an_os_error_with_the_url(monkeypatch):
     files.read("memory://bucket/a", 0, 10)
 
 
-def test_a_server_that_fails_is_asked_again(monkeypatch):
+def test_requests_to_a_failing_server_are_retried(monkeypatch):
   asked = []
 
   def cat_file(self, path, start=None, end=None):
@@ -115,7 +115,7 @@ def test_a_server_that_fails_is_asked_again(monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
 @pytest.mark.parametrize("size", [4, None])
-def test_a_network_disk_that_fails_is_asked_again_with_a_new_descriptor(tmp_path, monkeypatch, number, size):
+def test_reads_from_a_failing_network_disk_are_retried_with_a_new_descriptor(tmp_path, monkeypatch, number, size):
   def fail(use):
     def failing(*given, **more):
       descriptors.append(given[0])
@@ -140,14 +140,14 @@ def test_a_network_disk_that_fails_is_asked_again_with_a_new_descriptor(tmp_path
 
 
 @pytest.mark.parametrize(("name", "error"), [("nowhere", FileNotFoundError), ("", IsADirectoryError)])
-def test_what_will_not_pass_is_reported_at_once(tmp_path, monkeypatch, name, error):
+def test_permanent_errors_are_reported_at_once(tmp_path, monkeypatch, name, error):
   monkeypatch.setattr(files.time, "sleep", lambda _: pytest.fail("waited"))
   for size in (None, 3):
     with pytest.raises(error):
       files.read(f"{tmp_path}/{name}", 0, size)
 
 
-def test_the_stamp_of_a_stale_file_is_taken_anew(tmp_path, monkeypatch):
+def test_the_stamp_of_a_stale_handle_is_read_again(tmp_path, monkeypatch):
   def stale(_):
     raise OSError(errno.ESTALE, "stale")
 
@@ -166,7 +166,7 @@ def test_a_server_that_ignores_ranges_is_an_error(monkeypatch):
     files.read("memory://bucket/a", 5, 10)
 
 
-def test_classnames_lie_beside_a_file(folder):
+def test_classnames_are_read_from_beside_a_file(folder):
   assert files.classnames(f"{folder}/a-08.bin") == ()
   with fsspec.open(f"{folder}/classnames.txt", "wb") as file:
     file.write(b"dog\n hot dog \n\n")
@@ -177,7 +177,7 @@ def test_classnames_lie_beside_a_file(folder):
 
 
 @pytest.mark.parametrize("url", ["memory://bucket/up/a", "local://{}/up/a"])
-def test_an_upload_is_whole_and_replaces_what_was_there(tmp_path, url):
+def test_an_upload_is_atomic_and_replaces_the_file(tmp_path, url):
   url = url.format(tmp_path)
   for body in (BODY, b"new"):
     (tmp_path / "source").write_bytes(body)
@@ -189,7 +189,7 @@ def test_an_upload_is_whole_and_replaces_what_was_there(tmp_path, url):
   assert not files.exists(url)
 
 
-def test_an_upload_that_fails_is_tried_again(tmp_path, monkeypatch):
+def test_a_failed_upload_is_retried(tmp_path, monkeypatch):
   def put_file(self, *given, **more):
     tries.append(given)
     if len(tries) < 3:

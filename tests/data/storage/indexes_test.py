@@ -38,7 +38,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path):
   assert list((tmp_path / ".declip_jax").iterdir()) == []
 
 
-def test_what_a_killed_builder_left_is_deleted_after_a_day(tmp_path):
+def test_files_left_by_a_killed_builder_are_deleted_after_a_day(tmp_path):
   folder = tmp_path / ".declip_jax"
   folder.mkdir()
   for name, age in [(".old0.npy", 25), (".new0.npy", 23), ("index.npy", 1000)]:
@@ -75,7 +75,7 @@ def test_two_builders_at_once_agree(tmp_path):
   assert len(list(first.parent.iterdir())) == 1
 
 
-def test_a_builder_that_sees_that_it_is_late_gives_the_index_of_the_other(tmp_path):
+def test_a_slower_builder_returns_the_index_of_the_faster_one(tmp_path):
   def late(path: Path) -> None:
     (path.parent / f"{indexes.digest(1)}.txt").write_text("whole")
     raise FileNotFoundError("the parts are gone")

@@ -49,7 +49,7 @@ def make(write: jobs.Write, todo: list[jobs.Job], processes: int, over=lambda: F
   return reports
 
 
-def test_processes_make_what_is_missing(write, tmp_path):
+def test_processes_make_the_missing_files(write, tmp_path):
   todo = listed(tmp_path / "made")
   (tmp_path / "made").mkdir()
   todo[3].path.write_text("3 kept")
@@ -66,7 +66,7 @@ def test_processes_make_what_is_missing(write, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["dies", "fails"])
-def test_what_a_process_cannot_make_is_made_here(write, tmp_path, ending, caplog):
+def test_files_that_a_process_cannot_make_are_made_here(write, tmp_path, ending, caplog):
   todo = listed(tmp_path / "made", ending)
   make(write, todo, 2)
   assert [part.path.read_text() for part in todo] == [f"{number} {os.getpid()}" for number in range(6)]
@@ -74,7 +74,7 @@ def test_what_a_process_cannot_make_is_made_here(write, tmp_path, ending, caplog
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_an_error_is_raised_and_what_was_made_stays(write, tmp_path, processes):
+def test_an_error_is_raised_and_finished_files_are_kept(write, tmp_path, processes):
   todo = listed(tmp_path / "made")
   todo[4] = todo[4]._replace(argument=[4, os.getpid(), "is wrong"])
   with pytest.raises(KeyError, match="4"):

@@ -32,7 +32,7 @@ def test_patterns_find_files(folder):
     ("a}b", ["a}b"]),
   ],
 )
-def test_braces_are_those_of_a_shell(pattern, expected):
+def test_braces_expand_as_in_a_shell(pattern, expected):
   assert patterns._braces(pattern) == expected
 
 
@@ -87,7 +87,7 @@ def test_an_empty_range_and_an_empty_folder_are_errors(folder):
     patterns.expand(f"{folder}/nowhere/*")
 
 
-def test_a_url_of_an_unknown_kind_or_without_its_package_is_an_error_of_the_users():
+def test_an_unknown_url_scheme_or_a_missing_package_is_a_user_error():
   with pytest.raises(ValueError, match="foo"):
     patterns.expand("foo://bucket/a.tar")
   assert not remote.is_url("/a/b")

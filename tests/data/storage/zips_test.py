@@ -17,7 +17,7 @@ def write_zip(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_S
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
-def test_members_equal_those_of_zipfile(tmp_path, method):
+def test_members_equal_zipfile(tmp_path, method):
   # Names within names and within contents, so that a search for the bytes of a name is led astray.
   members = {
     "10001.jpg": b"x",
@@ -37,7 +37,7 @@ def test_members_equal_those_of_zipfile(tmp_path, method):
 
 
 @pytest.mark.parametrize("change", ["zip64", "many", "prefix", "extra"])
-def test_unusual_zips_equal_those_of_zipfile(tmp_path, monkeypatch, change):
+def test_unusual_zips_equal_zipfile(tmp_path, monkeypatch, change):
   members = {f"{number:03d}.jpg": b"%d" % number for number in range(5000 if change == "many" else 10)}
   monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 0 if change == "zip64" else zipfile.ZIP64_LIMIT)
   path = tmp_path / "z.zip"
@@ -64,7 +64,7 @@ def test_damage_is_found(tmp_path):
       read_member(str(path), "000.jpg")
 
 
-def test_the_size_of_a_zip_behind_a_url_is_asked_for_once(tmp_path, monkeypatch):
+def test_the_size_of_a_zip_at_a_url_is_requested_once(tmp_path, monkeypatch):
   members = {f"{number:03d}.jpg": b"%d" % number for number in range(5)}
   memory, url = fsspec.filesystem("memory"), "memory://yfcc/images/00/077.zip"
   memory.pipe(url, Path(write_zip(tmp_path / "z.zip", members)).read_bytes())

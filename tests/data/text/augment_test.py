@@ -33,7 +33,7 @@ def _rng(seed: int = 0) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("word", _NLTK)
-def test_synonyms_are_those_of_wordnet(word):
+def test_synonyms_equal_wordnet(word):
   assert ",".join(texts.find_synonyms(word)) == _NLTK[word]
   assert texts.find_synonyms(word.title()) == texts.find_synonyms(word)
 
@@ -70,7 +70,7 @@ def test_builder_reads_wordnet_files(tmp_path):
   assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
 
 
-def test_replacement_takes_one_content_word_in_all_its_places():
+def test_replacement_replaces_all_occurrences_of_one_content_word():
   words = ["the", "dog", "and", "the", "other", "dog", "of", "a", "zebra"]
   for seed in range(50):
     new = texts.replace_synonyms(words, _rng(seed))
@@ -79,7 +79,7 @@ def test_replacement_takes_one_content_word_in_all_its_places():
     assert new[:1] + new[2:5] + new[6:] == words[:1] + words[2:5] + words[6:]
 
 
-def test_replacement_takes_n_words_if_it_can():
+def test_replacement_replaces_up_to_n_words():
   words = _CAPTION.split()
   changed = [
     sum(a != b for a, b in zip(words, texts.replace_synonyms(words, _rng(1), n=n), strict=True)) for n in (0, 3, 99)
@@ -88,7 +88,7 @@ def test_replacement_takes_n_words_if_it_can():
   assert changed[2] == sum(w not in texts.STOP_WORDS and bool(texts.find_synonyms(w)) for w in words)
 
 
-def test_swap_exchanges_two_places_uniformly():
+def test_swap_exchanges_two_uniformly_drawn_words():
   counts = collections.Counter(tuple(texts.swap_words("abcd", _rng(seed))) for seed in range(3000))
   assert len(counts) == 6
   assert all(sum(a != b for a, b in zip(words, "abcd", strict=True)) == 2 for words in counts)
@@ -116,7 +116,7 @@ def test_augment_uses_each_operation_a_third_of_the_time():
   assert len(kinds) == 3
 
 
-def test_insertion_puts_a_synonym_at_any_place():
+def test_insertion_inserts_a_synonym_anywhere():
   words, places = ["the", "dog", "of", "a", "zebra"], collections.Counter()
   for seed in range(300):
     new = texts.insert_synonyms(words, _rng(seed))
@@ -200,7 +200,7 @@ def test_whole_words_are_masked_with_all_their_tokens():
     assert masked.weight.sum() <= slots
 
 
-def test_masking_statistics_are_those_of_bert():
+def test_masking_statistics_equal_bert():
   tokenizer, rng = tokenizers.Tokenizer(), _rng()
   row = tokenizer.pad_ids([320] * 75)
   n, fates = 1400, collections.Counter()
@@ -258,13 +258,13 @@ def test_masking_depends_on_the_rng_alone():
     np.testing.assert_array_equal(a, b)
 
 
-def test_an_exclamation_mark_is_no_padding():
+def test_an_exclamation_mark_is_not_padding():
   tokenizer = tokenizers.Tokenizer(context_length=8)
   masked = texts.mask_tokens(tokenizer.pad_ids([0, 0, 0]), _rng(), tokenizer, slots=6, probability=1.0)
   assert masked.weight.sum() == 3
 
 
-def test_masking_needs_an_end_of_text():
+def test_masking_requires_an_end_of_text():
   with pytest.raises(ValueError, match=r"\[320, 1929\].*49407"):
     texts.mask_tokens(np.array([320, 1929]), _rng(), tokenizers.Tokenizer(), slots=4)
 

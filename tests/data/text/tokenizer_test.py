@@ -63,7 +63,7 @@ def test_spelled_out_special_tokens_are_dropped():
   ],
   ids=["ascii", "printable", "entities", "unicode"],
 )
-def test_clean_equals_the_long_way(alphabet, count):
+def test_clean_equals_its_reference(alphabet, count):
   for text in _fuzz(alphabet, count):
     assert tokenizers.clean(text) == _clean_slowly(text), repr(text)
 
@@ -90,7 +90,7 @@ def test_truncation_keeps_the_end_of_text():
   np.testing.assert_array_equal(tokenizer.pad_ids([]), [49406, 49407, 0, 0, 0, 0, 0, 0])
 
 
-def test_layout_of_declip_moves_only_the_special_ids():
+def test_declips_layout_moves_only_the_special_ids():
   ours, theirs = tokenizers.Tokenizer(), tokenizers.Tokenizer(mask=49406, sot=49407, eot=49408)
   texts = ["a dog", ""]
   expected = np.select([ours(texts) == 49406, ours(texts) == 49407], [49407, 49408], ours(texts))
@@ -149,7 +149,7 @@ def test_errors_name_the_value():
     tokenizers.Tokenizer(context_length=1)
 
 
-def test_words_are_those_that_decode_apart():
+def test_word_boundaries_agree_with_decoding():
   tokenizer = tokenizers.Tokenizer()
   for text in (
     "an unbelievable xylophonist's photobombing!",
@@ -216,7 +216,7 @@ def files(tmp_path_factory) -> dict[str, str]:
   }
 
 
-def test_clip_in_the_form_of_hugging_face_gives_the_same_rows(files):
+def test_clips_tokenizer_as_a_hugging_face_file_gives_the_same_ids(files):
   ours, theirs = tokenizers.Tokenizer(20), tokenizers.make_tokenizer(files["clip"], 20)
   texts = [*_sentences(20), "it's 2 o'clock!", "word " * 100, ""]
   np.testing.assert_array_equal(theirs(texts), ours(texts))
@@ -227,7 +227,7 @@ def test_clip_in_the_form_of_hugging_face_gives_the_same_rows(files):
 
 
 @pytest.mark.parametrize("name", ["bert", "pieces"])
-def test_tokenizer_files_make_rows(files, name):
+def test_tokenizer_files_encode_texts(files, name):
   tokenizer = pickle.loads(pickle.dumps(tokenizers.make_tokenizer(files[name], 64)))
   special = {tokenizer.sot, tokenizer.eot, tokenizer.mask, tokenizer.pad}
   assert len(special) == 4
@@ -247,13 +247,13 @@ def test_tokenizer_files_make_rows(files, name):
     assert (tokenizer([odd]) == tokenizer.eot).sum() == 1
 
 
-def test_what_a_file_lacks_gets_new_ids(files):
+def test_missing_special_tokens_get_new_ids(files):
   tokenizer = tokenizers.make_tokenizer(files["pieces"], 24)
   assert tokenizer.mask == tokenizer.encoder.size  # its training was not told of a mask
   assert (tokenizer.sot, tokenizer.eot, tokenizer.pad) == (1, 2, 3)
 
 
-def test_bad_tokenizer_names_say_what_is_legal(tmp_path):
+def test_a_bad_tokenizer_name_is_rejected_with_the_legal_ones(tmp_path):
   with pytest.raises(ValueError, match=r"tokenizer='bert': choose 'openai', 'huggingface:FILE'"):
     tokenizers.make_tokenizer("bert", 77)
   with pytest.raises(ValueError, match="none.json does not exist"):
