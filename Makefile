@@ -1,4 +1,4 @@
-# make demo          pretrains DeCLIP on the embedded scenes (a few minutes on two cores)
+# make demo          pretrains DeCLIP on rendered scenes (about five minutes on two cores)
 # make test          the fast tests: 5 minutes on two cores, 3 once their programs are in the compile cache
 # make test-all      all tests but those of the next two: the fast ones, then the slow ones
 # make test-interop  exchanges weights with PyTorch, open_clip and transformers, in .venv-interop

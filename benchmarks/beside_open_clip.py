@@ -9,7 +9,7 @@ On a CPU both use all cores. On a GPU open_clip runs under torch.compile with it
 images per second, and the model's FLOP/s as a share of the highest rate of a matrix product measured on the device.
 
   make bench-open-clip                                       on this machine; installs PyTorch in its own environment
-  ... --source "webdataset:data/test-*.tar"                  captions of a source (default: embedded scenes)
+  ... --source "webdataset:data/test-*.tar"                  captions of a source (default: rendered scenes)
   ... --model ViT-B-16 --dtype bfloat16 --batch-size 256     for a GPU
 """
 

@@ -1,4 +1,4 @@
-"""Trains every method on the embedded scenes for a few hundred steps: python benchmarks/methods.py
+"""Trains every method on the demo's scenes for a few hundred steps: python benchmarks/methods.py
 
 Prints a row per method: losses of the first and the last step, held-out zero-shot accuracy, and the deviation of the
 features of each branch that could collapse (about 1 is healthy, 0 is a collapse; see `objectives.diagnostics`). A run

@@ -1,7 +1,7 @@
 """Time, memory and FLOPs of one train step of each method on the same towers: python benchmarks/steps.py
 
 Each row is the median of several steps after compilation, on all devices, with a fixed batch: no input pipeline, and no
-diagnostics, which a training runs only every `log_every` steps. The methods are timed in turn, round after round, and
+diagnostics, which training runs only every `log_every` steps. The methods are timed in turn, round after round, and
 compared with CLIP's step of the same round: step time (the median of these ratios), temporary memory of the compiled
 step, and the FLOPs of its matrix products and convolutions (`flops.num_flops`). The last column is the relative time
 divided by the relative FLOPs: above 1, a step does work that FLOPs do not count.

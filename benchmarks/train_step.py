@@ -57,7 +57,7 @@ def read_config(name: str, method: str) -> ConfigDict:
 
 
 def make_train_step(config: ConfigDict) -> TrainStep:
-  """Compiles the step of a config without diagnostics, which a training runs only every `log_every` steps.
+  """Compiles the step of a config without diagnostics, which training runs only every `log_every` steps.
 
   Raises:
     ValueError: the config contradicts itself.

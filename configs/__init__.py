@@ -1,10 +1,10 @@
-"""What there is to train: `demo`, `small`, `pretrain`, and a folder per paper with a file for each published result.
+"""The configs: `demo`, `small`, `pretrain`, and a folder per paper with a file for each published result.
 
 A config is found by its name from any folder; the parameters of its `get_config` are named arguments:
 
   python -m declip_jax.train --config=slip/slip_base_25ep:data=FOLDER,imagenet=FOLDER --workdir runs/slip_base_25ep
 
-The `recipe` beside a published result names the paper and the data, lists where we differ, and has what its results
+The `recipe` next to a published result names the paper and the data, lists where we differ, and has what its results
 share. Each result has its numbers in `PUBLISHED`, as its source reports them; they are not ours:
 
   source                 paper and table
@@ -13,8 +13,8 @@ share. Each result has its numbers in `PUBLISHED`, as its source reports them; t
   hardware               devices and time; missing if not published
   second_hand            which of these come from another publication: look them up before you quote them
 
-Zero-shot accuracies are those of OpenAI's 80 prompts or, in `slip`, of its seven. OpenAI's are not in this repository:
-`imagenet` evaluates with one prompt, which costs about 3.5 points with CLIP's own models; set all of them by
+Zero-shot accuracies were measured with OpenAI's 80 prompts or, in `slip`, with SLIP's seven. OpenAI's are not in this
+repository: `imagenet` evaluates with one prompt, which costs CLIP's own models about 3.5 points; set your own with
 `--config.evals.imagenet.templates`.
 """
 
@@ -49,7 +49,7 @@ def read_data(c: ConfigDict, data: str, imagenet: str, templates: tuple[str, ...
   Args:
     c: the config.
     data: the training data; see `to_source`.
-    imagenet: ImageNet's validation images, with `classnames.txt` beside the shards. They are classified every
+    imagenet: ImageNet's validation images, with `classnames.txt` next to the shards. They are classified every
       `c.evaluate_every`, and the best checkpoint is kept. If empty, nothing is evaluated.
     templates: the prompts for it.
   """

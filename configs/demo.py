@@ -1,4 +1,4 @@
-"""DeCLIP on the embedded scenes, small enough for two CPU cores: make demo
+"""DeCLIP on rendered scenes, small enough for two CPU cores: make demo
 
   python -m declip_jax.train --config=demo:method=slip --workdir runs/slip
 

@@ -6,7 +6,7 @@ COMMANDS = {
   "train": ("declip_jax.train", "pretrain a model"),
   "evaluate": ("declip_jax.evaluate", "zero-shot classification and retrieval with trained weights"),
   "export": ("declip_jax.export", "write weights for open_clip, Hugging Face or Orbax"),
-  "plan": ("declip_jax.plan", "memory, time and largest batch of a training, without its hardware"),
+  "plan": ("declip_jax.plan", "memory, time and largest batch of a training run, without its hardware"),
   "convert": ("declip_jax.data.convert", "write any source as ArrayRecord files"),
   "inspect": ("declip_jax.data.inspect", "describe a data set and draw samples"),
 }

@@ -65,12 +65,12 @@ _RANGES = (
   (
     "data.caption_weights",
     lambda weights: all(weight >= 0 for weight in weights) and (not weights or any(weights)),
-    "weights of 0 or more, at least one of them more",
+    "weights of 0 or more, not all of them 0",
   ),
   (
     "data.templates",
     lambda templates: all(_has_class_name(template) for template in templates),
-    "texts with {} once, for the name of the class",
+    "texts with one {}, for the name of the class",
   ),
 )
 _SAFETY_RANGES = (
@@ -171,7 +171,7 @@ def _check_ranges(config: ConfigDict, ranges: Sequence[tuple[str, Callable[[Any]
   for field, is_legal, legal in ranges:
     value = operator.attrgetter(field)(config)
     if not is_legal(value):
-      raise ValueError(f"config.{field}={value!r}: {legal}")
+      raise ValueError(f"config.{field}={value!r}: expected {legal}")
 
 
 def _has_class_name(template: str) -> bool:
@@ -184,7 +184,7 @@ def _check_texts(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer) -> No
   needed = tokenizer.vocab_size if "masked" in recipe.text_views else tokenizer.plain_size
   if text.vocab_size < needed:
     raise ValueError(
-      f"config.model.text.vocab_size={text.vocab_size} is too small: recipe {config.data.recipe!r} makes ids up to "
+      f"config.model.text.vocab_size={text.vocab_size} is too small: recipe {config.data.recipe!r} needs ids up to "
       f"{needed - 1}"
     )
   if text.eot != tokenizer.eot:
@@ -223,7 +223,7 @@ def _check_ssl_sources(config: ConfigDict, recipe: Recipe) -> None:
   if not views.ssl_image:
     raise ValueError(f"{where} makes no view for self-supervision on images, or no term with a weight uses it")
   if set(views.ssl_image) & set(views.contrastive_image):
-    raise ValueError(f"{where} also contrasts these views with captions, which would not fit: use slip")
+    raise ValueError(f"{where} also contrasts these views with captions, which other images lack: use 'slip'")
 
 
 Settings = TypeVar("Settings")
@@ -268,7 +268,7 @@ def to_steps(config: ConfigDict, epoch_examples: int) -> Steps:
   """Converts the durations of a config, once.
 
   Raises:
-    ValueError: the training has no length, a duration has two, or a number of `config.safety` is not legal.
+    ValueError: the run has no length, a duration has two, or a number of `config.safety` is not legal.
   """
   _check_ranges(config, _SAFETY_RANGES)
   lengths = {
@@ -330,8 +330,8 @@ def _check_batch(config: ConfigDict, devices: int) -> None:
   count = config.micro_batches
   if count > 1 and config.batch_size % (count * devices):
     raise ValueError(
-      f"config.micro_batches={count}: config.batch_size={config.batch_size} does not divide into so many for each of "
-      f"{devices} devices"
+      f"config.micro_batches={count}: config.batch_size={config.batch_size} does not divide into that many for each "
+      f"of {devices} devices"
     )
   compared = config.batch_size // (max(count, 1) if config.micro_batching == "plain" else 1)  # at once
   for name in ("norm_groups", "bank_groups"):

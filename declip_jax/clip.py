@@ -177,7 +177,7 @@ class Clip:
   def _check_text(self) -> None:
     if not self._has_text:
       raise ValueError(
-        f"these weights ({self.origin}) have no text tower and no joint space; they can initialise a run by "
+        f"these weights ({self.origin}) have no text tower and no joint space; they can initialise a run through "
         "config.init_from"
       )
 

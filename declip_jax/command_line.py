@@ -114,7 +114,7 @@ def parse_flags(
     if len(rest) > len(positional):
       raise ValueError(f"unexpected argument {rest[len(positional)]!r}; flags are --NAME=VALUE")
     if len(rest) < len(positional):
-      raise ValueError(f"{positional[len(rest)]} is missing; expected {' '.join(positional)}")
+      raise ValueError(f"{positional[len(rest)]} is missing; the arguments are {' '.join(positional)} (see --help)")
   except (flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
     print(f"error: {_one_line(error)}", file=sys.stderr)
     sys.exit(2)

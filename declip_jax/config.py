@@ -1,6 +1,7 @@
 """Every field of a config with its default and its meaning; a file under `configs/` changes some of them.
 
-A duration is written as a dict with one of `steps`, `epochs` or `examples`; `steps_of` converts it once, at the start.
+A duration has the fields `steps`, `epochs` and `examples`, one of which is set: `--config.duration.epochs=5`, together
+with `--config.duration.steps=0` if the config is in steps. `steps_of` converts it once, at the start.
 A field that is a tuple is set on the command line as `--config.data.train="('webdataset:/data/train-*.tar',)"`.
 """
 
@@ -48,15 +49,15 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.contrast = ConfigDict()
   # How all pairs of a batch are compared: "plain", "chunked" or "ring" of `objectives.blockwise`; "auto" chooses.
   c.contrast.method = "auto"
-  c.contrast.block = 0  # candidates that are compared at once by a chunk or a step of the ring; 0 chooses by the sizes
+  c.contrast.block = 0  # candidates compared at once, in a chunk or in a step of the ring; 0 chooses by size
   c.momentum_tower = ConfigDict()
-  # Decay of the moving average that is the momentum tower (MoCo v3, BYOL) at the first step; a half cosine to 1.
+  # Decay of the momentum tower's moving average (MoCo v3, BYOL) at the first step; it rises to 1 along a half cosine.
   c.momentum_tower.decay = 0.996 if method == "slip_byol" else 0.99
   c.batch_size = 4096  # pairs per step over all devices
   c.micro_batches = 1  # micro-batches that the towers encode one after the other, for batches larger than memory
   # "cached": the loss sees the whole batch, with the same gradient; "plain": each micro-batch; see `training.gradient`.
   c.micro_batching = "cached"
-  c.duration = duration(epochs=32)  # of the training
+  c.duration = duration(epochs=32)  # of the whole run
   c.data = _data(recipe, built.image_size)
   c.model = _model(built)
   if recipe in ("declip", "declip_repo", "filip_repo"):
@@ -64,10 +65,10 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
     c.model.heads.text_bias = True  # as in DeCLIP
   c.init_from = ConfigDict()  # weights to start from; see `weights.initial`
   c.init_from.path = ""  # a run, or any checkpoint that `declip_jax.load` reads
-  c.init_from.groups = ("image", "text", "heads")  # what to load, see `weights.initial.GROUPS`; the rest is drawn
-  c.init_from.settings = ()  # what the file does not contain, such as ("image.activation=gelu", "image.heads=16")
+  c.init_from.groups = ("image", "text", "heads")  # what to load, see `weights.initial.GROUPS`; the rest is random
+  c.init_from.settings = ()  # settings that the file lacks, such as ("image.activation=gelu", "image.heads=16")
   c.optimizer = _optimizer()
-  c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices along each axis; -1 is whatever is left
+  c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices along each axis; -1 takes all that are left
   c.safety = _safety()
   c.log_every = 50  # steps between lines of metrics.jsonl, and between measurements of `objectives.diagnostics`
   c.evaluate_every = duration(epochs=1)
@@ -76,7 +77,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.checkpoint = ConfigDict()
   c.checkpoint.every = duration(epochs=1)
   c.checkpoint.keep_last = 2
-  c.checkpoint.keep_every = duration()  # the first checkpoint of each such period is kept for good
+  c.checkpoint.keep_every = duration()  # the first checkpoint of each such period is never deleted
   c.checkpoint.keep_best = 1
   c.checkpoint.best_metric = ""  # such as "eval/zero_shot/top1"; higher is better; "" keeps only the last
   if weights.get("sigmoid"):  # SigLIP (Zhai et al. 2023), section 3.2 and algorithm 1
@@ -100,8 +101,8 @@ def _safety() -> ConfigDict:
   # this factor (see `step.is_spike`); 0 turns the comparison off.
   c.spike_factor = 10.0
   c.max_skipped_steps = 20  # consecutive skipped steps after which the run rolls back to the previous checkpoint
-  c.max_rollbacks = 3  # rollbacks after which the run stops; 0 stops it instead of the first
-  c.hang_timeout = 1800.0  # seconds after which a step that has not finished ends the process; 0 never does
+  c.max_rollbacks = 3  # rollbacks before the run stops; 0 stops it the first time that it diverges
+  c.hang_timeout = 1800.0  # seconds after which a step that has not finished ends the process; 0 waits forever
   c.checkpoint_minutes = 30.0  # minutes between checkpoints, in addition to `checkpoint.every`; 0 turns this off
   return c
 
@@ -119,7 +120,7 @@ def _objective() -> ConfigDict:
     "clip": contrast,
     "mvs": contrast,
     "sigmoid": {},
-    # How many tokens the other side is compared with (released: 16, padding included); 0 is all but padding.
+    # Number of tokens selected for the comparison (released code: 16, padding included); 0 compares all but padding.
     "filip": {"top_k": 0, "label_smoothing": 0.0},
     "simclr": {"temperature": 0.1},
     "simsiam": {},
@@ -127,8 +128,8 @@ def _objective() -> ConfigDict:
     "byol": {},
     "mim": {},
     "mlm": {},
-    # Both directions or image to text only (released); 0 until the bank is full, or a bank of noise at first
-    # (released).
+    # `symmetric`: both directions, or image to text only (released code). `warmup`: the loss is 0 until the bank is
+    # full; without it the bank starts out as noise (released code).
     "nns": {"symmetric": True, "warmup": True, "label_smoothing": 0.0},
   }
   return ConfigDict({term: {"weight": 0.0, "schedule": (), **given} for term, given in options.items()})
@@ -137,9 +138,9 @@ def _objective() -> ConfigDict:
 def _as_released(c: ConfigDict, method: str) -> None:
   """Turns a config into what Sense-GVT/DeCLIP's code and YFCC15M configs do, where that differs from the paper.
 
-  The masked caption is the first text of every contrast, even without masked language modelling, which is causal. Both
-  texts of a pair search the neighbour bank and are stored in it; the loss has the direction from image to text only, at
-  full weight from the start. Banks and the heads' batch norms are those of one GPU: 32 of them with 128 pairs each,
+  The masked caption is the first text of every contrastive loss, even without masked language modelling, which is
+  causal. Both texts of a pair search the neighbour bank and are stored in it; that loss compares image to text only,
+  at full weight from the start. Banks and the heads' batch norms are those of one GPU: 32 of them with 128 pairs each,
   whatever the batch size becomes later. The log scale is kept in [3, 6] after each step (in the code also before the
   first backward pass, which only moves its initial value to 3), and FILIP compares 16 selected tokens, padding
   included. A ViT's patch embedding is frozen, and the packed bias of query, key and value is decayed. Of several
@@ -153,7 +154,7 @@ def _as_released(c: ConfigDict, method: str) -> None:
   objective.nns.symmetric = objective.nns.warmup = False
   objective.filip.top_k = 16
   if method == "slip":
-    c.data.strong_scale = (0.2, 1.0)  # as all its strong views
+    c.data.strong_scale = (0.2, 1.0)  # as for all its strong views
   c.data.caption_weights = (1.0,)
   c.model.mlm_attention = "causal"
   heads.norm_groups = heads.bank_groups = c.batch_size // 128
@@ -198,11 +199,11 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
   c.engine = "fast"  # for image views; "exact" uses Pillow and equals torchvision bit for bit
   c.augment_on = "host"  # or "device": the host only crops, and the step does the rest
   # Which contrasted texts search the neighbour bank and are stored in it, such as ("raw", "augmented"). None: those of
-  # the recipe. Texts that a recipe does not contrast cannot: no method has both raw and masked captions.
+  # the recipe. Texts that a recipe does not contrast cannot be used: no method has both raw and masked captions.
   c.neighbour_texts = placeholder(tuple)
   c.templates = ()  # captions for examples with a class but no caption, such as ("a photo of a {}.",)
-  c.workers = placeholder(int)  # processes that read and augment; 0 uses threads of this process. None: by the cores
-  c.threads = placeholder(int)  # threads per process. None: by the cores
+  c.workers = placeholder(int)  # processes that read and augment; 0 uses threads of this process. None: by core count
+  c.threads = placeholder(int)  # threads per process. None: by core count
   c.max_bad = 0.05  # largest share of examples that may be unusable and replaced by others before the run stops
   return c
 
@@ -251,11 +252,11 @@ def _optimizer() -> ConfigDict:
   c.end_learning_rate = 0.0  # learning rate that the schedule decays to
   c.milestones = ()  # of the schedule "step": pairs of a step and a factor
   c.cooldown = duration()  # of the schedule "cooldown": length of the decay at the end
-  c.cooldown_power = 1.0  # its exponent; 1 is linear
+  c.cooldown_power = 1.0  # exponent of that decay; 1 is linear
   c.weight_decay = 0.2  # decoupled from AdamW's moments
   c.sgd_side = "image"  # side that "adamw_sgd" trains with SGD, one of `models.paths.SIDES`
   c.sgd_weight_decay = 0.0  # of that side, added to the gradient
-  c.decay_mask = "weights"  # parameters that it applies to, one of `optim.DECAY_MASKS`
+  c.decay_mask = "weights"  # parameters that are decayed, one of `optim.DECAY_MASKS`
   c.b1, c.b2, c.epsilon = 0.9, 0.98, 1e-6  # of AdamW
   c.momentum, c.nesterov = 0.9, False  # of SGD and LARS
   c.trust_coefficient = 0.001  # of LARS
@@ -283,8 +284,8 @@ def term(
 ) -> ConfigDict:
   """A term of your own, defined in your config file: `c.objective.<name> = config.term(loss, weight=0.5)`.
 
-  `config.json` has the name of its function only. Resuming the run takes the config file; loading or evaluating what it
-  trained does not.
+  `config.json` records only the name of its function. Resuming the run requires the config file; loading or evaluating
+  the trained model does not.
 
   Args:
     loss: function `(outputs, batch, *, option=default, ...) -> (loss, metrics)`; with an argument `method`, it is given
@@ -300,7 +301,7 @@ def term(
     ValueError: `loss` is not a plain function, has an option without a default, or lacks one of `options`.
   """
   if not inspect.isfunction(loss):
-    raise ValueError(f"config.term: loss={loss!r}: a function defined by def, whose name config.json can record")
+    raise ValueError(f"config.term: loss={loss!r} must be a function defined with def, named in config.json")
   parameters = list(inspect.signature(loss).parameters.values())[2:]
   defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "method"}
   if unknown := sorted(set(options) - set(defaults)):
@@ -339,7 +340,7 @@ def steps_of(length: ConfigDict, *, name: str, batch_size: int, epoch_examples: 
   return length.steps or math.ceil(examples / batch_size)
 
 
-# Fields of old config.json files and their names today; "*" is any name. What follows a path moves with it.
+# Fields of old config.json files and their current names; "*" is any name. What follows a path moves with it.
 RENAMED = {
   "weights.*": "objective.*.weight",
   "weight_schedule.*": "objective.*.schedule",
@@ -360,10 +361,10 @@ _OPEN = ("evals", "objective", "model.image")
 
 
 def from_json(text: str) -> ConfigDict:
-  """A config as `to_json_best_effort` wrote it, under the names of today.
+  """A config as `to_json_best_effort` wrote it, with the current names of its fields.
 
   Raises:
-    ValueError: a field that neither a config of today nor one of an older version has.
+    ValueError: a field that neither the current version nor an older one has.
   """
   fields = parse_json(text)
   if unknown := sorted(_unknown(fields, default().to_dict())):

@@ -1,15 +1,15 @@
-"""Reports what a training would cost, without its hardware: memory, least time and largest batch.
+"""Reports what a training run would cost, without its hardware: memory, minimum time and largest batch.
 
   python -m declip_jax.plan --config=clip_wit/vit_b_32 --topology=v5e:16x16
 
 Compiles the real train step for a TPU topology, on any machine with libtpu (pip install -e '.[tpu]' in a checkout), or
 without --topology for the devices of this machine. For each device it prints memory, FLOPs and traffic of a step, the
-least time that it takes, the input rate required of the hosts, and the largest batch that fits. No data is read.
+minimum time that it takes, the input rate required of the hosts, and the largest batch that fits. No data is read.
 
-Memory grows almost linearly with the batch, so that the search extrapolates from two compiled steps and compiles the
+Memory grows almost linearly with the batch, so the search extrapolates from two compiled steps and compiles the
 largest batch as well. Times follow from the peak figures in declip_jax/planning/devices.py; compute, memory and links
-work at the same time, so that the slowest bounds the step. Compiling takes minutes. Exit codes: 0; 1 if the step does
-not fit; 2 for an error that you can correct.
+work at the same time, so the slowest of them bounds the step. Compiling takes minutes. Exit codes: 0; 1 if the step
+does not fit; 2 for an error that you can correct.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def main() -> None:
     "slices", 1, "Number of slices of --topology, connected by the data center network.", lower_bound=1
   )
   flags.DEFINE_bool("search", True, "Search for the largest batch that fits, which compiles two or three more steps.")
-  flags.DEFINE_string("json", None, "File to write the report to as well, as one JSON object.")
+  flags.DEFINE_string("json", None, "Also write the report to this file, as one JSON object.")
   run(_command, __doc__, required=("config",))
 
 

@@ -74,7 +74,7 @@ def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
   """
   if batch_size <= 0 or batch_size % mesh.size:
     shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    raise ValueError(f"config.{name}={batch_size} does not divide over the {mesh.size} devices of the mesh ({shape})")
+    raise ValueError(f"config.{name}={batch_size}: expected a positive multiple of the {mesh.size} devices ({shape})")
 
 
 def spec_for(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

@@ -78,7 +78,7 @@ def train(
     ValueError: the config contradicts itself, its data or the devices, or `workdir` is in use by another run, before
       anything is compiled; or, later, too many samples cannot be read.
     Stopped: Ctrl-C or SIGTERM; a checkpoint was saved.
-    FloatingPointError: too many consecutive steps were skipped, and the run can not or no longer roll back.
+    FloatingPointError: too many consecutive steps were skipped, and the run cannot, or can no longer, roll back.
     OSError: the last checkpoint cannot be written.
   """
   workdir = local_path(workdir)
@@ -369,7 +369,7 @@ def main() -> None:
   flags.DEFINE_integer(
     "stopped_exit_code",
     0,
-    "Exit code after SIGTERM; use 143 for a supervisor that takes 0 for the end of the training.",
+    "Exit code after SIGTERM; use 143 with a supervisor that takes 0 to mean that training is complete.",
   )
   flags.DEFINE_string("profile", "", "First and last step to trace, such as 100:110.")
   launch(_command, __doc__, required=("config",))

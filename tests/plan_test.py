@@ -58,7 +58,7 @@ def test_the_command_compiles_for_a_topology(tmp_path):
   assert report["fits"]
   assert report["memory"]["peak"] <= report["available"] == 15.75 * 2**30
   assert report["seconds"]["compute"] == pytest.approx(report["executed_flops"] / 4 / 197e12)
-  for text in ("4 x TPU v5 lite, 1 host", "least time (roofline)", f"{report['seconds']['compute'] * 1e3:.1f} ms"):
+  for text in ("4 x TPU v5 lite, 1 host", "minimum time (roofline)", f"{report['seconds']['compute'] * 1e3:.1f} ms"):
     assert text in done.stdout
   assert "4 x TPU v5 lite, 4 pairs" in done.stderr
   rejected = command("--topology=v5e:3x3")

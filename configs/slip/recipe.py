@@ -1,4 +1,4 @@
-"""SLIP: CLIP, SimCLR and SLIP with SLIP's training procedure, and its studies.
+"""SLIP: CLIP, SimCLR and SLIP with SLIP's training procedure, and its ablations.
 
 Mu et al. 2021, "SLIP: Self-supervision meets Language-Image Pre-training", arXiv 2112.12750; recipe of its released
 code, facebookresearch/SLIP. Results with released weights have the names of those.
@@ -7,7 +7,7 @@ Data: OpenAI's list of YFCC15M, 14.6 M pairs; CC12M with 11.0 M and CC3M with 3.
 `data` is data/yfcc15m, data/cc3m or data/cc12m by default. Its samples have all captions of an image, one of which is
 drawn each time. `imagenet` is classified after each epoch; SimCLR, which has no text tower, does not take it.
 
-No gradient flows through the candidates of the contrast, as in the released code on several GPUs
+No gradient flows through the candidates of the contrastive loss, as in the released code on several GPUs
 (`config.objective.clip.full_gradient`). Where we differ: bfloat16 instead of float16 with loss scaling; a long caption
 keeps its end-of-text token; an empty title or description is never drawn.
 """

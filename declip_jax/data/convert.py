@@ -3,15 +3,15 @@
   SPEC      the source to read, such as webdataset:/data/train-*.tar
   OUTPUT    the folder to write, or its URL, such as gs://bucket/folder
 
-For data that are read many times: thousands of image files, tables or tars become a few large files with fast random
+For data that is read many times: thousands of image files, tables or tars become a few large files with fast random
 access and without samples that cannot be used. Train with arrayrecord:OUTPUT/*.array_record
 
   OUTPUT/data-00000-of-00064.array_record ...   the samples, in the order of the source
   OUTPUT/classnames.txt                         if the source has classes
   OUTPUT/dataset.json                           source, numbers of samples and shards, and skipped samples by kind
 
-Every image is decoded once to check it, and stored as it was; pixels are stored as PNG. Run the same command again to
-resume a conversion that was interrupted.
+Every image is decoded once to check it, and stored unchanged; raw pixels are stored as PNG. Run the same command again
+to resume a conversion that was interrupted.
 
 Files for a URL are written to the local temporary folder (TMPDIR) and uploaded when complete; the folder needs space
 for one file per worker.

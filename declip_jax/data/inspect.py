@@ -3,8 +3,8 @@
   DATA    a path, pattern, folder or URL, or KIND:LOCATION
 
 Reads a fixed random subset of the samples and prints image formats and sizes, captions and their lengths, classes, and
-bad samples with their names. A plain path is recognised: shards, tables, annotations, folders. The first line printed
-is the spec to train with.
+bad samples with their names. The kind of a plain path is detected: shards, tables, annotations, folders. The first
+line printed is the spec to train with.
 """
 
 from collections import Counter

@@ -28,7 +28,7 @@ def zero_shot(
   source = features.source
   if not source.classnames:
     raise ValueError(
-      f"{source.name} has no class names: files need a classnames.txt, one name a line, next to the first of them"
+      f"{source.name} has no class names: put a classnames.txt, with one name per line, next to its first file"
     )
   prompt_embeddings = features.texts(prompts(source.classnames, templates))
   classes = len(source.classnames)

@@ -181,10 +181,10 @@ def _check(fields: Mapping[str, Any]) -> None:
       raise ValueError(f"config.model.{tower}.heads={count} does not divide config.model.{tower}.width={width}")
   buckets = text["buckets"]
   if any(length < 1 for length in buckets) or list(buckets) != sorted(buckets):
-    raise ValueError(f"config.model.text.buckets={buckets}: positive lengths, ascending")
+    raise ValueError(f"config.model.text.buckets={buckets}: expected positive lengths, ascending")
   for name in ("norm_groups", "bank_groups", "bank_neighbours", "bank_size"):
     if heads[name] < 1:
-      raise ValueError(f"config.model.heads.{name}={heads[name]}: at least 1")
+      raise ValueError(f"config.model.heads.{name}={heads[name]}: expected at least 1")
   if heads["bank_neighbours"] > heads["bank_size"]:
     raise ValueError(
       f"config.model.heads.bank_neighbours={heads['bank_neighbours']} is more than its bank_size={heads['bank_size']}"

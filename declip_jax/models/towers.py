@@ -28,7 +28,7 @@ class Towers(nn.Module):
       `[b n f]`, with `feature_width`, `stride` and `has_batch_norm`: whether `train` makes it normalise by the batch.
     text: the text transformer, None where no term uses texts.
     mean, std: mean and standard deviation per channel, on a scale of 0 to 1.
-    lock_image: whether the image tower is not trained, so that its batch norms use and keep their running statistics.
+    lock_image: whether the image tower is not trained, so its batch norms use and keep their running statistics.
     mlm_attention: one of `MLM_ATTENTION`.
   """
 

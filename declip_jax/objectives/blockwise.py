@@ -112,7 +112,7 @@ def check_method(method: Method) -> None:
   if method.kind not in (*KINDS, "auto"):
     raise ValueError(f"config.contrast.method={method.kind!r}: choose one of {['auto', *KINDS]}")
   if method.block < 0:
-    raise ValueError(f"config.contrast.block={method.block}: 1 or more candidates, or 0 to choose by the sizes")
+    raise ValueError(f"config.contrast.block={method.block}: expected 1 or more candidates, or 0 to choose by size")
 
 
 def _chosen(method: Method, x: Float[Array, "v b d"], y: Float[Array, "u n d"]) -> Method:

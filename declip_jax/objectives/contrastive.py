@@ -47,7 +47,7 @@ def info_nce(
   CLIP (Radford et al. 2021, figure 3). The batch is the global one, and by default the gradient is that of the whole
   logit matrix, as in DeCLIP, and in open_clip with `gather_with_grad`. Unless `symmetric`, only rows are queries.
 
-  With `full_gradient=False` the candidates of each query are constants, so that an image learns only as a query for its
+  With `full_gradient=False` the candidates of each query are constants, so an image learns only as a query for its
   text and a text only as a query for its image. SLIP's released code does this, because its gather has no gradient. The
   value and the gradient of `scale` are the same; the gradient of the embeddings is about half as long, which doubles
   the weight of every other term. (open_clip's default without `local_loss` is exactly half of the full

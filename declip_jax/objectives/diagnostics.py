@@ -3,7 +3,7 @@
 | `diagnostics/<branch>/<what>` | healthy | collapsed |
 |---|---|---|
 | `deviation` of rows | about 1, its upper bound | 0 |
-| `rank` of rows | a good part of their dimension | 1 |
+| `rank` of rows | a large share of their dimension | 1 |
 | `uniformity` of embeddings | towards -4 | 0 |
 | `alignment` of pairs, in [0, 4] | falls from about 2 while uniformity stays low | anything |
 | `accuracy` of pairs | rises to 1 | 1 / rows |
@@ -28,8 +28,8 @@ def diagnose(outputs: Outputs, kinds: Mapping[str, str], has_pooled: bool = True
   """All diagnostics of `outputs`, as float32 scalars without gradient.
 
   Where both `image` and `text` exist, there is also `image_text/alignment` of the first image view with the first text
-  view; and for the sigmoid loss, which unlike the other contrasts ranks nothing, the accuracy of finding one by the
-  other, in the batch or in `MOST_ROWS` of it.
+  view; and for the sigmoid loss, which, unlike the other contrastive losses, ranks nothing, the accuracy of finding one
+  by the other, in the batch or in `MOST_ROWS` of it.
 
   Args:
     outputs: outputs of the global batch, sharded or not.

@@ -1,4 +1,4 @@
-"""Image-text contrast of tokens: FILIP's late interaction, as FILIP and DeFILIP train with it."""
+"""Contrastive loss over image and text tokens: FILIP's late interaction, as FILIP and DeFILIP train with it."""
 
 from collections.abc import Callable
 

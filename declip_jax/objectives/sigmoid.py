@@ -1,4 +1,4 @@
-"""Image-text contrast without a softmax: SigLIP's sigmoid loss, in which every pair is a binary classification."""
+"""Contrastive loss without a softmax: SigLIP's sigmoid loss, in which every pair is a binary classification."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Self-supervision on images by contrast: SimCLR's NT-Xent, as in SLIP."""
+"""Contrastive self-supervision on images: SimCLR's NT-Xent, as in SLIP."""
 
 import jax
 import jax.numpy as jnp

@@ -125,16 +125,16 @@ def _checked(name: str, fields: Mapping[str, Any]) -> ActiveTerm:
   options = {field: value for field, value in fields.items() if field not in ("weight", "schedule")}
   weight, schedule = float(fields.get("weight", 0.0)), fields.get("schedule", ())
   if not math.isfinite(weight):
-    raise ValueError(f"{where}.weight={weight}: a finite number")
+    raise ValueError(f"{where}.weight={weight}: expected a finite number")
   _check_schedule(where, schedule, weight)
   known = option_names(term.loss)
   if known is not None and (unknown := sorted(set(options) - set(known))):
     raise ValueError(f"{where}.{unknown[0]}: term {name!r} has the options {known}")
   temperature, smoothing = options.get("temperature", 1.0), options.get("label_smoothing", 0.0)
   if not 0 < temperature < math.inf:
-    raise ValueError(f"{where}.temperature={temperature}: more than 0")
+    raise ValueError(f"{where}.temperature={temperature}: expected more than 0")
   if not 0 <= smoothing <= 1:
-    raise ValueError(f"{where}.label_smoothing={smoothing}: 0 to 1")
+    raise ValueError(f"{where}.label_smoothing={smoothing}: expected 0 to 1")
   return ActiveTerm(name, term, weight, tuple(schedule), options)
 
 
@@ -142,11 +142,11 @@ def _check_schedule(where: str, points: Sequence[tuple[int, float]], weight: flo
   if points and not weight:
     raise ValueError(f"{where}.schedule={points}: {where}.weight is 0")
   if not all(isinstance(point, Sequence) and len(point) == 2 for point in points):
-    raise ValueError(f"{where}.schedule={points}: pairs of a step and a factor, such as ((0, 0.0), (2500, 1.0))")
+    raise ValueError(f"{where}.schedule={points}: expected (step, factor) pairs, such as ((0, 0.0), (2500, 1.0))")
   if not all(math.isfinite(factor) for _, factor in points):
-    raise ValueError(f"{where}.schedule={points}: factors have to be finite")
+    raise ValueError(f"{where}.schedule={points}: factors must be finite")
   if [step for step, _ in points] != sorted({step for step, _ in points}):
-    raise ValueError(f"{where}.schedule={points}: steps have to ascend")
+    raise ValueError(f"{where}.schedule={points}: steps must be ascending")
 
 
 def option_names(loss: Loss) -> list[str] | None:
@@ -158,7 +158,7 @@ def option_names(loss: Loss) -> list[str] | None:
 
 
 def compares_pairs(loss: Loss) -> bool:
-  """Whether a loss compares all pairs of a batch, so that it has an argument `method`."""
+  """Whether a loss compares all pairs of a batch, and so has an argument `method`."""
   return "method" in inspect.signature(loss).parameters
 
 

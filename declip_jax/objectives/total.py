@@ -60,7 +60,7 @@ class Objective:
 
   @property
   def compares_tokens(self) -> bool:
-    """Whether only tokens are compared across modalities, as in FILIP, so that pooled embeddings mean nothing."""
+    """Whether only tokens are compared across modalities, as in FILIP, so pooled embeddings mean nothing."""
     return any(active.term.compares_tokens for active in self.terms) and not self.compares_embeddings
 
   def used_views(self, views: Views) -> Views:

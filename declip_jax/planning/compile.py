@@ -87,7 +87,7 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device] | None = None
     ValueError: the config contradicts itself or does not fit the devices.
   """
   config = config.copy_and_resolve_references()
-  # No data set is opened, so that the length of an epoch is unknown; the compiled step does not depend on it.
+  # No data set is opened, so the length of an epoch is unknown; the compiled step does not depend on it.
   config.duration = duration(steps=10**9)
   built = build.build(config, devices)
   shapes, sharding = built.batch_shape(config.batch_size), batch_sharding(built.mesh)
@@ -153,7 +153,7 @@ def bytes_per_device(tree: Any) -> float:
 def memory(step: CompiledStep) -> Memory:
   """Memory that a compiled step uses on each device."""
   used, state = step.compiled.memory_analysis(), step.state
-  metrics = used.output_size_in_bytes - used.alias_size_in_bytes  # the state is donated, so that its output is aliased
+  metrics = used.output_size_in_bytes - used.alias_size_in_bytes  # the state is donated, so its output is aliased
   return Memory(
     parameters=bytes_per_device(state.params),
     optimizer_state=bytes_per_device(state.opt_state),

@@ -26,7 +26,7 @@ def step_flops(built: Built, batch_size: int, frozen: Sequence[str] = ()) -> flo
   They are the numerator of model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B): forward and backward pass
   of towers, heads and objective, once. Recomputation to save memory (rematerialisation, gradient caching, losses in
   blocks) does not count, nor do augmentation, optimiser and diagnostics. Texts count with the shortest of
-  `config.model.text.buckets`, so that the utilisation is a lower bound. Tracing takes seconds; nothing is compiled or
+  `config.model.text.buckets`, so the utilisation is a lower bound. Tracing takes seconds; nothing is compiled or
   computed.
 
   Args:

@@ -1,4 +1,4 @@
-"""What a train step costs on given devices: memory, FLOPs, traffic, the least time, and the input it requires."""
+"""What a train step costs on given devices: memory, FLOPs, traffic, minimum time, and the input rate it needs."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -68,8 +68,8 @@ class Report:
     executed_flops: `model_flops` and recomputation; None if the step does not fit.
     collectives: what each kind of collective sends; None if the step does not fit.
     memory_traffic: bytes read and written in main memory; None if the step does not fit.
-    seconds: the least times; None if the device is unknown or the step does not fit.
-    input: the input rate that the least time requires; None where that is None.
+    seconds: the minimum times; None if the device is unknown or the step does not fit.
+    input: the input rate that the minimum time requires; None where that is None.
     largest: the largest batch that fits; None if it was not searched for, or the available memory is unknown.
   """
 
@@ -98,7 +98,7 @@ def make_report(config: ConfigDict, devices: Sequence[jax.Device] | None = None,
   """Compiles the step of a config for all devices or for the given ones, and reports what it costs.
 
   Args:
-    config: config of a training; its duration does not matter.
+    config: config of a run; its duration does not matter.
     devices: devices to compile for, such as those of `topology_devices`.
     search: whether to search for the largest batch that fits.
 
@@ -177,7 +177,7 @@ def least_times(flops_per_device: float, traffic: hlo.Traffic, peak: Device) -> 
 
 
 def required_input(report: Report, config: ConfigDict, step: float, peak: Device) -> InputRate:
-  """The input rate that a step of `step` seconds, the least time, requires of the hosts."""
+  """The input rate that a step of `step` seconds, the minimum time, requires of the hosts."""
   images_per_second = report.batch_size / step
   name, rate = measured_rate(config.data.recipe, config.data.engine, config.data.augment_on)
   return InputRate(

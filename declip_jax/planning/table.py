@@ -62,7 +62,7 @@ def _traffic(collectives: dict[str, Sent], memory_traffic: float | None) -> list
 
 
 def _times(times: Times, peak: Device) -> list[str]:
-  lines = ["least time (roofline)"]
+  lines = ["minimum time (roofline)"]
   rates = _rates(peak)
   for name, seconds in dataclasses.asdict(times).items():
     if name != "network" or seconds != 0:
@@ -98,7 +98,7 @@ def _input(required: InputRate) -> list[str]:
     )
   else:
     line += f": the rate of recipe {required.measured_of} was not measured"
-  return ["input for a step this fast; at half the utilisation, half of it", line]
+  return ["input rate that a step this fast requires; half of it at half the utilisation", line]
 
 
 def format_bytes(size: float | None) -> str:

@@ -1,6 +1,6 @@
 """The progress display: one line, redrawn on a terminal or in a notebook, repeated now and then in a log file.
 
-`track` counts what an iteration yields, `Bar` what other processes report, and `TrainingProgress` follows a training.
+`track` counts what an iteration yields, `Bar` what other processes report, and `TrainingProgress` follows a run.
 `message` prints above the line.
 """
 
@@ -132,7 +132,7 @@ def is_live(stream: TextIO) -> bool:
 
 
 class TrainingProgress:
-  """A live line about a training: step, losses, speed, time left, share of the time spent waiting for data.
+  """A live line about a run: step, losses, speed, time left, share of the time spent waiting for data.
 
   A terminal shows one line, cut to its width, the least important fields first; a log file gets a plain line every
   `min_interval` seconds.

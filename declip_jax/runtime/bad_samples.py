@@ -38,7 +38,7 @@ class BadSamples:
     return {"bad_share": bad / (bad + used), **kinds}
 
   def check(self, values: dict[str, float]) -> None:
-    """Stops a run that can use too little of its data, by what `values` returned.
+    """Stops a run that can use too little of its data, according to what `values` returned.
 
     Raises:
       ValueError: the same on every host; names the share and the kinds.

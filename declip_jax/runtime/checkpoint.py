@@ -326,7 +326,7 @@ class Checkpoints:
     self._reason = _first_line(error)
     self._retry_at = time.monotonic() + self._pause
     logging.warning(
-      "checkpoint %d was not written: %s; training continues, and the save is retried in %.0f s or at the next one",
+      "checkpoint %d was not written: %s; training continues, and the save is retried in %.0f s or with the next one",
       step,
       self._reason,
       self._pause,

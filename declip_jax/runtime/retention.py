@@ -21,7 +21,7 @@ class KeepFirstOfEach:
   """Keeps the first checkpoint in each stretch of `every` steps, except the first stretch.
 
   Orbax's `EveryNSteps` keeps only exact multiples, which checkpoints saved by the clock or at a signal miss, or counts
-  from the oldest checkpoint that is left, so that the stretches drift.
+  from the oldest checkpoint that is left, so the stretches drift.
   """
 
   def __init__(self, every: int):

@@ -54,7 +54,9 @@ class Rollbacks:
     """
     checkpoints.wait()
     target = self.target(checkpoints.steps(), at - skipped)
-    reason = f"step {at}: {skipped} consecutive steps were skipped (loss, gradient or rate not finite, or a spike)"
+    reason = (
+      f"step {at}: {skipped} consecutive steps were skipped (loss, gradient or learning rate not finite, or a spike)"
+    )
     if target is None or len(self) >= self._limit:
       limit = f"the run has rolled back {len(self)} times (config.safety.max_rollbacks={self._limit})"
       raise FloatingPointError(

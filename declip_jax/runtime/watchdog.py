@@ -20,7 +20,7 @@ class Watchdog:
 
   The stacks of all threads are written to `hang.HOST.txt` in the working directory. JAX's heartbeats detect a dead peer
   sooner; this detects a process that hangs while its heartbeats continue: in a collective, a mount, a worker. It starts
-  with the first call of `beat`, so that compiling the first step may take as long as it needs.
+  with the first call of `beat`, so compiling the first step may take as long as it needs.
 
   Args:
     workdir: working directory of the run.

@@ -69,7 +69,7 @@ def make_gradient(
   if method not in METHODS:
     raise ValueError(f"config.micro_batching={method!r}: choose one of {[*METHODS]}")
   if micro_batches < 1:
-    raise ValueError(f"config.micro_batches={micro_batches}: 1 or more")
+    raise ValueError(f"config.micro_batches={micro_batches}: expected 1 or more")
   compute = METHODS[method] if micro_batches > 1 else whole_batch
   compute = partial(
     compute,

@@ -87,7 +87,7 @@ class OptimizerSettings:
     check_finite({f"multipliers[{path!r}]": factor for path, factor in self.multipliers})
     bounds = self.logit_scale_range
     if bounds and not (len(bounds) == 2 and bounds[0] <= bounds[1]):
-      raise ValueError(f"config.optimizer.logit_scale_range={bounds!r}: two numbers, ascending, or ()")
+      raise ValueError(f"config.optimizer.logit_scale_range={bounds!r}: expected two ascending numbers, or ()")
 
 
 def check_name(field: str, name: str, known: Collection[str]) -> None:
@@ -109,7 +109,7 @@ def check_finite(settings: OptimizerSettings | Any | Mapping[str, float]) -> Non
   values = settings if isinstance(settings, Mapping) else vars(settings)
   for field, value in values.items():
     if isinstance(value, float) and not math.isfinite(value):
-      raise ValueError(f"config.optimizer.{field}={value}: a finite number")
+      raise ValueError(f"config.optimizer.{field}={value}: expected a finite number")
 
 
 # Weight decay masks. Selected by name and not by rank, since scanned blocks stack biases into matrices.

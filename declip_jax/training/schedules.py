@@ -52,7 +52,8 @@ class ScheduleSettings:
     check_finite({f"milestones[{step}]": factor for step, factor in self.milestones})
     if self.warmup > self.total_steps:
       raise ValueError(
-        f"config.optimizer.warmup is {self.warmup} steps, longer than the training of {self.total_steps}"
+        f"config.optimizer.warmup is {self.warmup} steps, longer than the whole run of {self.total_steps}: set "
+        f"--config.optimizer.warmup.steps to at most that, or lengthen config.duration"
       )
     longest = self.total_steps - self.warmup
     if self.schedule == "cooldown" and not 0 < self.cooldown <= longest:

@@ -59,7 +59,7 @@ def read_initial(init_from: InitFrom, model: ModelFields) -> Weights | None:
 
   Raises:
     FileNotFoundError: there are no such weights.
-    ValueError: the file cannot be read, or the towers compute something else than those of the run.
+    ValueError: the file cannot be read, or the towers compute something other than those of the run.
   """
   if not init_from.path:
     return None
@@ -69,10 +69,10 @@ def read_initial(init_from: InitFrom, model: ModelFields) -> Weights | None:
 
 
 def initialise(state: State, weights: Weights, groups: Sequence[str], model: Model) -> tuple[State, list[str]]:
-  """Loads weights into a fresh state, and copies them into its momentum tower.
+  """Loads weights into a randomly initialised state, and copies them into its momentum tower.
 
   Args:
-    state: freshly drawn state.
+    state: randomly initialised state.
     weights: weights to load.
     groups: the `GROUPS` to load.
     model: model of the run.
@@ -95,15 +95,15 @@ def initialise(state: State, weights: Weights, groups: Sequence[str], model: Mod
 def load_weights(
   params: Tree, collections: Tree, weights: Weights, groups: Sequence[str]
 ) -> tuple[Tree, Tree, list[str]]:
-  """Loads weights into freshly drawn parameters and collections, leaf by leaf, onto the devices of each leaf.
+  """Loads weights into randomly initialised parameters and collections, leaf by leaf, onto the devices of each leaf.
 
   Position embeddings of images are resized by cubic interpolation, as in open_clip. Position embeddings of texts and
-  token embeddings are cut, or keep their fresh entries at the end (open_clip interpolates positions of texts, which
-  moves every position). A projection or head of another shape stays fresh; a bias that a projection did not have starts
-  at zero.
+  token embeddings are cut, or keep their random entries at the end (open_clip interpolates positions of texts, which
+  moves every position). A projection or head of another shape stays random; a bias that a projection did not have
+  starts at zero.
 
   Args:
-    params, collections: fresh arrays of the run.
+    params, collections: randomly initialised arrays of the run.
     weights: weights to load; `read_initial` has checked them.
     groups: the `GROUPS` to load; "heads" contains everything after the towers but the projections.
 
@@ -123,13 +123,13 @@ def load_weights(
     if path not in given:
       if below.endswith("_projection/bias") and path.replace("/bias", "/kernel") in given:
         merged[path] = _placed(leaf, np.zeros(leaf.shape))
-        changed.append(f"new, zero: {below}")
+        changed.append(f"initialised to zero: {below}")
     elif isinstance(leaf, Bank):
       if leaf.entries.shape == given[path].entries.shape:
         merged[path] = jax.tree.map(_placed, leaf, given[path])
       else:
         shapes = f"{given[path].entries.shape} in the weights and {leaf.entries.shape} in the run"
-        changed.append(f"fresh: {below}, {shapes}")
+        changed.append(f"not loaded: {below}, {shapes}")
     else:
       merged[path] = _fitted(below, np.asarray(given[path]), leaf, changed)
   loaded = [path for path in fresh if merged[path] is not fresh[path]]
@@ -141,7 +141,7 @@ def load_weights(
   if unused := [path for path in unused if _is_in(path, groups)]:
     lines.append(f"not in this model: {', '.join(unused)}")
   left = [path for path in fresh if path.startswith("params/") and path not in loaded]
-  lines.append(f"fresh: {_sizes(left, fresh)}" if left else "nothing is fresh")
+  lines.append(f"newly initialised: {_sizes(left, fresh)}" if left else "nothing is newly initialised")
   collections = {half: tree.get("collections", {}).get(half, {}) for half in collections}
   return tree["params"], collections, [*lines, *weights.remarks]
 
@@ -161,7 +161,7 @@ def resize_positions(positions: Float[np.ndarray, "n w"], size: int) -> Float[np
 
 
 def _check_towers(weights: Weights, model: ModelFields, groups: Sequence[str]) -> None:
-  """Rejects groups that do not exist, and towers that compute something else than those of `config.model`."""
+  """Rejects groups that do not exist, and towers that compute something other than those of `config.model`."""
   if unknown := set(groups) - set(GROUPS):
     raise ValueError(f"config.init_from.groups={tuple(groups)}: choose from {sorted(GROUPS)}, not {sorted(unknown)}")
   for side in ("image", "text"):

@@ -114,7 +114,7 @@ def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
   """
   path = os.fspath(path)
   if os.path.isdir(path):
-    raise ValueError(f"{path}: is a folder, expected a file")
+    raise ValueError(f"{path}: this is a folder, expected a file")
   try:
     with open(path, "rb") as file:
       start = file.read(512)
@@ -283,7 +283,7 @@ def _flatten(module: Opaque) -> dict[str, _Tensor]:
     elif isinstance(value, _Tensor):
       tensors[name] = value
     if seen + len(pending) > _MOST_NAMES or len(name) > _LONGEST_NAME:
-      raise ValueError(f"its modules contain each other too deeply, as in {_shown(name)}")
+      raise ValueError(f"its modules are nested too deeply, as in {_shown(name)}")
   return tensors
 
 

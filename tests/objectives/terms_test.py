@@ -125,9 +125,9 @@ def test_options_reach_their_term_and_unknown_ones_are_named() -> None:
     ("weight", float("nan"), "a finite number"),
     ("temperature", 0.0, "more than 0"),
     ("label_smoothing", 1.5, "0 to 1"),
-    ("schedule", ((9, 0.0), (5, 1.0)), "steps have to ascend"),
-    ("schedule", (0, 0.0), "pairs of a step and a factor"),
-    ("schedule", ((0, float("nan")),), "factors have to be finite"),
+    ("schedule", ((9, 0.0), (5, 1.0)), "steps must be ascending"),
+    ("schedule", (0, 0.0), "(step, factor) pairs"),
+    ("schedule", ((0, float("nan")),), "factors must be finite"),
   ],
 )
 def test_an_invalid_number_is_named_with_its_field(field: str, value: object, legal: str) -> None:

@@ -126,5 +126,5 @@ def test_bad_values_are_rejected_by_name() -> None:
   built, objective = built_of("clip")
   with pytest.raises(ValueError, match=r"config.micro_batching='grad': choose one of \['cached', 'plain'\]"):
     gradient.make_gradient("grad", 2, model=built.model, objective=objective)
-  with pytest.raises(ValueError, match="config.micro_batches=0: 1 or more"):
+  with pytest.raises(ValueError, match="config.micro_batches=0: expected 1 or more"):
     gradient.make_gradient("plain", 0, model=built.model, objective=objective)

@@ -83,11 +83,11 @@ def test_a_run_continues_with_another_method_and_new_heads(clip_run: Path, rando
   for head in ("projector", "predictor", "mlm"):
     assert_same(state.params["heads"][head], fresh.params["heads"][head])
   assert not np.any(state.params["heads"]["text_projection"]["bias"])
-  assert "new, zero: heads/text_projection/bias" in lines
+  assert "initialised to zero: heads/text_projection/bias" in lines
   assert lines[0].startswith("loaded from declip_jax, step 3: ")
   assert "towers/image (31,872)" in lines[0]
   assert "extended: towers/text/token_embedding/embedding, (49408, 16) -> (49409, 16)" in lines
-  assert lines[-1].startswith("fresh: heads/")
+  assert lines[-1].startswith("newly initialised: heads/")
   assert "heads/mlm" in lines[-1]
   assert "towers" not in lines[-1]
 
@@ -144,7 +144,7 @@ def test_a_declip_run_loads_its_bank(runs: Runs, random_state: MakeState) -> Non
   assert_same(bank, read_run(runs("declip")).collections["heads"]["bank"]["text"])
   assert bank.entries.shape == (1, 32, 16)
   assert not np.any(np.asarray(bank.entries) == np.asarray(before.entries))
-  assert lines[-1] == "nothing is fresh"
+  assert lines[-1] == "nothing is newly initialised"
 
 
 @pytest.mark.parametrize("change", [{"bank_size": 64}, {"bank_groups": 2}])
@@ -155,7 +155,7 @@ def test_a_bank_of_another_shape_is_not_loaded(change: dict, runs: Runs, random_
   state, lines = start(c, fresh)
   bank = fresh.collections["heads"]["bank"]["text"]
   assert_same(state.collections["heads"]["bank"]["text"], bank)
-  assert f"fresh: heads/bank/text, (1, 32, 16) in the weights and {bank.entries.shape} in the run" in lines
+  assert f"not loaded: heads/bank/text, (1, 32, 16) in the weights and {bank.entries.shape} in the run" in lines
 
 
 def test_settings_add_to_the_file(clip_run: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_momentum_tower_starts_as_the_loaded_tower(runs: Runs, random_state: M
   assert jax.tree.map(lambda x: x.sharding, state.collections) == jax.tree.map(lambda x: x.sharding, fresh.collections)
   pointers = [leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in jax.tree.leaves((tower, copy))]
   assert len(pointers) == len(set(pointers))  # a step takes both over
-  assert of_line(lines, "fresh: ") == {"heads/momentum_predict", "heads/momentum_project"}
+  assert of_line(lines, "newly initialised: ") == {"heads/momentum_predict", "heads/momentum_project"}
   assert {"heads/text_projection/bias", "heads/predictor/linear1/kernel", "heads/bank/text"} <= of_line(lines, "not in")
 
 
@@ -206,7 +206,7 @@ def test_a_run_with_a_momentum_tower_continues_without_and_with_it(runs: Runs, r
     "momentum_predict",
     "momentum_project",
   }
-  assert lines[-1] == "nothing is fresh"
+  assert lines[-1] == "nothing is newly initialised"
   # Trained on by the same method, it starts from the online tower, as a new run does.
   c = bare("slip_byol", runs("slip_mocov3"))
   state, lines = start(c, random_state(c))
@@ -215,7 +215,7 @@ def test_a_run_with_a_momentum_tower_continues_without_and_with_it(runs: Runs, r
     assert_same(state.collections[half], given.collections[half])
     for name, copy in state.collections["momentum"][half].items():
       assert_same(copy, given.params[half][name])
-  assert lines[-1] == "nothing is fresh"
+  assert lines[-1] == "nothing is newly initialised"
 
 
 def test_self_supervision_first_then_clip(runs: Runs, random_state: MakeState) -> None:
@@ -229,7 +229,7 @@ def test_self_supervision_first_then_clip(runs: Runs, random_state: MakeState) -
   assert_same(state.params["towers"]["text"], fresh.params["towers"]["text"])
   assert_same(state.params["heads"], fresh.params["heads"])
   assert of_line(lines, "loaded from declip_jax, step 3: ") == {"towers/image"}
-  assert of_line(lines, "fresh: ") == {
+  assert of_line(lines, "newly initialised: ") == {
     "towers/text",
     "heads/image_projection",
     "heads/logit_scale",
@@ -251,12 +251,12 @@ def test_self_supervision_first_then_clip(runs: Runs, random_state: MakeState) -
 def test_the_mask_embedding_is_added_and_dropped(runs: Runs, random_state: MakeState) -> None:
   c = bare("slip_mim", runs("clip"))
   _, lines = start(c, random_state(c))
-  assert of_line(lines, "fresh: ") == {"towers/image", "heads/mim", "heads/mim_norm"}
+  assert of_line(lines, "newly initialised: ") == {"towers/image", "heads/mim", "heads/mim_norm"}
   assert "towers/image (32)" in lines[-1]
   c = bare("clip", runs("slip_mim"))
   _, lines = start(c, random_state(c))
   assert "towers/image/mask_embedding" in of_line(lines, "not in this model: ")
-  assert lines[-1] == "nothing is fresh"
+  assert lines[-1] == "nothing is newly initialised"
 
 
 CONVOLUTIONS = {
@@ -280,7 +280,7 @@ def test_convolutional_towers_load_their_statistics(
   assert_same(state.collections["towers"], given.collections["towers"])
   assert_same(state.params["towers"], given.params["towers"])
   assert_same(state.params["heads"]["image_projection"], given.params["heads"]["image_projection"])
-  assert of_line(lines, "fresh: ") == {"heads/logit_bias"}
+  assert of_line(lines, "newly initialised: ") == {"heads/logit_bias"}
 
 
 @pytest.mark.slow
@@ -356,6 +356,6 @@ def test_the_image_tower_of_a_simclr_model_is_loaded(random_state: MakeState) ->
   params, _, lines = load_weights(state.params, state.collections, weights, ("image", "heads"))
   np.testing.assert_array_equal(params["heads"]["simclr"]["linear2"]["bias"], sd["image_mlp.layer3.bias"])
   np.testing.assert_array_equal(params["towers"]["image"]["post_norm"]["scale"], sd["visual.norm.weight"])
-  assert lines[-1].startswith("fresh: ")
+  assert lines[-1].startswith("newly initialised: ")
   assert "towers/text (" in lines[-1]
   assert "towers/image" not in lines[-1]

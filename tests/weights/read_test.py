@@ -272,7 +272,7 @@ def test_guesses_warn_and_other_vocabularies_take_ids_only(openai: dict[str, np.
     ({"remat": "all"}, r"config.model.remat='all': choose one of \['dots', 'full', 'none'\]"),
     ({"image.activation": "relu"}, r"config.model.image.activation='relu': choose one of \['gelu', 'quick_gelu'\]"),
     ({"text.heads": 3}, r"config.model.text.heads=3 does not divide config.model.text.width=128"),
-    ({"text.buckets": (8, 4)}, r"config.model.text.buckets=\(8, 4\): positive lengths, ascending"),
+    ({"text.buckets": (8, 4)}, r"config.model.text.buckets=\(8, 4\): expected positive lengths, ascending"),
   ],
 )
 def test_impossible_models_are_rejected(setting: dict, message: str, openai: dict[str, np.ndarray]) -> None:

@@ -2,7 +2,7 @@
 
 When a remote folder (gs://, s3://) is opened, the files of the split are copied once for all processes of the machine,
 see `copies.folder`, so they must fit on the disk. (`datasets` itself makes one copy per process, and maps whole tables,
-so that files cannot be copied one by one when they are needed.)
+so files cannot be copied one by one when they are needed.)
 """
 
 from collections.abc import Callable, Sequence

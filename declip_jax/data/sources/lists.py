@@ -3,7 +3,7 @@
 An entry of a list is the path of an image, its captions and its label. The index of a list is an Arrow IPC file (see
 `indexes.find_or_build`), built by streaming and memory-mapped afterwards: building costs about 20 us per entry, opening
 the list again reads nothing of it, and neither a process nor a pickle contains anything that grows with the list. All
-record batches have the same number of entries, so that a division finds entry i; what is known only at the end is
+record batches have the same number of entries, so a division finds entry i; what is known only at the end is
 stored as JSON in the metadata of a last, empty batch.
 """
 

@@ -3,7 +3,7 @@
 A sample consists of consecutive members whose paths agree up to the first dot of the file name, webdataset's own rule.
 A repeated suffix starts another sample (webdataset rejects such a shard). The index has one byte span per sample,
 `[n 3]` int64 of (shard, start, stop). Reading a sample takes one `pread`; its tar headers are parsed again in that
-buffer, so that the index need not store names, sizes and fields. Members that are not used, such as a .npy of features,
+buffer, so the index need not store names, sizes and fields. Members that are not used, such as a .npy of features,
 are read along with it.
 
 The index of a set of shards is one memory-mapped .npy file, see `indexes.find_or_build`. Its name depends on the paths,

@@ -42,7 +42,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
     size: its size in bytes.
 
   Raises:
-    ValueError: a header is missing or cut off, so that nothing after it can be read.
+    ValueError: a header is missing or cut off, so nothing after it can be read.
   """
   start = offset = 0
   extended = {}

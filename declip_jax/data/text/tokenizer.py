@@ -80,7 +80,7 @@ class OpenAI:
   def encode(self, text: str) -> list[int]:
     """Encodes a text without the literal strings `<|startoftext|>` and `<|endoftext|>`.
 
-    OpenAI's tokenizer turns them into the special ids, so that a caption can end itself. A literal `<|mask|>` is
+    OpenAI's tokenizer turns them into the special ids, so a caption can end itself. A literal `<|mask|>` is
     ordinary text, as in DeCLIP.
     """
     return _byte_pairs().encode(self._prepared(text))
@@ -247,7 +247,7 @@ class Tokenizer:
 
   def __post_init__(self) -> None:
     if self.context_length < 2:
-      raise ValueError(f"context_length={self.context_length}: start and end of text need at least 2")
+      raise ValueError(f"context_length={self.context_length}: at least 2, for start and end of text")
 
   @property
   def vocab_size(self) -> int:
