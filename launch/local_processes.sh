@@ -6,7 +6,7 @@ usage() {
   cat <<'USAGE'
 usage: launch/local_processes.sh N CONFIG WORKDIR [--config.field=value ...]
 
-Runs one training in N processes on the CPU of this machine, like N hosts of a pod. If one of them fails, the others are
+Trains one model in N processes on the CPU of this machine, like N hosts of a pod. If one of them fails, the others are
 stopped. Ctrl-C and SIGTERM reach all of them, and they save a checkpoint together; a second signal kills them.
 
 Variables:

@@ -2,7 +2,7 @@
 #SBATCH --job-name=declip_jax --output=%x-%j.log --open-mode=append
 #SBATCH --nodes=1 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8
 #SBATCH --requeue --signal=B:USR1@300
-# Trains on the GPUs of one or more nodes as a Slurm job, which is requeued and resumes when its time is over.
+# Trains on the GPUs of one or more nodes as a Slurm job, which is requeued and resumes when its time is up.
 set -euo pipefail
 
 usage() {
@@ -12,7 +12,7 @@ usage: sbatch [flags] launch/slurm.sh CONFIG WORKDIR [--config.field=value ...]
 Trains with one task per GPU, since JAX assigns GPU N to task N of a node. Five minutes before the time limit all tasks
 get SIGTERM and save a checkpoint together, and the job is requeued, as it is after preemption or the failure of a
 node. After a crash all tasks are restarted. Success and a user error (exit code 2) end the job. WORKDIR and the data
-have to be in a directory that all nodes share.
+must be in a directory that all nodes share.
 
 Flags of sbatch, with their defaults:
   --nodes=1 --gpus-per-node=8 --ntasks-per-node=8  as many tasks as GPUs

@@ -24,7 +24,7 @@ stop    sends SIGTERM to all workers and waits until they have saved a checkpoin
 delete  deletes the TPU and everything on its disks
 keep    does all of this until the run ends by itself: creates, waits, sets up, runs and watches. A preempted TPU is
         deleted and created again, and the run resumes in WORKDIR. Returns the run's exit code: 0 when it has finished,
-        2 after a user error, 143 after `stop`. The TPU is kept. Ctrl-C ends only the watching.
+        2 after a user error, 143 after `stop`. The TPU is kept. Ctrl-C only stops watching.
 
 Variables:
   TPU_NAME, ZONE  always required
@@ -38,7 +38,7 @@ Variables:
   PREPARE         setup, keep: shell command for all workers, such as mounting the file system of WORKDIR and the data
   RESTARTS        run, keep: maximum number of restarts after a crash (default 5)
   POLL            wait, keep: seconds between two checks (default 60); up to 16 times that after failures
-  RETRIES         keep: maximum number of consecutive failures, also of gcloud, without a running training (default 100)
+  RETRIES         keep: maximum number of consecutive failures, also of gcloud, without a run in progress (default 100)
   CRASHES         keep: maximum number of new TPUs after crashes that RESTARTS did not recover (default 3)
   DRY_RUN         1 prints the gcloud commands without running them
 USAGE
