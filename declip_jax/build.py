@@ -20,7 +20,7 @@ from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
-from declip_jax.evals import EVALUATORS, check_options
+from declip_jax.evals import EVALUATORS, Evaluator, check_options
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.features import SourceFeatures
 from declip_jax.models.heads import diagnostic_kinds
@@ -377,21 +377,40 @@ def make_encoders(config: ConfigDict, built: Built) -> EncoderFactory:
     std=config.model.std,
   )
   functions = make_encode_functions(built.model, built.mesh, tokens=built.objective.compares_tokens)
-  return EncoderFactory(functions, built.tokenizer, view, config.evaluate_batch_size)
+  reading = {"workers": config.data.workers, "threads": config.data.threads}
+  return EncoderFactory(functions, built.tokenizer, view, config.evaluate_batch_size, **reading)
 
 
 def check_evals(evals: ConfigDict, objective: Objective) -> None:
-  """Rejects `config.evals` of a run whose terms never compare an image with a text.
+  """Rejects evaluations that cannot run, among them those that need texts where no term compares them with images.
 
   Raises:
-    ValueError: names the evaluations and the terms.
+    ValueError: names the evaluations and the terms; see also `make_evaluators`.
   """
-  if len(evals) and not (objective.compares_embeddings or objective.compares_tokens):
+  texts = evals_with_text(evals)
+  if texts and not (objective.compares_embeddings or objective.compares_tokens):
     across = [name for name, term in TERMS.items() if term.compares_embeddings or term.compares_tokens]
     raise ValueError(
-      f"config.evals has {sorted(evals)}, which compare images with texts, but config.objective trains no such "
-      f"comparison, only {objective.weights}: leave config.evals empty or give one of {across} a weight"
+      f"config.evals has {texts}, which compare images with texts, but config.objective trains no such "
+      f"comparison, only {objective.weights}: leave them out or give one of {across} a weight"
     )
+
+
+def evals_with_text(evals: ConfigDict) -> list[str]:
+  """Names of the evaluations that compare images with texts.
+
+  Raises:
+    ValueError: see `make_evaluators`.
+  """
+  return sorted(name for name, fields in evals.items() if _evaluation(name, fields)[0].needs_text)
+
+
+def _evaluation(name: str, fields: ConfigDict) -> tuple[Evaluator, str, dict[str, Any]]:
+  """The evaluator of an entry of `config.evals`, its data and its options, after a check."""
+  options = fields.to_dict()
+  kind, data = options.pop("kind"), options.pop("data")
+  check_options(kind, options, f"config.evals.{name}")
+  return EVALUATORS[kind], data, options
 
 
 def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], dict[str, float]]:
@@ -404,12 +423,10 @@ def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], di
   """
   evaluations, sources = [], {}
   for name, fields in evals.items():
-    options = fields.to_dict()
-    kind, data = options.pop("kind"), options.pop("data")
-    check_options(kind, options, f"config.evals.{name}")
+    evaluator, data, options = _evaluation(name, fields)
     if data not in sources:
       sources[data] = open_source(data)
-    evaluations.append((name, data, partial(EVALUATORS[kind], **options)))
+    evaluations.append((name, data, partial(evaluator.function, **options)))
 
   def evaluate(encoders: Encoders) -> dict[str, float]:
     features = {data: SourceFeatures(source, encoders) for data, source in sources.items()}

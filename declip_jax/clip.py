@@ -140,9 +140,18 @@ class Clip:
     """Input of `image_features` from outputs of `preprocess`."""
     return self.view.normalise(views)
 
-  def encoders(self, batch_size: int) -> Encoders:
-    """Encode functions for the evaluators of `declip_jax.evals`."""
-    self._check_vocabulary()
+  def encoders(self, batch_size: int, *, needs_text: bool = True) -> Encoders:
+    """Encode functions for the evaluators of `declip_jax.evals`.
+
+    Args:
+      batch_size: images and texts encoded at once.
+      needs_text: whether texts will be encoded.
+
+    Raises:
+      ValueError: texts cannot be encoded: there is no text tower, or its vocabulary is not that of the tokenizer.
+    """
+    if needs_text:
+      self._check_vocabulary()
     factory = EncoderFactory(self._functions, self.tokenizer, self.view, batch_size)
     return factory.bind(self.params, self.collections)
 

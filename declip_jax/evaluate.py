@@ -21,7 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 from declip_jax import config as config_lib
-from declip_jax.build import make_evaluators
+from declip_jax.build import evals_with_text, make_evaluators
 from declip_jax.clip import load
 from declip_jax.reporting.metrics import summary_table
 from declip_jax.runtime.command import launch
@@ -56,7 +56,8 @@ def evaluate(
     evals = config.evals if config else ConfigDict()
   if not len(evals):
     raise ValueError(f"{workdir} has no config.json with evaluations: pass --zero_shot or --retrieval")
-  encoders = clip.encoders(batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE))
+  size = batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE)
+  encoders = clip.encoders(size, needs_text=bool(evals_with_text(evals)))
   about = {"step": clip.step} if weights is None else {"weights": os.fspath(weights), "origin": clip.origin}
   results = {**about, **make_evaluators(evals, workdir)(encoders)}
   if jax.process_index() == 0:

@@ -159,6 +159,7 @@ def test_a_model_without_a_text_tower_rejects_texts(images):
   for call in calls:
     with pytest.raises(ValueError, match=r"nowhere\) have no text tower"):
       call()
+  assert clip.encoders(8, needs_text=False).view == clip.view
 
 
 def test_filip_evaluators_compare_tokens_for_any_batch_and_devices(filip, tokens_of):

@@ -6,6 +6,7 @@ import references as reference
 
 from declip_jax import config
 from declip_jax.build import check_evals, make_evaluators
+from declip_jax.evals import EVALUATORS, Evaluator
 
 
 @pytest.mark.parametrize(
@@ -28,8 +29,21 @@ def test_evaluations_of_a_run_without_image_text_comparison_are_rejected(weights
     check_evals(evals, objective)
     return
   with pytest.raises(
-    ValueError, match=r"config.evals has \['heldout'\].*config.objective.*{'sim.*empty or give one of"
+    ValueError, match=r"config.evals has \['heldout'\].*config.objective.*{'sim.*give one of \['clip'"
   ):
+    check_evals(evals, objective)
+
+
+def test_a_run_without_texts_may_have_evaluations_that_need_none(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setitem(EVALUATORS, "knn", Evaluator(lambda features, pictures: iter(()), needs_text=False))
+  evals = ConfigDict({"heldout": config.zero_shot("scenes:heldout"), "near": {"kind": "knn", "data": "scenes:heldout"}})
+  objective = reference.objective({"simclr": 1.0})
+  with pytest.raises(ValueError, match=r"config.evals has \['heldout'\]"):
+    check_evals(evals, objective)
+  del evals.heldout
+  check_evals(evals, objective)
+  evals.near.kind = "kmm"  # that it does not exist comes before what it needs
+  with pytest.raises(ValueError, match=r"config.evals.near.kind='kmm'"):
     check_evals(evals, objective)
 
 

@@ -26,7 +26,7 @@ from declip_jax.data.mixture import Mixture
 from declip_jax.data.pipeline import training_samples
 from declip_jax.data.recipes import RECIPES
 from declip_jax.data.sources import SOURCES, Example, open_source
-from declip_jax.evals import EVALUATORS
+from declip_jax.evals import EVALUATORS, Evaluator
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.features import SourceFeatures
 from declip_jax.models.heads import HEADS
@@ -247,7 +247,7 @@ def toy_evaluator(
 
 
 def test_an_evaluator_takes_1_place(places: Places, tmp_path: Path) -> None:
-  places.add(EVALUATORS, "toy", toy_evaluator)
+  places.add(EVALUATORS, "toy", Evaluator(toy_evaluator, needs_text=False))
   c = tiny_config("clip")
   c.evals = {
     "defaults": {"kind": "toy", "data": "scenes:test/6/16"},

@@ -28,6 +28,7 @@ _MAX_TRIES = 100
 _NAMED = 20  # bad examples of each kind that a process names in the log
 _SECOND_STREAM = 1
 _CHUNK = 32  # samples, at most, that one thread puts together
+_WORTH_PROCESSES = 8192  # images that four threads read in the seconds that processes take to start
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,24 @@ def reader_counts(workers: int | None, threads: int | None, cores: int | None = 
   return workers, threads or min(cores, 4)
 
 
+def evaluation_reader_counts(
+  num_images: int, workers: int | None, threads: int | None, cores: int | None = None
+) -> tuple[int, int]:
+  """`reader_counts` for images that are read once: processes for few of them would take longer to start than to read.
+
+  Args:
+    num_images: number of images to read.
+    workers, threads, cores: see `reader_counts`.
+  """
+  workers, threads = reader_counts(workers, threads, cores)
+  return workers if num_images >= _WORTH_PROCESSES else 0, threads
+
+
 def _read(dataset: grain.MapDataset, workers: int, threads: int) -> Iterator[Any]:
   """Iterates over a dataset that is read in threads of `workers` processes, or of this one if there are none."""
   # By default grain reads 500 elements ahead, which here are batches or chunks of them.
   stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
   if not workers:
-    _start_worker()
     return iter(stream)
   if not flags.FLAGS.is_parsed():  # grain reads one of its flags, also in a notebook, where nobody parses them
     flags.FLAGS.mark_as_parsed()
@@ -220,9 +233,8 @@ class TrainStream:
     return {"next_index": self._next_index}
 
   def close(self) -> None:
-    """Ends the worker jobs."""
-    if close := getattr(self._iterator, "close", None):
-      close()
+    """Ends the worker processes."""
+    _close(self._iterator)
 
 
 @dataclass(frozen=True)
@@ -310,21 +322,25 @@ class EvaluationBatches:
     batch_size: global batch size.
     view: the view of every image.
     batch_rows: which rows of a global batch belong to this host, `[b]`.
-    workers: number of processes to read with; 0 reads in threads of this process.
-    threads: number of threads in each process.
+    workers, threads: see `evaluation_reader_counts`.
   """
 
   source: Source
   batch_size: int
   view: images.EvalView
   batch_rows: np.ndarray
-  workers: int = 0
-  threads: int = 4
+  workers: int | None = None
+  threads: int | None = None
 
   def __iter__(self) -> Iterator[Sample]:
     local, num_batches = len(self.batch_rows), -(-len(self.source) // self.batch_size)
     samples = grain.MapDataset.range(num_batches * local).map(self._sample)
-    return _read(samples.batch(local), self.workers, self.threads)
+    counts = evaluation_reader_counts(num_batches * local, self.workers, self.threads)
+    batches = _read(samples.batch(local), *counts)
+    try:
+      yield from batches
+    finally:
+      _close(batches)
 
   def _sample(self, number: int) -> Sample:
     batch, row = divmod(number, len(self.batch_rows))
@@ -343,14 +359,24 @@ class EvaluationBatches:
     return {"image": image, "label": np.int32(example["label"]), "mask": np.bool_(True)}
 
 
-def _start_worker(index: int = 0, count: int = 0) -> None:
+def _close(batches: Iterator[Any]) -> None:
+  """Ends the worker processes of an iterator, if it has any."""
+  if close := getattr(batches, "close", None):
+    close()
+
+
+def _start_worker(index: int, count: int) -> None:
   """Prepares a process that reads.
 
-  Workers ignore signals, which the main process handles: it saves a checkpoint first. OpenCV's own threads would only
-  compete with ours.
+  Workers ignore signals, which the main process handles: it saves a checkpoint first.
   """
+  del index, count
+  disable_opencv_threads()
+  jobs.end_with_parent()
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def disable_opencv_threads() -> None:
+  """Makes OpenCV use the calling thread only, in this whole process: where threads of ours read, more would compete."""
   cv2.setNumThreads(0)
-  if count:
-    jobs.end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -86,6 +86,7 @@ class Encoders:
     batch_rows: indices of this host's rows in a global batch.
     similarity: scores of embeddings, on every host; all hosts must make the same calls.
     tokens: whether embeddings are tokens (FILIP).
+    workers, threads: processes that read images, and threads of each; see `pipeline.evaluation_reader_counts`.
   """
 
   image: Callable[[UInt8[np.ndarray, "b h w c"]], Embeddings]
@@ -97,6 +98,8 @@ class Encoders:
   batch_rows: Int[np.ndarray, "b"]
   similarity: Similarity = cosines
   tokens: bool = False
+  workers: int | None = None
+  threads: int | None = None
 
   def with_callback(self, callback: Callable[[], None]) -> "Encoders":
     """The same encoders, which call `callback` before each batch: an evaluation may take long."""
@@ -119,10 +122,18 @@ class EncoderFactory:
     tokenizer: tokenizer of the model.
     view: preprocessing of images.
     batch_size: global batch size of every call, a multiple of the number of devices.
+    workers, threads: see `Encoders`.
   """
 
   def __init__(
-    self, functions: EncodeFunctions, tokenizer: Callable[[Sequence[str]], np.ndarray], view: EvalView, batch_size: int
+    self,
+    functions: EncodeFunctions,
+    tokenizer: Callable[[Sequence[str]], np.ndarray],
+    view: EvalView,
+    batch_size: int,
+    *,
+    workers: int | None = None,
+    threads: int | None = None,
   ):
     check_batch(batch_size, functions.mesh, "evaluate_batch_size")
     self._functions, self._sharding = functions, batch_sharding(functions.mesh)
@@ -134,6 +145,8 @@ class EncoderFactory:
       "batch_rows": batch_rows(self._sharding, batch_size),
       "similarity": functions.similarity,
       "tokens": functions.tokens,
+      "workers": workers,
+      "threads": threads,
     }
 
   def bind(self, params: Tree, collections: Tree) -> Encoders:

@@ -77,7 +77,9 @@ def embed_images(
     encoders: encode functions.
     then: function applied to the embeddings of each batch, so that not all tokens of a large source are kept.
   """
-  batches = EvaluationBatches(source, encoders.batch_size, encoders.view, encoders.batch_rows)
+  batches = EvaluationBatches(
+    source, encoders.batch_size, encoders.view, encoders.batch_rows, encoders.workers, encoders.threads
+  )
   encoded = [(then(encoders.image(b["image"])), *encoders.gather((b["label"], b["mask"]))) for b in batches]
   return ImageFeatures(*concatenate(encoded, len(source)))
 

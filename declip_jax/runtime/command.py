@@ -8,6 +8,7 @@ import traceback
 from absl import flags
 
 from declip_jax import command_line
+from declip_jax.data.pipeline import disable_opencv_threads
 from declip_jax.runtime.hosts import join_processes
 from declip_jax.runtime.workdir import local_path
 
@@ -33,6 +34,7 @@ def launch(command: Callable[[Path], None], doc: str | None, required: Sequence[
 
   def main(_: list[str]) -> int:
     try:
+      disable_opencv_threads()
       join_processes()
       command(local_path(flags.FLAGS.workdir))
     except command_line.USER_ERRORS as error:

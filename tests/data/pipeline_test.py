@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import cv2
 import numpy as np
 from PIL import Image
 import psutil
@@ -239,6 +240,23 @@ def test_reader_counts_follow_the_cores(cores: int, given: tuple, planned: tuple
   assert pipeline.reader_counts(*given, cores=cores) == planned
 
 
+def test_processes_read_an_evaluation_only_if_it_is_worth_their_start() -> None:
+  assert pipeline.evaluation_reader_counts(5000, None, None, cores=16) == (0, 4)
+  assert pipeline.evaluation_reader_counts(50000, None, None, cores=16) == (3, 4)
+  assert pipeline.evaluation_reader_counts(50000, 0, 2, cores=16) == (0, 2)
+  assert pipeline.evaluation_reader_counts(5000, 2, None, cores=16) == (0, 4)
+
+
+def test_reading_in_this_process_leaves_opencvs_threads_alone() -> None:
+  before = cv2.getNumThreads()
+  cv2.setNumThreads(3)
+  try:
+    list(pipeline.EvaluationBatches(Numbers(3), 2, images.EvalView(2), np.arange(2)))
+    assert cv2.getNumThreads() == 3
+  finally:
+    cv2.setNumThreads(before)
+
+
 def die_at_30(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
   if int(example["captions"][0]) == 30:
     os._exit(7)
@@ -396,7 +414,10 @@ def test_prefetch_yields_states_and_raises_errors() -> None:
   ("batch_size", "hosts", "workers"),
   [(4, 1, 0), (16, 1, 0), (4, 2, 0), (16, 2, 0), pytest.param(4, 2, 2, marks=pytest.mark.slow)],
 )
-def test_evaluation_is_in_order_padded_and_masked(batch_size: int, hosts: int, workers: int) -> None:
+def test_evaluation_is_in_order_padded_and_masked(
+  batch_size: int, hosts: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(pipeline, "_WORTH_PROCESSES", 0)
   source = Numbers(11, broken=(3,))
   of_hosts = [
     list(pipeline.EvaluationBatches(source, batch_size, images.EvalView(2), rows, workers))
