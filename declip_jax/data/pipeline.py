@@ -108,7 +108,7 @@ def training_samples(
   """Returns all samples of a run, endless and with random access; each epoch of a source is a new permutation of it.
 
   With `ssl_mixture` each example gets a second image, `ssl_image`, from a stream that is shuffled independently: the
-  decoupled setting of SLIP (Mu et al. 2021), in which self-supervision sees other images than the captions describe.
+  decoupled setting of SLIP (Mu et al. 2021), in which self-supervision sees images other than those with captions.
 
   Args:
     mixture: the sources to read.

@@ -52,7 +52,7 @@ def sum_over_hosts(values: np.ndarray) -> np.ndarray:
 
 
 def check_sizes(sizes: Sequence[tuple[str, int]]) -> None:
-  """Checks that all hosts see equally many samples in each source: otherwise they would read in different orders.
+  """Checks that all hosts see the same number of samples in each source: otherwise their orders would differ.
 
   Args:
     sizes: name and number of samples of each source.

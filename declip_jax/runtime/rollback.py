@@ -1,6 +1,6 @@
 """Rolling back to an earlier checkpoint after a run has diverged, and skipping the offending batches.
 
-Step count, parameters and schedule are those of the checkpoint, so the training has its full length; the input
+Step count, parameters and schedule are those of the checkpoint, so training has its full length; the input
 continues after the batches at which it diverged. Each rollback is a line of `rollbacks.jsonl`, by which a run that is
 killed before its next checkpoint finds its input position.
 """

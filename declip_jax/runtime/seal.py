@@ -1,4 +1,4 @@
-"""Seals of checkpoints: size and CRC-32 of every file, so that later damage, be it a single bit, is noticed.
+"""Seals of checkpoints: size and CRC-32 of every file, so that later damage, even to a single bit, is noticed.
 
 Each host seals what it wrote, in `checksums.HOST.json`. The seal is written last: a checkpoint lacks it if the run was
 killed just before.

@@ -1,7 +1,7 @@
 """OpenAI's byte-pair vocabulary as the two files that Hugging Face's CLIP tokenizer reads.
 
 `merges.txt.gz` has the 48,894 merges that openai/CLIP uses of its `bpe_simple_vocab_16e6.txt.gz` (MIT licence), one
-a line.
+per line.
 """
 
 import functools
