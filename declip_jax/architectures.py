@@ -40,7 +40,7 @@ def resnet(width: int, layers: tuple[int, int, int, int]) -> ConfigDict:
   c = ConfigDict()
   c.kind = "resnet"
   c.width, c.layers = width, layers
-  c.norm_groups = 1  # parts of the batch that are normalised apart; 1 is synchronised batch norm
+  c.norm_groups = 1  # groups of the batch that are normalised separately; 1 is synchronised batch norm
   return c
 
 

@@ -1,4 +1,4 @@
-"""The one door where a config becomes objects: nothing below reads a config."""
+"""The only place where a config becomes objects: no lower module reads a config."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -52,7 +52,7 @@ _OVERRIDES = (
 )
 
 
-# Fields of a config that are numbers, texts or lists: which values are legal, and how to say so.
+# Fields of a config that are numbers, texts or lists, whether a value is legal, and the legal values in words.
 _RANGES = (
   ("seed", lambda seed: seed >= 0, "0 or more"),
   ("momentum_tower.decay", lambda decay: 0 <= decay <= 1, "0 to 1"),
@@ -85,15 +85,15 @@ _SAFETY_RANGES = (
 
 
 class Built(NamedTuple):
-  """What a config describes, without data and parameters.
+  """The objects that a config describes, without data and parameters.
 
   Attributes:
     model: pure functions of parameters.
     objective: the weighted terms, which split their comparisons of all pairs over `mesh`.
-    optimizer: its update has no learning rate yet.
-    tokenizer: of the captions.
+    optimizer: optimiser whose updates have no learning rate yet.
+    tokenizer: tokenizer of the captions.
     make_views: from an example to the views of the data recipe that the objective uses.
-    mesh: all devices.
+    mesh: mesh of all devices.
   """
 
   model: Model
@@ -118,7 +118,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bu
   """Builds the objects that a config describes, over all devices of all processes or over the given ones.
 
   Raises:
-    ValueError: a name or a number that does not fit; the message says which and what would.
+    ValueError: an invalid name or number; the message names it and the legal ones.
   """
   _check_ranges(config, _RANGES)
   mesh = make_mesh(**config.mesh, devices=devices)
@@ -235,7 +235,7 @@ def read_settings(kind: type[Settings], subtree: ConfigDict, name: str, /, **giv
   Args:
     kind: the dataclass.
     subtree: the config's fields; those that `kind` does not have are ignored.
-    name: of the subtree, for errors.
+    name: name of the subtree, for errors.
     given: values that replace or complete those of the subtree.
 
   Raises:
@@ -293,7 +293,7 @@ def make_step(
   """`train_step` compiled for the mesh; its input state is donated to its output state.
 
   Raises:
-    ValueError: a name that does not exist, or a batch that cannot be divided as the config says.
+    ValueError: a name that does not exist, or a batch that does not divide as the config requires.
   """
   _check_batch(config, built.mesh.size)
   every, last = config.log_every or steps.total, steps.total
@@ -330,8 +330,8 @@ def _check_batch(config: ConfigDict, devices: int) -> None:
   count = config.micro_batches
   if count > 1 and config.batch_size % (count * devices):
     raise ValueError(
-      f"config.micro_batches={count}: config.batch_size={config.batch_size} does not divide into that many for each "
-      f"of {devices} devices"
+      f"config.micro_batches={count}: config.batch_size={config.batch_size} does not divide into micro-batches on "
+      f"{devices} devices"
     )
   compared = config.batch_size // (max(count, 1) if config.micro_batching == "plain" else 1)  # at once
   for name in ("norm_groups", "bank_groups"):
@@ -350,7 +350,7 @@ def _check_batch(config: ConfigDict, devices: int) -> None:
 
 
 def make_augment(config: ConfigDict, built: Built) -> Callable[[Batch, Array], Batch]:
-  """What the host leaves to the step with `config.data.augment_on="device"`: colours, blur and flips of image views."""
+  """The part of augmentation that the step does with `config.data.augment_on="device"`: colours, blur and flips."""
   if config.data.augment_on == "host":
     return lambda batch, step: batch
 

@@ -236,7 +236,7 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.heads.momentum_predictor = (4096, 256)
   c.heads.norm_groups = 1  # groups of the batch that heads normalise separately; 1 is synchronised batch norm
   c.heads.bank_size = 65536  # texts that nearest-neighbour supervision searches, in each bank
-  c.heads.bank_groups = 1  # banks, each for its part of the batch
+  c.heads.bank_groups = 1  # banks, each for its share of the batch
   c.heads.bank_overflow = "wrap"  # what happens at the end of a bank, see `models.bank.OVERFLOWS`
   c.heads.bank_neighbours = 1  # nearest texts that are found for each text
   return c

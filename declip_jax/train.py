@@ -369,7 +369,7 @@ def main() -> None:
   flags.DEFINE_integer(
     "stopped_exit_code",
     0,
-    "Exit code after SIGTERM; use 143 with a supervisor that takes 0 to mean that training is complete.",
+    "Exit code after SIGTERM; use 143 for a supervisor that treats 0 as finished.",
   )
   flags.DEFINE_string("profile", "", "First and last step to trace, such as 100:110.")
   launch(_command, __doc__, required=("config",))

@@ -1,4 +1,4 @@
-"""Tests of `benchmarks/`: the comparison of two source trees, and that every benchmark starts."""
+"""Tests of `benchmarks/`: two source trees are compared, and every benchmark starts."""
 
 import os
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""The files of a checkpoint, to damage them."""
+"""Finds the files of a checkpoint to damage."""
 
 from pathlib import Path
 
 
 def arrays(folder: Path) -> list[Path]:
-  """Files that hold numbers, the largest first."""
+  """Files with array data, the largest first."""
   return sorted((path for path in folder.rglob("d/*")), key=lambda path: -path.stat().st_size)
 
 

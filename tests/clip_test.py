@@ -47,7 +47,7 @@ def late_interaction_by_loops(image, text):
 
 @pytest.fixture(scope="module")
 def rows():
-  """Tokens of 11 images and of 19 texts of 1 to 7 tokens; the padding is as loud as the rest."""
+  """Tokens of 11 images and of 19 texts of 1 to 7 tokens; the padding is random too."""
   rng = np.random.default_rng(0)
   image, text = (unit(rng.normal(size=shape)).astype(np.float32) for shape in ((11, 5, 8), (19, 7, 8)))
   return image, TextTokens(text, np.arange(7) < rng.integers(1, 8, (19, 1)))
@@ -75,7 +75,7 @@ def test_late_interaction_equals_the_fixture():
 
 @functools.cache
 def make_weights(method):
-  """Random weights of a method, for texts of up to 32 tokens; freshly drawn towers would embed everything alike."""
+  """Random weights of a method, for texts of up to 32 tokens; newly initialised towers would embed everything alike."""
   c = tiny_config(method)
   c.model.heads.dense_dim, c.model.text.context_length = 8, 32
   objective, model, rng = make_objective(c.objective.to_dict()), c.model.to_dict(), np.random.default_rng(0)
@@ -128,7 +128,7 @@ def test_filip_similarity_is_late_interaction(filip, tokens_of, images):
 
 
 def test_filips_pooled_embeddings_warn_once(filip, images):
-  clip = copy.copy(filip)  # with what that one compiled
+  clip = copy.copy(filip)  # with the functions compiled for that one
   clip._warned = False
   with pytest.warns(UserWarning, match=r"nowhere\).* tokens.*similarity") as caught:
     rows = clip.encode_image(images)
@@ -184,7 +184,7 @@ def test_filip_evaluators_compare_tokens_for_any_batch_and_devices(filip, tokens
   expected = late_interaction_by_loops(expected_image, expected_prompt)[0].reshape(12, -1, 2).mean(axis=2)
   np.testing.assert_allclose(logits, expected, atol=1e-5)
   assert np.ptp(expected, axis=1).min() > 0.01
-  # The padding that all texts share is cut, and only that.
+  # Only the padding that all texts share is cut.
   _, expected_text = tokens_of(views, TEXTS)
   assert (text.token.shape, expected_text.token.shape) == ((4, 16, 8), (4, 32, 8))
   assert expected_text.valid.sum(axis=1).tolist() == [4, 11, 2, 8]
@@ -199,7 +199,7 @@ def test_whether_tokens_are_compared_travels_with_an_export(tmp_path):
   file = tmp_path / "filip" / "weights.json"
   about = json.loads(file.read_text())
   file.write_text(json.dumps({name: value for name, value in about.items() if name != "tokens"}))
-  assert read(tmp_path / "filip").tokens is False  # one that was written before there was a FILIP
+  assert read(tmp_path / "filip").tokens is False  # written before FILIP existed
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,11 @@ def values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> flags.FlagValues:
 
 @pytest.fixture
 def parse(values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Parse:
-  """Parses a command line that ends there; returns its exit code, output and errors."""
+  """Parses a command line that exits; returns its exit code, output and errors."""
 
   def call(*arguments: str) -> tuple[int, str, str]:
     command = ["train", *arguments]
-    monkeypatch.setattr("sys.argv", command)  # where config_flags looks for fields
+    monkeypatch.setattr("sys.argv", command)  # config_flags reads fields from it
     with pytest.raises(SystemExit) as stopped:
       command_line.parse_flags(command, required=("config", "workdir"), values=values)
     captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The files of configs/: each builds, has the size, the recipe and the numbers of its source, and says how to run it.
+"""The files of configs/: each builds, has its source's size, recipe and numbers, and shows how to run it.
 
 Nothing is compiled and no array is made: models are traced for their shapes, at the batch size of the config. The fast
 tests trace one config of each folder; the slow ones trace all.
@@ -25,7 +25,7 @@ from declip_jax.training.state import State, abstract_state
 
 SCHEDULES = np.load(Path(__file__).parent / "fixtures" / "schedule.npz")
 NAMES = config_files.names()
-EPOCH = 100_000_000  # examples; only clip_wit needs so many for its warm-up
+EPOCH = 100_000_000  # examples; only clip_wit needs this many for its warm-up
 # One config of each folder, with every term but those of the momentum tower; the small ones.
 REPRESENTATIVES = ("demo", "pretrain", "slip/slip_small_25ep", "clip_wit/vit_b_32", "declip_yfcc15m/vit_defilip")
 

@@ -47,7 +47,7 @@ SLOW_FIRST = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-  text = "skip the tests that have not begun so many seconds after the start"
+  text = "skip the tests that have not begun this many seconds after the start"
   parser.addoption("--stop-after", type=float, default=None, metavar="SECONDS", help=text)
 
 
@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Moves the slow tests behind the fast ones, in order of their value."""
+  """Moves the slow tests after the fast ones, in order of their value."""
 
   def rank(item: pytest.Item) -> int:
     if item.get_closest_marker("slow") is None:

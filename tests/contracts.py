@@ -35,7 +35,7 @@ CHECKED = (
 
 
 def check_calls() -> None:
-  """Turns the checks on for modules that are imported from here on; a violation raises `jaxtyping.TypeCheckError`."""
+  """Turns the checks on for modules imported from now on; a violation raises `jaxtyping.TypeCheckError`."""
   install_import_hook(CHECKED, "contracts.check")
 
 

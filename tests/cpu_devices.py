@@ -4,7 +4,7 @@ import platform
 
 
 def xla_flags(devices: int) -> str:
-  """Flags for so many devices, without optimisation and fusion emitters, which halves the time of compiling.
+  """Flags for this many devices, without optimisation and fusion emitters, which halves compile time.
 
   Small arrays run as fast. The number of devices costs nothing: a tiny train step compiles in the same time for 1, 2
   and 8. The older emitters fuse a product and a sum into one rounding where the processor can (FMA, after AVX), which

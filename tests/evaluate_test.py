@@ -1,4 +1,4 @@
-"""Tests of the evaluations of a config: what is rejected before anything runs."""
+"""Tests of the evaluations of a config: bad ones are rejected before anything runs."""
 
 from ml_collections import ConfigDict
 import pytest
@@ -18,7 +18,7 @@ from declip_jax.evals import EVALUATORS, Evaluator
     ({"nns": 0.2}, True),
     ({"simclr": 1.0}, False),
     ({"simclr": 1.0, "clip": 0.0}, False),
-    ({"simsiam": 1.0, "mlm": 1.0}, False),  # there is a joint space, but nothing meets in it
+    ({"simsiam": 1.0, "mlm": 1.0}, False),  # there is a joint space, but nothing is compared in it
   ],
 )
 def test_evaluations_of_a_run_without_image_text_comparison_are_rejected(weights, legal):

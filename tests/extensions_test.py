@@ -1,4 +1,4 @@
-"""What it takes to extend the package: each test adds a toy, uses it, and counts the places of the package it edits.
+"""The cost of extending the package: each test adds a toy, uses it, and counts the places of the package it edits.
 
 A place is an entry that an existing file needs; the toy itself is a new file. CONTRIBUTING.md has the same numbers.
 """
@@ -102,7 +102,7 @@ def test_a_term_on_existing_outputs_takes_2_places(places: Places) -> None:
   _, metrics = trace_step(c)
   assert {"loss/clip", "loss/toy", "share/toy", "toy_cosine"} <= set(metrics)
   assert len(places) == 2
-  c.objective.toy.weight = 0.0  # it leaves no trace if it is not used
+  c.objective.toy.weight = 0.0  # it has no effect if it is not used
   assert "toy" not in make_objective(c.objective.to_dict()).weights
 
 
@@ -301,7 +301,7 @@ def test_a_term_in_a_users_config_file_takes_no_place(own_config: ConfigDict) ->
   outputs = Outputs(image=np.eye(3)[None], text=np.eye(3)[None, ::-1], scale=jnp.float32(1))
   _, details = make_objective(c.objective.to_dict())(outputs, {}, 0)
   np.testing.assert_allclose(details["loss/mine"], 0.7 * 2 / 3, rtol=1e-6)
-  # What config.json keeps of it is enough to build the model, but not to train.
+  # config.json has enough of it to build the model, but not to train.
   saved = config.from_json(c.to_json_best_effort())
   assert json.loads(saved.to_json_best_effort()) == json.loads(c.to_json_best_effort())
   objective = make_objective(saved.objective.to_dict())

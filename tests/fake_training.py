@@ -1,4 +1,4 @@
-"""A training without a model: the step adds the batch to a scalar. Everything around the step is real."""
+"""A training run without a model: the step adds the batch to a scalar. Everything around the step is real."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -29,7 +29,7 @@ BATCH_SIZE = 16
 
 @dataclasses.dataclass(frozen=True)
 class FakeTraining:
-  """A training of 8 steps that logs each step and saves every second one.
+  """A training run of 8 steps that logs each step and saves every second one.
 
   Attributes:
     cadence: when to log, evaluate and save.

@@ -1,4 +1,4 @@
-"""Tests of the package's structure: floors, cycles, who may import JAX and configs, and the length of functions."""
+"""Tests of the package's structure: floors, cycles, modules that may import JAX and configs, and long functions."""
 
 import ast
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ READS_CONFIGS = 4  # floors from here on may import ConfigDict, and these module
 MAKES_CONFIGS = ("declip_jax.config", "declip_jax.config_files", "declip_jax.command_line", "declip_jax.architectures")
 LONGEST_FUNCTION = 80
 
-# What is not met yet, and why it may stay for now.
+# Known exceptions and their reasons.
 UPWARD = {("declip_jax", "declip_jax.clip")}  # declip_jax.load, on demand
 CYCLIC = {("declip_jax.data.sources.heldout", "declip_jax.data.sources")}  # a source that opens another, on demand
 CONFIGS_BELOW: set[str] = set()
@@ -87,7 +87,7 @@ def _ours(module: str) -> set[str]:
 
 
 def _floor(module: str) -> int:
-  """The floor by the longest prefix; the entry "declip_jax" stands for that module alone."""
+  """The floor by the longest prefix; the entry "declip_jax" is for that module alone."""
   names = module.split(".")
   prefixes = [".".join(names[:end]) for end in range(len(names), 1, -1)] if len(names) > 1 else [module]
   return next(FLOORS[prefix] for prefix in prefixes if prefix in FLOORS)
@@ -168,7 +168,7 @@ def test_configs_below_the_door_are_found(source: str, lines: list[int]) -> None
 def test_reading_data_and_reporting_progress_work_without_jax() -> None:
   modules = [module for module in MODULES if _below(module, FREE_OF_JAX)]
   assert "declip_jax.data.pipeline" in modules
-  # grain imports JAX where it is installed; what is None here cannot be imported.
+  # grain imports JAX if it is installed; a module that is None here cannot be imported.
   absent = "import sys; sys.modules.update(dict.fromkeys(('jax', 'jaxlib', 'flax', 'optax', 'orbax')))"
   command = [sys.executable, "-c", f"{absent}; import {', '.join(modules)}"]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -16,10 +16,10 @@ LAUNCH = ROOT / "launch"
 LOCAL, PROCESSES, TPU, GKE, SLURM = "local.sh", "local_processes.sh", "tpu_vm.sh", "gke_xpk.sh", "slurm.sh"
 SCRIPTS = [LOCAL, PROCESSES, TPU, GKE, SLURM]
 TRAIN = ["-m", "declip_jax.train", "--config", "c.py:clip", "--workdir", "my runs/a"]
-SUPERVISED = [*TRAIN, "--stopped_exit_code=143"]  # so that a stopped run is not taken for a finished one
-FIELD = "--config.data.train=('webdataset:/data/train-*.tar',)"  # needs quotes in every shell it passes
+SUPERVISED = [*TRAIN, "--stopped_exit_code=143"]  # so that a stopped run does not count as finished
+FIELD = "--config.data.train=('webdataset:/data/train-*.tar',)"  # needs quotes in every shell
 
-# Stands in for Python: logs its arguments, then exits with the code that the test has set for this call or this
+# Replaces Python: logs its arguments, then exits with the code that the test has set for this call or this
 # process; without a code it waits for SIGTERM. "gone" is a machine that was switched off, "preempted" one that was
 # preempted.
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -41,7 +41,7 @@ for _ in {1..150}; do
 done
 """
 
-# Stands in for gcloud and Google: logs its arguments, runs the command of `ssh` here, and has one TPU at most. The
+# Simulates gcloud and Google: logs its arguments, runs the command of `ssh` here, and has one TPU at most. The
 # lines of ~/tpu-vm and ~/queued-resources are its states, one after the other; the last one remains.
 FAKE_GCLOUD = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >>"$LOG.gcloud"
@@ -78,7 +78,7 @@ case $4 in
 esac
 """
 
-# Stands in for srun and its tasks. Signals reach the tasks only through scancel.
+# Simulates srun and its tasks. Signals reach the tasks only through scancel.
 FAKE_SRUN = """#!/usr/bin/env bash
 echo $$ >~/tasks
 trap 'echo forcing job termination; exit 137' TERM
@@ -109,7 +109,7 @@ STAND_INS = {
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-  """A home with the stand-ins; `machine.log` holds the arguments of every call of Python."""
+  """A home with the simulated commands; `machine.log` has the arguments of every call of Python."""
   for name, text in STAND_INS.items():
     path = tmp_path / "bin" / name
     path.parent.mkdir(exist_ok=True)
@@ -143,7 +143,7 @@ def launch(script, *args, **env):
 
 def start(script, *args):
   def hear_signals():
-    # Under nohup, or in the background of a script, signals arrive ignored, and bash then cannot trap them.
+    # Under nohup, or in the background of a script, signals are ignored, and bash then cannot trap them.
     for signum in (signal.SIGINT, signal.SIGHUP):
       signal.signal(signum, signal.SIG_DFL)
 
@@ -261,7 +261,7 @@ def test_tpu_dry_runs_print_every_gcloud_command(machine, args, env, expected):
   lines = [words(line) for line in result.stdout.splitlines()]
   assert all(line[:3] == ["gcloud", "compute", "tpus"] for line in lines)
   assert [line[3:8] if "ssh" in line else line[3:] for line in lines] == expected
-  if args[0] in ("run", "keep"):  # the words survive both shells
+  if args[0] in ("run", "keep"):  # both shells preserve the words
     inner = next(line[-1] for line in lines if "nohup" in line[-1])
     arguments = re.search(r"local\.sh (.*) >>", inner)[1]
     assert words(arguments) == ["c.py:clip", "my runs/a", FIELD, "--multihost"]
@@ -566,7 +566,7 @@ def test_interrupting_keep_does_not_stop_the_run(machine, monkeypatch, signum):
     monkeypatch.setenv("POLL", "60")
     watcher = start(*command)
     until(lambda: "running" in watcher.stdout.readline())
-    time.sleep(0.3)  # into the pause
+    time.sleep(0.3)  # during the pause
     watcher.send_signal(signum)
     output = watcher.communicate(timeout=5)[0]
     assert watcher.returncode == 130

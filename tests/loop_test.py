@@ -1,4 +1,4 @@
-"""The training loop with a step that adds a number: its order, and what it does about failures. Nothing is compiled."""
+"""The training loop with a step that adds a number: its order and its handling of failures. Nothing is compiled."""
 
 from collections.abc import Callable
 import json
@@ -22,7 +22,7 @@ from declip_jax.training.state import State
 
 
 class Killed(BaseException):
-  """Stands in for a signal that ends the process."""
+  """Simulates a signal that ends the process."""
 
 
 def losses(workdir: Path) -> list[float]:

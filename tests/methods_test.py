@@ -27,7 +27,7 @@ def test_eight_devices_equal_one(method: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_everything_is_every_term() -> None:
-  """So that the tests of everything on meshes and in micro-batches cover every term."""
+  """Tests of "everything" on meshes and in micro-batches thus cover every term."""
   result = steps.one_device("everything")
   for term, field in steps.step_config("everything").objective.items():
     assert field.weight == 0 or result[f"share/{term}/0"] > 0

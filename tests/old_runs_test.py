@@ -1,4 +1,4 @@
-"""Runs written at 6279b88, before the configs and packages of today: they load, evaluate, export and resume.
+"""Runs written at 6279b88, with its configs and packages: they load, evaluate, export and resume.
 
 `fixtures/old_run` has a finished DeCLIP run of six steps, the same run stopped at step 3, and the whole state of the
 finished run with its embeddings of two images and two texts.

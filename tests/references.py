@@ -16,7 +16,7 @@ from declip_jax.objectives.blockwise import PLAIN
 from declip_jax.views import Views
 
 FIXTURES = Path(__file__).parent / "fixtures"
-# Pixels of the fixtures are already normalised: a mean and a deviation that leave them as they are.
+# Pixels of the fixtures are already normalised: this mean and deviation do not change them.
 UNCHANGED = {"mean": (0.0,), "std": (1 / 255,)}
 
 

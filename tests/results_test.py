@@ -1,4 +1,4 @@
-"""benchmarks/results.py: what it collects from a run, and that docs/results.md has the table that it prints."""
+"""benchmarks/results.py: the figures that it collects from a run, and the table in docs/results.md."""
 
 import json
 from pathlib import Path

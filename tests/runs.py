@@ -1,4 +1,4 @@
-"""Runs in processes of their own, and what they leave behind."""
+"""Runs in separate processes, and their results."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ def command(config: str, workdir: Path, *overrides: str) -> list[str]:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-  """Environment of a training on so many CPU devices."""
+  """Environment of a training run on this many CPU devices."""
   settings = {"JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
   return os.environ | settings | {"XLA_FLAGS": xla_flags(devices)}
 

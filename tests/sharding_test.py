@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.sharding`: the rule by cases, and what the mesh refuses."""
+"""Tests of `declip_jax.sharding`: the rule by cases, and invalid meshes."""
 
 from dataclasses import dataclass
 
@@ -89,7 +89,7 @@ def test_mesh_infers_the_remaining_size(asked, expected):
 
 
 @pytest.mark.parametrize("asked", [(-1, -1), (3, -1), (-1, 3), (4, 4), (0, 8), (8, 0), (-2, -4), (0, -1), (-1, 0)])
-def test_mesh_names_sizes_that_do_not_divide(asked):
+def test_mesh_names_sizes_that_do_not_fit(asked):
   with pytest.raises(ValueError, match=rf"config.mesh \(data={asked[0]}, fsdp={asked[1]}\) does not fit 8 devices"):
     make_mesh(*asked)
 
@@ -100,7 +100,7 @@ def test_mesh_over_some_of_the_devices():
 
 @dataclass(frozen=True, order=True)
 class Device:
-  """One of a GPU node, or of a TPU slice, that does not exist."""
+  """A simulated device of a GPU node or a TPU slice."""
 
   id: int
   slice_index: int

@@ -36,7 +36,7 @@ class FirstGradient(NamedTuple):
 
 
 def keep_first_gradient() -> optax.GradientTransformation:
-  """Changes no update; its state is the gradient of the first step."""
+  """Does not change updates; its state is the gradient of the first step."""
 
   def update(gradient: Any, state: FirstGradient, params: Any = None) -> tuple[Any, FirstGradient]:
     del params
@@ -59,7 +59,7 @@ _EVERYTHING = dataclasses.replace(
 def step_config(method: str) -> ConfigDict:
   """The tiny config of METHOD, METHOD_repo, or EVERYTHING: all terms at once; with a ResNet for "... resnet".
 
-  A ResNet hides no patches, so that everything is then all but masked image modelling.
+  A ResNet hides no patches, so everything is then all terms except masked image modelling.
   """
   name, resnet = method.removesuffix(" resnet"), method.endswith(" resnet")
   config = tiny_config(name.replace("everything", "defilip"))
@@ -79,12 +79,12 @@ def step_config(method: str) -> ConfigDict:
   config.optimizer.warmup_start = 0.0
   if name.startswith("everything"):
     config.optimizer.logit_scale_range = (3.0, 6.0)  # the scales start below it
-    config.optimizer.epsilon = 1e-3  # Adam makes no large steps out of rounding errors
+    config.optimizer.epsilon = 1e-3  # so that Adam does not turn rounding errors into large steps
   return config
 
 
 def build_steps(config: ConfigDict, data: int = 1, fsdp: int = 1) -> build.Built:
-  """What a config describes, on a mesh of the first devices."""
+  """The objects of a config, on a mesh of the first devices."""
   config.mesh.update({"data": data, "fsdp": fsdp})
   with mock.patch.dict(RECIPES, {"everything": _EVERYTHING}):
     return build.build(config, jax.devices()[: data * fsdp])
@@ -163,7 +163,7 @@ def _flatten(metrics: Mapping[str, Any], tree: dict[str, Any]) -> dict[str, np.n
 
 @functools.cache
 def one_device(method: str) -> dict[str, np.ndarray]:
-  """`take_steps` on one device, with which the others are compared."""
+  """`take_steps` on one device, the reference for the others."""
   return take_steps(method, 1, 1)
 
 
@@ -172,7 +172,7 @@ def _chain(optimizer: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def compare(method: str, found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-  """Asserts that two results differ by at most 1e-5 in what the loss depends on.
+  """Asserts that two results differ by at most 1e-5, except where the loss is constant.
 
   Gradients differ by at most 1e-5 of their largest entry; by 2e-5 in a ResNet, with its chain of sums over the batch.
   """
@@ -200,9 +200,9 @@ def blind(method: str, name: str) -> bool:
     f"/{head}/" in name for head in ("simclr", "projector", "predictor", "momentum_project", "momentum_predict")
   )
   last = "predictor/linear1" in name or "simclr/linear2" in name
-  if method == "simclr" and name.endswith("image/post_norm/bias"):  # in front of the head
+  if method == "simclr" and name.endswith("image/post_norm/bias"):  # before the head
     return True
-  if name.endswith("attention_pool/key/bias"):  # in front of a softmax
+  if name.endswith("attention_pool/key/bias"):  # before a softmax
     return True
   in_front = head and part[0].startswith("linear") and part[1] == "bias" and not last
   follows = name.endswith("/mean") and any(f"/{head}/" in name for head in ("simclr", "projector", "predictor"))

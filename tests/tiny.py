@@ -1,4 +1,4 @@
-"""A config so small that a step takes milliseconds, shared by the tests of the trainer."""
+"""A config whose steps take milliseconds, shared by the tests of the trainer."""
 
 from pathlib import Path
 from typing import NamedTuple

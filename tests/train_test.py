@@ -1,6 +1,6 @@
-"""Training as a whole: the same losses on any mesh, exact resumption, what is rejected, and what a run leaves behind.
+"""Training as a whole: the same losses on any mesh, exact resumption, bad configs, and the files of a run.
 
-tests/loop_test.py has the tests of the loop that need no model.
+The tests of the loop that need no model are in tests/loop_test.py.
 """
 
 from collections.abc import Callable
@@ -101,7 +101,7 @@ def train_in_two_processes(config: str, workdir: Path, *overrides: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["declip", "filip"])  # methods_test.py has the steps of all
+@pytest.mark.parametrize("method", ["declip", "filip"])  # methods_test.py tests the steps of all methods
 def test_meshes_and_processes_agree_with_one_device(
   method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,7 +248,7 @@ def test_run_leaves_its_record(finished_run: FinishedRun, tmp_path: Path) -> Non
   for line in read_metrics(workdir)[1:]:
     if "loss" in line:
       shares = {activity: line[f"time/{activity}"] for activity in ("data", "step", "save", "evaluation")}
-      assert 0 < sum(shares.values()) <= 1  # the rest is log lines and pictures
+      assert 0 < sum(shares.values()) <= 1  # the other files are log lines and pictures
       assert shares["step"] > 0
       assert line["images_per_second_per_device"] == line["images_per_second"]
       assert line["compile_seconds"] > 0
@@ -372,7 +372,7 @@ def test_a_directory_in_use_is_rejected_before_anything_is_written(tmp_path: Pat
 
 
 class Killed(BaseException):
-  """Stands in for a signal that ends the process."""
+  """Simulates a signal that ends the process."""
 
 
 def train_until(step: int, config: ConfigDict, workdir: Path, time: int = 1) -> None:

@@ -31,7 +31,7 @@ def test_arrays_are_pytrees_whatever_the_order_of_their_entries() -> None:
   np.testing.assert_array_equal(doubled.image, [2, 2])
   paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(one)]
   assert paths == [".image", ".text"]
-  assert jax.tree.map(lambda x: None, one, is_leaf=lambda x: False).image is None  # placeholders stay
+  assert jax.tree.map(lambda x: None, one, is_leaf=lambda x: False).image is None  # placeholders are kept
 
 
 def test_views_are_values() -> None:

@@ -1,4 +1,4 @@
-"""The built wheel: what is in it, and that its commands work from an empty folder without the checkout."""
+"""The built wheel: its contents, and its commands in an empty folder without the checkout."""
 
 from importlib import metadata
 import json
@@ -36,7 +36,7 @@ def run(command: list[str | Path], cwd: Path) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """Builds the wheel from a copy, so that nothing of an earlier build gets into it."""
+  """Builds the wheel from a copy, so that no file of an earlier build gets into it."""
   source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
   for name in BUILT_FROM:
     if (ROOT / name).is_dir():

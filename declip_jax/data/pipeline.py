@@ -314,7 +314,7 @@ class EvaluationBatches:
   """A source in order, once: `image` uint8 `[b h w 3]`, `label` int32 `[b]`, `mask` bool `[b]`, for this host.
 
   The mask is False for padding in the last batch and for examples that cannot be read. Every host yields the same
-  number of batches, each its own part of a global batch. (A host's last part may be padding alone, so samples are
+  number of batches, its share of each global batch. (The last share of a host may be padding alone, so samples are
   padded here and not by grain's `batch_and_pad`.)
 
   Args:

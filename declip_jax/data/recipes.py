@@ -23,7 +23,7 @@ class Recipe:
       "strong": a crop with random area and aspect ratio, jitter, grayscale, blur, solarize, flip.
       "color": OpenAI's crop, jitter, grayscale, blur, solarize; no flip.
     text_views: the kind of each text view: "raw", "augmented" (EDA) or "masked" (masked language modelling).
-    views: which view plays which part in the model.
+    views: which view plays which role in the model.
     weak_scale, strong_scale: range of the crop's area, as a share of the image's, in weak and strong views.
     jitter: strengths of brightness, contrast, saturation, hue.
     blur_radius: range of the radius, in pixels of the view.
@@ -213,8 +213,8 @@ def trimmed(recipe: Recipe, used: Views) -> Recipe:
 
   probabilities = {}
   for field in _PER_VIEW:
-    of_view = _per_view(getattr(recipe, field), recipe.image_views)
-    probabilities[field] = tuple(of_view[view] for view in images_kept if view in of_view) or getattr(recipe, field)
+    by_view = _per_view(getattr(recipe, field), recipe.image_views)
+    probabilities[field] = tuple(by_view[view] for view in images_kept if view in by_view) or getattr(recipe, field)
   return replace(
     recipe,
     image_views=tuple(recipe.image_views[view] for view in images_kept),

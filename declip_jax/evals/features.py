@@ -17,7 +17,7 @@ class ImageFeatures(NamedTuple):
   """A source's images, in order.
 
   Attributes:
-    embeddings: of all `n` images; meaningless where `readable` is False.
+    embeddings: embeddings of all `n` images; meaningless where `readable` is False.
     label: class of each image, -1 for none and for images that cannot be read.
     readable: whether each image could be decoded.
   """

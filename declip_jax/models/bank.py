@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 # What happens to entries past the end of a bank: "wrap" writes them at its start; "drop", as in DeCLIP's code, loses
-# them and starts again at row 0 (also when they end exactly there).
+# them and starts again at entry 0 (also when they end exactly there).
 OVERFLOWS = ("wrap", "drop")
 
 
 class Bank(NamedTuple):
-  """`g` banks of `q` unit rows, the row `pointer` of each that is written next, and the number of rows `filled` so far.
+  """`g` banks of `q` unit vectors, the index `pointer` of the entry to write next, and the number `filled` so far.
 
   The batch is divided among the banks equally, in order. A single bank is global; DeCLIP's code has one per GPU.
   """
@@ -24,10 +24,10 @@ class Bank(NamedTuple):
 
 
 def random(key: jax.Array, groups: int, size: int, dim: int) -> Bank:
-  """Banks of random unit rows, none of which counts as filled."""
-  rows = jax.random.normal(key, (groups, size, dim))
+  """Banks of random unit vectors, none of which counts as filled."""
+  entries = jax.random.normal(key, (groups, size, dim))
   zero = jnp.zeros((), jnp.int32)
-  return Bank(rows / jnp.linalg.norm(rows, axis=-1, keepdims=True), zero, zero)
+  return Bank(entries / jnp.linalg.norm(entries, axis=-1, keepdims=True), zero, zero)
 
 
 def nearest(
@@ -35,8 +35,8 @@ def nearest(
 ) -> tuple[Float[Array, "k b d"], Float[Array, "k b"]]:
   """The `count` entries with the largest inner products for each query, without gradient, and their ages in steps.
 
-  Each query searches the bank of its part of the batch. `written` is the number of rows that a step writes to each
-  bank, from which ages follow: 1 is the previous step, 0 a row of noise that no step has written.
+  Each query searches the bank of its share of the batch. `written` is the number of entries that a step writes to
+  each bank, from which ages follow: 1 is the previous step, 0 an initial entry that no step has written.
   """
   size = bank.entries.shape[1]
   similarity = jnp.einsum("gbd,gqd->gbq", _split(bank, queries), bank.entries, precision=jax.lax.Precision.HIGHEST)
@@ -45,17 +45,17 @@ def nearest(
     chosen.append(jnp.argmax(similarity, axis=-1))
     similarity = jnp.where(jnp.arange(size)[None, None] == chosen[-1][..., None], -jnp.inf, similarity)
   index = jnp.stack(chosen, axis=-1)
-  found = jax.vmap(lambda rows, chosen: rows[chosen])(bank.entries, index)
+  found = jax.vmap(lambda entries, chosen: entries[chosen])(bank.entries, index)
   age = jnp.where(index < bank.filled, (bank.pointer - 1 - index) % size // written + 1, 0)
   found, age = rearrange(found, "g b k d -> k (g b) d"), rearrange(age, "g b k -> k (g b)")
   return jax.lax.stop_gradient(found), age.astype(jnp.float32)
 
 
 def push(bank: Bank, entries: Float[Array, "b d"], overflow: str = "wrap") -> Bank:
-  """Writes `entries` over the oldest rows; see `OVERFLOWS` for what happens at the end.
+  """Writes `entries` over the oldest ones; see `OVERFLOWS` for what happens at the end.
 
   Raises:
-    ValueError: more entries than the banks have rows.
+    ValueError: more entries than a bank can store.
   """
   size, per_bank = bank.entries.shape[1], jax.lax.stop_gradient(_split(bank, entries))
   new = per_bank.shape[1]
@@ -63,21 +63,21 @@ def push(bank: Bank, entries: Float[Array, "b d"], overflow: str = "wrap") -> Ba
     raise ValueError(
       f"config.model.heads.bank_size={size} texts, fewer than the {new} of a step: raise bank_size or bank_groups"
     )
-  rows, end = bank.pointer + jnp.arange(new), bank.pointer + new
+  index, end = bank.pointer + jnp.arange(new), bank.pointer + new
   if overflow == "wrap":
-    rows, pointer = rows % size, end % size
+    index, pointer = index % size, end % size
   else:
     pointer = jnp.where(end >= size, 0, end)
   return Bank(
-    bank.entries.at[:, rows].set(per_bank, mode="drop", unique_indices=True),
+    bank.entries.at[:, index].set(per_bank, mode="drop", unique_indices=True),
     pointer,
     jnp.minimum(bank.filled + new, size),
   )
 
 
-def _split(bank: Bank, rows: Float[Array, "b d"]) -> Float[Array, "g b2 d"]:
+def _split(bank: Bank, entries: Float[Array, "b d"]) -> Float[Array, "g b2 d"]:
   """The entries of a batch for each bank."""
   groups = bank.entries.shape[0]
-  if rows.shape[0] % groups:
-    raise ValueError(f"config.model.heads.bank_groups={groups} does not divide the batch of {rows.shape[0]}")
-  return rearrange(rows, "(g b) d -> g b d", g=groups)
+  if entries.shape[0] % groups:
+    raise ValueError(f"config.model.heads.bank_groups={groups} does not divide the batch of {entries.shape[0]}")
+  return rearrange(entries, "(g b) d -> g b d", g=groups)

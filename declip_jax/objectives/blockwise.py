@@ -9,7 +9,7 @@ log-sigmoids for a sigmoid. Three methods compute the same value and gradient:
 | "chunked" | `b/p * block` | all |
 | "ring" | `b/p * block` | those of one device at a time, passed from neighbour to neighbour |
 
-The last two go through the blocks twice, once for the sums and once, with the same products again, for the gradient:
+The last two compute the blocks twice, once for the sums and once, with the same products again, for the gradient:
 nothing is stored in between, which differentiating the loop itself would do. In the ring a candidate travels with its
 own sums and, in the backward pass, with its gradient, so that after one round both are back on their device.
 """

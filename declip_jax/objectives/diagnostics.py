@@ -20,8 +20,8 @@ from declip_jax.objectives.contrastive import Metrics, accuracy
 from declip_jax.types import Outputs
 from declip_jax.unit_norm import unit_norm
 
-MOST_ROWS = 4096  # at most so many are compared, all pairs: a matrix of 64 MiB over all devices
-_ROUNDING = 1e-12  # total variance of unit rows below which float32 cannot tell them from equal ones
+MOST_ROWS = 4096  # largest number of rows whose pairs are all compared: a matrix of 64 MiB over all devices
+_ROUNDING = 1e-12  # total variance of unit rows below which float32 cannot distinguish them from equal ones
 
 
 def diagnose(outputs: Outputs, kinds: Mapping[str, str], has_pooled: bool = True) -> Metrics:
@@ -122,7 +122,7 @@ def _effective_rank(rows: Float[Array, "v b p"]) -> Float[Array, ""]:
 def _some(rows: Float[Array, "b d"]) -> Float[Array, "n d"]:
   """All rows, but of more than `MOST_ROWS` only every second, or every third, and so on.
 
-  The first rows would all lie on a few of the devices; these stay where they are.
+  The first rows would all be on a few of the devices; these are spread over all and need not move.
   """
   return rows[:: -(-rows.shape[0] // MOST_ROWS)]
 

@@ -18,8 +18,8 @@ from declip_jax.views import Views
 class Objective:
   """The terms of a run with their weights; called with outputs, batch and 0-based step, it returns loss and metrics.
 
-  Metrics are each unweighted term as `loss/<term>`, its part in the sum of all absolute weighted terms as
-  `share/<term>`, and the terms' own.
+  Metrics are each unweighted term as `loss/<term>`, its share of the sum of all absolute weighted terms
+  as `share/<term>`, and the terms' own.
 
   Attributes:
     terms: the terms with a weight other than zero.
@@ -37,9 +37,9 @@ class Objective:
       loss, details = active.term.loss(outputs, batch, **method, **active.options)
       weighted[active.name] = weight_at(active.schedule, active.weight, step) * loss
       metrics |= {f"loss/{active.name}": loss, **details}
-    whole = sum(abs(part) for part in weighted.values())
+    whole = sum(abs(value) for value in weighted.values())
     if len(weighted) > 1:
-      metrics |= {f"share/{name}": abs(part) / jnp.maximum(whole, 1e-12) for name, part in weighted.items()}
+      metrics |= {f"share/{name}": abs(value) / jnp.maximum(whole, 1e-12) for name, value in weighted.items()}
     total = sum(weighted.values())
     return total, {"loss": total, **metrics}
 
@@ -127,7 +127,7 @@ def make_objective(settings: Mapping[str, Mapping[str, Any]], method: Method = P
     method: how all pairs of a batch are compared.
 
   Raises:
-    ValueError: an unknown term, option or method, or a number that cannot be.
+    ValueError: an unknown term, option or method, or an invalid number.
   """
   check_method(method)
   return Objective(active_terms(settings), method)

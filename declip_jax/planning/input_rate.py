@@ -35,7 +35,7 @@ class InputRate:
     images_per_second_and_host: on each host.
     cores_per_host: cores that read, decode and augment them; None if the recipe's rate was not measured.
     cpus_per_host: virtual CPUs of each host; None if unknown.
-    measured_of: the recipe whose rate is used.
+    measured_recipe: the recipe whose rate is used.
     measured_rate: images per second and core of that recipe; None if it was not measured.
   """
 
@@ -45,7 +45,7 @@ class InputRate:
   images_per_second_and_host: float
   cores_per_host: float | None
   cpus_per_host: float | None
-  measured_of: str
+  measured_recipe: str
   measured_rate: int | None
 
 

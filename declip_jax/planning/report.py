@@ -187,6 +187,6 @@ def required_input(report: Report, config: ConfigDict, step: float, peak: Device
     images_per_second_and_host=images_per_second / report.hosts,
     cores_per_host=rate and images_per_second / report.hosts / rate,
     cpus_per_host=peak.host_cpus and peak.host_cpus * report.devices / report.hosts,
-    measured_of=name,
+    measured_recipe=name,
     measured_rate=rate,
   )

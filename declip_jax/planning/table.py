@@ -94,10 +94,10 @@ def _input(required: InputRate) -> list[str]:
     cpus = f" of {required.cpus_per_host:g} vCPUs" if required.cpus_per_host else ""
     line += (
       f": {required.cores_per_host:.1f} cores{cpus}, at {required.measured_rate} images/s per core "
-      f"(recipe {required.measured_of}, JPEGs of 500x375, docs/results.md)"
+      f"(recipe {required.measured_recipe}, JPEGs of 500x375, docs/results.md)"
     )
   else:
-    line += f": the rate of recipe {required.measured_of} was not measured"
+    line += f": the rate of recipe {required.measured_recipe} was not measured"
   return ["input rate that a step this fast requires; half of it at half the utilisation", line]
 
 

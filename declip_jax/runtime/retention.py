@@ -40,7 +40,7 @@ class KeepBest:
   Orbax's `BestN` needs the metrics when a checkpoint is saved, but they are known only after its evaluation.
 
   Args:
-    folder: of all checkpoints.
+    folder: folder of all checkpoints.
     count: number of checkpoints to keep, 0 keeps none.
     metric: name of the metric.
   """

@@ -45,12 +45,12 @@ class OptimizerSettings:
   Attributes:
     name: one of `OPTIMIZERS`.
     b1, b2, epsilon: Adam's.
-    momentum, nesterov: of SGD and LARS.
-    trust_coefficient: of LARS.
+    momentum, nesterov: momentum of SGD and LARS.
+    trust_coefficient: trust coefficient of LARS.
     weight_decay: applied where `decay_mask` is True.
     decay_mask: one of `DECAY_MASKS`.
     sgd_side: the side that "adamw_sgd" trains with SGD, one of `models.paths.SIDES`. The name of the released class
-      says the image side; according to second-hand reports, the paper used SGD for the text side of its ViT.
+      says the image side; according to secondary sources, the paper used SGD for the text side of its ViT.
     sgd_weight_decay: weight decay of the SGD side of "adamw_sgd", in place of `weight_decay`.
     gradient_clip: largest global norm of the gradient; 0 for no clipping. PyTorch divides by the norm plus 1e-6, we
       do not.

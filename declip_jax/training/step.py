@@ -112,7 +112,7 @@ def is_spike(norm: Scalar, state: dict[str, Array], factor: float) -> tuple[Flag
   work for losses of any sign and scale.
 
   Args:
-    norm: of the gradient, float32.
+    norm: norm of the gradient, float32.
     state: "measured", the number of steps in the mean, and "log_norm", its logarithm.
     factor: see above.
 

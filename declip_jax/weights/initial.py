@@ -146,7 +146,7 @@ def load_weights(
   return tree["params"], collections, [*lines, *weights.remarks]
 
 
-def resize_positions(positions: Float[np.ndarray, "n w"], size: int) -> Float[np.ndarray, "m w"]:
+def resize_positions(positions: Float[np.ndarray, "n f"], size: int) -> Float[np.ndarray, "m f"]:
   """Resizes position embeddings of a class token and a square grid to `size` positions, cubic with antialiasing.
 
   Raises:

@@ -30,7 +30,7 @@ def jpeg(key: int) -> bytes:
   return file.getvalue()
 
 
-# Also where the tests run in the background of a script, which makes their processes deaf to it.
+# Also if the tests run in the background of a script, whose processes ignore it.
 HEARS_CTRL_C = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
 
 
@@ -184,7 +184,7 @@ def test_an_interrupted_conversion_continues_and_gives_the_same_bytes(tmp_path, 
   if number == signal.SIGINT:
     os.killpg(process.pid, number)  # as a terminal does
   else:
-    process.kill()  # the workers see that they are alone
+    process.kill()  # the workers notice that their parent is gone
   printed, errors = process.communicate(timeout=60)
   assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), errors
   assert "Traceback" not in errors
@@ -292,7 +292,7 @@ def test_a_source_without_usable_samples_is_an_error(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch) -> dict[str, bytes]:
-  """What is stored in an empty memory://; a cache folder and a folder for temporary files of the test's own."""
+  """The store of an empty memory://, with a separate cache folder and folder for temporary files."""
   memory = fsspec.filesystem("memory")
   memory.store.clear()
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -25,7 +25,7 @@ BATCH, LABELS = GOLDEN["batch"], GOLDEN["labels"]
 
 
 class Fixed:
-  """A generator that returns what it is told to."""
+  """A generator that returns given numbers."""
 
   def __init__(self, *values):
     self.values = iter(values)
@@ -51,7 +51,7 @@ def test_posterizing_fully_is_black():
 
 
 def record(monkeypatch):
-  """Replaces the operations by ones that note what they are called with."""
+  """Replaces the operations by ones that record their arguments."""
   calls = []
   for name in finetuning.OPERATIONS:
 
@@ -74,10 +74,10 @@ def test_operations_and_levels_are_drawn_as_by_timm(monkeypatch):
   assert abs(np.mean(signs)) < 4 / np.sqrt(len(calls))
   assert set(signs) == {-1, 1}
   assert set(fills) == {FILL}  # ImageNet's mean colour
-  assert abs(np.mean(levels) - 0.9) < 0.004  # cutting at 10 takes 0.0004 of it
+  assert abs(np.mean(levels) - 0.9) < 0.004  # clipping at 10 reduces it by 0.0004
   assert 0.045 < np.std(levels) < 0.052
   assert max(levels) == 1
-  assert 0.01 < np.mean(np.array(levels) == 1) < 0.04  # 2.3 % lie two deviations above
+  assert 0.01 < np.mean(np.array(levels) == 1) < 0.04  # 2.3 % are more than two deviations above
 
 
 def test_magnitude_is_clipped_to_its_range(monkeypatch):
@@ -127,7 +127,7 @@ def test_erased_pixels_are_noise_around_the_mean_colour():
   pixels = np.concatenate(erased) / 255
   mean, std = images.IMAGENET_MEAN_STD
   np.testing.assert_allclose(pixels.mean(axis=0), mean, atol=0.01)
-  np.testing.assert_allclose(pixels.std(axis=0), std, rtol=0.08)  # what is cut off narrows it
+  np.testing.assert_allclose(pixels.std(axis=0), std, rtol=0.08)  # clipping narrows it
   assert (np.abs(np.corrcoef(pixels.T) - np.eye(3)) < 0.02).all()
 
 
@@ -184,7 +184,7 @@ def test_mixing_is_drawn_as_by_timm():
   assert abs(len(cut) - draws / 2) < 120  # a blend by a weight near 0 or 1 looks like a cut
   assert abs(blended.mean() - 0.5) < 0.04
   assert abs(blended.var() - 1 / (4 * (2 * 0.8 + 1))) < 0.02  # of Beta(0.8, 0.8)
-  assert cut.mean() > 0.55  # what sticks out was not replaced
+  assert cut.mean() > 0.55  # what exceeds the image was not replaced
   assert finetuning.mix(batch, rng, probability=0.0).weight == 1.0
   only_mixup = [finetuning.mix(batch, rng, mixup_alpha=50.0, cutmix_probability=0.0).weight for _ in range(50)]
   assert all(0.2 < weight < 0.8 for weight in only_mixup)

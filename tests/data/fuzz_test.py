@@ -215,7 +215,7 @@ KINDS = (webdataset, arrayrecord, csv_table, json_lines, parquet, coco, yfcc, fo
 
 
 def judge(source: Source, mixture: Mixture) -> list[str | None]:
-  """What is wrong with each sample; nothing else may ever happen than a row or a BadSample."""
+  """The damage of each sample; the only legal results are a sample or a BadSample."""
   kinds = []
   for index in range(len(source)):
     try:
@@ -246,7 +246,7 @@ def test_damaged_samples_are_counted_and_the_stream_continues(kind: Callable[[Pa
   bad = Counter(filter(None, kinds))
   assert set(bad) <= set(BAD)
   assert 0.02 < bad.total() / len(source) < 0.6
-  # A pass over the source meets each of its samples once; another one takes the place of each that is bad.
+  # A pass over the source reads each of its samples once; each bad one is replaced by another.
   rows = pipeline.training_samples(mixture, VIEWS, seed=1)
   passed = np.array([rows[index]["bad_counts"] for index in range(len(source))])
   assert passed.any(axis=1).sum() == bad.total()

@@ -49,7 +49,7 @@ def pillow(data):
 
 
 def scene(height=384, width=512):
-  """Detail at all scales, as photographs have it, and some hard edges."""
+  """Detail at all scales, as in photographs, and some hard edges."""
   rng = np.random.default_rng(0)
   octaves = [rng.normal(size=(2**i, 2**i, 3)) / 2 ** (0.9 * i) for i in range(1, 9)]
   pixels = 128 + 90 * sum(cv2.resize(octave, (width, height), interpolation=cv2.INTER_CUBIC) for octave in octaves)
@@ -182,7 +182,7 @@ def test_pillow_images_are_accepted():
 
 @pytest.mark.parametrize(("asked", "times"), [(0, 1), (1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (99, 8)])
 def test_a_jpeg_is_decoded_at_lower_resolution(asked, times):
-  """Pixel i stands for those from times * i on; at the lower edges there may be less of them."""
+  """Pixel i represents those from times * i on; at the lower edges there may be fewer of them."""
   data = encode(exact.blur(SCENE[:383, :510], 2.0), "JPEG", quality=90)
   pixels, lower = images.open_photo(data).decode(asked)
   assert lower == times
@@ -222,21 +222,21 @@ def test_only_ordinary_jpegs_are_decoded_at_lower_resolution():
   ],
 )
 def test_rejects_other_arrays_and_names_them(array):
-  """Not as a bad sample to pass over: a source that gives one such array gives no others."""
+  """Not as a bad sample to skip: a source that yields one such array yields no others."""
   with pytest.raises(ValueError, match=rf"image is {array.dtype}\[{array.shape[0]}.*expected uint8") as caught:
     images.decode(array)
   assert not isinstance(caught.value, BadSample)
 
 
 def png_header(width, height):
-  """A PNG that declares its size and holds no pixels."""
+  """A PNG that declares its size and has no pixels."""
   chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
   header = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
   return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
 
 
 def jpeg_header(width, height):
-  """A JPEG whose header declares another size than it has."""
+  """A JPEG whose header declares a wrong size."""
   data = encode(IMAGE, "JPEG")
   frame = data.index(b"\xff\xc0") + 5
   return data[:frame] + struct.pack(">HH", height, width) + data[frame + 4 :]
@@ -261,7 +261,7 @@ BAD = {
   "webp, truncated": (encode(IMAGE, "WEBP")[:-500], "damaged image", "cannot be decoded"),
   "gif, truncated": (encode(IMAGE, "GIF")[:-3000], "damaged image", "truncated"),
   "png, flipped bits": (broken(IMAGE, "PNG"), "damaged image", "cannot be decoded"),
-  # The headers of these declare pixels that the files do not have: who looks for them finds them damaged.
+  # The headers of these declare pixels that the files do not have: reading them shows the damage.
   "png bomb": (png_header(8192, 8193), "too many pixels", "8192 x 8193 pixels are more than 67108864"),
   "png bomb for pillow too": (png_header(30000, 30000), "too many pixels", "900000000"),
   "jpeg bomb": (jpeg_header(8200, 8200), "too many pixels", "8200 x 8200 pixels are more than 67108864"),
@@ -406,8 +406,8 @@ def test_pixels_outside_of_the_box_have_no_influence(engine):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.3, 1.9, 2.6, 2.99])
-def test_a_filtered_kernel_equals_pillow(factor, interpolation):
-  """A point at eight places: what is left of it is the kernel that it is seen through."""
+def test_a_filtered_kernel_is_close_to_pillow(factor, interpolation):
+  """A point at eight positions: its image is the kernel."""
   size, sums = 24, []
   side = round(size * factor)
   for place in range(side // 2 - 4, side // 2 + 4):
@@ -417,7 +417,7 @@ def test_a_filtered_kernel_equals_pillow(factor, interpolation):
     wide, ours = (engine.cut(point, 1, crop, interpolation).astype(int) for engine in (exact, fast))
     assert np.abs(wide - ours).max() <= 24  # of 255; without the filter up to 160
     sums.append((wide - ours).sum(axis=1).mean())
-  assert abs(np.mean(sums)) < (13 if factor < 1 else 4)  # OpenCV's bicubic kernel is sharper where it enlarges
+  assert abs(np.mean(sums)) < (13 if factor < 1 else 4)  # OpenCV's bicubic kernel is sharper when enlarging
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -429,7 +429,7 @@ def test_uniform_images_are_unchanged(interpolation):
 
 
 def test_block_means_and_decoder_scaling_preserve_positions():
-  """A ramp has a known level at every place, whichever way its resolution was lowered."""
+  """A ramp has a known level at every position, however its resolution was reduced."""
   ramp = np.broadcast_to(np.linspace(20, 235, 900).astype(np.uint8)[None, :, None], (700, 900, 3)).copy()
   crop = Crop((11, 33, 601, 777), 48, 48, 0, 0, 48)
   whole = exact.cut(ramp, 1, crop, "bilinear")
@@ -447,7 +447,7 @@ def test_block_means_and_decoder_scaling_preserve_positions():
 
 
 def test_fine_stripes_do_not_alias():
-  """Stripes of one pixel; what a resize without a filter makes of them has a deviation of 70 levels at any size."""
+  """Stripes of one pixel; resized without a filter, they have a deviation of 70 levels at any size."""
   stripes = np.zeros((400, 400, 3), np.uint8)
   stripes[:, ::2] = 255
   for size, limit in ((300, 42), (220, 10), (150, 8), (70, 5)):
@@ -557,7 +557,7 @@ def test_solarize_equals_pillow(engine):
 
 
 def test_the_order_of_draws_is_fixed():
-  """Runs that were begun with it go on with the same views."""
+  """Runs that started with it resume with the same views."""
   for seed in range(30):
     ours, rng = np.random.default_rng(seed), np.random.default_rng(seed)
     plan = images.draw(STRONG, 300, 400, 24, ours)
@@ -669,7 +669,7 @@ def test_operations_are_applied_in_the_papers_order(engine):
   np.testing.assert_array_equal(images.make(IMAGE, [plan], engine=engine)[0], view[:, ::-1])
 
 
-# What `fast` differs from `exact` by on SCENE, in levels: mean of all views, mean of the worst view, maximum. SCENE is
+# Differences of `fast` from `exact` on SCENE, in levels: mean of all views, mean of the worst view, maximum. SCENE is
 # rougher than photographs, of which the first is half as large.
 LIMITS = {
   ("weak", "bilinear", 40): (1.3, 1.7, 24),

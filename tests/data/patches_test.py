@@ -21,7 +21,7 @@ def pictures(grid, count, number):
 
 
 def adjacent_pairs(masks):
-  """How many hidden patches have a hidden one to the right or below, per mask."""
+  """The number of hidden patches with a hidden one to the right or below, per mask."""
   return ((masks[:, :, 1:] & masks[:, :, :-1]).sum() + (masks[:, 1:] & masks[:, :-1]).sum()) / len(masks)
 
 
@@ -78,7 +78,7 @@ def test_positions_are_hidden_as_often_as_in_the_released_code():
 
 @pytest.mark.parametrize(("grid", "least"), [(14, 16), (16, 16), (7, 4)])
 def test_the_smallest_block_is_scaled_with_the_grid(grid, least):
-  """Two patches are a part of one block of the least size, so they lie within it, and anywhere within it."""
+  """Two patches belong to one block of the smallest size, and may be anywhere within it."""
   spans = []
   for mask in pictures(grid, 2, 1000):
     rows, columns = np.nonzero(mask)

@@ -1,4 +1,4 @@
-"""Streams: what seed and position decide, and that nothing else does."""
+"""Streams depend on seed and position, and on nothing else."""
 
 from dataclasses import dataclass
 import io
@@ -26,7 +26,7 @@ from declip_jax.data.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Numbers:
-  """Image and caption of example i say i; images in `broken` cannot be decoded, those in `blank` have no caption."""
+  """Image and caption of example i are i; images in `broken` cannot be decoded, those in `blank` have no caption."""
 
   count: int
   first: int = 0
@@ -310,7 +310,7 @@ def test_second_stream_changes_nothing_in_the_first() -> None:
 
 
 def test_second_stream_is_shuffled_by_itself() -> None:
-  """Also over the same source: neither the same images nor those of another pass."""
+  """Over the same source, too, it has neither the same images nor those of another pass."""
   passes, count = 6, 40
   got = [decoupled(Numbers(count), first=Numbers(count))[index] for index in range(passes * count)]
   first, second = (np.array([row[name] for row in got]).reshape(passes, count) for name in ("value", "other"))

@@ -1,4 +1,4 @@
-"""Tests for data/recipes.py: the views of every recipe, what is left of them for a part of its use, and overrides."""
+"""Tests for data/recipes.py: the views of every recipe, which of them remain if some are unused, and overrides."""
 
 from dataclasses import replace
 import io
@@ -40,7 +40,7 @@ def roughness(views):
   return np.abs(np.diff(views.astype(int), axis=-2)).mean(axis=(-3, -2, -1))
 
 
-# What each row holds: image views, text views, and which of the two masks.
+# The contents of a sample: image views, text views, and which of the two masks.
 CONTENTS = {
   "clip": (1, 1, ""),
   "openai": (1, 1, ""),
@@ -122,7 +122,7 @@ def test_crop_mirrors_half_of_its_views_and_keeps_their_colours():
   image[:, :24] //= 4
   rows = make(RECIPES["clip_crop"], {"image": image, "captions": CAPTIONS}, 200)["image"][:, 0].astype(int)
   left, right = rows[:, :, 0].mean(axis=(1, 2)), rows[:, :, -1].mean(axis=(1, 2))
-  both = left != right  # the others saw one side only
+  both = left != right  # the others contain one side only
   assert both.sum() > 100
   assert 0.35 < (left < right)[both].mean() < 0.65
   assert rows.min() >= 50
@@ -371,7 +371,7 @@ def test_remaining_views_keep_their_strength():
   assert kept.image_views == ("weak", "color", "strong")
   assert kept.blur_probability == (0.2, 0.3)
   assert kept.solarize_probability == (0.4, 0.4)
-  assert trimmed(three, UNUSED.replace(contrastive_image=(1,))).blur_probability == (0.1, 0.2, 0.3)  # nobody blurs
+  assert trimmed(three, UNUSED.replace(contrastive_image=(1,))).blur_probability == (0.1, 0.2, 0.3)  # none is blurred
 
 
 def test_a_use_without_image_is_rejected():

@@ -18,7 +18,7 @@ def unit(x):
 
 
 def own_captions(image_of_text):
-  """`match` and `group` where a text belongs to one image."""
+  """`match` and `group` if each text belongs to one image."""
   return np.eye(image_of_text.max() + 1, dtype=bool), image_of_text
 
 
@@ -58,7 +58,7 @@ def test_recall_with_shared_captions_equals_loops():
 
 @pytest.mark.parametrize("chunk", [1024, 7])
 def test_each_direction_has_scores_of_its_own(chunk, monkeypatch):
-  # Rows are tokens, here the index of the row, and the two directions have nothing to do with each other.
+  # Rows are tokens, here the index of the row, and the two directions are independent.
   monkeypatch.setattr(metrics, "_CHUNK", chunk)
   rng = np.random.default_rng(0)
   image, text = np.arange(15)[:, None, None], TextTokens(np.arange(30)[:, None, None], np.ones((30, 1), bool))
@@ -92,7 +92,7 @@ def test_a_model_with_nans_scores_zero():
 
 
 class Source(list):
-  """Pictures of one grey each, `20 * index`; what is not an integer cannot be read."""
+  """Pictures of one grey each, `20 * index`; entries that are not integers cannot be read."""
 
   name, classnames, skipped = "greys", (), {}
 
@@ -129,7 +129,7 @@ def test_unusable_samples_are_skipped():
 
 @pytest.mark.parametrize(("equal_texts", "expected"), [(True, 1.0), (False, 0.5)])
 def test_equal_texts_may_match_each_others_images(equal_texts, expected):
-  # Two pictures of a one share their caption. On their own they tie with each other and so count as lost.
+  # Two pictures of a one share their caption. Without shared captions they tie with each other and count as misses.
   source = Source([(1, ("one",)), (2, ("two",)), (1, ("one",)), (3, ("three",))])
   found = dict(
     retrieval(SourceFeatures(source, encoders({"one": 1, "two": 2, "three": 3})), None, equal_texts=equal_texts)

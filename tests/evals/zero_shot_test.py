@@ -74,7 +74,7 @@ def test_classes_without_an_image_do_not_count():
 
 @pytest.fixture(scope="module")
 def reference_prompts(golden):
-  """Names, templates and a lookup of the embeddings that the reference had for them, in batches that do not fit."""
+  """Names, templates and a lookup of the reference's embeddings of them, in batches that do not divide them."""
   classes, templates, dim = golden["zeroshot/template_embeddings"].shape
   names = [f"name {index}" for index in range(classes)]
   forms = [f"form {index} of {{}}" for index in range(templates)]
@@ -102,7 +102,7 @@ def test_accuracy_over_a_source_equals_clip_benchmark(golden, reference_prompts)
 
 
 def test_tokens_are_compared_with_every_prompt_and_scores_averaged_over_templates():
-  """By a loop over images, classes and templates; embeddings averaged first would answer otherwise."""
+  """By a loop over images, classes and templates; averaging embeddings first would give another result."""
   rng = np.random.default_rng(0)
   names, forms = [f"name {index}" for index in range(3)], [f"form {index} of {{}}" for index in range(4)]
   texts = [form.format(name) for name in names for form in forms]

@@ -26,7 +26,7 @@ TEMPLATES = ("a {}.", "a photo of a {}.")
 
 
 def write_shard(folder: Path, count: int) -> None:
-  """Scenes of the held-out classes as a WebDataset in CLIP_benchmark's form."""
+  """Scenes of the held-out classes as a WebDataset in CLIP_benchmark's format."""
   source = open_source(f"scenes:heldout/{count}/24")
   (folder / "test").mkdir(parents=True)
   (folder / "test" / "nshards.txt").write_text("1")

@@ -1,4 +1,4 @@
-"""These tests need PyTorch, open_clip, transformers and CLIP_benchmark: `make test-interop` installs them apart."""
+"""These tests need PyTorch, open_clip, transformers and CLIP_benchmark: `make test-interop` installs them."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""Tests of exports with the tools they are for: these load them strictly and embed the same; and we read theirs."""
+"""Tests of exports with other tools: they load our files strictly and embed the same; and we read theirs."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ ARCHITECTURES = {
 
 
 def random_weights(architecture: architectures.Architecture, heads: tuple[str, ...] = ("joint",)) -> Weights:
-  """A model whose every parameter is random, norms and biases too."""
+  """A model whose parameters are all random, norms and biases too."""
   c = config.default()
   c.model.image, c.model.text = architecture.image, architecture.text
   c.model.heads.embed_dim = architecture.embed_dim
@@ -170,7 +170,7 @@ def test_checkpoints_of_open_clip_are_loaded(model: str, fields: dict, form: str
     path = tmp_path / "epoch_1.pt"
     state = {f"module.{key}": value for key, value in theirs.state_dict().items()}
     torch.save({"epoch": 1, "name": model, "state_dict": state, "optimizer": {}}, path)
-  # With fewer layers than the real one its heads can only be given.
+  # With fewer layers than the real one, the number of heads must be given.
   ours = load(path, {"image.heads": 16} if fields and form == "training" else {})
   size = theirs_config["vision_cfg"]["image_size"]
   images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -89,7 +89,7 @@ def test_slip(variant: str, tmp_path: Path) -> None:
   np.testing.assert_allclose(clip.text_features(arrays["tokens"]), arrays["eval/text_embed"], **FORWARD)
 
 
-# What each method's model has beside towers and temperature.
+# The parameters of each method besides towers and temperature.
 DECLIP_HEADS = {
   "CLIP": (),
   "SLIP": ("predictor_sim",),

@@ -1,4 +1,4 @@
-"""Attention against plain loops, by every implementation that this backend has, and the choice between them."""
+"""Every implementation of attention on this backend against plain loops, and the choice between them."""
 
 from types import SimpleNamespace
 

@@ -84,7 +84,7 @@ def test_each_group_searches_its_own_bank_for_the_k_nearest():
   nearest = jax.jit(bank.nearest, static_argnums=(2, 3))
   full = full._replace(pointer=jnp.asarray(5), filled=jnp.asarray(size))
   found, age = nearest(full, queries, count, 2)
-  # Before the bank is full, the rows after the pointer are noise.
+  # Before the bank is full, the entries after the pointer are random.
   _, first_age = nearest(full._replace(filled=full.pointer), queries, count, 2)
   for row, query in enumerate(queries):
     entries = np.asarray(full.entries[row // 2])

@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.models.batch_norm`: one batch, several parts of it, and what PyTorch keeps of them."""
+"""Tests of `declip_jax.models.batch_norm`: one group, several groups, and PyTorch's running statistics."""
 
 import jax
 import jax.numpy as jnp

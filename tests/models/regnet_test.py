@@ -44,7 +44,7 @@ LEAVES = {
 
 
 def ours(name, value):
-  """Where our variables hold one of timm's, which block of a stack it is, and its value in our layout."""
+  """The path of our variable for one of timm's, its block in the stack, and its value in our layout."""
   path, leaf = name.rsplit(".", 1)
   collection, leaf = LEAVES[leaf]
   if leaf == "kernel" and value.ndim == 1:
@@ -158,7 +158,7 @@ def test_remat_changes_neither_gradient_nor_statistics(tiny, trained):
   step, result = trained
   step_again, result_again = differentiate(variables, images, "full")
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), result_again, result)
-  # They are two programs: what is not kept is computed again.
+  # They are two programs: activations that are not stored are recomputed.
   assert step_again.cost_analysis()["flops"] > step.cost_analysis()["flops"]
 
 

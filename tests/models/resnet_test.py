@@ -28,7 +28,7 @@ def test_attention_pool_equals_loops():
 
 def test_remat_changes_neither_gradient_nor_statistics():
   images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
-  fields = {"width": 4, "layers": (1, 0, 0, 0)}  # one block, so that it compiles in a moment
+  fields = {"width": 4, "layers": (1, 0, 0, 0)}  # one block, so that it compiles fast
   variables = jax.jit(ModifiedResNet(**fields).init)(jax.random.key(0), images)
 
   def run(remat):

@@ -1,4 +1,4 @@
-"""Tests of what `declip_jax.models.towers` hides for masked image modelling, and of what it gives it to predict."""
+"""Tests of `declip_jax.models.towers`: the patches hidden for masked image modelling, and the targets."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def masked(request):
   rng = np.random.default_rng(0)
   batch = {name: np.zeros(x.shape, x.dtype) for name, x in built.batch_shape(BATCH).items()}
   batch["image"] = rng.integers(256, size=batch["image"].shape, dtype=np.uint8)
-  # Four of the nine patches, others for each image.
+  # Four of the nine patches, different for each image.
   batch["mim_position"] = rng.permuted(np.tile(np.arange(GRID**2, dtype=np.int32), (BATCH, 1)), axis=1)[:, :4]
   params, collections = jax.jit(built.model.init)(jax.random.key(0), batch)
   encode = jax.jit(lambda batch: built.model.encode(params, collections, batch)[0])

@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.models.vit`: what rematerialisation may change (nothing), options, initialisation."""
+"""Tests of `declip_jax.models.vit`: rematerialisation changes nothing; options; initialisation."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def test_remat_preserves_value_and_gradient(tiny):
     again, gradient_again = steps[remat](variables)
     np.testing.assert_allclose(again, value, rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), gradient_again, gradient)
-  # They are three programs: what is not kept is computed again.
+  # They are three programs: activations that are not stored are recomputed.
   operations = [steps[remat].cost_analysis()["flops"] for remat in ("none", "dots", "full")]
   memory = [steps[remat].memory_analysis().temp_size_in_bytes for remat in ("none", "dots", "full")]
   assert operations[0] < operations[1] < operations[2]

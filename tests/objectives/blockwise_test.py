@@ -1,4 +1,4 @@
-"""The methods of sums over all pairs: equal in value and gradient, and of which size."""
+"""The methods of sums over all pairs have equal values and gradients, and bounded memory."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def methods() -> list[Method]:
 
 
 def on(method: Method, x: jax.Array) -> jax.Array:
-  """Split as a batch is, along the axis before the last."""
+  """Split like a batch, along the axis before the last."""
   if method.mesh is None:
     return x
   return jax.device_put(x, NamedSharding(method.mesh, PartitionSpec(*(None,) * (x.ndim - 2), method.mesh.axis_names)))

@@ -84,7 +84,7 @@ def test_value_equals_loops(full_gradient, label_smoothing, count, dim):
 
 
 def test_label_smoothing_has_its_optimum_at_the_smoothed_target():
-  """Cross-entropy is least where the softmax is the target, and is then the target's entropy."""
+  """Cross-entropy is minimal where the softmax equals the target, and is then the target's entropy."""
   target = np.full((4, 4), 0.3 / 4) + 0.7 * np.eye(4)
   value, gradient = jax.jit(jax.value_and_grad(partial(cross_entropy, label_smoothing=0.3)))(
     np.log(target).astype(np.float32)
@@ -114,7 +114,7 @@ def test_multi_view_can_hold_the_candidates_constant():
 
     return jax.jit(jax.grad(loss))(image)
 
-  def expected(image):  # of the only pair that is left
+  def expected(image):  # of the only remaining pair
     return cross_entropy(4 * image[1] @ text[0].T) / 2
 
   np.testing.assert_allclose(gradient(False), jax.jit(jax.grad(expected))(image), atol=1e-6)
@@ -155,7 +155,7 @@ def test_unit_norm_divides_short_rows_by_epsilon():
 
 
 def test_separate_directions_equal_declips_convirt_losses(golden):
-  """Three quarters of image to text and one of text to image at temperature 0.1; that solver never trains with it."""
+  """Three quarters image to text and one quarter text to image at temperature 0.1; that solver never trains with it."""
 
   def loss(image, text):
     logits = unit_norm(image) @ unit_norm(text).T / 0.1

@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.objectives.diagnostics` against loops written from the papers, and at the two extremes."""
+"""Tests of `declip_jax.objectives.diagnostics` against loops written from the papers, and at both extremes."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def unit(x):
 
 
 def make_outputs(seed=0, count=16, dim=6):
-  """Every entry that has diagnostics: off-centre rows of uneven variance, some not of length one, in 2 or 3 views."""
+  """All entries with diagnostics: off-centre rows of uneven variance, some not of length one, in 2 or 3 views."""
   rng = np.random.default_rng(seed)
 
   def rows(*shape):
@@ -191,11 +191,11 @@ def test_uniformity_of_a_large_batch_uses_every_second_row():
   kept = rows[0, ::2].astype(np.float64)
   sums = sum(np.exp(-2 * np.sum((kept[i + 1 :] - kept[i]) ** 2, axis=1)).sum() for i in range(len(kept)))
   expected = np.log(sums / (len(kept) * (len(kept) - 1) / 2))
-  # With 513 rows on each device, those kept have even places on some devices and odd ones on others.
+  # With 513 rows on each device, the rows used have even positions on some devices and odd ones on others.
   sharded = jax.device_put(rows, NamedSharding(make_mesh(4, 2), PartitionSpec(None, (DATA, FSDP))))
   for text in (rows, sharded):
     np.testing.assert_allclose(measure_jit(Outputs(text=text))["diagnostics/text/uniformity"], expected, rtol=1e-5)
-  # All rows of a batch that is just small enough.
+  # A batch that is just small enough uses all rows.
   whole = unit(rng.normal(size=(1, MOST_ROWS, 3))).astype(np.float32)
   changed = whole.copy()
   changed[:, 1::2] = whole[:, :1]

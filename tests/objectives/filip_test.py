@@ -149,7 +149,7 @@ def test_padding_has_no_effect_in_the_method_of_the_paper():
 
 @pytest.mark.parametrize(("top_k", "count", "block"), [(0, 24, 432), (2, 16, 8)])
 def test_blocks_and_devices_change_neither_value_nor_gradient(monkeypatch, top_k, count, block):
-  """All at once on one device; in blocks on one; and in blocks on eight. Two blocks of 16 are filled up for 24."""
+  """All at once on one device; in blocks on one; and in blocks on eight. 24 are padded to two blocks of 16."""
   inputs = *random_tokens(4, count, count)[:2], np.float32(1.5), random_tokens(4, count, count)[2]
   whole = step(top_k)(*inputs)
   monkeypatch.setattr(MODULE, "BLOCK", block)

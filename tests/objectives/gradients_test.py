@@ -1,4 +1,4 @@
-"""The gradient of every term against central differences in float64, and what must have none."""
+"""The gradient of every term against central differences in float64, and the absence of others."""
 
 from collections.abc import Callable
 from functools import partial
@@ -55,7 +55,7 @@ OUTPUTS = {
 PAIRS = ("image", "text", "scale")
 TOKENS = ("image_tokens", "text_tokens", "dense_scale")
 
-# Every term with its options, the fields that learn from it, and those that it must hold constant.
+# Every term with its options, its differentiable fields, and its constant fields.
 TERMS = {
   "clip": (clip, PAIRS, ()),
   "clip, smoothed": (partial(clip, label_smoothing=0.1), PAIRS, ()),
@@ -108,7 +108,7 @@ def test_gradient_equals_central_differences(name: str) -> None:
   ("term", "pairs"), [(clip, [(0, 0)]), (multi_view, [(i, t) for i in (0, 1) for t in (0, 1, 2)][1:])]
 )
 def test_gradient_with_constant_candidates_equals_central_differences(term: Callable, pairs: list) -> None:
-  """The differences are those of the same loss in which each query moves and its candidates stay where they were."""
+  """The differences are those of the same loss in which each query moves and its candidates are constant."""
   with jax.enable_x64(True):
     point = {field: jnp.asarray(OUTPUTS[field]) for field in PAIRS}
     start = dict(point)

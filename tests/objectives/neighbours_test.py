@@ -89,7 +89,7 @@ def test_value_and_metrics_equal_loops(views, neighbours, symmetric, label_smoot
   options = {"symmetric": symmetric, "label_smoothing": label_smoothing}
   loss, metrics = jax.jit(partial(nearest_neighbour, **options))(outputs, {})
   np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
-  # The first of all has the age 0: it is noise.
+  # The first one has age 0: it is random.
   np.testing.assert_allclose(metrics["neighbour_similarity"], np.mean(range(1, count * neighbours)) / 7, rtol=1e-5)
   np.testing.assert_allclose(metrics["neighbour_age"], np.mean(range(1, count * neighbours)), rtol=1e-6)
   np.testing.assert_allclose(metrics["neighbour_noise"], 1 / (count * neighbours), rtol=1e-5)

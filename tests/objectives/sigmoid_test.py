@@ -28,7 +28,7 @@ def test_value_and_gradient_equal_open_clip():
 @pytest.mark.parametrize(("count", "dim"), [(7, 3), (2, 9), (19, 4)])
 def test_value_and_metrics_equal_loops(count, dim):
   rng = np.random.default_rng(0)
-  image, text = rng.normal(size=(2, 2, count, dim)).astype(np.float32)  # the second views have no part in it
+  image, text = rng.normal(size=(2, 2, count, dim)).astype(np.float32)  # the second views are not used
   outputs = Outputs(image=image, text=text, scale=jnp.float32(1.5), bias=jnp.float32(-2.0))
   loss, metrics = jax.jit(sigmoid)(outputs, {})
   total, logits = 0.0, {True: [], False: []}

@@ -46,7 +46,7 @@ def test_value_and_accuracy_equal_loops(count, temperature):
 
 
 def test_a_collapsed_batch_has_chance_accuracy():
-  """All candidates tie: SLIP's argmax takes the first of the other view."""
+  """All candidates tie: SLIP's argmax chooses the first of the other view."""
   _, metrics = run(np.ones((2, 4, 3), np.float32), 0.1)
   assert metrics["simclr_accuracy"] == 0.25
 

@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.objectives.simsiam` against DeCLIP's loss and what its metric promises."""
+"""Tests of `declip_jax.objectives.simsiam` against DeCLIP's loss, and of its metric."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.objectives`: what `config.objective` may say, and the weighted sum."""
+"""Tests of `declip_jax.objectives`: legal values of `config.objective`, and the weighted sum."""
 
 import inspect
 
@@ -168,7 +168,7 @@ def test_multi_view_supervision_of_one_view_is_rejected() -> None:
 
 
 def built_or_rejected(term: str, recipe: str) -> tuple[ConfigDict, build.Built] | None:
-  """The config of one term on a recipe and what it describes; None if the error names both."""
+  """The config of one term on a recipe and its objects; None if the error names both."""
   c = tiny_config("clip")
   c.data.recipe, c.model.text.vocab_size, c.objective.clip.weight = recipe, 49409, 0.0
   c.objective[term].weight = 1.0

@@ -10,7 +10,7 @@ from declip_jax.planning import compile as compilation
 from declip_jax.planning import devices
 from declip_jax.planning.report import Report, make_report
 
-# Figures that a CPU would have, so that a report on it has times.
+# Made-up figures of a CPU, so that its report has times.
 CHIP = devices.Device(1e12, 2**30, 1e11, 2, 5e9, None, 4)
 
 

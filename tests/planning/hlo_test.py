@@ -79,7 +79,7 @@ def test_memory_traffic_counts_reads_and_writes():
 def test_a_loop_reads_and_writes_slices():
   rows, width = 50, 10_000
   sums = traffic_of(lambda x: jax.lax.map(lambda row: jnp.cumsum(jnp.sin(row)), x), (rows, width))
-  assert 2 * 4 * rows * width <= sums < 20 * 4 * rows * width  # not that many for every row
+  assert 2 * 4 * rows * width <= sums < 20 * 4 * rows * width  # not as many for every row
 
 
 # Two fusions in a third, as on a TPU: one slices a layer from a stack, one updates a layer of another stack.

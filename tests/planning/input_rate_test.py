@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.planning.input_rate`: its figures are those of docs/results.md, for every recipe."""
+"""Tests of `declip_jax.planning.input_rate`: its figures equal docs/results.md, for every recipe."""
 
 from pathlib import Path
 import re

@@ -1,4 +1,4 @@
-"""What a run reports before its first step, and about its evaluations."""
+"""The report of a run before its first step, and on its evaluations."""
 
 from collections import Counter
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The pictures: files hold what they should, whatever the texts, and nothing global changes."""
+"""The pictures: files have the right contents for any texts, and no global state changes."""
 
 import math
 import warnings

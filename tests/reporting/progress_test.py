@@ -25,11 +25,11 @@ class Screen(io.StringIO):
     return True
 
   def frames(self) -> list[str]:
-    """What the line showed, one string per redraw, without padding."""
+    """The contents of the line, one string per redraw, without padding."""
     return [frame.rstrip() for frame in self.getvalue().split("\r") if frame.strip()]
 
   def shown(self) -> list[str]:
-    """The lines that are on the screen at last."""
+    """The final lines on the screen."""
     lines = []
     for written in self.getvalue().split("\n"):
       line = ""
@@ -215,7 +215,7 @@ def test_the_training_line_is_narrower_than_the_terminal(columns: int, clock: Cl
   with open(terminal, "w") as stream, progress.TrainingProgress(10_000, 512, stream=stream, now=clock) as training:
     train(training, clock, [1, 2, 3], 20.0, images_per_second=26.0)
   shown = b""
-  with contextlib.suppress(OSError):  # which is how Linux ends a terminal
+  with contextlib.suppress(OSError):  # as Linux does when a terminal closes
     while chunk := os.read(controller, 10_000):
       shown += chunk
   os.close(controller)

@@ -50,7 +50,7 @@ def save_steps(folder: Path, scores: dict[int, float | None], **keep: object) ->
   ("scores", "kept"),
   [
     ({1: 0.9, 2: 0.1, 3: 0.2, 4: 0.3}, [1, 3, 4]),
-    ({1: 0.1, 2: 0.9, 3: 0.2, 4: None}, [2, 3, 4]),  # the newest stays, though it has no score
+    ({1: 0.1, 2: 0.9, 3: 0.2, 4: None}, [2, 3, 4]),  # the newest is kept, although it has no score
     ({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4}, [3, 4]),
   ],
 )
@@ -114,13 +114,13 @@ def test_a_full_disk_is_a_warning_and_the_next_save_succeeds(
   save(1)
   assert wait_and_count() == 0
   fill = small_disk / "fill"
-  for step, left in ((2, 0), (3, 20_000)):  # when nothing can be written at all, and when it shows in the background
+  for step, left in ((2, 0), (3, 20_000)):  # if nothing can be written at all, and if writing fails in the background
     fill.write_bytes(b"")
     free = shutil.disk_usage(small_disk).free
     fill.write_bytes(bytes(free - left))
     save(step)
     assert wait_and_count() == step - 1
-    assert checkpoints.steps() == [1]  # nothing is deleted for what was not written
+    assert checkpoints.steps() == [1]  # nothing is deleted in favour of an unwritten checkpoint
     assert not list((small_disk / "checkpoints").glob("*tmp*"))
     assert checkpoints.check(1) == ("", True)
     assert re.search(rf"checkpoint {step} was not written: .*No space left on device", caplog.text)

@@ -1,4 +1,4 @@
-"""What several processes agree on, with simulated answers of the others."""
+"""Agreement between several processes, with simulated answers of the others."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ SIZES = [("scenes:train", 32), ("scenes:test", 20)]
 
 
 def gather(monkeypatch: pytest.MonkeyPatch, others: list[object]) -> None:
-  """Simulates other hosts with these values behind the value of this host."""
+  """Simulates other hosts with these values, after the value of this host."""
   monkeypatch.setattr(jax, "process_count", lambda: 1 + len(others))
   monkeypatch.setattr(hosts.multihost_utils, "process_allgather", lambda mine, **_: np.stack([mine, *others]))
 

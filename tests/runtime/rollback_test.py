@@ -1,4 +1,4 @@
-"""Where a run rolls back to; tests/loop_test.py rolls back."""
+"""The target of a rollback; tests/loop_test.py rolls back."""
 
 from pathlib import Path
 

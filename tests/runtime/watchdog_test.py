@@ -1,4 +1,4 @@
-"""A process that hangs exits and leaves its stacks."""
+"""A process that hangs exits and records its stacks."""
 
 from pathlib import Path
 import subprocess

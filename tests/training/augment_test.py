@@ -190,7 +190,7 @@ def test_views_equal_the_hosts_with_the_same_draws(run):
     done += [bool(d.jitter), plan.grayscale, plan.blur is not None, plan.solarize, plan.flip]
     (golden,) = images.make(CROPS[place, view], [plan], engine="exact")
     apart = np.abs(made[place, view].astype(int) - golden)
-    if plan.solarize:  # levels beside 128 may fall on its two sides
+    if plan.solarize:  # levels near 128 may round to either side
       apart = np.minimum(apart, np.abs(255 - made[place, view].astype(int) - golden))
     means.append(apart.mean())
     assert apart.max() <= 8, plan
@@ -251,7 +251,7 @@ def test_one_device_equals_eight(run):
 
 
 def statistics(views):
-  """For each view: mean and deviation of each channel, roughness along both axes, and what tells left from right."""
+  """For each view: mean and deviation of each channel, roughness along both axes, and left minus right."""
   views = np.asarray(views, float)
   rough = [np.square(np.diff(views, axis=axis)).mean(axis=(1, 2, 3)) for axis in (1, 2)]
   halves = np.split(views.mean(axis=(1, 3)), 2, axis=1)

@@ -1,4 +1,4 @@
-"""Micro-batches: the exact gradient of the whole batch ("cached"), and the mean of theirs ("plain")."""
+"""Micro-batches: the exact gradient of the whole batch ("cached"), and the mean of their gradients ("plain")."""
 
 import dataclasses
 
@@ -109,7 +109,7 @@ def built_of(method: str) -> tuple[build.Built, objectives.Objective]:
 
 
 def test_cached_micro_batches_store_one_micro_batchs_activations() -> None:
-  """Temporary bytes of the compiled gradient, in which the towers' activations are most."""
+  """Temporary bytes of the compiled gradient, mostly activations of the towers."""
   built, objective = built_of("clip")
   shapes = built.batch_shape(16 * steps.BATCH)
   params, collections = jax.eval_shape(built.model.init, jax.random.key(0), shapes)

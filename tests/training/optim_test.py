@@ -62,7 +62,7 @@ def run_optimizer(optimizer, params, gradients, lrs):
 
 @pytest.fixture(scope="module", params=PRECISIONS)
 def trajectories(request, golden):
-  """Precision, and for each of `CASES` what `run_optimizer` gives, all by one compilation."""
+  """Precision, and the result of `run_optimizer` for each of `CASES`, in one compilation."""
   dtype = PRECISIONS[request.param]
 
   def run_all(init, gradients, lrs):
@@ -217,7 +217,7 @@ def test_decay_acts_on_the_parameters_that_each_rule_names():
   assert set(expected) == set(optim.DECAY_MASKS)
   for name, paths in expected.items():
     assert {path for path, decay in by_path(optim.DECAY_MASKS[name](small_tree())).items() if decay} == paths
-  # SGD shows what the optimiser makes of it: the decay of a parameter of ones, and no gradient.
+  # SGD on a parameter of ones without a gradient shows the decay alone.
   tree = small_tree()
   update = update_of(make("sgd", decay_mask="declip"), tree, jax.tree.map(np.zeros_like, tree))
   for path, leaf in by_path(update).items():

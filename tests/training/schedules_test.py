@@ -15,7 +15,7 @@ PRECISIONS = {"f32": np.float32, "f64": np.float64}
 
 
 def make(name, total_steps=10, **settings):
-  """A schedule that ends at 0.1 and has no warm-up unless `settings` say otherwise."""
+  """A schedule that ends at 0.1 without warm-up, unless overridden by `settings`."""
   defaults = {"learning_rate": 1.0, "warmup": 0, "warmup_start": 0.0, "end_learning_rate": 0.1, "cooldown": 0}
   given = defaults | {"schedule": name, "total_steps": total_steps} | settings
   return schedules.make_schedule(

@@ -97,7 +97,7 @@ def test_a_step_that_is_not_finite_changes_only_counts(loss: float, gradient: fl
 
 
 def test_an_entry_whose_update_is_not_finite_keeps_its_value() -> None:
-  """As Adam without an epsilon divides 0 by 0."""
+  """For example, Adam without an epsilon divides 0 by 0."""
   optimizer = optax.stateless(lambda updates, _: jax.tree.map(lambda x: x / (x > 0), updates))
   state = take_step(tree([1, 1], 1), tree([0, 1], 1), rate=1.0, optimizer=optimizer)
   assert state.params["towers"]["image"]["kernel"].tolist() == pytest.approx([1, 0])
@@ -132,7 +132,7 @@ def test_a_spike_is_a_norm_far_above_the_mean_of_previous_norms() -> None:
     log_norm = float(np.log(max(norm, np.finfo(np.float32).tiny)))
     expected = len(logs) >= 100 and log_norm > np.average(logs, weights=weights) + np.log(30)
     assert bool(spike) == expected, index
-    if norm == 0:  # a loss whose weight is still 0 says nothing about the usual norm
+    if norm == 0:  # a loss whose weight is still 0 is not evidence of the usual norm
       assert all(np.array_equal(after[name], state[name]) for name in state)
     elif not expected:  # as `train_step` keeps it
       state = after

@@ -1,6 +1,6 @@
-"""Whole models from the state dicts of the reference implementations: every number that those produced, by ours.
+"""Whole models from the state dicts of the reference implementations reproduce all of their numbers.
 
-Features, logits, activations inside, losses, gradients, and batch statistics after a pass in training mode. Gradients
+Features, logits, inner activations, losses, gradients, and batch statistics after a pass in training mode. Gradients
 and statistics are compared under the references' own names, so the translation back is tested with them.
 """
 
@@ -35,7 +35,7 @@ HEADS = {"image.heads": 2, "text.heads": 2}
 
 
 class Golden:
-  """A fixture, its weights as ours, and a model of them; pixels are already normalised and stay as they are."""
+  """A fixture, its weights as ours, and a model of them; pixels are already normalised."""
 
   def __init__(self, name, settings=None, views=None):
     self.arrays = reference.load(name)
@@ -237,9 +237,9 @@ def test_resnets_in_training_mode(name, settings):
 
 @pytest.mark.slow
 def test_gradient_at_the_stem_of_a_resnet():
-  """One activation of the stem is at -1.3e-7, next to the kink of its ReLU, and rounding decides which slope it gets.
+  """One activation of the stem is at -1.3e-7, next to the kink of its ReLU, and rounding decides its slope.
 
-  A bias that is smaller by 5e-7 in its channel (the next activation is at 9e-6) puts it where the reference has it.
+  A bias that is smaller by 5e-7 in its channel (the next activation is at 9e-6) puts it on the reference's side.
   """
   golden = Golden("openai_resnet")
   arrays = golden.arrays
@@ -330,7 +330,7 @@ OUR_ID = np.concatenate([np.arange(128), [130, 128, 129]]).astype(np.int32)
 class Declip(Golden):
   """DeCLIP, DeFILIP and FILIP as released: a training step from pixels, ids and a bank.
 
-  What the code does and the papers do not is that of our own preset; sizes are those of the fixture, in one process.
+  Where the code differs from the papers, our "repo" preset follows the code; sizes are the fixture's, in one process.
   """
 
   def __init__(self):
@@ -361,7 +361,7 @@ class Declip(Golden):
     return reference.differentiate(self.model, self.params, self.collections, self.batch, options=options, **weights)
 
   def gradients(self, gradient, prefix):
-    """Ours, for those parameters that the step had, beside the reference's."""
+    """Ours beside the reference's, for the parameters of that step."""
     ours = self.theirs({"params": gradient})
     theirs = reference.below(self.arrays, f"{prefix}/grad/")
     return ours, theirs
@@ -374,7 +374,7 @@ def released():
 
 @pytest.fixture(scope="module")
 def declip(released):
-  """A training step of DeCLIP, from pixels and ids, with the bank that it had."""
+  """A training step of DeCLIP, from pixels, ids and its bank."""
   return released, released.batch, released.step("declip")
 
 

@@ -1,4 +1,4 @@
-"""Tests of starting a run from weights: what is loaded, resized, extended, locked, left fresh, and rejected."""
+"""Tests of starting a run from weights: loaded, resized, extended, locked, fresh and rejected arrays."""
 
 from collections.abc import Callable
 import functools
@@ -190,7 +190,7 @@ def test_a_momentum_tower_starts_as_the_loaded_tower(runs: Runs, random_state: M
   assert_same(copy["heads"]["momentum_project"], fresh.params["heads"]["momentum_project"])
   assert jax.tree.map(lambda x: x.sharding, state.collections) == jax.tree.map(lambda x: x.sharding, fresh.collections)
   pointers = [leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in jax.tree.leaves((tower, copy))]
-  assert len(pointers) == len(set(pointers))  # a step takes both over
+  assert len(pointers) == len(set(pointers))  # a step donates both
   assert of_line(lines, "newly initialised: ") == {"heads/momentum_predict", "heads/momentum_project"}
   assert {"heads/text_projection/bias", "heads/predictor/linear1/kernel", "heads/bank/text"} <= of_line(lines, "not in")
 
@@ -207,7 +207,7 @@ def test_a_run_with_a_momentum_tower_continues_without_and_with_it(runs: Runs, r
     "momentum_project",
   }
   assert lines[-1] == "nothing is newly initialised"
-  # Trained on by the same method, it starts from the online tower, as a new run does.
+  # Continued by the same method, it starts from the online tower, like a new run.
   c = bare("slip_byol", runs("slip_mocov3"))
   state, lines = start(c, random_state(c))
   for half in ("towers", "heads"):
@@ -219,7 +219,7 @@ def test_a_run_with_a_momentum_tower_continues_without_and_with_it(runs: Runs, r
 
 
 def test_self_supervision_first_then_clip(runs: Runs, random_state: MakeState) -> None:
-  """SLIP, section 5.2: SimCLR, whose image tower CLIP then trains on."""
+  """SLIP, section 5.2: SimCLR, whose image tower CLIP then continues to train."""
   given = read_run(runs("simclr"))
   assert (given.heads, [*given.params["towers"]]) == (("simclr",), ["image"])
   c = bare("clip", runs("simclr"), "image")
@@ -242,7 +242,7 @@ def test_self_supervision_first_then_clip(runs: Runs, random_state: MakeState) -
   assert "heads/simclr" in of_line(lines, "loaded from ")
   with pytest.raises(ValueError, match=r"groups=\('image', 'text', 'heads'\): declip_jax, step 3 has no text tower"):
     read(bare("clip", runs("simclr")))
-  # And a method without texts takes its image tower from one with them.
+  # A method without texts can start from the image tower of one with texts.
   c = bare("simclr", clip := runs("clip"), "image")
   state, _ = start(c, random_state(c))
   assert_same(state.params["towers"], {"image": read_run(clip).params["towers"]["image"]})

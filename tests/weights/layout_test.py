@@ -20,7 +20,7 @@ WITHOUT_FORMAT = {
 
 
 def small(image: ConfigDict) -> ConfigDict:
-  """A model with this image tower and few numbers in all else."""
+  """A model with this image tower and few other parameters."""
   model = config.default("clip").model
   model.image, model.text = image, architectures.text(16, 3, vocab_size=30, context_length=5, heads=2)
   model.heads.update({"embed_dim": 12, "dense_dim": 6, "bank_size": 7, "simclr_projector": (5, 6, 7)})

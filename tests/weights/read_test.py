@@ -24,14 +24,14 @@ HEADS = {"clip": ("joint",), "slip": ("joint", "simclr"), "declip": ("joint", "s
 
 
 def shapes_of(name: str, method: str) -> tuple[config.ConfigDict, dict[str, np.ndarray]]:
-  """The config of a published model, and arrays of its shapes that take no memory, under OpenAI's names."""
+  """The config of a published model, and arrays of its shapes without memory, under OpenAI's names."""
   c = config.default(method, name)
   _, variables = abstract_variables(c.model.to_dict(), HEADS[method], c.data.image_size)
   shapes = expected_shapes(variables, layout(c.model.to_dict(), HEADS[method]))
   return c, {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
 
 
-# Those of an architecture and a method that stay in the fast tier.
+# Architectures and methods of the fast tier.
 REPRESENTATIVES = (("RN50", "clip"), ("SLIP ViT-S/16", "slip"), ("DeCLIP ViT-B/32", "declip"), ("ViT-H/14", "clip"))
 
 
@@ -95,7 +95,7 @@ def test_half_precision_is_openai(openai: dict[str, np.ndarray]) -> None:
   assert set(found.rest) == set(extra)
 
 
-# Models of DeCLIP's repository: what the fixture's has beside theirs, their heads, whether they compare tokens.
+# Models of DeCLIP's repository: additional arrays of the fixture, their heads, whether they compare tokens.
 _SIMSIAM, _TOKENS = ("projector", "predictor"), ("image_mapping", "text_mapping", "logit_scale_dense")
 RELEASED = {
   "clip": ((*_SIMSIAM, "text_label_predictor", *_TOKENS), ("joint",), False),

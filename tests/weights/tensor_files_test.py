@@ -1,4 +1,4 @@
-"""Tests of `declip_jax.weights.tensor_files` on files of the real PyTorch, and on files made to harm or to confuse."""
+"""Tests of `declip_jax.weights.tensor_files` on files of the real PyTorch, and on malicious and confusing files."""
 
 import json
 import os
@@ -40,11 +40,11 @@ def assert_same(tensors: dict[str, np.ndarray], group: str) -> None:
     np.testing.assert_array_equal(tensors[name].astype(value.dtype), value, err_msg=name)
 
 
-# A pickle by hand: each function gives the instructions that push one value.
+# A handmade pickle: each function returns the instructions that push one value.
 
 
 def plain(value: object) -> bytes:
-  return pickletools.optimize(pickle.dumps(value, 2))[2:-1]  # without the memory, whose places would collide
+  return pickletools.optimize(pickle.dumps(value, 2))[2:-1]  # without memo instructions, whose indices would collide
 
 
 def call(module: str, name: str, *arguments: bytes) -> bytes:
@@ -150,7 +150,7 @@ def test_torchscript_known_by_its_folders(tmp_path):
 
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
 def test_handmade_files_without_defects_are_read(tmp_path, write):
-  """What the tests below change one thing of."""
+  """The file of which each test below changes one thing."""
   content = dictionary(w=tensor(), v=tensor(1, (3, 1), (1, 77)), u=tensor(2, (), ()), t=tensor(shape=(0, 9)))
   tensors = read_tensors(write(tmp_path / "x.pt", content)).tensors
   assert [tensors[name].tolist() for name in "wvut"] == [[[0, 1], [2, 3]], [[1], [2], [3]], 2, []]
@@ -217,7 +217,7 @@ def test_no_file_runs_code(tmp_path, write, function, code, asked, protocol):
   marker = tmp_path / "marker"
   harm = pickle.dumps({"state_dict": Harm(function, code.format(str(marker)))}, protocol)
   pickle.loads(harm)
-  marker.unlink()  # it does harm, only not here
+  marker.unlink()  # harmful, but not here
   path = tmp_path / "x.pt"
   if write:
     write(path, harm[2:-1])
@@ -263,7 +263,7 @@ def test_rejected_names(tmp_path, name):
     (b"\x82\x01", "pickle instruction 0x82"),  # the registry of extensions
     (b"\x96" + struct.pack("<Q", 2**50), "pickle instruction 0x96"),  # a byte array of a petabyte
     (b"X" + struct.pack("<I", 2**32 - 1) + b"x", "damaged"),
-    (b"}r" + struct.pack("<I", 2**32 - 1), "no tensors"),  # place four billion of the memory
+    (b"}r" + struct.pack("<I", 2**32 - 1), "no tensors"),  # memo index four billion
     (call("numpy", "dtype", plain("O8")), "a NumPy value of type O8"),
     (call("numpy", "dtype", plain("f8")) + plain((3, ">", None, None, None, -1, -1, 0)) + b"b", "byte order >"),
     (call("numpy._core.multiarray", "scalar", call("numpy", "dtype", plain("f8")), plain("\0" * 8)), "NumPy value"),
@@ -272,7 +272,7 @@ def test_rejected_names(tmp_path, name):
     (call("argparse", "Namespace") + plain([1]) + b"b", "an object of type Opaque is given a state"),
     (b"K\x01)R", "an object of type int is called with an object of type tuple"),
     (b"ccollections\nOrderedDict\nK\x01R", "an object of type function is called with an object of type int"),
-    # Tuples within tuples: to hash or to print as many ends Python.
+    # Nested tuples: hashing or printing as many crashes Python.
     pytest.param(b")" + b"\x85" * 10**6 + b"K\x01R", "an object of type tuple is called", marks=pytest.mark.slow),
     pytest.param(b"})" + b"\x85" * 10**6 + b"K\x01s", "an object of type tuple as a key", marks=pytest.mark.slow),
     (b"})" + b"\x85" + b"K\x01s", "an object of type tuple as a key"),

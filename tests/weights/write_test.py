@@ -32,7 +32,7 @@ SETTINGS = {
   "openclip_rn": {"text.heads": 4},
   "hf_clip": {"image.heads": 4, "text.heads": 2},
   "slip": {"image.heads": 3, "text.heads": 2},
-  "declip": {"image.heads": 2, "text.heads": 3, "text.eot": 130},  # the largest id, as the others' pooling takes it
+  "declip": {"image.heads": 2, "text.heads": 3, "text.eot": 130},  # the largest id, at which the others pool
 }
 ONLY_OURS = ("mlm", "filip", "simclr", "simsiam")  # heads that open_clip does not have
 REJECTED = {
@@ -43,7 +43,7 @@ REJECTED = {
 }
 
 
-# Those of a format and a fixture that stay in the fast tier.
+# Formats and fixtures of the fast tier.
 REPRESENTATIVES = (("hf_clip", "huggingface"), ("openclip_vit", "open_clip"), ("declip", "orbax"), *REJECTED)
 
 
@@ -77,7 +77,7 @@ def test_files_read_back_equal_the_model(name: str, format: str, tmp_path: Path)
     np.testing.assert_array_equal(theirs[key], ours[key], err_msg=key)
   assert (again.view.size, again.view.interpolation) == (weights.view.size, weights.view.interpolation)
   assert weights.view.resize == (36 if name == "declip" else 0)  # as 256 to 224
-  if format == "open_clip":  # which has no place for it
+  if format == "open_clip":  # which cannot store it
     assert (again.view.resize, any("omitted: resizing" in note for note in notes)) == (0, name == "declip")
   else:
     assert again.view == weights.view
@@ -93,7 +93,7 @@ def test_files_read_back_equal_the_model(name: str, format: str, tmp_path: Path)
   if (tmp_path / "out" / "open_clip_config.json").exists() and "sigmoid" in weights.heads:
     about = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
     assert about["model_cfg"]["init_logit_bias"] == float(weights.params["heads"]["logit_bias"]) != 0
-  # Written again, the files are the same to the byte.
+  # Written again, the files are identical.
   write(again, tmp_path / "twice", format)
   for file in (tmp_path / "out").glob("*.safetensors"):
     assert file.read_bytes() == (tmp_path / "twice" / file.name).read_bytes()

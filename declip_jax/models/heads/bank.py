@@ -15,8 +15,8 @@ class NeighbourBank(Head):
 
   Attributes:
     embed_dim: dimension `d` of the joint space.
-    bank_size: rows `q` of a bank.
-    bank_groups: number of banks, each for its part of the batch; see `bank.Bank`.
+    bank_size: entries `q` of a bank.
+    bank_groups: number of banks, each for its share of the batch; see `bank.Bank`.
     bank_overflow: one of `bank.OVERFLOWS`.
     bank_neighbours: nearest texts that are found for each query.
   """

@@ -39,7 +39,7 @@ class Head(nn.Module):
 
     Args:
       features: what the towers return.
-      outputs: of the heads before this one in `HEADS`.
+      outputs: outputs of the heads before this one in `HEADS`.
       views: which view plays which role.
       train: whether batch norms use the statistics of the batch.
     """
@@ -55,7 +55,7 @@ class Mlp(nn.Module):
     input_width: width of the input.
     widths: widths of the layers' outputs.
     final_norm: whether a batch norm follows the last layer, without gain and bias unless `bias`.
-    bias: whether the linear layers have one; those of MoCo v3 have none.
+    bias: whether the linear layers have biases; MoCo v3's do not.
     groups: groups of the batch norms, see `BatchNorm`.
   """
 

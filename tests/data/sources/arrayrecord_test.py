@@ -184,7 +184,7 @@ def test_a_file_is_opened_once_for_all_sources_and_again_after_a_change(folder, 
 
 @pytest.fixture
 def bucket(folder, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
-  """The files of `folder` in memory://bucket, and a cache folder of the test's own."""
+  """The files of `folder` in memory://bucket, with a separate cache folder."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
   memory = fsspec.filesystem("memory")
   memory.store.clear()
@@ -203,7 +203,7 @@ def test_files_at_urls_are_counted_by_their_footers_and_copied_on_demand(folder,
   bucket.pipe("/bucket/data-00003-of-00003.array_record", (folder / "big").read_bytes())
   read_before, requests = files.read, []
   monkeypatch.setattr(files, "read", read)
-  monkeypatch.setattr(arrayrecord, "_TAIL", 2**15)  # shorter than any footer: asks for more
+  monkeypatch.setattr(arrayrecord, "_TAIL", 2**15)  # shorter than any footer: reads more
   source = open_arrayrecord("memory://bucket/*.array_record")
   assert len(source) == 63
   asked = [size for name, size in requests if name == "data-00003"]
@@ -228,7 +228,7 @@ def test_a_changed_file_at_a_url_is_copied_again(folder, bucket):
   assert after.stamp != before.stamp
   assert after[3] == example(99)
   copies = list((folder / "cache" / "declip_jax" / "copies").glob(f"*/{name}"))
-  assert len(copies) == 1  # that of the former state is gone
+  assert len(copies) == 1  # the copy of the previous state is gone
   arrayrecord._reader.cache_clear()
   with pytest.raises(BadSample, match=f"{name}, record 3: .*changed since it was opened") as error:
     late[3]

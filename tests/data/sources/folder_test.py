@@ -10,7 +10,7 @@ from declip_jax.data.sources.folder import open_folder
 
 
 def write(folder: Path, *names: str, **texts: str) -> str:
-  """Images whose contents are their names, and texts with theirs."""
+  """Images whose contents are their names, and texts with the given contents."""
   for name in names:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(name.encode("utf-8", "surrogateescape"))
@@ -33,7 +33,7 @@ def test_folders_are_classes_in_alphabetical_order(tmp_path):
   assert [example["image"].decode() for example in source] == [example["id"] for example in source]
   assert list(pickle.loads(pickle.dumps(source))) == list(source)
   assert len(pickle.dumps(source)) < 500
-  assert not (tmp_path / "train" / ".declip_jax").exists()  # other tools would take it for a class
+  assert not (tmp_path / "train" / ".declip_jax").exists()  # other tools would treat it as a class
 
 
 def test_numbers_as_folders_are_names_too(tmp_path):
@@ -87,7 +87,7 @@ def test_a_class_without_images_is_an_error_and_does_not_renumber_the_others(tmp
   write(tmp_path, "ant/deep/a.jpg", "dog/a.jpg")
   assert [example["label"] for example in open_folder(path)] == [0, 1, 2, 3]
   (tmp_path / "empty").mkdir()
-  assert open_folder(write(tmp_path, **{"bee/a": "a bee"})).classnames == ()  # with captions folders are no classes
+  assert open_folder(write(tmp_path, **{"bee/a": "a bee"})).classnames == ()  # with captions, folders are not classes
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ FEATURES = {
 
 
 def make(*names: str) -> "datasets.Dataset":
-  """Records whose index can be told from any of their columns."""
+  """Records whose index follows from any of their columns."""
   values = {
     "image": [{"bytes": png(index), "path": None} for index in range(COUNT)],
     "second": [{"bytes": png(100 + index), "path": None} for index in range(COUNT)],

@@ -1,4 +1,4 @@
-"""Tests of the scenes: the same for ever, told apart by what is drawn, and truly held out."""
+"""Tests of the scenes: fixed for ever, distinguishable by their drawings, and truly held out."""
 
 import hashlib
 import multiprocessing
@@ -12,7 +12,7 @@ import pytest
 from declip_jax.data.sources import scenes
 from declip_jax.data.sources.scenes import COLORS, HELD_OUT, SEEN, SHAPES, TEMPLATES, open_scenes
 
-# Written down a second time on purpose: what a person calls these colours, independent of the palette.
+# Duplicated on purpose: names that a person gives these colours, independent of the palette.
 _HUES = {
   "red": (220, 20, 30),
   "yellow": (255, 220, 0),
@@ -160,7 +160,7 @@ def test_labels_name_the_color_that_is_drawn():
   assert np.mean(correct) > 0.95
 
 
-def test_shapes_seen_in_training_occur_in_held_out_pairs():
+def test_a_classifier_of_shapes_transfers_to_held_out_pairs():
   # The nearest mean silhouette: if this crude classifier transfers, labels, drawings and splits agree.
   def load(location):
     source = open_scenes(location)
@@ -191,7 +191,7 @@ def test_captions_name_the_true_positions():
     for row in rows:
       if row in " ".join(example["captions"]):
         rows[row].append(height)
-  # Objects fill much of the picture, so the centre of one "at the top" lies at 0.42 on average; by chance at 0.5.
+  # Objects fill much of the picture, so the centre of one "at the top" is at 0.42 on average; by chance at 0.5.
   assert np.mean(rows["top"]) < 0.45 < np.mean(rows["middle"]) < 0.55 < np.mean(rows["bottom"])
 
 

@@ -21,7 +21,7 @@ from declip_jax.reporting import progress
 
 
 def write_images(folder: Path, *names: str) -> None:
-  """Files whose contents tell their names."""
+  """Files whose contents are their names."""
   for name in names:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(contents(name))

@@ -27,7 +27,7 @@ def png(index: int) -> bytes:
 
 
 class Tiny(tfds.core.GeneratorBasedBuilder):
-  """Six records whose index can be told from any of their features."""
+  """Six records whose index follows from any of their features."""
 
   __module__ = MODULE
   VERSION = tfds.core.Version("1.0.0")

@@ -128,9 +128,9 @@ def test_images_alone_are_samples(tmp_path):
   [
     ("2.txt", 512 + 8, 2, {"damaged record": 1}),  # within the text
     ("2.txt", 512, 2, {"damaged record": 1}),  # after the header of the text
-    ("2.txt", 100, 2, {"damaged record": 1}),  # within that header: nobody knows that it is its text
+    ("2.txt", 100, 2, {"damaged record": 1}),  # within that header: it cannot be recognised as its text
     ("2.jpg", 512 + 700, 2, {"damaged record": 1}),
-    ("2.jpg", 100, 1, {"damaged record": 1}),  # nor here that sample 1 is complete
+    ("2.jpg", 100, 1, {"damaged record": 1}),  # nor can sample 1 be recognised as complete
     ("2.jpg", 0, 2, {}),
   ],
 )
@@ -158,7 +158,7 @@ def test_truncated_long_name(tmp_path, format):
 
 
 def overwrite(path: Path, member: str, noise: bytes) -> int:
-  """Puts noise at the header of a member; returns where that is."""
+  """Overwrites the header of a member with noise; returns its offset."""
   with tarfile.open(path) as tar:
     offset = tar.getmember(member).offset
   tar = bytearray(path.read_bytes())
@@ -180,7 +180,7 @@ def test_a_damaged_or_empty_shard_is_counted_and_does_not_affect_others(tmp_path
   offset = overwrite(tmp_path / "1.tar", "1 c.jpg", b"\xff" * 60_000)
   (tmp_path / "2.tar").write_bytes(b"")
   source = open_webdataset(f"{tmp_path}/*.tar")
-  keys = ["0 a", "0 b", "0 c", "0 d", "1 a", "3 a", "3 b", "3 c", "3 d"]  # nobody knows that 1 b is complete
+  keys = ["0 a", "0 b", "0 c", "0 d", "1 a", "3 a", "3 b", "3 c", "3 d"]  # 1 b cannot be recognised as complete
   assert [example["id"].partition(":")[2] for example in source] == keys
   assert all(len(example["captions"]) == 1 for example in source)
   assert source.skipped == {"damaged record": 2}
@@ -299,7 +299,7 @@ def test_a_shard_that_changes_while_open_loses_only_samples(tmp_path, number):
   source = open_webdataset(str(path))
   tar = path.read_bytes()
   other = write_tar(tmp_path / "other.tar", samples("a" * 200, "b" * 200)).read_bytes()
-  mixed = tar.replace(b"1.jpg", b"2.jpg")  # two samples where one was
+  mixed = tar.replace(b"1.jpg", b"2.jpg")  # two samples instead of one
   cut = tar[: tar.index(b"caption 1") + 4]
   changed = [tar[:300], tar[:2000], b"\xff" * len(tar), other[: len(tar)], mixed, cut]
   path.write_bytes(changed[number])  # in place, with no new index
@@ -341,7 +341,7 @@ def test_index_goes_to_the_user_cache_beside_read_only_shards(tmp_path, monkeypa
 
 
 def test_pickles_small_however_many_shards(tmp_path):
-  for shard in range(150):  # more than stay open
+  for shard in range(150):  # more than may be open
     write_tar(tmp_path / f"{shard:03d}.tar", samples(f"{shard} a", f"{shard} b"))
   source = open_webdataset(f"{tmp_path}/*.tar")
   order = np.random.default_rng(0).permutation(len(source))
@@ -388,7 +388,7 @@ def test_open_source(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
-  """An empty memory:// and a cache folder of its own for the indexes."""
+  """An empty memory:// and a separate cache folder for the indexes."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   memory = fsspec.filesystem("memory")
   memory.store.clear()
@@ -458,7 +458,7 @@ def many(tmp_path) -> str:
 
 
 def indexed(location: str) -> bytes:
-  """The bytes of the index; all else in its folder is gone."""
+  """The bytes of the index; everything else in its folder is gone."""
   open_webdataset(location)
   (index,) = (Path(location).parent / ".declip_jax").iterdir()
   contents = index.read_bytes()
@@ -501,7 +501,7 @@ def test_a_build_that_was_interrupted_continues(many, monkeypatch):
   with pytest.raises(KeyboardInterrupt):
     open_webdataset(many)
   folder = Path(many).parent / ".declip_jax"
-  ((left),) = folder.iterdir()  # the folder of parts
+  ((left),) = folder.iterdir()  # the folder of job files
   made = [int(part.name) for part in left.iterdir() if not part.name.startswith(".")]
   kept = {path for number in made for path in patterns.expand(many)[3 * number : 3 * number + 3]}
   assert 15 < len(kept) <= 25

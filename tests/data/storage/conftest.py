@@ -1,4 +1,4 @@
-"""Files for the tests of storage: a cache folder of each test's own, and a folder on disk and behind a URL."""
+"""Files for the tests of storage: a cache folder for each test, and a folder on disk and at a URL."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ BODY = bytes(range(256)) * 40
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch) -> Path:
-  """A cache folder of the test's own."""
+  """A cache folder for one test."""
   folder = tmp_path_factory.mktemp("cache")
   monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
   return folder / "declip_jax"
@@ -18,7 +18,7 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
 
 @pytest.fixture(params=["local", "url"])
 def folder(request, tmp_path) -> str:
-  """A folder with three files, on a disk and behind a URL."""
+  """A folder with three files, on a disk and at a URL."""
   memory = fsspec.filesystem("memory")
   memory.store.clear()
   for name in ("a-08.bin", "a-09.bin", "a-10.bin"):

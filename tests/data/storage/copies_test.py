@@ -15,7 +15,7 @@ BODY = bytes(range(256)) * 40
 
 @pytest.fixture
 def remote_file(tmp_path) -> str:
-  """A file behind a URL that other processes see too."""
+  """A file at a URL that other processes can read too."""
   (tmp_path / "remote").mkdir()
   (tmp_path / "remote" / "a.bin").write_bytes(BODY)
   return f"local://{tmp_path}/remote/a.bin"
@@ -92,7 +92,7 @@ def test_one_of_two_processes_copies_a_file_and_a_killed_one_is_replaced(remote_
   killed.communicate()
   (first,), *_ = select.select([process.stdout for process in others], [], [], 30.0)
   assert first.readline() == "read\n"
-  assert len(list(cache.rglob(".a.bin.*.tmp"))) == 1  # what the killed one left is gone
+  assert len(list(cache.rglob(".a.bin.*.tmp"))) == 1  # the files of the killed one are gone
   for process in others:
     process.stdin.write("\n")
     process.stdin.flush()

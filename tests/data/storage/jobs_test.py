@@ -30,7 +30,7 @@ def write(path, argument, advance):
 
 @pytest.fixture
 def write(tmp_path, monkeypatch) -> jobs.Write:
-  """A function of a module that other processes find where this one does."""
+  """A function of a module that other processes can import too."""
   (tmp_path / "writing_parts.py").write_text(MODULE)
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, "writing_parts", raising=False)

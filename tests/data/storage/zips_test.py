@@ -18,7 +18,7 @@ def write_zip(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_S
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
 def test_members_equal_zipfile(tmp_path, method):
-  # Names within names and within contents, so that a search for the bytes of a name is led astray.
+  # Names within names and within contents, so that a search for the bytes of a name would find the wrong place.
   members = {
     "10001.jpg": b"x",
     "001.jpg2": b"",

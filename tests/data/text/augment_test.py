@@ -14,7 +14,7 @@ from tools import build_synonyms
 
 _TABLE = pathlib.Path(texts.__file__).with_name("synonyms.txt.gz")
 _CAPTION = "two dogs and a cat sleep on the old red sofa"
-# What NLTK 3.10 makes of WordNet 3.0: all lemmas of `wordnet.synsets(word)` without the word.
+# The result of NLTK 3.10 on WordNet 3.0: all lemmas of `wordnet.synsets(word)` without the word.
 _NLTK = {
   "children": "baby,child,fry,kid,minor,nestling,nipper,shaver,small fry,tiddler,tike,tyke,youngster",
   "flew": "aviate,fell,flee,fly,pilot,take flight,vanish,vaporize,wing",
@@ -79,7 +79,7 @@ def test_replacement_replaces_all_occurrences_of_one_content_word():
     assert new[:1] + new[2:5] + new[6:] == words[:1] + words[2:5] + words[6:]
 
 
-def test_replacement_replaces_up_to_n_words():
+def test_replacement_replaces_n_words_if_possible():
   words = _CAPTION.split()
   changed = [
     sum(a != b for a, b in zip(words, texts.replace_synonyms(words, _rng(1), n=n), strict=True)) for n in (0, 3, 99)
@@ -106,7 +106,7 @@ def test_deletion_keeps_order_rate_and_at_least_one_word():
 
 
 def test_augment_uses_each_operation_a_third_of_the_time():
-  # Swapping is the one that keeps the bag of these words and changes their order; none of them has a synonym.
+  # Only swapping keeps the bag of these words and changes their order; none of them has a synonym.
   words = [f"w{i}" for i in range(200)]
   kinds = collections.Counter()
   for seed in range(1500):

@@ -175,7 +175,7 @@ def _sentences(count: int = 400) -> list[str]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, str]:
-  """Tokenizers of others: CLIP's own in the form of Hugging Face, BERT's kind, and two of SentencePiece."""
+  """Other tokenizers: CLIP's own in Hugging Face's format, one like BERT's, and two of SentencePiece."""
   hf = pytest.importorskip("tokenizers")
   spm = pytest.importorskip("sentencepiece")
   folder = tmp_path_factory.mktemp("tokenizers")
@@ -249,7 +249,7 @@ def test_tokenizer_files_encode_texts(files, name):
 
 def test_missing_special_tokens_get_new_ids(files):
   tokenizer = tokenizers.make_tokenizer(files["pieces"], 24)
-  assert tokenizer.mask == tokenizer.encoder.size  # its training was not told of a mask
+  assert tokenizer.mask == tokenizer.encoder.size  # it was trained without a mask token
   assert (tokenizer.sot, tokenizer.eot, tokenizer.pad) == (1, 2, 3)
 
 
