@@ -215,7 +215,7 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
       ("  width", _range(sample.width for sample in good)),
       ("  height", _range(sample.height for sample in good)),
       ("  bytes", _range(sample.size for sample in good if sample.size)),
-      ("captions", _range(len(sample.captions) for sample in good) + " a sample"),
+      ("captions", _range(len(sample.captions) for sample in good) + " per sample"),
     ]
   if captions:
     too_long = np.mean(np.array(tokens) > _CONTEXT)

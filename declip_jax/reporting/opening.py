@@ -49,7 +49,7 @@ def opening_lines(
   num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
   axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   yield f"objective {terms}; recipe {recipe}; {num_params:,} parameters"
-  yield f"{total:,} steps of {batch_size:,} on {axes} ({mesh.devices.flat[0].device_kind})"
+  yield f"{total:,} steps of {batch_size:,} examples on mesh {axes} ({mesh.devices.flat[0].device_kind})"
   if mesh.size > 1:
     yield from layout_table(abstract)
   for name, count in groups.items():

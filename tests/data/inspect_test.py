@@ -54,7 +54,7 @@ def test_samples_are_described(shards):
   assert found["images"] == "7 JPEG, 1 PNG"
   assert found["width"] == "40 to 100, median 44"  # of 40 to 46 and 100: 43.5
   assert found["height"] == "20 to 300, median 20"
-  assert found["captions"] == "0 to 5, median 1 a sample"
+  assert found["captions"] == "0 to 5, median 1 per sample"
   assert found["characters"] == "2 to 319, median 5"  # of 2 3 3 4 5 5 5 5 5 319
   assert found["tokens"].startswith("3 to 82, median ")
   assert "10.0% of the captions have more than 77" in found["tokens"]

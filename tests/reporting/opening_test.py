@@ -40,7 +40,7 @@ def test_a_run_describes_its_data_objective_and_devices() -> None:
   assert describe() == [
     "webdataset:/data: 12,345 samples, skipped 1,200: no caption",
     "objective 1 clip + 0.2 nns; recipe declip; 5,000 parameters",
-    "1,000 steps of 16 on data=1 x fsdp=1 (cpu)",
+    "1,000 steps of 16 examples on mesh data=1 x fsdp=1 (cpu)",
   ]
 
 
