@@ -429,7 +429,9 @@ def _softmax_forward(x: Array, y: Array, method: Method, loss: _Softmax) -> tupl
 
 
 def _softmax_backward(method: Method, loss: _Softmax, saved: Any, gradient: tuple[Sums, Sums | None]) -> Any:
-  def local(x: Array, y: Array, rows: Array, columns: Array, row_gradient: Array, column_gradient: Array) -> Any:
+  def local(
+    x: Array, y: Array, rows: Array, columns: Array | None, row_gradient: Array, column_gradient: Array | None
+  ) -> Any:
     return _backward(loss, x, y, (rows, row_gradient), (columns, column_gradient), method)
 
   rows, columns = gradient

@@ -138,7 +138,7 @@ def _checked(name: str, fields: Mapping[str, Any]) -> ActiveTerm:
   return ActiveTerm(name, term, weight, tuple(schedule), options)
 
 
-def _check_schedule(where: str, points: Sequence[tuple[int, float]], weight: float) -> None:
+def _check_schedule(where: str, points: Sequence[Any], weight: float) -> None:
   if points and not weight:
     raise ValueError(f"{where}.schedule={points}: {where}.weight is 0")
   if not all(isinstance(point, Sequence) and len(point) == 2 for point in points):

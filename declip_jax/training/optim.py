@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 import numpy as np
 import optax
 
@@ -260,7 +260,7 @@ def rate_multipliers(params: Tree, *, multipliers: Sequence[tuple[str, float]], 
       "config.model.image.kind='vit'"
     )
 
-  def rate(path: str, param: Float[Array, "..."]) -> float | np.ndarray:
+  def rate(path: str, param: jax.Array | jax.ShapeDtypeStruct) -> float | np.ndarray:
     factor = float(np.prod([factor for prefix, factor in multipliers if is_below(path, prefix)]))
     if layer_decay != 1 and is_below_any(path, IMAGE_INPUT):
       return factor * layer_decay ** (depth + 1)

@@ -52,7 +52,7 @@ def test_unit_norm_of_a_zero_row_has_a_finite_gradient() -> None:
 
 def test_unit_norm_divides_by_at_least_its_epsilon() -> None:
   # PyTorch's `normalize` has 1e-12: a row of 1e-11 has length one, one of 1e-13 a tenth.
-  rows = np.array([[1e-11, 0], [1e-13, 0]], np.float32)
+  rows = jnp.array([[1e-11, 0], [1e-13, 0]])
   np.testing.assert_allclose(unit_norm(rows), [[1, 0], [0.1, 0]], rtol=1e-5)
   np.testing.assert_allclose(unit_norm(rows, 1e-10), [[0.1, 0], [0.001, 0]], rtol=1e-5)
 

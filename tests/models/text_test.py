@@ -114,11 +114,11 @@ def test_bidirectional_attention_ends_at_the_end_of_the_text(tiny):
 
 def test_the_final_norm_has_openais_epsilon() -> None:
   # States so small that epsilon decides: a normalised row of 1e-3 has the deviation 1e-3 / sqrt(1e-6 + 1e-5).
-  states = np.where(np.arange(16) % 2, 1e-3, -1e-3).astype(np.float32)
+  states = jnp.where(jnp.arange(16) % 2, 1e-3, -1e-3)
   ones = {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)}
   found = TextTransformer(**TINY).apply(
     {"params": {"final_norm": ones, "position_embedding": np.zeros((8, 16), np.float32)}},
     states,
     method=TextTransformer.normalise,
   )
-  np.testing.assert_allclose(found, states / np.sqrt(1e-6 + 1e-5), rtol=1e-5)
+  np.testing.assert_allclose(found, np.asarray(states) / np.sqrt(1e-6 + 1e-5), rtol=1e-5)

@@ -1,6 +1,7 @@
 """Tests of `declip_jax.models.towers`: the patches hidden for masked image modelling, and the targets."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import tiny_config
@@ -72,7 +73,7 @@ def test_predictions_depend_on_visible_pixels_only(masked):
 def test_a_text_is_valid_up_to_its_end_and_with_it():
   towers = build.build(tiny_config("filip")).model.towers
   start, end = 49406, 49407
-  tokens = np.array([[start, 5, end, 0, end, 0], [start, end, 7, 7, 7, 7], [start, 1, 2, 3, 4, end]])
+  tokens = jnp.array([[start, 5, end, 0, end, 0], [start, end, 7, 7, 7, 7], [start, 1, 2, 3, 4, end]])
   shapes = jax.eval_shape(lambda: towers.init(jax.random.key(0), tokens, method=Towers.encode_text))
   variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   valid = np.asarray(towers.apply(variables, tokens, method=Towers._valid))

@@ -124,7 +124,7 @@ def test_ring_memory_is_constant_in_devices_and_chunks_need_less_than_the_matrix
 
 
 def test_the_method_is_chosen_by_the_sizes_and_a_bad_one_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-  x = jax.ShapeDtypeStruct((1, 64, 4), jnp.float32)
+  x = jnp.zeros((1, 64, 4))
   mesh = make_mesh(8, 1)
 
   def chosen(kind: str = "auto", block: int = 0) -> tuple[str, int]:

@@ -60,7 +60,7 @@ def outputs() -> Outputs:
     x = rng.normal(size=(*leading, DIM))
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
-  return Outputs(
+  arrays = Outputs(
     image=rows(2, COUNT),
     text=rows(3, COUNT),
     scale=np.float32(9.0),
@@ -77,6 +77,7 @@ def outputs() -> Outputs:
     neighbour_age=np.ones((2, COUNT), np.float32),
     neighbour_ready=np.float32(1.0),
   )
+  return jax.tree.map(jnp.asarray, arrays)
 
 
 def compute(case: str, method: Method) -> dict[str, np.ndarray]:

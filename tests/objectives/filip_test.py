@@ -99,7 +99,7 @@ def test_selected_interaction_equals_declip(golden):
 
 
 def test_the_selected_tokens_are_declips(golden):
-  tokens = {kind: np.asarray(unit_norm(golden[f"filip_topk/{kind}_tokens"])) for kind in ("image", "text")}
+  tokens = {kind: unit_norm(jnp.asarray(golden[f"filip_topk/{kind}_tokens"])) for kind in ("image", "text")}
   for kind, other in (("image", "text"), ("text", "image")):
     found = MODULE._most_similar(tokens[kind], tokens[other], int(golden["filip_top_k"]))
     ids = np.argmax(np.einsum("bke,bne->bkn", found, tokens[kind]), axis=-1)
@@ -174,7 +174,7 @@ def arrays_of(jaxpr):
 @pytest.mark.parametrize("block", [2**24, 2**11])
 def test_no_array_of_the_gradient_is_larger_than_a_block(monkeypatch, block):
   monkeypatch.setattr(MODULE, "BLOCK", block)
-  image, text, valid = random_tokens(5, 16, 16, n=8, t=8, e=2)
+  image, text, valid = map(jnp.asarray, random_tokens(5, 16, 16, n=8, t=8, e=2))
 
   def loss(image, text):
     return sum(x.sum() for x in late_interaction(image, text, valid))

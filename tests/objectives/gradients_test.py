@@ -87,10 +87,10 @@ def check_gradient(function: Callable[[dict], jax.Array], value: jax.Array, grad
 def test_gradient_equals_central_differences(name: str) -> None:
   term, learning, constant = TERMS[name]
   with jax.enable_x64(True):
-    everything = Outputs(**{field: jnp.asarray(value) for field, value in OUTPUTS.items()})
+    everything, batch = jax.tree.map(jnp.asarray, (Outputs(**OUTPUTS), BATCH))
 
     def loss(fields: dict) -> jax.Array:
-      return term(everything.replace(**fields), BATCH)[0]
+      return term(everything.replace(**fields), batch)[0]
 
     point = {field: getattr(everything, field) for field in (*learning, *constant)}
     value, gradient = jax.jit(jax.value_and_grad(loss))(point)

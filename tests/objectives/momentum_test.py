@@ -53,14 +53,14 @@ def test_byol_equals_loops(count, dim):
 
 
 def test_byol_is_0_where_predictions_are_the_targets_of_the_other_view_and_8_where_they_are_opposite():
-  target = random_outputs(2).momentum_target
+  target = jnp.asarray(random_outputs(2).momentum_target)
   loss = jax.jit(lambda prediction: byol(Outputs(momentum_prediction=prediction, momentum_target=target), {})[0])
   np.testing.assert_allclose(loss(3 * target[::-1]), 0, atol=1e-6)
   np.testing.assert_allclose(loss(-target[::-1]), 8, rtol=1e-6)
 
 
 def test_byol_normalises_with_an_epsilon_of_1e_6():
-  short = np.full((2, 1, 1), 1e-7, np.float32)
+  short = jnp.full((2, 1, 1), 1e-7)
   for prediction, target in ((short, short / 1e-7), (short / 1e-7, short)):
     loss, _ = byol(Outputs(momentum_prediction=prediction, momentum_target=target), {})
     np.testing.assert_allclose(loss, 2 * (2 - 2 * 0.1), rtol=1e-5)

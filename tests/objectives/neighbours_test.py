@@ -49,16 +49,16 @@ def random_outputs(views=2, neighbours=3, count=5, dim=4):
 
 def test_value_and_gradient_of_the_released_variant_equal_declip(golden):
   """From images to the neighbours of both texts, whether or not the bank is full."""
-  neighbour = np.stack([golden["nn/nn_text1"], golden["nn/nn_text2"]])
+  neighbour = jnp.stack([golden["nn/nn_text1"], golden["nn/nn_text2"]])
 
   def loss(images, log_scale):
     outputs = Outputs(
       image=unit_norm(images),
-      text=np.stack([golden["nn/text1"], golden["nn/text2"]]),
+      text=jnp.stack([golden["nn/text1"], golden["nn/text2"]]),
       scale=jnp.exp(log_scale),
       neighbour=neighbour,
-      neighbour_similarity=np.ones(neighbour.shape[:2], np.float32),
-      neighbour_age=np.zeros(neighbour.shape[:2], np.float32),
+      neighbour_similarity=jnp.ones(neighbour.shape[:2]),
+      neighbour_age=jnp.zeros(neighbour.shape[:2]),
       neighbour_ready=jnp.float32(0.0),
     )
     return nearest_neighbour(outputs, {}, symmetric=False, warmup=False)
@@ -96,7 +96,7 @@ def test_value_and_metrics_equal_loops(views, neighbours, symmetric, label_smoot
 
 
 def test_the_loss_is_zero_until_the_bank_is_full_with_warmup_only():
-  outputs = random_outputs()
+  outputs = jax.tree.map(jnp.asarray, random_outputs())
 
   def loss(image, ready, warmup=True):
     return nearest_neighbour(outputs.replace(image=image, neighbour_ready=ready), {}, warmup=warmup)[0]

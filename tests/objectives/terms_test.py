@@ -61,7 +61,8 @@ def everything():
     neighbour_age=np.ones((1, 4), np.float32),
     neighbour_ready=jnp.float32(1.0),
   )
-  return outputs, {"mlm_target": np.zeros((4, 2), int), "mlm_weight": np.ones((4, 2), np.float32)}
+  batch = {"mlm_target": np.zeros((4, 2), int), "mlm_weight": np.ones((4, 2), np.float32)}
+  return jax.tree.map(jnp.asarray, (outputs, batch))
 
 
 def test_the_loss_is_the_weighted_sum_and_every_term_is_reported_unweighted() -> None:

@@ -57,17 +57,22 @@ class ToyModel(Model):
     return Outputs(image=features.image @ params["heads"]["kernel"], scale=1.0 * heads["seen"]), heads
 
 
-def toy_loss(outputs: Outputs, batch: dict, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+class ToyObjective(objectives.Objective):
   """Not a mean over examples, as a contrast is not; multiplied by the examples seen so far."""
-  similarity = outputs.image @ outputs.image.T
-  loss = jax.nn.logsumexp(similarity) * outputs.scale
-  return loss, {"loss": loss}
+
+  def __init__(self) -> None:
+    pass
+
+  def __call__(self, outputs: Outputs, batch: dict, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    similarity = outputs.image @ outputs.image.T
+    loss = jax.nn.logsumexp(similarity) * outputs.scale
+    return loss, {"loss": loss}
 
 
 def test_plain_micro_batches_give_the_mean_of_their_gradients_and_pass_collections_on() -> None:
   image, towers, heads = (jax.random.normal(jax.random.key(seed), (8, 8)) for seed in range(3))
   params = {"towers": {"kernel": towers}, "heads": {"kernel": heads}}
-  options = {"model": ToyModel(), "objective": toy_loss}
+  options = {"model": ToyModel(), "objective": ToyObjective()}
   whole = jax.jit(gradient.make_gradient("plain", 1, **options))
   losses, expected = [], []
   for index in range(4):

@@ -26,8 +26,8 @@ SOURCES: dict[str, Callable[[str], Source]] = {
   "yfcc": open_yfcc,
   "folder": open_folder,
   "huggingface": open_huggingface,
-  "heldout": open_heldout,
-  "kept": open_kept,
+  "heldout": lambda location: open_heldout(location, open_source),
+  "kept": lambda location: open_kept(location, open_source),
 }
 
 

@@ -4,6 +4,7 @@
 the number of samples of SPEC and the fraction, so it never changes.
 """
 
+from collections.abc import Callable
 from fractions import Fraction
 import math
 
@@ -52,23 +53,25 @@ class Subset:
     return f"Subset({self.name!r})"
 
 
-def open_heldout(location: str) -> Subset:
+def open_heldout(location: str, open_source: Callable[[str], Source]) -> Subset:
   """Opens the held-out subset: "1%:webdataset:/data/train-*.tar" or "0.01:...".
+
+  Args:
+    location: FRACTION:SPEC, where SPEC is the source that is divided.
+    open_source: function that opens SPEC.
 
   Raises:
     ValueError: the fraction is not between 0 and 1, a subset is empty, or the source raises it.
   """
-  return _open("heldout", location)
+  return _open("heldout", location, open_source)
 
 
-def open_kept(location: str) -> Subset:
+def open_kept(location: str, open_source: Callable[[str], Source]) -> Subset:
   """Opens everything except the held-out subset of the same location; see `open_heldout`."""
-  return _open("kept", location)
+  return _open("kept", location, open_source)
 
 
-def _open(kind: str, location: str) -> Subset:
-  from declip_jax.data.sources import open_source  # which imports this file
-
+def _open(kind: str, location: str, open_source: Callable[[str], Source]) -> Subset:
   text, _, spec = location.partition(":")
   name = f"{kind}:{location}"
   try:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from declip_jax.data import sources
+from declip_jax.data.sources import open_source
 from declip_jax.data.sources.heldout import _hash, open_heldout, open_kept, shuffled
 from declip_jax.data.sources.scenes import open_scenes
 from declip_jax.data.sources.webdataset import open_webdataset
@@ -16,7 +17,8 @@ def ids(source: sources.Source) -> list[str]:
 
 @pytest.mark.parametrize("fraction", ["10%", "0.1", "1/3", "0.5%", "99%"])
 def test_the_subsets_are_disjoint_and_complete(fraction):
-  held, kept = open_heldout(f"{fraction}:scenes:test/201/16"), open_kept(f"{fraction}:scenes:test/201/16")
+  location = f"{fraction}:scenes:test/201/16"
+  held, kept = open_heldout(location, open_source), open_kept(location, open_source)
   assert len(held) == {"10%": 20, "0.1": 20, "1/3": 67, "0.5%": 1, "99%": 199}[fraction]
   assert sorted(ids(held) + ids(kept)) == sorted(ids(open_scenes("test/201/16")))
   assert held.classnames == kept.classnames == open_scenes("test/201/16").classnames
@@ -24,14 +26,15 @@ def test_the_subsets_are_disjoint_and_complete(fraction):
 
 
 def test_a_fraction_may_be_written_in_two_ways():
-  assert ids(open_heldout("0.7%:scenes:test/2000/16")) == ids(open_heldout("0.007:scenes:test/2000/16"))
+  percent, decimal = (open_heldout(f"{text}:scenes:test/2000/16", open_source) for text in ("0.7%", "0.007"))
+  assert ids(percent) == ids(decimal)
 
 
 def test_subsets_of_subsets_and_pickling():
-  source = sources.open_source("kept:10%:heldout:50%:scenes:test/40/16")
+  source = open_source("kept:10%:heldout:50%:scenes:test/40/16")
   assert source.name == "kept:10%:heldout:50%:scenes:test/40/16"
   assert len(source) == 18
-  assert set(ids(source)) < set(ids(sources.open_source("heldout:50%:scenes:test/40/16")))
+  assert set(ids(source)) < set(ids(open_source("heldout:50%:scenes:test/40/16")))
   assert len(pickle.dumps(source)) < 1000
   assert ids(pickle.loads(pickle.dumps(source))) == ids(source)
   for index in (-1, 18):
@@ -44,16 +47,16 @@ def test_subsets_of_subsets_and_pickling():
 )
 def test_a_bad_fraction_is_an_error(location):
   with pytest.raises(ValueError, match="expected heldout:FRACTION:SPEC"):
-    open_heldout(location)
+    open_heldout(location, open_source)
 
 
 def test_an_empty_subset_is_an_error():
   with pytest.raises(ValueError, match="1% of 10 samples is none of them"):
-    open_kept("1%:scenes:test/10/16")
+    open_kept("1%:scenes:test/10/16", open_source)
   with pytest.raises(ValueError, match="99% of 10 samples is all of them"):
-    open_heldout("99%:scenes:test/10/16")
+    open_heldout("99%:scenes:test/10/16", open_source)
   with pytest.raises(ValueError, match="expected KIND:LOCATION"):
-    open_heldout("1%:nothing")
+    open_heldout("1%:nothing", open_source)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 99, 100, 101, 4096, 5001])
@@ -84,5 +87,5 @@ def test_the_stamp_equals_the_whole_sources(tmp_path):
   with tarfile.open(tmp_path / "s.tar", "w") as tar:
     for key in range(4):
       tar.addfile(tarfile.TarInfo(f"{key}.jpg"))
-  assert open_kept(f"50%:webdataset:{tmp_path}/s.tar").stamp == open_webdataset(f"{tmp_path}/s.tar").stamp
-  assert open_kept("50%:scenes:test/10/16").stamp != open_kept("50%:scenes:test/10/32").stamp
+  assert open_kept(f"50%:webdataset:{tmp_path}/s.tar", open_source).stamp == open_webdataset(f"{tmp_path}/s.tar").stamp
+  assert open_kept("50%:scenes:test/10/16", open_source).stamp != open_kept("50%:scenes:test/10/32", open_source).stamp
