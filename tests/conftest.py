@@ -49,11 +49,16 @@ SLOW_FIRST = (
 def pytest_addoption(parser: pytest.Parser) -> None:
   text = "skip the tests that have not begun this many seconds after the start"
   parser.addoption("--stop-after", type=float, default=None, metavar="SECONDS", help=text)
+  parser.addoption("--extended", action="store_true", help="add the toys of toy_extension.py to the package")
 
 
 def pytest_configure(config: pytest.Config) -> None:
   for line in contracts.WARNINGS if contracts.WANTED else ():
     config.addinivalue_line("filterwarnings", line)
+  if config.getoption("extended"):
+    import toy_extension
+
+    toy_extension.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

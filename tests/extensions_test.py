@@ -3,10 +3,11 @@
 A place is an entry that an existing file needs; the toy itself is a new file. CONTRIBUTING.md has the same numbers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import dataclasses
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -14,8 +15,18 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
+import optax
 import pytest
 from tiny import tiny_config
+from toy_extension import (
+  VIEWS,
+  ToyHead,
+  ToySource,
+  extended_default,
+  toy_evaluator,
+  toy_head_loss,
+  toy_loss,
+)
 
 from declip_jax import architectures, build, config, config_files
 from declip_jax.clip import load
@@ -25,21 +36,18 @@ from declip_jax.data.inspect import guess
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.pipeline import training_samples
 from declip_jax.data.recipes import RECIPES
-from declip_jax.data.sources import SOURCES, Example, open_source
+from declip_jax.data.sources import SOURCES, open_source
 from declip_jax.evals import EVALUATORS, Evaluator
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.features import SourceFeatures
 from declip_jax.models.heads import HEADS
-from declip_jax.models.heads.base import Head, linear, pick
 from declip_jax.models.paths import side_prefixes
 from declip_jax.models.towers import IMAGE_TOWERS
 from declip_jax.objectives import TERMS, Term, make_objective
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.train import train
+from declip_jax.training import optim, schedules
 from declip_jax.training.state import abstract_state
-from declip_jax.types import Features, Outputs
-from declip_jax.unit_norm import unit_norm
-from declip_jax.views import Views
+from declip_jax.types import Outputs
 from declip_jax.weights.layout import abstract_variables
 
 
@@ -57,17 +65,15 @@ class Places:
 
   def configure(self, add_fields: Callable[[ConfigDict], None]) -> None:
     """Defaults in `config.py`, however many: `add_fields` gets the unlocked config of `config.default`."""
-    default = config.default
-
-    def extended(*arguments: Any, **options: Any) -> ConfigDict:
-      c = default(*arguments, **options).unlock()
-      add_fields(c)
-      c.lock()
-      c.evals.unlock()
-      return c
-
-    self._monkeypatch.setattr(config, "default", extended)
+    self._monkeypatch.setattr(config, "default", extended_default(add_fields))
     self._places.append("config.py")
+
+  def add_field(self, module: ModuleType, settings: str, name: str, kind: type) -> None:
+    """A field of a dataclass of a module, such as `OptimizerSettings`."""
+    base = getattr(module, settings)
+    extended = dataclasses.make_dataclass(settings, [(name, kind)], bases=(base,), frozen=True, kw_only=True)
+    self._monkeypatch.setattr(module, settings, extended)
+    self._places.append(f"{settings}.{name}")
 
   def __len__(self) -> int:
     return len(self._places)
@@ -87,13 +93,6 @@ def trace_step(c: ConfigDict) -> tuple[Any, dict[str, Any]]:
   return jax.eval_shape(build.make_step(c, built, build.to_steps(c, 256), state), state, shapes)
 
 
-def toy_loss(outputs: Outputs, batch: Any, *, margin: float = 0.2) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """A hinge on the cosine of the first pair."""
-  del batch
-  cosine = jnp.sum(outputs.image[0] * outputs.text[0], axis=-1)
-  return jnp.maximum(0, 1 - margin - cosine).mean(), {"toy_cosine": cosine.mean()}
-
-
 def test_a_term_on_existing_outputs_takes_2_places(places: Places) -> None:
   places.add(TERMS, "toy", Term(toy_loss, ("joint",), ("image", "text"), ("pair",)))
   places.configure(lambda c: c.objective.update({"toy": {"weight": 0.0, "schedule": (), "margin": 0.2}}))
@@ -106,38 +105,10 @@ def test_a_term_on_existing_outputs_takes_2_places(places: Places) -> None:
   assert "toy" not in make_objective(c.objective.to_dict()).weights
 
 
-class ToyHead(Head):
-  """Projects the mosaic views."""
-
-  image_width: int
-  toy_width: int
-  dtype: Any = jnp.float32
-
-  views: ClassVar = ("mosaic_image",)
-  sides: ClassVar = {"image": ("toy",)}
-  diagnostics: ClassVar = {"toy": "embeddings"}
-
-  def setup(self) -> None:
-    self.toy = linear(self.image_width, self.toy_width, self.dtype)
-
-  def __call__(self, features: Features, outputs: Outputs, views: Views, train: bool) -> dict[str, jax.Array]:
-    del outputs, train
-    if "mosaic_image" not in views:
-      return {}
-    return {"toy": self.toy(pick(features.image, views.mosaic_image))}
-
-
-def toy_head_loss(outputs: Outputs, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-  del batch
-  first, second = unit_norm(outputs.toy)
-  return -jnp.sum(first * second, axis=-1).mean(), {}
-
-
 def test_a_term_with_its_own_head_and_view_takes_4_places(places: Places) -> None:
   places.add(TERMS, "toy", Term(toy_head_loss, ("toy",), ("toy",), ("mosaic_image",)))
   places.add(HEADS, "toy", ToyHead)
-  views = Views(mosaic_image=(1, 2))
-  places.add(RECIPES, "toy", dataclasses.replace(RECIPES["slip"], views=views))
+  places.add(RECIPES, "toy", dataclasses.replace(RECIPES["slip"], views=VIEWS))
 
   def add_fields(c: ConfigDict) -> None:
     c.objective.toy = {"weight": 0.0, "schedule": ()}
@@ -153,6 +124,86 @@ def test_a_term_with_its_own_head_and_view_takes_4_places(places: Places) -> Non
   _, variables = abstract_variables(c.model.to_dict(), ("joint", "toy"), c.data.image_size)  # as a saved run is read
   assert variables["params"]["heads"]["toy"]["kernel"].shape == (32, 6)
   assert len(places) == 4
+
+
+def toy_optimizer(settings: Any) -> optax.GradientTransformation:
+  """The sign of a moving average of the gradient."""
+
+  def update(gradient: Any, state: optax.TraceState, params: Any) -> tuple[Any, optax.TraceState]:
+    del params
+    mean = jax.tree.map(lambda old, new: old * settings.momentum + new, state.trace, gradient)
+    return jax.tree.map(jnp.sign, mean), optax.TraceState(mean)
+
+  return optax.GradientTransformation(lambda params: optax.TraceState(jax.tree.map(jnp.zeros_like, params)), update)
+
+
+def test_an_optimizer_takes_1_place(places: Places) -> None:
+  places.add(optim.OPTIMIZERS, "toy", toy_optimizer)
+  c = tiny_config("clip")
+  c.optimizer.name, c.optimizer.momentum = "toy", 0.5
+  state, _ = trace_step(c)
+  assert isinstance(state.opt_state, optax.TraceState)
+  assert len(places) == 1
+  optimizer = build.build(c).optimizer
+  state = optimizer.init({"w": jnp.zeros(2)})
+  for gradient, sign in (([4.0, -1.0], [1, -1]), ([-1.0, 1.0], [1, 1])):
+    change, state = optimizer.update({"w": jnp.array(gradient)}, state, {"w": jnp.zeros(2)})
+    np.testing.assert_array_equal(change["w"], sign)
+
+
+def test_a_setting_of_an_optimizer_takes_2_places(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+  places.configure(lambda c: c.optimizer.update({"toy_factor": 3.0}))
+  places.add_field(optim, "OptimizerSettings", "toy_factor", float)
+  monkeypatch.setitem(optim.OPTIMIZERS, "toy", lambda settings: optax.scale(settings.toy_factor))  # what uses it
+  c = tiny_config("clip")
+  c.optimizer.name = "toy"
+  trace_step(c)
+  for factor in (3.0, 5.0):
+    c.optimizer.toy_factor = factor
+    optimizer = build.build(c).optimizer
+    change, _ = optimizer.update({"w": jnp.ones(2)}, optimizer.init({"w": jnp.ones(2)}))
+    np.testing.assert_array_equal(change["w"], factor)
+  assert len(places) == 2
+
+
+def test_a_schedule_takes_1_place(places: Places) -> None:
+  traced = []
+
+  def toy_schedule(settings: Any) -> Any:
+    def schedule(step: jax.Array) -> jax.Array:
+      traced.append(step)
+      return settings.learning_rate / (1 + step)
+
+    return schedule
+
+  places.add(schedules.SCHEDULES, "toy", toy_schedule)
+  c = tiny_config("clip")
+  c.optimizer.schedule, c.optimizer.learning_rate = "toy", 0.6
+  trace_step(c)
+  assert traced  # by the train step
+  rate = schedules.make_schedule(build.to_steps(c, 256).schedule)
+  np.testing.assert_allclose(rate(jnp.array([2, 5])), [0.2, 0.1], rtol=1e-6)  # after two steps of warm-up
+  assert len(places) == 1
+
+
+@pytest.mark.parametrize(
+  ("default", "kind", "value", "expected"),
+  [(0.5, float, 0.25, 0.25), (config.duration(steps=3), int, config.duration(examples=64), 4)],
+  ids=["number", "duration"],
+)
+def test_a_setting_of_a_schedule_takes_2_places(
+  default: Any, kind: type, value: Any, expected: float, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """A duration reaches the schedule in steps."""
+  places.configure(lambda c: c.optimizer.update({"toy_rate": default}))
+  places.add_field(schedules, "ScheduleSettings", "toy_rate", kind)
+  toy = lambda settings: lambda step: settings.toy_rate + 0.0 * step  # noqa: E731
+  monkeypatch.setitem(schedules.SCHEDULES, "toy", toy)  # what uses it
+  c = tiny_config("clip")
+  c.optimizer.schedule, c.optimizer.toy_rate = "toy", value
+  trace_step(c)
+  assert schedules.make_schedule(build.to_steps(c, 256).schedule)(jnp.array(7)) == expected
+  assert len(places) == 2
 
 
 def test_a_recipe_takes_1_place(places: Places) -> None:
@@ -203,27 +254,6 @@ def test_an_image_tower_takes_2_places(places: Places) -> None:
   assert len(places) == 2
 
 
-@dataclasses.dataclass(frozen=True)
-class ToySource:
-  """Squares of one grey level, with class and caption."""
-
-  name: str
-  classnames: tuple[str, ...] = ("dark", "bright")
-  stamp: str = "toy"
-
-  @property
-  def skipped(self) -> dict[str, int]:
-    return {}
-
-  def __len__(self) -> int:
-    return 12
-
-  def __getitem__(self, index: int) -> Example:
-    label = index % 2
-    pixels = np.full((16, 16, 3), 20 + 200 * label, np.uint8)
-    return Example(image=pixels, captions=(f"a {self.classnames[label]} square",), label=label, id=f"toy:{index}")
-
-
 def test_a_source_takes_1_place(places: Places, tmp_path: Path) -> None:
   places.add(SOURCES, "toy", lambda location: ToySource(f"toy:{location}"))
   source = open_source("heldout:50%:toy:squares")
@@ -236,14 +266,6 @@ def test_a_source_takes_1_place(places: Places, tmp_path: Path) -> None:
   samples = training_samples(Mixture((open_source(*c.data.train),)), build.build(c).make_views, seed=0)
   assert samples[0]["image"].shape == (1, 16, 16, 3)
   assert len(places) == 1
-
-
-def toy_evaluator(
-  features: SourceFeatures, pictures: Path | None, *, scale: float = 1.0
-) -> Iterator[tuple[str, float]]:
-  """The largest element of an embedding."""
-  del pictures
-  yield "largest", scale * float(features.images.embeddings.max())
 
 
 def test_an_evaluator_takes_1_place(places: Places, tmp_path: Path) -> None:

@@ -30,12 +30,16 @@ class Term(NamedTuple):
     heads: names of `models.heads.HEADS`.
     needs: entries of `Outputs`.
     views: roles of `Views`; "pair" is the first contrastive view of each modality.
+    shares_pairs: whether the loss reads `Outputs.pairs`, the comparison of all contrastive views, if it exists.
+    more_pairs: whether one contrastive view of each modality is too few.
   """
 
   loss: Loss
   heads: tuple[str, ...]
   needs: tuple[str, ...]
   views: tuple[str, ...]
+  shares_pairs: bool = False
+  more_pairs: bool = False
 
   @property
   def compares_embeddings(self) -> bool:
@@ -52,8 +56,8 @@ PAIR = ("contrastive_image", "contrastive_text")
 _MOMENTUM = ("momentum_prediction", "momentum_target")
 # The terms of `config.objective`.
 TERMS = {
-  "clip": Term(clip, ("joint",), ("image", "text"), ("pair",)),
-  "mvs": Term(multi_view, ("joint",), ("image", "text"), PAIR),
+  "clip": Term(clip, ("joint",), ("image", "text"), ("pair",), shares_pairs=True),
+  "mvs": Term(multi_view, ("joint",), ("image", "text"), PAIR, shares_pairs=True, more_pairs=True),
   "sigmoid": Term(sigmoid, ("joint", "sigmoid"), ("image", "text", "bias"), ("pair",)),
   "filip": Term(filip, ("joint", "filip"), ("image_tokens", "text_tokens", "text_valid"), ("pair",)),
   "simclr": Term(nt_xent, ("simclr",), ("simclr",), ("ssl_image",)),

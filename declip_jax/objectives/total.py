@@ -95,7 +95,7 @@ class Objective:
       roles = [role for role in active.term.views if role != "pair"]
       roles += PAIR if "joint" in active.term.heads else ()
       missing = [role for role in roles if not views.numbers(role)]
-      if not missing and active.name == "mvs" and len(views.contrastive_image) * len(views.contrastive_text) == 1:
+      if not missing and active.term.more_pairs and len(views.contrastive_image) * len(views.contrastive_text) == 1:
         missing = ["contrastive_text[1]"]
       if missing:
         raise ValueError(_lacks(active, f"Views.{missing[0]}", recipe))
@@ -112,9 +112,9 @@ class Objective:
           raise ValueError(_lacks(active, f"Outputs.{name}", recipe))
 
   def _with_shared_pairs(self, outputs: Outputs) -> Outputs:
-    """With one pass over the candidates for both terms that compare all pairs of views, if they share the gradient."""
-    gradients = [active.options.get("full_gradient", True) for active in self.terms if active.name in ("clip", "mvs")]
-    if len(gradients) < 2 or gradients[0] != gradients[1]:
+    """With one pass over the candidates for all terms that read it, if they agree about the gradient."""
+    gradients = [active.options.get("full_gradient", True) for active in self.terms if active.term.shares_pairs]
+    if len(gradients) < 2 or len(set(gradients)) > 1:
       return outputs
     return outputs.replace(pairs=contrast_views(outputs, self.method, full_gradient=gradients[0]))
 
