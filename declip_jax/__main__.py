@@ -1,5 +1,7 @@
 """Lists the commands and the configs: python -m declip_jax"""
 
+import sys
+
 from declip_jax import __version__, command_line, config_files
 
 COMMANDS = {
@@ -22,7 +24,10 @@ def describe(name: str) -> str:
 
 
 def main() -> None:
-  """Prints the lists."""
+  """Prints the lists; exits with 2 after an unknown argument."""
+  if sys.argv[1:] not in ([], ["--help"]):
+    print(f"error: python -m declip_jax takes no {' '.join(sys.argv[1:])}: it lists the commands", file=sys.stderr)
+    sys.exit(2)
   print(f"declip_jax {__version__}\n\ncommands, each with --help:")
   for name, (module, summary) in COMMANDS.items():
     print(f"  declip-{name:<10}python -m {module:<26}{summary}")

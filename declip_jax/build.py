@@ -52,9 +52,12 @@ _OVERRIDES = (
 )
 
 
+_DTYPES = ("bfloat16", "float16", "float32")
 # Fields of a config that are numbers, texts or lists, whether a value is legal, and the legal values in words.
 _RANGES = (
   ("seed", lambda seed: seed >= 0, "0 or more"),
+  ("log_every", lambda steps: steps >= 0, "0 or more"),
+  ("model.dtype", lambda dtype: dtype in _DTYPES, f"one of {list(_DTYPES)}"),
   ("momentum_tower.decay", lambda decay: 0 <= decay <= 1, "0 to 1"),
   ("data.image_size", lambda size: size > 0, "1 or more"),
   ("data.interpolation", lambda name: name in INTERPOLATIONS, f"one of {list(INTERPOLATIONS)}"),

@@ -337,6 +337,8 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
     abstract=run.abstract,
     changes=changes,
   )
+  if start < run.steps.total:
+    messages = [*messages, "compiling the train step, which takes minutes for a large model"]
   for line in [*lines, *filter(None, messages)]:
     services.progress.message(line)
   with pictures.optional(workdir / "views.png"):

@@ -169,3 +169,10 @@ def test_the_list_of_commands_matches_the_installed_scripts() -> None:
   installed = next(line for line in lines if line.startswith("_COMMANDS = ")).removeprefix("_COMMANDS = ")
   scripts = {module.split(".")[-1]: f"declip_jax.{module}" for module in ast.literal_eval(installed)}
   assert scripts == {name: module for name, (module, _) in COMMANDS.items()}
+
+
+def test_the_list_of_commands_rejects_arguments() -> None:
+  command = [sys.executable, "-m", "declip_jax", "tarin"]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+  assert (done.returncode, done.stdout) == (2, "")
+  assert "tarin" in done.stderr

@@ -532,6 +532,8 @@ def test_a_run_resumes_with_the_same_losses_on_another_mesh(tmp_path: Path, monk
     ({"data.workers": -1}, r"config.data.workers=-1: expected 0 or more, or None"),
     ({"data.max_bad": 5.0}, r"config.data.max_bad=5.0: expected a share"),
     ({"data.image_size": 0}, r"config.data.image_size=0: expected 1 or more"),
+    ({"log_every": -1}, r"config.log_every=-1: expected 0 or more"),
+    ({"model.dtype": "fp16"}, r"config.model.dtype='fp16': expected one of .*'bfloat16'"),
     ({"seed": -1}, r"config.seed=-1: expected 0 or more"),
     ({"safety.spike_factor": 0.5}, r"config.safety.spike_factor=0.5: expected 0, or more than 1"),
     ({"safety.checkpoint_minutes": -1.0}, r"config.safety.checkpoint_minutes=-1.0: expected 0 or more"),
