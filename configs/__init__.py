@@ -32,7 +32,7 @@ def to_source(data: str) -> str:
     data: a folder of WebDataset shards, *.tar; the path of a table or an archive; or any KIND:LOCATION.
 
   Raises:
-    FileNotFoundError: a file that does not exist.
+    FileNotFoundError: a file that does not exist and whose suffix does not determine its kind.
     ValueError: a file that is not recognised.
   """
   path = ":" not in data or "://" in data
