@@ -50,7 +50,7 @@ def test_a_run_without_texts_may_have_evaluations_that_need_none(monkeypatch: py
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"kind": "knn"}, r"config.evals.mine.kind='knn'.*\['retrieval', 'zero_shot'\]"),
+    ({"kind": "kmm"}, r"config.evals.mine.kind='kmm'.*'retrieval'.*'zero_shot'"),
     ({"kind": "retrieval", "templates": ()}, r"config.evals.mine .*\['templates'\].*'retrieval'.*\['equal_texts'\]"),
   ],
 )

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import dataclasses
 import json
 from pathlib import Path
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -359,3 +361,24 @@ def test_a_users_own_term_is_checked_by_build(own_config: ConfigDict) -> None:
   c.objective.mine = config.term(toy_loss, weight=1.0, heads=("tyo",))
   with pytest.raises(ValueError, match=r"\['tyo'\]"):
     build.build(c)
+
+
+# The tests that read the tables of the package, and a few seconds each.
+READ_TABLES = (
+  "config_test.py",
+  "configs_test.py",
+  "evaluate_test.py",
+  "objectives/terms_test.py",
+  "models/heads_test.py",
+  "weights/layout_test.py",
+  "planning/input_rate_test.py",
+  "data/recipes_test.py",
+)
+
+
+@pytest.mark.slow
+def test_no_test_fails_only_because_something_was_added() -> None:
+  files = [str(Path(__file__).parent / file) for file in READ_TABLES]
+  command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--extended", "-m", "not slow", *files]
+  done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+  assert not done.returncode, done.stdout

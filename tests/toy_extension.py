@@ -81,6 +81,12 @@ class ToySource:
     return Example(image=pixels, captions=(f"a {self.classnames[label]} square",), label=label, id=f"toy:{index}")
 
 
+def _open_squares(location: str) -> ToySource:
+  if location != "squares":
+    raise FileNotFoundError(location)
+  return ToySource(f"toy:{location}")
+
+
 def toy_evaluator(
   features: SourceFeatures, pictures: Path | None, *, scale: float = 1.0
 ) -> Iterator[tuple[str, float]]:
@@ -112,7 +118,7 @@ def install() -> None:
   TERMS["toy_head"] = Term(toy_head_loss, ("toy",), ("toy",), ("mosaic_image",))
   HEADS["toy"] = ToyHead
   RECIPES["toy"] = dataclasses.replace(RECIPES["slip"], views=VIEWS)
-  SOURCES["toy"] = lambda location: ToySource(f"toy:{location}")
+  SOURCES["toy"] = _open_squares
   EVALUATORS["toy"] = Evaluator(toy_evaluator, needs_text=False)
 
   def add_fields(c: ConfigDict) -> None:

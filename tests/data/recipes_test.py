@@ -86,8 +86,8 @@ def test_samples_depend_only_on_example_and_generator(name):
 def test_roles_name_existing_views(name):
   recipe = RECIPES[name]
   views = recipe.views
-  of_image = {*views.contrastive_image, *views.ssl_image, views.masked_image} - {None}
-  of_text = {*views.contrastive_text, views.masked_text} - {None}
+  of_image = {view for role in views if role.endswith("_image") for view in views.numbers(role)}
+  of_text = {view for role in views if role.endswith("_text") for view in views.numbers(role)}
   assert of_image == set(range(len(recipe.image_views)))
   assert of_text == set(range(len(recipe.text_views)))
   assert set(views.neighbour_text) <= set(views.contrastive_text)
