@@ -312,7 +312,10 @@ def term(
   return ConfigDict({"weight": float(weight), "schedule": schedule, **own, **defaults, **options})
 
 
-def zero_shot(data: str, templates: tuple[str, ...] = ("a photo of a {}.",)) -> ConfigDict:
+TEMPLATES = ("a photo of a {}.",)  # prompts of zero-shot classification
+
+
+def zero_shot(data: str, templates: tuple[str, ...] = TEMPLATES) -> ConfigDict:
   """Zero-shot classification of a source with class names, by prompts averaged over `templates`."""
   return ConfigDict({"kind": "zero_shot", "data": data, "templates": templates})
 

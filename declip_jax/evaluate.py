@@ -90,7 +90,7 @@ def main() -> None:
   flags.DEFINE_integer("batch_size", None, "Images and texts encoded at once; by default that of the run, or 256.")
   flags.DEFINE_string("zero_shot", None, "Data to classify, such as webdataset:/data/test-*.tar.")
   flags.DEFINE_multi_string(
-    "template", ["a photo of a {}."], "Prompt with {} for the class name. Repeat the flag for several."
+    "template", list(config_lib.TEMPLATES), "Prompt with {} for the class name. Repeat the flag for several."
   )
   flags.DEFINE_string("retrieval", None, "Data to search, such as webdataset:/data/test-*.tar.")
   flags.DEFINE_bool("equal_texts", False, "In retrieval, let identical captions match each other's images.")

@@ -1,5 +1,7 @@
 """Tests of the evaluations of a config: bad ones are rejected before anything runs."""
 
+import inspect
+
 from ml_collections import ConfigDict
 import pytest
 import references as reference
@@ -32,6 +34,14 @@ def test_evaluations_of_a_run_without_image_text_comparison_are_rejected(weights
     ValueError, match=r"config.evals has \['heldout'\].*config.objective.*{'sim.*give one of \['clip'"
   ):
     check_evals(evals, objective)
+
+
+def test_entries_of_configs_have_the_defaults_of_their_evaluators() -> None:
+  for make in (config.zero_shot, config.retrieval):
+    entry = make("scenes:heldout").to_dict()
+    arguments = inspect.signature(EVALUATORS[entry.pop("kind")].function).parameters.values()
+    options = {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
+    assert entry == {"data": "scenes:heldout", **options}
 
 
 def test_a_run_without_texts_may_have_evaluations_that_need_none(monkeypatch: pytest.MonkeyPatch) -> None:

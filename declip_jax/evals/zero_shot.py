@@ -6,13 +6,14 @@ from pathlib import Path
 from jaxtyping import Float
 import numpy as np
 
+from declip_jax.config import TEMPLATES
 from declip_jax.evals.features import SourceFeatures
 from declip_jax.evals.metrics import accuracies
 from declip_jax.evals.similarity import Embeddings, Similarity
 
 
 def zero_shot(
-  features: SourceFeatures, pictures: Path | None, *, templates: Sequence[str] = ("a photo of a {}.",)
+  features: SourceFeatures, pictures: Path | None, *, templates: Sequence[str] = TEMPLATES
 ) -> Iterator[tuple[str, float]]:
   """Yields the `accuracies` of classifying a source with class names; images without a label are skipped.
 
