@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 class Architecture(NamedTuple):
-  """Two towers and what joins them; `image_size` in pixels."""
+  """Two towers and their joint space; `image_size` in pixels."""
 
   image: ConfigDict
   text: ConfigDict
@@ -59,10 +59,10 @@ def text(width: int, depth: int = 12, **options: Any) -> ConfigDict:
   c.vocab_size = 49408  # OpenAI's; one more where a mask token is needed
   c.eot = 49407  # id of the end-of-text token, whose state is the feature of a text
   c.width, c.depth, c.heads = width, depth, width // 64
-  c.context_length = 77  # tokens of a text with start and end; longer ones are cut
+  c.context_length = 77  # tokens of a text with start and end; longer ones are truncated
   c.activation = "quick_gelu"  # or "gelu"
   c.mlp_ratio = 4.0
-  c.buckets = ()  # lengths to which a batch of texts may be cut, such as (16, 32): the same numbers, sooner
+  c.buckets = ()  # lengths to which a batch of texts may be trimmed, such as (16, 32): same results, less compute
   c.lock().update(options)
   return c.unlock()
 
@@ -87,7 +87,7 @@ ARCHITECTURES = {
   "SLIP ViT-S/16": Architecture(vit(16, 384, 12, 12, **SLIP), text(512), 512),
   "SLIP ViT-B/16": Architecture(vit(16, 768, 12, 12, **SLIP), text(512), 512),
   "SLIP ViT-L/16": Architecture(vit(16, 1024, 24, 16, **SLIP), text(512), 512),
-  # Li et al. 2022 (DeCLIP), section 4.1 and its released configs. What it does to a RegNet's feature is not published:
+  # Li et al. 2022 (DeCLIP), section 4.1 and its released configs. How it projects a RegNet's feature is not published:
   # here it is the global average, as RegNets end, and a linear projection.
   "DeCLIP ViT-B/32": Architecture(
     vit(32, 768, 12, 12, initializer="openai_text"), text(512, **_MASK), 512, text_bias=True
@@ -107,7 +107,7 @@ def build(name: str) -> Architecture:
   """The named architecture, for the caller to change.
 
   Raises:
-    ValueError: there is none of that name.
+    ValueError: an unknown name.
   """
   if name not in ARCHITECTURES:
     raise ValueError(f"architecture {name!r}: choose one of {sorted(ARCHITECTURES)}")

@@ -376,7 +376,7 @@ def from_json(text: str) -> ConfigDict:
 
 
 def parse_json(text: str) -> dict[str, Any]:
-  """The fields of a config, as `to_json_best_effort` wrote them, under the names of today; they are not checked."""
+  """The fields of a config, as `to_json_best_effort` wrote them, under their current names; they are not checked."""
   fields = with_tuples(json.loads(text))
   for old, new in RENAMED.items():
     _rename(fields, old.split("."), new.split("."))

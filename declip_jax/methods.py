@@ -27,7 +27,7 @@ STUDIES = {
   "declip_tss": ("declip", {"clip": 0.8, "mlm": 0.2}),
   "declip_nns": ("declip", {"clip": 0.8, "nns": 0.2}),
 }
-# What DeCLIP's released code (Sense-GVT/DeCLIP) trains under these names. Its one mean over the 2x2 pairs of views has
+# The methods of DeCLIP's released code (Sense-GVT/DeCLIP) by these names. Its one mean over the 2x2 pairs of views has
 # the weight 0.4: a quarter of that for the first pair, three for the others.
 _DECLIP_REPO = {"clip": 0.1, "mvs": 0.3, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}
 REPO_METHODS = {

@@ -142,7 +142,7 @@ def loop(step_fn: StepFn, batches: Batches, state: State, start: int, services: 
     evaluate = services.cadence.evaluates(step) and not stop
     if save or evaluate or stop:
       services.save(step, state, position)
-      if evaluate:  # after the save: an evaluation may take long, and somebody may end the run meanwhile
+      if evaluate:  # after the save: an evaluation may take long, and the run may be stopped meanwhile
         services.evaluate(step, state)
         stop = services.stop.signum
       services.curves()

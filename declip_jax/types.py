@@ -48,7 +48,7 @@ class _Arrays(Named):
 
 @jax.tree_util.register_pytree_with_keys_class
 class Features(_Arrays):
-  """What the towers return: one example at a time, before any projection, in the compute dtype. Entries that exist:
+  """The outputs of the towers: one example at a time, before any projection, in the compute dtype. Entries that exist:
 
   | entry | shape | |
   |---|---|---|
@@ -67,7 +67,7 @@ class Features(_Arrays):
 
 @jax.tree_util.register_pytree_with_keys_class
 class Outputs(_Arrays):
-  """What the objectives see: the outputs of all heads, float32, over the whole (global) batch.
+  """The inputs of the objectives: the outputs of all heads, float32, over the whole (global) batch.
 
   The head that returns an entry documents it; these are the ones of `models.heads`:
 

@@ -1,11 +1,11 @@
-"""Rebuilds `synonyms.txt.gz`, the table of synonyms behind the text augmentation, from WordNet 3.0.
+"""Rebuilds `synonyms.txt.gz`, the table of synonyms for text augmentation, from WordNet 3.0.
 
 The source is the database as Debian ships it:
 
     apt-get install wordnet-base
     python tools/build_synonyms.py --wordnet /usr/share/wordnet --output declip_jax/data/text/synonyms.txt.gz
 
-The table is ASCII text. It opens with WordNet's license, each line behind `#`. Then every line is
+The table is ASCII text. It opens with WordNet's license, each line after `#`. Then every line is
 `table<tab>word<tab>values`, values separated by commas. Table `noun` (`verb`, `adj`, `adv`) maps each lemma of one word
 to all lemmas of its synsets, itself included; `noun.exc` (...) maps an irregular form to its lemmas, or to itself where
 a rule of inflection would mislead.
@@ -21,7 +21,7 @@ PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 
 
 def normalize(lemma: str) -> str:
-  """Returns a lemma as it may stand in a caption: lower case, `a` to `z` and spaces only (as EDA does)."""
+  """Returns a lemma in the form of a caption: lower case, `a` to `z` and spaces only (as EDA does)."""
   return re.sub(r"[^a-z ]", "", re.sub(r"[_-]", " ", lemma.lower()))
 
 

@@ -24,7 +24,7 @@ from declip_jax.configs import read_data
 
 
 def make(architecture: str, data: str, imagenet: str, *, embed_dim: int, pairs: int) -> ConfigDict:
-  """Returns what both results share, with `pairs` per GPU; see `read_data` for `data` and `imagenet`."""
+  """Returns the common config of both results, with `pairs` per GPU; see `read_data` for `data` and `imagenet`."""
   c = config.default("declip", architecture, preset="repo")
   c.batch_size = 10_240
   c.model.heads.embed_dim = embed_dim

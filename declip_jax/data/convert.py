@@ -129,7 +129,7 @@ def _checked(wanted: dict[str, Any], output: str) -> dict[str, Any]:
   """Returns the contents of an existing dataset.json.
 
   Raises:
-    ValueError: it belongs to something else than the `wanted` settings.
+    ValueError: it does not match the `wanted` settings.
   """
   try:
     about = dict(json.loads(files.read(f"{output}/{_ABOUT}")))

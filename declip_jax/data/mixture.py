@@ -13,7 +13,7 @@ Position = tuple[int, int]  # number of the source, index in it
 
 @dataclass(frozen=True)
 class Mixture:
-  """Sources that are read as one, and how their examples get captions.
+  """Sources that are read as one, and the captions of their examples.
 
   Attributes:
     sources: the sources to read.

@@ -92,7 +92,7 @@ _warned: Counter[str] = Counter()  # warnings of this process, by kind
 
 
 def _warn(error: BadSample) -> None:
-  """Names the first bad examples of each kind; nobody reads all of them in a large data set."""
+  """Names the first bad examples of each kind; too many to read in a large data set."""
   _warned[error.kind] += 1
   if _warned[error.kind] <= _NAMED:
     more = "; further ones of this kind are only counted" if _warned[error.kind] == _NAMED else ""
@@ -165,7 +165,7 @@ def _read(dataset: grain.MapDataset, workers: int, threads: int) -> Iterator[Any
   stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
   if not workers:
     return iter(stream)
-  if not flags.FLAGS.is_parsed():  # grain reads one of its flags, also in a notebook, where nobody parses them
+  if not flags.FLAGS.is_parsed():  # grain reads one of its flags, also in a notebook, where flags are not parsed
     flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
   return iter(stream.mp_prefetch(options, worker_init_fn=_start_worker))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# What happens to entries past the end of a bank: "wrap" writes them at its start; "drop", as in DeCLIP's code, loses
+# The treatment of entries past the end of a bank: "wrap" writes them at its start; "drop", as in DeCLIP's code, loses
 # them and starts again at entry 0 (also when they end exactly there).
 OVERFLOWS = ("wrap", "drop")
 

@@ -1,4 +1,4 @@
-"""What residual networks share: stages, convolutions and hidden patches.
+"""The common parts of residual networks: stages, convolutions and hidden patches.
 
 A stage is a first block that changes the shape, then equal blocks as one scanned block.
 """

@@ -33,8 +33,8 @@ def _keeps_products(primitive: Any, *args: Any, **params: Any) -> bool:
   return primitive is jax.lax.conv_general_dilated_p or dots(primitive, *args, **params)
 
 
-# What the backward pass recomputes. "none" keeps every activation that differentiation needs, which a scan stores for
-# all layers, most of them in float32; "full" keeps only the input of each block.
+# Which values the backward pass recomputes. "none" keeps every activation that differentiation needs, which a scan
+# stores for all layers, most of them in float32; "full" keeps only the input of each block.
 REMAT_POLICIES = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,

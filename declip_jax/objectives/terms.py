@@ -73,7 +73,7 @@ TERMS = {
     ("contrastive_image", "pair", "neighbour_text"),
   ),
 }
-# What a term of a user's own has in `config.objective.<term>`, see `config.term`.
+# The fields of a user's own term in `config.objective.<term>`, see `config.term`.
 _OWN = ("loss", "heads", "needs", "views")
 
 

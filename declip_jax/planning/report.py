@@ -1,4 +1,4 @@
-"""What a train step costs on given devices: memory, FLOPs, traffic, minimum time, and the input rate it needs."""
+"""The cost of a train step on given devices: memory, FLOPs, traffic, minimum time, and the input rate it needs."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -19,7 +19,7 @@ from declip_jax.sharding import check_batch, layout_table
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-  """What each device sends in one step by one kind of collective.
+  """The bytes that each device sends in one step by one kind of collective.
 
   Attributes:
     count: number of these collectives.

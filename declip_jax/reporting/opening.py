@@ -1,4 +1,4 @@
-"""What a run reports before its first step, and the lines about its evaluations."""
+"""The report of a run before its first step, and the lines about its evaluations."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -20,7 +20,7 @@ from tqdm import tqdm
 T = TypeVar("T")
 _REDRAW_SECONDS = 0.1  # on a terminal
 _LOG_SECONDS = 10.0  # between two lines of a log file
-_QUIET_SECONDS = 1.0  # what takes less shows no bar
+_QUIET_SECONDS = 1.0  # seconds; shorter work shows no bar
 _LIVE_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:,}/{total:,}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 _LOG_FORMAT = "{desc}: {n:,}/{total:,}{unit} ({percentage:.0f}%), {rate_noinv_fmt}, {remaining} left"
 _OPEN_FORMAT = "{desc}: {n:,}{unit} [{elapsed}, {rate_noinv_fmt}]"  # without a total

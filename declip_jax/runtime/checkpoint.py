@@ -32,7 +32,7 @@ _BACK_OFF = 30.0, 600.0  # seconds until a failed save is retried: the first tim
 
 
 class Restored(NamedTuple):
-  """What a run resumes from.
+  """The checkpoint that a run resumes from.
 
   Attributes:
     step: step of the checkpoint.

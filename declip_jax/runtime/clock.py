@@ -1,4 +1,4 @@
-"""Where the time of a run goes: data, steps, saves, evaluations, compiling; and the speed of the steps."""
+"""The time that a run spends on data, steps, saves, evaluations, compiling; and the speed of the steps."""
 
 from collections.abc import Callable, Iterator
 import contextlib

@@ -46,7 +46,7 @@ def launch(command: Callable[[Path], None], doc: str | None, required: Sequence[
 
 def _write_traceback(workdir: Path) -> str:
   """Writes `error.txt` into the directory of a run; returns a line that names it, or an empty string."""
-  if not (workdir / "checkpoints").is_dir():  # not a run, but a folder of somebody's weights
+  if not (workdir / "checkpoints").is_dir():  # not a run, but a folder of weights
     return ""
   with contextlib.suppress(OSError):  # the disk itself may be full
     (workdir / "error.txt").write_text(traceback.format_exc())

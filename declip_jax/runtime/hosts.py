@@ -1,4 +1,4 @@
-"""What the processes of one run do together; with a single process nothing is sent.
+"""Communication between the processes of one run; with a single process nothing is sent.
 
 Every process has to call each of these functions, at the same point.
 """

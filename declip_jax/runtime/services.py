@@ -1,4 +1,4 @@
-"""What the training loop calls besides the step: each concern of a run is one method of `Services`."""
+"""The calls of the training loop besides the step: each concern of a run is one method of `Services`."""
 
 from collections.abc import Callable, Mapping
 import dataclasses

@@ -33,7 +33,7 @@ Tree = Any
 
 
 class Result(NamedTuple):
-  """What a batch yields besides its gradient. With "plain", metrics are means, and outputs the last micro-batch's."""
+  """Results of a batch besides its gradient. With "plain", metrics are means, and outputs the last micro-batch's."""
 
   loss: Float[Array, ""]
   metrics: Metrics

@@ -42,7 +42,7 @@ def train_step(
   """One step on one global batch.
 
   If the loss, the gradient or the learning rate is not finite, or the gradient spikes, then parameters, optimizer state
-  and collections stay as they are; only the step and the counts of skipped steps change.
+  and collections do not change; only the step and the counts of skipped steps change.
 
   Args:
     state, batch: donated, and split over the mesh.

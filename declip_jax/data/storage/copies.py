@@ -105,7 +105,7 @@ def _copy(url: str, stamp: Stamp, path: Path) -> None:
       for start in range(0, stamp[0], _PIECE):
         file.write(files.read(url, start, min(_PIECE, stamp[0] - start)))
       file.close()
-      _expect(url, stamp)  # otherwise the pieces may come from two versions
+      _expect(url, stamp)  # otherwise the pieces may be of two versions
       files.commit(temporary, path)
     finally:
       temporary.unlink(missing_ok=True)

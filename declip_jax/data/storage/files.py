@@ -144,7 +144,7 @@ def open_stream(path: str) -> BinaryIO:
 
 
 def upload(file: Path, url: str) -> None:
-  """Copies a complete local file to a URL, so that nobody ever sees half of it there; failures are retried.
+  """Copies a complete local file to a URL, so that no reader ever sees a partial file; failures are retried.
 
   An object store shows a file only once it is complete. Elsewhere the file is written under a temporary name in its
   folder, which is created if needed, and renamed.
@@ -191,7 +191,7 @@ def remove(path: str) -> None:
 
 
 def commit(temporary: Path, path: Path) -> None:
-  """Renames a complete temporary file, so that nobody ever sees half of it under its final name."""
+  """Renames a complete temporary file, so that no reader ever sees a partial file under its final name."""
   with temporary.open("rb+") as file:
     os.fsync(file.fileno())  # otherwise an empty file may have the name after a power cut
   temporary.chmod(0o644)  # temporary files are private to their owner; others may use the data

@@ -181,7 +181,7 @@ def make_files(
       for _ in running:
         pass
   finally:
-    for folder in {job.path.parent for job in jobs}:  # what killed workers left
+    for folder in {job.path.parent for job in jobs}:  # files of killed workers
       for unfinished in folder.glob(f".{token}.*"):
         unfinished.unlink(missing_ok=True)
 

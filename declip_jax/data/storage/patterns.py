@@ -45,7 +45,7 @@ def names(folder: str) -> list[str]:
 
 
 def _braces(pattern: str) -> list[str]:
-  """`a-{08..10}` -> `a-08`, `a-09`, `a-10`; `{val,test}-0` -> `val-0`, `test-0`; other braces stay, as in a shell."""
+  """`a-{08..10}` -> `a-08`, `a-09`, `a-10`; `{val,test}-0` -> `val-0`, `test-0`; others are literal, as in a shell."""
   for start in (place for place, character in enumerate(pattern) if character == "{"):
     depth, cuts = 0, [start]
     for stop in range(start, len(pattern)):
@@ -116,7 +116,7 @@ def _has_magic(url: str) -> bool:
 
 
 def _neighbours(pattern: str) -> str:
-  """What exists near a pattern without a match, as text: files with its suffix, or all files if there are none."""
+  """The files near a pattern without a match, as text: files with its suffix, or all files if there are none."""
   if remote.is_url(pattern):
     names, folder = remote.listing(pattern), pattern
     while not names and (glob.has_magic(folder) or folder == pattern):

@@ -1,4 +1,4 @@
-"""What a head is, and the layers that heads share."""
+"""The interface of a head, and the layers that heads share."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

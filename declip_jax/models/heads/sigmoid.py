@@ -9,7 +9,7 @@ from declip_jax.views import Views
 
 
 class Sigmoid(Head):
-  """What the sigmoid loss adds to every logit.
+  """The bias that the sigmoid loss adds to every logit.
 
   Attributes:
     logit_bias_init: initial bias.
