@@ -100,7 +100,7 @@ def run(
     while pending and not is_over():
       ready, _ = wait(pending, interval, FIRST_COMPLETED)
       report(steps.value)
-      for future in ready:
+      for future in sorted(ready, key=_failed):  # results first, since an error ends this generator
         number, here = pending.pop(future)
         error = future.exception()
         if error is None:
@@ -121,6 +121,10 @@ def run(
         pool.shutdown(cancel_futures=True)
       lifeline.close()
       receiver.close()
+
+
+def _failed(future: Future) -> bool:
+  return future.exception() is not None
 
 
 _KILLED = "a worker process was killed, perhaps because memory ran out: run the command again with fewer workers"

@@ -135,3 +135,17 @@ def running(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
   except OSError:
     return False
+
+
+def test_results_that_are_ready_together_with_an_error_are_not_lost(monkeypatch):
+  def finish(argument, advance):
+    if argument == 1:
+      raise KeyError(argument)
+    return argument
+
+  wait = jobs.wait
+  monkeypatch.setattr(jobs, "wait", lambda pending, *options: wait(pending))  # until all are ready
+  found = jobs.run(finish, [0, 1, 2, 3], 0)
+  assert sorted(next(found)[0] for _ in range(3)) == [0, 2, 3]
+  with pytest.raises(KeyError):
+    next(found)
