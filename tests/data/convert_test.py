@@ -380,7 +380,7 @@ def test_workers_write_to_a_url_and_never_expose_a_partial_file(shards, tmp_path
 
 
 def test_finished_files_are_reported_to_a_url_at_once_and_then_every_few_seconds(bucket, monkeypatch):
-  def told() -> int:
+  def num_reported() -> int:
     return stored(bucket)["progress.jsonl"].count(b"\n")
 
   now = 100.0
@@ -390,7 +390,7 @@ def test_finished_files_are_reported_to_a_url_at_once_and_then_every_few_seconds
   counts = []
   for number, now in enumerate([100.0, 101.0, 104.9, 105.1, 106.0]):  # noqa: B007
     journal.add(number, report)
-    counts.append(told())
+    counts.append(num_reported())
   journal.close()
-  assert [*counts, told()] == [1, 1, 1, 4, 4, 5]
+  assert [*counts, num_reported()] == [1, 1, 1, 4, 4, 5]
   assert convert_lib._finished("memory://bucket/out", {"progress.jsonl"}) == dict.fromkeys(range(5), report)

@@ -149,8 +149,8 @@ def test_lars_scales_each_stacked_block_separately():
     stacked = {scan: {"fc1": {"kernel": jnp.asarray(param)}}}
     found = update_of(make("lars"), stacked, {scan: {"fc1": {"kernel": jnp.asarray(gradient)}}})[scan]["fc1"]["kernel"]
     for index in range(3):
-      apart = update_of(make("lars"), {"kernel": param[index]}, {"kernel": gradient[index]})["kernel"]
-      np.testing.assert_allclose(found[index], apart, rtol=1e-6)
+      separate = update_of(make("lars"), {"kernel": param[index]}, {"kernel": gradient[index]})["kernel"]
+      np.testing.assert_allclose(found[index], separate, rtol=1e-6)
 
 
 def test_lars_is_finite_and_does_not_change_zeros():
@@ -349,8 +349,8 @@ def test_frozen_parameters_do_not_change_and_have_no_moments(name):
 
   update, state = jax.jit(step)(tree)
   for path, leaf in by_path(update).items():
-    held = path.startswith("towers/image/") or path == "heads/logit_scale"
-    assert leaf.any() != held, path
+    is_frozen = path.startswith("towers/image/") or path == "heads/logit_scale"
+    assert leaf.any() != is_frozen, path
   sizes = {path: x.size for path, x in by_path(tree).items() if not path.startswith("towers/image/")}
   moments = 2 * (sum(sizes.values()) - 1) if "adamw" in name else sum(sizes.values()) - 1
   if name == "adamw_sgd":

@@ -249,8 +249,8 @@ def test_a_timm_trunk_may_have_a_separate_text_tower_and_a_vector_temperature(
   tensors = {key: value for key, value in openai.items() if "ln_pre" not in key}
   tensors |= {"visual.conv1.bias": tensors["visual.ln_post.bias"], "logit_scale": openai["logit_scale"].reshape(1)}
   trunk = dialects.from_openai(tensors, "open_clip, timm trunk")
-  apart = {f"text.{key}" if not key.startswith(("visual.", "logit")) else key: x for key, x in trunk.items()}
-  found, expected = from_state_dict(apart), from_state_dict(trunk)
+  separate = {f"text.{key}" if not key.startswith(("visual.", "logit")) else key: x for key, x in trunk.items()}
+  found, expected = from_state_dict(separate), from_state_dict(trunk)
   assert found.params["heads"]["logit_scale"].shape == ()
   np.testing.assert_array_equal(
     found.params["towers"]["text"]["final_norm"]["scale"], expected.params["towers"]["text"]["final_norm"]["scale"]
