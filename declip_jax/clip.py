@@ -1,6 +1,6 @@
 """Trained models as functions: `load` reads any checkpoint that `weights.read` reads and returns a `Clip`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 import os
 from pathlib import Path
@@ -24,6 +24,7 @@ from declip_jax.views import Views
 from declip_jax.weights.read import Weights, read
 
 Image = PIL.Image.Image | np.ndarray | bytes | str | os.PathLike[str]
+Images = Image | Iterable[Image] | jax.Array
 
 
 class Clip:
@@ -71,9 +72,7 @@ class Clip:
     self._check_text()
     return self.model.heads.members["joint"]
 
-  def similarity(
-    self, images: Image | Sequence[Image], texts: str | Sequence[str], batch_size: int = 64
-  ) -> Float[np.ndarray, "n m"]:
+  def similarity(self, images: Images, texts: str | Sequence[str], batch_size: int = 64) -> Float[np.ndarray, "n m"]:
     """Scores of images against texts: cosines of their embeddings, or FILIP's late interaction for a FILIP model.
 
     Late interaction is the mean, over an image's tokens, of the largest cosine with a token of the text.
@@ -91,7 +90,7 @@ class Clip:
     image = self._encode_images(self._functions.image, images, batch_size)
     return self._functions.similarity(image, self._encode_texts(self._functions.text, texts, batch_size))
 
-  def encode_image(self, images: Image | Sequence[Image], batch_size: int = 64) -> Float[np.ndarray, "n d"]:
+  def encode_image(self, images: Images, batch_size: int = 64) -> Float[np.ndarray, "n d"]:
     """Unit-norm float32 embeddings of images.
 
     Args:
@@ -209,7 +208,7 @@ class Clip:
       )
 
 
-def _listed(images: Image | Sequence[Image]) -> Sequence[Image] | np.ndarray:
+def _listed(images: Images) -> Sequence[Image] | np.ndarray:
   if isinstance(images, jax.Array):
     images = np.asarray(images)
   one = isinstance(images, (PIL.Image.Image, bytes, str, os.PathLike))

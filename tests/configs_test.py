@@ -11,6 +11,7 @@ import re
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
@@ -357,7 +358,7 @@ def test_declips_benchmark_is_its_released_configs(
   assert steps.total == 128_001
   if rate == 1e-3:
     want, schedule = SCHEDULES["declip_release/lr"], schedules.make_schedule(steps.schedule)
-    got = [float(schedule(np.int32(step - 1))) for step in SCHEDULES["declip_release/steps1"]]
+    got = [float(schedule(jnp.int32(step - 1))) for step in SCHEDULES["declip_release/steps1"]]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-9)
 
 
@@ -379,7 +380,7 @@ def test_declips_released_models_are_their_configs() -> None:
   assert "heads/logit_scale" in vit.optimizer.frozen
   steps = build.to_steps(vit, epoch_examples=88_000_000)
   schedule = schedules.make_schedule(steps.schedule)
-  assert [float(schedule(np.int32(step))) for step in (0, 4999, 300_000)] == pytest.approx([1e-3, 0.2, 0])
+  assert [float(schedule(jnp.int32(step))) for step in (0, 4999, 300_000)] == pytest.approx([1e-3, 0.2, 0])
 
 
 @pytest.mark.parametrize("entry", TABLES["slip"])
@@ -401,7 +402,7 @@ def test_slips_results_have_its_training_procedure(entry: str) -> None:
   warmup = 200 if epochs == 100 else 100
   assert (steps.total, steps.schedule.warmup) == (100 * epochs, warmup)
   schedule = schedules.make_schedule(steps.schedule)
-  got = [float(schedule(np.int32(step))) for step in (0, warmup - 1, warmup, steps.total)]
+  got = [float(schedule(jnp.int32(step))) for step in (0, warmup - 1, warmup, steps.total)]
   assert got == pytest.approx([1e-6, o.learning_rate, o.learning_rate, 1e-5])
 
 

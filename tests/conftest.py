@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# CONTRACTS=1 checks annotations, implicit broadcasting and warnings; not yet the default, see `contracts`.
+# Annotations are checked, implicit broadcasting and warnings are errors; CONTRACTS=0 turns this off, see `contracts`.
 if contracts.WANTED:
   jax.config.update("jax_numpy_rank_promotion", "raise")
   contracts.check_calls()

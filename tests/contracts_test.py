@@ -10,7 +10,7 @@ from declip_jax.objectives.momentum import momentum_at
 from declip_jax.training import optim
 from declip_jax.unit_norm import unit_norm
 
-pytestmark = pytest.mark.skipif(not contracts.WANTED, reason="CONTRACTS is not set")
+pytestmark = pytest.mark.skipif(not contracts.WANTED, reason="CONTRACTS=0")
 
 
 def test_a_wrong_shape_dtype_or_type_is_an_error() -> None:

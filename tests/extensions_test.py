@@ -322,7 +322,7 @@ def test_a_term_in_a_users_config_file_takes_no_place(own_config: ConfigDict) ->
   c = own_config
   _, metrics = trace_step(c)
   assert {"loss/clip", "loss/mine", "share/mine"} <= set(metrics)
-  outputs = Outputs(image=np.eye(3)[None], text=np.eye(3)[None, ::-1], scale=jnp.float32(1))
+  outputs = Outputs(image=jnp.eye(3)[None], text=jnp.eye(3)[None, ::-1], scale=jnp.float32(1))
   _, details = make_objective(c.objective.to_dict())(outputs, {}, 0)
   np.testing.assert_allclose(details["loss/mine"], 0.7 * 2 / 3, rtol=1e-6)
   # config.json has enough of it to build the model, but not to train.

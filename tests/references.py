@@ -90,6 +90,8 @@ def differentiate(model, params, collections, batch, options=None, **weights):
     Loss, gradient, features, outputs, metrics and new collections.
   """
 
+  batch = jax.tree.map(jnp.asarray, batch)
+
   def forward(params):
     features, towers = model.encode(params, collections, batch)
     outputs, heads = model.apply_heads(params, collections, features)

@@ -6,7 +6,7 @@ from typing import Any
 from einops import rearrange
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from declip_jax.models.regnet import RegNetY
 from declip_jax.models.resnet import ModifiedResNet
@@ -60,11 +60,11 @@ class Towers(nn.Module):
       features = features.replace(image_tokens=image_tokens[:, views.contrastive_image[0]])
     return features
 
-  def encode_views(self, images: UInt8[Array, "b v h w c"], train: bool) -> Float[Array, "b v f"]:
+  def encode_views(self, images: Num[Array, "b v h w c"], train: bool) -> Float[Array, "b v f"]:
     """Features of several views per image, from unnormalised pixels."""
     return self._encode_views(self.normalise(images), train)[0]
 
-  def encode_image(self, images: UInt8[Array, "b h w c"]) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
+  def encode_image(self, images: Num[Array, "b h w c"]) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
     """Feature and tokens of one view per image, from unnormalised pixels, in evaluation mode."""
     return self.encode_pixels(self.normalise(images))
 
@@ -79,7 +79,7 @@ class Towers(nn.Module):
     feature, states = self.text(tokens)
     return feature, self.text.normalise(states), self._valid(tokens)
 
-  def normalise(self, images: UInt8[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
+  def normalise(self, images: Num[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
     """Pixels normalised by the mean and the standard deviation of the config."""
     axes = tuple(range(images.ndim - 1))
     mean, std = (jnp.expand_dims(255 * jnp.asarray(x, jnp.float32), axes) for x in (self.mean, self.std))

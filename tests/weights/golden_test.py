@@ -98,7 +98,7 @@ def check_clip(golden, images, tokens, prefix, names, **gradient_tolerance):
   value_and_gradient = jax.jit(jax.value_and_grad(golden.contrastive, has_aux=True))
   (loss, (logits, *units)), gradient = value_and_gradient(golden.params, images, tokens)
   near({"image": image, "text": text}, {name: expected[name] for name in ("image", "text")}, **FORWARD)
-  np.testing.assert_allclose(units, [unit_norm(expected[name]) for name in ("image", "text")], **FORWARD)
+  np.testing.assert_allclose(units, [unit_norm(jnp.asarray(expected[name])) for name in ("image", "text")], **FORWARD)
   np.testing.assert_allclose(loss, expected["loss"], atol=1e-5)
   bias = golden.params["heads"].get("logit_bias", 0)
   np.testing.assert_allclose(logits + bias, expected["logits"], **FORWARD)
@@ -134,7 +134,7 @@ def test_open_clip(name, activation):
   arrays = golden.arrays
   check_clip(golden, arrays["images"], arrays["tokens"], f"{activation}/", OPEN_CLIP | {"gradient": "clip_grad"})
   for side in ("image", "text"):
-    normalised = unit_norm(arrays[f"{activation}/encode_{side}"])  # `check_clip` compares ours with these
+    normalised = unit_norm(jnp.asarray(arrays[f"{activation}/encode_{side}"]))  # `check_clip` compares ours with these
     np.testing.assert_allclose(normalised, arrays[f"{activation}/encode_{side}_normalized"], **FORWARD)
   scale = np.exp(golden.params["heads"]["logit_scale"])
   np.testing.assert_allclose(scale, arrays[f"{activation}/logit_scale_exp"], rtol=1e-6)
@@ -159,7 +159,7 @@ def test_hugging_face(activation):
   check_clip(golden, images, tokens, f"{activation}/", names)
   image, text = golden.features(images, tokens)
   near(
-    {"image": unit_norm(image), "text": unit_norm(text)},
+    {"image": unit_norm(jnp.asarray(image)), "text": unit_norm(jnp.asarray(text))},
     {k: arrays[f"{k}_embeds"] for k in ("image", "text")},
     **FORWARD,
   )
@@ -222,7 +222,7 @@ def test_resnets_in_training_mode(name, settings):
   result = reference.differentiate(golden.model, golden.params, golden.collections, batch, clip=1.0)
   loss, gradient, features, _, _, collections = result
   projection = golden.params["heads"]["image_projection"]
-  image = features.image[:, 0] @ projection["kernel"] + projection["bias"]
+  image = features.image[:, 0] @ projection["kernel"] + projection["bias"][None]
   expected = arrays["train/image_features" if name == "openai_resnet" else "train/encode_image"]
   np.testing.assert_allclose(image, expected, **TRAINING)
   statistics = {key: value for key, value in reference.below(arrays, "train/sd/").items() if "num_batches" not in key}
@@ -295,8 +295,8 @@ def test_slip_losses_and_gradients(slip, name, weights):
   near(golden.theirs({"params": gradient}), reference.below(arrays, "grad/"), **GRADIENT)
   if name == "slip":
     out = reference.below(golden.arrays, "out/")
-    np.testing.assert_allclose(outputs.image[0], unit_norm(out["image_embed"]), atol=1e-5)
-    np.testing.assert_allclose(outputs.text[0], unit_norm(out["text_embed"]), atol=1e-5)
+    np.testing.assert_allclose(outputs.image[0], unit_norm(jnp.asarray(out["image_embed"])), atol=1e-5)
+    np.testing.assert_allclose(outputs.text[0], unit_norm(jnp.asarray(out["text_embed"])), atol=1e-5)
     np.testing.assert_allclose(outputs.scale, out["logit_scale"], rtol=1e-6)
     np.testing.assert_allclose(outputs.simclr, np.stack([out["aug1_embed"], out["aug2_embed"]]), **TRAINING)
     # Statistics are those of each view in turn.
@@ -407,7 +407,9 @@ def test_declip_outputs(declip):
   projection = golden.params["heads"]["image_projection"]["kernel"]
   for view in (0, 1):
     np.testing.assert_allclose(features.image[:, view] @ projection, expected[f"image_features{view + 1}"], **FORWARD)
-    np.testing.assert_allclose(outputs.text[view], unit_norm(expected[f"text_features{view + 1}"]), atol=1e-5)
+    np.testing.assert_allclose(
+      outputs.text[view], unit_norm(jnp.asarray(expected[f"text_features{view + 1}"])), atol=1e-5
+    )
     np.testing.assert_allclose(outputs.simsiam_projection[view], expected[f"projector{view + 1}"], atol=1e-4)
     np.testing.assert_allclose(outputs.simsiam_prediction[view], expected[f"predictor{view + 1}"], atol=1e-4)
   selected = outputs.mlm_logits[batch["mlm_weight"] == 1][:, OUR_ID]
@@ -457,7 +459,7 @@ def test_filip(released, filip):
   arrays = released.arrays
   projection = released.params["heads"]["image_projection"]["kernel"]
   np.testing.assert_allclose(features.image[:, 0] @ projection, arrays["filip/image_features1"], **FORWARD)
-  np.testing.assert_allclose(outputs.text[0], unit_norm(arrays["filip/text_features1"]), atol=1e-5)
+  np.testing.assert_allclose(outputs.text[0], unit_norm(jnp.asarray(arrays["filip/text_features1"])), atol=1e-5)
   np.testing.assert_allclose(features.image_tokens, arrays["filip/image_dense1"], **FORWARD)
   np.testing.assert_allclose(features.text_tokens, arrays["filip/text_words1"], **FORWARD)
   logits = outputs.scale * outputs.image[0] @ outputs.text[0].T
