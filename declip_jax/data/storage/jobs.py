@@ -73,33 +73,13 @@ def run(
   """
   if is_over() or not arguments:
     return
-  context = multiprocessing.get_context("spawn")  # threads of array_record and fsspec do not survive a fork
-  lock, stop, complete = threading.Lock(), threading.Event(), False
-  steps = context.Value("q", 0) if processes else types.SimpleNamespace(value=0, get_lock=lambda: lock)
-  receiver, lifeline = context.Pipe(duplex=False)
-  local, workers = ThreadPoolExecutor(threads), None
-  if processes:
-    workers = ProcessPoolExecutor(min(processes, len(arguments)), context, _start_worker, (steps, receiver))
-
-  def advance(count: int) -> None:
-    _add(steps, count)
-    if stop.is_set():
-      raise _Stopped
-
-  def submit(number: int, here: bool) -> Future:
-    if workers and not here:
-      with contextlib.suppress(BrokenProcessPool), _hold_main_back():
-        return workers.submit(_work, function, arguments[number])
-      if not retry:
-        raise WorkerKilled(_KILLED)
-    return local.submit(function, arguments[number], advance)
-
+  pools, complete = _Pools(function, min(processes, len(arguments)), threads, retry), False
   try:
     with hold_interrupts():
-      pending = {submit(number, here=False): (number, not workers) for number in range(len(arguments))}
+      pending = {pools.submit(argument): (number, not processes) for number, argument in enumerate(arguments)}
     while pending and not is_over():
       ready, _ = wait(pending, interval, FIRST_COMPLETED)
-      report(steps.value)
+      report(pools.steps.value)
       for future in sorted(ready, key=_failed):  # results first, since an error ends this generator
         number, here = pending.pop(future)
         error = future.exception()
@@ -110,17 +90,53 @@ def run(
         else:
           message = " ".join(f"{type(error).__name__}: {error}".split())
           logging.warning("a worker process failed, so this process repeats its job: %s", message)
-          pending[submit(number, here=True)] = (number, True)
+          pending[pools.submit(arguments[number], here=True)] = (number, True)
     complete = not pending
   finally:
+    pools.close(complete)
+
+
+class _Pools:
+  """Worker processes, if any, and threads of this process.
+
+  Attributes:
+    steps: number of steps done by all jobs, as `value`.
+  """
+
+  def __init__(self, function: Function, processes: int, threads: int, retry: bool) -> None:
+    context = multiprocessing.get_context("spawn")  # threads of array_record and fsspec do not survive a fork
+    self._function, self._retry = function, retry
+    lock, self._stop = threading.Lock(), threading.Event()
+    self.steps: Any = context.Value("q", 0) if processes else types.SimpleNamespace(value=0, get_lock=lambda: lock)
+    self._receiver, self._lifeline = context.Pipe(duplex=False)
+    self._threads, self._workers = ThreadPoolExecutor(threads), None
+    if processes:
+      self._workers = ProcessPoolExecutor(processes, context, _start_worker, (self.steps, self._receiver))
+
+  def submit(self, argument: Any, here: bool = False) -> Future:
+    """Starts a job, in this process if there are no workers, if `here`, or if they are broken and may be replaced."""
+    if self._workers and not here:
+      with contextlib.suppress(BrokenProcessPool), _hold_main_back():
+        return self._workers.submit(_work, self._function, argument)
+      if not self._retry:
+        raise WorkerKilled(_KILLED)
+    return self._threads.submit(self._function, argument, self._advance)
+
+  def close(self, complete: bool) -> None:
+    """Waits for the workers, or ends them at once unless all jobs are `complete`."""
     with hold_interrupts():
-      stop.set()
+      self._stop.set()
       if not complete:
-        lifeline.close()  # workers see it and exit at once
-      for pool in filter(None, (workers, local)):
+        self._lifeline.close()  # workers see it and exit at once
+      for pool in filter(None, (self._workers, self._threads)):
         pool.shutdown(cancel_futures=True)
-      lifeline.close()
-      receiver.close()
+      self._lifeline.close()
+      self._receiver.close()
+
+  def _advance(self, count: int) -> None:
+    _add(self.steps, count)
+    if self._stop.is_set():
+      raise _Stopped
 
 
 def _failed(future: Future) -> bool:
