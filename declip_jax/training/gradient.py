@@ -16,6 +16,7 @@ micro-batch gathers parameters and sums gradients anew, so that no device ever h
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,6 +40,30 @@ class Result(NamedTuple):
   metrics: Metrics
   outputs: Outputs
   collections: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+  """The pure functions that a loss consists of.
+
+  Attributes:
+    model, objective: the two halves of the loss: from a batch to features, and from all features to the loss.
+    read: from parameters to those that the model reads: gathered from all devices, some without a gradient.
+    micro_batches: number of micro-batches.
+  """
+
+  model: Model
+  objective: Objective
+  read: Callable[[Tree], Tree]
+  micro_batches: int = 1
+
+  def second_half(
+    self, params: Tree, collections: Tree, features: Features, batch: Batch, step: Int[Array, ""]
+  ) -> Result:
+    """The loss of features."""
+    outputs, heads = self.model.apply_heads(params, collections, features)
+    loss, metrics = self.objective(outputs, batch, step)
+    return Result(loss, metrics, outputs, {**collections, "heads": heads})
 
 
 # From parameters, collections, batch and 0-based step to the result and the gradient.
@@ -71,17 +96,11 @@ def make_gradient(
   if micro_batches < 1:
     raise ValueError(f"config.micro_batches={micro_batches}: expected 1 or more")
   compute = METHODS[method] if micro_batches > 1 else whole_batch
-  compute = partial(
-    compute,
-    model=model,
-    objective=objective,
-    read=lambda params: gather(stop_gradient_below(params, frozen)),
-    micro_batches=micro_batches,
-  )
+  functions = Functions(model, objective, lambda params: gather(stop_gradient_below(params, frozen)), micro_batches)
 
   def gradient(params: Tree, collections: Tree, batch: Batch, step: Int[Array, ""]) -> tuple[Result, Tree]:
     copies = {name: collections[name] for name in ("momentum",) if name in collections}  # parameters, too
-    result, gradients = compute(params, {**collections, **gather(copies)}, batch, step)
+    result, gradients = compute(params, {**collections, **gather(copies)}, batch, step, functions)
     return result._replace(collections={**result.collections, **copies}), gradients
 
   return gradient
@@ -92,19 +111,14 @@ def whole_batch(
   collections: Tree,
   batch: Batch,
   step: Int[Array, ""],
-  *,
-  model: Model,
-  objective: Objective,
-  read: Callable[[Tree], Tree],
-  micro_batches: int = 1,
+  functions: Functions,
 ) -> tuple[Result, Tree]:
   """The gradient of the whole batch at once."""
-  del micro_batches
 
   def loss_fn(params: Tree) -> tuple[Float[Array, ""], Result]:
-    params = read(params)
-    features, towers = model.encode(params, collections, batch)
-    result = _second_half(params, {**collections, "towers": towers}, features, batch, step, model, objective)
+    params = functions.read(params)
+    features, towers = functions.model.encode(params, collections, batch)
+    result = functions.second_half(params, {**collections, "towers": towers}, features, batch, step)
     return result.loss, result
 
   (_, result), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -116,13 +130,10 @@ def cached(
   collections: Tree,
   batch: Batch,
   step: Int[Array, ""],
-  *,
-  model: Model,
-  objective: Objective,
-  read: Callable[[Tree], Tree],
-  micro_batches: int,
+  functions: Functions,
 ) -> tuple[Result, Tree]:
   """The gradient of the whole batch, which the towers process by micro-batches."""
+  model, read, micro_batches = functions.model, functions.read, functions.micro_batches
   batches, read_params = jax.tree.map(partial(_split, micro_batches=micro_batches), batch), read(params)
 
   def encode(towers: Tree, micro_batch: Batch) -> tuple[Tree, Features]:
@@ -135,7 +146,7 @@ def cached(
   def loss_fn(heads: Tree, floats: list[Array]) -> tuple[Float[Array, ""], Result]:
     all_params = read({"towers": params["towers"], "heads": heads})
     at = _replace_floats(features, floats)
-    result = _second_half(all_params, {**collections, "towers": towers}, at, batch, step, model, objective)
+    result = functions.second_half(all_params, {**collections, "towers": towers}, at, batch, step)
     return result.loss, result
 
   value_and_gradients = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
@@ -161,15 +172,12 @@ def plain(
   collections: Tree,
   batch: Batch,
   step: Int[Array, ""],
-  *,
-  model: Model,
-  objective: Objective,
-  read: Callable[[Tree], Tree],
-  micro_batches: int,
+  functions: Functions,
 ) -> tuple[Result, Tree]:
   """The mean gradient of the micro-batches, each with its own loss; bank and batch norms pass from one to the next."""
+  micro_batches = functions.micro_batches
   batches = jax.tree.map(partial(_split, micro_batches=micro_batches), batch)
-  compute = partial(whole_batch, params, model=model, objective=objective, read=read)
+  compute = partial(whole_batch, params, functions=functions)
 
   def accumulate(carry: tuple[Tree, Tree, Outputs], micro_batch: Batch) -> tuple[Any, tuple[Array, Metrics]]:
     collections, mean, _ = carry
@@ -188,20 +196,6 @@ def plain(
 
 # What `config.micro_batching` may name.
 METHODS: dict[str, Callable[..., tuple[Result, Tree]]] = {"cached": cached, "plain": plain}
-
-
-def _second_half(
-  params: Tree,
-  collections: Tree,
-  features: Features,
-  batch: Batch,
-  step: Int[Array, ""],
-  model: Model,
-  objective: Objective,
-) -> Result:
-  outputs, heads = model.apply_heads(params, collections, features)
-  loss, metrics = objective(outputs, batch, step)
-  return Result(loss, metrics, outputs, {**collections, "heads": heads})
 
 
 def _split(x: Shaped[Array, "b ..."], micro_batches: int) -> Shaped[Array, "micro_batches _ ..."]:
