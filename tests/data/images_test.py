@@ -33,8 +33,8 @@ both = pytest.mark.parametrize("engine", images.ENGINES)
 def difference(ours, golden):
   """Mean and maximum distance in levels; `golden` may be the top left window of the whole."""
   assert ours.dtype == golden.dtype == np.uint8
-  difference = np.abs(ours[: golden.shape[0], : golden.shape[1]].astype(int) - golden)
-  return difference.mean(), difference.max()
+  deviation = np.abs(ours[: golden.shape[0], : golden.shape[1]].astype(int) - golden)
+  return deviation.mean(), deviation.max()
 
 
 def encode(pixels, file_format, **options):
@@ -436,9 +436,9 @@ def test_block_means_and_decoder_scaling_preserve_positions():
   for times in (1, 2, 4, 8):
     pixels, lower = images.open_photo(encode(ramp, "JPEG", quality=98)).decode(times)
     assert lower == times
-    difference = fast.cut(pixels, times, crop, "bilinear").astype(int) - whole
-    assert abs(difference[:, 2:-2].mean()) < 0.5  # one level is a quarter of a view's pixel
-    assert np.abs(difference[:, 2:-2]).max() <= 2
+    deviation = fast.cut(pixels, times, crop, "bilinear").astype(int) - whole
+    assert abs(deviation[:, 2:-2].mean()) < 0.5  # one level is a quarter of a view's pixel
+    assert np.abs(deviation[:, 2:-2]).max() <= 2
   window = Crop((0, 0, 700, 900), 60, 77, 7, 25, 48)
   whole = exact.cut(ramp, 1, window, "bilinear")
   for times in (1, 4):

@@ -52,8 +52,8 @@ def difference(ours, golden):
   """Mean and maximum distance in levels; `golden` may be the top left window of the whole."""
   ours = np.asarray(ours)[: golden.shape[0], : golden.shape[1]]
   assert ((ours == np.rint(ours)) & (ours >= 0) & (ours <= 255)).all()
-  difference = np.abs(ours.astype(int) - golden)
-  return difference.mean(), difference.max()
+  deviation = np.abs(ours.astype(int) - golden)
+  return deviation.mean(), deviation.max()
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +196,11 @@ def test_views_equal_the_hosts_with_the_same_draws(run):
     )
     done += [bool(d.jitter), plan.grayscale, plan.blur is not None, plan.solarize, plan.flip]
     (golden,) = images.make(CROPS[place, view], [plan], engine="exact")
-    difference = np.abs(made[place, view].astype(int) - golden)
+    deviation = np.abs(made[place, view].astype(int) - golden)
     if plan.solarize:  # levels near 128 may round to either side
-      difference = np.minimum(difference, np.abs(255 - made[place, view].astype(int) - golden))
-    means.append(difference.mean())
-    assert difference.max() <= 8, plan
+      deviation = np.minimum(deviation, np.abs(255 - made[place, view].astype(int) - golden))
+    means.append(deviation.mean())
+    assert deviation.max() <= 8, plan
   assert np.max(means) < 0.8
   assert np.mean(means) < 0.25
   assert done.min() > 4
