@@ -494,8 +494,8 @@ def test_pretrain_recognises_files(tmp_path: Path) -> None:
   assert get("pretrain", data=str(table)).data.train == (f"table:{table}",)
   elsewhere = tmp_path / "other.csv"  # may exist on another machine
   assert get("pretrain", data=str(elsewhere)).data.train == (f"table:{elsewhere}",)
-  with pytest.raises(FileNotFoundError, match="unknown"):
-    get("pretrain", data=str(tmp_path / "unknown"))
+  folder = tmp_path / "unknown"
+  assert get("pretrain", data=str(folder)).data.train == (f"webdataset:{folder}/*.tar",)
 
 
 @pytest.mark.parametrize(
