@@ -1,4 +1,8 @@
-"""Annotations as contracts: shapes, dtypes and types of every call in packages that handle arrays are checked."""
+"""Annotations as contracts: shapes, dtypes and types of every call in packages that handle arrays are checked.
+
+CONTRACTS=0 turns this off. `tests/objectives tests/evals -m "not slow"` took 43 CPU seconds with it and 37 without,
+measured once each with compiled programs cached. Processes that tests start are not checked.
+"""
 
 from collections.abc import Callable
 import os
