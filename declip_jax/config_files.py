@@ -42,7 +42,7 @@ def find(name: str) -> Path:
     name: the path of a file, or the name of a config in `declip_jax.configs`.
 
   Raises:
-    ValueError: there is no such file; names the closest ones.
+    ValueError: the file does not exist; the message lists close matches.
   """
   short = name.removeprefix("./").removeprefix("configs/").removesuffix(".py")
   for path in (Path(name), Path(f"{name}.py"), _FOLDER / f"{short}.py"):

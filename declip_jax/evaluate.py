@@ -42,7 +42,7 @@ def evaluate(
     workdir: working directory of a run, or, with `weights`, any directory for the results.
     step: checkpoint of the run, the newest by default.
     evals: evaluations, those of the run's config by default.
-    weights: checkpoint file or folder to evaluate instead of the run.
+    weights: checkpoint file or folder to evaluate instead of a run.
     batch_size: images and texts encoded at once, that of the run's config by default, or 256.
 
   Raises:
@@ -86,7 +86,7 @@ def _command(workdir: Path) -> None:
 def main() -> None:
   """Runs the command."""
   flags.DEFINE_integer("step", None, "Step of the checkpoint to evaluate; the newest by default.")
-  flags.DEFINE_string("weights", None, "Checkpoint file or folder to evaluate instead of the run.")
+  flags.DEFINE_string("weights", None, "Checkpoint file or folder to evaluate instead of the run in --workdir.")
   flags.DEFINE_integer("batch_size", None, "Images and texts encoded at once; by default that of the run, or 256.")
   flags.DEFINE_string("zero_shot", None, "Data to classify, such as webdataset:/data/test-*.tar.")
   flags.DEFINE_multi_string(

@@ -66,7 +66,7 @@ def train(
   """Trains a config to its end, from the newest checkpoint in `workdir` if there is one.
 
   Args:
-    config: config of the run.
+    config: a complete config, see `config.default`.
     workdir: directory for checkpoints, metrics and pictures.
     sources: sources to train on instead of `config.data.train`, such as `from_huggingface` of a data set.
     profile: first and last step to trace into `workdir/profile`.

@@ -57,7 +57,7 @@ class FinishedRun(NamedTuple):
 
   Attributes:
     workdir: working directory; copy it before changing anything in it.
-    config: config of the run.
+    config: its config.
     final: metrics that `train` returned.
   """
 

@@ -22,7 +22,7 @@ class Rollbacks:
   """The rollbacks of a run.
 
   Args:
-    workdir: working directory of the run.
+    workdir: working directory.
     limit: maximum number of rollbacks.
   """
 
@@ -43,14 +43,14 @@ class Rollbacks:
       at: last step that was skipped.
       skipped: number of consecutive skipped steps.
       position: position of the input after the offending batches.
-      checkpoints: checkpoints of the run.
+      checkpoints: where to restore from.
       abstract: shapes and shardings of the state.
 
     Returns:
       Step and state of the checkpoint, `position`, and messages.
 
     Raises:
-      FloatingPointError: there is no such checkpoint, or the limit is reached; the same on every host.
+      FloatingPointError: no earlier checkpoint exists, or the limit of rollbacks is reached; raised on every host.
     """
     checkpoints.wait()
     target = self.target(checkpoints.steps(), at - skipped)

@@ -23,7 +23,7 @@ class Watchdog:
   with the first call of `beat`, so compiling the first step may take as long as it needs.
 
   Args:
-    workdir: working directory of the run.
+    workdir: working directory.
     seconds: maximum time between two beats; 0 never ends the process.
   """
 

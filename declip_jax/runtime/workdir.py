@@ -79,7 +79,7 @@ def record(config: str, mesh: Mesh, workdir: Path, samples: Mapping[str, int]) -
 
   Args:
     config: config as JSON.
-    mesh: devices of the run.
+    mesh: devices that it trains on.
     workdir: working directory.
     samples: number of samples of each source.
 

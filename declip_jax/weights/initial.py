@@ -59,7 +59,7 @@ def read_initial(init_from: InitFrom, model: ModelFields) -> Weights | None:
 
   Raises:
     FileNotFoundError: there are no such weights.
-    ValueError: the file cannot be read, or the towers compute something other than those of the run.
+    ValueError: the file cannot be read, or its towers compute something else than the model's.
   """
   if not init_from.path:
     return None
@@ -75,7 +75,7 @@ def initialise(state: State, weights: Weights, groups: Sequence[str], model: Mod
     state: randomly initialised state.
     weights: weights to load.
     groups: the `GROUPS` to load.
-    model: model of the run.
+    model: the model to initialise.
 
   Returns:
     The state, and lines that report where each array is from.
@@ -103,7 +103,7 @@ def load_weights(
   starts at zero.
 
   Args:
-    params, collections: randomly initialised arrays of the run.
+    params, collections: randomly initialised arrays.
     weights: weights to load; `read_initial` has checked them.
     groups: the `GROUPS` to load; "heads" contains everything after the towers but the projections.
 
