@@ -11,18 +11,14 @@ from fake_training import BATCH_SIZE, FakeTraining, add_batch, lines, restore, s
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import killed_before_line
 
 from declip_jax.data.sources import BAD
-from declip_jax.reporting.metrics import MetricWriter
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.runtime.services import Cadence
 from declip_jax.runtime.signals import Stopped
 from declip_jax.training.state import State
-
-
-class Killed(BaseException):
-  """Simulates a signal that ends the process."""
 
 
 def losses(workdir: Path) -> list[float]:
@@ -49,18 +45,8 @@ def terminate() -> None:
 
 def run_until_line(training: FakeTraining, step: int, workdir: Path, time: int = 1) -> None:
   """Runs a training that is killed before it writes its line about a step for the `time`-th time."""
-  seen, write = [], MetricWriter.write
-
-  def killing(self: MetricWriter, at: int, values: dict[str, float]) -> None:
-    seen.append(at)
-    if seen.count(step) == time:
-      raise Killed
-    write(self, at, values)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(MetricWriter, "write", killing)
-    with pytest.raises(Killed):
-      training.run(workdir)
+  with killed_before_line(step, time):
+    training.run(workdir)
 
 
 def test_a_run_logs_saves_and_counts_each_step_once(tmp_path: Path) -> None:

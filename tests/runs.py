@@ -1,5 +1,7 @@
 """Runs in separate processes, and their results."""
 
+from collections.abc import Iterator
+import contextlib
 import os
 from pathlib import Path
 import subprocess
@@ -11,9 +13,10 @@ from cpu_devices import xla_flags
 import jax
 from ml_collections import ConfigDict
 import numpy as np
+import pytest
 
 from declip_jax import build
-from declip_jax.reporting.metrics import read_metrics
+from declip_jax.reporting.metrics import MetricWriter, read_metrics
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.training.state import State, abstract_state
 
@@ -64,3 +67,24 @@ def assert_equal(a: Any, b: Any, **tolerance: float) -> None:
   """Compares trees leaf by leaf, bit for bit unless a tolerance is given."""
   for (path, x), (_, y) in zip(jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b), strict=True):
     np.testing.assert_allclose(x, y, **({"rtol": 0, "atol": 0} | tolerance), err_msg=jax.tree_util.keystr(path))
+
+
+class Killed(BaseException):
+  """Simulates a signal that ends the process."""
+
+
+@contextlib.contextmanager
+def killed_before_line(step: int, time: int = 1) -> Iterator[None]:
+  """Ends the training inside, which must reach it, when it is about to log a step for the `time`-th time."""
+  seen, write = [], MetricWriter.write
+
+  def write_or_die(self: MetricWriter, at: int, values: dict[str, float]) -> None:
+    seen.append(at)
+    if seen.count(step) == time:
+      raise Killed
+    write(self, at, values)
+
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    monkeypatch.setattr(MetricWriter, "write", write_or_die)
+    with pytest.raises(Killed):
+      yield

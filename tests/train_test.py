@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
-from runs import assert_equal, command, environment, final_state, losses_on_disk, wait_for_step
+from runs import assert_equal, command, environment, final_state, killed_before_line, losses_on_disk, wait_for_step
 from tiny import FinishedRun, tiny_config
 
 from declip_jax import build, sharding, train
@@ -28,7 +28,7 @@ from declip_jax.data import pipeline
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import open_source
 from declip_jax.evaluate import evaluate
-from declip_jax.reporting.metrics import MetricWriter, read_metrics
+from declip_jax.reporting.metrics import read_metrics
 from declip_jax.runtime import workdir as workdir_lib
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.rollback import Rollbacks
@@ -371,24 +371,10 @@ def test_a_directory_in_use_is_rejected_before_anything_is_written(tmp_path: Pat
   assert {path.name for path in tmp_path.iterdir()} == {"run.lock"}
 
 
-class Killed(BaseException):
-  """Simulates a signal that ends the process."""
-
-
 def train_until(step: int, config: ConfigDict, workdir: Path, time: int = 1) -> None:
   """Trains until a run is about to write its line about a step for the `time`-th time."""
-  seen, write = [], MetricWriter.write
-
-  def killing(self: MetricWriter, at: int, values: dict[str, float]) -> None:
-    seen.append(at)
-    if seen.count(step) == time:
-      raise Killed
-    write(self, at, values)
-
-  with pytest.MonkeyPatch.context() as monkeypatch:
-    monkeypatch.setattr(MetricWriter, "write", killing)
-    with pytest.raises(Killed):
-      train.train(config, workdir)
+  with killed_before_line(step, time):
+    train.train(config, workdir)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, config: ConfigDict, batches: list[int]) -> None:
