@@ -204,7 +204,7 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
   c.templates = ()  # captions for examples with a class but no caption, such as ("a photo of a {}.",)
   c.workers = placeholder(int)  # processes that read and augment; 0 uses threads of this process. None: by core count
   c.threads = placeholder(int)  # threads per process. None: by core count
-  c.max_bad = 0.05  # largest share of examples that may be unusable and replaced by others before the run stops
+  c.max_bad = 0.05  # largest share of unusable samples between two lines of metrics.jsonl before the run stops
   return c
 
 

@@ -55,7 +55,8 @@ def find(name: str) -> Path:
   tails = {known.rpartition("/")[2]: known for known in names()}
   near = [str(path.with_suffix("")) for path in Path(name).parent.glob("*.py")]
   close = dict.fromkeys(tails.get(match, match) for match in _close(short, [*names(), *tails, *near]))
-  raise ValueError(f"no config {name!r}{_or(close)} (python -m declip_jax lists all of them)")
+  missing = f"{name} does not exist" if name.endswith(".py") else f"no config {name!r}"
+  raise ValueError(f"{missing}{_or(close)} (python -m declip_jax lists all configs)")
 
 
 def load_module(name: str) -> ModuleType:

@@ -87,8 +87,10 @@ def main() -> None:
   """Runs the command."""
   flags.DEFINE_integer("step", None, "Step of the checkpoint to evaluate; the newest by default.")
   flags.DEFINE_string("weights", None, "Checkpoint file or folder to evaluate instead of the run in --workdir.")
-  flags.DEFINE_integer("batch_size", None, "Images and texts encoded at once; by default that of the run, or 256.")
-  flags.DEFINE_string("zero_shot", None, "Data to classify, such as webdataset:/data/test-*.tar.")
+  flags.DEFINE_integer(
+    "batch_size", None, "Images and texts encoded at once; by default that of the run, or 256.", lower_bound=1
+  )
+  flags.DEFINE_string("zero_shot", None, "Source for zero-shot classification, such as webdataset:/data/test-*.tar.")
   flags.DEFINE_multi_string(
     "template", list(config_lib.TEMPLATES), "Prompt with {} for the class name. Repeat the flag for several."
   )

@@ -338,7 +338,7 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
     changes=changes,
   )
   if start < run.steps.total:
-    messages = [*messages, "compiling the train step, which takes minutes for a large model"]
+    messages = [*messages, "compiling the train step (several minutes for a large model)"]
   for line in [*lines, *filter(None, messages)]:
     services.progress.message(line)
   with pictures.optional(workdir / "views.png"):
@@ -372,6 +372,8 @@ def main() -> None:
     "stopped_exit_code",
     0,
     "Exit code after SIGTERM; use 143 for a supervisor that treats 0 as finished.",
+    lower_bound=0,
+    upper_bound=255,
   )
   flags.DEFINE_string("profile", "", "First and last step to trace, such as 100:110.")
   launch(_command, __doc__, required=("config",))

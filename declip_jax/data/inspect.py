@@ -298,7 +298,7 @@ def _command(arguments: list[str]) -> None:
 def main() -> None:
   """Runs the command."""
   flags.DEFINE_integer("samples", 1000, "Number of samples to read.", lower_bound=1)
-  flags.DEFINE_string("sheet", None, "Contact sheet of up to 24 samples to write, a .png file.")
+  flags.DEFINE_string("sheet", None, "PNG file to write, a contact sheet of up to 24 samples.")
   command_line.run(_command, __doc__, positional=("DATA",))
 
 

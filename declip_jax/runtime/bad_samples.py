@@ -46,6 +46,7 @@ class BadSamples:
     if values["bad_share"] > self._max_share:
       kinds = ", ".join(f"{values[name]} {name[4:].replace('_', ' ')}" for name in values if name.startswith("bad/"))
       raise ValueError(
-        f"step {self._step}: {values['bad_share']:.1%} of the latest samples cannot be used ({kinds}), more than "
-        f"config.data.max_bad={self._max_share:.1%}; the warnings above name some of them"
+        f"step {self._step}: {values['bad_share']:.1%} of the samples since the last log line cannot be used "
+        f"({kinds}), more than config.data.max_bad={self._max_share:.1%}: repair the samples that the warnings "
+        "above and python -m declip_jax.data.inspect name, or allow more"
       )

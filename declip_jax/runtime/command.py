@@ -25,11 +25,11 @@ def launch(command: Callable[[Path], None], doc: str | None, required: Sequence[
     doc: what `--help` prints above the flags.
     required: flags that have to be given besides `--workdir`.
   """
-  flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, pictures.")
+  flags.DEFINE_string("workdir", None, "Working directory: checkpoints, metrics, pictures, results.")
   flags.DEFINE_bool("multihost", False, "Join the processes that JAX finds by itself (TPU pod, Slurm, GKE).")
   flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX cannot find it by itself.")
-  flags.DEFINE_integer("processes", None, "With --coordinator: number of processes.", lower_bound=1)
-  flags.DEFINE_integer("process", None, "With --coordinator: number of this process, from 0.", lower_bound=0)
+  flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.", lower_bound=1)
+  flags.DEFINE_integer("process", None, "Number of this process from 0, with --coordinator.", lower_bound=0)
   flags.DEFINE_integer("heartbeat", 60, "Seconds of silence after which a process counts as dead and all exit.", 1)
 
   def main(_: list[str]) -> int:

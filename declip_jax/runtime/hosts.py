@@ -14,10 +14,17 @@ _ERROR_BYTES = 400  # length to which an error is cut before it is sent
 
 
 def join_processes() -> None:
-  """Connects this process with the others that the flags `--coordinator` or `--multihost` describe."""
-  if flags.FLAGS.coordinator:
-    where = (flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process)
-    jax.distributed.initialize(*where, heartbeat_timeout_seconds=flags.FLAGS.heartbeat)
+  """Connects this process with the others that the flags `--coordinator` or `--multihost` describe.
+
+  Raises:
+    ValueError: only some of `--coordinator`, `--processes` and `--process` are given.
+  """
+  names = ("coordinator", "processes", "process")
+  given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].value is not None}
+  if given and (missing := [f"--{name}" for name in names if name not in given]):
+    raise ValueError(f"{' '.join(f'--{name}={value}' for name, value in given.items())}: needs {' and '.join(missing)}")
+  if given:
+    jax.distributed.initialize(*given.values(), heartbeat_timeout_seconds=flags.FLAGS.heartbeat)
   elif flags.FLAGS.multihost:
     jax.distributed.initialize(heartbeat_timeout_seconds=flags.FLAGS.heartbeat)
 

@@ -1,5 +1,6 @@
 """Agreement between several processes, with simulated answers of the others."""
 
+from absl import flags
 import jax
 import numpy as np
 import pytest
@@ -17,6 +18,28 @@ def gather(monkeypatch: pytest.MonkeyPatch, others: list[object]) -> None:
 
 def encoded(error: str) -> np.ndarray:
   return np.frombuffer(error.encode().ljust(400, b"\0"), np.uint8)
+
+
+@pytest.mark.parametrize(
+  ("given", "missing"),
+  [
+    ({"processes": 2}, "--coordinator and --process"),
+    ({"coordinator": "localhost:1"}, "--processes and --process"),
+    ({"coordinator": "localhost:1", "processes": 2}, "--process"),
+  ],
+)
+def test_a_process_of_several_needs_all_three_flags(
+  given: dict[str, object], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  values = flags.FlagValues()
+  flags.DEFINE_string("coordinator", given.get("coordinator"), "", flag_values=values)
+  for name in ("processes", "process"):
+    flags.DEFINE_integer(name, given.get(name), "", flag_values=values)
+  values(["train"])
+  monkeypatch.setattr(flags, "FLAGS", values)
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined"))
+  with pytest.raises(ValueError, match=f"needs {missing}$"):
+    hosts.join_processes()
 
 
 def test_a_single_process_agrees_with_itself() -> None:

@@ -216,16 +216,14 @@ def _join(pieces: list[Path], path: Path, shards: list[str], location: str) -> N
   count, skipped = sum(scan.spans for scan in scans), sum((Counter(scan.skipped) for scan in scans), Counter())
   for scan in scans:
     if scan.damage:
-      logging.warning("%s; the %d samples before it are kept", scan.damage, scan.spans)
+      logging.warning("%s; the samples before it are used: %d", scan.damage, scan.spans)
   if not count:
     seen = sum((Counter(scan.suffixes) for scan in scans), Counter()).most_common(_SHOWN)
     found = f"; samples without an image have {', '.join(f'.{name}' for name, _ in seen)}" if seen else ""
     damage = next((f"; {scan.damage}" for scan in scans if scan.damage), "")
-    legal = " ".join(files.IMAGE_SUFFIXES)
-    raise ValueError(
-      f"{location}: no usable sample in {len(shards)} shards, skipped {dict(skipped)}{damage}{found}; expected {legal} "
-      "after the first dot of a name"
-    )
+    legal = f"; expected {' '.join(files.IMAGE_SUFFIXES)} after the first dot of a name" if found or not damage else ""
+    kinds = ", ".join(f"{number} {kind}" for kind, number in skipped.items()) or "nothing"
+    raise ValueError(f"{location}: no usable sample (shards: {len(shards)}, skipped: {kinds}){damage}{found}{legal}")
   index = np.lib.format.open_memmap(path, "w+", np.int64, (count, 3))
   start = 0
   for piece in pieces:

@@ -186,7 +186,7 @@ def test_a_damaged_or_empty_shard_is_counted_and_does_not_affect_others(tmp_path
   assert source.skipped == {"damaged record": 2}
   first, second = (record.getMessage() for record in caplog.records)
   assert f"1.tar, byte {offset}: no tar header" in first
-  assert "1 samples before it are kept" in first
+  assert "the samples before it are used: 1" in first
   assert "2.tar, no sample in its 0 bytes" in second
 
 
@@ -254,7 +254,7 @@ def test_an_impossible_size_is_an_error_not_an_endless_loop(tmp_path, size):
 
 
 def test_no_usable_sample_is_an_error(tmp_path):
-  with pytest.raises(ValueError, match="no usable sample in 1 shards.*missing file"):
+  with pytest.raises(ValueError, match=r"no usable sample \(shards: 1, .*missing file"):
     open_webdataset(str(write_tar(tmp_path / "s.tar", {"a.txt": b"x"})))
 
 
