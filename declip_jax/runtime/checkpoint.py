@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from declip_jax.runtime.hosts import any_host, barrier, first_error
+from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.runtime.retention import KeepBest, make_policy
 from declip_jax.runtime.seal import find_damage, read_seals, write_seal
 from declip_jax.training.state import State
@@ -73,9 +74,10 @@ class Checkpoints:
     minutes: float = 0,
   ):
     self._folder = (Path(workdir) / "checkpoints").resolve()
+    self._folder.mkdir(parents=True, exist_ok=True)
     self._best = KeepBest(self._folder, keep_best if best_metric else 0, best_metric)
     self._manager = ocp.CheckpointManager(
-      self._folder,
+      plain_path(self._folder),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=make_policy(keep_last, keep_every, self._best),
         save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),  # the loop decides

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from declip_jax import config as config_lib
 from declip_jax.runtime.hosts import first_error
+from declip_jax.runtime.plain_paths import plain_path
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -26,8 +27,11 @@ def local_path(workdir: str | os.PathLike[str]) -> Path:
   """Returns the path of a working directory.
 
   Raises:
-    ValueError: it is an address such as gs://...: object stores cannot append to a file, as metrics.jsonl requires.
+    ValueError: it is empty; or an address such as gs://...: object stores cannot append to a file, as metrics.jsonl
+      requires.
   """
+  if not os.fspath(workdir):
+    raise ValueError("--workdir is empty: expected a directory, such as runs/demo, or . for the current one")
   if "://" in os.fspath(workdir):
     raise ValueError(f"workdir {os.fspath(workdir)!r} is an address: mount it (gcsfuse, NFS) and pass the path")
   return Path(workdir)
@@ -69,7 +73,7 @@ def use_compile_cache(folder: Path) -> None:
   `JAX_COMPILATION_CACHE_DIR` overrides the folder.
   """
   if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+    jax.config.update("jax_compilation_cache_dir", str(plain_path(folder.parent) / folder.name))
 
 
 def record(config: str, mesh: Mesh, workdir: Path, samples: Mapping[str, int]) -> list[str]:

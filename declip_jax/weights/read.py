@@ -24,6 +24,7 @@ from declip_jax import config as config_lib
 from declip_jax.data.images import EvalView
 from declip_jax.objectives import make_objective
 from declip_jax.runtime.checkpoint import Checkpoints, restore_as_numpy
+from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import (
   ModelFields,
@@ -220,7 +221,7 @@ def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
   _, variables = abstract_variables(model, heads, about["image_size"])
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     variables["collections"] = _without_momentum(variables["collections"])
-    restored = checkpointer.restore((path / "arrays").resolve(), args=restore_as_numpy(variables))
+    restored = checkpointer.restore(plain_path(path) / "arrays", args=restore_as_numpy(variables))
   view = EvalView(**{ours: about[name] for name, ours in _VIEW.items()}, mean=model["mean"], std=model["std"])
   weights = Weights(about["origin"], model, heads, **restored, view=view, tokens=about.get("tokens", False))
   return _with_settings(weights, settings, str(path))

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 
 from declip_jax.data.images import EvalView
+from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import ModelFields, StateDict, layout, to_state_dict
 from declip_jax.weights.read import EXPORT_FILE, Weights
@@ -236,7 +237,7 @@ def _orbax(weights: Weights, folder: Path) -> list[str]:
   folder.mkdir(parents=True, exist_ok=True)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     tree = {"params": weights.params, "collections": collections}
-    checkpointer.save((folder / "arrays").resolve(), args=ocp.args.PyTreeSave(tree))
+    checkpointer.save(plain_path(folder) / "arrays", args=ocp.args.PyTreeSave(tree))
   about = {
     "origin": weights.origin,
     "model": weights.model,

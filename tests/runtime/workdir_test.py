@@ -53,6 +53,8 @@ def test_a_directory_without_write_permission_is_rejected(tmp_path: Path, monkey
 def test_an_address_is_not_a_directory() -> None:
   with pytest.raises(ValueError, match="gs://bucket/run.*mount"):
     workdir_lib.local_path("gs://bucket/run")
+  with pytest.raises(ValueError, match="--workdir is empty"):
+    workdir_lib.local_path("")
 
 
 def test_changes_of_config_and_data_are_reported_at_the_next_start(tmp_path: Path) -> None:
