@@ -72,6 +72,10 @@ class ToySource:
   def skipped(self) -> dict[str, int]:
     return {}
 
+  @property
+  def left_out(self) -> dict[str, int]:
+    return {}
+
   def __len__(self) -> int:
     return 12
 

@@ -160,8 +160,9 @@ def _split(path: str) -> str:
 
 
 def _unknown(names: Iterable[str]) -> str:
-  suffixes = Counter("folders" if name.endswith("/") else os.path.splitext(name)[1] or "no suffix" for name in names)
-  found = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(6)) or "nothing"
+  names = list(names)
+  counts = files.suffixes(name for name in names if not name.endswith("/"))
+  found = files.in_words(counts + Counter(folders=len(names) - counts.total())) or "nothing"
   return f"not recognised as a data set, found {found}; give KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}"
 
 
@@ -207,6 +208,8 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
   seen = len(good) + len(bad)
   lines = [("samples", f"{len(source):,}, of which {seen:,} were read")]
   lines += [("skipped", f"{count:,}: {kind}") for kind, count in sorted(source.skipped.items())]
+  if source.left_out:
+    lines.append(("left out", files.in_words(source.left_out)))
   lines.append(("fields", ", ".join(_fields(good)) or "none"))
   if good:
     formats = Counter(sample.format for sample in good).most_common()

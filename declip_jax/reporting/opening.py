@@ -11,6 +11,7 @@ import numpy as np
 
 from declip_jax.data.make_views import MakeViews
 from declip_jax.data.sources import Source
+from declip_jax.data.storage import files
 from declip_jax.reporting import pictures
 from declip_jax.sharding import layout_table
 from declip_jax.types import Batch
@@ -44,7 +45,8 @@ def opening_lines(
   """
   for source in sources:
     skipped = "".join(f", skipped {count:,}: {reason}" for reason, count in source.skipped.items())
-    yield f"{source.name}: {len(source):,} samples{skipped}"
+    left_out = f", left out: {files.in_words(source.left_out)}" if source.left_out else ""
+    yield f"{source.name}: {len(source):,} samples{skipped}{left_out}"
   terms = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
   num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
   axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())

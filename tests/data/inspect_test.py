@@ -65,6 +65,13 @@ def test_samples_are_described(shards):
   assert any("s.tar:9: " in line for line in lines)
 
 
+def test_files_that_belong_to_no_sample_are_counted(tmp_path):
+  for name in ("1.jpg", "2.jpg"):
+    (tmp_path / name).write_bytes(encoded(8, 8, "JPEG"))
+  touch(tmp_path, "3.HEIC", "4.HEIC", "5.jxl")
+  assert "left out     2 .HEIC, 1 .jxl" in described(tmp_path).splitlines()
+
+
 def test_the_samples_are_drawn_at_random_but_always_the_same():
   source = open_scenes("test/1000/16")
   indices = [sample.index for sample in read_samples(source, 50)[0]]

@@ -39,6 +39,10 @@ class Numbers:
   def skipped(self) -> dict[str, int]:
     return {}
 
+  @property
+  def left_out(self) -> dict[str, int]:
+    return {}
+
   def __len__(self) -> int:
     return self.count
 

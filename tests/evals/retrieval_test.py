@@ -94,7 +94,7 @@ def test_a_model_with_nans_scores_zero():
 class Source(list):
   """Pictures of one grey each, `20 * index`; entries that are not integers cannot be read."""
 
-  name, classnames, skipped = "greys", (), {}
+  name, classnames, skipped, left_out = "greys", (), {}, {}
 
   def __getitem__(self, index):
     grey, captions = super().__getitem__(index)

@@ -38,7 +38,7 @@ def encoders(text_rows, prompts, image_rows=None, batch_size=4):
 class Source(list):
   """Pictures `(value of all pixels, label)`; None cannot be read."""
 
-  name, skipped = "pictures", {}
+  name, skipped, left_out = "pictures", {}, {}
 
   def __init__(self, examples, classnames):
     super().__init__(examples)

@@ -80,6 +80,10 @@ class ArrayRecord:
   def skipped(self) -> dict[str, int]:
     return {}  # the conversion skipped bad samples
 
+  @property
+  def left_out(self) -> dict[str, int]:
+    return {}
+
   def __len__(self) -> int:
     return self._files.ends[-1]
 

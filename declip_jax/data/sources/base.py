@@ -55,6 +55,7 @@ class Source(Protocol):
     name: the spec that opened the source.
     classnames: the names of classes 0, 1, ...; empty without classes.
     skipped: number of samples that were skipped when the source was opened, by kind of `BAD`.
+    left_out: number of files that belong to no sample, by suffix, such as those in a format that is not read.
     stamp: a text that changes with the data.
   """
 
@@ -66,6 +67,9 @@ class Source(Protocol):
 
   @property
   def skipped(self) -> dict[str, int]: ...
+
+  @property
+  def left_out(self) -> dict[str, int]: ...
 
   @property
   def stamp(self) -> str: ...

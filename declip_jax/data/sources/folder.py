@@ -1,10 +1,13 @@
 """Folders of images: one folder per class, as in ImageNet, or a text next to each image."""
 
+from collections import Counter
 from collections.abc import Iterator
+import errno
 from functools import cached_property
 import hashlib
 import os
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -13,19 +16,43 @@ from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, patterns, remote
 
+_SUFFIXES = 20  # of files that are left out, those of most files
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
+# The device and inode of a folder, and those of the folders above it.
+_Above = tuple[tuple[int, int], "_Above"] | None
+
+
 class _Files(NamedTuple):
-  """The files in one folder: its path relative to the top, the images in order, and the texts."""
+  """The files in one folder: its path relative to the top, the images in order, the texts, and all others."""
 
   path: str
   images: list[str]
   texts: set[str]
+  others: list[str]
 
 
 class Folder(lists.ListSource):
-  """A folder of images as a `Source`; make it with `open_folder`."""
+  """A folder of images as a `Source`; make it with `open_folder`.
+
+  Args:
+    name: the spec that opened the folder.
+    index: the index, see `index_list`.
+    left_out: number of files that are neither images nor belong to one, by suffix.
+  """
+
+  def __init__(self, name: str, index: Path, left_out: dict[str, int]):
+    super().__init__(name, index)
+    self._left_out = left_out
+
+  @property
+  def left_out(self) -> dict[str, int]:
+    """Numbers of files that are neither images nor belong to one, by suffix."""
+    return self._left_out
+
+  def __getstate__(self) -> dict[str, Any]:
+    return super().__getstate__() | {"_left_out": self._left_out}
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
@@ -46,8 +73,8 @@ def open_folder(location: str) -> Folder:
   WebDataset the whole text is one caption), and there are no classes. Otherwise the folders at the top are the classes,
   in alphabetical order as in torchvision; one without an image is an error as there, since skipping it would change the
   numbers of the classes after it. A classnames.txt next to them may give better names, line i for class i. If there are
-  no folders with images either, the samples are images alone. Hidden files are skipped. Links are followed, except for
-  those that lead back to a folder above them.
+  no folders with images either, the samples are images alone. Hidden files are skipped; files with other suffixes are
+  left out and counted. Links are followed, except for those that lead back to a folder above them.
 
   The folder is listed each time it is opened, and the name of its index depends on its file names. Texts are read
   together with their images.
@@ -61,10 +88,12 @@ def open_folder(location: str) -> Folder:
   name = f"folder:{location}"
   place, _ = lists.parse(location, ())
   folder = lists.absolute(place)
-  digest, tops, classes, captioned = hashlib.sha256(), set(), set(), False
+  digest, tops, classes, captioned, left_out = hashlib.sha256(), set(), set(), False, Counter()
   for found in _listing(folder):
     digest.update(repr((found.path, found.images, sorted(found.texts))).encode())
-    captioned = captioned or any(_text_of(image) in found.texts for image in found.images)
+    texts = found.texts & set(map(_text_of, found.images))
+    captioned = captioned or bool(texts)
+    left_out += files.suffixes([*found.others, *(found.texts - texts)])
     top = found.path.partition("/")[0]
     tops |= {top} - {""}
     classes |= {top} - {""} if found.images else set()
@@ -78,7 +107,9 @@ def open_folder(location: str) -> Folder:
     raise ValueError(f"{name}: no image in {few}, but each folder is a class; remove those that are not")
   numbers = {} if captioned else {top: number for number, top in enumerate(sorted(classes))}
   index = lists.index_list(name, [f"{folder}/"], ["folder", digest.hexdigest()], lambda: _entries(folder, numbers))
-  return lists.checked(Folder(name, index))
+  if numbers and files.exists(f"{folder}/classnames.txt"):
+    left_out -= Counter([".txt"])
+  return lists.checked(Folder(name, index, dict(left_out.most_common(_SUFFIXES))))
 
 
 def _entries(folder: str, classes: dict[str, int]) -> Iterator[Entry | BadSample]:
@@ -97,32 +128,51 @@ def _entries(folder: str, classes: dict[str, int]) -> Iterator[Entry | BadSample
 
 def _listing(folder: str) -> Iterator[_Files]:
   """Yields folder after folder, always in the same order."""
-  empty = True
+  empty, others = True, Counter()
   for path, names in _remote_folders(folder) if remote.is_url(folder) else _local_folders(folder):
     visible = [name for name in names if not name.startswith(".")]
     images = sorted(name for name in visible if name.lower().endswith(files.IMAGE_SUFFIXES))
+    texts = {name for name in visible if name.endswith(".txt")}
+    found = _Files(path, images, texts, [*set(visible).difference(images, texts)])
     empty = empty and not images
-    yield _Files(path, images, {name for name in visible if name.endswith(".txt")})
+    others += files.suffixes(found.others)
+    yield found
   if empty:
-    raise FileNotFoundError(f"{folder}: not a folder, or without any image ({' '.join(files.IMAGE_SUFFIXES)})")
+    instead = f"; found {files.in_words(others)}" if others else ""
+    raise FileNotFoundError(f"{folder}: not a folder, or without any image ({' '.join(files.IMAGE_SUFFIXES)}){instead}")
 
 
-def _local_folders(
-  folder: str, path: str = "", above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[tuple[str, list[str]]]:
+def _local_folders(top: str) -> Iterator[tuple[str, list[str]]]:
   """Yields folder after folder; os.walk would skip folders that it cannot list and follow cycles of links."""
-  stat = os.stat(f"{folder}/{path}")
-  if (stat.st_dev, stat.st_ino) in above:
-    return
-  names, folders = [], []
-  with os.scandir(f"{folder}/{path}") as entries:
-    for entry in entries:
-      (folders if entry.is_dir() else names).append(entry.name)  # a link to a folder too, as in subsets of ImageNet
-  yield path, names
-  for name in sorted(folders):
-    if not name.startswith("."):
-      inner = f"{path}/{name}" if path else name
-      yield from _local_folders(folder, inner, above | {(stat.st_dev, stat.st_ino)})
+  pending: list[tuple[str, _Above]] = [("", None)]
+  while pending:
+    path, above = pending.pop()
+    try:
+      stat = os.stat(f"{top}/{path}")
+    except OSError as error:
+      if error.errno != errno.ENAMETOOLONG:
+        raise
+      logging.warning("left out, since the system allows no path of this length: %s/%s", top, path)
+      continue
+    here = (stat.st_dev, stat.st_ino)
+    if _is_above(here, above):
+      continue
+    names, folders = [], []
+    with os.scandir(f"{top}/{path}") as entries:
+      for entry in entries:
+        (folders if entry.is_dir() else names).append(entry.name)  # a link to a folder too, as in subsets of ImageNet
+    yield path, names
+    for name in sorted(folders, reverse=True):  # the last is the first to be popped
+      if not name.startswith("."):
+        pending.append((f"{path}/{name}" if path else name, (here, above)))
+
+
+def _is_above(folder: tuple[int, int], above: _Above) -> bool:
+  while above is not None:
+    other, above = above
+    if other == folder:
+      return True
+  return False
 
 
 def _remote_folders(folder: str) -> Iterator[tuple[str, list[str]]]:

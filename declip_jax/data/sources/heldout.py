@@ -31,6 +31,11 @@ class Subset:
     return self._source.skipped
 
   @property
+  def left_out(self) -> dict[str, int]:
+    """Numbers of files that belong to no sample of the whole source, by suffix."""
+    return self._source.left_out
+
+  @property
   def stamp(self) -> str:
     """The stamp of the whole source."""
     return self._source.stamp

@@ -53,6 +53,10 @@ class HuggingFace:
   def skipped(self) -> dict[str, int]:
     return {}  # samples are not checked in advance
 
+  @property
+  def left_out(self) -> dict[str, int]:
+    return {}
+
   def __len__(self) -> int:
     return len(self._dataset)
 

@@ -114,6 +114,10 @@ class ListSource:
     return dict(self._about["skipped"])
 
   @property
+  def left_out(self) -> dict[str, int]:
+    return {}  # a list names all of its images
+
+  @property
   def stamp(self) -> str:
     """Changes with the list."""
     return self._index.stem

@@ -205,13 +205,14 @@ class Scenes:
   Attributes:
     name: the full spec that opens the same scenes.
     classnames: names of the classes, such as "red circle"; only the pairs of this split.
-    skipped: number of skipped samples by kind; always empty.
+    skipped, left_out: numbers of skipped samples and files; always empty.
   """
 
   def __init__(self, split: str, size: int, pixels: int = 64):
     self.split, self.size, self.pixels = split, size, pixels
     self.name = f"scenes:{split}/{size}/{pixels}"
     self.skipped: dict[str, int] = {}
+    self.left_out: dict[str, int] = {}
 
   @property
   def classnames(self) -> tuple[str, ...]:

@@ -80,6 +80,10 @@ class Tfds:
   def skipped(self) -> dict[str, int]:
     return {}  # features are typed, so no record lacks one
 
+  @property
+  def left_out(self) -> dict[str, int]:
+    return {}
+
   def __len__(self) -> int:
     return len(self._records)
 

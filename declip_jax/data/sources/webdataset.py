@@ -88,6 +88,10 @@ class WebDataset:
     """Numbers of samples without an image and of damaged shards, by kind, counted when the shards were indexed."""
     return dict(self._opened[1]["skipped"])
 
+  @property
+  def left_out(self) -> dict[str, int]:
+    return {}
+
   def __len__(self) -> int:
     return len(self._opened[0])
 

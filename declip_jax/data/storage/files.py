@@ -3,8 +3,8 @@
 Everything here may be called from several threads and from spawned processes.
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import errno
@@ -39,6 +39,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jfif", ".gif", ".bmp", ".t
 IMAGE_SUFFIXES += (".jp2", ".avif")
 
 Stamp = tuple[int, int | str | None]
+_SUFFIXES = 6  # to name in a message
 
 
 def local_path(path: str) -> str:
@@ -49,6 +50,18 @@ def local_path(path: str) -> str:
 def beside(path: str, name: str) -> str:
   """The path of another file in the same folder."""
   return path.rpartition("/")[0] + "/" + name
+
+
+def suffixes(names: Iterable[str]) -> Counter[str]:
+  """Numbers of files by the suffix of their names."""
+  return Counter(os.path.splitext(name)[1] or "no suffix" for name in names)
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+  """Numbers by suffix in words, such as "1,200 .HEIC, 3 .jxl"; the largest come first, and the smallest are summed."""
+  first, rest = Counter(counts).most_common(_SUFFIXES), sum(counts.values())
+  rest -= sum(count for _, count in first)
+  return ", ".join(f"{count:,} {suffix}" for suffix, count in first) + (f" and {rest:,} others" if rest else "")
 
 
 def exists(path: str) -> bool:

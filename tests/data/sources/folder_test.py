@@ -1,6 +1,8 @@
+import inspect
 import os
 from pathlib import Path
 import pickle
+import sys
 
 import fsspec
 import pytest
@@ -71,6 +73,31 @@ def test_a_flat_folder_of_images_alone(tmp_path):
 def test_images_beside_the_folders_of_classes_are_counted(tmp_path):
   source = open_folder(write(tmp_path, "cat/a.jpg", "overview.jpg"))
   assert ([example["id"] for example in source], source.skipped) == (["cat/a.jpg"], {"damaged record": 1})
+
+
+def test_files_of_other_formats_are_counted_by_suffix(tmp_path):
+  names = ["cat/1.jpg", "cat/2.HEIC", "cat/deep/3.HEIC", "dog/4.png", "dog/5.jxl", "dog/6", "dog/notes.txt"]
+  path = write(tmp_path, *names, "dog/.hidden.heic", classnames="a cat\na dog\n")
+  source = open_folder(path)
+  assert source.left_out == {".HEIC": 2, ".jxl": 1, ".txt": 1, "no suffix": 1}
+  assert pickle.loads(pickle.dumps(source)).left_out == source.left_out
+  captioned = open_folder(write(tmp_path / "dog", **{"4": "a dog"}))
+  assert captioned.left_out == {".jxl": 1, ".txt": 1, "no suffix": 1}  # 4.txt is a caption, notes.txt is not
+  (tmp_path / "cat" / "1.jpg").unlink()
+  with pytest.raises(FileNotFoundError, match=r"without any image .*; found 2 \.HEIC"):
+    open_folder(f"{path}/cat")
+
+
+def test_folders_may_be_nested_deeper_than_python_recurses(tmp_path):
+  deep = "d/" * 200
+  path = write(tmp_path, "d/a.jpg", f"{deep}b.jpg")
+  before = sys.getrecursionlimit()
+  sys.setrecursionlimit(len(inspect.stack()) + 100)
+  try:
+    source = open_folder(path)
+  finally:
+    sys.setrecursionlimit(before)
+  assert [example["id"] for example in source] == ["d/a.jpg", f"{deep}b.jpg"]
 
 
 def test_splits_are_not_classes(tmp_path):
