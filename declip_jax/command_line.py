@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from declip_jax import config_files
+from declip_jax.reporting.progress import message
 
 USER_ERRORS = (ValueError, FloatingPointError, OSError, ModuleNotFoundError)
 _IO_EXIT_CODE = 74
@@ -56,7 +57,7 @@ def run(
     except USER_ERRORS as error:
       return report(error)
     except KeyboardInterrupt:
-      print("interrupted", file=sys.stderr)
+      message("interrupted")
       return 130
 
   with closed_pipe_exits():
@@ -84,7 +85,7 @@ def report(error: Exception, note: str = "") -> int:
   """
   if isinstance(error, BrokenPipeError) and _is_output_closed():
     raise error
-  print(f"error: {error}{note}", file=sys.stderr)
+  message(f"error: {error}{note}")
   return _IO_EXIT_CODE if isinstance(error, OSError) and not isinstance(error, _PATH_ERRORS) else 2
 
 

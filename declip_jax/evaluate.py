@@ -14,6 +14,7 @@ Results are printed, and appended to evaluations.jsonl in the working directory,
 import json
 import os
 from pathlib import Path
+import sys
 from typing import Any
 
 from absl import flags
@@ -24,6 +25,7 @@ from declip_jax import config as config_lib
 from declip_jax.build import evals_with_text, make_evaluators
 from declip_jax.clip import load
 from declip_jax.reporting.metrics import summary_table
+from declip_jax.reporting.progress import message
 from declip_jax.runtime.command import launch
 
 _BATCH_SIZE = 256  # without a run's config
@@ -80,7 +82,7 @@ def _command(workdir: Path) -> None:
   given = flags.FLAGS
   results = evaluate(workdir, given.step, _evals_from_flags(), given.weights, given.batch_size)
   if jax.process_index() == 0:
-    print(summary_table({"run": str(workdir), **results}))
+    message(summary_table({"run": str(workdir), **results}), stream=sys.stdout)
 
 
 def main() -> None:

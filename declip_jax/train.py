@@ -1,8 +1,9 @@
 """Pretrains CLIP, SLIP, DeCLIP and related models: python -m declip_jax.train --config=demo --workdir=runs/demo
 
-Run the same command again and the run resumes exactly, bit for bit. Ctrl-C and SIGTERM save a checkpoint first. The
-exit code is 0 after SIGTERM (see --stopped_exit_code; with several processes also after Ctrl-C), 130 after Ctrl-C, 2
-for a mistake in flags, config or data, 70 if a step has hung, and 74 if a disk, a mount or the network failed.
+Run the same command again and the run resumes exactly, bit for bit. Ctrl-C, SIGTERM and SIGHUP save a checkpoint
+first. The exit code is 0 after SIGTERM and SIGHUP (see --stopped_exit_code; with several processes also after Ctrl-C),
+130 after Ctrl-C, 2 for a mistake in flags, config or data and where memory runs out, 70 if the run has hung, and 74 if
+a disk, a mount or the network failed.
 Any field of the config can be set: --config.batch_size=256 --config.objective.nns.weight=0
 See declip_jax/config.py for all fields and their meaning, and configs/ for configs to start from.
 """
@@ -15,7 +16,7 @@ import os
 from pathlib import Path
 import signal
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from absl import flags
 import grain
@@ -33,7 +34,7 @@ from declip_jax.planning import devices, flops
 from declip_jax.reporting import pictures
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
 from declip_jax.reporting.opening import draw_views, opening_lines
-from declip_jax.reporting.progress import TrainingProgress
+from declip_jax.reporting.progress import TrainingProgress, listening, message
 from declip_jax.runtime.bad_samples import BadSamples
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.clock import Clock
@@ -77,19 +78,21 @@ def train(
   Raises:
     ValueError: the config contradicts itself, its data or the devices, or `workdir` is in use by another run, before
       anything is compiled; or, later, too many samples cannot be read.
-    Stopped: Ctrl-C or SIGTERM; a checkpoint was saved.
+    Stopped: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was saved.
     FloatingPointError: too many consecutive steps were skipped, and the run cannot, or can no longer, roll back.
     OSError: the last checkpoint cannot be written.
   """
   workdir = local_path(workdir)
-  run = _prepare(config, workdir, sources)
-  workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
+    watchdog = stack.enter_context(Watchdog(workdir, config.safety.hang_timeout))
+    stack.enter_context(listening(watchdog.beat))
+    run = _prepare(config, workdir, sources, watchdog)
+    workdir.mkdir(parents=True, exist_ok=True)
     messages = [stack.enter_context(lock(workdir))]
     checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.steps, workdir)))
     rollbacks = Rollbacks(workdir, config.safety.max_rollbacks)
-    start, state, position, notes = _restore_or_create(config, run, checkpoints, rollbacks)
-    services = _open_services(config, run, workdir, start, checkpoints, rollbacks, profile, stack)
+    start, state, position, notes = _restore_or_create(config, run, checkpoints, rollbacks, watchdog)
+    services = _open_services(config, run, workdir, start, checkpoints, rollbacks, profile, watchdog, stack)
     _open(config, run, services, start, [*messages, *notes])
     batches = stack.enter_context(contextlib.closing(_open_batches(config, run, position)))
     services.evaluate_if_missed(start, state)
@@ -113,11 +116,12 @@ def loop(step_fn: StepFn, batches: Batches, state: State, start: int, services: 
   Raises:
     Stopped, FloatingPointError, OSError, ValueError: see `train`.
   """
-  step, previous = start, {}
+  step, previous, position = start, {}, None
   while step < services.cadence.total:
     step += 1
-    with services.clock.spending("data"):
-      batch, position, bad = next(batches)
+    if (read := services.read(step, batches)) is None:
+      _stop(step - 1, services.stop.signum, state, position, services)
+    batch, position, bad = read
     services.begin(step, state)
     with services.clock.spending("step"), jax.profiler.StepTraceAnnotation("train", step_num=step):
       with services.clock.compiling(), jax.transfer_guard("disallow"):  # a hidden host transfer is an error
@@ -141,6 +145,8 @@ def loop(step_fn: StepFn, batches: Batches, state: State, start: int, services: 
     stop = services.stop.check()
     evaluate = services.cadence.evaluates(step) and not stop
     if save or evaluate or stop:
+      if stop:
+        services.announce_stop(step, stop)
       services.save(step, state, position)
       if evaluate:  # after the save: an evaluation may take long, and the run may be stopped meanwhile
         services.evaluate(step, state)
@@ -151,6 +157,16 @@ def loop(step_fn: StepFn, batches: Batches, state: State, start: int, services: 
     if stop:
       raise Stopped(step, stop)
   return state
+
+
+def _stop(step: int, signum: int, state: State, position: dict[str, Any] | None, services: Services) -> NoReturn:
+  """Saves and stops a run that has done `step` steps and waits for data; without `position` it has done none."""
+  if position is not None:
+    services.announce_stop(step, signum)
+    services.save(step, state, position)
+    services.curves()
+    services.finish_save(step, state, position)
+  raise Stopped(step, signum)
 
 
 class _Prepared(NamedTuple):
@@ -167,17 +183,19 @@ class _Prepared(NamedTuple):
   initial: Weights | None
 
 
-def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None) -> _Prepared:
+def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None, watchdog: Watchdog) -> _Prepared:
   """Builds a run and checks everything that can be checked in advance.
 
   Raises:
     ValueError, FileNotFoundError: see `train`.
   """
+  watchdog.beat("finding the devices")
   built = build.build(config)
   check_batch(config.batch_size, built.mesh, "batch_size")
-  mixture, ssl_mixture = _open_mixtures(config, built, sources)
+  mixture, ssl_mixture = _open_mixtures(config, built, sources, watchdog)
   opened = [*mixture.sources, *(ssl_mixture.sources if ssl_mixture else ())]
   steps = build.to_steps(config, sum(map(len, mixture.sources)))
+  watchdog.beat("the comparison of the data that all processes have opened")
   check_sizes([(source.name, len(source)) for source in opened])
   build.check_evals(config.evals, built.objective)
   batch_shape = built.batch_shape(config.batch_size)
@@ -207,17 +225,22 @@ def _has_checkpoints(workdir: Path) -> bool:
 
 
 def _open_mixtures(
-  config: ConfigDict, built: build.Built, sources: Sequence[Source] | None
+  config: ConfigDict, built: build.Built, sources: Sequence[Source] | None, watchdog: Watchdog
 ) -> tuple[Mixture, Mixture | None]:
   """Returns the mixture to train on, and that of the other images for self-supervision, None if there is none."""
   data = config.data
   needs_caption = bool(built.recipe.text_views)
-  sources = tuple(map(open_source, data.train) if sources is None else sources)
+
+  def opened(spec: str) -> Source:
+    watchdog.beat(f"opening {spec}")
+    return open_source(spec)
+
+  sources = tuple(map(opened, data.train) if sources is None else sources)
   mixture = Mixture(sources, data.mixture, needs_caption, data.templates)
   mixture.check_captions()
   if not data.ssl_train:
     return mixture, None
-  return mixture, Mixture(tuple(map(open_source, data.ssl_train)), data.ssl_mixture, False, (), "ssl_mixture")
+  return mixture, Mixture(tuple(map(opened, data.ssl_train)), data.ssl_mixture, False, (), "ssl_mixture")
 
 
 def _open_batches(config: ConfigDict, run: _Prepared, position: dict[str, Any] | None) -> pipeline.Prefetch:
@@ -249,11 +272,13 @@ def _open_checkpoints(config: ConfigDict, steps: build.Steps, workdir: Path) -> 
 
 
 def _restore_or_create(
-  config: ConfigDict, run: _Prepared, checkpoints: Checkpoints, rollbacks: Rollbacks
+  config: ConfigDict, run: _Prepared, checkpoints: Checkpoints, rollbacks: Rollbacks, watchdog: Watchdog
 ) -> tuple[int, State, dict[str, Any] | None, list[str]]:
   """Returns the step to start from, its state, its position in the input, and messages."""
+  watchdog.beat("restoring the newest checkpoint")
   if restored := checkpoints.restore_newest(run.abstract):
     return restored.step, restored.state, rollbacks.position(restored.step, restored.data), restored.messages
+  watchdog.exempt("compiling the initial state")
   model = run.built.model
   state = create_state(
     config.seed, run.built.batch_shape(config.batch_size), run.abstract, model=model, optimizer=run.built.optimizer
@@ -273,6 +298,7 @@ def _open_services(
   checkpoints: Checkpoints,
   rollbacks: Rollbacks,
   profile: tuple[int, int] | None,
+  watchdog: Watchdog,
   stack: contextlib.ExitStack,
 ) -> Services:
   """Opens what the loop calls; `stack` closes it."""
@@ -284,7 +310,6 @@ def _open_services(
   )
   stop = StopRequest(checkpoints.preempted, start)
   stack.enter_context(stop_signals(stop))
-  watchdog = stack.enter_context(Watchdog(workdir, config.safety.hang_timeout))
 
   def evaluate(state: State) -> dict[str, float]:
     encoders = run.encoders.bind(state.params, state.collections)
@@ -341,8 +366,11 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
     messages = [*messages, "compiling the train step (several minutes for a large model)"]
   for line in [*lines, *filter(None, messages)]:
     services.progress.message(line)
+  services.watchdog.beat("reading the first samples")
   with pictures.optional(workdir / "views.png"):
-    draw_views(run.samples, run.built.make_views, build.make_augment(config, run.built), workdir / "views.png")
+    picture = workdir / "views.png"
+    augment = build.make_augment(config, run.built)
+    services.stop.wait_for(lambda: draw_views(run.samples, run.built.make_views, augment, picture))
 
 
 def _finish(step: int, workdir: Path, latest: dict[str, float]) -> dict[str, float]:
@@ -351,7 +379,7 @@ def _finish(step: int, workdir: Path, latest: dict[str, float]) -> dict[str, flo
   shown = {name: value for name, value in latest.items() if name.startswith(("loss", "eval/")) or name in names}
   final = {"step": step, **shown}
   if jax.process_index() == 0:
-    print(summary_table({"run": str(workdir), **final}))
+    message(summary_table({"run": str(workdir), **final}), stream=sys.stdout)
   return final
 
 
@@ -361,8 +389,8 @@ def _command(workdir: Path) -> None:
   try:
     train(flags.FLAGS.config, workdir, profile=profile)
   except Stopped as stopped:
-    print(stopped, file=sys.stderr)
-    sys.exit(flags.FLAGS.stopped_exit_code if stopped.signum == signal.SIGTERM else 128 + stopped.signum)
+    message(str(stopped))
+    sys.exit(130 if stopped.signum == signal.SIGINT else flags.FLAGS.stopped_exit_code)
 
 
 def main() -> None:
@@ -371,7 +399,7 @@ def main() -> None:
   flags.DEFINE_integer(
     "stopped_exit_code",
     0,
-    "Exit code after SIGTERM; use 143 for a supervisor that treats 0 as finished.",
+    "Exit code after SIGTERM or SIGHUP; use 143 for a supervisor that treats 0 as finished.",
     lower_bound=0,
     upper_bound=255,
   )

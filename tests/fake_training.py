@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class FakeTraining:
     poisoned: numbers of the batches that are not finite, so that the step skips them.
     bad: bad samples that are skipped for each batch, by kind.
     evaluate: evaluates a state.
-    on_batch: called with the number of each batch before it is used.
+    on_batch: called with the number of each batch while the run waits for it.
+    on_step: called with the number of each batch when its step begins.
     step_fn: the step.
     keep: arguments of `Checkpoints`.
   """
@@ -49,6 +51,7 @@ class FakeTraining:
   max_bad: float = 0.5
   evaluate: Callable[[State], dict[str, float]] = lambda state: {}
   on_batch: Callable[[int], None] = lambda number: None
+  on_step: Callable[[int], None] = lambda number: None
   step_fn: StepFn | None = None
   keep: dict[str, Any] = dataclasses.field(default_factory=lambda: {"keep_last": 2})
   hang_timeout: float = 0.0
@@ -85,7 +88,13 @@ class FakeTraining:
         evaluate_state=self.evaluate,
       )
       services.evaluate_if_missed(start, state)
-      loop(self.step_fn or add_batch, self.batches(position["next_index"]), state, start, services)
+      number = itertools.count(position["next_index"] // BATCH_SIZE)
+
+      def step_fn(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
+        self.on_step(next(number))
+        return (self.step_fn or add_batch)(state, batch)
+
+      loop(step_fn, self.batches(position["next_index"]), state, start, services)
     return services
 
   def batches(self, next_index: int) -> Batches:

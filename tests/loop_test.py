@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 import signal
+import threading
+import time
 from typing import Any
 
 from fake_training import BATCH_SIZE, FakeTraining, add_batch, lines, restore, saved_steps
@@ -18,6 +20,7 @@ from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.runtime.services import Cadence
 from declip_jax.runtime.signals import Stopped
+from declip_jax.runtime.watchdog import Watchdog
 from declip_jax.training.state import State
 
 
@@ -209,20 +212,53 @@ def test_the_scores_of_evaluations_decide_which_checkpoint_is_best(tmp_path: Pat
   assert saved_steps(tmp_path) == [4, 8]
 
 
-def test_sigterm_saves_and_the_run_resumes_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("event", "step"), [("on_step", 5), ("on_batch", 4)])
+def test_sigterm_saves_and_the_run_resumes_exactly(
+  event: str, step: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
   FakeTraining(Cadence(total=8, log=1)).run(tmp_path / "whole")
-  with pytest.raises(Stopped, match=r"step 5 by SIGTERM") as stopped:
-    FakeTraining(Cadence(total=8, log=1), on_batch=at(4, terminate)).run(tmp_path / "stopped")
-  assert (stopped.value.step, stopped.value.signum) == (5, signal.SIGTERM)
-  assert saved_steps(tmp_path / "stopped") == [5]
+  with pytest.raises(Stopped, match=rf"step {step} by SIGTERM") as stopped:
+    FakeTraining(Cadence(total=8, log=1), **{event: at(4, terminate)}).run(tmp_path / "stopped")
+  assert (stopped.value.step, stopped.value.signum) == (step, signal.SIGTERM)
+  assert f"saving checkpoint {step}; Ctrl-C now would lose the {step} steps since the start" in capsys.readouterr().err
+  assert saved_steps(tmp_path / "stopped") == [step]
   FakeTraining(Cadence(total=8, log=1)).run(tmp_path / "stopped")
   assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
   assert restore(tmp_path / "stopped", 8) == restore(tmp_path / "whole", 8)
 
 
+def test_sigterm_ends_a_run_that_waits_for_its_first_batch(tmp_path: Path) -> None:
+  def hang() -> None:
+    threading.Timer(0.05, terminate).start()
+    time.sleep(60)
+
+  began = time.monotonic()
+  with pytest.raises(Stopped, match=r"step 0"):
+    FakeTraining(on_batch=at(0, hang)).run(tmp_path)
+  assert time.monotonic() - began < 30
+  assert not saved_steps(tmp_path)
+
+
+def test_the_time_for_a_batch_is_limited_and_that_for_compiling_is_not(tmp_path: Path) -> None:
+  beats: list[tuple[str, bool]] = []
+
+  class Recorder(Watchdog):
+    def beat(self, activity: str) -> None:
+      beats.append((activity, True))
+
+    def exempt(self, activity: str) -> None:
+      beats.append((activity, False))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("fake_training.Watchdog", Recorder)
+    FakeTraining(Cadence(total=2)).run(tmp_path)
+  batches = [(f"reading the batch of step {step}", True) for step in (1, 2)]
+  assert beats == [batches[0], ("compiling and step 1", False), batches[1], ("step 2", True), ("checkpoint 2", True)]
+
+
 def test_a_stop_skips_the_evaluation_that_is_due(tmp_path: Path) -> None:
   training = FakeTraining(
-    Cadence(total=8, evaluate=4), evaluate=lambda state: {"eval/a/top1": 0.0}, on_batch=at(3, terminate)
+    Cadence(total=8, evaluate=4), evaluate=lambda state: {"eval/a/top1": 0.0}, on_step=at(3, terminate)
   )
   with pytest.raises(Stopped, match=r"step 4"):
     training.run(tmp_path)

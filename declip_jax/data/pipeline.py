@@ -7,6 +7,7 @@ is `{"next_index": N}`, the number of examples that the whole run has consumed, 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 import queue
 import signal
 import threading
@@ -20,7 +21,7 @@ import numpy as np
 from declip_jax.data import images
 from declip_jax.data.mixture import Mixture, Position, hashed
 from declip_jax.data.sources import BAD, BadSample, Example, Source
-from declip_jax.data.storage import jobs
+from declip_jax.data.storage import jobs, shared_memory
 
 Sample = dict[str, np.ndarray]
 BAD_COUNTS = "bad_counts"  # field of a sample: how many examples of each kind of `BAD` were skipped for it
@@ -168,7 +169,13 @@ def _read(dataset: grain.MapDataset, workers: int, threads: int) -> Iterator[Any
   if not flags.FLAGS.is_parsed():  # grain reads one of its flags, also in a notebook, where flags are not parsed
     flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-  return iter(stream.mp_prefetch(options, worker_init_fn=_start_worker))
+  shared_memory.remove_abandoned()
+  start = partial(_start_worker, shared_memory.prefix())
+  batches = iter(stream.mp_prefetch(options, worker_init_fn=start))
+  batches.get_state()  # makes the iterators of all workers, which start with the first batch otherwise
+  with jobs.hold_main_back():
+    batches.start_prefetch()
+  return batches
 
 
 class TrainStream:
@@ -365,16 +372,18 @@ def _close(batches: Iterator[Any]) -> None:
     close()
 
 
-def _start_worker(index: int, count: int) -> None:
-  """Prepares a process that reads.
+def _start_worker(prefix: str, index: int, count: int) -> None:
+  """Prepares a process that reads, whose shared memory has names with this prefix.
 
   Workers ignore signals, which the main process handles: it saves a checkpoint first.
   """
   del index, count
+  shared_memory.use_prefix(prefix)
   disable_opencv_threads()
   jobs.end_with_parent()
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def disable_opencv_threads() -> None:

@@ -2,6 +2,8 @@
 
 `track` counts what an iteration yields, `Bar` what other processes report, and `TrainingProgress` follows a run.
 `message` prints above the line.
+
+What cannot be written is dropped: a pipe that is closed, a full disk under the log or a lost terminal ends no run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -73,7 +75,7 @@ class Bar:
       total=total,
       unit=f" {unit}",
       initial=initial,
-      file=stream if live else _LogFile(stream),
+      file=_Display(stream) if live else _LogFile(stream),
       dynamic_ncols=live,
       mininterval=_REDRAW_SECONDS if live else _LOG_SECONDS,
       miniters=1,
@@ -87,10 +89,13 @@ class Bar:
   def update(self, count: int = 1) -> None:
     """Adds to the count."""
     self._bar.update(count)
+    if count:
+      for listener in _listeners:
+        listener(self._bar.desc)
 
   def set(self, count: int) -> None:
     """Sets the count, for progress that is reported as a total."""
-    self._bar.update(count - self._bar.n)
+    self.update(count - self._bar.n)
 
   def close(self) -> None:
     """Leaves the last state on the screen and moves below it; a second call does nothing."""
@@ -103,12 +108,38 @@ class Bar:
     self.close()
 
 
+_listeners: list[Callable[[str], object]] = []
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[str], object]) -> Iterator[None]:
+  """Calls `listener` with the description of each bar that advances while the context is open."""
+  _listeners.append(listener)
+  try:
+    yield
+  finally:
+    _listeners.remove(listener)
+
+
 def message(text: str, *, stream: TextIO | None = None) -> None:
   """Prints a line above all bars of a stream, standard error if None."""
   stream = sys.stderr if stream is None else stream
-  with _Line.external_write_mode(file=stream) if is_live(stream) else contextlib.nullcontext():
-    stream.write(text + "\n")
-    stream.flush()
+  display = _Display(stream)
+  with _Line.external_write_mode(file=display) if is_live(stream) else contextlib.nullcontext():
+    display.write(text + "\n")
+    display.flush()
+
+
+def drop_lost_streams() -> None:
+  """Redirects standard output and error to /dev/null where they cannot be written: Python flushes them at exit."""
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      if stream is not None:
+        stream.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except ValueError:  # it is closed
+      pass
 
 
 @contextlib.contextmanager
@@ -119,15 +150,17 @@ def logs_above(stream: TextIO) -> Iterator[None]:
   if not is_live(stream) or before is not stream:
     yield
     return
-  handler.setStream(_Above(stream))
+  handler.setStream(_Above(_Display(stream)))
   try:
     yield
   finally:
     handler.setStream(before)
 
 
-def is_live(stream: TextIO) -> bool:
+def is_live(stream: TextIO | None) -> bool:
   """Whether a line of the stream can be redrawn: it is a terminal or the output of a notebook cell."""
+  if stream is None or getattr(stream, "closed", False):
+    return False
   return stream.isatty() or type(stream).__module__.startswith("ipykernel")
 
 
@@ -161,6 +194,7 @@ class TrainingProgress:
     self._total_steps, self._batch_size, self._devices = total_steps, batch_size, devices
     self._enabled, self._now = enabled, now
     self._stream = sys.stderr if stream is None else stream
+    self._display = _Display(self._stream)
     self._live = is_live(self._stream)
     self._interval = _REDRAW_SECONDS if self._live else min_interval
     self._drawn_at = -math.inf
@@ -238,10 +272,10 @@ class TrainingProgress:
 
   def _draw(self, text: str) -> None:
     if not self._live:
-      self._stream.write(text + "\n")
-      self._stream.flush()
+      self._display.write(text + "\n")
+      self._display.flush()
     elif self._line is None:
-      self._line = _Line(desc=text, file=self._stream, bar_format="{desc}", leave=True)
+      self._line = _Line(desc=text, file=self._display, bar_format="{desc}", leave=True)
     else:
       self._line.set_description_str(text)
 
@@ -273,11 +307,37 @@ class _Line(tqdm):
   _lock = threading.RLock()
 
 
+class _Display:
+  """A stream that drops what it cannot write; equal to that stream, since tqdm compares the streams of bars."""
+
+  def __init__(self, stream: TextIO | None):
+    self._stream = stream
+
+  def write(self, text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+      if self._stream is not None:
+        self._stream.write(text)
+
+  def flush(self) -> None:
+    with contextlib.suppress(OSError, ValueError):
+      if self._stream is not None:
+        self._stream.flush()
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+  def __eq__(self, other: object) -> bool:
+    return self._stream is (other._stream if isinstance(other, _Display) else other)
+
+  def __hash__(self) -> int:
+    return id(self._stream)
+
+
 class _LogFile:
   """A stream to which tqdm's redrawn line is written as lines of their own."""
 
   def __init__(self, stream: TextIO):
-    self._stream = stream
+    self._stream = _Display(stream)
 
   def write(self, text: str) -> None:
     if text := " ".join(text.split()):  # tqdm pads with spaces
@@ -288,9 +348,9 @@ class _LogFile:
 
 
 class _Above:
-  """A stream whose lines are printed above the bars of another one."""
+  """A stream whose lines are printed above its bars."""
 
-  def __init__(self, stream: TextIO):
+  def __init__(self, stream: _Display):
     self._stream = stream
 
   def write(self, text: str) -> None:

@@ -9,6 +9,7 @@ from absl import flags
 
 from declip_jax import command_line
 from declip_jax.data.pipeline import disable_opencv_threads
+from declip_jax.reporting.progress import drop_lost_streams
 from declip_jax.runtime.hosts import join_processes
 from declip_jax.runtime.workdir import local_path
 
@@ -39,16 +40,18 @@ def launch(command: Callable[[Path], None], doc: str | None, required: Sequence[
       command(local_path(flags.FLAGS.workdir))
     except command_line.USER_ERRORS as error:
       return command_line.report(error, _write_traceback(Path(flags.FLAGS.workdir)))
+    finally:
+      drop_lost_streams()
     return 0
 
   command_line.run(main, doc, required=(*required, "workdir"))
 
 
 def _write_traceback(workdir: Path) -> str:
-  """Writes `error.txt` into the directory of a run; returns a line that names it, or an empty string."""
+  """Writes `error.txt` into the directory of a run; returns a note that names it, or an empty string."""
   if not (workdir / "checkpoints").is_dir():  # not a run, but a folder of weights
     return ""
   with contextlib.suppress(OSError):  # the disk itself may be full
     (workdir / "error.txt").write_text(traceback.format_exc())
-    return f"\n(traceback in {workdir / 'error.txt'})"
+    return f" (traceback in {workdir / 'error.txt'})"
   return ""

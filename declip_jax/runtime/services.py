@@ -1,9 +1,10 @@
 """The calls of the training loop besides the step: each concern of a run is one method of `Services`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 from pathlib import Path
-from typing import Any
+import signal
+from typing import Any, TypeVar
 
 import jax
 
@@ -20,6 +21,7 @@ from declip_jax.runtime.trace import Trace
 from declip_jax.runtime.watchdog import Watchdog
 from declip_jax.training.state import State
 
+T = TypeVar("T")
 Metrics = dict[str, jax.Array]
 _PATIENCE = 300.0  # seconds for which the last checkpoint is retried
 _DUE_EVERY = 50  # steps between questions whether a host's clock asks for a checkpoint, in a run without log lines
@@ -88,10 +90,18 @@ class Services:
   draw_curves: Callable[[], None] = lambda: None
   latest: dict[str, float] = dataclasses.field(default_factory=dict)
 
+  def read(self, step: int, batches: Iterator[T]) -> T | None:
+    """Returns the batch of a step, None if the run is asked to stop while it waits for the batch."""
+    self.watchdog.beat(f"reading the batch of step {step}")
+    with self.clock.spending("data"):
+      return self.stop.wait_for(lambda: next(batches))
+
   def begin(self, step: int, state: State) -> None:
     """Prepares for a step that is about to be dispatched."""
-    if self.clock.has_compiled:  # the first step may take as long as it needs to compile
+    if self.clock.has_compiled:
       self.watchdog.beat(f"step {step}")
+    else:
+      self.watchdog.exempt(f"compiling and step {step}")
     self.trace.begin(step, state)
 
   def end(self, step: int, state: State, metrics: Metrics) -> None:
@@ -165,6 +175,15 @@ class Services:
     self.watchdog.beat(f"checkpoint {step}")
     with self.clock.spending("save"):
       self._save(step, state, position)
+
+  def announce_stop(self, step: int, signum: int) -> None:
+    """Says that a checkpoint is saved before the run stops, and what Ctrl-C would cost meanwhile."""
+    newest = self.checkpoints.latest() or 0
+    since = f"checkpoint {newest}" if newest else "the start"
+    self.progress.message(
+      f"{signal.Signals(signum).name}: saving checkpoint {step}; Ctrl-C now would lose the {step - newest} steps since "
+      f"{since}"
+    )
 
   def finish_save(self, step: int, state: State, position: dict[str, Any]) -> None:
     """Waits until the checkpoint of a step is written, and retries if that fails.

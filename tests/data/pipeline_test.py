@@ -360,16 +360,16 @@ def test_a_batch_is_made_by_all_threads() -> None:
 
 
 def test_workers_end_when_the_training_is_killed(tmp_path: pathlib.Path) -> None:
+  """The script has no main guard: workers do not import it."""
   program = tmp_path / "train.py"
   program.write_text(
     "import os, signal, sys\n"
     f"sys.path[:0] = [{str(pathlib.Path(__file__).parent)!r}]\n"
-    "if __name__ == '__main__':\n"
-    "  import psutil, pipeline_test as here\n"
-    "  stream = here.pipeline.TrainStream(here.rows(here.Numbers(50)), 8, workers=2, threads=1)\n"
-    "  next(stream)\n"
-    "  print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)\n"
-    "  os.kill(os.getpid(), signal.SIGKILL)\n"
+    "import psutil, pipeline_test as here\n"
+    "stream = here.pipeline.TrainStream(here.rows(here.Numbers(50)), 8, workers=2, threads=1)\n"
+    "next(stream)\n"
+    "print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)\n"
+    "os.kill(os.getpid(), signal.SIGKILL)\n"
   )
   path = os.pathsep.join(filter(None, [str(pathlib.Path(pipeline.__file__).parents[2]), os.environ.get("PYTHONPATH")]))
   done = subprocess.run(

@@ -1,6 +1,6 @@
 """The progress display on terminals and in log files; time is simulated."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import contextlib
 import io
 import math
@@ -9,7 +9,7 @@ import pty
 import subprocess
 import sys
 import termios
-from typing import Any
+from typing import Any, TextIO
 
 from absl import logging
 import numpy as np
@@ -57,6 +57,64 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def consume(clock: Clock, count: int, seconds: float, stream: io.StringIO, total: int | None) -> None:
   for _ in progress.track(iter(range(count)), "indexing a list", total, "samples", stream=stream):
     clock.now += seconds
+
+
+def lost_pipe() -> TextIO:
+  reader, writer = os.pipe()
+  os.close(reader)
+  return open(writer, "w")
+
+
+def lost_terminal() -> TextIO:
+  main, terminal = pty.openpty()
+  os.set_blocking(terminal, False)
+  stream = open(terminal, "w")  # noqa: SIM115
+  assert progress.is_live(stream)
+  os.close(main)
+  return stream
+
+
+def full_disk() -> TextIO:
+  return open("/dev/full", "w")
+
+
+def closed() -> TextIO:
+  stream = open(os.devnull, "w")  # noqa: SIM115
+  stream.close()
+  return stream
+
+
+@pytest.mark.parametrize(
+  "lose",
+  [lost_pipe, lost_terminal, full_disk, closed, lambda: None],
+  ids=["pipe", "terminal", "disk", "closed", "none"],
+)
+def test_a_lost_display_loses_only_the_display(lose: Callable[[], TextIO], monkeypatch: pytest.MonkeyPatch) -> None:
+  stream = lose()
+  monkeypatch.setattr(sys, "stderr", stream)
+  monkeypatch.setattr(progress, "_QUIET_SECONDS", 0.0)
+  monkeypatch.setattr(progress, "_REDRAW_SECONDS", 0.0)
+  monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
+  assert list(progress.track(range(3), "indexing")) == [0, 1, 2]
+  with progress.TrainingProgress(3, 16, min_interval=0.0) as line:
+    for step in range(1, 4):
+      line.update(step, {"loss": 1.0})
+      line.message("a message")
+  progress.message("another message")
+  with contextlib.suppress(OSError):
+    if stream is not None:
+      stream.close()
+
+
+def test_a_bar_tells_listeners_only_when_it_advances() -> None:
+  heard: list[str] = []
+  with progress.listening(heard.append), progress.Bar("indexing", 9, stream=io.StringIO()) as bar:
+    bar.set(4)
+    bar.set(4)
+    bar.update()
+  with progress.Bar("later", stream=io.StringIO()) as bar:
+    bar.update()
+  assert heard == ["indexing", "indexing"]
 
 
 def test_a_log_file_gets_a_plain_line_now_and_then_and_the_final_count(clock: Clock) -> None:

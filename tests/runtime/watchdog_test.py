@@ -1,8 +1,10 @@
-"""A process that hangs exits and records its stacks."""
+"""A process that hangs exits and records its stacks; one that was suspended does not."""
 
 from pathlib import Path
+import signal
 import subprocess
 import sys
+import time
 
 
 def test_a_hang_ends_the_process_and_leaves_the_stacks(tmp_path: Path) -> None:
@@ -27,3 +29,30 @@ with Watchdog(pathlib.Path(sys.argv[1]), 0.5) as watchdog:
   stacks = (tmp_path / "hang.0.txt").read_text()
   assert "step 4" in stacks
   assert "in stand_still" in stacks
+
+
+def test_neither_a_suspended_process_nor_an_exempt_activity_hangs(tmp_path: Path) -> None:
+  script = """
+import pathlib, sys, time
+from declip_jax.runtime.watchdog import Watchdog
+
+with Watchdog(pathlib.Path(sys.argv[1]), 0.5) as watchdog:
+  watchdog.beat("a step")
+  watchdog.exempt("compiling")
+  time.sleep(1)
+  watchdog.beat("reading")
+  print("ready", flush=True)
+  sys.stdin.readline()
+"""
+  pipe = subprocess.PIPE
+  process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdin=pipe, stdout=pipe, text=True)
+  assert process.stdin is not None
+  assert process.stdout is not None
+  assert process.stdout.readline() == "ready\n"
+  process.send_signal(signal.SIGSTOP)
+  time.sleep(1)
+  process.send_signal(signal.SIGCONT)
+  time.sleep(0.1)
+  process.stdin.close()
+  assert process.wait(timeout=60) == 0
+  process.stdout.close()

@@ -116,7 +116,7 @@ class _Pools:
   def submit(self, argument: Any, here: bool = False) -> Future:
     """Starts a job, in this process if there are no workers, if `here`, or if they are broken and may be replaced."""
     if self._workers and not here:
-      with contextlib.suppress(BrokenProcessPool), _hold_main_back():
+      with contextlib.suppress(BrokenProcessPool), hold_main_back():
         return self._workers.submit(_work, self._function, argument)
       if not self._retry:
         raise WorkerKilled(_KILLED)
@@ -242,7 +242,7 @@ _main_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _hold_main_back() -> Iterator[None]:
+def hold_main_back() -> Iterator[None]:
   """Keeps workers that start within from importing `__main__`: a script without a main guard would run once more."""
   with _main_lock:
     main = sys.modules["__main__"]

@@ -1,0 +1,43 @@
+"""Commands with a working directory: their exit codes when the display is lost, and their errors."""
+
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+from declip_jax.reporting.progress import message
+from declip_jax.runtime.command import launch
+
+def command(workdir):
+  for stream in (sys.stderr, sys.stdout):
+    message("a line", stream=stream)
+  {body}
+  (workdir / "done").touch()
+
+launch(command, None)
+"""
+
+
+@pytest.mark.parametrize(
+  ("body", "code"),
+  [("pass", 0), ("raise OSError('a disk')", 74), pytest.param("sys.exit(3)", 3, marks=pytest.mark.slow)],
+)
+def test_a_command_whose_display_is_lost_has_the_exit_code_of_its_work(body: str, code: int, tmp_path: Path) -> None:
+  with open("/dev/full", "w") as full:
+    done = subprocess.run(
+      [sys.executable, "-c", SCRIPT.format(body=body), f"--workdir={tmp_path}"], stdout=full, stderr=full, check=False
+    )
+  assert done.returncode == code
+  assert (tmp_path / "done").exists() == (code == 0)
+
+
+def test_the_error_of_a_run_is_one_line_that_names_its_traceback(tmp_path: Path) -> None:
+  (tmp_path / "checkpoints").mkdir()
+  script = SCRIPT.format(body="raise ValueError('bad')")
+  command = [sys.executable, "-c", script, f"--workdir={tmp_path}"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.stderr.splitlines() == ["a line", f"error: bad (traceback in {tmp_path / 'error.txt'})"]
+  assert "ValueError: bad" in (tmp_path / "error.txt").read_text()
