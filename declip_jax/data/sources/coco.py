@@ -7,6 +7,7 @@ sentences and its split; retrieval is reported on their "test" split, 5,000 and 
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+import itertools
 import json
 import re
 from typing import Any
@@ -15,9 +16,10 @@ from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, patterns
+from declip_jax.data.storage.bounded import parse_json
 
 _FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset")
-_PROBED = 3  # images to look for in a folder, since single ones may be missing
+_PROBED = 20  # images to look for at random, since some may be missing
 
 
 def open_coco(location: str) -> lists.ListSource:
@@ -47,14 +49,15 @@ def open_coco(location: str) -> lists.ListSource:
   index = lists.index_list(name, [path], ["coco", split, files.stamps([path])], lambda: _entries(path, split))
   source = lists.ListSource(name, index, root)
   if root is None:
-    few = [source.entry(number).path for number in range(min(_PROBED, len(source)))]
+    few = [source.entry(number).path for number in lists.probes(len(source), _PROBED)]
     source = lists.ListSource(name, index, _find_root(name, path, few))
   return lists.checked(source)
 
 
 def _entries(path: str, split: str | None) -> Iterator[Entry | BadSample]:
   try:
-    content = json.loads(files.read(path))
+    data = files.read(path)
+    content = parse_json(data.decode(json.detect_encoding(data)))
   except ValueError as error:
     raise ValueError(f"{path}: not JSON: {error}") from None
   content = content if isinstance(content, dict) else {}
@@ -123,14 +126,14 @@ def _entry(number: Any, name: Any, captions: Sequence[Any], place: str) -> Entry
 
 
 def _find_root(name: str, path: str, images: Sequence[str]) -> str:
-  """The first folder near the annotations that contains one of the images."""
+  """The first folder near the annotations that has the first of the images that exists."""
   here = lists.folder_of(path)
   archive = re.search(r"(train|val|test)\d{4}", path.rpartition("/")[2])
   folders = [*_FOLDERS, *((archive[0], f"images/{archive[0]}") if archive else ())]
   tried = [f"{place}/{folder}".rstrip("/") for place in (here, lists.folder_of(here)) for folder in folders]
-  for root in tried:
-    if any(files.exists(f"{root}/{image}") for image in images):
+  for image, root in itertools.product(images, tried):
+    if files.exists(f"{root}/{image}"):
       return root
   raise FileNotFoundError(
-    f"{name}: found none of {list(images)} in {', '.join(tried)}; give their folder as ?root=FOLDER"
+    f"{name}: found none of {list(images[:3])} in {', '.join(tried)}; give their folder as ?root=FOLDER"
   )

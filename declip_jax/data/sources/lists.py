@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+import random
 import re
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ LABEL_NAMES = ("label", "labels", "class", "class_id", "class_index", "target", 
 _FORMAT = 2  # part of the name of an index: raise it when its columns, or the rules by which a list is read, change
 _BATCH = 4096  # entries; the builder keeps one batch in memory
 _BATCH_WITH_IMAGES = 64
+_PROBED = 100  # images to read at random until one of them exists
 _LOGGED = 5  # skipped samples to name in the log; all of them are counted
 _MAX_CLASSES = 100_000  # more labels than this are not classes, but numbers or names of samples
 _SCHEMA = pa.schema(
@@ -191,7 +193,7 @@ def index_list(
 
 
 def checked(source: ListSource) -> ListSource:
-  """Returns the source if its first, middle or last image can be read.
+  """Returns the source if one of its images can be read: its first one, or one of `_PROBED` others.
 
   Raises:
     FileNotFoundError: none of them can be read.
@@ -201,7 +203,7 @@ def checked(source: ListSource) -> ListSource:
   if source.classnames and largest >= len(source.classnames):
     raise ValueError(f"{source.name}: label {largest}, but only {len(source.classnames)} class names")
   errors = []
-  for index in sorted({0, len(source) // 2, len(source) - 1}):
+  for index in dict.fromkeys([0, *probes(len(source), _PROBED)]):
     try:
       source[index]
       return source
@@ -209,6 +211,11 @@ def checked(source: ListSource) -> ListSource:
       errors.append(error)
   tried = f"none of {len(errors)} images tried can be read: {errors[0]}"
   raise FileNotFoundError(f"{source.name}: {tried}; give their folder as ?root=FOLDER")
+
+
+def probes(count: int, number: int) -> list[int]:
+  """Up to `number` positions of `range(count)`, at random: samples at equal distances may be missing together."""
+  return random.Random(0).sample(range(count), min(number, count))
 
 
 def parse(location: str, legal: Sequence[str], form: str = "PLACE") -> tuple[str, dict[str, str]]:

@@ -8,8 +8,8 @@
 
 All but Parquet may be compressed as .gz. Text is UTF-8, UTF-16 with a byte order mark, or in the given `encoding`. A
 byte that is invalid there is an error and not just a skipped line, since it means that the whole table is in another
-encoding. A line that does not parse is skipped and counted, with its number in the log, and reading continues on the
-next line: an unbalanced quote is plain text and does not swallow the lines after it.
+encoding. A line that does not parse, or has more than 2^19 characters, is skipped and counted, with its number in the
+log, and reading continues on the next line: an unbalanced quote is plain text and does not swallow the lines after it.
 
 DeCLIP's metadata (its data/datasets/clip_dataset.py) have this form: JSON lines with `filename`, `caption`, a text or a
 list, and `label` and `label_name` for evaluation, with paths relative to a folder. DeCLIP uses only the first caption
@@ -21,12 +21,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 import contextlib
 import csv
+from functools import partial
 import gzip
-import io
 import itertools
 import json
 import re
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple
 import zlib
 
 from absl import logging
@@ -37,6 +37,7 @@ from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, patterns
+from declip_jax.data.storage.bounded import Lines, json_decoder, parse_json
 
 _LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
 _ROLES = ("image", "caption", "label", "label_name", "encoding", "root")
@@ -45,7 +46,9 @@ _LONGEST_HEADER = 2**16
 _QUOTED_LINES = 100  # lines that one quoted field may span
 _PEEKED = 100  # objects to read for their keys, since not all objects need all keys
 _CHUNK = 2**20
-_MOST_JSON = 2**26  # characters of one object in an array
+_LONGEST = 2**19  # characters of a line or an object; a hundred lines are in memory
+_LONGEST_SKIPPED = 2**24  # characters of an element of an array that is nested too deeply
+_JSON_MARKS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
 _PARQUET_ROWS = 256  # per batch, which is in memory, images included
 
 # A line number, and its fields by column or an error message.
@@ -251,12 +254,11 @@ def _unzipped(stream: BinaryIO, path: str) -> BinaryIO:
   return gzip.GzipFile(fileobj=stream) if path.lower().endswith(".gz") else stream
 
 
-def _text(stream: BinaryIO, path: str, encoding: str | None) -> TextIO:
-  # Only \n ends a line: a lone \r occurs within captions, and \r\n is stripped.
+def _text(stream: BinaryIO, path: str, encoding: str | None) -> Lines:
   start = stream.read(2)
   stream.seek(0)
   try:
-    return io.TextIOWrapper(stream, encoding or lists.encoding_of(start), newline="\n")
+    return Lines(stream, encoding or lists.encoding_of(start), _LONGEST)
   except LookupError as error:
     raise ValueError(f"{path}: {error}") from None
 
@@ -265,7 +267,8 @@ def _undecodable(path: str, encoding: str) -> ValueError:
   """Returns an error with the place where a text is not in its encoding, which the wrapper's error lacks."""
   decoder, line, before = codecs.getincrementaldecoder(encoding)(), 1, 0
   with files.open_stream(path) as stream:
-    for piece in itertools.chain(_unzipped(stream, path), [b""]):
+    pieces = iter(partial(_unzipped(stream, path).read, _CHUNK), b"")
+    for piece in itertools.chain(pieces, [b""]):
       before += len(piece)
       try:
         line += decoder.decode(piece, final=not piece).count("\n")
@@ -277,7 +280,7 @@ def _undecodable(path: str, encoding: str) -> ValueError:
   return ValueError(f"{path}: not {encoding}")
 
 
-def _read_lines(text: TextIO, path: str, names: Set[str]) -> tuple[list[str], Iterator[_Record]]:
+def _read_lines(text: Lines, path: str, names: Set[str]) -> tuple[list[str], Iterator[_Record]]:
   """Reads a table with one record per line."""
   header = text.readline(_LONGEST_HEADER).rstrip("\r\n")
   if not header.strip() or "\r" in header:
@@ -294,13 +297,16 @@ def _split(header: str, separator: str) -> list[str]:
   return [field.strip() for field in next(csv.reader([header], delimiter=separator, skipinitialspace=True))]
 
 
-def _lines(text: TextIO, columns: list[str], separator: str) -> Iterator[_Record]:
+def _lines(text: Lines, columns: list[str], separator: str) -> Iterator[_Record]:
   """Splits lines into fields; if a line and those that its quotes span are no record, its quotes are plain text."""
   ahead: deque[str] = deque()
   number = 1
   while line := ahead.popleft() if ahead else text.readline():
     number += 1
     if not line.strip():
+      continue
+    if len(line) > text.longest:
+      yield number, _too_long(line, text)
       continue
     fields, more = line.rstrip("\r\n").split(separator), 0
     if '"' in line:
@@ -326,50 +332,83 @@ def _quoted(lines: list[str], separator: str) -> tuple[list[str], int]:
     return [], 1
 
 
-def _read_json(text: TextIO, path: str) -> tuple[list[str], Iterator[_Record]]:
+def _read_json(text: Lines, path: str) -> tuple[list[str], Iterator[_Record]]:
   """Objects, one a line or in an array."""
-  start = text.read(_CHUNK).lstrip()
-  if start.startswith("["):
-    records = _array(text, start[1:])
-  else:
-    text.seek(0)
-    records = _objects(text)
-  head = list(itertools.islice(records, _PEEKED))
-  columns = list(dict.fromkeys(key for _, fields in head if not isinstance(fields, str) for key in fields))
+  read = _array if text.read(_CHUNK).lstrip().startswith("[") else _objects
+  columns, problem = {}, "it is empty"
+  for _, fields in itertools.islice(read(text), _PEEKED):
+    if isinstance(fields, str):
+      problem = fields
+    else:
+      columns |= dict.fromkeys(fields)
   if not columns:
-    what = head[0][1] if head else "it is empty"
-    raise ValueError(f"{path}: neither one JSON object per line nor an array of objects: {what}")
-  return columns, itertools.chain(head, records)
+    raise ValueError(f"{path}: neither one JSON object per line nor an array of objects: {problem}")
+  return list(columns), read(text)
 
 
-def _objects(text: TextIO) -> Iterator[_Record]:
+def _objects(text: Lines) -> Iterator[_Record]:
+  text.seek(0)
   for number, line in enumerate(text, start=1):
-    if line.strip():
+    if len(line) > text.longest:
+      yield number, _too_long(line, text)
+    elif line.strip():
       try:
-        yield number, _mapping(json.loads(line))
+        yield number, _mapping(parse_json(line))
       except ValueError as error:
         yield number, f"bad JSON: {error}: {_short(line)}"
 
 
-def _array(text: TextIO, buffer: str) -> Iterator[_Record]:
-  """Yields the elements of an array, whose bracket has been read, without reading the whole file at once."""
-  decoder, position, number = json.JSONDecoder(), 0, 0
-  gap = re.compile(r"[\s,]*")
+def _array(text: Lines) -> Iterator[_Record]:
+  """Yields the elements of an array without reading the whole file at once."""
+  text.seek(0)
+  buffer, number, decoder = text.read(_CHUNK).lstrip()[1:], 0, json_decoder()
+  position, gap = 0, re.compile(r"[\s,]*")
   while True:
     position = gap.match(buffer, position).end()
     try:
       if buffer.startswith("]", position):
         return
       value, position = decoder.raw_decode(buffer, position)
+      yield number, _mapping(value)
+    except RecursionError:
+      buffer, position = _after_element(text, buffer, position)
+      yield number, "nested too deeply" + (", the rest is not read" if not buffer else "")
+      if not buffer:
+        return
     except ValueError as error:
       chunk = text.read(_CHUNK)
-      if not chunk or len(buffer) - position > _MOST_JSON:
+      if not chunk or len(buffer) - position > text.longest:
         yield number, f"bad JSON, the rest is not read: {error}"
         return
       buffer, position = buffer[position:] + chunk, 0
       continue
-    yield number, _mapping(value)
     number += 1
+
+
+def _after_element(text: Lines, buffer: str, position: int) -> tuple[str, int]:
+  """A piece of an array, and the position in it where the object or list ends that starts at `position`.
+
+  The piece is empty if the file ends before that, or if the element is longer than `_LONGEST_SKIPPED`.
+  """
+  depth, quoted, skipped = 0, False, 0
+  while buffer and skipped < _LONGEST_SKIPPED:
+    buffer += text.read(1) if buffer.endswith("\\") else ""
+    for mark in _JSON_MARKS.finditer(buffer, position):
+      if mark[0] == '"':
+        quoted = not quoted
+      elif not quoted and mark[0] in "[{":
+        depth += 1
+      elif not quoted and mark[0] in "]}":
+        depth -= 1
+        if not depth:
+          return buffer, mark.end()
+    skipped += len(buffer) - position
+    buffer, position = text.read(_CHUNK), 0
+  return "", 0
+
+
+def _too_long(line: str, text: Lines) -> str:
+  return f"more than {text.longest:,} characters: {_short(line[:100])}"
 
 
 def _mapping(value: Any) -> Mapping[str, Any] | str:

@@ -1,0 +1,62 @@
+"""Readers of lines and JSON that need little memory, whatever the file."""
+
+import io
+import json
+from typing import Any
+
+_SKIPPED = 2**20  # characters of a line that are skipped at once
+_MOST_DIGITS = 4000  # of a whole number in JSON; Python refuses to read more than 4300, which would take long
+
+
+class Lines(io.TextIOWrapper):
+  """A text file whose `readline` and iteration return at most `longest + 1` characters of a line and skip the rest.
+
+  A line is whole if it has at most `longest` characters.
+
+  Args:
+    stream: the file.
+    encoding: its encoding.
+    longest: the largest number of characters of a whole line.
+
+  Raises:
+    LookupError: the encoding is unknown.
+  """
+
+  def __init__(self, stream: Any, encoding: str, longest: int):
+    super().__init__(stream, encoding, newline="\n")  # a lone \r occurs within captions, and \r\n is stripped
+    self.longest = longest
+    self._CHUNK_SIZE = 2**16  # bytes to decode at once; by default 8 KiB, which takes longer
+
+  def readline(self, size: int | None = -1, /) -> str:
+    if size is not None and size >= 0:
+      return super().readline(size)
+    line = rest = super().readline(self.longest + 1)
+    while len(line) > self.longest and rest and not rest.endswith("\n"):
+      rest = super().readline(_SKIPPED)
+    return line
+
+  def __next__(self) -> str:
+    if line := self.readline():
+      return line
+    raise StopIteration
+
+
+def json_decoder() -> json.JSONDecoder:
+  """A decoder for which whole numbers of thousands of digits are infinite, rather than an error."""
+  return json.JSONDecoder(parse_int=_whole)
+
+
+def parse_json(text: str) -> Any:
+  """Parses JSON; see `json_decoder`.
+
+  Raises:
+    ValueError: not JSON, or nested too deeply.
+  """
+  try:
+    return json_decoder().decode(text)
+  except RecursionError:
+    raise ValueError("nested too deeply") from None
+
+
+def _whole(digits: str) -> int | float:
+  return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)

@@ -1,0 +1,112 @@
+"""Lists with a record that no reader should trust: it is counted and named, and the rest of the list is used."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from declip_jax.data.sources import open_source
+from declip_jax.data.storage import bounded
+
+DEEP = "[" * 50_000
+
+
+def write(path: Path, text: str) -> Path:
+  if path.suffix == ".gz":
+    path.write_bytes(gzip.compress(text.encode(), 1))
+  else:
+    path.write_text(text)
+  return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+  for name in ("a", "b"):
+    (tmp_path / f"{name}.jpg").write_bytes(name.encode())
+  return tmp_path
+
+
+def record(name: str, **fields: object) -> str:
+  return json.dumps({"image": f"{name}.jpg", "caption": f"caption {name}", **fields})
+
+
+LONG = "x" * 2**20
+RECORDS = {
+  "a long line": (
+    "t.csv",
+    ["image,caption", "a.jpg,caption a", f"c.jpg,{LONG}", "b.jpg,caption b"],
+    "more than 524,288",
+  ),
+  "a long quoted line": (
+    "t.csv",
+    ["image,caption", "a.jpg,caption a", f'c.jpg,"{LONG}', "b.jpg,caption b"],
+    "more than 524,288",
+  ),
+  "a long line in a gzip": ("t.jsonl.gz", [record("a"), record("c", text=LONG), record("b")], "more than 524,288"),
+  "a nested line": ("t.jsonl", [record("a"), f'{{"image": {DEEP}', record("b")], "nested too deeply"),
+  "a nested element": (
+    "t.json",
+    [f"[{record('a')},", f'{{"image": "\\"]", "x": {DEEP}"{{\\\\"{"]" * 50_000}}},', f"{record('b')}]"],
+    "nested too deeply",
+  ),
+  "a nested element without an end": ("t.json", [f"[{record('a')},{record('b')},", DEEP], "the rest is not read"),
+  "a number of 5,000 digits": (
+    "t.jsonl",
+    [record("a"), f'{{"image": "c.jpg", "caption": {"9" * 5000}}}', record("b", width=10**30)],
+    "expected a caption",
+  ),
+  "a label of 5,000 digits": (
+    "t.jsonl",
+    [record("a", label=0), f'{{"image": "c.jpg", "caption": "c", "label": {"9" * 5000}}}', record("b", label=1)],
+    "label",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_a_hostile_record_is_counted_and_named(case: str, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+  name, lines, message = RECORDS[case]
+  source = open_source(f"table:{write(root / name, chr(10).join(lines))}")
+  assert [example["captions"] for example in source] == [("caption a",), ("caption b",)]
+  assert source.skipped == {"damaged record": 1}
+  assert message in caplog.text
+
+
+def test_an_irrelevant_number_of_5000_digits_does_no_harm(root: Path) -> None:
+  line = f'{{"image": "a.jpg", "caption": "caption a", "width": {"9" * 5000}}}'
+  assert open_source(f"table:{write(root / 't.jsonl', line)}")[0]["captions"] == ("caption a",)
+  content = f'{{"images": [{{"id": 1, "file_name": "a.jpg", "area": {"9" * 5000}}}], "annotations": ['
+  content += '{"image_id": 1, "caption": "caption a"}]}'
+  assert open_source(f"coco:{write(root / 'captions.json', content)}")[0]["captions"] == ("caption a",)
+
+
+def test_nested_annotations_are_an_error_of_one_line(root: Path) -> None:
+  path = write(root / "captions.json", '{"images": [], "annotations": ' + DEEP)
+  with pytest.raises(ValueError, match=r"captions\.json: not JSON: nested too deeply"):
+    open_source(f"coco:{path}")
+
+
+def test_what_exceeds_the_longest_line_is_skipped(tmp_path: Path) -> None:
+  path = write(tmp_path / "t.txt", f"first\n{'é' * 3_000_000}\n{'y' * 10}\n{'z' * 11}")
+  with path.open("rb") as file:
+    lines = list(bounded.Lines(file, "utf-8", 10))
+  assert lines == ["first\n", "é" * 11, "y" * 10 + "\n", "z" * 11]
+
+
+@pytest.mark.parametrize("kind", ["table", "coco"])
+def test_a_list_opens_though_many_of_its_images_are_missing(kind: str, tmp_path: Path) -> None:
+  """The first, the middle, the last and every other one in between: an even spacing would find none."""
+  there = [number for number in range(101) if number % 2 and number != 50]
+  for number in there:
+    (tmp_path / f"{number}.jpg").write_bytes(b"an image")
+  if kind == "table":
+    lines = ["image,caption", *(f"{number}.jpg,picture {number}" for number in range(101))]
+    path = write(tmp_path / "t.csv", "\n".join(lines))
+  else:
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(101)]
+    captions = [{"image_id": number, "caption": f"picture {number}"} for number in range(101)]
+    path = write(tmp_path / "c.json", json.dumps({"images": images, "annotations": captions}))
+  source = open_source(f"{kind}:{path}")
+  assert len(source) == 101
+  assert source[1]["image"] == b"an image"
