@@ -11,6 +11,7 @@ data instead:
 Results are printed, and appended to evaluations.jsonl in the working directory, one JSON object per line.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -26,7 +27,10 @@ from declip_jax.build import evals_with_text, make_evaluators
 from declip_jax.clip import load
 from declip_jax.reporting.metrics import summary_table
 from declip_jax.reporting.progress import message
+from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.command import launch
+from declip_jax.runtime.records import add_line
+from declip_jax.runtime.workdir import read_config
 
 _BATCH_SIZE = 256  # without a run's config
 
@@ -52,8 +56,7 @@ def evaluate(
     ValueError: no evaluation is given.
   """
   clip = load(weights or workdir, step=step)
-  config_file = workdir / "config.json"
-  config = config_lib.from_json(config_file.read_text()) if config_file.exists() else None
+  config = _config_of_run(workdir, clip.step)
   if evals is None:
     evals = config.evals if config else ConfigDict()
   if not len(evals):
@@ -64,9 +67,17 @@ def evaluate(
   results = {**about, **make_evaluators(evals, workdir)(encoders)}
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "evaluations.jsonl").open("a") as file:
-      file.write(json.dumps({"evals": evals.to_dict(), **results}) + "\n")
+    add_line(workdir / "evaluations.jsonl", {"evals": evals.to_dict(), **results})
   return results
+
+
+def _config_of_run(workdir: Path, step: int | None) -> ConfigDict | None:
+  """The config in a working directory, or, if its file is damaged, that of the checkpoint; None if there is none."""
+  fields = read_config(workdir)
+  if fields is not None or step is None:
+    return fields and config_lib.from_json(json.dumps(fields))
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    return config_lib.from_json(json.dumps(checkpoints.config(step)))
 
 
 def _evals_from_flags() -> ConfigDict | None:

@@ -349,7 +349,8 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
     return
   workdir, mesh = services.workdir, run.built.mesh
   sizes = {source.name: len(source) for source in run.sources}
-  changes = record(config.to_json_best_effort(indent=2, sort_keys=True), mesh, workdir, sizes)
+  stamps = {source.name: source.stamp for source in run.sources}
+  changes = record(config.to_json_best_effort(indent=2, sort_keys=True), mesh, workdir, sizes, stamps)
   lines = opening_lines(
     sources=run.sources,
     weights=run.built.objective.weights,

@@ -27,7 +27,7 @@ from declip_jax.clip import load
 from declip_jax.data import pipeline
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import open_source
-from declip_jax.evaluate import evaluate
+from declip_jax.evaluate import _config_of_run, evaluate
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.runtime import workdir as workdir_lib
 from declip_jax.runtime.checkpoint import Checkpoints
@@ -279,6 +279,9 @@ def test_the_other_commands_read_a_run_back(finished_run: FinishedRun, tmp_path:
   scores = {name: value for name, value in finished_run.final.items() if name.startswith("eval/")}
   found = evaluate(tmp_path, batch_size=8)  # whatever the batch size
   assert {name: value for name, value in found.items() if name != "step"} == pytest.approx(scores)
+  config = _config_of_run(tmp_path, 8)
+  (tmp_path / "config.json").write_bytes(b"")  # by a full disk; the checkpoint has it, too
+  assert _config_of_run(tmp_path, 8).to_dict() == config.to_dict()
   clip = load(tmp_path)
   images = [np.full((30, 20, 3), value, np.uint8) for value in (0, 128, 255)]
   assert clip.encode_image(images).shape == (3, 16)

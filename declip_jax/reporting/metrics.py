@@ -22,6 +22,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
+from declip_jax.runtime import records
+
 
 class MetricWriter:
   """Appends the metrics of a run to `workdir/metrics.jsonl` and to the event files in `workdir/tensorboard`.
@@ -37,7 +39,7 @@ class MetricWriter:
     enabled: False on all processes but the first; then nothing is read or written.
 
   Raises:
-    ValueError: `workdir` is the address of a bucket, or a line of `metrics.jsonl` other than the last is malformed.
+    ValueError: `workdir` is the address of a bucket.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int, enabled: bool = True):
@@ -136,15 +138,16 @@ def _record(event: Event) -> bytes:
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, float]]:
   """Reads the lines of `workdir/metrics.jsonl`, in order; safe while the run is writing.
 
-  A last line without a newline is left out.
+  A last line without a newline is left out, and so is, with a warning, one that has no step or other values than
+  numbers.
 
   Raises:
     FileNotFoundError: there are no metrics.
-    ValueError: a complete line is not a JSON object.
   """
   path = _metrics_path(workdir)
-  *lines, _ = path.read_text(errors="replace").split("\n")
-  return [_from_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+  if not path.exists():
+    raise FileNotFoundError(f"{path} does not exist")
+  return records.read_lines(path, _from_line)
 
 
 def _metrics_path(workdir: str | os.PathLike[str]) -> Path:
@@ -154,12 +157,8 @@ def _metrics_path(workdir: str | os.PathLike[str]) -> Path:
 
 
 def _drop_steps_after(step: int, path: Path) -> None:
-  temporary = path.with_suffix(".jsonl.tmp")
-  with temporary.open("w") as file:
-    file.writelines(_to_line(line) for line in read_metrics(path.parent) if line["step"] <= step)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  kept = (_to_line(line) for line in read_metrics(path.parent) if line["step"] <= step)
+  records.write(path, "".join(kept).encode())
 
 
 def _as_float(name: str, value: Any) -> float:
@@ -171,15 +170,24 @@ def _as_float(name: str, value: Any) -> float:
 
 def _to_line(values: Mapping[str, float]) -> str:
   # `json.dumps` writes a number that is not finite as a bare word; the quotes make it JSON.
-  finite = {name: value if math.isfinite(value) else json.dumps(value) for name, value in values.items()}
+  finite = {
+    name: value if value is None or math.isfinite(value) else json.dumps(value) for name, value in values.items()
+  }
   return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _from_line(line: str, place: str) -> dict[str, float]:
-  try:
-    return {name: float(value) if isinstance(value, str) else value for name, value in json.loads(line).items()}
-  except (ValueError, AttributeError) as error:
-    raise ValueError(f"{place}: expected a JSON object of numbers, found {line[:80]!r}") from error
+def _from_line(values: dict[str, Any]) -> dict[str, float]:
+  """The numbers of a line; null is a missing one.
+
+  Raises:
+    ValueError, TypeError, AttributeError, OverflowError: a value is not a number, or there is no finite step.
+  """
+  line = {name: float(value) if isinstance(value, str) else value for name, value in values.items()}
+  if not math.isfinite(values["step"]):  # raises TypeError for a text
+    raise ValueError("no step")
+  for value in filter(None, line.values()):
+    math.isfinite(value)
+  return line
 
 
 def summary_table(values: Mapping[str, Any]) -> str:

@@ -114,7 +114,9 @@ class Checkpoints:
   ) -> None:
     """Starts to write a checkpoint and returns as soon as the arrays are copied to the host."""
     self.wait()
-    if self._reason:  # the mount may be back, with its checkpoints
+    if self._reason:  # the mount may be back, with its checkpoints, or the folder was deleted
+      with contextlib.suppress(OSError):
+        self._folder.mkdir(exist_ok=True)
       self._reload()
     if step in self.steps():
       return

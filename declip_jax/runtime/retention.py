@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
+
+from declip_jax.runtime import records
 
 _SCORES = "scores.json"  # metrics of an evaluation; written after the checkpoint and its seal
 
@@ -58,9 +59,7 @@ class KeepBest:
     values = {name: float(value) for name, value in metrics.items()}
     self._scores[step] = values.get(self._metric, math.nan)
     if write:
-      path = self._folder / str(step) / _SCORES
-      path.with_suffix(".tmp").write_text(json.dumps(values))
-      os.replace(path.with_suffix(".tmp"), path)
+      records.write(self._folder / str(step) / _SCORES, json.dumps(values).encode())
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context

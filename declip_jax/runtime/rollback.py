@@ -6,14 +6,13 @@ killed before its next checkpoint finds its input position.
 """
 
 from collections.abc import Mapping, Sequence
-import json
-import os
 from pathlib import Path
 import time
 from typing import Any
 
 import jax
 
+from declip_jax.runtime import records
 from declip_jax.runtime.checkpoint import Checkpoints, Restored
 from declip_jax.training.state import State
 
@@ -28,8 +27,7 @@ class Rollbacks:
 
   def __init__(self, workdir: Path, limit: int = 0):
     self._path, self._limit = workdir / "rollbacks.jsonl", limit
-    lines = self._path.read_text().split("\n")[:-1] if self._path.exists() else []  # a torn last line does not count
-    self._made: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    self._made = records.read_lines(self._path, _parse)
 
   def __len__(self) -> int:
     return len(self._made)
@@ -96,10 +94,16 @@ class Rollbacks:
     """Records a rollback from step `at`, after `skipped` skipped steps, to step `to` and input position `data`."""
     self._made.append({"time": round(time.time(), 3), "skipped": skipped, "at": at, "to": to, "data": dict(data)})
     if jax.process_index() == 0:
-      text = "".join(json.dumps(line) + "\n" for line in self._made)
-      temporary = self._path.with_suffix(".jsonl.tmp")
-      with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(temporary, self._path)
+      records.write_lines(self._path, self._made)
+
+
+def _parse(line: dict[str, Any]) -> dict[str, Any]:
+  """Checks what `Rollbacks` needs of a line of `rollbacks.jsonl`.
+
+  Raises:
+    ValueError, LookupError, TypeError: it is not that of a rollback.
+  """
+  numbers = line["to"], line["data"]["next_index"]
+  if not all(isinstance(number, int) and number >= 0 for number in numbers):
+    raise ValueError(f"{numbers} are not whole numbers")
+  return line

@@ -16,6 +16,8 @@ import zlib
 from absl import logging
 import jax
 
+from declip_jax.runtime import records
+
 _SEAL = "checksums.{}.json"
 _CHUNK = 2**24  # bytes read at once
 _REPORT_SECONDS = 10.0  # between messages about a check that takes long
@@ -33,12 +35,7 @@ def write_seal(folder: Path) -> None:
   names = [name for name in names if owner(name) == host and not re.fullmatch(r"checksums\.\d+\.json.*", name)]
   with ThreadPoolExecutor(_threads()) as pool:
     sums = dict(zip(names, pool.map(lambda name: _checksum(folder / name), names), strict=True))
-  temporary = folder / (_SEAL.format(host) + ".tmp")
-  with temporary.open("w") as file:
-    json.dump(sums, file)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, folder / _SEAL.format(host))
+  records.write(folder / _SEAL.format(host), json.dumps(sums).encode())
 
 
 def read_seals(folder: Path) -> tuple[dict[str, tuple[int, int]], str]:

@@ -3,20 +3,23 @@
 from collections.abc import Iterator, Mapping
 import contextlib
 import fcntl
+from functools import partial
 from importlib import metadata
-import json
 import os
 from pathlib import Path
 import socket
 import subprocess
 import sys
 import time
+from types import MappingProxyType
 from typing import Any
 
+from absl import logging
 import jax
 from jax.sharding import Mesh
 
 from declip_jax import config as config_lib
+from declip_jax.runtime import records
 from declip_jax.runtime.hosts import first_error
 from declip_jax.runtime.plain_paths import plain_path
 
@@ -76,23 +79,44 @@ def use_compile_cache(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(plain_path(folder.parent) / folder.name))
 
 
-def record(config: str, mesh: Mesh, workdir: Path, samples: Mapping[str, int]) -> list[str]:
-  """Writes `config.json` into a working directory, and appends a line to `starts.jsonl`.
+def read_config(workdir: Path) -> dict[str, Any] | None:
+  """Returns the fields of `config.json` in a working directory, under their current names.
 
-  The line has time, command, versions, mesh, devices, git revision and the size of each source.
+  None if there is no such file, or, with a warning, if it is damaged: each checkpoint has a config of its own.
+  """
+  path = workdir / "config.json"
+  try:
+    return config_lib.parse_json(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    logging.warning("%s is damaged and is not used: %s", path, error)
+    return None
+
+
+def record(
+  config: str,
+  mesh: Mesh,
+  workdir: Path,
+  samples: Mapping[str, int],
+  stamps: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
+  """Writes `config.json` into a working directory, and adds a line to `starts.jsonl`.
+
+  The line has time, command, versions, mesh, devices, git revision, and size and stamp of each source.
 
   Args:
     config: config as JSON.
     mesh: devices that it trains on.
     workdir: working directory.
     samples: number of samples of each source.
+    stamps: stamp of each source.
 
   Returns:
-    Messages about the fields and sizes that have changed since the last start in this directory.
+    Messages about the fields and the data that have changed since the last start in this directory.
   """
-  config_file = workdir / "config.json"
-  before = config_lib.parse_json(config_file.read_text() if config_file.exists() else config)
-  config_file.write_text(config + "\n")
+  before, now = read_config(workdir), config_lib.parse_json(config)
+  records.write(workdir / "config.json", f"{config}\n".encode())
   about = {
     "time": round(time.time(), 3),
     "command": sys.argv,
@@ -103,24 +127,44 @@ def record(config: str, mesh: Mesh, workdir: Path, samples: Mapping[str, int]) -
     "processes": jax.process_count(),
     "device": mesh.devices.flat[0].device_kind,
     "samples": dict(samples),
+    "stamps": dict(stamps),
   }
-  starts = workdir / "starts.jsonl"
-  lines = starts.read_text().splitlines() if starts.exists() else []
-  earlier = json.loads(lines[-1]).get("samples", {}) if lines else {}
-  with starts.open("a") as file:
-    file.write(json.dumps(about) + "\n")
-  changed = [
-    f"{name} had {earlier[name]:,} samples and now has {count:,}: from here on their order is different"
-    for name, count in samples.items()
-    if earlier.get(name, count) != count
-  ]
-  return _differences(before, config_lib.parse_json(config)) + changed
+  earlier = records.read_lines(workdir / "starts.jsonl", _sources)
+  records.add_line(workdir / "starts.jsonl", about)
+  changed = _changed_sources(*earlier[-1], samples, stamps) if earlier else []
+  return [*_differences(now if before is None else before, now), *changed]
+
+
+def _sources(line: dict[str, Any]) -> tuple[dict[str, int], dict[str, str]]:
+  """Numbers of samples and stamps in a line of `starts.jsonl`; older versions wrote less."""
+  samples, stamps = dict(line.get("samples", {})), dict(line.get("stamps", {}))
+  return {name: int(count) for name, count in samples.items()}, {name: str(stamp) for name, stamp in stamps.items()}
+
+
+def _changed_sources(
+  samples_before: Mapping[str, int],
+  stamps_before: Mapping[str, str],
+  samples: Mapping[str, int],
+  stamps: Mapping[str, str],
+) -> Iterator[str]:
+  for name, count in samples.items():
+    earlier = samples_before.get(name, count)
+    if earlier != count:
+      yield f"{name} had {earlier:,} samples and now has {count:,}: from here on their order is different"
+    elif stamps_before.get(name) != stamps.get(name) and name in stamps_before and name in stamps:
+      yield (
+        f"{name} has as many samples as before, but its files have changed: the samples may be others, or in another "
+        "order"
+      )
 
 
 def _git_revision() -> str:
-  command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+  """The revision of this package, "unknown" if it is not in a repository of its own but lies in another one."""
+  git = ["git", "-C", str(Path(__file__).parent)]
+  call = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=10)
   try:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    call([*git, "ls-files", "--error-unmatch", Path(__file__).name])
+    return call([*git, "describe", "--always", "--dirty", "--abbrev=12"]).stdout.strip()
   except (OSError, subprocess.SubprocessError):
     return "unknown"
 

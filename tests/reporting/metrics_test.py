@@ -8,6 +8,7 @@ import struct
 
 import numpy as np
 import pytest
+from record_files import damages
 from tensorboardX.proto.event_pb2 import Event
 
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
@@ -86,11 +87,29 @@ def test_a_file_torn_anywhere_loses_its_last_line_only(tmp_path):
   assert steps_in(tmp_path) == [10, 20]
 
 
-@pytest.mark.parametrize("broken", ['{"step": 1', "[1]", '{"step": "x"}'])
-def test_a_broken_line_in_the_middle_is_named(tmp_path, broken):
-  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + broken + '\n{"step": 3}\n')
-  with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: .*found"):
-    read_metrics(tmp_path)
+def test_a_last_line_garbled_anywhere_stops_no_run(tmp_path):
+  write_rows(tmp_path, [10, 20])
+  path = tmp_path / "metrics.jsonl"
+  for damaged in damages(path.read_bytes()):
+    path.write_bytes(damaged)
+    assert steps_in(tmp_path)[:1] == [10]
+    MetricWriter(tmp_path, resume_step=10).close()
+    assert steps_in(tmp_path)[:1] == [10]
+
+
+ODD_LINES = ('{"step": 1', "[1]", '{"step": "x"}', '{"step": 2, "loss": [1]}', '{"loss": 1}', '{"step": NaN}', "\0" * 9)
+ODD_LINES += ("7", "null", '{"step": null}', '{"step": 2, "loss": "low"}', f'{{"step": {"9" * 400}}}', "[" * 9999)
+
+
+@pytest.mark.parametrize("odd", ODD_LINES)
+def test_an_odd_line_is_named_and_left_out(tmp_path, odd, caplog):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n' + odd + '\n{"step": 3}\n')
+  assert steps_in(tmp_path) == [1, 3]
+  assert f"{tmp_path / 'metrics.jsonl'}: line 2 cannot be used" in caplog.text
+  write_rows(tmp_path, [4], resume_step=3)
+  caplog.clear()
+  assert steps_in(tmp_path) == [1, 3, 4]
+  assert not caplog.text
 
 
 def test_only_an_enabled_writer_touches_the_disk(tmp_path):

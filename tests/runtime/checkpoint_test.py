@@ -149,6 +149,29 @@ def test_a_mount_that_vanishes_and_comes_back(tmp_path: Path, caplog: pytest.Log
   checkpoints.close()
 
 
+def test_a_folder_that_was_deleted_is_made_again(tmp_path: Path) -> None:
+  mesh = make_mesh(2, 4)
+  checkpoints = Checkpoints(tmp_path, keep_last=2)
+
+  def save(step: int) -> None:
+    checkpoints.save(step, make_state(step, mesh), data={}, config={})
+
+  save(1)
+  checkpoints.wait()
+  shutil.rmtree(tmp_path / "checkpoints")
+  save(2)
+  checkpoints.finish(2, lambda: save(2), patience=60)
+  assert checkpoints.steps() == [2]
+  save(3)
+  checkpoints.finish(3, lambda: save(3), patience=60)
+  assert checkpoints.steps() == [2, 3]
+  shutil.rmtree(tmp_path / "checkpoints" / "2")  # by hand, before it is due
+  save(4)
+  checkpoints.finish(4, lambda: save(4), patience=60)
+  assert (checkpoints.steps(), checkpoints.failed) == ([3, 4], 1)
+  checkpoints.close()
+
+
 def test_a_mount_that_returns_only_errors(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from record_files import damages
+
 from declip_jax.runtime.rollback import Rollbacks
 
 
@@ -30,3 +32,15 @@ def test_a_torn_last_line_does_not_count(tmp_path: Path) -> None:
   with (tmp_path / "rollbacks.jsonl").open("a") as file:
     file.write('{"time": 1')
   assert len(Rollbacks(tmp_path)) == 1
+
+
+def test_a_line_that_is_cut_off_or_garbled_anywhere_stops_nothing(tmp_path: Path) -> None:
+  for at in (8, 9):
+    Rollbacks(tmp_path).record(3, at, 4, {"next_index": 128})
+  path = tmp_path / "rollbacks.jsonl"
+  for damaged in damages(path.read_bytes()):
+    path.write_bytes(damaged)
+    rollbacks = Rollbacks(tmp_path)
+    assert len(rollbacks) in (1, 2)
+    assert rollbacks.target([2, 4], 5) in (2, 4)
+    assert rollbacks.position(4, {"next_index": 64})["next_index"] >= 64

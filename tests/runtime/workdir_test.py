@@ -1,15 +1,20 @@
 """The working directory: its lock, the record of its starts, and the compile cache."""
 
 import errno
+import json
+import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
 import jax
 import pytest
+from record_files import damages
 from tiny import tiny_config
 
 from declip_jax import sharding
+from declip_jax.runtime import records
 from declip_jax.runtime import workdir as workdir_lib
 
 
@@ -71,6 +76,56 @@ def test_changes_of_config_and_data_are_reported_at_the_next_start(tmp_path: Pat
   assert len((tmp_path / "starts.jsonl").read_text().splitlines()) == 3
 
 
+def test_data_with_another_stamp_and_as_many_samples_are_reported(tmp_path: Path) -> None:
+  config, mesh = tiny_config("clip").to_json_best_effort(), sharding.make_mesh(-1, 1)
+
+  def record(a: str, **more: str) -> list[str]:
+    return workdir_lib.record(config, mesh, tmp_path, {"a": 5}, {"a": a, **more})
+
+  workdir_lib.record(config, mesh, tmp_path, {"a": 5})  # as older versions did, without stamps
+  assert record("1") == record("1", b="2") == []
+  (changed,) = record("3")
+  assert changed.startswith("a has as many samples as before, but its files have changed")
+
+
+def test_a_list_of_starts_that_is_cut_off_or_garbled_anywhere_stops_no_start(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  config, mesh = tiny_config("clip").to_json_best_effort(), sharding.make_mesh(-1, 1)
+  monkeypatch.setattr(workdir_lib, "_git_revision", lambda: "unknown")
+  monkeypatch.setattr(workdir_lib, "_PACKAGES", ())  # so that the line is short
+  monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+  monkeypatch.setattr(sys, "argv", ["train"])
+  for _ in range(2):
+    workdir_lib.record(config, mesh, tmp_path, {"a": 5}, {"a": "1"})
+  path = tmp_path / "starts.jsonl"
+  whole = path.read_bytes()
+  for number, damaged in enumerate(damages(whole)):
+    path.write_bytes(damaged)
+    assert records.read_lines(path, workdir_lib._sources)[0] == ({"a": 5}, {"a": "1"})
+    if number % 10:
+      continue
+    workdir_lib.record(config, mesh, tmp_path, {"a": 5}, {"a": "1"})
+    assert path.read_bytes().startswith(damaged)  # nothing is lost that could be read
+    assert json.loads(path.read_bytes().splitlines()[-1])["samples"] == {"a": 5}
+
+
+def test_a_config_that_is_cut_off_or_garbled_anywhere_stops_no_start(
+  tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  config, mesh = tiny_config("clip").to_json_best_effort(indent=2), sharding.make_mesh(-1, 1)
+  workdir_lib.record(config, mesh, tmp_path, {})
+  path = tmp_path / "config.json"
+  for damaged in [*damages(whole := path.read_bytes()), *(whole[:size] for size in range(0, len(whole) - 2, 29))]:
+    path.write_bytes(damaged)
+    assert workdir_lib.read_config(tmp_path) is None or json.loads(damaged) == json.loads(config)
+  path.write_bytes(b"")
+  caplog.clear()
+  assert workdir_lib.record(config, mesh, tmp_path, {}) == []
+  assert f"{path} is damaged and is not used" in caplog.text
+  assert json.loads(path.read_text()) == json.loads(config)
+
+
 def test_a_change_of_a_field_that_had_another_name_is_reported(tmp_path: Path) -> None:
   """The file is what 6279b88 wrote for tiny_config("declip")."""
   old = Path(__file__).parents[1] / "fixtures" / "config_6279b88.json"
@@ -79,6 +134,22 @@ def test_a_change_of_a_field_that_had_another_name_is_reported(tmp_path: Path) -
   config.contrast.method, config.safety.max_rollbacks = "ring", 7
   changed = workdir_lib.record(config.to_json_best_effort(), mesh, tmp_path, {})
   assert changed == ["config.contrast.method: 'auto' -> 'ring'", "config.safety.max_rollbacks: 3 -> 7"]
+
+
+def test_the_revision_is_that_of_the_package_and_not_of_a_repository_around_it(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  git = ["git", "-C", str(tmp_path), "-c", "user.email=a@b", "-c", "user.name=a"]
+  installed = tmp_path / "site-packages" / "workdir.py"
+  installed.parent.mkdir()
+  installed.touch()
+  subprocess.run([*git, "init", "-q"], check=True)
+  subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "their own work"], check=True)
+  monkeypatch.setattr(workdir_lib, "__file__", str(installed))
+  assert workdir_lib._git_revision() == "unknown"
+  subprocess.run([*git, "add", "site-packages"], check=True)
+  subprocess.run([*git, "commit", "-q", "-m", "the package"], check=True)
+  assert re.fullmatch("[0-9a-f]{12}", workdir_lib._git_revision())
 
 
 def test_programs_are_cached_with_the_run_unless_there_is_another_cache(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def exists(path: str) -> bool:
 def stamp(path: str) -> Stamp:
   """Returns the size in bytes and a value that changes with the file, both JSON.
 
-  The value is the modification time in ns; for a URL the ETag or time of change, None if the server reports neither.
+  The value has the times in ns at which the contents and the inode were changed: a copy may keep the former, and nobody
+  can set the latter. For a URL it is the ETag or time of change, None if the server reports neither.
 
   Raises:
     FileNotFoundError: the file does not exist.
@@ -84,7 +85,7 @@ def stamp(path: str) -> Stamp:
   if not remote.is_url(path):
     stat = os.stat(local_path(path))
     _OPEN.forget_unless(local_path(path), stat)
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, f"{stat.st_mtime_ns}, {stat.st_ctime_ns}"
   with remote.filesystem(path) as (system, name):
     about = system.info(name)
   if about.get("size") is None or about.get("type") == "directory":

@@ -3,6 +3,7 @@ import errno
 import json
 import multiprocessing
 import os
+import time
 
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
@@ -51,6 +52,16 @@ def test_the_stamp_follows_the_file(folder):
   after = files.stamp(path)
   assert after[0] == before[0]
   assert after[1] != before[1]
+
+
+def test_the_stamp_follows_a_file_whose_size_and_time_remain(tmp_path):
+  path = tmp_path / "table.csv"
+  path.write_bytes(b"old")
+  before, stat = files.stamp(str(path)), path.stat()
+  time.sleep(0.01)  # more than the resolution of the clock of a file system
+  path.write_bytes(b"new")
+  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  assert files.stamp(str(path)) != before
 
 
 def test_a_replaced_file_is_read_after_its_stamp_was_taken(tmp_path):

@@ -1,0 +1,66 @@
+"""The small files of a run: written completely or not at all, and read as far as they can be read.
+
+They say how a run came about; its checkpoints do not depend on them. So whatever a power cut, a full disk or an editor
+did to them is reported, and stops nothing.
+"""
+
+from collections.abc import Callable, Iterable
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from absl import logging
+
+T = TypeVar("T")
+
+
+def write(path: Path, content: bytes) -> None:
+  """Writes a file under a temporary name and renames it, so that the file is the old one or the new one.
+
+  Raises:
+    OSError: it cannot be written; the old file remains.
+  """
+  temporary = path.with_name(f"{path.name}.tmp")
+  with temporary.open("wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+  """Writes a line of JSON for each value; see `write`."""
+  write(path, "".join(f"{json.dumps(value)}\n" for value in values).encode())
+
+
+def add_line(path: Path, value: Any) -> None:
+  """Adds a line of JSON after all that a file contains, even if its last line was cut off; see `write`."""
+  before = path.read_bytes() if path.exists() else b""
+  end = b"" if before.endswith(b"\n") or not before else b"\n"
+  write(path, before + end + f"{json.dumps(value)}\n".encode())
+
+
+def read_lines(path: Path, parse: Callable[[Any], T]) -> list[T]:
+  """Reads the lines of JSON in a file; one warning names the lines that are left out.
+
+  Args:
+    path: file, empty if it does not exist. A last line without a newline is left out, since it may be being written.
+    parse: converts what a line contains; raises ValueError, LookupError, TypeError or AttributeError if that is odd.
+
+  Raises:
+    OSError: the file cannot be read.
+  """
+  if not path.exists():
+    return []
+  found, odd = [], []
+  *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+  for number, line in enumerate(lines, 1):
+    try:
+      found.append(parse(json.loads(line)))
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+      odd.append((number, line))
+  if odd:
+    more = f" and {len(odd) - 1} other lines" if odd[1:] else ""
+    logging.warning("%s: line %d%s cannot be used and is left out: %r", path, odd[0][0], more, odd[0][1][:80])
+  return found
