@@ -157,7 +157,8 @@ def _mean_bytes(source: Source) -> float:
 
 def _write_classnames(source: Source, output: str) -> None:
   if source.classnames:
-    lines = [" ".join(name.split()) for name in source.classnames]  # one line each
+    # One line each; a class without a name gets its number, since blank lines at the end are not classes.
+    lines = [" ".join(name.split()) or str(number) for number, name in enumerate(source.classnames)]
     outputs.write_text(f"{output}/classnames.txt", "".join(f"{line}\n" for line in lines))
 
 

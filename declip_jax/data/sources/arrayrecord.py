@@ -27,7 +27,7 @@ import msgpack
 import numpy as np
 
 from declip_jax.data.sources.base import BadSample, Example
-from declip_jax.data.storage import copies, files, indexes, patterns, remote
+from declip_jax.data.storage import copies, files, indexes, layouts, patterns, remote
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
@@ -73,8 +73,8 @@ class ArrayRecord:
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
-    """Line i of classnames.txt next to the first file is class i; empty without that file."""
-    return files.classnames(self._files.paths[0])
+    """Line i of classnames.txt, see `layouts.find`, is class i; empty without that file."""
+    return layouts.classnames(self._files.paths[0])
 
   @property
   def skipped(self) -> dict[str, int]:

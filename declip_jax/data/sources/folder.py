@@ -1,7 +1,7 @@
 """Folders of images: one folder per class, as in ImageNet, or a text next to each image."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import errno
 from functools import cached_property
 import hashlib
@@ -14,10 +14,9 @@ from absl import logging
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
-from declip_jax.data.storage import files, patterns, remote
+from declip_jax.data.storage import files, layouts, patterns, remote, texts
 
 _SUFFIXES = 20  # of files that are left out, those of most files
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 # The device and inode of a folder, and those of the folders above it.
@@ -25,11 +24,18 @@ _Above = tuple[tuple[int, int], "_Above"] | None
 
 
 class _Files(NamedTuple):
-  """The files in one folder: its path relative to the top, the images in order, the texts, and all others."""
+  """The files in one folder.
+
+  Attributes:
+    path: the path of the folder, relative to the top.
+    images: names of the images, in order.
+    texts: names of the texts, by the same with a suffix in lower case.
+    others: names of all other files.
+  """
 
   path: str
   images: list[str]
-  texts: set[str]
+  texts: dict[str, str]
   others: list[str]
 
 
@@ -56,25 +62,26 @@ class Folder(lists.ListSource):
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
-    """Line i of classnames.txt in the top folder, else the name of the folder of class i; empty without classes."""
-    names = tuple(self._about["classnames"])
-    return files.classnames(self._about["files"][0]) or names if names else ()
+    """The names that classnames.txt gives to the folders, else their own; empty without classes."""
+    folders = self._about["classnames"]
+    return layouts.classnames_of_folders(self._about["files"][0], folders) if folders else ()
 
   def _captions(self, entry: Entry) -> tuple[str, ...]:
     """The lines of the text next to an image; the caption in the entry is the name of that text."""
-    texts = (_decoded(path, files.read(path)) for path in (self._with_root(entry, name) for name in entry.captions))
-    return tuple(line.strip() for text in texts for line in text.splitlines() if line.strip())
+    paths = [self._with_root(entry, name) for name in entry.captions]
+    return tuple(line for path in paths for line in texts.lines(texts.decode(files.read(path), path)) if line)
 
 
 def open_folder(location: str) -> Folder:
   """Opens a folder of images, at any depth.
 
-  If there are texts next to images, NAME.txt for NAME.jpg, each of their lines that is not blank is a caption (in a
-  WebDataset the whole text is one caption), and there are no classes. Otherwise the folders at the top are the classes,
-  in alphabetical order as in torchvision; one without an image is an error as there, since skipping it would change the
-  numbers of the classes after it. A classnames.txt next to them may give better names, line i for class i. If there are
-  no folders with images either, the samples are images alone. Hidden files are skipped; files with other suffixes are
-  left out and counted. Links are followed, except for those that lead back to a folder above them.
+  If there are texts next to images, NAME.txt or NAME.jpg.txt for NAME.jpg (see `files.CAPTION_SUFFIXES`), each of their
+  lines that is not blank is a caption (in a WebDataset the whole text is one caption), and there are no classes.
+  Otherwise the folders at the top are the classes, in alphabetical order as in torchvision; one without an image is an
+  error as there, since skipping it would change the numbers of the classes after it. A classnames.txt next to them, or
+  above the folder of a split, may give better names, see `layouts.classnames_of_folders`. If there are no folders with
+  images either, the samples are images alone. Hidden files are skipped; files with other suffixes are left out and
+  counted. Links are followed, except for those that lead back to a folder above them.
 
   The folder is listed each time it is opened, and the name of its index depends on its file names. Texts are read
   together with their images.
@@ -82,25 +89,24 @@ def open_folder(location: str) -> Folder:
   Raises:
     FileNotFoundError: the folder does not exist or has no image.
     OSError: a folder in it cannot be listed.
-    ValueError: its folders have names of splits, such as "train", one of them has no image, or classnames.txt has too
-      few lines.
+    ValueError: its folders have names of splits, such as "train", one of them has no image, or classnames.txt does not
+      name each of them.
   """
   name = f"folder:{location}"
   place, _ = lists.parse(location, ())
   folder = lists.absolute(place)
   digest, tops, classes, captioned, left_out = hashlib.sha256(), set(), set(), False, Counter()
   for found in _listing(folder):
-    digest.update(repr((found.path, found.images, sorted(found.texts))).encode())
-    texts = found.texts & set(map(_text_of, found.images))
-    captioned = captioned or bool(texts)
-    left_out += files.suffixes([*found.others, *(found.texts - texts)])
+    digest.update(repr((found.path, found.images, sorted(found.texts.values()))).encode())
+    used = {text for image in found.images for text in _texts_of(image, found)}
+    captioned = captioned or bool(used)
+    left_out += files.suffixes([*found.others, *(set(found.texts.values()) - used)])
     top = found.path.partition("/")[0]
     tops |= {top} - {""}
     classes |= {top} - {""} if found.images else set()
-  if classes and classes <= _SPLITS and not captioned:
-    raise ValueError(
-      f"{name}: {', '.join(sorted(classes))} are splits, not classes; open {place.rstrip('/')}/{min(classes)}"
-    )
+  if classes and all(map(layouts.is_split, classes)) and not captioned:
+    first = min(classes, key=lambda split: (layouts.split_of(split) != "train", split))
+    raise ValueError(f"{name}: {', '.join(sorted(classes))} are splits, not classes; open {place.rstrip('/')}/{first}")
   if classes and classes < tops and not captioned:
     empty = sorted(tops - classes)
     few = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
@@ -117,9 +123,8 @@ def _entries(folder: str, classes: dict[str, int]) -> Iterator[Entry | BadSample
     top = found.path.partition("/")[0]
     for image in found.images:
       path = f"{found.path}/{image}".lstrip("/")
-      text = _text_of(image)
       if not classes:
-        yield Entry(0, -1, path, captions=[f"{found.path}/{text}".lstrip("/")] if text in found.texts else [])
+        yield Entry(0, -1, path, captions=[f"{found.path}/{text}".lstrip("/") for text in _texts_of(image, found)])
       elif top:
         yield Entry(0, -1, path, label=classes[top], label_name=top)
       else:
@@ -132,8 +137,8 @@ def _listing(folder: str) -> Iterator[_Files]:
   for path, names in _remote_folders(folder) if remote.is_url(folder) else _local_folders(folder):
     visible = [name for name in names if not name.startswith(".")]
     images = sorted(name for name in visible if name.lower().endswith(files.IMAGE_SUFFIXES))
-    texts = {name for name in visible if name.endswith(".txt")}
-    found = _Files(path, images, texts, [*set(visible).difference(images, texts)])
+    beside = _by_lower_suffix(visible)
+    found = _Files(path, images, beside, [*set(visible).difference(images, beside.values())])
     empty = empty and not images
     others += files.suffixes(found.others)
     yield found
@@ -189,14 +194,14 @@ def _within(url: str) -> str:
   return url.partition("://")[2].strip("/")
 
 
-def _text_of(image: str) -> str:
-  return f"{os.path.splitext(image)[0]}.txt"
+def _texts_of(image: str, found: _Files) -> list[str]:
+  """The name of the text next to an image, none if there is none."""
+  stems = (os.path.splitext(image)[0], image)
+  names = (stem + suffix for suffix in files.CAPTION_SUFFIXES for stem in stems)
+  return [found.texts[name] for name in names if name in found.texts][:1]
 
 
-def _decoded(path: str, text: bytes) -> str:
-  encoding = lists.encoding_of(text)
-  try:
-    return text.decode(encoding)
-  except UnicodeDecodeError as error:
-    logging.log_first_n(logging.WARNING, "%s is not UTF-8, and others may not be either: %s", 1, path, error)
-    return text.decode(encoding, "replace")
+def _by_lower_suffix(names: Iterable[str]) -> dict[str, str]:
+  """Names of texts, by the same with a suffix in lower case; of two that are then equal, the one in lower case."""
+  stems = [(*os.path.splitext(name), name) for name in sorted(names)]
+  return {stem + suffix.lower(): name for stem, suffix, name in stems if suffix.lower() in files.CAPTION_SUFFIXES}

@@ -7,7 +7,6 @@ record batches have the same number of entries, so a division finds entry i; wha
 stored as JSON in the metadata of a last, empty batch.
 """
 
-import codecs
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -23,7 +22,7 @@ from absl import logging
 import pyarrow as pa
 
 from declip_jax.data.sources.base import BadSample, Example
-from declip_jax.data.storage import files, indexes, remote
+from declip_jax.data.storage import files, indexes, layouts, remote
 from declip_jax.reporting import progress
 
 IMAGE_NAMES = ("image", "filename", "file_name", "filepath", "file_path", "file", "path", "img", "img_path", "img_name")
@@ -33,7 +32,7 @@ CAPTION_NAMES = ("caption", "captions", "text", "texts", "txt", "title", "senten
 CAPTION_NAMES += ("alt_text", "alt", "comment", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "class_id", "class_index", "target", "category", "category_id")
 
-_FORMAT = 2  # part of the name of an index: raise it when its columns, or the rules by which a list is read, change
+_FORMAT = 3  # part of the name of an index: raise it when its columns, or the rules by which a list is read, change
 _BATCH = 4096  # entries; the builder keeps one batch in memory
 _BATCH_WITH_IMAGES = 64
 _PROBED = 100  # images to read at random until one of them exists
@@ -105,10 +104,10 @@ class ListSource:
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
-    """Names from the list; else line i of classnames.txt next to it for class i; else empty."""
+    """Names from the list; else line i of classnames.txt, see `layouts.find`, for class i; else empty."""
     if not self._about["labels"]:
       return ()
-    return tuple(self._about["classnames"]) or files.classnames(self._about["files"][0])
+    return tuple(self._about["classnames"]) or layouts.classnames(self._about["files"][0])
 
   @property
   def skipped(self) -> dict[str, int]:
@@ -281,11 +280,6 @@ def absolute(folder: str) -> str:
   if remote.is_url(folder):
     return folder.rstrip("/")
   return os.path.abspath(os.path.expanduser(folder.removeprefix("file://"))).rstrip("/")
-
-
-def encoding_of(start: bytes) -> str:
-  """The encoding of a text, from its first two bytes: UTF-16 with a byte order mark, else UTF-8."""
-  return "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def one_line(error: Exception) -> str:

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
-from declip_jax.data.storage import files, patterns
+from declip_jax.data.storage import files, patterns, texts
 from declip_jax.data.storage.bounded import Lines, json_decoder, parse_json
 
 _LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
@@ -255,10 +255,10 @@ def _unzipped(stream: BinaryIO, path: str) -> BinaryIO:
 
 
 def _text(stream: BinaryIO, path: str, encoding: str | None) -> Lines:
-  start = stream.read(2)
+  start = stream.read(texts.START)
   stream.seek(0)
   try:
-    return Lines(stream, encoding or lists.encoding_of(start), _LONGEST)
+    return Lines(stream, encoding or texts.encoding_of(start), _LONGEST)
   except LookupError as error:
     raise ValueError(f"{path}: {error}") from None
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample, Example
-from declip_jax.data.storage import copies, files, indexes, patterns, remote
+from declip_jax.data.storage import copies, files, indexes, patterns, remote, texts
 
 _FORM = "NAME:SPLIT or FOLDER:SPLIT"
 _THREADS = 8  # for copying remote files
@@ -105,11 +105,12 @@ class Tfds:
       record = self._records[index]
     except (RuntimeError, ValueError) as error:  # array_record's and protobuf's
       raise BadSample("damaged record", f"{self.name}: record {index}: {error}") from error
+    place = f"{self._records.dataset_info.full_name}/{self._split}:{index}"
     return Example(
       image=record[fields.image],
-      captions=_captions(_at(record, fields.caption)) if fields.caption else (),
+      captions=_captions(_at(record, fields.caption), place) if fields.caption else (),
       label=int(record[fields.label]) if fields.label else -1,
-      id=f"{self._records.dataset_info.full_name}/{self._split}:{index}",
+      id=place,
     )
 
   def __getstate__(self) -> dict[str, Any]:
@@ -261,7 +262,6 @@ def _at(record: Any, path: str) -> Any:
   return record
 
 
-def _captions(value: bytes | Iterable[bytes]) -> tuple[str, ...]:
-  texts = [value] if isinstance(value, bytes) else value
-  stripped = (text.decode("utf-8", "replace").strip() for text in texts)
+def _captions(value: bytes | Iterable[bytes], place: str) -> tuple[str, ...]:
+  stripped = (texts.decode(text, place).strip() for text in ([value] if isinstance(value, bytes) else value))
   return tuple(filter(None, stripped))

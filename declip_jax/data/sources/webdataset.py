@@ -22,12 +22,15 @@ within a day, and hosts that share the folder share the work. They are deleted o
 | field | members, of which the first that exists counts |
 |---|---|
 | image | `files.IMAGE_SUFFIXES`: .jpg .jpeg .png .webp and more |
-| captions | a list in .json ("captions", "caption", "text"); else .txt; else a string in .json |
+| captions | a list in .json ("captions", "caption", "text"); else .txt, .caption, .jpg.txt; else a text in .json |
 | label | .cls, a whole number |
+
+A .json without these three keys counts if exactly one of its keys is a common name of captions, see
+`lists.CAPTION_NAMES`. The whole .txt is one caption. In CLIP_benchmark's layout each of its lines is one.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import errno
@@ -37,30 +40,37 @@ import json
 from pathlib import Path
 import re
 import shutil
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from absl import logging
 from jaxtyping import Int64
 import numpy as np
 
+from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample, Example
-from declip_jax.data.storage import files, indexes, jobs, patterns, tars
+from declip_jax.data.storage import files, indexes, jobs, layouts, patterns, tars, texts
+from declip_jax.data.storage.bounded import parse_json
 from declip_jax.reporting import progress
 
 _IMAGES = tuple(suffix.removeprefix(".") for suffix in files.IMAGE_SUFFIXES)
 _CAPTION_KEYS = ("captions", "caption", "text")  # in .json; img2dataset writes "caption"
-_INDEX_FORMAT = 3  # part of the hash: raise it when the index or the rules for usable samples change
+_INDEX_FORMAT = 4  # part of the hash: raise it when the index or the rules for usable samples change
 _GROUP = 16  # shards per job; as many threads scan them, which hides the latency of disks and servers
 _ALONE = 2**32  # bytes of shards, some seconds of work; with more it pays to start other processes
-_SHOWN = 8  # suffixes that an error lists
+_SHOWN = 8  # suffixes that a message lists
+_COUNTED = 100  # suffixes that are counted in a shard; dots in the names of images make any number
+_TEXTS = tuple(suffix.removeprefix(".") for suffix in files.CAPTION_SUFFIXES)
+_TEXTS += tuple(f"{image}.{text}" for text in _TEXTS for image in _IMAGES)
+_LONGEST_LABEL = 20  # bytes of a .cls
+_LABEL = re.compile(rb"\s*-?\d+\s*")
 
 
 class WebDataset:
   """Tar shards as a `Source`; make it with `open_webdataset`."""
 
-  def __init__(self, name: str, index: Path):
+  def __init__(self, name: str, index: Path, captions_by_line: bool = False):
     self.name = name
-    self._index = index
+    self._index, self._captions_by_line = index, captions_by_line
 
   @cached_property
   def _opened(self) -> tuple[Int64[np.ndarray, "n 3"], dict[str, Any]]:
@@ -74,14 +84,19 @@ class WebDataset:
       raise ValueError(f"{self._index}: damaged index ({error}); delete it to build it again") from error
 
   @property
+  def about(self) -> dict[str, Any]:
+    """What is known since the shards were indexed: their paths, numbers of suffixes, the range of labels, remarks."""
+    return self._opened[1]
+
+  @property
   def stamp(self) -> str:
     """Changes when the shards do."""
     return self._index.stem
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
-    """Line i of classnames.txt next to the first shard is class i; empty without that file."""
-    return files.classnames(self._opened[1]["shards"][0])
+    """Line i of classnames.txt, see `layouts.find`, is class i; empty without that file."""
+    return layouts.classnames(self._opened[1]["shards"][0])
 
   @property
   def skipped(self) -> dict[str, int]:
@@ -102,6 +117,18 @@ class WebDataset:
       IndexError: `index` is not in `range(len(self))`.
       BadSample: the shard cannot be read or changed since it was indexed, or the .json or .cls cannot be parsed.
     """
+    place, contents = self.contents(index)
+    label = _label(contents.get("cls", b"-1"), len(self.classnames), place)
+    image = next(contents[suffix] for suffix in _IMAGES if suffix in contents)
+    captions = _captions(contents, place, self._captions_by_line)
+    return Example(image=image, captions=captions, label=label, id=place)
+
+  def contents(self, index: int) -> tuple[str, dict[str, bytes]]:
+    """The name of a sample, for messages, and the contents of its members by suffix, an image among them.
+
+    Raises:
+      IndexError, BadSample: as in `__getitem__`.
+    """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no sample {index}, there are {len(self)}")
     spans, about = self._opened
@@ -116,15 +143,12 @@ class WebDataset:
     except ValueError as error:  # no tar header
       raise BadSample("damaged record", f"{place}: {error}; the shard changed since it was indexed") from None
     contents = {member.suffix: buffer[member.data : member.stop] for member in members}
-    image = next((contents[suffix] for suffix in _IMAGES if suffix in contents), None)
-    if len(buffer) < stop - start or image is None or len({member.key for member in members}) > 1:
+    if len(buffer) < stop - start or not contents.keys() & _IMAGES or len({member.key for member in members}) > 1:
       raise BadSample("damaged record", f"{place}: the shard changed since it was indexed, open it again")
-    place = f"{path.rpartition('/')[2]}:{members[0].key}"
-    label = _label(contents.get("cls", b"-1"), len(self.classnames), place)
-    return Example(image=image, captions=_captions(contents, place), label=label, id=place)
+    return f"{path.rpartition('/')[2]}:{members[0].key}", contents
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"name": self.name, "_index": self._index}
+    return {"name": self.name, "_index": self._index, "_captions_by_line": self._captions_by_line}
 
   def __repr__(self) -> str:
     return f"WebDataset({self.name!r})"
@@ -143,7 +167,8 @@ def open_webdataset(location: str) -> WebDataset:
 
   Raises:
     FileNotFoundError: a pattern matches no file, or a shard of a range is missing.
-    ValueError: no sample is usable, for example because the shards are not plain tars.
+    ValueError: no sample is usable, for example because the shards are not plain tars, or the labels count from 1 while
+      the lines of classnames.txt count from 0.
   """
   shards = patterns.expand(location)
   stamps = files.stamps(shards)
@@ -152,7 +177,37 @@ def open_webdataset(location: str) -> WebDataset:
   build = partial(_build, key=indexes.digest(stamp), shards=shards, sizes=sizes, location=location)
   index = indexes.find_or_build(stamp, shards[0], build, ".npy")
   shutil.rmtree(_pieces_folder(index.parent, index.stem), ignore_errors=True)
-  return WebDataset(f"webdataset:{location}", index)
+  source = WebDataset(f"webdataset:{location}", index, layouts.captions_by_line(shards[0]))
+  _check_labels(source)
+  for remark in (*source.about["remarks"], *_remarks_on_captions(source)):
+    logging.warning("%s: %s", source.name, remark)
+  return source
+
+
+def _check_labels(source: WebDataset) -> None:
+  """Rejects labels that count from 1 if classnames.txt has as many lines as there are labels."""
+  classes = len(source.classnames)
+  if classes > 1 and source.about["labels"] == [1, classes]:
+    raise ValueError(
+      f"{source.name}: the labels in .cls are 1 to {classes}, but the first of the {classes} lines of classnames.txt "
+      "names class 0; subtract 1 from the labels, or add a line before it"
+    )
+
+
+def _remarks_on_captions(source: WebDataset) -> Iterator[str]:
+  """Says what there is if no sample has a caption, although there is more than images and labels."""
+  suffixes = source.about["suffixes"]
+  if not suffixes.keys() - {*_IMAGES} or suffixes.keys() & {*_TEXTS, "cls"}:
+    return
+  keys = ""
+  if "json" in suffixes:
+    with contextlib.suppress(ValueError):
+      if source[0]["captions"]:
+        return
+      place, contents = source.contents(0)
+      keys = f"; the .json of {place} has the keys {', '.join(map(repr, _parsed(contents['json'], place)))}"
+  wanted = f"{', '.join(files.CAPTION_SUFFIXES)}, or from {', '.join(map(repr, _CAPTION_KEYS))} in .json"
+  yield f"no captions found, its samples have {_shown(Counter(suffixes))}{keys}; captions are read from {wanted}"
 
 
 def _pieces_folder(folder: Path, key: str) -> Path:
@@ -217,13 +272,13 @@ def _join(pieces: list[Path], path: Path, shards: list[str], location: str) -> N
   for piece in pieces:
     with piece.open("rb") as file:
       scans += [_Scan(*scan) for scan in json.loads(file.readline())]
-  count, skipped = sum(scan.spans for scan in scans), sum((Counter(scan.skipped) for scan in scans), Counter())
+  count, skipped = sum(scan.spans for scan in scans), _sum(scan.skipped for scan in scans)
   for scan in scans:
     if scan.damage:
       logging.warning("%s; the samples before it are used: %d", scan.damage, scan.spans)
   if not count:
-    seen = sum((Counter(scan.suffixes) for scan in scans), Counter()).most_common(_SHOWN)
-    found = f"; samples without an image have {', '.join(f'.{name}' for name, _ in seen)}" if seen else ""
+    seen = _shown(_sum(scan.without_image for scan in scans))
+    found = f"; samples without an image have {seen}" if seen else ""
     damage = next((f"; {scan.damage}" for scan in scans if scan.damage), "")
     legal = f"; expected {' '.join(files.IMAGE_SUFFIXES)} after the first dot of a name" if found or not damage else ""
     kinds = ", ".join(f"{number} {kind}" for kind, number in skipped.items()) or "nothing"
@@ -238,7 +293,14 @@ def _join(pieces: list[Path], path: Path, shards: list[str], location: str) -> N
     start += len(spans)
   index.flush()
   with path.open("ab") as file:
-    file.write(json.dumps({"shards": shards, "skipped": skipped}).encode())
+    labels = [label for scan in scans for label in scan.labels]
+    about = {
+      "shards": shards,
+      "skipped": skipped,
+      "remarks": [*_remarks(scans)],
+      "labels": labels and [min(labels), max(labels)],
+    }
+    file.write(json.dumps(about | {"suffixes": _sum(scan.suffixes for scan in scans)}).encode())
 
 
 class _Scan(NamedTuple):
@@ -247,64 +309,147 @@ class _Scan(NamedTuple):
   Attributes:
     spans: start and stop of the usable samples, in bytes; in a piece of the index only their number.
     skipped: numbers of the other samples and of damage, by kind of `BAD`.
-    suffixes: the most frequent suffixes in samples without an image.
+    suffixes: numbers of the suffixes in usable samples.
+    without_image: numbers of the suffixes in samples without an image.
+    labels: the least and the largest number in a .cls, none if there is none.
+    apart: number of keys whose members are not next to each other, an image in one place, others in another.
+    sparse: number of samples with a member whose runs of zeros are not stored; they are not used.
     damage: the damage that ends the shard early, with its position; empty if there is none.
   """
 
   spans: Int64[np.ndarray, "m 2"] | int
   skipped: Counter[str]
   suffixes: Counter[str]
+  without_image: Counter[str]
+  labels: list[int]
+  apart: int
+  sparse: int
   damage: str
 
 
+def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+  total = Counter()
+  for count in counts:
+    total.update(count)
+  return total
+
+
+def _shown(suffixes: Counter[str]) -> str:
+  return ", ".join(f".{suffix}" for suffix, _ in suffixes.most_common(_SHOWN))
+
+
+def _ends_like_image(suffix: str) -> bool:
+  return f".{suffix}".endswith(files.IMAGE_SUFFIXES)
+
+
+def _remarks(scans: list[_Scan]) -> Iterator[str]:
+  """What users should know about samples that are not used or lack members."""
+  if without := _sum(scan.without_image for scan in scans):
+    dots = "; a suffix starts at the first dot of a file's name" if any(map(_ends_like_image, without)) else ""
+    yield f"samples without an image have {_shown(without)}{dots}"
+  if apart := sum(scan.apart for scan in scans):
+    yield f"{apart} samples lack members that are elsewhere in their shard; sort the files of each shard by name"
+  if sparse := sum(scan.sparse for scan in scans):
+    yield f"{sparse} samples with sparse files are not used; make the shards without tar's --sparse"
+
+
 def _scan(path: str, size: int) -> _Scan:
-  spans, skipped, suffixes, damage = [], Counter(), Counter(), ""
+  spans, skipped, damage, apart, sparse = [], Counter(), "", 0, 0
+  suffixes, keys = {True: Counter(), False: Counter()}, {True: set(), False: set()}  # with and without an image
+  labels = []
   with files.open_stream(path) as file:
     try:
-      for sample in _samples(tars.members(file, size)):
+      for sample in _samples(_with_labels(tars.members(file, size), file, labels)):
         if sample[-1].stop > size:
           raise ValueError(f"byte {sample[-1].start}: cut off within this member")
-        if any(member.suffix in _IMAGES for member in sample):
+        has_image = any(member.suffix in _IMAGES for member in sample)
+        if any(member.sparse for member in sample):
+          skipped["damaged record"] += 1
+          sparse += 1
+        elif has_image:
           spans.append((sample[0].start, sample[-1].stop))
         else:
           skipped["missing file"] += 1
-          suffixes.update({member.suffix for member in sample})
+        _count(suffixes[has_image], sample)
+        keys[has_image].add(sample[0].key)
+        apart += sample[0].key in keys[not has_image]
       if not spans and not skipped:
         raise ValueError(f"no sample in its {size} bytes")
     except ValueError as error:
       skipped["damaged record"] += 1
       damage = f"{path}, {error}"
-  return _Scan(np.array(spans, np.int64).reshape(-1, 2), skipped, Counter(dict(suffixes.most_common(_SHOWN))), damage)
+  usable = np.array(spans, np.int64).reshape(-1, 2)
+  return _Scan(usable, skipped, suffixes[True], suffixes[False], labels, apart, sparse, damage)
+
+
+def _count(suffixes: Counter[str], sample: list[tars.Member]) -> None:
+  suffixes.update(member.suffix for member in sample if member.suffix in suffixes or len(suffixes) < _COUNTED)
+
+
+def _with_labels(members: Iterable[tars.Member], file: BinaryIO, labels: list[int]) -> Iterator[tars.Member]:
+  """Yields the members and keeps the least and the largest label of the .cls among them in `labels`."""
+  for member in members:
+    if member.suffix == "cls" and member.stop - member.data <= _LONGEST_LABEL:
+      file.seek(member.data)
+      text = file.read(member.stop - member.data)
+      found = [*labels, int(text)] if _LABEL.fullmatch(text) else labels
+      labels[:] = [min(found), max(found)] if found else []
+    yield member
 
 
 def _samples(members: Iterable[tars.Member]) -> Iterator[list[tars.Member]]:
-  """Groups consecutive members with the same key, each suffix once; drops the last group if `members` raises."""
+  """Groups consecutive members with the same key, each suffix once; drops a group that damage may have cut off."""
   sample: list[tars.Member] = []
   key, suffixes = "", set()
-  for member in members:
-    if member.key != key or member.suffix in suffixes:
-      if sample:
-        yield sample
-      sample, key, suffixes = [], member.key, set()
-    sample.append(member)
-    suffixes.add(member.suffix)
+  after_end = None
+  try:
+    for member in members:
+      if member.key != key or member.suffix in suffixes:
+        if sample:
+          yield sample
+        sample, key, suffixes = [], member.key, set()
+      sample.append(member)
+      suffixes.add(member.suffix)
+  except tars.AfterEnd as error:
+    after_end = error
   if sample:
     yield sample
+  if after_end is not None:
+    raise after_end
 
 
-def _captions(fields: dict[str, bytes], place: str) -> tuple[str, ...]:
-  values = _json_captions(fields["json"], place) if "json" in fields else []
-  many = next((value for value in values if isinstance(value, list)), [])
-  one = [value for value in values if isinstance(value, str)]
-  return _strip(many) or _strip([fields.get("txt", b"").decode("utf-8", "replace")]) or _strip(one)[:1]
-
-
-def _json_captions(text: bytes, place: str) -> list[Any]:
+def _captions(contents: dict[str, bytes], place: str, by_line: bool) -> tuple[str, ...]:
+  found = (texts.decode(contents[suffix], place) for suffix in _TEXTS if suffix in contents)
+  written = next(filter(None, (_strip(texts.lines(text) if by_line else [text]) for text in found)), ())
   try:
-    parsed = json.loads(text)
-  except (ValueError, RecursionError) as error:
-    raise BadSample("damaged record", f"{place}: bad .json: {error}") from None
-  return [parsed[key] for key in _CAPTION_KEYS if key in parsed] if isinstance(parsed, dict) else []
+    listed, other = _described(contents["json"], place) if "json" in contents else ((), ())
+  except ValueError as error:
+    if not written and "cls" not in contents:
+      raise BadSample("damaged record", f"{place}: bad .json: {error}") from None
+    return written
+  return listed or written or other
+
+
+def _described(text: bytes, place: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """The captions in a list of a .json, which count before a .txt, and those that count after it."""
+  parsed = _parsed(text, place)
+  values = [parsed[key] for key in _CAPTION_KEYS if key in parsed]
+  listed = _strip(next((value for value in values if isinstance(value, list)), []))
+  if not values:
+    with contextlib.suppress(ValueError):  # several names
+      values = [parsed[key] for key in lists.choose("caption", None, list(parsed), lists.CAPTION_NAMES, place)]
+  others = (value if isinstance(value, list) else [value] for value in values)
+  return listed, next(filter(None, map(_strip, others)), ())
+
+
+def _parsed(text: bytes, place: str) -> dict[str, Any]:
+  """The object in a .json, empty if there is another value.
+
+  Raises:
+    ValueError: the text is not JSON.
+  """
+  parsed = parse_json(texts.decode(text, place))
+  return parsed if isinstance(parsed, dict) else {}
 
 
 def _strip(captions: Iterable[Any]) -> tuple[str, ...]:
@@ -313,7 +458,7 @@ def _strip(captions: Iterable[Any]) -> tuple[str, ...]:
 
 
 def _label(text: bytes, classes: int, place: str) -> int:
-  label = int(text) if re.fullmatch(rb"\s*-?\d+\s*", text) else None
+  label = int(text) if _LABEL.fullmatch(text) else None
   if label is None or label < -1 or (classes and label >= classes):
     legal = f"to {classes - 1}, the last line of classnames.txt" if classes else "up"
     message = f"{place}: bad .cls {text[:40]!r}: expected a whole number from -1 {legal}"

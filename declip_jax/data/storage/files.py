@@ -37,6 +37,8 @@ _OBJECT_STORES = {"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl", "oss",
 # Suffixes of the images that `images.decode` knows, in lower case; if a sample has several, the first of these counts.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jfif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGE_SUFFIXES += (".jp2", ".avif")
+# Suffixes of the captions of an image, in lower case, after its stem or its name; the first that exists counts.
+CAPTION_SUFFIXES = (".txt", ".caption")
 
 Stamp = tuple[int, int | str | None]
 _SUFFIXES = 6  # to name in a message
@@ -210,12 +212,6 @@ def commit(temporary: Path, path: Path) -> None:
     os.fsync(file.fileno())  # otherwise an empty file may have the name after a power cut
   temporary.chmod(0o644)  # temporary files are private to their owner; others may use the data
   temporary.replace(path)
-
-
-def classnames(path: str) -> tuple[str, ...]:
-  """Class names next to a file: line i of classnames.txt, blank or not, is class i; empty without that file."""
-  file = beside(path, "classnames.txt")
-  return tuple(map(str.strip, read(file).decode().splitlines())) if exists(file) else ()
 
 
 class _File:

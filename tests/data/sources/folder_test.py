@@ -48,8 +48,22 @@ def test_classnames_txt_names_the_folders(tmp_path):
   path = write(tmp_path, "n1/x.jpg", "n2/x.jpg", classnames="tench\nhot dog\n")
   assert open_folder(path).classnames == ("tench", "hot dog")
   write(tmp_path, classnames="tench\n")
-  with pytest.raises(ValueError, match="label 1, but only 1 class names"):
+  with pytest.raises(ValueError, match="classnames.txt has 1 lines, but there are 2 folders"):
     open_folder(path)
+
+
+def test_classnames_txt_names_numbered_folders_by_their_number(tmp_path):
+  numbers = [str(number) for number in range(12)]
+  path = write(tmp_path, *(f"{number}/x.png" for number in numbers), classnames="\n".join(f"no {n}" for n in numbers))
+  source = open_folder(path)
+  assert [(example["id"], source.classnames[example["label"]]) for example in source] == [
+    (f"{number}/x.png", f"no {number}") for number in sorted(numbers)
+  ]
+
+
+def test_classnames_txt_above_a_split(tmp_path):
+  write(tmp_path, "val/n1/x.jpg", "val/n2/x.jpg", classnames="tench\nhot dog\n")
+  assert open_folder(f"{tmp_path}/val").classnames == ("tench", "hot dog")
 
 
 def test_with_texts_beside_images_folders_are_not_classes(tmp_path):
@@ -63,6 +77,22 @@ def test_with_texts_beside_images_folders_are_not_classes(tmp_path):
   assert source.classnames == ()
   write(tmp_path, **{"1/c": "changed"})
   assert source[1]["captions"] == ("changed",)
+
+
+@pytest.mark.parametrize(
+  "name", ["IMG_1.TXT", "IMG_1.Txt", "IMG_1.JPG.txt", "IMG_1.JPG.TXT", "IMG_1.caption", "IMG_1.CAPTION"]
+)
+def test_names_of_texts(tmp_path, name):
+  path = write(tmp_path, "a/IMG_1.JPG", "b/2.png")
+  (tmp_path / "a" / name).write_text("a dog")
+  assert [example["captions"] for example in open_folder(path)] == [("a dog",), ()]
+  (tmp_path / "a" / "IMG_1.txt").write_text("the first that exists")
+  assert open_folder(path)[0]["captions"] == ("the first that exists",)
+
+
+def test_captions_are_cut_at_line_ends_only(tmp_path):
+  path = write(tmp_path, "1.jpg", **{"1": "a\x0cred\u2028square\r\nblue\x85square\x1cin grey\n"})
+  assert open_folder(path)[0]["captions"] == ("a\x0cred\u2028square", "blue\x85square\x1cin grey")
 
 
 def test_a_flat_folder_of_images_alone(tmp_path):
@@ -103,6 +133,9 @@ def test_folders_may_be_nested_deeper_than_python_recurses(tmp_path):
 def test_splits_are_not_classes(tmp_path):
   path = write(tmp_path, "train/cat/a.jpg", "val/cat/a.jpg")
   with pytest.raises(ValueError, match=f"train, val are splits.*open {path}/train"):
+    open_folder(path)
+  path = write(tmp_path / "kaggle", "test_set/cat/a.jpg", "training_set/cat/a.jpg")
+  with pytest.raises(ValueError, match=f"open {path}/training_set"):
     open_folder(path)
 
 
@@ -146,8 +179,8 @@ def test_texts_that_are_not_utf_8_are_read_and_one_of_them_is_named(tmp_path, mo
     (tmp_path / f"{name}.txt").write_bytes(text)
   assert [example["captions"] for example in open_folder(str(tmp_path))] == [
     ("grün",),
-    ("caf\ufffd",),
-    ("\ufffd latin",),
+    ("café",),
+    ("ÿ latin",),
   ]
   assert f"{tmp_path}/2.txt is not UTF-8" in caplog.text
   assert caplog.text.count("is not UTF-8") == 1

@@ -95,7 +95,20 @@ def test_sizes_in_base_256_and_headers_without_magic(tmp_path):
     ({"0.txt": b"a dog", "0.json": b'{"captions": []}'}, ("a dog",)),
     ({"0.txt": b" \n", "0.json": b'{"caption": null, "text": "a cat"}'}, ("a cat",)),
     ({"0.json": b'["no", "object"]', "0.cls": b"1"}, ()),
-    ({"0.txt": "caf\N{LATIN SMALL LETTER E WITH ACUTE}".encode("latin1")}, ("caf\ufffd",)),
+    ({"0.txt": b"a dog", "0.json": b'{"comments": ["a cat"], "title": "a cat"}'}, ("a dog",)),
+    ({"0.json": b'{"Alt Text": " a cat ", "url": "x", "key": "0"}'}, ("a cat",)),
+    ({"0.json": b'{"sentences": ["a cat", "cats"]}'}, ("a cat", "cats")),
+    ({"0.json": b'{"title": "a cat", "description": "it sits"}'}, ()),
+    ({"0.txt": b"a dog", "0.json": b""}, ("a dog",)),
+    ({"0.txt": b"a dog", "0.json": b'{"caption": "a c'}, ("a dog",)),
+    ({"0.cls": b"1", "0.json": b"{"}, ()),
+    ({"0.JPG.TXT": b"a dog"}, ("a dog",)),
+    ({"0.caption": b"a dog", "0.txt": b" "}, ("a dog",)),
+    ({"0.txt": b"a\x0cdog\nand a\xe2\x80\xa8cat"}, ("a\x0cdog\nand a\u2028cat",)),
+    ({"0.txt": "un caf\xe9".encode("utf-16")}, ("un caf\xe9",)),
+    ({"0.txt": b"\xef\xbb\xbfa dog"}, ("a dog",)),
+    ({"0.json": '{"caption": "caf\xe9"}'.encode("cp1252")}, ("caf\xe9",)),
+    ({"0.txt": "caf\N{LATIN SMALL LETTER E WITH ACUTE}".encode("latin1")}, ("café",)),
   ],
 )
 def test_which_caption_is_used(tmp_path, files, expected):
@@ -369,6 +382,72 @@ def test_classnames_and_bad_fields(tmp_path):
     assert error.value.kind == "damaged record"
 
 
+def test_labels_that_count_from_1_are_refused(tmp_path):
+  for shard, labels in enumerate(["12", "3"]):
+    files = {f"{label}.{suffix}": text for label in labels for suffix, text in [("cls", label.encode()), ("jpg", b"x")]}
+    write_tar(tmp_path / f"{shard}.tar", files)
+  (tmp_path / "classnames.txt").write_text("ant\nbee\ncat\n")
+  with pytest.raises(ValueError, match=r"labels in \.cls are 1 to 3, but .* 3 lines of classnames\.txt"):
+    open_webdataset(f"{tmp_path}/*.tar")
+  assert [example["label"] for example in open_webdataset(f"{tmp_path}/0.tar")] == [1, 2]
+  (tmp_path / "classnames.txt").write_text("none\nant\nbee\ncat\n")
+  assert open_webdataset(f"{tmp_path}/*.tar")[2]["label"] == 3
+
+
+@pytest.mark.parametrize("marker", ["dataset_type.txt", "test/dataset_type.txt", "test/nshards.txt"])
+def test_the_layout_of_clip_benchmark(tmp_path, marker):
+  (tmp_path / "test").mkdir()
+  path = write_tar(tmp_path / "test" / "0.tar", {"0.webp": b"x", "0.txt": b"one\n two\r\n\nthree", "0.cls": b"0"})
+  (tmp_path / "classnames.txt").write_text("ant\n")
+  assert open_webdataset(str(path))[0]["captions"] == ("one\n two\r\n\nthree",)
+  (tmp_path / marker).write_text("retrieval\n")
+  source = pickle.loads(pickle.dumps(open_webdataset(str(path))))
+  assert source[0]["captions"] == ("one", "two", "three")
+  assert source.classnames == ("ant",)
+
+
+@pytest.mark.parametrize(
+  ("files", "message"),
+  [
+    ({"0.npy": b"x"}, "no captions found, its samples have .jpg, .npy; captions are read from .txt, .caption, or from"),
+    ({"0.json": b'{"Alt": "x", "url": 1, "alt": 2}'}, ".json of s.tar:0 has the keys 'Alt', 'url', 'alt'"),
+    ({"0.json": b"{"}, "no captions found, its samples have .jpg, .json; captions"),
+    ({"0.txt": b"x", "photo 2.0.jpg": b"x"}, "samples without an image have .0.jpg; a suffix starts at the first dot"),
+    ({"1.jpg": b"x", "0.txt": b"x", "1.txt": b"x"}, "2 samples lack members that are elsewhere in their shard; sort"),
+    ({"0.cls": b"1"}, ""),
+    ({}, ""),
+  ],
+)
+def test_missing_captions_and_images_are_told_at_each_start(tmp_path, caplog, files, message):
+  path = write_tar(tmp_path / "s.tar", {"0.jpg": b"x", **files})
+  for _ in range(2):
+    caplog.clear()
+    open_webdataset(str(path))
+    assert bool(caplog.records) == bool(message)
+    assert message in caplog.text
+
+
+def test_what_follows_the_end_of_a_shard_costs_no_sample(tmp_path, caplog):
+  path = write_tar(tmp_path / "s.tar", samples("0", "1"))
+  path.write_bytes(path.read_bytes() + write_tar(tmp_path / "t.tar", samples("1", "2")).read_bytes() + b"junk")
+  source = open_webdataset(str(path))
+  assert [example["captions"] for example in source] == [("caption 0",), ("caption 1",), ("caption 1",), ("caption 2",)]
+  assert source.skipped == {"damaged record": 1}
+  assert "s.tar, byte 20480: what follows the end of the tar is not another tar" in caplog.text
+
+
+def test_samples_with_sparse_members_are_counted_and_told(tmp_path, caplog):
+  path = write_tar(tmp_path / "s.tar", samples("0", "1", "2"), tarfile.GNU_FORMAT)
+  tar = bytearray(path.read_bytes())
+  with tarfile.open(path) as opened:
+    tar[opened.getmember("1.jpg").offset + 156] = ord("S")
+  path.write_bytes(tar)
+  source = open_webdataset(str(path))
+  assert [example["id"] for example in source] == ["s.tar:0", "s.tar:2"]
+  assert source.skipped == {"damaged record": 1}
+  assert "1 samples with sparse files are not used" in caplog.text
+
+
 def test_index_out_of_range(tmp_path):
   source = open_webdataset(str(write_tar(tmp_path / "s.tar", samples("0"))))
   for index in (-1, 1):
@@ -476,7 +555,8 @@ def test_an_index_does_not_depend_on_who_builds_it(many, monkeypatch):
   spans = [(number, *span) for number, scan in enumerate(scans) for span in scan.spans.tolist()]
   np.testing.assert_array_equal(np.load(io.BytesIO(alone)), spans)
   skipped = {"missing file": 6, "damaged record": 6}
-  assert alone.endswith(json.dumps({"shards": patterns.expand(many), "skipped": skipped}).encode())
+  about = json.loads(alone[np.load(io.BytesIO(alone)).nbytes + 128 :])
+  assert (about["shards"], about["skipped"]) == (patterns.expand(many), skipped)
   monkeypatch.setattr(webdataset, "_GROUP", 3)
   assert indexed(many) == alone
   monkeypatch.setattr(webdataset, "_ALONE", 0)

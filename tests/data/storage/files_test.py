@@ -177,16 +177,6 @@ def test_a_server_that_ignores_ranges_is_an_error(monkeypatch):
     files.read("memory://bucket/a", 5, 10)
 
 
-def test_classnames_are_read_from_beside_a_file(folder):
-  assert files.classnames(f"{folder}/a-08.bin") == ()
-  with fsspec.open(f"{folder}/classnames.txt", "wb") as file:
-    file.write(b"dog\n hot dog \n\n")
-  assert files.classnames(f"{folder}/a-08.bin") == ("dog", "hot dog", "")  # samples may be of class 2
-  with fsspec.open(f"{folder}/classnames.txt", "wb") as file:
-    file.write(b"dog\nhot dog")
-  assert files.classnames(f"{folder}/a-08.bin") == ("dog", "hot dog")
-
-
 @pytest.mark.parametrize("url", ["memory://bucket/up/a", "local://{}/up/a"])
 def test_an_upload_is_atomic_and_replaces_the_file(tmp_path, url):
   url = url.format(tmp_path)

@@ -1,0 +1,133 @@
+"""Customs of data sets on disk: names of splits, and classnames.txt next to the data or above its split."""
+
+from collections.abc import Sequence
+import re
+
+from declip_jax.data.storage import files, texts
+
+CLASSNAMES = "classnames.txt"
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
+_KEYED = re.compile(r"(.+?)(?:\s*[:=,\t]\s*|(?<=\d)\s+)(.+)")  # "FOLDER: NAME", or "n01440764 NAME"
+_REMEDY = "give each folder one line, such as FOLDER: NAME, or delete the file"
+_AROUND = {
+  "set",
+  "split",
+  "data",
+  "images",
+  "img",
+}  # words beside a split in the name of a folder, as in "training_set"
+
+
+def split_of(name: str) -> str:
+  """The split that a file or folder is part of, by a word of its name: train, validation or test; else empty."""
+  return next((_SPLITS[word] for word in _words(name) if word in _SPLITS), "")
+
+
+def is_split(folder: str) -> bool:
+  """Whether a folder is named like a split, such as "train", "val2017" or "test_set"."""
+  words = set(_words(folder))
+  return not words.isdisjoint(_SPLITS) and words <= {*_SPLITS, *_AROUND}
+
+
+def find(path: str, name: str) -> str | None:
+  """The path of the file NAME next to the file at `path`, or, if they are in the folder of a split, above it."""
+  folder = path.rpartition("/")[0]
+  above, _, last = folder.rpartition("/")
+  places = [f"{folder}/{name}"] + ([f"{above}/{name}"] if is_split(last) else [])
+  return next(filter(files.exists, places), None)
+
+
+def captions_by_line(path: str) -> bool:
+  """Whether each line of a text is a caption, as in CLIP_benchmark's shards for retrieval, with the file at `path`."""
+  if (kind := find(path, "dataset_type.txt")) is None:
+    return files.exists(files.beside(path, "nshards.txt"))
+  return texts.decode(files.read(kind), kind).strip() == "retrieval"
+
+
+def classnames(path: str) -> tuple[str, ...]:
+  """Line i of classnames.txt for class i, blank or not, but for blank lines at the end; empty without that file.
+
+  Args:
+    path: a file of the data; classnames.txt is next to it, or above the folder of its split.
+  """
+  return () if (place := find(path, CLASSNAMES)) is None else _names(place)
+
+
+def classnames_of_folders(path: str, folders: Sequence[str]) -> tuple[str, ...]:
+  """The names that classnames.txt gives to folders that are classes; their own names without that file.
+
+  | lines | name of a folder |
+  |---|---|
+  | the names of the folders, in any order and case | its line |
+  | "FOLDER NAME" for each folder | the NAME in its line |
+  | others, and folders with the numbers 0 to n-1 or 1 to n | the line of its number |
+  | others | its line in alphabetical order of the folders |
+
+  Args:
+    path: a path in the folder of the folders.
+    folders: their names, in alphabetical order.
+
+  Raises:
+    ValueError: there is not one name for each folder, or which one it is remains unclear.
+  """
+  if (place := find(path, CLASSNAMES)) is None:
+    return tuple(folders)
+  names = _names(place)
+  if len(names) != len(folders):
+    raise ValueError(f"{place} has {len(names)} lines, but there are {len(folders)} folders of classes; {_REMEDY}")
+  if blank := [number for number, name in enumerate(names, 1) if not name]:
+    raise ValueError(f"{place}: line {blank[0]} is blank, but each folder needs a name; {_REMEDY}")
+  return _by_name(folders, names) or _by_number(folders, names, place) or _by_order(folders, names, place)
+
+
+def _names(place: str) -> tuple[str, ...]:
+  names = texts.lines(texts.decode(files.read(place), place))
+  while names and not names[-1]:
+    names.pop()
+  return tuple(names)
+
+
+def _by_name(folders: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+  """The names in lines that contain the name of their folder, alone or before another name; else none."""
+  found = {_plain(name): name for name in names}
+  if len(found) == len(folders) and found.keys() == set(map(_plain, folders)):
+    return tuple(found[_plain(folder)] for folder in folders)
+  keyed = dict(match.groups() for match in map(_KEYED.fullmatch, names) if match)
+  return tuple(keyed[folder] for folder in folders) if keyed.keys() == set(folders) else ()
+
+
+def _by_number(folders: Sequence[str], names: Sequence[str], place: str) -> tuple[str, ...]:
+  numbers = _numbers(folders)
+  first = min(numbers, default=0)
+  if numbers and first in (0, 1) and sorted(numbers) == [*range(first, first + len(folders))]:
+    return tuple(names[number - first] for number in numbers)
+  if numbers != sorted(numbers):
+    orders = f"in the order of their numbers ({folders[numbers.index(first)]} first) or of the alphabet"
+    raise ValueError(f"{place}: its lines could name the folders {orders} ({folders[0]} first); {_REMEDY}")
+  return ()
+
+
+def _by_order(folders: Sequence[str], names: Sequence[str], place: str) -> tuple[str, ...]:
+  owners = {_plain(folder): folder for folder in folders}
+  for number, (name, folder) in enumerate(zip(names, folders, strict=True), 1):
+    if owners.get(_plain(name), folder) != folder:
+      raise ValueError(f"{place}: line {number}, {name!r}, would name the folder {folder!r}; {_REMEDY}")
+  return tuple(names)
+
+
+def _numbers(folders: Sequence[str]) -> list[int]:
+  """The numbers at the start of all names, or at their end after the same text; else none."""
+  for pattern in (r"()(\d+).*", r"(.*?)(\d+)"):
+    found = [match.groups() for match in map(re.compile(pattern).fullmatch, folders) if match]
+    if len(found) == len(folders) > 1 and len({text for text, _ in found}) == 1:
+      return [int(number) for _, number in found]
+  return []
+
+
+def _plain(name: str) -> str:
+  return " ".join(re.split(r"[\s_-]+", name.casefold()))
+
+
+def _words(name: str) -> list[str]:
+  return re.findall(r"[a-z]+", name.lower())
