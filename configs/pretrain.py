@@ -17,8 +17,8 @@ def get_config(method: str = "declip", architecture: str = "ViT-B/32", data: str
   """Returns the config.
 
   Args:
-    method: a name of `methods.METHODS` or `methods.STUDIES`, or METHOD_repo for what DeCLIP's released code does under
-      that name.
+    method: a name of `methods.METHODS` or `methods.ABLATIONS`; METHOD_repo is the method of that name as DeCLIP's
+      released code implements it.
     architecture: one of `architectures.ARCHITECTURES`.
     data: a folder of WebDataset shards, the path of a table or an archive, or any KIND:LOCATION.
   """

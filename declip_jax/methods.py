@@ -14,9 +14,9 @@ METHODS = {
   "defilip": ("declip", {**_DECLIP, "filip": 0.2}),
   "siglip": ("clip", {"sigmoid": 1.0}),
 }
-# Their studies: CLIP with more augmentation (SLIP's ablations), and DeCLIP's signals added one by one and each alone,
+# Their ablations: CLIP with more augmentation (SLIP), and DeCLIP's signals, added one by one and each on its own,
 # with the weights of its formula (1 - a - b - g) CLIP + a (ISS + TSS) + b MVS + g NNS, where those in use are 0.2.
-STUDIES = {
+ABLATIONS = {
   "clip_color": ("clip_color", {"clip": 1.0}),
   "clip_crop": ("clip_crop", {"clip": 1.0}),
   "clip_full": ("clip_full", {"clip": 1.0}),
@@ -27,8 +27,8 @@ STUDIES = {
   "declip_tss": ("declip", {"clip": 0.8, "mlm": 0.2}),
   "declip_nns": ("declip", {"clip": 0.8, "nns": 0.2}),
 }
-# The methods of DeCLIP's released code (Sense-GVT/DeCLIP) by these names. Its one mean over the 2x2 pairs of views has
-# the weight 0.4: a quarter of that for the first pair, three for the others.
+# The methods of the same names in DeCLIP's released code (Sense-GVT/DeCLIP). Its mean over the 2x2 pairs of views has
+# the weight 0.4: a quarter of that for the first pair, three quarters for the others.
 _DECLIP_REPO = {"clip": 0.1, "mvs": 0.3, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}
 REPO_METHODS = {
   "clip": METHODS["clip"],
@@ -37,4 +37,4 @@ REPO_METHODS = {
   "filip": ("filip_repo", {"filip": 1.0}),
   "defilip": ("declip_repo", {**_DECLIP_REPO, "filip": 0.2}),
 }
-PRESETS = {"paper": {**METHODS, **STUDIES}, "repo": REPO_METHODS}
+PRESETS = {"paper": {**METHODS, **ABLATIONS}, "repo": REPO_METHODS}

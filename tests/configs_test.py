@@ -18,7 +18,7 @@ import pytest
 
 from declip_jax import architectures, build, config, config_files
 from declip_jax.configs.declip_yfcc15m.recipe import MLM_HEAD
-from declip_jax.methods import METHODS, REPO_METHODS, STUDIES
+from declip_jax.methods import ABLATIONS, METHODS, REPO_METHODS
 from declip_jax.objectives import make_objective
 from declip_jax.sharding import check_batch
 from declip_jax.training import schedules
@@ -152,7 +152,7 @@ def test_every_step_preserves_the_shapes_of_the_state(name: str) -> None:
   check_step(name)
 
 
-ALL = [*METHODS, *STUDIES, *(f"{method}_repo" for method in REPO_METHODS)]
+ALL = [*METHODS, *ABLATIONS, *(f"{method}_repo" for method in REPO_METHODS)]
 
 
 @pytest.mark.slow

@@ -299,7 +299,7 @@ def test_a_damaged_checkpoint_is_neither_loaded_nor_changed(finished_run: Finish
 
 
 def slip_on_other_images() -> ConfigDict:
-  """SLIP with self-supervision on other images than those with captions, as in its decoupled study."""
+  """SLIP with self-supervision on images other than those with captions, as in its "decoupled" ablation."""
   config = tiny_config("slip")
   config.data.ssl_train, config.data.ssl_mixture = ("scenes:test/64/24",), (1.0,)
   return config

@@ -1,4 +1,4 @@
-"""Tests of the package's structure: floors, cycles, modules that may import JAX and configs, and long functions."""
+"""Tests of the package's structure: import layers, cycles, modules that may import JAX or configs, long functions."""
 
 import ast
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# The floor of each module by its longest prefix. Imports go to the same floor or below.
-FLOORS = {
+# The layer of each module, by its longest prefix. A module imports from its own layer or from a lower one.
+LAYERS = {
   "declip_jax": 0,
   "declip_jax.types": 0,
   "declip_jax.views": 0,
@@ -44,7 +44,7 @@ FLOORS = {
   "declip_jax.__main__": 6,
 }
 FREE_OF_JAX = ("declip_jax.data", "declip_jax.reporting.progress", "declip_jax.command_line", "declip_jax.config_files")
-READS_CONFIGS = 4  # floors from here on may import ConfigDict, and these modules, which make configs:
+READS_CONFIGS = 4  # this layer and those above may import ConfigDict, and so may these modules, which make configs:
 MAKES_CONFIGS = ("declip_jax.config", "declip_jax.config_files", "declip_jax.command_line", "declip_jax.architectures")
 LONGEST_FUNCTION = 80
 
@@ -72,7 +72,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-      assert not node.level, "relative imports hide floors"
+      assert not node.level, "relative imports hide layers"
       for alias in node.names:
         name = f"{node.module}.{alias.name}"
         yield name if name in MODULES or not node.module.startswith("declip_jax") else node.module
@@ -85,43 +85,43 @@ def _ours(module: str) -> set[str]:
   return {name for name in IMPORTS[module] if name in MODULES}
 
 
-def _floor(module: str) -> int:
-  """The floor by the longest prefix; the entry "declip_jax" is for that module alone."""
+def _layer(module: str) -> int:
+  """The layer by the longest prefix; the entry "declip_jax" is for that module alone."""
   names = module.split(".")
   prefixes = [".".join(names[:end]) for end in range(len(names), 1, -1)] if len(names) > 1 else [module]
-  return next(FLOORS[prefix] for prefix in prefixes if prefix in FLOORS)
+  return next(LAYERS[prefix] for prefix in prefixes if prefix in LAYERS)
 
 
 def _below(module: str, prefixes: tuple[str, ...]) -> bool:
   return any(f"{module}.".startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def test_every_module_has_a_floor_and_every_floor_a_module() -> None:
-  missing = [module for module in MODULES if not any(_below(module, (prefix,)) for prefix in [*FLOORS][1:])]
+def test_every_module_has_a_layer_and_every_layer_a_module() -> None:
+  missing = [module for module in MODULES if not any(_below(module, (prefix,)) for prefix in [*LAYERS][1:])]
   assert missing == ["declip_jax"]
-  assert [prefix for prefix in FLOORS if not any(_below(module, (prefix,)) for module in MODULES)] == []
+  assert [prefix for prefix in LAYERS if not any(_below(module, (prefix,)) for module in MODULES)] == []
   unknown = {name for names in IMPORTS.values() for name in names if name.startswith("declip_jax.")} - set(MODULES)
   assert {name for name in unknown if not name.startswith("declip_jax.configs")} == set()
 
 
-def test_imports_go_to_the_same_floor_or_below() -> None:
-  upward = {(module, name) for module in MODULES for name in _ours(module) if _floor(name) > _floor(module)}
+def test_imports_are_from_the_same_layer_or_a_lower_one() -> None:
+  upward = {(module, name) for module in MODULES for name in _ours(module) if _layer(name) > _layer(module)}
   assert upward == UPWARD
 
 
-def test_no_module_imports_itself_through_others() -> None:
+def test_there_are_no_circular_imports() -> None:
   graph = {module: {name for name in _ours(module) if (module, name) not in UPWARD} for module in MODULES}
   assert len([*graphlib.TopologicalSorter(graph).static_order()]) == len(MODULES)  # or raises CycleError with the cycle
 
 
 def test_only_build_and_modules_that_make_configs_read_configs() -> None:
   readers = {module for module, names in IMPORTS.items() if any(name.startswith("ml_collections") for name in names)}
-  below = {module for module in readers if _floor(module) < READS_CONFIGS and module not in MAKES_CONFIGS}
+  below = {module for module in readers if _layer(module) < READS_CONFIGS and module not in MAKES_CONFIGS}
   assert below == CONFIGS_BELOW
 
 
 def _configs(module: str, tree: ast.AST, makers: set[str]) -> Iterator[int]:
-  """Lines that call a function which returns a config and do not make it plain dicts at once, by `.to_dict()`."""
+  """Lines that call a function that returns a config and do not convert it to dicts at once, by `.to_dict()`."""
   plain = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "to_dict"}
   names = {}  # in this module -> in full
   for node in ast.walk(tree):
@@ -144,9 +144,9 @@ MAKERS = {
 }
 
 
-def test_below_the_door_configs_become_dicts_at_once() -> None:
+def test_below_build_configs_become_dicts_at_once() -> None:
   assert {"declip_jax.config.from_json", "declip_jax.config.default", "declip_jax.architectures.vit"} <= MAKERS
-  below = [module for module in MODULES if _floor(module) < READS_CONFIGS and module not in MAKES_CONFIGS]
+  below = [module for module in MODULES if _layer(module) < READS_CONFIGS and module not in MAKES_CONFIGS]
   assert [(module, line) for module in below for line in _configs(module, MODULES[module], MAKERS)] == []
 
 
@@ -160,11 +160,11 @@ def test_below_the_door_configs_become_dicts_at_once() -> None:
     ("from declip_jax import config\nx = config.default().to_dict()", []),
   ],
 )
-def test_configs_below_the_door_are_found(source: str, lines: list[int]) -> None:
+def test_configs_that_stay_configs_are_found(source: str, lines: list[int]) -> None:
   assert list(_configs("any", ast.parse(source), MAKERS)) == lines
 
 
-def test_reading_data_and_reporting_progress_work_without_jax() -> None:
+def test_data_and_progress_do_not_import_jax() -> None:
   modules = [module for module in MODULES if _below(module, FREE_OF_JAX)]
   assert "declip_jax.data.pipeline" in modules
   # grain imports JAX if it is installed; a module that is None here cannot be imported.
@@ -174,7 +174,7 @@ def test_reading_data_and_reporting_progress_work_without_jax() -> None:
   assert not done.returncode, done.stderr
 
 
-def test_no_function_is_longer_than_two_screens() -> None:
+def test_no_function_is_longer_than_80_lines() -> None:
   long = {
     (module, node.name)
     for module, tree in MODULES.items()
