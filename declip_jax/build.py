@@ -20,9 +20,10 @@ from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
-from declip_jax.evals import EVALUATORS, Evaluator, check_options
+from declip_jax.evals import EVALUATORS, Evaluator, check_metric, check_options
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.features import SourceFeatures
+from declip_jax.evals.zero_shot import check_templates
 from declip_jax.models.heads import diagnostic_kinds
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_below
@@ -69,11 +70,6 @@ _RANGES = (
     "data.caption_weights",
     lambda weights: all(weight >= 0 for weight in weights) and (not weights or any(weights)),
     "weights of 0 or more, not all of them 0",
-  ),
-  (
-    "data.templates",
-    lambda templates: all(_has_class_name(template) for template in templates),
-    "texts with one {}, for the name of the class",
   ),
 )
 _SAFETY_RANGES = (
@@ -124,6 +120,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bu
     ValueError: an invalid name or number; the message names it and the legal ones.
   """
   _check_ranges(config, _RANGES)
+  if config.data.templates:
+    check_templates(config.data.templates, "config.data.templates")
   mesh = make_mesh(**config.mesh, devices=devices)
   contrast = Method(config.contrast.method, mesh, config.contrast.block)
   objective = make_objective(config.objective.to_dict(), contrast)
@@ -175,10 +173,6 @@ def _check_ranges(config: ConfigDict, ranges: Sequence[tuple[str, Callable[[Any]
     value = operator.attrgetter(field)(config)
     if not is_legal(value):
       raise ValueError(f"config.{field}={value!r}: expected {legal}")
-
-
-def _has_class_name(template: str) -> bool:
-  return template.count("{}") == 1 and not set(template.replace("{}", "")) & {"{", "}"}
 
 
 def _check_texts(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer) -> None:
@@ -410,10 +404,25 @@ def evals_with_text(evals: ConfigDict) -> list[str]:
 
 def _evaluation(name: str, fields: ConfigDict) -> tuple[Evaluator, str, dict[str, Any]]:
   """The evaluator of an entry of `config.evals`, its data and its options, after a check."""
+  field = f"config.evals.{name}"
+  if not isinstance(fields, ConfigDict):
+    raise ValueError(f"{field}={fields!r}: expected an evaluation, such as config.zero_shot('scenes:test')")
+  if "/" in name:
+    raise ValueError(f"{field}: the name of an evaluation cannot contain a slash")
   options = fields.to_dict()
-  kind, data = options.pop("kind"), options.pop("data")
-  check_options(kind, options, f"config.evals.{name}")
-  return EVALUATORS[kind], data, options
+  check_options(options, field)
+  return EVALUATORS[options.pop("kind")], options.pop("data"), options
+
+
+def check_best_metric(config: ConfigDict) -> None:
+  """Rejects a `config.checkpoint.best_metric` that no evaluation has.
+
+  Raises:
+    ValueError: names the metrics that exist.
+  """
+  if best := config.checkpoint.best_metric:
+    kinds = {name: fields.kind for name, fields in config.evals.items()}
+    check_metric(best, kinds, "config.checkpoint.best_metric")
 
 
 def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], dict[str, float]]:
@@ -422,13 +431,15 @@ def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], di
   A source that several evaluations name is encoded once. Pictures are written to `workdir`.
 
   Raises:
-    ValueError: an unknown kind of evaluation, an option that it does not have, or a source that cannot be opened.
+    ValueError: an unknown kind of evaluation, an option that it does not have, or a source that cannot be opened or
+      does not fit the evaluation.
   """
   evaluations, sources = [], {}
   for name, fields in evals.items():
     evaluator, data, options = _evaluation(name, fields)
     if data not in sources:
       sources[data] = open_source(data)
+    evaluator.check(sources[data], f"config.evals.{name}", **options)
     evaluations.append((name, data, partial(evaluator.function, **options)))
 
   def evaluate(encoders: Encoders) -> dict[str, float]:

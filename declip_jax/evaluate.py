@@ -53,7 +53,7 @@ def evaluate(
 
   Raises:
     FileNotFoundError: no such run or checkpoint.
-    ValueError: no evaluation is given.
+    ValueError: no evaluation is given, or one that cannot run.
   """
   clip = load(weights or workdir, step=step)
   config = _config_of_run(workdir, clip.step)
@@ -61,10 +61,11 @@ def evaluate(
     evals = config.evals if config else ConfigDict()
   if not len(evals):
     raise ValueError(f"{workdir} has no config.json with evaluations: pass --zero_shot or --retrieval")
+  run = make_evaluators(evals, workdir)
   size = batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE)
   encoders = clip.encoders(size, needs_text=bool(evals_with_text(evals)))
   about = {"step": clip.step} if weights is None else {"weights": os.fspath(weights), "origin": clip.origin}
-  results = {**about, **make_evaluators(evals, workdir)(encoders)}
+  results = {**about, **run(encoders)}
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     add_line(workdir / "evaluations.jsonl", {"evals": evals.to_dict(), **results})

@@ -198,15 +198,10 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
   watchdog.beat("the comparison of the data that all processes have opened")
   check_sizes([(source.name, len(source)) for source in opened])
   build.check_evals(config.evals, built.objective)
+  build.check_best_metric(config)
   batch_shape = built.batch_shape(config.batch_size)
   build.check_objective(config, built, batch_shape)
   abstract = abstract_state(batch_shape, built.mesh, model=built.model, optimizer=built.optimizer)
-  best = config.checkpoint.best_metric
-  if best and not any(best.startswith(f"eval/{name}/") for name in config.evals):
-    raise ValueError(
-      f"config.checkpoint.best_metric={best!r} is not a metric of an evaluation: expected eval/NAME/..., with NAME one "
-      f"of {[*config.evals]}"
-    )
   return _Prepared(
     built=built,
     steps=steps,

@@ -1,13 +1,16 @@
 """Tests of the evaluations of a config: bad ones are rejected before anything runs."""
 
+import contextlib
 import inspect
+from pathlib import Path
 
 from ml_collections import ConfigDict
+from PIL import Image
 import pytest
 import references as reference
 
 from declip_jax import config
-from declip_jax.build import check_evals, make_evaluators
+from declip_jax.build import check_best_metric, check_evals, make_evaluators
 from declip_jax.evals import EVALUATORS, Evaluator
 
 
@@ -61,10 +64,66 @@ def test_a_run_without_texts_may_have_evaluations_that_need_none(monkeypatch: py
   ("fields", "message"),
   [
     ({"kind": "kmm"}, r"config.evals.mine.kind='kmm'.*'retrieval'.*'zero_shot'"),
+    ({"kind": "zeroshot"}, r"config.evals.mine.kind='zeroshot'.*did you mean zero_shot"),
+    ({}, r"config.evals.mine has no field kind: choose one of \['retrieval', 'zero_shot'\]"),
+    ({"kind": "retrieval", "data": ""}, r"config.evals.mine.data=''"),
     ({"kind": "retrieval", "templates": ()}, r"config.evals.mine .*\['templates'\].*'retrieval'.*\['equal_texts'\]"),
+    ({"kind": "retrieval", "equal_text": True}, r"\['equal_text'\].*did you mean equal_texts"),
+    ({"kind": "retrieval", "equal_texts": "no"}, r"config.evals.mine.equal_texts='no': expected True or False"),
+    (
+      {"kind": "zero_shot", "templates": ("a photo",)},
+      r"config.evals.mine.templates: prompt template 'a photo' needs one {}",
+    ),
+    ({"kind": "zero_shot", "templates": ("a {} in {place}",)}, r"template 'a {} in {place}'"),
+    ({"kind": "zero_shot", "templates": ("a {c}.",)}, r"template 'a {c}.'"),
+    ({"kind": "zero_shot", "templates": "a {}."}, r"templates='a {}.': expected a tuple of prompt templates"),
+    ({"kind": "zero_shot", "templates": ()}, r"templates=\(\): expected a tuple of prompt templates"),
   ],
 )
 def test_evaluations_that_do_not_exist_are_rejected(fields, message, tmp_path):
   evals = ConfigDict({"mine": {"data": "scenes:test/4/16", **fields}})
   with pytest.raises(ValueError, match=message):
     make_evaluators(evals, tmp_path)
+
+
+def test_sources_that_do_not_fit_an_evaluation_are_rejected(tmp_path: Path) -> None:
+  for label in ("cats", "dogs"):
+    (tmp_path / "classes" / label).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "classes" / label / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / f"{label}.png")
+    (tmp_path / f"{label}.txt").write_text("a caption")
+  (tmp_path / "pairs.tsv").write_text("filepath\ttitle\ncats.png\ta cat\ndogs.png\ta dog\n")
+  evals = ConfigDict({"mine": config.zero_shot(f"table:{tmp_path}/pairs.tsv")})
+  with pytest.raises(ValueError, match=r"pairs.tsv has no class names, which config.evals.mine needs"):
+    make_evaluators(evals, tmp_path)
+  evals = ConfigDict({"mine": config.retrieval(f"folder:{tmp_path}/classes")})
+  with pytest.raises(ValueError, match=r"classes has classes but no captions, which config.evals.mine needs"):
+    make_evaluators(evals, tmp_path)
+  make_evaluators(ConfigDict({"mine": config.zero_shot(f"folder:{tmp_path}/classes")}), tmp_path)
+  make_evaluators(ConfigDict({"mine": config.retrieval(f"table:{tmp_path}/pairs.tsv")}), tmp_path)
+
+
+@pytest.mark.parametrize("entry", [3, "scenes:test"])
+def test_an_entry_that_is_not_an_evaluation_is_rejected(entry: object, tmp_path: Path) -> None:
+  with pytest.raises(ValueError, match=rf"config.evals.mine={entry!r}: expected an evaluation"):
+    make_evaluators(ConfigDict({"mine": entry}), tmp_path)
+  with pytest.raises(ValueError, match=r"config.evals.a/b: the name"):
+    make_evaluators(ConfigDict({"a/b": config.zero_shot("scenes:test/4/16")}), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("metric", "message"),
+  [
+    ("eval/mine/top1", ""),
+    ("eval/mine/acc1", r"best_metric='eval/mine/acc1': config.evals.mine has the metrics top1, top5"),
+    ("eval/mine/top", r"did you mean top"),
+    ("eval/yours/top1", r"NAME one of \['mine'\]"),
+    ("mine/top1", r"expected eval/NAME/METRIC"),
+    ("eval/mine", r"expected eval/NAME/METRIC"),
+  ],
+)
+def test_a_best_metric_that_no_evaluation_has_is_rejected(metric: str, message: str) -> None:
+  c = config.default()
+  c.evals.mine, c.checkpoint.best_metric = config.zero_shot("scenes:test/4/16"), metric
+  with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+    check_best_metric(c)

@@ -516,7 +516,7 @@ def test_a_run_resumes_with_the_same_losses_on_another_mesh(tmp_path: Path, monk
     ({"data.jitter": (0.4,)}, r"jitter=\(0.4,\): .*brightness, contrast, saturation"),
     ({"data.flip_probability": 2.0}, r"flip_probability=2.0: .*0 to 1"),
     ({"data.caption_weights": (-1, 2)}, r"config.data.caption_weights=\(-1, 2\): expected weights of 0 or more"),
-    ({"data.templates": ("a photo",)}, r"config.data.templates=\('a photo',\): expected texts with one {}"),
+    ({"data.templates": ("a photo",)}, r"config.data.templates: prompt template 'a photo' needs one {}"),
     ({"data.interpolation": "nearest"}, r"interpolation='nearest': expected one of \['bilinear', 'bicubic'\]"),
     ({"data.workers": -1}, r"config.data.workers=-1: expected 0 or more, or None"),
     ({"data.max_bad": 5.0}, r"config.data.max_bad=5.0: expected a share"),

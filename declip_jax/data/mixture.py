@@ -86,13 +86,13 @@ class Mixture:
       ValueError: names the first such source.
     """
     for source in self.sources if self.needs_caption and not self.templates else ():
-      if source.classnames and not _captioned(source):
+      if source.classnames and not has_captions(source):
         raise ValueError(
           f"{source.name} has classes but no captions: set config.data.templates, such as ('a photo of a {{}}.',)"
         )
 
 
-def _captioned(source: Source) -> bool:
+def has_captions(source: Source) -> bool:
   """Whether one of eight examples has a caption."""
   for index in sorted({len(source) * eighth // 8 for eighth in range(8)}):
     try:

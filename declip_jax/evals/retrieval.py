@@ -8,11 +8,14 @@ from jaxtyping import Bool, Float, Int
 import numpy as np
 
 from declip_jax.data import images as image_ops
+from declip_jax.data.mixture import has_captions
 from declip_jax.data.sources import Source
 from declip_jax.evals.features import SourceFeatures
-from declip_jax.evals.metrics import recall
+from declip_jax.evals.metrics import RECALL_AT, recall
 from declip_jax.evals.similarity import take
 from declip_jax.reporting.pictures import optional, plot_retrieval
+
+METRICS = (*(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in RECALL_AT), "images", "texts")
 
 
 def retrieval(
@@ -47,6 +50,18 @@ def retrieval(
   if pictures is not None:
     with optional(pictures):
       _draw(source, kept, [texts[index] for index in shown], scores, match[:, group[shown]].T, pictures)
+
+
+def check(source: Source | Sequence[Any], field: str, *, equal_texts: Any = False) -> None:
+  """Rejects a source of classes without captions, and options of another type.
+
+  Raises:
+    ValueError: names the source or the option.
+  """
+  if not isinstance(equal_texts, bool):
+    raise ValueError(f"{field}.equal_texts={equal_texts!r}: expected True or False")
+  if source.classnames and not has_captions(source):
+    raise ValueError(f"{source.name} has classes but no captions, which {field} needs")
 
 
 def _shown(texts: int) -> Int[np.ndarray, "shown"]:

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 import numpy as np
 
 from declip_jax.config import TEMPLATES
+from declip_jax.data.sources import Source
 from declip_jax.evals.features import SourceFeatures
 from declip_jax.evals.metrics import accuracies
 from declip_jax.evals.similarity import Embeddings, Similarity
+
+METRICS = ("top1", "top5", "mean_per_class", "majority_share", "images")
 
 
 def zero_shot(
@@ -23,14 +27,11 @@ def zero_shot(
     templates: prompts with `{}` for the class name.
 
   Raises:
-    ValueError: the source has no class names or no labelled image, or a template has no `{}`.
+    ValueError: the source has no labelled image; see also `check`.
   """
   del pictures
   source = features.source
-  if not source.classnames:
-    raise ValueError(
-      f"{source.name} has no class names: put a classnames.txt, with one name per line, next to its first file"
-    )
+  check(source, "zero_shot", templates=templates)
   prompt_embeddings = features.texts(prompts(source.classnames, templates))
   classes = len(source.classnames)
   if features.encoders.tokens:
@@ -47,15 +48,42 @@ def zero_shot(
   yield "images", int(used.sum())
 
 
+def check(source: Source | Sequence[Any], field: str, *, templates: Any = TEMPLATES) -> None:
+  """Rejects a source without class names, and templates that are not texts with one `{}` each.
+
+  Raises:
+    ValueError: names the source or the template.
+  """
+  check_templates(templates, f"{field}.templates")
+  if not source.classnames:
+    raise ValueError(
+      f"{source.name} has no class names, which {field} needs: put a classnames.txt, with one name per line, next to "
+      "its first file"
+    )
+
+
+def check_templates(templates: Any, field: str) -> None:
+  """Rejects prompt templates that are not texts with one `{}` each, for the name of the class, and no other braces.
+
+  Raises:
+    ValueError: names the template.
+  """
+  if isinstance(templates, str) or not templates:
+    raise ValueError(f"{field}={templates!r}: expected a tuple of prompt templates, such as {TEMPLATES}")
+  for text in templates:
+    if not isinstance(text, str) or text.count("{}") != 1 or set(text.replace("{}", "")) & {"{", "}"}:
+      raise ValueError(
+        f"{field}: prompt template {text!r} needs one {{}}, for the name of the class, and no other braces"
+      )
+
+
 def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
   """Every template filled in for the first class, then for the next.
 
   Raises:
-    ValueError: a template has no `{}` for the class name.
+    ValueError: see `check_templates`.
   """
-  for template in templates:
-    if "{}" not in template:
-      raise ValueError(f"prompt template {template!r} has no {{}} for the class name")
+  check_templates(templates, "templates")
   return [template.format(name) for name in classnames for template in templates]
 
 

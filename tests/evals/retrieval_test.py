@@ -9,7 +9,7 @@ from declip_jax.evals import metrics
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.features import SourceFeatures
 from declip_jax.evals.metrics import recall
-from declip_jax.evals.retrieval import retrieval
+from declip_jax.evals.retrieval import METRICS, retrieval
 from declip_jax.evals.similarity import TextTokens
 
 
@@ -122,6 +122,7 @@ def test_unusable_samples_are_skipped():
   )
   words = {"zero": 0, "nought": 0, "one": 1, "three": 3, "five": 5}
   found = dict(retrieval(SourceFeatures(source, encoders(words)), None))
+  assert tuple(found) == METRICS
   assert (found["images"], found["texts"]) == (4, 5)
   assert found["image_to_text_r1"] == 0.75  # the picture of a four has only a text about a five
   assert found["text_to_image_r1"] == 0.8

@@ -9,7 +9,7 @@ from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.features import SourceFeatures
 from declip_jax.evals.metrics import accuracies
 from declip_jax.evals.similarity import TextTokens
-from declip_jax.evals.zero_shot import classifier, prompts, token_classifier, zero_shot
+from declip_jax.evals.zero_shot import METRICS, classifier, prompts, token_classifier, zero_shot
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,7 @@ def test_accuracy_over_a_source_equals_clip_benchmark(golden, reference_prompts)
   source = Source([(None, 0), *examples, (0, -1)], names)  # an unreadable image and one without a label
   found = dict(zero_shot(SourceFeatures(source, encoders(rows, texts, images)), None, templates=forms))
   assert found["images"] == len(examples)
+  assert tuple(found) == METRICS
   np.testing.assert_allclose(found["top1"], golden["zeroshot/acc1"], atol=1e-6)
 
 
@@ -144,7 +145,7 @@ def test_tokens_are_compared_with_every_prompt_and_scores_averaged_over_template
 
 
 def test_a_template_without_a_place_for_the_name_is_named():
-  with pytest.raises(ValueError, match="prompt template 'a photo' has no {} for the class name"):
+  with pytest.raises(ValueError, match="prompt template 'a photo' needs one {}"):
     prompts(["cat"], ["a {}", "a photo"])
 
 
