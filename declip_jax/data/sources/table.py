@@ -37,7 +37,7 @@ from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, patterns, texts
-from declip_jax.data.storage.bounded import Lines, json_decoder, parse_json
+from declip_jax.data.storage.bounded import Lines, json_decoder, parse_json, short
 
 _LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
 _ROLES = ("image", "caption", "label", "label_name", "encoding", "root")
@@ -426,5 +426,4 @@ def _read_parquet(stream: BinaryIO) -> tuple[list[str], Callable[[Iterable[str]]
 
 
 def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 80 else text[:80] + "..."
+  return short(value)

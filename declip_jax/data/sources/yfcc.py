@@ -6,16 +6,30 @@ datasets.py). An index is the line number of a photo in yfcc100m_dataset.txt.
 
 from collections.abc import Iterable, Iterator
 import pickle
-from typing import Any
+from typing import Any, BinaryIO
 
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.sources.table import captions_of, read_table
 from declip_jax.data.storage import files, patterns, zips
+from declip_jax.data.storage.bounded import short
+from declip_jax.data.storage.unpickler import Unpickler, shown
 
 _COLUMNS = ("index", "title", "description")
 _PHOTOS = 10**8
+_MOST_INSTRUCTIONS = 2**40  # of a pickle, with their arguments; a record takes 14, and all records are needed
+# Instructions of the first protocol of pickle for the same data as those of later ones.
+_PROTOCOL_0 = (
+  pickle.GET,
+  pickle.FLOAT,
+  pickle.INT,
+  pickle.LIST,
+  pickle.LONG,
+  pickle.PUT,
+  pickle.STRING,
+  pickle.UNICODE,
+)
 
 
 class Yfcc(lists.ListSource):
@@ -39,9 +53,9 @@ def open_yfcc(location: str) -> Yfcc:
 
   Args:
     location: a table with columns index, title and description, see `open_table`, or SLIP's own yfcc15m.pkl, a pickled
-      list of (index, title, description), which takes some 6 GB of memory, once. A pickle that names any class or
-      function is rejected, since loading it could run any code. `root` is the folder that contains images/, by default
-      the folder of the list; `encoding` is that of the table if it is not UTF-8.
+      list of (index, title, description), which takes some 6 GB of memory and a few minutes, once. Nothing in a pickle
+      is executed: one that names any class or function is rejected. `root` is the folder that contains images/, by
+      default the folder of the list; `encoding` is that of the table if it is not UTF-8.
 
   Raises:
     FileNotFoundError: the list or its photos are not found.
@@ -64,11 +78,29 @@ def open_yfcc(location: str) -> Yfcc:
   return lists.checked(Yfcc(name, index, lists.root_of(wanted)))
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(Unpickler):
   """Loads lists, tuples, numbers and texts. Everything else in a pickle needs a name, and every name is rejected."""
 
+  def __init__(self, file: BinaryIO):
+    super().__init__(file, most_instructions=_MOST_INSTRUCTIONS)
+    self.memo = _Memo()
+
   def find_class(self, module: str, name: str) -> Any:
-    raise pickle.UnpicklingError(f"it names {module}.{name}, and loading that could run any code")
+    raise ValueError(f"it names {shown(module)}.{shown(name)}, and loading that could run any code")
+
+  dispatch = type(Unpickler.dispatch)(
+    Unpickler.dispatch | {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _PROTOCOL_0}
+  )
+
+
+class _Memo(list[Any]):
+  """The memo of a pickle, which numbers its entries without gaps; a dict would take several times the memory."""
+
+  def __setitem__(self, number: Any, value: Any) -> None:
+    if number == len(self):
+      self.append(value)
+    else:
+      super().__setitem__(number, value)
 
 
 def _pickled(path: str) -> Iterator[tuple[int, Any]]:
@@ -76,9 +108,7 @@ def _pickled(path: str) -> Iterator[tuple[int, Any]]:
   try:
     with files.open_stream(path) as stream:
       records = _PlainUnpickler(stream).load()
-  except OSError:
-    raise
-  except Exception as error:  # a damaged pickle may raise anything
+  except ValueError as error:
     raise ValueError(f"{path}: expected a pickled list of (index, title, description): {error}") from None
   if not isinstance(records, list):
     raise ValueError(f"{path}: expected a list of (index, title, description), got a {type(records).__name__}")
@@ -99,14 +129,16 @@ def _entry(number: int, record: Any) -> Entry:
   if isinstance(record, str):
     raise BadSample("damaged record", record)
   if not isinstance(record, tuple | list) or len(record) != len(_COLUMNS):
-    raise BadSample("damaged record", f"expected (index, title, description), got {record!r:.80}")
+    raise BadSample("damaged record", f"expected (index, title, description), got {short(record)}")
   index, *texts = record
-  if not str(index).isdecimal() or int(index) >= _PHOTOS:
-    raise BadSample("damaged record", f"expected an index below {_PHOTOS}, got {index!r}")
+  if isinstance(index, str) and index.isdecimal() and len(index) <= len(str(_PHOTOS)):
+    index = int(index)
+  if not isinstance(index, int) or not 0 <= index < _PHOTOS:
+    raise BadSample("damaged record", f"expected an index below {_PHOTOS}, got {short(index)}")
   captions = _captions(texts)
   if not captions:
     raise BadSample("no caption", f"photo {index} has neither title nor description")
-  return Entry(number, int(index), None, captions=captions)
+  return Entry(number, index, None, captions=captions)
 
 
 def _captions(texts: Iterable[Any]) -> list[str]:

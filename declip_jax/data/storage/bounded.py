@@ -1,10 +1,14 @@
-"""Readers of lines and JSON that need little memory, whatever the file."""
+"""Readers of lines and JSON, and descriptions of values, that need little memory, whatever the file."""
 
 import io
 import json
+import reprlib
 from typing import Any
 
 _SKIPPED = 2**20  # characters of a line that are skipped at once
+_SHOWN = 80  # characters
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, _SHOWN, _SHOWN, _SHOWN
 _MOST_DIGITS = 4000  # of a whole number in JSON; Python refuses to read more than 4300, which would take long
 
 
@@ -60,3 +64,12 @@ def parse_json(text: str) -> Any:
 
 def _whole(digits: str) -> int | float:
   return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
+
+
+def short(value: Any) -> str:
+  """The representation of any value for a message, about 80 characters at most."""
+  try:
+    text = repr(value[:_SHOWN]) if isinstance(value, str | bytes) else _REPR.repr(value)
+  except (ValueError, RecursionError):  # a number of thousands of digits
+    text = f"a huge {type(value).__name__}"
+  return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

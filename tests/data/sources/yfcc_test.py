@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 import pickle
+import tracemalloc
 import zipfile
 
 import fsspec
@@ -143,3 +144,39 @@ def test_lists_in_another_encoding(tmp_path):
   with pytest.raises(ValueError, match=r"l\.tsv:2: byte 29 of the file, 0xe9, is not utf-8.*\?encoding=latin-1"):
     open_yfcc(f"{tmp_path}/l.tsv")
   assert open_yfcc(f"{tmp_path}/l.tsv?encoding=latin-1")[0]["captions"] == ("café", "x")
+
+
+HOSTILE = {
+  "a text of 2 GB": b"\x80\x02X\xff\xff\xff\x7f.",
+  "a frame without end": b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f.",
+  "a place far out in the memo": b"\x80\x02]r\xff\xff\xff\x7f.",
+  "an array of 2 GB": b"\x80\x05\x96\xff\xff\xff\x7f" + bytes(4) + b".",
+  "a mark that is missing": b"\x80\x02t.",
+  "nothing to duplicate": b"2.",
+  "a number of 2 GB": b"\x80\x02\x8b\xff\xff\xff\x7f.",
+  "a tuple to fill": b"\x80\x02)Na.",
+  "a persistent id": b"Pid\n.",
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_pickle_is_an_error(tmp_path, case):
+  (tmp_path / "bad.pkl").write_bytes(HOSTILE[case])
+  tracemalloc.start()
+  with pytest.raises(ValueError, match=r"bad\.pkl: expected a"):
+    open_yfcc(f"{tmp_path}/bad.pkl")
+  assert tracemalloc.get_traced_memory()[1] < 2**24
+  tracemalloc.stop()
+
+
+def test_hostile_records_are_counted(tmp_path):
+  """Nested more deeply than Python recurses, records that contain themselves, and numbers of any size."""
+  write_zips(tmp_path, 7)
+  endless = ["a", "b"]
+  endless.append(endless)
+  plain = [(7, "a", "b"), (10**6000, "a", "b"), ("9" * 6000, "a", "b"), (8, 10**6000, "b"), endless, (9, endless, "b")]
+  nested = pickle.dumps(plain, 4)[:-2] + b")" + b"\x85" * 100_000 + b"e."  # one more element of the list
+  (tmp_path / "l.pkl").write_bytes(nested)
+  source = open_yfcc(f"{tmp_path}/l.pkl")
+  assert [example["captions"] for example in source] == [("a", "b")]
+  assert source.skipped == {"damaged record": 6}
