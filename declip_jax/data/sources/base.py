@@ -7,6 +7,7 @@ import numpy as np
 # The kinds of bad samples.
 BAD = (
   "missing file",  # or member of an archive, or it cannot be read
+  "not allowed",  # a path or URL in the data that leads out of its root
   "empty image",  # without bytes
   "unknown format",  # not a known image format
   "damaged image",  # cut off or not decodable

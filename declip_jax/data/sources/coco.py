@@ -17,8 +17,10 @@ from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, patterns
 from declip_jax.data.storage.bounded import parse_json
+from declip_jax.data.storage.reach import Reach
 
 _FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset")
+_DIGITS = 18  # of a number that fits into 64 bits
 _PROBED = 20  # images to look for at random, since some may be missing
 
 
@@ -26,14 +28,14 @@ def open_coco(location: str) -> lists.ListSource:
   """Opens "ANNOTATIONS.json?split=test&root=FOLDER", of which `split` and `root` are optional.
 
   A sample is an image with all its captions, in the order of the file. Images without captions or an id and captions of
-  unknown images are skipped and counted. The file is parsed once, as a whole, which takes about 8 times its size in
-  memory.
+  unknown images are skipped and counted; an id may be a number or a text, and 7 and "7" are the same. The file is
+  parsed once, as a whole, which takes about 8 times its size in memory.
 
   Args:
     location: the file. Karpathy's files need `split`, and only they have one; "train+restval" joins splits. `root` is
       the folder that image names are relative to. Without it the images are searched for next to the file, one folder
       up, and in folders of these with the names of COCO's archives ("train2017" for captions_train2017.json) or
-      "images".
+      "images". Names lead to files below that folder; for others and URLs see `reach`, such as "&allow=https".
 
   Raises:
     FileNotFoundError: the file or its images are not found; the message lists where they were searched for.
@@ -41,16 +43,16 @@ def open_coco(location: str) -> lists.ListSource:
       not applicable.
   """
   name = f"coco:{location}"
-  place, wanted = lists.parse(location, ("split", "root"))
+  place, wanted = lists.parse(location, ("split", *lists.REACH))
   path, *others = patterns.expand(place)
   if others:
     raise ValueError(f"{name}: expected one file, got {1 + len(others)}; open each as a separate source")
-  split, root = wanted.get("split"), lists.root_of(wanted)
+  split, reach = wanted.get("split"), Reach.of(wanted)
   index = lists.index_list(name, [path], ["coco", split, files.stamps([path])], lambda: _entries(path, split))
-  source = lists.ListSource(name, index, root)
-  if root is None:
-    few = [source.entry(number).path for number in lists.probes(len(source), _PROBED)]
-    source = lists.ListSource(name, index, _find_root(name, path, few))
+  source = lists.ListSource(name, index, reach)
+  if reach.root is None:
+    few = [source.entry(number).path or "" for number in lists.probes(len(source), _PROBED)]
+    source = lists.ListSource(name, index, reach._replace(root=_find_root(name, path, few)))
   return lists.checked(source)
 
 
@@ -86,22 +88,28 @@ def _objects(content: Mapping[str, Any], name: str, path: str) -> list[Mapping[s
 def _coco_entries(
   images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], path: str
 ) -> Iterator[Entry | BadSample]:
-  captions: dict[int | str, list[Any]] = {image["id"]: [] for image in images if _has_id(image, "id")}
+  ids = [_id(image.get("id")) for image in images]
+  captions: dict[int | str, list[Any]] = {known: [] for known in ids if known is not None}
   for annotation in annotations:
-    known = captions.get(annotation["image_id"]) if _has_id(annotation, "image_id") else None
-    if known is None:
+    named = _id(annotation.get("image_id"))
+    if named is None or named not in captions:
       yield BadSample("damaged record", f"{path}: annotation of an unknown image: {annotation!r:.200}")
     else:
-      known.append(annotation.get("caption"))
-  for number, image in enumerate(images):
-    if _has_id(image, "id"):
-      yield _entry(image["id"], image.get("file_name"), captions[image["id"]], f"{path}, image {image['id']}")
-    else:
+      captions[named].append(annotation.get("caption"))
+  for number, (known, image) in enumerate(zip(ids, images, strict=True)):
+    if known is None:
       yield BadSample("damaged record", f"{path}: images[{number}] needs a number or text as id: {image!r:.200}")
+    else:
+      yield _entry(known, image.get("file_name"), captions[known], f"{path}, image {known}")
 
 
-def _has_id(element: Mapping[str, Any], name: str) -> bool:
-  return isinstance(element.get(name), int | str)
+def _id(value: Any) -> int | str | None:
+  """An id of an image, a number also if it is written as a text or as 3.0; None for another value."""
+  if isinstance(value, str) and value.isdecimal() and len(value) <= _DIGITS:
+    return int(value)
+  if isinstance(value, float) and value.is_integer() and abs(value) < 10**_DIGITS:
+    return int(value)
+  return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
 def _karpathy_entries(images: Sequence[Mapping[str, Any]], split: str | None, path: str) -> Iterator[Entry | BadSample]:
@@ -122,7 +130,7 @@ def _entry(number: Any, name: Any, captions: Sequence[Any], place: str) -> Entry
     return BadSample("damaged record", f"{place}: expected a file name, got {name!r}")
   if not texts:
     return BadSample("no caption", f"{place}: {name} has no caption")
-  return Entry(0, number if isinstance(number, int) else -1, name, captions=texts)
+  return Entry(0, number if isinstance(number, int) and 0 <= number < 10**_DIGITS else -1, name, captions=texts)
 
 
 def _find_root(name: str, path: str, images: Sequence[str]) -> str:
@@ -132,8 +140,15 @@ def _find_root(name: str, path: str, images: Sequence[str]) -> str:
   folders = [*_FOLDERS, *((archive[0], f"images/{archive[0]}") if archive else ())]
   tried = [f"{place}/{folder}".rstrip("/") for place in (here, lists.folder_of(here)) for folder in folders]
   for image, root in itertools.product(images, tried):
-    if files.exists(f"{root}/{image}"):
+    if _exists(image, root):
       return root
   raise FileNotFoundError(
     f"{name}: found none of {list(images[:3])} in {', '.join(tried)}; give their folder as ?root=FOLDER"
   )
+
+
+def _exists(image: str, root: str) -> bool:
+  try:
+    return files.exists(Reach().resolve(image, root))
+  except (OSError, ValueError):
+    return False

@@ -15,6 +15,7 @@ from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, layouts, patterns, remote, texts
+from declip_jax.data.storage.reach import Reach
 
 _SUFFIXES = 20  # of files that are left out, those of most files
 
@@ -49,7 +50,7 @@ class Folder(lists.ListSource):
   """
 
   def __init__(self, name: str, index: Path, left_out: dict[str, int]):
-    super().__init__(name, index)
+    super().__init__(name, index, Reach(allow=frozenset({"outside"})))  # its links are followed
     self._left_out = left_out
 
   @property
@@ -68,7 +69,7 @@ class Folder(lists.ListSource):
 
   def _captions(self, entry: Entry) -> tuple[str, ...]:
     """The lines of the text next to an image; the caption in the entry is the name of that text."""
-    paths = [self._with_root(entry, name) for name in entry.captions]
+    paths = [f"{self._folder(entry)}/{name}" for name in entry.captions]
     return tuple(line for path in paths for line in texts.lines(texts.decode(files.read(path), path)) if line)
 
 

@@ -16,7 +16,7 @@ from absl import logging
 
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample, Example
-from declip_jax.data.sources.table import captions_of
+from declip_jax.data.sources.values import captions_of
 from declip_jax.data.storage import copies, files, remote
 
 _THREADS = 8  # for copying remote files

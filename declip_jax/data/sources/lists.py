@@ -7,22 +7,28 @@ record batches have the same number of entries, so a division finds entry i; wha
 stored as JSON in the metadata of a last, empty batch.
 """
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import difflib
+from functools import cached_property, lru_cache, partial
+import hashlib
 import itertools
 import json
 import os
 from pathlib import Path
 import random
 import re
+import time
 from typing import Any, NamedTuple
 
 from absl import logging
+import numpy as np
 import pyarrow as pa
 
 from declip_jax.data.sources.base import BadSample, Example
 from declip_jax.data.storage import files, indexes, layouts, remote
+from declip_jax.data.storage.reach import NotAllowedError, Reach
 from declip_jax.reporting import progress
 
 IMAGE_NAMES = ("image", "filename", "file_name", "filepath", "file_path", "file", "path", "img", "img_path", "img_name")
@@ -32,10 +38,16 @@ CAPTION_NAMES = ("caption", "captions", "text", "texts", "txt", "title", "senten
 CAPTION_NAMES += ("alt_text", "alt", "comment", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "class_id", "class_index", "target", "category", "category_id")
 
-_FORMAT = 3  # part of the name of an index: raise it when its columns, or the rules by which a list is read, change
+REACH = Reach._fields  # the names in a spec that say where paths in data may lead
+
+_BELOW = Reach()
+_FORMAT = 4  # part of the name of an index: raise it when its columns, or the rules by which a list is read, change
 _BATCH = 4096  # entries; the builder keeps one batch in memory
 _BATCH_WITH_IMAGES = 64
+_CACHED = 256  # batches to keep open while rows are joined
 _PROBED = 100  # images to read at random until one of them exists
+_PATIENCE = 20.0  # seconds to try them
+_LOOKED_IN = 100  # folders in which to look for an image that is missing
 _LOGGED = 5  # skipped samples to name in the log; all of them are counted
 _MAX_CLASSES = 100_000  # more labels than this are not classes, but numbers or names of samples
 _SCHEMA = pa.schema(
@@ -48,6 +60,8 @@ _SCHEMA = pa.schema(
     ("label", pa.int64()),  # in order of appearance
   ]
 )
+_Row = tuple[Any, ...]  # the values of these columns
+
 # A path may contain a ?, as a glob character.
 _QUERY = re.compile(r"(.*?)(?:\?([a-z_]+=.*))?", re.DOTALL)
 
@@ -80,12 +94,13 @@ class ListSource:
   Args:
     name: the spec that opened the list.
     index: the index, see `index_list`.
-    root: the folder that paths of images are relative to; None means the folder of the list's file.
+    reach: the root that paths of images are relative to, by default the folder of the list's file, and what else they
+      may lead to.
   """
 
-  def __init__(self, name: str, index: Path, root: str | None = None):
+  def __init__(self, name: str, index: Path, reach: Reach = _BELOW):
     self.name = name
-    self._index, self._root = index, root
+    self._index, self._reach = index, reach
 
   @cached_property
   def _batches(self) -> pa.ipc.RecordBatchFileReader:
@@ -143,6 +158,8 @@ class ListSource:
       return Example(image=image, captions=self._captions(entry), label=entry.label, id=place)
     except BadSample as error:
       raise BadSample(error.kind, f"{place}: {error}") from error
+    except NotAllowedError as error:
+      raise BadSample("not allowed", f"{place}: {error}") from error
     except (OSError, ValueError) as error:  # ValueError for a kind of URL that is not supported
       raise BadSample("missing file", f"{place}: {error}") from error
 
@@ -155,39 +172,46 @@ class ListSource:
     return Entry(file, record, path, image, captions, self._about["labels"][label] if label >= 0 else -1)
 
   def _image(self, entry: Entry) -> bytes:
-    return files.read(self._with_root(entry, entry.path))
+    return files.read(self._reach.resolve(entry.path or "", self._folder(entry)))
 
   def _captions(self, entry: Entry) -> tuple[str, ...]:
     return tuple(entry.captions)
 
-  def _with_root(self, entry: Entry, path: str) -> str:
-    """A path of an entry, made absolute."""
-    root = folder_of(self._about["files"][entry.file]) if self._root is None else self._root
-    return path if path.startswith("/") or "://" in path else f"{root}/{path}"
+  def _folder(self, entry: Entry) -> str:
+    """The root, by default the folder of the file that has the entry."""
+    return self._reach.root or folder_of(self._about["files"][entry.file])
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"name": self.name, "_index": self._index, "_root": self._root}
+    return {"name": self.name, "_index": self._index, "_reach": self._reach}
 
   def __repr__(self) -> str:
     return f"{type(self).__name__}({self.name!r})"
 
 
 def index_list(
-  name: str, paths: Sequence[str], stamp: Any, read_entries: Callable[[], Iterable[Entry | BadSample]]
+  name: str,
+  paths: Sequence[str],
+  stamp: Any,
+  read_entries: Callable[[], Iterable[Entry | BadSample]],
+  classnames: Callable[[], Sequence[str]] = tuple,
 ) -> Path:
   """Returns the index of a list and builds it if it does not exist.
+
+  Entries with the same image and label become one sample with all their captions, at the place of the first.
 
   Args:
     name: the spec of the list, for messages.
     paths: the files of the list, numbered by `Entry.file`.
     stamp: everything else that the entries depend on, as JSON.
     read_entries: yields the entries in order, and a `BadSample` for each one that cannot be used.
+    classnames: returns the names of the classes if the list has them, in the order of their numbers, once all entries
+      have been read.
 
   Raises:
     ValueError: there is no usable entry, or the labels are not classes.
     OSError: the index cannot be stored.
   """
-  build = partial(_build, name=name, paths=paths, read_entries=read_entries)
+  build = partial(_build, name=name, paths=paths, read_entries=read_entries, classnames=classnames)
   return indexes.find_or_build([_FORMAT, list(paths), stamp], paths[0].rstrip("/"), build, ".arrow")
 
 
@@ -195,21 +219,52 @@ def checked(source: ListSource) -> ListSource:
   """Returns the source if one of its images can be read: its first one, or one of `_PROBED` others.
 
   Raises:
-    FileNotFoundError: none of them can be read.
+    FileNotFoundError: none of them can be read; the message says what helps.
     ValueError: classnames.txt lacks a line for a class.
   """
   largest = max(source._about["labels"], default=-1)
   if source.classnames and largest >= len(source.classnames):
     raise ValueError(f"{source.name}: label {largest}, but only {len(source.classnames)} class names")
-  errors = []
+  started, errors = time.monotonic(), list[tuple[int, BadSample]]()
   for index in dict.fromkeys([0, *probes(len(source), _PROBED)]):
     try:
       source[index]
       return source
     except BadSample as error:
-      errors.append(error)
-  tried = f"none of {len(errors)} images tried can be read: {errors[0]}"
-  raise FileNotFoundError(f"{source.name}: {tried}; give their folder as ?root=FOLDER")
+      errors.append((index, error))
+    if time.monotonic() - started > _PATIENCE:
+      break
+  index, first = errors[0]
+  entry = source.entry(index)
+  help = missing_advice(entry.path or "", source._folder(entry)) if first.kind == "missing file" else ""
+  tried = f"none of {len(errors)} images tried can be read: {first}"
+  raise FileNotFoundError(f"{source.name}: {tried}" + (f"; {help}" if help else ""))
+
+
+def missing_advice(path: str, root: str) -> str:
+  """What helps if an image is missing: the path in the list decides whether another root can; empty for URLs."""
+  if remote.is_url(path):
+    return ""
+  rewrite = f"another root does not change that; write the paths in the list relative to {root}"
+  if path.startswith(("/", "file://")):
+    return f"the path is absolute, and {rewrite}"
+  if re.match(r"[A-Za-z]:[\\/]", path) or ("\\" in path and "/" not in path):
+    return f"the path is one of Windows, and {rewrite}, with /"
+  if path.startswith("~"):
+    return f"~ in a list is not the home folder, and {rewrite}"
+  if not remote.is_url(root):
+    for folder in [folder_of(root), *_folders_in(root), *_folders_in(folder_of(root))]:
+      if os.path.isfile(os.path.join(folder, path)):
+        return f"it is in {folder}: give ?root={folder}"
+  return "give the folder of the images as ?root=FOLDER"
+
+
+def _folders_in(folder: str) -> list[str]:
+  try:
+    with os.scandir(folder) as entries:
+      return [entry.path for entry in itertools.islice(entries, _LOOKED_IN) if entry.is_dir()]
+  except OSError:
+    return []
 
 
 def probes(count: int, number: int) -> list[int]:
@@ -228,9 +283,14 @@ def parse(location: str, legal: Sequence[str], form: str = "PLACE") -> tuple[str
   Raises:
     ValueError: the place is empty, or a name is not one of `legal`.
   """
-  place, query = _QUERY.fullmatch(location).groups()
+  match = _QUERY.fullmatch(location)
+  assert match  # it matches every text
+  place, query = match.groups()
   # No decoding: a path or the name of a column may contain + and %.
   wanted = dict(choice.split("=", 1) for choice in re.split(r"&(?=[a-z_]+=)", query or "") if choice)
+  if remote.scheme(place) in ("http", "https"):  # whose own query may follow, such as ?download=true
+    others = {name: wanted.pop(name) for name in [*wanted] if not difflib.get_close_matches(name, legal)}
+    place += "?" * bool(others) + "&".join(f"{name}={value}" for name, value in others.items())
   if not place or not wanted.keys() <= set(legal):
     expected = "&".join(f"{name}=.." for name in legal)
     raise ValueError(f"bad location {location!r}: expected {form}" + (f", then any of ?{expected}" if legal else ""))
@@ -241,6 +301,8 @@ def choose(
   role: str, wanted: str | None, columns: Sequence[str], names: Sequence[str], place: str, *, several: bool = False
 ) -> tuple[str, ...]:
   """Chooses the columns of a role: those wanted, else the one with the usual name, else the only one with a known name.
+
+  Where there may be several, those whose names differ only by a number at the end are chosen together.
 
   Args:
     role: "image", "caption" or "label".
@@ -262,12 +324,13 @@ def choose(
       if column not in columns:
         raise ValueError(f"{place}: no column {column!r} for the {role}; the columns are {list(columns)}")
     return tuple(chosen) if wanted else ()
-  likely = [column for column in columns if _plain(column) in names]
-  exact = [column for column in likely if _plain(column) == names[0]]
-  if len(likely) > 1 and not exact:
+  plain = {column: _plain(column, numbered=several) for column in columns}
+  likely = [column for column in plain if plain[column] in names]
+  chosen = [column for column in likely if plain[column] == names[0]] or likely
+  if len({plain[column] for column in chosen}) > 1 or (len(chosen) > 1 and not several):
     join = f" or join them with ?{role}={','.join(likely[:2])}" if several else ""
     raise ValueError(f"{place}: the {role} could be any of {likely}; choose one with ?{role}={likely[0]}{join}")
-  return tuple(exact[:1] or likely)
+  return tuple(chosen)
 
 
 def folder_of(path: str) -> str:
@@ -287,54 +350,112 @@ def one_line(error: Exception) -> str:
   return " ".join(str(error).split())
 
 
-def root_of(wanted: Mapping[str, str]) -> str | None:
-  """The root in a query, None if there is none."""
-  return absolute(wanted["root"]) if wanted.get("root") else None
-
-
-def _plain(column: str) -> str:
-  return re.sub(r"[\s-]+", "_", column.strip().lower())
+def _plain(column: str, numbered: bool = False) -> str:
+  """The name of a column in lower case with _ for spaces; without a number at its end if `numbered`."""
+  plain = re.sub(r"[\s-]+", "_", column.strip().lower())
+  return re.sub(r"(?<=[^\W\d_])[_.]?\d+$", "", plain) if numbered else plain
 
 
 def _build(
-  path: Path, name: str, paths: Sequence[str], read_entries: Callable[[], Iterable[Entry | BadSample]]
+  path: Path,
+  name: str,
+  paths: Sequence[str],
+  read_entries: Callable[[], Iterable[Entry | BadSample]],
+  classnames: Callable[[], Sequence[str]],
 ) -> None:
   """Writes the index of a list."""
   logging.info("indexing %s, once", name)
-  skipped: Counter[str] = Counter()
+  skipped, first_bad = Counter[str](), list[BadSample]()
   numbers: dict[int | str, int] = {}  # of labels, in order of appearance
   names: dict[int | str, str] = {}
-  count, usable = 0, _usable(read_entries(), skipped)
+  keys = array("Q")  # of images with their labels
+  usable = _usable(read_entries(), skipped, first_bad)
   first = next(usable, None)
   if first is None:
-    raise ValueError(f"{name}: no usable sample, skipped {dict(skipped)}")
+    reason = f"; the first: {first_bad[0]}" if first_bad else ""
+    raise ValueError(f"{name}: no usable sample, skipped {dict(skipped)}{reason}")
   size = _BATCH if first.image is None else _BATCH_WITH_IMAGES
-  usable = progress.track(itertools.chain([first], usable), f"indexing {name}", unit="samples")
-  with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
-    while batch := list(itertools.islice(usable, size)):
-      writer.write_batch(_batch([(*_encoded(entry), _number(entry, numbers, names)) for entry in batch]))
-      count += len(batch)
+
+  def rows() -> Iterator[_Row]:
+    for entry in progress.track(itertools.chain([first], usable), f"indexing {name}", unit="samples"):
+      row = (*_encoded(entry), _number(entry, numbers, names))
       if len(numbers) > _MAX_CLASSES:
         few = ", ".join(map(repr, list(numbers)[:3]))
-        raise ValueError(
-          f"{name}: more than {_MAX_CLASSES:,} distinct labels ({few}, ...): not class labels? Pass ?label= to ignore "
-          "them"
-        )
-    labels, classnames = _classes(numbers, names)
-    about = {"files": paths, "count": count, "batch": size, "skipped": skipped}
-    about |= {"labels": labels, "classnames": classnames}
-    writer.write_batch(_batch([]), custom_metadata={"about": json.dumps(about)})
+        limit = f"{name}: more than {_MAX_CLASSES:,} distinct labels ({few}, ...)"
+        raise ValueError(f"{limit}: not class labels? Pass ?label= to ignore them")
+      if entry.record >= 0 and (entry.path or entry.image):
+        keys.append(_key(row, folder_of(paths[entry.file])))
+      yield row
+
+  def about() -> dict[str, Any]:
+    labels, found = _classes(numbers, names, classnames())
+    return {"files": paths, "batch": size, "skipped": skipped, "labels": labels, "classnames": found}
+
+  count = _write(path, rows(), size, about)
+  if len(keys) == count and _has_repeats(keys):
+    apart = path.with_name(f"{path.name}.apart")
+    path.replace(apart)
+    try:
+      joined = count - (count := _write(path, _joined(apart, size, keys), size, about))
+    finally:
+      apart.unlink(missing_ok=True)
+    logging.info("%s: joined %d lines with earlier ones of the same image", name, joined)
   logging.info("%s: %d samples, %d skipped %s", name, count, skipped.total(), dict(skipped))
 
 
-def _usable(entries: Iterable[Entry | BadSample], skipped: Counter[str]) -> Iterator[Entry]:
-  """Yields the entries that can be stored; counts the others and logs the first of them."""
+def _write(path: Path, rows: Iterable[_Row], size: int, about: Callable[[], dict[str, Any]]) -> int:
+  """Writes rows and what is known about them in the end; returns their number."""
+  count, rows = 0, iter(rows)
+  with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+    while batch := list(itertools.islice(rows, size)):
+      writer.write_batch(_batch(batch))
+      count += len(batch)
+    writer.write_batch(_batch([]), custom_metadata={"about": json.dumps({**about(), "count": count})})
+  return count
+
+
+def _key(row: _Row, folder: str) -> int:
+  """64 bits that depend on the image and the label of a row."""
+  _, _, path, image, _, label = row
+  relative = path is not None and not path.startswith(b"/") and b"://" not in path
+  place = (os.fsencode(folder) if relative else b"", path or b"", str(label).encode())
+  digest = hashlib.blake2b(b"\0".join(place), digest_size=8)
+  digest.update(image or b"")
+  return int.from_bytes(digest.digest())
+
+
+def _has_repeats(keys: array) -> bool:
+  ordered = np.sort(np.frombuffer(keys, np.uint64))
+  return bool((ordered[1:] == ordered[:-1]).any())
+
+
+def _joined(path: Path, size: int, keys: array) -> Iterator[_Row]:
+  """Rows of an index with batches of `size`; those of the same image and label are joined at the place of the first."""
+  reader = pa.ipc.open_file(pa.memory_map(str(path)))
+  batch = lru_cache(_CACHED)(reader.get_batch)
+  order = np.argsort(np.frombuffer(keys, np.uint64), kind="stable")
+  ordered = np.frombuffer(keys, np.uint64)[order]
+  starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+  ends = np.append(starts[1:], len(order))
+  for group in np.argsort(order[starts], kind="stable"):
+    found: dict[Any, list[Any]] = {}  # more than one only if different images have the same key
+    for position in order[starts[group] : ends[group]].tolist():
+      row = [column[position % size].as_py() for column in batch(position // size).columns]
+      known = found.setdefault((row[2], row[3], row[5]), row)
+      if known is not row:
+        known[4] += row[4]
+    yield from map(tuple, found.values())
+
+
+def _usable(entries: Iterable[Entry | BadSample], skipped: Counter[str], first_bad: list[BadSample]) -> Iterator[Entry]:
+  """Yields the entries that can be stored; counts the others, logs some and keeps the first of them."""
   for entry in entries:
     error = entry if isinstance(entry, BadSample) else _defect(entry)
     if error is None:
       yield entry
       continue
     skipped[error.kind] += 1
+    first_bad.extend([error] if not first_bad else [])
     if skipped.total() <= _LOGGED:
       logging.warning("skipped: %s", error)
 
@@ -371,10 +492,23 @@ def _number(entry: Entry, numbers: dict[int | str, int], names: dict[int | str, 
   return numbers.setdefault(label, len(numbers))
 
 
-def _classes(numbers: dict[int | str, int], names: dict[int | str, str]) -> tuple[list[int], list[str]]:
-  """Labels in order of appearance, and class names; numbers remain as they are, names are numbered alphabetically."""
+def _classes(
+  numbers: dict[int | str, int], names: dict[int | str, str], known: Sequence[str]
+) -> tuple[list[int], list[str]]:
+  """Labels in order of appearance, and class names; numbers remain as they are, names are numbered alphabetically.
+
+  Args:
+    numbers: the labels by order of appearance.
+    names: the names of labels that are numbers, as far as records have them.
+    known: the names of all classes, if the list has them in one place.
+
+  Raises:
+    ValueError: a number is too large to be that of a class with a name.
+  """
   if all(isinstance(label, int) or label.isdecimal() for label in numbers):
     labels = [int(label) for label in numbers]
+    if known and not names:
+      return labels, list(known)
     if names and max(labels) >= _MAX_CLASSES:
       raise ValueError(f"label {max(labels)} has a name, but classes are numbered from 0 to at most {_MAX_CLASSES - 1}")
     named = {int(label): name for label, name in names.items()}

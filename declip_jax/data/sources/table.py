@@ -6,10 +6,14 @@
 | .jsonl .ndjson .json | one object per line, or one array of objects |
 | .parquet .pq | rows |
 
-All but Parquet may be compressed as .gz. Text is UTF-8, UTF-16 with a byte order mark, or in the given `encoding`. A
+All but Parquet may be compressed with gzip. Text is UTF-8, UTF-16 with a byte order mark, or in the given `encoding`. A
 byte that is invalid there is an error and not just a skipped line, since it means that the whole table is in another
 encoding. A line that does not parse, or has more than 2^19 characters, is skipped and counted, with its number in the
-log, and reading continues on the next line: an unbalanced quote is plain text and does not swallow the lines after it.
+log, and reading continues on the next line. A quoted field may span lines, but quotes that join a line with later ones
+that look like records are plain text: a caption that opens with a quote does not swallow the lines up to one that ends
+with another, such as 27".
+
+A table names files, and nothing in it is trusted: what it may name is described in `reach`.
 
 DeCLIP's metadata (its data/datasets/clip_dataset.py) have this form: JSON lines with `filename`, `caption`, a text or a
 list, and `label` and `label_name` for evaluation, with paths relative to a folder. DeCLIP uses only the first caption
@@ -18,7 +22,7 @@ of a list and skips captions with CJK characters; here all captions count.
 
 import codecs
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 import contextlib
 import csv
 from functools import partial
@@ -33,26 +37,57 @@ from absl import logging
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from declip_jax.data.sources import lists
+from declip_jax.data.sources import lists, values
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
-from declip_jax.data.storage import files, patterns, texts
+from declip_jax.data.storage import files, patterns, remote, texts
 from declip_jax.data.storage.bounded import Lines, json_decoder, parse_json, short
+from declip_jax.data.storage.reach import Reach
 
 _LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
-_ROLES = ("image", "caption", "label", "label_name", "encoding", "root")
+_ROLES = ("image", "caption", "label", "label_name", "names", "encoding", *lists.REACH)
 _SEPARATORS = ",\t;|"
 _LONGEST_HEADER = 2**16
 _QUOTED_LINES = 100  # lines that one quoted field may span
-_PEEKED = 100  # objects to read for their keys, since not all objects need all keys
+_PEEKED = 100  # records to read for the keys of objects, since not all need all keys, and for the kind of labels
+_SCORES = 0.8  # share of these whose labels are no classes, from which on the column has something else, such as scores
 _CHUNK = 2**20
 _LONGEST = 2**19  # characters of a line or an object; a hundred lines are in memory
 _LONGEST_SKIPPED = 2**24  # characters of an element of an array that is nested too deeply
 _JSON_MARKS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+_ARCHIVES = ("zip", "7z", "rar", "tar", "tgz", "bz2", "xz", "zst")
+_GZIP = b"\x1f\x8b"
+_DISGUISED = {
+  b"pk\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as .csv",
+  b"\xd0\xcf\x11\xe0": "a spreadsheet; save it as .csv",
+  b"\x28\xb5\x2f\xfd": "compressed with zstd; decompress it, or compress it with gzip",
+  b"bzh": "compressed with bzip2; decompress it, or compress it with gzip",
+  b"\xfd7zxz": "compressed with xz; decompress it, or compress it with gzip",
+  b"par1": "Parquet; its name should end with .parquet",
+  b"<!doctype": "a web page; give the address of the file itself",
+  b"<html": "a web page; give the address of the file itself",
+  b"version https://git-lfs": "a pointer of Git LFS; get the file itself with git lfs pull",
+}
 _PARQUET_ROWS = 256  # per batch, which is in memory, images included
 
 # A line number, and its fields by column or an error message.
 _Record = tuple[int, Mapping[str, Any] | str]
+
+
+class Table(NamedTuple):
+  """An open table.
+
+  Attributes:
+    columns: names of the columns, in order; a name may occur several times.
+    read: yields the records of given columns, pairs of a line number and the fields by name or an error message. Lines
+      count from 1, including the line of names; rows of Parquet and elements of an array count from 0. Of several
+      columns with one name the field is a list.
+    classnames: names of classes by column, as far as the file has them.
+  """
+
+  columns: list[str]
+  read: Callable[[Iterable[str]], Iterator[_Record]]
+  classnames: Mapping[str, list[str]]
 
 
 class _Columns(NamedTuple):
@@ -67,21 +102,25 @@ class _Columns(NamedTuple):
 def open_table(location: str) -> lists.ListSource:
   """Opens "PATTERN", or "PATTERN?image=COLUMN&caption=COLUMN,COLUMN&label=COLUMN&label_name=COLUMN&root=FOLDER".
 
-  All of these are optional, as is `encoding`, such as "&encoding=latin-1".
+  All of these are optional, as are `names`, `encoding` and `allow`, such as "&encoding=latin-1".
 
   Columns that are not given are recognised by their names, such as "filepath" and "title", and the choice is logged;
-  "caption=" or "label=" means none. Captions are a text, a list of texts, which may be JSON in a text, or several
-  columns; all that are not blank count. Consecutive lines with the same image and label are one sample with all their
-  captions, as in the tables of Flickr8k and Flickr30k. Labels are whole numbers, or names of classes, which are
-  numbered alphabetically; numbers are named by a column such as "label_name", or else by classnames.txt next to the
-  table. A negative number means no label.
+  "caption=" or "label=" means none. A text without a first line of names is read with "?names=image,caption", the names
+  of its columns in order. Captions are a text, a list of texts, which may be written in a text as JSON or Python write
+  it, or several columns, which may have the same name or be numbered, as caption_0 and caption_1; all that are not
+  missing count. Lines with the same image and label, wherever they are, are one sample with all their captions, at the
+  place of the first, as in the tables of Flickr8k and Flickr30k. Labels are whole numbers, or names of classes, which
+  are numbered alphabetically; numbers are named by a column such as "label_name", by Parquet files that Hugging Face's
+  datasets wrote, or else by classnames.txt next to the table. A negative number means no label. A column that is called
+  "label" but has scores or lists is not used, unless it is given. Blank fields are missing,
+  as are those that say nan, NULL, None or \\N.
 
   Parquet may contain the images themselves, as bytes or as {bytes, path} like Hugging Face's. They are copied into the
   index once, which doubles the disk space, because reading a single row of Parquet takes tens of ms.
 
   Args:
     location: the files, as in `patterns.expand`. Paths of images are relative to `root`, by default the folder of their
-      table; a path may be a URL.
+      table, and lead to files below it; for other files and URLs see `reach`.
 
   Raises:
     FileNotFoundError: the table does not exist, or its images are not found.
@@ -90,65 +129,101 @@ def open_table(location: str) -> lists.ListSource:
   """
   name = f"table:{location}"
   place, wanted = lists.parse(location, _ROLES)
-  paths = patterns.expand(place)
+  reach, paths, classnames = Reach.of(wanted), patterns.expand(place), _Classnames()
 
   def read_entries() -> Iterator[Entry | BadSample]:
     for number, path in enumerate(paths):
-      yield from _merged(_entries(number, path, wanted))
+      yield from _merged(_entries(number, path, wanted, classnames))
 
-  chosen = {role: column for role, column in wanted.items() if role != "root"}
-  index = lists.index_list(name, paths, ["table", chosen, files.stamps(paths)], read_entries)
-  return lists.checked(lists.ListSource(name, index, lists.root_of(wanted)))
+  chosen = {role: column for role, column in wanted.items() if role not in lists.REACH}
+  index = lists.index_list(name, paths, ["table", chosen, files.stamps(paths)], read_entries, classnames.get)
+  return lists.checked(lists.ListSource(name, index, reach))
+
+
+class _Classnames:
+  """The names of classes that the files of a table have."""
+
+  def __init__(self) -> None:
+    self._names: list[str] = []
+    self._path = ""
+
+  def add(self, names: list[str], path: str) -> None:
+    if self._path and names != self._names:
+      raise ValueError(f"{path} and {self._path} have other names of classes; open each as a separate source")
+    self._names, self._path = names, path
+
+  def get(self) -> list[str]:
+    return self._names
 
 
 @contextlib.contextmanager
 def read_table(
-  path: str, names: Iterable[str], encoding: str | None = None
-) -> Iterator[tuple[list[str], Callable[[Iterable[str]], Iterator[_Record]]]]:
+  path: str, names: Iterable[str], encoding: str | None = None, header: Sequence[str] = ()
+) -> Iterator[Table]:
   """Opens one table, as a context manager.
 
   Args:
     path: the file; its suffix determines its kind.
     names: expected names of columns, in lower case; they help to recognise the separator.
     encoding: encoding of the text, by default UTF-8, or UTF-16 if it starts with a byte order mark.
-
-  Returns:
-    The columns, and a function that yields the records of given columns: pairs of a line number, counted from 1
-    including the line of column names, and the fields or an error message. Rows of Parquet and elements of an array
-    count from 0.
+    header: names of the columns of a text whose first line does not name them.
 
   Raises:
     ValueError: the kind of file is unknown, its contents do not match its kind, it is in another encoding, or it is
       damaged; the last two may be raised within the context.
   """
-  kind = re.sub(r"\.gz$", "", path.lower()).rpartition(".")[2]
+  kind = re.sub(r"\.gz$", "", remote.without_query(path).lower()).rpartition(".")[2]
   if kind not in ("parquet", "pq", "csv", "tsv", "psv", "txt", "jsonl", "ndjson", "json"):
-    raise ValueError(f"{path}: expected a table, .csv, .tsv, .psv, .txt, .jsonl, .ndjson, .json or .parquet")
+    remedy = "; unpack it first" if kind in _ARCHIVES else ""
+    raise ValueError(f"{path}: expected a table, .csv, .tsv, .psv, .txt, .jsonl, .ndjson, .json or .parquet{remedy}")
+  if header and (kind in ("parquet", "pq") or "json" in kind):
+    raise ValueError(f"{path}: names={','.join(header)}, but only lines of text lack names")
   with files.open_stream(path) as stream, _naming(path):
     if kind in ("parquet", "pq"):
       yield _read_parquet(stream)
     else:
       with _text(_unzipped(stream, path), path, encoding) as text:
         try:
-          columns, records = _read_json(text, path) if "json" in kind else _read_lines(text, path, set(names))
-          yield columns, lambda _: records
+          read = _read_json(text, path) if "json" in kind else _read_lines(text, path, set(names), header)
+          columns, records = read
+          yield Table(columns, lambda _: records, {})
         except UnicodeDecodeError:
           raise _undecodable(path, text.encoding) from None
 
 
-def _entries(number: int, path: str, wanted: Mapping[str, str]) -> Iterator[Entry | BadSample]:
+def _entries(number: int, path: str, wanted: Mapping[str, str], classnames: _Classnames) -> Iterator[Entry | BadSample]:
   """Yields the entries of one table."""
   given = [name.lower() for role in ("image", "caption", "label") for name in wanted.get(role, "").split(",")]
   expected = [*lists.IMAGE_NAMES, *lists.CAPTION_NAMES, *lists.LABEL_NAMES, *given]
-  with read_table(path, expected, wanted.get("encoding")) as (columns, read):
-    chosen = _choose(columns, wanted, path)
-    logging.info("%s: %s", path, chosen)
+  header = [name.strip() for name in wanted["names"].split(",")] if wanted.get("names") else []
+  with read_table(path, expected, wanted.get("encoding"), header) as table:
+    chosen = _choose(table.columns, wanted, path)
     needed = [column for column in (chosen.image, *chosen.captions, chosen.label, chosen.label_name) if column]
-    for line, fields in read(needed):
+    records = table.read(needed)
+    head = list(itertools.islice(records, _PEEKED))
+    if chosen.label and chosen.captions and "label" not in wanted and (score := _score(head, chosen.label)):
+      logging.warning("%s: %r has no labels, such as %s; it is not used", path, chosen.label, score)
+      chosen = chosen._replace(label=None, label_name=None)
+    logging.info("%s: %s", path, chosen)
+    if chosen.label in table.classnames and not chosen.label_name:
+      classnames.add(table.classnames[chosen.label], path)
+    for line, fields in itertools.chain(head, records):
       try:
         yield _entry(number, line, fields, chosen)
       except BadSample as error:
         yield BadSample(error.kind, f"{path}:{line}: {error}")
+
+
+def _score(records: Sequence[_Record], column: str) -> str | None:
+  """An example of what a column has instead of labels, if nearly all of its fields are something else."""
+  fields = [named.get(column) for _, named in records if not isinstance(named, str)]
+  present, others = [field for field in fields if not values.is_missing(field)], []
+  for field in present:
+    try:
+      values.label_of(field, column)
+    except BadSample:
+      others.append(field)
+  return short(others[0]) if others and len(others) > _SCORES * len(present) else None
 
 
 def _choose(columns: list[str], wanted: Mapping[str, str], path: str) -> _Columns:
@@ -162,9 +237,12 @@ def _choose(columns: list[str], wanted: Mapping[str, str], path: str) -> _Column
   if not image or not (captions or labels or wanted.get("caption") == ""):
     missing = "caption or label" if image else "image"
     raise ValueError(
-      f"{path}: which column is the {missing}? The columns are {columns}; choose with ?image=COLUMN&caption=COLUMN. "
-      "Text needs a first line that names the columns"
+      f"{path}: which column is the {missing}? The columns are {columns}; choose with ?image=COLUMN&caption=COLUMN, or "
+      f"{_naming_columns(columns)}"
     )
+  for column in (image, *labels, *names):
+    if columns.count(column) > 1:
+      raise ValueError(f"{path}: {columns.count(column)} columns are called {column!r}; only captions may be")
   label_name = names[0] if names and labels and names != labels else None
   return _Columns(image, captions, labels[0] if labels else None, label_name)
 
@@ -174,12 +252,12 @@ def _entry(number: int, line: int, fields: Mapping[str, Any] | str, columns: _Co
   if isinstance(fields, str):
     raise BadSample("damaged record", fields)
   path, image = _image(fields.get(columns.image), columns.image)
-  captions = [text for column in columns.captions for text in captions_of(fields.get(column))]
-  label = _label(fields.get(columns.label), columns.label) if columns.label else None
+  captions = [text for column in columns.captions for text in values.captions_of(fields.get(column))]
+  label = values.label_of(fields.get(columns.label), columns.label) if columns.label else None
   if columns.captions and not captions and label is None:
     raise BadSample("no caption", f"no caption in {', '.join(columns.captions)}")
   name = fields.get(columns.label_name) if columns.label_name else None
-  return Entry(number, line, path, image, captions, label, None if name is None else str(name).strip())
+  return Entry(number, line, path, image, captions, label, None if values.is_missing(name) else str(name).strip())
 
 
 def _image(value: Any, column: str) -> tuple[str | None, bytes | None]:
@@ -188,48 +266,20 @@ def _image(value: Any, column: str) -> tuple[str | None, bytes | None]:
     value = value["path"] if value["bytes"] is None else value["bytes"]
   if isinstance(value, bytes):
     return None, value
-  if not isinstance(value, str) or not value.strip():
-    raise BadSample("damaged record", f"expected a path for the image in {column!r}, got {_short(value)}")
-  return value.strip(), None
-
-
-def captions_of(value: Any) -> list[str]:
-  """Returns the stripped texts that are not blank, from a text, a list of texts, a JSON list in a text, or None."""
-  if isinstance(value, str) and value.lstrip().startswith('["'):
-    try:
-      value = json.loads(value)
-    except ValueError:  # a text that merely looks like a list
-      value = [value]
-  texts = [value] if isinstance(value, str) else value or ()
-  if not isinstance(texts, list | tuple) or not all(isinstance(text, str | None) for text in texts):
-    raise BadSample("damaged record", f"expected a caption or a list of captions, got {_short(value)}")
-  return [text.strip() for text in texts if text and text.strip()]
-
-
-def _label(value: Any, column: str) -> int | str | None:
-  """Returns a label, a number, a name or None; pandas writes whole numbers as 3.0 if some are missing."""
-  if isinstance(value, str):
-    value = re.sub(r"^(-?\d+)\.0+$", r"\1", value.strip())
-    if not value or re.fullmatch(r"-\d+", value):
-      return None
-    if not re.fullmatch(r"-?\d*\.\d+", value):
-      return value
-  elif value is None or value != value:
-    return None
-  elif isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-    return int(value)
-  raise BadSample(
-    "damaged record", f"expected a whole number or a name for the label in {column!r}, got {_short(value)}"
-  )
+  if not isinstance(value, str) or values.is_missing(value):
+    raise BadSample("damaged record", f"expected a path for the image in {column!r}, got {short(value)}")
+  path, mark, number = value.strip().rpartition("#")  # NAME.jpg#0 and so on are the captions of Flickr8k and Flickr30k
+  numbered = mark and number.isdecimal() and path.lower().endswith(files.IMAGE_SUFFIXES)
+  return path if numbered else value.strip(), None
 
 
 def _merged(records: Iterable[Entry | BadSample]) -> Iterator[Entry | BadSample]:
-  """Joins the captions of consecutive entries with the same image and label."""
+  """Joins the captions of consecutive entries with the same image and label; the index joins those of others."""
   last: Entry | None = None
   for entry in records:
     if isinstance(entry, BadSample):
       yield entry
-    elif last and entry.path is not None and (entry.path, entry.label) == (last.path, last.label):
+    elif last and (entry.path, entry.image, entry.label) == (last.path, last.image, last.label):
       last.captions.extend(entry.captions)
     else:
       if last:
@@ -251,12 +301,20 @@ def _naming(path: str) -> Iterator[None]:
 
 
 def _unzipped(stream: BinaryIO, path: str) -> BinaryIO:
-  return gzip.GzipFile(fileobj=stream) if path.lower().endswith(".gz") else stream
+  start = stream.read(len(_GZIP))
+  stream.seek(0)
+  named = remote.without_query(path).lower().endswith(".gz")
+  if start == _GZIP and not named:
+    logging.warning("%s is compressed with gzip, which its name does not say", path)
+  return gzip.GzipFile(fileobj=stream) if named or start == _GZIP else stream
 
 
 def _text(stream: BinaryIO, path: str, encoding: str | None) -> Lines:
   start = stream.read(texts.START)
   stream.seek(0)
+  for magic, kind in _DISGUISED.items():
+    if start.lower().startswith(magic):
+      raise ValueError(f"{path}: not a table in text, but {kind}")
   try:
     return Lines(stream, encoding or texts.encoding_of(start), _LONGEST)
   except LookupError as error:
@@ -280,27 +338,60 @@ def _undecodable(path: str, encoding: str) -> ValueError:
   return ValueError(f"{path}: not {encoding}")
 
 
-def _read_lines(text: Lines, path: str, names: Set[str]) -> tuple[list[str], Iterator[_Record]]:
-  """Reads a table with one record per line."""
-  header = text.readline(_LONGEST_HEADER).rstrip("\r\n")
-  if not header.strip() or "\r" in header:
-    raise ValueError(
-      f"{path}: its first line does not name columns, or its lines do not end with \\n: {_short(header)}"
-    )
-  headers = {separator: _split(header, separator) for separator in _SEPARATORS}
-  # The separator with the most known names, then the one with the most columns.
-  separator = max(headers, key=lambda sep: (len(names & set(map(str.lower, headers[sep]))), len(headers[sep])))
-  return headers[separator], _lines(text, headers[separator], separator)
+def _read_lines(text: Lines, path: str, names: Set[str], header: Sequence[str]) -> tuple[list[str], Iterator[_Record]]:
+  """Reads a table with one record per line; `header` has the names of the columns if no line has them."""
+  first = text.readline(_LONGEST_HEADER).rstrip("\r\n")
+  headers = {separator: _split(first, separator) for separator in _SEPARATORS}
+  if header:
+    separator = max(headers, key=lambda sep: (len(headers[sep]) == len(header), *_likelihood(headers[sep], names)))
+    if len(headers[separator]) != len(header):
+      found = f"{len(headers[separator])} fields: {short(first)}"
+      raise ValueError(f"{path}: {len(header)} names, {list(header)}, but {found}")
+    text.seek(0)
+    return list(header), _lines(text, header, separator, 0)
+  if not first.strip() or "\r" in first:
+    raise ValueError(f"{path}: its first line does not name columns, or its lines do not end with \\n: {short(first)}")
+  separator = max(headers, key=lambda sep: _likelihood(headers[sep], names))
+  columns = headers[separator]
+  if any(map(_names_image, columns)):
+    raise ValueError(f"{path}: its first line is a record, {short(columns)}; {_naming_columns(columns)}")
+  return columns, _lines(text, columns, separator, 1)
 
 
 def _split(header: str, separator: str) -> list[str]:
   return [field.strip() for field in next(csv.reader([header], delimiter=separator, skipinitialspace=True))]
 
 
-def _lines(text: Lines, columns: list[str], separator: str) -> Iterator[_Record]:
-  """Splits lines into fields; if a line and those that its quotes span are no record, its quotes are plain text."""
+def _likelihood(fields: Sequence[str], names: Set[str]) -> tuple[int, bool, int]:
+  """How likely it is that a line has these fields, for comparisons: by known names, then by images, then by number."""
+  return len(names & set(map(str.lower, fields))), any(map(_names_image, fields)), len(fields)
+
+
+def _names_image(field: str) -> bool:
+  """Whether a field is a URL or the path of an image."""
+  plain = re.sub(r"#\d+$", "", field.strip(' "'))
+  return remote.is_url(plain) or plain.lower().endswith(files.IMAGE_SUFFIXES)
+
+
+def _naming_columns(fields: Sequence[str]) -> str:
+  """Tells how to name the columns of a text, from the fields of its first line."""
+  image = next((number for number, field in enumerate(fields) if _names_image(field)), 0)
+  caption = max(
+    (number for number in range(len(fields)) if number != image), key=lambda number: len(fields[number]), default=0
+  )
+  known = {caption: "caption", image: "image"}
+  names = ",".join(known.get(number, f"column{number + 1}") for number in range(len(fields)))
+  return f"without a line of names, name the columns in their order, as in ?names={names}"
+
+
+def _lines(text: Lines, columns: Sequence[str], separator: str, number: int) -> Iterator[_Record]:
+  """Splits lines into fields, after `number` lines.
+
+  Quotes are plain text if a line and those that its quotes span are no record, or if one of these lines is a record of
+  its own: it looks like the line before, so a caption opens with a quote and a later one ends with another.
+  """
   ahead: deque[str] = deque()
-  number = 1
+  last: list[str] = []
   while line := ahead.popleft() if ahead else text.readline():
     number += 1
     if not line.strip():
@@ -309,27 +400,70 @@ def _lines(text: Lines, columns: list[str], separator: str) -> Iterator[_Record]
       yield number, _too_long(line, text)
       continue
     fields, more = line.rstrip("\r\n").split(separator), 0
+    last = fields if len(fields) == len(columns) else last
     if '"' in line:
       ahead.extend(itertools.islice(text, max(0, _QUOTED_LINES - len(ahead))))
-      quoted, used = _quoted([line, *ahead], separator)
-      if len(quoted) == len(columns):
-        fields, more = quoted, used - 1
+      fields, more = _quoted([line, *ahead], separator, len(columns), last) or (fields, 0)
     if len(fields) == len(columns):
-      yield number, dict(zip(columns, fields, strict=True))
+      yield number, _by_name(zip(columns, fields, strict=True))
     else:
-      yield number, f"{len(fields)} fields, but {len(columns)} columns: {_short(line)}"
+      yield number, f"{len(fields)} fields, but {len(columns)} columns: {short(line)}"
     for _ in range(more):
       ahead.popleft()
     number += more
 
 
-def _quoted(lines: list[str], separator: str) -> tuple[list[str], int]:
-  """The fields of the first quoted record and its number of lines; no fields if the quotes are invalid."""
-  reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
-  try:
-    return next(reader), reader.line_num
-  except csv.Error:
-    return [], 1
+def _by_name(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+  """Fields by name, in a list if several have the same name."""
+  pairs = list(fields)
+  named = dict(pairs)
+  if len(named) < len(pairs):
+    named = {name: [field for other, field in pairs if other == name] for name in named}
+    named = {name: same if len(same) > 1 else same[0] for name, same in named.items()}
+  return named
+
+
+def _quoted(lines: Sequence[str], separator: str, width: int, last: Sequence[str]) -> tuple[list[str], int] | None:
+  """The fields of the first record and the number of lines after the first that it spans, if its quotes are valid."""
+  forms = [lines]  # a quote within quotes is written twice, or after a backslash
+  if '\\"' in lines[0]:
+    forms.append([line.replace('\\"', '""') for line in lines])
+  found = []
+  for form in forms:
+    reader = csv.reader(form, delimiter=separator, skipinitialspace=True, strict=True)
+    try:
+      fields, more = next(reader), reader.line_num - 1
+    except csv.Error:
+      continue
+    if len(fields) == width and not any(_is_record(other, separator, width, last) for other in lines[1 : more + 1]):
+      found.append((fields, more))
+  return min(found, key=lambda record: record[1], default=None)
+
+
+def _is_record(line: str, separator: str, width: int, last: Sequence[str]) -> bool:
+  """Whether a line looks like the last record: an image, else a number, else a word in the same column."""
+  fields = line.rstrip("\r\n").split(separator)
+  if len(fields) != width:
+    return False
+  for kind in (_names_image, _is_number, _word):
+    same = (
+      [kind(field) == kind(known) for field, known in zip(fields, last, strict=True) if kind(known)] if last else []
+    )
+    if same:
+      return all(same) if kind is _word else any(same)
+  return any(map(_names_image, fields))
+
+
+def _is_number(field: str) -> bool:
+  return bool(re.fullmatch(r"-?\d+(\.\d+)?", field.strip(' "')))
+
+
+def _word(field: str) -> str:
+  """The form of a field without a space, such as "x_x.x", marked if it has digits; "" for others and after a quote."""
+  plain = field.strip(' "')
+  if re.search(r"\s", plain) or (field.startswith('"') and not field.endswith('"')):
+    return ""
+  return re.sub(r"[^\W_]+", "x", plain) + "0" * bool(re.search(r"\d", plain))
 
 
 def _read_json(text: Lines, path: str) -> tuple[list[str], Iterator[_Record]]:
@@ -353,15 +487,15 @@ def _objects(text: Lines) -> Iterator[_Record]:
       yield number, _too_long(line, text)
     elif line.strip():
       try:
-        yield number, _mapping(parse_json(line))
+        yield number, _mapping(parse_json(line, _by_name))
       except ValueError as error:
-        yield number, f"bad JSON: {error}: {_short(line)}"
+        yield number, f"bad JSON: {error}: {short(line)}"
 
 
 def _array(text: Lines) -> Iterator[_Record]:
   """Yields the elements of an array without reading the whole file at once."""
   text.seek(0)
-  buffer, number, decoder = text.read(_CHUNK).lstrip()[1:], 0, json_decoder()
+  buffer, number, decoder = text.read(_CHUNK).lstrip()[1:], 0, json_decoder(_by_name)
   position, gap = 0, re.compile(r"[\s,]*")
   while True:
     position = gap.match(buffer, position).end()
@@ -408,22 +542,35 @@ def _after_element(text: Lines, buffer: str, position: int) -> tuple[str, int]:
 
 
 def _too_long(line: str, text: Lines) -> str:
-  return f"more than {text.longest:,} characters: {_short(line[:100])}"
+  return f"more than {text.longest:,} characters: {short(line[:100])}"
 
 
 def _mapping(value: Any) -> Mapping[str, Any] | str:
-  return value if isinstance(value, dict) else f"expected a JSON object, got {_short(value)}"
+  return value if isinstance(value, dict) else f"expected a JSON object, got {short(value)}"
 
 
-def _read_parquet(stream: BinaryIO) -> tuple[list[str], Callable[[Iterable[str]], Iterator[_Record]]]:
+def _read_parquet(stream: BinaryIO) -> Table:
   table = pq.ParquetFile(stream)
 
   def read(columns: Iterable[str]) -> Iterator[_Record]:
-    batches = table.iter_batches(_PARQUET_ROWS, columns=list(columns))
-    yield from enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches))
+    rows = (
+      row for batch in table.iter_batches(_PARQUET_ROWS, columns=list(dict.fromkeys(columns))) for row in _rows(batch)
+    )
+    yield from enumerate(rows)
 
-  return list(table.schema_arrow.names), read
+  return Table(list(table.schema_arrow.names), read, _classnames_in(table.schema_arrow.metadata or {}))
 
 
-def _short(value: Any) -> str:
-  return short(value)
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+  for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+    yield _by_name(zip(batch.schema.names, row, strict=True))
+
+
+def _classnames_in(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+  """Names of classes by column, from the features that Hugging Face's datasets store in a schema."""
+  try:
+    features = json.loads(metadata[b"huggingface"])["info"]["features"].items()
+    found = {column: feature["names"] for column, feature in features if feature.get("_type") == "ClassLabel"}
+  except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+    return {}
+  return {column: names for column, names in found.items() if all(isinstance(name, str) for name in names)}

@@ -11,9 +11,11 @@ from typing import Any, BinaryIO
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
-from declip_jax.data.sources.table import captions_of, read_table
+from declip_jax.data.sources.table import read_table
+from declip_jax.data.sources.values import captions_of
 from declip_jax.data.storage import files, patterns, zips
 from declip_jax.data.storage.bounded import short
+from declip_jax.data.storage.reach import Reach
 from declip_jax.data.storage.unpickler import Unpickler, shown
 
 _COLUMNS = ("index", "title", "description")
@@ -38,7 +40,7 @@ class Yfcc(lists.ListSource):
   def _image(self, entry: Entry) -> bytes:
     digits = f"{entry.record:08d}"
     try:
-      return zips.read_member(self._with_root(entry, f"images/{digits[:2]}/{digits[2:5]}.zip"), f"{digits[5:]}.jpg")
+      return zips.read_member(f"{self._folder(entry)}/images/{digits[:2]}/{digits[2:5]}.zip", f"{digits[5:]}.jpg")
     except zips.DamagedMember as error:
       raise BadSample("damaged image", str(error)) from None
 
@@ -75,7 +77,7 @@ def open_yfcc(location: str) -> Yfcc:
           yield BadSample(error.kind, f"{path}:{line}: {error}")
 
   index = lists.index_list(name, paths, ["yfcc", wanted.get("encoding"), files.stamps(paths)], read_entries)
-  return lists.checked(Yfcc(name, index, lists.root_of(wanted)))
+  return lists.checked(Yfcc(name, index, Reach.of(wanted)))
 
 
 class _PlainUnpickler(Unpickler):
@@ -117,10 +119,10 @@ def _pickled(path: str) -> Iterator[tuple[int, Any]]:
 
 def _tabled(path: str, encoding: str | None) -> Iterator[tuple[int, Any]]:
   """Yields line numbers and (index, title, description) of a table."""
-  with read_table(path, _COLUMNS, encoding) as (columns, read):
-    if not set(_COLUMNS) <= set(columns):
-      raise ValueError(f"{path}: expected the columns {', '.join(_COLUMNS)}; the columns are {columns}")
-    for line, fields in read(_COLUMNS):
+  with read_table(path, _COLUMNS, encoding) as table:
+    if not set(_COLUMNS) <= set(table.columns):
+      raise ValueError(f"{path}: expected the columns {', '.join(_COLUMNS)}; the columns are {table.columns}")
+    for line, fields in table.read(_COLUMNS):
       yield line, fields if isinstance(fields, str) else tuple(map(fields.get, _COLUMNS))
 
 

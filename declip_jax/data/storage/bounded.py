@@ -1,5 +1,6 @@
 """Readers of lines and JSON, and descriptions of values, that need little memory, whatever the file."""
 
+from collections.abc import Callable
 import io
 import json
 import reprlib
@@ -45,19 +46,22 @@ class Lines(io.TextIOWrapper):
     raise StopIteration
 
 
-def json_decoder() -> json.JSONDecoder:
+Fields = Callable[[list[tuple[str, Any]]], Any]  # makes an object from its names and values
+
+
+def json_decoder(fields: Fields = dict) -> json.JSONDecoder:
   """A decoder for which whole numbers of thousands of digits are infinite, rather than an error."""
-  return json.JSONDecoder(parse_int=_whole)
+  return json.JSONDecoder(parse_int=_whole, object_pairs_hook=None if fields is dict else fields)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, fields: Fields = dict) -> Any:
   """Parses JSON; see `json_decoder`.
 
   Raises:
     ValueError: not JSON, or nested too deeply.
   """
   try:
-    return json_decoder().decode(text)
+    return json_decoder(fields).decode(text)
   except RecursionError:
     raise ValueError("nested too deeply") from None
 

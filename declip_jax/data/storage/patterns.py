@@ -19,15 +19,18 @@ def expand(location: str) -> list[str]:
 
   Raises:
     FileNotFoundError: a pattern matches no file, or a file of a range is missing; the message lists what exists.
-    ValueError: a range is empty, or fsspec does not know this kind of URL or lacks the package for it.
+    ValueError: a range is empty, a part is a command (pipe:), or fsspec does not know this kind of URL or lacks the
+      package for it.
   """
   found = []
   for given in location.split("::"):
     if not remote.is_url(given) and os.path.isfile(files.local_path(given)):
       found.append(files.local_path(given))
       continue
+    if given.startswith("pipe:"):
+      raise ValueError(f"{location}: pipe: is a command, and no command is run; give the path or URL that it reads")
     patterns = _braces(given)
-    match = _matching_urls if remote.is_url(given) else _matching_paths
+    match = _matching_urls if remote.is_url(patterns[0]) else _matching_paths
     for pattern, paths in zip(patterns, match(patterns), strict=True):
       if not paths:
         raise FileNotFoundError(f"{location}: no file matches {pattern}; {_neighbours(pattern)}")

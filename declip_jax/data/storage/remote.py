@@ -8,14 +8,44 @@ from collections.abc import Iterator
 import contextlib
 import errno
 from functools import lru_cache
+import ipaddress
+import re
+import socket
 
 import fsspec
 import fsspec.core
 
+_SCHEME = re.compile(r"((?:[A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*)://")
+
+
+def scheme(path: str) -> str:
+  """The kind of a URL in lower case, such as "https"; empty for a path."""
+  match = _SCHEME.match(path)
+  return match[1].lower() if match else ""
+
 
 def is_url(path: str) -> bool:
   """Whether fsspec reads the path; file:// is local."""
-  return "://" in path and not path.startswith("file://")
+  return scheme(path) not in ("", "file")
+
+
+def without_query(path: str) -> str:
+  """A path or URL without the query of a web address, such as "?download=true"."""
+  return re.split(r"[?#]", path, maxsplit=1)[0] if scheme(path) in ("http", "https") else path
+
+
+@lru_cache
+def is_private(host: str) -> bool:
+  """Whether a server may have an address that is not public: of this machine, a local network or a cloud's metadata.
+
+  Raises:
+    OSError: the name cannot be resolved.
+  """
+  try:
+    found = {ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in socket.getaddrinfo(host, None)}
+  except UnicodeError as error:  # no name of a server
+    raise OSError(f"{host}: {error}") from None
+  return not all((getattr(address, "ipv4_mapped", None) or address).is_global for address in found)
 
 
 @lru_cache
