@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# The treatment of entries past the end of a bank: "wrap" writes them at its start; "drop", as in DeCLIP's code, loses
-# them and starts again at entry 0 (also when they end exactly there).
+# The treatment of entries past the end of a bank: "wrap" writes them at its start; "drop", as in DeCLIP's code,
+# discards them and restarts at entry 0 (also if the entries fill the bank exactly).
 OVERFLOWS = ("wrap", "drop")
 
 
@@ -36,7 +36,7 @@ def nearest(
   """The `count` entries with the largest inner products for each query, without gradient, and their ages in steps.
 
   Each query searches the bank of its share of the batch. `written` is the number of entries that a step writes to
-  each bank, from which ages follow: 1 is the previous step, 0 an initial entry that no step has written.
+  each bank, which determines the ages: 1 is the previous step, 0 an initial entry that no step has written.
   """
   size = bank.entries.shape[1]
   similarity = jnp.einsum("gbd,gqd->gbq", _split(bank, queries), bank.entries, precision=jax.lax.Precision.HIGHEST)
@@ -52,7 +52,7 @@ def nearest(
 
 
 def push(bank: Bank, entries: Float[Array, "b d"], overflow: str = "wrap") -> Bank:
-  """Writes `entries` over the oldest ones; see `OVERFLOWS` for what happens at the end.
+  """Overwrites the oldest entries with `entries`; see `OVERFLOWS` for what happens at the end of a bank.
 
   Raises:
     ValueError: more entries than a bank can store.
@@ -60,9 +60,7 @@ def push(bank: Bank, entries: Float[Array, "b d"], overflow: str = "wrap") -> Ba
   size, per_bank = bank.entries.shape[1], jax.lax.stop_gradient(_split(bank, entries))
   new = per_bank.shape[1]
   if new > size:
-    raise ValueError(
-      f"config.model.heads.bank_size={size} texts, fewer than the {new} of a step: raise bank_size or bank_groups"
-    )
+    raise ValueError(f"config.model.heads.bank_size={size}: a step adds {new} texts, so raise bank_size or bank_groups")
   index, end = bank.pointer + jnp.arange(new), bank.pointer + new
   if overflow == "wrap":
     index, pointer = index % size, end % size
@@ -76,8 +74,8 @@ def push(bank: Bank, entries: Float[Array, "b d"], overflow: str = "wrap") -> Ba
 
 
 def _split(bank: Bank, entries: Float[Array, "b d"]) -> Float[Array, "g b2 d"]:
-  """The entries of a batch for each bank."""
+  """Divides the entries of a batch among the banks."""
   groups = bank.entries.shape[0]
   if entries.shape[0] % groups:
-    raise ValueError(f"config.model.heads.bank_groups={groups} does not divide the batch of {entries.shape[0]}")
+    raise ValueError(f"config.model.heads.bank_groups={groups} does not divide the batch of {entries.shape[0]} texts")
   return rearrange(entries, "(g b) d -> g b d", g=groups)

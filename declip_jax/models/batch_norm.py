@@ -14,8 +14,8 @@ class BatchNorm(nn.Module):
   like PyTorch, the running variance averages the unbiased batch variance: `new = 0.9 old + 0.1 batch`.
 
   Attributes:
-    groups: number of equal groups of the batch, in order, that are normalised separately, as by GPUs without
-      synchronisation; running statistics average the groups, where PyTorch keeps those of one GPU.
+    groups: number of equal groups of the batch, in order, that are normalised separately, as on GPUs without
+      synchronisation; running statistics average the groups, whereas PyTorch keeps those of one GPU.
     affine: whether there is a gain and a bias.
   """
 

@@ -1,4 +1,4 @@
-"""The two halves put together: `make_model` builds them, `Model` applies them as pure functions."""
+"""The whole model: `make_model` builds its two halves, and `Model` applies them as pure functions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Model:
     return outputs, heads
 
   def momentum_copy(self, params: Tree) -> Tree:
-    """A copy of the parameters that the momentum tower has, as `{"momentum": ...}`; empty without one."""
+    """A copy of the parameters of the momentum tower, as `{"momentum": ...}`; empty if there is no momentum tower."""
     if "momentum" not in self.heads.members:
       return {}
     copied = {
@@ -101,11 +101,11 @@ class Model:
     return self.heads.apply(heads, states, method=Heads.map_text), valid
 
   def image_features(self, params: Tree, collections: Tree, images: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
-    """Joint float32 embeddings, not of unit norm, of images that are already normalised, in evaluation mode."""
+    """Joint float32 embeddings of normalised images in evaluation mode; the embeddings are not of unit norm."""
     return self._image_features(params, collections, images, Towers.encode_pixels)
 
   def text_features(self, params: Tree, collections: Tree, tokens: Int[Array, "b t"]) -> Float[Array, "b d"]:
-    """Joint float32 embeddings, not of unit norm, of token ids, in evaluation mode."""
+    """Joint float32 embeddings of token ids in evaluation mode; the embeddings are not of unit norm."""
     towers, heads = _variables(params, collections)
     features, *_ = self.towers.apply(towers, tokens, method=Towers.encode_text)
     return self.heads.apply(heads, features, method=Heads.project_text)
@@ -139,7 +139,7 @@ def make_model(fields: Mapping[str, Any], *, views: Views, heads: Sequence[str],
     lock_image: whether the image tower is not trained; see `Towers`.
 
   Raises:
-    ValueError: a name that does not exist or a number that does not fit; the message lists the legal ones.
+    ValueError: an unknown name or an invalid number; the message lists the legal ones.
   """
   _check(fields)
   dtype = jnp.dtype(fields["dtype"])
@@ -165,7 +165,7 @@ def _without(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check(fields: Mapping[str, Any]) -> None:
-  """Rejects names that do not exist and numbers that do not fit."""
+  """Rejects unknown names and invalid numbers."""
   image, text, heads = fields["image"], fields["text"], fields["heads"]
   _check_name("image.kind", image["kind"], IMAGE_TOWERS)
   _check_name("remat", fields["remat"], REMAT_POLICIES)

@@ -21,7 +21,7 @@ IMAGE_BLOCKS = "towers/image/transformer/blocks"
 
 
 def parameter_paths(params: Tree) -> Tree:
-  """The path of each parameter, such as "towers/image/pre_norm/scale", in its place."""
+  """The same tree with each parameter replaced by its path, such as "towers/image/pre_norm/scale"."""
   return jax.tree_util.tree_map_with_path(lambda keys, _: "/".join(key.key for key in keys), params)
 
 
@@ -76,7 +76,7 @@ def check_prefixes(params: Tree, prefixes: Sequence[str], field: str) -> None:
   """Rejects prefixes without parameters.
 
   Raises:
-    ValueError: names the field, the prefix and the paths that exist.
+    ValueError: the message names the field, the prefix and the existing paths.
   """
   paths = jax.tree.leaves(parameter_paths(params))
   for prefix in prefixes:

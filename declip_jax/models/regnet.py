@@ -86,7 +86,7 @@ class Block(nn.Module):
 
   def _gate(self, y: Float[Array, "b h w c"], squeezed: int) -> Float[Array, "b 1 1 c"]:
     def dense(features: int, name: str, fan_in: int) -> nn.Dense:
-      bias = torch_uniform(fan_in)  # pycls leaves PyTorch's
+      bias = torch_uniform(fan_in)  # pycls keeps PyTorch's default
       kernel = _fan_out_normal(features)
       return nn.Dense(features, dtype=self.dtype, kernel_init=kernel, bias_init=bias, name=name)
 
@@ -95,10 +95,10 @@ class Block(nn.Module):
 
 
 class RegNetY(nn.Module):
-  """Images to the globally average-pooled feature `[b width of the last stage]`, before the output projection.
+  """Maps images to the globally average-pooled feature `[b f]`, before the output projection.
 
   Structure and initialisation are those of pycls, the paper's code: convolutions N(0, 2 / (kernel area * outputs)),
-  all gains of norms 1 (timm's last one of each block starts at 0). The blocks of a stage after its first are one
+  all gains of norms 1 (in timm, the last one of each block starts at 0). The blocks of a stage after its first are one
   scanned block: their parameters and statistics are stacked along a leading axis under `stage<n>_rest`, which a stage
   of one block does not have. As in every ResNet, encoding in micro-batches changes the batch statistics.
 
@@ -136,14 +136,14 @@ class RegNetY(nn.Module):
 
   @property
   def stride(self) -> int:
-    """Pixels from token to token."""
+    """Distance between neighbouring tokens in pixels."""
     return 32
 
   @nn.compact
   def __call__(
     self, images: Float[Array, "b h w c"], train: bool = False, hidden: Bool[Array, "b n"] | None = None
   ) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
-    """Encodes normalised images of any height and width; tokens are the cells of the last map.
+    """Encodes normalised images of any height and width; tokens are the cells of the last feature map.
 
     Pixels are 0 where `hidden`.
     """

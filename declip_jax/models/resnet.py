@@ -28,7 +28,7 @@ class Bottleneck(nn.Module):
   planes: int
   stride: int
   shortcut: bool
-  train: bool  # a field, because scan would make an argument a traced value
+  train: bool  # a field: as an argument, scan would trace it
   norm_groups: int
   dtype: Any
 
@@ -71,7 +71,7 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-  """Images to the attention-pooled feature `[b 32*width]`, before its output projection, and the last map's cells.
+  """Maps images to the attention-pooled feature `[b 32*width]`, before its projection, and the last map's cells.
 
   The reference's attention pool ends in that projection; here it is the model's image projection (with a bias), so
   that self-supervised heads may start from the feature before it, as with a ViT. Batch norm depends on the other
@@ -94,7 +94,7 @@ class ModifiedResNet(nn.Module):
 
   @property
   def stride(self) -> int:
-    """Pixels from token to token."""
+    """Distance between neighbouring tokens in pixels."""
     return 32
 
   @nn.compact

@@ -32,7 +32,7 @@ def convolution(
 
 
 def hide(images: Float[Array, "b h w c"], hidden: Bool[Array, "b n"] | None, stride: int) -> Float[Array, "b h w c"]:
-  """Images with 0, the mean, in the hidden cells of a grid `stride` wide; a convolution has no tokens to mask."""
+  """Sets the hidden cells of a grid `stride` wide to 0, the mean; a convolution has no tokens to mask."""
   if hidden is None:
     return images
   shape = {"y": images.shape[1] // stride, "x": images.shape[2] // stride}
@@ -57,7 +57,7 @@ def apply_stage(
   leading axis under `<name>_rest`, which a stage of one block does not have.
 
   Args:
-    block: a module from `x` and None to `(x, None)`, as a scan requires.
+    block: a module that maps `x` and None to `(x, None)`, as a scan requires.
     x: input.
     blocks: number of blocks, including the first.
     first: fields of the first block that differ from `fields`.

@@ -11,15 +11,15 @@ from declip_jax.models.transformer import Transformer
 
 
 class TextTransformer(nn.Module):
-  """Token ids to states at every position, before the final norm; `final_norm` turns chosen states into features.
+  """Maps token ids to states at every position, before the final norm; `final_norm` turns states into features.
 
   Attention is causal and needs no padding mask: nothing after the end-of-text token affects it. Masked language
-  modelling may ask for a pass in which every token sees the whole text, as in BERT; in DeCLIP's released code a token
+  modelling can request a pass in which every token sees the whole text, as in BERT; in DeCLIP's released code a token
   sees only those before it.
 
-  Since nothing after the end matters, a batch may be trimmed to its longest text. `buckets` are the lengths that it may
+  Since nothing after the end matters, a batch can be trimmed to its longest text. `buckets` are the lengths that it can
   be trimmed to; a switch on the device picks the shortest that fits, so that shapes stay static, nothing is compiled
-  twice, and several hosts need not agree beforehand. The result is the same; states past the cut are zero.
+  twice, and several hosts need not agree beforehand. The result is the same; states past that length are zero.
 
   Attributes:
     eot: id of the end-of-text token.

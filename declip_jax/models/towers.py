@@ -24,8 +24,9 @@ class Towers(nn.Module):
   """An image tower and a text tower side by side; pixels are normalised here, on the device.
 
   Attributes:
-    image: a module from normalised images `[b h w c]`, `train` and `hidden` patches to features `[b f]` and tokens
-      `[b n f]`, with `feature_width`, `stride` and `has_batch_norm`: whether `train` makes it normalise by the batch.
+    image: a module that maps normalised images `[b h w c]`, `train` and `hidden` patches to features `[b f]` and
+      tokens `[b n f]`. It has `feature_width`, `stride` and `has_batch_norm`: whether `train` makes it normalise by the
+      batch.
     text: the text transformer, None where no term uses texts.
     mean, std: mean and standard deviation per channel, on a scale of 0 to 1.
     lock_image: whether the image tower is not trained, so its batch norms use and keep their running statistics.

@@ -114,7 +114,7 @@ class QueryKeyValue(nn.Module):
 class Block(nn.Module):
   """`x += attention(norm(x)); x += mlp(norm(x))`. Softmax and norms are float32.
 
-  Given `lengths`, each position sees the whole text of that length, whatever `causal` says.
+  Given `lengths`, each position sees the whole text of that length, even if `causal`.
   """
 
   width: int
@@ -152,8 +152,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
   """`depth` blocks as one scanned block, so that compile time does not grow with depth.
 
-  Parameters of the blocks are stacked along a leading `depth` axis under `blocks`, whatever `unroll` says: how many
-  blocks the compiler sees at once.
+  Parameters of the blocks are stacked along a leading `depth` axis under `blocks`. `unroll` is the number of blocks
+  that the compiler sees at once; it does not change the parameters.
   """
 
   width: int

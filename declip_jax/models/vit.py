@@ -1,4 +1,4 @@
-"""The vision transformer of OpenAI's CLIP; by its options also timm's, which SLIP uses, and DeCLIP's."""
+"""The vision transformer of OpenAI's CLIP, with options for timm's, which SLIP uses, and DeCLIP's."""
 
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from declip_jax.models.transformer import Transformer, torch_uniform
 
 
 class ViT(nn.Module):
-  """Images to the normalised class token, before the projection to the joint space, and the patches' tokens.
+  """Maps images to the normalised class token, before the projection to the joint space, and the patches' tokens.
 
   OpenAI's has `pre_norm`, no `patch_bias`, QuickGELU and epsilon 1e-5. timm's (SLIP) has no `pre_norm`, a
   `patch_bias`, exact GELU, epsilon 1e-6 and `initializer="timm"`. The patch embedding is a reshape and a product,
@@ -41,7 +41,7 @@ class ViT(nn.Module):
 
   @property
   def stride(self) -> int:
-    """Pixels from token to token."""
+    """Distance between neighbouring tokens in pixels."""
     return self.patch
 
   @nn.compact

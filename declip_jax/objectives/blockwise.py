@@ -26,8 +26,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 KINDS = ("plain", "chunked", "ring")
-# Bytes of similarities on a device up to which "auto" takes the whole matrix, and the size of a chunk above that. A
-# gradient holds about four such arrays.
+# "auto" compares the whole matrix at once if a device's similarities take at most this many bytes; otherwise this is
+# the size of a chunk. A gradient stores about four such arrays.
 PLAIN_BYTES, CHUNK_BYTES = 2**26, 2**26
 # Bytes of candidates above which a device should not hold all of them.
 GATHERED_BYTES = 2**30
@@ -93,8 +93,8 @@ def log_sums(
 def sigmoid_sums(
   x: Float[Array, "b d"], y: Float[Array, "b d"], bias: Float[Array, ""], method: Method = PLAIN
 ) -> Float[Array, "b"]:
-  """For each row of `x @ y.T + bias` the sum of binary cross-entropies: 1 for the column of its own index, else 0."""
-  # The bias is one more dimension, in which all candidates are 1: so it needs no gradient of its own.
+  """For each row of `x @ y.T + bias`, the sum of binary cross-entropies; the target is 1 in its own column, else 0."""
+  # The bias is one more dimension, in which all candidates are 1, so it needs no separate gradient.
   x = jnp.concatenate([x, jnp.broadcast_to(bias, (len(x), 1))], axis=1)[None]
   y = jnp.concatenate([y, jnp.ones((len(y), 1), y.dtype)], axis=1)[None]
   method = _chosen(method, x, y)
@@ -104,10 +104,10 @@ def sigmoid_sums(
 
 
 def check_method(method: Method) -> None:
-  """Rejects a method that is wrong for every batch.
+  """Rejects a method that no batch can use.
 
   Raises:
-    ValueError: names the field, its value and the legal ones.
+    ValueError: the message names the field, its value and the legal ones.
   """
   if method.kind not in (*KINDS, "auto"):
     raise ValueError(f"config.contrast.method={method.kind!r}: choose one of {['auto', *KINDS]}")
@@ -247,8 +247,8 @@ class _Nothing(NamedTuple):
 
 
 # Two losses over a block that begins at `row` and `column`. `forward` returns what the block adds to the sums of its
-# rows and of its columns; `gradients` returns the gradients of the products, for the rows and for the columns, from
-# what was saved of both.
+# rows and of its columns. `gradients` returns the gradients of the products, for the rows and for the columns, from
+# what was saved for each.
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ class _Sigmoid:
     return _Total(-jax.nn.log_sigmoid(_signed(matrix, row, column)).sum(axis=3)), _Nothing()
 
   def gradients(self, matrix: Array, row: Any, column: Any, rows: Array, columns: tuple[()]) -> tuple[Array, Array]:
-    """`rows` are the gradients of their sums; of columns nothing is saved."""
+    """`rows` are the gradients of their sums; nothing is saved for columns."""
     del columns
     wrong = jax.nn.sigmoid(-_signed(matrix, row, column))
     return (-_signed(wrong, row, column) * rows[..., None],) * 2
@@ -342,7 +342,7 @@ def _add_block(loss: Loss, x: Array, row: Any, block: int, rows: Any, y: Array, 
 
 
 def _backward(loss: Loss, x: Array, y: Array, rows: Any, columns: Any, method: Method) -> tuple[Array, Array]:
-  """The gradients of a device's rows and columns; `rows` and `columns` are arguments of `gradients`."""
+  """The gradients of a device's rows and columns; `rows` and `columns` are passed to `gradients`."""
   axes, place, count = _places(method)
   vjp = partial(_vjp_block, loss, x, place * x.shape[1], method.block, rows)
   gradient_x = jnp.zeros_like(x)
@@ -404,7 +404,7 @@ def _on_devices(function: Callable[..., Any], method: Method, axes_in: tuple[int
   def spec(axis: int) -> PartitionSpec:
     return PartitionSpec(*(None,) * axis, method.mesh.axis_names)
 
-  # Without the check of what varies over devices, which does not know our derivatives.
+  # shard_map's check of replication does not know our derivatives.
   return jax.shard_map(
     function,
     mesh=method.mesh,

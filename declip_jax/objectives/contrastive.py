@@ -42,7 +42,7 @@ def info_nce(
   full_gradient: bool = True,
   symmetric: bool = True,
 ) -> Contrast:
-  """Each row has to find the column with its own index by `scale` times their inner product, and each column its row.
+  """Each row has to find the column with its own index, by `scale` times their inner product, and each column its row.
 
   CLIP (Radford et al. 2021, figure 3). The batch is the global one, and by default the gradient is that of the whole
   logit matrix, as in DeCLIP, and in open_clip with `gather_with_grad`. Unless `symmetric`, only rows are queries.
@@ -55,7 +55,7 @@ def info_nce(
   """
   constant = (lambda side: side) if full_gradient else jax.lax.stop_gradient
   queries, candidates = scale * rows, columns
-  if not full_gradient:  # the columns' sums see constant rows, and so a constant scale: they get it from the candidates
+  if not full_gradient:  # the columns' sums see constant rows, so their gradient reaches the scale by the candidates
     candidates = columns * (scale / jax.lax.stop_gradient(scale))
   found = log_sums(queries, candidates, method, full_gradient=full_gradient, columns=symmetric)
   sides = ((queries, constant(candidates)), (constant(queries), candidates))[: 1 + symmetric]

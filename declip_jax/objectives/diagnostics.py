@@ -1,4 +1,4 @@
-"""Numbers that show a collapsed or broken run early, from the outputs of a step. They are not part of any loss.
+"""Early signs of a collapsed or broken run, computed from the outputs of a step. They are not part of any loss.
 
 | `diagnostics/<branch>/<what>` | healthy | collapsed |
 |---|---|---|
@@ -110,7 +110,7 @@ def _effective_rank(rows: Float[Array, "v b p"]) -> Float[Array, ""]:
   lower bound of theirs for `C`, and so for the centred rows themselves, whose singular values are the square roots and
   hence more even. It needs no eigenvalues. A batch bounds it: `b` isotropic rows show about `b p / (b + p)`.
 
-  Equal rows have rank 1. Below a deviation of 1e-6 the variance is rounding, which may point anywhere: it tends to 1.
+  Equal rows have rank 1. Below a deviation of 1e-6 the variance is mostly rounding, so there the result tends to 1.
   """
   centred = rows - rows.mean(axis=1, keepdims=True)
   covariance = jnp.einsum("vbp,vbq->vpq", centred, centred, precision=jax.lax.Precision.HIGHEST) / rows.shape[1]
@@ -120,9 +120,9 @@ def _effective_rank(rows: Float[Array, "v b p"]) -> Float[Array, ""]:
 
 
 def _some(rows: Float[Array, "b d"]) -> Float[Array, "n d"]:
-  """All rows, but of more than `MOST_ROWS` only every second, or every third, and so on.
+  """All rows; if there are more than `MOST_ROWS`, every second one, or every third, and so on.
 
-  The first rows would all be on a few of the devices; these are spread over all and need not move.
+  The first rows would all be on a few of the devices; these are spread over all devices and are not moved.
   """
   return rows[:: -(-rows.shape[0] // MOST_ROWS)]
 
@@ -135,7 +135,8 @@ def _alignment(x: Float[Array, "b d"], y: Float[Array, "b d"]) -> Float[Array, "
 def _uniformity(rows: Float[Array, "b d"]) -> Float[Array, ""]:
   """`log mean exp(-2 distance^2)` over the pairs of distinct unit rows (Wang and Isola 2020, section 4.1, with t = 2).
 
-  Of `_some` of the rows. Rows spread over a sphere of many dimensions approach -4: any two have the distance sqrt(2).
+  Computed from `_some` of the rows. For rows spread over a sphere of many dimensions it approaches -4, since any two
+  have a distance of about sqrt(2).
   """
   rows = _some(rows)
   count = rows.shape[0]

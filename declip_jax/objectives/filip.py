@@ -10,7 +10,7 @@ from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.contrastive import Metrics, accuracy, cross_entropy
 from declip_jax.types import Batch, Outputs
 
-# Similarities of tokens that a device computes at once: an array of 64 MiB, of which a gradient holds four or five.
+# Similarities of tokens that a device computes at once: an array of 64 MiB; a gradient stores four or five such arrays.
 # Their precision is that of `jax_default_matmul_precision`, since they cost as much as a tower; FILIP itself compares
 # in half precision.
 BLOCK = 2**24
@@ -101,7 +101,7 @@ def _best_matches(query: Float[Array, "b n e"], candidate: Float[Array, "c k e"]
 def _largest(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
   """`x.max(axis)`, where the first of equal values gets the gradient, as in PyTorch; JAX divides it among them.
 
-  The gradient needs the positions of the maxima and not `x`, which would be written, compared and counted again.
+  The gradient is computed from the positions of the maxima. JAX would store `x` and compare it with the maxima again.
   """
   size = x.shape[axis]
 
@@ -132,7 +132,7 @@ def _in_blocks(
   cost: int,
   devices: int,
 ) -> tuple[Float[Array, "b b2"], ...]:
-  """`compare(*candidates)`, one block of candidates after the other, recomputed for the gradient.
+  """`compare(*candidates)`, one block of candidates at a time, recomputed for the gradient.
 
   `cost` is the number of products per candidate. A block takes equally many candidates from each device, so that every
   device sends only its own share of a block.

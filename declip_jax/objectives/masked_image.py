@@ -14,7 +14,7 @@ def masked_image(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metr
   In the spirit of BEiT (Bao et al. 2022), which hides patches of the tower's input and predicts them from its tokens.
   BEiT's targets are the codes of a separately trained tokenizer; ours are the patch's own pixels, normalised per patch,
   and the loss is that of MAE (He et al. 2022, section 3, "reconstruction target"). Predicting 0, the mean of every
-  normalised patch, costs about 1.
+  normalised patch, gives a loss of about 1.
   """
   del batch
   target = jax.lax.stop_gradient(outputs.mim_target)

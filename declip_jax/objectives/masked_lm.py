@@ -11,9 +11,9 @@ from declip_jax.types import Batch, Outputs
 def masked_lm(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
   """Cross-entropy over the vocabulary, averaged over the masked positions of the global batch.
 
-  DeCLIP's code averages on each GPU first and then over GPUs. A batch without a masked position costs 0. A token whose
-  logit is the largest counts as found, even if others are equal to it: an accuracy of 1 with a loss of ln(vocabulary)
-  means that the head does not distinguish words.
+  DeCLIP's code averages on each GPU first and then over GPUs. Without any masked position the loss is 0. A token
+  counts as correct if its logit is the largest, even if others are equal to it: an accuracy of 1 with a loss of
+  ln(vocabulary) means that the head does not distinguish words.
   """
   weight, logits = batch["mlm_weight"], outputs.mlm_logits
   total = jnp.maximum(weight.sum(), 1)

@@ -1,4 +1,4 @@
-"""Self-supervision on images against a momentum copy of the tower: MoCo v3 and BYOL, and the copy's moving average."""
+"""Self-supervision on images with a momentum copy of the tower: MoCo v3 and BYOL, and the copy's moving average."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def byol(outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
   """`(2 - 2 cos(p1, z2)) + (2 - 2 cos(p2, z1))`, averaged over the batch; in [0, 8].
 
   BYOL (Grill et al. 2020, equation 2): the squared distance of unit rows, the sum of both directions, not their mean.
-  The targets are constants. Rows shorter than 1e-6 count as that long, as in the released code.
+  The targets are constants. A row shorter than 1e-6 is divided by 1e-6, as in the released code.
   """
   del batch
   target = jax.lax.stop_gradient(unit_norm(outputs.momentum_target, 1e-6))[::-1]

@@ -23,8 +23,8 @@ def nearest_neighbour(
   not mention. The released code has only the direction from image to text (`symmetric=False`) and searches a bank of
   noise until it is full (`warmup=False`); both text views are queries there, which `Views.neighbour_text` chooses.
 
-  The metrics are the mean cosine of the neighbours and the texts that searched, and their mean age in steps, both 0 if
-  there are none yet; and the share of the neighbours that are the noise with which a bank starts.
+  The metrics are the mean cosine similarity of neighbours to their queries and the mean age of neighbours in steps,
+  both 0 if there are none yet, and the share of neighbours that are initial noise.
   """
   del batch
   pairs = info_nce(outputs.image, outputs.neighbour, outputs.scale, method=method, symmetric=symmetric)

@@ -10,7 +10,7 @@ from declip_jax.types import Batch, Outputs
 
 
 def sigmoid(outputs: Outputs, batch: Batch, *, method: Method = PLAIN) -> tuple[Float[Array, ""], Metrics]:
-  """Binary cross-entropy of matching pairs against all others, summed over all pairs of the first views, over `b`.
+  """Binary cross-entropy of all pairs of the first views, with matching pairs as positives: their sum divided by `b`.
 
   SigLIP (Zhai et al. 2023). The bias is added to the logits, as in its algorithm 1, and so it starts at -10; its
   equation has the opposite sign. The sum grows with the batch, since there are `b - 1` negatives for each positive.

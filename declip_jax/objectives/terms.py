@@ -22,7 +22,7 @@ Loss = Callable[..., tuple[Float[Array, ""], Metrics]]
 
 
 class Term(NamedTuple):
-  """A loss and what it needs.
+  """A loss and its requirements.
 
   Attributes:
     loss: function of outputs and batch; its options are keyword arguments, and so is `method` where it compares all
@@ -31,7 +31,7 @@ class Term(NamedTuple):
     needs: entries of `Outputs`.
     views: roles of `Views`; "pair" is the first contrastive view of each modality.
     shares_pairs: whether the loss reads `Outputs.pairs`, the comparison of all contrastive views, if it exists.
-    more_pairs: whether one contrastive view of each modality is too few.
+    more_pairs: whether the term needs more than one pair of contrastive views.
   """
 
   loss: Loss
@@ -103,7 +103,7 @@ def active_terms(settings: Mapping[str, Mapping[str, Any]]) -> tuple[ActiveTerm,
     settings: `config.objective` as nested dicts: for each term `weight`, `schedule` and its options.
 
   Raises:
-    ValueError: an unknown term or option, a number that a term cannot have, or no term at all.
+    ValueError: an unknown term or option, an invalid number, or only weights of 0.
   """
   unknown = sorted(name for name, fields in settings.items() if name not in TERMS and "loss" not in fields)
   if unknown:
@@ -121,7 +121,7 @@ def _checked(name: str, fields: Mapping[str, Any]) -> ActiveTerm:
   where = f"config.objective.{name}"
   if "loss" in fields:
     if name in TERMS:
-      raise ValueError(f"{where}.loss: a term of this name exists; choose a name that is not in {sorted(TERMS)}")
+      raise ValueError(f"{where}.loss: this term already exists; choose a name that is not in {sorted(TERMS)}")
     term = Term(_own_loss(where, fields["loss"]), *(tuple(fields[field]) for field in _OWN[1:]))
     fields = {field: value for field, value in fields.items() if field not in _OWN}
   else:
@@ -144,7 +144,7 @@ def _checked(name: str, fields: Mapping[str, Any]) -> ActiveTerm:
 
 def _check_schedule(where: str, points: Sequence[Any], weight: float) -> None:
   if points and not weight:
-    raise ValueError(f"{where}.schedule={points}: {where}.weight is 0")
+    raise ValueError(f"{where}.schedule={points} has no effect, since {where}.weight is 0")
   if not all(isinstance(point, Sequence) and len(point) == 2 for point in points):
     raise ValueError(f"{where}.schedule={points}: expected (step, factor) pairs, such as ((0, 0.0), (2500, 1.0))")
   if not all(math.isfinite(factor) for _, factor in points):
@@ -172,6 +172,6 @@ def _own_loss(where: str, loss: Loss | str) -> Loss:
     return loss
 
   def missing(outputs: Any, batch: Any, **options: Any) -> Any:
-    raise ValueError(f"{where}.loss={loss!r} is only the name of a function: give the config file that has it")
+    raise ValueError(f"{where}.loss={loss!r} is only the name of a function: pass the config file that defines it")
 
   return missing

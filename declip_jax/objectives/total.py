@@ -16,7 +16,7 @@ from declip_jax.views import Views
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The terms of a run with their weights; called with outputs, batch and 0-based step, it returns loss and metrics.
+  """The weighted terms of a run; called with outputs, batch and 0-based step, it returns the loss and metrics.
 
   Metrics are each unweighted term as `loss/<term>`, its share of the sum of all absolute weighted terms
   as `share/<term>`, and the terms' own.
@@ -86,10 +86,10 @@ class Objective:
     return Views(**used)
 
   def check_views(self, views: Views, recipe: str) -> None:
-    """Rejects a term that uses a view which the recipe does not make.
+    """Rejects a term that uses a view that the recipe does not make.
 
     Raises:
-      ValueError: names the term, the missing role of `Views` and the recipe.
+      ValueError: the message names the term, the missing role of `Views` and the recipe.
     """
     for active in self.terms:
       roles = [role for role in active.term.views if role != "pair"]
@@ -104,7 +104,7 @@ class Objective:
     """Rejects, before anything compiles, a term whose inputs the recipe does not produce.
 
     Raises:
-      ValueError: names the term, the missing entry of `Outputs` and the recipe.
+      ValueError: the message names the term, the missing entry of `Outputs` and the recipe.
     """
     for active in self.terms:
       for name in active.term.needs:
@@ -112,7 +112,7 @@ class Objective:
           raise ValueError(_lacks(active, f"Outputs.{name}", recipe))
 
   def _with_shared_pairs(self, outputs: Outputs) -> Outputs:
-    """With one pass over the candidates for all terms that read it, if they agree about the gradient."""
+    """Adds `pairs`, computed once for all terms that read it, if their `full_gradient` is the same."""
     gradients = [active.options.get("full_gradient", True) for active in self.terms if active.term.shares_pairs]
     if len(gradients) < 2 or len(set(gradients)) > 1:
       return outputs
@@ -120,7 +120,7 @@ class Objective:
 
 
 def make_objective(settings: Mapping[str, Mapping[str, Any]], method: Method = PLAIN) -> Objective:
-  """The objective of a config.
+  """Makes the objective of a config.
 
   Args:
     settings: `config.objective` as nested dicts: for each term `weight`, `schedule` and its options.

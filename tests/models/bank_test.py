@@ -104,7 +104,7 @@ def test_starts_with_random_unit_vectors_that_do_not_count():
 
 
 def test_rejects_a_batch_larger_than_the_bank():
-  with pytest.raises(ValueError, match="bank_size=4 texts, fewer than the 5 of a step"):
+  with pytest.raises(ValueError, match=r"bank_size=4\b.* 5 texts"):
     bank.push(bank.random(jax.random.key(0), 1, 4, 2), jnp.zeros((5, 2)))
 
 

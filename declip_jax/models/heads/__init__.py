@@ -45,7 +45,7 @@ class Heads(nn.Module):
 
   def setup(self) -> None:
     for head in self.members.values():
-      nn.share_scope(self, head)  # parameters at heads/<name>, not below the name of the head
+      nn.share_scope(self, head)  # the parameters are at heads/<name>, without the name of the head
 
   def __call__(self, features: Features, views: Views, train: bool) -> Outputs:
     """Applies the heads to the views that have a role; the bank is searched before it stores this batch."""
@@ -77,14 +77,14 @@ class Heads(nn.Module):
 
 
 def make_heads(names: Sequence[str], fields: Mapping[str, Any]) -> Heads:
-  """The heads of these names.
+  """Builds heads by name.
 
   Args:
     names: names of `HEADS`.
     fields: values of the heads' fields, by name; those of other heads are ignored.
 
   Raises:
-    ValueError: an unknown head.
+    ValueError: an unknown name.
   """
   if unknown := sorted(set(names) - set(HEADS)):
     raise ValueError(f"unknown heads {unknown}: choose from {list(HEADS)}")
@@ -93,7 +93,7 @@ def make_heads(names: Sequence[str], fields: Mapping[str, Any]) -> Heads:
 
 
 def diagnostic_kinds(names: Collection[str]) -> dict[str, str]:
-  """Which of `objectives.diagnostics.KINDS` each output of these heads is."""
+  """The kind of each output of these heads, one of `objectives.diagnostics.KINDS`."""
   return {output: kind for name in names for output, kind in HEADS[name].diagnostics.items()}
 
 

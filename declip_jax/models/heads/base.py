@@ -16,7 +16,7 @@ from declip_jax.views import Views
 
 
 class Head(nn.Module):
-  """Maps features of the whole batch to outputs of its own; a subclass declares what others need to know about it.
+  """Maps features of the whole batch to named outputs; a subclass declares what other modules need to know about it.
 
   All heads share the scope of `Heads`: their parameters are at `heads/<name>`, so their names must differ. Fields are
   set by name, from `config.model.heads` and from what `make_model` knows of the towers.
@@ -25,8 +25,8 @@ class Head(nn.Module):
     views: roles of `Views` without which a head has no output and no parameters.
     sides: names of the parameters that belong to a tower, under "image" and "text", for optimisers that treat the two
       sides differently.
-    diagnostics: which of `objectives.diagnostics.KINDS` each output is.
-    internal: outputs that only later heads use; they leave `Outputs` afterwards.
+    diagnostics: the kind of each output, one of `objectives.diagnostics.KINDS`.
+    internal: outputs that only later heads use; they are then removed from `Outputs`.
   """
 
   views: ClassVar[tuple[str, ...]] = ()
@@ -49,7 +49,7 @@ class Head(nn.Module):
 class Mlp(nn.Module):
   """Linear layers with batch norm and ReLU between them.
 
-  PyTorch's default initialisation. Statistics are those of one view: call it once per view.
+  The initialisation is PyTorch's default. Statistics are those of one view: call it once per view.
 
   Attributes:
     input_width: width of the input.
@@ -88,16 +88,16 @@ def linear(width: int, features: int, dtype: Any) -> nn.Dense:
 
 
 def dense(features: int, dtype: Any, **options: Any) -> nn.Dense:
-  """A linear layer with inputs in the compute dtype, and sums and outputs in float32: its outputs are compared."""
+  """A linear layer with inputs in the compute dtype; sums and outputs are float32, because the outputs are compared."""
   dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
   return nn.Dense(features, dtype=dtype, dot_general=dot, **options)
 
 
 def pick(x: Float[Array, "b v f"], views: Sequence[int]) -> Float[Array, "v2 b f"]:
-  """Some of the views, view by view."""
+  """The chosen views, with views as the leading axis."""
   return jnp.stack([x[:, view] for view in views])
 
 
 def per_view(head: Mlp, x: Float[Array, "v b f"], train: bool) -> Float[Array, "v b p"]:
-  """A head applied to each view; float32. Batch statistics are those of one view, as in SLIP and DeCLIP."""
+  """Applies a head to each view, in float32. Batch statistics are those of one view, as in SLIP and DeCLIP."""
   return jnp.stack([head(view, train) for view in x]).astype(jnp.float32)

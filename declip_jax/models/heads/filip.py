@@ -1,4 +1,4 @@
-"""FILIP's maps of tokens, and the temperature of their similarities."""
+"""FILIP's projections of tokens, and the temperature of their similarities."""
 
 from typing import Any, ClassVar
 

@@ -23,8 +23,8 @@ class Joint(Head):
     embed_dim: dimension `d` of the joint space.
     image_bias, text_bias: whether the projections have a bias (a ResNet's attention pool has one, DeCLIP's text too).
     logit_scale_init: initial log inverse temperature.
-    max_scale: largest inverse temperature, 0 for none; beyond it the gradient is still that of the exponential, as in
-      DeCLIP's clamp of the data.
+    max_scale: largest inverse temperature, 0 for none; beyond it the gradient is still that of the exponential, as
+      with DeCLIP's clamp of `.data`.
   """
 
   image_width: int

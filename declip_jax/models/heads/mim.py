@@ -16,7 +16,7 @@ class Mim(Head):
 
   Attributes:
     image_width: width of the image tower's tokens.
-    patch_size: numbers `e` that are predicted for a patch.
+    patch_size: number `e` of values to predict for each patch.
   """
 
   image_width: int
@@ -32,7 +32,7 @@ class Mim(Head):
     self.mim = linear(self.image_width, self.patch_size, self.dtype)
 
   def __call__(self, features: Features, outputs: Outputs, views: Views, train: bool) -> dict[str, Array]:
-    """`mim_prediction`, and `mim_target`: what the patches hide."""
+    """`mim_prediction`, and `mim_target`: the pixels of the hidden patches."""
     del outputs, views, train
     if "masked_image" not in features:
       return {}

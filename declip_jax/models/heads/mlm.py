@@ -34,6 +34,6 @@ class Mlm(Head):
     del outputs, views, train
     if "masked_text" not in features:
       return {}
-    # As one product of matrices: XLA's CPU compiler takes three times as long for the gradient of a batch of them.
+    # A single matrix product: on a CPU, the gradient of a batched product takes three times as long.
     logits = self.mlm(rearrange(features.masked_text, "b k f -> (b k) f"))
     return {"mlm_logits": rearrange(logits, "(b k) v -> b k v", b=features.masked_text.shape[0])}
