@@ -30,7 +30,7 @@ def vit(patch: int, width: int, depth: int, heads: int, **options: Any) -> Confi
   c.activation = "quick_gelu"  # or "gelu" (SLIP)
   c.epsilon = 1e-5  # of the norms; SLIP: 1e-6
   c.initializer = "torch"  # "torch" (OpenAI), "openai_text" (DeCLIP) or "timm" (SLIP)
-  c.mlp_ratio = 4.0  # width of the MLP over that of the tower
+  c.mlp_ratio = 4.0  # width of the MLP divided by that of the tower
   c.lock().update(options)
   return c.unlock()
 
@@ -53,7 +53,7 @@ def regnet(initial_width: int, slope: float, multiplier: float, depth: int, grou
 
 
 def text(width: int, depth: int = 12, **options: Any) -> ConfigDict:
-  """OpenAI's causal text transformer, heads 64 wide; `options` replace fields. See `models.text.TextTransformer`."""
+  """OpenAI's causal text transformer, with heads of width 64; `options` replace fields of its `TextTransformer`."""
   c = ConfigDict()
   c.tokenizer = "openai"  # or "huggingface:FILE" (a tokenizer.json) or "sentencepiece:FILE"
   c.vocab_size = 49408  # OpenAI's; one more where a mask token is needed
@@ -88,7 +88,7 @@ ARCHITECTURES = {
   "SLIP ViT-B/16": Architecture(vit(16, 768, 12, 12, **SLIP), text(512), 512),
   "SLIP ViT-L/16": Architecture(vit(16, 1024, 24, 16, **SLIP), text(512), 512),
   # Li et al. 2022 (DeCLIP), section 4.1 and its released configs. How it projects a RegNet's feature is not published:
-  # here it is the global average, as RegNets end, and a linear projection.
+  # here it is the global average, with which RegNets end, and a linear projection.
   "DeCLIP ViT-B/32": Architecture(
     vit(32, 768, 12, 12, initializer="openai_text"), text(512, **_MASK), 512, text_bias=True
   ),

@@ -7,9 +7,9 @@ without --topology for the devices of this machine. For each device it prints me
 minimum time that it takes, the input rate required of the hosts, and the largest batch that fits. No data is read.
 
 Memory grows almost linearly with the batch, so the search extrapolates from two compiled steps and compiles the
-largest batch as well. Times follow from the peak figures in declip_jax/planning/devices.py; compute, memory and links
-work at the same time, so the slowest of them bounds the step. Compiling takes minutes. Exit codes: 0; 1 if the step
-does not fit; 2 for an error that you can correct.
+largest batch as well. Times are computed from the peak figures in declip_jax/planning/devices.py; compute, memory and
+links work at the same time, so the slowest of them bounds the step. Compiling takes minutes. Exit codes: 0; 1 if the
+step does not fit; 2 for an error that you can correct.
 """
 
 import dataclasses

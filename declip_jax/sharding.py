@@ -24,11 +24,11 @@ Tree = Any
 
 
 def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
-  """A (data, fsdp) mesh over all devices of all processes; one of the two sizes may be -1, for all remaining devices.
+  """A (data, fsdp) mesh over all devices of all processes.
 
-  Within a slice (of a TPU, or GPUs connected by NVLink) the order of devices follows its links. Several slices are
-  arranged along `data`: the slow network between them carries sums of gradients and compared examples, but never
-  gathered parameters.
+  One of the two sizes may be -1, which means all remaining devices. Within a slice (of a TPU, or GPUs connected by
+  NVLink) the order of devices follows its links. Several slices are arranged along `data`: the slow network between
+  them carries sums of gradients and compared examples, but never gathered parameters.
 
   Raises:
     ValueError: the product of the two is not the number of devices, or fsdp does not divide a slice.
@@ -70,7 +70,7 @@ def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
   """Rejects a global batch that does not divide over all devices.
 
   Raises:
-    ValueError: names the field, the batch size and the mesh.
+    ValueError: the message names the field, the batch size and the mesh.
   """
   if batch_size <= 0 or batch_size % mesh.size:
     shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
@@ -116,7 +116,8 @@ def layout_table(abstract: Tree, max_lines: int = 9) -> list[str]:
 
   Args:
     abstract: the state as shapes with shardings.
-    max_lines: the largest come first; the last of these lines sums up all others. A header and the total come on top.
+    max_lines: number of lines without header and total; the largest layouts come first, and the last line is the sum of
+      all others.
   """
   groups: dict[tuple[str, str, str], list[tuple[int, int, str]]] = {}
   for path, leaf in jax.tree.leaves_with_path(abstract):
@@ -147,7 +148,7 @@ def _layout(spec: PartitionSpec) -> str:
 def gather(tree: Tree, mesh: Mesh, dtype: Any) -> Tree:
   """Parameters as a model reads them: complete on every device, and cast to `dtype` before they are sent.
 
-  Without it the compiler may gather activations instead, and it may gather in float32. A leaf that is not split is
+  Otherwise the compiler may gather activations instead, and it may gather in float32. A leaf that is not split is
   unchanged. Each device keeps its shard of the summed gradient, in float32 again.
 
   If all large parameters are read in the compute dtype, as in our models, values are equal to those of the model's own

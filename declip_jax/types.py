@@ -10,7 +10,7 @@ Letters used in shapes, here and everywhere:
 | `h w c` | height, width, channels of an image | `k` | masked positions kept per caption |
 | `t` | tokens of a text | `n` | tokens or positions in a sequence |
 | `m` | masked patches, or nearest neighbours of a text | `q` | entries of a neighbour bank |
-| | | `e` | width of a token where tokens meet |
+| | | `e` | width of a token when tokens are compared |
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ from declip_jax.views import Named, Same
 #   text          int32 [b u t]         token ids of the text views
 #   mlm_position  int32 [b k]           positions that masked language modelling predicts ...
 #   mlm_target    int32 [b k]           ... the token ids to predict there ...
-#   mlm_weight    float32 [b k]         ... and 1 for a real position, 0 for filling
+#   mlm_weight    float32 [b k]         ... and 1 for a real position, 0 for padding
 #   mim_position  int32 [b m]           patches, row by row from 0, that masked image modelling hides and predicts
 #   mask          bool [b]              False where evaluation padded the last batch
 #   label         int32 [b]             class, -1 for none (evaluation only)
@@ -41,7 +41,7 @@ class _Arrays(Named):
 
   @classmethod
   def tree_unflatten(cls: type[Same], names: tuple[str, ...], values: Iterable[Any]) -> Same:
-    new = object.__new__(cls)  # as it is: JAX also puts None and other placeholders in the place of arrays
+    new = object.__new__(cls)  # unchecked: JAX also puts None and other placeholders in the place of arrays
     object.__setattr__(new, "_entries", dict(zip(names, values, strict=True)))
     return new
 
@@ -59,7 +59,7 @@ class Features(_Arrays):
   | `text_tokens` | `[b t f]` | states of the first contrastive text view, after the final norm |
   | `text_valid` | bool `[b t]` | True up to the end-of-text token |
   | `masked_image` | `[b m f]` | tokens at `mim_position` of the masked view |
-  | `masked_pixels` | `[b m e]` | what those patches hide, normalised for the loss |
+  | `masked_pixels` | `[b m e]` | pixels of those patches, normalised for the loss |
   | `momentum_image` | `[b 2 f]` | features of `ssl_image` by the momentum tower, without gradient |
   | any other text role | `[b u f]` | features of its views, at the end-of-text token |
   """
@@ -84,12 +84,12 @@ class Outputs(_Arrays):
   | `momentum_prediction` | `[2 b p]` | predictions of the trained tower for each view, not normalised |
   | `momentum_target` | `[2 b p]` | projections of the momentum tower for each view, without gradient |
   | `mlm_logits` | `[b k vocabulary]` | logits at the masked positions |
-  | `mim_prediction`, `mim_target` | `[b m e]` | predictions at the hidden patches, and what they hide |
+  | `mim_prediction`, `mim_target` | `[b m e]` | predictions for the hidden patches, and their pixels |
   | `neighbour` | `[m b d]` | unit-norm nearest texts of the bank, without gradient: the nearest of each view of |
   | | | `neighbour_text`, then the second nearest of each, and so on |
-  | `neighbour_similarity` | `[m b]` | cosine of each of them and the text that searched |
-  | `neighbour_age` | `[m b]` | steps since each was stored, 0 for a row of initial noise |
+  | `neighbour_similarity` | `[m b]` | cosine similarity of each of them to its query text |
+  | `neighbour_age` | `[m b]` | steps since each was stored, 0 for an entry of initial noise |
   | `neighbour_ready` | `[]` | 1 once the bank is full, else 0 |
 
-  `pairs`, added by the objective where several terms share it, is a `objectives.contrastive.Contrast` of all views.
+  `pairs`, added by the objective if several terms share it, is an `objectives.contrastive.Contrast` of all views.
   """

@@ -1,4 +1,4 @@
-"""Rows of length one, as every cosine needs them."""
+"""Normalisation of rows to length one, as cosine similarities require."""
 
 import jax
 import jax.numpy as jnp

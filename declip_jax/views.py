@@ -1,4 +1,4 @@
-"""`Views`: which view of an example plays which role. Imports no JAX: the processes that read data use it."""
+"""`Views`: which view of an example plays which role. Does not import JAX, since processes that read data use it."""
 
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ class Named:
     object.__setattr__(self, "_entries", found)
 
   def __getattr__(self, name: str) -> Any:
-    entries = self.__dict__.get("_entries", {})  # without entries while it is unpickled
+    entries = self.__dict__.get("_entries", {})  # unpickling starts without entries
     if name not in entries:
       raise AttributeError(f"{type(self).__name__} has no {name!r}, only {list(entries)}")
     return entries[name]

@@ -1,8 +1,8 @@
 """Evaluators: each is a generator of (metric, value) over the features of a source.
 
-A new evaluator is a module with such a function, and an entry in `EVALUATORS`. It receives the source with its
-features and the path of a picture that it may draw (None for none); its keyword-only arguments are the options of its
-entry in `config.evals`, and their defaults are the defaults of the config. `check` rejects options and sources with
+A new evaluator is a module with such a function, and an entry in `EVALUATORS`. The function receives the source with
+its features, and the path of a picture that it may draw (None for no picture). Its keyword-only arguments are the
+options of its entry in `config.evals`; the config has the same defaults. `check` rejects options and sources with
 which it could not run, before anything is trained.
 """
 
@@ -46,8 +46,7 @@ def check_options(options: Mapping[str, Any], field: str) -> None:
     field: path of the entry in the config, for errors.
 
   Raises:
-    ValueError: `kind` or `data` is missing, the kind or an option does not exist, or an option without a default is
-      missing.
+    ValueError: `kind`, `data` or an option without a default is missing, or the kind or an option is unknown.
   """
   kinds = f"choose one of {sorted(EVALUATORS)}"
   if "kind" not in options:
@@ -75,7 +74,7 @@ def check_metric(metric: str, kinds: Mapping[str, str], field: str) -> None:
     field: path of the metric in the config, for errors.
 
   Raises:
-    ValueError: names the metrics that exist.
+    ValueError: the message names the metrics that exist.
   """
   head, _, rest = metric.partition("/")
   name, _, last = rest.partition("/")

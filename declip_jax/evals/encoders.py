@@ -1,4 +1,4 @@
-"""The encode functions of a model, compiled once: `Clip` calls them, evaluators receive them with parameters bound."""
+"""The encode functions of a model, compiled once: `Clip` calls them; evaluators receive them with parameters bound."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -27,10 +27,10 @@ class EncodeFunctions(NamedTuple):
   Attributes:
     mesh: devices over which batches are split.
     tokens: whether images and texts are compared by their tokens (FILIP) instead of their embeddings.
-    image, text: to the `Embeddings` that `similarity` compares.
+    image, text: functions that return the `Embeddings` that `similarity` compares.
     similarity: scores of these embeddings.
-    image_embeddings, text_embeddings: to unit-norm pooled embeddings.
-    image_features, text_features: from normalised pixels or token ids to pooled embeddings that are not normalised.
+    image_embeddings, text_embeddings: functions that return unit-norm pooled embeddings.
+    image_features, text_features: functions from normalised pixels or token ids to pooled embeddings, not normalised.
   """
 
   mesh: Mesh
@@ -77,10 +77,10 @@ class Encoders:
   """Encode functions with parameters and placement bound, the preprocessing of their inputs, and their comparison.
 
   Attributes:
-    image: from this host's share of a global batch, uint8 `[b h w c]`, to all `Embeddings` `[B ...]` on every host.
-    text: likewise from token ids int32 `[b t]`.
-    gather: likewise for any arrays, without encoding: `[b ...]` to `[B ...]`.
-    tokenizer: from texts to token ids.
+    image: function from this host's share of a global batch, uint8 `[b h w c]`, to all `Embeddings` `[B ...]`.
+    text: the same from token ids, int32 `[b t]`.
+    gather: function from this host's share of any arrays, `[b ...]`, to all of them, `[B ...]`, without encoding.
+    tokenizer: function from texts to token ids.
     view: preprocessing of images.
     batch_size: global `B`, a multiple of the number of devices.
     batch_rows: indices of this host's rows in a global batch.
@@ -102,7 +102,7 @@ class Encoders:
   threads: int | None = None
 
   def with_callback(self, callback: Callable[[], None]) -> "Encoders":
-    """The same encoders, which call `callback` before each batch: an evaluation may take long."""
+    """A copy that calls `callback` before each batch, since an evaluation can take long."""
 
     def calling(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
       def call(inputs: Any) -> Any:
@@ -115,7 +115,7 @@ class Encoders:
 
 
 class EncoderFactory:
-  """Binds parameters to encode functions: `bind` makes `Encoders` of any parameters without compiling again.
+  """Binds parameters to encode functions: `bind` makes `Encoders` for any parameters without compiling again.
 
   Args:
     functions: encode functions of the model.
@@ -150,7 +150,7 @@ class EncoderFactory:
     }
 
   def bind(self, params: Tree, collections: Tree) -> Encoders:
-    """Encode functions of these parameters, from host arrays to host arrays."""
+    """Binds parameters; the resulting functions map host arrays to host arrays."""
     place = partial(to_global, sharding=self._sharding)
     fetch = partial(jax.tree.map, np.asarray)
     return Encoders(

@@ -51,7 +51,7 @@ class SourceFeatures:
   def map_images(self, function: Callable[[Embeddings], Embeddings]) -> ImageFeatures:
     """Features of all images with a function applied to the embeddings of each batch.
 
-    Unlike `images` this keeps only the values of the function: the tokens of a large source would not fit in memory.
+    Unlike `images`, it keeps only the results of the function: the tokens of a large source would not fit in memory.
     """
     if "images" not in vars(self):
       return embed_images(self.source, self.encoders, function)
@@ -85,7 +85,7 @@ def embed_images(
 
 
 def embed_texts(texts: Sequence[str], encoders: Encoders) -> Embeddings:
-  """Encodes texts in batches of one size; where embeddings are tokens, padding common to all texts is cut."""
+  """Encodes texts in batches of one size; where embeddings are tokens, padding common to all texts is trimmed."""
   tokens = encoders.tokenizer(texts)
   if encoders.tokens:
     tokens = tokens[:, : _longest(tokens)]
@@ -96,5 +96,5 @@ def embed_texts(texts: Sequence[str], encoders: Encoders) -> Embeddings:
 
 
 def _longest(tokens: Int[np.ndarray, "n t"]) -> int:
-  """Length of the longest text, rounded up to a multiple of 16, so that few lengths are ever compiled."""
+  """Length of the longest text, rounded up to a multiple of 16, so that few lengths are compiled."""
   return int(-(-(np.flatnonzero(tokens.any(axis=0))[-1] + 1) // 16) * 16)

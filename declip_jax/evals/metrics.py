@@ -14,7 +14,7 @@ _CHUNK = 1024  # queries whose similarities are in memory at once
 def accuracies(logits: Float[np.ndarray, "n classes"], label: Int[np.ndarray, "n"]) -> dict[str, float]:
   """Top-1, top-5 and mean per-class top-1 accuracy, as fractions, and the share of the largest class.
 
-  The share is the accuracy of always answering the most frequent class. Classes without an image do not count.
+  The share is the accuracy of always predicting the most frequent class. Classes without images do not count.
   """
   order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
   hits = order == label[:, None]
@@ -56,12 +56,12 @@ def recall(
 def _ranks(
   query: Embeddings, key: Embeddings, similarity: Similarity, matches: Callable[[slice], np.ndarray]
 ) -> Int[np.ndarray, "n"]:
-  """For each query, the number of keys that do not match it and are as near as its nearest match; NaN counts as near.
+  """For each query, the number of non-matching keys that are at least as near as its nearest match; NaN counts as near.
 
   Args:
     query, key: embeddings.
     similarity: scores of queries against keys.
-    matches: from a slice of the queries to whether each key matches them.
+    matches: function from a slice of the queries to whether each key matches each of them.
   """
   ranks = []
   for start in range(0, num_embeddings(query), _CHUNK):

@@ -1,4 +1,4 @@
-"""Image-text retrieval, both ways, with any number of captions per image."""
+"""Image-text retrieval in both directions, with any number of captions per image."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,12 +21,12 @@ METRICS = (*(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k i
 def retrieval(
   features: SourceFeatures, pictures: Path | None, *, equal_texts: bool = False
 ) -> Iterator[tuple[str, float]]:
-  """Yields the `recall` over a source and draws the images that a few texts retrieve.
+  """Yields the metrics of `recall` over a source, and draws the images that a few texts retrieve.
 
   Args:
     features: source to search, and its features; images that cannot be read or have no caption are skipped.
     pictures: PNG file to write, None for none.
-    equal_texts: whether captions of the same wording match each other's images.
+    equal_texts: whether captions with the same wording match each other's images.
 
   Raises:
     ValueError: no image has a caption.
@@ -46,7 +46,9 @@ def retrieval(
   yield "images", len(kept)
   yield "texts", len(texts)
   shown = _shown(len(texts))
-  scores = features.similarity(take(text, shown), image)  # on all hosts, although only one draws
+  scores = features.similarity(
+    take(text, shown), image
+  )  # on all hosts, as `similarity` requires, although only one draws
   if pictures is not None:
     with optional(pictures):
       _draw(source, kept, [texts[index] for index in shown], scores, match[:, group[shown]].T, pictures)

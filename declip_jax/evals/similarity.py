@@ -26,7 +26,7 @@ class TextTokens(NamedTuple):
   valid: Bool[np.ndarray, "n t"]
 
 
-# From queries and keys, images and texts or the other way round, to scores `[n m]`.
+# From queries and keys (images and texts, or texts and images) to scores `[n m]`.
 Similarity = Callable[[Embeddings, Embeddings], Float[np.ndarray, "n m"]]
 
 
@@ -46,12 +46,12 @@ def num_embeddings(embeddings: Embeddings) -> int:
 
 
 def concatenate(batches: Sequence[Embeddings], size: int | None = None) -> Embeddings:
-  """Joins batches along the leading axis and keeps the first `size` entries, all by default."""
+  """Joins batches along the leading axis and keeps the first `size` entries; by default, all."""
   return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:size], *batches)
 
 
 def padded_size(size: int, devices: int) -> int:
-  """The next power of two times the number of devices, so that few shapes are ever compiled."""
+  """The next power of two times the number of devices, so that few shapes are compiled."""
   padded = devices
   while padded < size:
     padded *= 2

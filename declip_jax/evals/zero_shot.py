@@ -19,7 +19,7 @@ METRICS = ("top1", "top5", "mean_per_class", "majority_share", "images")
 def zero_shot(
   features: SourceFeatures, pictures: Path | None, *, templates: Sequence[str] = TEMPLATES
 ) -> Iterator[tuple[str, float]]:
-  """Yields the `accuracies` of classifying a source with class names; images without a label are skipped.
+  """Yields the metrics of `accuracies` for a source with class names; images without a label are skipped.
 
   Args:
     features: source to classify, and its features.
@@ -78,7 +78,7 @@ def check_templates(templates: Any, field: str) -> None:
 
 
 def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
-  """Every template filled in for the first class, then for the next.
+  """Prompts made from every template for the first class, then for the second, and so on.
 
   Raises:
     ValueError: see `check_templates`.
@@ -96,7 +96,7 @@ def classifier(prompt_embeddings: Float[np.ndarray, "prompts d"], classes: int) 
 def token_classifier(
   prompt_embeddings: Embeddings, classes: int, similarity: Similarity
 ) -> Callable[[Embeddings], Float[np.ndarray, "n classes"]]:
-  """From image tokens to logits: the mean, over a class's prompts, of their late interaction with the image.
+  """A function from image tokens to logits: the mean, over a class's prompts, of their late interaction with the image.
 
   FILIP (Yao et al. 2022, section 3.3). DeCLIP's released code differs: it averages the tokens at the same position of
   all prompts of a class, padding included, and divides by the norm of the whole text, `[t e]`. Since prompts differ in

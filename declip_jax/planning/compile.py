@@ -29,7 +29,7 @@ class OutOfMemory(Exception):
   """
 
   def __init__(self, needed: float):
-    super().__init__(f"the step needs {needed:.3g} bytes on each device, which do not fit")
+    super().__init__(f"the step needs {needed:.3g} bytes on each device, more than its memory")
     self.needed = needed
 
 
@@ -66,7 +66,7 @@ class Memory:
     padding: what a TPU adds to arrays that do not fill its tiles.
     temporaries: activations, gradients and all other intermediate arrays.
     program: the compiled code.
-    peak: all of them and the step's metrics.
+    peak: sum of all of these and of the step's metrics.
   """
 
   parameters: float
@@ -110,10 +110,10 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device] | None = None
 
 
 def compile_with_progress(config: ConfigDict, devices: Sequence[jax.Device]) -> CompiledStep:
-  """`compile_step` that prints to stderr what is compiled and how long it took."""
+  """Calls `compile_step` and prints to stderr what is compiled and how long it took."""
   pairs = config.batch_size / len(devices)
   print(
-    f"compiling the step for {len(devices)} x {devices[0].device_kind}, {pairs:g} pairs per device; takes minutes",
+    f"compiling the step for {len(devices)} x {devices[0].device_kind}, {pairs:g} pairs per device; this takes minutes",
     file=sys.stderr,
     flush=True,
   )
@@ -134,7 +134,7 @@ def needed_bytes(message: str, arguments: float) -> float:
   """Parses libtpu's out-of-memory message: bytes that the program needs, infinity if not stated.
 
   Args:
-    message: one of libtpu's two wordings; the second one does not include the arguments.
+    message: in one of libtpu's two wordings; the second does not include the arguments.
     arguments: bytes of the program's arguments on each device.
   """
   number = r"([\d.]+)([KMGT])"

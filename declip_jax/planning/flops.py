@@ -87,11 +87,12 @@ def num_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
   """FLOPs of one call of a function as written: `jax.make_jaxpr(f)(...)`, or `jaxpr` of `jax.jit(f).trace(...)`.
 
   A multiplication and an addition are two FLOPs. The body of a scan counts as often as it runs, and the backward pass
-  of `jax.checkpoint` includes recomputation. Elementwise operations and dead code do not count. A conditional counts
-  its cheapest branch: a train step without its diagnostics. Equal products that the compiler would merge all count.
+  of `jax.checkpoint` includes recomputation. Elementwise operations and dead code do not count. Of a conditional, the
+  cheapest branch counts: a train step without its diagnostics. Equal products count even if the compiler would merge
+  them.
 
   Raises:
-    ValueError: products in a while loop, whose number of iterations is unknown.
+    ValueError: matrix products in a while loop, whose number of iterations is unknown.
   """
   jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
   needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))

@@ -1,8 +1,8 @@
 """Bytes that a compiled program sends between devices and moves through their memory, parsed from its HLO text.
 
 XLA's own `cost_analysis` counts the body of a loop once and ignores collectives. Here the body of a loop counts once
-per iteration, and a conditional counts the branch that sends least, as in `flops.num_flops`: a step without
-diagnostics.
+per iteration. Of a conditional, the branch that sends least counts: a step without diagnostics, as in
+`flops.num_flops`.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# How often the whole array passes through the links of a device, in the best algorithm.
+# How often the whole array passes through a device's links with the best algorithm.
 COLLECTIVES = {
   "all-gather": 1,
   "all-reduce": 2,  # a reduce-scatter and an all-gather
@@ -154,7 +154,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _sizes(result: str, main_memory: bool = False) -> list[float]:
-  """Bytes of each array of a type; with `main_memory` 0 for those that are elsewhere, such as `S(1)`, on the chip."""
+  """Bytes of each array of a type; with `main_memory`, 0 for those that are elsewhere, such as `S(1)`, on the chip."""
   sizes = []
   for dtype, shape, layout in _ARRAY.findall(result):
     bits = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or [0])[0])
@@ -307,7 +307,7 @@ def _read(name: str, fused: _Computation, computations: dict[str, _Computation])
 
 
 def _written(fused: _Computation, result: str, computations: dict[str, _Computation]) -> float:
-  """Bytes that a fusion writes; for an array that it updates in place only the update."""
+  """Bytes that a fusion writes; for an array that it updates in place, only the update."""
   root = next(inner for inner in fused.values() if inner.is_root)
   outputs = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
   sizes = _sizes(result, True)

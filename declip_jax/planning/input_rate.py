@@ -1,4 +1,4 @@
-"""How fast the hosts have to deliver images, and how many cores that takes at measured rates."""
+"""How many images per second the hosts have to deliver, and how many cores that takes at measured rates."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ class InputRate:
     step: seconds of that step.
     utilisation: model FLOPs utilisation of that step, 0 to 1.
     images_per_second: images of the data set, over all hosts.
-    images_per_second_and_host: on each host.
+    images_per_second_and_host: images of the data set on each host.
     cores_per_host: cores that read, decode and augment them; None if the recipe's rate was not measured.
     cpus_per_host: virtual CPUs of each host; None if unknown.
     measured_recipe: the recipe whose rate is used.

@@ -1,4 +1,4 @@
-"""The cost of a train step on given devices: memory, FLOPs, traffic, minimum time, and the input rate it needs."""
+"""The cost of a train step on given devices: memory, FLOPs, traffic, minimum time, and the input rate that it needs."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -34,7 +34,7 @@ class Sent:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-  """Seconds that a step takes at least, by what limits it, at the peak figures of a device; None if unknown."""
+  """Minimum seconds of a step at the peak figures of a device, by the resource that limits it; None if unknown."""
 
   compute: float
   memory: float
@@ -43,7 +43,7 @@ class Times:
 
   @property
   def step(self) -> float:
-    """Seconds of a step that does all of this at the same time."""
+    """Minimum seconds of a step that uses all resources at the same time."""
     return max(filter(None, dataclasses.astuple(self)))
 
 
@@ -52,13 +52,13 @@ class Report:
   """The cost of a train step. Sizes are bytes on each device, FLOPs are over all devices, times are seconds.
 
   Attributes:
-    device: what JAX calls the kind of device.
+    device: JAX's name for the kind of device.
     devices: number of devices.
     hosts: number of hosts.
     slices: number of slices that a network connects.
     mesh: size of each axis.
     batch_size: global batch size.
-    layout: a table of how parameters are sharded, as lines.
+    layout: a table of how the state is sharded, as lines.
     model_flops: FLOPs of the model in one step, `flops.step_flops`.
     peak: peak figures of the device; None if it is not in `devices.DEVICES`.
     available: memory for programs; None if unknown.
@@ -69,7 +69,7 @@ class Report:
     collectives: what each kind of collective sends; None if the step does not fit.
     memory_traffic: bytes read and written in main memory; None if the step does not fit.
     seconds: the minimum times; None if the device is unknown or the step does not fit.
-    input: the input rate that the minimum time requires; None where that is None.
+    input: the input rate that the minimum time requires; None if that time is unknown.
     largest: the largest batch that fits; None if it was not searched for, or the available memory is unknown.
   """
 

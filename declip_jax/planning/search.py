@@ -16,9 +16,9 @@ class Largest:
   """The largest batch that fits.
 
   Attributes:
-    pairs: per device; None if none of the compiled ones fits.
-    batch_size: over all devices.
-    tried: for each compiled size the pairs per device and the bytes needed on each device; None if unknown.
+    pairs: number of pairs per device; None if no compiled size fits.
+    batch_size: global batch size.
+    tried: for each compiled size, the pairs per device and the bytes needed on each device, None if unknown.
   """
 
   pairs: int | None
@@ -27,7 +27,7 @@ class Largest:
 
 
 def largest_batch(config: ConfigDict, devices: Sequence[jax.Device], needed: float, available: float) -> Largest:
-  """The largest batch that fits, to the unit by which the config can divide a batch.
+  """The largest batch that fits, rounded down to a multiple of what the config requires of a batch.
 
   Args:
     config: the config, whose own batch was compiled already.
@@ -63,17 +63,17 @@ def largest_batch(config: ConfigDict, devices: Sequence[jax.Device], needed: flo
 def search_largest(
   needed_with: Callable[[int], float], available: float, known: dict[int, float], unit: int, tries: int = 3
 ) -> dict[int, float]:
-  """Searches for the largest multiple of `unit` whose need is at most `available`, if needs grow almost linearly.
+  """Searches for the largest batch per device that fits, given that memory grows almost linearly with the batch.
 
   Args:
-    needed_with: returns the need of a multiple of `unit`; expensive. Infinity is an unknown need above `available`.
-    available: the limit.
-    known: the one need that is known already.
-    unit: every size tried is a multiple of it.
-    tries: how often `needed_with` may be called.
+    needed_with: returns the bytes that a batch needs; expensive. Infinity is an unknown number above `available`.
+    available: bytes that each device has.
+    known: the bytes of the one size that is known already.
+    unit: number of which every size is a multiple.
+    tries: largest number of calls of `needed_with`.
 
   Returns:
-    The need of each size, `known` included.
+    The bytes of each size that was tried, `known` included.
   """
   tried, (first,) = dict(known), known
   guess = first // 2 // unit * unit or 2 * first
@@ -81,7 +81,7 @@ def search_largest(
     tried[guess] = needed_with(guess)
     fitting = [size for size, need in tried.items() if need <= available]
     too_large = [size for size in tried if size not in fitting]
-    # On the line through the two needs closest to the limit; by bisection if that line does not rise.
+    # On the line through the two sizes closest to the limit; by bisection if that line does not rise.
     finite = sorted((abs(need - available), size) for size, need in tried.items() if math.isfinite(need))
     low, high = sorted(size for _, size in finite[:2]) if len(finite) > 1 else (first, first)
     if tried[high] > tried[low]:

@@ -102,7 +102,7 @@ def _input(required: InputRate) -> list[str]:
 
 
 def format_bytes(size: float | None) -> str:
-  """A size in the largest unit that it reaches; None is a size that is unknown because it does not fit."""
+  """A size in the largest suitable unit; None is a size that is unknown because the step does not fit."""
   if size is None:
     return "more than available"
   for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

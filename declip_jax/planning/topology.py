@@ -26,7 +26,7 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
 
   Raises:
     ModuleNotFoundError: libtpu is not installed.
-    ValueError: libtpu does not know the topology; the message includes libtpu's own.
+    ValueError: libtpu does not know the topology; the message includes that of libtpu.
   """
   if importlib.util.find_spec("libtpu") is None:
     raise ModuleNotFoundError(

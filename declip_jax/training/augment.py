@@ -2,12 +2,12 @@
 
 Operations, their order and their random parameters are those of `data.images` after the crop, so that a view has the
 same distribution wherever it is made; individual draws differ. Pixels are those of its engine "exact", in Pillow's
-8-bit arithmetic, with two exceptions: an occasional level in the hue, where float32 falls on the other side of an
-integer, and up to three levels in the blur, which is rounded once and not after each of its boxes.
+8-bit arithmetic, with two exceptions: an occasional difference of one level in the hue, where float32 rounds to the
+other side of an integer, and of up to three levels in the blur, which is rounded once and not after each box.
 
-The functions for one image take and return float32 of integer levels from 0 to 255, colours first. Those that mix
-colours take the red, green and blue planes as separate arrays: XLA fuses a chain of them into one loop, which the hue
-would break in a single array.
+The functions for one image take and return integer levels from 0 to 255 as float32, with the channel axis first. Those
+that mix colours take the red, green and blue planes as separate arrays: XLA fuses a chain of them into one loop; with a
+single array, the hue would prevent that.
 """
 
 from collections.abc import Sequence
@@ -115,7 +115,7 @@ def _view(
   if "grayscale" in operations:
     planes = _where(draws.grayscale, (luma(planes),) * 3, planes)
   made = jnp.stack(planes)
-  if operations & {"blur", "flip"}:  # solarizing before or after the flip gives the same
+  if operations & {"blur", "flip"}:  # solarizing before or after the flip gives the same result
     made = blur_and_flip(made, jnp.where(draws.blur, draws.radius, 0), draws.flip, greatest_radius)
   if "solarize" in operations:
     made = jnp.where(draws.solarize, solarize(made), made)
@@ -131,7 +131,7 @@ def color_jitter(image: Planes, factors: Float[Array, "4"], order: Int[Array, "4
 
   Each of the four steps computes all four adjustments and selects one, because a batch contains all 24 orders. The
   first three share their arithmetic. The hue is computed four times instead of once, but with only four passes over
-  the image: each mean that contrast may need ends a pass.
+  the image: each mean that contrast may need requires a pass of its own.
 
   Args:
     image: planes of the image.
@@ -197,7 +197,7 @@ def blur_and_flip(
   with a banded matrix for each axis, which are fast on every device for any radius.
 
   Args:
-    image: the image, colours first.
+    image: the image, with the channel axis first.
     radius: standard deviation, in pixels; 0 for no blur.
     flip: whether to mirror.
     greatest_radius: upper bound of the radius, known at compile time.

@@ -34,7 +34,7 @@ Tree = Any
 
 
 class Result(NamedTuple):
-  """Results of a batch besides its gradient. With "plain", metrics are means, and outputs the last micro-batch's."""
+  """Results of a batch besides its gradient. With "plain", metrics are means; outputs are the last micro-batch's."""
 
   loss: Float[Array, ""]
   metrics: Metrics
@@ -47,8 +47,9 @@ class Functions:
   """The pure functions that a loss consists of.
 
   Attributes:
-    model, objective: the two halves of the loss: from a batch to features, and from all features to the loss.
-    read: from parameters to those that the model reads: gathered from all devices, some without a gradient.
+    model: function from a batch to features, and from features to outputs.
+    objective: function from outputs to the loss.
+    read: function from parameters to those that the model reads: gathered from all devices, some without a gradient.
     micro_batches: number of micro-batches.
   """
 
@@ -60,7 +61,7 @@ class Functions:
   def second_half(
     self, params: Tree, collections: Tree, features: Features, batch: Batch, step: Int[Array, ""]
   ) -> Result:
-    """The loss of features."""
+    """The loss, metrics and outputs, given the features."""
     outputs, heads = self.model.apply_heads(params, collections, features)
     loss, metrics = self.objective(outputs, batch, step)
     return Result(loss, metrics, outputs, {**collections, "heads": heads})
@@ -79,7 +80,7 @@ def make_gradient(
   frozen: Sequence[str] = (),
   gather: Callable[[Tree], Tree] = lambda params: params,
 ) -> Gradient:
-  """The function that computes the loss and gradient of a batch.
+  """Makes the function that computes the loss and gradient of a batch.
 
   Args:
     method: one of `METHODS`; ignored with one micro-batch.
@@ -199,7 +200,7 @@ METHODS: dict[str, Callable[..., tuple[Result, Tree]]] = {"cached": cached, "pla
 
 
 def _split(x: Shaped[Array, "b ..."], micro_batches: int) -> Shaped[Array, "micro_batches _ ..."]:
-  """`[b ...]` to `[micro_batches b/micro_batches ...]`, each with examples of all devices in order; none is moved."""
+  """`[b ...]` to `[micro_batches b/micro_batches ...]`: each has examples of all devices, in order; no data moves."""
   return jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1)
 
 

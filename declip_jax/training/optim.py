@@ -1,6 +1,6 @@
 """The optimisers of the papers: update rules, weight decay masks, frozen parameters, per-parameter learning rates.
 
-An optimiser here covers everything except the global learning rate, which the train step applies from its own step
+An optimiser here includes everything except the global learning rate, which the train step applies from its own step
 count; the local rates of LARS and the multipliers of single parameters are part of the optimiser.
 
 Adding a setting takes two places: its default in `config._optimizer` and a field of `OptimizerSettings`. Adding an
@@ -44,7 +44,7 @@ class OptimizerSettings:
 
   Attributes:
     name: one of `OPTIMIZERS`.
-    b1, b2, epsilon: Adam's.
+    b1, b2, epsilon: coefficients of Adam.
     momentum, nesterov: momentum of SGD and LARS.
     trust_coefficient: trust coefficient of LARS.
     weight_decay: applied where `decay_mask` is True.
@@ -52,9 +52,9 @@ class OptimizerSettings:
     sgd_side: the side that "adamw_sgd" trains with SGD, one of `models.paths.SIDES`. The name of the released class
       says the image side; according to secondary sources, the paper used SGD for the text side of its ViT.
     sgd_weight_decay: weight decay of the SGD side of "adamw_sgd", in place of `weight_decay`.
-    gradient_clip: largest global norm of the gradient; 0 for no clipping. PyTorch divides by the norm plus 1e-6, we
-      do not.
-    multipliers, layer_decay: see `rate_multipliers`.
+    gradient_clip: largest global norm of the gradient; 0 for no clipping. PyTorch divides by the norm plus 1e-6;
+      we do not.
+    multipliers, layer_decay: factors of the learning rate, see `rate_multipliers`.
     frozen: paths of parameters without moments and weight decay; their gradients must be zero.
     logit_scale_range: bounds of the log inverse temperatures after each step; () for none.
 
@@ -94,7 +94,7 @@ def check_name(field: str, name: str, known: Collection[str]) -> None:
   """Rejects a name that is not in a table.
 
   Raises:
-    ValueError: names the field of `config.optimizer`, the name and the known ones.
+    ValueError: the message names the field of `config.optimizer`, the name and the known ones.
   """
   if name not in known:
     raise ValueError(f"config.optimizer.{field}={name!r}: choose one of {sorted(known)}")
@@ -104,7 +104,7 @@ def check_finite(settings: OptimizerSettings | Any | Mapping[str, float]) -> Non
   """Rejects NaN and infinity in the floats of a dataclass or a mapping.
 
   Raises:
-    ValueError: names the field of `config.optimizer` and the number.
+    ValueError: the message names the field of `config.optimizer` and the number.
   """
   values = settings if isinstance(settings, Mapping) else vars(settings)
   for field, value in values.items():
@@ -130,21 +130,21 @@ def decay_weights(params: Tree) -> Tree:
 
 
 def decay_declip(params: Tree) -> Tree:
-  """DeCLIP's: as `decay_weights`, and the packed bias of query, key and value.
+  """DeCLIP's mask: that of `decay_weights`, and the packed bias of query, key and value.
 
-  Its grouping looks for the biases of known modules, and this one is a bare parameter of PyTorch's attention.
+  Its parameter groups contain the biases of known modules; this one is a bare parameter of PyTorch's attention.
   """
   packed = jax.tree.map(lambda path: path.endswith("/qkv/bias"), parameter_paths(params))
   return jax.tree.map(operator.or_, packed, decay_weights(params))
 
 
 def decay_finetune(params: Tree) -> Tree:
-  """BeiT's, used for SLIP's fine-tuning: as `decay_weights`, but without positions, class token and mask token."""
+  """BeiT's mask, used for SLIP's fine-tuning: `decay_weights` without positions, class token and mask token."""
   return _all_except(params, ("bias", "scale", *TEMPERATURES, *EMBEDDINGS))
 
 
 def decay_all(params: Tree) -> Tree:
-  """Everything, including temperatures, as in DeCLIP's 88M ResNet-50, whose config has no parameter groups."""
+  """All parameters, including temperatures, as in DeCLIP's 88M ResNet-50, whose config has no parameter groups."""
   return _all_except(params, ())
 
 
@@ -165,17 +165,17 @@ def _add_weight_decay(settings: OptimizerSettings) -> optax.GradientTransformati
 
 
 def _adamw(settings: OptimizerSettings) -> optax.GradientTransformation:
-  """PyTorch's, with decoupled decay (Loshchilov and Hutter 2019), as in CLIP, SLIP, DeCLIP and open_clip."""
+  """PyTorch's AdamW: decoupled decay (Loshchilov and Hutter 2019), as in CLIP, SLIP, DeCLIP and open_clip."""
   return optax.chain(optax.scale_by_adam(settings.b1, settings.b2, settings.epsilon), _add_weight_decay(settings))
 
 
 def _sgd(settings: OptimizerSettings) -> optax.GradientTransformation:
-  """PyTorch's: the decay is added to the gradient, and the first gradient initialises the momentum buffer."""
+  """PyTorch's SGD: the decay is added to the gradient, and the first gradient initialises the momentum buffer."""
   return optax.chain(_add_weight_decay(settings), optax.trace(settings.momentum, settings.nesterov))
 
 
 def _lars(settings: OptimizerSettings) -> optax.GradientTransformation:
-  """DeCLIP's (You et al. 2017): SGD times a local rate for each tensor `p` with gradient `g`.
+  """DeCLIP's LARS (You et al. 2017): SGD times a local rate for each tensor `p` with gradient `g`.
 
   The rate is `trust_coefficient |p| / (|g| + weight_decay |p|)`. A tensor of zeros, such as a new bias, therefore never
   changes; where the released code divides by zero, nothing changes. Each of the blocks that a scan stacks has its own
@@ -199,7 +199,7 @@ def _lars(settings: OptimizerSettings) -> optax.GradientTransformation:
 def _adamw_sgd(settings: OptimizerSettings) -> optax.GradientTransformation:
   """DeCLIP's hybrid: SGD on `sgd_side` and AdamW on the rest; `multipliers` sets the ratio of their learning rates.
 
-  The released one adds epsilon before Adam's bias correction; PyTorch and this one add it after.
+  The released code adds epsilon before Adam's bias correction; PyTorch and this function add it after.
   """
 
   def labels(params: Tree) -> Tree:
@@ -243,7 +243,7 @@ def rate_multipliers(params: Tree, *, multipliers: Sequence[tuple[str, float]], 
     params: all parameters.
     multipliers: pairs of a path, such as "heads/logit_scale" or "towers/image", and the factor of all parameters at or
       below it; the factors of nested paths multiply. In DeCLIP, these are groups with their own initial learning rates.
-    layer_decay: BeiT's, used for SLIP's fine-tuning, for an image ViT with `depth` blocks: block `i`, counted from 0,
+    layer_decay: BeiT's layer-wise decay, used for SLIP's fine-tuning of a ViT with `depth` blocks: block `i`, from 0,
       has the factor `layer_decay ** (depth - i)`, and the parameters before the blocks `layer_decay ** (depth + 1)`.
       1 for none.
 

@@ -67,15 +67,15 @@ class ScheduleSettings:
 
 
 def _cosine(settings: ScheduleSettings) -> Schedule:
-  """SLIP's and BeiT's: from the peak at step `warmup`; would reach the end at `total_steps`.
+  """SLIP's and BeiT's cosine: the peak is at step `warmup`, and the end would be reached at `total_steps`.
 
-  open_clip's is this one with `warmup_start` = peak / `warmup` and end 0.
+  open_clip's cosine is this one with `warmup_start` = peak / `warmup` and end 0.
   """
   return _half_cosine(settings, settings.warmup, settings.total_steps)
 
 
 def _declip_cosine(settings: ScheduleSettings) -> Schedule:
-  """DeCLIP's, one step earlier: from the peak at the last step of the warm-up to the end at the last step."""
+  """DeCLIP's cosine, one step earlier: from the peak at the last step of the warm-up to the end at the last step."""
   return _half_cosine(settings, settings.warmup - 1, settings.total_steps - 1)
 
 
@@ -91,19 +91,19 @@ def _half_cosine(settings: ScheduleSettings, first: int, last: int) -> Schedule:
 
 
 def _step(settings: ScheduleSettings) -> Schedule:
-  """DeCLIP's: the peak times the factors of all milestones reached."""
+  """DeCLIP's step schedule: the peak times the factors of all milestones reached."""
   return optax.piecewise_constant_schedule(
     settings.learning_rate, {step - 1: factor for step, factor in settings.milestones}
   )
 
 
 def _constant(settings: ScheduleSettings) -> Schedule:
-  """open_clip's: the peak."""
+  """open_clip's constant schedule: the peak."""
   return optax.constant_schedule(settings.learning_rate)
 
 
 def _cooldown(settings: ScheduleSettings) -> Schedule:
-  """open_clip's: the peak, and over the last `cooldown` steps down to the end, by a power of the steps left."""
+  """open_clip's cooldown: the peak, then over the last `cooldown` steps a decay to the end by a power of those left."""
   return optax.polynomial_schedule(
     settings.learning_rate,
     settings.end_learning_rate,
@@ -124,7 +124,7 @@ SCHEDULES: dict[str, Callable[[ScheduleSettings], Schedule]] = {
 
 
 def make_schedule(settings: ScheduleSettings) -> Schedule:
-  """The learning rate of each step: a linear rise, with the peak at step `warmup - 1`, then the named schedule."""
+  """Makes the schedule: a linear rise, with the peak at step `warmup - 1`, then the named schedule."""
   # Not optax.join_schedules, which restarts the count at the boundary: milestones count from the start of training, and
   # DeCLIP's cosine starts one step before it.
   after = SCHEDULES[settings.schedule](settings)

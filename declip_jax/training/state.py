@@ -1,4 +1,4 @@
-"""The train state: everything that a step changes, and so everything that a checkpoint contains."""
+"""The train state: everything that a step changes, and therefore everything that a checkpoint contains."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from declip_jax.sharding import shard_like
 from declip_jax.types import Batch, BatchShapes
 
 Tree = Any
-Leaf = Any  # an array; or its shape, its sharding and so on, in trees that describe a state
+Leaf = Any  # an array; or its shape, its sharding and so on in trees that describe a state
 
 
 @struct.dataclass

@@ -51,10 +51,10 @@ def train_step(
     gradient_fn: computes the loss and gradient of a batch, see `make_gradient`.
     momentum_decay: the decay of the momentum tower at a step; ignored without one.
     is_diagnosed: whether a step also computes `objectives.diagnostics`; otherwise these metrics are NaN.
-    augment: the part of image augmentation that is left to the device, at a step.
+    augment: function of batch and step that applies the image augmentation that is left to the device.
     diagnose: computes diagnostics from a step's outputs.
     logit_scale_range: bounds of the log inverse temperatures after the step; () for none.
-    spike_factor: how many times its usual norm a gradient may have, see `is_spike`; 0 for any norm.
+    spike_factor: largest ratio of a gradient's norm to the usual norm, see `is_spike`; 0 for no limit.
   """
   collections = {**state.collections, **ema_update(model, state, momentum_decay)}
   batch = augment(batch, state.step)
@@ -70,7 +70,7 @@ def train_step(
   spike, usual_norm = is_spike(gradient_norm, state.skipped, spike_factor)
   good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(learning_rate) & ~spike
   # A finite gradient can still yield single updates that are not finite, as in Adam without epsilon: these entries keep
-  # their values. To skip the whole step, all new parameters would have to stay in memory until the last one is known.
+  # their values. Skipping the whole step would require storing all new parameters until the last one is known.
   select = partial(jax.tree.map, lambda new, old: jnp.where(good & jnp.isfinite(new), new, old))
   new = State(
     step=state.step + 1,
@@ -114,7 +114,7 @@ def is_spike(norm: Scalar, state: dict[str, Array], factor: float) -> tuple[Flag
   Args:
     norm: norm of the gradient, float32.
     state: "measured", the number of steps in the mean, and "log_norm", its logarithm.
-    factor: see above.
+    factor: largest ratio that is not a spike; 0 for no limit.
 
   Returns:
     Whether it is a spike, and the state including this norm.
