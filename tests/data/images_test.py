@@ -10,7 +10,7 @@ import zlib
 
 import cv2
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 import pytest
 
 from declip_jax.config import OPENAI_MEAN, OPENAI_STD
@@ -117,6 +117,90 @@ def test_keeps_the_range_of_16_bit_grey(file_format):
   grey = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
   pixels = images.decode(encode(grey, file_format))
   np.testing.assert_array_equal(pixels, np.dstack([(grey // 256).astype(np.uint8)] * 3))
+
+
+RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+
+
+@pytest.mark.parametrize(
+  ("levels", "file_format"),
+  [
+    ((RAMP * 4095).astype(np.uint16), "PNG"),
+    ((RAMP * 4095).astype(np.uint16), "TIFF"),
+    ((RAMP * 1023).astype(np.uint16), "PNG"),
+    ((RAMP * 255).astype(np.uint16), "PNG"),
+    ((RAMP * 4095).astype(np.uint16), "JPEG2000"),
+    ((RAMP * 255).astype(np.int32), "TIFF"),
+    ((RAMP * 65535).astype(np.int32), "TIFF"),
+    ((RAMP * (2**30 - 1)).astype(np.int32), "TIFF"),
+    ((RAMP * 4000 - 1000).astype(np.int32), "TIFF"),  # of a CT, in Hounsfield units
+    (RAMP.astype(np.float32), "TIFF"),
+    ((RAMP * 255).astype(np.float32), "TIFF"),
+    ((RAMP * 65535).astype(np.float32), "TIFF"),
+    ((RAMP * 2 - 1).astype(np.float32), "TIFF"),
+  ],
+  ids=lambda value: f"{value.dtype} {value.min():.0f} to {value.max():.0f}" if isinstance(value, np.ndarray) else value,
+)
+def test_grey_of_any_range_keeps_its_contrast(levels, file_format):
+  pixels = images.decode(encode(levels, file_format))
+  assert difference(pixels, np.dstack([np.rint(RAMP * 255).astype(np.uint8)] * 3))[1] <= 1
+
+
+def test_unsigned_and_infinite_levels_are_read():
+  file = (RAMP * (2**32 - 1)).astype(np.uint32)
+  data = bytearray(encode(file.view(np.int32), "TIFF"))
+  entry = data.index(struct.pack("<HHI", 339, 3, 1))  # the sample format, which Pillow writes as signed
+  data[entry + 8] = 1
+  assert difference(images.decode(bytes(data)), np.dstack([(RAMP * 255).astype(np.uint8)] * 3))[1] <= 1
+  strange = np.array([[np.nan, np.inf, -np.inf, 0.5, 1.0]], np.float32)
+  np.testing.assert_array_equal(photo.deep_grey(strange), [[0, 0, 0, 128, 255]])
+  for same in (np.zeros((2, 2), np.float32), np.full((2, 2), -3, np.int32)):
+    assert not photo.deep_grey(same).any()
+
+
+@pytest.mark.parametrize("how", ["zTXt", "iTXt", "tEXt", "iCCP", "eXIf"])
+def test_long_metadata_of_a_png_do_no_harm(how):
+  info, options = PngImagePlugin.PngInfo(), {}
+  if how == "iCCP":
+    options["icc_profile"] = bytes(2_000_000)
+  elif how == "iTXt":
+    info.add_itxt("k", "a" * 2_000_000, zip=True)
+  elif how == "eXIf":
+    info.add(b"eXIf", b"a" * 2_000_000)
+  else:
+    info.add_text("k", "a" * 2_000_000, zip=how == "zTXt")
+  data = encode(IMAGE, "PNG", pnginfo=info, **options)
+  after = len(data) - 12  # before the end
+  text = zlib.compress(b"b" * 2_000_000)
+  chunk = b"zTXt" + b"k\0\0" + text
+  data = data[:after] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[after:]
+  np.testing.assert_array_equal(images.decode(data), IMAGE)
+
+
+def scans(count):
+  """A progressive JPEG whose last scan is repeated."""
+  data = encode(IMAGE, "JPEG", progressive=True)
+  start = data.rindex(b"\xff\xda")
+  return data[:-2] + data[start:-2] * (count - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_a_jpeg_of_very_many_scans_is_not_decoded():
+  assert images.decode(scans(100)).shape == IMAGE.shape
+  with pytest.raises(BadSample, match="a JPEG of 101 scans") as caught:
+    images.open_photo(scans(101))
+  assert caught.value.kind == "damaged image"
+
+
+@pytest.mark.parametrize(
+  ("file_format", "mode", "weight"),
+  [("JPEG", "RGB", 1), ("PNG", "RGB", 1), ("JPEG", "CMYK", 2), ("WEBP", "RGB", 2), ("JPEG2000", "RGB", 4)],
+)
+def test_the_limit_of_pixels_counts_those_of_costly_formats_several_times(file_format, mode, weight):
+  data, size = encode(Image.fromarray(IMAGE).convert(mode), file_format), IMAGE[..., 0].size
+  assert images.decode(data, weight * size).shape == IMAGE.shape
+  with pytest.raises(BadSample, match=f"more than {weight * size - 1}") as caught:
+    images.decode(data, weight * size - 1)
+  assert caught.value.kind == "too many pixels"
 
 
 def test_decodes_the_first_frame_of_an_animation():

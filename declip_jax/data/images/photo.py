@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 import io
+import math
 
 import cv2
 from jaxtyping import UInt8
 import numpy as np
-from PIL import Image, features
+from PIL import Image, TiffImagePlugin, features
 import simplejpeg
 
 from declip_jax.data.sources.base import BadSample
@@ -17,6 +18,13 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 View = UInt8[np.ndarray, "size size 3"]
 
 MAX_PIXELS = 2**26  # 8192 x 8192, 192 MiB decoded; more counts as a decompression bomb
+# Pixels of these formats and modes count several times, since they take several times the memory or time.
+_WEIGHTS = {"AVIF": 2, "CMYK": 2, "F": 2, "I": 2, "WEBP": 2, "JPEG2000": 4}
+_MAX_SCANS = 100  # of a JPEG; progressive ones have some 10, and each scan takes the time of a decoded image
+_SAMPLE_FORMAT = 339  # tag of a TIFF: 1 for unsigned numbers, as without it
+_STRIP = 2**20  # pixels that are converted at once
+_JPEG = b"\xff\xd8\xff"
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 # Formats for Pillow. Of its others most are not for photographs, EPS starts programs, and TGA is guessed from noise.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000") + ("AVIF",) * features.check("avif")
@@ -59,22 +67,24 @@ class Photo:
       except ValueError:
         pass  # the damage may be harmless (stray bytes), and Pillow tolerates that
     with _opened(self.source) as image:
-      pixels = _rgb(_pillow_pixels(image))
+      pixels = _pillow_pixels(image)
     if pixels.shape[:2] != (self.height, self.width):
       height, width = pixels.shape[:2]
       raise BadSample("damaged image", f"{width} x {height} pixels, but {self.width} x {self.height} in its header")
     return pixels, 1
 
 
-def open_photo(image: bytes | np.ndarray | Image.Image | Photo) -> Photo:
+def open_photo(image: bytes | np.ndarray | Image.Image | Photo, max_pixels: int = MAX_PIXELS) -> Photo:
   """Reads the header of an encoded image, or checks an array.
 
   Args:
     image: an encoded image, whatever the suffix of its file, as JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, JPEG 2000 or, if
       Pillow has it, AVIF; a Pillow image; or uint8 `[h w]`, `[h w 1]`, `[h w 3]`, `[h w 4]`.
+    max_pixels: largest number of pixels of an encoded image. Those of WebP, AVIF, CMYK and 32-bit grey count twice,
+      those of JPEG 2000 four times, so that decoding takes some 10 bytes of memory per pixel at most.
 
   Raises:
-    BadSample: no bytes, an unknown format, or more than `MAX_PIXELS` according to the header. Callers add the name.
+    BadSample: no bytes, an unknown format, or more than `max_pixels` according to the header. Callers add the name.
     ValueError: an array of another type or shape.
   """
   if isinstance(image, Photo):
@@ -85,38 +95,44 @@ def open_photo(image: bytes | np.ndarray | Image.Image | Photo) -> Photo:
   if not isinstance(image, Image.Image):
     if not image:
       raise BadSample("empty image", "the image has 0 bytes")
+    if image.startswith(_JPEG) and (scans := image.count(b"\xff\xda")) > _MAX_SCANS:
+      raise BadSample("damaged image", f"a JPEG of {scans} scans; more than {_MAX_SCANS} would take too long to decode")
     if size := _jpeg_size(image):
-      return Photo(*_checked(*size), image, reducible=True)
+      return Photo(*_checked(*size, max_pixels), image, reducible=True)
   with _opened(image) as opened:
-    return Photo(*_checked(opened.height, opened.width), image)
+    kind = opened.mode if opened.mode in _WEIGHTS else opened.format
+    return Photo(*_checked(opened.height, opened.width, max_pixels, kind), image)
 
 
-def decode(image: bytes | np.ndarray | Image.Image | Photo) -> Pixels:
+def decode(image: bytes | np.ndarray | Image.Image | Photo, max_pixels: int = MAX_PIXELS) -> Pixels:
   """Decodes an image to RGB at full resolution; the first frame of an animation.
 
   JPEG pixels equal Pillow's. As in torchvision's loaders, transparency is dropped (not blended with a background) and
-  the EXIF orientation is ignored (except in TIFF, where Pillow applies it). Unlike there, 16-bit grey keeps its range
-  instead of being clipped to white.
+  the EXIF orientation is ignored (except in TIFF, where Pillow applies it). Unlike there, grey of more than 8 bits
+  keeps its contrast instead of being clipped to white; see `deep_grey`.
 
   Args:
     image: see `open_photo`; an array `[h w 3]` is returned without copying.
+    max_pixels: see `open_photo`.
 
   Raises:
     BadSample: as in `open_photo`, or the image cannot be read completely.
     ValueError: as in `open_photo`.
   """
-  return open_photo(image).decode()[0]
+  return open_photo(image, max_pixels).decode()[0]
 
 
-def _checked(height: int, width: int) -> tuple[int, int]:
-  if height * width > MAX_PIXELS:
-    raise BadSample("too many pixels", f"{width} x {height} pixels are more than {MAX_PIXELS}")
+def _checked(height: int, width: int, max_pixels: int, kind: str | None = None) -> tuple[int, int]:
+  weight = _WEIGHTS.get(kind or "", 1)
+  if weight * height * width > max_pixels:
+    counted = f", each of which counts {weight} times in {kind}," if weight > 1 else ""
+    raise BadSample("too many pixels", f"{width} x {height} pixels{counted} are more than {max_pixels}")
   return height, width
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
   """Height and width of an ordinary JPEG; None if Pillow should read it."""
-  if not data.startswith(b"\xff\xd8\xff"):
+  if not data.startswith(_JPEG):
     return None
   try:
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -132,24 +148,71 @@ def _opened(source: bytes | Image.Image) -> Iterator[Image.Image]:
     if isinstance(source, Image.Image):
       yield source
     else:
-      with Image.open(io.BytesIO(source), formats=_FORMATS) as image:
+      with Image.open(io.BytesIO(_without_metadata(source)), formats=_FORMATS) as image:
         yield image
   except BadSample:
     raise
   except Image.UnidentifiedImageError as error:
     raise BadSample("unknown format", f"not a known image format (starts with {source[:8]!r})") from error
   except _BOMB as error:
-    raise BadSample("too many pixels", f"more than {MAX_PIXELS} pixels: {error}") from error
+    raise BadSample("too many pixels", str(error)) from error
   except Exception as error:  # decoders raise nearly anything for bad bytes: OSError, SyntaxError, struct.error, ...
     raise BadSample("damaged image", f"cannot be decoded: {error}") from error
 
 
-def _pillow_pixels(image: Image.Image) -> np.ndarray:
-  if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to 255
-    return np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
+def _without_metadata(data: bytes) -> bytes:
+  """A PNG without the chunks that do not change its pixels; Pillow rejects long texts and colour profiles."""
+  if not data.startswith(_PNG):
+    return data
+  view, kept, place = memoryview(data), [], len(_PNG)
+  while place + 8 <= len(data):
+    end = place + 12 + int.from_bytes(view[place : place + 4], "big")
+    if not view[place + 4] & 0x20:  # its name begins with a capital letter
+      kept.append(view[place:end])
+    place = end
+  return b"".join([_PNG, *kept])
+
+
+def _pillow_pixels(image: Image.Image) -> Pixels:
+  """The pixels of an image, converted strip by strip: a copy of the whole would take more memory than the decoder."""
   image.load()
+  if image.mode == "F" or image.mode.startswith("I"):
+    return cv2.cvtColor(deep_grey(_levels(image)), cv2.COLOR_GRAY2RGB)
   image.info.pop("transparency", None)  # otherwise Pillow warns that each palette image loses it
-  return np.array(image.convert("RGB"))
+  pixels, rows = np.empty((image.height, image.width, 3), np.uint8), max(1, _STRIP // image.width)
+  for top in range(0, image.height, rows):
+    strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+    pixels[top : top + rows] = np.asarray(strip.convert("RGB"))
+  return pixels
+
+
+def _levels(image: Image.Image) -> np.ndarray:
+  levels = np.asarray(image)
+  unsigned = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0] == 1
+  return levels.view(np.uint32) if unsigned and levels.dtype == np.int32 else levels  # Pillow has only signed ones
+
+
+def deep_grey(levels: np.ndarray) -> UInt8[np.ndarray, "h w"]:
+  """Grey of any range in 8 bits, with its contrast.
+
+  No file says what white is, and 16 bits often hold 12. So white is the largest number with as many bits as the largest
+  level has, where whole numbers have 8, 10, 12, ... bits; if all levels are between 0 and 1, white is 1. If there are
+  negative levels, black is the smallest level and white the largest. What is not a finite number counts as 0.
+
+  Args:
+    levels: numbers of any type, `[h w]`.
+  """
+  finite = np.isfinite(levels)
+  low, high = (bound(levels, where=finite, initial=0).item() for bound in (np.min, np.max))
+  whole, bits = np.issubdtype(levels.dtype, np.integer), math.ceil(high).bit_length()
+  made = np.empty(levels.shape, np.uint8)
+  for row, line in enumerate(levels):  # of each row, since a copy of all would take more memory than the decoder
+    if whole and low >= 0:
+      made[row] = line >> max(0, bits + bits % 2 - 8)
+    else:
+      white = high if low < 0 else max(1, 2**bits - 1)
+      made[row] = np.rint((np.where(finite[row], line, 0.0) - low) * (255 / max(white - low, 1e-300)))
+  return made
 
 
 def _rgb(image: np.ndarray) -> Pixels:
