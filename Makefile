@@ -3,11 +3,11 @@
 # make test-all      all tests but those of the next two: the fast ones, then the slow ones
 # make test-interop  exchanges weights with PyTorch, open_clip and transformers, in .venv-interop
 # make test-device   the tests that need a GPU or TPU; they are skipped where there is none
-# make mutate        plants bugs in a copy of the package, one at a time, and counts those that the fast tests catch
+# make mutate        inserts bugs into a copy of the package, one at a time, and counts those that the fast tests catch
 # make check         what CI runs: format, lint, types, fast tests, and slow tests until SLOW_SECONDS are over
 # make bench-input   compares the input pipeline with torchvision and open_clip, in .venv-bench
-# make bench-scale   memory and time of InfoNCE by each method for batches up to 128k, beside open_clip's
-# make bench-open-clip  times CLIP's train step beside open_clip's, in .venv-bench
+# make bench-scale   memory and time of InfoNCE by each method for batches up to 128k, compared with open_clip's
+# make bench-open-clip  compares CLIP's train step with open_clip's, in .venv-bench
 # Each installs what it needs first. ARGS are further arguments, such as make test ARGS="tests/data -x".
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +21,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m declip_jax.train --config=demo --workdir $(RUN)
 
-# Neighbouring tests share what they have computed, so each core takes one half and then the rest of the other's.
+# Consecutive tests share what they have computed, so each core takes one half, and then what remains of the other's.
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test: $(VENV)/installed-dev
@@ -69,7 +69,7 @@ $(VENV)-interop/installed: setup.py constraints.txt tests/interop/requirements.t
 	$(VENV)-interop/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Beside torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.
+# Compared with torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.
 .PHONY: bench-input bench-open-clip bench-scale
 bench-input: $(VENV)-bench/installed
 	$(VENV)-bench/bin/python benchmarks/input.py $(ARGS)

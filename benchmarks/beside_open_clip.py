@@ -1,8 +1,8 @@
-"""Times a train step of CLIP beside open_clip's, on the same device: python benchmarks/beside_open_clip.py
+"""Compares a train step of CLIP with open_clip's on the same device: python benchmarks/beside_open_clip.py
 
 Both have the same weights, images, captions and dtype, and compute the same step: forward, symmetric InfoNCE, backward,
 AdamW with the same hyperparameters, clipping of the scale. The losses of the first two steps must agree. Then they take
-turns, round after round, so that noise of the machine affects both alike. "trimmed" is our step with
+turns, round after round, so that other load on the machine affects both alike. "trimmed" is our step with
 `config.model.text.buckets`: each batch is trimmed to its longest text, which is exact because of the causal mask.
 
 On a CPU both use all cores. On a GPU open_clip runs under torch.compile with its fastest settings; the table also shows
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
-from rivals import optional_import
+from optional_imports import optional_import
 from rounds import median_ratio, seconds_in_turn
 from train_step import TrainStep, make_train_step
 
@@ -80,26 +80,24 @@ def main() -> None:
   captions = read_captions(args.source, args.batch_size * BATCHES)
   with tempfile.TemporaryDirectory() as folder:
     torch.save(model.state_dict(), f"{folder}/model.pt")
-    contestants = {
+    steps = {
       "declip_jax": Ours(args, f"{folder}/model.pt", captions, ()),
       "trimmed": Ours(args, f"{folder}/model.pt", captions, tuple(args.buckets)),
     }
-  contestants["open_clip"] = Theirs(args, model, contestants["declip_jax"].batches, device)
-  losses = {name: [step() for _ in range(2)] for name, step in contestants.items()}
+  steps["open_clip"] = Theirs(args, model, steps["declip_jax"].batches, device)
+  losses = {name: [step() for _ in range(2)] for name, step in steps.items()}
   tolerance = 2e-3 if args.dtype == "float32" else 5e-2
   for name, found in losses.items():
     np.testing.assert_allclose(found, losses["open_clip"], rtol=tolerance, err_msg=f"losses of {name} and open_clip")
   if args.declip:
-    contestants["DeCLIP"] = declip_step(args)
-    contestants["DeCLIP"]()
-  seconds = seconds_in_turn(contestants, args.rounds)
+    steps["DeCLIP"] = declip_step(args)
+    steps["DeCLIP"]()
+  seconds = seconds_in_turn(steps, args.rounds)
   if args.profile:
     with jax.profiler.trace(args.profile):
       for _ in range(2):
-        contestants["declip_jax"]()
-  flops = {
-    name: contestants[name].program.executed_flops for name in contestants if name not in ("trimmed", "open_clip")
-  }
+        steps["declip_jax"]()
+  flops = {name: steps[name].program.executed_flops for name in steps if name not in ("trimmed", "open_clip")}
   print_table(args, seconds, flops, highest_rate(args.dtype))
 
 
@@ -110,7 +108,7 @@ def read_captions(location: str, count: int) -> list[str]:
 
 
 class Ours:
-  """Our step, and the batches of both sides."""
+  """Our step, and the batches of both steps."""
 
   def __init__(self, args: argparse.Namespace, weights: str, captions: list[str], buckets: tuple[int, ...]):
     loaded = read(weights, {"image.activation": "gelu", "text.activation": "gelu"} if "quick" not in args.model else {})
@@ -201,7 +199,7 @@ class Theirs:
 
 
 def highest_rate(dtype: str, size: int = 8192) -> float:
-  """Measured FLOP/s of a large matrix product on the device; on a CPU of a smaller one."""
+  """Measured FLOP/s of a large matrix product on the device, or of a smaller one on a CPU."""
   size = size if jax.default_backend() != "cpu" else 2048
   x = jnp.ones((size, size), dtype)
   product: Callable = jax.jit(lambda x: x @ x)
@@ -217,7 +215,7 @@ def highest_rate(dtype: str, size: int = 8192) -> float:
 def print_table(
   args: argparse.Namespace, seconds: dict[str, list[float]], flops: dict[str, float], highest: float
 ) -> None:
-  """Prints a row for each contestant; ratios are medians over the rounds."""
+  """Prints a row for each step; ratios are medians over the rounds."""
   kind = jax.devices()[0].device_kind
   print(
     f"{args.model}, {args.batch_size} pairs, {args.dtype}, {kind}; PyTorch {torch.__version__}, JAX {jax.__version__}"

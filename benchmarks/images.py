@@ -4,7 +4,7 @@
 
 The engine "exact" is Pillow throughout and as fast as torchvision's transforms on Pillow images, within a few per cent;
 `benchmarks/input.py` measures torchvision itself. Both engines have the same random parameters, take turns, and are
-measured in CPU time of one thread, which other work on the machine disturbs little. Differences are in levels of 255:
+measured in CPU time of one thread, which other load on the machine affects little. Differences are in levels of 255:
 the mean over views and pixels, the mean of the worst view, and the maximum.
 """
 

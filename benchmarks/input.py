@@ -1,20 +1,20 @@
 """Speed of the input pipeline per core: images to views, captions to tokens, and reading one of 400 M samples.
 
-  make bench-input                                       installs the rivals in their own environment and runs this
+  make bench-input                                       installs the other libraries in an environment and runs this
   python benchmarks/input.py --source "webdataset:data/train-{0000..0003}.tar" --quick
 
 Views: images per second (of the data set; an image has one to three views) for each recipe. "fast" and "exact" are the
 engines of `declip_jax.data.images`; "device" is the host's share with `config.data.augment_on="device"`. All three make
-the texts of the recipe as well. The rivals make views only: "torchvision" with its transforms on Pillow images,
-ToTensor and Normalize, like the loaders of SLIP, DeCLIP and open_clip; "Pillow" with the same operations without
-torchvision and tensors. "decoding" is our decoder at full resolution alone.
+the texts of the recipe as well. The other libraries make views only: "torchvision" with its transforms on Pillow
+images, ToTensor and Normalize, like the loaders of SLIP, DeCLIP and open_clip; "Pillow" with the same operations
+without torchvision and tensors. "decoding" is our decoder at full resolution alone.
 
 Tokens: captions per second, and those of OpenAI's tokenizer as open_clip ships it. That one caches every word, and is
 warmed up with as many other captions, so that frequent words cost nothing and rare ones do.
 
-All figures are CPU time of one thread, from bytes in memory. The contestants take turns on the same images, round after
-round, so that noise of the machine affects all alike; figures are medians over the rounds, "x torchvision" those of the
-ratios to torchvision. Libraries that are not installed are skipped.
+All figures are CPU time of one thread, from bytes in memory. The functions take turns on the same images, round after
+round, so that other load on the machine affects all alike; figures are medians over the rounds, "x torchvision" those
+of the ratios to torchvision. Libraries that are not installed are skipped.
 """
 
 import argparse
@@ -36,8 +36,8 @@ import cv2
 import grain
 from images import synthetic_photo
 import numpy as np
+from optional_imports import optional_import
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from rivals import optional_import
 
 from declip_jax.data import images
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
@@ -111,10 +111,10 @@ def alternate(works: dict[str, Work], items: Sequence[Any], seconds: float, bloc
   return {name: np.array(spent[name][1:]) for name in works}  # the first round warms up
 
 
-def figures(spent: dict[str, np.ndarray], ours: Sequence[str], rival: str) -> tuple[list[str], dict[str, float]]:
-  """Cells of a row: items per second of each contestant, then the speedup of each of `ours` over the rival."""
+def figures(spent: dict[str, np.ndarray], ours: Sequence[str], baseline: str) -> tuple[list[str], dict[str, float]]:
+  """Cells of a row: items per second of each function, then the speedup of each of `ours` over the baseline."""
   rates = [f"{1 / np.median(times):,.0f}" for times in spent.values()]
-  speedups = {name: float(np.median(spent[rival] / spent[name])) for name in ours if rival in spent}
+  speedups = {name: float(np.median(spent[baseline] / spent[name])) for name in ours if baseline in spent}
   return rates + [f"{ratio:.2f} x" for ratio in speedups.values()], speedups
 
 
@@ -168,7 +168,7 @@ def bench_views(
     if (same := done.setdefault((recipe.augmentations, interpolation), label)) != label:
       print_row(label, len(recipe.image_views), f"same as {same}")
       continue
-    spent = alternate(contestants(recipe, args.size, interpolation), examples, seconds, block=8)
+    spent = alternate(view_makers(recipe, args.size, interpolation), examples, seconds, block=8)
     cells, speedups = figures(spent, ours, "torchvision")
     print_row(label, len(recipe.image_views), *cells)
     reached |= {(label, engine): ratio for engine, ratio in speedups.items()}
@@ -176,7 +176,7 @@ def bench_views(
   return reached
 
 
-def contestants(recipe: Recipe, size: int, interpolation: str) -> dict[str, Work]:
+def view_makers(recipe: Recipe, size: int, interpolation: str) -> dict[str, Work]:
   """Functions from an example to its views."""
   rng = np.random.default_rng(0)
   masking = Masking(patch_grid=size // 16)
@@ -297,12 +297,12 @@ def bench_tokens(sources: list[str], seconds: float) -> dict[tuple[str, str], fl
   """Prints the table of tokenizers; returns our speedup over OpenAI's."""
   texts = {"plain": captions(20_000, 0.0), "1 in 10 beyond ASCII": captions(20_000, 0.1)}
   texts |= {spec: read_captions(spec, 20_000) for spec in sources}
-  tokenizer, rival = Tokenizer(77), open_clip.tokenizer.SimpleTokenizer() if open_clip else None
+  tokenizer, openai = Tokenizer(77), open_clip.tokenizer.SimpleTokenizer() if open_clip else None
   works: dict[str, Work] = {"declip_jax": lambda text: tokenizer([text])}
-  works |= {"OpenAI's, in open_clip": lambda text: rival([text])} if rival else {}
+  works |= {"OpenAI's, in open_clip": lambda text: openai([text])} if openai else {}
   print("Captions per second and core, to 77 tokens each:\n")
-  print_row("captions", *works, *(["speedup"] if rival else []))
-  print_row(*["---"] * (2 + 2 * bool(rival)))
+  print_row("captions", *works, *(["speedup"] if openai else []))
+  print_row(*["---"] * (2 + 2 * bool(openai)))
   reached = {}
   for name, captions_of_row in texts.items():
     half = len(captions_of_row) // 2
@@ -312,7 +312,7 @@ def bench_tokens(sources: list[str], seconds: float) -> dict[tuple[str, str], fl
     spent = alternate(works, captions_of_row[half:], seconds, block=500)
     cells, speedups = figures(spent, ("declip_jax",), "OpenAI's, in open_clip")
     print_row(name, *cells)
-    if rival:
+    if openai:
       reached["tokens", name] = speedups["declip_jax"]
   print()
   return reached
@@ -375,7 +375,7 @@ def open_index(index: Path, count: int, seconds: float) -> dict[str, str]:
   order, places = grain.MapDataset.range(count).shuffle(seed=0), chosen(count)
   spans = np.asarray(np.load(index, mmap_mode="r"))  # as in the source
   works = {
-    "place in the global shuffle": lambda position: order[position],
+    "position in the global shuffle": lambda position: order[position],
     "entry of the index": lambda position: spans[places[position]].tolist(),
     "sample: entry, file, headers of the tar": lambda position: source[int(places[position])],
   }
@@ -383,7 +383,7 @@ def open_index(index: Path, count: int, seconds: float) -> dict[str, str]:
   after = memory()
   return {
     "opening": f"{1e3 * opening:.0f} ms",
-    "memory of its own, opened": f"{opened[0] - before[0]:.0f} MB",
+    "private memory, after opening": f"{opened[0] - before[0]:.0f} MB",
     f"... after {len(places):,} samples": f"{after[0] - before[0]:.0f} MB",
     "pages of files, shared by all processes": f"{after[1] - before[1]:.0f} MB",
     **{name: f"{1e6 * np.median(times):.0f} us" for name, times in spent.items()},

@@ -6,8 +6,8 @@ Runs whose names differ only in a final number, as in clip-0 and clip-1, are see
 mean ± half the difference of the largest and the smallest. Scores are those of the last evaluation.
 
 With --collect FILE it writes the evaluations of the runs to FILE, one JSON object per line, with the git revisions of
-the run, and the means of losses and in-batch accuracies since the previous evaluation. Such a file can take the place
-of working directories.
+the run, and the means of losses and in-batch accuracies since the previous evaluation. Such a file can replace
+working directories.
 """
 
 import json

@@ -8,7 +8,7 @@ that is not cheaper, and is not shown.)
 
 Times are those of the compiled program, all methods in turn, round after round, relative to "plain". Eight devices
 emulated by a CPU show how much more there is to compute, and nothing about a network. --topology compiles for a TPU
-instead, needs none (but pip install -e '.[tpu]'), and times nothing.
+instead. It needs pip install -e '.[tpu]' but no TPU, and measures no times.
 """
 
 import argparse

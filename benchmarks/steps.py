@@ -4,7 +4,7 @@ Each row is the median of several steps after compilation, on all devices, with 
 diagnostics, which training runs only every `log_every` steps. The methods are timed in turn, round after round, and
 compared with CLIP's step of the same round: step time (the median of these ratios), temporary memory of the compiled
 step, and the FLOPs of its matrix products and convolutions (`flops.num_flops`). The last column is the relative time
-divided by the relative FLOPs: above 1, a step does work that FLOPs do not count.
+divided by the relative FLOPs: above 1, a step does work that FLOPs do not include.
 
 On a CPU, export the Makefile's GLIBC_TUNABLES first: otherwise the kernel clears the memory of each step page by page,
 which slows down the methods with the most memory.
@@ -47,7 +47,7 @@ def main() -> None:
     "--buckets", type=int, nargs="+", default=[], help=f"lengths to trim texts to, {TOKENS} or more"
   )
   arguments.add_argument("--rounds", type=int, default=10, help="timed steps of each method (default: 10)")
-  arguments.add_argument("--beside", type=Path, metavar="PATH", help="another source tree to time beside this one")
+  arguments.add_argument("--beside", type=Path, metavar="PATH", help="another source tree to compare with this one")
   arguments.add_argument("--beside-worker", type=Path, metavar="FILE", help="worker script for that tree")
   args = arguments.parse_args()
   if args.buckets and min(args.buckets) < TOKENS:  # FLOPs are those of the shortest bucket

@@ -67,8 +67,8 @@ def compare(
   """Prints a row for each method: compile and step times of this tree and of the other one, and their ratios.
 
   The trees take turns, in an order that alternates from round to round; the first round warms up and does not count.
-  Ratios are medians over the rounds, of wall time (with quartiles) and of CPU time. Other work on the machine disturbs
-  CPU time less, and least the ratio of the fastest steps.
+  Ratios are medians over the rounds, of wall time (with quartiles) and of CPU time. Other load on the machine affects
+  CPU time less, and the ratio of the fastest steps least.
 
   Args:
     tree: root of the other source tree.

@@ -4,14 +4,14 @@ A config is found by its name from any folder; the parameters of its `get_config
 
   python -m declip_jax.train --config=slip/slip_base_25ep:data=FOLDER,imagenet=FOLDER --workdir runs/slip_base_25ep
 
-The `recipe` next to a published result names the paper and the data, lists where we differ, and has what its results
-share. Each result has its numbers in `PUBLISHED`, as its source reports them; they are not ours:
+The `recipe` next to a published result names the paper and the data, lists where we differ, and contains what its
+results share. Each result has its numbers in `PUBLISHED`, as its source reports them; they are not ours:
 
   source                 paper and table
   imagenet_top1_percent  top-1 accuracy on ImageNet by protocol: zero_shot, linear_probe, fine_tuned
   parameters             trained parameters
   hardware               devices and time; missing if not published
-  second_hand            which of these come from another publication: look them up before you quote them
+  second_hand            which of these come from another publication: check them before you quote them
 
 Zero-shot accuracies were measured with OpenAI's 80 prompts or, in `slip`, with SLIP's seven. OpenAI's are not in this
 repository: `imagenet` evaluates with one prompt, which costs CLIP's own models about 3.5 points; set your own with
@@ -51,7 +51,7 @@ def read_data(c: ConfigDict, data: str, imagenet: str, templates: tuple[str, ...
     data: the training data; see `to_source`.
     imagenet: ImageNet's validation images, with `classnames.txt` next to the shards. They are classified every
       `c.evaluate_every`, and the best checkpoint is kept. If empty, nothing is evaluated.
-    templates: the prompts for it.
+    templates: the prompts for its classes.
   """
   c.data.train = (to_source(data),)
   if imagenet:

@@ -19,7 +19,7 @@ def get_config(method: str = "declip") -> ConfigDict:
   c.duration = config.duration(steps=1000)
   c.data.train = ("scenes:train/100000/40",)
   c.data.image_size = 32
-  # Milder than for photographs: a scene is one object, and its colour is half of what can be learned.
+  # Milder than for photographs: a scene shows one object, and its colour is half of what can be learned.
   c.data.weak_scale = c.data.strong_scale = (0.8, 1.0)
   c.data.jitter = (0.2, 0.2, 0.2, 0.02)
   c.data.grayscale_probability = 0.05

@@ -3,8 +3,8 @@
   python -m declip_jax.train --config=pretrain:method=declip,architecture=ViT-B/16,data=FOLDER --workdir runs/declip
 
 The optimiser is OpenAI's (Radford et al. 2021, table 18), or for METHOD_repo that of DeCLIP's released code. There is
-no published result to compare with; that depends on the pairs. `python -m declip_jax.plan` reports what a machine
-needs, and docs/scaling.md shows three such plans.
+no published result to compare with, since accuracies depend on the pairs. `python -m declip_jax.plan` reports what a
+run costs on a given machine, and docs/scaling.md shows three such reports.
 """
 
 from ml_collections import ConfigDict

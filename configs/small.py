@@ -3,7 +3,7 @@
   python -m declip_jax.train --config=small:method=slip,dataset=flickr8k,data=FOLDER --workdir runs/slip
 
 All methods see the same pairs equally often and train the same towers; METHOD_repo freezes the patch embedding, as
-released.
+the released code does.
 """
 
 from ml_collections import ConfigDict

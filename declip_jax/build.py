@@ -1,4 +1,4 @@
-"""The only place where a config becomes objects: no lower module reads a config."""
+"""The only module that turns a config into objects: no lower module reads a config."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -64,7 +64,7 @@ _RANGES = (
   ("data.interpolation", lambda name: name in INTERPOLATIONS, f"one of {list(INTERPOLATIONS)}"),
   ("data.workers", lambda count: count is None or count >= 0, "0 or more, or None"),
   ("data.threads", lambda count: count is None or count >= 1, "1 or more, or None"),
-  ("data.max_bad", lambda share: 0 <= share <= 1, "a share, 0 to 1"),
+  ("data.max_bad", lambda share: 0 <= share <= 1, "a fraction from 0 to 1"),
   ("data.mask_probability", lambda probability: 0 <= probability <= 1, "0 to 1"),
   (
     "data.caption_weights",
@@ -91,7 +91,7 @@ class Built(NamedTuple):
     objective: the weighted terms, which split their comparisons of all pairs over `mesh`.
     optimizer: optimiser whose updates have no learning rate yet.
     tokenizer: tokenizer of the captions.
-    make_views: from an example to the views of the data recipe that the objective uses.
+    make_views: function from an example to the views of the data recipe that the objective uses.
     mesh: mesh of all devices.
   """
 
@@ -117,7 +117,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bu
   """Builds the objects that a config describes, over all devices of all processes or over the given ones.
 
   Raises:
-    ValueError: an invalid name or number; the message names it and the legal ones.
+    ValueError: an unknown name or an invalid number; the message names it and the legal ones.
   """
   _check_ranges(config, _RANGES)
   if config.data.templates:
@@ -206,7 +206,7 @@ def _check_images(config: ConfigDict) -> None:
 
 
 def _with_neighbour_texts(recipe: Recipe, kinds: tuple[str, ...]) -> Recipe:
-  """The recipe with other text views, by their kinds, for nearest-neighbour supervision."""
+  """The recipe with text views of these kinds for nearest-neighbour supervision."""
   contrasted = {recipe.text_views[view]: view for view in recipe.views.contrastive_text}
   if not kinds or not set(kinds) <= set(contrasted):
     raise ValueError(f"config.data.neighbour_texts={kinds}: choose one or more of {list(contrasted)}")
@@ -227,13 +227,13 @@ Settings = TypeVar("Settings")
 
 
 def read_settings(kind: type[Settings], subtree: ConfigDict, name: str, /, **given: Any) -> Settings:
-  """A dataclass of settings whose fields have the names of a config's fields.
+  """Makes a dataclass of settings whose fields have the names of a config's fields.
 
   Args:
     kind: the dataclass.
     subtree: the config's fields; those that `kind` does not have are ignored.
     name: name of the subtree, for errors.
-    given: values that replace or complete those of the subtree.
+    given: values that override those of the subtree or add to them.
 
   Raises:
     ValueError: a field that the config does not have, or a value that `kind` rejects.
@@ -245,7 +245,7 @@ def read_settings(kind: type[Settings], subtree: ConfigDict, name: str, /, **giv
 
 
 def _check_unread(subtree: ConfigDict, name: str, *kinds: type) -> None:
-  """Rejects fields of a config that none of the dataclasses has, and that would have no effect."""
+  """Rejects fields of a config that none of the dataclasses has: they would have no effect."""
   known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
   if unread := sorted(set(subtree) - known):
     raise ValueError(f"config.{name} has fields {unread} without effect: known are {sorted(known & set(subtree))}")
@@ -290,7 +290,7 @@ def make_step(
   """`train_step` compiled for the mesh; its input state is donated to its output state.
 
   Raises:
-    ValueError: a name that does not exist, or a batch that does not divide as the config requires.
+    ValueError: an unknown name, or a batch that does not divide as the config requires.
   """
   _check_batch(config, built.mesh.size)
   every, last = config.log_every or steps.total, steps.total
@@ -347,7 +347,7 @@ def _check_batch(config: ConfigDict, devices: int) -> None:
 
 
 def make_augment(config: ConfigDict, built: Built) -> Callable[[Batch, Array], Batch]:
-  """The part of augmentation that the step does with `config.data.augment_on="device"`: colours, blur and flips."""
+  """Makes the augmentation of the step with `config.data.augment_on="device"`: colours, blur and flips."""
   if config.data.augment_on == "host":
     return lambda batch, step: batch
 
@@ -379,10 +379,10 @@ def make_encoders(config: ConfigDict, built: Built) -> EncoderFactory:
 
 
 def check_evals(evals: ConfigDict, objective: Objective) -> None:
-  """Rejects evaluations that cannot run, among them those that need texts where no term compares them with images.
+  """Rejects evaluations that cannot run, among them those that need texts if no term compares them with images.
 
   Raises:
-    ValueError: names the evaluations and the terms; see also `make_evaluators`.
+    ValueError: the message names the evaluations and the terms; see also `make_evaluators`.
   """
   texts = evals_with_text(evals)
   if texts and not (objective.compares_embeddings or objective.compares_tokens):
@@ -428,7 +428,7 @@ def check_best_metric(config: ConfigDict) -> None:
 def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], dict[str, float]]:
   """Opens the sources of `config.evals` and returns a function of encoders to all metrics, `eval/NAME/METRIC`.
 
-  A source that several evaluations name is encoded once. Pictures are written to `workdir`.
+  A source that several evaluations use is encoded once. Pictures are written to `workdir`.
 
   Raises:
     ValueError: an unknown kind of evaluation, an option that it does not have, or a source that cannot be opened or
@@ -464,7 +464,7 @@ def check_objective(config: ConfigDict, built: Built, batch: BatchShapes) -> Non
   """Traces the forward pass without computing it, and rejects terms whose inputs the recipe does not make.
 
   Raises:
-    ValueError: names the term, the entry of `Outputs` and the recipe.
+    ValueError: the message names the term, the entry of `Outputs` and the recipe.
   """
   model, objective = built.model, dataclasses.replace(built.objective, method=PLAIN)
 

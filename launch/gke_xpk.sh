@@ -11,7 +11,7 @@ usage: launch/gke_xpk.sh run CONFIG WORKDIR [--config.field=value ...]
 
 run     submits the workload, which waits for its slices and restarts on all of them after a crash or preemption
 list    lists the workloads of the cluster
-logs    follows the log of a worker of a slice (default 0 and 0, which reports for all)
+logs    follows the log of a worker of a slice (default 0 and 0, the worker that prints the progress of the run)
 delete  stops the workload by SIGTERM, with five minutes to save a checkpoint, from which another `run` resumes
 
 Variables:

@@ -269,7 +269,7 @@ replace() { delete --quiet && create ${GCLOUD_FLAGS:-}; }
 # Counts a failure and makes the delay longer.
 fail() {
   if ((failures >= ${RETRIES:-100})); then
-    say "$1 failed; giving up after $failures retries. The same command continues"
+    say "$1 failed; giving up after $failures retries. Run the same command again to continue"
     exit 1
   fi
   delay=$((${POLL:-60} << (failures < 4 ? failures : 4)))

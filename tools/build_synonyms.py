@@ -7,8 +7,8 @@ The source is the database as Debian ships it:
 
 The table is ASCII text. It opens with WordNet's license, each line after `#`. Then every line is
 `table<tab>word<tab>values`, values separated by commas. Table `noun` (`verb`, `adj`, `adv`) maps each lemma of one word
-to all lemmas of its synsets, itself included; `noun.exc` (...) maps an irregular form to its lemmas, or to itself where
-a rule of inflection would mislead.
+to all lemmas of its synsets, itself included; `noun.exc` (...) maps an irregular form to its lemmas, or to itself if
+the rules of inflection would give a wrong lemma.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def normalize(lemma: str) -> str:
 def parse_synset(line: str) -> list[str]:
   """Returns the lemmas of one line of `data.<part of speech>`, without the syntactic marker, as `(p)`, of an adjective.
 
-  The line starts with offset, file number, type, the number of lemmas in hexadecimal, then lemma and sense id by turns.
+  The line has offset, file number, type, the number of lemmas in hexadecimal, then each lemma followed by its sense id.
   """
   fields = line.split(" ")
   lemmas = fields[4 : 4 + 2 * int(fields[3], 16) : 2]

@@ -30,7 +30,7 @@ class Mutation(NamedTuple):
   """A bug: `old`, which occurs once in `file`, becomes `new`.
 
   Attributes:
-    subject: what is wrong then, in a few words.
+    subject: the bug in a few words.
     file: path below `declip_jax/`.
     old, new: text.
     tests: test file below `tests/` that should fail, or FILE::TEST, or several with spaces between them.
@@ -129,7 +129,7 @@ MUTATIONS = [
            "jnp.minimum(bank.filled + new, size)", "bank.filled + new", _BANK),
   Mutation("age of neighbours off by one", "models/bank.py",
            "// written + 1, 0)", "// written, 0)", _BANK),
-  Mutation("DeCLIP's bank that ends exactly at its end", "models/bank.py",
+  Mutation("DeCLIP's bank that a batch fills exactly", "models/bank.py",
            "jnp.where(end >= size, 0, end)", "jnp.where(end > size, 0, end)", _BANK),
   Mutation("the bank is full one text too early", "models/heads/bank.py",
            "current.filled == self.bank_size", "current.filled >= self.bank_size - 1", "models/heads_test.py"),
@@ -194,7 +194,7 @@ MUTATIONS = [
   Mutation("consecutive skipped steps never end", "training/step.py",
            'jnp.where(good, 0, state.skipped["in_a_row"] + 1)', 'state.skipped["in_a_row"] + ~good',
            _STEP),
-  Mutation("spikes are watched for one step late", "training/step.py",
+  Mutation("spikes are detected one step late", "training/step.py",
            "(measured >= _SPIKE_WINDOW)", "(measured > _SPIKE_WINDOW)", _STEP),
   Mutation("the sum over micro-batches, not their mean", "training/gradient.py",
            "sum_ + new / micro_batches", "sum_ + new", "training/gradient_test.py"),
@@ -229,7 +229,7 @@ MUTATIONS = [
   Mutation("blocks of patches may exceed their number", "data/patches.py",
            "new if len(new) <= missing else rng.choice(new, missing, replace=False)", "new", "data/patches_test.py"),
   # Evaluation and weights.
-  Mutation("ties count for the model", "evals/metrics.py", "~(scores < best)", "(scores > best)", _METRICS),
+  Mutation("ties count in favour of the model", "evals/metrics.py", "~(scores < best)", "(scores > best)", _METRICS),
   Mutation("recall at k is that at k + 1", "evals/metrics.py", "(rank < k)", "(rank <= k)", _METRICS),
   Mutation("classes without an image count", "evals/metrics.py",
            "(correct[present] / totals[present])", "(correct / np.maximum(totals, 1))", _METRICS),
@@ -270,7 +270,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("words", nargs="*", help="choose mutations by their file or subject")
   parser.add_argument("--all", action="store_true", help="run all fast tests for each mutation")
-  parser.add_argument("--check", action="store_true", help="only check that every mutation still fits the package")
+  parser.add_argument(
+    "--check", action="store_true", help="only check that every mutation still applies to the package"
+  )
   parser.add_argument("--jobs", type=int, default=2, help="mutations at the same time")
   parser.add_argument("--no-baseline", action="store_true", help="do not check that the tests pass without a mutation")
   arguments = parser.parse_args()
@@ -306,7 +308,7 @@ def main() -> None:
 
 
 def check(mutations: Sequence[Mutation]) -> None:
-  """Exits if a mutation no longer fits the package, or names tests that do not exist."""
+  """Exits if a mutation no longer applies to the package, or names tests that do not exist."""
   wrong = []
   for mutation in mutations:
     path = ROOT / "declip_jax" / mutation.file

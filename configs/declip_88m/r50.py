@@ -3,7 +3,7 @@
   python -m declip_jax.train --config=declip_88m/r50:data=FOLDER,imagenet=FOLDER --workdir runs/r50
 
 The paper's ResNet-50 reaches 60.4 with 56 M of the pairs. The table says 32 epochs; the config says 46,001 steps "for
-testing" and no number of GPUs.
+testing" and does not give the number of GPUs.
 """
 
 from ml_collections import ConfigDict

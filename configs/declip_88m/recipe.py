@@ -11,9 +11,9 @@ The configs were released for evaluation: they read YFCC15M and need a half-prec
 batch size is our choice, since they give none: 10,240 pairs, on 80 GPUs with 128 each or 160 with 64, which makes the
 ViT's 300,001 steps 35 epochs.
 
-The log scale of the temperature is at least 3, without an upper bound. It trains with a tenth of the learning rate; for
-the ViT it is frozen, so its scale stays at exp(3). The batch norms of the ResNet and of SimSiam see the batch of one
-GPU. Each GPU has a bank of 65,536 texts, 0.8 GB for the ViT; with fewer devices, each holds several banks
+The log scale of the temperature is at least 3, without an upper bound. It is trained with a tenth of the learning rate;
+for the ViT it is frozen, so the scale stays at exp(3). The batch norms of the ResNet and of SimSiam see the batch of
+one GPU. Each GPU has a bank of 65,536 texts, 0.8 GB for the ViT; with fewer devices, each holds several banks
 (--config.model.heads.bank_groups=1 is one bank for all).
 """
 

@@ -3,7 +3,7 @@
   python -m declip_jax.train --config=declip_88m/vitb32:data=FOLDER,imagenet=FOLDER --workdir runs/vitb32
 
 The paper trained this ViT with one optimiser per tower (second-hand): AdamW for images (learning rate 1e-3, decay 0.05)
-and SGD for texts (0.02 and 1e-4). The released class, AdamW_SGD, can assign SGD to either side
+and SGD for texts (0.02 and 1e-4). The released class, AdamW_SGD, can use SGD for either side
 (`config.optimizer.sgd_side`).
 """
 

@@ -2,8 +2,8 @@
 
   python -m declip_jax.train --config=declip_paper/cc3m_clip:data=FOLDER,imagenet=FOLDER --workdir runs/cc3m_clip
 
-It trains on one strong crop and the clean caption, the first pair of the steps that follow. Which view the paper's
-baseline sees is not known to us.
+It trains on one strong crop and the caption as it is, the first pair of the later steps. We do not know which view the
+paper's baseline sees.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
   python -m declip_jax.train --config=declip_paper/cc3m_clip_weak:data=FOLDER,imagenet=FOLDER \\
     --workdir runs/cc3m_clip_weak
 
-It trains on one weak crop. Which view the paper's baseline sees is not known to us.
+It trains on one weak crop. We do not know which view the paper's baseline sees.
 """
 
 from ml_collections import ConfigDict

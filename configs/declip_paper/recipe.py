@@ -6,10 +6,10 @@ arXiv 2110.05208, section 4.
 `data` is data/cc3m or data/yfcc15m_v2 by default; `imagenet` is classified after each epoch.
 
 The objective is the paper's, section 3.2: (1 - a - b - g) CLIP + a (ISS + TSS) + b MVS + g NNS, where a, b and g are
-0.2 for the terms in use. Which view CLIP sees in the baselines is not known to us: cc3m_clip has one strong crop and
-the clean caption, the first pair of the steps that follow it; cc3m_clip_weak and yfcc15m_clip have one weak crop.
-Optimiser and batch size are not known to us either: they are those that the authors released for this ResNet-50 on
-YFCC15M (configs/declip_yfcc15m), for 32 epochs.
+0.2 for the terms in use. We do not know which view CLIP sees in the baselines: cc3m_clip has one strong crop and the
+caption as it is, the first pair of the later steps; cc3m_clip_weak and yfcc15m_clip have one weak crop. We do not know
+the optimiser and the batch size either: they are those that the authors released for this ResNet-50 on YFCC15M
+(configs/declip_yfcc15m), for 32 epochs.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """SLIP: CLIP, SimCLR and SLIP with SLIP's training procedure, and its ablations.
 
 Mu et al. 2021, "SLIP: Self-supervision meets Language-Image Pre-training", arXiv 2112.12750; recipe of its released
-code, facebookresearch/SLIP. Results with released weights have the names of those.
+code, facebookresearch/SLIP. Results with released weights have the names of these files.
 
 Data: OpenAI's list of YFCC15M, 14.6 M pairs; CC12M with 11.0 M and CC3M with 3.1 M that could still be downloaded.
 `data` is data/yfcc15m, data/cc3m or data/cc12m by default. Its samples have all captions of an image, one of which is

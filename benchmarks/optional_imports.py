@@ -1,4 +1,4 @@
-"""Imports of the libraries that some benchmarks compare with; `make bench-input` and `bench-open-clip` install them."""
+"""Imports of the libraries that benchmarks compare with; `make bench-input` and `make bench-open-clip` install them."""
 
 import importlib
 import re
