@@ -23,7 +23,7 @@ for index, _ in enumerate(sys.stdin):
 
 @pytest.fixture
 def two_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-  """The module, for a tree "this" whose steps take 1 ms beside a tree "other" whose steps take 2 ms."""
+  """The module, for a tree "this" whose steps take 1 ms and a tree "other" whose steps take 2 ms."""
   for name, seconds in (("this", 1e-3), ("other", 2e-3)):
     (tmp_path / name / "benchmarks").mkdir(parents=True)
     (tmp_path / name / "benchmarks" / "step_worker.py").write_text(WORKER.format(seconds=seconds))

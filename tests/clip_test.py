@@ -194,7 +194,7 @@ def test_filip_evaluators_compare_tokens_for_any_batch_and_devices(filip, tokens
   expected = late_interaction_by_loops(expected_image, expected_prompt)[0].reshape(12, -1, 2).mean(axis=2)
   np.testing.assert_allclose(logits, expected, atol=1e-5)
   assert np.ptp(expected, axis=1).min() > 0.01
-  # Only the padding that all texts share is cut.
+  # Only the padding that all texts share is trimmed.
   _, expected_text = tokens_of(views, TEXTS)
   assert (text.token.shape, expected_text.token.shape) == ((4, 16, 8), (4, 32, 8))
   assert expected_text.valid.sum(axis=1).tolist() == [4, 11, 2, 8]
@@ -202,7 +202,7 @@ def test_filip_evaluators_compare_tokens_for_any_batch_and_devices(filip, tokens
   np.testing.assert_allclose(text.token[text.valid], expected_text.token[expected_text.valid], atol=1e-5)
 
 
-def test_whether_tokens_are_compared_travels_with_an_export(tmp_path):
+def test_an_export_records_whether_tokens_are_compared(tmp_path):
   for name, tokens in (("filip", True), ("other", False)):
     write(make_weights("filip")._replace(tokens=tokens), tmp_path / name, "orbax")
     assert read(tmp_path / name).tokens is tokens

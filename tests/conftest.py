@@ -30,7 +30,7 @@ if contracts.WANTED:
   contracts.check_calls()
 
 TESTS, START = Path(__file__).parent, time.monotonic()
-# The slow tests run in this order, other files last: CI stops when its time is over.
+# The slow tests run in this order, other files last: CI stops when its time is up.
 SLOW_FIRST = (
   "old_runs_test.py",
   "train_test.py",

@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 WANTED = os.environ.get("CONTRACTS") != "0"
 WARNINGS = (
   "error",
-  # Tests that crash a writer leave its files open, until some later test collects them.
+  # Tests that crash a writer leave its files open until the garbage is collected in some later test.
   "ignore::ResourceWarning",
   "ignore::pytest.PytestUnraisableExceptionWarning",
 )

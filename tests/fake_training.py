@@ -135,7 +135,7 @@ def abstract() -> State:
 
 
 def restore(workdir: Path, step: int) -> tuple[list[float], dict[str, Any]]:
-  """The numbers of a saved state, and its position of the input."""
+  """The numbers of a saved state, and its input position."""
   with contextlib.closing(Checkpoints(workdir)) as checkpoints:
     state, position = checkpoints.restore(step, abstract())
   return [float(leaf) for leaf in jax.tree.leaves(state)], position

@@ -121,7 +121,7 @@ def test_rolls_back_and_skips_the_offending_batches(tmp_path: Path, capsys: pyte
   # A run that is killed between the rollback and the next checkpoint ends the same way,
   run_until_line(training, 6, tmp_path / "killed", time=2)
   training.run(tmp_path / "killed")
-  # and so does a run that never met the bad data.
+  # and so does a run that never read the bad data.
   run_until_line(training, 5, tmp_path / "informed")
   Rollbacks(tmp_path / "informed").record(2, 6, 4, {"next_index": 112})
   training.run(tmp_path / "informed")

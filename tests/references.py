@@ -54,7 +54,7 @@ class GivenImages(nn.Module):
 
 
 class GivenTexts(nn.Module):
-  """A text tower whose input already is the feature `[b w]`."""
+  """A text tower whose input already is the feature `[b f]`."""
 
   @nn.compact
   def __call__(self, features):

@@ -10,7 +10,7 @@ from declip_jax.objectives import make_objective
 
 
 def tiny_config(method: str, **data: object) -> ConfigDict:
-  """A method, or the released METHOD_repo, on the demo's scenes: 16 pairs a step, 8 steps, all as small as can be."""
+  """A method, or the released METHOD_repo, on the demo's scenes: 16 pairs per step, 8 steps, as small as possible."""
   released = method.endswith("_repo")
   c = config.default(method.removesuffix("_repo"), preset="repo" if released else "paper")
   if released:  # two GPUs

@@ -418,7 +418,7 @@ def test_a_run_that_diverges_rolls_back_and_skips_the_bad_data(
   # A run that is killed between the rollback and the next checkpoint ends the same way,
   train_until(6, config, tmp_path / "killed", time=2)
   train.train(config, tmp_path / "killed")
-  # and so does a run that never met the bad data.
+  # and so does a run that never read the bad data.
   train_until(5, config, tmp_path / "informed")
   Rollbacks(tmp_path / "informed").record(2, 6, 4, {"next_index": 112})
   train.train(config, tmp_path / "informed")

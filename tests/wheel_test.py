@@ -54,7 +54,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scripts(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """Installs the wheel beside the packages of this environment; returns the folder of its commands."""
+  """Installs the wheel next to the packages of this environment; returns the folder of its commands."""
   venv = tmp_path_factory.mktemp("venv")
   assert run([sys.executable, "-m", "venv", "--without-pip", venv], venv).returncode == 0
   (packages,) = venv.glob("lib/python*/site-packages")

@@ -8,7 +8,7 @@ collect_ignore_glob = [] if importlib.util.find_spec("open_clip") else ["*_test.
 if not collect_ignore_glob:
   import torch
 
-  # torchvision's CUDA build beside PyTorch's CPU build cannot load its operators, and misses a few at import. Nothing
+  # torchvision's CUDA build with PyTorch's CPU build cannot load its operators, and lacks a few at import. Nothing
   # here uses them; their names are enough.
   for _ in range(10):
     try:

@@ -18,7 +18,7 @@ def test_value_equals_loops(count, hidden, pixels):
   np.testing.assert_allclose(loss, np.mean(patches), rtol=1e-6)
 
 
-def test_the_mean_of_normalised_patches_costs_one():
+def test_predicting_the_mean_of_normalised_patches_has_a_loss_of_one():
   rng = np.random.default_rng(1)
   target = rng.normal(loc=3, scale=2, size=(2, 5, 48))
   target = (target - target.mean(axis=-1, keepdims=True)) / target.std(axis=-1, keepdims=True)

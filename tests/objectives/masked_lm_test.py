@@ -34,7 +34,7 @@ def test_value_and_accuracy_equal_loops(count, slots, words):
   assert hits > 0
 
 
-def test_filling_has_no_gradient_and_a_batch_without_masks_costs_nothing():
+def test_padding_has_no_gradient_and_a_batch_without_masks_has_a_loss_of_zero():
   logits = np.random.default_rng(1).normal(size=(2, 3, 5)).astype(np.float32)
   batch = {"mlm_target": np.zeros((2, 3), int), "mlm_weight": np.array([[1, 0, 0], [0, 0, 0]], np.float32)}
   step = jax.jit(jax.value_and_grad(lambda logits, batch: masked_lm(Outputs(mlm_logits=logits), batch)[0]))

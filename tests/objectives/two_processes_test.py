@@ -88,8 +88,8 @@ def test_value_and_gradient_equal_the_reference_in_two_processes(name, method):
 
 
 def check_processes(name, value, gradients):
-  """What each process has for itself: DeCLIP's add up; those of the others are averaged, so of rows that only one of
-  the two has they hold twice the gradient."""
+  """Compares the gradients of each process: DeCLIP's are summed over processes; the others' are averaged, so for rows
+  that only one process has they are twice the gradient."""
   added = name.startswith("declip_")
   np.testing.assert_allclose(GOLDEN[f"w2/{name}/loss_per_rank"].mean(), value, atol=7.5e-7)
   for field, gradient in gradients.items():
@@ -101,7 +101,7 @@ def check_processes(name, value, gradients):
 
 
 def test_open_clips_default_halves_the_gradient_in_two_processes():
-  """Not a method of ours: its gather drops the other process' gradient of all logits, but not that of the scale."""
+  """We have no such option: its gather drops the other process's gradient of all logits, but not that of the scale."""
   name = "openclip_clip_local0_ggrad0"
   value, gradients = sharded("full")
   np.testing.assert_allclose(value, GOLDEN[f"w2/{name}/loss_mean"], atol=7.5e-7)

@@ -225,7 +225,7 @@ def test_decay_acts_on_the_parameters_that_each_rule_names():
 
 
 @pytest.mark.parametrize(("method", "image"), [("declip", "vit"), ("slip", "resnet")])
-def test_decay_spares_biases_gains_and_temperatures_of_the_models_and_nothing_else(method, image):
+def test_decay_excludes_biases_gains_and_temperatures_of_the_models_and_nothing_else(method, image):
   c = config.default(method)
   if image == "resnet":
     c.model.image = architectures.resnet(64, (1, 1, 1, 1))

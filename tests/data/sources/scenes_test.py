@@ -1,4 +1,4 @@
-"""Tests of the scenes: fixed for ever, distinguishable by their drawings, and truly held out."""
+"""Tests of the scenes: they never change, their drawings are distinguishable, and held-out pairs do not occur."""
 
 import hashlib
 import multiprocessing
@@ -91,7 +91,7 @@ def test_another_process_draws_the_same_scenes():
 
 
 def test_the_draw_order_has_not_changed():
-  # Golden: a change here changes every published number of the demonstration, so it must be meant.
+  # Golden: a change here changes every published number of the demonstration, so it must be intentional.
   assert [open_scenes("train")[i]["label"] for i in range(8)] == [2, 68, 43, 8, 63, 31, 36, 56]
   assert open_scenes("train")[0]["captions"] == (
     "a photo of a red heart",
@@ -155,7 +155,9 @@ def test_labels_name_the_color_that_is_drawn():
   for example in source:
     image, mask = example["image"].astype(float), _silhouette(example["image"])
     distance = np.linalg.norm(image[mask][:, None] - [_HUES[name] for name in names], axis=-1)
-    votes = np.bincount(distance.argmin(1)[distance.min(1) < 60], minlength=len(names))  # darker second tones abstain
+    votes = np.bincount(
+      distance.argmin(1)[distance.min(1) < 60], minlength=len(names)
+    )  # darker second tones are left out
     correct.append(names[votes.argmax()] == source.classnames[example["label"]].split()[0])
   assert np.mean(correct) > 0.95
 
