@@ -209,7 +209,7 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
   lines = [("samples", f"{len(source):,}, of which {seen:,} were read")]
   lines += [("skipped", f"{count:,}: {kind}") for kind, count in sorted(source.skipped.items())]
   if source.left_out:
-    lines.append(("left out", files.in_words(source.left_out)))
+    lines.append(("left out", f"{sum(source.left_out.values()):,} files: {files.in_words(source.left_out)}"))
   lines.append(("fields", ", ".join(_fields(good)) or "none"))
   if good:
     formats = Counter(sample.format for sample in good).most_common()

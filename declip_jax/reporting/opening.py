@@ -45,7 +45,9 @@ def opening_lines(
   """
   for source in sources:
     skipped = "".join(f", skipped {count:,}: {reason}" for reason, count in source.skipped.items())
-    left_out = f", left out: {files.in_words(source.left_out)}" if source.left_out else ""
+    left_out = ""
+    if source.left_out:
+      left_out = f", left out {sum(source.left_out.values()):,} files: {files.in_words(source.left_out)}"
     yield f"{source.name}: {len(source):,} samples{skipped}{left_out}"
   terms = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
   num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))

@@ -69,7 +69,7 @@ def test_files_that_belong_to_no_sample_are_counted(tmp_path):
   for name in ("1.jpg", "2.jpg"):
     (tmp_path / name).write_bytes(encoded(8, 8, "JPEG"))
   touch(tmp_path, "3.HEIC", "4.HEIC", "5.jxl")
-  assert "left out     2 .HEIC, 1 .jxl" in described(tmp_path).splitlines()
+  assert "left out     3 files: 2 .HEIC, 1 .jxl" in described(tmp_path).splitlines()
 
 
 def test_the_samples_are_drawn_at_random_but_always_the_same():

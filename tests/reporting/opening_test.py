@@ -39,7 +39,7 @@ def describe(start: int = 0, **groups: int) -> list[str]:
 
 def test_a_run_describes_its_data_objective_and_devices() -> None:
   assert describe() == [
-    "webdataset:/data: 12,345 samples, skipped 1,200: no caption, left out: 1,500 .HEIC, 1 .jxl",
+    "webdataset:/data: 12,345 samples, skipped 1,200: no caption, left out 1,501 files: 1,500 .HEIC, 1 .jxl",
     "objective 1 clip + 0.2 nns; recipe declip; 5,000 parameters",
     "1,000 steps of 16 examples on mesh data=1 x fsdp=1 (cpu)",
   ]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import io
 import math
+import re
 
 import cv2
 from jaxtyping import UInt8
@@ -28,6 +29,14 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 # Formats for Pillow. Of its others most are not for photographs, EPS starts programs, and TGA is guessed from noise.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000") + ("AVIF",) * features.check("avif")
+# Starts of files that are common among images and cannot be read.
+_OTHER_FORMATS = {
+  "HEIC": re.compile(rb"....ftyp(he[iv]|mif1|msf1)", re.DOTALL),
+  "JPEG XL": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "),
+  "SVG": re.compile(rb"\s*<(\?xml|svg)"),
+  "PDF": re.compile(rb"%PDF"),
+  "a web page": re.compile(rb"\s*<(!doctype )?html", re.IGNORECASE),
+}
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -153,7 +162,8 @@ def _opened(source: bytes | Image.Image) -> Iterator[Image.Image]:
   except BadSample:
     raise
   except Image.UnidentifiedImageError as error:
-    raise BadSample("unknown format", f"not a known image format (starts with {source[:8]!r})") from error
+    named = next((f"{name}, which is " for name, start in _OTHER_FORMATS.items() if start.match(source)), "")
+    raise BadSample("unknown format", f"{named}not a known image format (starts with {source[:8]!r})") from error
   except _BOMB as error:
     raise BadSample("too many pixels", str(error)) from error
   except Exception as error:  # decoders raise nearly anything for bad bytes: OSError, SyntaxError, struct.error, ...
