@@ -418,8 +418,10 @@ def _by_name(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
   pairs = list(fields)
   named = dict(pairs)
   if len(named) < len(pairs):
-    named = {name: [field for other, field in pairs if other == name] for name in named}
-    named = {name: same if len(same) > 1 else same[0] for name, same in named.items()}
+    fields_of: dict[str, list[Any]] = {}
+    for name, field in pairs:
+      fields_of.setdefault(name, []).append(field)
+    named = {name: same if len(same) > 1 else same[0] for name, same in fields_of.items()}
   return named
 
 
