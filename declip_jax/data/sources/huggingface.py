@@ -7,6 +7,7 @@ so files cannot be copied one by one when they are needed.)
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 import json
 import os
 import re
@@ -14,13 +15,14 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from declip_jax.data.sources import lists
+from declip_jax.data.sources import lists, values
 from declip_jax.data.sources.base import BadSample, Example
-from declip_jax.data.sources.values import captions_of
 from declip_jax.data.storage import copies, files, remote
+from declip_jax.data.storage.reach import NotAllowedError, Reach
 
 _THREADS = 8  # for copying remote files
-_ROLES = ("image", "caption", "label")
+_PROBED = 20  # images to read at random until one of them exists
+_ROLES = ("image", "caption", "label", *lists.REACH)
 _LOCATION = re.compile(r"(.+?)(?::([\w.-]+))?")
 
 
@@ -33,16 +35,32 @@ class _Columns(NamedTuple):
 
 
 class HuggingFace:
-  """A data set as a `Source`; make it with `open_huggingface` or `from_huggingface`."""
+  """A data set as a `Source`; make it with `open_huggingface` or `from_huggingface`.
 
-  def __init__(self, name: str, dataset: Any, columns: _Columns, location: str | None):
+  Args:
+    name: the name for messages.
+    dataset: a `datasets.Dataset` of the columns in use.
+    columns: these columns.
+    reach: where the paths of images may lead.
+    location: the location that opened the data set, for pickles; None if there is none.
+  """
+
+  def __init__(self, name: str, dataset: Any, columns: _Columns, reach: Reach, location: str | None):
     self.name = name
-    self._dataset, self._columns, self._location = dataset, columns, location
+    self._dataset, self._columns, self._reach, self._location = dataset, columns, reach, location
+
+  @cached_property
+  def _labels(self) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The numbers of labels that are texts, and the names of the classes."""
+    column = self._columns.label
+    if column is None or not _is_text(self._dataset.features[column]):
+      return {}, tuple(getattr(self._dataset.features.get(column), "names", None) or ())
+    return _numbered(self._dataset.unique(column), column, self.name)
 
   @property
   def classnames(self) -> tuple[str, ...]:
-    """The names of the label's classes, if it is a ClassLabel."""
-    return tuple(getattr(self._dataset.features.get(self._columns.label), "names", None) or ())
+    """The names of the label's classes, if it is a ClassLabel or a text."""
+    return self._labels[1]
 
   @property
   def stamp(self) -> str:
@@ -65,24 +83,27 @@ class HuggingFace:
 
     Raises:
       IndexError: `index` is not in `range(len(self))`.
-      BadSample: its image is missing.
+      BadSample: its image is missing or cannot be read, or it has neither caption nor label.
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no example {index}, there are {len(self)}")
     record, columns = self._dataset[int(index)], self._columns
-    label = record[columns.label] if columns.label else None
     place = f"{self.name}, example {index}"
-    return Example(
-      image=_image(record[columns.image], place),
-      captions=tuple(text for column in columns.captions for text in captions_of(record[column])),
-      label=-1 if label is None else label,
-      id=place,
-    )
+    try:
+      captions = tuple(text for column in columns.captions for text in values.captions_of(record[column]))
+      label = values.label_of(record[columns.label], columns.label) if columns.label else None
+    except BadSample as error:
+      raise BadSample(error.kind, f"{place}: {error}") from error
+    if columns.captions and not captions and label is None:
+      raise BadSample("no caption", f"{place}: no caption in {', '.join(columns.captions)}")
+    number = -1 if label is None else self._labels[0].get(str(label), label)
+    image = _image(record[columns.image], self._reach, place)
+    return Example(image=image, captions=captions, label=int(number), id=place)
 
   def __reduce__(self) -> tuple[Callable[..., "HuggingFace"], tuple[Any, ...]]:
     if self._location is not None:
-      return open_huggingface, (self._location,)  # a pickle of the data set would list all its files and classes
-    return HuggingFace, (self.name, self._dataset, self._columns, None)
+      return _reopen, (self._location,)  # a pickle of the data set would list all its files and classes
+    return HuggingFace, (self.name, self._dataset, self._columns, self._reach, None)
 
   def __repr__(self) -> str:
     return f"HuggingFace({self.name!r})"
@@ -91,18 +112,43 @@ class HuggingFace:
 def open_huggingface(location: str) -> HuggingFace:
   """Opens a folder of `dataset.save_to_disk`: "PATH", "PATH:SPLIT" or "PATH:SPLIT?image=..&caption=..&label=..".
 
-  Columns are chosen as in `from_huggingface`. Nothing is downloaded from the hub; PATH may be a URL.
+  Columns are chosen as in `from_huggingface`. Nothing is downloaded from the hub; PATH may be a URL. If images are
+  paths, they lead to files below PATH, or below `root`, as in "&root=/data/images"; for others see `reach`.
 
   Raises:
-    FileNotFoundError: there is no saved data set.
+    FileNotFoundError: there is no saved data set, or none of its images is found.
     OSError: a remote file cannot be copied.
-    ValueError: the split or a column is unknown, the choice of one is ambiguous, or `datasets` is not installed.
+    ValueError: the split or a column is unknown, the choice of one is ambiguous, a file of the data set is elsewhere,
+      there is no example, or `datasets` is not installed.
   """
+  source, errors = _reopen(location), list[tuple[int, BadSample]]()
+  for index in dict.fromkeys([0, *lists.probes(len(source), _PROBED)]) if len(source) else ():
+    try:
+      source[index]
+      return source
+    except BadSample as error:
+      if error.kind not in ("missing file", "not allowed"):
+        return source
+      errors.append((index, error))
+  if not errors:
+    raise ValueError(f"{source.name}: the data set has no example")
+  index, first = errors[0]
+  path = _path(source._dataset[index][source._columns.image])
+  advice = lists.missing_advice(path, str(source._reach.root)) if path and first.kind == "missing file" else ""
+  raise FileNotFoundError(
+    f"none of {len(errors)} images tried can be read: {first}" + (f"; {advice}" if advice else "")
+  )
+
+
+def _reopen(location: str) -> HuggingFace:
+  """Opens a folder without looking for its images."""
   place, wanted = lists.parse(location, _ROLES, "PATH or PATH:SPLIT")
   path, split = _LOCATION.fullmatch(place).groups()
-  datasets, name = _import_datasets(), f"huggingface:{location}"
+  datasets, name, folder = _import_datasets(), f"huggingface:{location}", lists.absolute(path)
+  reach = Reach.of(wanted)
+  beside = reach._replace(root=folder)
   try:
-    found = _load_url(path.rstrip("/"), split) if remote.is_url(path) else datasets.load_from_disk(lists.absolute(path))
+    found = _load_url(folder, split, beside) if remote.is_url(folder) else datasets.load_from_disk(folder)
   except FileNotFoundError as error:
     hint = f'datasets.load_dataset("NAME").save_to_disk({path!r})'
     raise FileNotFoundError(f"{name}: {error}; to save one there, run {hint}") from error
@@ -112,23 +158,28 @@ def open_huggingface(location: str) -> HuggingFace:
   if split not in splits:
     has = "no splits; open PATH" if None in splits else f"the splits {list(splits)}; open PATH:SPLIT with one of them"
     raise ValueError(f"{name}: no split {split!r}; the data set has {has}")
+  for file in [] if remote.is_url(folder) else splits[split].cache_files:
+    beside.resolve(file["filename"], folder)
   dataset, columns = _prepare(name, splits[split], wanted)
-  return HuggingFace(name, dataset, columns, location)
+  return HuggingFace(name, dataset, columns, beside if reach.root is None else reach, location)
 
 
-def _load_url(url: str, split: str | None) -> Any:
+def _load_url(url: str, split: str | None, reach: Reach) -> Any:
   """Loads the data set in a remote folder; in a `DatasetDict` only the wanted split is loaded, the others are None."""
   datasets = _import_datasets()
   if not files.exists(f"{url}/dataset_dict.json"):
-    return _load_copy(url)
+    return _load_copy(url, reach)
   splits = json.loads(files.read(f"{url}/dataset_dict.json"))["splits"]
   wanted = splits if len(splits) == 1 else [split]
-  return datasets.DatasetDict({name: _load_copy(f"{url}/{name}") if name in wanted else None for name in splits})
+  parts = {name: _load_copy(reach.resolve(name, url), reach) if name in wanted else None for name in splits}
+  return datasets.DatasetDict(parts)
 
 
-def _load_copy(url: str) -> Any:
+def _load_copy(url: str, reach: Reach) -> Any:
   state = json.loads(files.read(f"{url}/state.json"))
   names = ["state.json", "dataset_info.json", *(file["filename"] for file in state["_data_files"])]
+  for name in names:
+    reach._replace(root=url).resolve(name, url)  # so that no copy is written outside of its folder
   stamps = dict(zip(names, files.stamps([f"{url}/{name}" for name in names]), strict=True))
   folder = copies.folder(url, stamps)
   with ThreadPoolExecutor(_THREADS) as pool:
@@ -145,11 +196,13 @@ def from_huggingface(
 
   Args:
     dataset: a data set with random access, not streaming.
-    image: column of images or bytes; by default the one with a name such as "image".
-    caption: column of texts or lists of texts, or several columns joined by commas; by default the one with a name such
-      as "caption" or "text"; "" means none.
-    label: column of labels; by default the only class label, or a whole number with a name such as "label"; "" means
+    image: column of images or bytes, or of paths if there is none of these; by default the one with a name such as
+      "image". The paths of an object at hand are trusted: they may lead to any file of this machine, but to no URL.
+    caption: column of texts, lists of texts or lists of objects with a text, or several columns joined by commas; by
+      default the one with a name such as "caption" or "text", or several numbered ones such as "caption_0"; "" means
       none.
+    label: column of labels; by default the only class label, or a whole number or text with a name such as "label";
+      texts are classes in alphabetical order; "" means none.
     name: name for messages.
 
   Raises:
@@ -158,7 +211,7 @@ def from_huggingface(
   """
   given = {"image": image, "caption": caption, "label": label}
   prepared, columns = _prepare(name, dataset, {role: column for role, column in given.items() if column is not None})
-  return HuggingFace(name, prepared, columns, None)
+  return HuggingFace(name, prepared, columns, Reach(os.getcwd(), frozenset({"outside"})), None)
 
 
 def _import_datasets() -> Any:
@@ -197,14 +250,19 @@ def _choose(name: str, features: dict[str, Any], wanted: dict[str, str]) -> _Col
 
   pictures, classes = columns((datasets.Image,)), columns((datasets.ClassLabel,))
   numbers = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
-  files_or_images = columns((datasets.Image,), "binary", "large_binary")
-  images = _pick("image", wanted, files_or_images, lists.IMAGE_NAMES, pictures, name)
-  labels = _pick("label", wanted, columns((datasets.ClassLabel,), *numbers), lists.LABEL_NAMES, classes, name)
-  texts = [column for column, feature in features.items() if _is_text(feature)]
-  captions = lists.choose("caption", wanted.get("caption"), texts, lists.CAPTION_NAMES, name, several=True)
+  texts = columns((), "string", "large_string")
+  encoded = columns((datasets.Image,), "binary", "large_binary") or texts
+  images = _pick("image", wanted, encoded, lists.IMAGE_NAMES, pictures, name)
+  labels = _pick("label", wanted, columns((datasets.ClassLabel,), *numbers) or texts, lists.LABEL_NAMES, classes, name)
+  captioned = [column for column, feature in features.items() if _has_texts(feature)]
+  captions = lists.choose("caption", wanted.get("caption"), captioned, lists.CAPTION_NAMES, name, several=True)
   if not images or not (captions or labels or wanted.get("caption") == ""):
     missing = "caption or label" if images else "image"
-    raise ValueError(f"{name}: which column is the {missing}? Choose with ?image=COLUMN from {dict(features)}")
+    several = next(
+      (column for column, feature in features.items() if isinstance(_inner(feature), datasets.Image)), None
+    )
+    hint = f"; {several!r} has lists of images: keep one of each with dataset.map" if several and not images else ""
+    raise ValueError(f"{name}: which column is the {missing}? Choose with ?image=COLUMN from {dict(features)}{hint}")
   return _Columns(images[0], captions, labels[0] if labels else None)
 
 
@@ -220,17 +278,53 @@ def _pick(
   return typed
 
 
+def _inner(feature: Any) -> Any:
+  """The feature of the elements of a list; the feature itself if it is not a list."""
+  return feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+
+
 def _is_text(feature: Any) -> bool:
-  inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
-  return getattr(inner, "dtype", None) in ("string", "large_string")
+  return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def _image(value: Any, place: str) -> bytes:
-  path = value.get("path") if isinstance(value, dict) else None
+def _has_texts(feature: Any) -> bool:
+  """Whether a feature is a text, an object with one, or a list of these."""
+  inner = _inner(feature)
+  found = [inner.get(key) for key in values.TEXT_KEYS] if isinstance(inner, dict) else [inner]
+  return any(_is_text(_inner(one)) for one in found)
+
+
+def _numbered(labels: Sequence[Any], column: str, place: str) -> tuple[dict[str, int], tuple[str, ...]]:
+  """The numbers of labels that are texts, and the names of the classes."""
+  known: list[str] = []
+  for label in labels:
+    try:
+      value = values.label_of(label, column)
+      known += [] if value is None else [str(value)]
+    except BadSample:  # so are the examples that have it
+      continue
+  known = list(dict.fromkeys(known))
+  if len(known) > lists.MAX_CLASSES:
+    raise ValueError(f"{place}: {len(known):,} distinct labels in {column!r}: no classes? Pass ?label= to ignore them")
+  numbers, names = lists.number_classes(dict(zip(known, range(len(known)), strict=True)), {}, ())
+  return dict(zip(known, numbers, strict=True)), tuple(names)
+
+
+def _path(value: Any) -> str | None:
+  """The path of an image, if its field has one."""
+  path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
+  return None if values.is_missing(path) else path
+
+
+def _image(value: Any, reach: Reach, place: str) -> bytes:
   data = value.get("bytes") if isinstance(value, dict) else value
-  if data is None and path is None:
+  if isinstance(data, bytes):
+    return data
+  if (path := _path(value)) is None:
     raise BadSample("missing file", f"{place}: no image")
   try:
-    return files.read(path) if data is None else data
+    return files.read(reach.resolve(path, "/"))
+  except NotAllowedError as error:
+    raise BadSample("not allowed", f"{place}: {error}") from error
   except (OSError, ValueError) as error:
     raise BadSample("missing file", f"{place}: {error}") from error

@@ -49,7 +49,7 @@ _PROBED = 100  # images to read at random until one of them exists
 _PATIENCE = 20.0  # seconds to try them
 _LOOKED_IN = 100  # folders in which to look for an image that is missing
 _LOGGED = 5  # skipped samples to name in the log; all of them are counted
-_MAX_CLASSES = 100_000  # more labels than this are not classes, but numbers or names of samples
+MAX_CLASSES = 100_000  # more labels than this are not classes, but numbers or names of samples
 _SCHEMA = pa.schema(
   [
     ("file", pa.int32()),
@@ -379,16 +379,16 @@ def _build(
   def rows() -> Iterator[_Row]:
     for entry in progress.track(itertools.chain([first], usable), f"indexing {name}", unit="samples"):
       row = (*_encoded(entry), _number(entry, numbers, names))
-      if len(numbers) > _MAX_CLASSES:
+      if len(numbers) > MAX_CLASSES:
         few = ", ".join(map(repr, list(numbers)[:3]))
-        limit = f"{name}: more than {_MAX_CLASSES:,} distinct labels ({few}, ...)"
+        limit = f"{name}: more than {MAX_CLASSES:,} distinct labels ({few}, ...)"
         raise ValueError(f"{limit}: not class labels? Pass ?label= to ignore them")
       if entry.record >= 0 and (entry.path or entry.image):
         keys.append(_key(row, folder_of(paths[entry.file])))
       yield row
 
   def about() -> dict[str, Any]:
-    labels, found = _classes(numbers, names, classnames())
+    labels, found = number_classes(numbers, names, classnames())
     return {"files": paths, "batch": size, "skipped": skipped, "labels": labels, "classnames": found}
 
   count = _write(path, rows(), size, about)
@@ -492,7 +492,7 @@ def _number(entry: Entry, numbers: dict[int | str, int], names: dict[int | str, 
   return numbers.setdefault(label, len(numbers))
 
 
-def _classes(
+def number_classes(
   numbers: dict[int | str, int], names: dict[int | str, str], known: Sequence[str]
 ) -> tuple[list[int], list[str]]:
   """Labels in order of appearance, and class names; numbers remain as they are, names are numbered alphabetically.
@@ -509,8 +509,8 @@ def _classes(
     labels = [int(label) for label in numbers]
     if known and not names:
       return labels, list(known)
-    if names and max(labels) >= _MAX_CLASSES:
-      raise ValueError(f"label {max(labels)} has a name, but classes are numbered from 0 to at most {_MAX_CLASSES - 1}")
+    if names and max(labels) >= MAX_CLASSES:
+      raise ValueError(f"label {max(labels)} has a name, but classes are numbered from 0 to at most {MAX_CLASSES - 1}")
     named = {int(label): name for label, name in names.items()}
     return labels, [named.get(label, "") for label in range(max(labels) + 1)] if named else []
   classnames = sorted(set(map(str, numbers)))

@@ -3,16 +3,23 @@
 Files of a remote folder (gs://, s3://) are copied once for all processes of the machine, see `copies.folder`: the
 description of the data set and Parquet files, which are read as a whole, when the data set is opened, an ArrayRecord
 file when a record of it is first needed. A shuffled stream soon has copied all files of its split.
+
+The files of a data set name the classes of its features, and TFDS imports the module of any class that it does not
+know, which would run code that the data choose. Here only classes that exist already are used: those of TFDS, and those
+of modules that the program has imported itself. Files outside of the folder are not read.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import errno
 from functools import cached_property
 import json
 import os
 from pathlib import Path
 import re
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +27,13 @@ import numpy as np
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample, Example
 from declip_jax.data.storage import copies, files, indexes, patterns, remote, texts
+from declip_jax.data.storage.reach import Reach
 
 _FORM = "NAME:SPLIT or FOLDER:SPLIT"
 _THREADS = 8  # for copying remote files
 # NAME, NAME:VERSION or a folder; then splits such as train[10%:60%]+test, whose slices have colons of their own.
 _LOCATION = re.compile(r"(.+?):((?:\+?[A-Za-z][\w-]*(?:\[[^]]*\])?)+)")
+_GUARD = threading.RLock()
 _SHARD = re.compile(r".*-\d{5,}-of-\d{5,}(\.\w+)?")  # all other files are small and describe the data set
 
 
@@ -46,14 +55,20 @@ class Tfds:
   @cached_property
   def _records(self) -> Any:
     """Opened by every process from files alone, so that workers need not know the class that prepared them."""
+    with _known_features():
+      return self._open()
+
+  def _open(self) -> Any:
     import tensorflow_datasets as tfds  # slow to import, and other sources do not need it
 
     builder = tfds.builder_from_directory(self._directory.path)
     kind = "array_record" if "array_record" in _formats(builder) else "parquet"
     if builder.info.file_format.value != kind:
       builder = tfds.builder_from_directory(self._directory.path, file_format=kind)
+    shards = builder.info.splits[self._split].file_instructions
+    for shard in shards:
+      Reach().resolve(os.fspath(shard.filename), self._directory.path)
     if kind == "parquet":
-      shards = builder.info.splits[self._split].file_instructions
       if any(shard.take < shard.examples_in_shard for shard in shards):  # TFDS would read all of those files
         raise ValueError(f"{self.name}: Parquet needs whole splits, not {self._split!r}; use heldout: for a subset")
       self._directory.fetch([shard.basename() for shard in shards])
@@ -158,6 +173,8 @@ class _Directory:
     """Copies files that are remote and have no copy yet."""
     if self._index is None:
       return
+    if unknown := next((name for name in names if name not in self._stamps), None):
+      raise FileNotFoundError(errno.ENOENT, "no such file when the data set was opened", f"{self._place}/{unknown}")
     missing = [name for name in names if not (self._folder / name).is_file()]
     if missing:
       urls, stamps = [f"{self._place}/{name}" for name in missing], [self._stamps[name] for name in missing]
@@ -178,14 +195,15 @@ def open_tfds(location: str) -> Tfds:
 
   Raises:
     FileNotFoundError: the data set is not prepared, or not for random access; the message explains how to prepare it.
-    ValueError: the location, the name, the split or a feature is unknown, the choice of a feature is ambiguous, or a
-      subset of a split is in Parquet files.
+    ValueError: the location, the name, the split or a feature is unknown, the choice of a feature is ambiguous, a
+      subset of a split is in Parquet files, or the data set needs a class or file from elsewhere.
   """
   place, wanted = lists.parse(location, _Fields._fields, _FORM)
   match = _LOCATION.fullmatch(place)
   if not match:
     raise ValueError(f"bad location {location!r}: expected {_FORM}")
-  directory, features = _find(match[1])
+  with _known_features():
+    directory, features = _find(match[1])
   source = Tfds(f"tfds:{location}", directory, match[2], _fields(features, wanted, location))
   len(source)  # an unknown split fails here rather than in a worker
   return source
@@ -210,6 +228,30 @@ def _find(where: str) -> tuple[_Directory, Mapping[str, Any]]:
   if _formats(builder).isdisjoint({"array_record", "parquet"}):
     raise FileNotFoundError(f"{where} has only the formats {', '.join(_formats(builder))}; move it away and {hint}")
   return directory or _Directory(os.fspath(builder.data_dir)), builder.info.features
+
+
+@contextlib.contextmanager
+def _known_features() -> Iterator[None]:
+  """Keeps TFDS from importing the modules of classes that files name; for its own calls within the context."""
+  from tensorflow_datasets.core.features.feature import FeatureConnector
+
+  def known_class(cls: type, name: str) -> type:
+    known, classes = {}, [FeatureConnector]
+    while classes:
+      classes += (found := classes.pop()).__subclasses__()
+      known[f"{found.__module__}.{found.__name__}"] = found
+    if name not in known:
+      remedy = "if you trust it, import its module and open the data set in the same program"
+      raise ValueError(f"its features name the class {name}, which is not one of TFDS; {remedy}")
+    return known[name]
+
+  with _GUARD:
+    importing = FeatureConnector.__dict__["cls_from_name"]
+    FeatureConnector.cls_from_name = classmethod(known_class)
+    try:
+      yield
+    finally:
+      FeatureConnector.cls_from_name = importing
 
 
 def _formats(builder: Any) -> set[str]:

@@ -11,7 +11,7 @@ from declip_jax.data.storage.bounded import short
 MISSING = frozenset({"", "nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "\\N", "N/A", "n/a", "#N/A"})
 
 _LARGEST_LABEL = 2**31 - 1  # batches store labels as int32
-_TEXT_KEYS = ("raw", "caption", "text", "sentence", "value", "comment", "title")  # of objects in a list of captions
+TEXT_KEYS = ("raw", "caption", "text", "sentence", "value", "comment", "title")  # of objects in a list of captions
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 _STRING = r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
@@ -45,6 +45,8 @@ def captions_of(value: Any) -> list[str]:
   """
   if is_missing(value):
     return []
+  if isinstance(value, Mapping):
+    value = next((value[key] for key in TEXT_KEYS if key in value), value)  # a list of objects may be one of lists
   listed = value if isinstance(value, list | tuple) else _elements(value) if isinstance(value, str) else [value]
   texts = [_text(one) for one in listed if not is_missing(one)]
   if any(text is None for text in texts):
@@ -84,7 +86,7 @@ def label_of(value: Any, column: str) -> int | str | None:
 def _text(value: Any) -> str | None:
   """A text, or the text in an object; None if there is none."""
   if isinstance(value, Mapping):
-    value = next((value[key] for key in _TEXT_KEYS if isinstance(value.get(key), str)), None)
+    value = next((value[key] for key in TEXT_KEYS if isinstance(value.get(key), str)), None)
   return value if isinstance(value, str) else None
 
 

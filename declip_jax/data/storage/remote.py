@@ -11,6 +11,8 @@ from functools import lru_cache
 import ipaddress
 import re
 import socket
+from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 import fsspec
 import fsspec.core
@@ -51,10 +53,27 @@ def is_private(host: str) -> bool:
 @lru_cache
 def _filesystem(root: str) -> fsspec.AbstractFileSystem:
   """One file system for all threads; fsspec caches one per thread, each with its own connections and listings."""
+  kind = scheme(root)
   try:
-    return fsspec.core.url_to_fs(root)[0]
+    return fsspec.core.url_to_fs(root, **(_web_options() if kind in ("http", "https") else {}))[0]
   except ImportError as error:
-    raise ValueError(f"{root}: {error}") from None
+    extra = {"http": "https", "https": "https", "gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}.get(kind)
+    how = f"; pip install 'declip_jax[{extra}]'" if extra else ""
+    raise ValueError(f"{root}: {error}{how}") from None
+
+
+def _web_options() -> dict[str, Any]:
+  """Options for fsspec's web client: it follows no redirect from a public server to a private address."""
+  import aiohttp  # fsspec needs it for web addresses only
+
+  async def check(session: Any, context: Any, redirect: Any) -> None:
+    source, target = str(redirect.url), urljoin(str(redirect.url), redirect.response.headers.get("Location", ""))
+    if is_private(urlsplit(target).hostname or "") and not is_private(urlsplit(source).hostname or ""):
+      raise PermissionError(f"{source} redirects to a private address, {target}")
+
+  tracing = aiohttp.TraceConfig()
+  tracing.on_request_redirect.append(check)
+  return {"client_kwargs": {"trace_configs": [tracing]}}
 
 
 @contextlib.contextmanager

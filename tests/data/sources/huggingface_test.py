@@ -92,7 +92,7 @@ def test_splits(folder):
   with pytest.raises(FileNotFoundError, match=r"datasets\.load_dataset\(\"NAME\"\)\.save_to_disk"):
     open_huggingface(f"{folder}/none")
   with pytest.raises(ValueError, match=r"bad location.*\?image=\.\.&caption=\.\.&label=\.\."):
-    open_huggingface(f"{folder}/one?root=x")
+    open_huggingface(f"{folder}/one?captain=x")
 
 
 @pytest.mark.slow
@@ -161,6 +161,88 @@ def test_images_in_files(tmp_path):
     with pytest.raises(BadSample, match=f"dataset, example {index}: ") as error:
       source[index]
     assert error.value.kind == "missing file"
+
+
+def save(folder: Path, columns: dict[str, list], **features: object) -> str:
+  known = datasets.Features(features) if features else None
+  datasets.Dataset.from_dict(columns, features=known).save_to_disk(folder)
+  return str(folder)
+
+
+IMAGES = [{"bytes": png(index), "path": None} for index in range(3)]
+TEXT = datasets.Value("string")
+
+
+def test_labels_that_are_texts_are_classes_in_alphabetical_order(tmp_path):
+  path = save(tmp_path, {"image": IMAGES, "label": ["dog", "cat", "nan"]}, image=datasets.Image(), label=TEXT)
+  source = open_huggingface(path)
+  assert source.classnames == ("cat", "dog")
+  assert [example["label"] for example in source] == [1, 0, -1]
+  assert pickle.loads(pickle.dumps(source)).classnames == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+  ("values", "feature"),
+  [
+    ([[{"raw": "one"}, {"raw": "two"}]], datasets.List({"raw": TEXT})),
+    ([{"raw": ["one", "two"]}], datasets.Features({"raw": datasets.List(TEXT)})),
+    (["['one', 'two']"], TEXT),
+  ],
+)
+def test_captions_in_objects_and_lists(values, feature):
+  features = datasets.Features({"image": datasets.Image(), "sentences": feature})
+  dataset = datasets.Dataset.from_dict({"image": IMAGES[:1], "sentences": values}, features=features)
+  assert from_huggingface(dataset)[0]["captions"] == ("one", "two")
+
+
+def test_numbered_captions():
+  dataset = datasets.Dataset.from_dict({"jpg": [b"x"], "caption_0": ["a"], "caption_1": ["b"]})
+  assert from_huggingface(dataset)[0]["captions"] == ("a", "b")
+
+
+def test_an_example_without_caption_or_image_is_a_bad_sample(tmp_path):
+  columns = {"image": [*IMAGES, None], "caption": ["a", None, "NULL", "d"]}
+  source = open_huggingface(save(tmp_path, columns, image=datasets.Image(), caption=TEXT))
+  assert source[0]["captions"] == ("a",)
+  for index, kind in [(1, "no caption"), (2, "no caption"), (3, "missing file")]:
+    with pytest.raises(BadSample, match=f"example {index}") as error:
+      source[index]
+    assert error.value.kind == kind
+
+
+def test_lists_of_images_are_rejected_with_what_to_do():
+  features = datasets.Features({"images": datasets.List(datasets.Image()), "caption": TEXT})
+  dataset = datasets.Dataset.from_dict({"images": [IMAGES], "caption": ["x"]}, features=features)
+  with pytest.raises(ValueError, match=r"'images' has lists of images: keep one of each with dataset\.map"):
+    from_huggingface(dataset)
+
+
+def test_paths_in_a_saved_data_set_stay_below_its_folder_or_root(tmp_path):
+  (tmp_path / "0.png").write_bytes(png(0))
+  for name, path in (("absolute", str(tmp_path / "0.png")), ("relative", "0.png"), ("url", "memory://x/0.png")):
+    folder = save(tmp_path / name, {"image_path": [path], "text": ["x"]})
+    with pytest.raises(FileNotFoundError, match="none of 1 images tried can be read"):
+      open_huggingface(folder)
+    if name != "url":
+      assert open_huggingface(f"{folder}?root={tmp_path}")[0]["image"] == png(0)
+  assert open_huggingface(f"{tmp_path}/absolute?allow=outside")[0]["image"] == png(0)
+  dataset = datasets.load_from_disk(tmp_path / "absolute")
+  assert from_huggingface(dataset)[0]["image"] == png(0)
+
+
+def test_a_data_set_whose_files_are_elsewhere_is_rejected(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  folder = Path(save(tmp_path / "set", {"jpg": [b"x"], "text": ["x"]}))
+  (file,) = folder.glob("*.arrow")
+  file.rename(tmp_path / file.name)
+  state = (folder / "state.json").read_text()
+  (folder / "state.json").write_text(state.replace(file.name, f"../{file.name}"))
+  with pytest.raises(ValueError, match=f"{file.name} is not below"):
+    open_huggingface(str(folder))
+  upload(tmp_path, "memory://hostile")
+  with pytest.raises(ValueError, match=rf"\.\./{file.name} leads out of memory://hostile/set"):
+    open_huggingface("memory://hostile/set")
+  assert not list((tmp_path / "cache").rglob(file.name))
 
 
 def test_a_missing_package_is_named_with_its_install_command(monkeypatch):

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.table import open_table
 from declip_jax.data.storage import files
@@ -242,6 +243,16 @@ def test_a_compressed_table_without_the_suffix_is_read(tmp_path):
   write_images(tmp_path, "0.jpg")
   (tmp_path / "t.csv").write_bytes(gzip.compress(b"image,caption\n0.jpg,x\n"))
   assert captions(f"{tmp_path}/t.csv") == [("x",)]
+
+
+def test_the_query_of_a_web_address_is_not_ours():
+  place = "https://hub.example/data/train.parquet"
+  legal = ("image", "caption")
+  assert lists.parse(f"{place}?download=true", legal) == (f"{place}?download=true", {})
+  assert lists.parse(f"{place}?download=true&image=jpg&x=y", legal) == (f"{place}?download=true&x=y", {"image": "jpg"})
+  for location in (f"{place}?captoin=x", "/data/t.csv?download=true"):
+    with pytest.raises(ValueError, match="bad location"):
+      lists.parse(location, legal)
 
 
 def test_some_missing_images_do_not_close_a_table(tmp_path):

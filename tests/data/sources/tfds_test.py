@@ -1,4 +1,5 @@
 import io
+import json
 import os
 from pathlib import Path
 import pickle
@@ -301,3 +302,51 @@ def test_the_stamp_follows_the_files(folders, tmp_path):
   (file,) = folder.glob("*array_record*")
   os.utime(file, ns=(1, 1))
   assert open_tfds(f"{folder}:train").stamp != before
+
+
+FEATURE = "tensorflow_datasets.core.features.text_feature.Text"
+
+
+def hostile(folder: str, path: Path, change) -> Path:
+  """A copy of a prepared folder with changed features."""
+  shutil.copytree(folder, path)
+  features = path / "features.json"
+  features.write_text(change(features.read_text()))
+  return path
+
+
+def legacy(features: str) -> str:
+  """The form of TFDS before 4.5, in which a text may contain the features within."""
+  inside = json.dumps({"features": {"caption": {"pythonClassName": "evil_module.Evil", "text": {}}}})
+  proto = "tensorflow_datasets.FeaturesDict"
+  name = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+  return json.dumps({"type": name, "content": inside, "proto_cls": proto})
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace(FEATURE, "evil_module.Evil", 1), legacy])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_no_module_that_a_folder_names_is_imported(folders, tmp_path, monkeypatch, change, by_name):
+  (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.delitem(sys.modules, "evil_module", raising=False)
+  folder = hostile(folders["Tiny"], tmp_path / "strange" / "1.0.0", change)
+  monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+  with pytest.raises(ValueError, match=r"evil_module\.Evil, which is not one of TFDS"):
+    open_tfds("strange:train" if by_name else f"{folder}:train")
+  assert not (tmp_path / "ran").exists()
+  assert tfds.features.FeatureConnector.cls_from_name(FEATURE) is tfds.features.Text
+  with pytest.raises(ValueError, match="Unrecognized FeatureConnector type"):
+    tfds.features.FeatureConnector.cls_from_name("evil_module.Evil")
+  assert (tmp_path / "ran").exists()  # TFDS itself would have imported it
+
+
+def test_no_file_outside_of_the_folder_is_read(folders, tmp_path):
+  folder = tmp_path / "tiny" / "1.0.0"
+  shutil.copytree(folders["Tiny"], folder)
+  (file,) = folder.glob("*array_record*")
+  file.rename(tmp_path / "tiny" / file.name)
+  info = json.loads((folder / "dataset_info.json").read_text())
+  info["splits"][0]["filepathTemplate"] = "../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+  (folder / "dataset_info.json").write_text(json.dumps(info))
+  with pytest.raises(ValueError, match=r"is not below .*1\.0\.0"):
+    open_tfds(f"{folder}:train")

@@ -93,3 +93,15 @@ def test_an_unknown_url_scheme_or_a_missing_package_is_a_user_error():
   assert not remote.is_url("/a/b")
   assert not remote.is_url("file:///a/b")
   assert remote.is_url("gs://a/b")
+
+
+def test_commands_are_not_run(tmp_path):
+  with pytest.raises(ValueError, match="pipe: is a command, and no command is run"):
+    patterns.expand(f"pipe:touch {tmp_path}/ran")
+  assert not list(tmp_path.iterdir())
+
+
+def test_colons_and_slashes_within_a_path_make_no_url(tmp_path):
+  (tmp_path / "x:").mkdir()
+  (tmp_path / "x:" / "y.tar").touch()
+  assert patterns.expand(f"{tmp_path}/x://y.tar") == [f"{tmp_path}/x:/y.tar"]

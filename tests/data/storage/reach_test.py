@@ -1,5 +1,8 @@
+import asyncio
 import os
 import socket
+import sys
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -80,6 +83,31 @@ def test_a_name_may_lead_to_a_private_address(root, monkeypatch):
   with pytest.raises(NotAllowedError, match="private address"):
     reach.resolve("https://mixed.example/x.jpg", root)
   remote.is_private.cache_clear()
+
+
+def test_a_public_server_cannot_redirect_to_a_private_address(monkeypatch):
+  tracing = SimpleNamespace(on_request_redirect=[])
+  monkeypatch.setitem(sys.modules, "aiohttp", SimpleNamespace(TraceConfig=lambda: tracing))
+  assert remote._web_options() == {"client_kwargs": {"trace_configs": [tracing]}}
+  (check,) = tracing.on_request_redirect
+  monkeypatch.setattr(remote, "is_private", lambda host: host == "127.0.0.1")
+
+  def redirect(source: str, target: str) -> None:
+    response = SimpleNamespace(headers={"Location": target})
+    asyncio.run(check(None, None, SimpleNamespace(url=source, response=response)))
+
+  redirect("http://public.example/a", "https://public.example/a")
+  redirect("http://public.example/a", "/b")
+  redirect("http://127.0.0.1/a", "http://127.0.0.1/b")
+  with pytest.raises(PermissionError, match=r"public\.example/a redirects to a private address"):
+    redirect("http://public.example/a", "//127.0.0.1/b")
+
+
+def test_a_missing_package_is_named_with_its_install_command(monkeypatch):
+  monkeypatch.setitem(sys.modules, "aiohttp", None)
+  remote._filesystem.cache_clear()
+  with pytest.raises(ValueError, match=r"https://a\.example: .*pip install 'declip_jax\[https\]'"):
+    remote._filesystem("https://a.example")
 
 
 def test_below_a_remote_root():
