@@ -101,7 +101,7 @@ def open_folder(location: str) -> Folder:
     digest.update(repr((found.path, found.images, sorted(found.texts.values()))).encode())
     used = {text for image in found.images for text in _texts_of(image, found)}
     captioned = captioned or bool(used)
-    left_out += files.suffixes([*found.others, *(set(found.texts.values()) - used)])
+    left_out += files.suffixes([*found.others, *sorted(set(found.texts.values()) - used)])
     top = found.path.partition("/")[0]
     tops |= {top} - {""}
     classes |= {top} - {""} if found.images else set()
@@ -139,7 +139,7 @@ def _listing(folder: str) -> Iterator[_Files]:
     visible = [name for name in names if not name.startswith(".")]
     images = sorted(name for name in visible if name.lower().endswith(files.IMAGE_SUFFIXES))
     beside = _by_lower_suffix(visible)
-    found = _Files(path, images, beside, [*set(visible).difference(images, beside.values())])
+    found = _Files(path, images, beside, sorted(set(visible).difference(images, beside.values())))
     empty = empty and not images
     others += files.suffixes(found.others)
     yield found

@@ -61,7 +61,7 @@ def suffixes(names: Iterable[str]) -> Counter[str]:
 
 def in_words(counts: Mapping[str, int]) -> str:
   """Numbers by suffix in words, such as "1,200 .HEIC, 3 .jxl"; the largest come first, and the smallest are summed."""
-  first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_SUFFIXES]
+  first = Counter(counts).most_common(_SUFFIXES)
   rest = sum(counts.values()) - sum(count for _, count in first)
   return ", ".join(f"{count:,} {suffix}" for suffix, count in first) + (f" and {rest:,} others" if rest else "")
 
