@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import optax
 
 from declip_jax.config import steps_of
-from declip_jax.data.images import INTERPOLATIONS, EvalView
+from declip_jax.data.images import INTERPOLATIONS, LARGEST_LIMIT, EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
@@ -64,6 +64,7 @@ _RANGES = (
   ("data.interpolation", lambda name: name in INTERPOLATIONS, f"one of {list(INTERPOLATIONS)}"),
   ("data.workers", lambda count: count is None or count >= 0, "0 or more, or None"),
   ("data.threads", lambda count: count is None or count >= 1, "1 or more, or None"),
+  ("data.max_pixels", lambda count: 1 <= count <= LARGEST_LIMIT, f"1 to {LARGEST_LIMIT}, the most that Pillow reads"),
   ("data.max_bad", lambda share: 0 <= share <= 1, "a fraction from 0 to 1"),
   ("data.mask_probability", lambda probability: 0 <= probability <= 1, "0 to 1"),
   (
@@ -156,7 +157,7 @@ def _make_views(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer, grid: 
       f"config.data.patch_share={data.patch_share} hides none or all of the {grid} x {grid} patches that "
       f"config.data.image_size={data.image_size} has with this config.model.image: choose a larger image"
     )
-  rendering = Rendering(data.image_size, data.interpolation, data.engine, data.augment_on)
+  rendering = Rendering(data.image_size, data.interpolation, data.engine, data.augment_on, data.max_pixels)
   masking = Masking(
     data.mask_probability,
     data.mask_slots,
@@ -374,7 +375,7 @@ def make_encoders(config: ConfigDict, built: Built) -> EncoderFactory:
     std=config.model.std,
   )
   functions = make_encode_functions(built.model, built.mesh, tokens=built.objective.compares_tokens)
-  reading = {"workers": config.data.workers, "threads": config.data.threads}
+  reading = {"workers": config.data.workers, "threads": config.data.threads, "max_pixels": config.data.max_pixels}
   return EncoderFactory(functions, built.tokenizer, view, config.evaluate_batch_size, **reading)
 
 

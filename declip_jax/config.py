@@ -204,6 +204,9 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
   c.templates = ()  # captions for examples with a class but no caption, such as ("a photo of a {}.",)
   c.workers = placeholder(int)  # processes that read and augment; 0 uses threads of this process. None: by core count
   c.threads = placeholder(int)  # threads per process. None: by core count
+  # Images of more pixels, height x width, are unusable, since each thread may need 10 bytes of memory for each of them.
+  # Those of WebP, AVIF, CMYK and 32-bit grey count twice, those of JPEG 2000 four times.
+  c.max_pixels = 2**26
   c.max_bad = 0.05  # largest share of unusable samples between two lines of metrics.jsonl before the run stops
   return c
 

@@ -206,7 +206,7 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
     built=built,
     steps=steps,
     sources=opened,
-    samples=pipeline.training_samples(mixture, built.make_views, config.seed, ssl_mixture),
+    samples=pipeline.training_samples(mixture, built.make_views, config.seed, ssl_mixture, config.data.max_pixels),
     abstract=abstract,
     step_fn=build.make_step(config, built, steps, abstract),
     encoders=build.make_encoders(config, built),

@@ -519,6 +519,7 @@ def test_a_run_resumes_with_the_same_losses_on_another_mesh(tmp_path: Path, monk
     ({"data.templates": ("a photo",)}, r"config.data.templates: prompt template 'a photo' needs one {}"),
     ({"data.interpolation": "nearest"}, r"interpolation='nearest': expected one of \['bilinear', 'bicubic'\]"),
     ({"data.workers": -1}, r"config.data.workers=-1: expected 0 or more, or None"),
+    ({"data.max_pixels": 0}, r"config.data.max_pixels=0: expected 1 to 178956970"),
     ({"data.max_bad": 5.0}, r"config.data.max_bad=5.0: expected .*0 to 1"),
     ({"data.image_size": 0}, r"config.data.image_size=0: expected 1 or more"),
     ({"log_every": -1}, r"config.log_every=-1: expected 0 or more"),

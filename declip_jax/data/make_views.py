@@ -22,6 +22,7 @@ class Rendering:
     engine: one of `images.ENGINES`.
     augment_on: "host" makes views completely; "device" leaves everything after the crop to the train step, which reads
       `Recipe.augmentations`. Crops and texts are the same with both.
+    max_pixels: largest number of pixels of an image, see `images.open_photo`.
 
   Raises:
     ValueError: `engine` or `augment_on` has another value.
@@ -31,6 +32,7 @@ class Rendering:
   interpolation: images.Interpolation = "bilinear"
   engine: images.EngineName = "fast"
   augment_on: Literal["host", "device"] = "host"
+  max_pixels: int = images.MAX_PIXELS
 
   def __post_init__(self) -> None:
     if self.augment_on not in ("host", "device"):
@@ -144,7 +146,8 @@ class MakeViews:
         "contrasted with captions; self-supervision on other images needs views of its own, as in recipe 'slip'"
       )
     fields = ["ssl_image" if view in elsewhere else "image" for view in range(len(self.recipe.image_views))]
-    photos = {field: images.open_photo(example[field]) for field in dict.fromkeys(fields)}
+    limit = self.rendering.max_pixels
+    photos = {field: images.open_photo(example[field], limit) for field in dict.fromkeys(fields)}
     drawn = []
     for field, augmentation in zip(fields, self.recipe.augmentations, strict=True):
       params = images.draw(augmentation, photos[field].height, photos[field].width, self.rendering.size, rng)

@@ -39,6 +39,7 @@ class _MakeSample(grain.transforms.RandomMap):
   first: Mixture
   second: Mixture | None
   make_views: Callable[[Example, np.random.Generator], Sample]
+  max_pixels: int
 
   def random_map(self, positions: Any, rng: np.random.Generator) -> Sample:
     first, second = positions if self.second else (positions, None)
@@ -57,7 +58,7 @@ class _MakeSample(grain.transforms.RandomMap):
       try:
         sample = self.make_views(example if other is None else {**example, "ssl_image": other["image"]}, rng)
       except BadSample as error:
-        if other is not None and not _decodes(other["image"]):
+        if other is not None and not _decodes(other["image"], self.max_pixels):
           second = self._skip(self.second, second, _with_id(error, other), bad_counts, rng)
         else:
           first = self._skip(self.first, first, _with_id(error, example), bad_counts, rng)
@@ -81,9 +82,9 @@ def _with_id(error: BadSample, example: Example) -> BadSample:
   return BadSample(error.kind, f"{example['id']}: {error}")
 
 
-def _decodes(image: Any) -> bool:
+def _decodes(image: Any, max_pixels: int) -> bool:
   try:
-    images.decode(image)
+    images.decode(image, max_pixels)
   except BadSample:
     return False
   return True
@@ -105,6 +106,7 @@ def training_samples(
   make_views: Callable[[Example, np.random.Generator], Sample],
   seed: int,
   ssl_mixture: Mixture | None = None,
+  max_pixels: int = images.MAX_PIXELS,
 ) -> grain.MapDataset:
   """Returns all samples of a run, endless and with random access; each epoch of a source is a new permutation of it.
 
@@ -118,6 +120,7 @@ def training_samples(
       replaces it; so the stream still depends only on seed and position.
     seed: the seed of shuffling and augmentation.
     ssl_mixture: the sources of the second stream, whose captions are ignored.
+    max_pixels: largest number of pixels of an image for `make_views`.
 
   Returns:
     Samples of `make_views` with `bad_counts`, int32 `[len(BAD)]`: how many examples of each kind were skipped for this
@@ -126,7 +129,7 @@ def training_samples(
   positions = mixture.positions(seed)
   if ssl_mixture:
     positions = grain.experimental.ZipMapDataset([positions, ssl_mixture.positions(hashed(seed, _SECOND_STREAM))])
-  return positions.random_map(_MakeSample(mixture, ssl_mixture, make_views), seed=seed)
+  return positions.random_map(_MakeSample(mixture, ssl_mixture, make_views, max_pixels), seed=seed)
 
 
 def reader_counts(workers: int | None, threads: int | None, cores: int | None = None) -> tuple[int, int]:
@@ -330,6 +333,7 @@ class EvaluationBatches:
     view: the view of every image.
     batch_rows: which rows of a global batch belong to this host, `[b]`.
     workers, threads: see `evaluation_reader_counts`.
+    max_pixels: largest number of pixels of an image, see `images.open_photo`.
   """
 
   source: Source
@@ -338,6 +342,7 @@ class EvaluationBatches:
   batch_rows: np.ndarray
   workers: int | None = None
   threads: int | None = None
+  max_pixels: int = images.MAX_PIXELS
 
   def __iter__(self) -> Iterator[Sample]:
     local, num_batches = len(self.batch_rows), -(-len(self.source) // self.batch_size)
@@ -358,7 +363,7 @@ class EvaluationBatches:
       return blank
     try:
       example = self.source[index]
-      pixels = images.decode(example["image"])
+      pixels = images.decode(example["image"], self.max_pixels)
     except (BadSample, OSError) as error:
       logging.warning("skipped in the evaluation: %s, example %d: %s", self.source.name, index, error)
       return blank

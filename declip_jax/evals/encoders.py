@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 import numpy as np
 
-from declip_jax.data.images import EvalView
+from declip_jax.data.images import MAX_PIXELS, EvalView
 from declip_jax.evals.similarity import Embeddings, Similarity, TextTokens, cosines, make_late_interaction
 from declip_jax.models.model import Model
 from declip_jax.sharding import batch_rows, batch_sharding, check_batch, replicated, to_global
@@ -87,6 +87,7 @@ class Encoders:
     similarity: scores of embeddings, on every host; all hosts must make the same calls.
     tokens: whether embeddings are tokens (FILIP).
     workers, threads: processes that read images, and threads of each; see `pipeline.evaluation_reader_counts`.
+    max_pixels: largest number of pixels of an image, see `images.open_photo`.
   """
 
   image: Callable[[UInt8[np.ndarray, "b h w c"]], Embeddings]
@@ -100,6 +101,7 @@ class Encoders:
   tokens: bool = False
   workers: int | None = None
   threads: int | None = None
+  max_pixels: int = MAX_PIXELS
 
   def with_callback(self, callback: Callable[[], None]) -> "Encoders":
     """A copy that calls `callback` before each batch, since an evaluation can take long."""
@@ -122,7 +124,7 @@ class EncoderFactory:
     tokenizer: tokenizer of the model.
     view: preprocessing of images.
     batch_size: global batch size of every call, a multiple of the number of devices.
-    workers, threads: see `Encoders`.
+    workers, threads, max_pixels: see `Encoders`.
   """
 
   def __init__(
@@ -134,6 +136,7 @@ class EncoderFactory:
     *,
     workers: int | None = None,
     threads: int | None = None,
+    max_pixels: int = MAX_PIXELS,
   ):
     check_batch(batch_size, functions.mesh, "evaluate_batch_size")
     self._functions, self._sharding = functions, batch_sharding(functions.mesh)
@@ -147,6 +150,7 @@ class EncoderFactory:
       "tokens": functions.tokens,
       "workers": workers,
       "threads": threads,
+      "max_pixels": max_pixels,
     }
 
   def bind(self, params: Tree, collections: Tree) -> Encoders:

@@ -78,7 +78,13 @@ def embed_images(
     then: function applied to the embeddings of each batch, so that not all tokens of a large source are kept.
   """
   batches = EvaluationBatches(
-    source, encoders.batch_size, encoders.view, encoders.batch_rows, encoders.workers, encoders.threads
+    source,
+    encoders.batch_size,
+    encoders.view,
+    encoders.batch_rows,
+    encoders.workers,
+    encoders.threads,
+    max_pixels=encoders.max_pixels,
   )
   encoded = [(then(encoders.image(b["image"])), *encoders.gather((b["label"], b["mask"]))) for b in batches]
   return ImageFeatures(*concatenate(encoded, len(source)))

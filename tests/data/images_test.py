@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 import pytest
 
-from declip_jax.config import OPENAI_MEAN, OPENAI_STD
+from declip_jax.config import OPENAI_MEAN, OPENAI_STD, default
 from declip_jax.data import images
 from declip_jax.data.images import exact, fast, geometry, photo
 from declip_jax.data.images.geometry import Crop
@@ -853,3 +853,7 @@ def test_means_and_deviations_equal_published_ones():
   np.testing.assert_allclose(255 * np.array(OPENAI_STD), [68.500, 66.632, 70.323], atol=1e-3)
   mean, std = images.IMAGENET_MEAN_STD
   assert [round(255 * level, 3) for level in (*mean, *std)] == [123.675, 116.28, 103.53, 58.395, 57.12, 57.375]
+
+
+def test_the_limit_of_pixels_is_that_of_a_config():
+  assert default("clip").data.max_pixels == images.MAX_PIXELS <= images.LARGEST_LIMIT == 2 * Image.MAX_IMAGE_PIXELS

@@ -280,6 +280,36 @@ def test_dead_worker_is_an_error_within_seconds() -> None:
   assert time.perf_counter() - start < 30
 
 
+# The limit of pixels.
+
+
+@dataclass(frozen=True)
+class Squares(Numbers):
+  """The encoded image of example i has 4 x 4 pixels, or 6 x 6 if i is in `broken`."""
+
+  def __getitem__(self, index: int) -> dict:
+    side, file = (6 if index in self.broken else 4), io.BytesIO()
+    Image.new("RGB", (side, side)).save(file, "PNG")
+    return super().__getitem__(index) | {"image": file.getvalue()}
+
+
+def test_a_limit_of_pixels_holds_in_training_and_evaluation() -> None:
+  """Also above the default, and for the images of a second stream."""
+  views = MakeViews(RECIPES["slip"], Tokenizer(16), Rendering(4, max_pixels=16))
+  sources = [Mixture((Squares(20, broken=broken),)) for broken in ((1, 2), (5, 6, 7))]
+  samples = pipeline.training_samples(sources[0], views, 0, sources[1], max_pixels=16)
+  counts = sum(samples[index]["bad_counts"] for index in range(20))
+  assert dict(zip(BAD, counts.tolist(), strict=True))["too many pixels"] == counts.sum() >= 5
+  for limit, readable in ((16, 18), (36, 20)):
+    batches = pipeline.EvaluationBatches(
+      Squares(20, broken=(1, 2)), 4, images.EvalView(2), np.arange(4), max_pixels=limit
+    )
+    assert sum(batch["mask"].sum() for batch in batches) == readable
+  large = io.BytesIO()
+  Image.new("1", (9000, 8000)).save(large, "PNG")
+  assert images.open_photo(large.getvalue(), images.LARGEST_LIMIT).width == 9000
+
+
 # Decoupled: self-supervision on images of a second stream.
 
 

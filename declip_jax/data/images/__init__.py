@@ -13,7 +13,7 @@ two engines can be compared on the same parameters:
 """
 
 from declip_jax.data.images.geometry import Crop, random_resized_crop_box
-from declip_jax.data.images.photo import MAX_PIXELS, Photo, Pixels, decode, open_photo
+from declip_jax.data.images.photo import LARGEST_LIMIT, MAX_PIXELS, Photo, Pixels, decode, open_photo
 from declip_jax.data.images.views import (
   ENGINES,
   INTERPOLATIONS,
@@ -35,6 +35,7 @@ __all__ = [
   "ENGINES",
   "IMAGENET_MEAN_STD",
   "INTERPOLATIONS",
+  "LARGEST_LIMIT",
   "MAX_PIXELS",
   "Augmentation",
   "Crop",

@@ -19,6 +19,7 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 View = UInt8[np.ndarray, "size size 3"]
 
 MAX_PIXELS = 2**26  # 8192 x 8192, 192 MiB decoded; more counts as a decompression bomb
+LARGEST_LIMIT = 178_956_970  # pixels; Pillow does not open larger images
 # Pixels of these formats and modes count several times, since they take several times the memory or time.
 _WEIGHTS = {"AVIF": 2, "CMYK": 2, "F": 2, "I": 2, "WEBP": 2, "JPEG2000": 4}
 _MAX_SCANS = 100  # of a JPEG; progressive ones have some 10, and each scan takes the time of a decoded image
