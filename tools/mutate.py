@@ -75,7 +75,7 @@ MUTATIONS = [
   Mutation("merged sums relative to different maxima", "objectives/blockwise.py",
            "self.total * jnp.exp(self.top - top) + other.total * jnp.exp(other.top - top)",
            "self.total + other.total * jnp.exp(other.top - top)", _BLOCKWISE),
-  Mutation("the ring turns the wrong way", "objectives/blockwise.py",
+  Mutation("the ring passes candidates the wrong way", "objectives/blockwise.py",
            "(device - 1) % count", "(device + 1) % count", _BLOCKWISE),
   Mutation("sign of the sigmoid bias", "objectives/blockwise.py",
            "jnp.broadcast_to(bias, (len(x), 1))", "jnp.broadcast_to(-bias, (len(x), 1))", "objectives/sigmoid_test.py"),

@@ -10,8 +10,8 @@ log-sigmoids for a sigmoid. Three methods compute the same value and gradient:
 | "ring" | `b/p * block` | those of one device at a time, passed from neighbour to neighbour |
 
 The last two compute the blocks twice, once for the sums and once, with the same products again, for the gradient:
-nothing is stored in between, which differentiating the loop itself would do. In the ring a candidate travels with its
-own sums and, in the backward pass, with its gradient, so that after one round both are back on their device.
+nothing is stored in between, as it would be if the loop itself were differentiated. In the ring, a candidate is passed
+on with its sums and, in the backward pass, with its gradient, so that after one round both are back on their device.
 """
 
 from collections.abc import Callable
@@ -182,11 +182,11 @@ class _Running(NamedTuple):
   best: Array
 
   @classmethod
-  def nothing(cls, shape: tuple[int, ...]) -> "_Running":
+  def empty(cls, shape: tuple[int, ...]) -> "_Running":
     return cls(jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.full(shape, jnp.iinfo(jnp.int32).max))
 
   @classmethod
-  def of(cls, matrix: Array, axis: int, first: Any) -> "_Running":
+  def of_block(cls, matrix: Array, axis: int, first: Any) -> "_Running":
     top = matrix.max(axis=axis)
     total = jnp.exp(matrix - jnp.expand_dims(top, axis)).sum(axis=axis)
     return cls(top, total, first + jnp.argmax(matrix, axis=axis))
@@ -200,7 +200,7 @@ class _Running(NamedTuple):
     )
     return _Running(top, total, first)
 
-  def over(self, axes: tuple[str, ...]) -> "_Running":
+  def merged_over(self, axes: tuple[str, ...]) -> "_Running":
     """The sums of all devices merged, on each device."""
     top = jax.lax.pmax(self.top, axes)
     total = jax.lax.psum(self.total * jnp.exp(self.top - top), axes)
@@ -218,26 +218,26 @@ class _Total(NamedTuple):
   total: Array
 
   @classmethod
-  def nothing(cls, shape: tuple[int, ...]) -> "_Total":
+  def empty(cls, shape: tuple[int, ...]) -> "_Total":
     return cls(jnp.zeros(shape))
 
   def merged(self, other: "_Total") -> "_Total":
     return _Total(self.total + other.total)
 
 
-class _Nothing(NamedTuple):
-  """In place of the sums of a side that are not computed."""
+class _NoSums(NamedTuple):
+  """Replaces the sums of a side that are not computed."""
 
   @classmethod
-  def nothing(cls, shape: tuple[int, ...]) -> "_Nothing":
+  def empty(cls, shape: tuple[int, ...]) -> "_NoSums":
     del shape
     return cls()
 
-  def merged(self, other: "_Nothing") -> "_Nothing":
+  def merged(self, other: "_NoSums") -> "_NoSums":
     del other
     return self
 
-  def over(self, axes: tuple[str, ...]) -> "_Nothing":
+  def merged_over(self, axes: tuple[str, ...]) -> "_NoSums":
     del axes
     return self
 
@@ -262,12 +262,12 @@ class _Softmax:
   @property
   def running(self) -> tuple[type, type]:
     """The kinds of sums of rows and of columns."""
-    return _Running, _Running if self.columns else _Nothing
+    return _Running, _Running if self.columns else _NoSums
 
-  def forward(self, matrix: Array, row: Any, column: Any) -> tuple[_Running, _Running | _Nothing]:
+  def forward(self, matrix: Array, row: Any, column: Any) -> tuple[_Running, _Running | _NoSums]:
     if self.without_self:
       matrix = _without_self(matrix, row, column)
-    return _Running.of(matrix, 3, column), _Running.of(matrix, 2, row) if self.columns else _Nothing()
+    return _Running.of_block(matrix, 3, column), _Running.of_block(matrix, 2, row) if self.columns else _NoSums()
 
   def gradients(self, matrix: Array, row: Any, column: Any, rows: Any, columns: Any) -> tuple[Array, Array]:
     """`rows` and `columns` are log-sums and their gradients; `columns` is unused without sums of columns."""
@@ -287,10 +287,10 @@ class _Softmax:
 class _Sigmoid:
   """Sums of binary cross-entropies over rows."""
 
-  running = _Total, _Nothing
+  running = _Total, _NoSums
 
-  def forward(self, matrix: Array, row: Any, column: Any) -> tuple[_Total, _Nothing]:
-    return _Total(-jax.nn.log_sigmoid(_signed(matrix, row, column)).sum(axis=3)), _Nothing()
+  def forward(self, matrix: Array, row: Any, column: Any) -> tuple[_Total, _NoSums]:
+    return _Total(-jax.nn.log_sigmoid(_signed(matrix, row, column)).sum(axis=3)), _NoSums()
 
   def gradients(self, matrix: Array, row: Any, column: Any, rows: Array, columns: tuple[()]) -> tuple[Array, Array]:
     """`rows` are the gradients of their sums; nothing is saved for columns."""
@@ -312,21 +312,21 @@ def _forward(loss: Loss, x: Array, y: Array, method: Method) -> tuple[Any, Any]:
   axes, place, count = _places(method)
   shape, (row_kind, column_kind) = (len(x), len(y)), loss.running
   add = partial(_add_block, loss, x, place * x.shape[1], method.block)
-  rows = row_kind.nothing((*shape, x.shape[1]))
+  rows = row_kind.empty((*shape, x.shape[1]))
   if method.kind == "ring":
 
-    def turn(carry: Any, step: Array) -> tuple[Any, None]:
+    def ring_step(carry: Any, step: Array) -> tuple[Any, None]:
       rows, y, columns = carry
       arriving = _from_next(y, method)  # while the products are computed
       rows, part = add(rows, y, (place + step) % count * y.shape[1])
       return (rows, arriving, _from_next(columns.merged(part), method)), None
 
-    carry = rows, y, column_kind.nothing((*shape, y.shape[1]))
-    (rows, _, columns), _ = jax.lax.scan(turn, carry, jnp.arange(count))
+    carry = rows, y, column_kind.empty((*shape, y.shape[1]))
+    (rows, _, columns), _ = jax.lax.scan(ring_step, carry, jnp.arange(count))
     return rows, columns
   rows, columns = add(rows, jax.lax.all_gather(y, axes, axis=1, tiled=True), 0)
   own = partial(jax.lax.dynamic_slice_in_dim, start_index=place * y.shape[1], slice_size=y.shape[1], axis=2)
-  return rows, jax.tree.map(own, columns.over(axes))
+  return rows, jax.tree.map(own, columns.merged_over(axes))
 
 
 def _add_block(loss: Loss, x: Array, row: Any, block: int, rows: Any, y: Array, column: Any) -> tuple[Any, Any]:
@@ -348,14 +348,14 @@ def _backward(loss: Loss, x: Array, y: Array, rows: Any, columns: Any, method: M
   gradient_x = jnp.zeros_like(x)
   if method.kind == "ring":
 
-    def turn(carry: Any, step: Array) -> tuple[Any, None]:
+    def ring_step(carry: Any, step: Array) -> tuple[Any, None]:
       gradient_x, (y, columns), gradient_y = carry
       arriving = _from_next((y, columns), method)
       gradient_x, more_y = vjp(gradient_x, y, columns, (place + step) % count * y.shape[1])
       return (gradient_x, arriving, _from_next(gradient_y + more_y, method)), None
 
     carry = gradient_x, (y, columns), jnp.zeros_like(y)
-    (gradient_x, _, gradient_y), _ = jax.lax.scan(turn, carry, jnp.arange(count))
+    (gradient_x, _, gradient_y), _ = jax.lax.scan(ring_step, carry, jnp.arange(count))
     return gradient_x, gradient_y
   gathered = jax.lax.all_gather(y, axes, axis=1, tiled=True)
   all_columns = jax.tree.map(partial(jax.lax.all_gather, axis_name=axes, axis=2, tiled=True), columns)

@@ -74,7 +74,7 @@ def augment(
     _view,
     operations=set().union(*map(_operations, used)),
     turn_hue=any(augmentation.jitter[_HUE] for augmentation in used),
-    greatest_radius=max(a.blur_radius[1] if a.blur_probability else 0.0 for a in used),
+    max_radius=max(a.blur_radius[1] if a.blur_probability else 0.0 for a in used),
   )
 
   def draw_views(position: Int[Array, ""]) -> Draws:
@@ -106,7 +106,7 @@ def draw(key: jax.Array, augmentation: Augmentation) -> Draws:
 
 
 def _view(
-  image: UInt8[Array, "h w c"], draws: Draws, *, operations: set[str], turn_hue: bool, greatest_radius: float
+  image: UInt8[Array, "h w c"], draws: Draws, *, operations: set[str], turn_hue: bool, max_radius: float
 ) -> UInt8[Array, "h w c"]:
   """Augments one view of one example; the keyword arguments are known at compile time."""
   planes = tuple(image[..., channel].astype(jnp.float32) for channel in range(3))
@@ -116,7 +116,7 @@ def _view(
     planes = _where(draws.grayscale, (luma(planes),) * 3, planes)
   made = jnp.stack(planes)
   if operations & {"blur", "flip"}:  # solarizing before or after the flip gives the same result
-    made = blur_and_flip(made, jnp.where(draws.blur, draws.radius, 0), draws.flip, greatest_radius)
+    made = blur_and_flip(made, jnp.where(draws.blur, draws.radius, 0), draws.flip, max_radius)
   if "solarize" in operations:
     made = jnp.where(draws.solarize, solarize(made), made)
   return jnp.moveaxis(made.astype(jnp.uint8), 0, -1)
@@ -189,7 +189,7 @@ def adjust_hue(image: Planes, factor: Scalar | float) -> Planes:
 
 
 def blur_and_flip(
-  image: Float[Array, "c h w"], radius: Scalar | float, flip: Flag | bool, greatest_radius: float
+  image: Float[Array, "c h w"], radius: Scalar | float, flip: Flag | bool, max_radius: float
 ) -> Float[Array, "c h w"]:
   """Blurs like Pillow's `GaussianBlur(radius)`, and mirrors left and right if `flip`.
 
@@ -200,16 +200,16 @@ def blur_and_flip(
     image: the image, with the channel axis first.
     radius: standard deviation, in pixels; 0 for no blur.
     flip: whether to mirror.
-    greatest_radius: upper bound of the radius, known at compile time.
+    max_radius: upper bound of the radius, known at compile time.
   """
-  rows, columns = (_three_boxes(radius, greatest_radius, size) for size in image.shape[1:])
+  rows, columns = (_three_boxes(radius, max_radius, size) for size in image.shape[1:])
   columns = jnp.where(flip, columns[::-1], columns)
   blurred = jnp.einsum("ij,cjk->cik", rows, image, precision=jax.lax.Precision.HIGH)
   blurred = jnp.einsum("cik,lk->cil", blurred, columns, precision=jax.lax.Precision.HIGH)
   return jnp.clip(jnp.floor(blurred + 0.5), 0, 255)
 
 
-def _three_boxes(radius: Scalar | float, greatest_radius: float, size: int) -> Float[Array, "size size"]:
+def _three_boxes(radius: Scalar | float, max_radius: float, size: int) -> Float[Array, "size size"]:
   """The matrix of three box blurs, each of variance `radius`^2 / 3 (Gwosdek et al. 2011, extended box filter).
 
   A box has `2 * whole + 1` taps of weight 1, and a tap of weight `edge` at each end.
@@ -217,7 +217,7 @@ def _three_boxes(radius: Scalar | float, greatest_radius: float, size: int) -> F
   variance = radius**2 / 3
   whole = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)
   edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-  reach = int((math.sqrt(4 * greatest_radius**2 + 1) - 1) / 2) + 1
+  reach = int((math.sqrt(4 * max_radius**2 + 1) - 1) / 2) + 1
   place = jnp.arange(size)
   box = jnp.zeros((size, size))
   for offset in range(-reach, reach + 1):

@@ -99,7 +99,7 @@ def test_hue_of_all_colours_equals_pillow():
 
 @pytest.mark.parametrize("image", [IMAGE, IMAGE[:40, :40]])
 def test_blur_is_close_to_pillow_also_at_the_border(image):
-  blur = jax.jit(partial(augment.blur_and_flip, greatest_radius=4.0))
+  blur = jax.jit(partial(augment.blur_and_flip, max_radius=4.0))
   planes = jnp.moveaxis(image, -1, 0).astype(jnp.float32)
   for radius in (*GOLDEN["blur_radius"], 0.7, 1.4142136, 3.3, 4.0):
     golden = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(float(radius))))
