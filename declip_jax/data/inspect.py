@@ -117,8 +117,9 @@ def _kind(path: str) -> str | None:
 
 
 def _kind_of_suffix(path: str) -> str | None:
+  name = remote.without_query(path).lower()
   kinds = {"webdataset": (".tar",), "table": _TABLES, "image": files.IMAGE_SUFFIXES}
-  return next((kind for kind, suffixes in kinds.items() if path.lower().endswith(suffixes)), None)
+  return next((kind for kind, suffixes in kinds.items() if name.endswith(suffixes)), None)
 
 
 def _guess_folder(folder: str) -> str:

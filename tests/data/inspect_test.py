@@ -163,6 +163,12 @@ def test_a_spec_and_a_url():
     guess("memory://bucket/nowhere")
 
 
+def test_the_query_of_a_web_address_does_not_hide_its_suffix(monkeypatch):
+  monkeypatch.setattr("declip_jax.data.storage.patterns.expand", lambda location: [location])
+  url = "https://hub.example/data/train.parquet?download=true"
+  assert guess(url) == f"table:{url}"
+
+
 def test_a_file_url_is_a_local_path(tmp_path):
   touch(tmp_path, "a.tar")
   assert guess(f"file://{tmp_path}") == f"webdataset:{tmp_path}/*.tar"

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import difflib
 from functools import cached_property, lru_cache, partial
-import hashlib
 import itertools
 import json
 import os
@@ -415,13 +414,10 @@ def _write(path: Path, rows: Iterable[_Row], size: int, about: Callable[[], dict
 
 
 def _key(row: _Row, folder: str) -> int:
-  """64 bits that depend on the image and the label of a row."""
+  """64 bits that depend on the image and the label of a row, for this process."""
   _, _, path, image, _, label = row
   relative = path is not None and not path.startswith(b"/") and b"://" not in path
-  place = (os.fsencode(folder) if relative else b"", path or b"", str(label).encode())
-  digest = hashlib.blake2b(b"\0".join(place), digest_size=8)
-  digest.update(image or b"")
-  return int.from_bytes(digest.digest())
+  return hash((folder if relative else "", path, image, label)) % 2**64
 
 
 def _has_repeats(keys: array) -> bool:

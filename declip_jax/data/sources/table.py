@@ -262,14 +262,18 @@ def _entry(number: int, line: int, fields: Mapping[str, Any] | str, columns: _Co
 
 def _image(value: Any, column: str) -> tuple[str | None, bytes | None]:
   """Returns path and bytes of an image, one of them None."""
-  if isinstance(value, Mapping) and value.keys() >= {"bytes", "path"}:  # the image of Hugging Face's datasets
+  if (
+    not isinstance(value, str) and isinstance(value, Mapping) and value.keys() >= {"bytes", "path"}
+  ):  # the image of Hugging Face's datasets
     value = value["path"] if value["bytes"] is None else value["bytes"]
   if isinstance(value, bytes):
     return None, value
   if not isinstance(value, str) or values.is_missing(value):
     raise BadSample("damaged record", f"expected a path for the image in {column!r}, got {short(value)}")
-  path, mark, number = value.strip().rpartition("#")  # NAME.jpg#0 and so on are the captions of Flickr8k and Flickr30k
-  numbered = mark and number.isdecimal() and path.lower().endswith(files.IMAGE_SUFFIXES)
+  if "#" not in value:
+    return value.strip(), None
+  path, _, number = value.strip().rpartition("#")  # NAME.jpg#0 and so on are the captions of Flickr8k and Flickr30k
+  numbered = number.isdecimal() and path.lower().endswith(files.IMAGE_SUFFIXES)
   return path if numbered else value.strip(), None
 
 
@@ -392,6 +396,7 @@ def _lines(text: Lines, columns: Sequence[str], separator: str, number: int) -> 
   """
   ahead: deque[str] = deque()
   last: list[str] = []
+  by_name = dict if len(set(columns)) == len(columns) else _by_name
   while line := ahead.popleft() if ahead else text.readline():
     number += 1
     if not line.strip():
@@ -402,10 +407,13 @@ def _lines(text: Lines, columns: Sequence[str], separator: str, number: int) -> 
     fields, more = line.rstrip("\r\n").split(separator), 0
     last = fields if len(fields) == len(columns) else last
     if '"' in line:
-      ahead.extend(itertools.islice(text, max(0, _QUOTED_LINES - len(ahead))))
-      fields, more = _quoted([line, *ahead], separator, len(columns), last) or (fields, 0)
+      record = _quoted([line], separator, len(columns), last)
+      if record is None:
+        ahead.extend(itertools.islice(text, max(0, _QUOTED_LINES - len(ahead))))
+        record = _quoted([line, *ahead], separator, len(columns), last)
+      fields, more = record or (fields, 0)
     if len(fields) == len(columns):
-      yield number, _by_name(zip(columns, fields, strict=True))
+      yield number, by_name(zip(columns, fields, strict=True))
     else:
       yield number, f"{len(fields)} fields, but {len(columns)} columns: {short(line)}"
     for _ in range(more):

@@ -43,6 +43,8 @@ def captions_of(value: Any) -> list[str]:
   Raises:
     BadSample: the value is none of these.
   """
+  if isinstance(value, str) and (text := value.strip())[:1] not in ("[", "("):  # nearly all values
+    return [] if text in MISSING else [text]
   if is_missing(value):
     return []
   if isinstance(value, Mapping):

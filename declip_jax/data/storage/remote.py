@@ -64,7 +64,7 @@ def _filesystem(root: str) -> fsspec.AbstractFileSystem:
 
 def _web_options() -> dict[str, Any]:
   """Options for fsspec's web client: it follows no redirect from a public server to a private address."""
-  import aiohttp  # fsspec needs it for web addresses only
+  import aiohttp  # pyrefly: ignore[missing-import]  # of the extra https; fsspec needs it for web addresses only
 
   async def check(session: Any, context: Any, redirect: Any) -> None:
     source, target = str(redirect.url), urljoin(str(redirect.url), redirect.response.headers.get("Location", ""))
