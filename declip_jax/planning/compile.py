@@ -60,7 +60,7 @@ class Memory:
 
   Attributes:
     parameters: the model's parameters.
-    optimizer_state: the optimizer's moments.
+    optimizer_state: the optimiser's moments.
     collections: batch statistics, the neighbour bank, the momentum tower.
     batch: one batch.
     padding: what a TPU adds to arrays that do not fill its tiles.

@@ -23,7 +23,7 @@ class State:
   Attributes:
     step: number of steps taken or skipped, int32.
     params: float32, under "towers" and "heads".
-    opt_state: the optimizer's state.
+    opt_state: the optimiser's state.
     collections: batch statistics and the neighbour bank, under "towers" and "heads"; under "momentum" the momentum
       tower's parameters, if a term needs one.
     skipped: the number of steps without an update because the loss, gradient or learning rate was not finite or the

@@ -41,7 +41,7 @@ def train_step(
 ) -> tuple[State, Metrics]:
   """One step on one global batch.
 
-  If the loss, the gradient or the learning rate is not finite, or the gradient spikes, then parameters, optimizer state
+  If the loss, the gradient or the learning rate is not finite, or the gradient spikes, then parameters, optimiser state
   and collections do not change; only the step and the counts of skipped steps change.
 
   Args:
