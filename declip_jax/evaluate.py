@@ -56,7 +56,7 @@ def evaluate(
     ValueError: no evaluation is given, or one that cannot run.
   """
   clip = load(weights or workdir, step=step)
-  config = _config_of_run(workdir, clip.step)
+  config = _config_of_run(workdir, clip.step if weights is None else None)
   if evals is None:
     evals = config.evals if config else ConfigDict()
   if not len(evals):
@@ -73,7 +73,7 @@ def evaluate(
 
 
 def _config_of_run(workdir: Path, step: int | None) -> ConfigDict | None:
-  """The config in a working directory, or, if its file is damaged, that of the checkpoint; None if there is none."""
+  """The config in a working directory, or, if it cannot be read, that of a checkpoint there; None if there is none."""
   fields = read_config(workdir)
   if fields is not None or step is None:
     return fields and config_lib.from_json(json.dumps(fields))

@@ -74,7 +74,8 @@ class Checkpoints:
     minutes: float = 0,
   ):
     self._folder = (Path(workdir) / "checkpoints").resolve()
-    self._folder.mkdir(parents=True, exist_ok=True)
+    if not self._folder.is_dir():
+      self._folder.mkdir(parents=True, exist_ok=True)
     self._best = KeepBest(self._folder, keep_best if best_metric else 0, best_metric)
     self._manager = ocp.CheckpointManager(
       plain_path(self._folder),
