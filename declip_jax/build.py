@@ -14,7 +14,8 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 import optax
 
-from declip_jax.config import steps_of
+from declip_jax.batch_sizes import BatchSizes
+from declip_jax.config import examples_of, steps_of
 from declip_jax.data.images import INTERPOLATIONS, LARGEST_LIMIT, EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
@@ -253,17 +254,34 @@ def _check_unread(subtree: ConfigDict, name: str, *kinds: type) -> None:
 
 
 class Steps(NamedTuple):
-  """All durations of a config in steps, 0 for never, and the learning rate schedule, which has durations of its own."""
+  """All durations of a config in steps, 0 for never.
+
+  Attributes:
+    total: length of training.
+    evaluate, checkpoint, keep_every: steps between two evaluations and checkpoints.
+    schedule: the learning rate schedule, which has durations of its own.
+    evaluate_phase, checkpoint_phase: remainder of the steps that are due, divided by the steps between them.
+    lead: what the schedule adds to the step, which differs from 0 once a run has changed its batch size: it follows the
+      examples that have been seen, counted in batches of the current size.
+  """
 
   total: int
   evaluate: int
   checkpoint: int
   keep_every: int
   schedule: schedules.ScheduleSettings
+  evaluate_phase: int = 0
+  checkpoint_phase: int = 0
+  lead: int = 0
 
 
-def to_steps(config: ConfigDict, epoch_examples: int) -> Steps:
-  """Converts the durations of a config, once.
+def to_steps(config: ConfigDict, epoch_examples: int, batch_sizes: BatchSizes | None = None) -> Steps:
+  """Converts the durations of a config.
+
+  Args:
+    config: the config.
+    epoch_examples: number of examples in an epoch.
+    batch_sizes: the batch sizes of the run so far, the last of which is the config's; by default it has no other one.
 
   Raises:
     ValueError: the run has no length, a duration has two, or a number of `config.safety` is not legal.
@@ -282,7 +300,46 @@ def to_steps(config: ConfigDict, epoch_examples: int) -> Steps:
   settings = {field: value for field, value in config.optimizer.items() if isinstance(value, ConfigDict)}
   durations = {field: convert(value, name=f"optimizer.{field}") for field, value in settings.items()}
   schedule = read_settings(schedules.ScheduleSettings, config.optimizer, "optimizer", total_steps=steps[0], **durations)
-  return Steps(*steps, schedule)
+  converted = Steps(*steps, schedule)
+  if batch_sizes is None or not batch_sizes.since:
+    return converted
+  return _after_change(converted, config, epoch_examples, batch_sizes)
+
+
+def _after_change(steps: Steps, config: ConfigDict, epoch_examples: int, batch_sizes: BatchSizes) -> Steps:
+  """The durations of a run that has changed its batch size, where those in epochs and examples remain what they are.
+
+  Args:
+    steps: durations as if the whole run had the current size.
+    config, epoch_examples, batch_sizes: see `to_steps`.
+  """
+  batches, since = batch_sizes.batches, batch_sizes.since
+
+  def end(length: ConfigDict) -> int:  # of a duration from the start of the run
+    return length.steps or batch_sizes.step(examples_of(length, epoch_examples))
+
+  def phase(length: ConfigDict, every: int) -> int:
+    examples = examples_of(length, epoch_examples)
+    if not examples:
+      return 0
+    return batch_sizes.step(examples * (batch_sizes.examples(since) // examples + 1)) % every
+
+  total, optimizer = end(config.duration), config.optimizer
+  cooldown = steps.schedule.cooldown
+  schedule = dataclasses.replace(
+    steps.schedule,
+    total_steps=batches(total),
+    warmup=batches(end(optimizer.warmup)),
+    cooldown=batches(total) - batches(total - cooldown) if optimizer.cooldown.steps else cooldown,
+    milestones=tuple((batches(step - 1) + 1, factor) for step, factor in optimizer.milestones),
+  )
+  return steps._replace(
+    total=total,
+    schedule=schedule,
+    evaluate_phase=phase(config.evaluate_every, steps.evaluate),
+    checkpoint_phase=phase(config.checkpoint.every, steps.checkpoint),
+    lead=batches(since) - since,
+  )
 
 
 def make_step(
@@ -294,12 +351,13 @@ def make_step(
     ValueError: an unknown name, or a batch that does not divide as the config requires.
   """
   _check_batch(config, built.mesh.size)
-  every, last = config.log_every or steps.total, steps.total
+  every, last, lead = config.log_every or steps.total, steps.total, steps.lead
+  rate = schedules.make_schedule(steps.schedule)
   step = partial(
     train_step,
     model=built.model,
     optimizer=built.optimizer,
-    schedule=schedules.make_schedule(steps.schedule),
+    schedule=(lambda step: rate(step + lead)) if lead else rate,
     gradient_fn=make_gradient(
       config.micro_batching,
       config.micro_batches,
@@ -308,7 +366,7 @@ def make_step(
       frozen=config.optimizer.frozen,
       gather=partial(gather, mesh=built.mesh, dtype=jnp.dtype(config.model.dtype)),
     ),
-    momentum_decay=lambda step: momentum_at(step, last, config.momentum_tower.decay),
+    momentum_decay=lambda step: momentum_at(step + lead, steps.schedule.total_steps, config.momentum_tower.decay),
     is_diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
     augment=make_augment(config, built),
     diagnose=partial(

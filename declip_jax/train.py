@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from declip_jax import build
+from declip_jax.batch_sizes import BatchSizes
 from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
 from declip_jax.data.mixture import Mixture
@@ -92,8 +93,9 @@ def train(
     checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.steps, workdir)))
     rollbacks = Rollbacks(workdir, config.safety.max_rollbacks)
     start, state, position, notes = _restore_or_create(config, run, checkpoints, rollbacks, watchdog)
+    run, resized = _with_batch_sizes(config, run, checkpoints, start)
     services = _open_services(config, run, workdir, start, checkpoints, rollbacks, profile, watchdog, stack)
-    _open(config, run, services, start, [*messages, *notes])
+    _open(config, run, services, start, [*messages, *notes, resized])
     batches = stack.enter_context(contextlib.closing(_open_batches(config, run, position)))
     services.evaluate_if_missed(start, state)
     loop(run.step_fn, batches, state, start, services)
@@ -173,6 +175,8 @@ class _Prepared(NamedTuple):
   """A run before anything is allocated, compiled or written."""
 
   built: build.Built
+  epoch_examples: int
+  batch_sizes: BatchSizes
   steps: build.Steps
   sources: list[Source]
   samples: grain.MapDataset
@@ -194,7 +198,8 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
   check_batch(config.batch_size, built.mesh, "batch_size")
   mixture, ssl_mixture = _open_mixtures(config, built, sources, watchdog)
   opened = [*mixture.sources, *(ssl_mixture.sources if ssl_mixture else ())]
-  steps = build.to_steps(config, sum(map(len, mixture.sources)))
+  epoch_examples = sum(map(len, mixture.sources))
+  steps = build.to_steps(config, epoch_examples)
   watchdog.beat("the comparison of the data that all processes have opened")
   check_sizes([(source.name, len(source)) for source in opened])
   build.check_evals(config.evals, built.objective)
@@ -204,6 +209,8 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
   abstract = abstract_state(batch_shape, built.mesh, model=built.model, optimizer=built.optimizer)
   return _Prepared(
     built=built,
+    epoch_examples=epoch_examples,
+    batch_sizes=BatchSizes.constant(config.batch_size),
     steps=steps,
     sources=opened,
     samples=pipeline.training_samples(mixture, built.make_views, config.seed, ssl_mixture, config.data.max_pixels),
@@ -285,6 +292,23 @@ def _restore_or_create(
   return 0, state, None, messages
 
 
+def _with_batch_sizes(
+  config: ConfigDict, run: _Prepared, checkpoints: Checkpoints, start: int
+) -> tuple[_Prepared, str]:
+  """Returns a run whose durations count the examples of earlier batches of another size, and a message about them."""
+  before = checkpoints.batch_sizes(start) if start else None
+  sizes = (before or run.batch_sizes).resumed(start, config.batch_size)
+  if not sizes.since:
+    return run, ""
+  steps = build.to_steps(config, run.epoch_examples, sizes)
+  step_fn = build.make_step(config, run.built, steps, run.abstract)
+  message = (
+    f"the batch size has been {sizes.size} since step {sizes.since:,}, and {sizes.changes[-2][1]} before: durations in "
+    f"epochs and examples count the {sizes.examples(start):,} examples so far"
+  )
+  return run._replace(batch_sizes=sizes, steps=steps, step_fn=step_fn), message
+
+
 def _open_services(
   config: ConfigDict,
   run: _Prepared,
@@ -317,8 +341,15 @@ def _open_services(
 
   return Services(
     workdir=workdir,
-    cadence=Cadence(steps.total, config.log_every, steps.evaluate, steps.checkpoint),
-    batch_size=config.batch_size,
+    cadence=Cadence(
+      steps.total,
+      config.log_every,
+      steps.evaluate,
+      steps.checkpoint,
+      evaluate_phase=steps.evaluate_phase,
+      checkpoint_phase=steps.checkpoint_phase,
+    ),
+    batch_sizes=run.batch_sizes,
     config=json.loads(config.to_json_best_effort()),  # of a term of the user's own only the name of its function
     abstract=run.abstract,
     max_skipped_steps=config.safety.max_skipped_steps,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from declip_jax.batch_sizes import BatchSizes
 from declip_jax.data.sources import BAD
 from declip_jax.reporting.metrics import MetricWriter
 from declip_jax.reporting.progress import TrainingProgress
@@ -41,6 +42,7 @@ class FakeTraining:
     on_step: called with the number of each batch when its step begins.
     step_fn: the step.
     keep: arguments of `Checkpoints`.
+    batch_size: number of examples in a batch.
   """
 
   cadence: Cadence = dataclasses.field(default_factory=lambda: Cadence(total=8, log=1, checkpoint=2))
@@ -56,6 +58,7 @@ class FakeTraining:
   keep: dict[str, Any] = dataclasses.field(default_factory=lambda: {"keep_last": 2})
   hang_timeout: float = 0.0
   profile: tuple[int, int] | None = None
+  batch_size: int = BATCH_SIZE
 
   def run(self, workdir: Path) -> Services:
     """Trains in a working directory as `train` does, from its newest checkpoint; returns the services."""
@@ -64,15 +67,17 @@ class FakeTraining:
       checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, **self.keep)))
       rollbacks = Rollbacks(workdir, self.max_rollbacks)
       start, state, position = 0, make_state(), {"next_index": 0}
+      sizes = BatchSizes.constant(self.batch_size)
       if restored := checkpoints.restore_newest(abstract()):
         start, state = restored.step, restored.state
         position = rollbacks.position(start, restored.data)
+        sizes = (checkpoints.batch_sizes(start) or sizes).resumed(start, self.batch_size)
       stop = StopRequest(checkpoints.preempted, start)
       stack.enter_context(stop_signals(stop))
       services = Services(
         workdir=workdir,
         cadence=self.cadence,
-        batch_size=BATCH_SIZE,
+        batch_sizes=sizes,
         config={},
         abstract=abstract(),
         max_skipped_steps=self.max_skipped_steps,
@@ -80,11 +85,11 @@ class FakeTraining:
         rollbacks=rollbacks,
         stop=stop,
         writer=stack.enter_context(MetricWriter(workdir, resume_step=start)),
-        progress=stack.enter_context(TrainingProgress(self.cadence.total, BATCH_SIZE)),
+        progress=stack.enter_context(TrainingProgress(self.cadence.total, self.batch_size)),
         trace=stack.enter_context(Trace(workdir / "profile", self.profile)),
         watchdog=stack.enter_context(Watchdog(workdir, self.hang_timeout)),
-        clock=Clock(start, BATCH_SIZE),
-        bad_samples=BadSamples(start, BATCH_SIZE, self.max_bad),
+        clock=Clock(start, self.batch_size),
+        bad_samples=BadSamples(start, self.batch_size, self.max_bad),
         evaluate_state=self.evaluate,
       )
       services.evaluate_if_missed(start, state)
@@ -99,12 +104,12 @@ class FakeTraining:
 
   def batches(self, next_index: int) -> Batches:
     """Yields batches from a position of the input."""
-    number = next_index // BATCH_SIZE
+    number = next_index // self.batch_size
     while True:
       self.on_batch(number)
       value = np.float32(np.nan if number in self.poisoned else 1 + number / 7)
       number += 1
-      yield {"x": jax.device_put(value)}, {"next_index": number * BATCH_SIZE}, np.array(self.bad, np.int32)
+      yield {"x": jax.device_put(value)}, {"next_index": number * self.batch_size}, np.array(self.bad, np.int32)
 
 
 @jax.jit

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from runs import killed_before_line
 
+from declip_jax.batch_sizes import BatchSizes
 from declip_jax.data.sources import BAD
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.rollback import Rollbacks
@@ -90,6 +91,29 @@ def test_a_killed_run_resumes_bit_exact(tmp_path: Path) -> None:
   FakeTraining().run(tmp_path / "killed")
   assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
   assert restore(tmp_path / "killed", 8) == restore(tmp_path / "whole", 8)
+
+
+def test_a_run_with_another_batch_size_counts_the_examples_that_it_has_seen(tmp_path: Path) -> None:
+  FakeTraining(Cadence(total=4, log=1, checkpoint=2), keep={"keep_last": 9}).run(tmp_path)
+  FakeTraining(Cadence(total=6, log=1, checkpoint=2), keep={"keep_last": 9}, batch_size=32).run(tmp_path)
+  services = FakeTraining(Cadence(total=8, log=1, checkpoint=2), keep={"keep_last": 9}, batch_size=8).run(tmp_path)
+  assert [line["examples"] for line in lines(tmp_path)] == [16, 32, 48, 64, 96, 128, 136, 144]
+  assert restore(tmp_path, 8)[1] == {"next_index": 144}
+  assert services.checkpoints.batch_sizes(6) == BatchSizes(((0, 16), (4, 32)))
+  assert services.checkpoints.batch_sizes(8) == BatchSizes(((0, 16), (4, 32), (6, 8)))
+  # From a checkpoint of an earlier part, the later ones do not count.
+  for step in (6, 8):
+    (tmp_path / "checkpoints" / str(step)).rename(tmp_path / f"{step}")
+  FakeTraining(Cadence(total=5, log=1), batch_size=16).run(tmp_path)
+  assert [line["examples"] for line in lines(tmp_path)] == [16, 32, 48, 64, 80]
+
+
+def test_no_rollback_goes_back_behind_a_change_of_the_batch_size_in_silence(tmp_path: Path) -> None:
+  changed = {"max_skipped_steps": 2, "poisoned": tuple(range(2, 20)), "keep": {"keep_last": 9}, "batch_size": 32}
+  FakeTraining(Cadence(total=4, checkpoint=2), keep={"keep_last": 9}).run(tmp_path)
+  with pytest.raises(FloatingPointError, match=r"rolled back to checkpoint 2.*saved before config.batch_size changed"):
+    FakeTraining(Cadence(total=9), **changed).run(tmp_path)
+  assert saved_steps(tmp_path) == [2]
 
 
 def test_a_hidden_transfer_is_an_error(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ LAYERS = {
   "declip_jax.views": 0,
   "declip_jax.unit_norm": 0,
   "declip_jax.architectures": 0,
+  "declip_jax.batch_sizes": 0,
   "declip_jax.methods": 0,
   "declip_jax.config": 0,
   "declip_jax.config_files": 0,

@@ -453,6 +453,26 @@ def test_a_run_resumes_with_the_same_losses_on_another_mesh(tmp_path: Path, monk
   np.testing.assert_allclose(fewer, one, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_run_of_two_epochs_that_doubles_its_batch_after_one_sees_two(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  use_mesh(monkeypatch, 1, 1)
+  config = bare(**{"duration.steps": 0, "duration.epochs": 1.0, "checkpoint.every.steps": 0})
+  config.data.train = ("scenes:train/96/24",)
+  train.train(config, tmp_path)
+  config.duration.epochs, config.batch_size = 2.0, 32
+  train.train(config, tmp_path)
+  assert (
+    "since step 6, and 16 before: durations in epochs and examples count the 96 examples" in capsys.readouterr().err
+  )
+  seen = [line["examples"] for line in read_metrics(tmp_path) if "loss" in line]
+  assert seen == [*range(16, 97, 16), *range(128, 193, 32)]
+  assert final_state(tmp_path, config, 9)[1] == {"next_index": 192}
+  train.train(config, tmp_path)  # finished
+  assert len(read_metrics(tmp_path)) == 9
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [

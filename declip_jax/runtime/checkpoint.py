@@ -1,9 +1,9 @@
 """Checkpoints by orbax: the train state, the position of the input, and the config, written in the background.
 
 A checkpoint has four items: `model` (parameters and collections; evaluation and export read nothing else), `training`
-(step, moments, counters), `data` (the position of the input stream, JSON) and `config` (JSON). After the commit each
-host seals it with checksums (see `runtime.seal`): a checkpoint that is damaged later is skipped, and the previous one
-is used.
+(step, moments, counters), `data` (the position of the input stream and the batch sizes so far, JSON) and `config`
+(JSON). After the commit each host seals it with checksums (see `runtime.seal`): a checkpoint that is damaged later is
+skipped, and the previous one is used.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from declip_jax.batch_sizes import BatchSizes
 from declip_jax.runtime.hosts import any_host, barrier, first_error
 from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.runtime.retention import KeepBest, make_policy
@@ -29,6 +30,7 @@ from declip_jax.runtime.seal import find_damage, read_seals, write_seal
 from declip_jax.training.state import State
 
 Tree = Any
+_BATCH_SIZES = "batch_sizes"  # in the JSON of the input's position
 _BACK_OFF = 30.0, 600.0  # seconds until a failed save is retried: the first time, and at most
 
 
@@ -112,8 +114,17 @@ class Checkpoints:
     *,
     data: Mapping[str, Any],
     config: Mapping[str, Any],
+    batch_sizes: BatchSizes | None = None,
   ) -> None:
-    """Starts to write a checkpoint and returns as soon as the arrays are copied to the host."""
+    """Starts to write a checkpoint and returns as soon as the arrays are copied to the host.
+
+    Args:
+      step: number of steps done.
+      state: train state.
+      data: position of the input.
+      config: config of the run.
+      batch_sizes: batch sizes of the run; None if they are not known.
+    """
     self.wait()
     if self._reason:  # the mount may be back, with its checkpoints, or the folder was deleted
       with contextlib.suppress(OSError):
@@ -125,7 +136,7 @@ class Checkpoints:
     args = ocp.args.Composite(
       model=ocp.args.PyTreeSave(_model(state)),
       training=ocp.args.PyTreeSave(_training(state)),
-      data=ocp.args.JsonSave(dict(data)),
+      data=ocp.args.JsonSave({**data, **({_BATCH_SIZES: batch_sizes.changes} if batch_sizes else {})}),
       config=ocp.args.JsonSave(dict(config)),
     )
     try:
@@ -271,6 +282,7 @@ class Checkpoints:
     )
     found = self._manager.restore(step, args=args)
     found["training"]["skipped"] |= jax.tree.map(_zeros, new)
+    found["data"].pop(_BATCH_SIZES, None)
     return State(**found["model"], **found["training"]), found["data"]
 
   def restore_model(self, step: int, params: Tree, collections: Tree) -> tuple[Tree, Tree]:
@@ -282,6 +294,17 @@ class Checkpoints:
   def config(self, step: int) -> dict[str, Any]:
     """Returns the config with which a step was saved; its tuples have become lists."""
     return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
+  def batch_sizes(self, step: int) -> BatchSizes | None:
+    """Returns the batch sizes of the run up to a step, None if they are not known.
+
+    Older versions did not save them: there it is that of the config of the checkpoint.
+    """
+    data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+    if _BATCH_SIZES in data:
+      return BatchSizes(tuple((first, size) for first, size in data[_BATCH_SIZES]))
+    size = self.config(step).get("batch_size")
+    return size and BatchSizes.constant(size)
 
   def preempted(self, number: int) -> bool:
     """Returns whether any process of several received SIGTERM; each calls it at every step, with rising numbers."""

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from declip_jax.batch_sizes import BatchSizes
 from declip_jax.reporting.metrics import MetricWriter, read_metrics
 from declip_jax.reporting.opening import score_lines
 from declip_jax.reporting.progress import TrainingProgress
@@ -34,24 +35,27 @@ class Cadence:
   Attributes:
     total: number of steps.
     log, evaluate, checkpoint: steps between two of each, 0 for only the last step.
+    evaluate_phase, checkpoint_phase: remainder of the steps that are due, divided by the steps between them.
   """
 
   total: int
   log: int = 0
   evaluate: int = 0
   checkpoint: int = 0
+  evaluate_phase: int = 0
+  checkpoint_phase: int = 0
 
   def logs(self, step: int) -> bool:
     return self._is_due(step, self.log)
 
   def evaluates(self, step: int) -> bool:
-    return self._is_due(step, self.evaluate)
+    return self._is_due(step, self.evaluate, self.evaluate_phase)
 
   def saves(self, step: int) -> bool:
-    return self._is_due(step, self.checkpoint)
+    return self._is_due(step, self.checkpoint, self.checkpoint_phase)
 
-  def _is_due(self, step: int, every: int) -> bool:
-    return step >= self.total or (every > 0 and step % every == 0)
+  def _is_due(self, step: int, every: int, phase: int = 0) -> bool:
+    return step >= self.total or (every > 0 and step % every == phase)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Services:
   Attributes:
     workdir: working directory.
     cadence: when to log, evaluate and save.
-    batch_size: global batch size.
+    batch_sizes: global batch size, now and earlier in the run.
     config: config that is saved with each checkpoint.
     abstract: shapes and shardings of the state.
     max_skipped_steps: number of consecutive skipped steps at which the run rolls back.
@@ -73,7 +77,7 @@ class Services:
 
   workdir: Path
   cadence: Cadence
-  batch_size: int
+  batch_sizes: BatchSizes
   config: Mapping[str, Any]
   abstract: State
   max_skipped_steps: int
@@ -127,11 +131,16 @@ class Services:
       position: position of the input after the offending batches.
 
     Raises:
-      FloatingPointError: see `Rollbacks.roll_back`.
+      FloatingPointError: see `Rollbacks.roll_back`; or the checkpoint is older than the current batch size.
     """
     for leaf in jax.tree.leaves(state):
       leaf.delete()
     restored = self.rollbacks.roll_back(at, _skipped(metrics), position, self.checkpoints, self.abstract)
+    if restored.step < self.batch_sizes.since:
+      raise FloatingPointError(
+        f"{restored.messages[0]}; this checkpoint was saved before config.batch_size changed: run the same command "
+        "again to continue from it"
+      )
     for service in (self.writer, self.clock, self.bad_samples):
       service.roll_back(restored.step)
     for message in restored.messages:
@@ -159,7 +168,7 @@ class Services:
     with self.clock.spending("step"):
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     counts = {"checkpoint_failed": self.checkpoints.failed, "rollbacks": len(self.rollbacks)}
-    values |= {"examples": step * self.batch_size, **bad, **self.clock.values()}
+    values |= {"examples": self.batch_sizes.examples(step), **bad, **self.clock.values()}
     values |= {name: count for name, count in counts.items() if count}
     self.writer.write(step, values)
     self.latest.update(values)
@@ -199,7 +208,7 @@ class Services:
     with self.clock.spending("evaluation"):
       results = self.evaluate_state(state)
     self.checkpoints.score(step, results)
-    self.writer.write(step, {"examples": step * self.batch_size, **results})
+    self.writer.write(step, {"examples": self.batch_sizes.examples(step), **results})
     self.latest.update(results)
     for line in score_lines(step, results):
       self.progress.message(line)
@@ -225,7 +234,7 @@ class Services:
       self.draw_curves()
 
   def _save(self, step: int, state: State, position: dict[str, Any]) -> None:
-    self.checkpoints.save(step, state, data=position, config=self.config)
+    self.checkpoints.save(step, state, data=position, config=self.config, batch_sizes=self.batch_sizes)
 
 
 def _skipped(metrics: Metrics) -> int:

@@ -20,6 +20,8 @@ Schedule = Callable[[Int[Array, "*steps"]], Float[Array, "*steps"]]
 class ScheduleSettings:
   """The fields of `config.optimizer` that set the learning rate, with durations in steps.
 
+  If a run has changed its batch size, they are in batches of the current size.
+
   Attributes:
     schedule: one of `SCHEDULES`.
     total_steps: length of training.
