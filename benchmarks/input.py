@@ -44,6 +44,7 @@ from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import RECIPES, Recipe, get_recipe
 from declip_jax.data.sources import BadSample, Example, open_source
 from declip_jax.data.sources.webdataset import WebDataset
+from declip_jax.data.storage import indexes
 from declip_jax.data.text.tokenizer import OpenAI, Tokenizer
 
 GOALS = {("declip", "fast"): 2.5, ("declip", "device"): 4.0, ("clip", "fast"): 1.5, ("tokens", "plain"): 10.0}
@@ -357,6 +358,7 @@ def write_index(folder: Path, count: int) -> Path:
   shards = [str(shard)] + [f"/data/laion/part-{i // 1000:03}/{i:05}.tar" for i in range(1, -(-count // 10_000))]
   with index.open("ab") as file:
     file.write(json.dumps({"shards": shards, "skipped": {}}).encode())
+  indexes.seal(index, indexes.digest("benchmark"))
   return index
 
 

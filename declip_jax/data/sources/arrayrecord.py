@@ -61,7 +61,7 @@ class ArrayRecord:
   @cached_property
   def _files(self) -> _Files:
     try:
-      about = json.loads(self._index.read_text())
+      about = json.loads(bytes(indexes.contents(self._index)))
       return _Files(about["files"], list(map(tuple, about["stamps"])), np.cumsum(about["counts"]).tolist())
     except (ValueError, LookupError, TypeError) as error:
       raise ValueError(f"{self._index}: damaged index ({error}); delete it to build it again") from error

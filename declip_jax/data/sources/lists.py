@@ -2,8 +2,8 @@
 
 An entry of a list is the path of an image, its captions and its label. The index of a list is an Arrow IPC file (see
 `indexes.find_or_build`), built by streaming and memory-mapped afterwards: building costs about 20 us per entry, opening
-the list again reads nothing of it, and neither a process nor a pickle contains anything that grows with the list. All
-record batches have the same number of entries, so a division finds entry i; what is known only at the end is
+the list again only compares its checksums, and neither a process nor a pickle contains anything that grows with the
+list. All record batches have the same number of entries, so a division finds entry i; what is known only at the end is
 stored as JSON in the metadata of a last, empty batch.
 """
 
@@ -104,8 +104,8 @@ class ListSource:
   @cached_property
   def _batches(self) -> pa.ipc.RecordBatchFileReader:
     try:
-      return pa.ipc.open_file(pa.memory_map(str(self._index)))
-    except (pa.ArrowException, OSError) as error:
+      return pa.ipc.open_file(pa.py_buffer(indexes.contents(self._index)))
+    except (pa.ArrowException, OSError, ValueError) as error:
       if isinstance(error, OSError) and error.errno is not None:  # of the system; Arrow's errors have no number
         raise
       damage = f"{self.name}: its index {self._index} is damaged: {one_line(error)}"

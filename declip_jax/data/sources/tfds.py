@@ -155,7 +155,7 @@ class _Directory:
 
   @cached_property
   def _stamps(self) -> dict[str, files.Stamp]:
-    return {name: (size, state) for name, (size, state) in json.loads(self._index.read_text()).items()}
+    return {name: (size, state) for name, (size, state) in json.loads(bytes(indexes.contents(self._index))).items()}
 
   @cached_property
   def path(self) -> str:

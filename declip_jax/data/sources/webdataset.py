@@ -77,9 +77,8 @@ class WebDataset:
     """The spans, mapped but without the slow indexing of np.memmap, and the JSON that follows them in the file."""
     try:
       spans = np.load(self._index, mmap_mode="r")
-      with self._index.open("rb") as file:
-        file.seek(spans.offset + spans.nbytes)
-        return np.asarray(spans), json.load(file)
+      rest = indexes.contents(self._index)[spans.offset + spans.nbytes :]
+      return np.asarray(spans), json.loads(bytes(rest))
     except (ValueError, EOFError) as error:
       raise ValueError(f"{self._index}: damaged index ({error}); delete it to build it again") from error
 
@@ -174,7 +173,7 @@ def open_webdataset(location: str) -> WebDataset:
   stamps = files.stamps(shards)
   stamp = [_INDEX_FORMAT, list(zip(shards, stamps, strict=True))]
   sizes = [size for size, _ in stamps]
-  build = partial(_build, key=indexes.digest(stamp), shards=shards, sizes=sizes, location=location)
+  build = partial(_build, key=indexes.key(stamp), shards=shards, sizes=sizes, location=location)
   index = indexes.find_or_build(stamp, shards[0], build, ".npy")
   shutil.rmtree(_pieces_folder(index.parent, index.stem), ignore_errors=True)
   source = WebDataset(f"webdataset:{location}", index, layouts.captions_by_line(shards[0]))
@@ -229,6 +228,9 @@ def _build(path: Path, key: str, shards: list[str], sizes: list[int], location: 
   numbered = list(zip(range(len(shards)), shards, sizes, strict=True))
   groups = [numbered[start : start + _GROUP] for start in range(0, len(shards), _GROUP)]
   todo = [jobs.Job(folder / f"{number:06d}", group, len(group)) for number, group in enumerate(groups)]
+  for job in todo:  # of an interrupted build
+    if job.path.is_file() and not indexes.is_usable(job.path, indexes.digest(job.argument), shards[0]):
+      job.path.unlink(missing_ok=True)
   processes = jobs.cores() if len(groups) > 1 and sum(sizes) >= _ALONE else 1
   try:
     with progress.Bar(f"indexing {location}", len(shards), "shards") as bar:
@@ -264,14 +266,14 @@ def write_piece(path: Path, shards: list[tuple[int, str, int]], advance: jobs.Ad
     file.write(json.dumps(about).encode() + b"\n")
     for (number, *_), scan in zip(shards, scans, strict=True):
       file.write(np.insert(scan.spans, 0, number, axis=1).tobytes())
+  indexes.seal(path, indexes.digest(shards))
 
 
 def _join(pieces: list[Path], path: Path, shards: list[str], location: str) -> None:
   """Writes the index from its pieces, one after the other."""
   scans = []
   for piece in pieces:
-    with piece.open("rb") as file:
-      scans += [_Scan(*scan) for scan in json.loads(file.readline())]
+    scans += [_Scan(*scan) for scan in json.loads(_read_piece(piece)[0])]
   count, skipped = sum(scan.spans for scan in scans), _sum(scan.skipped for scan in scans)
   for scan in scans:
     if scan.damage:
@@ -286,9 +288,7 @@ def _join(pieces: list[Path], path: Path, shards: list[str], location: str) -> N
   index = np.lib.format.open_memmap(path, "w+", np.int64, (count, 3))
   start = 0
   for piece in pieces:
-    with piece.open("rb") as file:
-      file.readline()
-      spans = np.frombuffer(file.read(), np.int64).reshape(-1, 3)
+    spans = np.frombuffer(_read_piece(piece)[1], np.int64).reshape(-1, 3)
     index[start : start + len(spans)] = spans
     start += len(spans)
   index.flush()
@@ -301,6 +301,11 @@ def _join(pieces: list[Path], path: Path, shards: list[str], location: str) -> N
       "labels": labels and [min(labels), max(labels)],
     }
     file.write(json.dumps(about | {"suffixes": _sum(scan.suffixes for scan in scans)}).encode())
+
+
+def _read_piece(piece: Path) -> tuple[bytes, bytes]:
+  line, _, spans = bytes(indexes.contents(piece)).partition(b"\n")
+  return line, spans
 
 
 class _Scan(NamedTuple):

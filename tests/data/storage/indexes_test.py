@@ -10,6 +10,10 @@ import pytest
 from declip_jax.data.storage import indexes, remote
 
 
+def text(index: Path) -> str:
+  return bytes(indexes.contents(index)).decode()
+
+
 def test_an_index_is_built_once_for_a_stamp(folder, cache, tmp_path):
   def index(stamp: object) -> Path:
     return indexes.find_or_build(
@@ -18,7 +22,7 @@ def test_an_index_is_built_once_for_a_stamp(folder, cache, tmp_path):
 
   built = []
   first = index([1, "a"])
-  assert first.read_text() == "whole"
+  assert text(first) == "whole"
   assert index([1, "a"]) == first
   assert len(built) == 1
   assert index([2, "a"]) != first
@@ -71,13 +75,75 @@ def test_two_builders_at_once_agree(tmp_path):
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     first, second = pool.map(lambda _: indexes.find_or_build(1, f"{tmp_path}/a", build, ".txt"), range(2))
   assert first == second
-  assert first.read_text() == "whole"
+  assert text(first) == "whole"
   assert len(list(first.parent.iterdir())) == 1
 
 
 def test_a_slower_builder_returns_the_index_of_the_faster_one(tmp_path):
   def late(path: Path) -> None:
-    (path.parent / f"{indexes.digest(1)}.txt").write_text("whole")
+    other = path.parent / f"{indexes.key(1)}.txt"
+    other.write_text("whole")
+    indexes.seal(other, indexes.key(1))
     raise FileNotFoundError("the parts are gone")
 
-  assert indexes.find_or_build(1, f"{tmp_path}/a", late, ".txt").read_text() == "whole"
+  assert text(indexes.find_or_build(1, f"{tmp_path}/a", late, ".txt")) == "whole"
+
+
+WHOLE = bytes(range(256)) * 10
+
+
+def build_whole(path: Path) -> None:
+  path.write_bytes(WHOLE)
+
+
+def test_an_index_that_is_damaged_anywhere_is_named_and_built_again(tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(indexes, "_PIECE", 1000)
+  monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+  index = indexes.find_or_build(1, f"{tmp_path}/a", build_whole, ".bin")
+  good = index.read_bytes()
+  for place in range(0, len(good), 7):
+    for damaged in (good[:place], good[:place] + bytes([good[place] ^ 16]) + good[place + 1 :], good + good[place:]):
+      index.write_bytes(damaged)
+      assert indexes.find_damage(index, index.stem)
+  assert indexes.find_damage(index, indexes.key(2))
+  assert f"{index} is not used, and is built again" not in caplog.text
+  assert indexes.find_or_build(1, f"{tmp_path}/a", build_whole, ".bin") == index
+  assert index.read_bytes() == good
+  assert f"{index} is not used, and is built again" in caplog.text
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 5000])
+def test_contents_of_any_size_are_sealed(size, tmp_path, monkeypatch):
+  monkeypatch.setattr(indexes, "_PIECE", 1000)
+  path = tmp_path / "index"
+  path.write_bytes(bytes(size))
+  indexes.seal(path, indexes.key(1))
+  assert indexes.find_damage(path, indexes.key(1)) == ""
+  assert bytes(indexes.contents(path)) == bytes(size)
+
+
+def test_the_index_of_other_data_is_not_used(tmp_path, caplog):
+  first = indexes.find_or_build(1, f"{tmp_path}/a", build_whole, ".bin")
+  first.rename(other := first.with_name(f"{indexes.key(2)}.bin"))
+  assert text(indexes.find_or_build(2, f"{tmp_path}/a", lambda path: path.write_text("whole"), ".bin")) == "whole"
+  assert f"{other} is not used, and is built again: it is the index {first.stem}" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["mode", "owner"])
+def test_an_index_that_other_users_may_have_written_is_not_used(change, tmp_path, cache, caplog):
+  (tmp_path / "a").touch()
+  index = indexes.find_or_build(1, f"{tmp_path}/a", build_whole, ".bin")
+  if change == "mode":
+    index.chmod(0o664)
+  elif os.geteuid():
+    pytest.skip("only root can give a file away")
+  else:
+    os.chown(index, 12345, -1)
+  own = indexes.find_or_build(1, f"{tmp_path}/a", build_whole, ".bin")
+  assert own.parent == cache  # theirs remains
+  assert index.exists()
+  assert ("other users may write it" if change == "mode" else "it belongs to user 12345") in caplog.text
+  assert indexes.find_or_build(1, f"{tmp_path}/a", lambda path: path.write_text("never"), ".bin") == own
+  if change == "owner":  # unless they own the data, too
+    os.chown(tmp_path / "a", 12345, -1)
+    assert indexes.find_or_build(1, f"{tmp_path}/a", lambda path: path.write_text("never"), ".bin") == index
