@@ -95,7 +95,7 @@ def train(
     start, state, position, notes = _restore_or_create(config, run, checkpoints, rollbacks, watchdog)
     run, resized = _with_batch_sizes(config, run, checkpoints, start)
     services = _open_services(config, run, workdir, start, checkpoints, rollbacks, profile, watchdog, stack)
-    _open(config, run, services, start, [*messages, *notes, resized])
+    _open(config, run, services, start, [*messages, *run.notes, *notes, resized])
     batches = stack.enter_context(contextlib.closing(_open_batches(config, run, position)))
     services.evaluate_if_missed(start, state)
     loop(run.step_fn, batches, state, start, services)
@@ -185,6 +185,7 @@ class _Prepared(NamedTuple):
   encoders: EncoderFactory
   evaluate: Callable[[Encoders], dict[str, float]]
   initial: Weights | None
+  notes: list[str]
 
 
 def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None, watchdog: Watchdog) -> _Prepared:
@@ -219,6 +220,7 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
     encoders=build.make_encoders(config, built),
     evaluate=build.make_evaluators(config.evals, workdir),
     initial=None if _has_checkpoints(workdir) else read_initial(build.make_init_from(config), config.model.to_dict()),
+    notes=mixture.repeats(config.batch_size),
   )
 
 
@@ -279,7 +281,11 @@ def _restore_or_create(
   """Returns the step to start from, its state, its position in the input, and messages."""
   watchdog.beat("restoring the newest checkpoint")
   if restored := checkpoints.restore_newest(run.abstract):
-    return restored.step, restored.state, rollbacks.position(restored.step, restored.data), restored.messages
+    notes, path = restored.messages, config.init_from.path
+    if path:
+      notes = [*notes, f"config.init_from.path={path!r} is not read: the run resumes from its own checkpoint"]
+    return restored.step, restored.state, rollbacks.position(restored.step, restored.data), notes
+  rollbacks.forget()
   watchdog.exempt("compiling the initial state")
   model = run.built.model
   state = create_state(
@@ -301,12 +307,14 @@ def _with_batch_sizes(
   if not sizes.since:
     return run, ""
   steps = build.to_steps(config, run.epoch_examples, sizes)
+  if not config.checkpoint.keep_every.steps:
+    checkpoints.first.length = sizes.batches
   step_fn = build.make_step(config, run.built, steps, run.abstract)
-  message = (
+  note = (
     f"the batch size has been {sizes.size} since step {sizes.since:,}, and {sizes.changes[-2][1]} before: durations in "
     f"epochs and examples count the {sizes.examples(start):,} examples so far"
   )
-  return run._replace(batch_sizes=sizes, steps=steps, step_fn=step_fn), message
+  return run._replace(batch_sizes=sizes, steps=steps, step_fn=step_fn), note
 
 
 def _open_services(
@@ -373,10 +381,10 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
     messages = [*messages, message]
   if jax.process_index():
     return
-  workdir, mesh = services.workdir, run.built.mesh
+  workdir, mesh, finished = services.workdir, run.built.mesh, start >= run.steps.total
   sizes = {source.name: len(source) for source in run.sources}
   stamps = {source.name: source.stamp for source in run.sources}
-  changes = record(config.to_json_best_effort(indent=2, sort_keys=True), mesh, workdir, sizes, stamps)
+  changes = record(config.to_json_best_effort(indent=2, sort_keys=True), mesh, workdir, sizes, stamps, finished)
   lines = opening_lines(
     sources=run.sources,
     weights=run.built.objective.weights,
@@ -389,11 +397,16 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
     abstract=run.abstract,
     changes=changes,
   )
-  if start < run.steps.total:
+  if finished and changes:
+    messages = [*messages, "nothing is trained, so config.json remains that of the run"]
+  if not finished:
     messages = [*messages, "compiling the train step (several minutes for a large model)"]
   for line in [*lines, *filter(None, messages)]:
     services.progress.message(line)
   services.watchdog.beat("reading the first samples")
+  if not start:  # those of an earlier run whose checkpoints are gone
+    for name in ("views", "curves", *config.evals):
+      (workdir / f"{name}.png").unlink(missing_ok=True)
   with pictures.optional(workdir / "views.png"):
     picture = workdir / "views.png"
     augment = build.make_augment(config, run.built)

@@ -191,11 +191,11 @@ def test_training_survives_saves_that_fail(
     FakeTraining().run(tmp_path / "never")
 
 
-@pytest.mark.parametrize(("log", "saved"), [(3, [3, 6, 8]), (0, [2, 4, 6, 8])])
-def test_the_clock_saves_with_and_without_log_lines(
-  log: int, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("log", "every", "saved"), [(3, 5, [3, 6, 8]), (0, 2, [2, 4, 6, 8]), (7, 2, [2, 4, 6, 8])])
+def test_the_clock_saves_with_few_and_without_log_lines(
+  log: int, every: int, saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr("declip_jax.runtime.services._DUE_EVERY", 2)
+  monkeypatch.setattr("declip_jax.runtime.services._DUE_EVERY", every)
   FakeTraining(Cadence(total=8, log=log), keep={"keep_last": 9, "minutes": 1e-9}).run(tmp_path)
   assert saved_steps(tmp_path) == saved
 

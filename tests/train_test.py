@@ -263,11 +263,17 @@ def test_run_leaves_its_record(finished_run: FinishedRun, tmp_path: Path) -> Non
 
 
 def test_a_finished_run_that_is_started_again_only_repeats_its_evaluation(
-  finished_run: FinishedRun, tmp_path: Path
+  finished_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
   shutil.copytree(finished_run.workdir, tmp_path, dirs_exist_ok=True)
-  before = read_metrics(tmp_path)
-  again = train.train(finished_run.config, tmp_path)
+  before, record = read_metrics(tmp_path), (tmp_path / "config.json").read_bytes()
+  other = finished_run.config.copy_and_resolve_references()
+  other.optimizer.learning_rate, other.init_from.path = 1.0, "other.pt"
+  again = train.train(other, tmp_path)
+  messages = capsys.readouterr().err
+  assert "config.init_from.path='other.pt' is not read: the run resumes from its own checkpoint" in messages
+  assert "nothing is trained, so config.json remains that of the run" in messages
+  assert (tmp_path / "config.json").read_bytes() == record
   scores = {name: value for name, value in finished_run.final.items() if name.startswith("eval/")}
   assert {name: again[name] for name in scores} == scores
   assert again["step"] == 8
@@ -460,7 +466,12 @@ def test_a_run_of_two_epochs_that_doubles_its_batch_after_one_sees_two(
   use_mesh(monkeypatch, 1, 1)
   config = bare(**{"duration.steps": 0, "duration.epochs": 1.0, "checkpoint.every.steps": 0})
   config.data.train = ("scenes:train/96/24",)
+  for name in ("views.png", "curves.png"):  # of a run whose checkpoints are gone
+    (tmp_path / name).write_bytes(b"old")
+  Rollbacks(tmp_path).record(3, 8, 4, {"next_index": 128})
   train.train(config, tmp_path)
+  assert not len(Rollbacks(tmp_path))
+  assert all((tmp_path / name).read_bytes() != b"old" for name in ("views.png", "curves.png"))
   config.duration.epochs, config.batch_size = 2.0, 32
   train.train(config, tmp_path)
   assert (
@@ -470,7 +481,7 @@ def test_a_run_of_two_epochs_that_doubles_its_batch_after_one_sees_two(
   assert seen == [*range(16, 97, 16), *range(128, 193, 32)]
   assert final_state(tmp_path, config, 9)[1] == {"next_index": 192}
   train.train(config, tmp_path)  # finished
-  assert len(read_metrics(tmp_path)) == 9
+  assert len(read_metrics(tmp_path)) == 9  # nothing was added
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,18 @@ class Mixture:
     """
     return position[0], int(rng.integers(len(self.sources[position[0]])))
 
+  def repeats(self, batch_size: int) -> list[str]:
+    """Returns a message for each source with fewer examples than its share of a batch."""
+    found = []
+    for source, weight in zip(self.sources, self.weights, strict=True):
+      share = batch_size * weight / sum(self.weights)
+      if len(source) < share:
+        found.append(
+          f"{source.name} has {len(source):,} samples for {share:,.4g} places in each batch: a batch contains some of "
+          "them repeatedly, and a contrastive term compares them as if they were different"
+        )
+    return found
+
   def check_captions(self) -> None:
     """Rejects sources that have classes but no captions, if captions are needed and there are no templates.
 

@@ -25,8 +25,8 @@ import orbax.checkpoint as ocp
 from declip_jax.batch_sizes import BatchSizes
 from declip_jax.runtime.hosts import any_host, barrier, first_error
 from declip_jax.runtime.plain_paths import plain_path
-from declip_jax.runtime.retention import KeepBest, make_policy
-from declip_jax.runtime.seal import find_damage, read_seals, write_seal
+from declip_jax.runtime.retention import KeepBest, KeepFirstOfEach, make_policy
+from declip_jax.runtime.seal import find_damage, is_sealed, read_seals, write_seal
 from declip_jax.training.state import State
 
 Tree = Any
@@ -63,6 +63,10 @@ class Checkpoints:
     best_metric: name of an evaluation metric, higher is better; "" keeps only the newest.
     keep_every: the first checkpoint of each stretch of so many steps is kept in addition; 0 keeps none.
     minutes: time after which `due` asks for the next save; 0 never does.
+
+  Attributes:
+    first: decides which checkpoints are the first of a stretch.
+    failed: number of saves that failed in this process.
   """
 
   def __init__(
@@ -78,11 +82,12 @@ class Checkpoints:
     self._folder = (Path(workdir) / "checkpoints").resolve()
     if not self._folder.is_dir():
       self._folder.mkdir(parents=True, exist_ok=True)
+    self.first = KeepFirstOfEach(keep_every)
     self._best = KeepBest(self._folder, keep_best if best_metric else 0, best_metric)
     self._manager = ocp.CheckpointManager(
       plain_path(self._folder),
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=make_policy(keep_last, keep_every, self._best),
+        preservation_policy=make_policy(keep_last, self.first, self._best),
         save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1),  # the loop decides
       ),
       item_handlers={
@@ -97,7 +102,7 @@ class Checkpoints:
     self._step = 0  # that is being written
     self._error: Exception | None = None  # of the latest save, until it is collected
     self._reason, self._pause, self._retry_at = "", _BACK_OFF[0], 0.0
-    self.failed = 0  # number of saves that failed in this process
+    self.failed = 0
 
   def latest(self) -> int | None:
     """Returns the newest complete step, None if there is none."""
@@ -217,6 +222,7 @@ class Checkpoints:
           failed, damage = failed or error, f"cannot be read: {_first_line(error)}"
         damage = first_error(damage)
       if not damage:
+        self._seal(step)
         return Restored(step, state, data, [self.rename(step, why) for step, why in damaged.items()])
       damaged[step] = damage
     if failed:
@@ -225,6 +231,15 @@ class Checkpoints:
       lines = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
       raise ValueError(f"all checkpoints in {self._folder} are damaged ({lines}); move them away to start from scratch")
     return None
+
+  def _seal(self, step: int) -> None:
+    """Seals what a run that was killed after the commit has not sealed: it has been read, and may be damaged later."""
+    folder = self._folder / str(step)
+    try:
+      if not is_sealed(folder):
+        write_seal(folder)
+    except OSError as error:
+      logging.warning("%s was not sealed: %s", folder, error)
 
   def check(self, step: int, items: Sequence[str] = ()) -> tuple[str, bool]:
     """Compares a checkpoint with its checksums; the hosts share the reading, each in several threads.

@@ -1,6 +1,6 @@
 """Which checkpoints are kept, as preservation policies of orbax: the newest, the best, and one of each stretch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 import math
 from pathlib import Path
@@ -13,25 +13,30 @@ from declip_jax.runtime import records
 _SCORES = "scores.json"  # metrics of an evaluation; written after the checkpoint and its seal
 
 
-def make_policy(last: int, every: int, best: "KeepBest") -> AnyPreservationPolicy:
-  """Returns the policy that keeps the `last` newest checkpoints, the best, and the first of each `every` steps."""
-  return AnyPreservationPolicy([LatestN(max(last, 1)), best, *([KeepFirstOfEach(every)] if every else [])])
+def make_policy(last: int, first: "KeepFirstOfEach", best: "KeepBest") -> AnyPreservationPolicy:
+  """Returns the policy that keeps the `last` newest checkpoints, the best, and the first of each stretch."""
+  return AnyPreservationPolicy([LatestN(max(last, 1)), best, first])
 
 
 class KeepFirstOfEach:
-  """Keeps the first checkpoint in each stretch of `every` steps, except the first stretch.
+  """Keeps the first checkpoint in each stretch of `every` steps, except the first stretch; 0 keeps none.
 
   Orbax's `EveryNSteps` keeps only exact multiples, which checkpoints saved by the clock or at a signal miss, or counts
   from the oldest checkpoint that is left, so the stretches drift.
+
+  Attributes:
+    length: what counts as the length of training up to a step; another function than the step itself once the batch
+      size has changed.
   """
 
   def __init__(self, every: int):
     self._every = every
+    self.length: Callable[[int], int] = lambda step: step
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
-    steps = sorted((checkpoint.step for checkpoint in checkpoints if checkpoint.step >= self._every), reverse=True)
-    kept = {step // self._every: step for step in steps}.values()
+    steps = sorted((checkpoint.step for checkpoint in checkpoints), reverse=True) if self._every else []
+    kept = {self.length(step) // self._every: step for step in steps if self.length(step) >= self._every}.values()
     return [checkpoint.step in kept for checkpoint in checkpoints]
 
 

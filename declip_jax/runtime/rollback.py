@@ -32,6 +32,12 @@ class Rollbacks:
   def __len__(self) -> int:
     return len(self._made)
 
+  def forget(self) -> None:
+    """Removes the rollbacks of an earlier run in this directory, whose checkpoints are gone."""
+    self._made = []
+    if jax.process_index() == 0:
+      self._path.unlink(missing_ok=True)
+
   def roll_back(
     self, at: int, skipped: int, position: dict[str, Any], checkpoints: Checkpoints, abstract: State
   ) -> Restored:

@@ -1,7 +1,7 @@
 """Seals of checkpoints: size and CRC-32 of every file, so that later damage, even to a single bit, is noticed.
 
 Each host seals what it wrote, in `checksums.HOST.json`. The seal is written last: a checkpoint lacks it if the run was
-killed just before.
+killed just before, and gets it when a run has restored it.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ import jax
 from declip_jax.runtime import records
 
 _SEAL = "checksums.{}.json"
+_LATER = re.compile(r"checksums\.\d+\.json.*|scores\..*")
 _CHUNK = 2**24  # bytes read at once
 _REPORT_SECONDS = 10.0  # between messages about a check that takes long
 
@@ -31,11 +32,21 @@ def write_seal(folder: Path) -> None:
     number = re.search(r"process_(\d+)", name)
     return int(number[1]) if number and int(number[1]) < hosts else 0
 
-  names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-  names = [name for name in names if owner(name) == host and not re.fullmatch(r"checksums\.\d+\.json.*", name)]
+  names = [name for name in _names(folder) if owner(name) == host]
   with ThreadPoolExecutor(_threads()) as pool:
     sums = dict(zip(names, pool.map(lambda name: _checksum(folder / name), names), strict=True))
   records.write(folder / _SEAL.format(host), json.dumps(sums).encode())
+
+
+def is_sealed(folder: Path) -> bool:
+  """Whether the seals name every file of a checkpoint."""
+  return set(_names(folder)) <= read_seals(folder)[0].keys()
+
+
+def _names(folder: Path) -> list[str]:
+  """The files of a checkpoint; not the seals, nor the metrics, which are written later."""
+  names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+  return [name for name in names if not _LATER.fullmatch(name)]
 
 
 def read_seals(folder: Path) -> tuple[dict[str, tuple[int, int]], str]:

@@ -25,7 +25,7 @@ from declip_jax.training.state import State
 T = TypeVar("T")
 Metrics = dict[str, jax.Array]
 _PATIENCE = 300.0  # seconds for which the last checkpoint is retried
-_DUE_EVERY = 50  # steps between questions whether a host's clock asks for a checkpoint, in a run without log lines
+_DUE_EVERY = 50  # steps between questions whether a host's clock asks for a checkpoint, without a log line in between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,8 @@ class Services:
 
   def save_is_due(self, step: int) -> bool:
     """Whether a checkpoint is due, by the step or by the clock of any host; the same on every host."""
-    by_clock = step % (self.cadence.log or _DUE_EVERY) == 0 and any_host(self.checkpoints.due())
+    every = self.cadence.log if 0 < self.cadence.log < _DUE_EVERY else _DUE_EVERY
+    by_clock = step % every == 0 and any_host(self.checkpoints.due())
     return by_clock or self.cadence.saves(step)
 
   def save(self, step: int, state: State, position: dict[str, Any]) -> None:
@@ -208,7 +209,8 @@ class Services:
     with self.clock.spending("evaluation"):
       results = self.evaluate_state(state)
     self.checkpoints.score(step, results)
-    self.writer.write(step, {"examples": self.batch_sizes.examples(step), **results})
+    if results:
+      self.writer.write(step, {"examples": self.batch_sizes.examples(step), **results})
     self.latest.update(results)
     for line in score_lines(step, results):
       self.progress.message(line)

@@ -100,6 +100,7 @@ def record(
   workdir: Path,
   samples: Mapping[str, int],
   stamps: Mapping[str, str] = MappingProxyType({}),
+  finished: bool = False,
 ) -> list[str]:
   """Writes `config.json` into a working directory, and adds a line to `starts.jsonl`.
 
@@ -111,12 +112,14 @@ def record(
     workdir: working directory.
     samples: number of samples of each source.
     stamps: stamp of each source.
+    finished: whether there is nothing left to train, so that `config.json` remains that of the run.
 
   Returns:
     Messages about the fields and the data that have changed since the last start in this directory.
   """
   before, now = read_config(workdir), config_lib.parse_json(config)
-  records.write(workdir / "config.json", f"{config}\n".encode())
+  if not finished or before is None:
+    records.write(workdir / "config.json", f"{config}\n".encode())
   about = {
     "time": round(time.time(), 3),
     "command": sys.argv,

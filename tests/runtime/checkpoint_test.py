@@ -1,11 +1,13 @@
 """Checkpoints: retention, damage, failed saves, and restoring onto another layout."""
 
 import errno
+import json
 import os
 from pathlib import Path
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 from checkpoint_files import arrays, flip
 import jax
@@ -14,8 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
+from declip_jax.batch_sizes import BatchSizes
 from declip_jax.models import bank
 from declip_jax.runtime.checkpoint import Checkpoints
+from declip_jax.runtime.retention import KeepFirstOfEach
+from declip_jax.runtime.seal import is_sealed, read_seals
 from declip_jax.sharding import make_mesh
 from declip_jax.training.state import State
 
@@ -256,6 +261,13 @@ def test_the_first_checkpoint_of_each_interval_is_kept(tmp_path: Path) -> None:
   assert save_steps(tmp_path, {40: None, 41: None}, keep_last=1, keep_every=10) == [10, 31, 40, 41]
 
 
+def test_the_intervals_hold_when_the_batch_size_changes() -> None:
+  policy, found = KeepFirstOfEach(20), [SimpleNamespace(step=step) for step in (5, 10, 15, 20, 30, 40, 41, 60)]
+  policy.length = BatchSizes(((0, 32), (20, 16))).batches
+  kept = policy.should_preserve(found, context=None)
+  assert [checkpoint.step for checkpoint, keep in zip(found, kept, strict=True) if keep] == [10, 20, 40, 60]
+
+
 DAMAGE = {
   "a bit of the arrays": (lambda folder: flip(arrays(folder / "model")[0]), "does not match its checksum"),
   "a bit of the config": (lambda folder: flip(folder / "config" / "metadata"), "does not match its checksum"),
@@ -338,3 +350,27 @@ def test_checkpoints_without_seals_and_counters_are_restored(tmp_path: Path) -> 
   checkpoints.close()
   assert {name: int(x) for name, x in found.state.skipped.items()} == {"total": 0, "in_a_row": 0, "later": 0}
   assert (found.step, found.messages) == (3, [])
+
+
+def test_a_checkpoint_that_a_killed_run_did_not_seal_is_sealed_once_it_is_restored(tmp_path: Path) -> None:
+  save_steps(tmp_path, {3: None, 5: 0.5}, keep_last=2, keep_best=1, best_metric="top1")
+  folder = tmp_path / "checkpoints" / "5"
+  (folder / "checksums.0.json").unlink()
+  assert restore_newest(tmp_path).step == 5
+  assert is_sealed(folder)
+  assert "scores.json" not in read_seals(folder)[0]  # a later evaluation writes it again
+  flip(arrays(folder / "model")[0])
+  found = restore_newest(tmp_path)
+  assert found.step == 3
+  assert "does not match its checksum" in found.messages[0]
+
+
+def test_files_of_a_host_that_was_killed_before_it_sealed_them_are_sealed(tmp_path: Path) -> None:
+  save_steps(tmp_path, {3: None}, keep_last=1)
+  folder = tmp_path / "checkpoints" / "3"
+  sums = json.loads((folder / "checksums.0.json").read_text())
+  other = arrays(folder / "model")[0].relative_to(folder).as_posix()
+  (folder / "checksums.0.json").write_text(json.dumps({name: entry for name, entry in sums.items() if name != other}))
+  assert not is_sealed(folder)
+  assert restore_newest(tmp_path).step == 3
+  assert read_seals(folder)[0] == {name: tuple(entry) for name, entry in sums.items()}

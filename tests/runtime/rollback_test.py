@@ -44,3 +44,10 @@ def test_a_line_that_is_cut_off_or_garbled_anywhere_stops_nothing(tmp_path: Path
     assert len(rollbacks) in (1, 2)
     assert rollbacks.target([2, 4], 5) in (2, 4)
     assert rollbacks.position(4, {"next_index": 64})["next_index"] >= 64
+
+
+def test_a_run_that_begins_anew_forgets_the_rollbacks_of_another_one(tmp_path: Path) -> None:
+  Rollbacks(tmp_path).record(3, 8, 4, {"next_index": 128})
+  rollbacks = Rollbacks(tmp_path)
+  rollbacks.forget()
+  assert len(rollbacks) == len(Rollbacks(tmp_path)) == 0

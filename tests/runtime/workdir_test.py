@@ -88,6 +88,14 @@ def test_data_with_another_stamp_and_as_many_samples_are_reported(tmp_path: Path
   assert changed.startswith("a has as many samples as before, but its files have changed")
 
 
+def test_a_finished_run_keeps_its_config(tmp_path: Path) -> None:
+  config, mesh = tiny_config("clip"), sharding.make_mesh(-1, 1)
+  workdir_lib.record(before := config.to_json_best_effort(), mesh, tmp_path, {})
+  config.seed = 7
+  assert workdir_lib.record(config.to_json_best_effort(), mesh, tmp_path, {}, finished=True) == ["config.seed: 0 -> 7"]
+  assert (tmp_path / "config.json").read_text() == before + "\n"
+
+
 def test_a_list_of_starts_that_is_cut_off_or_garbled_anywhere_stops_no_start(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
