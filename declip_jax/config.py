@@ -342,7 +342,8 @@ def steps_of(length: ConfigDict, *, name: str, batch_size: int, epoch_examples: 
   given = {unit: value for unit, value in length.items() if value}
   if len(given) > 1 or any(value < 0 for value in given.values()):
     raise ValueError(f"config.{name}={given}: set one of steps, epochs, examples, and the others to 0")
-  return length.steps or math.ceil(examples_of(length, epoch_examples) / batch_size)
+  examples = examples_of(length, epoch_examples)
+  return length.steps or math.ceil(examples / batch_size)
 
 
 def examples_of(length: ConfigDict, epoch_examples: int) -> float:

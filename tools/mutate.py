@@ -256,7 +256,7 @@ MUTATIONS = [
   Mutation("the worst checkpoints are kept", "runtime/retention.py",
            "ranked[-self._count :]", "ranked[: self._count]", "runtime/checkpoint_test.py"),
   Mutation("the last checkpoint of a stretch is kept", "runtime/retention.py",
-           "if checkpoint.step >= self._every), reverse=True)", "if checkpoint.step >= self._every))",
+           "for checkpoint in checkpoints), reverse=True)", "for checkpoint in checkpoints))",
            "runtime/checkpoint_test.py"),
   Mutation("a rollback goes too far", "runtime/rollback.py", "if step <= healthy]", "if step < healthy]",
            "runtime/rollback_test.py"),
