@@ -181,14 +181,14 @@ def compare(method: str, found: dict[str, np.ndarray], expected: dict[str, np.nd
     ours = found[name]
     if name.endswith("qkv/bias"):
       ours, value = (np.delete(np.stack(np.split(x, 3, axis=-1)), 1, axis=0) for x in (ours, value))
-    if not blind(method, name) and not name.startswith("skipped"):
+    if not has_zero_gradient(method, name) and not name.startswith("skipped"):
       largest = np.abs(value).max()
       of_largest = largest * (2 if method.endswith(" resnet") else 1)
       scale = 1e-5 * (of_largest if name.startswith("gradient/") else max(1, largest))
       np.testing.assert_allclose(ours, value, rtol=0, atol=scale, err_msg=f"{method}: {name}")
 
 
-def blind(method: str, name: str) -> bool:
+def has_zero_gradient(method: str, name: str) -> bool:
   """Whether the loss does not depend on a parameter, so that its exact gradient is zero.
 
   That is the case for a bias before a batch norm, and for that of SimSiam's projections, whose prediction starts with a

@@ -35,8 +35,8 @@ from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.training.state import State
 
 
-def without_blind_biases(params: Any) -> Any:
-  """Sets the biases to zero on which the loss does not depend.
+def zero_biases_without_effect(params: Any) -> Any:
+  """Sets to zero the biases on which the loss does not depend.
 
   These are the biases of attention keys, since softmax removes them, the biases of linear layers before a batch norm,
   and the bias of SimSiam's projection, since its prediction starts with a linear layer and a batch norm. Their exact
@@ -50,8 +50,8 @@ def without_blind_biases(params: Any) -> Any:
       return np.concatenate([query, np.zeros_like(query), value], axis=-1)
     head = params["heads"].get(names[1], {})
     normed = names[-1] == "bias" and names[-2].replace("linear", "norm") in head
-    blind = (normed and names[-2].startswith("linear")) or names == ["heads", "projector", "norm2", "bias"]
-    return np.zeros_like(leaf) if blind else leaf
+    without_effect = (normed and names[-2].startswith("linear")) or names == ["heads", "projector", "norm2", "bias"]
+    return np.zeros_like(leaf) if without_effect else leaf
 
   return jax.tree.map_with_path(clear, params)
 
@@ -82,7 +82,7 @@ def assert_same_run(workdir: Path, method: str, one: tuple[list[dict[str, float]
     for name in line.keys() & {name for name in expected if name.startswith(("loss", "eval/"))}:
       np.testing.assert_allclose(line[name], expected[name], rtol=0, atol=1e-5, err_msg=f"{name} at {line['step']}")
   ours, ours_position = final_state(workdir, four_steps(method), 4)
-  assert_equal(without_blind_biases(ours.params), without_blind_biases(state.params), atol=1e-5)
+  assert_equal(zero_biases_without_effect(ours.params), zero_biases_without_effect(state.params), atol=1e-5)
   assert_equal(banks(ours), banks(state), atol=1e-5)
   assert ours_position == position
 
