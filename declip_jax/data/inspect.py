@@ -4,17 +4,14 @@
 
 Reads a fixed random subset of the samples and prints image formats and sizes, captions and their lengths, classes, and
 bad samples with their names. The kind of a plain path is detected: shards, tables, annotations, folders. The first
-line printed is the spec to train with.
+line printed is the spec to train with; other splits are named, and not read. Fails if every sample is bad.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 import io
-import itertools
-import json
 import os
-import re
 from typing import NamedTuple
 
 from absl import flags
@@ -24,8 +21,9 @@ from PIL import Image
 
 from declip_jax import command_line
 from declip_jax.data import images, records
-from declip_jax.data.sources import SOURCES, BadSample, Source, open_source
-from declip_jax.data.storage import files, jobs, patterns, remote
+from declip_jax.data.guess import guesses
+from declip_jax.data.sources import BadSample, Source, open_source
+from declip_jax.data.storage import files, jobs
 from declip_jax.data.text.tokenizer import Tokenizer
 
 _THREADS = 8
@@ -33,11 +31,6 @@ _NAMED = 3  # bad samples of each kind to name
 _CLASSES = 8  # classes to name
 _COLUMNS, _ROWS, _SIDE = 6, 4, 224  # of the sheet, and the longer side of its images in pixels
 _CONTEXT = 77  # tokens, with start and end of text
-
-_TABLES = (".csv", ".tsv", ".psv", ".jsonl", ".ndjson", ".parquet", ".pq")
-_TABLES += tuple(f"{suffix}.gz" for suffix in (*_TABLES, ".json"))
-_WALKED = 1000  # folders to search for images
-_NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")  # ends the names of TFDS's files
 
 
 class Sample(NamedTuple):
@@ -62,109 +55,6 @@ class Sample(NamedTuple):
   captions: tuple[str, ...]
   tokens: tuple[int, ...]
   label: int
-
-
-def guess(path: str) -> str:
-  """Returns the spec of the data set at a path or URL; a spec is returned unchanged.
-
-  | found | source |
-  |---|---|
-  | .tar | webdataset |
-  | .array_record | arrayrecord; tfds if a dataset_info.json is next to it |
-  | .csv .tsv .psv .jsonl .ndjson .parquet .pq, also .gz; a .json that is a list | table |
-  | another .json | coco |
-  | a folder prepared by TFDS, or saved by Hugging Face's datasets | tfds, huggingface |
-  | a folder of ArrayRecord files, tars or tables | the first of these kinds that exists, as a pattern |
-  | a folder with images, at any depth | folder |
-
-  Raises:
-    FileNotFoundError: nothing exists at the path, and its suffix does not determine the kind.
-    ValueError: no data set was recognised; the message lists what was found.
-  """
-  kind, _, location = path.partition(":")
-  if kind in SOURCES and location and not location.startswith("//"):
-    return path
-  local = path.removeprefix("file://")
-  if not remote.is_url(path) and os.path.isdir(os.path.expanduser(local)):
-    return _guess_folder(local.rstrip("/") or "/")
-  try:
-    found = patterns.expand(path)
-  except FileNotFoundError:
-    if remote.is_url(path) and patterns.names(path):
-      return _guess_folder(path.rstrip("/"))
-    if re.match(r"\w+:(?!//)", path):
-      raise ValueError(f"{path}: {kind!r} is not a kind of source; expected one of {', '.join(SOURCES)}") from None
-    if (kind := _kind_of_suffix(path)) in (None, "image"):
-      raise
-    return f"{kind}:{path}"  # may exist on another machine; `open_source` reports a missing file
-  kinds = {_kind(file) for file in found}
-  if len(kinds) > 1 or kinds <= {None, "image"}:
-    raise ValueError(f"{path}: {_unknown(found)}")
-  (kind,) = kinds
-  if kind == "tfds":
-    return _guess_folder(os.path.dirname(found[0]))
-  return f"{kind}:{path}"
-
-
-def _kind(path: str) -> str | None:
-  """The kind of source that reads a file, "image" for an image, None if unknown."""
-  name = _NUMBERED.sub("", path.lower())
-  if name.endswith(".array_record"):
-    return "tfds" if files.exists(files.beside(path, "dataset_info.json")) else "arrayrecord"
-  if name.endswith(".json"):
-    return "table" if files.read(path, 0, 64).lstrip().startswith(b"[") else "coco"
-  return _kind_of_suffix(name)
-
-
-def _kind_of_suffix(path: str) -> str | None:
-  name = remote.without_query(path).lower()
-  kinds = {"webdataset": (".tar",), "table": _TABLES, "image": files.IMAGE_SUFFIXES}
-  return next((kind for kind, suffixes in kinds.items() if name.endswith(suffixes)), None)
-
-
-def _guess_folder(folder: str) -> str:
-  place = os.path.expanduser(folder)
-  names = patterns.names(place)
-  if "state.json" in names:
-    return f"huggingface:{folder}"
-  for name, kind in (("dataset_dict.json", "huggingface"), ("dataset_info.json", "tfds")):
-    if name in names:
-      return f"{kind}:{folder}:{_split(f'{place}/{name}')}"
-  for suffixes in ((".array_record",), (".tar",), _TABLES):
-    alike = Counter(suffix for suffix in suffixes for name in names if name.lower().endswith(suffix))
-    if alike:
-      return guess(f"{folder}/*{alike.most_common(1)[0][0]}")
-  nested = (name for _, _, inside in itertools.islice(os.walk(place), _WALKED) for name in inside)
-  if any(name.lower().endswith(files.IMAGE_SUFFIXES) for name in (names if remote.is_url(folder) else nested)):
-    return f"folder:{folder}"
-  annotations = [name for name in names if name.endswith(".json")]
-  if len(annotations) == 1:
-    return guess(f"{folder}/{annotations[0]}")
-  folders = [] if remote.is_url(folder) else [f"{entry.name}/" for entry in os.scandir(place) if entry.is_dir()]
-  raise ValueError(f"{folder}: {_unknown([*names, *folders])}")
-
-
-def _split(path: str) -> str:
-  """Chooses a split, "train" or else the first, from a file in which TFDS or Hugging Face lists them.
-
-  Raises:
-    ValueError: the file lists no splits.
-  """
-  try:
-    splits = json.loads(files.read(path))["splits"]
-    names = [split if isinstance(split, str) else split["name"] for split in splits]
-  except (ValueError, LookupError, TypeError):
-    names = []
-  if not names:
-    raise ValueError(f"{path} lists no splits: not a prepared data set?")
-  return "train" if "train" in names else names[0]
-
-
-def _unknown(names: Iterable[str]) -> str:
-  names = list(names)
-  counts = files.suffixes(name for name in names if not name.endswith("/"))
-  found = files.in_words(counts + Counter(folders=len(names) - counts.total())) or "nothing"
-  return f"not recognised as a data set, found {found}; give KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}"
 
 
 def read_samples(source: Source, num_samples: int) -> tuple[list[Sample], list[BadSample]]:
@@ -291,9 +181,14 @@ def _thumbnail(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]
 
 
 def _command(arguments: list[str]) -> None:
-  source = open_source(guess(arguments[0]))
+  first, *others = guesses(arguments[0])
+  source = open_source(first)
   good, bad = read_samples(source, flags.FLAGS.samples)
   print(describe(source, good, bad))
+  for other in others:
+    print(f"{'not read':<13}{other}")
+  if not good:
+    raise ValueError(f"{source.name}: none of the {len(bad)} samples that were read can be used, such as {bad[0]}")
   if sheet := flags.FLAGS.sheet:
     draw(source, good, sheet)
     print(f"{'sheet':<13}{sheet}")

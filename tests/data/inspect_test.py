@@ -1,16 +1,20 @@
+import contextlib
 import io
 import json
 from pathlib import Path
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
 from PIL import Image
 import pytest
 
-from declip_jax.data.inspect import describe, draw, guess, read_samples
+from declip_jax.data import inspect
+from declip_jax.data.guess import guess, guesses
+from declip_jax.data.inspect import describe, draw, read_samples
 from declip_jax.data.sources import open_source
 from declip_jax.data.sources.scenes import open_scenes
 
@@ -133,6 +137,59 @@ def test_a_bare_path_is_recognised(tmp_path, names, path, spec):
   assert guess(f"{tmp_path}/{path}") == expected
 
 
+LINES = "image,caption\n1.jpg,one\n2.jpg,two\n"
+OBJECTS = '{"file_name": "1.jpg", "text": "one"}\n'
+
+
+@pytest.mark.parametrize(
+  ("files", "specs"),
+  [
+    ({"captions.txt": LINES, "README.txt": "x", "Images/2.jpg": ""}, ["table:@/captions.txt?root=@/Images"]),  # Kaggle
+    ({"results.csv": LINES, "a/images/1.jpg": ""}, ["table:@/*.csv?root=@/a/images"]),
+    (
+      {"00000.parquet": "", "00000_stats.json": "{}", "00000/000.jpg": "", "00000/000.txt": "x", "00000/000.json": ""},
+      ["folder:@"],  # img2dataset, format "files"
+    ),
+    ({"train/0.tar": "", "test/0.tar": "", "docs/x.md": ""}, ["webdataset:@/train/*.tar", "webdataset:@/test/*.tar"]),
+    ({"part-0/0.tar": "", "part-1/0.tar": ""}, ["webdataset:@/*/*.tar"]),
+    ({"a/b/0.tar": "", "c/0.tar": ""}, ["webdataset:@/**/*.tar"]),
+    ({"[x]/a/0.tar": "", "[x]/b/c/0.tar": ""}, ["webdataset:@/**/*.tar"]),
+    ({"shards/0.tar": ""}, ["webdataset:@/shards/*.tar"]),
+    (
+      {"toy-train-0.tar": "", "toy-train-1.tar": "", "toy-val-0.tar": "", "toy-0.tar": ""},
+      ["webdataset:@/toy-train*.tar", "webdataset:@/toy-0.tar", "webdataset:@/toy-val*.tar"],
+    ),
+    ({"test.csv": LINES, "train.csv": LINES, "1.jpg": ""}, ["table:@/train*.csv", "table:@/test*.csv"]),
+    (
+      {f"{split}/{name}": text for split in ("val", "train") for name, text in [("m.jsonl", OBJECTS), ("1.jpg", "")]},
+      ["table:@/train/*.jsonl", "table:@/val/*.jsonl"],
+    ),
+    ({"train/m.jsonl": OBJECTS.replace("1.jpg", "train/1.jpg"), "train/1.jpg": ""}, ["table:@/train/*.jsonl?root=@"]),
+    ({"m.json": f"[{OBJECTS.replace('1', 'train/1')}]", "train/1.jpg": ""}, ["table:@/m.json"]),
+    ({"val2017/cat/1.jpg": "", "train2017/cat/1.jpg": ""}, ["folder:@/train2017", "folder:@/val2017"]),
+    ({"train/1.jpg": "", "bus/1.jpg": ""}, ["folder:@"]),  # classes
+    ({"A.TAR": "", "B.TAR": ""}, ["webdataset:@/*.TAR"]),
+    ({"A.TAR": "", "b.tar": ""}, ["webdataset:@/*.TAR::@/*.tar"]),
+    ({"DATA.CSV": LINES, "1.JPG": ""}, ["table:@/*.CSV"]),
+    (
+      {"data/train-0.parquet": "", "data/test-0.parquet": ""},
+      ["table:@/data/train*.parquet", "table:@/data/test*.parquet"],
+    ),
+  ],
+)
+def test_a_folder_is_recognised(tmp_path, files, specs):
+  for name, text in files.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(text)
+  assert guesses(f"{tmp_path}/") == [spec.replace("@", str(tmp_path)) for spec in specs]
+
+
+def test_a_folder_at_a_url_with_folders_of_splits(tmp_path):
+  fsspec.filesystem("memory").pipe({"/splits/set/train/0.tar": b"", "/splits/set/test/0.tar": b""})
+  memory = "webdataset:memory://splits/set"
+  assert guesses("memory://splits/set") == [f"{memory}/train/*.tar", f"{memory}/test/*.tar"]
+
+
 @pytest.mark.parametrize(("splits", "split"), [(["test", "train"], "train"), (["validation"], "validation")])
 def test_a_tfds_folder_is_recognised(tmp_path, splits, split):
   touch(tmp_path, "toy-train.array_record-00000-of-00001", "features.json")
@@ -180,6 +237,8 @@ def test_a_folder_with_brackets(tmp_path):
   spec = guess(f"{tmp_path}/[x]")
   assert spec == f"webdataset:{tmp_path}/[x]/*.tar"
   assert guess(spec.partition(":")[2]) == spec
+  touch(tmp_path, "{y}/a/0.tar", "{y}/b/0.tar")
+  assert guess(f"{tmp_path}/{{y}}") == f"webdataset:{tmp_path}/{{y}}/a/*.tar::{tmp_path}/{{y}}/b/*.tar"
 
 
 def test_an_unknown_kind_is_reported_with_the_known_ones(tmp_path, monkeypatch):
@@ -216,6 +275,20 @@ def test_bad_samples_do_not_stop_it(tmp_path):
   source = open_source(guess(f"{tmp_path}/s.tar"))
   with pytest.raises(ValueError, match=r"s\.tar has no good sample"):
     draw(source, read_samples(source, 10)[0], tmp_path / "s.png")
+
+
+@pytest.mark.parametrize("images", [[b""], [b"", encoded(9, 9, "PNG")]])
+def test_the_command_fails_if_every_sample_is_bad(tmp_path, monkeypatch, capsys, images):
+  monkeypatch.setattr(inspect.flags, "FLAGS", SimpleNamespace(samples=10, sheet=None))
+  for number, image in enumerate(images):
+    (tmp_path / f"{number}.png").write_bytes(image)
+  with (
+    pytest.raises(ValueError, match=r"none of the 1 samples .* can be used, such as 0\.png: ")
+    if len(images) == 1
+    else (contextlib.nullcontext())
+  ):
+    inspect._command([str(tmp_path)])
+  assert f"1 of {len(images)} (" in capsys.readouterr().out
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,14 +8,13 @@ sentences and its split; retrieval is reported on their "test" split, 5,000 and 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 import itertools
-import json
 import re
 from typing import Any
 
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
-from declip_jax.data.storage import files, patterns
+from declip_jax.data.storage import files, patterns, texts
 from declip_jax.data.storage.bounded import parse_json
 from declip_jax.data.storage.reach import Reach
 
@@ -58,8 +57,7 @@ def open_coco(location: str) -> lists.ListSource:
 
 def _entries(path: str, split: str | None) -> Iterator[Entry | BadSample]:
   try:
-    data = files.read(path)
-    content = parse_json(data.decode(json.detect_encoding(data)))
+    content = parse_json(texts.decode(files.read(path), path))
   except ValueError as error:
     raise ValueError(f"{path}: not JSON: {error}") from None
   content = content if isinstance(content, dict) else {}

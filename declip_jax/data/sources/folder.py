@@ -119,6 +119,12 @@ def open_folder(location: str) -> Folder:
   return lists.checked(Folder(name, index, dict(left_out.most_common(_SUFFIXES))))
 
 
+def has_captions(names: Iterable[str]) -> bool:
+  """Whether some of the names of files in a folder are those of an image and its text."""
+  found = _files("", names)
+  return any(_texts_of(image, found) for image in found.images)
+
+
 def _entries(folder: str, classes: dict[str, int]) -> Iterator[Entry | BadSample]:
   for found in _listing(folder):
     top = found.path.partition("/")[0]
@@ -136,16 +142,20 @@ def _listing(folder: str) -> Iterator[_Files]:
   """Yields folder after folder, always in the same order."""
   empty, others = True, Counter()
   for path, names in _remote_folders(folder) if remote.is_url(folder) else _local_folders(folder):
-    visible = [name for name in names if not name.startswith(".")]
-    images = sorted(name for name in visible if name.lower().endswith(files.IMAGE_SUFFIXES))
-    beside = _by_lower_suffix(visible)
-    found = _Files(path, images, beside, sorted(set(visible).difference(images, beside.values())))
-    empty = empty and not images
+    found = _files(path, names)
+    empty = empty and not found.images
     others += files.suffixes(found.others)
     yield found
   if empty:
     instead = f"; found {files.in_words(others)}" if others else ""
     raise FileNotFoundError(f"{folder}: not a folder, or without any image ({' '.join(files.IMAGE_SUFFIXES)}){instead}")
+
+
+def _files(path: str, names: Iterable[str]) -> _Files:
+  visible = [name for name in names if not name.startswith(".")]
+  images = sorted(name for name in visible if name.lower().endswith(files.IMAGE_SUFFIXES))
+  beside = _by_lower_suffix(visible)
+  return _Files(path, images, beside, sorted(set(visible).difference(images, beside.values())))
 
 
 def _local_folders(top: str) -> Iterator[tuple[str, list[str]]]:

@@ -221,9 +221,12 @@ def checked(source: ListSource) -> ListSource:
     FileNotFoundError: none of them can be read; the message says what helps.
     ValueError: classnames.txt lacks a line for a class.
   """
-  largest = max(source._about["labels"], default=-1)
-  if source.classnames and largest >= len(source.classnames):
-    raise ValueError(f"{source.name}: label {largest}, but only {len(source.classnames)} class names")
+  labels, classes = source._about["labels"], len(source.classnames)
+  if classes and max(labels, default=-1) >= classes:
+    hint = "; labels count from 0, and so do the names" if (min(labels), max(labels)) == (1, classes) else ""
+    raise ValueError(f"{source.name}: label {max(labels)}, but only {classes} class names{hint}")
+  for remark in layouts.remarks_on(source.classnames):
+    logging.warning("%s: %s", source.name, remark)
   started, errors = time.monotonic(), list[tuple[int, BadSample]]()
   for index in dict.fromkeys([0, *probes(len(source), _PROBED)]):
     try:

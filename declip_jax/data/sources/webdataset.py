@@ -178,7 +178,7 @@ def open_webdataset(location: str) -> WebDataset:
   shutil.rmtree(_pieces_folder(index.parent, index.stem), ignore_errors=True)
   source = WebDataset(f"webdataset:{location}", index, layouts.captions_by_line(shards[0]))
   _check_labels(source)
-  for remark in (*source.about["remarks"], *_remarks_on_captions(source)):
+  for remark in (*source.about["remarks"], *_remarks_on_captions(source), *layouts.remarks_on(source.classnames)):
     logging.warning("%s: %s", source.name, remark)
   return source
 
@@ -440,11 +440,14 @@ def _described(text: bytes, place: str) -> tuple[tuple[str, ...], tuple[str, ...
   parsed = _parsed(text, place)
   values = [parsed[key] for key in _CAPTION_KEYS if key in parsed]
   listed = _strip(next((value for value in values if isinstance(value, list)), []))
-  if not values:
-    with contextlib.suppress(ValueError):  # several names
-      values = [parsed[key] for key in lists.choose("caption", None, list(parsed), lists.CAPTION_NAMES, place)]
-  others = (value if isinstance(value, list) else [value] for value in values)
-  return listed, next(filter(None, map(_strip, others)), ())
+  if values:
+    return listed, _strip(value for value in values if isinstance(value, str))[:1]
+  try:
+    keys = lists.choose("caption", None, list(parsed), lists.CAPTION_NAMES, place, several=True)
+  except ValueError:  # any of several
+    keys = ()
+  others = (value if isinstance(value, list) else [value] for value in map(parsed.get, keys))
+  return listed, tuple(caption for value in others for caption in _strip(value))
 
 
 def _parsed(text: bytes, place: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Customs of data sets on disk: names of splits, and classnames.txt next to the data or above its split."""
 
+from collections import Counter
 from collections.abc import Sequence
 import re
 
@@ -79,6 +80,13 @@ def classnames_of_folders(path: str, folders: Sequence[str]) -> tuple[str, ...]:
   if blank := [number for number, name in enumerate(names, 1) if not name]:
     raise ValueError(f"{place}: line {blank[0]} is blank, but each folder needs a name; {_REMEDY}")
   return _by_name(folders, names) or _by_number(folders, names, place) or _by_order(folders, names, place)
+
+
+def remarks_on(names: Sequence[str]) -> list[str]:
+  """Says which names several classes have."""
+  equal = [f"{name!r}" for name, count in Counter(names).items() if name and count > 1]
+  few = ", ".join(equal[:5]) + (f" and {len(equal) - 5} more" if len(equal) > 5 else "")
+  return [f"several classes are named {few}, so zero-shot classification cannot tell them apart"] if equal else []
 
 
 def _names(place: str) -> tuple[str, ...]:

@@ -47,6 +47,18 @@ def names(folder: str) -> list[str]:
   return sorted(map(os.path.basename, _entries(files.local_path(folder))))
 
 
+def folders(folder: str) -> list[str]:
+  """Sorted names of the folders in a folder, except hidden ones; empty if it is not a folder or cannot be listed."""
+  if remote.is_url(folder):
+    names = [path.rstrip("/").rpartition("/")[2] for path in remote.listing(folder.rstrip("/"), "directory")]
+  else:
+    try:
+      names = [entry.name for entry in os.scandir(files.local_path(folder)) if entry.is_dir()]
+    except OSError:
+      names = []
+  return sorted(name for name in names if not name.startswith("."))
+
+
 def _braces(pattern: str) -> list[str]:
   """`a-{08..10}` -> `a-08`, `a-09`, `a-10`; `{val,test}-0` -> `val-0`, `test-0`; others are literal, as in a shell."""
   for start in (place for place, character in enumerate(pattern) if character == "{"):

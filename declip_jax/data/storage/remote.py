@@ -90,10 +90,10 @@ def filesystem(url: str) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
     raise OSError(f"{url}: {type(error).__name__}: {error}") from error
 
 
-def listing(folder: str) -> set[str]:
-  """Files in a remote folder, as its file system names them; empty if it cannot be listed."""
+def listing(folder: str, kind: str = "file") -> set[str]:
+  """Files in a remote folder, or those of another kind, as its file system names them; empty if it cannot be listed."""
   try:
     with filesystem(folder) as (system, name):
-      return {info["name"] for info in system.ls(name, detail=True) if info["type"] == "file"}
+      return {info["name"] for info in system.ls(name, detail=True) if info["type"] == kind}
   except OSError:
     return set()

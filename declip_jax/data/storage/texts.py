@@ -41,10 +41,12 @@ def decode(data: bytes, place: str) -> str:
   try:
     return data.decode(encoding)
   except UnicodeDecodeError as error:
-    text, name = data.decode(encoding, "replace"), encoding.removesuffix("-sig").upper()
-    if name == "UTF-8" and text.replace("\N{REPLACEMENT CHARACTER}", "").isascii():
-      text = _western(data) or text
-    logging.log_first_n(logging.WARNING, "%s is not %s, and others may not be either: %s", 1, place, name, error)
+    name, used = encoding.removesuffix("-sig").upper(), "with U+FFFD for what is not"
+    text = data.decode(encoding, "replace")
+    if name == "UTF-8" and text.replace("\N{REPLACEMENT CHARACTER}", "").isascii() and (western := _western(data)):
+      text, used = western, "as Windows-1252"
+    message = "%s is not %s and was read %s; others may not be either: %s"
+    logging.log_first_n(logging.WARNING, message, 1, place, name, used, error)
     return text
 
 

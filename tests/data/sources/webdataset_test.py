@@ -98,6 +98,7 @@ def test_sizes_in_base_256_and_headers_without_magic(tmp_path):
     ({"0.txt": b"a dog", "0.json": b'{"comments": ["a cat"], "title": "a cat"}'}, ("a dog",)),
     ({"0.json": b'{"Alt Text": " a cat ", "url": "x", "key": "0"}'}, ("a cat",)),
     ({"0.json": b'{"sentences": ["a cat", "cats"]}'}, ("a cat", "cats")),
+    ({"0.json": b'{"caption_0": "a cat", "caption_1": "cats"}'}, ("a cat", "cats")),
     ({"0.json": b'{"title": "a cat", "description": "it sits"}'}, ()),
     ({"0.txt": b"a dog", "0.json": b""}, ("a dog",)),
     ({"0.txt": b"a dog", "0.json": b'{"caption": "a c'}, ("a dog",)),

@@ -1,0 +1,283 @@
+"""Which source reads the data at a path: the spec of a path, pattern, folder or URL."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+import fnmatch
+import glob
+import itertools
+import json
+import os
+import re
+
+from declip_jax.data.sources import SOURCES, lists
+from declip_jax.data.sources.folder import has_captions
+from declip_jax.data.sources.table import read_table
+from declip_jax.data.storage import files, layouts, patterns, remote
+
+_TABLES = (".csv", ".tsv", ".psv", ".jsonl", ".ndjson", ".parquet", ".pq")
+_TABLES += tuple(f"{suffix}.gz" for suffix in (*_TABLES, ".json"))
+_TEXTS = (".txt", ".json")  # tables if their contents are
+_MOST_TEXTS = 10  # files with such suffixes in a folder; more are captions
+_SHARDS = {"arrayrecord": ".array_record", "webdataset": ".tar"}
+_COLUMNS = {*lists.IMAGE_NAMES, *lists.CAPTION_NAMES, *lists.LABEL_NAMES}
+_PEEKED = 100  # records of a table
+_PROBED = 10  # images of them to search for
+_WALKED, _WALKED_REMOTE = 1000, 20  # folders to search
+_NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")  # ends the names of TFDS's files
+
+
+def guess(path: str) -> str:
+  """Returns the spec of the data set at a path or URL, the first of `guesses`."""
+  return guesses(path)[0]
+
+
+def guesses(path: str) -> list[str]:
+  """Returns the specs of the data at a path or URL, one for each split, that of training first; a spec is unchanged.
+
+  | found | source |
+  |---|---|
+  | .tar | webdataset |
+  | .array_record | arrayrecord; tfds if a dataset_info.json is next to it |
+  | .csv .tsv .psv .jsonl .ndjson .parquet .pq, also .gz | table |
+  | a .txt whose first line names columns; a .json that is a list | table |
+  | another .json | coco |
+  | a folder prepared by TFDS, or saved by Hugging Face's datasets | tfds, huggingface |
+  | a folder of ArrayRecord files, tars or tables | the first of these kinds that exists, as a pattern |
+  | a folder with folders of splits, such as train and test | what is in those folders |
+  | a folder with images, at any depth | folder |
+  | a folder with tars or tables at any depth | as a pattern |
+
+  Tables whose images are elsewhere get a `root`. They come after a folder of images with captions if their images are
+  not found.
+
+  Raises:
+    FileNotFoundError: nothing exists at the path, and its suffix does not determine the kind.
+    ValueError: no data set was recognised; the message lists what was found.
+  """
+  kind, _, location = path.partition(":")
+  if kind in SOURCES and location and not location.startswith("//"):
+    return [path]
+  local = path.removeprefix("file://")
+  if not remote.is_url(path) and os.path.isdir(os.path.expanduser(local)):
+    return _in_folder(local.rstrip("/") or "/")
+  try:
+    found = patterns.expand(path)
+  except FileNotFoundError:
+    if remote.is_url(path) and (patterns.names(path) or patterns.folders(path)):
+      return _in_folder(path.rstrip("/"))
+    if re.match(r"\w+:(?!//)", path):
+      raise ValueError(f"{path}: {kind!r} is not a kind of source; expected one of {', '.join(SOURCES)}") from None
+    if (kind := _kind_of_suffix(path)) in (None, "image"):
+      raise
+    return [f"{kind}:{path}"]  # may exist on another machine; `open_source` reports a missing file
+  kinds = {_kind(file) for file in found}
+  if len(kinds) > 1 or kinds <= {None, "image"}:
+    raise ValueError(f"{path}: {_unknown(found)}")
+  (kind,) = kinds
+  if kind == "tfds":
+    return _in_folder(os.path.dirname(found[0]))
+  return [f"{kind}:{path}{_query(_root(found[0])) if kind == 'table' else ''}"]
+
+
+def _kind(path: str) -> str | None:
+  """The kind of source that reads a file, "image" for an image, None if unknown."""
+  name = _NUMBERED.sub("", remote.without_query(path).lower())
+  if name.endswith(".array_record"):
+    return "tfds" if files.exists(files.beside(path, "dataset_info.json")) else "arrayrecord"
+  if name.endswith(".json"):
+    return "table" if files.read(path, 0, 64).lstrip().startswith(b"[") else "coco"
+  if name.endswith(".txt"):
+    return "table" if _images(path) else None
+  return _kind_of_suffix(name)
+
+
+def _kind_of_suffix(path: str) -> str | None:
+  name = remote.without_query(path).lower()
+  kinds = {"webdataset": (".tar",), "table": _TABLES, "image": files.IMAGE_SUFFIXES}
+  return next((kind for kind, suffixes in kinds.items() if name.endswith(suffixes)), None)
+
+
+def _in_folder(folder: str) -> list[str]:
+  """The specs of the data in a folder."""
+  place = os.path.expanduser(folder)
+  names = _visible(folder)
+  if "state.json" in names:
+    return [f"huggingface:{folder}"]
+  for name, kind in (("dataset_dict.json", "huggingface"), ("dataset_info.json", "tfds")):
+    if name in names:
+      return [f"{kind}:{folder}:{_split(f'{place}/{name}')}"]
+  for kind, suffix in _SHARDS.items():
+    if alike := [name for name in names if name.lower().endswith(suffix)]:
+      return [f"{kind}:{_location(folder, group, names)}" for group in _groups(alike)]
+  tables = _groups(_tables(place, names))
+  roots = [_root(f"{place}/{group[0]}") for group in tables]
+  specs = [f"table:{_location(folder, group, names)}" for group in tables]
+  specs = [spec + _query(root) for spec, root in zip(specs, roots, strict=True)]
+  if specs and roots[0] is not None:
+    return specs
+  return _in_splits(folder, names) or _below(folder, specs) or _annotations(folder, names)
+
+
+def _tables(folder: str, names: list[str]) -> list[str]:
+  """The names of the tables in a folder, with the most frequent suffix; else those that only their contents reveal."""
+  suffixes = Counter(suffix for suffix in _TABLES for name in names if name.lower().endswith(suffix))
+  if suffixes:
+    return [name for name in names if name.lower().endswith(suffixes.most_common(1)[0][0])]
+  texts = [name for name in names if name.lower().endswith(_TEXTS)]
+  tables = [name for name in texts if len(texts) <= _MOST_TEXTS and _kind(f"{folder}/{name}") == "table"]
+  return [name for name in tables if _images(f"{folder}/{name}") is not None and _root(f"{folder}/{name}") is not None]
+
+
+def _groups(names: Sequence[str]) -> list[list[str]]:
+  """Names by split, those of training first, then those without a split."""
+  groups: dict[str, list[str]] = {}
+  for name in names:
+    groups.setdefault(layouts.split_of(name), []).append(name)
+  return [groups[split] for split in sorted(groups, key=_order)]
+
+
+def _order(split: str) -> tuple[bool, str]:
+  return split != "train", split
+
+
+def _location(folder: str, group: list[str], names: list[str]) -> str:
+  """A pattern that matches a group of files and no other of `names`, or their paths if there is none."""
+  start = re.match(r"[\w-]*[a-zA-Z](?![a-zA-Z])|", os.path.commonprefix(group))
+  for prefix in ("", start[0] if start else ""):
+    ends = [f"{prefix}*{suffix}" for suffix in _spellings(group)]
+    matched = [name for name in names if any(fnmatch.fnmatchcase(name, end) for end in ends)]
+    if matched == group and not group[0].lower().endswith(_TEXTS):
+      return "::".join(f"{folder}/{end}" for end in ends)
+  return "::".join(f"{folder}/{name}" for name in group)
+
+
+def _spellings(names: Iterable[str]) -> list[str]:
+  """The suffixes of data in names, as they are written there."""
+  known = (*_SHARDS.values(), *_TABLES, *_TEXTS)
+  return sorted({name[-len(suffix) :] for name in names for suffix in known if name.lower().endswith(suffix)})
+
+
+def _images(path: str) -> list[str] | None:
+  """Paths of images in a table, none if it contains the images; None if it is not a table of images."""
+  try:
+    with read_table(path, _COLUMNS) as table:
+      (image,) = lists.choose("image", None, table.columns, lists.IMAGE_NAMES, path) or [None]
+      captions = lists.choose("caption", None, table.columns, lists.CAPTION_NAMES, path, several=True)
+      if image is None or not (captions or lists.choose("label", None, table.columns, lists.LABEL_NAMES, path)):
+        return None
+      records = [fields for _, fields in itertools.islice(table.read([image]), _PEEKED) if not isinstance(fields, str)]
+  except (ValueError, OSError):
+    return None
+  return [value.strip() for value in (fields.get(image) for fields in records) if isinstance(value, str)]
+
+
+def _root(table: str) -> str | None:
+  """The folder that the paths in a table are relative to, empty for that of the table; None if it is not found."""
+  if remote.is_url(table):
+    return ""
+  images = _images(table)
+  if not images or any("://" in image for image in images):
+    return None if images is None else ""
+  folder = os.path.dirname(table)
+  below = (path for path, *_ in itertools.islice(os.walk(folder or "."), _WALKED))
+  for root in (folder, *itertools.islice(below, 1, None), os.path.dirname(os.path.abspath(folder))):
+    if any(os.path.isfile(os.path.join(root, image)) for image in images[:_PROBED]):
+      return "" if root == folder else root
+  return None
+
+
+def _query(root: str | None) -> str:
+  return f"?root={root}" if root else ""
+
+
+def _in_splits(folder: str, names: list[str]) -> list[str]:
+  """The specs of the data in folders of splits, such as train and test; none if other folders have images."""
+  folders = patterns.folders(folder)
+  splits = [name for name in folders if layouts.is_split(name)]
+  others = [f"{folder}/{name}" for name in folders if name not in splits]
+  if not splits or _has_images(names):
+    return []
+  if len(splits) == 1 and any(_has_images(found) for other in others for _, found in _walk(other)):
+    return []
+  specs = []
+  for name in sorted(splits, key=lambda name: _order(layouts.split_of(name))):
+    with contextlib.suppress(ValueError):
+      specs.append(_in_folder(f"{folder}/{name}")[0])
+  return specs
+
+
+def _below(folder: str, tables: list[str]) -> list[str]:
+  """The spec of images at any depth, unless there are tables and no captions; else of tables or shards at any depth."""
+  places: dict[str, list[tuple[str, list[str]]]] = {}
+  for path, names in _walk(folder):
+    if _has_images(names):
+      return [f"folder:{folder}"] if has_captions(names) or not tables else tables
+    for kind, suffixes in (*_SHARDS.items(), ("table", _TABLES)):
+      if alike := [name for name in names if name.lower().endswith(suffixes)]:
+        places.setdefault(kind, []).append((path, alike))
+  if tables or not places:
+    return tables
+  kind = min(places, key=[*_SHARDS, "table"].index)
+  if len(places[kind]) == 1:
+    return _in_folder(places[kind][0][0])
+  levels = {path.count("/") - folder.count("/") for path, _ in places[kind]}
+  stars = "/".join("*" * levels.pop()) if len(levels) == 1 else "**"
+  is_literal = not glob.has_magic(folder) and "{" not in folder
+  folders = [f"{folder}/{stars}"] if is_literal else [path for path, _ in places[kind]]
+  suffixes = _spellings(name for _, names in places[kind] for name in names)
+  return [f"{kind}:" + "::".join(f"{place}/*{suffix}" for place in folders for suffix in suffixes)]
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+  """Yields a folder and those below it that are not hidden, and the names of their files, up to a number of folders."""
+  pending = [folder]
+  for _ in range(_WALKED_REMOTE if remote.is_url(folder) else _WALKED):
+    if not pending:
+      return
+    path = pending.pop()
+    yield path, _visible(path)
+    pending += [f"{path}/{name}" for name in reversed(patterns.folders(path))]
+
+
+def _visible(folder: str) -> list[str]:
+  return [name for name in patterns.names(folder) if not name.startswith(".")]
+
+
+def _has_images(names: Iterable[str]) -> bool:
+  return any(name.lower().endswith(files.IMAGE_SUFFIXES) for name in names)
+
+
+def _annotations(folder: str, names: list[str]) -> list[str]:
+  """The specs of the only .json in a folder.
+
+  Raises:
+    ValueError: there is none or several, so that the folder is not recognised.
+  """
+  annotations = [name for name in names if name.lower().endswith(".json")]
+  if len(annotations) == 1:
+    return guesses(f"{folder}/{annotations[0]}")
+  raise ValueError(f"{folder}: {_unknown([*names, *(f'{name}/' for name in patterns.folders(folder))])}")
+
+
+def _split(path: str) -> str:
+  """Chooses a split, "train" or else the first, from a file in which TFDS or Hugging Face lists them.
+
+  Raises:
+    ValueError: the file lists no splits.
+  """
+  try:
+    splits = json.loads(files.read(path))["splits"]
+    names = [split if isinstance(split, str) else split["name"] for split in splits]
+  except (ValueError, LookupError, TypeError):
+    names = []
+  if not names:
+    raise ValueError(f"{path} lists no splits: not a prepared data set?")
+  return "train" if "train" in names else names[0]
+
+
+def _unknown(names: Iterable[str]) -> str:
+  names = list(names)
+  counts = files.suffixes(name for name in names if not name.endswith("/"))
+  found = files.in_words(counts + Counter(folders=len(names) - counts.total())) or "nothing"
+  return f"not recognised as a data set, found {found}; give KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}"
