@@ -413,7 +413,7 @@ def test_the_layout_of_clip_benchmark(tmp_path, marker):
   ("files", "message"),
   [
     ({"0.npy": b"x"}, "no captions found, its samples have .jpg, .npy; captions are read from .txt, .caption, or from"),
-    ({"0.json": b'{"Alt": "x", "url": 1, "alt": 2}'}, ".json of s.tar:0 has the keys 'Alt', 'url', 'alt'"),
+    ({"0.json": b'{"legend": "x", "url": 1}'}, ".json of s.tar:0 has the keys 'legend', 'url'"),
     ({"0.json": b"{"}, "no captions found, its samples have .jpg, .json; captions"),
     ({"0.txt": b"x", "photo 2.0.jpg": b"x"}, "samples without an image have .0.jpg; a suffix starts at the first dot"),
     ({"1.jpg": b"x", "0.txt": b"x", "1.txt": b"x"}, "2 samples lack members that are elsewhere in their shard; sort"),
