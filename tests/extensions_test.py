@@ -33,8 +33,8 @@ from toy_extension import (
 from declip_jax import architectures, build, config, config_files
 from declip_jax.clip import load
 from declip_jax.data.convert import convert
-from declip_jax.data.images import EvalView
 from declip_jax.data.guess import guess
+from declip_jax.data.images import EvalView
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.pipeline import training_samples
 from declip_jax.data.recipes import RECIPES
