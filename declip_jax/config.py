@@ -374,12 +374,15 @@ _OPEN = ("evals", "objective", "model.image")
 def from_json(text: str) -> ConfigDict:
   """A config as `to_json_best_effort` wrote it, with the current names of its fields.
 
+  Fields that were added since it was written have their defaults.
+
   Raises:
     ValueError: a field that neither the current version nor an older one has.
   """
-  fields = parse_json(text)
-  if unknown := sorted(_unknown(fields, default().to_dict())):
+  fields, known = parse_json(text), default().to_dict()
+  if unknown := sorted(_unknown(fields, known)):
     raise ValueError(f"config.json has unknown fields {unknown}: it was written by another version of declip_jax")
+  _add_missing(fields, known)
   return ConfigDict(fields).lock()
 
 
@@ -417,6 +420,17 @@ def _rename(fields: dict[str, Any], old: list[str], new: list[str]) -> None:
       target[last] = value
   if old[:-1] and not parent:
     del fields[old[0]]
+
+
+def _add_missing(fields: dict[str, Any], known: Mapping[str, Any], path: str = "") -> None:
+  for name, value in known.items():
+    field = f"{path}{name}"
+    if field in _OPEN:
+      continue
+    if isinstance(value, dict):
+      _add_missing(fields.setdefault(name, {}), value, f"{field}.")
+    else:
+      fields.setdefault(name, value)
 
 
 def _unknown(fields: Mapping[str, Any], known: Mapping[str, Any], path: str = "") -> Iterator[str]:

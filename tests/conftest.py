@@ -1,5 +1,7 @@
 """Eight CPU devices, so that sharding is tested everywhere; full-precision products; slow tests in order of value."""
 
+import fcntl
+import json
 import os
 from pathlib import Path
 import time
@@ -10,8 +12,9 @@ from cpu_devices import xla_flags
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # make test-device sets it to ""
-if os.environ["JAX_PLATFORMS"] == "cpu":
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
+# The workers of pytest-xdist inherit the flags, which are a part of the key under which programs are cached.
+if os.environ["JAX_PLATFORMS"] == "cpu" and xla_flags(8) not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 
 # Most of the time of these tests is compiling. The cache outlives a checkout.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/declip_jax/compiled_tests"))
@@ -81,11 +84,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> "FinishedRun":
-  """A finished run of a tiny DeCLIP on one device; one for all tests."""
-  from tiny import train_tiny_declip
+  """A finished run of a tiny DeCLIP on one device; one for all tests in all processes of pytest-xdist."""
+  from tiny import FinishedRun, tiny_config, train_tiny_declip
 
   from declip_jax import build, sharding
 
-  with pytest.MonkeyPatch.context() as patch:  # for several devices, orbax compiles a program for each array it saves
-    patch.setattr(build, "make_mesh", lambda **_: sharding.make_mesh(1, 1, jax.devices()[:1]))
-    return train_tiny_declip(tmp_path_factory.mktemp("finished"))
+  folder = tmp_path_factory.getbasetemp()
+  folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+  workdir, metrics = folder / "finished", folder / "finished.json"
+  with (folder / "finished.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not metrics.exists():  # for several devices, orbax compiles a program for each array that it saves
+      patch.setattr(build, "make_mesh", lambda **_: sharding.make_mesh(1, 1, jax.devices()[:1]))
+      metrics.write_text(json.dumps(train_tiny_declip(workdir).final))
+  return FinishedRun(workdir, tiny_config("declip"), json.loads(metrics.read_text()))

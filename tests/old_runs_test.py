@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tarfile
 
+from flax.traverse_util import unflatten_dict
 import jax
 import numpy as np
 import pytest
+from runs import zero_biases_without_effect
 
 from declip_jax import build, load
 from declip_jax import config as config_lib
@@ -100,13 +102,17 @@ def test_the_whole_state_of_an_old_run_is_restored(runs: Path, expected: Mapping
 
 @pytest.mark.slow
 def test_an_old_run_resumes_to_the_same_parameters(runs: Path, expected: Mapping[str, np.ndarray]) -> None:
-  # In a process with one device and the compiler's defaults, as when it was recorded: Adam turns rounding into steps
-  # where a gradient is zero otherwise, such as that of a bias before a batch norm.
+  # In a process with one device and the compiler's defaults, as when it was recorded. Processors differ in rounding: on
+  # another one, 6279b88 itself is up to 9e-5 away from these numbers. Updates are about as large as the learning rate.
   run = runs / "old_run_unfinished"
   environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
   subprocess.run([sys.executable, "-c", RESUME, str(run)], check=True, env=environment)
   assert read_metrics(run)[-1]["eval/heldout/top1"] == SCORES["top1"]
   weights = read(run, step=6)
   for name in ("params", "collections"):
-    wanted = {path: x for path, x in expected.items() if path.startswith(f"state/{name}/")}
-    check_arrays(flat(getattr(weights, name), f"state/{name}"), wanted, atol=1e-6)
+    prefix = f"state/{name}/"
+    wanted = {path.removeprefix(prefix): x for path, x in expected.items() if path.startswith(prefix)}
+    trees = getattr(weights, name), unflatten_dict(wanted, sep="/")
+    if name == "params":
+      trees = tuple(zero_biases_without_effect(tree) for tree in trees)
+    check_arrays(flat(trees[0], name), flat(trees[1], name), atol=2e-4)

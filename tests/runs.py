@@ -69,6 +69,27 @@ def assert_equal(a: Any, b: Any, **tolerance: float) -> None:
     np.testing.assert_allclose(x, y, **({"rtol": 0, "atol": 0} | tolerance), err_msg=jax.tree_util.keystr(path))
 
 
+def zero_biases_without_effect(params: Any) -> Any:
+  """Sets to zero the biases on which the loss does not depend.
+
+  These are the biases of attention keys, since softmax removes them, the biases of linear layers before a batch norm,
+  and the bias of SimSiam's projection, since its prediction starts with a linear layer and a batch norm. Their exact
+  gradient is zero, and Adam turns its rounding noise into steps of full size.
+  """
+
+  def clear(path: tuple[Any, ...], leaf: np.ndarray) -> np.ndarray:
+    names = [entry.key for entry in path]
+    if names[-2:] == ["qkv", "bias"]:
+      query, _, value = np.split(leaf, 3, axis=-1)
+      return np.concatenate([query, np.zeros_like(query), value], axis=-1)
+    head = params["heads"].get(names[1], {})
+    normed = names[-1] == "bias" and names[-2].replace("linear", "norm") in head
+    without_effect = (normed and names[-2].startswith("linear")) or names == ["heads", "projector", "norm2", "bias"]
+    return np.zeros_like(leaf) if without_effect else leaf
+
+  return jax.tree.map_with_path(clear, params)
+
+
 class Killed(BaseException):
   """Simulates a signal that ends the process."""
 

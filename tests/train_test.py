@@ -18,7 +18,16 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
-from runs import assert_equal, command, environment, final_state, killed_before_line, losses_on_disk, wait_for_step
+from runs import (
+  assert_equal,
+  command,
+  environment,
+  final_state,
+  killed_before_line,
+  losses_on_disk,
+  wait_for_step,
+  zero_biases_without_effect,
+)
 from tiny import FinishedRun, tiny_config
 
 from declip_jax import build, sharding, train
@@ -33,27 +42,6 @@ from declip_jax.runtime import workdir as workdir_lib
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.training.state import State
-
-
-def zero_biases_without_effect(params: Any) -> Any:
-  """Sets to zero the biases on which the loss does not depend.
-
-  These are the biases of attention keys, since softmax removes them, the biases of linear layers before a batch norm,
-  and the bias of SimSiam's projection, since its prediction starts with a linear layer and a batch norm. Their exact
-  gradient is zero, and Adam turns its rounding noise into steps of full size.
-  """
-
-  def clear(path: tuple[Any, ...], leaf: np.ndarray) -> np.ndarray:
-    names = [entry.key for entry in path]
-    if names[-2:] == ["qkv", "bias"]:
-      query, _, value = np.split(leaf, 3, axis=-1)
-      return np.concatenate([query, np.zeros_like(query), value], axis=-1)
-    head = params["heads"].get(names[1], {})
-    normed = names[-1] == "bias" and names[-2].replace("linear", "norm") in head
-    without_effect = (normed and names[-2].startswith("linear")) or names == ["heads", "projector", "norm2", "bias"]
-    return np.zeros_like(leaf) if without_effect else leaf
-
-  return jax.tree.map_with_path(clear, params)
 
 
 def banks(state: State) -> Any:
@@ -150,6 +138,7 @@ def test_training_learns(whole: Path) -> None:
   assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(whole: Path, tmp_path: Path) -> None:
   train_in_two_processes("clip,bare", tmp_path, *SHARED, RARELY)
   losses = losses_on_disk(tmp_path)
@@ -206,13 +195,10 @@ def stop(workdir: Path, signum: int, *flags: str) -> tuple[int, str]:
   return process.returncode, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("signum", "code", "flags"),
-  [
-    (signal.SIGTERM, 0, ()),
-    pytest.param(signal.SIGTERM, 143, ("--stopped_exit_code=143",), marks=pytest.mark.slow),
-    pytest.param(signal.SIGINT, 130, (), marks=pytest.mark.slow),
-  ],
+  [(signal.SIGTERM, 0, ()), (signal.SIGTERM, 143, ("--stopped_exit_code=143",)), (signal.SIGINT, 130, ())],
 )
 def test_a_signal_saves_and_ends_the_run(signum: int, code: int, flags: tuple[str, ...], tmp_path: Path) -> None:
   returned, errors = stop(tmp_path, signum, *flags)
