@@ -26,7 +26,7 @@ from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_func
 from declip_jax.evals.features import SourceFeatures
 from declip_jax.evals.zero_shot import check_templates
 from declip_jax.models.heads import diagnostic_kinds
-from declip_jax.models.model import Model, make_model
+from declip_jax.models.model import DTYPES, Model, make_model
 from declip_jax.models.paths import is_below
 from declip_jax.objectives import TERMS, Objective, diagnostics, make_objective
 from declip_jax.objectives.blockwise import PLAIN, Method
@@ -54,12 +54,11 @@ _OVERRIDES = (
 )
 
 
-_DTYPES = ("bfloat16", "float16", "float32")
 # Fields of a config that are numbers, texts or lists, whether a value is legal, and the legal values in words.
 _RANGES = (
   ("seed", lambda seed: seed >= 0, "0 or more"),
   ("log_every", lambda steps: steps >= 0, "0 or more"),
-  ("model.dtype", lambda dtype: dtype in _DTYPES, f"one of {list(_DTYPES)}"),
+  ("model.dtype", lambda dtype: dtype in DTYPES, f"one of {list(DTYPES)}"),
   ("momentum_tower.decay", lambda decay: 0 <= decay <= 1, "0 to 1"),
   ("data.image_size", lambda size: size > 0, "1 or more"),
   ("data.interpolation", lambda name: name in INTERPOLATIONS, f"one of {list(INTERPOLATIONS)}"),

@@ -21,10 +21,11 @@ from declip_jax.models.heads.joint import Joint
 from declip_jax.models.model import make_model
 from declip_jax.sharding import batch_sharding, make_mesh, replicated
 from declip_jax.views import Views
-from declip_jax.weights.read import Weights, read
+from declip_jax.weights.read import Step, Weights, read
 
 Image = PIL.Image.Image | np.ndarray | bytes | str | os.PathLike[str]
 Images = Image | Iterable[Image] | jax.Array
+Texts = str | Iterable[Any]  # of strings; an error names what is not one
 
 
 class Clip:
@@ -72,7 +73,7 @@ class Clip:
     self._check_text()
     return self.model.heads.members["joint"]
 
-  def similarity(self, images: Images, texts: str | Sequence[str], batch_size: int = 64) -> Float[np.ndarray, "n m"]:
+  def similarity(self, images: Images, texts: Texts, batch_size: int = 64) -> Float[np.ndarray, "n m"]:
     """Scores of images against texts: cosines of their embeddings, or FILIP's late interaction for a FILIP model.
 
     Late interaction is the mean, over an image's tokens, of the largest cosine with a token of the text.
@@ -82,9 +83,10 @@ class Clip:
       batch_size: images and texts encoded at once.
 
     Raises:
-      ValueError: an image cannot be read, or the model's vocabulary is not that of its tokenizer.
+      ValueError: an image cannot be read, a text is not a string, or the model's vocabulary is not that of its
+        tokenizer.
     """
-    images, texts = _listed(images), [texts] if isinstance(texts, str) else list(texts)
+    images, texts = _listed(images), _listed_texts(texts)
     if not len(images) or not texts:
       return np.empty((len(images), len(texts)), np.float32)
     image = self._encode_images(self._functions.image, images, batch_size)
@@ -104,26 +106,43 @@ class Clip:
     self._warn_about_pooling()
     return self._encode_images(self._functions.image_embeddings, _listed(images), batch_size)
 
-  def encode_text(self, texts: str | Sequence[str], batch_size: int = 256) -> Float[np.ndarray, "n d"]:
+  def encode_text(self, texts: Texts, batch_size: int = 256) -> Float[np.ndarray, "n d"]:
     """Unit-norm float32 embeddings of one or more texts; long texts are truncated.
 
     Raises:
-      ValueError: the model's vocabulary is not that of its tokenizer.
+      ValueError: a text is not a string, or the model's vocabulary is not that of its tokenizer.
     """
     self._warn_about_pooling()
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    return self._encode_texts(self._functions.text_embeddings, texts, batch_size)
+    return self._encode_texts(self._functions.text_embeddings, _listed_texts(texts), batch_size)
 
   def image_features(self, images: Float[np.ndarray, "n h w 3"], batch_size: int = 64) -> Float[np.ndarray, "n d"]:
-    """Joint embeddings, float32 and not of unit norm, of images after `preprocess` and `normalise`."""
-    return self._batched(self._functions.image_features, np.asarray(images, np.float32), batch_size)
+    """Joint embeddings, float32 and not of unit norm, of images after `preprocess` and `normalise`.
+
+    Raises:
+      ValueError: `images` are not of the size of the view.
+    """
+    images, size = np.asarray(images, np.float32), self.view.size
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+      raise ValueError(f"images of shape {images.shape}: expected [n {size} {size} 3], as of preprocess and normalise")
+    return self._batched(self._functions.image_features, images, batch_size)
 
   def text_features(self, tokens: Int[np.ndarray, "n t"], batch_size: int = 256) -> Float[np.ndarray, "n d"]:
     """Joint embeddings, float32 and not of unit norm, of token ids; `t` may be smaller than the context length.
 
     The feature of a text is the state of its end-of-text id, or of its first token if it has none.
+
+    Raises:
+      ValueError: `tokens` are not rows of ids of the vocabulary, or too long.
     """
-    return self._batched(self._functions.text_features, np.asarray(tokens, np.int32), batch_size)
+    self._check_text()
+    tokens, text = np.asarray(tokens), self.model.towers.text
+    if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= text.context_length:
+      raise ValueError(f"tokens of shape {tokens.shape}: expected [n t] with t from 1 to {text.context_length}")
+    if len(tokens) and not np.issubdtype(tokens.dtype, np.integer):
+      raise ValueError(f"tokens of type {tokens.dtype}: expected integers")
+    if len(wrong := tokens[(tokens < 0) | (tokens >= text.vocab_size)]):
+      raise ValueError(f"tokens have the id {wrong[0]}: expected 0 to {text.vocab_size - 1}, the vocabulary")
+    return self._batched(self._functions.text_features, tokens.astype(np.int32), batch_size)
 
   def preprocess(self, image: Image) -> np.ndarray:
     """Resizes an image and crops its centre: uint8 `[view.size view.size 3]`.
@@ -216,24 +235,38 @@ def _listed(images: Images) -> Sequence[Image] | np.ndarray:
   return [images] if one else images if isinstance(images, np.ndarray) else list(images)
 
 
+def _listed_texts(texts: Texts) -> list[str]:
+  if isinstance(texts, str):
+    return [texts]
+  if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+    raise ValueError(f"texts is of type {type(texts).__name__}: expected a string, or a sequence of strings")
+  listed = list(texts)
+  for index, text in enumerate(listed):
+    if not isinstance(text, str):
+      raise ValueError(f"texts[{index}] is of type {type(text).__name__}, {text!r:.80}: expected a string")
+  return listed
+
+
 def _check_batch_size(batch_size: int) -> None:
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size}: must be at least 1")
 
 
-def load(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None, *, step: int | None = None) -> Clip:
+def load(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None, *, step: Step = None) -> Clip:
   """A trained model on all devices, from a run or from any file or folder that `weights.read.read` reads.
 
   Guesses and omissions are warnings.
 
   Args:
-    path: working directory of a run, or a checkpoint file or folder.
-    settings: fields that override what was recognised, such as `{"image.activation": "gelu"}`.
-    step: checkpoint of a run, the newest by default.
+    path: working directory of a run or one of its checkpoints, or a checkpoint file or folder.
+    settings: fields that override what was recognised, such as `{"image.activation": "gelu"}`. Another `image_size`
+      resizes the position embeddings of images, and a smaller `text.context_length` cuts those of texts.
+    step: checkpoint of a run, the newest by default; "best" is the best by its `config.checkpoint.best_metric`.
 
   Raises:
     FileNotFoundError: no such file or checkpoint.
-    ValueError: the checkpoint is not recognised, or does not match a model; the message names what differs.
+    ValueError: the checkpoint is not recognised, does not match a model, or a setting does not fit; the message names
+      what differs.
   """
   weights = read(path, settings, step)
   for remark in weights.remarks:

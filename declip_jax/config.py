@@ -64,7 +64,8 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
     c.model.text.vocab_size = 49409  # the mask token, after OpenAI's vocabulary
     c.model.heads.text_bias = True  # as in DeCLIP
   c.init_from = ConfigDict()  # weights to start from; see `weights.initial`
-  c.init_from.path = ""  # a run, or any checkpoint that `declip_jax.load` reads
+  # A run, one of its checkpoints (RUN/checkpoints/STEP or RUN/checkpoints/best), or any that `declip_jax.load` reads.
+  c.init_from.path = ""
   c.init_from.groups = ("image", "text", "heads")  # what to load, see `weights.initial.GROUPS`; the rest is random
   c.init_from.settings = ()  # settings that the file lacks, such as ("image.activation=gelu", "image.heads=16")
   c.optimizer = _optimizer()
@@ -268,7 +269,7 @@ def _optimizer() -> ConfigDict:
   c.multipliers = ()
   c.layer_decay = 1.0  # factor of the learning rate per block of an image ViT, counted from its end
   # Paths of parameters that are not trained: ("towers/image",) is a locked image tower (LiT), and DeCLIP freezes
-  # ("towers/image/patch_embedding",).
+  # ("towers/image/patch_embedding",). ("towers/image/transformer/blocks[:-2]",) are all blocks but the last two.
   c.frozen = ()
   # Range of the log inverse temperatures after each step; () is unlimited.
   c.logit_scale_range = (0.0, math.log(100))

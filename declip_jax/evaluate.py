@@ -7,10 +7,12 @@ data instead:
   --retrieval=webdataset:/data/test-*.tar
 
 --weights evaluates any other checkpoint that `declip_jax.load` reads, such as one of OpenAI's CLIP or of open_clip.
+--settings gives what such a file does not contain, as `declip_jax.load` warns: --settings=image.activation=gelu
 
 Results are printed, and appended to evaluations.jsonl in the working directory, one JSON object per line.
 """
 
+from collections.abc import Mapping
 import contextlib
 import json
 import os
@@ -31,31 +33,35 @@ from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.command import launch
 from declip_jax.runtime.records import add_line
 from declip_jax.runtime.workdir import read_config
+from declip_jax.weights.read import Step, parse_step
+from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256  # without a run's config
 
 
 def evaluate(
   workdir: Path,
-  step: int | None = None,
+  step: Step = None,
   evals: ConfigDict | None = None,
   weights: str | os.PathLike[str] | None = None,
   batch_size: int | None = None,
+  settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Evaluates a checkpoint and appends the results to `workdir/evaluations.jsonl`.
 
   Args:
     workdir: working directory of a run, or, with `weights`, any directory for the results.
-    step: checkpoint of the run, the newest by default.
+    step: checkpoint of the run, the newest by default; "best" is the best by its `config.checkpoint.best_metric`.
     evals: evaluations, those of the run's config by default.
     weights: checkpoint file or folder to evaluate instead of a run.
     batch_size: images and texts encoded at once, that of the run's config by default, or 256.
+    settings: fields that override what was recognised; see `clip.load`.
 
   Raises:
     FileNotFoundError: no such run or checkpoint.
-    ValueError: no evaluation is given, or one that cannot run.
+    ValueError: no evaluation is given, or one that cannot run, or a setting does not fit.
   """
-  clip = load(weights or workdir, step=step)
+  clip = load(weights or workdir, settings, step=step)
   config = _config_of_run(workdir, clip.step if weights is None else None)
   if evals is None:
     evals = config.evals if config else ConfigDict()
@@ -92,15 +98,20 @@ def _evals_from_flags() -> ConfigDict | None:
 
 def _command(workdir: Path) -> None:
   given = flags.FLAGS
-  results = evaluate(workdir, given.step, _evals_from_flags(), given.weights, given.batch_size)
+  settings = parse_settings(given.settings, "--settings")
+  step = parse_step(given.step)
+  results = evaluate(workdir, step, _evals_from_flags(), given.weights, given.batch_size, settings)
   if jax.process_index() == 0:
     message(summary_table({"run": str(workdir), **results}), stream=sys.stdout)
 
 
 def main() -> None:
   """Runs the command."""
-  flags.DEFINE_integer("step", None, "Step of the checkpoint to evaluate; the newest by default.")
+  flags.DEFINE_string("step", None, "Step of the checkpoint to evaluate, or best; the newest by default.")
   flags.DEFINE_string("weights", None, "Checkpoint file or folder to evaluate instead of the run in --workdir.")
+  flags.DEFINE_multi_string(
+    "settings", [], "What the file does not contain, such as image.activation=gelu. Repeat the flag for several."
+  )
   flags.DEFINE_integer(
     "batch_size", None, "Images and texts encoded at once; by default that of the run, or 256.", lower_bound=1
   )

@@ -5,6 +5,7 @@
   orbax        parameters only, for declip_jax.load and config.init_from; the only format for FILIP and SimCLR
 
 RUN is the working directory of a run, or any checkpoint that declip_jax.load reads. DIR must be empty or not exist yet.
+--settings gives what a file does not contain, as declip_jax.load warns: --settings=image.activation=gelu
 """
 
 from pathlib import Path
@@ -13,7 +14,8 @@ from absl import flags
 import jax
 
 from declip_jax.runtime.command import launch
-from declip_jax.weights.read import read
+from declip_jax.weights.read import parse_step, read
+from declip_jax.weights.settings import parse_settings
 from declip_jax.weights.write import FORMATS, write
 
 
@@ -21,7 +23,7 @@ def _command(workdir: Path) -> None:
   if jax.process_index() > 0:
     return
   given = flags.FLAGS
-  weights = read(workdir, step=given.step)
+  weights = read(workdir, parse_settings(given.settings, "--settings"), parse_step(given.step))
   notes = [*weights.remarks, *write(weights, given.output, given.format)]
   num_parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
   print(f"{weights.origin}: {num_parameters:,} parameters")
@@ -34,7 +36,10 @@ def main() -> None:
   """Runs the command."""
   flags.DEFINE_enum("format", None, sorted(FORMATS), "Format to write.", required=True)
   flags.DEFINE_string("output", None, "Folder to write; it must be empty or not exist yet.", required=True)
-  flags.DEFINE_integer("step", None, "Step of the checkpoint to export; the newest by default.")
+  flags.DEFINE_string("step", None, "Step of the checkpoint to export, or best; the newest by default.")
+  flags.DEFINE_multi_string(
+    "settings", [], "What the file does not contain, such as image.activation=gelu. Repeat the flag for several."
+  )
   launch(_command, __doc__)
 
 

@@ -172,6 +172,44 @@ def test_a_model_without_a_text_tower_rejects_texts(images):
   assert clip.encoders(8, needs_text=False).view == clip.view
 
 
+@pytest.mark.parametrize(
+  ("texts", "message"),
+  [
+    (["a", None], r"texts\[1\] is of type NoneType, None: expected a string"),
+    ([float("nan")], r"texts\[0\] is of type float, nan"),
+    ([b"a"], r"texts\[0\] is of type bytes, b'a'"),
+    ([["a", "b"]], r"texts\[0\] is of type list"),
+    (b"a dog", "texts is of type bytes: expected a string, or a sequence"),
+  ],
+)
+def test_texts_that_are_not_strings_are_named(filip, texts, message):
+  for call in (filip.encode_text, lambda texts: filip.similarity([], texts)):
+    with pytest.raises(ValueError, match=message), warnings.catch_warnings(action="ignore"):
+      call(texts)
+
+
+@pytest.mark.parametrize(
+  ("tokens", "message"),
+  [
+    ([[49406, 99999, 49407]], "tokens have the id 99999: expected 0 to 49407"),
+    ([[-1]], "tokens have the id -1: expected 0 to 49407"),
+    ([[0] * 33], r"tokens of shape \(1, 33\): expected \[n t\] with t from 1 to 32"),
+    (np.zeros((1, 0), int), r"tokens of shape \(1, 0\): expected"),
+  ],
+)
+def test_ids_that_the_model_does_not_have_are_named(filip, tokens, message):
+  assert filip.model.towers.text.vocab_size == 49408
+  with pytest.raises(ValueError, match=message):
+    filip.text_features(np.array(tokens))
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 20, 3), (2, 8, 16, 3)])
+def test_normalised_images_of_another_size_are_named(filip, shape):
+  expected = r"images of shape \({}, {}, {}, {}\): expected \[n 16 16 3\]".format(*shape)
+  with pytest.raises(ValueError, match=expected):
+    filip.image_features(np.zeros(shape, np.float32))
+
+
 def test_filip_evaluators_compare_tokens_for_any_batch_and_devices(filip, tokens_of):
   source = open_source("scenes:heldout/12/24")
   templates = ("a {}.", "a photo of one {}.")

@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 import references as reference
 
-from declip_jax import config
+from declip_jax import config, evaluate
 from declip_jax.build import check_best_metric, check_evals, make_evaluators
 from declip_jax.evals import EVALUATORS, Evaluator
 
@@ -127,3 +127,16 @@ def test_a_best_metric_that_no_evaluation_has_is_rejected(metric: str, message: 
   c.evals.mine, c.checkpoint.best_metric = config.zero_shot("scenes:test/4/16"), metric
   with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
     check_best_metric(c)
+
+
+def test_step_and_settings_are_those_of_the_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+  calls = []
+
+  def load(*args: object, **kwargs: object) -> None:
+    calls.append((args, kwargs))
+    raise FileNotFoundError("no weights")
+
+  monkeypatch.setattr(evaluate, "load", load)
+  with pytest.raises(FileNotFoundError, match="no weights"):
+    evaluate.evaluate(tmp_path, "best", weights="x.pt", settings={"image.heads": 2})
+  assert calls == [(("x.pt", {"image.heads": 2}), {"step": "best"})]

@@ -18,6 +18,7 @@ from declip_jax.unit_norm import unit_norm
 from declip_jax.views import Views
 
 Tree = Mapping[str, Any]
+DTYPES = ("bfloat16", "float16", "float32")  # what `config.model.dtype` may name
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ def _check(fields: Mapping[str, Any]) -> None:
   """Rejects unknown names and invalid numbers."""
   image, text, heads = fields["image"], fields["text"], fields["heads"]
   _check_name("image.kind", image["kind"], IMAGE_TOWERS)
+  _check_name("dtype", fields["dtype"], DTYPES)
   _check_name("remat", fields["remat"], REMAT_POLICIES)
   _check_name("mlm_attention", fields["mlm_attention"], MLM_ATTENTION)
   _check_name("text.activation", text["activation"], ACTIVATIONS)

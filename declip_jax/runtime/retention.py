@@ -68,10 +68,14 @@ class KeepBest:
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
-    scores = {checkpoint.step: self._score(checkpoint.step) for checkpoint in checkpoints} if self._count else {}
-    ranked = sorted((score, step) for step, score in scores.items() if not math.isnan(score))
-    kept = {step for _, step in ranked[-self._count :]}
+    kept = set(self.best([checkpoint.step for checkpoint in checkpoints]))
     return [checkpoint.step in kept for checkpoint in checkpoints]
+
+  def best(self, steps: Sequence[int]) -> list[int]:
+    """Returns the best of some steps, best first; those without the metric are never among them."""
+    scores = {step: self._score(step) for step in steps} if self._count else {}
+    ranked = sorted(((score, step) for step, score in scores.items() if not math.isnan(score)), reverse=True)
+    return [step for _, step in ranked[: self._count]]
 
   def _score(self, step: int) -> float:
     if step not in self._scores:

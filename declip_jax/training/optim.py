@@ -27,11 +27,13 @@ from declip_jax.models.paths import (
   SIDES,
   TEMPERATURES,
   check_prefixes,
+  freezes_blocks,
   is_below,
   is_below_any,
   is_stacked,
   parameter_paths,
   side_prefixes,
+  trainable,
   trainable_mask,
 )
 
@@ -55,7 +57,7 @@ class OptimizerSettings:
     gradient_clip: largest global norm of the gradient; 0 for no clipping. PyTorch divides by the norm plus 1e-6;
       we do not.
     multipliers, layer_decay: factors of the learning rate, see `rate_multipliers`.
-    frozen: paths of parameters without moments and weight decay; their gradients must be zero.
+    frozen: paths of parameters without moments and weight decay; their gradients must be zero. See `paths.trainable`.
     logit_scale_range: bounds of the log inverse temperatures after each step; () for none.
 
   Raises:
@@ -230,6 +232,8 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     optimizer = optax.chain(optax.clip_by_global_norm(settings.gradient_clip), optimizer)
   if settings.frozen:
     optimizer = optax.masked(optimizer, partial(trainable_mask, frozen=settings.frozen))
+  if any(map(freezes_blocks, settings.frozen)):  # weight decay would change them
+    optimizer = optax.chain(optimizer, _scale_by(partial(trainable, frozen=settings.frozen)))
   if settings.multipliers or settings.layer_decay != 1:
     multipliers = partial(rate_multipliers, multipliers=settings.multipliers, layer_decay=settings.layer_decay)
     optimizer = optax.chain(optimizer, _scale_by(multipliers))

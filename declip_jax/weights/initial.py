@@ -3,7 +3,6 @@
 Resolution, context length, vocabulary (a mask token) and heads may differ; what the towers compute may not.
 """
 
-import ast
 from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 import numpy as np
 
 from declip_jax.models.bank import Bank
@@ -20,6 +19,7 @@ from declip_jax.models.paths import is_below_any
 from declip_jax.training.state import State
 from declip_jax.weights.layout import ModelFields
 from declip_jax.weights.read import Weights, read
+from declip_jax.weights.settings import parse_settings, resize_positions
 
 Tree = Any
 # An entry of `config.init_from.groups` -> paths of its arrays in `params` and in `collections`.
@@ -40,7 +40,7 @@ class InitFrom:
   """Weights that a run starts from.
 
   Attributes:
-    path: a run, or any checkpoint that `weights.read.read` reads; empty for none.
+    path: a run, one of its checkpoints, or anything else that `weights.read.read` reads; empty for none.
     groups: the `GROUPS` to load.
     settings: fields that the file does not contain, such as "image.heads=16".
   """
@@ -63,7 +63,7 @@ def read_initial(init_from: InitFrom, model: ModelFields) -> Weights | None:
   """
   if not init_from.path:
     return None
-  weights = read(init_from.path, dict(map(_parse_setting, init_from.settings)))
+  weights = read(init_from.path, parse_settings(init_from.settings, "config.init_from.settings"))
   _check_towers(weights, model, init_from.groups)
   return weights
 
@@ -84,11 +84,6 @@ def initialise(state: State, weights: Weights, groups: Sequence[str], model: Mod
     ValueError: see `load_weights`.
   """
   params, collections, lines = load_weights(state.params, state.collections, weights, groups)
-  if (weights.view.mean, weights.view.std) != (model.towers.mean, model.towers.std):
-    lines.append(
-      f"pixels are normalised by the run's mean and standard deviation, not by the weights' {weights.view.mean} and "
-      f"{weights.view.std}"
-    )
   return state.replace(params=params, collections={**collections, **model.momentum_copy(params)}), lines
 
 
@@ -146,20 +141,6 @@ def load_weights(
   return tree["params"], collections, [*lines, *weights.remarks]
 
 
-def resize_positions(positions: Float[np.ndarray, "n f"], size: int) -> Float[np.ndarray, "m f"]:
-  """Resizes position embeddings of a class token and a square grid to `size` positions, cubic with antialiasing.
-
-  Raises:
-    ValueError: one of the two grids is not square.
-  """
-  sides = [round((n - 1) ** 0.5) for n in (len(positions), size)]
-  if [side**2 + 1 for side in sides] != [len(positions), size]:
-    raise ValueError(f"{len(positions)} and {size} positions are not those of a class token and a square grid")
-  grid = positions[1:].reshape(sides[0], sides[0], -1)
-  resized = jax.image.resize(grid, (sides[1], sides[1], grid.shape[-1]), "cubic", antialias=True)
-  return np.concatenate([positions[:1], np.asarray(resized).reshape(size - 1, -1)])
-
-
 def _check_towers(weights: Weights, model: ModelFields, groups: Sequence[str]) -> None:
   """Rejects groups that do not exist, and towers that compute something other than those of `config.model`."""
   if unknown := set(groups) - set(GROUPS):
@@ -176,16 +157,19 @@ def _check_towers(weights: Weights, model: ModelFields, groups: Sequence[str]) -
           f"config.model.{side}.{name}={ours.get(name)!r} does not match the weights of {weights.origin}, which have "
           f"{theirs.get(name)!r}"
         )
+  if "image" in groups:
+    _check_normalisation(weights, model)
 
 
-def _parse_setting(setting: str) -> tuple[str, Any]:
-  name, equals, value = setting.partition("=")
-  if not equals:
-    raise ValueError(f"config.init_from.settings: {setting!r} is not of the form 'image.heads=16'")
-  try:
-    return name, ast.literal_eval(value)
-  except (SyntaxError, ValueError):
-    return name, value
+def _check_normalisation(weights: Weights, model: ModelFields) -> None:
+  """Rejects a mean or a deviation of pixels other than that with which the image tower was trained."""
+  for name in ("mean", "std"):
+    if not np.allclose(model[name], weights.model[name], atol=1e-6):
+      flags = " ".join(f"--config.model.{field}='{tuple(weights.model[field])}'" for field in ("mean", "std"))
+      raise ValueError(
+        f"config.model.{name}={tuple(model[name])} does not match the weights of {weights.origin}, which have "
+        f"{tuple(weights.model[name])}: pass {flags}"
+      )
 
 
 def _is_in(path: str, groups: Sequence[str]) -> bool:

@@ -15,6 +15,7 @@ from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import ModelFields, StateDict, layout, to_state_dict
 from declip_jax.weights.read import EXPORT_FILE, Weights
+from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
 from declip_jax.weights.vocabulary import SPECIAL, merges, vocabulary
 
 _EXPORTED = ("joint", "sigmoid")  # heads that open_clip has, too
@@ -85,7 +86,11 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
     "std": list(weights.view.std),
     "interpolation": weights.view.interpolation,
   }
-  preprocess["resize_mode"] = "shortest"
+  preprocess["resize_mode"] = "squash" if weights.view.squash else "shortest"
+  if not _pools_at_largest_id(text):
+    config["text_cfg"] |= {"pool_type": "eos", "eos_id": text["eot"]}
+  if text["tokenizer"] != "openai" or text["eot"] != OPENAI_EOT:
+    notes.append(_without_tokenizer(text, "open_clip would take OpenAI's"))
   if weights.view.resize:
     notes.append(
       f"omitted: resizing to {weights.view.resize} pixels before the crop of {weights.view.size}; open_clip resizes to "
@@ -94,6 +99,18 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
   _save(folder, "open_clip_model.safetensors", dialects.from_openai(tensors, dialect))
   _write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
   return notes
+
+
+def _pools_at_largest_id(text: ModelFields) -> bool:
+  """Whether no id of a text is larger than that of its end: other projects pool there by default."""
+  return text["tokenizer"] == "openai" and text["eot"] in (OPENAI_EOT, text["vocab_size"] - 1, text["vocab_size"] - 2)
+
+
+def _without_tokenizer(text: ModelFields, consequence: str) -> str:
+  return (
+    f"omitted: a tokenizer; these weights have {text['vocab_size']} tokens and end texts with id {text['eot']} "
+    f"(config.model.text.tokenizer={text['tokenizer']!r}), and {consequence}: pass token ids of your own"
+  )
 
 
 def _open_clip_vision(weights: Weights, tensors: StateDict, notes: list[str]) -> tuple[dict[str, Any], str]:
@@ -148,6 +165,8 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
       "the image tower of Hugging Face's CLIPModel is a vision transformer with a norm before its blocks: it cannot "
       f"represent {tower}; open_clip's format may"
     )
+  if text["eot"] == 2:  # which CLIPModel takes for the largest id of a text, an old mistake in configs
+    raise ValueError("Hugging Face's CLIPModel cannot represent texts that end with id 2; open_clip's format can")
   tensors = _tensors(weights)
   _fold_patch_bias(tensors, notes)
   if heads["text_bias"]:
@@ -180,10 +199,10 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
   _save(folder, "model.safetensors", dialects.from_openai(tensors, "Hugging Face"))
   _write_json(folder / "config.json", config)
   _write_preprocessor(weights.view, folder)
-  if text["tokenizer"] == "openai" and text["vocab_size"] in (49408, 49409) and text["eot"] == 49407:
+  if text["tokenizer"] == "openai" and text["vocab_size"] in OPENAI_VOCABULARIES and text["eot"] == OPENAI_EOT:
     _write_tokenizer(text["context_length"], folder)
   else:
-    notes.append(f"omitted: a tokenizer, since the {text['vocab_size']} tokens are not OpenAI's vocabulary")
+    notes.append(_without_tokenizer(text, "CLIPProcessor has none"))
   return notes
 
 
@@ -206,9 +225,9 @@ def _write_preprocessor(view: EvalView, folder: Path) -> None:
     "processor_class": "CLIPProcessor",
     "do_convert_rgb": True,
     "do_resize": True,
-    "size": {"shortest_edge": view.resize or view.size},
+    "size": {"height": view.size, "width": view.size} if view.squash else {"shortest_edge": view.resize or view.size},
     "resample": _RESAMPLE[view.interpolation],
-    "do_center_crop": True,
+    "do_center_crop": not view.squash,
     "crop_size": {"height": view.size, "width": view.size},
     "do_rescale": True,
     "rescale_factor": 1 / 255,
@@ -245,6 +264,7 @@ def _orbax(weights: Weights, folder: Path) -> list[str]:
     "image_size": weights.view.size,
     "interpolation": weights.view.interpolation,
     "resize": weights.view.resize,
+    "squash": weights.view.squash,
     "tokens": weights.tokens,
   }
   _write_json(folder / EXPORT_FILE, about)
@@ -304,7 +324,10 @@ def _fold_text_bias(tensors: StateDict, notes: list[str]) -> None:
 def _save(folder: Path, name: str, tensors: Mapping[str, np.ndarray]) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   whole = {key: np.array(tensor, order="C") for key, tensor in tensors.items()}
+  (folder / name).touch()
+  mode = (folder / name).stat().st_mode
   safetensors.numpy.save_file(whole, folder / name, metadata={"format": "pt"})
+  (folder / name).chmod(mode)  # the library makes a file that only its owner can read
 
 
 def _write_json(file: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:

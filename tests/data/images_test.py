@@ -472,6 +472,14 @@ def test_eval_view_of_a_very_long_image_is_its_centre(engine):
   assert np.abs(images.eval_view(ramp, images.EvalView(32), engine=engine).astype(int) - 127).max() <= 1
 
 
+@both
+def test_the_whole_image_is_resized_where_the_view_says_so(engine):
+  found = images.eval_view(IMAGE, images.EvalView(32, interpolation="bicubic", squash=True), engine=engine)
+  expected = np.asarray(Image.fromarray(IMAGE).resize((32, 32), Image.Resampling.BICUBIC))
+  assert np.abs(found.astype(int) - expected).max() <= (0 if engine == "exact" else 16)
+  assert IMAGE.shape[0] != IMAGE.shape[1]
+
+
 def test_options_are_checked():
   with pytest.raises(ValueError, match="resize=30 .*size=32"):
     images.eval_view(IMAGE, images.EvalView(32, resize=30))

@@ -10,7 +10,7 @@ import pytest
 import references as reference
 
 from declip_jax import architectures, build, config
-from declip_jax.models.paths import parameter_paths, stop_gradient_below
+from declip_jax.models.paths import parameter_paths, stop_gradient_below, trainable_mask
 from declip_jax.training import optim, schedules
 
 SETTINGS = {"epsilon": 1e-8, "weight_decay": 0.1}  # of the golden trajectories; the other defaults are the config's
@@ -356,6 +356,44 @@ def test_frozen_parameters_do_not_change_and_have_no_moments(name):
   if name == "adamw_sgd":
     moments -= sizes["heads/image_projection/kernel"] + sizes["heads/image_projection/bias"]
   assert sum(x.size for x in jax.tree.leaves(state) if x.dtype == jnp.float32) == moments
+
+
+@pytest.mark.parametrize("name", ["adamw", "lars"])
+def test_the_last_blocks_of_a_tower_are_trained_alone(name):
+  tree = jax.tree.map(jnp.asarray, small_tree())
+  frozen = ("towers/text/token_embedding", "towers/text/transformer/blocks[:-1]")
+  gradient = jax.grad(lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(stop_gradient_below(p, frozen))))(tree)
+  optimizer = make(name, frozen=frozen, decay_mask="all")
+  update, _ = optimizer.update(jax.tree.map(jnp.ones_like, gradient), optimizer.init(tree), tree)
+  for found in (gradient, update):
+    for path, leaf in by_path(found).items():
+      if "text/transformer/blocks" in path:
+        assert not leaf[:2].any(), path
+        assert leaf[2].all(), path
+      elif found is gradient:
+        assert leaf.any() != path.startswith("towers/text/token_embedding"), path
+
+
+@pytest.mark.parametrize(
+  ("frozen", "message"),
+  [
+    ("towers/text[:-1]", r"towers/text/position_embedding is not in a stack"),
+    ("towers/text/transformer/blocks[5:]", r"\('towers/text/transformer/blocks\[5:\]',\) names none of the 3 blocks"),
+    (
+      "towers/text/transformer/block[:1]",
+      r"config\.optimizer\.frozen: no parameter at 'towers/text/transformer/block'",
+    ),
+  ],
+)
+def test_blocks_that_do_not_exist_are_rejected(frozen, message):
+  with pytest.raises(ValueError, match=message):
+    stop_gradient_below(small_tree(), (frozen,))
+
+
+def test_slices_of_blocks_that_cover_a_stack_freeze_it():
+  path = "towers/text/transformer/blocks"
+  mask = trainable_mask(small_tree(), (f"{path}[:1]", f"{path}[1:]", "towers/image"))
+  assert {path for path, is_trained in by_path(mask).items() if is_trained and "/transformer/" in path} == set()
 
 
 @pytest.mark.parametrize(

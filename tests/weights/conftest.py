@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -12,8 +14,25 @@ import pytest
 from declip_jax import build, config
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.training.state import State, abstract_state
+from declip_jax.weights import read as read_lib
+from declip_jax.weights.layout import abstract_variables
 
 _states: dict[tuple[str, int], State] = {}
+_models: dict[str, tuple[Any, Any]] = {}
+
+
+@pytest.fixture(autouse=True)
+def _cached_models(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Traces each model that is read once; many tests read the same."""
+
+  def cached(model: Any, heads: Any, image_size: int) -> tuple[Any, Any]:
+    key = json.dumps([model, heads, image_size], sort_keys=True)
+    if key not in _models:
+      _models[key] = abstract_variables(model, heads, image_size)
+    built, variables = _models[key]
+    return built, dict(variables)
+
+  monkeypatch.setattr(read_lib, "abstract_variables", cached)
 
 
 def _random_state(c: ConfigDict, seed: int = 0) -> State:

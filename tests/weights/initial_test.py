@@ -170,6 +170,16 @@ def test_settings_add_to_the_file(clip_run: Path) -> None:
     read(c)
 
 
+def test_pixels_may_be_normalised_otherwise_where_the_image_tower_is_not_loaded(clip_run: Path) -> None:
+  c = bare("clip", clip_run, "text")
+  c.model.mean, c.model.std = config.IMAGENET_MEAN, config.IMAGENET_STD
+  assert read(c).model["mean"] == config.OPENAI_MEAN
+  c = bare("clip", clip_run)
+  c.model.mean, c.model.std = config.IMAGENET_MEAN, config.IMAGENET_STD
+  c.init_from.settings = (f"mean={config.IMAGENET_MEAN}", f"std={config.IMAGENET_STD}")
+  assert read(c).view.mean == config.IMAGENET_MEAN
+
+
 def test_unused_weights_are_reported(runs: Runs, random_state: MakeState) -> None:
   c = bare("clip", runs("declip"))
   _, lines = start(c, random_state(c))
@@ -331,6 +341,10 @@ def test_a_locked_resnet_keeps_its_statistics(frozen: str, random_state: MakeSta
   [
     ({"model.image.activation": "gelu"}, r"config.model.image.activation='gelu' does not match .* 'quick_gelu'"),
     ({"model.text.width": 32}, r"config.model.text.width=32 does not match"),
+    (
+      {"model.std": (0.229, 0.224, 0.225)},
+      r"config.model.std=\(0.229, 0.224, 0.225\) does not match .* --config.model.mean='\(0.48145466, .*\)'",
+    ),
     ({"init_from.groups": ("vision",)}, r"groups=\('vision',\): choose from \['heads', 'image', 'text'\]"),
     ({"init_from.path": "/nowhere"}, r"/nowhere does not exist"),
     ({"optimizer.frozen": ("towers/vision",)}, r"config.optimizer.frozen: no parameter at 'towers/vision'"),

@@ -1,23 +1,30 @@
 """Tests of recognising architectures from names and shapes, of config files, and of errors for what does not match."""
 
+from collections.abc import Callable
+import functools
 import json
+import operator
 import os
 from pathlib import Path
 import pickle
 import re
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 import references as reference
 import safetensors.numpy
+from tiny import tiny_config
 
 import declip_jax
 from declip_jax import config
 from declip_jax.architectures import ARCHITECTURES
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import abstract_variables, expected_shapes, layout
-from declip_jax.weights.read import _recognise, from_state_dict, read
+from declip_jax.weights.read import Weights, from_state_dict, parse_step, read
+from declip_jax.weights.recognise import recognise
+from declip_jax.weights.settings import parse_settings, resize_positions
 from declip_jax.weights.write import write
 
 HEADS = {"clip": ("joint",), "slip": ("joint", "simclr"), "declip": ("joint", "simsiam", "mlm")}
@@ -50,7 +57,7 @@ def test_published_architectures_are_recognised(name: str, method: str) -> None:
   theirs = dialects.from_openai(tensors, dialect)
   assert dialects.recognise(theirs) == dialect
   kind = "safetensors" if name in ("ViT-H/14", "ViT-g/14") else "torch"
-  found = _recognise(dialects.to_openai(theirs, dialect), dialect, kind, {})
+  found = recognise(dialects.to_openai(theirs, dialect), dialect, kind, {})
   if name in ("ViT-H/14", "ViT-g/14") and method == "declip":  # DeCLIP has none with GELU
     found.model["image"]["activation"] = found.model["text"]["activation"] = "gelu"
   if "initializer" in found.model["image"]:
@@ -65,6 +72,47 @@ def test_published_architectures_are_recognised(name: str, method: str) -> None:
     imagenet,
     imagenet,
   )
+
+
+WRAPPERS = ("module.", "model.", "clip_model.", "module._orig_mod.", "net.clip.")
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+def test_one_model_below_a_prefix_is_read(prefix: str, openai: dict[str, np.ndarray]) -> None:
+  tensors = {f"{prefix}{key}": value for key, value in openai.items()}
+  others = {"classifier.weight": np.ones(3), "ema.visual.conv1.weight": np.ones(2)}
+  for beside in ({}, others):
+    found = from_state_dict(tensors | beside)
+    np.testing.assert_array_equal(found.params["heads"]["image_projection"]["kernel"], openai["visual.proj"])
+    assert any("not read: classifier.weight, ema.visual" in remark for remark in found.remarks) == bool(beside)
+  with pytest.raises(ValueError, match=r"has several models, .*teacher\."):
+    from_state_dict(tensors | {f"teacher.{key}": value for key, value in openai.items()})
+
+
+def test_modules_that_are_compiled_or_sharded_on_their_own_are_read(openai: dict[str, np.ndarray]) -> None:
+  names = {
+    key: key.replace("visual.", "visual._orig_mod.").replace("ln_final.", "_fsdp_wrapped_module.ln_final.")
+    for key in openai
+  }
+  found = from_state_dict({names[key]: value for key, value in openai.items()})
+  assert set(found.rest) == set()
+  with pytest.raises(ValueError, match="two tensors have the same name"):
+    from_state_dict({"visual._orig_mod.conv1.weight": np.ones(1), "visual.conv1.weight": np.ones(1)})
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.bool_, np.complex64, ml_dtypes.float8_e4m3fn])
+def test_weights_are_floating_point_numbers(dtype: type, openai: dict[str, np.ndarray]) -> None:
+  tensors = openai | {"ln_final.bias": np.ones(openai["ln_final.bias"].shape).astype(dtype)}
+  with pytest.raises(ValueError, match=rf"ln_final.bias {np.dtype(dtype).name}: should be one of float16, float32"):
+    from_state_dict(tensors)
+  tensors = openai | {"ln_final.bias": openai["ln_final.bias"].astype(ml_dtypes.bfloat16)}
+  assert from_state_dict(tensors).params["towers"]["text"]["final_norm"]["bias"].dtype == np.float32
+
+
+def test_a_long_list_of_differences_is_cut(openai: dict[str, np.ndarray]) -> None:
+  with pytest.raises(ValueError, match=r"\.\.\. and 80 more$") as error:
+    from_state_dict(openai | {f"decoder.{index}": np.ones(1) for index in range(100)})
+  assert len(str(error.value).splitlines()) == 22
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +131,11 @@ def test_prefixes_of_wrappers_are_dropped(openai: dict[str, np.ndarray], tmp_pat
   assert found.model["image"]["activation"] == "gelu"
   (remark,) = found.remarks
   assert re.search("activation.*'gelu'.*64", remark)
-  assert read(file, {"image.activation": "quick_gelu", "text.activation": "quick_gelu"}).remarks == ()
+  given = {"image.activation": "quick_gelu", "text.activation": "quick_gelu", "image.heads": 2}
+  (remark,) = read(file, given).remarks
+  assert re.search(r"does not specify image.epsilon=1e-05, text.heads=2, text.eot=127: ", remark)
+  given |= {"image.epsilon": 1e-5, "text.heads": 4, "text.eot": 127}
+  assert read(file, given).remarks == ()
 
 
 def test_half_precision_is_openai(openai: dict[str, np.ndarray]) -> None:
@@ -230,15 +282,21 @@ def test_open_clip_configs_of_other_models_are_rejected(
 @pytest.mark.parametrize(
   ("dialect", "extras", "activation", "guessed"),
   [
-    ("OpenAI", {"epoch": 32, "name": "ViT-B-32"}, "gelu", False),
-    ("OpenAI", {"epoch": 32, "name": "ViT-B-32-quickgelu"}, "quick_gelu", False),
+    ("OpenAI", {"epoch": 32, "name": "ViT-B-32"}, "gelu", True),  # a name is free text
+    ("OpenAI", {"epoch": 32, "name": "ViT-B-32-quickgelu"}, "quick_gelu", True),
+    ("OpenAI", {"epoch": 5}, "quick_gelu", True),  # without a name: OpenAI's model, trained further
     ("OpenAI", {}, "quick_gelu", True),  # a bare state dict of PyTorch: OpenAI's
-    ("open_clip, separate text", {"epoch": 1, "name": "ViT-B-32-quickgelu"}, "quick_gelu", False),
+    ("open_clip, separate text", {"epoch": 1, "name": "ViT-B-32-quickgelu"}, "quick_gelu", True),
     ("open_clip, separate text", {}, "gelu", True),
-    ("Hugging Face", {}, "quick_gelu", False),
+    ("Hugging Face", {}, "quick_gelu", True),  # without its config
+    ("SLIP", {}, "quick_gelu", False),
+    ("DeCLIP", {}, "quick_gelu", False),
   ],
 )
 def test_activations(dialect: str, extras: dict, activation: str, guessed: bool, openai: dict[str, np.ndarray]) -> None:
+  if dialect == "SLIP":
+    openai = {key: value for key, value in openai.items() if "ln_pre" not in key}
+    openai["visual.conv1.bias"] = openai["visual.ln_post.bias"]
   found = from_state_dict(dialects.from_openai(openai, dialect), extras=extras)
   assert (found.model["text"]["activation"], bool(found.remarks)) == (activation, guessed)
 
@@ -271,6 +329,23 @@ def test_guesses_warn_and_other_vocabularies_take_ids_only(openai: dict[str, np.
   [
     ({"remat": "all"}, r"config.model.remat='all': choose one of \['dots', 'full', 'none'\]"),
     ({"image.activation": "relu"}, r"config.model.image.activation='relu': choose one of \['gelu', 'quick_gelu'\]"),
+    ({"image.heads": "two"}, "image.heads='two': expected a value like 1"),
+    ({"image.heads": True}, "image.heads=True: expected a value like 1"),
+    ({"image.heads": None}, "image.heads=None: expected"),
+    ({"mean": (0.5, 0.5)}, r"mean=\(0.5, 0.5\): expected three numbers"),
+    ({"std": (0.5, 0.5, 0)}, r"std=\(0.5, 0.5, 0\): expected three numbers"),
+    ({"dtype": "bf16"}, r"config.model.dtype='bf16': choose one of \['bfloat16', 'float16', 'float32'\]"),
+    ({"image_size": 20}, "image_size=20: expected a multiple of 8"),
+    ({"image_size": 0}, "image_size=0: expected a multiple"),
+    ({"image_size": 32, "image.patch": 0}, "image.patch=0: expected 1 or more|no possible model"),
+    ({"image_size": 32, "image.kind": "swin"}, r"image.kind='swin': choose one of \['regnet', 'resnet', 'vit'\]"),
+    ({"mean": ("a", 0, 0)}, r"mean=\('a', 0, 0\): expected three numbers"),
+    ({"text.eot": 128}, "text.eot=128: expected an id of the 128 tokens"),
+    ({"interpolation": "lanczos"}, r"interpolation='lanczos': choose one of \['bilinear', 'bicubic'\]"),
+    ({"resize": 20}, "resize=20: expected 0, or without squash 32 pixels or more"),
+    ({"resize": 40, "squash": True}, "resize=40: expected 0"),
+    ({"text.context_length": 17}, "text.context_length=17: expected 2 to 16, the trained positions"),
+    ({"image.width": 128}, "visual.conv1.weight .*: should be"),
     ({"text.heads": 3}, r"config.model.text.heads=3 does not divide config.model.text.width=128"),
     ({"text.buckets": (8, 4)}, r"config.model.text.buckets=\(8, 4\): expected positive lengths, ascending"),
   ],
@@ -300,3 +375,103 @@ def test_the_largest_id_ends_texts_where_hugging_face_says_2(tmp_path: Path) -> 
     about["text_config"]["eos_token_id"] = written
     file.write_text(json.dumps(about))
     assert read(tmp_path).model["text"]["eot"] == expected
+
+
+def test_what_a_config_describes_is_not_assumed(tmp_path: Path) -> None:
+  sd = reference.below(reference.load("openai_vit"), "sd/")
+  for format in ("open_clip", "huggingface"):
+    write(from_state_dict(sd, {"squash": True}), tmp_path / format, format)
+    found = read(tmp_path / format)
+    assert (found.remarks, found.view.squash) == ((), True)
+
+
+@pytest.mark.parametrize("name", ["openai_vit", "openai_resnet"])
+def test_another_resolution_resizes_positions_and_a_shorter_context_cuts_them(name: str, tmp_path: Path) -> None:
+  tensors = reference.below(reference.load(name), "sd/")
+  native = from_state_dict(tensors)
+  write(native, tmp_path / "export", "orbax")
+  path = ("attention_pool", "position_embedding") if name == "openai_resnet" else ("position_embedding",)
+
+  def positions(weights: Weights) -> np.ndarray:
+    return functools.reduce(operator.getitem, path, weights.params["towers"]["image"])
+
+  size, length = 2 * native.view.size, native.model["text"]["context_length"] - 3
+  settings = {"image_size": size, "text.context_length": length, "resize": size + 8}
+  for found in (from_state_dict(tensors, settings), read(tmp_path / "export", settings)):
+    assert (found.view.size, found.view.resize, found.model["text"]["context_length"]) == (size, size + 8, length)
+    count = len(positions(native))
+    np.testing.assert_array_equal(positions(found), resize_positions(positions(native), 4 * (count - 1) + 1))
+    np.testing.assert_array_equal(
+      found.params["towers"]["text"]["position_embedding"],
+      native.params["towers"]["text"]["position_embedding"][:length],
+    )
+    assert any(f"resized from {count} to {4 * (count - 1) + 1} positions" in remark for remark in found.remarks)
+  with pytest.raises(ValueError, match=r"need other weights: heads/image_projection/\w+ is \(.*\), not \(.*\)"):
+    read(tmp_path / "export", {"heads.embed_dim": 7})
+
+
+def test_one_checkpoint_of_a_run_is_read_by_its_step_or_path(save_run: Callable[..., Path], tmp_path: Path) -> None:
+  c = tiny_config("clip")
+  c.checkpoint.best_metric = "eval/heldout/top1"
+  workdir = save_run(c)
+  for checkpoint in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "3"):
+    assert read(checkpoint).step == 3
+  assert read(workdir, step=3).step == 3
+  with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4; its checkpoints are of steps \[3\]"):
+    read(workdir, step=4)
+  with pytest.raises(ValueError, match=r"none of the steps \[3\] was evaluated by eval/heldout/top1"):
+    read(workdir, step="best")
+  (workdir / "checkpoints" / "3" / "scores.json").write_text('{"eval/heldout/top1": 0.5}')
+  for found in (read(workdir, step="best"), read(workdir / "checkpoints" / "best")):
+    assert found.step == 3
+  with pytest.raises(ValueError, match="is a checkpoint of a run, so step=3 does not apply"):
+    read(workdir / "checkpoints" / "3", step=3)
+  with pytest.raises(ValueError, match="has no best checkpoint, since its config.checkpoint.best_metric is ''"):
+    read(save_run(tiny_config("clip")), step="best")
+  assert [parse_step(text) for text in (None, "7", "best")] == [None, 7, "best"]
+  with pytest.raises(ValueError, match="--step=newest: expected the step of a checkpoint, or best"):
+    parse_step("newest")
+
+
+def test_settings_are_parsed() -> None:
+  texts = ["image.heads=16", "image.activation=gelu", "mean=(0.5, 0.5, 0.5)", "squash=True"]
+  expected = {"image.heads": 16, "image.activation": "gelu", "mean": (0.5, 0.5, 0.5), "squash": True}
+  assert parse_settings(texts, "--settings") == expected
+  with pytest.raises(ValueError, match="--settings: 'gelu' is not of the form"):
+    parse_settings(["gelu"], "--settings")
+
+
+@pytest.fixture
+def hugging_face(tmp_path: Path) -> Path:
+  """An exported folder."""
+  write(from_state_dict(reference.below(reference.load("hf_clip"), "sd/")), tmp_path, "huggingface")
+  return tmp_path
+
+
+def test_added_tokens_do_not_move_the_end_where_hugging_face_says_2(hugging_face: Path) -> None:
+  """Their old configs pool at the largest id of a text, which is OpenAI's end of text whatever was added after it."""
+  tensors = safetensors.numpy.load_file(hugging_face / "model.safetensors")
+  name = "text_model.embeddings.token_embedding.weight"
+  tensors[name] = np.zeros((49410, tensors[name].shape[1]), np.float32)
+  safetensors.numpy.save_file(tensors, hugging_face / "model.safetensors")
+  about = json.loads((hugging_face / "config.json").read_text())
+  about["text_config"] |= {"eos_token_id": 2, "vocab_size": 49410}
+  (hugging_face / "config.json").write_text(json.dumps(about))
+  found = read(hugging_face)
+  assert (found.model["text"]["eot"], found.remarks) == (49407, ())
+
+
+@pytest.mark.parametrize(
+  "change", [{"model": 3}, {"heads": ["joints"]}, {"image_size": "x"}, {"interpolation": 3}, None]
+)
+def test_damaged_exports_are_value_errors(change: dict | None, tmp_path: Path) -> None:
+  write(from_state_dict(reference.below(reference.load("openai_vit"), "sd/")), tmp_path / "out", "orbax")
+  file = tmp_path / "out" / "weights.json"
+  if change is None:
+    for array in (tmp_path / "out" / "arrays").rglob("*"):
+      if array.is_file():
+        array.write_bytes(array.read_bytes()[: len(array.read_bytes()) // 2])
+  else:
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+  with pytest.raises(ValueError, match="is damaged|expected a value|choose one of"):
+    read(tmp_path / "out", {"resize": 0})

@@ -11,7 +11,6 @@ import operator
 import os
 from pathlib import Path
 import pickle
-import pickletools
 import re
 import shutil
 import struct
@@ -22,15 +21,13 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+from torch_files import LEGACY_START, call, dictionary, module, plain, tensor, write_legacy, write_zip
 
 from declip_jax.weights.tensor_files import read_tensors
 
 FILES = Path(__file__).parents[1] / "fixtures" / "weights"
 CHECKPOINTS = sorted(path.name for path in FILES.iterdir() if path.suffix not in (".npz", ".py"))
 ELEMENT_TYPES = "float32 float16 bfloat16 float64 uint8 int8 int16 int32 int64 bool".split()  # noqa: SIM905
-LEGACY_START = b"".join(
-  pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True})
-)
 
 
 def expected(group: str) -> dict[str, np.ndarray]:
@@ -46,46 +43,6 @@ def assert_same(tensors: dict[str, np.ndarray], group: str) -> None:
     assert tensors[name].shape == value.shape, name
     assert tensors[name].dtype == (ml_dtypes.bfloat16 if name == "bfloat16" else value.dtype), name
     np.testing.assert_array_equal(tensors[name].astype(value.dtype), value, err_msg=name)
-
-
-# A handmade pickle: each function returns the instructions that push one value.
-
-
-def plain(value: object) -> bytes:
-  return pickletools.optimize(pickle.dumps(value, 2))[2:-1]  # without memo instructions, whose indices would collide
-
-
-def call(module: str, name: str, *arguments: bytes) -> bytes:
-  return f"c{module}\n{name}\n(".encode() + b"".join(arguments) + b"tR"
-
-
-def tensor(offset=0, shape=(2, 2), stride=(2, 1), key="0", size=4, storage="FloatStorage", place="storage") -> bytes:
-  identifier = plain(place) + f"ctorch\n{storage}\n".encode() + plain(key) + plain("cpu") + plain(size)
-  arguments = b"(" + identifier + b"tQ", plain(offset), plain(shape), plain(stride), plain(False)
-  return call("torch._utils", "_rebuild_tensor_v2", *arguments, call("collections", "OrderedDict"))
-
-
-def dictionary(**values: bytes) -> bytes:
-  return b"}(" + b"".join(plain(name) + value for name, value in values.items()) + b"u"
-
-
-def module(class_name: str, **attributes: bytes) -> bytes:
-  return f"c__torch__\n{class_name}\n".encode() + b")\x81" + dictionary(**attributes) + b"b"
-
-
-def write_zip(path: Path, content: bytes, **entries: bytes) -> Path:
-  """A file of `torch.save` with the instructions `content`; storage 0 has four float32."""
-  entries = {"data.pkl": b"\x80\x02" + content + b".", "data/0": np.arange(4, dtype="<f4").tobytes()} | entries
-  with zipfile.ZipFile(path, "w") as archive:
-    for name, data in entries.items():
-      archive.writestr(f"any/{name}", data)
-  return path
-
-
-def write_legacy(path: Path, content: bytes) -> Path:
-  storage = struct.pack("<q", 4) + np.arange(4, dtype="<f4").tobytes()
-  path.write_bytes(LEGACY_START + b"\x80\x02" + content + b"." + pickle.dumps(["0"], 2) + storage)
-  return path
 
 
 def check_rejected(path: Path, message: str) -> None:

@@ -156,6 +156,45 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
   assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_exported_files_have_the_modes_of_other_files(format: str, tmp_path: Path) -> None:
+  weights = from_state_dict(reference.below(reference.load("hf_clip"), "sd/"), SETTINGS["hf_clip"])
+  write(weights, tmp_path / "out", format)
+  (tmp_path / "other").touch()
+  mode = (tmp_path / "other").stat().st_mode
+  assert {file.stat().st_mode for file in (tmp_path / "out").rglob("*") if file.is_file()} == {mode}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_view_of_the_whole_image_is_kept(format: str, tmp_path: Path) -> None:
+  weights = from_state_dict(
+    reference.below(reference.load("hf_clip"), "sd/"),
+    SETTINGS["hf_clip"] | {"squash": True, "interpolation": "bilinear"},
+  )
+  write(weights, tmp_path / "out", format)
+  assert read(tmp_path / "out").view == weights.view
+  assert weights.view.squash
+
+
+def test_exports_of_another_tokenizer_say_so(tmp_path: Path) -> None:
+  """At which id other projects pool: at the largest by default, so one that is not has to be named."""
+  sd = reference.below(reference.load("hf_clip"), "sd/")
+  for eot, tokenizer, pooling in ((5, "openai", "eos"), (127, "openai", None), (127, "sentencepiece:a.model", "eos")):
+    weights = from_state_dict(sd, SETTINGS["hf_clip"] | {"text.eot": eot, "text.tokenizer": tokenizer})
+    assert weights.model["text"]["vocab_size"] == 128
+    folder = tmp_path / f"{eot} {tokenizer}"
+    for format in ("open_clip", "huggingface"):
+      (note,) = [note for note in write(weights, folder / format, format) if "tokenizer" in note]
+      assert f"128 tokens and end texts with id {eot} (config.model.text.tokenizer='{tokenizer}')" in note
+      assert read(folder / format).model["text"]["eot"] == eot
+    text = json.loads((folder / "open_clip" / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    assert (text.get("pool_type"), text.get("eos_id")) == ((pooling, eot) if pooling else (None, None))
+  weights = from_state_dict(sd, SETTINGS["hf_clip"] | {"text.eot": 2})  # transformers takes 2 for the largest id
+  with pytest.raises(ValueError, match="cannot represent texts that end with id 2; open_clip's format can"):
+    write(weights, tmp_path / "two", "huggingface")
+  assert not (tmp_path / "two").exists()
+
+
 def tiny_of(method: str) -> ConfigDict:
   """A tiny config of a method, or of CLIP with a convolutional network."""
   c = tiny_config(method if method in METHODS else "clip")
@@ -237,7 +276,13 @@ def test_export_by_command(finished_run: FinishedRun, tmp_path: Path) -> None:
   workdir = finished_run.workdir
   command = [sys.executable, "-m", "declip_jax.export", "--workdir", str(workdir), "--format", "open_clip"]
   command += ["--output", str(tmp_path / "out")]
-  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  best = subprocess.run([*command, "--step=best"], capture_output=True, text=True)
+  assert (best.returncode, best.stderr.count("\n")) == (2, 1)
+  assert "has no best checkpoint, since its config.checkpoint.best_metric is ''" in best.stderr
+  settings = ["--step=8", "--settings=interpolation=bicubic", "--settings=mean=(0.5, 0.25, 0.5)"]
+  done = subprocess.run([*command, *settings], capture_output=True, text=True, check=True)
+  view = declip_jax.load(tmp_path / "out").view
+  assert (view.interpolation, view.mean) == ("bicubic", (0.5, 0.25, 0.5))
   lines = done.stdout.splitlines()
   assert lines[0].startswith("declip_jax, step 8: ")
   assert "omitted: the heads that only training uses (bank, mlm, simsiam)" in lines

@@ -100,6 +100,11 @@ def centre_crop(height: int, width: int, size: int, resize: int = 0) -> Crop:
   return Crop(box, height, width, _centre(height, size), _centre(width, size), size)
 
 
+def whole_image(height: int, width: int, size: int) -> Crop:
+  """The crop of the whole image, resized to a square whatever its shape."""
+  return Crop((0, 0, height, width), size, size, 0, 0, size)
+
+
 def _shorter_side(height: int, width: int, shorter: int) -> tuple[Box, int, int]:
   """The box to use, and its size once the shorter side has `shorter` pixels; the other is rounded down as there."""
   h, w = (min(side, _MAX_ASPECT * min(height, width)) for side in (height, width))

@@ -9,7 +9,14 @@ import numpy as np
 from PIL import Image
 
 from declip_jax.data.images import exact, fast
-from declip_jax.data.images.geometry import CROP_RATIO, Crop, centre_crop, random_resized_crop, square_crop
+from declip_jax.data.images.geometry import (
+  CROP_RATIO,
+  Crop,
+  centre_crop,
+  random_resized_crop,
+  square_crop,
+  whole_image,
+)
 from declip_jax.data.images.photo import Photo, Pixels, View, open_photo
 
 EngineName = Literal["exact", "fast"]
@@ -196,6 +203,7 @@ class EvalView:
     resize: length of the image's shorter side, in pixels, before the centre is cut out; 0 means `size`.
     interpolation: method of resizing.
     mean, std: per channel, on a scale of 0 to 1, by which the model normalises pixels; see `normalise`.
+    squash: whether the whole image is resized to the view, whatever its shape, and nothing is cut off.
   """
 
   size: int
@@ -203,6 +211,7 @@ class EvalView:
   interpolation: Interpolation = "bilinear"
   mean: tuple[float, ...] = (0.0, 0.0, 0.0)
   std: tuple[float, ...] = (1.0, 1.0, 1.0)
+  squash: bool = False
 
   def normalise(self, pixels: np.ndarray) -> np.ndarray:
     """Normalised float32 pixels of a uint8 view."""
@@ -213,7 +222,7 @@ class EvalView:
 def eval_view(
   image: bytes | np.ndarray | Image.Image | Photo, view: EvalView, *, engine: EngineName = "exact"
 ) -> Pixels:
-  """Resizes an image and cuts out its centre, `[size size 3]`, not normalised.
+  """Resizes an image and cuts out its centre, or resizes it whole (`view.squash`): `[size size 3]`, not normalised.
 
   The default engine equals torchvision bit for bit, so that a score does not depend on how fast we preprocess.
 
@@ -222,5 +231,6 @@ def eval_view(
     ValueError: see `centre_crop` and `make`.
   """
   photo = open_photo(image)
-  params = ViewParams(centre_crop(photo.height, photo.width, view.size, view.resize))
+  sides = photo.height, photo.width, view.size
+  params = ViewParams(whole_image(*sides) if view.squash else centre_crop(*sides, view.resize))
   return make(photo, [params], interpolation=view.interpolation, engine=engine)[0]

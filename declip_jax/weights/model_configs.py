@@ -1,0 +1,249 @@
+"""Reads the config files that open_clip and Hugging Face write next to weights, as settings of `weights.read`.
+
+A field that changes what a model computes, and that our towers do not support, is an error that names it.
+"""
+
+from collections.abc import Mapping, Sequence
+import json
+import math
+from pathlib import Path
+import re
+from typing import Any, NoReturn, TypeVar
+
+from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
+
+Fields = Mapping[str, Any]
+Value = TypeVar("Value")
+
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+# Fields of open_clip's towers and the values that our towers support, None for any. Other fields must have no effect.
+_OPEN_CLIP_TOWER = {
+  "layers": None,
+  "width": None,
+  "heads": None,
+  "head_width": None,
+  "mlp_ratio": None,
+  "patch_size": None,
+  "image_size": None,
+  "context_length": None,
+  "vocab_size": None,
+  "no_ln_pre": None,
+  "proj_bias": None,
+  "norm_kwargs": None,
+  "timm_model_name": None,
+  "timm_model_pretrained": None,
+  "timm_pool": ("token", ""),
+  "timm_proj": ("linear",),
+  "hf_tokenizer_name": ("", None),
+  "pool_type": ("tok", "argmax", "eos"),
+  "eos_id": None,
+}
+_TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
+_TIMM_NAME = re.compile(r"vit_(tiny|small|base|large)_patch\d+(_\d+)?(\.\w+)?")
+
+
+def settings_beside(file: Path) -> dict[str, Any]:
+  """The settings that config files in the folder of a weights file contain; none if there are no config files.
+
+  Raises:
+    ValueError: a config file is damaged, or describes a model that our towers cannot compute; names file and field.
+  """
+  folder = file.parent
+  if file.suffix not in (".safetensors", ".bin"):
+    return {}
+  if (folder / "open_clip_config.json").exists() and file.name.startswith("open_clip"):
+    return _open_clip(folder / "open_clip_config.json")
+  if (folder / "config.json").exists():
+    return _hugging_face(folder)
+  return {}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+  """The object in a JSON file.
+
+  Raises:
+    ValueError: it is damaged; names the file.
+  """
+  try:
+    content = json.loads(file.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{file} is not JSON: {error}") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{file} contains {type(content).__name__}, expected an object with fields")
+  return content
+
+
+def get(fields: Fields, name: str, default: Value, where: str) -> Value:
+  """A field of a file, or its default if it is absent or null.
+
+  Raises:
+    ValueError: its type is not that of the default; the message begins with `where`.
+  """
+  value = fields.get(name)
+  if value is None:
+    return default
+  expected = (int, float) if isinstance(default, float) else type(default)
+  if not isinstance(value, expected) or isinstance(value, bool) != isinstance(default, bool):
+    raise ValueError(f"{where}{name}={value!r}: expected a value like {default!r}")
+  return value
+
+
+def _reject(where: str, value: Any, supported: Any) -> NoReturn:
+  raise ValueError(f"{where}={value!r} is not supported, only {supported}")
+
+
+def _open_clip(file: Path) -> dict[str, Any]:
+  about = read_json(file)
+  model, preprocess = (get(about, name, {}, f"{file}: ") for name in ("model_cfg", "preprocess_cfg"))
+  vision, text = (get(model, name, {}, f"{file}: model_cfg.") for name in ("vision_cfg", "text_cfg"))
+  for tower, fields in (("vision_cfg", vision), ("text_cfg", text)):
+    for name, value in fields.items():
+      legal = _OPEN_CLIP_TOWER.get(name, (None, False, 0, 0.0, ""))
+      if legal is not None and value not in legal:
+        _reject(f"{file}: {tower}.{name}", value, list(legal))
+  activation = "quick_gelu" if get(model, "quick_gelu", False, f"{file}: model_cfg.") else "gelu"
+  where = f"{file}: text_cfg."
+  settings = {"text.activation": activation, "text.heads": get(text, "heads", 8, where)}
+  vocab_size = get(text, "vocab_size", OPENAI_VOCABULARIES[0], where)
+  settings["text.eot"] = _largest_id(vocab_size)  # at which "argmax" pools
+  if text.get("pool_type") == "eos":
+    settings["text.eot"] = get(text, "eos_id", 2, where)
+  if (epsilon := _epsilon(text, where)) != 1e-5:
+    _reject(f"{where}norm_kwargs.eps", epsilon, 1e-5)
+  return settings | _open_clip_vision(vision, activation, f"{file}: vision_cfg.") | _open_clip_view(preprocess, file)
+
+
+def _open_clip_vision(vision: Fields, activation: str, where: str) -> dict[str, Any]:
+  name = get(vision, "timm_model_name", "", where)
+  if name:
+    match = _TIMM_NAME.fullmatch(name)
+    if not match:
+      _reject(f"{where}timm_model_name", name, "vit_tiny, vit_small, vit_base and vit_large")
+    return {"image.activation": "gelu", "image.heads": _TIMM_HEADS[match[1]], "image.epsilon": 1e-6}
+  head_width = get(vision, "head_width", 64, where)
+  if head_width < 1:
+    _reject(f"{where}head_width", head_width, "1 or more")
+  if isinstance(vision.get("layers"), list):
+    if head_width != 64:
+      _reject(f"{where}head_width", head_width, "64 for a ResNet, whose attention pool has heads of 64 channels")
+    return {}
+  heads = get(vision, "width", 768, where) // head_width
+  return {"image.activation": activation, "image.heads": heads, "image.epsilon": _epsilon(vision, where)}
+
+
+def _epsilon(tower: Fields, where: str) -> float:
+  norm = get(tower, "norm_kwargs", {}, where)
+  if others := sorted(set(norm) - {"eps"}):
+    raise ValueError(f"{where}norm_kwargs has {others}, supported is only 'eps'")
+  return get(norm, "eps", 1e-5, f"{where}norm_kwargs.")
+
+
+def _open_clip_view(preprocess: Fields, file: Path) -> dict[str, Any]:
+  where = f"{file}: preprocess_cfg."
+  mode = get(preprocess, "resize_mode", "shortest", where)
+  if mode not in ("shortest", "squash"):
+    _reject(f"{where}resize_mode", mode, "'shortest' and 'squash'")
+  settings: dict[str, Any] = {"squash": mode == "squash"}
+  for name in ("mean", "std"):
+    if name in preprocess:
+      settings[name] = _three(preprocess[name], f"{where}{name}")
+  if "interpolation" in preprocess:
+    settings["interpolation"] = get(preprocess, "interpolation", "bicubic", where)
+  return settings
+
+
+def _largest_id(vocab_size: int) -> int:
+  """The largest id of a text: with OpenAI's vocabulary the end, whatever was added after it."""
+  return OPENAI_EOT if vocab_size > OPENAI_EOT else vocab_size - 1
+
+
+def _three(values: Any, where: str) -> tuple[float, ...]:
+  if not (isinstance(values, Sequence) and len(values) == 3 and all(type(x) in (int, float) for x in values)):
+    raise ValueError(f"{where}={values!r}: expected three numbers")
+  return tuple(map(float, values))
+
+
+def _hugging_face(folder: Path) -> dict[str, Any]:
+  file = folder / "config.json"
+  about = read_json(file)
+  if about.get("model_type") != "clip":
+    _reject(f"{file}: model_type", about.get("model_type"), "'clip'")
+  vision, text = (get(about, name, {}, f"{file}: ") for name in ("vision_config", "text_config"))
+  where = f"{file}: text_config."
+  if (epsilon := get(text, "layer_norm_eps", 1e-5, where)) != 1e-5:
+    _reject(f"{where}layer_norm_eps", epsilon, 1e-5)
+  eot = get(text, "eos_token_id", 2, where)
+  if eot == 2:  # an old mistake of theirs, that means the largest id of a text
+    eot = _largest_id(get(text, "vocab_size", OPENAI_VOCABULARIES[0], where))
+  settings = {
+    "text.activation": get(text, "hidden_act", "quick_gelu", where),
+    "text.heads": get(text, "num_attention_heads", 8, where),
+    "text.eot": eot,
+  }
+  where = f"{file}: vision_config."
+  settings |= {
+    "image.activation": get(vision, "hidden_act", "quick_gelu", where),
+    "image.heads": get(vision, "num_attention_heads", 12, where),
+    "image.epsilon": get(vision, "layer_norm_eps", 1e-5, where),
+  }
+  return settings | _processor(folder, get(vision, "image_size", 224, where))
+
+
+def _processor(folder: Path, image_size: int) -> dict[str, Any]:
+  """Preprocessing by `processor_config.json`, which transformers writes since version 5, or `preprocessor_config.json`.
+
+  Absent fields have the defaults of CLIPImageProcessor.
+  """
+  file, fields = folder / "processor_config.json", None
+  if file.exists():
+    fields = get(read_json(file), "image_processor", {}, f"{file}: ")
+    where = f"{file}: image_processor."
+  if not fields:
+    file = folder / "preprocessor_config.json"
+    if not file.exists():
+      return {}
+    fields, where = read_json(file), f"{file}: "
+  for name, needed in (("do_resize", True), ("do_rescale", True), ("rescale_factor", 1 / 255)):
+    value = get(fields, name, needed, where)
+    if not math.isclose(value, needed, rel_tol=1e-6):
+      _reject(f"{where}{name}", value, needed)
+  resample = get(fields, "resample", 3, where)
+  if resample not in _RESAMPLE:
+    _reject(f"{where}resample", resample, f"{_RESAMPLE}")
+  settings: dict[str, Any] = {"interpolation": _RESAMPLE[resample], **_resizing(fields, image_size, where)}
+  if not get(fields, "do_normalize", True, where):
+    return settings | {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+  means = {ours: fields.get(f"image_{ours}") for ours in ("mean", "std")}
+  return settings | {ours: _three(x, f"{where}image_{ours}") for ours, x in means.items() if x is not None}
+
+
+def _resizing(fields: Fields, image_size: int, where: str) -> dict[str, Any]:
+  """The settings `resize` and `squash`: the shorter side resized and the centre cut out, or the whole image resized."""
+  crops = get(fields, "do_center_crop", True, where)
+  size, crop = (_sides(fields.get(name), name, where) for name in ("size", "crop_size"))
+  shorter = size[0] if len(size) == 1 else 0
+  squash = len(size) == 2
+  if not crops and not squash:
+    _reject(f"{where}do_center_crop", False, "True, or a size with height and width")
+  height, width = size if not crops else crop or (image_size, image_size)
+  if (height, width) != (image_size, image_size):
+    raise ValueError(f"{where}: images of {height} x {width} pixels do not fit vision_config.image_size={image_size}")
+  if (squash and size != (image_size, image_size)) or (shorter and shorter < image_size):
+    _reject(f"{where}size", fields["size"], f"{image_size} pixels, or more for the shorter side")
+  return {"squash": squash, "resize": shorter if shorter > image_size else 0}
+
+
+def _sides(value: Any, name: str, where: str) -> tuple[int, ...]:
+  """The shorter side, or height and width, of a size of transformers; empty if it is absent."""
+  match value:
+    case None:
+      return ()
+    case int() if name == "size":
+      return (value,)
+    case int():
+      return (value, value)
+    case {"shortest_edge": int() as shorter} if name == "size" and len(value) == 1:
+      return (shorter,)
+    case {"height": int() as height, "width": int() as width} if len(value) == 2:
+      return (height, width)
+  _reject(f"{where}{name}", value, "a number, 'shortest_edge', or 'height' and 'width'")

@@ -1,0 +1,180 @@
+"""Recognises the architecture of a state dict under OpenAI's names, by the names and shapes of its tensors.
+
+What they do not determine is assumed, and named in `Recognised.assumed`: activation, heads, epsilon, end-of-text id.
+"""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from declip_jax import architectures
+from declip_jax import config as config_lib
+
+OPENAI_EOT, OPENAI_VOCABULARIES = 49407, (49408, 49409)  # without and with a mask token
+# Number of heads of open_clip's H/14, g/14, bigG/14 and e/14 by width and depth: theirs do not have 64 channels.
+_WIDE_HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1792, 56): 16}
+
+
+@dataclasses.dataclass
+class Recognised:
+  """A model.
+
+  Attributes:
+    model: `config.model` as nested dicts.
+    heads: names of `models.heads.HEADS`.
+    image_size: height and width of images, in pixels.
+    interpolation: method of resizing images for evaluation.
+    assumed: paths of the fields of `model` that neither tensors nor the kind of file determine, such as "image.heads".
+  """
+
+  model: dict[str, Any]
+  heads: list[str]
+  image_size: int
+  interpolation: str
+  assumed: tuple[str, ...]
+
+
+def recognise(tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extras: Mapping[str, Any]) -> Recognised:
+  """The model whose tensors have these names and shapes.
+
+  Args:
+    tensors: arrays under OpenAI's names.
+    dialect: the dialect that they were in, a name of `dialects.DIALECTS`.
+    kind, extras: see `tensor_files.TensorFile`.
+
+  Raises:
+    KeyError, IndexError, ValueError, ArithmeticError: a tensor is missing or has another rank.
+  """
+  model = config_lib.default("clip").to_dict()["model"]
+  slip, declip = dialect == "SLIP", dialect.startswith("DeCLIP")
+  timm = slip or dialect == "open_clip, timm trunk"
+  activation = _activation(tensors, dialect, kind, extras)
+  model["dtype"] = "float32"
+  if slip or declip:
+    model["mean"], model["std"] = config_lib.IMAGENET_MEAN, config_lib.IMAGENET_STD
+  if "visual.layer1.0.conv1.weight" in tensors:
+    model["image"], image_size = _resnet(tensors)
+  else:
+    model["image"], image_size = _vit(tensors, "gelu" if timm else activation, 1e-6 if timm else 1e-5)
+  if slip and model["image"]["width"] in (384, 768):
+    model["image"]["heads"] = 12
+  if "token_embedding.weight" in tensors:
+    model["text"] = _text(tensors, activation)
+    if declip:
+      model["text"]["eot"] = model["text"]["vocab_size"] - 2
+  fields, heads = _heads(tensors)
+  model["heads"] |= fields
+  of_one_architecture = slip or declip or _is_openais(tensors, kind)
+  assumed = () if of_one_architecture else _undetermined(model, heads)
+  return Recognised(model, heads, image_size, "bilinear" if slip or declip else "bicubic", assumed)
+
+
+def _is_openais(tensors: Mapping[str, np.ndarray], kind: str) -> bool:
+  """Whether the file is as OpenAI released it: a TorchScript archive, or its state dict, which has the resolution."""
+  return kind == "torchscript" or "input_resolution" in tensors
+
+
+def _activation(tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extras: Mapping[str, Any]) -> str:
+  """The most likely activation.
+
+  QuickGELU is that of OpenAI, SLIP (text) and DeCLIP, and the default of Hugging Face. open_clip trains with exact GELU
+  unless told otherwise, mostly by a model's name with "quickgelu", which is then part of the run's name; only its
+  training checkpoints have a name. OpenAI's models are mostly saved by PyTorch, or in half precision.
+  """
+  if dialect != "OpenAI" and not dialect.startswith("open_clip"):
+    return "quick_gelu"
+  if "name" in extras:
+    return "quick_gelu" if "quickgelu" in str(extras["name"]).lower() else "gelu"
+  halves = any(tensor.dtype == np.float16 for tensor in tensors.values())
+  if _is_openais(tensors, kind) or halves:
+    return "quick_gelu"
+  return "quick_gelu" if kind == "torch" and dialect == "OpenAI" else "gelu"
+
+
+def _undetermined(model: Mapping[str, Any], heads: Iterable[str]) -> tuple[str, ...]:
+  """The fields that no tensor determines."""
+  fields = ["image.activation", "image.heads", "image.epsilon"] if model["image"]["kind"] == "vit" else []
+  if "joint" in heads:
+    fields += ["text.activation", "text.heads"]
+    fields += ["text.eot"] if model["text"]["vocab_size"] not in OPENAI_VOCABULARIES else []
+  return tuple(fields)
+
+
+def _depth(tensors: Iterable[str], prefix: str) -> int:
+  numbers = {int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(prefix)}(\d{{1,6}})\.", name))}
+  return len(numbers)
+
+
+def _vit(tensors: Mapping[str, np.ndarray], activation: str, epsilon: float) -> tuple[dict[str, Any], int]:
+  width, _, patch, _ = tensors["visual.conv1.weight"].shape
+  blocks = "visual.transformer.resblocks."
+  depth = _depth(tensors, blocks)
+  image = architectures.vit(
+    patch,
+    width,
+    depth,
+    _WIDE_HEADS.get((width, depth), max(width // 64, 1)),
+    pre_norm="visual.ln_pre.weight" in tensors,
+    patch_bias="visual.conv1.bias" in tensors,
+    activation=activation,
+    epsilon=epsilon,
+    mlp_ratio=tensors[f"{blocks}0.mlp.c_fc.weight"].shape[0] / width,
+  ).to_dict()
+  return image, patch * math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
+
+
+def _resnet(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], int]:
+  layers = tuple(_depth(tensors, f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
+  image = architectures.resnet(tensors["visual.conv3.weight"].shape[0], layers).to_dict()
+  return image, 32 * math.isqrt(tensors["visual.attnpool.positional_embedding"].shape[0] - 1)
+
+
+def _text(tensors: Mapping[str, np.ndarray], activation: str) -> dict[str, Any]:
+  vocab_size, width = tensors["token_embedding.weight"].shape
+  blocks = "transformer.resblocks."
+  return architectures.text(
+    width,
+    _depth(tensors, blocks),
+    heads=max(width // 64, 1),
+    vocab_size=vocab_size,
+    eot=OPENAI_EOT if vocab_size in OPENAI_VOCABULARIES else vocab_size - 1,
+    context_length=tensors["positional_embedding"].shape[0],
+    activation=activation,
+    mlp_ratio=tensors[f"{blocks}0.mlp.c_fc.weight"].shape[0] / width,
+  ).to_dict()
+
+
+def _heads(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], list[str]]:
+  """Fields of `config.model.heads` that the tensors determine, and the heads that they belong to."""
+
+  def widths(*names: str) -> tuple[int, ...]:
+    return tuple(tensors[f"{name}.weight"].shape[0] for name in names)
+
+  heads = ["joint"] if "token_embedding.weight" in tensors else []
+  fields: dict[str, Any] = {
+    "image_bias": "visual.attnpool.c_proj.bias" in tensors,
+    "text_bias": "text_projection.bias" in tensors,
+  }
+  if "text_projection" in tensors:
+    fields["embed_dim"] = tensors["text_projection"].shape[1]
+  elif "text_projection.weight" in tensors:
+    fields["embed_dim"] = tensors["text_projection.weight"].shape[0]
+  if "image_mlp.layer1.weight" in tensors:
+    heads.append("simclr")
+    fields["simclr_projector"] = widths(*(f"image_mlp.layer{index}" for index in (1, 2, 3)))
+  if "projector.linear1.weight" in tensors:
+    heads.append("simsiam")
+    fields["simsiam_projector"] = widths(*(f"projector.linear{index}" for index in (1, 2, 3)))
+    fields["simsiam_predictor"] = widths("predictor.linear1", "predictor.layer2")
+  if "text_label_predictor.weight" in tensors:
+    heads.append("mlm")
+  if "image_mapping.weight" in tensors:
+    heads.append("filip")
+    fields["dense_dim"] = tensors["image_mapping.weight"].shape[0]
+  if "logit_bias" in tensors:
+    heads.append("sigmoid")
+  return fields, heads

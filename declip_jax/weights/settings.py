@@ -1,0 +1,148 @@
+"""Settings that replace what was recognised of a model: fields of `config.model`, and of the view of images.
+
+`image_size` and `text.context_length` change the shapes of position embeddings, which are resized and cut.
+"""
+
+import ast
+from collections.abc import Iterable, Mapping
+import dataclasses
+import math
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+import jax
+from jaxtyping import Float
+import numpy as np
+
+from declip_jax.data.images import INTERPOLATIONS, EvalView
+from declip_jax.models.towers import IMAGE_TOWERS
+from declip_jax.weights.layout import ModelFields
+
+Tree = Any
+# Settings and fields of an export that are not fields of `config.model`, and the fields of `EvalView` that they set.
+VIEW = {"image_size": "size", "interpolation": "interpolation", "resize": "resize", "squash": "squash"}
+_POSITIONS = {"vit": ("position_embedding",), "resnet": ("attention_pool", "position_embedding")}
+
+
+def parse_settings(settings: Iterable[str], field: str) -> dict[str, Any]:
+  """Settings as they are written in a config or on a command line, such as "image.heads=16".
+
+  Args:
+    settings: texts; a value that is not a Python literal is a text itself.
+    field: name of the field or flag, for errors.
+
+  Raises:
+    ValueError: a text without "=".
+  """
+  parsed = {}
+  for setting in settings:
+    name, equals, value = setting.partition("=")
+    if not equals:
+      raise ValueError(f"{field}: {setting!r} is not of the form 'image.heads=16'")
+    try:
+      parsed[name] = ast.literal_eval(value)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+      parsed[name] = value
+  return parsed
+
+
+def with_fields(model: ModelFields, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+  """The fields of a model with some replaced, by their paths, such as "image.heads".
+
+  Raises:
+    ValueError: a field that does not exist, or a value of another type; the message begins with `name`.
+  """
+  fields = flatten_dict(dict(model), sep=".")
+  for field, value in settings.items():
+    if field not in fields:
+      raise ValueError(f"{name}: this model has no field {field!r}; it has {', '.join([*fields, *VIEW])}")
+    fields[field] = _like(fields[field], value, f"{name}: {field}={value!r}")
+  for field in ("mean", "std"):
+    values = fields[field]
+    numbers = [x for x in values if isinstance(x, (int, float)) and math.isfinite(x) and (x > 0 or field == "mean")]
+    if len(numbers) != 3 or len(values) != 3:
+      raise ValueError(f"{name}: {field}={values}: expected three numbers, for a deviation more than 0")
+  return unflatten_dict(fields, sep=".")
+
+
+def with_view(view: EvalView, settings: Mapping[str, Any], model: ModelFields, name: str) -> EvalView:
+  """The view of images with some fields replaced by settings, and mean and deviation of the model.
+
+  Raises:
+    ValueError: a value that is not legal; the message begins with `name`.
+  """
+  given = {
+    ours: _like(getattr(view, ours), settings[field], f"{name}: {field}={settings[field]!r}")
+    for field, ours in VIEW.items()
+    if field in settings
+  }
+  if "image_size" in settings and "resize" not in settings:
+    given["resize"] = view.resize * given["size"] // view.size  # the same share of the image
+  view = dataclasses.replace(view, **given, mean=tuple(model["mean"]), std=tuple(model["std"]))
+  stride = _stride(model, name)
+  if view.size < 1 or view.size % stride:
+    raise ValueError(f"{name}: image_size={view.size}: expected a multiple of {stride}, as the image tower requires")
+  if view.interpolation not in INTERPOLATIONS:
+    raise ValueError(f"{name}: interpolation={view.interpolation!r}: choose one of {list(INTERPOLATIONS)}")
+  if view.resize and (view.resize < view.size or view.squash):
+    raise ValueError(f"{name}: resize={view.resize}: expected 0, or without squash {view.size} pixels or more")
+  return view
+
+
+def with_positions(params: Tree, model: ModelFields, image_size: int, name: str) -> tuple[Tree, list[str]]:
+  """Parameters with the position embeddings of a model and image size; and remarks on what was changed.
+
+  Those of images are resized by cubic interpolation, those of texts are cut.
+
+  Raises:
+    ValueError: a context length beyond the positions; the message begins with `name`.
+  """
+  flat, remarks = flatten_dict(params), []
+  path = ("towers", "image", *_POSITIONS.get(model["image"]["kind"], ()))
+  if path in flat and len(flat[path]) != (size := (image_size // _stride(model, name)) ** 2 + 1):
+    remarks.append(f"the position embeddings of images were resized from {len(flat[path])} to {size} positions")
+    flat[path] = resize_positions(flat[path], size)
+  path, length = ("towers", "text", "position_embedding"), model["text"]["context_length"]
+  if path in flat and not 2 <= length <= len(flat[path]):
+    raise ValueError(f"{name}: text.context_length={length}: expected 2 to {len(flat[path])}, the trained positions")
+  if path in flat:
+    flat[path] = flat[path][:length]
+  return unflatten_dict(flat), remarks
+
+
+def resize_positions(positions: Float[np.ndarray, "n f"], size: int) -> Float[np.ndarray, "m f"]:
+  """Resizes position embeddings of a class token and a square grid to `size` positions, cubic with antialiasing.
+
+  Raises:
+    ValueError: one of the two grids is not square.
+  """
+  sides = [round((n - 1) ** 0.5) for n in (len(positions), size)]
+  if [side**2 + 1 for side in sides] != [len(positions), size]:
+    raise ValueError(f"{len(positions)} and {size} positions are not those of a class token and a square grid")
+  grid = positions[1:].reshape(sides[0], sides[0], -1)
+  resized = jax.image.resize(grid, (sides[1], sides[1], grid.shape[-1]), "cubic", antialias=True)
+  return np.concatenate([positions[:1], np.asarray(resized).reshape(size - 1, -1)])
+
+
+def _stride(model: ModelFields, name: str) -> int:
+  """Pixels from token to token of an image tower."""
+  fields = dict(model["image"])
+  try:
+    stride = IMAGE_TOWERS[fields.pop("kind")](**fields).stride
+  except (LookupError, TypeError) as error:
+    raise ValueError(f"{name}: there is no image tower with the fields {model['image']}") from error
+  if stride < 1:
+    raise ValueError(f"{name}: image.patch={stride}: expected 1 or more")
+  return stride
+
+
+def _like(old: Any, value: Any, where: str) -> Any:
+  """A value of the type of the one that it replaces."""
+  if isinstance(old, tuple) and isinstance(value, (list, tuple)):
+    return tuple(value)
+  if isinstance(value, np.generic):
+    value = value.item()
+  kinds = (int, float) if isinstance(old, float) else type(old)
+  if old is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(old, bool)):
+    raise ValueError(f"{where}: expected a value like {old!r}")
+  return float(value) if isinstance(old, float) else value

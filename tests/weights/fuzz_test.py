@@ -1,0 +1,172 @@
+"""Mutated weight files: 20,000 give the right values or a ValueError, within a second and 256 MB each."""
+
+from collections.abc import Callable
+from pathlib import Path
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from torch_files import dictionary, tensor, write_legacy, write_zip
+
+from declip_jax import architectures, config
+from declip_jax.weights.layout import abstract_variables, expected_shapes, layout, to_state_dict
+from declip_jax.weights.read import Weights, from_state_dict, read
+from declip_jax.weights.write import write
+
+SECONDS, BYTES = 1.0, 256 << 20
+VALUES = (0, 1, 2, 9, 127, 128, 255)
+
+
+def small_model() -> dict[str, np.ndarray]:
+  """A state dict of a model as small as can be, under OpenAI's names."""
+  c = config.default("clip")
+  c.model.image = architectures.vit(patch=4, width=8, depth=1, heads=1)
+  c.model.text.update({"width": 8, "depth": 1, "heads": 1, "context_length": 4, "vocab_size": 12, "eot": 11})
+  c.model.heads.embed_dim = 4
+  _, variables = abstract_variables(c.model.to_dict(), ("joint",), 8)
+  rng = np.random.default_rng(0)
+  shapes = expected_shapes(variables, layout(c.model.to_dict(), ("joint",)))
+  return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def storages(tensors: dict[str, np.ndarray]) -> tuple[bytes, dict[str, bytes]]:
+  """The instructions of a state dict, and its storages."""
+  pushed = {}
+  for key, (name, x) in enumerate(tensors.items()):
+    strides = tuple(stride // 4 for stride in x.strides)
+    pushed[name] = tensor(shape=x.shape, stride=strides, key=str(key), size=x.size)
+  return dictionary(**pushed), {str(key): x.tobytes() for key, x in enumerate(tensors.values())}
+
+
+def write_torch(tensors: dict[str, np.ndarray], path: Path) -> None:
+  content, data = storages(tensors)
+  write_zip(path, content, **{f"data/{key}": numbers for key, numbers in data.items()})
+
+
+def write_old_torch(tensors: dict[str, np.ndarray], path: Path) -> None:
+  write_legacy(path, *storages(tensors))
+
+
+WRITERS: dict[str, Callable[[dict[str, np.ndarray], Path], None]] = {
+  "safetensors": safetensors.numpy.save_file,
+  "torch": write_torch,
+  "torch before 1.6": write_old_torch,
+}
+
+
+def mutated(contents: bytes, rng: np.random.Generator) -> bytes:
+  """The same with one to four changes: bytes, cuts, insertions, repetitions, and whole parts elsewhere."""
+  changed = bytearray(contents)
+  for _ in range(rng.integers(1, 5)):
+    # Most changes are where the structure is: at the start or at the end.
+    span = len(changed) if rng.random() < 0.3 else min(len(changed), 3000)
+    start = int(rng.integers(span)) if rng.random() < 0.6 else len(changed) - 1 - int(rng.integers(span))
+    start, length = max(start, 0), int(rng.integers(1, 9))
+    part = bytes(changed[start : start + length])
+    match rng.integers(7):
+      case 0:
+        changed[start : start + 1] = bytes([changed[start] ^ (1 << int(rng.integers(8)))])
+      case 1:
+        changed[start : start + length] = bytes(rng.choice(VALUES, length).tolist())
+      case 2:
+        del changed[start : start + length]
+      case 3:
+        changed[start:start] = rng.bytes(length)
+      case 4:
+        changed[start:start] = part * int(rng.integers(1, 50))
+      case 5:
+        other = int(rng.integers(len(changed)))
+        changed[start : start + length] = changed[other : other + length]
+      case _:
+        del changed[int(rng.integers(len(changed))) :]
+    changed = changed or bytearray(b"\0")
+  return bytes(changed)
+
+
+def memory(field: str) -> int:
+  """Bytes of this process, now (VmRSS) or at most (VmHWM)."""
+  lines = Path("/proc/self/status").read_text().splitlines()
+  return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+def check_bounds(count: int, seed: int, try_one: Callable[[np.random.Generator], Any]) -> None:
+  """Calls a function for many generators, and checks the time of each call and the memory of all."""
+  Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+  before = memory("VmRSS")
+  for index in range(count):
+    start = time.process_time()
+    try_one(np.random.default_rng((seed, index)))
+    assert time.process_time() - start < SECONDS, index
+  assert memory("VmHWM") - before < BYTES
+
+
+def tensors_of(weights: Weights) -> dict[str, np.ndarray]:
+  variables = {"params": weights.params, "collections": weights.collections}
+  return to_state_dict(variables, layout(weights.model, weights.heads))
+
+
+def check_values(found: Weights, truth: Weights, changed: bytes, places: dict[str, int]) -> None:
+  """Every tensor has the numbers at its place in the file or, where what describes it changed too, elsewhere in it."""
+  assert (found.model, found.view, found.heads) == (truth.model, truth.view, truth.heads)
+  for name, x in tensors_of(found).items():
+    numbers = x.tobytes()
+    assert numbers == changed[places[name] : places[name] + len(numbers)] or numbers in changed, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind", WRITERS)
+def test_mutated_tensors_are_right_or_an_error(kind: str, seed: int, tmp_path: Path) -> None:
+  tensors, path = small_model(), tmp_path / "file"
+  WRITERS[kind](tensors, path)
+  contents, truth = path.read_bytes(), read(path)
+  assert {name: contents.count(x.tobytes()) for name, x in tensors.items()} == dict.fromkeys(tensors, 1)
+  places = {name: contents.index(x.tobytes()) for name, x in tensors.items()}
+  header = contents[: min(places.values())]
+  read_anyway = 0
+
+  def try_one(rng: np.random.Generator) -> None:
+    nonlocal read_anyway
+    path.write_bytes(changed := mutated(contents, rng))
+    try:
+      found = read(path)
+    except ValueError as error:
+      assert str(error).startswith(str(path))  # noqa: PT017
+      return
+    read_anyway += changed != contents
+    if kind == "torch":  # which has checksums
+      assert all(np.array_equal(x, tensors[name]) for name, x in tensors_of(found).items())
+    elif changed.startswith(header) and len(changed) == len(contents):
+      assert all(x.tobytes() == changed[places[name] :][: x.nbytes] for name, x in tensors_of(found).items())
+    check_values(found, truth, changed, places)
+
+  check_bounds(3000, seed, try_one)
+  assert read_anyway > 10
+
+
+CONFIGS = {
+  "huggingface": ("config.json", "preprocessor_config.json"),
+  "open_clip": ("open_clip_config.json",),
+  "orbax": ("weights.json",),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", CONFIGS)
+def test_mutated_configs_are_read_or_an_error(format: str, tmp_path: Path) -> None:
+  folder = tmp_path / "out"
+  write(from_state_dict(small_model()), folder, format)
+  contents = {name: (folder / name).read_bytes() for name in CONFIGS[format]}
+
+  def try_one(rng: np.random.Generator) -> None:
+    name = str(rng.choice(CONFIGS[format]))
+    (folder / name).write_bytes(mutated(contents[name], rng))
+    try:
+      read(folder)
+    except ValueError as error:
+      assert str(error).startswith(str(folder))  # noqa: PT017
+    (folder / name).write_bytes(contents[name])
+
+  check_bounds(700, 0, try_one)
