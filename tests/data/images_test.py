@@ -5,6 +5,8 @@ import io
 import json
 import pathlib
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 
@@ -158,6 +160,30 @@ def test_unsigned_and_infinite_levels_are_read():
     assert not photo.deep_grey(same).any()
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_colour_of_12_bits_in_16_keeps_its_contrast(channels, suffix):
+  levels = np.dstack([RAMP * 4095, RAMP[::-1] * 2000, RAMP * 0, RAMP * 0 + 4095])[..., :channels].astype(np.uint16)
+  bgr = levels[..., [2, 1, 0, 3][:channels]]
+  pixels = images.decode(cv2.imencode(suffix, bgr)[1].tobytes())
+  assert difference(pixels, (levels[..., :3] >> 4).astype(np.uint8))[1] <= 1
+
+
+def tiled(side):
+  """A TIFF of 64 x 64 pixels in one tile of `side` x `side`."""
+  data = zlib.compress(bytes(side if side < 1000 else 1000))
+  tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: len(data)}
+  entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+  return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_tiles_of_too_many_pixels_are_rejected():
+  with pytest.raises(BadSample, match="32768 x 32768 pixels") as caught:
+    images.open_photo(tiled(32768))
+  assert caught.value.kind == "too many pixels"
+  assert images.open_photo(tiled(64)).height == 64
+
+
 @pytest.mark.parametrize("how", ["zTXt", "iTXt", "tEXt", "iCCP", "eXIf"])
 def test_long_metadata_of_a_png_do_no_harm(how):
   info, options = PngImagePlugin.PngInfo(), {}
@@ -186,9 +212,14 @@ def scans(count):
 
 def test_a_jpeg_of_very_many_scans_is_not_decoded():
   assert images.decode(scans(100)).shape == IMAGE.shape
-  with pytest.raises(BadSample, match="a JPEG of 101 scans") as caught:
+  with pytest.raises(BadSample, match="101 scans of 128 x 96 pixels") as caught:
     images.open_photo(scans(101))
   assert caught.value.kind == "damaged image"
+  large = io.BytesIO()
+  Image.new("L", (8192, 8192)).save(large, "JPEG", progressive=True)
+  start, data = large.getvalue().rindex(b"\xff\xda"), large.getvalue()
+  with pytest.raises(BadSample, match="17 scans"):
+    images.open_photo(data[:-2] + data[start:-2] * (17 - data.count(b"\xff\xda")) + data[-2:])
 
 
 @pytest.mark.parametrize(
@@ -865,3 +896,38 @@ def test_means_and_deviations_equal_published_ones():
 
 def test_the_limit_of_pixels_is_that_of_a_config():
   assert default("clip").data.max_pixels == images.MAX_PIXELS <= images.LARGEST_LIMIT == 2 * Image.MAX_IMAGE_PIXELS
+
+
+COSTS = """
+import resource, sys, time
+from declip_jax.data import images
+data = open(sys.argv[1], "rb").read()
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+try:
+  images.decode(data)
+except ValueError as error:
+  print(error, file=sys.stderr)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, time.process_time() - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["PNG", "TIFF", "GIF", "WEBP", "JPEG2000", "progressive", "float", "scans", "tile"])
+def test_decoding_any_image_takes_bounded_memory_and_time(case, tmp_path):
+  """Images of the largest size that is decoded, 10 bytes for each pixel, and those that cost more and are not."""
+  side = {"WEBP": 5792, "float": 5792, "JPEG2000": 4096}.get(case, 8192)
+  if case == "tile":
+    data = tiled(32768)
+  elif case in ("progressive", "scans"):
+    data = encode(Image.new("L" if case == "scans" else "RGB", (side, side), 80), "JPEG", progressive=True)
+    start, ending = data.rindex(b"\xff\xda"), data[-2:]
+    data = data[:-2] + data[start:-2] * (0 if case == "progressive" else 10) + ending
+  elif case == "float":
+    data = encode(Image.new("F", (side, side), 0.5), "TIFF")
+  else:
+    data = encode(Image.new("RGB", (side, side), (40, 90, 200)), case)
+  (tmp_path / "image").write_bytes(data)
+  done = subprocess.run([sys.executable, "-c", COSTS, tmp_path / "image"], capture_output=True, text=True, check=True)
+  mebibytes, seconds = map(float, done.stdout.split())
+  assert mebibytes < (64 if case == "tile" else 800)
+  assert seconds < 20

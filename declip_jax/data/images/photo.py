@@ -22,8 +22,11 @@ MAX_PIXELS = 2**26  # 8192 x 8192, 192 MiB decoded; more counts as a decompressi
 LARGEST_LIMIT = 178_956_970  # pixels; Pillow does not open larger images
 # Pixels of these formats and modes count several times, since they take several times the memory or time.
 _WEIGHTS = {"AVIF": 2, "CMYK": 2, "F": 2, "I": 2, "WEBP": 2, "JPEG2000": 4}
-_MAX_SCANS = 100  # of a JPEG; progressive ones have some 10, and each scan takes the time of a decoded image
+# Each scan of a JPEG takes the time of a whole image; progressive ones have some 10.
+_USUAL_SCANS, _MAX_SCANS, _SCANNED_PIXELS = 16, 100, 2**30
 _SAMPLE_FORMAT = 339  # tag of a TIFF: 1 for unsigned numbers, as without it
+_TILE_SIZE = (323, 322)  # tags of a TIFF: height and width of its tiles
+_DARK = 64  # levels below 64 of 256 have 14 of 16 bits, see `deep_grey`
 _STRIP = 2**20  # pixels that are converted at once
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -77,7 +80,10 @@ class Photo:
       except ValueError:
         pass  # the damage may be harmless (stray bytes), and Pillow tolerates that
     with _opened(self.source) as image:
+      is_deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
       pixels = _pillow_pixels(image)
+    if is_deep and isinstance(self.source, bytes) and pixels.max() < _DARK:
+      pixels = _deep_colour(self.source, pixels)
     if pixels.shape[:2] != (self.height, self.width):
       height, width = pixels.shape[:2]
       raise BadSample("damaged image", f"{width} x {height} pixels, but {self.width} x {self.height} in its header")
@@ -105,13 +111,14 @@ def open_photo(image: bytes | np.ndarray | Image.Image | Photo, max_pixels: int 
   if not isinstance(image, Image.Image):
     if not image:
       raise BadSample("empty image", "the image has 0 bytes")
-    if image.startswith(_JPEG) and (scans := image.count(b"\xff\xda")) > _MAX_SCANS:
-      raise BadSample("damaged image", f"a JPEG of {scans} scans; more than {_MAX_SCANS} would take too long to decode")
     if size := _jpeg_size(image):
-      return Photo(*_checked(*size, max_pixels), image, reducible=True)
+      return Photo(*_checked(*size, max_pixels, scans=_scans(image)), image, reducible=True)
   with _opened(image) as opened:
     kind = opened.mode if opened.mode in _WEIGHTS else opened.format
-    return Photo(*_checked(opened.height, opened.width, max_pixels, kind), image)
+    if isinstance(opened, TiffImagePlugin.TiffImageFile):  # a tile may be larger than the image
+      _checked(*(opened.tag_v2.get(tag, 1) for tag in _TILE_SIZE), max_pixels)
+    scans = _scans(image) if isinstance(image, bytes) else 1
+    return Photo(*_checked(opened.height, opened.width, max_pixels, kind, scans), image)
 
 
 def decode(image: bytes | np.ndarray | Image.Image | Photo, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -132,12 +139,19 @@ def decode(image: bytes | np.ndarray | Image.Image | Photo, max_pixels: int = MA
   return open_photo(image, max_pixels).decode()[0]
 
 
-def _checked(height: int, width: int, max_pixels: int, kind: str | None = None) -> tuple[int, int]:
+def _checked(height: int, width: int, max_pixels: int, kind: str | None = None, scans: int = 1) -> tuple[int, int]:
   weight = _WEIGHTS.get(kind or "", 1)
   if weight * height * width > max_pixels:
     counted = f", each of which counts {weight} times in {kind}," if weight > 1 else ""
     raise BadSample("too many pixels", f"{width} x {height} pixels{counted} are more than {max_pixels}")
+  if scans > min(_MAX_SCANS, _SCANNED_PIXELS // max(height * width, 1)) and scans > _USUAL_SCANS:
+    raise BadSample("damaged image", f"{scans} scans of {width} x {height} pixels would take too long to decode")
   return height, width
+
+
+def _scans(data: bytes) -> int:
+  """The number of scans of a JPEG, or somewhat more: a thumbnail has its own. 1 for other formats."""
+  return data.count(b"\xff\xda") if data.startswith(_JPEG) else 1
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -195,6 +209,14 @@ def _pillow_pixels(image: Image.Image) -> Pixels:
     strip = image.crop((0, top, image.width, min(top + rows, image.height)))
     pixels[top : top + rows] = np.asarray(strip.convert("RGB"))
   return pixels
+
+
+def _deep_colour(source: bytes, dark: Pixels) -> Pixels:
+  """The pixels of an image of 16 bits per channel of which Pillow kept the high ones; see `deep_grey`."""
+  levels = cv2.imdecode(np.frombuffer(source, np.uint8), cv2.IMREAD_UNCHANGED)
+  if levels is None or levels.dtype != np.uint16 or levels.ndim != 3 or levels.shape[:2] != dark.shape[:2]:
+    return dark
+  return deep_grey(levels[..., 2::-1].reshape(len(levels), -1)).reshape(dark.shape)
 
 
 def _levels(image: Image.Image) -> np.ndarray:
