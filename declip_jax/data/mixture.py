@@ -6,7 +6,8 @@ from functools import partial
 import grain
 import numpy as np
 
-from declip_jax.data.sources import BadSample, Example, Source
+from declip_jax.data.hangs import Key, key_of
+from declip_jax.data.sources import BadSample, Example, Source, read_example
 
 Position = tuple[int, int]  # number of the source, index in it
 
@@ -56,20 +57,26 @@ class Mixture:
 
     Raises:
       BadSample: the example cannot be used; the message names it.
+      MemoryError, KeyboardInterrupt, SystemExit: see `bad_sample`.
     """
     source = self.sources[position[0]]
-    try:
-      example = source[position[1]]
-    except OSError as error:
-      raise BadSample("missing file", f"{source.name}: example {position[1]}: {error}") from error
-    if any(caption.strip() for caption in example["captions"]):
+    example = read_example(source, position[1])
+    if example["captions"]:
       return example
     if self.templates and source.classnames and example["label"] >= 0:
       name = source.classnames[example["label"]]
       return {**example, "captions": tuple(template.format(name) for template in self.templates)}
     if self.needs_caption:
-      raise BadSample("no caption", f"{example['id']}: no caption")
+      raise BadSample("no caption", f"{example['id']}: no caption, or none with anything to read")
     return example
+
+  def name(self, position: Position) -> str:
+    """The name of an example before it is read."""
+    return f"{self.sources[position[0]].name}: sample {position[1]}"
+
+  def key(self, position: Position) -> Key:
+    """The key of an example, see `key_of`."""
+    return key_of(self.sources[position[0]], position[1])
 
   def replacement(self, position: Position, rng: np.random.Generator) -> Position:
     """Draws a position of the same source to use instead of a bad one.
@@ -108,9 +115,9 @@ def has_captions(source: Source) -> bool:
   """Whether one of eight examples has a caption."""
   for index in sorted({len(source) * eighth // 8 for eighth in range(8)}):
     try:
-      if any(caption.strip() for caption in source[index]["captions"]):
+      if read_example(source, index)["captions"]:
         return True
-    except (BadSample, OSError):
+    except BadSample:
       continue
   return False
 

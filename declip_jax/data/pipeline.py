@@ -5,9 +5,10 @@ is `{"next_index": N}`, the number of examples that the whole run has consumed, 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+import multiprocessing
 import queue
 import signal
 import threading
@@ -18,14 +19,17 @@ import cv2
 import grain
 import numpy as np
 
-from declip_jax.data import images
+from declip_jax.data import deaths as deaths_lib
+from declip_jax.data import hangs, images
+from declip_jax.data.deaths import Deaths
 from declip_jax.data.mixture import Mixture, Position, hashed
-from declip_jax.data.sources import BAD, BadSample, Example, Source
+from declip_jax.data.sources import BAD, BadSample, Example, Source, bad_sample, read_example
 from declip_jax.data.storage import jobs, shared_memory
 
 Sample = dict[str, np.ndarray]
 BAD_COUNTS = "bad_counts"  # field of a sample: how many examples of each kind of `BAD` were skipped for it
 _MAX_TRIES = 100
+_MAX_DEATHS = 10  # of workers, within one batch
 _NAMED = 20  # bad examples of each kind that a process names in the log
 _SECOND_STREAM = 1
 _CHUNK = 32  # samples, at most, that one thread puts together
@@ -36,56 +40,62 @@ _WORTH_PROCESSES = 8192  # images that four threads read in the seconds that pro
 class _MakeSample(grain.transforms.RandomMap):
   """Makes the sample of a position, from another example of the same source if its own is bad."""
 
-  first: Mixture
-  second: Mixture | None
+  mixtures: tuple[Mixture, ...]
   make_views: Callable[[Example, np.random.Generator], Sample]
   max_pixels: int
+  deaths: Deaths
 
   def random_map(self, positions: Any, rng: np.random.Generator) -> Sample:
-    first, second = positions if self.second else (positions, None)
+    positions = list(positions) if len(self.mixtures) > 1 else [positions]
     bad_counts = np.zeros(len(BAD), np.int32)
     while True:
-      try:
-        example = self.first.read(first)
-      except BadSample as error:
-        first = self._skip(self.first, first, error, bad_counts, rng)
-        continue
-      try:
-        other = self.second.read(second) if self.second else None
-      except BadSample as error:
-        second = self._skip(self.second, second, error, bad_counts, rng)
-        continue
-      try:
-        sample = self.make_views(example if other is None else {**example, "ssl_image": other["image"]}, rng)
-      except BadSample as error:
-        if other is not None and not _decodes(other["image"], self.max_pixels):
-          second = self._skip(self.second, second, _with_id(error, other), bad_counts, rng)
-        else:
-          first = self._skip(self.first, first, _with_id(error, example), bad_counts, rng)
-        continue
-      return sample | {BAD_COUNTS: bad_counts}
+      state = rng.bit_generator.state
+      made = self._make(positions, rng)
+      if isinstance(made, dict):
+        return made | {BAD_COUNTS: bad_counts}
+      rng.bit_generator.state = state  # the replacement does not depend on how far the bad example went
+      stream, error = made
+      bad_counts[BAD.index(error.kind)] += 1
+      _warn(error)
+      mixture, position = self.mixtures[stream], positions[stream]
+      if bad_counts.sum() == _MAX_TRIES:
+        # Workers can send built-in exceptions; one of an unknown class may hang them.
+        name = mixture.sources[position[0]].name
+        raise ValueError(f"{name}: {_MAX_TRIES} examples in a row cannot be used; the last one: {error}")
+      positions[stream] = mixture.replacement(position, rng)
 
-  def _skip(
-    self, mixture: Mixture, position: Position, error: BadSample, bad_counts: np.ndarray, rng: np.random.Generator
-  ) -> Position:
-    """Counts a bad example and returns the position of its replacement."""
-    bad_counts[BAD.index(error.kind)] += 1
-    _warn(error)
-    if bad_counts.sum() == _MAX_TRIES:
-      # Workers can send built-in exceptions; one of an unknown class may hang them.
-      name = mixture.sources[position[0]].name
-      raise ValueError(f"{name}: {_MAX_TRIES} examples in a row cannot be used; the last one: {error}")
-    return mixture.replacement(position, rng)
+  def _make(self, positions: Sequence[Position], rng: np.random.Generator) -> Sample | tuple[int, BadSample]:
+    """Returns the sample, or the number of the stream whose example is bad and what is wrong with it."""
+    stream, examples = 0, []
+    names = [mixture.name(position) for mixture, position in zip(self.mixtures, positions, strict=True)]
+    try:
+      keys = [mixture.key(position) for mixture, position in zip(self.mixtures, positions, strict=True)]
+      for stream, key in enumerate(keys):
+        hangs.check(key, names[stream])
+        self.deaths.check(key, names[stream])
+      with self.deaths.reading(dict(zip(keys, names, strict=True))) as record, hangs.reading(keys, record.leave):
+        for stream, mixture in enumerate(self.mixtures):
+          examples.append(mixture.read(positions[stream]))
+          names[stream] = examples[stream]["id"]
+        record.write(dict(zip(keys, names, strict=True)))
+        fields = examples[0] if stream == 0 else {**examples[0], "ssl_image": examples[1]["image"]}
+        stream = 0
+        return {field: _array(value) for field, value in self.make_views(fields, rng).items()}
+    except BaseException as error:
+      if len(examples) == 2 and not _decodes(examples[1]["image"], self.max_pixels):
+        stream = 1
+      return stream, bad_sample(error, names[stream])
 
 
-def _with_id(error: BadSample, example: Example) -> BadSample:
-  return BadSample(error.kind, f"{example['id']}: {error}")
+def _array(value: Any) -> np.ndarray | np.generic:
+  return value if isinstance(value, np.ndarray | np.generic) else np.asarray(value)
 
 
 def _decodes(image: Any, max_pixels: int) -> bool:
   try:
     images.decode(image, max_pixels)
-  except BadSample:
+  except BaseException as error:
+    bad_sample(error, "")
     return False
   return True
 
@@ -107,6 +117,7 @@ def training_samples(
   seed: int,
   ssl_mixture: Mixture | None = None,
   max_pixels: int = images.MAX_PIXELS,
+  deaths: Deaths | None = None,
 ) -> grain.MapDataset:
   """Returns all samples of a run, endless and with random access; each epoch of a source is a new permutation of it.
 
@@ -116,20 +127,23 @@ def training_samples(
   Args:
     mixture: the sources to read.
     make_views: makes a sample from an example, with a generator that depends on seed and position. If the example
-      cannot be read or `make_views` raises `BadSample`, another example of the same source, drawn with that generator,
-      replaces it; so the stream still depends only on seed and position.
+      cannot be read or `make_views` raises, another example of the same source, drawn with that generator, replaces it;
+      so the stream still depends only on seed and position.
     seed: the seed of shuffling and augmentation.
     ssl_mixture: the sources of the second stream, whose captions are ignored.
     max_pixels: largest number of pixels of an image for `make_views`.
+    deaths: samples to skip, since processes died while they read them.
 
   Returns:
     Samples of `make_views` with `bad_counts`, int32 `[len(BAD)]`: how many examples of each kind were skipped for this
-    sample, in both streams together. Reading one raises ValueError after 100 skipped examples.
+    sample, in both streams together. Reading one raises ValueError after 100 skipped examples, and an error that is not
+    the fault of an example as it is, see `bad_sample`.
   """
   positions = mixture.positions(seed)
   if ssl_mixture:
     positions = grain.experimental.ZipMapDataset([positions, ssl_mixture.positions(hashed(seed, _SECOND_STREAM))])
-  return positions.random_map(_MakeSample(mixture, ssl_mixture, make_views, max_pixels), seed=seed)
+  mixtures = (mixture, ssl_mixture) if ssl_mixture else (mixture,)
+  return positions.random_map(_MakeSample(mixtures, make_views, max_pixels, deaths or Deaths()), seed=seed)
 
 
 def reader_counts(workers: int | None, threads: int | None, cores: int | None = None) -> tuple[int, int]:
@@ -163,7 +177,7 @@ def evaluation_reader_counts(
   return workers if num_images >= _WORTH_PROCESSES else 0, threads
 
 
-def _read(dataset: grain.MapDataset, workers: int, threads: int) -> Iterator[Any]:
+def _read(dataset: grain.MapDataset, workers: int, threads: int, seconds: float) -> Iterator[Any]:
   """Iterates over a dataset that is read in threads of `workers` processes, or of this one if there are none."""
   # By default grain reads 500 elements ahead, which here are batches or chunks of them.
   stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
@@ -173,7 +187,7 @@ def _read(dataset: grain.MapDataset, workers: int, threads: int) -> Iterator[Any
     flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
   shared_memory.remove_abandoned()
-  start = partial(_start_worker, shared_memory.prefix())
+  start = partial(_start_worker, shared_memory.prefix(), seconds)
   batches = iter(stream.mp_prefetch(options, worker_init_fn=start))
   batches.get_state()  # makes the iterators of all workers, which start with the first batch otherwise
   with jobs.hold_main_back():
@@ -194,6 +208,10 @@ class TrainStream:
     workers: number of processes to read with; 0 reads in threads of this process.
     threads: number of threads in each process.
     state: the state of an earlier stream to resume, whose numbers of workers and hosts may differ.
+    seconds: seconds for reading one sample, after which it is bad; 0 means no limit. A library that hangs and holds
+      Python's lock ends its worker process; in this process nothing can end it.
+    deaths: where samples that kill a worker are remembered, the same as for `training_samples`. The workers are then
+      started again, and a sample is skipped once two have died in it.
   """
 
   def __init__(
@@ -206,13 +224,19 @@ class TrainStream:
     workers: int = 0,
     threads: int = 4,
     state: Mapping[str, int] | None = None,
+    seconds: float = hangs.SECONDS,
+    deaths: Deaths | None = None,
   ):
     self._batch_size, local = batch_size, batch_size // hosts
     self._next_index = state["next_index"] if state else 0
     size = max(size for size in range(1, min(local, _CHUNK) + 1) if local % size == 0)
-    self._chunks = local // size
-    chunks = grain.MapDataset.source(_Chunks(samples[self._next_index :], size, self._chunks, host, hosts))
-    self._iterator = _read(chunks, workers, threads)
+    self._chunks, self._deaths = local // size, deaths or Deaths()
+
+    def start() -> Iterator[Sample]:
+      chunks = _Chunks(samples[self._next_index :], size, self._chunks, host, hosts, seconds)
+      return _read(grain.MapDataset.source(chunks), workers, threads, seconds)
+
+    self._start, self._iterator = start, start()
 
   def __iter__(self) -> Iterator[Sample]:
     return self
@@ -221,17 +245,23 @@ class TrainStream:
     """Returns the next batch.
 
     Raises:
-      ChildProcessError: a worker process died.
+      ChildProcessError: worker processes died, and not in a sample that is known or too often.
     """
-    try:
-      chunks = [next(self._iterator) for _ in range(self._chunks)]
-    except RuntimeError as error:  # grain has no error class for this
-      if "terminated unexpectedly" not in str(error):
-        raise
-      raise ChildProcessError(
-        f"{error}. Was it killed because memory ran out (of this machine, or of /dev/shm, which passes batches)? "
-        "config.data.workers and config.data.threads set the number of readers"
-      ) from error
+    for _ in range(_MAX_DEATHS):
+      try:
+        chunks = [next(self._iterator) for _ in range(self._chunks)]
+        break
+      except RuntimeError as error:
+        death = _death(error)
+        if death is error or not (known := self._deaths.recover()):
+          raise death from error
+        for line in known:
+          logging.warning("%s (%s)", line, error)
+        _close(self._iterator)
+        self._deaths.forget()
+        self._iterator = self._start()
+    else:
+      raise death
     self._next_index += self._batch_size
     return (
       chunks[0] if len(chunks) == 1 else {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -245,6 +275,17 @@ class TrainStream:
   def close(self) -> None:
     """Ends the worker processes."""
     _close(self._iterator)
+    self._deaths.forget()
+
+
+def _death(error: RuntimeError) -> Exception:
+  """The error to raise instead of grain's error about a dead worker, for which it has no class; others as they are."""
+  if "terminated unexpectedly" not in str(error):
+    return error
+  return ChildProcessError(
+    f"{error}. Was it killed because memory ran out (of this machine, or of /dev/shm, which passes batches)? "
+    "config.data.workers and config.data.threads set the number of readers"
+  )
 
 
 @dataclass(frozen=True)
@@ -256,6 +297,7 @@ class _Chunks:
   count: int
   host: int
   hosts: int
+  seconds: float
 
   def __len__(self) -> int:
     return len(self.samples) // (self.size * self.count * self.hosts) * self.count
@@ -263,7 +305,13 @@ class _Chunks:
   def __getitem__(self, index: int) -> Sample:
     batch, chunk = divmod(index, self.count)
     first = ((batch * self.hosts + self.host) * self.count + chunk) * self.size
-    samples = [self.samples[first + offset] for offset in range(self.size)]
+    try:
+      samples = hangs.make_all(lambda offset: self.samples[first + offset], self.size, self.seconds)
+    except (KeyboardInterrupt, SystemExit) as error:
+      logging.error("%s %s", type(error).__name__, " ".join(getattr(error, "__notes__", ())))
+      if multiprocessing.parent_process() is None:
+        raise
+      raise RuntimeError(f"{type(error).__name__} {' '.join(getattr(error, '__notes__', ()))}") from error
     return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
@@ -293,7 +341,8 @@ class Prefetch:
         self._put((self._place(batch), self._stream.state, bad_counts))
         if self._stopped.is_set():
           return
-    except Exception as error:  # raised again in the thread that trains
+      self._put(StopIteration())
+    except BaseException as error:  # raised again in the thread that trains
       self._put(error)
 
   def _put(self, item: Any) -> None:
@@ -308,7 +357,7 @@ class Prefetch:
 
   def __next__(self) -> tuple[Any, dict[str, int], np.ndarray]:
     item = self._queue.get()
-    if isinstance(item, Exception):
+    if isinstance(item, BaseException):
       raise item
     return item
 
@@ -334,6 +383,7 @@ class EvaluationBatches:
     batch_rows: which rows of a global batch belong to this host, `[b]`.
     workers, threads: see `evaluation_reader_counts`.
     max_pixels: largest number of pixels of an image, see `images.open_photo`.
+    seconds: seconds for reading one example; 0 means no limit.
   """
 
   source: Source
@@ -343,14 +393,17 @@ class EvaluationBatches:
   workers: int | None = None
   threads: int | None = None
   max_pixels: int = images.MAX_PIXELS
+  seconds: float = hangs.SECONDS
 
   def __iter__(self) -> Iterator[Sample]:
     local, num_batches = len(self.batch_rows), -(-len(self.source) // self.batch_size)
     samples = grain.MapDataset.range(num_batches * local).map(self._sample)
     counts = evaluation_reader_counts(num_batches * local, self.workers, self.threads)
-    batches = _read(samples.batch(local), *counts)
+    batches = _read(grain.MapDataset.source(_Chunks(samples, local, 1, 0, 1, self.seconds)), *counts, self.seconds)
     try:
       yield from batches
+    except RuntimeError as error:
+      raise _death(error) from error
     finally:
       _close(batches)
 
@@ -362,13 +415,21 @@ class EvaluationBatches:
     if index >= len(self.source):
       return blank
     try:
-      example = self.source[index]
-      pixels = images.decode(example["image"], self.max_pixels)
-    except (BadSample, OSError) as error:
-      logging.warning("skipped in the evaluation: %s, example %d: %s", self.source.name, index, error)
+      return self._read(index) | {"mask": np.bool_(True)}
+    except BadSample as error:
+      logging.warning("skipped in the evaluation (%s) %s", error.kind, error)
       return blank
-    image = images.eval_view(pixels, self.view)
-    return {"image": image, "label": np.int32(example["label"]), "mask": np.bool_(True)}
+
+  def _read(self, index: int) -> Sample:
+    key, name = hangs.key_of(self.source, index), f"{self.source.name}: sample {index}"
+    hangs.check(key, name)
+    with hangs.reading([key]):
+      example = read_example(self.source, index)
+      try:
+        image = images.eval_view(images.decode(example["image"], self.max_pixels), self.view)
+      except BaseException as error:
+        raise bad_sample(error, f"{self.source.name}: {example['id']}") from error
+    return {"image": image, "label": np.int32(example["label"])}
 
 
 def _close(batches: Iterator[Any]) -> None:
@@ -377,7 +438,7 @@ def _close(batches: Iterator[Any]) -> None:
     close()
 
 
-def _start_worker(prefix: str, index: int, count: int) -> None:
+def _start_worker(prefix: str, seconds: float, index: int, count: int) -> None:
   """Prepares a process that reads, whose shared memory has names with this prefix.
 
   Workers ignore signals, which the main process handles: it saves a checkpoint first.
@@ -385,7 +446,8 @@ def _start_worker(prefix: str, index: int, count: int) -> None:
   del index, count
   shared_memory.use_prefix(prefix)
   disable_opencv_threads()
-  jobs.end_with_parent()
+  jobs.end_with_parent(before=deaths_lib.clear_journals)
+  hangs.end_if_stuck(seconds)
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from declip_jax.data import images
-from declip_jax.data.sources import BadSample, Example, Source
+from declip_jax.data.sources import BadSample, Example, Source, bad_sample, read_example
 from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_reader, pack
 from declip_jax.data.storage import outputs
 from declip_jax.data.storage.jobs import Advance
@@ -33,14 +33,11 @@ def read(source: Source, index: int) -> tuple[Example, images.Pixels]:
   Raises:
     BadSample: training could not use the sample; the message names it.
   """
-  try:
-    example = source[index]
-  except OSError as error:
-    raise BadSample("missing file", f"{source.name}: sample {index}: {error}") from error
+  example = read_example(source, index)
   try:
     return example, images.decode(example["image"])
-  except BadSample as error:
-    raise BadSample(error.kind, f"{example['id']}: {error}") from error
+  except BaseException as error:
+    raise bad_sample(error, example["id"]) from error
 
 
 def make_record(source: Source, index: int) -> bytes:
@@ -50,7 +47,10 @@ def make_record(source: Source, index: int) -> bytes:
     BadSample: as in `read`.
   """
   example, pixels = read(source, index)
-  return pack(example if isinstance(example["image"], bytes) else {**example, "image": _png(pixels)})
+  try:
+    return pack(example if isinstance(example["image"], bytes) else {**example, "image": _png(pixels)})
+  except BaseException as error:
+    raise bad_sample(error, example["id"]) from error
 
 
 def write(source: Source, shard: Shard, advance: Advance) -> dict[str, Any]:

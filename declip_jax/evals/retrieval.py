@@ -9,7 +9,7 @@ import numpy as np
 
 from declip_jax.data import images as image_ops
 from declip_jax.data.mixture import has_captions
-from declip_jax.data.sources import Source
+from declip_jax.data.sources import Source, read_example
 from declip_jax.evals.features import SourceFeatures
 from declip_jax.evals.metrics import RECALL_AT, recall
 from declip_jax.evals.similarity import take
@@ -32,7 +32,7 @@ def retrieval(
     ValueError: no image has a caption.
   """
   source, images = features.source, features.images
-  captions = [source[index]["captions"] if ok else () for index, ok in enumerate(images.readable)]
+  captions = [read_example(source, index)["captions"] if ok else () for index, ok in enumerate(images.readable)]
   kept = np.flatnonzero([bool(texts) for texts in captions])
   if not len(kept):
     raise ValueError(f"{source.name} has no readable image with a caption")

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
+from declip_jax.data import hangs
 from declip_jax.data.make_views import MakeViews
 from declip_jax.data.sources import Source
 from declip_jax.data.storage import files
@@ -70,7 +71,7 @@ def draw_views(
   """Draws the first samples of a run as the model receives them, unless the picture exists."""
   if path.exists():
     return
-  first = [samples[index] for index in range(6)]
+  first = hangs.make_all(samples.__getitem__, 6, hangs.SECONDS)
   texts = [[make_views.tokenizer.decode(ids) for ids in sample.get("text", ())] for sample in first]
   batch = jax.jit(augment)({"image": np.stack([sample["image"] for sample in first])}, 0)
   recipe = make_views.recipe

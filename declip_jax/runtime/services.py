@@ -172,7 +172,7 @@ class Services:
     values |= {name: count for name, count in counts.items() if count}
     self.writer.write(step, values)
     self.latest.update(values)
-    self.bad_samples.check(bad)
+    self.bad_samples.check()
 
   def save_is_due(self, step: int) -> bool:
     """Whether a checkpoint is due, by the step or by the clock of any host; the same on every host."""

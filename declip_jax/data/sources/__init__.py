@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from declip_jax.data.sources.arrayrecord import open_arrayrecord
-from declip_jax.data.sources.base import BAD, BadSample, Example, Source
+from declip_jax.data.sources.base import BAD, BadSample, Example, Source, bad_sample, read_example
 from declip_jax.data.sources.coco import open_coco
 from declip_jax.data.sources.folder import open_folder
 from declip_jax.data.sources.heldout import open_heldout, open_kept
@@ -14,7 +14,7 @@ from declip_jax.data.sources.tfds import open_tfds
 from declip_jax.data.sources.webdataset import open_webdataset
 from declip_jax.data.sources.yfcc import open_yfcc
 
-__all__ = ["BAD", "SOURCES", "BadSample", "Example", "Source", "open_source"]
+__all__ = ["BAD", "SOURCES", "BadSample", "Example", "Source", "bad_sample", "open_source", "read_example"]
 
 SOURCES: dict[str, Callable[[str], Source]] = {
   "scenes": open_scenes,

@@ -186,7 +186,7 @@ def _count_at_end(url: str, size: int) -> int:
     with tempfile.NamedTemporaryFile() as file:
       file.truncate(size)  # takes no space
       file.seek(size - length)
-      file.write(files.read(url, size - length, length))
+      file.write(files.read(url, size - length, length, limit=length))
       file.flush()
       try:
         return open_reader(file.name).num_records()

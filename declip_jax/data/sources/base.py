@@ -1,8 +1,11 @@
-"""The interface of sources, on which the input pipeline relies."""
+"""The interface of sources, on which the input pipeline relies, and the one rule about what goes wrong in a sample."""
 
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
+
+from declip_jax.data.storage import files
+from declip_jax.data.text.cleaning import has_text
 
 # The kinds of bad samples.
 BAD = (
@@ -14,7 +17,12 @@ BAD = (
   "too many pixels",
   "no caption",
   "damaged record",  # the description of the sample cannot be parsed: its .json, its class, its line
+  "too large",  # more bytes than `files.MAX_BYTES`
+  "too slow",  # not read within the time for one sample
+  "fatal",  # processes died while they read it
+  "unexpected error",  # of any other type
 )
+_LABELS = 2**31  # labels are int32 on devices
 
 
 class BadSample(ValueError):
@@ -30,6 +38,46 @@ class BadSample(ValueError):
 
   def __reduce__(self) -> tuple[type, tuple[str, str]]:
     return BadSample, (self.kind, str(self))  # so that worker processes can raise it
+
+
+_MESSAGE = 500  # characters of an error's message that are kept
+
+
+def bad_sample(error: BaseException, place: str) -> BadSample:
+  """Returns an error that was raised while a sample was read or made into views, as the fault of that sample.
+
+  Every error is, whatever its type: a library may raise anything for bad bytes, and a Rust library may panic with an
+  error that is not an `Exception`. The exceptions are errors that another sample would meet too.
+
+  Args:
+    error: the error; the kind of a `BadSample` is kept.
+    place: name of the sample, which the message begins with.
+
+  Raises:
+    MemoryError: memory ran out; the message names the sample.
+    KeyboardInterrupt, SystemExit: the same error, with a note that names the sample.
+  """
+  reason = _reason(error)
+  if isinstance(error, BadSample):
+    return error if place in reason else BadSample(error.kind, f"{place}: {reason}")
+  if isinstance(error, MemoryError):
+    raise MemoryError(f"{place}: memory ran out: {reason}") from error
+  if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+    error.add_note(f"while reading {place}")
+    raise error
+  if isinstance(error, files.TooLarge):
+    return BadSample("too large", f"{place}: {reason}")
+  if isinstance(error, OSError):
+    return BadSample("missing file", f"{place}: {reason}")
+  return BadSample("unexpected error", f"{place}: {type(error).__name__}: {reason}")
+
+
+def _reason(error: BaseException) -> str:
+  """The message of an error on one line, not all of it if it is very long."""
+  try:
+    return " ".join(str(error).split())[:_MESSAGE]
+  except Exception:  # an error may fail to describe itself
+    return ""
 
 
 class Example(TypedDict):
@@ -84,3 +132,24 @@ class Source(Protocol):
       BadSample: this example cannot be used; others can.
     """
     ...
+
+
+def read_example(source: Source, index: int) -> Example:
+  """Reads one example, without captions in which there is nothing to read.
+
+  Raises:
+    BadSample: it cannot be used, for whatever reason; the message names it.
+    MemoryError, KeyboardInterrupt, SystemExit: see `bad_sample`.
+  """
+  try:
+    example = source[index]
+    label, captions, _, place = (example[field] for field in ("label", "captions", "image", "id"))
+    if not -1 <= label < _LABELS:
+      raise BadSample("damaged record", f"{place}: label {label}: expected -1, or 0 to {_LABELS - 1}")
+    if not all(map(has_text, captions)):
+      return {**example, "captions": tuple(filter(has_text, captions))}
+    return example
+  except BaseException as error:
+    if isinstance(error, BadSample):
+      raise
+    raise bad_sample(error, f"{source.name}: sample {index}") from error

@@ -20,6 +20,7 @@ from declip_jax.data.storage.reach import Reach
 
 _FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset")
 _DIGITS = 18  # of a number that fits into 64 bits
+_MOST = 2**32  # bytes of an annotation file
 _PROBED = 20  # images to look for at random, since some may be missing
 
 
@@ -57,7 +58,7 @@ def open_coco(location: str) -> lists.ListSource:
 
 def _entries(path: str, split: str | None) -> Iterator[Entry | BadSample]:
   try:
-    content = parse_json(texts.decode(files.read(path), path))
+    content = parse_json(texts.decode(files.read(path, limit=_MOST), path))
   except ValueError as error:
     raise ValueError(f"{path}: not JSON: {error}") from None
   content = content if isinstance(content, dict) else {}

@@ -25,7 +25,7 @@ from absl import logging
 import numpy as np
 import pyarrow as pa
 
-from declip_jax.data.sources.base import BadSample, Example
+from declip_jax.data.sources.base import BadSample, Example, bad_sample
 from declip_jax.data.storage import files, indexes, layouts, remote
 from declip_jax.data.storage.reach import NotAllowedError, Reach
 from declip_jax.reporting import progress
@@ -155,12 +155,14 @@ class ListSource:
     try:
       image = self._image(entry) if entry.image is None else entry.image
       return Example(image=image, captions=self._captions(entry), label=entry.label, id=place)
-    except BadSample as error:
-      raise BadSample(error.kind, f"{place}: {error}") from error
     except NotAllowedError as error:
       raise BadSample("not allowed", f"{place}: {error}") from error
-    except (OSError, ValueError) as error:  # ValueError for a kind of URL that is not supported
-      raise BadSample("missing file", f"{place}: {error}") from error
+    except ValueError as error:
+      if isinstance(error, BadSample):
+        raise bad_sample(error, place) from error
+      raise BadSample("missing file", f"{place}: {error}") from error  # a kind of URL that is not supported
+    except BaseException as error:
+      raise bad_sample(error, place) from error
 
   def entry(self, index: int) -> Entry:
     """Returns entry `index` of the list, with label -1 for none."""

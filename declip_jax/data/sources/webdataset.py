@@ -47,7 +47,7 @@ from jaxtyping import Int64
 import numpy as np
 
 from declip_jax.data.sources import lists
-from declip_jax.data.sources.base import BadSample, Example
+from declip_jax.data.sources.base import BadSample, Example, bad_sample
 from declip_jax.data.storage import files, indexes, jobs, layouts, patterns, tars, texts
 from declip_jax.data.storage.bounded import parse_json
 from declip_jax.reporting import progress
@@ -138,7 +138,7 @@ class WebDataset:
       buffer = files.read(path, start, stop - start)
       members = list(tars.members(io.BytesIO(buffer), len(buffer)))
     except OSError as error:
-      raise BadSample("missing file", f"{place}: {error}") from error
+      raise bad_sample(error, place) from error
     except ValueError as error:  # no tar header
       raise BadSample("damaged record", f"{place}: {error}; the shard changed since it was indexed") from None
     contents = {member.suffix: buffer[member.data : member.stop] for member in members}

@@ -11,6 +11,7 @@ import errno
 import io
 import os
 from pathlib import Path
+import stat as modes
 import threading
 import time
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ import weakref
 
 from declip_jax.data.storage import remote
 
+MAX_BYTES = 2**28  # of one read, and so of one sample: 8192 x 8192 pixels with transparency, without compression
 _OPEN_FILES = 128  # kept open per process: far below the usual limit of 1024 descriptors, for any number of shards
 _READ_AHEAD = 2**20  # bytes of a remote stream: the latency of a request is about the time to transfer this much
 _THREADS = 32
@@ -42,6 +44,10 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 
 Stamp = tuple[int, int | str | None]
 _SUFFIXES = 6  # to name in a message
+
+
+class TooLarge(OSError):
+  """More bytes than are read at once."""
 
 
 def local_path(path: str) -> str:
@@ -105,20 +111,24 @@ def stamps(paths: Sequence[str]) -> list[Stamp]:
     return list(pool.map(stamp, paths))
 
 
-def read(path: str, start: int = 0, size: int | None = None) -> bytes:
+def read(path: str, start: int = 0, size: int | None = None, limit: int = MAX_BYTES) -> bytes:
   """Reads a whole file, or `size` bytes from `start`; fewer if the file is shorter.
 
   Local files stay open after a partial read, up to 128 per process. If a busy server or network makes a read fail, of a
   URL or a path, it is retried for about ten seconds: using another sample instead would change the stream.
 
   Raises:
-    OSError: the file cannot be read, or a web server ignores ranges.
+    TooLarge: more than `limit` bytes, before they are read; of a URL without `size`, after the first `limit`.
+    OSError: the file cannot be read or is not a regular file (a device or a pipe may have no end), or a web server
+      ignores ranges.
   """
+  if size is not None and size > limit:
+    raise TooLarge(errno.EFBIG, f"{size:,} bytes are more than {limit:,}", path)
   for pause in (*_PAUSES, None):
     try:
-      data = _read_url(path, start, size) if remote.is_url(path) else _read_path(local_path(path), start, size)
+      data = _read_url(path, start, size, limit) if remote.is_url(path) else _read_path(path, start, size, limit)
       break
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, TooLarge):
       raise
     except OSError as error:
       if pause is None or not (remote.is_url(path) or error.errno in _PASSING):
@@ -129,16 +139,21 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
   return data
 
 
-def _read_url(url: str, start: int, size: int | None) -> bytes:
+def _read_url(url: str, start: int, size: int | None, limit: int) -> bytes:
   with remote.filesystem(url) as (system, name):
-    return system.cat_file(name, start=start or None, end=None if size is None else start + size)
+    data = system.cat_file(name, start=start or None, end=start + (limit + 1 if size is None else size))
+  if len(data) > limit:
+    raise TooLarge(errno.EFBIG, f"more than {limit:,} bytes", url)
+  return data
 
 
-def _read_path(path: str, start: int, size: int | None) -> bytes:
+def _read_path(path: str, start: int, size: int | None, limit: int) -> bytes:
+  path = local_path(path)
   if size is None:
-    with open(path, "rb") as file:
-      file.seek(start)
-      return file.read()
+    file = _File(path)
+    if (size := max(file.size - start, 0)) > limit:
+      raise TooLarge(errno.EFBIG, f"{size:,} bytes are more than {limit:,}", path)
+    return file.read(start, size)
   try:
     return _OPEN.get(path).read(start, size)
   except OSError:
@@ -215,11 +230,24 @@ def commit(temporary: Path, path: Path) -> None:
 
 
 class _File:
-  """An open local file. Its descriptor is closed when the last thread that reads from it is done."""
+  """An open local file. Its descriptor is closed when the last thread that reads from it is done.
+
+  Attributes:
+    size: size in bytes when it was opened.
+
+  Raises:
+    OSError: it cannot be opened, or it is not a regular file.
+  """
 
   def __init__(self, path: str):
-    self._descriptor = os.open(path, os.O_RDONLY)
+    self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # otherwise opening a pipe waits for its other end
     weakref.finalize(self, os.close, self._descriptor)
+    stat = os.fstat(self._descriptor)
+    if modes.S_ISDIR(stat.st_mode):
+      raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not modes.S_ISREG(stat.st_mode):
+      raise OSError(errno.EINVAL, "not a regular file", path)
+    self.size = stat.st_size
 
   def read(self, start: int, size: int) -> bytes:
     pieces = []

@@ -273,11 +273,12 @@ def cores() -> int:
     return allowed
 
 
-def end_with_parent(*lifelines: connection.Connection) -> None:
-  """Ends this process when its parent dies, even by SIGKILL, or closes a pipe of `lifelines`."""
-  threading.Thread(target=_wait_for_parent, args=lifelines, daemon=True).start()
+def end_with_parent(*lifelines: connection.Connection, before: Callable[[], None] = lambda: None) -> None:
+  """Ends this process when its parent dies, even by SIGKILL, or closes a pipe of `lifelines`; calls `before` first."""
+  threading.Thread(target=_wait_for_parent, args=(lifelines, before), daemon=True).start()
 
 
-def _wait_for_parent(*lifelines: connection.Connection) -> None:
+def _wait_for_parent(lifelines: Sequence[connection.Connection], before: Callable[[], None]) -> None:
   connection.wait([parent_process().sentinel, *lifelines])
+  before()
   os._exit(1)

@@ -79,8 +79,8 @@ def _web_options() -> dict[str, Any]:
 @contextlib.contextmanager
 def filesystem(url: str) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
   """The file system of a URL and the file's name in it; errors peculiar to the packages below become OSError."""
-  system = _filesystem("/".join(url.split("/", 3)[:3]))
   try:
+    system = _filesystem("/".join(url.split("/", 3)[:3]))
     yield system, system._strip_protocol(url)
   except FileNotFoundError:
     raise FileNotFoundError(errno.ENOENT, "no such file", url) from None

@@ -3,6 +3,7 @@
 The zip format: APPNOTE.TXT of PKWARE.
 """
 
+import errno
 from functools import lru_cache
 import struct
 import zipfile
@@ -32,6 +33,7 @@ def read_member(path: str, member: str) -> bytes:
 
   Raises:
     DamagedMember: the member's contents are damaged.
+    files.TooLarge: more than `files.MAX_BYTES`, before or after inflating.
     FileNotFoundError: the zip has no such member.
     OSError: the zip cannot be read.
     ValueError: the file is not a zip, or the member is compressed in an unknown way.
@@ -41,12 +43,26 @@ def read_member(path: str, member: str) -> bytes:
     return _read_unusual(path, member)
   method, crc, body = found
   try:
-    data = zlib.decompress(body, -zlib.MAX_WBITS) if method == _DEFLATED else body
+    data = _inflated(body, path, member) if method == _DEFLATED else body
   except zlib.error as error:
     raise DamagedMember(f"{path}, {member}: {error}") from None
   if zlib.crc32(data) != crc:
     raise DamagedMember(f"{path}, {member}: wrong checksum")
   return data
+
+
+def _inflated(body: bytes, path: str, member: str) -> bytes:
+  inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+  data = inflate.decompress(body, files.MAX_BYTES + 1)
+  if len(data) > files.MAX_BYTES:
+    raise _too_large(path, member)
+  if not inflate.eof:
+    raise zlib.error("incomplete or truncated stream")
+  return data
+
+
+def _too_large(path: str, member: str) -> files.TooLarge:
+  return files.TooLarge(errno.EFBIG, f"{member}: more than {files.MAX_BYTES:,} bytes", path)
 
 
 def _find(path: str, name: bytes) -> tuple[int, int, bytes] | None:
@@ -84,8 +100,11 @@ def _size_of_url(url: str) -> int:
 
 def _read_unusual(path: str, member: str) -> bytes:
   try:
-    with files.open_stream(path) as stream, zipfile.ZipFile(stream) as archive:
-      return archive.read(member)
+    with files.open_stream(path) as stream, zipfile.ZipFile(stream) as archive, archive.open(member) as body:
+      data = body.read(files.MAX_BYTES + 1)
+    if len(data) > files.MAX_BYTES:
+      raise _too_large(path, member)
+    return data
   except KeyError:
     raise FileNotFoundError(f"{path} has no member {member}") from None
   except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error) as error:

@@ -8,19 +8,27 @@ versions of the Unicode tables differ.
 from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
-import html
 import itertools
 import os
 import re
 from typing import Any, Protocol
 
-import ftfy
 import instant_clip_tokenizer
 from jaxtyping import Bool, Int
 import numpy as np
 
+from declip_jax.data.text.cleaning import SHORT, clean, clean_head, without_special
+
 ORDINARY_IDS = 49406  # OpenAI's: 256 bytes, 256 bytes that end a word, 48,894 merges
-_SPECIAL_TEXT = re.compile(r"<\|(?:start|end)oftext\|>")
+# What OpenAI's code encodes apart from its neighbours: letters, a digit, other characters. (It takes 's and the like
+# together, and digits of other scripts apart, so this finds fewer than three times as many pieces.)
+_PIECES = re.compile(r"[^\W\d_]+|\d|(?:[^\w\s]+|_+)+")
+_LONG = 512  # characters of a piece that is not encoded as a whole
+_LONGEST = 32  # characters of a token of OpenAI's, at most
+_APART = {
+  True: "\N{CYRILLIC LETTER MULTIOCULAR O}",
+  False: "\N{TIRONIAN SIGN CAPITAL ET}",
+}  # no token joins them to others
 # Names of special tokens in other tokenizers' files, in order of preference.
 _NAMES = {
   "sot": ("<|startoftext|>", "[CLS]", "<s>", "<bos>", "<|begin_of_text|>"),
@@ -28,17 +36,6 @@ _NAMES = {
   "mask": ("[MASK]", "<mask>", "<|mask|>"),
   "pad": ("[PAD]", "<pad>", "<|pad|>"),
 }
-
-
-def clean(text: str) -> str:
-  """Cleans a caption as OpenAI does: repairs mojibake, decodes entities, collapses spaces, lowers the case.
-
-  Printable ASCII without `&` needs neither ftfy nor HTML decoding, since everything they repair contains a control
-  character, an entity or a character beyond ASCII. This shortcut takes 1 us instead of 50.
-  """
-  if not (text.isascii() and text.isprintable() and "&" not in text):
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-  return " ".join(text.split()).lower()
 
 
 class Encoder(Protocol):
@@ -56,6 +53,10 @@ class Encoder(Protocol):
   def special(self) -> tuple[int, ...]: ...
 
   def encode(self, text: str) -> list[int]: ...
+
+  def encode_head(self, text: str, count: int) -> list[int]:
+    """Returns the first `count` ids of a text, or more, in bounded time."""
+    ...
 
   def decode(self, ids: list[int]) -> str: ...
 
@@ -83,17 +84,24 @@ class OpenAI:
     OpenAI's tokenizer turns them into the special ids, so a caption can end itself. A literal `<|mask|>` is
     ordinary text, as in DeCLIP.
     """
-    return _byte_pairs().encode(self._prepared(text))
+    return _byte_pairs().encode(without_special(clean(text)))
+
+  def encode_head(self, text: str, count: int) -> list[int]:
+    return _byte_pairs().encode(self._head(text, count))
 
   def rows(self, texts: Sequence[str], context_length: int) -> Int[np.ndarray, "n t"]:
     """Returns rows with OpenAI's start and end and padding 0, in half the time of encoding text by text."""
     if not texts:
       return np.empty((0, context_length), np.int32)
-    return _byte_pairs().tokenize_batch(list(map(self._prepared, texts)), context_length).astype(np.int32)
+    heads = [self._head(text, context_length - 2) for text in texts]
+    return _byte_pairs().tokenize_batch(heads, context_length).astype(np.int32)
 
-  def _prepared(self, text: str) -> str:
-    text = clean(text)
-    return _SPECIAL_TEXT.sub(" ", text) if "<|" in text else text
+  def _head(self, text: str, count: int) -> str:
+    """The beginning of a cleaned caption that has its first `count` ids; all of it unless it is long."""
+    if len(text) <= SHORT:
+      return without_special(clean(text))
+    head = clean_head(text, lambda head: len(_byte_pairs().encode(_beginning(without_special(head), count))) >= count)
+    return _beginning(without_special(head), count)
 
   def decode(self, ids: list[int]) -> str:
     return _byte_pairs().decode(ids)
@@ -101,6 +109,44 @@ class OpenAI:
   def word_marks(self) -> tuple[Bool[np.ndarray, "size"], Bool[np.ndarray, "size"]]:
     ends = np.array([_byte_pairs().decode([index]).endswith(" ") for index in range(self.size)])
     return np.zeros_like(ends), ends
+
+
+def _beginning(text: str, count: int) -> str:
+  """The beginning of a cleaned text that determines its first `count` ids, which depend on nothing after it."""
+  for number, piece in enumerate(_PIECES.finditer(text)):
+    if number == 3 * count + 3:
+      return text[: piece.start()]
+    if piece.end() - piece.start() > _LONG and (beginning := _beginning_within(text, piece, count)):
+      return beginning
+  return text
+
+
+def _beginning_within(text: str, piece: re.Match[str], count: int) -> str | None:
+  """`_beginning` of a text that ends within a very long piece; None if the ids within the piece are too few.
+
+  Byte-pair encoding takes quadratic time for such a piece. The ids up to a boundary between two tokens do not depend on
+  what follows, and one of any 32 places in a row is such a boundary: so the first ids are known once they are the same
+  for a boundary at each of these places.
+  """
+  apart = _APART[piece.group()[0].isalnum()]
+  size = 2 * _LONG
+  while piece.start() + size < piece.end():
+    stop = piece.start() + size
+    heads = {_ids_before(text[:place], apart, count) for place in range(stop - _LONGEST + 1, stop + 1)}
+    if len(heads) == 1 and None not in heads:
+      return text[:stop] + apart
+    size *= 2
+  return None
+
+
+def _ids_before(text: str, apart: str, count: int) -> tuple[int, ...] | None:
+  """The first `count` ids of a text that goes on after a boundary; None if it has fewer or the boundary is not one."""
+  ids = _byte_pairs().encode(text + apart)
+  for end in range(len(ids) - 1, len(ids) - 5, -1):
+    decoded = _byte_pairs().decode(ids[:end])
+    if decoded.replace(" ", "") == text.replace(" ", "") and not decoded.endswith(" "):
+      return tuple(ids[:count]) if end >= count else None
+  return None
 
 
 @functools.lru_cache(maxsize=4)
@@ -143,6 +189,9 @@ class HuggingFace:
   def encode(self, text: str) -> list[int]:
     ids = _tokenizer_json(self.path).encode(_spaced(text), add_special_tokens=False).ids
     return [index for index in ids if index not in self.special]  # a caption may contain one literally
+
+  def encode_head(self, text: str, count: int) -> list[int]:
+    return self.encode(text)  # in linear time
 
   def decode(self, ids: list[int]) -> str:
     return _tokenizer_json(self.path).decode(ids)
@@ -187,6 +236,9 @@ class SentencePiece:
 
   def encode(self, text: str) -> list[int]:
     return _sentence_pieces(self.path).encode(_spaced(text))
+
+  def encode_head(self, text: str, count: int) -> list[int]:
+    return self.encode(text)  # in linear time
 
   def decode(self, ids: list[int]) -> str:
     return _sentence_pieces(self.path).decode(ids)
@@ -280,7 +332,7 @@ class Tokenizer:
       raise TypeError(f"texts is the string {texts!r}; give a sequence of strings, as [{texts!r}]")
     if self._encodes_rows:
       return self.encoder.rows(texts, self.context_length)
-    rows = [self.pad_ids(self.encode(text)) for text in texts]
+    rows = [self.pad_ids(self.encoder.encode_head(text, self.context_length - 2)) for text in texts]
     return np.stack(rows) if rows else np.empty((0, self.context_length), np.int32)
 
   @functools.cached_property

@@ -1,0 +1,135 @@
+"""The cleaning of captions, as in OpenAI's code: repairs mojibake, decodes entities, collapses spaces, lowers the case.
+
+A caption may have megabytes, although only its first tokens are used: `clean_head` reads no more of it than they need.
+"""
+
+from collections.abc import Callable, Iterator
+import html
+import re
+import unicodedata
+
+import ftfy
+
+SHORT = 4096  # characters of a caption that is always read as a whole
+_SEGMENT = 1_000_000  # characters that ftfy repairs at once, at most
+_DEPTH = 16  # levels of an entity for which the repair of the text around it may take
+_REPAIR = ftfy.TextFixerConfig(explain=False)
+_REPAIR_MARKUP = ftfy.TextFixerConfig(explain=False, unescape_html=False)
+# An ampersand that is escaped many times: &amp;amp;amp; and the like, in every spelling that ftfy decodes.
+_NESTED = re.compile(rf"&(?:(?:amp|AMP|#0{{0,22}}38|#[xX]0{{0,21}}26);){{{_DEPTH + 1},}}")
+_LONG_NUMBER = re.compile(r"&#0*([0-9]{8})[0-9]*")
+_SPECIAL = re.compile(r"<\|(?:start|end)oftext\|>")
+
+
+def clean(text: str) -> str:
+  """Cleans a caption.
+
+  Printable ASCII without `&` needs neither ftfy nor HTML decoding, since everything they repair contains a control
+  character, an entity or a character beyond ASCII. This shortcut takes 1 us instead of 50.
+  """
+  return _finished(text if _is_plain(text) else _unescaped("".join(_repaired(text))))
+
+
+def clean_head(text: str, is_enough: Callable[[str], bool]) -> str:
+  """Cleans a caption as far as it is needed.
+
+  Args:
+    text: a caption.
+    is_enough: whether the beginning of the cleaned caption, which ends with a word, is enough.
+
+  Returns:
+    `clean(text)`, or a beginning of it that is enough.
+  """
+  if len(text) <= SHORT or _is_plain(text):
+    return clean(text)
+  pieces, length, due = [], 0, SHORT
+  for piece in _repaired(text):
+    pieces.append(piece)
+    length += len(piece)
+    if length >= due:
+      repaired, due = "".join(pieces), 2 * length
+      # No entity contains these characters, and the case of a word does not depend on other words.
+      head = _finished(_unescaped(repaired[: max(map(repaired.rfind, " \t\n\f")) + 1]))
+      if is_enough(head):
+        return head
+  return _finished(_unescaped("".join(pieces)))
+
+
+def without_special(text: str) -> str:
+  """A cleaned caption without the literal strings `<|startoftext|>` and `<|endoftext|>`."""
+  return _SPECIAL.sub(" ", text) if "<|" in text else text
+
+
+def has_text(caption: str) -> bool:
+  """Whether there is anything to read in a caption: not only spaces, invisible characters and special tokens.
+
+  Entities count as what they stand for: `&nbsp;` is a space.
+  """
+  if caption[:1].isalnum():
+    return True
+  return _is_readable(clean_head(caption, _is_readable))
+
+
+def _is_readable(cleaned: str) -> bool:
+  return any(map(_is_visible, without_special(cleaned)))
+
+
+def _is_visible(character: str) -> bool:
+  return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Mn", "Zl", "Zp", "Zs")
+
+
+def _is_plain(text: str) -> bool:
+  return text.isascii() and text.isprintable() and "&" not in text
+
+
+def _finished(text: str) -> str:
+  return " ".join(text.split()).lower()
+
+
+def _repaired(text: str) -> Iterator[str]:
+  """Yields what `ftfy.fix_text` joins: the repaired lines, the longest of them in segments.
+
+  As there, entities remain from the first line with a `<`, which looks like HTML.
+  """
+  config, start = _REPAIR, 0
+  while start < len(text):
+    stop = min(text.find("\n", start) + 1 or len(text), start + _SEGMENT)
+    segment = text[start:stop]
+    if "<" in segment:
+      config = _REPAIR_MARKUP
+    yield ftfy.fix_text_segment(segment if config is _REPAIR_MARKUP else _shallow(segment), config)
+    start = stop
+
+
+def _shallow(text: str) -> str:
+  """Removes levels of ampersands that are escaped many times.
+
+  ftfy decodes one level of all of them after the other, and repairs the whole text each time. The result is the same
+  with fewer levels, as long as each ampersand is decoded after the same others and enough levels remain between two of
+  them to repair what the first of them was part of.
+  """
+  if "&" not in text:
+    return text
+  depths = sorted({nested.group().count(";") for nested in _NESTED.finditer(text)})
+  levels, last, level = {}, _DEPTH, _DEPTH
+  for depth in depths:
+    level += min(depth - last, _DEPTH)
+    levels[depth], last = level, depth
+  return _NESTED.sub(lambda nested: _last_levels(nested.group(), levels), text) if depths else text
+
+
+def _last_levels(nested: str, levels: dict[int, int]) -> str:
+  parts = nested[1:-1].split(";")
+  return "&" + ";".join(parts[-levels[len(parts)] :]) + ";"
+
+
+def _unescaped(text: str) -> str:
+  """Decodes entities twice, as OpenAI's code does."""
+  return html.unescape(_with_short_numbers(html.unescape(_with_short_numbers(text))))
+
+
+def _with_short_numbers(text: str) -> str:
+  """Shortens numbers of characters: Python reads no number of more than 4300 digits. Those past U+10FFFF remain so."""
+  if "&#" not in text:
+    return text
+  return _LONG_NUMBER.sub(r"&#\1", text)
