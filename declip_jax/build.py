@@ -66,6 +66,7 @@ _RANGES = (
   ("data.threads", lambda count: count is None or count >= 1, "1 or more, or None"),
   ("data.max_pixels", lambda count: 1 <= count <= LARGEST_LIMIT, f"1 to {LARGEST_LIMIT}, the most that Pillow reads"),
   ("data.max_bad", lambda share: 0 <= share <= 1, "a fraction from 0 to 1"),
+  ("data.max_seconds", lambda seconds: seconds >= 0, "seconds, 0 for no limit"),
   ("data.mask_probability", lambda probability: 0 <= probability <= 1, "0 to 1"),
   (
     "data.caption_weights",

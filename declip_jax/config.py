@@ -208,6 +208,7 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
   # Images of more pixels, height x width, are unusable, since each thread may need 10 bytes of memory for each of them.
   # Those of WebP, AVIF, CMYK and 32-bit grey count twice, those of JPEG 2000 four times.
   c.max_pixels = 2**26
+  c.max_seconds = 60.0  # for reading one sample, which is unusable if that takes longer; 0 means no limit
   c.max_bad = 0.05  # largest share of unusable samples between two lines of metrics.jsonl before the run stops
   return c
 

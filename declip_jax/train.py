@@ -28,6 +28,7 @@ from declip_jax import build
 from declip_jax.batch_sizes import BatchSizes
 from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
+from declip_jax.data.deaths import Deaths
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import Source, open_source
 from declip_jax.evals.encoders import EncoderFactory, Encoders
@@ -36,6 +37,7 @@ from declip_jax.reporting import pictures
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
 from declip_jax.reporting.opening import draw_views, opening_lines
 from declip_jax.reporting.progress import TrainingProgress, listening, message
+from declip_jax.runtime import bad_samples
 from declip_jax.runtime.bad_samples import BadSamples
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.clock import Clock
@@ -89,7 +91,7 @@ def train(
     stack.enter_context(listening(watchdog.beat))
     run = _prepare(config, workdir, sources, watchdog)
     workdir.mkdir(parents=True, exist_ok=True)
-    messages = [stack.enter_context(lock(workdir))]
+    messages = [stack.enter_context(lock(workdir)), *run.deaths.recover()]
     checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.steps, workdir)))
     rollbacks = Rollbacks(workdir, config.safety.max_rollbacks)
     start, state, position, notes = _restore_or_create(config, run, checkpoints, rollbacks, watchdog)
@@ -180,6 +182,7 @@ class _Prepared(NamedTuple):
   steps: build.Steps
   sources: list[Source]
   samples: grain.MapDataset
+  deaths: Deaths
   abstract: State
   step_fn: StepFn
   encoders: EncoderFactory
@@ -208,13 +211,17 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
   batch_shape = built.batch_shape(config.batch_size)
   build.check_objective(config, built, batch_shape)
   abstract = abstract_state(batch_shape, built.mesh, model=built.model, optimizer=built.optimizer)
+  deaths = Deaths(workdir, jax.process_index())
   return _Prepared(
     built=built,
     epoch_examples=epoch_examples,
     batch_sizes=BatchSizes.constant(config.batch_size),
     steps=steps,
     sources=opened,
-    samples=pipeline.training_samples(mixture, built.make_views, config.seed, ssl_mixture, config.data.max_pixels),
+    samples=pipeline.training_samples(
+      mixture, built.make_views, config.seed, ssl_mixture, config.data.max_pixels, deaths
+    ),
+    deaths=deaths,
     abstract=abstract,
     step_fn=build.make_step(config, built, steps, abstract),
     encoders=build.make_encoders(config, built),
@@ -258,6 +265,8 @@ def _open_batches(config: ConfigDict, run: _Prepared, position: dict[str, Any] |
     workers=workers,
     threads=threads,
     state=position,
+    seconds=config.data.max_seconds,
+    deaths=run.deaths,
   )
   return pipeline.Prefetch(stream, partial(to_global, sharding=batch_sharding(run.built.mesh)))
 
@@ -419,7 +428,9 @@ def _finish(step: int, workdir: Path, latest: dict[str, float]) -> dict[str, flo
   shown = {name: value for name, value in latest.items() if name.startswith(("loss", "eval/")) or name in names}
   final = {"step": step, **shown}
   if jax.process_index() == 0:
-    message(summary_table({"run": str(workdir), **final}), stream=sys.stdout)
+    bad = bad_samples.total(read_metrics(workdir)) if (workdir / "metrics.jsonl").exists() else {}
+    skipped = {"samples skipped": bad_samples.describe(bad)} if bad else {}
+    message(summary_table({"run": str(workdir), **final, **skipped}), stream=sys.stdout)
   return final
 
 

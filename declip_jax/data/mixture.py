@@ -67,7 +67,7 @@ class Mixture:
       name = source.classnames[example["label"]]
       return {**example, "captions": tuple(template.format(name) for template in self.templates)}
     if self.needs_caption:
-      raise BadSample("no caption", f"{example['id']}: no caption, or none with anything to read")
+      raise BadSample("no caption", f"{example['id']}: no caption")
     return example
 
   def name(self, position: Position) -> str:

@@ -82,6 +82,8 @@ class _MakeSample(grain.transforms.RandomMap):
         stream = 0
         return {field: _array(value) for field, value in self.make_views(fields, rng).items()}
     except BaseException as error:
+      if isinstance(error, BadSample) and len(examples) < len(self.mixtures):
+        return stream, error  # names the example
       if len(examples) == 2 and not _decodes(examples[1]["image"], self.max_pixels):
         stream = 1
       return stream, bad_sample(error, names[stream])

@@ -1,0 +1,363 @@
+"""Whatever goes wrong in one sample, the stream goes on, and equals one in which that sample is known as bad."""
+
+from collections import Counter
+from collections.abc import Callable
+import contextlib
+import ctypes
+from dataclasses import dataclass, field
+import os
+from pathlib import Path
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+from absl import logging
+import numpy as np
+import pytest
+
+from declip_jax.data import deaths as deaths_lib
+from declip_jax.data import hangs, images, pipeline, records
+from declip_jax.data.deaths import Deaths
+from declip_jax.data.mixture import Mixture
+from declip_jax.data.sources import BAD, BadSample, read_example
+from declip_jax.data.sources.base import bad_sample
+from declip_jax.data.storage import files, remote, zips
+
+
+class Panic(BaseException):
+  """As Rust libraries raise, which is not an `Exception`."""
+
+
+class Speechless(Exception):
+  def __str__(self) -> str:
+    raise RuntimeError("no message")
+
+
+class Unreadable:
+  def __array__(self, *_: object) -> np.ndarray:
+    raise Panic("collate")
+
+
+def fail(error: type[BaseException]) -> Callable[[], None]:
+  def raise_it() -> None:
+    raise error("a fault")
+
+  return raise_it
+
+
+def hang() -> None:
+  time.sleep(1000)
+
+
+def spin() -> None:
+  while True:
+    pass
+
+
+def crash() -> None:
+  ctypes.string_at(0)
+
+
+# What happens in a sample: the kind that it counts as when a source is read, and what does it.
+FAULTS: dict[str, tuple[str, Callable[[], None]]] = {
+  "panic": ("unexpected error", fail(Panic)),
+  "speechless": ("unexpected error", fail(Speechless)),
+  "stop": ("unexpected error", fail(StopIteration)),
+  "recursion": ("unexpected error", fail(RecursionError)),
+  "assertion": ("unexpected error", fail(AssertionError)),
+  "value": ("unexpected error", fail(ValueError)),
+  "os": ("missing file", fail(OSError)),
+  "too large": ("too large", fail(files.TooLarge)),
+  "hang": ("too slow", hang),
+  "spin": ("too slow", spin),
+  "crash": ("fatal", crash),
+}
+STAGES = ("open", "views", "collate")
+
+
+@pytest.fixture(autouse=True)
+def forget_slow_samples() -> None:
+  hangs._slow.clear()
+
+
+@dataclass(frozen=True)
+class Faulty:
+  """Image and caption of sample i are i; what goes wrong in samples is given by stage and name of the fault."""
+
+  count: int
+  faults: dict[int, tuple[str, str]] = field(default_factory=dict)
+  known: tuple[int, ...] = ()
+  name: str = "faulty"
+  classnames: tuple[str, ...] = ()
+  stamp: str = "1"
+  skipped: dict[str, int] = field(default_factory=dict)
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index: int) -> dict:
+    if index in self.known:
+      raise BadSample("no caption", f"faulty:{index}")
+    stage, fault = self.faults.get(index, ("", ""))
+    if stage == "open":
+      FAULTS[fault][1]()
+    return {
+      "image": np.full((4, 4, 3), index, np.uint8),
+      "captions": (str(index),),
+      "label": -1,
+      "id": f"faulty:{index}",
+    }
+
+
+@dataclass(frozen=True)
+class Views:
+  faults: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+  def __call__(self, example: dict, rng: np.random.Generator) -> dict:
+    value = int(example["captions"][0])
+    drawn = rng.random()
+    stage, fault = self.faults.get(value, ("", ""))
+    if stage == "views":
+      FAULTS[fault][1]()
+    return {"value": np.int32(value), "random": Unreadable() if stage == "collate" else drawn}
+
+
+def _stream(
+  source: Faulty, folder: Path | None = None, *, workers: int = 0, state: dict | None = None, seconds: float = 0.3
+) -> pipeline.TrainStream:
+  deaths = Deaths(folder)
+  for line in deaths.recover():
+    logging.warning(line)
+  samples = pipeline.training_samples(Mixture((source,)), Views(source.faults), 0, deaths=deaths)
+  return pipeline.TrainStream(samples, 8, workers=workers, threads=3, state=state, seconds=seconds, deaths=deaths)
+
+
+def _read(stream: pipeline.TrainStream, batches: int) -> dict[str, np.ndarray]:
+  try:
+    out = [next(stream) for _ in range(batches)]
+  finally:
+    stream.close()
+  return {name: np.concatenate([batch[name] for batch in out]) for name in out[0]}
+
+
+def _equals_the_stream_without(faults: dict[int, tuple[str, str]], got: dict[str, np.ndarray], count: int) -> None:
+  batches = len(got["value"]) // 8
+  want = _read(_stream(Faulty(count, known=tuple(faults)), seconds=0), batches)
+  np.testing.assert_array_equal(got["value"], want["value"])
+  np.testing.assert_array_equal(got["random"], want["random"])
+  kinds = Counter(FAULTS[fault][0] for _, fault in faults.values())
+  counts = dict(zip(BAD, got["bad_counts"].sum(axis=0), strict=True))
+  assert {kind for kind, number in counts.items() if number} == set(kinds)
+  assert sum(counts.values()) == want["bad_counts"].sum()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_stream_is_that_without_the_bad_samples(stage: str) -> None:
+  names = [name for name in FAULTS if name != "crash" and (stage != "collate" or name == "panic")]
+  faults = {3 * number: (stage, name) for number, name in enumerate(names)}
+  _equals_the_stream_without(faults, _read(_stream(Faulty(40, faults)), 5), 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_random_faults_at_random_stages(workers: int, tmp_path: Path) -> None:
+  """Workers may also die, and are then started again."""
+  rng = np.random.default_rng(workers)
+  names = [name for name in FAULTS if workers or name != "crash"]
+  bad = rng.choice(400, 30, replace=False).tolist()
+  faults = {index: (str(rng.choice(STAGES[:2])), names[number % len(names)]) for number, index in enumerate(bad)}
+  got = _read(_stream(Faulty(400, faults), tmp_path, workers=workers, seconds=2.0), 50)
+  _equals_the_stream_without(faults, got, 400)
+
+
+@pytest.mark.slow
+def test_a_sample_that_kills_a_worker_is_skipped_and_the_run_goes_on(tmp_path: Path) -> None:
+  faults = {5: ("open", "crash")}
+  got = _read(_stream(Faulty(40, faults), tmp_path, workers=1), 5)
+  _equals_the_stream_without(faults, got, 40)
+  assert not (tmp_path / "reading").exists()
+  again = Deaths(tmp_path)
+  again.recover()
+  with pytest.raises(BadSample, match="2 processes died"):
+    again.check(hangs.key_of(Faulty(40), 5), "5")
+
+
+def _dies(folder: Path, index: int, others: tuple[int, ...] = ()) -> int:
+  """Runs a process that dies while it reads a sample and, in other threads, others; returns its exit code."""
+  program = (
+    "import os, sys, threading, time\n"
+    f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+    "import bad_samples_test as here\n"
+    f"deaths = here.Deaths(here.Path({str(folder)!r}))\n"
+    "for line in deaths.recover(): print(line)\n"
+    "def read(number):\n"
+    "  with deaths.reading({here.hangs.key_of(here.Faulty(40), number): f'faulty:{number}'}):\n"
+    f"    time.sleep(0.5) if number != {index} else os._exit(7)\n"
+    f"for number in {others}: threading.Thread(target=read, args=(number,), daemon=True).start()\n"
+    "time.sleep(0.1)\n"
+    f"read({index})\n"
+  )
+  path = os.pathsep.join(filter(None, [str(Path(pipeline.__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+  return subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, check=False).returncode
+
+
+@pytest.mark.slow
+def test_two_deaths_are_remembered_by_restarts_and_those_beside_them_are_not_blamed(tmp_path: Path) -> None:
+  assert _dies(tmp_path, 5, (6, 7)) == 7
+  assert _dies(tmp_path, 5, (8,)) == 7
+  third = Deaths(tmp_path)
+  (line,) = third.recover()
+  assert "faulty:5" in line
+  assert "skipped from now on" in line
+  names = {index: hangs.key_of(Faulty(40), index) for index in (5, 6, 7, 8)}
+  with pytest.raises(BadSample, match=r"five: 2 processes died") as caught:
+    third.check(names[5], "five")
+  assert caught.value.kind == "fatal"
+  for index in (6, 7, 8):
+    third.check(names[index], "")
+  third.check(hangs.key_of(Faulty(40, stamp="2"), 5), "")  # other data
+
+
+def test_a_process_that_ends_in_an_orderly_way_blames_no_sample(tmp_path: Path) -> None:
+  stream = _stream(Faulty(40), tmp_path)
+  next(stream)
+  assert len(list((tmp_path / "reading").iterdir())) == 1
+  stream.close()
+  assert not (tmp_path / "reading").exists()
+  assert Deaths(tmp_path).recover() == []
+
+
+def test_list_of_deaths_is_read_forgivingly(tmp_path: Path) -> None:
+  key = hangs.key_of(Faulty(3), 1)
+  (tmp_path / "deaths.0.jsonl").write_text(f'{{"sample": "{key}"}}\n[]\n\n{{"x": 1}}\n{{"sample": "{key}", "na')
+  (tmp_path / "deaths.1.jsonl").write_text(f'{{"sample": "{key}", "name": "x"}}\n')
+  deaths = Deaths(tmp_path)
+  assert deaths.recover() == []
+  with pytest.raises(BadSample, match="2 processes died"):
+    pickle.loads(pickle.dumps(deaths)).check(key, "")
+
+
+def test_a_folder_that_cannot_be_written_only_forgets(tmp_path: Path) -> None:
+  (tmp_path / "reading").write_text("a file")
+  assert len(_read(_stream(Faulty(10), tmp_path), 2)["value"]) == 16
+
+
+def test_a_sample_in_which_a_process_died_is_read_alone() -> None:
+  turns, seen = deaths_lib._Turns(), []
+  others = [turns.take(alone=False) for _ in range(2)]
+
+  def read() -> None:
+    turn = turns.take(alone=True)
+    seen.append(len(turns.reading))
+    turn.give()
+
+  thread = threading.Thread(target=read)
+  thread.start()
+  for other in others:
+    assert not seen
+    other.give()
+  thread.join(5)
+  assert seen == [1]
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, SystemExit])
+def test_what_is_not_a_samples_fault_ends_the_stream_with_its_name(error: type[BaseException]) -> None:
+  FAULTS["other"] = ("", fail(error))
+  stream = _stream(Faulty(8, {3: ("views", "other")}))
+  batches = pipeline.Prefetch(stream, lambda batch: batch)
+  with pytest.raises(error) as caught:
+    next(batches)
+  batches.close()
+  assert "faulty:3" in str(caught.value) + "".join(getattr(caught.value, "__notes__", ()))
+
+
+def test_prefetch_thread_never_dies_in_silence() -> None:
+  batches = pipeline.Prefetch(_stream(Faulty(8)), lambda batch: fail(Panic)())
+  with pytest.raises(Panic):
+    next(batches)
+  batches.close()
+
+
+def test_messages_are_short_and_name_the_sample() -> None:
+  error = bad_sample(ValueError("1\n" * 10_000), "a.jpg")
+  assert str(error).startswith("a.jpg: ValueError: 1 1")
+  assert len(str(error)) < 600
+
+
+@pytest.mark.parametrize(("label", "usable"), [(2**31 - 1, True), (2**31, False), (10**30, False), (-2, False)])
+def test_labels_fit_the_devices(label: int, usable: bool) -> None:
+  example = {"image": np.zeros((2, 2, 3), np.uint8), "captions": ("x",), "label": label, "id": "here"}
+  source = type("One", (list,), {"name": "one", "classnames": ()})([example])
+  if usable:
+    assert read_example(source, 0) == example
+  else:
+    with pytest.raises(BadSample, match=f"here: label {label}"):
+      read_example(source, 0)
+  (batch,) = pipeline.EvaluationBatches(source, 1, images.EvalView(2), np.arange(1))
+  assert batch["mask"].tolist() == [usable]
+
+
+def test_evaluation_skips_whatever_is_bad() -> None:
+  names = [name for name in FAULTS if name != "crash"]
+  source = Faulty(20, {2 * number: ("open", name) for number, name in enumerate(names) if name != "other"})
+  (batch,) = pipeline.EvaluationBatches(source, 20, images.EvalView(2), np.arange(20), seconds=0.3)
+  assert set(np.flatnonzero(~batch["mask"])) == set(source.faults)
+
+
+def test_conversion_and_inspection_skip_whatever_is_bad() -> None:
+  for index, kind in ((0, "unexpected error"), (1, "missing file")):
+    with pytest.raises(BadSample) as caught:
+      records.make_record(Faulty(3, {0: ("open", "panic"), 1: ("open", "os")}), index)
+    assert caught.value.kind == kind
+
+
+def _pipe(path: Path) -> None:
+  os.mkfifo(path)
+
+
+def _sparse(path: Path) -> None:
+  with path.open("wb") as file:
+    file.truncate(100 * 2**30)
+
+
+@pytest.mark.parametrize(
+  ("make", "error", "reason"),
+  [
+    (_pipe, OSError, "not a regular file"),
+    (lambda path: path.symlink_to("/dev/zero"), OSError, "not a regular file"),
+    (Path.mkdir, IsADirectoryError, "directory"),
+    (_sparse, files.TooLarge, "107,374,182,400 bytes"),
+  ],
+)
+def test_only_regular_files_of_some_size_are_read(make: Callable, error: type, reason: str, tmp_path: Path) -> None:
+  path = tmp_path / "image.jpg"
+  make(path)
+  start = time.perf_counter()
+  with pytest.raises(error, match=reason):
+    files.read(str(path))
+  with pytest.raises(OSError, match=str(path)):
+    files.read(str(path), 0, 2**40)
+  assert time.perf_counter() - start < 5
+
+
+def test_members_of_zips_are_inflated_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(files, "MAX_BYTES", 2**20)
+  path = tmp_path / "bomb.zip"
+  for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+    with zipfile.ZipFile(path, "w", method) as archive:
+      archive.writestr("1.jpg", bytes(2**20 + 1))
+      archive.writestr("2.jpg", b"fine")
+    with pytest.raises(files.TooLarge, match=r"1\.jpg: more than 1,048,576 bytes"):
+      zips.read_member(str(path), "1.jpg")
+    assert zips.read_member(str(path), "2.jpg") == b"fine"
+
+
+@pytest.mark.parametrize(
+  "scheme", ["nothing", "reference", "filecache", "dask", "data", "zip", "a b", "\0", "local", ""]
+)
+def test_a_url_of_any_scheme_raises_only_documented_errors(scheme: str) -> None:
+  with contextlib.suppress(OSError, ValueError), remote.filesystem(f"{scheme}://x/y.jpg") as (_, name):
+    assert name is not None
