@@ -142,7 +142,7 @@ def test_reads_from_a_failing_network_disk_are_retried_with_a_new_descriptor(tmp
   before = files._OPEN.get(str(path))
   monkeypatch.setattr(files, "_PAUSES", (0.0, 0.0))
   if size is None:
-    monkeypatch.setattr(files, "open", fail(open), raising=False)
+    monkeypatch.setattr(files.os, "open", fail(os.open))
   else:
     monkeypatch.setattr(files.os, "pread", fail(os.pread))
   assert files.read(str(path), 2, size) == b"0123456789"[2:][:size]

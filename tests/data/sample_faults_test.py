@@ -190,7 +190,7 @@ def _dies(folder: Path, index: int, others: tuple[int, ...] = ()) -> int:
   program = (
     "import os, sys, threading, time\n"
     f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
-    "import bad_samples_test as here\n"
+    "import sample_faults_test as here\n"
     f"deaths = here.Deaths(here.Path({str(folder)!r}))\n"
     "for line in deaths.recover(): print(line)\n"
     "def read(number):\n"
