@@ -174,7 +174,7 @@ def _opened(source: bytes | Image.Image) -> Iterator[Image.Image]:
     else:
       with Image.open(io.BytesIO(_without_metadata(source)), formats=_FORMATS) as image:
         yield image
-  except BadSample:
+  except (BadSample, MemoryError):  # no fault of the image, since its size was checked
     raise
   except Image.UnidentifiedImageError as error:
     named = next((f"{name}, which is " for name, start in _OTHER_FORMATS.items() if start.match(source)), "")
