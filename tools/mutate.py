@@ -203,8 +203,9 @@ MUTATIONS = [
   Mutation("the last of equal axes is split", "sharding.py", "(shape[axis], -axis)", "(shape[axis], axis)",
            "sharding_test.py"),
   # Data.
-  Mutation("HTML is decoded once", "data/text/tokenizer.py",
-           "html.unescape(html.unescape(ftfy.fix_text(text)))", "html.unescape(ftfy.fix_text(text))", _TOKENIZER),
+  Mutation("HTML is decoded once", "data/text/cleaning.py",
+           "html.unescape(_with_short_numbers(html.unescape(_with_short_numbers(text))))",
+           "html.unescape(_with_short_numbers(text))", _TOKENIZER),
   Mutation("texts are cut one token early", "data/text/tokenizer.py",
            "ids = ids[: self.context_length - 2]", "ids = ids[: self.context_length - 3]", _TOKENIZER),
   Mutation("random words may be special tokens", "data/text/tokenizer.py",
