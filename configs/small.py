@@ -9,7 +9,7 @@ the released code does.
 from ml_collections import ConfigDict
 
 from declip_jax import architectures, config
-from declip_jax.config_files import did_you_mean
+from declip_jax.spelling import did_you_mean
 
 EPOCHS = {"fashion44k": 6, "flickr8k": 20}
 # Titles read like "Puma Women Black Crazy Slide Flats", not like "a photo of flats".

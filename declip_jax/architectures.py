@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from declip_jax.spelling import did_you_mean
+
 
 class Architecture(NamedTuple):
   """Two towers and their joint space; `image_size` in pixels."""
@@ -110,5 +112,6 @@ def build(name: str) -> Architecture:
     ValueError: an unknown name.
   """
   if name not in ARCHITECTURES:
-    raise ValueError(f"architecture {name!r}: choose one of {sorted(ARCHITECTURES)}")
+    hint = did_you_mean(name, ARCHITECTURES)
+    raise ValueError(f"architecture {name!r}: choose one of {sorted(ARCHITECTURES)}{hint}")
   return copy.deepcopy(ARCHITECTURES[name])

@@ -32,6 +32,7 @@ from declip_jax.objectives import TERMS, Objective, diagnostics, make_objective
 from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.momentum import momentum_at
 from declip_jax.sharding import gather, make_mesh, replicated
+from declip_jax.spelling import did_you_mean
 from declip_jax.training import augment as augmentation
 from declip_jax.training import optim, schedules
 from declip_jax.training.gradient import Metrics, make_gradient
@@ -54,14 +55,13 @@ _OVERRIDES = (
 )
 
 
+_NAMES = (("model.dtype", DTYPES), ("data.interpolation", INTERPOLATIONS))  # fields and their legal values
 # Fields of a config that are numbers, texts or lists, whether a value is legal, and the legal values in words.
 _RANGES = (
   ("seed", lambda seed: seed >= 0, "0 or more"),
   ("log_every", lambda steps: steps >= 0, "0 or more"),
-  ("model.dtype", lambda dtype: dtype in DTYPES, f"one of {list(DTYPES)}"),
   ("momentum_tower.decay", lambda decay: 0 <= decay <= 1, "0 to 1"),
   ("data.image_size", lambda size: size > 0, "1 or more"),
-  ("data.interpolation", lambda name: name in INTERPOLATIONS, f"one of {list(INTERPOLATIONS)}"),
   ("data.workers", lambda count: count is None or count >= 0, "0 or more, or None"),
   ("data.threads", lambda count: count is None or count >= 1, "1 or more, or None"),
   ("data.max_pixels", lambda count: 1 <= count <= LARGEST_LIMIT, f"1 to {LARGEST_LIMIT}, the most that Pillow reads"),
@@ -121,6 +121,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bu
   Raises:
     ValueError: an unknown name or an invalid number; the message names it and the legal ones.
   """
+  _check_names(config)
   _check_ranges(config, _RANGES)
   if config.data.templates:
     check_templates(config.data.templates, "config.data.templates")
@@ -167,6 +168,13 @@ def _make_views(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer, grid: 
     patch_share=data.patch_share,
   )
   return MakeViews(recipe, tokenizer, rendering, masking, data.caption_weights)
+
+
+def _check_names(config: ConfigDict) -> None:
+  for field, legal in _NAMES:
+    name = operator.attrgetter(field)(config)
+    if name not in legal:
+      raise ValueError(f"config.{field}={name!r}: expected one of {[*legal]}{did_you_mean(name, legal)}")
 
 
 def _check_ranges(config: ConfigDict, ranges: Sequence[tuple[str, Callable[[Any], bool], str]]) -> None:

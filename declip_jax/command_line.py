@@ -3,7 +3,7 @@
 A command defines its flags in `main()` and calls `run`. This module imports no JAX.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import os
 import re
@@ -13,10 +13,12 @@ import textwrap
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
 from declip_jax import config_files
+from declip_jax.config import EVALUATIONS
 from declip_jax.reporting.progress import message
+from declip_jax.spelling import did_you_mean
 
 USER_ERRORS = (ValueError, FloatingPointError, OSError, ModuleNotFoundError)
 _IO_EXIT_CODE = 74
@@ -108,7 +110,8 @@ def parse_flags(
   try:
     if "config" in values and not any(re.match("--?(config|flagfile)(=|$)", text) for text in arguments):
       raise ValueError("--config is required, such as --config=demo")
-    rest = values(arguments)[1:]
+    rest = values(_without_none(arguments))[1:]
+    _set_none(arguments, values)
     printing = "print_config" in values and values.print_config
     if not printing and (missing := [name for name in required if values[name].value is None]):
       raise ValueError(f"--{missing[0]} is required")
@@ -125,6 +128,25 @@ def parse_flags(
   return rest
 
 
+def _without_none(arguments: Sequence[str]) -> list[str]:
+  return [text for text in arguments if not re.match(r"--?config\..*=None$", text)]
+
+
+def _set_none(arguments: Sequence[str], values: flags.FlagValues) -> None:
+  """Sets the fields to None whose last value is that, which the parsers of their types would reject.
+
+  Raises:
+    ValueError: a field that cannot be None.
+  """
+  for field, value in _field_values(arguments).items() if "config" in values else ():
+    if value != "None":
+      continue
+    current = dict(config_files.fields(values.config))[field]
+    if not isinstance(current, FieldReference):
+      raise ValueError(f"config.{field} cannot be None, only a value such as {current!r}")
+    current.set(None)
+
+
 def define_config(values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines `--config`, whose fields are flags, and `--print_config`; `FLAGS.config` is the locked config."""
   config_flags.DEFINE_config_file("config", None, "Config: a name such as demo, or the path of a file.", values)
@@ -137,13 +159,33 @@ class _ConfigParser(flags.ArgumentParser):
 
   def parse(self, argument: str) -> ConfigDict:
     config = config_files.load(argument).lock()
-    for text in flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False):
-      if field := re.match(r"--?(?:no)?config\.([^=\[]+)=?(.*)", text):
-        check_field(config, field[1], field[2])
+    values = _field_values(sys.argv[1:])
+    _add_evaluations(config, values)
+    for field, value in values.items():
+      check_field(config, field, value)
     return config
 
   def flag_type(self) -> str:
     return "config"
+
+
+def _field_values(arguments: Sequence[str]) -> dict[str, str]:
+  """Returns the fields that a command line sets, and their last values, as texts."""
+  texts = flags.FLAGS.read_flags_from_files(list(arguments), force_gnu=False)
+  found = filter(None, (re.match(r"--?(?:no)?config\.([^=]*)=?(.*)", text, re.DOTALL) for text in texts))
+  return {field[1]: field[2] for field in found}
+
+
+def _add_evaluations(config: ConfigDict, values: Mapping[str, str]) -> None:
+  """Adds the evaluations whose `kind` a command line sets to a `config` that does not have them."""
+  for field, kind in values.items():
+    new = re.fullmatch(r"evals\.([^.]+)\.kind", field)
+    if not new or "evals" not in config or new[1] in config.evals:
+      continue
+    if kind not in EVALUATIONS:
+      raise ValueError(f"config.{field}={kind!r}: choose one of {sorted(EVALUATIONS)}{did_you_mean(kind, EVALUATIONS)}")
+    with config.unlocked():
+      config.evals[new[1]] = EVALUATIONS[kind]("")
 
 
 def check_field(config: ConfigDict, field: str, value: str) -> None:
@@ -157,7 +199,12 @@ def check_field(config: ConfigDict, field: str, value: str) -> None:
     if isinstance(known[field], ConfigDict) and value and not value.startswith("{"):
       raise ValueError(f"config.{field} cannot be {value!r}, since it has fields: {', '.join(known[field])}")
     return
-  raise ValueError(config_files.no_field(config, field))
+  if "[" in field:
+    raise ValueError(f"config.{field}: an entry cannot be set by itself, give the whole tuple")
+  hint = ""
+  if new := re.fullmatch(r"evals\.([^.]+)\..+", field):
+    hint = f"; --config.evals.{new[1]}.kind={'|'.join(sorted(EVALUATIONS))} adds an evaluation"
+  raise ValueError(config_files.no_field(config, field) + hint)
 
 
 def _one_line(error: Exception) -> str:
@@ -165,6 +212,8 @@ def _one_line(error: Exception) -> str:
   text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
   if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
     return f"--{' and --'.join(missing)} {'are' if len(missing) > 1 else 'is'} required"
+  text = re.sub("Failed to parse .* as a ConfigDict.*", "expected fields in braces, such as {}", text)
+  text = re.sub("[(]'Non-boolean argument.*", "expected true or false", text)
   text = re.sub("invalid literal for int.. with base 10:.*", "not an integer", text)
   return re.sub("could not convert string to float:.*", "not a number", text)
 

@@ -16,6 +16,7 @@ from ml_collections.config_dict import placeholder
 
 from declip_jax import architectures
 from declip_jax.methods import PRESETS
+from declip_jax.spelling import did_you_mean
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SLIP's and DeCLIP's
@@ -35,10 +36,11 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
     ValueError: an unknown preset, method or architecture.
   """
   if preset not in PRESETS:
-    raise ValueError(f"preset {preset!r}: choose one of {sorted(PRESETS)}")
+    raise ValueError(f"preset {preset!r}: choose one of {sorted(PRESETS)}{did_you_mean(preset, PRESETS)}")
   methods = PRESETS[preset]
   if method not in methods:
-    raise ValueError(f"method {method!r}, preset {preset!r}: choose one of {sorted(methods)}")
+    hint = did_you_mean(method, methods)
+    raise ValueError(f"method {method!r}, preset {preset!r}: choose one of {sorted(methods)}{hint}")
   recipe, weights = methods[method]
   built = architectures.build(architecture)
   c = ConfigDict()
@@ -330,6 +332,10 @@ def retrieval(data: str, equal_texts: bool = False) -> ConfigDict:
   return ConfigDict({"kind": "retrieval", "data": data, "equal_texts": equal_texts})
 
 
+# The functions that make an entry of `c.evals`, by its `kind`.
+EVALUATIONS = {"zero_shot": zero_shot, "retrieval": retrieval}
+
+
 def duration(*, steps: int = 0, epochs: float = 0, examples: int = 0) -> ConfigDict:
   """A duration in one of three units; the others are 0."""
   return ConfigDict({"steps": steps, "epochs": float(epochs), "examples": examples})
@@ -386,6 +392,25 @@ def from_json(text: str) -> ConfigDict:
     raise ValueError(f"config.json has unknown fields {unknown}: it was written by another version of declip_jax")
   _add_missing(fields, known)
   return ConfigDict(fields).lock()
+
+
+def complete(saved: ConfigDict) -> ConfigDict:
+  """A saved config with the defaults of this version for the fields that it lacks, for another run.
+
+  Raises:
+    ValueError: it has a term of the user's own, of which it records only the name of the function.
+    TypeError: a field has another type than its default.
+  """
+  c = default()
+  fields = saved.to_dict()
+  if own := sorted(set(fields.get("objective", {})) - set(c.objective)):
+    raise ValueError(f"objective.{own[0]} is a term of your own: pass the config file that defines it")
+  with c.unlocked():
+    c.evals = ConfigDict(fields.pop("evals", {}))
+    c.model.image = ConfigDict(fields["model"].pop("image"))  # its fields depend on the kind of tower
+  c.evals.unlock()
+  c.update(fields)
+  return c
 
 
 def parse_json(text: str) -> dict[str, Any]:

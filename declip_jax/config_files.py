@@ -6,11 +6,12 @@ A name such as `slip/slip_base_25ep`, with or without `.py` and with or without 
 The arguments are the parameters of the file's `get_config`, by name or by position:
 `pretrain:method=slip,data=/data/pairs.csv`. A comma inside brackets does not separate arguments. A function whose only
 parameter is called `arg` gets the whole text and parses it itself.
+
+The `config.json` of a run is a config too, with the defaults of this version for the fields that it lacks.
 """
 
 import ast
-from collections.abc import Callable, Collection, Iterable, Iterator
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator
 import importlib
 import importlib.util
 import inspect
@@ -24,6 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from declip_jax import config
+from declip_jax.spelling import close_names, did_you_mean, suggest
 
 _FOLDER = (Path(__file__).parent / "configs").resolve()  # in a checkout, the one at the top
 _WHOLE_TEXT = ("arg", "config_string")  # ml_collections' own convention: one string
@@ -48,15 +50,17 @@ def find(name: str) -> Path:
   for path in (Path(name), Path(f"{name}.py"), _FOLDER / f"{short}.py"):
     if path.is_file():
       return path
+  if (Path(name) / "config.json").is_file():
+    raise ValueError(f"{name} is a folder; its config is {Path(name) / 'config.json'}")
   own = [str(path) for path in sorted(Path(name).glob("*.py")) if "def get_config(" in path.read_text()]
   inside = [known for known in names() if known.startswith(f"{short.strip('/')}/")]
   if own or inside:
     raise ValueError(f"{name} is a folder; its configs: {', '.join(own or inside)}")
   tails = {known.rpartition("/")[2]: known for known in names()}
   near = [str(path.with_suffix("")) for path in Path(name).parent.glob("*.py")]
-  close = dict.fromkeys(tails.get(match, match) for match in _close(short, [*names(), *tails, *near]))
+  close = dict.fromkeys(tails.get(match, match) for match in close_names(short, [*names(), *tails, *near]))
   missing = f"{name} does not exist" if name.endswith(".py") else f"no config {name!r}"
-  raise ValueError(f"{missing}{_or(close)} (python -m declip_jax lists all configs)")
+  raise ValueError(f"{missing}{suggest(close)} (python -m declip_jax lists all configs)")
 
 
 def load_module(name: str) -> ModuleType:
@@ -84,6 +88,10 @@ def load(text: str) -> ConfigDict:
   """
   name, colon, arguments = text.partition(":")
   path = find(name)
+  if path.suffix == ".json":
+    if colon:
+      raise ValueError(f"{name} takes no arguments, such as {arguments!r}")
+    return _load_json(path)
   try:
     get_config = load_module(name).get_config
   except Exception as error:
@@ -100,6 +108,13 @@ def load(text: str) -> ConfigDict:
   if not isinstance(made, ConfigDict):
     raise ValueError(f"{name}: get_config returned {type(made).__name__}, not a ConfigDict")
   return made
+
+
+def _load_json(path: Path) -> ConfigDict:
+  try:
+    return config.complete(config.from_json(path.read_text()))
+  except (ValueError, AttributeError, TypeError) as error:
+    raise ValueError(f"{path}: {_one_line(error)}") from error
 
 
 def _arguments(get_config: Callable[..., Any], name: str, text: str) -> dict[str, Any]:
@@ -139,10 +154,14 @@ def _where(error: Exception, path: Path) -> str:
   files = {path, path.resolve()}
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) in files]
   place = f"{path}, line {lines[-1]}" if lines else str(path)
-  text = " ".join(str(error).split())
+  text = _one_line(error)
   if isinstance(error, (AttributeError, KeyError)) and (field := re.match(r"""['"]*(?:Key ")?(\w+)['"]""", text)):
     return f"{place}: {no_field(config.default(), field[1])}"  # ml_collections adds the whole config
   return f"{place}: {type(error).__name__}: {text}"
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())
 
 
 def no_field(c: ConfigDict, field: str) -> str:
@@ -152,7 +171,7 @@ def no_field(c: ConfigDict, field: str) -> str:
     return f"{message}; {', '.join(renamed)}"
   known = [name for name, _ in fields(c)]
   same = [name for name in known if name.rpartition(".")[2] == field.rpartition(".")[2]]
-  return message + (_or(same[:3]) if same else did_you_mean(field, known))
+  return message + (suggest(same[:3]) if same else did_you_mean(field, known))
 
 
 def _renamed(field: str) -> Iterator[str]:
@@ -170,16 +189,3 @@ def fields(c: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     yield f"{prefix}{name}", value
     if isinstance(value, ConfigDict):
       yield from fields(value, f"{prefix}{name}.")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-  """Returns "; did you mean ...?" with the `known` names that are close to `name`, or an empty string."""
-  return _or(_close(name, known))
-
-
-def _close(name: str, known: Iterable[str]) -> list[str]:
-  return get_close_matches(name, list(known), n=3, cutoff=0.5)
-
-
-def _or(close: Collection[str]) -> str:
-  return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -56,6 +56,16 @@ def parse(values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     (["--config=demo", "--config.optimizer.end=0"], ["'optimizer.end'", "is now optimizer.end_learning_rate"]),
     (["--config=demo", "--config.model.image.heads=3"], ["'model.image.heads'", "model.text.heads"]),
     (["--config=demo", "--noconfig.nesterov"], ["'nesterov'", "optimizer.nesterov"]),
+    (["--config=demo", "--config.optimizer.nesterov=yes"], ["nesterov=yes", "true or false"]),
+    (["--config=demo", "--config.batch-size=3"], ["'batch-size'", "did you mean batch_size"]),
+    (["--config=demo", "--config.data.train[0]=scenes:test"], ["config.data.train[0]", "whole tuple"]),
+    (["--config=demo", "--config.seed=None"], ["config.seed cannot be None"]),
+    (["--config=demo", "--config.evals="], ["--config.evals=: expected fields in braces"]),
+    (["--config=demo", "--config.evals.mine.kind=zeroshot"], ["config.evals.mine.kind", "did you mean zero_shot?"]),
+    (
+      ["--config=demo", "--config.evals.mine.data=x"],
+      ["evals.mine.data", "--config.evals.mine.kind=retrieval|zero_shot"],
+    ),
     (["--config=demo", "--config.batch_size=many"], ["--config.batch_size=many", "not an integer"]),
     (["--config=demo", "--config.optimizer.learning_rate=high"], ["learning_rate=high", "not a number"]),
     (["--config=demo", "--config.optimizer=adam"], ["config.optimizer", "'adam'", "learning_rate"]),
@@ -87,6 +97,24 @@ def test_print_config_prints_what_would_train(parse: Parse) -> None:
   expected.optimizer.learning_rate, expected.data.train = 0.25, ("scenes:test",)
   assert (code, error) == (0, "")
   assert json.loads(printed) == json.loads(expected.to_json_best_effort())
+
+
+def test_an_evaluation_can_be_added(parse: Parse) -> None:
+  mine = ["--config.evals.mine.data=scenes:test", "--config.evals.mine.kind=zero_shot"]
+  code, printed, error = parse("--config=demo", *mine, "--config.evals.mine.templates=('{}',)", "--print_config")
+  assert (code, error) == (0, "")
+  evals = json.loads(printed)["evals"]
+  assert evals.pop("mine") == {"kind": "zero_shot", "data": "scenes:test", "templates": ["{}"]}
+  assert evals == json.loads(config_files.load("demo").to_json_best_effort())["evals"]
+
+
+@pytest.mark.parametrize(("given", "set_to"), [(("2", "None"), None), (("None", "2"), 2), (("None",), None)])
+def test_a_field_that_may_be_none_can_be_set_back(given: tuple[str, ...], set_to: int | None, parse: Parse) -> None:
+  texts = [f"--config.data.workers={value}" for value in given]
+  code, printed, error = parse("--config=demo", *texts, "--config.data.blur_radius=None", "--print_config")
+  assert (code, error) == (0, "")
+  assert json.loads(printed)["data"]["workers"] == set_to
+  assert json.loads(printed)["data"]["blur_radius"] is None
 
 
 def test_print_config_needs_no_data(parse: Parse) -> None:

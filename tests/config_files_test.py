@@ -1,11 +1,12 @@
 """Finding a config by name or path, and the arguments of its `get_config`."""
 
+import json
 from pathlib import Path
 
 from ml_collections import ConfigDict
 import pytest
 
-from declip_jax import config_files
+from declip_jax import config, config_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -156,3 +157,36 @@ def test_the_result_is_a_config_whose_fields_can_be_added() -> None:
   c = config_files.load("demo:clip")
   assert isinstance(c, ConfigDict)
   c.evals.more = {"kind": "zero_shot"}
+
+
+def test_the_config_of_a_run_is_a_config(folder: Path) -> None:
+  made = config.default("declip", "RN50")
+  made.evals.mine, made.data.workers, made.batch_size = config.zero_shot("scenes:test", ("{}",)), 3, 64
+  saved = json.loads(made.to_json_best_effort())
+  del saved["safety"]  # as an older version would
+  (folder / "run").mkdir()
+  (folder / "run/config.json").write_text(json.dumps(saved))
+  found = config_files.load("run/config.json")
+  assert found.to_dict() == made.to_dict()
+  assert found.is_locked
+  found.data.workers = None
+  found.evals.more = config.retrieval("scenes:test")
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "named"),
+  [
+    ("run/config.json", "", ["run/config.json", "Expecting value"]),
+    ("run/config.json", "[]", ["run/config.json"]),
+    ("run/config.json", '{"bath_size": 3}', ["run/config.json", "'bath_size'"]),
+    ("run/config.json", '{"objective": {"mine": {"loss": "f"}}}', ["objective.mine", "config file"]),
+    ("run/config.json:clip", "{}", ["'clip'", "no arguments"]),
+    ("run", "{}", ["run is a folder; its config is run/config.json"]),
+  ],
+)
+def test_a_config_of_a_run_that_cannot_be_used_is_named(name: str, text: str, named: list[str], folder: Path) -> None:
+  (folder / "run").mkdir()
+  (folder / "run/config.json").write_text(text)
+  with pytest.raises(ValueError, match="run") as raised:
+    config_files.load(name)
+  assert all(word in str(raised.value) for word in named)

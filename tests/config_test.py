@@ -1,7 +1,10 @@
 """Durations, methods and the lock of a config; `configs_test.py` builds every file of configs/."""
 
+from collections.abc import Callable
 import json
 from pathlib import Path
+import subprocess
+import sys
 
 from flax.traverse_util import flatten_dict
 import pytest
@@ -9,7 +12,10 @@ from tiny import tiny_config
 
 import declip_jax
 from declip_jax import config
+from declip_jax.data.recipes import get_recipe
+from declip_jax.data.sources import open_source
 from declip_jax.methods import METHODS
+from declip_jax.training.optim import check_name
 
 OLD = Path(__file__).parent / "fixtures" / "config_6279b88.json"
 
@@ -34,6 +40,33 @@ def test_an_unknown_method_or_preset_is_named_with_the_legal_ones(
   with pytest.raises(ValueError, match=named[1]) as raised:
     config.default(method, preset=preset)
   assert all(word in str(raised.value) for word in named)
+
+
+@pytest.mark.parametrize(
+  ("make", "meant"),
+  [
+    (lambda: config.default("delcip"), "declip"),
+    (lambda: config.default("SLIP"), "slip"),
+    (lambda: config.default(preset="reop"), "repo"),
+    (lambda: config.default(architecture="vit-b32"), "ViT-B/32"),
+    (lambda: open_source("webdatset:/data"), "webdataset"),
+    (lambda: get_recipe("delcip", {}), "declip"),
+    (lambda: check_name("name", "adamv", ("adamw", "lars")), "adamw"),
+  ],
+)
+def test_a_misspelt_name_gets_a_suggestion(make: Callable[[], object], meant: str) -> None:
+  with pytest.raises(ValueError, match=rf"did you mean .*{meant}.*\?$"):
+    make()
+
+
+def test_the_package_gives_its_modules_on_demand() -> None:
+  """As the README says, with no import but `import declip_jax`."""
+  script = (
+    "import sys, declip_jax; assert 'jax' not in sys.modules; declip_jax.train.train; declip_jax.evaluate.evaluate"
+  )
+  subprocess.run([sys.executable, "-c", script], check=True)
+  with pytest.raises(AttributeError, match="'tarin'"):
+    declip_jax.tarin  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ LAYERS = {
   "declip_jax.architectures": 0,
   "declip_jax.batch_sizes": 0,
   "declip_jax.methods": 0,
+  "declip_jax.spelling": 0,
   "declip_jax.config": 0,
   "declip_jax.config_files": 0,
   "declip_jax.command_line": 0,

@@ -6,6 +6,7 @@ from typing import Any
 
 from declip_jax.data import images
 from declip_jax.data.text import augment as texts
+from declip_jax.spelling import did_you_mean
 from declip_jax.views import Views
 
 _COLOURED = ("strong", "color")  # image views with blur and solarize
@@ -154,7 +155,8 @@ def get_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
     ValueError: unknown name or text operation, a number out of range, or a probability per view that is not a tuple.
   """
   if name not in RECIPES:
-    raise ValueError(f"config.data.recipe={name!r}: choose one of {sorted(RECIPES)}")
+    hint = did_you_mean(name, RECIPES)
+    raise ValueError(f"config.data.recipe={name!r}: choose one of {sorted(RECIPES)}{hint}")
   given = {field: value for field, value in overrides.items() if value is not None}
   for field in _PER_VIEW:
     if field in given and not (isinstance(given[field], tuple) and given[field]):

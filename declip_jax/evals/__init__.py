@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 import inspect
 from typing import Any, NamedTuple
 
-from declip_jax.config_files import did_you_mean
 from declip_jax.evals import retrieval, zero_shot
+from declip_jax.spelling import did_you_mean
 
 
 class Evaluator(NamedTuple):

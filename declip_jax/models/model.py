@@ -13,6 +13,7 @@ from declip_jax.models.heads import Heads, make_heads
 from declip_jax.models.text import TextTransformer
 from declip_jax.models.towers import IMAGE_TOWERS, MLM_ATTENTION, Towers
 from declip_jax.models.transformer import ACTIVATIONS, INITS, REMAT_POLICIES
+from declip_jax.spelling import did_you_mean
 from declip_jax.types import Batch, Features, Outputs
 from declip_jax.unit_norm import unit_norm
 from declip_jax.views import Views
@@ -195,7 +196,7 @@ def _check(fields: Mapping[str, Any]) -> None:
 
 def _check_name(field: str, value: str, legal: Iterable[str]) -> None:
   if value not in legal:
-    raise ValueError(f"config.model.{field}={value!r}: choose one of {sorted(legal)}")
+    raise ValueError(f"config.model.{field}={value!r}: choose one of {sorted(legal)}{did_you_mean(value, legal)}")
 
 
 def _variables(params: Tree, collections: Tree) -> tuple[Tree, Tree]:

@@ -17,6 +17,7 @@ from declip_jax.objectives.neighbours import nearest_neighbour
 from declip_jax.objectives.sigmoid import sigmoid
 from declip_jax.objectives.simclr import nt_xent
 from declip_jax.objectives.simsiam import simsiam
+from declip_jax.spelling import did_you_mean
 
 Loss = Callable[..., tuple[Float[Array, ""], Metrics]]
 
@@ -109,6 +110,7 @@ def active_terms(settings: Mapping[str, Mapping[str, Any]]) -> tuple[ActiveTerm,
   if unknown:
     raise ValueError(
       f"config.objective names unknown terms {unknown}: choose from {sorted(TERMS)}, or make one with config.term"
+      f"{did_you_mean(unknown[0], TERMS)}"
     )
   terms = [_checked(name, fields) for name, fields in settings.items()]
   active = tuple(term for term in terms if term.weight)

@@ -36,6 +36,7 @@ from declip_jax.models.paths import (
   trainable,
   trainable_mask,
 )
+from declip_jax.spelling import did_you_mean
 
 Tree = Any
 
@@ -99,7 +100,7 @@ def check_name(field: str, name: str, known: Collection[str]) -> None:
     ValueError: the message names the field of `config.optimizer`, the name and the known ones.
   """
   if name not in known:
-    raise ValueError(f"config.optimizer.{field}={name!r}: choose one of {sorted(known)}")
+    raise ValueError(f"config.optimizer.{field}={name!r}: choose one of {sorted(known)}{did_you_mean(name, known)}")
 
 
 def check_finite(settings: OptimizerSettings | Any | Mapping[str, float]) -> None:

@@ -13,6 +13,7 @@ from declip_jax.data.sources.table import open_table
 from declip_jax.data.sources.tfds import open_tfds
 from declip_jax.data.sources.webdataset import open_webdataset
 from declip_jax.data.sources.yfcc import open_yfcc
+from declip_jax.spelling import did_you_mean
 
 __all__ = ["BAD", "SOURCES", "BadSample", "Example", "Source", "bad_sample", "open_source", "read_example"]
 
@@ -39,5 +40,6 @@ def open_source(spec: str) -> Source:
   """
   kind, _, location = spec.partition(":")
   if kind not in SOURCES or not location:
-    raise ValueError(f"bad source {spec!r}: expected KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}")
+    hint = "" if kind in SOURCES else did_you_mean(kind, SOURCES)
+    raise ValueError(f"bad source {spec!r}: expected KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}{hint}")
   return SOURCES[kind](location)
