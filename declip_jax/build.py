@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 from functools import partial
-import operator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,7 +15,7 @@ import optax
 
 from declip_jax.batch_sizes import BatchSizes
 from declip_jax.config import examples_of, steps_of
-from declip_jax.data.images import INTERPOLATIONS, LARGEST_LIMIT, EvalView
+from declip_jax.data.images import EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
@@ -24,15 +23,14 @@ from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals import EVALUATORS, Evaluator, check_metric, check_options
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.features import SourceFeatures
-from declip_jax.evals.zero_shot import check_templates
 from declip_jax.models.heads import diagnostic_kinds
-from declip_jax.models.model import DTYPES, Model, make_model
+from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_below
 from declip_jax.objectives import TERMS, Objective, diagnostics, make_objective
 from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.momentum import momentum_at
+from declip_jax.ranges import check_values
 from declip_jax.sharding import gather, make_mesh, replicated
-from declip_jax.spelling import did_you_mean
 from declip_jax.training import augment as augmentation
 from declip_jax.training import optim, schedules
 from declip_jax.training.gradient import Metrics, make_gradient
@@ -52,36 +50,6 @@ _OVERRIDES = (
   "solarize_probability",
   "flip_probability",
   "text_operations",
-)
-
-
-_NAMES = (("model.dtype", DTYPES), ("data.interpolation", INTERPOLATIONS))  # fields and their legal values
-# Fields of a config that are numbers, texts or lists, whether a value is legal, and the legal values in words.
-_RANGES = (
-  ("seed", lambda seed: seed >= 0, "0 or more"),
-  ("log_every", lambda steps: steps >= 0, "0 or more"),
-  ("momentum_tower.decay", lambda decay: 0 <= decay <= 1, "0 to 1"),
-  ("data.image_size", lambda size: size > 0, "1 or more"),
-  ("data.workers", lambda count: count is None or count >= 0, "0 or more, or None"),
-  ("data.threads", lambda count: count is None or count >= 1, "1 or more, or None"),
-  ("data.max_pixels", lambda count: 1 <= count <= LARGEST_LIMIT, f"1 to {LARGEST_LIMIT}, the most that Pillow reads"),
-  ("data.max_bad", lambda share: 0 <= share <= 1, "a fraction from 0 to 1"),
-  ("data.max_seconds", lambda seconds: seconds >= 0, "seconds, 0 for no limit"),
-  ("data.mask_probability", lambda probability: 0 <= probability <= 1, "0 to 1"),
-  (
-    "data.caption_weights",
-    lambda weights: all(weight >= 0 for weight in weights) and (not weights or any(weights)),
-    "weights of 0 or more, not all of them 0",
-  ),
-)
-_SAFETY_RANGES = (
-  ("checkpoint.keep_last", lambda count: count >= 1, "1 or more"),
-  ("checkpoint.keep_best", lambda count: count >= 0, "0 or more"),
-  ("safety.max_skipped_steps", lambda count: count >= 1, "1 or more"),
-  ("safety.spike_factor", lambda factor: factor == 0 or factor > 1, "0, or more than 1"),
-  ("safety.max_rollbacks", lambda count: count >= 0, "0 or more"),
-  ("safety.hang_timeout", lambda seconds: seconds >= 0, "0 or more"),
-  ("safety.checkpoint_minutes", lambda minutes: minutes >= 0, "0 or more"),
 )
 
 
@@ -121,10 +89,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bu
   Raises:
     ValueError: an unknown name or an invalid number; the message names it and the legal ones.
   """
-  _check_names(config)
-  _check_ranges(config, _RANGES)
-  if config.data.templates:
-    check_templates(config.data.templates, "config.data.templates")
+  check_values(config)
   mesh = make_mesh(**config.mesh, devices=devices)
   contrast = Method(config.contrast.method, mesh, config.contrast.block)
   objective = make_objective(config.objective.to_dict(), contrast)
@@ -168,21 +133,6 @@ def _make_views(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer, grid: 
     patch_share=data.patch_share,
   )
   return MakeViews(recipe, tokenizer, rendering, masking, data.caption_weights)
-
-
-def _check_names(config: ConfigDict) -> None:
-  for field, legal in _NAMES:
-    name = operator.attrgetter(field)(config)
-    if name not in legal:
-      raise ValueError(f"config.{field}={name!r}: expected one of {[*legal]}{did_you_mean(name, legal)}")
-
-
-def _check_ranges(config: ConfigDict, ranges: Sequence[tuple[str, Callable[[Any], bool], str]]) -> None:
-  """Rejects values that are not legal; those of recipes, optimisers and models are checked where they are used."""
-  for field, is_legal, legal in ranges:
-    value = operator.attrgetter(field)(config)
-    if not is_legal(value):
-      raise ValueError(f"config.{field}={value!r}: expected {legal}")
 
 
 def _check_texts(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer) -> None:
@@ -292,9 +242,8 @@ def to_steps(config: ConfigDict, epoch_examples: int, batch_sizes: BatchSizes | 
     batch_sizes: the batch sizes of the run so far, the last of which is the config's; by default it has no other one.
 
   Raises:
-    ValueError: the run has no length, a duration has two, or a number of `config.safety` is not legal.
+    ValueError: the run has no length, or a duration has two.
   """
-  _check_ranges(config, _SAFETY_RANGES)
   lengths = {
     "duration": config.duration,
     "evaluate_every": config.evaluate_every,

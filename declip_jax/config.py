@@ -345,10 +345,10 @@ def steps_of(length: ConfigDict, *, name: str, batch_size: int, epoch_examples: 
   """Converts a duration to steps, rounding up; all units 0 gives 0.
 
   Raises:
-    ValueError: more than one unit is set, or one is negative.
+    ValueError: more than one unit is set, or one is negative or not finite.
   """
   given = {unit: value for unit, value in length.items() if value}
-  if len(given) > 1 or any(value < 0 for value in given.values()):
+  if len(given) > 1 or not all(0 <= value < math.inf for value in given.values()):
     raise ValueError(f"config.{name}={given}: set one of steps, epochs, examples, and the others to 0")
   examples = examples_of(length, epoch_examples)
   return length.steps or math.ceil(examples / batch_size)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import json
+import math
 from pathlib import Path
 import subprocess
 import sys
@@ -77,7 +78,9 @@ def test_durations_become_steps(length: dict[str, float], steps: int) -> None:
   assert got == steps
 
 
-@pytest.mark.parametrize("length", [{"steps": 7, "epochs": 1}, {"examples": -1}])
+@pytest.mark.parametrize(
+  "length", [{"steps": 7, "epochs": 1}, {"examples": -1}, {"epochs": math.nan}, {"epochs": math.inf}]
+)
 def test_an_ambiguous_duration_is_rejected(length: dict[str, float]) -> None:
   with pytest.raises(ValueError, match=r"config\.duration=.*steps, epochs, examples"):
     config.steps_of(config.duration(**length), name="duration", batch_size=10, epoch_examples=100)

@@ -34,6 +34,7 @@ LAYERS = {
   "declip_jax.reporting": 2,
   "declip_jax.runtime": 2,
   "declip_jax.evals": 3,
+  "declip_jax.ranges": 4,
   "declip_jax.build": 4,
   "declip_jax.planning": 5,
   "declip_jax.clip": 5,
