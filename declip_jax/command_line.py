@@ -20,8 +20,8 @@ from declip_jax.config import EVALUATIONS
 from declip_jax.reporting.progress import message
 from declip_jax.spelling import did_you_mean
 
-USER_ERRORS = (ValueError, FloatingPointError, OSError, ModuleNotFoundError)
-_IO_EXIT_CODE = 74
+USER_ERRORS = (ValueError, FloatingPointError, MemoryError, OSError, ModuleNotFoundError)
+IO_EXIT_CODE = 74
 # The OSErrors that a path explains. Any other is a disk, a mount or a network, and a retry may succeed.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 _HELP = ("--help", "-help", "-h", "--helpshort")
@@ -32,8 +32,9 @@ def run(
 ) -> None:
   """Parses the command line, calls `main` with the positional arguments, and exits with what it returns.
 
-  Exit codes: 2 for an error that the user can correct, 74 for a disk, a mount or a network that failed, 130 for Ctrl-C;
-  each of these prints one line. 141, without a line, once nothing reads the output any more, as in `| head`.
+  Exit codes: 2 for an error that the user can correct, also where memory runs out, 74 for a disk, a mount or a network
+  that failed, 130 for Ctrl-C; each of these prints one line. 141, without a line, once nothing reads the output any
+  more, as in `| head`.
 
   Args:
     main: the command; a returned `None` is exit code 0.
@@ -80,15 +81,15 @@ def closed_pipe_exits() -> Iterator[None]:
 
 
 def report(error: Exception, note: str = "") -> int:
-  """Prints an error and returns the exit code: 2, or 74 for a disk or a network that failed.
+  """Prints an error as one line and returns the exit code: 2, or 74 for a disk or a network that failed.
 
   Raises:
     BrokenPipeError: `error`, if the pipe is standard output; see `closed_pipe_exits`.
   """
   if isinstance(error, BrokenPipeError) and _is_output_closed():
     raise error
-  message(f"error: {error}{note}")
-  return _IO_EXIT_CODE if isinstance(error, OSError) and not isinstance(error, _PATH_ERRORS) else 2
+  message(f"error: {' '.join(str(error).split())}{note}")
+  return IO_EXIT_CODE if isinstance(error, OSError) and not isinstance(error, _PATH_ERRORS) else 2
 
 
 def _is_output_closed() -> bool:

@@ -31,6 +31,7 @@ from declip_jax.reporting.metrics import summary_table
 from declip_jax.reporting.progress import message
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.command import launch
+from declip_jax.runtime.memory import explained
 from declip_jax.runtime.records import add_line
 from declip_jax.runtime.workdir import read_config
 from declip_jax.weights.read import Step, parse_step
@@ -60,6 +61,7 @@ def evaluate(
   Raises:
     FileNotFoundError: no such run or checkpoint.
     ValueError: no evaluation is given, or one that cannot run, or a setting does not fit.
+    OutOfMemory: memory ran out.
   """
   clip = load(weights or workdir, settings, step=step)
   config = _config_of_run(workdir, clip.step if weights is None else None)
@@ -71,7 +73,8 @@ def evaluate(
   size = batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE)
   encoders = clip.encoders(size, needs_text=bool(evals_with_text(evals)))
   about = {"step": clip.step} if weights is None else {"weights": os.fspath(weights), "origin": clip.origin}
-  results = {**about, **run(encoders)}
+  with explained("lower --batch_size"):
+    results = {**about, **run(encoders)}
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     add_line(workdir / "evaluations.jsonl", {"evals": evals.to_dict(), **results})

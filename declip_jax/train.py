@@ -42,13 +42,15 @@ from declip_jax.runtime.bad_samples import BadSamples
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.clock import Clock
 from declip_jax.runtime.command import launch
+from declip_jax.runtime.compile_cache import compile_cache
 from declip_jax.runtime.hosts import check_sizes
+from declip_jax.runtime.memory import explained
 from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.runtime.services import Cadence, Services
 from declip_jax.runtime.signals import Stopped, StopRequest, stop_signals
 from declip_jax.runtime.trace import Trace, parse_steps
 from declip_jax.runtime.watchdog import Watchdog
-from declip_jax.runtime.workdir import local_path, lock, record, use_compile_cache
+from declip_jax.runtime.workdir import local_path, lock, record
 from declip_jax.sharding import batch_sharding, check_batch, to_global
 from declip_jax.training.state import State, abstract_state, create_state
 from declip_jax.training.step import Metrics
@@ -56,6 +58,10 @@ from declip_jax.types import Batch
 from declip_jax.weights.initial import initialise, read_initial
 from declip_jax.weights.read import Weights
 
+_NEEDS_LESS_MEMORY = (
+  "lower config.batch_size, raise config.micro_batches, set config.model.remat=full, raise config.mesh.fsdp on several "
+  "devices, or lower config.evaluate_batch_size for evaluations; python -m declip_jax.plan computes what a config needs"
+)
 StepFn = Callable[[State, Batch], tuple[State, Metrics]]
 # A batch on the devices, the position of the input after it, and how many samples were skipped for it, by kind.
 Batches = Iterator[tuple[Batch, dict[str, Any], np.ndarray]]
@@ -82,11 +88,12 @@ def train(
     ValueError: the config contradicts itself, its data or the devices, or `workdir` is in use by another run, before
       anything is compiled; or, later, too many samples cannot be read.
     Stopped: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was saved.
+    OutOfMemory: memory ran out; the message names the fields that help.
     FloatingPointError: too many consecutive steps were skipped, and the run cannot, or can no longer, roll back.
     OSError: the last checkpoint cannot be written.
   """
   workdir = local_path(workdir)
-  with contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as stack, explained(_NEEDS_LESS_MEMORY):
     watchdog = stack.enter_context(Watchdog(workdir, config.safety.hang_timeout))
     stack.enter_context(listening(watchdog.beat))
     run = _prepare(config, workdir, sources, watchdog)
@@ -436,9 +443,9 @@ def _finish(step: int, workdir: Path, latest: dict[str, float]) -> dict[str, flo
 
 def _command(workdir: Path) -> None:
   profile = parse_steps(flags.FLAGS.profile) if flags.FLAGS.profile else None
-  use_compile_cache(workdir / "compiled")
   try:
-    train(flags.FLAGS.config, workdir, profile=profile)
+    with compile_cache(workdir / "compiled"):
+      train(flags.FLAGS.config, workdir, profile=profile)
   except Stopped as stopped:
     message(str(stopped))
     sys.exit(130 if stopped.signum == signal.SIGINT else flags.FLAGS.stopped_exit_code)

@@ -159,6 +159,8 @@ def test_exit_codes_distinguish_a_users_error_from_a_disk_that_failed(
 ) -> None:
   assert command_line.report(error) == code
   assert capsys.readouterr().err == f"error: {error}\n"
+  command_line.report(ValueError("two\n  lines"))
+  assert capsys.readouterr().err == "error: two lines\n"
 
 
 def _run(code: str, *arguments: str, closed: bool = False) -> tuple[int, str]:

@@ -4,6 +4,7 @@ The tests of the loop that need no model are in tests/loop_test.py.
 """
 
 from collections.abc import Callable
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -219,7 +220,7 @@ def test_the_exit_code_shows_how_a_run_was_stopped(
     raise train.Stopped(5, signum)
 
   monkeypatch.setattr(train, "train", stopped)
-  monkeypatch.setattr(train, "use_compile_cache", lambda folder: None)
+  monkeypatch.setattr(train, "compile_cache", lambda folder: contextlib.nullcontext())
   given = type("Flags", (), {"FLAGS": type("Given", (), {"profile": "", "config": None, "stopped_exit_code": flag})})
   monkeypatch.setattr(train, "flags", given)
   with pytest.raises(SystemExit) as ended:

@@ -10,7 +10,7 @@ from absl import flags
 from declip_jax import command_line
 from declip_jax.data.pipeline import disable_opencv_threads
 from declip_jax.reporting.progress import drop_lost_streams
-from declip_jax.runtime.hosts import join_processes
+from declip_jax.runtime.hosts import check_backend, join_processes
 from declip_jax.runtime.workdir import local_path
 
 
@@ -37,6 +37,7 @@ def launch(command: Callable[[Path], None], doc: str | None, required: Sequence[
     try:
       disable_opencv_threads()
       join_processes()
+      check_backend()
       command(local_path(flags.FLAGS.workdir))
     except command_line.USER_ERRORS as error:
       return command_line.report(error, _write_traceback(Path(flags.FLAGS.workdir)))

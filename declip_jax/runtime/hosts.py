@@ -3,18 +3,27 @@
 Every process has to call each of these functions, at the same point.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import os
+import threading
+from typing import Any
 
 from absl import flags
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from declip_jax.command_line import IO_EXIT_CODE
+from declip_jax.reporting.progress import drop_lost_streams, message
+
 _ERROR_BYTES = 400  # length to which an error is cut before it is sent
+_JOIN_SECONDS = 300.0  # for all processes to start
 
 
 def join_processes() -> None:
   """Connects this process with the others that the flags `--coordinator` or `--multihost` describe.
+
+  If they do not all come within five minutes, this process ends with exit code 74, since a retry may succeed.
 
   Raises:
     ValueError: only some of `--coordinator`, `--processes` and `--process` are given.
@@ -23,10 +32,47 @@ def join_processes() -> None:
   given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].value is not None}
   if given and (missing := [f"--{name}" for name in names if name not in given]):
     raise ValueError(f"{' '.join(f'--{name}={value}' for name, value in given.items())}: needs {' and '.join(missing)}")
-  if given:
-    jax.distributed.initialize(*given.values(), heartbeat_timeout_seconds=flags.FLAGS.heartbeat)
-  elif flags.FLAGS.multihost:
-    jax.distributed.initialize(heartbeat_timeout_seconds=flags.FLAGS.heartbeat)
+  if not given and not flags.FLAGS.multihost:
+    return
+  # JAX would abort the process after its own timeout, with the stack of its C++ code.
+  timer = threading.Timer(_JOIN_SECONDS, _give_up, (given,))
+  timer.daemon = True
+  timer.start()
+  try:
+    jax.distributed.initialize(
+      *given.values(),
+      initialization_timeout=round(_JOIN_SECONDS) + 60,
+      heartbeat_timeout_seconds=flags.FLAGS.heartbeat,
+    )
+  finally:
+    timer.cancel()
+
+
+def _give_up(given: Mapping[str, Any]) -> None:
+  flag_texts = " ".join(f"--{name}={value}" for name, value in given.items()) or "--multihost"
+  message(
+    f"error: {flag_texts}: not all processes of the run have joined within {_JOIN_SECONDS:g} s; start the others, and "
+    "check that they have the same coordinator and number of processes"
+  )
+  drop_lost_streams()
+  os._exit(IO_EXIT_CODE)
+
+
+def check_backend() -> None:
+  """Starts JAX's backend.
+
+  Raises:
+    ValueError: `JAX_PLATFORMS` names one that this installation or machine does not have.
+    OSError: another process uses the device.
+  """
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    text = " ".join(str(error).split())
+    if "already in use" in text or "UNAVAILABLE" in text:
+      raise OSError(text) from error
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    raise ValueError(f"JAX_PLATFORMS={platforms!r} is not available here: {text}") from error
 
 
 def first_error(error: str) -> str:

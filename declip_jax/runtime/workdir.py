@@ -1,4 +1,4 @@
-"""The working directory of a run: its lock, the record of its starts, and the cache of compiled programs."""
+"""The working directory of a run: its lock, and the record of its starts."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 from declip_jax import config as config_lib
 from declip_jax.runtime import records
 from declip_jax.runtime.hosts import first_error
-from declip_jax.runtime.plain_paths import plain_path
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -68,15 +67,6 @@ def lock(workdir: Path) -> Iterator[str]:
     if in_use := first_error(in_use):
       raise ValueError(in_use)
     yield message
-
-
-def use_compile_cache(folder: Path) -> None:
-  """Caches compiled programs in a folder, so that a run that is started again need not compile.
-
-  `JAX_COMPILATION_CACHE_DIR` overrides the folder.
-  """
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(plain_path(folder.parent) / folder.name))
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:

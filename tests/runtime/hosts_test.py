@@ -1,5 +1,9 @@
 """Agreement between several processes, with simulated answers of the others."""
 
+import os
+import subprocess
+import sys
+
 from absl import flags
 import jax
 import numpy as np
@@ -71,3 +75,42 @@ def test_hosts_that_see_different_data_are_rejected(monkeypatch: pytest.MonkeyPa
   gather(monkeypatch, [np.array([32, 20]), np.array([32, 19])])
   with pytest.raises(ValueError, match=r"scenes:test: .*host 0: 20, host 1: 20, host 2: 19"):
     hosts.check_sizes(SIZES)
+
+
+@pytest.mark.parametrize(
+  ("text", "kind"),
+  [
+    ("Unable to initialize backend 'cuda': no GPU", ValueError),
+    ("Unknown backend: 'gpu' requested", ValueError),
+    ("Unable to initialize backend 'tpu': the TPU is already in use by process 7", OSError),
+  ],
+)
+def test_a_backend_that_is_missing_is_named(text: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+  def fail() -> None:
+    raise RuntimeError(f"{text}\n(more)")
+
+  monkeypatch.setattr(jax, "devices", fail)
+  with pytest.raises(kind, match=r"^[^\n]*backend[^\n]*$"):
+    hosts.check_backend()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_peer_that_never_comes_ends_the_others_with_a_message(process: int) -> None:
+  script = """
+import sys
+from absl import flags
+from declip_jax.runtime import hosts
+hosts._JOIN_SECONDS = 2.0
+for name, value in (("processes", 2), ("process", int(sys.argv[1])), ("heartbeat", 10)):
+  flags.DEFINE_integer(name, value, "")
+flags.DEFINE_string("coordinator", "localhost:" + sys.argv[2], "")
+flags.DEFINE_bool("multihost", False, "")
+flags.FLAGS(sys.argv[:1])
+hosts.join_processes()
+"""
+  port = str(20000 + os.getpid() % 20000)
+  command = [sys.executable, "-c", script, str(process), port]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+  assert done.returncode == 74, done.stderr
+  assert f"error: --coordinator=localhost:{port} --processes=2 --process={process}: not all" in done.stderr

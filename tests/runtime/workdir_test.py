@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 
-import jax
 import pytest
 from record_files import damages
 from tiny import tiny_config
@@ -158,16 +157,3 @@ def test_the_revision_is_that_of_the_package_and_not_of_a_repository_around_it(
   subprocess.run([*git, "add", "site-packages"], check=True)
   subprocess.run([*git, "commit", "-q", "-m", "the package"], check=True)
   assert re.fullmatch("[0-9a-f]{12}", workdir_lib._git_revision())
-
-
-def test_programs_are_cached_with_the_run_unless_there_is_another_cache(tmp_path: Path) -> None:
-  before = jax.config.jax_compilation_cache_dir
-  try:
-    jax.config.update("jax_compilation_cache_dir", "elsewhere")
-    workdir_lib.use_compile_cache(tmp_path)
-    assert jax.config.jax_compilation_cache_dir == "elsewhere"
-    jax.config.update("jax_compilation_cache_dir", None)
-    workdir_lib.use_compile_cache(tmp_path)
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-  finally:
-    jax.config.update("jax_compilation_cache_dir", before)
