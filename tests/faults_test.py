@@ -107,6 +107,28 @@ def test_sigterm_to_the_whole_group_saves_and_the_run_resumes_exactly(tmp_path: 
   assert losses_on_disk(tmp_path / "stopped") == losses_on_disk(tmp_path / "whole")
 
 
+def test_a_run_without_its_display_goes_on_after_a_suspension_and_saves_at_sighup(tmp_path: Path) -> None:
+  flags = ["--config.duration.steps=1000000", "--config.checkpoint.every.steps=0", "--config.safety.hang_timeout=20"]
+  run = start(tmp_path, *flags, cache=tmp_path / "cache")
+  try:
+    wait_for_step(tmp_path, 3, run, WAIT)
+    assert run.stderr is not None
+    run.stderr.close()  # the reader of the log is gone
+    run.stderr = None
+    wait_for_step(tmp_path, max(row["step"] for row in read_metrics(tmp_path)) + 50, run, WAIT)
+    run.send_signal(signal.SIGSTOP)
+    time.sleep(30)  # more than the limit for a hang
+    run.send_signal(signal.SIGCONT)
+    wait_for_step(tmp_path, max(row["step"] for row in read_metrics(tmp_path)) + 50, run, WAIT)
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(timeout=120) == 0
+  finally:
+    end([run])
+  (step,) = Checkpoints(tmp_path).steps()
+  assert step > 100
+  assert not list(tmp_path.glob("hang.*"))
+
+
 def test_a_bit_flipped_in_the_newest_checkpoint_costs_the_steps_since_the_previous_one(tmp_path: Path) -> None:
   flags = ["--config.duration.steps=12"]
   first = start(tmp_path, *flags, cache=tmp_path / "cache")

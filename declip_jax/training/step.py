@@ -137,5 +137,5 @@ def _clip_logit_scales(params: Tree, bounds: tuple[float, ...]) -> Tree:
 
 def _diagnose_if(wanted: Flag, diagnose: Callable[[Outputs], Metrics], outputs: Outputs) -> Metrics:
   outputs = jax.lax.stop_gradient(outputs)
-  missing = dict.fromkeys(jax.eval_shape(diagnose, outputs), jnp.float32(jnp.nan))
+  missing = dict.fromkeys(jax.eval_shape(diagnose, outputs), jnp.float32(0))  # NaN would stop jax_debug_nans
   return jax.lax.cond(wanted, diagnose, lambda _: missing, outputs)

@@ -11,7 +11,7 @@ import pytest
 from declip_jax.models.model import Model
 from declip_jax.training.gradient import Result
 from declip_jax.training.state import State
-from declip_jax.training.step import is_spike, train_step
+from declip_jax.training.step import _diagnose_if, is_spike, train_step
 from declip_jax.types import Outputs
 
 
@@ -101,6 +101,12 @@ def test_an_entry_whose_update_is_not_finite_keeps_its_value() -> None:
   optimizer = optax.stateless(lambda updates, _: jax.tree.map(lambda x: x / (x > 0), updates))
   state = take_step(tree([1, 1], 1), tree([0, 1], 1), rate=1.0, optimizer=optimizer)
   assert state.params["towers"]["image"]["kernel"].tolist() == pytest.approx([1, 0])
+
+
+def test_a_step_that_is_not_measured_has_no_nan() -> None:
+  """With JAX_DEBUG_NANS=1 it would end a healthy run."""
+  found = _diagnose_if(jnp.bool_(False), lambda outputs: {"rank": jnp.float32(3)}, Outputs())
+  assert np.isfinite(found["rank"])
 
 
 @pytest.mark.parametrize(
