@@ -394,8 +394,8 @@ def from_json(text: str) -> ConfigDict:
   return ConfigDict(fields).lock()
 
 
-def complete(saved: ConfigDict) -> ConfigDict:
-  """A saved config with the defaults of this version for the fields that it lacks, for another run.
+def changeable(saved: ConfigDict) -> ConfigDict:
+  """A saved config whose fields can be set like those of `default`, for another run.
 
   Raises:
     ValueError: it has a term of the user's own, of which it records only the name of the function.

@@ -112,7 +112,7 @@ def load(text: str) -> ConfigDict:
 
 def _load_json(path: Path) -> ConfigDict:
   try:
-    return config.complete(config.from_json(path.read_text()))
+    return config.changeable(config.from_json(path.read_text()))
   except (ValueError, AttributeError, TypeError) as error:
     raise ValueError(f"{path}: {_one_line(error)}") from error
 
