@@ -180,7 +180,7 @@ def _root(table: str) -> str | None:
   if not images or any("://" in image for image in images):
     return None if images is None else ""
   folder = os.path.dirname(table)
-  below = (path for path, *_ in itertools.islice(os.walk(folder or "."), _WALKED))
+  below = (path for path, _ in _walk(folder or "."))
   for root in (folder, *itertools.islice(below, 1, None), os.path.dirname(os.path.abspath(folder))):
     if any(os.path.isfile(os.path.join(root, image)) for image in images[:_PROBED]):
       return "" if root == folder else root

@@ -5,6 +5,7 @@ from pathlib import Path
 import subprocess
 import sys
 import tarfile
+import traceback
 from types import SimpleNamespace
 
 import fsspec
@@ -67,6 +68,17 @@ def test_samples_are_described(shards):
   assert found["bad"] == "2 of 10 (20.0%)"
   assert any("s.tar:8: " in line for line in lines)
   assert any("s.tar:9: " in line for line in lines)
+
+
+def test_folders_next_to_a_table_may_be_nested_deeper_than_python_recurses(tmp_path):
+  (tmp_path / ("d/" * 200)).mkdir(parents=True)
+  (tmp_path / "t.csv").write_text("image,caption\nmissing.jpg,a\n")
+  before = sys.getrecursionlimit()
+  sys.setrecursionlimit(len(traceback.extract_stack()) + 100)
+  try:
+    assert guess(str(tmp_path / "t.csv")).startswith(f"table:{tmp_path}/t.csv")
+  finally:
+    sys.setrecursionlimit(before)
 
 
 def test_files_that_belong_to_no_sample_are_counted(tmp_path):
