@@ -38,7 +38,7 @@ def to_source(data: str) -> str:
   path = ":" not in data or "://" in data
   if path and (os.path.isdir(data) or not os.path.splitext(data)[1]):
     return f"webdataset:{data.rstrip('/')}/*.tar"
-  from declip_jax.data.inspect import guess  # on demand: it imports the image codecs
+  from declip_jax.data.guess import guess  # on demand: it imports the image codecs
 
   return guess(data)
 

@@ -523,7 +523,7 @@ def test_a_run_of_two_epochs_that_doubles_its_batch_after_one_sees_two(
     ({"optimizer.learning_rate": float("nan")}, r"config.optimizer.learning_rate=nan: expected a finite number"),
     ({"optimizer.logit_scale_range": (6.0, 3.0)}, r"logit_scale_range=\(6.0, 3.0\): expected two ascending numbers"),
     ({"objective.mim.weight": 1.0}, r"term 'mim' .*needs Views.masked_image.*recipe 'declip'"),
-    ({"model.heads.bank_size": 8}, r"bank_size=8 texts, fewer than the 16 of a step"),
+    ({"model.heads.bank_size": 8}, r"bank_size=8: a step adds 16 texts, so raise bank_size"),
     ({"data.mixture": (0.5, 0.5)}, r"a positive weight for each of 1 sources"),
     ({"data.augment_on": "gpu"}, r"augment_on='gpu': choose 'host' or 'device'"),
     ({"data.engine": "pillow"}, r"engine='pillow': choose one of \['exact', 'fast'\]"),

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM between two steps; tests/loop_test.py stops runs by them."""
 
+from collections.abc import Iterator
 import os
 import queue
 import signal
@@ -10,6 +11,16 @@ import pytest
 from declip_jax.runtime.signals import Stopped, StopRequest, stop_signals
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def _default_handlers() -> Iterator[None]:
+  """What a terminal gives a process; nohup and shells in the background ignore some of these signals."""
+  defaults = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL)
+  before = [signal.signal(number, handler) for number, handler in zip(HANDLED, defaults, strict=True)]
+  yield
+  for number, handler in zip(HANDLED, before, strict=True):
+    signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("signum", HANDLED)
