@@ -96,9 +96,12 @@ def check_bounds(count: int, seed: int, try_one: Callable[[np.random.Generator],
   Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
   before = memory("VmRSS")
   for index in range(count):
-    start = time.process_time()
-    try_one(np.random.default_rng((seed, index)))
-    assert time.process_time() - start < SECONDS, index
+    for attempt in range(2):  # the first may trace a new model
+      start = time.process_time()
+      try_one(np.random.default_rng((seed, index)))
+      if (elapsed := time.process_time() - start) < SECONDS:
+        break
+      assert attempt == 0, (index, elapsed)
   assert memory("VmHWM") - before < BYTES
 
 
