@@ -375,7 +375,10 @@ def _array(name: str, tensor: _Tensor, read: _Reader, most_bytes: int) -> np.nda
   if not size:
     array = np.empty(shape, storage.dtype)
   else:
-    array = np.ndarray(shape, storage.dtype, read(storage), offset * width, [width * step for step in steps])
+    data = read(storage)
+    if len(data) != storage.size * width:  # NumPy does not check an empty buffer
+      raise ValueError(f"tensor {shown(name)}: its storage has {len(data)} bytes, expected {storage.size * width}")
+    array = np.ndarray(shape, storage.dtype, data, offset * width, [width * step for step in steps])
   if "neg" in bits:
     array = -array
   array.flags.writeable = False

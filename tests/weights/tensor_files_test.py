@@ -453,6 +453,12 @@ def test_bad_zip_entries(tmp_path):
   check_rejected(write_zip(tmp_path / "x.pt", dictionary(w=tensor(key="1"))), "the zip has no any/data/1")
   check_rejected(write_zip(tmp_path / "x.pt", good, **{"data/0": bytes(20)}), r"any/data/0 has 20 bytes, expected 16")
   check_rejected(write_zip(tmp_path / "x.pt", good, **{"data/0": bytes(12)}), r"any/data/0 has 12 bytes, expected 16")
+  contents = write_zip(tmp_path / "x.pt", good).read_bytes()
+  start = contents.rindex(b"PK\x01\x02", 0, contents.rindex(b"any/data/0"))
+  empty = contents[: start + 16] + bytes(8) + contents[start + 24 :]  # checksum and compressed size
+  (tmp_path / "x.pt").write_bytes(empty)
+  check_rejected(tmp_path / "x.pt", "tensor w: its storage has 0 bytes, expected 16")
+  write_zip(tmp_path / "x.pt", good)
   with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
     archive.writestr("any/data/0", bytes(16))
   check_rejected(tmp_path / "x.pt", "two entries of the zip")
