@@ -67,8 +67,8 @@ def check_backend() -> None:
   """
   try:
     jax.devices()
-  except RuntimeError as error:
-    text = " ".join(str(error).split())
+  except (RuntimeError, AssertionError) as error:  # the latter if no plugin of this name is installed
+    text = " ".join(str(error).split()) or "no backend of this name is installed"
     if "already in use" in text or "UNAVAILABLE" in text:
       raise OSError(text) from error
     platforms = os.environ.get("JAX_PLATFORMS", "")
