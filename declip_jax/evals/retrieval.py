@@ -1,9 +1,11 @@
 """Image-text retrieval in both directions, with any number of captions per image."""
 
 from collections.abc import Iterator, Sequence
+import hashlib
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
@@ -23,6 +25,9 @@ def retrieval(
 ) -> Iterator[tuple[str, float]]:
   """Yields the metrics of `recall` over a source, and draws the images that a few texts retrieve.
 
+  If the samples of a source have one caption each, those with equal encoded images count as one image with all their
+  captions. Otherwise these images would be wrong answers for each other's captions.
+
   Args:
     features: source to search, and its features; images that cannot be read or have no caption are skipped.
     pictures: PNG file to write, None for none.
@@ -32,12 +37,12 @@ def retrieval(
     ValueError: no image has a caption.
   """
   source, images = features.source, features.images
-  captions = [read_example(source, index)["captions"] if ok else () for index, ok in enumerate(images.readable)]
-  kept = np.flatnonzero([bool(texts) for texts in captions])
-  if not len(kept):
+  captions = _captions(source, np.flatnonzero(images.readable))
+  if not captions:
     raise ValueError(f"{source.name} has no readable image with a caption")
-  texts = [text for index in kept for text in captions[index]]
-  owner = np.repeat(np.arange(len(kept)), [len(captions[index]) for index in kept])
+  kept = np.array(list(captions))
+  texts = [text for own in captions.values() for text in own]
+  owner = np.repeat(np.arange(len(kept)), [len(own) for own in captions.values()])
   group = np.unique(texts, return_inverse=True)[1] if equal_texts else owner
   match = np.zeros((len(kept), group.max() + 1), bool)
   match[owner, group] = True
@@ -52,6 +57,27 @@ def retrieval(
   if pictures is not None:
     with optional(pictures):
       _draw(source, kept, [texts[index] for index in shown], scores, match[:, group[shown]].T, pictures)
+
+
+def _captions(source: Source | Sequence[Any], indices: Int[np.ndarray, "n"]) -> dict[int, list[str]]:
+  """The captions of each image, by the position of its first sample; images without captions are left out."""
+  found: dict[int, list[str]] = {}
+  first: dict[Any, int] = {}  # position of each encoded image
+  same: dict[int, int] = {}  # position of the first sample with the same image
+  for index in map(int, indices):
+    example = read_example(source, index)
+    if example["captions"]:
+      found[index] = list(example["captions"])
+      image = example["image"]
+      key = hashlib.sha256(image).digest() if isinstance(image, bytes) else index
+      same[index] = first.setdefault(key, index)
+  if len(first) == len(found) or any(len(own) > 1 for own in found.values()):
+    return found
+  joined: dict[int, list[str]] = {}
+  for index, own in found.items():
+    joined.setdefault(same[index], []).extend(own)
+  logging.info("%s: %d samples of %d images, each of which counts once", source.name, len(found), len(joined))
+  return joined
 
 
 def check(source: Source | Sequence[Any], field: str, *, equal_texts: Any = False) -> None:

@@ -1,6 +1,9 @@
 """Tests of `declip_jax.evals.retrieval` against CLIP_benchmark, against loops, and over a small source."""
 
+import io
+
 import numpy as np
+from PIL import Image
 import pytest
 import references as reference
 
@@ -126,6 +129,30 @@ def test_unusable_samples_are_skipped():
   assert (found["images"], found["texts"]) == (4, 5)
   assert found["image_to_text_r1"] == 0.75  # the picture of a four has only a text about a five
   assert found["text_to_image_r1"] == 0.8
+
+
+class EncodedSource(Source):
+  """The same pictures as PNG."""
+
+  def __getitem__(self, index):
+    example = super().__getitem__(index)
+    file = io.BytesIO()
+    Image.fromarray(example["image"]).save(file, "PNG")
+    return {**example, "image": file.getvalue()}
+
+
+@pytest.mark.parametrize(
+  ("samples", "images", "expected"),
+  [
+    ([(1, ("one",)), (2, ("two",)), (1, ("uno",)), (2, ("due",))], 2, 1.0),
+    ([(1, ("one",)), (2, ("two", "due")), (1, ("uno",))], 3, 1 / 3),  # samples are images if any has several captions
+  ],
+)
+def test_samples_of_one_image_count_once_if_each_has_one_caption(samples, images, expected):
+  words = {"one": 1, "uno": 1, "two": 2, "due": 2}
+  found = dict(retrieval(SourceFeatures(EncodedSource(samples), encoders(words)), None))
+  assert (found["images"], found["texts"]) == (images, 4)
+  assert found["image_to_text_r1"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("equal_texts", "expected"), [(True, 1.0), (False, 0.5)])

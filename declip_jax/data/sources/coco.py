@@ -14,7 +14,7 @@ from typing import Any
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
-from declip_jax.data.storage import files, patterns, texts
+from declip_jax.data.storage import files, patterns, remote, texts
 from declip_jax.data.storage.bounded import parse_json
 from declip_jax.data.storage.reach import Reach
 
@@ -50,8 +50,8 @@ def open_coco(location: str) -> lists.ListSource:
   split, reach = wanted.get("split"), Reach.of(wanted)
   index = lists.index_list(name, [path], ["coco", split, files.stamps([path])], lambda: _entries(path, split))
   source = lists.ListSource(name, index, reach)
-  if reach.root is None:
-    few = [source.entry(number).path or "" for number in lists.probes(len(source), _PROBED)]
+  few = [source.entry(number).path or "" for number in lists.probes(len(source), _PROBED)]
+  if reach.root is None and not all(map(remote.is_url, few)):
     source = lists.ListSource(name, index, reach._replace(root=_find_root(name, path, few)))
   return lists.checked(source)
 
@@ -141,9 +141,8 @@ def _find_root(name: str, path: str, images: Sequence[str]) -> str:
   for image, root in itertools.product(images, tried):
     if _exists(image, root):
       return root
-  raise FileNotFoundError(
-    f"{name}: found none of {list(images[:3])} in {', '.join(tried)}; give their folder as ?root=FOLDER"
-  )
+  advice = lists.missing_advice(images[0], here, search=False)
+  raise FileNotFoundError(f"{name}: found none of {list(images[:3])} in {', '.join(tried)}; {advice}")
 
 
 def _exists(image: str, root: str) -> bool:

@@ -245,8 +245,14 @@ def checked(source: ListSource) -> ListSource:
   raise FileNotFoundError(f"{source.name}: {tried}" + (f"; {help}" if help else ""))
 
 
-def missing_advice(path: str, root: str) -> str:
-  """What helps if an image is missing: the path in the list decides whether another root can; empty for URLs."""
+def missing_advice(path: str, root: str, *, search: bool = True) -> str:
+  """What helps if an image is missing: its path decides whether another root can; empty for URLs.
+
+  Args:
+    path: the path in the list.
+    root: the root that it is relative to.
+    search: whether to look for the image in the folders around the root.
+  """
   if remote.is_url(path):
     return ""
   rewrite = f"another root does not change that; write the paths in the list relative to {root}"
@@ -256,7 +262,7 @@ def missing_advice(path: str, root: str) -> str:
     return f"the path is one of Windows, and {rewrite}, with /"
   if path.startswith("~"):
     return f"~ in a list is not the home folder, and {rewrite}"
-  if not remote.is_url(root):
+  if search and not remote.is_url(root):
     for folder in [folder_of(root), *_folders_in(root), *_folders_in(folder_of(root))]:
       if os.path.isfile(os.path.join(folder, path)):
         return f"it is in {folder}: give ?root={folder}"

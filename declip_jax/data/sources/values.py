@@ -15,9 +15,9 @@ TEXT_KEYS = ("raw", "caption", "text", "sentence", "value", "comment", "title") 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 _STRING = r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
-_ELEMENT = rf"(?:{_STRING}|None|null|nan)"
+_ELEMENT = rf"(?:u?{_STRING}|None|null|nan)"
 _LIST = re.compile(  # of JSON or Python, or of NumPy, which writes no commas; or a tuple
-  rf"\[\s*+{_ELEMENT}(?:\s*+,\s*+{_ELEMENT}|\s++{_STRING})*+\s*+,?\s*+\]"
+  rf"\[\s*+\]|\[\s*+{_ELEMENT}(?:\s*+,\s*+{_ELEMENT}|\s++u?{_STRING})*+\s*+,?\s*+\]"
   rf"|\(\s*+{_ELEMENT}\s*+,(?:\s*+{_ELEMENT}\s*+,)*+\s*+(?:{_ELEMENT}\s*+)?\)",
   re.DOTALL,
 )

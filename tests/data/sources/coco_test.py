@@ -73,6 +73,24 @@ def test_images_that_are_not_found(tmp_path):
     open_coco(f"{path}?root={tmp_path}")
 
 
+def test_ids_may_be_texts_in_one_list_and_numbers_in_the_other(tmp_path):
+  write_images(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
+  images = [{"id": known, "file_name": f"{name}.jpg"} for known, name in ((7, "a"), ("8", "b"), (9.0, "c"), ("x", "d"))]
+  notes = [{"image_id": known, "caption": f"of {known}"} for known in ("7", 8, "9", "x", 10**30, True)]
+  source = open_coco(write(tmp_path / "captions.json", {"images": images, "annotations": notes}))
+  assert [example["captions"] for example in source] == [("of 7",), ("of 8",), ("of 9",), ("of x",)]
+  assert source[3]["id"] == "d.jpg"
+  assert source.skipped == {"damaged record": 2}
+
+
+def test_advice_for_names_that_no_root_changes(tmp_path):
+  for name, advice in [("/far/a.jpg", "the path is absolute"), ("https://a.example/a.jpg", "allow=https")]:
+    content = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "x"}]}
+    with pytest.raises(FileNotFoundError, match=advice) as error:
+      open_coco(write(tmp_path / "captions.json", content))
+    assert "root=FOLDER" not in str(error.value)
+
+
 def test_karpathy_splits(tmp_path):
   path = write(tmp_path / "dataset_coco.json", SPLITS)
   write_images(tmp_path / "images", *(f"{image['filepath']}/{image['filename']}" for image in SPLITS["images"]))

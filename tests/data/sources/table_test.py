@@ -379,12 +379,26 @@ def test_an_array_of_objects_in_pieces(tmp_path, monkeypatch):
     (["one", None, " ", "two "], ("one", "two")),
     ('["one", "two"]', ("one", "two")),
     ('["look" she said]', ('["look" she said]',)),
+    ("['one', \"it's\"]", ("one", "it's")),
+    ("['one' 'two'\n 'three']", ("one", "two", "three")),
+    ("('one', 'two')", ("one", "two")),
+    ("[u'one', None, nan]", ("one",)),
+    (r'["\ud83d\ude00", "\u00e9\n"]', ("\N{GRINNING FACE}", "\xe9")),
+    ("('one')", ("('one')",)),
+    ("['one' and", ("['one' and",)),
+    ([{"raw": "one"}, {"raw": "two"}], ("one", "two")),
     ('[1, "two"]', ('[1, "two"]',)),
   ],
 )
 def test_forms_of_captions(tmp_path, value, expected):
   write_images(tmp_path, "a.jpg")
   assert captions(write_json(tmp_path / "t.jsonl", {"image": "a.jpg", "text": value})) == [expected]
+
+
+def test_an_empty_list_is_no_caption(tmp_path):
+  write_images(tmp_path, "a.jpg", "b.jpg")
+  path = write(tmp_path / "t.csv", "image,caption", "a.jpg,x", "b.jpg,[]")
+  assert (captions(path), open_table(path).skipped) == ([("x",)], {"no caption": 1})
 
 
 def test_several_columns_and_lines_are_captions_of_one_image(tmp_path):
