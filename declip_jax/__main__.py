@@ -26,7 +26,10 @@ def describe(name: str) -> str:
 def main() -> None:
   """Prints the lists; exits with 2 after an unknown argument."""
   if sys.argv[1:] not in ([], ["--help"]):
-    print(f"error: python -m declip_jax takes no {' '.join(sys.argv[1:])}: it lists the commands", file=sys.stderr)
+    print(
+      f"error: python -m declip_jax takes no arguments, got {' '.join(sys.argv[1:])}: it lists the commands",
+      file=sys.stderr,
+    )
     sys.exit(2)
   print(f"declip_jax {__version__}\n\ncommands, each with --help:")
   for name, (module, summary) in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""The batch sizes of a run, which may be started again with another one: examples seen, steps to come."""
+"""The batch sizes of a run, which may be restarted with another one: converts between steps and examples."""
 
 import math
 from typing import NamedTuple, Self
@@ -8,7 +8,7 @@ class BatchSizes(NamedTuple):
   """The batch sizes of a run.
 
   Attributes:
-    changes: pairs of a number of steps done and the size of the batches from there on; the first number is 0.
+    changes: pairs of a number of steps done and the batch size from there on; the first number is 0.
   """
 
   changes: tuple[tuple[int, int], ...]
@@ -29,7 +29,7 @@ class BatchSizes(NamedTuple):
     return self.changes[-1][0]
 
   def resumed(self, step: int, size: int) -> "BatchSizes":
-    """Those of a run that resumes after `step` steps with batches of `size`."""
+    """The batch sizes of a run that resumes after `step` steps with batches of `size`."""
     before = tuple(change for change in self.changes if change[0] < step)
     if before and before[-1][1] == size:
       return BatchSizes(before)
@@ -41,13 +41,13 @@ class BatchSizes(NamedTuple):
     return sum(size * max(0, min(end, step) - first) for (first, size), end in zip(self.changes, ends, strict=True))
 
   def step(self, examples: float) -> int:
-    """The first step after which at least so many examples have been seen."""
+    """The first step after which at least this many examples have been seen."""
     for (first, size), (end, _) in zip(self.changes, self.changes[1:], strict=False):
       if examples <= self.examples(end):
         return first + math.ceil((examples - self.examples(first)) / size)
     return self.since + math.ceil((examples - self.examples(self.since)) / self.size)
 
   def batches(self, step: int) -> int:
-    """The number of batches of the current size that have as many examples as the first `step` steps, rounded."""
+    """The number of batches of the current size with as many examples as the first `step` steps, rounded."""
     earlier = min(step, self.since)
     return step - earlier + round(self.examples(earlier) / self.size)

@@ -264,7 +264,7 @@ def to_steps(config: ConfigDict, epoch_examples: int, batch_sizes: BatchSizes | 
 
 
 def _after_change(steps: Steps, config: ConfigDict, epoch_examples: int, batch_sizes: BatchSizes) -> Steps:
-  """The durations of a run that has changed its batch size, where those in epochs and examples remain what they are.
+  """The durations of a run that has changed its batch size: those in epochs and examples keep their number of examples.
 
   Args:
     steps: durations as if the whole run had the current size.

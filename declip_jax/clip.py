@@ -36,7 +36,7 @@ class Clip:
     model: pure functions, whose first arguments are `params` and `collections`.
     params, collections: arrays on the devices of `mesh`.
     mesh: devices over which batches are split.
-    tokenizer: from texts to token ids.
+    tokenizer: function from texts to token ids.
     view: preprocessing of images, see `preprocess` and `normalise`.
     tokens: whether images and texts are compared by their tokens (FILIP) instead of their embeddings.
     logit_scale: inverse temperature of the contrastive loss, a factor of the scores of `similarity`.
@@ -155,7 +155,7 @@ class Clip:
     return image_ops.eval_view(image_ops.decode(image), self.view)
 
   def normalise(self, views: np.ndarray) -> Float[np.ndarray, "n h w 3"]:
-    """Input of `image_features` from outputs of `preprocess`."""
+    """Turns outputs of `preprocess` into inputs of `image_features`."""
     return self.view.normalise(views)
 
   def encoders(self, batch_size: int, *, needs_text: bool = True) -> Encoders:
@@ -194,7 +194,7 @@ class Clip:
     return concatenate([self._apply(function, inputs[start : start + batch_size]) for start in starts])
 
   def _apply(self, function: EncodeFunction, batch: np.ndarray) -> Embeddings:
-    """Encodes one batch, padded so that few shapes are ever compiled."""
+    """Encodes one batch, padded so that few shapes are compiled."""
     self._check_text()
     padding = padded_size(len(batch), self.mesh.size) - len(batch)
     padded = np.concatenate([batch, np.repeat(batch[-1:], padding, axis=0)])

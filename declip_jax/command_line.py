@@ -22,7 +22,7 @@ from declip_jax.spelling import did_you_mean
 
 USER_ERRORS = (ValueError, FloatingPointError, MemoryError, OSError, ModuleNotFoundError)
 IO_EXIT_CODE = 74
-# The OSErrors that a path explains. Any other is a disk, a mount or a network, and a retry may succeed.
+# The OSErrors that are due to a path. Any other is due to a disk, a mount or a network, and a retry may succeed.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 _HELP = ("--help", "-help", "-h", "--helpshort")
 
@@ -32,9 +32,9 @@ def run(
 ) -> None:
   """Parses the command line, calls `main` with the positional arguments, and exits with what it returns.
 
-  Exit codes: 2 for an error that the user can correct, also where memory runs out, 74 for a disk, a mount or a network
-  that failed, 130 for Ctrl-C; each of these prints one line. 141, without a line, once nothing reads the output any
-  more, as in `| head`.
+  Exit codes: 2 for an error that the user can correct, also if memory runs out, 74 for a disk, a mount or a network
+  that failed, 130 for Ctrl-C; each of these prints one line. 141, without a line, if the reader of the output has
+  closed it, as in `| head`.
 
   Args:
     main: the command; a returned `None` is exit code 0.
@@ -54,7 +54,7 @@ def run(
 
   def call(arguments: list[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # orbax logs much at every save
+      logging.set_verbosity(logging.WARNING)  # orbax logs a lot at every save
     try:
       return main(arguments) or 0
     except USER_ERRORS as error:

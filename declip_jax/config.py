@@ -28,8 +28,8 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   Locked: only known fields can be set. `architectures.ARCHITECTURES` lists the names.
 
   With `preset` "paper", normalisation and optimiser are OpenAI's for every method, so that methods differ only in their
-  objective and what belongs to it: views, heads, the temperature of `siglip`, and for those of DeCLIP the bias and the
-  mask token of its text tower; "repo" is what DeCLIP's released code does under the name of the method, see
+  objective and what belongs to it: views, heads, the temperature of `siglip`, and for DeCLIP's methods the bias and the
+  mask token of the text tower. "repo" is the method of this name as DeCLIP's released code implements it, see
   `_as_released`.
 
   Raises:
@@ -44,7 +44,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   recipe, weights = methods[method]
   built = architectures.build(architecture)
   c = ConfigDict()
-  c.seed = 0  # of the initial parameters, the shuffle, and every augmentation
+  c.seed = 0  # determines the initial parameters, the shuffle, and every augmentation
   c.objective = _objective()
   for term, weight in weights.items():
     c.objective[term].weight = weight
@@ -56,14 +56,14 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   # Decay of the momentum tower's moving average (MoCo v3, BYOL) at the first step; it rises to 1 along a half cosine.
   c.momentum_tower.decay = 0.996 if method == "slip_byol" else 0.99
   c.batch_size = 4096  # pairs per step over all devices
-  c.micro_batches = 1  # micro-batches that the towers encode one after the other, for batches larger than memory
+  c.micro_batches = 1  # number of micro-batches that the towers encode one by one, for batches larger than memory
   # "cached": the loss sees the whole batch, with the same gradient; "plain": each micro-batch; see `training.gradient`.
   c.micro_batching = "cached"
-  c.duration = duration(epochs=32)  # of the whole run
+  c.duration = duration(epochs=32)  # length of the whole run
   c.data = _data(recipe, built.image_size)
   c.model = _model(built)
   if recipe in ("declip", "declip_repo", "filip_repo"):
-    c.model.text.vocab_size = 49409  # the mask token, after OpenAI's vocabulary
+    c.model.text.vocab_size = 49409  # OpenAI's vocabulary and the mask token
     c.model.heads.text_bias = True  # as in DeCLIP
   c.init_from = ConfigDict()  # weights to start from; see `weights.initial`
   # A run, one of its checkpoints (RUN/checkpoints/STEP or RUN/checkpoints/best), or any that `declip_jax.load` reads.
@@ -71,7 +71,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.init_from.groups = ("image", "text", "heads")  # what to load, see `weights.initial.GROUPS`; the rest is random
   c.init_from.settings = ()  # settings that the file lacks, such as ("image.activation=gelu", "image.heads=16")
   c.optimizer = _optimizer()
-  c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # devices along each axis; -1 takes all that are left
+  c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # number of devices along each axis; -1 means all that remain
   c.safety = _safety()
   c.log_every = 50  # steps between lines of metrics.jsonl, and between measurements of `objectives.diagnostics`
   c.evaluate_every = duration(epochs=1)
@@ -80,16 +80,16 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.checkpoint = ConfigDict()
   c.checkpoint.every = duration(epochs=1)
   c.checkpoint.keep_last = 2
-  c.checkpoint.keep_every = duration()  # the first checkpoint of each such period is never deleted
+  c.checkpoint.keep_every = duration()  # the first checkpoint in each period of this length is never deleted
   c.checkpoint.keep_best = 1
-  c.checkpoint.best_metric = ""  # such as "eval/zero_shot/top1"; higher is better; "" keeps only the last
+  c.checkpoint.best_metric = ""  # metric such as "eval/zero_shot/top1", higher is better; "" keeps only the last
   if weights.get("sigmoid"):  # SigLIP (Zhai et al. 2023), section 3.2 and algorithm 1
     c.model.heads.logit_scale_init = math.log(10)
     c.optimizer.logit_scale_range = ()
   if preset == "repo":
     _as_released(c, method)
   c.lock()
-  # The two subtrees to which a config may add fields: evaluations, and terms of its own.
+  # The two subtrees to which a config may add fields: evaluations, and its own terms.
   c.evals.unlock()
   c.objective.unlock()
   for fields in c.objective.values():
@@ -100,11 +100,11 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
 def _safety() -> ConfigDict:
   """What a run does about divergence, hangs and lost work."""
   c = ConfigDict()
-  # A step is skipped if its loss, gradient or rate is not finite, or if its gradient norm exceeds the usual norm by
-  # this factor (see `step.is_spike`); 0 turns the comparison off.
+  # A step is skipped if its loss, gradient or learning rate is not finite, or if its gradient norm exceeds the usual
+  # norm by this factor (see `step.is_spike`); 0 turns the comparison off.
   c.spike_factor = 10.0
   c.max_skipped_steps = 20  # consecutive skipped steps after which the run rolls back to the previous checkpoint
-  c.max_rollbacks = 3  # rollbacks before the run stops; 0 stops it the first time that it diverges
+  c.max_rollbacks = 3  # rollbacks before the run stops; with 0, it stops when it first diverges
   c.hang_timeout = 1800.0  # seconds after which a step that has not finished ends the process; 0 waits forever
   c.checkpoint_minutes = 30.0  # minutes between checkpoints, in addition to `checkpoint.every`; 0 turns this off
   return c
@@ -139,19 +139,19 @@ def _objective() -> ConfigDict:
 
 
 def _as_released(c: ConfigDict, method: str) -> None:
-  """Turns a config into what Sense-GVT/DeCLIP's code and YFCC15M configs do, where that differs from the paper.
+  """Makes a config do what Sense-GVT/DeCLIP's code and YFCC15M configs do, where that differs from the paper.
 
   The masked caption is the first text of every contrastive loss, even without masked language modelling, which is
   causal. Both texts of a pair search the neighbour bank and are stored in it; that loss compares image to text only,
   at full weight from the start. Banks and the heads' batch norms are those of one GPU: 32 of them with 128 pairs each,
-  whatever the batch size becomes later. The log scale is kept in [3, 6] after each step (in the code also before the
+  even if the batch size is changed later. The log scale is kept in [3, 6] after each step (in the code also before the
   first backward pass, which only moves its initial value to 3), and FILIP compares 16 selected tokens, padding
   included. A ViT's patch embedding is frozen, and the packed bias of query, key and value is decayed. Of several
   captions the first is used.
 
   Three things that the code does cannot be configured, since no one would want them: masked language modelling weights
-  each GPU's mean equally, however many tokens are masked there (`objectives.masked_lm`); a random token may be a
-  special one; and EDA's swaps and stop words have bugs (`data.text.augment`).
+  each GPU's mean equally, regardless of the number of masked tokens there (`objectives.masked_lm`); a random token may
+  be a special one; and EDA's swaps and stop words have bugs (`data.text.augment`).
   """
   heads, objective, optimizer = c.model.heads, c.objective, c.optimizer
   objective.nns.symmetric = objective.nns.warmup = False
@@ -181,15 +181,15 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
   c.mixture = (1.0,)  # weight of each source
   # Sources of other images for self-supervision in the same step (SLIP's "decoupled"); () uses those of the pairs.
   c.ssl_train = ()
-  c.ssl_mixture = (1.0,)  # weight of each of them
+  c.ssl_mixture = (1.0,)  # weight of each of these sources
   c.recipe = recipe  # a name of `data.recipes.RECIPES`
   c.image_size = image_size
-  c.interpolation = "bilinear"  # of crops and of evaluation; OpenAI's CLIP evaluates with "bicubic"
-  # Shorter side, in pixels, before evaluation crops the centre; 0 is image_size. DeCLIP: 256.
+  c.interpolation = "bilinear"  # method for crops and evaluation; OpenAI's CLIP evaluates with "bicubic"
+  # Length of the shorter side, in pixels, before evaluation crops the centre; 0 means image_size. DeCLIP: 256.
   c.evaluation_resize = 0
-  c.mask_probability = 0.15  # of masked language modelling, per token (BERT: 0.15)
+  c.mask_probability = 0.15  # probability that masked language modelling selects a token (BERT: 0.15)
   c.mask_slots = 0  # masked positions kept per caption; 0 derives a bound that is rarely exceeded
-  c.mask_whole_words = False  # mask words with all their tokens
+  c.mask_whole_words = False  # whether words are masked with all their tokens
   # Probability of the first caption of an example, of the second and so on; (1,) uses the first; () uses all equally.
   c.caption_weights = ()
   c.patch_share = 0.4  # share of an image that masked image modelling hides (BEiT: 0.4)
@@ -199,7 +199,7 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
   for name in ("jitter_probability", "grayscale_probability", "flip_probability"):
     c[name] = placeholder(float)
   c.text_operations = placeholder(tuple)  # such as ("replace", "insert", "swap", "delete"): all of EDA
-  c.engine = "fast"  # for image views; "exact" uses Pillow and equals torchvision bit for bit
+  c.engine = "fast"  # makes the image views; "exact" uses Pillow and equals torchvision bit for bit
   c.augment_on = "host"  # or "device": the host only crops, and the step does the rest
   # Which contrasted texts search the neighbour bank and are stored in it, such as ("raw", "augmented"). None: those of
   # the recipe. Texts that a recipe does not contrast cannot be used: no method has both raw and masked captions.
@@ -217,64 +217,65 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
 
 def _model(built: architectures.Architecture) -> ConfigDict:
   c = ConfigDict()
-  c.dtype = "bfloat16"  # of activations; parameters, softmax, norms and losses are float32
+  c.dtype = "bfloat16"  # dtype of activations; parameters, softmax, norms and losses are float32
   # What the backward pass recomputes: "none", "dots" (all but the products of linear layers and convolutions; a third
   # of the memory for 0.2 % more FLOPs) or "full" (everything inside a block).
   c.remat = "dots"
-  c.unroll = 1  # blocks of a transformer that are unrolled for the compiler; more take longer to compile
+  c.unroll = 1  # number of transformer blocks that are unrolled for the compiler; more take longer to compile
   c.mean, c.std = OPENAI_MEAN, OPENAI_STD
   # What a masked token sees: the whole caption ("bidirectional", as in BERT, in a pass of its own), or the tokens
   # before it ("causal", as in DeCLIP's released code).
   c.mlm_attention = "bidirectional"
   c.image, c.text = built.image, built.text
   c.heads = ConfigDict()
-  c.heads.embed_dim = built.embed_dim  # of the joint space
+  c.heads.embed_dim = built.embed_dim  # dimension of the joint space
   c.heads.image_bias = built.image_bias
   c.heads.text_bias = built.text_bias
   # Initial log inverse temperature of embeddings and of FILIP's tokens (Radford et al. 2021, section 2.5).
   c.heads.logit_scale_init = math.log(1 / 0.07)
-  c.heads.logit_bias_init = -10.0  # of the sigmoid loss, which also needs logit_scale_init=ln 10 (SigLIP, section 3.2)
+  # Initial bias of the sigmoid loss, which also needs logit_scale_init=ln 10 (SigLIP, section 3.2).
+  c.heads.logit_bias_init = -10.0
   c.heads.max_scale = 0.0  # largest inverse temperature in the forward pass, 0 for none; see also logit_scale_range
   c.heads.dense_dim = 256  # dimension in which FILIP compares tokens
   c.heads.simclr_projector = (4096, 4096, 256)
   c.heads.simsiam_projector = (1024, 1024, 1024)
   c.heads.simsiam_predictor = (512, 1024)
-  c.heads.momentum_projector = (4096, 4096, 256)  # of MoCo v3 and BYOL
+  c.heads.momentum_projector = (4096, 4096, 256)  # for MoCo v3 and BYOL
   c.heads.momentum_predictor = (4096, 256)
-  c.heads.norm_groups = 1  # groups of the batch that heads normalise separately; 1 is synchronised batch norm
-  c.heads.bank_size = 65536  # texts that nearest-neighbour supervision searches, in each bank
-  c.heads.bank_groups = 1  # banks, each for its share of the batch
+  c.heads.norm_groups = 1  # number of groups of the batch that heads normalise separately; 1 is synchronised batch norm
+  c.heads.bank_size = 65536  # number of texts in each bank that nearest-neighbour supervision searches
+  c.heads.bank_groups = 1  # number of banks, each for its share of the batch
   c.heads.bank_overflow = "wrap"  # what happens at the end of a bank, see `models.bank.OVERFLOWS`
-  c.heads.bank_neighbours = 1  # nearest texts that are found for each text
+  c.heads.bank_neighbours = 1  # number of nearest texts to find for each text
   return c
 
 
 def _optimizer() -> ConfigDict:
   c = ConfigDict()
   c.name = "adamw"  # one of `optim.OPTIMIZERS`
-  c.learning_rate = 5e-4  # peak
+  c.learning_rate = 5e-4  # peak learning rate
   c.schedule = "cosine"  # one of `schedules.SCHEDULES`
   c.warmup = duration(steps=2000)
   c.warmup_start = 0.0  # learning rate of the first step
   c.end_learning_rate = 0.0  # learning rate that the schedule decays to
-  c.milestones = ()  # of the schedule "step": pairs of a step and a factor
-  c.cooldown = duration()  # of the schedule "cooldown": length of the decay at the end
+  c.milestones = ()  # for the schedule "step": pairs of a step and a factor
+  c.cooldown = duration()  # for the schedule "cooldown": length of the decay at the end
   c.cooldown_power = 1.0  # exponent of that decay; 1 is linear
-  c.weight_decay = 0.2  # decoupled from AdamW's moments
+  c.weight_decay = 0.2  # AdamW's is decoupled from the moments
   c.sgd_side = "image"  # side that "adamw_sgd" trains with SGD, one of `models.paths.SIDES`
-  c.sgd_weight_decay = 0.0  # of that side, added to the gradient
+  c.sgd_weight_decay = 0.0  # weight decay of that side, added to the gradient
   c.decay_mask = "weights"  # parameters that are decayed, one of `optim.DECAY_MASKS`
-  c.b1, c.b2, c.epsilon = 0.9, 0.98, 1e-6  # of AdamW
-  c.momentum, c.nesterov = 0.9, False  # of SGD and LARS
-  c.trust_coefficient = 0.001  # of LARS
-  c.gradient_clip = 0.0  # largest global norm of the gradient; 0 does not clip
-  # Factors of the learning rate below paths of parameters, such as (("heads/logit_scale", 0.1),).
+  c.b1, c.b2, c.epsilon = 0.9, 0.98, 1e-6  # for AdamW
+  c.momentum, c.nesterov = 0.9, False  # for SGD and LARS
+  c.trust_coefficient = 0.001  # for LARS
+  c.gradient_clip = 0.0  # largest global norm of the gradient; 0 means no clipping
+  # Factors of the learning rate of parameters at or below paths, such as (("heads/logit_scale", 0.1),).
   c.multipliers = ()
   c.layer_decay = 1.0  # factor of the learning rate per block of an image ViT, counted from its end
   # Paths of parameters that are not trained: ("towers/image",) is a locked image tower (LiT), and DeCLIP freezes
   # ("towers/image/patch_embedding",). ("towers/image/transformer/blocks[:-2]",) are all blocks but the last two.
   c.frozen = ()
-  # Range of the log inverse temperatures after each step; () is unlimited.
+  # Range of the log inverse temperatures after each step; () means no limits.
   c.logit_scale_range = (0.0, math.log(100))
   return c
 
@@ -295,7 +296,7 @@ def term(
   the trained model does not.
 
   Args:
-    loss: function `(outputs, batch, *, option=default, ...) -> (loss, metrics)`; with an argument `method`, it is given
+    loss: function `(outputs, batch, *, option=default, ...) -> (loss, metrics)`; its argument `method`, if any, is
       how all pairs of a batch are compared.
     weight: weight of the term.
     schedule: factor of the weight over the steps, see `default`.
@@ -308,7 +309,9 @@ def term(
     ValueError: `loss` is not a plain function, has an option without a default, or lacks one of `options`.
   """
   if not inspect.isfunction(loss):
-    raise ValueError(f"config.term: loss={loss!r} must be a function defined with def, named in config.json")
+    raise ValueError(
+      f"config.term: loss={loss!r} must be a function defined with def, since config.json records its name"
+    )
   parameters = list(inspect.signature(loss).parameters.values())[2:]
   defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "method"}
   if unknown := sorted(set(options) - set(defaults)):
@@ -319,7 +322,7 @@ def term(
   return ConfigDict({"weight": float(weight), "schedule": schedule, **own, **defaults, **options})
 
 
-TEMPLATES = ("a photo of a {}.",)  # prompts of zero-shot classification
+TEMPLATES = ("a photo of a {}.",)  # prompts for zero-shot classification
 
 
 def zero_shot(data: str, templates: tuple[str, ...] = TEMPLATES) -> ConfigDict:
@@ -328,7 +331,7 @@ def zero_shot(data: str, templates: tuple[str, ...] = TEMPLATES) -> ConfigDict:
 
 
 def retrieval(data: str, equal_texts: bool = False) -> ConfigDict:
-  """Image-text retrieval over a source; with `equal_texts` captions with the same wording match each other's images."""
+  """Image-text retrieval over a source; with `equal_texts`, equal captions match each other's images."""
   return ConfigDict({"kind": "retrieval", "data": data, "equal_texts": equal_texts})
 
 
@@ -359,7 +362,7 @@ def examples_of(length: ConfigDict, epoch_examples: int) -> float:
   return length.examples or length.epochs * epoch_examples
 
 
-# Fields of old config.json files and their current names; "*" is any name. What follows a path moves with it.
+# Fields of old config.json files and their current names; "*" is any name. Fields below a path move with it.
 RENAMED = {
   "weights.*": "objective.*.weight",
   "weight_schedule.*": "objective.*.schedule",

@@ -1,7 +1,8 @@
 """Config files: where they are found, and how `NAME:ARGUMENT=VALUE,...` becomes a config.
 
 A name such as `slip/slip_base_25ep`, with or without `.py` and with or without `configs/` before it, is a file of
-`declip_jax.configs`, from any folder and from an installed package. The path of a file of your own wins if it exists.
+`declip_jax.configs`, from any folder and from an installed package. If the path of your own file exists, it takes
+precedence.
 
 The arguments are the parameters of the file's `get_config`, by name or by position:
 `pretrain:method=slip,data=/data/pairs.csv`. A comma inside brackets does not separate arguments. A function whose only
@@ -70,7 +71,7 @@ def load_module(name: str) -> ModuleType:
     parts = path.relative_to(_FOLDER).with_suffix("").parts
     return importlib.import_module(".".join(("declip_jax.configs", *parts)))
   if str(path.parent) not in sys.path:
-    sys.path.append(str(path.parent))  # lets a file import its neighbours, as a script can
+    sys.path.append(str(path.parent))  # so that a file can import its neighbours, as a script can
   spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
   assert spec is not None
   assert spec.loader is not None

@@ -1,6 +1,6 @@
 """Evaluates a run: python -m declip_jax.evaluate --workdir runs/demo
 
-Without further flags the evaluations of the run's config are repeated. --zero_shot and --retrieval evaluate on other
+Without further flags, the evaluations of the run's config are repeated. --zero_shot and --retrieval evaluate on other
 data instead:
 
   --zero_shot=webdataset:/data/test-*.tar --template="a photo of a {}." --template="a drawing of a {}."

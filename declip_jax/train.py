@@ -2,8 +2,8 @@
 
 Run the same command again and the run resumes exactly, bit for bit. Ctrl-C, SIGTERM and SIGHUP save a checkpoint
 first. The exit code is 0 after SIGTERM and SIGHUP (see --stopped_exit_code; with several processes also after Ctrl-C),
-130 after Ctrl-C, 2 for a mistake in flags, config or data and where memory runs out, 70 if the run has hung, and 74 if
-a disk, a mount or the network failed.
+130 after Ctrl-C, 2 for a mistake in flags, config or data or if memory runs out, 70 if the run has hung, and 74 if a
+disk, a mount or the network failed.
 Any field of the config can be set: --config.batch_size=256 --config.objective.nns.weight=0
 See declip_jax/config.py for all fields and their meaning, and configs/ for configs to start from.
 """
@@ -63,7 +63,7 @@ _NEEDS_LESS_MEMORY = (
   "devices, or lower config.evaluate_batch_size for evaluations; python -m declip_jax.plan computes what a config needs"
 )
 StepFn = Callable[[State, Batch], tuple[State, Metrics]]
-# A batch on the devices, the position of the input after it, and how many samples were skipped for it, by kind.
+# A batch on the devices, the input position after it, and how many samples were skipped for it, by kind.
 Batches = Iterator[tuple[Batch, dict[str, Any], np.ndarray]]
 
 
@@ -89,7 +89,7 @@ def train(
       anything is compiled; or, later, too many samples cannot be read.
     Stopped: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was saved.
     OutOfMemory: memory ran out; the message names the fields that help.
-    FloatingPointError: too many consecutive steps were skipped, and the run cannot, or can no longer, roll back.
+    FloatingPointError: too many consecutive steps were skipped, and the run cannot roll back, or not any more.
     OSError: the last checkpoint cannot be written.
   """
   workdir = local_path(workdir)
@@ -116,7 +116,7 @@ def loop(step_fn: StepFn, batches: Batches, state: State, start: int, services: 
 
   Args:
     step_fn: maps a state, which it may delete, and a batch to the next state and metrics.
-    batches: batches with the position of the input after each.
+    batches: batches, each with the input position after it.
     state: state after `start` steps.
     start: number of steps done.
     services: everything else.
@@ -137,7 +137,7 @@ def loop(step_fn: StepFn, batches: Batches, state: State, start: int, services: 
     with services.clock.spending("step"), jax.profiler.StepTraceAnnotation("train", step_num=step):
       with services.clock.compiling(), jax.transfer_guard("disallow"):  # a hidden host transfer is an error
         state, metrics = step_fn(state, batch)
-      # One step may be in flight: waiting for the previous one keeps the device busy and the clock honest.
+      # One step may be in flight: waiting for the previous one keeps the device busy and the measured times correct.
       jax.block_until_ready(previous)
     services.end(step, state, metrics)
 
@@ -171,7 +171,7 @@ def loop(step_fn: StepFn, batches: Batches, state: State, start: int, services: 
 
 
 def _stop(step: int, signum: int, state: State, position: dict[str, Any] | None, services: Services) -> NoReturn:
-  """Saves and stops a run that has done `step` steps and waits for data; without `position` it has done none."""
+  """Saves and stops a run that has done `step` steps; `position` is None if it has done none."""
   if position is not None:
     services.announce_stop(step, signum)
     services.save(step, state, position)
@@ -374,7 +374,7 @@ def _open_services(
       checkpoint_phase=steps.checkpoint_phase,
     ),
     batch_sizes=run.batch_sizes,
-    config=json.loads(config.to_json_best_effort()),  # of a term of the user's own only the name of its function
+    config=json.loads(config.to_json_best_effort()),  # for a user's own term, only the name of its function
     abstract=run.abstract,
     max_skipped_steps=config.safety.max_skipped_steps,
     checkpoints=checkpoints,
@@ -414,7 +414,7 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
     changes=changes,
   )
   if finished and changes:
-    messages = [*messages, "nothing is trained, so config.json remains that of the run"]
+    messages = [*messages, "nothing is trained, so config.json is not replaced"]
   if not finished:
     messages = [*messages, "compiling the train step (several minutes for a large model)"]
   for line in [*lines, *filter(None, messages)]:

@@ -259,7 +259,7 @@ def test_a_finished_run_that_is_started_again_only_repeats_its_evaluation(
   again = train.train(other, tmp_path)
   messages = capsys.readouterr().err
   assert "config.init_from.path='other.pt' is not read: the run resumes from its own checkpoint" in messages
-  assert "nothing is trained, so config.json remains that of the run" in messages
+  assert "nothing is trained, so config.json is not replaced" in messages
   assert (tmp_path / "config.json").read_bytes() == record
   scores = {name: value for name, value in finished_run.final.items() if name.startswith("eval/")}
   assert {name: again[name] for name in scores} == scores

@@ -260,7 +260,7 @@ MUTATIONS = [
   # Running.
   Mutation("the worst checkpoints are kept", "runtime/retention.py",
            "not math.isnan(score)), reverse=True)", "not math.isnan(score)))", "runtime/checkpoint_test.py"),
-  Mutation("the last checkpoint of a stretch is kept", "runtime/retention.py",
+  Mutation("the last checkpoint of an interval is kept", "runtime/retention.py",
            "for checkpoint in checkpoints), reverse=True)", "for checkpoint in checkpoints))",
            "runtime/checkpoint_test.py"),
   Mutation("a rollback goes too far", "runtime/rollback.py", "if step <= healthy]", "if step < healthy]",

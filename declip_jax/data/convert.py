@@ -4,7 +4,7 @@
   OUTPUT    the folder to write, or its URL, such as gs://bucket/folder
 
 For data that is read many times: thousands of image files, tables or tars become a few large files with fast random
-access and without samples that cannot be used. Train with arrayrecord:OUTPUT/*.array_record
+access and without unusable samples. Train with arrayrecord:OUTPUT/*.array_record
 
   OUTPUT/data-00000-of-00064.array_record ...   the samples, in the order of the source
   OUTPUT/classnames.txt                         if the source has classes
@@ -40,7 +40,7 @@ from declip_jax.data.storage import files, jobs, outputs, patterns, remote
 from declip_jax.reporting import progress
 
 _SHARD_BYTES = 512 * 2**20
-_MAX_SHARDS = 1024  # by default; larger sources get larger files, since a process keeps a limited number open
+_MAX_SHARDS = 1024  # by default; a larger source gets larger files, since a process keeps a limited number open
 _PROBES = 64  # samples from which the size of all is estimated
 _JOURNAL_SECONDS = 5.0  # between two versions of the journal at a URL
 _ABOUT, _JOURNAL = "dataset.json", "progress.jsonl"
@@ -65,7 +65,7 @@ def convert(
     written, number `skipped` by kind of `BAD`, and the first messages about these, `named`.
 
   Raises:
-    ValueError: the source cannot be opened or has no usable sample, or the folder contains anything else, such as a
+    ValueError: the source cannot be opened or has no usable sample, or the folder contains other files, such as a
       conversion of the source before its files changed.
     OSError: the files cannot be written, or a worker was killed.
   """
@@ -139,7 +139,7 @@ def _checked(wanted: dict[str, Any], output: str) -> dict[str, Any]:
   if other.keys() == {"stamp"}:
     name = wanted["source"]
     raise ValueError(
-      f"{output} contains {name} as it was before its files changed: delete {output} or choose another folder"
+      f"{output} is a conversion of {name} from before its files changed: delete {output} or choose another folder"
     )
   if other:
     differing = "; ".join(f"{name} {about.get(name)!r}, not {value!r}" for name, value in other.items())
@@ -157,7 +157,7 @@ def _mean_bytes(source: Source) -> float:
 
 def _write_classnames(source: Source, output: str) -> None:
   if source.classnames:
-    # One line each; a class without a name gets its number, since blank lines at the end are not classes.
+    # One line per class; a class without a name gets its number, since blank lines at the end are not classes.
     lines = [" ".join(name.split()) or str(number) for number, name in enumerate(source.classnames)]
     outputs.write_text(f"{output}/classnames.txt", "".join(f"{line}\n" for line in lines))
 
@@ -165,7 +165,7 @@ def _write_classnames(source: Source, output: str) -> None:
 class _Journal:
   """The reports about finished shards, kept for a later attempt, one line each.
 
-  Nothing can be appended to a file at a URL. It is written again, every few seconds and at the end.
+  A file at a URL cannot be appended to; it is rewritten every few seconds and at the end.
   """
 
   def __init__(self, output: str, done: dict[int, dict[str, Any]]):

@@ -1,12 +1,12 @@
-"""Samples that kill the process that reads them, remembered beside the run: after two deaths they are skipped.
+"""Samples that kill the process that reads them, recorded in the working directory and skipped after two deaths.
 
-Each process keeps the names of the samples that its threads read in a small file, which is mapped into memory: writing
-it takes microseconds, and it survives the process. While the process lives, it holds a lock on the file. Whoever finds
-such a file without its lock, the process that started a worker or the next start of the run, adds the samples in it to
-`deaths.HOST.jsonl` and deletes it.
+Each process records the names of the samples that its threads read in a small file, which is mapped into memory:
+writing it takes microseconds, and it outlives the process. While the process is running, it holds a lock on the file.
+If such a file is not locked, the process that started the worker, or the next start of the run, adds the samples in it
+to `deaths.HOST.jsonl` and deletes it.
 
-The other threads of a process that dies read innocent samples. A sample that was read when one process died is
-therefore read while no other thread of its process reads, so that two deaths mean the sample itself.
+The other threads of a process that dies were reading harmless samples. A sample that was being read when a process died
+is therefore read alone the next time: a second death is then due to this sample.
 """
 
 from collections import Counter, deque
@@ -28,16 +28,16 @@ from declip_jax.data.hangs import Key
 from declip_jax.data.sources import BadSample
 
 _FOLDER = "reading"  # in the working directory: a file for each process that reads
-_DEATHS = "deaths."  # begins the names of the lists, one for each host
+_DEATHS = "deaths."  # start of the names of the lists, one for each host
 _FATAL = 2  # deaths after which a sample is skipped
-_SLOTS, _SLOT = 256, 512  # threads that a process can record, and bytes for each
+_SLOTS, _SLOT = 256, 512  # number of threads that a process can record, and bytes for each
 
 
 class Deaths:
-  """The samples during which processes died. Copies in worker processes have threads of their own.
+  """The samples that were being read when processes died. A copy in a worker process records its own threads.
 
   Args:
-    workdir: the working directory; None remembers nothing.
+    workdir: the working directory; None records nothing.
     host: number of this host.
   """
 
@@ -56,9 +56,9 @@ class Deaths:
     self._lock, self._turns = threading.Lock(), _Turns()
 
   def check(self, key: Key, place: str) -> None:
-    """Raises BadSample if a sample, named `place`, was read when two processes died."""
+    """Raises BadSample if a sample, named `place`, was being read when two processes died."""
     if self._counts and self._counts[key] >= _FATAL:
-      raise BadSample("fatal", f"{place}: {self._counts[key]} processes died while they read it")
+      raise BadSample("fatal", f"{place}: {self._counts[key]} processes died while reading it")
 
   def reading(self, names: dict[Key, str]) -> "Record":
     """Records that this thread reads samples, given by key and name, once it is their turn."""
@@ -72,7 +72,7 @@ class Deaths:
           self._journal = self._journal or _Journal(self._workdir / _FOLDER, f"{self._host}.")
         except OSError as error:
           self._has_journal = False
-          logging.warning("a sample that kills its process will not be known, without its file: %s", error)
+          logging.warning("samples that kill their process cannot be recorded: %s", error)
     return self._journal
 
   def recover(self) -> list[str]:
@@ -87,18 +87,18 @@ class Deaths:
         with (self._workdir / f"{_DEATHS}{self._host}.jsonl").open("a") as file:
           file.writelines(lines)
     except OSError as error:
-      logging.warning("a sample that kills its process will not be remembered: %s", error)
+      logging.warning("samples that killed their process cannot be recorded: %s", error)
       self._counts.update(key for key, _ in found)
     else:
       lists = [path for path in _files_in(self._workdir) if path.name.startswith(_DEATHS)]
       self._counts = Counter(key for path in lists for key in _keys_in(path))
-    return [f"a process died while it read {name}: {self._consequence(key)}" for key, name in dict(found).items()]
+    return [f"a process died while reading {name}: {self._consequence(key)}" for key, name in dict(found).items()]
 
   def _consequence(self, key: Key) -> str:
     return "it is skipped from now on" if self._counts[key] >= _FATAL else "it is skipped if that happens again"
 
   def forget(self) -> None:
-    """Deletes what the processes of this host are reading: they end in an orderly way."""
+    """Deletes the records of what the processes of this host are reading, since they are about to end normally."""
     for path in self._journals():
       path.unlink(missing_ok=True)
     if self._workdir is not None:
@@ -112,7 +112,7 @@ class Deaths:
 
 
 class Record:
-  """What one thread reads, in the journal of its process, if it has one with a free slot."""
+  """What one thread is reading, in the journal of its process, if that has a free slot."""
 
   def __init__(self, journal: "_Journal | None", turn: "_Turn", names: dict[Key, str]):
     self._journal, self._turn = journal, turn
@@ -139,14 +139,14 @@ class Record:
 
 
 class _Turns:
-  """Lets threads read together, or one of them alone."""
+  """Lets threads read concurrently, or one of them alone."""
 
   def __init__(self) -> None:
     self.changed, self.reading = threading.Condition(), set[_Turn]()
     self._waiting = 0
 
   def take(self, alone: bool) -> "_Turn":
-    """Waits until other threads do not read (`alone`), or until none of them reads alone or waits for that."""
+    """Waits until no other thread is reading (`alone`), or until none is reading alone or waiting to do so."""
     turn = _Turn(self, alone)
     with self.changed:
       self._waiting += alone
@@ -197,7 +197,7 @@ _journals: list[_Journal] = []  # of this process
 
 
 def clear_journals() -> None:
-  """Makes this process forget what it reads, since it is about to end for another reason."""
+  """Deletes this process's records of what it is reading, since it is about to end for another reason."""
   for journal in _journals:
     journal.clear()
 

@@ -1,12 +1,12 @@
 """Augmentation for fine-tuning on labelled images: RandAugment, random erasing, mixup and CutMix.
 
-SLIP (Mu et al. 2021) fine-tunes with these, by BEiT's script: timm's `rand-m9-mstd0.5-inc1`, erasing with probability
-0.25 in mode "pixel", mixup with 0.8 and CutMix with 1.0, label smoothing of 0.1, bicubic crops of at least 8 %. timm's
-RandAugment differs from the paper's (Cubuk et al. 2020): its magnitudes vary, each operation is omitted half of the
-time, and a greater magnitude is always a stronger change.
+SLIP (Mu et al. 2021) fine-tunes with these, using BEiT's script: timm's `rand-m9-mstd0.5-inc1`, erasing with
+probability 0.25 in mode "pixel", mixup with 0.8 and CutMix with 1.0, label smoothing of 0.1, bicubic crops of at least
+8 %. timm's RandAugment differs from the paper's (Cubuk et al. 2020): its magnitudes vary, each operation is omitted
+half of the time, and a greater magnitude is always a stronger change.
 
-RandAugment runs in Pillow with both engines: its operations are practically equal, and fine-tuning is limited by the
-device anyway.
+RandAugment uses Pillow with both engines: OpenCV's operations give practically the same pixels, and fine-tuning is
+limited by the device anyway.
 """
 
 from collections.abc import Callable
@@ -128,8 +128,8 @@ def random_erasing(
 ) -> images.Pixels:
   """Fills a random box with noise (Zhong et al. 2020), as timm's mode "pixel"; does not modify `image`.
 
-  Difference from timm: its noise is normal in normalised values. Here levels end at 0 and 255, which clips noise more
-  than about two standard deviations from the mean.
+  Difference from timm: its noise is normal in normalised values. Here levels are limited to 0 to 255, which clips noise
+  that is more than about two standard deviations from the mean.
 
   Args:
     image: the image.
@@ -153,7 +153,7 @@ def random_erasing(
 def erased_box(height: int, width: int, rng: np.random.Generator) -> Box | None:
   """Draws the box to erase: 2 % to a third of the area, log-uniform height / width in 0.3 to 1 / 0.3, uniform position.
 
-  None after ten boxes that do not fit into the image.
+  Returns None if none of ten boxes fits into the image.
   """
   for _ in range(10):
     area = height * width * rng.uniform(0.02, 1 / 3)

@@ -17,14 +17,14 @@ from declip_jax.data.storage import files, layouts, patterns, remote
 
 _TABLES = (".csv", ".tsv", ".psv", ".jsonl", ".ndjson", ".parquet", ".pq")
 _TABLES += tuple(f"{suffix}.gz" for suffix in (*_TABLES, ".json"))
-_TEXTS = (".txt", ".json")  # tables if their contents are
+_TEXTS = (".txt", ".json")  # tables if their contents are those of a table
 _MOST_TEXTS = 10  # files with such suffixes in a folder; more are captions
 _SHARDS = {"arrayrecord": ".array_record", "webdataset": ".tar"}
 _COLUMNS = {*lists.IMAGE_NAMES, *lists.CAPTION_NAMES, *lists.LABEL_NAMES}
 _PEEKED = 100  # records of a table
-_PROBED = 10  # images of them to search for
+_PROBED = 10  # images of a table to search for
 _WALKED, _WALKED_REMOTE = 1000, 20  # folders to search
-_NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")  # ends the names of TFDS's files
+_NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")  # end of the names of TFDS's files
 
 
 def guess(path: str) -> str:
@@ -33,7 +33,7 @@ def guess(path: str) -> str:
 
 
 def guesses(path: str) -> list[str]:
-  """Returns the specs of the data at a path or URL, one for each split, that of training first; a spec is unchanged.
+  """Returns the specs of the data at a path or URL, one per split with training first; a spec is returned unchanged.
 
   | found | source |
   |---|---|
@@ -70,7 +70,7 @@ def guesses(path: str) -> list[str]:
       raise ValueError(f"{path}: {kind!r} is not a kind of source; expected one of {', '.join(SOURCES)}") from None
     if (kind := _kind_of_suffix(path)) in (None, "image"):
       raise
-    return [f"{kind}:{path}"]  # may exist on another machine; `open_source` reports a missing file
+    return [f"{kind}:{path}"]  # it may exist on another machine; `open_source` reports a missing file
   kinds = {_kind(file) for file in found}
   if len(kinds) > 1 or kinds <= {None, "image"}:
     raise ValueError(f"{path}: {_unknown(found)}")
@@ -120,7 +120,7 @@ def _in_folder(folder: str) -> list[str]:
 
 
 def _tables(folder: str, names: list[str]) -> list[str]:
-  """The names of the tables in a folder, with the most frequent suffix; else those that only their contents reveal."""
+  """The names of the tables in a folder with the most frequent suffix; else of files whose contents are tables."""
   suffixes = Counter(suffix for suffix in _TABLES for name in names if name.lower().endswith(suffix))
   if suffixes:
     return [name for name in names if name.lower().endswith(suffixes.most_common(1)[0][0])]
@@ -153,7 +153,7 @@ def _location(folder: str, group: list[str], names: list[str]) -> str:
 
 
 def _spellings(names: Iterable[str]) -> list[str]:
-  """The suffixes of data in names, as they are written there."""
+  """The suffixes of data in names, in their spelling there."""
   known = (*_SHARDS.values(), *_TABLES, *_TEXTS)
   return sorted({name[-len(suffix) :] for name in names for suffix in known if name.lower().endswith(suffix)})
 
@@ -252,7 +252,7 @@ def _annotations(folder: str, names: list[str]) -> list[str]:
   """The specs of the only .json in a folder.
 
   Raises:
-    ValueError: there is none or several, so that the folder is not recognised.
+    ValueError: there is not exactly one, so the folder is not recognised.
   """
   annotations = [name for name in names if name.lower().endswith(".json")]
   if len(annotations) == 1:

@@ -1,8 +1,8 @@
-"""Samples that take too long: each thread's sample is known, and a thread that hangs in one is left behind.
+"""Samples that take too long: each thread's sample is known, and a thread that hangs in one is abandoned.
 
 A sample may hang in a system call, or in a library that never returns. Python cannot end a thread, but another one can
-continue with the samples after it. That needs Python's lock. If C code holds the lock for ever, only the whole process
-can be ended, which a worker does, see `end_if_stuck`; a training that reads in threads of its own process cannot.
+continue with the samples after it. That requires Python's lock. If C code holds the lock forever, the whole process
+must be ended, see `end_if_stuck`; this is possible for a worker, but not for training that reads in its own process.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from declip_jax.data.sources import BadSample, Source
 
 SECONDS = 60.0  # for one sample
-_TOLERANCE = 2.0  # times the seconds for one sample, after which a process whose lock is held ends
+_TOLERANCE = 2.0  # multiple of the seconds for one sample after which a process whose lock is held ends
 
 Made = TypeVar("Made")
 Key = str  # of a sample: a digest of its source, the data in it and its index
@@ -53,7 +53,7 @@ def check(key: Key, place: str) -> None:
 
 @contextlib.contextmanager
 def reading(keys: Sequence[Key], leave: Callable[[], None] = lambda: None) -> Iterator[None]:
-  """Times samples that this thread reads together; `leave` is called if the thread is left behind in them."""
+  """Times samples that this thread reads together; `leave` is called if the thread is abandoned in them."""
   thread = threading.get_ident()
   _reading[thread] = _Time(keys, leave)
   try:
@@ -117,19 +117,19 @@ class _Work(threading.Thread):
       self.done.set()
 
   def leave(self) -> None:
-    """Leaves the thread behind; it ends when it returns to Python."""
+    """Abandons the thread; it ends when it returns to Python."""
     self._left = True
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident or 0), ctypes.py_object(_Left))
 
 
 class _Left(SystemExit):
-  """Ends a thread that was left behind."""
+  """Ends a thread that was abandoned."""
 
 
 def _wait(work: _Work, seconds: float) -> None:
   """Waits until work is done or hangs in a sample.
 
-  Waits are counted and not seconds: all the time for which a process is suspended is one wait.
+  It counts waits and not seconds: the whole time for which a process is suspended is one wait.
   """
   step, waits, before = min(1.0, seconds / 4), 0, None
   while not work.done.wait(step):
@@ -144,7 +144,7 @@ def _wait(work: _Work, seconds: float) -> None:
 def end_if_stuck(seconds: float) -> None:
   """Makes this process end, with the stacks of its threads, when one of them holds Python's lock for too long.
 
-  The timer is a thread of C, which needs no lock. A worker that ends so is replaced, see `pipeline.TrainStream`.
+  The timer is a C thread, which needs no lock. A worker that ends in this way is replaced, see `pipeline.TrainStream`.
 
   Args:
     seconds: seconds for one sample; 0 never ends the process.

@@ -63,7 +63,7 @@ def read_samples(source: Source, num_samples: int) -> tuple[list[Sample], list[B
   indices = rng.choice(len(source), size=min(num_samples, len(source)), replace=False)
   pool = ThreadPoolExecutor(_THREADS)
   try:
-    with jobs.hold_interrupts():  # Ctrl-C within `submit` may leave a lock of the pool locked for ever
+    with jobs.hold_interrupts():  # Ctrl-C within `submit` may leave a lock of the pool locked forever
       futures = [pool.submit(_read_sample, source, index) for index in sorted(indices.tolist())]
     found = [future.result() for future in futures]
   finally:
@@ -92,7 +92,7 @@ def _format(image: bytes) -> str:
 
 
 def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
-  """Returns a text of some 15 lines about the samples that `read_samples` returned."""
+  """Returns a text of about 15 lines about the samples that `read_samples` returned."""
   captions = [caption for sample in good for caption in sample.captions]
   tokens = [count for sample in good for count in sample.tokens]
   labels = Counter(sample.label for sample in good if sample.label >= 0)

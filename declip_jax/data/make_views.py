@@ -14,7 +14,7 @@ from declip_jax.data.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Rendering:
-  """How image views are made, whatever the recipe.
+  """How image views are made, for any recipe.
 
   Attributes:
     size: `h` and `w` of the views, in pixels.
@@ -47,7 +47,7 @@ class Masking:
 
   Attributes:
     probability: the probability with which a token is selected.
-    slots: `k`, the room for selected tokens; 0 means `texts.mlm_slots`.
+    slots: `k`, the number of slots for selected tokens; 0 means `texts.mlm_slots`.
     whole_words: see `texts.mask_tokens`.
     patch_grid: patches along each side of a view.
     patch_share: share of the patches that are hidden; 0.4 in BEiT (Bao et al. 2022).

@@ -81,8 +81,8 @@ class Mixture:
   def replacement(self, position: Position, rng: np.random.Generator) -> Position:
     """Draws a position of the same source to use instead of a bad one.
 
-    It may be anywhere: bad examples are often adjacent, as in a lost shard, and the first good one after them would
-    otherwise be used once for each of them.
+    It is drawn from the whole source: bad examples are often adjacent, as in a lost shard, and the first good one after
+    them would otherwise be used once for each of them.
     """
     return position[0], int(rng.integers(len(self.sources[position[0]])))
 
@@ -93,8 +93,8 @@ class Mixture:
       share = batch_size * weight / sum(self.weights)
       if len(source) < share:
         found.append(
-          f"{source.name} has {len(source):,} samples for {share:,.4g} places in each batch: a batch contains some of "
-          "them repeatedly, and a contrastive term compares them as if they were different"
+          f"{source.name} has {len(source):,} samples for {share:,.4g} positions in each batch: a batch contains some "
+          "of them repeatedly, and contrastive terms compare them as if they were different"
         )
     return found
 
@@ -102,7 +102,7 @@ class Mixture:
     """Rejects sources that have classes but no captions, if captions are needed and there are no templates.
 
     Raises:
-      ValueError: names the first such source.
+      ValueError: the message names the first such source.
     """
     for source in self.sources if self.needs_caption and not self.templates else ():
       if source.classnames and not has_captions(source):

@@ -36,7 +36,7 @@ def block_mask(grid: int, count: int, rng: np.random.Generator) -> Int32[np.ndar
   smaller than 14 x 14 the minimum of 16 shrinks in proportion to the number of patches: 4 on 7 x 7.
 
   Difference from the released code: a block longer than the grid is clipped. There it is drawn again, and after ten
-  blocks that do not fit fewer patches are hidden.
+  blocks that do not fit, fewer patches are hidden.
 
   Args:
     grid: number of patches along each side.

@@ -32,8 +32,8 @@ _MAX_TRIES = 100
 _MAX_DEATHS = 10  # of workers, within one batch
 _NAMED = 20  # bad examples of each kind that a process names in the log
 _SECOND_STREAM = 1
-_CHUNK = 32  # samples, at most, that one thread puts together
-_WORTH_PROCESSES = 8192  # images that four threads read in the seconds that processes take to start
+_CHUNK = 32  # largest number of samples that one thread puts together
+_WORTH_PROCESSES = 8192  # images that four threads read in the time that processes take to start
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class _MakeSample(grain.transforms.RandomMap):
       made = self._make(positions, rng)
       if isinstance(made, dict):
         return made | {BAD_COUNTS: bad_counts}
-      rng.bit_generator.state = state  # the replacement does not depend on how far the bad example went
+      rng.bit_generator.state = state  # the replacement does not depend on where the bad example failed
       stream, error = made
       bad_counts[BAD.index(error.kind)] += 1
       _warn(error)
       mixture, position = self.mixtures[stream], positions[stream]
       if bad_counts.sum() == _MAX_TRIES:
-        # Workers can send built-in exceptions; one of an unknown class may hang them.
+        # Workers can send built-in exceptions; another class may hang them.
         name = mixture.sources[position[0]].name
         raise ValueError(f"{name}: {_MAX_TRIES} examples in a row cannot be used; the last one: {error}")
       positions[stream] = mixture.replacement(position, rng)
@@ -106,7 +106,7 @@ _warned: Counter[str] = Counter()  # warnings of this process, by kind
 
 
 def _warn(error: BadSample) -> None:
-  """Names the first bad examples of each kind; too many to read in a large data set."""
+  """Logs the first bad examples of each kind; a large data set may have too many to read."""
   _warned[error.kind] += 1
   if _warned[error.kind] <= _NAMED:
     more = "; further ones of this kind are only counted" if _warned[error.kind] == _NAMED else ""
@@ -149,7 +149,7 @@ def training_samples(
 
 
 def reader_counts(workers: int | None, threads: int | None, cores: int | None = None) -> tuple[int, int]:
-  """Returns the numbers of reader processes and of threads in each; None means a number that fits the cores.
+  """Returns the numbers of reader processes and of threads in each; None means a number that depends on the cores.
 
   The libraries that do the work release Python's lock, so up to four threads in a process are nearly as fast as
   processes, which take 200 MB and some seconds to start each. Two cores remain for the training itself. (grain's
@@ -281,7 +281,7 @@ class TrainStream:
 
 
 def _death(error: RuntimeError) -> Exception:
-  """The error to raise instead of grain's error about a dead worker, for which it has no class; others as they are."""
+  """Replaces grain's error about a dead worker, which has no class of its own; returns other errors unchanged."""
   if "terminated unexpectedly" not in str(error):
     return error
   return ChildProcessError(
@@ -375,7 +375,7 @@ class EvaluationBatches:
   """A source in order, once: `image` uint8 `[b h w 3]`, `label` int32 `[b]`, `mask` bool `[b]`, for this host.
 
   The mask is False for padding in the last batch and for examples that cannot be read. Every host yields the same
-  number of batches, its share of each global batch. (The last share of a host may be padding alone, so samples are
+  number of batches, its share of each global batch. (A host's last share may be nothing but padding, so samples are
   padded here and not by grain's `batch_and_pad`.)
 
   Args:
@@ -456,5 +456,5 @@ def _start_worker(prefix: str, seconds: float, index: int, count: int) -> None:
 
 
 def disable_opencv_threads() -> None:
-  """Makes OpenCV use the calling thread only, in this whole process: where threads of ours read, more would compete."""
+  """Makes OpenCV use only the calling thread, in the whole process: our own threads already use all cores."""
   cv2.setNumThreads(0)

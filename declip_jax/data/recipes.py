@@ -77,7 +77,7 @@ class Recipe:
 # The recipes that `config.data.recipe` may name. Default strengths are those of MoCo v2 (Chen et al. 2020), and so of
 # DeCLIP.
 RECIPES = {
-  # SLIP's code and DeCLIP's configs (clip_experiments/yfcc15m) train CLIP alike: one weak crop, the raw caption.
+  # SLIP's code and DeCLIP's configs (clip_experiments/yfcc15m) train CLIP equally: one weak crop, the raw caption.
   "clip": Recipe(("weak",), ("raw",), Views()),
   # CLIP itself (Radford et al. 2021, section 2.3): a random square of the resized image and nothing else.
   "openai": Recipe(("square",), ("raw",), Views()),
@@ -134,7 +134,7 @@ RECIPES = {
     Views(contrastive_image=(0, 1), contrastive_text=(0, 1), ssl_image=(0, 1), masked_text=2, neighbour_text=(0,)),
   ),
   # DeCLIP and DeFILIP as released (declip.py, declip_solver.py): the masked caption instead of the clean one, and both
-  # text views query the bank and enter it.
+  # text views query the bank and are stored in it.
   "declip_repo": Recipe(
     ("strong", "strong"),
     ("masked", "augmented"),

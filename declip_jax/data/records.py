@@ -1,4 +1,4 @@
-"""Samples that are known to be usable, and ArrayRecord files of them."""
+"""Samples that have been checked to be usable, and ArrayRecord files of them."""
 
 from collections import Counter
 import io

@@ -79,7 +79,9 @@ def trainable(params: Tree, frozen: Sequence[str]) -> Tree:
     if not chosen:
       return True
     if not is_stacked(path):
-      raise ValueError(f"config.optimizer.frozen={tuple(frozen)}: {path} is not in a stack of blocks, so give no slice")
+      raise ValueError(
+        f"config.optimizer.frozen={tuple(frozen)}: {path} is not in a stack of blocks, so it cannot have a slice"
+      )
     trained = np.ones(param.shape[0], bool)
     for part in chosen:
       if not trained[part].size:
@@ -91,7 +93,7 @@ def trainable(params: Tree, frozen: Sequence[str]) -> Tree:
 
 
 def trainable_mask(params: Tree, frozen: Sequence[str]) -> Tree:
-  """False for the parameters of which nothing is trained, True for the others; see `trainable`."""
+  """False for parameters that are not trained at all, True for the others; see `trainable`."""
   return jax.tree.map(lambda trained: bool(np.any(trained)), trainable(params, frozen))
 
 

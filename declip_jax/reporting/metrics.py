@@ -99,7 +99,7 @@ class MetricWriter:
 
 
 class _Appender:
-  """A file that is only appended to, and survives a disk that is full for a while.
+  """A file that is only appended to, and that tolerates a disk that is full for a while.
 
   TensorBoard's own writer does not: its thread ends, and training waits for it forever.
   """
@@ -109,7 +109,7 @@ class _Appender:
     self._waiting, self._warned = b"", False
 
   def append(self, data: bytes) -> None:
-    """Writes, and keeps the bytes that cannot be written for the next call."""
+    """Writes bytes; those that cannot be written are kept for the next call."""
     self._waiting += data
     try:
       while self._waiting:
@@ -118,7 +118,7 @@ class _Appender:
     except OSError as error:
       if not self._warned:
         self._warned = True
-        logging.warning("%s cannot be written, for now: %s", self._path, error)
+        logging.warning("%s cannot be written for now: %s", self._path, error)
 
   def close(self) -> None:
     """Tries to write one last time."""
@@ -138,8 +138,8 @@ def _record(event: Event) -> bytes:
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, float]]:
   """Reads the lines of `workdir/metrics.jsonl`, in order; safe while the run is writing.
 
-  A last line without a newline is left out, and so is, with a warning, one that has no step or other values than
-  numbers.
+  A last line without a newline is left out, and so is any line that has no step or a value that is not a number, with
+  a warning.
 
   Raises:
     FileNotFoundError: there are no metrics.
@@ -177,7 +177,7 @@ def _to_line(values: Mapping[str, float]) -> str:
 
 
 def _from_line(values: dict[str, Any]) -> dict[str, float]:
-  """The numbers of a line; null is a missing one.
+  """The numbers of a line; null means a missing value.
 
   Raises:
     ValueError, TypeError, AttributeError, OverflowError: a value is not a number, or there is no finite step.

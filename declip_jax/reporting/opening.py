@@ -42,7 +42,7 @@ def opening_lines(
     start, total: first and last step.
     mesh: devices.
     abstract: shapes and shardings of the state.
-    changes: differences to the config of the previous start.
+    changes: differences from the config of the previous start.
   """
   for source in sources:
     skipped = "".join(f", skipped {count:,}: {reason}" for reason, count in source.skipped.items())

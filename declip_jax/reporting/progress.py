@@ -1,9 +1,10 @@
-"""The progress display: one line, redrawn on a terminal or in a notebook, repeated now and then in a log file.
+"""The progress display: one line, redrawn on a terminal or in a notebook, and printed periodically in a log file.
 
 `track` counts what an iteration yields, `Bar` what other processes report, and `TrainingProgress` follows a run.
 `message` prints above the line.
 
-What cannot be written is dropped: a pipe that is closed, a full disk under the log or a lost terminal ends no run.
+Output that cannot be written is dropped: a closed pipe, a full disk under the log or a lost terminal does not end a
+run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -55,7 +56,7 @@ class Bar:
     description: text in front of the count.
     total: expected final count, None if unknown.
     unit: plural noun for what is counted.
-    initial: count to start from; it does not enter the rate.
+    initial: count to start from; it does not affect the rate.
     stream: where to draw, standard error if None.
   """
 
@@ -131,7 +132,7 @@ def message(text: str, *, stream: TextIO | None = None) -> None:
 
 
 def drop_lost_streams() -> None:
-  """Redirects standard output and error to /dev/null where they cannot be written: Python flushes them at exit."""
+  """Redirects standard output and error to /dev/null if they cannot be written, since Python flushes them at exit."""
   for stream in (sys.stdout, sys.stderr):
     try:
       if stream is not None:
@@ -165,7 +166,7 @@ def is_live(stream: TextIO | None) -> bool:
 
 
 class TrainingProgress:
-  """A live line about a run: step, losses, speed, time left, share of the time spent waiting for data.
+  """A status line about a run: step, losses, speed, time left, share of the time spent waiting for data.
 
   A terminal shows one line, cut to its width, the least important fields first; a log file gets a plain line every
   `min_interval` seconds.
@@ -334,7 +335,7 @@ class _Display:
 
 
 class _LogFile:
-  """A stream to which tqdm's redrawn line is written as lines of their own."""
+  """A stream to which tqdm's redrawn line is written as separate lines."""
 
   def __init__(self, stream: TextIO):
     self._stream = _Display(stream)

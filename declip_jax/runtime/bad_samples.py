@@ -8,8 +8,8 @@ import numpy as np
 from declip_jax.data.sources import BAD
 from declip_jax.runtime.hosts import sum_over_hosts
 
-_PREFIX = "bad/"  # of the names of their numbers in metrics.jsonl
-_FEW = 10  # bad samples with which no run stops, whatever their share, unless none is allowed
+_PREFIX = "bad/"  # prefix of their metrics
+_FEW = 10  # number of bad samples up to which no run stops, whatever their share, unless none is allowed
 
 
 class BadSamples:
@@ -27,7 +27,7 @@ class BadSamples:
     self.roll_back(start)
 
   def roll_back(self, step: int) -> None:
-    """Continues from `step`, whatever was counted since the last line."""
+    """Continues from `step`; what was counted since the last line is dropped."""
     self._begin_line(step)
     self._judged: Counter[str] = Counter()
 
@@ -53,7 +53,7 @@ class BadSamples:
     """Stops a run that can use too little of its data, according to what `values` returned.
 
     Raises:
-      ValueError: the same on every host; names the share and the kinds.
+      ValueError: the same on every host; the message names the share and the kinds.
     """
     bad = number_of_bad(self._judged)
     share = bad / max(self._judged["read"], 1)

@@ -1,4 +1,4 @@
-"""Checkpoints by orbax: the train state, the position of the input, and the config, written in the background.
+"""Checkpoints by orbax: the train state, the input position, and the config, written in the background.
 
 A checkpoint has four items: `model` (parameters and collections; evaluation and export read nothing else), `training`
 (step, moments, counters), `data` (the position of the input stream and the batch sizes so far, JSON) and `config`
@@ -30,7 +30,7 @@ from declip_jax.runtime.seal import find_damage, is_sealed, read_seals, write_se
 from declip_jax.training.state import State
 
 Tree = Any
-_BATCH_SIZES = "batch_sizes"  # in the JSON of the input's position
+_BATCH_SIZES = "batch_sizes"  # key in the JSON of the input position
 _BACK_OFF = 30.0, 600.0  # seconds until a failed save is retried: the first time, and at most
 
 
@@ -40,7 +40,7 @@ class Restored(NamedTuple):
   Attributes:
     step: step of the checkpoint.
     state: train state, on the devices.
-    data: position of the input.
+    data: input position.
     messages: one line for each newer checkpoint that was skipped: why, and its new name.
   """
 
@@ -54,18 +54,18 @@ class Checkpoints:
   """The checkpoints of one run, under `workdir/checkpoints`.
 
   A save that fails, because the disk is full or a mount is gone, causes a warning and not an error: training continues,
-  and `due` says when to retry. Only `finish` insists.
+  and `due` says when to retry. Only `finish` raises an error.
 
   Args:
     workdir: working directory of the run, the same for all hosts.
     keep_last: number of newest checkpoints to keep.
     keep_best: number of best checkpoints by `best_metric` to keep in addition.
     best_metric: name of an evaluation metric, higher is better; "" keeps only the newest.
-    keep_every: the first checkpoint of each stretch of so many steps is kept in addition; 0 keeps none.
+    keep_every: the first checkpoint in each interval of this many steps is kept in addition; 0 keeps none.
     minutes: time after which `due` asks for the next save; 0 never does.
 
   Attributes:
-    first: decides which checkpoints are the first of a stretch.
+    first: decides which checkpoints are the first of an interval.
     failed: number of saves that failed in this process.
   """
 
@@ -126,12 +126,12 @@ class Checkpoints:
     Args:
       step: number of steps done.
       state: train state.
-      data: position of the input.
+      data: input position.
       config: config of the run.
       batch_sizes: batch sizes of the run; None if they are not known.
     """
     self.wait()
-    if self._reason:  # the mount may be back, with its checkpoints, or the folder was deleted
+    if self._reason:  # the mount may be back, with its checkpoints, or the folder may have been deleted
       with contextlib.suppress(OSError):
         self._folder.mkdir(exist_ok=True)
       self._reload()
@@ -158,7 +158,7 @@ class Checkpoints:
     self._writing.start()
 
   def score(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Records the metrics of a checkpoint for the next decision which to keep; one that was not written has none."""
+    """Records the metrics of a checkpoint, which determine whether it is kept, unless it was not written."""
     self.wait()
     try:
       self._best.record(step, metrics, write=jax.process_index() == 0 and step in self.steps())
@@ -186,7 +186,7 @@ class Checkpoints:
       patience: seconds after which to give up.
 
     Raises:
-      OSError: it could not be written; names the reason and the newest checkpoint.
+      OSError: it could not be written; the message names the reason and the newest checkpoint.
     """
     deadline, pause = time.monotonic() + patience, 1.0
     while True:
@@ -233,7 +233,7 @@ class Checkpoints:
     return None
 
   def _seal(self, step: int) -> None:
-    """Seals what a run that was killed after the commit has not sealed: it has been read, and may be damaged later."""
+    """Seals a checkpoint that a run killed after the commit could not seal: it was just read without errors."""
     folder = self._folder / str(step)
     try:
       if not is_sealed(folder):
@@ -273,10 +273,10 @@ class Checkpoints:
     return f"checkpoint {step} was skipped: {reason}; it was renamed to {target}"
 
   def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
-    """Restores state and input position of a step onto the shardings of `abstract`, whatever mesh they were saved from.
+    """Restores state and input position of a step onto the shardings of `abstract`, from any mesh.
 
     Raises:
-      ValueError: the checkpoint has another model or optimizer; names an array that differs.
+      ValueError: the checkpoint has another model or optimizer; the message names an array that differs.
     """
     saved, training = self._manager.item_metadata(step), _training(abstract)
     counters = saved["training"].tree["skipped"]
@@ -353,7 +353,7 @@ class Checkpoints:
       self._error = error
 
   def _collect(self, step: int) -> None:
-    """Notes how the latest save ended."""
+    """Records how the latest save ended."""
     error, self._error = self._error, None
     if error is None:
       self._reason, self._pause = "", _BACK_OFF[0]

@@ -1,4 +1,4 @@
-"""The time that a run spends on data, steps, saves, evaluations, compiling; and the speed of the steps."""
+"""The time that a run spends on data, steps, saves, evaluations and compiling, and the speed of the steps."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -22,7 +22,7 @@ class Clock:
     start: step from which the loop starts.
     batch_size: global batch size.
     devices: number of devices that share the batch.
-    peak: images per second if all devices multiplied matrices at their peak; None if unknown.
+    peak: images per second if all devices multiplied matrices at their peak rate; None if unknown.
     now: returns seconds.
   """
 
@@ -84,14 +84,14 @@ class Clock:
       self._first_call = self._now() - before
 
   def first_step_done(self) -> str:
-    """Notes that the first step has finished; returns a message with its compile time and memory."""
+    """Records that the first step has finished; returns a message with its compile time and memory."""
     self._compiled = True
     memory = peak_memory()
     usage = f"; {memory:.1f} GiB of memory on a device" if memory else ""
     return f"compiled in {self._first_call:.0f} s{usage}"
 
   def update(self, step: int) -> None:
-    """Notes that `step` steps are done."""
+    """Records that `step` steps are done."""
     now = self._now()
     if self._mark is not None:
       seconds = now - self._mark
@@ -101,7 +101,7 @@ class Clock:
     self._step, self._mark = step, now
 
   def roll_back(self, step: int) -> None:
-    """Continues from `step`, whatever was measured since the last line."""
+    """Continues from `step`; what was measured since the last line is dropped."""
     self._step, self._mark = step, None  # the last step measured, and when
     self._restart()
 

@@ -1,4 +1,4 @@
-"""The cache of compiled programs in a working directory, so that a run that is started again need not compile.
+"""The cache of compiled programs in a working directory, so that a restarted run need not compile.
 
 Its entries are native code: a folder that another user could have written is not used. JAX writes entries in place and
 never replaces one, so those that were cut off or changed are removed when a run starts.

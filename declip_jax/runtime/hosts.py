@@ -93,7 +93,7 @@ def any_host(condition: bool) -> bool:
 
 
 def barrier() -> None:
-  """Waits until every host is here."""
+  """Waits until every host has called this."""
   sum_over_hosts(np.int32(0))
 
 

@@ -1,7 +1,7 @@
-"""Paths for libraries that do not take every path as it is written.
+"""Paths for libraries that do not take every path literally.
 
-Orbax searches folders by glob patterns, in which `[`, `*` and `?` have a meaning, and takes `/gs/...` for an address;
-TensorStore takes a backslash for a slash and accepts only UTF-8. A file system has none of these rules.
+Orbax searches folders by glob patterns, in which `[`, `*` and `?` are special, and treats `/gs/...` as an address;
+TensorStore treats a backslash as a slash and accepts only UTF-8. File systems have none of these rules.
 """
 
 import atexit
@@ -16,9 +16,9 @@ _SPECIAL = re.compile(r"[\[\]*?\\]|^/(?:gs|s3|az|hf)(?:/|$)")
 
 
 def plain_path(folder: Path) -> Path:
-  """Returns an absolute path to a folder that these libraries read as it is meant.
+  """Returns an absolute path to a folder that these libraries take literally.
 
-  This is the path of the folder itself, or of a symbolic link to it that lasts as long as the process. The folder need
+  This is the path of the folder itself, or of a symbolic link to it that exists as long as the process. The folder need
   not exist yet. Names below it must be plain themselves.
 
   Raises:

@@ -1,7 +1,7 @@
-"""The small files of a run: written completely or not at all, and read as far as they can be read.
+"""The small files of a run: written completely or not at all, and read as far as possible.
 
-They say how a run came about; its checkpoints do not depend on them. So whatever a power cut, a full disk or an editor
-did to them is reported, and stops nothing.
+They record the history of a run; its checkpoints do not depend on them. Damage by a power cut, a full disk or an editor
+is therefore reported, and does not stop a run.
 """
 
 from collections.abc import Callable, Iterable
@@ -45,8 +45,8 @@ def read_lines(path: Path, parse: Callable[[Any], T]) -> list[T]:
   """Reads the lines of JSON in a file; one warning names the lines that are left out.
 
   Args:
-    path: file, empty if it does not exist. A last line without a newline is left out, since it may be being written.
-    parse: converts what a line contains; raises ValueError, LookupError, TypeError or AttributeError if that is odd.
+    path: file; no lines if it does not exist. A last line without a newline is left out: it may not be complete yet.
+    parse: converts what a line contains; raises ValueError, LookupError, TypeError or AttributeError if it is invalid.
 
   Raises:
     OSError: the file cannot be read.

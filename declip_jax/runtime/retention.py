@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, as preservation policies of orbax: the newest, the best, and one of each stretch."""
+"""Which checkpoints are kept, as preservation policies of orbax: the newest, the best, and one of each interval."""
 
 from collections.abc import Callable, Mapping, Sequence
 import json
@@ -14,18 +14,18 @@ _SCORES = "scores.json"  # metrics of an evaluation; written after the checkpoin
 
 
 def make_policy(last: int, first: "KeepFirstOfEach", best: "KeepBest") -> AnyPreservationPolicy:
-  """Returns the policy that keeps the `last` newest checkpoints, the best, and the first of each stretch."""
+  """Returns the policy that keeps the `last` newest checkpoints, the best, and the first of each interval."""
   return AnyPreservationPolicy([LatestN(max(last, 1)), best, first])
 
 
 class KeepFirstOfEach:
-  """Keeps the first checkpoint in each stretch of `every` steps, except the first stretch; 0 keeps none.
+  """Keeps the first checkpoint in each interval of `every` steps, except the first interval; 0 keeps none.
 
   Orbax's `EveryNSteps` keeps only exact multiples, which checkpoints saved by the clock or at a signal miss, or counts
-  from the oldest checkpoint that is left, so the stretches drift.
+  from the oldest remaining checkpoint, so that the intervals drift.
 
   Attributes:
-    length: what counts as the length of training up to a step; another function than the step itself once the batch
+    length: function from a step to the length of training up to it; it differs from the step itself once the batch
       size has changed.
   """
 
@@ -41,7 +41,7 @@ class KeepFirstOfEach:
 
 
 class KeepBest:
-  """Keeps the `count` checkpoints with the highest `metric`; of equal ones the newest.
+  """Keeps the `count` checkpoints with the highest `metric`; of equal ones, the newest.
 
   Orbax's `BestN` needs the metrics when a checkpoint is saved, but they are known only after its evaluation.
 

@@ -1,8 +1,8 @@
 """Rolling back to an earlier checkpoint after a run has diverged, and skipping the offending batches.
 
 Step count, parameters and schedule are those of the checkpoint, so training has its full length; the input
-continues after the batches at which it diverged. Each rollback is a line of `rollbacks.jsonl`, by which a run that is
-killed before its next checkpoint finds its input position.
+continues after the batches at which it diverged. Each rollback is a line of `rollbacks.jsonl`, from which a run that is
+killed before its next checkpoint restores its input position.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ class Rollbacks:
     Args:
       at: last step that was skipped.
       skipped: number of consecutive skipped steps.
-      position: position of the input after the offending batches.
+      position: input position after the offending batches.
       checkpoints: where to restore from.
       abstract: shapes and shardings of the state.
 
@@ -107,7 +107,7 @@ def _parse(line: dict[str, Any]) -> dict[str, Any]:
   """Checks what `Rollbacks` needs of a line of `rollbacks.jsonl`.
 
   Raises:
-    ValueError, LookupError, TypeError: it is not that of a rollback.
+    ValueError, LookupError, TypeError: the line is not a record of a rollback.
   """
   numbers = line["to"], line["data"]["next_index"]
   if not all(isinstance(number, int) and number >= 0 for number in numbers):

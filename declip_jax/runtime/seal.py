@@ -21,7 +21,7 @@ from declip_jax.runtime import records
 _SEAL = "checksums.{}.json"
 _LATER = re.compile(r"checksums\.\d+\.json.*|scores\..*")
 _CHUNK = 2**24  # bytes read at once
-_REPORT_SECONDS = 10.0  # between messages about a check that takes long
+_REPORT_SECONDS = 10.0  # seconds between messages about a long check
 
 
 def write_seal(folder: Path) -> None:
@@ -61,7 +61,7 @@ def read_seals(folder: Path) -> tuple[dict[str, tuple[int, int]], str]:
 
 
 def find_damage(folder: Path, expected: Mapping[str, tuple[int, int]]) -> str:
-  """Returns which file differs from its seal and how, "" if none does; reads them in several threads."""
+  """Returns which file differs from its seal and how, "" if none does; reads the files in several threads."""
   # Sizes first: they cost nothing, and most damage is a file that is truncated or missing.
   for name, (size, _) in expected.items():
     try:

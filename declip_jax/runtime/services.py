@@ -25,7 +25,9 @@ from declip_jax.training.state import State
 T = TypeVar("T")
 Metrics = dict[str, jax.Array]
 _PATIENCE = 300.0  # seconds for which the last checkpoint is retried
-_DUE_EVERY = 50  # steps between questions whether a host's clock asks for a checkpoint, without a log line in between
+_DUE_EVERY = (
+  50  # steps between checks of whether a host's clock asks for a checkpoint, if there is no log line in between
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Cadence:
 
   Attributes:
     total: number of steps.
-    log, evaluate, checkpoint: steps between two of each, 0 for only the last step.
+    log, evaluate, checkpoint: steps from one of each to the next; 0 means only at the last step.
     evaluate_phase, checkpoint_phase: remainder of the steps that are due, divided by the steps between them.
   """
 
@@ -72,7 +74,7 @@ class Services:
     evaluate_state: evaluates a state; returns its metrics, named "eval/...".
     draw_curves: draws the curves of the metrics so far.
     latest: latest metrics, filled by `log` and `evaluate`.
-    The others are described in their classes.
+    Their classes describe the other attributes.
   """
 
   workdir: Path
@@ -128,7 +130,7 @@ class Services:
       at: last step that was skipped.
       metrics: metrics of that step.
       state: current state, which is deleted first: there may be no memory for two.
-      position: position of the input after the offending batches.
+      position: input position after the offending batches.
 
     Raises:
       FloatingPointError: see `Rollbacks.roll_back`; or the checkpoint is older than the current batch size.
@@ -187,7 +189,7 @@ class Services:
       self._save(step, state, position)
 
   def announce_stop(self, step: int, signum: int) -> None:
-    """Says that a checkpoint is saved before the run stops, and what Ctrl-C would cost meanwhile."""
+    """Announces that a checkpoint is saved before the run stops, and which steps Ctrl-C would lose meanwhile."""
     newest = self.checkpoints.latest() or 0
     since = f"checkpoint {newest}" if newest else "the start"
     self.progress.message(

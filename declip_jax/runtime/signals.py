@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 
 class _Interrupted(BaseException):
-  """A signal arrived while the run waited."""
+  """A signal arrived while the run was waiting."""
 
 
 class StopRequest:
@@ -53,14 +53,14 @@ class StopRequest:
     return self.signum or (signal.SIGTERM if self._preempted(self._number) else 0)
 
   def note(self, signum: int) -> None:
-    """Notes a signal, and ends what `wait_for` calls."""
+    """Records a signal, and interrupts the call of `wait_for`."""
     self.signum = self.signum or signum
     if self._waiting:
       self._waiting = False
       raise _Interrupted
 
   def wait_for(self, call: Callable[[], T]) -> T | None:
-    """Returns what `call` returns, or None as soon as a signal is noted; `call` must be one that may be interrupted."""
+    """Returns what `call` returns, or None as soon as a signal arrives; it must be safe to interrupt `call`."""
     try:
       try:
         self._waiting = True
@@ -73,11 +73,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_signals(request: StopRequest) -> Iterator[None]:
-  """Notes Ctrl-C, SIGTERM and SIGHUP in `request` while the context is open; a second Ctrl-C interrupts at once.
+  """Records Ctrl-C, SIGTERM and SIGHUP in `request` while the context is open; a second Ctrl-C interrupts at once.
 
   With several processes JAX itself listens for SIGTERM and makes all of them stop at the same step, so the others are
-  turned into SIGTERM. SIGHUP stays ignored under nohup. Outside the main thread, as in some notebooks, signals are left
-  alone.
+  turned into SIGTERM. SIGHUP stays ignored under nohup. Outside the main thread, as in some notebooks, signals are not
+  handled.
   """
 
   def note(signum: int, frame: FrameType | None) -> None:

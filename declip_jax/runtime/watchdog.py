@@ -12,11 +12,11 @@ import jax
 from declip_jax.reporting.progress import message
 
 EXIT_CODE = 70
-_REPORT_SECONDS = 10.0  # for message and stacks before the exit: the directory may be what hangs
+_REPORT_SECONDS = 10.0  # seconds for message and stacks before the exit: the directory itself may hang
 
 
 class _Beat:
-  """An activity that began; `limited` is whether the time for it is."""
+  """An activity that began; `limited` is whether its time is limited."""
 
   def __init__(self, activity: str, limited: bool):
     self.activity, self.limited = activity, limited
@@ -27,7 +27,7 @@ class Watchdog:
 
   The stacks of all threads are written to `hang.HOST.txt` in the working directory. JAX's heartbeats detect a dead peer
   sooner; this detects a process that hangs while its heartbeats continue: in a collective, a mount, a worker. It starts
-  with the first call of `beat`. Time in which this thread did not run does not count either: the process was suspended.
+  with the first call of `beat`. Time in which this thread did not run does not count: the process was suspended.
 
   Args:
     workdir: working directory.

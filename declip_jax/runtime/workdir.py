@@ -29,8 +29,8 @@ def local_path(workdir: str | os.PathLike[str]) -> Path:
   """Returns the path of a working directory.
 
   Raises:
-    ValueError: it is empty; or an address such as gs://...: object stores cannot append to a file, as metrics.jsonl
-      requires.
+    ValueError: the path is empty, or an address such as gs://...: object stores cannot append to a file, which
+      metrics.jsonl requires.
   """
   if not os.fspath(workdir):
     raise ValueError("--workdir is empty: expected a directory, such as runs/demo, or . for the current one")
@@ -46,7 +46,7 @@ def lock(workdir: Path) -> Iterator[str]:
   Process 0 holds the lock for all. Yields a message if the file system does not support locks, otherwise "".
 
   Raises:
-    ValueError: another run holds the lock, the same on every host; names its host, process and time.
+    ValueError: another run holds the lock; the same on every host. The message names its host, process and time.
   """
   path, in_use, message = workdir / "run.lock", "", ""
   with contextlib.ExitStack() as stack:
@@ -61,7 +61,7 @@ def lock(workdir: Path) -> Iterator[str]:
         file.seek(0)
         in_use = f"{workdir} is in use by another run: {file.read()}"
       except PermissionError as error:
-        in_use = f"{workdir} cannot be written to: {error}"
+        in_use = f"{workdir} is not writable: {error}"
       except OSError as error:
         message = f"{path}: {error}; this directory is not protected against a second run"
     if in_use := first_error(in_use):
@@ -146,13 +146,12 @@ def _changed_sources(
       yield f"{name} had {earlier:,} samples and now has {count:,}: from here on their order is different"
     elif stamps_before.get(name) != stamps.get(name) and name in stamps_before and name in stamps:
       yield (
-        f"{name} has as many samples as before, but its files have changed: the samples may be others, or in another "
-        "order"
+        f"{name} has as many samples as before, but its files have changed: the samples or their order may be different"
       )
 
 
 def _git_revision() -> str:
-  """The revision of this package, "unknown" if it is not in a repository of its own but lies in another one."""
+  """The git revision of this package; "unknown" if it has no repository of its own, even inside another one."""
   git = ["git", "-C", str(Path(__file__).parent)]
   call = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=10)
   try:

@@ -26,7 +26,7 @@ class Dialect(NamedTuple):
   Attributes:
     marker: name of a tensor by which the dialect is recognised; see the order of `DIALECTS`.
     pairs: OpenAI's names and the project's.
-    to_openai, from_openai: changes besides renaming, of tensors under the project's names.
+    to_openai, from_openai: functions for changes other than renaming, applied to tensors under the project's names.
   """
 
   marker: str

@@ -1,6 +1,6 @@
-"""The first state of a run from other weights: either tower, both, or everything, into any method.
+"""The first state of a run from other weights: either tower, both, or everything, for any method.
 
-Resolution, context length, vocabulary (a mask token) and heads may differ; what the towers compute may not.
+Resolution, context length, vocabulary (a mask token) and heads may differ; the towers' computation must not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,7 +59,7 @@ def read_initial(init_from: InitFrom, model: ModelFields) -> Weights | None:
 
   Raises:
     FileNotFoundError: there are no such weights.
-    ValueError: the file cannot be read, or its towers compute something else than the model's.
+    ValueError: the file cannot be read, or its towers compute something other than the model's.
   """
   if not init_from.path:
     return None
@@ -142,7 +142,7 @@ def load_weights(
 
 
 def _check_towers(weights: Weights, model: ModelFields, groups: Sequence[str]) -> None:
-  """Rejects groups that do not exist, and towers that compute something other than those of `config.model`."""
+  """Rejects unknown groups, and towers that compute something other than those of `config.model`."""
   if unknown := set(groups) - set(GROUPS):
     raise ValueError(f"config.init_from.groups={tuple(groups)}: choose from {sorted(GROUPS)}, not {sorted(unknown)}")
   for side in ("image", "text"):

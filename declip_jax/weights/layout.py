@@ -71,7 +71,7 @@ _BLOCK = {
 
 
 def layout(model: ModelFields, heads: Sequence[str]) -> dict[str, Entry]:
-  """From the path of each array of a model, such as "params/towers/image/class_embedding", to its tensors.
+  """Maps the path of each array of a model, such as "params/towers/image/class_embedding", to its tensors.
 
   The neighbour bank has no entry, since no project saves one; nor do the heads of MoCo v3, BYOL and masked image
   modelling and the arrays of a RegNet, for which there is no format.
@@ -127,7 +127,7 @@ def to_state_dict(variables: Tree, entries: Mapping[str, Entry]) -> StateDict:
 
 
 def expected_shapes(variables: Tree, entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
-  """From the name of each tensor to its shape in the state dict."""
+  """Maps the name of each tensor to its shape in the state dict."""
   flat, shapes = flatten_dict(variables, sep="/"), {}
   for path, entry in entries.items():
     shape = flat[path].shape[1:] if is_stacked(path) else flat[path].shape

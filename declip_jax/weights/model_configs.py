@@ -46,7 +46,7 @@ def settings_beside(file: Path) -> dict[str, Any]:
   """The settings that config files in the folder of a weights file contain; none if there are no config files.
 
   Raises:
-    ValueError: a config file is damaged, or describes a model that our towers cannot compute; names file and field.
+    ValueError: a config file is damaged, or describes a model that our towers cannot compute; the message names both.
   """
   folder = file.parent
   if file.suffix not in (".safetensors", ".bin"):
@@ -62,7 +62,7 @@ def read_json(file: Path) -> dict[str, Any]:
   """The object in a JSON file.
 
   Raises:
-    ValueError: it is damaged; names the file.
+    ValueError: it is damaged; the message names the file.
   """
   try:
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def _open_clip_vision(vision: Fields, activation: str, where: str) -> dict[str, 
 def _epsilon(tower: Fields, where: str) -> float:
   norm = get(tower, "norm_kwargs", {}, where)
   if others := sorted(set(norm) - {"eps"}):
-    raise ValueError(f"{where}norm_kwargs has {others}, supported is only 'eps'")
+    raise ValueError(f"{where}norm_kwargs has {others}: only 'eps' is supported")
   return get(norm, "eps", 1e-5, f"{where}norm_kwargs.")
 
 
@@ -153,7 +153,7 @@ def _open_clip_view(preprocess: Fields, file: Path) -> dict[str, Any]:
 
 
 def _largest_id(vocab_size: int) -> int:
-  """The largest id of a text: with OpenAI's vocabulary the end, whatever was added after it."""
+  """The largest id that a text has: with OpenAI's vocabulary that of its end, even if ids were added after it."""
   return OPENAI_EOT if vocab_size > OPENAI_EOT else vocab_size - 1
 
 
@@ -173,7 +173,7 @@ def _hugging_face(folder: Path) -> dict[str, Any]:
   if (epsilon := get(text, "layer_norm_eps", 1e-5, where)) != 1e-5:
     _reject(f"{where}layer_norm_eps", epsilon, 1e-5)
   eot = get(text, "eos_token_id", 2, where)
-  if eot == 2:  # an old mistake of theirs, that means the largest id of a text
+  if eot == 2:  # an old mistake of theirs, which means the largest id of a text
     eot = _largest_id(get(text, "vocab_size", OPENAI_VOCABULARIES[0], where))
   settings = {
     "text.activation": get(text, "hidden_act", "quick_gelu", where),
@@ -190,7 +190,7 @@ def _hugging_face(folder: Path) -> dict[str, Any]:
 
 
 def _processor(folder: Path, image_size: int) -> dict[str, Any]:
-  """Preprocessing by `processor_config.json`, which transformers writes since version 5, or `preprocessor_config.json`.
+  """The preprocessing in `processor_config.json`, which transformers 5 writes, or in `preprocessor_config.json`.
 
   Absent fields have the defaults of CLIPImageProcessor.
   """

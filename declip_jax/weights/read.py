@@ -1,7 +1,7 @@
 """Reads checkpoints of OpenAI's CLIP, open_clip, Hugging Face, SLIP, DeCLIP and our own runs as our parameters.
 
 Format and architecture are recognised by the names and shapes of tensors (`weights.recognise`) and by config files in
-the same folder (`weights.model_configs`). What they do not determine is assumed, with a remark, and can be given as
+the same folder (`weights.model_configs`). What these do not determine is assumed, with a remark, and can be given as
 settings (`weights.settings`): the number of heads, the activation, the end-of-text id.
 """
 
@@ -111,8 +111,8 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
 
   Raises:
     FileNotFoundError: no such file, or a folder without weights.
-    ValueError: the checkpoint is of no known project, its tensors do not match a model, or a setting does not fit; the
-      message names them.
+    ValueError: the checkpoint is not from a known project, its tensors do not match a model, or a setting does not fit;
+      the message names them.
   """
   path = Path(path)
   settings = dict(settings or {})
@@ -227,9 +227,9 @@ def _assumptions(model: ModelFields, fields: Iterable[str]) -> list[str]:
   if not (assumed := ", ".join(f"{field}={values[field]!r}" for field in fields)):
     return []
   return [
-    f"the file does not specify {assumed}: these are assumed, with 64 channels per head as in most models; so are "
-    "causal texts pooled at their end-of-text id, and images pooled at the class token. Where the model differs, its "
-    "features are wrong: give the right values as settings"
+    f"the file does not specify {assumed}: these values are assumed, with 64 channels per head as in most models; so "
+    "are causal texts pooled at their end-of-text id, and images pooled at the class token. If the model differs, its "
+    "features are wrong: pass the right values as settings"
   ]
 
 
@@ -242,7 +242,7 @@ def read_run(workdir: str | os.PathLike[str], step: Step = None, settings: Mappi
 
   Raises:
     FileNotFoundError: no such checkpoint.
-    ValueError: the checkpoint is damaged, or a setting does not exist; see `read`.
+    ValueError: the checkpoint is damaged, or a setting is unknown; see `read`.
   """
   workdir = Path(workdir)
   if not (workdir / "checkpoints").is_dir():
@@ -312,7 +312,7 @@ def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
       restored = checkpointer.restore(plain_path(path) / "arrays", args=restore_as_numpy(variables))
     view = EvalView(**{ours: about[name] for name, ours in VIEW.items()}, mean=model["mean"], std=model["std"])
   except _CONTRADICTIONS as error:
-    raise ValueError(f"{path} is damaged, or no export of declip_jax: {_first_line(error)}") from error
+    raise ValueError(f"{path} is damaged, or not an export of declip_jax: {_first_line(error)}") from error
   weights = Weights(about["origin"], model, heads, **restored, view=view, tokens=about["tokens"])
   return _with_settings(weights, settings, str(path))
 
@@ -338,11 +338,11 @@ def _with_settings(weights: Weights, settings: Mapping[str, Any], name: str) -> 
 
 
 def _abstract(model: ModelFields, heads: Iterable[str], image_size: int, name: str) -> tuple[Any, Tree]:
-  """`abstract_variables`, with one kind of error for a model that cannot be."""
+  """Calls `abstract_variables`, with one kind of error for a model that is not possible."""
   try:
     return abstract_variables(model, tuple(heads), image_size)
   except _CONTRADICTIONS as error:
-    raise ValueError(f"{name} is no possible model: {_first_line(error)}") from error
+    raise ValueError(f"{name} is not a possible model: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ _WIDE_HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1792, 56): 16}
 
 @dataclasses.dataclass
 class Recognised:
-  """A model.
+  """A recognised model.
 
   Attributes:
     model: `config.model` as nested dicts.
@@ -74,7 +74,7 @@ def recognise(tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extras
 
 
 def _is_openais(tensors: Mapping[str, np.ndarray], kind: str) -> bool:
-  """Whether the file is as OpenAI released it: a TorchScript archive, or its state dict, which has the resolution."""
+  """Whether a file is one of OpenAI's: a TorchScript archive, or its state dict, which contains the resolution."""
   return kind == "torchscript" or "input_resolution" in tensors
 
 
@@ -82,8 +82,8 @@ def _activation(tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extr
   """The most likely activation.
 
   QuickGELU is that of OpenAI, SLIP (text) and DeCLIP, and the default of Hugging Face. open_clip trains with exact GELU
-  unless told otherwise, mostly by a model's name with "quickgelu", which is then part of the run's name; only its
-  training checkpoints have a name. OpenAI's models are mostly saved by PyTorch, or in half precision.
+  by default; models with QuickGELU mostly have "quickgelu" in their name, which becomes part of the run's name, but
+  only training checkpoints have a name. OpenAI's models are mostly saved by PyTorch, or in half precision.
   """
   if dialect != "OpenAI" and not dialect.startswith("open_clip"):
     return "quick_gelu"

@@ -1,6 +1,6 @@
-"""Settings that replace what was recognised of a model: fields of `config.model`, and of the view of images.
+"""Settings that override what was recognised of a model: fields of `config.model`, and of the view of images.
 
-`image_size` and `text.context_length` change the shapes of position embeddings, which are resized and cut.
+`image_size` and `text.context_length` change the shapes of position embeddings, which are resized or truncated.
 """
 
 import ast
@@ -25,10 +25,10 @@ _POSITIONS = {"vit": ("position_embedding",), "resnet": ("attention_pool", "posi
 
 
 def parse_settings(settings: Iterable[str], field: str) -> dict[str, Any]:
-  """Settings as they are written in a config or on a command line, such as "image.heads=16".
+  """Parses settings that are written in a config or on a command line, such as "image.heads=16".
 
   Args:
-    settings: texts; a value that is not a Python literal is a text itself.
+    settings: texts; a value that is not a Python literal is a string.
     field: name of the field or flag, for errors.
 
   Raises:
@@ -50,7 +50,7 @@ def with_fields(model: ModelFields, settings: Mapping[str, Any], name: str) -> d
   """The fields of a model with some replaced, by their paths, such as "image.heads".
 
   Raises:
-    ValueError: a field that does not exist, or a value of another type; the message begins with `name`.
+    ValueError: an unknown field, or a value of another type; the message begins with `name`.
   """
   fields = flatten_dict(dict(model), sep=".")
   for field, value in settings.items():
@@ -61,7 +61,7 @@ def with_fields(model: ModelFields, settings: Mapping[str, Any], name: str) -> d
     values = fields[field]
     numbers = [x for x in values if isinstance(x, (int, float)) and math.isfinite(x) and (x > 0 or field == "mean")]
     if len(numbers) != 3 or len(values) != 3:
-      raise ValueError(f"{name}: {field}={values}: expected three numbers, for a deviation more than 0")
+      raise ValueError(f"{name}: {field}={values}: expected three numbers, more than 0 for a deviation")
   return unflatten_dict(fields, sep=".")
 
 
@@ -69,7 +69,7 @@ def with_view(view: EvalView, settings: Mapping[str, Any], model: ModelFields, n
   """The view of images with some fields replaced by settings, and mean and deviation of the model.
 
   Raises:
-    ValueError: a value that is not legal; the message begins with `name`.
+    ValueError: an invalid value; the message begins with `name`.
   """
   given = {
     ours: _like(getattr(view, ours), settings[field], f"{name}: {field}={settings[field]!r}")
@@ -77,7 +77,7 @@ def with_view(view: EvalView, settings: Mapping[str, Any], model: ModelFields, n
     if field in settings
   }
   if "image_size" in settings and "resize" not in settings:
-    given["resize"] = view.resize * given["size"] // view.size  # the same share of the image
+    given["resize"] = view.resize * given["size"] // view.size  # so that the crop is the same share of the image
   view = dataclasses.replace(view, **given, mean=tuple(model["mean"]), std=tuple(model["std"]))
   stride = _stride(model, name)
   if view.size < 1 or view.size % stride:
@@ -85,14 +85,14 @@ def with_view(view: EvalView, settings: Mapping[str, Any], model: ModelFields, n
   if view.interpolation not in INTERPOLATIONS:
     raise ValueError(f"{name}: interpolation={view.interpolation!r}: choose one of {list(INTERPOLATIONS)}")
   if view.resize and (view.resize < view.size or view.squash):
-    raise ValueError(f"{name}: resize={view.resize}: expected 0, or without squash {view.size} pixels or more")
+    raise ValueError(f"{name}: resize={view.resize}: expected 0, or at least {view.size} pixels if squash is not set")
   return view
 
 
 def with_positions(params: Tree, model: ModelFields, image_size: int, name: str) -> tuple[Tree, list[str]]:
-  """Parameters with the position embeddings of a model and image size; and remarks on what was changed.
+  """Adapts position embeddings to a model and an image size; returns the parameters, and remarks on what was changed.
 
-  Those of images are resized by cubic interpolation, those of texts are cut.
+  Those of images are resized by cubic interpolation; those of texts are truncated.
 
   Raises:
     ValueError: a context length beyond the positions; the message begins with `name`.
@@ -125,7 +125,7 @@ def resize_positions(positions: Float[np.ndarray, "n f"], size: int) -> Float[np
 
 
 def _stride(model: ModelFields, name: str) -> int:
-  """Pixels from token to token of an image tower."""
+  """Distance between neighbouring tokens of an image tower in pixels."""
   fields = dict(model["image"])
   try:
     stride = IMAGE_TOWERS[fields.pop("kind")](**fields).stride
@@ -137,7 +137,7 @@ def _stride(model: ModelFields, name: str) -> int:
 
 
 def _like(old: Any, value: Any, where: str) -> Any:
-  """A value of the type of the one that it replaces."""
+  """A value converted to the type of the one that it replaces."""
   if isinstance(old, tuple) and isinstance(value, (list, tuple)):
     return tuple(value)
   if isinstance(value, np.generic):

@@ -8,7 +8,7 @@
 | `torch.jit.save`, such as OpenAI's release of CLIP | a zip with `*/constants.pkl` and `*/code/` | "torchscript" |
 
 The last three contain a pickle, which `data.storage.unpickler` reads: `_NAMES` makes numbers, containers and
-descriptions of tensors, and everything else that lies beside the tensors becomes an inert placeholder.
+descriptions of tensors, and everything else becomes an inert placeholder.
 
 Formats: torch/serialization.py, torch/csrc/jit/serialization/pickler.cpp and caffe2/serialize/inline_container.h of
 PyTorch 2; https://github.com/huggingface/safetensors#format.
@@ -32,8 +32,8 @@ import numpy as np
 from declip_jax.data.storage.unpickler import Opaque, Unpickler, is_plain, shown
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of the format before PyTorch 1.6
-# Keys of the state dict in checkpoints: of open_clip, SLIP and Lightning; of DeCLIP; of PyTorch's tutorial; of
-# DeepSpeed; and other usual ones.
+# Keys of the state dict in checkpoints: those of open_clip, SLIP and Lightning; of DeCLIP; of PyTorch's tutorial; of
+# DeepSpeed; and other common ones.
 _PLACES = ("state_dict", "model", "model_state_dict", "module", "net", "network", "params", "weights")
 _DEEPEST_PLACE = 3  # dicts around the state dict
 _LONGEST_NAME = 500  # characters of a tensor's name in TorchScript, where a module may contain itself
@@ -101,7 +101,7 @@ def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
   """Reads the state dict of a file; other tensors, such as an optimizer's, are not loaded.
 
   The state dict is the whole file or, in a training checkpoint, an entry such as "state_dict" or "model". A moving
-  average of the weights, such as open_clip's "state_dict_ema", is read only where there is nothing else. A TorchScript
+  average of the weights, such as open_clip's "state_dict_ema", is read only if there is nothing else. A TorchScript
   module's state dict has all attributes that are tensors. Element types are kept, bfloat16 as that of ml_dtypes.
 
   Raises:
@@ -274,19 +274,19 @@ def _collect(content: Any, is_script: bool, read: _Reader, file_size: int) -> Te
   """Finds the state dict in the content of a pickle and reads its tensors."""
   if isinstance(content, Opaque) and content.name.startswith("__torch__.") and isinstance(content.state, dict):
     is_script = True
-    state, beside = _flatten(content), content.state
+    state, others = _flatten(content), content.state
   elif isinstance(content, dict):
-    state, beside = _find_state(content), content
+    state, others = _find_state(content), content
   else:
     name = shown(content.name) if isinstance(content, Opaque) else type(content).__name__.strip("_")
     raise ValueError(f"not a state dict but an object of type {name}: save its state_dict()")
   tensors = _tensors_of(state)
   if not tensors:
-    raise ValueError(f"no tensors at the top or in a dict under 'state_dict' or 'model'; it has {_listed(beside)}")
+    raise ValueError(f"no tensors at the top or in a dict under 'state_dict' or 'model'; it has {_listed(others)}")
   for name, value in state.items():
     if isinstance(value, Opaque) and value.name.startswith("torch._utils._rebuild_"):
       raise ValueError(f"tensor {shown(name)} is made by {shown(value.name)}, which is not supported")
-  extras = {name: value for name, value in beside.items() if isinstance(name, str) and is_plain(value)}
+  extras = {name: value for name, value in others.items() if isinstance(name, str) and is_plain(value)}
   arrays, left = {}, _MOST_EXPANSION * file_size + _SMALL
   for name, tensor in tensors.items():
     arrays[name] = _array(name, tensor, read, left)
@@ -354,7 +354,7 @@ def _array(name: str, tensor: _Tensor, read: _Reader, most_bytes: int) -> np.nda
   """A view of the storage, which may have gaps or repeat elements, as slices and expanded tensors do.
 
   Raises:
-    ValueError: the tensor exceeds its storage or `most_bytes`, or has a bit other than that of a negative view.
+    ValueError: the tensor exceeds its storage or `most_bytes`, or has a bit other than "neg".
   """
   storage, offset, shape, stride, bits = tensor
   numbers = (offset, *shape, *stride)
@@ -371,7 +371,7 @@ def _array(name: str, tensor: _Tensor, read: _Reader, most_bytes: int) -> np.nda
     raise ValueError(f"tensor {shown(name)}: shape {shape} at {offset} exceeds its storage of {storage.size} elements")
   width = storage.dtype.itemsize
   if size * width > most_bytes:
-    raise ValueError(f"tensor {shown(name)}: shape {shape} repeats elements, to much more than the size of the file")
+    raise ValueError(f"tensor {shown(name)}: shape {shape} repeats elements and is much larger than the file")
   if not size:
     array = np.empty(shape, storage.dtype)
   else:
@@ -414,7 +414,7 @@ def _make_scalar(kind: Any, data: Any) -> Any:
   if not isinstance(kind, _NumpyType) or not isinstance(data, bytes) or ">" in (kind.state or ()):
     return Opaque("numpy.scalar")
   if len(data) != np.dtype(kind.code).itemsize:
-    raise ValueError("damaged: a NumPy number of another size than its type")
+    raise ValueError("damaged: the size of a NumPy number differs from that of its type")
   return np.frombuffer(data, kind.code)[0].item()
 
 

@@ -20,7 +20,7 @@ def merges() -> tuple[str, ...]:
 
 
 def vocabulary() -> dict[str, int]:
-  """From symbol to id: 256 bytes, 256 bytes that end a word, the merges, start and end of text."""
+  """Maps symbols to ids: 256 bytes, 256 bytes that end a word, the merges, start and end of text."""
   letters = [_letter(byte) for byte in _byte_order()]
   symbols = [*letters, *(letter + _END_OF_WORD for letter in letters)]
   symbols += [merge.replace(" ", "") for merge in merges()]

@@ -18,7 +18,7 @@ from declip_jax.weights.read import EXPORT_FILE, Weights
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
 from declip_jax.weights.vocabulary import SPECIAL, merges, vocabulary
 
-_EXPORTED = ("joint", "sigmoid")  # heads that open_clip has, too
+_EXPORTED = ("joint", "sigmoid")  # heads that open_clip also has
 # timm's names of vision transformers with a patch bias and without a norm before the blocks, by (width, depth, heads).
 _TIMM_SIZES = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large"}
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
@@ -102,7 +102,7 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
 
 
 def _pools_at_largest_id(text: ModelFields) -> bool:
-  """Whether no id of a text is larger than that of its end: other projects pool there by default."""
+  """Whether the end of a text has its largest id, at which other projects pool by default."""
   return text["tokenizer"] == "openai" and text["eot"] in (OPENAI_EOT, text["vocab_size"] - 1, text["vocab_size"] - 2)
 
 

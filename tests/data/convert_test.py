@@ -118,7 +118,9 @@ def test_a_source_that_changed_is_rejected(shards, tmp_path, monkeypatch):
   (tmp_path / "0.tar").write_bytes(tar.replace(b"caption 6", b"CAPTION 6"))
   for folder in (output, tmp_path / "half"):
     before = contents(folder)
-    with pytest.raises(ValueError, match=f"{folder} contains webdataset:.* as it was before its files changed: delete"):
+    with pytest.raises(
+      ValueError, match=f"{folder} is a conversion of webdataset:.* from before its files changed: delete"
+    ):
       convert(shards, folder, workers=1)
     assert contents(folder) == before
 

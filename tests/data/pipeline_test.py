@@ -506,4 +506,4 @@ def test_sources_with_fewer_samples_than_places_in_a_batch_are_named():
   few, enough = Numbers(4, name="few"), Numbers(12, name="enough")
   assert Mixture((few,)).repeats(4) == []
   (message,) = Mixture((few, enough), (0.3, 0.7)).repeats(16)
-  assert message.startswith("few has 4 samples for 4.8 places in each batch")
+  assert message.startswith("few has 4 samples for 4.8 positions in each batch")

@@ -159,7 +159,7 @@ def test_on_a_full_disk_lines_wait_for_space(tmp_path, caplog):
     disk.full = False
     writer.write(4, {"loss": 1.0})
     assert steps_in(tmp_path) == [1, 2, 3, 4]
-  assert caplog.text.count("metrics.jsonl cannot be written, for now: [Errno 28] No space left on device") == 1
+  assert caplog.text.count("metrics.jsonl cannot be written for now: [Errno 28] No space left on device") == 1
 
 
 def read_events(directory):

@@ -106,7 +106,7 @@ def test_a_lost_display_loses_only_the_display(lose: Callable[[], TextIO], monke
       stream.close()
 
 
-def test_a_bar_tells_listeners_only_when_it_advances() -> None:
+def test_a_bar_notifies_listeners_only_when_it_advances() -> None:
   heard: list[str] = []
   with progress.listening(heard.append), progress.Bar("indexing", 9, stream=io.StringIO()) as bar:
     bar.set(4)
@@ -260,7 +260,7 @@ def test_log_lines_appear_above_the_training_line(clock: Clock, monkeypatch: pyt
   assert screen.shown() == ["a warning", screen.frames()[0], ""]
 
 
-def test_a_screen_is_not_redrawn_faster_than_the_eye(clock: Clock) -> None:
+def test_a_screen_is_redrawn_at_most_a_few_times_per_second(clock: Clock) -> None:
   with progress.TrainingProgress(10_000, 8, stream=(screen := Screen()), now=clock) as training:
     train(training, clock, range(1, 1001), 0.001)
   assert 9 <= len(screen.frames()) <= 12

@@ -30,10 +30,10 @@ def test_a_run_in_a_directory_of_any_name_resumes(name: str, tmp_path: Path) -> 
   FakeTraining(Cadence(total=6, checkpoint=2)).run(tmp_path / "plain")
   assert restore(workdir, 6) == restore(tmp_path / "plain", 6)
   assert Checkpoints(workdir).check(6) == ("", True)
-  assert [path.name for path in tmp_path.iterdir()] in ([name, "plain"], ["plain", name])  # nothing lies elsewhere
+  assert [path.name for path in tmp_path.iterdir()] in ([name, "plain"], ["plain", name])  # nothing is elsewhere
 
 
-def test_checkpoints_behind_a_link_to_an_odd_name_are_used(tmp_path: Path) -> None:
+def test_checkpoints_are_used_through_a_link_to_an_odd_name(tmp_path: Path) -> None:
   (elsewhere := tmp_path / "disk[1]").mkdir()
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "checkpoints").symlink_to(elsewhere)
@@ -42,7 +42,7 @@ def test_checkpoints_behind_a_link_to_an_odd_name_are_used(tmp_path: Path) -> No
   assert (elsewhere / "2").is_dir()
 
 
-def test_a_path_that_is_plain_is_used_as_it_is(tmp_path: Path) -> None:
+def test_a_plain_path_is_used_unchanged(tmp_path: Path) -> None:
   assert plain_path(tmp_path) == tmp_path
   for name in ("a[b", "a]b", "a*", "a?", "a\\b"):
     link = plain_path(tmp_path / name)

@@ -50,7 +50,7 @@ def test_a_directory_without_write_permission_is_rejected(tmp_path: Path, monkey
     raise PermissionError(errno.EACCES, "Permission denied")
 
   monkeypatch.setattr(Path, "open", open_file)
-  with pytest.raises(ValueError, match=rf"{tmp_path} cannot be written to: .*denied"), workdir_lib.lock(tmp_path):
+  with pytest.raises(ValueError, match=rf"{tmp_path} is not writable: .*denied"), workdir_lib.lock(tmp_path):
     pass
 
 

@@ -29,7 +29,7 @@ def small(image: ConfigDict) -> ConfigDict:
   return model
 
 
-def check_there_and_back(variables: dict[str, np.ndarray], entries: dict) -> dict[str, np.ndarray]:
+def check_round_trip(variables: dict[str, np.ndarray], entries: dict) -> dict[str, np.ndarray]:
   """The tensors of arrays by path, after checking that they map back bit for bit."""
   assert entries.keys() == variables.keys()
   tensors = to_state_dict(unflatten_dict(variables, sep="/"), entries)
@@ -53,7 +53,7 @@ def test_every_array_has_its_tensors_but_those_without_a_format(head: str) -> No
   without = {path for path in flat if re.fullmatch(WITHOUT_FORMAT.get(head, ""), path)}
   assert bool(without) == (head in WITHOUT_FORMAT)
   variables = {path: rng.normal(size=flat[path].shape).astype(np.float32) for path in flat.keys() - without}
-  check_there_and_back(variables, layout(model.to_dict(), heads))
+  check_round_trip(variables, layout(model.to_dict(), heads))
 
 
 def test_every_layer_of_a_resnet_has_its_tensors() -> None:
@@ -64,7 +64,7 @@ def test_every_layer_of_a_resnet_has_its_tensors() -> None:
   variables = {
     key: rng.normal(size=leaf.shape).astype(np.float32) for key, leaf in flatten_dict(shapes, sep="/").items()
   }
-  tensors = check_there_and_back(variables, layout(model.to_dict(), ("joint",)))
+  tensors = check_round_trip(variables, layout(model.to_dict(), ("joint",)))
   tower, statistics = "params/towers/image", "collections/towers/batch_stats/image"
   expected = {
     "visual.layer2.0.conv1.weight": variables[f"{tower}/stage2_first/conv1/kernel"].transpose(3, 2, 0, 1),

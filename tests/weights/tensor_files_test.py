@@ -281,7 +281,7 @@ OBJECTS = {
 @pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
 @pytest.mark.parametrize("name", OBJECTS)
-def test_objects_beside_the_tensors_are_no_reason_to_reject_a_file(tmp_path, write, name, protocol):
+def test_a_file_with_objects_next_to_the_tensors_is_read(tmp_path, write, name, protocol):
   value = pickle.dumps(OBJECTS[name], protocol)[:-1]
   content = dictionary(epoch=plain(3), state_dict=dictionary(w=tensor()), other=value)
   found = read_tensors(write(tmp_path / "x.pt", content))
@@ -289,7 +289,7 @@ def test_objects_beside_the_tensors_are_no_reason_to_reject_a_file(tmp_path, wri
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
-def test_calls_beside_the_tensors_are_not_made(tmp_path, protocol):
+def test_calls_next_to_the_tensors_are_not_made(tmp_path, protocol):
   marker = tmp_path / "marker"
   value = pickle.dumps([Harm(Path.touch, marker), Harm(np.save, str(marker), 1)], protocol)
   pickle.loads(value)

@@ -2,11 +2,11 @@
 
 Pixels are uint8 RGB arrays `[h w 3]`; the mean and standard deviation are applied on the device. A view is made in two
 steps: `draw` needs only the height and width, which the header contains, and returns `ViewParams`; `make` decodes as
-much of the image as its views need and applies their parameters. So a view is a pure function of image and seed, and
-two engines can be compared on the same parameters:
+much of the image as its views need and applies their parameters. A view is therefore a pure function of image and seed,
+and two engines can be compared with the same parameters:
 
-- `exact`: every operation by Pillow, bit for bit as torchvision's transforms of Pillow images. CLIP, SLIP and DeCLIP
-  were trained with these.
+- `exact`: every operation by Pillow, bit for bit equal to torchvision's transforms of Pillow images. CLIP, SLIP and
+  DeCLIP were trained with these.
 - `fast`, the default in training: JPEGs are decoded by libjpeg-turbo, at 1/2, 1/4 or 1/8 resolution if the view is that
   much smaller; OpenCV does everything else. Pixels differ from `exact` by a few levels (`benchmarks/images.py` prints
   how many).

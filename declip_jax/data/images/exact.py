@@ -1,4 +1,4 @@
-"""Operations on images by Pillow, bit for bit as torchvision's transforms of Pillow images."""
+"""Operations on images by Pillow, bit for bit equal to torchvision's transforms of Pillow images."""
 
 from collections.abc import Sequence
 

@@ -8,7 +8,9 @@ import numpy as np
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop, in all the papers
-_MAX_ASPECT = 16  # for resizing the shorter side: longer images would become huge in between
+_MAX_ASPECT = (
+  16  # length / width of an image to resize by its shorter side: longer images would become huge before the crop
+)
 
 
 class Crop(NamedTuple):
@@ -54,7 +56,7 @@ def random_resized_crop_box(
     height: height of the image in pixels.
     width: width of the image in pixels.
     rng: generator; draws area and aspect ratio until they fit, then top and left.
-    scale: range of the area, as a fraction of the image's.
+    scale: range of the area, as a fraction of that of the image.
     ratio: range of width / height.
   """
   for _ in range(10):
@@ -88,7 +90,7 @@ def square_crop(height: int, width: int, size: int, rng: np.random.Generator) ->
 def centre_crop(height: int, width: int, size: int, resize: int = 0) -> Crop:
   """The crop of evaluation: the shorter side is resized to `resize` pixels (0 means `size`), the centre is cut out.
 
-  Difference from torchvision: an image longer than 16 times its shorter side is clipped to that length before.
+  Difference from torchvision: an image longer than 16 times its shorter side is first clipped to that length.
 
   Raises:
     ValueError: `resize` is smaller than `size`.

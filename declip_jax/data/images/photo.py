@@ -22,7 +22,7 @@ MAX_PIXELS = 2**26  # 8192 x 8192, 192 MiB decoded; more counts as a decompressi
 LARGEST_LIMIT = 178_956_970  # pixels; Pillow does not open larger images
 # Pixels of these formats and modes count several times, since they take several times the memory or time.
 _WEIGHTS = {"AVIF": 2, "CMYK": 2, "F": 2, "I": 2, "WEBP": 2, "JPEG2000": 4}
-# Each scan of a JPEG takes the time of a whole image; progressive ones have some 10.
+# Each scan of a JPEG takes as long to decode as a whole image; progressive ones have about 10.
 _USUAL_SCANS, _MAX_SCANS, _SCANNED_PIXELS = 16, 100, 2**30
 _SAMPLE_FORMAT = 339  # tag of a TIFF: 1 for unsigned numbers, as without it
 _TILE_SIZE = (323, 322)  # tags of a TIFF: height and width of its tiles
@@ -31,7 +31,7 @@ _STRIP = 2**20  # pixels that are converted at once
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
-# Formats for Pillow. Of its others most are not for photographs, EPS starts programs, and TGA is guessed from noise.
+# Formats for Pillow. Most of its others are not for photographs, EPS starts programs, and noise is mistaken for TGA.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000") + ("AVIF",) * features.check("avif")
 # Starts of files that are common among images and cannot be read.
 _OTHER_FORMATS = {
@@ -100,7 +100,7 @@ def open_photo(image: bytes | np.ndarray | Image.Image | Photo, max_pixels: int 
       those of JPEG 2000 four times, so that decoding takes some 10 bytes of memory per pixel at most.
 
   Raises:
-    BadSample: no bytes, an unknown format, or more than `max_pixels` according to the header. Callers add the name.
+    BadSample: no bytes, an unknown format, or more than `max_pixels` pixels by the header; callers add the name.
     ValueError: an array of another type or shape.
   """
   if isinstance(image, Photo):
@@ -125,8 +125,8 @@ def decode(image: bytes | np.ndarray | Image.Image | Photo, max_pixels: int = MA
   """Decodes an image to RGB at full resolution; the first frame of an animation.
 
   JPEG pixels equal Pillow's. As in torchvision's loaders, transparency is dropped (not blended with a background) and
-  the EXIF orientation is ignored (except in TIFF, where Pillow applies it). Unlike there, grey of more than 8 bits
-  keeps its contrast instead of being clipped to white; see `deep_grey`.
+  the EXIF orientation is ignored (except in TIFF, where Pillow applies it). Unlike torchvision's, grey of more than 8
+  bits keeps its contrast instead of being clipped to white; see `deep_grey`.
 
   Args:
     image: see `open_photo`; an array `[h w 3]` is returned without copying.
@@ -150,7 +150,7 @@ def _checked(height: int, width: int, max_pixels: int, kind: str | None = None, 
 
 
 def _scans(data: bytes) -> int:
-  """The number of scans of a JPEG, or somewhat more: a thumbnail has its own. 1 for other formats."""
+  """The number of scans of a JPEG, including those of its thumbnail; 1 for other formats."""
   return data.count(b"\xff\xda") if data.startswith(_JPEG) else 1
 
 
@@ -174,7 +174,7 @@ def _opened(source: bytes | Image.Image) -> Iterator[Image.Image]:
     else:
       with Image.open(io.BytesIO(_without_metadata(source)), formats=_FORMATS) as image:
         yield image
-  except (BadSample, MemoryError):  # no fault of the image, since its size was checked
+  except (BadSample, MemoryError):  # not a fault of the image, since its size was checked
     raise
   except Image.UnidentifiedImageError as error:
     named = next((f"{name}, which is " for name, start in _OTHER_FORMATS.items() if start.match(source)), "")
@@ -228,9 +228,10 @@ def _levels(image: Image.Image) -> np.ndarray:
 def deep_grey(levels: np.ndarray) -> UInt8[np.ndarray, "h w"]:
   """Grey of any range in 8 bits, with its contrast.
 
-  No file says what white is, and 16 bits often hold 12. So white is the largest number with as many bits as the largest
-  level has, where whole numbers have 8, 10, 12, ... bits; if all levels are between 0 and 1, white is 1. If there are
-  negative levels, black is the smallest level and white the largest. What is not a finite number counts as 0.
+  Files do not say which level is white, and 16 bits often contain 12. White is therefore the largest number with as
+  many bits as the largest level has, where whole numbers have 8, 10, 12, ... bits; if all levels are between 0 and 1,
+  white is 1. If there are negative levels, black is the smallest level and white the largest. Levels that are not
+  finite count as 0.
 
   Args:
     levels: numbers of any type, `[h w]`.

@@ -214,7 +214,7 @@ class EvalView:
   squash: bool = False
 
   def normalise(self, pixels: np.ndarray) -> np.ndarray:
-    """Normalised float32 pixels of a uint8 view."""
+    """Returns the normalised float32 pixels of a uint8 view."""
     mean, std = (np.asarray(x, np.float32) for x in (self.mean, self.std))
     return (np.asarray(pixels, np.float32) / 255 - mean) / std
 
@@ -224,7 +224,7 @@ def eval_view(
 ) -> Pixels:
   """Resizes an image and cuts out its centre, or resizes it whole (`view.squash`): `[size size 3]`, not normalised.
 
-  The default engine equals torchvision bit for bit, so that a score does not depend on how fast we preprocess.
+  The default engine equals torchvision bit for bit, so that scores do not depend on the engine that training uses.
 
   Raises:
     BadSample: the image cannot be read.

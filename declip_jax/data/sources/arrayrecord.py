@@ -2,9 +2,9 @@
 
 A record is a msgpack map of the fields of `Example`: `image` (encoded, bytes), `captions` (list of str), `label` (int,
 -1 for none), `id` (str, where the sample came from originally). Files have one record per group and no compression,
-since images are compressed already: reading a record of an open file is one disk access, and a damaged record affects
-no other. Opening a file reads about 1 MiB from its end, so a process keeps half its descriptors' worth of files open
-(`ulimit -n`), at least 128; with more files than that, most reads open one first.
+since images are compressed already: reading a record of an open file is one disk access, and a damaged record does not
+affect others. Opening a file reads about 1 MiB from its end, so a process keeps half its descriptors' worth of files
+open (`ulimit -n`), at least 128; with more files than that, most reads open one first.
 
 The library that reads them opens local files only. A process that first needs a record of a remote file (gs://, s3://)
 makes a copy for all processes of the machine, see `copies.folder`. A shuffled stream soon has copied all files, so the
@@ -44,7 +44,7 @@ def _most_readers() -> int:
 
 
 class _Files(NamedTuple):
-  """Paths, their stamps, and the number of records in each file and all before it."""
+  """Paths, their stamps, and the number of records in each file and all files before it."""
 
   paths: list[str]
   stamps: list[files.Stamp]

@@ -1,4 +1,4 @@
-"""The interface of sources, on which the input pipeline relies, and the one rule about what goes wrong in a sample."""
+"""The interface of sources, on which the input pipeline relies, and the rule by which errors become bad samples."""
 
 from typing import Protocol, TypedDict, runtime_checkable
 
@@ -10,7 +10,7 @@ from declip_jax.data.text.cleaning import has_text
 # The kinds of bad samples.
 BAD = (
   "missing file",  # or member of an archive, or it cannot be read
-  "not allowed",  # a path or URL in the data that leads out of its root
+  "not allowed",  # a path or URL in the data that leads outside its root
   "empty image",  # without bytes
   "unknown format",  # not a known image format
   "damaged image",  # cut off or not decodable
@@ -18,9 +18,9 @@ BAD = (
   "no caption",
   "damaged record",  # the description of the sample cannot be parsed: its .json, its class, its line
   "too large",  # more bytes than `files.MAX_BYTES`
-  "too slow",  # not read within the time for one sample
-  "fatal",  # processes died while they read it
-  "unexpected error",  # of any other type
+  "too slow",  # not read within config.data.max_seconds
+  "fatal",  # processes died while reading it
+  "unexpected error",  # an error of any other type
 )
 _LABELS = 2**31  # labels are int32 on devices
 
@@ -44,7 +44,7 @@ _MESSAGE = 500  # characters of an error's message that are kept
 
 
 def bad_sample(error: BaseException, place: str) -> BadSample:
-  """Returns an error that was raised while a sample was read or made into views, as the fault of that sample.
+  """Converts an error that was raised while a sample was read or made into views to an error about that sample.
 
   Every error is, whatever its type: a library may raise anything for bad bytes, and a Rust library may panic with an
   error that is not an `Exception`. The exceptions are errors that another sample would meet too.
@@ -73,10 +73,10 @@ def bad_sample(error: BaseException, place: str) -> BadSample:
 
 
 def _reason(error: BaseException) -> str:
-  """The message of an error on one line, not all of it if it is very long."""
+  """The message of an error on one line, shortened if it is very long."""
   try:
     return " ".join(str(error).split())[:_MESSAGE]
-  except Exception:  # an error may fail to describe itself
+  except Exception:  # the description of an error may fail, too
     return ""
 
 
@@ -135,7 +135,7 @@ class Source(Protocol):
 
 
 def read_example(source: Source, index: int) -> Example:
-  """Reads one example, without captions in which there is nothing to read.
+  """Reads one example, without captions that have no text.
 
   Raises:
     BadSample: it cannot be used, for whatever reason; the message names it.

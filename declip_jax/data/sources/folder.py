@@ -30,7 +30,7 @@ class _Files(NamedTuple):
   Attributes:
     path: the path of the folder, relative to the top.
     images: names of the images, in order.
-    texts: names of the texts, by the same with a suffix in lower case.
+    texts: names of the texts, by their names with the suffix in lower case.
     others: names of all other files.
   """
 
@@ -79,10 +79,10 @@ def open_folder(location: str) -> Folder:
   If there are texts next to images, NAME.txt or NAME.jpg.txt for NAME.jpg (see `files.CAPTION_SUFFIXES`), each of their
   lines that is not blank is a caption (in a WebDataset the whole text is one caption), and there are no classes.
   Otherwise the folders at the top are the classes, in alphabetical order as in torchvision; one without an image is an
-  error as there, since skipping it would change the numbers of the classes after it. A classnames.txt next to them, or
-  above the folder of a split, may give better names, see `layouts.classnames_of_folders`. If there are no folders with
-  images either, the samples are images alone. Hidden files are skipped; files with other suffixes are left out and
-  counted. Links are followed, except for those that lead back to a folder above them.
+  error, as in torchvision, since skipping it would change the numbers of the classes after it. A classnames.txt next to
+  them, or above the folder of a split, may give better names, see `layouts.classnames_of_folders`. If there are no
+  folders with images either, the samples are images alone. Hidden files are skipped; files with other suffixes are left
+  out and counted. Links are followed, except for those that lead back to a folder above them.
 
   The folder is listed each time it is opened, and the name of its index depends on its file names. Texts are read
   together with their images.
@@ -213,6 +213,6 @@ def _texts_of(image: str, found: _Files) -> list[str]:
 
 
 def _by_lower_suffix(names: Iterable[str]) -> dict[str, str]:
-  """Names of texts, by the same with a suffix in lower case; of two that are then equal, the one in lower case."""
+  """Names of texts, by their names with the suffix in lower case; of two that are then equal, the one in lower case."""
   stems = [(*os.path.splitext(name), name) for name in sorted(names)]
   return {stem + suffix.lower(): name for stem, suffix, name in stems if suffix.lower() in files.CAPTION_SUFFIXES}

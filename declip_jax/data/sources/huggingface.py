@@ -305,7 +305,9 @@ def _numbered(labels: Sequence[Any], column: str, place: str) -> tuple[dict[str,
       continue
   known = list(dict.fromkeys(known))
   if len(known) > lists.MAX_CLASSES:
-    raise ValueError(f"{place}: {len(known):,} distinct labels in {column!r}: no classes? Pass ?label= to ignore them")
+    raise ValueError(
+      f"{place}: {len(known):,} distinct labels in {column!r}: not class labels? Pass ?label= to ignore them"
+    )
   numbers, names = lists.number_classes(dict(zip(known, range(len(known)), strict=True)), {}, ())
   return dict(zip(known, numbers, strict=True)), tuple(names)
 

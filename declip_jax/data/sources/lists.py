@@ -37,14 +37,14 @@ CAPTION_NAMES = ("caption", "captions", "text", "texts", "txt", "title", "senten
 CAPTION_NAMES += ("alt_text", "alt", "comment", "prompt")
 LABEL_NAMES = ("label", "labels", "class", "class_id", "class_index", "target", "category", "category_id")
 
-REACH = Reach._fields  # the names in a spec that say where paths in data may lead
+REACH = Reach._fields  # the options of a spec for where paths in the data may lead
 
 _BELOW = Reach()
 _FORMAT = 4  # part of the name of an index: raise it when its columns, or the rules by which a list is read, change
 _BATCH = 4096  # entries; the builder keeps one batch in memory
 _BATCH_WITH_IMAGES = 64
 _CACHED = 256  # batches to keep open while rows are joined
-_PROBED = 100  # images to read at random until one of them exists
+_PROBED = 100  # random images to try until one can be read
 _PATIENCE = 20.0  # seconds to try them
 _LOOKED_IN = 100  # folders in which to look for an image that is missing
 _LOGGED = 5  # skipped samples to name in the log; all of them are counted
@@ -246,7 +246,7 @@ def checked(source: ListSource) -> ListSource:
 
 
 def missing_advice(path: str, root: str, *, search: bool = True) -> str:
-  """What helps if an image is missing: its path decides whether another root can; empty for URLs.
+  """Advice for a missing image: whether another root helps depends on its path in the list; empty for URLs.
 
   Args:
     path: the path in the list.
@@ -310,7 +310,7 @@ def parse(location: str, legal: Sequence[str], form: str = "PLACE") -> tuple[str
 def choose(
   role: str, wanted: str | None, columns: Sequence[str], names: Sequence[str], place: str, *, several: bool = False
 ) -> tuple[str, ...]:
-  """Chooses the columns of a role: those wanted, else the one with the usual name, else the only one with a known name.
+  """Chooses the columns of a role: wanted ones, else the one with the usual name, else the only one with a known name.
 
   Where there may be several, those whose names differ only by a number at the end are chosen together.
 
@@ -414,7 +414,7 @@ def _build(
 
 
 def _write(path: Path, rows: Iterable[_Row], size: int, about: Callable[[], dict[str, Any]]) -> int:
-  """Writes rows and what is known about them in the end; returns their number."""
+  """Writes rows, and then the metadata that is known only at the end; returns the number of rows."""
   count, rows = 0, iter(rows)
   with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
     while batch := list(itertools.islice(rows, size)):
@@ -506,7 +506,7 @@ def number_classes(
 
   Args:
     numbers: the labels by order of appearance.
-    names: the names of labels that are numbers, as far as records have them.
+    names: the names of numbered labels, as far as records have them.
     known: the names of all classes, if the list has them in one place.
 
   Raises:

@@ -13,7 +13,7 @@ log, and reading continues on the next line. A quoted field may span lines, but 
 that look like records are plain text: a caption that opens with a quote does not swallow the lines up to one that ends
 with another, such as 27".
 
-A table names files, and nothing in it is trusted: what it may name is described in `reach`.
+A table names files, and nothing in it is trusted; `reach` describes which files it may name.
 
 DeCLIP's metadata (its data/datasets/clip_dataset.py) have this form: JSON lines with `filename`, `caption`, a text or a
 list, and `label` and `label_name` for evaluation, with paths relative to a folder. DeCLIP uses only the first caption
@@ -50,7 +50,9 @@ _SEPARATORS = ",\t;|"
 _LONGEST_HEADER = 2**16
 _QUOTED_LINES = 100  # lines that one quoted field may span
 _PEEKED = 100  # records to read for the keys of objects, since not all need all keys, and for the kind of labels
-_SCORES = 0.8  # share of these whose labels are no classes, from which on the column has something else, such as scores
+_SCORES = (
+  0.8  # share of these whose labels are not classes above which the column contains something else, such as scores
+)
 _CHUNK = 2**20
 _LONGEST = 2**19  # characters of a line or an object; a hundred lines are in memory
 _LONGEST_SKIPPED = 2**24  # characters of an element of an array that is nested too deeply
@@ -309,7 +311,7 @@ def _unzipped(stream: BinaryIO, path: str) -> BinaryIO:
   stream.seek(0)
   named = remote.without_query(path).lower().endswith(".gz")
   if start == _GZIP and not named:
-    logging.warning("%s is compressed with gzip, which its name does not say", path)
+    logging.warning("%s is compressed with gzip, although its name lacks .gz", path)
   return gzip.GzipFile(fileobj=stream) if named or start == _GZIP else stream
 
 
@@ -318,7 +320,7 @@ def _text(stream: BinaryIO, path: str, encoding: str | None) -> Lines:
   stream.seek(0)
   for magic, kind in _DISGUISED.items():
     if start.lower().startswith(magic):
-      raise ValueError(f"{path}: not a table in text, but {kind}")
+      raise ValueError(f"{path}: not a text table, but {kind}")
   try:
     return Lines(stream, encoding or texts.encoding_of(start), _LONGEST)
   except LookupError as error:
@@ -378,7 +380,7 @@ def _names_image(field: str) -> bool:
 
 
 def _naming_columns(fields: Sequence[str]) -> str:
-  """Tells how to name the columns of a text, from the fields of its first line."""
+  """Explains how to name the columns of a text, from the fields of its first line."""
   image = next((number for number, field in enumerate(fields) if _names_image(field)), 0)
   caption = max(
     (number for number in range(len(fields)) if number != image), key=lambda number: len(fields[number]), default=0
@@ -391,8 +393,9 @@ def _naming_columns(fields: Sequence[str]) -> str:
 def _lines(text: Lines, columns: Sequence[str], separator: str, number: int) -> Iterator[_Record]:
   """Splits lines into fields, after `number` lines.
 
-  Quotes are plain text if a line and those that its quotes span are no record, or if one of these lines is a record of
-  its own: it looks like the line before, so a caption opens with a quote and a later one ends with another.
+  Quotes are plain text if a line and those that its quotes span are not a record, or if one of these lines is a record
+  of its own, since it looks like the line before: then one caption opens with a quote and a later one ends with
+  another.
   """
   ahead: deque[str] = deque()
   last: list[str] = []

@@ -205,7 +205,7 @@ def open_tfds(location: str) -> Tfds:
   with _known_features():
     directory, features = _find(match[1])
   source = Tfds(f"tfds:{location}", directory, match[2], _fields(features, wanted, location))
-  len(source)  # an unknown split fails here rather than in a worker
+  len(source)  # so that an unknown split fails here and not in a worker
   return source
 
 

@@ -1,4 +1,4 @@
-"""Values of records, as tables and data sets write them: captions, labels, and the ways to say that there is none."""
+"""Values of records as tables and data sets write them: captions, labels, and markers of missing values."""
 
 from collections.abc import Mapping
 import re
@@ -7,7 +7,7 @@ from typing import Any
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.storage.bounded import short
 
-# What pandas, SQL, Python and spreadsheets write where there is no value.
+# What pandas, SQL, Python and spreadsheets write for a missing value.
 MISSING = frozenset({"", "nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "\\N", "N/A", "n/a", "#N/A"})
 
 _LARGEST_LABEL = 2**31 - 1  # batches store labels as int32
@@ -27,7 +27,7 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "'"
 
 
 def is_missing(value: Any) -> bool:
-  """Whether a value says that there is none: None, NaN, or a text such as "", "nan", "NULL" or "\\N"."""
+  """Whether a value marks a missing one: None, NaN, or a text such as "", "nan", "NULL" or "\\N"."""
   if isinstance(value, str):
     return value.strip() in MISSING
   return value is None or (isinstance(value, float) and value != value)

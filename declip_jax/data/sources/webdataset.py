@@ -7,9 +7,9 @@ buffer, so the index need not store names, sizes and fields. Members that are no
 are read along with it.
 
 The index of a set of shards is one memory-mapped .npy file, see `indexes.find_or_build`. Its name depends on the paths,
-sizes and times of change of the shards, so it is never older than they are, and any number of processes and hosts share
-it. One file for the whole set rather than one per shard means one mapping per worker and one path per pickle, however
-many shards there are; their names follow the spans in the same file, as JSON.
+sizes and times of change of the shards, so it is never older than they are, and any number of processes and hosts can
+share it. One file for the whole set rather than one per shard means one mapping per worker and one path per pickle,
+however many shards there are; their names follow the spans in the same file, as JSON.
 
 Remote shards (gs://, s3://, https://) are read in ranges, one request per sample. To index them, requests of 1 MiB
 follow the headers: larger members are skipped, smaller ones are read with their neighbours, since a request of their
@@ -56,7 +56,7 @@ _IMAGES = tuple(suffix.removeprefix(".") for suffix in files.IMAGE_SUFFIXES)
 _CAPTION_KEYS = ("captions", "caption", "text")  # in .json; img2dataset writes "caption"
 _INDEX_FORMAT = 4  # part of the hash: raise it when the index or the rules for usable samples change
 _GROUP = 16  # shards per job; as many threads scan them, which hides the latency of disks and servers
-_ALONE = 2**32  # bytes of shards, some seconds of work; with more it pays to start other processes
+_ALONE = 2**32  # bytes of shards, some seconds of work; for more it is faster to start other processes
 _SHOWN = 8  # suffixes that a message lists
 _COUNTED = 100  # suffixes that are counted in a shard; dots in the names of images make any number
 _TEXTS = tuple(suffix.removeprefix(".") for suffix in files.CAPTION_SUFFIXES)
@@ -84,7 +84,7 @@ class WebDataset:
 
   @property
   def about(self) -> dict[str, Any]:
-    """What is known since the shards were indexed: their paths, numbers of suffixes, the range of labels, remarks."""
+    """What the index says about the shards: their paths, numbers of suffixes, the range of labels, remarks."""
     return self._opened[1]
 
   @property
@@ -194,7 +194,7 @@ def _check_labels(source: WebDataset) -> None:
 
 
 def _remarks_on_captions(source: WebDataset) -> Iterator[str]:
-  """Says what there is if no sample has a caption, although there is more than images and labels."""
+  """A remark on what the samples have instead of captions, if none has one but there is more than images and labels."""
   suffixes = source.about["suffixes"]
   if not suffixes.keys() - {*_IMAGES} or suffixes.keys() & {*_TEXTS, "cls"}:
     return
@@ -317,7 +317,7 @@ class _Scan(NamedTuple):
     suffixes: numbers of the suffixes in usable samples.
     without_image: numbers of the suffixes in samples without an image.
     labels: the least and the largest number in a .cls, none if there is none.
-    apart: number of keys whose members are not next to each other, an image in one place, others in another.
+    apart: number of keys whose image is in one place of the shard and whose other members are in another.
     sparse: number of samples with a member whose runs of zeros are not stored; they are not used.
     damage: the damage that ends the shard early, with its position; empty if there is none.
   """

@@ -81,7 +81,7 @@ def open_yfcc(location: str) -> Yfcc:
 
 
 class _PlainUnpickler(Unpickler):
-  """Loads lists, tuples, numbers and texts. Everything else in a pickle needs a name, and every name is rejected."""
+  """Loads lists, tuples, numbers and texts. Anything else in a pickle requires a name, and every name is rejected."""
 
   def __init__(self, file: BinaryIO):
     super().__init__(file, most_instructions=_MOST_INSTRUCTIONS)

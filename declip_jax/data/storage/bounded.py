@@ -1,4 +1,4 @@
-"""Readers of lines and JSON, and descriptions of values, that need little memory, whatever the file."""
+"""Readers of lines and JSON, and descriptions of values, that need little memory for any file."""
 
 from collections.abc import Callable
 import io
@@ -10,7 +10,7 @@ _SKIPPED = 2**20  # characters of a line that are skipped at once
 _SHOWN = 80  # characters
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, _SHOWN, _SHOWN, _SHOWN
-_MOST_DIGITS = 4000  # of a whole number in JSON; Python refuses to read more than 4300, which would take long
+_MOST_DIGITS = 4000  # digits of a whole number in JSON; Python rejects more than 4300, which would take long
 
 
 class Lines(io.TextIOWrapper):
@@ -28,7 +28,7 @@ class Lines(io.TextIOWrapper):
   """
 
   def __init__(self, stream: Any, encoding: str, longest: int):
-    super().__init__(stream, encoding, newline="\n")  # a lone \r occurs within captions, and \r\n is stripped
+    super().__init__(stream, encoding, newline="\n")  # a lone \r can occur within captions, and \r\n is stripped
     self.longest = longest
     self._CHUNK_SIZE = 2**16  # bytes to decode at once; by default 8 KiB, which takes longer
 

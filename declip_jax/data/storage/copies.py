@@ -36,7 +36,7 @@ def folder(url: str, stamps: Mapping[str, Stamp]) -> Path:
   """Returns the local folder for copies of a remote file, or of the files in a remote folder; `fetch` fills it.
 
   It is in `declip_jax/copies/` of the user's cache folder, and all data sets and processes that read these files share
-  it. Copies of earlier versions of the files are deleted, other copies never.
+  it. Copies of earlier versions of the files are deleted; other copies never are.
 
   Args:
     url: the URL of the file or folder.
@@ -97,7 +97,7 @@ def _exclusive(path: Path) -> Iterator[bool]:
 def _copy(url: str, stamp: Stamp, path: Path) -> None:
   _expect(url, stamp)
   if shutil.disk_usage(path.parent).free < stamp[0]:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before the transfer rather than after most of it
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # now, rather than after most of the transfer
   logging.info("copying %s, %.1f MiB, to %s", url, stamp[0] / 2**20, path)
   with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
     temporary = Path(file.name)

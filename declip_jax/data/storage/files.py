@@ -21,11 +21,13 @@ import weakref
 from declip_jax.data.storage import remote
 
 MAX_BYTES = 2**28  # of one read, and so of one sample: 8192 x 8192 pixels with transparency, without compression
-_OPEN_FILES = 128  # kept open per process: far below the usual limit of 1024 descriptors, for any number of shards
+_OPEN_FILES = (
+  128  # files kept open per process, for any number of shards: far below the usual limit of 1024 descriptors
+)
 _READ_AHEAD = 2**20  # bytes of a remote stream: the latency of a request is about the time to transfer this much
 _THREADS = 32
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before each retry
-# Errors of network file systems that may pass; any other error of a local path is final.
+# Temporary errors of network file systems; any other error of a local path is permanent.
 _PASSING = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EAGAIN, errno.EBUSY}
 
 # Fields that change with a remote file; the first that its file system knows is used.

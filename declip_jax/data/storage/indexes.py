@@ -207,7 +207,7 @@ def _owner(near: str) -> list[int]:
 
 
 def _clear(folder: Path) -> None:
-  """Deletes what killed builders left in a folder of indexes."""
+  """Deletes what killed processes left in a folder of indexes."""
   for path in folder.glob(".*"):
     with contextlib.suppress(OSError):  # another process was faster, or it belongs to another user
       if path.stat().st_mtime < time.time() - _LEFT_BEHIND:

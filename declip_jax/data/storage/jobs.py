@@ -1,6 +1,6 @@
 """Long work split into jobs: `run` does them in worker processes, `make_files` turns each into a file.
 
-Workers are processes of `concurrent.futures` that end with this one, even if it is killed, and that leave Ctrl-C to it.
+Workers are processes of `concurrent.futures` that end with this process, even if it is killed, and that ignore Ctrl-C.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -172,7 +172,7 @@ def make_files(
 
   Interrupted work continues when it is started again, and hosts that share a folder share the work: each takes the
   jobs in a random order of its own, so that few files are made twice, which does no harm. There are no locks, and
-  nobody waits for anybody.
+  no process waits for another.
 
   Args:
     write: called as `write(path, argument, advance)` to write a file; calls `advance(n)` after `n` more steps.
@@ -243,7 +243,7 @@ _main_lock = threading.Lock()
 
 @contextlib.contextmanager
 def hold_main_back() -> Iterator[None]:
-  """Keeps workers that start within from importing `__main__`: a script without a main guard would run once more."""
+  """Keeps workers that start in it from importing `__main__`: a script without a main guard would run again."""
   with _main_lock:
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -255,7 +255,7 @@ def hold_main_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_interrupts() -> Iterator[None]:
-  """Delays Ctrl-C; processes and threads that start within never see it."""
+  """Delays Ctrl-C; processes and threads that start in the context never receive it."""
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
     yield

@@ -1,4 +1,4 @@
-"""Customs of data sets on disk: names of splits, and classnames.txt next to the data or above its split."""
+"""Conventions of data sets on disk: names of splits, and classnames.txt next to the data or above its split."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -83,10 +83,10 @@ def classnames_of_folders(path: str, folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def remarks_on(names: Sequence[str]) -> list[str]:
-  """Says which names several classes have."""
+  """Returns a remark on names that several classes have."""
   equal = [f"{name!r}" for name, count in Counter(names).items() if name and count > 1]
   few = ", ".join(equal[:5]) + (f" and {len(equal) - 5} more" if len(equal) > 5 else "")
-  return [f"several classes are named {few}, so zero-shot classification cannot tell them apart"] if equal else []
+  return [f"several classes are named {few}: zero-shot classification cannot distinguish them"] if equal else []
 
 
 def _names(place: str) -> tuple[str, ...]:

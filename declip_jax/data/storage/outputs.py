@@ -29,7 +29,7 @@ def write_text(path: str, text: str) -> None:
 
 @contextlib.contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-  """Yields a file to write before it becomes `path`, locked so that no other process takes it for a leftover."""
+  """Yields a file to write before it becomes `path`, locked so that no other process deletes it as a leftover."""
   file = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     with file.open("wb") as opened:

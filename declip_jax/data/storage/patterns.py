@@ -28,7 +28,7 @@ def expand(location: str) -> list[str]:
       found.append(files.local_path(given))
       continue
     if given.startswith("pipe:"):
-      raise ValueError(f"{location}: pipe: is a command, and no command is run; give the path or URL that it reads")
+      raise ValueError(f"{location}: pipe: is a command, and commands are not run; give the path or URL that it reads")
     patterns = _braces(given)
     match = _matching_urls if remote.is_url(patterns[0]) else _matching_paths
     for pattern, paths in zip(patterns, match(patterns), strict=True):

@@ -1,9 +1,9 @@
-"""Where the paths that are written in data may lead.
+"""Where paths that are written in data may lead.
 
 A spec is written by the user, and its paths and URLs are trusted: they may lead anywhere. A path or URL in a table, a
 COCO file or a saved data set is written by whoever made the data, and may only lead to a file below the root of the
-list. Everything else must be allowed in the spec. There `root=` names another root, and `allow=` has words, joined by
-commas:
+list. Everything else must be allowed in the spec. There, `root=` names another root, and `allow=` has any of these
+words, joined by commas:
 
 | word | allows |
 |---|---|
@@ -38,7 +38,7 @@ class Reach(NamedTuple):
 
   Attributes:
     root: the folder or URL that paths are relative to and stay below; None for the folder of the list.
-    allow: words that allow more, see the table above.
+    allow: words of the table above.
   """
 
   root: str | None = None
@@ -99,7 +99,7 @@ class Reach(NamedTuple):
 
   def _remote(self, path: str, root: str) -> str:
     if any(posixpath.normpath(form).startswith("..") for form in (path, unquote(path))):
-      raise NotAllowedError(f"{path} leads out of {root}")
+      raise NotAllowedError(f"{path} leads outside {root}")
     return f"{root}/{path}"
 
   def _local(self, path: str, root: str) -> str:
@@ -112,7 +112,7 @@ class Reach(NamedTuple):
       return full
     if not os.path.exists(full):
       raise FileNotFoundError(errno.ENOENT, "no such file", full)
-    how = "is a link that leads out of" if _is_below(full, root) else "is not below"
+    how = "is a link that leads outside" if _is_below(full, root) else "is not below"
     raise NotAllowedError(f"{path} {how} {root}; if you trust the data, allow such paths with allow=outside")
 
 

@@ -1,4 +1,4 @@
-"""URLs, by fsspec: gs://, s3://, https://, memory:// and every other kind it knows.
+"""URLs, read by fsspec: gs://, s3://, https://, memory:// and every other kind that it knows.
 
 fsspec needs a package for most kinds of URL, such as gcsfs for gs://, and reports the one that is missing. Everything
 here may be called from several threads and from spawned processes.

@@ -1,7 +1,7 @@
-"""Names for the shared memory by which reader processes pass batches, so that what killed processes leave is removed.
+"""Names for the shared memory through which readers pass batches, so that what killed processes leave is removed.
 
-The reader processes of one main process share a prefix. Its lock file, which the main process holds for its life,
-tells another one whether that process still lives, in whatever container it runs.
+The reader processes of one main process share a prefix. The main process holds a lock on
+a file until it ends, which shows other processes whether it is still running, even in another container.
 """
 
 import atexit
@@ -27,7 +27,7 @@ def prefix() -> str:
     try:
       file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-    except BlockingIOError:  # another process has just taken it for abandoned, and removes it
+    except BlockingIOError:  # another process has just taken it for abandoned, and is removing it
       continue
     except OSError as error:
       logging.warning("%s: %s; shared memory is not removed if this process is killed", path, error)
@@ -39,13 +39,13 @@ def prefix() -> str:
 
 
 def use_prefix(prefix: str) -> None:
-  """Lets the names of the shared memory that this process makes begin with a prefix, unless it is empty."""
+  """Makes the names of this process's shared memory begin with a prefix, unless it is empty."""
   if prefix:  # Python has no public name for this
     setattr(shared_memory, "_make_filename", lambda: f"/{prefix}{secrets.token_hex(8)}")  # noqa: B010
 
 
 def remove_abandoned() -> None:
-  """Removes the shared memory of this user's processes that were killed."""
+  """Removes the shared memory of killed processes of this user."""
   for lock in _FOLDER.glob(f"{_NAME}*{_LOCK}"):
     try:
       file = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
@@ -58,7 +58,7 @@ def remove_abandoned() -> None:
           if block.name.startswith(f"{lock.name.removesuffix(_LOCK)}-"):
             block.unlink(missing_ok=True)
         lock.unlink(missing_ok=True)
-    except OSError:  # its process lives
+    except OSError:  # its process is running
       continue
     finally:
       os.close(file)

@@ -20,7 +20,7 @@ _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")  # "LENGTH KEY=VALUE\n", where 
 
 
 class AfterEnd(ValueError):
-  """Something else than another archive follows the end of a tar."""
+  """Something other than another archive follows the end of a tar."""
 
 
 class Member(NamedTuple):
@@ -53,7 +53,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
     size: its size in bytes.
 
   Raises:
-    AfterEnd: something else than another archive follows the end.
+    AfterEnd: something other than another archive follows the end.
     ValueError: a header is missing or cut off, so nothing after it can be read.
   """
   start = offset = 0
@@ -69,7 +69,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
       name, kind, length = _header(header)
     except ValueError:
       if offset == end:
-        raise AfterEnd(f"byte {offset}: what follows the end of the tar is not another tar") from None
+        raise AfterEnd(f"byte {offset}: the data after the end of the tar is not another tar") from None
       raise ValueError(f"byte {offset}: no tar header; is the file damaged or compressed?") from None
     data, extension = offset + _BLOCK, kind in _EXTENSIONS
     length = length if extension else extended.get("size", length)
@@ -100,7 +100,7 @@ def _after_zeros(file: BinaryIO, offset: int) -> int:
     zeros = len(chunk) - len(chunk.lstrip(b"\0"))
     if zeros < _CHUNK:
       return start + (zeros // _BLOCK * _BLOCK if zeros < len(chunk) else zeros)
-  raise AfterEnd(f"byte {offset}: {_MOST_PADDING} zeros or more follow the end; what comes after them is not read")
+  raise AfterEnd(f"byte {offset}: {_MOST_PADDING} zeros or more follow the end; data after them is not read")
 
 
 def _after_map(file: BinaryIO, header: bytes, offset: int) -> int:

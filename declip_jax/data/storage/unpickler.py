@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 
 _MOST_INSTRUCTIONS = 20_000_000  # of one pickle; each can make an object of some 60 bytes
 _LONGEST_NAME = 1000  # bytes of the name of a module or a class
-# Names that only an attack asks for. They would be placeholders like any other; rejecting them tells the user.
+# Names that only an attack asks for. They would become placeholders like any other; rejecting them warns the user.
 _HOSTILE = re.compile(
   r"(os|posix|nt|sys|subprocess|shutil|socket|pty|runpy|importlib|ctypes|webbrowser|commands|pip|code|pdb|timeit)\..*"
   r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|__import__|input|breakpoint)"
@@ -87,7 +87,7 @@ class _Bounded:
 
 
 class _Instructions(dict[int, Callable[["Unpickler"], None]]):
-  """From each byte of a pickle to its instruction."""
+  """Maps each byte of a pickle to its instruction."""
 
   def __missing__(self, code: int) -> NoReturn:
     raise ValueError(f"damaged, or not only plain data: it has the pickle instruction {code:#x}")
@@ -118,8 +118,8 @@ class Unpickler(pickle._Unpickler):
 
   Args:
     file: file at the start of the pickle; only the pickle is read from it.
-    names: from the names that the pickle may ask for to values or functions in their place. The functions are called
-      with what the file says, and must not copy it: a few bytes that name one big list a thousand times must stay a few
+    names: values or functions that replace the names that the pickle may ask for. The functions are called with what
+      the file says, and must not copy it: a few bytes that name one big list a thousand times must stay a few
       bytes.
     most_instructions: largest number of instructions and arguments.
   """
@@ -151,7 +151,7 @@ class Unpickler(pickle._Unpickler):
     if full_name in self._replaced:
       return self._replaced[full_name]
     if _HOSTILE.fullmatch(full_name):
-      raise ValueError(f"its pickle asks for {shown(full_name)}; a file of data never does, so nothing of it is used")
+      raise ValueError(f"its pickle asks for {shown(full_name)}; a file of data never does, so the file is rejected")
     return lambda *_: Opaque(full_name)
 
   def persistent_load(self, pid: Any) -> Any:

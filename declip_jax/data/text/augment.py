@@ -1,6 +1,7 @@
 """Text views of an example: choose a caption, vary its words (EDA), mask its tokens (masked language modelling).
 
-The `rng` of the example is the only randomness, so a text view depends only on seed and position, not on the worker.
+The `rng` of the example is the only source of randomness, so a text view depends only on seed and position, not on the
+worker.
 """
 
 from collections.abc import Callable, Sequence
@@ -109,7 +110,7 @@ def _base_forms(word: str, speech: str) -> list[str]:
 def find_synonyms(word: str) -> tuple[str, ...]:
   """Returns WordNet's synonyms of a word in any inflection, sorted; empty if it has none.
 
-  They are the lemmas of all synsets of all parts of speech, in lower case, `a` to `z` and spaces (one may be two
+  They are the lemmas of all synsets of all parts of speech, in lower case, `a` to `z` and spaces (a lemma may be two
   words). They equal those of NLTK's `wordnet.synsets`, which the reference uses, except that case is ignored: there,
   `dog` is a synonym of `Dog`. In both, a word with punctuation attached has none.
   """
@@ -126,7 +127,7 @@ def find_synonyms(word: str) -> tuple[str, ...]:
 def replace_synonyms(words: Sequence[str], rng: np.random.Generator, n: int = 1) -> list[str]:
   """Replaces `n` of the words, or all that have synonyms if these are fewer, each in all its occurrences.
 
-  Stop words are kept. A synonym of two words is one string with a space.
+  Stop words are kept. A synonym that consists of two words is one string with a space.
   """
   candidates = [word for word in dict.fromkeys(words) if word.lower() not in STOP_WORDS]
   chosen: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""The cleaning of captions, as in OpenAI's code: repairs mojibake, decodes entities, collapses spaces, lowers the case.
+"""Cleans captions as OpenAI's code does: repairs mojibake, decodes entities, collapses spaces, converts to lower case.
 
-A caption may have megabytes, although only its first tokens are used: `clean_head` reads no more of it than they need.
+A caption may have megabytes, although only its first tokens are used: `clean_head` reads no more than these need.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,8 +10,8 @@ import unicodedata
 
 import ftfy
 
-SHORT = 4096  # characters of a caption that is always read as a whole
-_SEGMENT = 1_000_000  # characters that ftfy repairs at once, at most
+SHORT = 4096  # largest number of characters of a caption that is always read as a whole
+_SEGMENT = 1_000_000  # largest number of characters that ftfy repairs at once
 _DEPTH = 16  # levels of an entity for which the repair of the text around it may take
 _REPAIR = ftfy.TextFixerConfig(explain=False)
 _REPAIR_MARKUP = ftfy.TextFixerConfig(explain=False, unescape_html=False)
@@ -31,7 +31,7 @@ def clean(text: str) -> str:
 
 
 def clean_head(text: str, is_enough: Callable[[str], bool]) -> str:
-  """Cleans a caption as far as it is needed.
+  """Cleans as much of a caption as is needed.
 
   Args:
     text: a caption.
@@ -61,9 +61,9 @@ def without_special(text: str) -> str:
 
 
 def has_text(caption: str) -> bool:
-  """Whether there is anything to read in a caption: not only spaces, invisible characters and special tokens.
+  """Whether a caption has text: not only spaces, invisible characters and special tokens.
 
-  Entities count as what they stand for: `&nbsp;` is a space.
+  Entities count as the characters that they represent: `&nbsp;` is a space.
   """
   if caption[:1].isalnum():
     return True
@@ -89,7 +89,7 @@ def _finished(text: str) -> str:
 def _repaired(text: str) -> Iterator[str]:
   """Yields what `ftfy.fix_text` joins: the repaired lines, the longest of them in segments.
 
-  As there, entities remain from the first line with a `<`, which looks like HTML.
+  As in ftfy, entities remain from the first line with a `<`, which looks like HTML.
   """
   config, start = _REPAIR, 0
   while start < len(text):
@@ -104,9 +104,9 @@ def _repaired(text: str) -> Iterator[str]:
 def _shallow(text: str) -> str:
   """Removes levels of ampersands that are escaped many times.
 
-  ftfy decodes one level of all of them after the other, and repairs the whole text each time. The result is the same
-  with fewer levels, as long as each ampersand is decoded after the same others and enough levels remain between two of
-  them to repair what the first of them was part of.
+  ftfy decodes them level by level, and repairs the whole text after each level. The result is the same with fewer
+  levels, as long as the ampersands are decoded in the same order, with enough levels between two of them to repair the
+  text around the first.
   """
   if "&" not in text:
     return text
@@ -129,7 +129,7 @@ def _unescaped(text: str) -> str:
 
 
 def _with_short_numbers(text: str) -> str:
-  """Shortens numbers of characters: Python reads no number of more than 4300 digits. Those past U+10FFFF remain so."""
+  """Shortens numeric entities: Python reads no number of more than 4300 digits. Invalid ones remain invalid."""
   if "&#" not in text:
     return text
   return _LONG_NUMBER.sub(r"&#\1", text)

@@ -81,7 +81,7 @@ class OpenAI:
   def encode(self, text: str) -> list[int]:
     """Encodes a text without the literal strings `<|startoftext|>` and `<|endoftext|>`.
 
-    OpenAI's tokenizer turns them into the special ids, so a caption can end itself. A literal `<|mask|>` is
+    OpenAI's tokenizer turns them into the special ids, so a caption can end in the middle. A literal `<|mask|>` is
     ordinary text, as in DeCLIP.
     """
     return _byte_pairs().encode(without_special(clean(text)))
@@ -157,7 +157,7 @@ def _tokenizer_json(path: str) -> Any:
     raise ValueError(f"{path}: reading it needs pip install 'declip_jax[tokenizers]'") from error
   try:
     tokenizer = tokenizers.Tokenizer.from_file(path)
-  except Exception as error:  # the library raises nothing narrower
+  except Exception as error:  # the library raises nothing more specific
     raise ValueError(f"{path} is not a tokenizer.json of Hugging Face: {error}") from error
   tokenizer.no_truncation()  # rows are truncated and padded by `Tokenizer`
   tokenizer.no_padding()

@@ -72,7 +72,7 @@ def test_classnames_txt_above_a_split(tmp_path):
   assert open_folder(f"{tmp_path}/val").classnames == ("tench", "hot dog")
 
 
-def test_with_texts_beside_images_folders_are_not_classes(tmp_path):
+def test_with_texts_next_to_images_folders_are_not_classes(tmp_path):
   path = write(tmp_path, "0/a.b.jpg", "1/c.png", "1/d.png", **{"0/a.b": " one\n\n  two \r\n", "1/c": "ünï"})
   source = open_folder(path)
   assert [(example["id"], example["captions"], example["label"]) for example in source] == [
@@ -106,7 +106,7 @@ def test_a_flat_folder_of_images_alone(tmp_path):
   assert [(example["captions"], example["label"]) for example in source] == [((), -1)] * 2
 
 
-def test_images_beside_the_folders_of_classes_are_counted(tmp_path):
+def test_images_next_to_the_folders_of_classes_are_counted(tmp_path):
   source = open_folder(write(tmp_path, "cat/a.jpg", "overview.jpg"))
   assert ([example["id"] for example in source], source.skipped) == (["cat/a.jpg"], {"damaged record": 1})
 

@@ -240,7 +240,7 @@ def test_a_data_set_whose_files_are_elsewhere_is_rejected(tmp_path, monkeypatch)
   with pytest.raises(ValueError, match=f"{file.name} is not below"):
     open_huggingface(str(folder))
   upload(tmp_path, "memory://hostile")
-  with pytest.raises(ValueError, match=rf"\.\./{file.name} leads out of memory://hostile/set"):
+  with pytest.raises(ValueError, match=rf"\.\./{file.name} leads outside memory://hostile/set"):
     open_huggingface("memory://hostile/set")
   assert not list((tmp_path / "cache").rglob(file.name))
 

@@ -233,7 +233,7 @@ def test_class_names_in_the_schema_of_parquet(tmp_path):
     (b"<!DOCTYPE html><html>", "a web page"),
   ],
 )
-def test_files_in_disguise_are_named(tmp_path, content, message):
+def test_files_that_are_not_tables_are_named(tmp_path, content, message):
   (tmp_path / "t.csv").write_bytes(content)
   with pytest.raises(ValueError, match=rf"t\.csv: .*{message}"):
     open_table(f"{tmp_path}/t.csv")

@@ -343,7 +343,7 @@ def test_a_missing_shard_loses_its_samples(tmp_path):
   assert source[1]["captions"] == ("caption 1",)
 
 
-def test_index_goes_to_the_user_cache_beside_read_only_shards(tmp_path, monkeypatch):
+def test_the_index_of_read_only_shards_goes_to_the_user_cache(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   (tmp_path / ".declip_jax").write_text("a file where the folder would be")
   path = write_tar(tmp_path / "s.tar", samples("0"))
@@ -385,7 +385,7 @@ def test_classnames_and_bad_fields(tmp_path):
     assert error.value.kind == "damaged record"
 
 
-def test_labels_that_count_from_1_are_refused(tmp_path):
+def test_labels_that_count_from_1_are_rejected(tmp_path):
   for shard, labels in enumerate(["12", "3"]):
     files = {f"{label}.{suffix}": text for label in labels for suffix, text in [("cls", label.encode()), ("jpg", b"x")]}
     write_tar(tmp_path / f"{shard}.tar", files)
@@ -421,7 +421,7 @@ def test_the_layout_of_clip_benchmark(tmp_path, marker):
     ({}, ""),
   ],
 )
-def test_missing_captions_and_images_are_told_at_each_start(tmp_path, caplog, files, message):
+def test_missing_captions_and_images_are_reported_at_each_start(tmp_path, caplog, files, message):
   path = write_tar(tmp_path / "s.tar", {"0.jpg": b"x", **files})
   for _ in range(2):
     caplog.clear()
@@ -436,10 +436,10 @@ def test_what_follows_the_end_of_a_shard_costs_no_sample(tmp_path, caplog):
   source = open_webdataset(str(path))
   assert [example["captions"] for example in source] == [("caption 0",), ("caption 1",), ("caption 1",), ("caption 2",)]
   assert source.skipped == {"damaged record": 1}
-  assert "s.tar, byte 20480: what follows the end of the tar is not another tar" in caplog.text
+  assert "s.tar, byte 20480: the data after the end of the tar is not another tar" in caplog.text
 
 
-def test_samples_with_sparse_members_are_counted_and_told(tmp_path, caplog):
+def test_samples_with_sparse_members_are_counted_and_reported(tmp_path, caplog):
   path = write_tar(tmp_path / "s.tar", samples("0", "1", "2"), tarfile.GNU_FORMAT)
   tar = bytearray(path.read_bytes())
   with tarfile.open(path) as opened:

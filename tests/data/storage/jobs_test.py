@@ -86,7 +86,7 @@ def test_an_error_is_raised_and_finished_files_are_kept(write, tmp_path, process
   assert all(part.path.exists() for part in todo)
 
 
-def test_nothing_is_made_when_it_is_over(write, tmp_path):
+def test_nothing_is_made_once_the_files_are_no_longer_needed(write, tmp_path):
   make(write, listed(tmp_path / "made"), 0, over=lambda: True)
   assert not (tmp_path / "made").exists()
 

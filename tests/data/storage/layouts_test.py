@@ -6,7 +6,7 @@ from declip_jax.data.storage import layouts
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
 
 
-def test_classnames_are_read_from_beside_a_file_or_above_its_split(folder):
+def test_classnames_are_read_next_to_a_file_or_above_its_split(folder):
   def write(place: str, contents: bytes) -> None:
     with fsspec.open(f"{folder}/{place}", "wb") as file:
       file.write(contents)

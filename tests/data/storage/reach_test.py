@@ -35,7 +35,7 @@ def test_paths_below_the_root_are_read(root, path):
 @pytest.mark.parametrize(
   "path", ["../secret.jpg", "in/../../secret.jpg", "{}/../secret.jpg", "link.jpg", "folder/2.jpg"]
 )
-def test_paths_that_lead_out_of_the_root_need_a_word(root, path):
+def test_paths_that_lead_outside_the_root_must_be_allowed(root, path):
   path = path.format(root)
   for given in (path, *([f"file://{path}"] if path.startswith("/") else [])):
     with pytest.raises(NotAllowedError, match=r"allow=outside"):
@@ -53,7 +53,7 @@ def test_a_root_may_be_a_link(root):
   "url",
   ["https://a.example/x.jpg", "HTTPS://a.example/x.jpg", "gs://b/x", "simplecache::memory://b/x", "local:///etc/x"],
 )
-def test_urls_in_data_need_a_word(url, root, monkeypatch):
+def test_urls_in_data_must_be_allowed(url, root, monkeypatch):
   monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *_: pytest.fail("a request"))
   with pytest.raises(NotAllowedError):
     Reach.of({"allow": "ftp,memory"}).resolve(url, root)
@@ -63,7 +63,7 @@ def test_urls_in_data_need_a_word(url, root, monkeypatch):
   "host",
   ["127.0.0.1", "localhost", "169.254.169.254", "10.1.2.3", "192.168.0.1", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"],
 )
-def test_private_addresses_need_their_own_word(host, root):
+def test_private_addresses_must_be_allowed_separately(host, root):
   for url in (f"http://{host}:80/x.jpg", f"http://user@{host}/x.jpg", f"ftp://{host}/x.jpg"):
     with pytest.raises(NotAllowedError, match=r"private address.*allow=ftp,http,private"):
       Reach.of({"allow": "http,ftp"}).resolve(url, root)

@@ -45,7 +45,7 @@ def test_joined_archives_are_read_one_after_the_other():
   [(b"\n", 10240), (b"x" * 512, 10240), (bytes(2**17) + b"x" * 600, 10240 + 2**17), (bytes(2**24 + 10240), 3072)],
   ids=["newline", "block", "later", "zeros"],
 )
-def test_what_follows_the_end_is_told_and_what_comes_before_it_is_kept(tail, byte):
+def test_data_after_the_end_is_reported_and_members_before_it_are_kept(tail, byte):
   found = tars.members(io.BytesIO(packed("a.jpg", "b.jpg") + tail), 10240 + len(tail))
   assert [next(found).key, next(found).key] == ["a", "b"]
   with pytest.raises(AfterEnd, match=f"byte {byte}: "):
