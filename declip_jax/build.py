@@ -434,7 +434,7 @@ def check_best_metric(config: ConfigDict) -> None:
   """Rejects a `config.checkpoint.best_metric` that no evaluation has.
 
   Raises:
-    ValueError: names the metrics that exist.
+    ValueError: the message names the metrics that exist.
   """
   if best := config.checkpoint.best_metric:
     kinds = {name: fields.kind for name, fields in config.evals.items()}

@@ -134,10 +134,10 @@ def _without_none(arguments: Sequence[str]) -> list[str]:
 
 
 def _set_none(arguments: Sequence[str], values: flags.FlagValues) -> None:
-  """Sets the fields to None whose last value is that, which the parsers of their types would reject.
+  """Sets to None the fields whose last value is None, which the parsers of their types would reject.
 
   Raises:
-    ValueError: a field that cannot be None.
+    ValueError: a field cannot be None.
   """
   for field, value in _field_values(arguments).items() if "config" in values else ():
     if value != "None":
@@ -193,7 +193,7 @@ def check_field(config: ConfigDict, field: str, value: str) -> None:
   """Checks that a `value` can be set for a dotted `field`.
 
   Raises:
-    ValueError: `config` has no such field; names the closest ones. Or the field has fields itself.
+    ValueError: `config` has no such field, and the message names the closest ones; or the field has fields itself.
   """
   known = dict(config_files.fields(config))
   if field in known:
@@ -201,7 +201,7 @@ def check_field(config: ConfigDict, field: str, value: str) -> None:
       raise ValueError(f"config.{field} cannot be {value!r}, since it has fields: {', '.join(known[field])}")
     return
   if "[" in field:
-    raise ValueError(f"config.{field}: an entry cannot be set by itself, give the whole tuple")
+    raise ValueError(f"config.{field}: a single entry cannot be set; pass the whole tuple")
   hint = ""
   if new := re.fullmatch(r"evals\.([^.]+)\..+", field):
     hint = f"; --config.evals.{new[1]}.kind={'|'.join(sorted(EVALUATIONS))} adds an evaluation"

@@ -398,11 +398,11 @@ def from_json(text: str) -> ConfigDict:
 
 
 def changeable(saved: ConfigDict) -> ConfigDict:
-  """A saved config whose fields can be set like those of `default`, for another run.
+  """A saved config for another run, whose fields can be set like those of `default`.
 
   Raises:
-    ValueError: it has a term of the user's own, of which it records only the name of the function.
-    TypeError: a field has another type than its default.
+    ValueError: it has a user's own term, of which it records only the name of the function.
+    TypeError: the type of a field is not that of its default.
   """
   c = default()
   fields = saved.to_dict()
@@ -425,7 +425,7 @@ def parse_json(text: str) -> dict[str, Any]:
 
 
 def with_tuples(value: Any) -> Any:
-  """JSON has no tuples: all its lists were tuples."""
+  """Converts lists to tuples: JSON has no tuples, and all its lists were tuples."""
   if isinstance(value, dict):
     return {name: with_tuples(entry) for name, entry in value.items()}
   return tuple(map(with_tuples, value)) if isinstance(value, list) else value

@@ -8,7 +8,7 @@ The arguments are the parameters of the file's `get_config`, by name or by posit
 `pretrain:method=slip,data=/data/pairs.csv`. A comma inside brackets does not separate arguments. A function whose only
 parameter is called `arg` gets the whole text and parses it itself.
 
-The `config.json` of a run is a config too, with the defaults of this version for the fields that it lacks.
+The `config.json` of a run is also a config; fields that it lacks have the defaults of this version.
 """
 
 import ast

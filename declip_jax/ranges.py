@@ -1,4 +1,4 @@
-"""The values that the fields of a config may have, as far as a field can be judged by itself."""
+"""The legal values of the fields of a config, as far as they do not depend on other fields."""
 
 from collections.abc import Callable, Iterable
 import math
@@ -79,7 +79,7 @@ _RANGES = (
   *_fields(_DECAYS, lambda x: _is_number(x) and 0 <= x < 1, "a finite number, 0 or more and less than 1"),
   *_fields(_FINITE, _is_number, "a finite number"),
   *_fields(_WIDTHS, _each(_is_count), "a tuple of integers, 1 or more each"),
-  *_fields(_TEXTS, _each(lambda x: isinstance(x, str)), "a tuple of texts"),
+  *_fields(_TEXTS, _each(lambda x: isinstance(x, str)), "a tuple of strings"),
   *_fields(("data.mixture", "data.ssl_mixture"), _each(_is_number), "a tuple of weights"),
   ("model.mean", lambda x: len(x) == 3 and _each(_is_number)(x), "three numbers, for red, green and blue"),
   (
@@ -111,10 +111,10 @@ _RANGES = (
 
 
 def check_values(config: ConfigDict) -> None:
-  """Rejects values that their fields cannot have, whatever the other fields are.
+  """Rejects values that are illegal regardless of other fields.
 
   Raises:
-    ValueError: names the first such field, its value and the legal ones.
+    ValueError: the message names the first such field, its value and the legal ones.
   """
   for field, legal in _NAMES:
     name = operator.attrgetter(field)(config)
@@ -123,7 +123,7 @@ def check_values(config: ConfigDict) -> None:
   for field, is_legal, legal in _RANGES:
     parent, _, name = field.rpartition(".")
     fields = operator.attrgetter(parent)(config) if parent else config
-    if name in fields and not is_legal(fields[name]):  # kinds of towers have fields of their own
+    if name in fields and not is_legal(fields[name]):  # each kind of tower has its own fields
       raise ValueError(f"config.{field}={fields[name]!r}: expected {legal}")
   if config.data.templates:
     check_templates(config.data.templates, "config.data.templates")

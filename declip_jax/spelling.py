@@ -1,4 +1,4 @@
-"""Suggestions for names that do not exist."""
+"""Suggestions for unknown names."""
 
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
@@ -10,7 +10,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def close_names(name: str, known: Iterable[str]) -> list[str]:
-  """Returns up to three of the `known` names that are close to `name`, in whatever case, the closest first."""
+  """Returns up to three of the `known` names that are close to `name`, ignoring case, the closest first."""
   lower = {other.lower(): other for other in known}
   return [lower[match] for match in get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
 

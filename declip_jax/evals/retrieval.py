@@ -76,15 +76,17 @@ def _captions(source: Source | Sequence[Any], indices: Int[np.ndarray, "n"]) -> 
   joined: dict[int, list[str]] = {}
   for index, own in found.items():
     joined.setdefault(same[index], []).extend(own)
-  logging.info("%s: %d samples of %d images, each of which counts once", source.name, len(found), len(joined))
+  logging.info(
+    "%s: %d samples show %d different images, each of which counts once", source.name, len(found), len(joined)
+  )
   return joined
 
 
 def check(source: Source | Sequence[Any], field: str, *, equal_texts: Any = False) -> None:
-  """Rejects a source of classes without captions, and options of another type.
+  """Rejects a source that has classes but no captions, and options of the wrong type.
 
   Raises:
-    ValueError: names the source or the option.
+    ValueError: the message names the source or the option.
   """
   if not isinstance(equal_texts, bool):
     raise ValueError(f"{field}.equal_texts={equal_texts!r}: expected True or False")

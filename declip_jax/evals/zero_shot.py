@@ -52,7 +52,7 @@ def check(source: Source | Sequence[Any], field: str, *, templates: Any = TEMPLA
   """Rejects a source without class names, and templates that are not texts with one `{}` each.
 
   Raises:
-    ValueError: names the source or the template.
+    ValueError: the message names the source or the template.
   """
   check_templates(templates, f"{field}.templates")
   if not source.classnames:
@@ -66,7 +66,7 @@ def check_templates(templates: Any, field: str) -> None:
   """Rejects prompt templates that are not texts with one `{}` each, for the name of the class, and no other braces.
 
   Raises:
-    ValueError: names the template.
+    ValueError: the message names the template.
   """
   if isinstance(templates, str) or not templates:
     raise ValueError(f"{field}={templates!r}: expected a tuple of prompt templates, such as {TEMPLATES}")

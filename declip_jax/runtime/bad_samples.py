@@ -9,7 +9,7 @@ from declip_jax.data.sources import BAD
 from declip_jax.runtime.hosts import sum_over_hosts
 
 _PREFIX = "bad/"  # prefix of their metrics
-_FEW = 10  # number of bad samples up to which no run stops, whatever their share, unless none is allowed
+_FEW = 10  # fewer bad samples than this do not stop a run, whatever their share, unless none is allowed
 
 
 class BadSamples:

@@ -1,7 +1,7 @@
 """The cache of compiled programs in a working directory, so that a restarted run need not compile.
 
-Its entries are native code: a folder that another user could have written is not used. JAX writes entries in place and
-never replaces one, so those that were cut off or changed are removed when a run starts.
+Its entries are native code, so a folder that another user could have written to is not used. JAX writes entries in
+place and never replaces them, so truncated or changed ones are removed when a run starts.
 """
 
 from collections.abc import Iterator
@@ -22,12 +22,14 @@ from declip_jax.runtime.plain_paths import plain_path
 
 _SUMS = "checksums.json"
 _ENTRIES = "*-cache"  # as JAX names them
-_ZSTANDARD = b"\x28\xb5\x2f\xfd"  # the first bytes of a compressed entry, if that package is installed
+_ZSTANDARD = (
+  b"\x28\xb5\x2f\xfd"  # the first bytes of an entry that JAX compressed with zstandard, if that package is installed
+)
 
 
 @contextlib.contextmanager
 def compile_cache(folder: Path) -> Iterator[None]:
-  """Caches compiled programs in a folder, which is made for this user alone, while the context is open.
+  """Caches compiled programs in a folder, which only this user can access, while the context is open.
 
   `JAX_COMPILATION_CACHE_DIR` overrides the folder.
   """
@@ -72,7 +74,7 @@ def why_untrusted(folder: Path) -> str:
       return f"{path} is a link"
     if about.st_uid not in (os.getuid(), 0):
       return f"{path}, which contains native code, belongs to another user"
-    # Nobody else reaches what is inside a private folder.
+    # No other user can access files inside a private folder.
     if about.st_mode & 0o022 and (path == folder or mode & 0o077):
       return f"{path}, which contains native code, can be written by other users: delete {folder}"
   return ""
@@ -102,7 +104,7 @@ def _decompresses(content: bytes) -> bool:
       importlib.import_module("zstandard").ZstdDecompressor().decompress(content)
     else:
       zlib.decompress(content)
-  except Exception:  # those of zstandard have a base class of their own
+  except Exception:  # zstandard's errors have a separate base class
     return False
   return True
 
@@ -116,7 +118,7 @@ def _read_sums(folder: Path) -> dict[str, str]:
 
 
 def _write_sums(folder: Path) -> None:
-  """Writes the checksums of all entries; those that have one keep it, so that later damage is found."""
+  """Writes the checksums of all entries; existing ones are kept, so that later damage is found."""
   sums, names = _read_sums(folder), sorted(path.name for path in folder.glob(_ENTRIES))
   found = {name: sums.get(name) or hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
   records.write(folder / _SUMS, json.dumps(found).encode())

@@ -16,14 +16,14 @@ import numpy as np
 from declip_jax.command_line import IO_EXIT_CODE
 from declip_jax.reporting.progress import drop_lost_streams, message
 
-_ERROR_BYTES = 400  # length to which an error is cut before it is sent
-_JOIN_SECONDS = 300.0  # for all processes to start
+_ERROR_BYTES = 400  # length to which an error is truncated before it is sent
+_JOIN_SECONDS = 300.0  # time for all processes to start
 
 
 def join_processes() -> None:
   """Connects this process with the others that the flags `--coordinator` or `--multihost` describe.
 
-  If they do not all come within five minutes, this process ends with exit code 74, since a retry may succeed.
+  If not all of them join within five minutes, this process ends with exit code 74, since a retry may succeed.
 
   Raises:
     ValueError: only some of `--coordinator`, `--processes` and `--process` are given.
@@ -62,7 +62,7 @@ def check_backend() -> None:
   """Starts JAX's backend.
 
   Raises:
-    ValueError: `JAX_PLATFORMS` names one that this installation or machine does not have.
+    ValueError: `JAX_PLATFORMS` names a backend that this installation or machine does not have.
     OSError: another process uses the device.
   """
   try:
@@ -111,7 +111,7 @@ def check_sizes(sizes: Sequence[tuple[str, int]]) -> None:
     sizes: name and number of samples of each source.
 
   Raises:
-    ValueError: on every host; names the first source that differs and its size on each host.
+    ValueError: on every host; the message names the first source that differs and its size on each host.
   """
   mine = np.array([size for _, size in sizes], np.int64)
   gathered = multihost_utils.process_allgather(mine, tiled=False).reshape(-1, len(mine))

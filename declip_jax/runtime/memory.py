@@ -1,4 +1,4 @@
-"""Running out of memory: one error that says how much was needed and what needs less."""
+"""Running out of memory: one error that says how much was needed and how to need less."""
 
 from collections.abc import Iterator
 import contextlib
@@ -13,18 +13,18 @@ _NEEDED = re.compile(r"(?:allocat\w+|used|reserve)\s+(?:of\s+)?([\d.]+)\s*([KMGT
 
 
 class OutOfMemory(MemoryError):
-  """A device or this machine has less memory than needed; the message says what needs less."""
+  """A device or this machine has less memory than needed; the message says how to need less."""
 
 
 @contextlib.contextmanager
 def explained(remedy: str) -> Iterator[None]:
-  """Turns errors of a lack of memory into `OutOfMemory`.
+  """Converts errors due to a lack of memory to `OutOfMemory`.
 
   Args:
     remedy: what the user can do about it.
 
   Raises:
-    OutOfMemory: memory ran out while the context was open; names the amount if it is known.
+    OutOfMemory: memory ran out while the context was open; the message names the amount if it is known.
   """
   try:
     yield

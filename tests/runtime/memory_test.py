@@ -1,4 +1,4 @@
-"""A lack of memory is one line with the amount that was needed and what needs less."""
+"""A lack of memory is one line with the amount that was needed and how to need less."""
 
 import jax
 import pytest
