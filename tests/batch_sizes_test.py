@@ -1,4 +1,4 @@
-"""Durations in epochs and examples are those of a run with one batch size, whatever sizes a run has had."""
+"""Durations in epochs and examples are those of a run with one batch size, even if a run has had several."""
 
 import math
 
@@ -105,7 +105,7 @@ def test_durations_in_steps_remain_steps() -> None:
   np.testing.assert_allclose(rates, [0.5 * 5e-4] * 17 + [0.05 * 5e-4] * 10, rtol=1e-5)
 
 
-def test_a_size_that_does_not_divide_what_was_seen() -> None:
+def test_a_batch_size_that_does_not_divide_the_examples_seen() -> None:
   config = config_of(24, every=config_lib.duration(examples=100))
   sizes = BatchSizes.constant(16).resumed(10, 24)
   steps = build.to_steps(config, EPOCH, sizes)

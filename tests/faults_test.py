@@ -107,7 +107,7 @@ def test_sigterm_to_the_whole_group_saves_and_the_run_resumes_exactly(tmp_path: 
   assert losses_on_disk(tmp_path / "stopped") == losses_on_disk(tmp_path / "whole")
 
 
-def test_a_run_without_its_display_goes_on_after_a_suspension_and_saves_at_sighup(tmp_path: Path) -> None:
+def test_a_run_without_its_display_continues_after_a_suspension_and_saves_at_sighup(tmp_path: Path) -> None:
   flags = ["--config.duration.steps=1000000", "--config.checkpoint.every.steps=0", "--config.safety.hang_timeout=20"]
   run = start(tmp_path, *flags, cache=tmp_path / "cache")
   try:

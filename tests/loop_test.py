@@ -108,7 +108,7 @@ def test_a_run_with_another_batch_size_counts_the_examples_that_it_has_seen(tmp_
   assert [line["examples"] for line in lines(tmp_path)] == [16, 32, 48, 64, 80]
 
 
-def test_no_rollback_goes_back_behind_a_change_of_the_batch_size_in_silence(tmp_path: Path) -> None:
+def test_a_rollback_to_before_a_change_of_the_batch_size_is_reported(tmp_path: Path) -> None:
   changed = {"max_skipped_steps": 2, "poisoned": tuple(range(2, 20)), "keep": {"keep_last": 9}, "batch_size": 32}
   FakeTraining(Cadence(total=4, checkpoint=2), keep={"keep_last": 9}).run(tmp_path)
   with pytest.raises(FloatingPointError, match=r"rolled back to checkpoint 2.*saved before config.batch_size changed"):

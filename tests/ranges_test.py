@@ -1,4 +1,4 @@
-"""The values of single fields: those that no run can have are rejected, by the name of the field."""
+"""The values of single fields: illegal ones are rejected, and the error names the field."""
 
 import math
 

@@ -236,7 +236,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _panel(axes: Axes, title: str, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, smooth: bool = True) -> None:
-  """Draws curves with their last values in the legend, which is beside the axes if there are many.
+  """Draws curves with their last values in the legend, which is next to the axes if there are many.
 
   More than ten curves also differ in line style.
   """

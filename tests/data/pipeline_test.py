@@ -502,7 +502,7 @@ def test_views_follow_the_recipe() -> None:
     assert set(changed) <= set(row["mlm_position"][real])
 
 
-def test_sources_with_fewer_samples_than_places_in_a_batch_are_named():
+def test_sources_with_fewer_samples_than_positions_in_a_batch_are_named():
   few, enough = Numbers(4, name="few"), Numbers(12, name="enough")
   assert Mixture((few,)).repeats(4) == []
   (message,) = Mixture((few, enough), (0.3, 0.7)).repeats(16)

@@ -1,4 +1,4 @@
-"""Whatever goes wrong in one sample, the stream goes on, and equals one in which that sample is known as bad."""
+"""Whatever goes wrong in one sample, the stream continues, and equals one in which that sample is known to be bad."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from declip_jax.data.storage import files, remote, zips
 
 
 class Panic(BaseException):
-  """As Rust libraries raise, which is not an `Exception`."""
+  """Like the panics of Rust libraries, which are not an `Exception`."""
 
 
 class Speechless(Exception):
@@ -164,7 +164,7 @@ def test_the_stream_is_that_without_the_bad_samples(stage: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_random_faults_at_random_stages(workers: int, tmp_path: Path) -> None:
-  """Workers may also die, and are then started again."""
+  """Workers may also die, and are then replaced."""
   rng = np.random.default_rng(workers)
   names = [name for name in FAULTS if workers or name != "crash"]
   bad = rng.choice(400, 30, replace=False).tolist()
@@ -174,7 +174,7 @@ def test_random_faults_at_random_stages(workers: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sample_that_kills_a_worker_is_skipped_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_sample_that_kills_a_worker_is_skipped_and_the_run_continues(tmp_path: Path) -> None:
   faults = {5: ("open", "crash")}
   got = _read(_stream(Faulty(40, faults), tmp_path, workers=1), 5)
   _equals_the_stream_without(faults, got, 40)
@@ -186,7 +186,7 @@ def test_a_sample_that_kills_a_worker_is_skipped_and_the_run_goes_on(tmp_path: P
 
 
 def _dies(folder: Path, index: int, others: tuple[int, ...] = ()) -> int:
-  """Runs a process that dies while it reads a sample and, in other threads, others; returns its exit code."""
+  """Runs a process that dies while reading a sample, with others in other threads; returns its exit code."""
   program = (
     "import os, sys, threading, time\n"
     f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
@@ -205,7 +205,7 @@ def _dies(folder: Path, index: int, others: tuple[int, ...] = ()) -> int:
 
 
 @pytest.mark.slow
-def test_two_deaths_are_remembered_by_restarts_and_those_beside_them_are_not_blamed(tmp_path: Path) -> None:
+def test_two_deaths_are_known_after_restarts_and_other_samples_are_not_blamed(tmp_path: Path) -> None:
   assert _dies(tmp_path, 5, (6, 7)) == 7
   assert _dies(tmp_path, 5, (8,)) == 7
   third = Deaths(tmp_path)
@@ -221,7 +221,7 @@ def test_two_deaths_are_remembered_by_restarts_and_those_beside_them_are_not_bla
   third.check(hangs.key_of(Faulty(40, stamp="2"), 5), "")  # other data
 
 
-def test_a_process_that_ends_in_an_orderly_way_blames_no_sample(tmp_path: Path) -> None:
+def test_a_process_that_ends_normally_blames_no_sample(tmp_path: Path) -> None:
   stream = _stream(Faulty(40), tmp_path)
   next(stream)
   assert len(list((tmp_path / "reading").iterdir())) == 1
@@ -230,7 +230,7 @@ def test_a_process_that_ends_in_an_orderly_way_blames_no_sample(tmp_path: Path) 
   assert Deaths(tmp_path).recover() == []
 
 
-def test_list_of_deaths_is_read_forgivingly(tmp_path: Path) -> None:
+def test_bad_lines_in_a_list_of_deaths_are_ignored(tmp_path: Path) -> None:
   key = hangs.key_of(Faulty(3), 1)
   (tmp_path / "deaths.0.jsonl").write_text(f'{{"sample": "{key}"}}\n[]\n\n{{"x": 1}}\n{{"sample": "{key}", "na')
   (tmp_path / "deaths.1.jsonl").write_text(f'{{"sample": "{key}", "name": "x"}}\n')
@@ -240,7 +240,7 @@ def test_list_of_deaths_is_read_forgivingly(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(deaths)).check(key, "")
 
 
-def test_a_folder_that_cannot_be_written_only_forgets(tmp_path: Path) -> None:
+def test_without_a_writable_folder_samples_are_read_but_not_recorded(tmp_path: Path) -> None:
   (tmp_path / "reading").write_text("a file")
   assert len(_read(_stream(Faulty(10), tmp_path), 2)["value"]) == 16
 
@@ -274,7 +274,7 @@ def test_what_is_not_a_samples_fault_ends_the_stream_with_its_name(error: type[B
   assert "faulty:3" in str(caught.value) + "".join(getattr(caught.value, "__notes__", ()))
 
 
-def test_prefetch_thread_never_dies_in_silence() -> None:
+def test_errors_of_the_prefetch_thread_are_raised() -> None:
   batches = pipeline.Prefetch(_stream(Faulty(8)), lambda batch: fail(Panic)())
   with pytest.raises(Panic):
     next(batches)

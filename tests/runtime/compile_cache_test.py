@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def use(folder: Path) -> str | None:
-  """What a start makes of the cache; returns the folder that JAX is given."""
+  """Opens the cache as the start of a run does; returns the folder that JAX is given."""
   jax.config.update("jax_compilation_cache_dir", None)
   with compile_cache(folder):
     return jax.config.jax_compilation_cache_dir
@@ -73,7 +73,7 @@ def test_what_another_user_could_write_is_not_used(folder: Path, monkeypatch: py
   assert not why_untrusted(folder)
   path.chmod(0o664)
   assert "program-cache, which contains native code, can be written" in why_untrusted(folder)
-  folder.chmod(0o700)  # nobody else reaches the file
+  folder.chmod(0o700)  # no other user can access the file
   assert use(folder) == str(folder)
   folder.chmod(0o775)
   assert use(folder) is None

@@ -97,7 +97,7 @@ def test_a_backend_that_is_missing_is_named(text: str, kind: type[Exception], mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
-def test_a_peer_that_never_comes_ends_the_others_with_a_message(process: int) -> None:
+def test_a_peer_that_never_joins_ends_the_others_with_a_message(process: int) -> None:
   script = """
 import sys
 from absl import flags

@@ -20,7 +20,7 @@ VALUES = (0, 1, 2, 9, 127, 128, 255)
 
 
 def small_model() -> dict[str, np.ndarray]:
-  """A state dict of a model as small as can be, under OpenAI's names."""
+  """A state dict of a model that is as small as possible, under OpenAI's names."""
   c = config.default("clip")
   c.model.image = architectures.vit(patch=4, width=8, depth=1, heads=1)
   c.model.text.update({"width": 8, "depth": 1, "heads": 1, "context_length": 4, "vocab_size": 12, "eot": 11})
@@ -93,7 +93,7 @@ def memory(field: str) -> int:
 
 def check_bounds(count: int, seed: int, try_one: Callable[[np.random.Generator], Any]) -> None:
   """Calls a function for many generators, and checks the time of each call and the memory of all."""
-  Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+  Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
   before = memory("VmRSS")
   for index in range(count):
     for attempt in range(2):  # the first may trace a new model
@@ -111,7 +111,7 @@ def tensors_of(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def check_values(found: Weights, truth: Weights, changed: bytes, places: dict[str, int]) -> None:
-  """Every tensor has the numbers at its place in the file or, where what describes it changed too, elsewhere in it."""
+  """Every tensor has the numbers at its place in the file or, if its description changed, elsewhere in the file."""
   assert (found.model, found.view, found.heads) == (truth.model, truth.view, truth.heads)
   for name, x in tensors_of(found).items():
     numbers = x.tobytes()

@@ -361,7 +361,7 @@ class Declip(Golden):
     return reference.differentiate(self.model, self.params, self.collections, self.batch, options=options, **weights)
 
   def gradients(self, gradient, prefix):
-    """Ours beside the reference's, for the parameters of that step."""
+    """Our gradients and the reference's, for the parameters of that step."""
     ours = self.theirs({"params": gradient})
     theirs = reference.below(self.arrays, f"{prefix}/grad/")
     return ours, theirs

@@ -43,7 +43,7 @@ def settings(folder: Path, **configs: object) -> dict:
   return settings_beside(folder / "model.safetensors")
 
 
-def test_the_processor_of_transformers_5_goes_before_that_of_older_ones(tmp_path: Path) -> None:
+def test_the_processor_of_transformers_5_takes_precedence_over_older_ones(tmp_path: Path) -> None:
   assert settings(tmp_path, config=CLIP) == TOWERS
   older = PROCESSOR | {"resample": 3}
   assert settings(tmp_path, preprocessor_config=older) == TOWERS | VIEW | {"interpolation": "bicubic"}

@@ -412,7 +412,7 @@ def test_no_tensors(tmp_path, content, message):
 
 
 def nested(*keys: str, **others: bytes) -> bytes:
-  """A dict with the state dict `{"w": ...}` under keys, outermost first, and other entries beside it."""
+  """A dict with the state dict `{"w": ...}` under keys, outermost first, and other entries next to it."""
   content = dictionary(w=tensor(), v=tensor())
   for key in reversed(keys):
     content = dictionary(**{key: content}, **others)

@@ -17,7 +17,7 @@ _AROUND = {
   "data",
   "images",
   "img",
-}  # words beside a split in the name of a folder, as in "training_set"
+}  # words next to that of a split in the name of a folder, as in "training_set"
 
 
 def split_of(name: str) -> str:

@@ -61,7 +61,7 @@ def test_classnames_txt_names_numbered_folders_by_their_number(tmp_path):
   ]
 
 
-def test_equal_names_of_classes_are_told(tmp_path, caplog):
+def test_equal_names_of_classes_are_reported(tmp_path, caplog):
   path = write(tmp_path, "n1/x.jpg", "n2/x.jpg", "n3/x.jpg", classnames="crane\nheron\ncrane\n")
   assert open_folder(path).classnames == ("crane", "heron", "crane")
   assert f"folder:{path}: several classes are named 'crane'" in caplog.text

@@ -86,7 +86,7 @@ def test_a_quote_that_a_later_line_closes_swallows_no_line(tmp_path, separator, 
   assert source.skipped == {}
 
 
-def test_quoted_fields_may_span_lines_that_are_no_records(tmp_path):
+def test_quoted_fields_may_span_lines_that_are_not_records(tmp_path):
   write_images(tmp_path, "0.jpg", "1.jpg", "2.jpg")
   lines = ["image,caption", '0.jpg,"one', 'two, three"', '1.jpg,"a, b', "", 'c"', '2.jpg,"x ""y"" z"']
   assert captions(write(tmp_path / "t.csv", *lines)) == [("one\ntwo, three",), ("a, b\n\nc",), ('x "y" z',)]
@@ -395,7 +395,7 @@ def test_forms_of_captions(tmp_path, value, expected):
   assert captions(write_json(tmp_path / "t.jsonl", {"image": "a.jpg", "text": value})) == [expected]
 
 
-def test_an_empty_list_is_no_caption(tmp_path):
+def test_an_empty_list_is_not_a_caption(tmp_path):
   write_images(tmp_path, "a.jpg", "b.jpg")
   path = write(tmp_path / "t.csv", "image,caption", "a.jpg,x", "b.jpg,[]")
   assert (captions(path), open_table(path).skipped) == ([("x",)], {"no caption": 1})

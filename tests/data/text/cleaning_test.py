@@ -1,4 +1,4 @@
-"""Long captions take bounded time and give the tokens of the whole; captions without text are none."""
+"""Long captions take bounded time and have the tokens of the whole text; captions without text count as missing."""
 
 import html
 import random
