@@ -1,5 +1,5 @@
 # make demo          pretrains DeCLIP on rendered scenes (about five minutes on two cores)
-# make test          the fast tests: 5 minutes on two cores
+# make test          the fast tests: 5 to 7 minutes on two cores
 # make test-all      all tests but those of the next two: the fast ones, then the slow ones
 # make test-interop  exchanges weights with PyTorch, open_clip and transformers, in .venv-interop
 # make test-device   the tests that need a GPU or TPU; they are skipped where there is none
