@@ -127,8 +127,8 @@ class Checkpoints:
       step: number of steps done.
       state: train state.
       data: input position.
-      config: config of the run.
-      batch_sizes: batch sizes of the run; None if they are not known.
+      config: the config to store with it.
+      batch_sizes: batch sizes so far; None if they are not known.
     """
     self.wait()
     if self._reason:  # the mount may be back, with its checkpoints, or the folder may have been deleted

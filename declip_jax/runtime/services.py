@@ -25,9 +25,7 @@ from declip_jax.training.state import State
 T = TypeVar("T")
 Metrics = dict[str, jax.Array]
 _PATIENCE = 300.0  # seconds for which the last checkpoint is retried
-_DUE_EVERY = (
-  50  # steps between checks of whether a host's clock asks for a checkpoint, if there is no log line in between
-)
+_DUE_EVERY = 50  # steps after which the clock is asked whether a checkpoint is due, if no line was logged meanwhile
 
 
 @dataclasses.dataclass(frozen=True)

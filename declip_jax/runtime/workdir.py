@@ -72,7 +72,7 @@ def lock(workdir: Path) -> Iterator[str]:
 def read_config(workdir: Path) -> dict[str, Any] | None:
   """Returns the fields of `config.json` in a working directory, under their current names.
 
-  None if there is no such file, or, with a warning, if it is damaged: each checkpoint has a config of its own.
+  Returns None if the file does not exist, or, with a warning, if it is damaged. Each checkpoint has its own copy.
   """
   path = workdir / "config.json"
   try:
@@ -102,7 +102,7 @@ def record(
     workdir: working directory.
     samples: number of samples of each source.
     stamps: stamp of each source.
-    finished: whether there is nothing left to train, so that `config.json` remains that of the run.
+    finished: whether no steps are left to train; `config.json` is not rewritten then.
 
   Returns:
     Messages about the fields and the data that have changed since the last start in this directory.

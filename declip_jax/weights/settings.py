@@ -130,7 +130,7 @@ def _stride(model: ModelFields, name: str) -> int:
   try:
     stride = IMAGE_TOWERS[fields.pop("kind")](**fields).stride
   except (LookupError, TypeError) as error:
-    raise ValueError(f"{name}: there is no image tower with the fields {model['image']}") from error
+    raise ValueError(f"{name}: no image tower has the fields {model['image']}") from error
   if stride < 1:
     raise ValueError(f"{name}: image.patch={stride}: expected 1 or more")
   return stride

@@ -22,14 +22,13 @@ import json
 import math
 import os
 import re
-import struct
 from typing import Any, BinaryIO, NamedTuple
 import zipfile
 
 import ml_dtypes
 import numpy as np
 
-from declip_jax.data.storage.unpickler import Opaque, Unpickler, is_plain, shown
+from declip_jax.data.storage.unpickler import DAMAGE, Opaque, Unpickler, is_plain, shown
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of the format before PyTorch 1.6
 # Keys of the state dict in checkpoints: those of open_clip, SLIP and Lightning; of DeCLIP; of PyTorch's tutorial; of
@@ -41,18 +40,7 @@ _MOST_NAMES = 200_000  # in TorchScript, where a few modules that contain each o
 _MOST_AXES = 16
 _LONGEST_HEADER = 8 << 20  # bytes of the JSON of a safetensors file, which takes up to 30 times as much memory
 _MOST_EXPANSION, _SMALL = 4, 1 << 20  # bytes of all tensors by those of the file; tensors may share memory
-_DAMAGE = (
-  ArithmeticError,
-  AttributeError,
-  EOFError,
-  LookupError,
-  MemoryError,
-  RuntimeError,
-  TypeError,
-  UnicodeError,
-  struct.error,
-  zipfile.BadZipFile,
-)
+_DAMAGE = (*DAMAGE, zipfile.BadZipFile)
 
 
 class TensorFile(NamedTuple):

@@ -21,7 +21,8 @@ _HOSTILE = re.compile(
   r"(os|posix|nt|sys|subprocess|shutil|socket|pty|runpy|importlib|ctypes|webbrowser|commands|pip|code|pdb|timeit)\..*"
   r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|__import__|input|breakpoint)"
 )
-_DAMAGE = (
+# What damaged content raises in whoever reads it.
+DAMAGE = (
   ArithmeticError,
   AttributeError,
   EOFError,
@@ -141,7 +142,7 @@ class Unpickler(pickle._Unpickler):
     """
     try:
       return super().load()
-    except _DAMAGE as error:
+    except DAMAGE as error:
       raise ValueError(f"damaged, truncated or not a pickle of data ({type(error).__name__}: {error})") from error
 
   def find_class(self, module: str, name: str) -> Any:

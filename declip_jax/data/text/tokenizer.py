@@ -140,7 +140,10 @@ def _beginning_within(text: str, piece: re.Match[str], count: int) -> str | None
 
 
 def _ids_before(text: str, apart: str, count: int) -> tuple[int, ...] | None:
-  """The first `count` ids of a text that goes on after a boundary; None if it has fewer or the boundary is not one."""
+  """Returns the first `count` ids of a text that more text follows.
+
+  None if the text has fewer ids, or if ids of the whole would span its end.
+  """
   ids = _byte_pairs().encode(text + apart)
   for end in range(len(ids) - 1, len(ids) - 5, -1):
     decoded = _byte_pairs().decode(ids[:end])
