@@ -340,14 +340,19 @@ def _undecodable(path: str, encoding: str) -> ValueError:
         line += error.object[: error.start].count(b"\n")
         place = before - len(error.object) + error.start
         found = f"byte {place} of the file, {error.object[error.start]:#04x}, is not {encoding.removesuffix('-sig')}"
-        return ValueError(f"{path}:{line}: {found}; convert the file, or name its encoding as in ?encoding=latin-1")
+        return ValueError(
+          f"{path}:{line}: {found}; convert the file, or name its encoding, as in table:{path}?encoding=latin-1"
+        )
   return ValueError(f"{path}: not {encoding}")
 
 
 def _read_lines(text: Lines, path: str, names: Set[str], header: Sequence[str]) -> tuple[list[str], Iterator[_Record]]:
   """Reads a table with one record per line; `header` has the names of the columns if no line has them."""
   first = text.readline(_LONGEST_HEADER).rstrip("\r\n")
-  headers = {separator: _split(first, separator) for separator in _SEPARATORS}
+  try:
+    headers = {separator: _split(first, separator) for separator in _SEPARATORS}
+  except csv.Error as error:  # control characters, or a field without end
+    raise ValueError(f"{path}:1 is not a line of a table: {short(first)}") from error
   if header:
     separator = max(headers, key=lambda sep: (len(headers[sep]) == len(header), *_likelihood(headers[sep], names)))
     if len(headers[separator]) != len(header):

@@ -714,3 +714,11 @@ def test_files_that_are_not_what_their_names_say(tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name.replace(".", r"\.") + ": "):
       open_table(str(tmp_path / name))
+
+
+def test_a_file_of_noise_is_no_table_in_any_encoding(tmp_path):
+  (tmp_path / "x.csv").write_bytes(b"\xd0\r\x01\xff" * 50)
+  with pytest.raises(ValueError, match=r"x\.csv:1: byte 0 .* is not utf-8; .* as in table:.*x\.csv\?encoding=latin-1"):
+    open_table(str(tmp_path / "x.csv"))
+  with pytest.raises(ValueError, match=r"x\.csv:1 is not a line of a table: "):
+    open_table(f"{tmp_path}/x.csv?encoding=latin-1")
