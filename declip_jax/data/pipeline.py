@@ -12,6 +12,7 @@ import multiprocessing
 import queue
 import signal
 import threading
+import time
 from typing import Any
 
 from absl import flags, logging
@@ -33,6 +34,7 @@ _MAX_DEATHS = 10  # of workers, within one batch
 _NAMED = 20  # bad examples of each kind that a process names in the log
 _SECOND_STREAM = 1
 _CHUNK = 32  # largest number of samples that one thread puts together
+_START_SECONDS = 60  # limit for starting all worker processes
 _WORTH_PROCESSES = 8192  # images that four threads read in the time that processes take to start
 
 
@@ -192,8 +194,13 @@ def _read(dataset: grain.MapDataset, workers: int, threads: int, seconds: float)
   start = partial(_start_worker, shared_memory.prefix(), seconds)
   batches = iter(stream.mp_prefetch(options, worker_init_fn=start))
   batches.get_state()  # makes the iterators of all workers, which start with the first batch otherwise
+  before = set(multiprocessing.active_children())
   with jobs.hold_main_back():
     batches.start_prefetch()
+    # grain starts each process in a thread of its own. If a process cannot start, the first batch raises the error.
+    give_up = time.monotonic() + _START_SECONDS
+    while len(set(multiprocessing.active_children()) - before) < workers and time.monotonic() < give_up:
+      time.sleep(0.01)
   return batches
 
 

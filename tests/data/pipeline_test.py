@@ -390,12 +390,15 @@ def test_a_batch_is_made_by_all_threads() -> None:
 
 
 def test_workers_end_when_the_training_is_killed(tmp_path: pathlib.Path) -> None:
-  """The script has no main guard: workers do not import it."""
+  """The script has no main guard: workers do not import it, however late they start."""
   program = tmp_path / "train.py"
   program.write_text(
-    "import os, signal, sys\n"
+    "import os, signal, sys, time\n"
+    "from multiprocessing import spawn\n"
     f"sys.path[:0] = [{str(pathlib.Path(__file__).parent)!r}]\n"
     "import psutil, pipeline_test as here\n"
+    "prepare = spawn.get_preparation_data\n"
+    "spawn.get_preparation_data = lambda name: (time.sleep(0.3), prepare(name))[1]\n"
     "stream = here.pipeline.TrainStream(here.rows(here.Numbers(50)), 8, workers=2, threads=1)\n"
     "next(stream)\n"
     "print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)\n"
