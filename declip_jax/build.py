@@ -20,9 +20,9 @@ from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
-from declip_jax.evals import EVALUATORS, Evaluator, check_metric, check_options
+from declip_jax.evals import EVALUATORS, SPLITS, Evaluator, check_metric, check_options
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
-from declip_jax.evals.features import SourceFeatures
+from declip_jax.evals.features import Split, Texts, make_data
 from declip_jax.models.heads import diagnostic_kinds
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_below
@@ -415,11 +415,29 @@ def evals_with_text(evals: ConfigDict) -> list[str]:
   Raises:
     ValueError: see `make_evaluators`.
   """
-  return sorted(name for name, fields in evals.items() if _evaluation(name, fields)[0].needs_text)
+  return sorted(name for name, fields in evals.items() if _evaluation(name, fields).evaluator.needs_text)
 
 
-def _evaluation(name: str, fields: ConfigDict) -> tuple[Evaluator, str, dict[str, Any]]:
-  """The evaluator of an entry of `config.evals`, its data and its options, after a check."""
+class _Evaluation(NamedTuple):
+  """An entry of `config.evals`.
+
+  Attributes:
+    name: its name.
+    evaluator: what it runs.
+    splits: spec of the source of each split.
+    options: options of the evaluator.
+    every: number of evaluations of the run from one in which it takes part to the next.
+  """
+
+  name: str
+  evaluator: Evaluator
+  splits: dict[str, str]
+  options: dict[str, Any]
+  every: int
+
+
+def _evaluation(name: str, fields: ConfigDict) -> _Evaluation:
+  """Reads an entry of `config.evals`, after a check."""
   field = f"config.evals.{name}"
   if not isinstance(fields, ConfigDict):
     raise ValueError(f"{field}={fields!r}: expected an evaluation, such as config.zero_shot('scenes:test')")
@@ -427,7 +445,9 @@ def _evaluation(name: str, fields: ConfigDict) -> tuple[Evaluator, str, dict[str
     raise ValueError(f"{field}: the name of an evaluation cannot contain a slash")
   options = fields.to_dict()
   check_options(options, field)
-  return EVALUATORS[options.pop("kind")], options.pop("data"), options
+  evaluator, every = EVALUATORS[options.pop("kind")], options.pop("every", 1)
+  splits = {"test": options.pop("data")} | {split: options.pop(split, "") for split in SPLITS}
+  return _Evaluation(name, evaluator, {split: spec for split, spec in splits.items() if spec}, options, every)
 
 
 def check_best_metric(config: ConfigDict) -> None:
@@ -441,31 +461,35 @@ def check_best_metric(config: ConfigDict) -> None:
     check_metric(best, kinds, "config.checkpoint.best_metric")
 
 
-def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders], dict[str, float]]:
+def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[..., dict[str, float]]:
   """Opens the sources of `config.evals` and returns a function of encoders to all metrics, `eval/NAME/METRIC`.
 
-  A source that several evaluations use is encoded once. Pictures are written to `workdir`.
+  A source that several evaluations use is encoded once. Pictures are written to `workdir`. The function has a second
+  argument, the number of this evaluation of the run: an evaluation takes part if its `every` divides it; all do by
+  default.
 
   Raises:
     ValueError: an unknown kind of evaluation, an option that it does not have, or a source that cannot be opened or
       does not fit the evaluation.
   """
-  evaluations, sources = [], {}
-  for name, fields in evals.items():
-    evaluator, data, options = _evaluation(name, fields)
-    if data not in sources:
-      sources[data] = open_source(data)
-    evaluator.check(sources[data], f"config.evals.{name}", **options)
-    evaluations.append((name, data, partial(evaluator.function, **options)))
+  evaluations = [_evaluation(name, fields) for name, fields in evals.items()]
+  sources = {spec: open_source(spec) for spec in {spec: None for e in evaluations for spec in e.splits.values()}}
+  for name, evaluator, splits, options, _ in evaluations:
+    evaluator.check(sources[splits["test"]], f"config.evals.{name}", **options)
 
-  def evaluate(encoders: Encoders) -> dict[str, float]:
-    features = {data: SourceFeatures(source, encoders) for data, source in sources.items()}
-    results = {}
-    for index, (name, data, evaluation) in enumerate(evaluations):
+  def evaluate(encoders: Encoders, turn: int = 0) -> dict[str, float]:
+    due = [evaluation for evaluation in evaluations if turn % evaluation.every == 0]
+    texts, opened, results = Texts(encoders), {}, {}
+    for index, (name, evaluator, splits, options, _) in enumerate(due):
+      for spec in splits.values():
+        opened.setdefault(spec, Split(sources[spec], encoders))
+      data = make_data(encoders, texts, **{split: opened[spec] for split, spec in splits.items()})
       picture = workdir / f"{name}.png" if jax.process_index() == 0 else None
-      results |= {f"eval/{name}/{metric}": value for metric, value in evaluation(features[data], picture)}
-      if data not in (later for _, later, _ in evaluations[index + 1 :]):
-        del features[data]  # the tokens of a source may be large
+      scores = evaluator.function(data, picture, **options)
+      results |= {f"eval/{name}/{metric}": value for metric, value in scores.metrics.items()}
+      later = {spec for evaluation in due[index + 1 :] for spec in evaluation.splits.values()}
+      for spec in set(opened) - later:
+        del opened[spec]  # the tokens of a source may be large
     return results
 
   return evaluate

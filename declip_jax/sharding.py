@@ -186,6 +186,14 @@ def batch_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
+def local_rows(array: Any) -> np.ndarray:
+  """This host's rows of an array that is split as a batch, in the order of `batch_rows`; waits for the devices."""
+  if not isinstance(array, jax.Array):
+    return np.asarray(array)
+  shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+  return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
 def to_global(batch: Tree, sharding: NamedSharding) -> Tree:
   """Joins the hosts' local batches, each with the host's `batch_rows`, into global arrays."""
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -13,16 +13,17 @@ import pytest
 import references as reference
 from tiny import tiny_config
 
+from declip_jax import architectures
 from declip_jax.clip import Clip
 from declip_jax.data.images import EvalView
 from declip_jax.data.sources import open_source
 from declip_jax.evals import similarity as similarity_lib
-from declip_jax.evals.features import embed_images, embed_texts
+from declip_jax.evals.features import Split, encode_texts
 from declip_jax.evals.similarity import TextTokens, make_late_interaction
 from declip_jax.evals.zero_shot import prompts, token_classifier
 from declip_jax.objectives import make_objective
 from declip_jax.runtime.checkpoint import Checkpoints
-from declip_jax.sharding import make_mesh
+from declip_jax.sharding import local_rows, make_mesh
 from declip_jax.training.state import State
 from declip_jax.weights.layout import abstract_variables
 from declip_jax.weights.read import Weights, from_state_dict, read
@@ -210,6 +211,33 @@ def test_normalised_images_of_another_size_are_named(filip, shape):
     filip.image_features(np.zeros(shape, np.float32))
 
 
+def test_one_pass_gives_the_pooled_feature_and_its_projection(filip):
+  """On all devices and on one; neither is of unit length."""
+  one = Clip(make_weights("filip"), make_mesh(-1, 1, jax.devices()[:1]))
+  pictures = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
+  pooled, joint = map(local_rows, filip.encoders(16).image(pictures))
+  for found, expected in zip(one.encoders(16).image(pictures), (pooled, joint), strict=True):
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+  np.testing.assert_allclose(joint, filip.image_features(filip.normalise(pictures), 16), atol=1e-5)
+  assert (pooled.shape, joint.shape) == ((16, 32), (16, 16))
+  kernel = np.asarray(filip.params["heads"]["image_projection"]["kernel"], np.float64)
+  np.testing.assert_allclose(joint, pooled @ kernel, atol=1e-5)
+  assert np.abs(np.linalg.norm(joint, axis=1) - 1).min() > 0.1
+
+
+@pytest.mark.parametrize("method", ["clip", "simclr"])
+@pytest.mark.parametrize("image", [architectures.resnet(4, (1, 1, 1, 1)), architectures.vit(8, 32, 1, 2)])
+def test_towers_without_a_joint_space_have_pooled_features(method, image):
+  c = tiny_config(method)
+  c.model.image, c.model.dtype = image, "bfloat16"
+  heads = make_objective(c.objective.to_dict()).heads
+  model, shapes = abstract_variables(c.model.to_dict(), heads, 32)
+  pixels = jax.ShapeDtypeStruct((2, 32, 32, 3), np.uint8)
+  pooled, joint = jax.eval_shape(model.encode_image_features, *shapes.values(), pixels)
+  assert (pooled.shape, pooled.dtype) == ((2, model.towers.image.feature_width), np.float32)
+  assert joint is None if method == "simclr" else (joint.shape, joint.dtype) == ((2, 16), np.float32)
+
+
 def test_filip_evaluators_compare_tokens_for_any_batch_and_devices(filip, tokens_of):
   source = open_source("scenes:heldout/12/24")
   templates = ("a {}.", "a photo of one {}.")
@@ -217,12 +245,12 @@ def test_filip_evaluators_compare_tokens_for_any_batch_and_devices(filip, tokens
   texts = prompts(source.classnames, templates)
 
   def classify(encoders):
-    return token_classifier(embed_texts(texts, encoders), len(source.classnames), encoders.similarity)
+    return token_classifier(encode_texts(texts, encoders), len(source.classnames), encoders.similarity)
 
   found = []
   for encoders in (filip.encoders(16), one.encoders(5)):
-    logits = embed_images(source, encoders, classify(encoders)).embeddings
-    found.append((logits, embed_images(source, encoders).embeddings, embed_texts(TEXTS, encoders)))
+    logits = Split(source, encoders).map_images(classify(encoders))
+    found.append((logits, Split(source, encoders).images, encode_texts(TEXTS, encoders)))
   for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
   logits, image, text = found[0]

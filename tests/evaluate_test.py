@@ -12,6 +12,7 @@ import references as reference
 from declip_jax import config, evaluate
 from declip_jax.build import check_best_metric, check_evals, make_evaluators
 from declip_jax.evals import EVALUATORS, Evaluator
+from declip_jax.evals.results import Scores
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_entries_of_configs_have_the_defaults_of_their_evaluators() -> None:
 
 
 def test_a_run_without_texts_may_have_evaluations_that_need_none(monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setitem(EVALUATORS, "knn", Evaluator(lambda features, pictures: iter(()), needs_text=False))
+  monkeypatch.setitem(EVALUATORS, "knn", Evaluator(lambda data, pictures: Scores({}), needs_text=False))
   evals = ConfigDict({"heldout": config.zero_shot("scenes:heldout"), "near": {"kind": "knn", "data": "scenes:heldout"}})
   objective = reference.objective({"simclr": 1.0})
   with pytest.raises(ValueError, match=r"config.evals has \['heldout'\]"):
@@ -67,6 +68,8 @@ def test_a_run_without_texts_may_have_evaluations_that_need_none(monkeypatch: py
     ({"kind": "zeroshot"}, r"config.evals.mine.kind='zeroshot'.*did you mean zero_shot"),
     ({}, r"config.evals.mine has no field kind: choose one of \['retrieval', 'zero_shot'\]"),
     ({"kind": "retrieval", "data": ""}, r"config.evals.mine.data=''"),
+    ({"kind": "retrieval", "train": "scenes:test/4/16"}, r"config.evals.mine.train='scenes:test/4/16': 'retrieval'"),
+    ({"kind": "retrieval", "every": 0}, r"config.evals.mine.every=0"),
     ({"kind": "retrieval", "templates": ()}, r"config.evals.mine .*\['templates'\].*'retrieval'.*\['equal_texts'\]"),
     ({"kind": "retrieval", "equal_text": True}, r"\['equal_text'\].*did you mean equal_texts"),
     ({"kind": "retrieval", "equal_texts": "no"}, r"config.evals.mine.equal_texts='no': expected True or False"),

@@ -280,11 +280,11 @@ def test_an_evaluator_takes_1_place(places: Places, tmp_path: Path) -> None:
   saved = config.from_json(c.to_json_best_effort())
   batches = []
 
-  def encode(images: np.ndarray) -> np.ndarray:
+  def encode(images: np.ndarray) -> tuple[np.ndarray, None]:
     batches.append(len(images))
-    return images.mean(axis=(1, 2)) / 255
+    return images.mean(axis=(1, 2)) / 255, None
 
-  encoders = Encoders(encode, lambda tokens: tokens, lambda x: x, lambda texts: texts, EvalView(8), 4, np.arange(4))
+  encoders = Encoders(encode, lambda tokens: tokens, lambda texts: texts, EvalView(8), 4, np.arange(4))
   results = build.make_evaluators(saved.evals, tmp_path)(encoders)
   assert results.keys() == {"eval/defaults/largest", "eval/doubled/largest"}
   assert 0 < results["eval/doubled/largest"] == 2 * results["eval/defaults/largest"]

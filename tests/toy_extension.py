@@ -1,6 +1,6 @@
 """Toys of each kind of extension. `pytest --extended` adds them, to show that no test fails only because one exists."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,8 @@ from declip_jax import config
 from declip_jax.data.recipes import RECIPES
 from declip_jax.data.sources import SOURCES, Example
 from declip_jax.evals import EVALUATORS, Evaluator
-from declip_jax.evals.features import SourceFeatures
+from declip_jax.evals.features import EvaluationData
+from declip_jax.evals.results import Scores
 from declip_jax.models.heads import HEADS
 from declip_jax.models.heads.base import Head, linear, pick
 from declip_jax.objectives import TERMS, Term
@@ -91,12 +92,10 @@ def _open_squares(location: str) -> ToySource:
   return ToySource(f"toy:{location}")
 
 
-def toy_evaluator(
-  features: SourceFeatures, pictures: Path | None, *, scale: float = 1.0
-) -> Iterator[tuple[str, float]]:
-  """The largest element of an embedding."""
+def toy_evaluator(data: EvaluationData, pictures: Path | None, *, scale: float = 1.0) -> Scores:
+  """The largest element of a pooled feature."""
   del pictures
-  yield "largest", scale * float(features.images.embeddings.max())
+  return Scores({"largest": scale * float(data.test.features.pooled.max())})
 
 
 def extended_default(add_fields: Callable[[ConfigDict], None]) -> Callable[..., ConfigDict]:

@@ -173,12 +173,16 @@ def evaluation_reader_counts(
 ) -> tuple[int, int]:
   """`reader_counts` for images that are read once: processes for few of them would take longer to start than to read.
 
+  Without processes there is one thread per core, since nothing else runs meanwhile.
+
   Args:
     num_images: number of images to read.
     workers, threads, cores: see `reader_counts`.
   """
-  workers, threads = reader_counts(workers, threads, cores)
-  return workers if num_images >= _WORTH_PROCESSES else 0, threads
+  workers, counted = reader_counts(workers, threads, cores)
+  if workers and num_images >= _WORTH_PROCESSES:
+    return workers, counted
+  return 0, threads or cores or jobs.cores()
 
 
 def _read(dataset: grain.MapDataset, workers: int, threads: int, seconds: float) -> Iterator[Any]:
@@ -238,7 +242,7 @@ class TrainStream:
   ):
     self._batch_size, local = batch_size, batch_size // hosts
     self._next_index = state["next_index"] if state else 0
-    size = max(size for size in range(1, min(local, _CHUNK) + 1) if local % size == 0)
+    size = _chunk_size(local)
     self._chunks, self._deaths = local // size, deaths or Deaths()
 
     def start() -> Iterator[Sample]:
@@ -285,6 +289,11 @@ class TrainStream:
     """Ends the worker processes."""
     _close(self._iterator)
     self._deaths.forget()
+
+
+def _chunk_size(batch_size: int) -> int:
+  """The largest number of samples of a chunk of which a batch has a whole number."""
+  return max(size for size in range(1, min(batch_size, _CHUNK) + 1) if batch_size % size == 0)
 
 
 def _death(error: RuntimeError) -> Exception:
@@ -379,55 +388,65 @@ class Prefetch:
 
 @dataclass(frozen=True)
 class EvaluationBatches:
-  """A source in order, once: `image` uint8 `[b h w 3]`, `label` int32 `[b]`, `mask` bool `[b]`, for this host.
+  """Rows of a source in order, once, in batches of `batch_size` that are padded at the end.
 
-  The mask is False for padding in the last batch and for examples that cannot be read. Every host yields the same
-  number of batches, its share of each global batch. (A host's last share may be nothing but padding, so samples are
-  padded here and not by grain's `batch_and_pad`.)
+  `image` is uint8 `[b h w 3]`, `label` int32 `[b]`, `id` text `[b]`, `readable` bool `[b]`: False for padding and for
+  examples that cannot be read. (A host's last batches may be nothing but padding, so samples are padded here and not
+  by grain's `batch_and_pad`.)
 
   Args:
     source: the source to read.
-    batch_size: global batch size.
+    rows: adjacent rows to read.
+    batch_size: rows of a batch.
+    num_batches: number of batches, which may be more than `rows` fill.
     view: the view of every image.
-    batch_rows: which rows of a global batch belong to this host, `[b]`.
     workers, threads: see `evaluation_reader_counts`.
     max_pixels: largest number of pixels of an image, see `images.open_photo`.
     seconds: seconds for reading one example; 0 means no limit.
   """
 
   source: Source
+  rows: range
   batch_size: int
+  num_batches: int
   view: images.EvalView
-  batch_rows: np.ndarray
   workers: int | None = None
   threads: int | None = None
   max_pixels: int = images.MAX_PIXELS
   seconds: float = hangs.SECONDS
 
   def __iter__(self) -> Iterator[Sample]:
-    local, num_batches = len(self.batch_rows), -(-len(self.source) // self.batch_size)
-    samples = grain.MapDataset.range(num_batches * local).map(self._sample)
-    counts = evaluation_reader_counts(num_batches * local, self.workers, self.threads)
-    batches = _read(grain.MapDataset.source(_Chunks(samples, local, 1, 0, 1, self.seconds)), *counts, self.seconds)
+    count = self.num_batches * self.batch_size
+    size = _chunk_size(self.batch_size)
+    chunks = _Chunks(grain.MapDataset.range(count).map(self._sample), size, 1, 0, 1, self.seconds)
+    reader = _read(
+      grain.MapDataset.source(chunks), *evaluation_reader_counts(count, self.workers, self.threads), self.seconds
+    )
     try:
-      yield from batches
+      for _ in range(self.num_batches):
+        parts = [next(reader) for _ in range(self.batch_size // size)]
+        yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     except RuntimeError as error:
       raise _death(error) from error
     finally:
-      _close(batches)
+      _close(reader)
 
   def _sample(self, number: int) -> Sample:
-    batch, row = divmod(number, len(self.batch_rows))
-    index = batch * self.batch_size + int(self.batch_rows[row])
     size = self.view.size
-    blank = {"image": np.zeros((size, size, 3), np.uint8), "label": np.int32(-1), "mask": np.bool_(False)}
-    if index >= len(self.source):
+    blank = {
+      "image": np.zeros((size, size, 3), np.uint8),
+      "label": np.int32(-1),
+      "id": np.str_(""),
+      "readable": np.bool_(False),
+    }
+    if number >= len(self.rows):
       return blank
+    index = self.rows[number]
     try:
-      return self._read(index) | {"mask": np.bool_(True)}
+      return self._read(index) | {"readable": np.bool_(True)}
     except BadSample as error:
       logging.warning("skipped in the evaluation (%s) %s", error.kind, error)
-      return blank
+      return blank | {"id": np.str_(f"sample {index}")}
 
   def _read(self, index: int) -> Sample:
     key, name = hangs.key_of(self.source, index), f"{self.source.name}: sample {index}"
@@ -438,7 +457,7 @@ class EvaluationBatches:
         image = images.eval_view(images.decode(example["image"], self.max_pixels), self.view)
       except BaseException as error:
         raise bad_sample(error, f"{self.source.name}: {example['id']}") from error
-    return {"image": image, "label": np.int32(example["label"])}
+    return {"image": image, "label": np.int32(example["label"]), "id": np.str_(example["id"])}
 
 
 def _close(batches: Iterator[Any]) -> None:

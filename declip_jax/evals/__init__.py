@@ -1,16 +1,17 @@
-"""Evaluators: each is a generator of (metric, value) over the features of a source.
+"""Evaluators: each is a function from the features of a data set to scores.
 
-A new evaluator is a module with such a function, and an entry in `EVALUATORS`. The function receives the source with
-its features, and the path of a picture that it may draw (None for no picture). Its keyword-only arguments are the
-options of its entry in `config.evals`; the config has the same defaults. `check` rejects options and sources with
-which it could not run, before anything is trained.
+A new evaluator is a module with such a function, and an entry in `EVALUATORS`. The function receives an
+`EvaluationData` and the path of a picture that it may draw (None for no picture), and returns `Scores`. Its
+keyword-only arguments are the options of its entry in `config.evals`; the config has the same defaults. `check`
+rejects options and sources with which it could not run, before anything is trained.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import inspect
 from typing import Any, NamedTuple
 
 from declip_jax.evals import retrieval, zero_shot
+from declip_jax.evals.results import Scores
 from declip_jax.spelling import did_you_mean
 
 
@@ -18,18 +19,24 @@ class Evaluator(NamedTuple):
   """A kind of evaluation.
 
   Attributes:
-    function: yields its metrics.
+    function: returns the scores of an `EvaluationData`.
     needs_text: whether it compares images with texts, so that training has to compare them too.
+    needs_train: whether it needs the split `train`; without it, `train` and `val` are not accepted.
     metrics: names of all its metrics; () if they are not known in advance.
     check: called as `check(source, field, **options)`, with the path of the entry in the config; raises ValueError if
       the evaluation could not run.
   """
 
-  function: Callable[..., Iterator[tuple[str, float]]]
+  function: Callable[..., Scores]
   needs_text: bool = True
+  needs_train: bool = False
   metrics: tuple[str, ...] = ()
   check: Callable[..., None] = lambda source, field, **options: None
 
+
+# Fields of an entry of `config.evals` besides the options of its evaluator.
+SPLITS = ("train", "val")
+_COMMON = ("kind", "data", "every", *SPLITS)
 
 # The `kind` of an entry of `config.evals` -> the evaluator.
 EVALUATORS = {
@@ -56,13 +63,26 @@ def check_options(options: Mapping[str, Any], field: str) -> None:
     raise ValueError(f"{field}.kind={kind!r}: {kinds}{did_you_mean(str(kind), EVALUATORS)}")
   if not options.get("data") or not isinstance(options["data"], str):
     raise ValueError(f"{field}.data={options.get('data')!r}: expected a source, such as 'webdataset:/data/test-*.tar'")
+  _check_splits(EVALUATORS[kind], options, field)
+  every = options.get("every", 1)
+  if type(every) is not int or every < 1:
+    raise ValueError(f"{field}.every={every!r}: expected a number of evaluations, at least 1")
   arguments = inspect.signature(EVALUATORS[kind].function).parameters.values()
   known = {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
-  if unknown := sorted(set(options) - {"kind", "data"} - set(known)):
+  if unknown := sorted(set(options) - set(_COMMON) - set(known)):
     hint = did_you_mean(unknown[0], known)
     raise ValueError(f"{field} has fields {unknown}, which {kind!r} does not have; it has {sorted(known)}{hint}")
   if missing := sorted(name for name in known if known[name] is inspect.Parameter.empty and name not in options):
     raise ValueError(f"{field} has no fields {missing}, which {kind!r} needs")
+
+
+def _check_splits(evaluator: Evaluator, options: Mapping[str, Any], field: str) -> None:
+  """Rejects an evaluation without the splits that it needs, or with some that it does not read."""
+  given = [split for split in SPLITS if options.get(split)]
+  if evaluator.needs_train and "train" not in given:
+    raise ValueError(f"{field}.train={options.get('train', '')!r}: {options['kind']!r} needs a source to train on")
+  if given and not evaluator.needs_train:
+    raise ValueError(f"{field}.{given[0]}={options[given[0]]!r}: {options['kind']!r} reads only data")
 
 
 def check_metric(metric: str, kinds: Mapping[str, str], field: str) -> None:

@@ -1,4 +1,4 @@
-"""The encode functions of a model, compiled once: `Clip` calls them; evaluators receive them with parameters bound."""
+"""The encode functions of a model, compiled once: `Clip` calls them, and `evals.features` with parameters bound."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -29,6 +29,8 @@ class EncodeFunctions(NamedTuple):
     tokens: whether images and texts are compared by their tokens (FILIP) instead of their embeddings.
     image, text: functions that return the `Embeddings` that `similarity` compares.
     similarity: scores of these embeddings.
+    pooled_and_joint: `Model.encode_image_features`; unlike the results of the others, its results stay split over the
+      devices, like the batch.
     image_embeddings, text_embeddings: functions that return unit-norm pooled embeddings.
     image_features, text_features: functions from normalised pixels or token ids to pooled embeddings, not normalised.
   """
@@ -38,6 +40,7 @@ class EncodeFunctions(NamedTuple):
   image: EncodeFunction
   text: EncodeFunction
   similarity: Similarity
+  pooled_and_joint: EncodeFunction
   image_embeddings: EncodeFunction
   text_embeddings: EncodeFunction
   image_features: EncodeFunction
@@ -65,6 +68,7 @@ def make_encode_functions(model: Model, mesh: Mesh, *, tokens: bool) -> EncodeFu
     image=image,
     text=text,
     similarity=similarity,
+    pooled_and_joint=jax.jit(model.encode_image_features, out_shardings=batch_sharding(mesh)),
     image_embeddings=image_embeddings,
     text_embeddings=text_embeddings,
     image_features=compiled(model.image_features),
@@ -77,28 +81,29 @@ class Encoders:
   """Encode functions with parameters and placement bound, the preprocessing of their inputs, and their comparison.
 
   Attributes:
-    image: function from this host's share of a global batch, uint8 `[b h w c]`, to all `Embeddings` `[B ...]`.
-    text: the same from token ids, int32 `[b t]`.
-    gather: function from this host's share of any arrays, `[b ...]`, to all of them, `[B ...]`, without encoding.
+    image: function from this host's share of a global batch, uint8 `[b h w c]`, to pooled features `[B f]` and joint
+      embeddings `[B d]`, not normalised, None without a joint space; they stay on the devices, see
+      `sharding.local_rows`.
+    text: function from this host's share of token ids, int32 `[b t]`, to the `Embeddings` `[B ...]` of all texts.
     tokenizer: function from texts to token ids.
     view: preprocessing of images.
     batch_size: global `B`, a multiple of the number of devices.
     batch_rows: indices of this host's rows in a global batch.
     similarity: scores of embeddings, on every host; all hosts must make the same calls.
-    tokens: whether embeddings are tokens (FILIP).
+    image_tokens: for models that compare tokens (FILIP), a function from this host's share of images to the tokens of
+      all, `[B n e]`; None for other models.
     workers, threads: processes that read images, and threads of each; see `pipeline.evaluation_reader_counts`.
     max_pixels: largest number of pixels of an image, see `images.open_photo`.
   """
 
-  image: Callable[[UInt8[np.ndarray, "b h w c"]], Embeddings]
+  image: Callable[[UInt8[np.ndarray, "b h w c"]], tuple[Any, Any]]
   text: Callable[[Int[np.ndarray, "b t"]], Embeddings]
-  gather: Callable[[Any], Any]
   tokenizer: Callable[[Sequence[str]], np.ndarray]
   view: EvalView
   batch_size: int
   batch_rows: Int[np.ndarray, "b"]
   similarity: Similarity = cosines
-  tokens: bool = False
+  image_tokens: Callable[[UInt8[np.ndarray, "b h w c"]], Embeddings] | None = None
   workers: int | None = None
   threads: int | None = None
   max_pixels: int = MAX_PIXELS
@@ -113,7 +118,8 @@ class Encoders:
 
       return call
 
-    return dataclasses.replace(self, image=calling(self.image), text=calling(self.text))
+    image_tokens = self.image_tokens and calling(self.image_tokens)
+    return dataclasses.replace(self, image=calling(self.image), text=calling(self.text), image_tokens=image_tokens)
 
 
 class EncoderFactory:
@@ -140,26 +146,28 @@ class EncoderFactory:
   ):
     check_batch(batch_size, functions.mesh, "evaluate_batch_size")
     self._functions, self._sharding = functions, batch_sharding(functions.mesh)
-    self._gather = jax.jit(lambda x: x, out_shardings=replicated(functions.mesh))
     self._inputs = {
       "tokenizer": tokenizer,
       "view": view,
       "batch_size": batch_size,
       "batch_rows": batch_rows(self._sharding, batch_size),
       "similarity": functions.similarity,
-      "tokens": functions.tokens,
       "workers": workers,
       "threads": threads,
       "max_pixels": max_pixels,
     }
 
   def bind(self, params: Tree, collections: Tree) -> Encoders:
-    """Binds parameters; the resulting functions map host arrays to host arrays."""
+    """Binds parameters; the resulting functions map host arrays to host arrays, except `image`."""
+    functions = self._functions
     place = partial(to_global, sharding=self._sharding)
-    fetch = partial(jax.tree.map, np.asarray)
+
+    def fetch(encode: EncodeFunction) -> Callable[[Any], Any]:
+      return lambda inputs: jax.tree.map(np.asarray, encode(params, collections, place(inputs)))
+
     return Encoders(
-      image=lambda images: fetch(self._functions.image(params, collections, place(images))),
-      text=lambda tokens: fetch(self._functions.text(params, collections, place(tokens))),
-      gather=lambda arrays: fetch(self._gather(place(arrays))),
+      image=lambda images: functions.pooled_and_joint(params, collections, place(images)),
+      text=fetch(functions.text),
+      image_tokens=fetch(functions.image) if functions.tokens else None,
       **self._inputs,
     )

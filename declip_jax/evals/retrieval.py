@@ -1,43 +1,45 @@
 """Image-text retrieval in both directions, with any number of captions per image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import hashlib
 from pathlib import Path
 from typing import Any
 
 from absl import logging
+import jax
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
 from declip_jax.data import images as image_ops
 from declip_jax.data.mixture import has_captions
 from declip_jax.data.sources import Source, read_example
-from declip_jax.evals.features import SourceFeatures
+from declip_jax.evals.features import EvaluationData
 from declip_jax.evals.metrics import RECALL_AT, recall
+from declip_jax.evals.results import Scores
 from declip_jax.evals.similarity import take
 from declip_jax.reporting.pictures import optional, plot_retrieval
+from declip_jax.runtime.hosts import gather_rows
 
 METRICS = (*(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in RECALL_AT), "images", "texts")
 
 
-def retrieval(
-  features: SourceFeatures, pictures: Path | None, *, equal_texts: bool = False
-) -> Iterator[tuple[str, float]]:
-  """Yields the metrics of `recall` over a source, and draws the images that a few texts retrieve.
+def retrieval(data: EvaluationData, pictures: Path | None, *, equal_texts: bool = False) -> Scores:
+  """The metrics of `recall` over a source; also draws the images that a few texts retrieve.
 
   If the samples of a source have one caption each, those with equal encoded images count as one image with all their
   captions. Otherwise these images would be wrong answers for each other's captions.
 
   Args:
-    features: source to search, and its features; images that cannot be read or have no caption are skipped.
+    data: split to search; images that cannot be read or have no caption are skipped.
     pictures: PNG file to write, None for none.
     equal_texts: whether captions with the same wording match each other's images.
 
   Raises:
     ValueError: no image has a caption.
   """
-  source, images = features.source, features.images
-  captions = _captions(source, np.flatnonzero(images.readable))
+  source = data.test.source
+  images = jax.tree.map(gather_rows, data.test.images)
+  captions = _captions(source, np.flatnonzero(gather_rows(data.test.readable)))
   if not captions:
     raise ValueError(f"{source.name} has no readable image with a caption")
   kept = np.array(list(captions))
@@ -46,17 +48,14 @@ def retrieval(
   group = np.unique(texts, return_inverse=True)[1] if equal_texts else owner
   match = np.zeros((len(kept), group.max() + 1), bool)
   match[owner, group] = True
-  image, text = take(images.embeddings, kept), features.texts(texts)
-  yield from recall(image, text, match, group, features.similarity).items()
-  yield "images", len(kept)
-  yield "texts", len(texts)
+  image, text = take(images, kept), data.texts(texts)
+  recalls = recall(image, text, match, group, data.similarity)
   shown = _shown(len(texts))
-  scores = features.similarity(
-    take(text, shown), image
-  )  # on all hosts, as `similarity` requires, although only one draws
+  scores = data.similarity(take(text, shown), image)  # on all hosts, as `similarity` requires, although only one draws
   if pictures is not None:
     with optional(pictures):
       _draw(source, kept, [texts[index] for index in shown], scores, match[:, group[shown]].T, pictures)
+  return Scores({**recalls, "images": len(kept), "texts": len(texts)})
 
 
 def _captions(source: Source | Sequence[Any], indices: Int[np.ndarray, "n"]) -> dict[int, list[str]]:

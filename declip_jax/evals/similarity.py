@@ -35,6 +35,12 @@ def cosines(query: Float[np.ndarray, "n d"], key: Float[np.ndarray, "m d"]) -> F
   return query @ key.T
 
 
+def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+  """Rows of length one in float32, normalised in float64; a row of zeros stays one, so that it ties with all others."""
+  length = np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+  return (x / np.where(length == 0, 1, length)).astype(np.float32)
+
+
 def take(embeddings: Embeddings, index: Any) -> Embeddings:
   """Selects images or texts by an array of indices, a mask or a slice."""
   return jax.tree.map(lambda x: x[index], embeddings)

@@ -1,6 +1,6 @@
 """Zero-shot classification through prompts (Radford et al. 2021, section 3.1)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +9,20 @@ import numpy as np
 
 from declip_jax.config import TEMPLATES
 from declip_jax.data.sources import Source
-from declip_jax.evals.features import SourceFeatures
+from declip_jax.evals.features import EvaluationData
 from declip_jax.evals.metrics import accuracies
+from declip_jax.evals.results import Scores
 from declip_jax.evals.similarity import Embeddings, Similarity
+from declip_jax.runtime.hosts import gather_rows
 
 METRICS = ("top1", "top5", "mean_per_class", "majority_share", "images")
 
 
-def zero_shot(
-  features: SourceFeatures, pictures: Path | None, *, templates: Sequence[str] = TEMPLATES
-) -> Iterator[tuple[str, float]]:
-  """Yields the metrics of `accuracies` for a source with class names; images without a label are skipped.
+def zero_shot(data: EvaluationData, pictures: Path | None, *, templates: Sequence[str] = TEMPLATES) -> Scores:
+  """The metrics of `accuracies` for a source with class names; images without a label are skipped.
 
   Args:
-    features: source to classify, and its features.
+    data: split to classify, and embeddings of prompts.
     pictures: unused.
     templates: prompts with `{}` for the class name.
 
@@ -30,22 +30,19 @@ def zero_shot(
     ValueError: the source has no labelled image; see also `check`.
   """
   del pictures
-  source = features.source
+  source = data.test.source
   check(source, "zero_shot", templates=templates)
-  prompt_embeddings = features.texts(prompts(source.classnames, templates))
+  prompt_embeddings = data.texts(prompts(source.classnames, templates))
   classes = len(source.classnames)
-  if features.encoders.tokens:
-    images = features.map_images(token_classifier(prompt_embeddings, classes, features.similarity))
+  if data.tokens:
+    logits = data.test.map_images(token_classifier(prompt_embeddings, classes, data.similarity))
   else:
-    images = features.images
-  used = images.label >= 0  # -1 also where an image cannot be read
+    logits = data.similarity(data.test.images, classifier(prompt_embeddings, classes))
+  logits, label = gather_rows(logits), gather_rows(data.test.label)
+  used = label >= 0  # -1 also where an image cannot be read
   if not used.any():
     raise ValueError(f"{source.name} has no readable image with a class label")
-  logits = images.embeddings[used]
-  if not features.encoders.tokens:
-    logits = features.similarity(logits, classifier(prompt_embeddings, classes))
-  yield from accuracies(logits, images.label[used]).items()
-  yield "images", int(used.sum())
+  return Scores({**accuracies(logits[used], label[used]), "images": int(used.sum())})
 
 
 def check(source: Source | Sequence[Any], field: str, *, templates: Any = TEMPLATES) -> None:

@@ -85,6 +85,24 @@ class Model:
     """Unit-norm float32 embeddings of token ids, in evaluation mode."""
     return unit_norm(self.text_features(params, collections, tokens))
 
+  def encode_image_features(
+    self, params: Tree, collections: Tree, images: UInt8[Array, "b h w c"]
+  ) -> tuple[Float[Array, "b f"], Float[Array, "b d"] | None]:
+    """Pooled features and joint embeddings of uint8 images from one forward pass, float32, in evaluation mode.
+
+    The pooled feature is the output of the tower before the projection to the joint space: the class token after the
+    last norm (ViT), the attention-pooled vector before `c_proj` (ModifiedResNet), or the average-pooled vector
+    (RegNet). The joint embedding is its projection in float32, not normalised; None if there is no joint space.
+    """
+    towers, heads = _variables(params, collections)
+    pooled, _ = self.towers.apply(towers, images, method=Towers.encode_image)
+    pooled = pooled.astype(jnp.float32)
+    if "joint" not in self.heads.members:
+      return pooled, None
+    joint = self.heads.members["joint"].clone(dtype=jnp.float32)
+    with jax.default_matmul_precision("highest"):
+      return pooled, Heads({"joint": joint}).apply(heads, pooled, method=Heads.project_image)
+
   def encode_image_tokens(
     self, params: Tree, collections: Tree, images: UInt8[Array, "b h w c"]
   ) -> Float[Array, "b n e"]:

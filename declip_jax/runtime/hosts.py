@@ -104,6 +104,17 @@ def sum_over_hosts(values: np.ndarray) -> np.ndarray:
   return multihost_utils.process_allgather(values, tiled=False).sum(axis=0)
 
 
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+  """Joins the rows of all hosts, `[n_host ...]`, to `[n ...]`, in the order of the hosts; their numbers may differ."""
+  if jax.process_count() == 1:
+    return rows
+  counts = multihost_utils.process_allgather(np.int32(len(rows)))
+  padded = np.zeros((counts.max(), *rows.shape[1:]), rows.dtype)
+  padded[: len(rows)] = rows
+  gathered = multihost_utils.process_allgather(padded)
+  return np.concatenate([host[:count] for host, count in zip(gathered, counts, strict=True)])
+
+
 def check_sizes(sizes: Sequence[tuple[str, int]]) -> None:
   """Checks that all hosts see the same number of samples in each source: otherwise their orders would differ.
 

@@ -245,17 +245,17 @@ def test_reader_counts_follow_the_cores(cores: int, given: tuple, planned: tuple
 
 
 def test_processes_read_an_evaluation_only_if_it_is_worth_their_start() -> None:
-  assert pipeline.evaluation_reader_counts(5000, None, None, cores=16) == (0, 4)
+  assert pipeline.evaluation_reader_counts(5000, None, None, cores=16) == (0, 16)
   assert pipeline.evaluation_reader_counts(50000, None, None, cores=16) == (3, 4)
   assert pipeline.evaluation_reader_counts(50000, 0, 2, cores=16) == (0, 2)
-  assert pipeline.evaluation_reader_counts(5000, 2, None, cores=16) == (0, 4)
+  assert pipeline.evaluation_reader_counts(5000, 2, None, cores=16) == (0, 16)
 
 
 def test_reading_in_this_process_leaves_opencvs_threads_alone() -> None:
   before = cv2.getNumThreads()
   cv2.setNumThreads(3)
   try:
-    list(pipeline.EvaluationBatches(Numbers(3), 2, images.EvalView(2), np.arange(2)))
+    list(pipeline.EvaluationBatches(Numbers(3), range(3), 2, 2, images.EvalView(2)))
     assert cv2.getNumThreads() == 3
   finally:
     cv2.setNumThreads(before)
@@ -302,9 +302,9 @@ def test_a_limit_of_pixels_holds_in_training_and_evaluation() -> None:
   assert dict(zip(BAD, counts.tolist(), strict=True))["too many pixels"] == counts.sum() >= 5
   for limit, readable in ((16, 18), (36, 20)):
     batches = pipeline.EvaluationBatches(
-      Squares(20, broken=(1, 2)), 4, images.EvalView(2), np.arange(4), max_pixels=limit
+      Squares(20, broken=(1, 2)), range(20), 4, 5, images.EvalView(2), max_pixels=limit
     )
-    assert sum(batch["mask"].sum() for batch in batches) == readable
+    assert sum(batch["readable"].sum() for batch in batches) == readable
   large = io.BytesIO()
   Image.new("1", (9000, 8000)).save(large, "PNG")
   assert images.open_photo(large.getvalue(), images.LARGEST_LIMIT).width == 9000
@@ -455,24 +455,31 @@ def test_evaluation_is_in_order_padded_and_masked(
   batch_size: int, hosts: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   monkeypatch.setattr(pipeline, "_WORTH_PROCESSES", 0)
-  source = Numbers(11, broken=(3,))
+  source, local = Numbers(11, broken=(3,)), batch_size // hosts
+  rows = [range(0, 11)] if hosts == 1 else [range(0, 6), range(6, 11)]
+  num_batches = -(-len(rows[0]) // local)
   of_hosts = [
-    list(pipeline.EvaluationBatches(source, batch_size, images.EvalView(2), rows, workers))
-    for rows in np.array_split(np.arange(batch_size), hosts)
+    list(pipeline.EvaluationBatches(source, own, local, num_batches, images.EvalView(2), workers)) for own in rows
   ]
-  assert len({len(batches) for batches in of_hosts}) == 1
-  batches = [batch for same in zip(*of_hosts, strict=True) for batch in same]
-  assert {(batch["image"].shape, batch["image"].dtype.name) for batch in batches} == {
-    ((batch_size // hosts, 2, 2, 3), "uint8")
+  assert {len(batches) for batches in of_hosts} == {num_batches}
+  assert {(batch["image"].shape, batch["image"].dtype.name) for batches in of_hosts for batch in batches} == {
+    ((local, 2, 2, 3), "uint8")
   }
-  assert {(batch["label"].dtype.name, batch["mask"].dtype.name) for batch in batches} == {("int32", "bool")}
-  mask, labels = (np.concatenate([batch[name] for batch in batches]) for name in ("mask", "label"))
-  pixels = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
-  kept = [value for value in range(11) if value != 3]
-  np.testing.assert_array_equal(np.flatnonzero(mask), kept)
-  np.testing.assert_array_equal(pixels[mask], kept)
-  np.testing.assert_array_equal(labels[mask], [value % 2 for value in kept])
-  assert (labels[~mask] == -1).all()
+  joined = {
+    name: np.concatenate(
+      [batch[name] for batches in of_hosts for batch in batches]
+      if hosts == 1
+      else [np.concatenate([batch[name] for batch in of_hosts[host]])[: len(rows[host])] for host in range(2)]
+    )
+    for name in ("image", "label", "readable", "id")
+  }
+  assert (joined["label"].dtype.name, joined["readable"].dtype.name) == ("int32", "bool")
+  readable, kept = joined["readable"], [value for value in range(11) if value != 3]
+  np.testing.assert_array_equal(np.flatnonzero(readable), kept)
+  np.testing.assert_array_equal(joined["image"][readable, 0, 0, 0], kept)
+  np.testing.assert_array_equal(joined["label"][readable], [value % 2 for value in kept])
+  assert (joined["label"][~readable] == -1).all()
+  assert joined["id"][readable].tolist() == [f"numbers:{value}" for value in kept]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -296,15 +296,15 @@ def test_labels_fit_the_devices(label: int, usable: bool) -> None:
   else:
     with pytest.raises(BadSample, match=f"here: label {label}"):
       read_example(source, 0)
-  (batch,) = pipeline.EvaluationBatches(source, 1, images.EvalView(2), np.arange(1))
-  assert batch["mask"].tolist() == [usable]
+  (batch,) = pipeline.EvaluationBatches(source, range(1), 1, 1, images.EvalView(2))
+  assert batch["readable"].tolist() == [usable]
 
 
 def test_evaluation_skips_whatever_is_bad() -> None:
   names = [name for name in FAULTS if name != "crash"]
   source = Faulty(20, {2 * number: ("open", name) for number, name in enumerate(names) if name != "other"})
-  (batch,) = pipeline.EvaluationBatches(source, 20, images.EvalView(2), np.arange(20), seconds=0.3)
-  assert set(np.flatnonzero(~batch["mask"])) == set(source.faults)
+  (batch,) = pipeline.EvaluationBatches(source, range(20), 20, 1, images.EvalView(2), seconds=0.3)
+  assert set(np.flatnonzero(~batch["readable"])) == set(source.faults)
 
 
 def test_conversion_and_inspection_skip_whatever_is_bad() -> None:

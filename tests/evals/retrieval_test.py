@@ -10,7 +10,7 @@ import references as reference
 from declip_jax.data.images import EvalView
 from declip_jax.evals import metrics
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.features import SourceFeatures
+from declip_jax.evals.features import Split, Texts, make_data
 from declip_jax.evals.metrics import recall
 from declip_jax.evals.retrieval import METRICS, retrieval
 from declip_jax.evals.similarity import TextTokens
@@ -94,6 +94,10 @@ def test_a_model_with_nans_scores_zero():
   assert set(found.values()) == {0.0}
 
 
+def search(source, encoders, **options):
+  return retrieval(make_data(encoders, Texts(encoders), Split(source, encoders)), None, **options).metrics
+
+
 class Source(list):
   """Pictures of one grey each, `20 * index`; entries that are not integers cannot be read."""
 
@@ -109,9 +113,8 @@ def encoders(words, batch_size=4):
   """Looks images up by their grey and texts by their word, in rows of the identity: equal numbers match."""
   table = np.eye(8, dtype=np.float32)
   return Encoders(
-    image=lambda images: table[np.rint(images.mean(axis=(1, 2, 3)) / 20).astype(int)],
+    image=lambda images: (table[np.rint(images.mean(axis=(1, 2, 3)) / 20).astype(int)],) * 2,
     text=lambda tokens: table[tokens[:, 0]],
-    gather=lambda rows: rows,
     tokenizer=lambda texts: np.array([[words[text]] for text in texts]),
     view=EvalView(8),
     batch_size=batch_size,
@@ -124,7 +127,7 @@ def test_unusable_samples_are_skipped():
     [(0, ("zero", "nought")), ("broken", ("lost",)), (1, ("one",)), (2, ()), (3, ("three",)), (4, ("five",))]
   )
   words = {"zero": 0, "nought": 0, "one": 1, "three": 3, "five": 5}
-  found = dict(retrieval(SourceFeatures(source, encoders(words)), None))
+  found = search(source, encoders(words))
   assert tuple(found) == METRICS
   assert (found["images"], found["texts"]) == (4, 5)
   assert found["image_to_text_r1"] == 0.75  # the picture of a four has only a text about a five
@@ -150,7 +153,7 @@ class EncodedSource(Source):
 )
 def test_samples_of_one_image_count_once_if_each_has_one_caption(samples, images, expected):
   words = {"one": 1, "uno": 1, "two": 2, "due": 2}
-  found = dict(retrieval(SourceFeatures(EncodedSource(samples), encoders(words)), None))
+  found = search(EncodedSource(samples), encoders(words))
   assert (found["images"], found["texts"]) == (images, 4)
   assert found["image_to_text_r1"] == pytest.approx(expected)
 
@@ -159,12 +162,10 @@ def test_samples_of_one_image_count_once_if_each_has_one_caption(samples, images
 def test_equal_texts_may_match_each_others_images(equal_texts, expected):
   # Two pictures of a one share their caption. Without shared captions they tie with each other and count as misses.
   source = Source([(1, ("one",)), (2, ("two",)), (1, ("one",)), (3, ("three",))])
-  found = dict(
-    retrieval(SourceFeatures(source, encoders({"one": 1, "two": 2, "three": 3})), None, equal_texts=equal_texts)
-  )
+  found = search(source, encoders({"one": 1, "two": 2, "three": 3}), equal_texts=equal_texts)
   assert found["image_to_text_r1"] == found["text_to_image_r1"] == expected
 
 
 def test_a_source_without_captions_is_named():
   with pytest.raises(ValueError, match="greys has no readable image with a caption"):
-    dict(retrieval(SourceFeatures(Source([(1, ()), ("broken", ("lost",))]), encoders({})), None))
+    search(Source([(1, ()), ("broken", ("lost",))]), encoders({}))

@@ -6,7 +6,7 @@ import references as reference
 
 from declip_jax.data.images import EvalView
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.features import SourceFeatures
+from declip_jax.evals.features import Split, Texts, make_data
 from declip_jax.evals.metrics import accuracies
 from declip_jax.evals.similarity import TextTokens
 from declip_jax.evals.zero_shot import METRICS, classifier, prompts, token_classifier, zero_shot
@@ -25,14 +25,17 @@ def encoders(text_rows, prompts, image_rows=None, batch_size=4):
   """Looks prompts up in `text_rows` and images, by the value of their pixels, in `image_rows`."""
   ids = {prompt: index for index, prompt in enumerate(prompts)}
   return Encoders(
-    image=lambda images: image_rows[images[:, 0, 0, 0]],
+    image=lambda images: (image_rows[images[:, 0, 0, 0]],) * 2,
     text=lambda tokens: text_rows[tokens[:, 0]],
-    gather=lambda rows: rows,
     tokenizer=lambda texts: np.array([[ids[text]] for text in texts]),
     view=EvalView(8),
     batch_size=batch_size,
     batch_rows=np.arange(batch_size),
   )
+
+
+def classify(source, encoders, **options):
+  return zero_shot(make_data(encoders, Texts(encoders), Split(source, encoders)), None, **options).metrics
 
 
 class Source(list):
@@ -96,7 +99,7 @@ def test_accuracy_over_a_source_equals_clip_benchmark(golden, reference_prompts)
   images = unit(golden["zeroshot/image_embeddings"])
   examples = [(index, label) for index, label in enumerate(golden["zeroshot/labels"])]
   source = Source([(None, 0), *examples, (0, -1)], names)  # an unreadable image and one without a label
-  found = dict(zero_shot(SourceFeatures(source, encoders(rows, texts, images)), None, templates=forms))
+  found = classify(source, encoders(rows, texts, images), templates=forms)
   assert found["images"] == len(examples)
   assert tuple(found) == METRICS
   np.testing.assert_allclose(found["top1"], golden["zeroshot/acc1"], atol=1e-6)
@@ -118,15 +121,14 @@ def test_tokens_are_compared_with_every_prompt_and_scores_averaged_over_template
     return np.where(key.valid[:, None], products, -np.inf).max(axis=3).mean(axis=2)
 
   found = Encoders(
-    image=lambda images: image[images[:, 0, 0, 0]],
+    image=lambda images: pytest.fail("the tokens are what is compared"),
+    image_tokens=lambda images: image[images[:, 0, 0, 0]],
     text=lambda tokens: TextTokens(token[tokens[:, 1]], valid[tokens[:, 1]]),
-    gather=lambda rows: rows,
     tokenizer=lambda texts: np.array([[1, ids[text]] + 30 * [0] for text in texts]),
     view=EvalView(8),
     batch_size=4,
     batch_rows=np.arange(4),
     similarity=similarity,
-    tokens=True,
   )
   logits = np.zeros((9, 3))
   for i in range(9):
@@ -139,7 +141,7 @@ def test_tokens_are_compared_with_every_prompt_and_scores_averaged_over_template
   label = np.argsort(-logits, axis=1)[np.arange(9), np.arange(9) % 2]  # every other one is wrong
   source = Source([(None, 0), *enumerate(label), (0, -1)], names)
   calls.clear()
-  result = dict(zero_shot(SourceFeatures(source, found), None, templates=forms))
+  result = classify(source, found, templates=forms)
   assert (result["images"], result["top1"]) == (9, 5 / 9)
   assert calls == [4, 4, 4]  # a batch at a time, whose tokens are then forgotten
 
@@ -151,7 +153,7 @@ def test_a_template_without_a_place_for_the_name_is_named():
 
 def test_a_source_that_cannot_be_classified_is_named():
   with pytest.raises(ValueError, match="pictures has no class names"):
-    dict(zero_shot(SourceFeatures(Source([(0, 0)], ()), encoders(np.eye(2), [])), None))
+    classify(Source([(0, 0)], ()), encoders(np.eye(2), []))
   source = Source([(0, -1), (None, 0)], ("cat", "dog"))
   with pytest.raises(ValueError, match="pictures has no readable image with a class label"):
-    dict(zero_shot(SourceFeatures(source, encoders(np.eye(2), ["cat", "dog"], np.eye(2))), None, templates=("{}",)))
+    classify(source, encoders(np.eye(2), ["cat", "dog"], np.eye(2)), templates=("{}",))
