@@ -461,12 +461,12 @@ def check_best_metric(config: ConfigDict) -> None:
     check_metric(best, kinds, "config.checkpoint.best_metric")
 
 
-def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[..., dict[str, float]]:
+def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders, int], dict[str, float]]:
   """Opens the sources of `config.evals` and returns a function of encoders to all metrics, `eval/NAME/METRIC`.
 
-  A source that several evaluations use is encoded once. Pictures are written to `workdir`. The function has a second
-  argument, the number of this evaluation of the run: an evaluation takes part if its `every` divides it; all do by
-  default.
+  A source that several evaluations use is encoded once. Pictures are written to `workdir`. The second
+  argument of the function is the number of this evaluation of the run: an entry takes part if its `every` divides the
+  number, all in number 0.
 
   Raises:
     ValueError: an unknown kind of evaluation, an option that it does not have, or a source that cannot be opened or
@@ -477,8 +477,8 @@ def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[..., dict[str,
   for name, evaluator, splits, options, _ in evaluations:
     evaluator.check(sources[splits["test"]], f"config.evals.{name}", **options)
 
-  def evaluate(encoders: Encoders, turn: int = 0) -> dict[str, float]:
-    due = [evaluation for evaluation in evaluations if turn % evaluation.every == 0]
+  def evaluate(encoders: Encoders, number: int) -> dict[str, float]:
+    due = [evaluation for evaluation in evaluations if number % evaluation.every == 0]
     texts, opened, results = Texts(encoders), {}, {}
     for index, (name, evaluator, splits, options, _) in enumerate(due):
       for spec in splits.values():

@@ -74,7 +74,7 @@ def evaluate(
   encoders = clip.encoders(size, needs_text=bool(evals_with_text(evals)))
   about = {"step": clip.step} if weights is None else {"weights": os.fspath(weights), "origin": clip.origin}
   with explained("lower --batch_size"):
-    results = {**about, **run(encoders)}
+    results = {**about, **run(encoders, 0)}
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     add_line(workdir / "evaluations.jsonl", {"evals": evals.to_dict(), **results})

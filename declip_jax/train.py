@@ -193,7 +193,7 @@ class _Prepared(NamedTuple):
   abstract: State
   step_fn: StepFn
   encoders: EncoderFactory
-  evaluate: Callable[[Encoders], dict[str, float]]
+  evaluate: Callable[[Encoders, int], dict[str, float]]
   initial: Weights | None
   notes: list[str]
 
@@ -354,9 +354,9 @@ def _open_services(
   stop = StopRequest(checkpoints.preempted, start)
   stack.enter_context(stop_signals(stop))
 
-  def evaluate(state: State) -> dict[str, float]:
+  def evaluate(state: State, number: int) -> dict[str, float]:
     encoders = run.encoders.bind(state.params, state.collections)
-    return run.evaluate(encoders.with_callback(partial(watchdog.beat, "the evaluation")))
+    return run.evaluate(encoders.with_callback(partial(watchdog.beat, "the evaluation")), number)
 
   def draw_curves() -> None:
     if main:

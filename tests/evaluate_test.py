@@ -5,14 +5,23 @@ import inspect
 from pathlib import Path
 
 from ml_collections import ConfigDict
+import numpy as np
 from PIL import Image
 import pytest
 import references as reference
 
 from declip_jax import config, evaluate
 from declip_jax.build import check_best_metric, check_evals, make_evaluators
+from declip_jax.data.images import EvalView
 from declip_jax.evals import EVALUATORS, Evaluator
+from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.results import Scores
+
+
+def fake_encoders() -> Encoders:
+  return Encoders(
+    lambda images: (images, None), lambda tokens: tokens, lambda texts: texts, EvalView(4), 4, np.arange(4)
+  )
 
 
 @pytest.mark.parametrize(
@@ -104,6 +113,17 @@ def test_sources_that_do_not_fit_an_evaluation_are_rejected(tmp_path: Path) -> N
     make_evaluators(evals, tmp_path)
   make_evaluators(ConfigDict({"mine": config.zero_shot(f"folder:{tmp_path}/classes")}), tmp_path)
   make_evaluators(ConfigDict({"mine": config.retrieval(f"table:{tmp_path}/pairs.tsv")}), tmp_path)
+
+
+def test_an_evaluation_may_run_at_every_third_evaluation_of_a_run(
+  monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+  monkeypatch.setitem(EVALUATORS, "one", Evaluator(lambda data, pictures: Scores({"x": 1.0}), needs_text=False))
+  entry = {"kind": "one", "data": "scenes:test/4/16"}
+  run = make_evaluators(ConfigDict({"often": entry, "seldom": {**entry, "every": 3}}), tmp_path)
+  found = [[*run(fake_encoders(), number)] for number in (1, 2, 3, 0)]
+  both = ["eval/often/x", "eval/seldom/x"]
+  assert found == [both[:1], both[:1], both, both]
 
 
 @pytest.mark.parametrize("entry", [3, "scenes:test"])

@@ -285,7 +285,7 @@ def test_an_evaluator_takes_1_place(places: Places, tmp_path: Path) -> None:
     return images.mean(axis=(1, 2)) / 255, None
 
   encoders = Encoders(encode, lambda tokens: tokens, lambda texts: texts, EvalView(8), 4, np.arange(4))
-  results = build.make_evaluators(saved.evals, tmp_path)(encoders)
+  results = build.make_evaluators(saved.evals, tmp_path)(encoders, 0)
   assert results.keys() == {"eval/defaults/largest", "eval/doubled/largest"}
   assert 0 < results["eval/doubled/largest"] == 2 * results["eval/defaults/largest"]
   assert batches == [4, 4]  # six images, encoded once for both

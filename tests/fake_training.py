@@ -37,7 +37,7 @@ class FakeTraining:
     cadence: when to log, evaluate and save.
     poisoned: numbers of the batches that are not finite, so that the step skips them.
     bad: bad samples that are skipped for each batch, by kind.
-    evaluate: evaluates a state.
+    evaluate: evaluates a state, as the evaluation with this number.
     on_batch: called with the number of each batch while the run waits for it.
     on_step: called with the number of each batch when its step begins.
     step_fn: the step.
@@ -51,7 +51,7 @@ class FakeTraining:
   poisoned: tuple[int, ...] = ()
   bad: tuple[int, ...] = (0,) * len(BAD)
   max_bad: float = 0.5
-  evaluate: Callable[[State], dict[str, float]] = lambda state: {}
+  evaluate: Callable[[State, int], dict[str, float]] = lambda state, number: {}
   on_batch: Callable[[int], None] = lambda number: None
   on_step: Callable[[int], None] = lambda number: None
   step_fn: StepFn | None = None

@@ -202,8 +202,8 @@ def test_the_clock_saves_with_few_and_without_log_lines(
 
 @pytest.mark.parametrize("action", [interrupt, terminate])
 def test_an_interrupted_evaluation_loses_no_step_and_is_repeated(action: Callable[[], None], tmp_path: Path) -> None:
-  def evaluate(state: State) -> dict[str, float]:
-    del state
+  def evaluate(state: State, number: int) -> dict[str, float]:
+    del state, number
     action()
     return {"eval/heldout/top1": 0.5}
 
@@ -213,7 +213,8 @@ def test_an_interrupted_evaluation_loses_no_step_and_is_repeated(action: Callabl
   assert saved_steps(tmp_path) == [4]
   evaluated = []
 
-  def finish(state: State) -> dict[str, float]:
+  def finish(state: State, number: int) -> dict[str, float]:
+    assert number == (0 if state.step == 8 else 1)
     evaluated.append(int(state.step))
     return {"eval/heldout/top1": float(state.step) / 10}
 
@@ -230,7 +231,7 @@ def test_the_scores_of_evaluations_decide_which_checkpoint_is_best(tmp_path: Pat
   keep = {"keep_last": 1, "keep_best": 1, "best_metric": "eval/a/top1"}
   scores = {2: 0.1, 4: 0.9, 6: 0.3, 8: 0.2}
   training = FakeTraining(
-    Cadence(total=8, evaluate=2), evaluate=lambda state: {"eval/a/top1": scores[int(state.step)]}, keep=keep
+    Cadence(total=8, evaluate=2), evaluate=lambda state, number: {"eval/a/top1": scores[int(state.step)]}, keep=keep
   )
   training.run(tmp_path)
   assert saved_steps(tmp_path) == [4, 8]
@@ -282,7 +283,7 @@ def test_the_time_for_a_batch_is_limited_and_that_for_compiling_is_not(tmp_path:
 
 def test_a_stop_skips_the_evaluation_that_is_due(tmp_path: Path) -> None:
   training = FakeTraining(
-    Cadence(total=8, evaluate=4), evaluate=lambda state: {"eval/a/top1": 0.0}, on_step=at(3, terminate)
+    Cadence(total=8, evaluate=4), evaluate=lambda state, number: {"eval/a/top1": 0.0}, on_step=at(3, terminate)
   )
   with pytest.raises(Stopped, match=r"step 4"):
     training.run(tmp_path)

@@ -51,6 +51,10 @@ class Cadence:
   def evaluates(self, step: int) -> bool:
     return self._is_due(step, self.evaluate, self.evaluate_phase)
 
+  def evaluation(self, step: int) -> int:
+    """The number of the evaluation at a step; 0 for the last step, which is evaluated in full."""
+    return 0 if step >= self.total else (step - self.evaluate_phase) // self.evaluate
+
   def saves(self, step: int) -> bool:
     return self._is_due(step, self.checkpoint, self.checkpoint_phase)
 
@@ -69,7 +73,7 @@ class Services:
     config: config that is saved with each checkpoint.
     abstract: shapes and shardings of the state.
     max_skipped_steps: number of consecutive skipped steps at which the run rolls back.
-    evaluate_state: evaluates a state; returns its metrics, named "eval/...".
+    evaluate_state: evaluates a state, as the evaluation with this number; returns its metrics, named "eval/...".
     draw_curves: draws the curves of the metrics so far.
     latest: latest metrics, filled by `log` and `evaluate`.
     Their classes describe the other attributes.
@@ -90,7 +94,7 @@ class Services:
   watchdog: Watchdog
   clock: Clock
   bad_samples: BadSamples
-  evaluate_state: Callable[[State], dict[str, float]] = lambda state: {}
+  evaluate_state: Callable[[State, int], dict[str, float]] = lambda state, number: {}
   draw_curves: Callable[[], None] = lambda: None
   latest: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -207,7 +211,7 @@ class Services:
   def evaluate(self, step: int, state: State) -> None:
     """Evaluates a state, and records its metrics with its checkpoint and in metrics.jsonl."""
     with self.clock.spending("evaluation"):
-      results = self.evaluate_state(state)
+      results = self.evaluate_state(state, self.cadence.evaluation(step))
     self.checkpoints.score(step, results)
     if results:
       self.writer.write(step, {"examples": self.batch_sizes.examples(step), **results})
@@ -228,7 +232,7 @@ class Services:
     if not any_host(written):
       self.evaluate(start, state)
     elif start >= self.cadence.total:
-      self.latest.update(self.evaluate_state(state))
+      self.latest.update(self.evaluate_state(state, 0))
 
   def curves(self) -> None:
     """Draws the curves of the metrics so far."""
