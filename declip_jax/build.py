@@ -20,9 +20,10 @@ from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
-from declip_jax.evals import EVALUATORS, SPLITS, Evaluator, check_metric, check_options
+from declip_jax.evals import EVALUATORS, SPLITS, check_metric, check_options
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
-from declip_jax.evals.features import Split, Texts, make_data
+from declip_jax.evals.features import DecodedImages
+from declip_jax.evals.jobs import DataSource, Job, run_jobs
 from declip_jax.models.heads import diagnostic_kinds
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_below
@@ -398,7 +399,7 @@ def check_evals(evals: ConfigDict, objective: Objective) -> None:
   """Rejects evaluations that cannot run, among them those that need texts if no term compares them with images.
 
   Raises:
-    ValueError: the message names the evaluations and the terms; see also `make_evaluators`.
+    ValueError: the message names the evaluations and the terms; see also `make_jobs`.
   """
   texts = evals_with_text(evals)
   if texts and not (objective.compares_embeddings or objective.compares_tokens):
@@ -413,24 +414,22 @@ def evals_with_text(evals: ConfigDict) -> list[str]:
   """Names of the evaluations that compare images with texts.
 
   Raises:
-    ValueError: see `make_evaluators`.
+    ValueError: see `make_jobs`.
   """
-  return sorted(name for name, fields in evals.items() if _evaluation(name, fields).evaluator.needs_text)
+  return sorted(name for name, fields in evals.items() if EVALUATORS[_evaluation(name, fields).kind].needs_text)
 
 
 class _Evaluation(NamedTuple):
   """An entry of `config.evals`.
 
   Attributes:
-    name: its name.
-    evaluator: what it runs.
+    kind: a key of `EVALUATORS`.
     splits: spec of the source of each split.
     options: options of the evaluator.
     every: number of evaluations of the run from one in which it takes part to the next.
   """
 
-  name: str
-  evaluator: Evaluator
+  kind: str
   splits: dict[str, str]
   options: dict[str, Any]
   every: int
@@ -445,9 +444,9 @@ def _evaluation(name: str, fields: ConfigDict) -> _Evaluation:
     raise ValueError(f"{field}: the name of an evaluation cannot contain a slash")
   options = fields.to_dict()
   check_options(options, field)
-  evaluator, every = EVALUATORS[options.pop("kind")], options.pop("every", 1)
+  kind, every = options.pop("kind"), options.pop("every", 1)
   splits = {"test": options.pop("data")} | {split: options.pop(split, "") for split in SPLITS}
-  return _Evaluation(name, evaluator, {split: spec for split, spec in splits.items() if spec}, options, every)
+  return _Evaluation(kind, {split: spec for split, spec in splits.items() if spec}, options, every)
 
 
 def check_best_metric(config: ConfigDict) -> None:
@@ -461,36 +460,45 @@ def check_best_metric(config: ConfigDict) -> None:
     check_metric(best, kinds, "config.checkpoint.best_metric")
 
 
-def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders, int], dict[str, float]]:
-  """Opens the sources of `config.evals` and returns a function of encoders to all metrics, `eval/NAME/METRIC`.
-
-  A source that several evaluations use is encoded once. Pictures are written to `workdir`. The second
-  argument of the function is the number of this evaluation of the run: an entry takes part if its `every` divides the
-  number, all in number 0.
+def make_jobs(evals: ConfigDict) -> list[Job]:
+  """Opens the sources of `config.evals`, each once.
 
   Raises:
     ValueError: an unknown kind of evaluation, an option that it does not have, or a source that cannot be opened or
       does not fit the evaluation.
   """
-  evaluations = [_evaluation(name, fields) for name, fields in evals.items()]
-  sources = {spec: open_source(spec) for spec in {spec: None for e in evaluations for spec in e.splits.values()}}
-  for name, evaluator, splits, options, _ in evaluations:
-    evaluator.check(sources[splits["test"]], f"config.evals.{name}", **options)
+  evaluations = {name: _evaluation(name, fields) for name, fields in evals.items()}
+  specs = dict.fromkeys(spec for evaluation in evaluations.values() for spec in evaluation.splits.values())
+  sources = {spec: DataSource(open_source(spec)) for spec in specs}
+  jobs = []
+  for name, (kind, splits, options, _) in evaluations.items():
+    EVALUATORS[kind].check(sources[splits["test"]].source, f"config.evals.{name}", **options)
+    jobs.append(Job(name, kind, {split: sources[spec] for split, spec in splits.items()}, options))
+  return jobs
+
+
+def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders, int], dict[str, float]]:
+  """Returns a function of encoders to all metrics, `eval/NAME/METRIC`, of the evaluations of a run while it trains.
+
+  The second argument of the function is the number of this evaluation of the run: an entry takes part if its `every`
+  divides the number, all in number 0. Images of small sources are decoded only once. Pictures are written to `workdir`.
+
+  Raises:
+    ValueError: see `make_jobs`.
+  """
+  jobs, read = make_jobs(evals), DecodedImages()
+  every = {name: fields.get("every", 1) for name, fields in evals.items()}
+
+  def picture(job: Job) -> Path | None:
+    return workdir / f"{job.name}.png" if jax.process_index() == 0 else None
 
   def evaluate(encoders: Encoders, number: int) -> dict[str, float]:
-    due = [evaluation for evaluation in evaluations if number % evaluation.every == 0]
-    texts, opened, results = Texts(encoders), {}, {}
-    for index, (name, evaluator, splits, options, _) in enumerate(due):
-      for spec in splits.values():
-        opened.setdefault(spec, Split(sources[spec], encoders))
-      data = make_data(encoders, texts, **{split: opened[spec] for split, spec in splits.items()})
-      picture = workdir / f"{name}.png" if jax.process_index() == 0 else None
-      scores = evaluator.function(data, picture, **options)
-      results |= {f"eval/{name}/{metric}": value for metric, value in scores.metrics.items()}
-      later = {spec for evaluation in due[index + 1 :] for spec in evaluation.splits.values()}
-      for spec in set(opened) - later:
-        del opened[spec]  # the tokens of a source may be large
-    return results
+    due = [job for job in jobs if number % every[job.name] == 0]
+    return {
+      f"eval/{job.name}/{metric}": value
+      for job, scores in run_jobs(due, encoders, picture, read=read)
+      for metric, value in scores.metrics.items()
+    }
 
   return evaluate
 

@@ -7,8 +7,8 @@ On several hosts each has the features of its own rows only, adjacent in the sou
 Every host calls the evaluator; what it needs of all rows, such as predictions, it joins by `hosts.gather_rows`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from declip_jax.data.pipeline import EvaluationBatches
 from declip_jax.data.sources import Source
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.similarity import Embeddings, Similarity, concatenate, take, unit_rows
+from declip_jax.runtime.hosts import gather_rows
 from declip_jax.sharding import local_rows
 
 
@@ -47,16 +48,133 @@ class Features:
   readable: Bool[np.ndarray, "n"]
 
 
+# This host's batches of some rows of a source, see `read_batches`; every host has the same number of them.
+Read = Callable[[Any, Encoders, range], Iterable[dict[str, np.ndarray]]]
+# Features of some rows of a source, see `encode`.
+Encode = Callable[[Any, Encoders, range, Read], Features]
+
+
+def read_batches(source: Source | Sequence[Any], encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
+  """Decoded images of some rows, with labels, in batches; see `EvaluationBatches`."""
+  local, most = len(encoders.batch_rows), gather_rows(np.array([len(rows)])).max()
+  yield from EvaluationBatches(
+    source,
+    rows,
+    local,
+    -(-int(most) // local),
+    encoders.view,
+    encoders.workers,
+    encoders.threads,
+    max_pixels=encoders.max_pixels,
+  )
+
+
+class DecodedImages:
+  """`read_batches` of a run that is evaluated again and again: small sources are decoded once and stay in memory.
+
+  Args:
+    limit: bytes of decoded images of all sources on a host.
+  """
+
+  def __init__(self, limit: int = 2 * 2**30):
+    self._free, self._known = limit, {}
+
+  def __call__(
+    self, source: Source | Sequence[Any], encoders: Encoders, rows: range
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of a source that exists as long as this; `rows` are always the same."""
+    if id(source) in self._known:
+      yield from self._known[id(source)]
+      return
+    size = 3 * encoders.view.size**2 * -(-len(source) // jax.process_count())  # the same on every host
+    if size > self._free:
+      yield from read_batches(source, encoders, rows)
+      return
+    batches = []
+    for batch in read_batches(source, encoders, rows):
+      batches.append(batch)
+      yield batch
+    self._free -= size
+    self._known[id(source)] = batches
+
+
+def encode_batches(
+  source: Source | Sequence[Any], encoders: Encoders, rows: range, read: Read = read_batches
+) -> Iterator[Features]:
+  """Features of one batch after the other; see `encode`.
+
+  While a batch is on the devices, the next one is read; its results are fetched one batch late.
+  """
+  pending, left = None, len(rows)
+
+  def fetch(batch: Mapping[str, np.ndarray], encoded: tuple[Any, Any]) -> Features:
+    pooled, embedding = jax.tree.map(local_rows, encoded)
+    size = min(left, len(pooled))  # without padding
+    embedding = None if embedding is None else embedding[:size]
+    batch = {name: values[:size] for name, values in batch.items()}
+    return Features(pooled[:size], embedding, batch["label"], None, {}, batch["id"].tolist(), batch["readable"])
+
+  for batch in read(source, encoders, rows):
+    encoded = encoders.image(batch["image"])
+    if pending is not None:
+      yield fetch(*pending)
+      left = max(left - len(pending[0]["label"]), 0)
+    pending = {name: values for name, values in batch.items() if name != "image"}, encoded
+  if pending is not None:
+    yield fetch(*pending)
+
+
+def encode(source: Source | Sequence[Any], encoders: Encoders, rows: range, read: Read = read_batches) -> Features:
+  """Encodes images of a source; the result depends on neither batch size nor number of devices or hosts.
+
+  Args:
+    source: images to encode.
+    encoders: encode functions.
+    rows: this host's rows.
+    read: function that reads them.
+
+  Raises:
+    ValueError: the source has no samples.
+  """
+  if not len(source):
+    raise ValueError(f"{source.name} has no samples")
+  return join([*encode_batches(source, encoders, rows, read)])
+
+
+def join(parts: Sequence[Features]) -> Features:
+  """Joins features of adjacent rows."""
+  arrays = [(p.pooled, p.embedding, p.label, p.labels, dict(p.groups), p.readable) for p in parts]
+  pooled, embedding, label, labels, groups, readable = concatenate(arrays)
+  return Features(pooled, embedding, label, labels, groups, [name for part in parts for name in part.id], readable)
+
+
 class Split:
   """A split of a data set with its features, which are encoded when an evaluation first reads them, and only once.
+
+  Args:
+    source: images, captions and labels.
+    encoders: encode functions.
+    classes: class of each label of the source, -1 for labels that are left out, where the classes of the data set are
+      in another order; see `classes.align`. By default, they are the labels.
+    encode: function that returns features.
+    read: function that reads images.
 
   Attributes:
     source: images, captions and labels.
     rows: this host's rows of the source.
   """
 
-  def __init__(self, source: Source | Sequence[Any], encoders: Encoders):
-    self.source, self._encoders = source, encoders
+  def __init__(
+    self,
+    source: Source | Sequence[Any],
+    encoders: Encoders,
+    *,
+    classes: Int[np.ndarray, "labels"] | None = None,
+    encode: Encode = encode,
+    read: Read = read_batches,
+  ):
+    self.source, self._encoders, self._classes = source, encoders, classes
+    self._encode, self._read = encode, read
     self.rows = host_rows(len(source), jax.process_index(), jax.process_count())
 
   @property
@@ -67,7 +185,8 @@ class Split:
   @cached_property
   def features(self) -> Features:
     """Features of this host's images."""
-    return encode(self.source, self._encoders, self.rows)
+    found = self._encode(self.source, self._encoders, self.rows, self._read)
+    return replace(found, label=self._classes_of(found.label), labels=self._columns(found.labels))
 
   @property
   def label(self) -> Int[np.ndarray, "n"]:
@@ -97,14 +216,36 @@ class Split:
     """A function of `images`, applied to one batch after the other, of which only its results are kept."""
     size = self._encoders.batch_size
     if self._encoders.image_tokens is None or "images" in vars(self):
-      images, count = self.images, len(self.rows)
-      return concatenate([function(take(images, slice(start, start + size))) for start in range(0, count, size)])
+      images, starts = self.images, range(0, max(len(self.rows), 1), size)
+      return concatenate([function(take(images, slice(start, start + size))) for start in starts])
     own, encoded, fields = self._encoders.batch_rows, [], []
-    for batch in _batches(self.source, self._encoders, self.rows):
-      encoded.append(take(function(self._encoders.image_tokens(batch.pop("image"))), own))
-      fields.append(batch)
-    self._fields = concatenate(fields, len(self.rows))
+    for batch in self._read(self.source, self._encoders, self.rows):
+      encoded.append(take(function(self._encoders.image_tokens(batch["image"])), own))
+      fields.append({name: batch[name] for name in ("label", "readable")})
+    found = concatenate(fields, len(self.rows))
+    self._fields = {**found, "label": self._classes_of(found["label"])}
     return concatenate(encoded, len(self.rows))
+
+  def _classes_of(self, label: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """Classes of the data set, from labels of the source.
+
+    Raises:
+      ValueError: a label is not a class of the source.
+    """
+    count = len(self.source.classnames) if self._classes is None else len(self._classes)
+    if count and len(label) and label.max() >= count:
+      row = self.rows[int(label.argmax())]
+      raise ValueError(f"{self.name}: sample {row} has label {label.max()}, but there are {count} classes")
+    return label if self._classes is None else np.where(label < 0, -1, self._classes[label]).astype(np.int32)
+
+  def _columns(self, labels: Int8[np.ndarray, "n labels"] | None) -> Int8[np.ndarray, "n classes"] | None:
+    """Labels by class of the data set, from those of the source."""
+    if labels is None or self._classes is None:
+      return labels
+    kept = self._classes >= 0
+    columns = np.full((len(labels), int(self._classes.max()) + 1), -1, np.int8)
+    columns[:, self._classes[kept]] = labels[:, kept]
+    return columns
 
 
 @dataclass(frozen=True)
@@ -118,6 +259,9 @@ class EvaluationData:
       same calls. Embeddings of the same texts are computed once.
     similarity: scores of embeddings, on every host; all hosts must make the same calls.
     tokens: whether `similarity` compares tokens (FILIP) instead of embeddings.
+    classnames: names of the classes, in the order of labels; empty without classes.
+    prompts: prompts of each class; None if the evaluator makes them.
+    metric: the metric that papers report for the data set, one of `catalogue.METRICS`.
   """
 
   test: Split
@@ -126,6 +270,9 @@ class EvaluationData:
   tokens: bool = False
   train: Split | None = None
   val: Split | None = None
+  classnames: Sequence[str] = ()
+  prompts: Sequence[Sequence[str]] | None = None
+  metric: str = "top1"
 
 
 class Texts:
@@ -142,42 +289,23 @@ class Texts:
     return self._known[key]
 
 
-def make_data(
-  encoders: Encoders, texts: Texts, test: Split, train: Split | None = None, val: Split | None = None
-) -> EvaluationData:
-  """The input of one evaluator, from splits and texts that several may share."""
-  return EvaluationData(test, texts, encoders.similarity, encoders.image_tokens is not None, train, val)
+def make_data(encoders: Encoders, texts: Texts, test: Split, **others: Any) -> EvaluationData:
+  """The input of one evaluator.
+
+  Args:
+    encoders: encode functions.
+    texts: embeddings of texts, which several evaluators may share.
+    test: the split to evaluate.
+    others: other attributes of `EvaluationData`; by default, the names of classes are those of the source.
+  """
+  found = {"classnames": tuple(test.source.classnames), **others}
+  return EvaluationData(test, texts, encoders.similarity, encoders.image_tokens is not None, **found)
 
 
 def host_rows(size: int, host: int, hosts: int) -> range:
   """The rows of a source that a host encodes: adjacent, so that the rows of all hosts, in order, are the source's."""
   share = -(-size // hosts)
   return range(min(host * share, size), min((host + 1) * share, size))
-
-
-def encode(source: Source | Sequence[Any], encoders: Encoders, rows: range) -> Features:
-  """Encodes images of a source; the result depends on neither batch size nor number of devices or hosts.
-
-  While a batch is on the devices, the next one is read; its results are fetched one batch late.
-
-  Args:
-    source: images to encode.
-    encoders: encode functions.
-    rows: this host's rows.
-  """
-  parts, labels, pending = [], [], None
-  for batch in _batches(source, encoders, rows):
-    encoded = encoders.image(batch.pop("image"))
-    labels.append(batch)
-    if pending is not None:
-      parts.append(jax.tree.map(local_rows, pending))
-    pending = encoded
-  if pending is None:
-    raise ValueError(f"{source.name} has no samples")
-  parts.append(jax.tree.map(local_rows, pending))
-  pooled, embedding = concatenate(parts, len(rows))
-  fields = concatenate(labels, len(rows))
-  return Features(pooled, embedding, fields["label"], None, {}, fields["id"].tolist(), fields["readable"])
 
 
 def encode_texts(texts: Sequence[str], encoders: Encoders) -> Embeddings:
@@ -189,22 +317,6 @@ def encode_texts(texts: Sequence[str], encoders: Encoders) -> Embeddings:
   padded = np.concatenate([tokens, np.repeat(tokens[-1:], -len(tokens) % size, axis=0)])
   encoded = [encoders.text(batch[encoders.batch_rows]) for batch in padded.reshape(-1, size, tokens.shape[1])]
   return concatenate(encoded, len(tokens))
-
-
-def _batches(source: Source | Sequence[Any], encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
-  """This host's batches; every host has the same number of them."""
-  largest_share = len(host_rows(len(source), 0, jax.process_count()))
-  local = len(encoders.batch_rows)
-  yield from EvaluationBatches(
-    source,
-    rows,
-    local,
-    -(-largest_share // local),
-    encoders.view,
-    encoders.workers,
-    encoders.threads,
-    max_pixels=encoders.max_pixels,
-  )
 
 
 def _joint(features: Features, name: str) -> Float[np.ndarray, "n d"]:

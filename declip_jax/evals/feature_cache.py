@@ -1,0 +1,268 @@
+"""Features on disk: a data set is encoded once by a model, whatever is evaluated later.
+
+An entry is a folder, whose name is a hash of everything that features depend on:
+
+  about.json                           what was encoded, for people, and its time of use
+  host-00000-of-00004.npy              float32 `[rows, f + d]`: pooled features, then joint embeddings
+  host-00000-of-00004.rows/00000.npz   label, labels, groups, id and readable of the first block of rows
+
+The features are mapped into memory, not read. A block of rows is valid once its `.npz`, which has its checksum, exists;
+so an entry that was interrupted is continued after its last block, by anyone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+import shutil
+from typing import Any
+import zipfile
+import zlib
+
+import jax
+from jaxtyping import Float32
+import numpy as np
+
+from declip_jax.data.sources import Source
+from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.features import Features, Read, encode_batches, join, read_batches
+from declip_jax.reporting.progress import message
+from declip_jax.runtime import records
+from declip_jax.runtime.hosts import any_host, barrier
+
+BLOCK = 4096  # rows
+LIMIT = 200 * 2**30  # bytes
+_VERSION = 1  # of what features of the same model and images are
+
+
+class FeatureCache:
+  """`features.encode` that looks features up in a folder first, for one model.
+
+  Args:
+    folder: folder of all entries, shared by models and users, on every host the same.
+    weights: hash of the model's weights, see `tree_hash`.
+    model: fields of the model and its compute dtype, as JSON.
+    widths: widths of pooled features and of joint embeddings, 0 without a joint space.
+    limit: bytes of all entries; the ones that were not used for longest are removed before a new one is begun.
+  """
+
+  def __init__(self, folder: Path, weights: str, model: Mapping[str, Any], widths: tuple[int, int], limit: int = LIMIT):
+    self._folder, self._widths, self._limit = folder, widths, limit
+    self._model = {"version": _VERSION, "weights": weights, "model": dict(model)}
+    self._used: set[Path] = set()
+
+  def encode(
+    self, source: Source | Sequence[Any], encoders: Encoders, rows: range, read: Read = read_batches
+  ) -> Features:
+    """Features of this host's rows of a source, from disk as far as they are there.
+
+    Raises:
+      ValueError: the source has no samples.
+      OSError: the folder cannot be written.
+    """
+    if not len(source):
+      raise ValueError(f"{source.name} has no samples")
+    entry = self.entry(source, encoders)
+    self._used.add(entry)
+    shard = _Shard(entry, rows, self._widths)
+    if any_host(not shard.is_complete()):
+      self._begin(entry, source, encoders)
+      left = rows[shard.rows_done() :]
+      for features in encode_batches(source, encoders, left, read):
+        shard.add(features)
+      shard.finish()
+      barrier()
+    with contextlib.suppress(OSError):  # of another user
+      os.utime(entry / "about.json")
+    return shard.read()
+
+  def entry(self, source: Source | Sequence[Any], encoders: Encoders) -> Path:
+    """The folder of the features of a source."""
+    return self._folder / json_hash(self._about(source, encoders))
+
+  def has(self, source: Source | Sequence[Any], encoders: Encoders, rows: range) -> bool:
+    """Whether all features of this host's rows are there."""
+    return _Shard(self.entry(source, encoders), rows, self._widths).is_complete()
+
+  def num_bytes(self, source: Source | Sequence[Any]) -> int:
+    """Size of the features of a source."""
+    return 4 * sum(self._widths) * len(source)
+
+  def _about(self, source: Source | Sequence[Any], encoders: Encoders) -> dict[str, Any]:
+    data = {"source": source.name, "stamp": source.stamp, "samples": len(source), "max_pixels": encoders.max_pixels}
+    view = {"engine": "exact", **vars(encoders.view)}
+    return {**self._model, **data, "view": view}
+
+  def _begin(self, entry: Path, source: Source | Sequence[Any], encoders: Encoders) -> None:
+    """Reports and makes room, on the first host; the others wait."""
+    if jax.process_index() == 0:
+      size = self.num_bytes(source)
+      message(f"{source.name}: encoding {len(source):,} images; features take {size / 2**20:,.1f} MiB in {entry}")
+      for old in remove_oldest(self._folder, self._limit - size, self._used):
+        message(f"removed the features in {old}, since all together would take more than --cache_limit")
+      entry.mkdir(parents=True, exist_ok=True)
+      records.write(entry / "about.json", json.dumps(self._about(source, encoders), indent=2).encode())
+    barrier()
+
+
+def remove_oldest(folder: Path, limit: int, used: set[Path]) -> Iterator[Path]:
+  """Removes the entries that were not used for longest until the others take at most `limit` bytes.
+
+  Args:
+    folder: folder of entries.
+    limit: bytes.
+    used: entries to keep in any case.
+
+  Yields:
+    The entries that were removed.
+  """
+  entries = {about.parent: about.stat().st_mtime_ns for about in folder.glob("*/about.json")}
+  sizes = {entry: sum(path.stat().st_size for path in entry.rglob("*") if path.is_file()) for entry in entries}
+  for entry in sorted(entries, key=lambda entry: (entries[entry], entry)):
+    if sum(sizes.values()) <= limit:
+      return
+    if entry not in used:
+      shutil.rmtree(entry, ignore_errors=True)
+      del sizes[entry]
+      yield entry
+
+
+class _Shard:
+  """One host's rows of an entry.
+
+  Args:
+    entry: folder of the entry.
+    rows: this host's rows of the source.
+    widths: see `FeatureCache`.
+  """
+
+  def __init__(self, entry: Path, rows: range, widths: tuple[int, int]):
+    name = f"host-{jax.process_index():05}-of-{jax.process_count():05}"
+    self._path, self._blocks = entry / f"{name}.npy", entry / f"{name}.rows"
+    self._count, self._widths = len(rows), widths
+    self._waiting: list[Features] = []
+    self._done = self._valid_blocks()
+
+  def is_complete(self) -> bool:
+    return self.rows_done() == self._count and (self._path.exists() or not self._count)
+
+  def rows_done(self) -> int:
+    return min(self._done * BLOCK, self._count)
+
+  def add(self, features: Features) -> None:
+    """Adds rows, and writes those of each block that is complete."""
+    self._waiting.append(features)
+    while sum(len(part.label) for part in self._waiting) >= BLOCK:
+      joined = join(self._waiting)
+      self._write(_rows(joined, slice(BLOCK)))
+      self._waiting = [_rows(joined, slice(BLOCK, None))]
+
+  def finish(self) -> None:
+    """Writes the last block, which may be shorter."""
+    if self._waiting and len((last := join(self._waiting)).label):
+      self._write(last)
+    self._waiting = []
+
+  def read(self) -> Features:
+    """All rows, whose features stay on disk until they are used."""
+    stored = self._features("r")
+    split = self._widths[0]
+    blocks = [_load(path) for path in self._block_paths()]
+    parts = [_annotations(block, len(block["label"])) for block in blocks] or [_annotations(None, 0)]
+    joined = join(parts)
+    return Features(
+      stored[:, :split],
+      stored[:, split:] if self._widths[1] else None,
+      joined.label,
+      joined.labels,
+      joined.groups,
+      joined.id,
+      joined.readable,
+    )
+
+  def _valid_blocks(self) -> int:
+    """The number of blocks from the first on that are as they were written."""
+    if not self._path.exists() or not self._count:
+      return 0
+    features = self._features("r")
+    for number, path in enumerate(self._block_paths()):
+      try:
+        checksum = int(_load(path)["checksum"])
+      except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # absent or damaged
+        return number
+      if checksum != zlib.crc32(np.ascontiguousarray(features[number * BLOCK : (number + 1) * BLOCK])):
+        return number
+    return -(-self._count // BLOCK)
+
+  def _block_paths(self) -> list[Path]:
+    return [self._blocks / f"{number:05}.npz" for number in range(-(-self._count // BLOCK))]
+
+  def _features(self, mode: str) -> Float32[np.ndarray, "rows columns"]:
+    """The mapped file, which is made if it does not exist."""
+    if not self._count:  # an empty file cannot be mapped
+      return np.zeros((0, sum(self._widths)), np.float32)
+    if not self._path.exists():
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      new = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+      np.lib.format.open_memmap(new, "w+", np.float32, (self._count, sum(self._widths))).flush()
+      with contextlib.suppress(FileExistsError):  # another process encodes the same: both write the same values
+        os.link(new, self._path)
+      new.unlink()
+    return np.lib.format.open_memmap(self._path, mode)
+
+  def _write(self, block: Features) -> None:
+    """Writes the next block: first its features, then the file that says that they are valid."""
+    features = block.pooled if block.embedding is None else np.concatenate([block.pooled, block.embedding], axis=1)
+    features = np.ascontiguousarray(features, np.float32)
+    stored = self._features("r+")
+    stored[self._done * BLOCK : self._done * BLOCK + len(features)] = features
+    stored.flush()
+    arrays = {"label": block.label, "id": np.array(block.id), "readable": block.readable}
+    arrays |= {} if block.labels is None else {"labels": block.labels}
+    arrays |= {f"groups/{name}": group for name, group in block.groups.items()}
+    file = io.BytesIO()
+    np.savez_compressed(file, checksum=np.uint32(zlib.crc32(features)), **arrays)
+    self._blocks.mkdir(exist_ok=True)
+    records.write(self._blocks / f"{self._done:05}.npz", file.getvalue())
+    self._done += 1
+
+
+def _rows(features: Features, rows: slice) -> Features:
+  embedding = None if features.embedding is None else features.embedding[rows]
+  labels = None if features.labels is None else features.labels[rows]
+  groups = {name: group[rows] for name, group in features.groups.items()}
+  return Features(
+    features.pooled[rows], embedding, features.label[rows], labels, groups, features.id[rows], features.readable[rows]
+  )
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+  with np.load(path) as file:
+    return dict(file)
+
+
+def _annotations(block: Mapping[str, np.ndarray] | None, size: int) -> Features:
+  """A block without its features."""
+  nothing = np.zeros((size, 0), np.float32)
+  if block is None:
+    return Features(nothing, None, np.zeros(0, np.int32), None, {}, [], np.zeros(0, bool))
+  groups = {name.removeprefix("groups/"): group for name, group in block.items() if name.startswith("groups/")}
+  return Features(nothing, None, block["label"], block.get("labels"), groups, block["id"].tolist(), block["readable"])
+
+
+def json_hash(value: Any) -> str:
+  """32 hexadecimal digits that depend on a value of JSON."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()[:32]
+
+
+def tree_hash(tree: Any) -> str:
+  """32 hexadecimal digits that depend on the names, shapes, types and values of a tree of arrays."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    array = np.ascontiguousarray(leaf)
+    digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+    digest.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
+  return digest.hexdigest()[:32]

@@ -1,0 +1,75 @@
+"""The evaluations of one model, one after the other: splits and texts that several of them use are encoded once."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+import numpy as np
+
+from declip_jax.data.sources import Source
+from declip_jax.evals import EVALUATORS
+from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.features import Encode, Read, Split, Texts, encode, make_data, read_batches
+from declip_jax.evals.results import Scores
+
+
+@dataclass(frozen=True)
+class DataSource:
+  """A source of a split.
+
+  Attributes:
+    source: images, captions and labels; several jobs share features if they share this object.
+    classes: class of each label of the source, see `Split`.
+  """
+
+  source: Source
+  classes: Int[np.ndarray, "labels"] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+  """One evaluation.
+
+  Attributes:
+    name: its name among all, such as that of the data set.
+    kind: a key of `EVALUATORS`.
+    splits: sources of `test` and, where the evaluator needs them, `train` and `val`.
+    options: options of the evaluator.
+    data: facts on the data set: `classnames`, `prompts` and `metric` of `EvaluationData`.
+  """
+
+  name: str
+  kind: str
+  splits: Mapping[str, DataSource]
+  options: Mapping[str, Any] = field(default_factory=dict)
+  data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_jobs(
+  jobs: Sequence[Job],
+  encoders: Encoders,
+  picture: Callable[[Job], Path | None],
+  *,
+  encode: Encode = encode,
+  read: Read = read_batches,
+) -> Iterator[tuple[Job, Scores]]:
+  """Runs jobs in their order; every host has to call this with the same jobs.
+
+  Args:
+    jobs: evaluations.
+    encoders: encode functions of the model.
+    picture: the picture that a job may draw, None for none.
+    encode: function that returns features of a source.
+    read: function that reads images of a source.
+  """
+  texts, opened = Texts(encoders), {}
+  for number, job in enumerate(jobs):
+    for split in job.splits.values():
+      if id(split) not in opened:
+        opened[id(split)] = Split(split.source, encoders, classes=split.classes, encode=encode, read=read)
+    data = make_data(encoders, texts, **{name: opened[id(split)] for name, split in job.splits.items()}, **job.data)
+    yield job, EVALUATORS[job.kind].function(data, picture(job), **job.options)
+    later = {id(split) for other in jobs[number + 1 :] for split in other.splits.values()}
+    opened = {name: split for name, split in opened.items() if name in later}  # the tokens of a source may be large
