@@ -26,7 +26,12 @@ setup(
   ],
   python_requires=">=3.11",
   packages=find_packages(include=["declip_jax", "declip_jax.*"]),  # declip_jax/configs is a link to configs/
-  package_data={"declip_jax": ["py.typed"], "declip_jax.data.text": ["*.gz", "*.txt"], "declip_jax.weights": ["*.gz"]},
+  package_data={
+    "declip_jax": ["py.typed"],
+    "declip_jax.data.text": ["*.gz", "*.txt"],
+    "declip_jax.evals": ["*.csv"],
+    "declip_jax.weights": ["*.gz"],
+  },
   install_requires=[
     "absl-py>=2.1",
     "array_record>=0.8.6",
@@ -49,6 +54,7 @@ setup(
     "pillow>=11",
     "pyarrow>=18",
     "safetensors>=0.5",
+    "scipy>=1.14",
     "simplejpeg>=1.8",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.10",  # reads prepared data sets; TensorFlow is not needed

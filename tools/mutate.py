@@ -49,7 +49,7 @@ _TOKENIZER, _TEXTS = "data/text/tokenizer_test.py", "data/text/augment_test.py"
 _BATCH_NORM, _BLOCKWISE = "models/batch_norm_test.py", "objectives/blockwise_test.py"
 _PIPELINE, _STEP = "data/pipeline_test.py", "training/step_test.py"
 _WEIGHTS = "weights/layout_test.py weights/read_test.py"
-_METRICS = "evals/retrieval_test.py evals/zero_shot_test.py"
+_METRICS = "evals/metrics_test.py evals/retrieval_test.py evals/zero_shot_test.py"
 # fmt: off
 MUTATIONS = [
   # Terms.
@@ -233,7 +233,7 @@ MUTATIONS = [
   Mutation("ties count in favour of the model", "evals/metrics.py", "~(scores < best)", "(scores > best)", _METRICS),
   Mutation("recall at k is that at k + 1", "evals/metrics.py", "(rank < k)", "(rank <= k)", _METRICS),
   Mutation("classes without an image count", "evals/metrics.py",
-           "(correct[present] / totals[present])", "(correct / np.maximum(totals, 1))", _METRICS),
+           "sum(axis=-1) / present.sum(axis=-1)", "mean(axis=-1)", _METRICS),
   Mutation("classifiers are not of unit length", "evals/zero_shot.py",
            "return means / np.linalg.norm(means, axis=1, keepdims=True)", "return means", _METRICS),
   Mutation("linear layers are not transposed", "weights/layout.py",

@@ -1,32 +1,296 @@
-"""Metrics of evaluations, as pure functions of arrays."""
+"""Metrics of evaluations, as pure functions of arrays, in float64.
+
+A metric of `n` examples takes columns of length `n` and returns an array without dimensions. Its last argument,
+`times` `[... n]`, says how often each example counts, by default once; with one row per resample it returns one value
+per resample, which is how `intervals.bootstrap` calls it. In a resample without an example that the metric needs, the
+value is NaN.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num, Shaped
 import numpy as np
+from scipy import sparse
 
 from declip_jax.evals.similarity import Embeddings, Similarity, cosines, num_embeddings, take
 
 RECALL_AT = (1, 5, 10)
 _CHUNK = 1024  # queries whose similarities are in memory at once
+_RECALLS = np.linspace(0, 1, 11) - 1e-12  # of VOC 2007; the slack keeps 0.3 <= 3 / 10
+Times = Int[np.ndarray, "*r n"] | None
 
 
-def accuracies(logits: Float[np.ndarray, "n classes"], label: Int[np.ndarray, "n"]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Predictions:
+  """The answers of a classifier.
+
+  Attributes:
+    label: true class of each example.
+    predicted: class with the largest logit, of equal ones the first; -1 if all logits are NaN.
+    rank: number of classes that the classifier prefers to the true one; that of all classes if its logit is NaN.
+    tied: whether several classes share the largest logit.
+    classes: number of classes of the classifier.
+  """
+
+  label: Int[np.ndarray, "n"]
+  predicted: Int[np.ndarray, "n"]
+  rank: Int[np.ndarray, "n"]
+  tied: Bool[np.ndarray, "n"]
+  classes: int
+
+  def correct(self, k: int = 1) -> Bool[np.ndarray, "n"]:
+    """Whether the true class is among the first `k` answers."""
+    return self.rank < k
+
+
+def predict(logits: Float[np.ndarray, "n classes"], label: Int[np.ndarray, "n"]) -> Predictions:
+  """Ranks the classes of each example; of equal logits the lower class comes first, and NaN comes last.
+
+  Raises:
+    ValueError: there is no example, or a label is not a class.
+  """
+  classes = logits.shape[1]
+  if not label.size:
+    raise ValueError("no example has a label")
+  if wrong := sorted({*label.tolist()} - {*range(classes)}):
+    raise ValueError(f"label {wrong[0]}: expected one of the {classes} classes 0 to {classes - 1}")
+  own = np.take_along_axis(logits, label[:, None], axis=1)
+  before = (logits > own) | ((logits == own) & (np.arange(classes) < label[:, None]))
+  best = np.fmax.reduce(logits, axis=1, keepdims=True)
+  first = logits == best
+  return Predictions(
+    label=label,
+    predicted=np.where(np.isnan(best[:, 0]), -1, first.argmax(axis=1)),
+    rank=np.where(np.isnan(own[:, 0]), classes, before.sum(axis=1)),
+    tied=first.sum(axis=1) > 1,
+    classes=classes,
+  )
+
+
+def restrict(
+  logits: Float[np.ndarray, "n classes"], label: Int[np.ndarray, "n"], ids: Int[np.ndarray, "k"]
+) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, "m"]]:
+  """The logits and labels of the examples of some classes, without the other classes (ImageNet-A and -R).
+
+  Args:
+    logits, label: those of all classes.
+    ids: the classes to keep; their positions are the new labels.
+  """
+  position = np.full(logits.shape[1], -1)
+  position[ids] = np.arange(len(ids))
+  label = np.where(label < 0, -1, position[label])
+  return logits[label >= 0][:, ids], label[label >= 0]
+
+
+def merge_classes(logits: Float[np.ndarray, "n classes"], ids: Int[np.ndarray, "k most"]) -> Float[np.ndarray, "n k"]:
+  """The largest logit of the classes that make up each new class (ObjectNet, Barbu et al. 2019).
+
+  Args:
+    logits: those of the classes of the classifier.
+    ids: classes of the classifier for each new class, filled up with -1; a new class without any is never predicted.
+  """
+  return np.where(ids >= 0, logits[:, ids], -np.inf).max(axis=2)
+
+
+def accuracies(predictions: Predictions) -> dict[str, float]:
   """Top-1, top-5 and mean per-class top-1 accuracy, as fractions, and the share of the largest class.
 
-  The share is the accuracy of always predicting the most frequent class. Classes without images do not count.
+  The share is the accuracy of always predicting the most frequent class. Classes without examples do not count. With
+  fewer than five classes there is no top-5 accuracy.
   """
-  order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-  hits = order == label[:, None]
-  totals = np.bincount(label, minlength=logits.shape[1])
-  correct = np.bincount(label, weights=hits[:, 0], minlength=logits.shape[1])
-  present = totals > 0
-  return {
-    "top1": float(hits[:, 0].mean()),
-    "top5": float(hits.any(axis=1).mean()),
-    "mean_per_class": float((correct[present] / totals[present]).mean()),
-    "majority_share": float(totals.max() / totals.sum()),
+  top5 = {"top5": accuracy(predictions.correct(5))} if predictions.classes >= 5 else {}
+  metrics = {
+    "top1": accuracy(predictions.correct()),
+    **top5,
+    "mean_per_class": mean_per_class(predictions.label, predictions.correct()),
+    "majority_share": np.bincount(predictions.label).max() / len(predictions.label),
   }
+  return {name: float(value) for name, value in metrics.items()}
+
+
+def accuracy(correct: Bool[np.ndarray, "n"], times: Times = None) -> Float[np.ndarray, "*r"]:
+  """Share of the examples that are correct."""
+  times = _once(correct, times)
+  return np.asarray((times @ correct) / times.sum(axis=-1))
+
+
+def mean_per_class(
+  label: Int[np.ndarray, "n"], correct: Bool[np.ndarray, "n"], times: Times = None
+) -> Float[np.ndarray, "*r"]:
+  """Mean, over the classes that occur among the labels, of the share that is correct.
+
+  SLIP's script divides by zero for a class that is predicted but does not occur.
+  """
+  hits, totals = _by_category(label, correct, times)
+  present = totals > 0
+  return np.asarray((hits / np.maximum(totals, 1)).sum(axis=-1) / present.sum(axis=-1))
+
+
+def accuracy_by(category: Int[np.ndarray, "n"], correct: Bool[np.ndarray, "n"]) -> dict[int, float]:
+  """Share of the examples of each category, a class or a group, that is correct; those of category -1 do not count."""
+  hits, totals = _by_category(category, correct, None)
+  return {int(index): float(hits[index] / totals[index]) for index in np.flatnonzero(totals)}
+
+
+def worst_group(
+  group: Int[np.ndarray, "n"], correct: Bool[np.ndarray, "n"], times: Times = None
+) -> Float[np.ndarray, "*r"]:
+  """The lowest share that is correct, of the groups that have examples; those of group -1 do not count.
+
+  Raises:
+    ValueError: no example has a group.
+  """
+  if not (group >= 0).any():
+    raise ValueError("no example has a group")
+  hits, totals = _by_category(group, correct, times)
+  worst = np.where(totals > 0, hits / np.maximum(totals, 1), np.inf).min(axis=-1)
+  return np.asarray(np.where(np.isinf(worst), np.nan, worst))
+
+
+def macro_f1(
+  label: Int[np.ndarray, "n"], predicted: Int[np.ndarray, "n"], times: Times = None
+) -> Float[np.ndarray, "*r"]:
+  """Mean, over the classes that occur among the labels, of the harmonic mean of precision and recall (WILDS)."""
+  classes = 1 + int(max(label.max(), predicted.max()))
+  times = _once(label, times)
+  hits, totals = _by_category(label, label == predicted, times, classes)
+  answers = _sums(predicted, times, classes)
+  f1 = 2 * hits / np.maximum(totals + answers, 1)
+  return np.asarray(f1.sum(axis=-1) / (totals > 0).sum(axis=-1))
+
+
+def confusions(predictions: Predictions) -> list[tuple[int, int, int]]:
+  """Pairs of a true class and the class predicted instead, with their number, the most frequent first.
+
+  Examples without a prediction are left out; pairs of equal number are in the order of their classes.
+  """
+  wrong = (predictions.predicted != predictions.label) & (predictions.predicted >= 0)
+  pairs = np.stack([predictions.label[wrong], predictions.predicted[wrong]], axis=1)
+  found, number = np.unique(pairs, axis=0, return_counts=True)
+  order = np.argsort(-number, kind="stable")
+  return [(int(label), int(other), int(n)) for (label, other), n in zip(found[order], number[order], strict=True)]
+
+
+def any_label_accuracy(labels: Bool[np.ndarray, "n classes"], predicted: Int[np.ndarray, "n"]) -> Float[np.ndarray, ""]:
+  """Share of the examples whose prediction is any of their labels (ImageNet-ReaL, Beyer et al. 2020, section 3).
+
+  Examples without a label do not count; a prediction of -1 is wrong.
+  """
+  correct = labels[np.arange(len(labels)), predicted] & (predicted >= 0)
+  return accuracy(correct[labels.any(axis=1)])
+
+
+def jaccard(associated: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"]) -> float:
+  """Size of the intersection by that of the union, of the right answers and as many answers of the largest score.
+
+  WinoGAViL (Bitton et al. 2022): `n` images, some of which go with a cue. Of equal scores the first comes first.
+  """
+  chosen = np.zeros(len(score), bool)
+  chosen[np.argsort(-score, kind="stable")[: associated.sum()]] = True
+  return float((chosen & associated).sum() / (chosen | associated).sum())
+
+
+def roc_auc(
+  present: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"], times: Times = None
+) -> Float[np.ndarray, "*r"]:
+  """Share of the pairs of a positive and a negative in which the positive has the larger score; ties count half.
+
+  Raises:
+    ValueError: all examples are positive, or all are negative.
+  """
+  if present.all() or not present.any():
+    raise ValueError(f"all {len(present)} examples are {'positive' if present.all() else 'negative'}")
+  times = _once(present, times)
+  level = np.unique(_worst_if_nan(present, score), return_inverse=True)[1]
+  positives, negatives = _sums(level, times * present), _sums(level, times * ~present)
+  lower = np.cumsum(negatives, axis=-1) - negatives
+  with np.errstate(invalid="ignore"):
+    return np.asarray(
+      (positives * (lower + negatives / 2)).sum(axis=-1) / (positives.sum(axis=-1) * negatives.sum(axis=-1))
+    )
+
+
+def average_precision(
+  present: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"], times: Times = None
+) -> Float[np.ndarray, "*r"]:
+  """Mean, over the positives, of the precision among the examples whose score is at least as large.
+
+  CLIP_benchmark orders equal scores arbitrarily instead.
+
+  Raises:
+    ValueError: no example is positive.
+  """
+  times = _positives(present, times)
+  level = np.unique(-_worst_if_nan(present, score), return_inverse=True)[1]
+  positives, totals = _sums(level, times * present), _sums(level, times)
+  precision = np.cumsum(positives, axis=-1) / np.maximum(np.cumsum(totals, axis=-1), 1)
+  with np.errstate(invalid="ignore"):
+    return np.asarray((precision * positives).sum(axis=-1) / positives.sum(axis=-1))
+
+
+def average_precision_11(
+  present: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"], times: Times = None
+) -> Float[np.ndarray, "*r"]:
+  """Mean of the largest precision at a recall of at least 0, 0.1, ..., 1 (VOC 2007, Everingham et al. 2010, 4.2).
+
+  Examples of equal score keep their order.
+
+  Raises:
+    ValueError: no example is positive.
+  """
+  times = _positives(present, times)
+  order = np.argsort(-_worst_if_nan(present, score), kind="stable")
+  times, present = times[..., order], present[order]
+  positives = np.cumsum(times * present, axis=-1)
+  precision = positives / np.maximum(np.cumsum(times, axis=-1), 1)
+  with np.errstate(invalid="ignore"):
+    recalls = positives / positives[..., -1:]
+  best = [np.where(recalls >= least, precision, 0).max(axis=-1) for least in _RECALLS]
+  return np.asarray(np.where(positives[..., -1] > 0, np.mean(best, axis=0), np.nan))
+
+
+AveragePrecision = Callable[..., Float[np.ndarray, "*r"]]
+
+
+def average_precision_by_class(
+  labels: Int[np.ndarray, "n classes"],
+  scores: Float[np.ndarray, "n classes"],
+  average: AveragePrecision = average_precision_11,
+  times: Times = None,
+) -> dict[int, Float[np.ndarray, "*r"]]:
+  """Average precision of each class that has a positive.
+
+  Args:
+    labels: 1 where the class is present, -1 where it is absent, and 0 where it is difficult: the example is then left
+      out of the ranking of this class, as VOC's rules say. CLIP_benchmark counts difficult ones as present.
+    scores: scores of the classes. CLIP's are those after a softmax over the classes.
+    average: `average_precision_11` or `average_precision`.
+    times: see above.
+  """
+  times = _once(labels, times)
+  found = {}
+  for index in np.flatnonzero((labels > 0).any(axis=0)):
+    kept = labels[:, index] != 0
+    found[int(index)] = average(labels[kept, index] > 0, scores[kept, index], times[..., kept])
+  return found
+
+
+def mean_average_precision(
+  labels: Int[np.ndarray, "n classes"],
+  scores: Float[np.ndarray, "n classes"],
+  average: AveragePrecision = average_precision_11,
+  times: Times = None,
+) -> Float[np.ndarray, "*r"]:
+  """Mean of the average precision over the classes that have a positive; see `average_precision_by_class`.
+
+  Raises:
+    ValueError: no class has a positive.
+  """
+  found = average_precision_by_class(labels, scores, average, times)
+  if not found:
+    raise ValueError(f"none of {labels.shape[1]} classes has a positive example")
+  return np.asarray(np.nanmean([*found.values()], axis=0))
 
 
 def recall(
@@ -70,3 +334,37 @@ def _ranks(
     best = np.where(matching, scores, -np.inf).max(axis=1, keepdims=True)
     ranks.append((~matching & ~(scores < best)).sum(axis=1))
   return np.concatenate(ranks)
+
+
+def _once(column: Shaped[np.ndarray, "n ..."], times: Times) -> Int[np.ndarray, "*r n"]:
+  if not len(column):
+    raise ValueError("a metric of no example is undefined")
+  return np.ones(len(column), np.int64) if times is None else times
+
+
+def _positives(present: Bool[np.ndarray, "n"], times: Times) -> Int[np.ndarray, "*r n"]:
+  if not present.any():
+    raise ValueError(f"none of {len(present)} examples is positive")
+  return _once(present, times)
+
+
+def _worst_if_nan(present: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+  """Scores in float64; NaN becomes the score that is wrong."""
+  return np.where(np.isnan(score), np.where(present, -np.inf, np.inf), score.astype(np.float64))
+
+
+def _sums(
+  category: Int[np.ndarray, "n"], values: Num[np.ndarray, "*r n"], size: int | None = None
+) -> Float[np.ndarray, "*r k"]:
+  """Sum of the values of each category; those of category -1 belong to none."""
+  kept = np.flatnonzero(category >= 0)
+  shape = (len(category), int(size or category.max(initial=-1) + 1))
+  return values @ sparse.csr_array((np.ones(len(kept)), (kept, category[kept])), shape=shape)
+
+
+def _by_category(
+  category: Int[np.ndarray, "n"], correct: Bool[np.ndarray, "n"], times: Times, size: int | None = None
+) -> tuple[Float[np.ndarray, "*r k"], Float[np.ndarray, "*r k"]]:
+  """For each category, how often its examples count and are correct, and how often they count."""
+  times = _once(category, times)
+  return _sums(category, times * correct, size), _sums(category, times, size)

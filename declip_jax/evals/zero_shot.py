@@ -10,7 +10,7 @@ import numpy as np
 from declip_jax.config import TEMPLATES
 from declip_jax.data.sources import Source
 from declip_jax.evals.features import EvaluationData
-from declip_jax.evals.metrics import accuracies
+from declip_jax.evals.metrics import accuracies, predict
 from declip_jax.evals.results import Scores
 from declip_jax.evals.similarity import Embeddings, Similarity
 from declip_jax.runtime.hosts import gather_rows
@@ -42,7 +42,7 @@ def zero_shot(data: EvaluationData, pictures: Path | None, *, templates: Sequenc
   used = label >= 0  # -1 also where an image cannot be read
   if not used.any():
     raise ValueError(f"{source.name} has no readable image with a class label")
-  return Scores({**accuracies(logits[used], label[used]), "images": int(used.sum())})
+  return Scores({**accuracies(predict(logits[used], label[used])), "images": int(used.sum())})
 
 
 def check(source: Source | Sequence[Any], field: str, *, templates: Any = TEMPLATES) -> None:
