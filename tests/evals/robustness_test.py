@@ -1,0 +1,92 @@
+"""Tests of `declip_jax.evals.robustness` against the ImageNet testbed's code and SciPy."""
+
+import numpy as np
+import pytest
+import references as reference
+from scipy.special import expit, logit
+
+from declip_jax.evals import robustness
+from declip_jax.evals.robustness import band, fit_line
+
+
+@pytest.fixture(scope="module")
+def golden():
+  return reference.load("robustness")
+
+
+@pytest.fixture(scope="module")
+def standard(golden):
+  return golden["standard_in_percent"] / 100, golden["standard_shift_percent"] / 100
+
+
+@pytest.mark.parametrize("scale", ["linear", "probit", "logit"])
+def test_line_and_effective_robustness(golden, standard, scale):
+  line = fit_line(*standard, scale)
+  # The source's intercept is in percent on the linear scale.
+  unit = 100 if scale == "linear" else 1
+  np.testing.assert_allclose(line.slope, golden[f"{scale}/slope"], rtol=1e-10)
+  np.testing.assert_allclose(unit * line.intercept, golden[f"{scale}/intercept"], rtol=1e-10)
+  np.testing.assert_allclose(line.r, golden[f"{scale}/r"], rtol=1e-10)
+  np.testing.assert_allclose(line.slope_error, golden[f"{scale}/slope_standard_error"], rtol=1e-9)
+  accuracy, shifted = golden["evaluated_in_percent"] / 100, golden["evaluated_shift_percent"] / 100
+  expected = golden[f"{scale}/expected_shift_percent"]
+  np.testing.assert_allclose(100 * line.expected(accuracy), expected, rtol=1e-10)
+  found = 100 * line.effective_robustness(accuracy, shifted)
+  np.testing.assert_allclose(found, golden[f"{scale}/effective_robustness_percent"], rtol=1e-9)
+  np.testing.assert_array_equal(line.extrapolated(accuracy), golden["extrapolated"])
+  assert line.models == 60
+
+
+def test_bootstrap_band(golden, standard):
+  grid = golden["bootstrap/grid_logit"]
+  found = band(*standard, expit(grid), index=golden["bootstrap/resample_index"].astype(int))
+  np.testing.assert_allclose(found.slope, golden["bootstrap/slope_95"], rtol=1e-9)
+  np.testing.assert_allclose(found.intercept, golden["bootstrap/intercept_95"], rtol=1e-9)
+  np.testing.assert_allclose(logit(found.lower), golden["bootstrap/band_lower_logit"], atol=1e-10)
+  np.testing.assert_allclose(logit(found.upper), golden["bootstrap/band_upper_logit"], atol=1e-10)
+  random = band(*standard, expit(grid))
+  np.testing.assert_allclose(random.slope, golden["bootstrap/slope_95"], atol=0.01)
+  assert (random.lower < fit_line(*standard).expected(expit(grid))).all()
+
+
+def test_band_of_few_models_is_a_number():
+  accuracy, shifted = np.array([0.5, 0.6, 0.7]), np.array([0.3, 0.4, 0.45])
+  found = band(accuracy, shifted, np.array([0.2, 0.6]), resamples=200)  # every ninth resample repeats one model
+  assert np.isfinite([*found.lower, *found.upper, *found.slope, *found.intercept]).all()
+
+
+def test_relative_robustness(golden):
+  shifts = np.stack([golden["evaluated_shift_percent"]] * 2, axis=1) + [1, -1]
+  np.testing.assert_allclose(
+    robustness.relative_robustness(shifts), golden["average_over_shifts/relative_to_first"], atol=1e-10
+  )
+
+
+@pytest.mark.parametrize(
+  ("shift", "models", "slope", "intercept", "r", "lowest", "highest"),
+  [
+    ("imagenet_v2", 87, 0.9233, -0.4982, 0.998, 56.5, 84.7),
+    ("imagenet_sketch", 87, 1.0712, -2.3722, 0.932, 56.5, 84.7),
+    ("imagenet_r", 82, 0.6372, -2.1104, 0.943, 76.9, 96.5),
+    ("objectnet", 87, 0.9803, -1.9260, 0.976, 56.6, 88.3),
+    ("imagenet_a", 86, 1.9973, -7.6733, 0.902, 76.2, 96.9),
+    ("imagenet_vid_pm0", 87, 0.5331, -1.4590, 0.974, 93.5, 99.5),
+  ],
+)
+def test_models_of_the_testbed(shift, models, slope, intercept, r, lowest, highest):
+  points = robustness.baseline(shift)
+  line = fit_line(points.accuracy, points.shifted)
+  assert len(points.models) == line.models == models
+  np.testing.assert_allclose([line.slope, line.intercept], [slope, intercept], atol=1e-4)
+  np.testing.assert_allclose([line.r, line.lowest, line.highest], [r, lowest / 100, highest / 100], atol=7e-4)
+  np.testing.assert_array_equal(line.extrapolated(np.array([lowest / 100 - 0.01, highest / 100 - 0.01])), [True, False])
+
+
+def test_accuracies_that_are_not_on_the_scale_are_named():
+  with pytest.raises(ValueError, match="accuracy 0.0 is not on the logit scale"):
+    fit_line(np.array([0.5, 0.6, 0.7]), np.array([0.1, 0.0, 0.2]))
+  assert fit_line(np.array([0.5, 0.6, 0.7]), np.array([0.0, 0.1, 0.2]), "linear").slope == pytest.approx(1)
+  with pytest.raises(ValueError, match="three models of different accuracies"):
+    fit_line(np.array([0.5, 0.6]), np.array([0.1, 0.2]))
+  with pytest.raises(ValueError, match="shift 'imagenet_z': choose one of"):
+    robustness.baseline("imagenet_z")
