@@ -29,7 +29,7 @@ setup(
   package_data={
     "declip_jax": ["py.typed"],
     "declip_jax.data.text": ["*.gz", "*.txt"],
-    "declip_jax.evals": ["*.csv"],
+    "declip_jax.evals": ["*.csv", "*.json", "data_sets/*"],
     "declip_jax.weights": ["*.gz"],
   },
   install_requires=[

@@ -1,0 +1,28 @@
+"""Tests of the carved validation split."""
+
+import numpy as np
+
+from declip_jax.evals.splits import carve
+
+
+def test_last_fifth_of_each_class():
+  label = np.array([1, 0, 0, 1, 1, -1, 1, 0, 1, 1, 1, 1, 1, 1, 2, 0])
+  train, val = carve(label)
+  rng = np.random.default_rng(0)
+  zero, one = np.flatnonzero(label == 0), np.flatnonzero(label == 1)
+  expected = [zero[rng.permutation(4)][-1], *one[rng.permutation(10)][-2:]]  # 20 % of 4, but at least one; of 10
+  assert val.tolist() == sorted(expected)
+  assert sorted([*train, *val]) == np.flatnonzero(label >= 0).tolist()  # without the image that has no class
+  assert 14 in train  # the only image of class 2
+
+
+def test_split_is_fixed():
+  train, val = carve(np.repeat(np.arange(3), 10))
+  assert val.tolist() == [1, 8, 11, 15, 23, 27]
+  again = carve(np.repeat(np.arange(3), 10))
+  assert (again[0] == train).all() and (again[1] == val).all()
+
+
+def test_without_images():
+  train, val = carve(np.zeros(0, np.int64))
+  assert len(train) == len(val) == 0
