@@ -38,6 +38,7 @@ def guesses(path: str) -> list[str]:
   | found | source |
   |---|---|
   | .tar | webdataset |
+  | a folder of tars with an nshards.txt | clip_benchmark |
   | .array_record | arrayrecord; tfds if a dataset_info.json is next to it |
   | .csv .tsv .psv .jsonl .ndjson .parquet .pq, also .gz | table |
   | a .txt whose first line names columns; a .json that is a list | table |
@@ -107,6 +108,8 @@ def _in_folder(folder: str) -> list[str]:
   for name, kind in (("dataset_dict.json", "huggingface"), ("dataset_info.json", "tfds")):
     if name in names:
       return [f"{kind}:{folder}:{_split(f'{place}/{name}')}"]
+  if layouts.NSHARDS in names:
+    return [f"clip_benchmark:{layouts.clip_benchmark(f'{lists.absolute(folder)}/{layouts.NSHARDS}')}"]
   for kind, suffix in _SHARDS.items():
     if alike := [name for name in names if name.lower().endswith(suffix)]:
       return [f"{kind}:{_location(folder, group, names)}" for group in _groups(alike)]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from declip_jax.data.sources.arrayrecord import open_arrayrecord
 from declip_jax.data.sources.base import BAD, BadSample, Example, Source, bad_sample, read_example
+from declip_jax.data.sources.clip_benchmark import open_clip_benchmark
 from declip_jax.data.sources.coco import open_coco
 from declip_jax.data.sources.folder import open_folder
 from declip_jax.data.sources.heldout import open_heldout, open_kept
@@ -20,6 +21,7 @@ __all__ = ["BAD", "SOURCES", "BadSample", "Example", "Source", "bad_sample", "op
 SOURCES: dict[str, Callable[[str], Source]] = {
   "scenes": open_scenes,
   "webdataset": open_webdataset,
+  "clip_benchmark": open_clip_benchmark,
   "arrayrecord": open_arrayrecord,
   "tfds": open_tfds,
   "table": open_table,

@@ -1,7 +1,9 @@
 """The interface of sources, on which the input pipeline relies, and the rule by which errors become bad samples."""
 
-from typing import Protocol, TypedDict, runtime_checkable
+from collections.abc import Mapping
+from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
+from jaxtyping import Int8
 import numpy as np
 
 from declip_jax.data.storage import files
@@ -88,12 +90,17 @@ class Example(TypedDict):
     captions: captions, stripped and not empty; there may be none if only a class is known.
     label: the class, -1 for none.
     id: where the example comes from, for error messages.
+    labels: for data with several labels per image, and absent for others: 1 for a class that is present, -1 for one
+      that is absent, 0 for one that does not count, such as VOC's difficult objects. Training does not read them.
+    groups: the group of the image in each grouping, such as its region, for evaluations; absent without groupings.
   """
 
   image: bytes | np.ndarray
   captions: tuple[str, ...]
   label: int
   id: str
+  labels: NotRequired[Int8[np.ndarray, "classes"]]
+  groups: NotRequired[Mapping[str, int]]
 
 
 @runtime_checkable

@@ -26,7 +26,8 @@ within a day, and hosts that share the folder share the work. They are deleted o
 | label | .cls, a whole number |
 
 A .json without these three keys counts if exactly one of its keys is a common name of captions, see
-`lists.CAPTION_NAMES`. The whole .txt is one caption. In CLIP_benchmark's layout each of its lines is one.
+`lists.CAPTION_NAMES`. The whole .txt is one caption. In CLIP_benchmark's layout each of its lines is one, and
+`clip_benchmark` reads the rest of it too: several labels, metadata, prompts.
 """
 
 from collections import Counter
@@ -146,6 +147,21 @@ class WebDataset:
       raise BadSample("damaged record", f"{place}: the shard changed since it was indexed, open it again")
     return f"{path.rpartition('/')[2]}:{members[0].key}", contents
 
+  def check(self) -> None:
+    """Logs what users should know about the shards.
+
+    Raises:
+      ValueError: the labels count from 1, while the lines of classnames.txt count from 0.
+    """
+    classes = len(self.classnames)
+    if classes > 1 and self.about["labels"] == [1, classes]:
+      raise ValueError(
+        f"{self.name}: the labels in .cls are 1 to {classes}, but the first of the {classes} lines of classnames.txt "
+        "names class 0; subtract 1 from the labels, or add a line before it"
+      )
+    for remark in (*self.about["remarks"], *layouts.remarks_on(self.classnames)):
+      logging.warning("%s: %s", self.name, remark)
+
   def __getstate__(self) -> dict[str, Any]:
     return {"name": self.name, "_index": self._index, "_captions_by_line": self._captions_by_line}
 
@@ -170,32 +186,40 @@ def open_webdataset(location: str) -> WebDataset:
       the lines of classnames.txt count from 0.
   """
   shards = patterns.expand(location)
+  index = index_shards(shards, location)
+  source = WebDataset(f"webdataset:{location}", index, layouts.captions_by_line(shards[0]))
+  source.check()
+  for remark in _remarks_on_fields(source, shards[0]):
+    logging.warning("%s: %s", source.name, remark)
+  return source
+
+
+def index_shards(shards: list[str], location: str) -> Path:
+  """Returns the index of shards, and builds it if it does not exist.
+
+  Args:
+    shards: paths or URLs of the shards.
+    location: for messages.
+
+  Raises:
+    FileNotFoundError: a shard is missing.
+    ValueError: no sample is usable.
+  """
   stamps = files.stamps(shards)
   stamp = [_INDEX_FORMAT, list(zip(shards, stamps, strict=True))]
   sizes = [size for size, _ in stamps]
   build = partial(_build, key=indexes.key(stamp), shards=shards, sizes=sizes, location=location)
   index = indexes.find_or_build(stamp, shards[0], build, ".npy")
   shutil.rmtree(_pieces_folder(index.parent, index.stem), ignore_errors=True)
-  source = WebDataset(f"webdataset:{location}", index, layouts.captions_by_line(shards[0]))
-  _check_labels(source)
-  for remark in (*source.about["remarks"], *_remarks_on_captions(source), *layouts.remarks_on(source.classnames)):
-    logging.warning("%s: %s", source.name, remark)
-  return source
+  return index
 
 
-def _check_labels(source: WebDataset) -> None:
-  """Rejects labels that count from 1 if classnames.txt has as many lines as there are labels."""
-  classes = len(source.classnames)
-  if classes > 1 and source.about["labels"] == [1, classes]:
-    raise ValueError(
-      f"{source.name}: the labels in .cls are 1 to {classes}, but the first of the {classes} lines of classnames.txt "
-      "names class 0; subtract 1 from the labels, or add a line before it"
-    )
-
-
-def _remarks_on_captions(source: WebDataset) -> Iterator[str]:
-  """A remark on what the samples have instead of captions, if none has one but there is more than images and labels."""
+def _remarks_on_fields(source: WebDataset, shard: str) -> Iterator[str]:
+  """A remark on labels that only `clip_benchmark` reads, or on what the samples have instead of captions."""
   suffixes = source.about["suffixes"]
+  if "npy" in suffixes and (place := layouts.clip_benchmark(shard)):
+    yield f"the .npy of its samples are not read; open clip_benchmark:{place}, which reads this layout"
+    return
   if not suffixes.keys() - {*_IMAGES} or suffixes.keys() & {*_TEXTS, "cls"}:
     return
   keys = ""

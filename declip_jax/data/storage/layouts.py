@@ -1,4 +1,4 @@
-"""Conventions of data sets on disk: names of splits, and classnames.txt next to the data or above its split."""
+"""Conventions of data sets on disk: names of splits, classnames.txt next to the data or above its split, and others."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import re
 from declip_jax.data.storage import files, texts
 
 CLASSNAMES = "classnames.txt"
+NSHARDS = "nshards.txt"
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 _KEYED = re.compile(r"(.+?)(?:\s*[:=,\t]\s*|(?<=\d)\s+)(.+)")  # "FOLDER: NAME", or "n01440764 NAME"
@@ -42,8 +43,15 @@ def find(path: str, name: str) -> str | None:
 def captions_by_line(path: str) -> bool:
   """Whether each line of a text is a caption, as in CLIP_benchmark's shards for retrieval, with the file at `path`."""
   if (kind := find(path, "dataset_type.txt")) is None:
-    return files.exists(files.beside(path, "nshards.txt"))
+    return files.exists(files.beside(path, NSHARDS))
   return texts.decode(files.read(kind), kind).strip() == "retrieval"
+
+
+def clip_benchmark(path: str) -> str:
+  """The location ROOT?split=SPLIT of the file at `path` if it is a shard of CLIP_benchmark's layout, else empty."""
+  folder = path.rpartition("/")[0]
+  root, _, split = folder.rpartition("/")
+  return f"{root}?split={split}" if files.exists(f"{folder}/{NSHARDS}") else ""
 
 
 def classnames(path: str) -> tuple[str, ...]:
@@ -52,7 +60,17 @@ def classnames(path: str) -> tuple[str, ...]:
   Args:
     path: a file of the data; classnames.txt is next to it, or above the folder of its split.
   """
-  return () if (place := find(path, CLASSNAMES)) is None else _names(place)
+  return () if (place := find(path, CLASSNAMES)) is None else names_in(place)
+
+
+def names_in(place: str) -> tuple[str, ...]:
+  """The lines of a file, stripped, but for blank lines at its end; empty if there is no such file."""
+  if not files.exists(place):
+    return ()
+  names = texts.lines(texts.decode(files.read(place), place))
+  while names and not names[-1]:
+    names.pop()
+  return tuple(names)
 
 
 def classnames_of_folders(path: str, folders: Sequence[str]) -> tuple[str, ...]:
@@ -74,7 +92,7 @@ def classnames_of_folders(path: str, folders: Sequence[str]) -> tuple[str, ...]:
   """
   if (place := find(path, CLASSNAMES)) is None:
     return tuple(folders)
-  names = _names(place)
+  names = names_in(place)
   if len(names) != len(folders):
     raise ValueError(f"{place} has {len(names)} lines, but there are {len(folders)} folders of classes; {_REMEDY}")
   if blank := [number for number, name in enumerate(names, 1) if not name]:
@@ -87,13 +105,6 @@ def remarks_on(names: Sequence[str]) -> list[str]:
   equal = [f"{name!r}" for name, count in Counter(names).items() if name and count > 1]
   few = ", ".join(equal[:5]) + (f" and {len(equal) - 5} more" if len(equal) > 5 else "")
   return [f"several classes are named {few}: zero-shot classification cannot distinguish them"] if equal else []
-
-
-def _names(place: str) -> tuple[str, ...]:
-  names = texts.lines(texts.decode(files.read(place), place))
-  while names and not names[-1]:
-    names.pop()
-  return tuple(names)
 
 
 def _by_name(folders: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
