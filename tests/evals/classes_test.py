@@ -9,10 +9,10 @@ from declip_jax.evals.classes import align, canonical
 TFDS_PETS = (
   "Abyssinian american_bulldog american_pit_bull_terrier basset_hound beagle Bengal Birman Bombay boxer "
   "British_Shorthair chihuahua Egyptian_Mau english_cocker_spaniel english_setter german_shorthaired great_pyrenees "
-  "havanese japanese_chin keeshond leonberger Maine_Coon miniature_pinscher newfoundland Persian pomeranian pug Ragdoll "
-  "Russian_Blue saint_bernard samoyed scottish_terrier shiba_inu Siamese Sphynx staffordshire_bull_terrier "
+  "havanese japanese_chin keeshond leonberger Maine_Coon miniature_pinscher newfoundland Persian pomeranian pug "
+  "Ragdoll Russian_Blue saint_bernard samoyed scottish_terrier shiba_inu Siamese Sphynx staffordshire_bull_terrier "
   "wheaten_terrier yorkshire_terrier"
-).split()
+)
 NEAR = "a photo i took with a car nearby."
 SIDE = "a photo i took of a car on my left or right side."
 FAR = "a photo i took with a car in the distance."
@@ -32,10 +32,10 @@ def test_canonical_names():
 
 
 def test_pets_are_in_another_order_in_clips_list():
-  found = align(data_set("pets"), TFDS_PETS, "tfds:oxford_iiit_pet:test")
+  found = align(data_set("pets"), TFDS_PETS.split(), "tfds:oxford_iiit_pet:test")
   assert sorted(found) == [*range(37)]
-  assert matched("pets", TFDS_PETS)[20] == "Maine Coon"
-  assert sum(name != own for name, own in zip(TFDS_PETS, data_set("pets").classes, strict=True)) == 36
+  assert matched("pets", TFDS_PETS.split())[20] == "Maine Coon"
+  assert sum(name != own for name, own in zip(TFDS_PETS.split(), data_set("pets").classes, strict=True)) == 36
 
 
 def test_orders_that_differ_between_sources():
@@ -97,13 +97,16 @@ def test_subsets_accept_the_classes_of_their_parent():
   imagenet, rendition = data_set("imagenet"), data_set("imagenet_r")
   found = align(rendition, imagenet.folders, "tfds:imagenet_r:test")
   assert np.flatnonzero(found >= 0).tolist() == [number for (number,) in rendition.parent_ids]
-  assert found[1] == 0 and found[0] == -1 and found.max() == 199
+  assert found[1] == 0
+  assert found[0] == -1
+  assert found.max() == 199
   assert (align(rendition, [str(number) for number in range(1000)], "table:/val.csv") == found).all()
   assert align(rendition, rendition.folders, "folder:/r").tolist() == [*range(200)]
   objectnet = data_set("objectnet")
   every = sorted([*objectnet.folders, *objectnet.others])
   found = align(objectnet, every, "folder:/objectnet")
-  assert (found >= 0).sum() == 113 and objectnet.classes[found[every.index("alarm_clock")]] == "alarm clock"
+  assert (found >= 0).sum() == 113
+  assert objectnet.classes[found[every.index("alarm_clock")]] == "alarm clock"
   parents = align(objectnet, imagenet.folders, "tfds:imagenet2012:validation")
   assert objectnet.classes[parents[409]] == objectnet.classes[parents[530]] == "alarm clock"
 

@@ -20,7 +20,8 @@ def test_split_is_fixed():
   train, val = carve(np.repeat(np.arange(3), 10))
   assert val.tolist() == [1, 8, 11, 15, 23, 27]
   again = carve(np.repeat(np.arange(3), 10))
-  assert (again[0] == train).all() and (again[1] == val).all()
+  assert (again[0] == train).all()
+  assert (again[1] == val).all()
 
 
 def test_without_images():

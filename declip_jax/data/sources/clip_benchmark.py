@@ -11,8 +11,8 @@ ROOT/classnames.txt                         line i is class i
 ROOT/zeroshot_classification_templates.txt  a prompt per line, with {c} for the name of a class
 ```
 
-With a .cls, a .npy has the metadata of WILDS and of fairness data, whose columns `&group=` names. No folder is listed, so
-ROOT may be at any URL.
+With a .cls, a .npy has the metadata of WILDS and of fairness data, whose columns `&group=` names. No folder is listed,
+so ROOT may be at any URL.
 """
 
 from functools import cached_property
@@ -112,7 +112,9 @@ def open_clip_benchmark(location: str) -> ClipBenchmark:
   if groups and kind != "classification":
     raise ValueError(f"{name}: group={wanted['group']}, but {kind} data have no metadata")
   if kind == "classification" and not groups and "npy" in source.about["suffixes"]:
-    logging.warning("%s: its .npy have metadata, which are not read; name their columns, as in &group=region,year", name)
+    logging.warning(
+      "%s: its .npy have metadata, which are not read; name their columns, as in &group=region,year", name
+    )
   return source
 
 

@@ -61,10 +61,14 @@ def test_classification(root: str):
   source = sources.open_source(f"clip_benchmark:{write(root, shards, **names)}?split=test")
   assert isinstance(source, sources.Source)
   assert [(example["image"], example["label"]) for example in source] == [(b"one", 1), (b"two", 0), (b"three", 2)]
-  assert source.classnames == ("cat", "", "dog") and source.templates == ("a {}.", "the {}")
-  assert "labels" not in source[0] and "groups" not in source[0]
+  assert source.classnames == ("cat", "", "dog")
+  assert source.templates == ("a {}.", "the {}")
+  assert "labels" not in source[0]
+  assert "groups" not in source[0]
   again = pickle.loads(pickle.dumps(source))
-  assert again[2] == source[2] and again.templates == source.templates and len(pickle.dumps(source)) < 1000
+  assert again[2] == source[2]
+  assert again.templates == source.templates
+  assert len(pickle.dumps(source)) < 1000
 
 
 def test_more_than_ten_shards_are_in_the_order_of_their_numbers(tmp_path: Path):
@@ -77,7 +81,8 @@ def test_several_labels(root: str):
   shards = [[{"jpg": b"x", "npy": npy([1, 0, 1])}, {"jpg": b"y", "npy": npy([0, 0, 1], np.int64)}]]
   source = open_clip_benchmark(write(root, shards, classnames="a\nb\nc\n", dataset_type="multilabel\n"))
   assert [example["labels"].tolist() for example in source] == [[1, -1, 1], [-1, -1, 1]]
-  assert source[0]["labels"].dtype == np.int8 and source[0]["label"] == -1
+  assert source[0]["labels"].dtype == np.int8
+  assert source[0]["label"] == -1
 
 
 def test_captions(root: str):
@@ -85,7 +90,8 @@ def test_captions(root: str):
   shards = [[{"jpg": b"x", "txt": text.encode()}]]
   source = open_clip_benchmark(write(root, shards, dataset_type="retrieval\n", classnames="not used\n"))
   assert source[0]["captions"] == ("first with a break", "second", "third")
-  assert source.classnames == () and source.templates == ()
+  assert source.classnames == ()
+  assert source.templates == ()
 
 
 def test_groups(root: str, caplog):
