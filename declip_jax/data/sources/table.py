@@ -35,13 +35,13 @@ import zlib
 
 from absl import logging
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from declip_jax.data.sources import lists, values
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, patterns, remote, texts
-from declip_jax.data.storage.bounded import Lines, json_decoder, parse_json, short
+from declip_jax.data.storage.bounded import LONGEST, Lines, json_decoder, parse_json, short
+from declip_jax.data.storage.parquet import Parquet
 from declip_jax.data.storage.reach import Reach
 
 _LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
@@ -54,7 +54,6 @@ _SCORES = (
   0.8  # share of these whose labels are not classes above which the column contains something else, such as scores
 )
 _CHUNK = 2**20
-_LONGEST = 2**19  # characters of a line or an object; a hundred lines are in memory
 _LONGEST_SKIPPED = 2**24  # characters of an element of an array that is nested too deeply
 _JSON_MARKS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
 _ARCHIVES = ("zip", "7z", "rar", "tar", "tgz", "bz2", "xz", "zst")
@@ -70,7 +69,6 @@ _DISGUISED = {
   b"<html": "a web page; give the address of the file itself",
   b"version https://git-lfs": "a pointer of Git LFS; get the file itself with git lfs pull",
 }
-_PARQUET_ROWS = 256  # per batch, which is in memory, images included
 
 # A line number, and its fields by column or an error message.
 _Record = tuple[int, Mapping[str, Any] | str]
@@ -135,7 +133,7 @@ def open_table(location: str) -> lists.ListSource:
 
   def read_entries() -> Iterator[Entry | BadSample]:
     for number, path in enumerate(paths):
-      yield from _merged(_entries(number, path, wanted, classnames))
+      yield from _merged(_entries(number, path, wanted, classnames), path)
 
   chosen = {role: column for role, column in wanted.items() if role not in lists.REACH}
   index = lists.index_list(name, paths, ["table", chosen, files.stamps(paths)], read_entries, classnames.get)
@@ -258,6 +256,8 @@ def _entry(number: int, line: int, fields: Mapping[str, Any] | str, columns: _Co
   label = values.label_of(fields.get(columns.label), columns.label) if columns.label else None
   if columns.captions and not captions and label is None:
     raise BadSample("no caption", f"no caption in {', '.join(columns.captions)}")
+  if sum(map(len, captions)) > LONGEST:
+    raise BadSample("damaged record", f"captions of more than {LONGEST:,} characters")
   name = fields.get(columns.label_name) if columns.label_name else None
   return Entry(number, line, path, image, captions, label, None if values.is_missing(name) else str(name).strip())
 
@@ -269,8 +269,10 @@ def _image(value: Any, column: str) -> tuple[str | None, bytes | None]:
   ):  # the image of Hugging Face's datasets
     value = value["path"] if value["bytes"] is None else value["bytes"]
   if isinstance(value, bytes):
+    if len(value) > files.MAX_BYTES:
+      raise BadSample("too large", f"{len(value):,} bytes in {column!r}, expected at most {files.MAX_BYTES:,}")
     return None, value
-  if not isinstance(value, str) or values.is_missing(value):
+  if not isinstance(value, str) or values.is_missing(value) or len(value) > LONGEST:
     raise BadSample("damaged record", f"expected a path for the image in {column!r}, got {short(value)}")
   if "#" not in value:
     return value.strip(), None
@@ -279,18 +281,24 @@ def _image(value: Any, column: str) -> tuple[str | None, bytes | None]:
   return path if numbered else value.strip(), None
 
 
-def _merged(records: Iterable[Entry | BadSample]) -> Iterator[Entry | BadSample]:
+def _merged(records: Iterable[Entry | BadSample], path: str) -> Iterator[Entry | BadSample]:
   """Joins the captions of consecutive entries with the same image and label; the index joins those of others."""
   last: Entry | None = None
+  length = 0  # characters of its captions
   for entry in records:
     if isinstance(entry, BadSample):
       yield entry
     elif last and (entry.path, entry.image, entry.label) == (last.path, last.image, last.label):
-      last.captions.extend(entry.captions)
+      length += sum(map(len, entry.captions))
+      if length > LONGEST:
+        limit = f"the captions of its image have more than {LONGEST:,} characters"
+        yield BadSample("damaged record", f"{path}:{entry.record}: {limit}")
+      else:
+        last.captions.extend(entry.captions)
     else:
       if last:
         yield last
-      last = entry
+      last, length = entry, sum(map(len, entry.captions))
   if last:
     yield last
 
@@ -322,7 +330,7 @@ def _text(stream: BinaryIO, path: str, encoding: str | None) -> Lines:
     if start.lower().startswith(magic):
       raise ValueError(f"{path}: not a text table, but {kind}")
   try:
-    return Lines(stream, encoding or texts.encoding_of(start), _LONGEST)
+    return Lines(stream, encoding or texts.encoding_of(start), LONGEST)
   except LookupError as error:
     raise ValueError(f"{path}: {error}") from None
 
@@ -568,20 +576,13 @@ def _mapping(value: Any) -> Mapping[str, Any] | str:
 
 
 def _read_parquet(stream: BinaryIO) -> Table:
-  table = pq.ParquetFile(stream)
+  table = Parquet(stream)
 
   def read(columns: Iterable[str]) -> Iterator[_Record]:
-    rows = (
-      row for batch in table.iter_batches(_PARQUET_ROWS, columns=list(dict.fromkeys(columns))) for row in _rows(batch)
-    )
-    yield from enumerate(rows)
+    for number, row in enumerate(table.rows([*dict.fromkeys(columns)])):
+      yield number, row if isinstance(row, str) else _by_name(row)
 
-  return Table(list(table.schema_arrow.names), read, _classnames_in(table.schema_arrow.metadata or {}))
-
-
-def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-  for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-    yield _by_name(zip(batch.schema.names, row, strict=True))
+  return Table(list(table.schema.names), read, _classnames_in(table.schema.metadata or {}))
 
 
 def _classnames_in(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:

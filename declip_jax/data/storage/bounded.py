@@ -6,6 +6,7 @@ import json
 import reprlib
 from typing import Any
 
+LONGEST = 2**19  # characters of a record, or of all captions of a sample: some hundreds of them are in memory
 _SKIPPED = 2**20  # characters of a line that are skipped at once
 _SHOWN = 80  # characters
 _REPR = reprlib.Repr()

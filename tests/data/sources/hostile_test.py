@@ -4,10 +4,12 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from declip_jax.data.sources import open_source
-from declip_jax.data.storage import bounded
+from declip_jax.data.storage import bounded, parquet
 
 DEEP = "[" * 50_000
 
@@ -71,6 +73,49 @@ def test_a_hostile_record_is_counted_and_named(case: str, root: Path, caplog: py
   assert [example["captions"] for example in source] == [("caption a",), ("caption b",)]
   assert source.skipped == {"damaged record": 1}
   assert message in caplog.text
+
+
+LARGE = "x" * 2**20
+BOMBS = {  # a column with a large value in each of 256 rows, stored once, and how many samples are left
+  "captions": (
+    {"image": ["a.jpg", *["c.jpg"] * 256, "b.jpg"], "caption": ["caption a", *[LARGE] * 256, "caption b"]},
+    2,
+  ),
+  "lists": ({"image": ["a.jpg", "c.jpg", "b.jpg"], "captions": [["caption a"], [LARGE] * 256, ["caption b"]]}, 2),
+  "paths": ({"image": ["a.jpg", *[LARGE] * 256, "b.jpg"], "caption": ["caption a", *["c"] * 256, "caption b"]}, 2),
+  "images": ({"image": [b"a", *[LARGE.encode()] * 256, b"b"], "caption": ["caption a", *["c"] * 256, "caption b"]}, 3),
+  "structs": (
+    {
+      "image": [{"bytes": text.encode(), "path": None} for text in ("a", *[LARGE] * 256, "b")],
+      "caption": ["caption a", *["c"] * 256, "caption b"],
+    },
+    3,
+  ),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_values_that_a_dictionary_repeats_take_bounded_memory(
+  case: str, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  """A file of a few kilobytes, decoded at once, would take 256 MiB here, and any amount with larger values."""
+  monkeypatch.setattr(parquet, "_BYTES", 2**22)
+  columns, count = BOMBS[case]
+  pq.write_table(pa.table(columns), root / "t.parquet", compression="zstd")
+  assert (root / "t.parquet").stat().st_size < 20_000
+  used = pa.proxy_memory_pool(pool := pa.default_memory_pool())
+  pa.set_memory_pool(used)
+  try:
+    source = open_source(f"table:{root / 't.parquet'}")
+  finally:
+    pa.set_memory_pool(pool)
+  assert used.max_memory() < 2**25
+  samples = [source[number] for number in range(len(source))]
+  assert [samples[number]["captions"][0] for number in (0, -1)] == ["caption a", "caption b"]
+  assert len(samples) == count
+  if count == 2:
+    assert source.skipped == {"damaged record": 1 if case == "lists" else 256}
+    assert "expected at most 524,288" in caplog.text
 
 
 def test_an_irrelevant_number_of_5000_digits_does_no_harm(root: Path) -> None:
