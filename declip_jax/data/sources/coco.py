@@ -11,11 +11,13 @@ import itertools
 import re
 from typing import Any
 
+from absl import logging
+
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, patterns, remote, texts
-from declip_jax.data.storage.bounded import parse_json
+from declip_jax.data.storage.bounded import NestedTooDeeplyError, parse_json, without_deep_values
 from declip_jax.data.storage.reach import Reach
 
 _FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset")
@@ -28,8 +30,9 @@ def open_coco(location: str) -> lists.ListSource:
   """Opens "ANNOTATIONS.json?split=test&root=FOLDER", of which `split` and `root` are optional.
 
   A sample is an image with all its captions, in the order of the file. Images without captions or an id and captions of
-  unknown images are skipped and counted; an id may be a number or a text, and 7 and "7" are the same. The file is
-  parsed once, as a whole, which takes about 8 times its size in memory.
+  unknown images are skipped and counted; an id may be a number or a text, and 7 and "7" are the same. A value that is
+  nested too deeply to be parsed counts as missing. The file is parsed once, as a whole, which takes about 8 times its
+  size in memory.
 
   Args:
     location: the file. Karpathy's files need `split`, and only they have one; "train+restval" joins splits. `root` is
@@ -58,7 +61,7 @@ def open_coco(location: str) -> lists.ListSource:
 
 def _entries(path: str, split: str | None) -> Iterator[Entry | BadSample]:
   try:
-    content = parse_json(texts.decode(files.read(path, limit=_MOST), path))
+    content = _parsed(texts.decode(files.read(path, limit=_MOST), path), path)
   except ValueError as error:
     raise ValueError(f"{path}: not JSON: {error}") from None
   content = content if isinstance(content, dict) else {}
@@ -73,6 +76,16 @@ def _entries(path: str, split: str | None) -> Iterator[Entry | BadSample]:
   if split:
     raise ValueError(f"{path}: split={split}, but only files such as dataset_coco.json have splits")
   return _coco_entries(images, annotations, path)
+
+
+def _parsed(text: str, path: str) -> Any:
+  """Parses the whole file; values that are nested too deeply are missing, and cost only their own record."""
+  try:
+    return parse_json(text)
+  except NestedTooDeeplyError:
+    text, count = without_deep_values(text)
+    logging.warning("%s: values nested too deeply, which count as missing: %d", path, count)
+    return parse_json(text)
 
 
 def _objects(content: Mapping[str, Any], name: str, path: str) -> list[Mapping[str, Any]]:

@@ -40,7 +40,7 @@ from declip_jax.data.sources import lists, values
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, patterns, remote, texts
-from declip_jax.data.storage.bounded import LONGEST, Lines, json_decoder, parse_json, short
+from declip_jax.data.storage.bounded import JSON_MARKS, LONGEST, Lines, json_decoder, parse_json, short
 from declip_jax.data.storage.parquet import Parquet
 from declip_jax.data.storage.reach import Reach
 
@@ -55,7 +55,6 @@ _SCORES = (
 )
 _CHUNK = 2**20
 _LONGEST_SKIPPED = 2**24  # characters of an element of an array that is nested too deeply
-_JSON_MARKS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
 _ARCHIVES = ("zip", "7z", "rar", "tar", "tgz", "bz2", "xz", "zst")
 _GZIP = b"\x1f\x8b"
 _DISGUISED = {
@@ -553,7 +552,7 @@ def _after_element(text: Lines, buffer: str, position: int) -> tuple[str, int]:
   depth, quoted, skipped = 0, False, 0
   while buffer and skipped < _LONGEST_SKIPPED:
     buffer += text.read(1) if buffer.endswith("\\") else ""
-    for mark in _JSON_MARKS.finditer(buffer, position):
+    for mark in JSON_MARKS.finditer(buffer, position):
       if mark[0] == '"':
         quoted = not quoted
       elif not quoted and mark[0] in "[{":

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import io
 import json
+import re
 import reprlib
 from typing import Any
 
@@ -11,6 +12,8 @@ _SKIPPED = 2**20  # characters of a line that are skipped at once
 _SHOWN = 80  # characters
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, _SHOWN, _SHOWN, _SHOWN
+JSON_MARKS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)  # what delimits strings, objects and lists, and escapes
+_DEEPEST = 100  # levels of objects and lists; Python's decoder allows some hundreds
 _MOST_DIGITS = 4000  # digits of a whole number in JSON; Python rejects more than 4300, which would take long
 
 
@@ -55,16 +58,45 @@ def json_decoder(fields: Fields = dict) -> json.JSONDecoder:
   return json.JSONDecoder(parse_int=_whole, object_pairs_hook=None if fields is dict else fields)
 
 
+class NestedTooDeeplyError(ValueError):
+  """JSON is nested too deeply to be parsed."""
+
+
 def parse_json(text: str, fields: Fields = dict) -> Any:
   """Parses JSON; see `json_decoder`.
 
   Raises:
-    ValueError: not JSON, or nested too deeply.
+    ValueError: not JSON.
+    NestedTooDeeplyError: nested too deeply; a ValueError, too.
   """
   try:
     return json_decoder(fields).decode(text)
   except RecursionError:
-    raise ValueError("nested too deeply") from None
+    raise NestedTooDeeplyError("nested too deeply") from None
+
+
+def without_deep_values(text: str) -> tuple[str, int]:
+  """Replaces the values in JSON that are nested too deeply to be parsed by null; returns the text and their number.
+
+  Raises:
+    ValueError: such a value does not end.
+  """
+  depth, quoted, kept, stop, count = 0, False, [], 0, 0
+  for mark in JSON_MARKS.finditer(text):
+    if mark[0] == '"':
+      quoted = not quoted
+    elif not quoted and mark[0] in "[{":
+      depth += 1
+      if depth == _DEEPEST:
+        kept.append(text[stop : mark.start()])
+        count += 1
+    elif not quoted and mark[0] in "]}":
+      if depth == _DEEPEST:
+        stop = mark.end()
+      depth -= 1
+  if depth >= _DEEPEST:
+    raise ValueError("nested too deeply, without an end")
+  return "null".join([*kept, text[stop:]]), count
 
 
 def _whole(digits: str) -> int | float:

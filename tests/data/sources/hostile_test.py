@@ -126,6 +126,19 @@ def test_an_irrelevant_number_of_5000_digits_does_no_harm(root: Path) -> None:
   assert open_source(f"coco:{write(root / 'captions.json', content)}")[0]["captions"] == ("caption a",)
 
 
+def test_a_deeply_nested_value_costs_only_its_record_of_coco(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+  nested = DEEP + '"]\\"{"' + "]" * 50_000
+  images = [f'{{"id": {number}, "file_name": "{name}.jpg"}}' for number, name in enumerate("abc")]
+  images[1] = images[1].replace("}", f', "area": {nested}}}')
+  captions = [f'{{"image_id": {number}, "caption": "caption {name}"}}' for number, name in enumerate("abc")]
+  captions[2] = f'{{"image_id": 2, "caption": {nested}}}'
+  content = f'{{"images": [{", ".join(images)}], "annotations": [{", ".join(captions)}]}}'
+  source = open_source(f"coco:{write(root / 'captions.json', content)}")
+  assert [example["captions"] for example in source] == [("caption a",), ("caption b",)]
+  assert source.skipped == {"no caption": 1}
+  assert "captions.json: values nested too deeply, which count as missing: 2" in caplog.text
+
+
 def test_nested_annotations_are_an_error_of_one_line(root: Path) -> None:
   path = write(root / "captions.json", '{"images": [], "annotations": ' + DEEP)
   with pytest.raises(ValueError, match=r"captions\.json: not JSON: nested too deeply"):
