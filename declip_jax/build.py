@@ -15,8 +15,10 @@ import optax
 
 from declip_jax.batch_sizes import BatchSizes
 from declip_jax.config import examples_of, steps_of
+from declip_jax.data.deaths import Deaths
 from declip_jax.data.images import EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
+from declip_jax.data.pipeline import Reading
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
@@ -377,8 +379,8 @@ def make_augment(config: ConfigDict, built: Built) -> Callable[[Batch, Array], B
   return augment
 
 
-def make_encoders(config: ConfigDict, built: Built) -> EncoderFactory:
-  """The encode functions of a run, for evaluations.
+def make_encoders(config: ConfigDict, built: Built, deaths: Deaths) -> EncoderFactory:
+  """The encode functions of a run, for evaluations, in which samples that kill a process are remembered by `deaths`.
 
   Raises:
     ValueError: `config.evaluate_batch_size` does not divide into the devices.
@@ -391,8 +393,9 @@ def make_encoders(config: ConfigDict, built: Built) -> EncoderFactory:
     std=config.model.std,
   )
   functions = make_encode_functions(built.model, built.mesh, tokens=built.objective.compares_tokens)
-  reading = {"workers": config.data.workers, "threads": config.data.threads, "max_pixels": config.data.max_pixels}
-  return EncoderFactory(functions, built.tokenizer, view, config.evaluate_batch_size, **reading)
+  data = config.data
+  reading = Reading(data.workers, data.threads, data.max_pixels, data.max_seconds, deaths)
+  return EncoderFactory(functions, built.tokenizer, view, config.evaluate_batch_size, reading)
 
 
 def check_evals(evals: ConfigDict, objective: Objective) -> None:

@@ -98,7 +98,7 @@ def train(
     stack.enter_context(listening(watchdog.beat))
     run = _prepare(config, workdir, sources, watchdog)
     workdir.mkdir(parents=True, exist_ok=True)
-    messages = [stack.enter_context(lock(workdir)), *run.deaths.recover()]
+    messages = [stack.enter_context(lock(workdir)), *run.deaths.recover(), *run.evaluation_deaths.recover()]
     checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.steps, workdir)))
     rollbacks = Rollbacks(workdir, config.safety.max_rollbacks)
     start, state, position, notes = _restore_or_create(config, run, checkpoints, rollbacks, watchdog)
@@ -190,6 +190,7 @@ class _Prepared(NamedTuple):
   sources: list[Source]
   samples: grain.MapDataset
   deaths: Deaths
+  evaluation_deaths: Deaths
   abstract: State
   step_fn: StepFn
   encoders: EncoderFactory
@@ -219,6 +220,7 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
   build.check_objective(config, built, batch_shape)
   abstract = abstract_state(batch_shape, built.mesh, model=built.model, optimizer=built.optimizer)
   deaths = Deaths(workdir, jax.process_index())
+  evaluation_deaths = Deaths(workdir, jax.process_index(), "evaluating")
   return _Prepared(
     built=built,
     epoch_examples=epoch_examples,
@@ -229,9 +231,10 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
       mixture, built.make_views, config.seed, ssl_mixture, config.data.max_pixels, deaths
     ),
     deaths=deaths,
+    evaluation_deaths=evaluation_deaths,
     abstract=abstract,
     step_fn=build.make_step(config, built, steps, abstract),
-    encoders=build.make_encoders(config, built),
+    encoders=build.make_encoders(config, built, evaluation_deaths),
     evaluate=build.make_evaluators(config.evals, workdir),
     initial=None if _has_checkpoints(workdir) else read_initial(build.make_init_from(config), config.model.to_dict()),
     notes=mixture.repeats(config.batch_size),

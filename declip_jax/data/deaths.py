@@ -27,7 +27,6 @@ from absl import logging
 from declip_jax.data.hangs import Key
 from declip_jax.data.sources import BadSample
 
-_FOLDER = "reading"  # in the working directory: a file for each process that reads
 _DEATHS = "deaths."  # start of the names of the lists, one for each host
 _FATAL = 2  # deaths after which a sample is skipped
 _SLOTS, _SLOT = 256, 512  # number of threads that a process can record, and bytes for each
@@ -39,15 +38,16 @@ class Deaths:
   Args:
     workdir: the working directory; None records nothing.
     host: number of this host.
+    folder: name of the folder in the working directory for the records of what is being read.
   """
 
-  def __init__(self, workdir: Path | None = None, host: int = 0):
-    self._workdir, self._host = workdir, host
+  def __init__(self, workdir: Path | None = None, host: int = 0, folder: str = "reading"):
+    self._workdir, self._host, self._folder = workdir, host, folder
     self._counts: Counter[Key] = Counter()
     self.__setstate__({})
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"_workdir": self._workdir, "_host": self._host, "_counts": self._counts}
+    return {"_workdir": self._workdir, "_host": self._host, "_folder": self._folder, "_counts": self._counts}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     vars(self).update(state)
@@ -69,7 +69,7 @@ class Deaths:
     if self._journal is None and self._workdir is not None and self._has_journal:
       with self._lock:
         try:
-          self._journal = self._journal or _Journal(self._workdir / _FOLDER, f"{self._host}.")
+          self._journal = self._journal or _Journal(self._workdir / self._folder, f"{self._host}.")
         except OSError as error:
           self._has_journal = False
           logging.warning("samples that kill their process cannot be recorded: %s", error)
@@ -103,11 +103,11 @@ class Deaths:
       path.unlink(missing_ok=True)
     if self._workdir is not None:
       with contextlib.suppress(OSError):
-        (self._workdir / _FOLDER).rmdir()  # if it is empty
+        (self._workdir / self._folder).rmdir()  # if it is empty
     self._journal = None
 
   def _journals(self) -> list[Path]:
-    files = [] if self._workdir is None else _files_in(self._workdir / _FOLDER)
+    files = [] if self._workdir is None else _files_in(self._workdir / self._folder)
     return [path for path in files if path.name.startswith(f"{self._host}.")]
 
 

@@ -5,12 +5,16 @@ is `{"next_index": N}`, the number of examples that the whole run has consumed, 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+import contextlib
+from dataclasses import dataclass, field
+from functools import cache, partial
 import multiprocessing
+from multiprocessing import connection
+from pathlib import Path
 import queue
 import signal
+import tempfile
 import threading
 import time
 from typing import Any
@@ -35,6 +39,7 @@ _NAMED = 20  # bad examples of each kind that a process names in the log
 _SECOND_STREAM = 1
 _CHUNK = 32  # largest number of samples that one thread puts together
 _START_SECONDS = 60  # limit for starting all worker processes
+_ENDED = 255  # exit code of a worker that ended by itself
 _WORTH_PROCESSES = 8192  # images that four threads read in the time that processes take to start
 
 
@@ -54,7 +59,8 @@ class _MakeSample(grain.transforms.RandomMap):
       state = rng.bit_generator.state
       made = self._make(positions, rng)
       if isinstance(made, dict):
-        return made | {BAD_COUNTS: bad_counts}
+        made[BAD_COUNTS] = bad_counts
+        return made
       rng.bit_generator.state = state  # the replacement does not depend on where the bad example failed
       stream, error = made
       bad_counts[BAD.index(error.kind)] += 1
@@ -66,7 +72,7 @@ class _MakeSample(grain.transforms.RandomMap):
         raise ValueError(f"{name}: {_MAX_TRIES} examples in a row cannot be used; the last one: {error}")
       positions[stream] = mixture.replacement(position, rng)
 
-  def _make(self, positions: Sequence[Position], rng: np.random.Generator) -> Sample | tuple[int, BadSample]:
+  def _make(self, positions: Sequence[Position], rng: np.random.Generator) -> "_Made | tuple[int, BadSample]":
     """Returns the sample, or the number of the stream whose example is bad and what is wrong with it."""
     stream, examples = 0, []
     names = [mixture.name(position) for mixture, position in zip(self.mixtures, positions, strict=True)]
@@ -82,13 +88,37 @@ class _MakeSample(grain.transforms.RandomMap):
         record.write(dict(zip(keys, names, strict=True)))
         fields = examples[0] if stream == 0 else {**examples[0], "ssl_image": examples[1]["image"]}
         stream = 0
-        return {field: _array(value) for field, value in self.make_views(fields, rng).items()}
+        views = self.make_views(fields, rng).items()
+        return _Made(((field, _array(value)) for field, value in views), place=names[0])
     except BaseException as error:
       if isinstance(error, BadSample) and len(examples) < len(self.mixtures):
         return stream, error  # names the example
       if len(examples) == 2 and not _decodes(examples[1]["image"], self.max_pixels):
         stream = 1
       return stream, bad_sample(error, names[stream])
+
+
+class _Made(dict[str, np.ndarray]):
+  """A sample with the name of its example, for messages."""
+
+  def __init__(self, fields: Iterable[tuple[str, Any]], place: str):
+    super().__init__(fields)
+    self.place = place
+
+
+def _stacked(samples: Sequence[Sample]) -> Sample:
+  """Joins samples to a batch.
+
+  Raises:
+    ValueError: the fields or shapes of a sample differ from those of most others; the message names the sample.
+  """
+  forms = [tuple((name, value.shape) for name, value in sorted(sample.items())) for sample in samples]
+  if len(counts := Counter(forms)) > 1:
+    most = counts.most_common(1)[0][0]
+    odd = next(number for number, form in enumerate(forms) if form != most)
+    place = getattr(samples[odd], "place", f"sample {odd} of the batch")
+    raise ValueError(f"{place}: views {dict(set(forms[odd]) - set(most))}, but {dict(most)} of most samples")
+  return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def _array(value: Any) -> np.ndarray | np.generic:
@@ -203,9 +233,24 @@ def _read(dataset: grain.MapDataset, workers: int, threads: int, seconds: float)
     batches.start_prefetch()
     # grain starts each process in a thread of its own. If a process cannot start, the first batch raises the error.
     give_up = time.monotonic() + _START_SECONDS
-    while len(set(multiprocessing.active_children()) - before) < workers and time.monotonic() < give_up:
+    while len(started := set(multiprocessing.active_children()) - before) < workers and time.monotonic() < give_up:
       time.sleep(0.01)
+  threading.Thread(target=_report_exits, args=(started,), daemon=True).start()
   return batches
+
+
+def _report_exits(processes: Iterable[Any]) -> None:
+  """Waits until worker processes end; one that ends with exit code 0 gets another one.
+
+  grain takes 0 for the end that it asked for itself, and would wait forever if a library has ended the process.
+  """
+  running = {process.sentinel: process for process in processes}
+  while running:
+    for sentinel in connection.wait(list(running)):
+      process = running.pop(sentinel)
+      process.join()
+      if process.exitcode == 0:
+        process._popen.returncode = _ENDED
 
 
 class TrainStream:
@@ -265,11 +310,7 @@ class TrainStream:
         chunks = [next(self._iterator) for _ in range(self._chunks)]
         break
       except RuntimeError as error:
-        death = _death(error)
-        if death is error or not (known := self._deaths.recover()):
-          raise death from error
-        for line in known:
-          logging.warning("%s (%s)", line, error)
+        death = _recovered(error, self._deaths)
         _close(self._iterator)
         self._deaths.forget()
         self._iterator = self._start()
@@ -294,6 +335,21 @@ class TrainStream:
 def _chunk_size(batch_size: int) -> int:
   """The largest number of samples of a chunk of which a batch has a whole number."""
   return max(size for size in range(1, min(batch_size, _CHUNK) + 1) if batch_size % size == 0)
+
+
+def _recovered(error: RuntimeError, deaths: Deaths) -> Exception:
+  """Records the samples in which a worker died, and returns the error about its death.
+
+  Raises:
+    ChildProcessError: no sample is known in which it died.
+    RuntimeError: the error itself, if it is about something else.
+  """
+  death = _death(error)
+  if death is error or not (known := deaths.recover()):
+    raise death from error
+  for line in known:
+    logging.warning("%s (%s)", line, error)
+  return death
 
 
 def _death(error: RuntimeError) -> Exception:
@@ -330,7 +386,7 @@ class _Chunks:
       if multiprocessing.parent_process() is None:
         raise
       raise RuntimeError(f"{type(error).__name__} {' '.join(getattr(error, '__notes__', ()))}") from error
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+    return _stacked(samples)
 
 
 class Prefetch:
@@ -386,6 +442,37 @@ class Prefetch:
     self._stream.close()
 
 
+@cache
+def _folder_of_deaths() -> tempfile.TemporaryDirectory:
+  """A temporary folder, which is deleted when this process ends."""
+  return tempfile.TemporaryDirectory(prefix="declip_jax-")
+
+
+@cache
+def _evaluation_deaths() -> Deaths:
+  """The examples in which workers died during evaluations in this process."""
+  return Deaths(Path(_folder_of_deaths().name))
+
+
+@dataclass(frozen=True)
+class Reading:
+  """How the images of evaluations are read.
+
+  Attributes:
+    workers, threads: see `evaluation_reader_counts`.
+    max_pixels: largest number of pixels of an image, see `images.open_photo`.
+    seconds: seconds for reading one example; 0 means no limit.
+    deaths: where examples that kill a process are remembered, by default in this process only. As in training, workers
+      are started again, and an example is skipped once two processes have died in it.
+  """
+
+  workers: int | None = None
+  threads: int | None = None
+  max_pixels: int = images.MAX_PIXELS
+  seconds: float = hangs.SECONDS
+  deaths: Deaths = field(default_factory=_evaluation_deaths)
+
+
 @dataclass(frozen=True)
 class EvaluationBatches:
   """Rows of a source in order, once, in batches of `batch_size` that are padded at the end.
@@ -400,9 +487,7 @@ class EvaluationBatches:
     batch_size: rows of a batch.
     num_batches: number of batches, which may be more than `rows` fill.
     view: the view of every image.
-    workers, threads: see `evaluation_reader_counts`.
-    max_pixels: largest number of pixels of an image, see `images.open_photo`.
-    seconds: seconds for reading one example; 0 means no limit.
+    reading: how images are read.
   """
 
   source: Source
@@ -410,26 +495,17 @@ class EvaluationBatches:
   batch_size: int
   num_batches: int
   view: images.EvalView
-  workers: int | None = None
-  threads: int | None = None
-  max_pixels: int = images.MAX_PIXELS
-  seconds: float = hangs.SECONDS
+  reading: Reading = field(default_factory=Reading)
 
   def __iter__(self) -> Iterator[Sample]:
     count = self.num_batches * self.batch_size
     size = _chunk_size(self.batch_size)
-    chunks = _Chunks(grain.MapDataset.range(count).map(self._sample), size, 1, 0, 1, self.seconds)
-    reader = _read(
-      grain.MapDataset.source(chunks), *evaluation_reader_counts(count, self.workers, self.threads), self.seconds
-    )
-    try:
+    chunks = _Chunks(grain.MapDataset.range(count).map(self._sample), size, 1, 0, 1, self.reading.seconds)
+    reader = _read_all(grain.MapDataset.source(chunks), count, self.reading)
+    with contextlib.closing(reader):
       for _ in range(self.num_batches):
         parts = [next(reader) for _ in range(self.batch_size // size)]
         yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    except RuntimeError as error:
-      raise _death(error) from error
-    finally:
-      _close(reader)
 
   def _sample(self, number: int) -> Sample:
     size = self.view.size
@@ -451,13 +527,34 @@ class EvaluationBatches:
   def _read(self, index: int) -> Sample:
     key, name = hangs.key_of(self.source, index), f"{self.source.name}: sample {index}"
     hangs.check(key, name)
-    with hangs.reading([key]):
+    self.reading.deaths.check(key, name)
+    with self.reading.deaths.reading({key: name}) as record, hangs.reading([key], record.leave):
       example = read_example(self.source, index)
+      record.write({key: f"{self.source.name}: {example['id']}"})
       try:
-        image = images.eval_view(images.decode(example["image"], self.max_pixels), self.view)
+        image = images.eval_view(images.decode(example["image"], self.reading.max_pixels), self.view)
       except BaseException as error:
         raise bad_sample(error, f"{self.source.name}: {example['id']}") from error
     return {"image": image, "label": np.int32(example["label"]), "id": np.str_(example["id"])}
+
+
+def _read_all(chunks: grain.MapDataset, num_images: int, reading: Reading) -> Generator[Sample, None, None]:
+  """Reads all chunks once, and continues in other workers after one died in a sample that is known."""
+  counts = evaluation_reader_counts(num_images, reading.workers, reading.threads)
+  number = died = 0  # chunks that were read, and deaths in the next one
+  while number < len(chunks):
+    reader = _read(chunks[number:], *counts, reading.seconds)
+    try:
+      for chunk in reader:
+        yield chunk
+        number, died = number + 1, 0
+    except RuntimeError as error:
+      death, died = _recovered(error, reading.deaths), died + 1
+      if died == _MAX_DEATHS:
+        raise death from error
+    finally:
+      _close(reader)
+      reading.deaths.forget()
 
 
 def _close(batches: Iterator[Any]) -> None:

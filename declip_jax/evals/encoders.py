@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 import numpy as np
 
-from declip_jax.data.images import MAX_PIXELS, EvalView
+from declip_jax.data.images import EvalView
+from declip_jax.data.pipeline import Reading
 from declip_jax.evals.similarity import Embeddings, Similarity, TextTokens, cosines, make_late_interaction
 from declip_jax.models.model import Model
 from declip_jax.sharding import batch_rows, batch_sharding, check_batch, replicated, to_global
@@ -92,8 +93,7 @@ class Encoders:
     similarity: scores of embeddings, on every host; all hosts must make the same calls.
     image_tokens: for models that compare tokens (FILIP), a function from this host's share of images to the tokens of
       all, `[B n e]`; None for other models.
-    workers, threads: processes that read images, and threads of each; see `pipeline.evaluation_reader_counts`.
-    max_pixels: largest number of pixels of an image, see `images.open_photo`.
+    reading: how images are read.
   """
 
   image: Callable[[UInt8[np.ndarray, "b h w c"]], tuple[Any, Any]]
@@ -104,9 +104,7 @@ class Encoders:
   batch_rows: Int[np.ndarray, "b"]
   similarity: Similarity = cosines
   image_tokens: Callable[[UInt8[np.ndarray, "b h w c"]], Embeddings] | None = None
-  workers: int | None = None
-  threads: int | None = None
-  max_pixels: int = MAX_PIXELS
+  reading: Reading = field(default_factory=Reading)
 
   def with_callback(self, callback: Callable[[], None]) -> "Encoders":
     """A copy that calls `callback` before each batch, since an evaluation can take long."""
@@ -130,7 +128,7 @@ class EncoderFactory:
     tokenizer: tokenizer of the model.
     view: preprocessing of images.
     batch_size: global batch size of every call, a multiple of the number of devices.
-    workers, threads, max_pixels: see `Encoders`.
+    reading: how images are read.
   """
 
   def __init__(
@@ -139,10 +137,7 @@ class EncoderFactory:
     tokenizer: Callable[[Sequence[str]], np.ndarray],
     view: EvalView,
     batch_size: int,
-    *,
-    workers: int | None = None,
-    threads: int | None = None,
-    max_pixels: int = MAX_PIXELS,
+    reading: Reading | None = None,
   ):
     check_batch(batch_size, functions.mesh, "evaluate_batch_size")
     self._functions, self._sharding = functions, batch_sharding(functions.mesh)
@@ -152,9 +147,7 @@ class EncoderFactory:
       "batch_size": batch_size,
       "batch_rows": batch_rows(self._sharding, batch_size),
       "similarity": functions.similarity,
-      "workers": workers,
-      "threads": threads,
-      "max_pixels": max_pixels,
+      "reading": reading or Reading(),
     }
 
   def bind(self, params: Tree, collections: Tree) -> Encoders:

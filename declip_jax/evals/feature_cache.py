@@ -92,7 +92,8 @@ class FeatureCache:
     return 4 * sum(self._widths) * len(source)
 
   def _about(self, source: Source | Sequence[Any], encoders: Encoders) -> dict[str, Any]:
-    data = {"source": source.name, "stamp": source.stamp, "samples": len(source), "max_pixels": encoders.max_pixels}
+    limits = {"max_pixels": encoders.reading.max_pixels, "max_seconds": encoders.reading.seconds}
+    data = {"source": source.name, "stamp": source.stamp, "samples": len(source), **limits}
     view = {"engine": "exact", **vars(encoders.view)}
     return {**self._model, **data, "view": view}
 

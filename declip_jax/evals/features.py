@@ -63,9 +63,7 @@ def read_batches(source: Source | Sequence[Any], encoders: Encoders, rows: range
     local,
     -(-int(most) // local),
     encoders.view,
-    encoders.workers,
-    encoders.threads,
-    max_pixels=encoders.max_pixels,
+    encoders.reading,
   )
 
 

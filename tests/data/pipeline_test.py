@@ -301,9 +301,8 @@ def test_a_limit_of_pixels_holds_in_training_and_evaluation() -> None:
   counts = sum(samples[index]["bad_counts"] for index in range(20))
   assert dict(zip(BAD, counts.tolist(), strict=True))["too many pixels"] == counts.sum() >= 5
   for limit, readable in ((16, 18), (36, 20)):
-    batches = pipeline.EvaluationBatches(
-      Squares(20, broken=(1, 2)), range(20), 4, 5, images.EvalView(2), max_pixels=limit
-    )
+    reading = pipeline.Reading(max_pixels=limit)
+    batches = pipeline.EvaluationBatches(Squares(20, broken=(1, 2)), range(20), 4, 5, images.EvalView(2), reading)
     assert sum(batch["readable"].sum() for batch in batches) == readable
   large = io.BytesIO()
   Image.new("1", (9000, 8000)).save(large, "PNG")
@@ -459,7 +458,8 @@ def test_evaluation_is_in_order_padded_and_masked(
   rows = [range(0, 11)] if hosts == 1 else [range(0, 6), range(6, 11)]
   num_batches = -(-len(rows[0]) // local)
   of_hosts = [
-    list(pipeline.EvaluationBatches(source, own, local, num_batches, images.EvalView(2), workers)) for own in rows
+    list(pipeline.EvaluationBatches(source, own, local, num_batches, images.EvalView(2), pipeline.Reading(workers)))
+    for own in rows
   ]
   assert {len(batches) for batches in of_hosts} == {num_batches}
   assert {(batch["image"].shape, batch["image"].dtype.name) for batches in of_hosts for batch in batches} == {

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import contextlib
 import ctypes
 from dataclasses import dataclass, field
+import multiprocessing
 import os
 from pathlib import Path
 import pickle
@@ -61,6 +62,10 @@ def crash() -> None:
   ctypes.string_at(0)
 
 
+def leave() -> None:
+  os._exit(0)
+
+
 # What happens in a sample: the kind that it counts as when a source is read, and what does it.
 FAULTS: dict[str, tuple[str, Callable[[], None]]] = {
   "panic": ("unexpected error", fail(Panic)),
@@ -74,7 +79,9 @@ FAULTS: dict[str, tuple[str, Callable[[], None]]] = {
   "hang": ("too slow", hang),
   "spin": ("too slow", spin),
   "crash": ("fatal", crash),
+  "leave": ("fatal", leave),
 }
+KILLS = ("crash", "leave")
 STAGES = ("open", "views", "collate")
 
 
@@ -156,7 +163,7 @@ def _equals_the_stream_without(faults: dict[int, tuple[str, str]], got: dict[str
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_stream_is_that_without_the_bad_samples(stage: str) -> None:
-  names = [name for name in FAULTS if name != "crash" and (stage != "collate" or name == "panic")]
+  names = [name for name in FAULTS if name not in KILLS and (stage != "collate" or name == "panic")]
   faults = {3 * number: (stage, name) for number, name in enumerate(names)}
   _equals_the_stream_without(faults, _read(_stream(Faulty(40, faults)), 5), 40)
 
@@ -166,7 +173,7 @@ def test_the_stream_is_that_without_the_bad_samples(stage: str) -> None:
 def test_random_faults_at_random_stages(workers: int, tmp_path: Path) -> None:
   """Workers may also die, and are then replaced."""
   rng = np.random.default_rng(workers)
-  names = [name for name in FAULTS if workers or name != "crash"]
+  names = [name for name in FAULTS if workers or name not in KILLS]
   bad = rng.choice(400, 30, replace=False).tolist()
   faults = {index: (str(rng.choice(STAGES[:2])), names[number % len(names)]) for number, index in enumerate(bad)}
   got = _read(_stream(Faulty(400, faults), tmp_path, workers=workers, seconds=2.0), 50)
@@ -174,8 +181,9 @@ def test_random_faults_at_random_stages(workers: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sample_that_kills_a_worker_is_skipped_and_the_run_continues(tmp_path: Path) -> None:
-  faults = {5: ("open", "crash")}
+@pytest.mark.parametrize("fault", KILLS)
+def test_a_sample_that_kills_a_worker_is_skipped_and_the_run_continues(fault: str, tmp_path: Path) -> None:
+  faults = {5: ("open", fault)}
   got = _read(_stream(Faulty(40, faults), tmp_path, workers=1), 5)
   _equals_the_stream_without(faults, got, 40)
   assert not (tmp_path / "reading").exists()
@@ -183,6 +191,28 @@ def test_a_sample_that_kills_a_worker_is_skipped_and_the_run_continues(tmp_path:
   again.recover()
   with pytest.raises(BadSample, match="2 processes died"):
     again.check(hangs.key_of(Faulty(40), 5), "5")
+
+
+def test_a_worker_that_ends_with_exit_code_0_counts_as_dead() -> None:
+  process = multiprocessing.get_context("spawn").Process(target=os._exit, args=(0,))
+  process.start()
+  pipeline._report_exits([process])
+  assert process.exitcode
+
+
+@pytest.mark.slow
+def test_a_sample_that_kills_a_worker_is_skipped_in_evaluations(
+  monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  monkeypatch.setattr(pipeline, "_WORTH_PROCESSES", 0)
+  source = Faulty(12, {5: ("open", "crash"), 7: ("open", "hang")})
+  for count in (2, 0):  # of deaths; the second evaluation remembers them
+    caplog.clear()
+    batches = pipeline.EvaluationBatches(
+      source, range(12), 4, 3, images.EvalView(2), pipeline.Reading(workers=1, seconds=1.0)
+    )
+    assert np.flatnonzero(~np.concatenate([batch["readable"] for batch in batches])).tolist() == [5, 7]
+    assert caplog.text.count("a process died while reading faulty: faulty:5") == count
 
 
 def _dies(folder: Path, index: int, others: tuple[int, ...] = ()) -> int:
@@ -274,6 +304,15 @@ def test_what_is_not_a_samples_fault_ends_the_stream_with_its_name(error: type[B
   assert "faulty:3" in str(caught.value) + "".join(getattr(caught.value, "__notes__", ()))
 
 
+def test_a_sample_of_another_shape_than_the_others_of_its_batch_is_named() -> None:
+  def views(example: dict, rng: np.random.Generator) -> dict:
+    return {"image": np.zeros(3 if example["captions"][0] == "5" else 4)}
+
+  samples = pipeline.training_samples(Mixture((Faulty(8),)), views, 0)
+  with pytest.raises(ValueError, match=r"faulty:5: views \{'image': \(3,\)\}, but .*'image': \(4,\)"):
+    next(pipeline.TrainStream(samples, 8))
+
+
 def test_errors_of_the_prefetch_thread_are_raised() -> None:
   batches = pipeline.Prefetch(_stream(Faulty(8)), lambda batch: fail(Panic)())
   with pytest.raises(Panic):
@@ -301,9 +340,9 @@ def test_labels_fit_the_devices(label: int, usable: bool) -> None:
 
 
 def test_evaluation_skips_whatever_is_bad() -> None:
-  names = [name for name in FAULTS if name != "crash"]
+  names = [name for name in FAULTS if name not in KILLS]
   source = Faulty(20, {2 * number: ("open", name) for number, name in enumerate(names) if name != "other"})
-  (batch,) = pipeline.EvaluationBatches(source, range(20), 20, 1, images.EvalView(2), seconds=0.3)
+  (batch,) = pipeline.EvaluationBatches(source, range(20), 20, 1, images.EvalView(2), pipeline.Reading(seconds=0.3))
   assert set(np.flatnonzero(~batch["readable"])) == set(source.faults)
 
 
