@@ -154,7 +154,7 @@ def _find_root(name: str, path: str, images: Sequence[str]) -> str:
   for image, root in itertools.product(images, tried):
     if _exists(image, root):
       return root
-  advice = lists.missing_advice(images[0], here, search=False)
+  advice = lists.missing_advice(images[0], here, given=False, search=False)
   raise FileNotFoundError(f"{name}: found none of {list(images[:3])} in {', '.join(tried)}; {advice}")
 
 

@@ -1,7 +1,7 @@
 """Folders of images: one folder per class, as in ImageNet, or a text next to each image."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import errno
 from functools import cached_property
 import hashlib
@@ -67,6 +67,9 @@ class Folder(lists.ListSource):
     folders = self._about["classnames"]
     return layouts.classnames_of_folders(self._about["files"][0], folders) if folders else ()
 
+  def _paths(self, entry: Entry) -> Sequence[str]:
+    return [entry.path or "", *entry.captions]
+
   def _captions(self, entry: Entry) -> tuple[str, ...]:
     """The lines of the text next to an image; the caption in the entry is the name of that text."""
     paths = [f"{self._folder(entry)}/{name}" for name in entry.captions]
@@ -85,7 +88,8 @@ def open_folder(location: str) -> Folder:
   out and counted. Links are followed, except for those that lead back to a folder above them.
 
   The folder is listed each time it is opened, and the name of its index depends on its file names. Texts are read
-  together with their images.
+  together with their images. The stamp also depends on sizes and times of some files, see `ListSource.stamp`, so that
+  images that were replaced under the same names are noticed unless they are few.
 
   Raises:
     FileNotFoundError: the folder does not exist or has no image.

@@ -134,7 +134,8 @@ def open_huggingface(location: str) -> HuggingFace:
     raise ValueError(f"{source.name}: the data set has no example")
   index, first = errors[0]
   path = _path(source._dataset[index][source._columns.image])
-  advice = lists.missing_advice(path, str(source._reach.root)) if path and first.kind == "missing file" else ""
+  given = "root" in lists.parse(location, _ROLES, "PATH or PATH:SPLIT")[1]
+  advice = lists.missing_advice(path, str(source._reach.root), given) if path and first.kind == "missing file" else ""
   raise FileNotFoundError(
     f"none of {len(errors)} images tried can be read: {first}" + (f"; {advice}" if advice else "")
   )

@@ -45,6 +45,7 @@ _BATCH = 512  # entries; the builder keeps one batch in memory
 _BATCH_WITH_IMAGES = 8
 _CACHED = 256  # batches to keep open while rows are joined
 _PROBED = 100  # random images to try until one can be read
+_STAMPED = 1000  # images whose size and time are part of the stamp
 _PATIENCE = 20.0  # seconds to try them
 _LOOKED_IN = 100  # folders in which to look for an image that is missing
 _LOGGED = 5  # skipped samples to name in the log; all of them are counted
@@ -132,10 +133,15 @@ class ListSource:
   def left_out(self) -> dict[str, int]:
     return {}  # a list names all of its images
 
-  @property
+  @cached_property
   def stamp(self) -> str:
-    """Changes with the list."""
-    return self._index.stem
+    """Changes with the list, and with sizes and times of local files of up to `_STAMPED` samples, drawn at random.
+
+    Asking for those of all samples would take minutes on a network file system.
+    """
+    entries = map(self.entry, probes(len(self), _STAMPED))
+    found = [_size_and_time(self._reach, path, self._folder(entry)) for entry in entries for path in self._paths(entry)]
+    return f"{self._index.stem}-{indexes.digest(found)}" if any(found) else self._index.stem
 
   def __len__(self) -> int:
     return self._about["count"]
@@ -175,6 +181,10 @@ class ListSource:
   def _image(self, entry: Entry) -> bytes:
     return files.read(self._reach.resolve(entry.path or "", self._folder(entry)))
 
+  def _paths(self, entry: Entry) -> Sequence[str]:
+    """Paths of the files that are read for an entry, as it names them."""
+    return [entry.path] if entry.path and entry.image is None else []
+
   def _captions(self, entry: Entry) -> tuple[str, ...]:
     return tuple(entry.captions)
 
@@ -183,7 +193,7 @@ class ListSource:
     return self._reach.root or folder_of(self._about["files"][entry.file])
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"name": self.name, "_index": self._index, "_reach": self._reach}
+    return {"name": self.name, "_index": self._index, "_reach": self._reach, "stamp": self.stamp}
 
   def __repr__(self) -> str:
     return f"{type(self).__name__}({self.name!r})"
@@ -240,17 +250,19 @@ def checked(source: ListSource) -> ListSource:
       break
   index, first = errors[0]
   entry = source.entry(index)
-  help = missing_advice(entry.path or "", source._folder(entry)) if first.kind == "missing file" else ""
+  given = source._reach.root is not None
+  help = missing_advice(entry.path or "", source._folder(entry), given) if first.kind == "missing file" else ""
   tried = f"none of {len(errors)} images tried can be read: {first}"
   raise FileNotFoundError(f"{source.name}: {tried}" + (f"; {help}" if help else ""))
 
 
-def missing_advice(path: str, root: str, *, search: bool = True) -> str:
+def missing_advice(path: str, root: str, given: bool, *, search: bool = True) -> str:
   """Advice for a missing image: whether another root helps depends on its path in the list; empty for URLs.
 
   Args:
     path: the path in the list.
     root: the root that it is relative to.
+    given: whether the spec has this root.
     search: whether to look for the image in the folders around the root.
   """
   if remote.is_url(path):
@@ -266,6 +278,10 @@ def missing_advice(path: str, root: str, *, search: bool = True) -> str:
     for folder in [folder_of(root), *_folders_in(root), *_folders_in(folder_of(root))]:
       if os.path.isfile(os.path.join(folder, path)):
         return f"it is in {folder}: give ?root={folder}"
+  if given and not remote.is_url(root) and not os.path.isdir(root):
+    return f"root={root} is not a folder"
+  if given:
+    return f"root={root} is not the folder that the paths in the list are relative to"
   return "give the folder of the images as ?root=FOLDER"
 
 
@@ -275,6 +291,17 @@ def _folders_in(folder: str) -> list[str]:
       return [entry.path for entry in itertools.islice(entries, _LOOKED_IN) if entry.is_dir()]
   except OSError:
     return []
+
+
+def _size_and_time(reach: Reach, path: str, folder: str) -> tuple[int, int] | None:
+  """Size in bytes and time of change in ns of a file; None if there is none, and for URLs, to avoid requests."""
+  if remote.is_url(path) or remote.is_url(folder):
+    return None
+  try:
+    stat = os.stat(reach.resolve(path, folder))
+  except (OSError, ValueError):
+    return None
+  return stat.st_size, stat.st_mtime_ns
 
 
 def probes(count: int, number: int) -> list[int]:

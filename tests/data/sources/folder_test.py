@@ -38,6 +38,18 @@ def test_folders_are_classes_in_alphabetical_order(tmp_path):
   assert not (tmp_path / "train" / ".declip_jax").exists()  # other tools would treat it as a class
 
 
+@pytest.mark.parametrize("changed", ["a.jpg", "a.txt"])
+def test_files_that_are_replaced_in_place_change_the_stamp_but_not_the_index(tmp_path, changed):
+  path = write(tmp_path, "a.jpg", "b.jpg", a="one", b="two")
+  before = open_folder(path)
+  assert open_folder(path).stamp == before.stamp == pickle.loads(pickle.dumps(before)).stamp
+  (tmp_path / changed).write_bytes(b"other")
+  after = open_folder(path)
+  assert after.stamp != before.stamp
+  assert after._index == before._index
+  assert pickle.loads(pickle.dumps(before)).stamp == before.stamp  # workers agree with the process that opened it
+
+
 def test_numbers_as_folders_are_names_too(tmp_path):
   source = open_folder(write(tmp_path, *(f"{number}/x.png" for number in (0, 1, 2, 10))))
   assert source.classnames == ("0", "1", "10", "2")

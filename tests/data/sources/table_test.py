@@ -278,6 +278,10 @@ def test_advice_for_missing_images_helps(tmp_path, path, advice):
   location = write_json(tmp_path / "set" / "tables" / "t.jsonl", {"image": path.replace("\\\\", "\\"), "text": "x"})
   with pytest.raises(FileNotFoundError, match=advice) as error:
     open_table(location)
+  if "FOLDER" in advice:
+    (tmp_path / "other").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"root=\S+/other is not the folder that the paths .* are relative to$"):
+      open_table(f"{location}?root={tmp_path}/other")
   if "root=/" in str(error.value):
     assert len(open_table(f"{location}?root={str(error.value).rpartition('root=')[2]}")) == 1
 
@@ -641,7 +645,9 @@ def test_a_missing_image_is_a_bad_sample_and_all_missing_an_error_at_once(tmp_pa
   for index in (-1, 3):
     with pytest.raises(IndexError, match=f"no sample {index}, there are 3"):
       source[index]
-  with pytest.raises(FileNotFoundError, match=r"none of 3 images .*t\.csv:2.*elsewhere/0\.jpg.*\?root="):
+  with pytest.raises(
+    FileNotFoundError, match=r"none of 3 images .*t\.csv:2.*elsewhere/0\.jpg.*elsewhere is not a folder"
+  ):
     open_table(f"{path}?root={tmp_path}/elsewhere")
 
 
