@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 from declip_jax import config_files
 from declip_jax.config import EVALUATIONS
 from declip_jax.reporting.progress import message
-from declip_jax.spelling import did_you_mean
+from declip_jax.spelling import close_names, did_you_mean, suggest
 
 USER_ERRORS = (ValueError, FloatingPointError, MemoryError, OSError, ModuleNotFoundError)
 IO_EXIT_CODE = 74
@@ -121,7 +121,7 @@ def parse_flags(
     if len(rest) < len(positional):
       raise ValueError(f"{positional[len(rest)]} is missing; the arguments are {' '.join(positional)} (see --help)")
   except (flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
-    print(f"error: {_one_line(error)}", file=sys.stderr)
+    print(f"error: {_one_line(error, values)}", file=sys.stderr)
     sys.exit(2)
   if printing:
     print(values.config.to_json_best_effort(indent=2, sort_keys=True))
@@ -208,11 +208,15 @@ def check_field(config: ConfigDict, field: str, value: str) -> None:
   raise ValueError(config_files.no_field(config, field) + hint)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, values: flags.FlagValues) -> str:
   """Returns what is wrong with a flag, without the text that absl wraps it in."""
+  if isinstance(error, flags.UnrecognizedFlagError):
+    close = [f"--{name}" for name in close_names(error.flagname, values)]
+    return f"there is no flag --{error.flagname}{suggest(close)}"
   text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
   if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
     return f"--{' and --'.join(missing)} {'are' if len(missing) > 1 else 'is'} required"
+  text = re.sub(r"^flag --config=.*?: (?=config\.|the config has no field )", "", text)  # another flag sets that field
   text = re.sub("Failed to parse .* as a ConfigDict.*", "expected fields in braces, such as {}", text)
   text = re.sub("[(]'Non-boolean argument.*", "expected true or false", text)
   text = re.sub("invalid literal for int.. with base 10:.*", "not an integer", text)
@@ -243,7 +247,7 @@ def _flag_lines(flag: flags.Flag) -> list[str]:
     head = f"--[no]{flag.name}"
   else:
     head = f"--{flag.name}={_value_name(flag)}"
-  default = "" if flag.default in (None, "", False) else f" (default: {_typed(flag.default)})"
+  default = "" if flag.default in (None, "", False, []) else f" (default: {_typed(flag.default)})"
   # absl adds the values of an enum, and that a flag can be repeated.
   text = re.sub(r"^<[^>]*>: |;\s+repeat this option.*", "", flag.help or "", flags=re.DOTALL)
   margin = " " * 6

@@ -1,7 +1,9 @@
 """Suggestions for unknown names."""
 
 from collections.abc import Collection, Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
+
+_MARGIN = 0.05  # of similarity, 0 to 1
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -10,9 +12,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def close_names(name: str, known: Iterable[str]) -> list[str]:
-  """Returns up to three of the `known` names that are close to `name`, ignoring case, the closest first."""
+  """Returns up to three of the `known` names that are close to `name`, ignoring case, the closest first.
+
+  Names that are much less close than the closest one are left out.
+  """
   lower = {other.lower(): other for other in known}
-  return [lower[match] for match in get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
+  matches = get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
+  ratios = [SequenceMatcher(None, match, name.lower()).ratio() for match in matches]
+  return [lower[match] for match, ratio in zip(matches, ratios, strict=True) if ratio > ratios[0] - _MARGIN]
 
 
 def suggest(names: Collection[str]) -> str:

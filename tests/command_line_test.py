@@ -72,7 +72,11 @@ def parse(values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     (["--config=demo:method=slpi"], ["--config=demo:method=slpi", "'slpi'", "'slip'"]),
     (["--config=demo:mehtod=slip"], ["'mehtod'", "did you mean method"]),
     (["--config=demmo", "--workdir=x"], ["--config=demmo", "demo"]),
-    (["--config=demo", "--wrkdir=x"], ["'wrkdir'", "workdir"]),
+    (["--config=demo", "--wrkdir=x"], ["error: there is no flag --wrkdir; did you mean --workdir?\n"]),
+    (
+      ["--config=demo", "--config.batch_siz=3"],
+      ["error: the config has no field 'batch_siz'; did you mean batch_size?\n"],
+    ),
     (["--config=demo", "--workdir=x", "--format=c"], ["--format=c", "a|b"]),
     (["--config=demo", "--workdir=x", "more"], ["'more'"]),
     (["--config=demo"], ["--workdir is required"]),
@@ -192,7 +196,10 @@ def test_a_default_of_several_values_is_shown_as_it_is_typed(monkeypatch: pytest
   monkeypatch.setattr("sys.argv", [__name__])
   values = flags.FlagValues()
   flags.DEFINE_multi_string("prompt", ["a {}.", "{}"], "Prompts.", flag_values=values)
-  assert '      Prompts. (default: "a {}.", {})' in command_line.help_text("", values)
+  flags.DEFINE_multi_string("setting", [], "Settings.", flag_values=values)
+  lines = command_line.help_text("", values)
+  assert '      Prompts. (default: "a {}.", {})' in lines
+  assert "      Settings." in lines
 
 
 def test_the_list_of_commands_matches_the_installed_scripts() -> None:

@@ -24,6 +24,7 @@ _COLUMNS = {*lists.IMAGE_NAMES, *lists.CAPTION_NAMES, *lists.LABEL_NAMES}
 _PEEKED = 100  # records of a table
 _PROBED = 10  # images of a table to search for
 _WALKED, _WALKED_REMOTE = 1000, 20  # folders to search
+_OPTIONS = re.compile(r"(.*?)(?:\?([a-z_]+=.*))?", re.DOTALL)  # as in `lists.parse`
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")  # end of the names of TFDS's files
 
 
@@ -50,7 +51,7 @@ def guesses(path: str) -> list[str]:
   | a folder with tars or tables at any depth | as a pattern |
 
   Tables whose images are elsewhere get a `root`. They come after a folder of images with captions if their images are
-  not found.
+  not found. What follows a ?, as in "pairs.csv?root=/images", becomes part of each spec.
 
   Raises:
     FileNotFoundError: nothing exists at the path, and its suffix does not determine the kind.
@@ -59,6 +60,10 @@ def guesses(path: str) -> list[str]:
   kind, _, location = path.partition(":")
   if kind in SOURCES and location and not location.startswith("//"):
     return [path]
+  place, query = _OPTIONS.fullmatch(path).groups()
+  is_web = remote.scheme(path) in ("http", "https")  # whose addresses have queries of their own
+  if query and not is_web and not (not remote.is_url(path) and os.path.exists(files.local_path(path))):
+    return [_with_options(spec, query) for spec in guesses(place)]
   local = path.removeprefix("file://")
   if not remote.is_url(path) and os.path.isdir(os.path.expanduser(local)):
     return _in_folder(local.rstrip("/") or "/")
@@ -79,6 +84,14 @@ def guesses(path: str) -> list[str]:
   if kind == "tfds":
     return _in_folder(os.path.dirname(found[0]))
   return [f"{kind}:{path}{_query(_root(found[0])) if kind == 'table' else ''}"]
+
+
+def _with_options(spec: str, query: str) -> str:
+  """A spec with these options, which replace those of the same names."""
+  place, own = _OPTIONS.fullmatch(spec).groups()
+  given = {option.partition("=")[0] for option in query.split("&")}
+  rest = [option for option in (own or "").split("&") if option and option.partition("=")[0] not in given]
+  return f"{place}?{'&'.join([query, *rest])}"
 
 
 def _kind(path: str) -> str | None:

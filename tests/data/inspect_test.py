@@ -196,6 +196,23 @@ def test_a_folder_is_recognised(tmp_path, files, specs):
   assert guesses(f"{tmp_path}/") == [spec.replace("@", str(tmp_path)) for spec in specs]
 
 
+@pytest.mark.parametrize(
+  ("path", "spec"),
+  [
+    ("captions.txt?encoding=latin-1", "table:@/captions.txt?encoding=latin-1&root=@/Images"),
+    ("captions.txt?root=other", "table:@/captions.txt?root=other"),
+    ("?caption=", "table:@/captions.txt?caption=&root=@/Images"),
+    ("a?b=c.csv", "table:@/a?b=c.csv"),  # a file
+  ],
+)
+def test_options_that_a_message_advises_can_follow_a_plain_path(tmp_path, path, spec):
+  touch(tmp_path, "Images/1.jpg", "a?b=c.csv")
+  (tmp_path / "captions.txt").write_text(LINES)
+  if path.startswith("?"):
+    (tmp_path / "a?b=c.csv").unlink()
+  assert guess(f"{tmp_path}/{path}") == spec.replace("@", str(tmp_path))
+
+
 def test_a_folder_at_a_url_with_folders_of_splits(tmp_path):
   fsspec.filesystem("memory").pipe({"/splits/set/train/0.tar": b"", "/splits/set/test/0.tar": b""})
   memory = "webdataset:memory://splits/set"
