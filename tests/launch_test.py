@@ -170,7 +170,7 @@ def gcloud_calls(machine):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_parse_and_print_their_usage(script):
+def test_scripts_are_valid_and_print_their_usage(script):
   subprocess.run(["bash", "-n", LAUNCH / script], check=True)
   usage, wrong = launch(script, "--help"), launch(script)
   assert (usage.returncode, usage.stderr) == (0, "")
@@ -199,7 +199,7 @@ def test_scripts_parse_and_print_their_usage(script):
     (SLURM, ["--nodes=2", "c.py", "runs/a"]),
   ],
 )
-def test_wrong_calls_run_nothing(machine, script, args):
+def test_wrong_arguments_run_no_command(machine, script, args):
   result = launch(script, *args)
   assert result.returncode == 2
   assert result.stderr.startswith("usage: ")
@@ -272,7 +272,7 @@ def test_tpu_dry_runs_print_every_gcloud_command(machine, args, env, expected):
   ("codes", "starts", "returned"),
   [([0], 1, 0), ([1, 137, 0], 3, 0), ([1, 1, 1, 0], 3, 1), ([2], 1, 2), ([130], 1, 130), ([1, 143], 2, 143)],
 )
-def test_local_restarts_after_crashes_only(machine, codes, starts, returned):
+def test_local_restarts_only_after_crashes(machine, codes, starts, returned):
   exits(machine, *codes)
   result = launch(LOCAL, "c.py:clip", "my runs/a", FIELD, RESTARTS="2", EXIT_FILE=f"{machine}/exit")
   assert result.returncode == returned
@@ -301,7 +301,7 @@ def test_local_can_be_stopped_between_two_starts(machine, monkeypatch):
   assert len(calls(machine)) == 1
 
 
-def test_processes_get_their_number_and_a_prefix(machine):
+def test_each_process_gets_its_number_and_its_output_a_prefix(machine):
   exits(machine, 0, 0, 0)
   result = launch(PROCESSES, 3, "c.py:clip", "my runs/a", FIELD, PORT="1234")
   assert result.returncode == 0
@@ -311,7 +311,7 @@ def test_processes_get_their_number_and_a_prefix(machine):
   assert sorted(word for call in calls(machine) for word in call) == sorted([*common * 3, "0", "1", "2"])
 
 
-def test_a_failing_process_ends_the_others(machine):
+def test_a_process_that_fails_ends_the_others(machine):
   process = start(PROCESSES, 3, "c.py", "runs/a")
   for _ in range(3):
     assert "started" in process.stdout.readline()
@@ -333,7 +333,7 @@ def test_a_process_that_does_not_end_is_killed(machine, monkeypatch):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_processes_forward_signals_to_all(machine, signum):
+def test_signals_reach_all_processes(machine, signum):
   process = start(PROCESSES, 2, "c.py", "runs/a")
   lines = [process.stdout.readline() for _ in range(2)]
   assert sorted(lines) == ["[0] started 0\n", "[1] started 1\n"]
@@ -352,7 +352,7 @@ def test_processes_forward_signals_to_all(machine, signum):
     ("v4-32", "tpu-ubuntu2204-base"),
   ],
 )
-def test_tpu_create_knows_the_software_version(machine, accelerator, version):
+def test_tpu_create_chooses_the_software_version(machine, accelerator, version):
   assert launch(TPU, "create", "--spot", ACCELERATOR=accelerator, PROJECT="mine").returncode == 0
   flags = ["--zone=us-west4-a", "--project=mine", f"--accelerator-type={accelerator}", f"--version={version}"]
   assert gcloud_calls(machine) == ["compute", "tpus", "tpu-vm", "create", "slice", *flags, "--spot"]
@@ -368,21 +368,21 @@ def test_tpu_create_knows_the_software_version(machine, accelerator, version):
     ("delete", "TPU_NAME", {"TPU_NAME": ""}),
   ],
 )
-def test_tpu_names_the_variable_that_is_missing(machine, verb, missing, env):
+def test_tpu_names_a_missing_variable(machine, verb, missing, env):
   result = launch(TPU, verb, **env)
   assert result.returncode == 2
   assert f"variable {missing} is not set" in result.stderr
   assert not (machine / "log.gcloud").exists()
 
 
-def test_tpu_delete_and_exec(machine):
+def test_tpu_delete_and_exec_call_gcloud(machine):
   assert launch(TPU, "delete", "--quiet").returncode == 0
   assert gcloud_calls(machine)[3:] == ["delete", "slice", "--zone=us-west4-a", "--quiet"]
   assert launch(TPU, "exec", "echo $((20 + 3)) 'a  b'").stdout == "23 a  b\n"
   assert "--worker=all" in gcloud_calls(machine)
 
 
-def test_tpu_setup_checks_out_the_revision_and_installs(machine):
+def test_tpu_setup_checks_out_the_revision_and_installs_it(machine):
   origin = machine / "origin"
   git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@b"]
   origin.mkdir()
@@ -401,7 +401,7 @@ def test_tpu_setup_checks_out_the_revision_and_installs(machine):
   assert launch(TPU, "setup", REPO=str(origin), PREPARE="false").returncode != 0
 
 
-def test_tpu_run_outlives_its_connection_until_stop(machine):
+def test_a_run_on_a_tpu_outlives_its_connection_and_ends_with_stop(machine):
   (machine / "declip_jax" / ".venv" / "bin").mkdir(parents=True)
   (machine / "declip_jax" / "launch").symlink_to(LAUNCH)
   (machine / "declip_jax" / ".venv" / "bin" / "python").symlink_to(machine / "bin" / "python")
@@ -495,7 +495,7 @@ def test_keep_tries_another_tpu_after_a_crash_but_not_forever(machine):
 
 
 @pytest.mark.parametrize("code", ["gone", 143])
-def test_keep_restarts_the_run_where_a_machine_came_back(machine, code):
+def test_keep_restarts_the_run_once_a_machine_is_back(machine, code):
   result, done = watch(machine, code, code, 0)
   assert (result.returncode, done, len(calls(machine))) == (0, ["create"], 3)
 
@@ -596,7 +596,7 @@ def test_keep_names_missing_variables_before_it_creates_anything(machine):
   ("states", "returned"),
   [("CREATING\nbroken\nREADY\n", 0), ("CREATING\nPREEMPTED\n", 1), (None, 1)],
 )
-def test_wait_returns_when_the_tpu_is_there_or_lost(machine, states, returned):
+def test_wait_returns_when_the_tpu_is_ready_or_lost(machine, states, returned):
   if states:
     (machine / "tpu-vm").write_text(states)
   result = launch(TPU, "wait", POLL="0")
@@ -635,7 +635,7 @@ def test_gke_runs_lists_logs_and_deletes_a_workload(machine):
   assert words(inner) == ["exec", "python", *SUPERVISED, FIELD, "--multihost"]
 
 
-def test_gke_signals_reach_python_through_the_shell_that_xpk_puts_around_it(machine):
+def test_signals_reach_python_through_the_shell_in_which_xpk_starts_it(machine):
   dry = launch(GKE, "run", "c.py", "runs/a", **GKE_ENV | {"DRY_RUN": "1"})
   inner = words(dry.stdout)[-1].removeprefix("--command=")
   around = f"({inner}) & PID=$!; sleep 0.5; kill -TERM $PID; wait $PID"
@@ -686,7 +686,7 @@ def test_slurm_dry_run_needs_no_job(machine):
   assert not calls(machine)
 
 
-def test_slurm_finds_its_flags_at_the_top(machine):
+def test_slurm_reads_its_options_at_the_top_of_the_script(machine):
   lines = (LAUNCH / SLURM).read_text().splitlines()
   flags = " ".join(line.removeprefix("#SBATCH") for line in lines if line.startswith("#SBATCH")).split()
   command = next(number for number, line in enumerate(lines) if not line.startswith("#"))
@@ -702,7 +702,7 @@ def test_slurm_finds_its_flags_at_the_top(machine):
 @pytest.mark.parametrize(
   ("codes", "starts", "returned"), [([0], 1, 0), ([1, 137, 0], 3, 0), ([1, 1, 1, 0], 3, 1), ([2], 1, 2), ([1, 2], 2, 2)]
 )
-def test_slurm_restarts_after_crashes_only(job, codes, starts, returned):
+def test_slurm_restarts_only_after_crashes(job, codes, starts, returned):
   exits(job, *codes)
   result = launch(SLURM, "c.py:clip", "my runs/a", FIELD, RESTARTS="2")
   assert result.returncode == returned
@@ -710,7 +710,7 @@ def test_slurm_restarts_after_crashes_only(job, codes, starts, returned):
   assert "scontrol" not in result.stdout
 
 
-def test_slurm_job_saves_and_is_requeued_before_its_time_is_over(job):
+def test_a_slurm_job_saves_and_is_requeued_before_its_time_limit(job):
   process = start(SLURM, "c.py", "runs/a")
   assert process.stdout.readline() == "started 1\n"
   process.send_signal(signal.SIGUSR1)
@@ -720,7 +720,7 @@ def test_slurm_job_saves_and_is_requeued_before_its_time_is_over(job):
   assert (process.returncode, len(calls(job))) == (143, 1)
 
 
-def test_slurm_job_that_crashes_when_its_time_is_over_is_requeued_too(job, monkeypatch):
+def test_a_slurm_job_that_crashes_at_its_time_limit_is_requeued_too(job, monkeypatch):
   monkeypatch.setenv("RESTARTS", "0")
   (job / "bin" / "scancel").write_text("#!/usr/bin/env bash\nexit 1\n")
   process = start(SLURM, "c.py", "runs/a")
@@ -732,7 +732,7 @@ def test_slurm_job_that_crashes_when_its_time_is_over_is_requeued_too(job, monke
   assert len(calls(job)) == 1
 
 
-def test_slurm_job_does_not_restart_when_its_time_is_over(job, monkeypatch):
+def test_a_slurm_job_does_not_restart_at_its_time_limit(job, monkeypatch):
   monkeypatch.setenv("PAUSE", "30")
   exits(job, 1, 0)
   process = start(SLURM, "c.py", "runs/a")
@@ -744,12 +744,12 @@ def test_slurm_job_does_not_restart_when_its_time_is_over(job, monkeypatch):
   assert len(calls(job)) == 1
 
 
-def test_slurm_job_is_requeued_when_its_tasks_were_stopped_from_outside(job):
+def test_a_slurm_job_is_requeued_if_something_else_stopped_its_tasks(job):
   exits(job, 143)
   assert launch(SLURM, "c.py", "runs/a").stdout.endswith("scontrol requeue 77\n")
 
 
-def test_slurm_job_that_is_cancelled_is_not_requeued_but_waits_for_its_tasks(job):
+def test_a_cancelled_slurm_job_waits_for_its_tasks_and_is_not_requeued(job):
   (job / "job").write_text("COMPLETING\n")
   process = start(SLURM, "c.py", "runs/a")
   assert process.stdout.readline() == "started 1\n"
@@ -780,7 +780,7 @@ def docker_lines():
   return [line.split(maxsplit=1) for line in text.splitlines() if line]
 
 
-def test_the_image_contains_the_tracked_files_it_names_and_nothing_else():
+def test_the_image_contains_the_tracked_files_that_it_names_and_no_others():
   copied = [rest.split()[:-1] for name, rest in docker_lines() if name == "COPY" and "--from" not in rest]
   sources = {source for line in copied for source in line}
   assert all((ROOT / source).exists() for source in sources)

@@ -47,15 +47,17 @@ def info_nce(
   CLIP (Radford et al. 2021, figure 3). The batch is the global one, and by default the gradient is that of the whole
   logit matrix, as in DeCLIP, and in open_clip with `gather_with_grad`. Unless `symmetric`, only rows are queries.
 
-  With `full_gradient=False` the candidates of each query are constants, so an image learns only as a query for its
-  text and a text only as a query for its image. SLIP's released code does this, because its gather has no gradient. The
-  value and the gradient of `scale` are the same; the gradient of the embeddings is about half as long, which doubles
-  the weight of every other term. (open_clip's default without `local_loss` is exactly half of the full
-  gradient on two processes, 1 / n on n of them.)
+  With `full_gradient=False` the candidates of each query are constants: an image learns only as the query for its text,
+  and a text only as the query for its image. SLIP's released code does this, because its gather has no gradient. The
+  loss and its gradient with respect to `scale` do not change. The gradient with respect to the embeddings is about half
+  as long, so every other term has twice the weight in comparison. (In open_clip's default, without `local_loss`, it is
+  1 / n of the full gradient on n processes.)
   """
   constant = (lambda side: side) if full_gradient else jax.lax.stop_gradient
   queries, candidates = scale * rows, columns
-  if not full_gradient:  # the columns' sums see constant rows, so their gradient reaches the scale by the candidates
+  if not full_gradient:
+    # Where columns are the queries, the rows, which contain the scale, are constants. This factor, whose value is 1,
+    # gives the scale its gradient there.
     candidates = columns * (scale / jax.lax.stop_gradient(scale))
   found = log_sums(queries, candidates, method, full_gradient=full_gradient, columns=symmetric)
   sides = ((queries, constant(candidates)), (constant(queries), candidates))[: 1 + symmetric]

@@ -105,10 +105,10 @@ def _deviation(
 def _effective_rank(rows: Float[Array, "v b p"]) -> Float[Array, ""]:
   """`(tr C)^2 / ||C||_F^2` of the covariance `C` of the unit rows of a view, averaged over views.
 
-  This participation ratio is the exponential of the Renyi entropy of order 2 of the eigenvalues of `C`, normalised to
-  sum 1. The effective rank of Roy and Vetterli (2007) is that of the Shannon entropy, which is never smaller: ours is a
-  lower bound of theirs for `C`, and so for the centred rows themselves, whose singular values are the square roots and
-  hence more even. It needs no eigenvalues. A batch bounds it: `b` isotropic rows show about `b p / (b + p)`.
+  This participation ratio is 1 if the rows vary in one direction only, and `p` if they vary equally in all. It needs no
+  eigenvalues. It is a lower bound of the effective rank of Roy and Vetterli (2007), the exponential of the Shannon
+  entropy of the eigenvalues divided by their sum: the ratio is the exponential of their Renyi entropy of order 2, which
+  is never larger. A batch limits it: `b` isotropic rows have about `b p / (b + p)`.
 
   Equal rows have rank 1. Below a deviation of 1e-6 the variance is mostly rounding, so there the result tends to 1.
   """

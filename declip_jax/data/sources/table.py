@@ -9,9 +9,9 @@
 All but Parquet may be compressed with gzip. Text is UTF-8, UTF-16 with a byte order mark, or in the given `encoding`. A
 byte that is invalid there is an error and not just a skipped line, since it means that the whole table is in another
 encoding. A line that does not parse, or has more than 2^19 characters, is skipped and counted, with its number in the
-log, and reading continues on the next line. A quoted field may span lines, but quotes that join a line with later ones
-that look like records are plain text: a caption that opens with a quote does not swallow the lines up to one that ends
-with another, such as 27".
+log, and reading continues on the next line. A quoted field may span lines. If one of these is a record of its own, the
+quotes are plain text: if one caption begins with a quote and a later one ends with a quote, such as 27", the lines
+between them are not lost.
 
 A table names files, and nothing in it is trusted; `reach` describes which files it may name.
 
@@ -405,9 +405,9 @@ def _naming_columns(fields: Sequence[str]) -> str:
 def _lines(text: Lines, columns: Sequence[str], separator: str, number: int) -> Iterator[_Record]:
   """Splits lines into fields, after `number` lines.
 
-  Quotes are plain text if a line and those that its quotes span are not a record, or if one of these lines is a record
-  of its own, since it looks like the line before: then one caption opens with a quote and a later one ends with
-  another.
+  A quoted field may span lines. The quotes are plain text if these lines together have more or fewer fields than there
+  are columns, or if one of the lines is a record of its own, see `_is_record`: then one caption begins with a quote,
+  and a later one ends with another.
   """
   ahead: deque[str] = deque()
   last: list[str] = []
@@ -466,7 +466,11 @@ def _quoted(lines: Sequence[str], separator: str, width: int, last: Sequence[str
 
 
 def _is_record(line: str, separator: str, width: int, last: Sequence[str]) -> bool:
-  """Whether a line looks like the last record: an image, else a number, else a word in the same column."""
+  """Whether a line is a record of its own: it has `width` fields, and they look like those of the last record.
+
+  Compared are the columns in which the last record names an image; if it names none, those in which it has a number; if
+  there are none either, those in which it has a single word. One column must agree, of words all.
+  """
   fields = line.rstrip("\r\n").split(separator)
   if len(fields) != width:
     return False

@@ -12,7 +12,7 @@ import ftfy
 
 SHORT = 4096  # largest number of characters of a caption that is always read as a whole
 _SEGMENT = 1_000_000  # largest number of characters that ftfy repairs at once
-_DEPTH = 16  # levels of an entity for which the repair of the text around it may take
+_DEPTH = 16  # levels of escaping within which ftfy has repaired the text around an entity
 _REPAIR = ftfy.TextFixerConfig(explain=False)
 _REPAIR_MARKUP = ftfy.TextFixerConfig(explain=False, unescape_html=False)
 # An ampersand that is escaped many times: &amp;amp;amp; and the like, in every spelling that ftfy decodes.
@@ -102,11 +102,11 @@ def _repaired(text: str) -> Iterator[str]:
 
 
 def _shallow(text: str) -> str:
-  """Removes levels of ampersands that are escaped many times.
+  """Shortens ampersands that are escaped many times, such as `&amp;amp;amp;`.
 
-  ftfy decodes them level by level, and repairs the whole text after each level. The result is the same with fewer
-  levels, as long as the ampersands are decoded in the same order, with enough levels between two of them to repair the
-  text around the first.
+  ftfy decodes one level of all of them at a time, and repairs the whole text after each level, which would take very
+  long. Fewer levels give the same result if two conditions hold: the ampersands are decoded in the same order, and
+  between two of them remain `_DEPTH` levels, enough for ftfy to repair the text around the first.
   """
   if "&" not in text:
     return text
