@@ -57,15 +57,16 @@ def predict(logits: Float[np.ndarray, "n classes"], label: Int[np.ndarray, "n"])
     raise ValueError(f"label {wrong[0]}: expected one of the {classes} classes 0 to {classes - 1}")
   own = np.take_along_axis(logits, label[:, None], axis=1)
   before = (logits > own) | ((logits == own) & (np.arange(classes) < label[:, None]))
+  predicted, tied = answers(logits)
+  rank = np.where(np.isnan(own[:, 0]), classes, before.sum(axis=1))
+  return Predictions(label, predicted, rank, tied, classes)
+
+
+def answers(logits: Float[np.ndarray, "n classes"]) -> tuple[Int[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
+  """The predicted class of each example, and whether it is tied; see `Predictions`."""
   best = np.fmax.reduce(logits, axis=1, keepdims=True)
   first = logits == best
-  return Predictions(
-    label=label,
-    predicted=np.where(np.isnan(best[:, 0]), -1, first.argmax(axis=1)),
-    rank=np.where(np.isnan(own[:, 0]), classes, before.sum(axis=1)),
-    tied=first.sum(axis=1) > 1,
-    classes=classes,
-  )
+  return np.where(np.isnan(best[:, 0]), -1, first.argmax(axis=1)), first.sum(axis=1) > 1
 
 
 def restrict(
@@ -172,15 +173,6 @@ def confusions(predictions: Predictions) -> list[tuple[int, int, int]]:
   return [(int(label), int(other), int(n)) for (label, other), n in zip(found[order], number[order], strict=True)]
 
 
-def any_label_accuracy(labels: Bool[np.ndarray, "n classes"], predicted: Int[np.ndarray, "n"]) -> Float[np.ndarray, ""]:
-  """Share of the examples whose prediction is any of their labels (ImageNet-ReaL, Beyer et al. 2020, section 3).
-
-  Examples without a label do not count; a prediction of -1 is wrong.
-  """
-  correct = labels[np.arange(len(labels)), predicted] & (predicted >= 0)
-  return accuracy(correct[labels.any(axis=1)])
-
-
 def jaccard(associated: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"]) -> float:
   """Size of the intersection by that of the union, of the right answers and as many answers of the largest score.
 
@@ -221,12 +213,9 @@ def average_precision(
   Raises:
     ValueError: no example is positive.
   """
-  times = _positives(present, times)
-  level = np.unique(-_worst_if_nan(present, score), return_inverse=True)[1]
-  positives, totals = _sums(level, times * present), _sums(level, times)
-  precision = np.cumsum(positives, axis=-1) / np.maximum(np.cumsum(totals, axis=-1), 1)
+  times, positives, precision = _precisions(present, score, times, together=True)
   with np.errstate(invalid="ignore"):
-    return np.asarray((precision * positives).sum(axis=-1) / positives.sum(axis=-1))
+    return np.asarray((precision * times).sum(axis=-1) / positives[..., -1])
 
 
 def average_precision_11(
@@ -239,11 +228,7 @@ def average_precision_11(
   Raises:
     ValueError: no example is positive.
   """
-  times = _positives(present, times)
-  order = np.argsort(-_worst_if_nan(present, score), kind="stable")
-  times, present = times[..., order], present[order]
-  positives = np.cumsum(times * present, axis=-1)
-  precision = positives / np.maximum(np.cumsum(times, axis=-1), 1)
+  _, positives, precision = _precisions(present, score, times, together=False)
   with np.errstate(invalid="ignore"):
     recalls = positives / positives[..., -1:]
   best = [np.where(recalls >= least, precision, 0).max(axis=-1) for least in _RECALLS]
@@ -342,10 +327,30 @@ def _once(column: Shaped[np.ndarray, "n ..."], times: Times) -> Int[np.ndarray, 
   return np.ones(len(column), np.int64) if times is None else times
 
 
-def _positives(present: Bool[np.ndarray, "n"], times: Times) -> Int[np.ndarray, "*r n"]:
+def _precisions(
+  present: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"], times: Times, *, together: bool
+) -> tuple[Int[np.ndarray, "*r p"], Int[np.ndarray, "*r p"], Float[np.ndarray, "*r p"]]:
+  """How often each positive counts, how many positives there are down to it, and the precision down to it.
+
+  The positives are those in `present`, by falling score. Examples of equal score are counted `together`, or in their
+  order.
+
+  Raises:
+    ValueError: no example is positive.
+  """
   if not present.any():
     raise ValueError(f"none of {len(present)} examples is positive")
-  return _once(present, times)
+  score = -_worst_if_nan(present, score)
+  order = np.argsort(score, kind="stable")
+  places = np.flatnonzero(present[order])
+  last, last_positive = places, np.arange(len(places))
+  if together:
+    sought = score[order][places]
+    last, last_positive = (np.searchsorted(scores, sought, "right") - 1 for scores in (score[order], sought))
+  times = _once(present, times)[..., order]
+  positives = np.cumsum(times[..., places], axis=-1)[..., last_positive]
+  precision = positives / np.maximum(np.cumsum(times, axis=-1)[..., last], 1)
+  return times[..., places], positives, precision
 
 
 def _worst_if_nan(present: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:

@@ -115,11 +115,6 @@ def test_the_score_of_several_classes_is_the_largest(golden):
   assert predict(merged, label).predicted.max() == 4
 
 
-def test_any_of_several_labels_is_right():
-  labels = np.array([[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 1]], bool)
-  assert metrics.any_label_accuracy(labels, np.array([1, 0, 0, -1])) == 1 / 3
-
-
 def test_confusions_are_sorted_by_number():
   label, predicted = np.array([2, 2, 0, 0, 1, 2, 1]), np.array([1, 1, 1, 2, 1, 2, 0])
   found = predict(np.eye(3)[predicted], label)
