@@ -18,7 +18,7 @@ for one file per worker.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 from functools import partial
 import json
@@ -33,7 +33,7 @@ from absl import flags
 import numpy as np
 
 from declip_jax import command_line
-from declip_jax.data import records
+from declip_jax.data import images, records
 from declip_jax.data.records import Shard
 from declip_jax.data.sources import BadSample, Source, lists, open_source
 from declip_jax.data.storage import files, jobs, outputs, patterns, remote
@@ -47,7 +47,11 @@ _ABOUT, _JOURNAL = "dataset.json", "progress.jsonl"
 
 
 def convert(
-  spec: str, output: str | os.PathLike[str], shards: int | None = None, workers: int | None = None
+  spec: str,
+  output: str | os.PathLike[str],
+  shards: int | None = None,
+  workers: int | None = None,
+  max_pixels: int = images.MAX_PIXELS,
 ) -> dict[str, Any]:
   """Writes a source as ArrayRecord files, in parallel processes; complete files of an earlier attempt are kept.
 
@@ -59,10 +63,11 @@ def convert(
     shards: number of files. By default files have about 512 MB each, and there are at most 1,024: few enough to list,
       copy and keep open, enough to be written in parallel.
     workers: number of processes, by default the number of cores; 1 means a thread of this process.
+    max_pixels: largest number of pixels of an image, see `images.open_photo`; larger ones are skipped.
 
   Returns:
-    The contents of dataset.json: `source`, its number of `samples` and `stamp`, number of `shards`, `count` of samples
-    written, number `skipped` by kind of `BAD`, and the first messages about these, `named`.
+    The contents of dataset.json: `source`, its number of `samples` and `stamp`, `max_pixels`, number of `shards`,
+    `count` of samples written, number `skipped` by kind of `BAD`, and the first messages about these, `named`.
 
   Raises:
     ValueError: the source cannot be opened or has no usable sample, or the folder contains other files, such as a
@@ -71,7 +76,7 @@ def convert(
   """
   output = lists.absolute(os.fspath(output))
   source = open_source(spec)
-  about = _settings(source, output, shards)
+  about = _settings(source, output, shards, max_pixels)
   shards, samples = about["shards"], about["samples"]
   bounds = [samples * number // shards for number in range(shards + 1)]
   names = [f"data-{number:05d}-of-{shards:05d}.array_record" for number in range(shards)]
@@ -83,7 +88,8 @@ def convert(
   _write_classnames(source, output)
   done = {number: report for number, report in _finished(output, existing).items() if names[number] in existing}
   todo = {n: Shard(f"{output}/{names[n]}", bounds[n], bounds[n + 1]) for n in range(shards) if n not in done}
-  running = _write_shards(source, todo, samples, workers or jobs.cores())
+  write = partial(records.write, source, max_pixels)
+  running = _write_shards(write, todo, samples, workers or jobs.cores())
   try:
     with contextlib.closing(_Journal(output, done)) as journal, contextlib.closing(running) as reports:
       for number, report in reports:
@@ -100,13 +106,13 @@ def _check_complete(names: list[str], existing: set[str], subject: str) -> None:
     raise ValueError(f"{subject} now lacks {len(missing)} files, such as {missing[0]}: delete it and convert again")
 
 
-def _settings(source: Source, output: str, shards: int | None) -> dict[str, Any]:
+def _settings(source: Source, output: str, shards: int | None, max_pixels: int) -> dict[str, Any]:
   """Returns the contents of dataset.json for this source, and writes it if the folder is new.
 
   Raises:
     ValueError: the folder contains something else.
   """
-  settings = {"source": source.name, "samples": len(source), "stamp": source.stamp}
+  settings = {"source": source.name, "samples": len(source), "stamp": source.stamp, "max_pixels": max_pixels}
   local = not remote.is_url(output)
   existing = sorted(os.listdir(output)) if local and os.path.isdir(output) else patterns.names(output)
   if not len(source):
@@ -116,7 +122,9 @@ def _settings(source: Source, output: str, shards: int | None) -> dict[str, Any]
   if existing:
     raise ValueError(f"{output} is not empty, it contains {', '.join(existing[:5])}: choose another folder")
   if shards is None:
-    shards = min(len(source), _MAX_SHARDS, max(1, math.ceil(_mean_bytes(source) * len(source) / _SHARD_BYTES)))
+    shards = min(
+      len(source), _MAX_SHARDS, max(1, math.ceil(_mean_bytes(source, max_pixels) * len(source) / _SHARD_BYTES))
+    )
   if not 0 < shards <= min(len(source), 99_999):
     raise ValueError(f"shards={shards}: expected 1 to {min(len(source), 99_999)}, for {len(source)} samples")
   if local:
@@ -132,7 +140,7 @@ def _checked(wanted: dict[str, Any], output: str) -> dict[str, Any]:
     ValueError: it does not match the `wanted` settings.
   """
   try:
-    about = dict(json.loads(files.read(f"{output}/{_ABOUT}")))
+    about = {"max_pixels": images.MAX_PIXELS} | dict(json.loads(files.read(f"{output}/{_ABOUT}")))
   except (ValueError, TypeError):
     raise ValueError(f"{output}/{_ABOUT} was not written by this command: choose another folder") from None
   other = {name: value for name, value in wanted.items() if about.get(name) != value}
@@ -147,11 +155,11 @@ def _checked(wanted: dict[str, Any], output: str) -> dict[str, Any]:
   return about
 
 
-def _mean_bytes(source: Source) -> float:
+def _mean_bytes(source: Source, max_pixels: int) -> float:
   sizes = [0]
   for index in np.linspace(0, len(source) - 1, min(_PROBES, len(source)), dtype=int).tolist():
     with contextlib.suppress(BadSample):
-      sizes.append(len(records.make_record(source, index)))
+      sizes.append(len(records.make_record(source, index, max_pixels)))
   return sum(sizes) / max(1, len(sizes) - 1)
 
 
@@ -218,14 +226,14 @@ def _finish(source: Source, output: str, about: dict[str, Any], done: dict[int, 
 
 
 def _write_shards(
-  source: Source, todo: dict[int, Shard], total: int, workers: int
+  write: Callable[[Shard, jobs.Advance], dict[str, Any]], todo: dict[int, Shard], total: int, workers: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields number and report of each shard as it is finished, and shows the progress."""
   numbers, processes = list(todo), min(workers, len(todo))
   before = total - sum(shard.stop - shard.start for shard in todo.values())
   with progress.Bar("converting", total, "samples", initial=before) as bar:
     running = jobs.run(
-      partial(records.write, source),
+      write,
       list(todo.values()),
       processes if processes > 1 else 0,
       threads=1,
@@ -249,7 +257,7 @@ def _summary(about: dict[str, Any], output: str) -> str:
 def _command(arguments: list[str]) -> int:
   spec, output = arguments
   try:
-    about = convert(spec, output, flags.FLAGS.shards, flags.FLAGS.workers)
+    about = convert(spec, output, flags.FLAGS.shards, flags.FLAGS.workers, flags.FLAGS.max_pixels)
   except KeyboardInterrupt:
     print("interrupted; run the same command again to resume", file=sys.stderr)
     return 130
@@ -261,6 +269,9 @@ def main() -> None:
   """Runs the command."""
   flags.DEFINE_integer("shards", None, "Number of files; by default about 512 MB each, at most 1,024.", lower_bound=1)
   flags.DEFINE_integer("workers", None, "Number of processes that write; by default the number of cores.", 1)
+  flags.DEFINE_integer(
+    "max_pixels", images.MAX_PIXELS, "Largest number of pixels of an image.", 1, images.LARGEST_LIMIT
+  )
   command_line.run(_command, __doc__, positional=("SPEC", "OUTPUT"))
 
 

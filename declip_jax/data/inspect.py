@@ -57,23 +57,25 @@ class Sample(NamedTuple):
   label: int
 
 
-def read_samples(source: Source, num_samples: int) -> tuple[list[Sample], list[BadSample]]:
+def read_samples(
+  source: Source, num_samples: int, max_pixels: int = images.MAX_PIXELS
+) -> tuple[list[Sample], list[BadSample]]:
   """Reads and decodes a fixed random subset of a source, or all of it; returns good and bad samples."""
   rng = np.random.default_rng(0)
   indices = rng.choice(len(source), size=min(num_samples, len(source)), replace=False)
   pool = ThreadPoolExecutor(_THREADS)
   try:
     with jobs.hold_interrupts():  # Ctrl-C within `submit` may leave a lock of the pool locked forever
-      futures = [pool.submit(_read_sample, source, index) for index in sorted(indices.tolist())]
+      futures = [pool.submit(_read_sample, source, index, max_pixels) for index in sorted(indices.tolist())]
     found = [future.result() for future in futures]
   finally:
     pool.shutdown(cancel_futures=True)
   return [one for one in found if isinstance(one, Sample)], [one for one in found if isinstance(one, BadSample)]
 
 
-def _read_sample(source: Source, index: int) -> Sample | BadSample:
+def _read_sample(source: Source, index: int, max_pixels: int) -> Sample | BadSample:
   try:
-    example, pixels = records.read(source, index)
+    example, pixels = records.read(source, index, max_pixels)
   except BadSample as error:
     return error
   image, (height, width, _) = example["image"], pixels.shape
@@ -161,7 +163,7 @@ def draw(source: Source, good: list[Sample], path: str | os.PathLike[str]) -> No
   tiles = np.full((rows * _COLUMNS, _SIDE, _SIDE, 3), 255, np.uint8)
   texts = [""] * len(tiles)
   for number, sample in enumerate(shown):
-    tiles[number] = _thumbnail(images.decode(source[sample.index]["image"]))
+    tiles[number] = _thumbnail(images.decode(source[sample.index]["image"], images.LARGEST_LIMIT))
     name = source.classnames[sample.label] if 0 <= sample.label < len(source.classnames) else f"class {sample.label}"
     texts[number] = sample.captions[0] if sample.captions else name if sample.label >= 0 else ""
   columns = [str(number + 1) for number in range(_COLUMNS)]
@@ -183,7 +185,7 @@ def _thumbnail(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]
 def _command(arguments: list[str]) -> None:
   first, *others = guesses(arguments[0])
   source = open_source(first)
-  good, bad = read_samples(source, flags.FLAGS.samples)
+  good, bad = read_samples(source, flags.FLAGS.samples, flags.FLAGS.max_pixels)
   print(describe(source, good, bad))
   for other in others:
     print(f"{'not read':<13}{other}")
@@ -198,6 +200,9 @@ def main() -> None:
   """Runs the command."""
   flags.DEFINE_integer("samples", 1000, "Number of samples to read.", lower_bound=1)
   flags.DEFINE_string("sheet", None, "PNG file to write, a contact sheet of up to 24 samples.")
+  flags.DEFINE_integer(
+    "max_pixels", images.MAX_PIXELS, "Largest number of pixels of an image.", 1, images.LARGEST_LIMIT
+  )
   command_line.run(_command, __doc__, positional=("DATA",))
 
 

@@ -27,34 +27,34 @@ class Shard(NamedTuple):
   stop: int
 
 
-def read(source: Source, index: int) -> tuple[Example, images.Pixels]:
-  """Returns a sample and its pixels.
+def read(source: Source, index: int, max_pixels: int = images.MAX_PIXELS) -> tuple[Example, images.Pixels]:
+  """Returns a sample and its pixels, at most `max_pixels` of them.
 
   Raises:
     BadSample: training could not use the sample; the message names it.
   """
   example = read_example(source, index)
   try:
-    return example, images.decode(example["image"])
+    return example, images.decode(example["image"], max_pixels)
   except BaseException as error:
     raise bad_sample(error, example["id"]) from error
 
 
-def make_record(source: Source, index: int) -> bytes:
+def make_record(source: Source, index: int, max_pixels: int = images.MAX_PIXELS) -> bytes:
   """Returns the record of a sample; its image is stored as it is, pixels as PNG.
 
   Raises:
     BadSample: as in `read`.
   """
-  example, pixels = read(source, index)
+  example, pixels = read(source, index, max_pixels)
   try:
     return pack(example if isinstance(example["image"], bytes) else {**example, "image": _png(pixels)})
   except BaseException as error:
     raise bad_sample(error, example["id"]) from error
 
 
-def write(source: Source, shard: Shard, advance: Advance) -> dict[str, Any]:
-  """Writes an ArrayRecord file.
+def write(source: Source, max_pixels: int, shard: Shard, advance: Advance) -> dict[str, Any]:
+  """Writes an ArrayRecord file of the samples that `read` can read.
 
   Returns:
     `count` of the written samples, and of the others: how many were `skipped` by kind, and the first messages `named`.
@@ -68,7 +68,7 @@ def write(source: Source, shard: Shard, advance: Advance) -> dict[str, Any]:
       writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), WRITER_OPTIONS)
       for index in range(shard.start, shard.stop):
         try:
-          writer.write(make_record(source, index))
+          writer.write(make_record(source, index, max_pixels))
           count += 1
         except BadSample as error:
           skipped[error.kind] += 1

@@ -69,6 +69,19 @@ def usable(source: sources.Source) -> list[sources.Example]:
   return found
 
 
+def test_images_of_too_many_pixels_are_skipped(tmp_path):
+  (tmp_path / "in").mkdir()
+  for name, side in (("small", 8), ("large", 10)):
+    Image.new("RGB", (side, side)).save(tmp_path / "in" / f"{name}.png")
+  about = convert(f"folder:{tmp_path}/in", tmp_path / "out", shards=1, workers=1, max_pixels=99)
+  assert (about["count"], about["skipped"], about["max_pixels"]) == (1, {"too many pixels": 1}, 99)
+  with pytest.raises(ValueError, match="max_pixels 99, not 67108864"):
+    convert(f"folder:{tmp_path}/in", tmp_path / "out")
+  about = {name: value for name, value in about.items() if name != "max_pixels"}
+  (tmp_path / "out" / "dataset.json").write_text(json.dumps(about))  # as older versions wrote it
+  assert convert(f"folder:{tmp_path}/in", tmp_path / "out")["count"] == 1
+
+
 def test_samples_are_unchanged_and_bad_ones_are_skipped_and_counted(shards, tmp_path):
   output = tmp_path / "out"
   summary = convert_lib._summary(convert(shards, output, shards=4, workers=2), str(output))

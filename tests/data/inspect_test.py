@@ -97,6 +97,11 @@ def test_the_samples_are_drawn_at_random_but_always_the_same():
   assert [sample.index for sample in read_samples(source, 2000)[0]] == list(range(1000))
 
 
+def test_the_limit_of_pixels_can_be_set(shards):
+  _, bad = read_samples(open_source(f"webdataset:{shards}/s.tar"), 100, max_pixels=20 * 45)
+  assert sum(error.kind == "too many pixels" for error in bad) == 2
+
+
 def test_a_contact_sheet_is_drawn(shards, tmp_path):
   source = open_source(guess(str(shards)))
   draw(source, read_samples(source, 10)[0], tmp_path / "sheets" / "s.png")
