@@ -57,16 +57,15 @@ def predict(logits: Float[np.ndarray, "n classes"], label: Int[np.ndarray, "n"])
     raise ValueError(f"label {wrong[0]}: expected one of the {classes} classes 0 to {classes - 1}")
   own = np.take_along_axis(logits, label[:, None], axis=1)
   before = (logits > own) | ((logits == own) & (np.arange(classes) < label[:, None]))
-  predicted, tied = answers(logits)
-  rank = np.where(np.isnan(own[:, 0]), classes, before.sum(axis=1))
-  return Predictions(label, predicted, rank, tied, classes)
-
-
-def answers(logits: Float[np.ndarray, "n classes"]) -> tuple[Int[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
-  """The predicted class of each example, and whether it is tied; see `Predictions`."""
   best = np.fmax.reduce(logits, axis=1, keepdims=True)
   first = logits == best
-  return np.where(np.isnan(best[:, 0]), -1, first.argmax(axis=1)), first.sum(axis=1) > 1
+  return Predictions(
+    label=label,
+    predicted=np.where(np.isnan(best[:, 0]), -1, first.argmax(axis=1)),
+    rank=np.where(np.isnan(own[:, 0]), classes, before.sum(axis=1)),
+    tied=first.sum(axis=1) > 1,
+    classes=classes,
+  )
 
 
 def restrict(
@@ -156,8 +155,8 @@ def macro_f1(
   classes = 1 + int(max(label.max(), predicted.max()))
   times = _once(label, times)
   hits, totals = _by_category(label, label == predicted, times, classes)
-  answers = _sums(predicted, times, classes)
-  f1 = 2 * hits / np.maximum(totals + answers, 1)
+  answered = _sums(predicted, times, classes)
+  f1 = 2 * hits / np.maximum(totals + answered, 1)
   return np.asarray(f1.sum(axis=-1) / (totals > 0).sum(axis=-1))
 
 
@@ -173,13 +172,26 @@ def confusions(predictions: Predictions) -> list[tuple[int, int, int]]:
   return [(int(label), int(other), int(n)) for (label, other), n in zip(found[order], number[order], strict=True)]
 
 
+def any_label_correct(labels: Bool[np.ndarray, "n classes"], predicted: Int[np.ndarray, "n"]) -> Bool[np.ndarray, "m"]:
+  """Whether the prediction is any of the labels (ImageNet-ReaL, Beyer et al. 2020, section 3).
+
+  Examples without a label are left out; a prediction of -1 is wrong.
+  """
+  return (labels[np.arange(len(labels)), predicted] & (predicted >= 0))[labels.any(axis=1)]
+
+
 def jaccard(associated: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"]) -> float:
   """Size of the intersection by that of the union, of the right answers and as many answers of the largest score.
 
-  WinoGAViL (Bitton et al. 2022): `n` images, some of which go with a cue. Of equal scores the first comes first.
+  WinoGAViL (Bitton et al. 2022): `n` images, some of which go with a cue. Of equal scores the wrong ones come first.
+
+  Raises:
+    ValueError: there is no right answer.
   """
+  if not associated.any():
+    raise ValueError(f"none of {len(associated)} answers is right")
   chosen = np.zeros(len(score), bool)
-  chosen[np.argsort(-score, kind="stable")[: associated.sum()]] = True
+  chosen[np.lexsort((associated, -score))[: associated.sum()]] = True
   return float((chosen & associated).sum() / (chosen | associated).sum())
 
 
@@ -275,7 +287,9 @@ def mean_average_precision(
   found = average_precision_by_class(labels, scores, average, times)
   if not found:
     raise ValueError(f"none of {labels.shape[1]} classes has a positive example")
-  return np.asarray(np.nanmean([*found.values()], axis=0))
+  values = np.stack([*found.values()])
+  defined = (~np.isnan(values)).sum(axis=0)
+  return np.asarray(np.where(defined > 0, np.nansum(values, axis=0) / np.maximum(defined, 1), np.nan))
 
 
 def recall(

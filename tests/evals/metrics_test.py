@@ -115,6 +115,11 @@ def test_the_score_of_several_classes_is_the_largest(golden):
   assert predict(merged, label).predicted.max() == 4
 
 
+def test_any_of_several_labels_is_right():
+  labels = np.array([[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 1]], bool)
+  assert metrics.any_label_correct(labels, np.array([1, 0, 0, -1])).tolist() == [True, False, False]
+
+
 def test_confusions_are_sorted_by_number():
   label, predicted = np.array([2, 2, 0, 0, 1, 2, 1]), np.array([1, 1, 1, 2, 1, 2, 0])
   found = predict(np.eye(3)[predicted], label)
@@ -124,7 +129,9 @@ def test_confusions_are_sorted_by_number():
 def test_jaccard_index_of_as_many_answers_as_there_are_right_ones():
   associated = np.array([1, 0, 1, 0, 1], bool)
   assert metrics.jaccard(associated, np.array([3.0, 2.0, 1.0, 0.0, 2.5])) == 2 / 4
-  assert metrics.jaccard(associated, np.zeros(5)) == 2 / 4  # answers 0, 1 and 2
+  assert metrics.jaccard(associated, np.zeros(5)) == 1 / 5  # the answers are 1, 3 and one of the others
+  with pytest.raises(ValueError, match="none of 3 answers is right"):
+    metrics.jaccard(np.zeros(3, bool), np.zeros(3))
 
 
 def test_roc_auc_equals_slip_and_scikit_learn(golden):
@@ -224,4 +231,6 @@ def test_resamples_that_lack_a_class_have_no_value():
   np.testing.assert_array_equal(metrics.roc_auc(present, score, times), [1, np.nan, np.nan])
   np.testing.assert_array_equal(metrics.average_precision(present, score, times), [1, np.nan, 1])
   np.testing.assert_array_equal(metrics.average_precision_11(present, score, times), [1, np.nan, 1])
+  labels, scores = np.array([[1, -1], [-1, -1]]), np.stack([score, score], axis=1)
+  np.testing.assert_array_equal(mean_average_precision(labels, scores, times=times), [1, np.nan, 1])
   assert np.isnan(metrics.worst_group(np.array([0, -1]), present, times)[1])
