@@ -249,8 +249,6 @@ MUTATIONS = [
            "np.less(accuracy, self.lowest)", "np.less(accuracy, 0)", "evals/robustness_test.py"),
   Mutation("scores that were not measured are extrapolated", "evals/scaling.py",
            "np.where(reached.any(axis=1), between, np.inf)", "between", "evals/scaling_test.py"),
-  Mutation("different examples are compared", "evals/comparison.py",
-           "if not np.array_equal(", "if False and np.array_equal(", "evals/comparison_test.py"),
   Mutation("classifiers are not of unit length", "evals/zero_shot.py",
            "return means / np.linalg.norm(means, axis=1, keepdims=True)", "return means", _METRICS),
   Mutation("linear layers are not transposed", "weights/layout.py",
