@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 
 from declip_jax.data import images as image_ops
+from declip_jax.data.pipeline import Reading
 from declip_jax.data.text.tokenizer import make_tokenizer
 from declip_jax.evals.encoders import EncodeFunction, EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.similarity import Embeddings, concatenate, padded_size
@@ -38,6 +39,7 @@ class Clip:
     mesh: devices over which batches are split.
     tokenizer: function from texts to token ids.
     view: preprocessing of images, see `preprocess` and `normalise`.
+    max_pixels: largest number of pixels of an image, see `images.open_photo`; may be set.
     tokens: whether images and texts are compared by their tokens (FILIP) instead of their embeddings.
     logit_scale: inverse temperature of the contrastive loss, a factor of the scores of `similarity`.
     remarks: guesses and omissions when the file was read.
@@ -51,6 +53,7 @@ class Clip:
     self.params, self.collections = place(weights.params), place(weights.collections)
     self.tokenizer = make_tokenizer(weights.model["text"]["tokenizer"], weights.model["text"]["context_length"])
     self.view, self.tokens = weights.view, weights.tokens
+    self.max_pixels = image_ops.MAX_PIXELS
     self._has_text, self._warned = "joint" in weights.heads, False
     self._functions = make_encode_functions(self.model, mesh, tokens=self.tokens)
 
@@ -152,25 +155,27 @@ class Clip:
     """
     if isinstance(image, (str, os.PathLike)):
       image = Path(image).read_bytes()
-    return image_ops.eval_view(image_ops.decode(image), self.view)
+    return image_ops.eval_view(image_ops.decode(image, self.max_pixels), self.view)
 
   def normalise(self, views: np.ndarray) -> Float[np.ndarray, "n h w 3"]:
     """Turns outputs of `preprocess` into inputs of `image_features`."""
     return self.view.normalise(views)
 
-  def encoders(self, batch_size: int, *, needs_text: bool = True) -> Encoders:
+  def encoders(self, batch_size: int, *, needs_text: bool = True, reading: Reading | None = None) -> Encoders:
     """Encode functions for the evaluators of `declip_jax.evals`.
 
     Args:
       batch_size: images and texts encoded at once.
       needs_text: whether texts will be encoded.
+      reading: how images are read, by default within `max_pixels`.
 
     Raises:
       ValueError: texts cannot be encoded: there is no text tower, or its vocabulary is not that of the tokenizer.
     """
     if needs_text:
       self._check_vocabulary()
-    factory = EncoderFactory(self._functions, self.tokenizer, self.view, batch_size)
+    reading = reading or Reading(max_pixels=self.max_pixels)
+    factory = EncoderFactory(self._functions, self.tokenizer, self.view, batch_size, reading)
     return factory.bind(self.params, self.collections)
 
   def _encode_images(

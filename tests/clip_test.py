@@ -9,6 +9,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import references as reference
 from tiny import tiny_config
@@ -116,6 +117,13 @@ def tokens_of(filip):
 @pytest.fixture(scope="module")
 def images():
   return np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+
+
+def test_the_limit_of_pixels_can_be_set(filip, images, monkeypatch):
+  monkeypatch.setattr(filip, "max_pixels", 16 * 16 - 1)
+  assert filip.encoders(16).reading.max_pixels == 255
+  with pytest.raises(ValueError, match="16 x 16 pixels are more than 255"):
+    filip.encode_image(PIL.Image.fromarray(images[0]))
 
 
 def test_filip_similarity_is_late_interaction(filip, tokens_of, images):
