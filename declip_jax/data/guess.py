@@ -17,6 +17,7 @@ from declip_jax.data.storage import files, layouts, patterns, remote
 
 _TABLES = (".csv", ".tsv", ".psv", ".jsonl", ".ndjson", ".parquet", ".pq")
 _TABLES += tuple(f"{suffix}.gz" for suffix in (*_TABLES, ".json"))
+_ARCHIVES = (".zip", ".7z", ".rar", ".bz2", ".xz", ".zst")  # the source says that a table has to be unpacked
 _TEXTS = (".txt", ".json")  # tables if their contents are those of a table
 _MOST_TEXTS = 10  # files with such suffixes in a folder; more are captions
 _SHARDS = {"arrayrecord": ".array_record", "webdataset": ".tar"}
@@ -108,7 +109,8 @@ def _kind(path: str) -> str | None:
 
 def _kind_of_suffix(path: str) -> str | None:
   name = remote.without_query(path).lower()
-  kinds = {"webdataset": (".tar",), "table": _TABLES, "image": files.IMAGE_SUFFIXES}
+  packed = tuple(f"{suffix}{archive}" for suffix in _TABLES for archive in _ARCHIVES)
+  kinds = {"webdataset": (".tar",), "table": (*_TABLES, *packed), "image": files.IMAGE_SUFFIXES}
   return next((kind for kind, suffixes in kinds.items() if name.endswith(suffixes)), None)
 
 

@@ -10,7 +10,6 @@ line printed is the spec to train with; other splits are named, and not read. Fa
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-import io
 import os
 from typing import NamedTuple
 
@@ -81,16 +80,10 @@ def _read_sample(source: Source, index: int, max_pixels: int) -> Sample | BadSam
   image, (height, width, _) = example["image"], pixels.shape
   tokenizer = Tokenizer(_CONTEXT)
   tokens = tuple(len(tokenizer.encode(caption)) + 2 for caption in example["captions"])
-  shape = (_format(image), width, height, len(image)) if isinstance(image, bytes) else ("pixels", width, height, 0)
+  shape = (
+    (images.format_of(image), width, height, len(image)) if isinstance(image, bytes) else ("pixels", width, height, 0)
+  )
   return Sample(index, *shape, example["captions"], tokens, example["label"])
-
-
-def _format(image: bytes) -> str:
-  try:
-    with Image.open(io.BytesIO(image)) as opened:
-      return opened.format or "unknown"
-  except (OSError, ValueError):
-    return "unknown"
 
 
 def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import fsspec
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 import pytest
 
 from declip_jax.data import inspect
@@ -300,6 +302,19 @@ def test_an_unrecognised_path_is_an_error_of_one_line(tmp_path, names, path, mes
   with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
     guess(f"{tmp_path}/{path}")
   assert "\n" not in str(error.value)
+
+
+def test_a_compressed_table_is_unpacked_first(tmp_path):
+  touch(tmp_path, "captions.csv.zip")
+  with pytest.raises(ValueError, match=r"captions\.csv\.zip: expected a table, .*; unpack it first"):
+    open_source(guess(f"{tmp_path}/captions.csv.zip"))
+
+
+def test_the_format_of_a_png_with_a_large_text_is_known(tmp_path):
+  about = PngInfo()
+  about.add_text("Comment", "x" * 2**21, zip=True)
+  Image.new("RGB", (8, 8)).save(tmp_path / "0.png", pnginfo=about)
+  assert re.search("images +1 PNG", described(tmp_path))
 
 
 def test_bad_samples_do_not_stop_it(tmp_path):

@@ -13,7 +13,7 @@ and two engines can be compared with the same parameters:
 """
 
 from declip_jax.data.images.geometry import Crop, random_resized_crop_box
-from declip_jax.data.images.photo import LARGEST_LIMIT, MAX_PIXELS, Photo, Pixels, decode, open_photo
+from declip_jax.data.images.photo import LARGEST_LIMIT, MAX_PIXELS, Photo, Pixels, decode, format_of, open_photo
 from declip_jax.data.images.views import (
   ENGINES,
   INTERPOLATIONS,
@@ -48,6 +48,7 @@ __all__ = [
   "decode",
   "draw",
   "eval_view",
+  "format_of",
   "make",
   "open_photo",
   "random_resized_crop_box",

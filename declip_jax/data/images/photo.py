@@ -185,6 +185,16 @@ def _opened(source: bytes | Image.Image) -> Iterator[Image.Image]:
     raise BadSample("damaged image", f"cannot be decoded: {error}") from error
 
 
+def format_of(image: bytes) -> str:
+  """The format of an encoded image by its header, such as "JPEG".
+
+  Raises:
+    BadSample: it is not an image.
+  """
+  with _opened(image) as opened:
+    return opened.format or "unknown"
+
+
 def _without_metadata(data: bytes) -> bytes:
   """A PNG without the chunks that do not change its pixels; Pillow rejects long texts and colour profiles."""
   if not data.startswith(_PNG):

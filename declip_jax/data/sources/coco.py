@@ -19,6 +19,7 @@ from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, patterns, remote, texts
 from declip_jax.data.storage.bounded import NestedTooDeeplyError, parse_json, without_deep_values
 from declip_jax.data.storage.reach import Reach
+from declip_jax.data.text.cleaning import has_text
 
 _FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Images", "Flicker8k_Dataset")
 _DIGITS = 18  # of a number that fits into 64 bits
@@ -137,7 +138,7 @@ def _karpathy_entries(images: Sequence[Mapping[str, Any]], split: str | None, pa
 
 
 def _entry(number: Any, name: Any, captions: Sequence[Any], place: str) -> Entry | BadSample:
-  texts = [text.strip() for text in captions if isinstance(text, str) and text.strip()]
+  texts = [text.strip() for text in captions if isinstance(text, str) and has_text(text)]
   if not name or not isinstance(name, str):
     return BadSample("damaged record", f"{place}: expected a file name, got {name!r}")
   if not texts:

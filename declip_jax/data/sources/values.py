@@ -6,6 +6,7 @@ from typing import Any
 
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.storage.bounded import short
+from declip_jax.data.text.cleaning import has_text
 
 # What pandas, SQL, Python and spreadsheets write for a missing value.
 MISSING = frozenset({"", "nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "\\N", "N/A", "n/a", "#N/A"})
@@ -34,7 +35,7 @@ def is_missing(value: Any) -> bool:
 
 
 def captions_of(value: Any) -> list[str]:
-  """Returns the captions in a value, stripped and not missing.
+  """Returns the captions in a value, stripped, without those that are missing or have no text.
 
   Args:
     value: a text; a list of texts, also written in a text as JSON, Python or NumPy write it; an object with its text
@@ -44,7 +45,7 @@ def captions_of(value: Any) -> list[str]:
     BadSample: the value is none of these.
   """
   if isinstance(value, str) and (text := value.strip())[:1] not in ("[", "("):  # nearly all values
-    return [] if text in MISSING else [text]
+    return [text] if text not in MISSING and has_text(text) else []
   if is_missing(value):
     return []
   if isinstance(value, Mapping):
@@ -53,7 +54,7 @@ def captions_of(value: Any) -> list[str]:
   texts = [_text(one) for one in listed if not is_missing(one)]
   if any(text is None for text in texts):
     raise BadSample("damaged record", f"expected a caption or a list of captions, got {short(value)}")
-  return [text.strip() for text in texts if text and not is_missing(text)]
+  return [text.strip() for text in texts if text and not is_missing(text) and has_text(text)]
 
 
 def label_of(value: Any, column: str) -> int | str | None:

@@ -63,6 +63,15 @@ def test_captions_by_image_and_their_folder(tmp_path, folder):
   assert list(pickle.loads(pickle.dumps(source))) == list(source)
 
 
+def test_captions_without_text_are_no_captions(tmp_path):
+  images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(2)]
+  captions = [{"image_id": number, "caption": text} for number, text in enumerate(["\u200b", "a dog"])]
+  write_images(tmp_path, "1.jpg")
+  source = open_coco(write(tmp_path / "captions.json", {"images": images, "annotations": captions}))
+  assert [example["captions"] for example in source] == [("a dog",)]
+  assert source.skipped == {"no caption": 1}
+
+
 def test_images_that_are_not_found(tmp_path):
   path = write(tmp_path / "captions_val2014.json", ANNOTATIONS)
   with pytest.raises(FileNotFoundError, match=rf"none of .*000030\.jpg.* in {tmp_path}, .*/val2014.*\?root=FOLDER"):

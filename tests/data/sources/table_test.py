@@ -313,6 +313,16 @@ def test_a_label_is_enough(tmp_path):
   assert source.classnames == ("cat", "dog")
 
 
+def test_captions_without_text_are_no_captions(tmp_path):
+  write_images(tmp_path, *(f"{number}.jpg" for number in range(6)))
+  texts = ["\u200b", "&nbsp;", "<|endoftext|>", ["\ufeff", "a dog"], ["&nbsp;", "\u200b"], "!"]
+  source = open_table(
+    write_json(tmp_path / "t.jsonl", *({"image": f"{n}.jpg", "text": t} for n, t in enumerate(texts)))
+  )
+  assert [example["captions"] for example in source] == [("a dog",), ("!",)]
+  assert source.skipped == {"no caption": 4}
+
+
 def test_broken_lines_are_counted_and_located(tmp_path, caplog):
   write_images(tmp_path, "0.jpg", "8.jpg")
   lines = ["image,caption", "0.jpg,first", "1.jpg", "", "2.jpg,a,b", "3\0.jpg,nul", ",no path", "6.jpg, ", "8.jpg,last"]
