@@ -1,10 +1,11 @@
 """ArrayRecord files written by `declip_jax.data.convert`, for data that are read many times.
 
 A record is a msgpack map of the fields of `Example`: `image` (encoded, bytes), `captions` (list of str), `label` (int,
--1 for none), `id` (str, where the sample came from originally). Files have one record per group and no compression,
-since images are compressed already: reading a record of an open file is one disk access, and a damaged record does not
-affect others. Opening a file reads about 1 MiB from its end, so a process keeps half its descriptors' worth of files
-open (`ulimit -n`), at least 128; with more files than that, most reads open one first.
+-1 for none), `id` (str, where the sample came from originally), and where the source has them `labels` (list of int)
+and `groups` (map of int). Files have one record per group and no compression, since images are compressed already:
+reading a record of an open file is one disk access, and a damaged record does not affect others. Opening a file reads
+about 1 MiB from its end, so a process keeps half its descriptors' worth of files open (`ulimit -n`), at least 128; with
+more files than that, most reads open one first.
 
 The library that reads them opens local files only. A process that first needs a record of a remote file (gs://, s3://)
 makes a copy for all processes of the machine, see `copies.folder`. A shuffled stream soon has copied all files, so the
@@ -32,6 +33,8 @@ from declip_jax.data.storage import copies, files, indexes, layouts, patterns, r
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
 _READER_BUFFER = 2**15  # bytes
+_REQUIRED = {"image": "bytes", "captions": "list", "label": "int", "id": "str"}  # fields of a record, and their types
+_OPTIONAL = {"labels": "list", "groups": "dict"}
 _INDEX_FORMAT = 2
 _THREADS = 32
 _TAIL = 2**19  # bytes of a remote file to search first for its footer: the last 64 KiB, and 20 per record
@@ -146,7 +149,12 @@ def pack(example: Example) -> bytes:
   # Broken captions contain halves of surrogate pairs, which UTF-8 cannot encode.
   captions = [caption.encode(errors="replace").decode() for caption in example["captions"]]
   place = example["id"].encode(errors="replace").decode()
-  return msgpack.packb({"image": example["image"], "captions": captions, "label": int(example["label"]), "id": place})
+  fields = {"image": example["image"], "captions": captions, "label": int(example["label"]), "id": place}
+  if "labels" in example:
+    fields["labels"] = example["labels"].tolist()
+  if "groups" in example:
+    fields["groups"] = dict(example["groups"])
+  return msgpack.packb(fields)
 
 
 def open_reader(path: str) -> Any:
@@ -204,8 +212,11 @@ def _unpack(record: bytes) -> Example:
   """
   fields = msgpack.unpackb(record)
   found = {name: type(value).__name__ for name, value in fields.items()} if isinstance(fields, dict) else fields
-  if found != {"image": "bytes", "captions": "list", "label": "int", "id": "str"} or fields["label"] < -1:
+  optional = {name: kind for name, kind in _OPTIONAL.items() if isinstance(fields, dict) and name in fields}
+  if found != {**_REQUIRED, **optional} or fields["label"] < -1:
     raise ValueError(f"not a record of declip_jax.data.convert: {str(found)[:200]}")
   if not all(isinstance(caption, str) for caption in fields["captions"]):
     raise ValueError("a caption is not a text")
+  if "labels" in fields:
+    fields["labels"] = np.array(fields["labels"], np.int8)
   return Example(**{**fields, "captions": tuple(fields["captions"])})

@@ -5,7 +5,7 @@ see `copies.folder`, so they must fit on the disk. (`datasets` itself makes one 
 so files cannot be copied one by one when they are needed.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 import json
@@ -14,6 +14,7 @@ import re
 from typing import Any, NamedTuple
 
 from absl import logging
+import numpy as np
 
 from declip_jax.data.sources import lists, values
 from declip_jax.data.sources.base import BadSample, Example
@@ -22,16 +23,18 @@ from declip_jax.data.storage.reach import NotAllowedError, Reach
 
 _THREADS = 8  # for copying remote files
 _PROBED = 20  # images to read at random until one of them exists
-_ROLES = ("image", "caption", "label", *lists.REACH)
+_ROLES = ("image", "caption", "label", "labels", "group", *lists.REACH)
 _LOCATION = re.compile(r"(.+?)(?::([\w.-]+))?")
 
 
 class _Columns(NamedTuple):
-  """The columns in use."""
+  """The columns in use; `labels` is one that lists classes, or one per class."""
 
   image: str
   captions: tuple[str, ...]
   label: str | None
+  labels: tuple[str, ...] = ()
+  groups: tuple[str, ...] = ()
 
 
 class HuggingFace:
@@ -59,8 +62,16 @@ class HuggingFace:
 
   @property
   def classnames(self) -> tuple[str, ...]:
-    """The names of the label's classes, if it is a ClassLabel or a text."""
-    return self._labels[1]
+    """The names of the label's classes, if it is a ClassLabel or a text; those of several labels."""
+    several = self._columns.labels
+    names = _listed_names(self._dataset.features[several[0]]) if len(several) == 1 else ()
+    return names or several or self._labels[1]
+
+  @cached_property
+  def _groups(self) -> dict[str, dict[str, int]]:
+    """The numbers of groups that are texts, by column."""
+    texts = [column for column in self._columns.groups if _is_text(self._dataset.features[column])]
+    return {column: _numbered(self._dataset.unique(column), column, self.name)[0] for column in texts}
 
   @property
   def stamp(self) -> str:
@@ -92,13 +103,34 @@ class HuggingFace:
     try:
       captions = tuple(text for column in columns.captions for text in values.captions_of(record[column]))
       label = values.label_of(record[columns.label], columns.label) if columns.label else None
+      marks = self._marks(record)
     except BadSample as error:
       raise BadSample(error.kind, f"{place}: {error}") from error
-    if columns.captions and not captions and label is None:
+    if columns.captions and not captions and label is None and not columns.labels:
       raise BadSample("no caption", f"{place}: no caption in {', '.join(columns.captions)}")
     number = -1 if label is None else self._labels[0].get(str(label), label)
     image = _image(record[columns.image], self._reach, place)
-    return Example(image=image, captions=captions, label=int(number), id=place)
+    return {**Example(image=image, captions=captions, label=int(number), id=place), **marks}
+
+  def _marks(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an example for several labels and for groups, as far as columns have them."""
+    columns, marks = self._columns, {}
+    if columns.labels:
+      listed = len(columns.labels) == 1 and _listed_names(self._dataset.features[columns.labels[0]])
+      present = set(record[columns.labels[0]] or ()) if listed else ()
+      found = (
+        [1 if number in present else -1 for number in range(len(listed))]
+        if listed
+        else [values.presence_of(record[column], column) for column in columns.labels]
+      )
+      marks["labels"] = np.array(found, np.int8)
+    if columns.groups:
+      groups = {column: values.label_of(record[column], column) for column in columns.groups}
+      marks["groups"] = {
+        column: -1 if group is None else int(self._groups.get(column, {}).get(str(group), group))
+        for column, group in groups.items()
+      }
+    return marks
 
   def __reduce__(self) -> tuple[Callable[..., "HuggingFace"], tuple[Any, ...]]:
     if self._location is not None:
@@ -112,7 +144,9 @@ class HuggingFace:
 def open_huggingface(location: str) -> HuggingFace:
   """Opens a folder of `dataset.save_to_disk`: "PATH", "PATH:SPLIT" or "PATH:SPLIT?image=..&caption=..&label=..".
 
-  Columns are chosen as in `from_huggingface`. Nothing is downloaded from the hub; PATH may be a URL. If images are
+  Columns are chosen as in `from_huggingface`. "&labels=COLUMN" names a column that lists classes, or several, one per
+  class, with 1 for present and 0 for absent, for images with several labels; "&group=COLUMN,COLUMN" columns that group
+  images, whole numbers or names. Nothing is downloaded from the hub; PATH may be a URL. If images are
   paths, they lead to files below PATH, or below `root`, as in "&root=/data/images"; for others see `reach`.
 
   Raises:
@@ -231,7 +265,8 @@ def _prepare(name: str, dataset: Any, wanted: dict[str, str]) -> tuple[Any, _Col
     raise ValueError(f"{name}: expected a datasets.Dataset, got a {type(dataset).__name__}; {hint}")
   columns = _choose(name, dataset.features, wanted)
   logging.info("%s: %s", name, columns)
-  used = [column for column in (columns.image, *columns.captions, columns.label) if column]
+  several = (*columns.labels, *columns.groups)
+  used = [column for column in (columns.image, *columns.captions, columns.label, *several) if column]
   prepared = dataset.with_format(None).select_columns(used)
   if isinstance(dataset.features[columns.image], datasets.Image):
     prepared = prepared.cast_column(columns.image, datasets.Image(decode=False))
@@ -257,14 +292,31 @@ def _choose(name: str, features: dict[str, Any], wanted: dict[str, str]) -> _Col
   labels = _pick("label", wanted, columns((datasets.ClassLabel,), *numbers) or texts, lists.LABEL_NAMES, classes, name)
   captioned = [column for column, feature in features.items() if _has_texts(feature)]
   captions = lists.choose("caption", wanted.get("caption"), captioned, lists.CAPTION_NAMES, name, several=True)
-  if not images or not (captions or labels or wanted.get("caption") == ""):
+  marked = [_existing(features, role, wanted.get(role, ""), name) for role in ("labels", "group")]
+  if marked[0] and "label" not in wanted:
+    labels = ()
+  if not images or not (captions or labels or marked[0] or wanted.get("caption") == ""):
     missing = "caption or label" if images else "image"
     several = next(
       (column for column, feature in features.items() if isinstance(_inner(feature), datasets.Image)), None
     )
     hint = f"; {several!r} has lists of images: keep one of each with dataset.map" if several and not images else ""
     raise ValueError(f"{name}: which column is the {missing}? Choose with ?image=COLUMN from {dict(features)}{hint}")
-  return _Columns(images[0], captions, labels[0] if labels else None)
+  return _Columns(images[0], captions, labels[0] if labels else None, *marked)
+
+
+def _existing(features: dict[str, Any], role: str, wanted: str, place: str) -> tuple[str, ...]:
+  """The columns that are named for a role, joined by commas."""
+  names = tuple(name.strip() for name in wanted.split(",")) if wanted else ()
+  if unknown := [name for name in names if name not in features]:
+    raise ValueError(f"{place}: no column {unknown[0]!r} for {role}; the columns are {list(features)}")
+  return names
+
+
+def _listed_names(feature: Any) -> tuple[str, ...]:
+  """The names of classes of a column that lists them; empty for another column."""
+  inner = _inner(feature)
+  return tuple(getattr(inner, "names", None) or ()) if inner is not feature else ()
 
 
 def _pick(

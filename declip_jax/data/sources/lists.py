@@ -60,6 +60,8 @@ _SCHEMA = pa.schema(
     ("label", pa.int64()),  # in order of appearance
   ]
 )
+# Only in the indexes of lists that have them.
+_MARKS = (pa.field("labels", pa.list_(pa.int8())), pa.field("groups", pa.list_(pa.int64())))  # groups as the label
 _Row = tuple[Any, ...]  # the values of these columns
 
 # A path may contain a ?, as a glob character.
@@ -77,6 +79,8 @@ class Entry(NamedTuple):
     captions: captions, stripped and not empty.
     label: a whole number, also as text, or the name of a class; None or a negative number for no label.
     label_name: the name of that class if `label` is a number.
+    labels: for data with several labels per image, 1, 0 or -1 for each class, see `Example`; else empty.
+    groups: whole numbers or names, one per grouping; None for no group.
   """
 
   file: int
@@ -86,6 +90,23 @@ class Entry(NamedTuple):
   captions: Sequence[str] = ()
   label: int | str | None = None
   label_name: str | None = None
+  labels: Sequence[int] = ()
+  groups: Sequence[int | str | None] = ()
+
+
+class Marks(NamedTuple):
+  """What a list has besides images, captions and one label.
+
+  Attributes:
+    labels: names of the classes of `Entry.labels`.
+    groups: names of the groupings of `Entry.groups`.
+  """
+
+  labels: Sequence[str] = ()
+  groups: Sequence[str] = ()
+
+
+NO_MARKS = Marks()
 
 
 class ListSource:
@@ -120,6 +141,8 @@ class ListSource:
   @cached_property
   def classnames(self) -> tuple[str, ...]:
     """Names from the list; else line i of classnames.txt, see `layouts.find`, for class i; else empty."""
+    if several := self._about.get("several"):
+      return tuple(several)
     if not self._about["labels"]:
       return ()
     return tuple(self._about["classnames"]) or layouts.classnames(self._about["files"][0])
@@ -160,7 +183,8 @@ class ListSource:
     place = entry.path if entry.record < 0 else f"{name}:{entry.record}"
     try:
       image = self._image(entry) if entry.image is None else entry.image
-      return Example(image=image, captions=self._captions(entry), label=entry.label, id=place)
+      example = Example(image=image, captions=self._captions(entry), label=entry.label, id=place)
+      return {**example, **self._marks(entry)}
     except NotAllowedError as error:
       raise BadSample("not allowed", f"{place}: {error}") from error
     except ValueError as error:
@@ -174,9 +198,19 @@ class ListSource:
     """Returns entry `index` of the list, with label -1 for none."""
     number, position = divmod(int(index), self._about["batch"])
     batch = self._batches.get_batch(number)
-    file, record, path, image, captions, label = (column[position].as_py() for column in batch.columns)
+    file, record, path, image, captions, label, *marks = (column[position].as_py() for column in batch.columns)
     path = None if path is None else path.decode("utf-8", "surrogateescape")
-    return Entry(file, record, path, image, captions, self._about["labels"][label] if label >= 0 else -1)
+    name = self._about["labels"][label] if label >= 0 else -1
+    labels, groups = marks or ((), ())
+    return Entry(file, record, path, image, captions, name, None, labels, groups)
+
+  def _marks(self, entry: Entry) -> dict[str, Any]:
+    """The fields of an example for several labels and for groups, as far as the list has them."""
+    marks: dict[str, Any] = {"labels": np.array(entry.labels, np.int8)} if entry.labels else {}
+    if entry.groups:
+      known = zip(self._about["groups"].items(), entry.groups, strict=True)
+      marks["groups"] = {name: numbers[group] if group >= 0 else -1 for (name, numbers), group in known}
+    return marks
 
   def _image(self, entry: Entry) -> bytes:
     return files.read(self._reach.resolve(entry.path or "", self._folder(entry)))
@@ -205,6 +239,7 @@ def index_list(
   stamp: Any,
   read_entries: Callable[[], Iterable[Entry | BadSample]],
   classnames: Callable[[], Sequence[str]] = tuple,
+  marks: Marks = NO_MARKS,
 ) -> Path:
   """Returns the index of a list and builds it if it does not exist.
 
@@ -217,12 +252,13 @@ def index_list(
     read_entries: yields the entries in order, and a `BadSample` for each one that cannot be used.
     classnames: returns the names of the classes if the list has them, in the order of their numbers, once all entries
       have been read.
+    marks: what the entries have besides.
 
   Raises:
     ValueError: there is no usable entry, or the labels are not classes.
     OSError: the index cannot be stored.
   """
-  build = partial(_build, name=name, paths=paths, read_entries=read_entries, classnames=classnames)
+  build = partial(_build, name=name, paths=paths, read_entries=read_entries, classnames=classnames, marks=marks)
   return indexes.find_or_build([_FORMAT, list(paths), stamp], paths[0].rstrip("/"), build, ".arrow")
 
 
@@ -399,12 +435,15 @@ def _build(
   paths: Sequence[str],
   read_entries: Callable[[], Iterable[Entry | BadSample]],
   classnames: Callable[[], Sequence[str]],
+  marks: Marks,
 ) -> None:
   """Writes the index of a list."""
   logging.info("indexing %s, once", name)
   skipped, first_bad = Counter[str](), list[BadSample]()
   numbers: dict[int | str, int] = {}  # of labels, in order of appearance
   names: dict[int | str, str] = {}
+  groups: list[dict[int | str, int]] = [{} for _ in marks.groups]  # the same for each grouping
+  schema = pa.schema([*_SCHEMA, *_MARKS]) if any(marks) else _SCHEMA
   keys = array("Q")  # of images with their labels
   usable = _usable(read_entries(), skipped, first_bad)
   first = next(usable, None)
@@ -416,6 +455,7 @@ def _build(
   def rows() -> Iterator[_Row]:
     for entry in progress.track(itertools.chain([first], usable), f"indexing {name}", unit="samples"):
       row = (*_encoded(entry), _number(entry, numbers, names))
+      row += (entry.labels, [*map(_group, entry.groups, groups)]) if any(marks) else ()
       if len(numbers) > MAX_CLASSES:
         few = ", ".join(map(repr, list(numbers)[:3]))
         limit = f"{name}: more than {MAX_CLASSES:,} distinct labels ({few}, ...)"
@@ -426,34 +466,36 @@ def _build(
 
   def about() -> dict[str, Any]:
     labels, found = number_classes(numbers, names, classnames())
-    return {"files": paths, "batch": size, "skipped": skipped, "labels": labels, "classnames": found}
+    grouped = {name: number_classes(known, {}, ())[0] for name, known in zip(marks.groups, groups, strict=True)}
+    several = {"several": [*marks.labels], "groups": grouped} if any(marks) else {}
+    return {"files": paths, "batch": size, "skipped": skipped, "labels": labels, "classnames": found, **several}
 
-  count = _write(path, rows(), size, about)
+  count = _write(path, rows(), size, about, schema)
   if len(keys) == count and _has_repeats(keys):
     apart = path.with_name(f"{path.name}.apart")
     path.replace(apart)
     try:
-      joined = count - (count := _write(path, _joined(apart, size, keys), size, about))
+      joined = count - (count := _write(path, _joined(apart, size, keys), size, about, schema))
     finally:
       apart.unlink(missing_ok=True)
     logging.info("%s: joined %d lines with earlier ones of the same image", name, joined)
   logging.info("%s: %d samples, %d skipped %s", name, count, skipped.total(), dict(skipped))
 
 
-def _write(path: Path, rows: Iterable[_Row], size: int, about: Callable[[], dict[str, Any]]) -> int:
+def _write(path: Path, rows: Iterable[_Row], size: int, about: Callable[[], dict[str, Any]], schema: pa.Schema) -> int:
   """Writes rows, and then the metadata that is known only at the end; returns the number of rows."""
   count, rows = 0, iter(rows)
-  with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+  with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
     while batch := list(itertools.islice(rows, size)):
-      writer.write_batch(_batch(batch))
+      writer.write_batch(_batch(batch, schema))
       count += len(batch)
-    writer.write_batch(_batch([]), custom_metadata={"about": json.dumps({**about(), "count": count})})
+    writer.write_batch(_batch([], schema), custom_metadata={"about": json.dumps({**about(), "count": count})})
   return count
 
 
 def _key(row: _Row, folder: str) -> int:
   """64 bits that depend on the image and the label of a row, for this process."""
-  _, _, path, image, _, label = row
+  _, _, path, image, _, label, *_ = row
   relative = path is not None and not path.startswith(b"/") and b"://" not in path
   return hash((folder if relative else "", path, image, label)) % 2**64
 
@@ -510,10 +552,17 @@ def _encoded(entry: Entry) -> tuple[int, int, bytes | None, bytes | None, list[s
   return entry.file, entry.record, path, entry.image, captions
 
 
-def _batch(entries: Sequence[tuple[Any, ...]]) -> pa.RecordBatch:
-  columns = zip(*entries, strict=True) if entries else [()] * len(_SCHEMA)
-  arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-  return pa.record_batch(arrays, schema=_SCHEMA)
+def _batch(entries: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBatch:
+  columns = zip(*entries, strict=True) if entries else [()] * len(schema)
+  arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+  return pa.record_batch(arrays, schema=schema)
+
+
+def _group(group: int | str | None, numbers: dict[int | str, int]) -> int:
+  """The number of a group, in order of appearance, -1 for none."""
+  if group is None or (isinstance(group, int) and group < 0):
+    return -1
+  return numbers.setdefault(group, len(numbers))
 
 
 def _number(entry: Entry, numbers: dict[int | str, int], names: dict[int | str, str]) -> int:

@@ -45,7 +45,7 @@ from declip_jax.data.storage.parquet import Parquet
 from declip_jax.data.storage.reach import Reach
 
 _LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
-_ROLES = ("image", "caption", "label", "label_name", "names", "encoding", *lists.REACH)
+_ROLES = ("image", "caption", "label", "label_name", "labels", "group", "names", "encoding", *lists.REACH)
 _SEPARATORS = ",\t;|"
 _LONGEST_HEADER = 2**16
 _QUOTED_LINES = 100  # lines that one quoted field may span
@@ -96,12 +96,14 @@ class _Columns(NamedTuple):
   captions: tuple[str, ...]
   label: str | None
   label_name: str | None
+  labels: tuple[str, ...]
+  groups: tuple[str, ...]
 
 
 def open_table(location: str) -> lists.ListSource:
   """Opens "PATTERN", or "PATTERN?image=COLUMN&caption=COLUMN,COLUMN&label=COLUMN&label_name=COLUMN&root=FOLDER".
 
-  All of these are optional, as are `names`, `encoding` and `allow`, such as "&encoding=latin-1".
+  All of these are optional, as are `labels`, `group`, `names`, `encoding` and `allow`, such as "&encoding=latin-1".
 
   Columns that are not given are recognised by their names, such as "filepath" and "title", and the choice is logged;
   "caption=" or "label=" means none. A text without a first line of names is read with "?names=image,caption", the names
@@ -113,6 +115,10 @@ def open_table(location: str) -> lists.ListSource:
   datasets wrote, or else by classnames.txt next to the table. A negative number means no label. A column that is called
   "label" but has scores or lists is not used, unless it is given. Blank fields are missing,
   as are those that say nan, NULL, None or \\N.
+
+  "&labels=COLUMN,COLUMN" names a column per class, for images with several labels: 1 for present, 0 for absent; -1 and
+  missing fields do not count. "&group=COLUMN,COLUMN" names columns that group images, for evaluations: whole numbers,
+  or names, which are numbered alphabetically.
 
   Parquet may contain the images themselves, as bytes or as {bytes, path} like Hugging Face's. They are copied into the
   index once, which doubles the disk space, because reading a single row of Parquet takes tens of ms.
@@ -135,7 +141,9 @@ def open_table(location: str) -> lists.ListSource:
       yield from _merged(_entries(number, path, wanted, classnames), path)
 
   chosen = {role: column for role, column in wanted.items() if role not in lists.REACH}
-  index = lists.index_list(name, paths, ["table", chosen, files.stamps(paths)], read_entries, classnames.get)
+  marks = lists.Marks(_named(wanted, "labels"), _named(wanted, "group"))
+  stamp = ["table", chosen, files.stamps(paths)]
+  index = lists.index_list(name, paths, stamp, read_entries, classnames.get, marks)
   return lists.checked(lists.ListSource(name, index, reach))
 
 
@@ -197,7 +205,10 @@ def _entries(number: int, path: str, wanted: Mapping[str, str], classnames: _Cla
   header = [name.strip() for name in wanted["names"].split(",")] if wanted.get("names") else []
   with read_table(path, expected, wanted.get("encoding"), header) as table:
     chosen = _choose(table.columns, wanted, path)
-    needed = [column for column in (chosen.image, *chosen.captions, chosen.label, chosen.label_name) if column]
+    several = (*chosen.labels, *chosen.groups)
+    needed = [
+      column for column in (chosen.image, *chosen.captions, chosen.label, chosen.label_name, *several) if column
+    ]
     records = table.read(needed)
     head = list(itertools.islice(records, _PEEKED))
     if chosen.label and chosen.captions and "label" not in wanted and (score := _score(head, chosen.label)):
@@ -233,17 +244,31 @@ def _choose(columns: list[str], wanted: Mapping[str, str], path: str) -> _Column
   labels = lists.choose("label", wanted.get("label"), columns, lists.LABEL_NAMES, path)
   if not labels and "label" not in wanted:
     labels, names = names, ()
-  if not image or not (captions or labels or wanted.get("caption") == ""):
+  several, groups = (_existing(columns, role, _named(wanted, role), path) for role in ("labels", "group"))
+  if several and "label" not in wanted:
+    labels, names = (), ()
+  if not image or not (captions or labels or several or wanted.get("caption") == ""):
     missing = "caption or label" if image else "image"
     raise ValueError(
       f"{path}: which column is the {missing}? The columns are {columns}; choose with ?image=COLUMN&caption=COLUMN, or "
       f"{_naming_columns(columns)}"
     )
-  for column in (image, *labels, *names):
+  for column in (image, *labels, *names, *several, *groups):
     if columns.count(column) > 1:
       raise ValueError(f"{path}: {columns.count(column)} columns are called {column!r}; only captions may be")
   label_name = names[0] if names and labels and names != labels else None
-  return _Columns(image, captions, labels[0] if labels else None, label_name)
+  return _Columns(image, captions, labels[0] if labels else None, label_name, several, groups)
+
+
+def _named(wanted: Mapping[str, str], role: str) -> tuple[str, ...]:
+  """The columns that the location names for a role, joined by commas."""
+  return tuple(name.strip() for name in wanted[role].split(",")) if wanted.get(role) else ()
+
+
+def _existing(columns: Sequence[str], role: str, names: tuple[str, ...], path: str) -> tuple[str, ...]:
+  if unknown := [name for name in names if name not in columns]:
+    raise ValueError(f"{path}: no column {unknown[0]!r} for {role}; the columns are {list(columns)}")
+  return names
 
 
 def _entry(number: int, line: int, fields: Mapping[str, Any] | str, columns: _Columns) -> Entry:
@@ -253,12 +278,15 @@ def _entry(number: int, line: int, fields: Mapping[str, Any] | str, columns: _Co
   path, image = _image(fields.get(columns.image), columns.image)
   captions = [text for column in columns.captions for text in values.captions_of(fields.get(column))]
   label = values.label_of(fields.get(columns.label), columns.label) if columns.label else None
-  if columns.captions and not captions and label is None:
+  labels = [values.presence_of(fields.get(column), column) for column in columns.labels]
+  groups = [values.label_of(fields.get(column), column) for column in columns.groups]
+  if columns.captions and not captions and label is None and not labels:
     raise BadSample("no caption", f"no caption in {', '.join(columns.captions)}")
   if sum(map(len, captions)) > LONGEST:
     raise BadSample("damaged record", f"captions of more than {LONGEST:,} characters")
   name = fields.get(columns.label_name) if columns.label_name else None
-  return Entry(number, line, path, image, captions, label, None if values.is_missing(name) else str(name).strip())
+  label_name = None if values.is_missing(name) else str(name).strip()
+  return Entry(number, line, path, image, captions, label, label_name, labels, groups)
 
 
 def _image(value: Any, column: str) -> tuple[str | None, bytes | None]:

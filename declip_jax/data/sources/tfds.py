@@ -26,9 +26,12 @@ import numpy as np
 
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample, Example
+from declip_jax.data.sources.derived_labels import DERIVED
 from declip_jax.data.storage import copies, files, indexes, patterns, remote, texts
 from declip_jax.data.storage.reach import Reach
+from declip_jax.spelling import did_you_mean
 
+_ROLES = ("image", "caption", "label", "group")
 _FORM = "NAME:SPLIT or FOLDER:SPLIT"
 _THREADS = 8  # for copying remote files
 # NAME, NAME:VERSION or a folder; then splits such as train[10%:60%]+test, whose slices have colons of their own.
@@ -38,11 +41,19 @@ _SHARD = re.compile(r".*-\d{5,}-of-\d{5,}(\.\w+)?")  # all other files are small
 
 
 class _Fields(NamedTuple):
-  """Paths of the features in use, such as "captions/text" for a text within a sequence; None for none."""
+  """Paths of the features in use, such as "captions/text" for a text within a sequence; None for none.
+
+  Attributes:
+    image, caption, label: the features.
+    derived: the label of `DERIVED` that is used instead of `label`; empty for none.
+    groups: the features that group images.
+  """
 
   image: str
   caption: str | None
   label: str | None
+  derived: str = ""
+  groups: tuple[str, ...] = ()
 
 
 class Tfds:
@@ -87,9 +98,15 @@ class Tfds:
     """Changes with any file in the folder."""
     return self._directory.stamp
 
-  @property
+  @cached_property
   def classnames(self) -> tuple[str, ...]:
-    return tuple(self._records.dataset_info.features[self._fields.label].names) if self._fields.label else ()
+    """Names of the label's classes; the numbers 0, 1, ... if TFDS has none."""
+    derived = DERIVED.get(self._fields.derived)
+    if derived and derived.classnames:
+      return derived.classnames
+    path = derived.features[0] if derived else self._fields.label
+    feature = self._records.dataset_info.features[path] if path else None
+    return tuple(getattr(feature, "feature", feature).names) if feature else ()
 
   @property
   def skipped(self) -> dict[str, int]:
@@ -121,15 +138,28 @@ class Tfds:
     except (RuntimeError, ValueError) as error:  # array_record's and protobuf's
       raise BadSample("damaged record", f"{self.name}: record {index}: {error}") from error
     place = f"{self._records.dataset_info.full_name}/{self._split}:{index}"
-    return Example(
+    example = Example(
       image=record[fields.image],
       captions=_captions(_at(record, fields.caption), place) if fields.caption else (),
       label=int(record[fields.label]) if fields.label else -1,
       id=place,
     )
+    if fields.groups:
+      example["groups"] = {path: int(record[path]) for path in fields.groups}
+    return self._derived(example, record) if fields.derived else example
+
+  def _derived(self, example: Example, record: Mapping[str, Any]) -> Example:
+    """The example with its derived label."""
+    derived = DERIVED[self._fields.derived]
+    try:
+      fields = derived.derive([_at(record, path) for path in derived.features], len(self.classnames))
+    except BadSample as error:
+      raise BadSample(error.kind, f"{example['id']}: {error}") from None
+    image = derived.pixels(example["image"]) if derived.pixels else example["image"]
+    return {**example, "image": image, **fields}
 
   def __getstate__(self) -> dict[str, Any]:
-    return {key: value for key, value in vars(self).items() if key not in ("_records", "_shards")}
+    return {key: value for key, value in vars(self).items() if key not in ("_records", "_shards", "classnames")}
 
   def __repr__(self) -> str:
     return f"Tfds({self.name!r})"
@@ -189,16 +219,17 @@ def open_tfds(location: str) -> Tfds:
   """Opens a split: "NAME:SPLIT", as in "cifar10:train[:90%]", or "FOLDER:SPLIT" for a folder with a dataset_info.json.
 
   The image is the only image feature, the label the only class label, the captions the only text or sequence of texts
-  with a name such as "caption" or "title". If there are several, the one called "image", "label" or "caption" is used;
-  or choose as in "cifar100:train?label=coarse_label". "caption=" or "label=" means none. Data sets are not downloaded
-  or prepared; FOLDER may be a URL.
+  with a name such as "caption" or "title". If there are several, the one called "image", "label" or "caption" is
+  used; or choose as in "cifar100:train?label=coarse_label". "caption=" or "label=" means none. A label of `DERIVED`,
+  such as "clevr/count_all", follows from other features. "&group=FEATURE,FEATURE" names features that group images,
+  class labels or whole numbers. Data sets are not downloaded or prepared; FOLDER may be a URL.
 
   Raises:
     FileNotFoundError: the data set is not prepared, or not for random access; the message explains how to prepare it.
     ValueError: the location, the name, the split or a feature is unknown, the choice of a feature is ambiguous, a
       subset of a split is in Parquet files, or the data set needs a class or file from elsewhere.
   """
-  place, wanted = lists.parse(location, _Fields._fields, _FORM)
+  place, wanted = lists.parse(location, _ROLES, _FORM)
   match = _LOCATION.fullmatch(place)
   if not match:
     raise ValueError(f"bad location {location!r}: expected {_FORM}")
@@ -268,14 +299,34 @@ def _fields(features: Mapping[str, Any], wanted: Mapping[str, str], place: str) 
   texts = [path for path, feature in leaves if isinstance(getattr(feature, "feature", feature), tfds.features.Text)]
   likely = [path for path in texts if not set(lists.CAPTION_NAMES).isdisjoint(path.split("/"))]
   image = _choose("image", wanted, images, images, place)
-  fields = _Fields(
-    image, _choose("caption", wanted, texts, likely, place), _choose("label", wanted, labels, labels, place)
-  )
-  if not image or not (fields.caption or fields.label or wanted.get("caption") == ""):
+  caption = _choose("caption", wanted, texts, likely, place)
+  possible = [name for name, of in DERIVED.items() if set(of.features) <= {path for path, _ in leaves}]
+  derived = wanted.get("label", "") if "/" in wanted.get("label", "") else ""
+  if derived and derived not in possible:
+    problem = f"needs {', '.join(DERIVED[derived].features)}" if derived in DERIVED else "is not known"
+    hint = did_you_mean(derived, DERIVED)
+    raise ValueError(f"{place}: label {derived!r} {problem}; possible are {[*possible, *labels]}{hint}")
+  label = None if derived else _choose("label", wanted, labels, labels, place)
+  fields = _Fields(image, caption, label, derived, _groups(dict(leaves), wanted.get("group", ""), place))
+  if not image or not (fields.caption or fields.label or derived or wanted.get("caption") == ""):
     raise ValueError(
       f"{place}: no image, or neither caption nor label, in {[path for path, _ in leaves]}; texts: {texts}"
     )
   return fields
+
+
+def _groups(features: Mapping[str, Any], wanted: str, place: str) -> tuple[str, ...]:
+  """The features that group images, class labels and whole numbers."""
+  whole = [path for path, feature in features.items() if "/" not in path and _is_whole(feature)]
+  chosen = tuple(name.strip() for name in wanted.split(",")) if wanted else ()
+  if unknown := [name for name in chosen if name not in whole]:
+    raise ValueError(f"{place}: no group {unknown[0]!r}, choose from {whole}{did_you_mean(unknown[0], whole)}")
+  return chosen
+
+
+def _is_whole(feature: Any) -> bool:
+  dtype = getattr(feature, "np_dtype", None)
+  return feature.shape == () and dtype is not None and np.issubdtype(dtype, np.integer)
 
 
 def _choose(role: str, wanted: Mapping[str, str], legal: list[str], likely: list[str], place: str) -> str | None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 import re
 from typing import Any
 
+import numpy as np
+
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.storage.bounded import short
 from declip_jax.data.text.cleaning import has_text
@@ -84,6 +86,25 @@ def label_of(value: Any, column: str) -> int | str | None:
   if not isinstance(value, float) and str(value)[:20].isdecimal():
     expected = f"a label up to {_LARGEST_LABEL:,}"
   raise BadSample("damaged record", f"expected {expected} in {column!r}, got {short(value)}")
+
+
+def presence_of(value: Any, column: str) -> int:
+  """Returns the label of one of several classes: 1 if it is present, -1 if it is absent, 0 if it does not count.
+
+  Args:
+    value: 1 or 0, also as a text or truth value; -1 or a missing value does not count, as in CheXpert's tables.
+    column: the column, for messages.
+
+  Raises:
+    BadSample: the value is none of these.
+  """
+  if is_missing(value):
+    return 0
+  text = str(int(value) if isinstance(value, bool | np.bool_) else value).strip()
+  known = {"1": 1, "0": -1, "-1": 0}.get(re.sub(r"\.0+$", "", text))
+  if known is None:
+    raise BadSample("damaged record", f"expected 1, 0 or -1 in {column!r}, got {short(value)}")
+  return known
 
 
 def _text(value: Any) -> str | None:

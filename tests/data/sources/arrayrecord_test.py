@@ -51,6 +51,15 @@ def test_records_come_back_as_they_were(folder):
       source[index]
 
 
+def test_several_labels_and_groups_come_back(tmp_path):
+  labels, groups = np.array([1, 0, -1], np.int8), {"region": 2, "year": -1}
+  records = [pack({**example(1), "labels": labels, "groups": groups}), pack({**example(2), "labels": labels})]
+  first, second = open_arrayrecord(str(write(tmp_path / "a.array_record", records)))
+  assert first["labels"].dtype == np.int8
+  assert (first.pop("labels").tolist(), first) == ([1, 0, -1], {**example(1), "groups": groups})
+  assert second.keys() == {*example(2), "labels"}
+
+
 def test_a_record_is_a_plain_map(folder):
   reader = array_record_module.ArrayRecordReader(str(folder / "data-00002-of-00003.array_record"))
   expected = {**example(26), "captions": list(example(26)["captions"])}

@@ -299,3 +299,32 @@ def test_the_stamp_follows_the_data_also_at_urls(tmp_path, monkeypatch):
     seen[remote.stamp] = count
   assert len(seen) == 2
   assert len(list((tmp_path / "cache" / "declip_jax" / "copies").iterdir())) == 1
+
+
+def test_several_labels_and_groups(tmp_path):
+  names = datasets.ClassLabel(names=["cat", "dog", "cow"])
+  columns = {
+    "image": [{"bytes": png(index), "path": None} for index in range(3)],
+    "kinds": [[0, 2], [], [1]],
+    "cat": [1, 0, -1],
+    "dog": [False, True, None],
+    "region": ["Europe", "Africa", None],
+    "year": [2001, 2002, 2003],
+    "label": [0, 1, 2],
+  }
+  features = {"image": datasets.Image(), "kinds": datasets.Sequence(names), "cat": datasets.Value("int8")}
+  features |= {"dog": datasets.Value("bool"), "region": datasets.Value("string"), "year": datasets.Value("int64")}
+  features |= {"label": names}
+  datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(tmp_path / "set")
+  source = pickle.loads(pickle.dumps(open_huggingface(f"{tmp_path}/set?labels=kinds&group=region,year")))
+  assert source.classnames == ("cat", "dog", "cow")
+  assert [example["labels"].tolist() for example in source] == [[1, -1, 1], [-1, -1, -1], [-1, 1, -1]]
+  assert [example["groups"]["region"] for example in source] == [1, 0, -1]
+  assert source[0]["groups"]["year"] == 2001
+  assert source[0]["label"] == -1
+  source = open_huggingface(f"{tmp_path}/set?labels=cat,dog")
+  assert source.classnames == ("cat", "dog")
+  assert [example["labels"].tolist() for example in source] == [[1, -1], [-1, 1], [0, 0]]
+  assert not {"labels", "groups"} & open_huggingface(f"{tmp_path}/set")[0].keys()
+  with pytest.raises(ValueError, match="no column 'country' for group"):
+    open_huggingface(f"{tmp_path}/set?group=country")

@@ -738,3 +738,31 @@ def test_a_file_of_noise_is_no_table_in_any_encoding(tmp_path):
     open_table(str(tmp_path / "x.csv"))
   with pytest.raises(ValueError, match=r"x\.csv:1 is not a line of a table: "):
     open_table(f"{tmp_path}/x.csv?encoding=latin-1")
+
+
+def test_several_labels_and_groups(tmp_path):
+  write_images(tmp_path, "0.jpg", "1.jpg", "2.jpg")
+  lines = ["image,cat,dog,region,year,label", "0.jpg,1,0,Europe,2001,0", "1.jpg,1.0,-1,Africa,,1", "2.jpg,,1,,2003,1"]
+  path = write(tmp_path / "t.csv", *lines)
+  source = open_table(f"{path}?labels=cat,dog&group=region,year")
+  assert source.classnames == ("cat", "dog")
+  again = pickle.loads(pickle.dumps(source))
+  assert [example["labels"].tolist() for example in again] == [[1, -1], [1, 0], [0, 1]]
+  assert again[0]["labels"].dtype == np.int8
+  expected = [{"region": 1, "year": 2001}, {"region": 0, "year": -1}, {"region": -1, "year": 2003}]
+  assert [example["groups"] for example in again] == expected
+  assert [example["label"] for example in again] == [-1, -1, -1]
+  plain = open_table(path)
+  assert [example["label"] for example in plain] == [0, 1, 1]
+  assert not {"labels", "groups"} & plain[0].keys()
+  assert "labels" not in open_table(f"{path}?group=region")[0]
+  with pytest.raises(ValueError, match=r"no column 'bird' for labels"):
+    open_table(f"{path}?labels=cat,bird")
+  with pytest.raises(ValueError, match=r"no column 'country' for group"):
+    open_table(f"{path}?group=country")
+
+
+def test_a_label_of_several_that_is_no_sign_is_a_damaged_record(tmp_path):
+  write_images(tmp_path, "0.jpg", "1.jpg")
+  path = write(tmp_path / "t.csv", "image,cat,dog", "0.jpg,1,0", "1.jpg,2,0")
+  assert open_table(f"{path}?labels=cat,dog").skipped == {"damaged record": 1}

@@ -59,6 +59,11 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
         "file_name": f"{i}.png",
         "label": i % 2,
         "coarse": 0,
+        "objects": [{"size": 0, "pixel_coords": np.array([0, 0, 8.2 + i], np.float32)} for _ in range(3 + i)],
+        "labels": [0, 1],
+        "labels_no_difficult": [i % 2],
+        "label_x_position": 5 * i,
+        "region": i,
       }
       yield i, {name: values[name] for name in self.FEATURES}
 
@@ -84,11 +89,28 @@ class Wordless(Tiny):
   FEATURES = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}
 
 
+class Objects(Tiny):
+  __module__ = MODULE
+  FEATURES = {
+    "image": tfds.features.Image(),
+    "objects": tfds.features.Sequence(
+      {
+        "size": tfds.features.ClassLabel(names=["small", "large"]),
+        "pixel_coords": tfds.features.Tensor(shape=(3,), dtype=np.float32),
+      }
+    ),
+    "labels": tfds.features.Sequence(tfds.features.ClassLabel(names=["cat", "dog"])),
+    "labels_no_difficult": tfds.features.Sequence(tfds.features.ClassLabel(names=["cat", "dog"])),
+    "label_x_position": tfds.features.ClassLabel(num_classes=32),
+    "region": np.int64,
+  }
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
   """The prepared folder of each data set above."""
   root = tmp_path_factory.mktemp("tfds")
-  builders = {cls.__name__: cls(data_dir=root) for cls in (Tiny, Captions, Unclear, Wordless)}
+  builders = {cls.__name__: cls(data_dir=root) for cls in (Tiny, Captions, Unclear, Wordless, Objects)}
   for builder in builders.values():
     builder.download_and_prepare(file_format="array_record")
   return {name: str(builder.data_dir) for name, builder in builders.items()}
@@ -137,6 +159,36 @@ def test_a_choice_that_is_not_clear_is_an_error_that_names_it(folders):
   assert found[png(2)]["captions"] == ("text 2.0", "text 2.1")
   (example, *_) = open_tfds(f"{where}:train?caption=title&image=second")
   assert example["image"] == png(0)
+
+
+def test_derived_labels_and_groups(folders):
+  where = folders["Objects"]
+  source = open_tfds(f"{where}:train?label=clevr/count_all&group=region,label_x_position")
+  found = records(pickle.loads(pickle.dumps(source)))
+  assert source.classnames == ("3", "4", "5", "6", "7", "8", "9", "10")
+  assert [found[png(i)]["label"] for i in range(COUNT)] == [*range(COUNT)]
+  assert found[png(2)]["groups"] == {"region": 2, "label_x_position": 10}
+  found = records(open_tfds(f"{where}:train?label=clevr/closest_object_distance"))
+  assert [found[png(i)]["label"] for i in range(3)] == [1, 3, 5]
+  assert "groups" not in found[png(0)]
+  source = open_tfds(f"{where}:train?label=voc/labels")
+  assert source.classnames == ("cat", "dog")
+  found = records(source)
+  assert found[png(0)]["labels"].tolist() == [1, 0]
+  assert found[png(1)]["labels"].tolist() == [0, 1]
+  assert found[png(1)]["label"] == -1
+  (example, *_) = open_tfds(f"{where}:train?label=dsprites/x_position")
+  assert example["image"].shape == (4, 5, 3)
+
+
+def test_unknown_labels_and_groups(folders):
+  where = folders["Objects"]
+  with pytest.raises(ValueError, match=r"'kitti/closest_vehicle_distance' needs objects/type, objects/location"):
+    open_tfds(f"{where}:train?label=kitti/closest_vehicle_distance")
+  with pytest.raises(ValueError, match=r"'clevr/count' is not known.*did you mean clevr/count_all"):
+    open_tfds(f"{where}:train?label=clevr/count")
+  with pytest.raises(ValueError, match=r"no group 'objects', choose from \['label_x_position', 'region'\]"):
+    open_tfds(f"{where}:train?label=voc/labels&group=objects")
 
 
 def test_none_is_a_choice(folders):
