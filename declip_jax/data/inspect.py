@@ -30,6 +30,7 @@ _NAMED = 3  # bad samples of each kind to name
 _CLASSES = 8  # classes to name
 _COLUMNS, _ROWS, _SIDE = 6, 4, 224  # of the sheet, and the longer side of its images in pixels
 _CONTEXT = 77  # tokens, with start and end of text
+_OTHERS = ("labels", "groups")  # fields for evaluations
 
 
 class Sample(NamedTuple):
@@ -44,6 +45,7 @@ class Sample(NamedTuple):
     captions: captions, unchanged.
     tokens: number of tokens of each caption, with start and end of text.
     label: class, -1 for none.
+    others: names of its other fields, "labels" and "groups".
   """
 
   index: int
@@ -54,6 +56,7 @@ class Sample(NamedTuple):
   captions: tuple[str, ...]
   tokens: tuple[int, ...]
   label: int
+  others: tuple[str, ...]
 
 
 def read_samples(
@@ -83,7 +86,8 @@ def _read_sample(source: Source, index: int, max_pixels: int) -> Sample | BadSam
   shape = (
     (images.format_of(image), width, height, len(image)) if isinstance(image, bytes) else ("pixels", width, height, 0)
   )
-  return Sample(index, *shape, example["captions"], tokens, example["label"])
+  others = tuple(name for name in _OTHERS if name in example)
+  return Sample(index, *shape, example["captions"], tokens, example["label"], others)
 
 
 def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
@@ -129,6 +133,7 @@ def _fields(good: list[Sample]) -> list[str]:
     "image": len(good),
     "captions": sum(bool(sample.captions) for sample in good),
     "label": sum(sample.label >= 0 for sample in good),
+    **{name: sum(name in sample.others for sample in good) for name in _OTHERS},
   }
   return [
     name if count == len(good) else f"{name} ({count / len(good):.1%})" for name, count in counts.items() if count

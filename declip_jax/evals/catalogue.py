@@ -67,7 +67,8 @@ class DataSet:
     ignored_groups: groups that do not count for it.
     validation: "official" if there is a published validation split, else "carved", see `splits.carve`.
     sizes: published numbers of images, by split.
-    sources: where each kind of source has it, see `data_files.print_data`.
+    sources: where each kind of source has it: its name and splits there for "clip_benchmark" and "datacomp", specs for
+      "tfds", see `data_files.print_data`.
     note: what to know before results are compared; may be empty.
   """
 

@@ -129,10 +129,10 @@ def _sources(kind: str, root: str, data: DataSet, suites: Sequence[Suite]) -> tu
   known = {**data.sources, **own}.get(kind, ())
   if kind == "folder":
     return _in_folder(f"{root}/{data.key}", known)
-  if not known:
-    return [], f"not in {kind}"
-  if kind == "tfds":
+  if kind == "tfds" and known:
     return _in_tfds(root, known)
+  if len(known) < 2:  # at most a name in its results
+    return [], f"not in {kind}"
   folder = _hub_folder(kind, root, known[0])
   if not remote.is_url(folder) and not os.path.isdir(folder):
     return [], f"no folder {folder}"
@@ -141,7 +141,8 @@ def _sources(kind: str, root: str, data: DataSet, suites: Sequence[Suite]) -> tu
 
 def _hub_folder(kind: str, root: str, name: str) -> str:
   """The folder of a data set in CLIP_benchmark's layout; on the hub each is a repository."""
-  folder = f"{root}/wds_{name.replace('/', '-')}" + ("_test" if kind == "datacomp" else "")
+  name = f"{name.removeprefix('fairness/')}_test" if kind == "datacomp" else name
+  folder = f"{root}/wds_{name.replace('/', '-')}"
   return f"{folder}/resolve/main" if root.startswith("https://huggingface.co/") else folder
 
 

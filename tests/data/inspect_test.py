@@ -72,6 +72,15 @@ def test_samples_are_described(shards):
   assert any("s.tar:9: " in line for line in lines)
 
 
+def test_labels_and_groups_are_fields(tmp_path):
+  (tmp_path / "1.png").write_bytes(encoded(8, 8, "PNG"))
+  (tmp_path / "t.csv").write_text("image,cat,dog,region\n1.png,1,0,Asia\n")
+  source = open_source(f"table:{tmp_path}/t.csv?labels=cat,dog&group=region")
+  text = describe(source, *read_samples(source, 1))
+  assert "fields       image, labels, groups" in text.splitlines()
+  assert "classes      2 names: cat, dog" in text.splitlines()
+
+
 def test_folders_next_to_a_table_may_be_nested_deeper_than_python_recurses(tmp_path):
   (tmp_path / ("d/" * 200)).mkdir(parents=True)
   (tmp_path / "t.csv").write_text("image,caption\nmissing.jpg,a\n")
@@ -170,6 +179,10 @@ OBJECTS = '{"file_name": "1.jpg", "text": "one"}\n'
       ["folder:@"],  # img2dataset, format "files"
     ),
     ({"train/0.tar": "", "test/0.tar": "", "docs/x.md": ""}, ["webdataset:@/train/*.tar", "webdataset:@/test/*.tar"]),
+    (
+      {"test/nshards.txt": "1", "test/0.tar": "", "train/nshards.txt": "1", "train/0.tar": "", "classnames.txt": "a"},
+      ["clip_benchmark:@?split=train", "clip_benchmark:@?split=test"],
+    ),
     ({"part-0/0.tar": "", "part-1/0.tar": ""}, ["webdataset:@/*/*.tar"]),
     ({"a/b/0.tar": "", "c/0.tar": ""}, ["webdataset:@/**/*.tar"]),
     ({"[x]/a/0.tar": "", "[x]/b/c/0.tar": ""}, ["webdataset:@/**/*.tar"]),

@@ -36,6 +36,8 @@ _SPLIT = "test"
 class ClipBenchmark(WebDataset):
   """A split as a `Source`; make it with `open_clip_benchmark`.
 
+  A sample whose .cls or .npy is missing or does not fit is a `BadSample`.
+
   Args:
     name: the spec that opened it.
     index: the index of its shards.
@@ -64,14 +66,8 @@ class ClipBenchmark(WebDataset):
     found = layouts.names_in(f"{self._root}/zeroshot_classification_templates.txt")
     return tuple(text.replace("{c}", "{}") for text in found if text)
 
-  def __getitem__(self, index: int) -> Example:
-    """Reads one sample.
-
-    Raises:
-      IndexError: `index` is not in `range(len(self))`.
-      BadSample: as in `WebDataset`, or its .cls or .npy is missing or does not fit.
-    """
-    example, (place, contents) = super().__getitem__(index), self.contents(index)
+  def _example(self, place: str, contents: dict[str, bytes]) -> Example:
+    example = super()._example(place, contents)
     if self._kind == "retrieval":
       captions = tuple(" ".join(text.replace("\\n", "\n").split()) for text in example["captions"])
       return {**example, "captions": captions}

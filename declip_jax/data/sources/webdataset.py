@@ -117,7 +117,10 @@ class WebDataset:
       IndexError: `index` is not in `range(len(self))`.
       BadSample: the shard cannot be read or changed since it was indexed, or the .json or .cls cannot be parsed.
     """
-    place, contents = self.contents(index)
+    return self._example(*self.contents(index))
+
+  def _example(self, place: str, contents: dict[str, bytes]) -> Example:
+    """The example of a sample with the name `place`, from its members by suffix."""
     label = _label(contents.get("cls", b"-1"), len(self.classnames), place)
     image = next(contents[suffix] for suffix in _IMAGES if suffix in contents)
     captions = _captions(contents, place, self._captions_by_line)
