@@ -1,9 +1,12 @@
 """Tests of the matching of classes by name: the orders of data sets in different places."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from declip_jax.evals.catalogue import DataSet, data_set
+from declip_jax.data.sources.derived_labels import DERIVED
+from declip_jax.evals.catalogue import DataSet, data_set, keys
 from declip_jax.evals.classes import align, canonical
 
 TFDS_PETS = (
@@ -121,3 +124,27 @@ def test_the_rest_of_both_sides_is_listed():
     align(data_set("cifar10"), data_set("cifar10").classes[:9], "folder:/data")
   with pytest.raises(ValueError, match=r"fmow has no classes"):
     align(data_set("fmow"), ["a"], "folder:/data")
+
+
+def tfds_names(spec: str, folder: Path) -> list[str]:
+  """Names of classes, from the code of TFDS alone."""
+  import tensorflow_datasets as tfds
+
+  name, _, label = spec.partition("?label=")
+  features = tfds.builder(name.partition(":")[0], data_dir=folder).info.features
+  derived = DERIVED.get(label)
+  if derived and derived.classnames:
+    return list(derived.classnames)
+  feature = features[derived.features[0] if derived else label or "label"]
+  return list(getattr(feature, "feature", feature).names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [key for key in keys() if "tfds" in data_set(key).sources])
+def test_classes_of_tfds_map_onto_those_of_the_catalogue(key: str, tmp_path: Path):
+  data = data_set(key)
+  if not data.classes:
+    pytest.skip("no classes")
+  (spec, *_) = data.sources["tfds"]
+  found = align(data, tfds_names(spec, tmp_path), f"tfds:{spec}")
+  assert sorted(found[found >= 0]) == [*range(len(data.classes))]

@@ -112,7 +112,8 @@ def test_bad_samples(tmp_path: Path):
   bad = [npy([1, 0]), npy([1, 2, 0]), npy([np.nan, 0, 0]), b"no numpy", npy([1, 0, 1])[:-1]]
   objects = io.BytesIO()
   np.save(objects, np.array([os.getcwd, 1, 2], object), allow_pickle=True)
-  shards = [[{"jpg": b"x", "npy": data} for data in [*bad, objects.getvalue()]] + [{"jpg": b"x"}]]
+  bad += [objects.getvalue(), npy([1, 0, 1]).replace(b"(3,)", b"(9" + b"9" * 30 + b",)"), npy([1]).replace(b"(", b"{")]
+  shards = [[{"jpg": b"x", "npy": data} for data in bad] + [{"jpg": b"x"}]]
   source = open_clip_benchmark(write(str(tmp_path), shards, classnames="a\nb\nc", dataset_type="multilabel"))
   for index in range(len(source)):
     with pytest.raises(BadSample, match="npy"):
