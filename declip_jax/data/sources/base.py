@@ -1,7 +1,7 @@
 """The interface of sources, on which the input pipeline relies, and the rule by which errors become bad samples."""
 
 from collections.abc import Mapping
-from typing import NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
 
 from jaxtyping import Int8
 import numpy as np
@@ -82,7 +82,20 @@ def _reason(error: BaseException) -> str:
     return ""
 
 
-class Example(TypedDict):
+class Marks(TypedDict, total=False):
+  """The fields of an example that only evaluations read; a source either has one for all of its examples or for none.
+
+  Attributes:
+    labels: for data with several labels per image, 1 for a class that is present, -1 for one that is absent, 0 for one
+      that does not count, such as VOC's difficult objects.
+    groups: the group of the image in each grouping, such as its region; -1 for none.
+  """
+
+  labels: Int8[np.ndarray, "classes"]
+  groups: Mapping[str, int]
+
+
+class Example(Marks):
   """One example as the source stores it: not decoded, augmented or tokenized.
 
   Attributes:
@@ -90,17 +103,12 @@ class Example(TypedDict):
     captions: captions, stripped and not empty; there may be none if only a class is known.
     label: the class, -1 for none.
     id: where the example comes from, for error messages.
-    labels: for data with several labels per image, and absent for others: 1 for a class that is present, -1 for one
-      that is absent, 0 for one that does not count, such as VOC's difficult objects. Training does not read them.
-    groups: the group of the image in each grouping, such as its region, for evaluations; absent without groupings.
   """
 
   image: bytes | np.ndarray
   captions: tuple[str, ...]
   label: int
   id: str
-  labels: NotRequired[Int8[np.ndarray, "classes"]]
-  groups: NotRequired[Mapping[str, int]]
 
 
 @runtime_checkable

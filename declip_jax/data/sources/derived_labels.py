@@ -5,10 +5,11 @@ d7630d3, task_adaptation/data). Its paper bins orientation and position of dSpri
 CLIP_benchmark do not: both are here. Pixels of dSprites are 0 and 1 in TFDS, and become 0 and 255 as there.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import io
 from typing import Any, NamedTuple
 
+from jaxtyping import Int8
 import numpy as np
 from PIL import Image
 
@@ -21,35 +22,40 @@ _VEHICLES = 3  # the first types of object: car, van, truck
 _NO_VEHICLE = 1000.0
 
 
+# Function from the values of features, and the number of classes, to a class, or to 1, 0 or -1 for each class, see
+# `Marks.labels`.
+Derive = Callable[[Sequence[Any], int], int | Int8[np.ndarray, "classes"]]
+
+
 class Derived(NamedTuple):
   """A label that follows from other features.
 
   Attributes:
     features: paths of these features.
-    derive: function from their values, and the number of classes, to fields of an example.
+    derive: the label of their values.
     classnames: names of the classes; () if they are those of the first feature.
     pixels: function from the encoded image to its pixels, where they are not those in the file.
   """
 
   features: tuple[str, ...]
-  derive: Callable[[Sequence[Any], int], Mapping[str, Any]]
+  derive: Derive
   classnames: tuple[str, ...] = ()
   pixels: Callable[[bytes], np.ndarray] | None = None
 
 
-def _count(values: Sequence[Any], classes: int) -> Mapping[str, Any]:
+def _count(values: Sequence[Any], classes: int) -> int:
   (sizes,) = values
-  return {"label": _checked(len(sizes) - _FEWEST_OBJECTS, classes)}
+  return _checked(len(sizes) - _FEWEST_OBJECTS, classes)
 
 
-def _closest_object(values: Sequence[Any], classes: int) -> Mapping[str, Any]:
+def _closest_object(values: Sequence[Any], classes: int) -> int:
   (coordinates,) = values
-  return {"label": _checked(_bin(np.asarray(coordinates).reshape(-1, 3)[:, 2], _DISTANCES), classes)}
+  return _checked(_bin(np.asarray(coordinates).reshape(-1, 3)[:, 2], _DISTANCES), classes)
 
 
-def _closest_vehicle(values: Sequence[Any], classes: int) -> Mapping[str, Any]:
+def _closest_vehicle(values: Sequence[Any], classes: int) -> int:
   kind, location = np.asarray(values[0]).reshape(-1), np.asarray(values[1]).reshape(-1, 3)
-  return {"label": _checked(_bin(np.append(location[kind < _VEHICLES, 2], _NO_VEHICLE), _METRES), classes)}
+  return _checked(_bin(np.append(location[kind < _VEHICLES, 2], _NO_VEHICLE), _METRES), classes)
 
 
 def _bin(distances: np.ndarray, edges: Sequence[float]) -> int:
@@ -57,25 +63,25 @@ def _bin(distances: np.ndarray, edges: Sequence[float]) -> int:
   return int(np.searchsorted(edges, distances.min(initial=np.inf))) - 1
 
 
-def _same(values: Sequence[Any], classes: int) -> Mapping[str, Any]:
-  return {"label": _checked(int(values[0]), classes)}
+def _same(values: Sequence[Any], classes: int) -> int:
+  return _checked(int(values[0]), classes)
 
 
-def _binned(original: int) -> Callable[[Sequence[Any], int], Mapping[str, Any]]:
+def _binned(original: int) -> Derive:
   """A label of `original` classes, adjacent ones joined to fewer."""
-  return lambda values, classes: {"label": _checked(int(values[0]) * classes // original, classes)}
+  return lambda values, classes: _checked(int(values[0]) * classes // original, classes)
 
 
-def _voc(values: Sequence[Any], classes: int) -> Mapping[str, Any]:
+def _voc(values: Sequence[Any], classes: int) -> Int8[np.ndarray, "classes"]:
   present, certain = values
-  return {"labels": _several(classes, (present, 0), (certain, 1))}
+  return _several(classes, (present, 0), (certain, 1))
 
 
-def _present(values: Sequence[Any], classes: int) -> Mapping[str, Any]:
-  return {"labels": _several(classes, (values[0], 1))}
+def _present(values: Sequence[Any], classes: int) -> Int8[np.ndarray, "classes"]:
+  return _several(classes, (values[0], 1))
 
 
-def _several(classes: int, *marked: tuple[Sequence[int], int]) -> np.ndarray:
+def _several(classes: int, *marked: tuple[Sequence[int], int]) -> Int8[np.ndarray, "classes"]:
   """-1 for all classes but those that are marked with another value, the last of which counts."""
   labels = np.full(classes, -1, np.int8)
   for listed, value in marked:

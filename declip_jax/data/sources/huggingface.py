@@ -17,7 +17,7 @@ from absl import logging
 import numpy as np
 
 from declip_jax.data.sources import lists, values
-from declip_jax.data.sources.base import BadSample, Example
+from declip_jax.data.sources.base import BadSample, Example, Marks
 from declip_jax.data.storage import copies, files, remote
 from declip_jax.data.storage.reach import NotAllowedError, Reach
 
@@ -112,9 +112,8 @@ class HuggingFace:
     image = _image(record[columns.image], self._reach, place)
     return {**Example(image=image, captions=captions, label=int(number), id=place), **marks}
 
-  def _marks(self, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an example for several labels and for groups, as far as columns have them."""
-    columns, marks = self._columns, {}
+  def _marks(self, record: Mapping[str, Any]) -> Marks:
+    columns, marks = self._columns, Marks()
     if columns.labels:
       listed = len(columns.labels) == 1 and _listed_names(self._dataset.features[columns.labels[0]])
       present = set(record[columns.labels[0]] or ()) if listed else ()

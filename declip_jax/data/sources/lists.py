@@ -25,7 +25,7 @@ from absl import logging
 import numpy as np
 import pyarrow as pa
 
-from declip_jax.data.sources.base import BadSample, Example, bad_sample
+from declip_jax.data.sources.base import BadSample, Example, Marks, bad_sample
 from declip_jax.data.storage import files, indexes, layouts, remote
 from declip_jax.data.storage.reach import NotAllowedError, Reach
 from declip_jax.reporting import progress
@@ -94,7 +94,7 @@ class Entry(NamedTuple):
   groups: Sequence[int | str | None] = ()
 
 
-class Marks(NamedTuple):
+class MarkNames(NamedTuple):
   """What a list has besides images, captions and one label.
 
   Attributes:
@@ -106,7 +106,7 @@ class Marks(NamedTuple):
   groups: Sequence[str] = ()
 
 
-NO_MARKS = Marks()
+NO_MARKS = MarkNames()
 
 
 class ListSource:
@@ -204,9 +204,8 @@ class ListSource:
     labels, groups = marks or ((), ())
     return Entry(file, record, path, image, captions, name, None, labels, groups)
 
-  def _marks(self, entry: Entry) -> dict[str, Any]:
-    """The fields of an example for several labels and for groups, as far as the list has them."""
-    marks: dict[str, Any] = {"labels": np.array(entry.labels, np.int8)} if entry.labels else {}
+  def _marks(self, entry: Entry) -> Marks:
+    marks = Marks(labels=np.array(entry.labels, np.int8)) if entry.labels else Marks()
     if entry.groups:
       known = zip(self._about["groups"].items(), entry.groups, strict=True)
       marks["groups"] = {name: numbers[group] if group >= 0 else -1 for (name, numbers), group in known}
@@ -239,7 +238,7 @@ def index_list(
   stamp: Any,
   read_entries: Callable[[], Iterable[Entry | BadSample]],
   classnames: Callable[[], Sequence[str]] = tuple,
-  marks: Marks = NO_MARKS,
+  marks: MarkNames = NO_MARKS,
 ) -> Path:
   """Returns the index of a list and builds it if it does not exist.
 
@@ -435,7 +434,7 @@ def _build(
   paths: Sequence[str],
   read_entries: Callable[[], Iterable[Entry | BadSample]],
   classnames: Callable[[], Sequence[str]],
-  marks: Marks,
+  marks: MarkNames,
 ) -> None:
   """Writes the index of a list."""
   logging.info("indexing %s, once", name)

@@ -141,7 +141,7 @@ def open_table(location: str) -> lists.ListSource:
       yield from _merged(_entries(number, path, wanted, classnames), path)
 
   chosen = {role: column for role, column in wanted.items() if role not in lists.REACH}
-  marks = lists.Marks(_named(wanted, "labels"), _named(wanted, "group"))
+  marks = lists.MarkNames(_named(wanted, "labels"), _named(wanted, "group"))
   stamp = ["table", chosen, files.stamps(paths)]
   index = lists.index_list(name, paths, stamp, read_entries, classnames.get, marks)
   return lists.checked(lists.ListSource(name, index, reach))

@@ -152,11 +152,13 @@ class Tfds:
     """The example with its derived label."""
     derived = DERIVED[self._fields.derived]
     try:
-      fields = derived.derive([_at(record, path) for path in derived.features], len(self.classnames))
+      label = derived.derive([_at(record, path) for path in derived.features], len(self.classnames))
     except BadSample as error:
       raise BadSample(error.kind, f"{example['id']}: {error}") from None
     image = derived.pixels(example["image"]) if derived.pixels else example["image"]
-    return {**example, "image": image, **fields}
+    if isinstance(label, int):
+      return {**example, "image": image, "label": label}
+    return {**example, "image": image, "labels": label}
 
   def __getstate__(self) -> dict[str, Any]:
     return {key: value for key, value in vars(self).items() if key not in ("_records", "_shards", "classnames")}

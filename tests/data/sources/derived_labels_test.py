@@ -14,7 +14,7 @@ from declip_jax.evals.classes import align
 
 def label(name: str, *values) -> int:
   derived = DERIVED[name]
-  return derived.derive(values, len(derived.classnames))["label"]
+  return derived.derive(values, len(derived.classnames))
 
 
 def test_number_of_objects():
@@ -57,9 +57,9 @@ def test_pixels_of_dsprites_become_white():
 
 def test_several_labels():
   derive = DERIVED["voc/labels"].derive
-  assert derive(([0, 2, 3], [2]), 5)["labels"].tolist() == [0, -1, 1, 0, -1]  # 0 and 3 are difficult
-  assert DERIVED["voc/labels_no_difficult"].derive(([2],), 4)["labels"].tolist() == [-1, -1, 1, -1]
-  assert DERIVED["imagenet/real_labels"].derive(([],), 3)["labels"].tolist() == [-1, -1, -1]
+  assert derive(([0, 2, 3], [2]), 5).tolist() == [0, -1, 1, 0, -1]  # 0 and 3 are difficult
+  assert DERIVED["voc/labels_no_difficult"].derive(([2],), 4).tolist() == [-1, -1, 1, -1]
+  assert DERIVED["imagenet/real_labels"].derive(([],), 3).tolist() == [-1, -1, -1]
 
 
 def test_classes_are_those_of_the_catalogue():
