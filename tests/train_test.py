@@ -408,10 +408,10 @@ def test_a_run_that_diverges_rolls_back_and_skips_the_bad_data(
   final = final_state(tmp_path / "diverged", config, 10)
   assert final[1] == {"next_index": (10 + 3) * 16}  # two bad batches, and the one that was in flight
   assert int(final[0].skipped["total"]) == 0
-  # A run that is killed between the rollback and the next checkpoint ends the same way,
+  # A run that is killed after the rollback, before the next checkpoint, ends in the same state.
   train_until(6, config, tmp_path / "killed", time=2)
   train.train(config, tmp_path / "killed")
-  # and so does a run that never read the bad data.
+  # So does a run whose record of rollbacks makes it skip the bad data before it reads them.
   train_until(5, config, tmp_path / "informed")
   Rollbacks(tmp_path / "informed").record(2, 6, 4, {"next_index": 112})
   train.train(config, tmp_path / "informed")
@@ -447,7 +447,7 @@ def test_a_run_resumes_with_the_same_losses_on_another_mesh(tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_a_run_of_two_epochs_that_doubles_its_batch_after_one_sees_two(
+def test_a_run_of_two_epochs_sees_two_although_its_batch_doubles_after_one(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
   use_mesh(monkeypatch, 1, 1)
