@@ -39,13 +39,17 @@ Evaluations = list[dict[str, Any]]
 def read_run(workdir: Path) -> Evaluations:
   """Evaluations during a run and those of `declip_jax.evaluate` later, each with the number of examples seen."""
   batch_size = from_json((workdir / "config.json").read_text()).batch_size
-  later = workdir / "evaluations.jsonl"
-  evaluations = [json.loads(line) for line in later.read_text().splitlines()] if later.exists() else []
+  later = workdir / "results" / "evaluations.jsonl"  # a line for each result
+  evaluations: dict[int, dict[str, Any]] = {}
+  for line in later.read_text().splitlines() if later.exists() else []:
+    fields = json.loads(line)
+    if "step" in fields:
+      evaluations.setdefault(fields["step"], {}).update(fields)
   starts = [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
   revisions = list(dict.fromkeys(start["git"] for start in starts))
   found: Evaluations = []
   training: list[dict[str, float]] = []
-  for line in [*read_metrics(workdir), *evaluations]:
+  for line in [*read_metrics(workdir), *evaluations.values()]:
     training.append({name: x for name, x in line.items() if name.startswith("loss") or name.endswith("_accuracy")})
     scores = {name: value for name, value in line.items() if name.startswith("eval/")}
     if "step" in line and scores:

@@ -476,7 +476,7 @@ def make_jobs(evals: ConfigDict) -> list[Job]:
   jobs = []
   for name, (kind, splits, options, _) in evaluations.items():
     EVALUATORS[kind].check(sources[splits["test"]].source, f"config.evals.{name}", **options)
-    jobs.append(Job(name, kind, {split: sources[spec] for split, spec in splits.items()}, options))
+    jobs.append(Job(name, name, kind, {split: sources[spec] for split, spec in splits.items()}, options))
   return jobs
 
 
@@ -497,11 +497,12 @@ def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders, int
 
   def evaluate(encoders: Encoders, number: int) -> dict[str, float]:
     due = [job for job in jobs if number % every[job.name] == 0]
-    return {
-      f"eval/{job.name}/{metric}": value
-      for job, scores in run_jobs(due, encoders, picture, read=read)
-      for metric, value in scores.metrics.items()
-    }
+    results = {}
+    for job, scores in run_jobs(due, encoders, picture, read=read):
+      if isinstance(scores, ValueError):
+        raise scores
+      results |= {f"eval/{job.name}/{metric}": value for metric, value in scores.metrics.items()}
+    return results
 
   return evaluate
 

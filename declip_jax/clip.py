@@ -44,6 +44,7 @@ class Clip:
     logit_scale: inverse temperature of the contrastive loss, a factor of the scores of `similarity`.
     remarks: guesses and omissions when the file was read.
     step: step of a run's checkpoint, None for other files.
+    image_fields: `config.model.image`, which describes the image tower.
   """
 
   def __init__(self, weights: Weights, mesh: Mesh):
@@ -51,6 +52,7 @@ class Clip:
     self.model = make_model(weights.model, views=Views(), heads=weights.heads)
     place = partial(jax.device_put, device=replicated(mesh))
     self.params, self.collections = place(weights.params), place(weights.collections)
+    self.image_fields = dict(weights.model["image"])
     self.tokenizer = make_tokenizer(weights.model["text"]["tokenizer"], weights.model["text"]["context_length"])
     self.view, self.tokens = weights.view, weights.tokens
     self.max_pixels = image_ops.MAX_PIXELS
@@ -69,6 +71,11 @@ class Clip:
       return float(np.exp(self.params["heads"]["dense_logit_scale"]))
     scale, largest = float(np.exp(self.params["heads"]["logit_scale"])), self._joint.max_scale
     return min(scale, largest) if largest else scale
+
+  @property
+  def feature_widths(self) -> tuple[int, int]:
+    """Widths of the pooled features and of the joint embeddings of images, 0 if there is no joint space."""
+    return self.model.towers.image.feature_width, self._joint.embed_dim if self._has_text else 0
 
   @property
   def _joint(self) -> Joint:

@@ -76,7 +76,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.log_every = 50  # steps between lines of metrics.jsonl, and between measurements of `objectives.diagnostics`
   c.evaluate_every = duration(epochs=1)
   c.evaluate_batch_size = 1024
-  c.evals = ConfigDict()  # name -> `zero_shot(...)` or `retrieval(...)` of this module
+  c.evals = ConfigDict()  # name -> `zero_shot(...)`, `retrieval(...)` or another of `EVALUATIONS` in this module
   c.checkpoint = ConfigDict()
   c.checkpoint.every = duration(epochs=1)
   c.checkpoint.keep_last = 2
@@ -327,16 +327,24 @@ TEMPLATES = ("a photo of a {}.",)  # prompts for zero-shot classification
 
 def zero_shot(data: str, templates: tuple[str, ...] = TEMPLATES) -> ConfigDict:
   """Zero-shot classification of a source with class names, by prompts averaged over `templates`."""
-  return ConfigDict({"kind": "zero_shot", "data": data, "templates": templates})
+  return _evaluation("zero_shot", data, templates=templates)
 
 
 def retrieval(data: str, equal_texts: bool = False) -> ConfigDict:
   """Image-text retrieval over a source; with `equal_texts`, equal captions match each other's images."""
-  return ConfigDict({"kind": "retrieval", "data": data, "equal_texts": equal_texts})
+  return _evaluation("retrieval", data, equal_texts=equal_texts)
+
+
+def _evaluation(kind: str, data: str, **fields: Any) -> ConfigDict:
+  """An entry of `c.evals`, which takes part in each evaluation of a run, or in each `every`-th."""
+  return ConfigDict({"kind": kind, "data": data, "every": 1, **fields})
 
 
 # The functions that make an entry of `c.evals`, by its `kind`.
-EVALUATIONS = {"zero_shot": zero_shot, "retrieval": retrieval}
+EVALUATIONS = {
+  "zero_shot": zero_shot,
+  "retrieval": retrieval,
+}
 
 
 def duration(*, steps: int = 0, epochs: float = 0, examples: int = 0) -> ConfigDict:

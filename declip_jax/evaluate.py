@@ -1,18 +1,24 @@
-"""Evaluates a run: python -m declip_jax.evaluate --workdir runs/demo
+"""Evaluates a run, or anyone's weights: python -m declip_jax.evaluate --workdir runs/demo
 
-Without further flags, the evaluations of the run's config are repeated. --zero_shot and --retrieval evaluate on other
-data instead:
+Without further flags, the evaluations of the run's config are repeated. Others are chosen by one of:
 
+  --suite=slip26,shifts --data=sets.txt --tasks=zero_shot,linear_probe
+  --data=sets.txt
   --zero_shot=webdataset:/data/test-*.tar --template="a photo of a {}." --template="a drawing of a {}."
   --retrieval=webdataset:/data/test-*.tar
+
+--list prints all suites and data sets, and --print_data=folder:/data a data file, which says where they are. --dry_run
+shows what would be evaluated.
 
 --weights evaluates any other checkpoint that `declip_jax.load` reads, such as one of OpenAI's CLIP or of open_clip.
 --settings gives what such a file does not contain, as `declip_jax.load` warns: --settings=image.activation=gelu
 
-Results are printed, and appended to evaluations.jsonl in the working directory, one JSON object per line.
+Results are printed, and written to --output, by default WORKDIR/results: one JSON file per model, data set and task,
+which `clip_benchmark build` reads, too, and the predictions. Results that are already there are not computed again, so
+an evaluation that was interrupted continues. Features of images are kept in --cache for other evaluations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import json
 import os
@@ -23,16 +29,21 @@ from typing import Any
 from absl import flags
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 
 from declip_jax import config as config_lib
-from declip_jax.build import evals_with_text, make_evaluators
-from declip_jax.clip import load
+from declip_jax.build import make_jobs
+from declip_jax.clip import Clip, load
+from declip_jax.data.storage.indexes import cache_folder
+from declip_jax.evals import EVALUATORS, catalogue, data_files, results, suites
+from declip_jax.evals.evaluation import Evaluation, ModelFacts
+from declip_jax.evals.feature_cache import LIMIT, FeatureCache, tree_hash
+from declip_jax.evals.jobs import Job
 from declip_jax.reporting.metrics import summary_table
 from declip_jax.reporting.progress import message
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.command import launch
 from declip_jax.runtime.memory import explained
-from declip_jax.runtime.records import add_line
 from declip_jax.runtime.workdir import read_config
 from declip_jax.weights.read import Step, parse_step
 from declip_jax.weights.settings import parse_settings
@@ -41,44 +52,79 @@ _BATCH_SIZE = 256  # without a run's config
 
 
 def evaluate(
-  workdir: Path,
+  workdir: Path | None,
   step: Step = None,
   evals: ConfigDict | None = None,
   weights: str | os.PathLike[str] | None = None,
   batch_size: int | None = None,
   settings: Mapping[str, Any] | None = None,
+  *,
+  jobs: Sequence[Job] | None = None,
+  output: Path | None = None,
+  cache: Path | None = None,
+  cache_limit: int = LIMIT,
+  dry_run: bool = False,
 ) -> dict[str, Any]:
-  """Evaluates a checkpoint and appends the results to `workdir/evaluations.jsonl`.
+  """Evaluates a checkpoint, writes the results that are not there yet, and returns all metrics, `eval/NAME/METRIC`.
 
   Args:
-    workdir: working directory of a run, or, with `weights`, any directory for the results.
+    workdir: working directory of a run, or, with `weights`, any directory for the results; None if `output` is given.
     step: checkpoint of the run, the newest by default; "best" is the best by its `config.checkpoint.best_metric`.
     evals: evaluations, those of the run's config by default.
     weights: checkpoint file or folder to evaluate instead of a run.
     batch_size: images and texts encoded at once, that of the run's config by default, or 256.
     settings: fields that override what was recognised; see `clip.load`.
+    jobs: evaluations instead of `evals`.
+    output: folder of the results, `workdir/results` by default.
+    cache: folder of features, None for none.
+    cache_limit: see `FeatureCache`.
+    dry_run: whether to print what would be evaluated, and to return nothing.
 
   Raises:
     FileNotFoundError: no such run or checkpoint.
     ValueError: no evaluation is given, or one that cannot run, or a setting does not fit.
     OutOfMemory: memory ran out.
   """
-  clip = load(weights or workdir, settings, step=step)
-  config = _config_of_run(workdir, clip.step if weights is None else None)
-  if evals is None:
-    evals = config.evals if config else ConfigDict()
-  if not len(evals):
-    raise ValueError(f"{workdir} has no config.json with evaluations: pass --zero_shot or --retrieval")
-  run = make_evaluators(evals, workdir)
+  if workdir is None and (weights is None or output is None):
+    raise ValueError("neither --workdir nor --weights and --output are given")
+  path = workdir if weights is None else weights
+  clip = load(path, settings, step=step)
+  config = _config_of_run(workdir, clip.step if weights is None else None) if workdir else None
+  if jobs is None:
+    jobs = make_jobs(config.evals if evals is None and config else evals or ConfigDict())
+  if not jobs:
+    raise ValueError(f"{workdir} has no config.json with evaluations: pass --suite, --data, --zero_shot or --retrieval")
   size = batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE)
-  encoders = clip.encoders(size, needs_text=bool(evals_with_text(evals)))
-  about = {"step": clip.step} if weights is None else {"weights": os.fspath(weights), "origin": clip.origin}
+  encoders = clip.encoders(size, needs_text=any(EVALUATORS[job.kind].needs_text for job in jobs))
+  facts = _model_facts(clip, path)
+  features = None
+  if cache is not None:
+    tower = {"image": clip.image_fields, "dtype": facts.dtype}
+    features = FeatureCache(cache, facts.weights["hash"], tower, clip.feature_widths, cache_limit)
+  evaluation = Evaluation(facts, encoders, output or workdir / "results", features)
+  if dry_run:
+    for line in evaluation.plan(jobs):
+      message(line, stream=sys.stdout)
+    return {}
   with explained("lower --batch_size"):
-    results = {**about, **run(encoders, 0)}
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    add_line(workdir / "evaluations.jsonl", {"evals": evals.to_dict(), **results})
-  return results
+    found = evaluation.run(jobs)
+  about = {"step": clip.step} if weights is None else {"weights": os.fspath(weights), "origin": clip.origin}
+  metrics = {name: result.ours["metrics"] for name, result in found.items()}
+  return {**about, **{f"eval/{name}/{key}": value for name, own in metrics.items() for key, value in own.items()}}
+
+
+def _model_facts(clip: Clip, path: str | os.PathLike[str]) -> ModelFacts:
+  """What results say about a model from a path."""
+  path = Path(path)
+  if clip.step is None:
+    name, pretrained = path.name.split(".")[0] or path.name, clip.origin
+  else:
+    run = path.parents[1] if path.parent.name == "checkpoints" else path
+    name, pretrained = run.resolve().name, f"step-{clip.step}"
+  variables = {"params": clip.params, "collections": clip.collections}
+  weights = {"path": os.fspath(path), "origin": clip.origin, "step": clip.step, "hash": tree_hash(variables)}
+  view = {field: list(value) if isinstance(value, tuple) else value for field, value in vars(clip.view).items()}
+  return ModelFacts(name, results.slug(pretrained), weights, view, np.dtype(clip.model.towers.dtype).name)
 
 
 def _config_of_run(workdir: Path, step: int | None) -> ConfigDict | None:
@@ -90,27 +136,89 @@ def _config_of_run(workdir: Path, step: int | None) -> ConfigDict | None:
     return config_lib.from_json(json.dumps(checkpoints.config(step)))
 
 
-def _evals_from_flags() -> ConfigDict | None:
-  evals = ConfigDict()
-  if flags.FLAGS.zero_shot:
-    evals.zero_shot = config_lib.zero_shot(flags.FLAGS.zero_shot, tuple(flags.FLAGS.template))
-  if flags.FLAGS.retrieval:
-    evals.retrieval = config_lib.retrieval(flags.FLAGS.retrieval, flags.FLAGS.equal_texts)
-  return evals if len(evals) else None
+def _jobs_from_flags() -> list[Job] | None:
+  """The evaluations that flags ask for, None for those of the run.
 
-
-def _command(workdir: Path) -> None:
+  Raises:
+    ValueError: flags contradict each other, or an evaluation cannot run.
+  """
   given = flags.FLAGS
-  settings = parse_settings(given.settings, "--settings")
-  step = parse_step(given.step)
-  results = evaluate(workdir, step, _evals_from_flags(), given.weights, given.batch_size, settings)
-  if jax.process_index() == 0:
-    message(summary_table({"run": str(workdir), **results}), stream=sys.stdout)
+  if given.suite or given.data:
+    return _suite_jobs()
+  evals = ConfigDict()
+  if given.zero_shot:
+    evals.zero_shot = config_lib.zero_shot(given.zero_shot, tuple(given.template))
+  if given.retrieval:
+    evals.retrieval = config_lib.retrieval(given.retrieval, given.equal_texts)
+  return make_jobs(evals) if len(evals) else None
+
+
+def _suite_jobs() -> list[Job]:
+  given = flags.FLAGS
+  if not given.data:
+    raise ValueError(f"--suite={','.join(given.suite)} needs --data, a file that says where the data sets are")
+  chosen = [catalogue.suite(name) for name in given.suite]
+  jobs, remarks = suites.make_jobs(data_files.read_data(given.data), chosen, given.tasks, given.prompts)
+  for remark in remarks:
+    message(remark)
+  return jobs
+
+
+def _steps(workdir: Path) -> list[Step]:
+  """The checkpoints that flags choose."""
+  if not flags.FLAGS.every_checkpoint:
+    return [parse_step(flags.FLAGS.step)]
+  if flags.FLAGS.step or flags.FLAGS.weights:
+    raise ValueError("--every_checkpoint evaluates a run: leave --step and --weights out")
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    steps = checkpoints.steps()
+  if not steps:
+    raise FileNotFoundError(f"{workdir} has no checkpoint")
+  return [*steps]
+
+
+def _command(workdir: Path | None) -> None:
+  given = flags.FLAGS
+  if given.list or given.print_data:
+    _print_catalogue()
+    return
+  if workdir is None and not (given.weights and given.output):
+    raise ValueError("--workdir is required, or --weights and --output")
+  jobs = _jobs_from_flags()
+  for step in _steps(workdir):
+    found = evaluate(
+      workdir,
+      step,
+      weights=given.weights,
+      batch_size=given.batch_size,
+      settings=parse_settings(given.settings, "--settings"),
+      jobs=jobs,
+      output=given.output and Path(given.output),
+      cache=None if given.cache == "off" else Path(given.cache or cache_folder() / "features"),
+      cache_limit=int(given.cache_limit * 2**30),
+      dry_run=given.dry_run,
+    )
+    if found and jax.process_index() == 0:
+      message(summary_table({"run": str(workdir or given.output), **found}), stream=sys.stdout)
+
+
+def _print_catalogue() -> None:
+  """What --list and --print_data print."""
+  given = flags.FLAGS
+  chosen = [catalogue.suite(name) for name in given.suite]
+  if given.print_data:
+    kind, _, root = given.print_data.partition(":")
+    text = data_files.print_data(kind, root, chosen)
+  else:
+    text = suites.table(chosen)
+  message(text.rstrip("\n"), stream=sys.stdout)
 
 
 def main() -> None:
   """Runs the command."""
+  tasks = [name for name, evaluator in EVALUATORS.items() if evaluator.of]
   flags.DEFINE_string("step", None, "Step of the checkpoint to evaluate, or best; the newest by default.")
+  flags.DEFINE_bool("every_checkpoint", False, "Evaluate all checkpoints of the run.")
   flags.DEFINE_string("weights", None, "Checkpoint file or folder to evaluate instead of the run in --workdir.")
   flags.DEFINE_multi_string(
     "settings", [], "What the file does not contain, such as image.activation=gelu. Repeat the flag for several."
@@ -118,13 +226,25 @@ def main() -> None:
   flags.DEFINE_integer(
     "batch_size", None, "Images and texts encoded at once; by default that of the run, or 256.", lower_bound=1
   )
+  flags.DEFINE_list("suite", [], "Suites to evaluate, such as slip26,shifts; --list prints all.")
+  flags.DEFINE_string(
+    "data", None, "File that says where data sets are, see --print_data; without --suite, all of them."
+  )
+  flags.DEFINE_list("tasks", [], f"What to evaluate, of {', '.join(tasks)}; by default, what needs no training.")
+  flags.DEFINE_string("prompts", "", "Name of the prompts of --suite and --data; by default, those of the suite.")
   flags.DEFINE_string("zero_shot", None, "Source for zero-shot classification, such as webdataset:/data/test-*.tar.")
   flags.DEFINE_multi_string(
     "template", list(config_lib.TEMPLATES), "Prompt with {} for the class name. Repeat the flag for several."
   )
   flags.DEFINE_string("retrieval", None, "Data to search, such as webdataset:/data/test-*.tar.")
   flags.DEFINE_bool("equal_texts", False, "In retrieval, let identical captions match each other's images.")
-  launch(_command, __doc__)
+  flags.DEFINE_string("output", None, "Folder of the results, by default WORKDIR/results.")
+  flags.DEFINE_string("cache", None, "Folder of features, or off; by default in the user's cache folder.")
+  flags.DEFINE_float("cache_limit", LIMIT / 2**30, "GiB of features, after which the oldest are removed.", 0)
+  flags.DEFINE_bool("dry_run", False, "Only print what would be evaluated, and about how long it takes.")
+  flags.DEFINE_bool("list", False, "Only print the suites, or the data sets of --suite.")
+  flags.DEFINE_string("print_data", None, "Only print a data file, for KIND or KIND:ROOT, such as folder:/data.")
+  launch(_command, __doc__, needs_workdir=False)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 import contextlib
 from dataclasses import dataclass, field
 from functools import cache, partial
+import json
 import multiprocessing
 from multiprocessing import connection
 from pathlib import Path
@@ -478,8 +479,8 @@ class EvaluationBatches:
   """Rows of a source in order, once, in batches of `batch_size` that are padded at the end.
 
   `image` is uint8 `[b h w 3]`, `label` int32 `[b]`, `id` text `[b]`, `readable` bool `[b]`: False for padding and for
-  examples that cannot be read. (A host's last batches may be nothing but padding, so samples are padded here and not
-  by grain's `batch_and_pad`.)
+  examples that cannot be read. `annotations` is text `[b]`, see `parse_annotations`. (A host's last batches may be
+  nothing but padding, so samples are padded here and not by grain's `batch_and_pad`.)
 
   Args:
     source: the source to read.
@@ -514,6 +515,7 @@ class EvaluationBatches:
       "label": np.int32(-1),
       "id": np.str_(""),
       "readable": np.bool_(False),
+      "annotations": np.str_(""),
     }
     if number >= len(self.rows):
       return blank
@@ -535,7 +537,43 @@ class EvaluationBatches:
         image = images.eval_view(images.decode(example["image"], self.reading.max_pixels), self.view)
       except BaseException as error:
         raise bad_sample(error, f"{self.source.name}: {example['id']}") from error
-    return {"image": image, "label": np.int32(example["label"]), "id": np.str_(example["id"])}
+    return {
+      "image": image,
+      "label": np.int32(example["label"]),
+      "id": np.str_(example["id"]),
+      "annotations": np.str_(_annotations(example)),
+    }
+
+
+def _annotations(example: Example) -> str:
+  """The labels and groups of an example as text, which is empty if it has neither; see `parse_annotations`."""
+  found: dict[str, Any] = {}
+  if "labels" in example:
+    labels = np.asarray(example["labels"])
+    found |= {"classes": len(labels), **{str(value): np.flatnonzero(labels == value).tolist() for value in (0, 1)}}
+  if "groups" in example:
+    found["groups"] = {name: int(group) for name, group in example["groups"].items()}
+  return json.dumps(found) if found else ""
+
+
+def parse_annotations(texts: Sequence[str]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+  """Several labels and groups of examples, from the `annotations` of `EvaluationBatches`.
+
+  Returns:
+    `labels`, int8 `[n classes]`, as in `Example`, 0 for an example without labels; None if no example has any. Groups,
+    int32 `[n]`, by the name of the grouping, -1 for an example without one.
+  """
+  found = {row: json.loads(text) for row, text in enumerate(texts) if text}
+  classes = max((entry.get("classes", 0) for entry in found.values()), default=0)
+  labels = np.zeros((len(texts), classes), np.int8) if classes else None
+  groups = {name: np.full(len(texts), -1, np.int32) for entry in found.values() for name in entry.get("groups", {})}
+  for row, entry in found.items():
+    if labels is not None and "classes" in entry:
+      labels[row] = -1
+      labels[row, entry["0"]], labels[row, entry["1"]] = 0, 1
+    for name, group in entry.get("groups", {}).items():
+      groups[name][row] = group
+  return labels, groups
 
 
 def _read_all(chunks: grain.MapDataset, num_images: int, reading: Reading) -> Generator[Sample, None, None]:

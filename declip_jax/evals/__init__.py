@@ -8,6 +8,7 @@ rejects options and sources with which it could not run, before anything is trai
 
 from collections.abc import Callable, Mapping
 import inspect
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from declip_jax.evals import retrieval, zero_shot
@@ -23,6 +24,9 @@ class Evaluator(NamedTuple):
     needs_text: whether it compares images with texts, so that training has to compare them too.
     needs_train: whether it needs the split `train`; without it, `train` and `val` are not accepted.
     metrics: names of all its metrics; () if they are not known in advance.
+    of: the tasks of data sets that it evaluates, of `catalogue.TASKS`; () if it evaluates none of the catalogue.
+    task: CLIP_benchmark's name of it, the key in `EVALUATORS` by default.
+    names: CLIP_benchmark's names of its metrics.
     check: called as `check(source, field, **options)`, with the path of the entry in the config; raises ValueError if
       the evaluation could not run.
   """
@@ -31,6 +35,9 @@ class Evaluator(NamedTuple):
   needs_text: bool = True
   needs_train: bool = False
   metrics: tuple[str, ...] = ()
+  of: tuple[str, ...] = ()
+  task: str = ""
+  names: Mapping[str, str] = MappingProxyType({})
   check: Callable[..., None] = lambda source, field, **options: None
 
 
@@ -38,10 +45,37 @@ class Evaluator(NamedTuple):
 SPLITS = ("train", "val")
 _COMMON = ("kind", "data", "every", *SPLITS)
 
+# CLIP_benchmark's names of metrics.
+_CLASSIFICATION = {
+  "top1": "acc1",
+  "top5": "acc5",
+  "mean_per_class": "mean_per_class_recall",
+  "mean_average_precision": "mean_average_precision",
+}
+_RETRIEVAL = {
+  f"{way}_r{k}": f"{theirs}_retrieval_recall@{k}"
+  for way, theirs in (("text_to_image", "image"), ("image_to_text", "text"))
+  for k in (1, 5, 10)
+}
+
 # The `kind` of an entry of `config.evals` -> the evaluator.
 EVALUATORS = {
-  "zero_shot": Evaluator(zero_shot.zero_shot, metrics=zero_shot.METRICS, check=zero_shot.check),
-  "retrieval": Evaluator(retrieval.retrieval, metrics=retrieval.METRICS, check=retrieval.check),
+  "zero_shot": Evaluator(
+    zero_shot.zero_shot,
+    metrics=zero_shot.METRICS,
+    check=zero_shot.check,
+    of=("classification", "multilabel"),
+    task="zeroshot_classification",
+    names=_CLASSIFICATION,
+  ),
+  "retrieval": Evaluator(
+    retrieval.retrieval,
+    metrics=retrieval.METRICS,
+    check=retrieval.check,
+    of=("retrieval",),
+    task="zeroshot_retrieval",
+    names=_RETRIEVAL,
+  ),
 }
 
 

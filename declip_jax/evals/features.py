@@ -16,7 +16,7 @@ import jax
 from jaxtyping import Bool, Float, Int, Int8
 import numpy as np
 
-from declip_jax.data.pipeline import EvaluationBatches
+from declip_jax.data.pipeline import EvaluationBatches, parse_annotations
 from declip_jax.data.sources import Source
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.similarity import Embeddings, Similarity, concatenate, take, unit_rows
@@ -110,7 +110,7 @@ def encode_batches(
     size = min(left, len(pooled))  # without padding
     embedding = None if embedding is None else embedding[:size]
     batch = {name: values[:size] for name, values in batch.items()}
-    return Features(pooled[:size], embedding, batch["label"], None, {}, batch["id"].tolist(), batch["readable"])
+    return _features(pooled[:size], embedding, batch)
 
   for batch in read(source, encoders, rows):
     encoded = encoders.image(batch["image"])
@@ -139,11 +139,33 @@ def encode(source: Source | Sequence[Any], encoders: Encoders, rows: range, read
   return join([*encode_batches(source, encoders, rows, read)])
 
 
+def _features(pooled: np.ndarray, embedding: np.ndarray | None, batch: Mapping[str, np.ndarray]) -> Features:
+  """Features from arrays and the other fields of a batch."""
+  labels, groups = parse_annotations(batch["annotations"].tolist())
+  return Features(pooled, embedding, batch["label"], labels, groups, batch["id"].tolist(), batch["readable"])
+
+
 def join(parts: Sequence[Features]) -> Features:
-  """Joins features of adjacent rows."""
-  arrays = [(p.pooled, p.embedding, p.label, p.labels, dict(p.groups), p.readable) for p in parts]
-  pooled, embedding, label, labels, groups, readable = concatenate(arrays)
-  return Features(pooled, embedding, label, labels, groups, [name for part in parts for name in part.id], readable)
+  """Joins features of adjacent rows; parts without a readable image lack the labels and groups that others have."""
+  classes = max((part.labels.shape[1] for part in parts if part.labels is not None), default=0)
+  names = dict.fromkeys(name for part in parts for name in part.groups)
+
+  def labels(part: Features) -> Int8[np.ndarray, "n classes"]:
+    return np.zeros((len(part.label), classes), np.int8) if part.labels is None else part.labels
+
+  def group(part: Features, name: str) -> Int[np.ndarray, "n"]:
+    return part.groups.get(name, np.full(len(part.label), -1, np.int32))
+
+  pooled, embedding, label, readable = concatenate([(p.pooled, p.embedding, p.label, p.readable) for p in parts])
+  return Features(
+    pooled,
+    embedding,
+    label,
+    np.concatenate([*map(labels, parts)]) if classes else None,
+    {name: np.concatenate([group(part, name) for part in parts]) for name in names},
+    [text for part in parts for text in part.id],
+    readable,
+  )
 
 
 class Split:
@@ -183,22 +205,31 @@ class Split:
   @cached_property
   def features(self) -> Features:
     """Features of this host's images."""
-    found = self._encode(self.source, self._encoders, self.rows, self._read)
-    return replace(found, label=self._classes_of(found.label), labels=self._columns(found.labels))
+    return self._aligned(self._encode(self.source, self._encoders, self.rows, self._read))
 
   @property
   def label(self) -> Int[np.ndarray, "n"]:
-    """`Features.label`, without a forward pass of its own after `map_images`."""
-    return self._fields["label"]
+    """`Features.label`; like the following ones, without a forward pass of its own after `map_images`."""
+    return self._labelled.label
+
+  @property
+  def labels(self) -> Int8[np.ndarray, "n classes"] | None:
+    """`Features.labels`."""
+    return self._labelled.labels
+
+  @property
+  def groups(self) -> Mapping[str, Int[np.ndarray, "n"]]:
+    """`Features.groups`."""
+    return self._labelled.groups
 
   @property
   def readable(self) -> Bool[np.ndarray, "n"]:
-    """`Features.readable`, without a forward pass of its own after `map_images`."""
-    return self._fields["readable"]
+    """`Features.readable`."""
+    return self._labelled.readable
 
   @cached_property
-  def _fields(self) -> Mapping[str, np.ndarray]:
-    return {"label": self.features.label, "readable": self.features.readable}
+  def _labelled(self) -> Features:
+    return self.features
 
   @cached_property
   def images(self) -> Embeddings:
@@ -219,10 +250,14 @@ class Split:
     own, encoded, fields = self._encoders.batch_rows, [], []
     for batch in self._read(self.source, self._encoders, self.rows):
       encoded.append(take(function(self._encoders.image_tokens(batch["image"])), own))
-      fields.append({name: batch[name] for name in ("label", "readable")})
-    found = concatenate(fields, len(self.rows))
-    self._fields = {**found, "label": self._classes_of(found["label"])}
+      fields.append({name: values for name, values in batch.items() if name != "image"})
+    nothing = np.zeros((len(self.rows), 0), np.float32)
+    self._labelled = self._aligned(_features(nothing, None, concatenate(fields, len(self.rows))))
     return concatenate(encoded, len(self.rows))
+
+  def _aligned(self, found: Features) -> Features:
+    """Features with the classes of the data set in place of the labels of the source."""
+    return replace(found, label=self._classes_of(found.label), labels=self._columns(found.labels))
 
   def _classes_of(self, label: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
     """Classes of the data set, from labels of the source.

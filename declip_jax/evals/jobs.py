@@ -33,18 +33,24 @@ class Job:
   """One evaluation.
 
   Attributes:
-    name: its name among all, such as that of the data set.
+    name: its name among the jobs of a model.
+    dataset: name of the data set.
     kind: a key of `EVALUATORS`.
     splits: sources of `test` and, where the evaluator needs them, `train` and `val`.
     options: options of the evaluator.
     data: facts on the data set: `classnames`, `prompts` and `metric` of `EvaluationData`.
+    variant: tells the result apart from others of the same kind on the same data set, such as with other prompts.
+    about: what else the result should say, such as the key of the data set in the catalogue.
   """
 
   name: str
+  dataset: str
   kind: str
   splits: Mapping[str, DataSource]
   options: Mapping[str, Any] = field(default_factory=dict)
   data: Mapping[str, Any] = field(default_factory=dict)
+  variant: str = ""
+  about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_jobs(
@@ -54,8 +60,10 @@ def run_jobs(
   *,
   encode: Encode = encode,
   read: Read = read_batches,
-) -> Iterator[tuple[Job, Scores]]:
-  """Runs jobs in their order; every host has to call this with the same jobs.
+) -> Iterator[tuple[Job, Scores | ValueError]]:
+  """Runs jobs in their order, and yields the scores of each, or the error of one that cannot run.
+
+  Every host has to call this with the same jobs.
 
   Args:
     jobs: evaluations.
@@ -70,6 +78,10 @@ def run_jobs(
       if id(split) not in opened:
         opened[id(split)] = Split(split.source, encoders, classes=split.classes, encode=encode, read=read)
     data = make_data(encoders, texts, **{name: opened[id(split)] for name, split in job.splits.items()}, **job.data)
-    yield job, EVALUATORS[job.kind].function(data, picture(job), **job.options)
+    try:
+      scores = EVALUATORS[job.kind].function(data, picture(job), **job.options)
+    except ValueError as error:
+      scores = error
+    yield job, scores
     later = {id(split) for other in jobs[number + 1 :] for split in other.splits.values()}
     opened = {name: split for name, split in opened.items() if name in later}  # the tokens of a source may be large

@@ -14,7 +14,9 @@ from declip_jax.runtime.hosts import check_backend, join_processes
 from declip_jax.runtime.workdir import local_path
 
 
-def launch(command: Callable[[Path], None], doc: str | None, required: Sequence[str] = ()) -> None:
+def launch(
+  command: Callable[..., None], doc: str | None, required: Sequence[str] = (), *, needs_workdir: bool = True
+) -> None:
   """Parses the command line, joins the other processes, and calls `command` with `--workdir`.
 
   Defines the flags that these commands share; TPU pods and Slurm need only `--multihost`. An error that the user can
@@ -22,9 +24,10 @@ def launch(command: Callable[[Path], None], doc: str | None, required: Sequence[
   disk, a mount or a network that fails is exit code 74, since a retry may succeed.
 
   Args:
-    command: called with the working directory.
+    command: called with the working directory, None without one.
     doc: what `--help` prints above the flags.
     required: flags that have to be given besides `--workdir`.
+    needs_workdir: whether `--workdir` has to be given.
   """
   flags.DEFINE_string("workdir", None, "Working directory: checkpoints, metrics, pictures, results.")
   flags.DEFINE_bool("multihost", False, "Join the processes that JAX finds by itself (TPU pod, Slurm, GKE).")
@@ -38,19 +41,21 @@ def launch(command: Callable[[Path], None], doc: str | None, required: Sequence[
       disable_opencv_threads()
       join_processes()
       check_backend()
-      command(local_path(flags.FLAGS.workdir))
+      workdir = flags.FLAGS.workdir
+      command(None if workdir is None and not needs_workdir else local_path(workdir))
     except command_line.USER_ERRORS as error:
-      return command_line.report(error, _write_traceback(Path(flags.FLAGS.workdir)))
+      return command_line.report(error, _write_traceback(flags.FLAGS.workdir))
     finally:
       drop_lost_streams()
     return 0
 
-  command_line.run(main, doc, required=(*required, "workdir"))
+  command_line.run(main, doc, required=(*required, "workdir") if needs_workdir else required)
 
 
-def _write_traceback(workdir: Path) -> str:
+def _write_traceback(directory: str | None) -> str:
   """Writes `error.txt` into the directory of a run; returns a note that names it, or an empty string."""
-  if not (workdir / "checkpoints").is_dir():  # not a run, but a folder of weights
+  workdir = Path(directory or "")
+  if not directory or not (workdir / "checkpoints").is_dir():  # not a run, but a folder of weights
     return ""
   with contextlib.suppress(OSError):  # the disk itself may be full
     (workdir / "error.txt").write_text(traceback.format_exc())

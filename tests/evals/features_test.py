@@ -1,48 +1,10 @@
 """Tests of `declip_jax.evals.features`: one pass of a model gives pooled features and joint embeddings, in order."""
 
-from typing import Any
-
+from greys import Greys, grey_encoders
 import numpy as np
 import pytest
 
-from declip_jax.data.images import EvalView
-from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.features import Split, Texts, host_rows, make_data
-
-
-class Greys(list):
-  """Squares `(grey, label)`; a grey of None cannot be read."""
-
-  name, classnames, skipped, left_out, stamp = "greys", ("even", "odd"), {}, {}, "1"
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    grey, label = super().__getitem__(index)
-    image = b"broken" if grey is None else np.full((16, 16, 3), grey, np.uint8)
-    return {"image": image, "captions": (), "label": label, "id": f"greys:{index}"}
-
-
-def grey_encoders(batch_size: int, events: list[str] | None = None) -> Encoders:
-  """The pooled feature of an image is its grey, and its joint embedding (grey, 3)."""
-
-  def encode(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if events is not None:
-      events.append("encode")
-    grey = images[:, 0, 0, :1].astype(np.float32)
-    return grey, np.concatenate([grey, 0 * grey + 3], axis=1)
-
-  def encode_text(tokens: np.ndarray) -> np.ndarray:
-    if events is not None:
-      events.append("text")
-    return tokens.astype(np.float32)
-
-  return Encoders(
-    encode,
-    encode_text,
-    lambda texts: np.array([[len(text)] for text in texts]),
-    EvalView(16),
-    batch_size,
-    np.arange(batch_size),
-  )
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 16])
@@ -80,3 +42,29 @@ def test_hosts_share_the_rows_in_order(size: int, hosts: int) -> None:
   shares = [host_rows(size, host, hosts) for host in range(hosts)]
   assert [row for share in shares for row in share] == [*range(size)]
   assert max(map(len, shares)) == len(shares[0]) == -(-size // hosts)
+
+
+class Annotated(Greys):
+  """Greys with two labels of three and a region; the first one and each tenth cannot be read."""
+
+  def __getitem__(self, index: int) -> dict:
+    example = super().__getitem__(index)
+    if index % 10 == 0:
+      return {**example, "image": b"broken"}
+    return {**example, "labels": np.array([1, 0, -1], np.int8), "groups": {"region": index}}
+
+
+def test_several_labels_and_groups_are_those_of_the_source_for_any_batch_size() -> None:
+  source = Annotated([(grey, -1) for grey in range(12)])
+  source.classnames = ("a", "b", "c")
+  for batch_size in (1, 4, 16):
+    split = Split(source, grey_encoders(batch_size), classes=np.array([2, 0, 1]))
+    np.testing.assert_array_equal(split.labels[split.readable], [[0, -1, 1]] * 10)
+    np.testing.assert_array_equal(split.groups["region"], [-1, *range(1, 10), -1, 11])
+
+
+def test_labels_are_classes_of_the_data_set_and_some_are_left_out() -> None:
+  source = Greys([(10, 0), (20, 1), (30, -1)])
+  split = Split(source, grey_encoders(4), classes=np.array([1, -1]))
+  np.testing.assert_array_equal(split.label, [1, -1, -1])
+  np.testing.assert_array_equal(split.features.label, split.label)

@@ -1,0 +1,224 @@
+"""The evaluation of one model by many jobs: it skips those whose results are there, and writes those of the others."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from dataclasses import dataclass
+import json
+from pathlib import Path
+import platform
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+import declip_jax
+from declip_jax.data.sources import Source
+from declip_jax.evals import EVALUATORS, features, results
+from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.feature_cache import FeatureCache, json_hash
+from declip_jax.evals.features import Features, Read, host_rows, read_batches
+from declip_jax.evals.jobs import DataSource, Job, run_jobs
+from declip_jax.evals.results import Result, Scores
+from declip_jax.reporting.progress import Bar, message
+from declip_jax.runtime.hosts import gather_rows
+from declip_jax.runtime.records import add_line
+
+_VERSION = 1  # of what a result of the same model, data and options is
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+  """What results say about a model.
+
+  Attributes:
+    name, pretrained: names of the model and of its weights.
+    weights: `path`, `origin`, `step` and `hash` of the weights.
+    view: preprocessing of images.
+    dtype: compute dtype.
+  """
+
+  name: str
+  pretrained: str
+  weights: Mapping[str, Any]
+  view: Mapping[str, Any]
+  dtype: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+  """The evaluation of one model; every host has to make the same calls.
+
+  Attributes:
+    model: what results say about the model.
+    encoders: its encode functions.
+    output: folder of the results.
+    cache: features on disk, None for none.
+  """
+
+  model: ModelFacts
+  encoders: Encoders
+  output: Path
+  cache: FeatureCache | None
+
+  def run(self, jobs: Sequence[Job]) -> dict[str, Result]:
+    """Runs the jobs that have no result yet, writes their results, and returns those of all jobs, by name.
+
+    Raises:
+      ValueError: some jobs cannot run, after all others have run; the message names them.
+      OSError: a result cannot be written.
+    """
+    found = {job.name: self.finished(job) for job in jobs}
+    todo = [job for job in jobs if found[job.name] is None]
+    if len(todo) < len(jobs):
+      message(f"{len(jobs) - len(todo)} of {len(jobs)} results are in {self.output} already")
+    start, failed = time.monotonic(), []
+    with Bar("encoding images", self._images_to_encode(todo), "images") as bar:
+      ran = run_jobs(todo, self.encoders, self._picture, encode=self._encode, read=_reader(bar))
+      for number, (job, scores) in enumerate(ran, 1):
+        if isinstance(scores, ValueError):
+          failed.append(f"{job.name}: {scores}")
+          continue
+        found[job.name] = self._result(job, scores)
+        seconds, start = time.monotonic() - start, time.monotonic()
+        if jax.process_index() == 0:
+          path = results.write(self.output, found[job.name], scores.predictions)
+          self._log(job, path, scores, seconds)
+          message(f"[{number}/{len(todo)}] {job.name}: {describe(scores)} ({seconds:.1f} s)")
+    if failed:
+      raise ValueError("; ".join(failed))
+    return found
+
+  def plan(self, jobs: Sequence[Job]) -> list[str]:
+    """Describes what `run` would do, in lines of text: sources, what is there, and an estimate of the time."""
+    todo = {job.name for job in jobs if self.finished(job) is None}
+    lines = []
+    for job in jobs:
+      sources = (f"{name} {split.source.name} ({len(split.source):,})" for name, split in job.splits.items())
+      lines.append(f"{job.name}: {', '.join(sources)}{'' if job.name in todo else ', done'}")
+    new = self._sources_to_encode([job for job in jobs if job.name in todo])
+    images = sum(map(len, new))
+    lines.append(f"{len(todo)} of {len(jobs)} results to compute, {images:,} images to encode")
+    if images and self.cache is not None:
+      lines.append(f"their features take {sum(map(self.cache.num_bytes, new)) / 2**20:,.1f} MiB")
+    if images:
+      rate = self._images_per_second(max(new, key=len))
+      lines.append(f"encoding takes about {images / rate:,.0f} s, at {rate:,.0f} images/s")
+    return lines
+
+  def finished(self, job: Job) -> Result | None:
+    """The result of a job if it is there; every host decides as the first one does."""
+    path, result = self.output / f"{self._result_of(job, {}).stem}.json", None
+    with contextlib.suppress(ValueError, FileNotFoundError):
+      result = results.read(path)
+    same = result is not None and result.ours.get("key") == self._key(job)
+    return result if gather_rows(np.array([same]))[0] else None
+
+  def _encode(self, source: Source, encoders: Encoders, rows: range, read: Read) -> Features:
+    function = features.encode if self.cache is None else self.cache.encode
+    return function(source, encoders, rows, read)
+
+  def _sources_to_encode(self, jobs: Sequence[Job]) -> list[Source]:
+    """The different sources of some jobs whose features are not in the cache."""
+    sources = {id(split.source): split.source for job in jobs for split in job.splits.values()}.values()
+    if self.cache is None:
+      return [*sources]
+    return [source for source in sources if not self.cache.has(source, self.encoders, _rows(source))]
+
+  def _images_to_encode(self, jobs: Sequence[Job]) -> int:
+    return sum(len(_rows(source)) for source in self._sources_to_encode(jobs))
+
+  def _images_per_second(self, source: Source) -> float:
+    rows = range(min(len(source), 2 * len(self.encoders.batch_rows)))
+    features.encode(source, self.encoders, rows)  # compiles
+    start = time.monotonic()
+    features.encode(source, self.encoders, rows)
+    return len(rows) / (time.monotonic() - start)
+
+  def _picture(self, job: Job) -> Path | None:
+    """Beside the results: the picture of an evaluation never replaces that of a training."""
+    if jax.process_index():
+      return None
+    (self.output / "pictures").mkdir(parents=True, exist_ok=True)
+    return self.output / "pictures" / f"{self._result_of(job, {}).stem}.png"
+
+  def _key(self, job: Job) -> str:
+    """A hash of everything that the result depends on."""
+    model = [self.model.weights["hash"], self.model.view, self.model.dtype]
+    data = {name: [_about(split), _listed(split.classes)] for name, split in job.splits.items()}
+    return json_hash([_VERSION, model, job.kind, job.options, data, job.data])
+
+  def _result_of(self, job: Job, ours: Mapping[str, Any]) -> Result:
+    evaluator, metrics = EVALUATORS[job.kind], ours.get("metrics", {})
+    theirs = {name: metrics[own] for own, name in evaluator.names.items() if own in metrics}
+    ours = {"variant": job.variant, **ours}
+    return Result(job.dataset, self.model.name, self.model.pretrained, evaluator.task or job.kind, theirs, ours)
+
+  def _result(self, job: Job, scores: Scores) -> Result:
+    return self._result_of(
+      job,
+      {
+        "key": self._key(job),
+        "kind": job.kind,
+        "headline": scores.headline,
+        "metrics": scores.metrics,
+        "intervals": scores.intervals,
+        "details": scores.details,
+        "about": job.about,
+        "options": job.options,
+        "data": {name: _about(split) for name, split in job.splits.items()},
+        "weights": self.model.weights,
+        "view": self.model.view,
+        "dtype": self.model.dtype,
+        "versions": {"declip_jax": declip_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
+      },
+    )
+
+  def _log(self, job: Job, path: Path, scores: Scores, seconds: float) -> None:
+    """Adds a line about what does not belong into a result: when, where and how fast."""
+    metrics = {f"eval/{job.name}/{name}": value for name, value in scores.metrics.items()}
+    step = self.model.weights["step"]
+    line = {
+      **({"weights": self.model.weights["path"]} if step is None else {"step": step}),
+      "time": round(time.time(), 3),
+      "file": path.name,
+      "seconds": round(seconds, 3),
+      "machine": f"{platform.node()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+    add_line(self.output / results.LOG, json.loads(json.dumps({**line, **metrics}, default=float)))
+
+
+def describe(scores: Scores) -> str:
+  """The headline metric with its interval, for people."""
+  name = scores.headline
+  value = scores.metrics[name]
+  shown = f"{name} {value:.1%}" if isinstance(value, float) else f"{name} {value:,}"
+  if name in scores.intervals:
+    shown += " [{:.1%}, {:.1%}]".format(*scores.intervals[name])
+  return shown
+
+
+def _reader(bar: Bar) -> Read:
+  """`read_batches` that advances a bar."""
+
+  def read(source: Any, encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
+    left = len(rows)
+    for batch in read_batches(source, encoders, rows):
+      yield batch
+      bar.update(min(left, len(batch["label"])))
+      left = max(left - len(batch["label"]), 0)
+
+  return read
+
+
+def _rows(source: Source) -> range:
+  return host_rows(len(source), jax.process_index(), jax.process_count())
+
+
+def _about(split: DataSource) -> dict[str, Any]:
+  source = split.source
+  return {"source": source.name, "stamp": source.stamp, "samples": len(source), "skipped": source.skipped}
+
+
+def _listed(classes: np.ndarray | None) -> list[int] | None:
+  return None if classes is None else classes.tolist()

@@ -1,0 +1,200 @@
+"""The scores of a classifier of the test split, whatever its logits come from: prompts, a probe or neighbours."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Float, Int
+import numpy as np
+
+from declip_jax.evals import metrics
+from declip_jax.evals.features import EvaluationData
+from declip_jax.evals.intervals import Interval, bootstrap, clopper_pearson, percentiles
+from declip_jax.evals.metrics import Predictions, Times
+from declip_jax.evals.results import Scores
+from declip_jax.runtime.hosts import gather_rows
+
+# Metrics of single labels, of which a data set with fewer than five classes has no `top5`, and of several labels.
+METRICS = ("top1", "top5", "mean_per_class", "majority_share", "ties", "images", "unreadable")
+SEVERAL_LABELS = ("mean_average_precision_11", "mean_average_precision")
+_CONFUSIONS = 50  # pairs of classes that the details list
+Columns = Mapping[str, np.ndarray]
+
+
+class _Metric(NamedTuple):
+  """A metric of predictions.
+
+  Attributes:
+    function: a function of columns, and of the times that each example counts; see `metrics`.
+    columns: makes these columns of the predictions.
+    within: the column whose classes keep their number of examples in every resample; empty for none.
+  """
+
+  function: Callable[..., Float[np.ndarray, "*r"]]
+  columns: Callable[[Columns], tuple[np.ndarray, ...]]
+  within: str = ""
+
+
+def _mean_top1_top5(top1: np.ndarray, top5: np.ndarray, times: Times = None) -> np.ndarray:
+  return np.asarray((metrics.accuracy(top1, times) + metrics.accuracy(top5, times)) / 2)
+
+
+def _average_precision(labels: np.ndarray, scores: np.ndarray, times: Times = None) -> np.ndarray:
+  return metrics.mean_average_precision(labels, scores, metrics.average_precision, times)
+
+
+def _top(k: int) -> Callable[[Columns], np.ndarray]:
+  return lambda predictions: predictions["rank"] < k
+
+
+_top1, _top5 = _top(1), _top(5)
+# The metrics of `catalogue.METRICS` that classifiers have.
+_METRICS = {
+  "top1": _Metric(metrics.accuracy, lambda p: (_top1(p),)),
+  "top5": _Metric(metrics.accuracy, lambda p: (_top5(p),)),
+  "mean_per_class": _Metric(metrics.mean_per_class, lambda p: (p["label"], _top1(p)), within="label"),
+  "mean_top1_top5": _Metric(_mean_top1_top5, lambda p: (_top1(p), _top5(p))),
+  "macro_f1": _Metric(metrics.macro_f1, lambda p: (p["label"], p["predicted"])),
+  "worst_group": _Metric(metrics.worst_group, lambda p: (p["group"], _top1(p))),
+  "worst_group_top5": _Metric(metrics.worst_group, lambda p: (p["group"], _top5(p))),
+  "roc_auc": _Metric(metrics.roc_auc, lambda p: (p["label"] == 1, p["score"])),
+  "any_label": _Metric(metrics.accuracy, lambda p: (p["correct"],)),
+  "mean_average_precision_11": _Metric(metrics.mean_average_precision, lambda p: (p["labels"], p["scores"])),
+  # Difficult objects count as present, as in CLIP_benchmark.
+  "mean_average_precision": _Metric(_average_precision, lambda p: (np.where(p["labels"] < 0, -1, 1), p["scores"])),
+}
+
+
+def score(
+  data: EvaluationData, logits: Float[np.ndarray, "n classes"], details: Mapping[str, Any] | None = None
+) -> Scores:
+  """Scores of the logits of all test images, the metric of the data set first; every host has to call this.
+
+  Images without a label do not count; a row of NaN is wrong. Predictions have `row` in the source, `label`, `predicted`
+  and `rank`, the number of classes that the classifier prefers to the true one; `group` where images have one; of two
+  classes, `score`, the logit of the second minus that of the first; of several labels, `labels` and `scores`.
+
+  Args:
+    data: the test split, its metric and the names of its classes.
+    logits: scores of the classes for the images of all hosts; -inf for a class that is never answered.
+    details: further details.
+
+  Raises:
+    ValueError: no image has a label, or the metric is not defined on these labels; the message names the source.
+  """
+  unreadable = int((~gather_rows(data.test.readable)).sum())
+  try:
+    names, predictions, counts, own = (_single_label if data.test.labels is None else _several_labels)(data, logits)
+    return Scores(
+      {name: _value(name, predictions) for name in names} | {**counts, "unreadable": unreadable},
+      {name: _interval(name, predictions) for name in names},
+      predictions,
+      {**(details or {}), **own},
+    )
+  except ValueError as error:
+    raise ValueError(f"{data.test.name}: {error}") from error
+
+
+def criterion(metric: str) -> Callable[[np.ndarray, np.ndarray], float]:
+  """A metric as a function of logits and labels, to choose hyperparameters by.
+
+  It is the accuracy for a metric of groups or of several right answers, which a validation split need not have.
+  """
+
+  def value(logits: Float[np.ndarray, "n classes"], label: np.ndarray) -> float:
+    if label.ndim == 2:
+      name = metric if metric in SEVERAL_LABELS else SEVERAL_LABELS[0]
+      return _value(name, {"labels": label, "scores": logits})
+    name = "top1" if metric.startswith("worst_group") or metric not in _METRICS else metric
+    return _value(name, _columns(metrics.predict(logits, label), logits))
+
+  return value
+
+
+# Names of metrics, the headline first; predictions; counts; details.
+Found = tuple[list[str], dict[str, np.ndarray], dict[str, float], dict[str, Any]]
+
+
+def _single_label(data: EvaluationData, logits: Float[np.ndarray, "n classes"]) -> Found:
+  label = gather_rows(data.test.label)
+  rows = _rows(label >= 0)
+  logits, label = logits[rows], label[rows]
+  found = metrics.predict(logits, label)
+  predictions = {"row": rows, **_columns(found, logits)}
+  name = _namer(data.classnames)
+  details: dict[str, Any] = {
+    "accuracy_by_class": [[name(k), value] for k, value in metrics.accuracy_by(label, found.correct()).items()],
+    "confusions": [[name(own), name(other), n] for own, other, n in metrics.confusions(found)[:_CONFUSIONS]],
+  }
+  for grouping, of in data.test.groups.items():
+    group = gather_rows(of)[rows]
+    details[f"accuracy_by_{grouping}"] = metrics.accuracy_by(group, found.correct())
+    predictions.setdefault("group", group.astype(np.int32))  # the first grouping is that of the metric
+  always = ["top1", *(["top5"] if found.classes >= 5 else []), "mean_per_class"]
+  counts = {
+    "majority_share": float(np.bincount(label).max() / len(label)),
+    "ties": int(found.tied.sum()),
+    "images": len(rows),
+  }
+  return list(dict.fromkeys([data.metric, *always])), predictions, counts, details
+
+
+def _several_labels(data: EvaluationData, logits: Float[np.ndarray, "n classes"]) -> Found:
+  labels = gather_rows(data.test.labels)
+  used = gather_rows(data.test.readable) & (labels != 0).any(axis=1)
+  if data.metric == "any_label":
+    rows = _rows(used & (labels > 0).any(axis=1))
+    predicted = metrics.predict(logits[rows], np.zeros(len(rows), np.int64)).predicted
+    correct = metrics.any_label_correct(labels[rows] > 0, predicted)
+    predictions = {"row": rows, "predicted": predicted.astype(np.int16), "correct": correct}
+    return ["any_label"], predictions, {"images": len(rows)}, {}
+  rows, name = _rows(used), _namer(data.classnames)
+  predictions = {"row": rows, "labels": labels[rows], "scores": logits[rows].astype(np.float32)}
+  by_class = metrics.average_precision_by_class(labels[rows], logits[rows])
+  details = {"average_precision_by_class": [[name(index), float(value)] for index, value in by_class.items()]}
+  headline = [data.metric] if data.metric in SEVERAL_LABELS else []
+  return list(dict.fromkeys([*headline, *SEVERAL_LABELS])), predictions, {"images": len(rows)}, details
+
+
+def _columns(found: Predictions, logits: Float[np.ndarray, "n classes"]) -> dict[str, np.ndarray]:
+  """The predictions, without rows."""
+  most = np.iinfo(np.int16).max
+  columns = {
+    "label": found.label.astype(np.int16),
+    "predicted": found.predicted.astype(np.int16),
+    "rank": np.minimum(found.rank, most).astype(np.int16),
+  }
+  if found.classes == 2:
+    columns["score"] = (logits[:, 1].astype(np.float64) - logits[:, 0]).astype(np.float32)
+  return columns
+
+
+def _value(name: str, predictions: Columns) -> float:
+  return float(_METRICS[name].function(*_columns_of(name, predictions)))
+
+
+def _interval(name: str, predictions: Columns) -> Interval:
+  """The 95 % interval of a metric: Clopper and Pearson's if it is a share of the examples, else by a bootstrap."""
+  function, _, within = _METRICS[name]
+  columns = _columns_of(name, predictions)
+  if function is metrics.accuracy:
+    return clopper_pearson(int(columns[0].sum()), len(columns[0]))
+  return percentiles(bootstrap(function, *columns, within=predictions[within] if within else None))
+
+
+def _columns_of(name: str, predictions: Columns) -> tuple[np.ndarray, ...]:
+  if name not in _METRICS:
+    raise ValueError(f"metric {name!r} is not one of a classifier, {', '.join(_METRICS)}")
+  try:
+    return _METRICS[name].columns(predictions)
+  except KeyError as error:
+    raise ValueError(f"metric {name!r} is not defined: there is no {error} of the images") from error
+
+
+def _rows(used: np.ndarray) -> Int[np.ndarray, "m"]:
+  if not used.any():
+    raise ValueError("no readable image has a class label")
+  return np.flatnonzero(used).astype(np.int32)
+
+
+def _namer(classnames: Sequence[str]) -> Callable[[int], str]:
+  return lambda index: classnames[index] if index < len(classnames) else str(index)

@@ -1,0 +1,127 @@
+"""The jobs of suites on a user's data: which evaluators run on which data sets, with which classes and prompts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from declip_jax.data.sources import Source, open_source
+from declip_jax.evals import EVALUATORS, catalogue
+from declip_jax.evals.catalogue import DataSet, Suite
+from declip_jax.evals.classes import align
+from declip_jax.evals.data_files import Splits
+from declip_jax.evals.feature_cache import json_hash
+from declip_jax.evals.jobs import DataSource, Job
+from declip_jax.spelling import did_you_mean
+
+
+def make_jobs(
+  data: Mapping[str, Splits], suites: Sequence[Suite] = (), tasks: Sequence[str] = (), prompts: str = ""
+) -> tuple[list[Job], list[str]]:
+  """Opens the data sets of suites, and returns the jobs of all tasks on them, and remarks on what is missing.
+
+  Args:
+    data: sources of the user's data sets, by their key in the catalogue.
+    suites: suites, whose metrics and prompts are used; all of `data` by default.
+    tasks: keys of `EVALUATORS`, by default those that need no training.
+    prompts: name of a prompt set of all data sets, by default that of the suite.
+
+  Raises:
+    ValueError: an unknown task, no data set of the suites is there, or a source cannot be opened or has other classes;
+      the message names the data set and the source.
+  """
+  tasks = tasks or [name for name, evaluator in EVALUATORS.items() if evaluator.of and not evaluator.needs_train]
+  for task in tasks:
+    if task not in EVALUATORS or not EVALUATORS[task].of:
+      legal = [name for name, evaluator in EVALUATORS.items() if evaluator.of]
+      raise ValueError(f"--tasks={task}: choose some of {', '.join(legal)}{did_you_mean(task, legal)}")
+  jobs, remarks = [], [remark for suite in suites for remark in _missing(suite, data)]
+  wanted = list(dict.fromkeys(key for suite in suites for key in suite.keys)) or list(data)
+  sources: dict[str, Source] = {}
+  for key in (key for key in wanted if key in data):
+    suite = next((suite for suite in suites if key in suite.keys), None)
+    for job in _jobs_of(key, data[key], suite, tasks, prompts, sources):
+      if isinstance(job, str):
+        remarks.append(job)
+      else:
+        jobs.append(job)
+  if not jobs:
+    raise ValueError(f"nothing to evaluate: {'; '.join(remarks) or 'no task fits the data sets'}")
+  return jobs, remarks
+
+
+def table(suites: Sequence[Suite] = ()) -> str:
+  """A table of all suites, or, if some are given, of their data sets."""
+  if not suites:
+    lines = [[name, str(len(suite.keys)), suite.title] for name, suite in catalogue.suites().items()]
+    return _aligned([["suite", "sets", ""], *lines])
+  rows = [["data set", "task", "metric", "classes", "chance", "prompts", "note"]]
+  for suite in suites:
+    for key in suite.keys:
+      entry = catalogue.data_set(key)
+      chance = "" if entry.chance is None else f"{entry.chance:.1%}"
+      classes = str(len(entry.classes) or entry.num_classes or "")
+      rows.append([key, entry.task, suite.metric(key) or "", classes, chance, ", ".join(entry.prompt_sets), entry.note])
+  return _aligned(rows)
+
+
+def _missing(suite: Suite, data: Mapping[str, Any]) -> list[str]:
+  if not (missing := suite.missing(data)):
+    return []
+  return [f"{suite.name}: the data file lacks {len(missing)} of {len(suite.keys)} data sets: {', '.join(missing)}"]
+
+
+def _jobs_of(
+  key: str, specs: Splits, suite: Suite | None, tasks: Sequence[str], prompts: str, sources: dict[str, Source]
+) -> list[Job | str]:
+  """The jobs of a data set, or remarks in their place; `sources` are those that are open."""
+  entry = catalogue.data_set(key)
+  fitting = [task for task in tasks if entry.task in EVALUATORS[task].of]
+  if not fitting:
+    return []
+  splits = {name: spec for name, spec in specs._asdict().items() if spec}
+  for name, spec in splits.items():
+    if spec not in sources:
+      try:
+        sources[spec] = open_source(spec)
+      except (OSError, ValueError) as error:
+        raise type(error)(f"{key}: {name}: {error}") from error
+  opened = {name: sources[spec] for name, spec in splits.items()}
+  facts: dict[str, Any] = {"metric": (suite.metric(key) if suite else entry.metric) or ""}
+  about: dict[str, Any] = {"key": key, "title": entry.title, "chance": entry.chance, "note": entry.note}
+  classes: dict[str, Any] = {}
+  if entry.task in ("classification", "multilabel"):
+    entry = _with_classes(entry, opened["test"])
+    classes = {name: align(entry, source.classnames, splits[name]) for name, source in opened.items()}
+    chosen = prompts or (suite.prompt_set(key) if suite else entry.prompt_sets[0])
+    facts |= {"classnames": entry.classes, "prompts": entry.prompts(chosen)}
+    about |= {"prompts": chosen, "prompts_hash": json_hash(facts["prompts"]), "chance": entry.chance}
+  parts = {name: DataSource(source, classes.get(name)) for name, source in opened.items()}
+  variant = prompts if facts.get("prompts") and prompts not in ("", entry.prompt_sets[0]) else ""
+  jobs: list[Job | str] = []
+  for task in fitting:
+    evaluator = EVALUATORS[task]
+    if evaluator.needs_train and "train" not in parts:
+      jobs.append(f"{key}: {task} needs a split to train on: add | TRAIN to its line in the data file")
+      continue
+    used = parts if evaluator.needs_train else {"test": parts["test"]}
+    if evaluator.needs_text:
+      jobs.append(Job(f"{key}/{task}", entry.clip_benchmark, task, used, {}, facts, variant, about))
+    else:
+      fewer = {name: value for name, value in facts.items() if name != "prompts"}
+      jobs.append(Job(f"{key}/{task}", entry.clip_benchmark, task, used, {}, fewer, "", about))
+  return jobs
+
+
+def _with_classes(entry: DataSet, source: Source) -> DataSet:
+  """The entry with the classes of its source if it has none of its own."""
+  if entry.classes:
+    return entry
+  if not source.classnames:
+    raise ValueError(f"{entry.key}: {source.name} has no class names, which it needs: put a classnames.txt next to it")
+  return entry.with_classes(source.classnames, getattr(source, "templates", ()))
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return "\n".join(
+    "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+  )

@@ -1,0 +1,157 @@
+"""Tests of `declip_jax.evals.evaluation`: what is run, skipped, written and logged, for a model that knows greys."""
+
+from dataclasses import replace
+import json
+from pathlib import Path
+from typing import Any
+
+from greys import Greys, grey_encoders
+import numpy as np
+import pytest
+
+from declip_jax.evals import EVALUATORS, Evaluator
+from declip_jax.evals.evaluation import Evaluation, ModelFacts
+from declip_jax.evals.feature_cache import FeatureCache
+from declip_jax.evals.features import EvaluationData
+from declip_jax.evals.jobs import DataSource, Job
+from declip_jax.evals.results import Scores
+
+FACTS = ModelFacts("grey", "step-8", {"path": "runs/grey", "origin": "us", "step": 8, "hash": "h"}, {}, "float32")
+calls: list[str] = []
+
+
+def brightness(data: EvaluationData, pictures: Path | None, *, scale: float = 1.0) -> Scores:
+  """The mean of the pooled features of the test split."""
+  calls.append(data.test.name)
+  if pictures is not None:
+    pictures.write_text("picture")
+  value = scale * float(data.test.features.pooled.mean()) / 100
+  return Scores(
+    {"mean": value, "images": len(data.test.rows)}, {"mean": (0.0, 1.0)}, {"grey": data.test.features.pooled}
+  )
+
+
+@pytest.fixture(autouse=True)
+def evaluators(monkeypatch: pytest.MonkeyPatch) -> None:
+  calls.clear()
+  entry = Evaluator(brightness, needs_text=False, task="their_task", names={"mean": "acc1"})
+  monkeypatch.setitem(EVALUATORS, "brightness", entry)
+
+
+def greys(name: str, *values: int) -> DataSource:
+  source = Greys([(value, 0) for value in values])
+  source.name = name
+  return DataSource(source)
+
+
+def job(name: str, *values: int, **fields: Any) -> Job:
+  return Job(name, f"set/{name}", "brightness", {"test": greys(name, *values)}, **fields)
+
+
+def evaluation(folder: Path, cache: bool = False) -> Evaluation:
+  found = FeatureCache(folder / "cache", "h", {}, (1, 2)) if cache else None
+  return Evaluation(FACTS, grey_encoders(2), folder / "results", found)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.rglob("*"))
+    if path.is_file() and path.name != "evaluations.jsonl"
+  }
+
+
+def test_a_result_says_what_was_evaluated_and_how(tmp_path: Path) -> None:
+  found = evaluation(tmp_path).run([job("a", 10, 30, options={"scale": 2.0}, about={"key": "k"}, variant="v")])
+  assert {name: result.ours["metrics"] for name, result in found.items()} == {"a": {"mean": 0.4, "images": 2}}
+  (path,) = (tmp_path / "results").glob("*.json")
+  assert path.name == "set_a_step-8_grey_en_their_task_v.json"
+  fields = json.loads(path.read_text())
+  assert (fields["dataset"], fields["metrics"]) == ("set/a", {"acc1": 0.4})
+  ours = fields["declip_jax"]
+  assert (ours["headline"], ours["intervals"], ours["options"]) == ("mean", {"mean": [0.0, 1.0]}, {"scale": 2.0})
+  assert ours["data"]["test"] == {"source": "a", "stamp": "1", "samples": 2, "skipped": {}}
+  assert (ours["weights"]["step"], ours["about"]) == (8, {"key": "k"})
+  assert (tmp_path / "results" / "pictures" / f"{path.stem}.png").read_text() == "picture"
+  (line,) = (tmp_path / "results" / "evaluations.jsonl").read_text().splitlines()
+  assert json.loads(line) | {"step": 8, "eval/a/mean": 0.4, "file": path.name} == json.loads(line)
+
+
+def test_an_evaluation_that_was_interrupted_ends_with_the_same_files(tmp_path: Path) -> None:
+  jobs = [job("a", 10), job("b", 20, 40, 60), job("c", 30)]
+  evaluation(tmp_path / "whole").run(jobs)
+  broken = replace(evaluation(tmp_path / "parts"), encoders=grey_encoders(2))
+  encode, left = broken.encoders.image, [2]
+
+  def fail_later(images: np.ndarray) -> Any:
+    left[0] -= 1
+    if left[0] < 0:
+      raise KeyboardInterrupt
+    return encode(images)
+
+  with pytest.raises(KeyboardInterrupt):
+    replace(broken, encoders=replace(broken.encoders, image=fail_later)).run(jobs)
+  assert len([*(tmp_path / "parts" / "results").glob("*.json")]) == 1
+  calls.clear()
+  evaluation(tmp_path / "parts").run(jobs)
+  assert calls == ["b", "c"]
+  assert files(tmp_path / "whole") == files(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+  ("change", "runs"),
+  [
+    ({}, 0),
+    ({"options": {"scale": 3.0}}, 1),
+    ({"data": {"classnames": ("odd", "even")}}, 1),
+    ({"splits": {"test": greys("a", 11)}}, 0),  # the stamp says whether the data differ
+    ({"splits": {"test": DataSource(greys("a", 10).source, np.array([1, 0]))}}, 1),
+    ({"splits": {"test": greys("a", 10, 11)}}, 1),
+  ],
+)
+def test_a_result_is_computed_again_if_what_it_depends_on_changes(
+  change: dict[str, Any], runs: int, tmp_path: Path
+) -> None:
+  before = job("a", 10)
+  evaluation(tmp_path).run([before])
+  calls.clear()
+  evaluation(tmp_path).run([replace(before, **change)])
+  assert len(calls) == runs
+
+
+def test_other_weights_are_another_result(tmp_path: Path) -> None:
+  evaluation(tmp_path).run([job("a", 10)])
+  facts = replace(FACTS, weights={**FACTS.weights, "hash": "other"})
+  replace(evaluation(tmp_path), model=facts).run([job("a", 10)])
+  assert calls == ["a", "a"]
+
+
+def test_a_plan_counts_what_is_left_and_writes_nothing(tmp_path: Path) -> None:
+  jobs = [job("a", 10, 20), job("b", 20, 30, 40)]
+  evaluation(tmp_path, cache=True).run(jobs[:1])
+  before = files(tmp_path)
+  lines = evaluation(tmp_path, cache=True).plan(jobs)
+  assert lines[0] == "a: test a (2), done"
+  assert lines[1] == "b: test b (3)"
+  assert lines[2] == "1 of 2 results to compute, 3 images to encode"
+  assert lines[3].startswith("their features take 0.0 MiB")
+  assert files(tmp_path) == before
+
+
+def test_jobs_that_share_a_source_encode_it_once(tmp_path: Path) -> None:
+  shared, events = greys("a", 10, 20), []
+  jobs = [Job(name, name, "brightness", {"test": shared}, {"scale": scale}) for name, scale in (("x", 1.0), ("y", 2.0))]
+  replace(evaluation(tmp_path), encoders=grey_encoders(2, events)).run(jobs)
+  assert events == ["encode"]
+
+
+def test_a_job_that_fails_is_named_after_the_others_have_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  def fail(data: EvaluationData, pictures: Path | None) -> Scores:
+    raise ValueError("no class has an image")
+
+  monkeypatch.setitem(EVALUATORS, "fail", Evaluator(fail))
+  jobs = [replace(job("a", 10), kind="fail", options={}), job("b", 20)]
+  with pytest.raises(ValueError, match=r"a: no class has an image"):
+    evaluation(tmp_path).run(jobs)
+  assert calls == ["b"]
+  assert len([*(tmp_path / "results").glob("*.json")]) == 1

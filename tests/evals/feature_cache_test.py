@@ -1,0 +1,145 @@
+"""Tests of `declip_jax.evals.feature_cache`: what is read back, what is encoded again, and what is removed."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from greys import Greys, grey_encoders
+import numpy as np
+import pytest
+
+from declip_jax.evals import feature_cache, features
+from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.feature_cache import FeatureCache, remove_oldest, tree_hash
+
+NUMBER = 23  # images, in blocks of 8
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(feature_cache, "BLOCK", 8)
+
+
+def source(stamp: str = "1") -> Greys:
+  greys = Greys([(None if index == 4 else 10 * index, index % 2) for index in range(NUMBER)])
+  greys.stamp = stamp
+  return greys
+
+
+class Counting:
+  """Encoders that count the images that they encode, and may fail after some batches."""
+
+  def __init__(self, batch_size: int = 5, batches: float = np.inf):
+    self.images, self.left, self.plain = 0, batches, grey_encoders(batch_size)
+    self.encoders = replace(self.plain, image=self._encode)
+
+  def _encode(self, images: np.ndarray) -> Any:
+    if not self.left:
+      raise KeyboardInterrupt
+    self.left -= 1
+    self.images += len(images)
+    return self.plain.image(images)
+
+
+def cached(folder: Path, encoders: Encoders, greys: Greys, weights: str = "w", limit: int = 2**30) -> Any:
+  cache = FeatureCache(folder, weights, {"width": 1}, (1, 2), limit)
+  return cache.encode(greys, encoders, range(NUMBER))
+
+
+def test_features_are_read_back_as_they_were_encoded(tmp_path: Path) -> None:
+  plain = features.encode(source(), grey_encoders(4), range(NUMBER))
+  counting = Counting()
+  for expected_images in (25, 25):  # 23 and padding; then none
+    found = cached(tmp_path, counting.encoders, source())
+    assert counting.images == expected_images
+    for name in ("pooled", "embedding", "label", "readable"):
+      np.testing.assert_array_equal(getattr(found, name)[found.readable], getattr(plain, name)[plain.readable])
+    assert found.id == plain.id
+    assert isinstance(found.pooled.base, np.memmap) or isinstance(found.pooled, np.memmap)
+  (entry,) = tmp_path.iterdir()
+  assert json.loads((entry / "about.json").read_text())["source"] == "greys"
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3, 4])
+def test_an_interrupted_entry_is_continued_after_its_last_block(batches: int, tmp_path: Path) -> None:
+  """Batches of five images are fetched one batch late, and blocks have eight."""
+  with pytest.raises(KeyboardInterrupt):
+    cached(tmp_path / "a", Counting(batches=batches).encoders, source())
+  rest, whole = Counting(), Counting()
+  found = cached(tmp_path / "a", rest.encoders, source())
+  expected = cached(tmp_path / "b", whole.encoders, source())
+  blocks = 5 * (batches - 1) // 8
+  assert rest.images == -(-(NUMBER - 8 * blocks) // 5) * 5 <= whole.images
+  np.testing.assert_array_equal(found.pooled, expected.pooled)
+  assert found.id == expected.id
+  files = [
+    {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.np*"))}
+    for folder in (tmp_path / "a", tmp_path / "b")
+  ]
+  assert files[0] == files[1]
+  assert len(files[0]) == 4
+
+
+def test_a_damaged_block_is_encoded_again(tmp_path: Path) -> None:
+  expected = np.array(cached(tmp_path, Counting().encoders, source()).pooled)
+  (path,) = tmp_path.glob("*/host-00000-of-00001.npy")
+  damaged = np.lib.format.open_memmap(path, "r+")
+  damaged[9] += 1
+  damaged.flush()
+  again = Counting()
+  np.testing.assert_array_equal(cached(tmp_path, again.encoders, source()).pooled, expected)
+  assert again.images == 15  # the rows 8 to 22
+
+
+def test_whatever_features_depend_on_is_part_of_the_key(tmp_path: Path) -> None:
+  encoders = grey_encoders(4)
+  variants: list[tuple[Encoders, Greys, str]] = [
+    (encoders, source(), "w"),
+    (encoders, source(), "v"),
+    (encoders, source("2"), "w"),
+    (replace(encoders, view=replace(encoders.view, interpolation="bicubic")), source(), "w"),
+  ]
+  keys = {FeatureCache(tmp_path, w, {"width": 1}, (1, 2)).entry(greys, enc) for enc, greys, w in variants}
+  keys.add(FeatureCache(tmp_path, "w", {"width": 2}, (1, 2)).entry(source(), encoders))
+  assert len(keys) == len(variants) + 1
+  bigger = replace(encoders, batch_size=8)
+  assert FeatureCache(tmp_path, "w", {"width": 1}, (1, 2)).entry(source(), bigger) in keys
+
+
+def entries(folder: Path) -> Iterator[Path]:
+  for number in range(3):
+    entry = folder / f"entry{number}"
+    entry.mkdir()
+    (entry / "about.json").write_text("{}")
+    (entry / "host.npy").write_bytes(bytes(98))
+    os.utime(entry / "about.json", (0, number))
+    yield entry
+
+
+def test_the_oldest_entries_are_removed_until_the_rest_fits(tmp_path: Path) -> None:
+  first, second, third = entries(tmp_path)
+  (tmp_path / "theirs").mkdir()
+  assert [*remove_oldest(tmp_path, 300, set())] == []
+  assert [*remove_oldest(tmp_path, 200, {first})] == [second]
+  assert (first.exists(), third.exists(), (tmp_path / "theirs").exists()) == (True, True, True)
+  assert [*remove_oldest(tmp_path, 0, set())] == [first, third]
+
+
+def test_the_hash_of_weights_depends_on_names_shapes_types_and_values() -> None:
+  base = {"a": np.arange(4.0), "b": {"c": np.zeros((2, 3), np.float32)}}
+  others = [
+    {"a": np.arange(4.0) + 1e-9, "b": {"c": np.zeros((2, 3), np.float32)}},
+    {"a": np.arange(4.0), "b": {"c": np.zeros((3, 2), np.float32)}},
+    {"a": np.arange(4.0), "b": {"c": np.zeros((2, 3), np.float16)}},
+    {"a": np.arange(4.0), "b": {"d": np.zeros((2, 3), np.float32)}},
+  ]
+  assert len({tree_hash(tree) for tree in (base, *others)}) == 5
+  assert tree_hash(base) == tree_hash({"b": {"c": np.zeros((2, 3), np.float32)}, "a": np.arange(4.0)})
+
+
+def test_an_empty_source_is_named(tmp_path: Path) -> None:
+  with pytest.raises(ValueError, match="greys has no samples"):
+    FeatureCache(tmp_path, "w", {}, (1, 2)).encode(Greys([]), grey_encoders(4), range(0))
