@@ -127,12 +127,15 @@ class DataSet:
     templates = self.templates.get(name, BARE)
     return tuple(tuple(_fill(template, one) for template in templates for one in same) for same in names)
 
-  def with_classes(self, classes: Sequence[str], templates: Sequence[str] = ()) -> "DataSet":
+  def with_classes(self, classes: Sequence[str], templates: Sequence[str] = (), *, several: bool = False) -> "DataSet":
     """The data set with the classes and templates of its source, for entries whose `classes` is ().
+
+    One of the user's own becomes data for retrieval if its source has no classes.
 
     Args:
       classes: names of the source's classes.
       templates: the source's prompt templates, for the prompt set "own"; by default, none is added.
+      several: whether its images have several labels.
 
     Raises:
       ValueError: the number of classes is not `num_classes`.
@@ -140,7 +143,12 @@ class DataSet:
     if self.num_classes and len(classes) != self.num_classes:
       raise ValueError(f"{self.key} has {self.num_classes} classes, but its source has {len(classes)}")
     own = {"own": tuple(templates)} if templates else {}
-    return replace(self, classes=tuple(classes), templates={**own, **self.templates, **own})
+    found = replace(self, classes=tuple(classes), templates={**own, **self.templates, **own})
+    if not self.key.startswith(OWN) or (classes and not several):
+      return found
+    if several:
+      return replace(found, task="multilabel", metric="mean_average_precision_11")
+    return replace(found, task="retrieval", metric="mean_recall@1")
 
 
 @dataclass(frozen=True)

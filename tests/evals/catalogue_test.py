@@ -171,6 +171,10 @@ def test_data_set_of_the_user():
   assert data.prompts() == (("a photo of a cat.",), ("a photo of a dog.",))
   data = data_set("own/mine").with_classes(["cat", "dog"], ["{} here"])
   assert data.prompts() == (("cat here",), ("dog here",))
+  several = data_set("own/mine").with_classes(["cat", "dog"], several=True)
+  assert (several.task, several.metric) == ("multilabel", "mean_average_precision_11")
+  captions = data_set("own/mine").with_classes([])
+  assert (captions.task, captions.metric, captions.prompt_sets) == ("retrieval", "mean_recall@1", ())
   with pytest.raises(ValueError, match="fmow has 62 classes.*2"):
     data_set("fmow").with_classes(["cat", "dog"])
   with pytest.raises(ValueError, match="own/mine has no classes"):
