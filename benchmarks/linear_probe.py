@@ -1,0 +1,194 @@
+"""The sweep of a linear probe, compared with scikit-learn's on the same features: python benchmarks/linear_probe.py
+
+Features are random: classes are Gaussian, with axes of unequal variance and a mean that is not zero, as the features of
+towers are. Both take CLIP's path through the 97 strengths, 15 fits and one of training and validation split together,
+and stop at the same largest entry of the gradient or after 1,000 iterations. Objectives are computed in float64. Our
+time includes compiling; scikit-learn gets float32 as well, with which it is faster.
+
+  pip install scikit-learn
+  ... --tolerance 1e-4                     scikit-learn's default
+  ... --topology v5e:2x4 --train 1281167 --val 50000 --width 1024 --classes 1000
+
+With --topology, nothing is fitted: the programs are compiled for a TPU, with pip install -e '.[tpu]' but without a TPU,
+and the table shows memory, FLOPs of a pass, and the least time of passes by the peak figures of the device. Products in
+float32 with the highest precision are six of bfloat16 each.
+"""
+
+import argparse
+import time
+from typing import Any, NamedTuple
+
+from command import parser
+import jax
+import jax.numpy as jnp
+import numpy as np
+from optional_imports import optional_import
+
+from declip_jax.evals import linear_probe, logistic_regression
+from declip_jax.evals.logistic_regression import Axes, Data, Linear
+from declip_jax.evals.rows import Labelled, padded_rows
+from declip_jax.planning import devices as device_table
+from declip_jax.planning import flops, hlo
+from declip_jax.planning.report import available_memory, least_times
+from declip_jax.planning.topology import topology_devices
+from declip_jax.sharding import batch_sharding, make_mesh, replicated
+
+sklearn = optional_import("sklearn.linear_model")
+
+PRODUCTS = 6  # of bfloat16, in one of float32 with the highest precision (jax.default_matmul_precision)
+COARSE, HALVING = 7, 2  # fits that share their passes
+
+
+def main() -> None:
+  """Prints the table."""
+  arguments = parser(__doc__)
+  arguments.add_argument("--train", type=int, default=50_000, help="rows of the training split (default: 50000)")
+  arguments.add_argument("--val", type=int, default=10_000, help="rows of the validation split (default: 10000)")
+  arguments.add_argument("--width", type=int, default=512, help="features (default: 512)")
+  arguments.add_argument("--classes", type=int, default=10, help="classes (default: 10)")
+  arguments.add_argument("--tolerance", type=float, default=1e-5, help="of the gradient (default: 1e-5)")
+  arguments.add_argument("--topology", help="TPU topology to compile for, such as v5e:2x4")
+  args = arguments.parse_args()
+  (plan if args.topology else compare)(args)
+
+
+class Split(NamedTuple):
+  """Training, validation and test rows."""
+
+  train: Labelled
+  val: Labelled
+  test: Labelled
+
+
+def random_features(args: argparse.Namespace) -> Split:
+  """Features of Gaussian classes whose axes have variances from 1 to 1e-4."""
+  rng = np.random.default_rng(0)
+  deviation = np.logspace(0, -2, args.width, dtype=np.float32)
+  axes = np.linalg.qr(rng.normal(size=(args.width, args.width)))[0].astype(np.float32)
+  centres = rng.normal(size=(args.classes, args.width)).astype(np.float32) * 0.3
+  mean = rng.normal(size=args.width).astype(np.float32)
+
+  def rows(count: int) -> Labelled:
+    label = rng.integers(0, args.classes, count)
+    noise = rng.normal(size=(count, args.width)).astype(np.float32)
+    return Labelled(((noise + centres[label]) * deviation) @ axes + mean, label)
+
+  return Split(rows(args.train), rows(args.val), rows(args.val))
+
+
+def top1(scores: np.ndarray, label: np.ndarray) -> float:
+  """Accuracy."""
+  return float((scores.argmax(axis=1) == label).mean())
+
+
+def objective(rows: Labelled, strength: float, kernel: np.ndarray, bias: np.ndarray) -> float:
+  """Mean loss and penalty in float64."""
+  logits = rows.features.astype(np.float64) @ kernel + bias
+  largest = logits.max(axis=1)
+  loss = np.log(np.exp(logits - largest[:, None]).sum(axis=1)) + largest - logits[np.arange(len(logits)), rows.label]
+  return float(loss.mean() + (kernel**2).sum() / (2 * strength * len(logits)))
+
+
+def compare(args: argparse.Namespace) -> None:
+  """Times both sweeps on the same features and prints their fits."""
+  split = random_features(args)
+  mesh = make_mesh(-1, 1)
+  start = time.perf_counter()
+  ours = linear_probe.sweep(*split, top1, classes=args.classes, mesh=mesh, tolerance=args.tolerance)
+  cold = time.perf_counter() - start
+  start = time.perf_counter()
+  ours = linear_probe.sweep(*split, top1, classes=args.classes, mesh=mesh, tolerance=args.tolerance)
+  warm = time.perf_counter() - start
+  print(f"{args.train:,} + {args.val:,} rows x {args.width}, {args.classes} classes, gradient {args.tolerance:g}")
+  print(f"ours: {cold:.1f} s, {warm:.1f} s once compiled", flush=True)
+  header = ("C", "ours iter.", "passes", "gradient", "val", "their iter.", "s", "val")
+  print("".join(f"{name:>13}" for name in header), flush=True)
+  theirs, seconds = {}, 0.0
+  for fit in ours.fits:
+    start = time.perf_counter()
+    model = fitted(split.train, fit.strength, args.tolerance)
+    score = model.score(split.val.features, split.val.label)
+    took = time.perf_counter() - start
+    seconds, theirs[fit.strength] = seconds + took, score
+    values = (f"{fit.strength:.2e}", fit.iterations, fit.passes, f"{fit.gradient:.1e}", f"{fit.score:.4f}")
+    values += (int(model.n_iter_.max()), f"{took:.1f}", f"{score:.4f}")
+    print("".join(f"{value:>13}" for value in values), flush=True)
+  both = Labelled(*map(np.concatenate, zip(split.train, split.val, strict=True)))
+  start = time.perf_counter()
+  model = fitted(both, ours.chosen.strength, args.tolerance)
+  seconds += time.perf_counter() - start
+  best = objective(both, ours.chosen.strength, ours.classifier.kernel, ours.classifier.bias)
+  theirs_best = objective(both, ours.chosen.strength, model.coef_.T, model.intercept_)
+  print(f"C = {ours.chosen.strength:.2e} (theirs, on this path: {max(theirs, key=theirs.get):.2e})")
+  print(f"objective of the refit: ours {best:.8f}, theirs {theirs_best:.8f}, ratio - 1 = {best / theirs_best - 1:.1e}")
+  their_test = model.score(split.test.features, split.test.label)
+  print(f"test accuracy: ours {top1(ours.scores, ours.label):.4f}, theirs {their_test:.4f}")
+  print(f"16 fits: ours {cold:.1f} s ({warm:.1f} s once compiled), scikit-learn {seconds:.1f} s")
+
+
+def fitted(rows: Labelled, strength: float, tolerance: float) -> Any:
+  """scikit-learn's model."""
+  return sklearn.LogisticRegression(C=strength, tol=tolerance, max_iter=1000).fit(rows.features, rows.label)
+
+
+def plan(args: argparse.Namespace) -> None:
+  """Compiles the programs of the sweep for a topology and prints what they cost."""
+  mesh = make_mesh(-1, 1, topology_devices(args.topology))
+  device, peak = mesh.devices.flat[0], device_table.find(mesh.devices.flat[0].device_kind)
+  print(
+    f"{args.train:,} + {args.val:,} rows x {args.width}, {args.classes} classes on {mesh.size} x {device.device_kind}"
+  )
+  for name, fits, splits in (("coarse", COARSE, 1), ("halving", HALVING, 1), ("refit", 1, 2)):
+    data = tuple(rows_of(count, args, mesh) for count in (args.train, args.val)[:splits])
+    start = time.perf_counter()
+    program = logistic_regression.compiled_fit(mesh).lower(*arguments_of(data, fits, args, mesh)).compile()
+    used = program.memory_analysis()
+    needed = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
+    work, traffic = one_pass(data, fits, args, mesh)
+    times = least_times(PRODUCTS * work / mesh.size, traffic, peak)
+    seconds = time.perf_counter() - start
+    memory = f"{needed / 2**30:.2f} of {available_memory(device) / 2**30:.2f} GiB per device"
+    print(f"{name} ({fits} fits): {memory}; a pass has {work:.4g} FLOPs and takes at least {1e3 * times.step:.1f} ms")
+    parts = {"compute": times.compute, "memory": times.memory, "links": times.interconnect}
+    print(
+      "  " + ", ".join(f"{key} {1e3 * value:.1f} ms" for key, value in parts.items()) + f"; compiled in {seconds:.0f} s"
+    )
+
+
+def rows_of(count: int, args: argparse.Namespace, mesh: Any) -> Data:
+  """Shapes of a split."""
+  rows = mesh.size * padded_rows(-(-count // mesh.size))
+  split = batch_sharding(mesh)
+  return Data(
+    jax.ShapeDtypeStruct((rows, args.width), jnp.float32, sharding=split),
+    jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split),
+  )
+
+
+def arguments_of(data: tuple[Data, ...], fits: int, args: argparse.Namespace, mesh: Any) -> tuple:
+  """Shapes of the arguments of `logistic_regression.compiled_fit`."""
+  whole = replicated(mesh)
+
+  def shape(*size: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(size, dtype, sharding=whole)
+
+  axes = Axes(shape(args.width), shape(args.width, args.width), shape(args.width))
+  linear = Linear(shape(fits, args.width, args.classes), shape(fits, args.classes))
+  answered = shape(args.classes, dtype=jnp.bool_)
+  return data, axes, shape(fits), answered, linear, shape(), shape(dtype=jnp.int32)
+
+
+def one_pass(data: tuple[Data, ...], fits: int, args: argparse.Namespace, mesh: Any) -> tuple[float, hlo.Traffic]:
+  """FLOPs of an evaluation of all objectives and their gradients over all devices, and its traffic."""
+  _, axes, _, answered, linear, *_ = arguments_of(data, fits, args, mesh)
+
+  def evaluate(data: tuple[Data, ...], mean: jax.Array, linear: Linear, answered: jax.Array) -> Any:
+    with jax.default_matmul_precision("highest"):
+      return logistic_regression.loss_and_gradient(data, mean, linear, answered, mesh)
+
+  traced = jax.jit(evaluate, out_shardings=replicated(mesh)).trace(data, axes.mean, linear, answered)
+  return flops.num_flops(traced.jaxpr), hlo.traffic(traced.lower().compile().as_text(), mesh.size)
+
+
+if __name__ == "__main__":
+  main()
