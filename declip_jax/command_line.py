@@ -39,7 +39,8 @@ def run(
   Args:
     main: the command; a returned `None` is exit code 0.
     doc: what `--help` prints above the flags.
-    positional: names of the positional arguments, all of which have to be given.
+    positional: names of the positional arguments, all of which have to be given; the last one may end with "...", for
+      one or more arguments.
     required: flags that have to be given.
   """
 
@@ -116,7 +117,7 @@ def parse_flags(
     printing = "print_config" in values and values.print_config
     if not printing and (missing := [name for name in required if values[name].value is None]):
       raise ValueError(f"--{missing[0]} is required")
-    if len(rest) > len(positional):
+    if len(rest) > len(positional) and not (positional and positional[-1].endswith("...")):
       raise ValueError(f"unexpected argument {rest[len(positional)]!r}; flags are --NAME=VALUE")
     if len(rest) < len(positional):
       raise ValueError(f"{positional[len(rest)]} is missing; the arguments are {' '.join(positional)} (see --help)")

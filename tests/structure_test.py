@@ -40,6 +40,7 @@ LAYERS = {
   "declip_jax.clip": 5,
   "declip_jax.train": 6,
   "declip_jax.evaluate": 6,
+  "declip_jax.report": 6,
   "declip_jax.export": 6,
   "declip_jax.plan": 6,
   "declip_jax.data.convert": 6,

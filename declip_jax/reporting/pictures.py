@@ -27,7 +27,7 @@ _CHARACTER = 0.082  # width of a character in inches
 _MONOSPACE = ["DejaVu Sans Mono", "DejaVu Sans"]  # both are part of matplotlib; the second covers more scripts
 _INSIDE = 6  # number of curves up to which the legend is inside the axes
 _FEW = 200  # number of points up to which each is marked and none is smoothed
-_RIGHT, _WRONG, _INK, _FAINT = "#1a9850", "#d73027", "#222222", "#888888"
+RIGHT, WRONG, INK, FAINT = "#1a9850", "#d73027", "#222222", "#888888"
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     metrics: lines of `metrics.read_metrics`; a None or a number that is not finite is a missing point.
     path: PNG file to write.
   """
-  figure = _figure(14, 8)
+  figure = new_figure(14, 8)
   small = ("lr", "temperature", "images_per_second")
   panels = figure.subplot_mosaic([["loss", "loss", "eval", "eval"], ["lr", "temperature", "deviation", small[-1]]])
   names = sorted({name for line in metrics for name in line})
@@ -67,7 +67,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     _panel(panels[name], name.replace("_", " "), {"last": _series(metrics, name)}, smooth=name == "images_per_second")
   for name in ("loss", "eval"):
     panels[name].set_xlabel("step")
-  _save(figure, path)
+  save(figure, path)
 
 
 def plot_comparison(
@@ -86,15 +86,15 @@ def plot_comparison(
   """
   lines = [line for run in runs.values() for line in run]
   axis = "examples" if all("examples" in line for line in lines) else "step"
-  figure = _figure(7 * len(metric_names), 5)
+  figure = new_figure(7 * len(metric_names), 5)
   for axes, name in zip(figure.subplots(1, len(metric_names), squeeze=False)[0], metric_names, strict=True):
     _panel(axes, name.removeprefix("eval/"), {label: _series(run, name, axis) for label, run in runs.items()})
     axes.set_xlabel({"examples": "examples seen", "step": "step"}[axis])
     for label, value in (baselines or {}).items():
-      axes.axhline(value, color=_FAINT, linestyle="--", linewidth=1)
+      axes.axhline(value, color=FAINT, linestyle="--", linewidth=1)
       place = {"xy": (0, value), "xytext": (4, 3), "xycoords": axes.get_yaxis_transform()}
-      axes.annotate(label, **place, textcoords="offset points", color=_FAINT, fontsize=8, parse_math=False)
-  _save(figure, path)
+      axes.annotate(label, **place, textcoords="offset points", color=FAINT, fontsize=8, parse_math=False)
+  save(figure, path)
 
 
 def plot_views(
@@ -124,14 +124,14 @@ def plot_views(
   block_heights = [cell_height + (note.count("\n") + 2.5) * _LINE for note in notes]
   sheet = _Sheet(sheet_width + 2 * margin, sum(block_heights) + 2 * margin + _LINE)
   for view, name in enumerate(view_names):
-    sheet.write(margin + view * (_CELL + _GAP), margin, name, color=_FAINT)
+    sheet.write(margin + view * (_CELL + _GAP), margin, name, color=FAINT)
   top = margin + _LINE
   for example in range(count):
     for view in range(views):
       sheet.place(margin + view * (_CELL + _GAP), top, _CELL, cell_height, images[example, view])
     sheet.write(margin, top + cell_height + _LINE / 2, notes[example], family=_MONOSPACE)
     top += block_heights[example]
-  _save(sheet.figure, path)
+  save(sheet.figure, path)
 
 
 def plot_retrieval(
@@ -162,8 +162,8 @@ def plot_retrieval(
     sheet.write(margin, margin + row * pitch, _wrap(text, round(_CELL / _CHARACTER), 12))
     for rank, (picture, mark) in enumerate(zip(pictures, marks, strict=True)):
       place = margin + (1 + rank) * pitch, margin + row * pitch
-      sheet.place(*place, _CELL, _CELL, picture, frame=_RIGHT if mark else _WRONG)
-  _save(sheet.figure, path)
+      sheet.place(*place, _CELL, _CELL, picture, frame=RIGHT if mark else WRONG)
+  save(sheet.figure, path)
 
 
 class _Sheet:
@@ -180,11 +180,11 @@ class _Sheet:
     box = self._across(left + (width - across) / 2), self._up(top + down)
     axes = self.figure.add_axes((*box, self._across(across), down / self._size[1]), xticks=[], yticks=[])
     axes.imshow(picture, aspect="auto")
-    axes.spines[:].set(visible=bool(frame), linewidth=4, color=frame or _INK)
+    axes.spines[:].set(visible=bool(frame), linewidth=4, color=frame or INK)
 
   def write(self, left: float, top: float, text: str, **style: Any) -> None:
     """Writes a text from its top left corner."""
-    style = {"fontsize": 9, "color": _INK, "verticalalignment": "top", "parse_math": False} | style
+    style = {"fontsize": 9, "color": INK, "verticalalignment": "top", "parse_math": False} | style
     self.figure.text(self._across(left), self._up(top), text, **style)
 
   def _across(self, inches: float) -> float:
@@ -229,7 +229,7 @@ def _series(lines: Sequence[Mapping[str, Any]], name: str, axis: str = "step") -
   return x[np.isfinite(y)], y[np.isfinite(y)]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
   figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
   figure.get_layout_engine().set(w_pad=_GAP, h_pad=_GAP)
   return figure
@@ -240,12 +240,12 @@ def _panel(axes: Axes, title: str, curves: Mapping[str, tuple[np.ndarray, np.nda
 
   More than ten curves also differ in line style.
   """
-  axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK, parse_math=False)
+  axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
   axes.spines[["top", "right"]].set_visible(False)
   curves = {label: curve for label, curve in curves.items() if len(curve[0])}
   if not curves:
     axes.set(xticks=[], yticks=[])
-    axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color=_FAINT)
+    axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color=FAINT)
     return
   axes.grid(color="#e6e6e6", linewidth=0.8)
   axes.set_axisbelow(True)
@@ -271,7 +271,7 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
   return np.convolve(values, bell, "same") / np.convolve(np.ones_like(values), bell, "same")
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.tmp")

@@ -1,0 +1,103 @@
+"""Compares evaluations: python -m declip_jax.report runs/clip runs/declip --baseline runs/clip --output report
+
+Each argument is a folder of results of `declip_jax.evaluate`, or a working directory with a folder `results`. Models
+whose names differ only in a final number, as clip-0 and clip-1, are seeds of one method. --output receives report.md,
+report.html (one page that needs no other file), report.json, results.csv (as `clip_benchmark build` writes it) and
+pictures.
+
+Models that were evaluated on other data sets under the names of these are rejected. --shift names data sets of one task
+under distribution shift, such as --shift=own/photo:own/sketch,own/cartoon; the shifts of ImageNet are known. --standard
+names results of models with standard training, whose line gives the accuracy that is expected under shift.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+import sys
+
+from absl import flags
+
+from declip_jax import command_line, config_files
+from declip_jax.evals.comparison import Method, read_methods
+from declip_jax.evals.report import Report, document, to_csv, to_json
+from declip_jax.reporting.documents import to_html, to_markdown
+from declip_jax.reporting.progress import message
+from declip_jax.runtime.records import write
+
+
+def write_report(report: Report, output: Path) -> None:
+  """Writes the files of a report; the same results give the same bytes.
+
+  Raises:
+    ValueError: methods have been evaluated on different data under one name.
+    OSError: a file cannot be written.
+  """
+  output.mkdir(parents=True, exist_ok=True)
+  blocks = document(report, output, published())
+  texts = {
+    "report.md": to_markdown(blocks, output),
+    "report.html": to_html(blocks, "Evaluation"),
+    "report.json": to_json(report),
+    "results.csv": to_csv(report),
+  }
+  for name, text in texts.items():
+    write(output / name, text.encode())
+
+
+def published() -> list[tuple[str, str, str]]:
+  """Rows of published accuracies on ImageNet in percent: config, protocol, accuracy."""
+  rows = []
+  for name in config_files.names():
+    found = getattr(config_files.load_module(name), "PUBLISHED", {}).get("imagenet_top1_percent", {})
+    rows += [(name, protocol.replace("_", "-"), str(value)) for protocol, value in found.items()]
+  return rows
+
+
+def _find(methods: Sequence[Method], folders: Sequence[str], name: str) -> Method:
+  """The method of a folder.
+
+  Raises:
+    ValueError: the folder has several, or one that is not among the methods.
+  """
+  found = [method.label for method in read_methods([Path(folder) for folder in folders])]
+  same = [method for method in methods if method.label in found]
+  if len(same) != 1:
+    raise ValueError(f"{name}: expected the results of one of {[method.label for method in methods]}, not of {found}")
+  return same[0]
+
+
+def _shifts(texts: Sequence[str]) -> dict[str, list[str]]:
+  """Parses --shift.
+
+  Raises:
+    ValueError: a text has another form.
+  """
+  found = {}
+  for text in texts:
+    source, colon, shifted = text.partition(":")
+    if not (source and colon and all(shifted.split(","))):
+      raise ValueError(f"--shift={text}: expected DATA_SET:SHIFTED,SHIFTED")
+    found[source] = shifted.split(",")
+  return found
+
+
+def _command(folders: list[str]) -> None:
+  given = flags.FLAGS
+  methods = read_methods([Path(folder) for folder in [*folders, *given.baseline]])
+  baseline = _find(methods, given.baseline, f"--baseline={','.join(given.baseline)}") if given.baseline else None
+  standard = read_methods([Path(folder) for folder in given.standard]) if given.standard else []
+  report = Report(methods, baseline, _shifts(given.shift), standard)
+  write_report(report, Path(given.output))
+  message(f"{Path(given.output) / 'report.html'}: {len(methods)} methods, {len(report.tasks)} tasks", stream=sys.stdout)
+
+
+def main() -> None:
+  """Runs the command."""
+  flags.DEFINE_string("output", None, "Folder of the report.")
+  flags.DEFINE_list("baseline", [], "Folders of the results, or seeds, of the method with which to compare.")
+  flags.DEFINE_multi_string("shift", [], "DATA_SET:SHIFTED,SHIFTED, keys of data sets. Repeat the flag for several.")
+  flags.DEFINE_list("standard", [], "Folders of results of models with standard training.")
+  command_line.run(_command, __doc__, positional=("RESULTS...",), required=("output",))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,124 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from declip_jax.evals import comparison, intervals, results
+from declip_jax.evals.comparison import Task, read_methods
+from declip_jax.evals.results import Result
+
+RNG = np.random.default_rng(0)
+LABEL = RNG.integers(5, size=400)
+TASK = Task("toys", "zero_shot", "")
+
+
+def classified(accuracy: float, seed: int, label: np.ndarray = LABEL) -> dict[str, np.ndarray]:
+  """Predictions of a classifier that is right with some probability."""
+  rng = np.random.default_rng(seed)
+  rank = np.where(rng.random(len(label)) < accuracy, 0, rng.integers(1, 5, size=len(label)))
+  return {"row": np.arange(len(label)), "label": label, "predicted": (label + rank) % 5, "rank": rank}
+
+
+def write(
+  folder: Path, model: str, predictions: dict[str, np.ndarray], *, pretrained: str = "step-9", key: str = "", **ours: object
+) -> None:
+  """Writes the result of a zero-shot evaluation."""
+  correct = predictions["rank"] < 1
+  metrics = {"top1": float(correct.mean()), "images": len(correct), "majority_share": 0.25}
+  fields = {
+    "key": "", "kind": "zero_shot", "variant": "", "headline": "top1", "metrics": metrics,
+    "intervals": {"top1": intervals.clopper_pearson(int(correct.sum()), len(correct))},
+    "details": {}, "about": {"key": key, "chance": 0.2, "prompts": "own"}, "options": {},
+    "weights": {"origin": "a run", "step": 9}, "data": {}, **ours,
+  }  # fmt: skip
+  dataset = str(ours.get("dataset", key or "toys"))
+  result = Result(dataset, model, pretrained, "zeroshot_classification", {"acc1": metrics["top1"]}, fields)
+  results.write(folder, result, predictions)
+
+
+def test_one_run_each_is_compared_on_the_same_images(tmp_path: Path) -> None:
+  write(tmp_path, "a", classified(0.7, 1))
+  write(tmp_path, "b", classified(0.6, 2))
+  a, b = read_methods([tmp_path])
+  assert (a.label, b.label) == ("a", "b")
+  found = comparison.difference(a.of(TASK), b.of(TASK), "top1")
+  correct = [classified(*of)["rank"] < 1 for of in ((0.7, 1), (0.6, 2))]
+  expected = intervals.compare(*correct)
+  assert found.value == pytest.approx(expected.difference, abs=1e-12)
+  assert found.test == "paired"
+  np.testing.assert_allclose(found.interval, expected.interval, atol=0.01)
+  assert found.is_significant
+  assert found.p < 0.05
+
+
+def test_only_common_images_count_and_other_labels_are_rejected(tmp_path: Path) -> None:
+  fewer = {name: values[20:] for name, values in classified(0.6, 2).items()}
+  write(tmp_path / "a", "a", classified(0.7, 1))
+  write(tmp_path / "b", "b", fewer)
+  write(tmp_path / "c", "c", classified(0.6, 3, np.roll(LABEL, 1)))
+  a, b, c = (read_methods([tmp_path / name])[0].of(TASK) for name in "abc")
+  correct = classified(0.7, 1)["rank"][20:] < 1, fewer["rank"] < 1
+  middle = np.mean(comparison.difference(a, b, "top1").interval)
+  assert middle == pytest.approx(intervals.compare(*correct).difference, abs=0.005)
+  with pytest.raises(ValueError, match="c/toys.* labels differ"):
+    comparison.difference(a, c, "top1")
+
+
+def test_seeds_are_compared_by_welch(tmp_path: Path) -> None:
+  accuracy = {"x": [], "y": []}
+  for name, mean in (("x", 0.8), ("y", 0.5)):
+    for seed in range(3):
+      predictions = classified(mean, seed + 10)
+      write(tmp_path, f"{name}-{seed}", predictions)
+      accuracy[name].append(float((predictions["rank"] < 1).mean()))
+  x, y = read_methods([tmp_path])
+  assert (x.label, y.label, len(x.runs)) == ("x", "y", 3)
+  found = comparison.difference(x.of(TASK), y.of(TASK), "top1")
+  expected = intervals.welch(np.array(accuracy["x"]), np.array(accuracy["y"]))
+  assert (found.value, *found.interval, found.p) == pytest.approx((expected.difference, *expected.interval, expected.p))
+  own = comparison.cell(x.of(TASK), "top1")
+  assert own.runs == 3
+  assert own.interval == pytest.approx(intervals.student(np.array(accuracy["x"])))
+  assert comparison.difference(x.of(TASK), y.of(TASK)[:1], "top1").interval is None
+
+
+def test_checkpoints_of_a_run_are_methods_of_their_own(tmp_path: Path) -> None:
+  for step in (1, 2):
+    write(tmp_path, "clip-0", classified(0.7, step), pretrained=f"step-{step}")
+  assert [method.label for method in read_methods([tmp_path])] == ["clip-0 step-1", "clip-0 step-2"]
+
+
+def test_a_single_run_keeps_its_whole_name(tmp_path: Path) -> None:
+  write(tmp_path, "clip-0", classified(0.7, 1))
+  assert [method.label for method in read_methods([tmp_path])] == ["clip-0"]
+  with pytest.raises(FileNotFoundError, match="nothing"):
+    read_methods([tmp_path / "nothing"])
+
+
+def test_recalls_resample_images_with_all_their_texts() -> None:
+  owner = np.repeat(np.arange(50), RNG.integers(1, 4, size=50))
+  ranks = {"row": np.arange(50), "image_rank": RNG.integers(12, size=50), "image_of_text": owner}
+  ranks["text_rank"] = RNG.integers(12, size=len(owner))
+  once = np.ones((1, 50), int)
+  for k in (1, 5, 10):
+    answers = comparison._answers(ranks, f"text_to_image_r{k}")
+    assert answers.metric(*answers.columns, once)[0] == (ranks["text_rank"] < k).mean()
+    answers = comparison._answers(ranks, f"image_to_text_r{k}")
+    assert answers.metric(*answers.columns, once)[0] == (ranks["image_rank"] < k).mean()
+  answers = comparison._answers(ranks, "mean_recall")
+  sides = [(ranks[side] < k).mean() for side in ("image_rank", "text_rank") for k in (1, 5, 10)]
+  assert answers.metric(*answers.columns, once)[0] == pytest.approx(np.mean(sides))
+
+
+def test_the_mean_of_a_suite_needs_all_its_sets(tmp_path: Path) -> None:
+  for index, key in enumerate(("pets", "dtd")):
+    write(tmp_path, "a", classified(0.7, index), key=key)
+    if not index:
+      write(tmp_path, "b", classified(0.7, index), key=key)
+  methods = read_methods([tmp_path])
+  a, b = comparison.suite_means(methods, ("pets", "dtd"), "zero_shot", lambda key: "top1")
+  expected = [(classified(0.7, index)["rank"] < 1).mean() for index in range(2)]
+  assert b is None
+  assert a.value == pytest.approx(np.mean(expected))
+  error = np.sqrt(sum(p * (1 - p) / 400 for p in expected)) / 2
+  np.testing.assert_allclose(a.interval, a.value + error * np.array([-1.96, 1.96]), atol=0.004)
