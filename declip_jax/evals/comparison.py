@@ -227,9 +227,7 @@ def suite_means(
   return [_suite_mean(method, keys, kind, metric) for method in methods]
 
 
-def _suite_mean(
-  method: Method, keys: Sequence[str], kind: str, metric: Callable[[str], str | None]
-) -> Cell | None:
+def _suite_mean(method: Method, keys: Sequence[str], kind: str, metric: Callable[[str], str | None]) -> Cell | None:
   means, resampled = [], []
   for run in method.runs:
     own = {scored.key: scored for task, scored in run.items() if task.kind == kind and not task.variant}
@@ -279,9 +277,9 @@ def _paired(a: Scored, b: Scored, metric: str) -> _Answers | None:
   if own is None or theirs is None:
     return None
   _, first, second = np.intersect1d(a.predictions["row"], b.predictions["row"], return_indices=True)
-  labels = [side.predictions.get("label", np.zeros(0)) for side in (a, b)]
-  if len(labels[0]) and not np.array_equal(labels[0][first], labels[1][second]):
-    raise ValueError(f"{a.path} and {b.path}: labels differ, so they are results of different data")
+  for name in _SAME:
+    if name in a.predictions and not np.array_equal(a.predictions[name][first], b.predictions[name][second]):
+      raise ValueError(f"{a.path} and {b.path}: {name} differs, so they are results of different data")
   split = len(own.columns)
   columns = (*(column[first] for column in own.columns), *(column[second] for column in theirs.columns))
 
@@ -292,26 +290,52 @@ def _paired(a: Scored, b: Scored, metric: str) -> _Answers | None:
   return _Answers(minus, columns, None if own.within is None else own.within[first])
 
 
+_SAME = ("label", "labels", "group")  # predictions that do not depend on the model
+
+
+def _top(k: int) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+  return lambda predictions: predictions["rank"] < k
+
+
+_top1, _top5 = _top(1), _top(5)
+
+
+def _mean_top1_top5(top1: np.ndarray, top5: np.ndarray, times: metrics.Times) -> np.ndarray:
+  return np.asarray((metrics.accuracy(top1, times) + metrics.accuracy(top5, times)) / 2)
+
+
+def _average_precision(labels: np.ndarray, scores: np.ndarray, times: metrics.Times) -> np.ndarray:
+  return metrics.mean_average_precision(labels, scores, metrics.average_precision, times)
+
+
+def _average_precision_11(labels: np.ndarray, scores: np.ndarray, times: metrics.Times) -> np.ndarray:
+  return metrics.mean_average_precision(labels, scores, metrics.average_precision_11, times)
+
+
+# Metric of a classifier -> the function, its columns, and the classes within which examples are resampled.
+_CLASSIFIERS = {
+  "top1": lambda p: _Answers(metrics.accuracy, (_top1(p),)),
+  "top5": lambda p: _Answers(metrics.accuracy, (_top5(p),)),
+  "mean_per_class": lambda p: _Answers(metrics.mean_per_class, (p["label"], _top1(p)), p["label"]),
+  "mean_top1_top5": lambda p: _Answers(_mean_top1_top5, (_top1(p), _top5(p))),
+  "macro_f1": lambda p: _Answers(metrics.macro_f1, (p["label"], p["predicted"])),
+  "worst_group": lambda p: _Answers(metrics.worst_group, (p["group"], _top1(p))),
+  "worst_group_top5": lambda p: _Answers(metrics.worst_group, (p["group"], _top5(p))),
+  "roc_auc": lambda p: _Answers(metrics.roc_auc, (p["label"] == 1, p["score"])),
+  "mean_average_precision_11": lambda p: _Answers(_average_precision_11, (p["labels"], p["scores"])),
+  # CLIP_benchmark counts difficult objects as present.
+  "mean_average_precision": lambda p: _Answers(_average_precision, (np.where(p["labels"] < 0, -1, 1), p["scores"])),
+}
+
+
 def _answers(predictions: Mapping[str, np.ndarray], metric: str) -> _Answers | None:
   """A metric as a function of predictions, None if these do not determine it."""
-  if {"label", "predicted", "rank"} <= set(predictions):
-    label, rank = predictions["label"].astype(np.int64), predictions["rank"]
-    if metric in ("top1", "top5"):
-      return _Answers(metrics.accuracy, (rank < int(metric[3:]),))
-    if metric == "mean_per_class":
-      return _Answers(metrics.mean_per_class, (label, rank < 1), label)
-    if metric == "mean_top1_top5":
-      return _Answers(_half, ((rank < 1).astype(np.int64) + (rank < 5),))
-    if metric == "macro_f1":
-      return _Answers(metrics.macro_f1, (label, predictions["predicted"].astype(np.int64)))
   if {"image_rank", "text_rank", "image_of_text"} <= set(predictions):
     return _recall_answers(predictions, metric)
-  return None
-
-
-def _half(credit: np.ndarray, times: np.ndarray) -> np.ndarray:
-  """Half of the mean credit."""
-  return np.asarray(times @ credit / (2 * times.sum(axis=-1)))
+  try:
+    return _CLASSIFIERS[metric](predictions)
+  except KeyError:  # another metric, or a column that is not there
+    return None
 
 
 def _recall_answers(predictions: Mapping[str, np.ndarray], metric: str) -> _Answers | None:
@@ -327,7 +351,9 @@ def _recall_answers(predictions: Mapping[str, np.ndarray], metric: str) -> _Answ
   if way == "image_to_text" and k.isdecimal():
     return _Answers(metrics.accuracy, (image < int(k),))
   if way == "text_to_image" and k.isdecimal():
-    return _Answers(intervals.ratio, (np.bincount(owner, weights=text < int(k), minlength=size).astype(np.int64), texts))
+    return _Answers(
+      intervals.ratio, (np.bincount(owner, weights=text < int(k), minlength=size).astype(np.int64), texts)
+    )
   return None
 
 

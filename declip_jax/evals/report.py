@@ -259,8 +259,13 @@ def _differences(report: Report, kind: str, pictures: Path) -> Iterator[Block]:
           name = str(task) if len(_metrics(report, task)) == 1 else f"{task} {metric}"
           values[name] = (own.value, own.interval)
     if len(values) > 1:
-      tests = {own.test for task in chosen for m in _metrics(report, task) for own in
-               _differences_of(report, task, m).values() if own.test}
+      tests = {
+        own.test
+        for task in chosen
+        for m in _metrics(report, task)
+        for own in _differences_of(report, task, m).values()
+        if own.test
+      }
       path = pictures / f"{results.slug(f'{kind}_{method.label}_minus_{report.baseline.label}')}.png"
       title = f"{TITLES.get(kind, kind)}: {method.label} minus {report.baseline.label}"
       charts.plot_differences(values, title, path)
@@ -349,8 +354,10 @@ _SECTIONS: Mapping[str, Callable[[Report, Path], Iterator[Block]]] = {
 
 def _shifts(report: Report, pictures: Path) -> Iterator[Block]:
   """Accuracy under distribution shift, and effective robustness where models with standard training are known."""
-  known = {source: [key for key, of in robustness.WITHOUT_SHIFT.items() if of == source] for source in
-           dict.fromkeys(robustness.WITHOUT_SHIFT.values())}
+  known = {
+    source: [key for key, of in robustness.WITHOUT_SHIFT.items() if of == source]
+    for source in dict.fromkeys(robustness.WITHOUT_SHIFT.values())
+  }
   blocks: list[Block] = []
   for source, keys in {**known, **report.shifts}.items():
     for kind in ("zero_shot", "linear_probe"):
@@ -380,8 +387,10 @@ def _shift(report: Report, source: str, keys: Sequence[str], kind: str, pictures
   header = ["method", source, *(text for key in present for text in (key, "effective")), "mean under shift"]
   yield Heading(f"From {source}, {TITLES[kind].lower()}", 3)
   yield Table(header, rows)
-  bars = {label: {key: (cell.value, cell.interval) for key, cell in found.items() if key in (source, *present)}
-          for label, found in own.items()}
+  bars = {
+    label: {key: (cell.value, cell.interval) for key, cell in found.items() if key in (source, *present)}
+    for label, found in own.items()
+  }
   path = pictures / f"{results.slug(f'shift_{source}_{kind}')}.png"
   charts.plot_scores(bars, f"{source} and its shifts, {TITLES[kind].lower()}", path)
   yield Picture(path, f"Accuracy on {source} and under shift")
@@ -424,7 +433,7 @@ def _standard(report: Report, source: str, key: str, kind: str) -> tuple[np.ndar
   """Accuracies without and under shift of models with standard training; None if there are fewer than three."""
   own = [_by_key(method, kind) for method in report.standard]
   pairs = [(found[source].value, found[key].value) for found in own if source in found and key in found]
-  pairs = [pair for pair in pairs if 0 < min(pair) and max(pair) < 1]
+  pairs = [pair for pair in pairs if min(pair) > 0 and max(pair) < 1]
   if len({x for x, _ in pairs}) > 2:
     return tuple(np.array(side) for side in zip(*pairs, strict=True))
   if robustness.WITHOUT_SHIFT.get(key) == source:

@@ -16,9 +16,7 @@ Path = str | os.PathLike[str]
 Interval = tuple[float, float]
 
 
-def plot_differences(
-  values: Mapping[str, tuple[float, Interval | None]], title: str, path: Path
-) -> None:
+def plot_differences(values: Mapping[str, tuple[float, Interval | None]], title: str, path: Path) -> None:
   """Draws a bar for the difference of each data set, largest first; pale where the interval contains 0.
 
   Args:
@@ -110,7 +108,9 @@ def plot_robustness(
   for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
     scale("function", functions=(_logit, _from_logit))
     axis.set_major_formatter(PercentFormatter(1, decimals=0))
-  ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99) if low < tick < high]
+  ticks = [
+    tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99) if low < tick < high
+  ]
   axes.set_xticks(ticks)
   axes.set_yticks(ticks)
   axes.set(xlim=(low, high), ylim=(low, high), xlabel="accuracy without shift", ylabel="accuracy under shift")

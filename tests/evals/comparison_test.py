@@ -16,11 +16,17 @@ def classified(accuracy: float, seed: int, label: np.ndarray = LABEL) -> dict[st
   """Predictions of a classifier that is right with some probability."""
   rng = np.random.default_rng(seed)
   rank = np.where(rng.random(len(label)) < accuracy, 0, rng.integers(1, 5, size=len(label)))
-  return {"row": np.arange(len(label)), "label": label, "predicted": (label + rank) % 5, "rank": rank}
+  return {"row": np.arange(len(label)), "label": label.astype(np.int64), "predicted": (label + rank) % 5, "rank": rank}
 
 
 def write(
-  folder: Path, model: str, predictions: dict[str, np.ndarray], *, pretrained: str = "step-9", key: str = "", **ours: object
+  folder: Path,
+  model: str,
+  predictions: dict[str, np.ndarray],
+  *,
+  pretrained: str = "step-9",
+  key: str = "",
+  **ours: object,
 ) -> None:
   """Writes the result of a zero-shot evaluation."""
   correct = predictions["rank"] < 1
@@ -60,7 +66,7 @@ def test_only_common_images_count_and_other_labels_are_rejected(tmp_path: Path) 
   correct = classified(0.7, 1)["rank"][20:] < 1, fewer["rank"] < 1
   middle = np.mean(comparison.difference(a, b, "top1").interval)
   assert middle == pytest.approx(intervals.compare(*correct).difference, abs=0.005)
-  with pytest.raises(ValueError, match="c/toys.* labels differ"):
+  with pytest.raises(ValueError, match="c/toys.* label differs"):
     comparison.difference(a, c, "top1")
 
 
