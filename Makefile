@@ -8,6 +8,7 @@
 # make bench-input   compares the input pipeline with torchvision and open_clip, in .venv-bench
 # make bench-scale   memory and time of InfoNCE by each method for batches up to 128k, compared with open_clip's
 # make bench-open-clip  compares CLIP's train step with open_clip's, in .venv-bench
+# make bench-probe   compares the sweep of the linear probe with scikit-learn's, in .venv-bench
 # Each installs what it needs first. ARGS are further arguments, such as make test ARGS="tests/data -x".
 PYTHON ?= python3
 VENV ?= .venv
@@ -70,7 +71,7 @@ $(VENV)-interop/installed: setup.py constraints.txt tests/interop/requirements.t
 	touch $@
 
 # Compared with torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.
-.PHONY: bench-input bench-open-clip bench-scale
+.PHONY: bench-input bench-open-clip bench-scale bench-probe
 bench-input: $(VENV)-bench/installed
 	$(VENV)-bench/bin/python benchmarks/input.py $(ARGS)
 
@@ -79,6 +80,9 @@ bench-open-clip: $(VENV)-bench/installed
 
 bench-scale: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/scale.py $(ARGS)
+
+bench-probe: $(VENV)-bench/installed
+	$(VENV)-bench/bin/python benchmarks/linear_probe.py $(ARGS)
 
 $(VENV)-bench/installed: setup.py constraints.txt benchmarks/requirements.txt tests/interop/requirements.txt
 	$(PYTHON) -m venv $(VENV)-bench

@@ -5,7 +5,7 @@ towers are. Both take CLIP's path through the 97 strengths, 15 fits and one of t
 and stop at the same largest entry of the gradient or after 1,000 iterations. Objectives are computed in float64. Our
 time includes compiling; scikit-learn gets float32 as well, with which it is faster.
 
-  pip install scikit-learn
+  make bench-probe                         installs scikit-learn in an environment of its own
   ... --tolerance 1e-4                     scikit-learn's default
   ... --topology v5e:2x4 --train 1281167 --val 50000 --width 1024 --classes 1000
 

@@ -50,6 +50,7 @@ _BATCH_NORM, _BLOCKWISE = "models/batch_norm_test.py", "objectives/blockwise_tes
 _PIPELINE, _STEP = "data/pipeline_test.py", "training/step_test.py"
 _WEIGHTS = "weights/layout_test.py weights/read_test.py"
 _METRICS = "evals/metrics_test.py evals/retrieval_test.py evals/zero_shot_test.py"
+_PROBE = "evals/linear_probe_test.py"
 # fmt: off
 MUTATIONS = [
   # Terms.
@@ -251,6 +252,26 @@ MUTATIONS = [
            "np.where(reached.any(axis=1), between, np.inf)", "between", "evals/scaling_test.py"),
   Mutation("classifiers are not of unit length", "evals/zero_shot.py",
            "return means / np.linalg.norm(means, axis=1, keepdims=True)", "return means", _METRICS),
+  Mutation("two classes are a softmax", "evals/linear_probe.py",
+           "tuple(present) if len(present) == 2 else None", "None", _PROBE),
+  Mutation("of equal scores the largest strength is chosen", "evals/linear_probe.py", "score, -index)", "score, index)",
+           _PROBE),
+  Mutation("the bias is that of centred features", "evals/linear_probe.py",
+           "bias = bias - self.axes.mean.astype(np.float64) @ kernel", "pass", _PROBE),
+  Mutation("the penalty does not depend on the number of rows", "evals/logistic_regression.py",
+           "1 / (strength * rows)", "1 / strength", _PROBE),
+  Mutation("classes without training rows are answered", "evals/logistic_regression.py",
+           "jnp.where(answered[None, None], logits, -jnp.inf)", "logits", _PROBE),
+  Mutation("nearest neighbours have equal weights", "evals/nearest.py",
+           "+= weight[:, place]", "+= 1", "evals/nearest_test.py"),
+  Mutation("the nearest neighbour does not decide ties", "evals/nearest.py",
+           "(count - place) / (count + 1)", "0.5", "evals/nearest_test.py"),
+  Mutation("rows without a label are searched", "evals/nearest.py",
+           "jnp.where(number[None] >= 0, everyone @ keys.T, -jnp.inf)", "everyone @ keys.T", "evals/nearest_test.py"),
+  Mutation("columns of a ridge regression are not centred", "evals/few_shot.py",
+           "(x - mean) / std", "x / std", "evals/few_shot_test.py"),
+  Mutation("the learning rate of an SGD probe changes in each step", "evals/sgd_probe.py",
+           "if recipe.cosine_by_epoch else steps", "if False else steps", "evals/sgd_probe_test.py"),
   Mutation("linear layers are not transposed", "weights/layout.py",
            '"linear": (_transposed, _transposed)', '"linear": (_same, _same)', _WEIGHTS),
   Mutation("height and width of kernels swapped", "weights/layout.py",

@@ -172,8 +172,8 @@ def train_heads(
   padding = np.full((epochs, -rows % recipe.batch_size), -1, np.int32)
   batches = np.concatenate([place[order], padding], axis=1).reshape(epochs, -1, recipe.batch_size)
   steps = np.arange(batches[..., 0].size).reshape(batches.shape[:2])
-  done = steps[:, :1] / steps.size + 0 * steps if recipe.cosine_by_epoch else steps / steps.size
-  factors = ((1 + np.cos(np.pi * done)) / 2).astype(np.float32)
+  counted = np.broadcast_to(steps[:, :1], steps.shape) if recipe.cosine_by_epoch else steps
+  factors = ((1 + np.cos(np.pi * counted / steps.size)) / 2).astype(np.float32)
   return _train(mesh, recipe)(features, label, batches, factors, np.asarray(rates, np.float32), kernel)
 
 
