@@ -335,6 +335,41 @@ def retrieval(data: str, equal_texts: bool = False) -> ConfigDict:
   return _evaluation("retrieval", data, equal_texts=equal_texts)
 
 
+def linear_probe(data: str, train: str = "", val: str = "", features: str = "pooled") -> ConfigDict:
+  """Logistic regression on features of `train`, whose strength is chosen on `val`, by default a part of `train`."""
+  return _evaluation("linear_probe", data, train=train, val=val, features=features)
+
+
+def few_shot(
+  data: str,
+  train: str = "",
+  shots: tuple[int, ...] = (1, 2, 4, 8, 16),
+  seeds: tuple[int, ...] = (0, 1, 2),
+  method: str = "logistic",
+  features: str = "pooled",
+) -> ConfigDict:
+  """Classification after training on `shots` images per class: by "logistic" regression (CLIP), or "ridge"."""
+  return _evaluation("few_shot", data, train=train, shots=shots, seeds=seeds, method=method, features=features)
+
+
+def knn(
+  data: str,
+  train: str = "",
+  neighbours: tuple[int, ...] = (10, 20, 100, 200),
+  headline: int = 20,
+  temperature: float = 0.07,
+  features: str = "pooled",
+) -> ConfigDict:
+  """Classification by the nearest images of `train`, reported in full for `headline` neighbours."""
+  options = {"neighbours": neighbours, "headline": headline, "temperature": temperature, "features": features}
+  return _evaluation("knn", data, train=train, **options)
+
+
+def nearest_mean(data: str, train: str = "", features: str = "pooled") -> ConfigDict:
+  """Classification by the nearest mean feature of a class of `train`."""
+  return _evaluation("nearest_mean", data, train=train, features=features)
+
+
 def _evaluation(kind: str, data: str, **fields: Any) -> ConfigDict:
   """An entry of `c.evals`, which takes part in each evaluation of a run, or in each `every`-th."""
   return ConfigDict({"kind": kind, "data": data, "every": 1, **fields})
@@ -344,6 +379,10 @@ def _evaluation(kind: str, data: str, **fields: Any) -> ConfigDict:
 EVALUATIONS = {
   "zero_shot": zero_shot,
   "retrieval": retrieval,
+  "linear_probe": linear_probe,
+  "few_shot": few_shot,
+  "knn": knn,
+  "nearest_mean": nearest_mean,
 }
 
 
@@ -402,6 +441,9 @@ def from_json(text: str) -> ConfigDict:
   if unknown := sorted(_unknown(fields, known)):
     raise ValueError(f"config.json has unknown fields {unknown}: it was written by another version of declip_jax")
   _add_missing(fields, known)
+  for entry in fields.get("evals", {}).values():
+    if isinstance(entry, dict) and entry.get("kind") in EVALUATIONS:
+      _add_missing(entry, EVALUATIONS[entry["kind"]]("").to_dict())
   return ConfigDict(fields).lock()
 
 

@@ -11,7 +11,7 @@ import inspect
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from declip_jax.evals import retrieval, zero_shot
+from declip_jax.evals import probes, retrieval, zero_shot
 from declip_jax.evals.results import Scores
 from declip_jax.spelling import did_you_mean
 
@@ -58,6 +58,8 @@ _RETRIEVAL = {
   for k in (1, 5, 10)
 }
 
+_PROBE = Evaluator(probes.linear_probe, needs_text=False, needs_train=True, check=probes.check, of=("classification",))
+
 # The `kind` of an entry of `config.evals` -> the evaluator.
 EVALUATORS = {
   "zero_shot": Evaluator(
@@ -76,6 +78,14 @@ EVALUATORS = {
     task="zeroshot_retrieval",
     names=_RETRIEVAL,
   ),
+  "linear_probe": _PROBE._replace(
+    function=probes.linear_probe,
+    of=("classification", "multilabel"),
+    names={own: f"lp_{name}" for own, name in _CLASSIFICATION.items()},
+  ),
+  "few_shot": _PROBE._replace(function=probes.few_shot),
+  "knn": _PROBE._replace(function=probes.knn),
+  "nearest_mean": _PROBE._replace(function=probes.nearest_mean),
 }
 
 

@@ -295,6 +295,7 @@ class EvaluationData:
     classnames: names of the classes, in the order of labels; empty without classes.
     prompts: prompts of each class; None if the evaluator makes them.
     metric: the metric that papers report for the data set, one of `catalogue.METRICS`.
+    grouping, ignored_groups: the grouping of images for metrics of groups, and groups that do not count.
   """
 
   test: Split
@@ -306,6 +307,8 @@ class EvaluationData:
   classnames: Sequence[str] = ()
   prompts: Sequence[Sequence[str]] | None = None
   metric: str = "top1"
+  grouping: str = ""
+  ignored_groups: Sequence[int] = ()
 
 
 class Texts:

@@ -127,8 +127,10 @@ def _single_label(data: EvaluationData, logits: Float[np.ndarray, "n classes"]) 
   }
   for grouping, of in data.test.groups.items():
     group = gather_rows(of)[rows]
+    group = np.where(np.isin(group, data.ignored_groups), -1, group).astype(np.int32)
     details[f"accuracy_by_{grouping}"] = metrics.accuracy_by(group, found.correct())
-    predictions.setdefault("group", group.astype(np.int32))  # the first grouping is that of the metric
+    if grouping == (data.grouping or next(iter(data.test.groups))):
+      predictions["group"] = group
   always = ["top1", *(["top5"] if found.classes >= 5 else []), "mean_per_class"]
   counts = {
     "majority_share": float(np.bincount(label).max() / len(label)),

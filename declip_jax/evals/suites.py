@@ -1,9 +1,10 @@
 """The jobs of suites on a user's data: which evaluators run on which data sets, with which classes and prompts."""
 
 from collections.abc import Mapping, Sequence
+import contextlib
 from typing import Any
 
-from declip_jax.data.sources import Source, open_source
+from declip_jax.data.sources import BadSample, Source, open_source, read_example
 from declip_jax.evals import EVALUATORS, catalogue
 from declip_jax.evals.catalogue import DataSet, Suite
 from declip_jax.evals.classes import align
@@ -73,51 +74,53 @@ def _jobs_of(
   key: str, specs: Splits, suite: Suite | None, tasks: Sequence[str], prompts: str, sources: dict[str, Source]
 ) -> list[Job | str]:
   """The jobs of a data set, or remarks in their place; `sources` are those that are open."""
-  entry = catalogue.data_set(key)
-  fitting = [task for task in tasks if entry.task in EVALUATORS[task].of]
-  if not fitting:
-    return []
   splits = {name: spec for name, spec in specs._asdict().items() if spec}
-  for name, spec in splits.items():
-    if spec not in sources:
-      try:
-        sources[spec] = open_source(spec)
-      except (OSError, ValueError) as error:
-        raise type(error)(f"{key}: {name}: {error}") from error
-  opened = {name: sources[spec] for name, spec in splits.items()}
+  opened = {name: _open(key, name, spec, sources) for name, spec in splits.items()}
+  entry = _with_classes(catalogue.data_set(key), opened["test"])
   facts: dict[str, Any] = {"metric": (suite.metric(key) if suite else entry.metric) or ""}
+  facts |= {"grouping": entry.grouping, "ignored_groups": entry.ignored_groups}
   about: dict[str, Any] = {"key": key, "title": entry.title, "chance": entry.chance, "note": entry.note}
-  classes: dict[str, Any] = {}
-  if entry.task in ("classification", "multilabel"):
-    entry = _with_classes(entry, opened["test"])
+  prompted, variant, classes = {}, "", {}
+  if entry.classes:
     classes = {name: align(entry, source.classnames, splits[name]) for name, source in opened.items()}
     chosen = prompts or (suite.prompt_set(key) if suite else entry.prompt_sets[0])
-    facts |= {"classnames": entry.classes, "prompts": entry.prompts(chosen)}
-    about |= {"prompts": chosen, "prompts_hash": json_hash(facts["prompts"]), "chance": entry.chance}
+    facts["classnames"] = entry.classes
+    prompted = {"prompts": entry.prompts(chosen)}
+    about |= {"prompts": chosen, "prompts_hash": json_hash(prompted["prompts"])}
+    variant = chosen if chosen != entry.prompt_sets[0] else ""
   parts = {name: DataSource(source, classes.get(name)) for name, source in opened.items()}
-  variant = prompts if facts.get("prompts") and prompts not in ("", entry.prompt_sets[0]) else ""
   jobs: list[Job | str] = []
-  for task in fitting:
-    evaluator = EVALUATORS[task]
-    if evaluator.needs_train and "train" not in parts:
+  for task in (task for task in tasks if entry.task in EVALUATORS[task].of):
+    needs_train, needs_text = EVALUATORS[task].needs_train, EVALUATORS[task].needs_text
+    if needs_train and "train" not in parts:
       jobs.append(f"{key}: {task} needs a split to train on: add | TRAIN to its line in the data file")
       continue
-    used = parts if evaluator.needs_train else {"test": parts["test"]}
-    if evaluator.needs_text:
-      jobs.append(Job(f"{key}/{task}", entry.clip_benchmark, task, used, {}, facts, variant, about))
-    else:
-      fewer = {name: value for name, value in facts.items() if name != "prompts"}
-      jobs.append(Job(f"{key}/{task}", entry.clip_benchmark, task, used, {}, fewer, "", about))
+    used = parts if needs_train else {"test": parts["test"]}
+    data, of = ({**facts, **prompted}, variant) if needs_text else (facts, "")
+    jobs.append(Job(f"{key}/{task}", entry.clip_benchmark, task, used, {}, data, of, about))
   return jobs
+
+
+def _open(key: str, split: str, spec: str, sources: dict[str, Source]) -> Source:
+  """The source of a split of a data set."""
+  if spec not in sources:
+    try:
+      sources[spec] = open_source(spec)
+    except (OSError, ValueError) as error:
+      raise ValueError(f"{key}: {split}: {error}") from error
+  return sources[spec]
 
 
 def _with_classes(entry: DataSet, source: Source) -> DataSet:
   """The entry with the classes of its source if it has none of its own."""
-  if entry.classes:
+  if entry.classes or not (entry.key.startswith(catalogue.OWN) or source.classnames):
     return entry
-  if not source.classnames:
-    raise ValueError(f"{entry.key}: {source.name} has no class names, which it needs: put a classnames.txt next to it")
-  return entry.with_classes(source.classnames, getattr(source, "templates", ()))
+  several = False
+  for index in range(len(source)):
+    with contextlib.suppress(BadSample):
+      several = "labels" in read_example(source, index)
+      break
+  return entry.with_classes(source.classnames, getattr(source, "templates", ()), several=several)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,205 @@
+"""Evaluators that train on the features of a split: linear probe, few shots, nearest neighbours, nearest class mean."""
+
+from collections.abc import Sequence
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+import numpy as np
+
+from declip_jax.data.sources import Source
+from declip_jax.evals import few_shot as few_shot_lib
+from declip_jax.evals import linear_probe as linear_probe_lib
+from declip_jax.evals import nearest, splits
+from declip_jax.evals.features import EvaluationData, Split
+from declip_jax.evals.results import Scores
+from declip_jax.evals.rows import Labelled
+from declip_jax.evals.scoring import criterion, score
+from declip_jax.runtime.hosts import gather_rows
+from declip_jax.sharding import make_mesh
+
+FEATURES = ("pooled", "joint")
+
+
+def linear_probe(data: EvaluationData, pictures: Path | None, *, features: str = "pooled") -> Scores:
+  """Logistic regression with CLIP's sweep over its strength, see `linear_probe.sweep`.
+
+  The strength is chosen by the metric of the data set on `val`, or, without one, on a part of `train`, see
+  `splits.carve`.
+
+  Args:
+    data: the splits.
+    pictures: unused.
+    features: "pooled", the output of the tower before the projection, or "joint", the joint embedding, as in the
+      example of CLIP's README.
+
+  Raises:
+    ValueError: a split cannot be used, see `linear_probe.sweep`.
+  """
+  del pictures
+  classes, train = _classes(data), _labelled(data.train, features)
+  if data.val is not None:
+    val, rule = _labelled(data.val, features), "given"
+  else:
+    train, val, rule = *_carve(train, data.train), splits.RULE
+  test = _labelled(data.test, features)
+  result = linear_probe_lib.sweep(train, val, test, criterion(data.metric), classes=classes, mesh=make_mesh(-1, 1))
+  details = {
+    "features": features,
+    "validation": rule,
+    "strength": result.chosen.strength,
+    "converged": result.converged,
+    "fits": [dataclasses.asdict(fit) for fit in result.fits],
+    "refit": result.refit and dataclasses.asdict(result.refit),
+  }
+  return score(data, result.scores, details)
+
+
+def few_shot(
+  data: EvaluationData,
+  pictures: Path | None,
+  *,
+  shots: Sequence[int] = few_shot_lib.CLIP_SHOTS,
+  seeds: Sequence[int] = few_shot_lib.SEEDS,
+  method: str = "logistic",
+  features: str = "pooled",
+) -> Scores:
+  """Accuracy after training on a few images per class: mean and standard deviation over draws of these images.
+
+  Numbers of shots that some class does not have are left out.
+
+  Args:
+    data: the splits.
+    pictures: unused.
+    shots: images per class.
+    seeds: seeds of the draws.
+    method: "logistic" regression as in CLIP's figure 6, or big_vision's "ridge" regression.
+    features: see `linear_probe`.
+
+  Raises:
+    ValueError: a split cannot be used, or a class has no image.
+  """
+  del pictures
+  classes, train, test = _classes(data), _labelled(data.train, features), _labelled(data.test, features)
+  label = gather_rows(train.label)
+  fewest = int(np.bincount(label[label >= 0], minlength=classes).min())
+  used = [count for count in shots if count <= fewest]
+  if not used:
+    rarest = data.classnames[int(np.bincount(label[label >= 0], minlength=classes).argmin())]
+    raise ValueError(f"{data.train.name}: {fewest} images of {rarest!r}; expected at least {min(shots)} of each class")
+  metric, common = criterion(data.metric), {"classes": classes, "shots": used, "seeds": seeds}
+  if method == "ridge":
+    found = few_shot_lib.ridge(train, test, metric, **common)
+  else:
+    found = few_shot_lib.logistic(train, test, metric, mesh=make_mesh(-1, 1), **common)
+  metrics = {f"shots_{count}": float(value) for count, value in zip(used, found.mean, strict=True)}
+  deviations = {} if found.std is None else dict(zip(metrics, found.std.tolist(), strict=True))
+  headline = f"shots_{used[-1]}"
+  details = {
+    "features": features,
+    "method": method,
+    "metric": data.metric,
+    "std": deviations,
+    "by_seed": {str(seed): row for seed, row in zip(seeds, found.scores.tolist(), strict=True)},
+    "left_out": [count for count in shots if count > fewest],
+  }
+  images = int((gather_rows(test.label) >= 0).sum())
+  return Scores({headline: metrics[headline], **metrics, "images": images}, details=details)
+
+
+def knn(
+  data: EvaluationData,
+  pictures: Path | None,
+  *,
+  neighbours: Sequence[int] = nearest.NEIGHBOURS,
+  headline: int = 20,
+  temperature: float = nearest.TEMPERATURE,
+  features: str = "pooled",
+) -> Scores:
+  """Classification by weighted votes of the nearest training images (Wu et al. 2018, as in DINO).
+
+  Args:
+    data: the splits.
+    pictures: unused.
+    neighbours: numbers of neighbours; those larger than the training split are left out.
+    headline: number whose scores are reported in full; the largest that is possible if this one is not.
+    temperature: of the weights.
+    features: see `linear_probe`.
+
+  Raises:
+    ValueError: a split cannot be used.
+  """
+  del pictures
+  train, test = _labelled(data.train, features), _labelled(data.test, features)
+  votes, label = nearest.knn(
+    train, test, classes=_classes(data), mesh=make_mesh(-1, 1), neighbours=neighbours, temperature=temperature
+  )
+  chosen, used, value = headline if headline in votes else max(votes), label >= 0, criterion(data.metric)
+  metrics = {f"k_{size}": value(found.weighted[used], label[used]) for size, found in votes.items()}
+  scores = score(data, votes[chosen].weighted, {"features": features, "neighbours": chosen, "temperature": temperature})
+  return dataclasses.replace(scores, metrics={**scores.metrics, **metrics})
+
+
+def nearest_mean(data: EvaluationData, pictures: Path | None, *, features: str = "pooled") -> Scores:
+  """Classification by the nearest mean of a class's unit-norm features.
+
+  Args:
+    data: the splits.
+    pictures: unused.
+    features: see `linear_probe`.
+
+  Raises:
+    ValueError: a split cannot be used.
+  """
+  del pictures
+  train, test = _labelled(data.train, features), _labelled(data.test, features)
+  logits, _ = nearest.nearest_mean(train, test, classes=_classes(data))
+  return score(data, logits, {"features": features})
+
+
+def check(source: Source | Sequence[Any], field: str, **options: Any) -> None:
+  """Rejects a source without class names, and features that do not exist.
+
+  Raises:
+    ValueError: the message names the source or the option.
+  """
+  if not source.classnames:
+    raise ValueError(f"{source.name} has no class names, which {field} needs")
+  if (chosen := options.get("features", "pooled")) not in FEATURES:
+    raise ValueError(f"{field}.features={chosen!r}: choose one of {FEATURES}")
+  if (method := options.get("method", "ridge")) not in ("logistic", "ridge"):
+    raise ValueError(f"{field}.method={method!r}: choose one of ('logistic', 'ridge')")
+
+
+def _classes(data: EvaluationData) -> int:
+  if not data.classnames:
+    raise ValueError(f"{data.test.name} has no class names")
+  return len(data.classnames)
+
+
+def _labelled(split: Split, kind: str) -> Labelled:
+  """The features of a split with its labels; images that cannot be read have none."""
+  found = split.features
+  features = found.pooled if kind == "pooled" else found.embedding
+  if features is None:
+    raise ValueError(f"{split.name}: the model has no joint space, so features={kind!r} does not exist")
+  if found.labels is not None:
+    return Labelled(features, np.where(found.readable[:, None], found.labels, 0).astype(np.int8))
+  return Labelled(features, np.where(found.readable, found.label, -1))
+
+
+def _carve(train: Labelled, split: Split) -> tuple[Labelled, Labelled]:
+  """This host's rows of a part of the training split to train on, and of one to choose hyperparameters on."""
+  label = gather_rows(train.label)
+  kinds = label if label.ndim == 1 else np.where((label != 0).any(axis=1), 0, -1)  # several labels: one stratum
+  return tuple(_take(train, _own(rows, split)) for rows in splits.carve(kinds))
+
+
+def _own(rows: Int[np.ndarray, "m"], split: Split) -> Int[np.ndarray, "k"]:
+  """Those of some rows of a source that this host has, counted from its first one."""
+  return rows[(rows >= split.rows.start) & (rows < split.rows.stop)] - split.rows.start
+
+
+def _take(rows: Labelled, index: Int[np.ndarray, "k"]) -> Labelled:
+  return Labelled(rows.features[index], rows.label[index])

@@ -1,0 +1,124 @@
+"""Tests of `declip_jax.evals.probes` and `scoring`: what is trained on which rows, scores, and errors."""
+
+from typing import Any
+
+from greys import Greys, grey_encoders
+import numpy as np
+import pytest
+
+from declip_jax.evals import EVALUATORS, scoring
+from declip_jax.evals.features import Split, Texts, make_data
+from declip_jax.evals.results import Scores
+
+TRAIN = [(grey, int(grey > 120)) for grey in range(0, 250, 10)]
+TEST = [(5, 0), (15, 0), (None, 1), (205, 1), (95, 0), (235, 1), (105, 1), (40, -1)]
+
+
+def greys(*examples: tuple[int | None, int]) -> Greys:
+  return Greys(examples)
+
+
+def run(kind: str, train: Any = TRAIN, test: Any = TEST, val: Any = None, **options: Any) -> Scores:
+  encoders = grey_encoders(8)
+  others = {name: Split(greys(*rows), encoders) for name, rows in (("train", train), ("val", val)) if rows is not None}
+  data = make_data(encoders, Texts(encoders), Split(greys(*test), encoders), **others)
+  return EVALUATORS[kind].function(data, None, **options)
+
+
+@pytest.mark.parametrize("kind", ["linear_probe", "knn", "nearest_mean"])
+def test_a_classifier_of_greys_is_right_but_for_the_dark_odd_one(kind: str) -> None:
+  options = {"neighbours": (1, 3, 99), "headline": 3} if kind == "knn" else {}
+  # The joint embedding (grey, 3) has a direction, which neighbours compare; the pooled feature is a number.
+  scores = run(kind, **options, features="pooled" if kind == "linear_probe" else "joint")
+  assert (scores.metrics["images"], scores.metrics["unreadable"]) == (6, 1)
+  if kind == "linear_probe":
+    assert scores.metrics["top1"] == pytest.approx(5 / 6)
+    np.testing.assert_array_equal(scores.predictions["row"], [0, 1, 3, 4, 5, 6])
+    np.testing.assert_array_equal(scores.predictions["predicted"], [0, 0, 1, 0, 1, 0])
+    assert scores.details["converged"]
+    assert len(scores.details["fits"]) >= 13
+    low, high = scores.intervals["top1"]
+    assert 0.3 < low < 5 / 6 < high < 1
+  if kind == "knn":
+    assert scores.details["neighbours"] == 3
+    assert {"k_1", "k_3"} <= set(scores.metrics)
+    assert "k_99" not in scores.metrics
+
+
+def test_a_validation_split_is_used_or_carved() -> None:
+  carved, given = run("linear_probe"), run("linear_probe", val=TRAIN[::3])
+  assert carved.details["validation"].startswith("per class, the last 20 %")
+  assert given.details["validation"] == "given"
+
+
+@pytest.mark.parametrize("method", ["logistic", "ridge"])
+def test_few_shots_have_a_mean_and_a_deviation_for_each_number(method: str) -> None:
+  scores = run("few_shot", shots=(1, 4, 64), seeds=(0, 1), method=method)
+  assert [name for name in scores.metrics if name.startswith("shots")] == ["shots_4", "shots_1"]
+  assert scores.details["left_out"] == [64]
+  assert scores.metrics["shots_4"] == pytest.approx(np.mean([row[1] for row in scores.details["by_seed"].values()]))
+
+
+@pytest.mark.parametrize(
+  ("kind", "train", "message"),
+  [
+    ("linear_probe", [(1, 0), (2, 0), (3, 0)], "a probe needs two classes"),
+    ("few_shot", [(1, 0), (2, 0), (3, 0)], "greys: 0 images of 'odd'"),
+    ("knn", [(1, 0), (2, 1)], "2 labelled rows; expected at least 10 neighbours"),
+    ("nearest_mean", [], "greys has no samples"),
+  ],
+)
+def test_splits_that_cannot_be_used_are_named(kind: str, train: Any, message: str) -> None:
+  with pytest.raises(ValueError, match=message):
+    run(kind, train)
+
+
+def test_a_test_split_without_labels_is_named() -> None:
+  with pytest.raises(ValueError, match="greys: no readable image has a class label"):
+    run("nearest_mean", test=[(None, 0), (3, -1)])
+
+
+LOGITS = np.array([[2.0, 1, 0], [0, 2, 1], [0, 0, 0], [np.nan, np.nan, np.nan], [1, 3, 2], [0, 1, 5]])
+
+
+def score_of(labels: list[int], **fields: Any) -> Scores:
+  """Scores of `LOGITS`, for images of which the last one cannot be read."""
+  encoders = grey_encoders(8)
+  source = greys(*((None if row == 5 else 10, label) for row, label in enumerate(labels)))
+  source.classnames = ("even", "odd", "other")
+  data = make_data(encoders, Texts(encoders), Split(source, encoders), **fields)
+  return scoring.score(data, LOGITS, {"more": 1})
+
+
+def test_scores_have_names_of_classes_and_count_what_is_left_out() -> None:
+  scores = score_of([0, 1, 0, 2, 2, 1], metric="mean_per_class")
+  assert scores.headline == "mean_per_class"
+  assert scores.metrics["mean_per_class"] == pytest.approx(2 / 3)
+  assert (scores.metrics["images"], scores.metrics["unreadable"], scores.metrics["ties"]) == (5, 1, 1)
+  assert scores.predictions["predicted"].tolist() == [0, 1, 0, -1, 1]  # the row of NaN is wrong
+  assert scores.details["confusions"] == [["other", "odd", 1]]
+  assert scores.details["more"] == 1
+
+
+@pytest.mark.parametrize(
+  ("labels", "metric", "message"),
+  [
+    ([0, 1, 0, 1, 2, 2], "roc_auc", "greys: metric 'roc_auc' is not defined: there is no 'score'"),
+    ([0, 1, 0, 1, 2, 2], "worst_group", "greys: metric 'worst_group' is not defined: there is no 'group'"),
+    ([-1] * 6, "top1", "greys: no readable image has a class label"),
+    ([3, 0, 0, 0, 0, 0], "top1", "greys: sample 0 has label 3, but there are 3 classes"),
+  ],
+)
+def test_a_metric_that_is_not_defined_is_named(labels: list[int], metric: str, message: str) -> None:
+  with pytest.raises(ValueError, match=message):
+    score_of(labels, metric=metric)
+
+
+def test_predictions_of_a_probe_do_not_depend_on_the_batch_size() -> None:
+  found = []
+  for batch_size in (8, 24):
+    encoders = grey_encoders(batch_size)
+    splits = {"train": Split(greys(*TRAIN), encoders)}
+    data = make_data(encoders, Texts(encoders), Split(greys(*TEST), encoders), **splits)
+    found.append(EVALUATORS["nearest_mean"].function(data, None, features="joint").predictions["predicted"])
+  np.testing.assert_array_equal(*found)

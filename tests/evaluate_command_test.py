@@ -1,0 +1,133 @@
+"""Tests of `python -m declip_jax.evaluate` on a run: suites, results that are there already, checkpoints, processes."""
+
+import json
+import os
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from runs import environment
+from tiny import FinishedRun
+
+from declip_jax import clip as clip_lib
+from declip_jax.evals import data_files, results, suites
+from declip_jax.evaluate import evaluate
+from declip_jax.sharding import make_mesh
+
+SETS = """
+own/scenes = scenes:heldout/40/24 | scenes:heldout/400/24
+own/others = scenes:heldout/30/20
+"""
+TASKS = ["zero_shot", "knn", "nearest_mean"]
+
+
+def make_jobs(tasks: list[str] = TASKS) -> list:
+  jobs, remarks = suites.make_jobs(data_files.parse_data(SETS, "sets.txt"), tasks=tasks)
+  assert remarks == [
+    f"own/others: {task} needs a split to train on: add | TRAIN to its line in the data file" for task in tasks[1:]
+  ]
+  return jobs
+
+
+def without_time(folder: Path) -> dict[str, bytes]:
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.rglob("*"))
+    if path.is_file() and path.name != results.LOG
+  }
+
+
+@pytest.fixture(scope="module")
+def run(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  folder = tmp_path_factory.mktemp("evaluate") / "tiny"
+  shutil.copytree(finished_run.workdir, folder)
+  return folder
+
+
+def test_tasks_of_a_data_file_are_evaluated_once(run: Path, tmp_path: Path) -> None:
+  first = evaluate(run, jobs=make_jobs(), output=tmp_path / "a", cache=tmp_path / "cache")
+  names = {"own/scenes/zero_shot", "own/scenes/knn", "own/scenes/nearest_mean", "own/others/zero_shot"}
+  assert {name.removeprefix("eval/").rpartition("/")[0] for name in first} - {""} == names
+  files = without_time(tmp_path / "a")
+  assert evaluate(run, jobs=make_jobs(), output=tmp_path / "a", cache=tmp_path / "cache") == pytest.approx(first)
+  assert len((tmp_path / "a" / results.LOG).read_text().splitlines()) == len(names)  # nothing was computed again
+  # Neither the batch size nor the cache matter.
+  evaluate(run, jobs=make_jobs(), output=tmp_path / "b", batch_size=24)
+  for name, content in without_time(tmp_path / "b").items():
+    if name.endswith(".json"):
+      ours, theirs = (json.loads(found)["declip_jax"]["metrics"] for found in (content, files[name]))
+      assert ours == pytest.approx(theirs, abs=1e-9)
+
+
+def test_devices_do_not_change_results(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  evaluate(run, jobs=make_jobs(), output=tmp_path / "eight")
+  import jax
+
+  monkeypatch.setattr(clip_lib, "make_mesh", lambda *_: make_mesh(1, 1, jax.devices()[:1]))
+  evaluate(run, jobs=make_jobs(), output=tmp_path / "one")
+  assert_same_results(tmp_path / "eight", tmp_path / "one")
+
+
+def assert_same_results(first: Path, second: Path) -> None:
+  """Predictions are equal, and metrics to float64 rounding."""
+  paths = sorted(first.glob("*.json"))
+  assert [path.name for path in paths] == sorted(path.name for path in second.glob("*.json"))
+  assert paths
+  for path in paths:
+    other = second / path.name
+    ours, theirs = (results.read(found).ours["metrics"] for found in (path, other))
+    assert ours == pytest.approx(theirs, abs=1e-9)
+    with np.load(results.predictions_path(path)) as a, np.load(results.predictions_path(other)) as b:
+      for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=1e-5, err_msg=name)
+
+
+def command(*arguments: str) -> list[str]:
+  return [sys.executable, "-m", "declip_jax.evaluate", *arguments]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_results_of_one_and_an_interrupted_one_continues(run: Path, tmp_path: Path) -> None:
+  (tmp_path / "sets.txt").write_text(SETS)
+  flags = ["--workdir", str(run), "--data", str(tmp_path / "sets.txt"), "--tasks", ",".join([*TASKS, "linear_probe"])]
+  subprocess.run(
+    command(*flags, "--output", str(tmp_path / "one"), "--cache", str(tmp_path / "cache1")),
+    check=True,
+    env=environment(),
+  )
+  port = 20000 + os.getpid() % 20000
+  flags += ["--output", str(tmp_path / "two"), "--cache", str(tmp_path / "cache2")]
+  processes = [
+    subprocess.Popen(
+      command(*flags, f"--coordinator=localhost:{port}", "--processes=2", f"--process={index}"), env=environment()
+    )
+    for index in range(2)
+  ]
+  assert [process.wait(timeout=300) for process in processes] == [0, 0]
+  assert_same_results(tmp_path / "one", tmp_path / "two")
+  assert len([*(tmp_path / "cache2").glob("*/host-*-of-00002.npy")]) == 6
+
+
+@pytest.mark.slow
+def test_the_command_lists_plans_and_names_what_is_wrong(run: Path, tmp_path: Path) -> None:
+  def output(*arguments: str, code: int = 0) -> str:
+    done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+  assert "slip26" in output("--list")
+  assert "food101" in output("--list", "--suite=slip26")
+  assert "pets" in output("--print_data=clip_benchmark", "--suite=slip26")
+  (tmp_path / "sets.txt").write_text(SETS)
+  plan = output("--workdir", str(run), "--data", str(tmp_path / "sets.txt"), "--dry_run", "--cache=off")
+  assert "2 of 2 results to compute, 70 images to encode" in plan
+  assert not (run / "results").exists()
+  assert "--workdir is required" in output("--data", "x", code=2)
+  assert "needs --data" in output("--workdir", str(run), "--suite=slip26", code=2)
+  every = ["--every_checkpoint", "--zero_shot=scenes:heldout/20/24"]
+  output("--workdir", str(run), *every, "--cache=off")
+  names = sorted(path.name for path in (run / "results").glob("*.json"))
+  assert names == [f"zero_shot_step-{step}_tiny_en_zeroshot_classification.json" for step in (6, 8)]
