@@ -66,6 +66,7 @@ class DataSet:
     grouping: the grouping of images for the metric worst_group.
     ignored_groups: groups that do not count for it.
     validation: "official" if there is a published validation split, else "carved", see `splits.carve`.
+    validation_per_class: images of each class in a carved split, where it is not 20 %; 0 for that.
     sizes: published numbers of images, by split.
     sources: where each kind of source has it: its name and splits there for "clip_benchmark" and "datacomp", specs for
       "tfds", see `data_files.print_data`.
@@ -90,6 +91,7 @@ class DataSet:
   grouping: str = ""
   ignored_groups: tuple[int, ...] = ()
   validation: str = "carved"
+  validation_per_class: int = 0
   sizes: Mapping[str, int] = field(default_factory=dict)
   sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
   note: str = ""
