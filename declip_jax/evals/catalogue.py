@@ -258,7 +258,7 @@ def _entry(key: str, about: dict[str, Any]) -> DataSet:
   synonyms = tuple(_listed(listed))
   orders = {kind: _order(order, len(synonyms)) for kind, order in about.pop("orders", {}).items()}
   plain = {name: tuple(value) if isinstance(value, list) else value for name, value in about.items()}
-  plain["sources"] = _tuples(plain["sources"])
+  plain["sources"] = _tuples(plain.get("sources", {}))
   return DataSet(
     key=key,
     classes=tuple(same[0] for same in synonyms),

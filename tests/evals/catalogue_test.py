@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 
@@ -186,3 +188,17 @@ def test_names_in_results():
   assert {key: data_set(key).clip_benchmark for key in names} == names
   assert data_set("fmow").clip_benchmark == "wilds/fmow"
   assert replace(data_set("fmow"), sources={}).clip_benchmark == "fmow"
+
+
+def test_a_data_set_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  about = {"title": "Toy", "task": "classification", "metric": "top1", "classes": ["cat", ["dog", "hound"]]}
+  (tmp_path / "toy.json").write_text(json.dumps({**about, "prompts": {"openai": ["a {}."]}}))
+  monkeypatch.setattr(catalogue, "_FOLDER", tmp_path)
+  for cached in (catalogue.keys, catalogue.data_set):
+    cached.cache_clear()
+  try:
+    assert catalogue.keys() == ("toy",)
+    assert data_set("toy").prompts() == (("a cat.",), ("a dog.", "a hound."))
+  finally:
+    for cached in (catalogue.keys, catalogue.data_set):
+      cached.cache_clear()
