@@ -127,7 +127,7 @@ class DataSet:
       raise ValueError(f"{self.key} has {missing}{did_you_mean(name, self.prompt_sets)}")
     names = self.names.get(name) or self.synonyms or tuple((one,) for one in self.classes)
     templates = self.templates.get(name, BARE)
-    return tuple(tuple(_fill(template, one) for template in templates for one in same) for same in names)
+    return tuple(tuple(template.replace("{}", one) for template in templates for one in same) for same in names)
 
   def with_classes(self, classes: Sequence[str], templates: Sequence[str] = (), *, several: bool = False) -> "DataSet":
     """The data set with the classes and templates of its source, for entries whose `classes` is ().
@@ -284,7 +284,3 @@ def _order(order: str | list[int], classes: int) -> tuple[int, ...]:
 
 def _tuples(lists: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
   return {name: tuple(values) for name, values in lists.items()}
-
-
-def _fill(template: str, name: str) -> str:
-  return template.replace("{}", name)
