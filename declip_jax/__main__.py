@@ -10,6 +10,7 @@ COMMANDS = {
   "report": ("declip_jax.report", "tables and pictures of evaluations, side by side"),
   "export": ("declip_jax.export", "write weights for open_clip, Hugging Face or Orbax"),
   "plan": ("declip_jax.plan", "memory, time and largest batch of a training run, without its hardware"),
+  "overlap": ("declip_jax.overlap", "find evaluation images in training data"),
   "convert": ("declip_jax.data.convert", "write any source as ArrayRecord files"),
   "inspect": ("declip_jax.data.inspect", "describe a data set and draw samples"),
 }

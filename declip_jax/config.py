@@ -330,9 +330,16 @@ def zero_shot(data: str, templates: tuple[str, ...] = TEMPLATES) -> ConfigDict:
   return _evaluation("zero_shot", data, templates=templates)
 
 
-def retrieval(data: str, equal_texts: bool = False) -> ConfigDict:
-  """Image-text retrieval over a source; with `equal_texts`, equal captions match each other's images."""
-  return _evaluation("retrieval", data, equal_texts=equal_texts)
+def retrieval(data: str, equal_texts: bool = False, prefix: str = "", folds: int = 1) -> ConfigDict:
+  """Image-text retrieval over a source.
+
+  Args:
+    data: the source.
+    equal_texts: whether equal captions match each other's images.
+    prefix: text before every caption, such as "a photo of ".
+    folds: number of parts that are searched separately; 5 for COCO 1K.
+  """
+  return _evaluation("retrieval", data, equal_texts=equal_texts, prefix=prefix, folds=folds)
 
 
 def linear_probe(data: str, train: str = "", val: str = "", features: str = "pooled") -> ConfigDict:

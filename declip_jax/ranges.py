@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from declip_jax.data.images import INTERPOLATIONS, LARGEST_LIMIT
-from declip_jax.evals.zero_shot import check_templates
+from declip_jax.evals.prompts import check_templates
 from declip_jax.models.model import DTYPES
 from declip_jax.spelling import did_you_mean
 

@@ -20,8 +20,8 @@ from declip_jax.data.images import EvalView
 from declip_jax.data.sources import open_source
 from declip_jax.evals import similarity as similarity_lib
 from declip_jax.evals.features import Split, encode_texts
+from declip_jax.evals.prompts import from_templates, token_classifier, unique_prompts
 from declip_jax.evals.similarity import TextTokens, make_late_interaction
-from declip_jax.evals.zero_shot import prompts, token_classifier
 from declip_jax.objectives import make_objective
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.sharding import local_rows, make_mesh
@@ -250,10 +250,10 @@ def test_filip_evaluators_compare_tokens_for_any_batch_and_devices(filip, tokens
   source = open_source("scenes:heldout/12/24")
   templates = ("a {}.", "a photo of one {}.")
   one = Clip(make_weights("filip"), make_mesh(-1, 1, jax.devices()[:1]))
-  texts = prompts(source.classnames, templates)
+  texts, rows = unique_prompts(from_templates(source.classnames, templates))
 
   def classify(encoders):
-    return token_classifier(encode_texts(texts, encoders), len(source.classnames), encoders.similarity)
+    return token_classifier(encode_texts(texts, encoders), rows, encoders.similarity)
 
   found = []
   for encoders in (filip.encoders(16), one.encoders(5)):

@@ -83,7 +83,10 @@ def test_a_run_without_texts_may_have_evaluations_that_need_none(monkeypatch: py
     ({"kind": "retrieval", "data": ""}, r"config.evals.mine.data=''"),
     ({"kind": "retrieval", "train": "scenes:test/4/16"}, r"config.evals.mine.train='scenes:test/4/16': 'retrieval'"),
     ({"kind": "retrieval", "every": 0}, r"config.evals.mine.every=0"),
-    ({"kind": "retrieval", "templates": ()}, r"config.evals.mine .*\['templates'\].*'retrieval'.*\['equal_texts'\]"),
+    (
+      {"kind": "retrieval", "templates": ()},
+      r"config.evals.mine .*\['templates'\].*'retrieval'.*\['equal_texts', 'folds', 'prefix'\]",
+    ),
     ({"kind": "retrieval", "equal_text": True}, r"\['equal_text'\].*did you mean equal_texts"),
     ({"kind": "retrieval", "equal_texts": "no"}, r"config.evals.mine.equal_texts='no': expected True or False"),
     (

@@ -43,6 +43,7 @@ LAYERS = {
   "declip_jax.report": 6,
   "declip_jax.export": 6,
   "declip_jax.plan": 6,
+  "declip_jax.overlap": 6,
   "declip_jax.data.convert": 6,
   "declip_jax.data.inspect": 6,
   "declip_jax.__main__": 6,

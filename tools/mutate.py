@@ -49,7 +49,7 @@ _TOKENIZER, _TEXTS = "data/text/tokenizer_test.py", "data/text/augment_test.py"
 _BATCH_NORM, _BLOCKWISE = "models/batch_norm_test.py", "objectives/blockwise_test.py"
 _PIPELINE, _STEP = "data/pipeline_test.py", "training/step_test.py"
 _WEIGHTS = "weights/layout_test.py weights/read_test.py"
-_METRICS = "evals/metrics_test.py evals/retrieval_test.py evals/zero_shot_test.py"
+_METRICS, _RANKS = "evals/metrics_test.py evals/zero_shot_test.py", "evals/ranks_test.py"
 _PROBE = "evals/linear_probe_test.py"
 # fmt: off
 MUTATIONS = [
@@ -231,8 +231,8 @@ MUTATIONS = [
   Mutation("blocks of patches may exceed their number", "data/patches.py",
            "new if len(new) <= missing else rng.choice(new, missing, replace=False)", "new", "data/patches_test.py"),
   # Evaluation and weights.
-  Mutation("ties count in favour of the model", "evals/metrics.py", "~(scores < best)", "(scores > best)", _METRICS),
-  Mutation("recall at k is that at k + 1", "evals/metrics.py", "(rank < k)", "(rank <= k)", _METRICS),
+  Mutation("ties count in favour of the model", "evals/ranks.py", "~(scores < best)", "(scores > best)", _RANKS),
+  Mutation("recall at k is that at k + 1", "evals/ranks.py", "(rank < k)", "(rank <= k)", _RANKS),
   Mutation("classes without an image count", "evals/metrics.py",
            "sum(axis=-1) / present.sum(axis=-1)", "mean(axis=-1)", _METRICS),
   Mutation("a true class whose logit is NaN is right", "evals/metrics.py",
@@ -250,8 +250,11 @@ MUTATIONS = [
            "np.less(accuracy, self.lowest)", "np.less(accuracy, 0)", "evals/robustness_test.py"),
   Mutation("scores that were not measured are extrapolated", "evals/scaling.py",
            "np.where(reached.any(axis=1), between, np.inf)", "between", "evals/scaling_test.py"),
-  Mutation("classifiers are not of unit length", "evals/zero_shot.py",
-           "return means / np.linalg.norm(means, axis=1, keepdims=True)", "return means", _METRICS),
+  Mutation("prompts are averaged before they are normalised", "evals/prompts.py",
+           "unit = unit_rows(embedding)", "unit = embedding", "evals/prompts_test.py"),
+  Mutation("classifiers are not of unit length", "evals/prompts.py",
+           "return unit_rows(np.stack([unit[own].mean(axis=0, dtype=np.float64) for own in rows]))",
+           "return np.stack([unit[own].mean(axis=0, dtype=np.float64) for own in rows])", "evals/prompts_test.py"),
   Mutation("two classes are a softmax", "evals/linear_probe.py",
            "tuple(present) if len(present) == 2 else None", "None", _PROBE),
   Mutation("of equal scores the largest strength is chosen", "evals/linear_probe.py", "score, -index)", "score, index)",

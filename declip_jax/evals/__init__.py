@@ -11,7 +11,7 @@ import inspect
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from declip_jax.evals import probes, retrieval, zero_shot
+from declip_jax.evals import composition, probes, retrieval, zero_shot
 from declip_jax.evals.results import Scores
 from declip_jax.spelling import did_you_mean
 
@@ -57,6 +57,7 @@ _RETRIEVAL = {
   for way, theirs in (("text_to_image", "image"), ("image_to_text", "text"))
   for k in (1, 5, 10)
 }
+_COMPOSITION = {"accuracy": "acc", "group_score": "acc", "image_score": "image_acc", "text_score": "text_acc"}
 
 _PROBE = Evaluator(probes.linear_probe, needs_text=False, needs_train=True, check=probes.check, of=("classification",))
 
@@ -77,6 +78,14 @@ EVALUATORS = {
     of=("retrieval",),
     task="zeroshot_retrieval",
     names=_RETRIEVAL,
+  ),
+  "composition": Evaluator(
+    composition.composition,
+    metrics=composition.METRICS,
+    check=composition.check,
+    of=("composition",),
+    task="image_caption_selection",
+    names=_COMPOSITION,
   ),
   "linear_probe": _PROBE._replace(
     function=probes.linear_probe,

@@ -312,17 +312,26 @@ class EvaluationData:
 
 
 class Texts:
-  """Embeddings of texts by one model, each list of texts encoded once."""
+  """Embeddings of texts by one model, each text encoded once; of tokens (FILIP), each list of texts."""
 
   def __init__(self, encoders: Encoders):
     self._encoders, self._known = encoders, {}
 
   def __call__(self, texts: Sequence[str]) -> Embeddings:
     """Embeddings of any texts, on every host."""
-    key = tuple(texts)
-    if key not in self._known:
-      self._known[key] = encode_texts(key, self._encoders)
-    return self._known[key]
+    if self._encoders.image_tokens is not None:  # lists differ in the padding that is trimmed
+      key = tuple(texts)
+      if key not in self._known:
+        self._known[key] = encode_texts(key, self._encoders)
+      return self._known[key]
+    self.add(texts)
+    return np.stack([self._known[text] for text in texts])
+
+  def add(self, texts: Iterable[str]) -> None:
+    """Encodes texts of several evaluations in one pass; of tokens (FILIP), which take much memory, none."""
+    new = [text for text in dict.fromkeys(texts) if text not in self._known]
+    if new and self._encoders.image_tokens is None:
+      self._known |= zip(new, encode_texts(new, self._encoders), strict=True)
 
 
 def make_data(encoders: Encoders, texts: Texts, test: Split, **others: Any) -> EvaluationData:

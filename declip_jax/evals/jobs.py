@@ -73,6 +73,7 @@ def run_jobs(
     read: function that reads images of a source.
   """
   texts, opened = Texts(encoders), {}
+  texts.add(prompt for job in jobs for own in job.data.get("prompts") or () for prompt in own)
   for number, job in enumerate(jobs):
     for split in job.splits.values():
       if id(split) not in opened:

@@ -13,10 +13,6 @@ from jaxtyping import Bool, Float, Int, Num, Shaped
 import numpy as np
 from scipy import sparse
 
-from declip_jax.evals.similarity import Embeddings, Similarity, cosines, num_embeddings, take
-
-RECALL_AT = (1, 5, 10)
-_CHUNK = 1024  # queries whose similarities are in memory at once
 _RECALLS = np.linspace(0, 1, 11) - 1e-12  # of VOC 2007; the slack keeps 0.3 <= 3 / 10
 Times = Int[np.ndarray, "*r n"] | None
 
@@ -91,22 +87,6 @@ def merge_classes(logits: Float[np.ndarray, "n classes"], ids: Int[np.ndarray, "
     ids: classes of the classifier for each new class, filled up with -1; a new class without any is never predicted.
   """
   return np.where(ids >= 0, logits[:, ids], -np.inf).max(axis=2)
-
-
-def accuracies(predictions: Predictions) -> dict[str, float]:
-  """Top-1, top-5 and mean per-class top-1 accuracy, as fractions, and the share of the largest class.
-
-  The share is the accuracy of always predicting the most frequent class. Classes without examples do not count. With
-  fewer than five classes there is no top-5 accuracy.
-  """
-  top5 = {"top5": accuracy(predictions.correct(5))} if predictions.classes >= 5 else {}
-  metrics = {
-    "top1": accuracy(predictions.correct()),
-    **top5,
-    "mean_per_class": mean_per_class(predictions.label, predictions.correct()),
-    "majority_share": np.bincount(predictions.label).max() / len(predictions.label),
-  }
-  return {name: float(value) for name, value in metrics.items()}
 
 
 def accuracy(correct: Bool[np.ndarray, "n"], times: Times = None) -> Float[np.ndarray, "*r"]:
@@ -290,49 +270,6 @@ def mean_average_precision(
   values = np.stack([*found.values()])
   defined = (~np.isnan(values)).sum(axis=0)
   return np.asarray(np.where(defined > 0, np.nansum(values, axis=0) / np.maximum(defined, 1), np.nan))
-
-
-def recall(
-  image: Embeddings,
-  text: Embeddings,
-  match: Bool[np.ndarray, "n g"],
-  group: Int[np.ndarray, "m"],
-  similarity: Similarity = cosines,
-) -> dict[str, float]:
-  """Recall at 1, 5 and 10, as fractions, of texts for images and of images for texts.
-
-  A query counts as found at k if one of its matches is among the k nearest. Ties count against the model, so that a
-  model that maps everything to the same point scores 0 and not 1.
-
-  Args:
-    image, text: embeddings of `n` images and `m` texts.
-    match: whether an image matches the texts of a group.
-    group: group of each text; texts of one group have the same matches.
-    similarity: scores of embeddings; that of an image to a text may differ from that of the text to the image.
-  """
-  to_text = _ranks(image, text, similarity, lambda chunk: match[chunk][:, group])
-  to_image = _ranks(text, image, similarity, lambda chunk: match[:, group[chunk]].T)
-  ranks = {"image_to_text": to_text, "text_to_image": to_image}
-  return {f"{way}_r{k}": float((rank < k).mean()) for way, rank in ranks.items() for k in RECALL_AT}
-
-
-def _ranks(
-  query: Embeddings, key: Embeddings, similarity: Similarity, matches: Callable[[slice], np.ndarray]
-) -> Int[np.ndarray, "n"]:
-  """For each query, the number of non-matching keys that are at least as near as its nearest match; NaN counts as near.
-
-  Args:
-    query, key: embeddings.
-    similarity: scores of queries against keys.
-    matches: function from a slice of the queries to whether each key matches each of them.
-  """
-  ranks = []
-  for start in range(0, num_embeddings(query), _CHUNK):
-    chunk = slice(start, start + _CHUNK)
-    scores, matching = similarity(take(query, chunk), key), matches(chunk)
-    best = np.where(matching, scores, -np.inf).max(axis=1, keepdims=True)
-    ranks.append((~matching & ~(scores < best)).sum(axis=1))
-  return np.concatenate(ranks)
 
 
 def _once(column: Shaped[np.ndarray, "n ..."], times: Times) -> Int[np.ndarray, "*r n"]:

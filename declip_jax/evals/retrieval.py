@@ -13,18 +13,20 @@ import numpy as np
 from declip_jax.data import images as image_ops
 from declip_jax.data.mixture import has_captions
 from declip_jax.data.sources import Source, read_example
+from declip_jax.evals import ranks
 from declip_jax.evals.features import EvaluationData
-from declip_jax.evals.metrics import RECALL_AT, recall
 from declip_jax.evals.results import Scores
 from declip_jax.evals.similarity import take
 from declip_jax.reporting.pictures import optional, plot_retrieval
 from declip_jax.runtime.hosts import gather_rows
 
-METRICS = (*(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in RECALL_AT), "images", "texts")
+METRICS = (*ranks.METRICS, "images", "texts")
 
 
-def retrieval(data: EvaluationData, pictures: Path | None, *, equal_texts: bool = False) -> Scores:
-  """The metrics of `recall` over a source; also draws the images that a few texts retrieve.
+def retrieval(
+  data: EvaluationData, pictures: Path | None, *, equal_texts: bool = False, prefix: str = "", folds: int = 1
+) -> Scores:
+  """The metrics of `ranks.recalls` over a source; also draws the images that a few texts retrieve.
 
   If the samples of a source have one caption each, those with equal encoded images count as one image with all their
   captions. Otherwise these images would be wrong answers for each other's captions.
@@ -33,9 +35,11 @@ def retrieval(data: EvaluationData, pictures: Path | None, *, equal_texts: bool 
     data: split to search; images that cannot be read or have no caption are skipped.
     pictures: PNG file to write, None for none.
     equal_texts: whether captions with the same wording match each other's images.
+    prefix: text before every caption, such as "a photo of ".
+    folds: number of parts that are searched separately, whose metrics are averaged; 5 for COCO 1K.
 
   Raises:
-    ValueError: no image has a caption.
+    ValueError: no image has a caption, or fewer images than folds do.
   """
   source = data.test.source
   images = jax.tree.map(gather_rows, data.test.images)
@@ -44,18 +48,24 @@ def retrieval(data: EvaluationData, pictures: Path | None, *, equal_texts: bool 
     raise ValueError(f"{source.name} has no readable image with a caption")
   kept = np.array(list(captions))
   texts = [text for own in captions.values() for text in own]
-  owner = np.repeat(np.arange(len(kept)), [len(own) for own in captions.values()])
-  group = np.unique(texts, return_inverse=True)[1] if equal_texts else owner
-  match = np.zeros((len(kept), group.max() + 1), bool)
-  match[owner, group] = True
-  image, text = take(images, kept), data.texts(texts)
-  recalls = recall(image, text, match, group, data.similarity)
+  image_of_text = np.repeat(np.arange(len(kept)), [len(own) for own in captions.values()])
+  group = np.unique(texts, return_inverse=True)[1] if equal_texts else image_of_text
+  image, text = take(images, kept), data.texts([prefix + text for text in texts])
+  similarity = data.similarity if data.tokens else None
+  found = ranks.retrieval_ranks(image, text, image_of_text, group, folds=folds, similarity=similarity)
   shown = _shown(len(texts))
   scores = data.similarity(take(text, shown), image)  # on all hosts, as `similarity` requires, although only one draws
   if pictures is not None:
     with optional(pictures):
-      _draw(source, kept, [texts[index] for index in shown], scores, match[:, group[shown]].T, pictures)
-  return Scores({**recalls, "images": len(kept), "texts": len(texts)})
+      match = ranks.matches(image_of_text, group)[:, group[shown]].toarray().T
+      _draw(source, kept, [texts[index] for index in shown], scores, match, pictures)
+  predictions = {
+    "row": kept,
+    "image_of_text": image_of_text,
+    **{f"{way}_rank": getattr(found, way).high for way in ranks.DIRECTIONS},
+  }
+  metrics = {**ranks.recalls(found), "images": len(kept), "texts": len(texts)}
+  return Scores(metrics, ranks.recall_intervals(found), predictions)
 
 
 def _captions(source: Source | Sequence[Any], indices: Int[np.ndarray, "n"]) -> dict[int, list[str]]:
@@ -81,7 +91,9 @@ def _captions(source: Source | Sequence[Any], indices: Int[np.ndarray, "n"]) -> 
   return joined
 
 
-def check(source: Source | Sequence[Any], field: str, *, equal_texts: Any = False) -> None:
+def check(
+  source: Source | Sequence[Any], field: str, *, equal_texts: Any = False, prefix: Any = "", folds: Any = 1
+) -> None:
   """Rejects a source that has classes but no captions, and options of the wrong type.
 
   Raises:
@@ -89,6 +101,10 @@ def check(source: Source | Sequence[Any], field: str, *, equal_texts: Any = Fals
   """
   if not isinstance(equal_texts, bool):
     raise ValueError(f"{field}.equal_texts={equal_texts!r}: expected True or False")
+  if not isinstance(prefix, str):
+    raise ValueError(f"{field}.prefix={prefix!r}: expected a text, such as 'a photo of '")
+  if not isinstance(folds, int) or folds < 1:
+    raise ValueError(f"{field}.folds={folds!r}: expected a number of parts, at least 1")
   if source.classnames and not has_captions(source):
     raise ValueError(f"{source.name} has classes but no captions, which {field} needs")
 

@@ -25,6 +25,7 @@ _GAP = 0.12  # inches between pictures
 _LINE = 0.16  # inches between two lines of text
 _CHARACTER = 0.082  # width of a character in inches
 _MONOSPACE = ["DejaVu Sans Mono", "DejaVu Sans"]  # both are part of matplotlib; the second covers more scripts
+_PAIRS = 6  # pairs of pictures in a row
 _INSIDE = 6  # number of curves up to which the legend is inside the axes
 _FEW = 200  # number of points up to which each is marked and none is smoothed
 RIGHT, WRONG, INK, FAINT = "#1a9850", "#d73027", "#222222", "#888888"
@@ -39,7 +40,7 @@ def optional(path: str | os.PathLike[str]) -> Iterator[None]:
     logging.warning("%s could not be drawn", path, exc_info=True)
 
 
-_NOT_SCORES = ("loss", "seconds", "images", "texts", "majority_share")
+_NOT_SCORES = ("loss", "seconds", "images", "texts", "examples", "ties", "unreadable", "majority_share", "_rank")
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -163,6 +164,37 @@ def plot_retrieval(
     for rank, (picture, mark) in enumerate(zip(pictures, marks, strict=True)):
       place = margin + (1 + rank) * pitch, margin + row * pitch
       sheet.place(*place, _CELL, _CELL, picture, frame=RIGHT if mark else WRONG)
+  save(sheet.figure, path)
+
+
+def plot_pairs(
+  pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+  scores: Sequence[float],
+  threshold: float,
+  path: str | os.PathLike[str],
+) -> None:
+  """Draws pairs of images in order, each with its score, and a green frame if it is at least the threshold.
+
+  Args:
+    pairs: two pictures each, uint8 `[h w 3]`; sizes may differ.
+    scores: score of each pair.
+    threshold: smallest score of a pair that counts.
+    path: PNG file to write.
+
+  Raises:
+    ValueError: the numbers of pairs and scores differ.
+  """
+  if len(pairs) != len(scores):
+    raise ValueError(f"{len(pairs)} pairs and {len(scores)} scores: must be equally many")
+  margin, width, height = 2 * _GAP, _CELL + 3 * _GAP, _CELL / 2 + 2 * _LINE
+  rows = -(-len(pairs) // _PAIRS) or 1
+  sheet = _Sheet(2 * margin + _PAIRS * width, 2 * margin + rows * height)
+  for number, (pair, score) in enumerate(zip(pairs, scores, strict=True)):
+    left, top = margin + number % _PAIRS * width, margin + number // _PAIRS * height
+    for side, picture in enumerate(pair):
+      frame = RIGHT if score >= threshold else ""
+      sheet.place(left + side * (_CELL / 2 + _GAP / 2), top, _CELL / 2, _CELL / 2, picture, frame=frame)
+    sheet.write(left, top + _CELL / 2 + _GAP / 2, f"{score:.3f}")
   save(sheet.figure, path)
 
 

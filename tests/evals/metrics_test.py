@@ -6,7 +6,7 @@ import references as reference
 from scipy.special import softmax
 
 from declip_jax.evals import metrics
-from declip_jax.evals.metrics import accuracies, accuracy, mean_average_precision, predict
+from declip_jax.evals.metrics import accuracy, mean_average_precision, predict
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,11 @@ def test_groups_without_examples_never_count(golden, ties):
     metrics.worst_group(np.full(3, -1), np.ones(3, bool))
 
 
-def test_fewer_than_five_classes_have_no_top5(golden, ties):
+def test_top5_of_at_most_five_classes_is_1(golden, ties):
   few = predict(golden["ties/logits"][:, :4], ties.label % 4)
   assert accuracy(few.correct(5)) == golden["classes_fewer_than_5/top5"] == 1
-  assert "top5" not in accuracies(few)
   five = predict(golden["ties/logits"][:, :5], ties.label % 5)
-  assert accuracies(five)["top5"] == 1
+  assert accuracy(five.correct(5)) == 1
 
 
 def test_logits_that_are_not_numbers_are_wrong():
@@ -75,7 +74,7 @@ def test_logits_that_are_not_numbers_are_wrong():
   found = predict(logits, np.array([0, 2, 1, 2]))
   assert found.predicted.tolist() == [-1, 2, 2, -1]
   assert found.rank.tolist() == [3, 0, 3, 3]
-  assert accuracies(found)["top1"] == 0.25
+  assert accuracy(found.correct()) == 0.25
   assert metrics.confusions(found) == [(1, 2, 1)]
   np.testing.assert_allclose(metrics.macro_f1(found.label, found.predicted), (0 + 0 + 2 / 4) / 3)
 

@@ -1,97 +1,15 @@
-"""Tests of `declip_jax.evals.retrieval` against CLIP_benchmark, against loops, and over a small source."""
+"""The evaluator over small sources; `ranks_test.py` has the tests of its numbers."""
 
 import io
 
 import numpy as np
 from PIL import Image
 import pytest
-import references as reference
 
 from declip_jax.data.images import EvalView
-from declip_jax.evals import metrics
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.features import Split, Texts, make_data
-from declip_jax.evals.metrics import recall
-from declip_jax.evals.retrieval import METRICS, retrieval
-from declip_jax.evals.similarity import TextTokens
-
-
-def unit(x):
-  return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def own_captions(image_of_text):
-  """`match` and `group` if each text belongs to one image."""
-  return np.eye(image_of_text.max() + 1, dtype=bool), image_of_text
-
-
-@pytest.mark.parametrize("captions", ["retrieval", "retrieval_var"])
-@pytest.mark.parametrize("chunk", [1024, 7])
-def test_recall_equals_clip_benchmark(captions, chunk, monkeypatch):
-  monkeypatch.setattr(metrics, "_CHUNK", chunk)
-  golden = reference.load("metrics")
-  match, group = own_captions(golden[f"{captions}/text_to_image_index"])
-  image, text = unit(golden["retrieval/image_embeddings"]), unit(golden[f"{captions}/text_embeddings"])
-  found = recall(image, text, match, group)
-  theirs = {"image_to_text": "text_retrieval", "text_to_image": "image_retrieval"}
-  assert len(found) == 6
-  for way, name in theirs.items():
-    for k in (1, 5, 10):
-      expected = golden[f"{captions}/{name}_recall_at_{k}"]
-      np.testing.assert_allclose(found[f"{way}_r{k}"], expected, atol=1e-6, err_msg=f"{way} at {k}")
-
-
-def test_recall_with_shared_captions_equals_loops():
-  rng = np.random.default_rng(0)
-  image, text = rng.normal(size=(15, 4)), rng.normal(size=(20, 4))
-  match, group = rng.random((15, 6)) < 0.3, rng.integers(0, 6, 20)
-  match[np.arange(15), rng.integers(0, 6, 15)] = True
-  match[0] = True
-  similarity = image @ text.T
-  relevant = np.array([[match[i, group[t]] for t in range(20)] for i in range(15)])
-
-  def share(similarity, relevant, k):
-    return np.mean([hits[np.argsort(-row)[:k]].any() for row, hits in zip(similarity, relevant, strict=True)])
-
-  found = recall(image, text, match, group)
-  for k in (1, 5, 10):
-    np.testing.assert_allclose(found[f"image_to_text_r{k}"], share(similarity, relevant, k))
-    np.testing.assert_allclose(found[f"text_to_image_r{k}"], share(similarity.T, relevant.T, k))
-
-
-@pytest.mark.parametrize("chunk", [1024, 7])
-def test_each_direction_has_scores_of_its_own(chunk, monkeypatch):
-  # Rows are tokens, here the index of the row, and the two directions are independent.
-  monkeypatch.setattr(metrics, "_CHUNK", chunk)
-  rng = np.random.default_rng(0)
-  image, text = np.arange(15)[:, None, None], TextTokens(np.arange(30)[:, None, None], np.ones((30, 1), bool))
-  to_text, to_image = rng.normal(size=(15, 30)), rng.normal(size=(30, 15))
-
-  def similarity(query, key):
-    if isinstance(query, TextTokens):
-      return to_image[np.ix_(query.token.ravel(), key.ravel())]
-    return to_text[np.ix_(query.ravel(), key.token.ravel())]
-
-  match, group = own_captions(np.arange(30) // 2)
-  found = recall(image, text, match, group, similarity)
-  for k in (1, 5, 10):
-    texts = [{2 * i, 2 * i + 1} & set(np.argsort(-to_text[i])[:k]) for i in range(15)]
-    images = [t // 2 in np.argsort(-to_image[t])[:k] for t in range(30)]
-    np.testing.assert_allclose(found[f"image_to_text_r{k}"], np.mean([bool(hits) for hits in texts]))
-    np.testing.assert_allclose(found[f"text_to_image_r{k}"], np.mean(images))
-  assert 0 < found["text_to_image_r5"] != found["image_to_text_r5"] > 0
-
-
-def test_a_collapsed_model_scores_zero():
-  match, group = own_captions(np.repeat(np.arange(12), 2))
-  found = recall(np.ones((12, 3)), np.ones((24, 3)), match, group)
-  assert set(found.values()) == {0.0}
-
-
-def test_a_model_with_nans_scores_zero():
-  match, group = own_captions(np.repeat(np.arange(12), 2))
-  found = recall(np.full((12, 3), np.nan), np.full((24, 3), np.nan), match, group)
-  assert set(found.values()) == {0.0}
+from declip_jax.evals.retrieval import METRICS, check, retrieval
 
 
 def search(source, encoders, **options):
@@ -169,3 +87,25 @@ def test_equal_texts_may_match_each_others_images(equal_texts, expected):
 def test_a_source_without_captions_is_named():
   with pytest.raises(ValueError, match="greys has no readable image with a caption"):
     search(Source([(1, ()), ("broken", ("lost",))]), encoders({}))
+
+
+def test_captions_may_have_a_prefix():
+  source = Source([(1, ("one",)), (2, ("two",))])
+  words = {"a photo of one": 1, "a photo of two": 2}  # no caption without it can be encoded
+  assert search(source, encoders(words), prefix="a photo of ")["mean_recall"] == 1
+
+
+def test_folds_are_searched_separately():
+  # The second two and its caption tie with the first unless they are searched apart.
+  source = Source([(1, ("one",)), (2, ("two",)), (2, ("two",)), (3, ("three",))])
+  words = encoders({"one": 1, "two": 2, "three": 3})
+  assert search(source, words)["mean_r1"] == 0.5
+  assert search(source, words, folds=2)["mean_r1"] == 1
+  with pytest.raises(ValueError, match="4 images with a text: expected at least 5"):
+    search(source, words, folds=5)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"prefix": 1}, "prefix=1"), ({"folds": 0}, "folds=0")])
+def test_options_of_the_wrong_type_are_named(options, message):
+  with pytest.raises(ValueError, match=f"config.evals.mine.{message}: expected"):
+    check(Source([]), "config.evals.mine", **options)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from declip_jax.reporting.pictures import plot_comparison, plot_curves, plot_retrieval, plot_views
+from declip_jax.reporting.pictures import plot_comparison, plot_curves, plot_pairs, plot_retrieval, plot_views
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 
@@ -172,6 +172,19 @@ def test_retrieved_images_are_framed_by_correctness(tmp_path):
   assert len(where(picture, (128, 128, 128))[0]) > 40_000
 
 
+def test_pairs_are_framed_from_the_threshold_on(tmp_path):
+  pairs = [[np.full((40, 20 + 20 * side, 3), 128, np.uint8) for side in range(2)] for _ in range(8)]
+  path = tmp_path / "pairs.png"
+  plot_pairs(pairs, [0.99, *[0.9] * 5, 0.8, 0.7], 0.8, path)
+  picture = pixels(path).astype(int)
+  middle = picture.shape[0] // 2  # between the two rows
+  green = picture[..., 1] > picture[..., 0] + 60
+  framed = np.nonzero(green[middle:])[1]
+  assert framed.max() < picture.shape[1] / 6  # the first of the two pairs of the second row
+  assert np.nonzero(green[:middle])[1].max() > picture.shape[1] * 5 / 6
+  assert len(where(picture, (128, 128, 128))[0]) > 8 * 9000
+
+
 def test_wrong_shapes_are_named(tmp_path):
   images, path = np.zeros((2, 1, 8, 8, 3), np.uint8), tmp_path / "x.png"
   with pytest.raises(ValueError, match=r"float32 \[2, 1, 8, 8, 3\]: expected uint8"):
@@ -180,6 +193,8 @@ def test_wrong_shapes_are_named(tmp_path):
     plot_views(images, [["a"], ["a", "b"]], path, ["v"], ["raw"])
   with pytest.raises(ValueError, match="3 texts, 2 rows of images, 2 of correct"):
     plot_retrieval(["a", "b", "c"], images, np.ones((2, 1)), path)
+  with pytest.raises(ValueError, match="2 pairs and 1 scores"):
+    plot_pairs([(image[0], image[0]) for image in images], [0.5], 0.5, path)
   assert not path.exists()
 
 

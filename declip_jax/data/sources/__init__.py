@@ -6,6 +6,7 @@ from declip_jax.data.sources.arrayrecord import open_arrayrecord
 from declip_jax.data.sources.base import BAD, BadSample, Example, Source, bad_sample, read_example
 from declip_jax.data.sources.clip_benchmark import open_clip_benchmark
 from declip_jax.data.sources.coco import open_coco
+from declip_jax.data.sources.composition import open_sugarcrepe, open_winoground
 from declip_jax.data.sources.folder import open_folder
 from declip_jax.data.sources.heldout import open_heldout, open_kept
 from declip_jax.data.sources.huggingface import open_huggingface
@@ -29,6 +30,8 @@ SOURCES: dict[str, Callable[[str], Source]] = {
   "yfcc": open_yfcc,
   "folder": open_folder,
   "huggingface": open_huggingface,
+  "sugarcrepe": open_sugarcrepe,
+  "winoground": open_winoground,
   "heldout": lambda location: open_heldout(location, open_source),
   "kept": lambda location: open_kept(location, open_source),
 }

@@ -1,0 +1,207 @@
+"""Finds evaluation images in training data: python -m declip_jax.overlap --test SPEC --train SPEC --workdir DIR
+
+Without --train, finds the near-duplicates within the test images. By default images are compared by a 64-bit hash of
+their lowest frequencies, which needs no model; near-duplicates differ in at most 6 bits. --weights compares them by the
+features of any checkpoint that declip_jax.load reads; SimCLR's are suitable, and CLIP's are not, since images of the
+same meaning are near. Their threshold is the one that tells altered copies of the test images from other test images
+with a precision of --precision; --threshold gives another one.
+
+DIR then has overlap.json, overlap.npz with the nearest training images of each test image, and overlap.png, the pairs
+around the threshold: look at them, and set --threshold where the duplicates end. --predictions names the predictions of
+an evaluation on the same data, to compare its accuracy on images with and without a duplicate.
+"""
+
+from collections.abc import Sequence
+import io
+import json
+from pathlib import Path
+import sys
+from typing import Any, NamedTuple
+
+from absl import flags
+import jax
+from jaxtyping import Bool, Float
+import numpy as np
+
+from declip_jax.clip import load
+from declip_jax.data import images as image_ops
+from declip_jax.data.sources import Source, open_source
+from declip_jax.evals import overlap as lib
+from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.features import Split
+from declip_jax.evals.overlap import Nearest
+from declip_jax.evals.similarity import unit_rows
+from declip_jax.reporting.pictures import optional, plot_pairs
+from declip_jax.reporting.progress import message
+from declip_jax.runtime import records
+from declip_jax.runtime.command import launch
+from declip_jax.runtime.hosts import gather_rows
+from declip_jax.weights.settings import parse_settings
+
+_BATCH_SIZE = 256
+_SHOWN = 36  # pairs in the picture
+
+
+class Search(NamedTuple):
+  """The nearest training images of all test images, and how a detector tells copies from others.
+
+  Attributes:
+    found: nearest training images; those of the test set itself where there is no other.
+    rates: errors of the detector at every threshold, on altered copies of the test images.
+    readable: whether each test image could be decoded; the others have no neighbours.
+  """
+
+  found: Nearest
+  rates: lib.Roc
+  readable: Bool[np.ndarray, "n"]
+
+
+def search(test: Source, train: Source | None, encoders: Encoders) -> Search:
+  """Encodes all images and altered copies of the test images, and searches."""
+  query, copy = gather_rows(_rows(Split(test, encoders))), gather_rows(_rows(Split(lib.Copies(test), encoders)))
+  readable = ~np.isnan(query).any(axis=1)
+  within = lib.nearest(query, [query], within=True)
+  own = (unit_rows(query) * unit_rows(copy)).sum(axis=1)
+  usable = readable & ~np.isnan(own) & (within.index[:, 0] >= 0)
+  rates = lib.calibration(own[usable], within.cosine[usable, 0])
+  if train is None:
+    return Search(within, rates, readable)
+  split = Split(train, encoders)
+  return Search(lib.across_hosts(lib.nearest(query, [_rows(split)], first=split.rows.start)), rates, readable)
+
+
+def _rows(split: Split) -> Float[np.ndarray, "n d"]:
+  """Features of this host's images; NaN for those that cannot be read, which are near none."""
+  return np.where(split.features.readable[:, None], split.features.pooled, np.nan).astype(np.float32)
+
+
+def describe(result: Search, threshold: float, within: bool) -> dict[str, Any]:
+  """The fields of overlap.json that depend on the images."""
+  nearest = result.found.cosine[result.readable, 0]
+  known = nearest[np.isfinite(nearest)]
+  counts, edges = np.histogram(known, bins=np.linspace(-1, 1, 101))
+  chosen = lib.at(result.rates, threshold)
+  found = {
+    "threshold": threshold,
+    "precision": chosen.precision,
+    "recall": chosen.recall,
+    "images": int(result.readable.sum()),
+    "unreadable": int((~result.readable).sum()),
+    "overlap": int((nearest >= threshold).sum()),
+    "contamination": float((nearest >= threshold).mean()),
+    "histogram": {f"{edge:.2f}": int(count) for edge, count in zip(edges, counts, strict=False) if count},
+  }
+  if within:
+    found |= lib.cluster_summary(lib.clusters(result.found, threshold)[result.readable])
+  return found
+
+
+def _draw(test: Source, train: Source, found: Nearest, threshold: float, path: Path) -> None:
+  """Draws pairs around the threshold, nearest first: as many above it as below it, where there are enough."""
+  order = np.argsort(-found.cosine[:, 0], kind="stable")
+  order = order[np.isfinite(found.cosine[order, 0])]
+  above = int((found.cosine[order, 0] >= threshold).sum())
+  start = max(0, min(above - _SHOWN // 2, len(order) - _SHOWN))
+  shown = order[start : start + _SHOWN]
+
+  def picture(source: Source, index: int) -> np.ndarray:
+    return image_ops.decode(source[int(index)]["image"])
+
+  pairs = [(picture(test, index), picture(train, found.index[index, 0])) for index in shown]
+  plot_pairs(pairs, found.cosine[shown, 0], threshold, path)
+
+
+def overlap(
+  test: str,
+  train: str,
+  encoders: Encoders | None,
+  workdir: Path,
+  *,
+  threshold: float | None = None,
+  precision: float = 0.99,
+  predictions: Path | None = None,
+) -> dict[str, Any]:
+  """Searches, and writes overlap.json, overlap.npz and overlap.png to `workdir`; returns the fields of the first.
+
+  Args:
+    test, train: specs of sources; "" as `train` for the test images themselves.
+    encoders: encode functions of the detector, None for the hash.
+    workdir: folder to write to.
+    threshold: smallest cosine of near-duplicates; None for the default of the hash, or the one of `precision`.
+    precision: least precision on altered copies.
+    predictions: file of predictions with the array `row`, and `correct` or `rank`.
+
+  Raises:
+    ValueError: a source cannot be opened, or no threshold has the precision.
+  """
+  sources = open_source(test), open_source(train) if train else None
+  result = search(*sources, encoders or lib.hash_encoders(_BATCH_SIZE))
+  if threshold is None:
+    threshold = lib.choose_threshold(result.rates, precision).cosine if encoders else lib.HASH_THRESHOLD
+  about = {"test": test, "train": train or test, **describe(result, threshold, within=not train)}
+  overlaps = result.found.cosine[:, 0] >= threshold
+  if predictions is not None:
+    about["effect"] = _effect(overlaps, predictions)
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = io.BytesIO()
+    np.savez_compressed(file, index=result.found.index, cosine=result.found.cosine, overlaps=overlaps)
+    records.write(workdir / "overlap.npz", file.getvalue())
+    with optional(workdir / "overlap.png"):
+      _draw(sources[0], sources[1] or sources[0], result.found, threshold, workdir / "overlap.png")
+    records.write(workdir / "overlap.json", (json.dumps(about, indent=2, allow_nan=False) + "\n").encode())
+  return about
+
+
+def _effect(overlaps: Bool[np.ndarray, "n"], predictions: Path) -> dict[str, float]:
+  with np.load(predictions, allow_pickle=False) as file:
+    if "row" not in file.files or not {"correct", "rank"} & set(file.files):
+      raise ValueError(f"{predictions} has the arrays {file.files}: expected the predictions of a classification")
+    row, correct = file["row"], file["correct"].astype(bool) if "correct" in file.files else file["rank"] == 0
+  if len(row) and row.max() >= len(overlaps):
+    raise ValueError(f"{predictions} has a prediction for image {row.max()}, but --test has {len(overlaps)}")
+  return lib.effect(overlaps[row], correct)
+
+
+def _summary(about: dict[str, Any]) -> Sequence[str]:
+  lines = [f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}" for name, value in about.items()]
+  return [line for line in lines if not line.startswith("histogram")]
+
+
+def _command(workdir: Path) -> None:
+  given = flags.FLAGS
+  encoders = None
+  if given.weights:
+    encoders = load(given.weights, parse_settings(given.settings, "--settings")).encoders(
+      given.batch_size, needs_text=False
+    )
+  about = overlap(
+    given.test,
+    given.train,
+    encoders,
+    workdir,
+    threshold=given.threshold,
+    precision=given.precision,
+    predictions=Path(given.predictions) if given.predictions else None,
+  )
+  if jax.process_index() == 0:
+    message("\n".join(_summary(about)), stream=sys.stdout)
+
+
+def main() -> None:
+  """Runs the command."""
+  flags.DEFINE_string("test", None, "Evaluation images, such as webdataset:/data/test-*.tar.")
+  flags.DEFINE_string("train", "", "Training images; by default, the test images themselves.")
+  flags.DEFINE_string("weights", None, "Checkpoint whose image features to compare, instead of a hash.")
+  flags.DEFINE_multi_string("settings", [], "What the checkpoint does not contain, such as image.activation=gelu.")
+  flags.DEFINE_integer("batch_size", _BATCH_SIZE, "Images encoded at once.", lower_bound=1)
+  flags.DEFINE_float(
+    "threshold", None, "Smallest cosine of near-duplicates; for the hash, 1 - (bits that differ) / 32."
+  )
+  flags.DEFINE_float("precision", 0.99, "Least precision that a chosen threshold has on altered copies.", 0, 1)
+  flags.DEFINE_string("predictions", None, "Predictions of an evaluation on the test images (predictions/*.npz).")
+  launch(_command, __doc__, required=("test",))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,100 @@
+"""The command that finds duplicates, over small folders of synthetic images."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from declip_jax.data.images import EvalView
+from declip_jax.evals.encoders import Encoders
+from declip_jax.overlap import overlap
+
+
+def picture(seed):
+  """Random colours of all scales, as in photographs."""
+  rng, pixels = np.random.default_rng(seed), np.full((80, 60, 3), 128.0)
+  for cells in (2, 4, 8, 16):
+    coarse = rng.normal(scale=128 / cells**0.5, size=(cells, cells, 3))
+    pixels += cv2.resize(coarse, (60, 80), interpolation=cv2.INTER_CUBIC)
+  return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def write(folder, seeds):
+  """A folder of pictures; None is one that cannot be read."""
+  (folder / "class").mkdir(parents=True)
+  for number, seed in enumerate(seeds):
+    path = folder / "class" / f"{number:03d}.png"
+    path.write_bytes(b"broken") if seed is None else cv2.imwrite(str(path), picture(seed))
+  return f"folder:{folder}"
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory):
+  """20 test images: 1 and 2 are smaller JPEGs in the training set, 3 is the same there, and 4 cannot be read."""
+  folder = tmp_path_factory.mktemp("images")
+  test = write(folder / "test", [*range(4), None, *range(5, 20)])
+  train = write(folder / "train", [*range(100, 130), 3])
+  for number in (1, 2):
+    smaller = cv2.resize(picture(number), (36, 48), interpolation=cv2.INTER_AREA)
+    cv2.imwrite(str(folder / "train" / "class" / f"{number + 900}.jpg"), smaller, [cv2.IMWRITE_JPEG_QUALITY, 60])
+  return test, train
+
+
+def test_duplicates_are_found_without_a_model(specs, tmp_path):
+  test, train = specs
+  np.savez(tmp_path / "predictions.npz", row=np.arange(1, 20), rank=np.arange(1, 20) >= 4)
+  found = overlap(test, train, None, tmp_path / "out", predictions=tmp_path / "predictions.npz")
+  assert (found["images"], found["unreadable"], found["overlap"]) == (19, 1, 3)
+  assert found["contamination"] == pytest.approx(3 / 19)
+  assert found["precision"] == 1
+  assert found["recall"] < 0.8  # the hash does not recognise all crops
+  assert sum(found["histogram"].values()) == 19
+  assert found["effect"]["accuracy_overlap"] == 1
+  assert found["effect"]["accuracy_clean"] == 0
+  assert json.loads((tmp_path / "out" / "overlap.json").read_text()) == found
+  with np.load(tmp_path / "out" / "overlap.npz") as arrays:
+    assert np.flatnonzero(arrays["overlaps"]).tolist() == [1, 2, 3]
+    assert arrays["index"][[1, 2, 3], 0].tolist() == [31, 32, 30]
+    assert arrays["index"].shape == (20, 5)
+    assert arrays["cosine"][3, 0] == 1
+  sheet = cv2.imread(str(tmp_path / "out" / "overlap.png"))
+  green = (sheet[..., 1] > 100) & (sheet[..., 0] < 100) & (sheet[..., 2] < 60)
+  assert green.any()
+
+
+def test_duplicates_within_a_set_are_clusters(specs, tmp_path):
+  _, train = specs
+  found = overlap(train, "", None, tmp_path)
+  assert (found["images"], found["overlap"], found["clusters"], found["duplicate_share"]) == (33, 0, 0, 0)
+  twice = write(tmp_path / "twice", [1, 2, 1, 3, 1])
+  found = overlap(twice, "", None, tmp_path, threshold=0.9)
+  assert (found["overlap"], found["clusters"], found["duplicate_share"]) == (3, 1, 0.4)
+
+
+def test_a_model_gets_the_threshold_of_a_precision(specs, tmp_path):
+  """A detector by mean colours of a grid, whose threshold is chosen."""
+  encoders = Encoders(
+    image=lambda images: (images.reshape(-1, 4, 4, 4, 4, 3).mean(axis=(2, 4)).reshape(len(images), -1) - 127.5, None),
+    text=lambda tokens: tokens,
+    tokenizer=lambda texts: np.zeros((len(texts), 1), int),
+    view=EvalView(16, squash=True),
+    batch_size=8,
+    batch_rows=np.arange(8),
+  )
+  found = overlap(*specs, encoders, tmp_path, precision=0.9)
+  assert 0.5 < found["threshold"] < 1
+  assert found["precision"] >= 0.9
+  assert found["overlap"] == 3
+  assert overlap(*specs, encoders, tmp_path, threshold=-1.0)["contamination"] == 1
+
+
+def test_predictions_of_other_data_are_named(specs, tmp_path):
+  path = tmp_path / "predictions.npz"
+  for arrays, message in (
+    ({"row": [20], "correct": [1]}, "image 20, but --test has 20"),
+    ({"row": [1]}, "the arrays .*row"),
+  ):
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=f"predictions.npz has .*{message}"):
+      overlap(*specs, None, tmp_path, predictions=path)
