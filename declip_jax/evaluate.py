@@ -34,6 +34,8 @@ import numpy as np
 from declip_jax import config as config_lib
 from declip_jax.build import make_jobs
 from declip_jax.clip import Clip, load
+from declip_jax.data.images import LARGEST_LIMIT, MAX_PIXELS
+from declip_jax.data.pipeline import Reading
 from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import EVALUATORS, catalogue, data_files, results, suites
 from declip_jax.evals.evaluation import Evaluation, ModelFacts
@@ -63,6 +65,7 @@ def evaluate(
   output: Path | None = None,
   cache: Path | None = None,
   cache_limit: int = LIMIT,
+  max_pixels: int | None = None,
   dry_run: bool = False,
 ) -> dict[str, Any]:
   """Evaluates a checkpoint, writes the results that are not there yet, and returns all metrics, `eval/NAME/METRIC`.
@@ -78,6 +81,7 @@ def evaluate(
     output: folder of the results, `workdir/results` by default.
     cache: folder of features, None for none.
     cache_limit: see `FeatureCache`.
+    max_pixels: largest number of pixels of an image, that of the run's config by default, see `images.open_photo`.
     dry_run: whether to print what would be evaluated, and to return nothing.
 
   Raises:
@@ -95,7 +99,8 @@ def evaluate(
   if not jobs:
     raise ValueError(f"{workdir} has no config.json with evaluations: pass --suite, --data, --zero_shot or --retrieval")
   size = batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE)
-  encoders = clip.encoders(size, needs_text=any(EVALUATORS[job.kind].needs_text for job in jobs))
+  needs_text = any(EVALUATORS[job.kind].needs_text for job in jobs)
+  encoders = clip.encoders(size, needs_text=needs_text, reading=_reading(config, max_pixels))
   facts = _model_facts(clip, path)
   features = None
   if cache is not None:
@@ -111,6 +116,13 @@ def evaluate(
   about = {"step": clip.step} if weights is None else {"weights": os.fspath(weights), "origin": clip.origin}
   metrics = {name: result.ours["metrics"] for name, result in found.items()}
   return {**about, **{f"eval/{name}/{key}": value for name, own in metrics.items() for key, value in own.items()}}
+
+
+def _reading(config: ConfigDict | None, max_pixels: int | None) -> Reading:
+  """How images are read: with the limits of a run's config, if there is one."""
+  if config is None:
+    return Reading(max_pixels=max_pixels or MAX_PIXELS)
+  return Reading(max_pixels=max_pixels or config.data.max_pixels, seconds=config.data.max_seconds)
 
 
 def _model_facts(clip: Clip, path: str | os.PathLike[str]) -> ModelFacts:
@@ -196,6 +208,7 @@ def _command(workdir: Path | None) -> None:
       output=given.output and Path(given.output),
       cache=None if given.cache == "off" else Path(given.cache or cache_folder() / "features"),
       cache_limit=int(given.cache_limit * 2**30),
+      max_pixels=given.max_pixels,
       dry_run=given.dry_run,
     )
     if found and jax.process_index() == 0:
@@ -241,6 +254,9 @@ def main() -> None:
   flags.DEFINE_string("output", None, "Folder of the results, by default WORKDIR/results.")
   flags.DEFINE_string("cache", None, "Folder of features, or off; by default in the user's cache folder.")
   flags.DEFINE_float("cache_limit", LIMIT / 2**30, "GiB of features, after which the oldest are removed.", 0)
+  flags.DEFINE_integer(
+    "max_pixels", None, "Largest number of pixels of an image, by default that of the run.", 1, LARGEST_LIMIT
+  )
   flags.DEFINE_bool("dry_run", False, "Only print what would be evaluated, and about how long it takes.")
   flags.DEFINE_bool("list", False, "Only print the suites, or the data sets of --suite.")
   flags.DEFINE_string("print_data", None, "Only print a data file, for KIND or KIND:ROOT, such as folder:/data.")

@@ -13,6 +13,7 @@ import references as reference
 from declip_jax import config, evaluate
 from declip_jax.build import check_best_metric, check_evals, make_evaluators
 from declip_jax.data.images import EvalView
+from declip_jax.data.pipeline import Reading
 from declip_jax.evals import EVALUATORS, Evaluator
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.results import Scores
@@ -170,3 +171,26 @@ def test_step_and_settings_are_those_of_the_weights(monkeypatch: pytest.MonkeyPa
   with pytest.raises(FileNotFoundError, match="no weights"):
     evaluate.evaluate(tmp_path, "best", weights="x.pt", settings={"image.heads": 2})
   assert calls == [(("x.pt", {"image.heads": 2}), {"step": "best"})]
+
+
+def test_images_are_read_with_the_limits_of_the_run_unless_one_is_given(
+  monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+  c, given = config.default(), []
+  c.data.max_pixels, c.data.max_seconds = 99, 5.0
+  (tmp_path / "config.json").write_text(c.to_json_best_effort())
+
+  class Loaded:
+    step = 1
+
+    def encoders(self, *_: object, reading: Reading, **kwargs: object) -> None:
+      given.append((reading.max_pixels, reading.seconds))
+      raise FileNotFoundError("no encoders")
+
+  monkeypatch.setattr(evaluate, "load", lambda *_, **kwargs: Loaded())
+  evals = config.default().evals
+  evals.mine = config.zero_shot("scenes:test/4/16")
+  for workdir, limit in ((tmp_path, None), (tmp_path, 7), (tmp_path / "none", None), (tmp_path / "none", 7)):
+    with pytest.raises(FileNotFoundError, match="no encoders"):
+      evaluate.evaluate(workdir, evals=evals, weights="x.pt", max_pixels=limit)
+  assert given == [(99, 5.0), (7, 5.0), (2**26, 60.0), (7, 60.0)]
