@@ -140,7 +140,8 @@ def _checked(wanted: dict[str, Any], output: str) -> dict[str, Any]:
     ValueError: it does not match the `wanted` settings.
   """
   try:
-    about = {"max_pixels": images.MAX_PIXELS} | dict(json.loads(files.read(f"{output}/{_ABOUT}")))
+    about = dict(json.loads(files.read(f"{output}/{_ABOUT}")))
+    about.setdefault("max_pixels", images.MAX_PIXELS)
   except (ValueError, TypeError):
     raise ValueError(f"{output}/{_ABOUT} was not written by this command: choose another folder") from None
   other = {name: value for name, value in wanted.items() if about.get(name) != value}

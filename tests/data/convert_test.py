@@ -140,7 +140,7 @@ def test_a_source_that_changed_is_rejected(shards, tmp_path, monkeypatch):
 
 def test_files_that_another_process_writes_are_not_touched(tmp_path):
   output = tmp_path / "out"
-  settings = convert_lib._settings(open_scenes("test/10/16"), str(output), 1)
+  settings = convert_lib._settings(open_scenes("test/10/16"), str(output), 1, images.MAX_PIXELS)
   (output / ".data-00000-of-00001.array_record.1.tmp").write_bytes(b"of a process that was killed")
   with outputs.temporary(output / "other") as theirs:
     inode = theirs.stat().st_ino
@@ -256,9 +256,9 @@ def test_the_size_determines_the_number_of_files(tmp_path, monkeypatch, limit, e
   source = open_scenes("test/300/32")
   size = sum(len(records.make_record(source, index)) for index in range(300))
   assert 430_000 < size < 470_000
-  assert convert_lib._settings(source, f"{tmp_path}/out", None)["shards"] == expected
+  assert convert_lib._settings(source, f"{tmp_path}/out", None, images.MAX_PIXELS)["shards"] == expected
   monkeypatch.setattr(convert_lib, "_MAX_SHARDS", 4)
-  assert convert_lib._settings(source, f"{tmp_path}/few", None)["shards"] == min(expected, 4)
+  assert convert_lib._settings(source, f"{tmp_path}/few", None, images.MAX_PIXELS)["shards"] == min(expected, 4)
 
 
 def test_user_errors_are_one_line(shards, tmp_path):

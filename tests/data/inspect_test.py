@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 import pytest
 
+from declip_jax.data import images as image_ops
 from declip_jax.data import inspect
 from declip_jax.data.guess import guess, guesses
 from declip_jax.data.inspect import describe, draw, read_samples
@@ -341,7 +342,7 @@ def test_bad_samples_do_not_stop_it(tmp_path):
 
 @pytest.mark.parametrize("images", [[b""], [b"", encoded(9, 9, "PNG")]])
 def test_the_command_fails_if_every_sample_is_bad(tmp_path, monkeypatch, capsys, images):
-  monkeypatch.setattr(inspect.flags, "FLAGS", SimpleNamespace(samples=10, sheet=None))
+  monkeypatch.setattr(inspect.flags, "FLAGS", SimpleNamespace(samples=10, sheet=None, max_pixels=image_ops.MAX_PIXELS))
   for number, image in enumerate(images):
     (tmp_path / f"{number}.png").write_bytes(image)
   with (
