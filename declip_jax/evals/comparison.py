@@ -12,6 +12,7 @@ import numpy as np
 
 from declip_jax.evals import intervals, metrics, results
 from declip_jax.evals.intervals import Interval
+from declip_jax.evals.ranks import RECALL_AT
 from declip_jax.evals.results import Result
 
 
@@ -188,8 +189,8 @@ def cell(scored: Sequence[Scored], metric: str) -> Cell | None:
 def difference(scored: Sequence[Scored], baseline: Sequence[Scored], metric: str) -> Difference | None:
   """Compares a method with the baseline by a metric, None if one of the two does not have it.
 
-  One run each is compared on the same images, by a bootstrap of pairs; several runs each are compared by Welch's test
-  over seeds.
+  One run each is compared on the same images, by a bootstrap of pairs, and by McNemar's exact test if the metric is a
+  share of the images; several runs each are compared by Welch's test over seeds.
 
   Raises:
     ValueError: the two have been evaluated on different data; the message names their files.
@@ -208,7 +209,10 @@ def difference(scored: Sequence[Scored], baseline: Sequence[Scored], metric: str
   if pairs is None:
     return plain
   values = pairs.resample()
-  return Difference(plain.value, intervals.percentiles(values), _p_value(values), "paired")
+  single = _answers(scored[0].predictions, metric)
+  exact = single is not None and single.metric is metrics.accuracy
+  p = intervals.mcnemar(*pairs.columns) if exact else _p_value(values)
+  return Difference(plain.value, intervals.percentiles(values), p, "paired")
 
 
 def suite_means(
@@ -293,47 +297,13 @@ def _paired(a: Scored, b: Scored, metric: str) -> _Answers | None:
 _SAME = ("label", "labels", "group")  # predictions that do not depend on the model
 
 
-def _top(k: int) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-  return lambda predictions: predictions["rank"] < k
-
-
-_top1, _top5 = _top(1), _top(5)
-
-
-def _mean_top1_top5(top1: np.ndarray, top5: np.ndarray, times: metrics.Times) -> np.ndarray:
-  return np.asarray((metrics.accuracy(top1, times) + metrics.accuracy(top5, times)) / 2)
-
-
-def _average_precision(labels: np.ndarray, scores: np.ndarray, times: metrics.Times) -> np.ndarray:
-  return metrics.mean_average_precision(labels, scores, metrics.average_precision, times)
-
-
-def _average_precision_11(labels: np.ndarray, scores: np.ndarray, times: metrics.Times) -> np.ndarray:
-  return metrics.mean_average_precision(labels, scores, metrics.average_precision_11, times)
-
-
-# Metric of a classifier -> the function, its columns, and the classes within which examples are resampled.
-_CLASSIFIERS = {
-  "top1": lambda p: _Answers(metrics.accuracy, (_top1(p),)),
-  "top5": lambda p: _Answers(metrics.accuracy, (_top5(p),)),
-  "mean_per_class": lambda p: _Answers(metrics.mean_per_class, (p["label"], _top1(p)), p["label"]),
-  "mean_top1_top5": lambda p: _Answers(_mean_top1_top5, (_top1(p), _top5(p))),
-  "macro_f1": lambda p: _Answers(metrics.macro_f1, (p["label"], p["predicted"])),
-  "worst_group": lambda p: _Answers(metrics.worst_group, (p["group"], _top1(p))),
-  "worst_group_top5": lambda p: _Answers(metrics.worst_group, (p["group"], _top5(p))),
-  "roc_auc": lambda p: _Answers(metrics.roc_auc, (p["label"] == 1, p["score"])),
-  "mean_average_precision_11": lambda p: _Answers(_average_precision_11, (p["labels"], p["scores"])),
-  # CLIP_benchmark counts difficult objects as present.
-  "mean_average_precision": lambda p: _Answers(_average_precision, (np.where(p["labels"] < 0, -1, 1), p["scores"])),
-}
-
-
 def _answers(predictions: Mapping[str, np.ndarray], metric: str) -> _Answers | None:
   """A metric as a function of predictions, None if these do not determine it."""
   if {"image_rank", "text_rank", "image_of_text"} <= set(predictions):
     return _recall_answers(predictions, metric)
   try:
-    return _CLASSIFIERS[metric](predictions)
+    function, columns, within = metrics.PREDICTION_METRICS[metric]
+    return _Answers(function, columns(predictions), predictions[within] if within else None)
   except KeyError:  # another metric, or a column that is not there
     return None
 
@@ -345,8 +315,8 @@ def _recall_answers(predictions: Mapping[str, np.ndarray], metric: str) -> _Answ
   size = len(image)
   texts = np.bincount(owner, minlength=size)
   if metric == "mean_recall":
-    counts = sum(image < k for k in metrics.RECALL_AT).astype(np.int64)
-    hits = sum(np.bincount(owner, weights=text < k, minlength=size) for k in metrics.RECALL_AT).astype(np.int64)
+    counts = sum(image < k for k in RECALL_AT).astype(np.int64)
+    hits = sum(np.bincount(owner, weights=text < k, minlength=size) for k in RECALL_AT).astype(np.int64)
     return _Answers(_mean_recall, (counts, hits, texts))
   if way == "image_to_text" and k.isdecimal():
     return _Answers(metrics.accuracy, (image < int(k),))

@@ -116,54 +116,16 @@ def mean_per_class_error(label: Int[np.ndarray, "n"], correct: Bool[np.ndarray, 
   return float(np.sqrt((share * (1 - share) / totals[totals > 0]).sum()) / len(share))
 
 
-class Comparison(NamedTuple):
-  """Two models, A and B, on the same examples.
-
-  Attributes:
-    difference: accuracy of A minus accuracy of B.
-    interval: its interval, by a bootstrap of the pairs.
-    standard_error: its standard error.
-    only_a, only_b: number of examples that only A, or only B, has right.
-    p: two-sided p-value of McNemar's exact test.
-  """
-
-  difference: float
-  interval: Interval
-  standard_error: float
-  only_a: int
-  only_b: int
-  p: float
+def mcnemar(correct_a: Bool[np.ndarray, "n"], correct_b: Bool[np.ndarray, "n"]) -> float:
+  """Two-sided p-value of McNemar's exact test of two models on the same examples (McNemar 1947)."""
+  only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
+  return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def compare(
-  correct_a: Bool[np.ndarray, "n"],
-  correct_b: Bool[np.ndarray, "n"],
-  *,
-  level: float = 0.95,
-  seed: int | tuple[int, ...] = 0,
-  index: Int[np.ndarray, "r n"] | None = None,
-) -> Comparison:
-  """Compares two models by which examples they have right (McNemar 1947).
-
-  Args:
-    correct_a, correct_b: whether each model is right.
-    level: level of the interval.
-    seed, index: see `bootstrap`.
-
-  Raises:
-    ValueError: there is no example.
-  """
-  values = bootstrap(_difference, correct_a, correct_b, seed=seed, index=index)
-  only_a, only_b, n = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum()), len(correct_a)
-  discordant, difference = only_a + only_b, (only_a - only_b) / n
-  return Comparison(
-    difference=difference,
-    interval=percentiles(values, level),
-    standard_error=float(np.sqrt((discordant / n - difference**2) / n)),
-    only_a=only_a,
-    only_b=only_b,
-    p=float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0,
-  )
+def difference_error(correct_a: Bool[np.ndarray, "n"], correct_b: Bool[np.ndarray, "n"]) -> float:
+  """Standard error of the difference of the accuracies of two models on the same examples."""
+  difference = correct_a.astype(np.float64) - correct_b
+  return float(difference.std() / np.sqrt(len(difference)))
 
 
 def student(values: Float[np.ndarray, "seeds"], level: float = 0.95) -> Interval:
@@ -241,12 +203,6 @@ def _draw(
   ends = np.flatnonzero(np.diff(stratum, append=stratum[-1] + 1)) + 1
   parts = [rng.multinomial(part.sum(), part / part.sum(), size=size) for part in np.split(number, ends[:-1])]
   return np.concatenate(parts, axis=1)
-
-
-def _difference(
-  correct_a: Bool[np.ndarray, "n"], correct_b: Bool[np.ndarray, "n"], times: Int[np.ndarray, "r n"]
-) -> Float[np.ndarray, "r"]:
-  return (times @ (correct_a.astype(int) - correct_b.astype(int))) / times.sum(axis=-1)
 
 
 def _check_runs(values: Float[np.ndarray, "seeds"]) -> None:

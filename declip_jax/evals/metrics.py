@@ -6,8 +6,9 @@ per resample, which is how `intervals.bootstrap` calls it. In a resample without
 value is NaN.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int, Num, Shaped
 import numpy as np
@@ -270,6 +271,54 @@ def mean_average_precision(
   values = np.stack([*found.values()])
   defined = (~np.isnan(values)).sum(axis=0)
   return np.asarray(np.where(defined > 0, np.nansum(values, axis=0) / np.maximum(defined, 1), np.nan))
+
+
+class PredictionMetric(NamedTuple):
+  """A metric of stored predictions.
+
+  Attributes:
+    function: a function of columns, and of the times that each example counts.
+    columns: makes these columns of the predictions; raises KeyError if they lack one.
+    within: the column whose classes keep their number of examples in every resample; empty for none.
+  """
+
+  function: Callable[..., Float[np.ndarray, "*r"]]
+  columns: Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, ...]]
+  within: str = ""
+
+
+def _mean_top1_top5(top1: np.ndarray, top5: np.ndarray, times: Times = None) -> np.ndarray:
+  return np.asarray((accuracy(top1, times) + accuracy(top5, times)) / 2)
+
+
+def _average_precision_at_positives(labels: np.ndarray, scores: np.ndarray, times: Times = None) -> np.ndarray:
+  return mean_average_precision(labels, scores, average_precision, times)
+
+
+def _top(k: int) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+  return lambda predictions: predictions["rank"] < k
+
+
+_top1, _top5 = _top(1), _top(5)
+# The metrics of `catalogue.METRICS` that classifiers have. Predictions have `label`, `predicted` and `rank` of
+# `Predictions`, and, where a metric needs them, `group`; of two classes, `score`, the logit of the second minus that of
+# the first; of several labels, `labels` and `scores`, or whether the first answer is `correct`.
+PREDICTION_METRICS = {
+  "top1": PredictionMetric(accuracy, lambda p: (_top1(p),)),
+  "top5": PredictionMetric(accuracy, lambda p: (_top5(p),)),
+  "mean_per_class": PredictionMetric(mean_per_class, lambda p: (p["label"], _top1(p)), within="label"),
+  "mean_top1_top5": PredictionMetric(_mean_top1_top5, lambda p: (_top1(p), _top5(p))),
+  "macro_f1": PredictionMetric(macro_f1, lambda p: (p["label"], p["predicted"])),
+  "worst_group": PredictionMetric(worst_group, lambda p: (p["group"], _top1(p))),
+  "worst_group_top5": PredictionMetric(worst_group, lambda p: (p["group"], _top5(p))),
+  "roc_auc": PredictionMetric(roc_auc, lambda p: (p["label"] == 1, p["score"])),
+  "any_label": PredictionMetric(accuracy, lambda p: (p["correct"],)),
+  "mean_average_precision_11": PredictionMetric(mean_average_precision, lambda p: (p["labels"], p["scores"])),
+  # Difficult objects count as present, as in CLIP_benchmark.
+  "mean_average_precision": PredictionMetric(
+    _average_precision_at_positives, lambda p: (np.where(p["labels"] < 0, -1, 1), p["scores"])
+  ),
+}
 
 
 def _once(column: Shaped[np.ndarray, "n ..."], times: Times) -> Int[np.ndarray, "*r n"]:

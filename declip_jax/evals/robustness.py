@@ -164,7 +164,7 @@ def band(
   resamples: int = RESAMPLES,
   index: Int[np.ndarray, "r models"] | None = None,
 ) -> Band:
-  """Bootstraps the line that `fit_line` fits; resamples of one model alone are left out.
+  """Bootstraps the line that `fit_line` fits; resamples of equally accurate models are left out.
 
   Percentiles are values of resamples, as in the testbed: the next one outwards.
 
@@ -202,11 +202,11 @@ def _on_scale(accuracy: Float[np.ndarray, "models"], scale: Scale) -> Float[np.n
 def _coefficients(
   x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"], times: Int[np.ndarray, "r n"]
 ) -> Float[np.ndarray, "r 2"]:
-  """Slope and intercept of the least-squares line of each resample."""
+  """Slope and intercept of the least-squares line of each resample; NaN if all its models are equally accurate."""
   share = times / times.sum(axis=1, keepdims=True)
   mean_x, mean_y = share @ x, share @ y
   deviation = x - mean_x[:, None]
-  with np.errstate(invalid="ignore", divide="ignore"):
-    slope = (share * deviation * (y - mean_y[:, None])).sum(axis=1) / (share * deviation**2).sum(axis=1)
-  slope[(times > 0).sum(axis=1) < 2] = np.nan
+  spread = (share * deviation**2).sum(axis=1)
+  spread = np.where(np.sqrt(spread) > 1e-9 * np.abs(x).max(), spread, np.nan)  # and not a rounding error
+  slope = (share * deviation * (y - mean_y[:, None])).sum(axis=1) / spread
   return np.stack([slope, mean_y - slope * mean_x], axis=1)

@@ -129,7 +129,7 @@ def fit_saturating_law(
   def search(floor: float) -> optimize.OptimizeResult:
     above = fit_power_law(x, error - floor)
     start = [floor, np.log(above.predict(centre)), max(-above.slope, 1e-3)]
-    bounds = ([0, -np.inf, 0], [error.min(), np.inf, np.inf])
+    bounds = ([0, -np.inf, 0], np.inf)
     return optimize.least_squares(residuals, start, bounds=bounds, xtol=1e-14, ftol=1e-14, gtol=1e-14, x_scale="jac")
 
   best = min((search(share * float(error.min())) for share in _FLOORS), key=lambda found: found.cost)

@@ -1,7 +1,7 @@
 """The scores of a classifier of the test split, whatever its logits come from: prompts, a probe or neighbours."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtyping import Float, Int
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from declip_jax.evals import metrics
 from declip_jax.evals.features import EvaluationData
 from declip_jax.evals.intervals import Interval, bootstrap, clopper_pearson, percentiles
-from declip_jax.evals.metrics import Predictions, Times
+from declip_jax.evals.metrics import PREDICTION_METRICS, Predictions
 from declip_jax.evals.results import Scores
 from declip_jax.runtime.hosts import gather_rows
 
@@ -18,50 +18,6 @@ METRICS = ("top1", "top5", "mean_per_class", "majority_share", "ties", "images",
 SEVERAL_LABELS = ("mean_average_precision_11", "mean_average_precision")
 _CONFUSIONS = 50  # pairs of classes that the details list
 Columns = Mapping[str, np.ndarray]
-
-
-class _Metric(NamedTuple):
-  """A metric of predictions.
-
-  Attributes:
-    function: a function of columns, and of the times that each example counts; see `metrics`.
-    columns: makes these columns of the predictions.
-    within: the column whose classes keep their number of examples in every resample; empty for none.
-  """
-
-  function: Callable[..., Float[np.ndarray, "*r"]]
-  columns: Callable[[Columns], tuple[np.ndarray, ...]]
-  within: str = ""
-
-
-def _mean_top1_top5(top1: np.ndarray, top5: np.ndarray, times: Times = None) -> np.ndarray:
-  return np.asarray((metrics.accuracy(top1, times) + metrics.accuracy(top5, times)) / 2)
-
-
-def _average_precision(labels: np.ndarray, scores: np.ndarray, times: Times = None) -> np.ndarray:
-  return metrics.mean_average_precision(labels, scores, metrics.average_precision, times)
-
-
-def _top(k: int) -> Callable[[Columns], np.ndarray]:
-  return lambda predictions: predictions["rank"] < k
-
-
-_top1, _top5 = _top(1), _top(5)
-# The metrics of `catalogue.METRICS` that classifiers have.
-_METRICS = {
-  "top1": _Metric(metrics.accuracy, lambda p: (_top1(p),)),
-  "top5": _Metric(metrics.accuracy, lambda p: (_top5(p),)),
-  "mean_per_class": _Metric(metrics.mean_per_class, lambda p: (p["label"], _top1(p)), within="label"),
-  "mean_top1_top5": _Metric(_mean_top1_top5, lambda p: (_top1(p), _top5(p))),
-  "macro_f1": _Metric(metrics.macro_f1, lambda p: (p["label"], p["predicted"])),
-  "worst_group": _Metric(metrics.worst_group, lambda p: (p["group"], _top1(p))),
-  "worst_group_top5": _Metric(metrics.worst_group, lambda p: (p["group"], _top5(p))),
-  "roc_auc": _Metric(metrics.roc_auc, lambda p: (p["label"] == 1, p["score"])),
-  "any_label": _Metric(metrics.accuracy, lambda p: (p["correct"],)),
-  "mean_average_precision_11": _Metric(metrics.mean_average_precision, lambda p: (p["labels"], p["scores"])),
-  # Difficult objects count as present, as in CLIP_benchmark.
-  "mean_average_precision": _Metric(_average_precision, lambda p: (np.where(p["labels"] < 0, -1, 1), p["scores"])),
-}
 
 
 def score(
@@ -104,7 +60,7 @@ def criterion(metric: str) -> Callable[[np.ndarray, np.ndarray], float]:
     if label.ndim == 2:
       name = metric if metric in SEVERAL_LABELS else SEVERAL_LABELS[0]
       return _value(name, {"labels": label, "scores": logits})
-    name = "top1" if metric.startswith("worst_group") or metric not in _METRICS else metric
+    name = "top1" if metric.startswith("worst_group") or metric not in PREDICTION_METRICS else metric
     return _value(name, _columns(metrics.predict(logits, label), logits))
 
   return value
@@ -171,12 +127,12 @@ def _columns(found: Predictions, logits: Float[np.ndarray, "n classes"]) -> dict
 
 
 def _value(name: str, predictions: Columns) -> float:
-  return float(_METRICS[name].function(*_columns_of(name, predictions)))
+  return float(PREDICTION_METRICS[name].function(*_columns_of(name, predictions)))
 
 
 def _interval(name: str, predictions: Columns) -> Interval:
   """The 95 % interval of a metric: Clopper and Pearson's if it is a share of the examples, else by a bootstrap."""
-  function, _, within = _METRICS[name]
+  function, _, within = PREDICTION_METRICS[name]
   columns = _columns_of(name, predictions)
   if function is metrics.accuracy:
     return clopper_pearson(int(columns[0].sum()), len(columns[0]))
@@ -184,10 +140,10 @@ def _interval(name: str, predictions: Columns) -> Interval:
 
 
 def _columns_of(name: str, predictions: Columns) -> tuple[np.ndarray, ...]:
-  if name not in _METRICS:
-    raise ValueError(f"metric {name!r} is not one of a classifier, {', '.join(_METRICS)}")
+  if name not in PREDICTION_METRICS:
+    raise ValueError(f"metric {name!r} is not one of a classifier, {', '.join(PREDICTION_METRICS)}")
   try:
-    return _METRICS[name].columns(predictions)
+    return PREDICTION_METRICS[name].columns(predictions)
   except KeyError as error:
     raise ValueError(f"metric {name!r} is not defined: there is no {error} of the images") from error
 

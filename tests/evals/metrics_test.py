@@ -38,6 +38,9 @@ def test_classes_that_are_only_predicted_do_not_count(golden, ties):
   np.testing.assert_allclose(found, golden["wilds/recall_macro"], rtol=1e-12)
   np.testing.assert_allclose(metrics.macro_f1(ties.label, ties.predicted), golden["wilds/f1_macro"], rtol=1e-12)
   np.testing.assert_allclose(accuracy(ties.correct()), golden["wilds/accuracy"], rtol=1e-12)
+  # With a class before the others that does not occur.
+  np.testing.assert_allclose(metrics.mean_per_class(ties.label + 1, ties.correct()), found, rtol=1e-12)
+  np.testing.assert_allclose(metrics.macro_f1(ties.label + 1, ties.predicted + 1), golden["wilds/f1_macro"], rtol=1e-12)
   by_class = metrics.accuracy_by(ties.label, ties.correct())
   assert [*by_class] == [*np.unique(ties.label)]
   np.testing.assert_allclose(np.mean([*by_class.values()]), found, rtol=1e-12)
@@ -230,6 +233,33 @@ def test_resamples_that_lack_a_class_have_no_value():
   np.testing.assert_array_equal(metrics.roc_auc(present, score, times), [1, np.nan, np.nan])
   np.testing.assert_array_equal(metrics.average_precision(present, score, times), [1, np.nan, 1])
   np.testing.assert_array_equal(metrics.average_precision_11(present, score, times), [1, np.nan, 1])
-  labels, scores = np.array([[1, -1], [-1, -1]]), np.stack([score, score], axis=1)
+  labels, scores = np.array([[1, -1], [-1, 1]]), np.stack([score, score], axis=1)
+  np.testing.assert_array_equal(mean_average_precision(labels, scores, times=times), [0.75, 1, 1])
+  labels[1] = -1
   np.testing.assert_array_equal(mean_average_precision(labels, scores, times=times), [1, np.nan, 1])
   assert np.isnan(metrics.worst_group(np.array([0, -1]), present, times)[1])
+
+
+def test_metrics_of_predictions(golden, ties):
+  group = golden["groups/group"].astype(int)
+  stored = {"label": ties.label, "predicted": ties.predicted, "rank": ties.rank, "group": group}
+  expected = {
+    "top1": "ties/lower_index_first_top1",
+    "top5": "ties/lower_index_first_top5",
+    "mean_per_class": "absent/mean_per_class_over_present",
+    "mean_top1_top5": "kinetics/mean_of_top1_top5_of_the_tied_logits",
+    "macro_f1": "wilds/f1_macro",
+    "worst_group": "groups/worst_group_of_those_with_examples",
+    "worst_group_top5": "groups/worst_group_top5",
+  }
+  cases = [(metric, stored, golden[name]) for metric, name in expected.items()]
+  two = {"label": golden["auc_with_ties/labels"].astype(int), "score": golden["auc_with_ties/scores"]}
+  cases.append(("roc_auc", two, golden["auc_with_ties/roc_auc"]))
+  voc = {"labels": golden["voc/present1_difficult0_absent-1"].astype(np.int8), "scores": golden["voc/scores"]}
+  cases.append(("mean_average_precision_11", voc, golden["voc/ap11_difficult_left_out"].mean()))
+  for metric, predictions, value in cases:
+    function, columns, _ = metrics.PREDICTION_METRICS[metric]
+    np.testing.assert_allclose(function(*columns(predictions)), value, rtol=1e-12, err_msg=metric)
+  function, columns, _ = metrics.PREDICTION_METRICS["mean_average_precision"]
+  expected = golden["voc/clipbench_ap_difficult_as_present"].mean()
+  np.testing.assert_allclose(function(*columns(voc)), expected, atol=5e-4)

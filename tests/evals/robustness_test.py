@@ -50,9 +50,11 @@ def test_bootstrap_band(golden, standard):
 
 
 def test_band_of_few_models_is_a_number():
-  accuracy, shifted = np.array([0.5, 0.6, 0.7]), np.array([0.3, 0.4, 0.45])
-  found = band(accuracy, shifted, np.array([0.2, 0.6]), resamples=200)  # every ninth resample repeats one model
-  assert np.isfinite([*found.lower, *found.upper, *found.slope, *found.intercept]).all()
+  """Every ninth resample repeats one model, and more of them have one accuracy."""
+  for accuracy in (np.array([0.5, 0.6, 0.7]), np.array([0.6, 0.6, 0.7])):
+    found = band(accuracy, np.array([0.3, 0.4, 0.45]), np.array([0.2, 0.6]), resamples=200)
+    assert np.isfinite([*found.lower, *found.upper, *found.intercept]).all()
+    assert 0 < found.slope.lower < found.slope.upper < 2
 
 
 def test_relative_robustness(golden):
