@@ -6,7 +6,7 @@ from declip_jax import __version__, command_line, config_files
 
 COMMANDS = {
   "train": ("declip_jax.train", "pretrain a model"),
-  "evaluate": ("declip_jax.evaluate", "zero-shot classification and retrieval with trained weights"),
+  "evaluate": ("declip_jax.evaluate", "what papers measure of trained weights: zero-shot, probes, retrieval"),
   "report": ("declip_jax.report", "tables and pictures of evaluations, side by side"),
   "export": ("declip_jax.export", "write weights for open_clip, Hugging Face or Orbax"),
   "plan": ("declip_jax.plan", "memory, time and largest batch of a training run, without its hardware"),
