@@ -310,7 +310,7 @@ def make_step(
   Raises:
     ValueError: an unknown name, or a batch that does not divide as the config requires.
   """
-  _check_batch(config, built.mesh.size)
+  check_division(config, built.mesh.size)
   every, last, lead = config.log_every or steps.total, steps.total, steps.lead
   rate = schedules.make_schedule(steps.schedule)
   step = partial(
@@ -341,8 +341,12 @@ def make_step(
   return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(built.mesh)))
 
 
-def _check_batch(config: ConfigDict, devices: int) -> None:
-  """Rejects a batch that does not divide into micro-batches, groups or blocks."""
+def check_division(config: ConfigDict, devices: int) -> None:
+  """Rejects a batch that does not divide into micro-batches, groups or blocks on this many devices.
+
+  Raises:
+    ValueError: the message names the field and the size.
+  """
   count = config.micro_batches
   if count > 1 and config.batch_size % (count * devices):
     raise ValueError(

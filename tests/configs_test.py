@@ -79,9 +79,12 @@ def num_parameters(name: str) -> int:
 def check_shapes(name: str) -> None:
   """Traces the model of a config, and checks its dtype and that its terms find their inputs."""
   c = get(name)
-  built, state = traced(c)
-  assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+  check_state(c, *traced(c))
   check_terms(c)
+
+
+def check_state(c: ConfigDict, built: build.Built, state: State) -> None:
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
   check_batch(c.batch_size, built.mesh, "batch_size")
 
 
@@ -89,6 +92,7 @@ def check_step(name: str) -> None:
   """Checks that a train step maps the state of a config to one of the same shapes, with a loss for each term."""
   c = get(name)
   built, state = traced(c)
+  check_state(c, built, state)
   step = build.make_step(c, built, build.to_steps(c, EPOCH), state)
   after, metrics = jax.eval_shape(step, state, built.batch_shape(c.batch_size))
   shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, after)]
@@ -122,13 +126,13 @@ def test_every_file_shows_how_to_run_it() -> None:
       assert command[2] == f"runs/{name.split('/')[1]}"
 
 
-@pytest.mark.parametrize("name", REPRESENTATIVES)
+@pytest.mark.parametrize("name", REPRESENTATIVES[:-1])
 def test_one_config_per_folder_has_consistent_shapes(name: str) -> None:
   check_shapes(name)
 
 
 def test_a_step_preserves_the_shapes_of_the_state() -> None:
-  check_step("declip_yfcc15m/vit_defilip")
+  check_step(REPRESENTATIVES[-1])
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ measured once each with compiled programs cached. Processes that tests start are
 """
 
 from collections.abc import Callable
+import functools
 import os
 from typing import Any, Self
 
@@ -45,7 +46,32 @@ def check_calls() -> None:
   install_import_hook(CHECKED, "contracts.check")
 
 
+_checked: dict[Any, Callable[..., Any]] = {}
+
+
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
+  """beartype's decorator, applied at the first call.
+
+  Most functions are not called in a process of the tests, and those that are defined in other functions are defined
+  often: functions with the same code and annotations share a decorated one. (`jaxtyping` passes functions without a
+  body, which differ in nothing else.)
+  """
+  checked = None
+
+  @functools.wraps(function)
+  def call(*args: Any, **kwargs: Any) -> Any:
+    nonlocal checked
+    if checked is None:
+      key = function.__module__, function.__qualname__, function.__code__, str(function.__annotations__)
+      if key not in _checked:
+        _checked[key] = _decorated(function)
+      checked = _checked[key]
+    return checked(*args, **kwargs)
+
+  return call
+
+
+def _decorated(function: Callable[..., Any]) -> Callable[..., Any]:
   """beartype's decorator, where an int is a float, and without Self, which it knows in classes that it decorates."""
   hints = getattr(function, "__annotations__", {})
   hints |= {name: Any for name, hint in hints.items() if hint is Self}

@@ -159,7 +159,6 @@ def test_a_setting_of_an_optimizer_takes_2_places(places: Places, monkeypatch: p
   monkeypatch.setitem(optim.OPTIMIZERS, "toy", lambda settings: optax.scale(settings.toy_factor))  # what uses it
   c = tiny_config("clip")
   c.optimizer.name = "toy"
-  trace_step(c)
   for factor in (3.0, 5.0):
     c.optimizer.toy_factor = factor
     optimizer = build.build(c).optimizer
@@ -203,7 +202,7 @@ def test_a_setting_of_a_schedule_takes_2_places(
   monkeypatch.setitem(schedules.SCHEDULES, "toy", toy)  # what uses it
   c = tiny_config("clip")
   c.optimizer.schedule, c.optimizer.toy_rate = "toy", value
-  trace_step(c)
+  build.build(c)
   assert schedules.make_schedule(build.to_steps(c, 256).schedule)(jnp.array(7)) == expected
   assert len(places) == 2
 

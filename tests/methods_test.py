@@ -17,12 +17,18 @@ from declip_jax.methods import METHODS
 VARIANTS = [*METHODS, "defilip_repo", "slip_mocov3 resnet"]
 
 
-@pytest.mark.parametrize(
-  "method", ["everything", *(pytest.param(method, marks=pytest.mark.slow) for method in VARIANTS)]
-)
+def test_eight_devices_with_two_micro_batches_and_split_parameters_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
+  """All at once, as compiling a program for each would take long; slow tests have the cases one by one."""
+  expected = steps.one_device("everything")
+  monkeypatch.setattr(sharding, "MIN_SIZE", 256)  # so that the small arrays of this test are split at all
+  steps.compare("everything", steps.take_steps("everything", 2, 4, micro_batches=2), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["everything", *VARIANTS])
 def test_eight_devices_equal_one(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
   expected = steps.one_device(method)
-  monkeypatch.setattr(sharding, "MIN_SIZE", 256)  # so that the small arrays of this test are split at all
+  monkeypatch.setattr(sharding, "MIN_SIZE", 256)
   steps.compare(method, steps.take_steps(method, 2, 4), expected)
 
 

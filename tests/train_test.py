@@ -3,7 +3,7 @@
 The tests of the loop that need no model are in tests/loop_test.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
 import json
 import os
@@ -107,29 +107,36 @@ def test_meshes_and_processes_agree_with_one_device(
     train.train(config, workdir)
     assert len(losses_on_disk(workdir)) == 4
     assert_same_run(workdir, method, one)
-  train_in_two_processes(method, tmp_path / "two", *(f"--config.{name}={value}" for name, value in FOUR_STEPS.items()))
+  train_in_two_processes(method, tmp_path / "two", *as_flags(FOUR_STEPS))
   lines = read_metrics(tmp_path / "two")
   assert sum("loss" in line for line in lines) == 4
   assert {"eval/heldout/top1", "eval/retrieval/text_to_image_r10"} <= lines[-1].keys()
   assert_same_run(tmp_path / "two", method, one)
 
 
-# One program for all fast tests in processes of their own: they share what is compiled. Each save draws curves, too, so
-# they save as rarely as they can.
+# One program for all these runs: they share what is compiled. Each save draws curves, too, so they save rarely.
 STEPS = 30
-SHARED = (
-  f"--config.duration.steps={STEPS}",
-  "--config.data.train=('scenes:train/16/24',)",
-  "--config.optimizer.learning_rate=3e-3",
-)
-RARELY = "--config.checkpoint.every.steps=0"
+SHARED = {"duration.steps": STEPS, "data.train": ("scenes:train/16/24",), "optimizer.learning_rate": 3e-3}
+RARELY = {"checkpoint.every.steps": 0}
+
+
+def as_flags(fields: Mapping[str, object]) -> list[str]:
+  """The flags that set fields of a config."""
+  return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def train_on_one_device(config: ConfigDict, workdir: Path) -> None:
+  """Trains in this process as one of the processes that `command` starts does."""
+  with pytest.MonkeyPatch.context() as one_device:
+    use_mesh(one_device, 1, 1)
+    train.train(config, workdir)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A run that is not interrupted."""
   workdir = tmp_path_factory.mktemp("whole")
-  subprocess.run(command("clip,bare", workdir, *SHARED, RARELY), env=environment(), check=True)
+  train_on_one_device(bare(**SHARED, **RARELY), workdir)
   return workdir
 
 
@@ -141,20 +148,18 @@ def test_training_learns(whole: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(whole: Path, tmp_path: Path) -> None:
-  train_in_two_processes("clip,bare", tmp_path, *SHARED, RARELY)
+  train_in_two_processes("clip,bare", tmp_path, *as_flags(SHARED | RARELY))
   losses = losses_on_disk(tmp_path)
   assert len(losses) == STEPS
   np.testing.assert_allclose(losses[:10], losses_on_disk(whole)[:10], rtol=0, atol=1e-5)
 
 
-def kill_and_resume(config: str, workdir: Path, *flags: str, workers: tuple[int, int] = (0, 0)) -> None:
-  """Kills a run within its first 15 steps and resumes it, perhaps with another number of workers."""
-  first, second = (command(config, workdir, *flags, f"--config.data.workers={count}") for count in workers)
-  victim = subprocess.Popen(first, env=environment(), start_new_session=True)
-  wait_for_step(workdir, int(np.random.default_rng().integers(3, 15)), victim)
+def kill(start: list[str], workdir: Path, steps: range) -> None:
+  """Kills a run with SIGKILL at a random one of these steps."""
+  victim = subprocess.Popen(start, env=environment(), start_new_session=True)
+  wait_for_step(workdir, int(np.random.default_rng().choice(steps)), victim)
   os.killpg(victim.pid, signal.SIGKILL)
   assert victim.wait() == -signal.SIGKILL
-  subprocess.run(second, env=environment(), check=True)
 
 
 def assert_same_end(workdir: Path, whole: Path, config: ConfigDict, steps: int) -> None:
@@ -166,7 +171,10 @@ def assert_same_end(workdir: Path, whole: Path, config: ConfigDict, steps: int) 
 
 
 def test_a_killed_run_resumes_bit_exact(whole: Path, tmp_path: Path) -> None:
-  kill_and_resume("clip,bare", tmp_path, *SHARED, "--config.checkpoint.every.steps=6")
+  start = command("clip,bare", tmp_path, *as_flags(SHARED), "--config.checkpoint.every.steps=5")
+  kill(start, tmp_path, range(11, 20))
+  assert Checkpoints(tmp_path).steps()  # the save of step 10 waited for that of step 5
+  train_on_one_device(bare(**SHARED, **RARELY), tmp_path)
   assert_same_end(tmp_path, whole, tiny_config("clip"), STEPS)
 
 
@@ -176,16 +184,20 @@ def test_a_killed_run_of_other_methods_resumes_bit_exact(
   method: str, workers: int, augment_on: str, tmp_path: Path
 ) -> None:
   config, flags = f"{method},bare", ["--config.duration.steps=30", f"--config.data.augment_on={augment_on}"]
-  uninterrupted = command(config, tmp_path / "whole", *flags, f"--config.data.workers={workers}")
-  subprocess.run(uninterrupted, env=environment(), check=True)
-  kill_and_resume(config, tmp_path / "killed", *flags, workers=(workers, 2 - workers))  # the stream is the same
+
+  def start(name: str, workers: int) -> list[str]:
+    return command(config, tmp_path / name, *flags, f"--config.data.workers={workers}")
+
+  subprocess.run(start("whole", workers), env=environment(), check=True)
+  kill(start("killed", workers), tmp_path / "killed", range(3, 15))
+  subprocess.run(start("killed", 2 - workers), env=environment(), check=True)  # the stream is the same
   assert_same_end(tmp_path / "killed", tmp_path / "whole", tiny_config(method), 30)
 
 
 def stop(workdir: Path, signum: int, *flags: str) -> tuple[int, str]:
   """Sends a signal to a run that saves every step; returns its exit code and messages."""
   process = subprocess.Popen(
-    command("clip,bare", workdir, *SHARED, "--config.checkpoint.every.steps=1", *flags),
+    command("clip,bare", workdir, *as_flags(SHARED), "--config.checkpoint.every.steps=1", *flags),
     env=environment(),
     stderr=subprocess.PIPE,
     text=True,

@@ -24,6 +24,7 @@ from declip_jax.data.guess import guesses
 from declip_jax.data.sources import BadSample, Source, open_source
 from declip_jax.data.storage import files, jobs
 from declip_jax.data.text.tokenizer import Tokenizer
+from declip_jax.reporting import pictures
 
 _THREADS = 8
 _NAMED = 3  # bad samples of each kind to name
@@ -152,8 +153,6 @@ def draw(source: Source, good: list[Sample], path: str | os.PathLike[str]) -> No
     OSError: the file cannot be written.
     ValueError: there is no good sample.
   """
-  from declip_jax.reporting import pictures  # importing matplotlib takes a second, and only this needs it
-
   if not good:
     raise ValueError(f"{source.name} has no good sample to draw")
   shown = [good[number] for number in np.linspace(0, len(good) - 1, min(_COLUMNS * _ROWS, len(good)), dtype=int)]

@@ -1,7 +1,8 @@
 """Pictures of a run: training curves, augmented views with their texts, retrieved images, comparisons of runs.
 
 All are PNG files, written under a temporary name and renamed, so that a viewer never sees an incomplete file. Figures
-are plain objects: nothing here changes pyplot, the backend or matplotlib's global settings.
+are plain objects: nothing here changes pyplot, the backend or matplotlib's global settings. matplotlib is imported only
+when something is drawn: most commands draw nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,15 +10,16 @@ import contextlib
 import os
 from pathlib import Path
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 import unicodedata
 import warnings
 
 from absl import logging
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 import numpy as np
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
 
 _DPI = 100
 _CELL = 2.24  # width of a picture in inches: 224 pixels
@@ -202,6 +204,8 @@ class _Sheet:
   """A figure on which pictures and texts are placed in inches from the top left corner."""
 
   def __init__(self, width: float, height: float):
+    from matplotlib.figure import Figure
+
     self.figure = Figure(figsize=(width, height), dpi=_DPI)
     self._size = width, height
 
@@ -261,17 +265,23 @@ def _series(lines: Sequence[Mapping[str, Any]], name: str, axis: str = "step") -
   return x[np.isfinite(y)], y[np.isfinite(y)]
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> "Figure":
+  from matplotlib.figure import Figure
+
   figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
   figure.get_layout_engine().set(w_pad=_GAP, h_pad=_GAP)
   return figure
 
 
-def _panel(axes: Axes, title: str, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, smooth: bool = True) -> None:
+def _panel(
+  axes: "Axes", title: str, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, smooth: bool = True
+) -> None:
   """Draws curves with their last values in the legend, which is next to the axes if there are many.
 
   More than ten curves also differ in line style.
   """
+  from matplotlib.ticker import EngFormatter
+
   axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
   axes.spines[["top", "right"]].set_visible(False)
   curves = {label: curve for label, curve in curves.items() if len(curve[0])}
@@ -303,7 +313,7 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
   return np.convolve(values, bell, "same") / np.convolve(np.ones_like(values), bell, "same")
 
 
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.tmp")

@@ -16,6 +16,8 @@ from declip_jax.training import gradient
 from declip_jax.types import Features, Outputs
 
 
+# tests/methods_test.py has the representative of the next three.
+@pytest.mark.slow
 def test_two_cached_micro_batches_and_split_parameters_give_the_gradient_of_every_term(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
