@@ -28,7 +28,7 @@ SCHEDULES = np.load(Path(__file__).parent / "fixtures" / "schedule.npz")
 NAMES = config_files.names()
 EPOCH = 100_000_000  # examples; only clip_wit needs this many for its warm-up
 # One config of each folder, with every term but those of the momentum tower; the small ones.
-REPRESENTATIVES = ("demo", "pretrain", "slip/slip_small_25ep", "clip_wit/vit_b_32", "declip_yfcc15m/vit_defilip")
+REPRESENTATIVES = ("demo", "slip/slip_small_25ep", "clip_wit/vit_b_32", "declip_yfcc15m/vit_defilip")
 
 
 @cache
