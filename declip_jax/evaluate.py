@@ -38,9 +38,10 @@ from declip_jax.data.images import LARGEST_LIMIT, MAX_PIXELS
 from declip_jax.data.pipeline import Reading
 from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import EVALUATORS, catalogue, data_files, results, suites
-from declip_jax.evals.evaluation import Evaluation, ModelFacts
+from declip_jax.evals.evaluation import Evaluation, ModelFacts, describe
 from declip_jax.evals.feature_cache import LIMIT, FeatureCache, tree_hash
 from declip_jax.evals.jobs import Job
+from declip_jax.evals.results import Result
 from declip_jax.reporting.metrics import summary_table
 from declip_jax.reporting.progress import message
 from declip_jax.runtime.checkpoint import Checkpoints
@@ -66,7 +67,6 @@ def evaluate(
   cache: Path | None = None,
   cache_limit: int = LIMIT,
   max_pixels: int | None = None,
-  dry_run: bool = False,
 ) -> dict[str, Any]:
   """Evaluates a checkpoint, writes the results that are not there yet, and returns all metrics, `eval/NAME/METRIC`.
 
@@ -82,40 +82,67 @@ def evaluate(
     cache: folder of features, None for none.
     cache_limit: see `FeatureCache`.
     max_pixels: largest number of pixels of an image, that of the run's config by default, see `images.open_photo`.
-    dry_run: whether to print what would be evaluated, and to return nothing.
 
   Raises:
     FileNotFoundError: no such run or checkpoint.
     ValueError: no evaluation is given, or one that cannot run, or a setting does not fit.
     OutOfMemory: memory ran out.
   """
-  if workdir is None and (weights is None or output is None):
-    raise ValueError("neither --workdir nor --weights and --output are given")
-  path = workdir if weights is None else weights
-  clip = load(path, settings, step=step)
-  config = _config_of_run(workdir, clip.step if weights is None else None) if workdir else None
+  clip, config = _load(workdir, step, weights, settings)
   if jobs is None:
     jobs = make_jobs(config.evals if evals is None and config else evals or ConfigDict())
+  place = output or workdir / "results"
+  evaluation = _prepare(clip, config, weights or workdir, jobs, place, batch_size, max_pixels, cache, cache_limit)
+  return {**_about(clip, weights), **_metrics(_run(evaluation, jobs))}
+
+
+def _load(
+  workdir: Path | None, step: Step, weights: str | os.PathLike[str] | None, settings: Mapping[str, Any] | None
+) -> tuple[Clip, ConfigDict | None]:
+  """The model to evaluate, and the config of the run, if there is one."""
+  if (path := workdir if weights is None else weights) is None:
+    raise ValueError("--workdir is required, or --weights and --output")
+  clip = load(path, settings, step=step)
+  return clip, _config_of_run(workdir, clip.step if weights is None else None) if workdir else None
+
+
+def _prepare(
+  clip: Clip,
+  config: ConfigDict | None,
+  path: str | os.PathLike[str],
+  jobs: Sequence[Job],
+  output: Path,
+  batch_size: int | None,
+  max_pixels: int | None,
+  cache: Path | None,
+  cache_limit: int,
+) -> Evaluation:
+  """The evaluation of a model from a path; see `evaluate`."""
   if not jobs:
-    raise ValueError(f"{workdir} has no config.json with evaluations: pass --suite, --data, --zero_shot or --retrieval")
+    raise ValueError(f"{path} has no config.json with evaluations: pass --suite, --data, --zero_shot or --retrieval")
   size = batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE)
   needs_text = any(EVALUATORS[job.kind].needs_text for job in jobs)
   encoders = clip.encoders(size, needs_text=needs_text, reading=_reading(config, max_pixels))
-  facts = _model_facts(clip, path)
-  features = None
+  facts, features = _model_facts(clip, path), None
   if cache is not None:
     tower = {"image": clip.image_fields, "dtype": facts.dtype}
     features = FeatureCache(cache, facts.weights["hash"], tower, clip.feature_widths, cache_limit)
-  evaluation = Evaluation(facts, encoders, output or workdir / "results", features)
-  if dry_run:
-    for line in evaluation.plan(jobs):
-      message(line, stream=sys.stdout)
-    return {}
+  return Evaluation(facts, encoders, output, features)
+
+
+def _run(evaluation: Evaluation, jobs: Sequence[Job]) -> dict[str, Result]:
   with explained("lower --batch_size"):
-    found = evaluation.run(jobs)
-  about = {"step": clip.step} if weights is None else {"weights": os.fspath(weights), "origin": clip.origin}
-  metrics = {name: result.ours["metrics"] for name, result in found.items()}
-  return {**about, **{f"eval/{name}/{key}": value for name, own in metrics.items() for key, value in own.items()}}
+    return evaluation.run(jobs)
+
+
+def _about(clip: Clip, weights: str | os.PathLike[str] | None) -> dict[str, Any]:
+  """What a summary says about the weights."""
+  return {"step": clip.step} if weights is None else {"weights": os.fspath(weights), "origin": clip.origin}
+
+
+def _metrics(found: Mapping[str, Result]) -> dict[str, float]:
+  ours = {name: result.ours["metrics"] for name, result in found.items()}
+  return {f"eval/{name}/{key}": value for name, own in ours.items() for key, value in own.items()}
 
 
 def _reading(config: ConfigDict | None, max_pixels: int | None) -> Reading:
@@ -196,23 +223,33 @@ def _command(workdir: Path | None) -> None:
     return
   if workdir is None and not (given.weights and given.output):
     raise ValueError("--workdir is required, or --weights and --output")
-  jobs = _jobs_from_flags()
+  chosen, output = _jobs_from_flags(), Path(given.output) if given.output else workdir / "results"
+  cache = None if given.cache == "off" else Path(given.cache or cache_folder() / "features")
+  reading = (given.batch_size, given.max_pixels, cache, int(given.cache_limit * 2**30))
   for step in _steps(workdir):
-    found = evaluate(
-      workdir,
-      step,
-      weights=given.weights,
-      batch_size=given.batch_size,
-      settings=parse_settings(given.settings, "--settings"),
-      jobs=jobs,
-      output=given.output and Path(given.output),
-      cache=None if given.cache == "off" else Path(given.cache or cache_folder() / "features"),
-      cache_limit=int(given.cache_limit * 2**30),
-      max_pixels=given.max_pixels,
-      dry_run=given.dry_run,
-    )
-    if found and jax.process_index() == 0:
-      message(summary_table({"run": str(workdir or given.output), **found}), stream=sys.stdout)
+    clip, config = _load(workdir, step, given.weights, parse_settings(given.settings, "--settings"))
+    jobs = chosen if chosen is not None else make_jobs(config.evals if config else ConfigDict())
+    evaluation = _prepare(clip, config, given.weights or workdir, jobs, output, *reading)
+    if given.dry_run:
+      message("\n".join(evaluation.plan(jobs)), stream=sys.stdout)
+      continue
+    found = _run(evaluation, jobs)
+    if jax.process_index() == 0:
+      about = {"run": str(workdir or given.output), **_about(clip, given.weights)}
+      message(summary_table({**about, **_summary(found)}), stream=sys.stdout)
+
+
+def _summary(found: Mapping[str, Result]) -> dict[str, Any]:
+  """All metrics; or, of suites and data files, the headline metrics with their intervals, and the means of suites."""
+  given = flags.FLAGS
+  if not (given.suite or given.data):
+    return _metrics(found)
+  headlines = {
+    name: describe(result.ours["headline"], result.ours["metrics"], result.ours["intervals"])
+    for name, result in found.items()
+  }
+  means = suites.means(found, [catalogue.suite(name) for name in given.suite])
+  return {**headlines, **{name: f"{value:.1%}" for name, value in means.items()}}
 
 
 def _print_catalogue() -> None:
@@ -244,7 +281,7 @@ def main() -> None:
     "data", None, "File that says where data sets are, see --print_data; without --suite, all of them."
   )
   flags.DEFINE_list("tasks", [], f"What to evaluate, of {', '.join(tasks)}; by default, what needs no training.")
-  flags.DEFINE_string("prompts", "", "Name of the prompts of --suite and --data; by default, those of the suite.")
+  flags.DEFINE_string("prompts", "", "Name or file of prompts of --suite and --data; by default, those of the suite.")
   flags.DEFINE_string("zero_shot", None, "Source for zero-shot classification, such as webdataset:/data/test-*.tar.")
   flags.DEFINE_multi_string(
     "template", list(config_lib.TEMPLATES), "Prompt with {} for the class name. Repeat the flag for several."

@@ -84,7 +84,8 @@ class Evaluation:
         if jax.process_index() == 0:
           path = results.write(self.output, found[job.name], scores.predictions)
           self._log(job, path, scores, seconds)
-          message(f"[{number}/{len(todo)}] {job.name}: {describe(scores)} ({seconds:.1f} s)")
+          shown = describe(scores.headline, scores.metrics, scores.intervals)
+          message(f"[{number}/{len(todo)}] {job.name}: {shown} ({seconds:.1f} s)")
     if failed:
       raise ValueError("; ".join(failed))
     return found
@@ -144,7 +145,8 @@ class Evaluation:
 
   def _key(self, job: Job) -> str:
     """A hash of everything that the result depends on."""
-    model = [self.model.weights["hash"], self.model.view, self.model.dtype]
+    limits = self.encoders.reading.max_pixels, self.encoders.reading.seconds
+    model = [self.model.weights["hash"], self.model.view, self.model.dtype, *limits]
     data = {name: [_about(split), _listed(split.classes)] for name, split in job.splits.items()}
     return json_hash([_VERSION, model, job.kind, job.options, data, job.data])
 
@@ -188,14 +190,11 @@ class Evaluation:
     add_line(self.output / results.LOG, json.loads(json.dumps({**line, **metrics}, default=float)))
 
 
-def describe(scores: Scores) -> str:
-  """The headline metric with its interval, for people."""
-  name = scores.headline
-  value = scores.metrics[name]
+def describe(name: str, metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]]) -> str:
+  """A metric with its interval, for people."""
+  value = metrics[name]
   shown = f"{name} {value:.1%}" if isinstance(value, float) else f"{name} {value:,}"
-  if name in scores.intervals:
-    shown += " [{:.1%}, {:.1%}]".format(*scores.intervals[name])
-  return shown
+  return shown + (" [{:.1%}, {:.1%}]".format(*intervals[name]) if name in intervals else "")
 
 
 def _reader(bar: Bar) -> Read:

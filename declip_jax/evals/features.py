@@ -296,6 +296,7 @@ class EvaluationData:
     prompts: prompts of each class; None if the evaluator makes them.
     metric: the metric that papers report for the data set, one of `catalogue.METRICS`.
     grouping, ignored_groups: the grouping of images for metrics of groups, and groups that do not count.
+    validation_per_class: images of each class in a validation split that is carved, 0 for a share of them.
   """
 
   test: Split
@@ -309,6 +310,7 @@ class EvaluationData:
   metric: str = "top1"
   grouping: str = ""
   ignored_groups: Sequence[int] = ()
+  validation_per_class: int = 0
 
 
 class Texts:

@@ -20,6 +20,7 @@ from declip_jax.runtime.hosts import gather_rows
 from declip_jax.sharding import make_mesh
 
 FEATURES = ("pooled", "joint")
+_TOGETHER = ("track", "video")  # groupings of frames that hardly differ
 
 
 def linear_probe(data: EvaluationData, pictures: Path | None, *, features: str = "pooled") -> Scores:
@@ -42,7 +43,7 @@ def linear_probe(data: EvaluationData, pictures: Path | None, *, features: str =
   if data.val is not None:
     val, rule = _labelled(data.val, features), "given"
   else:
-    train, val, rule = *_carve(train, data.train), splits.RULE
+    train, val, rule = _carve(train, data.train, data.validation_per_class)
   test = _labelled(data.test, features)
   result = linear_probe_lib.sweep(train, val, test, criterion(data.metric), classes=classes, mesh=make_mesh(-1, 1))
   details = {
@@ -189,11 +190,19 @@ def _labelled(split: Split, kind: str) -> Labelled:
   return Labelled(features, np.where(found.readable, found.label, -1))
 
 
-def _carve(train: Labelled, split: Split) -> tuple[Labelled, Labelled]:
-  """This host's rows of a part of the training split to train on, and of one to choose hyperparameters on."""
+def _carve(train: Labelled, split: Split, per_class: int) -> tuple[Labelled, Labelled, str]:
+  """This host's rows of a part of the training split to train on, those of one to choose hyperparameters on, the rule.
+
+  Images of one track or video, by the grouping of this name, stay together.
+  """
   label = gather_rows(train.label)
   kinds = label if label.ndim == 1 else np.where((label != 0).any(axis=1), 0, -1)  # several labels: one stratum
-  return tuple(_take(train, _own(rows, split)) for rows in splits.carve(kinds))
+  together = next((name for name in _TOGETHER if name in split.groups), "")
+  group = gather_rows(split.groups[together]) if together else None
+  rule = splits.RULE.replace("20 %", f"{per_class} images") if per_class else splits.RULE
+  fitted, held_out = splits.carve(kinds, group, per_class or None)
+  rule = f"{rule}, each {together} in one part" if together else rule
+  return _take(train, _own(fitted, split)), _take(train, _own(held_out, split)), rule
 
 
 def _own(rows: Int[np.ndarray, "m"], split: Split) -> Int[np.ndarray, "k"]:

@@ -62,9 +62,12 @@ def retrieval(
   predictions = {
     "row": kept,
     "image_of_text": image_of_text,
-    **{f"{way}_rank": getattr(found, way).high for way in ranks.DIRECTIONS},
+    "image_rank": found.image_to_text.high,
+    "text_rank": found.text_to_image.high,
   }
-  metrics = {**ranks.recalls(found), "images": len(kept), "texts": len(texts)}
+  recalls = ranks.recalls(found)
+  headline = {"mean_r1": recalls["mean_r1"]} if data.metric == "mean_recall@1" else {}
+  metrics = {**headline, **recalls, "images": len(kept), "texts": len(texts)}
   return Scores(metrics, ranks.recall_intervals(found), predictions)
 
 

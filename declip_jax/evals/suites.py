@@ -11,6 +11,8 @@ from declip_jax.evals.classes import align
 from declip_jax.evals.data_files import Splits
 from declip_jax.evals.feature_cache import json_hash
 from declip_jax.evals.jobs import DataSource, Job
+from declip_jax.evals.own_prompts import NAME, read_prompts
+from declip_jax.evals.results import Result
 from declip_jax.spelling import did_you_mean
 
 
@@ -23,7 +25,8 @@ def make_jobs(
     data: sources of the user's data sets, by their key in the catalogue.
     suites: suites, whose metrics and prompts are used; all of `data` by default.
     tasks: keys of `EVALUATORS`, by default those that need no training.
-    prompts: name of a prompt set of all data sets, by default that of the suite.
+    prompts: name of a prompt set of all data sets, or a file with one, see `own_prompts`; by default, that of the
+      suite.
 
   Raises:
     ValueError: an unknown task, no data set of the suites is there, or a source cannot be opened or has other classes;
@@ -47,6 +50,23 @@ def make_jobs(
   if not jobs:
     raise ValueError(f"nothing to evaluate: {'; '.join(remarks) or 'no task fits the data sets'}")
   return jobs, remarks
+
+
+def means(results: Mapping[str, Result], suites: Sequence[Suite]) -> dict[str, float]:
+  """The means of suites, by task, of which no data set is missing.
+
+  Args:
+    results: results by the names of their jobs.
+    suites: the suites.
+  """
+  found = {}
+  for suite in suites:
+    for kind in dict.fromkeys(result.ours["kind"] for result in results.values()):
+      own = [result.ours for result in results.values() if result.ours["kind"] == kind]
+      values = {ours["about"]["key"]: ours["metrics"][ours["headline"]] for ours in own if ours["about"].get("key")}
+      means = suite.averages({key: value for key, value in values.items() if key in suite.keys})
+      found |= {f"{suite.name}/{kind}/{name}": value for name, value in means.items()}
+  return found
 
 
 def table(suites: Sequence[Suite] = ()) -> str:
@@ -79,15 +99,19 @@ def _jobs_of(
   entry = _with_classes(catalogue.data_set(key), opened["test"])
   facts: dict[str, Any] = {"metric": (suite.metric(key) if suite else entry.metric) or ""}
   facts |= {"grouping": entry.grouping, "ignored_groups": entry.ignored_groups}
+  facts["validation_per_class"] = entry.validation_per_class
   about: dict[str, Any] = {"key": key, "title": entry.title, "chance": entry.chance, "note": entry.note}
   prompted, variant, classes = {}, "", {}
   if entry.classes:
     classes = {name: align(entry, source.classnames, splits[name]) for name, source in opened.items()}
-    chosen = prompts or (suite.prompt_set(key) if suite else entry.prompt_sets[0])
+    default = suite.prompt_set(key) if suite else entry.prompt_sets[0]
+    chosen = prompts or default
+    if prompts.endswith((".txt", ".json")):
+      entry, chosen = read_prompts(prompts, entry), NAME
     facts["classnames"] = entry.classes
     prompted = {"prompts": entry.prompts(chosen)}
     about |= {"prompts": chosen, "prompts_hash": json_hash(prompted["prompts"])}
-    variant = chosen if chosen != entry.prompt_sets[0] else ""
+    variant = chosen if prompts and chosen != default else ""
   parts = {name: DataSource(source, classes.get(name)) for name, source in opened.items()}
   jobs: list[Job | str] = []
   for task in (task for task in tasks if entry.task in EVALUATORS[task].of):

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.special import softmax
+
 from declip_jax.config import TEMPLATES
 from declip_jax.data.sources import Source
 from declip_jax.evals.features import EvaluationData
@@ -13,10 +15,14 @@ from declip_jax.evals.scoring import METRICS, score
 from declip_jax.runtime.hosts import gather_rows
 
 __all__ = ["METRICS", "check", "zero_shot"]
+_SCALE = 100.0  # CLIP's inverse temperature
 
 
 def zero_shot(data: EvaluationData, pictures: Path | None, *, templates: Sequence[str] = TEMPLATES) -> Scores:
   """The metrics of `scoring.score`, of cosines with the classes' prompts; images without a label are skipped.
+
+  Where images have several labels, scores are probabilities, a softmax of 100 times the cosines, since these are
+  comparable between images (openai/CLIP#153).
 
   Args:
     data: split to classify, and embeddings of prompts.
@@ -37,7 +43,8 @@ def zero_shot(data: EvaluationData, pictures: Path | None, *, templates: Sequenc
     logits = data.test.map_images(token_classifier(embeddings, rows, data.similarity))
   else:
     logits = data.similarity(data.test.images, classifier(embeddings, rows))
-  return score(data, gather_rows(logits))
+  logits = gather_rows(logits)
+  return score(data, logits if data.test.labels is None else softmax(_SCALE * logits, axis=1))
 
 
 def check(source: Source | Sequence[Any], field: str, *, templates: Any = TEMPLATES) -> None:
