@@ -212,7 +212,7 @@ def test_a_sample_that_kills_a_worker_is_skipped_in_evaluations(
       source, range(12), 4, 3, images.EvalView(2), pipeline.Reading(workers=1, seconds=1.0)
     )
     assert np.flatnonzero(~np.concatenate([batch["readable"] for batch in batches])).tolist() == [5, 7]
-    assert caplog.text.count("a process died while reading faulty: faulty:5") == count
+    assert caplog.text.count("a process died while reading faulty: sample 5") == count
 
 
 def _dies(folder: Path, index: int, others: tuple[int, ...] = ()) -> int:
