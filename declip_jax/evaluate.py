@@ -46,6 +46,7 @@ from declip_jax.reporting.metrics import summary_table
 from declip_jax.reporting.progress import message
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.command import launch
+from declip_jax.runtime.compile_cache import compile_cache
 from declip_jax.runtime.memory import explained
 from declip_jax.runtime.workdir import read_config
 from declip_jax.weights.read import Step, parse_step
@@ -239,6 +240,12 @@ def _command(workdir: Path | None) -> None:
       message(summary_table({**about, **_summary(found)}), stream=sys.stdout)
 
 
+def _cached(workdir: Path | None) -> None:
+  """The command, which compiles what several checkpoints share only once."""
+  with compile_cache(cache_folder() / "compiled"):
+    _command(workdir)
+
+
 def _summary(found: Mapping[str, Result]) -> dict[str, Any]:
   """All metrics; or, of suites and data files, the headline metrics with their intervals, and the means of suites."""
   given = flags.FLAGS
@@ -297,7 +304,7 @@ def main() -> None:
   flags.DEFINE_bool("dry_run", False, "Only print what would be evaluated, and about how long it takes.")
   flags.DEFINE_bool("list", False, "Only print the suites, or the data sets of --suite.")
   flags.DEFINE_string("print_data", None, "Only print a data file, for KIND or KIND:ROOT, such as folder:/data.")
-  launch(_command, __doc__, needs_workdir=False)
+  launch(_cached, __doc__, needs_workdir=False)
 
 
 if __name__ == "__main__":

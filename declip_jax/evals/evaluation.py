@@ -24,6 +24,7 @@ from declip_jax.reporting.progress import Bar, message
 from declip_jax.runtime.hosts import gather_rows
 from declip_jax.runtime.records import add_line
 
+_PICTURES = "pictures"
 _VERSION = 1  # of what a result of the same model, data and options is
 
 
@@ -68,6 +69,7 @@ class Evaluation:
       ValueError: some jobs cannot run, after all others have run; the message names them.
       OSError: a result cannot be written.
     """
+    self._check_names(jobs)
     found = {job.name: self.finished(job) for job in jobs}
     todo = [job for job in jobs if found[job.name] is None]
     if len(todo) < len(jobs):
@@ -86,6 +88,8 @@ class Evaluation:
           self._log(job, path, scores, seconds)
           shown = describe(scores.headline, scores.metrics, scores.intervals)
           message(f"[{number}/{len(todo)}] {job.name}: {shown} ({seconds:.1f} s)")
+    with contextlib.suppress(OSError):  # if it has pictures
+      (self.output / _PICTURES).rmdir()
     if failed:
       raise ValueError("; ".join(failed))
     return found
@@ -115,6 +119,15 @@ class Evaluation:
     same = result is not None and result.ours.get("key") == self._key(job)
     return result if gather_rows(np.array([same]))[0] else None
 
+  def _check_names(self, jobs: Sequence[Job]) -> None:
+    """Rejects jobs whose results would have the same file."""
+    names: dict[str, str] = {}
+    for job in jobs:
+      stem = self._result_of(job, {}).stem
+      if stem in names:
+        raise ValueError(f"{names[stem]} and {job.name} have results of the same name, {stem}: evaluate one of them")
+      names[stem] = job.name
+
   def _encode(self, source: Source, encoders: Encoders, rows: range, read: Read) -> Features:
     function = features.encode if self.cache is None else self.cache.encode
     return function(source, encoders, rows, read)
@@ -140,8 +153,8 @@ class Evaluation:
     """Beside the results: the picture of an evaluation never replaces that of a training."""
     if jax.process_index():
       return None
-    (self.output / "pictures").mkdir(parents=True, exist_ok=True)
-    return self.output / "pictures" / f"{self._result_of(job, {}).stem}.png"
+    (self.output / _PICTURES).mkdir(parents=True, exist_ok=True)
+    return self.output / _PICTURES / f"{self._result_of(job, {}).stem}.png"
 
   def _key(self, job: Job) -> str:
     """A hash of everything that the result depends on."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import contextlib
+from pathlib import Path
 from typing import Any
 
 from declip_jax.data.sources import BadSample, Source, open_source, read_example
@@ -87,7 +88,10 @@ def table(suites: Sequence[Suite] = ()) -> str:
 def _missing(suite: Suite, data: Mapping[str, Any]) -> list[str]:
   if not (missing := suite.missing(data)):
     return []
-  return [f"{suite.name}: the data file lacks {len(missing)} of {len(suite.keys)} data sets: {', '.join(missing)}"]
+  return [
+    f"{suite.name}: the data file lacks {len(missing)} of {len(suite.keys)} data sets (see --print_data): "
+    + ", ".join(missing)
+  ]
 
 
 def _jobs_of(
@@ -105,13 +109,12 @@ def _jobs_of(
   if entry.classes:
     classes = {name: align(entry, source.classnames, splits[name]) for name, source in opened.items()}
     default = suite.prompt_set(key) if suite else entry.prompt_sets[0]
-    chosen = prompts or default
+    chosen, variant = prompts or default, prompts if prompts != default else ""
     if prompts.endswith((".txt", ".json")):
-      entry, chosen = read_prompts(prompts, entry), NAME
+      entry, chosen, variant = read_prompts(prompts, entry), NAME, Path(prompts).stem
     facts["classnames"] = entry.classes
     prompted = {"prompts": entry.prompts(chosen)}
     about |= {"prompts": chosen, "prompts_hash": json_hash(prompted["prompts"])}
-    variant = chosen if prompts and chosen != default else ""
   parts = {name: DataSource(source, classes.get(name)) for name, source in opened.items()}
   jobs: list[Job | str] = []
   for task in (task for task in tasks if entry.task in EVALUATORS[task].of):

@@ -145,6 +145,13 @@ def test_jobs_that_share_a_source_encode_it_once(tmp_path: Path) -> None:
   assert events == ["encode"]
 
 
+def test_two_results_cannot_have_one_file(tmp_path: Path) -> None:
+  jobs = [job("a", 10), replace(job("b", 20), dataset="set/a")]
+  with pytest.raises(ValueError, match="a and b have results of the same name, set_a_step-8"):
+    evaluation(tmp_path).run(jobs)
+  evaluation(tmp_path).run([jobs[0], replace(jobs[1], variant="other")])
+
+
 def test_a_job_that_fails_is_named_after_the_others_have_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   def fail(data: EvaluationData, pictures: Path | None) -> Scores:
     raise ValueError("no class has an image")

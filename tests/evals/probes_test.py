@@ -45,6 +45,12 @@ def test_a_classifier_of_greys_is_right_but_for_the_dark_odd_one(kind: str) -> N
     assert "k_99" not in scores.metrics
 
 
+def test_a_probe_sees_the_features_before_the_projection() -> None:
+  """Those after it are another answer: greys as numbers all have one direction, (grey, 3) do not."""
+  pooled, joint = (run("nearest_mean", features=features).metrics["top1"] for features in ("pooled", "joint"))
+  assert run("nearest_mean").metrics["top1"] == pooled != joint
+
+
 def test_a_validation_split_is_used_or_carved() -> None:
   carved, given = run("linear_probe"), run("linear_probe", val=TRAIN[::3])
   assert carved.details["validation"].startswith("per class, the last 20 %")
