@@ -1,5 +1,7 @@
 """The methods of sums over all pairs have equal values and gradients, and bounded memory."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -37,19 +39,27 @@ def on(method: Method, x: jax.Array) -> jax.Array:
   return jax.device_put(x, NamedSharding(method.mesh, PartitionSpec(*(None,) * (x.ndim - 2), method.mesh.axis_names)))
 
 
+@partial(jax.jit, static_argnums=(3, 4))  # here, so that PLAIN is compiled once
+def weighted_log_sums(x: jax.Array, y: jax.Array, slopes: list, method: Method, full_gradient: bool) -> tuple:
+  """The sums, and the gradient of their weighted sum."""
+
+  def weighted(x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple]:
+    sums = blockwise.log_sums(x, y, method, full_gradient=full_gradient)
+    return sum((of.log_sum * slope).sum() for of, slope in zip(sums, slopes, strict=True)), sums
+
+  (_, sums), gradient = jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)(x, y)
+  return sums, gradient
+
+
 @pytest.mark.parametrize("method", methods(), ids=lambda method: f"{method.kind} {dict(method.mesh.shape)}")
 @pytest.mark.parametrize("full_gradient", [True, False])
 def test_log_sums_equal_the_whole_matrix(method: Method, full_gradient: bool) -> None:
   x, y = arrays((2, B, D), (3, B, D))
   y = y.at[0, 3].set(y[0, 9])  # two candidates that are equal: the first is the best
   slopes = arrays((2, 3, B), (2, 3, B), seed=1)
-
-  def weighted(x: jax.Array, y: jax.Array, method: Method) -> tuple[jax.Array, tuple]:
-    sums = blockwise.log_sums(x, y, method, full_gradient=full_gradient)
-    return sum((of.log_sum * slope).sum() for of, slope in zip(sums, slopes, strict=True)), sums
-
-  grad = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True), static_argnums=2)
-  ((_, sums), gradient), ((_, wanted), wanted_gradient) = (grad(on(f, x), on(f, y), f) for f in (method, PLAIN))
+  (sums, gradient), (wanted, wanted_gradient) = (
+    weighted_log_sums(on(f, x), on(f, y), slopes, f, full_gradient) for f in (method, PLAIN)
+  )
   for of, want in zip(sums, wanted, strict=True):
     np.testing.assert_allclose(of.log_sum, want.log_sum, atol=3e-6)
     np.testing.assert_array_equal(of.best, want.best)
@@ -89,15 +99,20 @@ def test_a_row_can_be_excluded_from_its_own_candidates(method: Method) -> None:
   np.testing.assert_allclose(gradient, wanted, atol=1e-5)
 
 
+@partial(jax.jit, static_argnums=4)
+def weighted_sigmoid_sums(x: jax.Array, y: jax.Array, bias: jax.Array, slope: jax.Array, method: Method) -> tuple:
+  """The weighted sum of the sums, and its gradient."""
+
+  def weighted(x: jax.Array, y: jax.Array, bias: jax.Array) -> jax.Array:
+    return (blockwise.sigmoid_sums(x, y, bias, method) * slope).sum()
+
+  return jax.value_and_grad(weighted, argnums=(0, 1, 2))(x, y, bias)
+
+
 @pytest.mark.parametrize("method", methods(), ids=lambda method: f"{method.kind} {dict(method.mesh.shape)}")
 def test_sigmoid_sums_equal_the_whole_matrix(method: Method) -> None:
   x, y, slope = *arrays((B, D), (B, D)), arrays((B,), seed=1)[0]
-
-  def weighted(x: jax.Array, y: jax.Array, bias: jax.Array, method: Method) -> jax.Array:
-    return (blockwise.sigmoid_sums(x, y, bias, method) * slope).sum()
-
-  grad = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)), static_argnums=3)
-  found, wanted = (grad(on(f, x), on(f, y), jnp.float32(-3), f) for f in (method, PLAIN))
+  found, wanted = (weighted_sigmoid_sums(on(f, x), on(f, y), jnp.float32(-3), slope, f) for f in (method, PLAIN))
   for of, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(of, want, atol=1e-5, rtol=1e-6)
 
