@@ -28,7 +28,11 @@ from declip_jax.views import Named, Same
 #   mlm_weight    float32 [b k]         ... and 1 for a real position, 0 for padding
 #   mim_position  int32 [b m]           patches, row by row from 0, that masked image modelling hides and predicts
 #   mask          bool [b]              False where evaluation padded the last batch
-#   label         int32 [b]             class, -1 for none (evaluation only)
+#   label         int32 [b]             class; -1 for none, in evaluation only
+# The train step adds, if its config asks for them:
+#   partner_label int32 [b]             class of the image that mixup or CutMix mixed in, `image` then being float32 ...
+#   label_weight  float32 [b]           ... and the weight of the image's own class; the partner's has the rest
+#   branch_scale  float32 [b v depth 2] factors of the residual branches of an image ViT's blocks, see `drop_path`
 Batch = dict[str, jax.Array]
 BatchShapes = dict[str, jax.ShapeDtypeStruct]  # the same, without data
 
@@ -85,6 +89,7 @@ class Outputs(_Arrays):
   | `momentum_target` | `[2 b p]` | projections of the momentum tower for each view, without gradient |
   | `mlm_logits` | `[b k vocabulary]` | logits at the masked positions |
   | `mim_prediction`, `mim_target` | `[b m e]` | predictions for the hidden patches, and their pixels |
+  | `class_logits` | `[v b classes]` | logits of the classes of labelled views |
   | `neighbour` | `[m b d]` | unit-norm nearest texts of the bank, without gradient: the nearest of each view of |
   | | | `neighbour_text`, then the second nearest of each, and so on |
   | `neighbour_similarity` | `[m b]` | cosine similarity of each of them to its query text |

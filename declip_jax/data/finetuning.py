@@ -1,9 +1,8 @@
-"""Augmentation for fine-tuning on labelled images: RandAugment, random erasing, mixup and CutMix.
+"""Augmentation for fine-tuning on labelled images: RandAugment and random erasing; the train step mixes the images.
 
-SLIP (Mu et al. 2021) fine-tunes with these, using BEiT's script: timm's `rand-m9-mstd0.5-inc1`, erasing with
-probability 0.25 in mode "pixel", mixup with 0.8 and CutMix with 1.0, label smoothing of 0.1, bicubic crops of at least
-8 %. timm's RandAugment differs from the paper's (Cubuk et al. 2020): its magnitudes vary, each operation is omitted
-half of the time, and a greater magnitude is always a stronger change.
+SLIP (Mu et al. 2021) fine-tunes with these, using BEiT's script: timm's `rand-m9-mstd0.5-inc1`, and erasing with
+probability 0.25 in mode "pixel". timm's RandAugment differs from the paper's (Cubuk et al. 2020): its magnitudes vary,
+each operation is omitted half of the time, and a greater magnitude is always a stronger change.
 
 RandAugment uses Pillow with both engines: OpenCV's operations give practically the same pixels, and fine-tuning is
 limited by the device anyway.
@@ -11,9 +10,7 @@ limited by the device anyway.
 
 from collections.abc import Callable
 import math
-from typing import NamedTuple
 
-from jaxtyping import Float, Int, UInt8
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -22,24 +19,7 @@ from declip_jax.data.images.geometry import Box
 
 Color = tuple[int, int, int]
 
-CROP = images.Augmentation(scale=(0.08, 1.0), flip_probability=0.5)  # before RandAugment
 _MEAN_COLOR = tuple(round(255 * level) for level in images.IMAGENET_MEAN_STD[0])
-
-
-def view(
-  image: bytes | np.ndarray | Image.Image | images.Photo,
-  rng: np.random.Generator,
-  *,
-  size: int,
-  engine: images.EngineName = "fast",
-) -> images.Pixels:
-  """Draws a view for fine-tuning, `[size size 3]`: crop and flip, RandAugment, erasing.
-
-  Raises:
-    BadSample: the image cannot be read.
-  """
-  cut = images.random_view(image, CROP, rng, size=size, interpolation="bicubic", engine=engine)
-  return random_erasing(rand_augment(cut, rng), rng)
 
 
 def rand_augment(
@@ -162,83 +142,3 @@ def erased_box(height: int, width: int, rng: np.random.Generator) -> Box | None:
     if h < height and w < width:
       return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
   return None
-
-
-class Mixed(NamedTuple):
-  """A batch of which each image is mixed with its partner in the reversed batch.
-
-  Attributes:
-    images: `[b h w c]`.
-    weight: weight of the image's own label; the partner's label, `labels[::-1]`, has the rest.
-  """
-
-  images: UInt8[np.ndarray, "b h w c"]
-  weight: float
-
-
-def mix(
-  batch: UInt8[np.ndarray, "b h w c"],
-  rng: np.random.Generator,
-  *,
-  mixup_alpha: float = 0.8,
-  cutmix_alpha: float = 1.0,
-  probability: float = 1.0,
-  cutmix_probability: float = 0.5,
-) -> Mixed:
-  """Mixes the images of a batch by mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), as timm's mode "batch".
-
-  The weight is the same for the whole batch. A host mixes within its share of the global batch, like processes of
-  PyTorch.
-
-  Args:
-    batch: images; the middle one of an odd number is mixed with itself.
-    rng: generator; draws whether to mix, by which method, the weight, and the box of CutMix.
-    mixup_alpha: parameter of the distribution of mixup's weight, Beta(alpha, alpha).
-    cutmix_alpha: parameter of the distribution of CutMix's weight, Beta(alpha, alpha).
-    probability: the probability of mixing at all.
-    cutmix_probability: the probability of CutMix instead of mixup.
-  """
-  if rng.random() >= probability:
-    return Mixed(batch, 1.0)
-  if rng.random() < cutmix_probability:
-    return cutmix(batch, rng.beta(cutmix_alpha, cutmix_alpha), rng)
-  return mixup(batch, rng.beta(mixup_alpha, mixup_alpha))
-
-
-def mixup(batch: UInt8[np.ndarray, "b h w c"], weight: float) -> Mixed:
-  """Blends each image with its partner, rounded to whole levels."""
-  blended = np.float32(weight) * batch + np.float32(1 - weight) * batch[::-1]
-  return Mixed(np.rint(blended).astype(np.uint8), weight)
-
-
-def cutmix(batch: UInt8[np.ndarray, "b h w c"], weight: float, rng: np.random.Generator) -> Mixed:
-  """Replaces a box of each image by that of its partner.
-
-  The box has the shape of the image, `1 - weight` of its area, and its centre anywhere in the image. It is clipped to
-  the image, and the weight is adjusted accordingly.
-  """
-  size, bounds = batch.shape[1:3], []
-  for side in size:
-    length, centre = int(side * math.sqrt(1 - weight)), int(rng.integers(side))
-    start = centre - length // 2
-    bounds.append((max(start, 0), min(start + length, side)))
-  (top, bottom), (left, right) = bounds
-  mixed = batch.copy()
-  mixed[:, top:bottom, left:right] = batch[::-1, top:bottom, left:right]
-  return Mixed(mixed, 1 - (bottom - top) * (right - left) / (size[0] * size[1]))
-
-
-def soft_targets(
-  labels: Int[np.ndarray, "b"], weight: float, classes: int, smoothing: float = 0.1
-) -> Float[np.ndarray, "b classes"]:
-  """Returns class probabilities for a mixed batch, float32: smoothed labels, mixed with their partners'.
-
-  Args:
-    labels: labels of the images before mixing.
-    weight: the weight in `Mixed`.
-    classes: number of classes.
-    smoothing: the share of probability that is spread evenly over all classes, including the right one.
-  """
-  own = np.full((len(labels), classes), smoothing / classes, np.float32)
-  own[np.arange(len(labels)), labels] += 1 - smoothing
-  return np.float32(weight) * own + np.float32(1 - weight) * own[::-1]

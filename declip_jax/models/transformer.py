@@ -114,7 +114,8 @@ class QueryKeyValue(nn.Module):
 class Block(nn.Module):
   """`x += attention(norm(x)); x += mlp(norm(x))`. Softmax and norms are float32.
 
-  Given `lengths`, each position sees the whole text of that length, even if `causal`.
+  Given `lengths`, each position sees the whole text of that length, even if `causal`. Given `branch_scale`, the outputs
+  of attention and MLP are multiplied by it, see `training.drop_path`.
   """
 
   width: int
@@ -129,7 +130,10 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b n f"], lengths: Int[Array, "b"] | None = None
+    self,
+    x: Float[Array, "b n f"],
+    lengths: Int[Array, "b"] | None = None,
+    branch_scale: Float[Array, "b 2"] | None = None,
   ) -> tuple[Float[Array, "b n f"], None]:
     init = INITS[self.initializer](self.width, self.depth, round(self.mlp_ratio * self.width))
 
@@ -144,9 +148,15 @@ class Block(nn.Module):
     heads = QueryKeyValue(self.heads, self.dtype, kernel_init=init["qkv"], bias_init=bias, name="qkv")
     query, key, value = heads(norm("attention_norm")(x))
     attended = attend(query, key, value, causal=self.causal and lengths is None, lengths=lengths)
-    x = x + dense(self.width, "out")(rearrange(attended, "b n h e -> b n (h e)"))
+    attended = dense(self.width, "out")(rearrange(attended, "b n h e -> b n (h e)"))
+    x = x + (attended if branch_scale is None else _scaled(attended, branch_scale[:, 0]))
     hidden = ACTIVATIONS[self.activation](dense(round(self.mlp_ratio * self.width), "fc1")(norm("mlp_norm")(x)))
-    return x + dense(self.width, "fc2")(hidden), None
+    hidden = dense(self.width, "fc2")(hidden)
+    return x + (hidden if branch_scale is None else _scaled(hidden, branch_scale[:, 1])), None
+
+
+def _scaled(x: Float[Array, "b n f"], scale: Float[Array, "b"]) -> Float[Array, "b n f"]:
+  return x * scale[:, None, None].astype(x.dtype)
 
 
 class Transformer(nn.Module):
@@ -169,14 +179,19 @@ class Transformer(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n f"], lengths: Int[Array, "b"] | None = None) -> Float[Array, "b n f"]:
+  def __call__(
+    self,
+    x: Float[Array, "b n f"],
+    lengths: Int[Array, "b"] | None = None,
+    branch_scale: Float[Array, "b depth 2"] | None = None,
+  ) -> Float[Array, "b n f"]:
     policy = REMAT_POLICIES[self.remat]
     block = Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy)
     blocks = nn.scan(
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=nn.broadcast,
+      in_axes=nn.broadcast if branch_scale is None else (nn.broadcast, 1),
       length=self.depth,
       unroll=self.unroll,
     )
@@ -191,5 +206,5 @@ class Transformer(nn.Module):
       initializer=self.initializer,
       dtype=self.dtype,
       name="blocks",
-    )(x, lengths)
+    )(x, lengths, *([] if branch_scale is None else [branch_scale]))
     return x

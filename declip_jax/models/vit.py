@@ -46,12 +46,17 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(
-    self, images: Float[Array, "b h w c"], train: bool = False, hidden: Bool[Array, "b n"] | None = None
+    self,
+    images: Float[Array, "b h w c"],
+    train: bool = False,
+    hidden: Bool[Array, "b n"] | None = None,
+    branch_scale: Float[Array, "b depth 2"] | None = None,
   ) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
     """Encodes normalised images, whose height and width must be multiples of `patch`.
 
     Where `hidden`, a learned embedding replaces that of the patch (BEiT, Bao et al. 2022, section 2.3). Tokens are
-    those before the final norm, as in DeCLIP's FILIP.
+    those before the final norm, as in DeCLIP's FILIP. `branch_scale` has the factors of the residual branches, see
+    `training.drop_path`.
     """
     del train  # no layer depends on other examples
     fan_in = self.patch**2 * images.shape[-1]
@@ -86,7 +91,7 @@ class ViT(nn.Module):
       unroll=self.unroll,
       dtype=self.dtype,
       name="transformer",
-    )(x)
+    )(x, branch_scale=branch_scale)
     return self._norm("post_norm")(x[:, 0]), x[:, 1:]
 
   def _norm(self, name: str) -> nn.LayerNorm:

@@ -2,36 +2,25 @@
 
 `changed[i]` is `AugmentOp` of RandAugment, increasing, with `operation`, `level` and `sign`, on the image of
 fixtures/augment.npz: every fourth row, every third column from 16 on. `erased_mean_std` is of 8000 boxes of
-`RandomErasing` in 48 rows and 64 columns: area, log of height / width, top and left as shares of what is free. `mixup`
-(weight 0.3) and `cutmix` (weight 0.55, one for each centre) are `Mixup` in mode "batch" with targets for 5 classes, of
-`batch` and `labels`.
+`RandomErasing` in 48 rows and 64 columns: area, log of height / width, top and left as shares of what is free.
+fixtures/beit_finetuning.npz has further results of timm: each operation at two levels, and statistics of erasing.
 """
 
-from itertools import pairwise
 import pathlib
 
 import numpy as np
 from PIL import Image
-import pytest
 
 from declip_jax.data import finetuning, images
-from declip_jax.data.sources.base import BadSample
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 GOLDEN = np.load(FIXTURES / "finetuning.npz")
 IMAGE = np.load(FIXTURES / "augment.npz")["image"]
 FILL = (124, 116, 104)
-BATCH, LABELS = GOLDEN["batch"], GOLDEN["labels"]
-
-
-class Fixed:
-  """A generator that returns given numbers."""
-
-  def __init__(self, *values):
-    self.values = iter(values)
-
-  def integers(self, high, size=None):
-    return next(self.values)
+TIMM = np.load(FIXTURES / "beit_finetuning.npz")
+# timm's names of the operations that are stronger with a greater magnitude, as far as they are not ours in camel case.
+NAMES = {f"{kind.title()}Increasing": kind for kind in ("posterize", "solarize", "color", "contrast", "brightness")}
+NAMES |= {"SharpnessIncreasing": "sharpness", "TranslateXRel": "translate_x", "TranslateYRel": "translate_y"}
 
 
 # RandAugment.
@@ -44,6 +33,21 @@ def test_operations_equal_timm():
   ):
     changed = finetuning.OPERATIONS[name](Image.fromarray(IMAGE), level, int(sign), FILL)
     np.testing.assert_array_equal(np.asarray(changed)[::4, 16:112:3], golden, err_msg=f"{name} {level} {sign}")
+
+
+def test_operations_at_two_levels_equal_timm():
+  """Exactly, and with both signs."""
+  found = [key.split("/")[1] for key in TIMM.files if key.startswith("randaugment/") and key.endswith("/argument")]
+  tested = set()
+  for key in found:
+    theirs, _, level = key.removesuffix("_negated").partition("_level")
+    name = NAMES.get(theirs) or "".join(f"_{c.lower()}" if c.isupper() else c for c in theirs).lstrip("_")
+    sign = -1 if key.endswith("_negated") else 1
+    image = Image.fromarray(TIMM["randaugment/image"])
+    changed = finetuning.OPERATIONS[name](image, float(level) / 10, sign, tuple(map(int, TIMM["randaugment/fill"])))
+    np.testing.assert_array_equal(np.asarray(changed), TIMM[f"randaugment/{key}"], err_msg=key)
+    tested.add(name)
+  assert tested == set(finetuning.OPERATIONS)
 
 
 def test_posterizing_fully_is_black():
@@ -110,6 +114,20 @@ def test_erased_boxes_have_timms_moments():
   assert 0.26 < np.exp(values[1].min()) < 0.31  # 0.3, of whole pixels
 
 
+def test_erased_boxes_have_timms_quantiles():
+  """The share of ours below each quantile of timm's, within four standard errors of both; sizes are whole pixels."""
+  rng, draws, other = np.random.default_rng(2), 6000, int(TIMM["erasing/number"])
+  size, levels = 56, np.array([0.05, 0.25, 0.5, 0.75, 0.95])
+  boxes = np.array([finetuning.erased_box(size, size, rng) for _ in range(draws)], float)
+  values = {"area": boxes[:, 2] * boxes[:, 3] / size**2, "log_aspect": np.log(boxes[:, 2] / boxes[:, 3])}
+  for name, value in values.items():
+    expected = TIMM[f"erasing/{name}_quantiles_5_25_50_75_95"]
+    error = np.sqrt(levels * (1 - levels) * (1 / draws + 1 / (other / 4)))
+    below, at_most = (np.mean(compared, axis=0) for compared in (value[:, None] < expected, value[:, None] <= expected))
+    assert ((below < levels + 4 * error) & (at_most > levels - 4 * error)).all(), name
+  assert abs(TIMM["erasing/share"] - 0.25) < 4 * np.sqrt(0.25 * 0.75 / other)
+
+
 def test_an_image_that_is_too_small_is_not_erased():
   assert finetuning.erased_box(1, 1000, np.random.default_rng(0)) is None
   for shape in ((1, 1000, 3), (1, 1, 3)):
@@ -135,74 +153,3 @@ def test_a_quarter_of_the_images_is_erased():
   rng = np.random.default_rng(0)
   counts = sum(finetuning.random_erasing(IMAGE, rng) is not IMAGE for _ in range(1000))
   assert 195 < counts < 305  # 4 standard deviations
-
-
-# Mixing.
-
-
-def test_mixup_equals_timm():
-  mixed = finetuning.mixup(BATCH, 0.3)
-  assert np.abs(mixed.images - GOLDEN["mixup"]).max() <= 0.5001
-  np.testing.assert_allclose(
-    finetuning.soft_targets(LABELS, mixed.weight, 5), GOLDEN["mixup_target"], rtol=1e-6, atol=1e-7
-  )
-
-
-def test_cutmix_equals_timm():
-  for centre, golden, target in zip(GOLDEN["cutmix_centre"], GOLDEN["cutmix"], GOLDEN["cutmix_target"], strict=True):
-    mixed = finetuning.cutmix(BATCH, 0.55, Fixed(*centre))
-    np.testing.assert_array_equal(mixed.images, golden)
-    np.testing.assert_allclose(finetuning.soft_targets(LABELS, mixed.weight, 5), target, rtol=1e-6, atol=1e-7)
-
-
-def test_the_weight_of_cutmix_is_the_share_of_remaining_pixels():
-  light, dark = np.full((2, 20, 30, 3), 200, np.uint8), np.full((2, 20, 30, 3), 10, np.uint8)
-  rng = np.random.default_rng(0)
-  for weight in (0.0, 0.2, 0.7, 0.999, 1.0):
-    mixed = finetuning.cutmix(np.concatenate([light, dark]), weight, rng)
-    assert (mixed.images[:2] == 200).mean() == pytest.approx(mixed.weight)
-    assert (mixed.images[2:] == 10).mean() == pytest.approx(mixed.weight)
-
-
-def test_targets_sum_to_one():
-  for weight in (0.0, 0.37, 1.0):
-    targets = finetuning.soft_targets(LABELS, weight, 7)
-    assert targets.dtype == np.float32
-    np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
-
-
-def test_mixing_is_drawn_as_by_timm():
-  rng, draws = np.random.default_rng(0), 2000
-  ramp = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-  batch = np.concatenate([ramp, 255 - ramp])
-  weights = {True: [], False: []}
-  for _ in range(draws):
-    mixed = finetuning.mix(batch, rng)
-    whole = (mixed.images[0] == ramp[0]) | (mixed.images[0] == 255 - ramp[0])
-    weights[bool(whole.all())].append(mixed.weight)
-  cut, blended = np.array(weights[True]), np.array(weights[False])
-  assert abs(len(cut) - draws / 2) < 120  # a blend by a weight near 0 or 1 looks like a cut
-  assert abs(blended.mean() - 0.5) < 0.04
-  assert abs(blended.var() - 1 / (4 * (2 * 0.8 + 1))) < 0.02  # of Beta(0.8, 0.8)
-  assert cut.mean() > 0.55  # what exceeds the image was not replaced
-  assert finetuning.mix(batch, rng, probability=0.0).weight == 1.0
-  only_mixup = [finetuning.mix(batch, rng, mixup_alpha=50.0, cutmix_probability=0.0).weight for _ in range(50)]
-  assert all(0.2 < weight < 0.8 for weight in only_mixup)
-  assert all(a != b for a, b in pairwise(only_mixup))
-
-
-# Views.
-
-
-@pytest.mark.parametrize("engine", images.ENGINES)
-def test_views_are_crop_and_flip_then_rand_augment_then_erasing(engine):
-  for seed in range(20):
-    ours, rng = np.random.default_rng(seed), np.random.default_rng(seed)
-    view = finetuning.view(IMAGE, ours, size=40, engine=engine)
-    how = {"size": 40, "interpolation": "bicubic", "engine": engine}
-    cut = images.random_view(IMAGE, images.Augmentation(scale=(0.08, 1.0), flip_probability=0.5), rng, **how)
-    np.testing.assert_array_equal(view, finetuning.random_erasing(finetuning.rand_augment(cut, rng), rng))
-    assert view.shape == (40, 40, 3)
-    assert view.dtype == np.uint8
-  with pytest.raises(BadSample):
-    finetuning.view(b"no image", np.random.default_rng(0), size=8, engine=engine)

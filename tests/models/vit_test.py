@@ -107,3 +107,28 @@ def test_the_output_depends_on_hidden_positions_but_not_on_hidden_pixels():
   assert np.abs(feature[0] - encode(images, np.roll(hidden, 1, axis=1))[0][0]).max() > 1e-4
   seen, _ = encode(images, np.zeros_like(hidden))
   np.testing.assert_allclose(seen, vit.apply(variables, images)[0], atol=1e-6)
+
+
+def test_branch_scales_multiply_the_residual_branches(tiny):
+  """A factor of 1 changes nothing; with 0 everywhere only the tokens before the blocks remain."""
+  variables, images = tiny
+  vit = ViT(**TINY, remat="dots")
+  encode = jax.jit(lambda scale: vit.apply(variables, images, True, None, scale))
+  ones = jnp.ones((2, DEPTH, 2))
+  feature, tokens = jax.jit(vit.apply)(variables, images)
+  np.testing.assert_allclose(encode(ones)[0], feature, atol=1e-5)
+  np.testing.assert_allclose(encode(ones)[1], tokens, atol=1e-5)
+  dropped = encode(ones.at[0].set(0))
+  np.testing.assert_allclose(dropped[0][1], feature[1], atol=1e-5)  # the other image
+  before = jax.jit(vit.apply)({"params": {**variables["params"], "transformer": zero_branches(variables)}}, images)
+  np.testing.assert_allclose(dropped[1][0], before[1][0], atol=1e-6)
+  # Attention and MLP of each block have their own factor.
+  changed = [encode(ones.at[0, block, branch].set(0))[1][0] for block in range(DEPTH) for branch in range(2)]
+  assert all(np.abs(a - b).max() > 1e-3 for index, a in enumerate(changed) for b in (*changed[:index], tokens[0]))
+
+
+def zero_branches(variables):
+  """The blocks with output layers of zeros, so that branches add nothing."""
+  blocks = variables["params"]["transformer"]["blocks"]
+  zeros = {name: jax.tree.map(jnp.zeros_like, blocks[name]) for name in ("out", "fc2")}
+  return {"blocks": {**blocks, **zeros}}

@@ -1,0 +1,30 @@
+"""Interpolation between two models of the same architecture in weight space."""
+
+from typing import Any
+
+import jax
+
+Tree = Any
+
+
+def interpolate(start: Tree, end: Tree, share: float) -> Tree:
+  """`1 - share` times the arrays of `start` plus `share` times those of `end`.
+
+  WiSE-FT (Wortsman et al. 2022, section 3) interpolates from a zero-shot model, whose classifier consists of the
+  embeddings of class names, to that model after fine-tuning, and recommends the middle.
+
+  Args:
+    start, end: trees of arrays with the same structure and shapes.
+    share: 0 gives `start` and 1 gives `end`, exactly.
+
+  Raises:
+    ValueError: the trees have other structures or shapes.
+  """
+  paths = [
+    {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(t)} for t in (start, end)
+  ]
+  if differing := sorted(set(paths[0].items()) ^ set(paths[1].items())):
+    raise ValueError(f"the weights differ in {differing[0][0]}: they are not of the same model")
+  if share in (0, 1):
+    return end if share else start
+  return jax.tree.map(lambda a, b: (1 - share) * a + share * b, start, end)
