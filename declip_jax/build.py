@@ -23,6 +23,7 @@ from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals import EVALUATORS, SPLITS, check_metric, check_options
+from declip_jax.evals.classify import columns
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.features import DecodedImages
 from declip_jax.evals.jobs import DataSource, Job, run_jobs
@@ -35,7 +36,7 @@ from declip_jax.objectives.momentum import momentum_at
 from declip_jax.ranges import check_values
 from declip_jax.sharding import gather, make_mesh, replicated
 from declip_jax.training import augment as augmentation
-from declip_jax.training import optim, schedules
+from declip_jax.training import drop_path, mixing, optim, schedules
 from declip_jax.training.gradient import Metrics, make_gradient
 from declip_jax.training.state import State
 from declip_jax.training.step import train_step
@@ -53,6 +54,10 @@ _OVERRIDES = (
   "solarize_probability",
   "flip_probability",
   "text_operations",
+  "rand_magnitude",
+  "erase_probability",
+  "mixup",
+  "cutmix",
 )
 
 
@@ -84,6 +89,15 @@ class Built(NamedTuple):
   def recipe(self) -> Recipe:
     """The data recipe, with the config's overrides."""
     return self.make_views.recipe
+
+
+def heads_of(config: ConfigDict) -> tuple[str, ...]:
+  """The heads that the terms of a config need, by name.
+
+  Raises:
+    ValueError: an unknown term or option, or an invalid number.
+  """
+  return make_objective(config.objective.to_dict()).heads
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Built:
@@ -127,6 +141,10 @@ def _make_views(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer, grid: 
       f"config.data.patch_share={data.patch_share} hides none or all of the {grid} x {grid} patches that "
       f"config.data.image_size={data.image_size} has with this config.model.image: choose a larger image"
     )
+  if data.augment_on == "device" and "randaugment" in recipe.image_views:
+    raise ValueError(
+      f"config.data.augment_on='device': recipe {data.recipe!r} has RandAugment, which runs on the host: choose 'host'"
+    )
   rendering = Rendering(data.image_size, data.interpolation, data.engine, data.augment_on, data.max_pixels)
   masking = Masking(
     data.mask_probability,
@@ -135,7 +153,7 @@ def _make_views(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer, grid: 
     patch_grid=grid,
     patch_share=data.patch_share,
   )
-  return MakeViews(recipe, tokenizer, rendering, masking, data.caption_weights)
+  return MakeViews(recipe, tokenizer, rendering, masking, data.caption_weights, config.model.heads.num_classes)
 
 
 def _check_texts(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer) -> None:
@@ -160,8 +178,12 @@ def _check_texts(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer) -> No
 
 
 def _check_images(config: ConfigDict) -> None:
-  """Rejects images that do not divide into the image tower's patches."""
+  """Rejects images that do not divide into the image tower's patches, and drop path in a tower without it."""
   size, image = config.data.image_size, config.model.image
+  if config.model.drop_path and image.kind != "vit":
+    raise ValueError(
+      f"config.model.drop_path={config.model.drop_path} needs config.model.image.kind='vit', not {image.kind!r}"
+    )
   if image.get("patch") and size % image.patch:
     raise ValueError(f"config.data.image_size={size} is not a multiple of config.model.image.patch={image.patch}")
   if image.kind == "resnet" and size % 32:
@@ -370,15 +392,28 @@ def check_division(config: ConfigDict, devices: int) -> None:
 
 
 def make_augment(config: ConfigDict, built: Built) -> Callable[[Batch, Array], Batch]:
-  """Makes the augmentation of the step with `config.data.augment_on="device"`: colours, blur and flips."""
-  if config.data.augment_on == "host":
+  """Makes the random part of the step: augmentation with `config.data.augment_on="device"`, mixing, drop path."""
+  recipe, drop_rate = built.recipe, config.model.drop_path
+  on_device = config.data.augment_on == "device"
+  mixed = bool(recipe.views.numbers("classified_image")) and bool(recipe.mixup or recipe.cutmix)
+  if not (on_device or mixed or drop_rate):
     return lambda batch, step: batch
 
   def augment(batch: Batch, step: Array) -> Batch:
-    # Folded twice: folded by 0 and 1, the key of the seed would give the keys that parameters are drawn from.
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1), step)
-    index = jnp.arange(len(batch["image"]))
-    return {**batch, "image": augmentation.augment(batch["image"], key, index, built.recipe.augmentations)}
+    def key(use: int) -> Array:
+      # Folded twice: folded by 0 and 1, the key of the seed would give the keys that parameters are drawn from.
+      return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2**31 - use), step)
+
+    if on_device:
+      index = jnp.arange(len(batch["image"]))
+      batch = {**batch, "image": augmentation.augment(batch["image"], key(1), index, recipe.augmentations)}
+    if mixed:
+      batch = mixing.mix(batch, key(2), mixup=recipe.mixup, cutmix=recipe.cutmix)
+    if drop_rate:
+      shape, depth = batch["image"].shape[:2], config.model.image.depth
+      scale = drop_path.draw_branch_scales(key(3), shape, rate=drop_rate, depth=depth)
+      batch = {**batch, "branch_scale": scale}
+    return batch
 
   return augment
 
@@ -399,7 +434,8 @@ def make_encoders(config: ConfigDict, built: Built, deaths: Deaths) -> EncoderFa
   functions = make_encode_functions(built.model, built.mesh, tokens=built.objective.compares_tokens)
   data = config.data
   reading = Reading(data.workers, data.threads, data.max_pixels, data.max_seconds, deaths)
-  return EncoderFactory(functions, built.tokenizer, view, config.evaluate_batch_size, reading)
+  names, size = config.model.heads.classnames, config.evaluate_batch_size
+  return EncoderFactory(functions, built.tokenizer, view, size, reading, names)
 
 
 def check_evals(evals: ConfigDict, objective: Objective) -> None:
@@ -415,6 +451,9 @@ def check_evals(evals: ConfigDict, objective: Objective) -> None:
       f"config.evals has {texts}, which compare images with texts, but config.objective trains no such "
       f"comparison, only {objective.weights}: leave them out or give one of {across} a weight"
     )
+  classified = [name for name, fields in evals.items() if _evaluation(name, fields).kind == "classify"]
+  if classified and "classifier" not in objective.heads:
+    raise ValueError(f"config.evals has {classified}, which need a classifier, but the term 'classify' has no weight")
 
 
 def evals_with_text(evals: ConfigDict) -> list[str]:
@@ -484,16 +523,27 @@ def make_jobs(evals: ConfigDict) -> list[Job]:
   return jobs
 
 
-def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders, int], dict[str, float]]:
+def make_evaluators(
+  evals: ConfigDict, workdir: Path, classnames: Sequence[str] = ()
+) -> Callable[[Encoders, int], dict[str, float]]:
   """Returns a function of encoders to all metrics, `eval/NAME/METRIC`, of the evaluations of a run while it trains.
 
   The second argument of the function is the number of this evaluation of the run: an entry takes part if its `every`
   divides the number, all in number 0. Images of small sources are decoded only once. Pictures are written to `workdir`.
 
+  Args:
+    evals: `config.evals`.
+    workdir: folder of pictures.
+    classnames: names of the classes of the run's classifier, if there is one.
+
   Raises:
-    ValueError: see `make_jobs`.
+    ValueError: a source has classes that the classifier lacks; see also `make_jobs`.
   """
   jobs, read = make_jobs(evals), DecodedImages()
+  for job in jobs:
+    names = job.splits["test"].source.classnames
+    if job.kind == "classify" and names and classnames:
+      columns(names, classnames, f"config.evals.{job.name}")
   every = {name: fields.get("every", 1) for name, fields in evals.items()}
 
   def picture(job: Job) -> Path | None:
@@ -512,8 +562,19 @@ def make_evaluators(evals: ConfigDict, workdir: Path) -> Callable[[Encoders, int
 
 
 def make_init_from(config: ConfigDict) -> InitFrom:
-  """The weights that a run starts from."""
-  return read_settings(InitFrom, config.init_from, "init_from")
+  """The weights that a run starts from.
+
+  Raises:
+    ValueError: a classifier is to start from texts, but there is none that reads joint embeddings, or no weights.
+  """
+  init_from = read_settings(InitFrom, config.init_from, "init_from")
+  reads_joint = "classifier" in heads_of(config) and config.model.heads.classify_joint
+  if init_from.templates and not (reads_joint and init_from.path):
+    raise ValueError(
+      f"config.init_from.templates={init_from.templates}: a classifier starts from texts only with the term "
+      "'classify', config.model.heads.classify_joint=True, and weights with a text tower in config.init_from.path"
+    )
+  return init_from
 
 
 def check_objective(config: ConfigDict, built: Built, batch: BatchShapes) -> None:

@@ -16,6 +16,7 @@ import PIL.Image
 from declip_jax.data import images as image_ops
 from declip_jax.data.pipeline import Reading
 from declip_jax.data.text.tokenizer import make_tokenizer
+from declip_jax.evals import zero_shot
 from declip_jax.evals.encoders import EncodeFunction, EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.similarity import Embeddings, concatenate, padded_size
 from declip_jax.models.heads.joint import Joint
@@ -56,6 +57,7 @@ class Clip:
     self.tokenizer = make_tokenizer(weights.model["text"]["tokenizer"], weights.model["text"]["context_length"])
     self.view, self.tokens = weights.view, weights.tokens
     self.max_pixels = image_ops.MAX_PIXELS
+    self._classnames = weights.model["heads"].get("classnames", ())
     self._has_text, self._warned = "joint" in weights.heads, False
     self._functions = make_encode_functions(self.model, mesh, tokens=self.tokens)
 
@@ -125,6 +127,25 @@ class Clip:
     self._warn_about_pooling()
     return self._encode_texts(self._functions.text_embeddings, _listed_texts(texts), batch_size)
 
+  def classifier(self, classnames: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "classes d"]:
+    """The zero-shot classifier of some classes: logits are its products with unit-norm embeddings of images.
+
+    Each row is the unit-norm mean of the unit-norm embeddings of a class's prompts, times `logit_scale`.
+
+    Args:
+      classnames: names of the classes.
+      templates: prompts with one {} each, for the name.
+
+    Raises:
+      ValueError: there are no names, a template is wrong, or the model compares tokens or has no text tower.
+    """
+    if not classnames:
+      raise ValueError("a zero-shot classifier needs the names of the classes, and there are none")
+    if self.tokens:
+      raise ValueError(f"these weights ({self.origin}) compare tokens, so they have no linear zero-shot classifier")
+    rows = zero_shot.classifier(self.encode_text(zero_shot.prompts(classnames, templates)), len(classnames))
+    return np.float32(self.logit_scale) * rows
+
   def image_features(self, images: Float[np.ndarray, "n h w 3"], batch_size: int = 64) -> Float[np.ndarray, "n d"]:
     """Joint embeddings, float32 and not of unit norm, of images after `preprocess` and `normalise`.
 
@@ -182,7 +203,7 @@ class Clip:
     if needs_text:
       self._check_vocabulary()
     reading = reading or Reading(max_pixels=self.max_pixels)
-    factory = EncoderFactory(self._functions, self.tokenizer, self.view, batch_size, reading)
+    factory = EncoderFactory(self._functions, self.tokenizer, self.view, batch_size, reading, self._classnames)
     return factory.bind(self.params, self.collections)
 
   def _encode_images(

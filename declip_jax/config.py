@@ -70,6 +70,9 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.init_from.path = ""
   c.init_from.groups = ("image", "text", "heads")  # what to load, see `weights.initial.GROUPS`; the rest is random
   c.init_from.settings = ()  # settings that the file lacks, such as ("image.activation=gelu", "image.heads=16")
+  # Prompts such as ("a photo of a {}.",) that make the classifier start as the zero-shot classifier of these weights
+  # (WiSE-FT); () leaves it random. It then has to read joint embeddings: model.heads.classify_joint.
+  c.init_from.templates = ()
   c.optimizer = _optimizer()
   c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # number of devices along each axis; -1 means all that remain
   c.safety = _safety()
@@ -134,6 +137,7 @@ def _objective() -> ConfigDict:
     # `symmetric`: both directions, or image to text only (released code). `warmup`: the loss is 0 until the bank is
     # full; without it the bank starts out as noise (released code).
     "nns": {"symmetric": True, "warmup": True, "label_smoothing": 0.0},
+    "classify": {"label_smoothing": 0.1},
   }
   return ConfigDict({term: {"weight": 0.0, "schedule": (), **given} for term, given in options.items()})
 
@@ -198,6 +202,8 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
     c[name] = placeholder(tuple)
   for name in ("jitter_probability", "grayscale_probability", "flip_probability"):
     c[name] = placeholder(float)
+  for name in ("rand_magnitude", "erase_probability", "mixup", "cutmix"):
+    c[name] = placeholder(float)
   c.text_operations = placeholder(tuple)  # such as ("replace", "insert", "swap", "delete"): all of EDA
   c.engine = "fast"  # makes the image views; "exact" uses Pillow and equals torchvision bit for bit
   c.augment_on = "host"  # or "device": the host only crops, and the step does the rest
@@ -223,6 +229,9 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.remat = "dots"
   c.unroll = 1  # number of transformer blocks that are unrolled for the compiler; more take longer to compile
   c.mean, c.std = OPENAI_MEAN, OPENAI_STD
+  # Drop path of an image ViT in training: the probability with which an image skips the attention, and that with which
+  # it skips the MLP, of the last block; linear over depth from 0 in the first. BeiT fine-tunes ViT-B with 0.1.
+  c.drop_path = 0.0
   # What a masked token sees: the whole caption ("bidirectional", as in BERT, in a pass of its own), or the tokens
   # before it ("causal", as in DeCLIP's released code).
   c.mlm_attention = "bidirectional"
@@ -247,6 +256,11 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.heads.bank_groups = 1  # number of banks, each for its share of the batch
   c.heads.bank_overflow = "wrap"  # what happens at the end of a bank, see `models.bank.OVERFLOWS`
   c.heads.bank_neighbours = 1  # number of nearest texts to find for each text
+  # The classes of the classifier: their number, and their names in the order of the logits. A run takes both from the
+  # first source in data.train. Sources without names need the number.
+  c.heads.num_classes, c.heads.classnames = 0, ()
+  # Whether the classifier reads unit-norm joint embeddings, like a zero-shot classifier, instead of tower features.
+  c.heads.classify_joint = False
   return c
 
 
@@ -382,6 +396,11 @@ def _evaluation(kind: str, data: str, **fields: Any) -> ConfigDict:
   return ConfigDict({"kind": kind, "data": data, "every": 1, **fields})
 
 
+def classify(data: str) -> ConfigDict:
+  """Classification of a labelled source by the classifier of a fine-tuned model."""
+  return _evaluation("classify", data)
+
+
 # The functions that make an entry of `c.evals`, by its `kind`.
 EVALUATIONS = {
   "zero_shot": zero_shot,
@@ -390,6 +409,7 @@ EVALUATIONS = {
   "few_shot": few_shot,
   "knn": knn,
   "nearest_mean": nearest_mean,
+  "classify": classify,
 }
 
 
@@ -512,7 +532,7 @@ def _rename(fields: dict[str, Any], old: list[str], new: list[str]) -> None:
 def _add_missing(fields: dict[str, Any], known: Mapping[str, Any], path: str = "") -> None:
   for name, value in known.items():
     field = f"{path}{name}"
-    if field in _OPEN:
+    if field in _OPEN and field != "objective":  # an older objective lacks the terms that were added since
       continue
     if isinstance(value, dict):
       _add_missing(fields.setdefault(name, {}), value, f"{field}.")

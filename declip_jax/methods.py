@@ -27,6 +27,8 @@ ABLATIONS = {
   "declip_tss": ("declip", {"clip": 0.8, "mlm": 0.2}),
   "declip_nns": ("declip", {"clip": 0.8, "nns": 0.2}),
 }
+# Supervised training with labelled images: the fine-tuning of BeiT, which SLIP uses.
+SUPERVISED = {"finetune": ("finetune", {"classify": 1.0})}
 # The methods of the same names in DeCLIP's released code (Sense-GVT/DeCLIP). Its mean over the 2x2 pairs of views has
 # the weight 0.4: a quarter of that for the first pair, three quarters for the others.
 _DECLIP_REPO = {"clip": 0.1, "mvs": 0.3, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}
@@ -37,4 +39,4 @@ REPO_METHODS = {
   "filip": ("filip_repo", {"filip": 1.0}),
   "defilip": ("declip_repo", {**_DECLIP_REPO, "filip": 0.2}),
 }
-PRESETS = {"paper": {**METHODS, **ABLATIONS}, "repo": REPO_METHODS}
+PRESETS = {"paper": {**METHODS, **ABLATIONS, **SUPERVISED}, "repo": REPO_METHODS}

@@ -26,6 +26,7 @@ _POSITIVE = (
 )
 _ZERO_OR_MORE = (
   *("seed", "log_every", "data.evaluation_resize", "data.mask_slots", "model.heads.max_scale"),
+  "model.heads.num_classes",
   *("checkpoint.keep_best", "safety.max_rollbacks", "safety.hang_timeout", "safety.checkpoint_minutes"),
 )
 _RATES = (
@@ -34,13 +35,16 @@ _RATES = (
 )
 _PROBABILITIES = ("momentum_tower.decay", "data.mask_probability")
 _SHARES = ("data.max_bad", "data.patch_share")
-_DECAYS = ("optimizer.b1", "optimizer.b2", "optimizer.momentum")
+_DECAYS = ("optimizer.b1", "optimizer.b2", "optimizer.momentum", "model.drop_path")
 _FINITE = ("model.heads.logit_scale_init", "model.heads.logit_bias_init")
 _WIDTHS = (
   *("model.heads.simclr_projector", "model.heads.simsiam_projector", "model.heads.simsiam_predictor"),
   *("model.heads.momentum_projector", "model.heads.momentum_predictor", "model.image.layers", "model.text.buckets"),
 )
-_TEXTS = ("data.train", "data.ssl_train", "init_from.groups", "init_from.settings", "optimizer.frozen")
+_TEXTS = (
+  *("data.train", "data.ssl_train", "init_from.groups", "init_from.settings", "optimizer.frozen"),
+  "model.heads.classnames",
+)
 
 
 def _is_number(value: Any) -> bool:
@@ -125,5 +129,6 @@ def check_values(config: ConfigDict) -> None:
     fields = operator.attrgetter(parent)(config) if parent else config
     if name in fields and not is_legal(fields[name]):  # each kind of tower has its own fields
       raise ValueError(f"config.{field}={fields[name]!r}: expected {legal}")
-  if config.data.templates:
-    check_templates(config.data.templates, "config.data.templates")
+  for field in ("data.templates", "init_from.templates"):
+    if templates := operator.attrgetter(field)(config):
+      check_templates(templates, f"config.{field}")

@@ -32,6 +32,7 @@ from declip_jax.data.deaths import Deaths
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import Source, open_source
 from declip_jax.evals.encoders import EncoderFactory, Encoders
+from declip_jax.first_state import first_state, read_weights
 from declip_jax.planning import devices, flops
 from declip_jax.reporting import pictures
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
@@ -52,10 +53,9 @@ from declip_jax.runtime.trace import Trace, parse_steps
 from declip_jax.runtime.watchdog import Watchdog
 from declip_jax.runtime.workdir import local_path, lock, record
 from declip_jax.sharding import batch_sharding, check_batch, to_global
-from declip_jax.training.state import State, abstract_state, create_state
+from declip_jax.training.state import State, abstract_state
 from declip_jax.training.step import Metrics
 from declip_jax.types import Batch
-from declip_jax.weights.initial import initialise, read_initial
 from declip_jax.weights.read import Weights
 
 _NEEDS_LESS_MEMORY = (
@@ -96,6 +96,7 @@ def train(
   with contextlib.ExitStack() as stack, explained(_NEEDS_LESS_MEMORY):
     watchdog = stack.enter_context(Watchdog(workdir, config.safety.hang_timeout))
     stack.enter_context(listening(watchdog.beat))
+    config, sources = _with_classes(config, sources, watchdog)
     run = _prepare(config, workdir, sources, watchdog)
     workdir.mkdir(parents=True, exist_ok=True)
     messages = [stack.enter_context(lock(workdir)), *run.deaths.recover(), *run.evaluation_deaths.recover()]
@@ -236,8 +237,8 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
     abstract=abstract,
     step_fn=build.make_step(config, built, steps, abstract),
     encoders=build.make_encoders(config, built, evaluation_deaths),
-    evaluate=build.make_evaluators(config.evals, workdir),
-    initial=None if _has_checkpoints(workdir) else read_initial(build.make_init_from(config), config.model.to_dict()),
+    evaluate=build.make_evaluators(config.evals, workdir, config.model.heads.classnames),
+    initial=None if _has_checkpoints(workdir) else read_weights(config),
     notes=mixture.repeats(config.batch_size),
   )
 
@@ -246,23 +247,47 @@ def _has_checkpoints(workdir: Path) -> bool:
   return any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
 
 
+def _with_classes(
+  config: ConfigDict, sources: Sequence[Source] | None, watchdog: Watchdog
+) -> tuple[ConfigDict, Sequence[Source] | None]:
+  """Sets the classes of a classifier, if the config leaves them to the data; the sources are then open.
+
+  Raises:
+    ValueError: neither the config nor the first source has the number of classes.
+  """
+  if "classifier" not in build.heads_of(config) or config.model.heads.classnames:
+    return config, sources
+  sources = _open_sources(config.data.train, watchdog) if sources is None else sources
+  names, config = tuple(sources[0].classnames), config.copy_and_resolve_references()
+  heads = config.model.heads
+  heads.classnames, heads.num_classes = names, heads.num_classes or len(names)
+  if not heads.num_classes:
+    raise ValueError(f"{sources[0].name} has no class names: set config.model.heads.num_classes")
+  return config, sources
+
+
+def _open_sources(specs: Sequence[str], watchdog: Watchdog) -> tuple[Source, ...]:
+  def opened(spec: str) -> Source:
+    watchdog.beat(f"opening {spec}")
+    return open_source(spec)
+
+  return tuple(map(opened, specs))
+
+
 def _open_mixtures(
   config: ConfigDict, built: build.Built, sources: Sequence[Source] | None, watchdog: Watchdog
 ) -> tuple[Mixture, Mixture | None]:
   """Returns the mixture to train on, and that of the other images for self-supervision, None if there is none."""
   data = config.data
   needs_caption = bool(built.recipe.text_views)
-
-  def opened(spec: str) -> Source:
-    watchdog.beat(f"opening {spec}")
-    return open_source(spec)
-
-  sources = tuple(map(opened, data.train) if sources is None else sources)
+  sources = _open_sources(data.train, watchdog) if sources is None else tuple(sources)
   mixture = Mixture(sources, data.mixture, needs_caption, data.templates)
   mixture.check_captions()
+  if built.recipe.views.numbers("classified_image"):
+    mixture.check_classes(config.model.heads.num_classes, config.model.heads.classnames)
   if not data.ssl_train:
     return mixture, None
-  return mixture, Mixture(tuple(map(opened, data.ssl_train)), data.ssl_mixture, False, (), "ssl_mixture")
+  return mixture, Mixture(_open_sources(data.ssl_train, watchdog), data.ssl_mixture, False, (), "ssl_mixture")
 
 
 def _open_batches(config: ConfigDict, run: _Prepared, position: dict[str, Any] | None) -> pipeline.Prefetch:
@@ -307,14 +332,7 @@ def _restore_or_create(
     return restored.step, restored.state, rollbacks.position(restored.step, restored.data), notes
   rollbacks.forget()
   watchdog.exempt("compiling the initial state")
-  model = run.built.model
-  state = create_state(
-    config.seed, run.built.batch_shape(config.batch_size), run.abstract, model=model, optimizer=run.built.optimizer
-  )
-  weights = run.initial or read_initial(build.make_init_from(config), config.model.to_dict())
-  if weights is None:
-    return 0, state, None, []
-  state, messages = initialise(state, weights, config.init_from.groups, model)
+  state, messages = first_state(config, run.built, run.abstract, run.initial or read_weights(config))
   return 0, state, None, messages
 
 

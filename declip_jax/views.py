@@ -52,6 +52,8 @@ class Views(Named):
     masked_text: the text view in which masked language modelling predicts; None if there is none.
     masked_image: the image view in which masked image modelling hides patches; None if there is none.
     neighbour_text: those of `contrastive_text` that search the neighbour bank and are stored in it.
+
+  `classified_image`, a role that only some recipes add, has the views of which the class is predicted.
   """
 
   contrastive_image: tuple[int, ...]

@@ -11,10 +11,10 @@ import pytest
 import steps
 
 from declip_jax import sharding
-from declip_jax.methods import METHODS
+from declip_jax.methods import METHODS, SUPERVISED
 
 # Also banks and batch norms in groups; and a tower with batch norms, and its momentum copy.
-VARIANTS = [*METHODS, "defilip_repo", "slip_mocov3 resnet"]
+VARIANTS = [*METHODS, *SUPERVISED, "defilip_repo", "slip_mocov3 resnet"]
 
 
 def test_eight_devices_with_two_micro_batches_and_split_parameters_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,8 @@ def random_batch(built: build.Built, rng: np.random.Generator) -> dict[str, np.n
     batch["mlm_position"] = rng.integers(1, 3, size=batch["mlm_position"].shape).astype(np.int32)
     batch["mlm_target"] = rng.integers(1, 1000, size=batch["mlm_target"].shape).astype(np.int32)
     batch["mlm_weight"] = rng.integers(2, size=batch["mlm_weight"].shape).astype(np.float32)
+  if "label" in batch:
+    batch["label"] = rng.integers(70, size=BATCH).astype(np.int32)
   if "mim_position" in batch:  # of a grid of 2 x 2
     batch["mim_position"] = rng.permuted(np.tile(np.arange(4, dtype=np.int32), (BATCH, 1)), axis=1)[:, :2]
   return batch

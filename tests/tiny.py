@@ -31,6 +31,8 @@ def tiny_config(method: str, **data: object) -> ConfigDict:
   c.model.heads.update({"simsiam_projector": (32, 32, 32), "simsiam_predictor": (16, 32)})
   c.model.heads.update({"momentum_projector": (32, 32, 16), "momentum_predictor": (32, 16), "dense_dim": 16})
   c.optimizer.warmup = config.duration(steps=2)
+  c.model.heads.num_classes = 70  # of the scenes
+  c.model.drop_path = 0.2 if method == "finetune" else 0.0
   c.log_every = 1
   c.evaluate_every = config.duration(steps=100)
   c.evaluate_batch_size = 16

@@ -5,9 +5,9 @@ from typing import Literal
 
 import numpy as np
 
-from declip_jax.data import images, patches
+from declip_jax.data import finetuning, images, patches
 from declip_jax.data.recipes import Recipe
-from declip_jax.data.sources import Example
+from declip_jax.data.sources import BadSample, Example
 from declip_jax.data.text import augment as texts
 from declip_jax.data.text.tokenizer import Tokenizer
 
@@ -64,7 +64,8 @@ class Masking:
 class MakeViews:
   """Turns an example, with its image encoded or not, into one sample of a training `Batch`.
 
-  The order of random draws: the parameters of each image view (see `images.draw`), then the texts, then the patches.
+  The order of random draws: the parameters of each image view (see `images.draw`), then RandAugment and erasing, then
+  the texts, then the patches.
 
   Attributes:
     recipe: the views to make.
@@ -72,6 +73,7 @@ class MakeViews:
     rendering: how image views are made.
     masking: how tokens and patches are masked.
     caption_weights: see `texts.choose_caption`.
+    num_classes: number of classes, if the recipe has `classified_image` views.
   """
 
   recipe: Recipe
@@ -79,18 +81,21 @@ class MakeViews:
   rendering: Rendering
   masking: Masking = Masking()
   caption_weights: tuple[float, ...] = ()
+  num_classes: int = 0
 
   def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Returns one sample: `image` uint8 `[v h w 3]` and, if the recipe needs them, `text`, `mlm_*` and `mim_position`.
+    """Returns one sample: `image` uint8 `[v h w 3]` and, if the recipe needs them, the other fields of a batch.
 
-    `text` is int32 `[u t]`, `mlm_*` are `[k]`, `mim_position` is int32 `[m]`. If the example has `ssl_image`, another
-    image, the views of `recipe.views.ssl_image` are made from it.
+    `text` is int32 `[u t]`, `mlm_*` are `[k]`, `mim_position` is int32 `[m]`, `label` is int32. If the example has
+    `ssl_image`, another image, the views of `recipe.views.ssl_image` are made from it.
 
     Raises:
-      BadSample: an image cannot be read.
+      BadSample: an image cannot be read, or the example has no class where the recipe needs one.
       ValueError: the example has `ssl_image`, but a self-supervised view is also contrasted with the caption.
     """
     sample = {"image": np.stack(self._image_views(example, rng))}
+    if self.recipe.views.numbers("classified_image"):
+      sample["label"] = self._label(example)
     if self.recipe.text_views:
       sample |= self._text_views(example, rng)
     if self.recipe.views.masked_image is not None:
@@ -112,10 +117,20 @@ class MakeViews:
       shapes |= {"mlm_position": (slots, np.int32), "mlm_target": (slots, np.int32), "mlm_weight": (slots, np.float32)}
     if self.recipe.views.masked_image is not None:
       shapes["mim_position"] = ((self._num_hidden(),), np.int32)
+    if self.recipe.views.numbers("classified_image"):
+      shapes["label"] = ((), np.int32)
     return {name: ((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
   def _slots(self) -> int:
     return self.masking.slots or texts.mlm_slots(self.tokenizer.context_length, self.masking.probability)
+
+  def _label(self, example: Example) -> np.int32:
+    label = example["label"]
+    if label < 0:
+      raise BadSample("no label", f"{example['id']}: no class")
+    if label >= self.num_classes:
+      raise BadSample("no label", f"{example['id']}: class {label}: expected 0 to {self.num_classes - 1}")
+    return np.int32(label)
 
   def _num_hidden(self) -> int:
     return patches.num_hidden(self.masking.patch_grid, self.masking.patch_share)
@@ -157,4 +172,13 @@ class MakeViews:
     for field, photo in photos.items():
       of_photo = [params for params, name in zip(drawn, fields, strict=True) if name == field]
       made[field] = iter(images.make(photo, of_photo, **kwargs))
-    return [next(made[field]) for field in fields]
+    views = [next(made[field]) for field in fields]
+    return [self._augmented(*pair, rng) for pair in zip(views, self.recipe.image_views, strict=True)]
+
+  def _augmented(self, view: images.Pixels, kind: str, rng: np.random.Generator) -> images.Pixels:
+    """Applies what follows the crop and the flip in a "randaugment" view."""
+    if kind != "randaugment":
+      return view
+    if self.recipe.rand_magnitude:
+      view = finetuning.rand_augment(view, rng, magnitude=self.recipe.rand_magnitude)
+    return finetuning.random_erasing(view, rng, probability=self.recipe.erase_probability)

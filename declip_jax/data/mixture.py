@@ -110,6 +110,28 @@ class Mixture:
           f"{source.name} has classes but no captions: set config.data.templates, such as ('a photo of a {{}}.',)"
         )
 
+  def check_classes(self, num_classes: int, classnames: tuple[str, ...]) -> None:
+    """Rejects sources whose class names are not those of the classifier, in the same order.
+
+    Sources without class names are not checked.
+
+    Raises:
+      ValueError: the message names the source, and the numbers of classes or the first name that differs.
+    """
+    for source in self.sources:
+      names = tuple(source.classnames)
+      if names and len(names) != num_classes:
+        raise ValueError(
+          f"{source.name} has {len(names)} classes, but config.model.heads.num_classes={num_classes}: set it to 0, and "
+          "config.model.heads.classnames to (), to take those of the source"
+        )
+      if names and classnames and names != classnames:
+        at, name = next((i, name) for i, name in enumerate(names) if name != classnames[i])
+        raise ValueError(
+          f"class {at} is {name!r} in {source.name}, but {classnames[at]!r} in config.model.heads.classnames: labels "
+          "are numbers in this order"
+        )
+
 
 def has_captions(source: Source) -> bool:
   """Whether one of eight examples has a caption."""

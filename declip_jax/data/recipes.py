@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+import math
 from typing import Any
 
 from declip_jax.data import images
@@ -23,14 +24,20 @@ class Recipe:
       "square": OpenAI's crop, a random square with the full height or width.
       "strong": a crop with random area and aspect ratio, jitter, grayscale, blur, solarize, flip.
       "color": OpenAI's crop, jitter, grayscale, blur, solarize; no flip.
+      "randaugment": a crop as in "strong", flip, RandAugment, random erasing; see `data.finetuning`.
     text_views: the kind of each text view: "raw", "augmented" (EDA) or "masked" (masked language modelling).
     views: which view plays which role in the model.
-    weak_scale, strong_scale: range of the crop's area, as a share of the image's, in weak and strong views.
+    weak_scale, strong_scale: range of the crop's area, as a share of the image's, in weak and in strong or randaugment
+      views.
     jitter: strengths of brightness, contrast, saturation, hue.
     blur_radius: range of the radius, in pixels of the view.
     blur_probability, solarize_probability: one entry per strong or color view, in order; the last entry also applies to
       further views.
     text_operations: operations on augmented texts, names in `texts.OPERATIONS`; the default is DeCLIP's.
+    rand_magnitude: mean magnitude of RandAugment's operations, from 0 to 10; 0 omits them all.
+    erase_probability: probability of erasing a box of a randaugment view.
+    mixup, cutmix: parameter of the Beta distribution of the weight with which the train step mixes labelled images by
+      these methods; 0 omits the method. See `training.mixing`.
   """
 
   image_views: tuple[str, ...]
@@ -46,17 +53,25 @@ class Recipe:
   solarize_probability: tuple[float, ...] = (0.0,)
   flip_probability: float = 0.5
   text_operations: tuple[str, ...] = ("replace", "swap", "delete")
+  rand_magnitude: float = 9.0
+  erase_probability: float = 0.25
+  mixup: float = 0.0
+  cutmix: float = 0.0
 
   @property
   def augmentations(self) -> tuple[images.Augmentation, ...]:
-    """The distribution of each image view; all probabilities of "weak" and "square" views are 0."""
+    """The distribution of each image view; all probabilities of "weak" and "square" views are 0.
+
+    Those of "randaugment" views are without RandAugment and erasing.
+    """
     blur, solarize = (_per_view(getattr(self, field), self.image_views) for field in _PER_VIEW)
     found = []
     for view, kind in enumerate(self.image_views):
       crop = "square" if kind in ("square", "color") else "resized"
-      scale = self.strong_scale if kind == "strong" else self.weak_scale
+      scale = self.strong_scale if kind in ("strong", "randaugment") else self.weak_scale
       if kind not in _COLOURED:
-        found.append(images.Augmentation(crop, scale))
+        flip = self.flip_probability if kind == "randaugment" else 0.0
+        found.append(images.Augmentation(crop, scale, flip_probability=flip))
         continue
       found.append(
         images.Augmentation(
@@ -145,6 +160,16 @@ RECIPES = {
   "filip": Recipe(("strong",), ("raw",), Views()),
   # FILIP as that benchmark released it (filip.py): masking only augments the caption, and nothing predicts the tokens.
   "filip_repo": Recipe(("strong",), ("masked",), Views()),
+  # BeiT's fine-tuning (Bao et al. 2022, microsoft/unilm), which SLIP uses: timm's `rand-m9-mstd0.5-inc1`, erasing with
+  # probability 0.25, mixup 0.8, CutMix 1.0. Crops are bicubic there: see `config.data.interpolation`.
+  "finetune": Recipe(
+    ("randaugment",),
+    (),
+    Views(contrastive_image=(), contrastive_text=(), neighbour_text=(), classified_image=(0,)),
+    strong_scale=(0.08, 1.0),
+    mixup=0.8,
+    cutmix=1.0,
+  ),
 }
 
 
@@ -182,10 +207,13 @@ def _check_strengths(given: Mapping[str, Any]) -> None:
     raise ValueError(
       f"config.data.jitter={jitter!r}: expected brightness, contrast, saturation and hue, the last at most 0.5"
     )
-  for field in (*_PER_VIEW, "jitter_probability", "grayscale_probability", "flip_probability"):
+  for field in (*_PER_VIEW, *(f"{name}_probability" for name in ("jitter", "grayscale", "flip", "erase"))):
     values = given.get(field, ())
     if any(not 0 <= value <= 1 for value in (values if isinstance(values, tuple) else (values,))):
       raise ValueError(f"config.data.{field}={values!r}: expected 0 to 1")
+  for field, most in {"rand_magnitude": 10.0, "mixup": math.inf, "cutmix": math.inf}.items():
+    if not 0 <= given.get(field, 0) <= most:
+      raise ValueError(f"config.data.{field}={given[field]!r}: expected {'0 to 10' if most == 10 else '0 or more'}")
 
 
 def trimmed(recipe: Recipe, used: Views) -> Recipe:

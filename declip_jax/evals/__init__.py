@@ -11,7 +11,7 @@ import inspect
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from declip_jax.evals import composition, probes, retrieval, zero_shot
+from declip_jax.evals import classify, composition, probes, retrieval, zero_shot
 from declip_jax.evals.results import Scores
 from declip_jax.spelling import did_you_mean
 
@@ -95,6 +95,7 @@ EVALUATORS = {
   "few_shot": _PROBE._replace(function=probes.few_shot),
   "knn": _PROBE._replace(function=probes.knn),
   "nearest_mean": _PROBE._replace(function=probes.nearest_mean),
+  "classify": Evaluator(classify.classify, needs_text=False, metrics=classify.METRICS, names=_CLASSIFICATION),
 }
 
 

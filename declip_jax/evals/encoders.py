@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 import numpy as np
 
 from declip_jax.data.images import EvalView
@@ -20,6 +20,18 @@ from declip_jax.sharding import batch_rows, batch_sharding, check_batch, replica
 Tree = Any
 # From parameters, collections and a global batch to arrays that every device has.
 EncodeFunction = Callable[[Tree, Tree, Any], Tree]
+
+
+class ModelClassifier(NamedTuple):
+  """The classifier of a fine-tuned model.
+
+  Attributes:
+    logits: function from pooled features of this host to logits; it runs on one of its devices.
+    classnames: names of the classes; empty if they have none.
+  """
+
+  logits: Callable[[Float[np.ndarray, "n f"]], Float[np.ndarray, "n classes"]]
+  classnames: tuple[str, ...]
 
 
 class EncodeFunctions(NamedTuple):
@@ -34,6 +46,8 @@ class EncodeFunctions(NamedTuple):
       devices, like the batch.
     image_embeddings, text_embeddings: functions that return unit-norm pooled embeddings.
     image_features, text_features: functions from normalised pixels or token ids to pooled embeddings, not normalised.
+    classify: function from the parameters of the heads and pooled features to logits; None without a classifier.
+    gather: function that copies arrays to every device.
   """
 
   mesh: Mesh
@@ -46,6 +60,8 @@ class EncodeFunctions(NamedTuple):
   text_embeddings: EncodeFunction
   image_features: EncodeFunction
   text_features: EncodeFunction
+  classify: Callable[[Tree, Any], Any] | None
+  gather: Callable[[Tree], Tree]
 
 
 def make_encode_functions(model: Model, mesh: Mesh, *, tokens: bool) -> EncodeFunctions:
@@ -74,6 +90,8 @@ def make_encode_functions(model: Model, mesh: Mesh, *, tokens: bool) -> EncodeFu
     text_embeddings=text_embeddings,
     image_features=compiled(model.image_features),
     text_features=compiled(model.text_features),
+    classify=jax.jit(model.classify) if "classifier" in model.heads.members else None,
+    gather=compiled(lambda arrays: arrays),
   )
 
 
@@ -94,6 +112,7 @@ class Encoders:
     image_tokens: for models that compare tokens (FILIP), a function from this host's share of images to the tokens of
       all, `[B n e]`; None for other models.
     reading: how images are read.
+    classifier: the model's classifier, None without one.
   """
 
   image: Callable[[UInt8[np.ndarray, "b h w c"]], tuple[Any, Any]]
@@ -105,6 +124,7 @@ class Encoders:
   similarity: Similarity = cosines
   image_tokens: Callable[[UInt8[np.ndarray, "b h w c"]], Embeddings] | None = None
   reading: Reading = field(default_factory=Reading)
+  classifier: ModelClassifier | None = None
 
   def with_callback(self, callback: Callable[[], None]) -> "Encoders":
     """A copy that calls `callback` before each batch, since an evaluation can take long."""
@@ -129,6 +149,7 @@ class EncoderFactory:
     view: preprocessing of images.
     batch_size: global batch size of every call, a multiple of the number of devices.
     reading: how images are read.
+    classnames: names of the classes of the model's classifier.
   """
 
   def __init__(
@@ -138,8 +159,10 @@ class EncoderFactory:
     view: EvalView,
     batch_size: int,
     reading: Reading | None = None,
+    classnames: Sequence[str] = (),
   ):
     check_batch(batch_size, functions.mesh, "evaluate_batch_size")
+    self._classnames = tuple(classnames)
     self._functions, self._sharding = functions, batch_sharding(functions.mesh)
     self._inputs = {
       "tokenizer": tokenizer,
@@ -162,5 +185,15 @@ class EncoderFactory:
       image=lambda images: functions.pooled_and_joint(params, collections, place(images)),
       text=fetch(functions.text),
       image_tokens=fetch(functions.image) if functions.tokens else None,
+      classifier=self._classifier(params) if functions.classify else None,
       **self._inputs,
     )
+
+  def _classifier(self, params: Tree) -> ModelClassifier:
+    gathered = self._functions.gather(params["heads"])
+    heads = jax.tree.map(lambda array: array.addressable_data(0), gathered)
+
+    def logits(pooled: Float[np.ndarray, "n f"]) -> Float[np.ndarray, "n classes"]:
+      return np.asarray(self._functions.classify(heads, pooled))
+
+    return ModelClassifier(logits, self._classnames)

@@ -18,7 +18,7 @@ import numpy as np
 
 from declip_jax.data.pipeline import EvaluationBatches, parse_annotations
 from declip_jax.data.sources import Source
-from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.encoders import Encoders, ModelClassifier
 from declip_jax.evals.similarity import Embeddings, Similarity, concatenate, take, unit_rows
 from declip_jax.runtime.hosts import gather_rows
 from declip_jax.sharding import local_rows
@@ -297,6 +297,7 @@ class EvaluationData:
     metric: the metric that papers report for the data set, one of `catalogue.METRICS`.
     grouping, ignored_groups: the grouping of images for metrics of groups, and groups that do not count.
     validation_per_class: images of each class in a validation split that is carved, 0 for a share of them.
+    classifier: the model's own classifier, if it has one.
   """
 
   test: Split
@@ -311,6 +312,7 @@ class EvaluationData:
   grouping: str = ""
   ignored_groups: Sequence[int] = ()
   validation_per_class: int = 0
+  classifier: ModelClassifier | None = None
 
 
 class Texts:
@@ -345,7 +347,7 @@ def make_data(encoders: Encoders, texts: Texts, test: Split, **others: Any) -> E
     test: the split to evaluate.
     others: other attributes of `EvaluationData`; by default, the names of classes are those of the source.
   """
-  found = {"classnames": tuple(test.source.classnames), **others}
+  found = {"classnames": tuple(test.source.classnames), "classifier": encoders.classifier, **others}
   return EvaluationData(test, texts, encoders.similarity, encoders.image_tokens is not None, **found)
 
 

@@ -130,6 +130,10 @@ class Model:
     features, *_ = self.towers.apply(towers, tokens, method=Towers.encode_text)
     return self.heads.apply(heads, features, method=Heads.project_text)
 
+  def classify(self, heads: Tree, pooled: Float[Array, "b f"]) -> Float[Array, "b classes"]:
+    """Float32 logits of the classes, from the parameters of the heads and the pooled features of images."""
+    return self.heads.apply({"params": heads}, pooled, method=Heads.classify)
+
   @property
   def _dense(self) -> bool:
     return "filip" in self.heads.members
@@ -162,6 +166,7 @@ def make_model(fields: Mapping[str, Any], *, views: Views, heads: Sequence[str],
     ValueError: an unknown name or an invalid number; the message lists the legal ones.
   """
   _check(fields)
+  _check_classifier(fields["heads"], heads)
   dtype = jnp.dtype(fields["dtype"])
   common = {"remat": fields["remat"], "unroll": fields["unroll"], "dtype": dtype}
   image = IMAGE_TOWERS[fields["image"]["kind"]](**_without(fields["image"], "kind"), **common)
@@ -209,6 +214,16 @@ def _check(fields: Mapping[str, Any]) -> None:
   if heads["bank_neighbours"] > heads["bank_size"]:
     raise ValueError(
       f"config.model.heads.bank_neighbours={heads['bank_neighbours']} is more than its bank_size={heads['bank_size']}"
+    )
+
+
+def _check_classifier(fields: Mapping[str, Any], heads: Sequence[str]) -> None:
+  if "classifier" in heads and fields["num_classes"] < 1:
+    raise ValueError(f"config.model.heads.num_classes={fields['num_classes']}: a classifier needs at least 1 class")
+  if {"classifier", "joint"} <= set(heads) and fields["classify_joint"]:
+    raise ValueError(
+      "config.model.heads.classify_joint=True: the classifier would have the projection of the joint space, which the "
+      "objective also trains with texts: choose False"
     )
 
 

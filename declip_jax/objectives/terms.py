@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
+from declip_jax.objectives.classify import classify
 from declip_jax.objectives.contrastive import Metrics, clip, multi_view
 from declip_jax.objectives.filip import filip
 from declip_jax.objectives.masked_image import masked_image
@@ -73,6 +74,7 @@ TERMS = {
     ("image", "text", "neighbour"),
     ("contrastive_image", "pair", "neighbour_text"),
   ),
+  "classify": Term(classify, ("classifier",), ("class_logits",), ("classified_image",)),
 }
 # The fields of a user's own term in `config.objective.<term>`, see `config.term`.
 _OWN = ("loss", "heads", "needs", "views")

@@ -73,9 +73,10 @@ def draw_views(
     return
   first = hangs.make_all(samples.__getitem__, 6, hangs.SECONDS)
   texts = [[make_views.tokenizer.decode(ids) for ids in sample.get("text", ())] for sample in first]
-  batch = jax.jit(augment)({"image": np.stack([sample["image"] for sample in first])}, 0)
-  recipe = make_views.recipe
-  pictures.plot_views(np.asarray(batch["image"]), texts, path, recipe.image_views, recipe.text_views)
+  fields = [name for name in ("image", "label") if name in first[0]]
+  batch = jax.jit(augment)({name: np.stack([sample[name] for sample in first]) for name in fields}, 0)
+  recipe, shown = make_views.recipe, np.rint(batch["image"]).astype(np.uint8)  # mixed images are not rounded
+  pictures.plot_views(shown, texts, path, recipe.image_views, recipe.text_views)
 
 
 def score_lines(step: int, results: Mapping[str, float]) -> Iterator[str]:

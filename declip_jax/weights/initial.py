@@ -10,7 +10,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 import numpy as np
 
 from declip_jax.models.bank import Bank
@@ -43,11 +43,13 @@ class InitFrom:
     path: a run, one of its checkpoints, or anything else that `weights.read.read` reads; empty for none.
     groups: the `GROUPS` to load.
     settings: fields that the file does not contain, such as "image.heads=16".
+    templates: prompts for the class names, from whose embeddings a classifier starts; () for a random one.
   """
 
   path: str = ""
   groups: tuple[str, ...] = ("image", "text", "heads")
   settings: tuple[str, ...] = ()
+  templates: tuple[str, ...] = ()
 
 
 def read_initial(init_from: InitFrom, model: ModelFields) -> Weights | None:
@@ -85,6 +87,24 @@ def initialise(state: State, weights: Weights, groups: Sequence[str], model: Mod
   """
   params, collections, lines = load_weights(state.params, state.collections, weights, groups)
   return state.replace(params=params, collections={**collections, **model.momentum_copy(params)}), lines
+
+
+def set_classifier(state: State, rows: Float[np.ndarray, "classes d"]) -> State:
+  """Replaces the kernel of the classifier by the rows of another one, and its bias by zeros.
+
+  Raises:
+    ValueError: the classifier has another number of classes, or its inputs another dimension.
+  """
+  classifier = state.params["heads"]["classifier"]
+  if classifier["kernel"].shape != rows.T.shape:
+    raise ValueError(
+      f"config.init_from.templates: the embeddings of the class names have the shape {rows.shape}, but the classifier "
+      f"has {classifier['kernel'].shape[::-1]}: set config.model.heads.classify_joint=True and the embed_dim of the "
+      "weights"
+    )
+  kernel, bias = _placed(classifier["kernel"], rows.T), _placed(classifier["bias"], np.zeros(len(rows)))
+  heads = {**state.params["heads"], "classifier": {"kernel": kernel, "bias": bias}}
+  return state.replace(params={**state.params, "heads": heads})
 
 
 def load_weights(

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from declip_jax.data import images
+from declip_jax.data import finetuning, images
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import RECIPES, Recipe, get_recipe, trimmed
 from declip_jax.data.sources.base import BadSample
@@ -30,7 +30,9 @@ def flat(level=200, size=12):
 
 def make(recipe, example, seeds=1, size=12, patch_share=0.4):
   """Samples of seeds 0, 1, ..., stacked."""
-  make_views = MakeViews(recipe, TOKENIZER, Rendering(size), Masking(patch_grid=4, patch_share=patch_share))
+  masking = Masking(patch_grid=4, patch_share=patch_share)
+  make_views = MakeViews(recipe, TOKENIZER, Rendering(size), masking, num_classes=5)
+  example = {"label": 3, **example}
   samples = [make_views(example, np.random.default_rng(seed)) for seed in range(seeds)]
   return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
@@ -40,7 +42,7 @@ def roughness(views):
   return np.abs(np.diff(views.astype(int), axis=-2)).mean(axis=(-3, -2, -1))
 
 
-# The contents of a sample: image views, text views, and which of the two masks.
+# The contents of a sample: image views, text views, and a mask or the label.
 CONTENTS = {
   "clip": (1, 1, ""),
   "openai": (1, 1, ""),
@@ -55,6 +57,7 @@ CONTENTS = {
   "declip_repo": (2, 2, "mlm"),
   "filip": (1, 1, ""),
   "filip_repo": (1, 1, ""),
+  "finetune": (1, 0, "label"),
 }
 
 
@@ -68,8 +71,10 @@ def test_samples_and_batch_shapes_follow_the_recipe(name):
     shapes |= {"mlm_position": ((5,), np.int32), "mlm_target": ((5,), np.int32), "mlm_weight": ((5,), np.float32)}
   if masks == "mim":
     shapes["mim_position"] = ((6,), np.int32)  # 0.4 of 4 x 4
-  make_views = MakeViews(RECIPES[name], TOKENIZER, Rendering(12), Masking(slots=5, patch_grid=4))
-  row = make_views({"image": photo(), "captions": CAPTIONS}, np.random.default_rng(0))
+  if masks == "label":
+    shapes["label"] = ((), np.int32)
+  make_views = MakeViews(RECIPES[name], TOKENIZER, Rendering(12), Masking(slots=5, patch_grid=4), num_classes=5)
+  row = make_views({"image": photo(), "captions": CAPTIONS, "label": 3}, np.random.default_rng(0))
   assert {key: (value.shape, value.dtype.type) for key, value in row.items()} == shapes
   assert make_views.batch_shapes(7) == {key: ((7, *shape), dtype) for key, (shape, dtype) in shapes.items()}
 
@@ -195,6 +200,29 @@ def test_augmentations_describe_each_view():
 
 
 @pytest.mark.parametrize("engine", images.ENGINES)
+def test_views_for_fine_tuning_are_crop_and_flip_then_rand_augment_then_erasing(engine):
+  recipe, image = RECIPES["finetune"], photo()
+  for seed in range(20):
+    make_views = MakeViews(recipe, TOKENIZER, Rendering(40, "bicubic", engine), num_classes=5)
+    sample = make_views({"image": image, "captions": (), "label": 4}, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    crop = images.Augmentation(scale=(0.08, 1.0), flip_probability=0.5)
+    cut = images.random_view(image, crop, rng, size=40, interpolation="bicubic", engine=engine)
+    expected = finetuning.random_erasing(finetuning.rand_augment(cut, rng), rng)
+    np.testing.assert_array_equal(sample["image"][0], expected)
+    assert sample["label"] == 4
+  plain = make(replace(recipe, rand_magnitude=0.0, erase_probability=0.0), {"image": flat(), "captions": ()}, 20)
+  assert (plain["image"] == 200).all()
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_an_example_without_one_of_the_classes_is_bad(label):
+  with pytest.raises(BadSample, match=r"x\.jpg: .*class") as raised:
+    make(RECIPES["finetune"], {"image": photo(), "captions": (), "label": label, "id": "x.jpg"})
+  assert raised.value.kind == "no label"
+
+
+@pytest.mark.parametrize("engine", images.ENGINES)
 @pytest.mark.parametrize("name", ["slip_mocov3", "clip_color", "openai"])
 def test_views_are_drawn_one_by_one_from_one_image(name, engine):
   file = io.BytesIO()
@@ -207,7 +235,7 @@ def test_views_are_drawn_one_by_one_from_one_image(name, engine):
     np.testing.assert_array_equal(row["image"], images.make(example["image"], plans, engine=engine))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "finetune"])  # RandAugment runs on the host
 def test_for_the_device_the_same_crops_are_made_and_nothing_else(name):
   example = {"image": photo(), "captions": CAPTIONS}
   for seed in range(4):

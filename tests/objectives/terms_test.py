@@ -210,7 +210,7 @@ def test_a_term_that_is_built_finds_its_inputs(term: str) -> None:
 
 
 def test_unknown_terms_are_named_with_the_known_ones() -> None:
-  with pytest.raises(ValueError, match=r"unknown terms \['barlow', 'filp'\]: choose from \['byol', 'clip'"):
+  with pytest.raises(ValueError, match=r"unknown terms \['barlow', 'filp'\]: choose from \['byol', 'classify', 'clip'"):
     make_objective(settings(clip=1.0, filp=0.0, barlow=1.0))
 
 

@@ -10,8 +10,10 @@ import pytest
 import references as reference
 
 from declip_jax import architectures, build, config
+from declip_jax.models.model import make_model
 from declip_jax.models.paths import parameter_paths, stop_gradient_below, trainable_mask
 from declip_jax.training import optim, schedules
+from declip_jax.views import Views
 
 SETTINGS = {"epsilon": 1e-8, "weight_decay": 0.1}  # of the golden trajectories; the other defaults are the config's
 PRECISIONS = {"f32": np.float32, "f64": np.float64}
@@ -279,6 +281,80 @@ def test_layer_decay_equals_beit():
   assert len(update) == 2 + 6 + 3 + 4  # the image tower's norm, the text tower, temperatures, projections
   for path, leaf in update.items():
     np.testing.assert_array_equal(leaf, 1.0, err_msg=path)
+
+
+# BeiT's names of the parameters before and after the blocks, and in a block.
+BEIT_NAMES = {
+  "class_embedding": "cls_token",
+  "position_embedding": "pos_embed",
+  "patch_embedding": "patch_embed.proj",
+  "post_norm": "norm",
+  "classifier": "head",
+  "attention_norm": "norm1",
+  "qkv": "attn.qkv",
+  "out": "attn.proj",
+  "mlp_norm": "norm2",
+  "fc1": "mlp.fc1",
+  "fc2": "mlp.fc2",
+}
+
+
+def by_beit_name(tree):
+  """Numbers of a fine-tuned model by BeiT's names of its parameters; those of stacked blocks one by one."""
+  found = {}
+  for path, value in by_path(tree).items():
+    *_, module, leaf = path.split("/")
+    leaf = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}.get(leaf, "")
+    name = f"{BEIT_NAMES[module if leaf else path.rpartition('/')[2]]}{leaf}"
+    if "/blocks/" not in path:
+      found[name] = float(value)
+      continue
+    for index, number in enumerate(np.ravel(value)):
+      found[f"blocks.{index}.{name}"] = number
+  return found
+
+
+@pytest.mark.parametrize(("size", "layer_decay"), [("S", 0.65), ("B", 0.65), ("L", 0.75)])
+def test_rates_and_decays_of_fine_tuning_equal_beit(size, layer_decay):
+  """Of every parameter of the models that SLIP fine-tunes."""
+  beit = reference.load("beit_finetuning")
+  c = config.default("finetune", f"SLIP ViT-{size}/16")
+  c.model.heads.num_classes = 1000
+  model = make_model(c.model.to_dict(), views=Views(classified_image=(0,)), heads=("classifier",))
+  images = {"image": jax.ShapeDtypeStruct((1, 1, 224, 224, 3), jnp.uint8)}
+  params, _ = jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), images)
+  rates = by_beit_name(optim.rate_multipliers(params, multipliers=(), layer_decay=layer_decay))
+  names = beit[f"layer_decay/{size}/name"]
+  assert set(rates) == set(names)
+  expected = dict(zip(names, beit[f"layer_decay/{size}/lr_scale"], strict=True))
+  np.testing.assert_allclose([rates[name] for name in names], [expected[name] for name in names], rtol=1e-12)
+  depth = c.model.image.depth
+  decayed = jax.tree.map(
+    lambda decay, path: np.full(depth, decay) if "/blocks/" in path else decay,
+    optim.decay_finetune(params),
+    parameter_paths(params),
+  )
+  found = by_beit_name(decayed)
+  np.testing.assert_array_equal([0.05 * found[name] for name in names], beit[f"layer_decay/{size}/weight_decay"])
+
+
+def test_adamw_with_the_rates_of_layers_equals_beit():
+  beit = reference.load("beit_finetuning")
+  names = {"a": "kernel", "b": "bias", "head": "weight"}
+  multipliers = tuple((names[name], float(beit[f"adamw/lr_scale/{name}"])) for name in names)
+  assert [float(beit[f"adamw/weight_decay/{name}"]) for name in names] == [0.05, 0, 0.05]
+  with precise("f64"):
+    optimizer = make("adamw", b1=0.9, b2=0.999, epsilon=1e-8, weight_decay=0.05, multipliers=multipliers)
+    params = {names[name]: beit[f"adamw/initial/{name}"].astype(np.float64) for name in names}
+    gradients = {
+      names[name]: np.stack([beit[f"adamw/grad{step}/{name}"] for step in range(5)]).astype(np.float64)
+      for name in names
+    }
+    trajectory, _ = jax.jit(lambda *given: run_optimizer(optimizer, *given))(params, gradients, beit["adamw/lr"])
+    trajectory = jax.device_get(trajectory)
+  for step in range(5):
+    for name, ours in names.items():
+      np.testing.assert_allclose(trajectory[ours][step], beit[f"adamw/after{step}/{name}"], rtol=1e-9, atol=1e-12)
 
 
 def test_multipliers_scale_everything_below_a_path():

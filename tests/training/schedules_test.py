@@ -110,3 +110,13 @@ def test_the_peak_may_be_zero_and_a_schedule_may_rise():
   steps = jnp.array([0, 5, 10])
   np.testing.assert_allclose(make("cosine", learning_rate=0.0)(steps), [0, 0.05, 0.1], rtol=1e-6)
   np.testing.assert_allclose(make("cooldown", learning_rate=0.0, cooldown=10)(steps), [0, 0.05, 0.1], rtol=1e-6)
+
+
+def test_the_schedule_of_fine_tuning_equals_beit():
+  """A warm-up from 0 whose last step has the peak, and a cosine per step."""
+  beit = reference.load("beit_finetuning")
+  base, final, epochs, steps, warmup = beit["schedule/args_base_final_epochs_iterations_warmup"]
+  total = int(epochs * steps)
+  given = {"learning_rate": float(base), "end_learning_rate": float(final), "warmup": int(warmup * steps)}
+  schedule = make("cosine", total, **given)
+  np.testing.assert_allclose(schedule(jnp.arange(total)), beit["schedule/lr"], rtol=1e-5, atol=1e-10)

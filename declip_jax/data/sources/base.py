@@ -18,6 +18,7 @@ BAD = (
   "damaged image",  # cut off or not decodable
   "too many pixels",
   "no caption",
+  "no label",  # or one that is not among the classes
   "damaged record",  # the description of the sample cannot be parsed: its .json, its class, its line
   "too large",  # more bytes than `files.MAX_BYTES`
   "too slow",  # not read within config.data.max_seconds

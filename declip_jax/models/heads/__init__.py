@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from declip_jax.models.heads.bank import NeighbourBank
 from declip_jax.models.heads.base import Head
+from declip_jax.models.heads.classifier import Classifier
 from declip_jax.models.heads.filip import Filip
 from declip_jax.models.heads.joint import Joint
 from declip_jax.models.heads.mim import Mim
@@ -31,6 +32,7 @@ HEADS: dict[str, type[Head]] = {
   "mlm": Mlm,
   "mim": Mim,
   "bank": NeighbourBank,
+  "classifier": Classifier,
 }
 
 
@@ -66,6 +68,10 @@ class Heads(nn.Module):
   def project_text(self, feature: Float[Array, "b f"]) -> Float[Array, "b d"]:
     """Joint embeddings of text features, not normalised."""
     return self.members["joint"].project_text(feature)
+
+  def classify(self, feature: Float[Array, "b f"]) -> Float[Array, "b classes"]:
+    """Logits of the classes of image features."""
+    return self.members["classifier"].classify(feature)
 
   def map_image(self, tokens: Float[Array, "b n f"]) -> Float[Array, "b n e"]:
     """Unit-norm tokens of images, as FILIP compares them."""

@@ -1,0 +1,44 @@
+"""The state of a run before its first step: random, or from other weights."""
+
+from ml_collections import ConfigDict
+
+from declip_jax import build
+from declip_jax.clip import Clip
+from declip_jax.training.state import State, create_state
+from declip_jax.weights.initial import initialise, read_initial, set_classifier
+from declip_jax.weights.read import Weights
+
+
+def read_weights(config: ConfigDict) -> Weights | None:
+  """The weights that a run starts from, None if there are none.
+
+  Raises:
+    FileNotFoundError, ValueError: see `weights.initial.read_initial` and `build.make_init_from`.
+  """
+  return read_initial(build.make_init_from(config), config.model.to_dict())
+
+
+def first_state(
+  config: ConfigDict, built: build.Built, abstract: State, weights: Weights | None
+) -> tuple[State, list[str]]:
+  """The state before the first step, on the devices, and lines that report where its arrays are from.
+
+  Args:
+    config: config of the run, with the names of its classes.
+    built: the objects that it describes.
+    abstract: shapes and shardings of the state.
+    weights: see `read_weights`.
+
+  Raises:
+    ValueError: the weights do not fit.
+  """
+  model, shapes = built.model, built.batch_shape(config.batch_size)
+  state = create_state(config.seed, shapes, abstract, model=model, optimizer=built.optimizer)
+  if weights is None:
+    return state, []
+  state, messages = initialise(state, weights, config.init_from.groups, model)
+  if not config.init_from.templates:
+    return state, messages
+  rows = Clip(weights, built.mesh).classifier(config.model.heads.classnames, config.init_from.templates)
+  messages.append(f"the classifier starts from the embeddings of {len(rows)} class names")
+  return set_classifier(state, rows), messages
