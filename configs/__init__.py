@@ -1,4 +1,4 @@
-"""The configs: `demo`, `small`, `pretrain`, and a folder per paper with a file for each published result.
+"""The configs: `demo`, `small`, `pretrain`, `finetune`, and a folder per paper with a file for each published result.
 
 A config is found by its name from any folder; the parameters of its `get_config` are named arguments:
 
@@ -9,6 +9,7 @@ results share. Each result has its numbers in `PUBLISHED`, as its source reports
 
   source                 paper and table
   imagenet_top1_percent  top-1 accuracy on ImageNet by protocol: zero_shot, linear_probe, fine_tuned
+  top1_percent           the same on the data set that the model was fine-tuned on
   parameters             trained parameters
   hardware               devices and time; missing if not published
   second_hand            which of these come from another publication: check them before you quote them

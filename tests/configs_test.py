@@ -9,12 +9,14 @@ import itertools
 from pathlib import Path
 import re
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
+from tiny import FinishedRun
 
 from declip_jax import architectures, build, config, config_files
 from declip_jax.configs.declip_yfcc15m.recipe import MLM_HEAD
@@ -28,7 +30,9 @@ SCHEDULES = np.load(Path(__file__).parent / "fixtures" / "schedule.npz")
 NAMES = config_files.names()
 EPOCH = 100_000_000  # examples; only clip_wit needs this many for its warm-up
 # One config of each folder, with every term but those of the momentum tower; the small ones.
-REPRESENTATIVES = ("demo", "slip/slip_small_25ep", "clip_wit/vit_b_32", "declip_yfcc15m/vit_defilip")
+REPRESENTATIVES = (
+  *("demo", "slip/slip_small_25ep", "mocov3_transfer/pets", "clip_wit/vit_b_32", "declip_yfcc15m/vit_defilip"),
+)
 
 
 @cache
@@ -36,8 +40,9 @@ def load(name: str) -> ModuleType:
   return config_files.load_module(name)
 
 
-def get(name: str, **arguments: str) -> ConfigDict:
-  return load(name).get_config(**arguments)
+def get(name: str, **arguments: Any) -> ConfigDict:
+  needed = {"classes": 10} if name == "finetune" else {}  # a run takes their number from its data
+  return load(name).get_config(**needed | arguments)
 
 
 ENTRIES = [name for name in NAMES if hasattr(load(name), "PUBLISHED")]
@@ -179,12 +184,12 @@ def test_our_own_configs_evaluate_every_method_with_a_text_tower() -> None:
 
 
 def test_published_results_are_described() -> None:
-  known = {"source", "imagenet_top1_percent", "parameters", "hardware", "second_hand"}
+  known = {"source", "imagenet_top1_percent", "top1_percent", "parameters", "hardware", "second_hand"}
   for name in ENTRIES:
     published = load(name).PUBLISHED
     assert published.keys() <= known, name
     assert re.fullmatch(r".+ et al\. 20\d\d, arXiv 2\d{3}\.\d{5}(, .+)?", published["source"]), name
-    values = published.get("imagenet_top1_percent", {"zero_shot": 1})
+    values = published.get("imagenet_top1_percent", {"zero_shot": 1}) | published.get("top1_percent", {})
     assert values.keys() <= {"zero_shot", "linear_probe", "fine_tuned"}, name
     assert all(0 < value < 100 for value in values.values()), name
     assert set(published.get("second_hand", ())) <= published.keys(), name
@@ -270,6 +275,68 @@ def test_published_numbers_equal_the_papers() -> None:
     for entry, expected in table.items():
       found = load(f"{folder}/{entry}").PUBLISHED.get("imagenet_top1_percent", {})
       assert found == dict(zip(keys[len(expected)], expected, strict=True)), (folder, entry)
+
+
+# The same of fine-tuned models; of those of MoCo v3 (its README) on the data set itself.
+FINE_TUNED = {
+  "slip/finetune_small": 80.3,
+  "slip/finetune_base": 82.6,
+  "slip/finetune_large": 84.2,
+  "mocov3_transfer/cifar10": 98.9,
+  "mocov3_transfer/cifar100": 90.5,
+  "mocov3_transfer/flowers": 97.7,
+  "mocov3_transfer/pets": 93.2,
+}
+
+
+def test_published_numbers_of_fine_tuning_equal_the_papers() -> None:
+  for name, expected in FINE_TUNED.items():
+    published, init = load(name).PUBLISHED, get(name).init_from.path
+    key = "imagenet_top1_percent" if name.startswith("slip/") else "top1_percent"
+    assert published[key] == {"fine_tuned": expected}, name
+    pretrained = load(f"slip/{init.removeprefix('runs/')}").PUBLISHED["imagenet_top1_percent"]
+    assert not name.startswith("slip/") or pretrained["fine_tuned"] == expected, name
+
+
+@pytest.mark.parametrize(
+  ("name", "epochs", "warmup", "rate", "decay", "layer_decay", "drop_path", "erasing", "mixup", "cutmix", "classes"),
+  [
+    # facebookresearch/SLIP, README: drop path and layer decay; all else are defaults of BeiT's run_class_finetuning.py.
+    ("slip/finetune_small", 100, 20, 4e-3, 0.05, 0.65, 0.0, 0.25, 0.8, 1.0, 1000),
+    ("slip/finetune_base", 100, 20, 4e-3, 0.05, 0.65, 0.1, 0.25, 0.8, 1.0, 1000),
+    ("slip/finetune_large", 50, 5, 4e-3, 0.05, 0.75, 0.1, 0.25, 0.8, 1.0, 1000),
+    # facebookresearch/moco-v3, transfer/README.md: 8 GPUs with 128 images each, a rate of 3e-4 for 512 images.
+    ("mocov3_transfer/cifar10", 100, 3, 6e-4, 0.1, 1.0, 0.1, 0.0, 0.8, 1.0, 10),
+    ("mocov3_transfer/cifar100", 100, 3, 6e-4, 0.1, 1.0, 0.1, 0.0, 0.5, 1.0, 100),
+    ("mocov3_transfer/flowers", 100, 3, 6e-4, 0.3, 1.0, 0.1, 0.25, 0.0, 0.0, 102),
+    ("mocov3_transfer/pets", 100, 3, 6e-4, 0.1, 1.0, 0.0, 0.0, 0.8, 0.0, 37),
+  ],
+)
+def test_fine_tuning_has_the_settings_of_the_released_commands(
+  name: str,
+  epochs: int,
+  warmup: int,
+  rate: float,
+  decay: float,
+  layer_decay: float,
+  drop_path: float,
+  erasing: float,
+  mixup: float,
+  cutmix: float,
+  classes: int,
+) -> None:
+  c = get(name)
+  o, recipe = c.optimizer, build.build(c).recipe
+  assert (c.duration.epochs, o.warmup.epochs, c.batch_size) == (epochs, warmup, 1024)
+  assert o.learning_rate == pytest.approx(rate)
+  assert (o.name, o.weight_decay, o.layer_decay, o.decay_mask) == ("adamw", decay, layer_decay, "finetune")
+  assert (o.b1, o.b2, o.epsilon, o.gradient_clip) == (0.9, 0.999, 1e-8, 0.0)
+  assert (c.model.drop_path, c.model.heads.num_classes) == (drop_path, classes)
+  assert (recipe.erase_probability, recipe.mixup, recipe.cutmix, recipe.rand_magnitude) == (erasing, mixup, cutmix, 9.0)
+  assert (c.objective.classify.label_smoothing, recipe.strong_scale, recipe.flip_probability) == (0.1, (0.08, 1.0), 0.5)
+  assert (c.data.interpolation, c.data.image_size, c.data.evaluation_resize) == ("bicubic", 224, 256)
+  assert c.init_from.groups == ("image",)
+  assert c.model.mean == config.IMAGENET_MEAN
 
 
 def layers(*widths: int, bias: bool) -> int:
@@ -447,6 +514,33 @@ def test_results_start_from_the_run_that_they_build_on(name: str, first: str, gr
   assert c.model.image == get(first).model.image
 
 
+def test_fine_tuning_takes_the_tower_of_a_run(finished_run: FinishedRun) -> None:
+  run = finished_run.config
+  c = get("finetune", init=str(finished_run.workdir), data="/mine", test="/val", epochs=10, batch_size=64)
+  assert c.model.image.to_dict() == run.model.image.to_dict()
+  assert (c.model.mean, c.model.heads.embed_dim, c.data.image_size) == (
+    run.model.mean,
+    run.model.heads.embed_dim,
+    run.data.image_size,
+  )
+  assert (c.init_from.path, c.evals.test.data) == (str(finished_run.workdir), "webdataset:/val/*.tar")
+  assert c.optimizer.learning_rate == pytest.approx(2.5e-4)
+  assert (c.duration.epochs, c.optimizer.warmup.epochs) == (10, 2)
+  text = get("finetune", init=str(finished_run.workdir), head="text")
+  assert text.model.heads.classify_joint
+  assert text.init_from.templates
+  assert not c.init_from.templates
+  with pytest.raises(ValueError, match="'zero'"):
+    get("finetune", head="zero")
+
+
+def test_fine_tuning_recognises_folders(tmp_path: Path) -> None:
+  for name in ("cat", "dog"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.jpg").write_bytes(b"")
+  assert get("finetune", data=str(tmp_path)).data.train == (f"folder:{tmp_path}",)
+
+
 def test_decoupled_self_supervision_has_separate_images() -> None:
   data = get("slip/slip_decoupled").data
   assert data.ssl_train
@@ -462,6 +556,12 @@ def test_folders_are_named_arguments() -> None:
     assert c.evals.to_dict() == {}, name
     assert all(spec.startswith("webdataset:data/") for spec in c.data.train), name
     assert get(name, data="/mine").data.train == ("webdataset:/mine/*.tar",), name
+    if c.data.recipe == "finetune":
+      test = "imagenet" if name.startswith("slip/") else "test"
+      c = get(name, **{test: "/val"})
+      assert c.evals[test].to_dict() == {"kind": "classify", "data": "webdataset:/val/*.tar", "every": 1}, name
+      assert c.checkpoint.best_metric == f"eval/{test}/top1", name
+      continue
     if c.data.recipe == "simclr":  # no text tower to classify with
       with pytest.raises(ValueError, match="'imagenet'"):
         config_files.load(f"{name}:imagenet=/val")

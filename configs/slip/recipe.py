@@ -15,6 +15,7 @@ keeps its end-of-text token; an empty title or description is never drawn.
 from ml_collections import ConfigDict
 
 from declip_jax import config
+from declip_jax.configs import finetune as finetuning
 from declip_jax.configs import read_data
 
 TEMPLATES = (
@@ -42,4 +43,29 @@ def make(method: str, architecture: str, data: str, imagenet: str = "", *, epoch
   c.optimizer.warmup = config.duration(epochs=2 if epochs == 100 else 1)
   c.optimizer.warmup_start, c.optimizer.end_learning_rate = 1e-6, 1e-5
   read_data(c, data, imagenet, TEMPLATES)
+  return c
+
+
+def finetune(
+  architecture: str, init: str, data: str, imagenet: str = "", *, epochs: int, warmup: int, classes: int = 1000
+) -> ConfigDict:
+  """Returns the config of an end-to-end fine-tuning (BeiT's code at f8f3df8, as in the released `beit_finetuning`).
+
+  The paper reports the best epoch on the validation images; here the best checkpoint is kept, too. Where we differ:
+  bfloat16 instead of float16, and erased pixels are noise in 8 bits.
+
+  Args:
+    architecture: one of `architectures.ARCHITECTURES`.
+    init: the run or the weights to start from.
+    data: labelled training images; see `configs.to_source`.
+    imagenet: labelled test images; nothing is evaluated if empty.
+    epochs, warmup: length of training and of its warm-up, in epochs.
+    classes: number of classes.
+  """
+  c = finetuning.get_config(init, data, "", architecture, epochs=epochs, classes=classes)
+  c.model.mean, c.model.std = config.IMAGENET_MEAN, config.IMAGENET_STD
+  c.optimizer.warmup = config.duration(epochs=warmup)
+  if imagenet:
+    c.evals.imagenet = config.classify(finetuning.labelled(imagenet))
+    c.checkpoint.best_metric = "eval/imagenet/top1"
   return c

@@ -1,0 +1,20 @@
+"""ViT-B/16 of MoCo v3, fine-tuned on Oxford-IIIT Pets for 100 epochs.
+
+python -m declip_jax.train --config=mocov3_transfer/pets:init=RUN,data=FOLDER,test=FOLDER --workdir runs/pets
+"""
+
+from ml_collections import ConfigDict
+
+from declip_jax.configs.mocov3_transfer import recipe
+
+PUBLISHED = {
+  "source": "Chen et al. 2021, arXiv 2104.02057, facebookresearch/moco-v3, transfer",
+  "top1_percent": {"fine_tuned": 93.2},
+}
+
+
+def get_config(init: str = "runs/slip_mocov3", data: str = "data/pets/train", test: str = "") -> ConfigDict:
+  """Returns the config; `recipe` describes the arguments."""
+  c = recipe.make(init, data, test, classes=37, weight_decay=0.1, mixup=0.8, cutmix=0.0)
+  c.model.drop_path = 0.0
+  return c

@@ -1,0 +1,21 @@
+"""SLIP ViT-L/16, pretrained for 25 epochs on YFCC15M, fine-tuned on ImageNet for 50 epochs.
+
+  python -m declip_jax.train --config=slip/finetune_large:init=RUN,data=FOLDER,imagenet=FOLDER \\
+    --workdir runs/finetune_large
+"""
+
+from ml_collections import ConfigDict
+
+from declip_jax.configs.slip import recipe
+
+PUBLISHED = {
+  "source": "Mu et al. 2021, arXiv 2112.12750, tables 2 and 10",
+  "imagenet_top1_percent": {"fine_tuned": 84.2},
+}
+
+
+def get_config(init: str = "runs/slip_large_25ep", data: str = "data/imagenet", imagenet: str = "") -> ConfigDict:
+  """Returns the config; `recipe.finetune` describes the arguments."""
+  c = recipe.finetune("SLIP ViT-L/16", init, data, imagenet, epochs=50, warmup=5)
+  c.model.drop_path, c.optimizer.layer_decay = 0.1, 0.75
+  return c
