@@ -4,7 +4,7 @@ from greys import Greys, grey_encoders
 import numpy as np
 import pytest
 
-from declip_jax.evals.features import Split, Texts, host_rows, make_data
+from declip_jax.evals.features import DecodedImages, Split, Texts, host_rows, make_data
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 16])
@@ -68,3 +68,18 @@ def test_labels_are_classes_of_the_data_set_and_some_are_left_out() -> None:
   split = Split(source, grey_encoders(4), classes=np.array([1, -1]))
   np.testing.assert_array_equal(split.label, [1, -1, -1])
   np.testing.assert_array_equal(split.features.label, split.label)
+
+
+@pytest.mark.parametrize(("limit", "reads"), [(2**20, 3), (3 * 3 * 16 * 16 - 1, 6)])
+def test_small_sources_are_decoded_once_for_all_evaluations_of_a_run(limit: int, reads: int) -> None:
+  read: list[int] = []
+
+  class Counting(Greys):
+    def __getitem__(self, index: int) -> dict:
+      read.append(index)
+      return super().__getitem__(index)
+
+  source, decoded = Counting([(10, 0), (20, 1), (30, 1)]), DecodedImages(limit)
+  found = [Split(source, grey_encoders(2), read=decoded).features for _ in range(2)]
+  assert len(read) == reads
+  np.testing.assert_array_equal(found[0].pooled, found[1].pooled)
