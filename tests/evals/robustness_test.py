@@ -57,6 +57,13 @@ def test_band_of_few_models_is_a_number():
     assert 0 < found.slope.lower < found.slope.upper < 2
 
 
+def test_resamples_of_equally_accurate_models_have_no_line():
+  x, y = logit(np.array([0.6] * 6 + [0.7])), np.linspace(0, 1, 7)
+  times = np.random.default_rng(0).multinomial(7, np.full(7, 1 / 7), size=100)
+  lines = robustness._coefficients(x, y, times)
+  np.testing.assert_array_equal(np.isnan(lines).all(axis=1), (times[:, -1] == 0) | (times[:, -1] == 7))
+
+
 def test_relative_robustness(golden):
   shifts = np.stack([golden["evaluated_shift_percent"]] * 2, axis=1) + [1, -1]
   np.testing.assert_allclose(
