@@ -75,8 +75,9 @@ class Evaluation:
     if len(todo) < len(jobs):
       message(f"{len(jobs) - len(todo)} of {len(jobs)} results are in {self.output} already")
     start, failed = time.monotonic(), []
-    with Bar("encoding images", self._images_to_encode(todo), "images") as bar:
-      ran = run_jobs(todo, self.encoders, self._picture, encode=self._encode, read=_reader(bar))
+    total = self._images_to_encode(todo)
+    with Bar("encoding images", total or None, "images") as bar:
+      ran = run_jobs(todo, self.encoders, self._picture, encode=self._encode, read=_reader(bar, total))
       for number, (job, scores) in enumerate(ran, 1):
         if isinstance(scores, ValueError):
           failed.append(f"{job.name}: {scores}")
@@ -140,7 +141,10 @@ class Evaluation:
     return [source for source in sources if not self.cache.has(source, self.encoders, _rows(source))]
 
   def _images_to_encode(self, jobs: Sequence[Job]) -> int:
-    return sum(len(_rows(source)) for source in self._sources_to_encode(jobs))
+    """Of this host; models that compare tokens encode images once more for each job that compares them with texts."""
+    with_texts = [job.splits["test"].source for job in jobs if EVALUATORS[job.kind].needs_text]
+    again = with_texts if self.encoders.image_tokens is not None else []
+    return sum(len(_rows(source)) for source in [*self._sources_to_encode(jobs), *again])
 
   def _images_per_second(self, source: Source) -> float:
     rows = range(min(len(source), 2 * len(self.encoders.batch_rows)))
@@ -210,15 +214,18 @@ def describe(name: str, metrics: Mapping[str, float], intervals: Mapping[str, Se
   return shown + (" [{:.1%}, {:.1%}]".format(*intervals[name]) if name in intervals else "")
 
 
-def _reader(bar: Bar) -> Read:
-  """`read_batches` that advances a bar."""
+def _reader(bar: Bar, total: int) -> Read:
+  """`read_batches` that advances a bar, at most to its total."""
+  left = total
 
   def read(source: Any, encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
-    left = len(rows)
+    nonlocal left
+    of_rows = len(rows)
     for batch in read_batches(source, encoders, rows):
       yield batch
-      bar.update(min(left, len(batch["label"])))
-      left = max(left - len(batch["label"]), 0)
+      count = min(of_rows, len(batch["label"]))
+      bar.update(min(count, left))
+      of_rows, left = of_rows - count, max(left - count, 0)
 
   return read
 

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 import numpy as np
 
 from declip_jax.data.sources import Source
@@ -13,6 +13,7 @@ from declip_jax.evals import few_shot as few_shot_lib
 from declip_jax.evals import linear_probe as linear_probe_lib
 from declip_jax.evals import nearest, splits
 from declip_jax.evals.features import EvaluationData, Split
+from declip_jax.evals.intervals import student
 from declip_jax.evals.results import Scores
 from declip_jax.evals.rows import Labelled
 from declip_jax.evals.scoring import criterion, score
@@ -66,9 +67,10 @@ def few_shot(
   method: str = "logistic",
   features: str = "pooled",
 ) -> Scores:
-  """Accuracy after training on a few images per class: mean and standard deviation over draws of these images.
+  """Accuracy after training on a few images per class: the mean over draws of these images.
 
-  Numbers of shots that some class does not have are left out.
+  Its interval is Student's over the draws; the images of the test split are the same for all. Numbers of shots that
+  some class does not have are left out.
 
   Args:
     data: the splits.
@@ -105,8 +107,16 @@ def few_shot(
     "by_seed": {str(seed): row for seed, row in zip(seeds, found.scores.tolist(), strict=True)},
     "left_out": [count for count in shots if count > fewest],
   }
+  several = len(seeds) > 1
+  intervals = {name: _interval(found.scores[:, place]) for place, name in enumerate(metrics)} if several else {}
   images = int((gather_rows(test.label) >= 0).sum())
-  return Scores({headline: metrics[headline], **metrics, "images": images}, details=details)
+  return Scores({headline: metrics[headline], **metrics, "images": images}, intervals, details=details)
+
+
+def _interval(values: Float[np.ndarray, "seeds"]) -> tuple[float, float]:
+  """Student's interval of the mean of some fractions, within 0 and 1."""
+  lower, upper = student(values)
+  return max(lower, 0.0), min(upper, 1.0)
 
 
 def knn(

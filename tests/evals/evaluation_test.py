@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from declip_jax.evals import EVALUATORS, Evaluator
-from declip_jax.evals.evaluation import Evaluation, ModelFacts
+from declip_jax.evals.evaluation import Evaluation, ModelFacts, _reader
 from declip_jax.evals.feature_cache import FeatureCache
 from declip_jax.evals.features import EvaluationData
 from declip_jax.evals.jobs import DataSource, Job
 from declip_jax.evals.results import Scores
+from declip_jax.reporting.progress import Bar
 
 FACTS = ModelFacts("grey", "step-8", {"path": "runs/grey", "origin": "us", "step": 8, "hash": "h"}, {}, "float32")
 calls: list[str] = []
@@ -162,3 +163,19 @@ def test_a_job_that_fails_is_named_after_the_others_have_run(tmp_path: Path, mon
     evaluation(tmp_path).run(jobs)
   assert calls == ["b"]
   assert len([*(tmp_path / "results").glob("*.json")]) == 1
+
+
+def test_the_bar_never_passes_its_total() -> None:
+  """A token model reads images again for each comparison with texts; tqdm fails beyond its total."""
+  counts: list[int] = []
+
+  class Recorded(Bar):
+    def update(self, count: int = 1) -> None:
+      counts.append(count)
+
+  bar = Recorded("", 7)
+  source = greys("a", 1, 2, 3, 4, 5).source
+  read = _reader(bar, 7)
+  for _ in range(2):
+    assert len([*read(source, grey_encoders(2), range(5))]) == 3
+  assert counts == [2, 2, 1, 2, 0, 0]

@@ -62,6 +62,8 @@ def test_few_shots_have_a_mean_and_a_deviation_for_each_number(method: str) -> N
   scores = run("few_shot", shots=(1, 4, 64), seeds=(0, 1), method=method)
   assert [name for name in scores.metrics if name.startswith("shots")] == ["shots_4", "shots_1"]
   assert scores.details["left_out"] == [64]
+  low, high = scores.intervals["shots_4"]
+  assert 0 <= low <= scores.metrics["shots_4"] <= high <= 1
   assert scores.metrics["shots_4"] == pytest.approx(np.mean([row[1] for row in scores.details["by_seed"].values()]))
 
 
