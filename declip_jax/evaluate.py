@@ -197,8 +197,7 @@ def _suite_jobs() -> list[Job]:
   given = flags.FLAGS
   if not given.data:
     raise ValueError(f"--suite={','.join(given.suite)} needs --data, a file that says where the data sets are")
-  chosen = [catalogue.suite(name) for name in given.suite]
-  jobs, remarks = suites.make_jobs(data_files.read_data(given.data), chosen, given.tasks, given.prompts)
+  jobs, remarks = suites.read_jobs(given.data, given.suite, given.tasks, given.prompts)
   for remark in remarks:
     message(remark)
   return jobs

@@ -5,9 +5,13 @@ whose names differ only in a final number, as clip-0 and clip-1, are seeds of on
 report.html (one page that needs no other file), report.json, results.csv (as `clip_benchmark build` writes it) and
 pictures.
 
-Models that were evaluated on other data sets under the names of these are rejected. --shift names data sets of one task
+With --data, the working directories are first evaluated on the data sets of that file, as `declip_jax.evaluate` does
+with --suite, --data and --tasks; results that are there are not computed again.
+
+Models that were evaluated on different data under one name are rejected. --shift names data sets of one task
 under distribution shift, such as --shift=own/photo:own/sketch,own/cartoon; the shifts of ImageNet are known. --standard
-names results of models with standard training, whose line gives the accuracy that is expected under shift.
+names results of models with standard training, whose line gives the accuracy that is expected under shift. --overlap
+names working directories of `declip_jax.overlap`.
 """
 
 from collections.abc import Sequence
@@ -17,8 +21,11 @@ import sys
 from absl import flags
 
 from declip_jax import command_line, config_files
+from declip_jax.data.storage.indexes import cache_folder
+from declip_jax.evals import suites
 from declip_jax.evals.comparison import Method, read_methods
 from declip_jax.evals.report import Report, document, to_csv, to_json
+from declip_jax.evaluate import evaluate
 from declip_jax.reporting.documents import to_html, to_markdown
 from declip_jax.reporting.progress import message
 from declip_jax.runtime.records import write
@@ -82,12 +89,28 @@ def _shifts(texts: Sequence[str]) -> dict[str, list[str]]:
 
 def _command(folders: list[str]) -> None:
   given = flags.FLAGS
+  shifts = _shifts(given.shift)
+  if given.data:
+    _evaluate(list(dict.fromkeys([*folders, *given.baseline])))
+  elif given.suite or given.tasks:
+    raise ValueError("--suite and --tasks need --data, a file that says where the data sets are")
   methods = read_methods([Path(folder) for folder in [*folders, *given.baseline]])
   baseline = _find(methods, given.baseline, f"--baseline={','.join(given.baseline)}") if given.baseline else None
   standard = read_methods([Path(folder) for folder in given.standard]) if given.standard else []
-  report = Report(methods, baseline, _shifts(given.shift), standard)
+  report = Report(methods, baseline, shifts, standard, tuple(map(Path, given.overlap)))
   write_report(report, Path(given.output))
   message(f"{Path(given.output) / 'report.html'}: {len(methods)} methods, {len(report.tasks)} tasks", stream=sys.stdout)
+
+
+def _evaluate(workdirs: Sequence[str]) -> None:
+  """Evaluates runs on the data sets that flags name."""
+  given = flags.FLAGS
+  jobs, remarks = suites.read_jobs(given.data, given.suite, given.tasks)
+  for remark in remarks:
+    message(remark)
+  for workdir in workdirs:
+    message(f"{workdir}:")
+    evaluate(Path(workdir), jobs=jobs, cache=cache_folder() / "features")
 
 
 def main() -> None:
@@ -96,6 +119,10 @@ def main() -> None:
   flags.DEFINE_list("baseline", [], "Folders of the results, or seeds, of the method with which to compare.")
   flags.DEFINE_multi_string("shift", [], "DATA_SET:SHIFTED,SHIFTED, keys of data sets. Repeat the flag for several.")
   flags.DEFINE_list("standard", [], "Folders of results of models with standard training.")
+  flags.DEFINE_list("overlap", [], "Working directories of declip_jax.overlap.")
+  flags.DEFINE_string("data", None, "File that says where data sets are, on which to evaluate the runs first.")
+  flags.DEFINE_list("suite", [], "Suites to evaluate; without it, all data sets of --data.")
+  flags.DEFINE_list("tasks", [], "What to evaluate, see declip_jax.evaluate.")
   command_line.run(_command, __doc__, positional=("RESULTS...",), required=("output",))
 
 

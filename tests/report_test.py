@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 import re
 import subprocess
@@ -29,7 +30,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_report_marks_what_the_intervals_support(folder: Path, tmp_path: Path) -> None:
   folders = [folder / "clip", folder / "declip"]
-  options = [f"--baseline={folder / 'clip'}", f"--standard={folder / 'standard'}", "--shift=own/photo:own/sketch"]
+  overlap = folder / "overlap"
+  overlap.mkdir()
+  about = {"test": "a", "train": "b", "images": 2140, "threshold": 0.8125, "overlap": 31, "contamination": 31 / 2140}
+  (overlap / "overlap.json").write_text(json.dumps(about))
+  Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(overlap / "overlap.png")
+  options = [
+    f"--overlap={overlap}",
+    f"--baseline={folder / 'clip'}",
+    f"--standard={folder / 'standard'}",
+    "--shift=own/photo:own/sketch",
+  ]
   command = [sys.executable, "-m", "declip_jax.report", *folders, *options, f"--output={tmp_path}"]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
@@ -39,8 +50,9 @@ def test_a_report_marks_what_the_intervals_support(folder: Path, tmp_path: Path)
   assert "\\*" not in lines["dtd"]
   assert "**" in lines["own/sketch"].replace("\\*", "")
   assert "Effective robustness" in markdown
+  assert "| a | b | 2,140 | 0.812 | 31 (1.4 %) |" in markdown
   pictures = sorted((tmp_path / "pictures").glob("*.png"))
-  assert len(pictures) == 3
+  assert len(pictures) == 4
   for path in pictures:
     assert f"](pictures/{path.name})" in markdown
     assert len(np.unique(Image.open(path).convert("L"))) > 10
@@ -50,7 +62,7 @@ def test_a_report_marks_what_the_intervals_support(folder: Path, tmp_path: Path)
   assert (tmp_path / "results.csv").read_text().splitlines()[0].startswith("dataset,model,pretrained,task,language,")
   files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
   methods, standard = read_methods(folders), read_methods([folder / "standard"])
-  report.write_report(Report(methods, methods[0], {"own/photo": ["own/sketch"]}, standard), tmp_path)
+  report.write_report(Report(methods, methods[0], {"own/photo": ["own/sketch"]}, standard, [overlap]), tmp_path)
   assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 

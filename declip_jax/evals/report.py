@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import io
 import json
 from pathlib import Path
+import shutil
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,14 @@ class Report:
     baseline: the method with which the others are compared, None for none.
     shifts: for the key of a data set, the keys of the same task under a distribution shift.
     standard: models with standard training, whose line gives the expected accuracy under `shifts`.
+    overlaps: working directories of `declip_jax.overlap`.
   """
 
   methods: Sequence[Method]
   baseline: Method | None = None
   shifts: Mapping[str, Sequence[str]] = field(default_factory=dict)
   standard: Sequence[Method] = ()
+  overlaps: Sequence[Path] = ()
 
   @property
   def tasks(self) -> list[Task]:
@@ -89,6 +92,7 @@ def document(report: Report, folder: Path, published: Sequence[Sequence[str]] = 
     blocks += _differences(report, kind, pictures)
     blocks += _SECTIONS.get(kind, lambda report, pictures: [])(report, pictures)
   blocks += _shifts(report, pictures)
+  blocks += _overlaps(report, pictures)
   if published and any(scored.key == "imagenet" for scored in _all(report)):
     header = ("published model", "protocol", "ImageNet top-1, %")
     blocks += [Heading("Published results"), "As printed in the papers, for comparison:", Table(header, published)]
@@ -449,6 +453,27 @@ def _by_key(method: Method, kind: str) -> dict[str, Cell]:
     if task.kind == kind and not task.variant and scored[0].key:
       found[scored[0].key] = cell(scored, scored[0].headline)
   return found
+
+
+def _overlaps(report: Report, pictures: Path) -> Iterator[Block]:
+  """Evaluation images that have near-duplicates among training images.
+
+  Raises:
+    FileNotFoundError: a folder is not one of `declip_jax.overlap`.
+  """
+  rows, sheets = [], []
+  for folder in report.overlaps:
+    about = json.loads((folder / "overlap.json").read_text())
+    share = f"{about['overlap']:,} ({100 * about['contamination']:.1f} %)"
+    rows.append((about["test"], about["train"] or "itself", f"{about['images']:,}", f"{about['threshold']:.3f}", share))
+    if (folder / "overlap.png").exists():
+      sheets.append(Picture(pictures / f"{results.slug(f'overlap_{folder.name}')}.png", f"Pairs of {about['test']}"))
+      sheets[-1].path.parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(folder / "overlap.png", sheets[-1].path)
+  if rows:
+    yield Heading("Overlap of training and evaluation data")
+    yield Table(("evaluation images", "training images", "n", "threshold", "near-duplicates"), rows)
+    yield from sheets
 
 
 def _cost(report: Report) -> Iterator[Block]:

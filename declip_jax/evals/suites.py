@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
 from declip_jax.data.sources import BadSample, Source, open_source, read_example
-from declip_jax.evals import EVALUATORS, catalogue
+from declip_jax.evals import EVALUATORS, catalogue, data_files
 from declip_jax.evals.catalogue import DataSet, Suite
 from declip_jax.evals.classes import align
 from declip_jax.evals.data_files import Splits
@@ -15,6 +16,18 @@ from declip_jax.evals.jobs import DataSource, Job
 from declip_jax.evals.own_prompts import NAME, read_prompts
 from declip_jax.evals.results import Result
 from declip_jax.spelling import did_you_mean
+
+
+def read_jobs(
+  path: str | os.PathLike[str], suites: Sequence[str] = (), tasks: Sequence[str] = (), prompts: str = ""
+) -> tuple[list[Job], list[str]]:
+  """`make_jobs` for a data file and names of suites.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: the file has a wrong line, or a suite does not exist; see also `make_jobs`.
+  """
+  return make_jobs(data_files.read_data(path), [catalogue.suite(name) for name in suites], tasks, prompts)
 
 
 def make_jobs(
