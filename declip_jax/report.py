@@ -90,8 +90,9 @@ def _shifts(texts: Sequence[str]) -> dict[str, list[str]]:
 def _command(folders: list[str]) -> None:
   given = flags.FLAGS
   shifts = _shifts(given.shift)
+  failed = None
   if given.data:
-    _evaluate(list(dict.fromkeys([*folders, *given.baseline])))
+    failed = _evaluate(list(dict.fromkeys([*folders, *given.baseline])))
   elif given.suite or given.tasks:
     raise ValueError("--suite and --tasks need --data, a file that says where the data sets are")
   methods = read_methods([Path(folder) for folder in [*folders, *given.baseline]])
@@ -100,17 +101,24 @@ def _command(folders: list[str]) -> None:
   report = Report(methods, baseline, shifts, standard, tuple(map(Path, given.overlap)))
   write_report(report, Path(given.output))
   message(f"{Path(given.output) / 'report.html'}: {len(methods)} methods, {len(report.tasks)} tasks", stream=sys.stdout)
+  if failed is not None:
+    raise failed
 
 
-def _evaluate(workdirs: Sequence[str]) -> None:
-  """Evaluates runs on the data sets that flags name."""
+def _evaluate(workdirs: Sequence[str]) -> ValueError | None:
+  """Evaluates runs on the data sets that flags name; returns the error of evaluations that failed, after all others."""
   given = flags.FLAGS
   jobs, remarks = suites.read_jobs(given.data, given.suite, given.tasks)
   for remark in remarks:
     message(remark)
+  failed = None
   for workdir in workdirs:
     message(f"{workdir}:")
-    evaluate(Path(workdir), jobs=jobs, cache=cache_folder() / "features")
+    try:
+      evaluate(Path(workdir), jobs=jobs, cache=cache_folder() / "features")
+    except ValueError as error:
+      failed = error
+  return failed
 
 
 def main() -> None:

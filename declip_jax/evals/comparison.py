@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 import re
 from typing import Any, NamedTuple
@@ -14,6 +14,10 @@ from declip_jax.evals import intervals, metrics, results
 from declip_jax.evals.intervals import Interval
 from declip_jax.evals.ranks import RECALL_AT
 from declip_jax.evals.results import Result
+
+
+# Evaluators in the order of a report; others follow.
+ORDER = ("zero_shot", "retrieval", "composition", "linear_probe", "few_shot", "knn", "nearest_mean")
 
 
 class Task(NamedTuple):
@@ -172,7 +176,8 @@ def _by_label(runs: Mapping[tuple[str, str], dict[Task, Scored]]) -> dict[str, l
 def tasks(methods: Sequence[Method]) -> list[Task]:
   """All tasks that any method has a result of, by evaluator and then by data set."""
   found = {task for method in methods for run in method.runs for task in run}
-  return sorted(found, key=lambda task: (task.kind, task.dataset, task.variant))
+  kinds = [*dict.fromkeys([*ORDER, *sorted(task.kind for task in found)])]
+  return sorted(found, key=lambda task: (kinds.index(task.kind), task.dataset, task.variant))
 
 
 def cell(scored: Sequence[Scored], metric: str) -> Cell | None:
@@ -314,10 +319,12 @@ def _recall_answers(predictions: Mapping[str, np.ndarray], metric: str) -> _Answ
   image, text, owner = (predictions[name] for name in ("image_rank", "text_rank", "image_of_text"))
   size = len(image)
   texts = np.bincount(owner, minlength=size)
-  if metric == "mean_recall":
-    counts = sum(image < k for k in RECALL_AT).astype(np.int64)
-    hits = sum(np.bincount(owner, weights=text < k, minlength=size) for k in RECALL_AT).astype(np.int64)
-    return _Answers(_mean_recall, (counts, hits, texts))
+  if metric in _MEANS:
+    counts, hits = (
+      sum(np.bincount(whose, weights=rank < k, minlength=size) for k in _MEANS[metric]).astype(np.int64)
+      for whose, rank in ((np.arange(size), image), (owner, text))
+    )
+    return _Answers(partial(_mean_recall, 2 * len(_MEANS[metric])), (counts, hits, texts))
   if way == "image_to_text" and k.isdecimal():
     return _Answers(metrics.accuracy, (image < int(k),))
   if way == "text_to_image" and k.isdecimal():
@@ -327,9 +334,15 @@ def _recall_answers(predictions: Mapping[str, np.ndarray], metric: str) -> _Answ
   return None
 
 
-def _mean_recall(images: np.ndarray, texts: np.ndarray, trials: np.ndarray, times: np.ndarray) -> np.ndarray:
-  """Mean of the recalls at 1, 5 and 10 both ways, from how many of the three each image, and each of its texts, has."""
-  return (intervals.ratio(images, np.ones_like(images), times) + intervals.ratio(texts, trials, times)) / 6
+# Means of recalls both ways -> at which ranks.
+_MEANS = {"mean_recall": metrics.RECALL_AT, "mean_r1": (1,)}
+
+
+def _mean_recall(
+  number: int, images: np.ndarray, texts: np.ndarray, trials: np.ndarray, times: np.ndarray
+) -> np.ndarray:
+  """Mean of a number of recalls, half of them each way, from how many of them each image, and each of its texts, has."""
+  return (intervals.ratio(images, np.ones_like(images), times) + intervals.ratio(texts, trials, times)) / number
 
 
 def _p_value(values: Float[np.ndarray, "r"]) -> float:

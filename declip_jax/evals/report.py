@@ -30,6 +30,7 @@ from declip_jax.reporting.documents import Block, Heading, Picture, Table
 TITLES = {
   "zero_shot": "Zero-shot classification",
   "retrieval": "Retrieval",
+  "composition": "Composition",
   "linear_probe": "Linear probe",
   "few_shot": "Few shots",
   "knn": "Nearest neighbours",
@@ -172,7 +173,7 @@ def _protocol(report: Report, kind: str) -> Iterator[str]:
   own = [scored for scored in _all(report) if scored.result.ours["kind"] == kind]
   options = {json.dumps(scored.result.ours["options"], sort_keys=True) for scored in own} - {"{}"}
   prompts = sorted({scored.result.ours.get("about", {}).get("prompts", "") for scored in own} - {""})
-  if prompts:
+  if prompts and kind == "zero_shot":
     yield f"Prompts: {', '.join(prompts)}."
   if options:
     yield f"Options: {'; '.join(f'`{text}`' for text in sorted(options))}."
@@ -210,7 +211,7 @@ def _metrics(report: Report, task: Task) -> list[str]:
   if task.kind == "retrieval":
     return list(dict.fromkeys([some.headline, *(name for name in _RETRIEVAL if name in some.metrics)]))
   if task.kind == "few_shot":
-    return [name for name in some.metrics if name.startswith("shots_")]
+    return sorted((name for name in some.metrics if name.startswith("shots_")), key=lambda name: int(name[6:]))
   return [some.headline]
 
 

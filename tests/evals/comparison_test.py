@@ -114,6 +114,8 @@ def test_recalls_resample_images_with_all_their_texts() -> None:
   answers = comparison._answers(ranks, "mean_recall")
   sides = [(ranks[side] < k).mean() for side in ("image_rank", "text_rank") for k in (1, 5, 10)]
   assert answers.metric(*answers.columns, once)[0] == pytest.approx(np.mean(sides))
+  answers = comparison._answers(ranks, "mean_r1")
+  assert answers.metric(*answers.columns, once)[0] == pytest.approx((sides[0] + sides[3]) / 2)
 
 
 def test_the_mean_of_a_suite_needs_all_its_sets(tmp_path: Path) -> None:
