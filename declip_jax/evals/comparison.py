@@ -15,7 +15,6 @@ from declip_jax.evals.intervals import Interval
 from declip_jax.evals.ranks import RECALL_AT
 from declip_jax.evals.results import Result
 
-
 # Evaluators in the order of a report; others follow.
 ORDER = ("zero_shot", "retrieval", "composition", "linear_probe", "few_shot", "knn", "nearest_mean")
 
@@ -335,7 +334,7 @@ def _recall_answers(predictions: Mapping[str, np.ndarray], metric: str) -> _Answ
 
 
 # Means of recalls both ways -> at which ranks.
-_MEANS = {"mean_recall": metrics.RECALL_AT, "mean_r1": (1,)}
+_MEANS = {"mean_recall": RECALL_AT, "mean_r1": (1,)}
 
 
 def _mean_recall(

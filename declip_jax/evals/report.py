@@ -290,7 +290,8 @@ def _few_shot(report: Report, pictures: Path) -> Iterator[Block]:
         if at is not None:
           zero_shot[method.label] = at.value
     path = pictures / f"{results.slug(f'few_shot_{task}')}.png"
-    charts.plot_few_shot(curves, zero_shot, f"{task}: {next(iter(report.methods)).of(task)[0].details['method']}", path)
+    some = next(scored for method in report.methods for scored in method.of(task))
+    charts.plot_few_shot(curves, zero_shot, f"{task}: {some.details['method']} regression", path)
     yield Picture(path, f"Few shots on {task}; a star is zero-shot accuracy")
 
 
@@ -393,7 +394,7 @@ def _shift(report: Report, source: str, keys: Sequence[str], kind: str, pictures
   yield Heading(f"From {source}, {TITLES[kind].lower()}", 3)
   yield Table(header, rows)
   bars = {
-    label: {key: (cell.value, cell.interval) for key, cell in found.items() if key in (source, *present)}
+    label: {key: (found[key].value, found[key].interval) for key in (source, *present) if key in found}
     for label, found in own.items()
   }
   path = pictures / f"{results.slug(f'shift_{source}_{kind}')}.png"
