@@ -340,7 +340,7 @@ _MEANS = {"mean_recall": RECALL_AT, "mean_r1": (1,)}
 def _mean_recall(
   number: int, images: np.ndarray, texts: np.ndarray, trials: np.ndarray, times: np.ndarray
 ) -> np.ndarray:
-  """Mean of a number of recalls, half of them each way, from how many of them each image, and each of its texts, has."""
+  """Mean of a number of recalls, half of them each way, from how many of them each image and each of its texts has."""
   return (intervals.ratio(images, np.ones_like(images), times) + intervals.ratio(texts, trials, times)) / number
 
 
