@@ -374,7 +374,9 @@ def check_parameters(name: str) -> None:
   assert num_parameters(name) == load(other).PUBLISHED["parameters"] + more
 
 
-@pytest.mark.parametrize("name", [name for name in REPRESENTATIVES if name in ENTRIES])
+@pytest.mark.parametrize(
+  "name", [name for name in REPRESENTATIVES if "parameters" in vars(load(name)).get("PUBLISHED", {})]
+)
 def test_one_result_per_folder_has_the_published_parameter_count(name: str) -> None:
   check_parameters(name)
 
