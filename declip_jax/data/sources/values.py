@@ -51,7 +51,8 @@ def captions_of(value: Any) -> list[str]:
   if is_missing(value):
     return []
   if isinstance(value, Mapping):
-    value = next((value[key] for key in TEXT_KEYS if key in value), value)  # a list of objects may be one of lists
+    # A list of objects may be one of lists; captions in several languages have English ones.
+    value = next((value[key] for key in (*TEXT_KEYS, "en") if key in value), value)
   listed = value if isinstance(value, list | tuple) else _elements(value) if isinstance(value, str) else [value]
   texts = [_text(one) for one in listed if not is_missing(one)]
   if any(text is None for text in texts):

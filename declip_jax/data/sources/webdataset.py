@@ -30,6 +30,7 @@ A .json without these three keys counts if exactly one of its keys is a common n
 `clip_benchmark` reads the rest of it too: several labels, metadata, prompts.
 """
 
+import codecs
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,7 @@ from absl import logging
 from jaxtyping import Int64
 import numpy as np
 
-from declip_jax.data.sources import lists
+from declip_jax.data.sources import lists, values
 from declip_jax.data.sources.base import BadSample, Example, bad_sample
 from declip_jax.data.storage import files, indexes, jobs, layouts, patterns, tars, texts
 from declip_jax.data.storage.bounded import parse_json
@@ -59,6 +60,7 @@ _INDEX_FORMAT = 4  # part of the hash: raise it when the index or the rules for 
 _GROUP = 16  # shards per job; as many threads scan them, which hides the latency of disks and servers
 _ALONE = 2**32  # bytes of shards, some seconds of work; for more it is faster to start other processes
 _SHOWN = 8  # suffixes that a message lists
+_PROBES = 100  # samples among which a message looks for a .json
 _COUNTED = 100  # suffixes that are counted in a shard; dots in the names of images make any number
 _TEXTS = tuple(suffix.removeprefix(".") for suffix in files.CAPTION_SUFFIXES)
 _TEXTS += tuple(f"{image}.{text}" for text in _TEXTS for image in _IMAGES)
@@ -226,12 +228,14 @@ def _remarks_on_fields(source: WebDataset, shard: str) -> Iterator[str]:
   if not suffixes.keys() - {*_IMAGES} or suffixes.keys() & {*_TEXTS, "cls"}:
     return
   keys = ""
-  if "json" in suffixes:
+  for index in range(min(len(source), _PROBES)) if "json" in suffixes else ():
     with contextlib.suppress(ValueError):
-      if source[0]["captions"]:
-        return
-      place, contents = source.contents(0)
-      keys = f"; the .json of {place} has the keys {', '.join(map(repr, _parsed(contents['json'], place)))}"
+      place, contents = source.contents(index)
+      if "json" in contents:
+        if source[index]["captions"]:
+          return
+        keys = f"; the .json of {place} has the keys {', '.join(map(repr, _parsed(contents['json'], place)))}"
+        break
   wanted = f"{', '.join(files.CAPTION_SUFFIXES)}, or from {', '.join(map(repr, _CAPTION_KEYS))} in .json"
   yield f"no captions found, its samples have {_shown(Counter(suffixes))}{keys}; captions are read from {wanted}"
 
@@ -424,7 +428,8 @@ def _with_labels(members: Iterable[tars.Member], file: BinaryIO, labels: list[in
     if member.suffix == "cls" and member.stop - member.data <= _LONGEST_LABEL:
       file.seek(member.data)
       text = file.read(member.stop - member.data)
-      found = [*labels, int(text)] if _LABEL.fullmatch(text) else labels
+      label = _number(text)
+      found = labels if label is None else [*labels, label]
       labels[:] = [min(found), max(found)] if found else []
     yield member
 
@@ -463,18 +468,30 @@ def _captions(contents: dict[str, bytes], place: str, by_line: bool) -> tuple[st
 
 
 def _described(text: bytes, place: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """The captions in a list of a .json, which count before a .txt, and those that count after it."""
-  parsed = _parsed(text, place)
-  values = [parsed[key] for key in _CAPTION_KEYS if key in parsed]
-  listed = _strip(next((value for value in values if isinstance(value, list)), []))
-  if values:
-    return listed, _strip(value for value in values if isinstance(value, str))[:1]
+  """The captions in a list of a .json, which count before a .txt, and those that count after it.
+
+  Raises:
+    ValueError: the text is not JSON.
+  """
+  parsed = parse_json(texts.decode(text, place))
+  if not isinstance(parsed, dict):  # a list of captions, or a caption
+    return (_captions_of(parsed), ()) if isinstance(parsed, list) else ((), _captions_of(parsed))
+  found = [parsed[key] for key in _CAPTION_KEYS if key in parsed]
+  listed = _captions_of(next((value for value in found if isinstance(value, list | dict)), []))
+  if found:
+    return listed, tuple(one for value in found if isinstance(value, str) for one in _captions_of(value))[:1]
   try:
     keys = lists.choose("caption", None, list(parsed), lists.CAPTION_NAMES, place, several=True)
   except ValueError:  # any of several
     keys = ()
-  others = (value if isinstance(value, list) else [value] for value in map(parsed.get, keys))
-  return listed, tuple(caption for value in others for caption in _strip(value))
+  return listed, tuple(one for key in keys for one in _captions_of(parsed[key]))
+
+
+def _captions_of(value: Any) -> tuple[str, ...]:
+  """The captions in a value of a .json, as tables read it; none if it has another type."""
+  with contextlib.suppress(BadSample):
+    return tuple(values.captions_of(value))
+  return ()
 
 
 def _parsed(text: bytes, place: str) -> dict[str, Any]:
@@ -487,13 +504,18 @@ def _parsed(text: bytes, place: str) -> dict[str, Any]:
   return parsed if isinstance(parsed, dict) else {}
 
 
-def _strip(captions: Iterable[Any]) -> tuple[str, ...]:
-  stripped = (text.strip() for text in captions if isinstance(text, str))
-  return tuple(filter(None, stripped))
+def _strip(captions: Iterable[str]) -> tuple[str, ...]:
+  return tuple(text.strip() for text in captions if not values.is_missing(text))
+
+
+def _number(text: bytes) -> int | None:
+  """The number in a .cls, which may start with a byte order mark; None if it is something else."""
+  text = text.removeprefix(codecs.BOM_UTF8)
+  return int(text) if _LABEL.fullmatch(text) else None
 
 
 def _label(text: bytes, classes: int, place: str) -> int:
-  label = int(text) if _LABEL.fullmatch(text) else None
+  label = _number(text)
   if label is None or label < -1 or (classes and label >= classes):
     legal = f"to {classes - 1}, the last line of classnames.txt" if classes else "up"
     message = f"{place}: bad .cls {text[:40]!r}: expected a whole number from -1 {legal}"
