@@ -66,7 +66,7 @@ def _entries(path: str, split: str | None) -> Iterator[Entry | BadSample]:
   except ValueError as error:
     raise ValueError(f"{path}: not JSON: {error}") from None
   content = content if isinstance(content, dict) else {}
-  images, annotations = (_objects(content, name, path) for name in ("images", "annotations"))
+  images, annotations = (_objects(content, name) for name in ("images", "annotations"))
   if any("sentences" in image for image in images):
     return _karpathy_entries(images, split, path)
   if not any("caption" in annotation for annotation in annotations):
@@ -89,13 +89,10 @@ def _parsed(text: str, path: str) -> Any:
     return parse_json(text)
 
 
-def _objects(content: Mapping[str, Any], name: str, path: str) -> list[Mapping[str, Any]]:
-  """A list of objects, empty if it is missing."""
+def _objects(content: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+  """A list of objects, empty if it is missing; an element that is not an object becomes an empty one."""
   listed = content.get(name)
-  for number, element in enumerate(listed if isinstance(listed, list) else ()):
-    if not isinstance(element, dict):
-      raise ValueError(f"{path}: expected an object, but {name}[{number}] is {element!r:.80}")
-  return listed if isinstance(listed, list) else []
+  return [element if isinstance(element, dict) else {} for element in listed] if isinstance(listed, list) else []
 
 
 def _coco_entries(
@@ -109,9 +106,12 @@ def _coco_entries(
       yield BadSample("damaged record", f"{path}: annotation of an unknown image: {annotation!r:.200}")
     else:
       captions[named].append(annotation.get("caption"))
+  seen: dict[int | str, Any] = {}  # file of each id
   for number, (known, image) in enumerate(zip(ids, images, strict=True)):
     if known is None:
       yield BadSample("damaged record", f"{path}: images[{number}] needs a number or text as id: {image!r:.200}")
+    elif seen.setdefault(known, image.get("file_name")) != image.get("file_name"):
+      yield BadSample("damaged record", f"{path}: images[{number}] has the id of another image: {image!r:.200}")
     else:
       yield _entry(known, image.get("file_name"), captions[known], f"{path}, image {known}")
 
@@ -126,14 +126,16 @@ def _id(value: Any) -> int | str | None:
 
 
 def _karpathy_entries(images: Sequence[Mapping[str, Any]], split: str | None, path: str) -> Iterator[Entry | BadSample]:
-  counts = Counter(str(image.get("split")) for image in images)
+  counts = Counter(str(image.get("split")) for image in images if image)
   wanted = set(split.split("+")) if split else set()
   if not wanted or not wanted <= counts.keys():
     raise ValueError(f"{path}: split={split}; choose with ?split=NAME or NAME+NAME; numbers of images: {dict(counts)}")
   for number, image in enumerate(images):
-    if str(image.get("split")) in wanted:
+    if not image:
+      yield BadSample("damaged record", f"{path}: images[{number}] is not an object with fields")
+    elif str(image.get("split")) in wanted:
       name = "/".join(map(str, filter(None, (image.get("filepath"), image.get("filename")))))
-      captions = [sentence.get("raw") for sentence in _objects(image, "sentences", f"{path}: images[{number}]")]
+      captions = [sentence.get("raw") for sentence in _objects(image, "sentences")]
       yield _entry(image.get("imgid", number), name, captions, f"{path}, image {number}")
 
 

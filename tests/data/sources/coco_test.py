@@ -143,18 +143,34 @@ def test_other_json_is_an_error(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
-  ("content", "message"),
+  ("content", "bad"),
   [
-    ({**ANNOTATIONS, "images": [1, 2]}, r"an object, but images\[0\] is 1"),
-    ({**ANNOTATIONS, "annotations": [*ANNOTATIONS["annotations"], None]}, r"an object, but annotations\[5\] is None"),
-    ({**ANNOTATIONS, "images": {"id": 1}}, "no usable sample"),
-    ({"images": [{"filename": "a", "split": "test", "sentences": ["x"]}]}, r"images\[0\]: .* sentences\[0\] is 'x'"),
+    ({**ANNOTATIONS, "images": [1, None, *ANNOTATIONS["images"]]}, 2),
+    ({**ANNOTATIONS, "annotations": [*ANNOTATIONS["annotations"], None]}, 1),
+    ({**ANNOTATIONS, "images": [*ANNOTATIONS["images"], {"id": 10, "file_name": "other.jpg"}]}, 1),
   ],
 )
-def test_elements_that_are_not_objects_are_named(tmp_path, content, message):
-  path = write(tmp_path / "captions.json", content)
-  with pytest.raises(ValueError, match=f"captions\\.json.*{message}") as error:
-    open_coco(f"{path}?split=test" if "annotations" not in content else path)
+def test_elements_that_are_not_objects_and_second_ids_are_damaged_records(tmp_path, content, bad):
+  write_images(tmp_path, f"{10:012d}.jpg", f"{30:012d}.jpg")
+  whole = open_coco(write(tmp_path / "captions.json", ANNOTATIONS))
+  source = open_coco(write(tmp_path / "more.json", content))
+  captions = [[example["captions"] for example in each] for each in (whole, source)]
+  assert captions[0] == captions[1]
+  assert source.skipped == {**whole.skipped, "damaged record": whole.skipped["damaged record"] + bad}
+
+
+def test_sentences_that_are_not_objects_are_skipped(tmp_path):
+  images = [{"filename": "a.jpg", "split": "test", "sentences": [None, "x", {"raw": "a dog"}]}, None]
+  write_images(tmp_path, "a.jpg")
+  source = open_coco(f"{write(tmp_path / 'dataset.json', {'images': images})}?split=test")
+  assert [example["captions"] for example in source] == [("a dog",)]
+  assert source.skipped == {"damaged record": 1}
+
+
+@pytest.mark.parametrize("content", [{**ANNOTATIONS, "images": {"id": 1}}, {**ANNOTATIONS, "images": [1, 2]}])
+def test_a_file_without_usable_images_is_named(tmp_path, content):
+  with pytest.raises(ValueError, match=r"captions\.json.*no usable sample") as error:
+    open_coco(write(tmp_path / "captions.json", content))
   assert "\n" not in str(error.value)
 
 
