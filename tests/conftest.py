@@ -16,9 +16,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # make test-device sets it to ""
 if os.environ["JAX_PLATFORMS"] == "cpu" and xla_flags(8) not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 
-# Most of the time of these tests is compiling. The cache outlives a checkout.
+# Programs of any size are kept, since the tests compile thousands of small ones. The cache outlives a checkout.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/declip_jax/compiled_tests"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 
