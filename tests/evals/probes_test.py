@@ -1,5 +1,6 @@
 """Tests of `declip_jax.evals.probes` and `scoring`: what is trained on which rows, scores, and errors."""
 
+from dataclasses import replace
 from typing import Any
 
 from greys import Greys, grey_encoders
@@ -79,6 +80,17 @@ def test_few_shots_have_a_mean_and_a_deviation_for_each_number(method: str) -> N
 def test_splits_that_cannot_be_used_are_named(kind: str, train: Any, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     run(kind, train)
+
+
+@pytest.mark.parametrize("kind", ["linear_probe", "few_shot", "knn", "nearest_mean"])
+def test_features_that_are_not_finite_are_named(kind: str) -> None:
+  encoders = grey_encoders(8)
+  broken = replace(encoders, image=lambda images: tuple(x / (x[:, :1] - 30) for x in encoders.image(images)))
+  with np.errstate(divide="ignore", invalid="ignore"):
+    splits = {"train": Split(greys(*TRAIN), broken)}
+    data = make_data(broken, Texts(broken), Split(greys(*TEST), broken), **splits)
+    with pytest.raises(ValueError, match=r"train: the features of row \d are not finite"):
+      EVALUATORS[kind].function(data, None)
 
 
 def test_a_test_split_without_labels_is_named() -> None:

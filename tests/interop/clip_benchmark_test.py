@@ -1,5 +1,7 @@
-"""CLIP_benchmark gives an exported run the accuracy that our evaluator gives it."""
+"""CLIP_benchmark gives an exported run the accuracy that our evaluator gives it, and merges our results."""
 
+import argparse
+import csv
 import io
 import os
 from pathlib import Path
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 
+from clip_benchmark.cli import main_build
 from clip_benchmark.datasets.builder import build_dataset
 from clip_benchmark.metrics import zeroshot_classification as theirs
 from ml_collections import ConfigDict
@@ -67,3 +70,9 @@ def test_zero_shot_accuracy_is_the_same(tmp_path: Path) -> None:
   top1, top5 = best[:, 0].float().mean().item(), best.any(dim=1).float().mean().item()
   assert len(target) == ours["eval/scenes/images"] == 400
   np.testing.assert_allclose([top1, top5], [ours["eval/scenes/top1"], ours["eval/scenes/top5"]], atol=5e-4)
+  (result,) = (tmp_path / "run" / "results").glob("*.json")
+  main_build(argparse.Namespace(files=[str(result)], output=str(tmp_path / "all.csv")))
+  with (tmp_path / "all.csv").open() as file:
+    (row,) = csv.DictReader(file)
+  assert (row["dataset"], row["task"], row["language"]) == ("scenes", "zeroshot_classification", "en")
+  assert float(row["acc1"]) == ours["eval/scenes/top1"]
