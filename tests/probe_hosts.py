@@ -1,4 +1,4 @@
-"""Every probe on the arrays of the fixtures: tests/probe_hosts.py OUT PORT PROCESS.
+"""Every probe and every search on the arrays of the fixtures: tests/probe_hosts.py OUT PORT PROCESS.
 
 As a command it is one of two processes, with one device each and unequal shares of the rows; the first writes OUT.
 """
@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import references as reference
 
-from declip_jax.evals import few_shot, linear_probe, nearest, sgd_probe
-from declip_jax.evals.rows import Labelled
+from declip_jax.evals import few_shot, linear_probe, nearest, overlap, ranks, sgd_probe
+from declip_jax.evals.rows import Labelled, first_row
 from declip_jax.sharding import make_mesh
 
 
@@ -20,7 +20,7 @@ def top1(scores: np.ndarray, label: np.ndarray) -> float:
 
 
 def results() -> dict[str, np.ndarray]:
-  """Scores of every probe; every process has to call this."""
+  """Scores of every probe, and results of every search; every process has to call this."""
   golden, mesh = reference.load("probes"), make_mesh(-1, 1)
 
   def local(x: np.ndarray) -> np.ndarray:
@@ -38,6 +38,10 @@ def results() -> dict[str, np.ndarray]:
   votes, _ = nearest.knn(train, test, classes=8, mesh=mesh, neighbours=(5,))
   means, _ = nearest.nearest_mean(train, test, classes=8)
   few = {"classes": 8, "shots": (1, 5)}
+  pairs, copies = reference.load("retrieval"), reference.load("overlap")
+  ranked = ranks.retrieval_ranks(pairs["image"], pairs["text"], pairs["text_to_image"])
+  rows = local(copies["train"])
+  duplicates = overlap.across_hosts(overlap.nearest(copies["evaluation"], [rows], first=first_row(len(rows))))
   return {
     "strengths": np.array([fit.strength for fit in swept.fits]),
     "swept": swept.scores,
@@ -45,6 +49,9 @@ def results() -> dict[str, np.ndarray]:
     "stochastic": stochastic.scores,
     "weighted": votes[5].weighted,
     "means": means,
+    "text_ranks": ranked.image_to_text.high,
+    "image_ranks": ranked.text_to_image.high,
+    "duplicates": duplicates.index,
     "ridge": few_shot.ridge(train, test, top1, **few).scores,
     "logistic": few_shot.logistic(train, test, top1, mesh=mesh, **few).scores,
   }
