@@ -4,7 +4,8 @@ Without --train, finds the near-duplicates within the test images. By default im
 their lowest frequencies, which needs no model; near-duplicates differ in at most 6 bits. --weights compares them by the
 features of any checkpoint that declip_jax.load reads; SimCLR's are suitable, and CLIP's are not, since images of the
 same meaning are near. Their threshold is the one that tells altered copies of the test images from other test images
-with a precision of --precision; --threshold gives another one.
+with a precision of --precision; --threshold gives another one. Test images of which a nearest training image has the
+same pixels are counted as identical, whatever the threshold.
 
 DIR then has overlap.json, overlap.npz with the nearest training images of each test image, and overlap.png, the pairs
 around the threshold: look at them, and set --threshold where the duplicates end. --predictions names the predictions of
@@ -18,7 +19,7 @@ from pathlib import Path
 import sys
 from typing import Any, NamedTuple
 
-from absl import flags
+from absl import flags, logging
 import jax
 from jaxtyping import Bool, Float
 import numpy as np
@@ -40,6 +41,7 @@ from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256
 _SHOWN = 36  # pairs in the picture
+_ROUNDING = 1e-5  # by which the cosine of equal features may differ from 1
 
 
 class Search(NamedTuple):
@@ -96,6 +98,20 @@ def describe(result: Search, threshold: float, within: bool) -> dict[str, Any]:
   return found
 
 
+def identical(test: Source, train: Source, found: Nearest) -> int:
+  """Number of test images one of whose nearest training images has the same pixels."""
+
+  def same(row: int) -> bool:
+    candidates = found.index[row, found.cosine[row] >= 1 - _ROUNDING]
+    return any(np.array_equal(_pixels(test, row), _pixels(train, index)) for index in candidates)
+
+  return sum(same(row) for row in range(len(found.index)))
+
+
+def _pixels(source: Source, index: int) -> np.ndarray:
+  return image_ops.decode(source[int(index)]["image"])
+
+
 def _draw(test: Source, train: Source, found: Nearest, threshold: float, path: Path) -> None:
   """Draws pairs around the threshold, nearest first: as many above it as below it, where there are enough."""
   order = np.argsort(-found.cosine[:, 0], kind="stable")
@@ -103,11 +119,7 @@ def _draw(test: Source, train: Source, found: Nearest, threshold: float, path: P
   above = int((found.cosine[order, 0] >= threshold).sum())
   start = max(0, min(above - _SHOWN // 2, len(order) - _SHOWN))
   shown = order[start : start + _SHOWN]
-
-  def picture(source: Source, index: int) -> np.ndarray:
-    return image_ops.decode(source[int(index)]["image"])
-
-  pairs = [(picture(test, index), picture(train, found.index[index, 0])) for index in shown]
+  pairs = [(_pixels(test, index), _pixels(train, found.index[index, 0])) for index in shown]
   plot_pairs(pairs, found.cosine[shown, 0], threshold, path)
 
 
@@ -134,11 +146,18 @@ def overlap(
   Raises:
     ValueError: a source cannot be opened, or no threshold has the precision.
   """
-  sources = open_source(test), open_source(train) if train else None
-  result = search(*sources, encoders or lib.hash_encoders(_BATCH_SIZE))
+  query, rows = open_source(test), open_source(train) if train else None
+  result = search(query, rows, encoders or lib.hash_encoders(_BATCH_SIZE))
   if threshold is None:
     threshold = lib.choose_threshold(result.rates, precision).cosine if encoders else lib.HASH_THRESHOLD
   about = {"test": test, "train": train or test, **describe(result, threshold, within=not train)}
+  about["identical"] = identical(query, rows or query, result.found)
+  if about["precision"] < precision:
+    logging.warning(
+      "the threshold %.4g has a precision of %.4g on altered copies, less than %.4g: look at overlap.png, and give a "
+      "higher --threshold or other --weights",
+      *(threshold, about["precision"], precision),
+    )
   overlaps = result.found.cosine[:, 0] >= threshold
   if predictions is not None:
     about["effect"] = _effect(overlaps, predictions)
@@ -148,7 +167,7 @@ def overlap(
     np.savez_compressed(file, index=result.found.index, cosine=result.found.cosine, overlaps=overlaps)
     records.write(workdir / "overlap.npz", file.getvalue())
     with optional(workdir / "overlap.png"):
-      _draw(sources[0], sources[1] or sources[0], result.found, threshold, workdir / "overlap.png")
+      _draw(query, rows or query, result.found, threshold, workdir / "overlap.png")
     records.write(workdir / "overlap.json", (json.dumps(about, indent=2, allow_nan=False) + "\n").encode())
   return about
 

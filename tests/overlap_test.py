@@ -47,6 +47,7 @@ def test_duplicates_are_found_without_a_model(specs, tmp_path):
   found = overlap(test, train, None, tmp_path / "out", predictions=tmp_path / "predictions.npz")
   assert (found["images"], found["unreadable"], found["overlap"]) == (19, 1, 3)
   assert found["contamination"] == pytest.approx(3 / 19)
+  assert found["identical"] == 1
   assert found["precision"] == 1
   assert found["recall"] < 0.8  # the hash does not recognise all crops
   assert sum(found["histogram"].values()) == 19
@@ -70,9 +71,10 @@ def test_duplicates_within_a_set_are_clusters(specs, tmp_path):
   twice = write(tmp_path / "twice", [1, 2, 1, 3, 1])
   found = overlap(twice, "", None, tmp_path, threshold=0.9)
   assert (found["overlap"], found["clusters"], found["duplicate_share"]) == (3, 1, 0.4)
+  assert found["identical"] == 3
 
 
-def test_a_model_gets_the_threshold_of_a_precision(specs, tmp_path):
+def test_a_model_gets_the_threshold_of_a_precision(specs, tmp_path, caplog):
   """A detector by mean colours of a grid, whose threshold is chosen."""
   encoders = Encoders(
     image=lambda images: (images.reshape(-1, 4, 4, 4, 4, 3).mean(axis=(2, 4)).reshape(len(images), -1) - 127.5, None),
@@ -86,7 +88,9 @@ def test_a_model_gets_the_threshold_of_a_precision(specs, tmp_path):
   assert 0.5 < found["threshold"] < 1
   assert found["precision"] >= 0.9
   assert found["overlap"] == 3
+  assert "precision" not in caplog.text
   assert overlap(*specs, encoders, tmp_path, threshold=-1.0)["contamination"] == 1
+  assert "threshold -1 has a precision of 0.5" in caplog.text
 
 
 def test_predictions_of_other_data_are_named(specs, tmp_path):
