@@ -12,7 +12,7 @@ around the threshold: look at them, and set --threshold where the duplicates end
 an evaluation on the same data, to compare its accuracy on images with and without a duplicate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import io
 import json
 from pathlib import Path
@@ -27,9 +27,11 @@ import numpy as np
 from declip_jax.clip import load
 from declip_jax.data import images as image_ops
 from declip_jax.data.sources import Source, open_source
+from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import overlap as lib
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.features import Split
+from declip_jax.evals.feature_cache import FeatureCache, tree_hash
+from declip_jax.evals.features import Encode, Split, encode
 from declip_jax.evals.overlap import Nearest
 from declip_jax.evals.similarity import unit_rows
 from declip_jax.reporting.pictures import optional, plot_pairs
@@ -41,7 +43,25 @@ from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256
 _SHOWN = 36  # pairs in the picture
+_SHARD = 2**16  # rows that have a copy in memory at once
 _ROUNDING = 1e-5  # by which the cosine of equal features may differ from 1
+
+
+class Detector(NamedTuple):
+  """What compares images.
+
+  Attributes:
+    encoders: encode functions; images are compared by their pooled features.
+    threshold: smallest cosine of near-duplicates, None if it is chosen for each data set.
+    encode: function that returns features of a source.
+  """
+
+  encoders: Encoders
+  threshold: float | None
+  encode: Encode = encode
+
+
+HASH = Detector(lib.hash_encoders(_BATCH_SIZE), lib.HASH_THRESHOLD)
 
 
 class Search(NamedTuple):
@@ -58,9 +78,13 @@ class Search(NamedTuple):
   readable: Bool[np.ndarray, "n"]
 
 
-def search(test: Source, train: Source | None, encoders: Encoders) -> Search:
+def search(test: Source, train: Source | None, detector: Detector) -> Search:
   """Encodes all images and altered copies of the test images, and searches."""
-  query, copy = gather_rows(_rows(Split(test, encoders))), gather_rows(_rows(Split(lib.Copies(test), encoders)))
+
+  def split(source: Source) -> Split:
+    return Split(source, detector.encoders, encode=detector.encode)
+
+  query, copy = (gather_rows(np.concatenate([*_shards(split(source))])) for source in (test, lib.Copies(test)))
   readable = ~np.isnan(query).any(axis=1)
   within = lib.nearest(query, [query], within=True)
   own = (unit_rows(query) * unit_rows(copy)).sum(axis=1)
@@ -68,13 +92,16 @@ def search(test: Source, train: Source | None, encoders: Encoders) -> Search:
   rates = lib.calibration(own[usable], within.cosine[usable, 0])
   if train is None:
     return Search(within, rates, readable)
-  split = Split(train, encoders)
-  return Search(lib.across_hosts(lib.nearest(query, [_rows(split)], first=split.rows.start)), rates, readable)
+  rows = split(train)
+  return Search(lib.across_hosts(lib.nearest(query, _shards(rows), first=rows.rows.start)), rates, readable)
 
 
-def _rows(split: Split) -> Float[np.ndarray, "n d"]:
-  """Features of this host's images; NaN for those that cannot be read, which are near none."""
-  return np.where(split.features.readable[:, None], split.features.pooled, np.nan).astype(np.float32)
+def _shards(split: Split) -> Iterator[Float[np.ndarray, "rows d"]]:
+  """Features of this host's images, some at a time; NaN for those that cannot be read, which are near none."""
+  features = split.features
+  for start in range(0, max(len(features.pooled), 1), _SHARD):
+    part = slice(start, start + _SHARD)
+    yield np.where(features.readable[part, None], features.pooled[part], np.nan).astype(np.float32)
 
 
 def describe(result: Search, threshold: float, within: bool) -> dict[str, Any]:
@@ -126,7 +153,7 @@ def _draw(test: Source, train: Source, found: Nearest, threshold: float, path: P
 def overlap(
   test: str,
   train: str,
-  encoders: Encoders | None,
+  detector: Detector,
   workdir: Path,
   *,
   threshold: float | None = None,
@@ -137,9 +164,9 @@ def overlap(
 
   Args:
     test, train: specs of sources; "" as `train` for the test images themselves.
-    encoders: encode functions of the detector, None for the hash.
+    detector: what compares images, such as `HASH`.
     workdir: folder to write to.
-    threshold: smallest cosine of near-duplicates; None for the default of the hash, or the one of `precision`.
+    threshold: smallest cosine of near-duplicates; None for that of the detector, or the one of `precision`.
     precision: least precision on altered copies.
     predictions: file of predictions with the array `row`, and `correct` or `rank`.
 
@@ -147,9 +174,11 @@ def overlap(
     ValueError: a source cannot be opened, or no threshold has the precision.
   """
   query, rows = open_source(test), open_source(train) if train else None
-  result = search(query, rows, encoders or lib.hash_encoders(_BATCH_SIZE))
+  result = search(query, rows, detector)
   if threshold is None:
-    threshold = lib.choose_threshold(result.rates, precision).cosine if encoders else lib.HASH_THRESHOLD
+    threshold = detector.threshold
+  if threshold is None:
+    threshold = lib.choose_threshold(result.rates, precision).cosine
   about = {"test": test, "train": train or test, **describe(result, threshold, within=not train)}
   about["identical"] = identical(query, rows or query, result.found)
   if about["precision"] < precision:
@@ -187,17 +216,28 @@ def _summary(about: dict[str, Any]) -> Sequence[str]:
   return [line for line in lines if not line.startswith("histogram")]
 
 
+def _detector() -> Detector:
+  """The detector of the flags, whose features are kept in the same cache as those of `evaluate`."""
+  given = flags.FLAGS
+  cache = None if given.cache == "off" else Path(given.cache or cache_folder() / "features")
+  if not given.weights:
+    kept = FeatureCache(cache, "none", {"detector": "64-bit DCT hash"}, (64, 0)) if cache else None
+    return HASH._replace(encode=kept.encode if kept else encode)
+  clip = load(given.weights, parse_settings(given.settings, "--settings"))
+  encoders = clip.encoders(given.batch_size, needs_text=False)
+  if cache is None:
+    return Detector(encoders, None)
+  tower = {"image": clip.image_fields, "dtype": np.dtype(clip.model.towers.dtype).name}
+  weights = tree_hash({"params": clip.params, "collections": clip.collections})
+  return Detector(encoders, None, FeatureCache(cache, weights, tower, clip.feature_widths).encode)
+
+
 def _command(workdir: Path) -> None:
   given = flags.FLAGS
-  encoders = None
-  if given.weights:
-    encoders = load(given.weights, parse_settings(given.settings, "--settings")).encoders(
-      given.batch_size, needs_text=False
-    )
   about = overlap(
     given.test,
     given.train,
-    encoders,
+    _detector(),
     workdir,
     threshold=given.threshold,
     precision=given.precision,
@@ -214,6 +254,7 @@ def main() -> None:
   flags.DEFINE_string("weights", None, "Checkpoint whose image features to compare, instead of a hash.")
   flags.DEFINE_multi_string("settings", [], "What the checkpoint does not contain, such as image.activation=gelu.")
   flags.DEFINE_integer("batch_size", _BATCH_SIZE, "Images encoded at once.", lower_bound=1)
+  flags.DEFINE_string("cache", None, "Folder of features, or off; by default in the user's cache folder.")
   flags.DEFINE_float(
     "threshold", None, "Smallest cosine of near-duplicates; for the hash, 1 - (bits that differ) / 32."
   )

@@ -8,7 +8,8 @@ import pytest
 
 from declip_jax.data.images import EvalView
 from declip_jax.evals.encoders import Encoders
-from declip_jax.overlap import overlap
+from declip_jax.evals.feature_cache import FeatureCache
+from declip_jax.overlap import HASH, Detector, overlap
 
 
 def picture(seed):
@@ -44,7 +45,7 @@ def specs(tmp_path_factory):
 def test_duplicates_are_found_without_a_model(specs, tmp_path):
   test, train = specs
   np.savez(tmp_path / "predictions.npz", row=np.arange(1, 20), rank=np.arange(1, 20) >= 4)
-  found = overlap(test, train, None, tmp_path / "out", predictions=tmp_path / "predictions.npz")
+  found = overlap(test, train, HASH, tmp_path / "out", predictions=tmp_path / "predictions.npz")
   assert (found["images"], found["unreadable"], found["overlap"]) == (19, 1, 3)
   assert found["contamination"] == pytest.approx(3 / 19)
   assert found["identical"] == 1
@@ -59,6 +60,9 @@ def test_duplicates_are_found_without_a_model(specs, tmp_path):
     assert arrays["index"][[1, 2, 3], 0].tolist() == [31, 32, 30]
     assert arrays["index"].shape == (20, 5)
     assert arrays["cosine"][3, 0] == 1
+  cache = FeatureCache(tmp_path / "cache", "none", {}, (64, 0))
+  for _ in range(2):  # the second time from the cache
+    assert overlap(test, train, HASH._replace(encode=cache.encode), tmp_path / "again")["overlap"] == 3
   sheet = cv2.imread(str(tmp_path / "out" / "overlap.png"))
   green = (sheet[..., 1] > 100) & (sheet[..., 0] < 100) & (sheet[..., 2] < 60)
   assert green.any()
@@ -66,10 +70,10 @@ def test_duplicates_are_found_without_a_model(specs, tmp_path):
 
 def test_duplicates_within_a_set_are_clusters(specs, tmp_path):
   _, train = specs
-  found = overlap(train, "", None, tmp_path)
+  found = overlap(train, "", HASH, tmp_path)
   assert (found["images"], found["overlap"], found["clusters"], found["duplicate_share"]) == (33, 0, 0, 0)
   twice = write(tmp_path / "twice", [1, 2, 1, 3, 1])
-  found = overlap(twice, "", None, tmp_path, threshold=0.9)
+  found = overlap(twice, "", HASH, tmp_path, threshold=0.9)
   assert (found["overlap"], found["clusters"], found["duplicate_share"]) == (3, 1, 0.4)
   assert found["identical"] == 3
 
@@ -84,12 +88,12 @@ def test_a_model_gets_the_threshold_of_a_precision(specs, tmp_path, caplog):
     batch_size=8,
     batch_rows=np.arange(8),
   )
-  found = overlap(*specs, encoders, tmp_path, precision=0.9)
+  found = overlap(*specs, Detector(encoders, None), tmp_path, precision=0.9)
   assert 0.5 < found["threshold"] < 1
   assert found["precision"] >= 0.9
   assert found["overlap"] == 3
   assert "precision" not in caplog.text
-  assert overlap(*specs, encoders, tmp_path, threshold=-1.0)["contamination"] == 1
+  assert overlap(*specs, Detector(encoders, None), tmp_path, threshold=-1.0)["contamination"] == 1
   assert "threshold -1 has a precision of 0.5" in caplog.text
 
 
@@ -101,4 +105,4 @@ def test_predictions_of_other_data_are_named(specs, tmp_path):
   ):
     np.savez(path, **arrays)
     with pytest.raises(ValueError, match=f"predictions.npz has .*{message}"):
-      overlap(*specs, None, tmp_path, predictions=path)
+      overlap(*specs, HASH, tmp_path, predictions=path)
