@@ -79,13 +79,19 @@ class Search(NamedTuple):
 
 
 def search(test: Source, train: Source | None, detector: Detector) -> Search:
-  """Encodes all images and altered copies of the test images, and searches."""
+  """Encodes all images and altered copies of the test images, and searches.
+
+  Raises:
+    ValueError: no test image can be read, or only one.
+  """
 
   def split(source: Source) -> Split:
     return Split(source, detector.encoders, encode=detector.encode)
 
   query, copy = (gather_rows(np.concatenate([*_shards(split(source))])) for source in (test, lib.Copies(test)))
   readable = ~np.isnan(query).any(axis=1)
+  if readable.sum() < 2:
+    raise ValueError(f"{test.name}: {readable.sum()} images can be read, but a detector is calibrated on at least two")
   within = lib.nearest(query, [query], within=True)
   own = (unit_rows(query) * unit_rows(copy)).sum(axis=1)
   usable = readable & ~np.isnan(own) & (within.index[:, 0] >= 0)
@@ -108,7 +114,7 @@ def describe(result: Search, threshold: float, within: bool) -> dict[str, Any]:
   """The fields of overlap.json that depend on the images."""
   nearest = result.found.cosine[result.readable, 0]
   known = nearest[np.isfinite(nearest)]
-  counts, edges = np.histogram(known, bins=np.linspace(-1, 1, 101))
+  counts, edges = np.histogram(known.clip(-1, 1), bins=np.linspace(-1, 1, 101))
   chosen = lib.at(result.rates, threshold)
   found = {
     "threshold": threshold,

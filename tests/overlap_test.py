@@ -97,6 +97,12 @@ def test_a_model_gets_the_threshold_of_a_precision(specs, tmp_path, caplog):
   assert "threshold -1 has a precision of 0.5" in caplog.text
 
 
+def test_a_set_without_images_that_can_be_read_is_named(specs, tmp_path):
+  broken = write(tmp_path / "broken", [None, 1, None])
+  with pytest.raises(ValueError, match=f"{broken}: 1 images can be read"):
+    overlap(broken, specs[1], HASH, tmp_path)
+
+
 def test_predictions_of_other_data_are_named(specs, tmp_path):
   path = tmp_path / "predictions.npz"
   for arrays, message in (

@@ -1,7 +1,7 @@
 """Overlap of training and evaluation data: near-duplicate images, and their effect (Radford et al. 2021, section 5).
 
 A detector is any function from images to features; two images are near-duplicates if the cosine of their features is at
-least a threshold. Features of CLIP are a poor choice, since images of the same meaning are near. `HashView` and
+least a threshold. Features of CLIP are a poor choice, since images of the same meaning are near. `HASH_VIEW` and
 `dct_hash` are a detector without a model: rows of 64 signs, whose cosine is `1 - h / 32` at Hamming distance `h`.
 """
 
@@ -40,8 +40,7 @@ def dct_hash(images: UInt8[np.ndarray, "b 32 32 3"]) -> Float[np.ndarray, "b 64"
   """64 signs per image, as unit-norm rows: which of the lowest 8 x 8 frequencies exceed their median.
 
   This is the perceptual hash pHash, of pixels by `HASH_VIEW`. It recognises images that were resized or encoded again,
-  and few that were cropped. Coefficients are rounded, so that all images of one
-  colour have the same hash.
+  and few that were cropped. Coefficients are rounded, so that all images of one colour have the same hash.
   """
   grey = images @ np.array([0.299, 0.587, 0.114])
   low = fft.dctn(grey, axes=(1, 2), norm="ortho")[:, :_LOW, :_LOW].reshape(len(images), -1).round(6)

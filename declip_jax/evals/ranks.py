@@ -30,7 +30,7 @@ METRICS = (
 _BLOCK = 1024  # queries whose scores are in memory at once
 _MATCH, _OTHER, _EXCLUDED = 1, 0, -1  # a key, as seen from a query
 
-# Function from a slice of the queries to what each key is to each of them, int8 `[block keys]`.
+# Function from positions of queries to what each key is to each of them: `_MATCH`, `_OTHER` or `_EXCLUDED`.
 Relevance = Callable[[Int[np.ndarray, "block"]], Int8[np.ndarray, "block keys"]]
 
 
@@ -75,7 +75,7 @@ def retrieval_ranks(
   folds: int = 1,
   similarity: Similarity | None = None,
 ) -> RetrievalRanks:
-  """Ranks every image among the queries of every text, and every text among those of every image.
+  """The rank of the best own text among all texts for each image, and of the best own image for each text.
 
   Scores are computed for 1,024 queries at a time, split over the devices of all hosts, and only counts leave the
   devices. Every host calls this with the same arrays and receives all ranks.
