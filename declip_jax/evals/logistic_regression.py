@@ -32,6 +32,7 @@ _MEMORY = 10  # pairs of differences that L-BFGS keeps
 # A step is taken if the objective decreases by this share of what the slope promises, or, where it changes by less than
 # its rounding errors, if the slope has decreased (Hager & Zhang 2005, section 2).
 _DECREASE, _ROUNDING = 1e-4, 1e-6
+_LEAST_VARIANCE = 1e-3  # of the mean; less would enlarge rounding errors along axes that hardly vary
 _SHORTEST = 1e-6  # a fit whose steps become shorter has met the rounding errors of its gradient, and ends
 
 Tree = Any
@@ -101,7 +102,8 @@ def principal_axes(data: Sequence[Data], mesh: Mesh) -> Axes:
   """The axes of all rows that count; every host has to call this."""
   mean, covariance = jax.tree.map(np.asarray, _moments(mesh)(tuple(data)))
   variance, axis = np.linalg.eigh(covariance.astype(np.float64))
-  axes = Axes(mean, axis.astype(np.float32), np.maximum(variance, 0).astype(np.float32))
+  variance = np.maximum(variance, _LEAST_VARIANCE * variance.mean())
+  axes = Axes(mean, axis.astype(np.float32), variance.astype(np.float32))
   if jax.process_count() > 1:  # hosts of different kinds may choose different signs
     axes = Axes(*multihost_utils.broadcast_one_to_all(tuple(axes)))
   return axes
