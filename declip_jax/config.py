@@ -361,6 +361,20 @@ def linear_probe(data: str, train: str = "", val: str = "", features: str = "poo
   return _evaluation("linear_probe", data, train=train, val=val, features=features)
 
 
+def sgd_probe(
+  data: str,
+  train: str = "",
+  val: str = "",
+  rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+  epochs: int = 100,
+  batch_size: int = 1024,
+  features: str = "pooled",
+) -> ConfigDict:
+  """A linear head trained by gradient descent (SLIP, MoCo v3) with the one of `rates` that is best on `val`."""
+  options = {"rates": rates, "epochs": epochs, "batch_size": batch_size, "features": features}
+  return _evaluation("sgd_probe", data, train=train, val=val, **options)
+
+
 def few_shot(
   data: str,
   train: str = "",
@@ -406,6 +420,7 @@ EVALUATIONS = {
   "zero_shot": zero_shot,
   "retrieval": retrieval,
   "linear_probe": linear_probe,
+  "sgd_probe": sgd_probe,
   "few_shot": few_shot,
   "knn": knn,
   "nearest_mean": nearest_mean,

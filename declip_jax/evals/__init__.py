@@ -92,6 +92,7 @@ EVALUATORS = {
     of=("classification", "multilabel"),
     names={own: f"lp_{name}" for own, name in _CLASSIFICATION.items()},
   ),
+  "sgd_probe": _PROBE._replace(function=probes.sgd_probe),
   "few_shot": _PROBE._replace(function=probes.few_shot),
   "knn": _PROBE._replace(function=probes.knn),
   "nearest_mean": _PROBE._replace(function=probes.nearest_mean),

@@ -12,6 +12,7 @@ from declip_jax.data.sources import Source
 from declip_jax.evals import few_shot as few_shot_lib
 from declip_jax.evals import linear_probe as linear_probe_lib
 from declip_jax.evals import nearest, splits
+from declip_jax.evals import sgd_probe as sgd_probe_lib
 from declip_jax.evals.features import EvaluationData, Split
 from declip_jax.evals.intervals import student
 from declip_jax.evals.results import Scores
@@ -40,13 +41,9 @@ def linear_probe(data: EvaluationData, pictures: Path | None, *, features: str =
     ValueError: a split cannot be used, see `linear_probe.sweep`.
   """
   del pictures
-  classes, train = _classes(data), _labelled(data.train, features)
-  if data.val is not None:
-    val, rule = _labelled(data.val, features), "given"
-  else:
-    train, val, rule = _carve(train, data.train, data.validation_per_class)
-  test = _labelled(data.test, features)
-  result = linear_probe_lib.sweep(train, val, test, criterion(data.metric), classes=classes, mesh=make_mesh(-1, 1))
+  *rows, rule = _three_splits(data, features)
+  common = {"classes": _classes(data), "mesh": make_mesh(-1, 1)}
+  result = linear_probe_lib.sweep(*rows, criterion(data.metric), **common)
   details = {
     "features": features,
     "validation": rule,
@@ -54,6 +51,43 @@ def linear_probe(data: EvaluationData, pictures: Path | None, *, features: str =
     "converged": result.converged,
     "fits": [dataclasses.asdict(fit) for fit in result.fits],
     "refit": result.refit and dataclasses.asdict(result.refit),
+  }
+  return score(data, result.scores, details)
+
+
+def sgd_probe(
+  data: EvaluationData,
+  pictures: Path | None,
+  *,
+  rates: Sequence[float] = sgd_probe_lib.RATES,
+  epochs: int = sgd_probe_lib.SGD.epochs,
+  batch_size: int = sgd_probe_lib.SGD.batch_size,
+  features: str = "pooled",
+) -> Scores:
+  """A linear head trained by gradient descent, whose learning rate is chosen on `val`, see `sgd_probe.sgd_probe`.
+
+  Args:
+    data: the splits; without `val`, a part of `train` takes its place, see `splits.carve`.
+    pictures: unused.
+    rates: learning rates, not multiplied by the batch size.
+    epochs: passes over the training split.
+    batch_size: images of a step.
+    features: see `linear_probe`.
+
+  Raises:
+    ValueError: a split cannot be used, or every head diverged.
+  """
+  del pictures
+  *rows, rule = _three_splits(data, features)
+  recipe = dataclasses.replace(sgd_probe_lib.SGD, epochs=epochs, batch_size=batch_size)
+  common = {"classes": _classes(data), "mesh": make_mesh(-1, 1), "recipe": recipe, "rates": tuple(rates)}
+  result = sgd_probe_lib.sgd_probe(*rows, criterion(data.metric), **common)
+  details = {
+    "features": features,
+    "validation": rule,
+    "rate": result.rate,
+    "val_scores": [list(pair) for pair in result.val_scores.items()],
+    "loss": result.loss.tolist(),
   }
   return score(data, result.scores, details)
 
@@ -198,6 +232,15 @@ def _labelled(split: Split, kind: str) -> Labelled:
   if found.labels is not None:
     return Labelled(features, np.where(found.readable[:, None], found.labels, 0).astype(np.int8))
   return Labelled(features, np.where(found.readable, found.label, -1))
+
+
+def _three_splits(data: EvaluationData, features: str) -> tuple[Labelled, Labelled, Labelled, str]:
+  """Training, validation and test rows, and where the validation rows are from."""
+  train, test = _labelled(data.train, features), _labelled(data.test, features)
+  if data.val is not None:
+    return train, _labelled(data.val, features), test, "given"
+  train, val, rule = _carve(train, data.train, data.validation_per_class)
+  return train, val, test, rule
 
 
 def _carve(train: Labelled, split: Split, per_class: int) -> tuple[Labelled, Labelled, str]:

@@ -32,6 +32,7 @@ TITLES = {
   "retrieval": "Retrieval",
   "composition": "Composition",
   "linear_probe": "Linear probe",
+  "sgd_probe": "Linear probe by gradient descent",
   "few_shot": "Few shots",
   "knn": "Nearest neighbours",
   "nearest_mean": "Nearest class mean",

@@ -58,6 +58,16 @@ def test_a_validation_split_is_used_or_carved() -> None:
   assert given.details["validation"] == "given"
 
 
+def test_a_head_has_the_rate_that_is_best_on_the_validation_split() -> None:
+  scores = run("sgd_probe", rates=(1e-9, 0.1, 1e38), epochs=20, batch_size=8, features="joint")
+  assert scores.metrics["images"] == 6
+  rates = [rate for rate, _ in scores.details["val_scores"]]
+  assert rates == [1e-9, 0.1]  # the last head diverged
+  assert scores.details["rate"] in rates
+  assert len(scores.details["loss"]) == 20
+  assert scores.details["validation"].startswith("per class, the last 20 %")
+
+
 @pytest.mark.parametrize("method", ["logistic", "ridge"])
 def test_few_shots_have_a_mean_and_a_deviation_for_each_number(method: str) -> None:
   scores = run("few_shot", shots=(1, 4, 64), seeds=(0, 1), method=method)
