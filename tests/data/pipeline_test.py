@@ -484,8 +484,11 @@ def test_evaluation_is_in_order_padded_and_masked(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_batch_shapes_equal_the_samples(recipe: str) -> None:
-  make_views = MakeViews(RECIPES[recipe], Tokenizer(16), Rendering(20), Masking(patch_grid=5))
-  dataset = pipeline.training_samples(Mixture((open_source("scenes:train/40/24"),)), make_views, 0)
+  source = open_source("scenes:train/40/24")
+  make_views = MakeViews(
+    RECIPES[recipe], Tokenizer(16), Rendering(20), Masking(patch_grid=5), num_classes=len(source.classnames)
+  )
+  dataset = pipeline.training_samples(Mixture((source,)), make_views, 0)
   batch = next(pipeline.TrainStream(dataset, 8))
   batch.pop(pipeline.BAD_COUNTS)
   assert {name: (value.shape, value.dtype.type) for name, value in batch.items()} == make_views.batch_shapes(8)
