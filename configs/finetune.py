@@ -3,8 +3,8 @@
   python -m declip_jax.train --config=finetune:init=RUN,data=FOLDER,test=FOLDER --workdir runs/finetune
 
 The procedure is BeiT's, which SLIP uses for ViT-B on ImageNet (slip/finetune_base), with a learning rate in proportion
-to the batch size. With `head=text` it is WiSE-FT's instead of a random classifier: the classifier reads joint
-embeddings, and starts as the zero-shot classifier of the class names.
+to the batch size. With `head=text`, as in WiSE-FT, the classifier reads joint embeddings and starts as the zero-shot
+classifier of the class names.
 """
 
 import os
@@ -46,8 +46,9 @@ def get_config(
   if head not in HEADS:
     raise ValueError(f"head {head!r}: choose one of {HEADS}")
   c = config.default("finetune", architecture or "ViT-B/16")
-  if not architecture and os.path.isfile(f"{init}/config.json"):
-    copy_tower(c, f"{init}/config.json")
+  saved = f"{init.partition('/checkpoints')[0]}/config.json"
+  if init and not architecture and os.path.isfile(saved):
+    copy_tower(c, saved)
   c.batch_size = batch_size
   c.duration, c.optimizer.warmup = config.duration(epochs=epochs), config.duration(epochs=epochs / 5)
   c.data.train = (labelled(data),)

@@ -528,7 +528,8 @@ def test_fine_tuning_takes_the_tower_of_a_run(finished_run: FinishedRun) -> None
   assert (c.init_from.path, c.evals.test.data) == (str(finished_run.workdir), "webdataset:/val/*.tar")
   assert c.optimizer.learning_rate == pytest.approx(2.5e-4)
   assert (c.duration.epochs, c.optimizer.warmup.epochs) == (10, 2)
-  text = get("finetune", init=str(finished_run.workdir), head="text")
+  text = get("finetune", init=f"{finished_run.workdir}/checkpoints/8", head="text")
+  assert text.model.image.to_dict() == run.model.image.to_dict()
   assert text.model.heads.classify_joint
   assert text.init_from.templates
   assert not c.init_from.templates
