@@ -16,7 +16,7 @@ import PIL.Image
 from declip_jax.data import images as image_ops
 from declip_jax.data.pipeline import Reading
 from declip_jax.data.text.tokenizer import make_tokenizer
-from declip_jax.evals import zero_shot
+from declip_jax.evals import prompts
 from declip_jax.evals.encoders import EncodeFunction, EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.similarity import Embeddings, concatenate, padded_size
 from declip_jax.models.heads.joint import Joint
@@ -143,8 +143,9 @@ class Clip:
       raise ValueError("a zero-shot classifier needs the names of the classes, and there are none")
     if self.tokens:
       raise ValueError(f"these weights ({self.origin}) compare tokens, so they have no linear zero-shot classifier")
-    rows = zero_shot.classifier(self.encode_text(zero_shot.prompts(classnames, templates)), len(classnames))
-    return np.float32(self.logit_scale) * rows
+    texts, rows = prompts.unique_prompts(prompts.from_templates(classnames, templates))
+    unit = prompts.classifier(self.encode_text(texts), rows)
+    return np.asarray(self.logit_scale * unit, np.float32)
 
   def image_features(self, images: Float[np.ndarray, "n h w 3"], batch_size: int = 64) -> Float[np.ndarray, "n d"]:
     """Joint embeddings, float32 and not of unit norm, of images after `preprocess` and `normalise`.
