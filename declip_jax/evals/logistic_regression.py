@@ -26,12 +26,15 @@ import optax
 from declip_jax.evals.rows import num_blocks
 from declip_jax.sharding import replicated
 
-TOLERANCE = 1e-5  # largest entry of the gradient at which a fit ends
+TOLERANCE = 1e-5  # largest entry of the gradient at which a fit may end
 ITERATIONS = 1000  # limit of CLIP's probes (Radford et al. 2021, A.3)
 _MEMORY = 10  # pairs of differences that L-BFGS keeps
 # A step is taken if the objective decreases by this share of what the slope promises, or, where it changes by less than
 # its rounding errors, if the slope has decreased (Hager & Zhang 2005, section 2).
 _DECREASE, _ROUNDING = 1e-4, 1e-6
+# A fit goes on while a step promises to decrease the objective by more than this share of it. Otherwise the fits of
+# separable classes, whose objective and gradient are close to 0, would end far from the optimum or where they started.
+_PROMISE = 1e-6
 _LEAST_VARIANCE = 1e-3  # of the mean; less would enlarge rounding errors along axes that hardly vary
 _SHORTEST = 1e-6  # a fit whose steps become shorter has met the rounding errors of its gradient, and ends
 
@@ -129,7 +132,7 @@ def fit(
     answered: columns that have data; the others stay zero, and a softmax leaves them out.
     mesh: devices of the rows.
     start: classifiers to start from, such as those of a neighbouring C; zeros by default.
-    tolerance: largest entry of the gradient at which a fit ends.
+    tolerance: largest entry of the gradient at which a fit may end.
     iterations: number of iterations after which a fit ends.
   """
   if start is None:
@@ -331,7 +334,9 @@ def _minimise(
     return _Search(point, objective, gradient, largest, direction, memory, step, iterations, passes)
 
   def running(now: _Search) -> Bool[Array, "m"]:
-    return (now.largest > tolerance) & (now.iterations < limit) & (now.step > _SHORTEST)
+    promise = _dot(now.gradient, now.direction) / 2  # of a step to the minimum of a quadratic objective
+    unfinished = (now.largest > tolerance) | (promise > _PROMISE * now.objective)
+    return unfinished & (now.iterations < limit) & (now.step > _SHORTEST)
 
   def advance(now: _Search) -> _Search:
     active, slope = running(now), -_dot(now.gradient, now.direction)

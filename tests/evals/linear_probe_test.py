@@ -74,6 +74,17 @@ def test_the_sweep_takes_the_path_of_clip(mesh, name, score):
   np.testing.assert_allclose(found.scores, scores, atol=1e-5)  # the classifier is that of features as given
 
 
+def test_a_fit_of_separable_classes_does_not_end_where_its_gradient_is_small(mesh):
+  train = split("train")
+  train = train._replace(label=train.features[:, :7].argmax(axis=1))
+  usual, tight = (
+    linear_probe.fit(train, split("test"), 1e4, classes=7, mesh=mesh, tolerance=tolerance).chosen
+    for tolerance in (logistic_regression.TOLERANCE, 1e-7)
+  )
+  assert usual.objective < 0.01  # so that a gradient of 1e-5 says little
+  np.testing.assert_allclose(usual.objective, tight.objective, rtol=1e-3)
+
+
 def test_equal_scores_choose_the_smallest_strength(mesh):
   found = linear_probe.sweep(
     split("train"), split("val"), split("test"), lambda scores, label: 0.5, classes=7, mesh=mesh, refit=False
