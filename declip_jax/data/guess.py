@@ -19,6 +19,7 @@ _TABLES = (".csv", ".tsv", ".psv", ".jsonl", ".ndjson", ".parquet", ".pq")
 _TABLES += tuple(f"{suffix}.gz" for suffix in (*_TABLES, ".json"))
 _ARCHIVES = (".zip", ".7z", ".rar", ".bz2", ".xz", ".zst")  # the source says that a table has to be unpacked
 _TEXTS = (".txt", ".json")  # tables if their contents are those of a table
+_OTHER_IMAGES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".dng", ".cr2", ".nef", ".arw")
 _MOST_TEXTS = 10  # files with such suffixes in a folder; more are captions
 _SHARDS = {"arrayrecord": ".array_record", "webdataset": ".tar"}
 _COLUMNS = {*lists.IMAGE_NAMES, *lists.CAPTION_NAMES, *lists.LABEL_NAMES}
@@ -26,6 +27,7 @@ _PEEKED = 100  # records of a table
 _PROBED = 10  # images of a table to search for
 _WALKED, _WALKED_REMOTE = 1000, 20  # folders to search
 _OPTIONS = re.compile(r"(.*?)(?:\?([a-z_]+=.*))?", re.DOTALL)  # as in `lists.parse`
+_COCO = re.compile(r"captions_(.+)\.json")  # "captions_train2017.json" has the captions of the images in "train2017"
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")  # end of the names of TFDS's files
 
 
@@ -47,6 +49,7 @@ def guesses(path: str) -> list[str]:
   | another .json | coco |
   | a folder prepared by TFDS, or saved by Hugging Face's datasets | tfds, huggingface |
   | a folder of ArrayRecord files, tars or tables | the first of these kinds that exists, as a pattern |
+  | a folder with captions_*.json, or with "annotations" that has them | coco |
   | a folder with folders of splits, such as train and test | what is in those folders |
   | a folder with images, at any depth | folder |
   | a folder with tars or tables at any depth | as a pattern |
@@ -128,13 +131,35 @@ def _in_folder(folder: str) -> list[str]:
   for kind, suffix in _SHARDS.items():
     if alike := [name for name in names if name.lower().endswith(suffix)]:
       return [f"{kind}:{_location(folder, group, names)}" for group in _groups(alike)]
+  specs, found = _of_tables(folder, names)
+  if found:
+    return specs
+  return (
+    _coco(folder, names) or _in_splits(folder, names) or _below(folder, names, specs) or _annotations(folder, names)
+  )
+
+
+def _of_tables(folder: str, names: list[str]) -> tuple[list[str], bool]:
+  """The specs of the tables in a folder, and whether the images of the first are found."""
+  place = os.path.expanduser(folder)
   tables = _groups(_tables(place, names))
   roots = [_root(f"{place}/{group[0]}") for group in tables]
   specs = [f"table:{_location(folder, group, names)}" for group in tables]
   specs = [spec + _query(root) for spec, root in zip(specs, roots, strict=True)]
-  if specs and roots[0] is not None:
-    return specs
-  return _in_splits(folder, names) or _below(folder, specs) or _annotations(folder, names)
+  return specs, bool(roots) and roots[0] is not None
+
+
+def _coco(folder: str, names: list[str]) -> list[str]:
+  """The specs of COCO's captions in a folder or its "annotations", of the splits whose images are there."""
+  folders = patterns.folders(folder)
+  places = [(folder, names)]
+  if "annotations" in folders:
+    places.append((f"{folder}/annotations", _visible(f"{folder}/annotations")))
+  images = {*folders, *(patterns.folders(f"{folder}/images") if "images" in folders else ())}
+  found = [(place, name) for place, inside in places for name in inside if _COCO.fullmatch(name)]
+  here = [(place, name) for place, name in found if _COCO.fullmatch(name)[1] in images]  # others may be elsewhere
+  found = sorted(here or found, key=lambda path: (_order(layouts.split_of(path[1])), path))
+  return [f"coco:{place}/{name}" for place, name in found]
 
 
 def _tables(folder: str, names: list[str]) -> list[str]:
@@ -225,12 +250,22 @@ def _in_splits(folder: str, names: list[str]) -> list[str]:
   return specs
 
 
-def _below(folder: str, tables: list[str]) -> list[str]:
-  """The spec of images at any depth, unless there are tables and no captions; else of tables or shards at any depth."""
+def _below(folder: str, names: list[str], tables: list[str]) -> list[str]:
+  """The spec of images at any depth, else of tables or shards at any depth.
+
+  Without captions next to the images, tables come first: those in the folder, unless they name no images and there are
+  folders of classes, or those below it that name images.
+  """
+  if tables and _images(f"{os.path.expanduser(folder)}/{_tables(folder, names)[0]}") is None and _has_classes(folder):
+    tables = []
   places: dict[str, list[tuple[str, list[str]]]] = {}
+  above: list[str] = []
   for path, names in _walk(folder):
+    if path != folder and not above and not remote.is_url(folder):
+      specs, found = _of_tables(path, names)
+      above = specs if found and not _has_classes(folder) else []
     if _has_images(names):
-      return [f"folder:{folder}"] if has_captions(names) or not tables else tables
+      return [f"folder:{folder}"] if has_captions(names) else tables or above or [f"folder:{folder}"]
     for kind, suffixes in (*_SHARDS.items(), ("table", _TABLES)):
       if alike := [name for name in names if name.lower().endswith(suffixes)]:
         places.setdefault(kind, []).append((path, alike))
@@ -260,6 +295,12 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
 
 def _visible(folder: str) -> list[str]:
   return [name for name in patterns.names(folder) if not name.startswith(".")]
+
+
+def _has_classes(folder: str) -> bool:
+  """Whether at least two folders have images directly in them."""
+  classes = (name for name in patterns.folders(folder) if _has_images(_visible(f"{folder}/{name}")))
+  return len([*itertools.islice(classes, 2)]) == 2
 
 
 def _has_images(names: Iterable[str]) -> bool:
@@ -298,4 +339,6 @@ def _unknown(names: Iterable[str]) -> str:
   names = list(names)
   counts = files.suffixes(name for name in names if not name.endswith("/"))
   found = files.in_words(counts + Counter(folders=len(names) - counts.total())) or "nothing"
+  if others := {suffix for suffix in counts if suffix.lower() in _OTHER_IMAGES}:
+    return f"found {found}; {', '.join(sorted(others))} is not read: convert these images, such as to .jpg"
   return f"not recognised as a data set, found {found}; give KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}"

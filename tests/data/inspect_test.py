@@ -204,6 +204,25 @@ OBJECTS = '{"file_name": "1.jpg", "text": "one"}\n'
     ({"A.TAR": "", "B.TAR": ""}, ["webdataset:@/*.TAR"]),
     ({"A.TAR": "", "b.tar": ""}, ["webdataset:@/*.TAR::@/*.tar"]),
     ({"DATA.CSV": LINES, "1.JPG": ""}, ["table:@/*.CSV"]),
+    (  # COCO
+      {"annotations/captions_train2017.json": "{}", "annotations/captions_val2017.json": "{}"}
+      | {"annotations/instances_val2017.json": "{}", "train2017/1.jpg": "", "val2017/2.jpg": ""},
+      ["coco:@/annotations/captions_train2017.json", "coco:@/annotations/captions_val2017.json"],
+    ),
+    (
+      {
+        "annotations/captions_train2017.json": "{}",
+        "annotations/captions_val2017.json": "{}",
+        "images/val2017/2.jpg": "",
+      },
+      ["coco:@/annotations/captions_val2017.json"],
+    ),
+    ({"x/results.csv": LINES, "x/x/1.jpg": ""}, ["table:@/x/*.csv?root=@/x/x"]),  # Kaggle's Flickr30k
+    ({"x/captions.txt": LINES, "x/Images/1.jpg": ""}, ["table:@/x/captions.txt?root=@/x/Images"]),
+    ({"x/metadata.csv": LINES, "x/1.jpg": ""}, ["table:@/x/*.csv"]),
+    ({"x/metadata.csv": LINES, "x/1.jpg": "", "y/1.jpg": ""}, ["folder:@"]),
+    ({"labels.csv": "a,b\n1,2\n", "cat/1.jpg": "", "dog/2.jpg": ""}, ["folder:@"]),
+    ({"labels.csv": "a,b\n1,2\n", "images/1.jpg": ""}, ["table:@/*.csv"]),  # which names the columns it has
     (
       {"data/train-0.parquet": "", "data/test-0.parquet": ""},
       ["table:@/data/train*.parquet", "table:@/data/test*.parquet"],
@@ -307,6 +326,7 @@ def test_an_unknown_kind_is_reported_with_the_known_ones(tmp_path, monkeypatch):
     (["a.bin", "b.bin", "c", "d/e.txt"], "", "found 2 .bin, 1 no suffix, 1 folders; give"),
     (["a.tar", "b.csv"], "*", "found 1 .tar, 1 .csv"),
     (["a.jpg"], "a.jpg", "found 1 .jpg"),
+    (["a.HEIC", "b.jxl"], "", r"found 1 .HEIC, 1 .jxl; .HEIC, .jxl is not read: convert these images"),
     (["a.tar.gz"], "a.tar.gz", "found 1 .gz"),
     (["dataset_info.json"], "", "dataset_info.json lists no splits"),
   ],

@@ -17,6 +17,7 @@ from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, layouts, patterns, remote, texts
 from declip_jax.data.storage.reach import Reach
 
+_STRAY = 0.1  # share of images with a text below which folders are classes nevertheless
 _SUFFIXES = 20  # of files that are left out, those of most files
 
 
@@ -82,10 +83,11 @@ def open_folder(location: str) -> Folder:
   If there are texts next to images, NAME.txt or NAME.jpg.txt for NAME.jpg (see `files.CAPTION_SUFFIXES`), each of their
   lines that is not blank is a caption (in a WebDataset the whole text is one caption), and there are no classes.
   Otherwise the folders at the top are the classes, in alphabetical order as in torchvision; one without an image is an
-  error, as in torchvision, since skipping it would change the numbers of the classes after it. A classnames.txt next to
-  them, or above the folder of a split, may give better names, see `layouts.classnames_of_folders`. If there are no
-  folders with images either, the samples are images alone. Hidden files are skipped; files with other suffixes are left
-  out and counted. Links are followed, except for those that lead back to a folder above them.
+  error, as in torchvision, since skipping it would change the numbers of the classes after it. They are the classes,
+  too, if there are several and fewer than a tenth of the images have a text. A classnames.txt next to them, or above
+  the folder of a split, may give better names, see `layouts.classnames_of_folders`. If there are no folders with images
+  either, the samples are images alone. Hidden files are skipped; files with other suffixes are left out and counted.
+  Links are followed, except for those that lead back to a folder above them.
 
   The folder is listed each time it is opened, and the name of its index depends on its file names. Texts are read
   together with their images. The stamp also depends on sizes and times of some files, see `ListSource.stamp`, so that
@@ -100,15 +102,22 @@ def open_folder(location: str) -> Folder:
   name = f"folder:{location}"
   place, _ = lists.parse(location, ())
   folder = lists.absolute(place)
-  digest, tops, classes, captioned, left_out = hashlib.sha256(), set(), set(), False, Counter()
+  digest, tops, classes, left_out = hashlib.sha256(), set(), set(), Counter()
+  images, used_texts = 0, Counter()
   for found in _listing(folder):
     digest.update(repr((found.path, found.images, sorted(found.texts.values()))).encode())
     used = {text for image in found.images for text in _texts_of(image, found)}
-    captioned = captioned or bool(used)
+    images += len(found.images)
+    used_texts += files.suffixes(sorted(used))
     left_out += files.suffixes([*found.others, *sorted(set(found.texts.values()) - used)])
     top = found.path.partition("/")[0]
     tops |= {top} - {""}
     classes |= {top} - {""} if found.images else set()
+  captioned = bool(used_texts)
+  if captioned and len(classes) > 1 and used_texts.total() < _STRAY * images:
+    captioned, left_out = False, left_out + used_texts
+    few = f"{used_texts.total()} of {images} images have a text"
+    logging.warning("%s: only %s; these texts are left out, and the folders are the classes", name, few)
   if classes and all(map(layouts.is_split, classes)) and not captioned:
     first = min(classes, key=lambda split: (layouts.split_of(split) != "train", split))
     raise ValueError(f"{name}: {', '.join(sorted(classes))} are splits, not classes; open {place.rstrip('/')}/{first}")

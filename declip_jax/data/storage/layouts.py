@@ -94,7 +94,9 @@ def classnames_of_folders(path: str, folders: Sequence[str]) -> tuple[str, ...]:
     return tuple(folders)
   names = names_in(place)
   if len(names) != len(folders):
-    raise ValueError(f"{place} has {len(names)} lines, but there are {len(folders)} folders of classes; {_REMEDY}")
+    lines = "1 line" if len(names) == 1 else f"{len(names)} lines"
+    there = "is 1 folder" if len(folders) == 1 else f"are {len(folders)} folders"
+    raise ValueError(f"{place} has {lines}, but there {there} of classes; {_REMEDY}")
   if blank := [number for number, name in enumerate(names, 1) if not name]:
     raise ValueError(f"{place}: line {blank[0]} is blank, but each folder needs a name; {_REMEDY}")
   return _by_name(folders, names) or _by_number(folders, names, place) or _by_order(folders, names, place)

@@ -38,6 +38,15 @@ def test_folders_are_classes_in_alphabetical_order(tmp_path):
   assert not (tmp_path / "train" / ".declip_jax").exists()  # other tools would treat it as a class
 
 
+@pytest.mark.parametrize(("images", "classnames", "left_out"), [(6, ("cat", "dog"), {".txt": 1}), (5, (), {})])
+def test_folders_are_classes_although_a_few_images_have_texts(tmp_path, images, classnames, left_out):
+  names = [f"{name}/{number}.jpg" for name in ("cat", "dog") for number in range(images)]
+  source = open_folder(write(tmp_path, *names, **{"cat/0": "a photo of a cat"}))
+  assert source.classnames == classnames
+  assert source.left_out == left_out
+  assert source[0]["captions"] == (() if classnames else ("a photo of a cat",))
+
+
 @pytest.mark.parametrize("changed", ["a.jpg", "a.txt"])
 def test_files_that_are_replaced_in_place_change_the_stamp_but_not_the_index(tmp_path, changed):
   path = write(tmp_path, "a.jpg", "b.jpg", a="one", b="two")
@@ -60,7 +69,7 @@ def test_classnames_txt_names_the_folders(tmp_path):
   path = write(tmp_path, "n1/x.jpg", "n2/x.jpg", classnames="tench\nhot dog\n")
   assert open_folder(path).classnames == ("tench", "hot dog")
   write(tmp_path, classnames="tench\n")
-  with pytest.raises(ValueError, match="classnames.txt has 1 lines, but there are 2 folders"):
+  with pytest.raises(ValueError, match="classnames.txt has 1 line, but there are 2 folders"):
     open_folder(path)
 
 

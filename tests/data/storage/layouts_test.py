@@ -68,7 +68,7 @@ def test_folders_and_lines_that_fit(tmp_path, folders, lines, names):
   ("folders", "lines", "message"),
   [
     (["n03", "n07", "n09"], NUMBERS, "classnames.txt has 12 lines, but there are 3 folders"),
-    (["cat", "dog"], ["cat"], "has 1 lines, but there are 2"),
+    (["cat", "dog"], ["cat"], "has 1 line, but there are 2"),
     (["a", "b", "c"], ["A1", "", "C1"], "line 2 is blank"),
     (["3", "7", "10"], ["x", "y", "z"], r"order of their numbers \(3 first\) or of the alphabet \(10 first\)"),
     (["bird", "cat", "dog"], ["dog", "cat", "birds"], "line 1, 'dog', would name the folder 'bird'"),
