@@ -23,6 +23,7 @@ import resource
 import tempfile
 from typing import Any, NamedTuple
 
+from absl import logging
 from array_record.python import array_record_module
 import msgpack
 import numpy as np
@@ -35,7 +36,7 @@ _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random acce
 _READER_BUFFER = 2**15  # bytes
 _REQUIRED = {"image": "bytes", "captions": "list", "label": "int", "id": "str"}  # fields of a record, and their types
 _OPTIONAL = {"labels": "list", "groups": "dict"}
-_INDEX_FORMAT = 2
+_INDEX_FORMAT = 3
 _THREADS = 32
 _TAIL = 2**19  # bytes of a remote file to search first for its footer: the last 64 KiB, and 20 per record
 
@@ -47,11 +48,12 @@ def _most_readers() -> int:
 
 
 class _Files(NamedTuple):
-  """Paths, their stamps, and the number of records in each file and all files before it."""
+  """Paths, their stamps, numbers of records in each file and all files before it, and the number of damaged files."""
 
   paths: list[str]
   stamps: list[files.Stamp]
   ends: list[int]
+  damaged: int
 
 
 class ArrayRecord:
@@ -65,7 +67,8 @@ class ArrayRecord:
   def _files(self) -> _Files:
     try:
       about = json.loads(bytes(indexes.contents(self._index)))
-      return _Files(about["files"], list(map(tuple, about["stamps"])), np.cumsum(about["counts"]).tolist())
+      ends = np.cumsum(about["counts"]).tolist()
+      return _Files(about["files"], list(map(tuple, about["stamps"])), ends, about["damaged"])
     except (ValueError, LookupError, TypeError) as error:
       raise ValueError(f"{self._index}: damaged index ({error}); delete it to build it again") from error
 
@@ -81,7 +84,8 @@ class ArrayRecord:
 
   @property
   def skipped(self) -> dict[str, int]:
-    return {}  # the conversion skipped bad samples
+    """The number of damaged files; the conversion skipped bad samples."""
+    return {"damaged record": self._files.damaged} if self._files.damaged else {}
 
   @property
   def left_out(self) -> dict[str, int]:
@@ -99,7 +103,7 @@ class ArrayRecord:
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no record {index}, there are {len(self)}")
-    paths, stamps, ends = self._files
+    paths, stamps, ends, _ = self._files
     file = bisect_right(ends, index)
     position = index - (ends[file - 1] if file else 0)
     place = f"{paths[file]}, record {position}"
@@ -126,13 +130,15 @@ class ArrayRecord:
 def open_arrayrecord(location: str) -> ArrayRecord:
   """Opens a set of files; the first time, their records are counted from their footers.
 
+  A file that is cut off or not an ArrayRecord file is passed over, named in the log and counted in `skipped`.
+
   Args:
     location: the files, as in `patterns.expand`: `/data/cc12m/*.array_record`, `gs://bucket/cc12m/*.array_record`. The
       folder of the first file may contain a classnames.txt.
 
   Raises:
     FileNotFoundError: a pattern matches no file.
-    ValueError: a file is cut off or not an ArrayRecord file, or there is no record.
+    ValueError: all files are cut off or not ArrayRecord files, or there is no record.
   """
   paths = patterns.expand(location)
   stamps = files.stamps(paths)
@@ -179,8 +185,21 @@ def _reader(path: str, stamp: files.Stamp) -> Any:
 
 def _build(path: Path, paths: list[str], stamps: list[files.Stamp]) -> None:
   with ThreadPoolExecutor(min(_THREADS, len(paths))) as pool:
-    counts = list(pool.map(_count, paths, stamps))
-  path.write_text(json.dumps({"files": paths, "stamps": stamps, "counts": counts}))
+    counts = list(pool.map(_count_or_error, paths, stamps))
+  errors = [count for count in counts if isinstance(count, ValueError)]
+  if len(errors) == len(paths):
+    raise errors[0]
+  for error in errors:
+    logging.warning("%s; it is passed over", error)
+  numbers = [0 if isinstance(count, ValueError) else count for count in counts]
+  path.write_text(json.dumps({"files": paths, "stamps": stamps, "counts": numbers, "damaged": len(errors)}))
+
+
+def _count_or_error(path: str, stamp: files.Stamp) -> int | ValueError:
+  try:
+    return _count(path, stamp)
+  except ValueError as error:
+    return error
 
 
 def _count(path: str, stamp: files.Stamp) -> int:

@@ -6,12 +6,15 @@
 | .jsonl .ndjson .json | one object per line, or one array of objects |
 | .parquet .pq | rows |
 
-All but Parquet may be compressed with gzip. Text is UTF-8, UTF-16 with a byte order mark, or in the given `encoding`. A
-byte that is invalid there is an error and not just a skipped line, since it means that the whole table is in another
-encoding. A line that does not parse, or has more than 2^19 characters, is skipped and counted, with its number in the
-log, and reading continues on the next line. A quoted field may span lines. If one of these is a record of its own, the
-quotes are plain text: if one caption begins with a quote and a later one ends with a quote, such as 27", the lines
-between them are not lost.
+All but Parquet may be compressed with gzip. Of several files, those that are cut off or damaged are named in the log
+and count once each; their records before the damage remain. Text is UTF-8, UTF-16 with a byte order mark, or in the
+given `encoding`. A byte that is invalid there is an error and not just a skipped line, since it means that the whole
+table is in another encoding; but where each line is a JSON object, only its line is skipped.
+
+A line that does not parse, or has more than 2^19 characters, is skipped and counted, with its number in the log, and
+reading continues on the next line. A quoted field may span lines. If one of these is a record of its own, the quotes
+are plain text: if one caption begins with a quote and a later one ends with a quote, such as 27", the lines between
+them are not lost.
 
 A table names files, and nothing in it is trusted; `reach` describes which files it may name.
 
@@ -56,6 +59,7 @@ _SCORES = (
 _CHUNK = 2**20
 _LONGEST_SKIPPED = 2**24  # characters of an element of an array that is nested too deeply
 _ARCHIVES = ("zip", "7z", "rar", "tar", "tgz", "bz2", "xz", "zst")
+_INVALID = re.compile("[\udc80-\udcff]")  # a byte that cannot be decoded, with errors="surrogateescape"
 _GZIP = b"\x1f\x8b"
 _DISGUISED = {
   b"pk\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as .csv",
@@ -71,6 +75,10 @@ _DISGUISED = {
 
 # A line number, and its fields by column or an error message.
 _Record = tuple[int, Mapping[str, Any] | str]
+
+
+class DamagedFileError(ValueError):
+  """A table is cut off, or its compression or its pages are damaged."""
 
 
 class Table(NamedTuple):
@@ -129,16 +137,19 @@ def open_table(location: str) -> lists.ListSource:
 
   Raises:
     FileNotFoundError: the table does not exist, or its images are not found.
-    ValueError: a column is missing or ambiguous, the kind of file is unknown, a file is damaged or in another encoding,
-      or no line is usable.
+    ValueError: a column is missing or ambiguous, the kind of file is unknown, all files are damaged, one is in another
+      encoding, or no line is usable.
   """
   name = f"table:{location}"
   place, wanted = lists.parse(location, _ROLES)
   reach, paths, classnames = Reach.of(wanted), patterns.expand(place), _Classnames()
 
   def read_entries() -> Iterator[Entry | BadSample]:
+    damages: list[DamagedFileError] = []
     for number, path in enumerate(paths):
-      yield from _merged(_entries(number, path, wanted, classnames), path)
+      yield from _merged(_before_damage(_entries(number, path, wanted, classnames), damages), path)
+    if len(damages) == len(paths):
+      raise damages[0]
 
   chosen = {role: column for role, column in wanted.items() if role not in lists.REACH}
   marks = lists.MarkNames(_named(wanted, "labels"), _named(wanted, "group"))
@@ -189,7 +200,7 @@ def read_table(
     if kind in ("parquet", "pq"):
       yield _read_parquet(stream)
     else:
-      with _text(_unzipped(stream, path), path, encoding) as text:
+      with _text(_unzipped(stream, path), path, encoding, "json" in kind) as text:
         try:
           read = _read_json(text, path) if "json" in kind else _read_lines(text, path, set(names), header)
           columns, records = read
@@ -222,6 +233,18 @@ def _entries(number: int, path: str, wanted: Mapping[str, str], classnames: _Cla
         yield _entry(number, line, fields, chosen)
       except BadSample as error:
         yield BadSample(error.kind, f"{path}:{line}: {error}")
+
+
+def _before_damage(
+  records: Iterable[Entry | BadSample], damages: list[DamagedFileError]
+) -> Iterator[Entry | BadSample]:
+  """Yields the entries of a table up to damage, which counts as one bad record and is added to `damages`."""
+  try:
+    yield from records
+  except DamagedFileError as error:
+    logging.warning("%s; its records before the damage remain", error)
+    damages.append(error)
+    yield BadSample("damaged record", str(error))
 
 
 def _score(records: Sequence[_Record], column: str) -> str | None:
@@ -338,7 +361,7 @@ def _naming(path: str) -> Iterator[None]:
   except (pa.ArrowException, EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
     if isinstance(error, OSError) and error.errno is not None:  # of the system; errors of Arrow and gzip have no number
       raise
-    raise ValueError(f"{path}: cannot be read: {lists.one_line(error)}") from None
+    raise DamagedFileError(f"{path}: cannot be read: {lists.one_line(error)}") from None
 
 
 def _unzipped(stream: BinaryIO, path: str) -> BinaryIO:
@@ -350,14 +373,16 @@ def _unzipped(stream: BinaryIO, path: str) -> BinaryIO:
   return gzip.GzipFile(fileobj=stream) if named or start == _GZIP else stream
 
 
-def _text(stream: BinaryIO, path: str, encoding: str | None) -> Lines:
+def _text(stream: BinaryIO, path: str, encoding: str | None, is_json: bool) -> Lines:
   start = stream.read(texts.START)
   stream.seek(0)
   for magic, kind in _DISGUISED.items():
     if start.lower().startswith(magic):
       raise ValueError(f"{path}: not a text table, but {kind}")
   try:
-    return Lines(stream, encoding or texts.encoding_of(start), LONGEST)
+    encoding = encoding or texts.encoding_of(start)
+    has_objects = is_json and start.decode(encoding, "ignore").lstrip().startswith("{")
+    return Lines(stream, encoding, LONGEST, "surrogateescape" if has_objects else "strict")
   except LookupError as error:
     raise ValueError(f"{path}: {error}") from None
 
@@ -542,6 +567,12 @@ def _objects(text: Lines) -> Iterator[_Record]:
   for number, line in enumerate(text, start=1):
     if len(line) > text.longest:
       yield number, _too_long(line, text)
+    elif invalid := _INVALID.search(line):
+      remedy = "convert the line, or name the encoding of the file, as in ?encoding=latin-1"
+      yield (
+        number,
+        f"{ord(invalid[0]) & 0xFF:#04x} is not {text.encoding.removesuffix('-sig')}; {remedy}: {short(line)}",
+      )
     elif line.strip():
       try:
         yield number, _mapping(parse_json(line, _by_name))

@@ -26,13 +26,16 @@ class Lines(io.TextIOWrapper):
     stream: the file.
     encoding: its encoding.
     longest: the largest number of characters of a whole line.
+    errors: what to do about invalid bytes, as in `open`.
 
   Raises:
     LookupError: the encoding is unknown.
   """
 
-  def __init__(self, stream: Any, encoding: str, longest: int):
-    super().__init__(stream, encoding, newline="\n")  # a lone \r can occur within captions, and \r\n is stripped
+  def __init__(self, stream: Any, encoding: str, longest: int, errors: str = "strict"):
+    super().__init__(
+      stream, encoding, errors, newline="\n"
+    )  # a lone \r can occur within captions, and \r\n is stripped
     self.longest = longest
     self._CHUNK_SIZE = 2**16  # bytes to decode at once; by default 8 KiB, which takes longer
 

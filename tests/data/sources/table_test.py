@@ -555,10 +555,9 @@ def test_compressed_and_utf_16_tables(tmp_path):
     ("t.csv", "image,caption\na.jpg,x\nb.jpg,café\nc.jpg,über\n", 3),
     ("t.csv", "café,image,caption\n", 1),
     ("t.csv", "image,caption\n" + "a.jpg,x\n" * 20_000 + "b.jpg,café\n", 20_002),
-    ("t.jsonl", '{"image": "a.jpg", "caption": "x"}\n{"image": "b.jpg", "caption": "café"}\n', 2),
     ("t.json", '[\n{"image": "a.jpg", "caption": "x"},\n{"image": "b.jpg", "caption": "é"}]', 3),
   ],
-  ids=["csv", "header", "long csv", "lines", "array"],
+  ids=["csv", "header", "long csv", "array"],
 )
 @pytest.mark.parametrize("compressed", [False, True])
 def test_text_in_another_encoding_is_an_error_that_names_the_byte(tmp_path, name, text, line, compressed):
@@ -568,6 +567,19 @@ def test_text_in_another_encoding_is_an_error_that_names_the_byte(tmp_path, name
   place = f"{path}:{line}: byte {content.index(0xE9)} of the file, 0xe9, is not utf-8; "
   with pytest.raises(ValueError, match=rf"^{place}.*\?encoding=latin-1"):
     open_table(str(path))
+
+
+def test_a_byte_that_is_not_utf_8_costs_one_line_of_json(tmp_path):
+  write_images(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+  lines = [f'{{"image": "{name}.jpg", "caption": "{text}"}}\n' for name, text in ("ax", "bé", "cü")]
+  (tmp_path / "t.jsonl").write_bytes(b"".join(map(str.encode, lines, ["utf-8", "cp1252", "utf-8"])))
+  source = open_table(f"{tmp_path}/t.jsonl")
+  assert [example["captions"] for example in source] == [("x",), ("ü",)]
+  assert source.skipped == {"damaged record": 1}
+  (tmp_path / "t.jsonl").write_text(lines[1], "cp1252")
+  with pytest.raises(ValueError, match=r"t\.jsonl: .* 0xe9 is not utf-8; .*\?encoding=latin-1"):
+    open_table(f"{tmp_path}/t.jsonl")
+  assert captions(f"{tmp_path}/t.jsonl?encoding=latin-1") == [("é",)]
 
 
 def test_the_encoding_that_is_given(tmp_path):
@@ -616,6 +628,24 @@ def test_damaged_files_are_errors_of_one_line_that_name_them(tmp_path, name, con
   with pytest.raises(ValueError, match=rf"^{tmp_path}/{name}: cannot be read: .") as error:
     open_table(f"{tmp_path}/{name}")
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".csv.gz", ".parquet"])
+def test_damaged_files_among_several_are_counted_and_passed_over(tmp_path, caplog, suffix):
+  write_images(tmp_path, "a.jpg", "b.jpg")
+  whole = parquet(1) if suffix == ".parquet" else gzip.compress(b"path,text\na.jpg,caption 0\n")
+  many = gzip.compress(b"path,text\nb.jpg,kept\n" + b"".join(b"b.jpg,%d\n" % number for number in range(20_000)))
+  cut = parquet(100)[:4] + b"\xff" * 40 + parquet(100)[44:] if suffix == ".parquet" else many[:-200]
+  for number, content in enumerate([cut, whole, whole]):
+    (tmp_path / f"{number}{suffix}").write_bytes(content)
+  source = open_table(f"{tmp_path}/*{suffix}")
+  assert source.skipped == {"damaged record": 1}
+  assert [example["captions"][0] for example in source] == ["kept"] * (suffix != ".parquet") + ["caption 0"]
+  assert f"{tmp_path}/0{suffix}: cannot be read" in caplog.text
+  for number in range(3):
+    (tmp_path / f"{number}{suffix}").write_bytes(cut)
+  with pytest.raises(ValueError, match=f"^{tmp_path}/0{suffix}: cannot be read"):
+    open_table(f"{tmp_path}/*{suffix}")
 
 
 @pytest.mark.parametrize("content", [b"", b"ARROW1", bytes(5000), None], ids=["empty", "short", "zeros", "cut"])
