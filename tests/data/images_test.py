@@ -161,12 +161,15 @@ def test_unsigned_and_infinite_levels_are_read():
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-@pytest.mark.parametrize("suffix", [".png", ".tiff"])
-def test_colour_of_12_bits_in_16_keeps_its_contrast(channels, suffix):
-  levels = np.dstack([RAMP * 4095, RAMP[::-1] * 2000, RAMP * 0, RAMP * 0 + 4095])[..., :channels].astype(np.uint16)
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".jp2"])
+@pytest.mark.parametrize("bits", [10, 12])
+def test_colour_of_few_bits_in_16_keeps_its_contrast(channels, suffix, bits):
+  white = 2**bits - 1
+  levels = np.dstack([RAMP * white, RAMP[::-1] * white / 2, RAMP * 0, RAMP * 0 + white])[..., :channels]
+  levels = levels.astype(np.uint16)
   bgr = levels[..., [2, 1, 0, 3][:channels]]
   pixels = images.decode(cv2.imencode(suffix, bgr)[1].tobytes())
-  assert difference(pixels, (levels[..., :3] >> 4).astype(np.uint8))[1] <= 1
+  assert difference(pixels, (levels[..., :3] >> bits - 8).astype(np.uint8))[1] <= 1
 
 
 def tiled(side):

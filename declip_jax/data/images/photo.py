@@ -80,7 +80,8 @@ class Photo:
       except ValueError:
         pass  # the damage may be harmless (stray bytes), and Pillow tolerates that
     with _opened(self.source) as image:
-      is_deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+      # The header of JPEG 2000 may say 16 bits, but Pillow does not tell.
+      is_deep = image.format == "JPEG2000" or any(";16" in str(tile) for tile in getattr(image, "tile", ()))
       pixels = _pillow_pixels(image)
     if is_deep and isinstance(self.source, bytes) and pixels.max() < _DARK:
       pixels = _deep_colour(self.source, pixels)
