@@ -65,7 +65,7 @@ class ClipBenchmark(WebDataset):
   @cached_property
   def templates(self) -> tuple[str, ...]:
     """Its prompt templates, with `{}` for the name of a class; empty if it has none."""
-    found = layouts.names_in(f"{self._root}/zeroshot_classification_templates.txt")
+    found = layouts.lines_in(f"{self._root}/zeroshot_classification_templates.txt")
     return tuple(text.replace("{c}", "{}") for text in found if text)
 
   def _example(self, place: str, contents: dict[str, bytes]) -> Example:

@@ -1,5 +1,6 @@
 """Conventions of data sets on disk: names of splits, classnames.txt next to the data or above its split, and others."""
 
+import ast
 from collections import Counter
 from collections.abc import Sequence
 import re
@@ -11,6 +12,8 @@ NSHARDS = "nshards.txt"
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 _KEYED = re.compile(r"(.+?)(?:\s*[:=,\t]\s*|(?<=\d)\s+)(.+)")  # "FOLDER: NAME", or "n01440764 NAME"
+_NUMBERED = re.compile(r"(\d{1,9})(?:\s*[:=,\t]\s*|[.)]?\s+)(.+)")  # "0: NAME", "1. NAME"
+_LONGEST = 2**22  # characters of a dictionary of names
 _REMEDY = "give each folder one line, such as FOLDER: NAME, or delete the file"
 _AROUND = {
   "set",
@@ -55,7 +58,7 @@ def clip_benchmark(path: str) -> str:
 
 
 def classnames(path: str) -> tuple[str, ...]:
-  """Line i of classnames.txt for class i, blank or not, but for blank lines at the end; empty without that file.
+  """The names of classes in classnames.txt, see `names_in`; empty without that file.
 
   Args:
     path: a file of the data; classnames.txt is next to it, or above the folder of its split.
@@ -64,13 +67,26 @@ def classnames(path: str) -> tuple[str, ...]:
 
 
 def names_in(place: str) -> tuple[str, ...]:
+  """The names of classes in a file, without the quotes around a whole name; empty if there is no such file.
+
+  | lines | name of class i |
+  |---|---|
+  | each with its number, 0 to n-1 or 1 to n, such as "0: tench", "1 tench" | that of the i-th number |
+  | one dictionary with such numbers, {0: "tench", ...}, as JSON or Python write it | the same |
+  | others | line i, blank or not, but for blank lines at the end |
+  """
+  lines = lines_in(place)
+  return tuple(map(_unquoted, _of_dictionary(lines) or _of_numbered(lines) or lines))
+
+
+def lines_in(place: str) -> tuple[str, ...]:
   """The lines of a file, stripped, but for blank lines at its end; empty if there is no such file."""
   if not files.exists(place):
     return ()
-  names = texts.lines(texts.decode(files.read(place), place))
-  while names and not names[-1]:
-    names.pop()
-  return tuple(names)
+  found = texts.lines(texts.decode(files.read(place), place))
+  while found and not found[-1]:
+    found.pop()
+  return tuple(found)
 
 
 def classnames_of_folders(path: str, folders: Sequence[str]) -> tuple[str, ...]:
@@ -80,8 +96,8 @@ def classnames_of_folders(path: str, folders: Sequence[str]) -> tuple[str, ...]:
   |---|---|
   | the names of the folders, in any order and case | its line |
   | "FOLDER NAME" for each folder | the NAME in its line |
-  | others, and folders with the numbers 0 to n-1 or 1 to n | the line of its number |
-  | others | its line in alphabetical order of the folders |
+  | others, and folders with the numbers 0 to n-1 or 1 to n | the name of its number, see `names_in` |
+  | others | its name in alphabetical order of the folders |
 
   Args:
     path: a path in the folder of the folders.
@@ -92,11 +108,14 @@ def classnames_of_folders(path: str, folders: Sequence[str]) -> tuple[str, ...]:
   """
   if (place := find(path, CLASSNAMES)) is None:
     return tuple(folders)
+  lines = lines_in(place)
+  if len(lines) == len(folders) and (found := _by_name(folders, lines)):
+    return tuple(map(_unquoted, found))
   names = names_in(place)
   if len(names) != len(folders):
-    lines = "1 line" if len(names) == 1 else f"{len(names)} lines"
+    has = "1 line" if len(names) == 1 else f"{len(names)} lines"
     there = "is 1 folder" if len(folders) == 1 else f"are {len(folders)} folders"
-    raise ValueError(f"{place} has {lines}, but there {there} of classes; {_REMEDY}")
+    raise ValueError(f"{place} has {has}, but there {there} of classes; {_REMEDY}")
   if blank := [number for number, name in enumerate(names, 1) if not name]:
     raise ValueError(f"{place}: line {blank[0]} is blank, but each folder needs a name; {_REMEDY}")
   return _by_name(folders, names) or _by_number(folders, names, place) or _by_order(folders, names, place)
@@ -107,6 +126,33 @@ def remarks_on(names: Sequence[str]) -> list[str]:
   equal = [f"{name!r}" for name, count in Counter(names).items() if name and count > 1]
   few = ", ".join(equal[:5]) + (f" and {len(equal) - 5} more" if len(equal) > 5 else "")
   return [f"several classes are named {few}: zero-shot classification cannot distinguish them"] if equal else []
+
+
+def _of_numbered(lines: Sequence[str]) -> list[str]:
+  """The names in lines that have the numbers 0 to n-1 or 1 to n, in their order; none if some are others or equal."""
+  found = [match.groups() for match in map(_NUMBERED.fullmatch, filter(None, lines)) if match]
+  names = {int(number): name for number, name in found}
+  first = min(names, default=0)
+  if not 1 < len(lines) - lines.count("") == len(names) == len(set(names.values())) or first not in (0, 1):
+    return []
+  return [names[number] for number in sorted(names)] if max(names) - first == len(names) - 1 else []
+
+
+def _of_dictionary(lines: Sequence[str]) -> list[str]:
+  """The names in a text that is a dictionary from numbers to names; none for others."""
+  text = "\n".join(lines)
+  if not (text.startswith("{") and text.endswith("}")) or len(text) > _LONGEST:
+    return []
+  try:
+    numbered = ast.literal_eval(text)
+    return _of_numbered([f"{int(number)}: {name}" for number, name in numbered.items() if isinstance(name, str)])
+  except (ArithmeticError, AttributeError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+    return []
+
+
+def _unquoted(name: str) -> str:
+  inner = name[1:-1].replace('""', "")
+  return name[1:-1].replace('""', '"') if name[:1] == name[-1:] == '"' and inner and '"' not in inner else name
 
 
 def _by_name(folders: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:

@@ -21,6 +21,31 @@ def test_classnames_are_read_next_to_a_file_or_above_its_split(folder):
 
 
 @pytest.mark.parametrize(
+  ("lines", "names"),
+  [
+    (["0: cat", "1: dog", "2: Cat"], ["cat", "dog", "Cat"]),
+    (["1 dog", "0 cat", ""], ["cat", "dog"]),
+    (["1\tcat", "", "2\tdog"], ["cat", "dog"]),
+    (["1 001.Bird_1", "2 002.Bird_2"], ["001.Bird_1", "002.Bird_2"]),  # CUB
+    (['0,"shark, great"', "1,ray"], ["shark, great", "ray"]),
+    (["{0: 'tench, Tinca tinca',", ' 1: "crane\'s bill"}'], ["tench, Tinca tinca", "crane's bill"]),
+    (['{"0": "tench",', '"1": "crane"}'], ["tench", "crane"]),
+    (['"shark, great"', "ray", 'a "big" dog', '"hot" "dog"', '"a ""b"" c"'],) * 2,
+    (["0 objects", "1 object", "2 objects"],) * 2,  # numbers are part of the names
+    (["0: cat", "dog"],) * 2,
+    (["0: cat", "2: dog"],) * 2,
+    (["2 euros", "3 pounds"],) * 2,
+    (["1 euro"],) * 2,
+    (["{0: tench,", "1: crane}"],) * 2,
+  ],
+)
+def test_names_are_paired_by_the_numbers_in_their_lines(tmp_path, lines, names):
+  (tmp_path / "classnames.txt").write_text("\n".join(lines))
+  plain = {'"shark, great"': "shark, great", '"a ""b"" c"': 'a "b" c'}
+  assert layouts.classnames(f"{tmp_path}/0.tar") == tuple(plain.get(name, name) for name in names)
+
+
+@pytest.mark.parametrize(
   ("name", "split", "is_split"),
   [
     ("train", "train", True),
@@ -58,6 +83,10 @@ def named(tmp_path, folders: list[str], lines: list[str]) -> list[str]:
     (["n01440764", "n01443537"], ["tench", "goldfish"], ["tench", "goldfish"]),
     (["cold", "hot"], ["cold beer", "hot dog"], ["cold beer", "hot dog"]),
     (["one"], ["first"], ["first"]),
+    (["n01440764", "n01443537"], ["1: goldfish", '0: "tench, x"'], ["tench, x", "goldfish"]),
+    (["n01440764", "n01443537"], ["{0: 'tench', 1: 'goldfish'}"], ["tench", "goldfish"]),
+    (["2.b", "1.a"], ["1 1.a", "2 2.b"], ["2.b", "1.a"]),
+    (["1", "0", "2"], ['0: "a, b"', "1: c", "2: d"], ["c", "a, b", "d"]),
   ],
 )
 def test_folders_and_lines_that_fit(tmp_path, folders, lines, names):
