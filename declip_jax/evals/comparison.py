@@ -118,7 +118,7 @@ class Difference(NamedTuple):
   """The score of a method minus that of the baseline.
 
   Attributes:
-    value: the difference.
+    value: the difference; on the same images, that of the images which both have.
     interval: its interval, None if the results do not allow one.
     p: two-sided p-value of no difference, None without an interval.
     test: "paired" on the same images, "Welch" over seeds, or "" without an interval.
@@ -212,11 +212,11 @@ def difference(scored: Sequence[Scored], baseline: Sequence[Scored], metric: str
   pairs = _paired(scored[0], baseline[0], metric)
   if pairs is None:
     return plain
-  values = pairs.resample()
+  once, values = np.ones((1, len(pairs.columns[0])), np.int64), pairs.resample()
   single = _answers(scored[0].predictions, metric)
   exact = single is not None and single.metric is metrics.accuracy
   p = intervals.mcnemar(*pairs.columns) if exact else _p_value(values)
-  return Difference(plain.value, intervals.percentiles(values), p, "paired")
+  return Difference(float(pairs.metric(*pairs.columns, once)[0]), intervals.percentiles(values), p, "paired")
 
 
 def suite_means(
