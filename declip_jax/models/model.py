@@ -1,7 +1,8 @@
 """The whole model: `make_model` builds its two halves, and `Model` applies them as pure functions."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -35,8 +36,15 @@ class Model:
   heads: Heads
   views: Views
 
-  def init(self, key: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
-    """Parameters (float32) and collections for batches of this shape."""
+  @cached_property
+  def init(self) -> Callable[[jax.Array, Batch], tuple[Tree, Tree]]:
+    """Parameters (float32) and collections for a key and batches of this shape.
+
+    A run needs them to check its config, for the shapes of its state, and to compute it. Here they are traced once.
+    """
+    return jax.jit(self._init)
+
+  def _init(self, key: jax.Array, batch: Batch) -> tuple[Tree, Tree]:
     towers_key, heads_key = jax.random.split(key)
     towers = self.towers.init(towers_key, batch, self.views, self._dense, True)
     features = self.towers.apply(towers, batch, self.views, self._dense, False)
