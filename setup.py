@@ -68,7 +68,7 @@ setup(
     "gpu": ["jax[cuda13]>=0.10,<0.12"],
     "gcs": ["gcsfs>=2024.6"],
     "s3": ["s3fs>=2024.6"],
-    "https": ["aiohttp>=3.9"],
+    "https": ["aiohttp>=3.12"],
     "huggingface": ["datasets>=3.0"],
     "tokenizers": ["sentencepiece>=0.2", "tokenizers>=0.21"],
     "dev": [

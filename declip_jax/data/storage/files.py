@@ -28,7 +28,7 @@ _READ_AHEAD = 2**20  # bytes of a remote stream: the latency of a request is abo
 _THREADS = 32
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before each retry
 # Temporary errors of network file systems; any other error of a local path is permanent.
-_PASSING = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EAGAIN, errno.EBUSY}
+PASSING = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EAGAIN, errno.EBUSY}
 
 # Fields that change with a remote file; the first that its file system knows is used.
 _CHANGES = ("ETag", "etag", "md5Hash", "generation", "Content-MD5", "Digest", "content_md5", "LastModified")
@@ -133,7 +133,7 @@ def read(path: str, start: int = 0, size: int | None = None, limit: int = MAX_BY
     except (FileNotFoundError, PermissionError, TooLarge):
       raise
     except OSError as error:
-      if pause is None or not (remote.is_url(path) or error.errno in _PASSING):
+      if pause is None or not (remote.is_url(path) or error.errno in PASSING):
         raise
       time.sleep(pause)
   if size is not None and len(data) > size:
@@ -142,8 +142,7 @@ def read(path: str, start: int = 0, size: int | None = None, limit: int = MAX_BY
 
 
 def _read_url(url: str, start: int, size: int | None, limit: int) -> bytes:
-  with remote.filesystem(url) as (system, name):
-    data = system.cat_file(name, start=start or None, end=start + (limit + 1 if size is None else size))
+  data = remote.read_range(url, start, start + (limit + 1 if size is None else size))
   if len(data) > limit:
     raise TooLarge(errno.EFBIG, f"more than {limit:,} bytes", url)
   return data

@@ -12,12 +12,17 @@ import ipaddress
 import re
 import socket
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import fsspec
+import fsspec.asyn
 import fsspec.core
 
 _SCHEME = re.compile(r"((?:[A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*)://")
+_PIECE = 2**18  # bytes
+_UNICAST = ipaddress.ip_network("2000::/3")  # all addresses of IPv6 for servers on the internet
+# IPv6 addresses that end with one of IPv4: those of NAT64 (RFC 6052), IPv4-mapped and IPv4-compatible ones (RFC 4291).
+_CARRIERS = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "::ffff:0:0/96", "::/96")))
 
 
 def scheme(path: str) -> str:
@@ -44,10 +49,22 @@ def is_private(host: str) -> bool:
     OSError: the name cannot be resolved.
   """
   try:
-    found = {ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in socket.getaddrinfo(host, None)}
+    return not all(_is_public(address[0]) for *_, address in socket.getaddrinfo(host, None))
   except UnicodeError as error:  # no name of a server
     raise OSError(f"{host}: {error}") from None
-  return not all((getattr(address, "ipv4_mapped", None) or address).is_global for address in found)
+
+
+def _is_public(text: str | int) -> bool:
+  """Whether an address is that of one server on the internet; an IPv6 address may carry one of IPv4."""
+  address = ipaddress.ip_address(str(text).partition("%")[0])
+  if isinstance(address, ipaddress.IPv6Address):
+    if any(address in network for network in _CARRIERS):
+      return _is_public(str(ipaddress.IPv4Address(int(address) % 2**32)))
+    if address.sixtofour is not None:
+      return _is_public(str(address.sixtofour))
+    if address not in _UNICAST:
+      return False
+  return address.is_global and not address.is_multicast
 
 
 @lru_cache
@@ -55,25 +72,40 @@ def _filesystem(root: str) -> fsspec.AbstractFileSystem:
   """One file system for all threads; fsspec caches one per thread, each with its own connections and listings."""
   kind = scheme(root)
   try:
-    return fsspec.core.url_to_fs(root, **(_web_options() if kind in ("http", "https") else {}))[0]
+    return fsspec.core.url_to_fs(root, **(_web_options(root) if kind in ("http", "https") else {}))[0]
   except ImportError as error:
     extra = {"http": "https", "https": "https", "gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}.get(kind)
     how = f"; pip install 'declip_jax[{extra}]'" if extra else ""
     raise ValueError(f"{root}: {error}{how}") from None
 
 
-def _web_options() -> dict[str, Any]:
-  """Options for fsspec's web client: it follows no redirect from a public server to a private address."""
+def _web_options(root: str) -> dict[str, Any]:
+  """Options for fsspec's web client: a public server leads to no private address.
+
+  Addresses are checked when the client connects to them, so that neither a redirect of any form nor a name that now has
+  another address avoids the check.
+  """
   import aiohttp  # pyrefly: ignore[missing-import]  # of the extra https; fsspec needs it for web addresses only
 
-  async def check(session: Any, context: Any, redirect: Any) -> None:
-    source, target = str(redirect.url), urljoin(str(redirect.url), redirect.response.headers.get("Location", ""))
-    if is_private(urlsplit(target).hostname or "") and not is_private(urlsplit(source).hostname or ""):
-      raise PermissionError(f"{source} redirects to a private address, {target}")
+  if is_private(urlsplit(root).hostname or ""):  # the user allowed it
+    return {}
 
-  tracing = aiohttp.TraceConfig()
-  tracing.on_request_redirect.append(check)
-  return {"client_kwargs": {"trace_configs": [tracing]}}
+  async def client(**options: Any) -> Any:
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=_public_socket), **options)
+
+  return {"get_client": client}
+
+
+def _public_socket(address: tuple[Any, ...]) -> socket.socket:
+  """A socket for an address as `socket.getaddrinfo` describes it.
+
+  Raises:
+    PermissionError: the address is private.
+  """
+  family, kind, protocol, _, (host, *_) = address
+  if not _is_public(host):
+    raise PermissionError(errno.EACCES, f"leads to a private address, {host}")
+  return socket.socket(family, kind, protocol)
 
 
 @contextlib.contextmanager
@@ -84,7 +116,9 @@ def filesystem(url: str) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
     yield system, system._strip_protocol(url)
   except FileNotFoundError:
     raise FileNotFoundError(errno.ENOENT, "no such file", url) from None
-  except (OSError, ValueError):
+  except (OSError, ValueError) as error:
+    if isinstance(error.__cause__, PermissionError):  # the web client wraps that of `_public_socket`
+      raise PermissionError(errno.EACCES, error.__cause__.strerror, url) from None
     raise
   except Exception as error:
     raise OSError(f"{url}: {type(error).__name__}: {error}") from error
@@ -97,3 +131,34 @@ def listing(folder: str, kind: str = "file") -> set[str]:
       return {info["name"] for info in system.ls(name, detail=True) if info["type"] == kind}
   except OSError:
     return set()
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+  """Bytes `start` to `stop` of a file, fewer if it ends before, or slightly more if the server sends more than that.
+
+  Raises:
+    OSError: the file cannot be read, or a web server ignores ranges and sends it from its start.
+  """
+  if start == stop:
+    return b""
+  with filesystem(url) as (system, name):
+    if scheme(url) in ("http", "https"):
+      return fsspec.asyn.sync(system.loop, _fetch, system, name, start, stop)
+    return system.cat_file(name, start=start or None, end=stop)
+
+
+async def _fetch(system: Any, url: str, start: int, stop: int) -> bytes:
+  """`read_range` of a web address; fsspec's own `cat_file` keeps all that a server sends, which may have no end."""
+  options = {**system.kwargs, "headers": {**system.kwargs.get("headers", {}), "Range": f"bytes={start}-{stop - 1}"}}
+  session, found = await system.set_session(), bytearray()
+  async with session.get(system.encode_url(url), **options) as response:
+    if response.status == 404:
+      raise FileNotFoundError(url)
+    response.raise_for_status()
+    if start and response.status != 206:
+      raise OSError(f"{url}: the server ignores ranges; download the file first")
+    async for piece in response.content.iter_chunked(_PIECE):
+      found += piece
+      if len(found) > stop - start:
+        break
+  return bytes(found)

@@ -1,4 +1,6 @@
+from collections.abc import AsyncIterator
 import concurrent.futures
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -6,6 +8,7 @@ import os
 import time
 
 import fsspec
+import fsspec.asyn
 from fsspec.implementations.memory import MemoryFileSystem
 import pytest
 
@@ -169,6 +172,57 @@ def test_the_stamp_of_a_stale_handle_is_read_again(tmp_path, monkeypatch):
     patch.setattr(files.os, "fstat", stale)
     stamp = files.stamp(str(path))
   assert stamp[0] == 3
+
+
+class Server:
+  """A web file system and its session, response and body at once: a server that ignores ranges and never ends."""
+
+  def __init__(self, status: int):
+    self.status, self.sent, self.kwargs, self.content, self.loop = status, 0, {}, self, fsspec.asyn.get_loop()
+
+  async def set_session(self) -> "Server":
+    return self
+
+  def encode_url(self, url: str) -> str:
+    return url
+
+  def get(self, url: str, headers: dict[str, str]) -> "Server":
+    self.range = headers["Range"]
+    return self
+
+  async def __aenter__(self) -> "Server":
+    return self
+
+  async def __aexit__(self, *_: object) -> None:
+    pass
+
+  def raise_for_status(self) -> None:
+    pass
+
+  async def iter_chunked(self, size: int) -> AsyncIterator[bytes]:
+    while True:
+      self.sent += size
+      yield bytes(size)
+
+
+def test_no_more_is_kept_of_a_web_address_than_may_be(monkeypatch):
+  url, limit, server = "https://endless.example/a.jpg", 2**21, Server(200)
+  monkeypatch.setattr(remote, "filesystem", lambda url: contextlib.nullcontext((server, url)))
+  monkeypatch.setattr(files, "_PAUSES", ())
+  with pytest.raises(files.TooLarge, match="more than 2,097,152 bytes"):
+    files.read(url, limit=limit)
+  assert server.range == f"bytes=0-{limit}"
+  assert limit < server.sent <= 2 * limit
+  with pytest.raises(OSError, match=f"{url}.*ignores ranges"):
+    files.read(url, 0, 100)
+  server.sent = 0
+  with pytest.raises(OSError, match=f"{url}.*ignores ranges"):
+    files.read(url, 100, 100)
+  assert not server.sent
+  server.status = 404
+  with pytest.raises(FileNotFoundError, match=url):
+    files.read(url)
+  assert files.read(url, 5, 0) == b""
 
 
 def test_a_server_that_ignores_ranges_is_an_error(monkeypatch):

@@ -1,7 +1,9 @@
 import asyncio
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import os
 import socket
 import sys
+import threading
 from types import SimpleNamespace
 
 import fsspec
@@ -9,7 +11,7 @@ import pytest
 
 from declip_jax.data.sources import open_source
 from declip_jax.data.sources.base import BadSample
-from declip_jax.data.storage import remote
+from declip_jax.data.storage import files, remote
 from declip_jax.data.storage.reach import NotAllowedError, Reach
 
 
@@ -61,13 +63,20 @@ def test_urls_in_data_must_be_allowed(url, root, monkeypatch):
 
 @pytest.mark.parametrize(
   "host",
-  ["127.0.0.1", "localhost", "169.254.169.254", "10.1.2.3", "192.168.0.1", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"],
+  ["127.0.0.1", "localhost", "169.254.169.254", "10.1.2.3", "192.168.0.1", "0.0.0.0", "224.0.0.1", "2130706433"]
+  + ["[::1]", "[::ffff:127.0.0.1]", "[::127.0.0.1]", "[64:ff9b::7f00:1]", "[64:ff9b::a9fe:a9fe]", "[64:ff9b:1::1]"]
+  + ["[2002:7f00:1::]", "[ff02::1]", "[fe80::1]", "[fd00::1]", "[fec0::1]", "[2001:0:7f00:1::]", "[::ffff:0:7f00:1]"],
 )
 def test_private_addresses_must_be_allowed_separately(host, root):
   for url in (f"http://{host}:80/x.jpg", f"http://user@{host}/x.jpg", f"ftp://{host}/x.jpg"):
     with pytest.raises(NotAllowedError, match=r"private address.*allow=ftp,http,private"):
       Reach.of({"allow": "http,ftp"}).resolve(url, root)
     assert Reach.of({"allow": "http,ftp,private"}).resolve(url, root) == url
+
+
+@pytest.mark.parametrize("host", ["93.184.216.34", "[2606:4700::1]", "[64:ff9b::5db8:d822]", "[2002:5db8:d822::1]"])
+def test_public_addresses_are_allowed(host, root):
+  assert Reach.of({"allow": "http"}).resolve(f"http://{host}/x.jpg", root) == f"http://{host}/x.jpg"
 
 
 def test_a_name_may_lead_to_a_private_address(root, monkeypatch):
@@ -85,22 +94,43 @@ def test_a_name_may_lead_to_a_private_address(root, monkeypatch):
   remote.is_private.cache_clear()
 
 
-def test_a_public_server_cannot_redirect_to_a_private_address(monkeypatch):
-  tracing = SimpleNamespace(on_request_redirect=[])
-  monkeypatch.setitem(sys.modules, "aiohttp", SimpleNamespace(TraceConfig=lambda: tracing))
-  assert remote._web_options() == {"client_kwargs": {"trace_configs": [tracing]}}
-  (check,) = tracing.on_request_redirect
-  monkeypatch.setattr(remote, "is_private", lambda host: host == "127.0.0.1")
+def test_the_web_client_of_a_public_server_connects_to_no_private_address(monkeypatch):
+  fake = SimpleNamespace(TCPConnector=SimpleNamespace, ClientSession=SimpleNamespace)
+  monkeypatch.setitem(sys.modules, "aiohttp", fake)
+  monkeypatch.setattr(remote, "is_private", lambda host: host == "own.example")
+  assert remote._web_options("http://own.example") == {}  # the user allowed a private server
+  connect = asyncio.run(remote._web_options("https://u:p@public.example:1")["get_client"]()).connector.socket_factory
+  kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+  with connect((*kind, ("93.184.216.34", 80))) as made:
+    assert (made.family, made.type) == kind[:2]
+  with pytest.raises(PermissionError, match="127.0.0.1"):
+    connect((*kind, ("127.0.0.1", 80)))
 
-  def redirect(source: str, target: str) -> None:
-    response = SimpleNamespace(headers={"Location": target})
-    asyncio.run(check(None, None, SimpleNamespace(url=source, response=response)))
 
-  redirect("http://public.example/a", "https://public.example/a")
-  redirect("http://public.example/a", "/b")
-  redirect("http://127.0.0.1/a", "http://127.0.0.1/b")
-  with pytest.raises(PermissionError, match=r"public\.example/a redirects to a private address"):
-    redirect("http://public.example/a", "//127.0.0.1/b")
+@pytest.mark.parametrize("header", ["Location", "URI"])
+def test_a_public_server_cannot_redirect_to_a_private_address(header, monkeypatch):
+  pytest.importorskip("aiohttp")
+
+  class Redirect(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+      self.send_response(302)
+      self.send_header(header, f"http://127.0.0.2:{self.server.server_address[1]}/secret")
+      self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+      pass
+
+  monkeypatch.setattr(remote, "is_private", lambda _: False)
+  monkeypatch.setattr(remote, "_is_public", lambda host: host == "127.0.0.1")
+  remote._filesystem.cache_clear()
+  with ThreadingHTTPServer(("127.0.0.1", 0), Redirect) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+      with pytest.raises(PermissionError, match=r"private address, 127\.0\.0\.2"):
+        files.read(f"http://127.0.0.1:{server.server_address[1]}/a.jpg")
+    finally:
+      server.shutdown()
+      remote._filesystem.cache_clear()
 
 
 def test_a_missing_package_is_named_with_its_install_command(monkeypatch):
