@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from declip_jax.data.sources import lists
-from declip_jax.data.sources.base import BadSample, Example
+from declip_jax.data.sources.base import BadSample, Example, bad_sample
 from declip_jax.data.sources.derived_labels import DERIVED
 from declip_jax.data.storage import copies, files, indexes, patterns, remote, texts
 from declip_jax.data.storage.reach import Reach
@@ -35,7 +35,8 @@ _ROLES = ("image", "caption", "label", "group")
 _FORM = "NAME:SPLIT or FOLDER:SPLIT"
 _THREADS = 8  # for copying remote files
 # NAME, NAME:VERSION or a folder; then splits such as train[10%:60%]+test, whose slices have colons of their own.
-_LOCATION = re.compile(r"(.+?):((?:\+?[A-Za-z][\w-]*(?:\[[^]]*\])?)+)")
+_PART = r"[A-Za-z][\w-]*+(?:\[[^]]*+\])?"
+_LOCATION = re.compile(rf"(.+?):({_PART}(?:\+{_PART})*+)")
 _GUARD = threading.RLock()
 _SHARD = re.compile(r".*-\d{5,}-of-\d{5,}(\.\w+)?")  # all other files are small and describe the data set
 
@@ -132,7 +133,7 @@ class Tfds:
     try:
       self._directory.fetch([names[bisect_right(ends, index)]])
     except OSError as error:
-      raise BadSample("missing file", f"{self.name}: record {index}: {error}") from error
+      raise bad_sample(error, f"{self.name}: record {index}") from error
     try:
       record = self._records[index]
     except (RuntimeError, ValueError) as error:  # array_record's and protobuf's

@@ -15,7 +15,7 @@ MISSING = frozenset({"", "nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "\
 
 _LARGEST_LABEL = 2**31 - 1  # batches store labels as int32
 TEXT_KEYS = ("raw", "caption", "text", "sentence", "value", "comment", "title")  # of objects in a list of captions
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(\d++(\.\d*+)?|\.\d++)([eE][+-]?\d++)?")
 
 _STRING = r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
 _ELEMENT = rf"(?:u?{_STRING}|None|null|nan)"

@@ -11,7 +11,7 @@ CLASSNAMES = "classnames.txt"
 NSHARDS = "nshards.txt"
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
-_KEYED = re.compile(r"(.+?)(?:\s*[:=,\t]\s*|(?<=\d)\s+)(.+)")  # "FOLDER: NAME", or "n01440764 NAME"
+_KEYED = re.compile(r"(.+?)(?<!\s)(?:\s*[:=,\t]\s*|(?<=\d)\s+)(.+)")  # "FOLDER: NAME", or "n01440764 NAME"
 _NUMBERED = re.compile(r"(\d{1,9})(?:\s*[:=,\t]\s*|[.)]?\s+)(.+)")  # "0: NAME", "1. NAME"
 _LONGEST = 2**22  # characters of a dictionary of names
 _REMEDY = "give each folder one line, such as FOLDER: NAME, or delete the file"
@@ -185,7 +185,7 @@ def _by_order(folders: Sequence[str], names: Sequence[str], place: str) -> tuple
 
 def _numbers(folders: Sequence[str]) -> list[int]:
   """The numbers at the start of all names, or at their end after the same text; else none."""
-  for pattern in (r"()(\d+).*", r"(.*?)(\d+)"):
+  for pattern in (r"()(\d+).*", r"(.*(?<!\d)|)(\d+)"):
     found = [match.groups() for match in map(re.compile(pattern).fullmatch, folders) if match]
     if len(found) == len(folders) > 1 and len({text for text, _ in found}) == 1:
       return [int(number) for _, number in found]
