@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass, field
+import errno
 from functools import cache, partial
 import json
 import multiprocessing
@@ -70,7 +71,10 @@ class _MakeSample(grain.transforms.RandomMap):
       if bad_counts.sum() == _MAX_TRIES:
         # Workers can send built-in exceptions; another class may hang them.
         name = mixture.sources[position[0]].name
-        raise ValueError(f"{name}: {_MAX_TRIES} examples in a row cannot be used; the last one: {error}")
+        message = f"{name}: {_MAX_TRIES} examples in a row cannot be used; the last one: {error}"
+        if 2 * bad_counts[BAD.index("read error")] > _MAX_TRIES:  # a mount or a disk that may recover
+          raise OSError(errno.EIO, message)
+        raise ValueError(message)
       positions[stream] = mixture.replacement(position, rng)
 
   def _make(self, positions: Sequence[Position], rng: np.random.Generator) -> "_Made | tuple[int, BadSample]":

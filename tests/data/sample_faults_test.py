@@ -5,6 +5,7 @@ from collections.abc import Callable
 import contextlib
 import ctypes
 from dataclasses import dataclass, field
+import errno
 import multiprocessing
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from absl import logging
 import numpy as np
 import pytest
 
+from declip_jax import command_line
 from declip_jax.data import deaths as deaths_lib
 from declip_jax.data import hangs, images, pipeline, records
 from declip_jax.data.deaths import Deaths
@@ -400,3 +402,54 @@ def test_members_of_zips_are_inflated_up_to_a_limit(tmp_path: Path, monkeypatch:
 def test_a_url_of_any_scheme_raises_only_documented_errors(scheme: str) -> None:
   with contextlib.suppress(OSError, ValueError), remote.filesystem(f"{scheme}://x/y.jpg") as (_, name):
     assert name is not None
+
+
+@dataclass(frozen=True)
+class Broken(Faulty):
+  """Every read fails with an error number of the system."""
+
+  number: int = 0
+
+  def __getitem__(self, index: int) -> dict:
+    raise OSError(self.number, os.strerror(self.number), f"/mount/{index}.jpg")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT])
+def test_a_shortage_of_the_machine_ends_the_run_with_the_name_of_the_sample(number: int) -> None:
+  with pytest.raises(OSError, match=r"faulty: sample 7: .*/mount/7\.jpg") as caught:
+    read_example(Broken(40, number=number), 7)
+  assert caught.value.errno == number
+  assert not isinstance(caught.value, BadSample)
+  with pytest.raises(OSError, match="faulty: sample"):
+    next(_stream(Broken(40, number=number)))
+
+
+def test_a_shortage_of_memory_that_the_system_reports_is_a_memory_error() -> None:
+  with pytest.raises(MemoryError, match=r"faulty: sample 7: .*/mount/7\.jpg"):
+    read_example(Broken(40, number=errno.ENOMEM), 7)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT])
+def test_a_dead_mount_ends_the_run_with_the_exit_code_after_which_launchers_restart(number: int) -> None:
+  with pytest.raises(BadSample) as bad:
+    read_example(Broken(40, number=number), 7)
+  assert bad.value.kind == "read error"
+  with pytest.raises(OSError, match=r"faulty: 100 examples in a row.*/mount/") as caught:
+    next(_stream(Broken(40, number=number)))
+  assert command_line.report(caught.value) == command_line.IO_EXIT_CODE
+  with pytest.raises(ValueError, match="100 examples in a row") as caught:
+    next(_stream(Broken(40, number=errno.EACCES)))
+  assert command_line.report(caught.value) == 2
+
+
+def test_an_image_of_too_many_bytes_is_bad_whatever_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+  @dataclass(frozen=True)
+  class Large(Faulty):
+    def __getitem__(self, index: int) -> dict:
+      return {**super().__getitem__(index), "image": bytes(index)}
+
+  monkeypatch.setattr(files, "MAX_BYTES", 7)
+  assert len(read_example(Large(40), 7)["image"]) == 7
+  with pytest.raises(BadSample, match="faulty:8: an image of 8 bytes") as caught:
+    read_example(Large(40), 8)
+  assert caught.value.kind == "too large"

@@ -3,7 +3,9 @@
 A record is a msgpack map of the fields of `Example`: `image` (encoded, bytes), `captions` (list of str), `label` (int,
 -1 for none), `id` (str, where the sample came from originally), and where the source has them `labels` (list of int)
 and `groups` (map of int). Files have one record per group and no compression, since images are compressed already:
-reading a record of an open file is one disk access, and a damaged record does not affect others. Opening a file reads
+reading a record of an open file is one disk access, and a damaged record does not affect others. A record of more than
+`files.MAX_BYTES` is rejected; but files from elsewhere may be compressed, and the library limits no record before it is
+decompressed: a small file can fill the memory, so do not open files that you do not trust. Opening a file reads
 about 1 MiB from its end, so a process keeps half its descriptors' worth of files open (`ulimit -n`), at least 128; with
 more files than that, most reads open one first.
 
@@ -28,7 +30,7 @@ from array_record.python import array_record_module
 import msgpack
 import numpy as np
 
-from declip_jax.data.sources.base import BadSample, Example
+from declip_jax.data.sources.base import BadSample, Example, bad_sample
 from declip_jax.data.storage import copies, files, indexes, layouts, patterns, remote
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -99,7 +101,7 @@ class ArrayRecord:
 
     Raises:
       IndexError: `index` is not in `range(len(self))`.
-      BadSample: the record is damaged, or its file is missing.
+      BadSample: the record is damaged or too large, or its file is missing.
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no record {index}, there are {len(self)}")
@@ -109,12 +111,17 @@ class ArrayRecord:
     place = f"{paths[file]}, record {position}"
     try:
       reader = _reader(paths[file], stamps[file])
-    except (ValueError, OSError) as error:
+    except ValueError as error:
       raise BadSample("missing file", f"{place}: {error}") from error
+    except OSError as error:
+      raise bad_sample(error, place) from error
     try:
-      example = _unpack(reader.read([position])[0])
+      record = reader.read([position])[0]
+      example = _unpack(record) if len(record) <= files.MAX_BYTES else None
     except (ValueError, TypeError, LookupError, RuntimeError) as error:  # array_record's, msgpack's and ours
       raise BadSample("damaged record", f"{place}: {error}") from error
+    if example is None:
+      raise BadSample("too large", f"{place}: {len(record):,} bytes, expected at most {files.MAX_BYTES:,}")
     if len(self.classnames) <= example["label"] and self.classnames:
       classes = f"-1 to {len(self.classnames) - 1}, the last line of classnames.txt"
       raise BadSample("damaged record", f"{place}: class {example['label']}, expected {classes}")

@@ -1,6 +1,7 @@
 """The interface of sources, on which the input pipeline relies, and the rule by which errors become bad samples."""
 
 from collections.abc import Mapping
+import errno
 from typing import Protocol, TypedDict, runtime_checkable
 
 from jaxtyping import Int8
@@ -24,7 +25,10 @@ BAD = (
   "too slow",  # not read within config.data.max_seconds
   "fatal",  # processes died while reading it
   "unexpected error",  # an error of any other type
+  "read error",  # a disk, a mount or a network failed, also when the read was retried
 )
+# Errors of the whole machine: of memory, of descriptors and of the disk that copies are written to.
+_SHORTAGES = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT}
 _LABELS = 2**31  # labels are int32 on devices
 
 
@@ -58,20 +62,24 @@ def bad_sample(error: BaseException, place: str) -> BadSample:
 
   Raises:
     MemoryError: memory ran out; the message names the sample.
+    OSError: open files or space on the disk ran out; the message names the sample.
     KeyboardInterrupt, SystemExit: the same error, with a note that names the sample.
   """
   reason = _reason(error)
   if isinstance(error, BadSample):
     return error if place in reason else BadSample(error.kind, f"{place}: {reason}")
-  if isinstance(error, MemoryError):
+  number = error.errno if isinstance(error, OSError) else None
+  if isinstance(error, MemoryError) or number == errno.ENOMEM:
     raise MemoryError(f"{place}: memory ran out: {reason}") from error
   if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
     error.add_note(f"while reading {place}")
     raise error
   if isinstance(error, files.TooLarge):
     return BadSample("too large", f"{place}: {reason}")
+  if number in _SHORTAGES:
+    raise OSError(number, f"{place}: {reason}") from error
   if isinstance(error, OSError):
-    return BadSample("missing file", f"{place}: {reason}")
+    return BadSample("read error" if number in files.PASSING else "missing file", f"{place}: {reason}")
   return BadSample("unexpected error", f"{place}: {type(error).__name__}: {reason}")
 
 
@@ -155,11 +163,13 @@ def read_example(source: Source, index: int) -> Example:
 
   Raises:
     BadSample: it cannot be used, for whatever reason; the message names it.
-    MemoryError, KeyboardInterrupt, SystemExit: see `bad_sample`.
+    MemoryError, OSError, KeyboardInterrupt, SystemExit: see `bad_sample`.
   """
   try:
     example = source[index]
-    label, captions, _, place = (example[field] for field in ("label", "captions", "image", "id"))
+    label, captions, image, place = (example[field] for field in ("label", "captions", "image", "id"))
+    if isinstance(image, bytes) and len(image) > files.MAX_BYTES:
+      raise BadSample("too large", f"{place}: an image of {len(image):,} bytes, expected at most {files.MAX_BYTES:,}")
     if not -1 <= label < _LABELS:
       raise BadSample("damaged record", f"{place}: label {label}: expected -1, or 0 to {_LABELS - 1}")
     if not all(map(has_text, captions)):

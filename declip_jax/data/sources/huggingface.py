@@ -17,7 +17,7 @@ from absl import logging
 import numpy as np
 
 from declip_jax.data.sources import lists, values
-from declip_jax.data.sources.base import BadSample, Example, Marks
+from declip_jax.data.sources.base import BadSample, Example, Marks, bad_sample
 from declip_jax.data.storage import copies, files, remote
 from declip_jax.data.storage.reach import NotAllowedError, Reach
 
@@ -380,5 +380,7 @@ def _image(value: Any, reach: Reach, place: str) -> bytes:
     return files.read(reach.resolve(path, "/"))
   except NotAllowedError as error:
     raise BadSample("not allowed", f"{place}: {error}") from error
-  except (OSError, ValueError) as error:
+  except OSError as error:
+    raise bad_sample(error, place) from error
+  except ValueError as error:  # a kind of URL that is not supported
     raise BadSample("missing file", f"{place}: {error}") from error

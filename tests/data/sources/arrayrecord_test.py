@@ -94,6 +94,16 @@ def test_a_flipped_byte_loses_one_record(folder):
       assert source[key] == example(key)
 
 
+def test_a_record_that_is_too_large_is_bad_and_named(tmp_path, monkeypatch):
+  records = [{**example(key), "image": bytes(size)} for key, size in ((3, 10), (6, 100_000))]
+  source = open_arrayrecord(str(write(tmp_path / "a.array_record", list(map(pack, records)), "group_size:1,zstd:3")))
+  monkeypatch.setattr(files, "MAX_BYTES", 100_000)
+  assert source[0]["image"] == bytes(10)
+  with pytest.raises(BadSample, match=r"a\.array_record, record 1: 100,\d\d\d bytes") as error:
+    source[1]
+  assert error.value.kind == "too large"
+
+
 @pytest.mark.parametrize(
   "record",
   [
