@@ -239,8 +239,12 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
     encoders=build.make_encoders(config, built, evaluation_deaths),
     evaluate=build.make_evaluators(config.evals, workdir, config.model.heads.classnames),
     initial=None if _has_checkpoints(workdir) else read_weights(config),
-    notes=mixture.repeats(config.batch_size),
+    notes=_notes([mixture, ssl_mixture], config.batch_size),
   )
+
+
+def _notes(mixtures: Sequence[Mixture | None], batch_size: int) -> list[str]:
+  return [note for mixture in mixtures if mixture for note in mixture.repeats(batch_size)]
 
 
 def _has_checkpoints(workdir: Path) -> bool:

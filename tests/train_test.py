@@ -324,6 +324,13 @@ def test_self_supervision_on_other_images_does_not_change_the_pairs() -> None:
   assert not np.array_equal(coupled["image"][1:], decoupled["image"][1:])
 
 
+def test_sources_with_fewer_images_than_positions_in_a_batch_are_named_for_both_mixtures() -> None:
+  pairs, others = (Mixture((open_source(f"scenes:test/{count}/24"),)) for count in (8, 4))
+  pairs_note, others_note = train._notes([pairs, None, others], 16)
+  assert pairs_note.startswith("scenes:test/8/24 has 8 samples for 16 positions")
+  assert others_note.startswith("scenes:test/4/24 has 4 samples for 16 positions")
+
+
 @pytest.mark.slow
 def test_self_supervision_on_other_images_trains(tmp_path: Path) -> None:
   config = slip_on_other_images()
