@@ -28,11 +28,13 @@ from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample, Example
 from declip_jax.data.sources.webdataset import WebDataset, index_shards
 from declip_jax.data.storage import files, indexes, layouts, texts
+from declip_jax.data.storage.bounded import short
 
 TYPES = ("classification", "multilabel", "retrieval")
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}  # of .npy
 _HUB = "https://huggingface.co/datasets/"
 _SPLIT = "test"
+_MOST_SHARDS = 100_000  # each is one request to a server
 
 
 class ClipBenchmark(WebDataset):
@@ -104,7 +106,7 @@ def open_clip_benchmark(location: str) -> ClipBenchmark:
   folder = f"{root}/{wanted.get('split', _SPLIT)}"
   kind = _kind(f"{root}/dataset_type.txt")
   groups = tuple(part.strip() for part in wanted["group"].split(",")) if wanted.get("group") else ()
-  shards = [f"{folder}/{number}.tar" for number in range(_number_of_shards(f"{folder}/{layouts.NSHARDS}", name))]
+  shards = _shards(folder, name)
   source = ClipBenchmark(name, index_shards(shards, name), root, kind, groups)
   source.check()
   if groups and kind != "classification":
@@ -135,13 +137,17 @@ def _kind(path: str) -> str:
   return kind
 
 
-def _number_of_shards(path: str, name: str) -> int:
-  if not files.exists(path):
-    raise FileNotFoundError(f"{name}: no {path}, which the layout of CLIP_benchmark needs; choose a split with ?split=")
-  text = texts.decode(files.read(path), path).strip()
-  if not text.isdecimal() or not int(text):
-    raise ValueError(f"{path}: {text!r}: expected the number of shards")
-  return int(text)
+def _shards(folder: str, name: str) -> list[str]:
+  place = f"{folder}/{layouts.NSHARDS}"
+  if not files.exists(place):
+    raise FileNotFoundError(
+      f"{name}: no {place}, which the layout of CLIP_benchmark needs; choose a split with ?split="
+    )
+  text = texts.decode(files.read(place, limit=2**16), place).strip()
+  count = int(text) if text.isdecimal() and len(text) <= len(str(_MOST_SHARDS)) else 0
+  if not 0 < count <= _MOST_SHARDS:
+    raise ValueError(f"{place}: {short(text)}: expected the number of shards, at most {_MOST_SHARDS:,}")
+  return [f"{folder}/{number}.tar" for number in range(count)]
 
 
 def _array(contents: dict[str, bytes], place: str) -> np.ndarray:

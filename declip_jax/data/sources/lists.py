@@ -11,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import difflib
+import errno
 from functools import cached_property, lru_cache, partial
 import itertools
 import json
@@ -27,6 +28,7 @@ import pyarrow as pa
 
 from declip_jax.data.sources.base import BadSample, Example, Marks, bad_sample
 from declip_jax.data.storage import files, indexes, layouts, remote
+from declip_jax.data.storage.bounded import LONGEST
 from declip_jax.data.storage.reach import NotAllowedError, Reach
 from declip_jax.reporting import progress
 
@@ -266,6 +268,7 @@ def checked(source: ListSource) -> ListSource:
 
   Raises:
     FileNotFoundError: none of them can be read; the message says what helps.
+    OSError: none of them can be read, since a disk, a mount or a network fails.
     ValueError: classnames.txt lacks a line for a class.
   """
   labels, classes = source._about["labels"], len(source.classnames)
@@ -288,6 +291,8 @@ def checked(source: ListSource) -> ListSource:
   given = source._reach.root is not None
   help = missing_advice(entry.path or "", source._folder(entry), given) if first.kind == "missing file" else ""
   tried = f"none of {len(errors)} images tried can be read: {first}"
+  if first.kind == "read error":
+    raise OSError(errno.EIO, f"{source.name}: {tried}")
   raise FileNotFoundError(f"{source.name}: {tried}" + (f"; {help}" if help else ""))
 
 
@@ -474,7 +479,7 @@ def _build(
     apart = path.with_name(f"{path.name}.apart")
     path.replace(apart)
     try:
-      joined = count - (count := _write(path, _joined(apart, size, keys), size, about, schema))
+      joined = count - (count := _write(path, _joined(apart, size, keys, name, paths, skipped), size, about, schema))
     finally:
       apart.unlink(missing_ok=True)
     logging.info("%s: joined %d lines with earlier ones of the same image", name, joined)
@@ -504,22 +509,43 @@ def _has_repeats(keys: array) -> bool:
   return bool((ordered[1:] == ordered[:-1]).any())
 
 
-def _joined(path: Path, size: int, keys: array) -> Iterator[_Row]:
-  """Rows of an index with batches of `size`; those of the same image and label are joined at the place of the first."""
+def _joined(
+  path: Path, size: int, keys: array, name: str, paths: Sequence[str], skipped: Counter[str]
+) -> Iterator[_Row]:
+  """Rows of an index with batches of `size`; those of the same image and label are joined at the place of the first.
+
+  A row is skipped, and counted in `skipped`, if the captions of its image would then be longer than `LONGEST`.
+  """
   reader = pa.ipc.open_file(pa.memory_map(str(path)))
   batch = lru_cache(_CACHED)(reader.get_batch)
   order = np.argsort(np.frombuffer(keys, np.uint64), kind="stable")
   ordered = np.frombuffer(keys, np.uint64)[order]
   starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
   ends = np.append(starts[1:], len(order))
-  for group in np.argsort(order[starts], kind="stable"):
-    found: dict[Any, list[Any]] = {}  # more than one only if different images have the same key
-    for position in order[starts[group] : ends[group]].tolist():
-      row = [column[position % size].as_py() for column in batch(position // size).columns]
-      known = found.setdefault((row[2], row[3], row[5]), row)
-      if known is not row:
-        known[4] += row[4]
-    yield from map(tuple, found.values())
+  with progress.Bar(f"joining captions of {name}", len(order), "samples") as bar:
+    for group in np.argsort(order[starts], kind="stable"):
+      found: dict[Any, list[Any]] = {}  # more than one only if different images have the same key
+      lengths = Counter[Any]()  # characters of their captions
+      for position in order[starts[group] : ends[group]].tolist():
+        row = [column[position % size].as_py() for column in batch(position // size).columns]
+        image = (row[2], row[3], row[5])
+        length = sum(map(len, row[4]))
+        if image in found and lengths[image] + length > LONGEST:
+          error = f"{paths[row[0]]}:{row[1]}: the captions of its image have more than {LONGEST:,} characters"
+          _count(BadSample("damaged record", error), skipped)
+        else:
+          lengths[image] += length
+          known = found.setdefault(image, row)
+          if known is not row:
+            known[4] += row[4]
+        bar.update()
+      yield from map(tuple, found.values())
+
+
+def _count(error: BadSample, skipped: Counter[str]) -> None:
+  skipped[error.kind] += 1
+  if skipped.total() <= _LOGGED:
+    logging.warning("skipped: %s", error)
 
 
 def _usable(entries: Iterable[Entry | BadSample], skipped: Counter[str], first_bad: list[BadSample]) -> Iterator[Entry]:
@@ -529,10 +555,8 @@ def _usable(entries: Iterable[Entry | BadSample], skipped: Counter[str], first_b
     if error is None:
       yield entry
       continue
-    skipped[error.kind] += 1
+    _count(error, skipped)
     first_bad.extend([error] if not first_bad else [])
-    if skipped.total() <= _LOGGED:
-      logging.warning("skipped: %s", error)
 
 
 def _defect(entry: Entry) -> BadSample | None:
@@ -542,6 +566,8 @@ def _defect(entry: Entry) -> BadSample | None:
     return BadSample("damaged record", f"record {entry.record}: bad path {entry.path!r}: {error}")
   if any("\0" in text for text in (entry.path or "", *entry.captions)):
     return BadSample("damaged record", f"record {entry.record}: a NUL byte in {entry.path!r} or its captions")
+  if sum(map(len, entry.captions)) > LONGEST:
+    return BadSample("damaged record", f"record {entry.record}: captions of more than {LONGEST:,} characters")
   return None
 
 

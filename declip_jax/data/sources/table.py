@@ -52,6 +52,8 @@ _ROLES = ("image", "caption", "label", "label_name", "labels", "group", "names",
 _SEPARATORS = ",\t;|"
 _LONGEST_HEADER = 2**16
 _QUOTED_LINES = 100  # lines that one quoted field may span
+_BLANK_LINES = 2**16  # in a row; a gzip of 1 kB may have a million of them
+_TOO_MANY_BLANK = f"more than {_BLANK_LINES:,} blank lines in a row, the rest is not read"
 _PEEKED = 100  # records to read for the keys of objects, since not all need all keys, and for the kind of labels
 _SCORES = (
   0.8  # share of these whose labels are not classes above which the column contains something else, such as scores
@@ -465,9 +467,14 @@ def _lines(text: Lines, columns: Sequence[str], separator: str, number: int) -> 
   ahead: deque[str] = deque()
   last: list[str] = []
   by_name = dict if len(set(columns)) == len(columns) else _by_name
+  blank = 0
   while line := ahead.popleft() if ahead else text.readline():
     number += 1
-    if not line.strip():
+    blank = 0 if line.strip() else blank + 1
+    if blank > _BLANK_LINES:
+      yield number, _TOO_MANY_BLANK
+      return
+    if blank:
       continue
     if len(line) > text.longest:
       yield number, _too_long(line, text)
@@ -564,7 +571,12 @@ def _read_json(text: Lines, path: str) -> tuple[list[str], Iterator[_Record]]:
 
 def _objects(text: Lines) -> Iterator[_Record]:
   text.seek(0)
+  blank = 0
   for number, line in enumerate(text, start=1):
+    blank = 0 if line.strip() else blank + 1
+    if blank > _BLANK_LINES:
+      yield number, _TOO_MANY_BLANK
+      return
     if len(line) > text.longest:
       yield number, _too_long(line, text)
     elif invalid := _INVALID.search(line):

@@ -12,14 +12,15 @@ from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.sources.table import read_table
-from declip_jax.data.sources.values import captions_of
+from declip_jax.data.sources.values import captions_of, is_missing
 from declip_jax.data.storage import files, patterns, zips
-from declip_jax.data.storage.bounded import short
+from declip_jax.data.storage.bounded import LONGEST, short
 from declip_jax.data.storage.reach import Reach
 from declip_jax.data.storage.unpickler import Unpickler, shown
 
 _COLUMNS = ("index", "title", "description")
 _PHOTOS = 10**8
+_EXPANSION = 4  # a pickle stores a text once, wherever it is repeated; the largest ratio of its texts to its bytes
 _MOST_INSTRUCTIONS = 2**40  # of a pickle, with their arguments; a record takes 14, and all records are needed
 # Instructions of the first protocol of pickle for the same data as those of later ones.
 _PROTOCOL_0 = (
@@ -70,11 +71,19 @@ def open_yfcc(location: str) -> Yfcc:
   def read_entries() -> Iterator[Entry | BadSample]:
     for number, path in enumerate(paths):
       pickled = path.endswith((".pkl", ".pickle"))
+      most, length = _EXPANSION * max(files.stamp(path)[0], LONGEST), 0
       for line, record in _pickled(path) if pickled else _tabled(path, wanted.get("encoding")):
         try:
-          yield _entry(number, record)
+          entry = _entry(number, record)
         except BadSample as error:
           yield BadSample(error.kind, f"{path}:{line}: {error}")
+          continue
+        length += sum(map(len, entry.captions))
+        if pickled and length > most:
+          raise ValueError(
+            f"{path}:{line}: texts of more than {most:,} characters, {_EXPANSION} times those of the file"
+          )
+        yield entry
 
   index = lists.index_list(name, paths, ["yfcc", wanted.get("encoding"), files.stamps(paths)], read_entries)
   return lists.checked(Yfcc(name, index, Reach.of(wanted)))
@@ -137,6 +146,11 @@ def _entry(number: int, record: Any) -> Entry:
     index = int(index)
   if not isinstance(index, int) or not 0 <= index < _PHOTOS:
     raise BadSample("damaged record", f"expected an index below {_PHOTOS}, got {short(index)}")
+  # A pickle of a few bytes can repeat a long text, or a list of lists of it.
+  if wrong := [text for text in texts if not isinstance(text, str) and not is_missing(text)]:
+    raise BadSample("damaged record", f"expected texts, got {short(wrong[0])}")
+  if sum(len(text) for text in texts if isinstance(text, str)) > LONGEST:
+    raise BadSample("damaged record", f"title and description of more than {LONGEST:,} characters")
   captions = _captions(texts)
   if not captions:
     raise BadSample("no caption", f"photo {index} has neither title nor description")

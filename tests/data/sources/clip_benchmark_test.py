@@ -139,6 +139,10 @@ def test_wrong_layouts(tmp_path: Path):
   (tmp_path / "test/nshards.txt").write_text("two")
   with pytest.raises(ValueError, match=r"nshards\.txt: 'two'"):
     open_clip_benchmark(root)
+  for number in ("0", "-1", "100001", "20000000", "9" * 5000):
+    (tmp_path / "test/nshards.txt").write_text(number)
+    with pytest.raises(ValueError, match=rf"nshards\.txt: '{number[:50]}.*at most 100,000"):
+      open_clip_benchmark(root)
   (tmp_path / "test/nshards.txt").write_text("2")
   with pytest.raises(FileNotFoundError, match=r"1\.tar"):
     open_clip_benchmark(root)

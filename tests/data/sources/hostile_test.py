@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from declip_jax.data.sources import open_source
+from declip_jax.data.sources import open_source, table
 from declip_jax.data.storage import bounded, parquet
 
 DEEP = "[" * 50_000
@@ -168,3 +168,21 @@ def test_a_list_opens_though_many_of_its_images_are_missing(kind: str, tmp_path:
   source = open_source(f"{kind}:{path}")
   assert len(source) == 101
   assert source[1]["image"] == b"an image"
+
+
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.jsonl.gz"])
+def test_blank_lines_are_skipped_and_too_many_are_counted(root: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+  monkeypatch.setattr(table, "_BLANK_LINES", 100)
+  head, first, second = (
+    ("image,caption\n", "a.jpg,caption a\n", "b.jpg,caption b\n")
+    if ".csv" in name
+    else ("", record("a") + "\n", record("b") + "\n")
+  )
+  for blank, skipped in ((100, {}), (101, {"damaged record": 1})):
+    source = open_source(
+      f"table:{write(root / name, head + first + ' ' * 9 + blank * chr(10) + second + blank * chr(10))}"
+    )
+    assert [source[index]["captions"] for index in range(len(source))] == [("caption a",), ("caption b",)][
+      : 2 - len(skipped)
+    ]
+    assert source.skipped == skipped

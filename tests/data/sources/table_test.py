@@ -796,3 +796,14 @@ def test_a_label_of_several_that_is_no_sign_is_a_damaged_record(tmp_path):
   write_images(tmp_path, "0.jpg", "1.jpg")
   path = write(tmp_path / "t.csv", "image,cat,dog", "0.jpg,1,0", "1.jpg,2,0")
   assert open_table(f"{path}?labels=cat,dog").skipped == {"damaged record": 1}
+
+
+def test_the_captions_of_one_image_are_bounded_wherever_its_lines_are(tmp_path, monkeypatch):
+  monkeypatch.setattr(lists, "LONGEST", 12)
+  shown = []
+  monkeypatch.setattr(lists.progress.Bar, "update", lambda bar, count=1: shown.append(count))
+  write_images(tmp_path, "0.jpg", "1.jpg")
+  source = open_table(write(tmp_path / "t.csv", "image,caption", *(f"{n % 2}.jpg,text{n}" for n in range(8))))
+  assert [example["captions"] for example in source] == [("text0", "text2"), ("text1", "text3")]
+  assert source.skipped == {"damaged record": 4}
+  assert sum(shown) == 16  # lines that were read, then joined

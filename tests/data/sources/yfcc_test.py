@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from declip_jax.data.sources import yfcc
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.yfcc import open_yfcc
 
@@ -180,3 +181,21 @@ def test_hostile_records_are_counted(tmp_path):
   source = open_yfcc(f"{tmp_path}/l.pkl")
   assert [example["captions"] for example in source] == [("a", "b")]
   assert source.skipped == {"damaged record": 6}
+
+
+def test_a_pickle_that_repeats_long_texts_is_bounded(tmp_path, monkeypatch):
+  monkeypatch.setattr(yfcc, "LONGEST", 1000)
+  write_zips(tmp_path, 1, 2)
+  path, text, laughs = tmp_path / "yfcc15m.pkl", "x" * 600, ["x"] * 2
+  for _ in range(60):
+    laughs = [laughs, laughs]
+  path.write_bytes(pickle.dumps([(1, text, "short"), (2, text, text), (3, laughs, ""), (4, None, float("nan"))]))
+  source = open_yfcc(str(path))
+  assert [example["captions"] for example in source] == [(text, "short")]
+  assert source.skipped == {"damaged record": 2, "no caption": 1}
+  for count, repeated in ((6, True), (7, False)):
+    path.write_bytes(pickle.dumps([(1, text, "")] * count))
+    if repeated:
+      assert len(open_yfcc(str(path))) == count
+  with pytest.raises(ValueError, match=r"yfcc15m\.pkl:6: texts of more than 4,000 characters, 4 times"):
+    open_yfcc(str(path))
