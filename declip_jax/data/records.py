@@ -1,6 +1,7 @@
 """Samples that have been checked to be usable, and ArrayRecord files of them."""
 
 from collections import Counter
+import errno
 import io
 import os
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from declip_jax.data.storage import outputs
 from declip_jax.data.storage.jobs import Advance
 
 NAMED = 3  # bad samples of each kind whose messages are kept
+_MOST_FAILED = (
+  100  # samples in a row that a disk, a mount or a network failed to read: it will not read the next either
+)
 _STEP = 64  # samples between two reports of progress
 
 
@@ -60,17 +64,20 @@ def write(source: Source, max_pixels: int, shard: Shard, advance: Advance) -> di
     `count` of the written samples, and of the others: how many were `skipped` by kind, and the first messages `named`.
 
   Raises:
-    OSError: the file cannot be written.
+    OSError: the file cannot be written, or a disk, a mount or a network fails for `_MOST_FAILED` samples in a row.
   """
-  skipped, named, count = Counter(), {}, 0
+  skipped, named, count, failed = Counter(), {}, 0, 0
   try:
     with outputs.writing(shard.path) as temporary:
       writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), WRITER_OPTIONS)
       for index in range(shard.start, shard.stop):
         try:
           writer.write(make_record(source, index, max_pixels))
-          count += 1
+          count, failed = count + 1, 0
         except BadSample as error:
+          failed = failed + 1 if error.kind == "read error" else 0
+          if failed == _MOST_FAILED:
+            raise OSError(errno.EIO, f"{failed} samples in a row cannot be read; the last one: {error}") from None
           skipped[error.kind] += 1
           named.setdefault(error.kind, []).extend([str(error)] * (skipped[error.kind] <= NAMED))
         if (index + 1 - shard.start) % _STEP == 0 or index + 1 == shard.stop:

@@ -453,3 +453,19 @@ def test_an_image_of_too_many_bytes_is_bad_whatever_its_source(monkeypatch: pyte
   with pytest.raises(BadSample, match="faulty:8: an image of 8 bytes") as caught:
     read_example(Large(40), 8)
   assert caught.value.kind == "too large"
+
+
+def test_a_dead_mount_ends_a_conversion(tmp_path: Path) -> None:
+  @dataclass(frozen=True)
+  class Dead(Faulty):
+    def __getitem__(self, index: int) -> dict:
+      if index == 150:
+        return super().__getitem__(index)
+      raise OSError(errno.ESTALE, "stale", f"/mount/{index}.jpg")
+
+  shard = records.Shard(str(tmp_path / "a.array_record"), 51, 250)
+  report = records.write(Dead(300), images.MAX_PIXELS, shard, lambda _: None)
+  assert (report["count"], report["skipped"]) == (1, {"read error": 198})
+  with pytest.raises(OSError, match=r"100 samples in a row.*/mount/250\.jpg"):
+    records.write(Dead(300), images.MAX_PIXELS, shard._replace(stop=251), lambda _: None)
+  assert list(tmp_path.iterdir()) == [tmp_path / "a.array_record"]
