@@ -296,8 +296,10 @@ def test_a_sample_in_which_a_process_died_is_read_alone() -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, SystemExit])
-def test_what_is_not_a_samples_fault_ends_the_stream_with_its_name(error: type[BaseException]) -> None:
-  FAULTS["other"] = ("", fail(error))
+def test_what_is_not_a_samples_fault_ends_the_stream_with_its_name(
+  error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setitem(FAULTS, "other", ("", fail(error)))
   stream = _stream(Faulty(8, {3: ("views", "other")}))
   batches = pipeline.Prefetch(stream, lambda batch: batch)
   with pytest.raises(error) as caught:
