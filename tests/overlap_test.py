@@ -42,10 +42,11 @@ def specs(tmp_path_factory):
   return test, train
 
 
-def test_duplicates_are_found_without_a_model(specs, tmp_path):
+def test_duplicates_are_found_without_a_model(specs, tmp_path, monkeypatch):
   test, train = specs
   np.savez(tmp_path / "predictions.npz", row=np.arange(1, 20), rank=np.arange(1, 20) >= 4)
-  found = overlap(test, train, HASH, tmp_path / "out", predictions=tmp_path / "predictions.npz")
+  cached = HASH._replace(encode=FeatureCache(tmp_path / "cache", "none", {}, (64, 0)).encode)
+  found = overlap(test, train, cached, tmp_path / "out", predictions=tmp_path / "predictions.npz")
   assert (found["images"], found["unreadable"], found["overlap"]) == (19, 1, 3)
   assert found["contamination"] == pytest.approx(3 / 19)
   assert found["identical"] == 1
@@ -60,14 +61,20 @@ def test_duplicates_are_found_without_a_model(specs, tmp_path):
     assert arrays["index"][[1, 2, 3], 0].tolist() == [31, 32, 30]
     assert arrays["index"].shape == (20, 5)
     assert arrays["cosine"][3, 0] == 1
-  cache = FeatureCache(tmp_path / "cache", "none", {}, (64, 0))
-  for _ in range(2):  # the second time from the cache
-    assert overlap(test, train, HASH._replace(encode=cache.encode), tmp_path / "again")["overlap"] == 3
+  del found["effect"]
+  monkeypatch.setattr("declip_jax.overlap.plot_pairs", lambda *arguments: None)
+  assert overlap(test, train, cached, tmp_path / "again") == found  # with features from the cache
   sheet = cv2.imread(str(tmp_path / "out" / "overlap.png"))
   green = (sheet[..., 1] > 100) & (sheet[..., 0] < 100) & (sheet[..., 2] < 60)
   assert green.any()
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+  monkeypatch.setattr("declip_jax.overlap.plot_pairs", lambda *arguments: None)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_duplicates_within_a_set_are_clusters(specs, tmp_path):
   _, train = specs
   found = overlap(train, "", HASH, tmp_path)
@@ -78,6 +85,7 @@ def test_duplicates_within_a_set_are_clusters(specs, tmp_path):
   assert found["identical"] == 3
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_model_gets_the_threshold_of_a_precision(specs, tmp_path, caplog):
   """A detector by mean colours of a grid, whose threshold is chosen."""
   encoders = Encoders(
@@ -103,6 +111,7 @@ def test_a_set_without_images_that_can_be_read_is_named(specs, tmp_path):
     overlap(broken, specs[1], HASH, tmp_path)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_predictions_of_other_data_are_named(specs, tmp_path):
   path = tmp_path / "predictions.npz"
   for arrays, message in (
