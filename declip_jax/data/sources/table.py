@@ -62,6 +62,7 @@ _CHUNK = 2**20
 _LONGEST_SKIPPED = 2**24  # characters of an element of an array that is nested too deeply
 _ARCHIVES = ("zip", "7z", "rar", "tar", "tgz", "bz2", "xz", "zst")
 _INVALID = re.compile("[\udc80-\udcff]")  # a byte that cannot be decoded, with errors="surrogateescape"
+_GROUPED = re.compile(r"(?:^|\s)\d{1,3},\d{3}(?!\d)")  # digits of a number
 _GZIP = b"\x1f\x8b"
 _DISGUISED = {
   b"pk\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as .csv",
@@ -526,33 +527,30 @@ def _quoted(lines: Sequence[str], separator: str, width: int, last: Sequence[str
 
 
 def _is_record(line: str, separator: str, width: int, last: Sequence[str]) -> bool:
-  """Whether a line is a record of its own: it has `width` fields, and they look like those of the last record.
+  """Whether a line is a record of its own and not part of a text: it has `width` fields, like those of the last record.
 
-  Compared are the columns in which the last record names an image; if it names none, those in which it has a number; if
-  there are none either, those in which it has a single word. One column must agree, of words all.
+  If the last record names images, one of these columns must name one. If it has numbers, one of these columns may have
+  one; otherwise no field may be blank or begin with a space, as after a comma within a text, unless it is so in the
+  last record, and a comma may not group digits, as in "1,000".
   """
   fields = line.rstrip("\r\n").split(separator)
   if len(fields) != width:
     return False
-  for kind in (_names_image, _is_number, _word):
-    same = (
-      [kind(field) == kind(known) for field, known in zip(fields, last, strict=True) if kind(known)] if last else []
-    )
-    if same:
-      return all(same) if kind is _word else any(same)
-  return any(map(_names_image, fields))
+  pairs = [*zip(fields, last or [""] * width, strict=True)]
+  for kind in (_names_image, _is_number):
+    same = [kind(field) for field, known in pairs if kind(known)]
+    if any(same):
+      return True
+    if same and kind is _names_image:
+      return False
+  if any(map(_names_image, fields)):
+    return True
+  is_text = any((not field.strip() and known.strip()) or field[:1] == " " != known[:1] for field, known in pairs)
+  return not (is_text or not any(map(str.strip, fields)) or (separator == "," and _GROUPED.search(line)))
 
 
 def _is_number(field: str) -> bool:
   return bool(re.fullmatch(r"-?\d+(\.\d+)?", field.strip(' "')))
-
-
-def _word(field: str) -> str:
-  """The form of a field without a space, such as "x_x.x", marked if it has digits; "" for others and after a quote."""
-  plain = field.strip(' "')
-  if re.search(r"\s", plain) or (field.startswith('"') and not field.endswith('"')):
-    return ""
-  return re.sub(r"[^\W_]+", "x", plain) + "0" * bool(re.search(r"\d", plain))
 
 
 def _read_json(text: Lines, path: str) -> tuple[list[str], Iterator[_Record]]:

@@ -86,6 +86,26 @@ def test_a_quote_that_a_later_line_closes_swallows_no_line(tmp_path, separator, 
   assert source.skipped == {}
 
 
+@pytest.mark.parametrize("separator", ["\t", ",", "; "])
+def test_a_quote_swallows_no_line_if_names_of_images_have_no_suffix(tmp_path, separator):
+  names, texts = ["cat", "x-1", "red dog", "7", "k", "big_fish"], ["a cat", '"tall one', "red", "fish", '27"', "end"]
+  write_images(tmp_path, *names)
+  lines = map(separator.join, [("image", "caption"), *zip(names, texts, strict=True)])
+  source = open_table(write(tmp_path / "t.csv", *lines))
+  assert [example["captions"] for example in source] == [(text,) for text in texts]
+  assert source.skipped == {}
+
+
+@pytest.mark.parametrize("name", ["cat", "x-1", "red dog"])
+@pytest.mark.parametrize(
+  "text", ["one\ntwo, three", "red,\nviolets are blue,\nend", "about\n1,000 people", "a\n, b", "a\n\nb, c\nd"]
+)
+def test_texts_of_several_lines_with_commas_after_names_without_suffix(tmp_path, name, text):
+  write_images(tmp_path, name, "dog")
+  lines = ["image,caption", "dog,first", f'{name},"{text}"', "dog,last"]
+  assert captions(write(tmp_path / "t.csv", *lines)) == [("first", "last"), (text,)]
+
+
 def test_quoted_fields_may_span_lines_that_are_not_records(tmp_path):
   write_images(tmp_path, "0.jpg", "1.jpg", "2.jpg")
   lines = ["image,caption", '0.jpg,"one', 'two, three"', '1.jpg,"a, b', "", 'c"', '2.jpg,"x ""y"" z"']
