@@ -42,7 +42,7 @@ LABEL_NAMES = ("label", "labels", "class", "class_id", "class_index", "target", 
 REACH = Reach._fields  # the options of a spec for where paths in the data may lead
 
 _BELOW = Reach()
-_FORMAT = 8  # part of the name of an index: raise it when its columns, or the rules by which a list is read, change
+_FORMAT = 9  # part of the name of an index: raise it when its columns, or the rules by which a list is read, change
 _BATCH = 512  # entries; the builder keeps one batch in memory
 _BATCH_WITH_IMAGES = 8
 _CACHED = 256  # batches to keep open while rows are joined

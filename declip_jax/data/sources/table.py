@@ -62,6 +62,7 @@ _CHUNK = 2**20
 _LONGEST_SKIPPED = 2**24  # characters of an element of an array that is nested too deeply
 _ARCHIVES = ("zip", "7z", "rar", "tar", "tgz", "bz2", "xz", "zst")
 _INVALID = re.compile("[\udc80-\udcff]")  # a byte that cannot be decoded, with errors="surrogateescape"
+_HERE = re.compile(r"(?:\./+)*")  # "./1.jpg" and "1.jpg" are one image
 _GROUPED = re.compile(r"(?:^|\s)\d{1,3},\d{3}(?!\d)")  # digits of a number
 _GZIP = b"\x1f\x8b"
 _DISGUISED = {
@@ -327,11 +328,13 @@ def _image(value: Any, column: str) -> tuple[str | None, bytes | None]:
     return None, value
   if not isinstance(value, str) or values.is_missing(value) or len(value) > LONGEST:
     raise BadSample("damaged record", f"expected a path for the image in {column!r}, got {short(value)}")
+  value = value.strip()
+  value = value[_HERE.match(value).end() :] or value
   if "#" not in value:
-    return value.strip(), None
-  path, _, number = value.strip().rpartition("#")  # NAME.jpg#0 and so on are the captions of Flickr8k and Flickr30k
+    return value, None
+  path, _, number = value.rpartition("#")  # NAME.jpg#0 and so on are the captions of Flickr8k and Flickr30k
   numbered = number.isdecimal() and path.lower().endswith(files.IMAGE_SUFFIXES)
-  return path if numbered else value.strip(), None
+  return path if numbered else value, None
 
 
 def _merged(records: Iterable[Entry | BadSample], path: str) -> Iterator[Entry | BadSample]:
@@ -383,11 +386,19 @@ def _text(stream: BinaryIO, path: str, encoding: str | None, is_json: bool) -> L
     if start.lower().startswith(magic):
       raise ValueError(f"{path}: not a text table, but {kind}")
   try:
-    encoding = encoding or texts.encoding_of(start)
+    encoding = _past_mark(encoding, start) if encoding else texts.encoding_of(start)
     has_objects = is_json and start.decode(encoding, "ignore").lstrip().startswith("{")
     return Lines(stream, encoding, LONGEST, "surrogateescape" if has_objects else "strict")
   except LookupError as error:
     raise ValueError(f"{path}: {error}") from None
+
+
+def _past_mark(encoding: str, start: bytes) -> str:
+  """The given encoding, in a form that skips the byte order mark if there may be one."""
+  name, marked = codecs.lookup(encoding).name, texts.encoding_of(start)
+  if name == "utf-8":
+    return "utf-8-sig"
+  return marked if name in (f"{marked}-le", f"{marked}-be") else encoding
 
 
 def _undecodable(path: str, encoding: str) -> ValueError:

@@ -614,6 +614,19 @@ def test_the_encoding_that_is_given(tmp_path):
       open_table(f"{tmp_path}/t.csv?encoding={name}")
 
 
+@pytest.mark.parametrize(("written", "given"), [("utf-8-sig", "utf-8"), ("utf-8", "UTF8"), ("utf-16", "utf-16-le")])
+def test_a_byte_order_mark_is_skipped_in_the_encoding_that_is_given(tmp_path, written, given):
+  write_images(tmp_path, "a.jpg")
+  (tmp_path / "t.csv").write_text("image,caption\na.jpg,é\n", written)
+  assert captions(f"{tmp_path}/t.csv?encoding={given}") == [("é",)]
+
+
+def test_paths_that_begin_with_the_folder_itself(tmp_path):
+  write_images(tmp_path, "1.jpg", ".2.jpg")
+  lines = ["image,caption", "1.jpg,a", ".2.jpg,b", "./1.jpg,c", ".//./1.jpg#0,d"]
+  assert captions(write(tmp_path / "t.csv", *lines)) == [("a", "c", "d"), ("b",)]
+
+
 def test_utf_16_that_ends_in_the_middle_of_a_character(tmp_path):
   content = "image,caption\na.jpg,x\n".encode("utf-16")
   (tmp_path / "t.csv").write_bytes(content[:-1])
