@@ -64,7 +64,7 @@ def parse(values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     (["--config=demo", "--config.evals.mine.kind=zeroshot"], ["config.evals.mine.kind", "did you mean zero_shot?"]),
     (
       ["--config=demo", "--config.evals.mine.data=x"],
-      ["evals.mine.data", "--config.evals.mine.kind=retrieval|zero_shot"],
+      ["evals.mine.data", "--config.evals.mine.kind=", "|retrieval|", "|zero_shot adds"],
     ),
     (["--config=demo", "--config.batch_size=many"], ["--config.batch_size=many", "not an integer"]),
     (["--config=demo", "--config.optimizer.learning_rate=high"], ["learning_rate=high", "not a number"]),
@@ -108,7 +108,7 @@ def test_an_evaluation_can_be_added(parse: Parse) -> None:
   code, printed, error = parse("--config=demo", *mine, "--config.evals.mine.templates=('{}',)", "--print_config")
   assert (code, error) == (0, "")
   evals = json.loads(printed)["evals"]
-  assert evals.pop("mine") == {"kind": "zero_shot", "data": "scenes:test", "templates": ["{}"]}
+  assert evals.pop("mine") == {"kind": "zero_shot", "data": "scenes:test", "templates": ["{}"], "every": 1}
   assert evals == json.loads(config_files.load("demo").to_json_best_effort())["evals"]
 
 

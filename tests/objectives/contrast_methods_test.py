@@ -104,7 +104,12 @@ def compute(method: Method) -> dict[str, np.ndarray]:
 
   @jax.jit
   def every_case(points: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
-    return {case: differentiate(options, points[case]) for case, (options, _) in CASES.items()}
+    found, after = {}, jnp.zeros(())
+    for case, (options, _) in CASES.items():  # one after the other: collectives of several at once may block each other
+      point = {name: value + after for name, value in points[case].items()}
+      found[case] = differentiate(options, point)
+      after = 0 * sum(value.sum() for value in found[case].values())
+    return found
 
   return flatten_dict(every_case({case: point(axes) for case, (_, axes) in CASES.items()}), sep=": ")
 
