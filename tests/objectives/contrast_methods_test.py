@@ -4,7 +4,6 @@ import functools
 import inspect
 import sys
 
-from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -81,54 +80,41 @@ def outputs() -> Outputs:
   return jax.tree.map(jnp.asarray, arrays)
 
 
-def compute(method: Method) -> dict[str, np.ndarray]:
-  """Loss, metrics and gradients by case and name, with all rows split over the method's devices; one program."""
+def compute(case: str, method: Method) -> dict[str, np.ndarray]:
+  """Loss, metrics and gradients by name, with all rows split over the method's devices."""
+  options, axes = CASES[case]
 
   def place(axis: int, x: np.ndarray) -> jax.Array:
     if method.mesh is None:
       return jnp.asarray(x)
     return jax.device_put(x, NamedSharding(method.mesh, PartitionSpec(*(None,) * axis, method.mesh.axis_names)))
 
-  def point(axes: dict[str, int]) -> dict[str, jax.Array]:
-    split = {name: place(axis, getattr(outputs(), name)) for name, axis in axes.items()}
-    return split | {name: jnp.asarray(getattr(outputs(), name)) for name in ("scale", "dense_scale", "bias")}
+  point = {name: place(axis, getattr(outputs(), name)) for name, axis in axes.items()}
+  point |= {name: jnp.asarray(getattr(outputs(), name)) for name in ("scale", "dense_scale", "bias")}
+  weights = {name: 0.5 + index for index, name in enumerate(options)}
 
-  def differentiate(options: dict, fields: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    weights = {name: 0.5 + index for index, name in enumerate(options)}
+  def loss(fields: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return reference.objective(weights, options, method)(outputs().replace(**fields), {}, 0)
 
-    def loss(fields: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-      return reference.objective(weights, options, method)(outputs().replace(**fields), {}, 0)
-
-    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(fields)
-    return {**metrics, **{f"gradient of {name}": value for name, value in gradient.items()}}
-
-  @jax.jit
-  def every_case(points: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
-    found, after = {}, jnp.zeros(())
-    for case, (options, _) in CASES.items():  # one after the other: collectives of several at once may block each other
-      point = {name: value + after for name, value in points[case].items()}
-      found[case] = differentiate(options, point)
-      after = 0 * sum(value.sum() for value in found[case].values())
-    return found
-
-  return flatten_dict(every_case({case: point(axes) for case, (_, axes) in CASES.items()}), sep=": ")
+  (_, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(point)
+  return {**metrics, **{f"gradient of {name}": value for name, value in gradient.items()}}
 
 
-@pytest.fixture(scope="module")
-def plain() -> dict[str, np.ndarray]:
-  return compute(PLAIN)
+plain = functools.cache(lambda case: compute(case, PLAIN))
 
 
 @pytest.mark.parametrize(
   "method", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 )
-def test_all_methods_are_equal(method: str, plain: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_all_methods_are_equal(case: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  expected = plain(case)
   monkeypatch.setattr(FILIP, "BLOCK", 200)  # FILIP's own blocks, some products each
   if method.startswith("auto"):
     monkeypatch.setattr(blockwise, "PLAIN_BYTES", 1)
     monkeypatch.setattr(blockwise, "CHUNK_BYTES", 64)
     monkeypatch.setattr(blockwise, "GATHERED_BYTES", 1 if method == "auto ring" else 2**30)
-  found = compute(METHODS[method]())
-  assert found.keys() == plain.keys()
-  for name, value in plain.items():
+  found = compute(case, METHODS[method]())
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
     np.testing.assert_allclose(found[name], value, atol=3e-6, rtol=3e-6, err_msg=name)
