@@ -177,7 +177,7 @@ def _config_of_run(workdir: Path, step: int | None) -> ConfigDict | None:
 
 
 def _jobs_from_flags() -> list[Job] | None:
-  """The evaluations that flags ask for, None for those of the run.
+  """The evaluations that the flags choose; None stands for those in the config of the run.
 
   Raises:
     ValueError: flags contradict each other, or an evaluation cannot run.

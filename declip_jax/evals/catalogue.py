@@ -209,7 +209,7 @@ def data_set(key: str) -> DataSet:
   if key.startswith(OWN) and key != OWN:
     return DataSet(key, key.removeprefix(OWN), "classification", "top1", templates={"own": ("a photo of a {}.",)})
   if key not in keys():
-    raise ValueError(f"no data set {key!r}{did_you_mean(key, keys())}; one of your own is named {OWN}NAME")
+    raise ValueError(f"no data set {key!r} (name one of your own {OWN}NAME){did_you_mean(key, keys())}")
   return _entry(key, json.loads((_FOLDER / f"{key}.json").read_text("utf-8")))
 
 

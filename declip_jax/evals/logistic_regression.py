@@ -32,7 +32,7 @@ _MEMORY = 10  # pairs of differences that L-BFGS keeps
 # A step is taken if the objective decreases by this share of what the slope promises, or, where it changes by less than
 # its rounding errors, if the slope has decreased (Hager & Zhang 2005, section 2).
 _DECREASE, _ROUNDING = 1e-4, 1e-6
-# A fit goes on while a step promises to decrease the objective by more than this share of it. Otherwise the fits of
+# A fit continues while a step is expected to decrease the objective by more than this share of it. Otherwise fits of
 # separable classes, whose objective and gradient are close to 0, would end far from the optimum or where they started.
 _PROMISE = 1e-6
 _LEAST_VARIANCE = 1e-3  # of the mean; less would enlarge rounding errors along axes that hardly vary

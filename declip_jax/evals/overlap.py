@@ -285,10 +285,10 @@ def effect(overlaps: Bool[np.ndarray, "n"], correct: Bool[np.ndarray, "n"]) -> d
     correct: whether its prediction is correct.
 
   Raises:
-    ValueError: there is no image.
+    ValueError: the set has no images.
   """
   if not len(correct):
-    raise ValueError("no image")
+    raise ValueError("the set has no images")
   parts = {"all": correct, "clean": correct[~overlaps], "overlap": correct[overlaps]}
   found = {"contamination": float(overlaps.mean()), "p": 1.0}
   found |= {f"accuracy_{name}": float(part.mean()) for name, part in parts.items() if len(part)}

@@ -162,7 +162,7 @@ def test_chance():
 
 
 def test_unknown_names_are_suggested():
-  with pytest.raises(ValueError, match="food101.*own/NAME"):
+  with pytest.raises(ValueError, match="'foods101'.*own/NAME.*did you mean food101"):
     data_set("foods101")
   with pytest.raises(ValueError, match=r"slip26.*did you mean slip26"):
     suite("slip25")

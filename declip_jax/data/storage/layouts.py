@@ -67,7 +67,7 @@ def classnames(path: str) -> tuple[str, ...]:
 
 
 def names_in(place: str) -> tuple[str, ...]:
-  """The names of classes in a file, without the quotes around a whole name; empty if there is no such file.
+  """The class names in a file, with the quotes around whole names removed; empty if the file does not exist.
 
   | lines | name of class i |
   |---|---|
@@ -80,7 +80,7 @@ def names_in(place: str) -> tuple[str, ...]:
 
 
 def lines_in(place: str) -> tuple[str, ...]:
-  """The lines of a file, stripped, but for blank lines at its end; empty if there is no such file."""
+  """The stripped lines of a file, without trailing blank lines; empty if the file does not exist."""
   if not files.exists(place):
     return ()
   found = texts.lines(texts.decode(files.read(place), place))
