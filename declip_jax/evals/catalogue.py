@@ -61,6 +61,8 @@ class DataSet:
     orders: class of label 0, 1, ... in sources whose labels have no names, by kind of source; "*" for the others.
     parent: key of the data set that its classes are part of, such as "imagenet"; empty for none.
     parent_ids: the classes of `parent` that each class comprises.
+    images: key of the data set whose images of these classes it has, and whose line in a data file serves it; empty if
+      it has images of its own.
     others: names of classes that sources have and the data set leaves out.
     num_classes: expected number of classes where `classes` is (); 0 if unknown.
     grouping: the grouping of images for the metric worst_group.
@@ -86,6 +88,7 @@ class DataSet:
   orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
   parent: str = ""
   parent_ids: tuple[tuple[int, ...], ...] = ()
+  images: str = ""
   others: tuple[str, ...] = ()
   num_classes: int = 0
   grouping: str = ""
@@ -210,7 +213,7 @@ def data_set(key: str) -> DataSet:
     return DataSet(key, key.removeprefix(OWN), "classification", "top1", templates={"own": ("a photo of a {}.",)})
   if key not in keys():
     raise ValueError(f"no data set {key!r} (name one of your own {OWN}NAME){did_you_mean(key, keys())}")
-  return _entry(key, json.loads((_FOLDER / f"{key}.json").read_text("utf-8")))
+  return _entry(key, _read(key))
 
 
 @cache
@@ -241,6 +244,14 @@ def _suite(name: str, about: Mapping[str, Any]) -> Suite:
   sources = {key: _tuples(kinds) for key, kinds in about.get("sources", {}).items()}
   rest = {name: about[name] for name in ("metrics", "prompts") if name in about}
   return Suite(name, about["title"], tuple(about["keys"]), means=means, sources=sources, **rest)
+
+
+def _read(key: str) -> dict[str, Any]:
+  """The JSON file of a data set; `classes_of` names the one that has its classes, and their prompts and aliases."""
+  about = json.loads((_FOLDER / f"{key}.json").read_text("utf-8"))
+  other = about.pop("classes_of", "")
+  shared = _read(other) if other else {}
+  return {**{name: value for name, value in shared.items() if name not in ("sizes", "sources", "note")}, **about}
 
 
 def _entry(key: str, about: dict[str, Any]) -> DataSet:

@@ -125,6 +125,8 @@ def _splits(key: str, specs: Sequence[str], place: str) -> Splits:
 
 def _sources(kind: str, root: str, data: DataSet, suites: Sequence[Suite]) -> tuple[list[str], str]:
   """The specs of a data set, or a remark that says what is missing."""
+  if data.images:
+    return [], f"the line of {data.images} serves it"
   own = next((suite.sources[data.key] for suite in suites if data.key in suite.keys and data.key in suite.sources), {})
   known = {**data.sources, **own}.get(kind, ())
   if kind == "folder":

@@ -10,7 +10,7 @@ Every host calls the evaluator; what it needs of all rows, such as predictions, 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Bool, Float, Int, Int8
@@ -281,6 +281,18 @@ class Split:
     return columns
 
 
+class ParentClasses(NamedTuple):
+  """The classes of splits to train on, where those of the data set are a part of them: ImageNet's for ImageNet-R.
+
+  Attributes:
+    classnames: their names.
+    ids: for each class of the data set, those that it comprises.
+  """
+
+  classnames: Sequence[str]
+  ids: Sequence[Sequence[int]]
+
+
 @dataclass(frozen=True)
 class EvaluationData:
   """All that an evaluator sees.
@@ -293,6 +305,7 @@ class EvaluationData:
     similarity: scores of embeddings, on every host; all hosts must make the same calls.
     tokens: whether `similarity` compares tokens (FILIP) instead of embeddings.
     classnames: names of the classes, in the order of labels; empty without classes.
+    parent: classes of `train` and `val` if they are not those of `test`.
     prompts: prompts of each class; None if the evaluator makes them.
     metric: the metric that papers report for the data set, one of `catalogue.METRICS`.
     grouping, ignored_groups: the grouping of images for metrics of groups, and groups that do not count.
@@ -307,6 +320,7 @@ class EvaluationData:
   train: Split | None = None
   val: Split | None = None
   classnames: Sequence[str] = ()
+  parent: ParentClasses | None = None
   prompts: Sequence[Sequence[str]] | None = None
   metric: str = "top1"
   grouping: str = ""

@@ -11,7 +11,7 @@ import numpy as np
 from declip_jax.data.sources import Source
 from declip_jax.evals import EVALUATORS
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.features import Encode, Read, Split, Texts, encode, make_data, read_batches
+from declip_jax.evals.features import Encode, Features, Read, Split, Texts, encode, make_data, read_batches
 from declip_jax.evals.results import Scores
 
 
@@ -20,8 +20,8 @@ class DataSource:
   """A source of a split.
 
   Attributes:
-    source: images, captions and labels; several jobs share features if they share this object.
-    classes: class of each label of the source, see `Split`.
+    source: images, captions and labels; jobs that share this object share features.
+    classes: class of each label of the source, see `Split`; several splits with other classes share its features.
   """
 
   source: Source
@@ -38,7 +38,7 @@ class Job:
     kind: a key of `EVALUATORS`.
     splits: sources of `test` and, where the evaluator needs them, `train` and `val`.
     options: options of the evaluator.
-    data: facts on the data set: `classnames`, `prompts` and `metric` of `EvaluationData`.
+    data: facts on the data set: `classnames`, `parent`, `prompts`, `metric` and others of `EvaluationData`.
     variant: tells the result apart from others of the same kind on the same data set, such as with other prompts.
     about: what else the result should say, such as the key of the data set in the catalogue.
   """
@@ -72,17 +72,26 @@ def run_jobs(
     encode: function that returns features of a source.
     read: function that reads images of a source.
   """
-  texts, opened = Texts(encoders), {}
+  texts, opened, features = Texts(encoders), {}, {}
+
+  def encode_once(source: Source, *others: Any) -> Features:
+    if id(source) not in features:
+      features[id(source)] = encode(source, *others)
+    return features[id(source)]
+
   texts.add(prompt for job in jobs for own in job.data.get("prompts") or () for prompt in own)
   for number, job in enumerate(jobs):
     for split in job.splits.values():
       if id(split) not in opened:
-        opened[id(split)] = Split(split.source, encoders, classes=split.classes, encode=encode, read=read)
+        opened[id(split)] = Split(split.source, encoders, classes=split.classes, encode=encode_once, read=read)
     data = make_data(encoders, texts, **{name: opened[id(split)] for name, split in job.splits.items()}, **job.data)
     try:
       scores = EVALUATORS[job.kind].function(data, picture(job), **job.options)
     except ValueError as error:
       scores = error
     yield job, scores
-    later = {id(split) for other in jobs[number + 1 :] for split in other.splits.values()}
-    opened = {name: split for name, split in opened.items() if name in later}  # the tokens of a source may be large
+    later = [split for other in jobs[number + 1 :] for split in other.splits.values()]
+    # The tokens of a source may be large.
+    opened = {name: split for name, split in opened.items() if name in set(map(id, later))}
+    for name in features.keys() - {id(split.source) for split in later}:
+      del features[name]

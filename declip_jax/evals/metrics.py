@@ -6,7 +6,7 @@ per resample, which is how `intervals.bootstrap` calls it. In a resample without
 value is NaN.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,29 +65,19 @@ def predict(logits: Float[np.ndarray, "n classes"], label: Int[np.ndarray, "n"])
   )
 
 
-def restrict(
-  logits: Float[np.ndarray, "n classes"], label: Int[np.ndarray, "n"], ids: Int[np.ndarray, "k"]
-) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, "m"]]:
-  """The logits and labels of the examples of some classes, without the other classes (ImageNet-A and -R).
-
-  Args:
-    logits, label: those of all classes.
-    ids: the classes to keep; their positions are the new labels.
-  """
-  position = np.full(logits.shape[1], -1)
-  position[ids] = np.arange(len(ids))
-  label = np.where(label < 0, -1, position[label])
-  return logits[label >= 0][:, ids], label[label >= 0]
-
-
-def merge_classes(logits: Float[np.ndarray, "n classes"], ids: Int[np.ndarray, "k most"]) -> Float[np.ndarray, "n k"]:
+def merge_classes(logits: Float[np.ndarray, "n classes"], ids: Sequence[Sequence[int]]) -> Float[np.ndarray, "n k"]:
   """The largest logit of the classes that make up each new class (ObjectNet, Barbu et al. 2019).
+
+  With one class each, it restricts a classifier to some of its classes (ImageNet-A and -R).
 
   Args:
     logits: those of the classes of the classifier.
-    ids: classes of the classifier for each new class, filled up with -1; a new class without any is never predicted.
+    ids: the classes of the classifier that make up each new class; a new class without any is never predicted.
   """
-  return np.where(ids >= 0, logits[:, ids], -np.inf).max(axis=2)
+  merged = np.full((len(logits), len(ids)), -np.inf, logits.dtype)
+  for new, own in enumerate(ids):
+    merged[:, new] = logits[:, list(own)].max(axis=1, initial=-np.inf)
+  return merged
 
 
 def accuracy(correct: Bool[np.ndarray, "n"], times: Times = None) -> Float[np.ndarray, "*r"]:

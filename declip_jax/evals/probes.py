@@ -15,6 +15,7 @@ from declip_jax.evals import nearest, splits
 from declip_jax.evals import sgd_probe as sgd_probe_lib
 from declip_jax.evals.features import EvaluationData, Split
 from declip_jax.evals.intervals import student
+from declip_jax.evals.metrics import merge_classes
 from declip_jax.evals.results import Scores
 from declip_jax.evals.rows import Labelled
 from declip_jax.evals.scoring import criterion, score
@@ -52,7 +53,7 @@ def linear_probe(data: EvaluationData, pictures: Path | None, *, features: str =
     "fits": [dataclasses.asdict(fit) for fit in result.fits],
     "refit": result.refit and dataclasses.asdict(result.refit),
   }
-  return score(data, result.scores, details)
+  return score(data, _own_logits(data, result.scores), details)
 
 
 def sgd_probe(
@@ -89,7 +90,7 @@ def sgd_probe(
     "val_scores": [list(pair) for pair in result.val_scores.items()],
     "loss": result.loss.tolist(),
   }
-  return score(data, result.scores, details)
+  return score(data, _own_logits(data, result.scores), details)
 
 
 def few_shot(
@@ -123,9 +124,13 @@ def few_shot(
   fewest = int(np.bincount(label[label >= 0], minlength=classes).min())
   used = [count for count in shots if count <= fewest]
   if not used:
-    rarest = data.classnames[int(np.bincount(label[label >= 0], minlength=classes).argmin())]
+    rarest = _trained(data)[int(np.bincount(label[label >= 0], minlength=classes).argmin())]
     raise ValueError(f"{data.train.name}: {fewest} images of {rarest!r}; expected at least {min(shots)} of each class")
-  metric, common = criterion(data.metric), {"classes": classes, "shots": used, "seeds": seeds}
+
+  def metric(logits: np.ndarray, label: np.ndarray) -> float:
+    return criterion(data.metric)(_own_logits(data, logits), label)
+
+  common = {"classes": classes, "shots": used, "seeds": seeds}
   if method == "ridge":
     found = few_shot_lib.ridge(train, test, metric, **common)
   else:
@@ -181,8 +186,9 @@ def knn(
     train, test, classes=_classes(data), mesh=make_mesh(-1, 1), neighbours=neighbours, temperature=temperature
   )
   chosen, used, value = headline if headline in votes else max(votes), label >= 0, criterion(data.metric)
-  metrics = {f"k_{size}": value(found.weighted[used], label[used]) for size, found in votes.items()}
-  scores = score(data, votes[chosen].weighted, {"features": features, "neighbours": chosen, "temperature": temperature})
+  logits = {size: _own_logits(data, found.weighted) for size, found in votes.items()}
+  metrics = {f"k_{size}": value(own[used], label[used]) for size, own in logits.items()}
+  scores = score(data, logits[chosen], {"features": features, "neighbours": chosen, "temperature": temperature})
   return dataclasses.replace(scores, metrics={**scores.metrics, **metrics})
 
 
@@ -200,7 +206,7 @@ def nearest_mean(data: EvaluationData, pictures: Path | None, *, features: str =
   del pictures
   train, test = _labelled(data.train, features), _labelled(data.test, features)
   logits, _ = nearest.nearest_mean(train, test, classes=_classes(data))
-  return score(data, logits, {"features": features})
+  return score(data, _own_logits(data, logits), {"features": features})
 
 
 def check(source: Source | Sequence[Any], field: str, **options: Any) -> None:
@@ -218,9 +224,20 @@ def check(source: Source | Sequence[Any], field: str, **options: Any) -> None:
 
 
 def _classes(data: EvaluationData) -> int:
-  if not data.classnames:
+  """The number of classes of the training split."""
+  if not _trained(data):
     raise ValueError(f"{data.test.name} has no class names")
-  return len(data.classnames)
+  return len(_trained(data))
+
+
+def _trained(data: EvaluationData) -> Sequence[str]:
+  """The names of the classes of the training split."""
+  return data.classnames if data.parent is None else data.parent.classnames
+
+
+def _own_logits(data: EvaluationData, logits: Float[np.ndarray, "n trained"]) -> Float[np.ndarray, "n classes"]:
+  """The logits of the classes of the data set, from those of the classes of the training split."""
+  return logits if data.parent is None else merge_classes(logits, data.parent.ids)
 
 
 def _labelled(split: Split, kind: str) -> Labelled:

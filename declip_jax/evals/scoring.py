@@ -107,7 +107,7 @@ def _several_labels(data: EvaluationData, logits: Float[np.ndarray, "n classes"]
     return ["any_label"], predictions, {"images": len(rows)}, {}
   rows, name = _rows(used), _namer(data.classnames)
   predictions = {"row": rows, "labels": labels[rows], "scores": logits[rows].astype(np.float32)}
-  by_class = metrics.average_precision_by_class(labels[rows], logits[rows])
+  by_class = metrics.average_precision_by_class(labels[rows], predictions["scores"])
   details = {"average_precision_by_class": [[name(index), float(value)] for index, value in by_class.items()]}
   headline = [data.metric] if data.metric in SEVERAL_LABELS else []
   return list(dict.fromkeys([*headline, *SEVERAL_LABELS])), predictions, {"images": len(rows)}, details

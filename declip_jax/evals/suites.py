@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
+import numpy as np
+
 from declip_jax.data.sources import BadSample, Source, open_source, read_example
-from declip_jax.evals import EVALUATORS, catalogue, data_files
+from declip_jax.evals import EVALUATORS, SPLITS, catalogue, data_files
 from declip_jax.evals.catalogue import DataSet, Suite
 from declip_jax.evals.classes import align
 from declip_jax.evals.data_files import Splits
 from declip_jax.evals.feature_cache import json_hash
+from declip_jax.evals.features import ParentClasses
 from declip_jax.evals.jobs import DataSource, Job
 from declip_jax.evals.own_prompts import NAME, read_prompts
 from declip_jax.evals.results import Result
@@ -51,12 +55,14 @@ def make_jobs(
     if task not in EVALUATORS or not EVALUATORS[task].of:
       legal = [name for name, evaluator in EVALUATORS.items() if evaluator.of]
       raise ValueError(f"--tasks={task}: choose some of {', '.join(legal)}{did_you_mean(task, legal)}")
-  jobs, remarks = [], [remark for suite in suites for remark in _missing(suite, data)]
   wanted = list(dict.fromkeys(key for suite in suites for key in suite.keys)) or list(data)
+  places = {key: key if key in data else catalogue.data_set(key).images for key in wanted}
+  found = {key: data[place] for key, place in places.items() if place in data}
+  jobs, remarks = [], [remark for suite in suites for remark in _missing(suite, found)]
   sources: dict[str, Source] = {}
-  for key in (key for key in wanted if key in data):
+  for key, specs in found.items():
     suite = next((suite for suite in suites if key in suite.keys), None)
-    for job in _jobs_of(key, data[key], suite, tasks, prompts, sources):
+    for job in _jobs_of(key, specs, suite, tasks, prompts, sources):
       if isinstance(job, str):
         remarks.append(job)
       else:
@@ -116,11 +122,10 @@ def _jobs_of(
   entry = _with_classes(catalogue.data_set(key), opened["test"])
   facts: dict[str, Any] = {"metric": (suite.metric(key) if suite else entry.metric) or ""}
   facts |= {"grouping": entry.grouping, "ignored_groups": entry.ignored_groups}
-  facts["validation_per_class"] = entry.validation_per_class
   about: dict[str, Any] = {"key": key, "title": entry.title, "chance": entry.chance, "note": entry.note}
-  prompted, variant, classes = {}, "", {}
+  prompted, variant, classes, parent = {}, "", {}, None
   if entry.classes:
-    classes = {name: align(entry, source.classnames, splits[name]) for name, source in opened.items()}
+    classes, parent = _classes(entry, opened, splits)
     default = suite.prompt_set(key) if suite else entry.prompt_sets[0]
     chosen, variant = prompts or default, prompts if prompts != default else ""
     if prompts.endswith((".txt", ".json")):
@@ -128,6 +133,9 @@ def _jobs_of(
     facts["classnames"] = entry.classes
     prompted = {"prompts": entry.prompts(chosen)}
     about |= {"prompts": chosen, "prompts_hash": json_hash(prompted["prompts"])}
+  trained = {"validation_per_class": (parent or entry).validation_per_class}
+  if parent is not None:
+    trained["parent"] = ParentClasses(parent.classes, entry.parent_ids)
   parts = {name: DataSource(source, classes.get(name)) for name, source in opened.items()}
   jobs: list[Job | str] = []
   for task in (task for task in tasks if entry.task in EVALUATORS[task].of):
@@ -136,9 +144,25 @@ def _jobs_of(
       jobs.append(f"{key}: {task} needs a split to train on: add | TRAIN to its line in the data file")
       continue
     used = parts if needs_train else {"test": parts["test"]}
-    data, of = ({**facts, **prompted}, variant) if needs_text else (facts, "")
+    data = {**facts, **(trained if needs_train else {}), **(prompted if needs_text else {})}
+    of = variant if needs_text else ""
     jobs.append(Job(f"{key}/{task}", entry.clip_benchmark, task, used, {}, data, of, about))
   return jobs
+
+
+def _classes(
+  entry: DataSet, sources: Mapping[str, Source], specs: Mapping[str, str]
+) -> tuple[dict[str, Int[np.ndarray, "labels"]], DataSet | None]:
+  """The class of each label of the sources, and the data set whose classes the splits to train on have, if another.
+
+  A classifier for ImageNet-R that is trained on ImageNet knows all of ImageNet's classes, as one for ImageNet does.
+  """
+  found = {name: align(entry, source.classnames, specs[name]) for name, source in sources.items()}
+  parent = catalogue.data_set(entry.parent) if entry.parent else entry
+  trained = [name for name in SPLITS if name in sources]
+  if len(parent.classes) == len(entry.classes) or any(len(found[name]) != len(parent.classes) for name in trained):
+    return found, None
+  return found | {name: align(parent, sources[name].classnames, specs[name]) for name in trained}, parent
 
 
 def _open(key: str, split: str, spec: str, sources: dict[str, Source]) -> Source:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy.special import softmax
+import numpy as np
+from scipy.special import log_softmax
 
 from declip_jax.config import TEMPLATES
 from declip_jax.data.sources import Source
@@ -21,8 +22,9 @@ _SCALE = 100.0  # CLIP's inverse temperature
 def zero_shot(data: EvaluationData, pictures: Path | None, *, templates: Sequence[str] = TEMPLATES) -> Scores:
   """The metrics of `scoring.score`, of cosines with the classes' prompts; images without a label are skipped.
 
-  Where images have several labels, scores are probabilities, a softmax of 100 times the cosines, since these are
-  comparable between images (openai/CLIP#153).
+  Where images have several labels and each class ranks all images, scores are logarithms of probabilities, of a softmax
+  of 100 times the cosines, since these are comparable between images (openai/CLIP#153). Classes with the same prompts
+  have the same scores, so that the first of them is answered: "missile" and "sunglasses" are two of ImageNet's each.
 
   Args:
     data: split to classify, and embeddings of prompts.
@@ -37,14 +39,17 @@ def zero_shot(data: EvaluationData, pictures: Path | None, *, templates: Sequenc
   if prompts is None:
     check(data.test.source, "zero_shot", templates=templates)
     prompts = from_templates(data.classnames, templates)
-  texts, rows = unique_prompts(prompts)
+  kinds = {own: number for number, own in enumerate(dict.fromkeys(map(tuple, prompts)))}
+  texts, rows = unique_prompts([*kinds])
   embeddings = data.texts(texts)
   if data.tokens:
     logits = data.test.map_images(token_classifier(embeddings, rows, data.similarity))
   else:
     logits = data.similarity(data.test.images, classifier(embeddings, rows))
-  logits = gather_rows(logits)
-  return score(data, logits if data.test.labels is None else softmax(_SCALE * logits, axis=1))
+  logits = gather_rows(logits)[:, [kinds[tuple(own)] for own in prompts]]
+  if data.test.labels is not None and data.metric != "any_label":
+    logits = log_softmax(_SCALE * logits.astype(np.float64), axis=1)
+  return score(data, logits)
 
 
 def check(source: Source | Sequence[Any], field: str, *, templates: Any = TEMPLATES) -> None:

@@ -10,6 +10,7 @@ import pytest
 from declip_jax.data.sources import SOURCES
 from declip_jax.evals import catalogue
 from declip_jax.evals.catalogue import data_set, suite
+from declip_jax.evals.robustness import WITHOUT_SHIFT
 
 # Classes, templates of CLIP, metric, and images of the test split (CLIP, table 9; DeCLIP, appendix "Downstream data";
 # number of templates in openai/CLIP d05afc4, data/prompts.md and notebook).
@@ -44,7 +45,7 @@ TABLE = {
   "imagenet": (1000, 80, "top1", 50000),
 }
 SIZES = {"clip27": 27, "slip26": 26, "declip11": 11, "kornblith12": 12, "vtab": 19, "vtab1k": 19, "vtab+": 36}
-SIZES |= {"shifts": 6, "retrieval": 2, "composition": 8, "datacomp38": 40, "elevater20": 20}
+SIZES |= {"shifts": 9, "retrieval": 2, "composition": 8, "datacomp38": 40, "elevater20": 20}
 
 
 @pytest.mark.parametrize("key", TABLE)
@@ -66,6 +67,7 @@ def test_every_entry_is_consistent():
     assert set(data.aliases.values()) <= set(data.classes), data.key
     assert all(sorted(order) == [*range(len(data.classes))] for order in data.orders.values()), data.key
     assert all(len(names) == len(data.classes) for names in data.names.values()), data.key
+    assert not data.images or data_set(data.images).sources, data.key
     assert len(data.parent_ids) == (len(data.classes) if data.parent else 0), data.key
     assert set(data.sources) <= {*SOURCES, "datacomp"}, data.key
     for name, templates in data.templates.items():
@@ -126,6 +128,12 @@ def test_subsets_of_imagenet():
   assert len(objectnet.classes) + len(objectnet.others) == 313
   alarm_clock = objectnet.parent_ids[objectnet.classes.index("alarm clock")]
   assert [imagenet.classes[number] for number in alarm_clock] == ["analog clock", "digital clock"]
+  for key, shift in {"r": "imagenet_r", "a": "imagenet_a", "objectnet": "objectnet"}.items():
+    data, same = data_set(f"imagenet_on_{key}"), data_set(shift)
+    assert (data.prompts(), data.parent_ids, data.images) == (same.prompts(), same.parent_ids, "imagenet")
+    assert data.sizes["test"] == 50 * sum(map(len, data.parent_ids))
+    assert WITHOUT_SHIFT[shift] == data.key
+    assert {data.key, shift} < {*suite("shifts").keys}
   equal = [name for name in imagenet.classes if imagenet.classes.count(name) > 1]
   assert equal == ["missile", "missile", "sunglasses", "sunglasses"]
   assert [n for n, name in enumerate(imagenet.classes) if name in equal] == [657, 744, 836, 837]

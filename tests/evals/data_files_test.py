@@ -67,6 +67,7 @@ def test_published_copies():
   )
   assert found["flickr30k"] == f"{hub}/wds_flickr30k/resolve/main?split=test"
   assert "# birdsnap: not in clip_benchmark" in text.splitlines()
+  assert "# imagenet_on_r: the line of imagenet serves it" in text.splitlines()
   assert set(parse_data(text, "printed")) == set(found)
   found = lines(print_data("datacomp", suites=[suite("datacomp38")]))
   assert len(found) == 37  # without retrieval, which DataComp reads elsewhere

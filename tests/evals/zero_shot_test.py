@@ -154,6 +154,24 @@ def test_a_source_that_cannot_be_classified_is_named():
     classify(source, encoders(np.eye(2), ["cat", "dog"], np.eye(2)), templates=("{}",))
 
 
+def test_of_classes_with_the_same_prompts_the_first_is_answered():
+  """ImageNet has two classes "missile"; products of equal columns may differ in the last digit."""
+  rng = np.random.default_rng(0)
+  rows, images = unit(rng.normal(size=(9, 300))), unit(rng.normal(size=(40, 300)))
+  texts = [f"a {name}" for name in range(9)]
+  owner = [*range(9), 4, 7, *range(6)]
+  data = make_data(
+    encode := encoders(rows.astype(np.float32), texts, images.astype(np.float32)),
+    Texts(encode),
+    Split(Source([(row, row % 15) for row in range(40)], [str(name) for name in owner]), encode),
+    prompts=[[texts[name]] for name in owner],
+  )
+  scores = zero_shot(data, None)
+  best = (images @ rows.T).argmax(axis=1)
+  np.testing.assert_array_equal(scores.predictions["predicted"], best)
+  assert scores.metrics["ties"] == np.isin(best, [*range(6), 7]).sum()
+
+
 def test_prompts_of_the_data_set_come_before_templates():
   source = Source([(0, 0), (1, 1)], ("cat", "dog"))
   texts, rows = ["a cat", "a kitten", "a dog"], np.eye(3, dtype=np.float32)
