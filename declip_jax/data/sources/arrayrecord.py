@@ -74,10 +74,10 @@ class ArrayRecord:
     except (ValueError, LookupError, TypeError) as error:
       raise ValueError(f"{self._index}: damaged index ({error}); delete it to build it again") from error
 
-  @property
+  @cached_property
   def stamp(self) -> str:
-    """Changes with the files."""
-    return self._index.stem
+    """Changes with the files and with the names of classes."""
+    return f"{self._index.stem}-{indexes.digest(self.classnames)}"
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
@@ -128,7 +128,7 @@ class ArrayRecord:
     return example
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"name": self.name, "_index": self._index}
+    return {"name": self.name, "_index": self._index, "stamp": self.stamp}
 
   def __repr__(self) -> str:
     return f"ArrayRecord({self.name!r})"

@@ -54,10 +54,10 @@ class ClipBenchmark(WebDataset):
     super().__init__(name, index, captions_by_line=kind == "retrieval")
     self._root, self._kind, self._groups = root, kind, groups
 
-  @property
+  @cached_property
   def stamp(self) -> str:
-    """Changes with the shards, and with what is read from them."""
-    return indexes.digest([self._index.stem, self._kind, self._groups])
+    """Changes with the shards, with what is read from them, and with the names of classes."""
+    return indexes.digest([self._index.stem, self._kind, self._groups, self.classnames])
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:

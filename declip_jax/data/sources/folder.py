@@ -15,7 +15,7 @@ from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, layouts, patterns, remote, texts
-from declip_jax.data.storage.reach import Reach
+from declip_jax.data.storage.reach import NotAllowedError, Reach
 
 _STRAY = 0.1  # share of images with a text below which folders are classes nevertheless
 _SUFFIXES = 20  # of files that are left out, those of most files
@@ -33,12 +33,14 @@ class _Files(NamedTuple):
     images: names of the images, in order.
     texts: names of the texts, by their names with the suffix in lower case.
     others: names of all other files.
+    refused: for each link to a folder that is not followed, the reason.
   """
 
   path: str
   images: list[str]
   texts: dict[str, str]
   others: list[str]
+  refused: list[str]
 
 
 class Folder(lists.ListSource):
@@ -48,10 +50,11 @@ class Folder(lists.ListSource):
     name: the spec that opened the folder.
     index: the index, see `index_list`.
     left_out: number of files that are neither images nor belong to one, by suffix.
+    reach: where its links may lead.
   """
 
-  def __init__(self, name: str, index: Path, left_out: dict[str, int]):
-    super().__init__(name, index, Reach(allow=frozenset({"outside"})))  # its links are followed
+  def __init__(self, name: str, index: Path, left_out: dict[str, int], reach: Reach):
+    super().__init__(name, index, reach)
     self._left_out = left_out
 
   @property
@@ -73,12 +76,12 @@ class Folder(lists.ListSource):
 
   def _captions(self, entry: Entry) -> tuple[str, ...]:
     """The lines of the text next to an image; the caption in the entry is the name of that text."""
-    paths = [f"{self._folder(entry)}/{name}" for name in entry.captions]
+    paths = [self._reach.resolve(name, self._folder(entry)) for name in entry.captions]
     return tuple(line for path in paths for line in texts.lines(texts.decode(files.read(path), path)) if line)
 
 
 def open_folder(location: str) -> Folder:
-  """Opens a folder of images, at any depth.
+  """Opens a folder of images, at any depth: "PATH", or "PATH?allow=outside".
 
   If there are texts next to images, NAME.txt or NAME.jpg.txt for NAME.jpg (see `files.CAPTION_SUFFIXES`), each of their
   lines that is not blank is a caption (in a WebDataset the whole text is one caption), and there are no classes.
@@ -87,7 +90,8 @@ def open_folder(location: str) -> Folder:
   too, if there are several and fewer than a tenth of the images have a text. A classnames.txt next to them, or above
   the folder of a split, may give better names, see `layouts.classnames_of_folders`. If there are no folders with images
   either, the samples are images alone. Hidden files are skipped; files with other suffixes are left out and counted.
-  Links are followed, except for those that lead back to a folder above them.
+  Links are followed, except for those that lead back to a folder above them. One that leads outside of the folder is
+  not allowed, and counts as one bad sample, unless the location says "?allow=outside".
 
   The folder is listed each time it is opened, and the name of its index depends on its file names. Texts are read
   together with their images. The stamp also depends on sizes and times of some files, see `ListSource.stamp`, so that
@@ -96,21 +100,22 @@ def open_folder(location: str) -> Folder:
   Raises:
     FileNotFoundError: the folder does not exist or has no image.
     OSError: a folder in it cannot be listed.
-    ValueError: its folders have names of splits, such as "train", one of them has no image, or classnames.txt does not
-      name each of them.
+    ValueError: its folders have names of splits, such as "train", one of them has no image or is a link that is not
+      followed, or classnames.txt does not name each of them.
   """
   name = f"folder:{location}"
-  place, _ = lists.parse(location, ())
-  folder = lists.absolute(place)
+  place, wanted = lists.parse(location, ("allow",))
+  folder, reach = lists.absolute(place), Reach.of(wanted)
   digest, tops, classes, left_out = hashlib.sha256(), set(), set(), Counter()
-  images, used_texts = 0, Counter()
-  for found in _listing(folder):
-    digest.update(repr((found.path, found.images, sorted(found.texts.values()))).encode())
+  images, used_texts, refused = 0, Counter(), list[str]()
+  for found in _listing(folder, reach):
+    digest.update(repr((found.path, found.images, sorted(found.texts.values()), found.refused)).encode())
     used = {text for image in found.images for text in _texts_of(image, found)}
     images += len(found.images)
     used_texts += files.suffixes(sorted(used))
     left_out += files.suffixes([*found.others, *sorted(set(found.texts.values()) - used)])
     top = found.path.partition("/")[0]
+    refused += found.refused if not top else ()
     tops |= {top} - {""}
     classes |= {top} - {""} if found.images else set()
   captioned = bool(used_texts)
@@ -121,15 +126,19 @@ def open_folder(location: str) -> Folder:
   if classes and all(map(layouts.is_split, classes)) and not captioned:
     first = min(classes, key=lambda split: (layouts.split_of(split) != "train", split))
     raise ValueError(f"{name}: {', '.join(sorted(classes))} are splits, not classes; open {place.rstrip('/')}/{first}")
+  if classes and refused and not captioned:
+    raise ValueError(f"{name}: each folder is a class, but {refused[0]}")
   if classes and classes < tops and not captioned:
     empty = sorted(tops - classes)
     few = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
     raise ValueError(f"{name}: no image in {few}, but each folder is a class; remove those that are not")
   numbers = {} if captioned else {top: number for number, top in enumerate(sorted(classes))}
-  index = lists.index_list(name, [f"{folder}/"], ["folder", digest.hexdigest()], lambda: _entries(folder, numbers))
+  index = lists.index_list(
+    name, [f"{folder}/"], ["folder", digest.hexdigest()], lambda: _entries(folder, reach, numbers)
+  )
   if numbers and files.exists(f"{folder}/classnames.txt"):
     left_out -= Counter([".txt"])
-  return lists.checked(Folder(name, index, dict(left_out.most_common(_SUFFIXES))))
+  return lists.checked(Folder(name, index, dict(left_out.most_common(_SUFFIXES)), reach))
 
 
 def has_captions(names: Iterable[str]) -> bool:
@@ -138,9 +147,10 @@ def has_captions(names: Iterable[str]) -> bool:
   return any(_texts_of(image, found) for image in found.images)
 
 
-def _entries(folder: str, classes: dict[str, int]) -> Iterator[Entry | BadSample]:
-  for found in _listing(folder):
+def _entries(folder: str, reach: Reach, classes: dict[str, int]) -> Iterator[Entry | BadSample]:
+  for found in _listing(folder, reach):
     top = found.path.partition("/")[0]
+    yield from (BadSample("not allowed", reason) for reason in found.refused)
     for image in found.images:
       path = f"{found.path}/{image}".lstrip("/")
       if not classes:
@@ -151,16 +161,17 @@ def _entries(folder: str, classes: dict[str, int]) -> Iterator[Entry | BadSample
         yield BadSample("damaged record", f"{folder}/{path} is not in the folder of a class")
 
 
-def _listing(folder: str) -> Iterator[_Files]:
+def _listing(folder: str, reach: Reach) -> Iterator[_Files]:
   """Yields folder after folder, always in the same order."""
-  empty, others = True, Counter()
-  for path, names in _remote_folders(folder) if remote.is_url(folder) else _local_folders(folder):
-    found = _files(path, names)
+  empty, others, refused = True, Counter(), list[str]()
+  for path, names, reasons in _remote_folders(folder) if remote.is_url(folder) else _local_folders(folder, reach):
+    found = _files(path, names)._replace(refused=reasons)
+    refused += reasons
     empty = empty and not found.images
     others += files.suffixes(found.others)
     yield found
   if empty:
-    instead = f"; found {files.in_words(others)}" if others else ""
+    instead = f"; {refused[0]}" if refused else f"; found {files.in_words(others)}" if others else ""
     raise FileNotFoundError(f"{folder}: not a folder, or without any image ({' '.join(files.IMAGE_SUFFIXES)}){instead}")
 
 
@@ -168,10 +179,13 @@ def _files(path: str, names: Iterable[str]) -> _Files:
   visible = [name for name in names if not name.startswith(".")]
   images = sorted(name for name in visible if name.lower().endswith(files.IMAGE_SUFFIXES))
   beside = _by_lower_suffix(visible)
-  return _Files(path, images, beside, sorted(set(visible).difference(images, beside.values())))
+  return _Files(path, images, beside, sorted(set(visible).difference(images, beside.values())), [])
 
 
-def _local_folders(top: str) -> Iterator[tuple[str, list[str]]]:
+_Level = tuple[str, list[str], list[str]]  # a folder, the names in it, and why links to folders are not followed
+
+
+def _local_folders(top: str, reach: Reach) -> Iterator[_Level]:
   """Yields folder after folder; os.walk would skip folders that it cannot list and follow cycles of links."""
   pending: list[tuple[str, _Above]] = [("", None)]
   while pending:
@@ -186,14 +200,26 @@ def _local_folders(top: str) -> Iterator[tuple[str, list[str]]]:
     here = (stat.st_dev, stat.st_ino)
     if _is_above(here, above):
       continue
-    names, folders = [], []
+    names, folders, refused = [], [], []
     with os.scandir(f"{top}/{path}") as entries:
       for entry in entries:
-        (folders if entry.is_dir() else names).append(entry.name)  # a link to a folder too, as in subsets of ImageNet
-    yield path, names
-    for name in sorted(folders, reverse=True):  # the last is the first to be popped
-      if not name.startswith("."):
-        pending.append((f"{path}/{name}" if path else name, (here, above)))
+        if not entry.is_dir():
+          names.append(entry.name)
+        elif not entry.name.startswith("."):
+          inside = f"{path}/{entry.name}" if path else entry.name
+          reason = _refusal(inside, top, reach) if entry.is_symlink() else None
+          folders.append(inside) if reason is None else refused.append(reason)
+    yield path, names, sorted(refused)
+    pending += [(inside, (here, above)) for inside in sorted(folders, reverse=True)]  # the last is popped first
+
+
+def _refusal(path: str, top: str, reach: Reach) -> str | None:
+  """Why a link to a folder is not followed; None if it is."""
+  try:
+    reach.resolve(path, top)
+  except NotAllowedError as error:
+    return str(error)
+  return None
 
 
 def _is_above(folder: tuple[int, int], above: _Above) -> bool:
@@ -204,13 +230,13 @@ def _is_above(folder: tuple[int, int], above: _Above) -> bool:
   return False
 
 
-def _remote_folders(folder: str) -> Iterator[tuple[str, list[str]]]:
+def _remote_folders(folder: str) -> Iterator[_Level]:
   inside: dict[str, list[str]] = {}
   for url in patterns.expand(f"{folder}/**"):
     path, _, name = _within(url).removeprefix(_within(folder)).strip("/").rpartition("/")
     if not any(level.startswith(".") for level in path.split("/")):
       inside.setdefault(path, []).append(name)
-  yield from inside.items()
+  yield from ((path, names, []) for path, names in inside.items())
 
 
 def _within(url: str) -> str:

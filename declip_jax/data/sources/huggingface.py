@@ -5,7 +5,7 @@ see `copies.folder`, so they must fit on the disk. (`datasets` itself makes one 
 so files cannot be copied one by one when they are needed.)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 import json
@@ -18,7 +18,7 @@ import numpy as np
 
 from declip_jax.data.sources import lists, values
 from declip_jax.data.sources.base import BadSample, Example, Marks, bad_sample
-from declip_jax.data.storage import copies, files, remote
+from declip_jax.data.storage import copies, files, indexes, remote
 from declip_jax.data.storage.reach import NotAllowedError, Reach
 
 _THREADS = 8  # for copying remote files
@@ -73,10 +73,20 @@ class HuggingFace:
     texts = [column for column in self._columns.groups if _is_text(self._dataset.features[column])]
     return {column: _numbered(self._dataset.unique(column), column, self.name)[0] for column in texts}
 
-  @property
+  @cached_property
   def stamp(self) -> str:
-    """Changes with the data: the fingerprint of `datasets`, stored with the files."""
-    return self._dataset._fingerprint
+    """Changes with the data: the fingerprint of `datasets`, stored with the files.
+
+    If images are paths, it also changes with the files of up to `lists.STAMPED` images, see `lists.size_and_time`.
+    """
+    found, column = [], self._columns.image
+    for number, index in enumerate(lists.probes(len(self), lists.STAMPED)):
+      value = self._dataset[index][column]
+      path = None if isinstance(value, dict) and value.get("bytes") is not None else _path(value)
+      found.append(path and lists.size_and_time(self._reach, path, "/"))
+      if number == _PROBED and not any(found):  # the data set has the images themselves: reading many takes time
+        break
+    return f"{self._dataset._fingerprint}-{indexes.digest(found)}" if any(found) else self._dataset._fingerprint
 
   @property
   def skipped(self) -> dict[str, int]:
@@ -131,9 +141,10 @@ class HuggingFace:
       }
     return marks
 
-  def __reduce__(self) -> tuple[Callable[..., "HuggingFace"], tuple[Any, ...]]:
+  def __reduce__(self) -> tuple[Any, ...]:
     if self._location is not None:
-      return _reopen, (self._location,)  # a pickle of the data set would list all its files and classes
+      # A pickle of the data set would list all its files and classes.
+      return _reopen, (self._location,), {"stamp": self.stamp}
     return HuggingFace, (self.name, self._dataset, self._columns, self._reach, None)
 
   def __repr__(self) -> str:

@@ -47,7 +47,7 @@ _BATCH = 512  # entries; the builder keeps one batch in memory
 _BATCH_WITH_IMAGES = 8
 _CACHED = 256  # batches to keep open while rows are joined
 _PROBED = 100  # random images to try until one can be read
-_STAMPED = 1000  # images whose size and time are part of the stamp
+STAMPED = 1000  # images, at random, whose size and time are part of the stamp
 _PATIENCE = 20.0  # seconds to try them
 _LOOKED_IN = 100  # folders in which to look for an image that is missing
 _LOGGED = 5  # skipped samples to name in the log; all of them are counted
@@ -141,8 +141,17 @@ class ListSource:
     return json.loads(last.custom_metadata[b"about"])
 
   @cached_property
+  def _first_label(self) -> int:
+    """The number of class 0 in the list, see `layouts.first_label`."""
+    from_list = self._about["classnames"] or self._about.get("several")
+    return 0 if from_list else layouts.first_label(self._about["files"][0], self._about["labels"])
+
+  @cached_property
   def classnames(self) -> tuple[str, ...]:
-    """Names from the list; else line i of classnames.txt, see `layouts.find`, for class i; else empty."""
+    """Names from the list; else line i of classnames.txt, see `layouts.find`, for class i; else empty.
+
+    If that file and the list both number the classes from 1, class 0 is number 1.
+    """
     if several := self._about.get("several"):
       return tuple(several)
     if not self._about["labels"]:
@@ -160,13 +169,13 @@ class ListSource:
 
   @cached_property
   def stamp(self) -> str:
-    """Changes with the list, and with sizes and times of local files of up to `_STAMPED` samples, drawn at random.
+    """Changes with the list, the names of classes, and local files of up to `STAMPED` samples, see `size_and_time`.
 
-    Asking for those of all samples would take minutes on a network file system.
+    Asking for the files of all samples would take minutes on a network file system.
     """
-    entries = map(self.entry, probes(len(self), _STAMPED))
-    found = [_size_and_time(self._reach, path, self._folder(entry)) for entry in entries for path in self._paths(entry)]
-    return f"{self._index.stem}-{indexes.digest(found)}" if any(found) else self._index.stem
+    entries = map(self.entry, probes(len(self), STAMPED))
+    found = [size_and_time(self._reach, path, self._folder(entry)) for entry in entries for path in self._paths(entry)]
+    return f"{self._index.stem}-{indexes.digest([found, self.classnames])}"
 
   def __len__(self) -> int:
     return self._about["count"]
@@ -197,12 +206,12 @@ class ListSource:
       raise bad_sample(error, place) from error
 
   def entry(self, index: int) -> Entry:
-    """Returns entry `index` of the list, with label -1 for none."""
+    """Returns entry `index` of the list, with the number of its class as label, -1 for none."""
     number, position = divmod(int(index), self._about["batch"])
     batch = self._batches.get_batch(number)
     file, record, path, image, captions, label, *marks = (column[position].as_py() for column in batch.columns)
     path = None if path is None else path.decode("utf-8", "surrogateescape")
-    name = self._about["labels"][label] if label >= 0 else -1
+    name = self._about["labels"][label] - self._first_label if label >= 0 else -1
     labels, groups = marks or ((), ())
     return Entry(file, record, path, image, captions, name, None, labels, groups)
 
@@ -269,9 +278,10 @@ def checked(source: ListSource) -> ListSource:
   Raises:
     FileNotFoundError: none of them can be read; the message says what helps.
     OSError: none of them can be read, since a disk, a mount or a network fails.
-    ValueError: classnames.txt lacks a line for a class.
+    ValueError: classnames.txt lacks a line for a class, or it is unclear which line belongs to it.
   """
-  labels, classes = source._about["labels"], len(source.classnames)
+  classes = len(source.classnames)
+  labels = [label - source._first_label for label in source._about["labels"]]
   if classes and max(labels, default=-1) >= classes:
     hint = "; labels count from 0, and so do the names" if (min(labels), max(labels)) == (1, classes) else ""
     raise ValueError(f"{source.name}: label {max(labels)}, but only {classes} class names{hint}")
@@ -333,7 +343,7 @@ def _folders_in(folder: str) -> list[str]:
     return []
 
 
-def _size_and_time(reach: Reach, path: str, folder: str) -> tuple[int, int] | None:
+def size_and_time(reach: Reach, path: str, folder: str) -> tuple[int, int] | None:
   """Size in bytes and time of change in ns of a file; None if there is none, and for URLs, to avoid requests."""
   if remote.is_url(path) or remote.is_url(folder):
     return None

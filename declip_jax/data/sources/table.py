@@ -541,23 +541,23 @@ def _is_record(line: str, separator: str, width: int, last: Sequence[str]) -> bo
   """Whether a line is a record of its own and not part of a text: it has `width` fields, like those of the last record.
 
   If the last record names images, one of these columns must name one. If it has numbers, one of these columns may have
-  one; otherwise no field may be blank or begin with a space, as after a comma within a text, unless it is so in the
-  last record, and a comma may not group digits, as in "1,000".
+  one, unless a comma may group its digits, as in "1,000 people"; otherwise no field may be blank or begin with a space,
+  as after a comma within a text, unless it is so in the last record, and no comma may group digits.
   """
   fields = line.rstrip("\r\n").split(separator)
   if len(fields) != width:
     return False
   pairs = [*zip(fields, last or [""] * width, strict=True)]
-  for kind in (_names_image, _is_number):
-    same = [kind(field) for field, known in pairs if kind(known)]
-    if any(same):
-      return True
-    if same and kind is _names_image:
-      return False
-  if any(map(_names_image, fields)):
+  images = [_names_image(field) for field, known in pairs if _names_image(known)]
+  if images or any(map(_names_image, fields)):
+    return any(images) or not images
+  grouped = [separator == "," and bool(_GROUPED.search(",".join(fields[i : i + 2]))) for i in range(width)]
+  if any(
+    _is_number(field) and _is_number(known) and not group for (field, known), group in zip(pairs, grouped, strict=True)
+  ):
     return True
   is_text = any((not field.strip() and known.strip()) or field[:1] == " " != known[:1] for field, known in pairs)
-  return not (is_text or not any(map(str.strip, fields)) or (separator == "," and _GROUPED.search(line)))
+  return not (is_text or any(grouped) or not any(map(str.strip, fields)))
 
 
 def _is_number(field: str) -> bool:

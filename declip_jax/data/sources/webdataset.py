@@ -90,10 +90,10 @@ class WebDataset:
     """What the index says about the shards: their paths, numbers of suffixes, the range of labels, remarks."""
     return self._opened[1]
 
-  @property
+  @cached_property
   def stamp(self) -> str:
-    """Changes when the shards do."""
-    return self._index.stem
+    """Changes with the shards and with the names of classes."""
+    return f"{self._index.stem}-{indexes.digest(self.classnames)}"
 
   @cached_property
   def classnames(self) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ class WebDataset:
       logging.warning("%s: %s", self.name, remark)
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"name": self.name, "_index": self._index, "_captions_by_line": self._captions_by_line}
+    return {"name": self.name, "_index": self._index, "_captions_by_line": self._captions_by_line, "stamp": self.stamp}
 
   def __repr__(self) -> str:
     return f"WebDataset({self.name!r})"

@@ -76,7 +76,28 @@ def names_in(place: str) -> tuple[str, ...]:
   | others | line i, blank or not, but for blank lines at the end |
   """
   lines = lines_in(place)
-  return tuple(map(_unquoted, _of_dictionary(lines) or _of_numbered(lines) or lines))
+  return tuple(map(_unquoted, _numbered(lines).values() or lines))
+
+
+def first_label(path: str, labels: Sequence[int]) -> int:
+  """The label of the first name in classnames.txt: 1 if both its lines and the labels are numbered from 1, else 0.
+
+  Args:
+    path: a file of the data, see `classnames`.
+    labels: the distinct labels of the data.
+
+  Raises:
+    ValueError: its lines have the numbers 1 to n, but neither 0 nor n is a label, so that either could be meant.
+  """
+  if min(labels, default=0) == 0 or (place := find(path, CLASSNAMES)) is None:
+    return 0
+  numbers = _numbered(lines_in(place))
+  if min(numbers, default=0) == 0:
+    return 0
+  if max(numbers) not in labels:
+    meant = f"its lines are numbered 1 to {max(numbers)}, but the labels are {min(labels)} to {max(labels)}"
+    raise ValueError(f"{place}: {meant}, and could be numbered from 0 or 1; number its lines from 0, like labels")
+  return 1
 
 
 def lines_in(place: str) -> tuple[str, ...]:
@@ -128,26 +149,31 @@ def remarks_on(names: Sequence[str]) -> list[str]:
   return [f"several classes are named {few}: zero-shot classification cannot distinguish them"] if equal else []
 
 
-def _of_numbered(lines: Sequence[str]) -> list[str]:
+def _numbered(lines: Sequence[str]) -> dict[int, str]:
+  """The names in the lines of a file by their numbers, 0 to n-1 or 1 to n in this order; none if it has no numbers."""
+  return _of_dictionary(lines) or _of_numbered(lines)
+
+
+def _of_numbered(lines: Sequence[str]) -> dict[int, str]:
   """The names in lines that have the numbers 0 to n-1 or 1 to n, in their order; none if some are others or equal."""
   found = [match.groups() for match in map(_NUMBERED.fullmatch, filter(None, lines)) if match]
   names = {int(number): name for number, name in found}
   first = min(names, default=0)
   if not 1 < len(lines) - lines.count("") == len(names) == len(set(names.values())) or first not in (0, 1):
-    return []
-  return [names[number] for number in sorted(names)] if max(names) - first == len(names) - 1 else []
+    return {}
+  return dict(sorted(names.items())) if max(names) - first == len(names) - 1 else {}
 
 
-def _of_dictionary(lines: Sequence[str]) -> list[str]:
+def _of_dictionary(lines: Sequence[str]) -> dict[int, str]:
   """The names in a text that is a dictionary from numbers to names; none for others."""
   text = "\n".join(lines)
   if not (text.startswith("{") and text.endswith("}")) or len(text) > _LONGEST:
-    return []
+    return {}
   try:
     numbered = ast.literal_eval(text)
     return _of_numbered([f"{int(number)}: {name}" for number, name in numbered.items() if isinstance(name, str)])
   except (ArithmeticError, AttributeError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
-    return []
+    return {}
 
 
 def _unquoted(name: str) -> str:

@@ -2,8 +2,8 @@
 
 A spec is written by the user, and its paths and URLs are trusted: they may lead anywhere. A path or URL in a table, a
 COCO file or a saved data set is written by whoever made the data, and may only lead to a file below the root of the
-list. Everything else must be allowed in the spec. There, `root=` names another root, and `allow=` has any of these
-words, joined by commas:
+list; so may links in a folder of images. Everything else must be allowed in the spec. There, `root=` names another
+root, and `allow=` has any of these words, joined by commas:
 
 | word | allows |
 |---|---|
@@ -108,7 +108,7 @@ class Reach(NamedTuple):
       return full
     folder, name = os.path.split(full)
     real = os.path.realpath(full) if os.path.islink(full) else os.path.join(_real(folder), name)
-    if _is_below(full, root) and _is_below(real, _real(root)):
+    if _is_below(full, root) and _is_below(f"{real}/", _real(root)):  # a link may lead to the root itself
       return full
     if not os.path.exists(full):
       raise FileNotFoundError(errno.ENOENT, "no such file", full)

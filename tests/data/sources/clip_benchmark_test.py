@@ -164,6 +164,8 @@ def test_stamp_changes_with_what_is_read(tmp_path: Path):
   root = write(str(tmp_path), [[{"cls": b"0", "npy": npy([1]), "jpg": b"x"}]], classnames="a")
   single = open_clip_benchmark(root)
   assert single.stamp == open_clip_benchmark(root).stamp != open_clip_benchmark(f"{root}?group=g").stamp
+  (tmp_path / "classnames.txt").write_text("b")
+  assert open_clip_benchmark(root).stamp != single.stamp
   (tmp_path / "dataset_type.txt").write_text("multilabel")
   assert open_clip_benchmark(root).stamp != single.stamp
 

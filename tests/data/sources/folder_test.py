@@ -199,6 +199,16 @@ def test_links_that_go_round_in_a_circle_add_nothing(tmp_path):
   assert [example["id"] for example in open_folder(path)] == ["a/1.jpg", "b/2.jpg"]
 
 
+def test_the_stamp_follows_classnames_txt(tmp_path):
+  path = write(tmp_path, "ant/a.jpg", "bee/a.jpg")
+  stamps = [open_folder(path).stamp]
+  for names in ("Ant\nBee\n", "a\nb\n", "b\na\n"):
+    (tmp_path / "classnames.txt").write_text(names)
+    stamps.append(open_folder(path).stamp)
+  assert len(set(stamps)) == 4
+  assert open_folder(path).stamp == stamps[-1]
+
+
 def test_texts_that_are_not_utf_8_are_read_and_one_of_them_is_named(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr("absl.logging._log_counter_per_token", {})  # once per process, whatever ran before
   write(tmp_path, "1.jpg", "2.jpg", "3.jpg")
@@ -231,8 +241,42 @@ def test_links_and_names_that_are_not_utf_8(tmp_path):
   write(tmp_path / "all", name)
   (tmp_path / "few").mkdir()
   (tmp_path / "few" / "cat").symlink_to(tmp_path / "all" / "cat")
-  (example,) = open_folder(f"{tmp_path}/few")
+  (example,) = open_folder(f"{tmp_path}/few?allow=outside")
   assert example["image"] == b"cat/caf\xe9.jpg"
+
+
+def test_links_stay_below_the_folder_unless_the_location_allows_more(tmp_path):
+  write(tmp_path / "other", "secret.jpg", "more/x.jpg", **{"secret": "secret"})
+  path = write(tmp_path / "set", "1.jpg", "2.jpg", **{"1": "one", "2": "two"})
+  for name, target in {
+    "3.jpg": "../other/secret.jpg",
+    "3.txt": "1.txt",
+    "4.jpg": "1.jpg",
+    "4.txt": "../other/secret.txt",
+  }.items():
+    (tmp_path / "set" / name).symlink_to(target)
+  (tmp_path / "set" / "more").symlink_to(tmp_path / "other" / "more")
+  source = open_folder(path)
+  assert [source[number]["captions"] for number in range(2)] == [("one",), ("two",)]
+  assert source.skipped == {"not allowed": 1}
+  for number in (2, 3):
+    with pytest.raises(BadSample, match=r"leads outside .*/set; .*allow=outside") as error:
+      source[number]
+    assert error.value.kind == "not allowed"
+  allowed = open_folder(f"{path}?allow=outside")
+  assert [example["captions"] for example in allowed] == [("one",), ("two",), ("one",), ("secret",), ()]
+  assert allowed.skipped == {}
+
+
+@pytest.mark.parametrize("inside", ["dog/1.jpg", ""])
+def test_a_class_that_is_a_link_outside_is_an_error_with_the_remedy(tmp_path, inside):
+  write(tmp_path / "all", "cat/1.jpg")
+  path = write(tmp_path / "few", *[inside] * bool(inside))
+  (tmp_path / "few").mkdir(exist_ok=True)
+  (tmp_path / "few" / "cat").symlink_to(tmp_path / "all" / "cat")
+  with pytest.raises((ValueError, FileNotFoundError), match=r"few.*cat is a link that leads outside .*allow=outside"):
+    open_folder(path)
+  assert open_folder(f"{path}?allow=outside").classnames == ("cat", "dog")[: 1 + bool(inside)]
 
 
 def test_no_folder_and_no_image(tmp_path):

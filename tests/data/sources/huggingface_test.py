@@ -230,6 +230,16 @@ def test_paths_in_a_saved_data_set_stay_below_its_folder_or_root(tmp_path):
   assert from_huggingface(dataset)[0]["image"] == png(0)
 
 
+def test_the_stamp_follows_images_that_are_files(tmp_path):
+  folder = save(tmp_path / "set", {"image": ["0.png", "gone.png"], "text": ["a", "b"]})
+  (tmp_path / "set" / "0.png").write_bytes(png(0))
+  before = open_huggingface(folder)
+  assert open_huggingface(folder).stamp == before.stamp
+  (tmp_path / "set" / "0.png").write_bytes(png(1) + b" ")
+  assert open_huggingface(folder).stamp != before.stamp
+  assert pickle.loads(pickle.dumps(before)).stamp == before.stamp  # workers agree with the process that opened it
+
+
 def test_a_data_set_whose_files_are_elsewhere_is_rejected(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   folder = Path(save(tmp_path / "set", {"jpg": [b"x"], "text": ["x"]}))

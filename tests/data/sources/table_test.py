@@ -106,6 +106,19 @@ def test_texts_of_several_lines_with_commas_after_names_without_suffix(tmp_path,
   assert captions(write(tmp_path / "t.csv", *lines)) == [("first", "last"), (text,)]
 
 
+@pytest.mark.parametrize("text", ["A crowd\n1,000 people in it", "A crowd of\n12,500", "of\n1,000 to\n2,000 people"])
+def test_numbers_with_a_comma_do_not_end_a_text_of_several_lines_after_numbers(tmp_path, text):
+  write_images(tmp_path, "17", "18", "19")
+  lines = ["image,caption", "17,first", f'18,"{text}"', "19,last"]
+  assert captions(write(tmp_path / "t.csv", *lines)) == [("first",), (text,), ("last",)]
+
+
+def test_a_comma_between_two_numbers_of_a_record_groups_no_digits(tmp_path):
+  write_images(tmp_path, "17", "18", "19")
+  lines = ["image,label,caption", '17,300,"big screen', "18,301,a dog", '19,302,a screen of 27"']
+  assert captions(write(tmp_path / "t.csv", *lines)) == [('"big screen',), ("a dog",), ('a screen of 27"',)]
+
+
 def test_quoted_fields_may_span_lines_that_are_not_records(tmp_path):
   write_images(tmp_path, "0.jpg", "1.jpg", "2.jpg")
   lines = ["image,caption", '0.jpg,"one', 'two, three"', '1.jpg,"a, b', "", 'c"', '2.jpg,"x ""y"" z"']
@@ -514,6 +527,36 @@ def test_names_of_numbered_labels_from_a_column_or_classnames_txt(tmp_path):
   write(tmp_path / "classnames.txt", "dog")
   with pytest.raises(ValueError, match="label 1, but only 1 class names"):
     open_table(path)
+
+
+def test_the_stamp_follows_classnames_txt(tmp_path):
+  write_images(tmp_path, "0.jpg")
+  path = write(tmp_path / "t.csv", "path,label", "0.jpg,1")
+  stamps = []
+  for names in (["cat", "dog"], ["dog", "cat"]):
+    write(tmp_path / "classnames.txt", *names)
+    stamps.append(open_table(path).stamp)
+    assert open_table(path).stamp == stamps[-1]
+  assert stamps[0] != stamps[1]
+
+
+def test_labels_and_names_may_both_be_numbered_from_1(tmp_path):
+  write_images(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+  path = write(tmp_path / "t.csv", "path,label", "1.jpg,1", "3.jpg,3", "2.jpg,2")
+  write(tmp_path / "classnames.txt", "3: cow", "1: cat", "2: dog")
+  source = pickle.loads(pickle.dumps(open_table(path)))
+  assert [source.classnames[example["label"]] for example in source] == ["cat", "cow", "dog"]
+  write(tmp_path / "u.csv", "path,label", "1.jpg,0", "3.jpg,2")  # here the lines are only counted from 1
+  source = open_table(f"{tmp_path}/u.csv")
+  assert [source.classnames[example["label"]] for example in source] == ["cat", "cow"]
+  write(tmp_path / "v.csv", "path,label", "1.jpg,1", "2.jpg,2")
+  with pytest.raises(
+    ValueError, match=r"classnames\.txt: .* 1 to 3, but the labels are 1 to 2, and could be .* from 0"
+  ):
+    open_table(f"{tmp_path}/v.csv")
+  write(tmp_path / "classnames.txt", "0: nothing", "1: cat", "2: dog")
+  source = open_table(f"{tmp_path}/v.csv")
+  assert [source.classnames[example["label"]] for example in source] == ["cat", "dog"]
 
 
 def test_parquet_with_paths(tmp_path):

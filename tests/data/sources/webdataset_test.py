@@ -252,6 +252,15 @@ def test_the_stamp_follows_the_shards(tmp_path):
   assert open_webdataset(str(path)).stamp != before
 
 
+def test_the_stamp_follows_classnames_txt(tmp_path):
+  path, seen = write_tar(tmp_path / "s.tar", samples("0")), []
+  for names in ("cat\ndog\n", "dog\ncat\n"):
+    (tmp_path / "classnames.txt").write_text(names)
+    seen.append(open_webdataset(str(path)))
+  assert seen[0].stamp != seen[1].stamp
+  assert pickle.loads(pickle.dumps(seen[0])).stamp == seen[0].stamp  # although the file has changed
+
+
 @pytest.mark.parametrize("kept", [0, 50, 140, -3])
 def test_a_damaged_index_is_named_and_built_again(tmp_path, kept, caplog):
   path = write_tar(tmp_path / "s.tar", samples("0", "1"))
