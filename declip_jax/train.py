@@ -488,7 +488,7 @@ def main() -> None:
     upper_bound=255,
   )
   flags.DEFINE_string("profile", "", "First and last step to trace, such as 100:110.")
-  launch(_command, __doc__, required=("config",))
+  launch(_command, __doc__, required=("config",), is_training=True)
 
 
 if __name__ == "__main__":

@@ -15,19 +15,25 @@ from declip_jax.runtime.workdir import local_path
 
 
 def launch(
-  command: Callable[..., None], doc: str | None, required: Sequence[str] = (), *, needs_workdir: bool = True
+  command: Callable[..., None],
+  doc: str | None,
+  required: Sequence[str] = (),
+  *,
+  needs_workdir: bool = True,
+  is_training: bool = False,
 ) -> None:
   """Parses the command line, joins the other processes, and calls `command` with `--workdir`.
 
   Defines the flags that these commands share; TPU pods and Slurm need only `--multihost`. An error that the user can
-  correct is one line and exit code 2; the traceback is in `error.txt` if the working directory is that of a run. A
-  disk, a mount or a network that fails is exit code 74, since a retry may succeed.
+  correct is one line and exit code 2; that of a training leaves its traceback in `error.txt`. A disk, a mount or a
+  network that fails is exit code 74, since a retry may succeed.
 
   Args:
     command: called with the working directory, None without one.
     doc: what `--help` prints above the flags.
     required: flags that have to be given besides `--workdir`.
     needs_workdir: whether `--workdir` has to be given.
+    is_training: whether the command trains the run in `--workdir`; an error of another one is none of that run.
   """
   flags.DEFINE_string("workdir", None, "Working directory: checkpoints, metrics, pictures, results.")
   flags.DEFINE_bool("multihost", False, "Join the processes that JAX finds by itself (TPU pod, Slurm, GKE).")
@@ -44,7 +50,7 @@ def launch(
       workdir = flags.FLAGS.workdir
       command(None if workdir is None and not needs_workdir else local_path(workdir))
     except command_line.USER_ERRORS as error:
-      return command_line.report(error, _write_traceback(flags.FLAGS.workdir))
+      return command_line.report(error, _write_traceback(flags.FLAGS.workdir) if is_training else "")
     finally:
       drop_lost_streams()
     return 0
@@ -55,7 +61,7 @@ def launch(
 def _write_traceback(directory: str | None) -> str:
   """Writes `error.txt` into the directory of a run; returns a note that names it, or an empty string."""
   workdir = Path(directory or "")
-  if not directory or not (workdir / "checkpoints").is_dir():  # not a run, but a folder of weights
+  if not directory or not (workdir / "checkpoints").is_dir():  # nothing was trained there
     return ""
   with contextlib.suppress(OSError):  # the disk itself may be full
     (workdir / "error.txt").write_text(traceback.format_exc())

@@ -17,7 +17,7 @@ def command(workdir):
   {body}
   (workdir / "done").touch()
 
-launch(command, None)
+launch(command, None, is_training={training})
 """
 
 
@@ -26,17 +26,19 @@ launch(command, None)
   [("pass", 0), ("raise OSError('a disk')", 74), pytest.param("sys.exit(3)", 3, marks=pytest.mark.slow)],
 )
 def test_a_command_whose_display_is_lost_has_the_exit_code_of_its_work(body: str, code: int, tmp_path: Path) -> None:
+  (tmp_path / "checkpoints").mkdir()
   with open("/dev/full", "w") as full:
     done = subprocess.run(
-      [sys.executable, "-c", SCRIPT.format(body=body), f"--workdir={tmp_path}"], stdout=full, stderr=full, check=False
+      [sys.executable, "-c", SCRIPT.format(body=body, training=False), f"--workdir={tmp_path}"], stdout=full, stderr=full, check=False
     )
   assert done.returncode == code
   assert (tmp_path / "done").exists() == (code == 0)
+  assert not (tmp_path / "error.txt").exists()  # the run in the working directory has not failed
 
 
-def test_the_error_of_a_run_is_one_line_that_names_its_traceback(tmp_path: Path) -> None:
+def test_the_error_of_a_training_is_one_line_that_names_its_traceback(tmp_path: Path) -> None:
   (tmp_path / "checkpoints").mkdir()
-  script = SCRIPT.format(body="raise ValueError('bad')")
+  script = SCRIPT.format(body="raise ValueError('bad')", training=True)
   command = [sys.executable, "-c", script, f"--workdir={tmp_path}"]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   assert done.stderr.splitlines() == ["a line", f"error: bad (traceback in {tmp_path / 'error.txt'})"]
