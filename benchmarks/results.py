@@ -39,7 +39,7 @@ Evaluations = list[dict[str, Any]]
 def read_run(workdir: Path) -> Evaluations:
   """Evaluations during a run and those of `declip_jax.evaluate` later, each with the number of examples seen."""
   batch_size = from_json((workdir / "config.json").read_text()).batch_size
-  later = workdir / "results" / "evaluations.jsonl"  # a line for each result
+  later = workdir / "results" / "results.jsonl"  # a line for each result
   evaluations: dict[int, dict[str, Any]] = {}
   for line in later.read_text().splitlines() if later.exists() else []:
     fields = json.loads(line)

@@ -1,6 +1,6 @@
 """The only module that turns a config into objects: no lower module reads a config."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import optax
 
 from declip_jax.batch_sizes import BatchSizes
-from declip_jax.config import examples_of, steps_of
+from declip_jax.config import TEMPLATES, examples_of, steps_of
 from declip_jax.data.deaths import Deaths
 from declip_jax.data.images import EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
@@ -22,7 +22,7 @@ from declip_jax.data.pipeline import Reading
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
-from declip_jax.evals import EVALUATORS, SPLITS, check_metric, check_options
+from declip_jax.evals import EVALUATORS, SPLITS, catalogue, check_metric, check_options, suites
 from declip_jax.evals.classify import columns
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.features import DecodedImages
@@ -34,6 +34,7 @@ from declip_jax.objectives import TERMS, Objective, diagnostics, make_objective
 from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.momentum import momentum_at
 from declip_jax.ranges import check_values
+from declip_jax.reporting.progress import message
 from declip_jax.sharding import gather, make_mesh, replicated
 from declip_jax.training import augment as augmentation
 from declip_jax.training import drop_path, mixing, optim, schedules
@@ -43,6 +44,7 @@ from declip_jax.training.step import train_step
 from declip_jax.types import Batch, BatchShapes
 from declip_jax.weights.initial import InitFrom
 
+_ALL = "all"  # as a suite: every data set of a data file
 _OVERRIDES = (
   "weak_scale",
   "strong_scale",
@@ -451,7 +453,8 @@ def check_evals(evals: ConfigDict, objective: Objective) -> None:
       f"config.evals has {texts}, which compare images with texts, but config.objective trains no such "
       f"comparison, only {objective.weights}: leave them out or give one of {across} a weight"
     )
-  classified = [name for name, fields in evals.items() if _evaluation(name, fields).kind == "classify"]
+  kinds = {name: _evaluation(name, fields).kind for name, fields in evals.items()}
+  classified = [name for name, kind in kinds.items() if EVALUATORS[kind].needs_classifier]
   if classified and "classifier" not in objective.heads:
     raise ValueError(f"config.evals has {classified}, which need a classifier, but the term 'classify' has no weight")
 
@@ -470,12 +473,14 @@ class _Evaluation(NamedTuple):
 
   Attributes:
     kind: a key of `EVALUATORS`.
+    suite: name of a suite, or `_ALL`; then the only split is `test`, a data file. "" for an evaluation of one data set.
     splits: spec of the source of each split.
     options: options of the evaluator.
     every: number of evaluations of the run from one in which it takes part to the next.
   """
 
   kind: str
+  suite: str
   splits: dict[str, str]
   options: dict[str, Any]
   every: int
@@ -490,9 +495,9 @@ def _evaluation(name: str, fields: ConfigDict) -> _Evaluation:
     raise ValueError(f"{field}: the name of an evaluation cannot contain a slash")
   options = fields.to_dict()
   check_options(options, field)
-  kind, every = options.pop("kind"), options.pop("every", 1)
+  kind, suite, every = options.pop("kind"), options.pop("suite", ""), options.pop("every", 1)
   splits = {"test": options.pop("data")} | {split: options.pop(split, "") for split in SPLITS}
-  return _Evaluation(kind, {split: spec for split, spec in splits.items() if spec}, options, every)
+  return _Evaluation(kind, suite, {split: spec for split, spec in splits.items() if spec}, options, every)
 
 
 def check_best_metric(config: ConfigDict) -> None:
@@ -502,63 +507,128 @@ def check_best_metric(config: ConfigDict) -> None:
     ValueError: the message names the metrics that exist.
   """
   if best := config.checkpoint.best_metric:
-    kinds = {name: fields.kind for name, fields in config.evals.items()}
+    kinds = {name: "" if fields.get("suite") else fields.kind for name, fields in config.evals.items()}
     check_metric(best, kinds, "config.checkpoint.best_metric")
 
 
 def make_jobs(evals: ConfigDict) -> list[Job]:
-  """Opens the sources of `config.evals`, each once.
+  """Opens the sources of `config.evals`, each once. An entry with a suite is a job `NAME/KEY` for each data set.
 
   Raises:
+    OSError: a data file cannot be read.
     ValueError: an unknown kind of evaluation, an option that it does not have, or a source that cannot be opened or
       does not fit the evaluation.
   """
   evaluations = {name: _evaluation(name, fields) for name, fields in evals.items()}
-  specs = dict.fromkeys(spec for evaluation in evaluations.values() for spec in evaluation.splits.values())
-  sources = {spec: DataSource(open_source(spec)) for spec in specs}
+  single = [evaluation for evaluation in evaluations.values() if not evaluation.suite]
+  specs = dict.fromkeys(spec for evaluation in single for spec in evaluation.splits.values())
+  sources, of_suites = {spec: DataSource(open_source(spec)) for spec in specs}, _jobs_of_suites(evaluations)
   jobs = []
-  for name, (kind, splits, options, _) in evaluations.items():
+  for name, (kind, suite, splits, options, _) in evaluations.items():
+    if suite:
+      jobs += of_suites[name]
+      continue
     EVALUATORS[kind].check(sources[splits["test"]].source, f"config.evals.{name}", **options)
     jobs.append(Job(name, name, kind, {split: sources[spec] for split, spec in splits.items()}, options))
   return jobs
 
 
+def _jobs_of_suites(evaluations: Mapping[str, _Evaluation]) -> dict[str, list[Job]]:
+  """The jobs of each evaluation of a suite, those of one data file and suite with the same sources.
+
+  Raises:
+    OSError, ValueError: see `make_jobs`.
+  """
+  together: dict[tuple[str, str], list[str]] = {}
+  for name, evaluation in evaluations.items():
+    if evaluation.suite:
+      together.setdefault((evaluation.splits["test"], evaluation.suite), []).append(name)
+  found: dict[str, list[Job]] = {}
+  for (path, suite), names in together.items():
+    kinds = list(dict.fromkeys(evaluations[name].kind for name in names))
+    try:
+      jobs, remarks = suites.read_jobs(path, () if suite == _ALL else (suite,), kinds)
+    except ValueError as error:
+      raise ValueError(f"config.evals.{names[0]}: {error}") from error
+    for remark in remarks if jax.process_index() == 0 else ():
+      message(f"config.evals.{names[0]}: {remark}")
+    for name in names:
+      found[name] = [_job_of_suite(name, job, evaluations[name]) for job in jobs if job.kind == evaluations[name].kind]
+      if not found[name]:
+        raise ValueError(f"config.evals.{name}: {path} has no data set of {suite} for {evaluations[name].kind!r}")
+  return found
+
+
+def _job_of_suite(name: str, job: Job, evaluation: _Evaluation) -> Job:
+  """A job of a suite under the name of its entry in the config and with its options, after a check."""
+  field, source, options = f"config.evals.{name}", job.splits["test"].source, evaluation.options
+  if source.classnames or not job.data.get("classnames"):  # without names, those of the catalogue are used
+    EVALUATORS[job.kind].check(source, field, **options)
+  if options.get("templates", TEMPLATES) != TEMPLATES:
+    raise ValueError(f"{field}.templates={options['templates']}: suite={evaluation.suite!r} has prompts of its own")
+  name = f"{name}/{job.about['key']}"
+  return dataclasses.replace(job, name=name, options=options, curve=name)
+
+
 def make_evaluators(
-  evals: ConfigDict, workdir: Path, classnames: Sequence[str] = ()
+  evals: ConfigDict, workdir: Path, classnames: Sequence[str] = (), cache_gib: float = 2.0
 ) -> Callable[[Encoders, int], dict[str, float]]:
-  """Returns a function of encoders to all metrics, `eval/NAME/METRIC`, of the evaluations of a run while it trains.
+  """Returns a function of encoders to the metrics of the evaluations of a run while it trains.
+
+  They are all metrics of an evaluation, `eval/NAME/METRIC`; of each data set of a suite the headline metric,
+  `eval/NAME/KEY`, and the means of the suite, such as `eval/NAME/mean`, if none of its data sets is missing.
 
   The second argument of the function is the number of this evaluation of the run: an entry takes part if its `every`
-  divides the number, all in number 0. Images of small sources are decoded only once. Pictures are written to `workdir`.
+  divides the number, all in number 0. Pictures are written to `workdir`.
 
   Args:
     evals: `config.evals`.
     workdir: folder of pictures.
     classnames: names of the classes of the run's classifier, if there is one.
+    cache_gib: GiB of decoded images of small sources that each host keeps for later evaluations.
 
   Raises:
+    OSError: a data file cannot be read.
     ValueError: a source has classes that the classifier lacks; see also `make_jobs`.
   """
-  jobs, read = make_jobs(evals), DecodedImages()
+  jobs, read = make_jobs(evals), DecodedImages(int(cache_gib * 2**30))
   for job in jobs:
-    names = job.splits["test"].source.classnames
-    if job.kind == "classify" and names and classnames:
+    names = job.data.get("classnames") or job.splits["test"].source.classnames
+    if EVALUATORS[job.kind].needs_classifier and names and classnames:
       columns(names, classnames, f"config.evals.{job.name}")
-  every = {name: fields.get("every", 1) for name, fields in evals.items()}
+
+  def is_due(job: Job, number: int) -> bool:
+    return number % evals[_entry(job)].get("every", 1) == 0
 
   def picture(job: Job) -> Path | None:
-    return workdir / f"{job.name}.png" if jax.process_index() == 0 else None
+    return workdir / f"{job.name}.png" if jax.process_index() == 0 and not job.curve else None
 
   def evaluate(encoders: Encoders, number: int) -> dict[str, float]:
-    due = [job for job in jobs if number % every[job.name] == 0]
-    results = {}
-    for job, scores in run_jobs(due, encoders, picture, read=read):
+    found: dict[str, float] = {}
+    for job, scores in run_jobs([job for job in jobs if is_due(job, number)], encoders, picture, read=read):
       if isinstance(scores, ValueError):
         raise scores
-      results |= {f"eval/{job.name}/{metric}": value for metric, value in scores.metrics.items()}
-    return results
+      found |= job.curves(scores)
+    return {**found, **_means(evals, found)}
 
   return evaluate
+
+
+def _entry(job: Job) -> str:
+  """Name of the entry of `config.evals` that a job is from."""
+  return job.name.partition("/")[0]
+
+
+def _means(evals: ConfigDict, found: Mapping[str, float]) -> dict[str, float]:
+  """The means of the suites in `config.evals`, of the metrics that were found."""
+  means = {}
+  for name, fields in evals.items():
+    if fields.get("suite", "") not in ("", _ALL):
+      prefix = f"eval/{name}/"
+      values = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+      averages = catalogue.suite(fields.suite).averages(values)
+      means |= {f"{prefix}{mean}": value for mean, value in averages.items()}
+  return means
 
 
 def make_init_from(config: ConfigDict) -> InitFrom:

@@ -1,7 +1,7 @@
 """Trained models as functions: `load` reads any checkpoint that `weights.read` reads and returns a `Clip`."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -45,21 +45,30 @@ class Clip:
     logit_scale: inverse temperature of the contrastive loss, a factor of the scores of `similarity`.
     remarks: guesses and omissions when the file was read.
     step: step of a run's checkpoint, None for other files.
-    image_fields: `config.model.image`, which describes the image tower.
+    image_fields, text_fields: `config.model.image` and `.text`, which describe the towers.
+    classnames: names of the classes of the classifier; empty if there is none, or they have no names.
   """
 
   def __init__(self, weights: Weights, mesh: Mesh):
     self.origin, self.remarks, self.step, self.mesh = weights.origin, weights.remarks, weights.step, mesh
     self.model = make_model(weights.model, views=Views(), heads=weights.heads)
-    place = partial(jax.device_put, device=replicated(mesh))
-    self.params, self.collections = place(weights.params), place(weights.collections)
-    self.image_fields = dict(weights.model["image"])
+    self._place(weights.params, weights.collections)
+    self.image_fields, self.text_fields = dict(weights.model["image"]), dict(weights.model["text"])
     self.tokenizer = make_tokenizer(weights.model["text"]["tokenizer"], weights.model["text"]["context_length"])
     self.view, self.tokens = weights.view, weights.tokens
     self.max_pixels = image_ops.MAX_PIXELS
-    self._classnames = weights.model["heads"].get("classnames", ())
+    self.classnames = tuple(weights.model["heads"].get("classnames", ()))
     self._has_text, self._warned = "joint" in weights.heads, False
     self._functions = make_encode_functions(self.model, mesh, tokens=self.tokens)
+
+  def with_weights(self, params: Any, collections: Any) -> "Clip":
+    """The same model with other weights; nothing is compiled again."""
+    other = copy.copy(self)
+    other._place(params, collections)
+    return other
+
+  def _place(self, params: Any, collections: Any) -> None:
+    self.params, self.collections = jax.device_put((params, collections), replicated(self.mesh))
 
   @property
   def logit_scale(self) -> float:
@@ -204,7 +213,7 @@ class Clip:
     if needs_text:
       self._check_vocabulary()
     reading = reading or Reading(max_pixels=self.max_pixels)
-    factory = EncoderFactory(self._functions, self.tokenizer, self.view, batch_size, reading, self._classnames)
+    factory = EncoderFactory(self._functions, self.tokenizer, self.view, batch_size, reading, self.classnames)
     return factory.bind(self.params, self.collections)
 
   def _encode_images(

@@ -79,6 +79,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.log_every = 50  # steps between lines of metrics.jsonl, and between measurements of `objectives.diagnostics`
   c.evaluate_every = duration(epochs=1)
   c.evaluate_batch_size = 1024
+  c.evaluate_cache_gib = 2.0  # GiB of decoded images that each host keeps from one evaluation to the next
   c.evals = ConfigDict()  # name -> `zero_shot(...)`, `retrieval(...)` or another of `EVALUATIONS` in this module
   c.checkpoint = ConfigDict()
   c.checkpoint.every = duration(epochs=1)
@@ -356,6 +357,11 @@ def retrieval(data: str, equal_texts: bool = False, prefix: str = "", folds: int
   return _evaluation("retrieval", data, equal_texts=equal_texts, prefix=prefix, folds=folds)
 
 
+def composition(data: str) -> ConfigDict:
+  """The choice between a right and a wrong caption or image, over a source such as SugarCrepe or Winoground."""
+  return _evaluation("composition", data)
+
+
 def linear_probe(data: str, train: str = "", val: str = "", features: str = "pooled") -> ConfigDict:
   """Logistic regression on features of `train`, whose strength is chosen on `val`, by default a part of `train`."""
   return _evaluation("linear_probe", data, train=train, val=val, features=features)
@@ -405,20 +411,25 @@ def nearest_mean(data: str, train: str = "", features: str = "pooled") -> Config
   return _evaluation("nearest_mean", data, train=train, features=features)
 
 
-def _evaluation(kind: str, data: str, **fields: Any) -> ConfigDict:
-  """An entry of `c.evals`, which takes part in each evaluation of a run, or in each `every`-th."""
-  return ConfigDict({"kind": kind, "data": data, "every": 1, **fields})
-
-
 def classify(data: str) -> ConfigDict:
   """Classification of a labelled source by the classifier of a fine-tuned model."""
   return _evaluation("classify", data)
+
+
+def _evaluation(kind: str, data: str, **fields: Any) -> ConfigDict:
+  """An entry of `c.evals`, which takes part in each evaluation of a run, or in each `every`-th.
+
+  With `suite`, the name of a suite such as "slip26", or "all", `data` is a data file (`evals.data_files`), and the
+  entry stands for those of its data sets that are in the suite, with its prompts, classes and metrics.
+  """
+  return ConfigDict({"kind": kind, "data": data, "suite": "", "every": 1, **fields})
 
 
 # The functions that make an entry of `c.evals`, by its `kind`.
 EVALUATIONS = {
   "zero_shot": zero_shot,
   "retrieval": retrieval,
+  "composition": composition,
   "linear_probe": linear_probe,
   "sgd_probe": sgd_probe,
   "few_shot": few_shot,

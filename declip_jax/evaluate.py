@@ -13,18 +13,25 @@ shows what would be evaluated.
 --weights evaluates any other checkpoint that `declip_jax.load` reads, such as one of OpenAI's CLIP or of open_clip.
 --settings gives what such a file does not contain, as `declip_jax.load` warns: --settings=image.activation=gelu
 
+--interpolate_with evaluates mixtures of other weights with these, for each share of these in --alpha (WiSE-FT):
+
+  --workdir runs/pets --interpolate_with runs/clip --alpha 0,0.25,0.5,0.75,1
+
 Results are printed, and written to --output, by default WORKDIR/results: one JSON file per model, data set and task,
 which `clip_benchmark build` reads, too, and the predictions. Results that are already there are not computed again, so
-an evaluation that was interrupted continues. Features of images are kept in --cache for other evaluations.
+an evaluation that was interrupted continues. Features of images and embeddings of texts are kept in --cache for other
+evaluations. The TensorBoard of a run shows the results of its checkpoints, under results.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 import jax
@@ -42,6 +49,8 @@ from declip_jax.evals.evaluation import Evaluation, ModelFacts, describe
 from declip_jax.evals.feature_cache import LIMIT, FeatureCache, tree_hash
 from declip_jax.evals.jobs import Job
 from declip_jax.evals.results import Result
+from declip_jax.evals.text_cache import TextCache
+from declip_jax.mixtures import mixtures
 from declip_jax.reporting.metrics import summary_table
 from declip_jax.reporting.progress import message
 from declip_jax.runtime.checkpoint import Checkpoints
@@ -53,6 +62,31 @@ from declip_jax.weights.read import Step, parse_step
 from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256  # without a run's config
+_ALPHA = [f"{tenths / 10:g}" for tenths in range(11)]
+
+
+class Place(NamedTuple):
+  """Where the model of an evaluation is from, and where its results go.
+
+  Attributes:
+    weights: path of the weights.
+    output: folder of the results.
+    run: working directory of the run whose checkpoint is evaluated, whose TensorBoard shows the results; None for none.
+  """
+
+  weights: str | os.PathLike[str]
+  output: Path
+  run: Path | None
+
+
+class Encoding(NamedTuple):
+  """How images and texts are encoded, and where the results are kept; see `evaluate`."""
+
+  batch_size: int | None
+  max_pixels: int | None
+  cache: Path | None
+  cache_limit: int
+  features_dtype: str
 
 
 def evaluate(
@@ -68,6 +102,7 @@ def evaluate(
   cache: Path | None = None,
   cache_limit: int = LIMIT,
   max_pixels: int | None = None,
+  features_dtype: str = "float32",
 ) -> dict[str, Any]:
   """Evaluates a checkpoint, writes the results that are not there yet, and returns all metrics, `eval/NAME/METRIC`.
 
@@ -83,6 +118,7 @@ def evaluate(
     cache: folder of features, None for none.
     cache_limit: see `FeatureCache`.
     max_pixels: largest number of pixels of an image, that of the run's config by default, see `images.open_photo`.
+    features_dtype: "float32", or "float16", to which features of images are then rounded, for half the size of `cache`.
 
   Raises:
     FileNotFoundError: no such run or checkpoint.
@@ -92,8 +128,9 @@ def evaluate(
   clip, config = _load(workdir, step, weights, settings)
   if jobs is None:
     jobs = make_jobs(config.evals if evals is None and config else evals or ConfigDict())
-  place = output or workdir / "results"
-  evaluation = _prepare(clip, config, weights or workdir, jobs, place, batch_size, max_pixels, cache, cache_limit)
+  place = Place(weights or workdir, output or workdir / "results", None if weights else workdir)
+  encoding = Encoding(batch_size, max_pixels, cache, cache_limit, features_dtype)
+  evaluation = _prepare(clip, config, _model_facts(clip, place.weights), jobs, place, encoding)
   return {**_about(clip, weights), **_metrics(_run(evaluation, jobs))}
 
 
@@ -108,27 +145,23 @@ def _load(
 
 
 def _prepare(
-  clip: Clip,
-  config: ConfigDict | None,
-  path: str | os.PathLike[str],
-  jobs: Sequence[Job],
-  output: Path,
-  batch_size: int | None,
-  max_pixels: int | None,
-  cache: Path | None,
-  cache_limit: int,
+  clip: Clip, config: ConfigDict | None, facts: ModelFacts, jobs: Sequence[Job], place: Place, encoding: Encoding
 ) -> Evaluation:
-  """The evaluation of a model from a path; see `evaluate`."""
+  """The evaluation of a model; see `evaluate`."""
   if not jobs:
-    raise ValueError(f"{path} has no config.json with evaluations: pass --suite, --data, --zero_shot or --retrieval")
-  size = batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE)
+    raise ValueError(
+      f"{place.weights} has no config.json with evaluations: pass --suite, --data, --zero_shot or --retrieval"
+    )
+  size = encoding.batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE)
   needs_text = any(EVALUATORS[job.kind].needs_text for job in jobs)
-  encoders = clip.encoders(size, needs_text=needs_text, reading=_reading(config, max_pixels))
-  facts, features = _model_facts(clip, path), None
-  if cache is not None:
-    tower = {"image": clip.image_fields, "dtype": facts.dtype}
-    features = FeatureCache(cache, facts.weights["hash"], tower, clip.feature_widths, cache_limit)
-  return Evaluation(facts, encoders, output, features)
+  encoders = clip.encoders(size, needs_text=needs_text, reading=_reading(config, encoding.max_pixels))
+  encoders = dataclasses.replace(encoders, features_dtype=encoding.features_dtype)
+  if (cache := encoding.cache) is None:
+    return Evaluation(facts, encoders, place.output, run_folder=place.run)
+  key, dtype = facts.weights["hash"], {"dtype": facts.dtype}
+  images = FeatureCache(cache, key, {"image": clip.image_fields, **dtype}, clip.feature_widths, encoding.cache_limit)
+  texts = TextCache(cache, key, {"text": clip.text_fields, **dtype})
+  return Evaluation(facts, encoders, place.output, images, texts, place.run)
 
 
 def _run(evaluation: Evaluation, jobs: Sequence[Job]) -> dict[str, Result]:
@@ -161,10 +194,13 @@ def _model_facts(clip: Clip, path: str | os.PathLike[str]) -> ModelFacts:
   else:
     run = path.parents[1] if path.parent.name == "checkpoints" else path
     name, pretrained = run.resolve().name, f"step-{clip.step}"
-  variables = {"params": clip.params, "collections": clip.collections}
-  weights = {"path": os.fspath(path), "origin": clip.origin, "step": clip.step, "hash": tree_hash(variables)}
+  weights = {"path": os.fspath(path), "origin": clip.origin, "step": clip.step, "hash": _weights_hash(clip)}
   view = {field: list(value) if isinstance(value, tuple) else value for field, value in vars(clip.view).items()}
   return ModelFacts(name, results.slug(pretrained), weights, view, np.dtype(clip.model.towers.dtype).name)
+
+
+def _weights_hash(clip: Clip) -> str:
+  return tree_hash({"params": clip.params, "collections": clip.collections})
 
 
 def _config_of_run(workdir: Path, step: int | None) -> ConfigDict | None:
@@ -225,18 +261,65 @@ def _command(workdir: Path | None) -> None:
     raise ValueError("--workdir is required, or --weights and --output")
   chosen, output = _jobs_from_flags(), Path(given.output) if given.output else workdir / "results"
   cache = None if given.cache == "off" else Path(given.cache or cache_folder() / "features")
-  reading = (given.batch_size, given.max_pixels, cache, int(given.cache_limit * 2**30))
+  encoding = Encoding(given.batch_size, given.max_pixels, cache, int(given.cache_limit * 2**30), given.features_dtype)
+  is_run = not (given.weights or given.interpolate_with)
+  place = Place(given.weights or workdir, output, workdir if is_run else None)
   for step in _steps(workdir):
     clip, config = _load(workdir, step, given.weights, parse_settings(given.settings, "--settings"))
     jobs = chosen if chosen is not None else make_jobs(config.evals if config else ConfigDict())
-    evaluation = _prepare(clip, config, given.weights or workdir, jobs, output, *reading)
-    if given.dry_run:
-      message("\n".join(evaluation.plan(jobs)), stream=sys.stdout)
-      continue
-    found = _run(evaluation, jobs)
-    if jax.process_index() == 0:
-      about = {"run": str(workdir or given.output), **_about(clip, given.weights)}
-      message(summary_table({**about, **_summary(found)}), stream=sys.stdout)
+    for model, facts in _models(clip, config, place.weights):
+      evaluation = _prepare(model, config, facts, jobs, place, encoding)
+      if given.dry_run:
+        message("\n".join(evaluation.plan(jobs)), stream=sys.stdout)
+        continue
+      found = _run(evaluation, jobs)
+      if jax.process_index() == 0:
+        about = {"run": str(workdir or given.output), **_about(clip, given.weights)}
+        about |= {name: facts.weights[name] for name in ("share",) if name in facts.weights}
+        message(summary_table({**about, **_summary(found)}), stream=sys.stdout)
+
+
+def _models(clip: Clip, config: ConfigDict | None, path: str | os.PathLike[str]) -> Iterator[tuple[Clip, ModelFacts]]:
+  """The models to evaluate, and what results say about them: the one from a path, or its mixtures with other weights.
+
+  Raises:
+    ValueError: --alpha is wrong, or the weights cannot be mixed.
+  """
+  given = flags.FLAGS
+  facts = _model_facts(clip, path)
+  if not given.interpolate_with:
+    if given.alpha:
+      raise ValueError(f"--alpha={','.join(given.alpha)} needs --interpolate_with, the weights to mix with")
+    yield clip, facts
+    return
+  shares = _shares(given.alpha or _ALPHA)
+  start = load(given.interpolate_with, {"image_size": clip.view.size})
+  templates = config.init_from.templates if config and config.init_from.templates else given.template
+  other = _model_facts(start, given.interpolate_with).weights
+  try:
+    for share, mixed in mixtures(start, clip, shares, templates):
+      weights = {**facts.weights, "hash": _weights_hash(mixed), "share": share, "interpolated_with": other}
+      pretrained = f"{facts.pretrained}-share-{share:g}"
+      yield mixed, dataclasses.replace(facts, pretrained=pretrained, weights=weights)
+  except ValueError as error:
+    raise ValueError(f"--interpolate_with={given.interpolate_with}: {error}") from error
+
+
+def _shares(alpha: Sequence[str]) -> list[float]:
+  """The numbers of --alpha.
+
+  Raises:
+    ValueError: one is not a number from 0 to 1.
+  """
+  shares = []
+  for text in alpha:
+    try:
+      shares.append(float(text))
+    except ValueError:
+      shares.append(math.nan)
+    if not 0 <= shares[-1] <= 1:
+      raise ValueError(f"--alpha={','.join(alpha)}: {text!r} is not a number from 0 to 1")
+  return shares
 
 
 def _cached(workdir: Path | None) -> None:
@@ -279,6 +362,10 @@ def main() -> None:
   flags.DEFINE_multi_string(
     "settings", [], "What the file does not contain, such as image.activation=gelu. Repeat the flag for several."
   )
+  flags.DEFINE_string(
+    "interpolate_with", None, "Weights before fine-tuning, to evaluate mixtures of them with these (WiSE-FT)."
+  )
+  flags.DEFINE_list("alpha", None, f"Shares of these weights in the mixtures, by default {','.join(_ALPHA)}.")
   flags.DEFINE_integer(
     "batch_size", None, "Images and texts encoded at once; by default that of the run, or 256.", lower_bound=1
   )
@@ -296,6 +383,9 @@ def main() -> None:
   flags.DEFINE_bool("equal_texts", False, "In retrieval, let identical captions match each other's images.")
   flags.DEFINE_string("output", None, "Folder of the results, by default WORKDIR/results.")
   flags.DEFINE_string("cache", None, "Folder of features, or off; by default in the user's cache folder.")
+  flags.DEFINE_enum(
+    "features_dtype", "float32", ["float32", "float16"], "Rounds features of images; float16 takes half the space."
+  )
   flags.DEFINE_float("cache_limit", LIMIT / 2**30, "GiB of features, after which the oldest are removed.", 0)
   flags.DEFINE_integer(
     "max_pixels", None, "Largest number of pixels of an image, by default that of the run.", 1, LARGEST_LIMIT

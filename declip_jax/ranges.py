@@ -26,7 +26,7 @@ _POSITIVE = (
 )
 _ZERO_OR_MORE = (
   *("seed", "log_every", "data.evaluation_resize", "data.mask_slots", "model.heads.max_scale"),
-  "model.heads.num_classes",
+  *("model.heads.num_classes", "evaluate_cache_gib"),
   *("checkpoint.keep_best", "safety.max_rollbacks", "safety.hang_timeout", "safety.checkpoint_minutes"),
 )
 _RATES = (

@@ -237,7 +237,7 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
     abstract=abstract,
     step_fn=build.make_step(config, built, steps, abstract),
     encoders=build.make_encoders(config, built, evaluation_deaths),
-    evaluate=build.make_evaluators(config.evals, workdir, config.model.heads.classnames),
+    evaluate=build.make_evaluators(config.evals, workdir, config.model.heads.classnames, config.evaluate_cache_gib),
     initial=None if _has_checkpoints(workdir) else read_weights(config),
     notes=_notes([mixture, ssl_mixture], config.batch_size),
   )

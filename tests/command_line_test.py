@@ -108,7 +108,7 @@ def test_an_evaluation_can_be_added(parse: Parse) -> None:
   code, printed, error = parse("--config=demo", *mine, "--config.evals.mine.templates=('{}',)", "--print_config")
   assert (code, error) == (0, "")
   evals = json.loads(printed)["evals"]
-  assert evals.pop("mine") == {"kind": "zero_shot", "data": "scenes:test", "templates": ["{}"], "every": 1}
+  assert evals.pop("mine") == {"kind": "zero_shot", "data": "scenes:test", "templates": ["{}"], "suite": "", "every": 1}
   assert evals == json.loads(config_files.load("demo").to_json_best_effort())["evals"]
 
 

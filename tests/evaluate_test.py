@@ -1,6 +1,7 @@
 """Tests of the evaluations of a config: bad ones are rejected before anything runs."""
 
 import contextlib
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from PIL import Image
 import pytest
 import references as reference
 
-from declip_jax import config, evaluate
-from declip_jax.build import check_best_metric, check_evals, make_evaluators
+from declip_jax import build, config, evaluate
+from declip_jax.build import check_best_metric, check_evals, make_evaluators, make_jobs
 from declip_jax.data.images import EvalView
 from declip_jax.data.pipeline import Reading
-from declip_jax.evals import EVALUATORS, Evaluator
+from declip_jax.evals import EVALUATORS, Evaluator, catalogue
 from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.features import DecodedImages, EvaluationData
 from declip_jax.evals.results import Scores
 
 
@@ -51,10 +53,10 @@ def test_evaluations_of_a_run_without_image_text_comparison_are_rejected(weights
 
 
 def test_entries_of_configs_have_the_defaults_of_their_evaluators() -> None:
-  assert set(config.EVALUATIONS) <= set(EVALUATORS)
+  assert set(EVALUATORS) - set(config.EVALUATIONS) <= {"toy"}  # with --extended
   for make in config.EVALUATIONS.values():
     entry = make("scenes:heldout").to_dict()
-    assert (entry.pop("every"), entry.pop("train", ""), entry.pop("val", "")) == (1, "", "")
+    assert (entry.pop("every"), entry.pop("train", ""), entry.pop("val", ""), entry.pop("suite")) == (1, "", "", "")
     arguments = inspect.signature(EVALUATORS[entry.pop("kind")].function).parameters.values()
     options = {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
     assert entry == {"data": "scenes:heldout", **options}
@@ -134,6 +136,87 @@ def test_an_evaluation_may_run_at_every_third_evaluation_of_a_run(
   assert found == [both[:1], both[:1], both, both]
 
 
+def test_an_entry_may_stand_for_the_data_sets_of_a_data_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+  def count(data: EvaluationData, pictures: Path | None, *, factor: float = 1.0) -> Scores:
+    assert pictures is None
+    return Scores({"x": factor * len(data.test.rows) / (2 if data.prompts is None else 1), "images": 1})
+
+  one = Evaluator(count, of=("classification",))
+  monkeypatch.setitem(EVALUATORS, "one", one)
+  monkeypatch.setitem(EVALUATORS, "two", one._replace(needs_text=False, needs_train=True))
+  file = tmp_path / "sets.txt"
+  file.write_text("own/few = scenes:test/4/16 | scenes:train/6/16\nown/more = scenes:test/5/16 | scenes:train/7/16\n")
+  common = {"data": str(file), "suite": "all"}
+  evals = ConfigDict({"mine": {"kind": "one", **common}, "probe": {"kind": "two", **common, "factor": 2.0, "every": 2}})
+  run = make_evaluators(evals, tmp_path)
+  often = {"eval/mine/own/few": 4.0, "eval/mine/own/more": 5.0}
+  encoders = dataclasses.replace(fake_encoders(), tokenizer=lambda texts: np.zeros((len(texts), 1), np.int32))
+  assert run(encoders, 1) == often
+  assert run(encoders, 2) == {**often, "eval/probe/own/few": 4.0, "eval/probe/own/more": 5.0}
+  jobs = make_jobs(evals)
+  assert [job.splits["test"] for job in jobs[:2]] == [job.splits["test"] for job in jobs[2:]]  # encoded once for both
+  assert [*jobs[2].splits] == ["test", "train"]
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"suite": "slip27"}, r"config.evals.mine: no suite 'slip27'.*slip26"),
+    ({"suite": "slip26"}, r"config.evals.mine: nothing to evaluate: slip26: the data file lacks 26 of 26"),
+    ({"kind": "retrieval"}, r"config.evals.mine: nothing to evaluate: no task fits"),
+    ({"kind": "knn"}, r"config.evals.mine: nothing to evaluate: own/few: knn needs a split to train on"),
+    ({"kind": "knn", "train": "scenes:test/4/16"}, r"mine.train='scenes:test/4/16': the splits of suite='all'"),
+    ({"templates": ("a {}",)}, r"config.evals.mine.templates=\('a {}',\): suite='all' has prompts of its own"),
+  ],
+)
+def test_a_suite_that_does_not_fit_a_data_file_is_rejected(
+  fields: dict[str, object], message: str, tmp_path: Path
+) -> None:
+  (tmp_path / "sets.txt").write_text("own/few = scenes:test/4/16\n")
+  entry = {"kind": "zero_shot", "data": str(tmp_path / "sets.txt"), "suite": "all", **fields}
+  with pytest.raises(ValueError, match=message):
+    make_evaluators(ConfigDict({"mine": entry}), tmp_path)
+
+
+def test_the_mean_of_a_suite_needs_all_its_data_sets() -> None:
+  evals = ConfigDict({"mine": {"suite": "declip11"}, "all": {"suite": "all"}, "heldout": {}})
+  found = {f"eval/mine/{key}": index / 10 for index, key in enumerate(catalogue.suite("declip11").keys)}
+  assert build._means(evals, found) == {"eval/mine/mean": pytest.approx(0.5)}
+  del found["eval/mine/pets"]
+  assert build._means(evals, found) == {}
+
+
+def test_an_evaluation_encodes_each_text_and_each_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  limits, encoded = [], {"images": 0, "texts": 0}
+
+  class Recorded(DecodedImages):
+    def __init__(self, limit: int):
+      limits.append(limit)
+      super().__init__(limit)
+
+  def image(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    encoded["images"] += 1
+    pixels = images[:, 0, 0].astype(np.float32)
+    return pixels, pixels + 1
+
+  def text(tokens: np.ndarray) -> np.ndarray:
+    encoded["texts"] += 1
+    return tokens.astype(np.float32)
+
+  def tokenizer(texts: list[str]) -> np.ndarray:
+    return np.array([[len(text), len(set(text)), 1] for text in texts])
+
+  monkeypatch.setattr(build, "DecodedImages", Recorded)
+  same = config.zero_shot("scenes:heldout/40/16")
+  evals = ConfigDict({"first": same, "second": same, "near": config.nearest_mean("scenes:heldout/40/16")})
+  evals.near.train = "scenes:heldout/40/16"
+  run = make_evaluators(evals, tmp_path, cache_gib=0.5)
+  for number in (1, 2):
+    run(Encoders(image, text, tokenizer, EvalView(16), 64, np.arange(64)), number)
+    assert encoded == {"images": number, "texts": number}  # 40 images and 30 prompts are a batch each
+  assert limits == [2**29]
+
+
 @pytest.mark.parametrize("entry", [3, "scenes:test"])
 def test_an_entry_that_is_not_an_evaluation_is_rejected(entry: object, tmp_path: Path) -> None:
   with pytest.raises(ValueError, match=rf"config.evals.mine={entry!r}: expected an evaluation"):
@@ -158,6 +241,9 @@ def test_a_best_metric_that_no_evaluation_has_is_rejected(metric: str, message: 
   c.evals.mine, c.checkpoint.best_metric = config.zero_shot("scenes:test/4/16"), metric
   with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
     check_best_metric(c)
+  c.evals.mine.suite = "slip26"
+  c.checkpoint.best_metric = "eval/mine/pets"
+  check_best_metric(c)
 
 
 def test_step_and_settings_are_those_of_the_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -188,6 +274,7 @@ def test_images_are_read_with_the_limits_of_the_run_unless_one_is_given(
       raise FileNotFoundError("no encoders")
 
   monkeypatch.setattr(evaluate, "load", lambda *_, **kwargs: Loaded())
+  monkeypatch.setattr(evaluate, "_model_facts", lambda *_: None)
   evals = config.default().evals
   evals.mine = config.zero_shot("scenes:test/4/16")
   for workdir, limit in ((tmp_path, None), (tmp_path, 7), (tmp_path / "none", None), (tmp_path / "none", 7)):

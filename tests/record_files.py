@@ -1,6 +1,10 @@
-"""Damages the last line of a file in the ways of power cuts and editors."""
+"""Damages the last line of a file in the ways of power cuts and editors; reads the events of TensorBoard."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+import struct
+
+from tensorboardX.proto.event_pb2 import Event
 
 GARBAGE = (b"\0", b"\xff", b'"', b"}", b"9")
 
@@ -11,3 +15,19 @@ def damages(content: bytes) -> Iterator[bytes]:
   for place in range(start, len(content)):
     yield content[:place]
     yield content[:place] + GARBAGE[place % len(GARBAGE)] + content[place + 1 :]
+
+
+def read_events(folder: Path) -> list[Event]:
+  """The events of the only file in a folder."""
+  (path,) = (path for path in folder.iterdir() if path.is_file())
+  data, events, position = path.read_bytes(), [], 0
+  while position < len(data):  # a record: length, its checksum, the event, its checksum
+    (length,) = struct.unpack_from("<Q", data, position)
+    events.append(Event.FromString(data[position + 12 : position + 12 + length]))
+    position += length + 16
+  return events
+
+
+def scalars(events: Iterable[Event]) -> list[tuple[int, str, float]]:
+  """Step, name and value of each scalar."""
+  return [(event.step, one.tag, round(one.simple_value, 3)) for event in events for one in event.summary.value]

@@ -39,6 +39,7 @@ LAYERS = {
   "declip_jax.planning": 5,
   "declip_jax.clip": 5,
   "declip_jax.first_state": 5,
+  "declip_jax.mixtures": 5,
   "declip_jax.train": 6,
   "declip_jax.evaluate": 6,
   "declip_jax.report": 6,

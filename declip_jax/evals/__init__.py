@@ -23,6 +23,7 @@ class Evaluator(NamedTuple):
     function: returns the scores of an `EvaluationData`.
     needs_text: whether it compares images with texts, so that training has to compare them too.
     needs_train: whether it needs the split `train`; without it, `train` and `val` are not accepted.
+    needs_classifier: whether it needs the classifier of a fine-tuned model.
     metrics: names of all its metrics; () if they are not known in advance.
     of: the tasks of data sets that it evaluates, of `catalogue.TASKS`; () if it evaluates none of the catalogue.
     task: CLIP_benchmark's name of it, the key in `EVALUATORS` by default.
@@ -34,6 +35,7 @@ class Evaluator(NamedTuple):
   function: Callable[..., Scores]
   needs_text: bool = True
   needs_train: bool = False
+  needs_classifier: bool = False
   metrics: tuple[str, ...] = ()
   of: tuple[str, ...] = ()
   task: str = ""
@@ -43,7 +45,7 @@ class Evaluator(NamedTuple):
 
 # Fields of an entry of `config.evals` besides the options of its evaluator.
 SPLITS = ("train", "val")
-_COMMON = ("kind", "data", "every", *SPLITS)
+_COMMON = ("kind", "data", "suite", "every", *SPLITS)
 
 # CLIP_benchmark's names of metrics.
 _CLASSIFICATION = {
@@ -96,7 +98,14 @@ EVALUATORS = {
   "few_shot": _PROBE._replace(function=probes.few_shot),
   "knn": _PROBE._replace(function=probes.knn),
   "nearest_mean": _PROBE._replace(function=probes.nearest_mean),
-  "classify": Evaluator(classify.classify, needs_text=False, metrics=classify.METRICS, names=_CLASSIFICATION),
+  "classify": Evaluator(
+    classify.classify,
+    needs_text=False,
+    needs_classifier=True,
+    metrics=classify.METRICS,
+    of=("classification",),
+    names=_CLASSIFICATION,
+  ),
 }
 
 
@@ -134,6 +143,12 @@ def check_options(options: Mapping[str, Any], field: str) -> None:
 def _check_splits(evaluator: Evaluator, options: Mapping[str, Any], field: str) -> None:
   """Rejects an evaluation without the splits that it needs, or with some that it does not read."""
   given = [split for split in SPLITS if options.get(split)]
+  if options.get("suite"):
+    if given:
+      raise ValueError(
+        f"{field}.{given[0]}={options[given[0]]!r}: the splits of suite={options['suite']!r} are in data"
+      )
+    return
   if evaluator.needs_train and "train" not in given:
     raise ValueError(f"{field}.train={options.get('train', '')!r}: {options['kind']!r} needs a source to train on")
   if given and not evaluator.needs_train:
@@ -145,7 +160,7 @@ def check_metric(metric: str, kinds: Mapping[str, str], field: str) -> None:
 
   Args:
     metric: name of a metric, such as "eval/heldout/top1".
-    kinds: name of each evaluation and its kind.
+    kinds: name of each evaluation and its kind, "" if its metrics are those of data sets.
     field: path of the metric in the config, for errors.
 
   Raises:
@@ -157,7 +172,7 @@ def check_metric(metric: str, kinds: Mapping[str, str], field: str) -> None:
     raise ValueError(
       f"{field}={metric!r} is not a metric of an evaluation: expected eval/NAME/METRIC, with NAME one of {[*kinds]}"
     )
-  legal = EVALUATORS[kinds[name]].metrics
+  legal = EVALUATORS[kinds[name]].metrics if kinds[name] else ()
   if legal and last not in legal:
     hint = did_you_mean(last, legal)
     raise ValueError(f"{field}={metric!r}: config.evals.{name} has the metrics {', '.join(legal)}{hint}")

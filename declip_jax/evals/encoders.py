@@ -113,6 +113,7 @@ class Encoders:
       all, `[B n e]`; None for other models.
     reading: how images are read.
     classifier: the model's classifier, None without one.
+    features_dtype: dtype to which features of images are rounded; they are float32 arrays in any case.
   """
 
   image: Callable[[UInt8[np.ndarray, "b h w c"]], tuple[Any, Any]]
@@ -125,6 +126,7 @@ class Encoders:
   image_tokens: Callable[[UInt8[np.ndarray, "b h w c"]], Embeddings] | None = None
   reading: Reading = field(default_factory=Reading)
   classifier: ModelClassifier | None = None
+  features_dtype: str = "float32"
 
   def with_callback(self, callback: Callable[[], None]) -> "Encoders":
     """A copy that calls `callback` before each batch, since an evaluation can take long."""

@@ -17,9 +17,11 @@ from declip_jax.data.sources import Source
 from declip_jax.evals import EVALUATORS, features, results
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.feature_cache import FeatureCache, json_hash
-from declip_jax.evals.features import Features, Read, host_rows, read_batches
+from declip_jax.evals.features import Features, Read, encode_texts, host_rows, read_batches
 from declip_jax.evals.jobs import DataSource, Job, run_jobs
 from declip_jax.evals.results import Result, Scores
+from declip_jax.evals.text_cache import TextCache
+from declip_jax.reporting.metrics import TENSORBOARD, EventFile
 from declip_jax.reporting.progress import Bar, message
 from declip_jax.runtime.hosts import gather_rows
 from declip_jax.runtime.records import add_line
@@ -54,13 +56,17 @@ class Evaluation:
     model: what results say about the model.
     encoders: its encode functions.
     output: folder of the results.
-    cache: features on disk, None for none.
+    cache: features of images on disk, None for none.
+    text_cache: embeddings of texts on disk, None for none.
+    run_folder: working directory of the run that the model is from, whose TensorBoard shows the results; None for none.
   """
 
   model: ModelFacts
   encoders: Encoders
   output: Path
-  cache: FeatureCache | None
+  cache: FeatureCache | None = None
+  text_cache: TextCache | None = None
+  run_folder: Path | None = None
 
   def run(self, jobs: Sequence[Job]) -> dict[str, Result]:
     """Runs the jobs that have no result yet, writes their results, and returns those of all jobs, by name.
@@ -76,8 +82,16 @@ class Evaluation:
       message(f"{len(jobs) - len(todo)} of {len(jobs)} results are in {self.output} already")
     start, failed = time.monotonic(), []
     total = self._images_to_encode(todo)
-    with Bar("encoding images", total or None, "images") as bar:
-      ran = run_jobs(todo, self.encoders, self._picture, encode=self._encode, read=_reader(bar, total))
+    with Bar("encoding images", total or None, "images") as bar, self._events(todo) as events:
+      bar.pause()
+      ran = run_jobs(
+        todo,
+        self.encoders,
+        self._picture,
+        encode=self._encode,
+        encode_texts=encode_texts if self.text_cache is None else self.text_cache.encode,
+        read=_reader(bar, total),
+      )
       for number, (job, scores) in enumerate(ran, 1):
         if isinstance(scores, ValueError):
           failed.append(f"{job.name}: {scores}")
@@ -87,6 +101,8 @@ class Evaluation:
         if jax.process_index() == 0:
           path = results.write(self.output, found[job.name], scores.predictions)
           self._log(job, path, scores, seconds)
+          if events is not None:
+            events.write(self.model.weights["step"], job.curves(scores))
           shown = describe(scores.headline, scores.metrics, scores.intervals)
           message(f"[{number}/{len(todo)}] {job.name}: {shown} ({seconds:.1f} s)")
     with contextlib.suppress(OSError):  # if it has pictures
@@ -106,10 +122,14 @@ class Evaluation:
     images = sum(map(len, new))
     lines.append(f"{len(todo)} of {len(jobs)} results to compute, {images:,} images to encode")
     if images and self.cache is not None:
-      lines.append(f"their features take {sum(map(self.cache.num_bytes, new)) / 2**20:,.1f} MiB")
+      lines.append(
+        f"their features take {sum(self.cache.num_bytes(one, self.encoders) for one in new) / 2**20:,.1f} MiB"
+      )
     if images:
       rate = self._images_per_second(max(new, key=len))
-      lines.append(f"encoding takes about {images / rate:,.0f} s, at {rate:,.0f} images/s")
+      lines.append(
+        f"encoding them takes about {images / rate:,.0f} s, at {rate:,.0f} images/s; texts and fits are extra"
+      )
     return lines
 
   def finished(self, job: Job) -> Result | None:
@@ -160,12 +180,24 @@ class Evaluation:
     (self.output / _PICTURES).mkdir(parents=True, exist_ok=True)
     return self.output / _PICTURES / f"{self._result_of(job, {}).stem}.png"
 
+  def _events(self, todo: Sequence[Job]) -> contextlib.AbstractContextManager[EventFile | None]:
+    """A file for the run's TensorBoard, apart from those of its training, which a second writer would confuse."""
+    if self.run_folder is None or not todo or jax.process_index():
+      return contextlib.nullcontext()
+    folder = self.run_folder / TENSORBOARD / "results"
+    try:
+      return contextlib.closing(EventFile(folder))
+    except OSError as error:  # the run is another user's
+      message(f"{folder} cannot be written, so TensorBoard will not show the results: {error}")
+      return contextlib.nullcontext()
+
   def _key(self, job: Job) -> str:
     """A hash of everything that the result depends on."""
     limits = self.encoders.reading.max_pixels, self.encoders.reading.seconds
     model = [self.model.weights["hash"], self.model.view, self.model.dtype, *limits]
     data = {name: [_about(split), _listed(split.classes)] for name, split in job.splits.items()}
-    return json_hash([_VERSION, model, job.kind, job.options, data, job.data])
+    half = [] if self.encoders.features_dtype == "float32" else [self.encoders.features_dtype]
+    return json_hash([_VERSION, model, job.kind, job.options, data, job.data, *half])
 
   def _result_of(self, job: Job, ours: Mapping[str, Any]) -> Result:
     evaluator, metrics = EVALUATORS[job.kind], ours.get("metrics", {})
@@ -189,6 +221,7 @@ class Evaluation:
         "weights": self.model.weights,
         "view": self.model.view,
         "dtype": self.model.dtype,
+        "features_dtype": self.encoders.features_dtype,
         "versions": {"declip_jax": declip_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
       },
     )
@@ -215,17 +248,19 @@ def describe(name: str, metrics: Mapping[str, float], intervals: Mapping[str, Se
 
 
 def _reader(bar: Bar, total: int) -> Read:
-  """`read_batches` that advances a bar, at most to its total."""
+  """`read_batches` that advances a bar, at most to its total, whose clock only runs while images are read."""
   left = total
 
   def read(source: Any, encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
     nonlocal left
     of_rows = len(rows)
+    bar.resume()
     for batch in read_batches(source, encoders, rows):
       yield batch
       count = min(of_rows, len(batch["label"]))
       bar.update(min(count, left))
       of_rows, left = of_rows - count, max(left - count, 0)
+    bar.pause()
 
   return read
 

@@ -3,11 +3,11 @@
 An entry is a folder, whose name is a hash of everything that features depend on:
 
   about.json                           what was encoded, for people, and its time of use
-  host-00000-of-00004.npy              float32 `[rows, f + d]`: pooled features, then joint embeddings
+  host-00000-of-00004.npy              float32 or float16 `[rows, f + d]`: pooled features, then joint embeddings
   host-00000-of-00004.rows/00000.npz   label, labels, groups, id and readable of the first block of rows
 
-The features are mapped into memory, not read. A block of rows is valid once its `.npz`, which has its checksum, exists;
-so an entry that was interrupted is continued after its last block, by anyone.
+Features in float32 are mapped into memory, not read. A block of rows is valid once its `.npz`, which has its checksum,
+exists; so an entry that was interrupted is continued after its last block, by anyone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ import zipfile
 import zlib
 
 import jax
-from jaxtyping import Float32
+from jaxtyping import Float
 import numpy as np
 
 from declip_jax.data.sources import Source
@@ -67,7 +67,7 @@ class FeatureCache:
       raise ValueError(f"{source.name} has no samples")
     entry = self.entry(source, encoders)
     self._used.add(entry)
-    shard = _Shard(entry, rows, self._widths)
+    shard = _Shard(entry, rows, self._widths, encoders.features_dtype)
     if any_host(not shard.is_complete()):
       self._begin(entry, source, encoders)
       left = rows[shard.rows_done() :]
@@ -85,22 +85,23 @@ class FeatureCache:
 
   def has(self, source: Source | Sequence[Any], encoders: Encoders, rows: range) -> bool:
     """Whether all features of this host's rows are there."""
-    return _Shard(self.entry(source, encoders), rows, self._widths).is_complete()
+    return _Shard(self.entry(source, encoders), rows, self._widths, encoders.features_dtype).is_complete()
 
-  def num_bytes(self, source: Source | Sequence[Any]) -> int:
+  def num_bytes(self, source: Source | Sequence[Any], encoders: Encoders) -> int:
     """Size of the features of a source."""
-    return 4 * sum(self._widths) * len(source)
+    return np.dtype(encoders.features_dtype).itemsize * sum(self._widths) * len(source)
 
   def _about(self, source: Source | Sequence[Any], encoders: Encoders) -> dict[str, Any]:
     limits = {"max_pixels": encoders.reading.max_pixels, "max_seconds": encoders.reading.seconds}
     data = {"source": source.name, "stamp": source.stamp, "samples": len(source), **limits}
     view = {"engine": "exact", **vars(encoders.view)}
-    return {**self._model, **data, "view": view}
+    half = {} if encoders.features_dtype == "float32" else {"dtype": encoders.features_dtype}
+    return {**self._model, **data, **half, "view": view}
 
   def _begin(self, entry: Path, source: Source | Sequence[Any], encoders: Encoders) -> None:
     """Reports and makes room, on the first host; the others wait."""
     if jax.process_index() == 0:
-      size = self.num_bytes(source)
+      size = self.num_bytes(source, encoders)
       message(f"{source.name}: encoding {len(source):,} images; features take {size / 2**20:,.1f} MiB in {entry}")
       for old in remove_oldest(self._folder, self._limit - size, self._used):
         message(f"removed the features in {old}, since all together would take more than --cache_limit")
@@ -138,12 +139,13 @@ class _Shard:
     entry: folder of the entry.
     rows: this host's rows of the source.
     widths: see `FeatureCache`.
+    dtype: of the features in the file.
   """
 
-  def __init__(self, entry: Path, rows: range, widths: tuple[int, int]):
+  def __init__(self, entry: Path, rows: range, widths: tuple[int, int], dtype: str):
     name = f"host-{jax.process_index():05}-of-{jax.process_count():05}"
     self._path, self._blocks = entry / f"{name}.npy", entry / f"{name}.rows"
-    self._count, self._widths = len(rows), widths
+    self._count, self._widths, self._dtype = len(rows), widths, np.dtype(dtype)
     self._waiting: list[Features] = []
     self._done = self._valid_blocks()
 
@@ -168,8 +170,9 @@ class _Shard:
     self._waiting = []
 
   def read(self) -> Features:
-    """All rows, whose features stay on disk until they are used."""
+    """All rows in float32; features that are stored so stay on disk until they are used."""
     stored = self._features("r")
+    stored = stored if self._dtype == np.float32 else stored.astype(np.float32)
     split = self._widths[0]
     blocks = [_load(path) for path in self._block_paths()]
     parts = [_annotations(block, len(block["label"])) for block in blocks] or [_annotations(None, 0)]
@@ -201,14 +204,14 @@ class _Shard:
   def _block_paths(self) -> list[Path]:
     return [self._blocks / f"{number:05}.npz" for number in range(-(-self._count // BLOCK))]
 
-  def _features(self, mode: str) -> Float32[np.ndarray, "rows columns"]:
+  def _features(self, mode: str) -> Float[np.ndarray, "rows columns"]:
     """The mapped file, which is made if it does not exist."""
     if not self._count:  # an empty file cannot be mapped
-      return np.zeros((0, sum(self._widths)), np.float32)
+      return np.zeros((0, sum(self._widths)), self._dtype)
     if not self._path.exists():
       self._path.parent.mkdir(parents=True, exist_ok=True)
       new = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-      np.lib.format.open_memmap(new, "w+", np.float32, (self._count, sum(self._widths))).flush()
+      np.lib.format.open_memmap(new, "w+", self._dtype, (self._count, sum(self._widths))).flush()
       with contextlib.suppress(FileExistsError):  # another process encodes the same: both write the same values
         os.link(new, self._path)
       new.unlink()
@@ -217,7 +220,7 @@ class _Shard:
   def _write(self, block: Features) -> None:
     """Writes the next block: first its features, then the file that says that they are valid."""
     features = block.pooled if block.embedding is None else np.concatenate([block.pooled, block.embedding], axis=1)
-    features = np.ascontiguousarray(features, np.float32)
+    features = np.ascontiguousarray(features, self._dtype)
     stored = self._features("r+")
     stored[self._done * BLOCK : self._done * BLOCK + len(features)] = features
     stored.flush()

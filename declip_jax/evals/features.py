@@ -20,7 +20,7 @@ from declip_jax.data.pipeline import EvaluationBatches, parse_annotations
 from declip_jax.data.sources import Source
 from declip_jax.evals.encoders import Encoders, ModelClassifier
 from declip_jax.evals.similarity import Embeddings, Similarity, concatenate, take, unit_rows
-from declip_jax.runtime.hosts import gather_rows
+from declip_jax.runtime.hosts import first_error, gather_rows
 from declip_jax.sharding import local_rows
 
 
@@ -52,6 +52,8 @@ class Features:
 Read = Callable[[Any, Encoders, range], Iterable[dict[str, np.ndarray]]]
 # Features of some rows of a source, see `encode`.
 Encode = Callable[[Any, Encoders, range, Read], Features]
+# Embeddings of different texts, see `encode_texts`.
+EncodeTexts = Callable[[Sequence[str], Encoders], Embeddings]
 
 
 def read_batches(source: Source | Sequence[Any], encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
@@ -74,7 +76,7 @@ class DecodedImages:
     limit: bytes of decoded images of all sources on a host.
   """
 
-  def __init__(self, limit: int = 2 * 2**30):
+  def __init__(self, limit: int):
     self._free, self._known = limit, {}
 
   def __call__(
@@ -106,11 +108,11 @@ def encode_batches(
   pending, left = None, len(rows)
 
   def fetch(batch: Mapping[str, np.ndarray], encoded: tuple[Any, Any]) -> Features:
-    pooled, embedding = jax.tree.map(local_rows, encoded)
-    size = min(left, len(pooled))  # without padding
-    embedding = None if embedding is None else embedding[:size]
-    batch = {name: values[:size] for name, values in batch.items()}
-    return _features(pooled[:size], embedding, batch)
+    size = min(left, len(batch["label"]))  # without padding
+    found = jax.tree.map(lambda x: local_rows(x)[:size], encoded)
+    if encoders.features_dtype != "float32":
+      found = _rounded(found, encoders.features_dtype, source.name)
+    return _features(*found, {name: values[:size] for name, values in batch.items()})
 
   for batch in read(source, encoders, rows):
     encoded = encoders.image(batch["image"])
@@ -143,6 +145,21 @@ def _features(pooled: np.ndarray, embedding: np.ndarray | None, batch: Mapping[s
   """Features from arrays and the other fields of a batch."""
   labels, groups = parse_annotations(batch["annotations"].tolist())
   return Features(pooled, embedding, batch["label"], labels, groups, batch["id"].tolist(), batch["readable"])
+
+
+def _rounded(arrays: tuple[Any, Any], dtype: str, name: str) -> tuple[Any, Any]:
+  """Arrays in float32 with the values that they have in another dtype.
+
+  Raises:
+    ValueError: a value is too large for it, on any host.
+  """
+  with np.errstate(over="ignore"):
+    found = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), arrays)
+  pairs = zip(jax.tree.leaves(arrays), jax.tree.leaves(found), strict=True)
+  large = [float(np.abs(x[np.isinf(y) & np.isfinite(x)]).max(initial=0)) for x, y in pairs]
+  if error := first_error(f"{name}: a feature is {max(large):.6g}" if any(large) else ""):
+    raise ValueError(f"{error}, too large for {dtype}: encode with --features_dtype=float32")
+  return found
 
 
 def join(parts: Sequence[Features]) -> Features:
@@ -330,10 +347,15 @@ class EvaluationData:
 
 
 class Texts:
-  """Embeddings of texts by one model, each text encoded once; of tokens (FILIP), each list of texts."""
+  """Embeddings of texts by one model, each text encoded once; of tokens (FILIP), each list of texts.
 
-  def __init__(self, encoders: Encoders):
-    self._encoders, self._known = encoders, {}
+  Args:
+    encoders: encode functions.
+    encode: function that encodes texts that are not known yet, unless embeddings are tokens.
+  """
+
+  def __init__(self, encoders: Encoders, encode: EncodeTexts | None = None):
+    self._encoders, self._encode, self._known = encoders, encode or encode_texts, {}
 
   def __call__(self, texts: Sequence[str]) -> Embeddings:
     """Embeddings of any texts, on every host."""
@@ -349,7 +371,7 @@ class Texts:
     """Encodes texts of several evaluations in one pass; of tokens (FILIP), which take much memory, none."""
     new = [text for text in dict.fromkeys(texts) if text not in self._known]
     if new and self._encoders.image_tokens is None:
-      self._known |= zip(new, encode_texts(new, self._encoders), strict=True)
+      self._known |= zip(new, self._encode(new, self._encoders), strict=True)
 
 
 def make_data(encoders: Encoders, texts: Texts, test: Split, **others: Any) -> EvaluationData:

@@ -11,7 +11,18 @@ import numpy as np
 from declip_jax.data.sources import Source
 from declip_jax.evals import EVALUATORS
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.features import Encode, Features, Read, Split, Texts, encode, make_data, read_batches
+from declip_jax.evals.features import (
+  Encode,
+  EncodeTexts,
+  Features,
+  Read,
+  Split,
+  Texts,
+  encode,
+  encode_texts,
+  make_data,
+  read_batches,
+)
 from declip_jax.evals.results import Scores
 
 
@@ -41,6 +52,7 @@ class Job:
     data: facts on the data set: `classnames`, `parent`, `prompts`, `metric` and others of `EvaluationData`.
     variant: tells the result apart from others of the same kind on the same data set, such as with other prompts.
     about: what else the result should say, such as the key of the data set in the catalogue.
+    curve: name of the one curve that shows the job, such as "slip26/pets"; "" shows all its metrics.
   """
 
   name: str
@@ -51,6 +63,13 @@ class Job:
   data: Mapping[str, Any] = field(default_factory=dict)
   variant: str = ""
   about: Mapping[str, Any] = field(default_factory=dict)
+  curve: str = ""
+
+  def curves(self, scores: Scores) -> dict[str, float]:
+    """What curves over a training show: all metrics, or the headline metric of a data set of a suite."""
+    if self.curve:
+      return {f"eval/{self.curve}": scores.metrics[scores.headline]}
+    return {f"eval/{self.name}/{name}": value for name, value in scores.metrics.items()}
 
 
 def run_jobs(
@@ -59,6 +78,7 @@ def run_jobs(
   picture: Callable[[Job], Path | None],
   *,
   encode: Encode = encode,
+  encode_texts: EncodeTexts = encode_texts,
   read: Read = read_batches,
 ) -> Iterator[tuple[Job, Scores | ValueError]]:
   """Runs jobs in their order, and yields the scores of each, or the error of one that cannot run.
@@ -70,9 +90,10 @@ def run_jobs(
     encoders: encode functions of the model.
     picture: the picture that a job may draw, None for none.
     encode: function that returns features of a source.
+    encode_texts: function that returns embeddings of texts.
     read: function that reads images of a source.
   """
-  texts, opened, features = Texts(encoders), {}, {}
+  texts, opened, features = Texts(encoders, encode_texts), {}, {}
 
   def encode_once(source: Source, *others: Any) -> Features:
     if id(source) not in features:

@@ -2,7 +2,7 @@
 
 The first six keys of a file are those of CLIP_benchmark, with its names of tasks and metrics, so that `clip_benchmark
 build` merges our files with its own; the key `declip_jax` has everything else, see `Result`. A file depends only on
-what was evaluated, and not on when, where and how fast; that is in `evaluations.jsonl` beside the files.
+what was evaluated, and not on when, where and how fast; that is in `results.jsonl` beside the files.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ import numpy as np
 from declip_jax.runtime import records
 
 LANGUAGE = "en"
-PREDICTIONS, LOG = "predictions", "evaluations.jsonl"
+PREDICTIONS, LOG = "predictions", "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ class Result:
       `metrics`, `intervals`, `details`: those of `Scores`;
       `data`: for each split its source, stamp and number of samples;
       `options`: those of the evaluator;
-      `weights`: path, origin, step and hash;
-      `view`: preprocessing; `dtype`: compute dtype; `versions`: of this package and of libraries.
+      `weights`: path, origin, step and hash; of a mixture also `share`, that of these weights in it, and
+        `interpolated_with`, the same of the other weights;
+      `view`: preprocessing; `dtype`: compute dtype; `features_dtype`: that of features of images;
+      `versions`: of this package and of libraries.
   """
 
   dataset: str

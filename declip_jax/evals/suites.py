@@ -42,7 +42,7 @@ def make_jobs(
   Args:
     data: sources of the user's data sets, by their key in the catalogue.
     suites: suites, whose metrics and prompts are used; all of `data` by default.
-    tasks: keys of `EVALUATORS`, by default those that need no training.
+    tasks: keys of `EVALUATORS`, by default those that need neither training nor a classifier of the model.
     prompts: name of a prompt set of all data sets, or a file with one, see `own_prompts`; by default, that of the
       suite.
 
@@ -50,7 +50,9 @@ def make_jobs(
     ValueError: an unknown task, no data set of the suites is there, or a source cannot be opened or has other classes;
       the message names the data set and the source.
   """
-  tasks = tasks or [name for name, evaluator in EVALUATORS.items() if evaluator.of and not evaluator.needs_train]
+  tasks = tasks or [
+    name for name, known in EVALUATORS.items() if known.of and not (known.needs_train or known.needs_classifier)
+  ]
   for task in tasks:
     if task not in EVALUATORS or not EVALUATORS[task].of:
       legal = [name for name, evaluator in EVALUATORS.items() if evaluator.of]
@@ -146,7 +148,8 @@ def _jobs_of(
     used = parts if needs_train else {"test": parts["test"]}
     data = {**facts, **(trained if needs_train else {}), **(prompted if needs_text else {})}
     of = variant if needs_text else ""
-    jobs.append(Job(f"{key}/{task}", entry.clip_benchmark, task, used, {}, data, of, about))
+    curve = "/".join([*([suite.name] if suite else []), key, *([task] if needs_train else [])])
+    jobs.append(Job(f"{key}/{task}", entry.clip_benchmark, task, used, {}, data, of, about, curve))
   return jobs
 
 

@@ -24,6 +24,8 @@ from tensorboardX.record_writer import masked_crc32c
 
 from declip_jax.runtime import records
 
+TENSORBOARD = "tensorboard"  # folder of event files in a working directory
+
 
 class MetricWriter:
   """Appends the metrics of a run to `workdir/metrics.jsonl` and to the event files in `workdir/tensorboard`.
@@ -47,10 +49,7 @@ class MetricWriter:
     if not enabled:
       return
     self._path = _metrics_path(workdir)
-    folder = self._path.parent / "tensorboard"
-    folder.mkdir(parents=True, exist_ok=True)
-    self._events = _Appender(folder / f"events.out.tfevents.{time.time_ns() // 10**6}.{socket.gethostname()}")
-    self._events.append(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+    self._events = EventFile(self._path.parent / TENSORBOARD)
     self._lines: _Appender | None = None
     self.roll_back(resume_step)
 
@@ -63,9 +62,7 @@ class MetricWriter:
     if self._path.exists():
       _drop_steps_after(step, self._path)
     self._lines = _Appender(self._path)
-    # The viewer hides earlier events from this step on.
-    start = SessionLog(status=SessionLog.START)
-    self._events.append(_record(Event(wall_time=time.time(), step=step + 1, session_log=start)))
+    self._events.hide_from(step + 1)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes one line.
@@ -82,8 +79,7 @@ class MetricWriter:
     now = time.time()
     values = {name: _as_float(name, value) for name, value in values.items()}
     self._lines.append(_to_line({"step": int(step), "time": round(now, 3), **values}).encode())
-    summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-    self._events.append(_record(Event(wall_time=now, step=int(step), summary=summary)))
+    self._events.write(int(step), values, now)
 
   def close(self) -> None:
     """Closes both files; a second call does nothing."""
@@ -96,6 +92,33 @@ class MetricWriter:
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+
+class EventFile:
+  """A new file of scalars in a folder of TensorBoard.
+
+  Args:
+    folder: folder on a file system that can append; it is made if it does not exist.
+  """
+
+  def __init__(self, folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    self._file = _Appender(folder / f"events.out.tfevents.{time.time_ns() // 10**6}.{socket.gethostname()}")
+    self._file.append(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+
+  def write(self, step: int, values: Mapping[str, float], now: float | None = None) -> None:
+    """Adds the values of a step, at a time in seconds, by default the present."""
+    summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+    self._file.append(_record(Event(wall_time=time.time() if now is None else now, step=step, summary=summary)))
+
+  def hide_from(self, step: int) -> None:
+    """Hides the earlier events of the folder from a step on."""
+    start = SessionLog(status=SessionLog.START)
+    self._file.append(_record(Event(wall_time=time.time(), step=step, session_log=start)))
+
+  def close(self) -> None:
+    """Closes the file; a second call does nothing."""
+    self._file.close()
 
 
 class _Appender:

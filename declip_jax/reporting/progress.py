@@ -83,9 +83,22 @@ class Bar:
       delay=_QUIET_SECONDS,
       bar_format=_OPEN_FORMAT if total is None else _LIVE_FORMAT if live else _LOG_FORMAT,
     )
+    self._paused_at: float | None = None
     self._stack = contextlib.ExitStack()
     self._stack.callback(self._bar.close)
     self._stack.enter_context(logs_above(stream))
+
+  def pause(self) -> None:
+    """Stops the clock: what is done until `resume` changes neither the rate nor the time left."""
+    if self._paused_at is None:
+      self._paused_at = self._bar._time()
+
+  def resume(self) -> None:
+    """Starts the clock after `pause`."""
+    if self._paused_at is not None:
+      seconds, self._paused_at = self._bar._time() - self._paused_at, None
+      self._bar.start_t += seconds
+      self._bar.last_print_t += seconds
 
   def update(self, count: int = 1) -> None:
     """Adds to the count."""
@@ -100,6 +113,7 @@ class Bar:
 
   def close(self) -> None:
     """Leaves the last state on the screen and moves below it; a second call does nothing."""
+    self.resume()
     self._stack.close()
 
   def __enter__(self) -> Self:

@@ -18,13 +18,16 @@ def interpolate(start: Tree, end: Tree, share: float) -> Tree:
     share: 0 gives `start` and 1 gives `end`, exactly.
 
   Raises:
-    ValueError: the trees have other structures or shapes.
+    ValueError: the trees have other structures or shapes; the message names the first array that differs.
   """
-  paths = [
-    {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(t)} for t in (start, end)
-  ]
-  if differing := sorted(set(paths[0].items()) ^ set(paths[1].items())):
-    raise ValueError(f"the weights differ in {differing[0][0]}: they are not of the same model")
+  before, after = (
+    {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in jax.tree.leaves_with_path(t)}
+    for t in (start, end)
+  )
+  if differing := sorted(set(before.items()) ^ set(after.items())):
+    path = differing[0][0]
+    found = " and ".join(str(shapes[path]) if path in shapes else "absent" for shapes in (before, after))
+    raise ValueError(f"the weights differ in {path}, {found}: they are not of the same model")
   if share in (0, 1):
     return end if share else start
   return jax.tree.map(lambda a, b: (1 - share) * a + share * b, start, end)

@@ -8,6 +8,7 @@ from typing import Any
 from greys import Greys, grey_encoders
 import numpy as np
 import pytest
+from record_files import read_events, scalars
 
 from declip_jax.evals import EVALUATORS, Evaluator
 from declip_jax.evals.evaluation import Evaluation, ModelFacts, _reader
@@ -58,7 +59,7 @@ def files(folder: Path) -> dict[str, bytes]:
   return {
     str(path.relative_to(folder)): path.read_bytes()
     for path in sorted(folder.rglob("*"))
-    if path.is_file() and path.name != "evaluations.jsonl"
+    if path.is_file() and path.name != "results.jsonl"
   }
 
 
@@ -74,8 +75,27 @@ def test_a_result_says_what_was_evaluated_and_how(tmp_path: Path) -> None:
   assert ours["data"]["test"] == {"source": "a", "stamp": "1", "samples": 2, "skipped": {}}
   assert (ours["weights"]["step"], ours["about"]) == (8, {"key": "k"})
   assert (tmp_path / "results" / "pictures" / f"{path.stem}.png").read_text() == "picture"
-  (line,) = (tmp_path / "results" / "evaluations.jsonl").read_text().splitlines()
+  (line,) = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
   assert json.loads(line) | {"step": 8, "eval/a/mean": 0.4, "file": path.name} == json.loads(line)
+
+
+def test_the_tensorboard_of_a_run_shows_one_curve_of_a_data_set_and_all_metrics_of_others(tmp_path: Path) -> None:
+  jobs = [job("a", 10, 30), job("b/knn", 20, curve="slip26/b/knn")]
+  run = replace(evaluation(tmp_path), run_folder=tmp_path / "run")
+  for _ in range(2):  # results that are there are not added again
+    run.run(jobs)
+  shown = {(8, "eval/a/mean", 0.2), (8, "eval/a/images", 2.0), (8, "eval/slip26/b/knn", 0.2)}
+  found = scalars(read_events(tmp_path / "run" / "tensorboard" / "results"))
+  assert (len(found), set(found)) == (3, shown)
+
+
+def test_features_can_be_rounded_which_is_another_result(tmp_path: Path) -> None:
+  dark = job("a", 10, 30)
+  plain = evaluation(tmp_path, cache=True)
+  half = replace(plain, encoders=replace(plain.encoders, features_dtype="float16"))
+  dtypes = [found.run([dark])["a"].ours["features_dtype"] for found in (plain, half, half)]
+  assert (dtypes, len(calls)) == (["float32", "float16", "float16"], 2)
+  assert "0.0 MiB" in half.plan([job("b", 1)])[2]
 
 
 def test_an_evaluation_that_was_interrupted_ends_with_the_same_files(tmp_path: Path) -> None:

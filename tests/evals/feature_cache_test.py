@@ -109,6 +109,30 @@ def test_whatever_features_depend_on_is_part_of_the_key(tmp_path: Path) -> None:
   assert FeatureCache(tmp_path, "w", {"width": 1}, (1, 2)).entry(source(), bigger) in keys
 
 
+def test_features_in_float16_take_half_the_space_and_are_those_without_a_cache(tmp_path: Path) -> None:
+  third = Counting()
+  third.plain = replace(third.plain, image=lambda images: tuple(x / 3 for x in grey_encoders(5).image(images)))
+  half = replace(third.encoders, features_dtype="float16")
+  expected = features.encode(source(), half, range(NUMBER))
+  for folder in ("a", "a"):
+    found = cached(tmp_path / folder, half, source())
+    for name in ("pooled", "embedding"):
+      np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+      assert getattr(found, name).dtype == np.float32
+  assert third.images == 50  # without a cache, and once for it
+  full = cached(tmp_path / "a", third.encoders, source())
+  assert 0 < np.abs(full.pooled - found.pooled).max() < 0.04
+  sizes = sorted(path.stat().st_size - 128 for path in (tmp_path / "a").glob("*/*.npy"))
+  assert sizes == [2 * 3 * NUMBER, 4 * 3 * NUMBER]
+
+
+def test_a_feature_that_is_too_large_for_float16_is_named(tmp_path: Path) -> None:
+  encoders = grey_encoders(5)
+  large = replace(encoders, image=lambda images: tuple(500 * x for x in encoders.image(images)))
+  with pytest.raises(ValueError, match=r"greys: a feature is 70000, too large for float16: .*features_dtype=float32"):
+    cached(tmp_path, replace(large, features_dtype="float16"), source())
+
+
 def entries(folder: Path) -> Iterator[Path]:
   for number in range(3):
     entry = folder / f"entry{number}"

@@ -4,12 +4,10 @@ import io
 import json
 import math
 import os
-import struct
 
 import numpy as np
 import pytest
-from record_files import damages
-from tensorboardX.proto.event_pb2 import Event
+from record_files import damages, read_events, scalars
 
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
 
@@ -162,21 +160,10 @@ def test_on_a_full_disk_lines_wait_for_space(tmp_path, caplog):
   assert caplog.text.count("metrics.jsonl cannot be written for now: [Errno 28] No space left on device") == 1
 
 
-def read_events(directory):
-  [path] = directory.iterdir()
-  data, events, position = path.read_bytes(), [], 0
-  while position < len(data):  # a record: length, its checksum, the event, its checksum
-    (length,) = struct.unpack_from("<Q", data, position)
-    events.append(Event.FromString(data[position + 12 : position + 12 + length]))
-    position += length + 16
-  return events
-
-
 def test_tensorboard_holds_the_scalars_and_hides_the_steps_that_did_not_happen(tmp_path):
   write_rows(tmp_path, [30, 40], resume_step=20)
   events = read_events(tmp_path / "tensorboard")
-  scalars = [(e.step, v.tag, round(v.simple_value, 3)) for e in events for v in e.summary.value]
-  assert scalars == [(30, "loss", 3.0), (30, "loss/clip", 1.0), (40, "loss", 4.0), (40, "loss/clip", 1.0)]
+  assert scalars(events) == [(30, "loss", 3.0), (30, "loss/clip", 1.0), (40, "loss", 4.0), (40, "loss/clip", 1.0)]
   assert [e.step for e in events if e.HasField("session_log")] == [21]
 
 

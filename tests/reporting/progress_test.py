@@ -168,6 +168,25 @@ def test_a_bar_is_set_to_a_count_that_others_report(clock: Clock) -> None:
   ]
 
 
+def test_the_clock_of_a_bar_can_be_stopped(clock: Clock) -> None:
+  log = io.StringIO()
+  with progress.Bar("encoding", 100, "images", stream=log) as bar:
+    for _ in range(2):
+      bar.pause()
+      bar.pause()
+      clock.now += 500  # of other work
+      bar.resume()
+      bar.resume()
+      clock.now += 10
+      bar.update(20)
+    bar.pause()
+    clock.now += 500
+  assert [*dict.fromkeys(log.getvalue().splitlines())] == [
+    "encoding: 20/100 images (20%), 2.00 images/s, 00:40 left",
+    "encoding: 40/100 images (40%), 2.00 images/s, 00:30 left",
+  ]
+
+
 def test_the_bar_ends_if_the_loop_does_not(clock: Clock) -> None:
   screen = Screen()
   items = progress.track(range(10), "reading", stream=screen)

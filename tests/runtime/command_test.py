@@ -29,7 +29,10 @@ def test_a_command_whose_display_is_lost_has_the_exit_code_of_its_work(body: str
   (tmp_path / "checkpoints").mkdir()
   with open("/dev/full", "w") as full:
     done = subprocess.run(
-      [sys.executable, "-c", SCRIPT.format(body=body, training=False), f"--workdir={tmp_path}"], stdout=full, stderr=full, check=False
+      [sys.executable, "-c", SCRIPT.format(body=body, training=False), f"--workdir={tmp_path}"],
+      stdout=full,
+      stderr=full,
+      check=False,
     )
   assert done.returncode == code
   assert (tmp_path / "done").exists() == (code == 0)

@@ -1,0 +1,136 @@
+"""Tests of `declip_jax.mixtures` and of the results that `declip_jax.evaluate` has of them."""
+
+import copy
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from declip_jax import evaluate
+from declip_jax.clip import Clip
+from declip_jax.data.images import EvalView
+from declip_jax.mixtures import mixtures
+from declip_jax.sharding import make_mesh
+from declip_jax.weights.layout import abstract_variables
+from declip_jax.weights.read import Weights
+
+NAMES, TEMPLATES = ("ring", "blue star", "cross"), ("a photo of a {}.", "one {}")
+
+
+@functools.cache
+def make_clip(seed: int, heads: tuple[str, ...] = ("joint",), **fields: Any) -> Clip:
+  """A model with random weights; `fields` are those of its config, with dots."""
+  c = tiny_config("clip").model
+  c.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+  model, rng = c.to_dict(), np.random.default_rng(seed)
+  _, shapes = abstract_variables(model, heads, 16)
+  drawn = jax.tree.map(lambda leaf: rng.normal(0.5, 0.3, leaf.shape).astype(leaf.dtype), shapes)
+  if heads != ("joint",):  # a fine-tuned model has no text tower
+    drawn["params"]["towers"].pop("text", None)
+  return Clip(Weights(f"weights {seed}", model, heads, **drawn, view=EvalView(16)), make_mesh(-1, 1))
+
+
+def finetuned(**fields: Any) -> Clip:
+  return make_clip(1, ("classifier",), heads__num_classes=3, heads__classnames=NAMES, **fields)
+
+
+def arrays(clip: Clip) -> dict[str, np.ndarray]:
+  return jax.tree.map(np.asarray, flatten_dict(clip.params, sep="/"))
+
+
+@pytest.fixture(scope="module")
+def start() -> Clip:
+  return make_clip(0)
+
+
+def test_mixtures_lie_on_the_line_between_two_models(start: Clip) -> None:
+  end = make_clip(1)
+  found = dict(mixtures(start, end, (0, 0.25, 1), TEMPLATES))
+  before, after = arrays(start), arrays(end)
+  assert len(before) > 20
+  for share, mixed in found.items():
+    for path, leaf in arrays(mixed).items():
+      np.testing.assert_allclose(leaf, (1 - share) * before[path] + share * after[path], rtol=1e-5, err_msg=path)
+  np.testing.assert_array_equal(arrays(end)["heads/logit_scale"], after["heads/logit_scale"])  # is not changed
+
+
+def test_a_fine_tuned_model_is_mixed_with_the_zero_shot_classifier_of_its_classes(start: Clip) -> None:
+  end = finetuned(heads__classify_joint=True)
+  (_, first), (_, middle) = mixtures(start, end, (0, 0.5), TEMPLATES)
+  assert set(arrays(first)) == set(arrays(end))
+  assert not [path for path in arrays(first) if "text" in path]
+  rows, before = start.classifier(NAMES, TEMPLATES), {**arrays(start)}
+  before |= {"heads/classifier/kernel": rows.T, "heads/classifier/bias": np.zeros(3)}
+  after = arrays(end)
+  for path, leaf in arrays(middle).items():
+    np.testing.assert_allclose(arrays(first)[path], before[path], err_msg=path)
+    np.testing.assert_allclose(leaf, (before[path] + after[path]) / 2, rtol=1e-5, err_msg=path)
+
+
+def test_models_that_compute_different_things_cannot_be_mixed(start: Clip) -> None:
+  changes = [
+    ({"image_fields": {**start.image_fields, "heads": 4}}, r"image.heads=2 of weights 0 does not match 4 of weights 1"),
+    (
+      {"text_fields": {**start.text_fields, "tokenizer": "own"}},
+      r"text.tokenizer='openai' of weights 0 does not match",
+    ),
+    ({"view": EvalView(16, std=(1.0, 1.0, 2.0))}, r"weights 0 normalises pixels with std \(1.0, 1.0, 1.0\), and"),
+  ]
+  for fields, message in changes:
+    end = copy.copy(make_clip(1))
+    vars(end).update(fields)
+    with pytest.raises(ValueError, match=message):
+      next(mixtures(start, end, (0.5,), TEMPLATES))
+  heads = {**start.params["heads"], "image_projection": {"kernel": np.zeros((32, 8), np.float32)}}
+  end = start.with_weights({**start.params, "heads": heads}, start.collections)
+  with pytest.raises(ValueError, match=r"params/heads/image_projection/kernel, \(32, 16\) and \(32, 8\)"):
+    next(mixtures(start, end, (0.5,), TEMPLATES))
+
+
+def test_only_a_classifier_of_joint_embeddings_has_a_zero_shot_counterpart(start: Clip) -> None:
+  with pytest.raises(ValueError, match=r"the classifier of weights 1 has the shape \(32, 3\).*head=text"):
+    next(mixtures(start, finetuned(), (0.5,), TEMPLATES))
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+  given = SimpleNamespace(interpolate_with="runs/clip", alpha=["0.25", "1"], template=list(TEMPLATES))
+  monkeypatch.setattr(evaluate.flags, "FLAGS", given)
+  return given
+
+
+def test_results_of_mixtures_have_the_share_and_a_name_of_their_own(
+  start: Clip, given: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(evaluate, "load", lambda path, settings: {"runs/clip": start}[path])
+  end = make_clip(1)
+  found = [facts for _, facts in evaluate._models(end, None, Path("runs/pets"))]
+  assert [facts.weights["share"] for facts in found] == [0.25, 1.0]
+  assert [facts.pretrained.rpartition("-share-")[2] for facts in found] == ["0.25", "1"]
+  other = found[0].weights["interpolated_with"]
+  assert (other["path"], other["origin"], found[0].weights["path"]) == ("runs/clip", "weights 0", "runs/pets")
+  hashes = [*(facts.weights["hash"] for facts in found), other["hash"]]
+  given.interpolate_with = None
+  given.alpha = None
+  (whole,) = (facts for _, facts in evaluate._models(end, None, Path("runs/pets")))
+  assert len(set(hashes)) == 3
+  assert whole.weights["hash"] == hashes[1]  # so that its features need not be computed again
+  assert "share" not in whole.weights
+
+
+def test_wrong_shares_are_named(start: Clip, given: SimpleNamespace) -> None:
+  given.alpha = ["0", "half"]
+  with pytest.raises(ValueError, match=r"--alpha=0,half: 'half' is not a number from 0 to 1"):
+    next(evaluate._models(start, None, Path("run")))
+  given.alpha = ["1.5"]
+  with pytest.raises(ValueError, match=r"'1.5' is not a number"):
+    next(evaluate._models(start, None, Path("run")))
+  given.interpolate_with = None
+  with pytest.raises(ValueError, match=r"--alpha=1.5 needs --interpolate_with"):
+    next(evaluate._models(start, None, Path("run")))
