@@ -16,7 +16,7 @@ float32 with the highest precision are six of bfloat16 each.
 
 import argparse
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from command import parser
 import jax
@@ -26,7 +26,7 @@ from optional_imports import optional_import
 
 from declip_jax.evals import linear_probe, logistic_regression
 from declip_jax.evals.logistic_regression import Axes, Data, Linear
-from declip_jax.evals.rows import Labelled, padded_rows
+from declip_jax.evals.rows import Labelled, ProbeData, padded_rows
 from declip_jax.planning import devices as device_table
 from declip_jax.planning import flops, hlo
 from declip_jax.planning.report import available_memory, least_times
@@ -55,15 +55,7 @@ def main() -> None:
   (plan if args.topology else compare)(args)
 
 
-class Split(NamedTuple):
-  """Training, validation and test rows."""
-
-  train: Labelled
-  val: Labelled
-  test: Labelled
-
-
-def random_features(args: argparse.Namespace) -> Split:
+def random_features(args: argparse.Namespace) -> ProbeData:
   """Features of Gaussian classes whose axes have variances from 1 to 1e-4."""
   rng = np.random.default_rng(0)
   deviation = np.logspace(0, -2, args.width, dtype=np.float32)
@@ -76,7 +68,8 @@ def random_features(args: argparse.Namespace) -> Split:
     noise = rng.normal(size=(count, args.width)).astype(np.float32)
     return Labelled(((noise + centres[label]) * deviation) @ axes + mean, label)
 
-  return Split(rows(args.train), rows(args.val), rows(args.val))
+  train, val, test = rows(args.train), rows(args.val), rows(args.val)
+  return ProbeData(train, test, top1, args.classes, make_mesh(-1, 1), val)
 
 
 def top1(scores: np.ndarray, label: np.ndarray) -> float:
@@ -95,12 +88,11 @@ def objective(rows: Labelled, strength: float, kernel: np.ndarray, bias: np.ndar
 def compare(args: argparse.Namespace) -> None:
   """Times both sweeps on the same features and prints their fits."""
   split = random_features(args)
-  mesh = make_mesh(-1, 1)
   start = time.perf_counter()
-  ours = linear_probe.sweep(*split, top1, classes=args.classes, mesh=mesh, tolerance=args.tolerance)
+  ours = linear_probe.sweep(split, tolerance=args.tolerance)
   cold = time.perf_counter() - start
   start = time.perf_counter()
-  ours = linear_probe.sweep(*split, top1, classes=args.classes, mesh=mesh, tolerance=args.tolerance)
+  ours = linear_probe.sweep(split, tolerance=args.tolerance)
   warm = time.perf_counter() - start
   print(f"{args.train:,} + {args.val:,} rows x {args.width}, {args.classes} classes, gradient {args.tolerance:g}")
   print(f"ours: {cold:.1f} s, {warm:.1f} s once compiled", flush=True)
@@ -187,7 +179,7 @@ def arguments_of(data: tuple[Data, ...], fits: int, args: argparse.Namespace, me
   axes = Axes(shape(args.width), shape(args.width, args.width), shape(args.width))
   linear = Linear(shape(fits, args.width, args.classes), shape(fits, args.classes))
   answered = shape(args.classes, dtype=jnp.bool_)
-  return data, axes, shape(fits), answered, linear, shape(), shape(dtype=jnp.int32)
+  return data, axes, shape(fits), answered, linear, shape()
 
 
 def one_pass(data: tuple[Data, ...], fits: int, args: argparse.Namespace, mesh: Any) -> tuple[float, hlo.Traffic]:

@@ -11,7 +11,7 @@ import numpy as np
 import references as reference
 
 from declip_jax.evals import few_shot, linear_probe, nearest, overlap, ranks, sgd_probe
-from declip_jax.evals.rows import Labelled, first_row
+from declip_jax.evals.rows import Labelled, ProbeData, first_row
 from declip_jax.sharding import make_mesh
 
 
@@ -31,13 +31,14 @@ def results() -> dict[str, np.ndarray]:
     return Labelled(local(golden[f"{prefix}/X_{name}"]), local(golden[f"{prefix}/y_{name}"]))
 
   train, val, test = (split("probe", name) for name in ("train", "val", "test"))
-  swept = linear_probe.sweep(train, val, test, top1, classes=7, mesh=mesh, tolerance=1e-6)
+  data = ProbeData(train, test, top1, 7, mesh, val)
+  swept = linear_probe.sweep(data, tolerance=1e-6)
   recipe = dataclasses.replace(sgd_probe.SGD, epochs=3, batch_size=50)
-  stochastic = sgd_probe.sgd_probe(train, val, test, top1, classes=7, mesh=mesh, recipe=recipe, rates=(0.1, 0.3))
+  stochastic = sgd_probe.sgd_probe(data, recipe=recipe, rates=(0.1, 0.3))
   train, test = (split("few", name) for name in ("train", "test"))
   votes, _ = nearest.knn(train, test, classes=8, mesh=mesh, neighbours=(5,))
   means, _ = nearest.nearest_mean(train, test, classes=8)
-  few = {"classes": 8, "shots": (1, 5)}
+  few = ProbeData(train, test, top1, 8, mesh)
   pairs, copies = reference.load("retrieval"), reference.load("overlap")
   ranked = ranks.retrieval_ranks(pairs["image"], pairs["text"], pairs["text_to_image"])
   rows = local(copies["train"])
@@ -52,8 +53,8 @@ def results() -> dict[str, np.ndarray]:
     "text_ranks": ranked.image_to_text.high,
     "image_ranks": ranked.text_to_image.high,
     "duplicates": duplicates.index,
-    "ridge": few_shot.ridge(train, test, top1, **few).scores,
-    "logistic": few_shot.logistic(train, test, top1, mesh=mesh, **few).scores,
+    "ridge": few_shot.ridge(few, shots=(1, 5)).scores,
+    "logistic": few_shot.logistic(few, shots=(1, 5)).scores,
   }
 
 

@@ -4,16 +4,14 @@ Rows are drawn by seed, the first of a permutation of each class, so that more s
 """
 
 from collections.abc import Sequence
-import dataclasses
+from dataclasses import dataclass, replace
 import math
 
-from jax.sharding import Mesh
 from jaxtyping import Float, Float64, Int
 import numpy as np
 
 from declip_jax.evals import linear_probe
-from declip_jax.evals.linear_probe import Score
-from declip_jax.evals.rows import Labelled, check_rows, first_row
+from declip_jax.evals.rows import Labelled, ProbeData, first_row
 from declip_jax.runtime.hosts import gather_rows
 
 SEEDS = (0, 1, 2)
@@ -26,7 +24,7 @@ _TOLERANCE = 1e-6  # of the gradient of a mean over few rows
 _BIAS = 100.0  # big_vision's constant column
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class FewShotResult:
   """Scores of the test split by number of shots.
 
@@ -67,12 +65,8 @@ def draw(label: Int[np.ndarray, "n"], classes: int, most: int, seed: int) -> Int
 
 
 def logistic(
-  train: Labelled,
-  test: Labelled,
-  score: Score,
+  data: ProbeData,
   *,
-  classes: int,
-  mesh: Mesh,
   shots: Sequence[int] = CLIP_SHOTS,
   seeds: Sequence[int] = SEEDS,
   strength: float | None = STRENGTH,
@@ -80,10 +74,7 @@ def logistic(
   """Logistic regression on a few rows per class, as in CLIP's figure 6, whose draws and C are unpublished.
 
   Args:
-    train, test: the splits, with one label per row, of which every host has its own.
-    score: metric of the test split.
-    classes: number of classes.
-    mesh: devices to compute on.
+    data: splits with one label per row.
     shots: rows per class.
     seeds: seeds of the draws.
     strength: C; None chooses it, by the sweep of a linear probe, on as many further rows of each class.
@@ -91,33 +82,30 @@ def logistic(
   Raises:
     ValueError: a split is unusable, see `check_rows`; a class has too few rows.
   """
-  label = _labels(train, test, classes)
-  most = max(shots)
+  label, most = _labels(data), max(shots)
   scores, strengths = np.zeros((2, len(seeds), len(shots)))
   for row, seed in enumerate(seeds):
-    drawn = draw(label, classes, 2 * most if strength is None else most, seed)
+    drawn = draw(label, data.classes, 2 * most if strength is None else most, seed)
     # Rows that do not count keep one shape for all numbers of shots, which then share their programs.
     for column, count in enumerate(shots):
-      fitted = _take(train, drawn[:, :most], count)
+      fitted = replace(data, train=_take(data.train, drawn[:, :most], count))
       if strength is None:
-        further = _take(train, np.roll(drawn, -count, axis=1)[:, :most], count)
-        result = linear_probe.sweep(
-          fitted, further, test, score, classes=classes, mesh=mesh, refit=False, tolerance=_TOLERANCE
-        )
+        further = _take(data.train, np.roll(drawn, -count, axis=1)[:, :most], count)
+        result = linear_probe.sweep(replace(fitted, val=further), refit=False, tolerance=_TOLERANCE)
       else:
-        result = linear_probe.fit(fitted, test, strength, classes=classes, mesh=mesh, tolerance=_TOLERANCE)
+        result = linear_probe.fit(fitted, strength, tolerance=_TOLERANCE)
       used = result.label >= 0
-      scores[row, column] = score(result.scores[used], result.label[used])
+      scores[row, column] = data.score(result.scores[used], result.label[used])
       strengths[row, column] = result.chosen.strength
   return FewShotResult(tuple(shots), scores, strengths)
 
 
-def _labels(train: Labelled, test: Labelled, classes: int) -> Int[np.ndarray, "n"]:
+def _labels(data: ProbeData) -> Int[np.ndarray, "n"]:
   """The labels of all training rows, after a check of the splits."""
-  check_rows({"train": train, "test": test}, classes)
-  if train.label.ndim == 2:
+  data.check()
+  if data.train.label.ndim == 2:
     raise ValueError("shots are counted per class: expected one label per row, not several")
-  return gather_rows(train.label)
+  return gather_rows(data.train.label)
 
 
 def _take(rows: Labelled, drawn: Int[np.ndarray, "k most"], count: int) -> Labelled:
@@ -129,21 +117,12 @@ def _take(rows: Labelled, drawn: Int[np.ndarray, "k most"], count: int) -> Label
 
 
 def ridge(
-  train: Labelled,
-  test: Labelled,
-  score: Score,
-  *,
-  classes: int,
-  shots: Sequence[int] = BIG_VISION_SHOTS,
-  seeds: Sequence[int] = SEEDS,
-  l2: float = L2,
+  data: ProbeData, *, shots: Sequence[int] = BIG_VISION_SHOTS, seeds: Sequence[int] = SEEDS, l2: float = L2
 ) -> FewShotResult:
   """Least squares on a few rows per class, as big_vision evaluates its models, in float64.
 
   Args:
-    train, test: the splits, with one label per row, of which every host has its own.
-    score: metric of the test split.
-    classes: number of classes.
+    data: splits with one label per row; no device is used.
     shots: rows per class.
     seeds: seeds of the draws.
     l2: strength of the penalty.
@@ -151,16 +130,16 @@ def ridge(
   Raises:
     ValueError: a split is unusable, see `check_rows`; a class has too few rows.
   """
-  label = _labels(train, test, classes)
+  label, test = _labels(data), data.test
   used = test.label >= 0
   test_label = gather_rows(test.label[used])
   scores = np.zeros((len(seeds), len(shots)))
   for row, seed in enumerate(seeds):
-    drawn = draw(label, classes, max(shots), seed)
+    drawn = draw(label, data.classes, max(shots), seed)
     for column, count in enumerate(shots):
-      features, known = map(gather_rows, _take(train, drawn[:, :count], count))
-      (logits,) = ridge_scores(features, known, test.features[used], classes, (l2,))
-      scores[row, column] = score(gather_rows(logits), test_label)
+      features, known = map(gather_rows, _take(data.train, drawn[:, :count], count))
+      (logits,) = ridge_scores(features, known, test.features[used], data.classes, (l2,))
+      scores[row, column] = data.score(gather_rows(logits), test_label)
   return FewShotResult(tuple(shots), scores)
 
 

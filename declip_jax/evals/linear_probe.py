@@ -6,7 +6,7 @@ together. The paper does not say which of equally good values wins; here it is t
 Features are used as given, neither normalised nor standardised.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 from typing import NamedTuple
@@ -17,16 +17,13 @@ from jaxtyping import Bool, Float, Float32, Int
 import numpy as np
 
 from declip_jax.evals import logistic_regression
-from declip_jax.evals.logistic_regression import ITERATIONS, TOLERANCE, Axes, Data, Linear, principal_axes
-from declip_jax.evals.rows import Labelled, Layout, check_rows
+from declip_jax.evals.logistic_regression import TOLERANCE, Axes, Data, Linear, principal_axes
+from declip_jax.evals.rows import Labelled, Layout, ProbeData, Score
 from declip_jax.runtime.hosts import gather_rows
 
 GRID = np.logspace(-6, 6, 97)
 _COARSE = range(0, 97, 16)
 _HALVINGS = (8, 4, 2, 1)
-
-# From scores `[n classes]`, -inf for a class that is never answered, and labels to a number; larger is better.
-Score = Callable[[np.ndarray, np.ndarray], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,59 +89,38 @@ class ProbeResult:
     return self.chosen.converged and (self.refit is None or self.refit.converged)
 
 
-def sweep(
-  train: Labelled,
-  val: Labelled,
-  test: Labelled,
-  score: Score,
-  *,
-  classes: int,
-  mesh: Mesh,
-  refit: bool = True,
-  tolerance: float = TOLERANCE,
-  iterations: int = ITERATIONS,
-) -> ProbeResult:
+def sweep(data: ProbeData, *, refit: bool = True, tolerance: float = TOLERANCE) -> ProbeResult:
   """Chooses C on the validation split, fits training and validation split with it, and scores the test split.
 
-  Every host has to call this, with rows of its own of each split.
+  Every host has to call this.
 
   Args:
-    train, val, test: the splits; rows without a label do not count.
-    score: the metric that chooses C.
-    classes: number of classes.
-    mesh: devices to compute on.
+    data: splits, one for validation among them, and the metric that chooses C.
     refit: whether the last classifier is also fitted to the validation split.
-    tolerance, iterations: see `logistic_regression.fit`.
+    tolerance: see `logistic_regression.fit`.
 
   Raises:
     ValueError: a split is unusable, see `check_rows`; fewer than two classes have training data; the score is NaN.
   """
-  check_rows({"train": train, "val": val, "test": test}, classes)
-  placed, placed_val = _Placed.make(train, mesh), _Placed.make(val, mesh)
-  solver = _Solver.make(placed, classes, mesh, tolerance, iterations)
-  tried = _try_strengths(solver, placed, placed_val, score)
+  data.check()
+  if data.val is None:
+    raise ValueError("val: no rows; the sweep chooses C on them")
+  placed, placed_val = _Placed.make(data.train, data.mesh), _Placed.make(data.val, data.mesh)
+  solver = _Solver.make(placed, data.classes, data.mesh, tolerance)
+  tried = _try_strengths(solver, placed, placed_val, data.score)
   chosen = last = tried[_best(tried)]
   if refit:
     (last,) = solver.fit((placed, placed_val), (chosen.record.strength,), chosen)
-  return solver.result([fitted.record for fitted in tried.values()], chosen, last, test)
+  return solver.result([fitted.record for fitted in tried.values()], chosen, last, data.test)
 
 
-def fit(
-  train: Labelled,
-  test: Labelled,
-  strength: float,
-  *,
-  classes: int,
-  mesh: Mesh,
-  tolerance: float = TOLERANCE,
-  iterations: int = ITERATIONS,
-) -> ProbeResult:
+def fit(data: ProbeData, strength: float, *, tolerance: float = TOLERANCE) -> ProbeResult:
   """Fits the training split with a given C and scores the test split."""
-  check_rows({"train": train, "test": test}, classes)
-  placed = _Placed.make(train, mesh)
-  solver = _Solver.make(placed, classes, mesh, tolerance, iterations)
+  data.check()
+  placed = _Placed.make(data.train, data.mesh)
+  solver = _Solver.make(placed, data.classes, data.mesh, tolerance)
   (fitted,) = solver.fit((placed,), (strength,))
-  return solver.result([fitted.record], fitted, fitted, test)
+  return solver.result([fitted.record], fitted, fitted, data.test)
 
 
 class _Placed(NamedTuple):
@@ -189,20 +165,12 @@ class _Solver:
   classes: int
   mesh: Mesh
   tolerance: float
-  iterations: int
   axes: Axes
 
   @classmethod
-  def make(
-    cls,
-    train: _Placed,
-    classes: int,
-    mesh: Mesh,
-    tolerance: float = TOLERANCE,
-    iterations: int = ITERATIONS,
-  ) -> "_Solver":
+  def make(cls, train: _Placed, classes: int, mesh: Mesh, tolerance: float) -> "_Solver":
     axes = principal_axes([_data(train, _task((train,), classes))], mesh)
-    return cls(classes, mesh, tolerance, iterations, axes)
+    return cls(classes, mesh, tolerance, axes)
 
   def fit(self, parts: Sequence[_Placed], strengths: Sequence[float], start: _Fitted | None = None) -> list[_Fitted]:
     """Fits the rows of all parts with each strength."""
@@ -220,7 +188,6 @@ class _Solver:
       self.mesh,
       linear,
       tolerance=self.tolerance,
-      iterations=self.iterations,
     )
     fits = jax.tree.map(np.asarray, fits)
     return [

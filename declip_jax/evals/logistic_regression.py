@@ -27,7 +27,7 @@ from declip_jax.evals.rows import num_blocks
 from declip_jax.sharding import replicated
 
 TOLERANCE = 1e-5  # largest entry of the gradient at which a fit may end
-ITERATIONS = 1000  # limit of CLIP's probes (Radford et al. 2021, A.3)
+_ITERATIONS = 1000  # limit of CLIP's probes (Radford et al. 2021, A.3)
 _MEMORY = 10  # pairs of differences that L-BFGS keeps
 # A step is taken if the objective decreases by this share of what the slope promises, or, where it changes by less than
 # its rounding errors, if the slope has decreased (Hager & Zhang 2005, section 2).
@@ -121,7 +121,6 @@ def fit(
   start: Linear | None = None,
   *,
   tolerance: float = TOLERANCE,
-  iterations: int = ITERATIONS,
 ) -> Fits:
   """Fits one classifier for each strength; every host has to call this. It compiles once per shape.
 
@@ -133,13 +132,13 @@ def fit(
     mesh: devices of the rows.
     start: classifiers to start from, such as those of a neighbouring C; zeros by default.
     tolerance: largest entry of the gradient at which a fit may end.
-    iterations: number of iterations after which a fit ends.
   """
   if start is None:
     shape = (len(strengths), data[0].features.shape[1], len(answered))
     start = Linear(np.zeros(shape, np.float32), np.zeros((shape[0], shape[2]), np.float32))
-  limits = np.float32(tolerance), np.int32(iterations)
-  return compiled_fit(mesh)(tuple(data), axes, np.asarray(strengths, np.float32), answered, start, *limits)
+  return compiled_fit(mesh)(
+    tuple(data), axes, np.asarray(strengths, np.float32), answered, start, np.float32(tolerance)
+  )
 
 
 def logits(data: Float[Array, "rows f"], axes: Axes, linear: Linear, mesh: Mesh) -> Float[Array, "rows k"]:
@@ -197,7 +196,6 @@ def fit_program(
   answered: Bool[Array, "k"],
   start: Linear,
   tolerance: Float[Array, ""],
-  limit: Int[Array, ""],
   *,
   mesh: Mesh,
 ) -> Fits:
@@ -222,7 +220,7 @@ def fit_program(
     return objective, Linear(along_axes, bias_scale * gradient.bias), largest
 
   along_axes = jnp.einsum("fa,mfk->mak", axes.axis, start.kernel) / scale[..., None]
-  end = _minimise(evaluate, Linear(along_axes, start.bias / bias_scale), tolerance, limit)
+  end = _minimise(evaluate, Linear(along_axes, start.bias / bias_scale), tolerance)
   return Fits(original(end.point), end.objective, end.largest, end.iterations, end.passes)
 
 
@@ -308,10 +306,7 @@ def sum_over_rows(
 
 
 def _minimise(
-  evaluate: Callable[[Linear], tuple[Array, Linear, Array]],
-  start: Linear,
-  tolerance: Float[Array, ""],
-  limit: Int[Array, ""],
+  evaluate: Callable[[Linear], tuple[Array, Linear, Array]], start: Linear, tolerance: Float[Array, ""]
 ) -> _Search:
   """L-BFGS for `m` convex problems that share the evaluations of their objectives.
 
@@ -322,7 +317,7 @@ def _minimise(
   Args:
     evaluate: function from points to objectives, gradients, and the entries that `tolerance` limits.
     start: first points.
-    tolerance, limit: see `fit`.
+    tolerance: see `fit`.
   """
   direction_of = jax.vmap(optax.scale_by_lbfgs(_MEMORY).update)
   memory = jax.vmap(optax.scale_by_lbfgs(_MEMORY).init)(start)
@@ -336,7 +331,7 @@ def _minimise(
   def running(now: _Search) -> Bool[Array, "m"]:
     promise = _dot(now.gradient, now.direction) / 2  # of a step to the minimum of a quadratic objective
     unfinished = (now.largest > tolerance) | (promise > _PROMISE * now.objective)
-    return unfinished & (now.iterations < limit) & (now.step > _SHORTEST)
+    return unfinished & (now.iterations < _ITERATIONS) & (now.step > _SHORTEST)
 
   def advance(now: _Search) -> _Search:
     active, slope = running(now), -_dot(now.gradient, now.direction)

@@ -17,7 +17,7 @@ from declip_jax.evals.features import EvaluationData, Split
 from declip_jax.evals.intervals import student
 from declip_jax.evals.metrics import merge_classes
 from declip_jax.evals.results import Scores
-from declip_jax.evals.rows import Labelled
+from declip_jax.evals.rows import Labelled, ProbeData
 from declip_jax.evals.scoring import criterion, score
 from declip_jax.runtime.hosts import gather_rows
 from declip_jax.sharding import make_mesh
@@ -42,9 +42,8 @@ def linear_probe(data: EvaluationData, pictures: Path | None, *, features: str =
     ValueError: a split cannot be used, see `linear_probe.sweep`.
   """
   del pictures
-  *rows, rule = _three_splits(data, features)
-  common = {"classes": _classes(data), "mesh": make_mesh(-1, 1)}
-  result = linear_probe_lib.sweep(*rows, criterion(data.metric), **common)
+  rows, rule = _three_splits(data, features)
+  result = linear_probe_lib.sweep(rows)
   details = {
     "features": features,
     "validation": rule,
@@ -79,10 +78,9 @@ def sgd_probe(
     ValueError: a split cannot be used, or every head diverged.
   """
   del pictures
-  *rows, rule = _three_splits(data, features)
+  rows, rule = _three_splits(data, features)
   recipe = dataclasses.replace(sgd_probe_lib.SGD, epochs=epochs, batch_size=batch_size)
-  common = {"classes": _classes(data), "mesh": make_mesh(-1, 1), "recipe": recipe, "rates": tuple(rates)}
-  result = sgd_probe_lib.sgd_probe(*rows, criterion(data.metric), **common)
+  result = sgd_probe_lib.sgd_probe(rows, recipe=recipe, rates=tuple(rates))
   details = {
     "features": features,
     "validation": rule,
@@ -119,22 +117,20 @@ def few_shot(
     ValueError: a split cannot be used, or a class has no image.
   """
   del pictures
-  classes, train, test = _classes(data), _labelled(data.train, features), _labelled(data.test, features)
-  label = gather_rows(train.label)
-  fewest = int(np.bincount(label[label >= 0], minlength=classes).min())
+  rows = _two_splits(data, features)
+  label = gather_rows(rows.train.label)
+  counts = np.bincount(label[label >= 0], minlength=rows.classes)
+  fewest = int(counts.min())
   used = [count for count in shots if count <= fewest]
   if not used:
-    rarest = _trained(data)[int(np.bincount(label[label >= 0], minlength=classes).argmin())]
+    rarest = _trained(data)[int(counts.argmin())]
     raise ValueError(f"{data.train.name}: {fewest} images of {rarest!r}; expected at least {min(shots)} of each class")
 
   def metric(logits: np.ndarray, label: np.ndarray) -> float:
     return criterion(data.metric)(_own_logits(data, logits), label)
 
-  common = {"classes": classes, "shots": used, "seeds": seeds}
-  if method == "ridge":
-    found = few_shot_lib.ridge(train, test, metric, **common)
-  else:
-    found = few_shot_lib.logistic(train, test, metric, mesh=make_mesh(-1, 1), **common)
+  fit = few_shot_lib.ridge if method == "ridge" else few_shot_lib.logistic
+  found = fit(dataclasses.replace(rows, score=metric), shots=used, seeds=seeds)
   metrics = {f"shots_{count}": float(value) for count, value in zip(used, found.mean, strict=True)}
   deviations = {} if found.std is None else dict(zip(metrics, found.std.tolist(), strict=True))
   headline = f"shots_{used[-1]}"
@@ -148,7 +144,7 @@ def few_shot(
   }
   several = len(seeds) > 1
   intervals = {name: _interval(found.scores[:, place]) for place, name in enumerate(metrics)} if several else {}
-  images = int((gather_rows(test.label) >= 0).sum())
+  images = int((gather_rows(rows.test.label) >= 0).sum())
   return Scores({headline: metrics[headline], **metrics, "images": images}, intervals, details=details)
 
 
@@ -251,13 +247,19 @@ def _labelled(split: Split, kind: str) -> Labelled:
   return Labelled(features, np.where(found.readable, found.label, -1))
 
 
-def _three_splits(data: EvaluationData, features: str) -> tuple[Labelled, Labelled, Labelled, str]:
-  """Training, validation and test rows, and where the validation rows are from."""
+def _two_splits(data: EvaluationData, features: str) -> ProbeData:
+  """Training and test rows, judged by the metric of the data set, on all devices."""
   train, test = _labelled(data.train, features), _labelled(data.test, features)
+  return ProbeData(train, test, criterion(data.metric), _classes(data), make_mesh(-1, 1))
+
+
+def _three_splits(data: EvaluationData, features: str) -> tuple[ProbeData, str]:
+  """Training, validation and test rows, and where the validation rows are from."""
+  found = _two_splits(data, features)
   if data.val is not None:
-    return train, _labelled(data.val, features), test, "given"
-  train, val, rule = _carve(train, data.train, data.validation_per_class)
-  return train, val, test, rule
+    return dataclasses.replace(found, val=_labelled(data.val, features)), "given"
+  train, val, rule = _carve(found.train, data.train, data.validation_per_class)
+  return dataclasses.replace(found, train=train, val=val), rule
 
 
 def _carve(train: Labelled, split: Split, per_class: int) -> tuple[Labelled, Labelled, str]:

@@ -1,5 +1,6 @@
 """Rows of features, and their place on the devices of a mesh: each host has rows of its own and never sends them."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from declip_jax.sharding import batch_sharding, to_global
 BLOCK = 8192  # rows of a device that a pass over features handles at once
 _TILE = 128  # a block of at least this size is a multiple of it
 
+# From scores `[n classes]`, -inf for a class that is never answered, and labels to a number; larger is better.
+Score = Callable[[np.ndarray, np.ndarray], float]
+
 
 class Labelled(NamedTuple):
   """Features and labels of one split, in NumPy; several hosts each have their part.
@@ -26,6 +30,32 @@ class Labelled(NamedTuple):
 
   features: Float[np.ndarray, "n f"]
   label: Int[np.ndarray, "n"] | Int[np.ndarray, "n k"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeData:
+  """What a probe learns from, and what it is judged by; every host has rows of its own of each split.
+
+  Attributes:
+    train: rows to train on; rows without a label do not count.
+    test: rows to score.
+    score: metric of the scores of a split.
+    classes: number of classes.
+    mesh: devices to compute on.
+    val: rows on which hyperparameters are chosen; None for a probe that chooses none.
+  """
+
+  train: Labelled
+  test: Labelled
+  score: Score
+  classes: int
+  mesh: Mesh
+  val: Labelled | None = None
+
+  def check(self) -> None:
+    """Rejects splits that no probe can use, see `check_rows`."""
+    splits = {"train": self.train, "val": self.val, "test": self.test}
+    check_rows({name: rows for name, rows in splits.items() if rows is not None}, self.classes)
 
 
 def check_rows(splits: dict[str, Labelled], classes: int) -> None:

@@ -16,8 +16,7 @@ from jaxtyping import Array, Float, Float32, Float64, Int
 import numpy as np
 import optax
 
-from declip_jax.evals.linear_probe import Score
-from declip_jax.evals.rows import Labelled, Layout, check_rows
+from declip_jax.evals.rows import Labelled, Layout, ProbeData
 from declip_jax.runtime.hosts import gather_rows
 from declip_jax.sharding import batch_rows, batch_sharding, replicated
 from declip_jax.unit_norm import unit_norm
@@ -81,28 +80,14 @@ class SgdResult:
   label: Int[np.ndarray, "n"]
 
 
-def sgd_probe(
-  train: Labelled,
-  val: Labelled,
-  test: Labelled,
-  score: Score,
-  *,
-  classes: int,
-  mesh: Mesh,
-  recipe: Recipe = SGD,
-  rates: Sequence[float] = RATES,
-  seed: int = 0,
-) -> SgdResult:
+def sgd_probe(data: ProbeData, *, recipe: Recipe = SGD, rates: Sequence[float] = RATES, seed: int = 0) -> SgdResult:
   """Trains a head with each learning rate, chooses one on the validation split, and scores the test split.
 
   The papers report the best of several rates on the test split. Features are computed once, so that there is no
-  augmentation, which the papers have. Every host has to call this, with rows of its own of each split.
+  augmentation, which the papers have. Every host has to call this.
 
   Args:
-    train, val, test: the splits, with one label per row; rows without a label do not count.
-    score: the metric that chooses the learning rate.
-    classes: number of classes.
-    mesh: devices to compute on.
+    data: splits with one label per row, one for validation among them, and the metric that chooses the learning rate.
     recipe: how heads are trained.
     rates: learning rates.
     seed: seed of initial kernel, normal with deviation 0.01, and of the order of rows.
@@ -110,7 +95,10 @@ def sgd_probe(
   Raises:
     ValueError: a split is unusable, see `check_rows`, or has several labels or none; or every head diverged.
   """
-  check_rows({"train": train, "val": val, "test": test}, classes)
+  data.check()
+  train, val, classes, mesh = data.train, data.val, data.classes, data.mesh
+  if val is None:
+    raise ValueError("val: no rows; the learning rate is chosen on them")
   if train.label.ndim == 2:
     raise ValueError("train: several labels per row; a probe by gradient descent needs one")
   label = gather_rows(train.label)
@@ -125,7 +113,7 @@ def sgd_probe(
   for column, logits in enumerate(_logits(val, heads, mesh, recipe)):
     if np.isfinite(logits).all():
       scores = np.where(answered, logits, np.float32(-np.inf))
-      value = float(score(scores[val_label >= 0], val_label[val_label >= 0]))
+      value = float(data.score(scores[val_label >= 0], val_label[val_label >= 0]))
       if math.isnan(value):
         raise ValueError(f"the score of the validation split is NaN with the learning rate {rates[column]:g}")
       val_scores[rates[column]] = value
@@ -134,13 +122,13 @@ def sgd_probe(
   rate = max(val_scores, key=lambda rate: (val_scores[rate], -rate))
   chosen = rates.index(rate)
   best = Heads(heads.kernel[chosen : chosen + 1], heads.bias[chosen : chosen + 1], heads.loss)
-  (logits,) = _logits(test, best, mesh, recipe)
+  (logits,) = _logits(data.test, best, mesh, recipe)
   return SgdResult(
     rate=rate,
     val_scores=val_scores,
     loss=np.asarray(heads.loss)[:, chosen].astype(np.float64),
     scores=np.where(answered, logits, np.float32(-np.inf)),
-    label=gather_rows(test.label),
+    label=gather_rows(data.test.label),
   )
 
 

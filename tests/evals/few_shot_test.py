@@ -5,7 +5,7 @@ import pytest
 import references as reference
 
 from declip_jax.evals import few_shot
-from declip_jax.evals.rows import Labelled
+from declip_jax.evals.rows import Labelled, ProbeData
 from declip_jax.sharding import make_mesh
 
 GOLDEN = reference.below(reference.load("probes"), "few/")
@@ -18,14 +18,14 @@ def top1(scores, label):
 
 
 @pytest.fixture(scope="module")
-def mesh():
-  return make_mesh(4, 2)
+def data():
+  return ProbeData(TRAIN, TEST, top1, 8, make_mesh(4, 2))
 
 
 @pytest.mark.parametrize("column", range(4))
-def test_ridge_regression_equals_big_visions_in_float64(column):
+def test_ridge_regression_equals_big_visions_in_float64(data, column):
   expected, l2 = GOLDEN["lsr/test_top1_seed_shots_l2"][:, :, column], GOLDEN["l2"][column].item()
-  found = few_shot.ridge(TRAIN, TEST, top1, classes=8, shots=SHOTS, l2=l2)
+  found = few_shot.ridge(data, shots=SHOTS, l2=l2)
   np.testing.assert_allclose(found.scores, expected, atol=1e-9)
   np.testing.assert_allclose(found.mean, expected.mean(axis=0))
   np.testing.assert_allclose(found.std, expected.std(axis=0) * np.sqrt(3 / 2))
@@ -39,24 +39,24 @@ def test_ridge_scores_are_the_same_from_either_gram_matrix():
   assert 8 * SHOTS[0] < 49 < 8 * SHOTS[-1]  # fewer rows than columns, and more
 
 
-def test_logistic_regression_equals_scikit_learns_optimum(mesh):
-  found = few_shot.logistic(TRAIN, TEST, top1, classes=8, mesh=mesh, shots=SHOTS)
+def test_logistic_regression_equals_scikit_learns_optimum(data):
+  found = few_shot.logistic(data, shots=SHOTS)
   golden = reference.below(GOLDEN, "logistic_C0.316/")
   assert (golden["smallest_margin"] > 1e-4).all()
   np.testing.assert_allclose(found.scores, golden["test_top1_seed_shots"], atol=1e-9)
 
 
 @pytest.mark.slow
-def test_the_strength_is_chosen_on_as_many_further_rows(mesh, monkeypatch):
+def test_the_strength_is_chosen_on_as_many_further_rows(data, monkeypatch):
   seen = []
   sweep = few_shot.linear_probe.sweep
 
-  def spy(train, val, *rest, **options):
-    seen.append((train, val))
-    return sweep(train, val, *rest, **options)
+  def spy(data, **options):
+    seen.append((data.train, data.val))
+    return sweep(data, **options)
 
   monkeypatch.setattr(few_shot.linear_probe, "sweep", spy)
-  found = few_shot.logistic(TRAIN, TEST, top1, classes=8, mesh=mesh, shots=(2, 5), seeds=(0,), strength=None)
+  found = few_shot.logistic(data, shots=(2, 5), seeds=(0,), strength=None)
   drawn = few_shot.draw(TRAIN.label, 8, 10, 0)
   for (train, val), count in zip(seen, (2, 5), strict=True):
     for rows, expected in ((train, drawn[:, :count]), (val, drawn[:, count : 2 * count])):

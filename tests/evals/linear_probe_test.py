@@ -9,7 +9,7 @@ import references as reference
 from declip_jax.evals import linear_probe, logistic_regression, rows
 from declip_jax.evals.linear_probe import GRID
 from declip_jax.evals.logistic_regression import Data, Linear
-from declip_jax.evals.rows import Labelled, Layout
+from declip_jax.evals.rows import Labelled, Layout, ProbeData
 from declip_jax.sharding import make_mesh
 
 TIGHT = 1e-6  # the largest entry of the gradient with which the fixtures' tolerances can be met in float32
@@ -27,6 +27,11 @@ def split(name, arrays=GOLDEN):
 
 def top1(scores, label):
   return float((scores.argmax(axis=1) == label).mean())
+
+
+def probe_data(mesh, arrays=GOLDEN, classes=7, **others):
+  splits = {name: split(name, arrays) for name in ("train", "test") if name not in others}
+  return ProbeData(**{"score": top1, "classes": classes, "mesh": mesh, **splits, **others})
 
 
 def mean_per_class(scores, label):
@@ -48,7 +53,7 @@ def assert_weights(classifier, coefficients, intercept, rtol=1e-4):
 )
 def test_a_fit_has_the_optimum_of_scikit_learn(mesh, kept):
   index = GOLDEN["kept_index"][kept]
-  found = linear_probe.fit(split("train"), split("test"), GRID[index], classes=7, mesh=mesh, tolerance=TIGHT)
+  found = linear_probe.fit(probe_data(mesh), GRID[index], tolerance=TIGHT)
   assert_weights(found.classifier, GOLDEN["kept/coef"][kept], GOLDEN["kept/intercept"][kept])
   objective = GRID[index] * len(GOLDEN["y_train"]) * found.chosen.objective
   np.testing.assert_allclose(objective, GOLDEN["grid/objective"][index], rtol=1e-6)
@@ -61,7 +66,7 @@ def test_a_fit_has_the_optimum_of_scikit_learn(mesh, kept):
 @pytest.mark.parametrize(("name", "score"), [("top1", top1), ("mean_per_class", mean_per_class)])
 def test_the_sweep_takes_the_path_of_clip(mesh, name, score):
   golden = reference.below(GOLDEN, f"sweep_{name}/")
-  found = linear_probe.sweep(split("train"), split("val"), split("test"), score, classes=7, mesh=mesh, tolerance=TIGHT)
+  found = linear_probe.sweep(probe_data(mesh, score=score, val=split("val")), tolerance=TIGHT)
   assert [np.abs(GRID - fit.strength).argmin() for fit in found.fits] == golden["evaluated_in_order"].tolist()
   assert found.chosen.strength == found.refit.strength == pytest.approx(golden["chosen_C"])
   if name == "top1":
@@ -78,7 +83,7 @@ def test_a_fit_of_separable_classes_does_not_end_where_its_gradient_is_small(mes
   train = split("train")
   train = train._replace(label=train.features[:, :7].argmax(axis=1))
   usual, tight = (
-    linear_probe.fit(train, split("test"), 1e4, classes=7, mesh=mesh, tolerance=tolerance).chosen
+    linear_probe.fit(probe_data(mesh, train=train), 1e4, tolerance=tolerance).chosen
     for tolerance in (logistic_regression.TOLERANCE, 1e-7)
   )
   assert usual.objective < 0.01  # so that a gradient of 1e-5 says little
@@ -86,9 +91,7 @@ def test_a_fit_of_separable_classes_does_not_end_where_its_gradient_is_small(mes
 
 
 def test_equal_scores_choose_the_smallest_strength(mesh):
-  found = linear_probe.sweep(
-    split("train"), split("val"), split("test"), lambda scores, label: 0.5, classes=7, mesh=mesh, refit=False
-  )
+  found = linear_probe.sweep(probe_data(mesh, score=lambda scores, label: 0.5, val=split("val")), refit=False)
   assert found.chosen.strength == GRID[0]
   assert found.refit is None
   assert [np.abs(GRID - fit.strength).argmin() for fit in found.fits] == [*range(0, 97, 16), 8, 4, 2, 1]
@@ -97,9 +100,7 @@ def test_equal_scores_choose_the_smallest_strength(mesh):
 @pytest.mark.parametrize("index", [0, 4, 6])
 def test_two_classes_have_one_vector_as_in_scikit_learn(mesh, index):
   golden = reference.below(GOLDEN, "binary/")
-  found = linear_probe.fit(
-    split("train", golden), split("test", golden), golden["C"][index], classes=2, mesh=mesh, tolerance=TIGHT
-  )
+  found = linear_probe.fit(probe_data(mesh, golden, classes=2), golden["C"][index], tolerance=TIGHT)
   kernel, bias = found.classifier.kernel, found.classifier.bias
   expected, softmax = golden["coef"][index], golden["coef_of_two_class_softmax_same_C"][index]
   np.testing.assert_allclose(kernel[:, 1] - kernel[:, 0], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
@@ -115,7 +116,7 @@ def test_two_classes_have_one_vector_as_in_scikit_learn(mesh, index):
 def test_several_labels_have_one_binary_problem_per_class(mesh):
   golden = reference.below(GOLDEN, "multilabel/")
   train, test = (Labelled(golden[f"X_{name}"], 2 * golden[f"Y_{name}"] - 1) for name in ("train", "test"))
-  found = linear_probe.fit(train, test, golden["C"].item(), classes=4, mesh=mesh, tolerance=TIGHT)
+  found = linear_probe.fit(probe_data(mesh, classes=4, train=train, test=test), golden["C"].item(), tolerance=TIGHT)
   expected = golden["coef"]
   np.testing.assert_allclose(found.classifier.kernel.T, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
   np.testing.assert_allclose(found.classifier.bias, golden["intercept"], atol=1e-4)
@@ -127,7 +128,7 @@ def test_a_label_that_does_not_count_leaves_its_row_out_of_one_problem(mesh):
   label = 2 * golden["Y_train"] - 1
   label[::3, 1] = 0
   train, test = Labelled(golden["X_train"], label), Labelled(golden["X_test"], 2 * golden["Y_test"] - 1)
-  found = linear_probe.fit(train, test, golden["C"].item(), classes=4, mesh=mesh, tolerance=TIGHT)
+  found = linear_probe.fit(probe_data(mesh, classes=4, train=train, test=test), golden["C"].item(), tolerance=TIGHT)
   np.testing.assert_allclose(found.classifier.kernel[:, 0], golden["coef"][0], rtol=0, atol=1e-4)
   used = label[:, 1] != 0
   x, sign = golden["X_train"][used].astype(np.float64), label[used, 1]
@@ -146,7 +147,7 @@ def test_a_class_without_training_data_is_never_answered(mesh):
     Labelled(train.features[kept], train.label[kept]),
     Labelled(train.features, np.where(kept, train.label, -1)),  # rows without a label do not count
   ):
-    found = linear_probe.fit(rows_, split("test"), golden["C"].item(), classes=7, mesh=mesh, tolerance=TIGHT)
+    found = linear_probe.fit(probe_data(mesh, train=rows_), golden["C"].item(), tolerance=TIGHT)
     assert_weights(found.classifier, *expected)
     assert (found.scores[:, absent] == -np.inf).all()
     np.testing.assert_array_equal(found.scores.argmax(axis=1), golden["test_pred"])
@@ -157,9 +158,7 @@ def test_a_class_without_training_data_is_never_answered(mesh):
 def test_noisy_labels_have_the_optimum_of_scikit_learn(mesh, index):
   golden = reference.below(reference.load("probes"), "linear/")
   strength = golden["C"][index]
-  found = linear_probe.fit(
-    split("train", golden), split("test", golden), strength, classes=5, mesh=mesh, tolerance=TIGHT
-  )
+  found = linear_probe.fit(probe_data(mesh, golden, classes=5), strength, tolerance=TIGHT)
   expected = reference.below(golden, "tight/")
   if strength > 1000:  # hardly any penalty: float32 meets its rounding errors before the optimum, and says so
     assert not found.converged
@@ -172,15 +171,14 @@ def test_noisy_labels_have_the_optimum_of_scikit_learn(mesh, index):
     assert 100 * top1(found.scores, found.label) == pytest.approx(expected["test_acc_percent"][index])
   if strength == golden["best_C_on_val"]:
     both = Labelled(*map(np.concatenate, zip(split("train", golden), split("val", golden), strict=True)))
-    refit = linear_probe.fit(both, split("test", golden), strength, classes=5, mesh=mesh)
+    refit = linear_probe.fit(probe_data(mesh, golden, classes=5, train=both), strength)
     assert 100 * top1(refit.scores, refit.label) == pytest.approx(golden["refit_train_plus_val/test_acc_percent"])
 
 
 @pytest.mark.slow
 def test_one_device_finds_the_same_classifier(mesh):
-  train, test = split("train"), split("test")
-  eight = linear_probe.fit(train, test, 0.1, classes=7, mesh=mesh)
-  one = linear_probe.fit(train, test, 0.1, classes=7, mesh=make_mesh(1, 1, jax.devices()[:1]))
+  eight = linear_probe.fit(probe_data(mesh), 0.1)
+  one = linear_probe.fit(probe_data(make_mesh(1, 1, jax.devices()[:1])), 0.1)
   np.testing.assert_allclose(one.classifier.kernel, eight.classifier.kernel, atol=1e-4)
   np.testing.assert_array_equal(one.scores.argmax(axis=1), eight.scores.argmax(axis=1))
 
@@ -222,14 +220,14 @@ def test_a_pass_in_blocks_is_the_sum_over_all_rows(mesh, block, monkeypatch):
 )
 def test_unusable_splits_are_rejected(mesh, change, named):
   with pytest.raises(ValueError, match=named):
-    linear_probe.fit(Labelled(*change(*split("train"))), split("test"), 1.0, classes=7, mesh=mesh)
+    linear_probe.fit(probe_data(mesh, train=Labelled(*change(*split("train")))), 1.0)
 
 
 def test_a_score_that_is_not_a_number_is_rejected(mesh):
-  splits = split("train"), split("val"), split("test")
+  val = split("val")
   with pytest.raises(ValueError, match="NaN at C = 1e-06"):
-    linear_probe.sweep(*splits, lambda scores, label: np.nan, classes=7, mesh=mesh)
+    linear_probe.sweep(probe_data(mesh, score=lambda scores, label: np.nan, val=val))
   with pytest.raises(ValueError, match="val: no labelled rows"):
-    linear_probe.sweep(
-      splits[0], Labelled(splits[1].features, 0 * splits[1].label - 1), splits[2], top1, classes=7, mesh=mesh
-    )
+    linear_probe.sweep(probe_data(mesh, val=Labelled(val.features, 0 * val.label - 1)))
+  with pytest.raises(ValueError, match="val: no rows"):
+    linear_probe.sweep(probe_data(mesh))

@@ -7,7 +7,7 @@ import pytest
 import references as reference
 
 from declip_jax.evals import sgd_probe
-from declip_jax.evals.rows import Labelled
+from declip_jax.evals.rows import Labelled, ProbeData
 from declip_jax.evals.sgd_probe import ADAMW, SGD
 from declip_jax.sharding import make_mesh
 
@@ -54,7 +54,8 @@ def test_the_rate_is_chosen_on_the_validation_split(mesh):
   recipe = dataclasses.replace(SGD, epochs=3, batch_size=100)  # the last batch has 24 rows
   val = Labelled(TEST.features[:100], TEST.label[:100])
   rest = Labelled(TEST.features[100:], TEST.label[100:])
-  found = sgd_probe.sgd_probe(TRAIN, val, rest, top1, classes=7, mesh=mesh, recipe=recipe, rates=(1e-4, 0.3, 1e38))
+  data = ProbeData(TRAIN, rest, top1, 7, mesh, val)
+  found = sgd_probe.sgd_probe(data, recipe=recipe, rates=(1e-4, 0.3, 1e38))
   assert sorted(found.val_scores) == [1e-4, 0.3]  # the head with the last rate diverged
   assert found.rate == 0.3
   assert found.val_scores[0.3] > 0.5 > found.val_scores[1e-4]
@@ -62,4 +63,6 @@ def test_the_rate_is_chosen_on_the_validation_split(mesh):
   assert (found.scores[:, 6] == -np.inf).all()  # no training data
   assert top1(found.scores, found.label) > 0.5
   with pytest.raises(ValueError, match=r"diverged with each of the learning rates 1e\+38"):
-    sgd_probe.sgd_probe(TRAIN, val, rest, top1, classes=7, mesh=mesh, recipe=recipe, rates=(1e38,) * 3)
+    sgd_probe.sgd_probe(data, recipe=recipe, rates=(1e38,) * 3)
+  with pytest.raises(ValueError, match="val: no rows"):
+    sgd_probe.sgd_probe(dataclasses.replace(data, val=None), recipe=recipe)
