@@ -205,7 +205,9 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
     c[name] = placeholder(float)
   for name in ("rand_magnitude", "erase_probability", "mixup", "cutmix"):
     c[name] = placeholder(float)
-  c.text_operations = placeholder(tuple)  # such as ("replace", "insert", "swap", "delete"): all of EDA
+  c.text_operations = placeholder(
+    tuple
+  )  # ("replace", "insert", "swap", "delete") is all of EDA; () leaves texts as they are
   c.engine = "fast"  # makes the image views; "exact" uses Pillow and equals torchvision bit for bit
   c.augment_on = "host"  # or "device": the host only crops, and the step does the rest
   # Which contrasted texts search the neighbour bank and are stored in it, such as ("raw", "augmented"). None: those of

@@ -546,7 +546,7 @@ def test_a_run_of_two_epochs_sees_two_although_its_batch_doubles_after_one(
     ({"data.mixture": (0.5, 0.5)}, r"a positive weight for each of 1 sources"),
     ({"data.augment_on": "gpu"}, r"augment_on='gpu': choose 'host' or 'device'"),
     ({"data.engine": "pillow"}, r"engine='pillow': choose one of \['exact', 'fast'\]"),
-    ({"data.text_operations": ("translate",)}, r"text_operations=.*choose one or more of \['delete', 'insert'"),
+    ({"data.text_operations": ("translate",)}, r"text_operations=.*choose some of \['delete', 'insert'"),
     ({"model.text.tokenizer": "bert"}, r"tokenizer='bert': choose 'openai', 'huggingface:FILE'"),
     ({"data.weak_scale": (0.5, 3.0)}, r"weak_scale=\(0.5, 3.0\): .* 0 to 1"),
     ({"data.strong_scale": (0.5,)}, r"strong_scale=\(0.5,\): .*two"),

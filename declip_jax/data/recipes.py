@@ -33,7 +33,8 @@ class Recipe:
     blur_radius: range of the radius, in pixels of the view.
     blur_probability, solarize_probability: one entry per strong or color view, in order; the last entry also applies to
       further views.
-    text_operations: operations on augmented texts, names in `texts.OPERATIONS`; the default is DeCLIP's.
+    text_operations: operations on augmented texts, names in `texts.OPERATIONS`, one of which is drawn for each text;
+      the default is DeCLIP's, and () leaves texts as they are.
     rand_magnitude: mean magnitude of RandAugment's operations, from 0 to 10; 0 omits them all.
     erase_probability: probability of erasing a box of a randaugment view.
     mixup, cutmix: parameter of the Beta distribution of the weight with which the train step mixes labelled images by
@@ -189,9 +190,9 @@ def get_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
         f"config.data.{field}={given[field]!r}: expected a tuple such as (0.5,), or (1.0, 0.1) for different views"
       )
   _check_strengths(given)
-  operations = given.get("text_operations", ("swap",))
-  if not operations or not set(operations) <= set(texts.OPERATIONS):
-    raise ValueError(f"config.data.text_operations={operations!r}: choose one or more of {sorted(texts.OPERATIONS)}")
+  operations = given.get("text_operations", ())
+  if not set(operations) <= set(texts.OPERATIONS):
+    raise ValueError(f"config.data.text_operations={operations!r}: choose some of {sorted(texts.OPERATIONS)}, or ()")
   return replace(RECIPES[name], **given)
 
 

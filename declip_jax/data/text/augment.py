@@ -196,9 +196,11 @@ def augment(text: str, rng: np.random.Generator, operations: Sequence[str] = ("r
   Args:
     text: a caption.
     rng: generator of the example.
-    operations: names in `OPERATIONS`.
+    operations: names in `OPERATIONS`; without any, the words are kept.
   """
   words = text.split()
+  if not operations:
+    return " ".join(words)
   operation = OPERATIONS[operations[rng.integers(len(operations))]]
   return " ".join(operation(words, rng))
 

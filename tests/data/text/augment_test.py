@@ -139,6 +139,10 @@ def test_augment_draws_among_the_operations_named():
     assert texts.augment("dog", _rng(seed), ["insert"]) != "dog"
 
 
+def test_augment_without_operations_keeps_the_words():
+  assert texts.augment(f" {_CAPTION}\n", _rng(), ()) == _CAPTION
+
+
 def test_augment_depends_on_the_rng_alone():
   first = [texts.augment(_CAPTION, _rng(seed)) for seed in range(30)]
   assert [texts.augment(_CAPTION, _rng(seed)) for seed in range(30)] == first
