@@ -10,6 +10,7 @@ from jaxtyping import Int
 import numpy as np
 
 from declip_jax.data.sources import BadSample, Source, open_source, read_example
+from declip_jax.data.storage.layouts import TEMPLATES
 from declip_jax.evals import EVALUATORS, SPLITS, catalogue, data_files
 from declip_jax.evals.catalogue import DataSet, Suite
 from declip_jax.evals.classes import align
@@ -18,6 +19,7 @@ from declip_jax.evals.feature_cache import json_hash
 from declip_jax.evals.features import ParentClasses
 from declip_jax.evals.jobs import DataSource, Job
 from declip_jax.evals.own_prompts import NAME, read_prompts
+from declip_jax.evals.prompts import check_templates
 from declip_jax.evals.results import Result
 from declip_jax.spelling import did_you_mean
 
@@ -182,12 +184,15 @@ def _with_classes(entry: DataSet, source: Source) -> DataSet:
   """The entry with the classes of its source if it has none of its own."""
   if entry.classes or not (entry.key.startswith(catalogue.OWN) or source.classnames):
     return entry
+  templates = getattr(source, "templates", ())
+  if templates:
+    check_templates(templates, f"{source.name}: {TEMPLATES}")
   several = False
   for index in range(len(source)):
     with contextlib.suppress(BadSample):
       several = "labels" in read_example(source, index)
       break
-  return entry.with_classes(source.classnames, getattr(source, "templates", ()), several=several)
+  return entry.with_classes(source.classnames, templates, several=several)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from declip_jax.data.storage import layouts
 from declip_jax.evals import catalogue, data_files, suites
 from declip_jax.evals.catalogue import Suite
 from declip_jax.evals.results import Result
@@ -56,6 +57,17 @@ def test_classes_are_those_of_the_data_set_by_name(data: Mapping[str, data_files
   assert len(cifar.data["prompts"][0]) == 18
   assert mine.data["prompts"] == (("a photo of a cats.",), ("a photo of a dogs.",))
   np.testing.assert_array_equal(mine.splits["test"].classes, [0, 1])
+
+
+def test_prompts_may_lie_next_to_the_data(tmp_path: Path) -> None:
+  spec = make_folder(tmp_path / "mine" / "test", ("cats", "dogs"))
+  path = tmp_path / "mine" / layouts.TEMPLATES
+  path.write_text("{c}\na photo of {c}\n")
+  (job,) = suites.make_jobs({"own/mine": data_files.Splits(spec)}, tasks=["zero_shot"])[0]
+  assert (job.data["prompts"][1], job.about["prompts"]) == (("dogs", "a photo of dogs"), "own")
+  path.write_text("a photo\n")
+  with pytest.raises(ValueError, match=rf"{layouts.TEMPLATES}: prompt template 'a photo' needs one {{}}"):
+    suites.make_jobs({"own/mine": data_files.Splits(spec)}, tasks=["zero_shot"])
 
 
 def test_a_suite_has_its_own_metric_and_prompts(data: Mapping[str, data_files.Splits]) -> None:

@@ -84,6 +84,11 @@ class ArrayRecord:
     """Line i of classnames.txt, see `layouts.find`, is class i; empty without that file."""
     return layouts.classnames(self._files.paths[0])
 
+  @cached_property
+  def templates(self) -> tuple[str, ...]:
+    """Prompt templates next to the data, see `layouts.templates`; empty without that file."""
+    return layouts.templates(self._files.paths[0])
+
   @property
   def skipped(self) -> dict[str, int]:
     """The number of damaged files; the conversion skipped bad samples."""

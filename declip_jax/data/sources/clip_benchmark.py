@@ -67,8 +67,7 @@ class ClipBenchmark(WebDataset):
   @cached_property
   def templates(self) -> tuple[str, ...]:
     """Its prompt templates, with `{}` for the name of a class; empty if it has none."""
-    found = layouts.lines_in(f"{self._root}/zeroshot_classification_templates.txt")
-    return tuple(text.replace("{c}", "{}") for text in found if text)
+    return layouts.templates_in(f"{self._root}/{layouts.TEMPLATES}")
 
   def _example(self, place: str, contents: dict[str, bytes]) -> Example:
     example = super()._example(place, contents)

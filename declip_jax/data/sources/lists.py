@@ -158,6 +158,11 @@ class ListSource:
       return ()
     return tuple(self._about["classnames"]) or layouts.classnames(self._about["files"][0])
 
+  @cached_property
+  def templates(self) -> tuple[str, ...]:
+    """Prompt templates next to the data, see `layouts.templates`; empty without that file."""
+    return layouts.templates(self._about["files"][0])
+
   @property
   def skipped(self) -> dict[str, int]:
     """Numbers of samples with an invalid entry or without a caption, by kind, counted when the list was indexed."""

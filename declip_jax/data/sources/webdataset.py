@@ -100,6 +100,11 @@ class WebDataset:
     """Line i of classnames.txt, see `layouts.find`, is class i; empty without that file."""
     return layouts.classnames(self._opened[1]["shards"][0])
 
+  @cached_property
+  def templates(self) -> tuple[str, ...]:
+    """Prompt templates next to the data, see `layouts.templates`; empty without that file."""
+    return layouts.templates(self._opened[1]["shards"][0])
+
   @property
   def skipped(self) -> dict[str, int]:
     """Numbers of samples without an image and of damaged shards, by kind, counted when the shards were indexed."""

@@ -8,6 +8,7 @@ import re
 from declip_jax.data.storage import files, texts
 
 CLASSNAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"  # as CLIP_benchmark calls it
 NSHARDS = "nshards.txt"
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
@@ -64,6 +65,20 @@ def classnames(path: str) -> tuple[str, ...]:
     path: a file of the data; classnames.txt is next to it, or above the folder of its split.
   """
   return () if (place := find(path, CLASSNAMES)) is None else names_in(place)
+
+
+def templates(path: str) -> tuple[str, ...]:
+  """Prompt templates, with `{}` for the name of a class: the lines of `TEMPLATES`; empty without that file.
+
+  Args:
+    path: a file of the data; the file is next to it, or above the folder of its split.
+  """
+  return () if (place := find(path, TEMPLATES)) is None else templates_in(place)
+
+
+def templates_in(place: str) -> tuple[str, ...]:
+  """The templates in a file, in which `{c}` means `{}`; empty if the file does not exist."""
+  return tuple(text.replace("{c}", "{}") for text in lines_in(place) if text)
 
 
 def names_in(place: str) -> tuple[str, ...]:

@@ -18,6 +18,9 @@ def test_classnames_are_read_next_to_a_file_or_above_its_split(folder):
   assert layouts.classnames(f"{folder}/pets/0.tar") == ()
   write("test/classnames.txt", "\ufeffcafé\r\nsquare".encode())
   assert layouts.classnames(f"{folder}/test/0.tar") == ("café", "square")
+  assert layouts.templates(f"{folder}/test/0.tar") == ()
+  write(layouts.TEMPLATES, b"a photo of a {c}.\n\n{}\n")
+  assert layouts.templates(f"{folder}/test/0.tar") == ("a photo of a {}.", "{}")
 
 
 @pytest.mark.parametrize(
