@@ -5,7 +5,7 @@ in CLIP's list than in TFDS and CLIP_benchmark. Matched by number, a model would
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import re
 
 from jaxtyping import Int
@@ -26,8 +26,9 @@ def canonical(name: str) -> str:
 def align(data: DataSet, classnames: Sequence[str], spec: str) -> Int[np.ndarray, "classes"]:
   """Returns the class of `data` for each class of a source.
 
-  Names are equal if they are `canonical`ly, or if one is another name of the class, such as its WordNet id. Classes
-  with the same name are matched in their order. If the names are numbers, or there are none, the order is that of the
+  Names are equal if they are `canonical`ly, or if one is another name of the class, such as its WordNet id. Of names
+  that are canonically equal, such as "A" and "a", those that are equal as they stand are matched first, and classes
+  with the same name in their order. If the names are numbers, or there are none, the order is that of the
   data set for this kind of source. A data set with a parent, such as ImageNet-R, also accepts a source with the classes
   of its parent; those that it lacks become -1, as do `others`.
 
@@ -55,39 +56,51 @@ def align(data: DataSet, classnames: Sequence[str], spec: str) -> Int[np.ndarray
 
 def _match(data: DataSet, classnames: Sequence[str]) -> Int[np.ndarray, "classes"] | None:
   """The classes by name; None if they do not map one to one."""
-  known, places = _known(data), _places(data)
-  ignored, counts = set(map(canonical, data.others)), Counter[str]()
-  found = []
-  for name in map(canonical, classnames):
-    name = known.get(name, name)
-    numbers = places.get(name, ())
-    if counts[name] < len(numbers):
-      found.append(numbers[counts[name]])
-    elif name in ignored:
-      found.append(-1)
-    else:
+  known, ignored = _known(data), set(map(canonical, data.others))
+  places: dict[tuple[int, ...], list[int]] = {}  # of the source's classes, by the numbers of the classes they may be
+  for place, name in enumerate(map(canonical, classnames)):
+    if name in known:
+      places.setdefault(known[name], []).append(place)
+    elif name not in ignored:
       return None
-    counts[name] += 1
-  complete = sorted(number for number in found if number >= 0) == [*range(len(data.classes))]
-  return np.array(found, np.int32) if complete else None
+  found, free = np.full(len(classnames), -1, np.int32), set(range(len(data.classes)))
+  for numbers, theirs in sorted(places.items(), key=lambda item: len(item[0])):
+    ours = [number for number in numbers if number in free]
+    pairs = _pairs([classnames[place] for place in theirs], [data.classes[number] for number in ours])
+    if pairs is None:
+      return None
+    for their, our in pairs:
+      found[theirs[their]] = ours[our]
+    free -= set(ours)
+  return None if free else found
 
 
-def _known(data: DataSet) -> dict[str, str]:
-  """Other names of classes, to the `canonical` name in the catalogue."""
-  names = dict(zip(map(canonical, data.folders), data.classes, strict=False))
-  for of in (data.synonyms, *data.names.values()):
-    names |= {canonical(one): name for same, name in zip(of, data.classes, strict=False) for one in same}
-  names |= {canonical(alias): name for alias, name in data.aliases.items()}
-  own = set(map(canonical, data.classes))
-  return {alias: canonical(name) for alias, name in names.items() if alias not in own}
+def _pairs(theirs: Sequence[str], ours: Sequence[str]) -> list[tuple[int, int]] | None:
+  """Matches names that are canonically equal by their places: first those that are equal; None if that is not clear."""
+  if len(theirs) != len(ours):
+    return None
+  equal = [name for name in dict.fromkeys(theirs) if theirs.count(name) == ours.count(name)]
+  pairs = [pair for name in equal for pair in zip(_places(name, theirs), _places(name, ours), strict=True)]
+  rest = [[place for place, name in enumerate(names) if name not in equal] for names in (theirs, ours)]
+  if any(len({names[place] for place in places}) > 1 for names, places in zip((theirs, ours), rest, strict=True)):
+    return None
+  return [*pairs, *zip(*rest, strict=True)]
 
 
-def _places(data: DataSet) -> dict[str, list[int]]:
-  """Numbers of the classes with a canonical name, more than one if several have the same."""
-  places: dict[str, list[int]] = {}
+def _places(name: str, names: Sequence[str]) -> list[int]:
+  return [place for place, other in enumerate(names) if other == name]
+
+
+def _known(data: DataSet) -> dict[str, tuple[int, ...]]:
+  """The numbers of the classes with a `canonical` name, which several may share, and those with another such name."""
+  own: dict[str, tuple[int, ...]] = {}
   for number, name in enumerate(map(canonical, data.classes)):
-    places.setdefault(name, []).append(number)
-  return places
+    own[name] = (*own.get(name, ()), number)
+  others = {canonical(name): (number,) for number, name in enumerate(data.folders)}
+  for of in (data.synonyms, *data.names.values()):
+    others |= {canonical(one): (number,) for number, same in enumerate(of) for one in same}
+  others |= {canonical(alias): own[canonical(name)] for alias, name in data.aliases.items()}
+  return {**others, **own}
 
 
 def _numbers(classnames: Sequence[str]) -> list[int] | None:
@@ -124,13 +137,19 @@ def _kind(spec: str) -> str:
 
 
 def _left_over(data: DataSet, classnames: Sequence[str], spec: str) -> str:
-  known: Mapping[str, str] = _known(data)
-  theirs = Counter(known.get(name, name) for name in map(canonical, classnames))
-  ours = Counter(map(canonical, data.classes))
+  known, names = _known(data), list(map(canonical, data.classes))
+  theirs = Counter(names[known[name][0]] if name in known else name for name in map(canonical, classnames))
+  ours = Counter(names)
   ignored = Counter({name: theirs[name] for name in map(canonical, data.others)})
+  foreign, missing = theirs - ours - ignored, ours - theirs
+  if not foreign and not missing:
+    alike = Counter(
+      name for name, own in zip(names, data.classes, strict=True) if ours[name] > 1 and own not in classnames
+    )
+    return f"{spec}: which of its classes are those of {data.key} with the names {_few(alike)} is not clear"
   return (
     f"{spec}: the names of its {len(classnames)} classes do not map one to one onto the {len(data.classes)} of "
-    f"{data.key}; only in the source: {_few(theirs - ours - ignored)}; only in {data.key}: {_few(ours - theirs)}"
+    f"{data.key}; only in the source: {_few(foreign)}; only in {data.key}: {_few(missing)}"
   )
 
 

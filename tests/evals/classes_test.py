@@ -74,6 +74,35 @@ def test_another_order_of_names_is_another_permutation():
   assert align(data_set("cifar10"), names[::-1], "folder:/data").tolist() == [*range(9, -1, -1)]
 
 
+@pytest.mark.parametrize(
+  ("own", "theirs", "expected"),
+  [
+    (("A", "a", "C++", "C--"), ("a", "A", "C--", "C++"), [1, 0, 3, 2]),
+    (("A", "a"), ("A_", "a"), [0, 1]),
+    (("crane", "ship", "crane"), ("ship", "Crane", "Crane"), [1, 0, 2]),
+    (("A", "a"), ("a", "a"), None),
+    (("A", "a"), ("A_", "a_"), None),
+    (("crane", "crane"), ("Crane", "CRANE"), None),
+  ],
+)
+def test_names_that_are_alike_are_matched_exactly_or_not_at_all(own, theirs, expected):
+  data = DataSet("toy", "Toy", "classification", "top1", own)
+  if expected is not None:
+    assert align(data, theirs, "folder:/data").tolist() == expected
+  else:
+    with pytest.raises(ValueError, match=r"folder:/data: which of its classes.*toy.*is not clear"):
+      align(data, theirs, "folder:/data")
+
+
+def test_other_names_of_classes_with_one_name_tell_them_apart():
+  imagenet = data_set("imagenet")
+  first, second = (number for number, name in enumerate(imagenet.classes) if name == "missile")
+  names = list(imagenet.folders)
+  names[first], names[second] = names[second], names[first]
+  found = align(imagenet, names, "folder:/data")
+  assert (found[first], found[second]) == (second, first)
+
+
 def test_numbers_and_missing_names_have_the_order_of_the_source():
   numbers = [str(number) for number in range(200)]
   assert align(data_set("cub200"), numbers, "tfds:caltech_birds2011:test").tolist() == [*range(200)]
