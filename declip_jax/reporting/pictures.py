@@ -7,6 +7,7 @@ when something is drawn: most commands draw nothing.
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import io
 import os
 from pathlib import Path
 import textwrap
@@ -16,6 +17,8 @@ import warnings
 
 from absl import logging
 import numpy as np
+
+from declip_jax.data.storage import outputs
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -316,9 +319,9 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
 def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.tmp")
+  file = io.BytesIO()
   with warnings.catch_warnings():
     # The font lacks emoji and most scripts of Asia, and draws boxes instead.
     warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-    figure.savefig(temporary, format="png", facecolor="white")
-  os.replace(temporary, path)
+    figure.savefig(file, format="png", facecolor="white")
+  outputs.write(path, file.getvalue())

@@ -6,27 +6,16 @@ is therefore reported, and does not stop a run.
 
 from collections.abc import Callable, Iterable
 import json
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import logging
 
+from declip_jax.data.storage.outputs import write
+
+__all__ = ["add_line", "read_lines", "write", "write_lines"]
+
 T = TypeVar("T")
-
-
-def write(path: Path, content: bytes) -> None:
-  """Writes a file under a temporary name and renames it, so that the file is the old one or the new one.
-
-  Raises:
-    OSError: it cannot be written; the old file remains.
-  """
-  temporary = path.with_name(f"{path.name}.tmp")
-  with temporary.open("wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:
