@@ -6,7 +6,8 @@
     own/mine = folder:/data/mine/test   | folder:/data/mine/train
 
 Keys are those of the catalogue; a data set that it lacks is named own/NAME, and has the names of classes and the
-prompts of its source: classnames.txt and zeroshot_classification_templates.txt next to its files. Blank lines and those that start with # are skipped.
+prompts of its source: classnames.txt and zeroshot_classification_templates.txt next to its files. Blank lines and those
+that start with # are skipped.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
