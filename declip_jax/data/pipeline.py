@@ -36,6 +36,8 @@ from declip_jax.data.storage import jobs, shared_memory
 Sample = dict[str, np.ndarray]
 BAD_COUNTS = "bad_counts"  # field of a sample: how many examples of each kind of `BAD` were skipped for it
 _MAX_TRIES = 100
+_READ_ERROR = "read error"  # of `BAD`: a mount or a disk that may recover
+_ERROR = "error"  # field of a row of an evaluation: why it cannot be read
 _MAX_DEATHS = 10  # of workers, within one batch
 _NAMED = 20  # bad examples of each kind that a process names in the log
 _SECOND_STREAM = 1
@@ -72,7 +74,7 @@ class _MakeSample(grain.transforms.RandomMap):
         # Workers can send built-in exceptions; another class may hang them.
         name = mixture.sources[position[0]].name
         message = f"{name}: {_MAX_TRIES} examples in a row cannot be used; the last one: {error}"
-        if 2 * bad_counts[BAD.index("read error")] > _MAX_TRIES:  # a mount or a disk that may recover
+        if 2 * bad_counts[BAD.index(_READ_ERROR)] > _MAX_TRIES:
           raise OSError(errno.EIO, message)
         raise ValueError(message)
       positions[stream] = mixture.replacement(position, rng)
@@ -486,6 +488,10 @@ class EvaluationBatches:
   examples that cannot be read. `annotations` is text `[b]`, see `parse_annotations`. (A host's last batches may be
   nothing but padding, so samples are padded here and not by grain's `batch_and_pad`.)
 
+  As in training, iteration raises OSError if a disk, a mount or a network fails: if 100 examples in a row cannot be
+  read, or all of them, and most of these for that reason. A score that is computed later is better than one without
+  these images.
+
   Args:
     source: the source to read.
     rows: adjacent rows to read.
@@ -507,10 +513,23 @@ class EvaluationBatches:
     size = _chunk_size(self.batch_size)
     chunks = _Chunks(grain.MapDataset.range(count).map(self._sample), size, 1, 0, 1, self.reading.seconds)
     reader = _read_all(grain.MapDataset.source(chunks), count, self.reading)
+    left, in_a_row = len(self.rows), list[str]()
     with contextlib.closing(reader):
       for _ in range(self.num_batches):
         parts = [next(reader) for _ in range(self.batch_size // size)]
-        yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for error in batch.pop(_ERROR)[:left].tolist():
+          in_a_row = [*in_a_row, error] if error else []
+          self._check(in_a_row)
+        left = max(left - self.batch_size, 0)
+        yield batch
+
+  def _check(self, errors: Sequence[str]) -> None:
+    """Raises OSError if these errors of examples in a row mean that a medium fails."""
+    failed = sum(error.startswith(_READ_ERROR) for error in errors)
+    if len(errors) == min(_MAX_TRIES, len(self.rows)) and 2 * failed > len(errors):
+      message = f"{self.source.name}: {len(errors)} examples in a row cannot be used; the last one: {errors[-1]}"
+      raise OSError(errno.EIO, message)
 
   def _sample(self, number: int) -> Sample:
     size = self.view.size
@@ -520,15 +539,16 @@ class EvaluationBatches:
       "id": np.str_(""),
       "readable": np.bool_(False),
       "annotations": np.str_(""),
+      _ERROR: np.str_(""),
     }
     if number >= len(self.rows):
       return blank
     index = self.rows[number]
     try:
-      return self._read(index) | {"readable": np.bool_(True)}
+      return blank | self._read(index) | {"readable": np.bool_(True)}
     except BadSample as error:
       logging.warning("skipped in the evaluation (%s) %s", error.kind, error)
-      return blank | {"id": np.str_(f"sample {index}")}
+      return blank | {"id": np.str_(f"sample {index}"), _ERROR: np.str_(f"{error.kind}: {error}")}
 
   def _read(self, index: int) -> Sample:
     key, name = hangs.key_of(self.source, index), f"{self.source.name}: sample {index}"

@@ -1,10 +1,10 @@
 """Whatever goes wrong in one sample, the stream continues, and equals one in which that sample is known to be bad."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import ctypes
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import errno
 import multiprocessing
 import os
@@ -14,9 +14,11 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 import zipfile
 
 from absl import logging
+import cv2
 import numpy as np
 import pytest
 
@@ -24,10 +26,15 @@ from declip_jax import command_line
 from declip_jax.data import deaths as deaths_lib
 from declip_jax.data import hangs, images, pipeline, records
 from declip_jax.data.deaths import Deaths
+from declip_jax.data.images import views as image_views
+from declip_jax.data.make_views import MakeViews, Rendering
 from declip_jax.data.mixture import Mixture
+from declip_jax.data.recipes import RECIPES
 from declip_jax.data.sources import BAD, BadSample, read_example
 from declip_jax.data.sources.base import bad_sample
-from declip_jax.data.storage import files, remote, zips
+from declip_jax.data.sources.folder import open_folder
+from declip_jax.data.storage import files, remote, texts, zips
+from declip_jax.data.text.tokenizer import Tokenizer
 
 
 class Panic(BaseException):
@@ -134,14 +141,24 @@ class Views:
     return {"value": np.int32(value), "random": Unreadable() if stage == "collate" else drawn}
 
 
+def patient(seconds: float) -> float:
+  """A limit for one sample that other processes of a busy machine do not use up: more, the more of them wait."""
+  return seconds * max(1.0, 2 * os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def _stream(
-  source: Faulty, folder: Path | None = None, *, workers: int = 0, state: dict | None = None, seconds: float = 0.3
+  source: Faulty,
+  folder: Path | None = None,
+  *,
+  workers: int = 0,
+  state: dict | None = None,
+  seconds: float | None = None,
 ) -> pipeline.TrainStream:
-  deaths = Deaths(folder)
+  deaths, limit = Deaths(folder), patient(0.3) if seconds is None else seconds
   for line in deaths.recover():
     logging.warning(line)
   samples = pipeline.training_samples(Mixture((source,)), Views(source.faults), 0, deaths=deaths)
-  return pipeline.TrainStream(samples, 8, workers=workers, threads=3, state=state, seconds=seconds, deaths=deaths)
+  return pipeline.TrainStream(samples, 8, workers=workers, threads=3, state=state, seconds=limit, deaths=deaths)
 
 
 def _read(stream: pipeline.TrainStream, batches: int) -> dict[str, np.ndarray]:
@@ -170,16 +187,142 @@ def test_the_stream_is_that_without_the_bad_samples(stage: str) -> None:
   _equals_the_stream_without(faults, _read(_stream(Faulty(40, faults)), 5), 40)
 
 
+HERE = threading.local()  # `fault`: stage and name of the fault of the sample that a thread reads
+# The functions that do the work of a stage, which fail before they begin.
+WORK = {
+  "open": (files._File, "__init__"),
+  "read": (files._File, "read"),
+  "parse": (texts, "decode"),
+  "decode": (images.Photo, "decode"),
+  "tokenise": (Tokenizer, "__call__"),
+  "augment": (image_views, "_augment"),
+}
+LIST_STAGES = ("open", "read", "parse")  # a list takes a ValueError of these for a path that it cannot resolve
+CONTENTS = {"empty": "empty image", "cut": "damaged image", "sparse": "too large"}  # of the file of an image
+replaced: list[tuple[Any, str, Any]] = []  # in this process
+
+
+def inject() -> None:
+  """Lets the functions of `WORK` fail, once in each process, for the samples that a `Staged` names."""
+  for stage, (owner, name) in WORK.items() if not replaced else ():
+    replaced.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, failing(stage, getattr(owner, name)))
+
+
+def failing(stage: str, function: Callable) -> Callable:
+  def work(*args: Any, **kwargs: Any) -> Any:
+    where, fault = getattr(HERE, "fault", ("", ""))
+    if where == stage:
+      FAULTS[fault][1]()
+    return function(*args, **kwargs)
+
+  return work
+
+
+@pytest.fixture
+def undo_injection() -> Iterator[None]:
+  yield
+  while replaced:
+    setattr(*replaced.pop())
+
+
+@dataclass(frozen=True)
+class Staged(Faulty):
+  """The samples of a folder."""
+
+  folder: str = ""
+
+  def __getitem__(self, index: int) -> dict:
+    if index in self.known:
+      raise BadSample("no caption", f"staged:{index}")
+    if not hasattr(HERE, "source"):
+      HERE.source = {}
+    if self.folder not in HERE.source:
+      HERE.fault = ("", "")
+      HERE.source[self.folder] = open_folder(self.folder)
+    inject()
+    HERE.fault = self.faults.get(index, ("", ""))
+    return HERE.source[self.folder][index]
+
+
+@dataclass(frozen=True)
+class StagedViews:
+  make_views: Callable
+
+  def __call__(self, example: dict, rng: np.random.Generator) -> dict:
+    made = self.make_views(example, rng)
+    return {**made, "text": Unreadable()} if HERE.fault[0] == "collate" else made
+
+
+def write_pairs(folder: Path, count: int, contents: dict[int, str]) -> None:
+  """Pairs of images and captions; the images of some samples have one of `CONTENTS`."""
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  for index in range(count):
+    _, png = cv2.imencode(".png", rng.integers(0, 256, (12, 12, 3), np.uint8))
+    kind, path = contents.get(index, ""), folder / f"{index:04}.png"
+    path.write_bytes({"empty": b"", "cut": png.tobytes()[:90]}.get(kind, png.tobytes()))
+    if kind == "sparse":
+      os.truncate(path, 2 * files.MAX_BYTES)
+    (folder / f"{index:04}.txt").write_text(f"caption {index} " + "long " * (20_000 if index % 50 == 0 else 1))
+
+
+def staged_stream(source: Staged, folder: Path | None = None, **kwargs: Any) -> pipeline.TrainStream:
+  deaths = Deaths(folder)
+  views = StagedViews(MakeViews(RECIPES["clip"], Tokenizer(16), Rendering(8)))
+  samples = pipeline.training_samples(Mixture((source,)), views, 0, deaths=deaths)
+  return pipeline.TrainStream(samples, 8, threads=3, deaths=deaths, **kwargs)
+
+
+def run_staged(tmp_path: Path, faults: dict[int, tuple[str, str]], count: int, **kwargs: Any) -> None:
+  """Reads all samples once, and compares them with a stream in which the bad ones are known; counts add up by kind."""
+  contents = {index: fault for index, (stage, fault) in faults.items() if stage == "content"}
+  write_pairs(tmp_path / "pairs", count, contents)
+  source = Staged(count, faults, folder=str(tmp_path / "pairs"))
+  got = _read(staged_stream(source, tmp_path, **kwargs), count // 8)
+  want = _read(staged_stream(replace(source, faults={}, known=tuple(faults)), seconds=0), count // 8)
+  np.testing.assert_array_equal(got["image"], want["image"])
+  np.testing.assert_array_equal(got["text"], want["text"])
+  kinds = Counter(
+    CONTENTS[fault]
+    if stage == "content"
+    else "missing file"
+    if fault == "value" and stage in LIST_STAGES
+    else FAULTS[fault][0]
+    for stage, fault in faults.values()
+  )
+  counts = dict(zip(BAD, got["bad_counts"].sum(axis=0).tolist(), strict=True))
+  assert {kind for kind, number in counts.items() if number} == set(kinds)
+  assert sum(counts.values()) == want["bad_counts"].sum()
+  assert all(counts[kind] >= number for kind, number in kinds.items())
+
+
+def staged_faults(names: Sequence[str]) -> list[tuple[str, str]]:
+  """Each fault at each stage, and each content of a file."""
+  found = [(stage, name) for stage in WORK for name in names]
+  return [*found, ("collate", "panic"), *(("content", name) for name in CONTENTS)]
+
+
+PLAIN = [name for name in FAULTS if name not in (*KILLS, "hang", "spin")]
+
+
+@pytest.mark.usefixtures("undo_injection")
+def test_errors_of_every_type_from_every_stage_of_reading_files(tmp_path: Path) -> None:
+  faults = {3 * number + 2: fault for number, fault in enumerate(staged_faults(PLAIN))}
+  run_staged(tmp_path, faults, 8 * (3 * len(faults) // 8 + 1), seconds=0)
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("undo_injection")
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_random_faults_at_random_stages(workers: int, tmp_path: Path) -> None:
-  """Workers may also die, and are then replaced."""
+  """Errors, sizes and hangs at every stage; workers also die, at two of them, and are then replaced."""
   rng = np.random.default_rng(workers)
-  names = [name for name in FAULTS if workers or name not in KILLS]
-  bad = rng.choice(400, 30, replace=False).tolist()
-  faults = {index: (str(rng.choice(STAGES[:2])), names[number % len(names)]) for number, index in enumerate(bad)}
-  got = _read(_stream(Faulty(400, faults), tmp_path, workers=workers, seconds=2.0), 50)
-  _equals_the_stream_without(faults, got, 400)
+  found = [*staged_faults(PLAIN), *((stage, str(rng.choice(["hang", "spin"]))) for stage in WORK)]
+  found += [(str(stage), name) for stage, name in zip(rng.choice([*WORK], 2), KILLS, strict=True) if workers]
+  bad = rng.choice(400, len(found), replace=False).tolist()
+  run_staged(tmp_path, dict(zip(bad, found, strict=True)), 400, workers=workers, seconds=patient(2.0))
 
 
 @pytest.mark.slow
@@ -211,7 +354,7 @@ def test_a_sample_that_kills_a_worker_is_skipped_in_evaluations(
   for count in (2, 0):  # of deaths; the second evaluation remembers them
     caplog.clear()
     batches = pipeline.EvaluationBatches(
-      source, range(12), 4, 3, images.EvalView(2), pipeline.Reading(workers=1, seconds=1.0)
+      source, range(12), 4, 3, images.EvalView(2), pipeline.Reading(workers=1, seconds=patient(1.0))
     )
     assert np.flatnonzero(~np.concatenate([batch["readable"] for batch in batches])).tolist() == [5, 7]
     assert caplog.text.count("a process died while reading faulty: sample 5") == count
@@ -442,6 +585,37 @@ def test_a_dead_mount_ends_the_run_with_the_exit_code_after_which_launchers_rest
   with pytest.raises(ValueError, match="100 examples in a row") as caught:
     next(_stream(Broken(40, number=errno.EACCES)))
   assert command_line.report(caught.value) == 2
+
+
+@dataclass(frozen=True)
+class Partly(Faulty):
+  """Reading some samples fails with error numbers of the system."""
+
+  numbers: dict[int, int] = field(default_factory=dict)
+
+  def __getitem__(self, index: int) -> dict:
+    if index in self.numbers:
+      raise OSError(self.numbers[index], "fails", f"/mount/{index}.jpg")
+    return super().__getitem__(index)
+
+
+def _evaluate(source: Faulty) -> np.ndarray:
+  batches = pipeline.EvaluationBatches(source, range(len(source)), 16, -(-len(source) // 16), images.EvalView(2))
+  return np.concatenate([batch["readable"] for batch in batches])[: len(source)]
+
+
+def test_a_dead_mount_ends_an_evaluation_as_it_ends_training() -> None:
+  with pytest.raises(OSError, match=r"faulty: 100 examples in a row .*/mount/129\.jpg") as caught:
+    _evaluate(Partly(300, numbers=dict.fromkeys(range(30, 300), errno.EIO)))
+  assert command_line.report(caught.value) == command_line.IO_EXIT_CODE
+  with pytest.raises(OSError, match="faulty: 5 examples in a row"):  # all that there are
+    _evaluate(Partly(5, numbers={0: errno.ENOENT, **dict.fromkeys(range(1, 5), errno.EIO)}))
+
+
+def test_samples_that_cannot_be_read_do_not_end_an_evaluation() -> None:
+  scattered = {**dict.fromkeys(range(100, 199), errno.EIO), 10: errno.EIO, 230: errno.ESTALE}
+  assert np.flatnonzero(~_evaluate(Partly(240, numbers=scattered))).tolist() == sorted(scattered)
+  assert not _evaluate(Partly(120, numbers=dict.fromkeys(range(120), errno.ENOENT))).any()  # missing, not failing
 
 
 def test_an_image_of_too_many_bytes_is_bad_whatever_its_source(monkeypatch: pytest.MonkeyPatch) -> None:

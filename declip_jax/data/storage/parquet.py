@@ -2,21 +2,25 @@
 
 A dictionary stores a value once, however many rows have it, so that a small file may stand for any amount of data. The
 columns of a row group with such values are therefore read as indices into their dictionaries, and a row is decoded only
-if its values are small enough.
+if its values are small enough. Arrow has no indices for JSON and other kinds of text, and a page may also store only
+the difference of a value from the one before: of such columns, fewer rows are read at once. Pages whose headers
+announce too much are not decompressed at all.
 """
 
 from collections.abc import Iterator, Sequence
+import io
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from declip_jax.data.storage import files
+from declip_jax.data.storage import files, parquet_pages
 from declip_jax.data.storage.bounded import LONGEST
 
 _ROWS = 256  # per batch
 _BYTES = 2**28  # of a batch, once decoded
+_FEW_VALUES, _VALUES_PER_BYTE = 2**20, 16  # values that a column may have: at least, and for each byte of the file
 
 Row = list[tuple[str, Any]]  # names of columns, of which several may have the same, and values
 
@@ -28,44 +32,67 @@ class Parquet:
     schema: its columns, and the metadata that came with them.
 
   Raises:
-    pa.ArrowException, OSError: it is not such a file, or it is damaged; also raised by `rows`.
+    pa.ArrowException, OSError: it is not such a file, it is damaged, or it would take too much memory; also raised by
+      `rows`.
   """
 
   def __init__(self, stream: BinaryIO):
-    self._file = pq.ParquetFile(stream)
+    self._stream, self._file = stream, pq.ParquetFile(stream)
+    self._most_values = _FEW_VALUES + _VALUES_PER_BYTE * stream.seek(0, io.SEEK_END)
     self._metadata = self._file.metadata
     columns = [self._metadata.schema.column(number) for number in range(self._metadata.num_columns)]
     # Arrow reads no other types as indices: a number or a decimal in a dictionary takes at most a few bytes.
     self._coded = [
-      (number, column.path)
-      for number, column in enumerate(columns)
+      column.path
+      for column in columns
       if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "NONE")
     ]
-    paths = [path for _, path in self._coded]
-    self._indices = pq.ParquetFile(stream, metadata=self._metadata, read_dictionary=paths)
+    self._indices = pq.ParquetFile(stream, metadata=self._metadata, read_dictionary=self._coded)
     self.schema: pa.Schema = self._file.schema_arrow
 
   def rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
     """Yields names and values of some columns, row by row, or a message for a row whose values are too large."""
     for group in range(self._metadata.num_row_groups):
-      file = self._indices if self._may_grow(group, columns) else self._file
-      size = self._metadata.row_group(group).total_byte_size // max(1, self._metadata.row_group(group).num_rows)
-      for batch in file.iter_batches(min(_ROWS, _BYTES // max(1, size)) or 1, row_groups=[group], columns=columns):
+      about = self._metadata.row_group(group)
+      if about.num_rows > self._most_values:
+        raise pa.ArrowInvalid(f"{about.num_rows:,} rows, expected at most {self._most_values:,}")
+      chunks = [about.column(number) for number in range(about.num_columns)]
+      used = {chunk.path_in_schema: chunk for chunk in chunks if _is_used(chunk.path_in_schema, columns)}
+      pages = {path: parquet_pages.inspect(self._stream, used[path], self._most_values) for path in used}
+      count = min(self._most_rows(used[path], found) for path, found in pages.items()) if pages else _ROWS
+      count = min(count, _BYTES // max(1, about.total_byte_size // max(1, about.num_rows))) or 1
+      may_grow = any(self._may_grow(group, used[path], found.dictionary) for path, found in pages.items())
+      file = self._indices if may_grow else self._file
+      for batch in file.iter_batches(count, row_groups=[group], columns=columns):
         yield from _rows(batch)
 
-  def _may_grow(self, group: int, columns: Sequence[str]) -> bool:
-    """Whether the dictionaries of a row group have values that would not fit into memory if all rows had them."""
-    for number, path in self._coded:
-      chunk = self._metadata.row_group(group).column(number)
-      if path.partition(".")[0] not in columns and path not in columns:
-        continue
-      most = max(_ROWS, chunk.num_values) if "." in path else _ROWS  # a single row may have all values of a list
-      if chunk.total_uncompressed_size * most <= _BYTES:
-        continue
-      first = next(self._indices.iter_batches(1, row_groups=[group], columns=[path]), None)
-      if first is not None and max(map(_longest, first.columns), default=0) * most > _BYTES:
-        return True
-    return False
+  def _may_grow(self, group: int, chunk: Any, dictionary: int) -> bool:
+    """Whether a dictionary of so many bytes has values that would not fit into memory if all rows had them."""
+    path = chunk.path_in_schema
+    most = max(_ROWS, chunk.num_values) if "." in path else _ROWS  # a single row may have all values of a list
+    if path not in self._coded or dictionary * most <= _BYTES:
+      return False
+    first = next(self._indices.iter_batches(1, row_groups=[group], columns=[path]), None)
+    return first is not None and max(map(_longest, first.columns), default=0) * most > _BYTES
+
+  def _most_rows(self, chunk: Any, pages: parquet_pages.Pages) -> int:
+    """How many rows of a column can be decoded at once, if all have the longest value that its pages can have.
+
+    Raises:
+      pa.ArrowInvalid: not even one, since it may have a list of these values.
+    """
+    path = chunk.path_in_schema
+    if "BYTE_ARRAY" not in chunk.physical_type:  # but a number
+      return _ROWS
+    longest = pages.delta if path in self._coded else max(pages)
+    size = longest * chunk.num_values if "." in path else longest
+    if size > _BYTES and "." in path:
+      raise pa.ArrowInvalid(f"lists in {path!r} may repeat a value of {longest:,} bytes; write it without a dictionary")
+    return min(_ROWS, _BYTES // max(1, size)) or 1
+
+
+def _is_used(path: str, columns: Sequence[str]) -> bool:
+  return path in columns or path.partition(".")[0] in columns
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[Row | str]:

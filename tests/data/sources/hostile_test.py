@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from declip_jax.data.sources import open_source, table
-from declip_jax.data.storage import bounded, parquet
+from declip_jax.data.storage import bounded, parquet, parquet_pages
 
 DEEP = "[" * 50_000
 
@@ -91,7 +91,16 @@ BOMBS = {  # a column with a large value in each of 256 rows, stored once, and h
     },
     3,
   ),
+  "JSON": (
+    {
+      "image": ["a.jpg", *["c.jpg"] * 256, "b.jpg"],
+      "caption": pa.array(["caption a", *[LARGE] * 256, "caption b"], pa.json_()),
+    },
+    2,
+  ),
 }
+BOMBS["differences"] = BOMBS["captions"]
+DIFFERENCES = {"use_dictionary": False, "column_encoding": {"caption": "DELTA_BYTE_ARRAY"}}
 
 
 @pytest.mark.parametrize("case", BOMBS)
@@ -101,7 +110,8 @@ def test_values_that_a_dictionary_repeats_take_bounded_memory(
   """A file of a few kilobytes, decoded at once, would take 256 MiB here, and any amount with larger values."""
   monkeypatch.setattr(parquet, "_BYTES", 2**22)
   columns, count = BOMBS[case]
-  pq.write_table(pa.table(columns), root / "t.parquet", compression="zstd")
+  how = DIFFERENCES if case == "differences" else {}
+  pq.write_table(pa.table(columns), root / "t.parquet", compression="zstd", **how)
   assert (root / "t.parquet").stat().st_size < 20_000
   used = pa.proxy_memory_pool(pool := pa.default_memory_pool())
   pa.set_memory_pool(used)
@@ -115,7 +125,56 @@ def test_values_that_a_dictionary_repeats_take_bounded_memory(
   assert len(samples) == count
   if count == 2:
     assert source.skipped == {"damaged record": 1 if case == "lists" else 256}
-    assert "expected at most 524,288" in caplog.text
+    assert "524,288" in caplog.text
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_a_page_that_would_take_too_much_memory_is_not_decompressed(
+  version: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  table = pa.table({"image": ["a.jpg", "b.jpg"], "caption": ["caption a", "x" * 2**22]})
+  how = {"compression": "zstd", "use_dictionary": False, "data_page_version": version}
+  pq.write_table(table, root / "t.parquet", write_statistics=False, **how)
+  monkeypatch.setattr(parquet_pages, "_LARGE", 2**21)
+  used = pa.proxy_memory_pool(pool := pa.default_memory_pool())
+  pa.set_memory_pool(used)
+  try:
+    with pytest.raises(ValueError, match=r"t\.parquet: .* a page of 'caption' has [\d,]+ bytes and 4,19\d,\d\d\d once"):
+      open_source(f"table:{root / 't.parquet'}")
+  finally:
+    pa.set_memory_pool(pool)
+  assert used.max_memory() < 2**20
+  assert len(open_source(f"table:{root / 't.parquet'}?caption=")) == 2  # whose column is not read
+
+
+def test_rows_of_parquet_are_bounded_by_the_size_of_the_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  table = pa.table({"image": ["a.jpg"] * 100_000, "caption": ["caption a"] * 100_000})
+  pq.write_table(table, root / "t.parquet", compression="zstd")
+  monkeypatch.setattr(parquet, "_FEW_VALUES", 100)
+  with pytest.raises(ValueError, match=r"t\.parquet: .*100,000 rows, expected at most \d\d,\d\d\d"):
+    open_source(f"table:{root / 't.parquet'}")
+
+
+def test_lists_that_may_repeat_a_value_without_limit_are_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  table = pa.table({"image": ["a.jpg"], "captions": pa.array([[LARGE] * 256])})
+  encoding = {"captions.list.element": "DELTA_BYTE_ARRAY"}
+  pq.write_table(table, root / "t.parquet", compression="zstd", use_dictionary=False, column_encoding=encoding)
+  monkeypatch.setattr(parquet, "_BYTES", 2**22)
+  with pytest.raises(
+    ValueError, match=r"lists in 'captions\.list\.element' may repeat a value of 1,0\d\d,\d\d\d bytes"
+  ):
+    open_source(f"table:{root / 't.parquet'}")
+
+
+def test_a_damaged_header_of_a_page_is_an_error_of_one_line(root: Path) -> None:
+  pq.write_table(pa.table({"image": ["a.jpg"] * 9, "caption": ["x"] * 9}), root / "t.parquet")
+  data = bytearray((root / "t.parquet").read_bytes())
+  for start in (4, 8, 12):
+    data[start : start + 4] = b"\xff" * 4
+    (root / "t.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match=r"t\.parquet: ") as error:
+      open_source(f"table:{root / 't.parquet'}")
+    assert "\n" not in str(error.value)
 
 
 def test_an_irrelevant_number_of_5000_digits_does_no_harm(root: Path) -> None:
