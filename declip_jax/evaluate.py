@@ -26,6 +26,7 @@ evaluations. The TensorBoard of a run shows the results of its checkpoints, unde
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+from functools import partial
 import json
 import math
 import os
@@ -51,6 +52,7 @@ from declip_jax.evals.jobs import Job
 from declip_jax.evals.results import Result
 from declip_jax.evals.text_cache import TextCache
 from declip_jax.mixtures import mixtures
+from declip_jax.planning.training_facts import training_facts
 from declip_jax.reporting.metrics import summary_table
 from declip_jax.reporting.progress import message
 from declip_jax.runtime.checkpoint import Checkpoints
@@ -188,15 +190,17 @@ def _reading(config: ConfigDict | None, max_pixels: int | None) -> Reading:
 
 def _model_facts(clip: Clip, path: str | os.PathLike[str]) -> ModelFacts:
   """What results say about a model from a path."""
-  path = Path(path)
+  path, training = Path(path), dict
   if clip.step is None:
     name, pretrained = path.name.split(".")[0] or path.name, clip.origin
   else:
     run = path.parents[1] if path.parent.name == "checkpoints" else path
     name, pretrained = run.resolve().name, f"step-{clip.step}"
+    training = partial(training_facts, run, clip.step)
   weights = {"path": os.fspath(path), "origin": clip.origin, "step": clip.step, "hash": _weights_hash(clip)}
+  weights["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(clip.params))
   view = {field: list(value) if isinstance(value, tuple) else value for field, value in vars(clip.view).items()}
-  return ModelFacts(name, results.slug(pretrained), weights, view, np.dtype(clip.model.towers.dtype).name)
+  return ModelFacts(name, results.slug(pretrained), weights, view, np.dtype(clip.model.towers.dtype).name, training)
 
 
 def _weights_hash(clip: Clip) -> str:

@@ -1,5 +1,7 @@
 """The methods: for each name the recipe that makes its views and the weights of its terms."""
 
+from collections.abc import Collection
+
 _DECLIP = {"clip": 0.4, "mvs": 0.2, "simsiam": 0.2, "mlm": 0.2, "nns": 0.2}  # its paper, section 3.2
 # The methods of the papers: the recipe that makes their views, and weights of the terms of `declip_jax.objectives`.
 METHODS = {
@@ -40,3 +42,12 @@ REPO_METHODS = {
   "defilip": ("declip_repo", {**_DECLIP_REPO, "filip": 0.2}),
 }
 PRESETS = {"paper": {**METHODS, **ABLATIONS, **SUPERVISED}, "repo": REPO_METHODS}
+
+
+def name_of(recipe: str, terms: Collection[str]) -> str:
+  """The method that has a data recipe and these terms, whatever their weights; the terms if no method has them."""
+  for methods in PRESETS.values():
+    for name, (own, weights) in methods.items():
+      if own == recipe and weights.keys() == set(terms):
+        return name
+  return "+".join(sorted(terms))

@@ -15,6 +15,7 @@ from tiny import FinishedRun
 from declip_jax import clip as clip_lib
 from declip_jax.evals import data_files, results, suites
 from declip_jax.evaluate import evaluate
+from declip_jax.planning import training_facts
 from declip_jax.sharding import make_mesh
 
 SETS = """
@@ -40,6 +41,12 @@ def without_time(folder: Path) -> dict[str, bytes]:
   }
 
 
+@pytest.fixture(autouse=True)
+def flops(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Tracing a train step takes seconds, and `planning/flops_test.py` does it."""
+  monkeypatch.setattr(training_facts, "_step_flops", lambda config, size: 10.0 * size)
+
+
 @pytest.fixture(scope="module")
 def run(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
   folder = tmp_path_factory.mktemp("evaluate") / "tiny"
@@ -52,6 +59,9 @@ def test_tasks_of_a_data_file_are_evaluated_once(run: Path, tmp_path: Path) -> N
   names = {"own/scenes/zero_shot", "own/scenes/knn", "own/scenes/nearest_mean", "own/others/zero_shot"}
   assert {name.removeprefix("eval/").rpartition("/")[0] for name in first} - {""} == names
   files = without_time(tmp_path / "a")
+  training = results.read(next((tmp_path / "a").glob("*.json"))).ours["training"]
+  assert training["method"] == "declip"
+  assert training["flops"] == 10 * training["pairs_seen"] > 0
   assert evaluate(run, jobs=make_jobs(), output=tmp_path / "a", cache=tmp_path / "cache") == pytest.approx(first)
   assert len((tmp_path / "a" / results.LOG).read_text().splitlines()) == len(names)  # nothing was computed again
   # Neither the batch size nor the cache matter.

@@ -1,8 +1,9 @@
 """The evaluation of one model by many jobs: it skips those whose results are there, and writes those of the others."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 import json
 from pathlib import Path
 import platform
@@ -26,7 +27,6 @@ from declip_jax.reporting.progress import Bar, message
 from declip_jax.runtime.hosts import gather_rows
 from declip_jax.runtime.records import add_line
 
-_PICTURES = "pictures"
 _VERSION = 1  # of what a result of the same model, data and options is
 
 
@@ -36,9 +36,10 @@ class ModelFacts:
 
   Attributes:
     name, pretrained: names of the model and of its weights.
-    weights: `path`, `origin`, `step` and `hash` of the weights.
+    weights: `path`, `origin`, `step` and `hash` of the weights, and the number of their `parameters`.
     view: preprocessing of images.
     dtype: compute dtype.
+    training: returns facts on the training of a run, see `planning.training_facts`; called once results are computed.
   """
 
   name: str
@@ -46,6 +47,7 @@ class ModelFacts:
   weights: Mapping[str, Any]
   view: Mapping[str, Any]
   dtype: str
+  training: Callable[[], Mapping[str, Any]] = dict
 
 
 @dataclass(frozen=True)
@@ -80,33 +82,35 @@ class Evaluation:
     todo = [job for job in jobs if found[job.name] is None]
     if len(todo) < len(jobs):
       message(f"{len(jobs) - len(todo)} of {len(jobs)} results are in {self.output} already")
+    training = self.model.training() if todo and jax.process_index() == 0 else {}
     start, failed = time.monotonic(), []
-    total = self._images_to_encode(todo)
+    total, images = self._images_to_encode(todo), _Images()
     with Bar("encoding images", total or None, "images") as bar, self._events(todo) as events:
       bar.pause()
       ran = run_jobs(
         todo,
         self.encoders,
         self._picture,
-        encode=self._encode,
+        encode=partial(self._encode, images),
         encode_texts=encode_texts if self.text_cache is None else self.text_cache.encode,
-        read=_reader(bar, total),
+        read=_reader(bar, total, images),
       )
       for number, (job, scores) in enumerate(ran, 1):
         if isinstance(scores, ValueError):
           failed.append(f"{job.name}: {scores}")
           continue
-        found[job.name] = self._result(job, scores)
+        found[job.name] = self._result(job, scores, training)
         seconds, start = time.monotonic() - start, time.monotonic()
         if jax.process_index() == 0:
           path = results.write(self.output, found[job.name], scores.predictions)
-          self._log(job, path, scores, seconds)
+          self._log(job, path, scores, {"seconds": round(seconds, 3), **vars(images)})
           if events is not None:
             events.write(self.model.weights["step"], job.curves(scores))
           shown = describe(scores.headline, scores.metrics, scores.intervals)
           message(f"[{number}/{len(todo)}] {job.name}: {shown} ({seconds:.1f} s)")
+        images.encoded = images.cached = 0
     with contextlib.suppress(OSError):  # if it has pictures
-      (self.output / _PICTURES).rmdir()
+      (self.output / results.PICTURES).rmdir()
     if failed:
       raise ValueError("; ".join(failed))
     return found
@@ -149,9 +153,11 @@ class Evaluation:
         raise ValueError(f"{names[stem]} and {job.name} have results of the same name, {stem}: evaluate one of them")
       names[stem] = job.name
 
-  def _encode(self, source: Source, encoders: Encoders, rows: range, read: Read) -> Features:
-    function = features.encode if self.cache is None else self.cache.encode
-    return function(source, encoders, rows, read)
+  def _encode(self, images: "_Images", source: Source, encoders: Encoders, rows: range, read: Read) -> Features:
+    function, before = features.encode if self.cache is None else self.cache.encode, images.encoded
+    found = function(source, encoders, rows, read)
+    images.cached += len(rows) - (images.encoded - before)
+    return found
 
   def _sources_to_encode(self, jobs: Sequence[Job]) -> list[Source]:
     """The different sources of some jobs whose features are not in the cache."""
@@ -177,8 +183,9 @@ class Evaluation:
     """Beside the results: the picture of an evaluation never replaces that of a training."""
     if jax.process_index():
       return None
-    (self.output / _PICTURES).mkdir(parents=True, exist_ok=True)
-    return self.output / _PICTURES / f"{self._result_of(job, {}).stem}.png"
+    path = results.picture_path(self.output / f"{self._result_of(job, {}).stem}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
   def _events(self, todo: Sequence[Job]) -> contextlib.AbstractContextManager[EventFile | None]:
     """A file for the run's TensorBoard, apart from those of its training, which a second writer would confuse."""
@@ -205,7 +212,7 @@ class Evaluation:
     ours = {"variant": job.variant, **ours}
     return Result(job.dataset, self.model.name, self.model.pretrained, evaluator.task or job.kind, theirs, ours)
 
-  def _result(self, job: Job, scores: Scores) -> Result:
+  def _result(self, job: Job, scores: Scores, training: Mapping[str, Any]) -> Result:
     return self._result_of(
       job,
       {
@@ -219,6 +226,7 @@ class Evaluation:
         "options": job.options,
         "data": {name: _about(split) for name, split in job.splits.items()},
         "weights": self.model.weights,
+        **({"training": training} if training else {}),
         "view": self.model.view,
         "dtype": self.model.dtype,
         "features_dtype": self.encoders.features_dtype,
@@ -226,15 +234,20 @@ class Evaluation:
       },
     )
 
-  def _log(self, job: Job, path: Path, scores: Scores, seconds: float) -> None:
-    """Adds a line about what does not belong into a result: when, where and how fast."""
+  def _log(self, job: Job, path: Path, scores: Scores, cost: Mapping[str, float]) -> None:
+    """Adds a line about what does not belong into a result: when, where and how fast.
+
+    Args:
+      job, path, scores: what was evaluated, the file of its result, and its metrics.
+      cost: `seconds`, and of this host how many images were `encoded` and how many came from the cache (`cached`).
+    """
     metrics = {f"eval/{job.name}/{name}": value for name, value in scores.metrics.items()}
     step = self.model.weights["step"]
     line = {
       **({"weights": self.model.weights["path"]} if step is None else {"step": step}),
       "time": round(time.time(), 3),
       "file": path.name,
-      "seconds": round(seconds, 3),
+      **cost,
       "machine": f"{platform.node()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     add_line(self.output / results.LOG, json.loads(json.dumps({**line, **metrics}, default=float)))
@@ -247,8 +260,16 @@ def describe(name: str, metrics: Mapping[str, float], intervals: Mapping[str, Se
   return shown + (" [{:.1%}, {:.1%}]".format(*intervals[name]) if name in intervals else "")
 
 
-def _reader(bar: Bar, total: int) -> Read:
-  """`read_batches` that advances a bar, at most to its total, whose clock only runs while images are read."""
+@dataclass
+class _Images:
+  """How many images a job has encoded, and how many it had in the cache."""
+
+  encoded: int = 0
+  cached: int = 0
+
+
+def _reader(bar: Bar, total: int, images: _Images) -> Read:
+  """`read_batches` that counts images, and advances a bar, at most to its total, whose clock only runs meanwhile."""
   left = total
 
   def read(source: Any, encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
@@ -258,6 +279,7 @@ def _reader(bar: Bar, total: int) -> Read:
     for batch in read_batches(source, encoders, rows):
       yield batch
       count = min(of_rows, len(batch["label"]))
+      images.encoded += count
       bar.update(min(count, left))
       of_rows, left = of_rows - count, max(left - count, 0)
     bar.pause()

@@ -20,7 +20,7 @@ import numpy as np
 from declip_jax.runtime import records
 
 LANGUAGE = "en"
-PREDICTIONS, LOG = "predictions", "results.jsonl"
+PREDICTIONS, PICTURES, LOG = "predictions", "pictures", "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Result:
       `metrics`, `intervals`, `details`: those of `Scores`;
       `data`: for each split its source, stamp and number of samples;
       `options`: those of the evaluator;
-      `weights`: path, origin, step and hash; of a mixture also `share`, that of these weights in it, and
+      `weights`: path, origin, step, hash and number of `parameters`; of a mixture also `share`, that of these weights in it, and
         `interpolated_with`, the same of the other weights;
+      `training`: of a run, how it was trained until then, see `planning.training_facts`;
       `view`: preprocessing; `dtype`: compute dtype; `features_dtype`: that of features of images;
       `versions`: of this package and of libraries.
   """
@@ -151,6 +152,11 @@ def read_all(folders: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, Resu
 def predictions_path(path: Path) -> Path:
   """The file of the predictions of a result."""
   return path.parent / PREDICTIONS / f"{path.stem}.npz"
+
+
+def picture_path(path: Path) -> Path:
+  """The file of the picture of a result, which not every evaluation draws."""
+  return path.parent / PICTURES / f"{path.stem}.png"
 
 
 def slug(text: str) -> str:

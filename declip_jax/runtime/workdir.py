@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 import jax
@@ -122,29 +122,50 @@ def record(
     "samples": dict(samples),
     "stamps": dict(stamps),
   }
-  earlier = records.read_lines(workdir / "starts.jsonl", _sources)
+  earlier = read_starts(workdir)
   records.add_line(workdir / "starts.jsonl", about)
-  changed = _changed_sources(*earlier[-1], samples, stamps) if earlier else []
+  changed = _changed_sources(earlier[-1], samples, stamps) if earlier else []
   return [*_differences(now if before is None else before, now), *changed]
 
 
-def _sources(line: dict[str, Any]) -> tuple[dict[str, int], dict[str, str]]:
-  """Numbers of samples and stamps in a line of `starts.jsonl`; older versions wrote less."""
+class Start(NamedTuple):
+  """A start of a run, as `starts.jsonl` has it; older versions wrote less.
+
+  Attributes:
+    command: program and arguments.
+    samples: number of samples of each source.
+    stamps: stamp of each source.
+  """
+
+  command: list[str]
+  samples: dict[str, int]
+  stamps: dict[str, str]
+
+
+def read_starts(workdir: Path) -> list[Start]:
+  """The starts of a run, the first one first.
+
+  Raises:
+    OSError: their file cannot be read.
+  """
+  return records.read_lines(workdir / "starts.jsonl", _start)
+
+
+def _start(line: dict[str, Any]) -> Start:
   samples, stamps = dict(line.get("samples", {})), dict(line.get("stamps", {}))
-  return {name: int(count) for name, count in samples.items()}, {name: str(stamp) for name, stamp in stamps.items()}
+  return Start(
+    [*map(str, line.get("command", ()))],
+    {name: int(count) for name, count in samples.items()},
+    {name: str(stamp) for name, stamp in stamps.items()},
+  )
 
 
-def _changed_sources(
-  samples_before: Mapping[str, int],
-  stamps_before: Mapping[str, str],
-  samples: Mapping[str, int],
-  stamps: Mapping[str, str],
-) -> Iterator[str]:
+def _changed_sources(before: Start, samples: Mapping[str, int], stamps: Mapping[str, str]) -> Iterator[str]:
   for name, count in samples.items():
-    earlier = samples_before.get(name, count)
+    earlier = before.samples.get(name, count)
     if earlier != count:
       yield f"{name} had {earlier:,} samples and now has {count:,}: from here on their order is different"
-    elif stamps_before.get(name) != stamps.get(name) and name in stamps_before and name in stamps:
+    elif before.stamps.get(name) != stamps.get(name) and name in before.stamps and name in stamps:
       yield (
         f"{name} has as many samples as before, but its files have changed: the samples or their order may be different"
       )

@@ -11,7 +11,7 @@ import pytest
 from record_files import read_events, scalars
 
 from declip_jax.evals import EVALUATORS, Evaluator
-from declip_jax.evals.evaluation import Evaluation, ModelFacts, _reader
+from declip_jax.evals.evaluation import Evaluation, ModelFacts, _Images, _reader
 from declip_jax.evals.feature_cache import FeatureCache
 from declip_jax.evals.features import EvaluationData
 from declip_jax.evals.jobs import DataSource, Job
@@ -195,7 +195,23 @@ def test_the_bar_never_passes_its_total() -> None:
 
   bar = Recorded("", 7)
   source = greys("a", 1, 2, 3, 4, 5).source
-  read = _reader(bar, 7)
+  images = _Images()
+  read = _reader(bar, 7, images)
   for _ in range(2):
     assert len([*read(source, grey_encoders(2), range(5))]) == 3
   assert counts == [2, 2, 1, 2, 0, 0]
+  assert images.encoded == 10
+
+
+def test_a_result_says_how_its_run_was_trained_and_the_log_what_it_cost(tmp_path: Path) -> None:
+  own = evaluation(tmp_path, cache=True)
+  own = replace(own, model=replace(FACTS, training=lambda: {"method": "clip", "pairs_seen": 8}))
+  shared = greys("a", 10, 20, 30)
+  jobs = [Job(name, name, "brightness", {"test": shared}) for name in ("x", "y")]
+  found = own.run(jobs[:1])
+  assert found["x"].ours["training"] == {"method": "clip", "pairs_seen": 8}
+  replace(own, model=replace(FACTS, training=calls.clear)).run(jobs[:1])  # is not asked for: nothing to compute
+  assert len(calls) == 1
+  evaluation(tmp_path, cache=True).run(jobs)
+  lines = [json.loads(line) for line in (tmp_path / "results" / "results.jsonl").read_text().splitlines()]
+  assert [(line["encoded"], line["cached"]) for line in lines] == [(3, 0), (0, 3)]

@@ -13,7 +13,6 @@ from record_files import damages
 from tiny import tiny_config
 
 from declip_jax import sharding
-from declip_jax.runtime import records
 from declip_jax.runtime import workdir as workdir_lib
 
 
@@ -109,7 +108,7 @@ def test_a_list_of_starts_that_is_cut_off_or_garbled_anywhere_stops_no_start(
   whole = path.read_bytes()
   for number, damaged in enumerate(damages(whole)):
     path.write_bytes(damaged)
-    assert records.read_lines(path, workdir_lib._sources)[0] == ({"a": 5}, {"a": "1"})
+    assert workdir_lib.read_starts(tmp_path)[0] == (["train"], {"a": 5}, {"a": "1"})
     if number % 10:
       continue
     workdir_lib.record(config, mesh, tmp_path, {"a": 5}, {"a": "1"})

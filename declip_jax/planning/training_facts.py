@@ -1,0 +1,107 @@
+"""What a run was trained with up to a step: method, pairs, FLOPs and seed, by which scores of runs are compared."""
+
+from collections.abc import Mapping
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+import jax
+from ml_collections import ConfigDict
+
+from declip_jax import config as config_lib
+from declip_jax import config_files
+from declip_jax.batch_sizes import BatchSizes
+from declip_jax.build import build
+from declip_jax.data.storage.indexes import cache_folder
+from declip_jax.evals.feature_cache import json_hash
+from declip_jax.methods import name_of
+from declip_jax.planning import flops
+from declip_jax.runtime import records
+from declip_jax.runtime.checkpoint import Checkpoints
+from declip_jax.runtime.workdir import read_starts
+
+_VERSION = 1  # of how FLOPs are counted
+_INPUT = ("train", "ssl_train", "mixture", "ssl_mixture", "threads", "workers", "engine")  # no effect on the model
+
+
+def training_facts(run: Path, step: int) -> dict[str, Any]:
+  """Facts on the training of a checkpoint, for its results.
+
+  Args:
+    run: working directory.
+    step: step of a checkpoint.
+
+  Returns:
+    `method`: its name in `methods`, or the names of its terms.
+    `config`: name of the config of this package that it was started with, if it was.
+    `seed`.
+    `data`: for each source of training pairs, its number of samples.
+    `pairs_seen`: examples in all batches until the step.
+    `unique_pairs`: samples of all sources, or `pairs_seen` where those are fewer.
+    `epochs`: `pairs_seen` divided by the number of samples.
+    `flops`: those of the model in all train steps until then, see `flops.step_flops`.
+    `init_from`: path of the weights that it started from, if it did not start from random ones: their training does
+      not count in any of these numbers.
+    What is not known is left out, with a warning.
+  """
+  with contextlib.closing(Checkpoints(run)) as checkpoints:
+    config = config_lib.from_json(json.dumps(checkpoints.config(step)))
+    sizes = checkpoints.batch_sizes(step) or BatchSizes.constant(config.batch_size)
+  seen, starts = sizes.examples(step), read_starts(run)
+  active = [name for name, term in config.objective.items() if term.weight or term.schedule]
+  facts: dict[str, Any] = {"method": name_of(config.data.recipe, active), "seed": config.seed, "pairs_seen": seen}
+  if starts:
+    facts |= _data(config, starts[-1].samples, seen)
+    if name := _config_name(starts[0].command):
+      facts["config"] = name
+  if config.init_from.path:
+    facts["init_from"] = config.init_from.path
+  try:
+    facts["flops"] = _flops(config, sizes, step)
+  except (ValueError, TypeError, LookupError, AttributeError) as error:  # such as a user's own term
+    logging.warning("%s: its training FLOPs are not known, since its model cannot be built: %s", run, error)
+  return facts
+
+
+def _data(config: ConfigDict, samples: Mapping[str, int], seen: int) -> dict[str, Any]:
+  known = {name: samples[name] for name in dict.fromkeys(config.data.train) if name in samples}
+  total = sum(known.values())
+  if not total or len(known) < len({*config.data.train}):
+    return {}
+  return {"data": known, "unique_pairs": min(total, seen), "epochs": round(seen / total, 4)}
+
+
+def _config_name(command: list[str]) -> str:
+  """The config of this package in a command, such as "slip/slip_base_25ep"; an empty text if it has another one."""
+  given = ""
+  for argument, following in zip(command, [*command[1:], ""], strict=False):
+    name, equals, value = argument.lstrip("-").partition("=")
+    if name == "config" and argument.startswith("-"):
+      given = value if equals else following
+  name = given.partition(":")[0].removeprefix("./").removeprefix("configs/").removesuffix(".py")
+  return name if name in config_files.names() else ""
+
+
+def _flops(config: ConfigDict, sizes: BatchSizes, step: int) -> float:
+  ends = [first for first, _ in sizes.changes[1:]] + [step]
+  phases = [(size, min(end, step) - first) for (first, size), end in zip(sizes.changes, ends, strict=True)]
+  return sum(steps * _step_flops(config, size) for size, steps in phases if steps > 0)
+
+
+def _step_flops(config: ConfigDict, batch_size: int) -> float:
+  """FLOPs of a step, which are counted once for all runs of a model: tracing it takes seconds."""
+  fields = json.loads(config.to_json_best_effort())
+  data = {name: value for name, value in fields["data"].items() if name not in _INPUT}
+  about = [fields["model"], fields["objective"], fields["optimizer"]["frozen"], data]
+  path = cache_folder() / "flops" / f"{json_hash([_VERSION, jax.__version__, batch_size, about])}.json"
+  with contextlib.suppress(OSError, ValueError, TypeError):
+    return float(json.loads(path.read_text()))
+  here = config_lib.changeable(config)
+  here.mesh.data, here.mesh.fsdp = -1, 1  # FLOPs do not depend on the devices
+  found = flops.step_flops(build(here), batch_size, config.optimizer.frozen)
+  with contextlib.suppress(OSError):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records.write(path, json.dumps(found).encode())
+  return found

@@ -1,0 +1,76 @@
+"""What results say about the training of a run."""
+
+import json
+from pathlib import Path
+import shutil
+
+import pytest
+from tiny import FinishedRun
+
+from declip_jax.batch_sizes import BatchSizes
+from declip_jax.methods import name_of
+from declip_jax.planning import training_facts as lib
+
+
+def test_facts_of_a_checkpoint(
+  finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  counted: list[int] = []
+  monkeypatch.setattr(lib, "cache_folder", lambda: tmp_path / "cache")
+  monkeypatch.setattr(lib.flops, "step_flops", lambda _, size, __: counted.append(size) or 100.0 * size)
+  run, config = tmp_path / "run", finished_run.config
+  shutil.copytree(finished_run.workdir, run)
+  (samples,) = (start.samples for start in lib.read_starts(run))
+  (total,) = (samples[name] for name in config.data.train)
+  for step in (6, 8):
+    seen = step * config.batch_size
+    assert lib.training_facts(run, step) == {
+      "method": "declip",
+      "seed": config.seed,
+      "data": {config.data.train[0]: total},
+      "pairs_seen": seen,
+      "unique_pairs": min(total, seen),
+      "epochs": round(seen / total, 4),
+      "flops": 100.0 * seen,
+    }
+  assert counted == [config.batch_size]  # once for both
+  start = json.loads((run / "starts.jsonl").read_text()) | {"command": ["train", "--config=slip/slip_base_25ep:data=x"]}
+  (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
+  assert lib.training_facts(run, 8)["config"] == "slip/slip_base_25ep"
+  (run / "starts.jsonl").unlink()
+  assert lib.training_facts(run, 8).keys() == {"method", "seed", "pairs_seen", "flops"}
+
+  def fail(*_: object) -> None:
+    raise ValueError("no such term")
+
+  monkeypatch.setattr(lib, "_step_flops", fail)
+  assert "flops" not in lib.training_facts(run, 8)
+  assert "no such term" in caplog.text
+
+
+def test_batches_of_two_sizes_both_count(finished_run: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(lib, "_step_flops", lambda _, size: 10.0 * size)
+  sizes = BatchSizes(((0, 8), (5, 16)))
+  assert lib._flops(finished_run.config, sizes, 7) == 10 * sizes.examples(7) == 10 * (5 * 8 + 2 * 16)
+  assert lib._flops(finished_run.config, sizes, 3) == 10 * 3 * 8
+
+
+@pytest.mark.parametrize(
+  ("command", "name"),
+  [
+    (["train.py", "--config=slip/slip_base_25ep:data=a", "--config.seed=1"], "slip/slip_base_25ep"),
+    (["train.py", "-config", "configs/demo.py"], "demo"),
+    (["train.py", "--config=mine.py", "--workdir", "demo"], ""),
+    ([], ""),
+  ],
+)
+def test_the_config_of_a_command(command: list[str], name: str) -> None:
+  assert lib._config_name(command) == name
+
+
+def test_methods_are_recognised_by_recipe_and_terms() -> None:
+  assert name_of("clip", ["clip"]) == "clip"
+  assert name_of("declip", ["nns", "clip", "mvs", "simsiam", "mlm"]) == "declip"
+  assert name_of("declip", ["clip"]) == "declip_clip"
+  assert name_of("filip_repo", ["filip"]) == "filip"
+  assert name_of("clip", ["clip", "mine"]) == "clip+mine"
