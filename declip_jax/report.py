@@ -1,9 +1,13 @@
 """Compares evaluations: python -m declip_jax.report runs/clip runs/declip --baseline runs/clip --output report
 
 Each argument is a folder of results of `declip_jax.evaluate`, or a working directory with a folder `results`. Models
-whose names differ only in a final number, as clip-0 and clip-1, are seeds of one method. --output receives report.md,
-report.html (one page that needs no other file), report.json, results.csv (as `clip_benchmark build` writes it) and
-pictures.
+whose names differ only in a final number, as clip-0 and clip-1, are seeds of one method if they were trained in the
+same way. --output receives report.md, report.html (one page that needs no other file), report.json, results.csv (as
+`clip_benchmark build` writes it), pictures, and with --latex report.tex, the tables for LaTeX.
+
+Runs of several sizes, such as methods x shares of the data x seeds, also give curves of scores against training FLOPs,
+pairs and parameters, and the number of pairs with which each method reaches the score of the baseline's, or of the
+first one's: python -m declip_jax.report grid/* --output report
 
 With --data, the working directories are first evaluated on the data sets of that file, as `declip_jax.evaluate` does
 with --suite, --data and --tasks; results that are there are not computed again.
@@ -24,39 +28,46 @@ from declip_jax import command_line, config_files
 from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import suites
 from declip_jax.evals.comparison import Method, read_methods
-from declip_jax.evals.report import Report, document, to_csv, to_json
+from declip_jax.evals.report.compared import Published, Report
+from declip_jax.evals.report.document import document
+from declip_jax.evals.report.files import to_csv, to_json
+from declip_jax.evals.report.published import of_config, of_papers
 from declip_jax.evaluate import evaluate
-from declip_jax.reporting.documents import to_html, to_markdown
+from declip_jax.reporting.documents import to_html, to_latex, to_markdown
 from declip_jax.reporting.progress import message
 from declip_jax.runtime.records import write
 
 
-def write_report(report: Report, output: Path) -> None:
+def write_report(report: Report, output: Path, *, latex: bool = False) -> None:
   """Writes the files of a report; the same results give the same bytes.
+
+  Args:
+    report: what to compare.
+    output: folder to write to.
+    latex: whether to write the tables for LaTeX, too.
 
   Raises:
     ValueError: methods have been evaluated on different data under one name.
     OSError: a file cannot be written.
   """
   output.mkdir(parents=True, exist_ok=True)
-  blocks = document(report, output, published())
+  blocks = document(report, output)
   texts = {
     "report.md": to_markdown(blocks, output),
     "report.html": to_html(blocks, "Evaluation"),
     "report.json": to_json(report),
     "results.csv": to_csv(report),
+    **({"report.tex": to_latex(blocks)} if latex else {}),
   }
   for name, text in texts.items():
     write(output / name, text.encode())
 
 
-def published() -> list[tuple[str, str, str]]:
-  """Rows of published accuracies on ImageNet in percent: config, protocol, accuracy."""
-  rows = []
-  for name in config_files.names():
-    found = getattr(config_files.load_module(name), "PUBLISHED", {}).get("imagenet_top1_percent", {})
-    rows += [(name, protocol.replace("_", "-"), str(value)) for protocol, value in found.items()]
-  return rows
+def published() -> list[Published]:
+  """Published scores: those of the configs of this package, and those of tables of papers."""
+  modules = {name: config_files.load_module(name) for name in config_files.names()}
+  own = [row for name, module in modules.items() for row in of_config(name, getattr(module, "PUBLISHED", {}))]
+  return [*own, *of_papers()]
 
 
 def _find(methods: Sequence[Method], folders: Sequence[str], name: str) -> Method:
@@ -65,8 +76,10 @@ def _find(methods: Sequence[Method], folders: Sequence[str], name: str) -> Metho
   Raises:
     ValueError: the folder has several, or one that is not among the methods.
   """
-  found = [method.label for method in read_methods([Path(folder) for folder in folders])]
-  same = [method for method in methods if method.label in found]
+  read = read_methods([Path(folder) for folder in folders])
+  own = {scored.path for method in read for run in method.runs for scored in run.values() if method.share is None}
+  same = [method for method in methods if own & {one.path for run in method.runs for one in run.values()}]
+  found = [method.label for method in read]
   if len(same) != 1:
     raise ValueError(f"{name}: expected the results of one of {[method.label for method in methods]}, not of {found}")
   return same[0]
@@ -95,11 +108,16 @@ def _command(folders: list[str]) -> None:
     failed = _evaluate(list(dict.fromkeys([*folders, *given.baseline])))
   elif given.suite or given.tasks:
     raise ValueError("--suite and --tasks need --data, a file that says where the data sets are")
-  methods = read_methods([Path(folder) for folder in [*folders, *given.baseline]])
+  found = read_methods([Path(folder) for folder in [*folders, *given.baseline]])
+  methods = [method for method in found if method.share is None]
+  interpolated = [method for method in found if method.share is not None]
+  if not methods:
+    raise ValueError(f"{', '.join(folders)}: only results of interpolated weights; add those of a model")
   baseline = _find(methods, given.baseline, f"--baseline={','.join(given.baseline)}") if given.baseline else None
   standard = read_methods([Path(folder) for folder in given.standard]) if given.standard else []
-  report = Report(methods, baseline, shifts, standard, tuple(map(Path, given.overlap)))
-  write_report(report, Path(given.output))
+  overlaps = tuple(map(Path, given.overlap))
+  report = Report(methods, baseline, shifts, standard, overlaps, interpolated, published())
+  write_report(report, Path(given.output), latex=given.latex)
   message(f"{Path(given.output) / 'report.html'}: {len(methods)} methods, {len(report.tasks)} tasks", stream=sys.stdout)
   if failed is not None:
     raise failed
@@ -127,6 +145,7 @@ def main() -> None:
   flags.DEFINE_list("baseline", [], "Folders of the results, or seeds, of the method with which to compare.")
   flags.DEFINE_multi_string("shift", [], "DATA_SET:SHIFTED,SHIFTED, keys of data sets. Repeat the flag for several.")
   flags.DEFINE_list("standard", [], "Folders of results of models with standard training.")
+  flags.DEFINE_bool("latex", False, "Also write report.tex, the tables for LaTeX.")
   flags.DEFINE_list("overlap", [], "Working directories of declip_jax.overlap.")
   flags.DEFINE_string("data", None, "File that says where data sets are, on which to evaluate the runs first.")
   flags.DEFINE_list("suite", [], "Suites to evaluate; without it, all data sets of --data.")

@@ -11,8 +11,8 @@ import pytest
 
 from declip_jax import report
 from declip_jax.evals.comparison import read_methods
-from declip_jax.evals.report import Report
-from declip_jax.reporting.documents import Heading, Table, to_html, to_markdown
+from declip_jax.evals.report.compared import Report
+from declip_jax.reporting.documents import Heading, Listing, Table, to_html, to_latex, to_markdown
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,15 @@ def test_a_report_marks_what_the_intervals_support(folder: Path, tmp_path: Path)
     f"--baseline={folder / 'clip'}",
     f"--standard={folder / 'standard'}",
     "--shift=own/photo:own/sketch",
+    "--latex",
   ]
   command = [sys.executable, "-m", "declip_jax.report", *folders, *options, f"--output={tmp_path}"]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
   markdown = (tmp_path / "report.md").read_text()
-  lines = {line.split(" | ")[0].removeprefix("| "): line for line in markdown.splitlines() if " | top1 | " in line}
+  lines = {
+    line.split(" | ")[0].removeprefix("| "): line for line in markdown.splitlines() if " | top-1 accuracy | " in line
+  }
   assert "\\*\\*" in lines["own/photo"]
   assert "\\*" not in lines["dtd"]
   assert "**" in lines["own/sketch"].replace("\\*", "")
@@ -62,17 +65,29 @@ def test_a_report_marks_what_the_intervals_support(folder: Path, tmp_path: Path)
   assert (tmp_path / "results.csv").read_text().splitlines()[0].startswith("dataset,model,pretrained,task,language,")
   files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
   methods, standard = read_methods(folders), read_methods([folder / "standard"])
-  report.write_report(Report(methods, methods[0], {"own/photo": ["own/sketch"]}, standard, [overlap]), tmp_path)
+  again = Report(methods, methods[0], {"own/photo": ["own/sketch"]}, standard, [overlap], (), report.published())
+  report.write_report(again, tmp_path, latex=True)
   assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
 def test_a_document_is_escaped() -> None:
-  blocks = [Heading("A < B", 1), Table(("a|b", "n"), [("**x**", "1\\*")]), "see `<b>`"]
+  table = Table(("a|b", "n", "m"), [("**x**", "1\\*", "2")], texts=2)
+  blocks = [Heading("A < B", 1), table, "see `<b>`", Listing(["one", "two"])]
   markdown, page = to_markdown(blocks, Path()), to_html(blocks, "<title>")
-  assert "| a\\|b | n |\n|---|--:|\n| **x** | 1\\* |" in markdown
-  assert "<td><b>x</b></td><td>1*</td>" in page
+  assert "| a\\|b | n | m |\n|---|---|--:|\n| **x** | 1\\* | 2 |" in markdown
+  assert "* one\n* two" in markdown
+  assert '<td class="text"><b>x</b></td><td class="text">1*</td><td>2</td>' in page
   assert "<code>&lt;b&gt;</code>" in page
   assert "A &lt; B" in page
+  assert "<ul><li>one</li><li>two</li></ul>" in page
+
+
+def test_tables_for_latex() -> None:
+  blocks = [Heading("Scores & more"), "text", Table(("a_b", "n"), [("**x & y**", "+1.0\\* 5 %"), ("`c`", "2 ‡")])]
+  assert to_latex(blocks) == (
+    "% Scores & more\n\\begin{tabular}{lr}\n\\toprule\na\\_b & n \\\\\n\\midrule\n"
+    "\\textbf{x \\& y} & +1.0* 5 \\% \\\\\n\\texttt{c} & 2 $^\\ddagger$ \\\\\n\\bottomrule\n\\end{tabular}\n"
+  )
 
 
 @pytest.mark.parametrize("text", ["photo", "photo:", ":sketch", "photo:sketch,"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from pathlib import Path
 import re
 from typing import Any, NamedTuple
@@ -64,9 +64,29 @@ class Scored:
     return self.result.ours["details"]
 
   @property
+  def about(self) -> Mapping[str, Any]:
+    """What else the evaluation says about the data set, such as its key in the catalogue and the prompts."""
+    return self.result.ours.get("about", {})
+
+  @property
   def key(self) -> str:
     """Key of the data set in the catalogue, an empty text without one."""
-    return self.result.ours.get("about", {}).get("key", "")
+    return self.about.get("key", "")
+
+  @property
+  def training(self) -> Mapping[str, Any]:
+    """How the model was trained, see `planning.training_facts`; nothing where that is not known."""
+    return self.result.ours.get("training", {})
+
+  @property
+  def weights(self) -> Mapping[str, Any]:
+    """Facts on the weights."""
+    return self.result.ours.get("weights", {})
+
+  @property
+  def share(self) -> float | None:
+    """The share of these weights in a mixture with others, as in WiSE-FT; None for weights that are no mixture."""
+    return self.weights.get("share")
 
   def interval(self, metric: str) -> Interval | None:
     """The interval of a metric, None if it has none."""
@@ -98,6 +118,16 @@ class Method:
   def of(self, task: Task) -> list[Scored]:
     """The results of a task by the runs that have one."""
     return [run[task] for run in self.runs if task in run]
+
+  @property
+  def first(self) -> list[Scored]:
+    """One result of each run, for what all results of a run say."""
+    return [_telling(run) for run in self.runs]
+
+  @property
+  def share(self) -> float | None:
+    """The share of the weights in a mixture with others; None for weights that are no mixture."""
+    return self.first[0].share
 
 
 class Cell(NamedTuple):
@@ -135,11 +165,16 @@ class Difference(NamedTuple):
     return self.interval is not None and not self.interval.lower <= 0 <= self.interval.upper
 
 
+Run = dict[Task, Scored]
+_Name = tuple[str, str, str]  # of a model, of its weights, and hash of the weights
+
+
 def read_methods(folders: Sequence[Path]) -> list[Method]:
   """Reads all results in some folders.
 
-  Models whose names differ only in a final number, as clip-0 and clip-1, are seeds of one method. Several checkpoints
-  of a run are methods of their own.
+  Models whose names differ only in a final number, as clip-0 and clip-1, are seeds of one method, unless they have
+  been trained in different ways, such as on different numbers of pairs. Several checkpoints of a run are methods of
+  their own. Models of one name in several folders are told apart by the names of the folders.
 
   Args:
     folders: folders of results, or working directories with a folder `results`.
@@ -147,29 +182,56 @@ def read_methods(folders: Sequence[Path]) -> list[Method]:
   Raises:
     FileNotFoundError: a folder has no result.
   """
-  runs: dict[tuple[str, str], dict[Task, Scored]] = {}
+  runs: dict[_Name, Run] = {}
   for folder in folders:
     inner = folder / "results"
     found = results.read_all([inner if inner.is_dir() else folder])
     if not found:
       raise FileNotFoundError(f"{folder}: no result of declip_jax.evaluate in it")
     for path, result in found:
+      scored = Scored(path, result)
       task = Task(result.dataset, result.ours["kind"], result.ours.get("variant", ""))
-      runs.setdefault((result.model, result.pretrained), {})[task] = Scored(path, result)
-  return [Method(label, tuple(own)) for label, own in _by_label(runs).items()]
+      runs.setdefault((result.model, result.pretrained, scored.weights.get("hash", "")), {})[task] = scored
+  return _grouped(runs)
 
 
-def _by_label(runs: Mapping[tuple[str, str], dict[Task, Scored]]) -> dict[str, list[dict[Task, Scored]]]:
-  """Runs by the label of their method; that of one of several checkpoints of a model names the checkpoint."""
-  models = [model for model, _ in runs]
-  found: dict[str, list[dict[Task, Scored]]] = {}
-  for (model, pretrained), own in runs.items():
-    seeds = re.sub(r"-\d+$", "", model)
-    label = f"{model} {pretrained}" if models.count(model) > 1 else seeds
-    found.setdefault(label, []).append(own)
-  single = {label: runs for label, runs in found.items() if len(runs) == 1}
-  full = {label: model for (model, _), own in runs.items() for label, (only,) in single.items() if only is own}
-  return {full[label] if label in full and " " not in label else label: own for label, own in found.items()}
+def _grouped(runs: Mapping[_Name, Run]) -> list[Method]:
+  """Methods of runs: those that differ only in their seed are together."""
+  several = {model for model, _, _ in runs if len({weights for own, weights, _ in runs if own == model}) > 1}
+  groups: dict[Any, list[_Name]] = {}
+  for name, run in runs.items():
+    model, pretrained, _ = name
+    weights = pretrained if model in several else ""
+    groups.setdefault((re.sub(r"-\d+$", "", model), weights, _trained(_telling(run))), []).append(name)
+  labels = [_labels(stem, weights, names, runs) for (stem, weights, _), names in groups.items()]
+  others = [*zip(*labels, strict=True)]
+  shortest = (
+    next((text for text, same in zip(own, others, strict=True) if same.count(text) == 1), own[-1]) for own in labels
+  )
+  return [
+    Method(label, tuple(runs[name] for name in names)) for label, names in zip(shortest, groups.values(), strict=True)
+  ]
+
+
+def _telling(run: Run) -> Scored:
+  """A result that says what all results of a run say; those of older versions do not say how it was trained."""
+  return next((scored for scored in run.values() if scored.training), next(iter(run.values())))
+
+
+def _trained(scored: Scored) -> tuple[Any, ...]:
+  """What runs that are seeds of one method have in common."""
+  facts = [scored.training.get(name) for name in ("method", "unique_pairs", "pairs_seen", "flops")]
+  return (*facts, scored.weights.get("parameters"), scored.share)
+
+
+def _labels(stem: str, weights: str, names: Sequence[_Name], runs: Mapping[_Name, Run]) -> tuple[str, ...]:
+  """Labels of a method, the shortest first; the last one is unique among all."""
+  models, after = [model for model, _, _ in names], f" {weights}" if weights else ""
+  full = ", ".join(models)
+  folders = [Path(str(next(iter(runs[name].values())).weights.get("path", ""))).parent.name for name in names]
+  within = ", ".join(f"{folder}/{model}" for folder, model in zip(folders, models, strict=True))
+  short = stem if len(names) > 1 else full
+  return tuple(text + after for text in (short, full, within, f"{within} ({names[0][2][:8]})"))
 
 
 def tasks(methods: Sequence[Method]) -> list[Task]:
@@ -181,13 +243,17 @@ def tasks(methods: Sequence[Method]) -> list[Task]:
 
 def cell(scored: Sequence[Scored], metric: str) -> Cell | None:
   """The score of a method by a metric, None if none of its runs has it."""
-  having = [one for one in scored if metric in one.metrics]
+  having = _having(scored, metric)
   if not having:
     return None
   if len(having) == 1:
     return Cell(float(having[0].metrics[metric]), having[0].interval(metric), 1)
   values = np.array([one.metrics[metric] for one in having], np.float64)
   return Cell(float(values.mean()), intervals.student(values), len(values))
+
+
+def _having(scored: Sequence[Scored], metric: str) -> list[Scored]:
+  return [one for one in scored if metric in one.metrics]
 
 
 def difference(scored: Sequence[Scored], baseline: Sequence[Scored], metric: str) -> Difference | None:
@@ -209,46 +275,85 @@ def difference(scored: Sequence[Scored], baseline: Sequence[Scored], metric: str
     return Difference(found.difference, found.interval, found.p, "Welch")
   if own.runs > 1 or theirs.runs > 1:
     return plain
-  pairs = _paired(scored[0], baseline[0], metric)
+  pairs = _joint([_having(scored, metric)[0]], [_having(baseline, metric)[0]], metric)
   if pairs is None:
     return plain
   once, values = np.ones((1, len(pairs.columns[0])), np.int64), pairs.resample()
-  single = _answers(scored[0].predictions, metric)
+  single = _answers(_having(scored, metric)[0].predictions, metric)
   exact = single is not None and single.metric is metrics.accuracy
   p = intervals.mcnemar(*pairs.columns) if exact else _p_value(values)
   return Difference(float(pairs.metric(*pairs.columns, once)[0]), intervals.percentiles(values), p, "paired")
 
 
-def suite_means(
-  methods: Sequence[Method], keys: Sequence[str], kind: str, metric: Callable[[str], str | None]
-) -> list[Cell | None]:
-  """The mean of a method's scores over the data sets of a suite, None where one of them is missing.
+class Average(NamedTuple):
+  """The mean of a method's scores over several data sets, or the difference of two such means.
 
-  The interval of one run is that of the mean over resampled images of every set; that of several runs is over seeds.
-
-  Args:
-    methods: the methods.
-    keys: keys of the data sets in the catalogue.
-    kind: evaluator.
-    metric: function from a key to the metric of the suite, None for data without a single score.
+  Attributes:
+    value: the mean; of several runs, the mean over them.
+    images: interval due to the choice of the test images, None if not all predictions are there.
+    seeds: interval due to the random seeds, None for a single run.
+    runs: number of runs.
   """
-  return [_suite_mean(method, keys, kind, metric) for method in methods]
+
+  value: float
+  images: Interval | None
+  seeds: Interval | None
+  runs: int
+
+  @property
+  def is_significant(self) -> bool:
+    """Whether all intervals that there are exclude 0."""
+    known = [ends for ends in (self.images, self.seeds) if ends is not None]
+    return bool(known) and all(not ends.lower <= 0 <= ends.upper for ends in known)
 
 
-def _suite_mean(method: Method, keys: Sequence[str], kind: str, metric: Callable[[str], str | None]) -> Cell | None:
-  means, resampled = [], []
-  for run in method.runs:
-    own = {scored.key: scored for task, scored in run.items() if task.kind == kind and not task.variant}
-    names = {key: metric(key) or (own[key].headline if key in own else "") for key in keys}
-    if not all(key in own and names[key] in own[key].metrics for key in keys):
+Items = Sequence[tuple[Task, str]]  # data sets, each with its metric
+
+
+def average(method: Method, items: Items) -> Average | None:
+  """The mean of a method's scores over some data sets, None if one of them is missing.
+
+  Images of each set are resampled with the same draws for all runs; the sets have different draws. A single score of
+  a single run keeps the interval of its result.
+  """
+  if (means := _means(method, items)) is None:
+    return None
+  if len(means) == len(items) == 1:
+    ((task, metric),) = items
+    if (found := cell(method.of(task), metric)) is not None and found.interval is not None:
+      return Average(found.value, found.interval, None, 1)
+  seeds = intervals.student(means) if len(means) > 1 else None
+  return Average(float(means.mean()), _over_images(method, None, items), seeds, len(means))
+
+
+def average_difference(method: Method, baseline: Method, items: Items) -> Average | None:
+  """The difference of the means of two methods, None if one of their data sets is missing."""
+  own, theirs = _means(method, items), _means(baseline, items)
+  if own is None or theirs is None:
+    return None
+  seeds = intervals.welch(own, theirs).interval if min(len(own), len(theirs)) > 1 else None
+  value = float(own.mean() - theirs.mean())
+  return Average(value, _over_images(method, baseline, items), seeds, min(len(own), len(theirs)))
+
+
+def _means(method: Method, items: Items) -> Float[np.ndarray, "runs"] | None:
+  """The mean over the data sets of each run that has any of them."""
+  runs = [run for run in method.runs if any(task in run for task, _ in items)]
+  if (
+    not items or not runs or not all(task in run and name in run[task].metrics for run in runs for task, name in items)
+  ):
+    return None
+  return np.array([np.mean([run[task].metrics[name] for task, name in items]) for run in runs], np.float64)
+
+
+def _over_images(method: Method, baseline: Method | None, items: Items) -> Interval | None:
+  values = []
+  for place, (task, metric) in enumerate(items):
+    found = _joint(method.of(task), baseline.of(task) if baseline else (), metric)
+    if found is None:
       return None
-    means.append(float(np.mean([own[key].metrics[names[key]] for key in keys])))
-    resampled.append([_resample(own[key], names[key], seed=(0, index)) for index, key in enumerate(keys)])
-  if len(means) > 1:
-    return Cell(float(np.mean(means)), intervals.student(np.array(means)), len(means))
-  known = [values for values in resampled[0] if values is not None]
-  interval = intervals.percentiles(np.mean(known, axis=0)) if len(known) == len(keys) else None
-  return Cell(means[0], interval, 1)
+    values.append(found.resample((0, place)))
+  return intervals.percentiles(np.mean(values, axis=0))
 
 
 class _Answers(NamedTuple):
@@ -269,33 +374,47 @@ class _Answers(NamedTuple):
     return intervals.bootstrap(self.metric, *self.columns, within=self.within, seed=seed)
 
 
-def _resample(scored: Scored, metric: str, seed: int | tuple[int, ...]) -> Float[np.ndarray, "r"] | None:
-  """Resampled values of a metric, None if the predictions do not determine it."""
-  found = _answers(scored.predictions, metric)
-  return None if found is None else found.resample(seed)
+def _joint(own: Sequence[Scored], theirs: Sequence[Scored], metric: str) -> _Answers | None:
+  """The mean of a metric over some runs minus that over others, as a function of what all of them answered.
 
+  Args:
+    own: runs on the same images.
+    theirs: runs to subtract, none for the mean itself.
+    metric: name of the metric.
 
-def _paired(a: Scored, b: Scored, metric: str) -> _Answers | None:
-  """The difference of a metric as a function of both models' answers, None if these do not determine it.
+  Returns:
+    A function of the images that all runs have; None if the predictions do not determine the metric.
 
   Raises:
-    ValueError: the labels of the two differ.
+    ValueError: the labels of two runs differ.
   """
-  own, theirs = _answers(a.predictions, metric), _answers(b.predictions, metric)
-  if own is None or theirs is None:
+  every = [*own, *theirs]
+  answers = [found for one in every if (found := _answers(one.predictions, metric)) is not None]
+  if len(answers) < len(every):
     return None
-  _, first, second = np.intersect1d(a.predictions["row"], b.predictions["row"], return_indices=True)
-  for name in _SAME:
-    if name in a.predictions and not np.array_equal(a.predictions[name][first], b.predictions[name][second]):
-      raise ValueError(f"{a.path} and {b.path}: {name} differs, so they are results of different data")
-  split = len(own.columns)
-  columns = (*(column[first] for column in own.columns), *(column[second] for column in theirs.columns))
+  rows = [one.predictions["row"] for one in every]
+  shared = reduce(np.intersect1d, rows)
+  places = [np.intersect1d(shared, row, return_indices=True)[2] for row in rows]
+  first = every[0]
+  for one, place in zip(every[1:], places[1:], strict=True):
+    for name in _SAME:
+      if name in first.predictions and not np.array_equal(
+        first.predictions[name][places[0]], one.predictions[name][place]
+      ):
+        raise ValueError(f"{first.path} and {one.path}: {name} differs, so they are results of different data")
+  columns = tuple(column[place] for found, place in zip(answers, places, strict=True) for column in found.columns)
 
-  def minus(*arguments: np.ndarray) -> np.ndarray:
-    *both, times = arguments
-    return own.metric(*both[:split], times) - own.metric(*both[split:], times)
+  def combined(*arguments: np.ndarray) -> np.ndarray:
+    *left, times = arguments
+    values = []
+    for found in answers:
+      values.append(found.metric(*left[: len(found.columns)], times))
+      left = left[len(found.columns) :]
+    mean = np.mean(values[: len(own)], axis=0)
+    return mean - np.mean(values[len(own) :], axis=0) if theirs else mean
 
-  return _Answers(minus, columns, None if own.within is None else own.within[first])
+  within = answers[0].within
+  return _Answers(combined, columns, None if within is None else within[places[0]])
 
 
 _SAME = ("label", "labels", "group")  # predictions that do not depend on the model

@@ -10,6 +10,7 @@ from scipy.special import log_softmax
 from declip_jax.config import TEMPLATES
 from declip_jax.data.sources import Source
 from declip_jax.evals.features import EvaluationData
+from declip_jax.evals.mistakes import draw_confusions
 from declip_jax.evals.prompts import check_templates, classifier, from_templates, token_classifier, unique_prompts
 from declip_jax.evals.results import Scores
 from declip_jax.evals.scoring import METRICS, score
@@ -28,13 +29,12 @@ def zero_shot(data: EvaluationData, pictures: Path | None, *, templates: Sequenc
 
   Args:
     data: split to classify, and embeddings of prompts.
-    pictures: unused.
+    pictures: PNG file of the most frequent confusions, None for none.
     templates: prompts with `{}` for the class name, for data without prompts of its own.
 
   Raises:
     ValueError: the source has no labelled image; see also `check`.
   """
-  del pictures
   prompts = data.prompts
   if prompts is None:
     check(data.test.source, "zero_shot", templates=templates)
@@ -49,7 +49,9 @@ def zero_shot(data: EvaluationData, pictures: Path | None, *, templates: Sequenc
   logits = gather_rows(logits)[:, [kinds[tuple(own)] for own in prompts]]
   if data.test.labels is not None and data.metric != "any_label":
     logits = log_softmax(_SCALE * logits.astype(np.float64), axis=1)
-  return score(data, logits)
+  scores = score(data, logits)
+  draw_confusions(data.test.source, data.classnames, scores, pictures)
+  return scores
 
 
 def check(source: Source | Sequence[Any], field: str, *, templates: Any = TEMPLATES) -> None:

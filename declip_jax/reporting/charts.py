@@ -1,121 +1,184 @@
-"""Charts of evaluations: differences, few-shot curves, robustness to shift, and sweeps over the regularisation.
+"""Charts of evaluations: differences, few shots, robustness to shift, sweeps, and growth with compute and data.
 
-Scores are fractions; the axes show percent. Files are written as in `pictures`.
+Scores are fractions; the axes show percent. Colours are those of Okabe and Ito, which people with any kind of colour
+vision can tell apart, and curves also differ in their markers. Files are written as in `pictures`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import os
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, PercentFormatter
 import numpy as np
 
-from declip_jax.reporting.pictures import FAINT, INK, RIGHT, WRONG, new_figure, save
+from declip_jax.reporting.pictures import FAINT, INK, new_figure, save
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
 
 Path = str | os.PathLike[str]
 Interval = tuple[float, float]
 
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+_MARKERS = "osD^vP*X"
+_LINES = ("-", "--", ":")
+_KINDS = ("*", "o", "s", "D")  # markers of evaluators in one chart
+_PERCENT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+
+
+class Points(NamedTuple):
+  """The scores of a method at several sizes.
+
+  Attributes:
+    x: sizes, increasing.
+    y: score at each, the mean over seeds.
+    ends: interval of each score, None where there is none.
+    runs: sizes and scores of single runs, drawn faint.
+  """
+
+  x: Sequence[float]
+  y: Sequence[float]
+  ends: Sequence[Interval | None]
+  runs: Sequence[tuple[float, float]] = ()
+
+
+class Law(NamedTuple):
+  """A line through the logarithms of errors.
+
+  Attributes:
+    x, error: size and error of each run.
+    fitted: function from sizes to errors.
+    band: function from sizes to the lower and upper end of the band of `fitted`.
+    best: positions of the runs on the frontier.
+  """
+
+  x: Sequence[float]
+  error: Sequence[float]
+  fitted: Callable[[np.ndarray], np.ndarray]
+  band: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+  best: Sequence[int] = ()
+
 
 def plot_differences(values: Mapping[str, tuple[float, Interval | None]], title: str, path: Path) -> None:
-  """Draws a bar for the difference of each data set, largest first; pale where the interval contains 0.
+  """Draws a bar for the difference of each data set, largest first; pale where the interval contains 0 or is missing.
 
   Args:
     values: for each data set the difference, and its interval if it has one.
     title: what is compared.
     path: PNG file to write.
   """
+  from matplotlib.ticker import FuncFormatter, MaxNLocator
+
   order = sorted(values, key=lambda name: values[name][0])
-  figure = new_figure(8, 1.2 + 0.32 * len(order))
+  figure = new_figure(9, 1.5 + 0.34 * len(order))
   axes = figure.subplots()
   for row, name in enumerate(order):
     value, ends = values[name]
     supported = ends is not None and not ends[0] <= 0 <= ends[1]
-    axes.barh(row, value, color=RIGHT if value > 0 else WRONG, alpha=0.9 if supported else 0.3)
+    axes.barh(row, value, color=_COLORS[0] if value > 0 else _COLORS[1], alpha=0.9 if supported else 0.3)
     if ends is not None:
-      axes.plot(ends, (row, row), color=INK, linewidth=1)
+      axes.errorbar(sum(ends) / 2, row, xerr=(ends[1] - ends[0]) / 2, color=INK, linewidth=1, capsize=3)
   axes.set_yticks(range(len(order)), order, parse_math=False)
+  axes.margins(x=0.06)
   axes.axvline(0, color=INK, linewidth=0.8)
-  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:+.0f}"))
-  axes.set_xlabel("difference in points, with 95 % interval; pale: the interval contains 0")
+  axes.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:+.3g}" if x else "0"))
+  without = "" if all(ends for _, ends in values.values()) else ", or there is none"
+  axes.set_xlabel(f"difference in points, with its 95 % interval; pale bars: the interval contains 0{without}")
   _style(axes, title)
   save(figure, path)
 
 
 def plot_few_shot(
-  curves: Mapping[str, Mapping[int, tuple[float, float]]], zero_shot: Mapping[str, float], title: str, path: Path
+  curves: Mapping[str, Mapping[int, tuple[float, float]]],
+  zero_shot: Mapping[str, float],
+  title: str,
+  path: Path,
+  score: str = "accuracy",
 ) -> None:
-  """Draws accuracy against the number of training images per class (Radford et al. 2021, figure 6).
+  """Draws scores against the number of training images per class (Radford et al. 2021, figure 6).
 
   Args:
     curves: for each method, by number of images, the mean and the standard deviation over draws.
-    zero_shot: zero-shot accuracy of those methods that have one, drawn at 0 images.
+    zero_shot: zero-shot score of those methods that have one, drawn at 0 images.
     title: name of the data set.
     path: PNG file to write.
+    score: name of the score.
   """
-  figure = new_figure(7, 5)
+  figure = new_figure(9, 5)
   axes = figure.subplots()
   for index, (label, curve) in enumerate(curves.items()):
-    shots = sorted(curve)
+    shots, look = sorted(curve), _look(index)
     mean, spread = np.array([curve[count] for count in shots]).T
-    place = 1 + np.log2(shots)  # 0 is that of zero-shot
-    axes.errorbar(place, mean, yerr=spread, marker="o", capsize=3, color=f"C{index % 10}", label=label)
+    place = 1 + np.log2(shots) + 0.05 * (index - (len(curves) - 1) / 2)  # 0 is that of zero-shot
+    axes.errorbar(place, mean, yerr=spread, capsize=3, label=label, **look)
     if label in zero_shot:
-      axes.plot(0, zero_shot[label], marker="*", markersize=13, color=f"C{index % 10}", linestyle="none")
-      axes.axhline(zero_shot[label], color=f"C{index % 10}", linestyle=":", linewidth=1)
+      axes.plot(0, zero_shot[label], **{**look, "linestyle": "none", "markersize": 9})
+      axes.axhline(zero_shot[label], color=look["color"], linestyle=":", linewidth=1)
   used = sorted({count for curve in curves.values() for count in curve})
-  axes.set_xticks([0, *(1 + np.log2(used))], ["zero-shot", *map(str, used)])
-  axes.yaxis.set_major_formatter(PercentFormatter(1))
-  axes.set_xlabel("training images per class; bars: standard deviation over draws")
-  axes.legend(frameon=False)
+  zero = ([0], ["zero-shot"]) if zero_shot else ([], [])
+  axes.set_xticks([*zero[0], *(1 + np.log2(used))], [*zero[1], *map(str, used)])
+  axes.set(xlabel="training images per class; bars: standard deviation over draws of these images", ylabel=score)
+  _percent_axis(axes.yaxis)
   _style(axes, title)
+  _legend(axes)
   save(figure, path)
 
 
 def plot_robustness(
-  points: Mapping[str, tuple[float, float]],
+  points: Mapping[str, Sequence[tuple[str, float, float]]],
   title: str,
   path: Path,
   *,
+  names: tuple[str, str] = ("accuracy without shift", "accuracy under shift"),
   standard: tuple[np.ndarray, np.ndarray] | None = None,
   expected: Callable[[np.ndarray], np.ndarray] | None = None,
   band: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> None:
   """Draws accuracy under a shift against accuracy without it, on logit scales (Taori et al. 2020, figure 1).
 
+  The points of a method are joined by a line, as in figure 14 of Radford et al. 2021.
+
   Args:
-    points: for each method the accuracy without shift, and under it.
+    points: for each method how it was evaluated, its accuracy without shift, and that under it.
     title: name of the shift.
     path: PNG file to write.
-    standard: the same of models with standard training.
+    names: what the axes show.
+    standard: accuracies without and under shift of models with standard training.
     expected: the line through those models, as a function of the accuracy without shift.
     band: lower and upper end of its band, as a function of the same.
   """
-  figure = new_figure(6.5, 6)
+  figure = new_figure(9, 6)
   axes = figure.subplots()
-  known = np.array([*points.values()])
+  known = np.array([(x, y) for own in points.values() for _, x, y in own])
   if standard is not None:
-    axes.scatter(*standard, color=FAINT, s=14, label="standard training")
+    axes.scatter(*standard, color=FAINT, s=14, label=f"{len(standard[0])} models with standard training")
     known = np.concatenate([known, np.stack(standard, axis=1)])
-  low, high = (np.clip(end, 0.002, 0.998) for end in (known.min() * 0.8, 1 - (1 - known.max()) * 0.8))
-  at = _from_logit(np.linspace(_logit(low), _logit(high), 100))
-  axes.plot(at, at, color=FAINT, linestyle=":", linewidth=1, label="no loss")
+  (left, bottom), (right, top) = (_widened(known.min(axis=0), -1), _widened(known.max(axis=0), 1))
+  at = _from_logit(np.linspace(_logit(left), _logit(right), 100))
+  axes.plot(at, at, color=FAINT, linestyle=":", linewidth=1, label="no loss under shift")
   if expected is not None:
-    axes.plot(at, expected(at), color=INK, linewidth=1.2, label="expected")
+    axes.plot(at, expected(at), color=INK, linewidth=1.2, label="line through these models")
   if band is not None:
-    axes.fill_between(at, *band(at), color=INK, alpha=0.12, linewidth=0)
-  for index, (label, (x, y)) in enumerate(points.items()):
-    axes.plot(x, y, marker="*", markersize=14, linestyle="none", color=f"C{index % 10}", label=label)
-  for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
-    scale("function", functions=(_logit, _from_logit))
-    axis.set_major_formatter(PercentFormatter(1, decimals=0))
-  ticks = [
-    tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99) if low < tick < high
-  ]
-  axes.set_xticks(ticks)
-  axes.set_yticks(ticks)
-  axes.set(xlim=(low, high), ylim=(low, high), xlabel="accuracy without shift", ylabel="accuracy under shift")
-  axes.legend(frameon=False, fontsize=9)
+    axes.fill_between(at, *band(at), color=INK, alpha=0.12, linewidth=0, label="95 % band of the line")
+  kinds = list(dict.fromkeys(kind for own in points.values() for kind, _, _ in own))
+  for index, (label, own) in enumerate(points.items()):
+    color = _look(index)["color"]
+    axes.plot([x for _, x, _ in own], [y for _, _, y in own], color=color, linewidth=1)
+    for number, (kind, x, y) in enumerate(own):
+      look = {"marker": _KINDS[kinds.index(kind) % len(_KINDS)], "markersize": 11, "linestyle": "none"}
+      axes.plot(x, y, color=color, markeredgecolor="white", label=label if not number else None, **look)
+  for number, kind in enumerate(kinds if len(kinds) > 1 else ()):
+    axes.plot([], [], color=INK, marker=_KINDS[number % len(_KINDS)], markersize=9, linestyle="none", label=kind)
+  for set_scale in (axes.set_xscale, axes.set_yscale):
+    set_scale("function", functions=(_logit, _from_logit))
+  for axis, ends in ((axes.xaxis, (left, right)), (axes.yaxis, (bottom, top))):
+    axis.set_ticks(_logit_ticks(*ends))
+    axis.set_minor_locator(_no_ticks())
+    _percent_axis(axis)
+  axes.set(xlim=(left, right), ylim=(bottom, top), xlabel=names[0], ylabel=names[1])
   _style(axes, title)
+  _legend(axes)
   save(figure, path)
 
 
@@ -129,18 +192,21 @@ def plot_scores(values: Mapping[str, Mapping[str, tuple[float, Interval | None]]
   """
   names = list(dict.fromkeys(name for own in values.values() for name in own))
   width = 0.8 / len(values)
-  figure = new_figure(max(6, 1.5 + 0.35 * len(names) * (1 + len(values))), 4.5)
+  figure = new_figure(min(max(7, 3 + 0.35 * len(names) * (1 + len(values))), 16), 4.5)
   axes = figure.subplots()
   for index, (label, own) in enumerate(values.items()):
     places = [names.index(name) + width * (index + 0.5) - 0.4 for name in own]
-    axes.bar(places, [value for value, _ in own.values()], width, color=f"C{index % 10}", label=label)
+    axes.bar(places, [value for value, _ in own.values()], 0.92 * width, color=_look(index)["color"], label=label)
     for place, (_, ends) in zip(places, own.values(), strict=True):
       if ends is not None:
-        axes.plot((place, place), ends, color=INK, linewidth=1)
+        axes.errorbar(place, sum(ends) / 2, yerr=(ends[1] - ends[0]) / 2, color=INK, linewidth=1, capsize=3)
   axes.set_xticks(range(len(names)), names, rotation=20, ha="right", parse_math=False)
-  axes.yaxis.set_major_formatter(PercentFormatter(1))
-  axes.legend(frameon=False, fontsize=9)
+  axes.set_ylabel("score, with its 95 % interval")
+  axes.set_ylim(bottom=0)
+  _percent_axis(axes.yaxis)
   _style(axes, title)
+  axes.grid(visible=False, axis="x")
+  _legend(axes)
   save(figure, path)
 
 
@@ -152,25 +218,252 @@ def plot_sweep(curves: Mapping[str, tuple[Sequence[float], Sequence[float], floa
     title: name of the data set.
     path: PNG file to write.
   """
-  figure = new_figure(7, 4)
+  figure = new_figure(9, 4.5)
   axes = figure.subplots()
   for index, (label, (strengths, scores, chosen)) in enumerate(curves.items()):
-    order = np.argsort(strengths)
-    axes.plot(np.take(strengths, order), np.take(scores, order), marker="o", color=f"C{index % 10}", label=label)
-    axes.axvline(chosen, color=f"C{index % 10}", linestyle=":", linewidth=1)
+    order, look = np.argsort(strengths), _look(index)
+    axes.plot(np.take(strengths, order), np.take(scores, order), label=f"{label}: C = {chosen:.3g}", **look)
+    axes.axvline(chosen, color=look["color"], linestyle=":", linewidth=1)
+    if chosen in strengths:
+      best = scores[list(strengths).index(chosen)]
+      axes.plot(chosen, best, marker="o", markersize=14, markerfacecolor="none", color=look["color"])
   axes.set_xscale("log")
-  axes.yaxis.set_major_formatter(PercentFormatter(1))
-  axes.set_xlabel("C, the inverse strength of the regularisation; dotted: the chosen value")
-  axes.legend(frameon=False)
+  axes.set_xlabel("C, the inverse strength of the regularisation; ring: the chosen value")
+  axes.set_ylabel("score on the validation split")
+  _percent_axis(axes.yaxis)
   _style(axes, title)
+  _legend(axes)
   save(figure, path)
 
 
-def _style(axes: Axes, title: str) -> None:
-  axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
+def plot_growth(panels: Mapping[str, Mapping[str, Points]], title: str, path: Path, score: str) -> None:
+  """Draws scores against several measures of size, a panel for each, and one line per method.
+
+  Args:
+    panels: for each measure the lines of methods.
+    title: what the score is of.
+    path: PNG file to write.
+    score: name of the score.
+  """
+  rows = -(-len(panels) // 2)
+  figure = new_figure(10, 0.8 + 3.6 * rows)
+  labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+  grid = figure.subplots(rows, 2, squeeze=False, sharey=True)
+  for axes in grid.flat[len(panels) :]:
+    axes.set_visible(False)
+  for axes, (measure, lines) in zip(grid.flat, panels.items(), strict=False):
+    for label, line in lines.items():
+      look = _look(labels.index(label))
+      ends = np.array([end or (y, y) for end, y in zip(line.ends, line.y, strict=True)])
+      spread = np.abs(ends.T - np.asarray(line.y))
+      for x, y in line.runs:
+        axes.plot(x, y, color=look["color"], marker=".", alpha=0.35)
+      axes.errorbar(line.x, line.y, yerr=spread, capsize=3, label=label, **look)
+    _size_axis(axes, [x for line in lines.values() for x in line.x], measure)
+    axes.tick_params(labelleft=True)
+    axes.set_ylabel(score)
+    _percent_axis(axes.yaxis)
+    _style(axes, "")
+  figure.suptitle(
+    f"{title}: score against size of training",
+    x=0.01,
+    ha="left",
+    fontsize=11,
+    fontweight="bold",
+    color=INK,
+    parse_math=False,
+  )
+  _legend_below(figure, grid.flat[: len(panels)])
+  save(figure, path)
+
+
+def plot_laws(laws: Mapping[str, Law], measure: str, title: str, path: Path) -> None:
+  """Draws errors against a measure of size on logarithmic scales, fitted lines with bands, and residuals below.
+
+  Args:
+    laws: law of each method.
+    measure: name of the measure of size.
+    title: what the errors are of.
+    path: PNG file to write.
+  """
+  figure = new_figure(9, 6.5)
+  upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+  for index, (label, law) in enumerate(laws.items()):
+    look, x, error = _look(index), np.asarray(law.x, float), np.asarray(law.error, float)
+    at = np.geomspace(x.min() / 1.1, x.max() * 1.1, 100)
+    upper.plot(x, error, label=label, **{**look, "linestyle": "none"})
+    upper.plot(at, law.fitted(at), color=look["color"], linewidth=1.2)
+    upper.fill_between(at, *law.band(at), color=look["color"], alpha=0.12, linewidth=0)
+    if len(law.best):
+      best = np.asarray(law.best)
+      ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "linestyle": "none"}
+      upper.plot(x[best], error[best], color=look["color"], **ring)
+    lower.plot(x, 100 * (error / law.fitted(x) - 1), **{**look, "linestyle": "none"})
+  upper.set_yscale("log")
+  known = np.concatenate([law.error for law in laws.values()])
+  upper.set_yticks(_between(_PERCENT, known.min() * 0.85, known.max() * 1.15, 0.01))
+  upper.yaxis.set_minor_locator(_no_ticks())
+  _percent_axis(upper.yaxis)
+  upper.set_ylabel("error (100 % minus score)")
+  lower.axhline(0, color=INK, linewidth=0.8)
+  lower.set_ylabel("off the line, %")
+  _style(upper, title)
+  _style(lower, "")
+  _size_axis(lower, [x for law in laws.values() for x in law.x], measure)
+  _legend(upper)
+  save(figure, path)
+
+
+def plot_interpolation(
+  scores: Mapping[str, Mapping[str, Points]],
+  shifts: Mapping[str, Points],
+  names: tuple[str, str],
+  title: str,
+  path: Path,
+) -> None:
+  """Draws the scores of interpolated weights against the share of the second ones, and shift against reference score.
+
+  Args:
+    scores: for each model and data set the scores by share, 0 to 1.
+    shifts: for each model the score under shift (`y`) by the reference score (`x`), by increasing share; may be empty.
+    names: names of the reference score and of that under shift.
+    path: PNG file to write.
+  """
+  figure = new_figure(10, 5.2)
+  grid = figure.subplots(1, 2 if shifts else 1, squeeze=False)[0]
+  lines = {(model, name): line for model, own in scores.items() for name, line in own.items()}
+  for index, ((model, name), line) in enumerate(lines.items()):
+    label = name if len(scores) == 1 else f"{model}: {name}"
+    ends = np.array([end or (y, y) for end, y in zip(line.ends, line.y, strict=True)])
+    grid[0].errorbar(line.x, line.y, yerr=np.abs(ends.T - np.asarray(line.y)), label=label, capsize=2, **_look(index))
+  grid[0].set(xlabel="share of the fine-tuned weights", ylabel="score, with its 95 % interval", xlim=(-0.04, 1.04))
+  _percent_axis(grid[0].yaxis)
+  _style(grid[0], "Score by share of the fine-tuned weights")
+  for index, (model, line) in enumerate(shifts.items()):
+    look = _look(len(lines) + index)
+    grid[1].plot(line.x, line.y, label=f"{model}, by share" if len(shifts) > 1 else "", **look)
+    for place, text in ((0, "share 0"), (-1, "share 1")):
+      at = {"xy": (line.x[place], line.y[place]), "xytext": (6, 6), "textcoords": "offset points"}
+      grid[1].annotate(text, fontsize=9, color=INK, **at)
+    best = int(np.argmax(line.y))
+    ring = {"marker": "o", "markersize": 14, "markerfacecolor": "none", "linestyle": "none"}
+    grid[1].plot(line.x[best], line.y[best], color=look["color"], **ring)
+  if shifts:
+    grid[1].margins(0.14)
+    grid[1].set(xlabel=names[0], ylabel=names[1])
+    _percent_axis(grid[1].xaxis)
+    _percent_axis(grid[1].yaxis)
+    _style(grid[1], "Mean under shift; ring: its best share")
+  _legend_below(figure, grid)
+  save(figure, path)
+
+
+def _look(index: int) -> dict[str, Any]:
+  """Colour, marker and line of the curve at a position; more than eight also differ in their lines."""
+  place, again = index % len(_COLORS), index // len(_COLORS) % len(_LINES)
+  return {
+    "color": _COLORS[place],
+    "marker": _MARKERS[(place + again) % len(_MARKERS)],
+    "linestyle": _LINES[again],
+    "linewidth": 1.6,
+    "markersize": 6,
+  }
+
+
+def _style(axes: "Axes", title: str) -> None:
+  axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False, wrap=True)
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(color="#e6e6e6", linewidth=0.8)
   axes.set_axisbelow(True)
+
+
+def _legend(axes: "Axes") -> None:
+  """A legend beside the axes, where it covers nothing."""
+  legend = axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+  for text in legend.get_texts():
+    text.set_parse_math(False)
+
+
+def _legend_below(figure: "Figure", grid: Sequence["Axes"]) -> None:
+  """A legend of all axes below them."""
+  found = {}
+  for axes in grid:
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+      found.setdefault(label, handle)
+  found.pop("", None)
+  if found:
+    columns = min(len(found), 4 if max(map(len, found)) < 24 else 2)
+    legend = figure.legend(
+      [*found.values()], [*found], frameon=False, fontsize=9, loc="outside lower center", ncols=columns
+    )
+    for text in legend.get_texts():
+      text.set_parse_math(False)
+
+
+def _percent_axis(axis: Any) -> None:
+  from matplotlib.ticker import FuncFormatter
+
+  axis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 6):g} %"))
+
+
+def _size_axis(axes: "Axes", values: Sequence[float], measure: str) -> None:
+  """A logarithmic axis with ticks at the sizes themselves, where these are few and far enough apart."""
+  from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+  axes.set_xscale("log")
+  low, high = min(values), max(values)
+  reach = max((high / low) ** 0.06, 1.03)
+  axes.set_xlim(low / reach, high * reach)
+  ticks: list[float] = []
+  for value in sorted({*values}):
+    if not ticks or value / ticks[-1] >= (high / low) ** 0.12 * 1.01:
+      ticks.append(value)
+  if len(ticks) <= 7:
+    axes.set_xticks(ticks)
+  else:
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+  axes.xaxis.set_minor_locator(NullLocator())
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: amount(x)))
+  axes.set_xlabel(measure)
+
+
+def amount(value: float) -> str:
+  """A number for people, such as 12.5k."""
+  if value >= 1e12:
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}e{int(exponent)}"
+  size, letter = next(
+    ((size, letter) for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= size), (1, "")
+  )
+  return f"{value / size:.3g}{letter}"
+
+
+def _no_ticks() -> Any:
+  from matplotlib.ticker import NullLocator
+
+  return NullLocator()
+
+
+def _widened(share: np.ndarray, side: int) -> np.ndarray:
+  """Shares a little further out on the logit scale."""
+  return _from_logit(_logit(np.clip(share, 0.002, 0.998)) + 0.25 * side)
+
+
+def _logit_ticks(low: float, high: float) -> list[float]:
+  for step in (None, 0.1, 0.05, 0.02, 0.01):
+    ticks = _between(_PERCENT if step is None else np.arange(step, 1, step), low, high)
+    if len(ticks) >= 4:
+      return ticks
+  return ticks
+
+
+def _between(values: Sequence[float] | np.ndarray, low: float, high: float, step: float = 0.0) -> list[float]:
+  """The values in a range; multiples of `step` if they are fewer than three."""
+  found = [float(value) for value in values if low < value < high]
+  if len(found) >= 3 or not step:
+    return found
+  finer = max(step, round((high - low) / 5, 2))
+  return [float(value) for value in np.arange(finer, 1, finer) if low < value < high]
 
 
 def _logit(share: np.ndarray | float) -> np.ndarray:

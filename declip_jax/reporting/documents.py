@@ -1,4 +1,4 @@
-"""A document of headings, paragraphs, tables and pictures, as Markdown and as one HTML page."""
+"""A document of headings, paragraphs, lists, tables and pictures, as Markdown, one HTML page, and tables of LaTeX."""
 
 import base64
 from collections.abc import Sequence
@@ -23,15 +23,28 @@ class Heading:
 
 @dataclass(frozen=True)
 class Table:
-  """A table; the first column is a name, the others are numbers. `**` around a cell makes it bold.
+  """A table of texts and, to the right of them, numbers. `**` around a cell makes it bold.
 
   Attributes:
     header: names of the columns.
     rows: cells.
+    texts: number of columns that are texts.
   """
 
   header: Sequence[str]
   rows: Sequence[Sequence[str]]
+  texts: int = 1
+
+
+@dataclass(frozen=True)
+class Listing:
+  """A list of sentences.
+
+  Attributes:
+    items: the sentences.
+  """
+
+  items: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -47,13 +60,13 @@ class Picture:
   text: str
 
 
-Block = Heading | Table | Picture | str  # a text is a paragraph
+Block = Heading | Table | Listing | Picture | str  # a text is a paragraph
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+.text { text-align: left; }
 img { max-width: 100%; }
 figure { margin: 1rem 0; } figcaption { color: #666; }
 """
@@ -68,11 +81,14 @@ def _markdown(block: Block, folder: Path) -> str:
   if isinstance(block, Heading):
     return f"{'#' * block.level} {block.text}"
   if isinstance(block, Picture):
-    return f"![{block.text}]({block.path.relative_to(folder).as_posix()})"
+    return f"![{block.text}]({block.path.relative_to(folder).as_posix()})\n\n*{block.text}*"
+  if isinstance(block, Listing):
+    return "\n".join(f"* {item}" for item in block.items)
   if isinstance(block, Table):
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (block.header, *block.rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([lines[0], f"|---|{'--:|' * (len(block.header) - 1)}", *lines[1:]])
+    marks = ["---" if column < block.texts else "--:" for column in range(len(block.header))]
+    return "\n".join([lines[0], f"|{'|'.join(marks)}|", *lines[1:]])
   return block
 
 
@@ -92,10 +108,48 @@ def _html(block: Block) -> str:
     picture = f'<img alt="{text}" src="data:image/png;base64,{data}">'
     return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
   if isinstance(block, Table):
-    header = "".join(f"<th>{_inline(cell)}</th>" for cell in block.header)
-    rows = "".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>\n" for row in block.rows)
-    return f"<table><thead><tr>{header}</tr></thead><tbody>\n{rows}</tbody></table>"
+    rows = "".join(f"{_html_row('td', row, block.texts)}\n" for row in block.rows)
+    return f"<table><thead>{_html_row('th', block.header, block.texts)}</thead><tbody>\n{rows}</tbody></table>"
+  if isinstance(block, Listing):
+    return f"<ul>{''.join(f'<li>{_inline(item)}</li>' for item in block.items)}</ul>"
   return f"<p>{_inline(block)}</p>"
+
+
+def _html_row(tag: str, cells: Sequence[str], texts: int) -> str:
+  marks = (' class="text"' if column < texts else "" for column in range(len(cells)))
+  return f"<tr>{''.join(f'<{tag}{mark}>{_inline(cell)}</{tag}>' for mark, cell in zip(marks, cells, strict=True))}</tr>"
+
+
+def to_latex(blocks: Sequence[Block]) -> str:
+  """The tables of the document for LaTeX with the package booktabs, each after the heading above it as a comment."""
+  parts, heading = [], ""
+  for block in blocks:
+    if isinstance(block, Heading):
+      heading = block.text
+    if isinstance(block, Table):
+      columns = "".join("l" if column < block.texts else "r" for column in range(len(block.header)))
+      rows = [" & ".join(map(_latex, row)) + r" \\" for row in (block.header, *block.rows)]
+      body = "\n".join([r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"])
+      parts.append(f"% {heading}\n\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n")
+  return "\n".join(parts)
+
+
+_LATEX = {
+  "\\": r"\textbackslash{}",
+  **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+  "~": r"\textasciitilde{}",
+  "^": r"\textasciicircum{}",
+  "‡": r"$^\ddagger$",
+  "§": r"\S",
+  "²": "$^2$",
+}
+
+
+def _latex(cell: str) -> str:
+  """A cell for LaTeX, with its bold and code marks."""
+  escaped = "".join(_LATEX.get(sign, sign) for sign in cell.replace("\\*", "\0")).replace("\0", "*")
+  bold = re.sub(r"\*\*([^*]+)\*\*", r"\\textbf{\1}", escaped)
+  return re.sub(r"`([^`]+)`", r"\\texttt{\1}", bold)
 
 
 def _inline(text: str) -> str:

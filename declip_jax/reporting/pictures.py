@@ -146,7 +146,7 @@ def plot_retrieval(
   correct: np.ndarray | Sequence[Sequence[bool]],
   path: str | os.PathLike[str],
 ) -> None:
-  """Draws the images that each text retrieves, best first, with a green frame if correct and a red one if not.
+  """Draws the images that each text retrieves, best first: a solid green frame if correct, a dashed red one if not.
 
   Args:
     query_texts: `n` texts.
@@ -169,6 +169,25 @@ def plot_retrieval(
     for rank, (picture, mark) in enumerate(zip(pictures, marks, strict=True)):
       place = margin + (1 + rank) * pitch, margin + row * pitch
       sheet.place(*place, _CELL, _CELL, picture, frame=RIGHT if mark else WRONG)
+  save(sheet.figure, path)
+
+
+def plot_examples(rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: str | os.PathLike[str]) -> None:
+  """Draws a row of pictures for each of some texts.
+
+  Args:
+    rows: texts, each with some pictures, uint8 `[h w 3]`; sizes and numbers may differ.
+    path: PNG file to write.
+  """
+  margin, cell = 2 * _GAP, _CELL / 2
+  most = max((len(pictures) for _, pictures in rows), default=0)
+  pitch = cell + _GAP
+  sheet = _Sheet(2 * margin + _CELL + _GAP + most * pitch, 2 * margin + max(len(rows), 1) * pitch - _GAP)
+  for row, (text, pictures) in enumerate(rows):
+    top = margin + row * pitch
+    sheet.write(margin, top, _wrap(text, round(_CELL / _CHARACTER), 6))
+    for place, picture in enumerate(pictures):
+      sheet.place(margin + _CELL + _GAP + place * pitch, top, cell, cell, picture)
   save(sheet.figure, path)
 
 
@@ -219,7 +238,9 @@ class _Sheet:
     box = self._across(left + (width - across) / 2), self._up(top + down)
     axes = self.figure.add_axes((*box, self._across(across), down / self._size[1]), xticks=[], yticks=[])
     axes.imshow(picture, aspect="auto")
-    axes.spines[:].set(visible=bool(frame), linewidth=4, color=frame or INK)
+    # Wrong ones are dashed for people who do not tell red from green.
+    dashes = (0, (2, 1)) if frame == WRONG else "-"
+    axes.spines[:].set(visible=bool(frame), linewidth=4, color=frame or INK, linestyle=dashes, capstyle="butt")
 
   def write(self, left: float, top: float, text: str, **style: Any) -> None:
     """Writes a text from its top left corner."""

@@ -119,15 +119,65 @@ def test_recalls_resample_images_with_all_their_texts() -> None:
   assert answers.metric(*answers.columns, once)[0] == pytest.approx((sides[0] + sides[3]) / 2)
 
 
-def test_the_mean_of_a_suite_needs_all_its_sets(tmp_path: Path) -> None:
+def test_an_average_needs_all_its_sets(tmp_path: Path) -> None:
   for index, key in enumerate(("pets", "dtd")):
     write(tmp_path, "a", classified(0.7, index), key=key)
     if not index:
       write(tmp_path, "b", classified(0.7, index), key=key)
-  methods = read_methods([tmp_path])
-  a, b = comparison.suite_means(methods, ("pets", "dtd"), "zero_shot", lambda key: "top1")
+  items = [(Task(key, "zero_shot", ""), "top1") for key in ("pets", "dtd")]
+  a, b = read_methods([tmp_path])
+  assert comparison.average(b, items) is None
+  assert comparison.average_difference(a, b, items) is None
+  found = comparison.average(a, items)
   expected = [(classified(0.7, index)["rank"] < 1).mean() for index in range(2)]
-  assert b is None
-  assert a.value == pytest.approx(np.mean(expected))
+  assert found.value == pytest.approx(np.mean(expected))
   error = np.sqrt(sum(p * (1 - p) / 400 for p in expected)) / 2
-  np.testing.assert_allclose(a.interval, a.value + error * np.array([-1.96, 1.96]), atol=0.004)
+  np.testing.assert_allclose(found.images, found.value + error * np.array([-1.96, 1.96]), atol=0.004)
+  assert found.seeds is None
+  assert comparison.average(b, items[:1]).images == b.of(items[0][0])[0].interval("top1")
+
+
+def test_an_average_over_seeds_has_two_kinds_of_interval(tmp_path: Path) -> None:
+  for name, accuracy in (("a", 0.8), ("b", 0.6)):
+    for seed in range(3):
+      for place, key in enumerate(("pets", "dtd")):
+        write(tmp_path, f"{name}-{seed}", classified(accuracy, 100 * place + seed), key=key)
+  items = [(Task(key, "zero_shot", ""), "top1") for key in ("pets", "dtd")]
+  a, b = read_methods([tmp_path])
+  means = [
+    np.array([np.mean([run[task].metrics["top1"] for task, _ in items]) for run in method.runs]) for method in (a, b)
+  ]
+  found = comparison.average(a, items)
+  assert found.seeds == pytest.approx(intervals.student(means[0]))
+  # Several answers to the same images: the spread of the mean of their correctness.
+  correct = [np.mean([run[task].predictions["rank"] < 1 for run in a.runs], axis=0) for task, _ in items]
+  error = np.sqrt(sum(own.var() / 400 for own in correct)) / 2
+  np.testing.assert_allclose(found.images, found.value + error * np.array([-1.96, 1.96]), atol=0.003)
+  difference = comparison.average_difference(a, b, items)
+  assert difference.value == pytest.approx(means[0].mean() - means[1].mean())
+  assert difference.seeds == pytest.approx(intervals.welch(*means).interval)
+  assert difference.images.lower < difference.value < difference.images.upper
+  assert difference.is_significant
+  same = comparison.average_difference(a, a, items)
+  assert same.images == (0, 0)
+  assert not same.is_significant
+
+
+def test_runs_that_were_trained_in_other_ways_are_no_seeds(tmp_path: Path) -> None:
+  for share in (25, 50):
+    training = {"method": "clip", "unique_pairs": share}
+    write(tmp_path / "single", f"clip-{share}", classified(0.7, share), training=training)
+    for seed in range(2):
+      write(tmp_path / "grid", f"clip-{share}-{seed}", classified(0.7, seed), training={**training, "seed": seed})
+      weights = {"path": f"runs/{share}/clip-{seed}", "hash": f"{share} {seed}"}
+      folder = tmp_path / f"{share} {seed}"
+      write(folder, f"clip-{seed}", classified(0.7, seed), training=training, weights=weights)
+  assert [method.label for method in read_methods([tmp_path / "single"])] == ["clip-25", "clip-50"]
+  grid = read_methods([tmp_path / "grid"])
+  assert [(method.label, len(method.runs)) for method in grid] == [("clip-25", 2), ("clip-50", 2)]
+  folders = [tmp_path / f"{share} {seed}" for share in (25, 50) for seed in range(2)]
+  same = read_methods(folders)  # models of one name in several folders
+  assert [(method.label, len(method.runs)) for method in same] == [
+    ("25/clip-0, 25/clip-1", 2),
+    ("50/clip-0, 50/clip-1", 2),
+  ]

@@ -1,0 +1,228 @@
+"""What a report compares, and how it writes scores and differences."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from declip_jax.evals import comparison
+from declip_jax.evals.comparison import Cell, Difference, Items, Method, Scored, Task
+from declip_jax.evals.intervals import Interval
+
+TITLES = {
+  "zero_shot": "Zero-shot classification",
+  "retrieval": "Retrieval",
+  "composition": "Composition",
+  "linear_probe": "Linear probe",
+  "sgd_probe": "Linear probe by gradient descent",
+  "few_shot": "Few shots",
+  "knn": "Nearest neighbours",
+  "nearest_mean": "Nearest class mean",
+  "classify": "Classifier of the model",
+}
+METRICS = {
+  "top1": "top-1 accuracy",
+  "top5": "top-5 accuracy",
+  "mean_per_class": "mean accuracy per class",
+  "mean_recall": "mean of all recalls",
+  "mean_r1": "mean recall at 1",
+  "mean_average_precision": "mean average precision",
+  "mean_average_precision_11": "11-point mean average precision",
+  "roc_auc": "ROC AUC",
+  "mean_top1_top5": "mean of top-1 and top-5 accuracy",
+}
+_RETRIEVAL = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+
+
+class Published(NamedTuple):
+  """A published score.
+
+  Attributes:
+    model: name of the published model; the name of its config where this package has one.
+    source: publication.
+    protocol: how it was measured, in words.
+    kind: evaluator that measures the same.
+    key: key of the data set in the catalogue.
+    prompts: name of the prompt set, an empty text where there are none.
+    value: the score, a fraction.
+  """
+
+  model: str
+  source: str
+  protocol: str
+  kind: str
+  key: str
+  prompts: str
+  value: float
+
+
+@dataclass(frozen=True)
+class Report:
+  """What a report compares.
+
+  Attributes:
+    methods: methods, in the order of columns.
+    baseline: the method with which the others are compared, None for none.
+    shifts: for the key of a data set, the keys of the same task under a distribution shift.
+    standard: models with standard training, whose line gives the expected accuracy under `shifts`.
+    overlaps: working directories of `declip_jax.overlap`.
+    interpolated: methods whose weights are interpolated with others, which are curves instead of columns.
+    published: published scores.
+  """
+
+  methods: Sequence[Method]
+  baseline: Method | None = None
+  shifts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+  standard: Sequence[Method] = ()
+  overlaps: Sequence[Path] = ()
+  interpolated: Sequence[Method] = ()
+  published: Sequence[Published] = ()
+
+  @cached_property
+  def tasks(self) -> list[Task]:
+    """All tasks with a result."""
+    return comparison.tasks(self.methods)
+
+  @cached_property
+  def kinds(self) -> list[str]:
+    """The evaluators of `tasks`."""
+    return list(dict.fromkeys(task.kind for task in self.tasks))
+
+  @property
+  def labels(self) -> list[str]:
+    """Names of the methods."""
+    return [method.label for method in self.methods]
+
+  @property
+  def others(self) -> list[Method]:
+    """The methods that are compared with the baseline."""
+    return [method for method in self.methods if method is not self.baseline]
+
+  @property
+  def scored(self) -> list[Scored]:
+    """All results, by method, run and task."""
+    return [run[task] for method in self.methods for run in method.runs for task in sorted(run)]
+
+  def of_kind(self, kind: str) -> list[Task]:
+    """The tasks of an evaluator."""
+    return [task for task in self.tasks if task.kind == kind]
+
+  def some(self, task: Task) -> Scored:
+    """Any result of a task."""
+    return next(scored for method in self.methods for scored in method.of(task))
+
+  def metrics(self, task: Task) -> list[str]:
+    """The metrics of a task that a table shows, the headline first."""
+    some = self.some(task)
+    if task.kind == "retrieval":
+      return list(dict.fromkeys([some.headline, *(name for name in _RETRIEVAL if name in some.metrics)]))
+    if task.kind == "few_shot":
+      return sorted((name for name in some.metrics if name.startswith("shots_")), key=lambda name: int(name[6:]))
+    return [some.headline]
+
+  def difference(self, method: Method, other: Method, task: Task, metric: str) -> Difference | None:
+    """Compares two methods by a metric, see `comparison.difference`; each pair is resampled once."""
+    key = (method.label, other.label, task, metric)
+    if key not in self._known:
+      found = comparison.difference(method.of(task), other.of(task), metric)
+      self._known[key] = found
+      self._known[other.label, method.label, task, metric] = found and _opposite(found)
+    return self._known[key]
+
+  def differences(self, task: Task, metric: str) -> dict[str, Difference]:
+    """The difference of each method from the baseline, by label; methods without a result are left out."""
+    if self.baseline is None:
+      return {}
+    found = {method.label: self.difference(method, self.baseline, task, metric) for method in self.others}
+    return {label: own for label, own in found.items() if own is not None}
+
+  def marks(self, kind: str) -> dict[tuple[Task, str, str], str]:
+    """Stars of the differences of an evaluator's table: one if the interval excludes 0, two if Holm's test agrees."""
+    found = {
+      (task, metric, label): own
+      for task in self.of_kind(kind)
+      for metric in self.metrics(task)
+      for label, own in self.differences(task, metric).items()
+    }
+    p = comparison.adjusted(found)
+    return {name: "**"[: 1 + (p[name] < 0.05)] for name, own in found.items() if own.is_significant}
+
+  def items(self, kind: str, keys: Sequence[str] | None = None) -> list[tuple[Task, str]]:
+    """Tasks of an evaluator with their headline metrics.
+
+    Args:
+      kind: the evaluator.
+      keys: keys of data sets in the catalogue; None for the data sets that all methods have.
+    """
+    chosen = [task for task in self.of_kind(kind) if not task.variant]
+    if keys is not None:
+      found = {self.some(task).key: task for task in chosen}
+      chosen = [found[key] for key in keys if key in found]
+    else:
+      chosen = [task for task in chosen if all(method.of(task) for method in self.methods)]
+    return [(task, self.some(task).headline) for task in chosen]
+
+  @cached_property
+  def _known(self) -> dict[tuple[str, str, Task, str], Difference | None]:
+    return {}
+
+
+def by_key(method: Method, kind: str) -> dict[str, Cell]:
+  """The headline score of an evaluator on each data set of the catalogue."""
+  found = {}
+  for task in dict.fromkeys(task for run in method.runs for task in run):
+    scored = method.of(task)
+    if task.kind == kind and not task.variant and scored[0].key:
+      found[scored[0].key] = comparison.cell(scored, scored[0].headline)
+  return found
+
+
+def single_metrics(items: Items) -> str:
+  """The name of the metric of some tasks, "score" if they have several."""
+  names = {metric for _, metric in items}
+  return metric_name(names.pop()) if len(names) == 1 else "score"
+
+
+def metric_name(metric: str) -> str:
+  """The name of a metric in words."""
+  if metric.startswith("shots_"):
+    count = metric.removeprefix("shots_")
+    return f"{count} image{'s' if count != '1' else ''} per class"
+  way, _, k = metric.rpartition("_r")
+  if way in ("image_to_text", "text_to_image"):
+    return f"{way.replace('_', ' ')}, recall at {k}"
+  return METRICS.get(metric, metric.replace("_", " "))
+
+
+def title(kind: str) -> str:
+  """The name of an evaluator in words."""
+  return TITLES.get(kind, kind.replace("_", " ").capitalize())
+
+
+def percent(found: Cell | None) -> str:
+  """A score with its interval, in percent."""
+  return "" if found is None else f"{100 * found.value:.1f}{brackets(found.interval)}"
+
+
+def brackets(ends: Interval | None, sign: str = "") -> str:
+  """An interval in percent or points, after a space; nothing for None."""
+  return "" if ends is None else f" [{100 * ends[0]:{sign}.1f}, {100 * ends[1]:{sign}.1f}]"
+
+
+def points(found: Difference | None, mark: str = "") -> str:
+  """A difference in points, with stars and its interval."""
+  if found is None:
+    return ""
+  stars = "\\*" * len(mark)
+  return f"{100 * found.value:+.1f}{stars}{brackets(found.interval, '+')}"
+
+
+def share(value: float | None) -> str:
+  """A fraction in percent."""
+  return "" if value is None else f"{100 * value:.1f}"
+
+
+def _opposite(found: Difference) -> Difference:
+  ends = found.interval and Interval(-found.interval.upper, -found.interval.lower)
+  return found._replace(value=-found.value, interval=ends)

@@ -1,0 +1,111 @@
+"""The headline table of a report: ImageNet, means of suites, and means of the data sets that all methods have."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from declip_jax.evals import catalogue
+from declip_jax.evals.catalogue import Suite
+from declip_jax.evals.comparison import Average, Items, Method, Task, average, average_difference
+from declip_jax.evals.report.compared import Report, brackets, single_metrics, title
+from declip_jax.reporting.documents import Block, Heading, Table
+
+_IMAGENET = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "classify": "fine-tuned"}
+_WITHOUT_TRAINING = ("zero_shot", "retrieval", "composition")
+
+
+class Line(NamedTuple):
+  """A score in the headline table.
+
+  Attributes:
+    quantity: what it is a score of.
+    method: of which method.
+    score: the score.
+    difference: its difference from the baseline, None for the baseline itself.
+  """
+
+  quantity: str
+  method: Method
+  score: Average
+  difference: Average | None
+
+
+def lines(report: Report) -> list[Line]:
+  """The headline scores of all methods that have all of their data sets."""
+  found = []
+  for name, items in _quantities(report):
+    for method in report.methods:
+      if (score := average(method, items)) is None:
+        continue
+      baseline = report.baseline
+      known = None if baseline is None or method is baseline else average_difference(method, baseline, items)
+      found.append(Line(name, method, score, known))
+  return found
+
+
+def headline(report: Report) -> Iterator[Block]:
+  """The table."""
+  found = lines(report)
+  if not found:
+    return
+  seeds = any(line.score.seeds is not None for line in found)
+  names = ["quantity", "method", "score", *_intervals("interval", seeds)]
+  if report.baseline is not None:
+    names += [f"minus {report.baseline.label}", *_intervals("interval", seeds)]
+  rows, before = [], ""
+  for line in found:
+    row = ["" if line.quantity == before else line.quantity, line.method.label, f"{100 * line.score.value:.1f}"]
+    row += _ends(line.score, seeds)
+    if report.baseline is not None:
+      own = line.difference
+      star = "\\*" if own is not None and own.is_significant else ""
+      row += [f"{100 * own.value:+.1f}{star}", *_ends(own, seeds, "+")] if own else [""] * (2 + seeds)
+    rows.append(row)
+    before = line.quantity
+  yield Heading("Headline")
+  if seeds:
+    yield (
+      "There are two kinds of interval: over test images (how much a score depends on which images were drawn for the "
+      "test set) and over seeds (how much it depends on the randomness of training). A star needs both."
+    )
+  yield Table(names, rows, texts=2)
+
+
+def _quantities(report: Report) -> Iterator[tuple[str, Items]]:
+  for kind, name in _IMAGENET.items():
+    if items := report.items(kind, ["imagenet"]):
+      yield f"ImageNet, {name}", items
+  for suite in catalogue.suites().values():
+    for kinds, name in ((_WITHOUT_TRAINING, ""), (("linear_probe",), ", linear probe")):
+      for mean, keys in suite.means.items():
+        if items := _suite_items(report, suite, keys, kinds):
+          own = f"{suite.name}" if mean == "mean" else f"{suite.name}, {mean}"
+          yield f"{own}: mean of {len(keys)} data sets{name}", items
+  for kind in report.kinds:
+    items = report.items(kind)
+    if kind == "few_shot" or not items or [report.some(items[0][0]).key] == ["imagenet"]:
+      continue
+    sets = f"mean of {len(items)} data sets" if len(items) > 1 else str(items[0][0])
+    yield f"{title(kind)}: {sets} ({single_metrics(items)})", items
+
+
+def _suite_items(report: Report, suite: Suite, keys: Sequence[str], kinds: Sequence[str]) -> Items:
+  """The tasks and metrics of a mean of a suite; none if a data set is missing or was evaluated with other prompts."""
+  tasks: dict[str, Task] = {}
+  for task in report.tasks:
+    some = report.some(task)
+    if task.kind in kinds and not task.variant and some.key in keys:
+      prompts = some.about.get("prompts", "")
+      if task.kind != "zero_shot" or prompts in ("", suite.prompt_set(some.key)):
+        tasks[some.key] = task
+  if set(keys) - tasks.keys():
+    return ()
+  return [(tasks[key], suite.metric(key) or report.some(tasks[key]).headline) for key in keys]
+
+
+def _intervals(name: str, seeds: bool) -> list[str]:
+  return [f"{name}, test images", f"{name}, seeds"] if seeds else [name]
+
+
+def _ends(score: Average, seeds: bool, sign: str = "") -> list[str]:
+  known = [score.images, score.seeds] if seeds else [score.images]
+  return [brackets(ends, sign).strip() for ends in known]

@@ -1,0 +1,237 @@
+"""Sections of the report of evaluations, over small results."""
+
+import json
+from pathlib import Path
+
+from evals.comparison_test import classified, write
+import numpy as np
+import pytest
+
+from declip_jax.evals import results
+from declip_jax.evals.comparison import Task, read_methods
+from declip_jax.evals.report import growth, header, headline, published, scores, shifts
+from declip_jax.evals.report.compared import Published, Report
+from declip_jax.evals.report.document import _cost
+from declip_jax.evals.report.files import to_json
+from declip_jax.evals.scaling import data_efficiency
+from declip_jax.reporting import charts
+from declip_jax.reporting.documents import Block, Listing, Picture, Table
+
+SIZES = (1000, 2000, 4000)
+ACCURACY = {"clip": (0.2, 0.4, 0.6), "declip": (0.35, 0.55, 0.75)}
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """Two methods, trained on three numbers of pairs for six epochs, with two seeds each."""
+  root = tmp_path_factory.mktemp("grid")
+  for method, accuracies in ACCURACY.items():
+    for size, accuracy in zip(SIZES, accuracies, strict=True):
+      for seed in range(2):
+        facts = {"method": method, "seed": seed, "unique_pairs": size, "pairs_seen": 6 * size, "flops": 6e9 * size}
+        weights = {"origin": "a run", "step": 9, "parameters": 5}
+        name = f"{method}-{size}-{seed}"
+        write(root, name, classified(accuracy, seed + size), key="dtd", training=facts, weights=weights)
+  return root
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
+  """Arguments of charts, which are not drawn."""
+  found: dict[str, tuple] = {}
+  for name in ("plot_growth", "plot_laws", "plot_interpolation", "plot_sweep", "plot_differences"):
+    monkeypatch.setattr(charts, name, lambda *arguments, name=name: found.setdefault(name, arguments))
+  return found
+
+
+def tables(blocks: list[Block]) -> list[Table]:
+  return [block for block in blocks if isinstance(block, Table)]
+
+
+def test_curves_and_data_efficiency_of_a_grid_of_runs(grid: Path, drawn: dict[str, tuple], tmp_path: Path) -> None:
+  methods = read_methods([grid])
+  assert [method.label for method in methods] == [f"{name}-{size}" for name in ACCURACY for size in SIZES]
+  found = growth.efficiencies(Report(methods, methods[0]))
+  assert [(own.measure, own.reference, own.size, own.method) for own in found] == [
+    ("unique_pairs", "clip", size, "declip") for size in SIZES
+  ]
+  accuracy = {
+    method.label: [run[Task("dtd", "zero_shot", "")].metrics["top1"] for run in method.runs] for method in methods
+  }
+  table = np.array([accuracy[f"declip-{size}"] for size in SIZES]).T
+  for own in found:
+    reference = np.array(accuracy[f"clip-{own.size:.0f}"])
+    assert own.found == data_efficiency(np.array(SIZES, float), table, own.size, reference)
+  assert found[0].found.pairs is None
+  assert 2000 < found[2].found.pairs < 3000
+  (words,) = (block for block in tables([*growth.growth(Report(methods), tmp_path)]) if "factor" in block.header)
+  assert [row[4] for row in words.rows][0] == "fewer than 1k, its smallest run"
+  assert [row[5] for row in words.rows][0] == "more than 1.00"
+  panels = drawn["plot_growth"][0]
+  assert [*panels] == ["training FLOPs", "pairs seen in training", "different training pairs"]
+  line = panels["different training pairs"]["declip"]
+  assert [*line.x] == [*SIZES]
+  np.testing.assert_allclose(line.y, table.mean(axis=0))
+  assert all(low < y < high for (low, high), y in zip(line.ends, line.y, strict=True))
+  assert drawn["plot_laws"][1] == "training FLOPs"
+  assert json.loads(to_json(Report(methods)))["data_efficiency"][2]["found"]["pairs"] == found[2].found.pairs
+
+
+def test_a_score_that_is_not_reached(grid: Path) -> None:
+  methods = read_methods([grid])
+  report = Report(methods, next(method for method in methods if method.label == "declip-4000"))
+  *_, last = growth.efficiencies(report)
+  assert (last.reference, last.method, last.found.pairs) == ("declip", "clip", None)
+  assert growth._reached(last).startswith("not reached (at most ")
+  assert growth._factor(last)[0] == "less than 1.00"
+
+
+def test_runs_without_facts_or_from_other_weights_are_on_no_curve(tmp_path: Path) -> None:
+  write(tmp_path, "a", classified(0.5, 1))
+  for number in range(2):
+    training = {"method": "finetune", "unique_pairs": 10 + number, "pairs_seen": 10, "init_from": "runs/a"}
+    write(tmp_path, f"b{number}", classified(0.5, 2), training=training)
+  report = Report(read_methods([tmp_path]))
+  assert growth.runs(report, report.items("zero_shot")) == []
+  assert [*growth.growth(report, tmp_path)] == []
+
+
+def test_lines_join_runs_that_differ_in_the_measure_alone() -> None:
+  def run(**facts: object) -> growth.Run:
+    return growth.Run("x", {"method": "clip", **facts}, 0.5)
+
+  checkpoints = [run(unique_pairs=5, parameters=1, pairs_seen=seen) for seen in (5, 10)]
+  larger = [run(unique_pairs=5, parameters=2, pairs_seen=seen) for seen in (5, 10)]
+  assert growth.lines([*checkpoints, *larger], "pairs_seen") == {
+    "clip, 1 parameters": checkpoints,
+    "clip, 2 parameters": larger,
+  }
+  assert growth.lines(checkpoints, "unique_pairs") == {}  # the last checkpoint alone
+
+
+def test_interpolated_weights_are_a_curve(tmp_path: Path, drawn: dict[str, tuple]) -> None:
+  for share, (photo, sketch) in {0.0: (0.5, 0.4), 0.5: (0.7, 0.6), 1.0: (0.8, 0.3)}.items():
+    for key, accuracy in (("own/photo", photo), ("own/sketch", sketch)):
+      weights = {"origin": "a run", "step": 9, "share": share, "interpolated_with": {"path": "runs/clip"}}
+      write(tmp_path, "tuned", classified(accuracy, 3), key=key, pretrained=f"s{share}", weights=weights)
+  found = read_methods([tmp_path])
+  report = Report([], None, {"own/photo": ["own/sketch"]}, interpolated=found)
+  blocks = [*shifts.interpolation(report, tmp_path)]
+  (table,) = tables(blocks)
+  assert table.header == ("share", "own/photo", "own/sketch")
+  assert [row[0] for row in table.rows] == ["0", "0.5", "1"]
+  curve, against, names, _ = drawn["plot_interpolation"]
+  assert [*curve["tuned and clip"]["own/sketch"].x] == [0, 0.5, 1]
+  (line,) = against.values()
+  values = {
+    method.share: {key: cell.value for key, cell in shifts.by_key(method, "zero_shot").items()} for method in found
+  }
+  assert [*line.x] == [values[share]["own/photo"] for share in (0, 0.5, 1)]
+  assert [*line.y] == [values[share]["own/sketch"] for share in (0, 0.5, 1)]
+  assert names == ("score on own/photo", "mean score under shift")
+
+
+def test_the_best_is_bold_only_if_it_differs_from_all_others(tmp_path: Path) -> None:
+  for name, accuracy in (("a", 0.5), ("b", 0.801), ("c", 0.8)):
+    write(tmp_path, name, classified(accuracy, 1))
+  methods = read_methods([tmp_path])
+  task = Task("toys", "zero_shot", "")
+  for chosen, bold in ((methods, False), (methods[:2], True)):
+    for baseline in (None, chosen[0]):
+      texts = scores._cells(Report(chosen, baseline), task, "top1")
+      assert [text.startswith("**") for text in texts] == [bold and index == 1 for index in range(len(chosen))]
+
+
+def test_headline_of_a_suite_and_of_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  for key in ("imagenet", "pets", "dtd"):
+    for name, accuracy in (("a", 0.3), ("b", 0.8)):
+      for seed in range(3):
+        about = {"key": key, "prompts": "openai"}
+        write(tmp_path, f"{name}-{seed}", classified(accuracy, seed), key=key, about=about)
+  report = Report((found := read_methods([tmp_path])), found[0])
+  lines = headline.lines(report)
+  assert [(line.quantity, line.method.label) for line in lines[:2]] == [
+    ("ImageNet, zero-shot", "a"),
+    ("ImageNet, zero-shot", "b"),
+  ]
+  assert lines[-1].quantity == "Zero-shot classification: mean of 3 data sets (top-1 accuracy)"
+  assert lines[0].difference is None
+  assert lines[1].difference.is_significant
+  (table,) = tables([*headline.headline(report)])
+  assert "interval, seeds" in table.header
+  assert table.rows[1][5].endswith("\\*")
+  suite = headline.catalogue.suite("declip11")
+  assert [task.dataset for task, _ in headline._suite_items(report, suite, ("pets", "dtd"), ["zero_shot"])] == [
+    "pets",
+    "dtd",
+  ]
+  monkeypatch.setattr(type(suite), "prompt_set", lambda *_: "others")
+  assert not headline._suite_items(report, suite, ("pets", "dtd"), ["zero_shot"])
+
+
+def test_published_scores_are_flagged_and_protocols_do_not_mix(tmp_path: Path) -> None:
+  write(tmp_path, "a", classified(0.7, 1), key="dtd", training={"method": "clip", "config": "slip/x"})
+  method = read_methods([tmp_path])[0]
+  score = method.of(Task("dtd", "zero_shot", ""))[0].metrics["top1"]
+  rows = [
+    Published(name, "paper", "zero-shot", kind, key, prompts, score - above)
+    for name, kind, key, prompts, above in (
+      ("near", "zero_shot", "dtd", "own", 0.009),
+      ("slip/x", "zero_shot", "dtd", "own", 0.011),
+      ("other prompts", "zero_shot", "dtd", "openai", 0.2),
+      ("other set", "zero_shot", "pets", "own", 0.2),
+      ("other protocol", "linear_probe", "dtd", "", 0.2),
+    )
+  ]
+  (table,) = tables([*published.published(Report([method], published=rows))])
+  assert [row[0] for row in table.rows] == ["near", "**slip/x**", "other prompts"]
+  assert [row[-1].partition(" ")[2] for row in table.rows] == ["(+0.9)", "(+1.1 ‡)", "§"]
+
+
+def test_published_tables_name_data_sets_and_evaluators() -> None:
+  found = published.of_papers()
+  assert len(found) > 400
+  assert {row.kind for row in found} == {"zero_shot", "sgd_probe", "linear_probe"}
+  for key in {row.key for row in found}:
+    assert headline.catalogue.data_set(key)
+  means = {
+    (row.model, row.kind): np.mean([own.value for own in found if (own.model, own.kind) == (row.model, row.kind)])
+    for row in found
+  }
+  assert means["DeCLIP, ViT-B/32", "linear_probe"] == pytest.approx(0.830, abs=5e-4)
+  own = [*published.of_config("slip/x", {"imagenet_top1_percent": {"zero_shot": 42.8, "linear_probe": 72.1}})]
+  assert [(row.kind, row.prompts, row.value) for row in own] == [
+    ("zero_shot", "openai7", pytest.approx(0.428)),
+    ("sgd_probe", "", pytest.approx(0.721)),
+  ]
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+  write(tmp_path, "a", classified(0.7, 1), key="pets")
+  write(tmp_path, "a", classified(0.7, 1), key="dtd", metrics={"top1": 0.5, "unreadable": 3})
+  write(tmp_path, "b", classified(0.7, 1), key="pets", training={"method": "clip", "data": {"pairs": 1000}})
+  blocks = [*header.header(Report(read_methods([tmp_path])))]
+  *_, missing = (block.items for block in blocks if isinstance(block, Listing))
+  assert "b has no result of zero-shot classification on dtd." in missing
+  assert "3 images of dtd could not be read, and do not count." in missing
+  assert any("declip11 (2 of 11)" in line for line in missing)
+  assert any(isinstance(block, Listing) and "b: `pairs` (1,000)" in block.items for block in blocks)
+
+
+def test_examples_are_copied_and_costs_counted(tmp_path: Path) -> None:
+  for number, key in enumerate(("dtd", "pets")):
+    write(tmp_path / "in", "a", classified(0.7, 1), key=key)
+    path = next((tmp_path / "in").glob(f"{key}*.json"))
+    line = {"file": path.name, "seconds": 2.0, "encoded": 400 * number, "cached": 400 * (1 - number), "machine": "m"}
+    with (tmp_path / "in" / results.LOG).open("a") as log:
+      log.write(json.dumps(line) + "\n")
+  (tmp_path / "in" / "pictures").mkdir()
+  results.picture_path(path).write_bytes(b"picture")
+  report = Report(read_methods([tmp_path / "in"]))
+  found = [block for block in scores.scores(report, "zero_shot", tmp_path / "out") if isinstance(block, Picture)]
+  assert [block.path.read_bytes() for block in found] == [b"picture"]
+  (table,) = tables([*_cost(report)])
+  assert [*map(list, table.rows)] == [
+    ["a", "dtd", "1", "2.0", "0", "400", "", "m"],
+    ["", "pets", "1", "2.0", "400", "0", "200", "m"],
+  ]
