@@ -73,7 +73,7 @@ class Result:
       `metrics`, `intervals`, `details`: those of `Scores`;
       `data`: for each split its source, stamp and number of samples;
       `options`: those of the evaluator;
-      `weights`: path, origin, step, hash and number of `parameters`; of a mixture also `share`, that of these weights in
+      `weights`: path, origin, step, hash and number of `parameters`; of a mixture `share`, that of these weights in
         it, and `interpolated_with`, the same of the other weights;
       `training`: of a run, how it was trained until then, see `planning.training_facts`;
       `view`: preprocessing; `dtype`: compute dtype; `features_dtype`: that of features of images;
