@@ -23,7 +23,10 @@ from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.workdir import read_starts
 
 _VERSION = 1  # of how FLOPs are counted
-_INPUT = ("train", "ssl_train", "mixture", "ssl_mixture", "threads", "workers", "engine")  # no effect on the model
+# Fields of `config.data` that do not change what views are like.
+_INPUT = (
+  "train", "ssl_train", "mixture", "ssl_mixture", "threads", "workers", "engine", "max_bad", "max_pixels", "max_seconds"
+)  # fmt: skip
 
 
 def training_facts(run: Path, step: int) -> dict[str, Any]:
@@ -35,6 +38,7 @@ def training_facts(run: Path, step: int) -> dict[str, Any]:
 
   Returns:
     `method`: its name in `methods`, or the names of its terms.
+    `recipe`: hash of the weights of its terms and of how its views are made, which tells variants of a method apart.
     `config`: name of the config of this package that it was started with, if it was.
     `seed`.
     `data`: for each source of training pairs, its number of samples.
@@ -51,7 +55,12 @@ def training_facts(run: Path, step: int) -> dict[str, Any]:
     sizes = checkpoints.batch_sizes(step) or BatchSizes.constant(config.batch_size)
   seen, starts = sizes.examples(step), read_starts(run)
   active = [name for name, term in config.objective.items() if term.weight or term.schedule]
-  facts: dict[str, Any] = {"method": name_of(config.data.recipe, active), "seed": config.seed, "pairs_seen": seen}
+  facts: dict[str, Any] = {
+    "method": name_of(config.data.recipe, active),
+    "recipe": json_hash([_views(fields := json.loads(config.to_json_best_effort())), fields["objective"]])[:8],
+    "seed": config.seed,
+    "pairs_seen": seen,
+  }
   if starts:
     facts |= _data(config, starts[-1].samples, seen)
     if name := _config_name(starts[0].command):
@@ -84,6 +93,11 @@ def _config_name(command: list[str]) -> str:
   return name if name in config_files.names() else ""
 
 
+def _views(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of `config.data` that determine the views, whatever the data."""
+  return {name: value for name, value in fields["data"].items() if name not in _INPUT}
+
+
 def _flops(config: ConfigDict, sizes: BatchSizes, step: int) -> float:
   ends = [first for first, _ in sizes.changes[1:]] + [step]
   phases = [(size, min(end, step) - first) for (first, size), end in zip(sizes.changes, ends, strict=True)]
@@ -93,8 +107,7 @@ def _flops(config: ConfigDict, sizes: BatchSizes, step: int) -> float:
 def _step_flops(config: ConfigDict, batch_size: int) -> float:
   """FLOPs of a step, which are counted once for all runs of a model: tracing it takes seconds."""
   fields = json.loads(config.to_json_best_effort())
-  data = {name: value for name, value in fields["data"].items() if name not in _INPUT}
-  about = [fields["model"], fields["objective"], fields["optimizer"]["frozen"], data]
+  about = [fields["model"], fields["objective"], fields["optimizer"]["frozen"], _views(fields)]
   path = cache_folder() / "flops" / f"{json_hash([_VERSION, jax.__version__, batch_size, about])}.json"
   with contextlib.suppress(OSError, ValueError, TypeError):
     return float(json.loads(path.read_text()))

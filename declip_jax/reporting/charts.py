@@ -318,7 +318,6 @@ def plot_interpolation(
   scores: Mapping[str, Mapping[str, Points]],
   shifts: Mapping[str, Points],
   names: tuple[str, str],
-  title: str,
   path: Path,
 ) -> None:
   """Draws the scores of interpolated weights against the share of the second ones, and shift against reference score.
@@ -349,7 +348,7 @@ def plot_interpolation(
     ring = {"marker": "o", "markersize": 14, "markerfacecolor": "none", "linestyle": "none"}
     grid[1].plot(line.x[best], line.y[best], color=look["color"], **ring)
   if shifts:
-    grid[1].margins(0.14)
+    grid[1].margins(0.2)
     grid[1].set(xlabel=names[0], ylabel=names[1])
     _percent_axis(grid[1].xaxis)
     _percent_axis(grid[1].yaxis)

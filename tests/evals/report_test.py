@@ -1,5 +1,8 @@
 """Sections of the report of evaluations, over small results."""
 
+from collections.abc import Callable
+from functools import partial
+import inspect
 import json
 from pathlib import Path
 
@@ -39,8 +42,13 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
   """Arguments of charts, which are not drawn."""
   found: dict[str, tuple] = {}
+
+  def note(name: str, function: Callable[..., None], *arguments: object) -> None:
+    inspect.signature(function).bind(*arguments)
+    found.setdefault(name, arguments)
+
   for name in ("plot_growth", "plot_laws", "plot_interpolation", "plot_sweep", "plot_differences"):
-    monkeypatch.setattr(charts, name, lambda *arguments, name=name: found.setdefault(name, arguments))
+    monkeypatch.setattr(charts, name, partial(note, name, getattr(charts, name)))
   return found
 
 
@@ -107,6 +115,33 @@ def test_lines_join_runs_that_differ_in_the_measure_alone() -> None:
     "clip, 2 parameters": larger,
   }
   assert growth.lines(checkpoints, "unique_pairs") == {}  # the last checkpoint alone
+
+
+def test_variants_of_a_method_are_lines_of_their_own_named_by_their_runs() -> None:
+  def run(name: str, recipe: str, size: int) -> growth.Run:
+    return growth.Run(name, {"method": "declip", "recipe": recipe, "unique_pairs": size, "seed": 0}, 0.5)
+
+  plain = [run(f"declip-{share}pct-0", "a", share) for share in (5, 10)]
+  paper = [run(f"declip_paper-{share}pct-0", "b", share) for share in (5, 10)]
+  assert growth.lines([*plain, *paper], "unique_pairs") == {"declip": plain, "declip_paper": paper}
+  assert growth.lines(paper, "unique_pairs") == {"declip": paper}
+
+
+def test_many_methods_have_rows_and_few_of_them_details(tmp_path: Path, drawn: dict[str, tuple]) -> None:
+  for size in range(9):
+    facts = {"method": "clip", "unique_pairs": size + 1}
+    write(tmp_path, f"clip-{size}x", classified(0.3 + size / 20, size), training=facts)
+  methods = read_methods([tmp_path])
+  report = Report(methods, methods[0])
+  assert [method.label for method in report.detailed] == ["clip-8x"]
+  table, *_ = tables([*scores.scores(report, "zero_shot", tmp_path)])
+  assert table.header[:5] == ["data set", "metric", "method", "score", "minus clip-0x"]
+  assert [row[2] for row in table.rows] == report.labels
+  assert table.rows[0][4] == ""
+  assert table.rows[8][4].startswith("+")
+  few = Report(methods[:2], methods[0])
+  table, *_ = tables([*scores.scores(few, "zero_shot", tmp_path)])
+  assert table.header[2:5] == ["clip-0x", "clip-1x", "clip-1x minus clip-0x"]
 
 
 def test_interpolated_weights_are_a_curve(tmp_path: Path, drawn: dict[str, tuple]) -> None:

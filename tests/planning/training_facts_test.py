@@ -16,6 +16,7 @@ def test_facts_of_a_checkpoint(
   finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
   counted: list[int] = []
+  recipes: set[str] = set()
   monkeypatch.setattr(lib, "cache_folder", lambda: tmp_path / "cache")
   monkeypatch.setattr(lib.flops, "step_flops", lambda _, size, __: counted.append(size) or 100.0 * size)
   run, config = tmp_path / "run", finished_run.config
@@ -24,7 +25,9 @@ def test_facts_of_a_checkpoint(
   (total,) = (samples[name] for name in config.data.train)
   for step in (6, 8):
     seen = step * config.batch_size
-    assert lib.training_facts(run, step) == {
+    found = lib.training_facts(run, step)
+    recipes.add(found.pop("recipe"))
+    assert found == {
       "method": "declip",
       "seed": config.seed,
       "data": {config.data.train[0]: total},
@@ -34,11 +37,12 @@ def test_facts_of_a_checkpoint(
       "flops": 100.0 * seen,
     }
   assert counted == [config.batch_size]  # once for both
+  assert len(recipes) == 1
   start = json.loads((run / "starts.jsonl").read_text()) | {"command": ["train", "--config=slip/slip_base_25ep:data=x"]}
   (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
   assert lib.training_facts(run, 8)["config"] == "slip/slip_base_25ep"
   (run / "starts.jsonl").unlink()
-  assert lib.training_facts(run, 8).keys() == {"method", "seed", "pairs_seen", "flops"}
+  assert lib.training_facts(run, 8).keys() == {"method", "recipe", "seed", "pairs_seen", "flops"}
 
   def fail(*_: object) -> None:
     raise ValueError("no such term")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from declip_jax.evals import comparison
 from declip_jax.evals.comparison import Cell, Difference, Items, Method, Scored, Task
@@ -32,6 +32,7 @@ METRICS = {
   "roc_auc": "ROC AUC",
   "mean_top1_top5": "mean of top-1 and top-5 accuracy",
 }
+MANY = 8  # methods of which a table has columns, and charts have lines
 _RETRIEVAL = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
 
 
@@ -98,6 +99,19 @@ class Report:
   def others(self) -> list[Method]:
     """The methods that are compared with the baseline."""
     return [method for method in self.methods if method is not self.baseline]
+
+  @cached_property
+  def detailed(self) -> list[Method]:
+    """The methods whose curves and examples are shown: of many, those with the most training of their kind."""
+    if len(self.methods) <= MANY:
+      return list(self.methods)
+    largest: dict[Any, Method] = {}
+    for method in self.methods:
+      facts = method.first[0].training
+      key = facts.get("method", method.label), facts.get("recipe")
+      if key not in largest or _size(largest[key]) < _size(method):
+        largest[key] = method
+    return [*largest.values()][:MANY]
 
   @property
   def scored(self) -> list[Scored]:
@@ -221,6 +235,11 @@ def points(found: Difference | None, mark: str = "") -> str:
 def share(value: float | None) -> str:
   """A fraction in percent."""
   return "" if value is None else f"{100 * value:.1f}"
+
+
+def _size(method: Method) -> tuple[float, ...]:
+  facts = method.first[0].training
+  return tuple(facts.get(name, 0) for name in ("unique_pairs", "pairs_seen", "flops"))
 
 
 def _opposite(found: Difference) -> Difference:

@@ -1,6 +1,7 @@
 """How scores grow with compute, data and parameters, and how many pairs one method needs for another one's score."""
 
 from collections.abc import Iterator, Mapping, Sequence
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,9 +42,9 @@ class Run(NamedTuple):
   score: float
 
   @property
-  def method(self) -> str:
-    """Its method."""
-    return self.facts["method"]
+  def method(self) -> tuple[str, str]:
+    """Its method, and what tells variants of it apart."""
+    return self.facts["method"], self.facts.get("recipe", "")
 
 
 Lines = dict[str, list[Run]]  # by label
@@ -104,7 +105,7 @@ def lines(found: Sequence[Run], measure: str) -> Lines:
       groups.setdefault((run.method, *(run.facts.get(name) for name in fixed)), []).append(run)
     groups = {key: own for key, own in groups.items() if len({run.facts[measure] for run in own}) > 1}
     if groups:
-      return {_label(key, fixed, [*groups]): own for key, own in groups.items()}
+      return {_label(key, fixed, groups): own for key, own in groups.items()}
   return {}
 
 
@@ -119,10 +120,13 @@ def _last(found: Sequence[Run]) -> list[Run]:
   return [*last.values()]
 
 
-def _label(key: tuple[Any, ...], fixed: Sequence[str], keys: Sequence[tuple[Any, ...]]) -> str:
-  """The method, and what else tells its lines apart."""
-  parts = [str(key[0])]
-  same = [other for other in keys if other[0] == key[0]]
+def _label(key: tuple[Any, ...], fixed: Sequence[str], groups: Mapping[tuple[Any, ...], Sequence[Run]]) -> str:
+  """The method, or what the names of its runs begin with if it has variants; and what else tells its lines apart."""
+  method = key[0]
+  variants = {other[0] for other in groups if other[0][0] == method[0]}
+  names = [run.name for run in groups[key]]
+  parts = [method[0] if len(variants) == 1 else os.path.commonprefix(names).rstrip("-_.0123456789") or method[0]]
+  same = [other for other in groups if other[0] == method]
   for place, name in enumerate(fixed, 1):
     if len({other[place] for other in same}) > 1:
       parts.append(f"{charts.amount(key[place] or 0)} {_UNITS[name]}")
@@ -155,8 +159,8 @@ def efficiencies(report: Report) -> list[Needed]:
     own = runs(report, items)
     if not own:
       continue
-    known = report.baseline.first[0].training.get("method") if report.baseline else None
-    reference = known or own[0].method
+    of_baseline = {scored.result.model for scored in report.baseline.first} if report.baseline else ()
+    reference = next((run.method for run in own if run.name in of_baseline), own[0].method)
     epochs = {
       round(run.facts["pairs_seen"] / run.facts["unique_pairs"], 2) for run in own if "unique_pairs" in run.facts
     }
@@ -294,7 +298,10 @@ def _twice(report: Report) -> Iterator[str]:
   for _, first, facts in _trained(report):
     if "seed" not in facts:
       continue
-    key, name = tuple(str(facts.get(name)) for name in ("method", "seed", "data", *MEASURES)), first.result.model
+    key, name = (
+      tuple(str(facts.get(name)) for name in ("method", "recipe", "seed", "data", *MEASURES)),
+      first.result.model,
+    )
     if key in seen:
       yield f"{seen[key]} and {name} have the same method, size, data and seed; both count as runs of one point."
     seen.setdefault(key, name)

@@ -9,7 +9,7 @@ import numpy as np
 from declip_jax.evals import few_shot as few_shot_lib
 from declip_jax.evals import results
 from declip_jax.evals.comparison import Cell, Scored, Task, cell
-from declip_jax.evals.report.compared import Report, metric_name, percent, points, share, title
+from declip_jax.evals.report.compared import MANY, Report, metric_name, percent, points, share, title
 from declip_jax.evals.report.header import protocol
 from declip_jax.reporting import charts
 from declip_jax.reporting.documents import Block, Heading, Picture, Table
@@ -29,31 +29,40 @@ def scores(report: Report, kind: str, pictures: Path) -> Iterator[Block]:
   yield Heading(title(kind))
   yield from protocol(report, kind)
   yield _table(report, kind)
+  if len(report.methods) > MANY:
+    yield f"Curves and examples are those of {', '.join(method.label for method in report.detailed)}."
   yield from _differences(report, kind, pictures)
   yield from _SECTIONS.get(kind, lambda report, pictures: iter(()))(report, pictures)
 
 
 def _table(report: Report, kind: str) -> Table:
-  header = ["data set", "metric", *report.labels]
-  if report.baseline is not None:
-    header += [f"{method.label} minus {report.baseline.label}" for method in report.others]
-  marks, rows = report.marks(kind), []
+  """A row for each data set and metric, with columns of methods; of many methods, each has a row instead."""
+  marks, rows, baseline = report.marks(kind), [], report.baseline
+  several = len(report.methods) > MANY
   for task in report.of_kind(kind):
     some = report.some(task)
     for metric in report.metrics(task):
-      row = [str(task), metric_name(metric), *_cells(report, task, metric)]
-      if report.baseline is not None:
-        found = report.differences(task, metric)
-        labels = [method.label for method in report.others]
-        row += [points(found.get(label), marks.get((task, metric, label), "")) for label in labels]
       headline = metric == some.headline
       chance = some.about.get("chance") if headline else None
       majority = some.metrics.get("majority_share") if headline else None
-      rows.append([*row, share(chance), share(majority), f"{some.metrics.get('images', 0):,}" if headline else ""])
-  header += ["chance", "most frequent class", "images"]
-  empty = [all(not row[column] for row in rows) for column in range(len(header))]
-  used = [column for column in range(len(header)) if not empty[column] or column < 2]
-  return Table([header[column] for column in used], [[row[column] for column in used] for row in rows], texts=2)
+      about = [share(chance), share(majority), f"{some.metrics.get('images', 0):,}" if headline else ""]
+      found = report.differences(task, metric)
+      texts = [points(found.get(label), marks.get((task, metric, label), "")) for label in report.labels]
+      cells, name = _cells(report, task, metric), [str(task), metric_name(metric)]
+      if several:
+        parts = zip(report.labels, cells, texts, strict=True)
+        rows += [[*name, label, score, text, *about] for label, score, text in parts if score]
+      else:
+        chosen = [text for text, method in zip(texts, report.methods, strict=True) if method in report.others]
+        rows.append([*name, *cells, *(chosen if baseline else []), *about])
+  labels = [f"{method.label} minus {baseline.label}" for method in report.others] if baseline else []
+  if several:
+    labels = [f"minus {baseline.label}" if baseline else ""]
+  names = ["method", "score", *labels] if several else [*report.labels, *labels]
+  header = ["data set", "metric", *names, "chance", "most frequent class", "images"]
+  used = [column for column in range(len(header)) if column < 2 or any(row[column] for row in rows)]
+  table = [[row[column] for column in used] for row in rows]
+  return Table([header[column] for column in used], table, texts=3 if several else 2)
 
 
 def _cells(report: Report, task: Task, metric: str) -> list[str]:
@@ -76,7 +85,7 @@ def _differences(report: Report, kind: str, pictures: Path) -> Iterator[Block]:
   if report.baseline is None:
     return
   tests: set[str] = set()
-  for method in report.others:
+  for method in (method for method in report.detailed if method is not report.baseline):
     values = {}
     for task in report.of_kind(kind):
       shown = report.metrics(task) if kind == "retrieval" else [report.some(task).headline]
@@ -99,7 +108,7 @@ def _few_shot(report: Report, pictures: Path) -> Iterator[Block]:
     curves, zero_shot, rows = {}, {}, []
     some = report.some(task)
     metric = some.details.get("metric") or "top1"
-    for method in report.methods:
+    for method in report.detailed:
       if not (scored := method.of(task)):
         continue
       curves[method.label] = curve = _few_shot_curve(scored)
@@ -144,7 +153,7 @@ def _linear_probe(report: Report, pictures: Path) -> Iterator[Block]:
     yield f"The chosen fit stopped before it converged: {', '.join(stopped)}."
   for task in report.of_kind("linear_probe"):
     curves = {}
-    for method in report.methods:
+    for method in report.detailed:
       for scored in method.of(task)[:1]:
         fits = [fit for fit in scored.details.get("fits", ()) if fit.get("score") is not None]
         if fits:
@@ -160,7 +169,7 @@ def _zero_shot(report: Report, pictures: Path) -> Iterator[Block]:
   """The classes with the lowest accuracy, and the most frequent confusions of each method, with examples."""
   for task in report.of_kind("zero_shot"):
     worst, confused = {}, {}
-    for method in report.methods:
+    for method in report.detailed:
       for scored in method.of(task)[:1]:
         classes = sorted(scored.details.get("accuracy_by_class", ()), key=lambda pair: pair[1])[:_WORST]
         pairs = scored.details.get("confusions", ())[:_WORST]
@@ -192,7 +201,7 @@ def _retrieval(report: Report, pictures: Path) -> Iterator[Block]:
 
 def _examples(report: Report, task: Task, pictures: Path, text: str) -> Iterator[Block]:
   """Copies the picture that an evaluation has drawn, of the first run of each method."""
-  for method in report.methods:
+  for method in report.detailed:
     for scored in method.of(task)[:1]:
       drawn = results.picture_path(scored.path)
       if drawn.exists():

@@ -120,7 +120,10 @@ def _shift(report: Report, source: str, keys: Sequence[str], kind: str, pictures
       **{key: (score.value, score.interval) for key, (score, _) in row.shifted.items()},
     }
     for row in rows
+    if row.label in [method.label for method in report.detailed]
   }
+  if not bars:
+    return
   path = pictures / f"{results.slug(f'shift_{source}_{kind}')}.png"
   text = f"Scores on {source} and under shift, {title(kind).lower()}"
   charts.plot_scores(bars, text, path)
@@ -140,7 +143,7 @@ def _robustness(report: Report, source: str, key: str, pictures: Path) -> Iterat
   if standard is None:
     return
   points: dict[str, list[tuple[str, float, float]]] = {}
-  for method in report.methods:
+  for method in report.detailed:
     for kind in KINDS:
       found = by_key(method, kind)
       if source in found and key in found:
