@@ -50,7 +50,7 @@ _BATCH_NORM, _BLOCKWISE = "models/batch_norm_test.py", "objectives/blockwise_tes
 _PIPELINE, _STEP = "data/pipeline_test.py", "training/step_test.py"
 _WEIGHTS = "weights/layout_test.py weights/read_test.py"
 _METRICS, _RANKS = "evals/metrics_test.py evals/zero_shot_test.py", "evals/ranks_test.py"
-_PROBE = "evals/linear_probe_test.py"
+_PROBE, _PROTOCOLS = "evals/linear_probe_test.py", "evals/wrong_variants_test.py"
 # fmt: off
 MUTATIONS = [
   # Terms.
@@ -331,6 +331,42 @@ MUTATIONS = [
            "(x - mean) / std", "x / std", "evals/few_shot_test.py"),
   Mutation("the learning rate of an SGD probe changes in each step", "evals/sgd_probe.py",
            "if recipe.cosine_by_epoch else steps", "if False else steps", "evals/sgd_probe_test.py"),
+  # Protocols.
+  Mutation("classes are matched by their position", "evals/suites.py",
+           "found = {name: align(entry, source.classnames, specs[name]) for name, source in sources.items()}",
+           "found = {name: np.arange(len(source.classnames)) for name, source in sources.items()}",
+           "evals/suites_test.py"),
+  Mutation("hyperparameters are chosen on the test split", "evals/probes.py",
+           "return train, _labelled(data.val, features), test,", "return train, test, test,", _PROTOCOLS),
+  Mutation("a probe under shift answers other classes", "evals/probes.py",
+           "logits if data.parent is None else merge_classes(logits, data.parent.ids)",
+           "logits if data.parent is None else logits[:, : len(data.classnames)]", "evals/shifts_test.py"),
+  Mutation("a probe under shift is trained on its classes alone", "evals/suites.py",
+           "if len(parent.classes) == len(entry.classes) or", "if True or", "evals/shifts_test.py"),
+  Mutation("classes that are merged have the mean of their logits", "evals/metrics.py",
+           "logits[:, list(own)].max(axis=1, initial=-np.inf)", "logits[:, list(own)].mean(axis=1)", _PROTOCOLS),
+  Mutation("synonyms of a class do not count", "evals/catalogue.py",
+           "for one in same) for same in names)", "for one in same[:1]) for same in names)", _PROTOCOLS),
+  Mutation("the last of equal logits is answered", "evals/metrics.py",
+           "np.arange(classes) < label[:, None]", "np.arange(classes) > label[:, None]", _PROTOCOLS),
+  Mutation("Kinetics is the top-5 accuracy", "evals/metrics.py",
+           "(accuracy(top1, times) + accuracy(top5, times)) / 2", "(accuracy(top5, times) + accuracy(top5, times)) / 2",
+           _PROTOCOLS),
+  Mutation("the score of two classes is one logit", "evals/scoring.py",
+           "logits[:, 1].astype(np.float64) - logits[:, 0]", "logits[:, 1].astype(np.float64)", _PROTOCOLS),
+  Mutation("average precision at 101 recalls", "evals/metrics.py",
+           "np.linspace(0, 1, 11) - 1e-12", "np.linspace(0, 1, 101) - 1e-12", _PROTOCOLS),
+  Mutation("cosines of different images are compared", "evals/zero_shot.py",
+           "logits = log_softmax(_SCALE * logits.astype(np.float64), axis=1)", "pass", _PROTOCOLS),
+  Mutation("images of ImageNet-ReaL without labels count", "evals/scoring.py",
+           "rows = _rows(used & (labels > 0).any(axis=1))", "rows = np.arange(len(labels))", _PROTOCOLS),
+  Mutation("an image has to find all of its texts", "evals/ranks.py",
+           "jnp.where(relevance == _MATCH, scores, -jnp.inf).max(axis=1, keepdims=True)",
+           "jnp.where(relevance == _MATCH, scores, jnp.inf).min(axis=1, keepdims=True)", _PROTOCOLS),
+  Mutation("the nearest mean may be that of no rows", "evals/nearest.py",
+           "np.where(counts > 0, cosine, -np.inf)", "cosine", _PROTOCOLS),
+  Mutation("Winoground's ties are right", "evals/composition.py",
+           "(own > other_text).all(axis=1)", "(own >= other_text).all(axis=1)", "evals/composition_test.py"),
   Mutation("linear layers are not transposed", "weights/layout.py",
            '"linear": (_transposed, _transposed)', '"linear": (_same, _same)', _WEIGHTS),
   Mutation("height and width of kernels swapped", "weights/layout.py",

@@ -1,6 +1,6 @@
 """Metrics of evaluations, as pure functions of arrays, in float64.
 
-A metric of `n` examples takes columns of length `n` and returns an array without dimensions. Its last argument,
+A metric of `n` examples takes columns of length `n` and returns an array without dimensions. Its argument after them,
 `times` `[... n]`, says how often each example counts, by default once; with one row per resample it returns one value
 per resample, which is how `intervals.bootstrap` calls it. In a resample without an example that the metric needs, the
 value is NaN.
@@ -143,12 +143,12 @@ def confusions(predictions: Predictions) -> list[tuple[int, int, int]]:
   return [(int(label), int(other), int(n)) for (label, other), n in zip(found[order], number[order], strict=True)]
 
 
-def any_label_correct(labels: Bool[np.ndarray, "n classes"], predicted: Int[np.ndarray, "n"]) -> Bool[np.ndarray, "m"]:
-  """Whether the prediction is any of the labels (ImageNet-ReaL, Beyer et al. 2020, section 3).
+def any_label_correct(labels: Bool[np.ndarray, "n classes"], predicted: Int[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+  """Whether the prediction is any of the labels (ImageNet-ReaL, Beyer et al. 2020, section 3); -1 is wrong.
 
-  Examples without a label are left out; a prediction of -1 is wrong.
+  Leave out examples without a label: none of their predictions is right.
   """
-  return (labels[np.arange(len(labels)), predicted] & (predicted >= 0))[labels.any(axis=1)]
+  return labels[np.arange(len(labels)), predicted] & (predicted >= 0)
 
 
 def jaccard(associated: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"]) -> float:
@@ -177,7 +177,7 @@ def roc_auc(
   if present.all() or not present.any():
     raise ValueError(f"all {len(present)} examples are {'positive' if present.all() else 'negative'}")
   times = _once(present, times)
-  level = np.unique(_worst_if_nan(present, score), return_inverse=True)[1]
+  level = np.unique(worst_if_nan(present, score), return_inverse=True)[1]
   positives, negatives = _sums(level, times * present), _sums(level, times * ~present)
   lower = np.cumsum(negatives, axis=-1) - negatives
   with np.errstate(invalid="ignore"):
@@ -218,14 +218,19 @@ def average_precision_11(
   return np.asarray(np.where(positives[..., -1] > 0, np.mean(best, axis=0), np.nan))
 
 
+def worst_if_nan(present: Bool[np.ndarray, "*n"], score: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
+  """Scores in float64; NaN becomes the score that is wrong."""
+  return np.where(np.isnan(score), np.where(present, -np.inf, np.inf), score.astype(np.float64))
+
+
 AveragePrecision = Callable[..., Float[np.ndarray, "*r"]]
 
 
 def average_precision_by_class(
   labels: Int[np.ndarray, "n classes"],
   scores: Float[np.ndarray, "n classes"],
-  average: AveragePrecision = average_precision_11,
   times: Times = None,
+  average: AveragePrecision = average_precision_11,
 ) -> dict[int, Float[np.ndarray, "*r"]]:
   """Average precision of each class that has a positive.
 
@@ -233,8 +238,8 @@ def average_precision_by_class(
     labels: 1 where the class is present, -1 where it is absent, and 0 where it is difficult: the example is then left
       out of the ranking of this class, as VOC's rules say. CLIP_benchmark counts difficult ones as present.
     scores: scores of the classes. CLIP's are those after a softmax over the classes.
-    average: `average_precision_11` or `average_precision`.
     times: see above.
+    average: `average_precision_11` or `average_precision`.
   """
   times = _once(labels, times)
   found = {}
@@ -247,15 +252,15 @@ def average_precision_by_class(
 def mean_average_precision(
   labels: Int[np.ndarray, "n classes"],
   scores: Float[np.ndarray, "n classes"],
-  average: AveragePrecision = average_precision_11,
   times: Times = None,
+  average: AveragePrecision = average_precision_11,
 ) -> Float[np.ndarray, "*r"]:
   """Mean of the average precision over the classes that have a positive; see `average_precision_by_class`.
 
   Raises:
     ValueError: no class has a positive.
   """
-  found = average_precision_by_class(labels, scores, average, times)
+  found = average_precision_by_class(labels, scores, times, average)
   if not found:
     raise ValueError(f"none of {labels.shape[1]} classes has a positive example")
   values = np.stack([*found.values()])
@@ -282,7 +287,7 @@ def _mean_top1_top5(top1: np.ndarray, top5: np.ndarray, times: Times = None) -> 
 
 
 def _average_precision_at_positives(labels: np.ndarray, scores: np.ndarray, times: Times = None) -> np.ndarray:
-  return mean_average_precision(labels, scores, average_precision, times)
+  return mean_average_precision(labels, scores, times, average_precision)
 
 
 def _top(k: int) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
@@ -330,7 +335,7 @@ def _precisions(
   """
   if not present.any():
     raise ValueError(f"none of {len(present)} examples is positive")
-  score = -_worst_if_nan(present, score)
+  score = -worst_if_nan(present, score)
   order = np.argsort(score, kind="stable")
   places = np.flatnonzero(present[order])
   last, last_positive = places, np.arange(len(places))
@@ -341,11 +346,6 @@ def _precisions(
   positives = np.cumsum(times[..., places], axis=-1)[..., last_positive]
   precision = positives / np.maximum(np.cumsum(times, axis=-1)[..., last], 1)
   return times[..., places], positives, precision
-
-
-def _worst_if_nan(present: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-  """Scores in float64; NaN becomes the score that is wrong."""
-  return np.where(np.isnan(score), np.where(present, -np.inf, np.inf), score.astype(np.float64))
 
 
 def _sums(

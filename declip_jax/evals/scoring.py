@@ -28,6 +28,7 @@ def score(
   Images without a label do not count; a row of NaN is wrong. Predictions have `row` in the source, `label`, `predicted`
   and `rank`, the number of classes that the classifier prefers to the true one; `group` where images have one; of two
   classes, `score`, the logit of the second minus that of the first; of several labels, `labels` and `scores`.
+  A score that would be NaN is the infinity that is wrong.
 
   Args:
     data: the test split, its metric and the names of its classes.
@@ -106,7 +107,8 @@ def _several_labels(data: EvaluationData, logits: Float[np.ndarray, "n classes"]
     predictions = {"row": rows, "predicted": predicted.astype(np.int16), "correct": correct}
     return ["any_label"], predictions, {"images": len(rows)}, {}
   rows, name = _rows(used), _namer(data.classnames)
-  predictions = {"row": rows, "labels": labels[rows], "scores": logits[rows].astype(np.float32)}
+  scores = metrics.worst_if_nan(labels[rows] > 0, logits[rows]).astype(np.float32)
+  predictions = {"row": rows, "labels": labels[rows], "scores": scores}
   by_class = metrics.average_precision_by_class(labels[rows], predictions["scores"])
   details = {"average_precision_by_class": [[name(index), float(value)] for index, value in by_class.items()]}
   headline = [data.metric] if data.metric in SEVERAL_LABELS else []
@@ -122,7 +124,8 @@ def _columns(found: Predictions, logits: Float[np.ndarray, "n classes"]) -> dict
     "rank": np.minimum(found.rank, most).astype(np.int16),
   }
   if found.classes == 2:
-    columns["score"] = (logits[:, 1].astype(np.float64) - logits[:, 0]).astype(np.float32)
+    difference = logits[:, 1].astype(np.float64) - logits[:, 0]
+    columns["score"] = metrics.worst_if_nan(found.label == 1, difference).astype(np.float32)
   return columns
 
 

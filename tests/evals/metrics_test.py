@@ -116,7 +116,7 @@ def test_the_score_of_several_classes_is_the_largest(golden):
 
 def test_any_of_several_labels_is_right():
   labels = np.array([[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 1]], bool)
-  assert metrics.any_label_correct(labels, np.array([1, 0, 0, -1])).tolist() == [True, False, False]
+  assert metrics.any_label_correct(labels, np.array([1, 0, 0, -1])).tolist() == [True, False, False, False]
 
 
 def test_confusions_are_sorted_by_number():
@@ -158,7 +158,7 @@ def test_scores_of_nan_rank_on_the_wrong_side():
 
 
 def by_class(labels, scores, average):
-  return [*metrics.average_precision_by_class(labels.astype(np.int8), scores, average).values()]
+  return [*metrics.average_precision_by_class(labels.astype(np.int8), scores, average=average).values()]
 
 
 def test_average_precision_of_several_labels(golden):
@@ -169,7 +169,7 @@ def test_average_precision_of_several_labels(golden):
   found = by_class(labels, scores, metrics.average_precision)
   np.testing.assert_allclose(found, golden["multilabel/sklearn_ap_per_class"], rtol=1e-12)
   np.testing.assert_allclose(found, golden["multilabel/clipbench_ap_per_class"], atol=1e-6)
-  found = mean_average_precision(labels, scores, metrics.average_precision)
+  found = mean_average_precision(labels, scores, average=metrics.average_precision)
   np.testing.assert_allclose(found, golden["multilabel/clipbench_map"], atol=1e-6)
   after = softmax(scores.astype(np.float64), axis=1)
   np.testing.assert_allclose(

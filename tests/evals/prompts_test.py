@@ -69,6 +69,7 @@ def test_classifier_equals_clip_benchmark():
   np.testing.assert_allclose(weights, golden["zeroshot/weights_dim_by_class"].T, atol=1e-6)
   logits = 100 * unit_rows(golden["zeroshot/image_embeddings"]) @ weights.T
   np.testing.assert_allclose(logits, golden["zeroshot/logits_x100"], atol=1e-4)
+  np.testing.assert_array_equal(logits.argmax(axis=1), golden["zeroshot/pred"])
 
 
 def test_equal_prompts_have_one_row():

@@ -35,7 +35,11 @@ def encoders(text_rows, prompts, image_rows=None, batch_size=4):
 
 
 def classify(source, encoders, **options):
-  return zero_shot(make_data(encoders, Texts(encoders), Split(source, encoders)), None, **options).metrics
+  return scores_of(source, encoders, **options).metrics
+
+
+def scores_of(source, encoders, **options):
+  return zero_shot(make_data(encoders, Texts(encoders), Split(source, encoders)), None, **options)
 
 
 class Source(list):
@@ -98,10 +102,11 @@ def test_accuracy_over_a_source_equals_clip_benchmark(golden, reference_prompts)
   images = unit(golden["zeroshot/image_embeddings"])
   examples = [(index, label) for index, label in enumerate(golden["zeroshot/labels"])]
   source = Source([(None, 0), *examples, (0, -1)], names)  # an unreadable image and one without a label
-  found = classify(source, encoders(rows, texts, images), templates=forms)
-  assert found["images"] == len(examples)
-  assert tuple(found) == METRICS
-  np.testing.assert_allclose(found["top1"], golden["zeroshot/acc1"], atol=1e-6)
+  found = scores_of(source, encoders(rows, texts, images), templates=forms)
+  assert found.metrics["images"] == len(examples)
+  assert tuple(found.metrics) == METRICS
+  np.testing.assert_allclose(found.metrics["top1"], golden["zeroshot/acc1"], atol=1e-6)
+  np.testing.assert_array_equal(found.predictions["predicted"], golden["zeroshot/pred"])
 
 
 def test_tokens_are_compared_with_every_prompt_and_scores_averaged_over_templates():

@@ -147,6 +147,7 @@ TIMM = {"model_cfg.vision_cfg": {"image_size": 224, "timm_model_name": "vit_smal
     ({"preprocess_cfg.resize_mode": "longest"}, "preprocess_cfg.resize_mode='longest' is not supported"),
     ({"preprocess_cfg.mean": 0.5}, "preprocess_cfg.mean=0.5: expected three numbers"),
     ({"model_cfg.text_cfg.pool_type": "eos", "model_cfg.text_cfg.eos_id": 5}, {"text.eot": 5}),
+    ({"model_cfg.text_cfg.tokenizer_kwargs": {"clean": "canonicalize"}}, "text_cfg.tokenizer_kwargs=.* not supported"),
     ({"model_cfg.text_cfg.norm_kwargs": {"eps": 1e-6}}, "text_cfg.norm_kwargs.eps=1e-06 is not supported"),
     ({"model_cfg.vision_cfg.norm_kwargs": {"eps": 1e-6}}, {"image.epsilon": 1e-6}),
     ({"model_cfg.vision_cfg.norm_kwargs": {"elementwise_affine": True}}, r"norm_kwargs has \['elementwise_affine'\]"),

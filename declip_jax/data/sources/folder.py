@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 import errno
-from functools import cached_property
+from functools import cached_property, partial
 import hashlib
 import os
 from pathlib import Path
@@ -81,7 +81,7 @@ class Folder(lists.ListSource):
 
 
 def open_folder(location: str) -> Folder:
-  """Opens a folder of images, at any depth: "PATH", or "PATH?allow=outside".
+  """Opens a folder of images, at any depth: "PATH", or "PATH?allow=outside&group=NAME,NAME".
 
   If there are texts next to images, NAME.txt or NAME.jpg.txt for NAME.jpg (see `files.CAPTION_SUFFIXES`), each of their
   lines that is not blank is a caption (in a WebDataset the whole text is one caption), and there are no classes.
@@ -93,6 +93,9 @@ def open_folder(location: str) -> Folder:
   Links are followed, except for those that lead back to a folder above them. One that leads outside of the folder is
   not allowed, and counts as one bad sample, unless the location says "?allow=outside".
 
+  "&group=NAME,NAME" names the folders between that of the class and the image, from the top, such as group=video for
+  juggling/v_03/frame_17.jpg: they group images for evaluations. An image that has no such folder is in no group.
+
   The folder is listed each time it is opened, and the name of its index depends on its file names. Texts are read
   together with their images. The stamp also depends on sizes and times of some files, see `ListSource.stamp`, so that
   images that were replaced under the same names are noticed unless they are few.
@@ -101,13 +104,14 @@ def open_folder(location: str) -> Folder:
     FileNotFoundError: the folder does not exist or has no image.
     OSError: a folder in it cannot be listed.
     ValueError: its folders have names of splits, such as "train", one of them has no image or is a link that is not
-      followed, or classnames.txt does not name each of them.
+      followed, or classnames.txt does not name each of them; or groups are named, but there are no such folders.
   """
   name = f"folder:{location}"
-  place, wanted = lists.parse(location, ("allow",))
+  place, wanted = lists.parse(location, ("allow", "group"))
+  groups = tuple(part.strip() for part in wanted["group"].split(",")) if wanted.get("group") else ()
   folder, reach = lists.absolute(place), Reach.of(wanted)
   digest, tops, classes, left_out = hashlib.sha256(), set(), set(), Counter()
-  images, used_texts, refused = 0, Counter(), list[str]()
+  images, used_texts, refused, depth = 0, Counter(), list[str](), 0
   for found in _listing(folder, reach):
     digest.update(repr((found.path, found.images, sorted(found.texts.values()), found.refused)).encode())
     used = {text for image in found.images for text in _texts_of(image, found)}
@@ -118,6 +122,7 @@ def open_folder(location: str) -> Folder:
     refused += found.refused if not top else ()
     tops |= {top} - {""}
     classes |= {top} - {""} if found.images else set()
+    depth = max(depth, found.path.count("/") if found.images else 0)
   captioned = bool(used_texts)
   if captioned and len(classes) > 1 and used_texts.total() < _STRAY * images:
     captioned, left_out = False, left_out + used_texts
@@ -133,9 +138,12 @@ def open_folder(location: str) -> Folder:
     few = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
     raise ValueError(f"{name}: no image in {few}, but each folder is a class; remove those that are not")
   numbers = {} if captioned else {top: number for number, top in enumerate(sorted(classes))}
-  index = lists.index_list(
-    name, [f"{folder}/"], ["folder", digest.hexdigest()], lambda: _entries(folder, reach, numbers)
-  )
+  if groups and (not numbers or depth < len(groups)):
+    has = f"at most {depth} folders between a class and an image" if numbers else "no classes"
+    raise ValueError(f"{name}: group={wanted['group']}, but it has {has}")
+  entries = partial(_entries, folder, reach, numbers, len(groups))
+  stamp = ["folder", digest.hexdigest(), *groups]
+  index = lists.index_list(name, [f"{folder}/"], stamp, entries, marks=lists.MarkNames(groups=groups))
   if numbers and files.exists(f"{folder}/classnames.txt"):
     left_out -= Counter([".txt"])
   return lists.checked(Folder(name, index, dict(left_out.most_common(_SUFFIXES)), reach))
@@ -147,16 +155,18 @@ def has_captions(names: Iterable[str]) -> bool:
   return any(_texts_of(image, found) for image in found.images)
 
 
-def _entries(folder: str, reach: Reach, classes: dict[str, int]) -> Iterator[Entry | BadSample]:
+def _entries(folder: str, reach: Reach, classes: dict[str, int], groups: int) -> Iterator[Entry | BadSample]:
+  """The images, with the names of `groups` folders below that of their class."""
   for found in _listing(folder, reach):
-    top = found.path.partition("/")[0]
+    top, *below = found.path.split("/")
+    own = [*below[:groups], *[None] * (groups - len(below))]
     yield from (BadSample("not allowed", reason) for reason in found.refused)
     for image in found.images:
       path = f"{found.path}/{image}".lstrip("/")
       if not classes:
         yield Entry(0, -1, path, captions=[f"{found.path}/{text}".lstrip("/") for text in _texts_of(image, found)])
       elif top:
-        yield Entry(0, -1, path, label=classes[top], label_name=top)
+        yield Entry(0, -1, path, label=classes[top], label_name=top, groups=own)
       else:
         yield BadSample("damaged record", f"{folder}/{path} is not in the folder of a class")
 

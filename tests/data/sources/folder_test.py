@@ -38,6 +38,23 @@ def test_folders_are_classes_in_alphabetical_order(tmp_path):
   assert not (tmp_path / "train" / ".declip_jax").exists()  # other tools would treat it as a class
 
 
+def test_folders_below_those_of_the_classes_are_groups(tmp_path):
+  path = write(tmp_path, "cat/v_2/a/1.jpg", "cat/v_1/1.jpg", "dog/v_2/1.jpg", "dog/1.jpg")
+  source = open_folder(f"{path}?group=video,part")
+  assert source.classnames == ("cat", "dog")
+  groups = {example["id"]: example["groups"] for example in source}
+  videos = {name: of["video"] for name, of in groups.items()}
+  assert videos["cat/v_2/a/1.jpg"] == videos["dog/v_2/1.jpg"] != videos["cat/v_1/1.jpg"]
+  assert groups["dog/1.jpg"] == {"video": -1, "part": -1}
+  assert [name for name, of in groups.items() if of["part"] >= 0] == ["cat/v_2/a/1.jpg"]
+  assert "groups" not in open_folder(path)[0]
+  with pytest.raises(ValueError, match=r"group=a,b,c, but it has at most 2 folders between a class and an image"):
+    open_folder(f"{path}?group=a,b,c")
+  (tmp_path / "flat").mkdir()
+  with pytest.raises(ValueError, match=r"group=video, but it has no classes"):
+    open_folder(write(tmp_path / "flat", "a.jpg") + "?group=video")
+
+
 @pytest.mark.parametrize(("images", "classnames", "left_out"), [(6, ("cat", "dog"), {".txt": 1}), (5, (), {})])
 def test_folders_are_classes_although_a_few_images_have_texts(tmp_path, images, classnames, left_out):
   names = [f"{name}/{number}.jpg" for name in ("cat", "dog") for number in range(images)]
