@@ -337,7 +337,7 @@ MUTATIONS = [
            "found = {name: np.arange(len(source.classnames)) for name, source in sources.items()}",
            "evals/suites_test.py"),
   Mutation("hyperparameters are chosen on the test split", "evals/probes.py",
-           "return train, _labelled(data.val, features), test,", "return train, test, test,", _PROTOCOLS),
+           "val=_labelled(data.val, features)", "val=found.test", _PROTOCOLS),
   Mutation("a probe under shift answers other classes", "evals/probes.py",
            "logits if data.parent is None else merge_classes(logits, data.parent.ids)",
            "logits if data.parent is None else logits[:, : len(data.classnames)]", "evals/shifts_test.py"),

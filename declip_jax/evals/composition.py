@@ -84,6 +84,8 @@ def composition(data: EvaluationData, pictures: Path | None) -> Scores:
   """
   del pictures
   captions = [_captions(data.test.source, index) for index in range(len(data.test.source))]
+  if not captions:
+    raise ValueError(f"{data.test.name} has no samples")
   text = data.texts([caption for own in captions for caption in own])
   image, readable = jax.tree.map(gather_rows, data.test.images), gather_rows(data.test.readable)
   scores = caption_scores(image, text, data.similarity if data.tokens else None)

@@ -151,21 +151,6 @@ def any_label_correct(labels: Bool[np.ndarray, "n classes"], predicted: Int[np.n
   return labels[np.arange(len(labels)), predicted] & (predicted >= 0)
 
 
-def jaccard(associated: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"]) -> float:
-  """Size of the intersection by that of the union, of the right answers and as many answers of the largest score.
-
-  WinoGAViL (Bitton et al. 2022): `n` images, some of which go with a cue. Of equal scores the wrong ones come first.
-
-  Raises:
-    ValueError: there is no right answer.
-  """
-  if not associated.any():
-    raise ValueError(f"none of {len(associated)} answers is right")
-  chosen = np.zeros(len(score), bool)
-  chosen[np.lexsort((associated, -score))[: associated.sum()]] = True
-  return float((chosen & associated).sum() / (chosen | associated).sum())
-
-
 def roc_auc(
   present: Bool[np.ndarray, "n"], score: Float[np.ndarray, "n"], times: Times = None
 ) -> Float[np.ndarray, "*r"]:

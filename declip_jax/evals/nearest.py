@@ -156,7 +156,7 @@ def nearest_mean(train: Labelled, test: Labelled, *, classes: int) -> tuple[Floa
   A class without training data has -inf. Every host has to call this.
 
   Raises:
-    ValueError: a split is unusable, see `check_rows`, or has several labels.
+    ValueError: a split is unusable, see `check_rows`, has several labels, or the training split has none.
   """
   _check(train, test, classes)
   totals = np.zeros((classes, train.features.shape[1]))
@@ -164,6 +164,8 @@ def nearest_mean(train: Labelled, test: Labelled, *, classes: int) -> tuple[Floa
     rows = start + np.flatnonzero(train.label[start : start + _CHUNK] >= 0)
     np.add.at(totals, train.label[rows], _unit(train.features[rows]))
   counts = sum_over_hosts(np.bincount(train.label[train.label >= 0], minlength=classes))
+  if not counts.any():
+    raise ValueError("train: no labelled rows")
   cosine = _unit(test.features) @ _unit(sum_over_hosts(totals)).T
   scores = np.where(counts > 0, cosine, -np.inf).astype(np.float32)
   return gather_rows(scores), gather_rows(test.label)

@@ -177,11 +177,10 @@ def knn(
     ValueError: a split cannot be used.
   """
   del pictures
-  train, test = _labelled(data.train, features), _labelled(data.test, features)
-  votes, label = nearest.knn(
-    train, test, classes=_classes(data), mesh=make_mesh(-1, 1), neighbours=neighbours, temperature=temperature
-  )
-  chosen, used, value = headline if headline in votes else max(votes), label >= 0, criterion(data.metric)
+  rows = _two_splits(data, features)
+  shared = {"classes": rows.classes, "mesh": rows.mesh, "neighbours": neighbours, "temperature": temperature}
+  votes, label = nearest.knn(rows.train, rows.test, **shared)
+  chosen, used, value = headline if headline in votes else max(votes), label >= 0, rows.score
   logits = {size: _own_logits(data, found.weighted) for size, found in votes.items()}
   metrics = {f"k_{size}": value(own[used], label[used]) for size, own in logits.items()}
   scores = score(data, logits[chosen], {"features": features, "neighbours": chosen, "temperature": temperature})
@@ -200,8 +199,8 @@ def nearest_mean(data: EvaluationData, pictures: Path | None, *, features: str =
     ValueError: a split cannot be used.
   """
   del pictures
-  train, test = _labelled(data.train, features), _labelled(data.test, features)
-  logits, _ = nearest.nearest_mean(train, test, classes=_classes(data))
+  rows = _two_splits(data, features)
+  logits, _ = nearest.nearest_mean(rows.train, rows.test, classes=rows.classes)
   return score(data, _own_logits(data, logits), {"features": features})
 
 
@@ -250,6 +249,9 @@ def _labelled(split: Split, kind: str) -> Labelled:
 def _two_splits(data: EvaluationData, features: str) -> ProbeData:
   """Training and test rows, judged by the metric of the data set, on all devices."""
   train, test = _labelled(data.train, features), _labelled(data.test, features)
+  used = test.label >= 0 if test.label.ndim == 1 else (test.label != 0).any(axis=1)
+  if not gather_rows(used).any():  # before anything is trained
+    raise ValueError(f"{data.test.name}: no readable image has a class label")
   return ProbeData(train, test, criterion(data.metric), _classes(data), make_mesh(-1, 1))
 
 

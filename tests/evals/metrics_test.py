@@ -125,14 +125,6 @@ def test_confusions_are_sorted_by_number():
   assert metrics.confusions(found) == [(2, 1, 2), (0, 1, 1), (0, 2, 1), (1, 0, 1)]
 
 
-def test_jaccard_index_of_as_many_answers_as_there_are_right_ones():
-  associated = np.array([1, 0, 1, 0, 1], bool)
-  assert metrics.jaccard(associated, np.array([3.0, 2.0, 1.0, 0.0, 2.5])) == 2 / 4
-  assert metrics.jaccard(associated, np.zeros(5)) == 1 / 5  # the answers are 1, 3 and one of the others
-  with pytest.raises(ValueError, match="none of 3 answers is right"):
-    metrics.jaccard(np.zeros(3, bool), np.zeros(3))
-
-
 def test_roc_auc_equals_slip_and_scikit_learn(golden):
   logits, label = golden["auc/logits"], golden["auc/labels"] > 0
   difference = logits[:, 1] - logits[:, 0]

@@ -23,7 +23,7 @@ from declip_jax.evals.classes import align
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.features import EvaluationData, Split, Texts, make_data
 from declip_jax.evals.results import Scores
-from declip_jax.evals.rows import Labelled
+from declip_jax.evals.rows import Labelled, ProbeData
 from declip_jax.evals.similarity import unit_rows
 from declip_jax.sharding import make_mesh
 
@@ -278,8 +278,9 @@ def hyperparameters_chosen_on_the_test_split() -> Numbers:
 
 def two_classes_are_a_softmax_of_two_vectors() -> Numbers:
   g, mesh = reference.below(golden("probes"), "probe/binary/"), make_mesh(1, 1, jax.devices()[:1])
-  splits = (Labelled(g[f"X_{name}"], g[f"y_{name}"]) for name in ("train", "test"))
-  found = linear_probe.fit(*splits, g["C"][2], classes=2, mesh=mesh, tolerance=1e-6).classifier.kernel
+  train, test = (Labelled(g[f"X_{name}"], g[f"y_{name}"]) for name in ("train", "test"))
+  data = ProbeData(train, test, lambda scores, label: 0.0, 2, mesh)
+  found = linear_probe.fit(data, g["C"][2], tolerance=1e-6).classifier.kernel
   right, wrong = g["coef"][2], g["coef_of_two_class_softmax_same_C"][2]
   largest = np.abs(right).argmax()
   scale = np.abs(right).max()  # the fixture's tolerance is relative to it
