@@ -118,7 +118,9 @@ def _command(folders: list[str]) -> None:
   overlaps = tuple(map(Path, given.overlap))
   report = Report(methods, baseline, shifts, standard, overlaps, interpolated, published())
   write_report(report, Path(given.output), latex=given.latex)
-  message(f"{Path(given.output) / 'report.html'}: {len(methods)} methods, {len(report.tasks)} tasks", stream=sys.stdout)
+  message(
+    f"{Path(given.output) / 'report.html'}: methods: {len(methods)}, tasks: {len(report.tasks)}", stream=sys.stdout
+  )
   if failed is not None:
     raise failed
 

@@ -44,6 +44,7 @@ _WORDS = {
   "clip_benchmark": "those of CLIP_benchmark (`clip_benchmark`)",
   "bare": "only the name of the class (`bare`)",
   "own": "those of the data set's source (`own`)",
+  "given": "that of the data file (`given`)",
   "pooled": "the output of the image tower before the projection (`pooled`)",
   "joint": "the joint embedding (`joint`)",
 }
@@ -67,7 +68,7 @@ def header(report: Report) -> Iterator[Block]:
       "0, two stars those that remain so after Holm's adjustment for the number of differences in the table. The best "
       "score of a row is bold only if it differs from every other one in this sense."
     )
-  else:
+  elif len(report.methods) > 1:
     yield "The best score of a row is bold only if its difference from every other one has an interval without 0."
   yield from _data(report)
   if missing := [*_missing(report)]:
