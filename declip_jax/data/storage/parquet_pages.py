@@ -4,13 +4,15 @@ The metadata at the end of a file repeat these sizes, but nothing ensures that t
 Thrift's compact protocol, of the type PageHeader in https://github.com/apache/parquet-format.
 """
 
+import io
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
 _LARGE = 2**28  # bytes; a page may be larger only if it has at least an eighth of them in the file, as images do
 _EXPANSION = 8
-_HEADER, _LARGEST_HEADER = 2**9, 2**24  # bytes to read at first, and at most
+_HEADER, _LARGEST_HEADER = 2**9, 2**18  # bytes to read at first, and at most
+_FORGOTTEN = 100  # bytes that the metadata of old writers lack, as Arrow assumes
 _SIZE, _COMPRESSED_SIZE, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 5, 7, 8  # numbers of fields of a header
 _DELTA_BYTE_ARRAY = 7  # an encoding in which a value may repeat the beginning of the one before it
 
@@ -37,12 +39,15 @@ def inspect(stream: BinaryIO, column: Any, most_values: int) -> Pages:
   place = column.data_page_offset
   if column.has_dictionary_page and 0 < (column.dictionary_page_offset or 0) < place:
     place = column.dictionary_page_offset
-  stop, left, found = place + column.total_compressed_size, column.num_values, Pages(0, 0)
+  stop = min(place + column.total_compressed_size + _FORGOTTEN, stream.seek(0, io.SEEK_END))
+  left, found = column.num_values, Pages(0, 0)
+  if place < 0 or left < 0 or column.total_compressed_size < 0:
+    raise pa.ArrowInvalid(f"the pages of {column.path_in_schema!r} have a negative place or size")
   if left > most_values:
     raise pa.ArrowInvalid(f"{left:,} values of {column.path_in_schema!r}, expected at most {most_values:,}")
   while left > 0 and place < stop:
     header, place = _header(stream, place)
-    size, compressed = (header.get(field, 0) for field in (_SIZE, _COMPRESSED_SIZE))
+    size, compressed = _number(header, _SIZE), _number(header, _COMPRESSED_SIZE)
     if size < 0 or compressed < 0 or place + compressed > stop:
       raise pa.ArrowInvalid(f"a page of {column.path_in_schema!r} does not end")
     if size > max(_LARGE, _EXPANSION * compressed):
@@ -51,13 +56,20 @@ def inspect(stream: BinaryIO, column: Any, most_values: int) -> Pages:
     place += compressed
     if _DICTIONARY in header:
       found = found._replace(dictionary=max(found.dictionary, size))
-    data = header.get(_DATA) or header.get(_DATA_V2) or {}
-    left -= data.get(1, 0)
-    if left < 0 or data.get(1, 0) < 0:
+    data = header.get(_DATA) or header.get(_DATA_V2) or {1: 0}
+    count = _number(data, 1)
+    left -= count
+    if left < 0 or count < 0:
       raise pa.ArrowInvalid(f"the pages of {column.path_in_schema!r} have more values than the metadata say")
-    if data.get(4 if _DATA_V2 in header else 2) == _DELTA_BYTE_ARRAY:
+    if _number(data, 4 if _DATA_V2 in header else 2) == _DELTA_BYTE_ARRAY:
       found = found._replace(delta=max(found.delta, size))
   return found
+
+
+def _number(fields: Any, field: int) -> int:
+  """A number in a struct, -1 if there is none."""
+  value = fields.get(field) if isinstance(fields, dict) else None
+  return value if isinstance(value, int) else -1
 
 
 def _header(stream: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
