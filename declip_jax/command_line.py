@@ -209,11 +209,18 @@ def check_field(config: ConfigDict, field: str, value: str) -> None:
   raise ValueError(config_files.no_field(config, field) + hint)
 
 
+def _close_flags(name: str, values: flags.FlagValues) -> list[str]:
+  """The fields of the config with this name, else the flags with a similar one, without those of libraries."""
+  config = values["config"].value if "config" in values else None
+  found = [field for field, _ in config_files.fields(config) if field.rpartition(".")[2] == name] if config else []
+  own = [flag for flag in values if not flag.startswith("grain_")]
+  return [f"--config.{field}" for field in found[:3]] or [f"--{flag}" for flag in close_names(name, own)]
+
+
 def _one_line(error: Exception, values: flags.FlagValues) -> str:
   """Returns what is wrong with a flag, without the text that absl wraps it in."""
   if isinstance(error, flags.UnrecognizedFlagError):
-    close = [f"--{name}" for name in close_names(error.flagname, values)]
-    return f"there is no flag --{error.flagname}{suggest(close)}"
+    return f"there is no flag --{error.flagname}{suggest(_close_flags(error.flagname, values))}"
   text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
   if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
     return f"--{' and --'.join(missing)} {'are' if len(missing) > 1 else 'is'} required"

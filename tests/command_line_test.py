@@ -73,6 +73,7 @@ def parse(values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     (["--config=demo:mehtod=slip"], ["'mehtod'", "did you mean method"]),
     (["--config=demmo", "--workdir=x"], ["--config=demmo", "demo"]),
     (["--config=demo", "--wrkdir=x"], ["error: there is no flag --wrkdir; did you mean --workdir?\n"]),
+    (["--config=demo", "--batch_size=32"], ["no flag --batch_size; did you mean --config.batch_size?\n"]),
     (
       ["--config=demo", "--config.batch_siz=3"],
       ["error: the config has no field 'batch_siz'; did you mean batch_size?\n"],

@@ -33,7 +33,7 @@ def inspect(stream: BinaryIO, column: Any, most_values: int) -> Pages:
   """Reads the headers of the pages of a column, a `pyarrow.parquet.ColumnChunkMetaData`.
 
   Raises:
-    pa.ArrowInvalid: a page is too large, there are more than `most_values` values or more than the metadata say, or a
+    pa.ArrowInvalid: a page is too large, there are more than `most_values` values or other than the metadata say, or a
       header is damaged.
   """
   place = column.data_page_offset
@@ -63,6 +63,8 @@ def inspect(stream: BinaryIO, column: Any, most_values: int) -> Pages:
       raise pa.ArrowInvalid(f"the pages of {column.path_in_schema!r} have more values than the metadata say")
     if _number(data, 4 if _DATA_V2 in header else 2) == _DELTA_BYTE_ARRAY:
       found = found._replace(delta=max(found.delta, size))
+  if left:
+    raise pa.ArrowInvalid(f"the pages of {column.path_in_schema!r} lack {left:,} of {column.num_values:,} values")
   return found
 
 
