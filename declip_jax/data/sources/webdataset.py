@@ -516,7 +516,7 @@ def _strip(captions: Iterable[str]) -> tuple[str, ...]:
 def _number(text: bytes) -> int | None:
   """The number in a .cls, which may start with a byte order mark; None if it is something else."""
   text = text.removeprefix(codecs.BOM_UTF8)
-  return int(text) if _LABEL.fullmatch(text) else None
+  return int(text) if len(text) <= _LONGEST_LABEL and _LABEL.fullmatch(text) else None
 
 
 def _label(text: bytes, classes: int, place: str) -> int:

@@ -384,7 +384,7 @@ def test_pickles_small_however_many_shards(tmp_path):
 
 
 def test_classnames_and_bad_fields(tmp_path):
-  fields = {"a": b"1", "b": b"2", "c": b"one", "d": b"-1"}
+  fields = {"a": b"1", "b": b"2", "c": b"one", "d": b"-1", "f": b"9" * 5000}
   files = {f"{key}.{suffix}": text for key, cls in fields.items() for suffix, text in [("png", b"x"), ("cls", cls)]}
   files |= {"e.png": b"x", "e.json": b"{"}
   path = write_tar(tmp_path / "s.tar", files)
@@ -393,10 +393,35 @@ def test_classnames_and_bad_fields(tmp_path):
   source = pickle.loads(pickle.dumps(open_webdataset(str(path))))
   assert source.classnames == ("dog", "hot dog")
   assert (source[0]["label"], source[3]["label"]) == (1, -1)
-  for index, message in [(1, "s.tar:b: bad .cls b'2'.* -1 to 1"), (2, "s.tar:c: bad .cls"), (4, "s.tar:e: bad .json")]:
+  for index, message in [
+    (1, "s.tar:b: bad .cls b'2'.* -1 to 1"),
+    (2, "s.tar:c: bad .cls"),
+    (4, "s.tar:f: "),
+    (5, "s.tar:e: bad .json"),
+  ]:
     with pytest.raises(BadSample, match=message) as error:
       source[index]
     assert error.value.kind == "damaged record"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "txt"])
+def test_a_member_of_40_gigabytes_costs_only_its_sample(tmp_path, suffix):
+  before = {"a.jpg": b"a", "b.jpg": b"b"} if suffix == "txt" else {"a.jpg": b"a"}
+  path, size = write_tar(tmp_path / "s.tar", before), 40 * 2**30
+  with path.open("r+b") as file:
+    file.seek(1024 * len(before))
+    info = tarfile.TarInfo(f"b.{suffix}")
+    info.size = size
+    file.write(info.tobuf(tarfile.GNU_FORMAT))
+    file.seek(size, io.SEEK_CUR)  # takes no space
+    last = tarfile.TarInfo("c.jpg")
+    last.size = 1
+    file.write(last.tobuf() + b"c".ljust(512, b"\0") + bytes(1024))
+  source = open_webdataset(str(path))
+  assert [source[index]["image"] for index in (0, 2)] == [b"a", b"c"]
+  with pytest.raises(BadSample, match="s.tar, sample at byte 1024: .* bytes are more than") as error:
+    source[1]
+  assert error.value.kind == "too large"
 
 
 def test_labels_that_count_from_1_are_rejected(tmp_path):
