@@ -48,7 +48,7 @@ def results() -> dict[str, np.ndarray]:
     "swept": swept.scores,
     "label": swept.label,
     "stochastic": stochastic.scores,
-    "weighted": votes[5].weighted,
+    "weighted": votes[5](),
     "means": means,
     "text_ranks": ranked.image_to_text.high,
     "image_ranks": ranked.text_to_image.high,

@@ -30,16 +30,10 @@ def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> Interva
   Raises:
     ValueError: not 0 <= successes <= trials, or there is no trial.
   """
-  return _proportion(successes, trials, level, "exact")
-
-
-def wilson(successes: int, trials: int, level: float = 0.95) -> Interval:
-  """The score interval of a proportion (Wilson 1927).
-
-  Raises:
-    ValueError: not 0 <= successes <= trials, or there is no trial.
-  """
-  return _proportion(successes, trials, level, "wilson")
+  if not 0 <= successes <= trials or not trials:
+    raise ValueError(f"{successes} successes in {trials} trials are not a proportion")
+  found = stats.binomtest(successes, trials).proportion_ci(level, "exact")
+  return Interval(float(found.low), float(found.high))
 
 
 def bootstrap(
@@ -109,23 +103,10 @@ def ratio(
   return np.asarray((times @ hits) / (times @ trials))
 
 
-def mean_per_class_error(label: Int[np.ndarray, "n"], correct: Bool[np.ndarray, "n"]) -> float:
-  """Standard error of the mean per class, sqrt(sum(p (1 - p) / n)) / K, to check its bootstrap within classes."""
-  totals = np.bincount(label)
-  share = np.bincount(label, weights=correct)[totals > 0] / totals[totals > 0]
-  return float(np.sqrt((share * (1 - share) / totals[totals > 0]).sum()) / len(share))
-
-
 def mcnemar(correct_a: Bool[np.ndarray, "n"], correct_b: Bool[np.ndarray, "n"]) -> float:
   """Two-sided p-value of McNemar's exact test of two models on the same examples (McNemar 1947)."""
   only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
   return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-
-
-def difference_error(correct_a: Bool[np.ndarray, "n"], correct_b: Bool[np.ndarray, "n"]) -> float:
-  """Standard error of the difference of the accuracies of two models on the same examples."""
-  difference = correct_a.astype(np.float64) - correct_b
-  return float(difference.std() / np.sqrt(len(difference)))
 
 
 def student(values: Float[np.ndarray, "seeds"], level: float = 0.95) -> Interval:
@@ -180,13 +161,6 @@ def holm(p: Float[np.ndarray, "tests"]) -> Float[np.ndarray, "tests"]:
   adjusted = np.empty_like(p)
   adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
   return adjusted
-
-
-def _proportion(successes: int, trials: int, level: float, method: str) -> Interval:
-  if not 0 <= successes <= trials or not trials:
-    raise ValueError(f"{successes} successes in {trials} trials are not a proportion")
-  found = stats.binomtest(successes, trials).proportion_ci(level, method)
-  return Interval(float(found.low), float(found.high))
 
 
 def _distinct(*columns: Columns) -> tuple[Int[np.ndarray, "k"], Int[np.ndarray, "n"], Int[np.ndarray, "k"]]:

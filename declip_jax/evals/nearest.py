@@ -36,16 +36,9 @@ class Neighbours(NamedTuple):
   index: Int[np.ndarray, "n k"]
 
 
-class Votes(NamedTuple):
-  """Scores of the test rows of all hosts by their nearest neighbours.
-
-  Attributes:
-    weighted: sum of exp(cosine / temperature) over the neighbours of each class (Wu et al. 2018, DINO).
-    majority: number of neighbours of each class, plus less than 1 for how near its nearest is, which decides ties.
-  """
-
-  weighted: Float64[np.ndarray, "n k"]
-  majority: Float64[np.ndarray, "n k"]
+# Counts the votes of some nearest neighbours: for the test rows of all hosts, the sum of exp(cosine / temperature) over
+# the neighbours of each class (Wu et al. 2018, DINO).
+Votes = Callable[[], Float64[np.ndarray, "n k"]]
 
 
 def nearest(
@@ -117,7 +110,8 @@ def knn(
 ) -> tuple[dict[int, Votes], Int[np.ndarray, "n"]]:
   """Votes of the nearest training rows, by their number (DINO, Caron et al. 2021), and the labels of the test rows.
 
-  Numbers larger than that of the labelled training rows are left out. Every host has to call this.
+  Votes are counted on demand, since those of many classes take much memory. Numbers larger than that of the labelled
+  training rows are left out. Every host has to call this.
 
   Args:
     train, test: the splits, with one label per row.
@@ -135,19 +129,24 @@ def knn(
   if not sizes:
     raise ValueError(f"train: {np.sum(label >= 0)} labelled rows; expected at least {min(neighbours)} neighbours")
   found = nearest(test.features, train.features, max(sizes), mesh, np.flatnonzero(train.label >= 0))
-  votes = {size: _vote(found.cosine[:, :size], label[found.index[:, :size]], classes, temperature) for size in sizes}
+  votes = {
+    size: functools.partial(_vote, found.cosine[:, :size], label[found.index[:, :size]], classes, temperature)
+    for size in sizes
+  }
   return votes, gather_rows(test.label)
 
 
-def _vote(cosine: Float32[np.ndarray, "n k"], label: Int[np.ndarray, "n k"], classes: int, temperature: float) -> Votes:
-  rows, count = np.arange(len(label)), label.shape[1]
+def _vote(
+  cosine: Float32[np.ndarray, "n neighbours"],
+  label: Int[np.ndarray, "n neighbours"],
+  classes: int,
+  temperature: float,
+) -> Float64[np.ndarray, "n k"]:
   weight = np.exp(cosine.astype(np.float64) / temperature)
-  weighted, majority = np.zeros((2, len(label), classes))
-  for place in reversed(range(count)):  # the nearest last, so that its place remains
-    column = label[:, place]
-    weighted[rows, column] += weight[:, place]
-    majority[rows, column] = np.floor(majority[rows, column]) + 1 + (count - place) / (count + 1)
-  return Votes(weighted, majority)
+  votes = np.zeros((len(label), classes))
+  for place in reversed(range(label.shape[1])):
+    votes[np.arange(len(label)), label[:, place]] += weight[:, place]
+  return votes
 
 
 def nearest_mean(train: Labelled, test: Labelled, *, classes: int) -> tuple[Float32[np.ndarray, "n k"], np.ndarray]:

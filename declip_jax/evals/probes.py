@@ -179,11 +179,11 @@ def knn(
   del pictures
   rows = _two_splits(data, features)
   shared = {"classes": rows.classes, "mesh": rows.mesh, "neighbours": neighbours, "temperature": temperature}
-  votes, label = nearest.knn(rows.train, rows.test, **shared)
-  chosen, used, value = headline if headline in votes else max(votes), label >= 0, rows.score
-  logits = {size: _own_logits(data, found.weighted) for size, found in votes.items()}
-  metrics = {f"k_{size}": value(own[used], label[used]) for size, own in logits.items()}
-  scores = score(data, logits[chosen], {"features": features, "neighbours": chosen, "temperature": temperature})
+  counts, label = nearest.knn(rows.train, rows.test, **shared)
+  chosen, used = headline if headline in counts else max(counts), label >= 0
+  details = {"features": features, "neighbours": chosen, "temperature": temperature}
+  scores = score(data, _own_logits(data, counts[chosen]()), details)
+  metrics = {f"k_{size}": rows.score(_own_logits(data, votes())[used], label[used]) for size, votes in counts.items()}
   return dataclasses.replace(scores, metrics={**scores.metrics, **metrics})
 
 

@@ -186,12 +186,6 @@ def band(
   return Band(lower[2:], upper[2:], slope, intercept)
 
 
-def relative_robustness(shifted: Float[np.ndarray, "models shifts"], reference: int = 0) -> Float[np.ndarray, "models"]:
-  """How much better each model is under shift, on average over the shifts, than the model at a position."""
-  mean = shifted.mean(axis=1)
-  return mean - mean[reference]
-
-
 def _on_scale(accuracy: Float[np.ndarray, "models"], scale: Scale) -> Float[np.ndarray, "models"]:
   values = _SCALES[scale][0](accuracy)
   if not np.isfinite(values).all():

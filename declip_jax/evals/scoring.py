@@ -104,7 +104,7 @@ def _several_labels(data: EvaluationData, logits: Float[np.ndarray, "n classes"]
     rows = _rows(used & (labels > 0).any(axis=1))
     predicted = metrics.predict(logits[rows], np.zeros(len(rows), np.int64)).predicted
     correct = metrics.any_label_correct(labels[rows] > 0, predicted)
-    predictions = {"row": rows, "predicted": predicted.astype(np.int16), "correct": correct}
+    predictions = {"row": rows, "predicted": predicted.astype(_integers(logits.shape[1])), "correct": correct}
     return ["any_label"], predictions, {"images": len(rows)}, {}
   rows, name = _rows(used), _namer(data.classnames)
   scores = metrics.worst_if_nan(labels[rows] > 0, logits[rows]).astype(np.float32)
@@ -117,16 +117,21 @@ def _several_labels(data: EvaluationData, logits: Float[np.ndarray, "n classes"]
 
 def _columns(found: Predictions, logits: Float[np.ndarray, "n classes"]) -> dict[str, np.ndarray]:
   """The predictions, without rows."""
-  most = np.iinfo(np.int16).max
+  integers = _integers(found.classes)
   columns = {
-    "label": found.label.astype(np.int16),
-    "predicted": found.predicted.astype(np.int16),
-    "rank": np.minimum(found.rank, most).astype(np.int16),
+    "label": found.label.astype(integers),
+    "predicted": found.predicted.astype(integers),
+    "rank": np.minimum(found.rank, np.iinfo(integers).max).astype(integers),
   }
   if found.classes == 2:
     difference = logits[:, 1].astype(np.float64) - logits[:, 0]
     columns["score"] = metrics.worst_if_nan(found.label == 1, difference).astype(np.float32)
   return columns
+
+
+def _integers(classes: int) -> type[np.integer]:
+  """The type of predictions: int16, as long as it can number the classes."""
+  return np.int16 if classes <= np.iinfo(np.int16).max else np.int32
 
 
 def _value(name: str, predictions: Columns) -> float:

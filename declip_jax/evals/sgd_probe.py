@@ -3,11 +3,11 @@
 All learning rates are trained at once, as the columns of one wide head that share every batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Heads(NamedTuple):
 
   kernel: Float[Array, "r f k"]
   bias: Float[Array, "r k"]
-  loss: Float[Array, "epochs r"]
+  loss: Float32[np.ndarray, "epochs r"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def sgd_probe(data: ProbeData, *, recipe: Recipe = SGD, rates: Sequence[float] =
   if not len(labelled):
     raise ValueError("train: no labelled rows")
   kernel = rng.normal(0, 0.01, (train.features.shape[1], classes)).astype(np.float32)
-  order = np.stack([labelled[rng.permutation(len(labelled))] for _ in range(recipe.epochs)])
+  order = (labelled[rng.permutation(len(labelled))] for _ in range(recipe.epochs))
   heads = train_heads(train, order, kernel, mesh, recipe, rates)
   answered = np.bincount(label[labelled], minlength=classes) > 0
   val_label, val_scores = gather_rows(val.label), {}
@@ -126,7 +126,7 @@ def sgd_probe(data: ProbeData, *, recipe: Recipe = SGD, rates: Sequence[float] =
   return SgdResult(
     rate=rate,
     val_scores=val_scores,
-    loss=np.asarray(heads.loss)[:, chosen].astype(np.float64),
+    loss=heads.loss[:, chosen].astype(np.float64),
     scores=np.where(answered, logits, np.float32(-np.inf)),
     label=gather_rows(data.test.label),
   )
@@ -134,7 +134,7 @@ def sgd_probe(data: ProbeData, *, recipe: Recipe = SGD, rates: Sequence[float] =
 
 def train_heads(
   train: Labelled,
-  order: Int[np.ndarray, "epochs n"],
+  order: Iterable[Int[np.ndarray, "n"]],
   kernel: Float32[np.ndarray, "f k"],
   mesh: Mesh,
   recipe: Recipe,
@@ -144,7 +144,8 @@ def train_heads(
 
   Args:
     train: rows of this host.
-    order: the rows of each epoch in turn, as numbers of the rows of all hosts, one host after the other.
+    order: the rows of each epoch in turn, as numbers of the rows of all hosts, one host after the other; as many of
+      them for each epoch.
     kernel: initial kernel of every head; the bias starts at 0.
     mesh: devices to compute on.
     recipe: how heads are trained.
@@ -156,17 +157,24 @@ def train_heads(
     layout.place(train.label.astype(np.int32), fill=-1),
   )
   place = gather_rows(batch_rows(batch_sharding(mesh), features.shape[0])[: len(train.features)].astype(np.int32))
-  epochs, rows = order.shape
-  padding = np.full((epochs, -rows % recipe.batch_size), -1, np.int32)
-  batches = np.concatenate([place[order], padding], axis=1).reshape(epochs, -1, recipe.batch_size)
-  steps = np.arange(batches[..., 0].size).reshape(batches.shape[:2])
-  counted = np.broadcast_to(steps[:, :1], steps.shape) if recipe.cosine_by_epoch else steps
-  factors = ((1 + np.cos(np.pi * counted / steps.size)) / 2).astype(np.float32)
-  return _train(mesh, recipe)(features, label, batches, factors, np.asarray(rates, np.float32), kernel)
+  each, losses = np.asarray(rates, np.float32), []
+  start, train_epoch = _train(mesh, recipe)
+  carry = start(np.broadcast_to(kernel, (len(each), *kernel.shape)))
+  for epoch, rows in enumerate(order):
+    padding = np.full(-len(rows) % recipe.batch_size, -1, np.int32)
+    batches = np.concatenate([place[rows], padding]).reshape(-1, recipe.batch_size)
+    steps = epoch * len(batches) + np.arange(len(batches))
+    counted = np.full_like(steps, steps[0]) if recipe.cosine_by_epoch else steps
+    factors = ((1 + np.cos(np.pi * counted / (recipe.epochs * len(batches)))) / 2).astype(np.float32)
+    carry, loss = train_epoch(features, label, batches, factors, each, carry)
+    losses.append(np.asarray(loss))  # waits, so that the order of one epoch at a time is on the devices
+  return Heads(*carry[0], np.stack(losses))
 
 
 @functools.cache
-def _train(mesh: Mesh, recipe: Recipe) -> Callable[..., Heads]:
+def _train(mesh: Mesh, recipe: Recipe) -> tuple[Callable[..., tuple], Callable[..., tuple[tuple, Array]]]:
+  """Compiled functions from a kernel for each rate to the carry of training, and of one epoch to the next carry."""
+
   def loss(head: tuple[Array, Array], rows: Array, label: Array) -> tuple[Array, Array]:
     kernel, bias = head
     losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -175,10 +183,11 @@ def _train(mesh: Mesh, recipe: Recipe) -> Callable[..., Heads]:
     each = jnp.where(label[:, None] >= 0, losses, 0).sum(axis=0)
     return each.sum() / jnp.sum(label >= 0), each
 
-  def train(features: Array, label: Array, batches: Array, factors: Array, rates: Array, kernel: Array) -> Heads:
-    kernel = jnp.broadcast_to(kernel, (len(rates), *kernel.shape))
-    head = kernel, jnp.zeros((len(rates), kernel.shape[2]))
+  def start(kernel: Array) -> tuple:
+    head = kernel, jnp.zeros((kernel.shape[0], kernel.shape[2]))
+    return head, recipe.optimizer.init(head)
 
+  def epoch(features: Array, label: Array, batches: Array, factors: Array, rates: Array, carry: tuple) -> Any:
     def step(carry: tuple, batch: tuple[Array, Array]) -> tuple[tuple, Array]:
       head, state = carry
       index, factor = batch
@@ -193,18 +202,11 @@ def _train(mesh: Mesh, recipe: Recipe) -> Callable[..., Heads]:
 
       return (jax.tree.map(move, head, updates), state), each
 
-    def epoch(carry: tuple, batches: tuple[Array, Array]) -> tuple[tuple, Array]:
-      carry, losses = jax.lax.scan(step, carry, batches)
-      return carry, losses.sum(axis=0) / jnp.sum(batches[0] >= 0)
-
-    (head, _), losses = jax.lax.scan(epoch, (head, recipe.optimizer.init(head)), (batches, factors))
-    return Heads(*head, losses)
-
-  def compiled(*arrays: Array) -> Heads:
     with jax.default_matmul_precision("highest"):
-      return train(*arrays)
+      carry, losses = jax.lax.scan(step, carry, (batches, factors))
+    return carry, losses.sum(axis=0) / jnp.sum(batches >= 0)
 
-  return jax.jit(compiled, out_shardings=replicated(mesh))
+  return jax.jit(start, out_shardings=replicated(mesh)), jax.jit(epoch, out_shardings=replicated(mesh))
 
 
 def _logits(rows: Labelled, heads: Heads, mesh: Mesh, recipe: Recipe) -> Iterator[Float32[np.ndarray, "n k"]]:

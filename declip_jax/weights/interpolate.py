@@ -3,12 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Tree = Any
 
 
 def interpolate(start: Tree, end: Tree, share: float) -> Tree:
-  """`1 - share` times the arrays of `start` plus `share` times those of `end`.
+  """`1 - share` times the arrays of `start` plus `share` times those of `end`, which keep their types.
 
   WiSE-FT (Wortsman et al. 2022, section 3) interpolates from a zero-shot model, whose classifier consists of the
   embeddings of class names, to that model after fine-tuning, and recommends the middle.
@@ -30,4 +31,11 @@ def interpolate(start: Tree, end: Tree, share: float) -> Tree:
     raise ValueError(f"the weights differ in {path}, {found}: they are not of the same model")
   if share in (0, 1):
     return end if share else start
-  return jax.tree.map(lambda a, b: (1 - share) * a + share * b, start, end)
+  return jax.tree.map(lambda a, b: _between(a, b, share), start, end)
+
+
+def _between(start: Any, end: Any, share: float) -> Any:
+  """In the type of `start`; integers, such as a number of steps, cannot be mixed and are those of `end`."""
+  if not jnp.issubdtype(start.dtype, jnp.floating):
+    return end
+  return ((1 - share) * start + share * end).astype(start.dtype)

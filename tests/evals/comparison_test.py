@@ -51,7 +51,7 @@ def test_one_run_each_is_compared_on_the_same_images(tmp_path: Path) -> None:
   correct = [classified(*of)["rank"] < 1 for of in ((0.7, 1), (0.6, 2))]
   assert found.value == pytest.approx(correct[0].mean() - correct[1].mean(), abs=1e-12)
   assert found.test == "paired"
-  half = 1.96 * intervals.difference_error(*correct)
+  half = 1.96 * (correct[0].astype(float) - correct[1]).std() / np.sqrt(len(LABEL))
   np.testing.assert_allclose(found.interval, (found.value - half, found.value + half), atol=0.01)
   assert found.is_significant
   assert found.p == intervals.mcnemar(*correct) < 0.05

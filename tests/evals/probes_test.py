@@ -7,7 +7,7 @@ from greys import Greys, grey_encoders
 import numpy as np
 import pytest
 
-from declip_jax.evals import EVALUATORS, scoring
+from declip_jax.evals import EVALUATORS, metrics, scoring
 from declip_jax.evals.features import Split, Texts, make_data
 from declip_jax.evals.results import Scores
 
@@ -152,3 +152,13 @@ def test_predictions_of_a_probe_do_not_depend_on_the_batch_size() -> None:
     data = make_data(encoders, Texts(encoders), Split(greys(*TEST), encoders), **splits)
     found.append(EVALUATORS["nearest_mean"].function(data, None, features="joint").predictions["predicted"])
   np.testing.assert_array_equal(*found)
+
+
+def test_predictions_are_small_integers_unless_there_are_too_many_classes() -> None:
+  classes = 40_000
+  for own, dtype in ((np.array([3]), np.int16), (np.array([classes - 1]), np.int32)):
+    logits = np.zeros((1, own[0] + 1), np.float32)
+    found = scoring._columns(metrics.predict(logits, own), logits)
+    assert found["label"].tolist() == own.tolist() == found["rank"].tolist()
+    assert found["predicted"].tolist() == [0]
+    assert {values.dtype for values in found.values()} == {np.dtype(dtype)}

@@ -64,13 +64,6 @@ def test_resamples_of_equally_accurate_models_have_no_line():
   np.testing.assert_array_equal(np.isnan(lines).all(axis=1), (times[:, -1] == 0) | (times[:, -1] == 7))
 
 
-def test_relative_robustness(golden):
-  shifts = np.stack([golden["evaluated_shift_percent"]] * 2, axis=1) + [1, -1]
-  np.testing.assert_allclose(
-    robustness.relative_robustness(shifts), golden["average_over_shifts/relative_to_first"], atol=1e-10
-  )
-
-
 @pytest.mark.parametrize(
   ("shift", "models", "slope", "intercept", "r", "lowest", "highest"),
   [

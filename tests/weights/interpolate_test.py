@@ -16,6 +16,17 @@ def test_the_ends_are_exact_and_the_middle_is_the_mean() -> None:
   np.testing.assert_allclose(found["b"]["c"], 0.4, rtol=1e-6)
 
 
+def test_types_are_kept_and_integers_are_not_mixed() -> None:
+  start = {"steps": np.int32(3), "scale": np.float32(1), "half": np.ones(2, np.float16)}
+  found = interpolate(start, {"steps": np.int32(4), "scale": np.float64(2), "half": np.zeros(2, np.float16)}, 0.5)
+  assert {name: value.dtype.name for name, value in found.items()} == {
+    "steps": "int32",
+    "scale": "float32",
+    "half": "float16",
+  }
+  assert (found["steps"], found["scale"]) == (4, 1.5)
+
+
 def test_weights_of_other_models_are_rejected() -> None:
   start = {"head": np.zeros((3, 4)), "tower": np.zeros(2)}
   with pytest.raises(ValueError, match=r"differ in head, \(3, 4\) and \(3, 5\)"):
