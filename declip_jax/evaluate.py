@@ -274,7 +274,9 @@ def _command(workdir: Path | None) -> None:
     for model, facts in _models(clip, config, place.weights):
       evaluation = _prepare(model, config, facts, jobs, place, encoding)
       if given.dry_run:
-        message("\n".join(evaluation.plan(jobs)), stream=sys.stdout)
+        lines = evaluation.plan(jobs)
+        if jax.process_index() == 0:
+          message("\n".join(lines), stream=sys.stdout)
         continue
       found = _run(evaluation, jobs)
       if jax.process_index() == 0:

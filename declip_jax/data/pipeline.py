@@ -10,6 +10,7 @@ import contextlib
 from dataclasses import dataclass, field
 import errno
 from functools import cache, partial
+import hashlib
 import json
 import multiprocessing
 from multiprocessing import connection
@@ -19,11 +20,12 @@ import signal
 import tempfile
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags, logging
 import cv2
 import grain
+from jaxtyping import Int, Int8
 import numpy as np
 
 from declip_jax.data import deaths as deaths_lib
@@ -485,7 +487,8 @@ class EvaluationBatches:
   """Rows of a source in order, once, in batches of `batch_size` that are padded at the end.
 
   `image` is uint8 `[b h w 3]`, `label` int32 `[b]`, `id` text `[b]`, `readable` bool `[b]`: False for padding and for
-  examples that cannot be read. `annotations` is text `[b]`, see `parse_annotations`. (A host's last batches may be
+  examples that cannot be read, for which `error`, text `[b]`, is the kind and the reason. `annotations` is text `[b]`,
+  see `parse_annotations`. (A host's last batches may be
   nothing but padding, so samples are padded here and not by grain's `batch_and_pad`.)
 
   As in training, iteration raises OSError if a disk, a mount or a network fails: if 100 examples in a row cannot be
@@ -518,7 +521,7 @@ class EvaluationBatches:
       for _ in range(self.num_batches):
         parts = [next(reader) for _ in range(self.batch_size // size)]
         batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for error in batch.pop(_ERROR)[:left].tolist():
+        for error in batch[_ERROR][:left].tolist():
           in_a_row = [*in_a_row, error] if error else []
           self._check(in_a_row)
         left = max(left - self.batch_size, 0)
@@ -570,23 +573,38 @@ class EvaluationBatches:
 
 
 def _annotations(example: Example) -> str:
-  """The labels and groups of an example as text, which is empty if it has neither; see `parse_annotations`."""
+  """The labels, groups and captions of an example as text, empty if it has none; see `parse_annotations`."""
   found: dict[str, Any] = {}
   if "labels" in example:
     labels = np.asarray(example["labels"])
     found |= {"classes": len(labels), **{str(value): np.flatnonzero(labels == value).tolist() for value in (0, 1)}}
   if "groups" in example:
     found["groups"] = {name: int(group) for name, group in example["groups"].items()}
+  if example["captions"]:
+    image = example["image"]
+    digest = hashlib.blake2b(image, digest_size=16).hexdigest() if isinstance(image, bytes) else ""
+    found |= {"captions": list(example["captions"]), "image_hash": digest}
   return json.dumps(found) if found else ""
 
 
-def parse_annotations(texts: Sequence[str]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
-  """Several labels and groups of examples, from the `annotations` of `EvaluationBatches`.
+class Annotations(NamedTuple):
+  """What evaluations read of examples besides images and single labels.
 
-  Returns:
-    `labels`, int8 `[n classes]`, as in `Example`, 0 for an example without labels; None if no example has any. Groups,
-    int32 `[n]`, by the name of the grouping, -1 for an example without one.
+  Attributes:
+    labels: as in `Example`, 0 for an example without labels; None if no example has any.
+    groups: by the name of the grouping, -1 for an example without one.
+    captions: captions of each example.
+    image_hash: a hash of each encoded image that has captions; "" for others, and for images that are not encoded.
   """
+
+  labels: Int8[np.ndarray, "n classes"] | None
+  groups: dict[str, Int[np.ndarray, "n"]]
+  captions: list[Sequence[str]]
+  image_hash: list[str]
+
+
+def parse_annotations(texts: Sequence[str]) -> Annotations:
+  """Reads the `annotations` of `EvaluationBatches`."""
   found = {row: json.loads(text) for row, text in enumerate(texts) if text}
   classes = max((entry.get("classes", 0) for entry in found.values()), default=0)
   labels = np.zeros((len(texts), classes), np.int8) if classes else None
@@ -597,7 +615,9 @@ def parse_annotations(texts: Sequence[str]) -> tuple[np.ndarray | None, dict[str
       labels[row, entry["0"]], labels[row, entry["1"]] = 0, 1
     for name, group in entry.get("groups", {}).items():
       groups[name][row] = group
-  return labels, groups
+  of_rows = [found.get(row, {}) for row in range(len(texts))]
+  captions = [entry.get("captions", ()) for entry in of_rows]
+  return Annotations(labels, groups, captions, [entry.get("image_hash", "") for entry in of_rows])
 
 
 def _read_all(chunks: grain.MapDataset, num_images: int, reading: Reading) -> Generator[Sample, None, None]:

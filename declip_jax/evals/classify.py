@@ -32,7 +32,7 @@ def classify(data: EvaluationData, pictures: Path | None) -> Scores:
   logits = classifier.logits(data.test.features.pooled)
   if data.classnames and classifier.classnames:
     logits = logits[:, columns(data.classnames, classifier.classnames, name)]
-  elif len(data.classnames) > logits.shape[1] or data.test.label.max(initial=-1) >= logits.shape[1]:
+  elif max(len(data.classnames), gather_rows(data.test.label).max(initial=-1) + 1) > logits.shape[1]:
     raise ValueError(f"{name} has more classes than the classifier, which has {logits.shape[1]}")
   return score(data, gather_rows(logits))
 

@@ -18,13 +18,13 @@ from declip_jax.data.sources import Source
 from declip_jax.evals import EVALUATORS, features, results
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.feature_cache import FeatureCache, json_hash
-from declip_jax.evals.features import Features, Read, encode_texts, host_rows, read_batches
+from declip_jax.evals.features import Features, Read, encode_texts, host_rows, read_batches, surely
 from declip_jax.evals.jobs import DataSource, Job, run_jobs
 from declip_jax.evals.results import Result, Scores
 from declip_jax.evals.text_cache import TextCache
 from declip_jax.reporting.metrics import TENSORBOARD, EventFile
 from declip_jax.reporting.progress import Bar, message
-from declip_jax.runtime.hosts import gather_rows
+from declip_jax.runtime.hosts import from_first, sum_over_hosts
 from declip_jax.runtime.records import add_line
 
 _VERSION = 1  # of what a result of the same model, data and options is
@@ -116,33 +116,40 @@ class Evaluation:
     return found
 
   def plan(self, jobs: Sequence[Job]) -> list[str]:
-    """Describes what `run` would do, in lines of text: sources, what is there, and an estimate of the time."""
+    """Describes what `run` would do, in lines of text: sources, what is there, and an estimate of the time.
+
+    All hosts have to call this, and get about the same lines: numbers of images are those of all hosts.
+    """
     todo = {job.name for job in jobs if self.finished(job) is None}
     lines = []
     for job in jobs:
       sources = (f"{name} {split.source.name} ({len(split.source):,})" for name, split in job.splits.items())
       lines.append(f"{job.name}: {', '.join(sources)}{'' if job.name in todo else ', done'}")
-    new = self._sources_to_encode([job for job in jobs if job.name in todo])
-    images = sum(map(len, new))
+    new, again = self._to_encode([job for job in jobs if job.name in todo])
+    left = sum_over_hosts(np.array([count for _, count in (*new, *again)], np.int64))
+    images = int(left.sum())
+    new = [source for (source, _), count in zip(new, left, strict=False) if count]
     lines.append(f"{len(todo)} of {len(jobs)} results to compute, {images:,} images to encode")
     if images and self.cache is not None:
       lines.append(
         f"their features take {sum(self.cache.num_bytes(one, self.encoders) for one in new) / 2**20:,.1f} MiB"
       )
     if images:
-      rate = self._images_per_second(max(new, key=len))
+      rate = jax.process_count() * self._images_per_second(max(new or [source for source, _ in again], key=len))
       lines.append(
         f"encoding them takes about {images / rate:,.0f} s, at {rate:,.0f} images/s; texts and fits are extra"
       )
     return lines
 
   def finished(self, job: Job) -> Result | None:
-    """The result of a job if it is there; every host decides as the first one does."""
-    path, result = self.output / f"{self._result_of(job, {}).stem}.json", None
-    with contextlib.suppress(ValueError, FileNotFoundError):
-      result = results.read(path)
-    same = result is not None and result.ours.get("key") == self._key(job)
-    return result if gather_rows(np.array([same]))[0] else None
+    """The result of a job if the first host finds it; all hosts get what it reads, whatever they see themselves."""
+    path, content = self.output / f"{self._result_of(job, {}).stem}.json", b""
+    if jax.process_index() == 0:
+      with contextlib.suppress(ValueError, FileNotFoundError):
+        if results.read(path).ours.get("key") == self._key(job):
+          content = path.read_bytes()
+    content = from_first(content)
+    return results.parse(content) if content else None
 
   def _check_names(self, jobs: Sequence[Job]) -> None:
     """Rejects jobs whose results would have the same file."""
@@ -159,18 +166,21 @@ class Evaluation:
     images.cached += len(rows) - (images.encoded - before)
     return found
 
-  def _sources_to_encode(self, jobs: Sequence[Job]) -> list[Source]:
-    """The different sources of some jobs whose features are not in the cache."""
+  def _to_encode(self, jobs: Sequence[Job]) -> tuple[list[tuple[Source, int]], list[tuple[Source, int]]]:
+    """The different sources of some jobs, each with the number of this host's images that are not in the cache yet.
+
+    Then those that models that compare tokens encode once more, for each job that compares images with texts.
+    """
     sources = {id(split.source): split.source for job in jobs for split in job.splits.values()}.values()
-    if self.cache is None:
-      return [*sources]
-    return [source for source in sources if not self.cache.has(source, self.encoders, _rows(source))]
+    tokens = self.encoders.image_tokens is not None
+    again = [job.splits["test"].source for job in jobs if tokens and EVALUATORS[job.kind].needs_text]
+    cache, encoders = self.cache, self.encoders
+    left = [len(_rows(one)) if cache is None else cache.rows_left(one, encoders, _rows(one)) for one in sources]
+    return [*zip(sources, left, strict=True)], [(source, len(_rows(source))) for source in again]
 
   def _images_to_encode(self, jobs: Sequence[Job]) -> int:
-    """Of this host; models that compare tokens encode images once more for each job that compares them with texts."""
-    with_texts = [job.splits["test"].source for job in jobs if EVALUATORS[job.kind].needs_text]
-    again = with_texts if self.encoders.image_tokens is not None else []
-    return sum(len(_rows(source)) for source in [*self._sources_to_encode(jobs), *again])
+    """Of this host."""
+    return sum(count for sources in self._to_encode(jobs) for _, count in sources)
 
   def _images_per_second(self, source: Source) -> float:
     rows = range(min(len(source), 2 * len(self.encoders.batch_rows)))
@@ -269,14 +279,14 @@ class _Images:
 
 
 def _reader(bar: Bar, total: int, images: _Images) -> Read:
-  """`read_batches` that counts images, and advances a bar, at most to its total, whose clock only runs meanwhile."""
+  """`surely(read_batches)` that counts images and advances a bar, whose clock only runs meanwhile, up to its total."""
   left = total
 
   def read(source: Any, encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
     nonlocal left
     of_rows = len(rows)
     bar.resume()
-    for batch in read_batches(source, encoders, rows):
+    for batch in surely(read_batches)(source, encoders, rows):
       yield batch
       count = min(of_rows, len(batch["label"]))
       images.encoded += count

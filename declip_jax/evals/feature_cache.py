@@ -4,20 +4,24 @@ An entry is a folder, whose name is a hash of everything that features depend on
 
   about.json                           what was encoded, for people, and its time of use
   host-00000-of-00004.npy              float32 or float16 `[rows, f + d]`: pooled features, then joint embeddings
-  host-00000-of-00004.rows/00000.npz   label, labels, groups, id and readable of the first block of rows
+  host-00000-of-00004.rows/00000.npz   the other fields of `Features` of the first block of rows
 
 Features in float32 are mapped into memory, not read. A block of rows is valid once its `.npz`, which has its checksum,
-exists; so an entry that was interrupted is continued after its last block, by anyone.
+exists; so an entry that was interrupted is continued after its last block, by anyone who may write it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 from pathlib import Path
 import shutil
+import stat
+import tempfile
+import time
 from typing import Any
 import zipfile
 import zlib
@@ -28,14 +32,16 @@ import numpy as np
 
 from declip_jax.data.sources import Source
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.features import Features, Read, encode_batches, join, read_batches
+from declip_jax.evals.features import Features, Read, encode_batches, join, read_batches, surely
 from declip_jax.reporting.progress import message
 from declip_jax.runtime import records
 from declip_jax.runtime.hosts import any_host, barrier
 
 BLOCK = 4096  # rows
+_IN_USE = 3600  # seconds since its last use for which an entry is not removed: another process may write or read it
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)  # errors of a folder or file that this user cannot write
 LIMIT = 200 * 2**30  # bytes
-_VERSION = 1  # of what features of the same model and images are
+_VERSION = 2  # of what features of the same model and images are
 
 
 class FeatureCache:
@@ -46,50 +52,65 @@ class FeatureCache:
     weights: hash of the model's weights, see `tree_hash`.
     model: fields of the model and its compute dtype, as JSON.
     widths: widths of pooled features and of joint embeddings, 0 without a joint space.
-    limit: bytes of all entries; the ones that were not used for longest are removed before a new one is begun.
+    limit: bytes of all entries; before a new one is begun, the ones that were not used for longest are removed, except
+      those that were used within the last hour.
   """
 
   def __init__(self, folder: Path, weights: str, model: Mapping[str, Any], widths: tuple[int, int], limit: int = LIMIT):
     self._folder, self._widths, self._limit = folder, widths, limit
     self._model = {"version": _VERSION, "weights": weights, "model": dict(model)}
     self._used: set[Path] = set()
+    self._shards: dict[tuple[Path, range], _Shard] = {}
 
   def encode(
     self, source: Source | Sequence[Any], encoders: Encoders, rows: range, read: Read = read_batches
   ) -> Features:
     """Features of this host's rows of a source, from disk as far as they are there.
 
+    A folder that this user cannot write, such as an entry that another user has begun, is left as it is.
+
     Raises:
       ValueError: the source has no samples.
-      OSError: the folder cannot be written.
+      OSError: an image cannot be read now, see `surely`, or the disk of the folder failed or is full.
     """
     if not len(source):
       raise ValueError(f"{source.name} has no samples")
     entry = self.entry(source, encoders)
     self._used.add(entry)
-    shard = _Shard(entry, rows, self._widths, encoders.features_dtype)
+    shard, read = self._shard(source, encoders, rows), surely(read)
     if any_host(not shard.is_complete()):
       self._begin(entry, source, encoders)
-      left = rows[shard.rows_done() :]
-      for features in encode_batches(source, encoders, left, read):
+      if not shard.is_writable():
+        message(f"{source.name}: its features are not kept, since {entry} cannot be written")
+        found = join([*encode_batches(source, encoders, rows, read)])
+        barrier()
+        return found
+      for features in encode_batches(source, encoders, rows[shard.rows_done() :], read):
         shard.add(features)
       shard.finish()
       barrier()
-    with contextlib.suppress(OSError):  # of another user
-      os.utime(entry / "about.json")
+    _use(entry)
     return shard.read()
 
   def entry(self, source: Source | Sequence[Any], encoders: Encoders) -> Path:
     """The folder of the features of a source."""
     return self._folder / json_hash(self._about(source, encoders))
 
-  def has(self, source: Source | Sequence[Any], encoders: Encoders, rows: range) -> bool:
-    """Whether all features of this host's rows are there."""
-    return _Shard(self.entry(source, encoders), rows, self._widths, encoders.features_dtype).is_complete()
+  def rows_left(self, source: Source | Sequence[Any], encoders: Encoders, rows: range) -> int:
+    """How many of this host's rows have no features yet."""
+    return len(rows) - self._shard(source, encoders, rows).rows_done()
 
   def num_bytes(self, source: Source | Sequence[Any], encoders: Encoders) -> int:
     """Size of the features of a source."""
     return np.dtype(encoders.features_dtype).itemsize * sum(self._widths) * len(source)
+
+  def _shard(self, source: Source | Sequence[Any], encoders: Encoders, rows: range) -> "_Shard":
+    """This host's rows of an entry, whose checksums are verified only once."""
+    key = self.entry(source, encoders), rows
+    if key not in self._shards or not self._shards[key].exists():
+      self._shards[key] = _Shard(*key, self._widths, encoders.features_dtype)
+      _use(key[0])
+    return self._shards[key]
 
   def _about(self, source: Source | Sequence[Any], encoders: Encoders) -> dict[str, Any]:
     limits = {"max_pixels": encoders.reading.max_pixels, "max_seconds": encoders.reading.seconds}
@@ -105,9 +126,26 @@ class FeatureCache:
       message(f"{source.name}: encoding {len(source):,} images; features take {size / 2**20:,.1f} MiB in {entry}")
       for old in remove_oldest(self._folder, self._limit - size, self._used):
         message(f"removed the features in {old}, since all together would take more than --cache_limit")
-      entry.mkdir(parents=True, exist_ok=True)
-      records.write(entry / "about.json", json.dumps(self._about(source, encoders), indent=2).encode())
+      with if_allowed():
+        entry.mkdir(parents=True, exist_ok=True)
+        records.write(entry / "about.json", json.dumps(self._about(source, encoders), indent=2).encode())
     barrier()
+
+
+@contextlib.contextmanager
+def if_allowed() -> Iterator[None]:
+  """Ignores that this user cannot write a file."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in _DENIED:
+      raise
+
+
+def _use(entry: Path) -> None:
+  """Keeps an entry from being removed for a while."""
+  with contextlib.suppress(OSError):  # it is another user's, or it has not been begun
+    os.utime(entry / "about.json")
 
 
 def remove_oldest(folder: Path, limit: int, used: set[Path]) -> Iterator[Path]:
@@ -116,20 +154,30 @@ def remove_oldest(folder: Path, limit: int, used: set[Path]) -> Iterator[Path]:
   Args:
     folder: folder of entries.
     limit: bytes.
-    used: entries to keep in any case.
+    used: entries to keep in any case, besides those that were used within the last hour.
 
   Yields:
     The entries that were removed.
   """
-  entries = {about.parent: about.stat().st_mtime_ns for about in folder.glob("*/about.json")}
-  sizes = {entry: sum(path.stat().st_size for path in entry.rglob("*") if path.is_file()) for entry in entries}
+  entries = {about.parent: facts.st_mtime_ns for about in folder.glob("*/about.json") if (facts := _stat(about))}
+  sizes = {entry: sum(facts.st_size for path in entry.rglob("*") if (facts := _stat(path))) for entry in entries}
+  recent = time.time_ns() - _IN_USE * 10**9
   for entry in sorted(entries, key=lambda entry: (entries[entry], entry)):
     if sum(sizes.values()) <= limit:
       return
-    if entry not in used:
+    if entry not in used and entries[entry] < recent:
       shutil.rmtree(entry, ignore_errors=True)
       del sizes[entry]
       yield entry
+
+
+def _stat(path: Path) -> os.stat_result | None:
+  """The facts on a file; None if it is none, or if another process has removed it."""
+  try:
+    found = path.stat()
+  except OSError:
+    return None
+  return found if stat.S_ISREG(found.st_mode) else None
 
 
 class _Shard:
@@ -144,13 +192,30 @@ class _Shard:
 
   def __init__(self, entry: Path, rows: range, widths: tuple[int, int], dtype: str):
     name = f"host-{jax.process_index():05}-of-{jax.process_count():05}"
-    self._path, self._blocks = entry / f"{name}.npy", entry / f"{name}.rows"
+    self._entry, self._path, self._blocks = entry, entry / f"{name}.npy", entry / f"{name}.rows"
     self._count, self._widths, self._dtype = len(rows), widths, np.dtype(dtype)
     self._waiting: list[Features] = []
+    self._header = _header(self._dtype, (len(rows), sum(widths)))
     self._done = self._valid_blocks()
 
+  def exists(self) -> bool:
+    """Whether its file is there, and of the right size."""
+    facts = _stat(self._path)
+    size = len(self._header) + self._dtype.itemsize * self._count * sum(self._widths)
+    return not self._count or (facts is not None and facts.st_size == size)
+
+  def is_writable(self) -> bool:
+    """Whether this user can write what is missing; makes the files."""
+    if self.is_complete():
+      return True
+    with if_allowed():
+      self._make()
+      with tempfile.TemporaryFile(dir=self._blocks):
+        return True
+    return False
+
   def is_complete(self) -> bool:
-    return self.rows_done() == self._count and (self._path.exists() or not self._count)
+    return self.rows_done() == self._count and self.exists()
 
   def rows_done(self) -> int:
     return min(self._done * BLOCK, self._count)
@@ -185,11 +250,13 @@ class _Shard:
       joined.groups,
       joined.id,
       joined.readable,
+      joined.captions,
+      joined.image_hash,
     )
 
   def _valid_blocks(self) -> int:
     """The number of blocks from the first on that are as they were written."""
-    if not self._path.exists() or not self._count:
+    if not self._count or not self.exists():
       return 0
     features = self._features("r")
     for number, path in enumerate(self._block_paths()):
@@ -205,17 +272,18 @@ class _Shard:
     return [self._blocks / f"{number:05}.npz" for number in range(-(-self._count // BLOCK))]
 
   def _features(self, mode: str) -> Float[np.ndarray, "rows columns"]:
-    """The mapped file, which is made if it does not exist."""
+    """The mapped file."""
+    shape = self._count, sum(self._widths)
     if not self._count:  # an empty file cannot be mapped
-      return np.zeros((0, sum(self._widths)), self._dtype)
-    if not self._path.exists():
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-      new = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-      np.lib.format.open_memmap(new, "w+", self._dtype, (self._count, sum(self._widths))).flush()
-      with contextlib.suppress(FileExistsError):  # another process encodes the same: both write the same values
-        os.link(new, self._path)
-      new.unlink()
-    return np.lib.format.open_memmap(self._path, mode)
+      return np.zeros(shape, self._dtype)
+    return np.memmap(self._path, self._dtype, mode, len(self._header), shape)
+
+  def _make(self) -> None:
+    """Makes the file without rows, or gives it its size; rows of another process that encodes the same remain."""
+    self._blocks.mkdir(parents=True, exist_ok=True)
+    with open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+      file.write(self._header)
+      file.truncate(len(self._header) + self._dtype.itemsize * self._count * sum(self._widths))
 
   def _write(self, block: Features) -> None:
     """Writes the next block: first its features, then the file that says that they are valid."""
@@ -224,23 +292,33 @@ class _Shard:
     stored = self._features("r+")
     stored[self._done * BLOCK : self._done * BLOCK + len(features)] = features
     stored.flush()
-    arrays = {"label": block.label, "id": np.array(block.id), "readable": block.readable}
+    texts = {name: np.array(getattr(block, name)) for name in ("id", "image_hash")}
+    captions = np.frombuffer(json.dumps([*map(list, block.captions)]).encode(), np.uint8)
+    arrays = {"label": block.label, **texts, "readable": block.readable, "captions": captions}
     arrays |= {} if block.labels is None else {"labels": block.labels}
     arrays |= {f"groups/{name}": group for name, group in block.groups.items()}
     file = io.BytesIO()
     np.savez_compressed(file, checksum=np.uint32(zlib.crc32(features)), **arrays)
-    self._blocks.mkdir(exist_ok=True)
     records.write(self._blocks / f"{self._done:05}.npz", file.getvalue())
     self._done += 1
+    _use(self._entry)
 
 
 def _rows(features: Features, rows: slice) -> Features:
   embedding = None if features.embedding is None else features.embedding[rows]
   labels = None if features.labels is None else features.labels[rows]
   groups = {name: group[rows] for name, group in features.groups.items()}
-  return Features(
-    features.pooled[rows], embedding, features.label[rows], labels, groups, features.id[rows], features.readable[rows]
-  )
+  texts = [features.captions[rows], features.image_hash[rows]]
+  of_rows = [features.label[rows], labels, groups, features.id[rows], features.readable[rows], *texts]
+  return Features(features.pooled[rows], embedding, *of_rows)
+
+
+def _header(dtype: np.dtype, shape: tuple[int, int]) -> bytes:
+  """The first bytes of a file of NumPy."""
+  file = io.BytesIO()
+  fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+  np.lib.format.write_array_header_1_0(file, fields)
+  return file.getvalue()
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
@@ -252,9 +330,11 @@ def _annotations(block: Mapping[str, np.ndarray] | None, size: int) -> Features:
   """A block without its features."""
   nothing = np.zeros((size, 0), np.float32)
   if block is None:
-    return Features(nothing, None, np.zeros(0, np.int32), None, {}, [], np.zeros(0, bool))
+    return Features(nothing, None, np.zeros(0, np.int32), None, {}, [], np.zeros(0, bool), [], [])
   groups = {name.removeprefix("groups/"): group for name, group in block.items() if name.startswith("groups/")}
-  return Features(nothing, None, block["label"], block.get("labels"), groups, block["id"].tolist(), block["readable"])
+  texts = [[*map(tuple, json.loads(block["captions"].tobytes()))], block["image_hash"].tolist()]
+  fields = [block["label"], block.get("labels"), groups, block["id"].tolist(), block["readable"], *texts]
+  return Features(nothing, None, *fields)
 
 
 def json_hash(value: Any) -> str:

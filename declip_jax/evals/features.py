@@ -9,6 +9,7 @@ Every host calls the evaluator; what it needs of all rows, such as predictions, 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+import errno
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,10 +18,10 @@ from jaxtyping import Bool, Float, Int, Int8
 import numpy as np
 
 from declip_jax.data.pipeline import EvaluationBatches, parse_annotations
-from declip_jax.data.sources import Source
+from declip_jax.data.sources import PASSING, Source
 from declip_jax.evals.encoders import Encoders, ModelClassifier
 from declip_jax.evals.similarity import Embeddings, Similarity, concatenate, take, unit_rows
-from declip_jax.runtime.hosts import first_error, gather_rows
+from declip_jax.runtime.hosts import any_host, first_error, gather_rows
 from declip_jax.sharding import local_rows
 
 
@@ -37,6 +38,8 @@ class Features:
     groups: group of each image, by the name of the grouping, -1 for none.
     id: where each image comes from.
     readable: whether each image could be decoded; the features of others are meaningless.
+    captions: captions of each image that could be decoded.
+    image_hash: a hash of each encoded image that has captions; "" for others, and for images that are not encoded.
   """
 
   pooled: Float[np.ndarray, "n f"]
@@ -46,6 +49,8 @@ class Features:
   groups: Mapping[str, Int[np.ndarray, "n"]]
   id: Sequence[str]
   readable: Bool[np.ndarray, "n"]
+  captions: Sequence[Sequence[str]]
+  image_hash: Sequence[str]
 
 
 # This host's batches of some rows of a source, see `read_batches`; every host has the same number of them.
@@ -69,8 +74,31 @@ def read_batches(source: Source | Sequence[Any], encoders: Encoders, rows: range
   )
 
 
+def surely(read: Read) -> Read:
+  """`read` for results that are kept: it ends at an image that may be readable at another time.
+
+  Without images that a disk fails to deliver, or that a busy machine delivers too late, a result would be kept in place
+  of the right one. The OSError that it raises names the first of them.
+  """
+
+  def reading(source: Source | Sequence[Any], encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
+    for batch in read(source, encoders, rows):
+      if failed := _passing(batch):
+        raise OSError(errno.EIO, f"{failed[0]}; start this again once the image can be read, and it continues here")
+      yield batch
+
+  return reading
+
+
+def _passing(batch: Mapping[str, np.ndarray]) -> list[str]:
+  """Why images of a batch could not be read, for those that may be readable at another time."""
+  return [error for error in batch["error"].tolist() if error.startswith(PASSING)]
+
+
 class DecodedImages:
   """`read_batches` of a run that is evaluated again and again: small sources are decoded once and stay in memory.
+
+  Sources are read again as long as an image fails that may be readable at another time.
 
   Args:
     limit: bytes of decoded images of all sources on a host.
@@ -94,8 +122,9 @@ class DecodedImages:
     for batch in read_batches(source, encoders, rows):
       batches.append(batch)
       yield batch
-    self._free -= size
-    self._known[id(source)] = batches
+    if not any_host(any(map(_passing, batches))):
+      self._free -= size
+      self._known[id(source)] = batches
 
 
 def encode_batches(
@@ -143,8 +172,9 @@ def encode(source: Source | Sequence[Any], encoders: Encoders, rows: range, read
 
 def _features(pooled: np.ndarray, embedding: np.ndarray | None, batch: Mapping[str, np.ndarray]) -> Features:
   """Features from arrays and the other fields of a batch."""
-  labels, groups = parse_annotations(batch["annotations"].tolist())
-  return Features(pooled, embedding, batch["label"], labels, groups, batch["id"].tolist(), batch["readable"])
+  labels, groups, captions, image_hash = parse_annotations(batch["annotations"].tolist())
+  place, readable = batch["id"].tolist(), batch["readable"]
+  return Features(pooled, embedding, batch["label"], labels, groups, place, readable, captions, image_hash)
 
 
 def _rounded(arrays: tuple[Any, Any], dtype: str, name: str) -> tuple[Any, Any]:
@@ -182,6 +212,8 @@ def join(parts: Sequence[Features]) -> Features:
     {name: np.concatenate([group(part, name) for part in parts]) for name in names},
     [text for part in parts for text in part.id],
     readable,
+    [own for part in parts for own in part.captions],
+    [one for part in parts for one in part.image_hash],
   )
 
 
@@ -244,6 +276,16 @@ class Split:
     """`Features.readable`."""
     return self._labelled.readable
 
+  @property
+  def captions(self) -> Sequence[Sequence[str]]:
+    """`Features.captions`."""
+    return self._labelled.captions
+
+  @property
+  def image_hash(self) -> Sequence[str]:
+    """`Features.image_hash`."""
+    return self._labelled.image_hash
+
   @cached_property
   def _labelled(self) -> Features:
     return self.features
@@ -280,12 +322,14 @@ class Split:
     """Classes of the data set, from labels of the source.
 
     Raises:
-      ValueError: a label is not a class of the source.
+      ValueError: on every host; a label is not a class of the source.
     """
-    count = len(self.source.classnames) if self._classes is None else len(self._classes)
+    count, error = len(self.source.classnames) if self._classes is None else len(self._classes), ""
     if count and len(label) and label.max() >= count:
       row = self.rows[int(label.argmax())]
-      raise ValueError(f"{self.name}: sample {row} has label {label.max()}, but there are {count} classes")
+      error = f"{self.name}: sample {row} has label {label.max()}, but there are {count} classes"
+    if error := first_error(error):
+      raise ValueError(error)
     return label if self._classes is None else np.where(label < 0, -1, self._classes[label]).astype(np.int32)
 
   def _columns(self, labels: Int8[np.ndarray, "n labels"] | None) -> Int8[np.ndarray, "n classes"] | None:
@@ -372,6 +416,11 @@ class Texts:
     new = [text for text in dict.fromkeys(texts) if text not in self._known]
     if new and self._encoders.image_tokens is None:
       self._known |= zip(new, self._encode(new, self._encoders), strict=True)
+
+  def drop_tokens(self) -> None:
+    """Forgets the tokens of lists of texts, which take much memory; embeddings remain."""
+    if self._encoders.image_tokens is not None:
+      self._known.clear()
 
 
 def make_data(encoders: Encoders, texts: Texts, test: Split, **others: Any) -> EvaluationData:

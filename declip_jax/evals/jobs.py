@@ -111,6 +111,9 @@ def run_jobs(
     except ValueError as error:
       scores = error
     yield job, scores
+    after = jobs[number + 1 : number + 2]
+    if not any(other.splits["test"] is job.splits["test"] for other in after):
+      texts.drop_tokens()
     later = [split for other in jobs[number + 1 :] for split in other.splits.values()]
     # The tokens of a source may be large.
     opened = {name: split for name, split in opened.items() if name in set(map(id, later))}

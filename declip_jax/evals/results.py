@@ -130,11 +130,16 @@ def read(path: Path) -> Result:
     ValueError: it is not one; the message names the file.
   """
   try:
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    names = ("dataset", "model", "pretrained", "task", "metrics")
-    return Result(*(fields[name] for name in names), ours=fields["declip_jax"])
+    return parse(path.read_bytes())
   except (ValueError, LookupError, TypeError) as error:
     raise ValueError(f"{path}: not a result of declip_jax.evaluate ({type(error).__name__}: {error})") from error
+
+
+def parse(content: bytes) -> Result:
+  """The result in a file with this content; raises ValueError, LookupError or TypeError if it has none."""
+  fields = json.loads(content.decode())
+  names = ("dataset", "model", "pretrained", "task", "metrics")
+  return Result(*(fields[name] for name in names), ours=fields["declip_jax"])
 
 
 def read_all(folders: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, Result]]:

@@ -1,7 +1,7 @@
 """Image-text retrieval in both directions, with any number of captions per image."""
 
 from collections.abc import Sequence
-import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from declip_jax.data import images as image_ops
 from declip_jax.data.mixture import has_captions
-from declip_jax.data.sources import Source, read_example
+from declip_jax.data.sources import Source
 from declip_jax.evals import ranks
-from declip_jax.evals.features import EvaluationData
+from declip_jax.evals.features import EvaluationData, Split
 from declip_jax.evals.results import Scores
 from declip_jax.evals.similarity import take
 from declip_jax.reporting.pictures import optional, plot_retrieval
-from declip_jax.runtime.hosts import gather_rows
+from declip_jax.runtime.hosts import gather_rows, gather_texts
 
 METRICS = (*ranks.METRICS, "images", "texts")
 
@@ -43,7 +43,7 @@ def retrieval(
   """
   source = data.test.source
   images = jax.tree.map(gather_rows, data.test.images)
-  captions = _captions(source, np.flatnonzero(gather_rows(data.test.readable)))
+  captions = _captions(data.test)
   if not captions:
     raise ValueError(f"{source.name} has no readable image with a caption")
   kept = np.array(list(captions))
@@ -71,25 +71,20 @@ def retrieval(
   return Scores(metrics, ranks.recall_intervals(found), predictions)
 
 
-def _captions(source: Source | Sequence[Any], indices: Int[np.ndarray, "n"]) -> dict[int, list[str]]:
-  """The captions of each image, by the position of its first sample; images without captions are left out."""
-  found: dict[int, list[str]] = {}
+def _captions(split: Split) -> dict[int, list[str]]:
+  """The captions of each readable image, by the position of its first sample; images without captions are left out."""
+  texts = gather_texts([json.dumps(own) for own in split.captions])
+  found = {index: json.loads(own) for index, own in enumerate(texts) if own != "[]"}
+  hashes = gather_texts(split.image_hash)
   first: dict[Any, int] = {}  # position of each encoded image
-  same: dict[int, int] = {}  # position of the first sample with the same image
-  for index in map(int, indices):
-    example = read_example(source, index)
-    if example["captions"]:
-      found[index] = list(example["captions"])
-      image = example["image"]
-      key = hashlib.sha256(image).digest() if isinstance(image, bytes) else index
-      same[index] = first.setdefault(key, index)
+  same = {index: first.setdefault(hashes[index] or index, index) for index in found}
   if len(first) == len(found) or any(len(own) > 1 for own in found.values()):
     return found
   joined: dict[int, list[str]] = {}
   for index, own in found.items():
     joined.setdefault(same[index], []).extend(own)
   logging.info(
-    "%s: %d samples show %d different images, each of which counts once", source.name, len(found), len(joined)
+    "%s: %d samples show %d different images, each of which counts once", split.name, len(found), len(joined)
   )
   return joined
 

@@ -22,7 +22,7 @@ from jaxtyping import Float, UInt8
 import numpy as np
 
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.feature_cache import json_hash
+from declip_jax.evals.feature_cache import if_allowed, json_hash
 from declip_jax.evals.features import encode_texts
 from declip_jax.runtime import records
 from declip_jax.runtime.hosts import gather_rows
@@ -48,7 +48,7 @@ class TextCache:
     """Embeddings of different texts, on every host; all hosts have to make the same calls.
 
     Raises:
-      OSError: the folder cannot be written.
+      OSError: the disk failed or is full.
     """
     hashes = [_hash(text) for text in texts]
     known = dict(self._read(set(hashes)))
@@ -72,6 +72,10 @@ class TextCache:
   def _write(self, texts: Sequence[str], embeddings: Float[np.ndarray, "n d"]) -> None:
     if jax.process_index():
       return
+    with if_allowed():
+      self._keep(texts, embeddings)
+
+  def _keep(self, texts: Sequence[str], embeddings: Float[np.ndarray, "n d"]) -> None:
     self._entry.mkdir(parents=True, exist_ok=True)
     if not (self._entry / "about.json").exists():
       records.write(self._entry / "about.json", json.dumps(self._about, indent=2, default=list).encode())

@@ -4,6 +4,7 @@ Every process has to call each of these functions, at the same point.
 """
 
 from collections.abc import Mapping, Sequence
+import json
 import os
 import threading
 from typing import Any
@@ -85,6 +86,20 @@ def first_error(error: str) -> str:
   gathered = multihost_utils.process_allgather(mine).reshape(-1, _ERROR_BYTES)
   errors = [bytes(host).rstrip(b"\0").decode(errors="replace") for host in gathered]
   return next((f"host {host}: {error}" for host, error in enumerate(errors) if error), "")
+
+
+def from_first(content: bytes) -> bytes:
+  """Returns what the first host passes; what others pass does not matter."""
+  mine = content if jax.process_index() == 0 else b""
+  return gather_rows(np.frombuffer(mine, np.uint8)).tobytes()
+
+
+def gather_texts(texts: Sequence[str]) -> list[str]:
+  """Joins the texts of all hosts, in the order of the hosts."""
+  if jax.process_count() == 1:
+    return list(texts)
+  lines = "".join(f"{json.dumps(text)}\n" for text in texts).encode()
+  return [json.loads(line) for line in gather_rows(np.frombuffer(lines, np.uint8)).tobytes().splitlines()]
 
 
 def any_host(condition: bool) -> bool:

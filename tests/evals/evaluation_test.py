@@ -1,16 +1,21 @@
 """Tests of `declip_jax.evals.evaluation`: what is run, skipped, written and logged, for a model that knows greys."""
 
 from dataclasses import replace
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 from greys import Greys, grey_encoders
+import jax
 import numpy as np
 import pytest
 from record_files import read_events, scalars
 
-from declip_jax.evals import EVALUATORS, Evaluator
+from declip_jax import command_line
+from declip_jax.data.sources import BadSample
+from declip_jax.evals import EVALUATORS, Evaluator, feature_cache
+from declip_jax.evals import evaluation as evaluation_lib
 from declip_jax.evals.evaluation import Evaluation, ModelFacts, _Images, _reader
 from declip_jax.evals.feature_cache import FeatureCache
 from declip_jax.evals.features import EvaluationData
@@ -215,3 +220,68 @@ def test_a_result_says_how_its_run_was_trained_and_the_log_what_it_cost(tmp_path
   evaluation(tmp_path, cache=True).run(jobs)
   lines = [json.loads(line) for line in (tmp_path / "results" / "results.jsonl").read_text().splitlines()]
   assert [(line["encoded"], line["cached"]) for line in lines] == [(3, 0), (0, 3)]
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "fails"), BadSample("too slow", "a:2: not read within 60 s")])
+def test_images_that_cannot_be_read_now_end_the_evaluation_and_are_read_at_the_next_start(
+  error: Exception, cache: bool, tmp_path: Path
+) -> None:
+  broken = [True]
+
+  class Flaky(Greys):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+      if broken[0] and index == 2:
+        raise error
+      return super().__getitem__(index)
+
+  source = Flaky([(value, 0) for value in (10, 20, 30)])
+  flaky = Job("a", "set/a", "brightness", {"test": DataSource(source)})
+  with pytest.raises(OSError, match=r"(fails|not read within).*; start this again") as caught:
+    evaluation(tmp_path, cache=cache).run([flaky])
+  assert command_line.report(caught.value) == command_line.IO_EXIT_CODE
+  assert not [*(tmp_path / "results").glob("*.json")]
+  broken[0] = False
+  assert evaluation(tmp_path, cache=cache).run([flaky])["a"].ours["metrics"]["mean"] == pytest.approx(0.2)
+
+
+def test_images_that_are_missing_or_damaged_do_not_end_the_evaluation(tmp_path: Path) -> None:
+  damaged = Job("a", "set/a", "brightness", {"test": DataSource(Greys([(10, 0), (None, 0)]))})
+  assert evaluation(tmp_path, cache=True).run([damaged])["a"].ours["metrics"]["images"] == 2
+
+
+def test_all_hosts_take_the_results_that_the_first_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  evaluation(tmp_path / "first").run([job("a", 10)])
+  (content,) = (path.read_bytes() for path in (tmp_path / "first" / "results").glob("*.json"))
+  monkeypatch.setattr(evaluation_lib, "from_first", lambda mine: mine or content)  # this host sees no file
+  assert evaluation(tmp_path / "other").run([job("a", 10)])["a"].ours["metrics"]["mean"] == 0.1
+  assert calls == ["a"]
+  monkeypatch.setattr(evaluation_lib, "from_first", lambda _: b"")  # nor does the first one
+  evaluation(tmp_path / "first").run([job("a", 10)])
+  assert calls == ["a", "a"]
+
+
+def test_images_of_finished_blocks_count_neither_in_a_plan_nor_on_the_bar(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(feature_cache, "BLOCK", 2)
+  jobs, plain, left = [job("a", 10, 20, 30, 40, 50)], evaluation(tmp_path, cache=True), [2]
+
+  def fail_later(images: np.ndarray) -> Any:
+    left[0] -= 1
+    if left[0] < 0:
+      raise KeyboardInterrupt
+    return plain.encoders.image(images)
+
+  with pytest.raises(KeyboardInterrupt):
+    replace(plain, encoders=replace(plain.encoders, image=fail_later)).run(jobs)
+  again = evaluation(tmp_path, cache=True)
+  assert again.plan(jobs)[1] == "1 of 1 results to compute, 3 images to encode"
+  assert again._images_to_encode(jobs) == 3
+  monkeypatch.setattr(jax, "process_count", lambda: 4)
+  monkeypatch.setattr(evaluation_lib, "from_first", lambda mine: mine)
+  monkeypatch.setattr(evaluation_lib, "sum_over_hosts", lambda counts: 4 * counts)
+  monkeypatch.setattr(Evaluation, "_images_per_second", lambda *_: 3.0)  # of this host
+  lines = again.plan(jobs)
+  assert lines[1].endswith(", 8 images to encode")  # each of these hosts has two
+  assert "at 12 images/s" in lines[3]

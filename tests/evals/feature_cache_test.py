@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+import errno
+import io
 import json
 import os
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any
 
 from greys import Greys, grey_encoders
 import numpy as np
+from PIL import Image
 import pytest
 
 from declip_jax.evals import feature_cache, features
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.feature_cache import FeatureCache, remove_oldest, tree_hash
+from declip_jax.runtime import records
 
 NUMBER = 23  # images, in blocks of 8
 
@@ -150,6 +154,88 @@ def test_the_oldest_entries_are_removed_until_the_rest_fits(tmp_path: Path) -> N
   assert [*remove_oldest(tmp_path, 200, {first})] == [second]
   assert (first.exists(), third.exists(), (tmp_path / "theirs").exists()) == (True, True, True)
   assert [*remove_oldest(tmp_path, 0, set())] == [first, third]
+
+
+def test_entries_that_were_used_within_the_last_hour_remain(tmp_path: Path) -> None:
+  first, second, _ = entries(tmp_path)
+  os.utime(first / "about.json")
+  assert [*remove_oldest(tmp_path, 200, set())] == [second]
+  assert first.exists()
+
+
+def test_two_processes_that_encode_do_not_disturb_each_other(tmp_path: Path) -> None:
+  """Another one begins an entry, for which there is no room, and one with the same images, after a few batches."""
+  counting = Counting()
+
+  def meanwhile(images: np.ndarray) -> Any:
+    counting.left = np.inf
+    cached(tmp_path, grey_encoders(5), source("2"), limit=10)
+    cached(tmp_path, grey_encoders(5), source(), limit=10)
+    return counting.plain.image(images)
+
+  def encode(images: np.ndarray) -> Any:
+    counting.images += len(images)
+    return (meanwhile if counting.images == 15 else counting.plain.image)(images)
+
+  found = cached(tmp_path, replace(counting.plain, image=encode), source(), limit=10)
+  np.testing.assert_array_equal(found.pooled, features.encode(source(), grey_encoders(4), range(NUMBER)).pooled)
+  assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_an_entry_that_another_user_has_begun_is_left_as_it_is(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  with pytest.raises(KeyboardInterrupt):
+    cached(tmp_path, Counting(batches=3).encoders, source())
+  before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+  opened = os.open
+
+  def denied(path: Any, flags: int, *others: Any, **more: Any) -> int:
+    if str(path).startswith(str(tmp_path)) and flags & (os.O_RDWR | os.O_WRONLY):
+      raise PermissionError(errno.EACCES, "denied", path)
+    return opened(path, flags, *others, **more)
+
+  monkeypatch.setattr(os, "open", denied)
+  monkeypatch.setattr(records, "write", lambda path, _: denied(path, os.O_WRONLY))
+  found = cached(tmp_path, Counting().encoders, source())
+  np.testing.assert_array_equal(found.pooled, features.encode(source(), grey_encoders(4), range(NUMBER)).pooled)
+  assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+  assert "greys: its features are not kept, since" in capsys.readouterr().err
+
+
+def test_a_file_that_was_cut_off_before_it_had_its_size_is_made_again(tmp_path: Path) -> None:
+  expected = np.array(cached(tmp_path, Counting().encoders, source()).pooled)
+  (path,) = tmp_path.glob("*/host-00000-of-00001.npy")
+  for size in (0, 64, 200):
+    os.truncate(path, size)
+    np.testing.assert_array_equal(cached(tmp_path, Counting().encoders, source()).pooled, expected)
+    np.testing.assert_array_equal(np.load(path)[:, :1], expected)
+
+
+def test_checksums_are_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  cached(tmp_path, Counting().encoders, source())
+  verified: list[int] = []
+  checksum = feature_cache.zlib.crc32
+  monkeypatch.setattr(feature_cache.zlib, "crc32", lambda block: verified.append(len(block)) or checksum(block))
+  cache = FeatureCache(tmp_path, "w", {"width": 1}, (1, 2))
+  assert cache.rows_left(source(), grey_encoders(4), range(NUMBER)) == 0
+  cache.encode(source(), grey_encoders(4), range(NUMBER))
+  assert verified == [8, 8, 7]
+
+
+def test_captions_and_hashes_of_images_are_read_back(tmp_path: Path) -> None:
+  class Captioned(Greys):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+      file = io.BytesIO()
+      Image.new("RGB", (4, 4), (10 * (index // 2),) * 3).save(file, "PNG")
+      captions = ("a\nb", "\ud83d é") if index % 2 else ("one",)
+      return {**super().__getitem__(index), "image": file.getvalue(), "captions": captions[: index % 3]}
+
+  greys = Captioned([(0, 0)] * NUMBER)
+  first, second = (cached(tmp_path, grey_encoders(5), greys) for _ in range(2))
+  assert first.captions == second.captions == [tuple(greys[index]["captions"]) for index in range(NUMBER)]
+  assert first.image_hash == second.image_hash
+  assert (first.image_hash[0], first.image_hash[4] == first.image_hash[5] != first.image_hash[7]) == ("", True)
 
 
 def test_the_hash_of_weights_depends_on_names_shapes_types_and_values() -> None:

@@ -1,22 +1,26 @@
 """Tests of `declip_jax.evals.features`: one pass of a model gives pooled features and joint embeddings, in order."""
 
+from dataclasses import replace
+import errno
+
 from greys import Greys, grey_encoders
 import numpy as np
 import pytest
 
+from declip_jax.evals import features
 from declip_jax.evals.features import DecodedImages, Split, Texts, host_rows, make_data
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 16])
 def test_rows_are_those_of_the_source_for_any_batch_size(batch_size: int) -> None:
   source = Greys([(10, 0), (21, 1), (None, 1), (30, -1), (41, 1), (5, 1), (60, 0)])
-  features = Split(source, grey_encoders(batch_size)).features
-  readable = features.readable
+  found = Split(source, grey_encoders(batch_size)).features
+  readable = found.readable
   np.testing.assert_array_equal(readable, [grey is not None for grey, _ in list.__iter__(source)])
-  np.testing.assert_array_equal(features.pooled[readable, 0], [10, 21, 30, 41, 5, 60])
-  np.testing.assert_array_equal(features.embedding[:, 1], 3)
-  np.testing.assert_array_equal(features.label, [0, 1, -1, -1, 1, 1, 0])  # -1 where an image cannot be read
-  assert [features.id[0], features.id[6], features.id[2]] == ["greys:0", "greys:6", "sample 2"]
+  np.testing.assert_array_equal(found.pooled[readable, 0], [10, 21, 30, 41, 5, 60])
+  np.testing.assert_array_equal(found.embedding[:, 1], 3)
+  np.testing.assert_array_equal(found.label, [0, 1, -1, -1, 1, 1, 0])  # -1 where an image cannot be read
+  assert [found.id[0], found.id[6], found.id[2]] == ["greys:0", "greys:6", "sample 2"]
   images = Split(source, grey_encoders(batch_size)).images
   np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, atol=1e-6)
 
@@ -83,3 +87,38 @@ def test_small_sources_are_decoded_once_for_all_evaluations_of_a_run(limit: int,
   found = [Split(source, grey_encoders(2), read=decoded).features for _ in range(2)]
   assert len(read) == reads
   np.testing.assert_array_equal(found[0].pooled, found[1].pooled)
+
+
+def test_sources_are_read_again_after_errors_that_pass() -> None:
+  read, broken = [], [True]
+
+  class Flaky(Greys):
+    def __getitem__(self, index: int) -> dict:
+      read.append(index)
+      if broken[0] and index == 1:
+        raise OSError(errno.EIO, "fails")
+      return super().__getitem__(index)
+
+  source, decoded = Flaky([(10, 0), (20, 1), (30, 1)]), DecodedImages(2**20)
+  split = [Split(source, grey_encoders(2), read=decoded).features for broken[0] in (True, False, False)]
+  assert [one.readable.tolist() for one in split] == [[True, False, True], [True] * 3, [True] * 3]
+  assert len(read) == 6
+
+
+def test_hosts_agree_on_a_label_that_is_no_class(monkeypatch: pytest.MonkeyPatch) -> None:
+  split = Split(Greys([(10, 0), (20, 7)]), grey_encoders(2))
+  with pytest.raises(ValueError, match="greys: sample 1 has label 7, but there are 2 classes"):
+    _ = split.label
+  monkeypatch.setattr(features, "first_error", lambda mine: mine or "host 1: greys: sample 9 has label 5")
+  with pytest.raises(ValueError, match="host 1: greys: sample 9"):
+    _ = Split(Greys([(10, 0), (20, 1)]), grey_encoders(2)).label
+
+
+def test_tokens_are_dropped_and_embeddings_are_not() -> None:
+  for tokens, encoded in ((None, ["text"]), (lambda images: images, ["text", "text"])):
+    events: list[str] = []
+    texts = Texts(replace(grey_encoders(4, events), image_tokens=tokens))
+    for _ in range(2):
+      texts(["a", "bcd"])
+      texts.drop_tokens()
+    assert events == encoded

@@ -76,6 +76,18 @@ def test_samples_of_one_image_count_once_if_each_has_one_caption(samples, images
   assert found["image_to_text_r1"] == pytest.approx(expected)
 
 
+def test_images_are_read_once():
+  read = []
+
+  class Counting(EncodedSource):
+    def __getitem__(self, index):
+      read.append(index)
+      return super().__getitem__(index)
+
+  search(Counting([(1, ("one",)), (2, ("two",)), (1, ("uno",))]), encoders({"one": 1, "uno": 1, "two": 2}))
+  assert sorted(read) == [0, 1, 2]
+
+
 @pytest.mark.parametrize(("equal_texts", "expected"), [(True, 1.0), (False, 0.5)])
 def test_equal_texts_may_match_each_others_images(equal_texts, expected):
   # Two pictures of a one share their caption. Without shared captions they tie with each other and count as misses.

@@ -59,6 +59,8 @@ def test_the_entry_of_texts_is_removed_like_those_of_features(tmp_path: Path) ->
   os.utime(entry / "about.json", (0, 0))
   Counting(tmp_path)("a")
   assert (entry / "about.json").stat().st_mtime > 0
+  assert [*remove_oldest(tmp_path, 0, set())] == []  # it was used just now
+  os.utime(entry / "about.json", (0, 0))
   assert [*remove_oldest(tmp_path, 0, set())] == [entry]
 
 

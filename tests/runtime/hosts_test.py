@@ -115,3 +115,18 @@ hosts.join_processes()
   done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
   assert done.returncode == 74, done.stderr
   assert f"error: --coordinator=localhost:{port} --processes=2 --process={process}: not all" in done.stderr
+
+
+def test_texts_of_all_hosts_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+  mine = ["a\r\nb", "\ud83d é", ""]
+  assert hosts.gather_texts(mine) == mine
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(hosts, "gather_rows", lambda rows: np.concatenate([rows, rows]))
+  assert hosts.gather_texts(mine) == mine + mine
+
+
+def test_all_hosts_get_what_the_first_one_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+  assert hosts.from_first(b"abc") == b"abc"
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  monkeypatch.setattr(hosts, "gather_rows", lambda rows: np.concatenate([np.frombuffer(b"first", np.uint8), rows]))
+  assert hosts.from_first(b"abc") == b"first"
