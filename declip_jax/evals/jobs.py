@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from jaxtyping import Int
 import numpy as np
 
@@ -110,6 +111,9 @@ def run_jobs(
       scores = EVALUATORS[job.kind].function(data, picture(job), **job.options)
     except ValueError as error:
       scores = error
+    except (LookupError, ArithmeticError, TypeError, OSError) as error:  # the other jobs still run
+      logging.exception("%s failed", job.name)
+      scores = ValueError(f"{type(error).__name__}: {error}")
     yield job, scores
     after = jobs[number + 1 : number + 2]
     if not any(other.splits["test"] is job.splits["test"] for other in after):

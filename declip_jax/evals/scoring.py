@@ -9,7 +9,7 @@ import numpy as np
 from declip_jax.evals import metrics
 from declip_jax.evals.features import EvaluationData
 from declip_jax.evals.intervals import Interval, bootstrap, clopper_pearson, percentiles
-from declip_jax.evals.metrics import PREDICTION_METRICS, Predictions
+from declip_jax.evals.metrics import PREDICTION_METRICS, PredictionMetric, Predictions
 from declip_jax.evals.results import Scores
 from declip_jax.runtime.hosts import gather_rows
 
@@ -25,6 +25,7 @@ def score(
 ) -> Scores:
   """Scores of the logits of all test images, the metric of the data set first; every host has to call this.
 
+  Without such a metric, as for sets of faces that are reported by group, accuracies come first.
   Images without a label do not count; a row of NaN is wrong. Predictions have `row` in the source, `label`, `predicted`
   and `rank`, the number of classes that the classifier prefers to the true one; `group` where images have one; of two
   classes, `score`, the logit of the second minus that of the first; of several labels, `labels` and `scores`.
@@ -94,11 +95,13 @@ def _single_label(data: EvaluationData, logits: Float[np.ndarray, "n classes"]) 
     "ties": int(found.tied.sum()),
     "images": len(rows),
   }
-  return list(dict.fromkeys([data.metric, *always])), predictions, counts, details
+  return list(dict.fromkeys([*([data.metric] if data.metric else []), *always])), predictions, counts, details
 
 
 def _several_labels(data: EvaluationData, logits: Float[np.ndarray, "n classes"]) -> Found:
   labels = gather_rows(data.test.labels)
+  if labels.shape[1] != logits.shape[1]:
+    raise ValueError(f"its images have labels for {labels.shape[1]} classes; expected {logits.shape[1]}")
   used = gather_rows(data.test.readable) & (labels != 0).any(axis=1)
   if data.metric == "any_label":
     rows = _rows(used & (labels > 0).any(axis=1))
@@ -135,23 +138,27 @@ def _integers(classes: int) -> type[np.integer]:
 
 
 def _value(name: str, predictions: Columns) -> float:
-  return float(PREDICTION_METRICS[name].function(*_columns_of(name, predictions)))
+  return float(_metric(name).function(*_columns_of(name, predictions)))
 
 
 def _interval(name: str, predictions: Columns) -> Interval:
   """The 95 % interval of a metric: Clopper and Pearson's if it is a share of the examples, else by a bootstrap."""
-  function, _, within = PREDICTION_METRICS[name]
+  function, _, within = _metric(name)
   columns = _columns_of(name, predictions)
   if function is metrics.accuracy:
     return clopper_pearson(int(columns[0].sum()), len(columns[0]))
   return percentiles(bootstrap(function, *columns, within=predictions[within] if within else None))
 
 
-def _columns_of(name: str, predictions: Columns) -> tuple[np.ndarray, ...]:
+def _metric(name: str) -> PredictionMetric:
   if name not in PREDICTION_METRICS:
     raise ValueError(f"metric {name!r} is not one of a classifier, {', '.join(PREDICTION_METRICS)}")
+  return PREDICTION_METRICS[name]
+
+
+def _columns_of(name: str, predictions: Columns) -> tuple[np.ndarray, ...]:
   try:
-    return PREDICTION_METRICS[name].columns(predictions)
+    return _metric(name).columns(predictions)
   except KeyError as error:
     raise ValueError(f"metric {name!r} is not defined: there is no {error} of the images") from error
 

@@ -178,13 +178,19 @@ def test_two_results_cannot_have_one_file(tmp_path: Path) -> None:
   evaluation(tmp_path).run([jobs[0], replace(jobs[1], variant="other")])
 
 
-def test_a_job_that_fails_is_named_after_the_others_have_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [(ValueError("no class has an image"), "a: no class has an image"), (KeyError("group"), "a: KeyError: 'group'")],
+)
+def test_a_job_that_fails_is_named_after_the_others_have_run(
+  error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   def fail(data: EvaluationData, pictures: Path | None) -> Scores:
-    raise ValueError("no class has an image")
+    raise error
 
   monkeypatch.setitem(EVALUATORS, "fail", Evaluator(fail))
   jobs = [replace(job("a", 10), kind="fail", options={}), job("b", 20)]
-  with pytest.raises(ValueError, match=r"a: no class has an image"):
+  with pytest.raises(ValueError, match=message):
     evaluation(tmp_path).run(jobs)
   assert calls == ["b"]
   assert len([*(tmp_path / "results").glob("*.json")]) == 1
