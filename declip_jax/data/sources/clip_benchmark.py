@@ -15,6 +15,8 @@ With a .cls, a .npy has the metadata of WILDS and of fairness data, whose column
 so ROOT may be at any URL.
 """
 
+from collections.abc import Iterator
+import contextlib
 from functools import cached_property
 import io
 import math
@@ -34,6 +36,7 @@ TYPES = ("classification", "multilabel", "retrieval")
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}  # of .npy
 _HUB = "https://huggingface.co/datasets/"
 _SPLIT = "test"
+_CHECKED = 8  # samples whose labels are compared with classnames.txt
 _MOST_SHARDS = 100_000  # each is one request to a server
 
 
@@ -68,6 +71,29 @@ class ClipBenchmark(WebDataset):
   def templates(self) -> tuple[str, ...]:
     """Its prompt templates, with `{}` for the name of a class; empty if it has none."""
     return layouts.templates_in(f"{self._root}/{layouts.TEMPLATES}")
+
+  def check(self) -> None:
+    """Logs what users should know about the shards.
+
+    Raises:
+      ValueError: classnames.txt does not fit the labels; see also `WebDataset.check`.
+    """
+    super().check()
+    classes = len(self.classnames)
+    if self._kind == "multilabel" and classes:
+      found = set(self._label_counts())
+      if found and classes not in found:
+        raise ValueError(
+          f"{self.name}: its .npy have labels for {', '.join(map(str, sorted(found)))} classes, but classnames.txt "
+          f"has {classes} names"
+        )
+
+  def _label_counts(self) -> Iterator[int]:
+    """The number of labels of some samples, from first to last; of those that cannot be read, none."""
+    for index in np.linspace(0, len(self) - 1, min(_CHECKED, len(self))).astype(int).tolist():
+      with contextlib.suppress(BadSample):
+        place, contents = self.contents(index)
+        yield len(_array(contents, place))
 
   def _example(self, place: str, contents: dict[str, bytes]) -> Example:
     example = super()._example(place, contents)

@@ -88,6 +88,15 @@ def test_several_labels(root: str):
   assert source[0]["label"] == -1
 
 
+def test_names_that_fit_no_sample_are_an_error_of_the_whole_source(tmp_path: Path):
+  shards = [[{"jpg": b"x", "npy": npy([1, 0, 1])}, {"jpg": b"y", "npy": npy([0, 0, 1])}]]
+  root = write(str(tmp_path), shards, classnames="a\nb\n", dataset_type="multilabel")
+  with pytest.raises(ValueError, match=r"labels for 3 classes, but classnames.txt has 2 names"):
+    open_clip_benchmark(root)
+  (tmp_path / "classnames.txt").write_text("a\nb\nc\n")
+  assert open_clip_benchmark(root)[0]["labels"].tolist() == [1, -1, 1]
+
+
 def test_captions(root: str):
   text = "first\\nwith a break\nsecond\nthird\n"
   shards = [[{"jpg": b"x", "txt": text.encode()}]]
