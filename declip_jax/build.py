@@ -23,6 +23,7 @@ from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals import EVALUATORS, SPLITS, catalogue, check_metric, check_options, suites
+from declip_jax.evals.classes import align
 from declip_jax.evals.classify import columns
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.features import DecodedImages
@@ -529,8 +530,26 @@ def make_jobs(evals: ConfigDict) -> list[Job]:
       jobs += of_suites[name]
       continue
     EVALUATORS[kind].check(sources[splits["test"]].source, f"config.evals.{name}", **options)
-    jobs.append(Job(name, name, kind, {split: sources[spec] for split, spec in splits.items()}, options))
+    jobs.append(Job(name, name, kind, _aligned(name, splits, sources), options))
   return jobs
+
+
+def _aligned(name: str, splits: Mapping[str, str], sources: Mapping[str, DataSource]) -> dict[str, DataSource]:
+  """The splits of an evaluation, by their specs, with the classes of the others matched by name with those of `test`.
+
+  Raises:
+    ValueError: a split has other classes; the message names the split, and the classes.
+  """
+  found = {split: sources[spec] for split, spec in splits.items()}
+  names = tuple(found["test"].source.classnames)
+  for split, source in found.items():
+    if names != tuple(source.source.classnames):
+      data = catalogue.data_set(f"{catalogue.OWN}{splits['test']}").with_classes(names)
+      try:
+        found[split] = DataSource(source.source, align(data, source.source.classnames, splits[split]))
+      except ValueError as error:
+        raise ValueError(f"config.evals.{name}.{split}: {error}") from error
+  return found
 
 
 def _jobs_of_suites(evaluations: Mapping[str, _Evaluation]) -> dict[str, list[Job]]:

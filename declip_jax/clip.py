@@ -18,7 +18,9 @@ from declip_jax.data.pipeline import Reading
 from declip_jax.data.text.tokenizer import make_tokenizer
 from declip_jax.evals import prompts
 from declip_jax.evals.encoders import EncodeFunction, EncoderFactory, Encoders, make_encode_functions
+from declip_jax.evals.feature_cache import LIMIT, FeatureCache, tree_hash
 from declip_jax.evals.similarity import Embeddings, concatenate, padded_size
+from declip_jax.evals.text_cache import TextCache
 from declip_jax.models.heads.joint import Joint
 from declip_jax.models.model import make_model
 from declip_jax.sharding import batch_sharding, make_mesh, replicated
@@ -45,7 +47,7 @@ class Clip:
     logit_scale: inverse temperature of the contrastive loss, a factor of the scores of `similarity`.
     remarks: guesses and omissions when the file was read.
     step: step of a run's checkpoint, None for other files.
-    image_fields, text_fields: `config.model.image` and `.text`, which describe the towers.
+    fields: `config.model`, which describes the model.
     classnames: names of the classes of the classifier; empty if there is none, or they have no names.
   """
 
@@ -53,7 +55,7 @@ class Clip:
     self.origin, self.remarks, self.step, self.mesh = weights.origin, weights.remarks, weights.step, mesh
     self.model = make_model(weights.model, views=Views(), heads=weights.heads)
     self._place(weights.params, weights.collections)
-    self.image_fields, self.text_fields = dict(weights.model["image"]), dict(weights.model["text"])
+    self.fields = dict(weights.model)
     self.tokenizer = make_tokenizer(weights.model["text"]["tokenizer"], weights.model["text"]["context_length"])
     self.view, self.tokens = weights.view, weights.tokens
     self.max_pixels = image_ops.MAX_PIXELS
@@ -69,6 +71,31 @@ class Clip:
 
   def _place(self, params: Any, collections: Any) -> None:
     self.params, self.collections = jax.device_put((params, collections), replicated(self.mesh))
+    self._hash = ""
+
+  @property
+  def weights_hash(self) -> str:
+    """32 hexadecimal digits that depend on parameters and collections."""
+    if not self._hash:
+      self._hash = tree_hash({"params": self.params, "collections": self.collections})
+    return self._hash
+
+  @property
+  def dtype(self) -> str:
+    """Name of the compute dtype."""
+    return np.dtype(self.model.towers.dtype).name
+
+  def feature_cache(self, folder: Path, limit: int = LIMIT) -> FeatureCache:
+    """Features of images by this model in a folder; see `FeatureCache`."""
+    return FeatureCache(folder, self.weights_hash, self._side("image"), self.feature_widths, limit)
+
+  def text_cache(self, folder: Path) -> TextCache:
+    """Embeddings of texts by this model in a folder; see `TextCache`."""
+    return TextCache(folder, self.weights_hash, self._side("text"))
+
+  def _side(self, tower: str) -> dict[str, Any]:
+    """What the features of one tower depend on besides the weights."""
+    return {tower: self.fields[tower], "heads": self.fields["heads"], "dtype": self.dtype}
 
   @property
   def logit_scale(self) -> float:

@@ -389,10 +389,15 @@ def few_shot(
   shots: tuple[int, ...] = (1, 2, 4, 8, 16),
   seeds: tuple[int, ...] = (0, 1, 2),
   method: str = "logistic",
+  strength: float = 0.316,
   features: str = "pooled",
 ) -> ConfigDict:
-  """Classification after training on `shots` images per class: by "logistic" regression (CLIP), or "ridge"."""
-  return _evaluation("few_shot", data, train=train, shots=shots, seeds=seeds, method=method, features=features)
+  """Classification after training on `shots` images per class: by "logistic" regression (CLIP), or "ridge".
+
+  `strength` is C of logistic regression; 0 chooses it on as many further images of each class.
+  """
+  options = {"shots": shots, "seeds": seeds, "method": method, "strength": strength, "features": features}
+  return _evaluation("few_shot", data, train=train, **options)
 
 
 def knn(

@@ -7,8 +7,8 @@ Without further flags, the evaluations of the run's config are repeated. Others 
   --zero_shot=webdataset:/data/test-*.tar --template="a photo of a {}." --template="a drawing of a {}."
   --retrieval=webdataset:/data/test-*.tar
 
---list prints all suites and data sets, and --print_data=folder:/data a data file, which says where they are. --dry_run
-shows what would be evaluated.
+--option=few_shot.method=ridge sets an option of one of the tasks. --list prints all suites and data sets, and
+--print_data=folder:/data a data file, which says where they are. --dry_run shows what would be evaluated.
 
 --weights evaluates any other checkpoint that `declip_jax.load` reads, such as one of OpenAI's CLIP or of open_clip.
 --settings gives what such a file does not contain, as `declip_jax.load` warns: --settings=image.activation=gelu
@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 from absl import flags
 import jax
 from ml_collections import ConfigDict
-import numpy as np
 
 from declip_jax import config as config_lib
 from declip_jax.build import make_jobs
@@ -45,12 +44,11 @@ from declip_jax.clip import Clip, load
 from declip_jax.data.images import LARGEST_LIMIT, MAX_PIXELS
 from declip_jax.data.pipeline import Reading
 from declip_jax.data.storage.indexes import cache_folder
-from declip_jax.evals import EVALUATORS, catalogue, data_files, results, suites
+from declip_jax.evals import EVALUATORS, catalogue, data_files, results, suites, variant_of
 from declip_jax.evals.evaluation import Evaluation, ModelFacts, describe
-from declip_jax.evals.feature_cache import LIMIT, FeatureCache, tree_hash
+from declip_jax.evals.feature_cache import LIMIT, json_hash
 from declip_jax.evals.jobs import Job
 from declip_jax.evals.results import Result
-from declip_jax.evals.text_cache import TextCache
 from declip_jax.mixtures import mixtures
 from declip_jax.planning.training_facts import training_facts
 from declip_jax.reporting.metrics import summary_table
@@ -64,6 +62,7 @@ from declip_jax.weights.read import Step, parse_step
 from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256  # without a run's config
+_LONGEST = 60  # signs of a spec in the name of a data set
 _ALPHA = [f"{tenths / 10:g}" for tenths in range(11)]
 
 
@@ -151,18 +150,15 @@ def _prepare(
 ) -> Evaluation:
   """The evaluation of a model; see `evaluate`."""
   if not jobs:
-    raise ValueError(
-      f"{place.weights} has no config.json with evaluations: pass --suite, --data, --zero_shot or --retrieval"
-    )
+    none = "no config.json" if config is None else "no evaluations in its config"
+    raise ValueError(f"{place.weights} has {none}: pass --suite, --data, --zero_shot or --retrieval")
   size = encoding.batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE)
   needs_text = any(EVALUATORS[job.kind].needs_text for job in jobs)
   encoders = clip.encoders(size, needs_text=needs_text, reading=_reading(config, encoding.max_pixels))
   encoders = dataclasses.replace(encoders, features_dtype=encoding.features_dtype)
   if (cache := encoding.cache) is None:
     return Evaluation(facts, encoders, place.output, run_folder=place.run)
-  key, dtype = facts.weights["hash"], {"dtype": facts.dtype}
-  images = FeatureCache(cache, key, {"image": clip.image_fields, **dtype}, clip.feature_widths, encoding.cache_limit)
-  texts = TextCache(cache, key, {"text": clip.text_fields, **dtype})
+  images, texts = clip.feature_cache(cache, encoding.cache_limit), clip.text_cache(cache)
   return Evaluation(facts, encoders, place.output, images, texts, place.run)
 
 
@@ -197,14 +193,11 @@ def _model_facts(clip: Clip, path: str | os.PathLike[str]) -> ModelFacts:
     run = path.parents[1] if path.parent.name == "checkpoints" else path
     name, pretrained = run.resolve().name, f"step-{clip.step}"
     training = partial(training_facts, run, clip.step)
-  weights = {"path": os.fspath(path), "origin": clip.origin, "step": clip.step, "hash": _weights_hash(clip)}
+  weights = {"path": os.fspath(path), "origin": clip.origin, "step": clip.step, "hash": clip.weights_hash}
   weights["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(clip.params))
   view = {field: list(value) if isinstance(value, tuple) else value for field, value in vars(clip.view).items()}
-  return ModelFacts(name, results.slug(pretrained), weights, view, np.dtype(clip.model.towers.dtype).name, training)
-
-
-def _weights_hash(clip: Clip) -> str:
-  return tree_hash({"params": clip.params, "collections": clip.collections})
+  fields = {**clip.fields, "tokens": clip.tokens}
+  return ModelFacts(name, results.slug(pretrained), weights, view, clip.dtype, training, fields)
 
 
 def _config_of_run(workdir: Path, step: int | None) -> ConfigDict | None:
@@ -223,6 +216,7 @@ def _jobs_from_flags() -> list[Job] | None:
     ValueError: flags contradict each other, or an evaluation cannot run.
   """
   given = flags.FLAGS
+  _check_combination()
   if given.suite or given.data:
     return _suite_jobs()
   evals = ConfigDict()
@@ -230,14 +224,47 @@ def _jobs_from_flags() -> list[Job] | None:
     evals.zero_shot = config_lib.zero_shot(given.zero_shot, tuple(given.template))
   if given.retrieval:
     evals.retrieval = config_lib.retrieval(given.retrieval, given.equal_texts)
-  return make_jobs(evals) if len(evals) else None
+  if not len(evals):
+    return None
+  return [
+    dataclasses.replace(job, dataset=_dataset(evals[job.name].data), variant=variant_of(job.kind, job.options))
+    for job in make_jobs(evals)
+  ]
+
+
+def _dataset(spec: str) -> str:
+  """The name of a source in results: its spec, shortened, and a hash, so that two sources do not share a file."""
+  return f"{results.slug(spec)[:_LONGEST]}-{json_hash(spec)[:6]}"
+
+
+def _check_combination() -> None:
+  """Rejects flags that would have no effect beside others.
+
+  Raises:
+    ValueError: the message names both.
+  """
+  given = flags.FLAGS
+  of_suites, of_sources = [bool(given.suite or given.data), bool(given.zero_shot or given.retrieval)]
+  if of_suites and of_sources:
+    pair = ["--data" if given.data else "--suite", "--zero_shot" if given.zero_shot else "--retrieval"]
+    raise ValueError(f"{pair[0]} and {pair[1]} are two evaluations: choose one of them")
+  needed = {
+    "tasks": ("--data", of_suites),
+    "prompts": ("--data", of_suites),
+    "option": ("--data", of_suites),
+    "template": ("--zero_shot or --interpolate_with", bool(given.zero_shot or given.interpolate_with)),
+    "equal_texts": ("--retrieval", bool(given.retrieval)),
+  }
+  for name, (others, is_given) in needed.items():
+    if given[name].present and not is_given:
+      raise ValueError(f"--{name} has an effect only with {others}")
 
 
 def _suite_jobs() -> list[Job]:
   given = flags.FLAGS
   if not given.data:
     raise ValueError(f"--suite={','.join(given.suite)} needs --data, a file that says where the data sets are")
-  jobs, remarks = suites.read_jobs(given.data, given.suite, given.tasks, given.prompts)
+  jobs, remarks = suites.read_jobs(given.data, given.suite, given.tasks, given.prompts, given.option)
   for remark in remarks:
     message(remark)
   return jobs
@@ -304,7 +331,7 @@ def _models(clip: Clip, config: ConfigDict | None, path: str | os.PathLike[str])
   other = _model_facts(start, given.interpolate_with).weights
   try:
     for share, mixed in mixtures(start, clip, shares, templates):
-      weights = {**facts.weights, "hash": _weights_hash(mixed), "share": share, "interpolated_with": other}
+      weights = {**facts.weights, "hash": mixed.weights_hash, "share": share, "interpolated_with": other}
       pretrained = f"{facts.pretrained}-share-{share:g}"
       yield mixed, dataclasses.replace(facts, pretrained=pretrained, weights=weights)
   except ValueError as error:
@@ -381,6 +408,9 @@ def main() -> None:
   )
   flags.DEFINE_list("tasks", [], f"What to evaluate, of {', '.join(tasks)}; by default, what needs no training.")
   flags.DEFINE_string("prompts", "", "Name or file of prompts of --suite and --data; by default, those of the suite.")
+  flags.DEFINE_multi_string(
+    "option", [], "Option of a task, such as few_shot.method=ridge or retrieval.folds=5. Repeat the flag for several."
+  )
   flags.DEFINE_string("zero_shot", None, "Source for zero-shot classification, such as webdataset:/data/test-*.tar.")
   flags.DEFINE_multi_string(
     "template", list(config_lib.TEMPLATES), "Prompt with {} for the class name. Repeat the flag for several."

@@ -44,9 +44,9 @@ def mixtures(start: Clip, end: Clip, shares: Sequence[float], templates: Sequenc
 
 def _check_alike(start: Clip, end: Clip) -> None:
   """Rejects models that compute different things from arrays of the same shapes."""
-  pairs = [("image", start.image_fields, end.image_fields)]
+  pairs = [("image", start.fields["image"], end.fields["image"])]
   if "text" in end.params["towers"]:
-    pairs.append(("text", start.text_fields, end.text_fields))
+    pairs.append(("text", start.fields["text"], end.fields["text"]))
   for side, ours, theirs in pairs:
     for name in sorted({*ours, *theirs} - set(_UNLIKE)):
       if ours.get(name) != theirs.get(name):

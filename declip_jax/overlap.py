@@ -30,7 +30,7 @@ from declip_jax.data.sources import Source, open_source
 from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import overlap as lib
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.feature_cache import FeatureCache, tree_hash
+from declip_jax.evals.feature_cache import FeatureCache
 from declip_jax.evals.features import Encode, Split, encode
 from declip_jax.evals.overlap import Nearest
 from declip_jax.evals.similarity import unit_rows
@@ -233,9 +233,7 @@ def _detector() -> Detector:
   encoders = clip.encoders(given.batch_size, needs_text=False)
   if cache is None:
     return Detector(encoders, None)
-  tower = {"image": clip.image_fields, "dtype": np.dtype(clip.model.towers.dtype).name}
-  weights = tree_hash({"params": clip.params, "collections": clip.collections})
-  return Detector(encoders, None, FeatureCache(cache, weights, tower, clip.feature_widths).encode)
+  return Detector(encoders, None, clip.feature_cache(cache).encode)
 
 
 def _command(workdir: Path) -> None:

@@ -140,4 +140,7 @@ def test_the_command_lists_plans_and_names_what_is_wrong(run: Path, tmp_path: Pa
   every = ["--every_checkpoint", "--zero_shot=scenes:heldout/20/24"]
   output("--workdir", str(run), *every, "--cache=off")
   names = sorted(path.name for path in (run / "results").glob("*.json"))
-  assert names == [f"zero_shot_step-{step}_tiny_en_zeroshot_classification.json" for step in (6, 8)]
+  assert [name.partition("_step-")[2] for name in names] == [
+    f"{step}_tiny_en_zeroshot_classification.json" for step in (6, 8)
+  ]
+  assert all(name.startswith("scenes-heldout_20_24-") for name in names)

@@ -1,10 +1,18 @@
 """Tests of the evaluations of a config: bad ones are rejected before anything runs."""
 
+from collections.abc import Callable
 import contextlib
+import copy
 import dataclasses
+import functools
 import inspect
 from pathlib import Path
 
+from absl import flags
+from clips import make_clip
+from flax.traverse_util import flatten_dict, unflatten_dict
+from greys import Greys
+import jax
 from ml_collections import ConfigDict
 import numpy as np
 from PIL import Image
@@ -13,11 +21,14 @@ import references as reference
 
 from declip_jax import build, config, evaluate
 from declip_jax.build import check_best_metric, check_evals, make_evaluators, make_jobs
+from declip_jax.clip import Clip
 from declip_jax.data.images import EvalView
 from declip_jax.data.pipeline import Reading
 from declip_jax.evals import EVALUATORS, Evaluator, catalogue
 from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.evaluation import Evaluation
 from declip_jax.evals.features import DecodedImages, EvaluationData
+from declip_jax.evals.jobs import DataSource, Job
 from declip_jax.evals.results import Scores
 
 
@@ -281,3 +292,130 @@ def test_images_are_read_with_the_limits_of_the_run_unless_one_is_given(
     with pytest.raises(FileNotFoundError, match="no encoders"):
       evaluate.evaluate(workdir, evals=evals, weights="x.pt", max_pixels=limit)
   assert given == [(99, 5.0), (7, 5.0), (2**26, 60.0), (7, 60.0)]
+
+
+def identities(clip: Clip, folder: Path) -> dict[str, str]:
+  """Keys of a result, of features of images and of embeddings of texts."""
+  facts, encoders = evaluate._model_facts(clip, "x.pt"), fake_encoders()
+  source = Greys([(1, 0)])
+  job = Job("a", "a", "zero_shot", {"test": DataSource(source)})
+  images, texts = clip.feature_cache(folder), clip.text_cache(folder)
+  return {
+    "result": Evaluation(facts, encoders, folder)._key(job),
+    "image": images.entry(source, encoders).name,
+    "text": texts.entry.name,
+  }
+
+
+def test_results_and_features_depend_on_every_field_of_the_model(tmp_path: Path) -> None:
+  clip = make_clip(0)
+  before = identities(clip, tmp_path)
+  assert identities(clip, tmp_path) == before
+  fields = flatten_dict(clip.fields, sep=".")
+  assert {"image.activation", "text.activation", "text.context_length", "text.tokenizer"} <= set(fields)
+  for field in fields:
+    other = copy.copy(clip)
+    other.fields = unflatten_dict({**fields, field: "another"}, sep=".")
+    changed = {name for name, key in identities(other, tmp_path).items() if key != before[name]}
+    top = field.partition(".")[0]
+    assert "result" in changed, field
+    if top == "heads":
+      assert changed == {"result", "image", "text"}, field
+    elif top in ("image", "text"):
+      assert changed == {"result", top}, field
+  other = copy.copy(clip)
+  other.tokens = True
+  assert identities(other, tmp_path)["result"] != before["result"]
+
+
+def test_results_and_features_depend_on_backend_and_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  clip, found = make_clip(0), []
+  for precision in ("default", "highest"):
+    with jax.default_matmul_precision(precision):
+      found.append(identities(clip, tmp_path))
+  monkeypatch.setattr(jax, "default_backend", lambda: "another")
+  found.append(identities(clip, tmp_path))
+  for name in found[0]:
+    assert len({keys[name] for keys in found}) == 3, name
+
+
+def make_classes(folder: Path, names: tuple[str, ...]) -> str:
+  for name in names:
+    (folder / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / name / "a.png")
+  return f"folder:{folder}"
+
+
+def test_classes_to_train_on_are_those_of_the_test_split_by_name(tmp_path: Path) -> None:
+  test = make_classes(tmp_path / "test", ("cat", "dog", "fox"))
+  train = make_classes(tmp_path / "train", ("dog", "fox", "CAT"))
+  entry = {"kind": "nearest_mean", "data": test}
+  (job,) = make_jobs(ConfigDict({"mine": {**entry, "train": train, "val": test}}))
+  names = job.splits["train"].source.classnames
+  assert [("cat", "dog", "fox")[index] for index in job.splits["train"].classes] == [name.lower() for name in names]
+  assert job.splits["test"] is job.splits["val"]
+  assert job.splits["test"].classes is None
+  fewer = make_classes(tmp_path / "fewer", ("dog", "fox"))
+  with pytest.raises(ValueError, match=r"config.evals.mine.train: .*only in .*'cat'"):
+    make_jobs(ConfigDict({"mine": {**entry, "train": fewer}}))
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Job] | None]:
+  """The jobs of some flags of the command."""
+
+  def jobs(*arguments: str) -> list[Job] | None:
+    values = flags.FlagValues()
+    with monkeypatch.context() as patch:
+      patch.setattr(flags, "FLAGS", values)
+      for name in ("string", "bool", "integer", "float", "list", "multi_string", "enum"):
+        patch.setattr(flags, f"DEFINE_{name}", functools.partial(getattr(flags, f"DEFINE_{name}"), flag_values=values))
+      patch.setattr(evaluate, "launch", lambda *_, **kwargs: values(["evaluate", *arguments]))
+      evaluate.main()
+      return evaluate._jobs_from_flags()
+
+  return jobs
+
+
+def test_two_sources_or_prompts_of_flags_do_not_share_a_file(given: Callable[..., list[Job] | None]) -> None:
+  one, two = "scenes:test/4/16", "scenes:heldout/4/16"
+  commands = [
+    [f"--zero_shot={one}"],
+    [f"--zero_shot={two}"],
+    [f"--zero_shot={one}", "--template=a {}."],
+    [f"--retrieval={one}"],
+    [f"--retrieval={one}", "--equal_texts"],
+  ]
+  evaluation = Evaluation(evaluate._model_facts(make_clip(0), "x.pt"), fake_encoders(), Path())
+  stems = [evaluation._result_of(job, {}).stem for command in commands for job in given(*command)]
+  assert len(set(stems)) == len(commands)
+  assert all("scenes" in stem for stem in stems)
+  assert given() is None
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("--data=x", "--zero_shot=scenes:test/4/16"), "--data and --zero_shot are two evaluations"),
+    (("--suite=slip26", "--retrieval=scenes:test/4/16"), "--suite and --retrieval"),
+    (("--tasks=knn",), "--tasks has an effect only with --data"),
+    (("--prompts=bare",), "--prompts has an effect only with --data"),
+    (("--option=knn.headline=1", "--zero_shot=scenes:test/4/16"), "--option has an effect only with --data"),
+    (("--template=a {}", "--data=x"), "--template has an effect only with --zero_shot"),
+    (("--equal_texts", "--data=x"), "--equal_texts has an effect only with --retrieval"),
+  ],
+)
+def test_flags_without_effect_are_rejected(
+  arguments: tuple[str, ...], message: str, given: Callable[..., list[Job] | None]
+) -> None:
+  with pytest.raises(ValueError, match=message):
+    given(*arguments)
+
+
+def test_a_run_without_evaluations_is_told_from_a_folder_without_a_config() -> None:
+  clip, c = make_clip(0), config.default()
+  c.evals = ConfigDict()
+  place = evaluate.Place("runs/x", Path("out"), None)
+  for own, message in ((c, "runs/x has no evaluations in its config"), (None, "runs/x has no config.json")):
+    with pytest.raises(ValueError, match=message):
+      evaluate._prepare(clip, own, evaluate._model_facts(clip, "x.pt"), [], place, None)

@@ -6,13 +6,14 @@ keyword-only arguments are the options of its entry in `config.evals`; the confi
 rejects options and sources with which it could not run, before anything is trained.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import inspect
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from declip_jax.evals import classify, composition, probes, retrieval, zero_shot
-from declip_jax.evals.results import Scores
+from declip_jax.evals.feature_cache import json_hash
+from declip_jax.evals.results import Scores, slug
 from declip_jax.spelling import did_you_mean
 
 
@@ -46,6 +47,11 @@ class Evaluator(NamedTuple):
 # Fields of an entry of `config.evals` besides the options of its evaluator.
 SPLITS = ("train", "val")
 _COMMON = ("kind", "data", "suite", "every", *SPLITS)
+
+# Of options, by the type of their default: how they are read, and what they are called.
+_PARSERS = {int: int, float: float, str: str, bool: {"True": True, "False": False}.__getitem__}
+_TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+_LONGEST = 60  # signs of a variant
 
 # CLIP_benchmark's names of metrics.
 _CLASSIFICATION = {
@@ -109,6 +115,52 @@ EVALUATORS = {
 }
 
 
+def defaults(kind: str) -> dict[str, Any]:
+  """The options of an evaluator, and their defaults, `inspect.Parameter.empty` for none."""
+  arguments = inspect.signature(EVALUATORS[kind].function).parameters.values()
+  return {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
+
+
+def variant_of(kind: str, options: Mapping[str, Any]) -> str:
+  """A short text, for names of files, on the options that differ from the defaults; empty if none does."""
+  known = defaults(kind)
+  given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}  # from JSON
+  parts = [f"{name}={_listed(value)}" for name, value in sorted(given.items()) if value != known.get(name)]
+  text = ",".join(parts)
+  return text if text == slug(text) and len(text) <= _LONGEST else f"options-{json_hash(text)[:8]}"
+
+
+def parse_option(kind: str, name: str, text: str, place: str) -> dict[str, Any]:
+  """An option of an evaluator as a command line gives it, such as "1,5,10"; {} if it is the default.
+
+  Args:
+    kind: a key of `EVALUATORS`.
+    name: name of the option.
+    text: its value; a number, True or False, a text, or, for an option with several values, these with commas.
+    place: start of error messages.
+
+  Raises:
+    ValueError: there is no such option, or the value has another type than the default.
+  """
+  known = defaults(kind)
+  if name not in known:
+    legal = ", ".join(known) or "none"
+    raise ValueError(f"{place}: {kind!r} has no option {name!r}; its options are: {legal}{did_you_mean(name, known)}")
+  default, several = known[name], isinstance(known[name], Sequence) and not isinstance(known[name], str)
+  example = default[0] if several else default
+  try:
+    parts = text.split(",") if several else [text]
+    values = tuple(_PARSERS[type(example)](part) for part in parts)
+  except (ValueError, KeyError):
+    raise ValueError(f"{place}: expected {_TYPES[type(example)]}, as the default {_listed(default)}") from None
+  value = values if several else values[0]
+  return {} if value == default else {name: value}
+
+
+def _listed(value: Any) -> str:
+  return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
 def check_options(options: Mapping[str, Any], field: str) -> None:
   """Rejects an entry of `config.evals` that no evaluator can run.
 
@@ -131,8 +183,7 @@ def check_options(options: Mapping[str, Any], field: str) -> None:
   every = options.get("every", 1)
   if type(every) is not int or every < 1:
     raise ValueError(f"{field}.every={every!r}: expected a number of evaluations, at least 1")
-  arguments = inspect.signature(EVALUATORS[kind].function).parameters.values()
-  known = {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
+  known = defaults(kind)
   if unknown := sorted(set(options) - set(_COMMON) - set(known)):
     hint = did_you_mean(unknown[0], known)
     raise ValueError(f"{field} has fields {unknown}, which {kind!r} does not have; it has {sorted(known)}{hint}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ import declip_jax
 from declip_jax.data.sources import Source
 from declip_jax.evals import EVALUATORS, features, results
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.feature_cache import FeatureCache, json_hash
+from declip_jax.evals.feature_cache import FeatureCache, json_hash, numerics
 from declip_jax.evals.features import Features, Read, encode_texts, host_rows, read_batches, surely
 from declip_jax.evals.jobs import DataSource, Job, run_jobs
 from declip_jax.evals.results import Result, Scores
@@ -27,7 +27,7 @@ from declip_jax.reporting.progress import Bar, message
 from declip_jax.runtime.hosts import from_first, sum_over_hosts
 from declip_jax.runtime.records import add_line
 
-_VERSION = 1  # of what a result of the same model, data and options is
+_VERSION = 2  # of what a result of the same model, data and options is
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class ModelFacts:
     view: preprocessing of images.
     dtype: compute dtype.
     training: returns facts on the training of a run, see `planning.training_facts`; called once results are computed.
+    fields: all fields of the model, `config.model`, and whether it compares tokens.
   """
 
   name: str
@@ -48,6 +49,7 @@ class ModelFacts:
   view: Mapping[str, Any]
   dtype: str
   training: Callable[[], Mapping[str, Any]] = dict
+  fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Evaluation:
   def _key(self, job: Job) -> str:
     """A hash of everything that the result depends on."""
     limits = self.encoders.reading.max_pixels, self.encoders.reading.seconds
-    model = [self.model.weights["hash"], self.model.view, self.model.dtype, *limits]
+    model = [self.model.weights["hash"], self.model.fields, self.model.view, self.model.dtype, numerics(), *limits]
     data = {name: [_about(split), _listed(split.classes)] for name, split in job.splits.items()}
     half = [] if self.encoders.features_dtype == "float32" else [self.encoders.features_dtype]
     return json_hash([_VERSION, model, job.kind, job.options, data, job.data, *half])
@@ -239,6 +241,8 @@ class Evaluation:
         **({"training": training} if training else {}),
         "view": self.model.view,
         "dtype": self.model.dtype,
+        "model": self.model.fields,
+        "numerics": numerics(),
         "features_dtype": self.encoders.features_dtype,
         "versions": {"declip_jax": declip_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
       },

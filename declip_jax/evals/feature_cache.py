@@ -58,7 +58,7 @@ class FeatureCache:
 
   def __init__(self, folder: Path, weights: str, model: Mapping[str, Any], widths: tuple[int, int], limit: int = LIMIT):
     self._folder, self._widths, self._limit = folder, widths, limit
-    self._model = {"version": _VERSION, "weights": weights, "model": dict(model)}
+    self._model = {"version": _VERSION, "weights": weights, "model": dict(model), **numerics()}
     self._used: set[Path] = set()
     self._shards: dict[tuple[Path, range], _Shard] = {}
 
@@ -335,6 +335,11 @@ def _annotations(block: Mapping[str, np.ndarray] | None, size: int) -> Features:
   texts = [[*map(tuple, json.loads(block["captions"].tobytes()))], block["image_hash"].tolist()]
   fields = [block["label"], block.get("labels"), groups, block["id"].tolist(), block["readable"], *texts]
   return Features(nothing, None, *fields)
+
+
+def numerics() -> dict[str, Any]:
+  """What decides how products are rounded: the backend, and JAX's default precision of products."""
+  return {"backend": jax.default_backend(), "matmul_precision": jax.config.jax_default_matmul_precision}
 
 
 def json_hash(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 import dataclasses
+from functools import partial
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,7 @@ def few_shot(
   shots: Sequence[int] = few_shot_lib.CLIP_SHOTS,
   seeds: Sequence[int] = few_shot_lib.SEEDS,
   method: str = "logistic",
+  strength: float = few_shot_lib.STRENGTH,
   features: str = "pooled",
 ) -> Scores:
   """Accuracy after training on a few images per class: the mean over draws of these images.
@@ -111,6 +114,7 @@ def few_shot(
     shots: images per class.
     seeds: seeds of the draws.
     method: "logistic" regression as in CLIP's figure 6, or big_vision's "ridge" regression.
+    strength: C of logistic regression; 0 chooses it on as many further images of each class.
     features: see `linear_probe`.
 
   Raises:
@@ -121,15 +125,18 @@ def few_shot(
   label = gather_rows(rows.train.label)
   counts = np.bincount(label[label >= 0], minlength=rows.classes)
   fewest = int(counts.min())
-  used = [count for count in shots if count <= fewest]
+  chooses = method == "logistic" and not strength
+  used = [count for count in shots if (2 * count if chooses else count) <= fewest]
   if not used:
     rarest = _trained(data)[int(counts.argmin())]
-    raise ValueError(f"{data.train.name}: {fewest} images of {rarest!r}; expected at least {min(shots)} of each class")
+    least = 2 * min(shots) if chooses else min(shots)
+    raise ValueError(f"{data.train.name}: {fewest} images of {rarest!r}; expected at least {least} of each class")
 
   def metric(logits: np.ndarray, label: np.ndarray) -> float:
     return criterion(data.metric)(_own_logits(data, logits), label)
 
-  fit = few_shot_lib.ridge if method == "ridge" else few_shot_lib.logistic
+  logistic = partial(few_shot_lib.logistic, strength=strength or None)
+  fit = few_shot_lib.ridge if method == "ridge" else logistic
   found = fit(dataclasses.replace(rows, score=metric), shots=used, seeds=seeds)
   metrics = {f"shots_{count}": float(value) for count, value in zip(used, found.mean, strict=True)}
   deviations = {} if found.std is None else dict(zip(metrics, found.std.tolist(), strict=True))
@@ -140,7 +147,8 @@ def few_shot(
     "metric": data.metric,
     "std": deviations,
     "by_seed": {str(seed): row for seed, row in zip(seeds, found.scores.tolist(), strict=True)},
-    "left_out": [count for count in shots if count > fewest],
+    "strengths": None if found.strengths is None else found.strengths.tolist(),
+    "left_out": [count for count in shots if count not in used],
   }
   several = len(seeds) > 1
   intervals = {name: _interval(found.scores[:, place]) for place, name in enumerate(metrics)} if several else {}
@@ -216,6 +224,11 @@ def check(source: Source | Sequence[Any], field: str, **options: Any) -> None:
     raise ValueError(f"{field}.features={chosen!r}: choose one of {FEATURES}")
   if (method := options.get("method", "ridge")) not in ("logistic", "ridge"):
     raise ValueError(f"{field}.method={method!r}: choose one of ('logistic', 'ridge')")
+  if not 0 <= (strength := options.get("strength", 0.0)) < math.inf:
+    raise ValueError(f"{field}.strength={strength!r}: expected a number above 0, or 0 to choose it")
+  for name in ("shots", "seeds", "neighbours", "rates"):
+    if (values := options.get(name, (1,))) == () or min(values) < (name == "shots"):
+      raise ValueError(f"{field}.{name}={values!r}: expected numbers, at least {int(name == 'shots')}")
 
 
 def _classes(data: EvaluationData) -> int:

@@ -76,7 +76,8 @@ class Result:
       `weights`: path, origin, step, hash and number of `parameters`; of a mixture `share`, that of these weights in
         it, and `interpolated_with`, the same of the other weights;
       `training`: of a run, how it was trained until then, see `planning.training_facts`;
-      `view`: preprocessing; `dtype`: compute dtype; `features_dtype`: that of features of images;
+      `view`: preprocessing; `dtype`: compute dtype; `model`: fields of the model;
+      `numerics`: backend and precision of products; `features_dtype`: that of features of images;
       `versions`: of this package and of libraries.
   """
 

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 import contextlib
+from dataclasses import replace
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Int
 import numpy as np
 
 from declip_jax.data.sources import BadSample, Source, open_source, read_example
 from declip_jax.data.storage.layouts import TEMPLATES
-from declip_jax.evals import EVALUATORS, SPLITS, catalogue, data_files
+from declip_jax.evals import EVALUATORS, SPLITS, Evaluator, catalogue, data_files, parse_option, variant_of
 from declip_jax.evals.catalogue import DataSet, Suite
 from declip_jax.evals.classes import align
 from declip_jax.evals.data_files import Splits
@@ -24,8 +25,62 @@ from declip_jax.evals.results import Result
 from declip_jax.spelling import did_you_mean
 
 
+class _Task(NamedTuple):
+  """An evaluator and its options.
+
+  Attributes:
+    kind: a key of `EVALUATORS`.
+    options: the options that were chosen.
+  """
+
+  kind: str
+  options: Mapping[str, Any]
+
+  @property
+  def evaluator(self) -> Evaluator:
+    """The entry of `EVALUATORS`."""
+    return EVALUATORS[self.kind]
+
+  @property
+  def variant(self) -> str:
+    """The options that differ from the defaults; see `evals.variant_of`."""
+    return variant_of(self.kind, self.options)
+
+
+class _Protocol(NamedTuple):
+  """How a suite evaluates a data set.
+
+  Attributes:
+    metric: the metric that is reported, and by which probes choose their strength; empty for data without one.
+    suite: name of the suite; empty for none.
+    chance: value of the metric if all answers are guessed, None if unknown.
+    others: names of the prompts and of the metric where they are not the data set's own; else empty.
+    prompt_set, prompts: name of the prompt set, or of its file, and the prompts of each class; None without classes.
+  """
+
+  metric: str
+  suite: str
+  chance: float | None
+  others: tuple[str, str]
+  prompt_set: str = ""
+  prompts: tuple[tuple[str, ...], ...] | None = None
+
+  @property
+  def variant(self) -> str:
+    """Part of the name of a result; empty for the data set's own protocol."""
+    return "-".join(other for other in self.others if other)
+
+  def without_prompts(self) -> "_Protocol":
+    """The protocol of an evaluator that compares no texts."""
+    return self._replace(others=("", self.others[1]), prompt_set="", prompts=None)
+
+
 def read_jobs(
-  path: str | os.PathLike[str], suites: Sequence[str] = (), tasks: Sequence[str] = (), prompts: str = ""
+  path: str | os.PathLike[str],
+  suites: Sequence[str] = (),
+  tasks: Sequence[str] = (),
+  prompts: str = "",
+  options: Sequence[str] = (),
 ) -> tuple[list[Job], list[str]]:
   """`make_jobs` for a data file and names of suites.
 
@@ -33,40 +88,39 @@ def read_jobs(
     OSError: the file cannot be read.
     ValueError: the file has a wrong line, or a suite does not exist; see also `make_jobs`.
   """
-  return make_jobs(data_files.read_data(path), [catalogue.suite(name) for name in suites], tasks, prompts)
+  return make_jobs(data_files.read_data(path), [catalogue.suite(name) for name in suites], tasks, prompts, options)
 
 
 def make_jobs(
-  data: Mapping[str, Splits], suites: Sequence[Suite] = (), tasks: Sequence[str] = (), prompts: str = ""
+  data: Mapping[str, Splits],
+  suites: Sequence[Suite] = (),
+  tasks: Sequence[str] = (),
+  prompts: str = "",
+  options: Sequence[str] = (),
 ) -> tuple[list[Job], list[str]]:
   """Opens the data sets of suites, and returns the jobs of all tasks on them, and remarks on what is missing.
 
   Args:
     data: sources of the user's data sets, by their key in the catalogue.
-    suites: suites, whose metrics and prompts are used; all of `data` by default.
+    suites: suites, whose metrics and prompts are used, each in a job of its own; all of `data` by default.
     tasks: keys of `EVALUATORS`, by default those that need neither training nor a classifier of the model.
     prompts: name of a prompt set of all data sets, or a file with one, see `own_prompts`; by default, that of the
       suite.
+    options: options of evaluators, such as "few_shot.method=ridge".
 
   Raises:
-    ValueError: an unknown task, no data set of the suites is there, or a source cannot be opened or has other classes;
-      the message names the data set and the source.
+    ValueError: an unknown task or option, no data set of the suites is there, or a source cannot be opened or has other
+      classes; the message names the data set and the source.
   """
-  tasks = tasks or [
-    name for name, known in EVALUATORS.items() if known.of and not (known.needs_train or known.needs_classifier)
-  ]
-  for task in tasks:
-    if task not in EVALUATORS or not EVALUATORS[task].of:
-      legal = [name for name, evaluator in EVALUATORS.items() if evaluator.of]
-      raise ValueError(f"--tasks={task}: choose some of {', '.join(legal)}{did_you_mean(task, legal)}")
+  chosen = _tasks(tasks, options)
   wanted = list(dict.fromkeys(key for suite in suites for key in suite.keys)) or list(data)
   places = {key: key if key in data else catalogue.data_set(key).images for key in wanted}
   found = {key: data[place] for key, place in places.items() if place in data}
   jobs, remarks = [], [remark for suite in suites for remark in _missing(suite, found)]
   sources: dict[str, Source] = {}
   for key, specs in found.items():
-    suite = next((suite for suite in suites if key in suite.keys), None)
-    for job in _jobs_of(key, specs, suite, tasks, prompts, sources):
+    own = [suite for suite in suites if key in suite.keys]
+    for job in _jobs_of(key, specs, own, chosen, prompts, sources):
       if isinstance(job, str):
         remarks.append(job)
       else:
@@ -77,7 +131,7 @@ def make_jobs(
 
 
 def means(results: Mapping[str, Result], suites: Sequence[Suite]) -> dict[str, float]:
-  """The means of suites, by task, of which no data set is missing.
+  """The means of suites, by task, of which no data set is missing; only results by the suite's protocol count.
 
   Args:
     results: results by the names of their jobs.
@@ -85,12 +139,23 @@ def means(results: Mapping[str, Result], suites: Sequence[Suite]) -> dict[str, f
   """
   found = {}
   for suite in suites:
-    for kind in dict.fromkeys(result.ours["kind"] for result in results.values()):
-      own = [result.ours for result in results.values() if result.ours["kind"] == kind]
-      values = {ours["about"]["key"]: ours["metrics"][ours["headline"]] for ours in own if ours["about"].get("key")}
-      means = suite.averages({key: value for key, value in values.items() if key in suite.keys})
-      found |= {f"{suite.name}/{kind}/{name}": value for name, value in means.items()}
+    values: dict[str, dict[str, float]] = {}
+    for result in results.values():
+      if _follows(result.ours, suite):
+        ours, kind = result.ours, result.ours["kind"]
+        task = "/".join(part for part in (kind, variant_of(kind, ours.get("options", {}))) if part)
+        values.setdefault(task, {})[ours["about"]["key"]] = ours["metrics"][ours["headline"]]
+    for task, own in values.items():
+      found |= {f"{suite.name}/{task}/{name}": value for name, value in suite.averages(own).items()}
   return found
+
+
+def _follows(ours: Mapping[str, Any], suite: Suite) -> bool:
+  """Whether a result has the metric of a suite, and its prompts if it has any."""
+  key = ours["about"].get("key")
+  if key not in suite.keys or ours["about"].get("metric") != (suite.metric(key) or ""):
+    return False
+  return ours["about"].get("prompts", suite.prompt_set(key)) == suite.prompt_set(key)
 
 
 def table(suites: Sequence[Suite] = ()) -> str:
@@ -108,6 +173,33 @@ def table(suites: Sequence[Suite] = ()) -> str:
   return _aligned(rows)
 
 
+def _tasks(names: Sequence[str], options: Sequence[str]) -> list[_Task]:
+  """The evaluators of some names, by default those that need neither training nor a classifier, with their options.
+
+  Raises:
+    ValueError: an evaluator or an option does not exist; the message names those that do.
+  """
+  names = names or [
+    name for name, known in EVALUATORS.items() if known.of and not (known.needs_train or known.needs_classifier)
+  ]
+  for name in names:
+    if name not in EVALUATORS or not EVALUATORS[name].of:
+      legal = [name for name, evaluator in EVALUATORS.items() if evaluator.of]
+      raise ValueError(f"--tasks={name}: choose some of {', '.join(legal)}{did_you_mean(name, legal)}")
+  given: dict[str, dict[str, Any]] = {name: {} for name in names}
+  for text in options:
+    path, equals, value = text.partition("=")
+    kind, dot, option = path.partition(".")
+    if not (equals and dot):
+      raise ValueError(f"--option={text}: expected TASK.OPTION=VALUE, such as few_shot.method=ridge")
+    if kind not in given:
+      raise ValueError(
+        f"--option={text}: {kind!r} is not one of the tasks {', '.join(given)}{did_you_mean(kind, given)}"
+      )
+    given[kind] |= parse_option(kind, option, value, f"--option={text}")
+  return [_Task(name, given[name]) for name in given]
+
+
 def _missing(suite: Suite, data: Mapping[str, Any]) -> list[str]:
   if not (missing := suite.missing(data)):
     return []
@@ -118,41 +210,73 @@ def _missing(suite: Suite, data: Mapping[str, Any]) -> list[str]:
 
 
 def _jobs_of(
-  key: str, specs: Splits, suite: Suite | None, tasks: Sequence[str], prompts: str, sources: dict[str, Source]
+  key: str, specs: Splits, suites: Sequence[Suite], tasks: Sequence[_Task], prompts: str, sources: dict[str, Source]
 ) -> list[Job | str]:
-  """The jobs of a data set, or remarks in their place; `sources` are those that are open."""
+  """The jobs of a data set, or remarks in their place; `sources` are those that are open.
+
+  There is one job for each different protocol of the suites, their metric and, if texts are compared, their prompts.
+  """
   splits = {name: spec for name, spec in specs._asdict().items() if spec}
   opened = {name: _open(key, name, spec, sources) for name, spec in splits.items()}
   entry = _with_classes(catalogue.data_set(key), opened["test"])
-  facts: dict[str, Any] = {"metric": (suite.metric(key) if suite else entry.metric) or ""}
-  facts |= {"grouping": entry.grouping, "ignored_groups": entry.ignored_groups}
-  about: dict[str, Any] = {"key": key, "title": entry.title, "chance": entry.chance, "note": entry.note}
-  prompted, variant, classes, parent = {}, "", {}, None
-  if entry.classes:
-    classes, parent = _classes(entry, opened, splits)
-    default = suite.prompt_set(key) if suite else entry.prompt_sets[0]
-    chosen, variant = prompts or default, prompts if prompts != default else ""
-    if prompts.endswith((".txt", ".json")):
-      entry, chosen, variant = read_prompts(prompts, entry), NAME, Path(prompts).stem
-    facts["classnames"] = entry.classes
-    prompted = {"prompts": entry.prompts(chosen)}
-    about |= {"prompts": chosen, "prompts_hash": json_hash(prompted["prompts"])}
-  trained = {"validation_per_class": (parent or entry).validation_per_class}
+  classes, parent = _classes(entry, opened, splits) if entry.classes else ({}, None)
+  parts = {name: DataSource(source, classes.get(name)) for name, source in opened.items()}
+  trained: dict[str, Any] = {"validation_per_class": (parent or entry).validation_per_class}
   if parent is not None:
     trained["parent"] = ParentClasses(parent.classes, entry.parent_ids)
-  parts = {name: DataSource(source, classes.get(name)) for name, source in opened.items()}
+  protocols = [_protocol(entry, suite, prompts) for suite in suites or [None]]
   jobs: list[Job | str] = []
-  for task in (task for task in tasks if entry.task in EVALUATORS[task].of):
-    needs_train, needs_text = EVALUATORS[task].needs_train, EVALUATORS[task].needs_text
-    if needs_train and "train" not in parts:
-      jobs.append(f"{key}: {task} needs a split to train on: add | TRAIN to its line in the data file")
+  for task in (task for task in tasks if entry.task in task.evaluator.of):
+    if task.evaluator.needs_train and "train" not in parts:
+      jobs.append(f"{key}: {task.kind} needs a split to train on: add | TRAIN to its line in the data file")
       continue
-    used = parts if needs_train else {"test": parts["test"]}
-    data = {**facts, **(trained if needs_train else {}), **(prompted if needs_text else {})}
-    of = variant if needs_text else ""
-    curve = "/".join([*([suite.name] if suite else []), key, *([task] if needs_train else [])])
-    jobs.append(Job(f"{key}/{task}", entry.clip_benchmark, task, used, {}, data, of, about, curve))
+    used = parts if task.evaluator.needs_train else {"test": parts["test"]}
+    facts = trained if task.evaluator.needs_train else {}
+    own = [protocol if task.evaluator.needs_text else protocol.without_prompts() for protocol in protocols]
+    if task.options:
+      _check_options(task, parts["test"].source, entry)
+    for variant in dict.fromkeys(protocol.variant for protocol in own):
+      jobs.append(_job(key, entry, task, next(one for one in own if one.variant == variant), used, facts))
   return jobs
+
+
+def _check_options(task: _Task, source: Source, entry: DataSet) -> None:
+  """Rejects options with which an evaluator cannot run."""
+  if "templates" in task.options:
+    raise ValueError(f"--option={task.kind}.templates: the prompts of data sets are those of --prompts")
+  if source.classnames or not entry.classes:  # without names, those of the catalogue are used
+    task.evaluator.check(source, f"--option={task.kind}", **task.options)
+
+
+def _job(
+  key: str, entry: DataSet, task: _Task, protocol: _Protocol, splits: Mapping[str, DataSource], facts: Mapping[str, Any]
+) -> Job:
+  variant = "-".join(part for part in (protocol.variant, task.variant) if part)
+  name = "/".join(part for part in (key, task.kind, variant) if part)
+  about = {"key": key, "title": entry.title, "chance": protocol.chance, "note": entry.note, "metric": protocol.metric}
+  classes = {"classnames": entry.classes} if entry.classes else {}
+  of = {"metric": protocol.metric, "grouping": entry.grouping, "ignored_groups": entry.ignored_groups, **classes}
+  if protocol.prompts is not None:
+    of["prompts"] = protocol.prompts
+    about |= {"prompts": protocol.prompt_set, "prompts_hash": json_hash(protocol.prompts)}
+  parts = [protocol.suite, key, task.kind if task.evaluator.needs_train else "", task.variant]
+  curve = "/".join(part for part in parts if part)
+  return Job(name, entry.clip_benchmark, task.kind, splits, task.options, {**of, **facts}, variant, about, curve)
+
+
+def _protocol(entry: DataSet, suite: Suite | None, prompts: str) -> _Protocol:
+  """How a suite evaluates a data set, or, for None, its own protocol; `prompts` replace those of the suite."""
+  metric = suite.metric(entry.key) if suite else entry.metric
+  of = suite.name if suite else "", replace(entry, metric=metric).chance
+  other = metric or "" if metric != entry.metric else ""
+  if not entry.classes:
+    return _Protocol(metric or "", *of, ("", other))
+  if prompts.endswith((".txt", ".json")):
+    path = Path(prompts)
+    return _Protocol(metric or "", *of, (path.stem, other), path.name, read_prompts(prompts, entry).prompts(NAME))
+  own = entry.prompt_sets[0]
+  chosen = prompts or (suite.prompt_set(entry.key) if suite else own)
+  return _Protocol(metric or "", *of, (chosen if chosen != own else "", other), chosen, entry.prompts(chosen))
 
 
 def _classes(

@@ -22,7 +22,7 @@ from jaxtyping import Float, UInt8
 import numpy as np
 
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.feature_cache import if_allowed, json_hash
+from declip_jax.evals.feature_cache import if_allowed, json_hash, numerics
 from declip_jax.evals.features import encode_texts
 from declip_jax.runtime import records
 from declip_jax.runtime.hosts import gather_rows
@@ -41,8 +41,8 @@ class TextCache:
   """
 
   def __init__(self, folder: Path, weights: str, model: Mapping[str, Any]):
-    self._about = {"version": _VERSION, "weights": weights, "texts": dict(model)}
-    self._entry = folder / json_hash(self._about)
+    self._about = {"version": _VERSION, "weights": weights, "texts": dict(model), **numerics()}
+    self.entry = folder / json_hash(self._about)
 
   def encode(self, texts: Sequence[str], encoders: Encoders) -> Float[np.ndarray, "n d"]:
     """Embeddings of different texts, on every host; all hosts have to make the same calls.
@@ -58,12 +58,12 @@ class TextCache:
       self._write(new, embeddings)
       known |= zip(map(_hash, new), embeddings, strict=True)
     with contextlib.suppress(OSError):  # of another user, or none was written
-      os.utime(self._entry / "about.json")
+      os.utime(self.entry / "about.json")
     return np.stack([known[one] for one in hashes])
 
   def _read(self, wanted: set[bytes]) -> Iterator[tuple[bytes, Float[np.ndarray, "d"]]]:
     """The texts that are there, by their hashes; files that are damaged count as absent."""
-    for path in sorted(self._entry.glob("*.npz")):
+    for path in sorted(self.entry.glob("*.npz")):
       with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as file:
         hashes = [row.tobytes() for row in file["text"]]
         if wanted & set(hashes):
@@ -76,12 +76,12 @@ class TextCache:
       self._keep(texts, embeddings)
 
   def _keep(self, texts: Sequence[str], embeddings: Float[np.ndarray, "n d"]) -> None:
-    self._entry.mkdir(parents=True, exist_ok=True)
-    if not (self._entry / "about.json").exists():
-      records.write(self._entry / "about.json", json.dumps(self._about, indent=2, default=list).encode())
+    self.entry.mkdir(parents=True, exist_ok=True)
+    if not (self.entry / "about.json").exists():
+      records.write(self.entry / "about.json", json.dumps(self._about, indent=2, default=list).encode())
     file = io.BytesIO()
     np.savez(file, text=_as_array(map(_hash, texts)), embedding=np.asarray(embeddings, np.float32))
-    records.write(self._entry / f"{json_hash(list(texts))}.npz", file.getvalue())
+    records.write(self.entry / f"{json_hash(list(texts))}.npz", file.getvalue())
 
 
 def _hash(text: str) -> bytes:

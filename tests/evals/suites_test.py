@@ -8,7 +8,7 @@ from PIL import Image
 import pytest
 
 from declip_jax.data.storage import layouts
-from declip_jax.evals import catalogue, data_files, suites
+from declip_jax.evals import catalogue, data_files, suites, variant_of
 from declip_jax.evals.catalogue import Suite
 from declip_jax.evals.results import Result
 
@@ -73,11 +73,11 @@ def test_prompts_may_lie_next_to_the_data(tmp_path: Path) -> None:
 def test_a_suite_has_its_own_metric_and_prompts(data: Mapping[str, data_files.Splits]) -> None:
   suite = Suite("s", "", ("cifar10", "pets"), metrics={"cifar10": "mean_per_class"}, prompts={"*": "bare"})
   (job,), remarks = suites.make_jobs(data, [suite], ["zero_shot"])
-  assert (job.data["metric"], job.variant, job.about["prompts"]) == ("mean_per_class", "", "bare")
+  assert (job.data["metric"], job.variant, job.about["prompts"]) == ("mean_per_class", "bare-mean_per_class", "bare")
   assert job.data["prompts"][0] == (catalogue.data_set("cifar10").classes[0],)
   assert remarks == ["s: the data file lacks 1 of 2 data sets (see --print_data): pets"]
   (other,), _ = suites.make_jobs(data, [suite], ["zero_shot"], "openai")
-  assert (other.variant, len(other.data["prompts"][0])) == ("openai", 18)  # has a file of its own
+  assert (other.variant, len(other.data["prompts"][0])) == ("mean_per_class", 18)  # has a file of its own
 
 
 def test_prompts_may_come_from_a_file(data: Mapping[str, data_files.Splits], tmp_path: Path) -> None:
@@ -101,13 +101,96 @@ def test_what_cannot_be_evaluated_is_named(line: str, tasks: list[str], message:
     suites.make_jobs(data_files.parse_data(line, "sets.txt"), tasks=tasks)
 
 
-def test_a_mean_needs_all_data_sets_of_its_suite() -> None:
-  def result(key: str, value: float) -> Result:
-    ours = {"kind": "knn", "headline": "top1", "metrics": {"top1": value}, "about": {"key": key}}
-    return Result(key, "m", "p", "knn", {}, ours)
+def test_each_protocol_of_several_suites_has_a_job_and_a_file_of_its_own(
+  data: Mapping[str, data_files.Splits],
+) -> None:
+  first = Suite("first", "", ("cifar10",), prompts={"*": "openai"})
+  second = Suite("second", "", ("cifar10",), metrics={"cifar10": "mean_per_class"}, prompts={"*": "bare"})
+  third = Suite("third", "", ("cifar10",), prompts={"*": "bare"})
+  names = ["cifar10/zero_shot", "cifar10/zero_shot/bare-mean_per_class", "cifar10/zero_shot/bare"]
+  jobs, _ = suites.make_jobs(data, [first, second, third, first], ["zero_shot"])
+  assert [job.name for job in jobs] == names
+  assert [job.data["metric"] for job in jobs] == ["top1", "mean_per_class", "top1"]
+  assert [len(job.data["prompts"][0]) for job in jobs] == [18, 1, 1]
+  # The name of a file does not depend on the other suites of the command.
+  for suite, job in zip((first, second, third), jobs, strict=True):
+    (alone,), _ = suites.make_jobs(data, [suite], ["zero_shot"])
+    assert (alone.name, alone.variant, alone.data) == (job.name, job.variant, job.data)
 
-  suite = Suite("s", "", ("a", "b"), means={"mean": ("a", "b")})
-  found = {"a/knn": result("a", 0.5), "b/knn": result("b", 0.25), "c/knn": result("c", 1.0)}
+
+def test_probes_have_a_job_for_each_metric(data: Mapping[str, data_files.Splits]) -> None:
+  first, second = (Suite(name, "", ("cifar10",), prompts={"*": name}) for name in ("openai", "bare"))
+  third = Suite("third", "", ("cifar10",), metrics={"cifar10": "mean_per_class"})
+  trained = {"cifar10": data["cifar10"]._replace(train=data["cifar10"].test)}
+  jobs, _ = suites.make_jobs(trained, [first, second, third], ["knn"])
+  assert [(job.name, job.data["metric"]) for job in jobs] == [
+    ("cifar10/knn", "top1"),
+    ("cifar10/knn/mean_per_class", "mean_per_class"),
+  ]
+
+
+def result(
+  key: str, value: float, kind: str = "knn", metric: str = "top1", options: dict | None = None, **about: str
+) -> Result:
+  ours = {"kind": kind, "headline": metric, "metrics": {metric: value}, "options": options or {}}
+  return Result(key, "m", "p", kind, {}, {**ours, "about": {"key": key, "metric": metric, **about}})
+
+
+def test_a_mean_needs_all_data_sets_of_its_suite() -> None:
+  suite = Suite("s", "", ("cifar10", "cifar100"), means={"mean": ("cifar10", "cifar100")})
+  found = {"a": result("cifar10", 0.5), "b": result("cifar100", 0.25), "c": result("pets", 1.0)}
   assert suites.means(found, [suite]) == {"s/knn/mean": 0.375}
-  del found["b/knn"]
+  del found["b"]
   assert suites.means(found, [suite]) == {}
+
+
+def test_a_mean_has_only_results_by_the_protocol_of_its_suite() -> None:
+  clip27, slip26 = (
+    Suite(name, "", ("imagenet",), prompts={"imagenet": of}, means={"mean": ("imagenet",)})
+    for name, of in (("clip27", "openai"), ("slip26", "openai7"))
+  )
+  found = {
+    "eighty": result("imagenet", 0.75, "zero_shot", prompts="openai"),
+    "seven": result("imagenet", 0.5, "zero_shot", prompts="openai7"),
+    "mine": result("imagenet", 1.0, "zero_shot", prompts="openai7.txt"),
+    "other metric": result("imagenet", 0.25, "zero_shot", "mean_per_class", prompts="openai"),
+    "ridge": result("imagenet", 0.125, "few_shot", options={"method": "ridge"}),
+    "logistic": result("imagenet", 0.0625, "few_shot"),
+  }
+  shared = {"few_shot/mean": 0.0625, "few_shot/method=ridge/mean": 0.125}
+  for suite, mean in ((clip27, 0.75), (slip26, 0.5)):
+    expected = {"zero_shot/mean": mean, **shared}
+    assert suites.means(found, [suite]) == {f"{suite.name}/{name}": value for name, value in expected.items()}
+  vtab = Suite("vtab", "", ("pets",), metrics={"pets": "top1"}, means={"mean": ("pets",)})
+  found = {"own": result("pets", 0.2, metric="mean_per_class"), "vtab": result("pets", 0.8)}
+  assert suites.means(found, [vtab]) == {"vtab/knn/mean": 0.8}
+
+
+def test_options_are_read_checked_and_in_the_name_of_the_file(data: Mapping[str, data_files.Splits]) -> None:
+  given = ["few_shot.shots=1,2", "few_shot.method=ridge", "knn.headline=20"]
+  few, knn = suites.make_jobs(data, tasks=["few_shot", "knn"], options=given)[0]
+  assert few.options == {"shots": (1, 2), "method": "ridge"}
+  assert (few.variant, few.name) == ("method=ridge,shots=1,2", "own/mine/few_shot/method=ridge,shots=1,2")
+  assert (knn.options, knn.variant) == ({}, "")  # the default
+  assert variant_of("few_shot", {"shots": [1, 2, 4, 8, 16], "seeds": [0]}) == "seeds=0"  # as JSON has them
+  (job,) = suites.make_jobs(data, tasks=["retrieval"], options=["retrieval.prefix=a photo of "])[0]
+  assert job.options == {"prefix": "a photo of "}
+  assert job.variant.startswith("options-")
+
+
+@pytest.mark.parametrize(
+  ("option", "message"),
+  [
+    ("shots=5", "expected TASK.OPTION=VALUE"),
+    ("few_shots.shots=5", r"'few_shots' is not one of the tasks few_shot, zero_shot; did you mean few_shot"),
+    ("few_shot.shot=5", r"no option 'shot'; .*shots.*did you mean shots"),
+    ("few_shot.shots=many", r"few_shot.shots=many: expected a whole number, as the default 1,2,4,8,16"),
+    ("few_shot.shots=0", r"few_shot.shots=\(0,\)"),
+    ("few_shot.method=lasso", r"few_shot.method='lasso'.*ridge"),
+    ("few_shot.strength=-1", r"few_shot.strength=-1.0"),
+    ("zero_shot.templates=a {}", r"those of --prompts"),
+  ],
+)
+def test_options_that_do_not_fit_are_named(option: str, message: str, data: Mapping[str, data_files.Splits]) -> None:
+  with pytest.raises(ValueError, match=message):
+    suites.make_jobs(data, tasks=["few_shot", "zero_shot"], options=[option])

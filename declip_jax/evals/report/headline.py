@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from declip_jax.evals import catalogue
+from declip_jax.evals import EVALUATORS, catalogue, variant_of
 from declip_jax.evals.catalogue import Suite
-from declip_jax.evals.comparison import Average, Items, Method, Task, average, average_difference
+from declip_jax.evals.comparison import Average, Items, Method, Scored, Task, average, average_difference
 from declip_jax.evals.report.compared import Report, brackets, single_metrics, title
 from declip_jax.reporting.documents import Block, Heading, Table
 
@@ -89,17 +89,25 @@ def _quantities(report: Report) -> Iterator[tuple[str, Items]]:
 
 
 def _suite_items(report: Report, suite: Suite, keys: Sequence[str], kinds: Sequence[str]) -> Items:
-  """The tasks and metrics of a mean of a suite; none if a data set is missing or was evaluated with other prompts."""
+  """The tasks and metrics of a mean of a suite; none if a data set is missing or was evaluated by another protocol."""
   tasks: dict[str, Task] = {}
   for task in report.tasks:
     some = report.some(task)
-    if task.kind in kinds and not task.variant and some.key in keys:
-      prompts = some.about.get("prompts", "")
-      if task.kind != "zero_shot" or prompts in ("", suite.prompt_set(some.key)):
-        tasks[some.key] = task
+    if task.kind in kinds and some.key in keys and _follows(some, suite):
+      tasks[some.key] = task
   if set(keys) - tasks.keys():
     return ()
   return [(tasks[key], suite.metric(key) or report.some(tasks[key]).headline) for key in keys]
+
+
+def _follows(scored: Scored, suite: Suite) -> bool:
+  """Whether a result has the prompts of a suite and the default options, and was fitted by the suite's metric."""
+  ours, metric = scored.result.ours, suite.metric(scored.key)
+  if variant_of(ours["kind"], ours.get("options", {})):
+    return False
+  if EVALUATORS[ours["kind"]].needs_text:
+    return scored.about.get("prompts", "") in ("", suite.prompt_set(scored.key))
+  return scored.about.get("metric", metric) == (metric or "")
 
 
 def _intervals(name: str, seeds: bool) -> list[str]:
