@@ -376,10 +376,15 @@ def sgd_probe(
   rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
   epochs: int = 100,
   batch_size: int = 1024,
+  optimizer: str = "sgd",
   features: str = "pooled",
 ) -> ConfigDict:
-  """A linear head trained by gradient descent (SLIP, MoCo v3) with the one of `rates` that is best on `val`."""
-  options = {"rates": rates, "epochs": epochs, "batch_size": batch_size, "features": features}
+  """A linear head trained by gradient descent with the one of `rates` that is best on `val`.
+
+  `optimizer` is "sgd" (SLIP, MoCo v3), or "adamw", that of CLIP_benchmark, which takes rates=(0.1,), epochs=10 and
+  batch_size=64.
+  """
+  options = {"rates": rates, "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "features": features}
   return _evaluation("sgd_probe", data, train=train, val=val, **options)
 
 

@@ -64,6 +64,7 @@ def sgd_probe(
   rates: Sequence[float] = sgd_probe_lib.RATES,
   epochs: int = sgd_probe_lib.SGD.epochs,
   batch_size: int = sgd_probe_lib.SGD.batch_size,
+  optimizer: str = "sgd",
   features: str = "pooled",
 ) -> Scores:
   """A linear head trained by gradient descent, whose learning rate is chosen on `val`, see `sgd_probe.sgd_probe`.
@@ -74,6 +75,8 @@ def sgd_probe(
     rates: learning rates, not multiplied by the batch size.
     epochs: passes over the training split.
     batch_size: images of a step.
+    optimizer: "sgd", SLIP's and MoCo v3's, or "adamw", that of CLIP_benchmark, which takes the rate 0.1, 10 epochs and
+      64 images; it divides features by their norm.
     features: see `linear_probe`.
 
   Raises:
@@ -81,7 +84,7 @@ def sgd_probe(
   """
   del pictures
   rows, rule = _three_splits(data, features)
-  recipe = dataclasses.replace(sgd_probe_lib.SGD, epochs=epochs, batch_size=batch_size)
+  recipe = dataclasses.replace(sgd_probe_lib.RECIPES[optimizer], epochs=epochs, batch_size=batch_size)
   result = sgd_probe_lib.sgd_probe(rows, recipe=recipe, rates=tuple(rates))
   details = {
     "features": features,
@@ -229,6 +232,8 @@ def check(source: Source | Sequence[Any], field: str, **options: Any) -> None:
   for name in ("shots", "seeds", "neighbours", "rates"):
     if (values := options.get(name, (1,))) == () or min(values) < (name == "shots"):
       raise ValueError(f"{field}.{name}={values!r}: expected numbers, at least {int(name == 'shots')}")
+  if (optimizer := options.get("optimizer", "sgd")) not in sgd_probe_lib.RECIPES:
+    raise ValueError(f"{field}.optimizer={optimizer!r}: choose one of {tuple(sgd_probe_lib.RECIPES)}")
 
 
 def _classes(data: EvaluationData) -> int:

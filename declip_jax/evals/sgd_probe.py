@@ -51,6 +51,7 @@ class Recipe:
 SGD = Recipe(optax.trace(0.9), epochs=100, batch_size=1024, cosine_by_epoch=True, unit_norm=False, weight_decay=0.0)
 # CLIP_benchmark 1.6, whose rate is 0.1; it also tunes the decay.
 ADAMW = Recipe(optax.scale_by_adam(), epochs=10, batch_size=64, cosine_by_epoch=False, unit_norm=True, weight_decay=0.0)
+RECIPES = {"sgd": SGD, "adamw": ADAMW}
 
 
 class Heads(NamedTuple):
