@@ -31,7 +31,7 @@ from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import overlap as lib
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.feature_cache import FeatureCache
-from declip_jax.evals.features import Encode, Split, encode
+from declip_jax.evals.features import Encode, Split, encode, read_batches, surely
 from declip_jax.evals.overlap import Nearest
 from declip_jax.evals.similarity import unit_rows
 from declip_jax.reporting.pictures import optional, plot_pairs
@@ -86,7 +86,7 @@ def search(test: Source, train: Source | None, detector: Detector) -> Search:
   """
 
   def split(source: Source) -> Split:
-    return Split(source, detector.encoders, encode=detector.encode)
+    return Split(source, detector.encoders, encode=detector.encode, read=surely(read_batches))
 
   query, copy = (gather_rows(np.concatenate([*_shards(split(source))])) for source in (test, lib.Copies(test)))
   readable = ~np.isnan(query).any(axis=1)

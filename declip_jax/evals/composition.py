@@ -17,7 +17,7 @@ from declip_jax.evals.features import EvaluationData
 from declip_jax.evals.intervals import clopper_pearson
 from declip_jax.evals.results import Scores
 from declip_jax.evals.similarity import Embeddings, Similarity, num_embeddings, take, unit_rows
-from declip_jax.runtime.hosts import gather_rows
+from declip_jax.runtime.hosts import first_error, gather_rows
 
 METRICS = ("accuracy", "group_score", "text_score", "image_score", "ties", "examples")
 _BLOCK = 64  # images whose scores with all captions of the block are computed at once
@@ -83,7 +83,13 @@ def composition(data: EvaluationData, pictures: Path | None) -> Scores:
     ValueError: an image does not have two captions, or none can be read.
   """
   del pictures
-  captions = [_captions(data.test.source, index) for index in range(len(data.test.source))]
+  captions, error = [], ""
+  try:
+    captions = [_captions(data.test.source, index) for index in range(len(data.test.source))]
+  except ValueError as failed:
+    error = str(failed)
+  if error := first_error(error):  # on every host, or the others would wait for this one
+    raise ValueError(error)
   if not captions:
     raise ValueError(f"{data.test.name} has no samples")
   text = data.texts([caption for own in captions for caption in own])
