@@ -9,6 +9,7 @@
 # make bench-scale   memory and time of InfoNCE by each method for batches up to 128k, compared with open_clip's
 # make bench-open-clip  compares CLIP's train step with open_clip's, in .venv-bench
 # make bench-probe   compares the sweep of the linear probe with scikit-learn's, in .venv-bench
+# make bench-clip-benchmark  compares evaluation with CLIP_benchmark, in .venv-clip-benchmark
 # Each installs what it needs first. ARGS are further arguments, such as make test ARGS="tests/data -x".
 PYTHON ?= python3
 VENV ?= .venv
@@ -71,7 +72,7 @@ $(VENV)-interop/installed: setup.py constraints.txt tests/interop/requirements.t
 	touch $@
 
 # Compared with torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.
-.PHONY: bench-input bench-open-clip bench-scale bench-probe
+.PHONY: bench-input bench-open-clip bench-scale bench-probe bench-clip-benchmark
 bench-input: $(VENV)-bench/installed
 	$(VENV)-bench/bin/python benchmarks/input.py $(ARGS)
 
@@ -84,6 +85,17 @@ bench-scale: $(VENV)/installed
 bench-probe: $(VENV)-bench/installed
 	$(VENV)-bench/bin/python benchmarks/linear_probe.py $(ARGS)
 
+bench-clip-benchmark: $(VENV)-clip-benchmark/installed
+	$(VENV)-clip-benchmark/bin/python benchmarks/beside_clip_benchmark.py $(ARGS)
+
+$(VENV)-clip-benchmark/installed: setup.py constraints.txt tests/interop/requirements.txt
+	$(PYTHON) -m venv $(VENV)-clip-benchmark
+	$(VENV)-clip-benchmark/bin/python -m pip install --quiet torch -c tests/interop/requirements.txt
+	$(VENV)-clip-benchmark/bin/python -m pip install --quiet -r tests/interop/requirements.txt
+	$(VENV)-clip-benchmark/bin/python -m pip install --quiet -c constraints.txt -e .
+	$(VENV)-clip-benchmark/bin/python -m pip install --quiet 'numpy<2.4'  # its `accuracy` fails with later releases
+	touch $@
+
 $(VENV)-bench/installed: setup.py constraints.txt benchmarks/requirements.txt tests/interop/requirements.txt
 	$(PYTHON) -m venv $(VENV)-bench
 	$(VENV)-bench/bin/python -m pip install --quiet torch -c tests/interop/requirements.txt  # first: nothing else chooses
@@ -92,4 +104,4 @@ $(VENV)-bench/installed: setup.py constraints.txt benchmarks/requirements.txt te
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench runs
+	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench $(VENV)-clip-benchmark runs

@@ -142,8 +142,13 @@ def plan(args: argparse.Namespace) -> None:
   print(
     f"{args.train:,} + {args.val:,} rows x {args.width}, {args.classes} classes on {mesh.size} x {device.device_kind}"
   )
-  for name, fits, splits in (("coarse", COARSE, 1), ("halving", HALVING, 1), ("refit", 1, 2)):
-    data = tuple(rows_of(count, args, mesh) for count in (args.train, args.val)[:splits])
+  programs = (
+    ("coarse", COARSE, args.train),
+    ("halving", HALVING, args.train),
+    ("refit", HALVING, args.train + args.val),
+  )
+  for name, fits, rows in programs:
+    data = rows_of(rows, args, mesh)
     start = time.perf_counter()
     program = logistic_regression.compiled_fit(mesh).lower(*arguments_of(data, fits, args, mesh)).compile()
     used = program.memory_analysis()
@@ -169,7 +174,7 @@ def rows_of(count: int, args: argparse.Namespace, mesh: Any) -> Data:
   )
 
 
-def arguments_of(data: tuple[Data, ...], fits: int, args: argparse.Namespace, mesh: Any) -> tuple:
+def arguments_of(data: Data, fits: int, args: argparse.Namespace, mesh: Any) -> tuple:
   """Shapes of the arguments of `logistic_regression.compiled_fit`."""
   whole = replicated(mesh)
 
@@ -182,11 +187,11 @@ def arguments_of(data: tuple[Data, ...], fits: int, args: argparse.Namespace, me
   return data, axes, shape(fits), answered, linear, shape()
 
 
-def one_pass(data: tuple[Data, ...], fits: int, args: argparse.Namespace, mesh: Any) -> tuple[float, hlo.Traffic]:
+def one_pass(data: Data, fits: int, args: argparse.Namespace, mesh: Any) -> tuple[float, hlo.Traffic]:
   """FLOPs of an evaluation of all objectives and their gradients over all devices, and its traffic."""
   _, axes, _, answered, linear, *_ = arguments_of(data, fits, args, mesh)
 
-  def evaluate(data: tuple[Data, ...], mean: jax.Array, linear: Linear, answered: jax.Array) -> Any:
+  def evaluate(data: Data, mean: jax.Array, linear: Linear, answered: jax.Array) -> Any:
     with jax.default_matmul_precision("highest"):
       return logistic_regression.loss_and_gradient(data, mean, linear, answered, mesh)
 

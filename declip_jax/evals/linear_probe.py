@@ -109,8 +109,11 @@ def sweep(data: ProbeData, *, refit: bool = True, tolerance: float = TOLERANCE) 
   solver = _Solver.make(placed, data.classes, data.mesh, tolerance)
   tried = _try_strengths(solver, placed, placed_val, data.score)
   chosen = last = tried[_best(tried)]
+  del placed, placed_val  # the devices hold the rows once
   if refit:
-    (last,) = solver.fit((placed, placed_val), (chosen.record.strength,), chosen)
+    both = Labelled(*map(np.concatenate, zip(data.train, data.val, strict=True)))
+    # One strength twice: it needs no program of its own where both splits have as many rows, with padding, as one.
+    last, _ = solver.fit(_Placed.make(both, data.mesh), [chosen.record.strength] * 2, chosen)
   return solver.result([fitted.record for fitted in tried.values()], chosen, last, data.test)
 
 
@@ -119,7 +122,7 @@ def fit(data: ProbeData, strength: float, *, tolerance: float = TOLERANCE) -> Pr
   data.check()
   placed = _Placed.make(data.train, data.mesh)
   solver = _Solver.make(placed, data.classes, data.mesh, tolerance)
-  (fitted,) = solver.fit((placed,), (strength,))
+  (fitted,) = solver.fit(placed, (strength,))
   return solver.result([fitted.record], fitted, fitted, data.test)
 
 
@@ -169,19 +172,19 @@ class _Solver:
 
   @classmethod
   def make(cls, train: _Placed, classes: int, mesh: Mesh, tolerance: float) -> "_Solver":
-    axes = principal_axes([_data(train, _task((train,), classes))], mesh)
+    axes = principal_axes(_data(train, _task(train, classes)), mesh)
     return cls(classes, mesh, tolerance, axes)
 
-  def fit(self, parts: Sequence[_Placed], strengths: Sequence[float], start: _Fitted | None = None) -> list[_Fitted]:
-    """Fits the rows of all parts with each strength."""
-    task = _task(parts, self.classes)
+  def fit(self, rows: _Placed, strengths: Sequence[float], start: _Fitted | None = None) -> list[_Fitted]:
+    """Fits rows with each strength."""
+    task = _task(rows, self.classes)
     columns = np.ones(1, bool) if task.pair else task.answered
     if start is not None and start.task.pair == task.pair:
       linear = jax.tree.map(lambda x: np.stack([x] * len(strengths)), start.linear)
     else:
       linear = None
     fits = logistic_regression.fit(
-      [_data(part, task) for part in parts],
+      _data(rows, task),
       self.axes,
       strengths,
       columns,
@@ -240,21 +243,19 @@ class _Solver:
     return Classifier(kernel, bias, answered)
 
 
-def _task(parts: Sequence[_Placed], classes: int) -> _Task:
-  """The task of fitting all parts.
+def _task(rows: _Placed, classes: int) -> _Task:
+  """The task of fitting rows.
 
   Raises:
     ValueError: fewer than two classes have data.
   """
-  if parts[0].label.ndim == 2:
-    answered = np.ones(classes, bool)
-    for sign in (1, -1):
-      answered &= np.any([(part.label == sign).any(axis=0) for part in parts], axis=0)
+  label = rows.label
+  if label.ndim == 2:
+    answered = (label == 1).any(axis=0) & (label == -1).any(axis=0)
     if not answered.any():
       raise ValueError("train: no class is present in some rows and absent in others")
     return _Task(answered, None)
-  counts = sum(np.bincount(part.label[part.label >= 0], minlength=classes) for part in parts)
-  answered = counts > 0
+  answered = np.bincount(label[label >= 0], minlength=classes) > 0
   present = np.flatnonzero(answered).tolist()
   if len(present) < 2:
     raise ValueError(f"train: rows of the classes {present}, of {classes}; a probe needs two classes")
@@ -279,7 +280,7 @@ def _try_strengths(solver: _Solver, train: _Placed, val: _Placed, score: Score) 
     raise ValueError("val: no labelled rows")
 
   def attempt(indices: Sequence[int], start: _Fitted | None) -> None:
-    for index, fitted in zip(indices, solver.fit((train,), GRID[list(indices)].tolist(), start), strict=True):
+    for index, fitted in zip(indices, solver.fit(train, GRID[list(indices)].tolist(), start), strict=True):
       value = float(score(solver.scores(val, fitted)[labelled], val.label[labelled]))
       if math.isnan(value):
         raise ValueError(f"the score of the validation split is NaN at C = {GRID[index]:.3g}")

@@ -101,9 +101,9 @@ class _Search(NamedTuple):
   passes: Int[Array, "m"]
 
 
-def principal_axes(data: Sequence[Data], mesh: Mesh) -> Axes:
+def principal_axes(data: Data, mesh: Mesh) -> Axes:
   """The axes of all rows that count; every host has to call this."""
-  mean, covariance = jax.tree.map(np.asarray, _moments(mesh)(tuple(data)))
+  mean, covariance = jax.tree.map(np.asarray, _moments(mesh)(data))
   variance, axis = np.linalg.eigh(covariance.astype(np.float64))
   variance = np.maximum(variance, _LEAST_VARIANCE * variance.mean())
   axes = Axes(mean, axis.astype(np.float32), variance.astype(np.float32))
@@ -113,7 +113,7 @@ def principal_axes(data: Sequence[Data], mesh: Mesh) -> Axes:
 
 
 def fit(
-  data: Sequence[Data],
+  data: Data,
   axes: Axes,
   strengths: Sequence[float],
   answered: Bool[np.ndarray, "k"],
@@ -125,7 +125,7 @@ def fit(
   """Fits one classifier for each strength; every host has to call this. It compiles once per shape.
 
   Args:
-    data: rows to fit, in one or several parts.
+    data: rows to fit.
     axes: coordinates of the search, `principal_axes` of about the same rows.
     strengths: scikit-learn's C, one per classifier; CLIP's lambda is 1 / C.
     answered: columns that have data; the others stay zero, and a softmax leaves them out.
@@ -134,11 +134,9 @@ def fit(
     tolerance: largest entry of the gradient at which a fit may end.
   """
   if start is None:
-    shape = (len(strengths), data[0].features.shape[1], len(answered))
+    shape = (len(strengths), data.features.shape[1], len(answered))
     start = Linear(np.zeros(shape, np.float32), np.zeros((shape[0], shape[2]), np.float32))
-  return compiled_fit(mesh)(
-    tuple(data), axes, np.asarray(strengths, np.float32), answered, start, np.float32(tolerance)
-  )
+  return compiled_fit(mesh)(data, axes, np.asarray(strengths, np.float32), answered, start, np.float32(tolerance))
 
 
 def logits(data: Float[Array, "rows f"], axes: Axes, linear: Linear, mesh: Mesh) -> Float[Array, "rows k"]:
@@ -157,7 +155,7 @@ def _logits(mesh: Mesh) -> Callable[..., Float[Array, "rows k"]]:
 
 
 @functools.cache
-def _moments(mesh: Mesh) -> Callable[[tuple[Data, ...]], tuple[Array, Array]]:
+def _moments(mesh: Mesh) -> Callable[[Data], tuple[Array, Array]]:
   def counts(target: Array) -> Array:
     return (target >= 0 if target.ndim == 1 else (target != 0).any(axis=1)).astype(jnp.float32)
 
@@ -169,7 +167,7 @@ def _moments(mesh: Mesh) -> Callable[[tuple[Data, ...]], tuple[Array, Array]]:
     centred = (features - mean[None]) * counts(target)[:, None]
     return centred.T @ centred
 
-  def moments(data: tuple[Data, ...]) -> tuple[Array, Array]:
+  def moments(data: Data) -> tuple[Array, Array]:
     with jax.default_matmul_precision("highest"):
       rows, total = sum_over_rows(first, None, data, mesh)
       mean = total / rows
@@ -190,7 +188,7 @@ def compiled_fit(mesh: Mesh) -> Callable[..., Fits]:
 
 
 def fit_program(
-  data: tuple[Data, ...],
+  data: Data,
   axes: Axes,
   strength: Float[Array, "m"],
   answered: Bool[Array, "k"],
@@ -200,8 +198,7 @@ def fit_program(
   mesh: Mesh,
 ) -> Fits:
   """The program that `fit` calls: from rows, axes and first classifiers to the classifiers at the optimum."""
-  questions = data[0].target.ndim == 2
-  rows = sum(_count(part.target) for part in data)
+  questions, rows = data.target.ndim == 2, _count(data.target)
   penalty = 1 / (strength * rows)
   curvature = 1 / 4 if questions else 1 / len(answered)  # of the loss at zero, along an axis of variance 1
   scale = 1 / jnp.sqrt(axes.variance[None] * curvature + penalty[:, None])
@@ -230,7 +227,7 @@ def _count(target: Int[Array, "rows"] | Int[Array, "rows k"]) -> Float[Array, ""
 
 
 def loss_and_gradient(
-  data: Sequence[Data], mean: Float[Array, "f"], linear: Linear, answered: Bool[Array, "k"], mesh: Mesh
+  data: Data, mean: Float[Array, "f"], linear: Linear, answered: Bool[Array, "k"], mesh: Mesh
 ) -> tuple[Float[Array, "m"], Linear]:
   """Sums over all rows of the losses of `m` classifiers and of their gradients: one pass."""
 
@@ -272,7 +269,7 @@ def _sum_pairwise(x: Float[Array, "b m"]) -> Float[Array, "m"]:
 
 
 def sum_over_rows(
-  function: Callable[..., Tree], shared: Tree, data: Sequence[tuple[Shaped[Array, "..."], ...]], mesh: Mesh
+  function: Callable[..., Tree], shared: Tree, data: tuple[Shaped[Array, "..."], ...], mesh: Mesh
 ) -> Tree:
   """Sum over all blocks of all devices of what a function computes from a block, on every device.
 
@@ -281,14 +278,14 @@ def sum_over_rows(
   Args:
     function: called as `function(shared, *block)`.
     shared: arrays that every device has.
-    data: parts, each a tuple of arrays that are split over the devices.
+    data: arrays that are split over the devices.
     mesh: the devices.
   """
   split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
 
-  def of_device(shared: Tree, part: tuple[Array, ...]) -> Tree:
-    count = num_blocks(len(part[0]))
-    blocks = tuple(x.reshape(count, x.shape[0] // count, *x.shape[1:]) for x in part)
+  def of_device(shared: Tree, mine: tuple[Array, ...]) -> Tree:
+    count = num_blocks(len(mine[0]))
+    blocks = tuple(x.reshape(count, x.shape[0] // count, *x.shape[1:]) for x in mine)
     shapes = jax.eval_shape(function, shared, *(x[0] for x in blocks))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -302,7 +299,7 @@ def sum_over_rows(
     return jax.lax.psum(total, mesh.axis_names)
 
   summed = jax.shard_map(of_device, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False)
-  return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), (summed(shared, tuple(part)) for part in data))
+  return summed(shared, tuple(data))
 
 
 def _minimise(

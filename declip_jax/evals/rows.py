@@ -127,11 +127,14 @@ class Layout:
 
 
 def padded_rows(rows: int) -> int:
-  """The number of rows of a device, with padding: blocks of equal size, at least one row."""
+  """The number of rows of a device, with padding: blocks of equal size, or of one block a power of two.
+
+  Data sets of similar size then share compiled programs; compiling one takes longer than many passes over a block.
+  """
   blocks = num_blocks(max(rows, 1))
   block = -(-max(rows, 1) // blocks)
-  tile = min(_TILE, 1 << (block - 1).bit_length())
-  return blocks * -(-block // tile) * tile
+  power = 1 << (block - 1).bit_length()
+  return power if blocks == 1 else blocks * -(-block // min(_TILE, power)) * min(_TILE, power)
 
 
 def num_blocks(rows: int) -> int:

@@ -192,7 +192,7 @@ def test_a_pass_in_blocks_is_the_sum_over_all_rows(mesh, block, monkeypatch):
   assert rows.num_blocks(layout.rows_per_device) == (1 if block == 8192 else 4)
   mean, kernel = features.mean(axis=0), rng.normal(size=(2, 24, 7)).astype(np.float32)
   linear, answered = Linear(kernel, rng.normal(size=(2, 7)).astype(np.float32)), np.arange(7) != 3
-  compiled = jax.jit(lambda *x: logistic_regression.loss_and_gradient([x[0]], *x[1:], mesh))
+  compiled = jax.jit(lambda *x: logistic_regression.loss_and_gradient(*x, mesh))
   loss, gradient = compiled(data, mean, linear, answered)
   used = (label != 3) & (label >= 0)
   label = np.where(used, label, -1)
