@@ -625,7 +625,7 @@ def make_evaluators(
   def evaluate(encoders: Encoders, number: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for job, scores in run_jobs([job for job in jobs if is_due(job, number)], encoders, picture, read=read):
-      if isinstance(scores, ValueError):
+      if isinstance(scores, Exception):
         raise scores
       found |= job.curves(scores)
     return {**found, **_means(evals, found)}

@@ -90,6 +90,11 @@ def report(error: Exception, note: str = "") -> int:
   if isinstance(error, BrokenPipeError) and _is_output_closed():
     raise error
   message(f"error: {' '.join(str(error).split())}{note}")
+  return exit_code(error)
+
+
+def exit_code(error: Exception) -> int:
+  """2, or 74 for a disk or a network that failed."""
   return IO_EXIT_CODE if isinstance(error, OSError) and not isinstance(error, _PATH_ERRORS) else 2
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 import declip_jax
+from declip_jax.command_line import IO_EXIT_CODE, exit_code
 from declip_jax.data.sources import Source
 from declip_jax.evals import EVALUATORS, features, results
 from declip_jax.evals.encoders import Encoders
@@ -77,7 +78,7 @@ class Evaluation:
 
     Raises:
       ValueError: some jobs cannot run, after all others have run; the message names them.
-      OSError: a result cannot be written.
+      OSError: a result cannot be written, or some jobs cannot run now, such as one whose disk fails.
     """
     self._check_names(jobs)
     found = {job.name: self.finished(job) for job in jobs}
@@ -85,7 +86,7 @@ class Evaluation:
     if len(todo) < len(jobs):
       message(f"{len(jobs) - len(todo)} of {len(jobs)} results are in {self.output} already")
     training = self.model.training() if todo and jax.process_index() == 0 else {}
-    start, failed = time.monotonic(), []
+    start, failed = time.monotonic(), {}
     total, images = self._images_to_encode(todo), _Images()
     with Bar("encoding images", total or None, "images") as bar, self._events(todo) as events:
       bar.pause()
@@ -98,8 +99,8 @@ class Evaluation:
         read=_reader(bar, total, images),
       )
       for number, (job, scores) in enumerate(ran, 1):
-        if isinstance(scores, ValueError):
-          failed.append(f"{job.name}: {scores}")
+        if isinstance(scores, Exception):
+          failed[job.name] = scores
           continue
         found[job.name] = self._result(job, scores, training)
         seconds, start = time.monotonic() - start, time.monotonic()
@@ -114,7 +115,8 @@ class Evaluation:
     with contextlib.suppress(OSError):  # if it has pictures
       (self.output / results.PICTURES).rmdir()
     if failed:
-      raise ValueError("; ".join(failed))
+      can_pass = any(exit_code(error) == IO_EXIT_CODE for error in failed.values())
+      raise (OSError if can_pass else ValueError)("; ".join(f"{name}: {error}" for name, error in failed.items()))
     return found
 
   def plan(self, jobs: Sequence[Job]) -> list[str]:

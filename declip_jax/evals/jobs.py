@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+import jax
 from jaxtyping import Int
 import numpy as np
 
@@ -81,7 +82,7 @@ def run_jobs(
   encode: Encode = encode,
   encode_texts: EncodeTexts = encode_texts,
   read: Read = read_batches,
-) -> Iterator[tuple[Job, Scores | ValueError]]:
+) -> Iterator[tuple[Job, Scores | ValueError | OSError]]:
   """Runs jobs in their order, and yields the scores of each, or the error of one that cannot run.
 
   Every host has to call this with the same jobs.
@@ -112,8 +113,10 @@ def run_jobs(
     except ValueError as error:
       scores = error
     except (LookupError, ArithmeticError, TypeError, OSError) as error:  # the other jobs still run
+      if jax.process_count() > 1:  # the other hosts may not have it, and would wait for this one
+        raise
       logging.exception("%s failed", job.name)
-      scores = ValueError(f"{type(error).__name__}: {error}")
+      scores = error if isinstance(error, OSError) else ValueError(f"{type(error).__name__}: {error}")
     yield job, scores
     after = jobs[number + 1 : number + 2]
     if not any(other.splits["test"] is job.splits["test"] for other in after):

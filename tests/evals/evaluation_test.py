@@ -243,10 +243,10 @@ def test_images_that_cannot_be_read_now_end_the_evaluation_and_are_read_at_the_n
 
   source = Flaky([(value, 0) for value in (10, 20, 30)])
   flaky = Job("a", "set/a", "brightness", {"test": DataSource(source)})
-  with pytest.raises(OSError, match=r"(fails|not read within).*; start this again") as caught:
-    evaluation(tmp_path, cache=cache).run([flaky])
+  with pytest.raises(OSError, match=r"a: .*(fails|not read within).*; start this again") as caught:
+    evaluation(tmp_path, cache=cache).run([flaky, job("b", 10)])
   assert command_line.report(caught.value) == command_line.IO_EXIT_CODE
-  assert not [*(tmp_path / "results").glob("*.json")]
+  assert [path.name[:5] for path in (tmp_path / "results").glob("*.json")] == ["set_b"]  # the other one was evaluated
   broken[0] = False
   assert evaluation(tmp_path, cache=cache).run([flaky])["a"].ours["metrics"]["mean"] == pytest.approx(0.2)
 
