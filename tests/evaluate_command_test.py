@@ -1,12 +1,12 @@
 """Tests of `python -m declip_jax.evaluate` on a run: suites, results that are there already, checkpoints, processes."""
 
-import json
 import os
 from pathlib import Path
 import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from runs import environment
@@ -33,14 +33,6 @@ def make_jobs(tasks: list[str] = TASKS) -> list:
   return jobs
 
 
-def without_time(folder: Path) -> dict[str, bytes]:
-  return {
-    str(path.relative_to(folder)): path.read_bytes()
-    for path in sorted(folder.rglob("*"))
-    if path.is_file() and path.name != results.LOG
-  }
-
-
 @pytest.fixture(autouse=True)
 def flops(monkeypatch: pytest.MonkeyPatch) -> None:
   """Tracing a train step takes seconds, and `planning/flops_test.py` does it."""
@@ -54,29 +46,28 @@ def run(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> 
   return folder
 
 
-def test_tasks_of_a_data_file_are_evaluated_once(run: Path, tmp_path: Path) -> None:
+def on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(clip_lib, "make_mesh", lambda *_: make_mesh(1, 1, jax.devices()[:1]))
+
+
+def test_tasks_of_a_data_file_are_evaluated_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   first = evaluate(run, jobs=make_jobs(), output=tmp_path / "a", cache=tmp_path / "cache")
   names = {"own/scenes/zero_shot", "own/scenes/knn", "own/scenes/nearest_mean", "own/others/zero_shot"}
   assert {name.removeprefix("eval/").rpartition("/")[0] for name in first} - {""} == names
-  files = without_time(tmp_path / "a")
   training = results.read(next((tmp_path / "a").glob("*.json"))).ours["training"]
   assert training["method"] == "declip"
   assert training["flops"] == 10 * training["pairs_seen"] > 0
   assert evaluate(run, jobs=make_jobs(), output=tmp_path / "a", cache=tmp_path / "cache") == pytest.approx(first)
   assert len((tmp_path / "a" / results.LOG).read_text().splitlines()) == len(names)  # nothing was computed again
-  # Neither the batch size nor the cache matter.
+  on_one_device(monkeypatch)  # neither the number of devices, the batch size nor the cache matter
   evaluate(run, jobs=make_jobs(), output=tmp_path / "b", batch_size=24)
-  for name, content in without_time(tmp_path / "b").items():
-    if name.endswith(".json"):
-      ours, theirs = (json.loads(found)["declip_jax"]["metrics"] for found in (content, files[name]))
-      assert ours == pytest.approx(theirs, abs=1e-9)
+  assert_same_results(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_devices_do_not_change_results(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   evaluate(run, jobs=make_jobs(), output=tmp_path / "eight")
-  import jax
-
-  monkeypatch.setattr(clip_lib, "make_mesh", lambda *_: make_mesh(1, 1, jax.devices()[:1]))
+  on_one_device(monkeypatch)
   evaluate(run, jobs=make_jobs(), output=tmp_path / "one")
   assert_same_results(tmp_path / "eight", tmp_path / "one")
 

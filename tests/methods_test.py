@@ -17,6 +17,7 @@ from declip_jax.methods import METHODS, SUPERVISED
 VARIANTS = [*METHODS, *SUPERVISED, "defilip_repo", "slip_mocov3 resnet"]
 
 
+@pytest.mark.slow
 def test_eight_devices_with_two_micro_batches_and_split_parameters_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
   """All at once, as compiling a program for each would take long; slow tests have the cases one by one."""
   expected = steps.one_device("everything")

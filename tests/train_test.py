@@ -140,6 +140,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
   return workdir
 
 
+@pytest.mark.slow
 def test_training_learns(whole: Path) -> None:
   losses = losses_on_disk(whole)
   assert len(losses) == STEPS
@@ -170,6 +171,7 @@ def assert_same_end(workdir: Path, whole: Path, config: ConfigDict, steps: int) 
   assert ours[1] == expected[1] == {"next_index": steps * 16}
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_exact(whole: Path, tmp_path: Path) -> None:
   start = command("clip,bare", tmp_path, *as_flags(SHARED), "--config.checkpoint.every.steps=5")
   kill(start, tmp_path, range(11, 20))
@@ -277,6 +279,24 @@ def test_a_finished_run_that_is_started_again_only_repeats_its_evaluation(
   assert {name: again[name] for name in scores} == scores
   assert again["step"] == 8
   assert read_metrics(tmp_path) == before
+
+
+def test_a_run_that_lost_its_last_steps_repeats_them_bit_exact(
+  finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Losses, evaluations, the last state, the bank and the position; slow tests kill processes at random moments."""
+  use_mesh(monkeypatch, 1, 1)
+  shutil.copytree(finished_run.workdir, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / "checkpoints" / "8")  # as if it had been killed before its end
+  assert train.train(finished_run.config, tmp_path)["step"] == 8
+  for ours, expected in zip(read_metrics(tmp_path), read_metrics(finished_run.workdir), strict=True):
+    results = [name for name in expected if name in ("step", "learning_rate") or name.startswith(("loss", "eval/"))]
+    assert {name: ours[name] for name in results} == {name: expected[name] for name in results}
+  (ours, position), (expected, place) = (
+    final_state(folder, finished_run.config, 8) for folder in (tmp_path, finished_run.workdir)
+  )
+  assert_equal(ours, expected)
+  assert position == place == {"next_index": 8 * 16}
 
 
 def test_the_other_commands_read_a_run_back(finished_run: FinishedRun, tmp_path: Path) -> None:

@@ -23,7 +23,11 @@ launch(command, None, is_training={training})
 
 @pytest.mark.parametrize(
   ("body", "code"),
-  [("pass", 0), ("raise OSError('a disk')", 74), pytest.param("sys.exit(3)", 3, marks=pytest.mark.slow)],
+  [
+    pytest.param("pass", 0, marks=pytest.mark.slow),
+    ("raise OSError('a disk')", 74),
+    pytest.param("sys.exit(3)", 3, marks=pytest.mark.slow),
+  ],
 )
 def test_a_command_whose_display_is_lost_has_the_exit_code_of_its_work(body: str, code: int, tmp_path: Path) -> None:
   (tmp_path / "checkpoints").mkdir()
