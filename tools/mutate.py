@@ -475,11 +475,10 @@ def outcome(folder: Path, mutation: Mutation | None, tests: Sequence[str]) -> st
   path = folder / "declip_jax" / mutation.file if mutation else None
   if path:
     original = path.read_text()
-    path.write_text(original.replace(mutation.old, mutation.new))
+    _write(path, original.replace(mutation.old, mutation.new))
   # Mutated programs do not enter the compile cache; the others come from it.
   environment = os.environ | {
     "PYTHONPATH": str(folder),
-    "PYTHONDONTWRITEBYTECODE": "1",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
   }
   command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
@@ -488,8 +487,15 @@ def outcome(folder: Path, mutation: Mutation | None, tests: Sequence[str]) -> st
     process = subprocess.run([*command, *paths], cwd=folder, env=environment, capture_output=True, text=True)
   finally:
     if path:
-      path.write_text(original)
+      _write(path, original)
   return {0: "survived", 1: "caught"}.get(process.returncode, "broken")
+
+
+def _write(path: Path, source: str) -> None:
+  """Writes a module and deletes its bytecode, which would count as current within a second of the last change."""
+  path.write_text(source)
+  for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+    compiled.unlink()
 
 
 def report(mutations: Sequence[Mutation], outcomes: Iterable[str]) -> list[str]:
