@@ -87,9 +87,17 @@ class Fits(NamedTuple):
   passes: Int[Array, "m"]
 
 
+class _Problem(NamedTuple):
+  """The penalty of a fit, and the length of a step of 1 along each axis in the coordinates of the search."""
+
+  penalty: Float[Array, "m"]
+  scale: Float[Array, "m f"]
+
+
 class _Search(NamedTuple):
   """The state of L-BFGS, with a leading axis of `m` problems: the last accepted point, and the step to try from it."""
 
+  problem: _Problem
   point: Linear
   objective: Float[Array, "m"]
   gradient: Linear
@@ -201,14 +209,15 @@ def fit_program(
   questions, rows = data.target.ndim == 2, _count(data.target)
   penalty = 1 / (strength * rows)
   curvature = 1 / 4 if questions else 1 / len(answered)  # of the loss at zero, along an axis of variance 1
-  scale = 1 / jnp.sqrt(axes.variance[None] * curvature + penalty[:, None])
+  problem = _Problem(penalty, 1 / jnp.sqrt(axes.variance[None] * curvature + penalty[:, None]))
   bias_scale = curvature**-0.5
 
-  def original(point: Linear) -> Linear:
+  def original(scale: Array, point: Linear) -> Linear:
     return Linear(jnp.einsum("fa,mak->mfk", axes.axis, scale[..., None] * point.kernel), bias_scale * point.bias)
 
-  def evaluate(point: Linear) -> tuple[Array, Linear, Array]:
-    linear = original(point)
+  def evaluate(problem: _Problem, point: Linear) -> tuple[Array, Linear, Array]:
+    penalty, scale = problem
+    linear = original(scale, point)
     loss, gradient = loss_and_gradient(data, axes.mean, linear, answered, mesh)
     objective = loss / rows + penalty / 2 * jnp.sum(linear.kernel**2, axis=(1, 2))
     gradient = Linear(gradient.kernel / rows + penalty[:, None, None] * linear.kernel, gradient.bias / rows)
@@ -216,9 +225,9 @@ def fit_program(
     along_axes = scale[..., None] * jnp.einsum("fa,mfk->mak", axes.axis, gradient.kernel)
     return objective, Linear(along_axes, bias_scale * gradient.bias), largest
 
-  along_axes = jnp.einsum("fa,mfk->mak", axes.axis, start.kernel) / scale[..., None]
-  end = _minimise(evaluate, Linear(along_axes, start.bias / bias_scale), tolerance)
-  return Fits(original(end.point), end.objective, end.largest, end.iterations, end.passes)
+  along_axes = jnp.einsum("fa,mfk->mak", axes.axis, start.kernel) / problem.scale[..., None]
+  end = _minimise(evaluate, problem, Linear(along_axes, start.bias / bias_scale), tolerance)
+  return Fits(original(problem.scale, end.point), end.objective, end.largest, end.iterations, end.passes)
 
 
 def _count(target: Int[Array, "rows"] | Int[Array, "rows k"]) -> Float[Array, ""]:
@@ -303,27 +312,33 @@ def sum_over_rows(
 
 
 def _minimise(
-  evaluate: Callable[[Linear], tuple[Array, Linear, Array]], start: Linear, tolerance: Float[Array, ""]
+  evaluate: Callable[[_Problem, Linear], tuple[Array, Linear, Array]],
+  problem: _Problem,
+  start: Linear,
+  tolerance: Float[Array, ""],
 ) -> _Search:
   """L-BFGS for `m` convex problems that share the evaluations of their objectives.
+
+  When half of them have ended, the others go on alone, at half the cost of an evaluation, and so on.
 
   Directions and memory are those of `optax.lbfgs`; its line search is not used, since a vectorised `lax.cond` computes
   both branches, and each is a pass. Here every evaluation moves every problem: to its next point, or to a shorter step.
   A convex problem needs no longer ones: the difference of two of its gradients always has positive curvature.
 
   Args:
-    evaluate: function from points to objectives, gradients, and the entries that `tolerance` limits.
+    evaluate: function from problems and points to objectives, gradients, and the entries that `tolerance` limits.
+    problem: what tells the problems apart.
     start: first points.
     tolerance: see `fit`.
   """
   direction_of = jax.vmap(optax.scale_by_lbfgs(_MEMORY).update)
   memory = jax.vmap(optax.scale_by_lbfgs(_MEMORY).init)(start)
 
-  def at(point: Linear, memory: Tree, iterations: Array, passes: Array) -> _Search:
-    objective, gradient, largest = evaluate(point)
+  def at(problem: _Problem, point: Linear, memory: Tree, iterations: Array, passes: Array) -> _Search:
+    objective, gradient, largest = evaluate(problem, point)
     direction, memory = direction_of(gradient, memory, point)
     step = jnp.ones_like(objective)
-    return _Search(point, objective, gradient, largest, direction, memory, step, iterations, passes)
+    return _Search(problem, point, objective, gradient, largest, direction, memory, step, iterations, passes)
 
   def running(now: _Search) -> Bool[Array, "m"]:
     promise = _dot(now.gradient, now.direction) / 2  # of a step to the minimum of a quadratic objective
@@ -334,7 +349,7 @@ def _minimise(
     active, slope = running(now), -_dot(now.gradient, now.direction)
     now = now._replace(passes=now.passes + active)
     point = jax.tree.map(lambda p, d: p - _expand(now.step, d) * d, now.point, now.direction)
-    new = at(point, now.memory, now.iterations + 1, now.passes)
+    new = at(now.problem, point, now.memory, now.iterations + 1, now.passes)
     change = new.objective - now.objective
     decreased = change <= _DECREASE * now.step * slope
     flatter = -_dot(new.gradient, now.direction) <= (2 * _DECREASE - 1) * slope
@@ -346,8 +361,18 @@ def _minimise(
     rejected = now._replace(step=jnp.where(active, jnp.where(slope < 0, shorter, 0), now.step))
     return jax.tree.map(lambda a, b: jnp.where(_expand(accepted, a), a, b), new, rejected)
 
+  def solve(now: _Search) -> _Search:
+    size = len(now.objective)
+    fewer = (size + 1) // 2 if size > 1 else 0
+    now = jax.lax.while_loop(lambda now: running(now).sum() > fewer, advance, now)
+    if not fewer:
+      return now
+    kept = jnp.argsort(~running(now))[:fewer]  # those that run come first
+    ended = solve(jax.tree.map(lambda x: x[kept], now))
+    return jax.tree.map(lambda x, y: x.at[kept].set(y), now, ended)
+
   zeros = jnp.zeros(start.bias.shape[0], jnp.int32)
-  return jax.lax.while_loop(lambda now: running(now).any(), advance, at(start, memory, zeros, zeros + 1))
+  return solve(at(problem, start, memory, zeros, zeros + 1))
 
 
 def _dot(a: Linear, b: Linear) -> Float[Array, "m"]:
