@@ -7,9 +7,11 @@ measured once each with compiled programs cached. Processes that tests start are
 from collections.abc import Callable
 import functools
 import os
-from typing import Any, Self
+import sys
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
-from beartype import BeartypeConf, beartype
+from beartype import BeartypeConf, FrozenDict, beartype
+from beartype.vale import Is
 from jaxtyping import install_import_hook
 
 WANTED = os.environ.get("CONTRACTS") != "0"
@@ -19,9 +21,8 @@ WARNINGS = (
   "ignore::ResourceWarning",
   "ignore::pytest.PytestUnraisableExceptionWarning",
 )
-# Not the rest of `data`, whose protocols cannot be checked at run time and whose options (`images.views`) are promised
-# as literals and rejected with messages of their own, nor `weights`, whose readers pass on whatever a
-# file contains: numpy's scalars, tensors of PyTorch, dicts of either.
+# Not the rest of `data`, which handles bytes and texts: loops over single numbers, such as those of `sources.heldout`,
+# would take many times as long. Nor `reporting` and `runtime`, which write and restore what they are given.
 CHECKED = (
   "declip_jax.types",
   "declip_jax.views",
@@ -29,16 +30,31 @@ CHECKED = (
   "declip_jax.sharding",
   "declip_jax.models",
   "declip_jax.objectives",
-  "declip_jax.data.images.exact",
-  "declip_jax.data.images.fast",
-  "declip_jax.data.images.geometry",
-  "declip_jax.data.images.photo",
+  "declip_jax.data.finetuning",
+  "declip_jax.data.images",
+  "declip_jax.data.make_views",
   "declip_jax.data.patches",
+  "declip_jax.data.text.augment",
+  "declip_jax.data.text.tokenizer",
   "declip_jax.training",
   "declip_jax.evals",
   "declip_jax.planning",
+  "declip_jax.weights",
   "declip_jax.clip",
 )
+# What is checked in the place of three kinds of annotations. Of a protocol one method: asking for all attributes would
+# compute them, such as the stamp of rendered scenes. Of a `Literal` that it is a text: our functions reject other texts
+# with messages of their own, which tests read. Of a file that it can be read: beartype also wants a name and a mode.
+_LESS: dict[tuple[str, str], Any] = {
+  ("declip_jax.data.sources.base", "Source"): Annotated[object, Is[lambda x: hasattr(type(x), "__getitem__")]],
+  ("declip_jax.data.text.tokenizer", "Encoder"): Annotated[object, Is[lambda x: hasattr(type(x), "encode")]],
+  ("declip_jax.data.images.views", "EngineName"): str,
+  ("declip_jax.data.images.views", "Interpolation"): str,
+}
+_ALWAYS_LESS: dict[Any, Any] = {
+  BinaryIO: Annotated[object, Is[lambda x: hasattr(x, "read")]],
+  Literal["host", "device"]: str,
+}
 
 
 def check_calls() -> None:
@@ -72,7 +88,14 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _decorated(function: Callable[..., Any]) -> Callable[..., Any]:
-  """beartype's decorator, where an int is a float, and without Self, which it knows in classes that it decorates."""
+  """beartype's decorator, without Self, which it knows in classes that it decorates."""
   hints = getattr(function, "__annotations__", {})
   hints |= {name: Any for name, hint in hints.items() if hint is Self}
-  return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+  return beartype(conf=_configuration())(function)
+
+
+def _configuration() -> BeartypeConf:
+  """An int is a float, and less is checked; a module that is being imported may not have its entries of `_LESS` yet."""
+  loaded = {getattr(sys.modules.get(module), name, None): hint for (module, name), hint in _LESS.items()}
+  overrides = _ALWAYS_LESS | {given: hint for given, hint in loaded.items() if given is not None}
+  return BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict(overrides))

@@ -120,7 +120,7 @@ def to_state_dict(variables: Tree, entries: Mapping[str, Entry]) -> StateDict:
   flat, tensors = flatten_dict(variables, sep="/"), {}
   for path, entry in entries.items():
     array = np.asarray(flat[path])
-    layers = array if is_stacked(path) else array[None]
+    layers = array if is_stacked(path) else [array]
     transpose = _TRANSPOSITIONS[entry.kind][1]
     tensors |= {name: np.array(transpose(layer), order="C") for name, layer in zip(entry.names, layers, strict=True)}
   return tensors

@@ -360,7 +360,7 @@ class Tokenizer:
     first[:1] = True
     return np.cumsum(first) - 1
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[int] | Int[np.ndarray, "n"]) -> str:
     """Returns readable text for ids of `encode` or for a row, up to the end of text, with `[mask]` for the mask token.
 
     Words are in lower case and separated by one space; bytes that are not valid UTF-8 become U+FFFD.
