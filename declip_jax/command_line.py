@@ -98,6 +98,12 @@ def exit_code(error: Exception) -> int:
   return IO_EXIT_CODE if isinstance(error, OSError) and not isinstance(error, _PATH_ERRORS) else 2
 
 
+def together(errors: Mapping[str, Exception]) -> Exception:
+  """One error for several, by what failed; an OSError, with the exit code of a failing disk, if any of them is one."""
+  text = "; ".join(f"{name}: {error}" for name, error in errors.items())
+  return OSError(text) if any(exit_code(error) == IO_EXIT_CODE for error in errors.values()) else ValueError(text)
+
+
 def _is_output_closed() -> bool:
   poll = select.poll()
   poll.register(1, 0)

@@ -9,7 +9,8 @@ same pixels are counted as identical, whatever the threshold.
 
 DIR then has overlap.json, overlap.npz with the nearest training images of each test image, and overlap.png, the pairs
 around the threshold: look at them, and set --threshold where the duplicates end. --predictions names the predictions of
-an evaluation on the same data, to compare its accuracy on images with and without a duplicate.
+an evaluation on the same data, to compare its accuracy on images with and without a duplicate; the result beside them
+says whether the data are the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from declip_jax.data import images as image_ops
 from declip_jax.data.sources import Source, open_source
 from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import overlap as lib
+from declip_jax.evals import results
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.feature_cache import FeatureCache
 from declip_jax.evals.features import Encode, Split, encode, read_batches, surely
@@ -177,9 +179,12 @@ def overlap(
     predictions: file of predictions with the array `row`, and `correct` or `rank`.
 
   Raises:
-    ValueError: a source cannot be opened, or no threshold has the precision.
+    OSError: the predictions, or the result to which they belong, cannot be read.
+    ValueError: a source cannot be opened, no threshold has the precision, or the predictions are of other data.
   """
   query, rows = open_source(test), open_source(train) if train else None
+  if predictions is not None:
+    _check_predictions(predictions, query)
   result = search(query, rows, detector)
   if threshold is None:
     threshold = detector.threshold
@@ -205,6 +210,22 @@ def overlap(
       _draw(query, rows or query, result.found, threshold, workdir / "overlap.png")
     records.write(workdir / "overlap.json", (json.dumps(about, indent=2, allow_nan=False) + "\n").encode())
   return about
+
+
+def _check_predictions(predictions: Path, test: Source) -> None:
+  """Rejects predictions that are not of the test images, by the result to which they belong.
+
+  Raises:
+    OSError: there is no such result.
+    ValueError: it is of other images, or no result.
+  """
+  about = results.read(results.result_path(predictions)).ours["data"]["test"]
+  if [about["samples"], about["stamp"]] != [len(test), test.stamp]:
+    changed = ", which has changed since" if [about["samples"], about["source"]] == [len(test), test.name] else ""
+    raise ValueError(
+      f"{predictions} has the predictions of {about['source']}, {about['samples']:,} samples; expected those "
+      f"of --test={test.name}, {len(test):,} samples{changed}"
+    )
 
 
 def _effect(overlaps: Bool[np.ndarray, "n"], predictions: Path) -> dict[str, float]:

@@ -10,7 +10,8 @@ pairs and parameters, and the number of pairs with which each method reaches the
 first one's: python -m declip_jax.report grid/* --output report
 
 With --data, the working directories are first evaluated on the data sets of that file, as `declip_jax.evaluate` does
-with --suite, --data and --tasks; results that are there are not computed again.
+with --suite, --data and --tasks; results that are there are not computed again. Runs that fail do not stop the others:
+the report shows what there is, and the command then ends with the errors of all.
 
 Models that were evaluated on different data under one name are rejected. --shift names data sets of one task
 under distribution shift, such as --shift=own/photo:own/sketch,own/cartoon; the shifts of ImageNet are known. --standard
@@ -18,16 +19,17 @@ names results of models with standard training, whose line gives the accuracy th
 names working directories of `declip_jax.overlap`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 import sys
 
 from absl import flags
 
 from declip_jax import command_line, config_files
+from declip_jax.command_line import together
 from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import suites
-from declip_jax.evals.comparison import Method, read_methods
+from declip_jax.evals.comparison import Method, read_methods, results_in
 from declip_jax.evals.report.compared import Published, Report
 from declip_jax.evals.report.document import document
 from declip_jax.evals.report.files import to_csv, to_json
@@ -103,11 +105,27 @@ def _shifts(texts: Sequence[str]) -> dict[str, list[str]]:
 def _command(folders: list[str]) -> None:
   given = flags.FLAGS
   shifts = _shifts(given.shift)
-  failed = None
+  every = list(dict.fromkeys([*folders, *given.baseline]))
+  failed: Mapping[str, Exception] = {}
   if given.data:
-    failed = _evaluate(list(dict.fromkeys([*folders, *given.baseline])))
+    failed = _evaluate(every)
   elif given.suite or given.tasks:
     raise ValueError("--suite and --tasks need --data, a file that says where the data sets are")
+  known = [folder for folder in every if folder not in failed or results_in(Path(folder))]
+  if failed and not (set(known) & set(folders) and set(given.baseline) <= set(known)):
+    raise together(failed)
+  _report([folder for folder in folders if folder in known], shifts)
+  if failed:
+    raise together(failed)
+
+
+def _report(folders: Sequence[str], shifts: Mapping[str, Sequence[str]]) -> None:
+  """Writes the report of the results in some folders, as flags say.
+
+  Raises:
+    ValueError, OSError: see `read_methods`, `_find` and `write_report`.
+  """
+  given = flags.FLAGS
   found = read_methods([Path(folder) for folder in [*folders, *given.baseline]])
   methods = [method for method in found if method.share is None]
   interpolated = [method for method in found if method.share is not None]
@@ -121,23 +139,21 @@ def _command(folders: list[str]) -> None:
   message(
     f"{Path(given.output) / 'report.html'}: methods: {len(methods)}, tasks: {len(report.tasks)}", stream=sys.stdout
   )
-  if failed is not None:
-    raise failed
 
 
-def _evaluate(workdirs: Sequence[str]) -> ValueError | None:
-  """Evaluates runs on the data sets that flags name; returns the error of evaluations that failed, after all others."""
+def _evaluate(workdirs: Sequence[str]) -> dict[str, Exception]:
+  """Evaluates runs on the data sets that flags name; returns the errors of those that failed, by working directory."""
   given = flags.FLAGS
   jobs, remarks = suites.read_jobs(given.data, given.suite, given.tasks)
   for remark in remarks:
     message(remark)
-  failed = None
+  failed: dict[str, Exception] = {}
   for workdir in workdirs:
     message(f"{workdir}:")
     try:
       evaluate(Path(workdir), jobs=jobs, cache=cache_folder() / "features")
-    except ValueError as error:
-      failed = error
+    except (ValueError, OSError) as error:  # the other runs are still evaluated
+      failed[workdir] = error
   return failed
 
 

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from declip_jax.data.images import EvalView
+from declip_jax.data.sources import open_source
+from declip_jax.evals import results
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.feature_cache import FeatureCache
+from declip_jax.evals.results import Result
 from declip_jax.overlap import HASH, Detector, overlap
 
 
@@ -30,6 +33,14 @@ def write(folder, seeds):
   return f"folder:{folder}"
 
 
+def predicted(folder, spec, **arrays):
+  """Predictions of an evaluation on a source, beside its result."""
+  source = open_source(spec)
+  about = {"source": source.name, "stamp": source.stamp, "samples": len(source)}
+  result = Result("toys", "m", "w", "zeroshot_classification", {}, {"data": {"test": about}})
+  return results.predictions_path(results.write(folder, result, arrays))
+
+
 @pytest.fixture(scope="module")
 def specs(tmp_path_factory):
   """20 test images: 1 and 2 are smaller JPEGs in the training set, 3 is the same there, and 4 cannot be read."""
@@ -44,9 +55,9 @@ def specs(tmp_path_factory):
 
 def test_duplicates_are_found_without_a_model(specs, tmp_path, monkeypatch):
   test, train = specs
-  np.savez(tmp_path / "predictions.npz", row=np.arange(1, 20), rank=np.arange(1, 20) >= 4)
+  predictions = predicted(tmp_path, test, row=np.arange(1, 20), rank=np.arange(1, 20) >= 4)
   cached = HASH._replace(encode=FeatureCache(tmp_path / "cache", "none", {}, (64, 0)).encode)
-  found = overlap(test, train, cached, tmp_path / "out", predictions=tmp_path / "predictions.npz")
+  found = overlap(test, train, cached, tmp_path / "out", predictions=predictions)
   assert (found["images"], found["unreadable"], found["overlap"]) == (19, 1, 3)
   assert found["contamination"] == pytest.approx(3 / 19)
   assert found["identical"] == 1
@@ -113,11 +124,17 @@ def test_a_set_without_images_that_can_be_read_is_named(specs, tmp_path):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_predictions_of_other_data_are_named(specs, tmp_path):
-  path = tmp_path / "predictions.npz"
-  for arrays, message in (
-    ({"row": [20], "correct": [1]}, "image 20, but --test has 20"),
-    ({"row": [1]}, "the arrays .*row"),
+  test, train = specs
+  one = {"row": np.array([1]), "correct": np.array([1])}
+  for spec, arrays, message in (
+    (test, {"row": np.array([20]), "correct": np.array([1])}, "image 20, but --test has 20"),
+    (test, {"row": np.array([1])}, "the arrays .*row"),
+    (train, one, f"{train}, 33 samples.*--test={test}, 20 samples"),
+    (write(tmp_path / "copy", [*range(20)]), one, "copy, 20 samples"),
   ):
-    np.savez(path, **arrays)
-    with pytest.raises(ValueError, match=f"predictions.npz has .*{message}"):
+    path = predicted(tmp_path, spec, **arrays)
+    with pytest.raises(ValueError, match=f"{path.name} has .*{message}"):
       overlap(*specs, HASH, tmp_path, predictions=path)
+  path.parents[1].joinpath(f"{path.stem}.json").unlink()
+  with pytest.raises(FileNotFoundError, match=path.stem):
+    overlap(*specs, HASH, tmp_path, predictions=path)

@@ -3,6 +3,7 @@ from pathlib import Path
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from evals.comparison_test import classified, write
 import numpy as np
@@ -94,3 +95,30 @@ def test_tables_for_latex() -> None:
 def test_a_bad_shift_is_rejected(text: str) -> None:
   with pytest.raises(ValueError, match=f"--shift={text}: expected"):
     report._shifts([text])
+
+
+def test_errors_of_all_runs_are_raised_together_after_the_report_of_the_others(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  errors = {"bad": ValueError("no such split"), "disk": OSError(5, "Input/output error"), "partly": ValueError("dtd")}
+  for name in ("good", "partly"):
+    write(tmp_path / name / "results", name, classified(0.7, 1), key="pets")
+  evaluated = []
+
+  def evaluate(workdir: Path, **_: object) -> None:
+    evaluated.append(workdir.name)
+    if workdir.name in errors:
+      raise errors[workdir.name]
+
+  given = {"shift": [], "data": "sets.txt", "suite": [], "tasks": [], "baseline": [], "standard": [], "overlap": []}
+  given |= {"output": str(tmp_path / "out"), "latex": False}
+  monkeypatch.setattr(report.flags, "FLAGS", SimpleNamespace(**given))
+  monkeypatch.setattr(report.suites, "read_jobs", lambda *arguments: ([], []))
+  monkeypatch.setattr(report, "evaluate", evaluate)
+  folders = [str(tmp_path / name) for name in ("bad", "disk", "partly", "good")]
+  with pytest.raises(OSError, match="bad: no such split; .*disk: .*Input/output error; .*partly: dtd"):
+    report._command(folders)
+  assert evaluated == ["bad", "disk", "partly", "good"]
+  assert [*json.loads((tmp_path / "out" / "report.json").read_text())["scores"][0]["methods"]] == ["partly", "good"]
+  with pytest.raises(ValueError, match="bad: no such split"):
+    report._command(folders[:1])

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from pathlib import Path
 import re
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 import numpy as np
 
 from declip_jax.evals import intervals, metrics, results
@@ -57,6 +58,11 @@ class Scored:
   def metrics(self) -> Mapping[str, float]:
     """All metrics."""
     return self.result.ours["metrics"]
+
+  @property
+  def examples(self) -> int:
+    """Number of images, or of examples of compositionality, which may have two."""
+    return int(self.metrics.get("images", self.metrics.get("examples", 0)))
 
   @property
   def details(self) -> Mapping[str, Any]:
@@ -184,15 +190,19 @@ def read_methods(folders: Sequence[Path]) -> list[Method]:
   """
   runs: dict[_Name, Run] = {}
   for folder in folders:
-    inner = folder / "results"
-    found = results.read_all([inner if inner.is_dir() else folder])
-    if not found:
+    if not (found := results_in(folder)):
       raise FileNotFoundError(f"{folder}: no result of declip_jax.evaluate in it")
     for path, result in found:
       scored = Scored(path, result)
       task = Task(result.dataset, result.ours["kind"], result.ours.get("variant", ""))
       runs.setdefault((result.model, result.pretrained, scored.weights.get("hash", "")), {})[task] = scored
   return _grouped(runs)
+
+
+def results_in(folder: Path) -> list[tuple[Path, Result]]:
+  """The results, with their paths, in a folder of results or a working directory with a folder `results`."""
+  inner = folder / "results"
+  return results.read_all([inner if inner.is_dir() else folder])
 
 
 def _grouped(runs: Mapping[_Name, Run]) -> list[Method]:
@@ -279,7 +289,8 @@ def difference(scored: Sequence[Scored], baseline: Sequence[Scored], metric: str
   if pairs is None:
     return plain
   once, values = np.ones((1, len(pairs.columns[0])), np.int64), pairs.resample()
-  single = _answers(_having(scored, metric)[0].predictions, metric)
+  one = _having(scored, metric)[0]
+  single = _answers(one.predictions, metric, one.details)
   exact = single is not None and single.metric is metrics.accuracy
   p = intervals.mcnemar(*pairs.columns) if exact else _p_value(values)
   return Difference(float(pairs.metric(*pairs.columns, once)[0]), intervals.percentiles(values), p, "paired")
@@ -389,7 +400,7 @@ def _joint(own: Sequence[Scored], theirs: Sequence[Scored], metric: str) -> _Ans
     ValueError: the labels of two runs differ.
   """
   every = [*own, *theirs]
-  answers = [found for one in every if (found := _answers(one.predictions, metric)) is not None]
+  answers = [found for one in every if (found := _answers(one.predictions, metric, one.details)) is not None]
   if len(answers) < len(every):
     return None
   rows = [one.predictions["row"] for one in every]
@@ -420,15 +431,45 @@ def _joint(own: Sequence[Scored], theirs: Sequence[Scored], metric: str) -> _Ans
 _SAME = ("label", "labels", "group")  # predictions that do not depend on the model
 
 
-def _answers(predictions: Mapping[str, np.ndarray], metric: str) -> _Answers | None:
-  """A metric as a function of predictions, None if these do not determine it."""
+def _answers(
+  predictions: Mapping[str, np.ndarray], metric: str, details: Mapping[str, Any] = MappingProxyType({})
+) -> _Answers | None:
+  """A metric as a function of predictions and details of a result, None if these do not determine it."""
   if {"image_rank", "text_rank", "image_of_text"} <= set(predictions):
     return _recall_answers(predictions, metric)
+  if metric in _CHOICES and "correct" in predictions:
+    return _Answers(metrics.accuracy, (predictions["correct"],))
+  if f"correct_{metric}" in predictions:
+    return _few_shot_answers(predictions["label"], predictions[f"correct_{metric}"], details["metric"])
   try:
     function, columns, within = metrics.PREDICTION_METRICS[metric]
     return _Answers(function, columns(predictions), predictions[within] if within else None)
   except KeyError:  # another metric, or a column that is not there
     return None
+
+
+_CHOICES = ("accuracy", "group_score")  # the headline metrics of compositionality, of which the answers are known
+
+
+def _few_shot_answers(
+  label: Int[np.ndarray, "n"], correct: Bool[np.ndarray, "n draws"], metric: str
+) -> _Answers | None:
+  """The mean over draws of training images of a metric, as a function of the test images."""
+  if metric == "top1":
+    return _Answers(lambda answers, times: _mean_over_draws(metrics.accuracy, answers, times), (correct,))
+  if metric == "mean_per_class":
+    return _Answers(
+      lambda label, answers, times: _mean_over_draws(partial(metrics.mean_per_class, label), answers, times),
+      (label, correct),
+      label,
+    )
+  return None
+
+
+def _mean_over_draws(
+  metric: Callable[..., np.ndarray], correct: Bool[np.ndarray, "n draws"], times: np.ndarray
+) -> np.ndarray:
+  return np.mean([metric(own, times) for own in correct.T], axis=0)
 
 
 def _recall_answers(predictions: Mapping[str, np.ndarray], metric: str) -> _Answers | None:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import declip_jax
-from declip_jax.command_line import IO_EXIT_CODE, exit_code
+from declip_jax.command_line import together
 from declip_jax.data.sources import Source
 from declip_jax.evals import EVALUATORS, features, results
 from declip_jax.evals.encoders import Encoders
@@ -115,8 +115,7 @@ class Evaluation:
     with contextlib.suppress(OSError):  # if it has pictures
       (self.output / results.PICTURES).rmdir()
     if failed:
-      can_pass = any(exit_code(error) == IO_EXIT_CODE for error in failed.values())
-      raise (OSError if can_pass else ValueError)("; ".join(f"{name}: {error}" for name, error in failed.items()))
+      raise together(failed)
     return found
 
   def plan(self, jobs: Sequence[Job]) -> list[str]:

@@ -3,14 +3,14 @@
 Rows are drawn by seed, the first of a permutation of each class, so that more shots add rows and replace none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 import math
 
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 import numpy as np
 
-from declip_jax.evals import linear_probe
+from declip_jax.evals import linear_probe, metrics
 from declip_jax.evals.rows import Labelled, ProbeData, first_row
 from declip_jax.runtime.hosts import gather_rows
 
@@ -22,6 +22,9 @@ L2 = 2.0**10
 _TOLERANCE = 1e-6  # of the gradient of a mean over few rows
 _BIAS = 100.0  # big_vision's constant column
 
+# From scores `[n classes]` and labels to whether each answer is correct.
+Correct = Callable[[np.ndarray, np.ndarray], Bool[np.ndarray, "n"]]
+
 
 @dataclass(frozen=True)
 class FewShotResult:
@@ -30,11 +33,13 @@ class FewShotResult:
   Attributes:
     shots: rows per class.
     scores: score with the rows of each seed.
+    correct: whether each labelled test row, of all hosts, is answered correctly.
     strengths: C of each fit, for logistic regression.
   """
 
   shots: tuple[int, ...]
   scores: Float64[np.ndarray, "seeds shots"]
+  correct: Bool[np.ndarray, "n seeds shots"]
   strengths: Float64[np.ndarray, "seeds shots"] | None = None
 
   @property
@@ -46,6 +51,11 @@ class FewShotResult:
   def std(self) -> Float64[np.ndarray, "shots"] | None:
     """Standard deviation over the seeds, estimated from a sample; None for a single seed."""
     return self.scores.std(axis=0, ddof=1) if len(self.scores) > 1 else None
+
+
+def first_is_correct(scores: Float[np.ndarray, "n classes"], label: Int[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+  """Whether the class with the largest score is the true one."""
+  return metrics.predict(scores, label).correct()
 
 
 def draw(label: Int[np.ndarray, "n"], classes: int, most: int, seed: int) -> Int[np.ndarray, "k most"]:
@@ -69,6 +79,7 @@ def logistic(
   shots: Sequence[int] = CLIP_SHOTS,
   seeds: Sequence[int] = SEEDS,
   strength: float | None = STRENGTH,
+  correct: Correct = first_is_correct,
 ) -> FewShotResult:
   """Logistic regression on a few rows per class, as in CLIP's figure 6, whose draws and C are unpublished.
 
@@ -77,12 +88,14 @@ def logistic(
     shots: rows per class.
     seeds: seeds of the draws.
     strength: C; None chooses it, by the sweep of a linear probe, on as many further rows of each class.
+    correct: which answers are correct.
 
   Raises:
     ValueError: a split is unusable, see `check_rows`; a class has too few rows.
   """
   label, most = _labels(data), max(shots)
   scores, strengths = np.zeros((2, len(seeds), len(shots)))
+  answers = np.zeros((int((gather_rows(data.test.label) >= 0).sum()), *scores.shape), bool)
   for row, seed in enumerate(seeds):
     drawn = draw(label, data.classes, 2 * most if strength is None else most, seed)
     # Rows that do not count keep one shape for all numbers of shots, which then share their programs.
@@ -95,8 +108,9 @@ def logistic(
         result = linear_probe.fit(fitted, strength, tolerance=_TOLERANCE)
       used = result.label >= 0
       scores[row, column] = data.score(result.scores[used], result.label[used])
+      answers[:, row, column] = correct(result.scores[used], result.label[used])
       strengths[row, column] = result.chosen.strength
-  return FewShotResult(tuple(shots), scores, strengths)
+  return FewShotResult(tuple(shots), scores, answers, strengths)
 
 
 def _labels(data: ProbeData) -> Int[np.ndarray, "n"]:
@@ -116,7 +130,12 @@ def _take(rows: Labelled, drawn: Int[np.ndarray, "k most"], count: int) -> Label
 
 
 def ridge(
-  data: ProbeData, *, shots: Sequence[int] = BIG_VISION_SHOTS, seeds: Sequence[int] = SEEDS, l2: float = L2
+  data: ProbeData,
+  *,
+  shots: Sequence[int] = BIG_VISION_SHOTS,
+  seeds: Sequence[int] = SEEDS,
+  l2: float = L2,
+  correct: Correct = first_is_correct,
 ) -> FewShotResult:
   """Least squares on a few rows per class, as big_vision evaluates its models, in float64.
 
@@ -125,6 +144,7 @@ def ridge(
     shots: rows per class.
     seeds: seeds of the draws.
     l2: strength of the penalty.
+    correct: which answers are correct.
 
   Raises:
     ValueError: a split is unusable, see `check_rows`; a class has too few rows.
@@ -133,13 +153,16 @@ def ridge(
   used = test.label >= 0
   test_label = gather_rows(test.label[used])
   scores = np.zeros((len(seeds), len(shots)))
+  answers = np.zeros((len(test_label), *scores.shape), bool)
   for row, seed in enumerate(seeds):
     drawn = draw(label, data.classes, max(shots), seed)
     for column, count in enumerate(shots):
       features, known = map(gather_rows, _take(data.train, drawn[:, :count], count))
       (logits,) = ridge_scores(features, known, test.features[used], data.classes, (l2,))
-      scores[row, column] = data.score(gather_rows(logits), test_label)
-  return FewShotResult(tuple(shots), scores)
+      logits = gather_rows(logits)
+      scores[row, column] = data.score(logits, test_label)
+      answers[:, row, column] = correct(logits, test_label)
+  return FewShotResult(tuple(shots), scores, answers)
 
 
 def ridge_scores(

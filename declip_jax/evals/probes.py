@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 import numpy as np
 
 from declip_jax.data.sources import Source
@@ -20,7 +20,7 @@ from declip_jax.evals.intervals import student
 from declip_jax.evals.metrics import merge_classes
 from declip_jax.evals.results import Scores
 from declip_jax.evals.rows import Labelled, ProbeData
-from declip_jax.evals.scoring import criterion, score
+from declip_jax.evals.scoring import criterion, score, single_label_criterion
 from declip_jax.runtime.hosts import gather_rows
 from declip_jax.sharding import make_mesh
 
@@ -109,7 +109,8 @@ def few_shot(
   """Accuracy after training on a few images per class: the mean over draws of these images.
 
   Its interval is Student's over the draws; the images of the test split are the same for all. Numbers of shots that
-  some class does not have are left out.
+  some class does not have are left out. Predictions have `row`, `label`, and for each number of shots whether the
+  answers are correct, `correct_shots_4` `[n seeds]`.
 
   Args:
     data: the splits.
@@ -138,16 +139,19 @@ def few_shot(
   def metric(logits: np.ndarray, label: np.ndarray) -> float:
     return criterion(data.metric)(_own_logits(data, logits), label)
 
+  def correct(logits: np.ndarray, label: np.ndarray) -> Bool[np.ndarray, "n"]:
+    return few_shot_lib.first_is_correct(_own_logits(data, logits), label)
+
   logistic = partial(few_shot_lib.logistic, strength=strength or None)
   fit = few_shot_lib.ridge if method == "ridge" else logistic
-  found = fit(dataclasses.replace(rows, score=metric), shots=used, seeds=seeds)
+  found = fit(dataclasses.replace(rows, score=metric), shots=used, seeds=seeds, correct=correct)
   metrics = {f"shots_{count}": float(value) for count, value in zip(used, found.mean, strict=True)}
   deviations = {} if found.std is None else dict(zip(metrics, found.std.tolist(), strict=True))
   headline = f"shots_{used[-1]}"
   details = {
     "features": features,
     "method": method,
-    "metric": data.metric,
+    "metric": single_label_criterion(data.metric),
     "std": deviations,
     "by_seed": {str(seed): row for seed, row in zip(seeds, found.scores.tolist(), strict=True)},
     "strengths": None if found.strengths is None else found.strengths.tolist(),
@@ -155,8 +159,12 @@ def few_shot(
   }
   several = len(seeds) > 1
   intervals = {name: _interval(found.scores[:, place]) for place, name in enumerate(metrics)} if several else {}
-  images = int((gather_rows(rows.test.label) >= 0).sum())
-  return Scores({headline: metrics[headline], **metrics, "images": images}, intervals, details=details)
+  label = gather_rows(rows.test.label)
+  answers = {f"correct_{name}": found.correct[:, :, place] for place, name in enumerate(metrics)}
+  predictions = {"row": np.flatnonzero(label >= 0).astype(np.int32), "label": label[label >= 0], **answers}
+  return Scores(
+    {headline: metrics[headline], **metrics, "images": len(predictions["row"])}, intervals, predictions, details
+  )
 
 
 def _interval(values: Float[np.ndarray, "seeds"]) -> tuple[float, float]:

@@ -120,6 +120,8 @@ def write(folder: Path, result: Result, predictions: Mapping[str, np.ndarray]) -
     file = io.BytesIO()
     np.savez_compressed(file, **predictions)
     records.write(predictions_path(path), file.getvalue())
+  else:
+    predictions_path(path).unlink(missing_ok=True)  # those of an earlier result
   records.write(path, content.encode())
   return path
 
@@ -158,6 +160,11 @@ def read_all(folders: Iterable[str | os.PathLike[str]]) -> list[tuple[Path, Resu
 def predictions_path(path: Path) -> Path:
   """The file of the predictions of a result."""
   return path.parent / PREDICTIONS / f"{path.stem}.npz"
+
+
+def result_path(predictions: Path) -> Path:
+  """The file of the result to which predictions belong."""
+  return predictions.absolute().parent.parent / f"{predictions.stem}.json"
 
 
 def picture_path(path: Path) -> Path:

@@ -62,10 +62,14 @@ def criterion(metric: str) -> Callable[[np.ndarray, np.ndarray], float]:
     if label.ndim == 2:
       name = metric if metric in SEVERAL_LABELS else SEVERAL_LABELS[0]
       return _value(name, {"labels": label, "scores": logits})
-    name = "top1" if metric.startswith("worst_group") or metric not in PREDICTION_METRICS else metric
-    return _value(name, _columns(metrics.predict(logits, label), logits))
+    return _value(single_label_criterion(metric), _columns(metrics.predict(logits, label), logits))
 
   return value
+
+
+def single_label_criterion(metric: str) -> str:
+  """The metric that `criterion` computes of images with one label each, in place of the metric of a data set."""
+  return "top1" if metric.startswith("worst_group") or metric not in PREDICTION_METRICS else metric
 
 
 # Names of metrics, the headline first; predictions; counts; details.

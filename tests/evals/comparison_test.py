@@ -119,6 +119,27 @@ def test_recalls_resample_images_with_all_their_texts() -> None:
   assert answers.metric(*answers.columns, once)[0] == pytest.approx((sides[0] + sides[3]) / 2)
 
 
+@pytest.mark.parametrize("metric", ["top1", "mean_per_class"])
+def test_few_shots_of_two_runs_are_compared_on_the_same_images(metric: str, tmp_path: Path) -> None:
+  right, values = {}, {}
+  for seed, (model, accuracy) in enumerate((("a", 0.7), ("b", 0.5))):
+    right[model] = np.random.default_rng(seed).random((400, 3)) < accuracy - 0.05 * LABEL[:, None]
+    draws = right[model].mean(axis=0)
+    if metric == "mean_per_class":
+      draws = np.mean([right[model][k == LABEL].mean(axis=0) for k in range(5)], axis=0)
+    values[model] = float(draws.mean())
+    fields = {"kind": "few_shot", "headline": "shots_4", "metrics": {"shots_4": values[model], "images": 400}}
+    fields |= {"intervals": {}, "details": {"metric": metric}, "options": {}, "data": {}}
+    predictions = {"row": np.arange(400), "label": LABEL, "correct_shots_4": right[model]}
+    results.write(tmp_path, Result("toys", model, "w", "few_shot", {}, fields), predictions)
+  a, b = (method.of(Task("toys", "few_shot", "")) for method in read_methods([tmp_path]))
+  found = comparison.difference(a, b, "shots_4")
+  assert found.value == pytest.approx(values["a"] - values["b"], abs=1e-12)
+  assert found.test == "paired"
+  half = 1.96 * (right["a"].mean(axis=1) - right["b"].mean(axis=1)).std() / np.sqrt(400)
+  np.testing.assert_allclose(found.interval, (found.value - half, found.value + half), atol=0.01)
+
+
 def test_an_average_needs_all_its_sets(tmp_path: Path) -> None:
   for index, key in enumerate(("pets", "dtd")):
     write(tmp_path, "a", classified(0.7, index), key=key)

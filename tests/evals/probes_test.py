@@ -76,6 +76,10 @@ def test_few_shots_have_a_mean_and_a_deviation_for_each_number(method: str) -> N
   low, high = scores.intervals["shots_4"]
   assert 0 <= low <= scores.metrics["shots_4"] <= high <= 1
   assert scores.metrics["shots_4"] == pytest.approx(np.mean([row[1] for row in scores.details["by_seed"].values()]))
+  for column, name in enumerate(("shots_4", "shots_1")):
+    assert scores.predictions[f"correct_{name}"].shape == (len(scores.predictions["row"]), 2)
+    by_seed = [row[1 - column] for row in scores.details["by_seed"].values()]
+    np.testing.assert_allclose(scores.predictions[f"correct_{name}"].mean(axis=0), by_seed)
 
 
 @pytest.mark.parametrize(

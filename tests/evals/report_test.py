@@ -10,7 +10,7 @@ from evals.comparison_test import classified, write
 import numpy as np
 import pytest
 
-from declip_jax.evals import results
+from declip_jax.evals import comparison, intervals, results
 from declip_jax.evals.comparison import Task, read_methods
 from declip_jax.evals.report import growth, header, headline, published, scores, shifts
 from declip_jax.evals.report.compared import Published, Report
@@ -270,3 +270,35 @@ def test_examples_are_copied_and_costs_counted(tmp_path: Path) -> None:
     ["a", "dtd", "1", "2.0", "0", "400", "", "m"],
     ["", "pets", "1", "2.0", "400", "0", "200", "m"],
   ]
+
+
+def test_compositionality_has_a_number_of_examples_and_an_interval_of_differences(tmp_path: Path) -> None:
+  right = {"a": np.arange(60) % 3 > 0, "b": np.arange(60) % 4 > 1}
+  for model, correct in right.items():
+    metrics = {"accuracy": float(correct.mean()), "examples": 60}
+    fields = {"kind": "composition", "headline": "accuracy", "metrics": metrics, "intervals": {}, "details": {}}
+    fields |= {"options": {}, "data": {}}
+    result = results.Result("sugar", model, "w", "image_caption_selection", {}, fields)
+    results.write(tmp_path, result, {"row": np.arange(60), "correct": correct})
+  a, b = methods = read_methods([tmp_path])
+  (table,) = tables([*scores.scores(Report(methods, b), "composition", tmp_path)])
+  assert table.header[-1] == "images"
+  assert [row[-1] for row in table.rows] == ["60"]
+  found = comparison.difference(*(method.of(Task("sugar", "composition", "")) for method in (a, b)), "accuracy")
+  assert found.test == "paired"
+  assert found.p == intervals.mcnemar(right["a"], right["b"])
+
+
+def test_overlaps_of_folders_of_one_name_are_all_shown_and_a_bad_one_is_named(tmp_path: Path) -> None:
+  folders = [tmp_path / name / "overlap" for name in "xy"]
+  about = {"train": "b", "images": 10, "threshold": 0.8, "overlap": 1, "contamination": 0.1}
+  for folder in folders:
+    folder.mkdir(parents=True)
+    (folder / "overlap.json").write_text(json.dumps({"test": folder.parent.name, **about}))
+    (folder / "overlap.png").write_text(folder.parent.name)
+  blocks = shifts.overlaps(Report((), overlaps=folders), tmp_path / "out")
+  assert [block.path.read_text() for block in blocks if isinstance(block, Picture)] == ["x", "y"]
+  for content in ("{", "{}", "[]", json.dumps({"test": "a", **about, "effect": {}})):
+    (folders[1] / "overlap.json").write_text(content)
+    with pytest.raises(ValueError, match="y/overlap/overlap.json"):
+      [*shifts.overlaps(Report((), overlaps=folders), tmp_path / "out")]

@@ -204,7 +204,7 @@ def test_a_crash_while_writing_leaves_the_old_picture(tmp_path, monkeypatch):
   before = path.read_bytes()
 
   def crash(self, file, **_):
-    file.write_bytes(b"half")
+    file.write(b"half")
     raise OSError("disk full")
 
   monkeypatch.setattr(Figure, "savefig", crash)

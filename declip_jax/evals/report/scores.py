@@ -45,7 +45,7 @@ def _table(report: Report, kind: str) -> Table:
       headline = metric == some.headline
       chance = some.about.get("chance") if headline else None
       majority = some.metrics.get("majority_share") if headline else None
-      about = [share(chance), share(majority), f"{some.metrics.get('images', 0):,}" if headline else ""]
+      about = [share(chance), share(majority), f"{some.examples:,}" if headline else ""]
       found = report.differences(task, metric)
       texts = [points(found.get(label), marks.get((task, metric, label), "")) for label in report.labels]
       cells, name = _cells(report, task, metric), [str(task), metric_name(metric)]

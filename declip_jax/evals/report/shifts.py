@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 import re
 import shutil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -258,18 +258,17 @@ def overlaps(report: Report, pictures: Path) -> Iterator[Block]:
 
   Raises:
     FileNotFoundError: a folder is not one of `declip_jax.overlap`.
+    ValueError: a folder has an overlap.json that is not one of `declip_jax.overlap`.
   """
   rows, effects, sheets = [], [], []
-  for folder in report.overlaps:
-    about = json.loads((folder / "overlap.json").read_text())
-    duplicates = f"{about['overlap']:,} ({100 * about['contamination']:.1f} %)"
-    row = [about["test"], about["train"] or "itself", f"{about['images']:,}", f"{about['threshold']:.3f}", duplicates]
-    rows.append([*row, f"{about['identical']:,}" if "identical" in about else "", share(about.get("precision"))])
+  for number, folder in enumerate(report.overlaps, 1):
+    about, row = _overlap(folder / "overlap.json")
+    rows.append(row)
     if "effect" in about:
       effects.append((about["test"], about["effect"]))
     if (folder / "overlap.png").exists():
       text = f"Images of {about['test']} and the nearest training images; framed: near-duplicates"
-      sheets.append(Picture(pictures / f"{results.slug(f'overlap_{folder.name}')}.png", text))
+      sheets.append(Picture(pictures / f"{results.slug(f'overlap_{number}_{folder.name}')}.png", text))
       sheets[-1].path.parent.mkdir(parents=True, exist_ok=True)
       shutil.copyfile(folder / "overlap.png", sheets[-1].path)
   if not rows:
@@ -302,6 +301,26 @@ def overlaps(report: Report, pictures: Path) -> Iterator[Block]:
     )
     yield Table(("evaluation images", "all", "without", "only these", "all minus without", "p"), cells)
   yield from sheets
+
+
+def _overlap(path: Path) -> tuple[Mapping[str, Any], list[str]]:
+  """The fields of an overlap.json, and its row of the table.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: it is not one of `declip_jax.overlap`; the message names it.
+  """
+  content = path.read_bytes()
+  try:
+    about = json.loads(content.decode())
+    duplicates = f"{about['overlap']:,} ({100 * about['contamination']:.1f} %)"
+    row = [about["test"], about["train"] or "itself", f"{about['images']:,}", f"{about['threshold']:.3f}", duplicates]
+    row += [f"{about['identical']:,}" if "identical" in about else "", share(about.get("precision"))]
+    if "effect" in about:
+      float(about["effect"]["p"])
+    return about, row
+  except (ValueError, LookupError, TypeError) as error:
+    raise ValueError(f"{path}: not a result of declip_jax.overlap ({type(error).__name__}: {error})") from error
 
 
 def _inflation(effect: Mapping[str, float]) -> str:
