@@ -5,7 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-from evals.comparison_test import classified, write
+from evals.comparison_test import classified, weighted, write
 import numpy as np
 from PIL import Image
 import pytest
@@ -122,3 +122,11 @@ def test_errors_of_all_runs_are_raised_together_after_the_report_of_the_others(
   assert [*json.loads((tmp_path / "out" / "report.json").read_text())["scores"][0]["methods"]] == ["partly", "good"]
   with pytest.raises(ValueError, match="bad: no such split"):
     report._command(folders[:1])
+
+
+def test_the_baseline_is_found_by_its_folder_among_runs_of_one_name(tmp_path: Path) -> None:
+  folders = [tmp_path / name / "clip" for name in ("exp1", "exp2")]
+  for seed, folder in enumerate(folders):
+    weighted(folder / "results", "clip", str(folder), seed, 9)
+  methods = read_methods([*folders, folders[0]])
+  assert [report._find(methods, [str(folder)], "--baseline") for folder in folders] == methods

@@ -178,15 +178,17 @@ _Name = tuple[str, str, str]  # of a model, of its weights, and hash of the weig
 def read_methods(folders: Sequence[Path]) -> list[Method]:
   """Reads all results in some folders.
 
-  Models whose names differ only in a final number, as clip-0 and clip-1, are seeds of one method, unless they have
-  been trained in different ways, such as on different numbers of pairs. Several checkpoints of a run are methods of
-  their own. Models of one name in several folders are told apart by the names of the folders.
+  Runs whose names differ only in a final number, as clip-0 and clip-1, are seeds of one method, unless they have been
+  trained in different ways, such as on different numbers of pairs. Weights that are not a checkpoint of a run are never
+  seeds, and neither are runs of one name in several folders, which are told apart by the names of the folders. Several
+  checkpoints of a run are methods of their own.
 
   Args:
     folders: folders of results, or working directories with a folder `results`.
 
   Raises:
     FileNotFoundError: a folder has no result.
+    ValueError: there are two different results of one task by the same weights; the message names their files.
   """
   runs: dict[_Name, Run] = {}
   for folder in folders:
@@ -195,8 +197,17 @@ def read_methods(folders: Sequence[Path]) -> list[Method]:
     for path, result in found:
       scored = Scored(path, result)
       task = Task(result.dataset, result.ours["kind"], result.ours.get("variant", ""))
-      runs.setdefault((result.model, result.pretrained, scored.weights.get("hash", "")), {})[task] = scored
+      run = runs.setdefault((result.model, result.pretrained, scored.weights.get("hash", "")), {})
+      if task in run and not _is_same(run[task].result, result):
+        raise ValueError(f"{run[task].path} and {path} are different results of {task} by the same weights: omit one")
+      run[task] = scored
   return _grouped(runs)
+
+
+def _is_same(a: Result, b: Result) -> bool:
+  """Whether two results depend on the same; those of older versions do not say on what."""
+  keys = [one.ours.get("key", "") for one in (a, b)]
+  return keys[0] == keys[1] if all(keys) else a == b
 
 
 def results_in(folder: Path) -> list[tuple[Path, Result]]:
@@ -211,16 +222,32 @@ def _grouped(runs: Mapping[_Name, Run]) -> list[Method]:
   groups: dict[Any, list[_Name]] = {}
   for name, run in runs.items():
     model, pretrained, _ = name
-    weights = pretrained if model in several else ""
-    groups.setdefault((re.sub(r"-\d+$", "", model), weights, _trained(_telling(run))), []).append(name)
-  labels = [_labels(stem, weights, names, runs) for (stem, weights, _), names in groups.items()]
+    weights, one = pretrained if model in several else "", _telling(run)
+    is_run = one.weights.get("step") is not None or bool(one.training)
+    alone = None if is_run else name
+    groups.setdefault((re.sub(r"-\d+$", "", model), weights, _trained(one), alone), []).append(name)
+  found = [(key, own) for key, names in groups.items() for own in _apart(names, runs)]
+  labels = [_labels(stem, weights, names, runs) for (stem, weights, *_), names in found]
   others = [*zip(*labels, strict=True)]
   shortest = (
     next((text for text, same in zip(own, others, strict=True) if same.count(text) == 1), own[-1]) for own in labels
   )
-  return [
-    Method(label, tuple(runs[name] for name in names)) for label, names in zip(shortest, groups.values(), strict=True)
-  ]
+  return [Method(label, tuple(runs[name] for name in names)) for label, (_, names) in zip(shortest, found, strict=True)]
+
+
+def _apart(names: Sequence[_Name], runs: Mapping[_Name, Run]) -> list[list[_Name]]:
+  """Splits a group in which several runs have the same name: by their folder, and one by one if that is the same."""
+  if len({model for model, _, _ in names}) == len(names):
+    return [list(names)]
+  folders: dict[Path, list[_Name]] = {}
+  for name in names:
+    folders.setdefault(_path_of(runs[name]).parent, []).append(name)
+  return [own for part in folders.values() for own in (_apart(part, runs) if len(folders) > 1 else [[n] for n in part])]
+
+
+def _path_of(run: Run) -> Path:
+  """Where the weights of a run were; the current folder if its results do not say that."""
+  return Path(str(next(iter(run.values())).weights.get("path", "")))
 
 
 def _telling(run: Run) -> Scored:
@@ -238,7 +265,7 @@ def _labels(stem: str, weights: str, names: Sequence[_Name], runs: Mapping[_Name
   """Labels of a method, the shortest first; the last one is unique among all."""
   models, after = [model for model, _, _ in names], f" {weights}" if weights else ""
   full = ", ".join(models)
-  folders = [Path(str(next(iter(runs[name].values())).weights.get("path", ""))).parent.name for name in names]
+  folders = [_path_of(runs[name]).parent.name for name in names]
   within = ", ".join(f"{folder}/{model}" for folder, model in zip(folders, models, strict=True))
   short = stem if len(names) > 1 else full
   return tuple(text + after for text in (short, full, within, f"{within} ({names[0][2][:8]})"))

@@ -5,6 +5,7 @@ import contextlib
 from dataclasses import dataclass, field
 from functools import partial
 import json
+import os
 from pathlib import Path
 import platform
 import time
@@ -77,11 +78,12 @@ class Evaluation:
     """Runs the jobs that have no result yet, writes their results, and returns those of all jobs, by name.
 
     Raises:
-      ValueError: some jobs cannot run, after all others have run; the message names them.
+      ValueError: before anything runs, a result would replace that of other weights, or two results have one file;
+        or some jobs cannot run, after all others have run; the message names them.
       OSError: a result cannot be written, or some jobs cannot run now, such as one whose disk fails.
     """
     self._check_names(jobs)
-    found = {job.name: self.finished(job) for job in jobs}
+    found = self._finished(jobs)
     todo = [job for job in jobs if found[job.name] is None]
     if len(todo) < len(jobs):
       message(f"{len(jobs) - len(todo)} of {len(jobs)} results are in {self.output} already")
@@ -123,7 +125,7 @@ class Evaluation:
 
     All hosts have to call this, and get about the same lines: numbers of images are those of all hosts.
     """
-    todo = {job.name for job in jobs if self.finished(job) is None}
+    todo = {name for name, found in self._finished(jobs).items() if found is None}
     lines = []
     for job in jobs:
       sources = (f"{name} {split.source.name} ({len(split.source):,})" for name, split in job.splits.items())
@@ -144,15 +146,49 @@ class Evaluation:
       )
     return lines
 
-  def finished(self, job: Job) -> Result | None:
-    """The result of a job if the first host finds it; all hosts get what it reads, whatever they see themselves."""
-    path, content = self.output / f"{self._result_of(job, {}).stem}.json", b""
+  def _finished(self, jobs: Sequence[Job]) -> dict[str, Result | None]:
+    """The results of jobs that are there, as the first host reads them; None for those that have to be computed.
+
+    Raises:
+      ValueError: on every host; a result would replace one of other weights.
+    """
+    found: dict[str, Result | None] = {}
+    for job in jobs:
+      old = self._stored(job)
+      found[job.name] = old if old is not None and old.ours.get("key") == self._key(job) else None
+      if old is not None and found[job.name] is None:
+        self._check_replaced(job, old)
+    return found
+
+  def _stored(self, job: Job) -> Result | None:
+    """The result in the file of a job, of whatever; all hosts get what the first one reads."""
+    content = b""
     if jax.process_index() == 0:
       with contextlib.suppress(ValueError, FileNotFoundError):
-        if results.read(path).ours.get("key") == self._key(job):
-          content = path.read_bytes()
+        results.read(self._path(job))
+        content = self._path(job).read_bytes()
     content = from_first(content)
     return results.parse(content) if content else None
+
+  def _path(self, job: Job) -> Path:
+    return self.output / f"{self._result_of(job, {}).stem}.json"
+
+  def _check_replaced(self, job: Job, old: Result) -> None:
+    """Rejects the replacement of a result of weights at another path; says if the weights or the data have changed.
+
+    The results in the folder of a run are its own, wherever it was before.
+    """
+    before, now, path = old.ours.get("weights", {}), self.model.weights, self._path(job)
+    is_other, is_own = before.get("hash") != now["hash"], self.run_folder in path.parents
+    if is_other and not is_own and _paths(before) != _paths(now):
+      raise ValueError(
+        f"{path} is the result of {before.get('path')}, and that of {now['path']} would replace it: choose another "
+        "--output"
+      )
+    data = old.ours.get("data", {})
+    what = f"earlier weights at {before.get('path')}" if is_other else _named(data) if data != _data(job) else ""
+    if what and jax.process_index() == 0:
+      message(f"{job.name}: replaces the result of {what}, {path}")
 
   def _check_names(self, jobs: Sequence[Job]) -> None:
     """Rejects jobs whose results would have the same file."""
@@ -196,7 +232,7 @@ class Evaluation:
     """Beside the results: the picture of an evaluation never replaces that of a training."""
     if jax.process_index():
       return None
-    path = results.picture_path(self.output / f"{self._result_of(job, {}).stem}.json")
+    path = results.picture_path(self._path(job))
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -237,7 +273,7 @@ class Evaluation:
         "details": scores.details,
         "about": job.about,
         "options": job.options,
-        "data": {name: _about(split) for name, split in job.splits.items()},
+        "data": _data(job),
         "weights": self.model.weights,
         **({"training": training} if training else {}),
         "view": self.model.view,
@@ -309,6 +345,21 @@ def _rows(source: Source) -> range:
 def _about(split: DataSource) -> dict[str, Any]:
   source = split.source
   return {"source": source.name, "stamp": source.stamp, "samples": len(source), "skipped": source.skipped}
+
+
+def _data(job: Job) -> dict[str, dict[str, Any]]:
+  return {name: _about(split) for name, split in job.splits.items()}
+
+
+def _named(data: Mapping[str, Mapping[str, Any]]) -> str:
+  """The splits of a result in words."""
+  return "other data, " + ", ".join(f"{name} {about['source']} ({about['samples']:,})" for name, about in data.items())
+
+
+def _paths(weights: Mapping[str, Any]) -> list[str]:
+  """Where weights, and those with which they are mixed, are."""
+  parts = [weights, weights.get("interpolated_with") or {}]
+  return [os.path.abspath(one["path"]) if one.get("path") else "" for one in parts]
 
 
 def _listed(classes: np.ndarray | None) -> list[int] | None:

@@ -202,3 +202,49 @@ def test_runs_that_were_trained_in_other_ways_are_no_seeds(tmp_path: Path) -> No
     ("25/clip-0, 25/clip-1", 2),
     ("50/clip-0, 50/clip-1", 2),
   ]
+
+
+def weighted(folder: Path, model: str, path: str, seed: int, step: int | None, **ours: object) -> None:
+  """Writes the result of weights at a path."""
+  weights = ours.pop("weights", {"path": path, "hash": path, "step": step, "parameters": 9})
+  pretrained = "openai" if step is None else f"step-{step}"
+  write(folder, model, classified(0.7, seed), pretrained=pretrained, weights=weights, **ours)
+
+
+def test_weights_that_are_no_run_are_no_seeds(tmp_path: Path) -> None:
+  for seed, (model, path) in enumerate(
+    (("ViT-B-32", "w/ViT-B-32.pt"), ("ViT-B-16", "w/ViT-B-16.pt"), ("model", "x/model.pt"), ("model", "y/model.pt"))
+  ):
+    weighted(tmp_path / str(seed), model, path, seed, None)
+  found = read_methods([tmp_path / str(seed) for seed in range(4)])
+  assert [method.label for method in found] == ["ViT-B-32", "ViT-B-16", "x/model", "y/model"]
+  assert [len(method.runs) for method in found] == [1, 1, 1, 1]
+
+
+def test_runs_of_one_name_are_no_seeds(tmp_path: Path) -> None:
+  paths = ["exp1/clip", "exp2/clip", "exp1/slip-0", "exp1/slip-1", "exp2/slip-0", "exp2/slip-1"]
+  for seed, path in enumerate(paths):
+    weighted(tmp_path / path, path.split("/")[1], path, seed, 9)
+  folders = [tmp_path / path for path in paths]
+  found = read_methods(folders)
+  labels = ["exp1/clip", "exp2/clip", "exp1/slip-0, exp1/slip-1", "exp2/slip-0, exp2/slip-1"]
+  assert [method.label for method in found] == labels
+  weighted(
+    tmp_path / "again",
+    "clip",
+    "exp1/clip",
+    7,
+    9,
+    weights={"path": "exp1/clip", "hash": "later", "step": 9, "parameters": 9},
+  )
+  again = read_methods([folders[0], tmp_path / "again"])
+  assert [method.label for method in again] == ["exp1/clip (exp1/cli)", "exp1/clip (later)"]
+
+
+def test_a_result_never_hides_another_one_of_the_same_weights(tmp_path: Path) -> None:
+  weighted(tmp_path / "a", "clip", "runs/clip", 1, 9, key="pets")
+  weighted(tmp_path / "b", "clip", "runs/clip", 1, 9, key="pets")
+  assert len(read_methods([tmp_path / "a", tmp_path / "b"])) == 1
+  weighted(tmp_path / "b", "clip", "runs/clip", 2, 9, key="pets")
+  with pytest.raises(ValueError, match=r"a/pets.*b/pets.* different results of pets by the same weights"):
+    read_methods([tmp_path / "a", tmp_path / "b"])

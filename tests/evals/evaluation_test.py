@@ -152,6 +152,27 @@ def test_other_weights_are_another_result(tmp_path: Path) -> None:
   assert calls == ["a", "a"]
 
 
+def test_a_result_of_other_weights_or_data_is_not_replaced_in_silence(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  own = evaluation(tmp_path)
+  own.run([job("a", 10)])
+  before = files(tmp_path / "results")
+  moved = replace(own, model=replace(FACTS, weights={**FACTS.weights, "hash": "other", "path": "exp/grey"}))
+  for function in (moved.run, moved.plan):
+    with pytest.raises(
+      ValueError, match=r"set_a_step-8.*json is the result of runs/grey.* of exp/grey would replace it"
+    ):
+      function([job("a", 10)])
+  assert files(tmp_path / "results") == before
+  replace(moved, model=replace(moved.model, weights={**FACTS.weights, "path": "exp/grey"})).run([job("a", 10)])
+  assert (calls, capsys.readouterr().err.count("replaces")) == (["a"], 0)  # the same weights, which were moved
+  own.run([replace(job("a", 10), splits={"test": greys("b", 10, 20)})])
+  assert "a: replaces the result of other data, test a (1), " in capsys.readouterr().err
+  replace(moved, run_folder=tmp_path).run([job("a", 10)])  # the results of a run that was moved
+  assert "a: replaces the result of earlier weights at runs/grey, " in capsys.readouterr().err
+
+
 def test_a_plan_counts_what_is_left_and_writes_nothing(tmp_path: Path) -> None:
   jobs = [job("a", 10, 20), job("b", 20, 30, 40)]
   evaluation(tmp_path, cache=True).run(jobs[:1])
