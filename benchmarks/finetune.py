@@ -4,7 +4,7 @@ FOLDER has `fashion44k`, `flickr8k` and `pacs`, each with WebDataset shards and 
 of three seeds it trains three runs per data set on two CPU cores: from CLIP, which is pretrained once on fashion44k for
 itself and on flickr8k for PACS; from scratch; and from CLIP with the zero-shot classifier, for WiSE-FT. On PACS it
 trains with photos and tests on all four domains. It prints a table of accuracies, mean ± standard deviation over the
-seeds, and for PACS those of mixtures of the weights before and after fine-tuning (WiSE-FT).
+seeds, and those of mixtures of the weights before and after fine-tuning (WiSE-FT), which --plot draws.
 
 Finished runs are not repeated, and an interrupted one resumes.
 """
@@ -16,11 +16,14 @@ from statistics import fmean, stdev
 
 from command import parser
 from ml_collections import ConfigDict
+import numpy as np
 
 from declip_jax import build, config, config_files
 from declip_jax.clip import load
 from declip_jax.data.deaths import Deaths
+from declip_jax.evals.intervals import student
 from declip_jax.first_state import first_state, read_weights
+from declip_jax.reporting.charts import Points, plot_interpolation
 from declip_jax.train import train
 from declip_jax.training.state import abstract_state
 from declip_jax.weights.interpolate import interpolate
@@ -108,6 +111,16 @@ def table(title: str, rows: Mapping[str, list[Scores]], tests: list[str]) -> Non
     print(row(name, seeds, tests))
 
 
+def curves(mixtures: Mapping[str, list[Scores]], tests: list[str]) -> dict[str, Points]:
+  """Accuracies by the share of the fine-tuned weights, with intervals over seeds, by test set."""
+  found = {}
+  for test in tests:
+    values = [np.array([scores[f"eval/{test}/top1"] for scores in seeds]) for seeds in mixtures.values()]
+    ends = [student(seeds) if len(seeds) > 1 else None for seeds in values]
+    found[test] = Points([float(share) for share in mixtures], [float(seeds.mean()) for seeds in values], ends)
+  return found
+
+
 def main() -> None:
   """Trains what is missing and prints the tables."""
   arguments = parser(__doc__)
@@ -119,7 +132,9 @@ def main() -> None:
   arguments.add_argument(
     "--workdir", type=Path, default=Path("runs/finetune"), help="folder of the runs (default: runs/finetune)"
   )
+  arguments.add_argument("--plot", type=Path, help="PNG file for the curves of the mixtures")
   args = arguments.parse_args()
+  drawn: dict[str, dict[str, Points]] = {}
   for dataset in args.datasets:
     init, tests = pretrain(PRETRAINED_ON[dataset], args.data, args.workdir), [*sources(dataset, args.data)[1]]
     rows: dict[str, list[Scores]] = {start: [] for start in STARTS}
@@ -132,6 +147,9 @@ def main() -> None:
           mixtures.setdefault(share, []).append(scores)
     table(f"{dataset}: start", rows, tests)
     table(f"{dataset}: share of the fine-tuned weights", mixtures, tests)
+    drawn[dataset] = curves(mixtures, tests)
+  if args.plot:
+    plot_interpolation(drawn, {}, ("", ""), args.plot)
 
 
 if __name__ == "__main__":
