@@ -562,7 +562,8 @@ def test_folders_are_named_arguments() -> None:
     if c.data.recipe == "finetune":
       test = "imagenet" if name.startswith("slip/") else "test"
       c = get(name, **{test: "/val"})
-      assert c.evals[test].to_dict() == {"kind": "classify", "data": "webdataset:/val/*.tar", "every": 1}, name
+      expected = {"kind": "classify", "data": "webdataset:/val/*.tar", "suite": "", "every": 1}
+      assert c.evals[test].to_dict() == expected, name
       assert c.checkpoint.best_metric == f"eval/{test}/top1", name
       continue
     if c.data.recipe == "simclr":  # no text tower to classify with

@@ -153,7 +153,11 @@ class DataSet:
       return found
     if several:
       return replace(found, task="multilabel", metric="mean_average_precision_11")
-    return replace(found, task="retrieval", metric="mean_recall@1")
+    return found.for_retrieval()
+
+  def for_retrieval(self) -> "DataSet":
+    """The data set for retrieval, without its classes."""
+    return replace(self, task="retrieval", metric="mean_recall@1", classes=(), templates={})
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,8 @@ def _jobs_of(
 ) -> list[Job | str]:
   """The jobs of a data set, or remarks in their place; `sources` are those that are open.
 
+  A data set of the user's own whose images have classes and captions is also one for retrieval.
+
   There is one job for each different protocol of the suites, their metric and, if texts are compared, their prompts.
   """
   splits = {name: spec for name, spec in specs._asdict().items() if spec}
@@ -224,11 +226,26 @@ def _jobs_of(
   trained: dict[str, Any] = {"validation_per_class": (parent or entry).validation_per_class}
   if parent is not None:
     trained["parent"] = ParentClasses(parent.classes, entry.parent_ids)
+  jobs = _jobs_with(entry, parts, trained, suites, tasks, prompts)
+  if key.startswith(catalogue.OWN) and entry.task != "retrieval" and _first(opened["test"]).get("captions"):
+    jobs += _jobs_with(entry.for_retrieval(), parts, {}, (), tasks, "")
+  return jobs
+
+
+def _jobs_with(
+  entry: DataSet,
+  parts: Mapping[str, DataSource],
+  trained: Mapping[str, Any],
+  suites: Sequence[Suite],
+  tasks: Sequence[_Task],
+  prompts: str,
+) -> list[Job | str]:
+  """The jobs of the tasks that fit a data set; `trained` are the facts for evaluators that train."""
   protocols = [_protocol(entry, suite, prompts) for suite in suites or [None]]
   jobs: list[Job | str] = []
   for task in (task for task in tasks if entry.task in task.evaluator.of):
     if task.evaluator.needs_train and "train" not in parts:
-      jobs.append(f"{key}: {task.kind} needs a split to train on: add | TRAIN to its line in the data file")
+      jobs.append(f"{entry.key}: {task.kind} needs a split to train on: add | TRAIN to its line in the data file")
       continue
     used = parts if task.evaluator.needs_train else {"test": parts["test"]}
     facts = trained if task.evaluator.needs_train else {}
@@ -236,7 +253,7 @@ def _jobs_of(
     if task.options:
       _check_options(task, parts["test"].source, entry)
     for variant in dict.fromkeys(protocol.variant for protocol in own):
-      jobs.append(_job(key, entry, task, next(one for one in own if one.variant == variant), used, facts))
+      jobs.append(_job(entry, task, next(one for one in own if one.variant == variant), used, facts))
   return jobs
 
 
@@ -249,8 +266,9 @@ def _check_options(task: _Task, source: Source, entry: DataSet) -> None:
 
 
 def _job(
-  key: str, entry: DataSet, task: _Task, protocol: _Protocol, splits: Mapping[str, DataSource], facts: Mapping[str, Any]
+  entry: DataSet, task: _Task, protocol: _Protocol, splits: Mapping[str, DataSource], facts: Mapping[str, Any]
 ) -> Job:
+  key = entry.key
   variant = "-".join(part for part in (protocol.variant, task.variant) if part)
   name = "/".join(part for part in (key, task.kind, variant) if part)
   about = {"key": key, "title": entry.title, "chance": protocol.chance, "note": entry.note, "metric": protocol.metric}
@@ -311,12 +329,15 @@ def _with_classes(entry: DataSet, source: Source) -> DataSet:
   templates = getattr(source, "templates", ())
   if templates:
     check_templates(templates, f"{source.name}: {TEMPLATES}")
-  several = False
+  return entry.with_classes(source.classnames, templates, several="labels" in _first(source))
+
+
+def _first(source: Source) -> Mapping[str, Any]:
+  """The first example that can be read; empty if there is none."""
   for index in range(len(source)):
     with contextlib.suppress(BadSample):
-      several = "labels" in read_example(source, index)
-      break
-  return entry.with_classes(source.classnames, templates, several=several)
+      return read_example(source, index)
+  return {}
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

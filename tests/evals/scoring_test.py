@@ -21,7 +21,8 @@ def make_data(metric: str, classes: int, labels: np.ndarray | None = None) -> Ev
   label = np.arange(IMAGES, dtype=np.int32) % classes
   groups = {"region": (np.arange(IMAGES) // 12).astype(np.int32)}
   rows = np.zeros((IMAGES, 1), np.float32)
-  features = Features(rows, None, label, labels, groups, ["id"] * IMAGES, np.ones(IMAGES, bool))
+  texts = (["id"] * IMAGES, np.ones(IMAGES, bool), [()] * IMAGES, [""] * IMAGES)
+  features = Features(rows, None, label, labels, groups, *texts)
   source, names = Greys([(0, 0)] * IMAGES), tuple(f"class {index}" for index in range(classes))
   source.classnames = names
   test = Split(source, grey_encoders(8), encode=lambda *_: features)

@@ -59,6 +59,16 @@ def test_classes_are_those_of_the_data_set_by_name(data: Mapping[str, data_files
   np.testing.assert_array_equal(mine.splits["test"].classes, [0, 1])
 
 
+def test_own_data_with_classes_and_captions_are_also_for_retrieval() -> None:
+  jobs, _ = suites.make_jobs({"own/x": data_files.Splits("scenes:test/4/16")})
+  assert [(job.name, job.data["metric"]) for job in jobs] == [
+    ("own/x/zero_shot", "top1"),
+    ("own/x/retrieval", "mean_recall@1"),
+  ]
+  assert "classnames" not in jobs[1].data
+  assert jobs[0].splits["test"] is jobs[1].splits["test"]  # encoded once
+
+
 def test_prompts_may_lie_next_to_the_data(tmp_path: Path) -> None:
   spec = make_folder(tmp_path / "mine" / "test", ("cats", "dogs"))
   path = tmp_path / "mine" / layouts.TEMPLATES
@@ -93,7 +103,7 @@ def test_prompts_may_come_from_a_file(data: Mapping[str, data_files.Splits], tmp
     ("own/x = scenes:test/4/16", ["zeroshot"], r"--tasks=zeroshot: choose some of .*did you mean zero_shot"),
     ("own/x = folder:/nowhere", ["zero_shot"], "own/x: test: .*nowhere"),
     ("cifar10 = scenes:heldout/4/16", ["zero_shot"], "do not map one to one onto the 10 of cifar10"),
-    ("own/x = scenes:heldout/4/16", ["retrieval"], "nothing to evaluate"),
+    ("own/x = scenes:heldout/4/16", ["composition"], "nothing to evaluate"),
   ],
 )
 def test_what_cannot_be_evaluated_is_named(line: str, tasks: list[str], message: str) -> None:
