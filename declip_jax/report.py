@@ -29,7 +29,7 @@ from declip_jax import command_line, config_files
 from declip_jax.command_line import together
 from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import suites
-from declip_jax.evals.comparison import Method, read_methods, results_in
+from declip_jax.evals.comparison import Method, check_data, read_methods, results_in, tasks
 from declip_jax.evals.report.compared import Published, Report
 from declip_jax.evals.report.document import document
 from declip_jax.evals.report.files import to_csv, to_json
@@ -52,6 +52,9 @@ def write_report(report: Report, output: Path, *, latex: bool = False) -> None:
     ValueError: methods have been evaluated on different data under one name.
     OSError: a file cannot be written.
   """
+  every = [*report.methods, *report.interpolated, *report.standard]
+  for task in tasks(every):
+    check_data([scored for method in every for scored in method.of(task)])
   output.mkdir(parents=True, exist_ok=True)
   blocks = document(report, output)
   texts = {

@@ -130,3 +130,17 @@ def test_the_baseline_is_found_by_its_folder_among_runs_of_one_name(tmp_path: Pa
     weighted(folder / "results", "clip", str(folder), seed, 9)
   methods = read_methods([*folders, folders[0]])
   assert [report._find(methods, [str(folder)], "--baseline") for folder in folders] == methods
+
+
+def test_a_report_of_other_data_is_rejected_without_a_baseline(tmp_path: Path) -> None:
+  for name in "ab":
+    write(tmp_path, name, classified(0.7, 1), data={"test": {"source": f"folder:/{name}", "samples": ord(name)}})
+  methods = read_methods([tmp_path])
+  for rejected in (
+    Report(methods),
+    Report(methods[:1], standard=methods[1:]),
+    Report(methods[:1], interpolated=methods[1:]),
+  ):
+    with pytest.raises(ValueError, match="folder:/a, 97 samples.*folder:/b, 98 samples"):
+      report.write_report(rejected, tmp_path / "out")
+  assert not (tmp_path / "out").exists()

@@ -80,6 +80,11 @@ class Scored:
     return self.about.get("key", "")
 
   @property
+  def data(self) -> Mapping[str, Any]:
+    """What the result says about the test split."""
+    return self.result.ours.get("data", {}).get("test", {})
+
+  @property
   def training(self) -> Mapping[str, Any]:
     """How the model was trained, see `planning.training_facts`; nothing where that is not known."""
     return self.result.ours.get("training", {})
@@ -289,6 +294,25 @@ def cell(scored: Sequence[Scored], metric: str) -> Cell | None:
   return Cell(float(values.mean()), intervals.student(values), len(values))
 
 
+def check_data(scored: Sequence[Scored]) -> None:
+  """Rejects results of one task on different data: other numbers of samples, ids, labels or captions.
+
+  Those of images that only some models can read are compared by `difference`.
+
+  Raises:
+    ValueError: the message names two of their files, and their data.
+  """
+  first: dict[Any, tuple[Any, Scored]] = {}
+  for one in scored:
+    about = one.data
+    facts = {"": about.get("samples"), about.get("readable"): about.get("content")}
+    for readable, fact in facts.items():
+      known, other = first.setdefault(readable, (fact, one)) if fact is not None else (None, one)
+      if known != fact:
+        named = [f"{of.path} ({of.data.get('source')}, {of.data.get('samples')} samples)" for of in (other, one)]
+        raise ValueError(f"{' and '.join(named)} are results of different data under one name")
+
+
 def _having(scored: Sequence[Scored], metric: str) -> list[Scored]:
   return [one for one in scored if metric in one.metrics]
 
@@ -302,6 +326,7 @@ def difference(scored: Sequence[Scored], baseline: Sequence[Scored], metric: str
   Raises:
     ValueError: the two have been evaluated on different data; the message names their files.
   """
+  check_data([*scored, *baseline])
   own, theirs = (cell(side, metric) for side in (scored, baseline))
   if own is None or theirs is None:
     return None
@@ -435,6 +460,9 @@ def _joint(own: Sequence[Scored], theirs: Sequence[Scored], metric: str) -> _Ans
   places = [np.intersect1d(shared, row, return_indices=True)[2] for row in rows]
   first = every[0]
   for one, place in zip(every[1:], places[1:], strict=True):
+    for name in _SEARCHED if "image_of_text" in first.predictions else ():
+      if not np.array_equal(first.predictions[name], one.predictions[name]):
+        raise ValueError(f"{first.path} and {one.path}: {name} differs, so other images or texts were searched")
     for name in _SAME:
       if name in first.predictions and not np.array_equal(
         first.predictions[name][places[0]], one.predictions[name][place]
@@ -455,6 +483,7 @@ def _joint(own: Sequence[Scored], theirs: Sequence[Scored], metric: str) -> _Ans
   return _Answers(combined, columns, None if within is None else within[places[0]])
 
 
+_SEARCHED = ("row", "image_of_text")  # predictions of retrieval that do not depend on the model
 _SAME = ("label", "labels", "group")  # predictions that do not depend on the model
 
 

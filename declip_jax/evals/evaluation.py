@@ -29,7 +29,7 @@ from declip_jax.reporting.progress import Bar, message
 from declip_jax.runtime.hosts import from_first, sum_over_hosts
 from declip_jax.runtime.records import add_line
 
-_VERSION = 2  # of what a result of the same model, data and options is
+_VERSION = 3  # of what a result of the same model, data and options is
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Evaluation:
     if len(todo) < len(jobs):
       message(f"{len(jobs) - len(todo)} of {len(jobs)} results are in {self.output} already")
     training = self.model.training() if todo and jax.process_index() == 0 else {}
-    start, failed = time.monotonic(), {}
+    start, failed, contents = time.monotonic(), {}, {}
     total, images = self._images_to_encode(todo), _Images()
     with Bar("encoding images", total or None, "images") as bar, self._events(todo) as events:
       bar.pause()
@@ -99,12 +99,13 @@ class Evaluation:
         encode=partial(self._encode, images),
         encode_texts=encode_texts if self.text_cache is None else self.text_cache.encode,
         read=_reader(bar, total, images),
+        seen=lambda job, test: contents.update({job.name: test.content}),
       )
       for number, (job, scores) in enumerate(ran, 1):
         if isinstance(scores, Exception):
           failed[job.name] = scores
           continue
-        found[job.name] = self._result(job, scores, training)
+        found[job.name] = self._result(job, scores, training, contents[job.name])
         seconds, start = time.monotonic() - start, time.monotonic()
         if jax.process_index() == 0:
           path = results.write(self.output, found[job.name], scores.predictions)
@@ -185,8 +186,9 @@ class Evaluation:
         f"{path} is the result of {before.get('path')}, and that of {now['path']} would replace it: choose another "
         "--output"
       )
-    data = old.ours.get("data", {})
-    what = f"earlier weights at {before.get('path')}" if is_other else _named(data) if data != _data(job) else ""
+    data, own = old.ours.get("data", {}), _data(job)
+    is_same = data.keys() == own.keys() and all(own[name].items() <= about.items() for name, about in data.items())
+    what = f"earlier weights at {before.get('path')}" if is_other else "" if is_same else _named(data)
     if what and jax.process_index() == 0:
       message(f"{job.name}: replaces the result of {what}, {path}")
 
@@ -261,7 +263,8 @@ class Evaluation:
     ours = {"variant": job.variant, **ours}
     return Result(job.dataset, self.model.name, self.model.pretrained, evaluator.task or job.kind, theirs, ours)
 
-  def _result(self, job: Job, scores: Scores, training: Mapping[str, Any]) -> Result:
+  def _result(self, job: Job, scores: Scores, training: Mapping[str, Any], content: Mapping[str, Any]) -> Result:
+    data = _data(job)
     return self._result_of(
       job,
       {
@@ -273,7 +276,7 @@ class Evaluation:
         "details": scores.details,
         "about": job.about,
         "options": job.options,
-        "data": _data(job),
+        "data": {**data, "test": {**data["test"], **content}},
         "weights": self.model.weights,
         **({"training": training} if training else {}),
         "view": self.model.view,

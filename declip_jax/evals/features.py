@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 import errno
 from functools import cached_property
+import hashlib
+import json
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +24,7 @@ from declip_jax.data.pipeline import EvaluationBatches, parse_annotations
 from declip_jax.data.sources import PASSING, Source
 from declip_jax.evals.encoders import Encoders, ModelClassifier
 from declip_jax.evals.similarity import Embeddings, Similarity, concatenate, take, unit_rows
-from declip_jax.runtime.hosts import any_host, first_error, gather_rows
+from declip_jax.runtime.hosts import any_host, first_error, gather_rows, gather_texts
 from declip_jax.sharding import local_rows
 
 
@@ -285,6 +288,23 @@ class Split:
   def image_hash(self) -> Sequence[str]:
     """`Features.image_hash`."""
     return self._labelled.image_hash
+
+  @cached_property
+  def content(self) -> dict[str, Any]:
+    """What tells other data apart, of all hosts, which all have to ask for it.
+
+    `readable` is the number of images that can be read, and `content` a hash of their rows, ids, labels and captions,
+    and of encoded images that have captions. What all ids begin with, such as a folder, does not count.
+    """
+    labels = [None] * len(self.label) if self.labels is None else self.labels.tolist()
+    own = zip(self._labelled.id, self.label.tolist(), labels, self.captions, self.image_hash, strict=True)
+    every, readable = gather_texts([json.dumps(fields) for fields in own]), gather_rows(self.readable)
+    found = {int(row): json.loads(every[row]) for row in np.flatnonzero(readable)}
+    start = len(os.path.commonprefix([place for place, *_ in found.values()]))
+    digest = hashlib.sha256()
+    for row, (place, *fields) in found.items():
+      digest.update(f"{json.dumps([row, place[start:], *fields])}\n".encode())
+    return {"readable": len(found), "content": digest.hexdigest()[:32]}
 
   @cached_property
   def _labelled(self) -> Features:

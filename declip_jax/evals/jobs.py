@@ -82,6 +82,7 @@ def run_jobs(
   encode: Encode = encode,
   encode_texts: EncodeTexts = encode_texts,
   read: Read = read_batches,
+  seen: Callable[[Job, Split], None] = lambda job, test: None,
 ) -> Iterator[tuple[Job, Scores | ValueError | OSError]]:
   """Runs jobs in their order, and yields the scores of each, or the error of one that cannot run.
 
@@ -94,6 +95,7 @@ def run_jobs(
     encode: function that returns features of a source.
     encode_texts: function that returns embeddings of texts.
     read: function that reads images of a source.
+    seen: called after each job that has scores with its test split, on all hosts.
   """
   texts, opened, features = Texts(encoders, encode_texts), {}, {}
 
@@ -110,6 +112,7 @@ def run_jobs(
     data = make_data(encoders, texts, **{name: opened[id(split)] for name, split in job.splits.items()}, **job.data)
     try:
       scores = EVALUATORS[job.kind].function(data, picture(job), **job.options)
+      seen(job, data.test)
     except ValueError as error:
       scores = error
     except (LookupError, ArithmeticError, TypeError, OSError) as error:  # the other jobs still run

@@ -71,7 +71,7 @@ class Result:
       `kind`: the evaluator, a key of `EVALUATORS`; `variant`: tells results apart that differ in nothing above;
       `headline`: name of the headline metric;
       `metrics`, `intervals`, `details`: those of `Scores`;
-      `data`: for each split its source, stamp and number of samples;
+      `data`: for each split its source, stamp and number of samples; of `test` also `Split.content`;
       `options`: those of the evaluator;
       `weights`: path, origin, step, hash and number of `parameters`; of a mixture `share`, that of these weights in
         it, and `interpolated_with`, the same of the other weights;

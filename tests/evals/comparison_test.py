@@ -248,3 +248,36 @@ def test_a_result_never_hides_another_one_of_the_same_weights(tmp_path: Path) ->
   weighted(tmp_path / "b", "clip", "runs/clip", 2, 9, key="pets")
   with pytest.raises(ValueError, match=r"a/pets.*b/pets.* different results of pets by the same weights"):
     read_methods([tmp_path / "a", tmp_path / "b"])
+
+
+@pytest.mark.parametrize(
+  "changes", [{"samples": 401}, {"content": "y"}, {"samples": None, "content": "y"}, {"readable": 399, "content": "y"}]
+)
+def test_results_of_other_data_are_rejected(changes: dict[str, object], tmp_path: Path) -> None:
+  data = {"source": "folder:/v1", "samples": 400, "readable": 400, "content": "x"}
+  for seed, name in enumerate(("a-0", "a-1", "b-0", "b-1")):
+    test = {**data, "source": "folder:/v2", **changes} if name == "b-1" else data
+    write(tmp_path / name, name, classified(0.7, seed), data={"test": test})
+  names = ("a-0", "a-1", "b-0", "b-1")
+  a, _, _, b = ([*read_methods([tmp_path / name])[0].of(TASK)] for name in names)
+  seeds = [method.of(TASK) for method in read_methods([tmp_path / name for name in names])]
+  if changes.get("readable"):  # an image that one model cannot read: those that both have are compared
+    assert comparison.difference(a, b, "top1").test == "paired"
+    return
+  for sides in ((a, b), seeds):
+    with pytest.raises(ValueError, match=r"a-0/.*folder:/v1.*b-1/.*folder:/v2.* different data"):
+      comparison.difference(*sides, "top1")
+
+
+def test_retrieval_among_other_images_is_not_compared(tmp_path: Path) -> None:
+  for name, size in (("a", 10), ("b", 10), ("c", 30)):
+    owner = np.repeat(np.arange(size), 2 if name == "a" else 3)
+    ranks = {"row": np.arange(size), "image_of_text": owner, "image_rank": np.arange(size) % 3, "text_rank": owner}
+    fields = {"kind": "retrieval", "headline": "image_to_text_r1", "metrics": {"image_to_text_r1": 0.4}}
+    fields |= {"intervals": {}, "details": {}, "options": {}, "data": {}}
+    results.write(tmp_path / name, Result("toys", name, "w", "zeroshot_retrieval", {}, fields), ranks)
+  a, b, c = (read_methods([tmp_path / name])[0].of(Task("toys", "retrieval", "")) for name in "abc")
+  assert comparison.difference(a, a, "image_to_text_r1").test == "paired"
+  for other in (b, c):
+    with pytest.raises(ValueError, match="other images or texts"):
+      comparison.difference(a, other, "image_to_text_r1")

@@ -77,7 +77,8 @@ def test_a_result_says_what_was_evaluated_and_how(tmp_path: Path) -> None:
   assert (fields["dataset"], fields["metrics"]) == ("set/a", {"acc1": 0.4})
   ours = fields["declip_jax"]
   assert (ours["headline"], ours["intervals"], ours["options"]) == ("mean", {"mean": [0.0, 1.0]}, {"scale": 2.0})
-  assert ours["data"]["test"] == {"source": "a", "stamp": "1", "samples": 2, "skipped": {}}
+  test = ours["data"]["test"]
+  assert test == {"source": "a", "stamp": "1", "samples": 2, "skipped": {}, "readable": 2, "content": test["content"]}
   assert (ours["weights"]["step"], ours["about"]) == (8, {"key": "k"})
   assert (tmp_path / "results" / "pictures" / f"{path.stem}.png").read_text() == "picture"
   (line,) = (tmp_path / "results" / "results.jsonl").read_text().splitlines()

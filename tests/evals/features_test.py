@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 import errno
+from typing import Any
 
 from greys import Greys, grey_encoders
 import numpy as np
@@ -122,3 +123,25 @@ def test_tokens_are_dropped_and_embeddings_are_not() -> None:
       texts(["a", "bcd"])
       texts.drop_tokens()
     assert events == encoded
+
+
+def test_the_content_of_a_split_depends_on_ids_labels_and_captions_but_not_on_its_folder() -> None:
+  def content(folder: str, *examples: tuple[str, int, tuple[str, ...]]) -> dict[str, Any]:
+    class Named(list):
+      name, classnames, stamp = folder, (), "1"
+
+      def __getitem__(self, index: int) -> dict[str, Any]:
+        place, label, captions = super().__getitem__(index)
+        image = b"broken" if place == "broken" else np.zeros((4, 4, 3), np.uint8)
+        return {"image": image, "captions": captions, "label": label, "id": f"{folder}/{place}"}
+
+    return Split(Named(examples), grey_encoders(2)).content
+
+  rows = [("a", 0, ()), ("b", 1, ("a cat",)), ("broken", 1, ())]
+  found = content("/here", *rows)
+  assert found["readable"] == 2
+  assert content("/moved/there", *rows) == found
+  changed = [("c", 0, ()), rows[1]], [("a", 1, ()), rows[1]], [rows[0], ("b", 1, ("a dog",))], [rows[1], rows[0]]
+  hashes = {content("/here", *own)["content"] for own in (*changed, rows[:2])}
+  assert len(hashes) == 5
+  assert content("/here", *rows[:2])["content"] == found["content"]
