@@ -145,7 +145,7 @@ def plan(args: argparse.Namespace) -> None:
   programs = (
     ("coarse", COARSE, args.train),
     ("halving", HALVING, args.train),
-    ("refit", HALVING, args.train + args.val),
+    ("refit", 1, args.train + args.val),
   )
   for name, fits, rows in programs:
     data = rows_of(rows, args, mesh)

@@ -109,11 +109,13 @@ def sweep(data: ProbeData, *, refit: bool = True, tolerance: float = TOLERANCE) 
   solver = _Solver.make(placed, data.classes, data.mesh, tolerance)
   tried = _try_strengths(solver, placed, placed_val, data.score)
   chosen = last = tried[_best(tried)]
+  fitted_rows = placed.features.shape
   del placed, placed_val  # the devices hold the rows once
   if refit:
-    both = Labelled(*map(np.concatenate, zip(data.train, data.val, strict=True)))
-    # One strength twice: it needs no program of its own where both splits have as many rows, with padding, as one.
-    last, _ = solver.fit(_Placed.make(both, data.mesh), [chosen.record.strength] * 2, chosen)
+    both = _Placed.make(Labelled(*map(np.concatenate, zip(data.train, data.val, strict=True))), data.mesh)
+    # Where both splits have as many rows, with padding, as one, the program of the halvings serves: one strength twice.
+    fits = 2 if both.features.shape == fitted_rows else 1
+    last = solver.fit(both, [chosen.record.strength] * fits, chosen)[0]
   return solver.result([fitted.record for fitted in tried.values()], chosen, last, data.test)
 
 
