@@ -1,5 +1,6 @@
 """Tests of `benchmarks/`: two source trees are compared, and every benchmark starts."""
 
+import argparse
 import os
 from pathlib import Path
 import subprocess
@@ -40,6 +41,24 @@ def test_benchmarks_of_two_trees_exclude_the_first_round(two_trees, tmp_path, ca
   assert clip.split() == ["clip", "0.0", "0.0", "1.0", "2.0", "0.500", "0.50-0.50", "0.500", "0.500"]
   assert bad.startswith("bad")
   assert "unknown method" in bad
+
+
+def test_a_study_trains_every_method_on_nested_shares_with_equal_steps(monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+  import data_efficiency
+
+  of = {"methods": ["clip", "declip:paper"], "shares": [5.0, 100.0], "seeds": 2, "steps": 12, "dataset": "fashion44k"}
+  args = argparse.Namespace(**of, data=Path("/data"))
+  cells = list(data_efficiency.cells(args))
+  assert [cell.name for cell in cells[:5]] == [
+    *("clip-5pct-0", "declip_paper-5pct-0", "clip-100pct-0", "declip_paper-100pct-0", "clip-5pct-1"),
+  ]
+  few, paper, all_pairs = (cell.config(args) for cell in cells[:3])
+  assert few.data.train == ("heldout:5%:webdataset:/data/train-*.tar",)
+  assert all_pairs.data.train == ("webdataset:/data/train-*.tar",)
+  assert few.duration == all_pairs.duration
+  assert paper.data.strong_scale is None  # that of the recipe
+  assert data_efficiency.Cell("declip", 5.0, 1).config(args).data.strong_scale == (0.5, 1.0)
 
 
 @pytest.mark.slow
