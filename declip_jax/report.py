@@ -1,9 +1,10 @@
 """Compares evaluations: python -m declip_jax.report runs/clip runs/declip --baseline runs/clip --output report
 
-Each argument is a folder of results of `declip_jax.evaluate`, or a working directory with a folder `results`. Models
+Each argument is a folder of results of `declip_jax.evaluate`, or a working directory with a folder `results`. Runs
 whose names differ only in a final number, as clip-0 and clip-1, are seeds of one method if they were trained in the
-same way. --output receives report.md, report.html (one page that needs no other file), report.json, results.csv (as
-`clip_benchmark build` writes it), pictures, and with --latex report.tex, the tables for LaTeX.
+same way; files of weights never are. --output receives report.md, report.html (one page that needs no other file),
+report.json, results.csv (as `clip_benchmark build` writes it), pictures, and with --latex report.tex, the tables for
+LaTeX.
 
 Runs of several sizes, such as methods x shares of the data x seeds, also give curves of scores against training FLOPs,
 pairs and parameters, and the number of pairs with which each method reaches the score of the baseline's, or of the
@@ -13,11 +14,11 @@ With --data, the working directories are first evaluated on the data sets of tha
 with --suite, --data and --tasks; results that are there are not computed again. Runs that fail do not stop the others:
 the report shows what there is, and the command then ends with the errors of all.
 
-Models that were evaluated on different data under one name are rejected. --shift names data sets of one task
-under distribution shift, such as --shift=own/photo:own/sketch,own/cartoon; the shifts of ImageNet are known. --standard
-names results of models with standard training, whose line gives the accuracy that is expected under shift. --overlap
-names working directories of `declip_jax.overlap`.
-"""
+Models that were evaluated on different data under one name are rejected: other numbers of samples, or other ids, labels
+or captions of test images. --shift names data sets of one task under distribution shift, such as
+--shift=own/photo:own/sketch,own/cartoon; the shifts of ImageNet are known. --standard names results of models with
+standard training, whose line gives the accuracy that is expected under shift. --overlap names working directories of
+`declip_jax.overlap`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

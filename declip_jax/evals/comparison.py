@@ -80,9 +80,9 @@ class Scored:
     return self.about.get("key", "")
 
   @property
-  def data(self) -> Mapping[str, Any]:
-    """What the result says about the test split."""
-    return self.result.ours.get("data", {}).get("test", {})
+  def data(self) -> Mapping[str, Mapping[str, Any]]:
+    """What the result says about each split."""
+    return self.result.ours.get("data", {})
 
   @property
   def training(self) -> Mapping[str, Any]:
@@ -295,22 +295,26 @@ def cell(scored: Sequence[Scored], metric: str) -> Cell | None:
 
 
 def check_data(scored: Sequence[Scored]) -> None:
-  """Rejects results of one task on different data: other numbers of samples, ids, labels or captions.
+  """Rejects results of one task on different data: other numbers of samples, or other ids, labels or captions.
 
-  Those of images that only some models can read are compared by `difference`.
+  The latter are compared of results with the same number of readable test images; `difference` compares the labels of
+  others. Of splits to train on, only the number of samples is known.
 
   Raises:
     ValueError: the message names two of their files, and their data.
   """
   first: dict[Any, tuple[Any, Scored]] = {}
   for one in scored:
-    about = one.data
-    facts = {"": about.get("samples"), about.get("readable"): about.get("content")}
-    for readable, fact in facts.items():
-      known, other = first.setdefault(readable, (fact, one)) if fact is not None else (None, one)
-      if known != fact:
-        named = [f"{of.path} ({of.data.get('source')}, {of.data.get('samples')} samples)" for of in (other, one)]
-        raise ValueError(f"{' and '.join(named)} are results of different data under one name")
+    for split, about in one.data.items():
+      for of, fact in (("", about.get("samples")), (about.get("readable"), about.get("content"))):
+        known, other = first.setdefault((split, of), (fact, one)) if fact is not None else (None, one)
+        if known != fact:
+          named = [f"{each.path} ({split} {_named(each.data[split])})" for each in (other, one)]
+          raise ValueError(f"{' and '.join(named)} are results of different data under one name")
+
+
+def _named(about: Mapping[str, Any]) -> str:
+  return f"{about.get('source')}, {about.get('samples')} samples"
 
 
 def _having(scored: Sequence[Scored], metric: str) -> list[Scored]:

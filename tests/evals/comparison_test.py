@@ -269,6 +269,14 @@ def test_results_of_other_data_are_rejected(changes: dict[str, object], tmp_path
       comparison.difference(*sides, "top1")
 
 
+def test_results_of_probes_of_other_training_splits_are_rejected(tmp_path: Path) -> None:
+  for name, samples in (("a", 100), ("b", 90)):
+    write(tmp_path, name, classified(0.7, 1), data={"train": {"source": "folder:/t", "samples": samples}})
+  a, b = (method.of(TASK) for method in read_methods([tmp_path]))
+  with pytest.raises(ValueError, match="train folder:/t, 100 samples.*train folder:/t, 90 samples"):
+    comparison.difference(a, b, "top1")
+
+
 def test_retrieval_among_other_images_is_not_compared(tmp_path: Path) -> None:
   for name, size in (("a", 10), ("b", 10), ("c", 30)):
     owner = np.repeat(np.arange(size), 2 if name == "a" else 3)
