@@ -65,7 +65,8 @@ def print_agreement(place: Path, sets: Sequence[Folder]) -> None:
   """
   clip = declip_jax.load(place / "export")
   encoders = clip.encoders(_BATCH)
-  found = {(own.dataset, own.task): own for _, own in results.read_all([place / "ours-cold"])}
+  read = [own for _, own in results.read_all([place / "ours-cold"])]
+  found = {(own.ours["about"]["key"].removeprefix("own/"), own.task): own for own in read}
   print("| data set | task | metric | ours | CLIP_benchmark, same features | its own features |")
   print("|---|---|---|---|---|---|")
   for one in sets:
