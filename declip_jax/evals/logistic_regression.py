@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 import numpy as np
 import optax
 
-from declip_jax.evals.rows import num_blocks
+from declip_jax.evals.rows import BLOCK, num_blocks
 from declip_jax.sharding import replicated
 
 TOLERANCE = 1e-5  # largest entry of the gradient at which a fit may end
@@ -226,7 +226,8 @@ def fit_program(
     return objective, Linear(along_axes, bias_scale * gradient.bias), largest
 
   along_axes = jnp.einsum("fa,mfk->mak", axes.axis, start.kernel) / problem.scale[..., None]
-  end = _minimise(evaluate, problem, Linear(along_axes, start.bias / bias_scale), tolerance)
+  many = len(data.target) > BLOCK * mesh.size  # of fewer rows, passes take less time than compiling
+  end = _minimise(evaluate, problem, Linear(along_axes, start.bias / bias_scale), tolerance, shrink=many)
   return Fits(original(problem.scale, end.point), end.objective, end.largest, end.iterations, end.passes)
 
 
@@ -316,10 +317,10 @@ def _minimise(
   problem: _Problem,
   start: Linear,
   tolerance: Float[Array, ""],
+  *,
+  shrink: bool,
 ) -> _Search:
   """L-BFGS for `m` convex problems that share the evaluations of their objectives.
-
-  When half of them have ended, the others go on alone, at half the cost of an evaluation, and so on.
 
   Directions and memory are those of `optax.lbfgs`; its line search is not used, since a vectorised `lax.cond` computes
   both branches, and each is a pass. Here every evaluation moves every problem: to its next point, or to a shorter step.
@@ -330,6 +331,8 @@ def _minimise(
     problem: what tells the problems apart.
     start: first points.
     tolerance: see `fit`.
+    shrink: whether the others continue without half of the problems once these have ended, and so on, at half the cost
+      of an evaluation. Each time is a loop of its own to compile.
   """
   direction_of = jax.vmap(optax.scale_by_lbfgs(_MEMORY).update)
   memory = jax.vmap(optax.scale_by_lbfgs(_MEMORY).init)(start)
@@ -363,7 +366,7 @@ def _minimise(
 
   def solve(now: _Search) -> _Search:
     size = len(now.objective)
-    fewer = (size + 1) // 2 if size > 1 else 0
+    fewer = (size + 1) // 2 if shrink and size > 1 else 0
     now = jax.lax.while_loop(lambda now: running(now).sum() > fewer, advance, now)
     if not fewer:
       return now

@@ -183,6 +183,23 @@ def test_one_device_finds_the_same_classifier(mesh):
   np.testing.assert_array_equal(one.scores.argmax(axis=1), eight.scores.argmax(axis=1))
 
 
+def test_fits_of_many_rows_continue_without_those_that_have_ended(mesh, monkeypatch):
+  layout, (features, label) = Layout.make(len(split("train").features), mesh), split("train")
+  data = Data(layout.place(features), layout.place(label.astype(np.int32), fill=-1))
+  axes = logistic_regression.principal_axes(data, mesh)
+  strengths, answered = [1e-6, 1e-2, 1e-4, 1.0], np.isin(np.arange(7), label)
+  together = logistic_regression.fit(data, axes, strengths, answered, mesh)
+  monkeypatch.setattr(logistic_regression, "BLOCK", 1)
+  logistic_regression.compiled_fit.cache_clear()
+  alone = logistic_regression.fit(data, axes, strengths, answered, mesh)
+  logistic_regression.compiled_fit.cache_clear()
+  first, last, _, longest = together.iterations.tolist()  # they end at different times, and not in their order
+  assert first < last < longest
+  np.testing.assert_allclose(alone.objective, together.objective, rtol=1e-6)
+  np.testing.assert_allclose(alone.linear.kernel, together.linear.kernel, atol=2e-3)
+  assert (np.asarray(alone.gradient) <= logistic_regression.TOLERANCE).all()
+
+
 @pytest.mark.parametrize("block", [8192, 16])
 def test_a_pass_in_blocks_is_the_sum_over_all_rows(mesh, block, monkeypatch):
   monkeypatch.setattr(rows, "BLOCK", block)
