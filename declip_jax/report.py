@@ -40,6 +40,8 @@ from declip_jax.reporting.documents import to_html, to_latex, to_markdown
 from declip_jax.reporting.progress import message
 from declip_jax.runtime.records import write
 
+_MODELS_OF_A_LINE = 3  # with which a line has residuals
+
 
 def write_report(report: Report, output: Path, *, latex: bool = False) -> None:
   """Writes the files of a report; the same results give the same bytes.
@@ -136,7 +138,9 @@ def _report(folders: Sequence[str], shifts: Mapping[str, Sequence[str]]) -> None
   if not methods:
     raise ValueError(f"{', '.join(folders)}: only results of interpolated weights; add those of a model")
   baseline = _find(methods, given.baseline, f"--baseline={','.join(given.baseline)}") if given.baseline else None
-  standard = read_methods([Path(folder) for folder in given.standard]) if given.standard else []
+  standard = [model for folder in given.standard for model in read_methods([Path(folder)])]  # each seed is a point
+  if given.standard and len(standard) < _MODELS_OF_A_LINE:
+    raise ValueError(f"--standard={','.join(given.standard)}: the line needs {_MODELS_OF_A_LINE} models or more")
   overlaps = tuple(map(Path, given.overlap))
   report = Report(methods, baseline, shifts, standard, overlaps, interpolated, published())
   write_report(report, Path(given.output), latex=given.latex)

@@ -122,6 +122,9 @@ def test_errors_of_all_runs_are_raised_together_after_the_report_of_the_others(
   assert [*json.loads((tmp_path / "out" / "report.json").read_text())["scores"][0]["methods"]] == ["partly", "good"]
   with pytest.raises(ValueError, match="bad: no such split"):
     report._command(folders[:1])
+  report.flags.FLAGS.standard = folders[3:] * 2
+  with pytest.raises(ValueError, match="--standard=.*good: the line needs 3 models or more"):
+    report._command(folders[3:])
 
 
 def test_the_baseline_is_found_by_its_folder_among_runs_of_one_name(tmp_path: Path) -> None:
