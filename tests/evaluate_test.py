@@ -174,7 +174,7 @@ def test_an_entry_may_stand_for_the_data_sets_of_a_data_file(monkeypatch: pytest
   [
     ({"suite": "slip27"}, r"config.evals.mine: no suite 'slip27'.*slip26"),
     ({"suite": "slip26"}, r"config.evals.mine: nothing to evaluate: slip26: the data file lacks 26 of 26"),
-    ({"kind": "retrieval"}, r"config.evals.mine: nothing to evaluate: no task fits"),
+    ({"kind": "composition"}, r"config.evals.mine: nothing to evaluate: no task fits"),
     ({"kind": "knn"}, r"config.evals.mine: nothing to evaluate: own/few: knn needs a split to train on"),
     ({"kind": "knn", "train": "scenes:test/4/16"}, r"mine.train='scenes:test/4/16': the splits of suite='all'"),
     ({"templates": ("a {}",)}, r"config.evals.mine.templates=\('a {}',\): suite='all' has prompts of its own"),
