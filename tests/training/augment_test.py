@@ -5,6 +5,7 @@ from functools import partial
 import itertools
 from pathlib import Path
 
+import cpu_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ CROPS = np.stack([IMAGE[i : i + SIZE, 2 * i : 2 * i + SIZE] for i in range(48)])
 
 
 # Under the flags of `cpu_devices` XLA contracts products and sums, which moves some levels by one.
-UNCONTRACTED = {"xla_cpu_use_fusion_emitters": True}
+UNCONTRACTED = {"xla_cpu_use_fusion_emitters": True} if cpu_devices.HAS_OLDER_EMITTERS else {}
 
 
 def on_pixels(change):
