@@ -40,7 +40,7 @@ class Cell:
   Attributes:
     method: a method, or METHOD:VIEWS with other views than the default, see `configs/studies/data_efficiency.py`.
     share: share of the pairs, in percent.
-    seed: the seed of the run.
+    seed: random seed.
   """
 
   method: str

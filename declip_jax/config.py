@@ -432,7 +432,7 @@ def _evaluation(kind: str, data: str, **fields: Any) -> ConfigDict:
   """An entry of `c.evals`, which takes part in each evaluation of a run, or in each `every`-th.
 
   With `suite`, the name of a suite such as "slip26", or "all", `data` is a data file (`evals.data_files`), and the
-  entry stands for those of its data sets that are in the suite, with its prompts, classes and metrics.
+  entry means those of its data sets that are in the suite, with its prompts, classes and metrics.
   """
   return ConfigDict({"kind": kind, "data": data, "suite": "", "every": 1, **fields})
 

@@ -210,7 +210,7 @@ def _config_of_run(workdir: Path, step: int | None) -> ConfigDict | None:
 
 
 def _jobs_from_flags() -> list[Job] | None:
-  """The evaluations that the flags choose; None stands for those in the config of the run.
+  """The evaluations that the flags choose; None means those of the run's config.
 
   Raises:
     ValueError: flags contradict each other, or an evaluation cannot run.

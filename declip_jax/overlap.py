@@ -216,7 +216,7 @@ def _check_predictions(predictions: Path, test: Source) -> None:
   """Rejects predictions that are not of the test images, by the result to which they belong.
 
   Raises:
-    OSError: there is no such result.
+    OSError: the result does not exist.
     ValueError: it is of other images, or no result.
   """
   about = results.read(results.result_path(predictions)).ours["data"]["test"]

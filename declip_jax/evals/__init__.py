@@ -140,7 +140,7 @@ def parse_option(kind: str, name: str, text: str, place: str) -> dict[str, Any]:
     place: start of error messages.
 
   Raises:
-    ValueError: there is no such option, or the value has another type than the default.
+    ValueError: the option does not exist, or its value does not have the type of the default.
   """
   known = defaults(kind)
   if name not in known:

@@ -331,8 +331,8 @@ def _minimise(
     problem: what tells the problems apart.
     start: first points.
     tolerance: see `fit`.
-    shrink: whether the others continue without half of the problems once these have ended, and so on, at half the cost
-      of an evaluation. Each time is a loop of its own to compile.
+    shrink: whether, once half of the problems have ended, the others continue without them at half the cost of an
+      evaluation, and so on. Each halving adds a loop to compile.
   """
   direction_of = jax.vmap(optax.scale_by_lbfgs(_MEMORY).update)
   memory = jax.vmap(optax.scale_by_lbfgs(_MEMORY).init)(start)
