@@ -9,6 +9,7 @@ Captions never mention left or right, so they remain true after horizontal flips
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 import math
 from typing import NamedTuple
 
@@ -218,7 +219,7 @@ class Scenes:
   def classnames(self) -> tuple[str, ...]:
     return tuple(f"{color} {shape}" for color, shape in _SPLITS[self.split][0])
 
-  @property
+  @cached_property
   def stamp(self) -> str:
     """Changes with the images or captions, as with another version of OpenCV; depends on three scenes."""
     examples = [self[index] for index in sorted({0, self.size // 2, self.size - 1})]
