@@ -235,8 +235,11 @@ def test_one_pass_gives_the_pooled_feature_and_its_projection(filip):
   assert np.abs(np.linalg.norm(joint, axis=1) - 1).min() > 0.1
 
 
-@pytest.mark.parametrize("method", ["clip", "simclr"])
-@pytest.mark.parametrize("image", [architectures.resnet(4, (1, 1, 1, 1)), architectures.vit(8, 32, 1, 2)])
+@pytest.mark.parametrize("method", ["clip", pytest.param("simclr", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "image",
+  [pytest.param(architectures.resnet(4, (1, 1, 1, 1)), marks=pytest.mark.slow), architectures.vit(8, 32, 1, 2)],
+)
 def test_towers_without_a_joint_space_have_pooled_features(method, image):
   c = tiny_config(method)
   c.model.image, c.model.dtype = image, "bfloat16"
@@ -314,9 +317,9 @@ def test_whether_tokens_are_compared_follows_from_the_weights_of_a_run(weights, 
 @pytest.mark.parametrize(
   ("left_out", "tokens"),
   [
-    ((), False),  # DeFILIP
+    pytest.param((), False, marks=pytest.mark.slow),  # DeFILIP
     (("projector", "predictor"), True),  # FILIP
-    (("image_mapping", "text_mapping", "logit_scale_dense"), False),  # DeCLIP
+    pytest.param(("image_mapping", "text_mapping", "logit_scale_dense"), False, marks=pytest.mark.slow),  # DeCLIP
   ],
 )
 def test_released_filip_is_recognised(left_out, tokens):

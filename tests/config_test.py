@@ -60,6 +60,7 @@ def test_a_misspelt_name_gets_a_suggestion(make: Callable[[], object], meant: st
     make()
 
 
+@pytest.mark.slow
 def test_the_package_gives_its_modules_on_demand() -> None:
   """As the README says, with no import but `import declip_jax`."""
   script = (

@@ -131,7 +131,9 @@ def test_every_file_shows_how_to_run_it() -> None:
       assert command[2] == f"runs/{name.split('/')[1]}"
 
 
-@pytest.mark.parametrize("name", REPRESENTATIVES[:-1])
+@pytest.mark.parametrize(
+  "name", ["demo", *(pytest.param(name, marks=pytest.mark.slow) for name in REPRESENTATIVES[1:-1])]
+)
 def test_one_config_per_folder_has_consistent_shapes(name: str) -> None:
   check_shapes(name)
 
@@ -516,6 +518,7 @@ def test_results_start_from_the_run_that_they_build_on(name: str, first: str, gr
   assert c.model.image == get(first).model.image
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_the_tower_of_a_run(finished_run: FinishedRun) -> None:
   run = finished_run.config
   c = get("finetune", init=str(finished_run.workdir), data="/mine", test="/val", epochs=10, batch_size=64)

@@ -317,6 +317,7 @@ def own_config(tmp_path: Path) -> ConfigDict:
   return config_files.load(str(file))
 
 
+@pytest.mark.slow
 def test_a_term_in_a_users_config_file_takes_no_place(own_config: ConfigDict) -> None:
   c = own_config
   _, metrics = trace_step(c)

@@ -553,7 +553,7 @@ def test_keep_gives_up_on_a_request_that_fails_repeatedly(machine):
   assert (result.returncode, done) == (1, ["delete", "create"])
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupting_keep_does_not_stop_the_run(machine, monkeypatch, signum):
   command, env = keep("c.py", "runs/a")
   for name, value in env.items():

@@ -78,6 +78,7 @@ def check_embeddings(path: Path, expected: Mapping[str, np.ndarray]) -> None:
   assert clip.logit_scale == pytest.approx(float(expected["logit_scale"]))
 
 
+@pytest.mark.slow
 def test_an_old_run_loads_evaluates_and_exports(runs: Path, expected: Mapping[str, np.ndarray]) -> None:
   run = runs / "old_run"
   check_embeddings(run, expected)

@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
   return root
 
 
+@pytest.mark.slow
 def test_a_report_marks_what_the_intervals_support(folder: Path, tmp_path: Path) -> None:
   folders = [folder / "clip", folder / "declip"]
   overlap = folder / "overlap"

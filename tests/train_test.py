@@ -263,6 +263,7 @@ def test_run_leaves_its_record(finished_run: FinishedRun, tmp_path: Path) -> Non
   assert {"loss", "loss/clip", "loss/nns", "eval/heldout/top1", "eval/retrieval/text_to_image_r10"} <= set(final)
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_started_again_only_repeats_its_evaluation(
   finished_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -299,6 +300,7 @@ def test_a_run_that_lost_its_last_steps_repeats_them_bit_exact(
   assert position == place == {"next_index": 8 * 16}
 
 
+@pytest.mark.slow
 def test_the_other_commands_read_a_run_back(finished_run: FinishedRun, tmp_path: Path) -> None:
   shutil.copytree(finished_run.workdir, tmp_path, dirs_exist_ok=True)
   scores = {name: value for name, value in finished_run.final.items() if name.startswith("eval/")}
@@ -369,6 +371,7 @@ def test_self_supervision_on_other_images_requires_separate_views() -> None:
     build.build(declip)
 
 
+@pytest.mark.slow
 def test_the_texts_that_search_the_bank_can_be_chosen() -> None:
   config = tiny_config("declip")
   for kinds, views in ((None, (0,)), (("augmented",), (1,)), (("augmented", "raw"), (1, 0))):

@@ -187,6 +187,7 @@ def uninterrupted(tmp_path_factory) -> dict[str, bytes]:
   return contents(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_an_interrupted_conversion_continues_and_gives_the_same_bytes(tmp_path, uninterrupted, number):
   output = tmp_path / "out"

@@ -267,6 +267,7 @@ def die_at_30(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
   return say_number(example, rng)
 
 
+@pytest.mark.slow
 def test_dead_worker_is_an_error_within_seconds() -> None:
   stream = pipeline.TrainStream(
     pipeline.training_samples(Mixture((Numbers(40),)), die_at_30, 0), 4, workers=2, threads=1
@@ -388,6 +389,7 @@ def test_a_batch_is_made_by_all_threads() -> None:
   np.testing.assert_array_equal(batch["value"], [whole[index]["value"] for index in range(128)])
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_training_is_killed(tmp_path: pathlib.Path) -> None:
   """The script has no main guard: workers do not import it, however late they start."""
   program = tmp_path / "train.py"

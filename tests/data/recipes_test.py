@@ -142,6 +142,7 @@ def test_full_augmentation_equals_the_self_supervised_views():
   assert simclr == replace(slip, image_views=("strong", "strong"), text_views=(), views=simclr.views)
 
 
+@pytest.mark.slow
 def test_the_two_views_of_moco_v3_differ_in_blur_and_solarization():
   recipe = replace(RECIPES["slip_mocov3"], jitter=(0.0, 0.0, 0.0, 0.0), blur_radius=(2.0, 2.0))
   assert RECIPES["slip_mocov3"].jitter == (0.4, 0.4, 0.2, 0.1)

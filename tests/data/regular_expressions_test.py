@@ -13,6 +13,8 @@ import signal
 import sys
 import time
 
+import pytest
+
 import declip_jax
 
 ROOT = Path(declip_jax.__file__).parent
@@ -108,6 +110,7 @@ def slow_texts(pattern: re.Pattern, method: str) -> list[str]:
   return slow
 
 
+@pytest.mark.slow
 def test_no_text_takes_more_than_linear_time():
   found = list(expressions())
   assert len(found) > 40

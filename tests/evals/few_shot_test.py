@@ -39,6 +39,7 @@ def test_ridge_scores_are_the_same_from_either_gram_matrix():
   assert 8 * SHOTS[0] < 49 < 8 * SHOTS[-1]  # fewer rows than columns, and more
 
 
+@pytest.mark.slow
 def test_logistic_regression_equals_scikit_learns_optimum(data):
   found = few_shot.logistic(data, shots=SHOTS)
   golden = reference.below(GOLDEN, "logistic_C0.316/")

@@ -183,6 +183,7 @@ def test_one_device_finds_the_same_classifier(mesh):
   np.testing.assert_array_equal(one.scores.argmax(axis=1), eight.scores.argmax(axis=1))
 
 
+@pytest.mark.slow
 def test_fits_of_many_rows_continue_without_those_that_have_ended(mesh, monkeypatch):
   layout, (features, label) = Layout.make(len(split("train").features), mesh), split("train")
   data = Data(layout.place(features), layout.place(label.astype(np.int32), fill=-1))

@@ -159,6 +159,7 @@ def test_gradients_equal_timm(tiny, trained):
   assert_equals_timm({"params": gradient}, reference.below(tiny[0], "grad/"), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_gradient_nor_statistics():
   """In one stage of two blocks, which compiles fast."""
   fields = {"initial_width": 8, "slope": 0.0, "multiplier": 2.0, "depth": 2, "group_width": 4, "stem_width": 8}

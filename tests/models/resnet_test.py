@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from declip_jax.models.resnet import AttentionPool, ModifiedResNet
 
@@ -26,6 +27,7 @@ def test_attention_pool_equals_loops():
       np.testing.assert_allclose(found[part], weight @ value[:, part], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_gradient_nor_statistics():
   images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
   fields = {"width": 4, "layers": (1, 0, 0, 0)}  # one block, so that it compiles fast

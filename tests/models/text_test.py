@@ -66,6 +66,7 @@ def trimmable(longest: int, rng: np.random.Generator) -> np.ndarray:
   return tokens
 
 
+@pytest.mark.slow
 def test_trimming_to_the_longest_text_changes_no_value():
   rng = np.random.default_rng(0)
   plain, trimmed = TextTransformer(**TINY), TextTransformer(**TINY, buckets=(3, 5, 20))

@@ -16,7 +16,7 @@ TOWERS = {
 }
 
 
-@pytest.fixture(scope="module", params=TOWERS)
+@pytest.fixture(scope="module", params=["vit", pytest.param("resnet", marks=pytest.mark.slow)])
 def masked(request):
   """A jitted encoder of a tower, the masked view, a batch, the side of its patches, and the normalisation of pixels."""
   config = tiny_config("slip_mim")

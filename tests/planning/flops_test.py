@@ -144,6 +144,7 @@ def test_a_clip_step_costs_as_much_as_its_layers():
   assert least <= flops.step_flops(build.build(config), config.batch_size) < 1.001 * most < 1.005 * least
 
 
+@pytest.mark.slow
 def test_step_flops_exclude_recomputation(report: Report):
   config = tiny_config("clip")
   assert config.model.remat != "full"

@@ -71,6 +71,7 @@ def test_a_step_that_does_not_fit_reports_the_largest_that_does(report: Report, 
   assert "10 pairs, batch 20 " in text
 
 
+@pytest.mark.slow
 def test_an_unknown_device_has_no_times(config: ConfigDict, step: compilation.CompiledStep, monkeypatch):
   monkeypatch.setattr(compilation, "compile_step", lambda *_: step)
   report = make_report(config, jax.devices()[:2])

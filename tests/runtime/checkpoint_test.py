@@ -103,6 +103,7 @@ def small_disk(tmp_path: Path):
   subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_warning_and_the_next_save_succeeds(
   small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

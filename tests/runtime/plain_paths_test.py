@@ -19,9 +19,13 @@ NAMES = {
   "a backslash at the end": "run\\",
   "not UTF-8": os.fsdecode(b"run\xff"),
 }
+FAST = ("all printable characters", "not UTF-8")
 
 
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(NAMES[name], id=name, marks=() if name in FAST else pytest.mark.slow) for name in NAMES],
+)
 def test_a_run_in_a_directory_of_any_name_resumes(name: str, tmp_path: Path) -> None:
   workdir = tmp_path / name / "below"
   FakeTraining(Cadence(total=4, checkpoint=2)).run(workdir)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 
 def test_a_hang_ends_the_process_and_leaves_the_stacks(tmp_path: Path) -> None:
   script = """
@@ -31,6 +33,7 @@ with Watchdog(pathlib.Path(sys.argv[1]), 0.5) as watchdog:
   assert "in stand_still" in stacks
 
 
+@pytest.mark.slow
 def test_neither_a_suspended_process_nor_an_exempt_activity_hangs(tmp_path: Path) -> None:
   script = """
 import pathlib, sys, time

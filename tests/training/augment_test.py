@@ -268,6 +268,7 @@ def statistics(views):
   return np.column_stack([views.mean(axis=(1, 2)), views.std(axis=(1, 2)), *rough, sides, np.square(sides), mixed])
 
 
+@pytest.mark.slow
 def test_views_have_the_same_distribution_as_on_the_host():
   count, crop = 2000, IMAGE[40 : 40 + SIZE, 30 : 30 + SIZE]
   rng = np.random.default_rng(0)

@@ -115,6 +115,7 @@ def built_of(method: str) -> tuple[build.Built, objectives.Objective]:
   return built, dataclasses.replace(built.objective, method=PLAIN)
 
 
+@pytest.mark.slow
 def test_cached_micro_batches_store_one_micro_batchs_activations() -> None:
   """Temporary bytes of the compiled gradient, mostly activations of the towers."""
   built, objective = built_of("clip")

@@ -434,7 +434,7 @@ def test_frozen_parameters_do_not_change_and_have_no_moments(name):
   assert sum(x.size for x in jax.tree.leaves(state) if x.dtype == jnp.float32) == moments
 
 
-@pytest.mark.parametrize("name", ["adamw", "lars"])
+@pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.slow), "lars"])
 def test_the_last_blocks_of_a_tower_are_trained_alone(name):
   tree = jax.tree.map(jnp.asarray, small_tree())
   frozen = ("towers/text/token_embedding", "towers/text/transformer/blocks[:-1]")

@@ -68,6 +68,7 @@ def assert_same(a, b) -> None:
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_a_run_continues_with_another_method_and_new_heads(clip_run: Path, random_state: MakeState) -> None:
   c = bare("declip", clip_run)
   given, fresh = read_run(clip_run), random_state(c)
@@ -135,6 +136,7 @@ def test_only_the_wanted_groups_are_loaded(groups: tuple[str, ...], clip_run: Pa
   assert_same(state.params["heads"]["logit_scale"], expected["heads"]["logit_scale"])
 
 
+@pytest.mark.slow
 def test_a_declip_run_loads_its_bank(runs: Runs, random_state: MakeState) -> None:
   c = bare("declip", runs("declip"))
   fresh = random_state(c)
@@ -147,7 +149,7 @@ def test_a_declip_run_loads_its_bank(runs: Runs, random_state: MakeState) -> Non
   assert lines[-1] == "nothing is newly initialised"
 
 
-@pytest.mark.parametrize("change", [{"bank_size": 64}, {"bank_groups": 2}])
+@pytest.mark.parametrize("change", [{"bank_size": 64}, pytest.param({"bank_groups": 2}, marks=pytest.mark.slow)])
 def test_a_bank_of_another_shape_is_not_loaded(change: dict, runs: Runs, random_state: MakeState) -> None:
   c = bare("declip", runs("declip"))
   c.model.heads.update(change)
@@ -205,6 +207,7 @@ def test_a_momentum_tower_starts_as_the_loaded_tower(runs: Runs, random_state: M
   assert {"heads/text_projection/bias", "heads/predictor/linear1/kernel", "heads/bank/text"} <= of_line(lines, "not in")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_momentum_tower_continues_without_and_with_it(runs: Runs, random_state: MakeState) -> None:
   given = read_run(runs("slip_mocov3"))
   assert given.collections.keys() == {"towers", "heads"}
@@ -228,6 +231,7 @@ def test_a_run_with_a_momentum_tower_continues_without_and_with_it(runs: Runs, r
   assert lines[-1] == "nothing is newly initialised"
 
 
+@pytest.mark.slow
 def test_self_supervision_first_then_clip(runs: Runs, random_state: MakeState) -> None:
   """SLIP, section 5.2: SimCLR, whose image tower CLIP then continues to train."""
   given = read_run(runs("simclr"))
@@ -258,6 +262,7 @@ def test_self_supervision_first_then_clip(runs: Runs, random_state: MakeState) -
   assert_same(state.params["towers"], {"image": read_run(clip).params["towers"]["image"]})
 
 
+@pytest.mark.slow
 def test_the_mask_embedding_is_added_and_dropped(runs: Runs, random_state: MakeState) -> None:
   c = bare("slip_mim", runs("clip"))
   _, lines = start(c, random_state(c))

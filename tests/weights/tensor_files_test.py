@@ -336,10 +336,10 @@ def test_ways_around_the_rejected_names_fail(tmp_path, content, message):
 @pytest.mark.parametrize(
   ("before", "after"),
   [
-    (b"", b"\x85"),
+    pytest.param(b"", b"\x85", marks=pytest.mark.slow),
     (b"]", b"a"),
     (b"}" + plain("a"), b"s"),
-    (b"c__torch__\nM\n)\x81}" + plain("a"), b"sb"),
+    pytest.param(b"c__torch__\nM\n)\x81}" + plain("a"), b"sb", marks=pytest.mark.slow),
     (b"}", b"K\x01s"),  # as keys
   ],
 )

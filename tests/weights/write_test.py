@@ -213,7 +213,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize(
   "method",
   [
-    pytest.param(method, marks=() if method in ("declip", "simclr") else pytest.mark.slow)
+    pytest.param(method, marks=() if method == "simclr" else pytest.mark.slow)
     for method in (*METHODS, *SUPERVISED, *CONVOLUTIONS)
   ],
 )
@@ -295,6 +295,7 @@ def test_export_by_command(finished_run: FinishedRun, tmp_path: Path) -> None:
   np.testing.assert_allclose(theirs.encode_text(texts), ours.encode_text(texts), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_images_of_all_kinds_and_numbers_are_encoded(finished_run: FinishedRun, tmp_path: Path) -> None:
   clip = declip_jax.load(finished_run.workdir)
   assert (clip.step, clip.view.size) == (8, 16)

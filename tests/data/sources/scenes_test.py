@@ -162,6 +162,14 @@ def test_labels_name_the_color_that_is_drawn():
   assert np.mean(correct) > 0.95
 
 
+def test_the_stamp_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+  source = open_scenes("train/300")
+  stamp = source.stamp
+  monkeypatch.setattr(scenes.Scenes, "__getitem__", lambda *_: pytest.fail("the key of every sample has the stamp"))
+  assert source.stamp == stamp
+
+
+@pytest.mark.slow
 def test_a_classifier_of_shapes_transfers_to_held_out_pairs():
   # The nearest mean silhouette: if this crude classifier transfers, labels, drawings and splits agree.
   def load(location):

@@ -588,6 +588,7 @@ def indexed(location: str) -> bytes:
   return contents
 
 
+@pytest.mark.slow
 def test_an_index_does_not_depend_on_who_builds_it(many, monkeypatch):
   def failing(path: str, *_) -> None:
     raise AssertionError(f"{path} should be scanned by another process")

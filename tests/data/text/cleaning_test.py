@@ -58,6 +58,7 @@ def _rows(text: str, length: int) -> np.ndarray:
   return ENCODER.tokenize_batch([cleaned], length)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [pytest.param(12, id="few"), pytest.param(500, id="many", marks=pytest.mark.slow)])
 def test_random_long_captions_have_the_tokens_of_the_whole(count: int) -> None:
   rng = random.Random(count)
