@@ -25,7 +25,7 @@ import numpy as np
 from optional_imports import optional_import
 
 from declip_jax.evals import linear_probe, logistic_regression
-from declip_jax.evals.logistic_regression import Axes, Data, Linear
+from declip_jax.evals.logistic_regression import Axes, Data, Inputs, Linear
 from declip_jax.evals.rows import Labelled, ProbeData, padded_rows
 from declip_jax.planning import devices as device_table
 from declip_jax.planning import flops, hlo
@@ -150,7 +150,7 @@ def plan(args: argparse.Namespace) -> None:
   for name, fits, rows in programs:
     data = rows_of(rows, args, mesh)
     start = time.perf_counter()
-    program = logistic_regression.compiled_fit(mesh).lower(*arguments_of(data, fits, args, mesh)).compile()
+    program = logistic_regression.programs(mesh).minimise.lower(*arguments_of(data, fits, args, mesh)).compile()
     used = program.memory_analysis()
     needed = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
     work, traffic = one_pass(data, fits, args, mesh)
@@ -175,27 +175,31 @@ def rows_of(count: int, args: argparse.Namespace, mesh: Any) -> Data:
 
 
 def arguments_of(data: Data, fits: int, args: argparse.Namespace, mesh: Any) -> tuple:
-  """Shapes of the arguments of `logistic_regression.compiled_fit`."""
+  """Shapes of the arguments of `Programs.minimise`."""
   whole = replicated(mesh)
 
   def shape(*size: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(size, dtype, sharding=whole)
 
   axes = Axes(shape(args.width), shape(args.width, args.width), shape(args.width))
-  linear = Linear(shape(fits, args.width, args.classes), shape(fits, args.classes))
-  answered = shape(args.classes, dtype=jnp.bool_)
-  return data, axes, shape(fits), answered, linear, shape()
+  inputs = Inputs(data, axes, shape(args.classes, dtype=jnp.bool_), shape())
+  start = Linear(shape(fits, args.width, args.classes), shape(fits, args.classes))
+  search = jax.eval_shape(logistic_regression.programs(mesh).first, inputs, shape(fits), start)
+  search = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), search)
+  return inputs, search, shape(dtype=jnp.int32)
 
 
 def one_pass(data: Data, fits: int, args: argparse.Namespace, mesh: Any) -> tuple[float, hlo.Traffic]:
   """FLOPs of an evaluation of all objectives and their gradients over all devices, and its traffic."""
-  _, axes, _, answered, linear, *_ = arguments_of(data, fits, args, mesh)
+  inputs, search, _ = arguments_of(data, fits, args, mesh)
 
   def evaluate(data: Data, mean: jax.Array, linear: Linear, answered: jax.Array) -> Any:
     with jax.default_matmul_precision("highest"):
       return logistic_regression.loss_and_gradient(data, mean, linear, answered, mesh)
 
-  traced = jax.jit(evaluate, out_shardings=replicated(mesh)).trace(data, axes.mean, linear, answered)
+  traced = jax.jit(evaluate, out_shardings=replicated(mesh)).trace(
+    data, inputs.axes.mean, search.point, inputs.answered
+  )
   return flops.num_flops(traced.jaxpr), hlo.traffic(traced.lower().compile().as_text(), mesh.size)
 
 

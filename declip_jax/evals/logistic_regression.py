@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 import numpy as np
 import optax
 
-from declip_jax.evals.rows import BLOCK, num_blocks
+from declip_jax.evals.rows import num_blocks
 from declip_jax.sharding import replicated
 
 TOLERANCE = 1e-5  # largest entry of the gradient at which a fit may end
@@ -36,6 +36,7 @@ _DECREASE, _ROUNDING = 1e-4, 1e-6
 # separable classes, whose objective and gradient are close to 0, would end far from the optimum or where they started.
 _PROMISE = 1e-6
 _LEAST_VARIANCE = 1e-3  # of the mean; less would enlarge rounding errors along axes that hardly vary
+_LARGE_PASS = 2**25  # products; smaller passes take less time, all together, than compiling more loops
 _SHORTEST = 1e-6  # a fit whose steps become shorter has met the rounding errors of its gradient, and ends
 
 Tree = Any
@@ -67,6 +68,15 @@ class Axes(NamedTuple):
   mean: Float[np.ndarray, "f"]
   axis: Float[np.ndarray, "f f"]
   variance: Float[np.ndarray, "f"]
+
+
+class Inputs(NamedTuple):
+  """What the fits share: rows, coordinates, columns that have data, and the tolerance."""
+
+  data: Data
+  axes: Axes
+  answered: Bool[Array, "k"]
+  tolerance: Float[Array, ""]
 
 
 class Fits(NamedTuple):
@@ -130,7 +140,10 @@ def fit(
   *,
   tolerance: float = TOLERANCE,
 ) -> Fits:
-  """Fits one classifier for each strength; every host has to call this. It compiles once per shape.
+  """Fits one classifier for each strength; every host has to call this.
+
+  Fits that have ended are left out: the others continue in a program for fewer, which has the same pass at less cost.
+  It is the program of two fits, which a sweep needs anyway; where passes are large, one for each halving.
 
   Args:
     data: rows to fit.
@@ -144,7 +157,10 @@ def fit(
   if start is None:
     shape = (len(strengths), data.features.shape[1], len(answered))
     start = Linear(np.zeros(shape, np.float32), np.zeros((shape[0], shape[2]), np.float32))
-  return compiled_fit(mesh)(data, axes, np.asarray(strengths, np.float32), answered, start, np.float32(tolerance))
+  products = data.features.size * len(answered) / mesh.size  # of one pass of one fit, on each device
+  inputs = Inputs(data, axes, answered, np.float32(tolerance))
+  search = programs(mesh).first(inputs, np.asarray(strengths, np.float32), start)
+  return programs(mesh).fits(inputs, _solve(inputs, search, mesh, halve=products > _LARGE_PASS))
 
 
 def logits(data: Float[Array, "rows f"], axes: Axes, linear: Linear, mesh: Mesh) -> Float[Array, "rows k"]:
@@ -184,51 +200,76 @@ def _moments(mesh: Mesh) -> Callable[[Data], tuple[Array, Array]]:
   return jax.jit(moments, out_shardings=replicated(mesh))
 
 
+class Programs(NamedTuple):
+  """The compiled functions of a fit.
+
+  Attributes:
+    first: from inputs, strengths and classifiers to the search that starts from these, without an evaluation.
+    minimise: from inputs, a search and a number to the search when at most so many of its fits have not ended, and
+      which these are. It takes the memory of the search that it is given.
+    fits: from inputs and a search to its results.
+  """
+
+  first: Callable[..., _Search]
+  minimise: Callable[..., tuple[_Search, Array]]
+  fits: Callable[..., Fits]
+
+
 @functools.cache
-def compiled_fit(mesh: Mesh) -> Callable[..., Fits]:
-  """The program that `fit` calls, with the arguments of `fit_program`."""
+def programs(mesh: Mesh) -> Programs:
+  """The functions that `fit` calls, compiled for each shape."""
 
-  def compiled(*arguments: Any) -> Fits:
-    with jax.default_matmul_precision("highest"):
-      return fit_program(*arguments, mesh=mesh)
+  def compiled(function: Callable[..., Tree], **options: Any) -> Callable[..., Tree]:
+    def precise(*arguments: Any) -> Tree:
+      with jax.default_matmul_precision("highest"):
+        return function(*arguments)
 
-  return jax.jit(compiled, out_shardings=replicated(mesh))
+    return jax.jit(precise, out_shardings=replicated(mesh), **options)
+
+  return Programs(
+    compiled(_first_search),
+    compiled(functools.partial(_minimise, mesh=mesh), donate_argnums=1),
+    compiled(_fits),
+  )
 
 
-def fit_program(
-  data: Data,
-  axes: Axes,
-  strength: Float[Array, "m"],
-  answered: Bool[Array, "k"],
-  start: Linear,
-  tolerance: Float[Array, ""],
-  *,
-  mesh: Mesh,
-) -> Fits:
-  """The program that `fit` calls: from rows, axes and first classifiers to the classifiers at the optimum."""
-  questions, rows = data.target.ndim == 2, _count(data.target)
-  penalty = 1 / (strength * rows)
-  curvature = 1 / 4 if questions else 1 / len(answered)  # of the loss at zero, along an axis of variance 1
-  problem = _Problem(penalty, 1 / jnp.sqrt(axes.variance[None] * curvature + penalty[:, None]))
-  bias_scale = curvature**-0.5
+def _curvature(inputs: Inputs) -> float:
+  """The curvature of the loss at zero, along an axis of variance 1."""
+  return 1 / 4 if inputs.data.target.ndim == 2 else 1 / len(inputs.answered)
 
-  def original(scale: Array, point: Linear) -> Linear:
-    return Linear(jnp.einsum("fa,mak->mfk", axes.axis, scale[..., None] * point.kernel), bias_scale * point.bias)
 
-  def evaluate(problem: _Problem, point: Linear) -> tuple[Array, Linear, Array]:
-    penalty, scale = problem
-    linear = original(scale, point)
-    loss, gradient = loss_and_gradient(data, axes.mean, linear, answered, mesh)
-    objective = loss / rows + penalty / 2 * jnp.sum(linear.kernel**2, axis=(1, 2))
-    gradient = Linear(gradient.kernel / rows + penalty[:, None, None] * linear.kernel, gradient.bias / rows)
-    largest = jnp.maximum(jnp.abs(gradient.kernel).max(axis=(1, 2)), jnp.abs(gradient.bias).max(axis=1))
-    along_axes = scale[..., None] * jnp.einsum("fa,mfk->mak", axes.axis, gradient.kernel)
-    return objective, Linear(along_axes, bias_scale * gradient.bias), largest
+def _first_search(inputs: Inputs, strength: Float[Array, "m"], start: Linear) -> _Search:
+  penalty, curvature = 1 / (strength * _count(inputs.data.target)), _curvature(inputs)
+  problem = _Problem(penalty, 1 / jnp.sqrt(inputs.axes.variance[None] * curvature + penalty[:, None]))
+  along_axes = jnp.einsum("fa,mfk->mak", inputs.axes.axis, start.kernel) / problem.scale[..., None]
+  point = Linear(along_axes, start.bias * curvature**0.5)
+  zeros, infinite = jax.tree.map(jnp.zeros_like, point), jnp.full_like(strength, jnp.inf)
+  memory = jax.vmap(optax.scale_by_lbfgs(_MEMORY).init)(point)
+  counts = jnp.zeros(len(strength), jnp.int32)
+  step = jnp.ones_like(strength)
+  return _Search(problem, point, infinite, zeros, infinite, zeros, memory, step, counts - 1, counts)
 
-  along_axes = jnp.einsum("fa,mfk->mak", axes.axis, start.kernel) / problem.scale[..., None]
-  many = len(data.target) > BLOCK * mesh.size  # of fewer rows, passes take less time than compiling
-  end = _minimise(evaluate, problem, Linear(along_axes, start.bias / bias_scale), tolerance, shrink=many)
-  return Fits(original(problem.scale, end.point), end.objective, end.largest, end.iterations, end.passes)
+
+def _original(inputs: Inputs, problem: _Problem, point: Linear) -> Linear:
+  """Classifiers of the centred features from points in the coordinates of the search."""
+  kernel = jnp.einsum("fa,mak->mfk", inputs.axes.axis, problem.scale[..., None] * point.kernel)
+  return Linear(kernel, point.bias * _curvature(inputs) ** -0.5)
+
+
+def _fits(inputs: Inputs, end: _Search) -> Fits:
+  return Fits(_original(inputs, end.problem, end.point), end.objective, end.largest, end.iterations, end.passes)
+
+
+def _evaluate(inputs: Inputs, problem: _Problem, point: Linear, mesh: Mesh) -> tuple[Array, Linear, Array]:
+  """Objectives, their gradients along the axes, and the largest entries of the gradients of the classifiers."""
+  rows, penalty = _count(inputs.data.target), problem.penalty
+  linear = _original(inputs, problem, point)
+  loss, gradient = loss_and_gradient(inputs.data, inputs.axes.mean, linear, inputs.answered, mesh)
+  objective = loss / rows + penalty / 2 * jnp.sum(linear.kernel**2, axis=(1, 2))
+  gradient = Linear(gradient.kernel / rows + penalty[:, None, None] * linear.kernel, gradient.bias / rows)
+  largest = jnp.maximum(jnp.abs(gradient.kernel).max(axis=(1, 2)), jnp.abs(gradient.bias).max(axis=1))
+  along_axes = problem.scale[..., None] * jnp.einsum("fa,mfk->mak", inputs.axes.axis, gradient.kernel)
+  return objective, Linear(along_axes, _curvature(inputs) ** -0.5 * gradient.bias), largest
 
 
 def _count(target: Int[Array, "rows"] | Int[Array, "rows k"]) -> Float[Array, ""]:
@@ -312,14 +353,32 @@ def sum_over_rows(
   return summed(shared, tuple(data))
 
 
+def _solve(inputs: Inputs, search: _Search, mesh: Mesh, *, halve: bool) -> _Search:
+  """Continues searches to their ends, without those that have ended: with half of them, or else with two."""
+  size = len(search.objective)
+  fewer = (size // 2 if halve else 2 if size > 2 else 0) if size > 1 else 0
+  search, running = programs(mesh).minimise(inputs, search, np.int32(fewer))
+  running = np.asarray(running)
+  if not running.any():
+    return search
+  kept = np.argsort(~running, kind="stable")[:fewer]  # those that run come first
+  ended = _solve(inputs, _take(search, kept), mesh, halve=halve)
+  return _put(search, kept, ended)
+
+
+@jax.jit
+def _take(search: _Search, kept: Int[Array, "n"]) -> _Search:
+  return jax.tree.map(lambda x: x[kept], search)
+
+
+@jax.jit
+def _put(search: _Search, kept: Int[Array, "n"], ended: _Search) -> _Search:
+  return jax.tree.map(lambda x, y: x.at[kept].set(y), search, ended)
+
+
 def _minimise(
-  evaluate: Callable[[_Problem, Linear], tuple[Array, Linear, Array]],
-  problem: _Problem,
-  start: Linear,
-  tolerance: Float[Array, ""],
-  *,
-  shrink: bool,
-) -> _Search:
+  inputs: Inputs, search: _Search, fewer: Int[Array, ""], *, mesh: Mesh
+) -> tuple[_Search, Bool[Array, "m"]]:
   """L-BFGS for `m` convex problems that share the evaluations of their objectives.
 
   Directions and memory are those of `optax.lbfgs`; its line search is not used, since a vectorised `lax.cond` computes
@@ -327,55 +386,45 @@ def _minimise(
   A convex problem needs no longer ones: the difference of two of its gradients always has positive curvature.
 
   Args:
-    evaluate: function from problems and points to objectives, gradients, and the entries that `tolerance` limits.
-    problem: what tells the problems apart.
-    start: first points.
-    tolerance: see `fit`.
-    shrink: whether, once half of the problems have ended, the others continue without them at half the cost of an
-      evaluation, and so on. Each halving adds a loop to compile.
+    inputs: rows and coordinates, which the problems share.
+    search: where to start.
+    fewer: how many problems may be left.
+    mesh: devices of the rows.
+
+  Returns:
+    the search, and which of its problems have not ended.
   """
   direction_of = jax.vmap(optax.scale_by_lbfgs(_MEMORY).update)
-  memory = jax.vmap(optax.scale_by_lbfgs(_MEMORY).init)(start)
-
-  def at(problem: _Problem, point: Linear, memory: Tree, iterations: Array, passes: Array) -> _Search:
-    objective, gradient, largest = evaluate(problem, point)
-    direction, memory = direction_of(gradient, memory, point)
-    step = jnp.ones_like(objective)
-    return _Search(problem, point, objective, gradient, largest, direction, memory, step, iterations, passes)
 
   def running(now: _Search) -> Bool[Array, "m"]:
     promise = _dot(now.gradient, now.direction) / 2  # of a step to the minimum of a quadratic objective
-    unfinished = (now.largest > tolerance) | (promise > _PROMISE * now.objective)
+    unfinished = (now.largest > inputs.tolerance) | (promise > _PROMISE * now.objective)
     return unfinished & (now.iterations < _ITERATIONS) & (now.step > _SHORTEST)
 
   def advance(now: _Search) -> _Search:
     active, slope = running(now), -_dot(now.gradient, now.direction)
+    first = now.iterations < 0  # the start has not been evaluated, and its direction is zero
     now = now._replace(passes=now.passes + active)
     point = jax.tree.map(lambda p, d: p - _expand(now.step, d) * d, now.point, now.direction)
-    new = at(now.problem, point, now.memory, now.iterations + 1, now.passes)
-    change = new.objective - now.objective
+    objective, gradient, largest = _evaluate(inputs, now.problem, point, mesh)
+    direction, memory = direction_of(gradient, now.memory, point)
+    step = jnp.ones_like(objective)
+    new = _Search(
+      now.problem, point, objective, gradient, largest, direction, memory, step, now.iterations + 1, now.passes
+    )
+    change = objective - now.objective
     decreased = change <= _DECREASE * now.step * slope
-    flatter = -_dot(new.gradient, now.direction) <= (2 * _DECREASE - 1) * slope
+    flatter = -_dot(gradient, now.direction) <= (2 * _DECREASE - 1) * slope
     within_rounding = change <= _ROUNDING * jnp.abs(now.objective)
-    accepted = active & (slope < 0) & (decreased | (within_rounding & flatter))
+    accepted = active & (first | (slope < 0) & (decreased | (within_rounding & flatter)))
     # The minimum of the parabola through both values and the slope; NaN where the objective is not finite.
     parabola = -slope * now.step**2 / (2 * (change - now.step * slope))
     shorter = now.step * jnp.nan_to_num(jnp.clip(parabola / now.step, 0.1, 0.5), nan=0.1)
     rejected = now._replace(step=jnp.where(active, jnp.where(slope < 0, shorter, 0), now.step))
     return jax.tree.map(lambda a, b: jnp.where(_expand(accepted, a), a, b), new, rejected)
 
-  def solve(now: _Search) -> _Search:
-    size = len(now.objective)
-    fewer = (size + 1) // 2 if shrink and size > 1 else 0
-    now = jax.lax.while_loop(lambda now: running(now).sum() > fewer, advance, now)
-    if not fewer:
-      return now
-    kept = jnp.argsort(~running(now))[:fewer]  # those that run come first
-    ended = solve(jax.tree.map(lambda x: x[kept], now))
-    return jax.tree.map(lambda x, y: x.at[kept].set(y), now, ended)
-
-  zeros = jnp.zeros(start.bias.shape[0], jnp.int32)
-  return solve(at(problem, start, memory, zeros, zeros + 1))
+  end = jax.lax.while_loop(lambda now: running(now).sum() > fewer, advance, search)
+  return end, running(end)
 
 
 def _dot(a: Linear, b: Linear) -> Float[Array, "m"]:
