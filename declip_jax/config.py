@@ -464,7 +464,9 @@ def steps_of(length: ConfigDict, *, name: str, batch_size: int, epoch_examples: 
   """
   given = {unit: value for unit, value in length.items() if value}
   if len(given) > 1 or not all(0 <= value < math.inf for value in given.values()):
-    raise ValueError(f"config.{name}={given}: set one of steps, epochs, examples, and the others to 0")
+    other = next((unit for unit in reversed(given) if unit != "steps"), "epochs")
+    hint = f"set one of steps, epochs, examples, and the others to 0, such as --config.{name}.{other}=0"
+    raise ValueError(f"config.{name}={given}: {hint}")
   examples = examples_of(length, epoch_examples)
   return length.steps or math.ceil(examples / batch_size)
 

@@ -393,20 +393,22 @@ def main() -> None:
   flags.DEFINE_bool("every_checkpoint", False, "Evaluate all checkpoints of the run.")
   flags.DEFINE_string("weights", None, "Checkpoint file or folder to evaluate instead of the run in --workdir.")
   flags.DEFINE_multi_string(
-    "settings", [], "What the file does not contain, such as image.activation=gelu. Repeat the flag for several."
+    "settings", [], "Setting that the checkpoint does not contain, such as image.activation=gelu. Can be repeated."
   )
   flags.DEFINE_string(
-    "interpolate_with", None, "Weights before fine-tuning, to evaluate mixtures of them with these (WiSE-FT)."
+    "interpolate_with", None, "Weights before fine-tuning, to evaluate mixtures with those of --workdir (WiSE-FT)."
   )
-  flags.DEFINE_list("alpha", None, f"Shares of these weights in the mixtures, by default {','.join(_ALPHA)}.")
+  flags.DEFINE_list("alpha", None, f"Weights of --workdir in the mixtures, 0 to 1, by default {','.join(_ALPHA)}.")
   flags.DEFINE_integer(
     "batch_size", None, "Images and texts encoded at once; by default that of the run, or 256.", lower_bound=1
   )
   flags.DEFINE_list("suite", [], "Suites to evaluate, such as slip26,shifts; --list prints all.")
   flags.DEFINE_string(
-    "data", None, "File that says where data sets are, see --print_data; without --suite, all of them."
+    "data", None, "File that says where your data sets are, see --print_data; without --suite, all are evaluated."
   )
-  flags.DEFINE_list("tasks", [], f"What to evaluate, of {', '.join(tasks)}; by default, what needs no training.")
+  flags.DEFINE_list(
+    "tasks", [], f"What to evaluate, of {', '.join(tasks)}; by default, all that need no training split."
+  )
   flags.DEFINE_string("prompts", "", "Name or file of prompts of --suite and --data; by default, those of the suite.")
   flags.DEFINE_multi_string(
     "option", [], "Option of a task, such as few_shot.method=ridge or retrieval.folds=5. Repeat the flag for several."
@@ -415,7 +417,7 @@ def main() -> None:
   flags.DEFINE_multi_string(
     "template", list(config_lib.TEMPLATES), "Prompt with {} for the class name. Repeat the flag for several."
   )
-  flags.DEFINE_string("retrieval", None, "Data to search, such as webdataset:/data/test-*.tar.")
+  flags.DEFINE_string("retrieval", None, "Source for image-text retrieval, such as webdataset:/data/test-*.tar.")
   flags.DEFINE_bool("equal_texts", False, "In retrieval, let identical captions match each other's images.")
   flags.DEFINE_string("output", None, "Folder of the results, by default WORKDIR/results.")
   flags.DEFINE_string("cache", None, "Folder of features, or off; by default in the user's cache folder.")

@@ -48,10 +48,11 @@ def _check_alike(start: Clip, end: Clip) -> None:
   if "text" in end.params["towers"]:
     pairs.append(("text", start.fields["text"], end.fields["text"]))
   for side, ours, theirs in pairs:
-    for name in sorted({*ours, *theirs} - set(_UNLIKE)):
+    for name in sorted({*ours, *theirs} - set(_UNLIKE), key=lambda name: (name != "kind", name)):
       if ours.get(name) != theirs.get(name):
         raise ValueError(
-          f"{side}.{name}={ours.get(name)!r} of {start.origin} does not match {theirs.get(name)!r} of {end.origin}: "
+          f"{side}.{name}={ours.get(name)!r} of the weights to start from ({start.origin}) does not match "
+          f"{theirs.get(name)!r} of the model ({end.origin}): "
           "only models of one architecture can be mixed"
         )
   for name in ("mean", "std"):

@@ -277,13 +277,15 @@ def main() -> None:
   flags.DEFINE_string("test", None, "Evaluation images, such as webdataset:/data/test-*.tar.")
   flags.DEFINE_string("train", "", "Training images; by default, the test images themselves.")
   flags.DEFINE_string("weights", None, "Checkpoint whose image features to compare, instead of a hash.")
-  flags.DEFINE_multi_string("settings", [], "What the checkpoint does not contain, such as image.activation=gelu.")
+  flags.DEFINE_multi_string(
+    "settings", [], "Setting that the checkpoint does not contain, such as image.activation=gelu."
+  )
   flags.DEFINE_integer("batch_size", _BATCH_SIZE, "Images encoded at once.", lower_bound=1)
   flags.DEFINE_string("cache", None, "Folder of features, or off; by default in the user's cache folder.")
   flags.DEFINE_float(
     "threshold", None, "Smallest cosine of near-duplicates; for the hash, 1 - (bits that differ) / 32."
   )
-  flags.DEFINE_float("precision", 0.99, "Least precision that a chosen threshold has on altered copies.", 0, 1)
+  flags.DEFINE_float("precision", 0.99, "Minimum precision, on altered copies, of the threshold that is chosen.", 0, 1)
   flags.DEFINE_string("predictions", None, "Predictions of an evaluation on the test images (predictions/*.npz).")
   launch(_command, __doc__, required=("test",))
 

@@ -39,6 +39,7 @@ from declip_jax.evaluate import evaluate
 from declip_jax.reporting.documents import to_html, to_latex, to_markdown
 from declip_jax.reporting.progress import message
 from declip_jax.runtime.records import write
+from declip_jax.spelling import did_you_mean
 
 _MODELS_OF_A_LINE = 3  # with which a line has residuals
 
@@ -108,6 +109,14 @@ def _shifts(texts: Sequence[str]) -> dict[str, list[str]]:
   return found
 
 
+def _check_shifts(shifts: Mapping[str, Sequence[str]], methods: Sequence[Method]) -> None:
+  """Rejects data sets of --shift of which no method has a result."""
+  known = {key for method in methods for run in method.runs for key in (one.key for one in run.values())}
+  for key in dict.fromkeys(key for source, shifted in shifts.items() for key in (source, *shifted)):
+    if key not in known:
+      raise ValueError(f"--shift: no result of {key!r}{did_you_mean(key, sorted(known))}")
+
+
 def _command(folders: list[str]) -> None:
   given = flags.FLAGS
   shifts = _shifts(given.shift)
@@ -136,7 +145,11 @@ def _report(folders: Sequence[str], shifts: Mapping[str, Sequence[str]]) -> None
   methods = [method for method in found if method.share is None]
   interpolated = [method for method in found if method.share is not None]
   if not methods:
-    raise ValueError(f"{', '.join(folders)}: only results of interpolated weights; add those of a model")
+    raise ValueError(
+      f"{', '.join(folders)}: only results of interpolated weights; add those of the model by python -m "
+      "declip_jax.evaluate with the same --data and --tasks, but without --interpolate_with"
+    )
+  _check_shifts(shifts, methods)
   baseline = _find(methods, given.baseline, f"--baseline={','.join(given.baseline)}") if given.baseline else None
   standard = [model for folder in given.standard for model in read_methods([Path(folder)])]  # each seed is a point
   if given.standard and len(standard) < _MODELS_OF_A_LINE:

@@ -173,8 +173,8 @@ def test_an_entry_may_stand_for_the_data_sets_of_a_data_file(monkeypatch: pytest
   ("fields", "message"),
   [
     ({"suite": "slip27"}, r"config.evals.mine: no suite 'slip27'.*slip26"),
-    ({"suite": "slip26"}, r"config.evals.mine: nothing to evaluate: slip26: the data file lacks 26 of 26"),
-    ({"kind": "composition"}, r"config.evals.mine: nothing to evaluate: no task fits"),
+    ({"suite": "slip26"}, r"config.evals.mine: nothing to evaluate: slip26: all 26 data sets are missing"),
+    ({"kind": "composition"}, r"config.evals.mine: nothing to evaluate: composition fits none of the data"),
     ({"kind": "knn"}, r"config.evals.mine: nothing to evaluate: own/few: knn needs a split to train on"),
     ({"kind": "knn", "train": "scenes:test/4/16"}, r"mine.train='scenes:test/4/16': the splits of suite='all'"),
     ({"templates": ("a {}",)}, r"config.evals.mine.templates=\('a {}',\): suite='all' has prompts of its own"),

@@ -216,7 +216,7 @@ def data_set(key: str) -> DataSet:
   if key.startswith(OWN) and key != OWN:
     return DataSet(key, key.removeprefix(OWN), "classification", "top1", templates={"own": ("a photo of a {}.",)})
   if key not in keys():
-    raise ValueError(f"no data set {key!r} (name one of your own {OWN}NAME){did_you_mean(key, keys())}")
+    raise ValueError(f"unknown data set {key!r}; data sets of your own are called {OWN}NAME{did_you_mean(key, keys())}")
   return _entry(key, _read(key))
 
 

@@ -45,7 +45,11 @@ def read_data(path: str | os.PathLike[str]) -> dict[str, Splits]:
     OSError: the file cannot be read.
     ValueError: a line is wrong; the message names the file, the line and the bad value.
   """
-  return parse_data(Path(path).read_text("utf-8"), os.fspath(path))
+  try:
+    text = Path(path).read_text("utf-8")
+  except FileNotFoundError:
+    raise FileNotFoundError(f"{path}: no such data file; evaluate --print_data writes one to start from") from None
+  return parse_data(text, os.fspath(path))
 
 
 def parse_data(text: str, name: str) -> dict[str, Splits]:
@@ -93,9 +97,11 @@ def print_data(kind: str, root: str = "", suites: Sequence[Suite] = ()) -> str:
     ValueError: the kind is unknown, or a folder needs a root.
   """
   if kind not in KINDS:
-    raise ValueError(f"print_data: kind {kind!r}: expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+    raise ValueError(f"--print_data={kind}: expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
   if kind == "folder" and not root:
-    raise ValueError("print_data: folder needs the folder that has the data sets")
+    raise ValueError("--print_data=folder: expected folder:PATH, the folder that has the data sets")
+  if root and "://" not in root and not Path(root).is_dir():
+    raise ValueError(f"--print_data={kind}:{root}: no such folder")
   root = (root or _HUBS.get(kind, "")).rstrip("/")
   wanted = list(dict.fromkeys(key for suite in suites for key in suite.keys)) or catalogue.keys()
   lines = [f"# Data sets of {kind}: {root or 'the default data_dir of TFDS'}", "# key = test | train | val"]
@@ -119,6 +125,8 @@ def _splits(key: str, specs: Sequence[str], place: str) -> Splits:
       raise ValueError(f"{place}: {key} has a source for val, but none for train")
     if kind not in SOURCES or not location:
       hint = "" if kind in SOURCES else did_you_mean(kind, SOURCES)
+      if not location and spec.endswith(".tar"):
+        hint = f"; did you mean webdataset:{spec}?"
       legal = f"expected KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}"
       raise ValueError(f"{place}: {key}: bad source for {split}, {spec!r}: {legal}{hint}")
   return Splits(*specs)

@@ -24,7 +24,7 @@ from declip_jax.evals.features import Features, Read, encode_texts, host_rows, r
 from declip_jax.evals.jobs import DataSource, Job, run_jobs
 from declip_jax.evals.results import Result, Scores
 from declip_jax.evals.text_cache import TextCache
-from declip_jax.reporting.metrics import TENSORBOARD, EventFile
+from declip_jax.reporting.metrics import TENSORBOARD, EventFile, score_text
 from declip_jax.reporting.progress import Bar, message
 from declip_jax.runtime.hosts import from_first, sum_over_hosts
 from declip_jax.runtime.records import add_line
@@ -309,9 +309,7 @@ class Evaluation:
 
 def describe(name: str, metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]]) -> str:
   """A metric with its interval, for people."""
-  value = metrics[name]
-  shown = f"{name} {value:.1%}" if isinstance(value, float) else f"{name} {value:,}"
-  return shown + (" [{:.1%}, {:.1%}]".format(*intervals[name]) if name in intervals else "")
+  return score_text(name, metrics[name]) + (" [{:.1%}, {:.1%}]".format(*intervals[name]) if name in intervals else "")
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The jobs of suites on a user's data: which evaluators run on which data sets, with which classes and prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 from dataclasses import replace
 import os
@@ -125,9 +125,19 @@ def make_jobs(
         remarks.append(job)
       else:
         jobs.append(job)
+  if tasks or not jobs:
+    remarks += _unfit(chosen, jobs, remarks)
   if not jobs:
-    raise ValueError(f"nothing to evaluate: {'; '.join(remarks) or 'no task fits the data sets'}")
+    raise ValueError(f"nothing to evaluate: {'; '.join(remarks)}")
   return jobs, remarks
+
+
+def _unfit(tasks: Sequence[_Task], jobs: Sequence[Job], remarks: Sequence[str]) -> Iterator[str]:
+  """Remarks on the tasks that fit no data set."""
+  for task in tasks:
+    named = any(f": {task.kind} needs " in remark for remark in remarks)
+    if not named and task.kind not in {job.kind for job in jobs}:
+      yield f"{task.kind} fits none of the data sets: it needs {' or '.join(task.evaluator.of)} data"
 
 
 def means(results: Mapping[str, Result], suites: Sequence[Suite]) -> dict[str, float]:
@@ -194,7 +204,7 @@ def _tasks(names: Sequence[str], options: Sequence[str]) -> list[_Task]:
       raise ValueError(f"--option={text}: expected TASK.OPTION=VALUE, such as few_shot.method=ridge")
     if kind not in given:
       raise ValueError(
-        f"--option={text}: {kind!r} is not one of the tasks {', '.join(given)}{did_you_mean(kind, given)}"
+        f"--option={text}: the option is for {kind!r}, but the tasks are {', '.join(given)}{did_you_mean(kind, given)}"
       )
     given[kind] |= parse_option(kind, option, value, f"--option={text}")
   return [_Task(name, given[name]) for name in given]
@@ -203,10 +213,8 @@ def _tasks(names: Sequence[str], options: Sequence[str]) -> list[_Task]:
 def _missing(suite: Suite, data: Mapping[str, Any]) -> list[str]:
   if not (missing := suite.missing(data)):
     return []
-  return [
-    f"{suite.name}: the data file lacks {len(missing)} of {len(suite.keys)} data sets (see --print_data): "
-    + ", ".join(missing)
-  ]
+  share = f"{len(missing)} of its {len(suite.keys)}" if len(missing) < len(suite.keys) else f"all {len(missing)}"
+  return [f"{suite.name}: {share} data sets are missing from the data file (see --print_data): {', '.join(missing)}"]
 
 
 def _jobs_of(
@@ -329,7 +337,13 @@ def _with_classes(entry: DataSet, source: Source) -> DataSet:
   templates = getattr(source, "templates", ())
   if templates:
     check_templates(templates, f"{source.name}: {TEMPLATES}")
-  return entry.with_classes(source.classnames, templates, several="labels" in _first(source))
+  first = _first(source)
+  if not source.classnames and first.get("label", -1) >= 0 and not first["captions"]:
+    raise ValueError(
+      f"{entry.key}: {source.name}: its images have labels, but the names of the classes are not known; put a "
+      "classnames.txt, with one name per line, next to its first file"
+    )
+  return entry.with_classes(source.classnames, templates, several="labels" in first)
 
 
 def _first(source: Source) -> Mapping[str, Any]:

@@ -213,6 +213,13 @@ def _from_line(values: dict[str, Any]) -> dict[str, float]:
   return line
 
 
+def score_text(name: str, value: float) -> str:
+  """A score for people: a share as a percentage, a mean rank as a number, a count in full."""
+  if not isinstance(value, float):
+    return f"{name} {value:,}"
+  return f"{name} {value:,.1f}" if name.endswith("_rank") else f"{name} {value:.1%}"
+
+
 def summary_table(values: Mapping[str, Any]) -> str:
   """Formats names and values as two aligned columns, numbers with about four digits and thousands separators."""
   width = max(map(len, values), default=0)

@@ -14,6 +14,7 @@ from declip_jax.data.make_views import MakeViews
 from declip_jax.data.sources import Source
 from declip_jax.data.storage import files
 from declip_jax.reporting import pictures
+from declip_jax.reporting.metrics import score_text
 from declip_jax.sharding import layout_table
 from declip_jax.types import Batch
 
@@ -84,7 +85,4 @@ def score_lines(step: int, results: Mapping[str, float]) -> Iterator[str]:
   for name in dict.fromkeys(metric.split("/")[1] for metric in results):
     prefix = f"eval/{name}/"
     scores = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
-    shown = "  ".join(
-      f"{key} {value:.1%}" if isinstance(value, float) else f"{key} {value:,}" for key, value in scores.items()
-    )
-    yield f"step {step:,}  {name}: {shown}"
+    yield f"step {step:,}  {name}: {'  '.join(score_text(key, value) for key, value in scores.items())}"

@@ -103,7 +103,7 @@ def test_folders(tmp_path: Path):
 
 
 def test_wrong_kinds():
-  with pytest.raises(ValueError, match="'tdfs'.*did you mean tfds"):
+  with pytest.raises(ValueError, match="--print_data=tdfs: .*did you mean tfds"):
     print_data("tdfs")
   with pytest.raises(ValueError, match="folder"):
     print_data("folder")

@@ -1,14 +1,17 @@
 """Tests of `declip_jax.evals.suites`: the jobs of data files and suites, with their classes, prompts and metrics."""
 
 from collections.abc import Mapping
+import io
 from pathlib import Path
+import re
+import tarfile
 
 import numpy as np
 from PIL import Image
 import pytest
 
 from declip_jax.data.storage import layouts
-from declip_jax.evals import catalogue, data_files, suites, variant_of
+from declip_jax.evals import EVALUATORS, catalogue, data_files, defaults, suites, variant_of
 from declip_jax.evals.catalogue import Suite
 from declip_jax.evals.results import Result
 
@@ -85,7 +88,7 @@ def test_a_suite_has_its_own_metric_and_prompts(data: Mapping[str, data_files.Sp
   (job,), remarks = suites.make_jobs(data, [suite], ["zero_shot"])
   assert (job.data["metric"], job.variant, job.about["prompts"]) == ("mean_per_class", "bare-mean_per_class", "bare")
   assert job.data["prompts"][0] == (catalogue.data_set("cifar10").classes[0],)
-  assert remarks == ["s: the data file lacks 1 of 2 data sets (see --print_data): pets"]
+  assert remarks == ["s: 1 of its 2 data sets are missing from the data file (see --print_data): pets"]
   (other,), _ = suites.make_jobs(data, [suite], ["zero_shot"], "openai")
   assert (other.variant, len(other.data["prompts"][0])) == ("mean_per_class", 18)  # has a file of its own
 
@@ -192,7 +195,10 @@ def test_options_are_read_checked_and_in_the_name_of_the_file(data: Mapping[str,
   ("option", "message"),
   [
     ("shots=5", "expected TASK.OPTION=VALUE"),
-    ("few_shots.shots=5", r"'few_shots' is not one of the tasks few_shot, zero_shot; did you mean few_shot"),
+    (
+      "few_shots.shots=5",
+      r"the option is for 'few_shots', but the tasks are few_shot, zero_shot; did you mean few_shot",
+    ),
     ("few_shot.shot=5", r"no option 'shot'; .*shots.*did you mean shots"),
     ("few_shot.shots=many", r"few_shot.shots=many: expected a whole number, as the default 1,2,4,8,16"),
     ("few_shot.shots=0", r"few_shot.shots=\(0,\)"),
@@ -204,3 +210,35 @@ def test_options_are_read_checked_and_in_the_name_of_the_file(data: Mapping[str,
 def test_options_that_do_not_fit_are_named(option: str, message: str, data: Mapping[str, data_files.Splits]) -> None:
   with pytest.raises(ValueError, match=message):
     suites.make_jobs(data, tasks=["few_shot", "zero_shot"], options=[option])
+
+
+def test_the_documentation_lists_the_options_of_all_tasks() -> None:
+  text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+  found = re.findall(r"^\| ([\w, ]+) \| `(\w+)` \| (?:`(.*?)`)? ?\|", text, re.MULTILINE)
+  documented = {(task, option): default for tasks, option, default in found for task in tasks.split(", ")}
+  expected = {
+    (task, option): ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    for task in EVALUATORS
+    for option, default in defaults(task).items()
+    if option != "templates"  # the prompts of data sets are those of --prompts
+  }
+  assert documented == expected
+
+
+def test_a_task_that_fits_no_data_set_is_named(data: Mapping[str, data_files.Splits]) -> None:
+  pairs = {"own/pairs": data["own/pairs"]}
+  _, remarks = suites.make_jobs(pairs, tasks=["retrieval", "knn"])
+  assert remarks == ["knn fits none of the data sets: it needs classification data"]
+  with pytest.raises(ValueError, match="nothing to evaluate: zero_shot fits none of the data sets: it needs classific"):
+    suites.make_jobs(pairs, tasks=["zero_shot"])
+
+
+def test_images_with_labels_but_without_names_of_classes_are_rejected(tmp_path: Path) -> None:
+  Image.new("RGB", (8, 8)).save(image := io.BytesIO(), "PNG")
+  with tarfile.open(tmp_path / "a.tar", "w") as file:
+    for name, content in (("a.png", image.getvalue()), ("a.cls", b"1")):
+      member = tarfile.TarInfo(name)
+      member.size = len(content)
+      file.addfile(member, io.BytesIO(content))
+  with pytest.raises(ValueError, match=r"own/a: webdataset:.*a.tar: its images have labels, but .* classnames.txt"):
+    suites.make_jobs({"own/a": data_files.Splits(f"webdataset:{tmp_path}/a.tar")})

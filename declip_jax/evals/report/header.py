@@ -59,8 +59,8 @@ def header(report: Report) -> Iterator[Block]:
   yield Table([names[column] for column in used], [[row[column] for column in used] for row in rows])
   yield from _training_data(report)
   yield (
-    "Scores are in percent, and differences in points of percent. Brackets are 95 % intervals: of one run those due to "
-    "the choice of the test images, of several runs those of their mean, by Student's t over random seeds."
+    "Scores are in percent, and differences in percentage points. Brackets are 95 % intervals: for a single run they "
+    "reflect the choice of the test images; for several runs, their random seeds (of the mean, by Student's t)."
   )
   if report.baseline is not None:
     yield (
