@@ -1,4 +1,4 @@
-"""Evaluates a run, or anyone's weights: python -m declip_jax.evaluate --workdir runs/demo
+"""Evaluates a run or any checkpoint: python -m declip_jax.evaluate --workdir runs/demo
 
 Without further flags, the evaluations of the run's config are repeated. Others are chosen by one of:
 
@@ -8,12 +8,13 @@ Without further flags, the evaluations of the run's config are repeated. Others 
   --retrieval=webdataset:/data/test-*.tar
 
 --option=few_shot.method=ridge sets an option of one of the tasks. --list prints all suites and data sets, and
---print_data=folder:/data a data file, which says where they are. --dry_run shows what would be evaluated.
+--print_data=folder:/data prints a data file, which says where your data sets are. --dry_run shows what would be
+evaluated.
 
 --weights evaluates any other checkpoint that `declip_jax.load` reads, such as one of OpenAI's CLIP or of open_clip.
 --settings gives what such a file does not contain, as `declip_jax.load` warns: --settings=image.activation=gelu
 
---interpolate_with evaluates mixtures of other weights with these, for each share of these in --alpha (WiSE-FT):
+--interpolate_with evaluates mixtures of other weights with those of --workdir, whose weights are --alpha (WiSE-FT):
 
   --workdir runs/pets --interpolate_with runs/clip --alpha 0,0.25,0.5,0.75,1
 

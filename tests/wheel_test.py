@@ -105,7 +105,7 @@ def test_every_command_is_installed_and_shows_an_example(name: str, scripts: Pat
   assert done.returncode == 0, done.stderr
   assert f"python -m {COMMANDS[name][0]}" in done.stdout
   assert "--helpfull" in done.stdout
-  assert len(done.stdout.splitlines()) < 80
+  assert len(done.stdout.splitlines()) < 100  # without the flags of libraries
 
 
 def test_the_package_lists_commands_and_configs(scripts: Path, tmp_path: Path) -> None:
