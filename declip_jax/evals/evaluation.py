@@ -130,7 +130,7 @@ class Evaluation:
     lines = []
     for job in jobs:
       sources = (f"{name} {split.source.name} ({len(split.source):,})" for name, split in job.splits.items())
-      lines.append(f"{job.name}: {', '.join(sources)}{'' if job.name in todo else ', done'}")
+      lines.append(f"{job.name}: {', '.join(sources)}{_prompts(job)}{'' if job.name in todo else ', done'}")
     new, again = self._to_encode([job for job in jobs if job.name in todo])
     left = sum_over_hosts(np.array([count for _, count in (*new, *again)], np.int64))
     images = int(left.sum())
@@ -310,6 +310,15 @@ class Evaluation:
 def describe(name: str, metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]]) -> str:
   """A metric with its interval, for people."""
   return score_text(name, metrics[name]) + (" [{:.1%}, {:.1%}]".format(*intervals[name]) if name in intervals else "")
+
+
+def _prompts(job: Job) -> str:
+  """The prompts of the first class, for people; empty for a job without any."""
+  if not job.data.get("prompts"):
+    return ""
+  first, *others = job.data["prompts"][0]
+  more = f" and {len(others)} more" if others else ""
+  return f", prompts {job.about.get('prompts', '')}: {first!r}{more}"
 
 
 @dataclass

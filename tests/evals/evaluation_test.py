@@ -175,12 +175,13 @@ def test_a_result_of_other_weights_or_data_is_not_replaced_in_silence(
 
 
 def test_a_plan_counts_what_is_left_and_writes_nothing(tmp_path: Path) -> None:
-  jobs = [job("a", 10, 20), job("b", 20, 30, 40)]
+  prompts = {"data": {"prompts": (("a cat", "one cat", "cats"), ("a dog", "one dog", "dogs"))}}
+  jobs = [job("a", 10, 20), job("b", 20, 30, 40, about={"prompts": "own"}, **prompts)]
   evaluation(tmp_path, cache=True).run(jobs[:1])
   before = files(tmp_path)
   lines = evaluation(tmp_path, cache=True).plan(jobs)
   assert lines[0] == "a: test a (2), done"
-  assert lines[1] == "b: test b (3)"
+  assert lines[1] == "b: test b (3), prompts own: 'a cat' and 2 more"
   assert lines[2] == "1 of 2 results to compute, 3 images to encode"
   assert lines[3].startswith("their features take 0.0 MiB")
   assert files(tmp_path) == before
