@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int, Int8
 import numpy as np
 
 from declip_jax.data.pipeline import EvaluationBatches, parse_annotations
-from declip_jax.data.sources import PASSING, Source
+from declip_jax.data.sources import READ_ERROR, Source
 from declip_jax.evals.encoders import Encoders, ModelClassifier
 from declip_jax.evals.similarity import Embeddings, Similarity, concatenate, take, unit_rows
 from declip_jax.runtime.hosts import any_host, first_error, gather_rows, gather_texts
@@ -80,8 +80,8 @@ def read_batches(source: Source | Sequence[Any], encoders: Encoders, rows: range
 def surely(read: Read) -> Read:
   """`read` for results that are kept: it ends at an image that may be readable at another time.
 
-  Without images that a disk fails to deliver, or that a busy machine delivers too late, a result would be kept in place
-  of the right one. The OSError that it raises names the first of them.
+  Without images that a disk or network fails to deliver, a result would be kept in place of the right one. The OSError
+  that it raises names the first of them.
   """
 
   def reading(source: Source | Sequence[Any], encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
@@ -95,7 +95,7 @@ def surely(read: Read) -> Read:
 
 def _passing(batch: Mapping[str, np.ndarray]) -> list[str]:
   """Why images of a batch could not be read, for those that may be readable at another time."""
-  return [error for error in batch["error"].tolist() if error.startswith(PASSING)]
+  return [error for error in batch["error"].tolist() if error.startswith(READ_ERROR)]
 
 
 class DecodedImages:
