@@ -574,7 +574,7 @@ class EvaluationBatches:
 
 
 def _annotations(example: Example) -> str:
-  """The labels, groups and captions of an example as text, empty if it has none; see `parse_annotations`."""
+  """The labels, groups, captions and hash of an example as text, empty if it has none; see `parse_annotations`."""
   found: dict[str, Any] = {}
   if "labels" in example:
     labels = np.asarray(example["labels"])
@@ -582,9 +582,9 @@ def _annotations(example: Example) -> str:
   if "groups" in example:
     found["groups"] = {name: int(group) for name, group in example["groups"].items()}
   if example["captions"]:
-    image = example["image"]
-    digest = hashlib.blake2b(image, digest_size=16).hexdigest() if isinstance(image, bytes) else ""
-    found |= {"captions": list(example["captions"]), "image_hash": digest}
+    found["captions"] = list(example["captions"])
+  if isinstance(image := example["image"], bytes):
+    found["image_hash"] = hashlib.blake2b(image, digest_size=16).hexdigest()
   return json.dumps(found) if found else ""
 
 
@@ -595,7 +595,7 @@ class Annotations(NamedTuple):
     labels: as in `Example`, 0 for an example without labels; None if no example has any.
     groups: by the name of the grouping, -1 for an example without one.
     captions: captions of each example.
-    image_hash: a hash of each encoded image that has captions; "" for others, and for images that are not encoded.
+    image_hash: a hash of each encoded image, "" for images that are not encoded.
   """
 
   labels: Int8[np.ndarray, "n classes"] | None
