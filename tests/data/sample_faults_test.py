@@ -637,7 +637,7 @@ def test_an_evaluation_reads_an_example_that_is_too_slow_once_more_and_then_skip
   (batch,) = batches
   free.set()
   assert np.flatnonzero(~batch["readable"]).tolist() == [5]
-  assert tries == {**dict.fromkeys(range(8), 1), 2: 2, 5: 2}
+  assert (tries[2], tries[5]) == (2, 2)
   assert "skipped in the evaluation (too slow) faulty: sample 5: not read within 0.1 s, twice" in caplog.text
 
 
