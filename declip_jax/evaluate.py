@@ -42,6 +42,7 @@ from ml_collections import ConfigDict
 from declip_jax import config as config_lib
 from declip_jax.build import make_jobs
 from declip_jax.clip import Clip, load
+from declip_jax.data.hangs import SECONDS
 from declip_jax.data.images import LARGEST_LIMIT, MAX_PIXELS
 from declip_jax.data.pipeline import Reading
 from declip_jax.data.storage.indexes import cache_folder
@@ -86,6 +87,7 @@ class Encoding(NamedTuple):
 
   batch_size: int | None
   max_pixels: int | None
+  max_seconds: float | None
   cache: Path | None
   cache_limit: int
   features_dtype: str
@@ -104,6 +106,7 @@ def evaluate(
   cache: Path | None = None,
   cache_limit: int = LIMIT,
   max_pixels: int | None = None,
+  max_seconds: float | None = None,
   features_dtype: str = "float32",
 ) -> dict[str, Any]:
   """Evaluates a checkpoint, writes the results that are not there yet, and returns all metrics, `eval/NAME/METRIC`.
@@ -120,6 +123,7 @@ def evaluate(
     cache: folder of features, None for none.
     cache_limit: see `FeatureCache`.
     max_pixels: largest number of pixels of an image, that of the run's config by default, see `images.open_photo`.
+    max_seconds: seconds for reading one image, 0 for no limit, that of the run's config by default, see `Reading`.
     features_dtype: "float32", or "float16", to which features of images are then rounded, for half the size of `cache`.
 
   Raises:
@@ -131,7 +135,7 @@ def evaluate(
   if jobs is None:
     jobs = make_jobs(config.evals if evals is None and config else evals or ConfigDict())
   place = Place(weights or workdir, output or workdir / "results", None if weights else workdir)
-  encoding = Encoding(batch_size, max_pixels, cache, cache_limit, features_dtype)
+  encoding = Encoding(batch_size, max_pixels, max_seconds, cache, cache_limit, features_dtype)
   evaluation = _prepare(clip, config, _model_facts(clip, place.weights), jobs, place, encoding)
   return {**_about(clip, weights), **_metrics(_run(evaluation, jobs))}
 
@@ -155,7 +159,7 @@ def _prepare(
     raise ValueError(f"{place.weights} has {none}: pass --suite, --data, --zero_shot or --retrieval")
   size = encoding.batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE)
   needs_text = any(EVALUATORS[job.kind].needs_text for job in jobs)
-  encoders = clip.encoders(size, needs_text=needs_text, reading=_reading(config, encoding.max_pixels))
+  encoders = clip.encoders(size, needs_text=needs_text, reading=_reading(config, encoding))
   encoders = dataclasses.replace(encoders, features_dtype=encoding.features_dtype)
   if (cache := encoding.cache) is None:
     return Evaluation(facts, encoders, place.output, run_folder=place.run)
@@ -178,11 +182,12 @@ def _metrics(found: Mapping[str, Result]) -> dict[str, float]:
   return {f"eval/{name}/{key}": value for name, own in ours.items() for key, value in own.items()}
 
 
-def _reading(config: ConfigDict | None, max_pixels: int | None) -> Reading:
-  """How images are read: with the limits of a run's config, if there is one."""
-  if config is None:
-    return Reading(max_pixels=max_pixels or MAX_PIXELS)
-  return Reading(max_pixels=max_pixels or config.data.max_pixels, seconds=config.data.max_seconds)
+def _reading(config: ConfigDict | None, encoding: Encoding) -> Reading:
+  """How images are read: with the limits that are given, or those of a run's config, if there is one."""
+  pixels, seconds = (MAX_PIXELS, SECONDS) if config is None else (config.data.max_pixels, config.data.max_seconds)
+  if encoding.max_seconds is not None:
+    seconds = encoding.max_seconds
+  return Reading(max_pixels=encoding.max_pixels or pixels, seconds=seconds)
 
 
 def _model_facts(clip: Clip, path: str | os.PathLike[str]) -> ModelFacts:
@@ -293,7 +298,8 @@ def _command(workdir: Path | None) -> None:
     raise ValueError("--workdir is required, or --weights and --output")
   chosen, output = _jobs_from_flags(), Path(given.output) if given.output else workdir / "results"
   cache = None if given.cache == "off" else Path(given.cache or cache_folder() / "features")
-  encoding = Encoding(given.batch_size, given.max_pixels, cache, int(given.cache_limit * 2**30), given.features_dtype)
+  limit = int(given.cache_limit * 2**30)
+  encoding = Encoding(given.batch_size, given.max_pixels, given.max_seconds, cache, limit, given.features_dtype)
   is_run = not (given.weights or given.interpolate_with)
   place = Place(given.weights or workdir, output, workdir if is_run else None)
   for step in _steps(workdir):
@@ -428,6 +434,9 @@ def main() -> None:
   flags.DEFINE_float("cache_limit", LIMIT / 2**30, "GiB of features, after which the oldest are removed.", 0)
   flags.DEFINE_integer(
     "max_pixels", None, "Largest number of pixels of an image, by default that of the run.", 1, LARGEST_LIMIT
+  )
+  flags.DEFINE_float(
+    "max_seconds", None, f"For reading one image, by default as in the run, or {SECONDS:g}; 0 means no limit.", 0
   )
   flags.DEFINE_bool("dry_run", False, "Only print what would be evaluated, and about how long it takes.")
   flags.DEFINE_bool("list", False, "Only print the suites, or the data sets of --suite.")

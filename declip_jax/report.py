@@ -14,8 +14,8 @@ With --data, the working directories are first evaluated on the data sets of tha
 with --suite, --data and --tasks; results that are there are not computed again. Runs that fail do not stop the others:
 the report shows what there is, and the command then ends with the errors of all.
 
-Models that were evaluated on different data under one name are rejected: other numbers of samples, or other ids, labels
-or captions of test images. --shift names data sets of one task under distribution shift, such as
+Models that were evaluated on different data under one name are rejected: other numbers of samples, or other ids,
+labels, captions or bytes of test images. --shift names data sets of one task under distribution shift, such as
 --shift=own/photo:own/sketch,own/cartoon; the shifts of ImageNet are known. --standard names results of models with
 standard training, whose line gives the accuracy that is expected under shift. --overlap names working directories of
 `declip_jax.overlap`."""

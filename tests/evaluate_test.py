@@ -288,10 +288,11 @@ def test_images_are_read_with_the_limits_of_the_run_unless_one_is_given(
   monkeypatch.setattr(evaluate, "_model_facts", lambda *_: None)
   evals = config.default().evals
   evals.mine = config.zero_shot("scenes:test/4/16")
-  for workdir, limit in ((tmp_path, None), (tmp_path, 7), (tmp_path / "none", None), (tmp_path / "none", 7)):
-    with pytest.raises(FileNotFoundError, match="no encoders"):
-      evaluate.evaluate(workdir, evals=evals, weights="x.pt", max_pixels=limit)
-  assert given == [(99, 5.0), (7, 5.0), (2**26, 60.0), (7, 60.0)]
+  for workdir in (tmp_path, tmp_path / "none"):
+    for limits in ({}, {"max_pixels": 7}, {"max_seconds": 0.0}):
+      with pytest.raises(FileNotFoundError, match="no encoders"):
+        evaluate.evaluate(workdir, evals=evals, weights="x.pt", **limits)
+  assert given == [(99, 5.0), (7, 5.0), (99, 0.0), (2**26, 60.0), (7, 60.0), (2**26, 0.0)]
 
 
 def identities(clip: Clip, folder: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ Made = TypeVar("Made")
 Key = str  # of a sample: a digest of its source, the data in it and its index
 
 _reading: dict[int, "_Time"] = {}  # what each thread of this process reads
-_slow: dict[Key, float] = {}  # samples that took too long in this process, and how many seconds they had
+_slow: dict[Key, list[float]] = {}  # samples that took too long in this process, and how many seconds each try had
 
 
 class _Time(NamedTuple):
@@ -45,10 +45,10 @@ def key_of(source: Source, index: int) -> Key:
   return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
 
-def check(key: Key, place: str) -> None:
-  """Raises BadSample if a sample, named `place`, took too long before."""
-  if key in _slow:
-    raise BadSample("too slow", f"{place}: not read within {_slow[key]:g} s")
+def check(key: Key, place: str, tries: int = 1) -> None:
+  """Raises BadSample if a sample, named `place`, took too long in that many tries before."""
+  if len(seconds := _slow.get(key, ())) >= tries:
+    raise BadSample("too slow", f"{place}: not read within {seconds[-1]:g} s" + (", twice" if tries == 2 else ""))
 
 
 @contextlib.contextmanager
@@ -136,7 +136,8 @@ def _wait(work: _Work, seconds: float) -> None:
     now = _reading.get(work.ident or 0)
     waits, before = waits + 1 if now is before else 0, now
     if now is not None and waits * step >= seconds:
-      _slow.update(dict.fromkeys(now.keys, seconds))
+      for key in now.keys:
+        _slow.setdefault(key, []).append(seconds)
       now.leave()
       return work.leave()
 

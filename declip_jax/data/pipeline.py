@@ -32,15 +32,15 @@ from declip_jax.data import deaths as deaths_lib
 from declip_jax.data import hangs, images
 from declip_jax.data.deaths import Deaths
 from declip_jax.data.mixture import Mixture, Position, hashed
-from declip_jax.data.sources import BAD, BadSample, Example, Source, bad_sample, read_example
+from declip_jax.data.sources import BAD, OF_MEDIA, BadSample, Example, Source, bad_sample, read_example
 from declip_jax.data.storage import jobs, shared_memory
 
 Sample = dict[str, np.ndarray]
 BAD_COUNTS = "bad_counts"  # field of a sample: how many examples of each kind of `BAD` were skipped for it
 _MAX_TRIES = 100
-_READ_ERROR = "read error"  # of `BAD`: a mount or a disk that may recover
 _ERROR = "error"  # field of a row of an evaluation: why it cannot be read
 _MAX_DEATHS = 10  # of workers, within one batch
+_TRIES = 2  # of evaluations to read an example that is too slow
 _NAMED = 20  # bad examples of each kind that a process names in the log
 _SECOND_STREAM = 1
 _CHUNK = 32  # largest number of samples that one thread puts together
@@ -76,7 +76,7 @@ class _MakeSample(grain.transforms.RandomMap):
         # Workers can send built-in exceptions; another class may hang them.
         name = mixture.sources[position[0]].name
         message = f"{name}: {_MAX_TRIES} examples in a row cannot be used; the last one: {error}"
-        if 2 * bad_counts[BAD.index(_READ_ERROR)] > _MAX_TRIES:
+        if 2 * sum(bad_counts[BAD.index(kind)] for kind in OF_MEDIA) > _MAX_TRIES:
           raise OSError(errno.EIO, message)
         raise ValueError(message)
       positions[stream] = mixture.replacement(position, rng)
@@ -470,7 +470,8 @@ class Reading:
   Attributes:
     workers, threads: see `evaluation_reader_counts`.
     max_pixels: largest number of pixels of an image, see `images.open_photo`.
-    seconds: seconds for reading one example; 0 means no limit.
+    seconds: seconds for reading one example, which is tried twice, since the machine may have been busy, and then
+      skipped; 0 means no limit.
     deaths: where examples that kill a process are remembered, by default in this process only. As in training, workers
       are started again, and an example is skipped once two processes have died in it.
   """
@@ -529,7 +530,7 @@ class EvaluationBatches:
 
   def _check(self, errors: Sequence[str]) -> None:
     """Raises OSError if these errors of examples in a row mean that a medium fails."""
-    failed = sum(error.startswith(_READ_ERROR) for error in errors)
+    failed = sum(error.startswith(OF_MEDIA) for error in errors)
     if len(errors) == min(_MAX_TRIES, len(self.rows)) and 2 * failed > len(errors):
       message = f"{self.source.name}: {len(errors)} examples in a row cannot be used; the last one: {errors[-1]}"
       raise OSError(errno.EIO, message)
@@ -555,7 +556,7 @@ class EvaluationBatches:
 
   def _read(self, index: int) -> Sample:
     key, name = hangs.key_of(self.source, index), f"{self.source.name}: sample {index}"
-    hangs.check(key, name)
+    hangs.check(key, name, tries=_TRIES)
     self.reading.deaths.check(key, name)
     with self.reading.deaths.reading({key: name}) as record, hangs.reading([key], record.leave):
       example = read_example(self.source, index)
@@ -573,7 +574,7 @@ class EvaluationBatches:
 
 
 def _annotations(example: Example) -> str:
-  """The labels, groups and captions of an example as text, empty if it has none; see `parse_annotations`."""
+  """The labels, groups, captions and hash of an example as text, empty if it has none; see `parse_annotations`."""
   found: dict[str, Any] = {}
   if "labels" in example:
     labels = np.asarray(example["labels"])
@@ -581,9 +582,9 @@ def _annotations(example: Example) -> str:
   if "groups" in example:
     found["groups"] = {name: int(group) for name, group in example["groups"].items()}
   if example["captions"]:
-    image = example["image"]
-    digest = hashlib.blake2b(image, digest_size=16).hexdigest() if isinstance(image, bytes) else ""
-    found |= {"captions": list(example["captions"]), "image_hash": digest}
+    found["captions"] = list(example["captions"])
+  if isinstance(image := example["image"], bytes):
+    found["image_hash"] = hashlib.blake2b(image, digest_size=16).hexdigest()
   return json.dumps(found) if found else ""
 
 
@@ -594,7 +595,7 @@ class Annotations(NamedTuple):
     labels: as in `Example`, 0 for an example without labels; None if no example has any.
     groups: by the name of the grouping, -1 for an example without one.
     captions: captions of each example.
-    image_hash: a hash of each encoded image that has captions; "" for others, and for images that are not encoded.
+    image_hash: a hash of each encoded image, "" for images that are not encoded.
   """
 
   labels: Int8[np.ndarray, "n classes"] | None

@@ -295,7 +295,7 @@ def cell(scored: Sequence[Scored], metric: str) -> Cell | None:
 
 
 def check_data(scored: Sequence[Scored]) -> None:
-  """Rejects results of one task on different data: other numbers of samples, or other ids, labels or captions.
+  """Rejects results of one task on different data: other numbers of samples, or other ids, labels, captions or images.
 
   The latter are compared of results with the same number of readable test images; `difference` compares the labels of
   others. Of splits to train on, only the number of samples is known.
@@ -306,11 +306,13 @@ def check_data(scored: Sequence[Scored]) -> None:
   first: dict[Any, tuple[Any, Scored]] = {}
   for one in scored:
     for split, about in one.data.items():
-      for of, fact in (("", about.get("samples")), (about.get("readable"), about.get("content"))):
-        known, other = first.setdefault((split, of), (fact, one)) if fact is not None else (None, one)
+      for name in ("samples", "content", "images"):
+        fact, of = about.get(name), None if name == "samples" else about.get("readable")
+        known, other = first.setdefault((split, name, of), (fact, one)) if fact is not None else (None, one)
         if known != fact:
           named = [f"{each.path} ({split} {_named(each.data[split])})" for each in (other, one)]
-          raise ValueError(f"{' and '.join(named)} are results of different data under one name")
+          what = "other images of the same names" if name == "images" else "different data under one name"
+          raise ValueError(f"{' and '.join(named)} are results of {what}")
 
 
 def _named(about: Mapping[str, Any]) -> str:

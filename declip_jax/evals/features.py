@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int, Int8
 import numpy as np
 
 from declip_jax.data.pipeline import EvaluationBatches, parse_annotations
-from declip_jax.data.sources import PASSING, Source
+from declip_jax.data.sources import READ_ERROR, Source
 from declip_jax.evals.encoders import Encoders, ModelClassifier
 from declip_jax.evals.similarity import Embeddings, Similarity, concatenate, take, unit_rows
 from declip_jax.runtime.hosts import any_host, first_error, gather_rows, gather_texts
@@ -42,7 +42,8 @@ class Features:
     id: where each image comes from.
     readable: whether each image could be decoded; the features of others are meaningless.
     captions: captions of each image that could be decoded.
-    image_hash: a hash of each encoded image that has captions; "" for others, and for images that are not encoded.
+    image_hash: a hash of each encoded image; "" for images that are not encoded or cannot be read, and for those
+      without captions in caches of older versions.
   """
 
   pooled: Float[np.ndarray, "n f"]
@@ -80,8 +81,8 @@ def read_batches(source: Source | Sequence[Any], encoders: Encoders, rows: range
 def surely(read: Read) -> Read:
   """`read` for results that are kept: it ends at an image that may be readable at another time.
 
-  Without images that a disk fails to deliver, or that a busy machine delivers too late, a result would be kept in place
-  of the right one. The OSError that it raises names the first of them.
+  Without images that a disk or network fails to deliver, a result would be kept in place of the right one. The OSError
+  that it raises names the first of them.
   """
 
   def reading(source: Source | Sequence[Any], encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
@@ -95,7 +96,7 @@ def surely(read: Read) -> Read:
 
 def _passing(batch: Mapping[str, np.ndarray]) -> list[str]:
   """Why images of a batch could not be read, for those that may be readable at another time."""
-  return [error for error in batch["error"].tolist() if error.startswith(PASSING)]
+  return [error for error in batch["error"].tolist() if error.startswith(READ_ERROR)]
 
 
 class DecodedImages:
@@ -294,17 +295,22 @@ class Split:
     """What tells other data apart, of all hosts, which all have to ask for it.
 
     `readable` is the number of images that can be read, and `content` a hash of their rows, ids, labels and captions,
-    and of encoded images that have captions. What all ids begin with, such as a folder, does not count.
+    and of encoded images that have captions. What all ids begin with, such as a folder, does not count. `images` is a
+    hash of all encoded images; it is absent if they are not encoded.
     """
     labels = [None] * len(self.label) if self.labels is None else self.labels.tolist()
     own = zip(self._labelled.id, self.label.tolist(), labels, self.captions, self.image_hash, strict=True)
     every, readable = gather_texts([json.dumps(fields) for fields in own]), gather_rows(self.readable)
     found = {int(row): json.loads(every[row]) for row in np.flatnonzero(readable)}
     start = len(os.path.commonprefix([place for place, *_ in found.values()]))
-    digest = hashlib.sha256()
-    for row, (place, *fields) in found.items():
-      digest.update(f"{json.dumps([row, place[start:], *fields])}\n".encode())
-    return {"readable": len(found), "content": digest.hexdigest()[:32]}
+    digest, images = hashlib.sha256(), hashlib.sha256()
+    for row, (place, *fields, captions, image) in found.items():
+      about = [row, place[start:], *fields, captions, image if captions else ""]
+      digest.update(f"{json.dumps(about)}\n".encode())
+      images.update(f"{image}\n".encode())
+    are_known = found and all(image for *_, image in found.values())
+    known = {"images": images.hexdigest()[:32]} if are_known else {}
+    return {"readable": len(found), "content": digest.hexdigest()[:32], **known}
 
   @cached_property
   def _labelled(self) -> Features:

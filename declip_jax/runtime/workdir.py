@@ -29,13 +29,15 @@ def local_path(workdir: str | os.PathLike[str]) -> Path:
   """Returns the path of a working directory.
 
   Raises:
-    ValueError: the path is empty, or an address such as gs://...: object stores cannot append to a file, which
-      metrics.jsonl requires.
+    ValueError: the path is empty, or that of a file, or an address such as gs://...: object stores cannot append to a
+      file, which metrics.jsonl requires.
   """
   if not os.fspath(workdir):
     raise ValueError("--workdir is empty: expected a directory, such as runs/demo, or . for the current one")
   if "://" in os.fspath(workdir):
     raise ValueError(f"workdir {os.fspath(workdir)!r} is an address: mount it (gcsfuse, NFS) and pass the path")
+  if os.path.isfile(workdir):
+    raise ValueError(f"--workdir={os.fspath(workdir)} is a file: expected a directory")
   return Path(workdir)
 
 

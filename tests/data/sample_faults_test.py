@@ -618,6 +618,41 @@ def test_samples_that_cannot_be_read_do_not_end_an_evaluation() -> None:
   assert not _evaluate(Partly(120, numbers=dict.fromkeys(range(120), errno.ENOENT))).any()  # missing, not failing
 
 
+def test_an_evaluation_reads_an_example_that_is_too_slow_once_more_and_then_skips_it(
+  caplog: pytest.LogCaptureFixture,
+) -> None:
+  tries, free = Counter[int](), threading.Event()
+
+  @dataclass(frozen=True)
+  class Slow(Faulty):
+    def __getitem__(self, index: int) -> dict:
+      tries[index] += 1
+      if index == 5 or (index == 2 and tries[index] == 1):
+        free.wait(20)
+      return super().__getitem__(index)
+
+  batches = pipeline.EvaluationBatches(
+    Slow(8), range(8), 8, 1, images.EvalView(2), pipeline.Reading(workers=0, seconds=0.1)
+  )
+  (batch,) = batches
+  free.set()
+  assert np.flatnonzero(~batch["readable"]).tolist() == [5]
+  assert (tries[2], tries[5]) == (2, 2)
+  assert "skipped in the evaluation (too slow) faulty: sample 5: not read within 0.1 s, twice" in caplog.text
+
+
+def test_a_mount_that_delivers_nothing_in_time_ends_an_evaluation() -> None:
+  @dataclass(frozen=True)
+  class Stuck(Faulty):
+    def __getitem__(self, index: int) -> dict:
+      raise BadSample("too slow", f"faulty:{index}")
+
+  with pytest.raises(OSError, match="faulty: 5 examples in a row"):
+    _evaluate(Stuck(5))
+  with pytest.raises(OSError, match="faulty: 100 examples in a row"):
+    next(_stream(Stuck(40)))
+
+
 def test_an_image_of_too_many_bytes_is_bad_whatever_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
   @dataclass(frozen=True)
   class Large(Faulty):

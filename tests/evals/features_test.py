@@ -4,6 +4,7 @@ from dataclasses import replace
 import errno
 from typing import Any
 
+import cv2
 from greys import Greys, grey_encoders
 import numpy as np
 import pytest
@@ -104,6 +105,22 @@ def test_sources_are_read_again_after_errors_that_pass() -> None:
   split = [Split(source, grey_encoders(2), read=decoded).features for broken[0] in (True, False, False)]
   assert [one.readable.tolist() for one in split] == [[True, False, True], [True] * 3, [True] * 3]
   assert len(read) == 6
+
+
+def test_the_content_of_a_split_tells_other_images_of_the_same_names_apart() -> None:
+  class Encoded(Greys):
+    def __getitem__(self, index: int) -> dict:
+      image = super().__getitem__(index)["image"]
+      return {**super().__getitem__(index), "image": image if isinstance(image, bytes) else png(image)}
+
+  def png(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", image)[1].tobytes()
+
+  first, *others = (Split(Encoded([(10, 0), (None, 0), (grey, 1)]), grey_encoders(2)).content for grey in (20, 20, 30))
+  assert others[0] == first
+  assert others[1]["content"] == first["content"]
+  assert others[1]["images"] != first["images"]
+  assert "images" not in Split(Greys([(10, 0)]), grey_encoders(2)).content  # they are not encoded
 
 
 def test_hosts_agree_on_a_label_that_is_no_class(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,11 +53,14 @@ def test_a_directory_without_write_permission_is_rejected(tmp_path: Path, monkey
     pass
 
 
-def test_an_address_is_not_a_directory() -> None:
+def test_an_address_or_a_file_is_not_a_directory(tmp_path: Path) -> None:
   with pytest.raises(ValueError, match="gs://bucket/run.*mount"):
     workdir_lib.local_path("gs://bucket/run")
   with pytest.raises(ValueError, match="--workdir is empty"):
     workdir_lib.local_path("")
+  (tmp_path / "run").write_text("")
+  with pytest.raises(ValueError, match=r"--workdir=.*run is a file: expected a directory"):
+    workdir_lib.local_path(tmp_path / "run")
 
 
 def test_changes_of_config_and_data_are_reported_at_the_next_start(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from declip_jax.data.sources.arrayrecord import open_arrayrecord
-from declip_jax.data.sources.base import BAD, PASSING, BadSample, Example, Source, bad_sample, read_example
+from declip_jax.data.sources.base import BAD, OF_MEDIA, READ_ERROR, BadSample, Example, Source, bad_sample, read_example
 from declip_jax.data.sources.clip_benchmark import open_clip_benchmark
 from declip_jax.data.sources.coco import open_coco
 from declip_jax.data.sources.composition import open_sugarcrepe, open_winoground
@@ -17,7 +17,18 @@ from declip_jax.data.sources.webdataset import open_webdataset
 from declip_jax.data.sources.yfcc import open_yfcc
 from declip_jax.spelling import did_you_mean
 
-__all__ = ["BAD", "PASSING", "SOURCES", "BadSample", "Example", "Source", "bad_sample", "open_source", "read_example"]
+__all__ = [
+  "BAD",
+  "OF_MEDIA",
+  "READ_ERROR",
+  "SOURCES",
+  "BadSample",
+  "Example",
+  "Source",
+  "bad_sample",
+  "open_source",
+  "read_example",
+]
 
 SOURCES: dict[str, Callable[[str], Source]] = {
   "scenes": open_scenes,

@@ -27,8 +27,8 @@ BAD = (
   "unexpected error",  # an error of any other type
   "read error",  # a disk, a mount or a network failed, also when the read was retried
 )
-# Those that may be gone at another time: a disk or a network failed, or the machine was busy.
-PASSING = ("read error", "too slow")
+READ_ERROR = BAD[-1]  # may be gone at another time
+OF_MEDIA = (READ_ERROR, "too slow")  # where many samples in a row are bad, a disk, a mount or a network fails
 # Errors of the whole machine: of memory, of descriptors and of the disk that copies are written to.
 _SHORTAGES = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT}
 _LABELS = 2**31  # labels are int32 on devices
