@@ -143,15 +143,15 @@ def _decodes(image: Any, max_pixels: int) -> bool:
   return True
 
 
-_warned: Counter[str] = Counter()  # warnings of this process, by kind
+_warned: Counter[tuple[str, str]] = Counter()  # warnings of this process, by kind
 
 
-def _warn(error: BadSample) -> None:
+def _warn(error: BadSample, skipped: str = "skipped") -> None:
   """Logs the first bad examples of each kind; a large data set may have too many to read."""
-  _warned[error.kind] += 1
-  if _warned[error.kind] <= _NAMED:
-    more = "; further ones of this kind are only counted" if _warned[error.kind] == _NAMED else ""
-    logging.warning("skipped (%s) %s%s", error.kind, error, more)
+  _warned[skipped, error.kind] += 1
+  if (count := _warned[skipped, error.kind]) <= _NAMED:
+    more = "; further ones of this kind are only counted" if count == _NAMED else ""
+    logging.warning("%s (%s) %s%s", skipped, error.kind, error, more)
 
 
 def training_samples(
@@ -551,7 +551,7 @@ class EvaluationBatches:
     try:
       return blank | self._read(index) | {"readable": np.bool_(True)}
     except BadSample as error:
-      logging.warning("skipped in the evaluation (%s) %s", error.kind, error)
+      _warn(error, "skipped in the evaluation")
       return blank | {"id": np.str_(f"sample {index}"), _ERROR: np.str_(f"{error.kind}: {error}")}
 
   def _read(self, index: int) -> Sample:

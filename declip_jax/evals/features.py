@@ -82,21 +82,24 @@ def surely(read: Read) -> Read:
   """`read` for results that are kept: it ends at an image that may be readable at another time.
 
   Without images that a disk or network fails to deliver, a result would be kept in place of the right one. The OSError
-  that it raises names the first of them.
+  that it raises names the first of them. A label that is not among the classes raises ValueError: the names of the
+  classes are those of other data.
   """
 
   def reading(source: Source | Sequence[Any], encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
     for batch in read(source, encoders, rows):
-      if failed := _passing(batch):
+      if failed := _errors(batch, READ_ERROR):
         raise OSError(errno.EIO, f"{failed[0]}; start this again once the image can be read, and it continues here")
+      if failed := _errors(batch, "no label"):
+        raise ValueError(f"{failed[0]}; are these the class names of this data set?")
       yield batch
 
   return reading
 
 
-def _passing(batch: Mapping[str, np.ndarray]) -> list[str]:
-  """Why images of a batch could not be read, for those that may be readable at another time."""
-  return [error for error in batch["error"].tolist() if error.startswith(READ_ERROR)]
+def _errors(batch: Mapping[str, np.ndarray], kind: str) -> list[str]:
+  """Why images of a batch cannot be used, for those errors that are of one kind."""
+  return [error for error in batch["error"].tolist() if error.startswith(f"{kind}: ")]
 
 
 class DecodedImages:
@@ -126,7 +129,7 @@ class DecodedImages:
     for batch in read_batches(source, encoders, rows):
       batches.append(batch)
       yield batch
-    if not any_host(any(map(_passing, batches))):
+    if not any_host(any(_errors(batch, READ_ERROR) for batch in batches)):
       self._free -= size
       self._known[id(source)] = batches
 

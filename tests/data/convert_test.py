@@ -94,14 +94,14 @@ def test_samples_are_unchanged_and_bad_ones_are_skipped_and_counted(shards, tmp_
   about = json.loads((output / "dataset.json").read_text())
   named = about.pop("named")
   assert sum(about["skipped"].values()) == 5
-  assert about["skipped"]["damaged record"] == 2
+  assert (about["skipped"]["damaged record"], about["skipped"]["no label"]) == (1, 1)
   assert about["skipped"]["missing file"] == 1  # counted when the tars were indexed
   assert {name: about[name] for name in ("source", "samples", "shards", "count")} == {
     "source": shards, "samples": 59, "shards": 4, "count": 55
   }  # fmt: skip
-  assert "2.tar:32: bad .cls" in named["damaged record"][1]
+  assert "2.tar:32: bad .cls" in named["no label"][0]
   assert "55 samples in 4 files" in summary
-  assert "skipped 2: damaged record\n  1.tar:31: bad .cls" in summary
+  assert "skipped 1: damaged record\n  1.tar:31: bad .cls" in summary
   assert f"arrayrecord:{output}/*.array_record" in summary
 
 

@@ -251,6 +251,19 @@ def test_a_result_says_how_its_run_was_trained_and_the_log_what_it_cost(tmp_path
   assert [(line["encoded"], line["cached"]) for line in lines] == [(3, 0), (0, 3)]
 
 
+def test_a_label_that_is_not_among_the_classes_ends_the_evaluation(tmp_path: Path) -> None:
+  class Unnamed(Greys):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+      if index == 2:
+        raise BadSample("no label", "c: class 5, expected -1 to 3")
+      return super().__getitem__(index)
+
+  source = Unnamed([(value, 0) for value in (10, 20, 30)])
+  with pytest.raises(ValueError, match="a: .*c: class 5, expected -1 to 3; are these the class names of this data set"):
+    evaluation(tmp_path).run([Job("a", "set/a", "brightness", {"test": DataSource(source)})])
+  assert not list((tmp_path / "results").glob("*.json"))
+
+
 @pytest.mark.parametrize("cache", [True, False])
 def test_images_that_cannot_be_read_now_end_the_evaluation_and_are_read_at_the_next_start(
   cache: bool, tmp_path: Path

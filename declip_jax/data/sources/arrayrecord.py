@@ -129,7 +129,7 @@ class ArrayRecord:
       raise BadSample("too large", f"{place}: {len(record):,} bytes, expected at most {files.MAX_BYTES:,}")
     if len(self.classnames) <= example["label"] and self.classnames:
       classes = f"-1 to {len(self.classnames) - 1}, the last line of classnames.txt"
-      raise BadSample("damaged record", f"{place}: class {example['label']}, expected {classes}")
+      raise BadSample("no label", f"{place}: class {example['label']}, expected {classes}")
     return example
 
   def __getstate__(self) -> dict[str, Any]:

@@ -521,8 +521,9 @@ def _number(text: bytes) -> int | None:
 
 def _label(text: bytes, classes: int, place: str) -> int:
   label = _number(text)
-  if label is None or label < -1 or (classes and label >= classes):
-    legal = f"to {classes - 1}, the last line of classnames.txt" if classes else "up"
-    message = f"{place}: bad .cls {text[:40]!r}: expected a whole number from -1 {legal}"
-    raise BadSample("damaged record", message)
+  if label is None or label < -1:
+    raise BadSample("damaged record", f"{place}: bad .cls {text[:40]!r}: expected a whole number from -1 up")
+  if classes and label >= classes:
+    legal = f"-1 to {classes - 1}, the last line of classnames.txt"
+    raise BadSample("no label", f"{place}: bad .cls {text[:40]!r}: expected {legal}")
   return label

@@ -104,6 +104,14 @@ def test_a_record_that_is_too_large_is_bad_and_named(tmp_path, monkeypatch):
   assert error.value.kind == "too large"
 
 
+def test_a_label_that_is_not_among_the_classes_is_named(tmp_path):
+  write(tmp_path / "a.array_record", [msgpack.packb({"image": b"x", "captions": [], "label": 2, "id": ""})])
+  (tmp_path / "classnames.txt").write_text("dog\ncat\n")
+  with pytest.raises(BadSample, match="a.array_record, record 0: class 2, expected -1 to 1, the last line") as error:
+    open_arrayrecord(f"{tmp_path}/a.array_record")[0]
+  assert error.value.kind == "no label"
+
+
 @pytest.mark.parametrize(
   "record",
   [
@@ -114,7 +122,6 @@ def test_a_record_that_is_too_large_is_bad_and_named(tmp_path, monkeypatch):
     msgpack.packb({"image": "x", "captions": [], "label": 0, "id": ""}),
     msgpack.packb({"image": b"x", "captions": [b"x"], "label": 0, "id": ""}),
     msgpack.packb({"image": b"x", "captions": [], "label": -2, "id": ""}),
-    msgpack.packb({"image": b"x", "captions": [], "label": 2, "id": ""}),
     msgpack.packb({"image": b"x", "captions": [], "label": 0, "id": ""})[:-1] + b"\xff",
   ],
 )
