@@ -91,7 +91,7 @@ def load(text: str) -> ConfigDict:
   path = find(name)
   if path.suffix == ".json":
     if colon:
-      raise ValueError(f"{name} takes no arguments, such as {arguments!r}")
+      raise ValueError(f"{name} takes no arguments, got {arguments!r}")
     return _load_json(path)
   try:
     get_config = load_module(name).get_config

@@ -12,9 +12,9 @@ Without further flags, the evaluations of the run's config are repeated. Others 
 evaluated.
 
 --weights evaluates any other checkpoint that `declip_jax.load` reads, such as one of OpenAI's CLIP or of open_clip.
---settings gives what such a file does not contain, as `declip_jax.load` warns: --settings=image.activation=gelu
+--settings supplies what such a file lacks and `declip_jax.load` warns about: --settings=image.activation=gelu
 
---interpolate_with evaluates mixtures of other weights with those of --workdir, whose weights are --alpha (WiSE-FT):
+--interpolate_with evaluates mixtures of --workdir and other weights (WiSE-FT); --alpha gives the shares of --workdir:
 
   --workdir runs/pets --interpolate_with runs/clip --alpha 0,0.25,0.5,0.75,1
 
@@ -405,7 +405,7 @@ def main() -> None:
   flags.DEFINE_string(
     "interpolate_with", None, "Weights before fine-tuning, to evaluate mixtures with those of --workdir (WiSE-FT)."
   )
-  flags.DEFINE_list("alpha", None, f"Weights of --workdir in the mixtures, 0 to 1, by default {','.join(_ALPHA)}.")
+  flags.DEFINE_list("alpha", None, f"Shares of --workdir in the mixtures, 0 to 1; by default {','.join(_ALPHA)}.")
   flags.DEFINE_integer(
     "batch_size", None, "Images and texts encoded at once; by default that of the run, or 256.", lower_bound=1
   )
@@ -414,7 +414,9 @@ def main() -> None:
     "data", None, "File that says where your data sets are, see --print_data; without --suite, all are evaluated."
   )
   flags.DEFINE_list(
-    "tasks", [], f"What to evaluate, of {', '.join(tasks)}; by default, all that need no training split."
+    "tasks",
+    [],
+    f"What to evaluate, of {', '.join(tasks)}; by default, all that need neither training nor a classifier.",
   )
   flags.DEFINE_string("prompts", "", "Name or file of prompts of --suite and --data; by default, those of the suite.")
   flags.DEFINE_multi_string(
@@ -431,12 +433,12 @@ def main() -> None:
   flags.DEFINE_enum(
     "features_dtype", "float32", ["float32", "float16"], "Rounds features of images; float16 takes half the space."
   )
-  flags.DEFINE_float("cache_limit", LIMIT / 2**30, "GiB of features, after which the oldest are removed.", 0)
+  flags.DEFINE_float("cache_limit", LIMIT / 2**30, "GiB of --cache, beyond which the oldest features are removed.", 0)
   flags.DEFINE_integer(
     "max_pixels", None, "Largest number of pixels of an image, by default that of the run.", 1, LARGEST_LIMIT
   )
   flags.DEFINE_float(
-    "max_seconds", None, f"For reading one image, by default as in the run, or {SECONDS:g}; 0 means no limit.", 0
+    "max_seconds", None, f"Seconds for reading an image; by default as in the run, or {SECONDS:g}; 0 means no limit.", 0
   )
   flags.DEFINE_bool("dry_run", False, "Only print what would be evaluated, and about how long it takes.")
   flags.DEFINE_bool("list", False, "Only print the suites, or the data sets of --suite.")

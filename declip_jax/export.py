@@ -5,7 +5,7 @@
   orbax        parameters only, for declip_jax.load and config.init_from; the only format for FILIP and SimCLR
 
 RUN is the working directory of a run, or any checkpoint that declip_jax.load reads. DIR must be empty or not exist yet.
---settings gives what a file does not contain, as declip_jax.load warns: --settings=image.activation=gelu
+--settings supplies what a file lacks and declip_jax.load warns about: --settings=image.activation=gelu
 """
 
 from pathlib import Path

@@ -2,10 +2,10 @@
 
 Without --train, finds the near-duplicates within the test images. By default images are compared by a 64-bit hash of
 their lowest frequencies, which needs no model; near-duplicates differ in at most 6 bits. --weights compares them by the
-features of any checkpoint that declip_jax.load reads; SimCLR's are suitable, and CLIP's are not, since images of the
-same meaning are near. Their threshold is the one that tells altered copies of the test images from other test images
-with a precision of --precision; --threshold gives another one. Test images of which a nearest training image has the
-same pixels are counted as identical, whatever the threshold.
+features of any checkpoint that declip_jax.load reads; SimCLR's are suitable, but CLIP's are not, since different images
+of the same thing have similar features. The threshold for features is the one that tells altered copies of the test
+images from other test images with a precision of --precision; --threshold sets another one. A test image that has the
+same pixels as one of its nearest training images counts as identical, whatever the threshold.
 
 DIR then has overlap.json, overlap.npz with the nearest training images of each test image, and overlap.png, the pairs
 around the threshold: look at them, and set --threshold where the duplicates end. --predictions names the predictions of

@@ -7,8 +7,8 @@ report.json, results.csv (as `clip_benchmark build` writes it), pictures, and wi
 LaTeX.
 
 Runs of several sizes, such as methods x shares of the data x seeds, also give curves of scores against training FLOPs,
-pairs and parameters, and the number of pairs with which each method reaches the score of the baseline's, or of the
-first one's: python -m declip_jax.report grid/* --output report
+pairs and parameters, and the number of pairs with which each method reaches a score of the baseline, or else of the
+first method: python -m declip_jax.report grid/* --output report
 
 With --data, the working directories are first evaluated on the data sets of that file, as `declip_jax.evaluate` does
 with --suite, --data and --tasks; results that are there are not computed again. Runs that fail do not stop the others:
@@ -17,8 +17,8 @@ the report shows what there is, and the command then ends with the errors of all
 Models that were evaluated on different data under one name are rejected: other numbers of samples, or other ids,
 labels, captions or bytes of test images. --shift names data sets of one task under distribution shift, such as
 --shift=own/photo:own/sketch,own/cartoon; the shifts of ImageNet are known. --standard names results of models with
-standard training, whose line gives the accuracy that is expected under shift. --overlap names working directories of
-`declip_jax.overlap`."""
+standard training; a line fitted through them gives the accuracy that is expected under shift. --overlap names working
+directories of `declip_jax.overlap`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -181,12 +181,12 @@ def _evaluate(workdirs: Sequence[str]) -> dict[str, Exception]:
 def main() -> None:
   """Runs the command."""
   flags.DEFINE_string("output", None, "Folder of the report.")
-  flags.DEFINE_list("baseline", [], "Folders of the results, or seeds, of the method with which to compare.")
+  flags.DEFINE_list("baseline", [], "Folders of results of the method to compare with; several are seeds of it.")
   flags.DEFINE_multi_string("shift", [], "DATA_SET:SHIFTED,SHIFTED, keys of data sets. Repeat the flag for several.")
   flags.DEFINE_list("standard", [], "Folders of results of models with standard training.")
   flags.DEFINE_bool("latex", False, "Also write report.tex, the tables for LaTeX.")
   flags.DEFINE_list("overlap", [], "Working directories of declip_jax.overlap.")
-  flags.DEFINE_string("data", None, "File that says where data sets are, on which to evaluate the runs first.")
+  flags.DEFINE_string("data", None, "File that says where your data sets are; the runs are first evaluated on them.")
   flags.DEFINE_list("suite", [], "Suites to evaluate; without it, all data sets of --data.")
   flags.DEFINE_list("tasks", [], "What to evaluate, see declip_jax.evaluate.")
   command_line.run(_command, __doc__, positional=("RESULTS...",), required=("output",))

@@ -124,7 +124,7 @@ def test_the_command_lists_plans_and_names_what_is_wrong(run: Path, tmp_path: Pa
   assert "pets" in output("--print_data=clip_benchmark", "--suite=slip26")
   (tmp_path / "sets.txt").write_text(SETS)
   plan = output("--workdir", str(run), "--data", str(tmp_path / "sets.txt"), "--dry_run", "--cache=off")
-  assert "2 of 2 results to compute, 70 images to encode" in plan
+  assert "4 of 4 results to compute, 70 images to encode" in plan
   assert not (run / "results").exists()
   assert "--workdir is required" in output("--data", "x", code=2)
   assert "needs --data" in output("--workdir", str(run), "--suite=slip26", code=2)

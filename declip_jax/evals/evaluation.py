@@ -87,7 +87,7 @@ class Evaluation:
     todo = [job for job in jobs if found[job.name] is None]
     if len(todo) < len(jobs):
       message(f"{len(jobs) - len(todo)} of {len(jobs)} results are in {self.output} already")
-    training = self.model.training() if todo and jax.process_index() == 0 else {}
+    training = self.model.training() if todo else {}  # by all hosts: it opens checkpoints
     start, failed, contents = time.monotonic(), {}, {}
     total, images = self._images_to_encode(todo), _Images()
     with Bar("encoding images", total or None, "images") as bar, self._events(todo) as events:

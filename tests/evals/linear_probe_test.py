@@ -158,7 +158,8 @@ def test_a_class_without_training_data_is_never_answered(mesh):
 def test_noisy_labels_have_the_optimum_of_scikit_learn(mesh, index):
   golden = reference.below(reference.load("probes"), "linear/")
   strength = golden["C"][index]
-  found = linear_probe.fit(probe_data(mesh, golden, classes=5), strength, tolerance=TIGHT)
+  # Along some axes there is hardly any curvature but the penalty's: coefficients need smaller gradients than elsewhere.
+  found = linear_probe.fit(probe_data(mesh, golden, classes=5), strength, tolerance=TIGHT / 10)
   expected = reference.below(golden, "tight/")
   if strength > 1000:  # hardly any penalty: float32 meets its rounding errors before the optimum, and says so
     assert not found.converged
