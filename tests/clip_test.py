@@ -251,6 +251,7 @@ def test_towers_without_a_joint_space_have_pooled_features(method, image):
   assert joint is None if method == "simclr" else (joint.shape, joint.dtype) == ((2, 16), np.float32)
 
 
+@pytest.mark.slow
 def test_filip_evaluators_compare_tokens_for_any_batch_and_devices(filip, tokens_of):
   source = open_source("scenes:heldout/12/24")
   templates = ("a {}.", "a photo of one {}.")

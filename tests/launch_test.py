@@ -468,9 +468,9 @@ def test_keep_deletes_a_request_that_has_lost_its_tpu(machine):
   ("queued", "states"),
   [
     ("", ["CREATING", "PREEMPTED"]),
-    ("", ["REPAIRING", "UNKNOWN"]),
-    ("", ["STOPPING", "STOPPED"]),
-    ("", ["TERMINATED"]),
+    pytest.param("", ["REPAIRING", "UNKNOWN"], marks=pytest.mark.slow),
+    pytest.param("", ["STOPPING", "STOPPED"], marks=pytest.mark.slow),
+    pytest.param("", ["TERMINATED"], marks=pytest.mark.slow),
     ("1", ["SUSPENDING", "SUSPENDED"]),
     ("1", ["PROVISIONING", "FAILED"]),
   ],
@@ -553,6 +553,7 @@ def test_keep_gives_up_on_a_request_that_fails_repeatedly(machine):
   assert (result.returncode, done) == (1, ["delete", "create"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupting_keep_does_not_stop_the_run(machine, monkeypatch, signum):
   command, env = keep("c.py", "runs/a")

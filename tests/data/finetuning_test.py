@@ -10,6 +10,7 @@ import pathlib
 
 import numpy as np
 from PIL import Image
+import pytest
 
 from declip_jax.data import finetuning, images
 
@@ -67,6 +68,7 @@ def record(monkeypatch):
   return calls
 
 
+@pytest.mark.slow
 def test_operations_and_levels_are_drawn_as_by_timm(monkeypatch):
   calls, rng, draws = record(monkeypatch), np.random.default_rng(0), 6000
   for _ in range(draws):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from tiers import slow_except
 
 from declip_jax.data.images import EvalView
 from declip_jax.evals import EVALUATORS, linear_probe
@@ -164,13 +165,10 @@ def result(task: str, case: Case) -> Result:
   return Result("edge", "m", "p", task, {}, ours)
 
 
-# One task that fits, one that searches and one that compares; the others are slow.
-FAST = ("linear_probe", "retrieval", "zero_shot")
+FAST = ("retrieval", "zero_shot")
 
 
-@pytest.mark.parametrize(
-  "task", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in EVALUATORS]
-)
+@pytest.mark.parametrize("task", slow_except(FAST, EVALUATORS))
 def test_each_task_has_a_result_or_an_error_for_data_at_the_edges(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(linear_probe, "_COARSE", range(0, 32, 16))  # two strengths that take few passes
   monkeypatch.setattr(linear_probe, "_HALVINGS", ())

@@ -63,7 +63,9 @@ def test_a_fit_has_the_optimum_of_scikit_learn(mesh, kept):
     assert top1(found.scores, found.label) == pytest.approx(GOLDEN["grid/test_top1"][index], abs=1e-9)
 
 
-@pytest.mark.parametrize(("name", "score"), [("top1", top1), ("mean_per_class", mean_per_class)])
+@pytest.mark.parametrize(
+  ("name", "score"), [("top1", top1), pytest.param("mean_per_class", mean_per_class, marks=pytest.mark.slow)]
+)
 def test_the_sweep_takes_the_path_of_clip(mesh, name, score):
   golden = reference.below(GOLDEN, f"sweep_{name}/")
   found = linear_probe.sweep(probe_data(mesh, score=score, val=split("val")), tolerance=TIGHT)

@@ -23,7 +23,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)  # the fast tier has one of
   ("architecture", "expected"),
   [
     # From the shapes of OpenAI's released models; ViT-B/32 is also printed in their notebook.
-    ("RN50", 102_007_137),
+    slow("RN50", 102_007_137),
     slow("RN101", 119_688_033),
     slow("RN50x4", 178_300_601),
     slow("RN50x16", 290_979_217),
@@ -33,7 +33,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)  # the fast tier has one of
     slow("ViT-L/14", 427_616_513),
     slow("ViT-L/14@336px", 427_944_193),
     # Counted on SLIP's models.
-    ("SLIP ViT-S/16", 85_290_369),
+    slow("SLIP ViT-S/16", 85_290_369),
     slow("SLIP ViT-B/16", 149_619_969),
     slow("SLIP ViT-L/16", 367_254_017),
     # DeCLIP's CLIP, without the linear layer that its ResNet has and never uses.

@@ -144,6 +144,7 @@ def test_features_equal_timm_in_evaluation_mode(tiny):
   np.testing.assert_allclose(features, golden["eval/features"], rtol=2.5e-5, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_features_and_statistics_equal_timm_in_training_mode(tiny, trained):
   golden, variables, _ = tiny
   _, ((_, (features, new)), _) = trained

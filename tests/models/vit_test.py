@@ -18,6 +18,7 @@ def tiny():
   return jax.jit(ViT(**TINY).init)(jax.random.key(0), images), images
 
 
+@pytest.mark.slow
 def test_remat_preserves_value_and_gradient(tiny):
   variables, images = tiny
 

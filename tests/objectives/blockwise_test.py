@@ -117,6 +117,7 @@ def test_sigmoid_sums_equal_the_whole_matrix(method: Method) -> None:
     np.testing.assert_allclose(of, want, atol=1e-5, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_ring_memory_is_constant_in_devices_and_chunks_need_less_than_the_matrix() -> None:
   """Temporary bytes on each device, by the compiler, for 64 rows on each of 2 and of 8 devices."""
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
 import pytest
+from tiers import slow_except
 
 from declip_jax.reporting.pictures import plot_comparison, plot_curves, plot_pairs, plot_retrieval, plot_views
 
@@ -55,7 +56,7 @@ def labels(axes):
   return [text.get_text().split("  ")[0] for text in axes.get_legend().get_texts()]
 
 
-@pytest.mark.parametrize("count", [1, 10, 10_000])
+@pytest.mark.parametrize("count", slow_except((10_000,), (1, 10, 10_000)))
 def test_curves_show_every_series(tmp_path, figures, count):
   plot_curves(rows_of_a_run(count), tmp_path / "curves.png")
   picture = pixels(tmp_path / "curves.png")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
+from tiers import slow_except
 
 from declip_jax.batch_sizes import BatchSizes
 from declip_jax.models import bank
@@ -54,9 +55,9 @@ def save_steps(folder: Path, scores: dict[int, float | None], **keep: object) ->
 @pytest.mark.parametrize(
   ("scores", "kept"),
   [
-    ({1: 0.9, 2: 0.1, 3: 0.2, 4: 0.3}, [1, 3, 4]),
+    pytest.param({1: 0.9, 2: 0.1, 3: 0.2, 4: 0.3}, [1, 3, 4], marks=pytest.mark.slow),
     ({1: 0.1, 2: 0.9, 3: 0.2, 4: None}, [2, 3, 4]),  # the newest is kept, although it has no score
-    ({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4}, [3, 4]),
+    pytest.param({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4}, [3, 4], marks=pytest.mark.slow),
   ],
 )
 def test_newest_and_best_are_kept(scores: dict, kept: list[int], tmp_path: Path) -> None:
@@ -155,6 +156,7 @@ def test_a_mount_that_vanishes_and_comes_back(tmp_path: Path, caplog: pytest.Log
   checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_deleted_is_made_again(tmp_path: Path) -> None:
   mesh = make_mesh(2, 4)
   checkpoints = Checkpoints(tmp_path, keep_last=2)
@@ -284,7 +286,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", slow_except(("a bit of the arrays", "an item gone", "unsealed and cut off"), DAMAGE))
 def test_a_damaged_checkpoint_is_skipped_and_renamed(damage: str, tmp_path: Path) -> None:
   save_steps(tmp_path, {3: None, 5: None}, keep_last=2)
   harm, message = DAMAGE[damage]

@@ -21,6 +21,7 @@ launch(command, None, is_training={training})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("body", "code"),
   [

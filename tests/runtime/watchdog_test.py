@@ -9,6 +9,7 @@ import time
 import pytest
 
 
+@pytest.mark.slow
 def test_a_hang_ends_the_process_and_leaves_the_stacks(tmp_path: Path) -> None:
   script = """
 import pathlib, sys, time

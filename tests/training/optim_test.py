@@ -226,7 +226,9 @@ def test_decay_acts_on_the_parameters_that_each_rule_names():
     np.testing.assert_allclose(leaf, 0.1 if path in expected["declip"] else 0.0, err_msg=path)
 
 
-@pytest.mark.parametrize(("method", "image"), [("declip", "vit"), ("slip", "resnet")])
+@pytest.mark.parametrize(
+  ("method", "image"), [("declip", "vit"), pytest.param("slip", "resnet", marks=pytest.mark.slow)]
+)
 def test_decay_excludes_biases_gains_and_temperatures_of_the_models_and_nothing_else(method, image):
   c = config.default(method)
   if image == "resnet":

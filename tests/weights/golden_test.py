@@ -304,6 +304,7 @@ def test_slip_losses_and_gradients(slip, name, weights):
     near(golden.theirs({"collections": collections}), after, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_slip_in_evaluation_mode(slip):
   golden, _ = slip
   arrays, expected = golden.arrays, reference.below(golden.arrays, "eval/")

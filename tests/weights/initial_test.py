@@ -149,6 +149,7 @@ def test_a_declip_run_loads_its_bank(runs: Runs, random_state: MakeState) -> Non
   assert lines[-1] == "nothing is newly initialised"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"bank_size": 64}, pytest.param({"bank_groups": 2}, marks=pytest.mark.slow)])
 def test_a_bank_of_another_shape_is_not_loaded(change: dict, runs: Runs, random_state: MakeState) -> None:
   c = bare("declip", runs("declip"))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import references as reference
 import safetensors.numpy
+from tiers import slow_except
 from tiny import tiny_config
 
 import declip_jax
@@ -39,7 +40,7 @@ def shapes_of(name: str, method: str) -> tuple[config.ConfigDict, dict[str, np.n
 
 
 # Architectures and methods of the fast tier.
-REPRESENTATIVES = (("RN50", "clip"), ("DeCLIP ViT-B/32", "declip"))
+REPRESENTATIVES = (("DeCLIP ViT-B/32", "declip"),)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,7 @@ def openai() -> dict[str, np.ndarray]:
   return reference.below(reference.load("openai_vit"), "sd/")
 
 
+@pytest.mark.slow
 def test_prefixes_of_wrappers_are_dropped(openai: dict[str, np.ndarray], tmp_path: Path) -> None:
   file = tmp_path / "compiled.safetensors"
   safetensors.numpy.save_file({f"_orig_mod.module.{key}": value for key, value in openai.items()}, file)
@@ -157,7 +159,7 @@ RELEASED = {
 }
 
 
-@pytest.mark.parametrize("method", RELEASED)
+@pytest.mark.parametrize("method", slow_except(("declip",), RELEASED))
 def test_heads_of_released_models_are_read(method: str) -> None:
   lacks, heads, tokens = RELEASED[method]
   sd = reference.below(reference.load("declip"), "sd/")
@@ -449,6 +451,7 @@ def hugging_face(tmp_path: Path) -> Path:
   return tmp_path
 
 
+@pytest.mark.slow
 def test_added_tokens_do_not_move_the_end_where_hugging_face_says_2(hugging_face: Path) -> None:
   """Their old configs pool at the largest id of a text, which is OpenAI's end of text whatever was added after it."""
   tensors = safetensors.numpy.load_file(hugging_face / "model.safetensors")

@@ -176,6 +176,7 @@ def test_a_view_of_the_whole_image_is_kept(format: str, tmp_path: Path) -> None:
   assert weights.view.squash
 
 
+@pytest.mark.slow
 def test_exports_of_another_tokenizer_say_so(tmp_path: Path) -> None:
   """At which id other projects pool: at the largest by default, so one that is not has to be named."""
   sd = reference.below(reference.load("hf_clip"), "sd/")

@@ -123,6 +123,7 @@ def test_classnames_are_the_splits_pairs():
   assert open_scenes("heldout").classnames == tuple(map(" ".join, HELD_OUT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "count"), [("train", 5000), ("heldout", 600)])
 def test_captions_name_the_label_and_nothing_held_out(split, count, monkeypatch):
   monkeypatch.setattr(scenes, "_draw", lambda *_: np.zeros((64, 64, 3), np.uint8))  # only words matter here
