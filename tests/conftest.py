@@ -37,6 +37,7 @@ TESTS, START = Path(__file__).parent, time.monotonic()
 SLOW_FIRST = (
   "train_test.py::test_a_killed_run_resumes_bit_exact",
   "methods_test.py::test_eight_devices_with_two_micro_batches_and_split_parameters_equal_one",
+  "evaluate_command_test.py::test_tasks_of_a_data_file_are_evaluated_once",
   "evaluate_command_test.py::test_devices_do_not_change_results",
   "train_test.py::test_training_learns",
   "old_runs_test.py",

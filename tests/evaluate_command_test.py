@@ -50,6 +50,7 @@ def on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(clip_lib, "make_mesh", lambda *_: make_mesh(1, 1, jax.devices()[:1]))
 
 
+@pytest.mark.slow
 def test_tasks_of_a_data_file_are_evaluated_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   first = evaluate(run, jobs=make_jobs(), output=tmp_path / "a", cache=tmp_path / "cache")
   names = {"own/scenes/zero_shot", "own/scenes/knn", "own/scenes/nearest_mean", "own/others/zero_shot"}

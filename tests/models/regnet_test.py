@@ -155,6 +155,7 @@ def test_features_and_statistics_equal_timm_in_training_mode(tiny, trained):
   assert_equals_timm(new, expected, rtol=2.5e-5, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_gradients_equal_timm(tiny, trained):
   _, (_, gradient) = trained
   assert_equals_timm({"params": gradient}, reference.below(tiny[0], "grad/"), rtol=1e-4, atol=1e-4)
@@ -183,6 +184,7 @@ def test_computes_in_bfloat16_from_float32_variables(tiny):
   assert jax.tree.map(lambda x: (x.shape, x.dtype), initial) == jax.tree.map(lambda x: (x.shape, x.dtype), variables)
 
 
+@pytest.mark.slow
 def test_initial_parameters_equal_pycls():
   module = RegNetY(initial_width=48, slope=0.0, multiplier=2.0, depth=3, group_width=12)
   params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]

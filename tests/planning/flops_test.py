@@ -152,6 +152,7 @@ def test_step_flops_exclude_recomputation(report: Report):
   assert flops.step_flops(build.build(config), config.batch_size) == report.model_flops
 
 
+@pytest.mark.slow
 def test_step_flops_exclude_frozen_parameters(report: Report):
   config = tiny_config("clip")
   frozen = flops.step_flops(build.build(config), config.batch_size, frozen=("towers/image",))

@@ -258,6 +258,7 @@ def test_the_best_is_known_after_a_restart(scores: dict, kept: list[int], tmp_pa
   assert save_steps(tmp_path, {3: 0.05}, **keep) == kept
 
 
+@pytest.mark.slow
 def test_the_first_checkpoint_of_each_interval_is_kept(tmp_path: Path) -> None:
   steps = dict.fromkeys((2, 4, 7, 9, 10, 19, 31, 33, 39))
   assert save_steps(tmp_path, steps, keep_last=1, keep_every=10) == [10, 31, 39]
