@@ -318,7 +318,7 @@ MUTATIONS = [
   Mutation("the bias is that of centred features", "evals/linear_probe.py",
            "bias = bias - self.axes.mean.astype(np.float64) @ kernel", "pass", _PROBE),
   Mutation("the penalty does not depend on the number of rows", "evals/logistic_regression.py",
-           "1 / (strength * rows)", "1 / strength", _PROBE),
+           "1 / (strength * _count(inputs.data.target))", "1 / strength", _PROBE),
   Mutation("classes without training rows are answered", "evals/logistic_regression.py",
            "jnp.where(answered[None, None], logits, -jnp.inf)", "logits", _PROBE),
   Mutation("nearest neighbours have equal weights", "evals/nearest.py",
