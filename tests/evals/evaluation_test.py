@@ -189,7 +189,8 @@ def test_a_plan_counts_what_is_left_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_jobs_that_share_a_source_encode_it_once(tmp_path: Path) -> None:
   shared, events = greys("a", 10, 20), []
-  jobs = [Job(name, name, "brightness", {"test": shared}, {"scale": scale}) for name, scale in (("x", 1.0), ("y", 2.0))]
+  splits = {"x": shared, "y": shared, "z": DataSource(shared.source)}  # z could have other classes
+  jobs = [Job(name, name, "brightness", {"test": split}) for name, split in splits.items()]
   replace(evaluation(tmp_path), encoders=grey_encoders(2, events)).run(jobs)
   assert events == ["encode"]
 
