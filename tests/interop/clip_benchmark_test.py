@@ -32,6 +32,11 @@ from declip_jax.weights.write import write
 TESTS = Path(__file__).parent.parent
 TEMPLATES = ("a {}.", "a photo of a {}.")
 KINDS = ("classification", "multilabel", "retrieval")
+# CLIP_benchmark converts data sets in eight processes, and does not say that its shards keep their order.
+pytestmark = [
+  pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+  pytest.mark.filterwarnings("ignore:WebDataset.*shardshuffle:UserWarning"),
+]
 SCENES = open_source("scenes:heldout/400/24")
 
 
@@ -111,9 +116,9 @@ def test_folders_of_all_kinds_evaluate_alike(run: Path, folders: dict[str, Path]
   assert not remarks
   evaluate(None, weights=run / "export", jobs=jobs, output=tmp_path / "results")
   rows = {row["dataset"]: row for row in built(tmp_path / "results", tmp_path / "all.csv")}
-  assert sorted(rows) == sorted(KINDS)
+  assert sorted(rows) == sorted(data)
   for kind, folder in folders.items():
-    row, expected = rows[kind], theirs(run / "export", folder, kind)
+    row, expected = rows[f"own/{kind}"], theirs(run / "export", folder, kind)
     assert row["task"] == f"zeroshot_{'retrieval' if kind == 'retrieval' else 'classification'}"
     assert row["language"] == "en"
     assert expected

@@ -532,9 +532,18 @@ def _quoted(lines: Sequence[str], separator: str, width: int, last: Sequence[str
       fields, more = next(reader), reader.line_num - 1
     except csv.Error:
       continue
-    if len(fields) == width and not any(_is_record(other, separator, width, last) for other in lines[1 : more + 1]):
+    others = lines[1 : more + 1]
+    if others and not _is_whole(lines[0], others[-1], separator, width):
+      others = others[:-1]  # it has the fields after the text, and looks like a record of its own
+    if len(fields) == width and not any(_is_record(other, separator, width, last) for other in others):
       found.append((fields, more))
   return min(found, key=lambda record: record[1], default=None)
+
+
+def _is_whole(opening: str, closing: str, separator: str, width: int) -> bool:
+  """Whether the line that opens a quote may be a record: it has all fields, and an image if the closing line has one."""
+  fields, others = (line.rstrip("\r\n").split(separator) for line in (opening, closing))
+  return len(fields) >= width and (any(map(_names_image, fields)) or not any(map(_names_image, others)))
 
 
 def _is_record(line: str, separator: str, width: int, last: Sequence[str]) -> bool:

@@ -125,6 +125,30 @@ def test_quoted_fields_may_span_lines_that_are_not_records(tmp_path):
   assert captions(write(tmp_path / "t.csv", *lines)) == [("one\ntwo, three",), ("a, b\n\nc",), ('x "y" z',)]
 
 
+@pytest.mark.parametrize(
+  "lines",
+  [
+    ["caption,image", '"two', 'lines",0.jpg', "plain,1.jpg"],
+    ["caption,image", '"two', 'lines","0.jpg"', '"plain","1.jpg"'],
+    ["caption,image", "plain,1.jpg", '"two', 'lines",0.jpg'],
+    ["caption,image,width", '"two', 'lines",0.jpg,8', "plain,1.jpg,8"],
+    ["id,caption,image", '0,"two', 'lines",0.jpg', "1,plain,1.jpg"],
+    ["caption\timage", '"two', 'lines"\t0.jpg', "plain\t1.jpg"],
+  ],
+)
+def test_a_caption_of_two_lines_before_the_image_is_one(tmp_path, lines):
+  write_images(tmp_path, "0.jpg", "1.jpg")
+  source = open_table(write(tmp_path / f"t.{'tsv' if chr(9) in lines[0] else 'csv'}", *lines))
+  assert sorted(example["captions"] for example in source) == [("plain",), ("two\nlines",)]
+  assert not source.skipped
+
+
+def test_commas_in_the_first_line_of_a_caption_before_the_image_do_not_end_it(tmp_path):
+  write_images(tmp_path, "0.jpg", "1.jpg")
+  lines = ["id,caption,image", '1,"a red car,', 'parked, near a house",0.jpg', '2,"x', "y, z", 'w",1.jpg']
+  assert captions(write(tmp_path / "t.csv", *lines)) == [("a red car,\nparked, near a house",), ("x\ny, z\nw",)]
+
+
 def test_a_line_with_a_separator_after_its_open_quote_is_the_only_one_lost(tmp_path):
   write_images(tmp_path, *(f"{number}.jpg" for number in range(4)))
   lines = ["image,caption", "0.jpg,a dog", '1.jpg,"Untitled, 1998', "2.jpg,a cat", '3.jpg,a monitor of 27"']
