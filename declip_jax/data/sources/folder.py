@@ -213,7 +213,14 @@ def _local_folders(top: str, reach: Reach) -> Iterator[_Level]:
     names, folders, refused = [], [], []
     with os.scandir(f"{top}/{path}") as entries:
       for entry in entries:
-        if not entry.is_dir():
+        try:
+          is_folder = entry.is_dir()
+        except OSError as error:  # a link that leads to itself
+          if error.errno != errno.ELOOP:
+            raise
+          logging.warning("left out, since its links lead in a circle: %s", entry.path)
+          continue
+        if not is_folder:
           names.append(entry.name)
         elif not entry.name.startswith("."):
           inside = f"{path}/{entry.name}" if path else entry.name

@@ -492,14 +492,15 @@ def _lines(text: Lines, columns: Sequence[str], separator: str, number: int) -> 
       yield number, _too_long(line, text)
       continue
     fields, more = line.rstrip("\r\n").split(separator), 0
-    last = fields if len(fields) == len(columns) else last
     if '"' in line:
-      record = _quoted([line], separator, len(columns), last)
+      known = last or (fields if len(fields) == len(columns) else [])
+      record = _quoted([line], separator, len(columns), known)
       if record is None:
         ahead.extend(itertools.islice(text, max(0, _QUOTED_LINES - len(ahead))))
-        record = _quoted([line, *ahead], separator, len(columns), last)
+        record = _quoted([line, *ahead], separator, len(columns), known)
       fields, more = record or (fields, 0)
     if len(fields) == len(columns):
+      last = fields
       yield number, by_name(zip(columns, fields, strict=True))
     else:
       yield number, f"{len(fields)} fields, but {len(columns)} columns: {short(line)}"
@@ -535,13 +536,15 @@ def _quoted(lines: Sequence[str], separator: str, width: int, last: Sequence[str
     others = lines[1 : more + 1]
     if others and not _is_whole(lines[0], others[-1], separator, width):
       others = others[:-1]  # it has the fields after the text, and looks like a record of its own
+    if any(map(_names_image, fields)):  # then every record does
+      others = [other for other in others if any(map(_names_image, other.rstrip("\r\n").split(separator)))]
     if len(fields) == width and not any(_is_record(other, separator, width, last) for other in others):
       found.append((fields, more))
   return min(found, key=lambda record: record[1], default=None)
 
 
 def _is_whole(opening: str, closing: str, separator: str, width: int) -> bool:
-  """Whether the line that opens a quote may be a record: it has all fields, and an image if the closing line has one."""
+  """Whether the line that opens a quote may be a record: it has all fields, and an image if the closing one has."""
   fields, others = (line.rstrip("\r\n").split(separator) for line in (opening, closing))
   return len(fields) >= width and (any(map(_names_image, fields)) or not any(map(_names_image, others)))
 

@@ -210,7 +210,8 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
 
 def test_links_that_go_round_in_a_circle_add_nothing(tmp_path):
   path = write(tmp_path, "a/1.jpg", "b/2.jpg")
-  for name, target in {"a/up": "..", "loop": ".", "a/b/x": "..", "b/self": "../b"}.items():
+  links = {"a/up": "..", "loop": ".", "a/b/x": "..", "b/self": "../b", "self": "self", "a/3.jpg": "3.jpg"}
+  for name, target in links.items():
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).symlink_to(target)
   assert [example["id"] for example in open_folder(path)] == ["a/1.jpg", "b/2.jpg"]
