@@ -63,8 +63,11 @@ def without_special(text: str) -> str:
 def has_text(caption: str) -> bool:
   """Whether a caption has text: not only spaces, invisible characters and special tokens.
 
-  Entities count as the characters that they represent: `&nbsp;` is a space.
+  Entities count as the characters that they represent: `&nbsp;` is a space. A caption with a NUL is not a text, but
+  in an encoding that was not recognised.
   """
+  if "\0" in caption:
+    return False
   if caption[:1].isalnum():
     return True
   return _is_readable(clean_head(caption, _is_readable))

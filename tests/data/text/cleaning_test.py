@@ -112,7 +112,20 @@ def test_numbers_of_characters_may_have_any_length(number: str, character: str) 
 
 
 @pytest.mark.parametrize(
-  "caption", ["", " ", "&nbsp;", "\u200b", "\u00ad", "<|endoftext|>", "\ufeff", "\u2060\u200d", "&#160; &nbsp;", "\0"]
+  "caption",
+  [
+    "",
+    " ",
+    "&nbsp;",
+    "\u200b",
+    "\u00ad",
+    "<|endoftext|>",
+    "\ufeff",
+    "\u2060\u200d",
+    "&#160; &nbsp;",
+    "\0",
+    "¬rL0 \0N9S",
+  ],
 )
 def test_captions_without_text(caption: str) -> None:
   assert not cleaning.has_text(caption)
