@@ -343,7 +343,7 @@ def missing_advice(path: str, root: str, given: bool, *, search: bool = True) ->
 def _folders_in(folder: str) -> list[str]:
   try:
     with os.scandir(folder) as entries:
-      return [entry.path for entry in itertools.islice(entries, _LOOKED_IN) if entry.is_dir()]
+      return [entry.path for entry in itertools.islice(entries, _LOOKED_IN) if files.is_folder(entry)]
   except OSError:
     return []
 

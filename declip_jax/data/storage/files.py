@@ -82,6 +82,11 @@ def exists(path: str) -> bool:
     return system.isfile(name)
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+  """Whether an entry is a folder or a link to one; a link that leads to itself is not."""
+  return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+
+
 def stamp(path: str) -> Stamp:
   """Returns the size in bytes and a value that changes with the file, both JSON.
 

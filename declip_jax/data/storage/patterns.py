@@ -53,7 +53,7 @@ def folders(folder: str) -> list[str]:
     names = [path.rstrip("/").rpartition("/")[2] for path in remote.listing(folder.rstrip("/"), "directory")]
   else:
     try:
-      names = [entry.name for entry in os.scandir(files.local_path(folder)) if entry.is_dir()]
+      names = [entry.name for entry in os.scandir(files.local_path(folder)) if files.is_folder(entry)]
     except OSError:
       names = []
   return sorted(name for name in names if not name.startswith("."))

@@ -9,6 +9,7 @@ import pytest
 
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.folder import open_folder
+from declip_jax.data.storage import patterns
 
 
 def write(folder: Path, *names: str, **texts: str) -> str:
@@ -215,6 +216,7 @@ def test_links_that_go_round_in_a_circle_add_nothing(tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).symlink_to(target)
   assert [example["id"] for example in open_folder(path)] == ["a/1.jpg", "b/2.jpg"]
+  assert patterns.folders(str(tmp_path)) == ["a", "b", "loop"]
 
 
 def test_the_stamp_follows_classnames_txt(tmp_path):
