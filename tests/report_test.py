@@ -98,6 +98,13 @@ def test_a_bad_shift_is_rejected(text: str) -> None:
     report._shifts([text])
 
 
+def test_a_shift_of_data_without_results_is_rejected(folder: Path) -> None:
+  methods = read_methods([*folder.iterdir()])
+  report._check_shifts({"own/photo": ["own/sketch"]}, methods)
+  with pytest.raises(ValueError, match="--shift: no result of 'own/skech'; did you mean own/sketch"):
+    report._check_shifts({"own/photo": ["own/sketch", "own/skech"]}, methods)
+
+
 def test_errors_of_all_runs_are_raised_together_after_the_report_of_the_others(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
