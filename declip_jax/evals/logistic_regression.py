@@ -356,7 +356,7 @@ def sum_over_rows(
 def _solve(inputs: Inputs, search: _Search, mesh: Mesh, *, halve: bool) -> _Search:
   """Continues searches to their ends, without those that have ended: with half of them, or else with two."""
   size = len(search.objective)
-  fewer = (size // 2 if halve else 2 if size > 2 else 0) if size > 1 else 0
+  fewer = size // 2 if halve else 2 if size > 2 else 0
   search, running = programs(mesh).minimise(inputs, search, np.int32(fewer))
   running = np.asarray(running)
   if not running.any():

@@ -474,7 +474,7 @@ def _lines(text: Lines, columns: Sequence[str], separator: str, number: int) -> 
 
   A quoted field may span lines. The quotes are plain text if these lines together have more or fewer fields than there
   are columns, or if one of the lines is a record of its own, see `_is_record`: then one caption begins with a quote,
-  and a later one ends with another.
+  and a later one ends with another. Where the record names an image, only lines that name one can be records.
   """
   ahead: deque[str] = deque()
   last: list[str] = []
