@@ -97,7 +97,7 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
   tokens = [count for sample in good for count in sample.tokens]
   labels = Counter(sample.label for sample in good if sample.label >= 0)
   seen = len(good) + len(bad)
-  lines = [("samples", f"{len(source):,}, of which {seen:,} were read")]
+  lines = [("samples", f"{len(source):,}, of which {seen:,} were tried")]
   lines += [("skipped", f"{count:,}: {kind}") for kind, count in sorted(source.skipped.items())]
   if source.left_out:
     lines.append(("left out", f"{sum(source.left_out.values()):,} files: {files.in_words(source.left_out)}"))
@@ -187,7 +187,7 @@ def _command(arguments: list[str]) -> None:
   for other in others:
     print(f"{'not read':<13}{other}")
   if not good:
-    raise ValueError(f"{source.name}: none of the {len(bad)} samples that were read can be used, such as {bad[0]}")
+    raise ValueError(f"{source.name}: none of the {len(bad)} samples that were tried can be used, such as {bad[0]}")
   if sheet := flags.FLAGS.sheet:
     draw(source, good, sheet)
     print(f"{'sheet':<13}{sheet}")

@@ -57,7 +57,7 @@ def test_samples_are_described(shards):
   lines = described(shards / "s.tar").splitlines()
   found = {line[:13].strip(): line[13:] for line in lines[1:]}
   assert lines[0] == f"webdataset:{shards}/s.tar"
-  assert found["samples"] == "10, of which 10 were read"
+  assert found["samples"] == "10, of which 10 were tried"
   assert found["fields"] == "image, captions (75.0%), label (25.0%)"
   assert found["images"] == "7 JPEG, 1 PNG"
   assert found["width"] == "40 to 100, median 44"  # of 40 to 46 and 100: 43.5
