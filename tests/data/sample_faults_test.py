@@ -200,13 +200,15 @@ WORK = {
 LIST_STAGES = ("open", "read", "parse")  # a list takes a ValueError of these for a path that it cannot resolve
 CONTENTS = {"empty": "empty image", "cut": "damaged image", "sparse": "too large"}  # of the file of an image
 replaced: list[tuple[Any, str, Any]] = []  # in this process
+replacing = threading.Lock()
 
 
 def inject() -> None:
   """Lets the functions of `WORK` fail, once in each process, for the samples that a `Staged` names."""
-  for stage, (owner, name) in WORK.items() if not replaced else ():
-    replaced.append((owner, name, getattr(owner, name)))
-    setattr(owner, name, failing(stage, getattr(owner, name)))
+  with replacing:  # no thread reads while only some of them are replaced
+    for stage, (owner, name) in WORK.items() if not replaced else ():
+      replaced.append((owner, name, getattr(owner, name)))
+      setattr(owner, name, failing(stage, getattr(owner, name)))
 
 
 def failing(stage: str, function: Callable) -> Callable:
