@@ -68,18 +68,20 @@ def _without_checkpoint(value: Any) -> Any:
   """A jaxpr, or any other parameter of a primitive, in which each `jax.checkpoint` has become a plain call."""
   if type(value) in (tuple, list):
     return type(value)(map(_without_checkpoint, value))
-  if isinstance(value, ClosedJaxpr):
-    return ClosedJaxpr(_without_checkpoint(value.jaxpr), value.consts)
-  if not isinstance(value, Jaxpr):
+  if not isinstance(value, ClosedJaxpr | Jaxpr):
     return value
   eqns = []
   for eqn in value.eqns:
     params = {name: _without_checkpoint(param) for name, param in eqn.params.items()}
     if eqn.primitive is primitives.remat_p:
-      call = {"call_jaxpr": ClosedJaxpr(params["jaxpr"], ())}
+      body = params["jaxpr"]
+      call = {"call_jaxpr": ClosedJaxpr(body, getattr(body, "consts", ()))}
       eqns.append(eqn.replace(primitive=primitives.closed_call_p, params=call))
     else:
       eqns.append(eqn.replace(params=params))
+  # Since JAX 0.11 the two are one class, whose `jaxpr` is itself.
+  if isinstance(value, ClosedJaxpr):
+    return ClosedJaxpr(value.jaxpr.replace(eqns=eqns), value.consts)
   return value.replace(eqns=eqns)
 
 
