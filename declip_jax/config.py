@@ -360,7 +360,7 @@ def retrieval(data: str, equal_texts: bool = False, prefix: str = "", folds: int
 
 
 def composition(data: str) -> ConfigDict:
-  """The choice between a right and a wrong caption or image, over a source such as SugarCrepe or Winoground."""
+  """The choice between right and wrong captions or images, over SugarCrepe, Winoground or WinoGAViL."""
   return _evaluation("composition", data)
 
 

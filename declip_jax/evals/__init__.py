@@ -66,6 +66,12 @@ _RETRIEVAL = {
   for k in (1, 5, 10)
 }
 _COMPOSITION = {"accuracy": "acc", "group_score": "acc", "image_score": "image_acc", "text_score": "text_acc"}
+# DataComp's, since CLIP_benchmark does not have WinoGAViL.
+_COMPOSITION |= {
+  "jaccard": "jaccard_score_10-12",
+  "jaccard_5_6": "jaccard_score_5-6",
+  "jaccard_all": "avg_jaccard_score",
+}
 
 _PROBE = Evaluator(probes.linear_probe, needs_text=False, needs_train=True, check=probes.check, of=("classification",))
 

@@ -504,7 +504,7 @@ def _answers(
   if f"correct_{metric}" in predictions:
     return _few_shot_answers(predictions["label"], predictions[f"correct_{metric}"], details["metric"])
   try:
-    function, columns, within = metrics.PREDICTION_METRICS[metric]
+    function, columns, within = {**metrics.PREDICTION_METRICS, **metrics.JACCARD_METRICS}[metric]
     return _Answers(function, columns(predictions), predictions[within] if within else None)
   except KeyError:  # another metric, or a column that is not there
     return None

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from declip_jax.data.sources import SOURCES
+from declip_jax.data.sources import SOURCES, lists
 from declip_jax.data.storage import patterns, remote
 from declip_jax.evals import catalogue
 from declip_jax.evals.catalogue import DataSet, Suite
@@ -83,7 +83,9 @@ def print_data(kind: str, root: str = "", suites: Sequence[Suite] = ()) -> str:
   |---|---|---|
   | tfds | the data_dir of TFDS, by default its own | NAME/CONFIG/VERSION |
   | clip_benchmark, datacomp | a folder or URL, by default that of their published copies | wds_NAME folders |
-  | folder | a folder | KEY/test and KEY/train, folders of one folder per class; Karpathy's KEY/dataset_*.json |
+  | folder | a folder | KEY/test and KEY/train, folders of one folder per class, or the file of the entry |
+
+  Such files are Karpathy's dataset_*.json, Winoground's examples.jsonl and WinoGAViL's winogavil_dataset.csv.
 
   Data sets that are not there, or that this kind of source does not have, are comments.
 
@@ -143,7 +145,8 @@ def _sources(kind: str, root: str, data: DataSet, suites: Sequence[Suite]) -> tu
   if kind == "tfds" and known:
     return _in_tfds(root, known)
   if len(known) < 2:  # at most a name in its results
-    return [], f"not in {kind}"
+    files = data.sources.get("folder", ())
+    return [], f"not in {kind}" + (f"; its files: {data.key} = {_spec('FOLDER', files[0])}" if files else "")
   folder = _hub_folder(kind, root, known[0])
   if not remote.is_url(folder) and not os.path.isdir(folder):
     return [], f"no folder {folder}"
@@ -174,12 +177,20 @@ def _version(folder: str) -> list[int]:
   return [int(number) for number in folder.split(".") if number.isdecimal()]
 
 
-def _in_folder(folder: str, annotations: Sequence[str]) -> tuple[list[str], str]:
-  for name in annotations:  # Karpathy's files
+def _in_folder(folder: str, specs: Sequence[str]) -> tuple[list[str], str]:
+  """The source in a folder: the first of some specs of files whose file is there, else folders of splits."""
+  for spec in specs:
+    name, _ = lists.parse(spec.partition(":")[2], ("split",))
     if os.path.isfile(f"{folder}/{name}"):
-      return [f"coco:{folder}/{name}?split=test"], ""
+      return [_spec(folder, spec)], ""
   splits = list(_existing(folder))
   return [f"folder:{path}" for path in splits], "" if splits else f"no folder {folder}/test"
+
+
+def _spec(folder: str, spec: str) -> str:
+  """A spec of a file, KIND:FILE, with the folder of the file."""
+  kind, _, location = spec.partition(":")
+  return f"{kind}:{folder}/{location}"
 
 
 def _existing(folder: str) -> Iterator[str]:

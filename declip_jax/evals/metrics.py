@@ -86,6 +86,15 @@ def accuracy(correct: Bool[np.ndarray, "n"], times: Times = None) -> Float[np.nd
   return np.asarray((times @ correct) / times.sum(axis=-1))
 
 
+def mean_of(
+  values: Float[np.ndarray, "n"], counted: Bool[np.ndarray, "n"], times: Times = None
+) -> Float[np.ndarray, "*r"]:
+  """Mean of the values of those examples that are counted."""
+  times = _once(values, times)
+  with np.errstate(invalid="ignore"):
+    return np.asarray((times @ (values * counted)) / (times @ counted))
+
+
 def mean_per_class(
   label: Int[np.ndarray, "n"], correct: Bool[np.ndarray, "n"], times: Times = None
 ) -> Float[np.ndarray, "*r"]:
@@ -298,6 +307,13 @@ PREDICTION_METRICS = {
   "mean_average_precision": PredictionMetric(
     _average_precision_at_positives, lambda p: (np.where(p["labels"] < 0, -1, 1), p["scores"])
   ),
+}
+# Means over the instances of WinoGAViL, whose predictions have their Jaccard index and their number of candidates, by
+# that number as in DataComp; the first is its score.
+JACCARD_METRICS = {
+  "jaccard": PredictionMetric(mean_of, lambda p: (p["jaccard"], p["candidates"] >= 10)),
+  "jaccard_5_6": PredictionMetric(mean_of, lambda p: (p["jaccard"], p["candidates"] <= 6)),
+  "jaccard_all": PredictionMetric(mean_of, lambda p: (p["jaccard"], p["candidates"] > 0)),
 }
 
 

@@ -143,6 +143,9 @@ def _unfit(tasks: Sequence[_Task], jobs: Sequence[Job], remarks: Sequence[str]) 
 def means(results: Mapping[str, Result], suites: Sequence[Suite]) -> dict[str, float]:
   """The means of suites, by task, of which no data set is missing; only results by the suite's protocol count.
 
+  A mean of data sets with several tasks, such as DataComp's, has no task in its name: it is that of the tasks that need
+  neither training nor a classifier, with their default options.
+
   Args:
     results: results by the names of their jobs.
     suites: the suites.
@@ -155,9 +158,21 @@ def means(results: Mapping[str, Result], suites: Sequence[Suite]) -> dict[str, f
         ours, kind = result.ours, result.ours["kind"]
         task = "/".join(part for part in (kind, variant_of(kind, ours.get("options", {}))) if part)
         values.setdefault(task, {})[ours["about"]["key"]] = ours["metrics"][ours["headline"]]
-    for task, own in values.items():
-      found |= {f"{suite.name}/{task}/{name}": value for name, value in suite.averages(own).items()}
+    averages = {task: suite.averages(own) for task, own in values.items()}
+    joined = {key: value for task in _without_training() for key, value in values.get(task, {}).items()}
+    averages[""] = {
+      name: value
+      for name, value in suite.averages(joined).items()
+      if not any(name in averages.get(task, ()) for task in _without_training())
+    }
+    for task, own in averages.items():
+      found |= {"/".join(part for part in (suite.name, task, name) if part): value for name, value in own.items()}
   return found
+
+
+def _without_training() -> list[str]:
+  """The evaluators that need neither training nor a classifier of the model."""
+  return [name for name, known in EVALUATORS.items() if known.of and not (known.needs_train or known.needs_classifier)]
 
 
 def _follows(ours: Mapping[str, Any], suite: Suite) -> bool:
@@ -189,9 +204,7 @@ def _tasks(names: Sequence[str], options: Sequence[str]) -> list[_Task]:
   Raises:
     ValueError: an evaluator or an option does not exist; the message names those that do.
   """
-  names = names or [
-    name for name, known in EVALUATORS.items() if known.of and not (known.needs_train or known.needs_classifier)
-  ]
+  names = names or _without_training()
   for name in names:
     if name not in EVALUATORS or not EVALUATORS[name].of:
       legal = [name for name, evaluator in EVALUATORS.items() if evaluator.of]

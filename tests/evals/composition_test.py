@@ -1,6 +1,8 @@
-"""Tests of `declip_jax.evals.composition` against CLIP_benchmark, and over small files of both data sets."""
+"""Tests of `declip_jax.evals.composition` against CLIP_benchmark and scikit-learn, and over small files."""
 
+import csv
 import json
+import math
 
 import numpy as np
 from PIL import Image
@@ -9,9 +11,20 @@ import references as reference
 
 from declip_jax.data.images import EvalView
 from declip_jax.data.sources import open_source
-from declip_jax.evals.composition import METRICS, caption_scores, check, choice, composition, winoground
+from declip_jax.data.sources.composition import open_winogavil
+from declip_jax.evals import EVALUATORS, catalogue
+from declip_jax.evals.composition import (
+  METRICS,
+  caption_scores,
+  check,
+  choice,
+  composition,
+  jaccard,
+  prompt,
+  winoground,
+)
 from declip_jax.evals.encoders import Encoders
-from declip_jax.evals.features import Split, Texts, make_data
+from declip_jax.evals.features import Features, Split, Texts, make_data
 from declip_jax.evals.similarity import cosines, unit_rows
 
 
@@ -126,6 +139,240 @@ def test_winoground(tmp_path):
   assert found.headline == "group_score"
   assert found.predictions["row"].tolist() == [0, 2]
   assert {*found.metrics} < {*METRICS}
+
+
+# Sizes of WinoGAViL's instances with 10 to 12 candidates, (candidates, associations) -> instances.
+LARGE = {(10, 2): 338, (10, 3): 83, (10, 4): 5, (12, 2): 328, (12, 3): 84, (12, 4): 16}
+
+
+def test_jaccard_indices_are_those_of_scikit_learn():
+  golden = reference.load("winogavil")
+  ends = np.cumsum(golden["candidates"], dtype=int)[:-1]
+  found = [*map(jaccard, np.split(golden["scores"], ends), np.split(golden["right"], ends))]
+  np.testing.assert_allclose([value for value, _ in found], golden["jaccard"])
+  assert not any(tied for _, tied in found)
+
+
+@pytest.mark.parametrize(
+  ("scores", "expected", "tied"),
+  [
+    ([3, 2, 1, 0], 1, False),
+    ([3, 3, 1, 1], 1, False),  # these ties do not cross the second place
+    ([3, 1, 1, 0], 1 / 3, True),  # as if the wrong one came second
+    ([2, 2, 2, 0], 0, True),
+    ([1, 1, 3, 0], 0, True),  # one of the two right ones is second, but none of them alone
+    ([0, 3, 2, 2], 1 / 3, True),
+    ([7, 7, 7, 7], 0, True),
+    ([np.nan, 3, 1, 0], 1 / 3, True),  # NaN is ahead of all others, and never an answer
+    ([3, 2, np.nan, 0], 1 / 3, True),
+  ],
+)
+def test_equal_scores_at_the_last_place_are_wrong(scores, expected, tied):
+  found = jaccard(np.array(scores, np.float32), np.array([True, True, False, False]))
+  assert found == (pytest.approx(expected), tied)
+
+
+def test_ties_are_never_better_than_any_order_of_them():
+  """Scores of few levels have many ties; noise breaks them in all ways."""
+  rng = np.random.default_rng(0)
+  for _ in range(100):
+    scores, right = rng.integers(3, size=6).astype(float), rng.permutation(6) < 3
+    orders = [jaccard(scores + rng.uniform(0, 0.5, 6), right)[0] for _ in range(30)]
+    assert jaccard(scores, right)[0] <= min(orders)
+
+
+def test_an_instance_without_an_association_is_named():
+  with pytest.raises(ValueError, match="no candidate is right"):
+    jaccard(np.ones(3), np.zeros(3, bool))
+
+
+def test_chance_is_the_expected_jaccard_index_of_random_answers():
+  def expected(n, k):
+    hits = range(max(0, 2 * k - n), k + 1)
+    return sum(math.comb(k, h) * math.comb(n - k, k - h) / math.comb(n, k) * h / (2 * k - h) for h in hits)
+
+  value = sum(number * expected(*size) for size, number in LARGE.items()) / sum(LARGE.values())
+  assert catalogue.data_set("winogavil").chance == pytest.approx(value, abs=5e-4)
+  guessed = sum(number * k / n for (n, k), number in LARGE.items()) / sum(LARGE.values())
+  assert guessed == pytest.approx(0.205, abs=1e-3)  # DataComp's number is that of the share of right answers
+
+
+@pytest.mark.parametrize(
+  ("cue", "text"), [("Owl", "An owl"), ("bald", "A bald"), ("US flag", "An us flag"), ("éclair", "A éclair")]
+)
+def test_prompts_of_cues(cue, text):
+  assert prompt(cue) == text
+
+
+def write_winogavil(folder, instances, form):
+  """Writes the file in one of the forms in which it is found; returns its path."""
+  path = folder / f"winogavil.{form.partition('-')[0]}"
+  if form == "jsonl":
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in instances))
+  elif form == "jsonl-texts":
+    texts = [{name: str(value) for name, value in one.items()} for one in instances]
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in texts))
+  else:
+    write = json.dumps if form == "csv" else repr
+    with path.open("w", newline="") as file:
+      table = csv.writer(file)
+      table.writerow([*instances[0], "ID"])
+      for number, one in enumerate(instances):
+        table.writerow([*(value if isinstance(value, str) else write(value) for value in one.values()), number])
+  return path
+
+
+def instance(candidates, associations, cue="a 1"):
+  return {"candidates": list(candidates), "cue": cue, "associations": list(associations)}
+
+
+@pytest.mark.parametrize("form", ["csv", "csv-python", "jsonl", "jsonl-texts"])
+def test_samples_of_winogavil_are_candidates_of_instances(tmp_path, form):
+  names = ["hot dog", "st. bernard", "o'hare", "ash"]
+  for number, name in enumerate(names):
+    write_grey(tmp_path / "winogavil_images" / f"{name}.jpg", number)
+  instances = [instance(names[:3], names[1:3], "Owl"), instance(names[1:], ["ash"], "bald, and old")]
+  source = open_source(f"winogavil:{write_winogavil(tmp_path, instances, form)}")
+  examples = [*source]
+  assert [example["id"] for example in examples] == [f"{name}.jpg" for name in [*names[:3], *names[1:]]]
+  assert [example["label"] for example in examples] == [0, 1, 1, 0, 0, 1]
+  assert [example["captions"] for example in examples] == [("Owl",)] * 3 + [("bald, and old",)] * 3
+  assert [example["groups"] for example in examples] == [{"instance": i, "candidates": 3} for i in (0, 0, 0, 1, 1, 1)]
+  assert source.classnames == ()
+  check(source, "config.evals.mine")
+
+
+def of_instances(scores, right, candidates, readable):
+  """The input of an evaluation in which images have these scores with their cue."""
+  instance = np.repeat(np.arange(len(candidates), dtype=np.int32), candidates)
+  groups = {"instance": instance, "candidates": candidates[instance].astype(np.int32)}
+  groups = {name: np.where(readable, group, -1) for name, group in groups.items()}
+  label = np.where(readable, right, -1).astype(np.int32)
+  embedding = np.stack([scores, np.sqrt(1 - scores**2)], axis=1)
+  captions = [("Cue",) if one else () for one in readable]
+  places = [str(row) for row in range(len(scores))]
+  features = Features(embedding, embedding, label, None, groups, places, readable, captions, [""] * len(scores))
+  encoders = Encoders(
+    image=lambda images: (images, images),
+    text=lambda tokens: np.eye(2, dtype=np.float32)[tokens[:, 0]],
+    tokenizer=lambda texts: np.array([[("A cue", "An cue").index(text)] for text in texts]),
+    view=EvalView(8),
+    batch_size=4,
+    batch_rows=np.arange(4),
+  )
+  return make_data(encoders, Texts(encoders), Split(Listed(places), encoders, encode=lambda *_: features))
+
+
+def test_winogavil_is_the_mean_over_instances_and_leaves_out_those_without_an_image():
+  golden = reference.load("winogavil")
+  scores, right, sizes, values = (golden[name] for name in ("scores", "right", "candidates", "jaccard"))
+  readable = np.ones(len(scores), bool)
+  found = composition(of_instances(scores, right, sizes, readable), None)
+  assert found.headline == "jaccard"
+  np.testing.assert_allclose(found.predictions["jaccard"], values)
+  for name, mean in reference.below(golden, "mean/").items():
+    assert found.metrics[name] == pytest.approx(mean)
+    used = {"jaccard": sizes >= 10, "jaccard_5_6": sizes <= 6, "jaccard_all": sizes > 0}[name]
+    half = 1.96 * values[used].std() / used.sum() ** 0.5
+    np.testing.assert_allclose(found.intervals[name], [mean - half, mean + half], atol=0.01)
+  assert (found.metrics["ties"], found.metrics["examples"]) == (0, (sizes >= 10).sum())
+  assert {*found.metrics} < {*METRICS}
+  assert {*reference.below(golden, "mean/")} < {*EVALUATORS["composition"].names}
+  firsts = np.cumsum(sizes, dtype=int) - sizes
+  readable[firsts[[3, 8]]] = readable[firsts[[5, 6]] + sizes[[5, 6]] - 1] = False  # at the ends of instances
+  found = composition(of_instances(scores, right, sizes, readable), None)
+  kept = np.delete(np.arange(len(sizes)), [3, 5, 6, 8])
+  assert found.predictions["row"].tolist() == firsts[kept].tolist()
+  assert found.predictions["candidates"].tolist() == sizes[kept].tolist()
+  np.testing.assert_allclose(found.predictions["jaccard"], values[kept])
+  by_size = [[n, values[kept][sizes[kept] == n].mean(), (sizes[kept] == n).sum()] for n in (5, 6, 10, 12)]
+  np.testing.assert_allclose(found.details["jaccard_by_candidates"], by_size)
+
+
+def draw_winogavil(folder, instances, greys):
+  for name in {name for one in instances for name in one["candidates"]}:
+    write_grey(folder / "winogavil_images" / f"{name}.jpg", greys.get(name, 2))
+  return open_winogavil(str(write_winogavil(folder, instances, "csv")))
+
+
+def test_winogavil(tmp_path):
+  """Image n0 fits the cue 1, the others the cue 2; one image cannot be decoded, and another one is missing."""
+  names = [f"n{number}" for number in range(10)]
+  instances = [
+    instance(names, ["n0"]),
+    instance(names, ["n1"]),
+    instance([*names, "broken"], ["n0"]),
+    instance([*names, "gone"], ["gone"]),
+    instance(names[:5], names[1:3], "a 2"),  # four images have the same score
+    instance(names[:5], ["n0"]),
+    instance(names[:6], ["n0"]),
+  ]
+  source = draw_winogavil(tmp_path, instances, {"n0": 1, "broken": None})
+  (tmp_path / "winogavil_images" / "gone.jpg").unlink()
+  found = composition(data(source), None)
+  metrics = {"jaccard": 1 / 2, "jaccard_5_6": 2 / 3, "jaccard_all": 3 / 5, "ties": 0, "examples": 2}
+  assert found.metrics == pytest.approx(metrics)
+  assert found.predictions["row"].tolist() == [0, 10, 42, 47, 52]
+  assert found.predictions["jaccard"].tolist() == [1, 0, 0, 1, 1]
+
+
+def test_a_model_that_maps_all_images_to_one_point_scores_zero_in_winogavil(tmp_path):
+  names = [f"n{number}" for number in range(12)]
+  source = draw_winogavil(tmp_path, [instance(names, names[:3]), instance(names[:5], names[:4])], {})
+  found = composition(data(source), None)
+  assert found.metrics == {"jaccard": 0, "jaccard_5_6": 0, "jaccard_all": 0, "ties": 1, "examples": 1}
+
+
+def test_winogavil_without_a_large_instance_is_named(tmp_path):
+  source = draw_winogavil(tmp_path, [instance(["n1", "n2", "n3"], ["n1"])], {})
+  with pytest.raises(ValueError, match=r"winogavil:.*: there is no instance of at least 10 images"):
+    composition(data(source), None)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"associations": ["n9"]}, "record 2: association 'n9' is not one of its candidates"),
+    ({"associations": []}, "record 2: associations: 0 names, expected 1 to 1,000"),
+    ({"candidates": []}, "record 2: candidates: 0 names"),
+    ({"candidates": [str(number) for number in range(50_000)]}, "record 2: candidates: 50,000 names"),
+    ({"candidates": ["n1", "n2", "n1"]}, "record 2: candidates: 'n1' occurs 2 times"),
+    ({"associations": ["n1", "n1"]}, "record 2: associations: 'n1' occurs 2 times"),
+    ({"associations": ["n1", ""]}, "record 2: associations: expected a list of names of images"),
+    ({"associations": ["n1", 3]}, "record 2: associations: expected a list of names of images"),
+    ({"associations": "n1"}, "record 2: associations: expected a list of names of images, got 'n1'"),
+    ({"associations": None}, "record 2: associations: expected a list of names of images, got None"),
+    ({"associations": "__import__('os').abort()"}, "record 2: associations: expected a list of names"),
+    ({"associations": "(" * 10_000}, "record 2: associations: expected a list of names"),
+    ({"associations": "-" * 10_000 + "1"}, "record 2: associations: expected a list of names"),
+    ({"associations": "1" * 10_000}, "record 2: associations: expected a list of names"),
+    ({"associations": json.dumps(["n1"] * 10_000)}, "record 2: associations: 60,000 characters"),
+    ({"cue": ""}, "record 2: expected a text as cue"),
+    ({"cue": "\u200b"}, "record 2: expected a text as cue"),
+    ({"cue": None}, "record 2: expected a text as cue"),
+  ],
+)
+def test_wrong_records_of_winogavil_are_named(tmp_path, fields, message):
+  good = instance(["n1", "n2", "n3"], ["n1"])
+  path = write_winogavil(tmp_path, [good, {**good, **fields}], "jsonl")
+  with pytest.raises(ValueError, match=message) as found:
+    open_winogavil(str(path))
+  assert str(path) in str(found.value)
+
+
+def test_files_of_another_form_than_winogavil_are_named(tmp_path):
+  path = tmp_path / "t.csv"
+  path.write_text('candidates,cue\n"[""a""]",b\n')
+  with pytest.raises(ValueError, match=r"t\.csv: no column associations; its columns: \['candidates', 'cue'\]"):
+    open_winogavil(str(path))
+  path.write_text('candidates,cue,associations\n"[""a""]",b\n')
+  with pytest.raises(ValueError, match=r"t\.csv: record 2: 2 fields, but 3 columns"):
+    open_winogavil(str(path))
+  with pytest.raises(FileNotFoundError, match=r"other\.csv"):
+    open_winogavil(str(tmp_path / "other.csv"))
+  path.write_text('candidates,cue,associations\n"[""a""]",b,"[""a""]"\n')
+  with pytest.raises(FileNotFoundError, match=r"a\.jpg"):
+    open_winogavil(f"{path}?root={tmp_path}")
 
 
 class Listed(list):

@@ -69,7 +69,10 @@ def test_published_copies():
   assert "# birdsnap: not in clip_benchmark" in text.splitlines()
   assert "# imagenet_on_r: the line of imagenet serves it" in text.splitlines()
   assert set(parse_data(text, "printed")) == set(found)
-  found = lines(print_data("datacomp", suites=[suite("datacomp38")]))
+  text = print_data("datacomp", suites=[suite("datacomp38")])
+  line = "# winogavil: not in datacomp; its files: winogavil = winogavil:FOLDER/winogavil_dataset.csv"
+  assert line in text.splitlines()
+  found = lines(text)
   assert len(found) == 37  # without retrieval, which DataComp reads elsewhere
   assert "/wds_geode_test/" in found["geode"]
   assert found["fmow"] == (
@@ -93,10 +96,13 @@ def test_folders(tmp_path: Path):
   for name in ("food101/test", "food101/train", "cifar10/train", "flickr30k"):
     (tmp_path / name).mkdir(parents=True)
   (tmp_path / "flickr30k/dataset_flickr30k.json").touch()
+  (tmp_path / "winogavil").mkdir()
+  (tmp_path / "winogavil/winogavil_dataset.csv").touch()
   found = lines(print_data("folder", f"{tmp_path}/"))
   assert found == {
     "food101": f"folder:{tmp_path}/food101/test | folder:{tmp_path}/food101/train",
     "flickr30k": f"coco:{tmp_path}/flickr30k/dataset_flickr30k.json?split=test",
+    "winogavil": f"winogavil:{tmp_path}/winogavil/winogavil_dataset.csv",
   }
   (tmp_path / "wds_vtab-pets").mkdir()
   assert set(lines(print_data("clip_benchmark", str(tmp_path)))) == {"pets"}

@@ -289,6 +289,26 @@ def test_compositionality_has_a_number_of_examples_and_an_interval_of_difference
   assert found.p == intervals.mcnemar(right["a"], right["b"])
 
 
+def test_jaccard_indices_are_compared_on_the_same_instances(tmp_path: Path) -> None:
+  rng = np.random.default_rng(0)
+  candidates = np.array([5, 6, 10, 12] * 20)
+  values = {"a": rng.choice([0, 1 / 3, 1], 80), "b": rng.choice([0, 1 / 3, 1], 80)}
+  large = candidates >= 10
+  for model, own in values.items():
+    metrics = {"jaccard": float(own[large].mean()), "jaccard_all": float(own.mean()), "examples": 40}
+    fields = {"kind": "composition", "headline": "jaccard", "metrics": metrics, "intervals": {}, "details": {}}
+    result = results.Result("wino", model, "w", "image_caption_selection", {}, {**fields, "options": {}, "data": {}})
+    results.write(tmp_path, result, {"row": np.arange(80), "jaccard": own, "candidates": candidates})
+  sides = [method.of(Task("wino", "composition", "")) for method in read_methods([tmp_path])]
+  for metric, used in (("jaccard", large), ("jaccard_all", large | True)):
+    found = comparison.difference(*sides, metric)
+    differences = (values["a"] - values["b"])[used]
+    assert found.test == "paired"
+    assert found.value == pytest.approx(differences.mean())
+    half = 1.96 * differences.std() / len(differences) ** 0.5
+    np.testing.assert_allclose(found.interval, [found.value - half, found.value + half], atol=0.03)
+
+
 def test_overlaps_of_folders_of_one_name_are_all_shown_and_a_bad_one_is_named(tmp_path: Path) -> None:
   folders = [tmp_path / name / "overlap" for name in "xy"]
   about = {"train": "b", "images": 10, "threshold": 0.8, "overlap": 1, "contamination": 0.1}

@@ -157,6 +157,37 @@ def test_a_mean_needs_all_data_sets_of_its_suite() -> None:
   assert suites.means(found, [suite]) == {}
 
 
+def test_a_mean_of_several_tasks_has_the_results_of_all_that_need_no_training() -> None:
+  keys = ("mscoco", "winogavil", "cifar10")
+  suite = Suite("s", "", keys, prompts={"*": "openai"}, means={"mean": keys, "retrieval": keys[:2], "c": keys[2:]})
+  found = {
+    "a": result("mscoco", 0.5, "retrieval", "mean_recall@1"),
+    "b": result("winogavil", 0.25, "composition", "jaccard"),
+    "c": result("cifar10", 0.75, "zero_shot", prompts="openai"),
+    "d": result("cifar10", 1.0, "knn"),
+  }
+  expected = {"s/zero_shot/c": 0.75, "s/knn/c": 1.0, "s/mean": 0.5, "s/retrieval": 0.375}
+  assert suites.means(found, [suite]) == expected
+  del found["b"]
+  assert suites.means(found, [suite]) == {"s/zero_shot/c": 0.75, "s/knn/c": 1.0}
+
+
+def test_the_means_of_datacomp_are_those_of_its_38_tasks() -> None:
+  suite, kinds = catalogue.suite("datacomp38"), {"classification": "zero_shot", "multilabel": "zero_shot"}
+  found = {}
+  for number, key in enumerate(suite.means["mean"]):
+    kind = kinds.get(task := catalogue.data_set(key).task, task)
+    prompts = {"prompts": suite.prompt_set(key)} if kind == "zero_shot" else {}
+    found[key] = result(key, number / 100, kind, suite.metric(key) or "", **prompts)
+  means = suites.means(found, [suite])
+  assert means["datacomp38/mean"] == pytest.approx(np.mean(np.arange(38)) / 100)
+  places = [suite.means["mean"].index(key) for key in ("flickr30k", "mscoco", "winogavil")]
+  assert means["datacomp38/retrieval"] == pytest.approx(np.mean(places) / 100)
+  assert {*means} == {f"datacomp38/{name}" for name in ("mean", "retrieval")} | {
+    f"datacomp38/zero_shot/{name}" for name in ("ImageNet", "shifts", "VTAB")
+  }
+
+
 def test_a_mean_has_only_results_by_the_protocol_of_its_suite() -> None:
   clip27, slip26 = (
     Suite(name, "", ("imagenet",), prompts={"imagenet": of}, means={"mean": ("imagenet",)})

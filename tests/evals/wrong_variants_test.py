@@ -355,6 +355,12 @@ def equal_scores_of_captions_are_right() -> Numbers:
   return float(composition.choice(scores)["accuracy"].mean()), right, wrong
 
 
+def instances_of_any_size_count_in_winogavil() -> Numbers:
+  g = golden("winogavil")
+  function, columns, _ = metrics.JACCARD_METRICS[str(data_set("winogavil").metric)]
+  return float(function(*columns(g))), g["mean/jaccard"], g["mean/jaccard_all"]
+
+
 VARIANTS = [
   classes_by_their_position,
   prompts_averaged_before_they_are_normalised,
@@ -386,6 +392,7 @@ VARIANTS = [
   an_image_has_to_find_all_of_its_texts,
   the_folds_of_coco_are_searched_together,
   equal_scores_of_captions_are_right,
+  instances_of_any_size_count_in_winogavil,
 ]
 
 

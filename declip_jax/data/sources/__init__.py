@@ -6,7 +6,7 @@ from declip_jax.data.sources.arrayrecord import open_arrayrecord
 from declip_jax.data.sources.base import BAD, OF_MEDIA, READ_ERROR, BadSample, Example, Source, bad_sample, read_example
 from declip_jax.data.sources.clip_benchmark import open_clip_benchmark
 from declip_jax.data.sources.coco import open_coco
-from declip_jax.data.sources.composition import open_sugarcrepe, open_winoground
+from declip_jax.data.sources.composition import open_sugarcrepe, open_winogavil, open_winoground
 from declip_jax.data.sources.folder import open_folder
 from declip_jax.data.sources.heldout import open_heldout, open_kept
 from declip_jax.data.sources.huggingface import open_huggingface
@@ -43,6 +43,7 @@ SOURCES: dict[str, Callable[[str], Source]] = {
   "huggingface": open_huggingface,
   "sugarcrepe": open_sugarcrepe,
   "winoground": open_winoground,
+  "winogavil": open_winogavil,
   "heldout": lambda location: open_heldout(location, open_source),
   "kept": lambda location: open_kept(location, open_source),
 }

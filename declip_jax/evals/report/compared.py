@@ -31,6 +31,9 @@ METRICS = {
   "mean_average_precision_11": "11-point mean average precision",
   "roc_auc": "ROC AUC",
   "mean_top1_top5": "mean of top-1 and top-5 accuracy",
+  "jaccard": "Jaccard index, 10 to 12 images",
+  "jaccard_5_6": "Jaccard index, 5 or 6 images",
+  "jaccard_all": "Jaccard index, all",
 }
 MANY = 8  # methods of which a table has columns, and charts have lines
 _RETRIEVAL = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))

@@ -21,7 +21,11 @@ PROTOCOLS = {
     "Recall at k is the share of queries whose match is among the k most similar candidates, for texts that are "
     "searched by an image and for images that are searched by a text. Equal similarities count as wrong."
   ),
-  "composition": "A caption has to be more similar to its image than an altered one; equal similarities are wrong.",
+  "composition": (
+    "A caption has to be more similar to its image than an altered one. In WinoGAViL, the K images that are most "
+    "similar to a cue are compared with the K that belong to it: the Jaccard index, of instances with 10 to 12 images. "
+    "Equal similarities are wrong."
+  ),
   "linear_probe": (
     "Logistic regression on the features of the frozen image tower, fitted by L-BFGS without augmentation. Its "
     "strength C is chosen on a validation split; it is then fitted again on training and validation images together."
