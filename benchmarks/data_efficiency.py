@@ -1,17 +1,18 @@
 """CLIP, SLIP and DeCLIP on 5 to 100 % of the pairs: python benchmarks/data_efficiency.py --data FOLDER
 
 Trains and evaluates each method on each share of the pairs with each seed, for equally many steps, with
-`configs/studies/data_efficiency.py`, and writes one JSON object per evaluation to --collect, with the git revisions,
-the seed and the duration of its run. FOLDER has the shards of the data set, see docs/results.md.
+`configs/studies/data_efficiency.py`. FOLDER has the shards of the data set, see docs/results.md. --results receives a
+line of JSON for each finished run, with its git revisions, its cost and all that `declip_jax.evaluate` found.
 
-Finished runs are not repeated, and an interrupted one resumes, so that the command can be stopped at any time. With
---only_collect it trains nothing. The figure and the factor by which a method needs fewer pairs are made by
+The command can be stopped at any time: an interrupted run resumes, and what is in --results is not trained again, even
+if its working directory is gone; its results are then written there once more. The figure, and the factor by which a
+method needs fewer pairs, are made by
 
-  python -m declip_jax.report runs/data_efficiency/* --output report
+  python -m declip_jax.report runs/data_efficiency/fashion44k/* --output report
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 import json
 from pathlib import Path
@@ -23,11 +24,12 @@ from ml_collections import ConfigDict
 from declip_jax import config_files
 from declip_jax.configs.small import FASHION_TEMPLATES
 from declip_jax.data.storage.indexes import cache_folder
-from declip_jax.evals import suites
+from declip_jax.evals import results, suites
 from declip_jax.evals.data_files import Splits
 from declip_jax.evaluate import evaluate
 from declip_jax.reporting.metrics import read_metrics
-from declip_jax.runtime.records import write
+from declip_jax.runtime.records import read_lines, write, write_lines
+from declip_jax.runtime.workdir import read_starts
 from declip_jax.train import train
 
 TASKS = {"fashion44k": ("zero_shot", "retrieval", "linear_probe", "few_shot"), "flickr8k": ("retrieval",)}
@@ -72,9 +74,8 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
         yield Cell(method, share, seed)
 
 
-def run(cell: Cell, args: argparse.Namespace) -> None:
+def run(cell: Cell, workdir: Path, args: argparse.Namespace) -> None:
   """Trains and evaluates a cell, as far as this is not done yet."""
-  workdir = args.workdir / cell.name
   train(cell.config(args), workdir)
   splits = Splits(*(f"webdataset:{args.data}/{split}-*.tar" for split in ("test", "train", "val")))
   prompts = args.workdir / "prompts.txt"
@@ -83,26 +84,35 @@ def run(cell: Cell, args: argparse.Namespace) -> None:
   evaluate(workdir, jobs=jobs, cache=cache_folder() / "features")
 
 
-def collect(cell: Cell, workdir: Path) -> Iterator[dict[str, Any]]:
-  """The evaluations of a cell: those during training, without their predictions, and those of its last checkpoint."""
-  starts = [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
-  about = {
+def collect(cell: Cell, workdir: Path, args: argparse.Namespace) -> dict[str, Any]:
+  """The line of a finished run: what it is, its cost, its scores during training, and its results."""
+  lines = read_metrics(workdir)
+  steps = [line for line in lines if "time/step" in line]
+  befores = [0, *(line["step"] for line in steps)]
+  return {
     "run": cell.name,
     "method": cell.method,
     "share_percent": cell.share,
     "seed": cell.seed,
-    "git": list(dict.fromkeys(start["git"] for start in starts)),
+    "steps": args.steps,
+    "git": list(dict.fromkeys(start.git for start in read_starts(workdir))),
+    "train_seconds": sum(
+      (line["step"] - before) * line["time/step"] for line, before in zip(steps, befores, strict=False)
+    ),
+    "during_training": [
+      {name: value for name, value in line.items() if name == "step" or name.startswith("eval/")}
+      for line in lines
+      if any(name.startswith("eval/") for name in line)
+    ],
+    "results": [json.loads(result.to_json()) for _, result in results.read_all([workdir / "results"])],
   }
-  for line in read_metrics(workdir):
-    scores = {name: value for name, value in line.items() if name.startswith("eval/")}
-    if scores:
-      yield {**about, "step": line["step"], "metrics": scores}
-  for path in sorted((workdir / "results").glob("*.json")):
-    found = json.loads(path.read_text())
-    ours = found["declip_jax"]
-    yield {**about, "dataset": found["dataset"], "task": found["task"], "metrics": ours["metrics"]} | {
-      "intervals": ours["intervals"]
-    }
+
+
+def restore(line: Mapping[str, Any], workdir: Path) -> None:
+  """Writes the results of a finished run whose working directory is gone, without predictions."""
+  if not (workdir / "results").is_dir():
+    for result in line["results"]:
+      results.write(workdir / "results", results.parse(json.dumps(result).encode()), {})
 
 
 def main() -> None:
@@ -116,19 +126,24 @@ def main() -> None:
   arguments.add_argument("--shares", nargs="+", type=float, default=[5, 10, 25, 50, 100], help="in percent")
   arguments.add_argument("--seeds", type=int, default=3, help="seeds of each run (default: 3)")
   arguments.add_argument("--steps", type=int, default=931, help="steps of each run (default: 931)")
-  arguments.add_argument("--workdir", type=Path, default=Path("runs/data_efficiency"), help="folder of the runs")
-  arguments.add_argument("--collect", type=Path, default=Path("runs/data_efficiency.jsonl"), help="file of all results")
-  arguments.add_argument("--only_collect", action="store_true", help="collect the results of finished runs")
+  folder = Path("runs/data_efficiency")
+  arguments.add_argument("--workdir", type=Path, help=f"folder of the runs (default: {folder}/DATASET)")
+  arguments.add_argument("--results", type=Path, help=f"file of all results (default: {folder}/DATASET.jsonl)")
   args = arguments.parse_args()
-  lines: list[str] = []
+  args.workdir = args.workdir or folder / args.dataset
+  args.results = args.results or folder / f"{args.dataset}.jsonl"
+  finished = {line["run"]: line for line in read_lines(args.results, dict)}
+  if others := {line["steps"] for line in finished.values()} - {args.steps}:
+    arguments.error(f"{args.results} has runs of {min(others)} steps, not {args.steps}: choose another --results")
   for cell in cells(args):
     workdir = args.workdir / cell.name
-    if not args.only_collect:
-      run(cell, args)
-    if (workdir / "results").is_dir():
-      lines += [json.dumps(line) for line in collect(cell, workdir)]
-      args.collect.parent.mkdir(parents=True, exist_ok=True)
-      write(args.collect, "".join(f"{line}\n" for line in lines).encode())
+    if cell.name in finished:
+      restore(finished[cell.name], workdir)
+      continue
+    run(cell, workdir, args)
+    finished[cell.name] = collect(cell, workdir, args)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(args.results, finished.values())
 
 
 if __name__ == "__main__":

@@ -137,11 +137,13 @@ class Start(NamedTuple):
     command: program and arguments.
     samples: number of samples of each source.
     stamps: stamp of each source.
+    git: git revision of the package.
   """
 
   command: list[str]
   samples: dict[str, int]
   stamps: dict[str, str]
+  git: str = "unknown"
 
 
 def read_starts(workdir: Path) -> list[Start]:
@@ -159,6 +161,7 @@ def _start(line: dict[str, Any]) -> Start:
     [*map(str, line.get("command", ()))],
     {name: int(count) for name, count in samples.items()},
     {name: str(stamp) for name, stamp in stamps.items()},
+    str(line.get("git", "unknown")),
   )
 
 

@@ -111,7 +111,7 @@ def test_a_list_of_starts_that_is_cut_off_or_garbled_anywhere_stops_no_start(
   whole = path.read_bytes()
   for number, damaged in enumerate(damages(whole)):
     path.write_bytes(damaged)
-    assert workdir_lib.read_starts(tmp_path)[0] == (["train"], {"a": 5}, {"a": "1"})
+    assert workdir_lib.read_starts(tmp_path)[0][:3] == (["train"], {"a": 5}, {"a": "1"})
     if number % 10:
       continue
     workdir_lib.record(config, mesh, tmp_path, {"a": 5}, {"a": "1"})
