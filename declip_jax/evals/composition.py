@@ -17,7 +17,7 @@ import numpy as np
 from declip_jax.data.sources import Source, read_example
 from declip_jax.data.sources.composition import CANDIDATES, INSTANCE
 from declip_jax.evals import metrics
-from declip_jax.evals.features import EvaluationData
+from declip_jax.evals.features import EvaluationData, Split
 from declip_jax.evals.intervals import bootstrap, clopper_pearson, percentiles
 from declip_jax.evals.results import Scores
 from declip_jax.evals.similarity import Embeddings, Similarity, num_embeddings, take, unit_rows
@@ -113,31 +113,37 @@ def composition(data: EvaluationData, pictures: Path | None) -> Scores:
   image = jax.tree.map(gather_rows, data.test.images)
   if any_host({INSTANCE, CANDIDATES} <= set(data.test.groups)):
     return _associations(data, image)
-  captions, error = [], ""
-  try:
-    captions = [_captions(data.test.source, index) for index in range(len(data.test.source))]
-  except ValueError as failed:
-    error = str(failed)
-  if error := first_error(error):  # on every host, or the others would wait for this one
-    raise ValueError(error)
-  if not captions:
-    raise ValueError(f"{data.test.name} has no samples")
-  text = data.texts([caption for own in captions for caption in own])
-  readable = gather_rows(data.test.readable)
-  scores = caption_scores(image, text, data.similarity if data.tokens else None)
-  if len(captions) % 2 == 0 and all(a == b[::-1] for a, b in zip(captions[::2], captions[1::2], strict=True)):
-    kept = np.flatnonzero(readable[::2] & readable[1::2])
-    correct = winoground(np.stack([scores[::2], scores[1::2, ::-1]], axis=1)[kept])
-    rows = 2 * kept
-  else:
-    rows = np.flatnonzero(readable)
-    correct = choice(scores[rows])
+  readable, captions = gather_rows(data.test.readable), _two_captions(data.test)
+  pairs = readable[::2] & readable[1::2] if len(readable) % 2 == 0 else np.zeros(0, bool)
+  firsts = 2 * np.flatnonzero(pairs)
+  in_pairs = len(firsts) and all(captions[row] == captions[row + 1][::-1] for row in firsts)
+  rows = np.flatnonzero(np.repeat(pairs, 2) if in_pairs else readable)
   if not len(rows):
     raise ValueError(f"{data.test.name}: no image can be read")
+  text = data.texts([caption for row in rows for caption in captions[row]])
+  scores = caption_scores(take(image, rows), text, data.similarity if data.tokens else None)
+  if in_pairs:
+    correct, rows = winoground(np.stack([scores[::2], scores[1::2, ::-1]], axis=1)), firsts
+  else:
+    correct = choice(scores)
   intervals = {name: clopper_pearson(int(right.sum()), len(right)) for name, right in correct.items() if name != "ties"}
   shares = {name: float(right.mean()) for name, right in correct.items() if name != "ties"}
   counts = {"ties": int(correct["ties"].sum()), "examples": len(rows)}
   return Scores({**shares, **counts}, intervals, {"row": rows, "correct": correct[next(iter(shares))]})
+
+
+def _two_captions(split: Split) -> list[tuple[str, str]]:
+  """The captions of the images of all hosts; those of images that cannot be read are empty.
+
+  Raises:
+    ValueError: an image has another number of captions; the same on every host.
+  """
+  of_images = [own if readable else ("", "") for own, readable in zip(split.captions, split.readable, strict=True)]
+  wrong = ((row, len(own)) for row, own in zip(split.rows, of_images, strict=True) if len(own) != 2)
+  if error := first_error(next((_not_two(split.name, *found) for found in wrong), "")):
+    raise ValueError(error)
+  captions = gather_texts([caption for own in of_images for caption in own])
+  return [*zip(captions[::2], captions[1::2], strict=True)]
 
 
 def _associations(data: EvaluationData, image: Embeddings) -> Scores:
@@ -196,12 +202,12 @@ def check(source: Source | Sequence[Any], field: str) -> None:
     ValueError: the message names the source.
   """
   del field
-  if not {INSTANCE, CANDIDATES} <= set(read_example(source, 0).get("groups", ())):
-    _captions(source, 0)
+  example = read_example(source, 0)
+  if {INSTANCE, CANDIDATES} <= set(example.get("groups", ())):
+    return
+  if (count := len(example["captions"])) != 2:
+    raise ValueError(_not_two(source.name, 0, count))
 
 
-def _captions(source: Source | Sequence[Any], index: int) -> tuple[str, ...]:
-  captions = read_example(source, index)["captions"]
-  if len(captions) != 2:
-    raise ValueError(f"{source.name}: sample {index} has {len(captions)} captions: expected a right and a wrong one")
-  return captions
+def _not_two(name: str, sample: int, captions: int) -> str:
+  return f"{name}: sample {sample} has {captions} captions: expected a right and a wrong one"

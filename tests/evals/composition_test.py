@@ -103,16 +103,17 @@ def data(source):
 
 
 def test_sugarcrepe(tmp_path):
-  """The second example prefers the wrong caption, the third has a tie, and the fourth has an unreadable image."""
+  """The second example prefers the wrong caption, the third has a tie, and the fourth and the last lack an image."""
   greys, pairs = (1, 2, 3, None, 1), ((1, 2), (3, 2), (4, 5), (1, 2), (1, 3))
   examples = {}
   for number, (grey, (right, wrong)) in enumerate(zip(greys, pairs, strict=True)):
     name = f"{0 if number == 4 else number}.png"  # the last example has the first one's image
     write_grey(tmp_path / "val2017" / name, grey)
     examples[str(number)] = {"filename": name, "caption": f"a {right}", "negative_caption": f" a {wrong}"}
+  examples["5"] = {**examples["2"], "filename": "missing.png"}
   (tmp_path / "add_att.json").write_text(json.dumps(examples))
   source = open_source(f"sugarcrepe:{tmp_path}/add_att.json?root={tmp_path}/val2017")
-  assert [example["captions"] for example in source][:2] == [("a 1", "a 2"), ("a 3", "a 2")]
+  assert [source[index]["captions"] for index in range(2)] == [("a 1", "a 2"), ("a 3", "a 2")]
   check(source, "config.evals.mine")
   found = composition(data(source), None)
   assert found.metrics == {"accuracy": 0.5, "ties": 1, "examples": 4}
@@ -121,9 +122,11 @@ def test_sugarcrepe(tmp_path):
 
 
 def test_winoground(tmp_path):
-  """The first example is right, the second has its captions swapped, and the third has an unreadable image."""
+  """The first example is right, the second has its captions swapped, and the others lack an image."""
   lines = []
-  for number, (greys, captions) in enumerate([((1, 2), (1, 2)), ((3, 4), (4, 3)), ((5, None), (5, 6))]):
+  for number, (greys, captions) in enumerate(
+    [((1, 2), (1, 2)), ((3, 4), (4, 3)), ((5, None), (5, 6)), ((6, 7), (6, 7))]
+  ):
     names = [f"ex_{number}_img_{side}" for side in range(2)]
     for name, grey in zip(names, greys, strict=True):
       write_grey(tmp_path / "images" / f"{name}.png", grey)
@@ -133,7 +136,8 @@ def test_winoground(tmp_path):
     )
   (tmp_path / "examples.jsonl").write_text("\n".join(lines) + "\n")
   source = open_source(f"winoground:{tmp_path}/examples.jsonl")
-  assert [example["captions"] for example in source][:2] == [("a 1", "a 2"), ("a 2", "a 1")]
+  (tmp_path / "images" / "ex_3_img_0.png").unlink()
+  assert [source[index]["captions"] for index in range(2)] == [("a 1", "a 2"), ("a 2", "a 1")]
   found = composition(data(source), None)
   assert found.metrics == {"group_score": 0.5, "text_score": 0.5, "image_score": 0.5, "ties": 0, "examples": 2}
   assert found.headline == "group_score"
@@ -382,7 +386,7 @@ class Listed(list):
 
 
 def test_images_without_two_captions_are_named():
-  source = Listed([{"image": b"", "captions": ("a 1",), "label": -1, "id": "0"}])
+  source = Listed([{"image": np.zeros((8, 8, 3), np.uint8), "captions": ("a 1",), "label": -1, "id": "a.png"}])
   with pytest.raises(ValueError, match="listed: sample 0 has 1 captions"):
     composition(data(source), None)
   with pytest.raises(ValueError, match="listed: sample 0 has 1 captions"):
