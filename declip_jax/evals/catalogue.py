@@ -36,6 +36,7 @@ METRICS = {
 }
 OWN = "own/"  # prefix of the keys of data sets that are not in the catalogue
 BARE = ("{}",)
+_OF_IMAGES = ("sizes", "sources", "border", "note")  # fields that a data set does not share with `classes_of`
 _FOLDER = Path(__file__).parent / "data_sets"
 _SUITES = Path(__file__).parent / "suites.json"
 
@@ -64,6 +65,7 @@ class DataSet:
     images: key of the data set whose images of these classes it has, and whose line in a data file serves it; empty if
       it has images of its own.
     others: names of classes that sources have and the data set leaves out.
+    border: pixels at each side of its test images, in all sources, that do not belong to the picture and are cut off.
     num_classes: expected number of classes where `classes` is (); 0 if unknown.
     grouping: the grouping of images for the metric worst_group.
     ignored_groups: groups that do not count for it.
@@ -90,6 +92,7 @@ class DataSet:
   parent_ids: tuple[tuple[int, ...], ...] = ()
   images: str = ""
   others: tuple[str, ...] = ()
+  border: int = 0
   num_classes: int = 0
   grouping: str = ""
   ignored_groups: tuple[int, ...] = ()
@@ -255,7 +258,7 @@ def _read(key: str) -> dict[str, Any]:
   about = json.loads((_FOLDER / f"{key}.json").read_text("utf-8"))
   other = about.pop("classes_of", "")
   shared = _read(other) if other else {}
-  return {**{name: value for name, value in shared.items() if name not in ("sizes", "sources", "note")}, **about}
+  return {**{name: value for name, value in shared.items() if name not in _OF_IMAGES}, **about}
 
 
 def _entry(key: str, about: dict[str, Any]) -> DataSet:
