@@ -41,6 +41,20 @@ _FOLDER = Path(__file__).parent / "data_sets"
 _SUITES = Path(__file__).parent / "suites.json"
 
 
+def chance(metric: str, classes: int) -> float | None:
+  """Value of a metric if all answers are guessed; None where that depends on more than the number of classes.
+
+  Args:
+    metric: one of `METRICS`; None is returned for any other.
+    classes: number of classes, 0 if it is unknown.
+  """
+  guess = METRICS.get(metric)
+  try:
+    return guess(classes) if guess else None
+  except ZeroDivisionError:
+    return None
+
+
 @dataclass(frozen=True)
 class DataSet:
   """A data set of the catalogue, or one of the user's.
@@ -105,8 +119,7 @@ class DataSet:
   @property
   def chance(self) -> float | None:
     """Value of the metric if all answers are guessed; None where it depends on more than the number of classes."""
-    guess, classes = METRICS.get(self.metric or ""), len(self.classes) or self.num_classes or 2
-    return guess(classes) if guess else None
+    return chance(self.metric or "", len(self.classes) or self.num_classes or 2)
 
   @property
   def clip_benchmark(self) -> str:

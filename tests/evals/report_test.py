@@ -204,6 +204,22 @@ def test_headline_of_a_suite_and_of_seeds(tmp_path: Path, monkeypatch: pytest.Mo
   assert not headline._suite_items(report, suite, ("pets", "dtd"), ["zero_shot"])
 
 
+def test_a_mean_says_which_data_sets_it_contains(tmp_path: Path) -> None:
+  for name, keys in (("a", ("pets", "toys-1f", "lone")), ("b", ("pets", "toys-1f"))):
+    for key in keys:
+      write(tmp_path, name, classified(0.5, 1), key=key)
+    write(tmp_path, name, classified(0.5, 1), key="pets", variant="bare")
+  report = Report(read_methods([tmp_path]))
+  assert {(line.quantity, line.data_sets) for line in headline.lines(report)} == {
+    ("Zero-shot classification: mean of 2 data sets (top-1 accuracy)", ("pets", "toys-1f"))
+  }
+  (listing,) = (block for block in headline.headline(report) if isinstance(block, Listing))
+  assert listing.items == ["Zero-shot classification: pets, toys-1f; without lone, pets (bare)."]
+  (single,) = (Report([method], None) for method in report.methods[:1])
+  (listing,) = (block for block in headline.headline(single) if isinstance(block, Listing))
+  assert listing.items == ["Zero-shot classification: lone, pets, toys-1f; without pets (bare)."]
+
+
 def test_published_scores_are_flagged_and_protocols_do_not_mix(tmp_path: Path) -> None:
   write(tmp_path, "a", classified(0.7, 1), key="dtd", training={"method": "clip", "config": "slip/x"})
   method = read_methods([tmp_path])[0]
