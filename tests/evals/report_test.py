@@ -220,6 +220,21 @@ def test_a_mean_says_which_data_sets_it_contains(tmp_path: Path) -> None:
   assert listing.items == ["Zero-shot classification: lone, pets, toys-1f; without pets (bare)."]
 
 
+@pytest.mark.parametrize(
+  ("weights", "cells"),
+  [
+    ({"path": "runs/a", "origin": "declip_jax, step 9", "step": 9}, ("`runs/a`", "9")),
+    ({"path": "w/a.pt", "origin": "OpenAI", "step": None}, ("`w/a.pt` (OpenAI)", "")),
+    ({"origin": "OpenAI", "step": None}, ("OpenAI", "")),
+  ],
+)
+def test_the_weights_are_named_by_their_path(weights: dict, cells: tuple[str, str], tmp_path: Path) -> None:
+  write(tmp_path, "a", classified(0.5, 1), weights=weights)
+  table, *_ = tables([*header.header(Report(read_methods([tmp_path])))])
+  row = dict(zip(table.header, table.rows[0], strict=True))
+  assert (row["weights"], row.get("step", "")) == cells
+
+
 def test_published_scores_are_flagged_and_protocols_do_not_mix(tmp_path: Path) -> None:
   write(tmp_path, "a", classified(0.7, 1), key="dtd", training={"method": "clip", "config": "slip/x"})
   method = read_methods([tmp_path])[0]
