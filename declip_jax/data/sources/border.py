@@ -45,6 +45,7 @@ class WithoutBorder:
   def __getitem__(self, index: int) -> Example:
     """Reads one example, with the pixels of its image in place of the encoded image.
 
+    An image may have `images.MAX_PIXELS` pixels; another limit, which is one of encoded images, has no effect.
     The border is part of its id, so that results with and without the border are not results of the same data.
 
     Raises:
