@@ -20,7 +20,7 @@ from declip_jax.data.images import EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.pipeline import Reading
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
-from declip_jax.data.sources import open_source
+from declip_jax.data.sources import Source, open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals import EVALUATORS, SPLITS, catalogue, check_metric, check_options, suites
 from declip_jax.evals.classes import align
@@ -45,6 +45,7 @@ from declip_jax.training.step import train_step
 from declip_jax.types import Batch, BatchShapes
 from declip_jax.weights.initial import InitFrom
 
+_EVALS = "config.evals."  # before the name of an entry, in messages
 _ALL = "all"  # as a suite: every data set of a data file
 _OVERRIDES = (
   "weak_scale",
@@ -487,9 +488,9 @@ class _Evaluation(NamedTuple):
   every: int
 
 
-def _evaluation(name: str, fields: ConfigDict) -> _Evaluation:
-  """Reads an entry of `config.evals`, after a check."""
-  field = f"config.evals.{name}"
+def _evaluation(name: str, fields: ConfigDict, where: str = _EVALS) -> _Evaluation:
+  """Reads an entry of `config.evals`, after a check; messages call it by `where` and its name."""
+  field = f"{where}{name}"
   if not isinstance(fields, ConfigDict):
     raise ValueError(f"{field}={fields!r}: expected an evaluation, such as config.zero_shot('scenes:test')")
   if "/" in name:
@@ -512,26 +513,41 @@ def check_best_metric(config: ConfigDict) -> None:
     check_metric(best, kinds, "config.checkpoint.best_metric")
 
 
-def make_jobs(evals: ConfigDict) -> list[Job]:
+def make_jobs(evals: ConfigDict, where: str = _EVALS) -> list[Job]:
   """Opens the sources of `config.evals`, each once. An entry with a suite is a job `NAME/KEY` for each data set.
+
+  Args:
+    evals: the entries.
+    where: what messages put before the name of an entry, such as "--" for one that a flag of its name has made.
 
   Raises:
     OSError: a data file cannot be read.
     ValueError: an unknown kind of evaluation, an option that it does not have, or a source that cannot be opened or
       does not fit the evaluation.
   """
-  evaluations = {name: _evaluation(name, fields) for name, fields in evals.items()}
-  single = [evaluation for evaluation in evaluations.values() if not evaluation.suite]
-  specs = dict.fromkeys(spec for evaluation in single for spec in evaluation.splits.values())
-  sources, of_suites = {spec: DataSource(open_source(spec)) for spec in specs}, _jobs_of_suites(evaluations)
+  evaluations = {name: _evaluation(name, fields, where) for name, fields in evals.items()}
+  specs: dict[str, str] = {}  # and the first entry that has each
+  for name, evaluation in evaluations.items():
+    if not evaluation.suite:
+      specs = {**dict.fromkeys(evaluation.splits.values(), f"{where}{name}"), **specs}
+  sources = {spec: DataSource(_opened(spec, field)) for spec, field in specs.items()}
+  of_suites = _jobs_of_suites(evaluations)
   jobs = []
   for name, (kind, suite, splits, options, _) in evaluations.items():
     if suite:
       jobs += of_suites[name]
       continue
-    EVALUATORS[kind].check(sources[splits["test"]].source, f"config.evals.{name}", **options)
+    EVALUATORS[kind].check(sources[splits["test"]].source, f"{where}{name}", **options)
     jobs.append(Job(name, name, kind, _aligned(name, splits, sources), options))
   return jobs
+
+
+def _opened(spec: str, field: str) -> Source:
+  """The source of an entry; a ValueError names the entry."""
+  try:
+    return open_source(spec)
+  except ValueError as error:
+    raise ValueError(f"{field}: {error}") from error
 
 
 def _aligned(name: str, splits: Mapping[str, str], sources: Mapping[str, DataSource]) -> dict[str, DataSource]:

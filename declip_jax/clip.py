@@ -226,21 +226,25 @@ class Clip:
     """Turns outputs of `preprocess` into inputs of `image_features`."""
     return self.view.normalise(views)
 
-  def encoders(self, batch_size: int, *, needs_text: bool = True, reading: Reading | None = None) -> Encoders:
+  def encoders(
+    self, batch_size: int, *, needs_text: bool = True, reading: Reading | None = None, field: str = "batch_size"
+  ) -> Encoders:
     """Encode functions for the evaluators of `declip_jax.evals`.
 
     Args:
       batch_size: images and texts encoded at once.
       needs_text: whether texts will be encoded.
       reading: how images are read, by default within `max_pixels`.
+      field: what sets the batch size, for messages, such as a flag.
 
     Raises:
-      ValueError: texts cannot be encoded: there is no text tower, or its vocabulary is not that of the tokenizer.
+      ValueError: texts cannot be encoded: there is no text tower, or its vocabulary is not that of the tokenizer; or
+        the batch size is not a multiple of the number of devices.
     """
     if needs_text:
       self._check_vocabulary()
     reading = reading or Reading(max_pixels=self.max_pixels)
-    factory = EncoderFactory(self._functions, self.tokenizer, self.view, batch_size, reading, self.classnames)
+    factory = EncoderFactory(self._functions, self.tokenizer, self.view, batch_size, reading, self.classnames, field)
     return factory.bind(self.params, self.collections)
 
   def _encode_images(

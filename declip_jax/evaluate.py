@@ -50,6 +50,7 @@ from declip_jax.evals import EVALUATORS, catalogue, data_files, results, suites,
 from declip_jax.evals.evaluation import Evaluation, ModelFacts, describe
 from declip_jax.evals.feature_cache import LIMIT, json_hash
 from declip_jax.evals.jobs import Job
+from declip_jax.evals.prompts import check_templates
 from declip_jax.evals.results import Result
 from declip_jax.mixtures import mixtures
 from declip_jax.planning.training_facts import training_facts
@@ -159,7 +160,7 @@ def _prepare(
     raise ValueError(f"{place.weights} has {none}: pass --suite, --data, --zero_shot or --retrieval")
   size = encoding.batch_size or (config.evaluate_batch_size if config else _BATCH_SIZE)
   needs_text = any(EVALUATORS[job.kind].needs_text for job in jobs)
-  encoders = clip.encoders(size, needs_text=needs_text, reading=_reading(config, encoding))
+  encoders = clip.encoders(size, needs_text=needs_text, reading=_reading(config, encoding), field="--batch_size")
   encoders = dataclasses.replace(encoders, features_dtype=encoding.features_dtype)
   if (cache := encoding.cache) is None:
     return Evaluation(facts, encoders, place.output, run_folder=place.run)
@@ -223,9 +224,11 @@ def _jobs_from_flags() -> list[Job] | None:
   """
   given = flags.FLAGS
   _check_combination()
+  _check_numbers()
   if given.suite or given.data:
     return _suite_jobs()
   evals = ConfigDict()
+  check_templates(tuple(given.template), "--template")
   if given.zero_shot:
     evals.zero_shot = config_lib.zero_shot(given.zero_shot, tuple(given.template))
   if given.retrieval:
@@ -234,7 +237,7 @@ def _jobs_from_flags() -> list[Job] | None:
     return None
   return [
     dataclasses.replace(job, dataset=_dataset(evals[job.name].data), variant=variant_of(job.kind, job.options))
-    for job in make_jobs(evals)
+    for job in make_jobs(evals, "--")
   ]
 
 
@@ -264,6 +267,13 @@ def _check_combination() -> None:
   for name, (others, is_given) in needed.items():
     if given[name].present and not is_given:
       raise ValueError(f"--{name} has an effect only with {others}")
+
+
+def _check_numbers() -> None:
+  """Rejects numbers that are not finite, which the bounds of flags let pass."""
+  for name in ("cache_limit", "max_seconds"):
+    if (value := flags.FLAGS[name].value) is not None and not math.isfinite(value):
+      raise ValueError(f"--{name}={value}: expected a finite number")
 
 
 def _suite_jobs() -> list[Job]:
@@ -303,7 +313,8 @@ def _command(workdir: Path | None) -> None:
   is_run = not (given.weights or given.interpolate_with)
   place = Place(given.weights or workdir, output, workdir if is_run else None)
   for step in _steps(workdir):
-    clip, config = _load(workdir, step, given.weights, parse_settings(given.settings, "--settings"))
+    with _named_settings():
+      clip, config = _load(workdir, step, given.weights, parse_settings(given.settings, "--settings"))
     jobs = chosen if chosen is not None else make_jobs(config.evals if config else ConfigDict())
     for model, facts in _models(clip, config, place.weights):
       evaluation = _prepare(model, config, facts, jobs, place, encoding)
@@ -317,6 +328,17 @@ def _command(workdir: Path | None) -> None:
         about = {"run": str(workdir or given.output), **_about(clip, given.weights)}
         about |= {name: facts.weights[name] for name in ("share",) if name in facts.weights}
         message(summary_table({**about, **_summary(found)}), stream=sys.stdout)
+
+
+@contextlib.contextmanager
+def _named_settings() -> Iterator[None]:
+  """Names the settings of the flag, if there are any, in an error of the model that may come from them."""
+  try:
+    yield
+  except ValueError as error:
+    if not (given := flags.FLAGS.settings) or str(error).startswith("--"):
+      raise
+    raise ValueError(f"with {' '.join(f'--settings={text}' for text in given)}: {error}") from error
 
 
 def _models(clip: Clip, config: ConfigDict | None, path: str | os.PathLike[str]) -> Iterator[tuple[Clip, ModelFacts]]:

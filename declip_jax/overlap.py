@@ -251,7 +251,7 @@ def _detector() -> Detector:
     kept = FeatureCache(cache, "none", {"detector": "64-bit DCT hash"}, (64, 0)) if cache else None
     return HASH._replace(encode=kept.encode if kept else encode)
   clip = load(given.weights, parse_settings(given.settings, "--settings"))
-  encoders = clip.encoders(given.batch_size, needs_text=False)
+  encoders = clip.encoders(given.batch_size, needs_text=False, field="--batch_size")
   if cache is None:
     return Detector(encoders, None)
   return Detector(encoders, None, clip.feature_cache(cache).encode)

@@ -66,7 +66,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
-def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
+def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:
   """Rejects a global batch that does not divide over all devices.
 
   Raises:
@@ -74,7 +74,7 @@ def check_batch(batch_size: int, mesh: Mesh, name: str) -> None:
   """
   if batch_size <= 0 or batch_size % mesh.size:
     shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    raise ValueError(f"config.{name}={batch_size}: expected a positive multiple of the {mesh.size} devices ({shape})")
+    raise ValueError(f"{field}={batch_size}: expected a positive multiple of the {mesh.size} devices ({shape})")
 
 
 def spec_for(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

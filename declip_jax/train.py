@@ -208,7 +208,7 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
   """
   watchdog.beat("finding the devices")
   built = build.build(config)
-  check_batch(config.batch_size, built.mesh, "batch_size")
+  check_batch(config.batch_size, built.mesh, "config.batch_size")
   build.check_division(config, built.mesh.size)  # before anything is traced
   mixture, ssl_mixture = _open_mixtures(config, built, sources, watchdog)
   opened = [*mixture.sources, *(ssl_mixture.sources if ssl_mixture else ())]

@@ -90,7 +90,7 @@ def check_shapes(name: str) -> None:
 
 def check_state(c: ConfigDict, built: build.Built, state: State) -> None:
   assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
-  check_batch(c.batch_size, built.mesh, "batch_size")
+  check_batch(c.batch_size, built.mesh, "config.batch_size")
 
 
 def check_step(name: str) -> None:

@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import inspect
 from pathlib import Path
+import re
+from types import SimpleNamespace
 
 from absl import flags
 from clips import make_clip
@@ -411,6 +413,55 @@ def test_flags_without_effect_are_rejected(
 ) -> None:
   with pytest.raises(ValueError, match=message):
     given(*arguments)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--zero_shot=nothing:x"], "^--zero_shot: bad source 'nothing:x'"),
+    (["--zero_shot=folder:{data}/cats"], r"has no class names, which --zero_shot needs"),
+    (["--zero_shot=scenes:test/4/16", "--template=a photo"], "^--template: prompt template 'a photo'"),
+    (["--retrieval=scenes:test/x"], "^--retrieval: .*test/x"),
+    (["--retrieval=folder:{data}"], "no captions, which --retrieval needs"),
+    (["--zero_shot=scenes:test/4/16", "--retrieval=nothing:x"], "^--retrieval: bad source"),
+    (["--max_seconds=nan"], "^--max_seconds=nan: expected a finite number"),
+    (["--cache_limit=inf"], "^--cache_limit=inf: expected a finite number"),
+  ],
+)
+def test_bad_values_of_flags_are_named_by_the_flag(
+  arguments: list[str], message: str, given: Callable[..., list[Job] | None], tmp_path: Path
+) -> None:
+  (tmp_path / "cats").mkdir()
+  Image.new("RGB", (8, 8)).save(tmp_path / "cats" / "a.png")
+  with pytest.raises(ValueError, match=message) as found:
+    given(*(text.format(data=tmp_path) for text in arguments))
+  assert "config." not in str(found.value)
+
+
+def test_a_bad_source_of_a_config_is_named_by_its_entry() -> None:
+  with pytest.raises(ValueError, match=r"^config.evals.mine: bad source 'nothing:x'"):
+    make_jobs(ConfigDict({"mine": config.zero_shot("nothing:x")}))
+
+
+def test_a_batch_size_that_does_not_fit_the_devices_is_named_by_its_flag() -> None:
+  clip, place = make_clip(0), evaluate.Place("runs/x", Path("out"), None)
+  encoding = evaluate.Encoding(3, None, None, None, 0, "float32")
+  jobs = make_jobs(ConfigDict({"zero_shot": config.zero_shot("scenes:test/4/16")}))
+  with pytest.raises(ValueError, match=r"^--batch_size=3: expected a positive multiple of the 8 devices"):
+    evaluate._prepare(clip, None, evaluate._model_facts(clip, "x.pt"), jobs, place, encoding)
+
+
+def test_an_error_of_the_model_names_the_settings_of_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+  def message(settings: list[str], error: str) -> str:
+    monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(settings=settings))
+    with pytest.raises(ValueError, match=re.escape(error)) as found, evaluate._named_settings():
+      raise ValueError(error)
+    return str(found.value)
+
+  wrong = "x.pt: config.model.dtype='int'"
+  assert message(["dtype=int", "eps=1"], wrong) == f"with --settings=dtype=int --settings=eps=1: {wrong}"
+  assert message([], wrong) == wrong
+  assert message(["dtype"], "--settings: 'dtype'") == "--settings: 'dtype'"
 
 
 def test_a_run_without_evaluations_is_told_from_a_folder_without_a_config() -> None:

@@ -221,13 +221,13 @@ def test_the_table_of_layouts_sums_up(mesh):
 
 @pytest.mark.parametrize("batch_size", [8, 4096])
 def test_batches_that_divide_are_accepted(mesh, batch_size):
-  check_batch(batch_size, mesh, "batch_size")
+  check_batch(batch_size, mesh, "config.batch_size")
 
 
 @pytest.mark.parametrize("batch_size", [0, -8, 4, 12])
 def test_other_batches_are_rejected_by_name(mesh, batch_size):
-  with pytest.raises(ValueError, match=rf"config.some_size={batch_size}: .* 8 devices \(data=4 x fsdp=2\)"):
-    check_batch(batch_size, mesh, "some_size")
+  with pytest.raises(ValueError, match=rf"^--some_size={batch_size}: .* 8 devices \(data=4 x fsdp=2\)"):
+    check_batch(batch_size, mesh, "--some_size")
 
 
 def test_a_batch_is_split_over_both_axes(mesh):

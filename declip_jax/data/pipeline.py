@@ -367,7 +367,7 @@ def _death(error: RuntimeError) -> Exception:
     return error
   return ChildProcessError(
     f"{error}. Was it killed because memory ran out (of this machine, or of /dev/shm, which passes batches)? "
-    "config.data.workers and config.data.threads set the number of readers"
+    "In a training, config.data.workers and config.data.threads set the number of readers"
   )
 
 

@@ -38,8 +38,23 @@ METRICS = {
 }
 OWN = "own/"  # prefix of the keys of data sets that are not in the catalogue
 BARE = ("{}",)
+_OF_IMAGES = ("sizes", "sources", "border", "note")  # fields that a data set does not share with `classes_of`
 _FOLDER = Path(__file__).parent / "data_sets"
 _SUITES = Path(__file__).parent / "suites.json"
+
+
+def chance(metric: str, classes: int) -> float | None:
+  """Value of a metric if all answers are guessed; None where that depends on more than the number of classes.
+
+  Args:
+    metric: one of `METRICS`; None is returned for any other.
+    classes: number of classes, 0 if it is unknown.
+  """
+  guess = METRICS.get(metric)
+  try:
+    return guess(classes) if guess else None
+  except ZeroDivisionError:
+    return None
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,7 @@ class DataSet:
     images: key of the data set whose images of these classes it has, and whose line in a data file serves it; empty if
       it has images of its own.
     others: names of classes that sources have and the data set leaves out.
+    border: pixels at each side of its test images, in all sources, that do not belong to the picture and are cut off.
     num_classes: expected number of classes where `classes` is (); 0 if unknown.
     grouping: the grouping of images for the metric worst_group.
     ignored_groups: groups that do not count for it.
@@ -92,6 +108,7 @@ class DataSet:
   parent_ids: tuple[tuple[int, ...], ...] = ()
   images: str = ""
   others: tuple[str, ...] = ()
+  border: int = 0
   num_classes: int = 0
   grouping: str = ""
   ignored_groups: tuple[int, ...] = ()
@@ -104,8 +121,7 @@ class DataSet:
   @property
   def chance(self) -> float | None:
     """Value of the metric if all answers are guessed; None where it depends on more than the number of classes."""
-    guess, classes = METRICS.get(self.metric or ""), len(self.classes) or self.num_classes or 2
-    return guess(classes) if guess else None
+    return chance(self.metric or "", len(self.classes) or self.num_classes or 2)
 
   @property
   def clip_benchmark(self) -> str:
@@ -257,7 +273,7 @@ def _read(key: str) -> dict[str, Any]:
   about = json.loads((_FOLDER / f"{key}.json").read_text("utf-8"))
   other = about.pop("classes_of", "")
   shared = _read(other) if other else {}
-  return {**{name: value for name, value in shared.items() if name not in ("sizes", "sources", "note")}, **about}
+  return {**{name: value for name, value in shared.items() if name not in _OF_IMAGES}, **about}
 
 
 def _entry(key: str, about: dict[str, Any]) -> DataSet:

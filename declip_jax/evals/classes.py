@@ -15,7 +15,7 @@ from declip_jax.evals.catalogue import DataSet, data_set
 
 _SHOWN = 8  # names on each side of a message
 _PREFIX = re.compile(r"^(?:\d{3}\.(?=\D)|/[a-z]/)")  # 001.Black_footed_Albatross in CUB, /a/abbey in SUN
-_WRAPPERS = ("heldout", "kept")  # kinds of sources with another source inside
+_WRAPPERS = ("heldout", "kept", "border")  # kinds of sources with another source inside
 
 
 def canonical(name: str) -> str:

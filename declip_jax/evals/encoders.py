@@ -152,6 +152,10 @@ class EncoderFactory:
     batch_size: global batch size of every call, a multiple of the number of devices.
     reading: how images are read.
     classnames: names of the classes of the model's classifier.
+    field: what sets the batch size, for messages.
+
+  Raises:
+    ValueError: the batch size is not a multiple of the number of devices.
   """
 
   def __init__(
@@ -162,8 +166,9 @@ class EncoderFactory:
     batch_size: int,
     reading: Reading | None = None,
     classnames: Sequence[str] = (),
+    field: str = "config.evaluate_batch_size",
   ):
-    check_batch(batch_size, functions.mesh, "evaluate_batch_size")
+    check_batch(batch_size, functions.mesh, field)
     self._classnames = tuple(classnames)
     self._functions, self._sharding = functions, batch_sharding(functions.mesh)
     self._inputs = {

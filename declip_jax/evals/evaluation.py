@@ -17,7 +17,7 @@ import numpy as np
 import declip_jax
 from declip_jax.command_line import together
 from declip_jax.data.sources import Source
-from declip_jax.evals import EVALUATORS, features, results
+from declip_jax.evals import EVALUATORS, catalogue, features, results
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.feature_cache import FeatureCache, json_hash, numerics
 from declip_jax.evals.features import Features, Read, encode_texts, host_rows, read_batches, surely
@@ -274,7 +274,7 @@ class Evaluation:
         "metrics": scores.metrics,
         "intervals": scores.intervals,
         "details": scores.details,
-        "about": job.about,
+        "about": {**_chance(job, scores), **job.about},
         "options": job.options,
         "data": {**data, "test": {**data["test"], **content}},
         "weights": self.model.weights,
@@ -346,6 +346,13 @@ def _reader(bar: Bar, total: int, images: _Images) -> Read:
     bar.pause()
 
   return read
+
+
+def _chance(job: Job, scores: Scores) -> dict[str, float]:
+  """The chance of the headline metric, by the number of classes; nothing where it depends on more than these."""
+  classes = len(job.data.get("classnames") or job.splits["test"].source.classnames)
+  found = catalogue.chance(scores.details.get("metric") or scores.headline, classes)
+  return {} if found is None else {"chance": found}
 
 
 def _rows(source: Source) -> range:

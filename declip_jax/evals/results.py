@@ -71,6 +71,8 @@ class Result:
       `kind`: the evaluator, a key of `EVALUATORS`; `variant`: tells results apart that differ in nothing above;
       `headline`: name of the headline metric;
       `metrics`, `intervals`, `details`: those of `Scores`;
+      `about`: what the evaluation says about the data set, see `jobs.Job`, and the `chance` of the headline metric, its
+        value if all answers are guessed, where that is known;
       `data`: for each split its source, stamp and number of samples; of `test` also `Split.content`;
       `options`: those of the evaluator;
       `weights`: path, origin, step, hash and number of `parameters`; of a mixture `share`, that of these weights in

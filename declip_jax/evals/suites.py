@@ -11,6 +11,7 @@ from jaxtyping import Int
 import numpy as np
 
 from declip_jax.data.sources import BadSample, Source, open_source, read_example
+from declip_jax.data.sources.border import KIND
 from declip_jax.data.storage.layouts import TEMPLATES
 from declip_jax.evals import EVALUATORS, SPLITS, Evaluator, catalogue, data_files, parse_option, variant_of
 from declip_jax.evals.catalogue import DataSet, Suite
@@ -240,6 +241,8 @@ def _jobs_of(
   There is one job for each different protocol of the suites, their metric and, if texts are compared, their prompts.
   """
   splits = {name: spec for name, spec in specs._asdict().items() if spec}
+  if border := catalogue.data_set(key).border:
+    splits["test"] = _without_border(splits["test"], border)
   opened = {name: _open(key, name, spec, sources) for name, spec in splits.items()}
   entry = _with_classes(catalogue.data_set(key), opened["test"])
   classes, parent = _classes(entry, opened, splits) if entry.classes else ({}, None)
@@ -341,6 +344,11 @@ def _open(key: str, split: str, spec: str, sources: dict[str, Source]) -> Source
     except (OSError, ValueError) as error:
       raise ValueError(f"{key}: {split}: {error}") from error
   return sources[spec]
+
+
+def _without_border(spec: str, border: int) -> str:
+  """The spec of a source without the border of its images, unless it says itself which border they have."""
+  return spec if spec.startswith(f"{KIND}:") else f"{KIND}:{border}:{spec}"
 
 
 def _with_classes(entry: DataSet, source: Source) -> DataSet:

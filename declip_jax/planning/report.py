@@ -107,7 +107,7 @@ def make_report(config: ConfigDict, devices: Sequence[jax.Device] | None = None,
   """
   devices = list(devices or jax.devices())
   built = build.build(config, devices)
-  check_batch(config.batch_size, built.mesh, "batch_size")
+  check_batch(config.batch_size, built.mesh, "config.batch_size")
   peak, available = device_table.find(devices[0].device_kind), available_memory(devices[0])
   try:
     step = compilation.compile_with_progress(config, devices)

@@ -167,6 +167,12 @@ def test_protocols_differ_between_suites():
 def test_chance():
   guesses = {"pets": 1 / 37, "hateful_memes": 0.5, "kinetics700": 3 / 700, "voc2007": None, "fmow": 1 / 62}
   assert {key: data_set(key).chance for key in guesses} == guesses
+  assert [catalogue.chance(*of) for of in (("top1", 4), ("top1", 0), ("accuracy", 0), ("top2", 4))] == [
+    0.25,
+    None,
+    0.5,
+    None,
+  ]
 
 
 def test_unknown_names_are_suggested():

@@ -85,6 +85,25 @@ def test_a_result_says_what_was_evaluated_and_how(tmp_path: Path) -> None:
   assert json.loads(line) | {"step": 8, "eval/a/mean": 0.4, "file": path.name} == json.loads(line)
 
 
+@pytest.mark.parametrize(
+  ("headline", "details", "about", "chance"),
+  [
+    ("top1", {}, {}, {"chance": 0.5}),
+    ("shots_4", {"metric": "mean_per_class"}, {}, {"chance": 0.5}),
+    ("mean_recall", {}, {}, {}),
+    ("top1", {}, {"chance": None}, {"chance": None}),
+    ("top1", {}, {"chance": 0.01}, {"chance": 0.01}),
+  ],
+)
+def test_the_chance_follows_from_the_classes_unless_the_data_set_is_in_the_catalogue(
+  headline: str, details: dict, about: dict, chance: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+  scores = Scores({headline: 0.3, "images": 1}, details=details)
+  monkeypatch.setitem(EVALUATORS, "fixed", Evaluator(lambda data, pictures: scores))
+  found = evaluation(tmp_path).run([replace(job("a", 10, about=about), kind="fixed")])
+  assert found["a"].ours["about"] == chance  # of two classes, even and odd
+
+
 def test_the_tensorboard_of_a_run_shows_one_curve_of_a_data_set_and_all_metrics_of_others(tmp_path: Path) -> None:
   jobs = [job("a", 10, 30), job("b/knn", 20, curve="slip26/b/knn")]
   run = replace(evaluation(tmp_path), run_folder=tmp_path / "run")

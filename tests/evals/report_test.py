@@ -204,6 +204,37 @@ def test_headline_of_a_suite_and_of_seeds(tmp_path: Path, monkeypatch: pytest.Mo
   assert not headline._suite_items(report, suite, ("pets", "dtd"), ["zero_shot"])
 
 
+def test_a_mean_says_which_data_sets_it_contains(tmp_path: Path) -> None:
+  for name, keys in (("a", ("pets", "toys-1f", "lone")), ("b", ("pets", "toys-1f"))):
+    for key in keys:
+      write(tmp_path, name, classified(0.5, 1), key=key)
+    write(tmp_path, name, classified(0.5, 1), key="pets", variant="bare")
+  report = Report(read_methods([tmp_path]))
+  assert {(line.quantity, line.data_sets) for line in headline.lines(report)} == {
+    ("Zero-shot classification: mean of 2 data sets (top-1 accuracy)", ("pets", "toys-1f"))
+  }
+  (listing,) = (block for block in headline.headline(report) if isinstance(block, Listing))
+  assert listing.items == ["Zero-shot classification: pets, toys-1f; without lone, pets (bare)."]
+  (single,) = (Report([method], None) for method in report.methods[:1])
+  (listing,) = (block for block in headline.headline(single) if isinstance(block, Listing))
+  assert listing.items == ["Zero-shot classification: lone, pets, toys-1f; without pets (bare)."]
+
+
+@pytest.mark.parametrize(
+  ("weights", "cells"),
+  [
+    ({"path": "runs/a", "origin": "declip_jax, step 9", "step": 9}, ("`runs/a`", "9")),
+    ({"path": "w/a.pt", "origin": "OpenAI", "step": None}, ("`w/a.pt` (OpenAI)", "")),
+    ({"origin": "OpenAI", "step": None}, ("OpenAI", "")),
+  ],
+)
+def test_the_weights_are_named_by_their_path(weights: dict, cells: tuple[str, str], tmp_path: Path) -> None:
+  write(tmp_path, "a", classified(0.5, 1), weights=weights)
+  table, *_ = tables([*header.header(Report(read_methods([tmp_path])))])
+  row = dict(zip(table.header, table.rows[0], strict=True))
+  assert (row["weights"], row.get("step", "")) == cells
+
+
 def test_published_scores_are_flagged_and_protocols_do_not_mix(tmp_path: Path) -> None:
   write(tmp_path, "a", classified(0.7, 1), key="dtd", training={"method": "clip", "config": "slip/x"})
   method = read_methods([tmp_path])[0]

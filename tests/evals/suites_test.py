@@ -13,6 +13,7 @@ import pytest
 from declip_jax.data.storage import layouts
 from declip_jax.evals import EVALUATORS, catalogue, data_files, defaults, suites, variant_of
 from declip_jax.evals.catalogue import Suite
+from declip_jax.evals.jobs import DataSource
 from declip_jax.evals.results import Result
 
 
@@ -273,3 +274,18 @@ def test_images_with_labels_but_without_names_of_classes_are_rejected(tmp_path: 
       file.addfile(member, io.BytesIO(content))
   with pytest.raises(ValueError, match=r"own/a: webdataset:.*a.tar: its images have labels, but .* classnames.txt"):
     suites.make_jobs({"own/a": data_files.Splits(f"webdataset:{tmp_path}/a.tar")})
+
+
+def test_the_border_of_objectnet_is_cut_and_that_of_the_data_to_train_on_is_not(tmp_path: Path) -> None:
+  objectnet, imagenet = catalogue.data_set("objectnet"), catalogue.data_set("imagenet")
+  test = make_folder(tmp_path / "objectnet", (*objectnet.folders, *objectnet.others))
+  train = make_folder(tmp_path / "imagenet", imagenet.folders)
+
+  def splits(specs: str) -> Mapping[str, DataSource]:
+    return suites.make_jobs(data_files.parse_data(f"objectnet = {specs}\n", ""), tasks=["knn"])[0][0].splits
+
+  found = splits(f"{test} | {train}")
+  assert {name: split.source.name for name, split in found.items()} == {"test": f"border:2:{test}", "train": train}
+  assert found["test"].source[0]["image"].shape == (4, 4, 3)
+  assert splits(f"border:0:{test} | {train}")["test"].source.name == f"border:0:{test}"
+  assert catalogue.data_set("imagenet_on_objectnet").border == 0  # has the classes of ObjectNet, not its images

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from declip_jax.data.sources.arrayrecord import open_arrayrecord
 from declip_jax.data.sources.base import BAD, OF_MEDIA, READ_ERROR, BadSample, Example, Source, bad_sample, read_example
+from declip_jax.data.sources.border import open_border
 from declip_jax.data.sources.clip_benchmark import open_clip_benchmark
 from declip_jax.data.sources.coco import open_coco
 from declip_jax.data.sources.composition import open_sugarcrepe, open_winogavil, open_winoground
@@ -46,6 +47,7 @@ SOURCES: dict[str, Callable[[str], Source]] = {
   "winogavil": open_winogavil,
   "heldout": lambda location: open_heldout(location, open_source),
   "kept": lambda location: open_kept(location, open_source),
+  "border": lambda location: open_border(location, open_source),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from declip_jax.evals import catalogue, results
-from declip_jax.evals.comparison import Method, Task
+from declip_jax.evals.comparison import Method, Scored, Task
 from declip_jax.evals.report.compared import Report, title
 from declip_jax.reporting.documents import Block, Heading, Listing, Table
 
@@ -133,13 +133,21 @@ def _row(method: Method) -> list[str]:
     method.label,
     str(len(method.runs)),
     join(facts("seed")),
-    join([one.weights.get("origin") for one in first]),
+    join([_weights(one) for one in first]),
     join([one.weights.get("step") for one in first]),
     join([value and f"{value:,}" for value in facts("pairs_seen")]),
     join([value and f"{value:g}" for value in facts("epochs")]),
     join([value and f"{value:,}" for value in (one.weights.get("parameters") for one in first)]),
     datetime.fromtimestamp(max(times), UTC).date().isoformat() if times else "",
   ]
+
+
+def _weights(one: Scored) -> str | None:
+  """The path of the weights that were evaluated, and what kind of file it is unless it is a run, which has a step."""
+  path, origin = one.weights.get("path"), one.weights.get("origin")
+  if not path:
+    return origin
+  return f"`{path}`" if one.weights.get("step") is not None or not origin else f"`{path}` ({origin})"
 
 
 def _training_data(report: Report) -> Iterator[Block]:

@@ -7,7 +7,7 @@ from declip_jax.evals import EVALUATORS, catalogue, variant_of
 from declip_jax.evals.catalogue import Suite
 from declip_jax.evals.comparison import Average, Items, Method, Scored, Task, average, average_difference
 from declip_jax.evals.report.compared import Report, brackets, single_metrics, title
-from declip_jax.reporting.documents import Block, Heading, Table
+from declip_jax.reporting.documents import Block, Heading, Listing, Table
 
 _IMAGENET = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "classify": "fine-tuned"}
 _WITHOUT_TRAINING = ("zero_shot", "retrieval", "composition")
@@ -21,12 +21,14 @@ class Line(NamedTuple):
     method: of which method.
     score: the score.
     difference: its difference from the baseline, None for the baseline itself.
+    data_sets: names of the data sets of which the score is the mean.
   """
 
   quantity: str
   method: Method
   score: Average
   difference: Average | None
+  data_sets: tuple[str, ...]
 
 
 def lines(report: Report) -> list[Line]:
@@ -38,7 +40,7 @@ def lines(report: Report) -> list[Line]:
         continue
       baseline = report.baseline
       known = None if baseline is None or method is baseline else average_difference(method, baseline, items)
-      found.append(Line(name, method, score, known))
+      found.append(Line(name, method, score, known, tuple(task.dataset for task, _ in items)))
   return found
 
 
@@ -68,6 +70,30 @@ def headline(report: Report) -> Iterator[Block]:
       "test set) and over seeds (how much it depends on the randomness of training). A star needs both."
     )
   yield Table(names, rows, texts=2)
+  if members := [*_members(report)]:
+    yield (
+      "A mean that is not that of a suite is over the data sets that all methods have; results with options or prompts "
+      "of their own are not in it:"
+    )
+    yield Listing(members)
+
+
+def _members(report: Report) -> Iterator[str]:
+  """For each mean of an evaluator, its data sets, and the results that are not in it."""
+  for kind, items in _means(report):
+    members, used = ", ".join(str(task) for task, _ in items), {task for task, _ in items}
+    others = [str(task) for task in report.of_kind(kind) if task not in used]
+    if len(items) > 1 or others:
+      without = f"; without {', '.join(others)}" if others else ""
+      yield f"{title(kind)}: {members}{without}."
+
+
+def _means(report: Report) -> Iterator[tuple[str, Items]]:
+  """The evaluators with a mean over the data sets that all methods have, which may be one, and these data sets."""
+  for kind in report.kinds:
+    items = report.items(kind)
+    if kind != "few_shot" and items and [report.some(task).key for task, _ in items] != ["imagenet"]:
+      yield kind, items
 
 
 def _quantities(report: Report) -> Iterator[tuple[str, Items]]:
@@ -80,10 +106,7 @@ def _quantities(report: Report) -> Iterator[tuple[str, Items]]:
         if items := _suite_items(report, suite, keys, kinds):
           own = f"{suite.name}" if mean == "mean" else f"{suite.name}, {mean}"
           yield f"{own}: mean of {len(keys)} data sets{name}", items
-  for kind in report.kinds:
-    items = report.items(kind)
-    if kind == "few_shot" or not items or [report.some(items[0][0]).key] == ["imagenet"]:
-      continue
+  for kind, items in _means(report):
     sets = f"mean of {len(items)} data sets" if len(items) > 1 else str(items[0][0])
     yield f"{title(kind)}: {sets} ({single_metrics(items)})", items
 
