@@ -397,7 +397,7 @@ def test_workers_end_when_the_training_is_killed(tmp_path: pathlib.Path) -> None
   program.write_text(
     "import os, signal, sys, time\n"
     "from multiprocessing import spawn\n"
-    f"sys.path[:0] = [{str(pathlib.Path(__file__).parent)!r}]\n"
+    f"sys.path[:0] = [{str(pathlib.Path(__file__).parent)!r}, {str(pathlib.Path(__file__).parents[1])!r}]\n"
     "import psutil, pipeline_test as here\n"
     "prepare = spawn.get_preparation_data\n"
     "spawn.get_preparation_data = lambda name: (time.sleep(0.3), prepare(name))[1]\n"
