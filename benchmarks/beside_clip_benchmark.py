@@ -76,7 +76,15 @@ def compare(args: argparse.Namespace, place: Path) -> None:
     for key, splits in read_data(args.data).items()
   ]
   (place / "sets.txt").write_text("".join(f"{one.line()}\n" for one in sets))
-  export = [sys.executable, "-m", "declip_jax.export", "--workdir", str(args.weights), "--format", "open_clip"]
+  export = [
+    sys.executable,
+    "-m",
+    "declip_jax.export",
+    "--workdir",
+    str(args.weights.absolute()),
+    "--format",
+    "open_clip",
+  ]
   took([*export, "--output", str(place / "export")], place)
   runs: dict[tuple[str, str], Run] = {}
   for name in PASSES:
