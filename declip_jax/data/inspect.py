@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 import os
+import re
 from typing import NamedTuple
 
 from absl import flags
@@ -21,6 +22,7 @@ from PIL import Image
 from declip_jax import command_line
 from declip_jax.data import images, records
 from declip_jax.data.guess import guesses
+from declip_jax.data.recipes import RECIPES
 from declip_jax.data.sources import BadSample, Source, open_source
 from declip_jax.data.storage import files, jobs
 from declip_jax.data.text.tokenizer import Tokenizer
@@ -32,6 +34,31 @@ _CLASSES = 8  # classes to name
 _COLUMNS, _ROWS, _SIDE = 6, 4, 224  # of the sheet, and the longer side of its images in pixels
 _CONTEXT = 77  # tokens, with start and end of text
 _OTHERS = ("labels", "groups")  # fields for evaluations
+
+
+class _Named(NamedTuple):
+  """What captions may name and views may change.
+
+  Attributes:
+    words: the words that name it.
+    share: share of the captions above which views that change it do harm.
+    fields: fields of `config.data` that are 0 for views that do not change it.
+  """
+
+  words: re.Pattern[str]
+  share: float
+  fields: tuple[str, ...]
+
+
+_COLOURS = (
+  r"(black|white|gr[ae]y|red|green|blue|yellow|orange|purple|violet|pink|brown|beige|navy|turquoise|teal|maroon"
+)
+_COLOURS += r"|magenta|cyan|gold(en)?|silver|khaki)"
+# By the names of `Recipe.altered`.
+_NAMED_BY_CAPTIONS = {
+  "colours": _Named(re.compile(rf"\b{_COLOURS}\b", re.I), 0.1, ("jitter_probability", "grayscale_probability")),
+  "sides": _Named(re.compile(r"\b(left|right)\b", re.I), 0.01, ("flip_probability",)),
+}
 
 
 class Sample(NamedTuple):
@@ -116,6 +143,7 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
     lines += [
       ("  characters", _range(map(len, captions))),
       ("  tokens", f"{_range(tokens)}; {too_long:.1%} of the captions have more than {_CONTEXT} and are cut off"),
+      *_altered(captions),
     ]
   if source.classnames or labels:
     names, more = source.classnames[:_CLASSES], len(source.classnames) > _CLASSES
@@ -126,6 +154,22 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
     lines.append((f"  {count:,}", kind))
     lines += [("", f"  {error}") for error in [error for error in bad if error.kind == kind][:_NAMED]]
   return "\n".join([source.name, *(f"{name:<13}{text}" for name, text in lines)])
+
+
+def _altered(captions: list[str]) -> list[tuple[str, str]]:
+  """Advice on views that would change what captions name."""
+  lines = []
+  for name, about in _NAMED_BY_CAPTIONS.items():
+    share = np.mean([bool(about.words.search(caption)) for caption in captions])
+    if share < about.share:
+      continue
+    recipes = ", ".join(recipe for recipe, own in RECIPES.items() if name in own.altered)
+    unchanged = " ".join(f"--config.data.{field}=0.0" for field in about.fields)
+    lines += [
+      (f"  {name}", f"named in {share:.1%}, but changed by the image views of {recipes};"),
+      ("", f"to leave them as they are: {unchanged}"),
+    ]
+  return lines
 
 
 def _fields(good: list[Sample]) -> list[str]:

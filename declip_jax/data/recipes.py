@@ -89,6 +89,14 @@ class Recipe:
       )
     return tuple(found)
 
+  @property
+  def altered(self) -> frozenset[str]:
+    """What the image views that are contrasted with texts may show differently: "colours", "sides" (left and right)."""
+    views = [self.augmentations[view] for view in self.views.contrastive_image]
+    colours = any(view.jitter_probability or view.grayscale_probability or view.solarize_probability for view in views)
+    sides = any(view.flip_probability for view in views)
+    return frozenset([*["colours"] * colours, *["sides"] * sides])
+
 
 # The recipes that `config.data.recipe` may name. Default strengths are those of MoCo v2 (Chen et al. 2020), and so of
 # DeCLIP.

@@ -73,6 +73,30 @@ def test_samples_are_described(shards):
   assert any("s.tar:9: " in line for line in lines)
 
 
+@pytest.mark.parametrize(
+  ("captions", "expected"),
+  [
+    (["a dog"] * 9 + ["a Red dog"], {"colours": "10.0%"}),
+    (["a dog"] * 90 + ["a red dog"] * 9 + ["reddish"], {}),
+    (["a dog"] * 99 + ["a dog on the left"], {"sides": "1.0%"}),
+    (["a red dog on the right", "a dog"], {"colours": "50.0%", "sides": "50.0%"}),
+  ],
+)
+def test_views_that_change_what_captions_name_are_reported(captions, expected):
+  samples = [inspect.Sample(0, "PNG", 9, 9, 9, (caption,), (5,), -1, ()) for caption in captions]
+  fields = {"name": "x:y", "classnames": (), "skipped": {}, "left_out": {}}
+  source = type("Source", (), {**fields, "__len__": lambda _: 100})()
+  lines = describe(source, samples, []).splitlines()
+  found = {line[:13].strip(): (line[13:], following) for line, following in zip(lines, lines[1:], strict=False)}
+  assert {name: found[name][0].split()[2].rstrip(",") for name in ("colours", "sides") if name in found} == expected
+  if "colours" in expected:
+    recipes = found["colours"][0].split("views of ")[1].rstrip(";").split(", ")
+    assert {"declip", "filip", "clip_color"} <= {*recipes}
+    assert not {"clip", "slip", "simclr"} & {*recipes}  # the views that SLIP changes are not contrasted with texts
+  if "sides" in expected:
+    assert found["sides"][1].endswith("--config.data.flip_probability=0.0")
+
+
 def test_labels_and_groups_are_fields(tmp_path):
   (tmp_path / "1.png").write_bytes(encoded(8, 8, "PNG"))
   (tmp_path / "t.csv").write_text("image,cat,dog,region\n1.png,1,0,Asia\n")
