@@ -115,7 +115,7 @@ def sweep(data: ProbeData, *, refit: bool = True, tolerance: float = TOLERANCE) 
     both = _Placed.make(Labelled(*map(np.concatenate, zip(data.train, data.val, strict=True))), data.mesh)
     # Where both splits have as many rows, with padding, as one, the program of the halvings serves: one strength twice.
     fits = 2 if both.features.shape == fitted_rows else 1
-    last = solver.fit(both, [chosen.record.strength] * fits, chosen)[0]
+    last = solver.fit(both, [chosen.record.strength] * fits, [chosen.linear] * fits)[0]
   return solver.result([fitted.record for fitted in tried.values()], chosen, last, data.test)
 
 
@@ -177,13 +177,12 @@ class _Solver:
     axes = principal_axes(_data(train, _task(train, classes)), mesh)
     return cls(classes, mesh, tolerance, axes)
 
-  def fit(self, rows: _Placed, strengths: Sequence[float], start: _Fitted | None = None) -> list[_Fitted]:
-    """Fits rows with each strength."""
+  def fit(self, rows: _Placed, strengths: Sequence[float], starts: Sequence[Linear] = ()) -> list[_Fitted]:
+    """Fits rows with each strength, each from its start if there are any."""
     task = _task(rows, self.classes)
     columns = np.ones(1, bool) if task.pair else task.answered
-    if start is not None and start.task.pair == task.pair:
-      linear = jax.tree.map(lambda x: np.stack([x] * len(strengths)), start.linear)
-    else:
+    linear = jax.tree.map(lambda *each: np.stack(each), *starts) if starts else None
+    if linear is not None and linear.bias.shape[1] != len(columns):  # further rows are of a third class
       linear = None
     fits = logistic_regression.fit(
       _data(rows, task),
@@ -281,19 +280,25 @@ def _try_strengths(solver: _Solver, train: _Placed, val: _Placed, score: Score) 
   if not len(val.label[labelled]):
     raise ValueError("val: no labelled rows")
 
-  def attempt(indices: Sequence[int], start: _Fitted | None) -> None:
-    for index, fitted in zip(indices, solver.fit(train, GRID[list(indices)].tolist(), start), strict=True):
+  def attempt(indices: Sequence[int], starts: Sequence[Linear] = ()) -> None:
+    for index, fitted in zip(indices, solver.fit(train, GRID[list(indices)].tolist(), starts), strict=True):
       value = float(score(solver.scores(val, fitted)[labelled], val.label[labelled]))
       if math.isnan(value):
         raise ValueError(f"the score of the validation split is NaN at C = {GRID[index]:.3g}")
       tried[index] = fitted._replace(record=dataclasses.replace(fitted.record, score=value))
 
-  attempt(_COARSE, None)
+  def between(best: int, step: int) -> Linear:
+    """Where to look for the optimum at `best + step`: the mean of those at both sides."""
+    ends = [tried[index].linear for index in (best, best + 2 * step) if index in tried]
+    return jax.tree.map(lambda *each: sum(each) / len(each), *ends)
+
+  attempt(_COARSE)
   for step in _HALVINGS:
     best = _best(tried)
-    # One index twice at an end of the grid: two strengths share a pass, and one program serves all halvings.
-    low, high = (index if 0 <= index < len(GRID) else None for index in (best - step, best + step))
-    attempt([high if low is None else low, low if high is None else high], tried[best])
+    # One strength twice at an end of the grid: two fits share a pass, and one program serves all halvings.
+    moves = [move for move in (-step, step) if 0 <= best + move < len(GRID)]
+    moves = (moves * 2)[:2]
+    attempt([best + move for move in moves], [between(best, move) for move in moves])
   return tried
 
 

@@ -6,9 +6,10 @@ would be the model of 2 C. It is convex, and L-BFGS (Liu & Nocedal 1989) minimis
 which share every pass over the features. The rows are split over the devices, and a pass goes through them in blocks,
 so that the logits of all rows never exist at once.
 
-L-BFGS works in coordinates in which the curvature at zero is 1 for every C: along the principal axes of the centred
-features, each divided by the root of its curvature. This only changes variables; penalty, gradient and tolerance are
-those of the features as given.
+L-BFGS works in coordinates in which every curvature of the model without features, which answers each class with its
+share of the rows, is about 1: along the principal axes of the centred features, each divided by the root of its
+curvature for each class. This only changes variables; penalty, gradient and tolerance are those of the features as
+given.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +36,8 @@ _DECREASE, _ROUNDING = 1e-4, 1e-6
 # A fit continues while a step is expected to decrease the objective by more than this share of it. Otherwise fits of
 # separable classes, whose objective and gradient are close to 0, would end far from the optimum or where they started.
 _PROMISE = 1e-6
-_LEAST_VARIANCE = 1e-3  # of the mean; less would enlarge rounding errors along axes that hardly vary
+# Of the mean over axes or classes; less would enlarge rounding errors along axes that hardly vary, and of rare classes.
+_LEAST_VARIANCE, _LEAST_CURVATURE = 1e-3, 0.1
 _LARGE_PASS = 2**25  # products; smaller passes take less time, all together, than compiling more loops
 _SHORTEST = 1e-6  # a fit whose steps become shorter has met the rounding errors of its gradient, and ends
 
@@ -98,10 +100,10 @@ class Fits(NamedTuple):
 
 
 class _Problem(NamedTuple):
-  """The penalty of a fit, and the length of a step of 1 along each axis in the coordinates of the search."""
+  """The penalty of a fit, and the length of a step of 1 in the coordinates of the search, in units along the axes."""
 
   penalty: Float[Array, "m"]
-  scale: Float[Array, "m f"]
+  scale: Linear
 
 
 class _Search(NamedTuple):
@@ -151,12 +153,9 @@ def fit(
     strengths: scikit-learn's C, one per classifier; CLIP's lambda is 1 / C.
     answered: columns that have data; the others stay zero, and a softmax leaves them out.
     mesh: devices of the rows.
-    start: classifiers to start from, such as those of a neighbouring C; zeros by default.
+    start: classifiers to start from, such as those of a neighbouring C; by default, the model without features.
     tolerance: largest entry of the gradient at which a fit may end.
   """
-  if start is None:
-    shape = (len(strengths), data.features.shape[1], len(answered))
-    start = Linear(np.zeros(shape, np.float32), np.zeros((shape[0], shape[2]), np.float32))
   products = data.features.size * len(answered) / mesh.size  # of one pass of one fit, on each device
   inputs = Inputs(data, axes, answered, np.float32(tolerance))
   search = programs(mesh).first(inputs, np.asarray(strengths, np.float32), start)
@@ -204,7 +203,8 @@ class Programs(NamedTuple):
   """The compiled functions of a fit.
 
   Attributes:
-    first: from inputs, strengths and classifiers to the search that starts from these, without an evaluation.
+    first: from inputs, strengths and classifiers, or None, to the search that starts from them, or from the model
+      without features, before the first evaluation.
     minimise: from inputs, a search and a number to the search when at most so many of its fits have not ended, and
       which these are. It takes the memory of the search that it is given.
     fits: from inputs and a search to its results.
@@ -233,16 +233,32 @@ def programs(mesh: Mesh) -> Programs:
   )
 
 
-def _curvature(inputs: Inputs) -> float:
-  """The curvature of the loss at zero, along an axis of variance 1."""
-  return 1 / 4 if inputs.data.target.ndim == 2 else 1 / len(inputs.answered)
+def _shares(inputs: Inputs) -> Float[Array, "k"]:
+  """The share of the rows of each class, or of the rows with the answer yes; at least one row has each answer."""
+  target, rows = inputs.data.target, _count(inputs.data.target)
+  if target.ndim == 1:
+    found = (target[:, None] == jnp.arange(len(inputs.answered))[None]).sum(axis=0) / rows
+  else:
+    found = (target == 1).sum(axis=0) / jnp.maximum((target != 0).sum(axis=0), 1)
+  return jnp.clip(found, 1 / rows, 1 - 1 / rows)
 
 
-def _first_search(inputs: Inputs, strength: Float[Array, "m"], start: Linear) -> _Search:
-  penalty, curvature = 1 / (strength * _count(inputs.data.target)), _curvature(inputs)
-  problem = _Problem(penalty, 1 / jnp.sqrt(inputs.axes.variance[None] * curvature + penalty[:, None]))
-  along_axes = jnp.einsum("fa,mfk->mak", inputs.axes.axis, start.kernel) / problem.scale[..., None]
-  point = Linear(along_axes, start.bias * curvature**0.5)
+def _first_search(inputs: Inputs, strength: Float[Array, "m"], start: Linear | None) -> _Search:
+  penalty, share = 1 / (strength * _count(inputs.data.target)), _shares(inputs)
+  curvature = share * (1 - share)
+  curvature = jnp.maximum(curvature, _LEAST_CURVATURE * curvature.mean())[None]
+  along = inputs.axes.variance[None, :, None] * curvature[:, None]
+  scale = Linear(
+    jax.lax.rsqrt(along + penalty[:, None, None]),
+    jnp.broadcast_to(jax.lax.rsqrt(curvature), (len(strength), curvature.shape[1])),
+  )
+  problem = _Problem(penalty, scale)
+  if start is None:
+    bias = jnp.log(share) - (jnp.log1p(-share) if inputs.data.target.ndim == 2 else 0)
+    bias = jnp.where(inputs.answered, bias, 0)
+    point = Linear(jnp.zeros_like(scale.kernel), bias[None] / scale.bias)
+  else:
+    point = Linear(jnp.einsum("fa,mfk->mak", inputs.axes.axis, start.kernel) / scale.kernel, start.bias / scale.bias)
   zeros, infinite = jax.tree.map(jnp.zeros_like, point), jnp.full_like(strength, jnp.inf)
   memory = jax.vmap(optax.scale_by_lbfgs(_MEMORY).init)(point)
   counts = jnp.zeros(len(strength), jnp.int32)
@@ -251,9 +267,20 @@ def _first_search(inputs: Inputs, strength: Float[Array, "m"], start: Linear) ->
 
 
 def _original(inputs: Inputs, problem: _Problem, point: Linear) -> Linear:
-  """Classifiers of the centred features from points in the coordinates of the search."""
-  kernel = jnp.einsum("fa,mak->mfk", inputs.axes.axis, problem.scale[..., None] * point.kernel)
-  return Linear(kernel, point.bias * _curvature(inputs) ** -0.5)
+  """Classifiers of the centred features from points in the coordinates of the search.
+
+  A softmax does not change with a vector that all classes have in common. Only a weak penalty would remove it, so it is
+  not a part of the search.
+  """
+  kernel = jnp.einsum("fa,mak->mfk", inputs.axes.axis, problem.scale.kernel * point.kernel)
+  linear = Linear(kernel, problem.scale.bias * point.bias)
+  if inputs.data.target.ndim == 2:
+    return linear
+  return jax.tree.map(lambda x: jnp.where(inputs.answered, x - _mean(x, inputs.answered), 0), linear)
+
+
+def _mean(x: Float[Array, "... k"], answered: Bool[Array, "k"]) -> Float[Array, "... 1"]:
+  return jnp.mean(x, axis=-1, where=answered, keepdims=True)
 
 
 def _fits(inputs: Inputs, end: _Search) -> Fits:
@@ -268,8 +295,8 @@ def _evaluate(inputs: Inputs, problem: _Problem, point: Linear, mesh: Mesh) -> t
   objective = loss / rows + penalty / 2 * jnp.sum(linear.kernel**2, axis=(1, 2))
   gradient = Linear(gradient.kernel / rows + penalty[:, None, None] * linear.kernel, gradient.bias / rows)
   largest = jnp.maximum(jnp.abs(gradient.kernel).max(axis=(1, 2)), jnp.abs(gradient.bias).max(axis=1))
-  along_axes = problem.scale[..., None] * jnp.einsum("fa,mfk->mak", inputs.axes.axis, gradient.kernel)
-  return objective, Linear(along_axes, _curvature(inputs) ** -0.5 * gradient.bias), largest
+  along_axes = problem.scale.kernel * jnp.einsum("fa,mfk->mak", inputs.axes.axis, gradient.kernel)
+  return objective, Linear(along_axes, problem.scale.bias * gradient.bias), largest
 
 
 def _count(target: Int[Array, "rows"] | Int[Array, "rows k"]) -> Float[Array, ""]:
