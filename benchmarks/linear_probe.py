@@ -181,17 +181,17 @@ def arguments_of(data: Data, fits: int, args: argparse.Namespace, mesh: Any) -> 
   def shape(*size: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(size, dtype, sharding=whole)
 
-  axes = Axes(shape(args.width), shape(args.width, args.width), shape(args.width))
+  axes = Axes(shape(args.width), shape(args.width, args.width))
   inputs = Inputs(data, axes, shape(args.classes, dtype=jnp.bool_), shape())
   start = Linear(shape(fits, args.width, args.classes), shape(fits, args.classes))
   search = jax.eval_shape(logistic_regression.programs(mesh).first, inputs, shape(fits), start)
   search = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), search)
-  return inputs, search, shape(dtype=jnp.int32)
+  return inputs, search, shape(dtype=jnp.int32), shape(dtype=jnp.int32)
 
 
 def one_pass(data: Data, fits: int, args: argparse.Namespace, mesh: Any) -> tuple[float, hlo.Traffic]:
   """FLOPs of an evaluation of all objectives and their gradients over all devices, and its traffic."""
-  inputs, search, _ = arguments_of(data, fits, args, mesh)
+  inputs, search, *_ = arguments_of(data, fits, args, mesh)
 
   def evaluate(data: Data, mean: jax.Array, linear: Linear, answered: jax.Array) -> Any:
     with jax.default_matmul_precision("highest"):

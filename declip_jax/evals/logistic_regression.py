@@ -6,10 +6,10 @@ would be the model of 2 C. It is convex, and L-BFGS (Liu & Nocedal 1989) minimis
 which share every pass over the features. The rows are split over the devices, and a pass goes through them in blocks,
 so that the logits of all rows never exist at once.
 
-L-BFGS works in coordinates in which every curvature of the model without features, which answers each class with its
-share of the rows, is about 1: along the principal axes of the centred features, each divided by the root of its
-curvature for each class. This only changes variables; penalty, gradient and tolerance are those of the features as
-given.
+L-BFGS works in coordinates in which the curvature is about 1: along the principal axes of the centred features, each
+divided by the root of its curvature for each class. It is that at the point where a fit starts, which by default is the
+model without features, and after `_SETTLED` steps that at the point which has been reached. This only changes
+variables; penalty, gradient and tolerance are those of the features as given.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,8 +36,8 @@ _DECREASE, _ROUNDING = 1e-4, 1e-6
 # A fit continues while a step is expected to decrease the objective by more than this share of it. Otherwise fits of
 # separable classes, whose objective and gradient are close to 0, would end far from the optimum or where they started.
 _PROMISE = 1e-6
-# Of the mean over axes or classes; less would enlarge rounding errors along axes that hardly vary, and of rare classes.
-_LEAST_VARIANCE, _LEAST_CURVATURE = 1e-3, 0.1
+_SETTLED = 60  # steps after which curvatures are not far from those at the optimum
+_LEAST_CURVATURE = 0.1  # of the mean; less would enlarge rounding errors along axes that hardly vary
 _LARGE_PASS = 2**25  # products; smaller passes take less time, all together, than compiling more loops
 _SHORTEST = 1e-6  # a fit whose steps become shorter has met the rounding errors of its gradient, and ends
 
@@ -65,11 +65,10 @@ class Linear(NamedTuple):
 
 
 class Axes(NamedTuple):
-  """Mean of the features, their principal axes (columns), and the variance along each."""
+  """Mean of the features, and their principal axes (columns)."""
 
   mean: Float[np.ndarray, "f"]
   axis: Float[np.ndarray, "f f"]
-  variance: Float[np.ndarray, "f"]
 
 
 class Inputs(NamedTuple):
@@ -124,9 +123,7 @@ class _Search(NamedTuple):
 def principal_axes(data: Data, mesh: Mesh) -> Axes:
   """The axes of all rows that count; every host has to call this."""
   mean, covariance = jax.tree.map(np.asarray, _moments(mesh)(data))
-  variance, axis = np.linalg.eigh(covariance.astype(np.float64))
-  variance = np.maximum(variance, _LEAST_VARIANCE * variance.mean())
-  axes = Axes(mean, axis.astype(np.float32), variance.astype(np.float32))
+  axes = Axes(mean, np.linalg.eigh(covariance.astype(np.float64)).eigenvectors.astype(np.float32))
   if jax.process_count() > 1:  # hosts of different kinds may choose different signs
     axes = Axes(*multihost_utils.broadcast_one_to_all(tuple(axes)))
   return axes
@@ -157,9 +154,11 @@ def fit(
     tolerance: largest entry of the gradient at which a fit may end.
   """
   products = data.features.size * len(answered) / mesh.size  # of one pass of one fit, on each device
-  inputs = Inputs(data, axes, answered, np.float32(tolerance))
+  inputs, halve = Inputs(data, axes, answered, np.float32(tolerance)), products > _LARGE_PASS
   search = programs(mesh).first(inputs, np.asarray(strengths, np.float32), start)
-  return programs(mesh).fits(inputs, _solve(inputs, search, mesh, halve=products > _LARGE_PASS))
+  if start is None:
+    search = programs(mesh).rescale(inputs, _solve(inputs, search, mesh, halve=halve, limit=_SETTLED))
+  return programs(mesh).fits(inputs, _solve(inputs, search, mesh, halve=halve, limit=_ITERATIONS))
 
 
 def logits(data: Float[Array, "rows f"], axes: Axes, linear: Linear, mesh: Mesh) -> Float[Array, "rows k"]:
@@ -205,12 +204,14 @@ class Programs(NamedTuple):
   Attributes:
     first: from inputs, strengths and classifiers, or None, to the search that starts from them, or from the model
       without features, before the first evaluation.
-    minimise: from inputs, a search and a number to the search when at most so many of its fits have not ended, and
-      which these are. It takes the memory of the search that it is given.
+    rescale: from inputs and a search to the search in the coordinates of its points, where they are not optima.
+    minimise: from inputs, a search, a number and a limit of iterations to the search when at most so many of its fits
+      have not ended, and which these are. It takes the memory of the search that it is given.
     fits: from inputs and a search to its results.
   """
 
   first: Callable[..., _Search]
+  rescale: Callable[..., _Search]
   minimise: Callable[..., tuple[_Search, Array]]
   fits: Callable[..., Fits]
 
@@ -227,7 +228,8 @@ def programs(mesh: Mesh) -> Programs:
     return jax.jit(precise, out_shardings=replicated(mesh), **options)
 
   return Programs(
-    compiled(_first_search),
+    compiled(functools.partial(_first_search, mesh=mesh)),
+    compiled(functools.partial(_rescaled, mesh=mesh)),
     compiled(functools.partial(_minimise, mesh=mesh), donate_argnums=1),
     compiled(_fits),
   )
@@ -243,27 +245,65 @@ def _shares(inputs: Inputs) -> Float[Array, "k"]:
   return jnp.clip(found, 1 / rows, 1 - 1 / rows)
 
 
-def _first_search(inputs: Inputs, strength: Float[Array, "m"], start: Linear | None) -> _Search:
-  penalty, share = 1 / (strength * _count(inputs.data.target)), _shares(inputs)
-  curvature = share * (1 - share)
-  curvature = jnp.maximum(curvature, _LEAST_CURVATURE * curvature.mean())[None]
-  along = inputs.axes.variance[None, :, None] * curvature[:, None]
-  scale = Linear(
-    jax.lax.rsqrt(along + penalty[:, None, None]),
-    jnp.broadcast_to(jax.lax.rsqrt(curvature), (len(strength), curvature.shape[1])),
-  )
-  problem = _Problem(penalty, scale)
+def _first_search(inputs: Inputs, strength: Float[Array, "m"], start: Linear | None, *, mesh: Mesh) -> _Search:
   if start is None:
+    share = _shares(inputs)
     bias = jnp.log(share) - (jnp.log1p(-share) if inputs.data.target.ndim == 2 else 0)
-    bias = jnp.where(inputs.answered, bias, 0)
-    point = Linear(jnp.zeros_like(scale.kernel), bias[None] / scale.bias)
-  else:
-    point = Linear(jnp.einsum("fa,mfk->mak", inputs.axes.axis, start.kernel) / scale.kernel, start.bias / scale.bias)
+    bias = jnp.broadcast_to(jnp.where(inputs.answered, bias, 0)[None], (len(strength), len(share)))
+    start = Linear(jnp.zeros((len(strength), len(inputs.axes.mean), len(share))), bias)
+  penalty = 1 / (strength * _count(inputs.data.target))
+  problem = _Problem(penalty, _scale(inputs, penalty, start, mesh))
+  point = _in_coordinates(inputs, problem, start)
   zeros, infinite = jax.tree.map(jnp.zeros_like, point), jnp.full_like(strength, jnp.inf)
-  memory = jax.vmap(optax.scale_by_lbfgs(_MEMORY).init)(point)
-  counts = jnp.zeros(len(strength), jnp.int32)
-  step = jnp.ones_like(strength)
-  return _Search(problem, point, infinite, zeros, infinite, zeros, memory, step, counts - 1, counts)
+  counts, step = jnp.zeros(len(strength), jnp.int32), jnp.ones_like(strength)
+  return _Search(problem, point, infinite, zeros, infinite, zeros, _no_memory(point), step, counts - 1, counts)
+
+
+def _rescaled(inputs: Inputs, search: _Search, *, mesh: Mesh) -> _Search:
+  linear, penalty = _original(inputs, search.problem, search.point), search.problem.penalty
+  problem = _Problem(penalty, _scale(inputs, penalty, linear, mesh))
+  point = _in_coordinates(inputs, problem, linear)
+  gradient = jax.tree.map(lambda g, old, new: g / old * new, search.gradient, search.problem.scale, problem.scale)
+  direction, memory = _lbfgs(gradient, _no_memory(point), point)
+  new = search._replace(problem=problem, point=point, gradient=gradient, direction=direction, memory=memory)
+  new = new._replace(step=jnp.ones_like(search.step))
+  kept = _unfinished(inputs, search, _ITERATIONS)
+  return jax.tree.map(lambda a, b: jnp.where(_expand(kept, a), a, b), new, search)
+
+
+def _scale(inputs: Inputs, penalty: Float[Array, "m"], linear: Linear, mesh: Mesh) -> Linear:
+  """The roots of the inverse curvatures of the objective at some classifiers, along each axis and for each class."""
+
+  def of_block(shared: tuple, features: Array, target: Array) -> Linear:
+    axes, linear, answered = shared
+    along_axes = (features - axes.mean[None]) @ axes.axis
+    weight = _second_derivatives(_block_logits(features - axes.mean[None], linear), target, answered)
+    return Linear(jnp.einsum("bf,bmk->mfk", along_axes**2, weight), weight.sum(axis=0))
+
+  rows = _count(inputs.data.target)
+  shared = (inputs.axes, linear, inputs.answered)
+  curvature = jax.tree.map(lambda x: x / rows, sum_over_rows(of_block, shared, inputs.data, mesh))
+
+  def root(x: Float[Array, "m ..."], penalty: Float[Array, "m ..."] | float) -> Float[Array, "m ..."]:
+    mean = x.mean(axis=tuple(range(1, x.ndim)), keepdims=True)
+    return jax.lax.rsqrt(jnp.maximum(x, _LEAST_CURVATURE * mean) + penalty)
+
+  return Linear(root(curvature.kernel, penalty[:, None, None]), root(curvature.bias, 0.0))
+
+
+def _no_memory(point: Linear) -> Tree:
+  return jax.vmap(optax.scale_by_lbfgs(_MEMORY).init)(point)
+
+
+def _lbfgs(gradient: Linear, memory: Tree, point: Linear) -> tuple[Linear, Tree]:
+  """The direction of the next step of each problem, against which it goes, and its new memory."""
+  return jax.vmap(optax.scale_by_lbfgs(_MEMORY).update)(gradient, memory, point)
+
+
+def _in_coordinates(inputs: Inputs, problem: _Problem, linear: Linear) -> Linear:
+  """Points in the coordinates of the search: the inverse of `_original`."""
+  along_axes = jnp.einsum("fa,mfk->mak", inputs.axes.axis, linear.kernel)
+  return Linear(along_axes / problem.scale.kernel, linear.bias / problem.scale.bias)
 
 
 def _original(inputs: Inputs, problem: _Problem, point: Linear) -> Linear:
@@ -314,15 +354,29 @@ def loss_and_gradient(
     centred = features - mean[None]
 
     def total(linear: Linear) -> tuple[Array, Array]:
-      each = _sum_pairwise(
-        _losses(jnp.einsum("bf,mfk->bmk", centred, linear.kernel) + linear.bias[None], target, answered)
-      )
+      each = _sum_pairwise(_losses(_block_logits(centred, linear), target, answered))
       return each.sum(), each
 
     (_, each), gradient = jax.value_and_grad(total, has_aux=True)(linear)
     return each, gradient
 
   return sum_over_rows(of_block, (mean, linear, answered), data, mesh)
+
+
+def _block_logits(centred: Float[Array, "b f"], linear: Linear) -> Float[Array, "b m k"]:
+  return jnp.einsum("bf,mfk->bmk", centred, linear.kernel) + linear.bias[None]
+
+
+def _second_derivatives(
+  logits: Float[Array, "b m k"], target: Int[Array, "b"] | Int[Array, "b k"], answered: Bool[Array, "k"]
+) -> Float[Array, "b m k"]:
+  """The second derivative of `_losses` by each logit."""
+  if target.ndim == 2:
+    probability, counts = jax.nn.sigmoid(logits), answered[None, None] & (target[:, None] != 0)
+  else:
+    probability = jax.nn.softmax(jnp.where(answered[None, None], logits, -jnp.inf), axis=2)
+    counts = (target >= 0)[:, None, None]
+  return jnp.where(counts, probability * (1 - probability), 0)
 
 
 def _losses(
@@ -380,16 +434,16 @@ def sum_over_rows(
   return summed(shared, tuple(data))
 
 
-def _solve(inputs: Inputs, search: _Search, mesh: Mesh, *, halve: bool) -> _Search:
-  """Continues searches to their ends, without those that have ended: with half of them, or else with two."""
+def _solve(inputs: Inputs, search: _Search, mesh: Mesh, *, halve: bool, limit: int) -> _Search:
+  """Continues searches to their ends, or to a limit of iterations, with half of them or two when others have ended."""
   size = len(search.objective)
   fewer = size // 2 if halve else 2 if size > 2 else 0
-  search, running = programs(mesh).minimise(inputs, search, np.int32(fewer))
+  search, running = programs(mesh).minimise(inputs, search, np.int32(fewer), np.int32(limit))
   running = np.asarray(running)
   if not running.any():
     return search
   kept = np.argsort(~running, kind="stable")[:fewer]  # those that run come first
-  ended = _solve(inputs, _take(search, kept), mesh, halve=halve)
+  ended = _solve(inputs, _take(search, kept), mesh, halve=halve, limit=limit)
   return _put(search, kept, ended)
 
 
@@ -403,8 +457,14 @@ def _put(search: _Search, kept: Int[Array, "n"], ended: _Search) -> _Search:
   return jax.tree.map(lambda x, y: x.at[kept].set(y), search, ended)
 
 
+def _unfinished(inputs: Inputs, now: _Search, limit: Int[Array, ""] | int) -> Bool[Array, "m"]:
+  promise = _dot(now.gradient, now.direction) / 2  # of a step to the minimum of a quadratic objective
+  unfinished = (now.largest > inputs.tolerance) | (promise > _PROMISE * now.objective)
+  return unfinished & (now.iterations < limit) & (now.step > _SHORTEST)
+
+
 def _minimise(
-  inputs: Inputs, search: _Search, fewer: Int[Array, ""], *, mesh: Mesh
+  inputs: Inputs, search: _Search, fewer: Int[Array, ""], limit: Int[Array, ""], *, mesh: Mesh
 ) -> tuple[_Search, Bool[Array, "m"]]:
   """L-BFGS for `m` convex problems that share the evaluations of their objectives.
 
@@ -416,25 +476,20 @@ def _minimise(
     inputs: rows and coordinates, which the problems share.
     search: where to start.
     fewer: how many problems may be left.
+    limit: number of iterations after which a problem ends.
     mesh: devices of the rows.
 
   Returns:
     the search, and which of its problems have not ended.
   """
-  direction_of = jax.vmap(optax.scale_by_lbfgs(_MEMORY).update)
-
-  def running(now: _Search) -> Bool[Array, "m"]:
-    promise = _dot(now.gradient, now.direction) / 2  # of a step to the minimum of a quadratic objective
-    unfinished = (now.largest > inputs.tolerance) | (promise > _PROMISE * now.objective)
-    return unfinished & (now.iterations < _ITERATIONS) & (now.step > _SHORTEST)
 
   def advance(now: _Search) -> _Search:
-    active, slope = running(now), -_dot(now.gradient, now.direction)
+    active, slope = _unfinished(inputs, now, limit), -_dot(now.gradient, now.direction)
     first = now.iterations < 0  # the start has not been evaluated, and its direction is zero
     now = now._replace(passes=now.passes + active)
     point = jax.tree.map(lambda p, d: p - _expand(now.step, d) * d, now.point, now.direction)
     objective, gradient, largest = _evaluate(inputs, now.problem, point, mesh)
-    direction, memory = direction_of(gradient, now.memory, point)
+    direction, memory = _lbfgs(gradient, now.memory, point)
     step = jnp.ones_like(objective)
     new = _Search(
       now.problem, point, objective, gradient, largest, direction, memory, step, now.iterations + 1, now.passes
@@ -450,8 +505,8 @@ def _minimise(
     rejected = now._replace(step=jnp.where(active, jnp.where(slope < 0, shorter, 0), now.step))
     return jax.tree.map(lambda a, b: jnp.where(_expand(accepted, a), a, b), new, rejected)
 
-  end = jax.lax.while_loop(lambda now: running(now).sum() > fewer, advance, search)
-  return end, running(end)
+  end = jax.lax.while_loop(lambda now: _unfinished(inputs, now, limit).sum() > fewer, advance, search)
+  return end, _unfinished(inputs, end, limit)
 
 
 def _dot(a: Linear, b: Linear) -> Float[Array, "m"]:
