@@ -38,7 +38,7 @@ from declip_jax.ranges import check_values
 from declip_jax.reporting.progress import message
 from declip_jax.sharding import gather, make_mesh, replicated
 from declip_jax.training import augment as augmentation
-from declip_jax.training import drop_path, mixing, optim, schedules
+from declip_jax.training import drop_path, mixing, optim, patch_dropout, schedules
 from declip_jax.training.gradient import Metrics, make_gradient
 from declip_jax.training.state import State
 from declip_jax.training.step import train_step
@@ -75,6 +75,7 @@ class Built(NamedTuple):
     tokenizer: tokenizer of the captions.
     make_views: function from an example to the views of the data recipe that the objective uses.
     mesh: mesh of all devices.
+    num_kept_patches: number of patches of an image that enter the image tower in training; None if all do.
   """
 
   model: Model
@@ -83,11 +84,19 @@ class Built(NamedTuple):
   tokenizer: Tokenizer
   make_views: MakeViews
   mesh: Mesh
+  num_kept_patches: int | None
 
   def batch_shape(self, batch_size: int) -> BatchShapes:
     """Shapes and dtypes of a global batch."""
     shapes = self.make_views.batch_shapes(batch_size).items()
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes}
+
+  def training_shape(self, batch: BatchShapes) -> BatchShapes:
+    """A batch as the towers encode it in training: with `kept_patches`, if there is patch dropout."""
+    if self.num_kept_patches is None:
+      return batch
+    kept = jax.ShapeDtypeStruct((*batch["image"].shape[:2], self.num_kept_patches), jnp.int32)
+    return {**batch, "kept_patches": kept}
 
   @property
   def recipe(self) -> Recipe:
@@ -117,13 +126,16 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bu
   recipe = _make_recipe(config, objective)
   tokenizer = make_tokenizer(config.model.text.tokenizer, config.model.text.context_length)
   _check_texts(config, recipe, tokenizer)
+  _check_drops(config, recipe)
   _check_images(config)
   optimizer = read_settings(optim.OptimizerSettings, config.optimizer, "optimizer")
   _check_unread(config.optimizer, "optimizer", optim.OptimizerSettings, schedules.ScheduleSettings)
   locked = any(is_below("towers/image", prefix) for prefix in config.optimizer.frozen)
   model = make_model(config.model.to_dict(), views=recipe.views, heads=objective.heads, lock_image=locked)
-  make_views = _make_views(config, recipe, tokenizer, config.data.image_size // model.towers.image.stride)
-  return Built(model, objective, optim.make_optimizer(optimizer), tokenizer, make_views, mesh)
+  grid, rate = config.data.image_size // model.towers.image.stride, config.model.patch_dropout
+  make_views = _make_views(config, recipe, tokenizer, grid)
+  num_kept = patch_dropout.num_kept(grid**2, rate) if rate else None
+  return Built(model, objective, optim.make_optimizer(optimizer), tokenizer, make_views, mesh, num_kept)
 
 
 def _make_recipe(config: ConfigDict, objective: Objective) -> Recipe:
@@ -182,16 +194,27 @@ def _check_texts(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer) -> No
 
 
 def _check_images(config: ConfigDict) -> None:
-  """Rejects images that do not divide into the image tower's patches, and drop path in a tower without it."""
+  """Rejects images that do not divide into the image tower's patches."""
   size, image = config.data.image_size, config.model.image
-  if config.model.drop_path and image.kind != "vit":
-    raise ValueError(
-      f"config.model.drop_path={config.model.drop_path} needs config.model.image.kind='vit', not {image.kind!r}"
-    )
   if image.get("patch") and size % image.patch:
     raise ValueError(f"config.data.image_size={size} is not a multiple of config.model.image.patch={image.patch}")
   if image.kind == "resnet" and size % 32:
     raise ValueError(f"config.data.image_size={size} is not a multiple of 32, as a ResNet requires")
+
+
+def _check_drops(config: ConfigDict, recipe: Recipe) -> None:
+  """Rejects drop path and patch dropout in a tower without them, and patch dropout of views with hidden patches."""
+  model = config.model
+  for name in ("drop_path", "patch_dropout"):
+    if model[name] and model.image.kind != "vit":
+      raise ValueError(
+        f"config.model.{name}={model[name]} needs config.model.image.kind='vit', not {model.image.kind!r}"
+      )
+  if model.patch_dropout and recipe.views.masked_image is not None:
+    raise ValueError(
+      f"config.model.patch_dropout={model.patch_dropout}: recipe {config.data.recipe!r} hides patches for masked image "
+      "modelling, which needs the tokens of all patches: choose 0.0, or a method without the term 'mim'"
+    )
 
 
 def _with_neighbour_texts(recipe: Recipe, kinds: tuple[str, ...]) -> Recipe:
@@ -396,11 +419,11 @@ def check_division(config: ConfigDict, devices: int) -> None:
 
 
 def make_augment(config: ConfigDict, built: Built) -> Callable[[Batch, Array], Batch]:
-  """Makes the random part of the step: augmentation with `config.data.augment_on="device"`, mixing, drop path."""
+  """Makes the random part of the step: augmentation with `data.augment_on="device"`, mixing, and what is dropped."""
   recipe, drop_rate = built.recipe, config.model.drop_path
   on_device = config.data.augment_on == "device"
   mixed = bool(recipe.views.numbers("classified_image")) and bool(recipe.mixup or recipe.cutmix)
-  if not (on_device or mixed or drop_rate):
+  if not (on_device or mixed or drop_rate or built.num_kept_patches):
     return lambda batch, step: batch
 
   def augment(batch: Batch, step: Array) -> Batch:
@@ -417,6 +440,10 @@ def make_augment(config: ConfigDict, built: Built) -> Callable[[Batch, Array], B
       shape, depth = batch["image"].shape[:2], config.model.image.depth
       scale = drop_path.draw_branch_scales(key(3), shape, rate=drop_rate, depth=depth)
       batch = {**batch, "branch_scale": scale}
+    if built.num_kept_patches:
+      shape, patches = batch["image"].shape[:2], (config.data.image_size // config.model.image.patch) ** 2
+      kept = patch_dropout.draw_kept_patches(key(4), shape, patches=patches, kept=built.num_kept_patches)
+      batch = {**batch, "kept_patches": kept}
     return batch
 
   return augment
@@ -690,10 +717,10 @@ def check_objective(config: ConfigDict, built: Built, batch: BatchShapes) -> Non
   """
   model, objective = built.model, dataclasses.replace(built.objective, method=PLAIN)
 
-  def forward(batch: Batch) -> Any:
+  def forward(batch: Batch, training: Batch) -> Any:
     params, collections = model.init(jax.random.key(0), batch)
-    outputs, _ = model.apply_heads(params, collections, model.encode(params, collections, batch)[0])
+    outputs, _ = model.apply_heads(params, collections, model.encode(params, collections, training)[0])
     objective.check_inputs(outputs, config.data.recipe)
     return objective(outputs, batch, jnp.zeros((), jnp.int32))
 
-  jax.eval_shape(forward, batch)
+  jax.eval_shape(forward, batch, built.training_shape(batch))

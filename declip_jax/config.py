@@ -235,6 +235,11 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   # Drop path of an image ViT in training: the probability with which an image skips the attention, and that with which
   # it skips the MLP, of the last block; linear over depth from 0 in the first. BeiT fine-tunes ViT-B with 0.1.
   c.drop_path = 0.0
+  # Patch dropout of an image ViT in training: the share of the patches of each view, drawn anew in each step, that do
+  # not enter the transformer, whose FLOPs fall by about as much. FLIP (Li et al. 2023, section 3) drops 0.5 or 0.75 and
+  # ends with a short training on whole images, for which `init_from` can read the weights; CLIPA (Li et al. 2023) finds
+  # that larger models lose less by it. FILIP compares the kept patches. Evaluation and momentum towers see all patches.
+  c.patch_dropout = 0.0
   # What a masked token sees: the whole caption ("bidirectional", as in BERT, in a pass of its own), or the tokens
   # before it ("causal", as in DeCLIP's released code).
   c.mlm_attention = "bidirectional"

@@ -33,6 +33,7 @@ from declip_jax.views import Named, Same
 #   partner_label int32 [b]             class of the image that mixup or CutMix mixed in, `image` then being float32 ...
 #   label_weight  float32 [b]           ... and the weight of the image's own class; the partner's has the rest
 #   branch_scale  float32 [b v depth 2] factors of the residual branches of an image ViT's blocks, see `drop_path`
+#   kept_patches  int32 [b v n]         patches, row by row from 0, that enter an image ViT, see `patch_dropout`
 Batch = dict[str, jax.Array]
 BatchShapes = dict[str, jax.ShapeDtypeStruct]  # the same, without data
 
@@ -59,7 +60,8 @@ class Features(_Arrays):
   | `image` | `[b v f]` | pooled features of all image views; meaningless for a view with hidden patches |
   | `text` | `[b u f]` | features of the contrastive texts, at the end-of-text token |
   | `masked_text` | `[b k f]` | states at `mlm_position` of the masked view |
-  | `image_tokens` | `[b n f]` | patches (or cells) of the first contrastive image view, before the final norm |
+  | `image_tokens` | `[b n f]` | patches (or cells) of the first contrastive image view, before the final norm; |
+  | | | with patch dropout, those that are kept |
   | `text_tokens` | `[b t f]` | states of the first contrastive text view, after the final norm |
   | `text_valid` | bool `[b t]` | True up to the end-of-text token |
   | `masked_image` | `[b m f]` | tokens at `mim_position` of the masked view |

@@ -214,6 +214,12 @@ MUTATIONS = [
            "images[::-1].astype", "images.astype", "training/mixing_test.py"),
   Mutation("branches that are kept do not make up for others", "training/drop_path.py",
            "bernoulli(key, kept) / kept", "bernoulli(key, kept) / 1.0", "training/drop_path_test.py"),
+  Mutation("the same patches of all views are kept", "training/patch_dropout.py",
+           "jax.random.uniform(key, (*shape, patches))",
+           "jnp.tile(jax.random.uniform(key, (shape[0], 1, patches)), (1, shape[1], 1))",
+           "training/patch_dropout_test.py"),
+  Mutation("kept patches are off by one", "models/vit.py",
+           "jnp.pad(kept + 1, ((0, 0), (1, 0)))", "jnp.pad(kept, ((0, 0), (1, 0)))", "models/vit_test.py"),
   # Data.
   Mutation("HTML is decoded once", "data/text/cleaning.py",
            "html.unescape(_with_short_numbers(html.unescape(_with_short_numbers(text))))",

@@ -25,8 +25,8 @@ class Towers(nn.Module):
 
   Attributes:
     image: a module that maps normalised images `[b h w c]`, `train` and `hidden` patches to features `[b f]` and
-      tokens `[b n f]`; a ViT also takes `branch_scale`. It has `feature_width`, `stride` and `has_batch_norm`: whether
-      `train` makes it normalise by the batch.
+      tokens `[b n f]`; a ViT also takes `branch_scale` and the patches that are `kept`. It has `feature_width`,
+      `stride` and `has_batch_norm`: whether `train` makes it normalise by the batch.
     text: the text transformer, None where no term uses texts.
     mean, std: mean and standard deviation per channel, on a scale of 0 to 1.
     lock_image: whether the image tower is not trained, so its batch norms use and keep their running statistics.
@@ -47,7 +47,8 @@ class Towers(nn.Module):
     hidden = None
     if views.masked_image is not None:
       hidden = self._hidden(pixels, views.masked_image, batch["mim_position"])
-    image, image_tokens = self._encode_views(pixels, train, hidden, batch.get("branch_scale"))
+    drawn = {"branch_scale": batch.get("branch_scale"), "kept": batch.get("kept_patches")}
+    image, image_tokens = self._encode_views(pixels, train, hidden, **drawn)
     features = Features(image=image)
     if views.masked_image is not None:
       hidden_pixels = self._patches(pixels[:, views.masked_image])
@@ -95,6 +96,7 @@ class Towers(nn.Module):
     train: bool,
     hidden: Bool[Array, "b v n"] | None = None,
     branch_scale: Float[Array, "b v depth 2"] | None = None,
+    kept: Int[Array, "b v n"] | None = None,
   ) -> tuple[Float[Array, "b v f"], Float[Array, "b v n f"]]:
     train, pixels = train and not self.lock_image, pixels.astype(self.dtype)
     views = pixels.shape[1]
@@ -104,8 +106,9 @@ class Towers(nn.Module):
       encoded = [self.image(pixels[:, view], train, masks[view]) for view in range(views)]
       return tuple(jnp.stack(views, axis=1) for views in zip(*encoded, strict=True))
     flat = None if hidden is None else rearrange(hidden, "b v n -> (b v) n")
-    scale = {} if branch_scale is None else {"branch_scale": rearrange(branch_scale, "b v depth x -> (b v) depth x")}
-    encoded = self.image(rearrange(pixels, "b v h w c -> (b v) h w c"), train, flat, **scale)
+    drawn = {"branch_scale": branch_scale, "kept": kept}
+    drawn = {name: rearrange(x, "b v ... -> (b v) ...") for name, x in drawn.items() if x is not None}
+    encoded = self.image(rearrange(pixels, "b v h w c -> (b v) h w c"), train, flat, **drawn)
     return tuple(rearrange(x, "(b v) ... -> b v ...", v=views) for x in encoded)
 
   def _add_text(self, features: Features, batch: Batch, views: Views, tokens: bool) -> Features:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from einops import rearrange
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from declip_jax.models.transformer import Transformer, torch_uniform
 
@@ -51,12 +51,14 @@ class ViT(nn.Module):
     train: bool = False,
     hidden: Bool[Array, "b n"] | None = None,
     branch_scale: Float[Array, "b depth 2"] | None = None,
+    kept: Int[Array, "b n"] | None = None,
   ) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
     """Encodes normalised images, whose height and width must be multiples of `patch`.
 
     Where `hidden`, a learned embedding replaces that of the patch (BEiT, Bao et al. 2022, section 2.3). Tokens are
     those before the final norm, as in DeCLIP's FILIP. `branch_scale` has the factors of the residual branches, see
-    `training.drop_path`.
+    `training.drop_path`. With `kept`, only the class token and the patches at these positions enter the transformer,
+    and their tokens are returned in this order, see `training.patch_dropout`.
     """
     del train  # no layer depends on other examples
     fan_in = self.patch**2 * images.shape[-1]
@@ -77,6 +79,9 @@ class ViT(nn.Module):
     x = jnp.concatenate([jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width)), x], axis=1)
     position_init = nn.initializers.normal(0.01) if self.initializer == "openai_text" else class_init
     x = x + self.param("position_embedding", position_init, x.shape[1:])[None].astype(x.dtype)
+    if kept is not None:
+      with_class = jnp.pad(kept + 1, ((0, 0), (1, 0)))
+      x = jnp.take_along_axis(x, with_class[..., None], axis=1)
     if self.pre_norm:
       x = self._norm("pre_norm")(x)
     x = Transformer(

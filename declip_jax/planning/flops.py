@@ -49,7 +49,8 @@ def step_flops(built: Built, batch_size: int, frozen: Sequence[str] = ()) -> flo
     outputs, _ = model.apply_heads(params, collections, features)
     return objective(outputs, batch, jnp.zeros((), jnp.int32))[0]
 
-  return num_flops(jax.make_jaxpr(jax.grad(without_remat(loss_of)))(params, collections, batch))
+  gradient = jax.grad(without_remat(loss_of))
+  return num_flops(jax.make_jaxpr(gradient)(params, collections, built.training_shape(batch)))
 
 
 def without_remat(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

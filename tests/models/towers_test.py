@@ -1,5 +1,7 @@
 """Tests of `declip_jax.models.towers`: the patches hidden for masked image modelling, and the targets."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,37 @@ def test_predictions_depend_on_visible_pixels_only(masked):
   for name in ("image", "masked_image"):
     np.testing.assert_array_equal(getattr(without_hidden, name), getattr(before, name), err_msg=name)
     assert np.abs(getattr(without_shown, name) - getattr(before, name)).max() > 1e-3, name
+
+
+def test_each_view_keeps_its_own_patches_and_momentum_targets_see_all():
+  config = tiny_config("slip_mocov3")
+  config.model.image.depth, config.model.remat = 1, "none"
+  model = build.build(config).model
+  model = dataclasses.replace(model, towers=model.towers.clone(text=None))
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.integers(256, size=(2, 3, 16, 16, 3), dtype=np.uint8))
+  kept = jnp.asarray(rng.permuted(np.tile(np.arange(4, dtype=np.int32), (2, 3, 1)), axis=-1)[..., :2])
+  towers = jax.jit(lambda: model.towers.init(jax.random.key(0), images, True, method=Towers.encode_views)["params"])()
+  collections = {"towers": {}, "heads": {}, "momentum": {"towers": towers}}
+
+  @jax.jit
+  def encode(kept):
+    return model.encode({"towers": towers, "heads": {}}, collections, {"image": images, "kept_patches": kept})[0]
+
+  @jax.jit
+  def by_view(kept=None):
+    pixels = model.towers.apply({}, images, method=Towers.normalise)
+    encoded = [
+      model.towers.image.apply(
+        {"params": towers["image"]}, pixels[:, view], kept=kept if kept is None else kept[:, view]
+      )
+      for view in range(3)
+    ]
+    return jnp.stack([feature for feature, _ in encoded], axis=1)
+
+  features = encode(kept)
+  np.testing.assert_allclose(features.image, by_view(kept), atol=1e-5)
+  np.testing.assert_allclose(features.momentum_image, by_view()[:, np.array(model.views.ssl_image)], atol=1e-5)
 
 
 def test_a_text_is_valid_up_to_its_end_and_with_it():

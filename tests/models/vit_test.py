@@ -1,11 +1,13 @@
 """Tests of `declip_jax.models.vit`: rematerialisation changes nothing; options; initialisation."""
 
+from einops import rearrange
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from declip_jax.models.transformer import INITS
+from declip_jax.models.transformer import INITS, Transformer
 from declip_jax.models.vit import ViT
 
 TINY = {"patch": 4, "width": 64, "depth": 3, "heads": 2, "initializer": "openai_text"}
@@ -126,6 +128,30 @@ def test_branch_scales_multiply_the_residual_branches(tiny):
   # Attention and MLP of each block have their own factor.
   changed = [encode(ones.at[0, block, branch].set(0))[1][0] for block in range(DEPTH) for branch in range(2)]
   assert all(np.abs(a - b).max() > 1e-3 for index, a in enumerate(changed) for b in (*changed[:index], tokens[0]))
+
+
+def test_only_kept_patches_enter_the_transformer(tiny):
+  """The class token and these patches, with the embeddings of their own positions, and nothing else."""
+  variables, images = tiny
+  params, kept = variables["params"], jnp.array([[3, 0, 14], [15, 7, 8]])
+
+  def norm(name, x):
+    return nn.LayerNorm(epsilon=1e-5).apply({"params": params[name]}, x)
+
+  @jax.jit
+  def by_hand(kept):
+    patches = rearrange(images, "b (y p) (x q) c -> b (y x) (p q c)", p=4, q=4)
+    embedded = jnp.stack([patches[example, kept[example]] for example in range(2)])
+    embedded = embedded @ params["patch_embedding"]["kernel"] + params["position_embedding"][kept + 1]
+    first = params["class_embedding"] + params["position_embedding"][0]
+    x = jnp.concatenate([jnp.tile(first[None, None], (2, 1, 1)), embedded], axis=1)
+    transformer = Transformer(width=WIDTH, heads=2, depth=DEPTH)
+    x = transformer.apply({"params": params["transformer"]}, norm("pre_norm", x))
+    return norm("post_norm", x[:, 0]), x[:, 1:]
+
+  found = jax.jit(lambda kept: ViT(**TINY).apply(variables, images, True, kept=kept))(kept)
+  for ours, expected in zip(found, by_hand(kept), strict=True):
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def zero_branches(variables):

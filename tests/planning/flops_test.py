@@ -131,14 +131,17 @@ def test_a_convolution_and_its_gradients_count_neither_padding_nor_holes(stride,
     assert counted(jax.grad(lambda x, y: convolve(x, y).sum(), argnums=side), image, kernel) == want
 
 
-def test_a_clip_step_costs_as_much_as_its_layers():
-  config = tiny_config("clip")
+# Of 4 or 64 patches, all or half enter the transformer, after the class token.
+@pytest.mark.parametrize(("size", "dropout", "tokens"), [(16, 0.0, 5), (64, 0.0, 65), (64, 0.5, 33)])
+def test_a_clip_step_costs_as_much_as_its_layers(size: int, dropout: float, tokens: int):
+  config = tiny_config("clip", image_size=size)
+  config.model.patch_dropout = dropout
 
   def blocks(tokens, width):  # query, key, value and output; weights and values; the two layers of the perceptron
     return 2 * tokens * (4 * width**2 + 2 * tokens * width + 2 * 4 * width**2)
 
-  patches, pairs = 4 * (8 * 8 * 3) * 32, config.batch_size * 16
-  towers = blocks(5, 32) + 32 * 16 + blocks(16, 16) + 16 * 16
+  patches, pairs = (size // 8) ** 2 * (8 * 8 * 3) * 32, config.batch_size * 16
+  towers = blocks(tokens, 32) + 32 * 16 + blocks(16, 16) + 16 * 16
   # Backward is twice forward, except that pixels have no gradient. All pairs are compared once, or once per direction.
   least, most = (2 * config.batch_size * (2 * patches + 3 * (towers + times * pairs)) for times in (1, 2))
   assert least <= flops.step_flops(build.build(config), config.batch_size) < 1.001 * most < 1.005 * least
