@@ -35,7 +35,7 @@ _RATES = (
 )
 _PROBABILITIES = ("momentum_tower.decay", "data.mask_probability")
 _SHARES = ("data.max_bad", "data.patch_share")
-_DECAYS = ("optimizer.b1", "optimizer.b2", "optimizer.momentum", "model.drop_path")
+_DECAYS = ("optimizer.b1", "optimizer.b2", "optimizer.momentum", "optimizer.ema", "model.drop_path")
 _FINITE = ("model.heads.logit_scale_init", "model.heads.logit_bias_init")
 _WIDTHS = (
   *("model.heads.simclr_projector", "model.heads.simsiam_projector", "model.heads.simsiam_predictor"),
