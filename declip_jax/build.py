@@ -385,6 +385,7 @@ def make_step(
     ),
     logit_scale_range=config.optimizer.logit_scale_range,
     spike_factor=config.safety.spike_factor,
+    ema=config.optimizer.ema,
   )
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(built.mesh)))

@@ -47,6 +47,7 @@ class Clip:
     logit_scale: inverse temperature of the contrastive loss, a factor of the scores of `similarity`.
     remarks: guesses and omissions when the file was read.
     step: step of a run's checkpoint, None for other files.
+    average: decay of the moving average of the weights of a run that these are; 0 if they are no average.
     fields: `config.model`, which describes the model.
     classnames: names of the classes of the classifier; empty if there is none, or they have no names.
   """
@@ -57,7 +58,7 @@ class Clip:
     self._place(weights.params, weights.collections)
     self.fields = dict(weights.model)
     self.tokenizer = make_tokenizer(weights.model["text"]["tokenizer"], weights.model["text"]["context_length"])
-    self.view, self.tokens = weights.view, weights.tokens
+    self.view, self.tokens, self.average = weights.view, weights.tokens, weights.average
     self.max_pixels = image_ops.MAX_PIXELS
     self.classnames = tuple(weights.model["heads"].get("classnames", ()))
     self._has_text, self._warned = "joint" in weights.heads, False
@@ -334,7 +335,8 @@ def load(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
   Args:
     path: working directory of a run or one of its checkpoints, or a checkpoint file or folder.
     settings: fields that override what was recognised, such as `{"image.activation": "gelu"}`. Another `image_size`
-      resizes the position embeddings of images, and a smaller `text.context_length` cuts those of texts.
+      resizes the position embeddings of images, and a smaller `text.context_length` cuts those of texts. From a run
+      with an average of the weights, `average=False` reads the weights themselves.
     step: checkpoint of a run, the newest by default; "best" is the best by its `config.checkpoint.best_metric`.
 
   Raises:

@@ -69,7 +69,9 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   # A run, one of its checkpoints (RUN/checkpoints/STEP or RUN/checkpoints/best), or any that `declip_jax.load` reads.
   c.init_from.path = ""
   c.init_from.groups = ("image", "text", "heads")  # what to load, see `weights.initial.GROUPS`; the rest is random
-  c.init_from.settings = ()  # settings that the file lacks, such as ("image.activation=gelu", "image.heads=16")
+  # Settings that the file lacks, such as ("image.activation=gelu", "image.heads=16"). From a run with an average of the
+  # weights (optimizer.ema), ("average=False",) loads the weights themselves.
+  c.init_from.settings = ()
   # Prompts such as ("a photo of a {}.",) that make the classifier start as the zero-shot classifier of these weights
   # (WiSE-FT); () leaves it random. It then has to read joint embeddings: model.heads.classify_joint.
   c.init_from.templates = ()
@@ -299,6 +301,9 @@ def _optimizer() -> ConfigDict:
   c.frozen = ()
   # Range of the log inverse temperatures after each step; () means no limits.
   c.logit_scale_range = (0.0, math.log(100))
+  # Decay of an exponential moving average of the weights, such as 0.9999; 0 means none. Evaluations, exports and
+  # init_from read the average, if there is one. It needs as much memory as the parameters; see `step.update_average`.
+  c.ema = 0.0
   return c
 
 

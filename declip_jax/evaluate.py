@@ -13,6 +13,8 @@ evaluated.
 
 --weights evaluates any other checkpoint that `declip_jax.load` reads, such as one of OpenAI's CLIP or of open_clip.
 --settings supplies what such a file lacks and `declip_jax.load` warns about: --settings=image.activation=gelu
+If a run averages its weights (config.optimizer.ema), the average is evaluated; --settings=average=False evaluates the
+weights themselves.
 
 --interpolate_with evaluates mixtures of --workdir and other weights (WiSE-FT); --alpha gives the shares of --workdir:
 
@@ -76,6 +78,7 @@ class Place(NamedTuple):
     weights: path of the weights.
     output: folder of the results.
     run: working directory of the run whose checkpoint is evaluated, whose TensorBoard shows the results; None for none.
+      Where a run has an average of the weights, those are its results, not those of the weights themselves.
   """
 
   weights: str | os.PathLike[str]
@@ -135,7 +138,8 @@ def evaluate(
   clip, config = _load(workdir, step, weights, settings)
   if jobs is None:
     jobs = make_jobs(config.evals if evals is None and config else evals or ConfigDict())
-  place = Place(weights or workdir, output or workdir / "results", None if weights else workdir)
+  is_run = not weights and (settings or {}).get("average", True)
+  place = Place(weights or workdir, output or workdir / "results", workdir if is_run else None)
   encoding = Encoding(batch_size, max_pixels, max_seconds, cache, cache_limit, features_dtype)
   evaluation = _prepare(clip, config, _model_facts(clip, place.weights), jobs, place, encoding)
   return {**_about(clip, weights), **_metrics(_run(evaluation, jobs))}
@@ -175,7 +179,9 @@ def _run(evaluation: Evaluation, jobs: Sequence[Job]) -> dict[str, Result]:
 
 def _about(clip: Clip, weights: str | os.PathLike[str] | None) -> dict[str, Any]:
   """What a summary says about the weights."""
-  return {"step": clip.step} if weights is None else {"weights": os.fspath(weights), "origin": clip.origin}
+  if weights is not None:
+    return {"weights": os.fspath(weights), "origin": clip.origin}
+  return {"step": clip.step, **({"average": clip.average} if clip.average else {})}
 
 
 def _metrics(found: Mapping[str, Result]) -> dict[str, float]:
@@ -198,9 +204,10 @@ def _model_facts(clip: Clip, path: str | os.PathLike[str]) -> ModelFacts:
     name, pretrained = path.name.split(".")[0] or path.name, clip.origin
   else:
     run = path.parents[1] if path.parent.name == "checkpoints" else path
-    name, pretrained = run.resolve().name, f"step-{clip.step}"
+    name, pretrained = run.resolve().name, f"step-{clip.step}{'-average' if clip.average else ''}"
     training = partial(training_facts, run, clip.step)
   weights = {"path": os.fspath(path), "origin": clip.origin, "step": clip.step, "hash": clip.weights_hash}
+  weights |= {"average": clip.average} if clip.average else {}
   weights["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(clip.params))
   view = {field: list(value) if isinstance(value, tuple) else value for field, value in vars(clip.view).items()}
   fields = {**clip.fields, "tokens": clip.tokens}
@@ -310,11 +317,12 @@ def _command(workdir: Path | None) -> None:
   cache = None if given.cache == "off" else Path(given.cache or cache_folder() / "features")
   limit = int(given.cache_limit * 2**30)
   encoding = Encoding(given.batch_size, given.max_pixels, given.max_seconds, cache, limit, given.features_dtype)
-  is_run = not (given.weights or given.interpolate_with)
+  settings = parse_settings(given.settings, "--settings")
+  is_run = not (given.weights or given.interpolate_with) and settings.get("average", True)
   place = Place(given.weights or workdir, output, workdir if is_run else None)
   for step in _steps(workdir):
     with _named_settings():
-      clip, config = _load(workdir, step, given.weights, parse_settings(given.settings, "--settings"))
+      clip, config = _load(workdir, step, given.weights, settings)
     jobs = chosen if chosen is not None else make_jobs(config.evals if config else ConfigDict())
     for model, facts in _models(clip, config, place.weights):
       evaluation = _prepare(model, config, facts, jobs, place, encoding)

@@ -6,6 +6,8 @@
 
 RUN is the working directory of a run, or any checkpoint that declip_jax.load reads. DIR must be empty or not exist yet.
 --settings supplies what a file lacks and declip_jax.load warns about: --settings=image.activation=gelu
+If a run averages its weights (config.optimizer.ema), the average is exported; --settings=average=False exports the
+weights themselves.
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from declip_jax import build
 from declip_jax.clip import Clip
-from declip_jax.training.state import State, create_state
+from declip_jax.training.state import State, create_state, start_average
 from declip_jax.weights.initial import initialise, read_initial, set_classifier
 from declip_jax.weights.read import Weights
 
@@ -37,8 +37,8 @@ def first_state(
   if weights is None:
     return state, []
   state, messages = initialise(state, weights, config.init_from.groups, model)
-  if not config.init_from.templates:
-    return state, messages
-  rows = Clip(weights, built.mesh).classifier(config.model.heads.classnames, config.init_from.templates)
-  messages.append(f"the classifier starts from the embeddings of {len(rows)} class names")
-  return set_classifier(state, rows), messages
+  if config.init_from.templates:
+    rows = Clip(weights, built.mesh).classifier(config.model.heads.classnames, config.init_from.templates)
+    messages.append(f"the classifier starts from the embeddings of {len(rows)} class names")
+    state = set_classifier(state, rows)
+  return start_average(state) if state.average else state, messages

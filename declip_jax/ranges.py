@@ -35,7 +35,8 @@ _RATES = (
 )
 _PROBABILITIES = ("momentum_tower.decay", "data.mask_probability")
 _SHARES = ("data.max_bad", "data.patch_share")
-_DECAYS = ("optimizer.b1", "optimizer.b2", "optimizer.momentum", "model.drop_path", "model.patch_dropout")
+_DECAYS = ("optimizer.b1", "optimizer.b2", "optimizer.momentum", "optimizer.ema")
+_DECAYS += ("model.drop_path", "model.patch_dropout")
 _FINITE = ("model.heads.logit_scale_init", "model.heads.logit_bias_init")
 _WIDTHS = (
   *("model.heads.simclr_projector", "model.heads.simsiam_projector", "model.heads.simsiam_predictor"),

@@ -53,7 +53,7 @@ from declip_jax.runtime.trace import Trace, parse_steps
 from declip_jax.runtime.watchdog import Watchdog
 from declip_jax.runtime.workdir import local_path, lock, record
 from declip_jax.sharding import batch_sharding, check_batch, to_global
-from declip_jax.training.state import State, abstract_state
+from declip_jax.training.state import State, abstract_state, evaluated_weights
 from declip_jax.training.step import Metrics
 from declip_jax.types import Batch
 from declip_jax.weights.read import Weights
@@ -220,7 +220,8 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
   build.check_best_metric(config)
   batch_shape = built.batch_shape(config.batch_size)
   build.check_objective(config, built, batch_shape)
-  abstract = abstract_state(batch_shape, built.mesh, model=built.model, optimizer=built.optimizer)
+  averaged = config.optimizer.ema > 0
+  abstract = abstract_state(batch_shape, built.mesh, model=built.model, optimizer=built.optimizer, averaged=averaged)
   deaths = Deaths(workdir, jax.process_index())
   evaluation_deaths = Deaths(workdir, jax.process_index(), "evaluating")
   return _Prepared(
@@ -239,12 +240,15 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
     encoders=build.make_encoders(config, built, evaluation_deaths),
     evaluate=build.make_evaluators(config.evals, workdir, config.model.heads.classnames, config.evaluate_cache_gib),
     initial=None if _has_checkpoints(workdir) else read_weights(config),
-    notes=_notes([mixture, ssl_mixture], config.batch_size),
+    notes=_notes([mixture, ssl_mixture], config.batch_size, config.optimizer.ema),
   )
 
 
-def _notes(mixtures: Sequence[Mixture | None], batch_size: int) -> list[str]:
-  return [note for mixture in mixtures if mixture for note in mixture.repeats(batch_size)]
+def _notes(mixtures: Sequence[Mixture | None], batch_size: int, ema: float = 0.0) -> list[str]:
+  notes = [note for mixture in mixtures if mixture for note in mixture.repeats(batch_size)]
+  if ema:
+    notes.append(f"evaluations read the moving average of the weights (config.optimizer.ema={ema:g})")
+  return notes
 
 
 def _has_checkpoints(workdir: Path) -> bool:
@@ -381,7 +385,7 @@ def _open_services(
   stack.enter_context(stop_signals(stop))
 
   def evaluate(state: State, number: int) -> dict[str, float]:
-    encoders = run.encoders.bind(state.params, state.collections)
+    encoders = run.encoders.bind(*evaluated_weights(state))
     return run.evaluate(encoders.with_callback(partial(watchdog.beat, "the evaluation")), number)
 
   def draw_curves() -> None:

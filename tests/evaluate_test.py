@@ -331,6 +331,17 @@ def test_results_and_features_depend_on_every_field_of_the_model(tmp_path: Path)
   assert identities(other, tmp_path)["result"] != before["result"]
 
 
+def test_results_of_an_average_and_of_the_weights_have_names_of_their_own() -> None:
+  clip = copy.copy(make_clip(0))
+  clip.step, clip.average = 8, 0.0
+  raw = evaluate._model_facts(clip, "runs/a")
+  clip.average = 0.99
+  average = evaluate._model_facts(clip, "runs/a")
+  assert (raw.pretrained, average.pretrained) == ("step-8", "step-8-average")
+  assert average.weights == {**raw.weights, "average": 0.99}
+  assert evaluate._about(clip, None) == {"step": 8, "average": 0.99}
+
+
 def test_results_and_features_depend_on_backend_and_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   clip, found = make_clip(0), []
   for precision in ("default", "highest"):

@@ -54,9 +54,8 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen, seconds: 
 def final_state(workdir: Path, config: ConfigDict, step: int) -> tuple[State, dict[str, Any]]:
   """The state of a run on one device, and its input position."""
   built = build.build(config, jax.devices()[:1])
-  abstract = abstract_state(
-    built.batch_shape(config.batch_size), built.mesh, model=built.model, optimizer=built.optimizer
-  )
+  options = {"model": built.model, "optimizer": built.optimizer, "averaged": config.optimizer.ema > 0}
+  abstract = abstract_state(built.batch_shape(config.batch_size), built.mesh, **options)
   checkpoints = Checkpoints(workdir)
   state, position = checkpoints.restore(step, abstract)
   checkpoints.close()

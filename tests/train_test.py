@@ -315,6 +315,46 @@ def test_the_other_commands_read_a_run_back(finished_run: FinishedRun, tmp_path:
   np.testing.assert_allclose(np.linalg.norm(clip.encode_text(["a red ring", ""]), axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_run_with_an_average_of_its_weights(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  """It resumes bit for bit and trains as without an average, which its evaluations and those of `evaluate` read."""
+  use_mesh(monkeypatch, 1, 1)
+  config = tiny_config("clip")
+  config.duration.steps, config.optimizer.learning_rate = 6, 0.01
+  config.checkpoint.every.steps = 3
+  evals, config.evals = config.evals, ConfigDict()
+  train.train(config, tmp_path / "without")
+  config.evals.retrieval = evals.retrieval
+  config.optimizer.ema = 0.9
+  whole = train.train(config, tmp_path / "whole")
+  assert "evaluations read the moving average of the weights (config.optimizer.ema=0.9)" in capsys.readouterr().err
+  losses = [losses_on_disk(tmp_path / name) for name in ("whole", "without")]
+  np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+  train_until(5, config, tmp_path / "killed")
+  assert train.train(config, tmp_path / "killed").keys() == whole.keys()
+  assert_same_end(tmp_path / "killed", tmp_path / "whole", config, 6)
+  state, _ = final_state(tmp_path / "whole", config, 6)
+  assert_equal(load(tmp_path / "whole").params, state.average["params"])
+  scores = []
+  for settings in (None, {"average": False}):
+    found = evaluate(tmp_path / "whole", settings=settings)
+    scores.append([found[name] for name in whole if name.startswith("eval/")])
+  assert scores[0] == [value for name, value in whole.items() if name.startswith("eval/")] != scores[1]
+  assert len([*(tmp_path / "whole" / "results").glob("*_step-6-average_*.json")]) == 1
+  assert len([*(tmp_path / "whole" / "results").glob("*_step-6_*.json")]) == 1
+  assert len([*(tmp_path / "whole" / "tensorboard" / "results").iterdir()]) == 1  # those of the average
+  # A run that has no average begins one when it resumes.
+  config.duration.steps, config.evals = 7, ConfigDict()
+  train.train(config, tmp_path / "without")
+  assert "checkpoint 6 has no average of the weights" in capsys.readouterr().err
+  state, _ = final_state(tmp_path / "without", config, 7)
+  assert any(
+    np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (state.average["params"], state.params)), strict=True)
+  )
+
+
 def test_a_damaged_checkpoint_is_neither_loaded_nor_changed(finished_run: FinishedRun, tmp_path: Path) -> None:
   shutil.copytree(finished_run.workdir, tmp_path, dirs_exist_ok=True)
   flip(arrays(tmp_path / "checkpoints" / "8" / "model")[0])

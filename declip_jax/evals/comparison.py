@@ -263,7 +263,7 @@ def _telling(run: Run) -> Scored:
 def _trained(scored: Scored) -> tuple[Any, ...]:
   """What runs that are seeds of one method have in common."""
   facts = [scored.training.get(name) for name in ("method", "unique_pairs", "pairs_seen", "flops")]
-  return (*facts, scored.weights.get("parameters"), scored.share)
+  return (*facts, *(scored.weights.get(name) for name in ("parameters", "average")), scored.share)
 
 
 def _labels(stem: str, weights: str, names: Sequence[_Name], runs: Mapping[_Name, Run]) -> tuple[str, ...]:

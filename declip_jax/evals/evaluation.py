@@ -38,7 +38,7 @@ class ModelFacts:
 
   Attributes:
     name, pretrained: names of the model and of its weights.
-    weights: `path`, `origin`, `step` and `hash` of the weights, and the number of their `parameters`.
+    weights: `path`, `origin`, `step` and `hash` of the weights, and the number of their `parameters`; see `Result`.
     view: preprocessing of images.
     dtype: compute dtype.
     training: returns facts on the training of a run, see `planning.training_facts`; called once results are computed.

@@ -75,8 +75,9 @@ class Result:
         value if all answers are guessed, where that is known;
       `data`: for each split its source, stamp and number of samples; of `test` also `Split.content`;
       `options`: those of the evaluator;
-      `weights`: path, origin, step, hash and number of `parameters`; of a mixture `share`, that of these weights in
-        it, and `interpolated_with`, the same of the other weights;
+      `weights`: path, origin, step, hash and number of `parameters`; `average`, the decay of the moving average of the
+        weights of a run that they are, if they are one; of a mixture `share`, that of these weights in it, and
+        `interpolated_with`, the same of the other weights;
       `training`: of a run, how it was trained until then, see `planning.training_facts`;
       `view`: preprocessing; `dtype`: compute dtype; `model`: fields of the model;
       `numerics`: backend and precision of products; `features_dtype`: that of features of images;

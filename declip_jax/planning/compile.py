@@ -60,7 +60,7 @@ class Memory:
 
   Attributes:
     parameters: the model's parameters.
-    optimizer_state: the optimiser's moments.
+    optimizer_state: the optimiser's moments, and the average of the weights.
     collections: batch statistics, the neighbour bank, the momentum tower.
     batch: one batch.
     padding: what a TPU adds to arrays that do not fill its tiles.
@@ -127,7 +127,8 @@ def compile_with_progress(config: ConfigDict, devices: Sequence[jax.Device]) -> 
 def state_shapes(config: ConfigDict, built: build.Built) -> State:
   """Shapes and shardings of a config's train state."""
   shapes = built.batch_shape(config.batch_size)
-  return abstract_state(shapes, built.mesh, model=built.model, optimizer=built.optimizer)
+  averaged = config.optimizer.ema > 0
+  return abstract_state(shapes, built.mesh, model=built.model, optimizer=built.optimizer, averaged=averaged)
 
 
 def needed_bytes(message: str, arguments: float) -> float:
@@ -156,7 +157,7 @@ def memory(step: CompiledStep) -> Memory:
   metrics = used.output_size_in_bytes - used.alias_size_in_bytes  # the state is donated, so its output is aliased
   return Memory(
     parameters=bytes_per_device(state.params),
-    optimizer_state=bytes_per_device(state.opt_state),
+    optimizer_state=bytes_per_device((state.opt_state, state.average)),
     collections=bytes_per_device(state.collections),
     batch=bytes_per_device(step.batch),
     padding=used.argument_size_in_bytes - bytes_per_device((state, step.batch)),

@@ -1,9 +1,10 @@
 """Checkpoints by orbax: the train state, the input position, and the config, written in the background.
 
-A checkpoint has four items: `model` (parameters and collections; evaluation and export read nothing else), `training`
-(step, moments, counters), `data` (the position of the input stream and the batch sizes so far, JSON) and `config`
-(JSON). After the commit each host seals it with checksums (see `runtime.seal`): a checkpoint that is damaged later is
-skipped, and the previous one is used.
+A checkpoint has four items: `model` (parameters and collections), `training` (step, moments, counters), `data` (the
+position of the input stream and the batch sizes so far, JSON) and `config` (JSON). A fifth one, `average`, is there if
+the run has an average of the weights. Evaluation and export read neither `training` nor `data`. After the commit each
+host seals it with checksums (see `runtime.seal`): a checkpoint that is damaged later is skipped, and the previous one
+is used.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from declip_jax.runtime.hosts import any_host, barrier, first_error
 from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.runtime.retention import KeepBest, KeepFirstOfEach, make_policy
 from declip_jax.runtime.seal import find_damage, is_sealed, read_seals, write_seal
-from declip_jax.training.state import State
+from declip_jax.training.state import State, start_average, weights_of, with_weights
 
 Tree = Any
 _BATCH_SIZES = "batch_sizes"  # key in the JSON of the input position
@@ -41,7 +42,8 @@ class Restored(NamedTuple):
     step: step of the checkpoint.
     state: train state, on the devices.
     data: input position.
-    messages: one line for each newer checkpoint that was skipped: why, and its new name.
+    messages: one line for each newer checkpoint that was skipped: why, and its new name; and one if the run has an
+      average of the weights and the checkpoint has none, or the other way round.
   """
 
   step: int
@@ -93,6 +95,7 @@ class Checkpoints:
       item_handlers={
         "model": ocp.PyTreeCheckpointHandler(),
         "training": ocp.PyTreeCheckpointHandler(),
+        "average": ocp.PyTreeCheckpointHandler(),
         "data": ocp.JsonCheckpointHandler(),
         "config": ocp.JsonCheckpointHandler(),
       },
@@ -141,6 +144,7 @@ class Checkpoints:
     args = ocp.args.Composite(
       model=ocp.args.PyTreeSave(_model(state)),
       training=ocp.args.PyTreeSave(_training(state)),
+      **({"average": ocp.args.PyTreeSave(state.average)} if state.average else {}),
       data=ocp.args.JsonSave({**data, **({_BATCH_SIZES: batch_sizes.changes} if batch_sizes else {})}),
       config=ocp.args.JsonSave(dict(config)),
     )
@@ -223,7 +227,8 @@ class Checkpoints:
         damage = first_error(damage)
       if not damage:
         self._seal(step)
-        return Restored(step, state, data, [self.rename(step, why) for step, why in damaged.items()])
+        renamed = [self.rename(newer, why) for newer, why in damaged.items()]
+        return Restored(step, state, data, [*renamed, *self._about_average(step, bool(abstract.average))])
       damaged[step] = damage
     if failed:
       raise failed
@@ -231,6 +236,16 @@ class Checkpoints:
       lines = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
       raise ValueError(f"all checkpoints in {self._folder} are damaged ({lines}); move them away to start from scratch")
     return None
+
+  def _has_average(self, step: int) -> bool:
+    return (self._folder / str(step) / "average").is_dir()
+
+  def _about_average(self, step: int, wanted: bool) -> Iterator[str]:
+    """Reports an average of the weights that a run has begun or given up since a checkpoint."""
+    if wanted and not self._has_average(step):
+      yield f"checkpoint {step} has no average of the weights (config.optimizer.ema): it starts from the weights there"
+    if not wanted and self._has_average(step):
+      yield f"the average of the weights in checkpoint {step} is not continued, since config.optimizer.ema is 0"
 
   def _seal(self, step: int) -> None:
     """Seals a checkpoint that a run killed after the commit could not seal: it was just read without errors."""
@@ -275,6 +290,8 @@ class Checkpoints:
   def restore(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
     """Restores state and input position of a step onto the shardings of `abstract`, from any mesh.
 
+    An average of the weights that the checkpoint does not have starts from its weights.
+
     Raises:
       ValueError: the checkpoint has another model or optimizer; the message names an array that differs.
     """
@@ -282,29 +299,44 @@ class Checkpoints:
     counters = saved["training"].tree["skipped"]
     new = {name: leaf for name, leaf in abstract.skipped.items() if name not in counters}  # saved by an older version
     training["skipped"] = {name: leaf for name, leaf in abstract.skipped.items() if name in counters}
-    model = _model(abstract)
-    differences = [*_differences(saved["model"].tree, model), *_differences(saved["training"].tree, training)]
+    items = {"model": _model(abstract), "training": training}
+    if abstract.average and self._has_average(step):
+      items["average"] = abstract.average
+    differences = [line for item, tree in items.items() for line in _differences(saved[item].tree, tree)]
     if differences:
       more = f", and {len(differences) - 1} other arrays differ" if len(differences) > 1 else ""
       raise ValueError(
         f"checkpoint {self._folder / str(step)} does not fit the config: {differences[0]}{more}; use the config that "
         "it was saved with, or another workdir (config.init_from.path copies the arrays that fit)"
       )
-    args = ocp.args.Composite(
-      model=_restore(model),
-      training=_restore(training),
-      data=ocp.args.JsonRestore(),
-    )
-    found = self._manager.restore(step, args=args)
+    restored = {item: _restore(tree) for item, tree in items.items()}
+    found = self._manager.restore(step, args=ocp.args.Composite(**restored, data=ocp.args.JsonRestore()))
     found["training"]["skipped"] |= jax.tree.map(_zeros, new)
     found["data"].pop(_BATCH_SIZES, None)
-    return State(**found["model"], **found["training"]), found["data"]
+    state = State(**found["model"], **found["training"])
+    if "average" in items:
+      return state.replace(average=found["average"]), found["data"]
+    return start_average(state) if abstract.average else state, found["data"]
 
-  def restore_model(self, step: int, params: Tree, collections: Tree) -> tuple[Tree, Tree]:
-    """Restores only parameters and collections, as NumPy arrays; the arguments are their shapes."""
-    abstract = {"params": params, "collections": collections}
-    found = self._manager.restore(step, args=ocp.args.Composite(model=restore_as_numpy(abstract)))["model"]
-    return found["params"], found["collections"]
+  def restore_model(self, step: int, params: Tree, collections: Tree, *, average: bool = False) -> tuple[Tree, Tree]:
+    """Restores only parameters and collections, as NumPy arrays.
+
+    Args:
+      step: step of the checkpoint.
+      params, collections: their shapes.
+      average: whether to read the average of the weights, which the checkpoint has to have, instead of the weights.
+    """
+    if not average:
+      abstract = {"params": params, "collections": collections}
+      found = self._manager.restore(step, args=ocp.args.Composite(model=restore_as_numpy(abstract)))["model"]
+      return found["params"], found["collections"]
+    weights = weights_of(params, collections)
+    found = self._manager.restore(step, args=ocp.args.Composite(average=restore_as_numpy(weights)))["average"]
+    others = {half: _without(entries, "batch_stats") for half, entries in collections.items()}
+    if wanted := {half: entries for half, entries in others.items() if entries}:  # an empty one would count as a leaf
+      args = ocp.args.Composite(model=restore_as_numpy({"collections": wanted}, partial=True))
+      others |= self._manager.restore(step, args=args)["model"]["collections"]
+    return with_weights(others, found)
 
   def config(self, step: int) -> dict[str, Any]:
     """Returns the config with which a step was saved; its tuples have become lists."""
@@ -408,10 +440,19 @@ def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
   return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
 
 
-def restore_as_numpy(abstract: Tree) -> ocp.args.PyTreeRestore:
-  """Returns arguments that restore a tree of these shapes as NumPy arrays, whatever devices it was saved from."""
+def restore_as_numpy(abstract: Tree, partial: bool = False) -> ocp.args.PyTreeRestore:
+  """Returns arguments that restore a tree as NumPy arrays, whatever devices it was saved from.
+
+  Args:
+    abstract: shapes.
+    partial: whether the checkpoint may have more arrays, which are not read.
+  """
   arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
-  return ocp.args.PyTreeRestore(abstract, restore_args=arguments)
+  return ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=partial)
+
+
+def _without(entries: Mapping[str, Tree], name: str) -> dict[str, Tree]:
+  return {other: entry for other, entry in entries.items() if other != name}
 
 
 def _model(state: State) -> dict[str, Any]:

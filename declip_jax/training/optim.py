@@ -60,6 +60,7 @@ class OptimizerSettings:
     multipliers, layer_decay: factors of the learning rate, see `rate_multipliers`.
     frozen: paths of parameters without moments and weight decay; their gradients must be zero. See `paths.trainable`.
     logit_scale_range: bounds of the log inverse temperatures after each step; () for none.
+    ema: decay of the moving average of the weights, see `step.update_average`; 0 for none.
 
   Raises:
     ValueError: an unknown name, a number that is not finite, or a range that is not ascending.
@@ -81,6 +82,7 @@ class OptimizerSettings:
   layer_decay: float
   frozen: tuple[str, ...]
   logit_scale_range: tuple[float, ...]
+  ema: float
 
   def __post_init__(self) -> None:
     check_name("name", self.name, OPTIMIZERS)

@@ -13,7 +13,7 @@ import optax
 from declip_jax.models.model import Model
 from declip_jax.objectives.momentum import moving_average
 from declip_jax.training.gradient import Gradient, Metrics
-from declip_jax.training.state import State
+from declip_jax.training.state import State, weights_of
 from declip_jax.types import Batch, Outputs
 
 Tree = Any
@@ -38,11 +38,12 @@ def train_step(
   diagnose: Callable[[Outputs], Metrics] = lambda outputs: {},
   logit_scale_range: tuple[float, ...] = (),
   spike_factor: float = 0.0,
+  ema: float = 0.0,
 ) -> tuple[State, Metrics]:
   """One step on one global batch.
 
-  If the loss, the gradient or the learning rate is not finite, or the gradient spikes, then parameters, optimiser state
-  and collections do not change; only the step and the counts of skipped steps change.
+  If the loss, the gradient or the learning rate is not finite, or the gradient spikes, then parameters, optimiser
+  state, collections and average do not change; only the step and the counts of skipped steps change.
 
   Args:
     state, batch: donated, and split over the mesh.
@@ -55,8 +56,9 @@ def train_step(
     diagnose: computes diagnostics from a step's outputs.
     logit_scale_range: bounds of the log inverse temperatures after the step; () for none.
     spike_factor: largest ratio of a gradient's norm to the usual norm, see `is_spike`; 0 for no limit.
+    ema: decay of the average of the weights; ignored without one.
   """
-  collections = {**state.collections, **ema_update(model, state, momentum_decay)}
+  collections = {**state.collections, **update_momentum_tower(model, state, momentum_decay)}
   batch = augment(batch, state.step)
   (loss, metrics, outputs, collections), gradients = gradient_fn(state.params, collections, batch, state.step)
 
@@ -82,7 +84,9 @@ def train_step(
       "in_a_row": jnp.where(good, 0, state.skipped["in_a_row"] + 1),
       **select(usual_norm, {name: state.skipped[name] for name in usual_norm}),
     },
+    average=state.average,
   )
+  new = new.replace(average=update_average(new, good, ema))
   metrics |= {"lr": learning_rate, "gradient_norm": gradient_norm}
   metrics |= {f"gradient_norm/{name}": norm for name, norm in norms.items()}
   scales = {"temperature": "scale", "dense_temperature": "dense_scale"}
@@ -91,7 +95,7 @@ def train_step(
   return new, metrics | _diagnose_if(is_diagnosed(state.step), diagnose, outputs)
 
 
-def ema_update(model: Model, state: State, momentum_decay: Callable[[Step], Scalar]) -> dict[str, Tree]:
+def update_momentum_tower(model: Model, state: State, momentum_decay: Callable[[Step], Scalar]) -> dict[str, Tree]:
   """The momentum tower used in this step, as `{"momentum": ...}`; empty without one.
 
   It is updated towards the parameters before the step, as in MoCo v3. BYOL updates it after the step, which yields the
@@ -102,6 +106,25 @@ def ema_update(model: Model, state: State, momentum_decay: Callable[[Step], Scal
     return {}
   decay = momentum_decay(state.step)
   return {"momentum": moving_average(state.collections["momentum"], online["momentum"], decay)}
+
+
+def update_average(state: State, good: Flag, decay: float) -> Tree:
+  """The average after a step, moved towards the weights of the state after it; the same after a skipped step.
+
+  The decay of step `n`, counted from 1, is `min(decay, (1 + n) / (10 + n))`, as in TensorFlow's
+  ExponentialMovingAverage with `num_updates`: the average soon forgets the initial weights. A weight that does not
+  change, such as a frozen one, is equal to its average, bit for bit.
+
+  Args:
+    state: state after the step, with the average before it; without an average, the result is empty, too.
+    good: whether the step was not skipped.
+    decay: largest decay, 0 or more and less than 1.
+  """
+  if not state.average:
+    return state.average
+  share = jnp.where(good, jnp.maximum(1 - decay, 9 / (10 + state.step)), 0.0)
+  weights = weights_of(state.params, state.collections)
+  return jax.tree.map(lambda old, new: old + share * (new - old), state.average, weights)
 
 
 def is_spike(norm: Scalar, state: dict[str, Array], factor: float) -> tuple[Flag, dict[str, Array]]:

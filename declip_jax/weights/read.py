@@ -85,6 +85,7 @@ class Weights(NamedTuple):
     remarks: guesses and omissions that a user should know of.
     step: step of a run's checkpoint, None for other files.
     tokens: whether training compared tokens only, and no pooled embeddings, as in FILIP.
+    average: decay of the moving average of the weights of a run that these are; 0 if they are no average.
   """
 
   origin: str
@@ -97,6 +98,7 @@ class Weights(NamedTuple):
   remarks: tuple[str, ...] = ()
   step: int | None = None
   tokens: bool = False
+  average: float = 0.0
 
 
 def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None, step: Step = None) -> Weights:
@@ -106,7 +108,7 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
     path: a file (`.pt`, `.pth.tar`, `.bin`, `.safetensors`), a folder of open_clip or Hugging Face, our orbax export,
       the working directory of a run, or one of its checkpoints, `RUN/checkpoints/STEP` or `RUN/checkpoints/best`.
     settings: fields that override what was recognised, such as `{"image.heads": 12, "image.activation": "gelu"}`: those
-      of `config.model`, and `image_size`, `interpolation`, `resize` and `squash`.
+      of `config.model`, and `image_size`, `interpolation`, `resize` and `squash`; and `average`, see `read_run`.
     step: checkpoint of a run, the newest by default; "best" is the best by `config.checkpoint.best_metric`.
 
   Raises:
@@ -240,6 +242,9 @@ def _is_open_clips(name: str, extras: Mapping[str, Any]) -> bool:
 def read_run(workdir: str | os.PathLike[str], step: Step = None, settings: Mapping[str, Any] | None = None) -> Weights:
   """The model of a run at its newest undamaged checkpoint, or at `step`, by the config saved with it; see `read`.
 
+  If the run has an average of the weights, `config.optimizer.ema`, that is read; the setting `average=False` reads the
+  weights themselves.
+
   Raises:
     FileNotFoundError: no such checkpoint.
     ValueError: the checkpoint is damaged, or a setting is unknown; see `read`.
@@ -255,7 +260,7 @@ def read_run(workdir: str | os.PathLike[str], step: Step = None, settings: Mappi
       wanted = "checkpoint" if step is None else f"checkpoint of step {chosen}"
       raise FileNotFoundError(f"{workdir} has no {wanted}; its checkpoints are of steps {steps}")
     remarks = []
-    while damage := checkpoints.check(chosen, ("model", "config"))[0]:
+    while damage := checkpoints.check(chosen, ("model", "average", "config"))[0]:
       older = [other for other in steps if other < chosen and step is None]
       if not older:
         raise ValueError(f"{workdir}: the checkpoint of step {chosen} is damaged: {damage}")
@@ -265,12 +270,15 @@ def read_run(workdir: str | os.PathLike[str], step: Step = None, settings: Mappi
     objective = make_objective(config["objective"])
     model, data, heads = config["model"], config["data"], objective.heads
     _, variables = abstract_variables(model, heads, data["image_size"])
-    params, collections = checkpoints.restore_model(chosen, variables["params"], variables["collections"])
+    average, settings = _average(config["optimizer"]["ema"], settings or {}, str(workdir))
+    params, collections = checkpoints.restore_model(
+      chosen, variables["params"], variables["collections"], average=average > 0
+    )
     collections = _without_momentum(collections)
   finally:
     checkpoints.close()
   weights = Weights(
-    origin=f"declip_jax, step {chosen}",
+    origin=f"declip_jax, step {chosen}{', average of the weights' if average else ''}",
     model=model,
     heads=heads,
     params=params,
@@ -279,8 +287,23 @@ def read_run(workdir: str | os.PathLike[str], step: Step = None, settings: Mappi
     step=chosen,
     remarks=tuple(remarks),
     tokens=objective.compares_tokens,
+    average=average,
   )
-  return _with_settings(weights, settings or {}, str(workdir))
+  return _with_settings(weights, settings, str(workdir))
+
+
+def _average(ema: float, settings: Mapping[str, Any], name: str) -> tuple[float, dict[str, Any]]:
+  """The decay of the average to read, 0 for the weights themselves, and the settings without the one that chooses.
+
+  A run without an average does not have that setting.
+  """
+  others = dict(settings)
+  if not ema:
+    return 0.0, others
+  wanted = others.pop("average", True)
+  if not isinstance(wanted, bool):
+    raise ValueError(f"{name}: average={wanted!r}: expected True or False")
+  return ema if wanted else 0.0, others
 
 
 def _best(checkpoints: Checkpoints, workdir: Path) -> int:

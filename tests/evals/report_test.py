@@ -224,6 +224,7 @@ def test_a_mean_says_which_data_sets_it_contains(tmp_path: Path) -> None:
   ("weights", "cells"),
   [
     ({"path": "runs/a", "origin": "declip_jax, step 9", "step": 9}, ("`runs/a`", "9")),
+    ({"path": "runs/a", "origin": "x", "step": 9, "average": 0.99}, ("`runs/a` (moving average, decay 0.99)", "9")),
     ({"path": "w/a.pt", "origin": "OpenAI", "step": None}, ("`w/a.pt` (OpenAI)", "")),
     ({"origin": "OpenAI", "step": None}, ("OpenAI", "")),
   ],

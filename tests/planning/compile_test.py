@@ -1,5 +1,6 @@
 """Tests of `declip_jax.planning.compile`: the memory of a step on two devices, and libtpu's out-of-memory messages."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -28,6 +29,17 @@ def test_memory_is_the_size_of_the_state_shards(config: ConfigDict, step: compil
   assert found.batch == sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values()) / 2
   assert found.temporaries == step.compiled.memory_analysis().temp_size_in_bytes
   assert found.parameters + found.optimizer_state + found.batch + found.temporaries <= found.peak
+
+
+def test_memory_has_the_average_of_the_weights(config: ConfigDict, step: compilation.CompiledStep):
+  before = compilation.memory(step)
+  with_average = config.copy_and_resolve_references()
+  with_average.optimizer.ema = 0.9
+  state = compilation.state_shapes(with_average, build.build(with_average, jax.devices()[:2]))
+  whole = compilation.bytes_per_device(state.params)
+  assert compilation.bytes_per_device(state.average) == whole
+  after = compilation.memory(dataclasses.replace(step, state=step.state.replace(average=step.state.params)))
+  assert after.optimizer_state == before.optimizer_state + before.parameters
 
 
 @pytest.mark.parametrize(

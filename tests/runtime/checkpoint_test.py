@@ -23,7 +23,7 @@ from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.retention import KeepFirstOfEach
 from declip_jax.runtime.seal import is_sealed, read_seals
 from declip_jax.sharding import make_mesh
-from declip_jax.training.state import State
+from declip_jax.training.state import State, start_average
 
 
 def make_state(value: float, mesh: jax.sharding.Mesh) -> State:
@@ -354,6 +354,51 @@ def test_checkpoints_without_seals_and_counters_are_restored(tmp_path: Path) -> 
   checkpoints.close()
   assert {name: int(x) for name, x in found.state.skipped.items()} == {"total": 0, "in_a_row": 0, "later": 0}
   assert (found.step, found.messages) == (3, [])
+
+
+def averaged(value: float) -> State:
+  """A state of a model with batch norms whose average differs from its weights."""
+  state = make_state(value, make_mesh(2, 4))
+  halves = {"towers": {"batch_stats": {"mean": state.step * 1.0}}, "heads": {"bank": state.collections["bank"]}}
+  state = start_average(state.replace(collections=halves))
+  return state.replace(average=jax.tree.map(lambda x: x + 0.5, state.average))
+
+
+def test_an_average_of_the_weights_is_restored_and_read_by_itself(tmp_path: Path) -> None:
+  state, checkpoints = averaged(3), Checkpoints(tmp_path)
+  checkpoints.save(3, state, data={}, config={})
+  checkpoints.wait()
+  found = checkpoints.restore_newest(abstract_like(averaged(0)))
+  assert found.messages == []
+  assert jax.tree.map(lambda x: x.sharding, found.state) == jax.tree.map(lambda x: x.sharding, state)
+  jax.tree.map(np.testing.assert_array_equal, found.state, state)
+  arguments = [abstract_like(tree) for tree in (state.params, state.collections)]
+  raw, average = (checkpoints.restore_model(3, *arguments, average=wanted) for wanted in (False, True))
+  jax.tree.map(np.testing.assert_array_equal, raw, (state.params, state.collections))
+  statistics = {"towers": {"batch_stats": {"mean": np.float32(3.5)}}}
+  expected = {"kernel": state.params["kernel"] + 0.5}, {**state.collections, **statistics}
+  jax.tree.map(np.testing.assert_array_equal, average, expected)
+  wider = averaged(0)
+  wider = wider.replace(average={**wider.average, "params": {"kernel": jnp.zeros(9)}})
+  with pytest.raises(ValueError, match=r"does not fit the config: params/kernel is \(8, 2\) in the checkpoint"):
+    checkpoints.restore(3, abstract_like(wider))
+  checkpoints.close()
+
+
+def test_a_run_may_begin_and_give_up_an_average_of_the_weights(tmp_path: Path) -> None:
+  state, checkpoints = averaged(3), Checkpoints(tmp_path, keep_last=2)
+  checkpoints.save(3, state.replace(average={}), data={}, config={})
+  checkpoints.wait()
+  begun = checkpoints.restore_newest(abstract_like(state))
+  expected = {"params": state.params, "batch_stats": {"towers": {"mean": 3.0}}}
+  jax.tree.map(np.testing.assert_array_equal, begun.state.average, expected)
+  assert ["checkpoint 3 has no average" in message for message in begun.messages] == [True]
+  checkpoints.save(5, state, data={}, config={})
+  checkpoints.wait()
+  ended = checkpoints.restore_newest(abstract_like(state.replace(average={})))
+  assert ended.state.average == {}
+  assert ["checkpoint 5 is not continued" in message for message in ended.messages] == [True]
+  checkpoints.close()
 
 
 def test_a_checkpoint_that_a_killed_run_did_not_seal_is_sealed_once_it_is_restored(tmp_path: Path) -> None:

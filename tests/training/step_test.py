@@ -10,8 +10,8 @@ import pytest
 
 from declip_jax.models.model import Model
 from declip_jax.training.gradient import Result
-from declip_jax.training.state import State
-from declip_jax.training.step import _diagnose_if, is_spike, train_step
+from declip_jax.training.state import State, start_average
+from declip_jax.training.step import _diagnose_if, is_spike, train_step, update_average
 from declip_jax.types import Outputs
 
 
@@ -33,7 +33,10 @@ def take_step(
   optimizer: optax.GradientTransformation | None = None,
   **options: object,
 ) -> State:
-  """The state after a step on `params` with these gradients, by default of gradient descent."""
+  """The state after a step on `params` with these gradients, by default of gradient descent.
+
+  With `ema`, it has an average, which is larger than the parameters by 1 before the step.
+  """
   optimizer = optimizer or optax.identity()
   zero = jnp.zeros((), jnp.int32)
   counts = {"total": zero, "in_a_row": zero, "measured": zero, "log_norm": jnp.zeros(())} | (skipped or {})
@@ -42,8 +45,11 @@ def take_step(
     result = Result(jnp.float32(loss), {}, Outputs(), {"seen": collections["seen"] + 1})
     return result, jax.tree.map(jnp.float32, gradients)
 
+  state = State(zero, params, optimizer.init(params), {"seen": zero + 1}, counts)
+  if "ema" in options:
+    state = state.replace(average=jax.tree.map(lambda x: x + 1, start_average(state).average))
   state, _ = train_step(
-    State(zero, params, optimizer.init(params), {"seen": zero + 1}, counts),
+    state,
     {},
     model=ToyModel(),
     optimizer=optimizer,
@@ -101,6 +107,53 @@ def test_an_entry_whose_update_is_not_finite_keeps_its_value() -> None:
   optimizer = optax.stateless(lambda updates, _: jax.tree.map(lambda x: x / (x > 0), updates))
   state = take_step(tree([1, 1], 1), tree([0, 1], 1), rate=1.0, optimizer=optimizer)
   assert state.params["towers"]["image"]["kernel"].tolist() == pytest.approx([1, 0])
+
+
+@pytest.mark.parametrize(("ema", "kept"), [(0.1, 0.1), (0.9, 2 / 11)])
+def test_a_step_moves_the_average_to_the_new_weights(ema: float, kept: float) -> None:
+  """An entry whose update is not finite keeps its value, and the average follows that."""
+  optimizer = optax.stateless(lambda updates, _: jax.tree.map(lambda x: x * x / x, updates))
+  state = take_step(tree([1, 1], 1), tree([0, 2], 3), optimizer=optimizer, ema=ema)
+  average = state.average["params"]
+  assert state.params["towers"]["image"]["kernel"].tolist() == pytest.approx([1, 0.8])
+  assert average["towers"]["image"]["kernel"].tolist() == pytest.approx([1 + kept, 2 * kept + (1 - kept) * 0.8])
+  assert float(average["heads"]["logit_scale"]) == pytest.approx(2 * kept + (1 - kept) * 0.7)
+
+
+def test_a_skipped_step_does_not_move_the_average_and_without_one_there_is_none() -> None:
+  for options in ({"loss": math.nan}, {"rate": math.nan}):
+    state = take_step(tree([1, 1], 1), tree([2, 2], 2), ema=0.5, **options)
+    jax.tree.map(np.testing.assert_array_equal, state.average["params"], tree([2, 2], 2, 1))
+  assert take_step(tree([1, 1], 1), tree([2, 2], 2)).average == {}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.45, 0.999])
+def test_the_average_is_that_of_a_loop(decay: float) -> None:
+  """Over parameters and batch statistics, with one skipped step; what does not change is equal to its average."""
+  rng, zero = np.random.default_rng(0), jnp.zeros((), jnp.int32)
+
+  def draw() -> tuple[dict, dict]:
+    kernel, mean = (jnp.asarray(rng.normal(size=5), jnp.float32) for _ in range(2))
+    return {"kernel": kernel, "frozen": frozen}, {"towers": {"batch_stats": {"mean": mean}}, "heads": {"bank": kernel}}
+
+  frozen = jnp.asarray(rng.normal(size=1000), jnp.float32)
+  params, collections = draw()
+  state = start_average(State(zero, params, {}, collections, {}))
+  kernel, mean = (np.asarray(x, np.float64) for x in (params["kernel"], collections["towers"]["batch_stats"]["mean"]))
+  update = jax.jit(lambda state, good: update_average(state, good, decay))
+  for step in range(1, 10):
+    params, collections = draw()
+    state = state.replace(step=zero + step, params=params, collections=collections)
+    state = state.replace(average=update(state, jnp.bool_(step != 4)))
+    if step != 4:
+      kept = min(decay, (1 + step) / (10 + step))
+      kernel = kept * kernel + (1 - kept) * np.asarray(params["kernel"])
+      mean = kept * mean + (1 - kept) * np.asarray(collections["towers"]["batch_stats"]["mean"])
+    np.testing.assert_allclose(state.average["params"]["kernel"], kernel, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(state.average["batch_stats"]["towers"]["mean"], mean, rtol=0, atol=1e-6)
+  np.testing.assert_array_equal(state.average["params"]["frozen"], frozen)
+  assert state.average["batch_stats"].keys() == {"towers"}
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.average)} == {np.dtype("float32")}
 
 
 def test_a_step_that_is_not_measured_has_no_nan() -> None:

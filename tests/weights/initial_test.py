@@ -13,12 +13,15 @@ import pytest
 import references as reference
 from tiny import tiny_config
 
-from declip_jax import architectures, build, config, train
+from declip_jax import architectures, build, config, first_state, train
 from declip_jax.models.bank import Bank
 from declip_jax.reporting.metrics import read_metrics
-from declip_jax.training.state import State
+from declip_jax.runtime.checkpoint import Checkpoints
+from declip_jax.training.state import State, start_average
 from declip_jax.weights.initial import initialise, load_weights, read_initial, resize_positions
-from declip_jax.weights.read import Weights, from_state_dict, read_run
+from declip_jax.weights.read import Weights, _average, from_state_dict, read_run
+from declip_jax.weights.read import read as read_weights
+from declip_jax.weights.write import write
 
 MakeState = Callable[..., State]
 Runs = Callable[[str], Path]
@@ -206,6 +209,42 @@ def test_a_momentum_tower_starts_as_the_loaded_tower(runs: Runs, random_state: M
   assert len(pointers) == len(set(pointers))  # a step donates both
   assert of_line(lines, "newly initialised: ") == {"heads/momentum_predict", "heads/momentum_project"}
   assert {"heads/text_projection/bias", "heads/predictor/linear1/kernel", "heads/bank/text"} <= of_line(lines, "not in")
+
+
+def test_a_run_starts_from_the_average_of_another_and_its_own_average_from_its_weights(
+  random_state: MakeState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  c = bare("clip")
+  fresh, built = start_average(random_state(c)), build.build(c)
+  c.optimizer.ema, c.init_from.path = 0.5, str(tmp_path / "run")
+  saved = jax.device_put(jax.device_get(fresh), jax.devices()[0])
+  saved = saved.replace(average=jax.tree.map(lambda x: x + 1, saved.average))
+  checkpoints = Checkpoints(tmp_path / "run")
+  checkpoints.save(3, saved, data={}, config=c.to_dict())
+  checkpoints.close()
+  monkeypatch.setattr(first_state, "create_state", lambda *_, **__: fresh)
+  for settings, params, origin, decay in (
+    ((), saved.average["params"], "declip_jax, step 3, average of the weights", 0.5),
+    (("average=False",), saved.params, "declip_jax, step 3", 0.0),
+  ):
+    c.init_from.settings = settings
+    weights = read(c)
+    assert (weights.origin, weights.average) == (origin, decay)
+    state, lines = first_state.first_state(c, built, fresh, weights)
+    assert_same(state.params, params)
+    assert_same(state.average, {"params": params, "batch_stats": {}})
+    assert lines[0].startswith(f"loaded from {origin}: ")
+    here, expected = (jax.tree.map(lambda x: x.sharding, tree) for tree in (state, fresh))
+    assert here == expected
+  write(read_run(tmp_path / "run"), tmp_path / "export", "orbax")
+  assert_same(read_weights(tmp_path / "export").params, saved.average["params"])
+
+
+def test_only_a_run_with_an_average_has_the_setting(clip_run: Path) -> None:
+  with pytest.raises(ValueError, match="this model has no field 'average'"):
+    read_run(clip_run, settings={"average": False})
+  with pytest.raises(ValueError, match="run: average=0: expected True or False"):
+    _average(0.9, {"average": 0}, "run")
 
 
 @pytest.mark.slow

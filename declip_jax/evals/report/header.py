@@ -144,10 +144,12 @@ def _row(method: Method) -> list[str]:
 
 def _weights(one: Scored) -> str | None:
   """The path of the weights that were evaluated, and what kind of file it is unless it is a run, which has a step."""
-  path, origin = one.weights.get("path"), one.weights.get("origin")
+  path, origin, average = (one.weights.get(name) for name in ("path", "origin", "average"))
   if not path:
     return origin
-  return f"`{path}`" if one.weights.get("step") is not None or not origin else f"`{path}` ({origin})"
+  is_run = one.weights.get("step") is not None
+  remark = f"moving average, decay {average:g}" if average else "" if is_run else origin
+  return f"`{path}` ({remark})" if remark else f"`{path}`"
 
 
 def _training_data(report: Report) -> Iterator[Block]:
