@@ -1,4 +1,4 @@
-"""Matches the classes of a source with those of a data set by their names, since their orders differ.
+"""Matches the classes of a source or a model with those of a data set by their names, since their orders differ.
 
 The same data set has its classes in different orders in different places: 36 of the 37 Oxford pets have another number
 in CLIP's list than in TFDS and CLIP_benchmark. Matched by number, a model would score at chance.
@@ -51,7 +51,42 @@ def align(data: DataSet, classnames: Sequence[str], spec: str) -> Int[np.ndarray
     return _within_parent(data, above)
   if data.parent and numbers is not None and len(numbers) == len(data_set(data.parent).classes):
     return _within_parent(data, _by_number(data_set(data.parent), numbers, spec))
-  raise ValueError(_left_over(data, classnames, spec))
+  raise ValueError(_left_over(data, classnames, spec, "its", "the source"))
+
+
+def align_model(data: DataSet, classnames: Sequence[str], place: str) -> tuple[tuple[int, ...], ...]:
+  """Returns for each class of `data` the classes of a model that it comprises.
+
+  Names are matched as in `align`, except that numbers are names like others. The model may have more classes. Several
+  of them are one class of `data` if the model has all classes of its parent, such as ImageNet's for ObjectNet.
+
+  Args:
+    data: a data set with classes.
+    classnames: the names of the model's classes.
+    place: start of messages.
+
+  Raises:
+    ValueError: a class of `data` has none, or which it has is not clear; the message lists what is left on both sides.
+  """
+  found, merges = _match(data, classnames), any(len(numbers) > 1 for numbers in data.parent_ids)
+  if found is None and data.parent and (above := _match_some(data_set(data.parent), classnames)) is not None:
+    found = _within_parent(data, above)
+  if found is None and not merges:  # a folder that is called by one of several WordNet ids does not stand for all
+    found = _match_some(data, classnames)
+  if found is None:
+    of = data_set(data.parent) if merges else data
+    raise ValueError(_left_over(of, classnames, place, "the model's", "the model"))
+  return tuple(tuple(np.flatnonzero(found == number).tolist()) for number in range(len(data.classes)))
+
+
+def _match_some(data: DataSet, classnames: Sequence[str]) -> Int[np.ndarray, "classes"] | None:
+  """The classes by name, where other names than those of the data set are left out."""
+  known, found = _known(data), np.full(len(classnames), -1, np.int32)
+  places = [place for place, name in enumerate(map(canonical, classnames)) if name in known]
+  if (own := _match(data, [classnames[place] for place in places])) is None:
+    return None
+  found[places] = own
+  return found
 
 
 def _match(data: DataSet, classnames: Sequence[str]) -> Int[np.ndarray, "classes"] | None:
@@ -136,7 +171,8 @@ def _kind(spec: str) -> str:
   return kind
 
 
-def _left_over(data: DataSet, classnames: Sequence[str], spec: str) -> str:
+def _left_over(data: DataSet, classnames: Sequence[str], place: str, whose: str, side: str) -> str:
+  """The message on names that do not map one to one; `whose` and `side` say in words whose names they are."""
   known, names = _known(data), list(map(canonical, data.classes))
   theirs = Counter(names[known[name][0]] if name in known else name for name in map(canonical, classnames))
   ours = Counter(names)
@@ -146,10 +182,10 @@ def _left_over(data: DataSet, classnames: Sequence[str], spec: str) -> str:
     alike = Counter(
       name for name, own in zip(names, data.classes, strict=True) if ours[name] > 1 and own not in classnames
     )
-    return f"{spec}: which of its classes are those of {data.key} with the names {_few(alike)} is not clear"
+    return f"{place}: which of {whose} classes are those of {data.key} with the names {_few(alike)} is not clear"
   return (
-    f"{spec}: the names of its {len(classnames)} classes do not map one to one onto the {len(data.classes)} of "
-    f"{data.key}; only in the source: {_few(foreign)}; only in {data.key}: {_few(missing)}"
+    f"{place}: the names of {whose} {len(classnames)} classes do not map one to one onto the {len(data.classes)} of "
+    f"{data.key}; only in {side}: {_few(foreign)}; only in {data.key}: {_few(missing)}"
   )
 
 
