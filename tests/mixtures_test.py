@@ -111,6 +111,10 @@ def test_results_of_mixtures_have_the_share_and_a_name_of_their_own(
   assert "share" not in whole.weights
 
 
+def test_shares_are_those_of_wise_ft_by_default() -> None:
+  assert evaluate._shares(evaluate._ALPHA) == pytest.approx(np.arange(21) / 20)
+
+
 def test_wrong_shares_are_named(start: Clip, given: SimpleNamespace) -> None:
   given.alpha = ["0", "half"]
   with pytest.raises(ValueError, match=r"--alpha=0,half: 'half' is not a number from 0 to 1"):
