@@ -56,6 +56,16 @@ def test_a_fine_tuned_model_is_mixed_with_the_zero_shot_classifier_of_its_classe
     np.testing.assert_allclose(leaf, (before[path] + after[path]) / 2, rtol=1e-5, err_msg=path)
 
 
+def test_the_zero_shot_classifier_has_names_in_place_of_wordnet_ids(start: Clip, capsys: pytest.CaptureFixture) -> None:
+  ids = ("n01440764", "n01443537", "n02084071")  # of which ImageNet does not have the last one
+  end = make_clip(1, ("classifier",), heads__num_classes=3, heads__classnames=ids, heads__classify_joint=True)
+  ((_, first),) = mixtures(start, end, (0,), TEMPLATES)
+  rows = start.classifier(("tench", "goldfish", "n02084071"), TEMPLATES)
+  np.testing.assert_allclose(arrays(first)["heads/classifier/kernel"], rows.T)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("a class name is a WordNet id that ImageNet does not have, such as n02084071")
+
+
 def test_models_that_compute_different_things_cannot_be_mixed(start: Clip) -> None:
   changes = [
     (

@@ -15,6 +15,7 @@ from declip_jax.evals.catalogue import DataSet, data_set
 
 _SHOWN = 8  # names on each side of a message
 _PREFIX = re.compile(r"^(?:\d{3}\.(?=\D)|/[a-z]/)")  # 001.Black_footed_Albatross in CUB, /a/abbey in SUN
+_WORDNET_ID = re.compile(r"n\d{8}")
 _WRAPPERS = ("heldout", "kept", "border")  # kinds of sources with another source inside
 
 
@@ -87,6 +88,25 @@ def _match_some(data: DataSet, classnames: Sequence[str]) -> Int[np.ndarray, "cl
     return None
   found[places] = own
   return found
+
+
+def names_for_prompts(classnames: Sequence[str]) -> tuple[tuple[str, ...], str]:
+  """Returns names of classes with ImageNet's names in place of its WordNet ids, and a remark if any name is an id.
+
+  Args:
+    classnames: names of classes, such as those of folders.
+  """
+  ids = [name for name in classnames if _WORDNET_ID.fullmatch(name)]
+  if not ids:
+    return tuple(classnames), ""
+  imagenet = data_set("imagenet")
+  known = dict(zip(imagenet.folders, imagenet.classes, strict=True))
+  names = tuple(known.get(name, name) for name in classnames)
+  if unknown := [name for name in ids if name not in known]:
+    several = f"{len(unknown)} class names are WordNet ids" if len(unknown) > 1 else "a class name is a WordNet id"
+    remark = f"{several} that ImageNet does not have, such as {unknown[0]}: prompts have the id for a name"
+    return names, f"{remark}; a classnames.txt next to the data gives names"
+  return names, f"prompts have ImageNet's names in place of WordNet ids, such as {known[ids[0]]!r} for {ids[0]}"
 
 
 def _match(data: DataSet, classnames: Sequence[str]) -> Int[np.ndarray, "classes"] | None:
