@@ -356,10 +356,10 @@ def _models(clip: Clip, config: ConfigDict | None, path: str | os.PathLike[str])
     return
   shares = _shares(given.alpha or _ALPHA)
   start = load(given.interpolate_with, {"image_size": clip.view.size})
-  templates = config.init_from.templates if config and config.init_from.templates else given.template
+  own = config.init_from.templates if config and not given["template"].present else ()
   other = _model_facts(start, given.interpolate_with).weights
   try:
-    for share, mixed in mixtures(start, clip, shares, templates):
+    for share, mixed in mixtures(start, clip, shares, own or given.template):
       weights = {**facts.weights, "hash": mixed.weights_hash, "share": share, "interpolated_with": other}
       pretrained = f"{facts.pretrained}-share-{share:g}"
       yield mixed, dataclasses.replace(facts, pretrained=pretrained, weights=weights)

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
 import pytest
+from tiny import tiny_config
 
 from declip_jax import evaluate
 from declip_jax.clip import Clip
@@ -95,15 +96,24 @@ def test_only_a_classifier_of_joint_embeddings_has_a_zero_shot_counterpart(start
     next(mixtures(start, finetuned(), (0.5,), TEMPLATES))
 
 
+class Given(SimpleNamespace):
+  """Values of flags; all are given on the command line, except those in `absent`."""
+
+  absent = ()
+
+  def __getitem__(self, name: str) -> SimpleNamespace:
+    return SimpleNamespace(present=name not in self.absent)
+
+
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-  given = SimpleNamespace(interpolate_with="runs/clip", alpha=["0.25", "1"], template=list(TEMPLATES))
+def given(monkeypatch: pytest.MonkeyPatch) -> Given:
+  given = Given(interpolate_with="runs/clip", alpha=["0.25", "1"], template=list(TEMPLATES))
   monkeypatch.setattr(evaluate.flags, "FLAGS", given)
   return given
 
 
 def test_results_of_mixtures_have_the_share_and_a_name_of_their_own(
-  start: Clip, given: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+  start: Clip, given: Given, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   monkeypatch.setattr(evaluate, "load", lambda path, settings: {"runs/clip": start}[path])
   end = make_clip(1)
@@ -125,7 +135,27 @@ def test_shares_are_those_of_wise_ft_by_default() -> None:
   assert evaluate._shares(evaluate._ALPHA) == pytest.approx(np.arange(21) / 20)
 
 
-def test_wrong_shares_are_named(start: Clip, given: SimpleNamespace) -> None:
+@pytest.mark.parametrize(
+  ("absent", "own", "expected"),
+  [((), ("own {}",), TEMPLATES), (("template",), ("own {}",), ("own {}",)), (("template",), (), TEMPLATES)],
+)
+def test_prompts_of_the_command_line_replace_those_of_the_run(
+  absent: tuple[str, ...],
+  own: tuple[str, ...],
+  expected: tuple[str, ...],
+  start: Clip,
+  given: Given,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  c, used = tiny_config("finetune"), []
+  given.absent, c.init_from.templates = absent, own
+  monkeypatch.setattr(evaluate, "load", lambda path, settings: start)
+  monkeypatch.setattr(evaluate, "mixtures", lambda start, end, shares, templates: used.extend(templates) or [])
+  assert [*evaluate._models(start, c, Path("run"))] == []
+  assert tuple(used) == expected
+
+
+def test_wrong_shares_are_named(start: Clip, given: Given) -> None:
   given.alpha = ["0", "half"]
   with pytest.raises(ValueError, match=r"--alpha=0,half: 'half' is not a number from 0 to 1"):
     next(evaluate._models(start, None, Path("run")))
