@@ -652,13 +652,13 @@ def make_evaluators(
 
   Raises:
     OSError: a data file cannot be read.
-    ValueError: a source has classes that the classifier lacks; see also `make_jobs`.
+    ValueError: the classes of a source are not those of the classifier, see `classify.columns`; see also `make_jobs`.
   """
   jobs, read = make_jobs(evals), DecodedImages(int(cache_gib * 2**30))
-  for job in jobs:
-    names = job.data.get("classnames") or job.splits["test"].source.classnames
-    if EVALUATORS[job.kind].needs_classifier and names and classnames:
-      columns(names, classnames, f"config.evals.{job.name}")
+  for job in (job for job in jobs if EVALUATORS[job.kind].needs_classifier):
+    test, key = job.splits["test"], job.data.get("key", "")
+    names = job.data.get("classnames") or test.source.classnames
+    columns(test, names, classnames, key, f"config.evals.{job.name}")
 
   def is_due(job: Job, number: int) -> bool:
     return number % evals[_entry(job)].get("every", 1) == 0

@@ -68,7 +68,7 @@ from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256  # without a run's config
 _LONGEST = 60  # signs of a spec in the name of a data set
-_ALPHA = [f"{tenths / 10:g}" for tenths in range(11)]
+_ALPHA = [f"{part / 20:g}" for part in range(21)]  # those of WiSE-FT
 
 
 class Place(NamedTuple):
@@ -364,10 +364,10 @@ def _models(clip: Clip, config: ConfigDict | None, path: str | os.PathLike[str])
     return
   shares = _shares(given.alpha or _ALPHA)
   start = load(given.interpolate_with, {"image_size": clip.view.size})
-  templates = config.init_from.templates if config and config.init_from.templates else given.template
+  own = config.init_from.templates if config and not given["template"].present else ()
   other = _model_facts(start, given.interpolate_with).weights
   try:
-    for share, mixed in mixtures(start, clip, shares, templates):
+    for share, mixed in mixtures(start, clip, shares, own or given.template):
       weights = {**facts.weights, "hash": mixed.weights_hash, "share": share, "interpolated_with": other}
       pretrained = f"{facts.pretrained}-share-{share:g}"
       yield mixed, dataclasses.replace(facts, pretrained=pretrained, weights=weights)
@@ -435,7 +435,11 @@ def main() -> None:
   flags.DEFINE_string(
     "interpolate_with", None, "Weights before fine-tuning, to evaluate mixtures with those of --workdir (WiSE-FT)."
   )
-  flags.DEFINE_list("alpha", None, f"Shares of --workdir in the mixtures, 0 to 1; by default {','.join(_ALPHA)}.")
+  flags.DEFINE_list(
+    "alpha",
+    None,
+    f"Shares of --workdir in the mixtures, 0 to 1; by default {_ALPHA[0]},{_ALPHA[1]}, ..., {_ALPHA[-1]}.",
+  )
   flags.DEFINE_integer(
     "batch_size", None, "Images and texts encoded at once; by default that of the run, or 256.", lower_bound=1
   )

@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 from declip_jax import build
 from declip_jax.clip import Clip
+from declip_jax.evals.classes import names_for_prompts
 from declip_jax.training.state import State, create_state, start_average
 from declip_jax.weights.initial import initialise, read_initial, set_classifier
 from declip_jax.weights.read import Weights
@@ -38,7 +39,9 @@ def first_state(
     return state, []
   state, messages = initialise(state, weights, config.init_from.groups, model)
   if config.init_from.templates:
-    rows = Clip(weights, built.mesh).classifier(config.model.heads.classnames, config.init_from.templates)
+    names, remark = names_for_prompts(config.model.heads.classnames)
+    messages += [remark] if remark else []
+    rows = Clip(weights, built.mesh).classifier(names, config.init_from.templates)
     messages.append(f"the classifier starts from the embeddings of {len(rows)} class names")
     state = set_classifier(state, rows)
   return start_average(state) if state.average else state, messages

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from declip_jax.clip import Clip
+from declip_jax.evals.classes import names_for_prompts
+from declip_jax.reporting.progress import message
 from declip_jax.weights.interpolate import interpolate
 
 Tree = Any
@@ -64,7 +66,10 @@ def _check_alike(start: Clip, end: Clip) -> None:
 def _zero_shot_rows(start: Clip, end: Clip, templates: Sequence[str]) -> np.ndarray:
   """The zero-shot classifier of `start` for the classes of `end`, `[classes d]`."""
   shape = end.params["heads"]["classifier"]["kernel"].shape
-  rows = start.classifier(end.classnames, templates)
+  names, remark = names_for_prompts(end.classnames)
+  if remark and jax.process_index() == 0:
+    message(remark)
+  rows = start.classifier(names, templates)
   if rows.T.shape != shape:
     raise ValueError(
       f"the classifier of {end.origin} has the shape {shape}, and the embeddings of its class names {rows.T.shape}: "

@@ -2,7 +2,9 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from flax.traverse_util import flatten_dict
 import jax
@@ -13,6 +15,7 @@ from runs import assert_equal, final_state, killed_before_line
 from tiny import FinishedRun, tiny_config
 
 from declip_jax import architectures, build, config, train
+from declip_jax import first_state as first_state_lib
 from declip_jax.clip import load
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.recipes import RECIPES
@@ -85,6 +88,29 @@ def test_the_first_state_has_the_tower_and_the_zero_shot_classifier(finished_run
 
 
 @pytest.mark.parametrize(
+  ("second", "name", "remark"),
+  [
+    ("n01443537", "goldfish", "prompts have ImageNet's names in place of WordNet ids, such as 'tench' for n01440764"),
+    ("n02084071", "n02084071", "a class name is a WordNet id that ImageNet does not have, such as n02084071"),
+    ("dog", "dog", "prompts have ImageNet's names"),
+  ],
+)
+def test_the_zero_shot_classifier_of_wordnet_ids_is_that_of_their_names(
+  second: str, name: str, remark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  c, built, asked = finetune_config(Path("run")), mock.MagicMock(), []
+  c.model.heads.classnames = ("n01440764", second)
+  encoder = SimpleNamespace(classifier=lambda names, templates: asked.append((names, templates)) or np.eye(2))
+  for function, value in {"create_state": 0, "initialise": (1, ["read"]), "Clip": encoder, "set_classifier": 2}.items():
+    monkeypatch.setattr(first_state_lib, function, lambda *_, value=value, **__: value)
+  state, messages = first_state(c, built, mock.MagicMock(), mock.MagicMock())
+  assert (state, asked) == (2, [(("tench", name), TEMPLATES)])
+  assert messages[0] == "read"
+  assert messages[1].startswith(remark)
+  assert len(messages) == 3
+
+
+@pytest.mark.parametrize(
   ("fields", "message"),
   [
     ({"data.augment_on": "device"}, "config.data.augment_on='device': recipe 'finetune' has RandAugment"),
@@ -119,7 +145,7 @@ def test_classes_of_the_data_have_to_be_those_of_the_classifier() -> None:
   with pytest.raises(ValueError, match="scenes:heldout/8/16 has 30 classes, but config.model.heads.num_classes=70"):
     mixture.check_classes(70, names)
   evals = ConfigDict({"mine": config.classify("scenes:heldout/8/16")})
-  with pytest.raises(ValueError, match=r"config\.evals\.mine has classes that the model does not have: red circle"):
+  with pytest.raises(ValueError, match=r"config\.evals\.mine: .*; only in scenes:heldout/8/16: 'red circle'"):
     build.make_evaluators(evals, Path(), names)
   with pytest.raises(ValueError, match="class 0 is 'red star' in scenes:train/8/16, but 'red cross'"):
     mixture.check_classes(70, (names[1], names[0], *names[2:]))

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
 import pytest
+from tiny import tiny_config
 
 from declip_jax import evaluate
 from declip_jax.clip import Clip
@@ -56,6 +57,16 @@ def test_a_fine_tuned_model_is_mixed_with_the_zero_shot_classifier_of_its_classe
     np.testing.assert_allclose(leaf, (before[path] + after[path]) / 2, rtol=1e-5, err_msg=path)
 
 
+def test_the_zero_shot_classifier_has_names_in_place_of_wordnet_ids(start: Clip, capsys: pytest.CaptureFixture) -> None:
+  ids = ("n01440764", "n01443537", "n02084071")  # of which ImageNet does not have the last one
+  end = make_clip(1, ("classifier",), heads__num_classes=3, heads__classnames=ids, heads__classify_joint=True)
+  ((_, first),) = mixtures(start, end, (0,), TEMPLATES)
+  rows = start.classifier(("tench", "goldfish", "n02084071"), TEMPLATES)
+  np.testing.assert_allclose(arrays(first)["heads/classifier/kernel"], rows.T)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("a class name is a WordNet id that ImageNet does not have, such as n02084071")
+
+
 def test_models_that_compute_different_things_cannot_be_mixed(start: Clip) -> None:
   changes = [
     (
@@ -85,15 +96,24 @@ def test_only_a_classifier_of_joint_embeddings_has_a_zero_shot_counterpart(start
     next(mixtures(start, finetuned(), (0.5,), TEMPLATES))
 
 
+class Given(SimpleNamespace):
+  """Values of flags; all are given on the command line, except those in `absent`."""
+
+  absent = ()
+
+  def __getitem__(self, name: str) -> SimpleNamespace:
+    return SimpleNamespace(present=name not in self.absent)
+
+
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-  given = SimpleNamespace(interpolate_with="runs/clip", alpha=["0.25", "1"], template=list(TEMPLATES))
+def given(monkeypatch: pytest.MonkeyPatch) -> Given:
+  given = Given(interpolate_with="runs/clip", alpha=["0.25", "1"], template=list(TEMPLATES))
   monkeypatch.setattr(evaluate.flags, "FLAGS", given)
   return given
 
 
 def test_results_of_mixtures_have_the_share_and_a_name_of_their_own(
-  start: Clip, given: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+  start: Clip, given: Given, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   monkeypatch.setattr(evaluate, "load", lambda path, settings: {"runs/clip": start}[path])
   end = make_clip(1)
@@ -111,7 +131,31 @@ def test_results_of_mixtures_have_the_share_and_a_name_of_their_own(
   assert "share" not in whole.weights
 
 
-def test_wrong_shares_are_named(start: Clip, given: SimpleNamespace) -> None:
+def test_shares_are_those_of_wise_ft_by_default() -> None:
+  assert evaluate._shares(evaluate._ALPHA) == pytest.approx(np.arange(21) / 20)
+
+
+@pytest.mark.parametrize(
+  ("absent", "own", "expected"),
+  [((), ("own {}",), TEMPLATES), (("template",), ("own {}",), ("own {}",)), (("template",), (), TEMPLATES)],
+)
+def test_prompts_of_the_command_line_replace_those_of_the_run(
+  absent: tuple[str, ...],
+  own: tuple[str, ...],
+  expected: tuple[str, ...],
+  start: Clip,
+  given: Given,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  c, used = tiny_config("finetune"), []
+  given.absent, c.init_from.templates = absent, own
+  monkeypatch.setattr(evaluate, "load", lambda path, settings: start)
+  monkeypatch.setattr(evaluate, "mixtures", lambda start, end, shares, templates: used.extend(templates) or [])
+  assert [*evaluate._models(start, c, Path("run"))] == []
+  assert tuple(used) == expected
+
+
+def test_wrong_shares_are_named(start: Clip, given: Given) -> None:
   given.alpha = ["0", "half"]
   with pytest.raises(ValueError, match=r"--alpha=0,half: 'half' is not a number from 0 to 1"):
     next(evaluate._models(start, None, Path("run")))

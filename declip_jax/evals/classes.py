@@ -1,4 +1,4 @@
-"""Matches the classes of a source with those of a data set by their names, since their orders differ.
+"""Matches the classes of a source or a model with those of a data set by their names, since their orders differ.
 
 The same data set has its classes in different orders in different places: 36 of the 37 Oxford pets have another number
 in CLIP's list than in TFDS and CLIP_benchmark. Matched by number, a model would score at chance.
@@ -15,6 +15,7 @@ from declip_jax.evals.catalogue import DataSet, data_set
 
 _SHOWN = 8  # names on each side of a message
 _PREFIX = re.compile(r"^(?:\d{3}\.(?=\D)|/[a-z]/)")  # 001.Black_footed_Albatross in CUB, /a/abbey in SUN
+_WORDNET_ID = re.compile(r"n\d{8}")
 _WRAPPERS = ("heldout", "kept", "border")  # kinds of sources with another source inside
 
 
@@ -51,7 +52,61 @@ def align(data: DataSet, classnames: Sequence[str], spec: str) -> Int[np.ndarray
     return _within_parent(data, above)
   if data.parent and numbers is not None and len(numbers) == len(data_set(data.parent).classes):
     return _within_parent(data, _by_number(data_set(data.parent), numbers, spec))
-  raise ValueError(_left_over(data, classnames, spec))
+  raise ValueError(_left_over(data, classnames, spec, "its", "the source"))
+
+
+def align_model(data: DataSet, classnames: Sequence[str], place: str) -> tuple[tuple[int, ...], ...]:
+  """Returns for each class of `data` the classes of a model that it comprises.
+
+  Names are matched as in `align`, except that numbers are names like others. The model may have more classes. Several
+  of them are one class of `data` if the model has all classes of its parent, such as ImageNet's for ObjectNet.
+
+  Args:
+    data: a data set with classes.
+    classnames: the names of the model's classes.
+    place: start of messages.
+
+  Raises:
+    ValueError: a class of `data` has none, or which it has is not clear; the message lists what is left on both sides.
+  """
+  found, merges = _match(data, classnames), any(len(numbers) > 1 for numbers in data.parent_ids)
+  if found is None and data.parent and (above := _match_some(data_set(data.parent), classnames)) is not None:
+    found = _within_parent(data, above)
+  if found is None and not merges:  # a folder that is called by one of several WordNet ids does not stand for all
+    found = _match_some(data, classnames)
+  if found is None:
+    of = data_set(data.parent) if merges else data
+    raise ValueError(_left_over(of, classnames, place, "the model's", "the model"))
+  return tuple(tuple(np.flatnonzero(found == number).tolist()) for number in range(len(data.classes)))
+
+
+def _match_some(data: DataSet, classnames: Sequence[str]) -> Int[np.ndarray, "classes"] | None:
+  """The classes by name, where other names than those of the data set are left out."""
+  known, found = _known(data), np.full(len(classnames), -1, np.int32)
+  places = [place for place, name in enumerate(map(canonical, classnames)) if name in known]
+  if (own := _match(data, [classnames[place] for place in places])) is None:
+    return None
+  found[places] = own
+  return found
+
+
+def names_for_prompts(classnames: Sequence[str]) -> tuple[tuple[str, ...], str]:
+  """Returns names of classes with ImageNet's names in place of its WordNet ids, and a remark if any name is an id.
+
+  Args:
+    classnames: names of classes, such as those of folders.
+  """
+  ids = [name for name in classnames if _WORDNET_ID.fullmatch(name)]
+  if not ids:
+    return tuple(classnames), ""
+  imagenet = data_set("imagenet")
+  known = dict(zip(imagenet.folders, imagenet.classes, strict=True))
+  names = tuple(known.get(name, name) for name in classnames)
+  if unknown := [name for name in ids if name not in known]:
+    several = f"{len(unknown)} class names are WordNet ids" if len(unknown) > 1 else "a class name is a WordNet id"
+    remark = f"{several} that ImageNet does not have, such as {unknown[0]}: prompts have the id for a name"
+    return names, f"{remark}; a classnames.txt next to the data gives names"
+  return names, f"prompts have ImageNet's names in place of WordNet ids, such as {known[ids[0]]!r} for {ids[0]}"
 
 
 def _match(data: DataSet, classnames: Sequence[str]) -> Int[np.ndarray, "classes"] | None:
@@ -136,7 +191,8 @@ def _kind(spec: str) -> str:
   return kind
 
 
-def _left_over(data: DataSet, classnames: Sequence[str], spec: str) -> str:
+def _left_over(data: DataSet, classnames: Sequence[str], place: str, whose: str, side: str) -> str:
+  """The message on names that do not map one to one; `whose` and `side` say in words whose names they are."""
   known, names = _known(data), list(map(canonical, data.classes))
   theirs = Counter(names[known[name][0]] if name in known else name for name in map(canonical, classnames))
   ours = Counter(names)
@@ -146,10 +202,10 @@ def _left_over(data: DataSet, classnames: Sequence[str], spec: str) -> str:
     alike = Counter(
       name for name, own in zip(names, data.classes, strict=True) if ours[name] > 1 and own not in classnames
     )
-    return f"{spec}: which of its classes are those of {data.key} with the names {_few(alike)} is not clear"
+    return f"{place}: which of {whose} classes are those of {data.key} with the names {_few(alike)} is not clear"
   return (
-    f"{spec}: the names of its {len(classnames)} classes do not map one to one onto the {len(data.classes)} of "
-    f"{data.key}; only in the source: {_few(foreign)}; only in {data.key}: {_few(missing)}"
+    f"{place}: the names of {whose} {len(classnames)} classes do not map one to one onto the {len(data.classes)} of "
+    f"{data.key}; only in {side}: {_few(foreign)}; only in {data.key}: {_few(missing)}"
   )
 
 

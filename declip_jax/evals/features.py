@@ -237,6 +237,7 @@ class Split:
 
   Attributes:
     source: images, captions and labels.
+    classes: class of each label of the source; None if they are the labels.
     rows: this host's rows of the source.
   """
 
@@ -249,7 +250,7 @@ class Split:
     encode: Encode = encode,
     read: Read = read_batches,
   ):
-    self.source, self._encoders, self._classes = source, encoders, classes
+    self.source, self.classes, self._encoders = source, classes, encoders
     self._encode, self._read = encode, read
     self.rows = host_rows(len(source), jax.process_index(), jax.process_count())
 
@@ -353,21 +354,21 @@ class Split:
     Raises:
       ValueError: on every host; a label is not a class of the source.
     """
-    count, error = len(self.source.classnames) if self._classes is None else len(self._classes), ""
+    count, error = len(self.source.classnames) if self.classes is None else len(self.classes), ""
     if count and len(label) and label.max() >= count:
       row = self.rows[int(label.argmax())]
       error = f"{self.name}: sample {row} has label {label.max()}, but there are {count} classes"
     if error := first_error(error):
       raise ValueError(error)
-    return label if self._classes is None else np.where(label < 0, -1, self._classes[label]).astype(np.int32)
+    return label if self.classes is None else np.where(label < 0, -1, self.classes[label]).astype(np.int32)
 
   def _columns(self, labels: Int8[np.ndarray, "n labels"] | None) -> Int8[np.ndarray, "n classes"] | None:
     """Labels by class of the data set, from those of the source."""
-    if labels is None or self._classes is None:
+    if labels is None or self.classes is None:
       return labels
-    kept = self._classes >= 0
-    columns = np.full((len(labels), int(self._classes.max()) + 1), -1, np.int8)
-    columns[:, self._classes[kept]] = labels[:, kept]
+    kept = self.classes >= 0
+    columns = np.full((len(labels), int(self.classes.max()) + 1), -1, np.int8)
+    columns[:, self.classes[kept]] = labels[:, kept]
     return columns
 
 
@@ -401,6 +402,8 @@ class EvaluationData:
     grouping, ignored_groups: the grouping of images for metrics of groups, and groups that do not count.
     validation_per_class: images of each class in a validation split that is carved, 0 for a share of them.
     classifier: the model's own classifier, if it has one.
+    key: for that classifier, key of the data set in the catalogue, which has further names of the classes; empty for
+      data without one.
   """
 
   test: Split
@@ -417,6 +420,7 @@ class EvaluationData:
   ignored_groups: Sequence[int] = ()
   validation_per_class: int = 0
   classifier: ModelClassifier | None = None
+  key: str = ""
 
 
 class Texts:

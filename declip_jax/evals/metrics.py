@@ -140,16 +140,16 @@ def macro_f1(
   return np.asarray(f1.sum(axis=-1) / (totals > 0).sum(axis=-1))
 
 
-def confusions(predictions: Predictions) -> list[tuple[int, int, int]]:
+def confusions(label: Int[np.ndarray, "n"], predicted: Int[np.ndarray, "n"]) -> list[tuple[int, int, int]]:
   """Pairs of a true class and the class predicted instead, with their number, the most frequent first.
 
-  Examples without a prediction are left out; pairs of equal number are in the order of their classes.
+  Examples without a prediction, -1, are left out; pairs of equal number are in the order of their classes.
   """
-  wrong = (predictions.predicted != predictions.label) & (predictions.predicted >= 0)
-  pairs = np.stack([predictions.label[wrong], predictions.predicted[wrong]], axis=1)
+  wrong = (predicted != label) & (predicted >= 0)
+  pairs = np.stack([label[wrong], predicted[wrong]], axis=1)
   found, number = np.unique(pairs, axis=0, return_counts=True)
   order = np.argsort(-number, kind="stable")
-  return [(int(label), int(other), int(n)) for (label, other), n in zip(found[order], number[order], strict=True)]
+  return [(int(true), int(other), int(n)) for (true, other), n in zip(found[order], number[order], strict=True)]
 
 
 def any_label_correct(labels: Bool[np.ndarray, "n classes"], predicted: Int[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:

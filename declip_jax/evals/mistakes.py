@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int
 import numpy as np
 
 from declip_jax.data import images as image_ops
 from declip_jax.data.sources import Source
+from declip_jax.evals import metrics
 from declip_jax.evals.results import Scores
 from declip_jax.reporting.pictures import optional, plot_examples
 
@@ -29,7 +29,7 @@ def draw_confusions(
   if path is None or not {"label", "predicted"} <= scores.predictions.keys():
     return
   label, predicted, rows = (scores.predictions[name].astype(np.int64) for name in ("label", "predicted", "row"))
-  pairs = confused(label, predicted)
+  pairs = metrics.confusions(label, predicted)[:_PAIRS]
   if not pairs:
     return
 
@@ -38,16 +38,8 @@ def draw_confusions(
 
   with optional(path):
     found = []
-    for true, answer in pairs:
+    for true, answer, _ in pairs:
       own = rows[(label == true) & (predicted == answer)]
       pictures = [image_ops.decode(source[int(row)]["image"]) for row in own[:_IMAGES]]
       found.append((f"{name(true)}, taken for {name(answer)}: {len(own):,}", pictures))
     plot_examples(found, path)
-
-
-def confused(label: Int[np.ndarray, "n"], predicted: Int[np.ndarray, "n"]) -> list[tuple[int, int]]:
-  """The most frequent pairs of a class and a wrong answer; of equally frequent ones the first classes."""
-  wrong = label != predicted
-  pairs, count = np.unique(np.stack([label[wrong], predicted[wrong]], axis=1), axis=0, return_counts=True)
-  order = np.argsort(-count, kind="stable")[:_PAIRS]
-  return [(int(true), int(answer)) for true, answer in pairs[order]]

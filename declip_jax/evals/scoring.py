@@ -85,7 +85,9 @@ def _single_label(data: EvaluationData, logits: Float[np.ndarray, "n classes"]) 
   name = _namer(data.classnames)
   details: dict[str, Any] = {
     "accuracy_by_class": [[name(k), value] for k, value in metrics.accuracy_by(label, found.correct()).items()],
-    "confusions": [[name(own), name(other), n] for own, other, n in metrics.confusions(found)[:_CONFUSIONS]],
+    "confusions": [
+      [name(own), name(other), n] for own, other, n in metrics.confusions(found.label, found.predicted)[:_CONFUSIONS]
+    ],
   }
   for grouping, of in data.test.groups.items():
     group = gather_rows(of)[rows]

@@ -272,7 +272,7 @@ def _jobs_with(
       jobs.append(f"{entry.key}: {task.kind} needs a split to train on: add | TRAIN to its line in the data file")
       continue
     used = parts if task.evaluator.needs_train else {"test": parts["test"]}
-    facts = trained if task.evaluator.needs_train else {}
+    facts = trained if task.evaluator.needs_train else {"key": entry.key} if task.evaluator.needs_classifier else {}
     own = [protocol if task.evaluator.needs_text else protocol.without_prompts() for protocol in protocols]
     if task.options:
       _check_options(task, parts["test"].source, entry)

@@ -7,7 +7,7 @@ import pytest
 
 from declip_jax.data.sources.derived_labels import DERIVED
 from declip_jax.evals.catalogue import DataSet, data_set, keys
-from declip_jax.evals.classes import align, canonical
+from declip_jax.evals.classes import align, canonical, names_for_prompts
 
 TFDS_PETS = (
   "Abyssinian american_bulldog american_pit_bull_terrier basset_hound beagle Bengal Birman Bombay boxer "
@@ -177,3 +177,13 @@ def test_classes_of_tfds_map_onto_those_of_the_catalogue(key: str, tmp_path: Pat
   (spec, *_) = data.sources["tfds"]
   found = align(data, tfds_names(spec, tmp_path), f"tfds:{spec}")
   assert sorted(found[found >= 0]) == [*range(len(data.classes))]
+
+
+def test_prompts_have_names_in_place_of_wordnet_ids() -> None:
+  names, remark = names_for_prompts(("n01440764", "n01443537"))
+  assert names == ("tench", "goldfish")
+  assert "'tench' for n01440764" in remark
+  names, remark = names_for_prompts(("n01440764", "n99999999", "n02084071"))
+  assert names == ("tench", "n99999999", "n02084071")
+  assert remark.startswith("2 class names are WordNet ids that ImageNet does not have, such as n99999999:")
+  assert names_for_prompts(("tench", "n1")) == (("tench", "n1"), "")

@@ -151,7 +151,7 @@ def result(task: str, case: Case) -> Result:
   if task == "classify":
     logits = functools.partial(np.pad, pad_width=((0, 0), (0, max(len(names) - 2, 0))), constant_values=-9)
     encode = Encoders(
-      **{**vars(encode), "classifier": ModelClassifier(lambda pooled: logits(pooled)[:, : len(names)], ())}
+      **{**vars(encode), "classifier": ModelClassifier(lambda pooled: logits(pooled)[:, : len(names)], tuple(names))}
     )
   data = make_data(encode, Texts(encode), split(case.test), prompts=prompts, **splits)
   scores = EVALUATORS[task].function(data, None, **OPTIONS.get(task, {}))

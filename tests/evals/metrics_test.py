@@ -78,7 +78,7 @@ def test_logits_that_are_not_numbers_are_wrong():
   assert found.predicted.tolist() == [-1, 2, 2, -1]
   assert found.rank.tolist() == [3, 0, 3, 3]
   assert accuracy(found.correct()) == 0.25
-  assert metrics.confusions(found) == [(1, 2, 1)]
+  assert metrics.confusions(found.label, found.predicted) == [(1, 2, 1)]
   np.testing.assert_allclose(metrics.macro_f1(found.label, found.predicted), (0 + 0 + 2 / 4) / 3)
 
 
@@ -122,7 +122,7 @@ def test_any_of_several_labels_is_right():
 def test_confusions_are_sorted_by_number():
   label, predicted = np.array([2, 2, 0, 0, 1, 2, 1]), np.array([1, 1, 1, 2, 1, 2, 0])
   found = predict(np.eye(3)[predicted], label)
-  assert metrics.confusions(found) == [(2, 1, 2), (0, 1, 1), (0, 2, 1), (1, 0, 1)]
+  assert metrics.confusions(found.label, found.predicted) == [(2, 1, 2), (0, 1, 1), (0, 2, 1), (1, 0, 1)]
 
 
 def test_roc_auc_equals_slip_and_scikit_learn(golden):

@@ -5,15 +5,28 @@ from pathlib import Path
 from greys import Greys
 import numpy as np
 from PIL import Image
+import pytest
 
-from declip_jax.evals.mistakes import confused, draw_confusions
+from declip_jax.evals import mistakes
+from declip_jax.evals.mistakes import draw_confusions
 from declip_jax.evals.results import Scores
 
 
-def test_the_most_frequent_confusions_come_first() -> None:
-  label, predicted = np.array([0, 0, 1, 1, 1, 2, 2]), np.array([1, 0, 2, 2, 0, 2, 0])
-  assert confused(label, predicted) == [(1, 2), (0, 1), (1, 0), (2, 0)]
-  assert confused(label, label) == []
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+  """Titles of the rows of pictures, which are not drawn."""
+  found: list[str] = []
+  monkeypatch.setattr(mistakes, "plot_examples", lambda rows, path: found.extend(title for title, _ in rows))
+  return found
+
+
+def test_the_most_frequent_confusions_come_first(drawn: list[str], tmp_path: Path) -> None:
+  """An image whose logits are NaN has no answer, and is not taken for the last class."""
+  label, predicted = np.array([0, 0, 1, 1, 1, 2, 2, 0, 0, 0]), np.array([1, 0, 2, 2, 0, 2, 0, -1, -1, -1])
+  predictions = {"row": np.arange(10), "label": label, "predicted": predicted}
+  source = Greys([(grey, 0) for grey in range(10)])
+  draw_confusions(source, ("cat", "dog", "owl"), Scores({"top1": 0.5}, predictions=predictions), tmp_path / "a.png")
+  assert drawn == ["dog, taken for owl: 2", "cat, taken for dog: 1", "dog, taken for cat: 1", "owl, taken for cat: 1"]
 
 
 def test_images_of_confusions_are_drawn(tmp_path: Path) -> None:

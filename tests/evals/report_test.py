@@ -10,7 +10,7 @@ from evals.comparison_test import classified, write
 import numpy as np
 import pytest
 
-from declip_jax.evals import comparison, intervals, results
+from declip_jax.evals import comparison, intervals, results, robustness
 from declip_jax.evals.comparison import Task, read_methods
 from declip_jax.evals.report import growth, header, headline, published, scores, shifts
 from declip_jax.evals.report.compared import Published, Report
@@ -43,11 +43,19 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
   """Arguments of charts, which are not drawn."""
   found: dict[str, tuple] = {}
 
-  def note(name: str, function: Callable[..., None], *arguments: object) -> None:
-    inspect.signature(function).bind(*arguments)
+  def note(name: str, function: Callable[..., None], *arguments: object, **named: object) -> None:
+    inspect.signature(function).bind(*arguments, **named)
     found.setdefault(name, arguments)
 
-  for name in ("plot_growth", "plot_laws", "plot_interpolation", "plot_sweep", "plot_differences"):
+  for name in (
+    "plot_growth",
+    "plot_laws",
+    "plot_interpolation",
+    "plot_sweep",
+    "plot_differences",
+    "plot_scores",
+    "plot_robustness",
+  ):
     monkeypatch.setattr(charts, name, partial(note, name, getattr(charts, name)))
   return found
 
@@ -164,6 +172,64 @@ def test_interpolated_weights_are_a_curve(tmp_path: Path, drawn: dict[str, tuple
   assert [*line.x] == [values[share]["own/photo"] for share in (0, 0.5, 1)]
   assert [*line.y] == [values[share]["own/sketch"] for share in (0, 0.5, 1)]
   assert names == ("score on own/photo", "mean score under shift")
+
+
+IMAGENET = {
+  "imagenet": 0.6,
+  "imagenet_v2": 0.5,
+  "imagenet_sketch": 0.4,
+  "imagenet_r": 0.7,
+  "objectnet": 0.45,
+  "imagenet_a": 0.3,
+  "imagenet_on_r": 0.8,
+  "imagenet_on_a": 0.78,
+  "imagenet_on_objectnet": 0.65,
+}
+
+
+def test_the_mean_under_shift_is_that_of_all_five_of_imagenet(tmp_path: Path, drawn: dict[str, tuple]) -> None:
+  """Effective robustness compares with ImageNet's images of the same classes."""
+  for key, accuracy in IMAGENET.items():
+    write(tmp_path, "a", classified(accuracy, 1), key=key)
+  report = Report(read_methods([tmp_path]))
+  own = {key: cell.value for key, cell in shifts.by_key(report.methods[0], "zero_shot").items()}
+  five = ["imagenet_v2", "imagenet_sketch", "imagenet_r", "objectnet", "imagenet_a"]
+  table, *others = [
+    block for block in tables([*shifts.shifts(report, tmp_path)]) if block.header[:2] == ["method", "imagenet"]
+  ]
+  assert not others
+  assert [name for name in table.header if name in IMAGENET] == ["imagenet", *five]
+  assert table.header[-1] == "mean under shift"
+  assert table.rows[0][-1] == f"{100 * np.mean([own[key] for key in five]):.1f}"
+  place = table.header.index("imagenet_r") + 1
+  line = robustness.fit_line(*robustness.baseline("imagenet_r")[1:])
+  above = 100 * line.effective_robustness(own["imagenet_on_r"], own["imagenet_r"])
+  assert (table.header[place], table.rows[0][place]) == ("effective robustness", f"{above:+.1f}")
+
+
+def test_the_mean_of_some_shifts_says_so(tmp_path: Path, drawn: dict[str, tuple]) -> None:
+  for key in ("imagenet", "imagenet_v2", "imagenet_r"):
+    write(tmp_path, "a", classified(IMAGENET[key], 1), key=key)
+  table, *_ = tables([*shifts.shifts(Report(read_methods([tmp_path])), tmp_path)])
+  assert table.header[-1] == "mean of 2 of 5 shifts"
+  assert table.rows[0][table.header.index("imagenet_r") + 1] == ""  # without imagenet_on_r
+
+
+def test_mixtures_are_drawn_against_the_mean_of_all_five(tmp_path: Path, drawn: dict[str, tuple]) -> None:
+  for share in (0.0, 1.0):
+    for key, accuracy in IMAGENET.items():
+      weights = {"origin": "a run", "step": 9, "share": share, "interpolated_with": {"path": "runs/clip"}}
+      found = classified(accuracy - share / 10, 3)
+      write(tmp_path, "tuned", found, key=key, pretrained=f"s{share}", weights=weights)
+  report = Report([], interpolated=read_methods([tmp_path]))
+  assert [*shifts.interpolation(report, tmp_path)]
+  _, against, names, _ = drawn["plot_interpolation"]
+  (line,) = against.values()
+  assert names == ("score on imagenet", "mean score under shift")
+  for method, y in zip(report.interpolated, line.y, strict=True):
+    own = {key: cell.value for key, cell in shifts.by_key(method, "zero_shot").items()}
+    five = ("imagenet_v2", "imagenet_sketch", "imagenet_r", "objectnet", "imagenet_a")
+    assert y == pytest.approx(np.mean([own[key] for key in five]))
 
 
 def test_the_best_is_bold_only_if_it_differs_from_all_others(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from declip_jax.evals import catalogue, data_files, linear_probe, suites
 from declip_jax.evals.catalogue import Suite
+from declip_jax.evals.encoders import ModelClassifier
 from declip_jax.evals.jobs import Job, run_jobs
 from declip_jax.evals.results import Scores
 
@@ -35,7 +36,14 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[st
   """A catalogue of three: greys, two classes of three of them, and the images of these three."""
   common = {"task": "classification", "metric": "top1", "prompts": {"own": ["{}"]}}
   entries: dict[str, dict[str, Any]] = {
-    "greys": {"title": "Greys", "classes": [*GREYS], "validation_per_class": 1, **common},
+    "greys": {
+      "title": "Greys",
+      "classes": [*GREYS],
+      "folders": ["n00000001", "n00000002", "n00000003", "n00000004"],
+      "aliases": {"bright": "white"},
+      "validation_per_class": 1,
+      **common,
+    },
     "shift": {"title": "Shift", "of": "greys", "ids": [[0, 1], [3]], "classes": ["night", "day"], **common},
     "greys_on_shift": {"title": "Greys, classes of Shift", "classes_of": "shift", "images": "greys"},
   }
@@ -52,8 +60,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[st
   catalogue.data_set.cache_clear()
 
 
-def run(jobs: list[Job], events: list[str]) -> dict[str, Scores]:
-  found = {job.name: scores for job, scores in run_jobs(jobs, grey_encoders(16, events), lambda job: None)}
+def run(jobs: list[Job], events: list[str], classifier: ModelClassifier | None = None) -> dict[str, Scores]:
+  encoders = replace(grey_encoders(16, events), classifier=classifier)
+  found = {job.name: scores for job, scores in run_jobs(jobs, encoders, lambda job: None)}
   assert all(isinstance(scores, Scores) for scores in found.values()), found
   return found
 
@@ -89,6 +98,25 @@ def test_a_probe_under_shift_is_that_of_all_classes(
     assert scores.details["validation"].startswith("per class, the last 1 images")
     assert scores.metrics["images"] == images
   np.testing.assert_array_equal(found["shift/linear_probe"].predictions["label"], [1, 1, 0, 0])  # by name of the folder
+
+
+def test_a_fine_tuned_model_answers_the_classes_of_each_data_set(data: Mapping[str, data_files.Splits]) -> None:
+  """Its classes are in another order, and have other names, than those of the catalogue, but for one."""
+  centers = {"GREY": 125, "bright": 205, "black": 10, "n00000002": 70}
+  logits = -np.abs(np.arange(256)[:, None] - np.array([*centers.values()])).astype(np.float32)
+  classifier = ModelClassifier(lambda pooled: logits[pooled[:, 0].astype(int)], tuple(centers))
+  jobs, _ = suites.make_jobs(data, [SUITE], ["classify"])
+  found = run(jobs, [], classifier)
+  assert [(scores.metrics["images"], scores.metrics["top1"]) for scores in found.values()] == [
+    (12, 1),
+    (4, 0.75),
+    (9, 1),
+  ]
+  shift = found["shift/classify"].predictions  # day: 190 and, were grey an answer, 105; night: 5 and 90
+  assert (shift["label"].tolist(), shift["predicted"].tolist()) == ([1, 1, 0, 0], [0, 1, 0, 0])
+  few = classifier._replace(classnames=("GREY", "bright", "black", "blue"))
+  with pytest.raises(AssertionError, match=r"only in the model: 'blue'; only in greys: 'dark'"):
+    run(jobs, [], few)
 
 
 OPTIONS: Mapping[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from declip_jax.evals import intervals, results, robustness
+from declip_jax.evals import catalogue, intervals, results, robustness
 from declip_jax.evals.comparison import Cell, Method
 from declip_jax.evals.report.compared import Report, by_key, percent, share, title
 from declip_jax.evals.robustness import Line
@@ -18,6 +18,7 @@ from declip_jax.reporting.charts import Points
 from declip_jax.reporting.documents import Block, Heading, Picture, Table
 
 KINDS = ("zero_shot", "linear_probe", "classify")  # what is compared under shift
+_IMAGENET = "imagenet"
 _NAMES = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "classify": "fine-tuned"}
 
 
@@ -42,21 +43,25 @@ class ShiftLine(NamedTuple):
     reference: its score without shift.
     shifted: its score under each shift, by key, and its effective robustness where that is known.
     mean: mean over all shifts, None if one is missing.
+    compared: the score with which its effective robustness compares, by key of the shift, see `_compared`.
   """
 
   label: str
   reference: Cell
   shifted: Mapping[str, tuple[Cell, float | None]]
   mean: float | None
+  compared: Mapping[str, Cell]
 
 
 def sources(report: Report) -> dict[str, list[str]]:
-  """The keys of the shifts of each data set: those of ImageNet, and the user's."""
-  known = {
-    source: [key for key, of in robustness.WITHOUT_SHIFT.items() if of == source]
-    for source in dict.fromkeys(robustness.WITHOUT_SHIFT.values())
-  }
+  """The keys of the shifts of each data set: the five of ImageNet, and the user's."""
+  known = {_IMAGENET: list(catalogue.suite("shifts").means["mean"])}
   return {**known, **{source: list(keys) for source, keys in report.shifts.items()}}
+
+
+def _compared(source: str, key: str) -> str:
+  """The key of the data set with which effective robustness compares a shift: ImageNet's images of the same classes."""
+  return robustness.WITHOUT_SHIFT.get(key, source) if source == _IMAGENET else source
 
 
 def lines(report: Report, methods: Sequence[Method], source: str, keys: Sequence[str], kind: str) -> list[ShiftLine]:
@@ -67,13 +72,15 @@ def lines(report: Report, methods: Sequence[Method], source: str, keys: Sequence
   for label, own in found.items():
     if source not in own or not any(key in own for key in present):
       continue
-    shifted = {}
+    shifted, compared = {}, {}
     for key in (key for key in present if key in own):
-      standard = models(report, source, key)
-      above = standard and float(standard.line.effective_robustness(own[source].value, own[key].value))
+      standard, above = models(report, source, key), None
+      if standard and (score := own.get(_compared(source, key))):
+        compared[key], above = score, float(standard.line.effective_robustness(score.value, own[key].value))
       shifted[key] = own[key], above
     values = [score.value for score, _ in shifted.values()]
-    rows.append(ShiftLine(label, own[source], shifted, float(np.mean(values)) if len(values) == len(present) else None))
+    mean = float(np.mean(values)) if len(values) == len(present) else None
+    rows.append(ShiftLine(label, own[source], shifted, mean, compared))
   return rows
 
 
@@ -109,11 +116,15 @@ def _shift(report: Report, source: str, keys: Sequence[str], kind: str, pictures
       score, above = row.shifted.get(key, (None, None))
       texts.append(percent(score))
       if standard:
-        texts.append(_effective(above, bool(standard.line.extrapolated(row.reference.value))))
+        outside = key in row.compared and bool(standard.line.extrapolated(row.compared[key].value))
+        texts.append(_effective(above, outside))
   for row, texts in zip(rows, cells, strict=True):
     texts.append(share(row.mean))
   yield Heading(f"From {source}, {title(kind).lower()}", 3)
-  yield Table([*header, "mean under shift"], cells)
+  some = len(present) < len(keys)
+  yield Table([*header, f"mean of {len(present)} of {len(keys)} shifts" if some else "mean under shift"], cells)
+  if alike := [key for key in present if _compared(source, key) != source]:
+    yield f"The accuracy without shift, for {', '.join(alike)}, is that on ImageNet's images of the same classes."
   bars = {
     row.label: {
       source: (row.reference.value, row.reference.interval),
@@ -142,6 +153,7 @@ def _robustness(report: Report, source: str, key: str, pictures: Path) -> Iterat
   standard = models(report, source, key)
   if standard is None:
     return
+  source = _compared(source, key)
   points: dict[str, list[tuple[str, float, float]]] = {}
   for method in report.detailed:
     for kind in KINDS:
@@ -172,6 +184,7 @@ def models(report: Report, source: str, key: str) -> Standard | None:
 
   The user's are classified by their own classifier if all have one, otherwise by a linear probe or zero-shot.
   """
+  source = _compared(source, key)
   for kind in reversed(KINDS):
     own = [by_key(method, kind) for method in report.standard]
     pairs = [(found[source].value, found[key].value) for found in own if source in found and key in found]
