@@ -353,3 +353,11 @@ def test_overlaps_of_folders_of_one_name_are_all_shown_and_a_bad_one_is_named(tm
     (folders[1] / "overlap.json").write_text(content)
     with pytest.raises(ValueError, match="y/overlap/overlap.json"):
       [*shifts.overlaps(Report((), overlaps=folders), tmp_path / "out")]
+
+
+def test_the_number_of_neighbours_is_the_one_that_was_used(tmp_path: Path) -> None:
+  for key, neighbours in (("pets", 20), ("dtd", 20), ("flowers", 12)):
+    write(tmp_path, "a", classified(0.5, 1), key=key, kind="knn", details={"neighbours": neighbours})
+  text, listing = header.protocol(Report(read_methods([tmp_path])), "knn")
+  assert "20" not in text
+  assert listing.items == ["Number of neighbours: 12 (flowers).", "Number of neighbours: 20 (dtd, pets)."]
