@@ -250,8 +250,76 @@ def test_published_scores_are_flagged_and_protocols_do_not_mix(tmp_path: Path) -
     )
   ]
   (table,) = tables([*published.published(Report([method], published=rows))])
+  assert table.header[-3:] == ["published", "a", "a, other prompts"]
   assert [row[0] for row in table.rows] == ["near", "**slip/x**", "other prompts"]
-  assert [row[-1].partition(" ")[2] for row in table.rows] == ["(+0.9)", "(+1.1 ‡)", "§"]
+  assert [row[-2].partition(" ")[2] for row in table.rows] == ["(+0.9)", "(+1.1 ‡)", ""]
+  assert [row[-1] for row in table.rows] == ["", "", f"{100 * score:.1f} (`own`)"]
+
+
+def seven_prompts(folder: Path, *, eighty: bool = False) -> Report:
+  """The results of slip26 on ImageNet, and those with 80 prompts, by one method, and the published ones."""
+  for prompts, variant, accuracy in (("openai", "", 0.6), ("openai7", "openai7", 0.3))[not eighty :]:
+    about = {"key": "imagenet", "prompts": prompts, "metric": "top1"}
+    write(folder, "a", classified(accuracy, 1), key="imagenet", dataset="imagenet1k", variant=variant, about=about)
+  own = {"imagenet_top1_percent": {"zero_shot": 30.0}}
+  rows = [row for name in ("slip/x", "clip/x") for row in published.of_config(name, own)]
+  return Report(read_methods([folder]), published=[*rows, *published.of_papers()])
+
+
+def test_scores_with_seven_prompts_are_beside_the_published_ones_with_seven(tmp_path: Path) -> None:
+  report = seven_prompts(tmp_path)
+  value = (classified(0.3, 1)["rank"] < 1).mean()
+  first, *others = published.compared(report)
+  assert (first.model, first.protocol) == ("slip/x", "zero-shot, SLIP's seven prompts")
+  assert (first.ours, first.others) == ({"a": value}, {})
+  assert others
+  assert all(own.others == {"a": {"openai7": value}} for own in others)
+  assert [line.quantity for line in headline.lines(report)] == ["ImageNet, zero-shot, SLIP's seven prompts"]
+
+
+def test_each_prompt_set_has_a_column_beside_published_scores(tmp_path: Path) -> None:
+  report = seven_prompts(tmp_path, eighty=True)
+  seven, eighty = ((classified(accuracy, 1)["rank"] < 1).mean() for accuracy in (0.3, 0.6))
+  found = {(row.model, row.protocol): row for row in published.compared(report)}
+  own = found["slip/x", "zero-shot, SLIP's seven prompts"]
+  assert (own.ours, own.others) == ({"a": seven}, {"a": {"openai": eighty}})
+  own = found["clip/x", "zero-shot, OpenAI's prompts"]
+  assert (own.ours, own.others) == ({"a": eighty}, {"a": {"openai7": seven}})
+  (table,) = tables([*published.published(report)])
+  row = dict(zip(table.header, table.rows[0], strict=True))
+  assert row["a"].startswith(f"{100 * seven:.1f} (")
+  assert row["a, other prompts"] == f"{100 * eighty:.1f} (`openai`)"
+  assert [(line.quantity, line.score.value) for line in headline.lines(report)] == [
+    ("ImageNet, zero-shot", eighty),
+    ("ImageNet, zero-shot, SLIP's seven prompts", seven),
+  ]
+
+
+def test_few_shots_are_compared_with_each_prompt_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  drawn = []
+  monkeypatch.setattr(charts, "plot_few_shot", lambda *arguments: drawn.append(arguments))
+  details = {"method": "logistic", "metric": "top1", "std": {}}
+  few = {"kind": "few_shot", "headline": "shots_2", "metrics": {"shots_1": 0.2, "shots_2": 0.5}, "intervals": {}}
+  few |= {"variant": "few", "details": details}
+  write(tmp_path, "a", classified(0.5, 1), key="imagenet", dataset="imagenet1k", **few)
+  for eighty, prompts in ((False, ["SLIP's seven prompts"]), (True, ["OpenAI's prompts", "SLIP's seven prompts"])):
+    report = seven_prompts(tmp_path, eighty=eighty)
+    (table,) = tables([*scores._few_shot(report, tmp_path)])
+    lines = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    assert [line.get("prompts", prompts[0]) for line in lines] == prompts
+    values = [100 * (classified(accuracy, 1)["rank"] < 1).mean() for accuracy in (0.6, 0.3)[-len(prompts) :]]
+    assert [line["zero-shot"].partition(" ")[0] for line in lines] == [f"{value:.1f}" for value in values]
+    assert drawn[-1][1] == {"a": pytest.approx(values[0] / 100)}
+  assert lines[0]["images per class"] == "not reached"
+
+
+def test_a_mean_has_one_result_of_each_data_set(tmp_path: Path) -> None:
+  seven_prompts(tmp_path)
+  write(tmp_path, "a", classified(0.5, 1), key="pets")
+  write(tmp_path, "a", classified(0.5, 1), key="pets", variant="bare", about={"key": "pets", "prompts": "bare"})
+  write(tmp_path, "a", classified(0.5, 1), key="dtd", variant="top5", about={"key": "dtd", "prompts": "openai"})
+  report = Report(read_methods([tmp_path]))
+  assert [str(task) for task, _ in report.items("zero_shot")] == ["imagenet1k (openai7)", "pets"]
 
 
 def test_published_tables_name_data_sets_and_evaluators() -> None:

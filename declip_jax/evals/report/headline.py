@@ -6,7 +6,7 @@ from typing import NamedTuple
 from declip_jax.evals import EVALUATORS, catalogue, variant_of
 from declip_jax.evals.catalogue import Suite
 from declip_jax.evals.comparison import Average, Items, Method, Scored, Task, average, average_difference
-from declip_jax.evals.report.compared import Report, brackets, single_metrics, title
+from declip_jax.evals.report.compared import Report, brackets, prompts_name, single_metrics, title
 from declip_jax.reporting.documents import Block, Heading, Listing, Table
 
 _IMAGENET = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "classify": "fine-tuned"}
@@ -72,8 +72,8 @@ def headline(report: Report) -> Iterator[Block]:
   yield Table(names, rows, texts=2)
   if members := [*_members(report)]:
     yield (
-      "A mean that is not that of a suite is over the data sets that all methods have; results with options or prompts "
-      "of their own are not in it:"
+      "A mean that is not that of a suite is over the data sets that all methods have. Results with options of their "
+      "own are not in it, and neither are further results of a data set with other prompts:"
     )
     yield Listing(members)
 
@@ -98,8 +98,11 @@ def _means(report: Report) -> Iterator[tuple[str, Items]]:
 
 def _quantities(report: Report) -> Iterator[tuple[str, Items]]:
   for kind, name in _IMAGENET.items():
-    if items := report.items(kind, ["imagenet"]):
-      yield f"ImageNet, {name}", items
+    for own in report.protocols(kind).values():
+      for prompts, task in own.items():
+        if (some := report.some(task)).key == "imagenet":
+          by = f", {prompts_name(prompts)}" if task.variant else ""
+          yield f"ImageNet, {name}{by}", [(task, some.headline)]
   for suite in catalogue.suites().values():
     for kinds, name in ((_WITHOUT_TRAINING, ""), (("linear_probe",), ", linear probe")):
       for mean, keys in suite.means.items():
