@@ -220,6 +220,28 @@ def test_a_mean_says_which_data_sets_it_contains(tmp_path: Path) -> None:
   assert listing.items == ["Zero-shot classification: lone, pets, toys-1f; without pets (bare)."]
 
 
+def test_a_mean_is_at_equal_numbers_of_neighbours_or_shots(tmp_path: Path) -> None:
+  rng = np.random.default_rng(0)
+  for key, size in (("pets", 20), ("dtd", 20), ("flowers", 12)):
+    write(tmp_path, "a", classified(0.5, 1), key=key, kind="knn", details={"neighbours": size})
+    shots = {f"shots_{count}": 0.5 for count in (8, size - 4)}
+    fields = {"kind": "few_shot", "headline": [*shots][-1], "metrics": shots, "intervals": {}, "about": {"key": key}}
+    fields |= {"details": {"metric": "top1"}, "options": {}, "data": {}}
+    answers = {f"correct_{name}": rng.random((400, 3)) < 0.5 for name in shots}
+    predictions = {"row": np.arange(400), "label": classified(0.5, 1)["label"], **answers}
+    results.write(tmp_path, results.Result(key, "a", "step-9", "few_shot", {}, fields), predictions)
+  report = Report(read_methods([tmp_path]))
+  assert [(line.quantity, line.data_sets) for line in headline.lines(report)] == [
+    ("Few shots: mean of 2 data sets (16 images per class)", ("dtd", "pets")),
+    ("Nearest neighbours: mean of 2 data sets (top-1 accuracy)", ("dtd", "pets")),
+  ]
+  (listing,) = (block for block in headline.headline(report) if isinstance(block, Listing))
+  assert listing.items == [
+    "Few shots: dtd, pets; without flowers (8 images per class).",
+    "Nearest neighbours: dtd, pets; without flowers (12 neighbours).",
+  ]
+
+
 @pytest.mark.parametrize(
   ("weights", "cells"),
   [

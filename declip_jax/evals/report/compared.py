@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from declip_jax.evals import comparison
+from declip_jax.evals import catalogue, comparison
 from declip_jax.evals.comparison import Cell, Difference, Items, Method, Scored, Task
 from declip_jax.evals.intervals import Interval
 
@@ -185,13 +185,21 @@ class Report:
   def items(self, kind: str) -> list[tuple[Task, str]]:
     """Tasks of an evaluator that all methods have, one for each data set, with their headline metrics.
 
-    Of several prompt sets, the first one of `protocols` is chosen.
+    Of several prompt sets, the first one of `protocols` is chosen. Only data sets with the largest training size are
+    there, so that no mean mixes, for instance, 8 images per class with 16.
     """
     chosen = {
       next((task for task in own.values() if all(method.of(task) for method in self.methods)), None)
       for own in self.protocols(kind).values()
     }
-    return [(task, self.some(task).headline) for task in self.of_kind(kind) if task in chosen]
+    sizes = {task: self.training_size(task) for task in self.of_kind(kind) if task in chosen}
+    most = max((size for size in sizes.values() if size is not None), default=None)
+    return [(task, self.some(task).headline) for task, size in sizes.items() if size == most]
+
+  def training_size(self, task: Task) -> catalogue.TrainingSize | None:
+    """With how many images per class, or neighbours, a task was evaluated; None for other evaluators."""
+    some = self.some(task)
+    return catalogue.training_size(task.kind, some.headline, some.details)
 
   @cached_property
   def _known(self) -> dict[tuple[str, str, Task, str], Difference | None]:

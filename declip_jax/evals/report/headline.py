@@ -10,6 +10,7 @@ from declip_jax.evals.report.compared import Report, brackets, prompts_name, sin
 from declip_jax.reporting.documents import Block, Heading, Listing, Table
 
 _IMAGENET = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "classify": "fine-tuned"}
+_UNITS = {"shots": "images per class", "neighbours": "neighbours"}
 _WITHOUT_TRAINING = ("zero_shot", "retrieval", "composition")
 
 
@@ -73,7 +74,8 @@ def headline(report: Report) -> Iterator[Block]:
   if members := [*_members(report)]:
     yield (
       "A mean that is not that of a suite is over the data sets that all methods have. Results with options of their "
-      "own are not in it, and neither are further results of a data set with other prompts:"
+      "own are not in it, and neither are further results of a data set with other prompts, nor data sets with fewer "
+      "images per class or neighbours than the others:"
     )
     yield Listing(members)
 
@@ -82,17 +84,22 @@ def _members(report: Report) -> Iterator[str]:
   """For each mean of an evaluator, its data sets, and the results that are not in it."""
   for kind, items in _means(report):
     members, used = ", ".join(str(task) for task, _ in items), {task for task, _ in items}
-    others = [str(task) for task in report.of_kind(kind) if task not in used]
+    others = [_with_size(report, task) for task in report.of_kind(kind) if task not in used]
     if len(items) > 1 or others:
       without = f"; without {', '.join(others)}" if others else ""
       yield f"{title(kind)}: {members}{without}."
+
+
+def _with_size(report: Report, task: Task) -> str:
+  size = report.training_size(task)
+  return str(task) if size is None else f"{task} ({size.number} {_UNITS[size.unit]})"
 
 
 def _means(report: Report) -> Iterator[tuple[str, Items]]:
   """The evaluators with a mean over the data sets that all methods have, which may be one, and these data sets."""
   for kind in report.kinds:
     items = report.items(kind)
-    if kind != "few_shot" and items and [report.some(task).key for task, _ in items] != ["imagenet"]:
+    if items and [report.some(task).key for task, _ in items] != ["imagenet"]:
       yield kind, items
 
 
