@@ -5,6 +5,7 @@ from functools import partial
 import inspect
 import json
 from pathlib import Path
+import re
 
 from evals.comparison_test import classified, write
 import numpy as np
@@ -451,3 +452,84 @@ def test_the_number_of_neighbours_is_the_one_that_was_used(tmp_path: Path) -> No
   text, listing = header.protocol(Report(read_methods([tmp_path])), "knn")
   assert "20" not in text
   assert listing.items == ["Number of neighbours: 12 (flowers).", "Number of neighbours: 20 (dtd, pets)."]
+
+
+def shifted(folder: Path, model: str, photo: float, sketch: float, *, seed: int = 0, prompts: str = "") -> None:
+  """Writes results of a linear probe, or zero-shot with some prompts, on images without and under a shift."""
+  for place, (key, accuracy) in enumerate((("own/photo", photo), ("own/sketch", sketch))):
+    fields = {"variant": prompts, "about": {"key": key, "prompts": prompts}} if prompts else {"kind": "linear_probe"}
+    write(folder, model, classified(accuracy, 2 * seed + place), key=key, **fields)
+
+
+def of_shift(folder: Path, *methods: tuple[str, float, float], flat: bool = False, models: int = 12) -> Report:
+  """Methods, and models with standard training whose accuracy under shift is 20 points lower, or the same for all."""
+  for name, photo, sketch in methods:
+    shifted(folder / "methods", name, photo, sketch, seed=99)
+  for number in range(models):
+    photo = 0.4 + 0.5 * number / models
+    shifted(folder / "standard", f"s{number}x", photo, 0.3 + number % 2 / 10 if flat else photo - 0.2, seed=number)
+  keys = {"own/photo": ["own/sketch"]}
+  return Report(read_methods([folder / "methods"]), None, keys, read_methods([folder / "standard"]))
+
+
+def test_effective_robustness_has_an_interval_and_a_star_if_that_excludes_0(tmp_path: Path) -> None:
+  report = of_shift(tmp_path, ("above", 0.6, 0.6), ("on", 0.6, 0.4))
+  above, on = shifts.lines(report, report.methods, "own/photo", ["own/sketch"], "linear_probe")
+  for row, expected in ((above, True), (on, False)):
+    score, effective = row.shifted["own/sketch"]
+    assert effective.interval.lower < effective.value < effective.interval.upper
+    assert np.diff(effective.interval) > np.diff(score.interval)  # that of the accuracy, and more
+    assert effective.is_significant == expected
+  _, table, *rest = shifts._shift(report, "own/photo", ["own/sketch"], "linear_probe", tmp_path)
+  column = list(table.header).index("effective robustness")
+  assert [cell[column].count("\\*") for cell in table.rows] == [1, 0]
+  assert not [block for block in rest if isinstance(block, Listing)]
+  found = json.loads(to_json(report))["shifts"][0]["under_shift"]["own/sketch"]["effective_robustness"]
+  assert found["interval"] == [*above.shifted["own/sketch"][1].interval]
+
+
+@pytest.mark.parametrize(
+  ("of", "reasons"),
+  [
+    ({"flat": True}, r"own/sketch: its slope may be 0 \(-?0\.\d\d \[-0\.\d\d, 0\.\d\d\]\)\."),
+    ({"models": 9}, r"own/sketch: the line is fitted to only 9 models\."),
+    ({"models": 6, "flat": True}, r"own/sketch: the line is fitted to only 6 models, and its slope may be 0 \(.*\)\."),
+  ],
+  ids=["flat", "few", "both"],
+)
+def test_a_line_that_is_of_no_use_is_named_and_gives_no_star(of: dict, reasons: str, tmp_path: Path) -> None:
+  report = of_shift(tmp_path, ("above", 0.6, 0.9), **of)
+  _, table, _, listing, *_ = shifts._shift(report, "own/photo", ["own/sketch"], "linear_probe", tmp_path)
+  assert "\\*" not in "".join(table.rows[0])
+  (remark,) = listing.items
+  assert re.fullmatch(reasons, remark)
+
+
+def test_the_mean_under_shift_has_an_interval(tmp_path: Path) -> None:
+  accuracy = {"own/photo": 0.7, "own/sketch": 0.5, "own/cartoon": 0.6}
+  for place, (key, value) in enumerate(accuracy.items()):
+    write(tmp_path, "a", classified(value, place), key=key)
+    for seed in range(3):
+      write(tmp_path, f"b-{seed}", classified(value, 3 * seed + place), key=key)
+  report = Report(read_methods([tmp_path]), None, {"own/photo": ["own/sketch", "own/cartoon"]})
+  single, seeds = shifts.lines(report, report.methods, "own/photo", report.shifts["own/photo"], "zero_shot")
+  values = [score.value for score, _ in single.shifted.values()]
+  half = 1.96 * np.sqrt(sum(value * (1 - value) / 400 for value in values)) / 2
+  assert single.mean.value == pytest.approx(np.mean(values))
+  np.testing.assert_allclose(single.mean.interval, [single.mean.value - half, single.mean.value + half], atol=3e-3)
+  means = [
+    np.mean([run[Task(key, "zero_shot", "")].metrics["top1"] for key in ("own/sketch", "own/cartoon")])
+    for run in report.methods[1].runs
+  ]
+  assert seeds.mean.interval == pytest.approx(intervals.student(np.array(means)))
+
+
+def test_a_shift_is_measured_with_the_same_prompts(tmp_path: Path) -> None:
+  shifted(tmp_path, "a", 0.7, 0.5, prompts="bare")
+  write(tmp_path, "a", classified(0.7, 1), key="own/photo")
+  write(tmp_path, "a", classified(0.7, 1), key="own/cartoon")
+  keys = ["own/sketch", "own/cartoon"]
+  report = Report(read_methods([tmp_path]), None, {"own/photo": keys})
+  own, bare = shifts.lines(report, report.methods, "own/photo", keys, "zero_shot")
+  assert ([*own.shifted], [*bare.shifted]) == (["own/cartoon"], ["own/sketch"])
+  assert (own.name, bare.name) == ("a", "a, names of classes as prompts")

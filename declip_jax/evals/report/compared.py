@@ -217,7 +217,13 @@ def prompt_set(task: Task, scored: Scored) -> str | None:
 
 
 def by_key(method: Method, kind: str, prompts: str = "") -> dict[str, Cell]:
-  """The headline score of an evaluator on each data set of the catalogue.
+  """The headline score of an evaluator on each data set of the catalogue; see `tasks_by_key`."""
+  found = tasks_by_key(method, kind, prompts).items()
+  return {key: score for key, (task, metric) in found if (score := comparison.cell(method.of(task), metric))}
+
+
+def tasks_by_key(method: Method, kind: str, prompts: str = "") -> dict[str, tuple[Task, str]]:
+  """The tasks of an evaluator on data sets of the catalogue, with their headline metrics.
 
   Args:
     method: the method.
@@ -226,10 +232,10 @@ def by_key(method: Method, kind: str, prompts: str = "") -> dict[str, Cell]:
   """
   found = {}
   for task in dict.fromkeys(task for run in method.runs for task in run):
-    scored = method.of(task)
-    chosen = prompt_set(task, scored[0]) == prompts if prompts else not task.variant
-    if task.kind == kind and chosen and scored[0].key:
-      found[scored[0].key] = comparison.cell(scored, scored[0].headline)
+    scored = method.of(task)[0]
+    chosen = prompt_set(task, scored) == prompts if prompts else not task.variant
+    if task.kind == kind and chosen and scored.key:
+      found[scored.key] = task, scored.headline
   return found
 
 

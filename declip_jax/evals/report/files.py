@@ -74,12 +74,17 @@ def _shifts(report: Report) -> list[dict[str, Any]]:
   for source, keys in shifts.sources(report).items():
     for kind in shifts.KINDS:
       for line in shifts.lines(report, report.methods, source, keys, kind):
-        under = {
-          key: {**score._asdict(), "effective_robustness": above} for key, (score, above) in line.shifted.items()
-        }
-        own = {"source": source, "kind": kind, "method": line.label, "without_shift": line.reference._asdict()}
-        found.append({**own, "under_shift": under, "mean_under_shift": line.mean})
+        under = {key: {**score._asdict(), **_above(above)} for key, (score, above) in line.shifted.items()}
+        own = {"source": source, "kind": kind, "method": line.label, "prompts": line.prompts}
+        mean = line.mean and {"value": line.mean.value, "interval": line.mean.interval}
+        found.append({**own, "without_shift": line.reference._asdict(), "under_shift": under, "mean_under_shift": mean})
   return found
+
+
+def _above(above: shifts.Effective | None) -> dict[str, Any]:
+  return {
+    "effective_robustness": None if above is None else {**above._asdict(), "is_significant": above.is_significant}
+  }
 
 
 def _interpolation(report: Report) -> list[dict[str, Any]]:
