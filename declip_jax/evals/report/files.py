@@ -1,5 +1,6 @@
 """The numbers of a report for other programs: as CSV, and as JSON."""
 
+from collections.abc import Iterator
 import csv
 import io
 import json
@@ -7,7 +8,7 @@ from typing import Any
 
 from declip_jax.evals import results
 from declip_jax.evals.comparison import cell
-from declip_jax.evals.report import growth, headline, published, shifts
+from declip_jax.evals.report import groups, growth, headline, published, shifts
 from declip_jax.evals.report.compared import Report
 
 
@@ -41,6 +42,7 @@ def to_json(report: Report) -> str:
       for line in headline.lines(report)
     ],
     "scores": [*_scores(report)],
+    "groups": [*_groups(report)],
     "published": [row._asdict() for row in published.compared(report)],
     "shifts": _shifts(report),
     "interpolation": _interpolation(report),
@@ -67,6 +69,15 @@ def _scores(report: Report) -> list[dict[str, Any]]:
       line["differences"] = {label: own._asdict() for label, own in report.differences(task, metric).items()}
       lines.append(line)
   return lines
+
+
+def _groups(report: Report) -> Iterator[dict[str, Any]]:
+  for task in report.tasks:
+    for own in groups.compared(report, task):
+      scores = {str(group): {**score._asdict(), "images": own.images.get(group)} for group, score in own.scores.items()}
+      difference = {"value": own.difference, "best": own.best, "worst": own.worst, "p": own.p}
+      about = {**task._asdict(), "grouping": own.grouping, "method": own.label}
+      yield {**about, "groups": scores, "best_minus_worst": difference}
 
 
 def _shifts(report: Report) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from declip_jax.evals import few_shot as few_shot_lib
 from declip_jax.evals import results
 from declip_jax.evals.comparison import Cell, Scored, Task, cell
 from declip_jax.evals.report.compared import MANY, Report, metric_name, percent, points, prompts_name, share, title
+from declip_jax.evals.report.groups import groups
 from declip_jax.evals.report.header import protocol
 from declip_jax.reporting import charts
 from declip_jax.reporting.documents import Block, Heading, Picture, Table
@@ -32,6 +33,7 @@ def scores(report: Report, kind: str, pictures: Path) -> Iterator[Block]:
   if len(report.methods) > MANY:
     yield f"Curves and examples are those of {', '.join(method.label for method in report.detailed)}."
   yield from _differences(report, kind, pictures)
+  yield from groups(report, kind)
   yield from _SECTIONS.get(kind, lambda report, pictures: iter(()))(report, pictures)
 
 
