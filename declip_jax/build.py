@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -23,6 +24,7 @@ from declip_jax.data.recipes import Recipe, get_recipe, trimmed
 from declip_jax.data.sources import Source, open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals import EVALUATORS, SPLITS, catalogue, check_metric, check_options, suites
+from declip_jax.evals.catalogue import TrainingSize, training_size
 from declip_jax.evals.classes import align
 from declip_jax.evals.classify import columns
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
@@ -639,7 +641,8 @@ def make_evaluators(
   """Returns a function of encoders to the metrics of the evaluations of a run while it trains.
 
   They are all metrics of an evaluation, `eval/NAME/METRIC`; of each data set of a suite the headline metric,
-  `eval/NAME/KEY`, and the means of the suite, such as `eval/NAME/mean`, if none of its data sets is missing.
+  `eval/NAME/KEY`, and the means of the suite, such as `eval/NAME/mean`, if none of its data sets is missing. Few shots
+  and nearest neighbours are averaged at equal numbers of images, see `Suite.averages`.
 
   The second argument of the function is the number of this evaluation of the run: an entry takes part if its `every`
   divides the number, all in number 0. Pictures are written to `workdir`.
@@ -668,11 +671,14 @@ def make_evaluators(
 
   def evaluate(encoders: Encoders, number: int) -> dict[str, float]:
     found: dict[str, float] = {}
+    sizes: dict[str, TrainingSize] = {}
     for job, scores in run_jobs([job for job in jobs if is_due(job, number)], encoders, picture, read=read):
       if isinstance(scores, Exception):
         raise scores
       found |= job.curves(scores)
-    return {**found, **_means(evals, found)}
+      if (size := training_size(job.kind, scores.headline, scores.details)) is not None:
+        sizes |= dict.fromkeys(job.curves(scores), size)
+    return {**found, **_means(evals, found, sizes)}
 
   return evaluate
 
@@ -682,14 +688,17 @@ def _entry(job: Job) -> str:
   return job.name.partition("/")[0]
 
 
-def _means(evals: ConfigDict, found: Mapping[str, float]) -> dict[str, float]:
-  """The means of the suites in `config.evals`, of the metrics that were found."""
+def _means(
+  evals: ConfigDict, found: Mapping[str, float], sizes: Mapping[str, TrainingSize] = MappingProxyType({})
+) -> dict[str, float]:
+  """The means of the suites in `config.evals`, of the metrics that were found, with their training sizes."""
   means = {}
   for name, fields in evals.items():
     if fields.get("suite", "") not in ("", _ALL):
       prefix = f"eval/{name}/"
       values = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
-      averages = catalogue.suite(fields.suite).averages(values)
+      own = {key.removeprefix(prefix): size for key, size in sizes.items() if key.startswith(prefix)}
+      averages = catalogue.suite(fields.suite).averages(values, own)
       means |= {f"{prefix}{mean}": value for mean, value in averages.items()}
   return means
 

@@ -199,6 +199,25 @@ def test_the_mean_of_a_suite_needs_all_its_data_sets() -> None:
   assert build._means(evals, found) == {}
 
 
+def test_the_mean_of_a_suite_in_training_is_at_equal_numbers_of_shots(
+  monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+  def few(data: EvaluationData, pictures: Path | None) -> Scores:
+    value = len(data.test.rows) / 10
+    return Scores({"shots_8" if value == 0.4 else "shots_16": value, "images": 1})
+
+  monkeypatch.setitem(EVALUATORS, "few_shot", Evaluator(few, needs_text=False, of=("classification",)))
+  keys = ("own/few", "own/more", "own/most")
+  toys = catalogue.Suite("toys", "", keys, means={"mean": keys})
+  monkeypatch.setattr(catalogue, "suite", lambda name: toys)
+  file = tmp_path / "sets.txt"
+  file.write_text("".join(f"{key} = scenes:test/{4 + place}/16\n" for place, key in enumerate(keys)))
+  evals = ConfigDict({"mine": {"kind": "few_shot", "data": str(file), "suite": "toys"}})
+  found = make_evaluators(evals, tmp_path)(fake_encoders(), 1)
+  means = {name: value for name, value in found.items() if "mean" in name}
+  assert means == {"eval/mine/mean_of_2_sets_with_16_shots": pytest.approx(0.55)}
+
+
 def test_an_evaluation_encodes_each_text_and_each_image_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   limits, encoded = [], {"images": 0, "texts": 0}
 

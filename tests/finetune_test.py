@@ -101,10 +101,12 @@ def test_the_zero_shot_classifier_of_wordnet_ids_is_that_of_their_names(
   c, built, asked = finetune_config(Path("run")), mock.MagicMock(), []
   c.model.heads.classnames = ("n01440764", second)
   encoder = SimpleNamespace(classifier=lambda names, templates: asked.append((names, templates)) or np.eye(2))
-  for function, value in {"create_state": 0, "initialise": (1, ["read"]), "Clip": encoder, "set_classifier": 2}.items():
+  end = SimpleNamespace(average={})
+  results = {"create_state": 0, "initialise": (1, ["read"]), "Clip": encoder, "set_classifier": end}
+  for function, value in results.items():
     monkeypatch.setattr(first_state_lib, function, lambda *_, value=value, **__: value)
   state, messages = first_state(c, built, mock.MagicMock(), mock.MagicMock())
-  assert (state, asked) == (2, [(("tench", name), TEMPLATES)])
+  assert (state, asked) == (end, [(("tench", name), TEMPLATES)])
   assert messages[0] == "read"
   assert messages[1].startswith(remark)
   assert len(messages) == 3

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from declip_jax.spelling import did_you_mean
 
@@ -214,14 +214,59 @@ class Suite:
     """Keys of the suite that `have` lacks, in order."""
     return [key for key in self.keys if key not in have]
 
-  def averages(self, values: Mapping[str, float]) -> dict[str, float]:
+  def averages(
+    self, values: Mapping[str, float], sizes: Mapping[str, "TrainingSize"] | None = None
+  ) -> dict[str, float]:
     """The means whose data sets all have a value; an incomplete mean is absent.
+
+    If the values are of different training sizes, a mean is that of the data sets with the largest one, which its name
+    then says, such as "mean_of_20_sets_with_16_shots"; it needs two of them.
 
     Args:
       values: values of `metric`, by key.
+      sizes: how much the classifiers of the values were given to train on, by key; all alike by default.
     """
-    complete = {name: keys for name, keys in self.means.items() if all(key in values for key in keys)}
-    return {name: sum(values[key] for key in keys) / len(keys) for name, keys in complete.items()}
+    found, sizes = {}, sizes or {}
+    for name, keys in self.means.items():
+      if not all(key in values for key in keys):
+        continue
+      most = max((sizes[key] for key in keys if key in sizes), default=None)
+      used = [key for key in keys if sizes.get(key) == most]
+      if len(used) == len(keys):
+        found[name] = sum(values[key] for key in keys) / len(keys)
+      elif len(used) > 1:
+        found[f"{name}_of_{len(used)}_sets_with_{most}"] = sum(values[key] for key in used) / len(used)
+    return found
+
+
+class TrainingSize(NamedTuple):
+  """How much a classifier that learns from few images is given: fewer where a training split has no more.
+
+  Attributes:
+    number: images of each class, or neighbours.
+    unit: "shots" or "neighbours".
+  """
+
+  number: int
+  unit: str
+
+  def __str__(self) -> str:
+    return f"{self.number}_{self.unit}"
+
+
+def training_size(kind: str, headline: str, details: Mapping[str, Any]) -> TrainingSize | None:
+  """The training size of a headline score of few shots or of nearest neighbours; None for other evaluators.
+
+  Args:
+    kind: the evaluator.
+    headline: name of the headline metric.
+    details: details of the scores.
+  """
+  if kind == "few_shot" and headline.startswith("shots_"):
+    return TrainingSize(int(headline.removeprefix("shots_")), "shots")
+  if kind == "knn" and "neighbours" in details:
+    return TrainingSize(int(details["neighbours"]), "neighbours")
+  return None
 
 
 @cache

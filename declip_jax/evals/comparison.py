@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 import numpy as np
+from scipy import stats
 
 from declip_jax.evals import intervals, metrics, results
 from declip_jax.evals.intervals import Interval
@@ -350,7 +351,7 @@ def difference(scored: Sequence[Scored], baseline: Sequence[Scored], metric: str
   one = _having(scored, metric)[0]
   single = _answers(one.predictions, metric, one.details)
   exact = single is not None and single.metric is metrics.accuracy
-  p = intervals.mcnemar(*pairs.columns) if exact else _p_value(values)
+  p = intervals.mcnemar(*pairs.columns) if exact else _p_value(values, len(pairs.columns[0]))
   return Difference(float(pairs.metric(*pairs.columns, once)[0]), intervals.percentiles(values), p, "paired")
 
 
@@ -566,10 +567,20 @@ def _mean_recall(
   return (intervals.ratio(images, np.ones_like(images), times) + intervals.ratio(texts, trials, times)) / number
 
 
-def _p_value(values: Float[np.ndarray, "r"]) -> float:
-  """Two-sided p-value of a bootstrapped difference: twice the share of resamples on the rarer side of 0."""
+def _p_value(values: Float[np.ndarray, "r"], examples: int) -> float:
+  """Two-sided p-value of a bootstrapped difference: twice the share of resamples on the rarer side of 0.
+
+  Resamples cannot tell how small p is if none of them is on that side. It is then that of a normal distribution with
+  their standard deviation, and at least 2 / 2^n of n examples: of all ways to exchange the answers of two models, the
+  most extreme ones are two. Resamples without a value do not count.
+  """
+  values = values[~np.isnan(values)]
   side = min(float(np.mean(values <= 0)), float(np.mean(values >= 0)))
-  return min(1.0, 2 * max(side, 1 / len(values)))
+  if side > 0:
+    return min(1.0, 2 * side)
+  deviation = float(np.std(values))
+  normal = 2 * float(stats.norm.sf(abs(float(np.mean(values))) / deviation)) if deviation else 0.0
+  return min(1.0, max(normal, 2.0 ** (1 - examples)))
 
 
 def adjusted(differences: Mapping[Any, Difference]) -> Mapping[Any, float]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 import numpy as np
 from scipy import special, stats
 
-from declip_jax.evals.intervals import RESAMPLES, Interval, bootstrap
+from declip_jax.evals.intervals import RESAMPLES, Interval, bootstrap, percentiles
 
 Scale = Literal["linear", "probit", "logit"]
 # From accuracies to the scale on which models lie on a line, and back.
@@ -95,6 +95,12 @@ class Line:
   models: int
   lowest: float
   highest: float
+
+  @property
+  def slope_interval(self) -> Interval:
+    """The 95 % interval of the slope, by Student's t."""
+    half = float(stats.t.ppf(0.975, self.models - 2)) * self.slope_error
+    return Interval(self.slope - half, self.slope + half)
 
   def expected(self, accuracy: float | Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     """The accuracy under shift that goes with an accuracy without shift; both are fractions."""
@@ -184,6 +190,43 @@ def band(
   upper = np.nanpercentile(values, 100 - tail, axis=0, method="higher")
   slope, intercept = (Interval(float(lower[i]), float(upper[i])) for i in range(2))
   return Band(lower[2:], upper[2:], slope, intercept)
+
+
+Known = tuple[float, Interval | None]  # an accuracy and its 95 % interval; None for an accuracy without error
+
+
+def effective_interval(
+  accuracy: Float[np.ndarray, "models"],
+  shifted: Float[np.ndarray, "models"],
+  without: Known,
+  under: Known,
+  scale: Scale = "logit",
+  *,
+  resamples: int = RESAMPLES,
+) -> Interval:
+  """The 95 % interval of an effective robustness.
+
+  The models of the line are resampled as by `band`, and with each line both accuracies are drawn anew, independently,
+  from normal distributions with their intervals, which may have sides of different lengths.
+
+  Args:
+    accuracy, shifted, scale: see `fit_line`.
+    without, under: accuracy of the model without and under shift.
+    resamples: number of resamples.
+  """
+  lines = bootstrap(_coefficients, _on_scale(accuracy, scale), _on_scale(shifted, scale), resamples=resamples)
+  rng, (forward, back) = np.random.default_rng((0, 1)), _SCALES[scale]
+  at, own = (_draws(known, rng, resamples) for known in (without, under))
+  return percentiles(own - back(lines[:, 0] * forward(at) + lines[:, 1]))
+
+
+def _draws(known: Known, rng: np.random.Generator, number: int) -> Float[np.ndarray, "r"]:
+  value, ends = known
+  normal = rng.standard_normal(number)
+  if ends is None:
+    return np.full(number, value)
+  half = np.where(normal > 0, ends.upper - value, value - ends.lower)
+  return np.clip(value + normal * half / stats.norm.ppf(0.975), 0, 1)
 
 
 def _on_scale(accuracy: Float[np.ndarray, "models"], scale: Scale) -> Float[np.ndarray, "models"]:

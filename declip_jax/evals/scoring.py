@@ -93,6 +93,8 @@ def _single_label(data: EvaluationData, logits: Float[np.ndarray, "n classes"]) 
     group = gather_rows(of)[rows]
     group = np.where(np.isin(group, data.ignored_groups), -1, group).astype(np.int32)
     details[f"accuracy_by_{grouping}"] = metrics.accuracy_by(group, found.correct())
+    kinds, number = np.unique(group[group >= 0], return_counts=True)
+    details[f"images_by_{grouping}"] = dict(zip(kinds.tolist(), number.tolist(), strict=True))
     if grouping == (data.grouping or next(iter(data.test.groups))):
       predictions["group"] = group
   always = ["top1", *(["top5"] if found.classes >= 5 else []), "mean_per_class"]

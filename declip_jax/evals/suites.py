@@ -14,7 +14,7 @@ from declip_jax.data.sources import BadSample, Source, open_source, read_example
 from declip_jax.data.sources.border import KIND
 from declip_jax.data.storage.layouts import TEMPLATES
 from declip_jax.evals import EVALUATORS, SPLITS, Evaluator, catalogue, data_files, parse_option, variant_of
-from declip_jax.evals.catalogue import DataSet, Suite
+from declip_jax.evals.catalogue import DataSet, Suite, TrainingSize, training_size
 from declip_jax.evals.classes import align
 from declip_jax.evals.data_files import Splits
 from declip_jax.evals.feature_cache import json_hash
@@ -145,7 +145,8 @@ def means(results: Mapping[str, Result], suites: Sequence[Suite]) -> dict[str, f
   """The means of suites, by task, of which no data set is missing; only results by the suite's protocol count.
 
   A mean of data sets with several tasks, such as DataComp's, has no task in its name: it is that of the tasks that need
-  neither training nor a classifier, with their default options.
+  neither training nor a classifier, with their default options. Few shots are averaged at equal numbers of images, and
+  so are nearest neighbours, see `Suite.averages`.
 
   Args:
     results: results by the names of their jobs.
@@ -154,12 +155,15 @@ def means(results: Mapping[str, Result], suites: Sequence[Suite]) -> dict[str, f
   found = {}
   for suite in suites:
     values: dict[str, dict[str, float]] = {}
+    sizes: dict[str, dict[str, TrainingSize]] = {}
     for result in results.values():
       if _follows(result.ours, suite):
         ours, kind = result.ours, result.ours["kind"]
         task = "/".join(part for part in (kind, variant_of(kind, ours.get("options", {}))) if part)
         values.setdefault(task, {})[ours["about"]["key"]] = ours["metrics"][ours["headline"]]
-    averages = {task: suite.averages(own) for task, own in values.items()}
+        if (size := training_size(kind, ours["headline"], ours.get("details", {}))) is not None:
+          sizes.setdefault(task, {})[ours["about"]["key"]] = size
+    averages = {task: suite.averages(own, sizes.get(task)) for task, own in values.items()}
     joined = {key: value for task in _without_training() for key, value in values.get(task, {}).items()}
     averages[""] = {
       name: value

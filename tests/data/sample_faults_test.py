@@ -184,7 +184,9 @@ def _equals_the_stream_without(faults: dict[int, tuple[str, str]], got: dict[str
 def test_the_stream_is_that_without_the_bad_samples(stage: str) -> None:
   names = [name for name in FAULTS if name not in KILLS and (stage != "collate" or name == "panic")]
   faults = {3 * number: (stage, name) for number, name in enumerate(names)}
-  _equals_the_stream_without(faults, _read(_stream(Faulty(40, faults)), 5), 40)
+  hangs_too = any(name in ("hang", "spin") for name in names)
+  stream = _stream(Faulty(40, faults), seconds=None if hangs_too else 0)  # no sample but those takes too long
+  _equals_the_stream_without(faults, _read(stream, 5), 40)
 
 
 HERE = threading.local()  # `fault`: stage and name of the fault of the sample that a thread reads

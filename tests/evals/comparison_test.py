@@ -57,6 +57,32 @@ def test_one_run_each_is_compared_on_the_same_images(tmp_path: Path) -> None:
   assert found.p == intervals.mcnemar(*correct) < 0.05
 
 
+def test_p_values_of_a_bootstrap_can_be_as_small_as_many_differences_need() -> None:
+  clear = np.random.default_rng(0).normal(0.3, 0.05, size=2000)  # six standard deviations from 0
+  for sign in (1, -1):
+    p = comparison._p_value(np.append(sign * clear, np.nan), 400)
+    assert p == pytest.approx(2e-9, rel=0.5)
+    assert intervals.holm(np.full(56, p)).max() < 0.05
+  near = np.random.default_rng(0).normal(0.1, 0.05, size=2000)
+  assert comparison._p_value(near, 400) == 2 * np.mean(near <= 0) == pytest.approx(0.0455, abs=0.01)
+  assert comparison._p_value(np.full(2000, 0.3), 5) == 2 / 2**5  # too few examples to be sure
+  assert comparison._p_value(np.zeros(2000), 400) == 1
+
+
+def test_the_p_value_of_a_clear_difference_is_that_of_the_exact_test(tmp_path: Path) -> None:
+  """Mean per class of classes of equal sizes is an accuracy, of which McNemar's test is exact."""
+  label = np.repeat(np.arange(5), 80)
+  for name, accuracy in (("a", 0.7), ("b", 0.5)):
+    predictions = classified(accuracy, 1, label) if name == "a" else classified(accuracy, 2, label)
+    correct = predictions["rank"] < 1
+    write(tmp_path, name, predictions, metrics={"mean_per_class": float(correct.mean())}, intervals={})
+  a, b = (method.of(TASK) for method in read_methods([tmp_path]))
+  found = comparison.difference(a, b, "mean_per_class")
+  exact = intervals.mcnemar(*(one[0].predictions["rank"] < 1 for one in (a, b)))
+  assert exact < 1e-6
+  assert np.log(found.p) == pytest.approx(np.log(exact), rel=0.2)
+
+
 def test_only_common_images_count_and_other_labels_are_rejected(tmp_path: Path) -> None:
   fewer = {name: values[20:] for name, values in classified(0.6, 2).items()}
   write(tmp_path / "a", "a", classified(0.7, 1))

@@ -5,6 +5,7 @@ from functools import partial
 import inspect
 import json
 from pathlib import Path
+import re
 
 from evals.comparison_test import classified, write
 import numpy as np
@@ -200,11 +201,12 @@ def test_the_mean_under_shift_is_that_of_all_five_of_imagenet(tmp_path: Path, dr
   assert not others
   assert [name for name in table.header if name in IMAGENET] == ["imagenet", *five]
   assert table.header[-1] == "mean under shift"
-  assert table.rows[0][-1] == f"{100 * np.mean([own[key] for key in five]):.1f}"
+  assert table.rows[0][-1].split(" [")[0] == f"{100 * np.mean([own[key] for key in five]):.1f}"
   place = table.header.index("imagenet_r") + 1
   line = robustness.fit_line(*robustness.baseline("imagenet_r")[1:])
   above = 100 * line.effective_robustness(own["imagenet_on_r"], own["imagenet_r"])
-  assert (table.header[place], table.rows[0][place]) == ("effective robustness", f"{above:+.1f}")
+  assert table.header[place] == "effective robustness"
+  assert table.rows[0][place].split("\\*")[0].split(" [")[0] == f"{above:+.1f}"
 
 
 def test_the_mean_of_some_shifts_says_so(tmp_path: Path, drawn: dict[str, tuple]) -> None:
@@ -212,7 +214,8 @@ def test_the_mean_of_some_shifts_says_so(tmp_path: Path, drawn: dict[str, tuple]
     write(tmp_path, "a", classified(IMAGENET[key], 1), key=key)
   table, *_ = tables([*shifts.shifts(Report(read_methods([tmp_path])), tmp_path)])
   assert table.header[-1] == "mean of 2 of 5 shifts"
-  assert table.rows[0][table.header.index("imagenet_r") + 1] == ""  # without imagenet_on_r
+  after = {name: table.header[table.header.index(name) + 1] for name in ("imagenet_v2", "imagenet_r")}
+  assert after == {"imagenet_v2": "effective robustness", "imagenet_r": table.header[-1]}  # without imagenet_on_r
 
 
 def test_mixtures_are_drawn_against_the_mean_of_all_five(tmp_path: Path, drawn: dict[str, tuple]) -> None:
@@ -286,6 +289,28 @@ def test_a_mean_says_which_data_sets_it_contains(tmp_path: Path) -> None:
   assert listing.items == ["Zero-shot classification: lone, pets, toys-1f; without pets (bare)."]
 
 
+def test_a_mean_is_at_equal_numbers_of_neighbours_or_shots(tmp_path: Path) -> None:
+  rng = np.random.default_rng(0)
+  for key, size in (("pets", 20), ("dtd", 20), ("flowers", 12)):
+    write(tmp_path, "a", classified(0.5, 1), key=key, kind="knn", details={"neighbours": size})
+    shots = {f"shots_{count}": 0.5 for count in (8, size - 4)}
+    fields = {"kind": "few_shot", "headline": [*shots][-1], "metrics": shots, "intervals": {}, "about": {"key": key}}
+    fields |= {"details": {"metric": "top1"}, "options": {}, "data": {}}
+    answers = {f"correct_{name}": rng.random((400, 3)) < 0.5 for name in shots}
+    predictions = {"row": np.arange(400), "label": classified(0.5, 1)["label"], **answers}
+    results.write(tmp_path, results.Result(key, "a", "step-9", "few_shot", {}, fields), predictions)
+  report = Report(read_methods([tmp_path]))
+  assert [(line.quantity, line.data_sets) for line in headline.lines(report)] == [
+    ("Few shots: mean of 2 data sets (16 images per class)", ("dtd", "pets")),
+    ("Nearest neighbours: mean of 2 data sets (top-1 accuracy)", ("dtd", "pets")),
+  ]
+  (listing,) = (block for block in headline.headline(report) if isinstance(block, Listing))
+  assert listing.items == [
+    "Few shots: dtd, pets; without flowers (8 images per class).",
+    "Nearest neighbours: dtd, pets; without flowers (12 neighbours).",
+  ]
+
+
 @pytest.mark.parametrize(
   ("weights", "cells"),
   [
@@ -317,8 +342,76 @@ def test_published_scores_are_flagged_and_protocols_do_not_mix(tmp_path: Path) -
     )
   ]
   (table,) = tables([*published.published(Report([method], published=rows))])
+  assert table.header[-3:] == ["published", "a", "a, other prompts"]
   assert [row[0] for row in table.rows] == ["near", "**slip/x**", "other prompts"]
-  assert [row[-1].partition(" ")[2] for row in table.rows] == ["(+0.9)", "(+1.1 ‡)", "§"]
+  assert [row[-2].partition(" ")[2] for row in table.rows] == ["(+0.9)", "(+1.1 ‡)", ""]
+  assert [row[-1] for row in table.rows] == ["", "", f"{100 * score:.1f} (`own`)"]
+
+
+def seven_prompts(folder: Path, *, eighty: bool = False) -> Report:
+  """The results of slip26 on ImageNet, and those with 80 prompts, by one method, and the published ones."""
+  for prompts, variant, accuracy in (("openai", "", 0.6), ("openai7", "openai7", 0.3))[not eighty :]:
+    about = {"key": "imagenet", "prompts": prompts, "metric": "top1"}
+    write(folder, "a", classified(accuracy, 1), key="imagenet", dataset="imagenet1k", variant=variant, about=about)
+  own = {"imagenet_top1_percent": {"zero_shot": 30.0}}
+  rows = [row for name in ("slip/x", "clip/x") for row in published.of_config(name, own)]
+  return Report(read_methods([folder]), published=[*rows, *published.of_papers()])
+
+
+def test_scores_with_seven_prompts_are_beside_the_published_ones_with_seven(tmp_path: Path) -> None:
+  report = seven_prompts(tmp_path)
+  value = (classified(0.3, 1)["rank"] < 1).mean()
+  first, *others = published.compared(report)
+  assert (first.model, first.protocol) == ("slip/x", "zero-shot, SLIP's seven prompts")
+  assert (first.ours, first.others) == ({"a": value}, {})
+  assert others
+  assert all(own.others == {"a": {"openai7": value}} for own in others)
+  assert [line.quantity for line in headline.lines(report)] == ["ImageNet, zero-shot, SLIP's seven prompts"]
+
+
+def test_each_prompt_set_has_a_column_beside_published_scores(tmp_path: Path) -> None:
+  report = seven_prompts(tmp_path, eighty=True)
+  seven, eighty = ((classified(accuracy, 1)["rank"] < 1).mean() for accuracy in (0.3, 0.6))
+  found = {(row.model, row.protocol): row for row in published.compared(report)}
+  own = found["slip/x", "zero-shot, SLIP's seven prompts"]
+  assert (own.ours, own.others) == ({"a": seven}, {"a": {"openai": eighty}})
+  own = found["clip/x", "zero-shot, OpenAI's prompts"]
+  assert (own.ours, own.others) == ({"a": eighty}, {"a": {"openai7": seven}})
+  (table,) = tables([*published.published(report)])
+  row = dict(zip(table.header, table.rows[0], strict=True))
+  assert row["a"].startswith(f"{100 * seven:.1f} (")
+  assert row["a, other prompts"] == f"{100 * eighty:.1f} (`openai`)"
+  assert [(line.quantity, line.score.value) for line in headline.lines(report)] == [
+    ("ImageNet, zero-shot", eighty),
+    ("ImageNet, zero-shot, SLIP's seven prompts", seven),
+  ]
+
+
+def test_few_shots_are_compared_with_each_prompt_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  drawn = []
+  monkeypatch.setattr(charts, "plot_few_shot", lambda *arguments: drawn.append(arguments))
+  details = {"method": "logistic", "metric": "top1", "std": {}}
+  few = {"kind": "few_shot", "headline": "shots_2", "metrics": {"shots_1": 0.2, "shots_2": 0.5}, "intervals": {}}
+  few |= {"variant": "few", "details": details}
+  write(tmp_path, "a", classified(0.5, 1), key="imagenet", dataset="imagenet1k", **few)
+  for eighty, prompts in ((False, ["SLIP's seven prompts"]), (True, ["OpenAI's prompts", "SLIP's seven prompts"])):
+    report = seven_prompts(tmp_path, eighty=eighty)
+    (table,) = tables([*scores._few_shot(report, tmp_path)])
+    lines = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    assert [line.get("prompts", prompts[0]) for line in lines] == prompts
+    values = [100 * (classified(accuracy, 1)["rank"] < 1).mean() for accuracy in (0.6, 0.3)[-len(prompts) :]]
+    assert [line["zero-shot"].partition(" ")[0] for line in lines] == [f"{value:.1f}" for value in values]
+    assert drawn[-1][1] == {"a": pytest.approx(values[0] / 100)}
+  assert lines[0]["images per class"] == "not reached"
+
+
+def test_a_mean_has_one_result_of_each_data_set(tmp_path: Path) -> None:
+  seven_prompts(tmp_path)
+  write(tmp_path, "a", classified(0.5, 1), key="pets")
+  write(tmp_path, "a", classified(0.5, 1), key="pets", variant="bare", about={"key": "pets", "prompts": "bare"})
+  write(tmp_path, "a", classified(0.5, 1), key="dtd", variant="top5", about={"key": "dtd", "prompts": "openai"})
+  report = Report(read_methods([tmp_path]))
+  assert [str(task) for task, _ in report.items("zero_shot")] == ["imagenet1k (openai7)", "pets"]
 
 
 def test_published_tables_name_data_sets_and_evaluators() -> None:
@@ -420,3 +513,92 @@ def test_overlaps_of_folders_of_one_name_are_all_shown_and_a_bad_one_is_named(tm
     (folders[1] / "overlap.json").write_text(content)
     with pytest.raises(ValueError, match="y/overlap/overlap.json"):
       [*shifts.overlaps(Report((), overlaps=folders), tmp_path / "out")]
+
+
+def test_the_number_of_neighbours_is_the_one_that_was_used(tmp_path: Path) -> None:
+  for key, neighbours in (("pets", 20), ("dtd", 20), ("flowers", 12)):
+    write(tmp_path, "a", classified(0.5, 1), key=key, kind="knn", details={"neighbours": neighbours})
+  text, listing = header.protocol(Report(read_methods([tmp_path])), "knn")
+  assert "20" not in text
+  assert listing.items == ["Number of neighbours: 12 (flowers).", "Number of neighbours: 20 (dtd, pets)."]
+
+
+def shifted(folder: Path, model: str, photo: float, sketch: float, *, seed: int = 0, prompts: str = "") -> None:
+  """Writes results of a linear probe, or zero-shot with some prompts, on images without and under a shift."""
+  for place, (key, accuracy) in enumerate((("own/photo", photo), ("own/sketch", sketch))):
+    fields = {"variant": prompts, "about": {"key": key, "prompts": prompts}} if prompts else {"kind": "linear_probe"}
+    write(folder, model, classified(accuracy, 2 * seed + place), key=key, **fields)
+
+
+def of_shift(folder: Path, *methods: tuple[str, float, float], flat: bool = False, models: int = 12) -> Report:
+  """Methods, and models with standard training whose accuracy under shift is 20 points lower, or the same for all."""
+  for name, photo, sketch in methods:
+    shifted(folder / "methods", name, photo, sketch, seed=99)
+  for number in range(models):
+    photo = 0.4 + 0.5 * number / models
+    shifted(folder / "standard", f"s{number}x", photo, 0.3 + number % 2 / 10 if flat else photo - 0.2, seed=number)
+  keys = {"own/photo": ["own/sketch"]}
+  return Report(read_methods([folder / "methods"]), None, keys, read_methods([folder / "standard"]))
+
+
+def test_effective_robustness_has_an_interval_and_a_star_if_that_excludes_0(tmp_path: Path) -> None:
+  report = of_shift(tmp_path, ("above", 0.6, 0.6), ("on", 0.6, 0.4))
+  above, on = shifts.lines(report, report.methods, "own/photo", ["own/sketch"], "linear_probe")
+  for row, expected in ((above, True), (on, False)):
+    score, effective = row.shifted["own/sketch"]
+    assert effective.interval.lower < effective.value < effective.interval.upper
+    assert np.diff(effective.interval) > np.diff(score.interval)  # that of the accuracy, and more
+    assert effective.is_significant == expected
+  _, table, *rest = shifts._shift(report, "own/photo", ["own/sketch"], "linear_probe", tmp_path)
+  column = list(table.header).index("effective robustness")
+  assert [cell[column].count("\\*") for cell in table.rows] == [1, 0]
+  assert not [block for block in rest if isinstance(block, Listing)]
+  found = json.loads(to_json(report))["shifts"][0]["under_shift"]["own/sketch"]["effective_robustness"]
+  assert found["interval"] == [*above.shifted["own/sketch"][1].interval]
+
+
+@pytest.mark.parametrize(
+  ("of", "reasons"),
+  [
+    ({"flat": True}, r"own/sketch: its slope may be 0 \(-?0\.\d\d \[-0\.\d\d, 0\.\d\d\]\)\."),
+    ({"models": 9}, r"own/sketch: the line is fitted to only 9 models\."),
+    ({"models": 6, "flat": True}, r"own/sketch: the line is fitted to only 6 models, and its slope may be 0 \(.*\)\."),
+  ],
+  ids=["flat", "few", "both"],
+)
+def test_a_line_that_is_of_no_use_is_named_and_gives_no_star(of: dict, reasons: str, tmp_path: Path) -> None:
+  report = of_shift(tmp_path, ("above", 0.6, 0.9), **of)
+  _, table, _, listing, *_ = shifts._shift(report, "own/photo", ["own/sketch"], "linear_probe", tmp_path)
+  assert "\\*" not in "".join(table.rows[0])
+  (remark,) = listing.items
+  assert re.fullmatch(reasons, remark)
+
+
+def test_the_mean_under_shift_has_an_interval(tmp_path: Path) -> None:
+  accuracy = {"own/photo": 0.7, "own/sketch": 0.5, "own/cartoon": 0.6}
+  for place, (key, value) in enumerate(accuracy.items()):
+    write(tmp_path, "a", classified(value, place), key=key)
+    for seed in range(3):
+      write(tmp_path, f"b-{seed}", classified(value, 3 * seed + place), key=key)
+  report = Report(read_methods([tmp_path]), None, {"own/photo": ["own/sketch", "own/cartoon"]})
+  single, seeds = shifts.lines(report, report.methods, "own/photo", report.shifts["own/photo"], "zero_shot")
+  values = [score.value for score, _ in single.shifted.values()]
+  half = 1.96 * np.sqrt(sum(value * (1 - value) / 400 for value in values)) / 2
+  assert single.mean.value == pytest.approx(np.mean(values))
+  np.testing.assert_allclose(single.mean.interval, [single.mean.value - half, single.mean.value + half], atol=3e-3)
+  means = [
+    np.mean([run[Task(key, "zero_shot", "")].metrics["top1"] for key in ("own/sketch", "own/cartoon")])
+    for run in report.methods[1].runs
+  ]
+  assert seeds.mean.interval == pytest.approx(intervals.student(np.array(means)))
+
+
+def test_a_shift_is_measured_with_the_same_prompts(tmp_path: Path) -> None:
+  shifted(tmp_path, "a", 0.7, 0.5, prompts="bare")
+  write(tmp_path, "a", classified(0.7, 1), key="own/photo")
+  write(tmp_path, "a", classified(0.7, 1), key="own/cartoon")
+  keys = ["own/sketch", "own/cartoon"]
+  report = Report(read_methods([tmp_path]), None, {"own/photo": keys})
+  own, bare = shifts.lines(report, report.methods, "own/photo", keys, "zero_shot")
+  assert ([*own.shifted], [*bare.shifted]) == (["own/cartoon"], ["own/sketch"])
+  assert (own.name, bare.name) == ("a", "a, names of classes as prompts")

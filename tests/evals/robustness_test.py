@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import references as reference
+from scipy import stats
 from scipy.special import expit, logit
 
 from declip_jax.evals import robustness
+from declip_jax.evals.intervals import Interval
 from declip_jax.evals.robustness import band, fit_line
 
 
@@ -47,6 +49,31 @@ def test_bootstrap_band(golden, standard):
   random = band(*standard, expit(grid))
   np.testing.assert_allclose(random.slope, golden["bootstrap/slope_95"], atol=0.01)
   assert (random.lower < fit_line(*standard).expected(expit(grid))).all()
+
+
+def test_interval_of_effective_robustness(standard):
+  line, at = fit_line(*standard), np.array([0.7])
+  exact, above = (0.7, None), 0.05 + float(line.expected(0.7))
+  found = robustness.effective_interval(*standard, exact, (above, None))
+  near = band(*standard, at)  # without errors of the accuracies it is the band of the line
+  np.testing.assert_allclose(found, [above - near.upper[0], above - near.lower[0]], atol=2e-4)
+  half = 0.02
+  noisy = robustness.effective_interval(*standard, exact, (above, Interval(above - half, above + half)))
+  width = np.hypot(half, np.diff(found)[0] / 2)
+  np.testing.assert_allclose(noisy, [0.05 - width, 0.05 + width], atol=3e-3)
+  slope = float(line.expected(0.701) - line.expected(0.699)) / 0.002
+  moved = robustness.effective_interval(*standard, (0.7, Interval(0.68, 0.72)), (above, None))
+  width = np.hypot(0.02 * slope, np.diff(found)[0] / 2)
+  np.testing.assert_allclose(moved, [0.05 - width, 0.05 + width], atol=3e-3)
+  at_ends = robustness.effective_interval(*standard, (0.0, Interval(0.0, 0.01)), (1.0, Interval(0.99, 1.0)))
+  assert 0.98 < at_ends.lower <= at_ends.upper <= 1
+
+
+def test_interval_of_a_slope():
+  x, y = logit(np.array([0.5, 0.6, 0.7, 0.8])), logit(np.array([0.3, 0.45, 0.5, 0.7]))
+  found = fit_line(expit(x), expit(y)).slope_interval
+  fit = stats.linregress(x, y)
+  np.testing.assert_allclose(found, fit.slope + fit.stderr * stats.t.ppf([0.025, 0.975], 2))
 
 
 def test_band_of_few_models_is_a_number():

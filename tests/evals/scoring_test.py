@@ -52,6 +52,7 @@ def test_data_without_a_single_score_have_those_of_their_groups() -> None:
   assert found.headline == "top1"
   assert found.metrics["top1"] == 0.5
   assert found.details["accuracy_by_region"] == {0: 1.0, 1: 0.0}
+  assert found.details["images_by_region"] == {0: 12, 1: 12}
 
 
 def test_a_metric_that_does_not_exist_and_labels_of_other_classes_are_named() -> None:

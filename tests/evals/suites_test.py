@@ -1,10 +1,11 @@
 """Tests of `declip_jax.evals.suites`: the jobs of data files and suites, with their classes, prompts and metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import io
 from pathlib import Path
 import re
 import tarfile
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -209,6 +210,29 @@ def test_a_mean_has_only_results_by_the_protocol_of_its_suite() -> None:
   vtab = Suite("vtab", "", ("pets",), metrics={"pets": "top1"}, means={"mean": ("pets",)})
   found = {"own": result("pets", 0.2, metric="mean_per_class"), "vtab": result("pets", 0.8)}
   assert suites.means(found, [vtab]) == {"vtab/knn/mean": 0.8}
+
+
+@pytest.mark.parametrize(
+  ("kind", "of", "unit"),
+  [
+    ("few_shot", lambda size: {"headline": f"shots_{size}"}, "shots"),
+    ("knn", lambda size: {"headline": "top1", "details": {"neighbours": size}}, "neighbours"),
+  ],
+)
+def test_a_mean_is_at_equal_numbers_of_training_images(
+  kind: str, of: Callable[[int], dict[str, Any]], unit: str
+) -> None:
+  keys = ("flowers", "cifar10", "dtd")
+  suite = Suite("s", "", keys, means={"mean": keys, "two": keys[:2]})
+
+  def of_size(key: str, value: float, size: int) -> Result:
+    ours = {"kind": kind, "metrics": {f"shots_{size}": value, "top1": value}, "options": {}, "details": {}, **of(size)}
+    return Result(key, "m", "p", kind, {}, {**ours, "about": {"key": key, "metric": suite.metric(key)}})
+
+  found = {"a": of_size("flowers", 0.5, 8), "b": of_size("cifar10", 0.9, 16), "c": of_size("dtd", 0.7, 16)}
+  assert suites.means(found, [suite]) == {f"s/{kind}/mean_of_2_sets_with_16_{unit}": pytest.approx(0.8)}
+  found["a"] = of_size("flowers", 0.5, 16)
+  assert suites.means(found, [suite]) == {f"s/{kind}/mean": pytest.approx(0.7), f"s/{kind}/two": pytest.approx(0.7)}
 
 
 def test_options_are_read_checked_and_in_the_name_of_the_file(data: Mapping[str, data_files.Splits]) -> None:

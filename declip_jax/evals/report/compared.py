@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from declip_jax.evals import comparison
+from declip_jax.evals import catalogue, comparison
 from declip_jax.evals.comparison import Cell, Difference, Items, Method, Scored, Task
 from declip_jax.evals.intervals import Interval
 
@@ -34,6 +34,12 @@ METRICS = {
   "jaccard": "Jaccard index, 10 to 12 images",
   "jaccard_5_6": "Jaccard index, 5 or 6 images",
   "jaccard_all": "Jaccard index, all",
+}
+PROMPTS = {
+  "openai": "OpenAI's prompts",
+  "openai7": "SLIP's seven prompts",
+  "clip_benchmark": "CLIP_benchmark's prompts",
+  "bare": "names of classes as prompts",
 }
 MANY = 8  # methods of which a table has columns, and charts have lines
 _RETRIEVAL = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
@@ -165,34 +171,84 @@ class Report:
     p = comparison.adjusted(found)
     return {name: "**"[: 1 + (p[name] < 0.05)] for name, own in found.items() if own.is_significant}
 
-  def items(self, kind: str, keys: Sequence[str] | None = None) -> list[tuple[Task, str]]:
-    """Tasks of an evaluator with their headline metrics.
+  def protocols(self, kind: str) -> dict[str, dict[str, Task]]:
+    """For each data set its tasks of an evaluator by their prompt set, that of the data set's own protocol first.
 
-    Args:
-      kind: the evaluator.
-      keys: keys of data sets in the catalogue; None for the data sets that all methods have.
+    An evaluator that compares no texts has the prompt set "". See `prompt_set` for results that are left out.
     """
-    chosen = [task for task in self.of_kind(kind) if not task.variant]
-    if keys is not None:
-      found = {self.some(task).key: task for task in chosen}
-      chosen = [found[key] for key in keys if key in found]
-    else:
-      chosen = [task for task in chosen if all(method.of(task) for method in self.methods)]
-    return [(task, self.some(task).headline) for task in chosen]
+    found: dict[str, dict[str, Task]] = {}
+    for task in sorted(self.of_kind(kind), key=lambda task: bool(task.variant)):
+      if (prompts := prompt_set(task, self.some(task))) is not None:
+        found.setdefault(task.dataset, {}).setdefault(prompts, task)
+    return found
+
+  def items(self, kind: str) -> list[tuple[Task, str]]:
+    """Tasks of an evaluator that all methods have, one for each data set, with their headline metrics.
+
+    Of several prompt sets, the first one of `protocols` is chosen. Only data sets with the largest training size are
+    there, so that no mean mixes, for instance, 8 images per class with 16.
+    """
+    chosen = {
+      next((task for task in own.values() if all(method.of(task) for method in self.methods)), None)
+      for own in self.protocols(kind).values()
+    }
+    sizes = {task: self.training_size(task) for task in self.of_kind(kind) if task in chosen}
+    most = max((size for size in sizes.values() if size is not None), default=None)
+    return [(task, self.some(task).headline) for task, size in sizes.items() if size == most]
+
+  def training_size(self, task: Task) -> catalogue.TrainingSize | None:
+    """With how many images per class, or neighbours, a task was evaluated; None for other evaluators."""
+    some = self.some(task)
+    return catalogue.training_size(task.kind, some.headline, some.details)
 
   @cached_property
   def _known(self) -> dict[tuple[str, str, Task, str], Difference | None]:
     return {}
 
 
-def by_key(method: Method, kind: str) -> dict[str, Cell]:
-  """The headline score of an evaluator on each data set of the catalogue."""
+def prompt_set(task: Task, scored: Scored) -> str | None:
+  """The prompt set of a result, "" where no texts are compared.
+
+  It is None for a result with options of its own, or by another metric than that of its data set, which is told by the
+  variant: without these, it is empty or names the prompt set.
+  """
+  prompts = str(scored.about.get("prompts", ""))
+  return prompts if task.variant in ("", prompts, Path(prompts).stem) else None
+
+
+def by_key(method: Method, kind: str, prompts: str = "") -> dict[str, Cell]:
+  """The headline score of an evaluator on each data set of the catalogue; see `tasks_by_key`."""
+  found = tasks_by_key(method, kind, prompts).items()
+  return {key: score for key, (task, metric) in found if (score := comparison.cell(method.of(task), metric))}
+
+
+def tasks_by_key(method: Method, kind: str, prompts: str = "") -> dict[str, tuple[Task, str]]:
+  """The tasks of an evaluator on data sets of the catalogue, with their headline metrics.
+
+  Args:
+    method: the method.
+    kind: the evaluator.
+    prompts: a prompt set; "" for that of each data set's own protocol.
+  """
   found = {}
   for task in dict.fromkeys(task for run in method.runs for task in run):
-    scored = method.of(task)
-    if task.kind == kind and not task.variant and scored[0].key:
-      found[scored[0].key] = comparison.cell(scored, scored[0].headline)
+    scored = method.of(task)[0]
+    chosen = prompt_set(task, scored) == prompts if prompts else not task.variant
+    if task.kind == kind and chosen and scored.key:
+      found[scored.key] = task, scored.headline
   return found
+
+
+def other_prompts(methods: Sequence[Method], kind: str) -> list[str]:
+  """The prompt sets, in alphabetical order, that any result has in place of that of its data set's own protocol."""
+  found = {
+    prompt_set(task, scored)
+    for method in methods
+    for run in method.runs
+    for task, scored in run.items()
+    if task.kind == kind and task.variant
+  }
+  return sorted(found - {None, ""})
 
 
 def single_metrics(items: Items) -> str:
@@ -210,6 +266,11 @@ def metric_name(metric: str) -> str:
   if way in ("image_to_text", "text_to_image"):
     return f"{way.replace('_', ' ')}, recall at {k}"
   return METRICS.get(metric, metric.replace("_", " "))
+
+
+def prompts_name(prompts: str) -> str:
+  """The name of a prompt set in words."""
+  return PROMPTS.get(prompts, f"prompts `{prompts}`")
 
 
 def title(kind: str) -> str:

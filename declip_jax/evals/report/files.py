@@ -1,5 +1,6 @@
 """The numbers of a report for other programs: as CSV, and as JSON."""
 
+from collections.abc import Iterator
 import csv
 import io
 import json
@@ -7,7 +8,7 @@ from typing import Any
 
 from declip_jax.evals import results
 from declip_jax.evals.comparison import cell
-from declip_jax.evals.report import growth, headline, published, shifts
+from declip_jax.evals.report import groups, growth, headline, published, shifts
 from declip_jax.evals.report.compared import Report
 
 
@@ -41,6 +42,7 @@ def to_json(report: Report) -> str:
       for line in headline.lines(report)
     ],
     "scores": [*_scores(report)],
+    "groups": [*_groups(report)],
     "published": [row._asdict() for row in published.compared(report)],
     "shifts": _shifts(report),
     "interpolation": _interpolation(report),
@@ -69,17 +71,31 @@ def _scores(report: Report) -> list[dict[str, Any]]:
   return lines
 
 
+def _groups(report: Report) -> Iterator[dict[str, Any]]:
+  for task in report.tasks:
+    for own in groups.compared(report, task):
+      scores = {str(group): {**score._asdict(), "images": own.images.get(group)} for group, score in own.scores.items()}
+      difference = {"value": own.difference, "best": own.best, "worst": own.worst, "p": own.p}
+      about = {**task._asdict(), "grouping": own.grouping, "method": own.label}
+      yield {**about, "groups": scores, "best_minus_worst": difference}
+
+
 def _shifts(report: Report) -> list[dict[str, Any]]:
   found = []
   for source, keys in shifts.sources(report).items():
     for kind in shifts.KINDS:
       for line in shifts.lines(report, report.methods, source, keys, kind):
-        under = {
-          key: {**score._asdict(), "effective_robustness": above} for key, (score, above) in line.shifted.items()
-        }
-        own = {"source": source, "kind": kind, "method": line.label, "without_shift": line.reference._asdict()}
-        found.append({**own, "under_shift": under, "mean_under_shift": line.mean})
+        under = {key: {**score._asdict(), **_above(above)} for key, (score, above) in line.shifted.items()}
+        own = {"source": source, "kind": kind, "method": line.label, "prompts": line.prompts}
+        mean = line.mean and {"value": line.mean.value, "interval": line.mean.interval}
+        found.append({**own, "without_shift": line.reference._asdict(), "under_shift": under, "mean_under_shift": mean})
   return found
+
+
+def _above(above: shifts.Effective | None) -> dict[str, Any]:
+  return {
+    "effective_robustness": None if above is None else {**above._asdict(), "is_significant": above.is_significant}
+  }
 
 
 def _interpolation(report: Report) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ PROTOCOLS = {
     "A classifier of the features of the frozen image tower, trained on a few images of each class. Scores are means "
     "over several draws of these images."
   ),
-  "knn": "The 20 most similar training images of each test image vote for its class, the more similar the more.",
+  "knn": "The most similar training images of each test image vote for its class, the more similar the more.",
   "nearest_mean": "Each test image gets the class whose training images have the most similar mean feature.",
   "classify": "The classifier with which the model was fine-tuned.",
 }
@@ -51,6 +51,13 @@ _WORDS = {
   "given": "that of the data file (`given`)",
   "pooled": "the output of the image tower before the projection (`pooled`)",
   "joint": "the joint embedding (`joint`)",
+}
+# What differs between results, and its name.
+_FIELDS = {
+  "prompts": "Prompts",
+  "validation": "Validation split",
+  "features": "Features",
+  "neighbours": "Number of neighbours",
 }
 _NAMED = 5  # missing data sets that a sentence names
 
@@ -86,7 +93,7 @@ def protocol(report: Report, kind: str) -> Iterator[Block]:
   if kind in PROTOCOLS:
     yield PROTOCOLS[kind]
   lines = []
-  for field, text in (("prompts", "Prompts"), ("validation", "Validation split"), ("features", "Features")):
+  for field, text in _FIELDS.items():
     values: dict[str, list[str]] = {}
     for scored in own:
       value = scored.about.get(field) if field == "prompts" else scored.details.get(field)

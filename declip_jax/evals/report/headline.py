@@ -6,10 +6,11 @@ from typing import NamedTuple
 from declip_jax.evals import EVALUATORS, catalogue, variant_of
 from declip_jax.evals.catalogue import Suite
 from declip_jax.evals.comparison import Average, Items, Method, Scored, Task, average, average_difference
-from declip_jax.evals.report.compared import Report, brackets, single_metrics, title
+from declip_jax.evals.report.compared import Report, brackets, prompts_name, single_metrics, title
 from declip_jax.reporting.documents import Block, Heading, Listing, Table
 
 _IMAGENET = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "classify": "fine-tuned"}
+_UNITS = {"shots": "images per class", "neighbours": "neighbours"}
 _WITHOUT_TRAINING = ("zero_shot", "retrieval", "composition")
 
 
@@ -72,8 +73,9 @@ def headline(report: Report) -> Iterator[Block]:
   yield Table(names, rows, texts=2)
   if members := [*_members(report)]:
     yield (
-      "A mean that is not that of a suite is over the data sets that all methods have; results with options or prompts "
-      "of their own are not in it:"
+      "A mean that is not that of a suite is over the data sets that all methods have. Results with options of their "
+      "own are not in it, and neither are further results of a data set with other prompts, nor data sets with fewer "
+      "images per class or neighbours than the others:"
     )
     yield Listing(members)
 
@@ -82,24 +84,32 @@ def _members(report: Report) -> Iterator[str]:
   """For each mean of an evaluator, its data sets, and the results that are not in it."""
   for kind, items in _means(report):
     members, used = ", ".join(str(task) for task, _ in items), {task for task, _ in items}
-    others = [str(task) for task in report.of_kind(kind) if task not in used]
+    others = [_with_size(report, task) for task in report.of_kind(kind) if task not in used]
     if len(items) > 1 or others:
       without = f"; without {', '.join(others)}" if others else ""
       yield f"{title(kind)}: {members}{without}."
+
+
+def _with_size(report: Report, task: Task) -> str:
+  size = report.training_size(task)
+  return str(task) if size is None else f"{task} ({size.number} {_UNITS[size.unit]})"
 
 
 def _means(report: Report) -> Iterator[tuple[str, Items]]:
   """The evaluators with a mean over the data sets that all methods have, which may be one, and these data sets."""
   for kind in report.kinds:
     items = report.items(kind)
-    if kind != "few_shot" and items and [report.some(task).key for task, _ in items] != ["imagenet"]:
+    if items and [report.some(task).key for task, _ in items] != ["imagenet"]:
       yield kind, items
 
 
 def _quantities(report: Report) -> Iterator[tuple[str, Items]]:
   for kind, name in _IMAGENET.items():
-    if items := report.items(kind, ["imagenet"]):
-      yield f"ImageNet, {name}", items
+    for own in report.protocols(kind).values():
+      for prompts, task in own.items():
+        if (some := report.some(task)).key == "imagenet":
+          by = f", {prompts_name(prompts)}" if task.variant else ""
+          yield f"ImageNet, {name}{by}", [(task, some.headline)]
   for suite in catalogue.suites().values():
     for kinds, name in ((_WITHOUT_TRAINING, ""), (("linear_probe",), ", linear probe")):
       for mean, keys in suite.means.items():

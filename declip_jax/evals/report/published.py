@@ -5,8 +5,8 @@ import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from declip_jax.evals.comparison import Cell, Task, cell
-from declip_jax.evals.report.compared import Published, Report
+from declip_jax.evals.comparison import Cell, cell
+from declip_jax.evals.report.compared import Published, Report, prompts_name
 from declip_jax.reporting.documents import Block, Heading, Table
 
 _FLAGGED = 0.01  # difference from a published score that is flagged
@@ -21,7 +21,8 @@ class Beside(NamedTuple):
   Attributes:
     model, source, protocol, data_set: what was published.
     value: the published score.
-    ours: our scores by method, and whether they were measured in the same way.
+    ours: our scores by method.
+    others: by method, our scores with other prompts than the published ones, by prompt set.
   """
 
   model: str
@@ -29,7 +30,8 @@ class Beside(NamedTuple):
   protocol: str
   data_set: str
   value: float
-  ours: Mapping[str, tuple[float, bool]]
+  ours: Mapping[str, float]
+  others: Mapping[str, Mapping[str, float]]
 
 
 def of_papers() -> list[Published]:
@@ -57,28 +59,32 @@ def of_config(name: str, published: Mapping[str, Any]) -> Iterator[Published]:
 
 
 def _protocol(way: str, prompts: str) -> str:
-  return {"openai": "zero-shot, OpenAI's prompts", "openai7": "zero-shot, SLIP's seven prompts"}.get(
-    prompts, _WORDS[way]
-  )
+  return f"{_WORDS[way]}, {prompts_name(prompts)}" if prompts else _WORDS[way]
 
 
 def compared(report: Report) -> list[Beside]:
   """The published scores of data sets and evaluators that the report has."""
-  tasks: dict[tuple[str, str], Task] = {}
-  for task in report.tasks:
-    if not task.variant:
-      tasks[task.kind, report.some(task).key] = task
+  tasks = {
+    (kind, report.some(next(iter(own.values()))).key): own
+    for kind in report.kinds
+    for own in report.protocols(kind).values()
+  }
   found = []
   for row in report.published:
-    if (task := tasks.get((row.kind, row.key))) is None:
-      continue
-    ours = {}
-    for method in report.methods:
-      scored = method.of(task)
-      score: Cell | None = scored and cell(scored, scored[0].headline) or None
-      if score is not None:
-        ours[method.label] = score.value, scored[0].about.get("prompts", "") == row.prompts or not row.prompts
-    found.append(Beside(row.model, row.source, row.protocol, row.key, row.value, ours))
+    ours: dict[str, float] = {}
+    others: dict[str, dict[str, float]] = {}
+    for prompts, task in tasks.get((row.kind, row.key), {}).items():
+      for method in report.methods:
+        scored = method.of(task)
+        score: Cell | None = scored and cell(scored, scored[0].headline) or None
+        if score is None:
+          continue
+        if prompts == row.prompts or not row.prompts:
+          ours.setdefault(method.label, score.value)
+        else:
+          others.setdefault(method.label, {})[prompts] = score.value
+    if ours or others:
+      found.append(Beside(row.model, row.source, row.protocol, row.key, row.value, ours, others))
   return found
 
 
@@ -91,25 +97,28 @@ def published(report: Report) -> Iterator[Block]:
   yield Heading("Published results")
   yield (
     "Scores as their sources print them, in percent, and ours minus them in points. ‡ flags a difference of more than "
-    "1 point. § marks a score of ours that was measured with other prompts: it cannot be compared. Most published "
-    "models were trained on other data than ours; bold rows are of the config that a method here was trained with."
+    "1 point. Scores with other prompts than the published ones have columns of their own: they cannot be compared. "
+    "Most published models were trained on other data than ours; bold rows are of the config that a method here was "
+    "trained with."
   )
+  other = [label for label in report.labels if any(label in row.others for row in rows)]
   cells = []
   for row in rows:
-    ours = [_ours(row, label) for label in report.labels]
+    ours = [_ours(row.value, row.ours[label]) if label in row.ours else "" for label in report.labels]
     name = f"**{row.model}**" if row.model in same else row.model
-    cells.append([name, row.source, row.protocol, row.data_set, f"{100 * row.value:.1f}", *ours])
-  yield Table(("published model", "source", "protocol", "data set", "published", *report.labels), cells, texts=4)
+    theirs = [f"{100 * row.value:.1f}", *ours, *(_others(row.others.get(label, {})) for label in other)]
+    cells.append([name, row.source, row.protocol, row.data_set, *theirs])
+  names = ["published model", "source", "protocol", "data set", "published", *report.labels]
+  yield Table([*names, *(f"{label}, other prompts" for label in other)], cells, texts=4)
 
 
-def _ours(row: Beside, label: str) -> str:
-  if label not in row.ours:
-    return ""
-  value, comparable = row.ours[label]
-  if not comparable:
-    return f"{100 * value:.1f} §"
-  difference = value - row.value
-  return f"{100 * value:.1f} ({100 * difference:+.1f}{' ‡' if abs(difference) > _FLAGGED else ''})"
+def _ours(published: float, own: float) -> str:
+  difference = own - published
+  return f"{100 * own:.1f} ({100 * difference:+.1f}{' ‡' if abs(difference) > _FLAGGED else ''})"
+
+
+def _others(scores: Mapping[str, float]) -> str:
+  return ", ".join(f"{100 * value:.1f} (`{prompts}`)" for prompts, value in scores.items())
 
 
 def _same_config(report: Report) -> Sequence[str]:

@@ -9,7 +9,8 @@ import numpy as np
 from declip_jax.evals import few_shot as few_shot_lib
 from declip_jax.evals import results
 from declip_jax.evals.comparison import Cell, Scored, Task, cell
-from declip_jax.evals.report.compared import MANY, Report, metric_name, percent, points, share, title
+from declip_jax.evals.report.compared import MANY, Report, metric_name, percent, points, prompts_name, share, title
+from declip_jax.evals.report.groups import groups
 from declip_jax.evals.report.header import protocol
 from declip_jax.reporting import charts
 from declip_jax.reporting.documents import Block, Heading, Picture, Table
@@ -32,6 +33,7 @@ def scores(report: Report, kind: str, pictures: Path) -> Iterator[Block]:
   if len(report.methods) > MANY:
     yield f"Curves and examples are those of {', '.join(method.label for method in report.detailed)}."
   yield from _differences(report, kind, pictures)
+  yield from groups(report, kind)
   yield from _SECTIONS.get(kind, lambda report, pictures: iter(()))(report, pictures)
 
 
@@ -105,26 +107,42 @@ def _differences(report: Report, kind: str, pictures: Path) -> Iterator[Block]:
 
 def _few_shot(report: Report, pictures: Path) -> Iterator[Block]:
   for task in report.of_kind("few_shot"):
-    curves, zero_shot, rows = {}, {}, []
+    curves = {method.label: _few_shot_curve(own) for method in report.detailed if (own := method.of(task))}
     some = report.some(task)
     metric = some.details.get("metric") or "top1"
-    for method in report.detailed:
-      if not (scored := method.of(task)):
-        continue
-      curves[method.label] = curve = _few_shot_curve(scored)
-      at = cell(method.of(Task(task.dataset, "zero_shot", "")), metric)
-      if at is not None:
-        zero_shot[method.label] = at.value
-        shots = sorted(curve)
-        needed = few_shot_lib.crossing(shots, np.array([curve[count][0] for count in shots]), at.value)
-        rows.append((method.label, percent(at), "not reached" if needed is None else _at_most(needed, shots[0])))
+    zero_shot = _zero_shot_scores(report, task.dataset, metric)
+    first, several = next(iter(zero_shot), ""), len(zero_shot) > 1
     path = pictures / f"{results.slug(f'few_shot_{task}')}.png"
     what = f"Few shots on {task}, {some.details['method']} regression"
-    charts.plot_few_shot(curves, zero_shot, what, path, metric_name(metric))
-    yield Picture(path, f"{what}; the dotted lines are zero-shot scores")
+    dots = {label: score.value for label, score in zero_shot.get(first, {}).items() if label in curves}
+    charts.plot_few_shot(curves, dots, what, path, metric_name(metric))
+    by = f", with {prompts_name(first)}" if several else ""
+    yield Picture(path, f"{what}; the dotted lines are zero-shot scores{by}")
+    rows = []
+    for prompts, own in zero_shot.items():
+      for label, curve in curves.items():
+        if label in own:
+          named = [prompts_name(prompts)] if several else []
+          rows.append([label, *named, percent(own[label]), _reached(curve, own[label].value)])
     if rows:
       yield f"Images per class of {task} with which the classifier is as good as zero-shot classification:"
-      yield Table(("method", "zero-shot", "images per class"), rows)
+      yield Table(["method", *(["prompts"] if several else []), "zero-shot", "images per class"], rows, 1 + several)
+
+
+def _zero_shot_scores(report: Report, dataset: str, metric: str) -> dict[str, dict[str, Cell]]:
+  """The zero-shot scores of a data set by prompt set and method; prompt sets without any are left out."""
+  found = {}
+  for prompts, task in report.protocols("zero_shot").get(dataset, {}).items():
+    own = {method.label: cell(method.of(task), metric) for method in report.methods}
+    found[prompts] = {label: score for label, score in own.items() if score is not None}
+  return {prompts: own for prompts, own in found.items() if own}
+
+
+def _reached(curve: Mapping[int, tuple[float, float]], value: float) -> str:
+  """The number of images per class with which a score is reached, in words."""
+  shots = sorted(curve)
+  needed = few_shot_lib.crossing(shots, np.array([curve[count][0] for count in shots]), value)
+  return "not reached" if needed is None else _at_most(needed, shots[0])
 
 
 def _at_most(needed: float, smallest: int) -> str:

@@ -10,13 +10,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from declip_jax.evals import catalogue, intervals, results, robustness
-from declip_jax.evals.comparison import Cell, Method
-from declip_jax.evals.report.compared import Report, by_key, percent, share, title
+from declip_jax.evals.comparison import Cell, Method, average
+from declip_jax.evals.intervals import Interval
+from declip_jax.evals.report.compared import (
+  Report,
+  brackets,
+  by_key,
+  other_prompts,
+  percent,
+  prompts_name,
+  share,
+  tasks_by_key,
+  title,
+)
 from declip_jax.evals.robustness import Line
 from declip_jax.reporting import charts
 from declip_jax.reporting.charts import Points
-from declip_jax.reporting.documents import Block, Heading, Picture, Table
+from declip_jax.reporting.documents import Block, Heading, Listing, Picture, Table
 
+_FEWEST = 10  # models of a line whose bootstrap is to be trusted
 KINDS = ("zero_shot", "linear_probe", "classify")  # what is compared under shift
 _IMAGENET = "imagenet"
 _NAMES = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "classify": "fine-tuned"}
@@ -35,22 +47,48 @@ class Standard(NamedTuple):
   line: Line
 
 
+class Effective(NamedTuple):
+  """The effective robustness of a method.
+
+  Attributes:
+    value: accuracy under shift minus the expected one.
+    interval: its 95 % interval.
+    extrapolated: whether the accuracy without shift is not among those of the models of the line.
+    doubts: why the line is of no use, in words; none if it is.
+  """
+
+  value: float
+  interval: Interval
+  extrapolated: bool
+  doubts: tuple[str, ...]
+
+  @property
+  def is_significant(self) -> bool:
+    """Whether the interval excludes 0, and the line is of use."""
+    return not self.doubts and not self.interval.lower <= 0 <= self.interval.upper
+
+
 class ShiftLine(NamedTuple):
   """The scores of a method without and under shift.
 
   Attributes:
     label: the method.
+    prompts: the prompt set, "" for that of each data set's own protocol.
     reference: its score without shift.
     shifted: its score under each shift, by key, and its effective robustness where that is known.
     mean: mean over all shifts, None if one is missing.
-    compared: the score with which its effective robustness compares, by key of the shift, see `_compared`.
   """
 
   label: str
+  prompts: str
   reference: Cell
-  shifted: Mapping[str, tuple[Cell, float | None]]
-  mean: float | None
-  compared: Mapping[str, Cell]
+  shifted: Mapping[str, tuple[Cell, Effective | None]]
+  mean: Cell | None
+
+  @property
+  def name(self) -> str:
+    """The method, and the prompts if these are not the own ones of the data sets."""
+    return f"{self.label}, {prompts_name(self.prompts)}" if self.prompts else self.label
 
 
 def sources(report: Report) -> dict[str, list[str]]:
@@ -65,23 +103,52 @@ def _compared(source: str, key: str) -> str:
 
 
 def lines(report: Report, methods: Sequence[Method], source: str, keys: Sequence[str], kind: str) -> list[ShiftLine]:
-  """The methods that have a score without shift and one under it."""
-  found = {method.label: by_key(method, kind) for method in methods}
-  present = [key for key in keys if any(key in own for own in found.values())]
+  """The methods that have a score without shift and one under it, with the same prompts."""
+  found = [
+    (method, prompts, by_key(method, kind, prompts))
+    for prompts in ("", *other_prompts(methods, kind))
+    for method in methods
+  ]
+  found = [
+    (method, prompts, own) for method, prompts, own in found if source in own and any(key in own for key in keys)
+  ]
+  present = [key for key in keys if any(key in own for _, _, own in found)]
   rows = []
-  for label, own in found.items():
-    if source not in own or not any(key in own for key in present):
-      continue
-    shifted, compared = {}, {}
+  for method, prompts, own in found:
+    shifted = {}
     for key in (key for key in present if key in own):
-      standard, above = models(report, source, key), None
-      if standard and (score := own.get(_compared(source, key))):
-        compared[key], above = score, float(standard.line.effective_robustness(score.value, own[key].value))
-      shifted[key] = own[key], above
-    values = [score.value for score, _ in shifted.values()]
-    mean = float(np.mean(values)) if len(values) == len(present) else None
-    rows.append(ShiftLine(label, own[source], shifted, mean, compared))
+      compared = own.get(_compared(source, key))
+      standard = models(report, source, key, prompts) if compared else None
+      shifted[key] = own[key], effective(standard, compared, own[key])
+    mean = _mean(method, kind, prompts, present) if len(shifted) == len(present) else None
+    rows.append(ShiftLine(method.label, prompts, own[source], shifted, mean))
   return rows
+
+
+def _mean(method: Method, kind: str, prompts: str, keys: Sequence[str]) -> Cell | None:
+  """The mean score over some data sets; None if a run lacks one of them."""
+  found = tasks_by_key(method, kind, prompts)
+  mean = average(method, [found[key] for key in keys])
+  return mean and Cell(mean.value, mean.images if mean.seeds is None else mean.seeds, mean.runs)
+
+
+def effective(standard: Standard | None, reference: Cell | None, shifted: Cell) -> Effective | None:
+  """The effective robustness of a method, None without models with standard training or a score to compare with."""
+  if standard is None or reference is None:
+    return None
+  known = [(score.value, score.interval) for score in (reference, shifted)]
+  ends = robustness.effective_interval(standard.accuracy, standard.shifted, *known)
+  line = standard.line
+  value = float(line.effective_robustness(reference.value, shifted.value))
+  return Effective(value, ends, bool(line.extrapolated(reference.value)), doubts(line))
+
+
+def doubts(line: Line) -> tuple[str, ...]:
+  """Why a line says nothing about the accuracy that is expected under shift, in words."""
+  few = (f"the line is fitted to only {line.models} models",) if line.models < _FEWEST else ()
+  lower, upper = line.slope_interval
+  flat = (f"its slope may be 0 ({line.slope:.2f} [{lower:.2f}, {upper:.2f}])",) if lower <= 0 <= upper else ()
+  return few + flat
 
 
 def shifts(report: Report, pictures: Path) -> Iterator[Block]:
@@ -97,8 +164,9 @@ def shifts(report: Report, pictures: Path) -> Iterator[Block]:
     yield (
       "Effective robustness (Taori et al. 2020) is the accuracy under shift minus the one that a model with standard "
       "training and the same accuracy without shift is expected to have, in points. The expectation is a line through "
-      "such models, whose accuracies are drawn on a logit scale. In parentheses: none of these models is as accurate, "
-      "or none as inaccurate, so that the line is extrapolated."
+      "such models, whose accuracies are drawn on a logit scale. Its interval reflects which models the line is fitted "
+      "to, and the intervals of both accuracies; a star marks those that exclude 0. In parentheses: none of these "
+      "models is as accurate, or none as inaccurate, so that the line is extrapolated."
     )
     yield from blocks
 
@@ -108,25 +176,25 @@ def _shift(report: Report, source: str, keys: Sequence[str], kind: str, pictures
   if not rows:
     return
   present = list(dict.fromkeys(key for row in rows for key in row.shifted))
-  header, cells = ["method", source], [[row.label, percent(row.reference)] for row in rows]
+  known = {key for row in rows for key, (_, above) in row.shifted.items() if above}
+  header, cells = ["method", source], [[row.name, percent(row.reference)] for row in rows]
   for key in present:
-    standard = models(report, source, key)
-    header += [key, "effective robustness"] if standard else [key]
+    header += [key, "effective robustness"] if key in known else [key]
     for row, texts in zip(rows, cells, strict=True):
       score, above = row.shifted.get(key, (None, None))
-      texts.append(percent(score))
-      if standard:
-        outside = key in row.compared and bool(standard.line.extrapolated(row.compared[key].value))
-        texts.append(_effective(above, outside))
+      texts += [percent(score), *([_effective(above)] if key in known else [])]
   for row, texts in zip(rows, cells, strict=True):
-    texts.append(share(row.mean))
+    texts.append(percent(row.mean))
   yield Heading(f"From {source}, {title(kind).lower()}", 3)
   some = len(present) < len(keys)
   yield Table([*header, f"mean of {len(present)} of {len(keys)} shifts" if some else "mean under shift"], cells)
   if alike := [key for key in present if _compared(source, key) != source]:
     yield f"The accuracy without shift, for {', '.join(alike)}, is that on ImageNet's images of the same classes."
+  if remarks := [*_remarks(rows)]:
+    yield "These lines are of no use, and the effective robustness that they give has no star:"
+    yield Listing(remarks)
   bars = {
-    row.label: {
+    row.name: {
       source: (row.reference.value, row.reference.interval),
       **{key: (score.value, score.interval) for key, (score, _) in row.shifted.items()},
     }
@@ -141,11 +209,18 @@ def _shift(report: Report, source: str, keys: Sequence[str], kind: str, pictures
   yield Picture(path, text)
 
 
-def _effective(above: float | None, extrapolated: bool) -> str:
+def _remarks(rows: Sequence[ShiftLine]) -> Iterator[str]:
+  """The lines that are of no use, and why."""
+  found = {(key, above.doubts) for row in rows for key, (_, above) in row.shifted.items() if above and above.doubts}
+  yield from (f"{key}: {', and '.join(reasons)}." for key, reasons in sorted(found))
+
+
+def _effective(above: Effective | None) -> str:
   if above is None:
     return ""
-  text = f"{100 * above:+.1f}"
-  return f"({text})" if extrapolated else text
+  star = "\\*" if above.is_significant else ""
+  text = f"{100 * above.value:+.1f}{star}{brackets(above.interval, '+')}"
+  return f"({text})" if above.extrapolated else text
 
 
 def _robustness(report: Report, source: str, key: str, pictures: Path) -> Iterator[Block]:
@@ -157,9 +232,11 @@ def _robustness(report: Report, source: str, key: str, pictures: Path) -> Iterat
   points: dict[str, list[tuple[str, float, float]]] = {}
   for method in report.detailed:
     for kind in KINDS:
-      found = by_key(method, kind)
-      if source in found and key in found:
-        points.setdefault(method.label, []).append((_NAMES[kind], found[source].value, found[key].value))
+      for prompts in ("", *other_prompts([method], kind)):
+        found, by = by_key(method, kind, prompts), f", {prompts_name(prompts)}" if prompts else ""
+        if source in found and key in found:
+          point = f"{_NAMES[kind]}{by}", found[source].value, found[key].value
+          points.setdefault(method.label, []).append(point)
   if not points:
     return
   path = pictures / f"{results.slug(f'robustness_{source}_{key}')}.png"
@@ -179,14 +256,15 @@ def _robustness(report: Report, source: str, key: str, pictures: Path) -> Iterat
   )
 
 
-def models(report: Report, source: str, key: str) -> Standard | None:
+def models(report: Report, source: str, key: str, prompts: str = "") -> Standard | None:
   """Models with standard training, the user's or those of the ImageNet testbed; None if there are fewer than three.
 
-  The user's are classified by their own classifier if all have one, otherwise by a linear probe or zero-shot.
+  The user's are classified by their own classifier if all have one, otherwise by a linear probe or zero-shot, with
+  `prompts` in place of those of each data set's own protocol if there are any.
   """
   source = _compared(source, key)
   for kind in reversed(KINDS):
-    own = [by_key(method, kind) for method in report.standard]
+    own = [by_key(method, kind, prompts if kind == "zero_shot" else "") for method in report.standard]
     pairs = [(found[source].value, found[key].value) for found in own if source in found and key in found]
     pairs = [pair for pair in pairs if min(pair) > 0 and max(pair) < 1]
     if len({x for x, _ in pairs}) > 2:
