@@ -446,7 +446,7 @@ def check_evals(evals: ConfigDict, objective: Objective) -> None:
   """Rejects evaluations that cannot run, among them those that need texts if no term compares them with images.
 
   Raises:
-    ValueError: the message names the evaluations and the terms; see also `make_jobs`.
+    ValueError: the message names the evaluations and the terms, or the option; see also `make_jobs`.
   """
   texts = evals_with_text(evals)
   if texts and not (objective.compares_embeddings or objective.compares_tokens):
@@ -455,7 +455,14 @@ def check_evals(evals: ConfigDict, objective: Objective) -> None:
       f"config.evals has {texts}, which compare images with texts, but config.objective trains no such "
       f"comparison, only {objective.weights}: leave them out or give one of {across} a weight"
     )
-  kinds = {name: _evaluation(name, fields).kind for name, fields in evals.items()}
+  entries = {name: _evaluation(name, fields) for name, fields in evals.items()}
+  joint = [name for name, entry in entries.items() if entry.options.get("features") == "joint"]
+  if joint and "joint" not in objective.heads:
+    raise ValueError(
+      f"config.evals.{joint[0]}.features='joint': config.objective trains no joint space, only {objective.weights}: "
+      "choose 'pooled'"
+    )
+  kinds = {name: entry.kind for name, entry in entries.items()}
   classified = [name for name, kind in kinds.items() if EVALUATORS[kind].needs_classifier]
   if classified and "classifier" not in objective.heads:
     raise ValueError(f"config.evals has {classified}, which need a classifier, but the term 'classify' has no weight")

@@ -88,6 +88,15 @@ def test_a_run_without_texts_may_have_evaluations_that_need_none(monkeypatch: py
     check_evals(evals, objective)
 
 
+def test_joint_embeddings_need_a_joint_space() -> None:
+  evals = ConfigDict({"near": config.knn("scenes:heldout", train="scenes:train", features="joint")})
+  check_evals(evals, reference.objective({"clip": 1.0}))
+  with pytest.raises(
+    ValueError, match=r"config.evals.near.features='joint': .* trains no joint space.*choose 'pooled'"
+  ):
+    check_evals(evals, reference.objective({"simclr": 1.0}))
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
