@@ -29,7 +29,7 @@ from declip_jax.reporting.progress import Bar, message
 from declip_jax.runtime.hosts import from_first, sum_over_hosts
 from declip_jax.runtime.records import add_line
 
-_VERSION = 3  # of what a result of the same model, data and options is
+_VERSION = 4  # of what a result of the same model, data and options is
 
 
 @dataclass(frozen=True)

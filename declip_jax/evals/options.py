@@ -1,6 +1,6 @@
 """The legal values of the options of evaluators: one table, which is read before anything of an evaluation."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -83,3 +83,10 @@ def check_values(options: Mapping[str, Any], field: str) -> None:
       check_templates(value, f"{field}.templates")
     if name in _RANGES and not _RANGES[name].is_legal(value):
       raise ValueError(f"{field}.{name}={value!r}: expected {_RANGES[name].legal}")
+  headline, neighbours = options.get("headline"), options.get("neighbours", ())
+  if neighbours and headline not in neighbours:
+    raise ValueError(f"{field}.headline={headline}: expected one of {field}.neighbours={_listed(neighbours)}")
+
+
+def _listed(values: Sequence[Any]) -> str:
+  return ",".join(map(str, values))

@@ -186,8 +186,9 @@ def knn(
     data: the splits.
     pictures: unused.
     neighbours: numbers of neighbours; those larger than the training split are left out.
-    headline: number whose scores are reported in full; the largest that is possible if this one is not.
-    temperature: of the weights.
+    headline: the one of `neighbours` whose scores are reported in full; the largest that is possible if the training
+      split has fewer images.
+    temperature: of the weights, more than 0.
     features: see `linear_probe`.
 
   Raises:

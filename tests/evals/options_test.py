@@ -29,7 +29,7 @@ WRONG = {
   ("few_shot", "method"): ["lasso", ["ridge"]],
   ("few_shot", "strength"): [-1.0, NAN, INF, "1", True],
   ("knn", "neighbours"): [*VALUES, (0,), (5, 5), (-3,)],
-  ("knn", "headline"): WHOLE,
+  ("knn", "headline"): [*WHOLE, 5],  # of which there are no votes
   ("knn", "temperature"): [0, 0.0, -0.07, NAN, INF, "1", True],
 }
 
@@ -62,6 +62,8 @@ def entry_of(kind: str) -> dict[str, Any]:
   [
     ("sgd_probe", "epochs=0", r"--option=sgd_probe\.epochs=0: expected a whole number, at least 1"),
     ("knn", "neighbours=0", r"--option=knn\.neighbours=\(0,\): expected one or more different values, each a whole"),
+    ("knn", "headline=5", r"--option=knn\.headline=5: expected one of --option=knn\.neighbours=10,20,100,200$"),
+    ("knn", "neighbours=3,5", r"--option=knn\.headline=20: expected one of --option=knn\.neighbours=3,5$"),
     ("knn", "temperature=nan", r"--option=knn\.temperature=nan: expected a finite number, more than 0"),
     ("few_shot", "shots=2,2", r"--option=few_shot\.shots=\(2, 2\): expected one or more different values"),
   ],
