@@ -244,8 +244,15 @@ def _summary(about: dict[str, Any]) -> Sequence[str]:
 
 
 def _detector() -> Detector:
-  """The detector of the flags, whose features are kept in the same cache as those of `evaluate`."""
+  """The detector of the flags, whose features are kept in the same cache as those of `evaluate`.
+
+  Raises:
+    ValueError: a flag would have no effect, or the weights cannot be used.
+  """
   given = flags.FLAGS
+  for name in ("settings", "batch_size"):
+    if given[name].present and not given.weights:
+      raise ValueError(f"--{name} has an effect only with --weights: the hash has no model")
   cache = None if given.cache == "off" else Path(given.cache or cache_folder() / "features")
   if not given.weights:
     kept = FeatureCache(cache, "none", {"detector": "64-bit DCT hash"}, (64, 0)) if cache else None

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
-from declip_jax.evals.few_shot import METHODS
+from declip_jax.evals.few_shot import METHODS, STRENGTH
 from declip_jax.evals.prompts import check_templates
 from declip_jax.evals.sgd_probe import RECIPES
 
@@ -83,6 +83,17 @@ def check_values(options: Mapping[str, Any], field: str) -> None:
       check_templates(value, f"{field}.templates")
     if name in _RANGES and not _RANGES[name].is_legal(value):
       raise ValueError(f"{field}.{name}={value!r}: expected {_RANGES[name].legal}")
+  _check_together(options, field)
+
+
+def _check_together(options: Mapping[str, Any], field: str) -> None:
+  """Rejects options of one evaluator that contradict each other.
+
+  Raises:
+    ValueError: the message names both.
+  """
+  if options.get("method") == "ridge" and (strength := options.get("strength", STRENGTH)) != STRENGTH:
+    raise ValueError(f"{field}.strength={strength} has an effect only with {field}.method=logistic, not with ridge")
   headline, neighbours = options.get("headline"), options.get("neighbours", ())
   if neighbours and headline not in neighbours:
     raise ValueError(f"{field}.headline={headline}: expected one of {field}.neighbours={_listed(neighbours)}")

@@ -116,7 +116,7 @@ def few_shot(
     shots: images per class.
     seeds: seeds of the draws.
     method: "logistic" regression as in CLIP's figure 6, or big_vision's "ridge" regression.
-    strength: C of logistic regression; 0 chooses it on as many further images of each class.
+    strength: C of logistic regression, which "ridge" ignores; 0 chooses it on as many further images of each class.
     features: see `linear_probe`.
 
   Raises:

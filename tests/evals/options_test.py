@@ -65,9 +65,15 @@ def entry_of(kind: str) -> dict[str, Any]:
     ("knn", "headline=5", r"--option=knn\.headline=5: expected one of --option=knn\.neighbours=10,20,100,200$"),
     ("knn", "neighbours=3,5", r"--option=knn\.headline=20: expected one of --option=knn\.neighbours=3,5$"),
     ("knn", "temperature=nan", r"--option=knn\.temperature=nan: expected a finite number, more than 0"),
+    (
+      "few_shot",
+      "strength=5",
+      r"--option=few_shot\.strength=5\.0 has an effect only with .*method=logistic, not with ridge",
+    ),
     ("few_shot", "shots=2,2", r"--option=few_shot\.shots=\(2, 2\): expected one or more different values"),
   ],
 )
 def test_a_flag_with_a_wrong_value_is_named(task: str, option: str, message: str) -> None:
+  options = [f"{task}.{option}", *(["few_shot.method=ridge"] if task == "few_shot" else [])]
   with pytest.raises(ValueError, match=message):
-    suites.make_jobs({"own/mine": Splits("folder:/is/never/opened")}, tasks=[task], options=[f"{task}.{option}"])
+    suites.make_jobs({"own/mine": Splits("folder:/is/never/opened")}, tasks=[task], options=options)
