@@ -433,8 +433,6 @@ def test_flags_without_effect_are_rejected(
     (["--retrieval=scenes:test/x"], "^--retrieval: .*test/x"),
     (["--retrieval=folder:{data}"], "no captions, which --retrieval needs"),
     (["--zero_shot=scenes:test/4/16", "--retrieval=nothing:x"], "^--retrieval: bad source"),
-    (["--max_seconds=nan"], "^--max_seconds=nan: expected a finite number"),
-    (["--cache_limit=inf"], "^--cache_limit=inf: expected a finite number"),
   ],
 )
 def test_bad_values_of_flags_are_named_by_the_flag(

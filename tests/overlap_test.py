@@ -161,3 +161,10 @@ def test_flags_without_effect_are_rejected(flag, parse):
   parse("--test=folder:/x", flag)
   with pytest.raises(ValueError, match=f"^{flag.partition('=')[0]} has an effect only with --weights"):
     command._detector()
+
+
+@pytest.mark.parametrize("numbers", [{"threshold": np.nan}, {"threshold": 1.5}, {"precision": np.nan}])
+def test_numbers_out_of_range_are_rejected_before_anything_is_read(numbers, tmp_path):
+  with pytest.raises(ValueError, match=rf"{next(iter(numbers))}=.*: expected a number from"):
+    overlap("folder:/is/never/opened", "", HASH, tmp_path / "out", **numbers)
+  assert not (tmp_path / "out").exists()
