@@ -621,7 +621,8 @@ def make_evaluators(
   `eval/NAME/KEY`, and the means of the suite, such as `eval/NAME/mean`, if none of its data sets is missing.
 
   The second argument of the function is the number of this evaluation of the run: an entry takes part if its `every`
-  divides the number, all in number 0. Pictures are written to `workdir`.
+  divides the number, all in number 0. Pictures are written to `workdir`. A data set that turns out to be unusable does
+  not end the training: a message says so once, and its metrics are absent.
 
   Args:
     evals: `config.evals`.
@@ -633,7 +634,7 @@ def make_evaluators(
     OSError: a data file cannot be read.
     ValueError: a source has classes that the classifier lacks; see also `make_jobs`.
   """
-  jobs, read = make_jobs(evals), DecodedImages(int(cache_gib * 2**30))
+  jobs, read, reported = make_jobs(evals), DecodedImages(int(cache_gib * 2**30)), set()
   for job in jobs:
     names = job.data.get("classnames") or job.splits["test"].source.classnames
     if EVALUATORS[job.kind].needs_classifier and names and classnames:
@@ -647,13 +648,25 @@ def make_evaluators(
 
   def evaluate(encoders: Encoders, number: int) -> dict[str, float]:
     found: dict[str, float] = {}
+    failed: dict[str, Exception] = {}
     for job, scores in run_jobs([job for job in jobs if is_due(job, number)], encoders, picture, read=read):
       if isinstance(scores, Exception):
-        raise scores
-      found |= job.curves(scores)
+        failed[job.name] = scores
+      else:
+        found |= job.curves(scores)
+    _report_failed(failed, reported)
     return {**found, **_means(evals, found)}
 
   return evaluate
+
+
+def _report_failed(failed: Mapping[str, Exception], reported: set[str]) -> None:
+  """Says which evaluations have failed and why, each reason once; `reported` are those that have been."""
+  errors = [f"{_EVALS}{name}: {error}" for name, error in failed.items()]
+  new = [error for error in errors if error not in reported]
+  reported.update(new)
+  if new and jax.process_index() == 0:
+    message(f"warning: the training goes on without the metrics of {'; '.join(new)}")
 
 
 def _entry(job: Job) -> str:

@@ -83,15 +83,16 @@ def surely(read: Read) -> Read:
 
   Without images that a disk or network fails to deliver, a result would be kept in place of the right one. The OSError
   that it raises names the first of them. A label that is not among the classes raises ValueError: the names of the
-  classes are those of other data.
+  classes are those of other data. Both are raised on every host, whichever has the image.
   """
 
   def reading(source: Source | Sequence[Any], encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
     for batch in read(source, encoders, rows):
-      if failed := _errors(batch, READ_ERROR):
-        raise OSError(errno.EIO, f"{failed[0]}; start this again once the image can be read, and it continues here")
-      if failed := _errors(batch, "no label"):
-        raise ValueError(f"{failed[0]}; are these the class names of this data set?")
+      late, unknown = (next(iter(_errors(batch, kind)), "") for kind in (READ_ERROR, "no label"))
+      if any_host(bool(late or unknown)):
+        if error := first_error(late):
+          raise OSError(errno.EIO, f"{error}; start this again once the image can be read, and it continues here")
+        raise ValueError(f"{first_error(unknown)}; are these the class names of this data set?")
       yield batch
 
   return reading
