@@ -114,6 +114,8 @@ class Evaluation:
             events.write(self.model.weights["step"], job.curves(scores))
           shown = describe(scores.headline, scores.metrics, scores.intervals)
           message(f"[{number}/{len(todo)}] {job.name}: {shown} ({seconds:.1f} s)")
+          if remark := scores.details.get("remark"):
+            message(f"{job.name}: {remark}")
         images.encoded = images.cached = 0
     with contextlib.suppress(OSError):  # if it has pictures
       (self.output / results.PICTURES).rmdir()

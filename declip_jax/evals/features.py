@@ -401,6 +401,8 @@ class EvaluationData:
     metric: the metric that papers report for the data set, one of `catalogue.METRICS`.
     grouping, ignored_groups: the grouping of images for metrics of groups, and groups that do not count.
     validation_per_class: images of each class in a validation split that is carved, 0 for a share of them.
+    has_difficult: whether some objects of the data set are difficult, see `Features.labels`; the source may not say
+      which.
     classifier: the model's own classifier, if it has one.
   """
 
@@ -417,6 +419,7 @@ class EvaluationData:
   grouping: str = ""
   ignored_groups: Sequence[int] = ()
   validation_per_class: int = 0
+  has_difficult: bool = False
   classifier: ModelClassifier | None = None
 
 

@@ -302,6 +302,8 @@ def _job(
   about = {"key": key, "title": entry.title, "chance": protocol.chance, "note": entry.note, "metric": protocol.metric}
   classes = {"classnames": entry.classes} if entry.classes else {}
   of = {"metric": protocol.metric, "grouping": entry.grouping, "ignored_groups": entry.ignored_groups, **classes}
+  if entry.has_difficult:
+    of["has_difficult"] = True
   if protocol.prompts is not None:
     of["prompts"] = protocol.prompts
     about |= {"prompts": protocol.prompt_set, "prompts_hash": json_hash(protocol.prompts)}
