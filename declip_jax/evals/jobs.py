@@ -11,7 +11,7 @@ from jaxtyping import Int
 import numpy as np
 
 from declip_jax.data.sources import Source
-from declip_jax.evals import EVALUATORS
+from declip_jax.evals import EVALUATORS, defaults
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.features import (
   Encode,
@@ -25,6 +25,7 @@ from declip_jax.evals.features import (
   make_data,
   read_batches,
 )
+from declip_jax.evals.options import check_values
 from declip_jax.evals.results import Scores
 from declip_jax.runtime.hosts import first_error
 
@@ -99,7 +100,12 @@ def run_jobs(
     encode_texts: function that returns embeddings of texts.
     read: function that reads images of a source.
     seen: called after each job that has scores with its test split, on all hosts.
+
+  Raises:
+    ValueError: before anything is read; an option of a job is illegal.
   """
+  for job in jobs:
+    check_values({**defaults(job.kind), **job.options}, job.name)
   texts, opened, features = Texts(encoders, encode_texts), {}, {}
 
   def encode_once(source: Source, *others: Any) -> Features:

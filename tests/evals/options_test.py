@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from greys import Greys, grey_encoders
 from ml_collections import ConfigDict
 import pytest
 
@@ -10,6 +11,7 @@ from declip_jax import build
 from declip_jax.config import EVALUATIONS
 from declip_jax.evals import EVALUATORS, check_options, defaults, suites
 from declip_jax.evals.data_files import Splits
+from declip_jax.evals.jobs import DataSource, Job, run_jobs
 
 NAN, INF = math.nan, math.inf
 WHOLE = [0, -1, 1.5, True, "7", None]  # that no number of something is
@@ -41,6 +43,13 @@ def test_each_wrong_value_of_an_option_is_named_with_the_legal_ones(kind: str, n
   for value in WRONG[kind, name]:
     with pytest.raises(ValueError, match=rf"^config\.evals\.mine\.{name}(=|: ).*(expected|needs one)"):
       build.make_jobs(ConfigDict({"mine": ConfigDict({**entry, name: value}, convert_dict=False)}))
+
+
+def test_options_of_jobs_that_no_config_has_made_are_checked() -> None:
+  test = DataSource(Greys([(1, 0)]))
+  job = Job("a", "set/a", "knn", {"test": test, "train": test}, {"neighbours": (3, 5), "headline": 4})
+  with pytest.raises(ValueError, match=r"^a\.headline=4: expected one of a\.neighbours=3,5$"):
+    next(run_jobs([job], grey_encoders(8), lambda job: None))
 
 
 def test_every_option_has_legal_values() -> None:

@@ -92,7 +92,7 @@ def test_a_probe_under_shift_is_that_of_all_classes(
 
 
 OPTIONS: Mapping[str, dict[str, Any]] = {
-  "knn": {"neighbours": (1,)},
+  "knn": {"neighbours": (1,), "headline": 1},
   "few_shot": {"shots": (2,), "seeds": (0,), "method": "ridge"},
   "nearest_mean": {"features": "joint"},
   "sgd_probe": {"rates": (0.01,), "epochs": 1},
