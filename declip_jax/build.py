@@ -476,7 +476,7 @@ def check_evals(evals: ConfigDict, objective: Objective) -> None:
   """Rejects evaluations that cannot run, among them those that need texts if no term compares them with images.
 
   Raises:
-    ValueError: the message names the evaluations and the terms; see also `make_jobs`.
+    ValueError: the message names the evaluations and the terms, or the option; see also `make_jobs`.
   """
   texts = evals_with_text(evals)
   if texts and not (objective.compares_embeddings or objective.compares_tokens):
@@ -485,7 +485,14 @@ def check_evals(evals: ConfigDict, objective: Objective) -> None:
       f"config.evals has {texts}, which compare images with texts, but config.objective trains no such "
       f"comparison, only {objective.weights}: leave them out or give one of {across} a weight"
     )
-  kinds = {name: _evaluation(name, fields).kind for name, fields in evals.items()}
+  entries = {name: _evaluation(name, fields) for name, fields in evals.items()}
+  joint = [name for name, entry in entries.items() if entry.options.get("features") == "joint"]
+  if joint and "joint" not in objective.heads:
+    raise ValueError(
+      f"config.evals.{joint[0]}.features='joint': config.objective trains no joint space, only {objective.weights}: "
+      "choose 'pooled'"
+    )
+  kinds = {name: entry.kind for name, entry in entries.items()}
   classified = [name for name, kind in kinds.items() if EVALUATORS[kind].needs_classifier]
   if classified and "classifier" not in objective.heads:
     raise ValueError(f"config.evals has {classified}, which need a classifier, but the term 'classify' has no weight")
@@ -645,7 +652,8 @@ def make_evaluators(
   and nearest neighbours are averaged at equal numbers of images, see `Suite.averages`.
 
   The second argument of the function is the number of this evaluation of the run: an entry takes part if its `every`
-  divides the number, all in number 0. Pictures are written to `workdir`.
+  divides the number, all in number 0. Pictures are written to `workdir`. A data set that turns out to be unusable does
+  not end the training: a message says so once, and its metrics are absent.
 
   Args:
     evals: `config.evals`.
@@ -657,7 +665,7 @@ def make_evaluators(
     OSError: a data file cannot be read.
     ValueError: the classes of a source are not those of the classifier, see `classify.columns`; see also `make_jobs`.
   """
-  jobs, read = make_jobs(evals), DecodedImages(int(cache_gib * 2**30))
+  jobs, read, reported = make_jobs(evals), DecodedImages(int(cache_gib * 2**30)), set()
   for job in (job for job in jobs if EVALUATORS[job.kind].needs_classifier):
     test, key = job.splits["test"], job.data.get("key", "")
     names = job.data.get("classnames") or test.source.classnames
@@ -671,16 +679,28 @@ def make_evaluators(
 
   def evaluate(encoders: Encoders, number: int) -> dict[str, float]:
     found: dict[str, float] = {}
+    failed: dict[str, Exception] = {}
     sizes: dict[str, TrainingSize] = {}
     for job, scores in run_jobs([job for job in jobs if is_due(job, number)], encoders, picture, read=read):
       if isinstance(scores, Exception):
-        raise scores
+        failed[job.name] = scores
+        continue
       found |= job.curves(scores)
       if (size := training_size(job.kind, scores.headline, scores.details)) is not None:
         sizes |= dict.fromkeys(job.curves(scores), size)
+    _report_failed(failed, reported)
     return {**found, **_means(evals, found, sizes)}
 
   return evaluate
+
+
+def _report_failed(failed: Mapping[str, Exception], reported: set[str]) -> None:
+  """Says which evaluations have failed and why, each reason once; `reported` are those that have been."""
+  errors = [f"{_EVALS}{name}: {error}" for name, error in failed.items()]
+  new = [error for error in errors if error not in reported]
+  reported.update(new)
+  if new and jax.process_index() == 0:
+    message(f"warning: the training goes on without the metrics of {'; '.join(new)}")
 
 
 def _entry(job: Job) -> str:

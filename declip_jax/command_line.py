@@ -5,6 +5,7 @@ A command defines its flags in `main()` and calls `run`. This module imports no 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import math
 import os
 import re
 import select
@@ -125,6 +126,7 @@ def parse_flags(
       raise ValueError("--config is required, such as --config=demo")
     rest = values(_without_none(arguments))[1:]
     _set_none(arguments, values)
+    _check_finite(values)
     printing = "print_config" in values and values.print_config
     if not printing and (missing := [name for name in required if values[name].value is None]):
       raise ValueError(f"--{missing[0]} is required")
@@ -158,6 +160,17 @@ def _set_none(arguments: Sequence[str], values: flags.FlagValues) -> None:
     if not isinstance(current, FieldReference):
       raise ValueError(f"config.{field} cannot be None, only a value such as {current!r}")
     current.set(None)
+
+
+def _check_finite(values: flags.FlagValues) -> None:
+  """Rejects numbers that are not finite, which the bounds of flags let pass.
+
+  Raises:
+    ValueError: the message names the flag.
+  """
+  for name in values:
+    if values[name].present and isinstance(values[name].value, float) and not math.isfinite(values[name].value):
+      raise ValueError(f"--{name}={values[name].value}: expected a finite number")
 
 
 def define_config(values: flags.FlagValues = flags.FLAGS) -> None:

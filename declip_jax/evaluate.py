@@ -68,6 +68,7 @@ from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256  # without a run's config
 _LONGEST = 60  # signs of a spec in the name of a data set
+_MOST_GIB = 2**30  # of --cache_limit
 _ALPHA = [f"{part / 20:g}" for part in range(21)]  # those of WiSE-FT
 
 
@@ -231,7 +232,6 @@ def _jobs_from_flags() -> list[Job] | None:
   """
   given = flags.FLAGS
   _check_combination()
-  _check_numbers()
   if given.suite or given.data:
     return _suite_jobs()
   evals = ConfigDict()
@@ -274,13 +274,6 @@ def _check_combination() -> None:
   for name, (others, is_given) in needed.items():
     if given[name].present and not is_given:
       raise ValueError(f"--{name} has an effect only with {others}")
-
-
-def _check_numbers() -> None:
-  """Rejects numbers that are not finite, which the bounds of flags let pass."""
-  for name in ("cache_limit", "max_seconds"):
-    if (value := flags.FLAGS[name].value) is not None and not math.isfinite(value):
-      raise ValueError(f"--{name}={value}: expected a finite number")
 
 
 def _suite_jobs() -> list[Job]:
@@ -467,7 +460,9 @@ def main() -> None:
   flags.DEFINE_enum(
     "features_dtype", "float32", ["float32", "float16"], "Rounds features of images; float16 takes half the space."
   )
-  flags.DEFINE_float("cache_limit", LIMIT / 2**30, "GiB of --cache, beyond which the oldest features are removed.", 0)
+  flags.DEFINE_float(
+    "cache_limit", LIMIT / 2**30, "GiB of --cache, beyond which the oldest features are removed.", 0, _MOST_GIB
+  )
   flags.DEFINE_integer(
     "max_pixels", None, "Largest number of pixels of an image, by default that of the run.", 1, LARGEST_LIMIT
   )

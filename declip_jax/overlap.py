@@ -180,8 +180,12 @@ def overlap(
 
   Raises:
     OSError: the predictions, or the result to which they belong, cannot be read.
-    ValueError: a source cannot be opened, no threshold has the precision, or the predictions are of other data.
+    ValueError: a source cannot be opened, no threshold has the precision, or the predictions are of other data; or,
+      before anything is read, `threshold` or `precision` is out of its range.
   """
+  for name, value, least in (("threshold", threshold, -1), ("precision", precision, 0)):
+    if value is not None and not least <= value <= 1:
+      raise ValueError(f"{name}={value}: expected a number from {least} to 1")
   query, rows = open_source(test), open_source(train) if train else None
   if predictions is not None:
     _check_predictions(predictions, query)
@@ -244,8 +248,15 @@ def _summary(about: dict[str, Any]) -> Sequence[str]:
 
 
 def _detector() -> Detector:
-  """The detector of the flags, whose features are kept in the same cache as those of `evaluate`."""
+  """The detector of the flags, whose features are kept in the same cache as those of `evaluate`.
+
+  Raises:
+    ValueError: a flag would have no effect, or the weights cannot be used.
+  """
   given = flags.FLAGS
+  for name in ("settings", "batch_size"):
+    if given[name].present and not given.weights:
+      raise ValueError(f"--{name} has an effect only with --weights: the hash has no model")
   cache = None if given.cache == "off" else Path(given.cache or cache_folder() / "features")
   if not given.weights:
     kept = FeatureCache(cache, "none", {"detector": "64-bit DCT hash"}, (64, 0)) if cache else None
@@ -283,7 +294,7 @@ def main() -> None:
   flags.DEFINE_integer("batch_size", _BATCH_SIZE, "Images encoded at once.", lower_bound=1)
   flags.DEFINE_string("cache", None, "Folder of features, or off; by default in the user's cache folder.")
   flags.DEFINE_float(
-    "threshold", None, "Smallest cosine of near-duplicates; for the hash, 1 - (bits that differ) / 32."
+    "threshold", None, "Smallest cosine of near-duplicates; for the hash, 1 - (bits that differ) / 32.", -1, 1
   )
   flags.DEFINE_float("precision", 0.99, "Minimum precision, on altered copies, of the threshold that is chosen.", 0, 1)
   flags.DEFINE_string("predictions", None, "Predictions of an evaluation on the test images (predictions/*.npz).")

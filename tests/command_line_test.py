@@ -25,6 +25,7 @@ def values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> flags.FlagValues:
   command_line.define_config(defined)
   flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=defined)
   flags.DEFINE_enum("format", "a", ["a", "b"], "What to write.", flag_values=defined)
+  flags.DEFINE_float("share", None, "A share.", 0, 1, flag_values=defined)
   return defined
 
 
@@ -68,6 +69,12 @@ def parse(values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     ),
     (["--config=demo", "--config.batch_size=many"], ["--config.batch_size=many", "not an integer"]),
     (["--config=demo", "--config.optimizer.learning_rate=high"], ["learning_rate=high", "not a number"]),
+    (["--config=demo", "--workdir=x", "--share=nan"], ["error: --share=nan: expected a finite number\n"]),
+    (["--config=demo", "--workdir=x", "--share=1.5"], ["--share=1.5", "[0, 1]"]),
+    (
+      ["--config=demo", "--config.optimizer.learning_rate=inf"],
+      ["--config.optimizer.learning_rate=inf: expected a fin"],
+    ),
     (["--config=demo", "--config.optimizer=adam"], ["config.optimizer", "'adam'", "learning_rate"]),
     (["--config=demo:method=slpi"], ["--config=demo:method=slpi", "'slpi'", "'slip'"]),
     (["--config=demo:mehtod=slip"], ["'mehtod'", "did you mean method"]),
@@ -215,3 +222,15 @@ def test_the_list_of_commands_rejects_arguments() -> None:
   done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
   assert (done.returncode, done.stdout) == (2, "")
   assert "tarin" in done.stderr
+
+
+def test_every_number_that_a_command_takes_has_a_lower_bound() -> None:
+  """Negative numbers are then errors of the flag; numbers that are not finite are so for all flags."""
+  found = 0
+  for path in Path(command_line.__file__).parent.rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call) and ast.unparse(node.func) in ("flags.DEFINE_integer", "flags.DEFINE_float"):
+        names = {keyword.arg for keyword in node.keywords}
+        assert len(node.args) > 3 or "lower_bound" in names, ast.unparse(node)
+        found += 1
+  assert found > 10

@@ -1,10 +1,14 @@
 """Tests of `python -m declip_jax.evaluate` on a run: suites, results that are there already, checkpoints, processes."""
 
+from collections.abc import Callable
+import json
 import os
 from pathlib import Path
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -14,6 +18,7 @@ from tiny import FinishedRun
 
 from declip_jax import clip as clip_lib
 from declip_jax.evals import data_files, results, suites
+from declip_jax.evals.feature_cache import BLOCK
 from declip_jax.evaluate import evaluate
 from declip_jax.planning import training_facts
 from declip_jax.sharding import make_mesh
@@ -92,7 +97,7 @@ def command(*arguments: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_results_of_one_and_an_interrupted_one_continues(run: Path, tmp_path: Path) -> None:
+def test_two_processes_write_the_results_of_one(run: Path, tmp_path: Path) -> None:
   (tmp_path / "sets.txt").write_text(SETS)
   flags = ["--workdir", str(run), "--data", str(tmp_path / "sets.txt"), "--tasks", ",".join([*TASKS, "linear_probe"])]
   subprocess.run(
@@ -111,6 +116,53 @@ def test_two_processes_write_the_results_of_one_and_an_interrupted_one_continues
   assert [process.wait(timeout=300) for process in processes] == [0, 0]
   assert_same_results(tmp_path / "one", tmp_path / "two")
   assert len([*(tmp_path / "cache2").glob("*/host-*-of-00002.npy")]) == 6
+
+
+def kill_once(is_there: Callable[[], bool], process: subprocess.Popen, seconds: float = 300) -> None:
+  """Kills a process, which must still run, as soon as something is there."""
+  deadline = time.monotonic() + seconds
+  while not is_there():
+    assert process.poll() is None, f"ended with {process.returncode} before it was killed"
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
+  process.kill()
+  assert process.wait() == -signal.SIGKILL
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+  """The files of a folder, without the log of times."""
+  paths = (path for path in folder.rglob("*") if path.is_file() and path.name != results.LOG)
+  return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_killed_twice_ends_with_the_same_files(run: Path, tmp_path: Path) -> None:
+  images = 2 * BLOCK + 100  # in three blocks
+  (tmp_path / "sets.txt").write_text(f"{SETS}own/many = scenes:heldout/{images}/16\n")
+  flags = ["--workdir", str(run), "--data", str(tmp_path / "sets.txt"), "--tasks", ",".join(TASKS)]
+
+  def start(name: str) -> subprocess.Popen:
+    folders = ["--output", str(tmp_path / name / "results"), "--cache", str(tmp_path / name / "cache")]
+    return subprocess.Popen(command(*flags, *folders), env=environment())
+
+  assert start("whole").wait(timeout=600) == 0
+  killed = tmp_path / "killed"
+  kill_once(lambda: bool([*killed.glob("results/*.json")]), start("killed"))
+  assert len([*killed.glob("results/*.json")]) < 5
+  kill_once(lambda: 0 < blocks(killed, images) < 3, start("killed"))
+  assert 0 < blocks(killed, images) < 3
+  assert start("killed").wait(timeout=600) == 0
+  found, expected = contents(killed), contents(tmp_path / "whole")
+  assert len([name for name in expected if name.endswith(".json")]) >= 5
+  assert found.keys() == expected.keys()
+  assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def blocks(folder: Path, samples: int) -> int:
+  """The number of blocks of features in the cache, of the source with this number of samples."""
+  entries = (path.parent for path in folder.glob("cache/*/about.json"))
+  own = (entry for entry in entries if json.loads((entry / "about.json").read_text()).get("samples") == samples)
+  return sum(len([*entry.glob("*.rows/*.npz")]) for entry in own)
 
 
 @pytest.mark.slow

@@ -88,6 +88,24 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
   assert states[0][1] == states[1][1]
 
 
+def test_a_data_set_that_cannot_be_evaluated_does_not_end_a_run_of_two_processes(tmp_path: Path) -> None:
+  pairs = {"few": "heldout/8/24 | scenes:heldout/3/24", "more": "heldout/16/24 | scenes:heldout/64/24"}
+  (tmp_path / "sets.txt").write_text("".join(f"own/{name} = scenes:{pair}\n" for name, pair in pairs.items()))
+  fields = {"kind": "knn", "data": tmp_path / "sets.txt", "suite": "all"}
+  flags = [f"--config.evals.near.{name}={value}" for name, value in fields.items()]
+  steps = ["--config.duration.steps=4", "--config.evaluate_every.steps=2"]
+  processes = pair(tmp_path / "run", port(), *flags, *steps, cache=tmp_path / "cache")
+  try:
+    errors = [process.communicate(timeout=WAIT)[1] for process in processes]
+  finally:
+    end(processes)
+  assert [process.returncode for process in processes] == [0, 0], errors
+  assert errors[0].count("without the metrics of config.evals.near/own/few: ") == 1
+  assert "3 labelled rows; expected at least 10 neighbours" in errors[0]
+  found = [{name for name in line if name.startswith("eval/")} for line in read_metrics(tmp_path / "run")]
+  assert [names for names in found if names] == [{"eval/near/own/more"}] * 2
+
+
 def test_sigterm_to_the_whole_group_saves_and_the_run_resumes_exactly(tmp_path: Path) -> None:
   flags = ["--config.duration.steps=60", "--config.checkpoint.every.steps=0", "--config.data.workers=2"]
   whole = start(tmp_path / "whole", *flags, cache=tmp_path / "cache")

@@ -122,7 +122,7 @@ def test_the_zero_shot_classifier_of_wordnet_ids_is_that_of_their_names(
     ({"model.drop_path": 1.0}, "config.model.drop_path=1.0: expected"),
     ({"data.rand_magnitude": 11.0}, "config.data.rand_magnitude=11.0: expected 0 to 10"),
     ({"data.erase_probability": 2.0}, "config.data.erase_probability=2.0: expected 0 to 1"),
-    ({"data.mixup": -1.0}, "config.data.mixup=-1.0: expected 0 or more"),
+    ({"data.mixup": -1.0}, "config.data.mixup=-1.0: expected a finite number, 0 or more"),
   ],
 )
 def test_what_does_not_fit_is_rejected(fields: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

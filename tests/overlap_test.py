@@ -1,11 +1,14 @@
 """The command that finds duplicates, over small folders of synthetic images."""
 
+import functools
 import json
 
+from absl import flags
 import cv2
 import numpy as np
 import pytest
 
+from declip_jax import overlap as command
 from declip_jax.data.images import EvalView
 from declip_jax.data.sources import open_source
 from declip_jax.evals import results
@@ -138,3 +141,30 @@ def test_predictions_of_other_data_are_named(specs, tmp_path):
   path.parents[1].joinpath(f"{path.stem}.json").unlink()
   with pytest.raises(FileNotFoundError, match=path.stem):
     overlap(*specs, HASH, tmp_path, predictions=path)
+
+
+@pytest.fixture
+def parse(monkeypatch):
+  """Parses the flags of the command, without running it."""
+  values = flags.FlagValues()
+  monkeypatch.setattr(flags, "FLAGS", values)
+  for name in ("string", "integer", "float", "multi_string"):
+    define = getattr(flags, f"DEFINE_{name}")
+    monkeypatch.setattr(flags, f"DEFINE_{name}", functools.partial(define, flag_values=values))
+  monkeypatch.setattr(command, "launch", lambda *arguments, **options: None)
+  command.main()
+  return lambda *arguments: values(["overlap", *arguments])
+
+
+@pytest.mark.parametrize("flag", ["--batch_size=7", "--settings=image.activation=gelu"])
+def test_flags_without_effect_are_rejected(flag, parse):
+  parse("--test=folder:/x", flag)
+  with pytest.raises(ValueError, match=f"^{flag.partition('=')[0]} has an effect only with --weights"):
+    command._detector()
+
+
+@pytest.mark.parametrize("numbers", [{"threshold": np.nan}, {"threshold": 1.5}, {"precision": np.nan}])
+def test_numbers_out_of_range_are_rejected_before_anything_is_read(numbers, tmp_path):
+  with pytest.raises(ValueError, match=rf"{next(iter(numbers))}=.*: expected a number from"):
+    overlap("folder:/is/never/opened", "", HASH, tmp_path / "out", **numbers)
+  assert not (tmp_path / "out").exists()

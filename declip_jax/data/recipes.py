@@ -206,13 +206,14 @@ def get_recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
 
 def _check_strengths(given: Mapping[str, Any]) -> None:
   """Rejects ranges and probabilities that are out of range."""
-  legal = {"weak_scale": (0.0, 1.0), "strong_scale": (0.0, 1.0), "blur_radius": (0.0, float("inf"))}
+  legal = {"weak_scale": (0.0, 1.0), "strong_scale": (0.0, 1.0), "blur_radius": (0.0, math.inf)}
   for field, (least, most) in legal.items():
     value = given.get(field, (most, most))
-    if len(value) != 2 or not least <= value[0] <= value[1] <= most or value[1] == 0:
+    is_finite = field not in given or all(map(math.isfinite, value))
+    if len(value) != 2 or not (is_finite and least <= value[0] <= value[1] <= most) or value[1] == 0:
       raise ValueError(f"config.data.{field}={value!r}: expected two ascending numbers from {least:g} to {most:g}")
   jitter = given.get("jitter", (0.0,) * 4)
-  if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
+  if len(jitter) != 4 or not all(0 <= value < math.inf for value in jitter) or jitter[3] > 0.5:
     raise ValueError(
       f"config.data.jitter={jitter!r}: expected brightness, contrast, saturation and hue, the last at most 0.5"
     )
@@ -221,8 +222,9 @@ def _check_strengths(given: Mapping[str, Any]) -> None:
     if any(not 0 <= value <= 1 for value in (values if isinstance(values, tuple) else (values,))):
       raise ValueError(f"config.data.{field}={values!r}: expected 0 to 1")
   for field, most in {"rand_magnitude": 10.0, "mixup": math.inf, "cutmix": math.inf}.items():
-    if not 0 <= given.get(field, 0) <= most:
-      raise ValueError(f"config.data.{field}={given[field]!r}: expected {'0 to 10' if most == 10 else '0 or more'}")
+    if not (0 <= given.get(field, 0) <= most and given.get(field, 0) < math.inf):
+      legal_values = "0 to 10" if most == 10 else "a finite number, 0 or more"
+      raise ValueError(f"config.data.{field}={given[field]!r}: expected {legal_values}")
 
 
 def trimmed(recipe: Recipe, used: Views) -> Recipe:

@@ -2,8 +2,8 @@
 
 A new evaluator is a module with such a function, and an entry in `EVALUATORS`. The function receives an
 `EvaluationData` and the path of a picture that it may draw (None for no picture), and returns `Scores`. Its
-keyword-only arguments are the options of its entry in `config.evals`; the config has the same defaults. `check`
-rejects options and sources with which it could not run, before anything is trained.
+keyword-only arguments are the options of its entry in `config.evals`; the config has the same defaults. `options` has
+their legal values, and `check` rejects sources with which it could not run, before anything is trained.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from declip_jax.evals import classify, composition, probes, retrieval, zero_shot
 from declip_jax.evals.feature_cache import json_hash
+from declip_jax.evals.options import check_values
 from declip_jax.evals.results import Scores, slug
 from declip_jax.spelling import did_you_mean
 
@@ -175,7 +176,8 @@ def check_options(options: Mapping[str, Any], field: str) -> None:
     field: path of the entry in the config, for errors.
 
   Raises:
-    ValueError: `kind`, `data` or an option without a default is missing, or the kind or an option is unknown.
+    ValueError: `kind`, `data` or an option without a default is missing, the kind or an option is unknown, or the
+      value of an option is illegal.
   """
   kinds = f"choose one of {sorted(EVALUATORS)}"
   if "kind" not in options:
@@ -195,6 +197,7 @@ def check_options(options: Mapping[str, Any], field: str) -> None:
     raise ValueError(f"{field} has fields {unknown}, which {kind!r} does not have; it has {sorted(known)}{hint}")
   if missing := sorted(name for name in known if known[name] is inspect.Parameter.empty and name not in options):
     raise ValueError(f"{field} has no fields {missing}, which {kind!r} needs")
+  check_values({name: options.get(name, default) for name, default in known.items()}, field)
 
 
 def _check_splits(evaluator: Evaluator, options: Mapping[str, Any], field: str) -> None:

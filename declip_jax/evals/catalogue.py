@@ -38,7 +38,8 @@ METRICS = {
 }
 OWN = "own/"  # prefix of the keys of data sets that are not in the catalogue
 BARE = ("{}",)
-_OF_IMAGES = ("sizes", "sources", "border", "note")  # fields that a data set does not share with `classes_of`
+# Fields that a data set does not share with `classes_of`.
+_OF_IMAGES = ("sizes", "sources", "border", "has_difficult", "note")
 _FOLDER = Path(__file__).parent / "data_sets"
 _SUITES = Path(__file__).parent / "suites.json"
 
@@ -82,6 +83,7 @@ class DataSet:
       it has images of its own.
     others: names of classes that sources have and the data set leaves out.
     border: pixels at each side of its test images, in all sources, that do not belong to the picture and are cut off.
+    has_difficult: whether some of its objects are difficult; those that the source marks do not count for their class.
     num_classes: expected number of classes where `classes` is (); 0 if unknown.
     grouping: the grouping of images for the metric worst_group.
     ignored_groups: groups that do not count for it.
@@ -109,6 +111,7 @@ class DataSet:
   images: str = ""
   others: tuple[str, ...] = ()
   border: int = 0
+  has_difficult: bool = False
   num_classes: int = 0
   grouping: str = ""
   ignored_groups: tuple[int, ...] = ()

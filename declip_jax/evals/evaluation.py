@@ -29,7 +29,7 @@ from declip_jax.reporting.progress import Bar, message
 from declip_jax.runtime.hosts import from_first, sum_over_hosts
 from declip_jax.runtime.records import add_line
 
-_VERSION = 4  # of what a result of the same model, data and options is
+_VERSION = 5  # of what a result of the same model, data and options is
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ class Evaluation:
             events.write(self.model.weights["step"], job.curves(scores))
           shown = describe(scores.headline, scores.metrics, scores.intervals)
           message(f"[{number}/{len(todo)}] {job.name}: {shown} ({seconds:.1f} s)")
+          if remark := scores.details.get("remark"):
+            message(f"{job.name}: {remark}")
         images.encoded = images.cached = 0
     with contextlib.suppress(OSError):  # if it has pictures
       (self.output / results.PICTURES).rmdir()

@@ -83,15 +83,16 @@ def surely(read: Read) -> Read:
 
   Without images that a disk or network fails to deliver, a result would be kept in place of the right one. The OSError
   that it raises names the first of them. A label that is not among the classes raises ValueError: the names of the
-  classes are those of other data.
+  classes are those of other data. Both are raised on every host, whichever has the image.
   """
 
   def reading(source: Source | Sequence[Any], encoders: Encoders, rows: range) -> Iterator[dict[str, np.ndarray]]:
     for batch in read(source, encoders, rows):
-      if failed := _errors(batch, READ_ERROR):
-        raise OSError(errno.EIO, f"{failed[0]}; start this again once the image can be read, and it continues here")
-      if failed := _errors(batch, "no label"):
-        raise ValueError(f"{failed[0]}; are these the class names of this data set?")
+      late, unknown = (next(iter(_errors(batch, kind)), "") for kind in (READ_ERROR, "no label"))
+      if any_host(bool(late or unknown)):
+        if error := first_error(late):
+          raise OSError(errno.EIO, f"{error}; start this again once the image can be read, and it continues here")
+        raise ValueError(f"{first_error(unknown)}; are these the class names of this data set?")
       yield batch
 
   return reading
@@ -401,6 +402,8 @@ class EvaluationData:
     metric: the metric that papers report for the data set, one of `catalogue.METRICS`.
     grouping, ignored_groups: the grouping of images for metrics of groups, and groups that do not count.
     validation_per_class: images of each class in a validation split that is carved, 0 for a share of them.
+    has_difficult: whether some objects of the data set are difficult, see `Features.labels`; the source may not say
+      which.
     classifier: the model's own classifier, if it has one.
     key: for that classifier, key of the data set in the catalogue, which has further names of the classes; empty for
       data without one.
@@ -419,6 +422,7 @@ class EvaluationData:
   grouping: str = ""
   ignored_groups: Sequence[int] = ()
   validation_per_class: int = 0
+  has_difficult: bool = False
   classifier: ModelClassifier | None = None
   key: str = ""
 

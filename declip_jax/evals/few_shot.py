@@ -17,6 +17,7 @@ from declip_jax.runtime.hosts import gather_rows
 SEEDS = (0, 1, 2)
 CLIP_SHOTS = (1, 2, 4, 8, 16)  # Radford et al. 2021, figure 6
 BIG_VISION_SHOTS = (1, 5, 10, 25)
+METHODS = ("logistic", "ridge")
 STRENGTH = 0.316  # C; CLIP's is unpublished
 L2 = 2.0**10
 _TOLERANCE = 1e-6  # of the gradient of a mean over few rows

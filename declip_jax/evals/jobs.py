@@ -11,7 +11,7 @@ from jaxtyping import Int
 import numpy as np
 
 from declip_jax.data.sources import Source
-from declip_jax.evals import EVALUATORS
+from declip_jax.evals import EVALUATORS, defaults
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.features import (
   Encode,
@@ -25,7 +25,9 @@ from declip_jax.evals.features import (
   make_data,
   read_batches,
 )
+from declip_jax.evals.options import check_values
 from declip_jax.evals.results import Scores
+from declip_jax.runtime.hosts import first_error
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,11 @@ def run_jobs(
   read: Read = read_batches,
   seen: Callable[[Job, Split], None] = lambda job, test: None,
 ) -> Iterator[tuple[Job, Scores | ValueError | OSError]]:
-  """Runs jobs in their order, and yields the scores of each, or the error of one that cannot run.
+  """Runs jobs in their order, and yields the scores of each, or the error of one that cannot run, on every host.
 
-  Every host has to call this with the same jobs.
+  Every host has to call this with the same jobs. A ValueError means that a job cannot run on these data; evaluators
+  raise it on every host. Any other error may be one of this host alone, which would leave the others waiting: on a
+  single host it ends the job, on several ones all. That memory has run out always ends all.
 
   Args:
     jobs: evaluations.
@@ -96,7 +100,12 @@ def run_jobs(
     encode_texts: function that returns embeddings of texts.
     read: function that reads images of a source.
     seen: called after each job that has scores with its test split, on all hosts.
+
+  Raises:
+    ValueError: before anything is read; an option of a job is illegal.
   """
+  for job in jobs:
+    check_values({**defaults(job.kind), **job.options}, job.name)
   texts, opened, features = Texts(encoders, encode_texts), {}, {}
 
   def encode_once(source: Source, *others: Any) -> Features:
@@ -120,6 +129,9 @@ def run_jobs(
         raise
       logging.exception("%s failed", job.name)
       scores = error if isinstance(error, OSError) else ValueError(f"{type(error).__name__}: {error}")
+    failed = first_error(str(scores) if isinstance(scores, Exception) else "")  # all hosts go on alike
+    if failed and not isinstance(scores, Exception):
+      scores = ValueError(failed)
     yield job, scores
     after = jobs[number + 1 : number + 2]
     if not any(other.splits["test"] is job.splits["test"] for other in after):

@@ -37,7 +37,8 @@ class Neighbours(NamedTuple):
 
 
 # Counts the votes of some nearest neighbours: for the test rows of all hosts, the sum of exp(cosine / temperature) over
-# the neighbours of each class (Wu et al. 2018, DINO).
+# the neighbours of each class (Wu et al. 2018, DINO), divided by that of the nearest row, which changes no order and
+# keeps the votes finite at any temperature.
 Votes = Callable[[], Float64[np.ndarray, "n k"]]
 
 
@@ -118,7 +119,7 @@ def knn(
     classes: number of classes.
     mesh: devices to compute on.
     neighbours: numbers of neighbours.
-    temperature: of the weights.
+    temperature: of the weights, more than 0.
 
   Raises:
     ValueError: a split is unusable, see `check_rows`, or has several labels.
@@ -142,7 +143,7 @@ def _vote(
   classes: int,
   temperature: float,
 ) -> Float64[np.ndarray, "n k"]:
-  weight = np.exp(cosine.astype(np.float64) / temperature)
+  weight = np.exp((cosine.astype(np.float64) - cosine[:, :1]) / temperature)
   votes = np.zeros((len(label), classes))
   for place in reversed(range(label.shape[1])):
     votes[np.arange(len(label)), label[:, place]] += weight[:, place]

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import dataclasses
 from functools import partial
-import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from declip_jax.evals.scoring import criterion, score, single_label_criterion
 from declip_jax.runtime.hosts import gather_rows
 from declip_jax.sharding import make_mesh
 
-FEATURES = ("pooled", "joint")
 _TOGETHER = ("track", "video")  # groupings of frames that hardly differ
 
 
@@ -118,7 +116,7 @@ def few_shot(
     shots: images per class.
     seeds: seeds of the draws.
     method: "logistic" regression as in CLIP's figure 6, or big_vision's "ridge" regression.
-    strength: C of logistic regression; 0 chooses it on as many further images of each class.
+    strength: C of logistic regression, which "ridge" ignores; 0 chooses it on as many further images of each class.
     features: see `linear_probe`.
 
   Raises:
@@ -188,8 +186,9 @@ def knn(
     data: the splits.
     pictures: unused.
     neighbours: numbers of neighbours; those larger than the training split are left out.
-    headline: number whose scores are reported in full; the largest that is possible if this one is not.
-    temperature: of the weights.
+    headline: the one of `neighbours` whose scores are reported in full; the largest that is possible if the training
+      split has fewer images.
+    temperature: of the weights, more than 0.
     features: see `linear_probe`.
 
   Raises:
@@ -224,24 +223,14 @@ def nearest_mean(data: EvaluationData, pictures: Path | None, *, features: str =
 
 
 def check(source: Source | Sequence[Any], field: str, **options: Any) -> None:
-  """Rejects a source without class names, and features that do not exist.
+  """Rejects a source without class names.
 
   Raises:
-    ValueError: the message names the source or the option.
+    ValueError: the message names the source.
   """
+  del options
   if not source.classnames:
     raise ValueError(f"{source.name} has no class names, which {field} needs")
-  if (chosen := options.get("features", "pooled")) not in FEATURES:
-    raise ValueError(f"{field}.features={chosen!r}: choose one of {FEATURES}")
-  if (method := options.get("method", "ridge")) not in ("logistic", "ridge"):
-    raise ValueError(f"{field}.method={method!r}: choose one of ('logistic', 'ridge')")
-  if not 0 <= (strength := options.get("strength", 0.0)) < math.inf:
-    raise ValueError(f"{field}.strength={strength!r}: expected a number above 0, or 0 to choose it")
-  for name in ("shots", "seeds", "neighbours", "rates"):
-    if (values := options.get(name, (1,))) == () or min(values) < (name == "shots"):
-      raise ValueError(f"{field}.{name}={values!r}: expected numbers, at least {int(name == 'shots')}")
-  if (optimizer := options.get("optimizer", "sgd")) not in sgd_probe_lib.RECIPES:
-    raise ValueError(f"{field}.optimizer={optimizer!r}: choose one of {tuple(sgd_probe_lib.RECIPES)}")
 
 
 def _classes(data: EvaluationData) -> int:

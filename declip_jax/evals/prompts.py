@@ -31,7 +31,7 @@ def check_templates(templates: Any, field: str) -> None:
   Raises:
     ValueError: the message names the template.
   """
-  if isinstance(templates, str) or not templates:
+  if not isinstance(templates, (tuple, list)) or not templates:
     raise ValueError(f"{field}={templates!r}: expected a tuple of prompt templates, such as {TEMPLATES}")
   for text in templates:
     if not isinstance(text, str) or text.count("{}") != 1 or set(text.replace("{}", "")) & {"{", "}"}:

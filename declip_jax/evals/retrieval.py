@@ -89,20 +89,15 @@ def _captions(split: Split) -> dict[int, list[str]]:
   return joined
 
 
-def check(
-  source: Source | Sequence[Any], field: str, *, equal_texts: Any = False, prefix: Any = "", folds: Any = 1
-) -> None:
-  """Rejects a source that has classes but no captions, and options of the wrong type.
+def check(source: Source | Sequence[Any], field: str, *, folds: int = 1, **options: Any) -> None:
+  """Rejects a source that has classes but no captions, or fewer samples than there are folds.
 
   Raises:
     ValueError: the message names the source or the option.
   """
-  if not isinstance(equal_texts, bool):
-    raise ValueError(f"{field}.equal_texts={equal_texts!r}: expected True or False")
-  if not isinstance(prefix, str):
-    raise ValueError(f"{field}.prefix={prefix!r}: expected a text, such as 'a photo of '")
-  if not isinstance(folds, int) or folds < 1:
-    raise ValueError(f"{field}.folds={folds!r}: expected a number of parts, at least 1")
+  del options
+  if folds > len(source):
+    raise ValueError(f"{field}.folds={folds}: {source.name} has {len(source)} samples; expected at most one fold each")
   if source.classnames and not has_captions(source):
     raise ValueError(f"{source.name} has classes but no captions, which {field} needs")
 

@@ -17,6 +17,10 @@ from declip_jax.runtime.hosts import gather_rows
 METRICS = ("top1", "top5", "mean_per_class", "majority_share", "ties", "images", "unreadable")
 SEVERAL_LABELS = ("mean_average_precision_11", "mean_average_precision")
 _CONFUSIONS = 50  # pairs of classes that the details list
+_NONE_DIFFICULT = (
+  "the labels mark no object as difficult, so mean_average_precision_11 does not leave such objects out, as the rules "
+  "of VOC demand; in the labels of CLIP_benchmark, they are present"
+)
 Columns = Mapping[str, np.ndarray]
 
 
@@ -29,7 +33,8 @@ def score(
   Images without a label do not count; a row of NaN is wrong. Predictions have `row` in the source, `label`, `predicted`
   and `rank`, the number of classes that the classifier prefers to the true one; `group` where images have one; of two
   classes, `score`, the logit of the second minus that of the first; of several labels, `labels` and `scores`.
-  A score that would be NaN is the infinity that is wrong.
+  A score that would be NaN is the infinity that is wrong. `remark` of the details says what is known to be wrong with a
+  score.
 
   Args:
     data: the test split, its metric and the names of its classes.
@@ -121,7 +126,11 @@ def _several_labels(data: EvaluationData, logits: Float[np.ndarray, "n classes"]
   scores = metrics.worst_if_nan(labels[rows] > 0, logits[rows]).astype(np.float32)
   predictions = {"row": rows, "labels": labels[rows], "scores": scores}
   by_class = metrics.average_precision_by_class(labels[rows], predictions["scores"])
-  details = {"average_precision_by_class": [[name(index), float(value)] for index, value in by_class.items()]}
+  details: dict[str, Any] = {
+    "average_precision_by_class": [[name(index), float(value)] for index, value in by_class.items()]
+  }
+  if data.has_difficult and labels[rows].all():
+    details["remark"] = _NONE_DIFFICULT
   headline = [data.metric] if data.metric in SEVERAL_LABELS else []
   return list(dict.fromkeys([*headline, *SEVERAL_LABELS])), predictions, {"images": len(rows)}, details
 

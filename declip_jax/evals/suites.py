@@ -13,13 +13,14 @@ import numpy as np
 from declip_jax.data.sources import BadSample, Source, open_source, read_example
 from declip_jax.data.sources.border import KIND
 from declip_jax.data.storage.layouts import TEMPLATES
-from declip_jax.evals import EVALUATORS, SPLITS, Evaluator, catalogue, data_files, parse_option, variant_of
+from declip_jax.evals import EVALUATORS, SPLITS, Evaluator, catalogue, data_files, defaults, parse_option, variant_of
 from declip_jax.evals.catalogue import DataSet, Suite, TrainingSize, training_size
 from declip_jax.evals.classes import align
 from declip_jax.evals.data_files import Splits
 from declip_jax.evals.feature_cache import json_hash
 from declip_jax.evals.features import ParentClasses
 from declip_jax.evals.jobs import DataSource, Job
+from declip_jax.evals.options import check_values
 from declip_jax.evals.own_prompts import NAME, read_prompts
 from declip_jax.evals.prompts import check_templates
 from declip_jax.evals.results import Result
@@ -207,7 +208,8 @@ def _tasks(names: Sequence[str], options: Sequence[str]) -> list[_Task]:
   """The evaluators of some names, by default those that need neither training nor a classifier, with their options.
 
   Raises:
-    ValueError: an evaluator or an option does not exist; the message names those that do.
+    ValueError: an evaluator or an option does not exist, or the value of an option is illegal; the message names the
+      legal ones.
   """
   names = names or _without_training()
   for name in names:
@@ -225,6 +227,8 @@ def _tasks(names: Sequence[str], options: Sequence[str]) -> list[_Task]:
         f"--option={text}: the option is for {kind!r}, but the tasks are {', '.join(given)}{did_you_mean(kind, given)}"
       )
     given[kind] |= parse_option(kind, option, value, f"--option={text}")
+  for name, options in given.items():
+    check_values({**defaults(name), **options}, f"--option={name}")
   return [_Task(name, given[name]) for name in given]
 
 
@@ -302,6 +306,8 @@ def _job(
   about = {"key": key, "title": entry.title, "chance": protocol.chance, "note": entry.note, "metric": protocol.metric}
   classes = {"classnames": entry.classes} if entry.classes else {}
   of = {"metric": protocol.metric, "grouping": entry.grouping, "ignored_groups": entry.ignored_groups, **classes}
+  if entry.has_difficult:
+    of["has_difficult"] = True
   if protocol.prompts is not None:
     of["prompts"] = protocol.prompts
     about |= {"prompts": protocol.prompt_set, "prompts_hash": json_hash(protocol.prompts)}

@@ -11,7 +11,7 @@ from declip_jax.config import TEMPLATES
 from declip_jax.data.sources import Source
 from declip_jax.evals.features import EvaluationData
 from declip_jax.evals.mistakes import draw_confusions
-from declip_jax.evals.prompts import check_templates, classifier, from_templates, token_classifier, unique_prompts
+from declip_jax.evals.prompts import classifier, from_templates, token_classifier, unique_prompts
 from declip_jax.evals.results import Scores
 from declip_jax.evals.scoring import METRICS, score
 from declip_jax.runtime.hosts import gather_rows
@@ -33,11 +33,11 @@ def zero_shot(data: EvaluationData, pictures: Path | None, *, templates: Sequenc
     templates: prompts with `{}` for the class name, for data without prompts of its own.
 
   Raises:
-    ValueError: the source has no labelled image; see also `check`.
+    ValueError: the source has no labelled image; see also `check` and `check_templates`.
   """
   prompts = data.prompts
   if prompts is None:
-    check(data.test.source, "zero_shot", templates=templates)
+    check(data.test.source, "zero_shot")
     prompts = from_templates(data.classnames, templates)
   kinds = {own: number for number, own in enumerate(dict.fromkeys(map(tuple, prompts)))}
   texts, rows = unique_prompts([*kinds])
@@ -54,13 +54,13 @@ def zero_shot(data: EvaluationData, pictures: Path | None, *, templates: Sequenc
   return scores
 
 
-def check(source: Source | Sequence[Any], field: str, *, templates: Any = TEMPLATES) -> None:
-  """Rejects a source without class names, and templates that are not texts with one `{}` each.
+def check(source: Source | Sequence[Any], field: str, **options: Any) -> None:
+  """Rejects a source without class names.
 
   Raises:
-    ValueError: the message names the source or the template.
+    ValueError: the message names the source.
   """
-  check_templates(templates, f"{field}.templates")
+  del options
   if not source.classnames:
     raise ValueError(
       f"{source.name} has no class names, which {field} needs: put a classnames.txt, with one name per line, next to "

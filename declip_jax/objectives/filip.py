@@ -30,14 +30,14 @@ def filip(
   candidates and in the mean over a text.
 
   Raises:
-    ValueError: `top_k` is larger than the number of tokens.
+    ValueError: `top_k` is negative or larger than the number of tokens.
   """
   del batch
   image, text = outputs.image_tokens, outputs.text_tokens
   devices = method.mesh.size if method.mesh else 1  # over which the batch is split
   if top_k:
     most = min(image.shape[1], text.shape[1])
-    if top_k > most:
+    if not 1 <= top_k <= most:
       raise ValueError(
         f"config.objective.filip.top_k={top_k}: images have {image.shape[1]} tokens and texts {text.shape[1]}, so "
         f"choose 1 to {most}, or 0 to compare all"

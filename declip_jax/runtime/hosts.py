@@ -27,7 +27,8 @@ def join_processes() -> None:
   If not all of them join within five minutes, this process ends with exit code 74, since a retry may succeed.
 
   Raises:
-    ValueError: only some of `--coordinator`, `--processes` and `--process` are given.
+    ValueError: only some of `--coordinator`, `--processes` and `--process` are given, or the number of this process is
+      not less than that of all.
   """
   names = ("coordinator", "processes", "process")
   given = {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].value is not None}
@@ -35,6 +36,10 @@ def join_processes() -> None:
     raise ValueError(f"{' '.join(f'--{name}={value}' for name, value in given.items())}: needs {' and '.join(missing)}")
   if not given and not flags.FLAGS.multihost:
     return
+  if given and given["process"] >= given["processes"]:
+    raise ValueError(
+      f"--process={given['process']}: expected a number from 0 to {given['processes'] - 1}, one less than --processes"
+    )
   # JAX would abort the process after its own timeout, with the stack of its C++ code.
   timer = threading.Timer(_JOIN_SECONDS, _give_up, (given,))
   timer.daemon = True

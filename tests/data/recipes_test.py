@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 import io
+import math
 import pickle
 
 import numpy as np
@@ -424,6 +425,15 @@ def test_overrides_replace_fields_and_none_keeps_them():
 def test_a_probability_per_view_is_a_tuple(field, value):
   with pytest.raises(ValueError, match=rf"config.data.{field}=.*: .*tuple such as \(0.5,\)"):
     get_recipe("slip", {field: value})
+
+
+@pytest.mark.parametrize(
+  "given",
+  [{"mixup": math.inf}, {"cutmix": math.nan}, {"jitter": (math.nan, 0, 0, 0)}, {"blur_radius": (0.1, math.inf)}],
+)
+def test_strengths_that_are_not_finite_are_rejected(given):
+  with pytest.raises(ValueError, match=rf"config.data.{next(iter(given))}=.*: expected"):
+    get_recipe("slip", given)
 
 
 def test_an_unknown_recipe_is_rejected_by_name():

@@ -45,9 +45,18 @@ def test_neighbours_are_those_of_a_full_search(mesh):
 def test_votes_of_one_class_are_added():
   cosine, label = np.array([[0.9, 0.8, 0.7, 0.6, 0.5]], np.float32), np.array([[2, 1, 1, 0, 2]])
   votes = nearest._vote(cosine, label, 4, 0.07)
-  np.testing.assert_allclose(votes[0, 1], np.exp(0.8 / 0.07) + np.exp(0.7 / 0.07), rtol=1e-6)
+  np.testing.assert_allclose(votes[0, 1], np.exp(-0.1 / 0.07) + np.exp(-0.2 / 0.07), rtol=1e-6)
   assert np.argsort(-votes[0]).tolist() == [2, 1, 0, 3]
   assert votes[0, 3] == 0
+
+
+def test_votes_are_finite_at_any_temperature():
+  cosine, label = np.array([[0.99, 0.98, 0.97], [-0.9, -0.91, -0.92]], np.float32), np.array([[1, 0, 0], [0, 1, 1]])
+  for temperature in (1e-6, 1e-3, 0.07, 1e6):
+    votes = nearest._vote(cosine, label, 2, temperature)
+    assert np.isfinite(votes).all()
+    assert (votes.max(axis=1) > 0).all()
+    assert votes.argmax(axis=1).tolist() == ([0, 1] if temperature > 0.05 else [1, 0])  # one vote or two
 
 
 def test_nearest_means_of_few_shots_equal_the_reference():

@@ -117,7 +117,7 @@ def test_folds_are_searched_separately():
     search(source, words, folds=5)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"prefix": 1}, "prefix=1"), ({"folds": 0}, "folds=0")])
-def test_options_of_the_wrong_type_are_named(options, message):
-  with pytest.raises(ValueError, match=f"config.evals.mine.{message}: expected"):
-    check(Source([]), "config.evals.mine", **options)
+def test_more_folds_than_samples_are_rejected_before_any_is_read():
+  check(Source([(1, ("one",)), (2, ("two",))]), "config.evals.mine", folds=2)
+  with pytest.raises(ValueError, match=r"config.evals.mine.folds=3: .* has 2 samples"):
+    check(Source([(1, ("one",)), (2, ("two",))]), "config.evals.mine", folds=3)

@@ -1,5 +1,7 @@
 """Tests of `declip_jax.evals.scoring`: the metric of every data set, and data without a single score."""
 
+from dataclasses import replace
+
 from greys import Greys, grey_encoders
 import numpy as np
 import pytest
@@ -41,6 +43,17 @@ def test_every_metric_of_the_catalogue_comes_first_and_is_that_of_right_and_of_w
   assert score(data, -right).metrics[metric] < 0.5
   label = data.test.label if data.test.labels is None else data.test.labels
   assert criterion(metric)(right, label) == 1.0
+
+
+def test_a_result_says_that_the_labels_mark_no_object_as_difficult() -> None:
+  labels = np.where(np.eye(6)[np.arange(IMAGES) % 6] > 0, 1, -1).astype(np.int8)
+  marked = labels.copy()
+  marked[0, 3] = 0
+  for own, has_difficult, expected in ((labels, True, True), (labels, False, False), (marked, True, False)):
+    data = replace(make_data("mean_average_precision_11", 6, own), has_difficult=has_difficult)
+    details = score(data, labels.astype(np.float32)).details
+    assert ("no object as difficult" in details.get("remark", "")) == expected
+  assert [data.key for data in DATA_SETS if data.has_difficult] == ["voc2007"]
 
 
 def test_data_without_a_single_score_have_those_of_their_groups() -> None:

@@ -120,7 +120,7 @@ def test_a_fine_tuned_model_answers_the_classes_of_each_data_set(data: Mapping[s
 
 
 OPTIONS: Mapping[str, dict[str, Any]] = {
-  "knn": {"neighbours": (1,)},
+  "knn": {"neighbours": (1,), "headline": 1},
   "few_shot": {"shots": (2,), "seeds": (0,), "method": "ridge"},
   "nearest_mean": {"features": "joint"},
   "sgd_probe": {"rates": (0.01,), "epochs": 1},

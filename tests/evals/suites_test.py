@@ -1,12 +1,14 @@
 """Tests of `declip_jax.evals.suites`: the jobs of data files and suites, with their classes, prompts and metrics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 import io
 from pathlib import Path
 import re
 import tarfile
 from typing import Any
 
+from greys import grey_encoders
 import numpy as np
 from PIL import Image
 import pytest
@@ -14,8 +16,8 @@ import pytest
 from declip_jax.data.storage import layouts
 from declip_jax.evals import EVALUATORS, catalogue, data_files, defaults, suites, variant_of
 from declip_jax.evals.catalogue import Suite
-from declip_jax.evals.jobs import DataSource
-from declip_jax.evals.results import Result
+from declip_jax.evals.jobs import DataSource, run_jobs
+from declip_jax.evals.results import Result, Scores
 
 
 def make_folder(folder: Path, names: tuple[str, ...]) -> str:
@@ -289,13 +291,36 @@ def test_a_task_that_fits_no_data_set_is_named(data: Mapping[str, data_files.Spl
     suites.make_jobs(pairs, tasks=["zero_shot"])
 
 
-def test_images_with_labels_but_without_names_of_classes_are_rejected(tmp_path: Path) -> None:
+def write_shard(path: Path, samples: Sequence[tuple[str, bytes]]) -> None:
+  """A shard of one grey image each, with another file."""
   Image.new("RGB", (8, 8)).save(image := io.BytesIO(), "PNG")
-  with tarfile.open(tmp_path / "a.tar", "w") as file:
-    for name, content in (("a.png", image.getvalue()), ("a.cls", b"1")):
-      member = tarfile.TarInfo(name)
-      member.size = len(content)
-      file.addfile(member, io.BytesIO(content))
+  with tarfile.open(path, "w") as file:
+    for number, (suffix, other) in enumerate(samples):
+      for ending, content in (("png", image.getvalue()), (suffix, other)):
+        member = tarfile.TarInfo(f"{number}.{ending}")
+        member.size = len(content)
+        file.addfile(member, io.BytesIO(content))
+
+
+def test_a_result_on_clip_benchmarks_voc_says_that_difficult_objects_are_not_marked(tmp_path: Path) -> None:
+  def labels(number: int) -> bytes:
+    np.save(file := io.BytesIO(), np.arange(20) == number)
+    return file.getvalue()
+
+  (tmp_path / "test").mkdir()
+  write_shard(tmp_path / "test" / "0.tar", [("npy", labels(number)) for number in range(20)])
+  names = "\n".join(catalogue.data_set("voc2007").classes)
+  for name, text in (("test/nshards.txt", "1"), ("dataset_type.txt", "multilabel"), ("classnames.txt", names)):
+    (tmp_path / name).write_text(text)
+  jobs, _ = suites.make_jobs(data_files.parse_data(f"voc2007 = clip_benchmark:{tmp_path}\n", ""), tasks=["zero_shot"])
+  encoders = replace(grey_encoders(20), text=lambda tokens: np.repeat(tokens, 2, axis=1).astype(np.float32))
+  ((_, found),) = run_jobs(jobs, encoders, lambda job: None)
+  assert isinstance(found, Scores)
+  assert "the labels mark no object as difficult" in found.details["remark"]
+
+
+def test_images_with_labels_but_without_names_of_classes_are_rejected(tmp_path: Path) -> None:
+  write_shard(tmp_path / "a.tar", [("cls", b"1")])
   with pytest.raises(ValueError, match=r"own/a: webdataset:.*a.tar: its images have labels, but .* classnames.txt"):
     suites.make_jobs({"own/a": data_files.Splits(f"webdataset:{tmp_path}/a.tar")})
 

@@ -186,13 +186,14 @@ def test_no_array_of_the_gradient_is_larger_than_a_block(monkeypatch, block):
   assert largest == min(16 * 8 * 16 * 8, block)
 
 
-def test_more_tokens_than_exist_are_rejected():
+@pytest.mark.parametrize("top_k", [-1, 4])
+def test_numbers_of_tokens_that_do_not_exist_are_rejected(top_k):
   image, text, valid = random_tokens(6)
   outputs = Outputs(image_tokens=image, text_tokens=text, text_valid=valid, dense_scale=jnp.float32(4.0))
   with pytest.raises(
-    ValueError, match="config.objective.filip.top_k=4: images have 3 tokens and texts 4, so choose 1 to 3"
+    ValueError, match=f"config.objective.filip.top_k={top_k}: images have 3 tokens and texts 4, so choose 1 to 3"
   ):
-    filip(outputs, {}, top_k=4)
+    filip(outputs, {}, top_k=top_k)
 
 
 def test_the_first_of_equal_tokens_gets_the_gradient_as_in_pytorch():

@@ -25,15 +25,16 @@ def encoded(error: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-  ("given", "missing"),
+  ("given", "message"),
   [
-    ({"processes": 2}, "--coordinator and --process"),
-    ({"coordinator": "localhost:1"}, "--processes and --process"),
-    ({"coordinator": "localhost:1", "processes": 2}, "--process"),
+    ({"processes": 2}, "needs --coordinator and --process$"),
+    ({"coordinator": "localhost:1"}, "needs --processes and --process$"),
+    ({"coordinator": "localhost:1", "processes": 2}, "needs --process$"),
+    ({"coordinator": "localhost:1", "processes": 2, "process": 2}, "--process=2: expected a number from 0 to 1"),
   ],
 )
 def test_a_process_of_several_needs_all_three_flags(
-  given: dict[str, object], missing: str, monkeypatch: pytest.MonkeyPatch
+  given: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   values = flags.FlagValues()
   flags.DEFINE_string("coordinator", given.get("coordinator"), "", flag_values=values)
@@ -42,7 +43,7 @@ def test_a_process_of_several_needs_all_three_flags(
   values(["train"])
   monkeypatch.setattr(flags, "FLAGS", values)
   monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined"))
-  with pytest.raises(ValueError, match=f"needs {missing}$"):
+  with pytest.raises(ValueError, match=message):
     hosts.join_processes()
 
 
