@@ -700,7 +700,7 @@ def _report_failed(failed: Mapping[str, Exception], reported: set[str]) -> None:
   new = [error for error in errors if error not in reported]
   reported.update(new)
   if new and jax.process_index() == 0:
-    message(f"warning: the training goes on without the metrics of {'; '.join(new)}")
+    message(f"warning: training continues without the metrics of {'; '.join(new)}")
 
 
 def _entry(job: Job) -> str:

@@ -202,7 +202,7 @@ def test_an_evaluation_that_fails_is_reported_once_and_the_training_goes_on(
     assert run(fake_encoders(), number) == {"eval/mine/own/b": 5.0}
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert told == [
-      "warning: the training goes on without the metrics of config.evals.alone: no image; config.evals.mine/own/a: no "
+      "warning: training continues without the metrics of config.evals.alone: no image; config.evals.mine/own/a: no "
       "image; config.evals.mine/own/c: TypeError: a bug"
     ] * (number == 1)
   errors[4] = MemoryError("out of memory")
