@@ -154,7 +154,7 @@ def _stream(
   state: dict | None = None,
   seconds: float | None = None,
 ) -> pipeline.TrainStream:
-  deaths, limit = Deaths(folder), patient(0.3) if seconds is None else seconds
+  deaths, limit = Deaths(folder), patient(0.6) if seconds is None else seconds
   for line in deaths.recover():
     logging.warning(line)
   samples = pipeline.training_samples(Mixture((source,)), Views(source.faults), 0, deaths=deaths)
