@@ -49,7 +49,7 @@ CONFIGS = (
 )
 MACHINES = {"16 v5e": ("TPU v5e", 16), "8 H200": ("NVIDIA H200", 8)}
 COLUMNS = ("config", "tower", "data", "batch", "steps", "zero-shot", "linear probe", "PFLOPs of a step")
-PLAN = ("config", "memory of a chip", "PFLOPs of a step", "least time of a step", "least hours", "hours")
+PLAN = ("config", "memory of a chip", "PFLOPs of a step", "least time of a step", "least hours", "hours", "steps/s")
 
 
 class Row(NamedTuple):
@@ -124,6 +124,7 @@ def plan_cells(one: Row, report: Mapping[str, Any], utilisation: float) -> tuple
     f"{1000 * least:.0f} ms",
     f"{one.steps * least / 3600:.1f}",
     f"{expected:.1f}",
+    f"{one.steps / expected / 3600:.2f}",
   )
 
 
@@ -137,7 +138,7 @@ def tables(args: argparse.Namespace) -> Iterator[str]:
   yield from header((*COLUMNS, *(f"hours, {machine}" for machine in MACHINES)))
   for name, one in rows.items():
     step = step_flops(name)
-    times = (f"{hours(one.steps, step, *machine, args.utilisation):.0f}" for machine in MACHINES.values())
+    times = (f"{hours(one.steps, step, *machine, args.utilisation):.1f}" for machine in MACHINES.values())
     yield line((*one.cells, petaflops(step), *times))
   if args.plan:
     yield ""
