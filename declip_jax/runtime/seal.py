@@ -19,7 +19,8 @@ import jax
 from declip_jax.runtime import records
 
 _SEAL = "checksums.{}.json"
-_LATER = re.compile(r"checksums\.\d+\.json.*|scores\..*")
+# Also while they are written: the temporary file of another host is gone before this one can read it.
+_LATER = re.compile(r"\.?(checksums\.\d+\.json|scores\.).*")
 _CHUNK = 2**24  # bytes read at once
 _REPORT_SECONDS = 10.0  # seconds between messages about a long check
 

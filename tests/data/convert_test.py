@@ -225,7 +225,7 @@ def test_an_interrupt_while_processes_start_is_reported_in_one_line(tmp_path):
   time.sleep(0.1)
   os.killpg(process.pid, signal.SIGINT)
   errors = process.communicate(timeout=60)[1].decode()
-  assert process.returncode == 130
+  assert process.returncode in (130, -signal.SIGINT)  # of the second one, if Python is ending; shells report it as 130
   assert "Traceback" not in errors
   assert errors.endswith("interrupted; run the same command again to resume\n")
 

@@ -1,5 +1,6 @@
 """Checkpoints: retention, damage, failed saves, and restoring onto another layout."""
 
+import contextlib
 import errno
 import json
 import os
@@ -18,10 +19,11 @@ import pytest
 from tiers import slow_except
 
 from declip_jax.batch_sizes import BatchSizes
+from declip_jax.data.storage import outputs
 from declip_jax.models import bank
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.retention import KeepFirstOfEach
-from declip_jax.runtime.seal import is_sealed, read_seals
+from declip_jax.runtime.seal import is_sealed, read_seals, write_seal
 from declip_jax.sharding import make_mesh
 from declip_jax.training.state import State, start_average
 
@@ -423,3 +425,16 @@ def test_files_of_a_host_that_was_killed_before_it_sealed_them_are_sealed(tmp_pa
   assert not is_sealed(folder)
   assert restore_newest(tmp_path).step == 3
   assert read_seals(folder)[0] == {name: tuple(entry) for name, entry in sums.items()}
+
+
+def test_a_seal_leaves_out_the_seals_and_scores_that_other_hosts_are_writing(tmp_path: Path) -> None:
+  """Their temporary files may be gone before this host reads them."""
+  (tmp_path / "model").mkdir()
+  for name in ("model/d", "_METADATA"):
+    (tmp_path / name).write_bytes(b"content")
+  with contextlib.ExitStack() as stack:
+    for name in ("checksums.1.json", "scores.json"):
+      stack.enter_context(outputs.temporary(tmp_path / name))
+    write_seal(tmp_path)
+    assert is_sealed(tmp_path)
+  assert set(json.loads((tmp_path / "checksums.0.json").read_text())) == {"model/d", "_METADATA"}
