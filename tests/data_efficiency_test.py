@@ -71,3 +71,23 @@ def test_finished_runs_are_not_repeated(study: ModuleType, tmp_path: Path, monke
   monkeypatch.setattr("sys.argv", [*command, "--steps", "6"])
   with pytest.raises(SystemExit):
     study.main()
+
+
+def test_the_table_in_the_docs_is_that_of_the_finished_runs() -> None:
+  table = (ROOT / "docs" / "results.md").read_text().split("### With few pairs")[1].split("\n## ")[0]
+  rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+  lines = (ROOT / "docs" / "data_efficiency" / "fashion44k.jsonl").read_text().splitlines()
+  expected = []
+  for line in sorted(map(json.loads, lines), key=lambda line: (line["method"], line["share_percent"])):
+    (probe,) = (result["declip_jax"] for result in line["results"] if result["task"] == "linear_probe")
+    last, training = line["during_training"][-1], probe["training"]
+    scores = (
+      "zero_shot/top1",
+      "zero_shot/mean_per_class",
+      "retrieval/image_to_text_r10",
+      "retrieval/text_to_image_r10",
+    )
+    values = [*(last[f"eval/{name}"] for name in scores), probe["metrics"]["top1"]]
+    about = [f"{line['method']}, {line['share_percent']:g} %", f"{training['unique_pairs']:,}"]
+    expected.append([*about, f"{training['epochs']:.0f}", *(f"{100 * value:.1f}" for value in values)])
+  assert rows == expected
