@@ -32,8 +32,10 @@ child='' stopped=''
 trap 'stopped=1; [[ $child ]] && kill -TERM "$child" 2>/dev/null || true' INT TERM HUP
 
 for ((restart = 0; ; restart++)); do
+  child=''
   "${command[@]}" &
   child=$!
+  [[ ! $stopped ]] || kill -TERM "$child" 2>/dev/null || true # the signal came before its number was known
   # A signal interrupts `wait` while the command still writes its checkpoint.
   while code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null; do :; done
   case $code in 0 | 2 | 130 | 143) exit "$code" ;; esac

@@ -39,6 +39,7 @@ for ((i = 0; i < count; i++)); do
   # The prefixer ignores the signals, so that the last output of its process is not lost.
   "${command[@]}" --process "$i" > >(trap '' INT TERM HUP; exec sed -u "s/^/[$i] /") 2>&1 &
   pids[i]=$!
+  ((!signals)) || kill -TERM "${pids[i]}" 2>/dev/null || true # the signal came before its number was known
 done
 
 status=0

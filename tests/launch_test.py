@@ -290,6 +290,17 @@ def test_local_forwards_signals_and_waits_for_the_checkpoint(machine, signum):
   assert len(calls(machine)) == 1
 
 
+@pytest.mark.parametrize(("script", "args"), [(LOCAL, ()), (PROCESSES, (2,))])
+def test_a_signal_before_the_number_of_a_process_is_known_reaches_it(machine, monkeypatch, script, args):
+  (machine / "late.sh").write_text("trap '[[ $BASH_COMMAND != *=\\$! ]] || sleep 0.3' DEBUG\n")
+  monkeypatch.setenv("BASH_ENV", str(machine / "late.sh"))
+  process = start(script, *args, "c.py", "runs/a")
+  assert "started" in process.stdout.readline()
+  process.terminate()
+  assert "saved\n" in process.communicate(timeout=10)[0]
+  assert process.returncode == 143
+
+
 def test_local_can_be_stopped_between_two_starts(machine, monkeypatch):
   monkeypatch.setenv("PAUSE", "30")
   exits(machine, 1, 0)
