@@ -129,7 +129,7 @@ def run_jobs(
         raise
       logging.exception("%s failed", job.name)
       scores = error if isinstance(error, OSError) else ValueError(f"{type(error).__name__}: {error}")
-    failed = first_error(str(scores) if isinstance(scores, Exception) else "")  # all hosts go on alike
+    failed = first_error(str(scores) if isinstance(scores, Exception) else "")  # all hosts continue alike
     if failed and not isinstance(scores, Exception):
       scores = ValueError(failed)
     yield job, scores

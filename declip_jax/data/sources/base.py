@@ -160,6 +160,46 @@ class Source(Protocol):
     ...
 
 
+class Wrapper:
+  """A source around another one, of which it has a part, or all with other images.
+
+  Args:
+    name: the spec that opened this source.
+    source: the other one.
+  """
+
+  def __init__(self, name: str, source: Source):
+    self.name = name
+    self._source = source
+
+  @property
+  def classnames(self) -> tuple[str, ...]:
+    return self._source.classnames
+
+  @property
+  def templates(self) -> tuple[str, ...]:
+    """The prompt templates of the other source; () if it has none."""
+    return getattr(self._source, "templates", ())
+
+  @property
+  def skipped(self) -> dict[str, int]:
+    """Numbers of skipped samples of the whole other source, by kind."""
+    return self._source.skipped
+
+  @property
+  def left_out(self) -> dict[str, int]:
+    """Numbers of files that belong to no sample of the whole other source, by suffix."""
+    return self._source.left_out
+
+  @property
+  def stamp(self) -> str:
+    """The stamp of the other source; the names of the two differ."""
+    return self._source.stamp
+
+  def __repr__(self) -> str:
+    return f"{type(self).__name__}({self.name!r})"
+
+
 def read_example(source: Source, index: int) -> Example:
   """Reads one example, without captions that have no text.
 

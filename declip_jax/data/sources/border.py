@@ -3,41 +3,17 @@
 from collections.abc import Callable
 
 from declip_jax.data import images
-from declip_jax.data.sources.base import BadSample, Example, Source, bad_sample, read_example
+from declip_jax.data.sources.base import BadSample, Example, Source, Wrapper, bad_sample, read_example
 
 KIND = "border"
 
 
-class WithoutBorder:
+class WithoutBorder(Wrapper):
   """Another source, of whose images the same number of pixels is cut off at each side; see `open_border`."""
 
   def __init__(self, name: str, source: Source, border: int):
-    self.name = name
-    self._source, self._border = source, border
-
-  @property
-  def classnames(self) -> tuple[str, ...]:
-    return self._source.classnames
-
-  @property
-  def templates(self) -> tuple[str, ...]:
-    """The prompt templates of the other source; () if it has none."""
-    return getattr(self._source, "templates", ())
-
-  @property
-  def skipped(self) -> dict[str, int]:
-    """Numbers of skipped samples, by kind."""
-    return self._source.skipped
-
-  @property
-  def left_out(self) -> dict[str, int]:
-    """Numbers of files that belong to no sample, by suffix."""
-    return self._source.left_out
-
-  @property
-  def stamp(self) -> str:
-    """The stamp of the other source; the names of the two sources differ."""
-    return self._source.stamp
+    super().__init__(name, source)
+    self._border = border
 
   def __len__(self) -> int:
     return len(self._source)
@@ -63,9 +39,6 @@ class WithoutBorder:
     except BaseException as error:
       raise bad_sample(error, example["id"]) from error
     return {**example, "image": cut, "id": f"{example['id']}, without its border of {self._border}"}
-
-  def __repr__(self) -> str:
-    return f"WithoutBorder({self.name!r})"
 
 
 def open_border(location: str, open_source: Callable[[str], Source]) -> WithoutBorder:

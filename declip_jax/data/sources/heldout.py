@@ -8,37 +8,18 @@ from collections.abc import Callable
 from fractions import Fraction
 import math
 
-from declip_jax.data.sources.base import Example, Source
+from declip_jax.data.sources.base import Example, Source, Wrapper
 
 _ROUNDS = 4
 _MASK = 2**64 - 1
 
 
-class Subset:
+class Subset(Wrapper):
   """Positions `start` to `stop` of a random order of a source, as a `Source`; see `open_heldout` and `open_kept`."""
 
   def __init__(self, name: str, source: Source, start: int, stop: int):
-    self.name = name
-    self._source, self._start, self._stop = source, start, stop
-
-  @property
-  def classnames(self) -> tuple[str, ...]:
-    return self._source.classnames
-
-  @property
-  def skipped(self) -> dict[str, int]:
-    """Numbers of skipped samples of the whole source, by kind."""
-    return self._source.skipped
-
-  @property
-  def left_out(self) -> dict[str, int]:
-    """Numbers of files that belong to no sample of the whole source, by suffix."""
-    return self._source.left_out
-
-  @property
-  def stamp(self) -> str:
-    """The stamp of the whole source."""
-    return self._source.stamp
+    super().__init__(name, source)
+    self._start, self._stop = start, stop
 
   def __len__(self) -> int:
     return self._stop - self._start
@@ -53,9 +34,6 @@ class Subset:
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no sample {index}, there are {len(self)}")
     return self._source[shuffled(self._start + index, len(self._source))]
-
-  def __repr__(self) -> str:
-    return f"Subset({self.name!r})"
 
 
 def open_heldout(location: str, open_source: Callable[[str], Source]) -> Subset:

@@ -25,6 +25,14 @@ def test_the_subsets_are_disjoint_and_complete(fraction):
   assert held.skipped == {}
 
 
+def test_the_subsets_have_the_prompts_of_their_source():
+  class Prompted(list):
+    templates = ("a drawing of a {}.",)
+
+  assert open_heldout("50%:x", lambda spec: Prompted("ab")).templates == ("a drawing of a {}.",)
+  assert open_kept("50%:x", lambda spec: ["a", "b"]).templates == ()
+
+
 def test_a_fraction_may_be_written_in_two_ways():
   percent, decimal = (open_heldout(f"{text}:scenes:test/2000/16", open_source) for text in ("0.7%", "0.007"))
   assert ids(percent) == ids(decimal)
