@@ -4,7 +4,7 @@
   python benchmarks/reproduce.py --plan slip/slip_base_25ep=plan.json   # `python -m declip_jax.plan --json plan.json`
 
 The first table has every such config. Batch size, steps and accuracy are those of the config; steps follow from the
-number of pairs that can be had. FLOPs of a step are counted by tracing, without compiling, in a few seconds per config.
+number of pairs still available. FLOPs of a step are counted by tracing, without compiling, in a few seconds per config.
 Hours assume that share of the peak rate of declip_jax/planning/devices.py which --utilisation gives. The second table
 has the configs of --plan, with the time below which no step can take.
 """

@@ -96,7 +96,7 @@ def _check_together(options: Mapping[str, Any], field: str) -> None:
     raise ValueError(f"{field}.strength={strength} has an effect only with {field}.method=logistic, not with ridge")
   headline, neighbours = options.get("headline"), options.get("neighbours", ())
   if neighbours and headline not in neighbours:
-    raise ValueError(f"{field}.headline={headline}: expected one of {field}.neighbours={_listed(neighbours)}")
+    raise ValueError(f"{field}.headline={headline}: expected one of {_listed(neighbours)}, the values of neighbours")
 
 
 def _listed(values: Sequence[Any]) -> str:
