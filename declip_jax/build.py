@@ -21,7 +21,7 @@ from declip_jax.data.images import EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.pipeline import Reading
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
-from declip_jax.data.sources import Source, open_source
+from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals import EVALUATORS, SPLITS, catalogue, check_metric, check_options, suites
 from declip_jax.evals.catalogue import TrainingSize, training_size
@@ -567,7 +567,7 @@ def make_jobs(evals: ConfigDict, where: str = _EVALS) -> list[Job]:
   for name, evaluation in evaluations.items():
     if not evaluation.suite:
       specs = {**dict.fromkeys(evaluation.splits.values(), f"{where}{name}"), **specs}
-  sources = {spec: DataSource(_opened(spec, field)) for spec, field in specs.items()}
+  sources = {spec: DataSource(open_source(spec, field)) for spec, field in specs.items()}
   of_suites = _jobs_of_suites(evaluations)
   jobs = []
   for name, (kind, suite, splits, options, _) in evaluations.items():
@@ -577,14 +577,6 @@ def make_jobs(evals: ConfigDict, where: str = _EVALS) -> list[Job]:
     EVALUATORS[kind].check(sources[splits["test"]].source, f"{where}{name}", **options)
     jobs.append(Job(name, name, kind, _aligned(name, splits, sources), options))
   return jobs
-
-
-def _opened(spec: str, field: str) -> Source:
-  """The source of an entry; a ValueError names the entry."""
-  try:
-    return open_source(spec)
-  except ValueError as error:
-    raise ValueError(f"{field}: {error}") from error
 
 
 def _aligned(name: str, splits: Mapping[str, str], sources: Mapping[str, DataSource]) -> dict[str, DataSource]:

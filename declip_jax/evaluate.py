@@ -443,11 +443,13 @@ def main() -> None:
   flags.DEFINE_list(
     "tasks",
     [],
-    f"What to evaluate, of {', '.join(tasks)}; by default, all that need neither training nor a classifier.",
+    f"What to evaluate of --data, of {', '.join(tasks)}; by default, all that need neither training nor a classifier.",
   )
-  flags.DEFINE_string("prompts", "", "Name or file of prompts of --suite and --data; by default, those of the suite.")
+  flags.DEFINE_string("prompts", "", "Name or file of prompts for --data; by default, those of the suite.")
   flags.DEFINE_multi_string(
-    "option", [], "Option of a task, such as few_shot.method=ridge or retrieval.folds=5. Repeat the flag for several."
+    "option",
+    [],
+    "Option of a task of --data, such as few_shot.method=ridge or retrieval.folds=5. Repeat the flag for several.",
   )
   flags.DEFINE_string("zero_shot", None, "Source for zero-shot classification, such as webdataset:/data/test-*.tar.")
   flags.DEFINE_multi_string(

@@ -265,7 +265,7 @@ def _with_classes(
   """
   if "classifier" not in build.heads_of(config) or config.model.heads.classnames:
     return config, sources
-  sources = _open_sources(config.data.train, watchdog) if sources is None else sources
+  sources = _open_sources(config, "train", watchdog) if sources is None else sources
   names, config = tuple(sources[0].classnames), config.copy_and_resolve_references()
   heads = config.model.heads
   heads.classnames, heads.num_classes = names, heads.num_classes or len(names)
@@ -274,12 +274,14 @@ def _with_classes(
   return config, sources
 
 
-def _open_sources(specs: Sequence[str], watchdog: Watchdog) -> tuple[Source, ...]:
+def _open_sources(config: ConfigDict, field: str, watchdog: Watchdog) -> tuple[Source, ...]:
+  """The sources in a field of `config.data`."""
+
   def opened(spec: str) -> Source:
     watchdog.beat(f"opening {spec}")
-    return open_source(spec)
+    return open_source(spec, f"config.data.{field}")
 
-  return tuple(map(opened, specs))
+  return tuple(map(opened, config.data[field]))
 
 
 def _open_mixtures(
@@ -288,14 +290,14 @@ def _open_mixtures(
   """Returns the mixture to train on, and that of the other images for self-supervision, None if there is none."""
   data = config.data
   needs_caption = bool(built.recipe.text_views)
-  sources = _open_sources(data.train, watchdog) if sources is None else tuple(sources)
+  sources = _open_sources(config, "train", watchdog) if sources is None else tuple(sources)
   mixture = Mixture(sources, data.mixture, needs_caption, data.templates)
   mixture.check_captions()
   if built.recipe.views.numbers("classified_image"):
     mixture.check_classes(config.model.heads.num_classes, config.model.heads.classnames)
   if not data.ssl_train:
     return mixture, None
-  return mixture, Mixture(_open_sources(data.ssl_train, watchdog), data.ssl_mixture, False, (), "ssl_mixture")
+  return mixture, Mixture(_open_sources(config, "ssl_train", watchdog), data.ssl_mixture, False, (), "ssl_mixture")
 
 
 def _open_batches(config: ConfigDict, run: _Prepared, position: dict[str, Any] | None) -> pipeline.Prefetch:

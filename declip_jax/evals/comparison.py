@@ -193,11 +193,13 @@ def read_methods(folders: Sequence[Path]) -> list[Method]:
     folders: folders of results, or working directories with a folder `results`.
 
   Raises:
-    FileNotFoundError: a folder has no result.
+    FileNotFoundError: a folder does not exist, or has no result.
     ValueError: there are two different results of one task by the same weights; the message names their files.
   """
   runs: dict[_Name, Run] = {}
   for folder in folders:
+    if not folder.is_dir():
+      raise FileNotFoundError(f"{folder}: no such folder")
     if not (found := results_in(folder)):
       raise FileNotFoundError(f"{folder}: no result of declip_jax.evaluate in it")
     for path, result in found:

@@ -11,9 +11,9 @@ that start with # are skipped.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 from declip_jax.data.sources import SOURCES, lists
 from declip_jax.data.storage import patterns, remote
@@ -27,15 +27,28 @@ _HUBS = {
   "clip_benchmark": "https://huggingface.co/datasets/clip-benchmark",
   "datacomp": "https://huggingface.co/datasets/djghosh",
 }
+_NAMES = ("test", "train", "val")
 KINDS = ("tfds", "clip_benchmark", "datacomp", "folder")
 
 
-class Splits(NamedTuple):
-  """The sources of a data set; None for those that it lacks."""
+@dataclass(frozen=True)
+class Splits:
+  """The sources of a data set; None for those that it lacks.
+
+  Attributes:
+    test, train, val: specs of the sources.
+    place: where they are written, "FILE:LINE: KEY", for messages; "" if in no file.
+  """
 
   test: str
   train: str | None = None
   val: str | None = None
+  place: str = field(default="", compare=False)
+
+  @property
+  def specs(self) -> dict[str, str]:
+    """The specs of the splits that there are, by their names."""
+    return {name: spec for name in _NAMES if (spec := getattr(self, name))}
 
 
 def read_data(path: str | os.PathLike[str]) -> dict[str, Splits]:
@@ -119,9 +132,9 @@ def _splits(key: str, specs: Sequence[str], place: str) -> Splits:
     catalogue.data_set(key)
   except ValueError as error:
     raise ValueError(f"{place}: {error}") from None
-  if len(specs) > len(Splits._fields):
+  if len(specs) > len(_NAMES):
     raise ValueError(f"{place}: {key} has {len(specs)} sources: expected {_FORM}")
-  for split, spec in zip(Splits._fields, specs, strict=False):
+  for split, spec in zip(_NAMES, specs, strict=False):
     kind, _, location = spec.partition(":")
     if split == "train" and not spec and len(specs) > 2:
       raise ValueError(f"{place}: {key} has a source for val, but none for train")
@@ -131,7 +144,7 @@ def _splits(key: str, specs: Sequence[str], place: str) -> Splits:
         hint = f"; did you mean webdataset:{spec}?"
       legal = f"expected KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}"
       raise ValueError(f"{place}: {key}: bad source for {split}, {spec!r}: {legal}{hint}")
-  return Splits(*specs)
+  return Splits(*specs, place=f"{place}: {key}")
 
 
 def _sources(kind: str, root: str, data: DataSet, suites: Sequence[Suite]) -> tuple[list[str], str]:
@@ -195,7 +208,7 @@ def _spec(folder: str, spec: str) -> str:
 
 def _existing(folder: str) -> Iterator[str]:
   """The folders of test, train and val, as far as they follow each other."""
-  for split in Splits._fields:
+  for split in _NAMES:
     if not os.path.isdir(f"{folder}/{split}"):
       return
     yield f"{folder}/{split}"

@@ -111,8 +111,9 @@ def make_jobs(
     options: options of evaluators, such as "few_shot.method=ridge".
 
   Raises:
-    ValueError: an unknown task or option, no data set of the suites is there, or a source cannot be opened or has other
+    ValueError: an unknown task or option, no data set of the suites is there, or a source is damaged or has other
       classes; the message names the data set and the source.
+    OSError: a source cannot be opened; the message names its place in the data file.
   """
   chosen = _tasks(tasks, options)
   wanted = list(dict.fromkeys(key for suite in suites for key in suite.keys)) or list(data)
@@ -248,10 +249,10 @@ def _jobs_of(
 
   There is one job for each different protocol of the suites, their metric and, if texts are compared, their prompts.
   """
-  splits = {name: spec for name, spec in specs._asdict().items() if spec}
+  splits = specs.specs
   if border := catalogue.data_set(key).border:
     splits["test"] = _without_border(splits["test"], border)
-  opened = {name: _open(key, name, spec, sources) for name, spec in splits.items()}
+  opened = {name: _open(spec, f"{specs.place or key}: {name}", sources) for name, spec in splits.items()}
   entry = _with_classes(catalogue.data_set(key), opened["test"])
   classes, parent = _classes(entry, opened, splits) if entry.classes else ({}, None)
   parts = {name: DataSource(source, classes.get(name)) for name, source in opened.items()}
@@ -346,13 +347,10 @@ def _classes(
   return found | {name: align(parent, sources[name].classnames, specs[name]) for name in trained}, parent
 
 
-def _open(key: str, split: str, spec: str, sources: dict[str, Source]) -> Source:
-  """The source of a split of a data set."""
+def _open(spec: str, place: str, sources: dict[str, Source]) -> Source:
+  """The source of a split of a data set; `place` is where it is written."""
   if spec not in sources:
-    try:
-      sources[spec] = open_source(spec)
-    except (OSError, ValueError) as error:
-      raise ValueError(f"{key}: {split}: {error}") from error
+    sources[spec] = open_source(spec, place)
   return sources[spec]
 
 

@@ -108,7 +108,7 @@ def test_prompts_may_come_from_a_file(data: Mapping[str, data_files.Splits], tmp
   ("line", "tasks", "message"),
   [
     ("own/x = scenes:test/4/16", ["zeroshot"], r"--tasks=zeroshot: choose some of .*did you mean zero_shot"),
-    ("own/x = folder:/nowhere", ["zero_shot"], "own/x: test: .*nowhere"),
+    ("own/x = scenes:nowhere", ["zero_shot"], "sets.txt:1: own/x: test: .*nowhere"),
     ("cifar10 = scenes:heldout/4/16", ["zero_shot"], "do not map one to one onto the 10 of cifar10"),
     ("own/x = scenes:heldout/4/16", ["composition"], "nothing to evaluate"),
   ],
@@ -116,6 +116,15 @@ def test_prompts_may_come_from_a_file(data: Mapping[str, data_files.Splits], tmp
 def test_what_cannot_be_evaluated_is_named(line: str, tasks: list[str], message: str) -> None:
   with pytest.raises(ValueError, match=message):
     suites.make_jobs(data_files.parse_data(line, "sets.txt"), tasks=tasks)
+
+
+def test_a_source_that_cannot_be_opened_is_named_with_its_line_and_keeps_its_kind_of_error(tmp_path: Path) -> None:
+  (tmp_path / "file").touch()
+  for spec, kind in ((f"folder:{tmp_path}/none", FileNotFoundError), (f"folder:{tmp_path}/file", NotADirectoryError)):
+    lines = f"cifar10 = scenes:heldout/4/16\nown/x = scenes:test/4/16 | {spec}\n"
+    data = data_files.parse_data(lines, "sets.txt")
+    with pytest.raises(kind, match=f"^sets.txt:2: own/x: train: {spec}"):
+      suites.make_jobs({"own/x": data["own/x"]}, tasks=["knn"])
 
 
 def test_each_protocol_of_several_suites_has_a_job_and_a_file_of_its_own(
@@ -138,7 +147,7 @@ def test_each_protocol_of_several_suites_has_a_job_and_a_file_of_its_own(
 def test_probes_have_a_job_for_each_metric(data: Mapping[str, data_files.Splits]) -> None:
   first, second = (Suite(name, "", ("cifar10",), prompts={"*": name}) for name in ("openai", "bare"))
   third = Suite("third", "", ("cifar10",), metrics={"cifar10": "mean_per_class"})
-  trained = {"cifar10": data["cifar10"]._replace(train=data["cifar10"].test)}
+  trained = {"cifar10": replace(data["cifar10"], train=data["cifar10"].test)}
   jobs, _ = suites.make_jobs(trained, [first, second, third], ["knn"])
   assert [(job.name, job.data["metric"]) for job in jobs] == [
     ("cifar10/knn", "top1"),

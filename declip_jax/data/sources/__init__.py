@@ -51,14 +51,39 @@ SOURCES: dict[str, Callable[[str], Source]] = {
 }
 
 
-def open_source(spec: str) -> Source:
+def open_source(spec: str, place: str = "") -> Source:
   """Opens "kind:location", such as "webdataset:/data/train-*.tar", "tfds:cifar10:train" or "scenes:train".
 
+  Args:
+    spec: the source.
+    place: where the spec is written, such as a field of a config, for messages.
+
   Raises:
-    ValueError: the spec has no colon or no location, or its kind is not one of `SOURCES`.
+    ValueError: the spec has no colon or no location, its kind is not one of `SOURCES`, or its data are damaged.
+    OSError: its data are not there, or cannot be read.
   """
+  try:
+    return _open(spec)
+  except (ValueError, OSError) as error:
+    if not place:
+      raise
+    raise _placed(error, place) from error
+
+
+def _open(spec: str) -> Source:
   kind, _, location = spec.partition(":")
   if kind not in SOURCES or not location:
     hint = "" if kind in SOURCES else did_you_mean(kind, SOURCES)
     raise ValueError(f"bad source {spec!r}: expected KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}{hint}")
   return SOURCES[kind](location)
+
+
+def _placed(error: ValueError | OSError, place: str) -> ValueError | OSError:
+  """An error of the same kind, hence with the same exit code, that says where the spec is written."""
+  text = f"{place}: {error}"
+  if isinstance(error, ValueError):
+    return ValueError(text)
+  kind = type(error) if type(error).__module__ == "builtins" else OSError
+  found = kind(text)
+  found.errno = error.errno
+  return found

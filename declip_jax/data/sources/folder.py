@@ -102,6 +102,7 @@ def open_folder(location: str) -> Folder:
 
   Raises:
     FileNotFoundError: the folder does not exist or has no image.
+    NotADirectoryError: the path is that of a file.
     OSError: a folder in it cannot be listed.
     ValueError: its folders have names of splits, such as "train", one of them has no image or is a link that is not
       followed, or classnames.txt does not name each of them; or groups are named, but there are no such folders.
@@ -110,6 +111,8 @@ def open_folder(location: str) -> Folder:
   place, wanted = lists.parse(location, ("allow", "group"))
   groups = tuple(part.strip() for part in wanted["group"].split(",")) if wanted.get("group") else ()
   folder, reach = lists.absolute(place), Reach.of(wanted)
+  if not remote.is_url(folder):
+    _check_folder(folder, name)
   digest, tops, classes, left_out = hashlib.sha256(), set(), set(), Counter()
   images, used_texts, refused, depth = 0, Counter(), list[str](), 0
   for found in _listing(folder, reach):
@@ -182,7 +185,7 @@ def _listing(folder: str, reach: Reach) -> Iterator[_Files]:
     yield found
   if empty:
     instead = f"; {refused[0]}" if refused else f"; found {files.in_words(others)}" if others else ""
-    raise FileNotFoundError(f"{folder}: not a folder, or without any image ({' '.join(files.IMAGE_SUFFIXES)}){instead}")
+    raise FileNotFoundError(f"{folder}: no image ({' '.join(files.IMAGE_SUFFIXES)}) in it{instead}")
 
 
 def _files(path: str, names: Iterable[str]) -> _Files:
@@ -190,6 +193,15 @@ def _files(path: str, names: Iterable[str]) -> _Files:
   images = sorted(name for name in visible if name.lower().endswith(files.IMAGE_SUFFIXES))
   beside = _by_lower_suffix(visible)
   return _Files(path, images, beside, sorted(set(visible).difference(images, beside.values())), [])
+
+
+def _check_folder(folder: str, name: str) -> None:
+  try:
+    os.scandir(folder).close()
+  except FileNotFoundError:
+    raise FileNotFoundError(f"{name}: no such folder") from None
+  except NotADirectoryError:
+    raise NotADirectoryError(f"{name}: a file, not a folder") from None
 
 
 _Level = tuple[str, list[str], list[str]]  # a folder, the names in it, and why links to folders are not followed
