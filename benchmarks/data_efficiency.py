@@ -4,6 +4,11 @@ Trains and evaluates each method on each share of the pairs with each seed, for 
 `configs/studies/data_efficiency.py`. FOLDER has the shards of the data set, see docs/results.md. --results receives a
 line of JSON for each finished run, with its git revisions, its cost and all that `declip_jax.evaluate` found.
 
+A method is METHOD, METHOD:VIEWS with other views than the default, or METHOD:VIEWS:FIELD=VALUE;FIELD=VALUE with other
+fields of the config, too:
+
+  --methods clip declip:paper "filip::model.heads.dense_dim=256" "clip::model.patch_dropout=0.5;optimizer.ema=0.999"
+
 The command can be stopped at any time: an interrupted run resumes, and what is in --results is not trained again, even
 if its working directory is gone; its results are then written there once more. The figure, and the factor by which a
 method needs fewer pairs, are made by
@@ -16,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 import json
 from pathlib import Path
+import re
+from statistics import fmean
 from typing import Any
 
 from command import parser
@@ -31,6 +38,7 @@ from declip_jax.reporting.metrics import read_metrics
 from declip_jax.runtime.records import read_lines, write, write_lines
 from declip_jax.runtime.workdir import read_starts
 from declip_jax.train import train
+from declip_jax.weights.settings import parse_settings
 
 TASKS = {"fashion44k": ("zero_shot", "retrieval", "linear_probe", "few_shot"), "flickr8k": ("retrieval",)}
 
@@ -40,7 +48,8 @@ class Cell:
   """A run of the grid.
 
   Attributes:
-    method: a method, or METHOD:VIEWS with other views than the default, see `configs/studies/data_efficiency.py`.
+    method: METHOD, METHOD:VIEWS or METHOD:VIEWS:FIELD=VALUE;FIELD=VALUE, see `configs/studies/data_efficiency.py`;
+      no VIEWS are the default ones.
     share: share of the pairs, in percent.
     seed: random seed.
   """
@@ -52,16 +61,17 @@ class Cell:
   @property
   def name(self) -> str:
     """The name of its working directory."""
-    return f"{self.method.replace(':', '_')}-{self.share:g}pct-{self.seed}"
+    return f"{re.sub('[^A-Za-z0-9.=_]+', '_', self.method)}-{self.share:g}pct-{self.seed}"
 
   def config(self, args: argparse.Namespace) -> ConfigDict:
     """The config of the run."""
-    method, _, views = self.method.partition(":")
+    method, views, fields = (*self.method.split(":", 2), "", "")[:3]
     chosen = f",views={views}" if views else ""
     c = config_files.load(
       f"studies/data_efficiency:method={method},share={self.share:g}%,dataset={args.dataset},"
       f"data={args.data},steps={args.steps}{chosen}"
     )
+    c.update_from_flattened_dict(parse_settings(fields.split(";") if fields else (), "--methods"))
     c.seed = self.seed
     return c
 
@@ -80,7 +90,7 @@ def run(cell: Cell, workdir: Path, args: argparse.Namespace) -> None:
   splits = Splits(*(f"webdataset:{args.data}/{split}-*.tar" for split in ("test", "train", "val")))
   prompts = args.workdir / "prompts.txt"
   write(prompts, "\n".join(FASHION_TEMPLATES).encode())
-  jobs, _ = suites.make_jobs({f"own/{args.dataset}": splits}, (), TASKS[args.dataset], str(prompts))
+  jobs, _ = suites.make_jobs({f"own/{args.dataset}": splits}, (), args.tasks, str(prompts))
   evaluate(workdir, jobs=jobs, cache=cache_folder() / "features")
 
 
@@ -99,6 +109,11 @@ def collect(cell: Cell, workdir: Path, args: argparse.Namespace) -> dict[str, An
     "train_seconds": sum(
       (line["step"] - before) * line["time/step"] for line, before in zip(steps, befores, strict=False)
     ),
+    "end_of_training": {
+      name: fmean(line[name] for line in steps if name in line and line["step"] > 0.9 * args.steps)
+      for name in steps[-1]
+      if name.startswith("loss") or name.endswith(("accuracy", "temperature"))
+    },
     "during_training": [
       {name: value for name, value in line.items() if name == "step" or name.startswith("eval/")}
       for line in lines
@@ -120,16 +135,18 @@ def main() -> None:
   arguments = parser(__doc__)
   arguments.add_argument("--data", type=Path, required=True, help="folder of the shards")
   arguments.add_argument("--dataset", choices=[*TASKS], default="fashion44k", help="the data set (default: fashion44k)")
-  arguments.add_argument(
-    "--methods", nargs="+", default=["clip", "slip", "declip", "declip:paper"], metavar="METHOD[:VIEWS]"
-  )
+  arguments.add_argument("--methods", nargs="+", default=["clip", "slip", "declip", "declip:paper"], metavar="METHOD")
   arguments.add_argument("--shares", nargs="+", type=float, default=[5, 10, 25, 50, 100], help="in percent")
   arguments.add_argument("--seeds", type=int, default=3, help="seeds of each run (default: 3)")
+  arguments.add_argument(
+    "--tasks", nargs="+", choices=[*TASKS["fashion44k"]], help="what to evaluate (default: all that fits the data set)"
+  )
   arguments.add_argument("--steps", type=int, default=931, help="steps of each run (default: 931)")
   folder = Path("runs/data_efficiency")
   arguments.add_argument("--workdir", type=Path, help=f"folder of the runs (default: {folder}/DATASET)")
   arguments.add_argument("--results", type=Path, help=f"file of all results (default: {folder}/DATASET.jsonl)")
   args = arguments.parse_args()
+  args.tasks = args.tasks or TASKS[args.dataset]
   args.workdir = args.workdir or folder / args.dataset
   args.results = args.results or folder / f"{args.dataset}.jsonl"
   finished = {line["run"]: line for line in read_lines(args.results, dict)}

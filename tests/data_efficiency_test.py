@@ -47,11 +47,21 @@ def test_a_run_is_collected_and_restored(study: ModuleType, workdir: Path, tmp_p
     "steps": 20,
     "git": ["a", "b"],
     "train_seconds": 7.5,
+    "end_of_training": {"loss": 3.0},
     "during_training": [{"step": 20, "eval/zero_shot/top1": 0.125}],
   }
   study.restore(json.loads(json.dumps({"results": [found]})), tmp_path / "again")
   (before,), (after,) = ([*(folder / "results").glob("*.json")] for folder in (workdir, tmp_path / "again"))
   assert (before.name, before.read_bytes()) == (after.name, after.read_bytes())
+
+
+def test_a_method_may_have_other_views_and_other_fields(study: ModuleType) -> None:
+  args = argparse.Namespace(dataset="fashion44k", data="d", steps=931)
+  cell = study.Cell("filip:plain:model.heads.dense_dim=96;optimizer.ema=0.999", 10, 3)
+  c = cell.config(args)
+  assert (c.model.heads.dense_dim, c.optimizer.ema, c.data.jitter_probability, c.seed) == (96, 0.999, 0.0, 3)
+  assert cell.name == "filip_plain_model.heads.dense_dim=96_optimizer.ema=0.999-10pct-3"
+  assert study.Cell("filip", 10, 3).config(args).model.heads.dense_dim == 64
 
 
 def test_finished_runs_are_not_repeated(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
