@@ -17,12 +17,12 @@ method needs fewer pairs, are made by
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 import json
 from pathlib import Path
 import re
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from command import parser
@@ -40,6 +40,18 @@ from declip_jax.runtime.workdir import read_starts
 from declip_jax.train import train
 from declip_jax.weights.settings import parse_settings
 
+COLUMNS = {  # of the table: the task and the metric
+  "zero-shot top-1": ("zeroshot_classification", "top1"),
+  "mean per class": ("zeroshot_classification", "mean_per_class"),
+  "image to text R@10": ("zeroshot_retrieval", "image_to_text_r10"),
+  "text to image R@10": ("zeroshot_retrieval", "text_to_image_r10"),
+  "linear probe": ("linear_probe", "top1"),
+  "5 shots": ("few_shot", "shots_5"),
+}
+OPTIONS = {
+  "fashion44k": ("retrieval.equal_texts=True", "few_shot.shots=1,5"),  # titles of products repeat
+  "flickr8k": (),
+}
 TASKS = {"fashion44k": ("zero_shot", "retrieval", "linear_probe", "few_shot"), "flickr8k": ("retrieval",)}
 
 
@@ -90,7 +102,7 @@ def run(cell: Cell, workdir: Path, args: argparse.Namespace) -> None:
   splits = Splits(*(f"webdataset:{args.data}/{split}-*.tar" for split in ("test", "train", "val")))
   prompts = args.workdir / "prompts.txt"
   write(prompts, "\n".join(FASHION_TEMPLATES).encode())
-  jobs, _ = suites.make_jobs({f"own/{args.dataset}": splits}, (), args.tasks, str(prompts))
+  jobs, _ = suites.make_jobs({f"own/{args.dataset}": splits}, (), args.tasks, str(prompts), OPTIONS[args.dataset])
   evaluate(workdir, jobs=jobs, cache=cache_folder() / "features")
 
 
@@ -130,8 +142,36 @@ def restore(line: Mapping[str, Any], workdir: Path) -> None:
       results.write(workdir / "results", results.parse(json.dumps(result).encode()), {})
 
 
+def scores(line: Mapping[str, Any]) -> dict[str, float]:
+  """The scores of a finished run that the table shows, in percent, by their titles; only those that it has."""
+  found = {one["task"]: one["declip_jax"]["metrics"] for one in line["results"]}
+  return {
+    title: 100 * found[task][metric] for title, (task, metric) in COLUMNS.items() if metric in found.get(task, {})
+  }
+
+
+def table(lines: Iterable[Mapping[str, Any]]) -> str:
+  """Markdown of the means over the seeds of each method and share, ± the standard deviation of several."""
+  groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+  for line in sorted(lines, key=lambda line: (line["share_percent"], line["method"], line["seed"])):
+    groups.setdefault((line["method"], line["share_percent"]), []).append(line)
+  every = [[scores(line) for line in group] for group in groups.values()]
+  titles = [title for title in COLUMNS if any(title in run for runs in every for run in runs)]
+  rows = [["method", "share", "pairs", "epochs", "seeds", *titles]]
+  for ((method, share), group), runs in zip(groups.items(), every, strict=True):
+    training = group[0]["results"][0]["declip_jax"]["training"]
+    about = [method, f"{share:g} %", f"{training['unique_pairs']:,}", f"{training['epochs']:.0f}", str(len(group))]
+    rows.append([*about, *(_mean([run[title] for run in runs if title in run]) for title in titles)])
+  rows.insert(1, ["---"] * len(rows[0]))
+  return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _mean(values: Sequence[float]) -> str:
+  return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else ""
+
+
 def main() -> None:
-  """Runs the grid and collects what is finished."""
+  """Runs the grid, collects what is finished, and prints the table of all that is."""
   arguments = parser(__doc__)
   arguments.add_argument("--data", type=Path, required=True, help="folder of the shards")
   arguments.add_argument("--dataset", choices=[*TASKS], default="fashion44k", help="the data set (default: fashion44k)")
@@ -141,7 +181,7 @@ def main() -> None:
   arguments.add_argument(
     "--tasks", nargs="+", choices=[*TASKS["fashion44k"]], help="what to evaluate (default: all that fits the data set)"
   )
-  arguments.add_argument("--steps", type=int, default=931, help="steps of each run (default: 931)")
+  arguments.add_argument("--steps", type=int, default=500, help="steps of each run (default: 500)")
   folder = Path("runs/data_efficiency")
   arguments.add_argument("--workdir", type=Path, help=f"folder of the runs (default: {folder}/DATASET)")
   arguments.add_argument("--results", type=Path, help=f"file of all results (default: {folder}/DATASET.jsonl)")
@@ -161,6 +201,7 @@ def main() -> None:
     finished[cell.name] = collect(cell, workdir, args)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     write_lines(args.results, finished.values())
+  print(table(finished.values()))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def get_config(
   dataset: str = "fashion44k",
   data: str = "",
   views: str = "text_operations",
-  steps: int = 931,
+  steps: int = 500,
 ) -> ConfigDict:
   """Returns the config of one cell.
 
