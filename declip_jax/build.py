@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from functools import partial
+import math
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -38,6 +39,7 @@ from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.momentum import momentum_at
 from declip_jax.ranges import check_values
 from declip_jax.reporting.progress import message
+from declip_jax.reporting.symptoms import Facts
 from declip_jax.sharding import gather, make_mesh, replicated
 from declip_jax.training import augment as augmentation
 from declip_jax.training import drop_path, mixing, optim, patch_dropout, schedules
@@ -351,6 +353,12 @@ def _after_change(steps: Steps, config: ConfigDict, epoch_examples: int, batch_s
     checkpoint_phase=phase(config.checkpoint.every, steps.checkpoint),
     lead=batches(since) - since,
   )
+
+
+def make_facts(config: ConfigDict, steps: Steps) -> Facts:
+  """What the symptoms of a run depend on."""
+  scales = tuple(map(math.exp, config.optimizer.logit_scale_range))
+  return Facts(config.batch_size, steps.schedule.warmup - steps.lead, steps.total, scales)
 
 
 def make_step(

@@ -38,6 +38,7 @@ from declip_jax.reporting import pictures
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
 from declip_jax.reporting.opening import draw_views, opening_lines
 from declip_jax.reporting.progress import TrainingProgress, listening, message
+from declip_jax.reporting.symptoms import Symptoms
 from declip_jax.runtime import bad_samples
 from declip_jax.runtime.bad_samples import BadSamples
 from declip_jax.runtime.checkpoint import Checkpoints
@@ -418,6 +419,7 @@ def _open_services(
     watchdog=watchdog,
     clock=Clock(start, config.batch_size, devices=mesh.size, peak=peak),
     bad_samples=BadSamples(start, config.batch_size, config.data.max_bad),
+    symptoms=Symptoms(build.make_facts(config, steps)),
     evaluate_state=evaluate,
     draw_curves=draw_curves,
   )

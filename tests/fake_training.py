@@ -15,6 +15,7 @@ from declip_jax.batch_sizes import BatchSizes
 from declip_jax.data.sources import BAD
 from declip_jax.reporting.metrics import MetricWriter
 from declip_jax.reporting.progress import TrainingProgress
+from declip_jax.reporting.symptoms import Facts, Symptoms
 from declip_jax.runtime.bad_samples import BadSamples
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.clock import Clock
@@ -90,6 +91,7 @@ class FakeTraining:
         watchdog=stack.enter_context(Watchdog(workdir, self.hang_timeout)),
         clock=Clock(start, self.batch_size),
         bad_samples=BadSamples(start, self.batch_size, self.max_bad),
+        symptoms=Symptoms(Facts(self.batch_size, warmup=0, total=self.cadence.total)),
         evaluate_state=self.evaluate,
       )
       services.evaluate_if_missed(start, state)

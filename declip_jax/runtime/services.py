@@ -12,6 +12,7 @@ from declip_jax.batch_sizes import BatchSizes
 from declip_jax.reporting.metrics import MetricWriter, read_metrics
 from declip_jax.reporting.opening import score_lines
 from declip_jax.reporting.progress import TrainingProgress
+from declip_jax.reporting.symptoms import Symptoms
 from declip_jax.runtime.bad_samples import BadSamples
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.clock import Clock
@@ -94,6 +95,7 @@ class Services:
   watchdog: Watchdog
   clock: Clock
   bad_samples: BadSamples
+  symptoms: Symptoms
   evaluate_state: Callable[[State, int], dict[str, float]] = lambda state, number: {}
   draw_curves: Callable[[], None] = lambda: None
   latest: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -145,7 +147,7 @@ class Services:
         f"{restored.messages[0]}; this checkpoint was saved before config.batch_size changed: run the same command "
         "again to continue from it"
       )
-    for service in (self.writer, self.clock, self.bad_samples):
+    for service in (self.writer, self.clock, self.bad_samples, self.symptoms):
       service.roll_back(restored.step)
     for message in restored.messages:
       self.progress.message(message)
@@ -174,7 +176,10 @@ class Services:
     counts = {"checkpoint_failed": self.checkpoints.failed, "rollbacks": len(self.rollbacks)}
     values |= {"examples": self.batch_sizes.examples(step), **bad, **self.clock.values()}
     values |= {name: count for name, count in counts.items() if count}
-    self.writer.write(step, values)
+    symptoms, messages = self.symptoms.check(step, values)
+    for message in messages:
+      self.progress.message(message)
+    self.writer.write(step, values | symptoms)
     self.latest.update(values)
     self.bad_samples.check()
 
