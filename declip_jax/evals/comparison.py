@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 import numpy as np
-from scipy import stats
+import scipy
 
 from declip_jax.evals import intervals, metrics, results
 from declip_jax.evals.intervals import Interval
@@ -581,7 +581,7 @@ def _p_value(values: Float[np.ndarray, "r"], examples: int) -> float:
   if side > 0:
     return min(1.0, 2 * side)
   deviation = float(np.std(values))
-  normal = 2 * float(stats.norm.sf(abs(float(np.mean(values))) / deviation)) if deviation else 0.0
+  normal = 2 * float(scipy.stats.norm.sf(abs(float(np.mean(values))) / deviation)) if deviation else 0.0
   return min(1.0, max(normal, 2.0 ** (1 - examples)))
 
 

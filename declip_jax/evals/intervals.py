@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int, Shaped
 import numpy as np
-from scipy import stats
+import scipy  # its stats are imported where they are used first, since that takes most of a second
+from scipy import special
 
 RESAMPLES = 2000
 _BLOCK = 1 << 22  # counts in memory at once
@@ -32,8 +33,10 @@ def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> Interva
   """
   if not 0 <= successes <= trials or not trials:
     raise ValueError(f"{successes} successes in {trials} trials are not a proportion")
-  found = stats.binomtest(successes, trials).proportion_ci(level, "exact")
-  return Interval(float(found.low), float(found.high))
+  tail, failures = (1 - level) / 2, trials - successes
+  lower = special.betaincinv(successes, failures + 1, tail) if successes else 0.0
+  upper = special.betaincinv(successes + 1, failures, 1 - tail) if failures else 1.0
+  return Interval(float(lower), float(upper))
 
 
 def bootstrap(
@@ -106,7 +109,7 @@ def ratio(
 def mcnemar(correct_a: Bool[np.ndarray, "n"], correct_b: Bool[np.ndarray, "n"]) -> float:
   """Two-sided p-value of McNemar's exact test of two models on the same examples (McNemar 1947)."""
   only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
-  return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+  return float(scipy.stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def student(values: Float[np.ndarray, "seeds"], level: float = 0.95) -> Interval:
@@ -116,7 +119,7 @@ def student(values: Float[np.ndarray, "seeds"], level: float = 0.95) -> Interval
     ValueError: there are fewer than two runs.
   """
   _check_runs(values)
-  half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+  half = scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
   return Interval(float(values.mean() - half), float(values.mean() + half))
 
 
@@ -145,7 +148,7 @@ def welch(a: Float[np.ndarray, "seeds_a"], b: Float[np.ndarray, "seeds_b"], leve
   difference = float(a.mean() - b.mean())
   if a.std() == b.std() == 0:
     return SeedComparison(difference, Interval(difference, difference), float(difference == 0))
-  result = stats.ttest_ind(a, b, equal_var=False)
+  result = scipy.stats.ttest_ind(a, b, equal_var=False)
   interval = result.confidence_interval(level)
   return SeedComparison(difference, Interval(float(interval.low), float(interval.high)), float(result.pvalue))
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 import numpy as np
-from scipy import fft, sparse, stats
+import scipy
+from scipy import fft, sparse
 
 from declip_jax.data.images import Augmentation, EvalView, open_photo, random_view
 from declip_jax.data.sources import Example, Source, read_example
@@ -297,7 +298,7 @@ def effect(overlaps: Bool[np.ndarray, "n"], correct: Bool[np.ndarray, "n"]) -> d
     found["overlap_minus_clean"] = found["accuracy_overlap"] - found["accuracy_clean"]
     hits, number = int(parts["overlap"].sum()), int(overlaps.sum())
     found["accuracy_overlap_lower"], found["accuracy_overlap_upper"] = clopper_pearson(hits, number, 0.995)
-    found["p"] = float(stats.binomtest(hits, number, found["accuracy_clean"], alternative="greater").pvalue)
+    found["p"] = float(scipy.stats.binomtest(hits, number, found["accuracy_clean"], alternative="greater").pvalue)
   return found
 
 

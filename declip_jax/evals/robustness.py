@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 import numpy as np
-from scipy import special, stats
+import scipy
+from scipy import special
 
 from declip_jax.evals.intervals import RESAMPLES, Interval, bootstrap, percentiles
 
@@ -99,7 +100,7 @@ class Line:
   @property
   def slope_interval(self) -> Interval:
     """The 95 % interval of the slope, by Student's t."""
-    half = float(stats.t.ppf(0.975, self.models - 2)) * self.slope_error
+    half = float(scipy.stats.t.ppf(0.975, self.models - 2)) * self.slope_error
     return Interval(self.slope - half, self.slope + half)
 
   def expected(self, accuracy: float | Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
@@ -133,7 +134,7 @@ def fit_line(
   x, y = _on_scale(accuracy, scale), _on_scale(shifted, scale)
   if len({*accuracy.tolist()}) < 2 or len(accuracy) < 3:
     raise ValueError(f"a line needs three models of different accuracies, not {accuracy.tolist()}")
-  found = stats.linregress(x, y)
+  found = scipy.stats.linregress(x, y)
   return Line(
     scale=scale,
     slope=float(found.slope),
@@ -226,7 +227,7 @@ def _draws(known: Known, rng: np.random.Generator, number: int) -> Float[np.ndar
   if ends is None:
     return np.full(number, value)
   half = np.where(normal > 0, ends.upper - value, value - ends.lower)
-  return np.clip(value + normal * half / stats.norm.ppf(0.975), 0, 1)
+  return np.clip(value + normal * half / scipy.stats.norm.ppf(0.975), 0, 1)
 
 
 def _on_scale(accuracy: Float[np.ndarray, "models"], scale: Scale) -> Float[np.ndarray, "models"]:

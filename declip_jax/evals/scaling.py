@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from jaxtyping import Float, Int
 import numpy as np
-from scipy import optimize, stats
+import scipy
+from scipy import optimize
 
 from declip_jax.evals.intervals import RESAMPLES, Interval
 
@@ -42,7 +43,7 @@ class PowerLaw:
     """Lower and upper end of the interval of the line at `x`; single runs scatter more widely."""
     runs = len(self.residuals)
     half = self.error * np.sqrt(1 / runs + (np.log10(x) - self.mean) ** 2 / self.spread)
-    factor = 10 ** (stats.t.ppf((1 + self.level) / 2, runs - 2) * half)
+    factor = 10 ** (scipy.stats.t.ppf((1 + self.level) / 2, runs - 2) * half)
     return np.asarray(self.predict(x) / factor), np.asarray(self.predict(x) * factor)
 
   def factor(self, share: float) -> float | None:
@@ -63,8 +64,8 @@ def fit_power_law(x: Float[np.ndarray, "runs"], error: Float[np.ndarray, "runs"]
   """
   _check(x, error, 3)
   u, v = np.log10(x), np.log10(error)
-  found = stats.linregress(u, v)
-  half = stats.t.ppf((1 + level) / 2, len(x) - 2) * found.stderr
+  found = scipy.stats.linregress(u, v)
+  half = scipy.stats.t.ppf((1 + level) / 2, len(x) - 2) * found.stderr
   residuals = v - found.intercept - found.slope * u
   return PowerLaw(
     slope=float(found.slope),

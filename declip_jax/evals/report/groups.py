@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from declip_jax.evals.comparison import Cell, Scored, Task
 from declip_jax.evals.intervals import clopper_pearson, student
@@ -111,7 +111,7 @@ def _p_value(accuracy: Sequence[float], images: Sequence[int]) -> float:
   table = np.stack([right, images - right])
   if len(accuracy) < 2 or not table.any(axis=1).all():  # one group, or all answers are right or all are wrong
     return 1.0
-  return float(stats.chi2_contingency(table, correction=False).pvalue)
+  return float(scipy.stats.chi2_contingency(table, correction=False).pvalue)
 
 
 def _table(task: Task, grouping: str, of: Mapping[str, Groups], labels: Sequence[str]) -> Iterator[Block]:
