@@ -95,8 +95,9 @@ def choose(
   if "duration" in fields:
     epochs = min(max(_EPOCHS, math.ceil(_SEEN / pairs)), _MOST_EPOCHS)
     config.duration = duration(epochs=epochs)
-  kept = {field: _get(saved, field) for field in fields if saved and field in _OPEN}
-  _set(config, kept | {field: _OPEN[field][1] for field in fields if field in _OPEN and field not in kept})
+  before = {field: _get(saved or {}, field) for field in fields if field in _OPEN}
+  kept = {field: value for field, value in before.items() if value is not None}
+  _set(config, kept | {field: _OPEN[field][1] for field in before if field not in kept})
   fields = [field for field in fields if field not in kept]
   built = build.build(config, devices)
   if "model.dtype" in fields:
@@ -159,10 +160,11 @@ def shortened(config: ConfigDict, steps: int, epoch_examples: int) -> ConfigDict
 
 
 def _get(fields: Mapping[str, Any], path: str) -> Any:
-  value: Any = fields
-  for name in path.split("."):
-    value = value[name]
-  return value
+  """The value at a dotted path; None if an older version did not write it."""
+  *above, last = path.split(".")
+  for name in above:
+    fields = fields.get(name, {})
+  return fields.get(last)
 
 
 def _set(config: ConfigDict, values: Mapping[str, Any]) -> None:
