@@ -100,4 +100,5 @@ def test_the_page_goes_from_a_table_to_an_exported_model(data: Path, capsys: pyt
     names = {metric.split("/")[1] for metric in last if metric.startswith("eval/")}
     assert (last["step"], sorted(names)) == (2, evaluated)
   assert len([*Path("runs/try/results").glob("*.json")]) == 3
+  assert "retrieval" in Path("report/report.md").read_text()
   assert Path("export/open_clip_config.json").is_file()

@@ -91,7 +91,7 @@ def choose(
   fields, config = open_fields(config), config.copy_and_resolve_references()
   if not fields:
     return config
-  pairs = math.inf if num_pairs is None else num_pairs
+  pairs = math.inf if num_pairs is None else max(1, num_pairs)  # `Mixture` rejects empty sources
   if "duration" in fields:
     epochs = min(max(_EPOCHS, math.ceil(_SEEN / pairs)), _MOST_EPOCHS)
     config.duration = duration(epochs=epochs)

@@ -108,6 +108,11 @@ def test_the_command_to_train_reads_the_same_data(data):
   assert config_files._arguments(get_config, *config.split(":", 1))["data"] == data
 
 
+def test_a_path_in_place_of_a_spec_is_an_error_that_names_the_way_to_the_spec(shards):
+  with pytest.raises(ValueError, match=r"s\.tar.*declip_jax\.data\.inspect"):
+    open_source(f"{shards}/s.tar")
+
+
 def test_a_path_with_a_comma_needs_a_config_file():
   words = shlex.split(inspect.training_command("a,b.csv"))
   assert words == ["python", "-m", "declip_jax.new", "my_config.py", "--data", "a,b.csv"]
