@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 # Read and not imported: nothing that the package imports is installed yet.
 _SOURCE = (Path(__file__).parent / "declip_jax" / "__init__.py").read_text()
 _VERSION = next(line for line in _SOURCE.splitlines() if line.startswith("__version__")).split('"')[1]
-_COMMANDS = ("train", "evaluate", "report", "export", "plan", "overlap", "data.convert", "data.inspect")
+_COMMANDS = ("train", "evaluate", "report", "export", "new", "plan", "overlap", "data.convert", "data.inspect")
 
 setup(
   name="declip_jax",

@@ -31,14 +31,15 @@ def to_source(data: str) -> str:
   """Returns the source for an argument `data`.
 
   Args:
-    data: a folder of WebDataset shards, *.tar; the path of a table or an archive; or any KIND:LOCATION.
+    data: any path that `data.inspect` recognises, or KIND:LOCATION. A folder that is not on this machine counts as one
+      of WebDataset shards, *.tar.
 
   Raises:
     FileNotFoundError: a file that does not exist and whose suffix does not determine its kind.
-    ValueError: a file that is not recognised.
+    ValueError: a file or folder that is not recognised.
   """
-  path = ":" not in data or "://" in data
-  if path and (os.path.isdir(data) or not os.path.splitext(data)[1]):
+  is_path = ":" not in data or "://" in data
+  if is_path and not os.path.isdir(data) and not os.path.splitext(data)[1]:
     return f"webdataset:{data.rstrip('/')}/*.tar"
   from declip_jax.data.guess import guess  # on demand: it imports the image codecs
 

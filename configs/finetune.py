@@ -31,8 +31,7 @@ def get_config(
 
   Args:
     init: a run, one of its checkpoints, or any weights that `declip_jax.load` reads; empty to train from scratch.
-    data: labelled training images: a folder that `data.guess` recognises, such as one with a folder of images for each
-      class, or what `to_source` accepts.
+    data: labelled training images, such as a folder with a folder of images for each class; see `to_source`.
     test: labelled images on which the accuracy is measured after each epoch; the best checkpoint is kept.
     architecture: one of `architectures.ARCHITECTURES`; by default that of the run `init`, else ViT-B/16.
     head: how the classifier starts, "random" or "text".
@@ -51,7 +50,7 @@ def get_config(
     copy_tower(c, saved)
   c.batch_size = batch_size
   c.duration, c.optimizer.warmup = config.duration(epochs=epochs), config.duration(epochs=epochs / 5)
-  c.data.train = (labelled(data),)
+  c.data.train = (to_source(data),)
   c.data.interpolation = "bicubic"
   c.data.evaluation_resize = c.data.image_size * 256 // 224
   c.init_from.path, c.init_from.groups = init, ("image",)
@@ -63,18 +62,9 @@ def get_config(
   c.optimizer.update({"learning_rate": 4e-3 * batch_size / 1024, "end_learning_rate": 1e-6, "weight_decay": 0.05})
   c.optimizer.update({"b2": 0.999, "epsilon": 1e-8, "decay_mask": "finetune", "logit_scale_range": ()})
   if test:
-    c.evals.test = config.classify(labelled(test))
+    c.evals.test = config.classify(to_source(test))
     c.checkpoint.best_metric = "eval/test/top1"
   return c
-
-
-def labelled(data: str) -> str:
-  """Returns the source of labelled images."""
-  if not os.path.isdir(data):
-    return to_source(data)
-  from declip_jax.data.guess import guess  # on demand: it imports the image codecs
-
-  return guess(data)
 
 
 def copy_tower(c: ConfigDict, path: str) -> None:

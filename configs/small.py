@@ -8,7 +8,7 @@ the released code does.
 
 from ml_collections import ConfigDict
 
-from declip_jax import architectures, config
+from declip_jax import config
 from declip_jax.spelling import did_you_mean
 
 EPOCHS = {"fashion44k": 6, "flickr8k": 20}
@@ -35,20 +35,15 @@ def get_config(method: str = "clip", dataset: str = "fashion44k", data: str = ""
   if dataset not in EPOCHS:
     raise ValueError(f"dataset {dataset!r}: choose one of {sorted(EPOCHS)}{did_you_mean(dataset, EPOCHS)}")
   folder = data or f"data/{dataset}"
-  c = config.default(method.removesuffix("_repo"), preset="repo" if method.endswith("_repo") else "paper")
+  c = config.default(method.removesuffix("_repo"), "ViT-Nano/8@32px", "repo" if method.endswith("_repo") else "paper")
   c.batch_size = 256
   c.duration = config.duration(epochs=EPOCHS[dataset])
   c.data.train = (f"webdataset:{folder}/train-*.tar",)
-  c.data.image_size = 32
   c.data.blur_radius = (0.1, 0.5)  # the papers' radii are for images of 224 pixels
   c.data.mask_slots = 2  # captions are short: 15 % of 7 to 12 tokens
   c.data.threads = 2
   c.model.dtype = "float32"
-  c.model.image = architectures.vit(patch=8, width=128, depth=4, heads=4)
-  c.model.text.update({"width": 64, "depth": 3, "heads": 2, "context_length": 24})
-  c.model.heads.update({"embed_dim": 128, "bank_size": 8192, "simclr_projector": (512, 512, 128)})
-  c.model.heads.update({"simsiam_projector": (256, 256, 256), "simsiam_predictor": (128, 256)})
-  c.model.heads.update({"momentum_projector": (512, 512, 128), "momentum_predictor": (512, 128), "dense_dim": 64})
+  c.model.heads.bank_size = 8192
   if method.endswith("_repo"):
     c.model.heads.norm_groups = c.model.heads.bank_groups = 2  # of 128 pairs each
     c.model.heads.bank_size = 4096

@@ -9,6 +9,7 @@ COMMANDS = {
   "evaluate": ("declip_jax.evaluate", "what papers measure of trained weights: zero-shot, probes, retrieval"),
   "report": ("declip_jax.report", "tables and pictures of evaluations, side by side"),
   "export": ("declip_jax.export", "write weights for open_clip, Hugging Face or Orbax"),
+  "new": ("declip_jax.new", "write a config file of your own, with comments"),
   "plan": ("declip_jax.plan", "memory, time and largest batch of a training run, without its hardware"),
   "overlap": ("declip_jax.overlap", "find evaluation images in training data"),
   "convert": ("declip_jax.data.convert", "write any source as ArrayRecord files"),

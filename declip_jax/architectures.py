@@ -3,7 +3,9 @@
 `config.default(method, "ViT-L/14")` builds one for training; `python benchmarks/architectures.py` prints their sizes.
 """
 
+from collections.abc import Mapping
 import copy
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -12,7 +14,15 @@ from declip_jax.spelling import did_you_mean
 
 
 class Architecture(NamedTuple):
-  """Two towers and their joint space; `image_size` in pixels."""
+  """Two towers and their joint space.
+
+  Attributes:
+    image, text: the towers.
+    embed_dim: dimension of the joint space.
+    image_size: resolution in pixels.
+    image_bias, text_bias: whether the projection into the joint space has a bias.
+    heads: widths of other heads, by their fields in `config.model.heads`, where they are not those of the papers.
+  """
 
   image: ConfigDict
   text: ConfigDict
@@ -20,6 +30,7 @@ class Architecture(NamedTuple):
   image_size: int = 224
   image_bias: bool = False
   text_bias: bool = False
+  heads: Mapping[str, Any] = MappingProxyType({})
 
 
 def vit(patch: int, width: int, depth: int, heads: int, **options: Any) -> ConfigDict:
@@ -72,6 +83,14 @@ def text(width: int, depth: int = 12, **options: Any) -> ConfigDict:
 # timm's ViT as SLIP trains it: 12 heads also in the small one, where timm has 6.
 SLIP = {"pre_norm": False, "patch_bias": True, "activation": "gelu", "epsilon": 1e-6, "initializer": "timm"}
 _GELU = {"activation": "gelu"}  # open_clip's own models
+_NANO_HEADS = {
+  "simclr_projector": (512, 512, 128),
+  "simsiam_projector": (256, 256, 256),
+  "simsiam_predictor": (128, 256),
+  "momentum_projector": (512, 512, 128),
+  "momentum_predictor": (512, 128),
+  "dense_dim": 64,
+}
 _MASK = {"vocab_size": 49409}  # DeCLIP's vocabulary, with its mask token at the end
 
 ARCHITECTURES = {
@@ -102,6 +121,10 @@ ARCHITECTURES = {
   # Cherti et al. 2023 (open_clip), beyond the papers' sizes; heads are 80 and 88 wide.
   "ViT-H/14": Architecture(vit(14, 1280, 32, 16, **_GELU), text(1024, 24, **_GELU), 1024),
   "ViT-g/14": Architecture(vit(14, 1408, 40, 16, mlp_ratio=6144 / 1408, **_GELU), text(1024, 24, **_GELU), 1024),
+  # Ours, for CPUs: 4 million parameters, most of them embeddings of tokens.
+  "ViT-Nano/8@32px": Architecture(
+    vit(8, 128, 4, 4), text(64, 3, heads=2, context_length=24), 128, 32, heads=_NANO_HEADS
+  ),
 }
 
 
@@ -114,4 +137,5 @@ def build(name: str) -> Architecture:
   if name not in ARCHITECTURES:
     hint = did_you_mean(name, ARCHITECTURES)
     raise ValueError(f"architecture {name!r}: choose one of {sorted(ARCHITECTURES)}{hint}")
-  return copy.deepcopy(ARCHITECTURES[name])
+  found = ARCHITECTURES[name]
+  return found._replace(image=copy.deepcopy(found.image), text=copy.deepcopy(found.text))

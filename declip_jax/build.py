@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import optax
 
 from declip_jax.batch_sizes import BatchSizes
-from declip_jax.config import TEMPLATES, examples_of, steps_of
+from declip_jax.config import TEMPLATES, durations, examples_of, steps_of, without_shares
 from declip_jax.data.deaths import Deaths
 from declip_jax.data.images import EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
@@ -300,20 +300,15 @@ def to_steps(config: ConfigDict, epoch_examples: int, batch_sizes: BatchSizes | 
   Raises:
     ValueError: the run has no length, or a duration has two.
   """
-  lengths = {
-    "duration": config.duration,
-    "evaluate_every": config.evaluate_every,
-    "checkpoint.every": config.checkpoint.every,
-    "checkpoint.keep_every": config.checkpoint.keep_every,
-  }
+  config = without_shares(config)
   convert = partial(steps_of, batch_size=config.batch_size, epoch_examples=epoch_examples)
-  steps = [convert(length, name=name) for name, length in lengths.items()]
-  if not steps[0]:
+  total = convert(config.duration, name="duration")
+  if not total:
     raise ValueError("config.duration is empty: set one of its fields steps, epochs, examples")
-  settings = {field: value for field, value in config.optimizer.items() if isinstance(value, ConfigDict)}
-  durations = {field: convert(value, name=f"optimizer.{field}") for field, value in settings.items()}
-  schedule = read_settings(schedules.ScheduleSettings, config.optimizer, "optimizer", total_steps=steps[0], **durations)
-  converted = Steps(*steps, schedule)
+  steps = {name: convert(length, name=name) for name, length in durations(config).items()}
+  own = {name.removeprefix("optimizer."): steps.pop(name) for name in list(steps) if name.startswith("optimizer.")}
+  schedule = read_settings(schedules.ScheduleSettings, config.optimizer, "optimizer", total_steps=total, **own)
+  converted = Steps(total, *steps.values(), schedule)
   if batch_sizes is None or not batch_sizes.since:
     return converted
   return _after_change(converted, config, epoch_examples, batch_sizes)

@@ -1,7 +1,10 @@
 """Every field of a config with its default and its meaning; a file under `configs/` changes some of them.
 
-A duration has the fields `steps`, `epochs` and `examples`, one of which is set: `--config.duration.epochs=5`, together
-with `--config.duration.steps=0` if the config is in steps. `steps_of` converts it once, at the start.
+A duration has the fields `steps`, `epochs`, `examples` and `share`, one of which is set: `--config.duration.epochs=5`,
+together with `--config.duration.steps=0` if the config is in steps. `share` is a share of `duration`, the length of the
+whole run. `steps_of` converts it once, at the start.
+Where the comment of a field says "chosen", that value leaves the field to `planning.choose`, which sets it for the data
+and the devices when a run starts.
 A field that is a tuple is set on the command line as `--config.data.train="('webdataset:/data/train-*.tar',)"`.
 """
 
@@ -55,11 +58,11 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.momentum_tower = ConfigDict()
   # Decay of the momentum tower's moving average (MoCo v3, BYOL) at the first step; it rises to 1 along a half cosine.
   c.momentum_tower.decay = 0.996 if method == "slip_byol" else 0.99
-  c.batch_size = 4096  # pairs per step over all devices
+  c.batch_size = 4096  # pairs per step over all devices. 0: chosen
   c.micro_batches = 1  # number of micro-batches that the towers encode one by one, for batches larger than memory
   # "cached": the loss sees the whole batch, with the same gradient; "plain": each micro-batch; see `training.gradient`.
   c.micro_batching = "cached"
-  c.duration = duration(epochs=32)  # length of the whole run
+  c.duration = duration(epochs=32)  # length of the whole run; all of its fields 0: chosen
   c.data = _data(recipe, built.image_size)
   c.model = _model(built)
   if recipe in ("declip", "declip_repo", "filip_repo"):
@@ -228,7 +231,8 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
 
 def _model(built: architectures.Architecture) -> ConfigDict:
   c = ConfigDict()
-  c.dtype = "bfloat16"  # dtype of activations; parameters, softmax, norms and losses are float32
+  # Dtype of activations; parameters, softmax, norms and losses are float32. "auto": chosen.
+  c.dtype = "bfloat16"
   # What the backward pass recomputes: "none", "dots" (all but the products of linear layers and convolutions; a third
   # of the memory for 0.2 % more FLOPs) or "full" (everything inside a block).
   c.remat = "dots"
@@ -261,9 +265,11 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.heads.simsiam_predictor = (512, 1024)
   c.heads.momentum_projector = (4096, 4096, 256)  # for MoCo v3 and BYOL
   c.heads.momentum_predictor = (4096, 256)
-  c.heads.norm_groups = 1  # number of groups of the batch that heads normalise separately; 1 is synchronised batch norm
-  c.heads.bank_size = 65536  # number of texts in each bank that nearest-neighbour supervision searches
-  c.heads.bank_groups = 1  # number of banks, each for its share of the batch
+  # Number of groups of the batch that heads normalise separately; 1 is synchronised batch norm. 0: chosen.
+  c.heads.norm_groups = 1
+  # Number of texts in each bank that nearest-neighbour supervision searches. 0: chosen.
+  c.heads.bank_size = 65536
+  c.heads.bank_groups = 1  # number of banks, each for its share of the batch. 0: chosen
   c.heads.bank_overflow = "wrap"  # what happens at the end of a bank, see `models.bank.OVERFLOWS`
   c.heads.bank_neighbours = 1  # number of nearest texts to find for each text
   # The classes of the classifier: their number, and their names in the order of the logits. A run takes both from the
@@ -271,6 +277,7 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.heads.num_classes, c.heads.classnames = 0, ()
   # Whether the classifier reads unit-norm joint embeddings, like a zero-shot classifier, instead of tower features.
   c.heads.classify_joint = False
+  c.heads.update(built.heads)
   return c
 
 
@@ -461,24 +468,57 @@ EVALUATIONS = {
 }
 
 
-def duration(*, steps: int = 0, epochs: float = 0, examples: int = 0) -> ConfigDict:
-  """A duration in one of three units; the others are 0."""
-  return ConfigDict({"steps": steps, "epochs": float(epochs), "examples": examples})
+def duration(*, steps: int = 0, epochs: float = 0, examples: int = 0, share: float = 0) -> ConfigDict:
+  """A duration in one of four units; the others are 0."""
+  return ConfigDict({"steps": steps, "epochs": float(epochs), "examples": examples, "share": float(share)})
+
+
+def without_shares(c: ConfigDict) -> ConfigDict:
+  """A copy of a config whose durations that are shares of the run have the unit of the run.
+
+  Raises:
+    ValueError: a share is not between 0 and 1, is given together with another unit, or is that of the run itself.
+  """
+  c = c.copy_and_resolve_references()
+  if c.duration.share:
+    raise ValueError(f"config.duration.share={c.duration.share}: the run is the whole; set steps, epochs or examples")
+  for name, length in durations(c).items():
+    if not length.share:
+      continue
+    if not 0 < length.share <= 1:
+      raise ValueError(f"config.{name}.share={length.share}: expected a share of the run, more than 0 and at most 1")
+    _only_unit(length, name)
+    steps, epochs, examples = (c.duration[unit] for unit in ("steps", "epochs", "examples"))
+    whole = {"steps": math.ceil(length.share * steps), "examples": math.ceil(length.share * examples)}
+    length.update({**whole, "epochs": length.share * epochs, "share": 0.0})
+  return c
+
+
+def durations(c: ConfigDict) -> dict[str, ConfigDict]:
+  """The durations of a config besides that of the whole run, by the names of their fields."""
+  optimizer = {f"optimizer.{name}": value for name, value in c.optimizer.items() if isinstance(value, ConfigDict)}
+  checkpoint = {f"checkpoint.{name}": c.checkpoint[name] for name in ("every", "keep_every")}
+  return {"evaluate_every": c.evaluate_every, **checkpoint, **optimizer}
 
 
 def steps_of(length: ConfigDict, *, name: str, batch_size: int, epoch_examples: int) -> int:
-  """Converts a duration to steps, rounding up; all units 0 gives 0.
+  """Converts a duration that is not a share, see `without_shares`, to steps, rounding up; all units 0 gives 0.
 
   Raises:
     ValueError: more than one unit is set, or one is negative or not finite.
   """
+  _only_unit(length, name)
+  examples = examples_of(length, epoch_examples)
+  return length.steps or math.ceil(examples / batch_size)
+
+
+def _only_unit(length: ConfigDict, name: str) -> None:
+  """Rejects a duration with more than one unit, or with one that is negative or not finite."""
   given = {unit: value for unit, value in length.items() if value}
   if len(given) > 1 or not all(0 <= value < math.inf for value in given.values()):
     other = next((unit for unit in reversed(given) if unit != "steps"), "epochs")
-    hint = f"set one of steps, epochs, examples, and the others to 0, such as --config.{name}.{other}=0"
+    hint = f"set one of steps, epochs, examples, share, and the others to 0, such as --config.{name}.{other}=0"
     raise ValueError(f"config.{name}={given}: {hint}")
-  examples = examples_of(length, epoch_examples)
-  return length.steps or math.ceil(examples / batch_size)
 
 
 def examples_of(length: ConfigDict, epoch_examples: int) -> float:

@@ -8,8 +8,9 @@ minimum time that it takes, the input rate required of the hosts, and the larges
 
 Memory grows almost linearly with the batch, so the search extrapolates from two compiled steps and compiles the
 largest batch as well. Times are computed from the peak figures in declip_jax/planning/devices.py; compute, memory and
-links work at the same time, so the slowest of them bounds the step. Compiling takes minutes. Exit codes: 0; 1 if the
-step does not fit; 2 for an error that you can correct.
+links work at the same time, so the slowest of them bounds the step. What a config leaves open, such as the batch size
+of `pretrain`, is chosen as for a large data set. Compiling takes minutes. Exit codes: 0; 1 if the step does not fit; 2
+for an error that you can correct.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from pathlib import Path
 from absl import flags
 
 from declip_jax.command_line import define_config, run
+from declip_jax.planning.choose import choose
 from declip_jax.planning.report import make_report
 from declip_jax.planning.table import table
 from declip_jax.planning.topology import EXAMPLES, topology_devices
@@ -32,7 +34,8 @@ def _command(_: list[str]) -> int:
   if values.slices > 1 and not values.topology:
     raise ValueError(f"--slices={values.slices} needs --topology")
   devices = topology_devices(values.topology, values.slices) if values.topology else None
-  report = make_report(values.config, devices, values.search)
+  config = choose(values.config, None, devices)
+  report = make_report(config, devices, values.search)
   print("\n".join(table(report)))
   if values.json:
     Path(values.json).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")

@@ -33,7 +33,7 @@ from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import Source, open_source
 from declip_jax.evals.encoders import EncoderFactory, Encoders
 from declip_jax.first_state import first_state, read_weights
-from declip_jax.planning import devices, flops
+from declip_jax.planning import choose, devices, flops
 from declip_jax.reporting import pictures
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
 from declip_jax.reporting.opening import draw_views, opening_lines
@@ -52,7 +52,7 @@ from declip_jax.runtime.services import Cadence, Services
 from declip_jax.runtime.signals import Stopped, StopRequest, stop_signals
 from declip_jax.runtime.trace import Trace, parse_steps
 from declip_jax.runtime.watchdog import Watchdog
-from declip_jax.runtime.workdir import local_path, lock, record
+from declip_jax.runtime.workdir import local_path, lock, read_config, record
 from declip_jax.sharding import batch_sharding, check_batch, to_global
 from declip_jax.training.state import State, abstract_state, evaluated_weights
 from declip_jax.training.step import Metrics
@@ -63,6 +63,7 @@ _NEEDS_LESS_MEMORY = (
   "lower config.batch_size, raise config.micro_batches, set config.model.remat=full, raise config.mesh.fsdp on several "
   "devices, or lower config.evaluate_batch_size for evaluations; python -m declip_jax.plan computes what a config needs"
 )
+_LARGE_FOR_CPU = 64  # pixels
 StepFn = Callable[[State, Batch], tuple[State, Metrics]]
 # A batch on the devices, the input position after it, and how many samples were skipped for it, by kind.
 Batches = Iterator[tuple[Batch, dict[str, Any], np.ndarray]]
@@ -73,14 +74,17 @@ def train(
   workdir: str | os.PathLike[str],
   sources: Sequence[Source] | None = None,
   profile: tuple[int, int] | None = None,
+  steps: int | None = None,
 ) -> dict[str, float]:
   """Trains a config to its end, from the newest checkpoint in `workdir` if there is one.
 
   Args:
-    config: a complete config, see `config.default`.
+    config: a config, see `config.default`. Fields that it leaves open are chosen, see `planning.choose`; a run that
+      resumes keeps its values.
     workdir: directory for checkpoints, metrics and pictures.
     sources: sources to train on instead of `config.data.train`, such as `from_huggingface` of a data set.
     profile: first and last step to trace into `workdir/profile`.
+    steps: length of a try: the config is shortened to this many steps, see `choose.shortened`. None trains it all.
 
   Returns:
     The final metrics.
@@ -98,6 +102,7 @@ def train(
     watchdog = stack.enter_context(Watchdog(workdir, config.safety.hang_timeout))
     stack.enter_context(listening(watchdog.beat))
     config, sources = _with_classes(config, sources, watchdog)
+    config, sources, chosen = _with_choices(config, sources, steps, workdir, watchdog)
     run = _prepare(config, workdir, sources, watchdog)
     workdir.mkdir(parents=True, exist_ok=True)
     messages = [stack.enter_context(lock(workdir)), *run.deaths.recover(), *run.evaluation_deaths.recover()]
@@ -106,7 +111,7 @@ def train(
     start, state, position, notes = _restore_or_create(config, run, checkpoints, rollbacks, watchdog)
     run, resized = _with_batch_sizes(config, run, checkpoints, start)
     services = _open_services(config, run, workdir, start, checkpoints, rollbacks, profile, watchdog, stack)
-    _open(config, run, services, start, [*messages, *run.notes, *notes, resized])
+    _open(config, run, services, start, [*messages, *chosen, *run.notes, *notes, resized])
     batches = stack.enter_context(contextlib.closing(_open_batches(config, run, position)))
     services.evaluate_if_missed(start, state)
     loop(run.step_fn, batches, state, start, services)
@@ -273,6 +278,37 @@ def _with_classes(
   if not heads.num_classes:
     raise ValueError(f"{sources[0].name} has no class names: set config.model.heads.num_classes")
   return config, sources
+
+
+def _with_choices(
+  config: ConfigDict, sources: Sequence[Source] | None, steps: int | None, workdir: Path, watchdog: Watchdog
+) -> tuple[ConfigDict, Sequence[Source] | None, list[str]]:
+  """Sets the fields that the config leaves open, and shortens it for a try; returns messages about both.
+
+  Raises:
+    ValueError: the run is resumed, but its config.json is missing or damaged; see also `choose`.
+  """
+  fields, notes = choose.open_fields(config), []
+  if not fields and steps is None:
+    return config, sources, []
+  sources = _open_sources(config, "train", watchdog) if sources is None else sources
+  pairs = sum(map(len, sources))
+  if fields:
+    saved, where = None, f"{pairs:,} samples and {jax.device_count()} x {jax.devices()[0].device_kind}"
+    if _has_checkpoints(workdir) and not (saved := read_config(workdir)):
+      raise ValueError(
+        f"{workdir / 'config.json'} cannot be read, which has config.{', config.'.join(fields)}: set them"
+      )
+    watchdog.beat("choosing what the config leaves open")
+    config = choose.choose(config, pairs, saved=saved)
+    values = choose.describe(config, fields)
+    notes.append(f"kept from the last start: {values}" if saved else f"chosen for {where}: {values}")
+    if jax.default_backend() == "cpu" and config.data.image_size > _LARGE_FOR_CPU:
+      notes.append("a CPU takes long to train this model: architecture=ViT-Nano/8@32px is small enough for it")
+  if steps is not None:
+    config, whole = choose.shortened(config, steps, pairs), build.to_steps(config, pairs).total
+    notes.append(f"a try of {steps:,} steps instead of {whole:,}")
+  return config, sources, notes
 
 
 def _open_sources(config: ConfigDict, field: str, watchdog: Watchdog) -> tuple[Source, ...]:
@@ -479,7 +515,7 @@ def _command(workdir: Path) -> None:
   profile = parse_steps(flags.FLAGS.profile) if flags.FLAGS.profile else None
   try:
     with compile_cache(workdir / "compiled"):
-      train(flags.FLAGS.config, workdir, profile=profile)
+      train(flags.FLAGS.config, workdir, profile=profile, steps=flags.FLAGS.steps)
   except Stopped as stopped:
     message(str(stopped))
     sys.exit(130 if stopped.signum == signal.SIGINT else flags.FLAGS.stopped_exit_code)
@@ -494,6 +530,12 @@ def main() -> None:
     "Exit code after SIGTERM or SIGHUP; use 143 for a supervisor that treats 0 as finished.",
     lower_bound=0,
     upper_bound=255,
+  )
+  flags.DEFINE_integer(
+    "steps",
+    None,
+    "Length of a try: warm-up, schedules and cadence are scaled, and it evaluates in the middle and at the end.",
+    lower_bound=1,
   )
   flags.DEFINE_string("profile", "", "First and last step to trace, such as 100:110.")
   launch(_command, __doc__, required=("config",), is_training=True)

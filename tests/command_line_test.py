@@ -132,7 +132,7 @@ def test_a_field_that_may_be_none_can_be_set_back(given: tuple[str, ...], set_to
 def test_print_config_needs_no_data(parse: Parse) -> None:
   code, printed, error = parse("--config=pretrain:data=/nowhere/pairs.csv", "--print_config")
   assert (code, error) == (0, "")
-  assert json.loads(printed)["data"]["train"] == ["table:/nowhere/pairs.csv"]
+  assert json.loads(printed)["data"]["train"] == ["kept:10%,5000:table:/nowhere/pairs.csv"]
 
 
 def test_a_missing_file_of_an_unknown_kind_is_named(parse: Parse) -> None:

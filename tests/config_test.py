@@ -83,8 +83,41 @@ def test_durations_become_steps(length: dict[str, float], steps: int) -> None:
   "length", [{"steps": 7, "epochs": 1}, {"examples": -1}, {"epochs": math.nan}, {"epochs": math.inf}]
 )
 def test_an_ambiguous_duration_is_rejected(length: dict[str, float]) -> None:
-  with pytest.raises(ValueError, match=r"config\.duration=.*steps, epochs, examples"):
+  with pytest.raises(ValueError, match=r"config\.duration=.*steps, epochs, examples, share"):
     config.steps_of(config.duration(**length), name="duration", batch_size=10, epoch_examples=100)
+
+
+@pytest.mark.parametrize(
+  ("whole", "expected"), [({"steps": 250}, 25), ({"epochs": 25}, 25), ({"examples": 2450}, 25), ({"steps": 1}, 1)]
+)
+def test_a_share_of_the_run_has_its_unit(whole: dict[str, float], expected: int) -> None:
+  c = config.default()
+  c.duration, c.evaluate_every = config.duration(**whole), config.duration(share=0.1)
+  c.optimizer.warmup = config.duration(share=0.1)
+  found = config.without_shares(c)
+  for length in (found.evaluate_every, found.optimizer.warmup):
+    assert config.steps_of(length, name="x", batch_size=10, epoch_examples=100) == expected
+  assert found.checkpoint.every == c.checkpoint.every
+  assert c.evaluate_every.share == 0.1
+
+
+@pytest.mark.parametrize(
+  ("field", "length"),
+  [
+    ("duration", {"share": 0.5}),
+    ("evaluate_every", {"share": 1.5}),
+    ("evaluate_every", {"share": -1}),
+    ("optimizer.warmup", {"share": math.nan}),
+    ("checkpoint.every", {"share": 0.5, "epochs": 1}),
+  ],
+)
+def test_an_illegal_share_is_rejected(field: str, length: dict[str, float]) -> None:
+  c = config.default()
+  c.update_from_flattened_dict({f"{field}.{unit}": value for unit, value in length.items()})
+  if "epochs" not in length:
+    c.update_from_flattened_dict({f"{field}.{unit}": 0 for unit in ("epochs", "steps") if field != "duration"})
+  with pytest.raises(ValueError, match=rf"config\.{field}"):
+    config.without_shares(c)
 
 
 def test_a_config_of_the_first_release_loads_under_the_new_names() -> None:

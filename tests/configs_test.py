@@ -20,8 +20,9 @@ from tiny import FinishedRun
 
 from declip_jax import architectures, build, config, config_files
 from declip_jax.configs.declip_yfcc15m.recipe import MLM_HEAD
-from declip_jax.methods import ABLATIONS, METHODS, REPO_METHODS
+from declip_jax.methods import ABLATIONS, METHODS, REPO_METHODS, SUPERVISED
 from declip_jax.objectives import make_objective
+from declip_jax.planning import choose
 from declip_jax.sharding import check_batch
 from declip_jax.training import schedules
 from declip_jax.training.state import State, abstract_state
@@ -41,8 +42,9 @@ def load(name: str) -> ModuleType:
 
 
 def get(name: str, **arguments: Any) -> ConfigDict:
-  needed = {"classes": 10} if name == "finetune" else {}  # a run takes their number from its data
-  return load(name).get_config(**needed | arguments)
+  """A config by the name of its file, with what a run takes from its data."""
+  needed = {"classes": 10} if name == "finetune" else {}
+  return choose.choose(load(name).get_config(**needed | arguments), EPOCH)
 
 
 ENTRIES = [name for name in NAMES if hasattr(load(name), "PUBLISHED")]
@@ -594,19 +596,44 @@ def test_pretrain_accepts_any_method_architecture_and_data(
   arguments: str, method: str, architecture: str, preset: str, source: str
 ) -> None:
   c, expected = config_files.load(f"pretrain:{arguments}"), config.default(method, architecture, preset)
-  assert c.data.train == (source,)
-  for subtree in ("model", "objective", "optimizer"):
-    assert c[subtree].to_dict() == expected[subtree].to_dict()
+  assert c.data.train == (f"kept:10%,5000:{source}",)
+  assert c.evals.retrieval.data == f"heldout:10%,5000:{source}"
+  assert c.checkpoint.best_metric == "eval/retrieval/mean_recall"
+  assert c.objective.to_dict() == expected.objective.to_dict()
+  assert c.optimizer.learning_rate == expected.optimizer.learning_rate
+  given, c.batch_size = config.duration(share=0.1), 1024
+  found = build.to_steps(choose.choose(c, 10**6), 10**6)
+  assert (found.evaluate, found.checkpoint, found.schedule.warmup) == (-(-found.total // 10),) * 3
+  assert (c.evaluate_every, c.checkpoint.every, c.optimizer.warmup) == (given,) * 3
+  c.optimizer.warmup.share = 0.2
+  assert c.evaluate_every.share == 0.1  # each field has a duration of its own
 
 
 def test_pretrain_recognises_files(tmp_path: Path) -> None:
+  def source(data: Path) -> str:
+    return load("pretrain").get_config(data=str(data)).data.train[0].removeprefix("kept:10%,5000:")
+
   table = tmp_path / "pairs.csv"
   table.write_text("image,caption\na.jpg,a\n")
-  assert get("pretrain", data=str(table)).data.train == (f"table:{table}",)
+  assert source(table) == f"table:{table}"
   elsewhere = tmp_path / "other.csv"  # may exist on another machine
-  assert get("pretrain", data=str(elsewhere)).data.train == (f"table:{elsewhere}",)
+  assert source(elsewhere) == f"table:{elsewhere}"
   folder = tmp_path / "unknown"
-  assert get("pretrain", data=str(folder)).data.train == (f"webdataset:{folder}/*.tar",)
+  assert source(folder) == f"webdataset:{folder}/*.tar"
+  folder.mkdir()
+  for name in ("1.jpg", "1.txt"):
+    (folder / name).write_text("x")
+  assert source(folder) == f"folder:{folder}"
+  (folder / "1.jpg").unlink()
+  with pytest.raises(ValueError, match="not recognised"):
+    source(folder)
+
+
+def test_pretrain_evaluates_what_its_method_can() -> None:
+  for method in (*ALL, *SUPERVISED):
+    c = load("pretrain").get_config(method)
+    assert bool(c.evals) == bool(c.checkpoint.best_metric) == (method not in ("simclr", "finetune")), method
+  build.check_evals(c.evals, make_objective(c.objective.to_dict()))
 
 
 @pytest.mark.parametrize(

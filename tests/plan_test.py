@@ -20,6 +20,7 @@ def values(monkeypatch) -> SimpleNamespace:
   """The flags of a command that must not reach the compiler."""
   values = SimpleNamespace(config=None, topology=None, slices=1, search=True, json=None)
   monkeypatch.setattr(flags, "FLAGS", values)
+  monkeypatch.setattr(plan, "choose", lambda config, *_: config)
   monkeypatch.setattr(plan, "make_report", lambda *_: pytest.fail("compiled before the flags were checked"))
   return values
 

@@ -44,6 +44,7 @@ LAYERS = {
   "declip_jax.evaluate": 6,
   "declip_jax.report": 6,
   "declip_jax.export": 6,
+  "declip_jax.new": 6,
   "declip_jax.plan": 6,
   "declip_jax.overlap": 6,
   "declip_jax.data.convert": 6,

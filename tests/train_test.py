@@ -5,12 +5,14 @@ The tests of the loop that need no model are in tests/loop_test.py.
 
 from collections.abc import Callable, Mapping
 import contextlib
+from functools import partial
 import json
 import os
 from pathlib import Path
 import shutil
 import signal
 import subprocess
+from types import SimpleNamespace
 from typing import Any
 
 from checkpoint_files import arrays, flip
@@ -38,6 +40,7 @@ from declip_jax.data import pipeline
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import open_source
 from declip_jax.evaluate import _config_of_run, evaluate
+from declip_jax.planning import choose
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.runtime import workdir as workdir_lib
 from declip_jax.runtime.checkpoint import Checkpoints
@@ -235,7 +238,9 @@ def test_the_exit_code_shows_how_a_run_was_stopped(
 
   monkeypatch.setattr(train, "train", stopped)
   monkeypatch.setattr(train, "compile_cache", lambda folder: contextlib.nullcontext())
-  given = type("Flags", (), {"FLAGS": type("Given", (), {"profile": "", "config": None, "stopped_exit_code": flag})})
+  given = type(
+    "Flags", (), {"FLAGS": type("Given", (), {"profile": "", "config": None, "steps": None, "stopped_exit_code": flag})}
+  )
   monkeypatch.setattr(train, "flags", given)
   with pytest.raises(SystemExit) as ended:
     train._command(tmp_path)
@@ -551,6 +556,58 @@ def test_a_run_of_two_epochs_sees_two_although_its_batch_doubles_after_one(
   assert final_state(tmp_path, config, 9)[1] == {"next_index": 192}
   train.train(config, tmp_path)  # finished
   assert len(read_metrics(tmp_path)) == 9  # nothing was added
+
+
+def open_config() -> ConfigDict:
+  config = tiny_config("clip")
+  config.batch_size, config.duration, config.model.dtype = 0, config_lib.duration(), "auto"
+  config.optimizer.warmup = config_lib.duration(share=0.5)
+  return config
+
+
+def test_a_run_keeps_what_was_chosen_for_its_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  watchdog = SimpleNamespace(beat=lambda _: None)
+  choices = partial(train._with_choices, open_config(), None, workdir=tmp_path, watchdog=watchdog)
+  first, sources, messages = choices(steps=None)
+  assert (first.batch_size, first.model.dtype, first.duration.epochs) == (32, "float32", 100)
+  assert "chosen for 256 samples and 8 x cpu: model.dtype=float32, batch_size=32, " in messages[0]
+  (tmp_path / "config.json").write_text(first.to_json_best_effort())
+  monkeypatch.setattr(choose, "_LARGEST_BATCH_ON_CPU", 16)  # as on another machine
+  assert choices(steps=None)[0].batch_size == 16  # there is no checkpoint to resume from
+  (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+  again, _, messages = choices(steps=None)
+  assert again.to_dict() == first.to_dict()
+  assert "kept from the last start: model.dtype=float32, batch_size=32, " in messages[0]
+  short, _, messages = choices(steps=4)
+  assert (short.batch_size, short.duration.steps, short.optimizer.warmup.steps) == (32, 4, 2)
+  assert messages[1] == "a try of 4 steps instead of 800"
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(ValueError, match=r"config\.json.* config\.batch_size"):
+    choices(steps=None)
+  closed = tiny_config("clip")
+  assert train._with_choices(closed, None, None, tmp_path, watchdog) == (closed, None, [])
+
+
+@pytest.mark.slow
+def test_a_try_ends_with_an_evaluation_and_resumes_with_the_values_of_its_first_start(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  config = open_config()
+  train.train(config, tmp_path / "whole", steps=4)
+  printed = capsys.readouterr().err
+  assert "batch_size=32" in printed
+  assert "a try of 4 steps" in printed
+  saved = config_lib.from_json((tmp_path / "whole" / "config.json").read_text())
+  assert (saved.batch_size, saved.duration.steps) == (32, 4)
+  lines = read_metrics(tmp_path / "whole")
+  assert [line["step"] for line in lines if "eval/retrieval/mean_recall" in line] == [2, 4]
+  assert [line["examples"] for line in lines if "loss" in line] == [32, 64, 96, 128]
+  with killed_before_line(3):
+    train.train(config, tmp_path / "killed", steps=4)
+  monkeypatch.setattr(choose, "_LARGEST_BATCH_ON_CPU", 16)  # as on another machine
+  train.train(config, tmp_path / "killed", steps=4)
+  assert losses_on_disk(tmp_path / "killed") == losses_on_disk(tmp_path / "whole")
+  assert_equal(*(final_state(tmp_path / name, saved, 4) for name in ("whole", "killed")))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from declip_jax import config
 from declip_jax.configs import finetune as finetuning
-from declip_jax.configs import read_data
+from declip_jax.configs import read_data, to_source
 
 TEMPLATES = (
   "itap of a {}.",
@@ -66,6 +66,6 @@ def finetune(
   c.model.mean, c.model.std = config.IMAGENET_MEAN, config.IMAGENET_STD
   c.optimizer.warmup = config.duration(epochs=warmup)
   if imagenet:
-    c.evals.imagenet = config.classify(finetuning.labelled(imagenet))
+    c.evals.imagenet = config.classify(to_source(imagenet))
     c.checkpoint.best_metric = "eval/imagenet/top1"
   return c

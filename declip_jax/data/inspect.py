@@ -4,7 +4,8 @@
 
 Reads a fixed random subset of the samples and prints image formats and sizes, captions and their lengths, classes, and
 bad samples with their names. The kind of a plain path is detected: shards, tables, annotations, folders. The first
-line printed is the spec to train with; other splits are named, and not read. Fails if every sample is bad.
+line printed is the spec to train with; other splits are named, and not read. The last line is a command that trains on
+the data, if they have captions. Fails if every sample is bad.
 """
 
 from collections import Counter
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 import os
 import re
+import shlex
 from typing import NamedTuple
 
 from absl import flags
@@ -223,6 +225,17 @@ def _thumbnail(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]
   return np.asarray(square)
 
 
+def training_command(data: str) -> str:
+  """The command that trains on the captions of the data at a path, or that writes a config which does.
+
+  The config has to be written if the path has a comma, which would end the argument.
+  """
+  if "," in data:
+    return f"python -m declip_jax.new my_config.py --data {shlex.quote(data)}"
+  config = shlex.quote(f"pretrain:method=declip,architecture=ViT-B/32,data={data}")
+  return f"python -m declip_jax.train --config={config} --workdir runs/mine"
+
+
 def _command(arguments: list[str]) -> None:
   first, *others = guesses(arguments[0])
   source = open_source(first)
@@ -235,6 +248,8 @@ def _command(arguments: list[str]) -> None:
   if sheet := flags.FLAGS.sheet:
     draw(source, good, sheet)
     print(f"{'sheet':<13}{sheet}")
+  if any(sample.captions for sample in good):
+    print(f"{'train':<13}{training_command(arguments[0])}")
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ import numpy as np
 from declip_jax.data.hangs import Key, key_of
 from declip_jax.data.sources import BadSample, Example, Source, read_example
 
+_TRIED = 100  # samples of a source without classes, in which few may have captions
+
 Position = tuple[int, int]  # number of the source, index in it
 
 
@@ -99,16 +101,18 @@ class Mixture:
     return found
 
   def check_captions(self) -> None:
-    """Rejects sources that have classes but no captions, if captions are needed and there are no templates.
+    """Rejects sources without captions, if captions are needed and no templates make them of the names of classes.
 
     Raises:
       ValueError: the message names the first such source.
     """
-    for source in self.sources if self.needs_caption and not self.templates else ():
-      if source.classnames and not has_captions(source):
+    for source in self.sources if self.needs_caption else ():
+      if source.classnames and not self.templates and not has_captions(source):
         raise ValueError(
           f"{source.name} has classes but no captions: set config.data.templates, such as ('a photo of a {{}}.',)"
         )
+      if not source.classnames and not has_captions(source, _TRIED):
+        raise ValueError(f"{source.name} has no captions: none of {min(_TRIED, len(source))} samples tried has one")
 
   def check_classes(self, num_classes: int, classnames: tuple[str, ...]) -> None:
     """Rejects sources whose class names are not those of the classifier, in the same order.
@@ -133,15 +137,17 @@ class Mixture:
         )
 
 
-def has_captions(source: Source) -> bool:
-  """Whether one of eight examples has a caption."""
-  for index in sorted({len(source) * eighth // 8 for eighth in range(8)}):
+def has_captions(source: Source, tries: int = 8) -> bool:
+  """Whether one of a few examples has a caption, or none of them can be read."""
+  read = 0
+  for index in sorted({len(source) * number // tries for number in range(tries)}):
     try:
       if read_example(source, index)["captions"]:
         return True
+      read += 1
     except BadSample:
       continue
-  return False
+  return not read
 
 
 def _pair(number: int, index: int) -> Position:

@@ -135,6 +135,13 @@ def gather_rows(rows: np.ndarray) -> np.ndarray:
   return np.concatenate([host[:count] for host, count in zip(gathered, counts, strict=True)])
 
 
+def smallest(value: float) -> float:
+  """The smallest of the values that the hosts pass, rounded to float32."""
+  if jax.process_count() == 1:
+    return value
+  return float(multihost_utils.process_allgather(np.float32(value), tiled=False).min())
+
+
 def check_sizes(sizes: Sequence[tuple[str, int]]) -> None:
   """Checks that all hosts see the same number of samples in each source: otherwise their orders would differ.
 

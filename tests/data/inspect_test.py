@@ -3,6 +3,7 @@ import io
 import json
 from pathlib import Path
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 import pytest
 
+from declip_jax import config_files
 from declip_jax.data import images as image_ops
 from declip_jax.data import inspect
 from declip_jax.data.guess import guess, guesses
@@ -95,6 +97,25 @@ def test_views_that_change_what_captions_name_are_reported(captions, expected):
     assert not {"clip", "slip", "simclr"} & {*recipes}  # the views that SLIP changes are not contrasted with texts
   if "sides" in expected:
     assert found["sides"][1].endswith("--config.data.flip_probability=0.0")
+
+
+@pytest.mark.parametrize("data", ["pairs.csv", "my pairs.csv?root=/data", "table:/d/a.csv", "'"])
+def test_the_command_to_train_reads_the_same_data(data):
+  words = shlex.split(inspect.training_command(data))
+  assert words[:3] == ["python", "-m", "declip_jax.train"]
+  (config,) = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+  get_config = config_files.load_module("pretrain").get_config
+  assert config_files._arguments(get_config, *config.split(":", 1))["data"] == data
+
+
+def test_a_path_in_place_of_a_spec_is_an_error_that_names_the_way_to_the_spec(shards):
+  with pytest.raises(ValueError, match=r"s\.tar.*declip_jax\.data\.inspect"):
+    open_source(f"{shards}/s.tar")
+
+
+def test_a_path_with_a_comma_needs_a_config_file():
+  words = shlex.split(inspect.training_command("a,b.csv"))
+  assert words == ["python", "-m", "declip_jax.new", "my_config.py", "--data", "a,b.csv"]
 
 
 def test_labels_and_groups_are_fields(tmp_path):
@@ -407,6 +428,7 @@ def test_the_command(shards):
   done = run(str(shards), "--samples=5")
   assert (done.returncode, done.stderr) == (0, "")
   assert done.stdout.startswith(f"webdataset:{shards}/*.tar\n")
+  assert done.stdout.endswith(f"{inspect.training_command(str(shards))}\n")
   done = run(str(shards), "--samples=0")
   assert (done.returncode, done.stdout) == (2, "")
   assert "samples=0" in done.stderr

@@ -21,7 +21,7 @@ from declip_jax.data import images, pipeline
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.recipes import RECIPES
-from declip_jax.data.sources import BAD, open_source
+from declip_jax.data.sources import BAD, BadSample, open_source
 from declip_jax.data.text.tokenizer import Tokenizer
 
 
@@ -52,6 +52,13 @@ class Numbers:
     image = b"no image" if index in self.broken else np.full((4, 4, 3), value, np.uint8)
     captions = () if index in self.blank else (str(value),)
     return {"image": image, "captions": captions, "label": value % 2, "id": f"numbers:{index}"}
+
+
+class Unreadable(Numbers):
+  """Examples none of which can be read."""
+
+  def __getitem__(self, index: int) -> dict:
+    raise BadSample("missing file", f"numbers:{index}")
 
 
 def say_number(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -372,6 +379,14 @@ def test_sources_with_only_classes_require_templates() -> None:
   Mixture((silent,), templates=("{}",)).check_captions()
   Mixture((silent,), needs_caption=False).check_captions()
   Mixture((Numbers(20),)).check_captions()
+
+
+def test_sources_without_captions_are_rejected_but_not_those_with_few_or_unreadable_ones() -> None:
+  blank = tuple(range(200))
+  with pytest.raises(ValueError, match=r"numbers has no captions: none of 100 samples"):
+    Mixture((Numbers(200, blank=blank, classnames=()),), templates=("{}",)).check_captions()
+  Mixture((Numbers(200, blank=blank[:-2], classnames=()),)).check_captions()
+  Mixture((Unreadable(200, classnames=()),)).check_captions()  # the pipeline says what is wrong with them
 
 
 def read_slowly(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:

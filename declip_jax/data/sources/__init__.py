@@ -1,6 +1,7 @@
 """Sources of examples. A new kind of source is one file and one line of `SOURCES`."""
 
 from collections.abc import Callable
+import os
 
 from declip_jax.data.sources.arrayrecord import open_arrayrecord
 from declip_jax.data.sources.base import BAD, OF_MEDIA, READ_ERROR, BadSample, Example, Source, bad_sample, read_example
@@ -74,6 +75,8 @@ def _open(spec: str) -> Source:
   kind, _, location = spec.partition(":")
   if kind not in SOURCES or not location:
     hint = "" if kind in SOURCES else did_you_mean(kind, SOURCES)
+    if os.path.exists(spec):
+      hint = "; python -m declip_jax.data.inspect prints that of a path"
     raise ValueError(f"bad source {spec!r}: expected KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}{hint}")
   return SOURCES[kind](location)
 

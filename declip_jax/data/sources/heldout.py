@@ -1,7 +1,8 @@
 """A fixed random subset of another source for evaluation, and the rest of that source for training.
 
-`heldout:1%:SPEC` and `kept:1%:SPEC` are disjoint and together contain all samples of SPEC. The division depends only on
-the number of samples of SPEC and the fraction, so it never changes.
+`heldout:1%:SPEC` and `kept:1%:SPEC` are disjoint and together contain all samples of SPEC. Instead of a fraction, a
+number of samples can be given, or both: `heldout:10%,5000:SPEC` is the smaller of the two. The division depends only on
+the number of samples of SPEC and on these numbers, so it never changes.
 """
 
 from collections.abc import Callable
@@ -37,14 +38,16 @@ class Subset(Wrapper):
 
 
 def open_heldout(location: str, open_source: Callable[[str], Source]) -> Subset:
-  """Opens the held-out subset: "1%:webdataset:/data/train-*.tar" or "0.01:...".
+  """Opens the held-out subset: "1%:webdataset:/data/train-*.tar", "0.01:...", "5000:..." or "1%,5000:...".
 
   Args:
-    location: FRACTION:SPEC, where SPEC is the source that is divided.
+    location: SIZE:SPEC, where SPEC is the source that is divided, and SIZE a fraction, a number of samples, or both,
+      separated by a comma, of which the smaller subset is held out.
     open_source: function that opens SPEC.
 
   Raises:
-    ValueError: the fraction is not between 0 and 1, a subset is empty, or the source raises it.
+    ValueError: the size is neither a fraction between 0 and 1 nor a whole number, a subset is empty, or the source
+      raises it.
   """
   return _open("heldout", location, open_source)
 
@@ -57,18 +60,28 @@ def open_kept(location: str, open_source: Callable[[str], Source]) -> Subset:
 def _open(kind: str, location: str, open_source: Callable[[str], Source]) -> Subset:
   text, _, spec = location.partition(":")
   name = f"{kind}:{location}"
-  try:
-    fraction = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)  # exact: 0.7% is 0.007
-  except (ValueError, ZeroDivisionError):
-    fraction = Fraction()
-  if not 0 < fraction < 1 or not spec:
-    raise ValueError(f"bad source {name!r}: expected {kind}:FRACTION:SPEC, with a fraction such as 1% or 0.01")
+  sizes = [_size(one) for one in text.split(",")]
+  if not all(sizes) or not spec:
+    raise ValueError(
+      f"bad source {name!r}: expected {kind}:SIZE:SPEC, with a fraction such as 1% or 0.01, a number of samples such "
+      "as 5000, or both, as in 1%,5000"
+    )
   source = open_source(spec)
   total = len(source)
-  cut = round(fraction * total)
+  cut = min(round(size * total) if size < 1 else int(size) for size in sizes)
   if not 0 < cut < total:
     raise ValueError(f"{name}: {text} of {total} samples is {'none' if not cut else 'all'} of them")
   return Subset(name, source, *((0, cut) if kind == "heldout" else (cut, total)))
+
+
+def _size(text: str) -> Fraction:
+  """A fraction below 1 or a whole number; 0 for a text that is neither."""
+  try:
+    size = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)  # exact: 0.7% is 0.007
+  except (ValueError, ZeroDivisionError):
+    return Fraction()
+  is_count = size.denominator == 1 and not text.endswith("%")
+  return size if 0 < size < 1 or (size >= 1 and is_count) else Fraction()
 
 
 def shuffled(index: int, count: int) -> int:

@@ -33,6 +33,13 @@ def test_the_subsets_have_the_prompts_of_their_source():
   assert open_kept("50%:x", lambda spec: ["a", "b"]).templates == ()
 
 
+@pytest.mark.parametrize(("size", "count"), [("5", 5), ("10%,50", 20), ("10%,7", 7), ("7,10%", 7), ("1", 1)])
+def test_a_number_of_samples_may_be_given_and_the_smaller_of_two(size, count):
+  held, kept = (open_source(f"{kind}:{size}:scenes:test/200/16") for kind in ("heldout", "kept"))
+  assert (len(held), len(kept)) == (count, 200 - count)
+  assert ids(held) == ids(open_source(f"heldout:{count / 2}%:scenes:test/200/16"))  # the same first samples
+
+
 def test_a_fraction_may_be_written_in_two_ways():
   percent, decimal = (open_heldout(f"{text}:scenes:test/2000/16", open_source) for text in ("0.7%", "0.007"))
   assert ids(percent) == ids(decimal)
@@ -51,10 +58,11 @@ def test_subsets_of_subsets_and_pickling():
 
 
 @pytest.mark.parametrize(
-  "location", ["scenes:test", "0:scenes:test", "1.0:scenes:test", "-1%:scenes:test", "1%", "1%:"]
+  "location",
+  ["scenes:test", "0:scenes:test", "1.5:scenes:test", "-1%:scenes:test", "100%:scenes:test", "1%,x:s:t", "1%", "1%:"],
 )
 def test_a_bad_fraction_is_an_error(location):
-  with pytest.raises(ValueError, match="expected heldout:FRACTION:SPEC"):
+  with pytest.raises(ValueError, match="expected heldout:SIZE:SPEC"):
     open_heldout(location, open_source)
 
 

@@ -1,0 +1,104 @@
+"""Writes a config file of your own, with comments: python -m declip_jax.new my_config.py --data pairs.csv
+
+  FILE    the file to write; it must not exist yet
+
+The file trains as it is, with the config `pretrain` and your data, any path that declip_jax.data.inspect recognises or
+KIND:LOCATION. Its comments show the fields that are most often changed:
+
+  python -m declip_jax.train --config=my_config.py --workdir runs/mine
+"""
+
+import json
+from pathlib import Path
+import shlex
+
+from absl import flags
+
+from declip_jax import command_line
+from declip_jax.architectures import ARCHITECTURES
+from declip_jax.configs import to_source
+from declip_jax.methods import ABLATIONS, METHODS, REPO_METHODS
+
+_METHODS = (*METHODS, *ABLATIONS, *(f"{method}_repo" for method in REPO_METHODS))
+
+# The command fills in what is in braces. A comment that begins with "# c." is a line to uncomment.
+TEMPLATE = '''"""My captions: python -m declip_jax.train --config={file} --workdir runs/mine
+
+--print_config prints all fields, --steps 100 makes a short try, and --config.FIELD=VALUE overrides a field.
+"""
+
+from ml_collections import ConfigDict
+
+from declip_jax import config
+from declip_jax.configs import pretrain
+
+
+def get_config(method: str = {method}, architecture: str = {architecture}, data: str = {data}) -> ConfigDict:
+  """Returns the config; the arguments can be given as --config={file}:method=clip."""
+  c = pretrain.get_config(method, architecture, data)
+
+  # The training data: 10 % of them, at most 5,000, are held out for c.evals.retrieval. To train on all of them, or on
+  # several sources with weights:
+  # c.data.train, c.data.mixture = ({source},), (1.0,)
+  # Views that leave colours or sides as they are, if the captions name them:
+  # c.data.jitter_probability, c.data.grayscale_probability, c.data.flip_probability = 0.0, 0.0, 0.0
+
+  # Chosen for the data and the devices, and printed when a run starts:
+  # c.batch_size = 256
+  # c.duration = config.duration(epochs=32)
+  # c.model.dtype = "bfloat16"
+
+  # The optimiser:
+  # c.optimizer.learning_rate = 5e-4
+  # c.optimizer.weight_decay = 0.2
+
+  # The weights to start from: a run, or any file that declip_jax.load reads:
+  # c.init_from.path = "runs/other"
+
+  # Evaluations, besides retrieval on the held-out samples, and how often they run:
+  c.evaluate_every = config.duration(share=0.1)  # of the run; epochs=1 and steps=1000 are other units
+  # c.evals.test = config.retrieval("table:/data/test.csv?root=/data")
+  # c.evals.classes = config.zero_shot("folder:/data/classes", templates=("a photo of a {{}}.",))
+  return c
+'''
+
+
+def template(path: Path, method: str, architecture: str, data: str) -> str:
+  """The text of a config file.
+
+  Args:
+    path: where the file will be.
+    method, architecture, data: default values of the arguments of its `get_config`, see `pretrain`.
+
+  Raises:
+    FileNotFoundError, ValueError: the data are not recognised, see `to_source`.
+  """
+  texts = {"method": method, "architecture": architecture, "data": data, "source": to_source(data)}
+  return TEMPLATE.format(file=path, **{name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()})
+
+
+def _command(arguments: list[str]) -> None:
+  path, values = Path(arguments[0]), flags.FLAGS
+  if path.suffix != ".py":
+    raise ValueError(f"{path}: expected the name of a Python file, such as {path.with_suffix('.py')}")
+  text = template(path, values.method, values.architecture, values.data)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    with path.open("x") as file:
+      file.write(text)
+  except FileExistsError:
+    raise ValueError(f"{path} exists already, and is not replaced: choose another name") from None
+  print(f"wrote {path}, for {to_source(values.data)}")
+  print(f"python -m declip_jax.train --config={shlex.quote(str(path))} --workdir runs/{path.stem}")
+
+
+def main() -> None:
+  """Runs the command."""
+  flags.DEFINE_string("data", None, "Data to train on: a path, pattern, folder or URL, or KIND:LOCATION.")
+  flags.DEFINE_enum("method", "declip", _METHODS, "Method to train.")
+  flags.DEFINE_enum("architecture", "ViT-B/32", [*ARCHITECTURES], "Architecture to train.")
+  command_line.run(_command, __doc__, positional=("FILE",), required=("data",))
+
+
+if __name__ == "__main__":
+  main()
