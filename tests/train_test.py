@@ -261,7 +261,7 @@ def test_run_leaves_its_record(finished_run: FinishedRun, tmp_path: Path) -> Non
   assert names >= {"views.png", "curves.png", "retrieval.png"}
   shown = [(event.step, one) for event in read_events(workdir / "tensorboard") for one in event.summary.value]
   pictures = {(step, one.tag) for step, one in shown if one.HasField("image")}
-  assert pictures == {(0, "views"), (6, "curves"), (8, "curves"), (8, "retrieval")}
+  assert pictures == {(0, "views"), (6, "curves"), (8, "curves"), (8, "heldout"), (8, "retrieval")}
   texts = {one.tag: one.tensor.string_val[0].decode() for _, one in shown if one.HasField("tensor")}
   assert json.loads(texts["config/text_summary"]) == json.loads((workdir / "config.json").read_text())
   header, _, *rows = texts["views/text_summary"].splitlines()

@@ -12,6 +12,7 @@ import re
 import time
 from typing import Any
 
+from declip_jax.reporting.progress import message
 from declip_jax.reporting.trackers.background import CLOSE_SECONDS
 from declip_jax.reporting.trackers.base import TrackedRun, Tracker
 
@@ -47,6 +48,8 @@ class WandB(Tracker):
     )
     self._run.config.update(dict(run.config), allow_val_change=True)
     self._run.define_metric("*", step_metric="step")
+    if self._run.url:  # there is none offline
+      message(f"Weights & Biases: {self._run.url}")
 
   def log(self, step: int, values: Mapping[str, Any]) -> None:
     self._run.log({**values, "step": step})
