@@ -9,6 +9,7 @@ import json
 import logging
 from pathlib import Path
 import sqlite3
+import sys
 import threading
 import time
 from typing import Any
@@ -125,11 +126,18 @@ class Hanging(Tracker):
     time.sleep(5)
 
 
+class Exiting(Tracker):
+  def log(self, step: int, values: Any) -> None:
+    sys.exit(f"step {step}")
+
+
 def refuse() -> Tracker:
   raise PermissionError("no key")
 
 
-@pytest.mark.parametrize(("opens", "words"), [(Broken, "step 1"), (Hanging, "0.2 s"), (refuse, "no key")])
+@pytest.mark.parametrize(
+  ("opens", "words"), [(Broken, "step 1"), (Exiting, "step 1"), (Hanging, "0.2 s"), (refuse, "no key")]
+)
 def test_a_tracker_that_fails_or_hangs_gives_one_warning_and_no_delay(
   opens: Callable[[], Tracker], words: str, caplog: pytest.LogCaptureFixture
 ) -> None:

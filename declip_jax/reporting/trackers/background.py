@@ -69,13 +69,13 @@ class Background(Tracker):
     tracker = None
     try:
       tracker = self._open()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       self._warn(f"could not be opened, and is off until the next start: {type(error).__name__}: {error}")
     while (call := self._calls.get()) is not None:
       try:
         if tracker is not None:
           call(tracker)
-      except Exception as error:
+      except (Exception, SystemExit) as error:
         self._warn(f"failed: {type(error).__name__}: {error}")
 
   def _warn(self, what: str) -> None:
