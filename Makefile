@@ -2,6 +2,7 @@
 # make test          the fast tests: 5 to 7 minutes on two cores
 # make test-all      all tests but those of the next two: the fast ones, then the slow ones
 # make test-interop  exchanges weights with PyTorch, open_clip and transformers, in .venv-interop
+# make test-trackers tests Weights & Biases, MLflow and trackio, offline, in .venv-trackers
 # make test-device   the tests that need a GPU or TPU; they are skipped where there is none
 # make mutate        inserts bugs into a copy of the package, one at a time, and counts those that the fast tests catch
 # make check         what CI runs: format, lint, types, fast tests, and slow tests until SLOW_SECONDS are over
@@ -18,7 +19,7 @@ RUN ?= runs/demo
 # Large pages for the arrays of a step: the demo takes a fifth less time. Only glibc reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow test-all test-interop test-device mutate lint check clean
+.PHONY: demo test test-slow test-all test-interop test-trackers test-device mutate lint check clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m declip_jax.train --config=demo --workdir $(RUN)
@@ -37,6 +38,9 @@ test-all: test test-slow
 
 test-interop: $(VENV)-interop/installed
 	$(VENV)-interop/bin/python -m pytest -n 2 tests/interop $(ARGS)
+
+test-trackers: $(VENV)-trackers/installed
+	$(VENV)-trackers/bin/python -m pytest tests/reporting/trackers_test.py $(ARGS)
 
 test-device: $(VENV)/installed-dev
 	JAX_PLATFORMS= $(VENV)/bin/python -m pytest tests/device_test.py $(ARGS)
@@ -69,6 +73,12 @@ $(VENV)-interop/installed: setup.py constraints.txt tests/interop/requirements.t
 	$(VENV)-interop/bin/python -m pip install --quiet torch==2.13.0  # first, so that nothing else chooses another
 	$(VENV)-interop/bin/python -m pip install --quiet -r tests/interop/requirements.txt
 	$(VENV)-interop/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)-trackers/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-trackers
+	$(VENV)-trackers/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,wandb,mlflow]'
+	$(VENV)-trackers/bin/python -m pip install --quiet -e '.[trackio]'  # replaces Pillow, see constraints.txt
 	touch $@
 
 # Compared with torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.
@@ -104,4 +114,4 @@ $(VENV)-bench/installed: setup.py constraints.txt benchmarks/requirements.txt te
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench $(VENV)-clip-benchmark runs
+	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench $(VENV)-clip-benchmark $(VENV)-trackers runs

@@ -71,6 +71,9 @@ setup(
     "https": ["aiohttp>=3.12"],
     "huggingface": ["datasets>=3.0"],
     "tokenizers": ["sentencepiece>=0.2", "tokenizers>=0.21"],
+    "wandb": ["wandb>=0.31"],
+    "mlflow": ["mlflow-skinny>=3.17", "alembic>=1.13", "sqlalchemy>=2.0"],  # the last two are for its local store
+    "trackio": ["trackio>=0.43"],
     "dev": [
       "beartype>=0.20",
       "datasets>=3.0",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from functools import partial
+import inspect
 import math
 from pathlib import Path
 from types import MappingProxyType
@@ -40,7 +41,10 @@ from declip_jax.objectives.momentum import momentum_at
 from declip_jax.ranges import check_values
 from declip_jax.reporting.progress import message
 from declip_jax.reporting.symptoms import Facts
+from declip_jax.reporting.trackers import OpenTracker
+from declip_jax.reporting.trackers.libraries import TRACKERS, is_installed
 from declip_jax.sharding import gather, make_mesh, replicated
+from declip_jax.spelling import did_you_mean
 from declip_jax.training import augment as augmentation
 from declip_jax.training import drop_path, mixing, optim, patch_dropout, schedules
 from declip_jax.training.gradient import Metrics, make_gradient
@@ -732,6 +736,29 @@ def make_init_from(config: ConfigDict) -> InitFrom:
       "'classify', config.model.heads.classify_joint=True, and weights with a text tower in config.init_from.path"
     )
   return init_from
+
+
+def make_trackers(trackers: ConfigDict) -> dict[str, OpenTracker]:
+  """What opens each tracker of `config.trackers` that is not off, by its name there.
+
+  Raises:
+    ValueError: a name that is neither in `TRACKERS` nor that of a user's own tracker, or a library that is missing.
+  """
+  found: dict[str, OpenTracker] = {}
+  for name, value in trackers.items():
+    field = f"config.trackers.{name}={value!r}"
+    if inspect.isfunction(value):
+      found[name] = value
+    elif name not in TRACKERS:
+      raise ValueError(
+        f"{field}: expected one of {sorted(TRACKERS)}{did_you_mean(name, TRACKERS)}; a tracker of your own is a "
+        "function, in the config file that defines it"
+      )
+    elif value and not is_installed(name):
+      raise ValueError(f"{field} needs pip install 'declip_jax[{name}]'")
+    elif value:
+      found[name] = partial(TRACKERS[name], project=value)
+  return found
 
 
 def check_objective(config: ConfigDict, built: Built, batch: BatchShapes) -> None:

@@ -92,15 +92,16 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.checkpoint.keep_every = duration()  # the first checkpoint in each period of this length is never deleted
   c.checkpoint.keep_best = 1
   c.checkpoint.best_metric = ""  # metric such as "eval/zero_shot/top1", higher is better; "" keeps only the last
+  c.trackers = _trackers()
   if weights.get("sigmoid"):  # SigLIP (Zhai et al. 2023), section 3.2 and algorithm 1
     c.model.heads.logit_scale_init = math.log(10)
     c.optimizer.logit_scale_range = ()
   if preset == "repo":
     _as_released(c, method)
   c.lock()
-  # The two subtrees to which a config may add fields: evaluations, and its own terms.
-  c.evals.unlock()
-  c.objective.unlock()
+  # The subtrees to which a config may add fields: evaluations, and its own terms and trackers.
+  for fields in (c.evals, c.objective, c.trackers):
+    fields.unlock()
   for fields in c.objective.values():
     fields.lock()
   return c
@@ -116,6 +117,19 @@ def _safety() -> ConfigDict:
   c.max_rollbacks = 3  # rollbacks before the run stops; with 0, it stops when it first diverges
   c.hang_timeout = 1800.0  # seconds after which a step that has not finished ends the process; 0 waits forever
   c.checkpoint_minutes = 30.0  # minutes between checkpoints, in addition to `checkpoint.every`; 0 turns this off
+  return c
+
+
+def _trackers() -> ConfigDict:
+  """Where metrics, pictures and config go besides the working directory and its TensorBoard; "" is nowhere.
+
+  A tracker of your own is a function in your config file, `c.trackers.<name> = open_mine`, from a
+  `reporting.trackers.TrackedRun` to a `Tracker`.
+  """
+  c = ConfigDict()
+  c.wandb = ""  # project of Weights & Biases
+  c.mlflow = ""  # experiment of MLflow
+  c.trackio = ""  # project of trackio
   return c
 
 
@@ -542,8 +556,10 @@ RENAMED = {
   "checkpoint.minutes": "safety.checkpoint_minutes",
   "init_from.parts": "init_from.groups",
 }
-# Subtrees whose fields depend on the config: the names of evaluations and of a user's own terms, and the kind of tower.
-_OPEN = ("evals", "objective", "model.image")
+# Subtrees whose fields depend on the config: the names of evaluations and of a user's own terms and trackers, and the
+# kind of tower. An older config lacks the terms and trackers that were added since it was written.
+_OPEN = ("evals", "objective", "trackers", "model.image")
+_GROWING = ("objective", "trackers")
 
 
 def from_json(text: str) -> ConfigDict:
@@ -622,7 +638,7 @@ def _rename(fields: dict[str, Any], old: list[str], new: list[str]) -> None:
 def _add_missing(fields: dict[str, Any], known: Mapping[str, Any], path: str = "") -> None:
   for name, value in known.items():
     field = f"{path}{name}"
-    if field in _OPEN and field != "objective":  # an older objective lacks the terms that were added since
+    if field in _OPEN and field not in _GROWING:
       continue
     if isinstance(value, dict):
       _add_missing(fields.setdefault(name, {}), value, f"{field}.")

@@ -39,6 +39,8 @@ from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_tab
 from declip_jax.reporting.opening import draw_views, opening_lines
 from declip_jax.reporting.progress import TrainingProgress, listening, message
 from declip_jax.reporting.symptoms import Symptoms
+from declip_jax.reporting.trackers import OpenTracker, TrackedRun, open_trackers
+from declip_jax.reporting.trackers.base import run_id
 from declip_jax.runtime import bad_samples
 from declip_jax.runtime.bad_samples import BadSamples
 from declip_jax.runtime.checkpoint import Checkpoints
@@ -169,7 +171,7 @@ def loop(step_fn: StepFn, batches: Batches, state: State, start: int, services: 
       if evaluate:  # after the save: an evaluation may take long, and the run may be stopped meanwhile
         services.evaluate(step, state)
         stop = services.stop.signum
-      services.curves()
+      services.curves(step)
       if stop or step == services.cadence.total:
         services.finish_save(step, state, position)
     if stop:
@@ -182,7 +184,7 @@ def _stop(step: int, signum: int, state: State, position: dict[str, Any] | None,
   if position is not None:
     services.announce_stop(step, signum)
     services.save(step, state, position)
-    services.curves()
+    services.curves(step)
     services.finish_save(step, state, position)
   raise Stopped(step, signum)
 
@@ -203,6 +205,7 @@ class _Prepared(NamedTuple):
   encoders: EncoderFactory
   evaluate: Callable[[Encoders, int], dict[str, float]]
   initial: Weights | None
+  trackers: dict[str, OpenTracker]
   notes: list[str]
 
 
@@ -246,6 +249,7 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
     encoders=build.make_encoders(config, built, evaluation_deaths),
     evaluate=build.make_evaluators(config.evals, workdir, config.model.heads.classnames, config.evaluate_cache_gib),
     initial=None if _has_checkpoints(workdir) else read_weights(config),
+    trackers=build.make_trackers(config.trackers),
     notes=_notes([mixture, ssl_mixture], config.batch_size, config.optimizer.ema),
   )
 
@@ -432,6 +436,8 @@ def _open_services(
       with pictures.optional(workdir / "curves.png"):
         pictures.plot_curves(read_metrics(workdir), workdir / "curves.png")
 
+  as_json = json.loads(config.to_json_best_effort())  # of a user's own functions, only the names
+  trackers = open_trackers(run.trackers, TrackedRun(run_id(workdir, start), workdir, as_json, start)) if main else []
   return Services(
     workdir=workdir,
     cadence=Cadence(
@@ -443,13 +449,13 @@ def _open_services(
       checkpoint_phase=steps.checkpoint_phase,
     ),
     batch_sizes=run.batch_sizes,
-    config=json.loads(config.to_json_best_effort()),  # for a user's own term, only the name of its function
+    config=as_json,
     abstract=run.abstract,
     max_skipped_steps=config.safety.max_skipped_steps,
     checkpoints=checkpoints,
     rollbacks=rollbacks,
     stop=stop,
-    writer=stack.enter_context(MetricWriter(workdir, resume_step=start, enabled=main)),
+    writer=stack.enter_context(MetricWriter(workdir, resume_step=start, trackers=trackers, enabled=main)),
     progress=stack.enter_context(TrainingProgress(steps.total, config.batch_size, devices=mesh.size, enabled=main)),
     trace=stack.enter_context(Trace(workdir / "profile", profile)),
     watchdog=watchdog,
@@ -496,7 +502,10 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
   with pictures.optional(workdir / "views.png"):
     picture = workdir / "views.png"
     augment = build.make_augment(config, run.built)
-    services.stop.wait_for(lambda: draw_views(run.samples, run.built.make_views, augment, picture))
+    captions = services.stop.wait_for(lambda: draw_views(run.samples, run.built.make_views, augment, picture))
+    services.writer.pictures(start)
+    if captions:
+      services.writer.text(start, "views", captions)
 
 
 def _finish(step: int, workdir: Path, latest: dict[str, float]) -> dict[str, float]:

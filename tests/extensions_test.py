@@ -46,6 +46,8 @@ from declip_jax.models.paths import side_prefixes
 from declip_jax.models.towers import IMAGE_TOWERS
 from declip_jax.objectives import TERMS, Term, make_objective
 from declip_jax.reporting.metrics import read_metrics
+from declip_jax.reporting.trackers import TrackedRun
+from declip_jax.reporting.trackers.libraries import TRACKERS
 from declip_jax.train import train
 from declip_jax.training import optim, schedules
 from declip_jax.training.state import abstract_state
@@ -269,6 +271,19 @@ def test_a_source_takes_1_place(places: Places, tmp_path: Path) -> None:
   assert len(places) == 1
 
 
+def test_a_tracker_takes_2_places(places: Places, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+  opened = []
+  places.add(TRACKERS, "toy", lambda run, project: opened.append((run.name, project)))
+  places.configure(lambda c: c.trackers.update({"toy": ""}))
+  c = tiny_config("clip")
+  assert build.make_trackers(c.trackers) == {}
+  c.trackers.toy = "own"
+  monkeypatch.setattr(build, "is_installed", lambda library: library == "toy")
+  build.make_trackers(c.trackers)["toy"](TrackedRun("1" * 32, tmp_path / "run", {}, 0))
+  assert opened == [("run", "own")]
+  assert len(places) == 2
+
+
 def test_an_evaluator_takes_1_place(places: Places, tmp_path: Path) -> None:
   places.add(EVALUATORS, "toy", Evaluator(toy_evaluator, needs_text=False))
   c = tiny_config("clip")
@@ -294,7 +309,28 @@ def test_an_evaluator_takes_1_place(places: Places, tmp_path: Path) -> None:
 OWN_TERM = """
 import jax.numpy as jnp
 from declip_jax import config
+from declip_jax.reporting.trackers import Tracker
 from tiny import tiny_config
+
+
+class Lines(Tracker):
+  def __init__(self, run):
+    self.path = run.workdir / "lines.txt"
+    self.add(f"open {run.id} {run.name} {run.config['objective']['mine']['loss']} {run.start}")
+
+  def add(self, line):
+    with self.path.open("a") as file:
+      file.write(line + chr(10))
+
+  def log(self, step, values):
+    self.add(f"log {step} {values['loss/mine']:.9g}")
+
+  def close(self, finished):
+    self.add(f"close {finished}")
+
+
+def lines(run):
+  return Lines(run)
 
 
 def hinge(outputs, batch, *, margin=0.2):
@@ -305,13 +341,14 @@ def hinge(outputs, batch, *, margin=0.2):
 def get_config():
   c = tiny_config("clip")
   c.objective.mine = config.term(hinge, weight=0.5, margin=0.3)
+  c.trackers.lines = lines
   return c
 """
 
 
 @pytest.fixture
 def own_config(tmp_path: Path) -> ConfigDict:
-  """A user's config file with a term of its own."""
+  """A user's config file with a term and a tracker of its own."""
   file = tmp_path / "mine.py"
   file.write_text(OWN_TERM)
   return config_files.load(str(file))
@@ -335,13 +372,21 @@ def test_a_term_in_a_users_config_file_takes_no_place(own_config: ConfigDict) ->
 
 
 @pytest.mark.slow
-def test_a_run_with_a_users_own_term_resumes_and_loads_without_its_file(own_config: ConfigDict, tmp_path: Path) -> None:
+def test_a_run_with_a_users_own_term_and_tracker_resumes_and_loads_without_its_file(
+  own_config: ConfigDict, tmp_path: Path
+) -> None:
   c, workdir = own_config, tmp_path / "run"
   c.evals, c.duration.steps = ConfigDict(), 2
   train(c, workdir)
   c.duration.steps = 3
   train(c, workdir)
-  assert [line["step"] for line in read_metrics(workdir) if "loss/mine" in line] == [1, 2, 3]
+  losses = {line["step"]: line["loss/mine"] for line in read_metrics(workdir) if "loss/mine" in line}
+  assert [*losses] == [1, 2, 3]
+  # The tracker has both starts of one run.
+  first = f"open {(workdir / 'run_id.txt').read_text().strip()} run function hinge"
+  logged = [f"log {step} {loss:.9g}" for step, loss in losses.items()]
+  expected = [f"{first} 0", *logged[:2], "close True", f"{first} 2", logged[2], "close True"]
+  assert (workdir / "lines.txt").read_text().splitlines() == expected
   assert load(workdir).encode_image(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 16)
 
 

@@ -108,6 +108,7 @@ def extended_default(add_fields: Callable[[ConfigDict], None]) -> Callable[..., 
     c.lock()
     c.evals.unlock()
     c.objective.unlock()
+    c.trackers.unlock()
     for fields in c.objective.values():
       fields.lock()
     return c

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
+from record_files import read_events
 from runs import (
   assert_equal,
   command,
@@ -38,6 +39,7 @@ from declip_jax import config as config_lib
 from declip_jax.clip import load
 from declip_jax.data import pipeline
 from declip_jax.data.mixture import Mixture
+from declip_jax.data.recipes import RECIPES
 from declip_jax.data.sources import open_source
 from declip_jax.evaluate import _config_of_run, evaluate
 from declip_jax.planning import choose
@@ -262,6 +264,14 @@ def test_run_leaves_its_record(finished_run: FinishedRun, tmp_path: Path) -> Non
   names = {path.name for path in workdir.iterdir()}
   assert names >= {"checkpoints", "config.json", "starts.jsonl", "metrics.jsonl", "tensorboard"}
   assert names >= {"views.png", "curves.png", "retrieval.png"}
+  shown = [(event.step, one) for event in read_events(workdir / "tensorboard") for one in event.summary.value]
+  pictures = {(step, one.tag) for step, one in shown if one.HasField("image")}
+  assert pictures == {(0, "views"), (6, "curves"), (8, "curves"), (8, "heldout"), (8, "retrieval")}
+  texts = {one.tag: one.tensor.string_val[0].decode() for _, one in shown if one.HasField("tensor")}
+  assert json.loads(texts["config/text_summary"]) == json.loads((workdir / "config.json").read_text())
+  header, _, *rows = texts["views/text_summary"].splitlines()
+  assert header == f"| {' | '.join(RECIPES['declip'].text_views)} |"
+  assert len(rows) == 6
   about = json.loads((workdir / "starts.jsonl").read_text().splitlines()[0])
   assert about["versions"]["jax"] == jax.__version__
   assert about["mesh"] == {"data": 1, "fsdp": 1}

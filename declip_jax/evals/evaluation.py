@@ -24,8 +24,9 @@ from declip_jax.evals.features import Features, Read, encode_texts, host_rows, r
 from declip_jax.evals.jobs import DataSource, Job, run_jobs
 from declip_jax.evals.results import Result, Scores
 from declip_jax.evals.text_cache import TextCache
-from declip_jax.reporting.metrics import TENSORBOARD, EventFile, score_text
+from declip_jax.reporting.metrics import score_text
 from declip_jax.reporting.progress import Bar, message
+from declip_jax.reporting.trackers.tensorboard import TENSORBOARD, TensorBoard
 from declip_jax.runtime.hosts import from_first, sum_over_hosts
 from declip_jax.runtime.records import add_line
 
@@ -111,7 +112,7 @@ class Evaluation:
           path = results.write(self.output, found[job.name], scores.predictions)
           self._log(job, path, scores, {"seconds": round(seconds, 3), **vars(images)})
           if events is not None:
-            events.write(self.model.weights["step"], job.curves(scores))
+            events.log(self.model.weights["step"], job.curves(scores))
           shown = describe(scores.headline, scores.metrics, scores.intervals)
           message(f"[{number}/{len(todo)}] {job.name}: {shown} ({seconds:.1f} s)")
           if remark := scores.details.get("remark"):
@@ -240,13 +241,13 @@ class Evaluation:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
-  def _events(self, todo: Sequence[Job]) -> contextlib.AbstractContextManager[EventFile | None]:
+  def _events(self, todo: Sequence[Job]) -> contextlib.AbstractContextManager[TensorBoard | None]:
     """A file for the run's TensorBoard, apart from those of its training, which a second writer would confuse."""
     if self.run_folder is None or not todo or jax.process_index():
       return contextlib.nullcontext()
     folder = self.run_folder / TENSORBOARD / "results"
     try:
-      return contextlib.closing(EventFile(folder))
+      return contextlib.closing(TensorBoard(folder))
     except OSError as error:  # the run is another user's
       message(f"{folder} cannot be written, so TensorBoard will not show the results: {error}")
       return contextlib.nullcontext()

@@ -1,34 +1,28 @@
-"""The metrics of a run: `metrics.jsonl`, TensorBoard, and a table at the end.
+"""The metrics of a run: `metrics.jsonl`, trackers, and a table at the end.
 
 `metrics.jsonl` in the working directory is the source of truth: a JSON object per line, `{"step": 300, "time": 1.7e9,
-"loss": 5.1, ...}`, in order of step even after a run was killed and resumed. TensorBoard's files have the same values.
+"loss": 5.1, ...}`, in order of step even after a run was killed and resumed. Trackers receive the same values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import json
 import math
 import numbers
 import os
 from pathlib import Path
-import socket
-import struct
 import time
 from typing import Any, Self
 
-from absl import logging
 import numpy as np
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 
+from declip_jax.reporting.appender import Appender
+from declip_jax.reporting.trackers import Tracker
 from declip_jax.runtime import records
-
-TENSORBOARD = "tensorboard"  # folder of event files in a working directory
 
 
 class MetricWriter:
-  """Appends the metrics of a run to `workdir/metrics.jsonl` and to the event files in `workdir/tensorboard`.
+  """Appends the metrics of a run to `workdir/metrics.jsonl`, and gives them and its pictures to trackers.
 
   A line reaches the operating system before `write` returns, so a killed process loses none; on a full disk it waits in
   memory, with a warning, until there is space again. Resuming drops the lines after the restored step, and a last line
@@ -38,31 +32,37 @@ class MetricWriter:
   Args:
     workdir: directory on a file system that can append (mount a bucket).
     resume_step: step from which the run starts; lines of later steps are dropped.
+    trackers: trackers, which `close` closes.
     enabled: False on all processes but the first; then nothing is read or written.
 
   Raises:
     ValueError: `workdir` is the address of a bucket.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int, enabled: bool = True):
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    resume_step: int,
+    trackers: Sequence[Tracker] = (),
+    enabled: bool = True,
+  ):
     self._enabled = enabled
     if not enabled:
       return
     self._path = _metrics_path(workdir)
-    self._events = EventFile(self._path.parent / TENSORBOARD)
-    self._lines: _Appender | None = None
-    self.roll_back(resume_step)
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    self._trackers = trackers
+    self._pictures = self._written_pictures()
+    self._lines: Appender | None = None
+    self._drop_after(resume_step)
 
   def roll_back(self, step: int) -> None:
     """Drops the lines after a step, as resuming from it does."""
-    if not self._enabled:
-      return
-    if self._lines:
-      self._lines.close()
-    if self._path.exists():
-      _drop_steps_after(step, self._path)
-    self._lines = _Appender(self._path)
-    self._events.hide_from(step + 1)
+    if self._enabled:
+      self._drop_after(step)
+      for tracker in self._trackers:
+        tracker.roll_back(step)
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes one line.
@@ -79,83 +79,51 @@ class MetricWriter:
     now = time.time()
     values = {name: _as_float(name, value) for name, value in values.items()}
     self._lines.append(_to_line({"step": int(step), "time": round(now, 3), **values}).encode())
-    self._events.write(int(step), values, now)
+    for tracker in self._trackers:
+      tracker.log(int(step), values)
 
-  def close(self) -> None:
-    """Closes both files; a second call does nothing."""
+  def pictures(self, step: int) -> None:
+    """Gives trackers the pictures in the working directory that have been written since the last call."""
+    if not self._enabled:
+      return
+    before, self._pictures = self._pictures, self._written_pictures()
+    for path, written in self._pictures.items():
+      if before.get(path) != written:
+        for tracker in self._trackers:
+          tracker.picture(step, path.stem, path)
+
+  def text(self, step: int, name: str, text: str) -> None:
+    """Gives trackers a text in Markdown."""
+    for tracker in self._trackers if self._enabled else ():
+      tracker.text(step, name, text)
+
+  def close(self, finished: bool = True) -> None:
+    """Closes the file and the trackers, of a run that may have stopped early; a second call does nothing."""
     if self._enabled:
       self._lines.close()
-      self._events.close()
+      for tracker in self._trackers:
+        tracker.close(finished)
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    self.close(finished=kind is None)
 
+  def _drop_after(self, step: int) -> None:
+    if self._lines:
+      self._lines.close()
+    if self._path.exists():
+      _drop_steps_after(step, self._path)
+    self._lines = Appender(self._path)
 
-class EventFile:
-  """A new file of scalars in a folder of TensorBoard.
-
-  Args:
-    folder: folder on a file system that can append; it is made if it does not exist.
-  """
-
-  def __init__(self, folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    self._file = _Appender(folder / f"events.out.tfevents.{time.time_ns() // 10**6}.{socket.gethostname()}")
-    self._file.append(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
-
-  def write(self, step: int, values: Mapping[str, float], now: float | None = None) -> None:
-    """Adds the values of a step, at a time in seconds, by default the present."""
-    summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-    self._file.append(_record(Event(wall_time=time.time() if now is None else now, step=step, summary=summary)))
-
-  def hide_from(self, step: int) -> None:
-    """Hides the earlier events of the folder from a step on."""
-    start = SessionLog(status=SessionLog.START)
-    self._file.append(_record(Event(wall_time=time.time(), step=step, session_log=start)))
-
-  def close(self) -> None:
-    """Closes the file; a second call does nothing."""
-    self._file.close()
-
-
-class _Appender:
-  """A file that is only appended to, and that tolerates a disk that is full for a while.
-
-  TensorBoard's own writer does not: its thread ends, and training waits for it forever.
-  """
-
-  def __init__(self, path: Path):
-    self._path, self._file = path, path.open("ab", buffering=0)
-    self._waiting, self._warned = b"", False
-
-  def append(self, data: bytes) -> None:
-    """Writes bytes; those that cannot be written are kept for the next call."""
-    self._waiting += data
-    try:
-      while self._waiting:
-        self._waiting = self._waiting[self._file.write(self._waiting) :]
-      self._warned = False
-    except OSError as error:
-      if not self._warned:
-        self._warned = True
-        logging.warning("%s cannot be written for now: %s", self._path, error)
-
-  def close(self) -> None:
-    """Tries to write one last time."""
-    if not self._file.closed:
-      self.append(b"")
-      with contextlib.suppress(OSError):
-        self._file.close()
-
-
-def _record(event: Event) -> bytes:
-  """Encodes an event as in TensorBoard's files: length and content, each followed by its checksum."""
-  data = event.SerializeToString()
-  length = struct.pack("<Q", len(data))
-  return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
+  def _written_pictures(self) -> dict[Path, int]:
+    """The pictures in the working directory, and when each was written, in nanoseconds."""
+    found = {}
+    for path in sorted(self._path.parent.glob("*.png")):
+      with contextlib.suppress(OSError):  # deleted meanwhile
+        found[path] = path.stat().st_mtime_ns
+    return found
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, float]]:

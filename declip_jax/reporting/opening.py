@@ -68,16 +68,27 @@ def opening_lines(
 
 def draw_views(
   samples: grain.MapDataset, make_views: MakeViews, augment: Callable[[Batch, jax.Array], Batch], path: Path
-) -> None:
-  """Draws the first samples of a run as the model receives them, unless the picture exists."""
+) -> str:
+  """Draws the first samples of a run as the model receives them, unless the picture exists.
+
+  Returns:
+    The texts of the samples, a table in Markdown; empty if nothing is drawn, or if the recipe has no texts.
+  """
   if path.exists():
-    return
+    return ""
   first = hangs.make_all(samples.__getitem__, 6, hangs.SECONDS)
   texts = [[make_views.tokenizer.decode(ids) for ids in sample.get("text", ())] for sample in first]
   fields = [name for name in ("image", "label") if name in first[0]]
   batch = jax.jit(augment)({name: np.stack([sample[name] for sample in first]) for name in fields}, 0)
   recipe, shown = make_views.recipe, np.rint(batch["image"]).astype(np.uint8)  # mixed images are not rounded
   pictures.plot_views(shown, texts, path, recipe.image_views, recipe.text_views)
+  return _table(recipe.text_views, texts)
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table in Markdown; empty without columns."""
+  cells = [[" ".join(text.split()).replace("|", "\\|") for text in row] for row in rows]
+  return "\n".join(f"| {' | '.join(row)} |" for row in (names, ["---"] * len(names), *cells)) if names else ""
 
 
 def score_lines(step: int, results: Mapping[str, float]) -> Iterator[str]:

@@ -217,6 +217,7 @@ class Services:
     """Evaluates a state, and records its metrics with its checkpoint and in metrics.jsonl."""
     with self.clock.spending("evaluation"):
       results = self.evaluate_state(state, self.cadence.evaluation(step))
+      self.writer.pictures(step)
     self.checkpoints.score(step, results)
     if results:
       self.writer.write(step, {"examples": self.batch_sizes.examples(step), **results})
@@ -239,10 +240,11 @@ class Services:
     elif start >= self.cadence.total:
       self.latest.update(self.evaluate_state(state, 0))
 
-  def curves(self) -> None:
-    """Draws the curves of the metrics so far."""
+  def curves(self, step: int) -> None:
+    """Draws the curves of the metrics up to a step."""
     with self.clock.spending("save"):
       self.draw_curves()
+      self.writer.pictures(step)
 
   def _save(self, step: int, state: State, position: dict[str, Any]) -> None:
     self.checkpoints.save(step, state, data=position, config=self.config, batch_sizes=self.batch_sizes)

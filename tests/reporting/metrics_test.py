@@ -1,4 +1,4 @@
-"""metrics.jsonl and the TensorBoard files survive crashes; the final table is aligned."""
+"""metrics.jsonl survives crashes; the final table is aligned."""
 
 import io
 import json
@@ -7,13 +7,13 @@ import os
 
 import numpy as np
 import pytest
-from record_files import damages, read_events, scalars
+from record_files import damages
 
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
 
 
-def write_rows(workdir, steps, resume_step=0):
-  with MetricWriter(workdir, resume_step=resume_step) as writer:
+def write_rows(workdir, steps, resume_step=0, trackers=()):
+  with MetricWriter(workdir, resume_step=resume_step, trackers=trackers) as writer:
     for step in steps:
       writer.write(step, {"loss": step / 10, "loss/clip": 1.0})
 
@@ -58,7 +58,7 @@ def test_resuming_drops_the_steps_that_did_not_happen(tmp_path):
   write_rows(tmp_path, [30, 50], resume_step=20)
   assert steps_in(tmp_path) == [10, 20, 30, 50]
   assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:2] == before
-  assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
 def test_a_crash_while_resuming_leaves_the_old_file(tmp_path, monkeypatch):
@@ -158,13 +158,6 @@ def test_on_a_full_disk_lines_wait_for_space(tmp_path, caplog):
     writer.write(4, {"loss": 1.0})
     assert steps_in(tmp_path) == [1, 2, 3, 4]
   assert caplog.text.count("metrics.jsonl cannot be written for now: [Errno 28] No space left on device") == 1
-
-
-def test_tensorboard_holds_the_scalars_and_hides_the_steps_that_did_not_happen(tmp_path):
-  write_rows(tmp_path, [30, 40], resume_step=20)
-  events = read_events(tmp_path / "tensorboard")
-  assert scalars(events) == [(30, "loss", 3.0), (30, "loss/clip", 1.0), (40, "loss", 4.0), (40, "loss/clip", 1.0)]
-  assert [e.step for e in events if e.HasField("session_log")] == [21]
 
 
 def test_rolling_back_drops_lines_as_resuming_does(tmp_path):
