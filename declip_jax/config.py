@@ -60,6 +60,9 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   # "cached": the loss sees the whole batch, with the same gradient; "plain": each micro-batch; see `training.gradient`.
   c.micro_batching = "cached"
   c.duration = duration(epochs=32)  # length of the whole run
+  # Name -> `stage(...)`: what the run trains on first, such as smaller images, in the order of the names. The last
+  # stage is this config itself, with what remains of `duration`.
+  c.stages = ConfigDict()
   c.data = _data(recipe, built.image_size)
   c.model = _model(built)
   if recipe in ("declip", "declip_repo", "filip_repo"):
@@ -83,23 +86,30 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.evaluate_batch_size = 1024
   c.evaluate_cache_gib = 2.0  # GiB of decoded images that each host keeps from one evaluation to the next
   c.evals = ConfigDict()  # name -> `zero_shot(...)`, `retrieval(...)` or another of `EVALUATIONS` in this module
-  c.checkpoint = ConfigDict()
-  c.checkpoint.every = duration(epochs=1)
-  c.checkpoint.keep_last = 2
-  c.checkpoint.keep_every = duration()  # the first checkpoint in each period of this length is never deleted
-  c.checkpoint.keep_best = 1
-  c.checkpoint.best_metric = ""  # metric such as "eval/zero_shot/top1", higher is better; "" keeps only the last
+  c.checkpoint = _checkpoint()
   if weights.get("sigmoid"):  # SigLIP (Zhai et al. 2023), section 3.2 and algorithm 1
     c.model.heads.logit_scale_init = math.log(10)
     c.optimizer.logit_scale_range = ()
   if preset == "repo":
     _as_released(c, method)
   c.lock()
-  # The two subtrees to which a config may add fields: evaluations, and its own terms.
+  # The subtrees to which a config may add fields: stages, evaluations, and its own terms.
+  c.stages.unlock()
   c.evals.unlock()
   c.objective.unlock()
   for fields in c.objective.values():
     fields.lock()
+  return c
+
+
+def _checkpoint() -> ConfigDict:
+  """When checkpoints are saved, and which are kept."""
+  c = ConfigDict()
+  c.every = duration(epochs=1)
+  c.keep_last = 2
+  c.keep_every = duration()  # the first checkpoint in each period of this length is never deleted
+  c.keep_best = 1
+  c.best_metric = ""  # metric such as "eval/zero_shot/top1", higher is better; "" keeps only the last
   return c
 
 
@@ -307,6 +317,32 @@ def _optimizer() -> ConfigDict:
   return c
 
 
+def stage(**fields: Any) -> ConfigDict:
+  """A stage that a run trains before its last one: `c.stages.low = config.stage(duration=..., image_size=112)`.
+
+  A field that is None, and a duration that is empty, are those of the config. The schedule of the learning rate starts
+  anew in each stage, with its warm-up and its decay, and milestones count from the start of the stage. The last step of
+  a stage is logged, saved and evaluated. Evaluations are always those of the whole model, at the config's resolution.
+
+  Raises:
+    AttributeError: an unknown field.
+  """
+  c = ConfigDict()
+  c.duration = duration()  # length of the stage
+  c.image_size = placeholder(int)  # data.image_size
+  c.patch_dropout = placeholder(float)  # model.patch_dropout, the share of the patches of these images
+  c.context_length = placeholder(int)  # model.text.context_length, at most that of the config; longer texts are cut
+  c.batch_size = placeholder(int)  # batch_size
+  c.micro_batches = placeholder(int)  # micro_batches
+  c.learning_rate = placeholder(float)  # optimizer.learning_rate, the peak
+  c.warmup = duration()  # optimizer.warmup
+  c.evaluate_every = duration()  # evaluate_every
+  c.lock()
+  for name, value in fields.items():
+    setattr(c, name, value)
+  return c
+
+
 def term(
   loss: Callable[..., Any],
   *,
@@ -502,8 +538,9 @@ RENAMED = {
   "checkpoint.minutes": "safety.checkpoint_minutes",
   "init_from.parts": "init_from.groups",
 }
-# Subtrees whose fields depend on the config: the names of evaluations and of a user's own terms, and the kind of tower.
-_OPEN = ("evals", "objective", "model.image")
+# Subtrees whose fields depend on the config: the names of stages, of evaluations and of a user's own terms, and the
+# kind of tower.
+_OPEN = ("stages", "evals", "objective", "model.image")
 
 
 def from_json(text: str) -> ConfigDict:
@@ -515,9 +552,13 @@ def from_json(text: str) -> ConfigDict:
     ValueError: a field that neither the current version nor an older one has.
   """
   fields, known = parse_json(text), default().to_dict()
-  if unknown := sorted(_unknown(fields, known)):
+  of_stages = fields.get("stages", {})
+  in_stages = _unknown(of_stages, dict.fromkeys(of_stages, stage().to_dict()), "stages.")
+  if unknown := sorted([*_unknown(fields, known), *in_stages]):
     raise ValueError(f"config.json has unknown fields {unknown}: it was written by another version of declip_jax")
   _add_missing(fields, known)
+  for entry in of_stages.values():
+    _add_missing(entry, stage().to_dict())
   for entry in fields.get("evals", {}).values():
     if isinstance(entry, dict) and entry.get("kind") in EVALUATIONS:
       _add_missing(entry, EVALUATIONS[entry["kind"]]("").to_dict())
@@ -536,11 +577,18 @@ def changeable(saved: ConfigDict) -> ConfigDict:
   if own := sorted(set(fields.get("objective", {})) - set(c.objective)):
     raise ValueError(f"objective.{own[0]} is a term of your own: pass the config file that defines it")
   with c.unlocked():
+    c.stages = ConfigDict({name: stage(**_given(entry)) for name, entry in fields.pop("stages", {}).items()})
     c.evals = ConfigDict(fields.pop("evals", {}))
     c.model.image = ConfigDict(fields["model"].pop("image"))  # its fields depend on the kind of tower
+  c.stages.unlock()
   c.evals.unlock()
   c.update(fields)
   return c
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a saved stage that are not None, with durations as configs."""
+  return {name: ConfigDict(x) if isinstance(x, dict) else x for name, x in fields.items() if x is not None}
 
 
 def parse_json(text: str) -> dict[str, Any]:
@@ -583,6 +631,7 @@ def _add_missing(fields: dict[str, Any], known: Mapping[str, Any], path: str = "
   for name, value in known.items():
     field = f"{path}{name}"
     if field in _OPEN and field != "objective":  # an older objective lacks the terms that were added since
+      fields.setdefault(name, {})
       continue
     if isinstance(value, dict):
       _add_missing(fields.setdefault(name, {}), value, f"{field}.")

@@ -78,6 +78,7 @@ class FakeTraining:
         workdir=workdir,
         cadence=self.cadence,
         batch_sizes=sizes,
+        repeatable_from=sizes.since,
         config={},
         abstract=abstract(),
         max_skipped_steps=self.max_skipped_steps,

@@ -1,5 +1,6 @@
 """Tests of `declip_jax.plan`, the command."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 from absl import flags
 import pytest
+from tiny import tiny_config
 
 from declip_jax import plan
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def values(monkeypatch) -> SimpleNamespace:
   """The flags of a command that must not reach the compiler."""
-  values = SimpleNamespace(config=None, topology=None, slices=1, search=True, json=None)
+  values = SimpleNamespace(config=tiny_config("clip"), topology=None, slices=1, search=True, json=None)
   monkeypatch.setattr(flags, "FLAGS", values)
   monkeypatch.setattr(plan, "make_report", lambda *_: pytest.fail("compiled before the flags were checked"))
   return values
@@ -38,7 +40,7 @@ def test_slices_without_a_topology_are_rejected(values):
 
 @pytest.mark.parametrize(("fits", "code"), [(True, 0), (False, 1), (None, 0)])
 def test_exit_code_is_1_if_the_step_does_not_fit(values, monkeypatch, fits, code):
-  monkeypatch.setattr(plan, "make_report", lambda *_: SimpleNamespace(fits=fits))
+  monkeypatch.setattr(plan, "make_report", lambda *_: dataclasses.make_dataclass("Fake", ["fits"])(fits))
   monkeypatch.setattr(plan, "table", lambda _: ["table"])
   assert plan._command([]) == code
 

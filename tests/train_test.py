@@ -588,7 +588,7 @@ def test_a_run_of_two_epochs_sees_two_although_its_batch_doubles_after_one(
     ({"data.image_size": 20}, r"image_size=20 .*config.model.image.patch=8"),
     ({"mesh.data": 3}, r"does not fit 8 devices"),
     ({"duration.epochs": 2.0}, r"set one of steps, epochs, examples"),
-    ({"optimizer.warmup.steps": 9}, r"longer than the whole run of 8"),
+    ({"optimizer.warmup.steps": 9}, r"warmup is 9 steps, longer than the 8 "),
     ({"model.heads.bank_groups": 3}, r"bank_groups=3 does not divide the batch of 16"),
     ({"model.heads.bank_neighbours": 33}, r"bank_neighbours=33 is more than its bank_size=32"),
     ({"objective.byol.schedule": ((0, 1.0),)}, r"config.objective.byol.schedule=.*config.objective.byol.weight is 0"),

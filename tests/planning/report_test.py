@@ -50,7 +50,7 @@ def test_a_step_that_does_not_fit_reports_the_largest_that_does(report: Report, 
     def __init__(self, pairs: int):
       object.__setattr__(self, "pairs", pairs)
 
-  def compile_step(config: ConfigDict, devices: list[jax.Device]) -> FakeStep:
+  def compile_step(config: ConfigDict, devices: list[jax.Device], run: None = None) -> FakeStep:
     pairs = config.batch_size // len(devices)
     if pairs > 11:
       raise compilation.OutOfMemory(1e7 * pairs)
