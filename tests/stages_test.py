@@ -24,7 +24,7 @@ from declip_jax.models import model as model_lib
 from declip_jax.planning.flops import step_flops
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.runtime.rollback import Rollbacks
-from declip_jax.runtime.services import Services
+from declip_jax.runtime.services import Cadence, Services
 from declip_jax.stages import LAST, Stage, flops_until, plan_stages, repeatable_from, stage_configs
 from declip_jax.training import schedules
 from declip_jax.training.state import abstract_state
@@ -46,7 +46,9 @@ def staged(method: str = "clip", **fields: object) -> ConfigDict:
 
 @contextlib.contextmanager
 def one_device() -> Iterator[None]:
+  """Trains on one device, where an evaluation returns its number."""
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(build, "make_evaluators", lambda *_: lambda encoders, number: {"eval/a/top1": float(number)})
     patch.setattr(build, "make_mesh", lambda **_: sharding.make_mesh(1, 1, jax.devices()[:1]))
     yield
 
@@ -248,7 +250,7 @@ def test_each_stage_reads_its_own_batches_and_the_order_goes_on(whole: tuple[Pat
 
 
 def test_the_metrics_say_which_stage_a_step_belongs_to(whole: tuple[Path, dict[int, Reading]]) -> None:
-  lines = read_metrics(whole[0])
+  lines = [line for line in read_metrics(whole[0]) if "loss" in line]
   assert [(line["step"], line["stage"], line["examples"]) for line in lines] == [
     *((step, 1, 32 * step) for step in range(1, 5)),
     *((4 + step, 2, 128 + 16 * step) for step in range(1, 4)),
@@ -263,6 +265,22 @@ def test_the_metrics_say_which_stage_a_step_belongs_to(whole: tuple[Path, dict[i
   np.testing.assert_allclose([line["lr"] for line in lines], rates, rtol=1e-6)
 
 
+def evaluations(workdir: Path) -> list[tuple[float, float, float, float]]:
+  """The steps of evaluations, their numbers, and what their lines say about the training."""
+  found = [line for line in read_metrics(workdir) if "eval/a/top1" in line]
+  return [(line["step"], line["eval/a/top1"], line["stage"], line["examples"]) for line in found]
+
+
+def test_the_last_step_of_a_stage_is_evaluated_and_saved(whole: tuple[Path, dict[int, Reading]]) -> None:
+  assert evaluations(whole[0]) == [(3, 1, 1, 96), (4, 0, 1, 128), (6, 2, 2, 160), (7, 0, 2, 176)]
+  cadence = Cadence(total=4, log=3, evaluate=3, checkpoint=3, first=2)
+  assert [step for step in range(6) if cadence.has(step)] == [2, 3]
+  assert [step for step in (3, 4) if cadence.saves(step)] == [3, 4]
+  c = staged()
+  c.checkpoint.every = config.duration()
+  assert [build.stage_steps(stage, EPOCH).checkpoint for stage in plan_stages(c, EPOCH)] == [0, 0]
+
+
 @pytest.mark.parametrize("step", [3, pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_resumes_bit_exact_on_either_side_of_the_boundary(
   step: int, whole: tuple[Path, dict[int, Reading]], tmp_path: Path
@@ -270,9 +288,13 @@ def test_a_run_resumes_bit_exact_on_either_side_of_the_boundary(
   shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
   for later in range(step + 1, 8):  # as if it had been killed
     shutil.rmtree(tmp_path / "checkpoints" / str(later))
+  metrics = tmp_path / "metrics.jsonl"  # the evaluation of the newest checkpoint is repeated
+  kept = [line for line in metrics.read_text().splitlines() if not ("eval/" in line and f'"step": {step},' in line)]
+  metrics.write_text("\n".join(kept) + "\n")
   with one_device():
     assert train.train(staged(), tmp_path)["step"] == 7
   assert_same_end(tmp_path, whole[0], staged())
+  assert evaluations(tmp_path) == evaluations(whole[0])
 
 
 def assert_same_end(workdir: Path, expected: Path, c: ConfigDict) -> None:
@@ -317,7 +339,7 @@ def test_a_rollback_returns_to_the_stage_before(
     train.train(staged(), tmp_path)
   assert read[3].position == 160 + 32  # after the batches of steps 5 and 6, which was in flight
   assert [read[step].image[0] for step in range(1, 8)] == [32, 32, 32, 32, 16, 16, 16]
-  assert [line["examples"] for line in read_metrics(tmp_path)] == [32, 64, 96, 128, 144, 160, 176]
+  assert [line["examples"] for line in read_metrics(tmp_path) if "loss" in line] == [32, 64, 96, 128, 144, 160, 176]
   assert read[7].position == 160 + 2 * 32 + 3 * 16
 
 
