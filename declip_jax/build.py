@@ -270,7 +270,7 @@ class Steps(NamedTuple):
   """All durations of a stage of a run in steps, 0 for never; a run without `config.stages` is one stage.
 
   Attributes:
-    total: number of steps of the run at the end of the stage.
+    first, total: number of steps of the run before the stage and at its end.
     evaluate, checkpoint, keep_every: steps between two evaluations and checkpoints.
     schedule: the learning rate schedule, which has durations of its own, from the start of the stage.
     evaluate_phase, checkpoint_phase: remainder of the steps that are due, divided by the steps between them.
@@ -280,6 +280,7 @@ class Steps(NamedTuple):
     run_total: length of the run in batches of the current size.
   """
 
+  first: int
   total: int
   evaluate: int
   checkpoint: int
@@ -354,6 +355,7 @@ def stage_steps(stage: Stage, epoch_examples: int) -> Steps:
   )
   examples_left = stage.batch_sizes.examples(stage.total_steps) - sizes.examples(stage.last)
   return Steps(
+    first=stage.first,
     total=stage.last,
     evaluate=evaluate,
     checkpoint=checkpoint,
@@ -411,6 +413,7 @@ def make_step(
     logit_scale_range=config.optimizer.logit_scale_range,
     spike_factor=config.safety.spike_factor,
     ema=config.optimizer.ema,
+    first_step=steps.first,
   )
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(built.mesh)))

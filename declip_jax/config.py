@@ -249,8 +249,8 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.drop_path = 0.0
   # Patch dropout of an image ViT in training: the share of the patches of each view, drawn anew in each step, that do
   # not enter the transformer, whose FLOPs fall by about as much. FLIP (Li et al. 2023, section 3) drops 0.5 or 0.75 and
-  # ends with a short training on whole images, for which `init_from` can read the weights; CLIPA (Li et al. 2023) finds
-  # that larger models lose less by it. FILIP compares the kept patches. Evaluation and momentum towers see all patches.
+  # ends with a short training on whole images, as `stages` do; CLIPA (Li et al. 2023) finds that larger models lose
+  # less by it. FILIP compares the kept patches. Evaluation and momentum towers see all patches.
   c.patch_dropout = 0.0
   # What a masked token sees: the whole caption ("bidirectional", as in BERT, in a pass of its own), or the tokens
   # before it ("causal", as in DeCLIP's released code).
@@ -321,8 +321,9 @@ def stage(**fields: Any) -> ConfigDict:
   """A stage that a run trains before its last one: `c.stages.low = config.stage(duration=..., image_size=112)`.
 
   A field that is None, and a duration that is empty, are those of the config. The schedule of the learning rate starts
-  anew in each stage, with its warm-up and its decay, and milestones count from the start of the stage. The last step of
-  a stage is logged, saved and evaluated. Evaluations are always those of the whole model, at the config's resolution.
+  anew in each stage, with its warm-up and its decay, and milestones count from the start of the stage; schedules of
+  terms and the decay of a momentum tower go through the whole run. The last step of a stage is logged, saved and
+  evaluated. Evaluations are always at the resolution of the config. `data.blur_radius` remains a number of pixels.
 
   Raises:
     AttributeError: an unknown field.

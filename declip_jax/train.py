@@ -290,7 +290,7 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
     encoders=build.make_encoders(config, built, evaluation_deaths),
     evaluate=build.make_evaluators(config.evals, workdir, config.model.heads.classnames, config.evaluate_cache_gib),
     initial=None if _has_checkpoints(workdir) else read_weights(config),
-    notes=_notes([mixture, ssl_mixture], config.batch_size, config.optimizer.ema),
+    notes=_notes([mixture, ssl_mixture], max(stage.config.batch_size for stage in stages), config.optimizer.ema),
     step_flops=lambda stage, size: step_flops(stage.name, size),
   )
 
@@ -556,7 +556,8 @@ def _describe(part: _Part) -> str:
 
 def _finish(step: int, workdir: Path, latest: dict[str, float]) -> dict[str, float]:
   """Prints and returns the final metrics of a run."""
-  names = ("examples", "temperature", "dense_temperature", "images_per_second", "utilisation", "skipped_total")
+  names = ("examples", "training_flops", "temperature", "dense_temperature", "images_per_second", "utilisation")
+  names += ("skipped_total",)
   shown = {name: value for name, value in latest.items() if name.startswith(("loss", "eval/")) or name in names}
   final = {"step": step, **shown}
   if jax.process_index() == 0:

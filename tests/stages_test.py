@@ -14,7 +14,7 @@ import pytest
 from runs import assert_equal, final_state, losses_on_disk
 from tiny import tiny_config
 
-from declip_jax import build, config, sharding, train
+from declip_jax import architectures, build, config, sharding, train
 from declip_jax.batch_sizes import BatchSizes
 from declip_jax.clip import load
 from declip_jax.data import pipeline
@@ -249,7 +249,7 @@ def test_each_stage_reads_its_own_batches_and_the_order_goes_on(whole: tuple[Pat
       np.testing.assert_array_equal(np.concatenate(steps), [expected[index]["text"] for index in samples])
 
 
-def test_the_metrics_say_which_stage_a_step_belongs_to(whole: tuple[Path, dict[int, Reading]]) -> None:
+def test_metrics_and_counters_are_those_of_the_stage(whole: tuple[Path, dict[int, Reading]]) -> None:
   lines = [line for line in read_metrics(whole[0]) if "loss" in line]
   assert [(line["step"], line["stage"], line["examples"]) for line in lines] == [
     *((step, 1, 32 * step) for step in range(1, 5)),
@@ -260,6 +260,7 @@ def test_the_metrics_say_which_stage_a_step_belongs_to(whole: tuple[Path, dict[i
   builds = {name: build.build(c, jax.devices()[:1]) for name, c in stage_configs(staged()).items()}
   assert flops[0] == step_flops(builds["low"], 32)
   assert flops[-1] == step_flops(builds[LAST], 16)
+  assert [final_state(whole[0], staged(), step)[0].skipped["measured"] for step in (4, 5, 7)] == [4, 1, 3]
   stages = plan_stages(staged(), EPOCH)
   rates = np.concatenate([rates_of(build.stage_steps(stage, EPOCH), stage.first) for stage in stages])
   np.testing.assert_allclose([line["lr"] for line in lines], rates, rtol=1e-6)
@@ -365,15 +366,23 @@ def test_a_stage_trains_as_a_run_with_its_config_does(tmp_path: Path) -> None:
   assert_equal(staged_state, low_state)
 
 
+RESNET = architectures.resnet(width=8, layers=(1, 1, 1, 1))
+OTHERS = ("defilip", "slip_byol", "siglip", "simclr", "finetune")
+
+
 @pytest.mark.parametrize(
-  "method",
+  ("method", "tower"),
   [
-    "clip",
-    *(pytest.param(m, marks=pytest.mark.slow) for m in ("defilip", "slip_byol", "siglip", "simclr", "finetune")),
+    ("clip", None),
+    pytest.param("clip", RESNET, marks=pytest.mark.slow),
+    *(pytest.param(method, None, marks=pytest.mark.slow) for method in OTHERS),
   ],
 )
-def test_a_stage_of_any_method_keeps_the_shapes_of_the_state(method: str) -> None:
+def test_a_stage_of_any_method_keeps_the_shapes_of_the_state(method: str, tower: ConfigDict | None) -> None:
   c = staged(method)
+  if tower:
+    c.model.image, c.data.image_size = tower, 64
+    c.stages.low.image_size, c.stages.low.patch_dropout = 32, 0.0
   low, last = stage_configs(c).values()
   built, whole = (build.build(of_stage, jax.devices()[:1]) for of_stage in (low, last))
   options = {"model": whole.model, "optimizer": whole.optimizer}
