@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
-from runs import assert_equal, final_state, losses_on_disk
+from runs import assert_equal, final_state, losses_on_disk, train_in_two_processes
 from tiny import tiny_config
 
 from declip_jax import architectures, build, config, sharding, train
@@ -352,6 +352,17 @@ def test_stages_on_several_devices_and_in_micro_batches(
   monkeypatch.setattr(build, "make_mesh", lambda **_: sharding.make_mesh(2, 2, jax.devices()[:4]))
   c = staged(micro_batches=2)
   train.train(c, tmp_path)
+  np.testing.assert_allclose(losses_on_disk(tmp_path), losses_on_disk(whole[0]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_stages_in_two_processes(whole: tuple[Path, dict[int, Reading]], tmp_path: Path) -> None:
+  c = staged()
+  low = {"duration.epochs": 0.5, **LOW}
+  flags = [f"--config.stages.low.{name}={value}" for name, value in low.items()]
+  flags += ["--config.data.image_size=32", "--config.duration.steps=0"]
+  flags += [f"--config.duration.examples={c.duration.examples}"]
+  train_in_two_processes("clip,bare", tmp_path, *flags)
   np.testing.assert_allclose(losses_on_disk(tmp_path), losses_on_disk(whole[0]), rtol=0, atol=1e-5)
 
 

@@ -26,6 +26,7 @@ from runs import (
   final_state,
   killed_before_line,
   losses_on_disk,
+  train_in_two_processes,
   wait_for_step,
   zero_biases_without_effect,
 )
@@ -74,19 +75,6 @@ def assert_same_run(workdir: Path, method: str, one: tuple[list[dict[str, float]
   assert_equal(zero_biases_without_effect(ours.params), zero_biases_without_effect(state.params), atol=1e-5)
   assert_equal(banks(ours), banks(state), atol=1e-5)
   assert ours_position == position
-
-
-def train_in_two_processes(config: str, workdir: Path, *overrides: str) -> None:
-  """Trains in two processes of one device each."""
-  port = 20000 + os.getpid() % 20000
-  processes = [
-    subprocess.Popen(
-      command(config, workdir, *overrides, f"--coordinator=localhost:{port}", "--processes=2", f"--process={index}"),
-      env=environment(),
-    )
-    for index in range(2)
-  ]
-  assert [process.wait(timeout=180) for process in processes] == [0, 0]
 
 
 @pytest.mark.slow
