@@ -102,7 +102,7 @@ def train(
     run = _prepare(config, workdir, sources, watchdog)
     workdir.mkdir(parents=True, exist_ok=True)
     messages = [stack.enter_context(lock(workdir)), *run.deaths.recover(), *run.evaluation_deaths.recover()]
-    checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.stages[-1].steps, workdir)))
+    checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.parts[-1].steps, workdir)))
     rollbacks = Rollbacks(workdir, config.safety.max_rollbacks)
     start, state, position, notes = _restore_or_create(config, run, checkpoints, rollbacks, watchdog)
     run, resized = _planned(config, run, checkpoints, start)
@@ -117,18 +117,25 @@ def _train_stages(
   run: "_Prepared", services: Services, step: int, state: State, position: dict[str, Any] | None
 ) -> None:
   """Trains from a step to the last one. Each stage reads its own batches, from where the stage before it ended."""
+  unsaved = None
   while step < run.total_steps:
     part = run.after(step)
     services = dataclasses.replace(services, **_of_stage(run, part, step))
-    if len(run.stages) > 1:
+    if len(run.parts) > 1:
       services.progress.enter_stage(part.stage.name, part.stage.last, part.stage.config.batch_size)
       services.progress.message(f"step {step:,}: compiling the train step of stage {part.stage.name}")
     with contextlib.closing(_open_batches(run, part, position)) as batches:
-      step, state, position = loop(part.step_fn, batches, state, step, services)
+      step, state, position = loop(part.step_fn, batches, state, step, services, unsaved)
+    unsaved = position
 
 
 def loop(
-  step_fn: StepFn, batches: Batches, state: State, start: int, services: Services
+  step_fn: StepFn,
+  batches: Batches,
+  state: State,
+  start: int,
+  services: Services,
+  position: dict[str, Any] | None = None,
 ) -> tuple[int, State, dict[str, Any] | None]:
   """Trains from the step `start` to the last one of its stage, or until a rollback to a step of another stage.
 
@@ -138,14 +145,15 @@ def loop(
     state: state after `start` steps.
     start: number of steps done.
     services: everything else.
+    position: input position after `start` steps; None if they are saved.
 
   Returns:
-    The number of steps done, their state, and the input position after the last batch, None if there was none.
+    The number of steps done, their state, and the input position after the last batch.
 
   Raises:
     Stopped, FloatingPointError, OSError, ValueError: see `train`.
   """
-  step, previous, position = start, {}, None
+  step, previous = start, {}
   while services.cadence.has(step):
     step += 1
     if (read := services.read(step, batches)) is None:
@@ -181,7 +189,7 @@ def loop(
         services.evaluate(step, state)
         stop = services.stop.signum
       services.curves()
-      if stop or step == services.cadence.total:
+      if stop or (services.cadence.is_last and step == services.cadence.total):
         services.finish_save(step, state, position)
     if stop:
       raise Stopped(step, stop)
@@ -189,7 +197,7 @@ def loop(
 
 
 def _stop(step: int, signum: int, state: State, position: dict[str, Any] | None, services: Services) -> NoReturn:
-  """Saves and stops a run that has done `step` steps; `position` is None if they are saved, or if there are none."""
+  """Saves and stops a run that has done `step` steps; `position` is None if they are saved or if there are none."""
   if position is not None:
     services.announce_stop(step, signum)
     services.save(step, state, position)
@@ -211,7 +219,7 @@ class _Part(NamedTuple):
 class _Prepared(NamedTuple):
   """A run before anything is allocated, compiled or written."""
 
-  stages: list[_Part]
+  parts: list[_Part]
   epoch_examples: int
   sources: list[Source]
   deaths: Deaths
@@ -226,25 +234,25 @@ class _Prepared(NamedTuple):
   @property
   def built(self) -> build.Built:
     """The objects of the last stage, whose images and texts are those of the model."""
-    return self.stages[-1].built
+    return self.parts[-1].built
 
   @property
-  def plan(self) -> list[Stage]:
-    """The stages."""
-    return [part.stage for part in self.stages]
+  def stages(self) -> list[Stage]:
+    """The stages themselves."""
+    return [part.stage for part in self.parts]
 
   @property
   def total_steps(self) -> int:
     """Number of steps of the whole run."""
-    return self.stages[-1].stage.last
+    return self.parts[-1].stage.last
 
   def after(self, step: int) -> _Part:
     """The stage of the step after the first `step` steps; the last one if there is none."""
-    return next((part for part in self.stages if step < part.stage.last), self.stages[-1])
+    return next((part for part in self.parts if step < part.stage.last), self.parts[-1])
 
   def until(self, step: int) -> _Part:
     """The stage of the last of the first `step` steps; the first one for 0."""
-    return next((part for part in self.stages if step <= part.stage.last), self.stages[-1])
+    return next((part for part in self.parts if step <= part.stage.last), self.parts[-1])
 
 
 def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None, watchdog: Watchdog) -> _Prepared:
@@ -281,7 +289,7 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
   parts = [(stage, builts[stage.name], samples(builts[stage.name])) for stage in stages]
   step_flops = functools.cache(lambda name, size: flops.step_flops(builts[name], size, config.optimizer.frozen))
   return _Prepared(
-    stages=[_part(*part, epoch_examples, abstract) for part in parts],
+    parts=[_part(*part, epoch_examples, abstract) for part in parts],
     epoch_examples=epoch_examples,
     sources=opened,
     deaths=deaths,
@@ -420,18 +428,18 @@ def _restore_or_create(
 def _planned(config: ConfigDict, run: _Prepared, checkpoints: Checkpoints, start: int) -> tuple[_Prepared, str]:
   """Returns a run whose durations count the examples of earlier batches of another size, and a message about them."""
   if start:
-    before = checkpoints.batch_sizes(start) or run.stages[-1].stage.batch_sizes
+    before = checkpoints.batch_sizes(start) or run.parts[-1].stage.batch_sizes
     stages = plan_stages(config, run.epoch_examples, before, start)
     parts = [
       _part(stage, part.built, part.samples, run.epoch_examples, run.abstract)
-      for stage, part in zip(stages, run.stages, strict=True)
+      for stage, part in zip(stages, run.parts, strict=True)
     ]
-    run = run._replace(stages=parts)
-  all_sizes = run.stages[-1].stage.batch_sizes
+    run = run._replace(parts=parts)
+  all_sizes = run.parts[-1].stage.batch_sizes
   if all_sizes.since and not config.checkpoint.keep_every.steps:
     checkpoints.first.length = all_sizes.batches
   sizes = run.after(start).stage.batch_sizes.between(0, start + 1)
-  if not repeatable_from(run.plan) or not sizes.since:
+  if not repeatable_from(run.stages) or not sizes.since:
     return run, ""
   return run, (
     f"the batch size has been {sizes.size} since step {sizes.since:,}, and {sizes.changes[-2][1]} before: durations in "
@@ -442,11 +450,11 @@ def _planned(config: ConfigDict, run: _Prepared, checkpoints: Checkpoints, start
 def _of_stage(run: _Prepared, part: _Part, step: int) -> dict[str, Any]:
   """The fields of `Services` that depend on the stage, which the run enters after `step` steps."""
   stage, steps, mesh = part.stage, part.steps, part.built.mesh
-  size, number = stage.config.batch_size, run.stages.index(part) + 1
+  size, number = stage.config.batch_size, run.parts.index(part) + 1
   device = devices.find(mesh.devices.flat[0].device_kind)
   peak = device and device.flops * mesh.size * size / run.step_flops(stage, size)
   # Tracing takes seconds, and FLOPs are proportional to examples if there is one stage.
-  counts_flops = device or len(run.stages) > 1
+  counts_flops = device or len(run.parts) > 1
   return {
     "cadence": Cadence(
       steps.total,
@@ -456,13 +464,14 @@ def _of_stage(run: _Prepared, part: _Part, step: int) -> dict[str, Any]:
       evaluate_phase=steps.evaluate_phase,
       checkpoint_phase=steps.checkpoint_phase,
       first=stage.first,
+      is_last=stage is run.stages[-1],
     ),
     "batch_sizes": stage.sizes_so_far,
-    "repeatable_from": repeatable_from(run.plan),
+    "repeatable_from": repeatable_from(run.stages),
     "clock": Clock(step, size, devices=mesh.size, peak=peak),
     "bad_samples": BadSamples(step, size, stage.config.data.max_bad),
-    "stage": number if len(run.stages) > 1 else 0,
-    "training_flops": (lambda step: flops_until(run.plan, step, run.step_flops)) if counts_flops else None,
+    "stage": number if len(run.parts) > 1 else 0,
+    "training_flops": (lambda step: flops_until(run.stages, step, run.step_flops)) if counts_flops else None,
   }
 
 
@@ -527,14 +536,14 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
     batch_size=config.batch_size,
     start=start,
     total=run.total_steps,
-    stages=[*map(_describe, run.stages)] if len(run.stages) > 1 else (),
+    stages=[*map(_describe, run.parts)] if len(run.parts) > 1 else (),
     mesh=mesh,
     abstract=run.abstract,
     changes=changes,
   )
   if finished and changes:
     messages = [*messages, "nothing is trained, so config.json is not replaced"]
-  if not finished and len(run.stages) == 1:
+  if not finished and len(run.parts) == 1:
     messages = [*messages, "compiling the train step (several minutes for a large model)"]
   for line in [*lines, *filter(None, messages)]:
     services.progress.message(line)

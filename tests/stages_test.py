@@ -209,13 +209,13 @@ def recorded(read: dict[int, Reading]) -> Iterator[None]:
   """Records the batches of the training inside, by step."""
   loop = train.loop
 
-  def recording(step_fn: Any, batches: Any, state: Any, start: int, services: Services) -> Any:
+  def recording(step_fn: Any, batches: Any, state: Any, start: int, *others: Any) -> Any:
     def seen() -> Iterator[Any]:
       for step, (batch, position, bad) in enumerate(batches, start + 1):
         read[step] = Reading(batch["image"].shape, np.asarray(batch["text"]), position["next_index"])
         yield batch, position, bad
 
-    return loop(step_fn, seen(), state, start, services)
+    return loop(step_fn, seen(), state, start, *others)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train, "loop", recording)

@@ -37,6 +37,7 @@ class Cadence:
     log, evaluate, checkpoint: steps from one of each to the next; 0 means only at the last step.
     evaluate_phase, checkpoint_phase: remainder of the steps that are due, divided by the steps between them.
     first: number of steps of the run before the stage.
+    is_last: whether the run ends with the stage.
   """
 
   total: int
@@ -46,6 +47,7 @@ class Cadence:
   evaluate_phase: int = 0
   checkpoint_phase: int = 0
   first: int = 0
+  is_last: bool = True
 
   def has(self, step: int) -> bool:
     """Whether the step after the first `step` steps is one of the stage."""
