@@ -21,6 +21,7 @@ from declip_jax.data import pipeline
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import open_source
 from declip_jax.models import model as model_lib
+from declip_jax.planning import training_facts
 from declip_jax.planning.flops import step_flops
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.runtime.rollback import Rollbacks
@@ -249,7 +250,9 @@ def test_each_stage_reads_its_own_batches_and_the_order_goes_on(whole: tuple[Pat
       np.testing.assert_array_equal(np.concatenate(steps), [expected[index]["text"] for index in samples])
 
 
-def test_metrics_and_counters_are_those_of_the_stage(whole: tuple[Path, dict[int, Reading]]) -> None:
+def test_metrics_and_counters_are_those_of_the_stage(
+  whole: tuple[Path, dict[int, Reading]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   lines = [line for line in read_metrics(whole[0]) if "loss" in line]
   assert [(line["step"], line["stage"], line["examples"]) for line in lines] == [
     *((step, 1, 32 * step) for step in range(1, 5)),
@@ -260,6 +263,9 @@ def test_metrics_and_counters_are_those_of_the_stage(whole: tuple[Path, dict[int
   builds = {name: build.build(c, jax.devices()[:1]) for name, c in stage_configs(staged()).items()}
   assert flops[0] == step_flops(builds["low"], 32)
   assert flops[-1] == step_flops(builds[LAST], 16)
+  monkeypatch.setattr(training_facts, "cache_folder", lambda: tmp_path)
+  facts = training_facts.training_facts(whole[0], 7)
+  assert (facts["pairs_seen"], facts["flops"]) == (176, lines[-1]["training_flops"])
   assert [final_state(whole[0], staged(), step)[0].skipped["measured"] for step in (4, 5, 7)] == [4, 1, 3]
   stages = plan_stages(staged(), EPOCH)
   rates = np.concatenate([rates_of(build.stage_steps(stage, EPOCH), stage.first) for stage in stages])
