@@ -1,4 +1,4 @@
-"""The batch sizes of a run, which may be restarted with another one: converts between steps and examples."""
+"""The batch sizes of a run, which may change from stage to stage or at a restart: converts steps and examples."""
 
 import math
 from typing import NamedTuple, Self
@@ -35,10 +35,23 @@ class BatchSizes(NamedTuple):
       return BatchSizes(before)
     return BatchSizes((*before, (step, size)))
 
+  def between(self, first: int, last: int) -> "BatchSizes":
+    """The batch sizes of the steps after `first` up to `last`, counted from `first`."""
+    ends = [end for end, _ in self.changes[1:]] + [math.inf]
+    inside = [
+      (max(start - first, 0), size) for (start, size), end in zip(self.changes, ends, strict=True) if end > first
+    ]
+    return BatchSizes(tuple(change for change in inside if change[0] < max(last - first, 1)))
+
+  def counts(self, step: int) -> list[tuple[int, int]]:
+    """Pairs of a batch size and the number of the first `step` steps that have it, in order; none are empty."""
+    ends = [first for first, _ in self.changes[1:]] + [step]
+    steps = [(size, min(end, step) - first) for (first, size), end in zip(self.changes, ends, strict=True)]
+    return [(size, count) for size, count in steps if count > 0]
+
   def examples(self, step: int) -> int:
     """The number of examples in the first `step` steps."""
-    ends = [first for first, _ in self.changes[1:]] + [step]
-    return sum(size * max(0, min(end, step) - first) for (first, size), end in zip(self.changes, ends, strict=True))
+    return sum(size * count for size, count in self.counts(step))
 
   def step(self, examples: float) -> int:
     """The first step after which at least this many examples have been seen."""

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import optax
 
 from declip_jax.batch_sizes import BatchSizes
-from declip_jax.config import TEMPLATES, durations, examples_of, steps_of, without_shares
+from declip_jax.config import TEMPLATES, examples_of, steps_of
 from declip_jax.data.deaths import Deaths
 from declip_jax.data.images import EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
@@ -45,6 +45,7 @@ from declip_jax.reporting.trackers import OpenTracker
 from declip_jax.reporting.trackers.libraries import TRACKERS, is_installed
 from declip_jax.sharding import gather, make_mesh, replicated
 from declip_jax.spelling import did_you_mean
+from declip_jax.stages import Stage, plan_stages
 from declip_jax.training import augment as augmentation
 from declip_jax.training import drop_path, mixing, optim, patch_dropout, schedules
 from declip_jax.training.gradient import Metrics, make_gradient
@@ -272,29 +273,34 @@ def _check_unread(subtree: ConfigDict, name: str, *kinds: type) -> None:
 
 
 class Steps(NamedTuple):
-  """All durations of a config in steps, 0 for never.
+  """All durations of a stage of a run in steps, 0 for never; a run without `config.stages` is one stage.
 
   Attributes:
-    total: length of training.
+    first, total: number of steps of the run before the stage and at its end.
     evaluate, checkpoint, keep_every: steps between two evaluations and checkpoints.
-    schedule: the learning rate schedule, which has durations of its own.
+    schedule: the learning rate schedule, which has durations of its own, from the start of the stage.
     evaluate_phase, checkpoint_phase: remainder of the steps that are due, divided by the steps between them.
-    lead: what the schedule adds to the step, which differs from 0 once a run has changed its batch size: it follows the
-      examples that have been seen, counted in batches of the current size.
+    lead: what the schedule adds to the step. It follows the examples that the stage has seen, counted in batches of the
+      current size.
+    run_lead: what a schedule over the whole run adds to the step: it follows the examples that the run has seen.
+    run_total: length of the run in batches of the current size.
   """
 
+  first: int
   total: int
   evaluate: int
   checkpoint: int
   keep_every: int
   schedule: schedules.ScheduleSettings
-  evaluate_phase: int = 0
-  checkpoint_phase: int = 0
-  lead: int = 0
+  evaluate_phase: int
+  checkpoint_phase: int
+  lead: int
+  run_lead: int
+  run_total: int
 
 
 def to_steps(config: ConfigDict, epoch_examples: int, batch_sizes: BatchSizes | None = None) -> Steps:
-  """Converts the durations of a config.
+  """Converts the durations of a config, for its last stage.
 
   Args:
     config: the config.
@@ -304,53 +310,68 @@ def to_steps(config: ConfigDict, epoch_examples: int, batch_sizes: BatchSizes | 
   Raises:
     ValueError: the run has no length, or a duration has two.
   """
-  config = without_shares(config)
-  convert = partial(steps_of, batch_size=config.batch_size, epoch_examples=epoch_examples)
-  total = convert(config.duration, name="duration")
-  if not total:
-    raise ValueError("config.duration is empty: set one of its fields steps, epochs, examples")
-  steps = {name: convert(length, name=name) for name, length in durations(config).items()}
-  own = {name.removeprefix("optimizer."): steps.pop(name) for name in list(steps) if name.startswith("optimizer.")}
-  schedule = read_settings(schedules.ScheduleSettings, config.optimizer, "optimizer", total_steps=total, **own)
-  converted = Steps(total, *steps.values(), schedule)
-  if batch_sizes is None or not batch_sizes.since:
-    return converted
-  return _after_change(converted, config, epoch_examples, batch_sizes)
+  stages = plan_stages(config, epoch_examples, batch_sizes, batch_sizes.since if batch_sizes else 0)
+  return stage_steps(stages[-1], epoch_examples)
 
 
-def _after_change(steps: Steps, config: ConfigDict, epoch_examples: int, batch_sizes: BatchSizes) -> Steps:
-  """The durations of a run that has changed its batch size: those in epochs and examples keep their number of examples.
+def stage_steps(stage: Stage, epoch_examples: int) -> Steps:
+  """Converts the durations of a stage.
+
+  The learning rate is that of a run that consists of the stage; evaluations and checkpoints count from the start of the
+  whole run. If the batch size has changed, durations in epochs and examples keep their number of examples.
 
   Args:
-    steps: durations as if the whole run had the current size.
-    config, epoch_examples, batch_sizes: see `to_steps`.
+    stage: the stage.
+    epoch_examples: number of examples in an epoch.
+
+  Raises:
+    ValueError: a duration has two units, or does not fit into the stage.
   """
-  batches, since = batch_sizes.batches, batch_sizes.since
+  config, sizes, own, length = stage.config, stage.sizes_so_far, stage.own_sizes, stage.last - stage.first
+  convert = partial(steps_of, batch_size=config.batch_size, epoch_examples=epoch_examples)
+  cadences = {
+    "evaluate_every": config.evaluate_every,
+    "checkpoint.every": config.checkpoint.every,
+    "checkpoint.keep_every": config.checkpoint.keep_every,
+  }
+  evaluate, checkpoint, keep_every = (convert(every, name=name) for name, every in cadences.items())
+  settings = {field: value for field, value in config.optimizer.items() if isinstance(value, ConfigDict)}
+  durations = {field: convert(value, name=f"optimizer.{field}") for field, value in settings.items()}
 
-  def end(length: ConfigDict) -> int:  # of a duration from the start of the run
-    return length.steps or batch_sizes.step(examples_of(length, epoch_examples))
+  def end(duration: ConfigDict) -> int:  # from the start of the stage
+    return duration.steps or own.step(examples_of(duration, epoch_examples))
 
-  def phase(length: ConfigDict, every: int) -> int:
-    examples = examples_of(length, epoch_examples)
+  def phase(duration: ConfigDict, every: int) -> int:
+    examples = examples_of(duration, epoch_examples)
     if not examples:
       return 0
-    return batch_sizes.step(examples * (batch_sizes.examples(since) // examples + 1)) % every
+    return sizes.step(examples * (sizes.examples(sizes.since) // examples + 1)) % every
 
-  total, optimizer = end(config.duration), config.optimizer
-  cooldown = steps.schedule.cooldown
-  schedule = dataclasses.replace(
-    steps.schedule,
-    total_steps=batches(total),
-    warmup=batches(end(optimizer.warmup)),
-    cooldown=batches(total) - batches(total - cooldown) if optimizer.cooldown.steps else cooldown,
-    milestones=tuple((batches(step - 1) + 1, factor) for step, factor in optimizer.milestones),
+  cooldown, optimizer = durations["cooldown"], config.optimizer
+  durations["warmup"] = own.batches(end(optimizer.warmup))
+  if optimizer.cooldown.steps:
+    durations["cooldown"] = own.batches(length) - own.batches(length - cooldown)
+  schedule = read_settings(
+    schedules.ScheduleSettings,
+    optimizer,
+    "optimizer",
+    total_steps=own.batches(length),
+    milestones=tuple((own.batches(step - 1) + 1, factor) for step, factor in optimizer.milestones),
+    **durations,
   )
-  return steps._replace(
-    total=total,
+  examples_left = stage.batch_sizes.examples(stage.total_steps) - sizes.examples(stage.last)
+  return Steps(
+    first=stage.first,
+    total=stage.last,
+    evaluate=evaluate,
+    checkpoint=checkpoint,
+    keep_every=keep_every,
     schedule=schedule,
-    evaluate_phase=phase(config.evaluate_every, steps.evaluate),
-    checkpoint_phase=phase(config.checkpoint.every, steps.checkpoint),
-    lead=batches(since) - since,
+    evaluate_phase=phase(config.evaluate_every, evaluate),
+    checkpoint_phase=phase(config.checkpoint.every, checkpoint),
+    lead=own.batches(own.since) - own.since - stage.first,
+    run_lead=sizes.batches(sizes.since) - sizes.since,
+    run_total=sizes.batches(stage.last) + round(examples_left / sizes.size),
   )
 
 
@@ -358,6 +379,15 @@ def make_facts(config: ConfigDict, steps: Steps) -> Facts:
   """What the symptoms of a run depend on."""
   scales = tuple(map(math.exp, config.optimizer.logit_scale_range))
   return Facts(config.batch_size, steps.schedule.warmup - steps.lead, steps.total, scales)
+
+
+def describe_batch(built: Built, batch_size: int) -> str:
+  """What a step reads, in words."""
+  shapes = built.batch_shape(batch_size)
+  size, grid = shapes["image"].shape[2], built.model.towers.image.stride
+  kept = "" if built.num_kept_patches is None else f", {built.num_kept_patches} of {(size // grid) ** 2} patches"
+  texts = f", texts of {shapes['text'].shape[-1]} tokens" if "text" in shapes else ""
+  return f"{batch_size:,} examples, images of {size} x {size}{kept}{texts}"
 
 
 def make_step(
@@ -384,7 +414,7 @@ def make_step(
       frozen=config.optimizer.frozen,
       gather=partial(gather, mesh=built.mesh, dtype=jnp.dtype(config.model.dtype)),
     ),
-    momentum_decay=lambda step: momentum_at(step + lead, steps.schedule.total_steps, config.momentum_tower.decay),
+    momentum_decay=lambda step: momentum_at(step + steps.run_lead, steps.run_total, config.momentum_tower.decay),
     is_diagnosed=lambda step: ((step + 1) % every == 0) | (step + 1 == last),
     augment=make_augment(config, built),
     diagnose=partial(
@@ -395,6 +425,7 @@ def make_step(
     logit_scale_range=config.optimizer.logit_scale_range,
     spike_factor=config.safety.spike_factor,
     ema=config.optimizer.ema,
+    first_step=steps.first,
   )
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(built.mesh)))

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from declip_jax import config_files
-from declip_jax.config import EVALUATIONS
+from declip_jax.config import EVALUATIONS, stage
 from declip_jax.reporting.progress import message
 from declip_jax.spelling import close_names, did_you_mean, suggest
 
@@ -186,6 +186,7 @@ class _ConfigParser(flags.ArgumentParser):
   def parse(self, argument: str) -> ConfigDict:
     config = config_files.load(argument).lock()
     values = _field_values(sys.argv[1:])
+    _add_stages(config, values)
     _add_evaluations(config, values)
     for field, value in values.items():
       check_field(config, field, value)
@@ -200,6 +201,15 @@ def _field_values(arguments: Sequence[str]) -> dict[str, str]:
   texts = flags.FLAGS.read_flags_from_files(list(arguments), force_gnu=False)
   found = filter(None, (re.match(r"--?(?:no)?config\.([^=]*)=?(.*)", text, re.DOTALL) for text in texts))
   return {field[1]: field[2] for field in found}
+
+
+def _add_stages(config: ConfigDict, values: Mapping[str, str]) -> None:
+  """Adds the stages whose `duration` a command line sets to a `config` that does not have them."""
+  for field in values:
+    new = re.fullmatch(r"stages\.([^.]+)\.duration\.(?:steps|epochs|examples)", field)
+    if new and "stages" in config and new[1] not in config.stages:
+      with config.unlocked():
+        config.stages[new[1]] = stage()
 
 
 def _add_evaluations(config: ConfigDict, values: Mapping[str, str]) -> None:
@@ -230,6 +240,9 @@ def check_field(config: ConfigDict, field: str, value: str) -> None:
   hint = ""
   if new := re.fullmatch(r"evals\.([^.]+)\..+", field):
     hint = f"; --config.evals.{new[1]}.kind={'|'.join(sorted(EVALUATIONS))} adds an evaluation"
+  new = re.fullmatch(r"stages\.([^.]+)\..+", field)
+  if new and "stages" in config and new[1] not in config.stages:
+    hint = f"; --config.stages.{new[1]}.duration.epochs=NUMBER adds a stage"
   raise ValueError(config_files.no_field(config, field) + hint)
 
 

@@ -63,6 +63,9 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   # "cached": the loss sees the whole batch, with the same gradient; "plain": each micro-batch; see `training.gradient`.
   c.micro_batching = "cached"
   c.duration = duration(epochs=32)  # length of the whole run; all of its fields 0: chosen
+  # Name -> `stage(...)`: what the run trains on first, such as smaller images, in the order of the names. The last
+  # stage is this config itself, with what remains of `duration`.
+  c.stages = ConfigDict()
   c.data = _data(recipe, built.image_size)
   c.model = _model(built)
   if recipe in ("declip", "declip_repo", "filip_repo"):
@@ -86,12 +89,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.evaluate_batch_size = 1024
   c.evaluate_cache_gib = 2.0  # GiB of decoded images that each host keeps from one evaluation to the next
   c.evals = ConfigDict()  # name -> `zero_shot(...)`, `retrieval(...)` or another of `EVALUATIONS` in this module
-  c.checkpoint = ConfigDict()
-  c.checkpoint.every = duration(epochs=1)
-  c.checkpoint.keep_last = 2
-  c.checkpoint.keep_every = duration()  # the first checkpoint in each period of this length is never deleted
-  c.checkpoint.keep_best = 1
-  c.checkpoint.best_metric = ""  # metric such as "eval/zero_shot/top1", higher is better; "" keeps only the last
+  c.checkpoint = _checkpoint()
   c.trackers = _trackers()
   if weights.get("sigmoid"):  # SigLIP (Zhai et al. 2023), section 3.2 and algorithm 1
     c.model.heads.logit_scale_init = math.log(10)
@@ -99,11 +97,22 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   if preset == "repo":
     _as_released(c, method)
   c.lock()
-  # The subtrees to which a config may add fields: evaluations, and its own terms and trackers.
-  for fields in (c.evals, c.objective, c.trackers):
+  # The subtrees to which a config may add fields: stages, evaluations, and its own terms and trackers.
+  for fields in (c.stages, c.evals, c.objective, c.trackers):
     fields.unlock()
   for fields in c.objective.values():
     fields.lock()
+  return c
+
+
+def _checkpoint() -> ConfigDict:
+  """When checkpoints are saved, and which are kept."""
+  c = ConfigDict()
+  c.every = duration(epochs=1)
+  c.keep_last = 2
+  c.keep_every = duration()  # the first checkpoint in each period of this length is never deleted
+  c.keep_best = 1
+  c.best_metric = ""  # metric such as "eval/zero_shot/top1", higher is better; "" keeps only the last
   return c
 
 
@@ -257,8 +266,8 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.drop_path = 0.0
   # Patch dropout of an image ViT in training: the share of the patches of each view, drawn anew in each step, that do
   # not enter the transformer, whose FLOPs fall by about as much. FLIP (Li et al. 2023, section 3) drops 0.5 or 0.75 and
-  # ends with a short training on whole images, for which `init_from` can read the weights; CLIPA (Li et al. 2023) finds
-  # that larger models lose less by it. FILIP compares the kept patches. Evaluation and momentum towers see all patches.
+  # ends with a short training on whole images, as `stages` do; CLIPA (Li et al. 2023) finds that larger models lose
+  # less by it. FILIP compares the kept patches. Evaluation and momentum towers see all patches.
   c.patch_dropout = 0.0
   # What a masked token sees: the whole caption ("bidirectional", as in BERT, in a pass of its own), or the tokens
   # before it ("causal", as in DeCLIP's released code).
@@ -325,6 +334,33 @@ def _optimizer() -> ConfigDict:
   # Decay of an exponential moving average of the weights, such as 0.9999; 0 means none. Evaluations, exports and
   # init_from read the average, if there is one. It needs as much memory as the parameters; see `step.update_average`.
   c.ema = 0.0
+  return c
+
+
+def stage(**fields: Any) -> ConfigDict:
+  """A stage that a run trains before its last one: `c.stages.low = config.stage(duration=..., image_size=112)`.
+
+  A field that is None, and a duration that is empty, are those of the config. The schedule of the learning rate starts
+  anew in each stage, with its warm-up and its decay, and milestones count from the start of the stage; schedules of
+  terms and the decay of a momentum tower go through the whole run. The last step of a stage is logged, saved and
+  evaluated. Evaluations are always at the resolution of the config. `data.blur_radius` remains a number of pixels.
+
+  Raises:
+    AttributeError: an unknown field.
+  """
+  c = ConfigDict()
+  c.duration = duration()  # length of the stage
+  c.image_size = placeholder(int)  # data.image_size
+  c.patch_dropout = placeholder(float)  # model.patch_dropout, the share of the patches of these images
+  c.context_length = placeholder(int)  # model.text.context_length, at most that of the config; longer texts are cut
+  c.batch_size = placeholder(int)  # batch_size
+  c.micro_batches = placeholder(int)  # micro_batches
+  c.learning_rate = placeholder(float)  # optimizer.learning_rate, the peak
+  c.warmup = duration()  # optimizer.warmup
+  c.evaluate_every = duration()  # evaluate_every
+  c.lock()
+  for name, value in fields.items():
+    setattr(c, name, value)
   return c
 
 
@@ -510,9 +546,11 @@ def without_shares(c: ConfigDict) -> ConfigDict:
 
 def durations(c: ConfigDict) -> dict[str, ConfigDict]:
   """The durations of a config besides that of the whole run, by the names of their fields."""
-  optimizer = {f"optimizer.{name}": value for name, value in c.optimizer.items() if isinstance(value, ConfigDict)}
-  checkpoint = {f"checkpoint.{name}": c.checkpoint[name] for name in ("every", "keep_every")}
-  return {"evaluate_every": c.evaluate_every, **checkpoint, **optimizer}
+  found = {"evaluate_every": c.evaluate_every}
+  stages = {f"stages.{name}": fields for name, fields in c.stages.items() if isinstance(fields, ConfigDict)}
+  for parent, fields in {"checkpoint": c.checkpoint, "optimizer": c.optimizer, **stages}.items():
+    found |= {f"{parent}.{name}": value for name, value in fields.items() if isinstance(value, ConfigDict)}
+  return found
 
 
 def steps_of(length: ConfigDict, *, name: str, batch_size: int, epoch_examples: int) -> int:
@@ -556,9 +594,9 @@ RENAMED = {
   "checkpoint.minutes": "safety.checkpoint_minutes",
   "init_from.parts": "init_from.groups",
 }
-# Subtrees whose fields depend on the config: the names of evaluations and of a user's own terms and trackers, and the
-# kind of tower. An older config lacks the terms and trackers that were added since it was written.
-_OPEN = ("evals", "objective", "trackers", "model.image")
+# Subtrees whose fields depend on the config: the names of stages, of evaluations and of a user's own terms and
+# trackers, and the kind of tower. An older config lacks the terms and trackers that were added since it was written.
+_OPEN = ("stages", "evals", "objective", "trackers", "model.image")
 _GROWING = ("objective", "trackers")
 
 
@@ -571,9 +609,13 @@ def from_json(text: str) -> ConfigDict:
     ValueError: a field that neither the current version nor an older one has.
   """
   fields, known = parse_json(text), default().to_dict()
-  if unknown := sorted(_unknown(fields, known)):
+  of_stages = fields.get("stages", {})
+  in_stages = _unknown(of_stages, dict.fromkeys(of_stages, stage().to_dict()), "stages.")
+  if unknown := sorted([*_unknown(fields, known), *in_stages]):
     raise ValueError(f"config.json has unknown fields {unknown}: it was written by another version of declip_jax")
   _add_missing(fields, known)
+  for entry in of_stages.values():
+    _add_missing(entry, stage().to_dict())
   for entry in fields.get("evals", {}).values():
     if isinstance(entry, dict) and entry.get("kind") in EVALUATIONS:
       _add_missing(entry, EVALUATIONS[entry["kind"]]("").to_dict())
@@ -592,11 +634,18 @@ def changeable(saved: ConfigDict) -> ConfigDict:
   if own := sorted(set(fields.get("objective", {})) - set(c.objective)):
     raise ValueError(f"objective.{own[0]} is a term of your own: pass the config file that defines it")
   with c.unlocked():
+    c.stages = ConfigDict({name: stage(**_given(entry)) for name, entry in fields.pop("stages", {}).items()})
     c.evals = ConfigDict(fields.pop("evals", {}))
     c.model.image = ConfigDict(fields["model"].pop("image"))  # its fields depend on the kind of tower
+  c.stages.unlock()
   c.evals.unlock()
   c.update(fields)
   return c
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a saved stage that are not None, with durations as configs."""
+  return {name: ConfigDict(x) if isinstance(x, dict) else x for name, x in fields.items() if x is not None}
 
 
 def parse_json(text: str) -> dict[str, Any]:
@@ -639,6 +688,7 @@ def _add_missing(fields: dict[str, Any], known: Mapping[str, Any], path: str = "
   for name, value in known.items():
     field = f"{path}{name}"
     if field in _OPEN and field not in _GROWING:
+      fields.setdefault(name, {})
       continue
     if isinstance(value, dict):
       _add_missing(fields.setdefault(name, {}), value, f"{field}.")

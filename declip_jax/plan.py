@@ -9,21 +9,27 @@ minimum time that it takes, the input rate required of the hosts, and the larges
 Memory grows almost linearly with the batch, so the search extrapolates from two compiled steps and compiles the
 largest batch as well. Times are computed from the peak figures in declip_jax/planning/devices.py; compute, memory and
 links work at the same time, so the slowest of them bounds the step. What a config leaves open, such as the batch size
-of `pretrain`, is chosen as for a large data set. Compiling takes minutes. Exit codes: 0; 1 if the step does not fit; 2
-for an error that you can correct.
+of `pretrain`, is chosen as for a large data set. Compiling takes minutes. For a config with stages there is a report on
+the step of each, and the FLOPs of the run. Exit codes: 0; 1 if a step does not fit; 2 for an error that you can
+correct.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import json
 from pathlib import Path
+import sys
 
 from absl import flags
+import jax
+from ml_collections import ConfigDict
 
 from declip_jax.command_line import define_config, run
 from declip_jax.planning.choose import choose
-from declip_jax.planning.report import make_report
-from declip_jax.planning.table import table
+from declip_jax.planning.report import Report, make_report, run_flops
+from declip_jax.planning.table import run_table, table
 from declip_jax.planning.topology import EXAMPLES, topology_devices
+from declip_jax.stages import LAST, naming, stage_configs
 
 
 def _command(_: list[str]) -> int:
@@ -35,11 +41,28 @@ def _command(_: list[str]) -> int:
     raise ValueError(f"--slices={values.slices} needs --topology")
   devices = topology_devices(values.topology, values.slices) if values.topology else None
   config = choose(values.config, None, devices)
-  report = make_report(config, devices, values.search)
-  print("\n".join(table(report)))
+  if not config.stages:
+    reports = {LAST: make_report(config, devices, values.search)}
+    lines, content = table(reports[LAST]), dataclasses.asdict(reports[LAST])
+  else:
+    reports = _stage_reports(config, devices, values.search)
+    of_run = run_flops(config, {name: report.model_flops for name, report in reports.items()})
+    of_stages = {name: dataclasses.asdict(report) for name, report in reports.items()}
+    lines, content = run_table(reports, of_run), {"stages": of_stages, "run": of_run and dataclasses.asdict(of_run)}
+  print("\n".join(lines))
   if values.json:
-    Path(values.json).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-  return 1 if report.fits is False else 0
+    Path(values.json).write_text(json.dumps(content, indent=2) + "\n")
+  return 1 if any(report.fits is False for report in reports.values()) else 0
+
+
+def _stage_reports(config: ConfigDict, devices: Sequence[jax.Device] | None, search: bool) -> dict[str, Report]:
+  """The report on each stage of a run, by its name."""
+  reports = {}
+  for name, of_stage in stage_configs(config).items():
+    print(f"stage {name}", file=sys.stderr, flush=True)
+    with naming(name):
+      reports[name] = make_report(of_stage, devices, search, config)
+  return reports
 
 
 def main() -> None:

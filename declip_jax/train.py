@@ -10,6 +10,8 @@ See declip_jax/config.py for all fields and their meaning, and configs/ for conf
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import dataclasses
+import functools
 from functools import partial
 import json
 import os
@@ -25,7 +27,6 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from declip_jax import build
-from declip_jax.batch_sizes import BatchSizes
 from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
 from declip_jax.data.deaths import Deaths
@@ -56,6 +57,7 @@ from declip_jax.runtime.trace import Trace, parse_steps
 from declip_jax.runtime.watchdog import Watchdog
 from declip_jax.runtime.workdir import local_path, lock, read_config, record
 from declip_jax.sharding import batch_sharding, check_batch, to_global
+from declip_jax.stages import LAST, Stage, flops_until, naming, plan_stages, repeatable_from, stage_configs
 from declip_jax.training.state import State, abstract_state, evaluated_weights
 from declip_jax.training.step import Metrics
 from declip_jax.types import Batch
@@ -108,20 +110,42 @@ def train(
     run = _prepare(config, workdir, sources, watchdog)
     workdir.mkdir(parents=True, exist_ok=True)
     messages = [stack.enter_context(lock(workdir)), *run.deaths.recover(), *run.evaluation_deaths.recover()]
-    checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.steps, workdir)))
+    checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.parts[-1].steps, workdir)))
     rollbacks = Rollbacks(workdir, config.safety.max_rollbacks)
     start, state, position, notes = _restore_or_create(config, run, checkpoints, rollbacks, watchdog)
-    run, resized = _with_batch_sizes(config, run, checkpoints, start)
+    run, resized = _planned(config, run, checkpoints, start)
     services = _open_services(config, run, workdir, start, checkpoints, rollbacks, profile, watchdog, stack)
     _open(config, run, services, start, [*messages, *chosen, *run.notes, *notes, resized])
-    batches = stack.enter_context(contextlib.closing(_open_batches(config, run, position)))
     services.evaluate_if_missed(start, state)
-    loop(run.step_fn, batches, state, start, services)
-  return _finish(max(start, run.steps.total), workdir, services.latest)
+    _train_stages(run, services, start, state, position)
+  return _finish(max(start, run.total_steps), workdir, services.latest)
 
 
-def loop(step_fn: StepFn, batches: Batches, state: State, start: int, services: Services) -> State:
-  """Trains from the step `start` to the last one.
+def _train_stages(
+  run: "_Prepared", services: Services, step: int, state: State, position: dict[str, Any] | None
+) -> None:
+  """Trains from a step to the last one. Each stage reads its own batches, from where the stage before it ended."""
+  unsaved = None
+  while step < run.total_steps:
+    part = run.after(step)
+    services = dataclasses.replace(services, **_of_stage(run, part, step))
+    if len(run.parts) > 1:
+      services.progress.enter_stage(part.stage.name, part.stage.last, part.stage.config.batch_size)
+      services.progress.message(f"step {step:,}: compiling the train step of stage {part.stage.name}")
+    with contextlib.closing(_open_batches(run, part, position)) as batches:
+      step, state, position = loop(part.step_fn, batches, state, step, services, unsaved)
+    unsaved = position
+
+
+def loop(
+  step_fn: StepFn,
+  batches: Batches,
+  state: State,
+  start: int,
+  services: Services,
+  position: dict[str, Any] | None = None,
+) -> tuple[int, State, dict[str, Any] | None]:
+  """Trains from the step `start` to the last one of its stage, or until a rollback to a step of another stage.
 
   Args:
     step_fn: maps a state, which it may delete, and a batch to the next state and metrics.
@@ -129,15 +153,16 @@ def loop(step_fn: StepFn, batches: Batches, state: State, start: int, services: 
     state: state after `start` steps.
     start: number of steps done.
     services: everything else.
+    position: input position after `start` steps; None if they are saved.
 
   Returns:
-    The last state.
+    The number of steps done, their state, and the input position after the last batch.
 
   Raises:
     Stopped, FloatingPointError, OSError, ValueError: see `train`.
   """
-  step, previous, position = start, {}, None
-  while step < services.cadence.total:
+  step, previous = start, {}
+  while services.cadence.has(step):
     step += 1
     if (read := services.read(step, batches)) is None:
       _stop(step - 1, services.stop.signum, state, position, services)
@@ -172,15 +197,15 @@ def loop(step_fn: StepFn, batches: Batches, state: State, start: int, services: 
         services.evaluate(step, state)
         stop = services.stop.signum
       services.curves(step)
-      if stop or step == services.cadence.total:
+      if stop or (services.cadence.is_last and step == services.cadence.total):
         services.finish_save(step, state, position)
     if stop:
       raise Stopped(step, stop)
-  return state
+  return step, state, position
 
 
 def _stop(step: int, signum: int, state: State, position: dict[str, Any] | None, services: Services) -> NoReturn:
-  """Saves and stops a run that has done `step` steps; `position` is None if it has done none."""
+  """Saves and stops a run that has done `step` steps; `position` is None if they are saved or if there are none."""
   if position is not None:
     services.announce_stop(step, signum)
     services.save(step, state, position)
@@ -189,24 +214,54 @@ def _stop(step: int, signum: int, state: State, position: dict[str, Any] | None,
   raise Stopped(step, signum)
 
 
+class _Part(NamedTuple):
+  """A stage of a run, and what it is trained with; a run without `config.stages` has one."""
+
+  stage: Stage
+  built: build.Built
+  samples: grain.MapDataset
+  steps: build.Steps
+  step_fn: StepFn
+
+
 class _Prepared(NamedTuple):
   """A run before anything is allocated, compiled or written."""
 
-  built: build.Built
+  parts: list[_Part]
   epoch_examples: int
-  batch_sizes: BatchSizes
-  steps: build.Steps
   sources: list[Source]
-  samples: grain.MapDataset
   deaths: Deaths
   evaluation_deaths: Deaths
   abstract: State
-  step_fn: StepFn
   encoders: EncoderFactory
   evaluate: Callable[[Encoders, int], dict[str, float]]
   initial: Weights | None
   trackers: dict[str, OpenTracker]
   notes: list[str]
+  step_flops: Callable[[Stage, int], float]
+
+  @property
+  def built(self) -> build.Built:
+    """The objects of the last stage, whose images and texts are those of the model."""
+    return self.parts[-1].built
+
+  @property
+  def stages(self) -> list[Stage]:
+    """The stages themselves."""
+    return [part.stage for part in self.parts]
+
+  @property
+  def total_steps(self) -> int:
+    """Number of steps of the whole run."""
+    return self.parts[-1].stage.last
+
+  def after(self, step: int) -> _Part:
+    """The stage of the step after the first `step` steps; the last one if there is none."""
+    return next((part for part in self.parts if step < part.stage.last), self.parts[-1])
+
+  def until(self, step: int) -> _Part:
+    """The stage of the last of the first `step` steps; the first one for 0."""
+    return next((part for part in self.parts if step <= part.stage.last), self.parts[-1])
 
 
 def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None, watchdog: Watchdog) -> _Prepared:
@@ -216,42 +271,67 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
     ValueError, FileNotFoundError: see `train`.
   """
   watchdog.beat("finding the devices")
-  built = build.build(config)
-  check_batch(config.batch_size, built.mesh, "config.batch_size")
-  build.check_division(config, built.mesh.size)  # before anything is traced
+  builts = _build_stages(config)  # and checks what is possible before anything is traced
+  built = builts[LAST]
   mixture, ssl_mixture = _open_mixtures(config, built, sources, watchdog)
   opened = [*mixture.sources, *(ssl_mixture.sources if ssl_mixture else ())]
   epoch_examples = sum(map(len, mixture.sources))
-  steps = build.to_steps(config, epoch_examples)
+  stages = plan_stages(config, epoch_examples)
   watchdog.beat("the comparison of the data that all processes have opened")
   check_sizes([(source.name, len(source)) for source in opened])
   build.check_evals(config.evals, built.objective)
   build.check_best_metric(config)
+  for stage in stages:
+    with naming(stage.name):
+      shape = builts[stage.name].batch_shape(stage.config.batch_size)
+      build.check_objective(stage.config, builts[stage.name], shape)
   batch_shape = built.batch_shape(config.batch_size)
-  build.check_objective(config, built, batch_shape)
   averaged = config.optimizer.ema > 0
   abstract = abstract_state(batch_shape, built.mesh, model=built.model, optimizer=built.optimizer, averaged=averaged)
   deaths = Deaths(workdir, jax.process_index())
   evaluation_deaths = Deaths(workdir, jax.process_index(), "evaluating")
+
+  def samples(built: build.Built) -> grain.MapDataset:
+    limit = config.data.max_pixels
+    return pipeline.training_samples(mixture, built.make_views, config.seed, ssl_mixture, limit, deaths)
+
+  parts = [(stage, builts[stage.name], samples(builts[stage.name])) for stage in stages]
+  step_flops = functools.cache(lambda name, size: flops.step_flops(builts[name], size, config.optimizer.frozen))
   return _Prepared(
-    built=built,
+    parts=[_part(*part, epoch_examples, abstract) for part in parts],
     epoch_examples=epoch_examples,
-    batch_sizes=BatchSizes.constant(config.batch_size),
-    steps=steps,
     sources=opened,
-    samples=pipeline.training_samples(
-      mixture, built.make_views, config.seed, ssl_mixture, config.data.max_pixels, deaths
-    ),
     deaths=deaths,
     evaluation_deaths=evaluation_deaths,
     abstract=abstract,
-    step_fn=build.make_step(config, built, steps, abstract),
     encoders=build.make_encoders(config, built, evaluation_deaths),
     evaluate=build.make_evaluators(config.evals, workdir, config.model.heads.classnames, config.evaluate_cache_gib),
     initial=None if _has_checkpoints(workdir) else read_weights(config),
     trackers=build.make_trackers(config.trackers),
-    notes=_notes([mixture, ssl_mixture], config.batch_size, config.optimizer.ema),
+    notes=_notes([mixture, ssl_mixture], max(stage.config.batch_size for stage in stages), config.optimizer.ema),
+    step_flops=lambda stage, size: step_flops(stage.name, size),
   )
+
+
+def _build_stages(config: ConfigDict) -> dict[str, build.Built]:
+  """Builds the objects of each stage, by its name.
+
+  Raises:
+    ValueError: a stage contradicts itself, or its batches do not divide into the devices.
+  """
+  builts = {}
+  for name, of_stage in stage_configs(config).items():
+    with naming(name):
+      builts[name] = built = build.build(of_stage)
+      check_batch(of_stage.batch_size, built.mesh, "config.batch_size")
+      build.check_division(of_stage, built.mesh.size)
+  return builts
+
+
+def _part(stage: Stage, built: build.Built, samples: grain.MapDataset, epoch_examples: int, abstract: State) -> _Part:
+  with naming(stage.name):
+    steps = build.stage_steps(stage, epoch_examples)
+    return _Part(stage, built, samples, steps, build.make_step(stage.config, built, steps, abstract))
 
 
 def _notes(mixtures: Sequence[Mixture | None], batch_size: int, ema: float = 0.0) -> list[str]:
@@ -341,11 +421,12 @@ def _open_mixtures(
   return mixture, Mixture(_open_sources(config, "ssl_train", watchdog), data.ssl_mixture, False, (), "ssl_mixture")
 
 
-def _open_batches(config: ConfigDict, run: _Prepared, position: dict[str, Any] | None) -> pipeline.Prefetch:
-  """Starts to read this host's share of the batches ahead, from a position of the input."""
+def _open_batches(run: _Prepared, part: _Part, position: dict[str, Any] | None) -> pipeline.Prefetch:
+  """Starts to read this host's share of the batches of a stage ahead, from a position of the input."""
+  config = part.stage.config
   workers, threads = pipeline.reader_counts(config.data.workers, config.data.threads)
   stream = pipeline.TrainStream(
-    run.samples,
+    part.samples,
     config.batch_size,
     host=jax.process_index(),
     hosts=jax.process_count(),
@@ -355,7 +436,7 @@ def _open_batches(config: ConfigDict, run: _Prepared, position: dict[str, Any] |
     seconds=config.data.max_seconds,
     deaths=run.deaths,
   )
-  return pipeline.Prefetch(stream, partial(to_global, sharding=batch_sharding(run.built.mesh)))
+  return pipeline.Prefetch(stream, partial(to_global, sharding=batch_sharding(part.built.mesh)))
 
 
 def _open_checkpoints(config: ConfigDict, steps: build.Steps, workdir: Path) -> Checkpoints:
@@ -387,23 +468,55 @@ def _restore_or_create(
   return 0, state, None, messages
 
 
-def _with_batch_sizes(
-  config: ConfigDict, run: _Prepared, checkpoints: Checkpoints, start: int
-) -> tuple[_Prepared, str]:
+def _planned(config: ConfigDict, run: _Prepared, checkpoints: Checkpoints, start: int) -> tuple[_Prepared, str]:
   """Returns a run whose durations count the examples of earlier batches of another size, and a message about them."""
-  before = checkpoints.batch_sizes(start) if start else None
-  sizes = (before or run.batch_sizes).resumed(start, config.batch_size)
-  if not sizes.since:
+  if start:
+    before = checkpoints.batch_sizes(start) or run.parts[-1].stage.batch_sizes
+    stages = plan_stages(config, run.epoch_examples, before, start)
+    parts = [
+      _part(stage, part.built, part.samples, run.epoch_examples, run.abstract)
+      for stage, part in zip(stages, run.parts, strict=True)
+    ]
+    run = run._replace(parts=parts)
+  all_sizes = run.parts[-1].stage.batch_sizes
+  if all_sizes.since and not config.checkpoint.keep_every.steps:
+    checkpoints.first.length = all_sizes.batches
+  sizes = run.after(start).stage.batch_sizes.between(0, start + 1)
+  if not repeatable_from(run.stages) or not sizes.since:
     return run, ""
-  steps = build.to_steps(config, run.epoch_examples, sizes)
-  if not config.checkpoint.keep_every.steps:
-    checkpoints.first.length = sizes.batches
-  step_fn = build.make_step(config, run.built, steps, run.abstract)
-  note = (
+  return run, (
     f"the batch size has been {sizes.size} since step {sizes.since:,}, and {sizes.changes[-2][1]} before: durations in "
     f"epochs and examples count the {sizes.examples(start):,} examples so far"
   )
-  return run._replace(batch_sizes=sizes, steps=steps, step_fn=step_fn), note
+
+
+def _of_stage(run: _Prepared, part: _Part, step: int) -> dict[str, Any]:
+  """The fields of `Services` that depend on the stage, which the run enters after `step` steps."""
+  stage, steps, mesh = part.stage, part.steps, part.built.mesh
+  size, number = stage.config.batch_size, run.parts.index(part) + 1
+  device = devices.find(mesh.devices.flat[0].device_kind)
+  peak = device and device.flops * mesh.size * size / run.step_flops(stage, size)
+  # Tracing takes seconds, and FLOPs are proportional to examples if there is one stage.
+  counts_flops = device or len(run.parts) > 1
+  return {
+    "cadence": Cadence(
+      steps.total,
+      stage.config.log_every,
+      steps.evaluate,
+      steps.checkpoint,
+      evaluate_phase=steps.evaluate_phase,
+      checkpoint_phase=steps.checkpoint_phase,
+      first=stage.first,
+      is_last=stage is run.stages[-1],
+    ),
+    "batch_sizes": stage.sizes_so_far,
+    "repeatable_from": repeatable_from(run.stages),
+    "clock": Clock(step, size, devices=mesh.size, peak=peak),
+    "bad_samples": BadSamples(step, size, stage.config.data.max_bad),
+    "symptoms": Symptoms(build.make_facts(stage.config, steps)),
+    "stage": number if len(run.parts) > 1 else 0,
+    "training_flops": (lambda step: flops_until(run.stages, step, run.step_flops)) if counts_flops else None,
+  }
 
 
 def _open_services(
@@ -418,12 +531,7 @@ def _open_services(
   stack: contextlib.ExitStack,
 ) -> Services:
   """Opens what the loop calls; `stack` closes it."""
-  main, mesh, steps = jax.process_index() == 0, run.built.mesh, run.steps
-  device = devices.find(mesh.devices.flat[0].device_kind)
-  frozen = config.optimizer.frozen
-  peak = device and device.flops * mesh.size * config.batch_size / flops.step_flops(
-    run.built, config.batch_size, frozen
-  )
+  main, mesh, part = jax.process_index() == 0, run.built.mesh, run.until(start)
   stop = StopRequest(checkpoints.preempted, start)
   stack.enter_context(stop_signals(stop))
 
@@ -439,16 +547,8 @@ def _open_services(
   as_json = json.loads(config.to_json_best_effort())  # of a user's own functions, only the names
   trackers = open_trackers(run.trackers, TrackedRun(run_id(workdir, start), workdir, as_json, start)) if main else []
   return Services(
+    **_of_stage(run, part, start),
     workdir=workdir,
-    cadence=Cadence(
-      steps.total,
-      config.log_every,
-      steps.evaluate,
-      steps.checkpoint,
-      evaluate_phase=steps.evaluate_phase,
-      checkpoint_phase=steps.checkpoint_phase,
-    ),
-    batch_sizes=run.batch_sizes,
     config=as_json,
     abstract=run.abstract,
     max_skipped_steps=config.safety.max_skipped_steps,
@@ -456,12 +556,9 @@ def _open_services(
     rollbacks=rollbacks,
     stop=stop,
     writer=stack.enter_context(MetricWriter(workdir, resume_step=start, trackers=trackers, enabled=main)),
-    progress=stack.enter_context(TrainingProgress(steps.total, config.batch_size, devices=mesh.size, enabled=main)),
+    progress=stack.enter_context(TrainingProgress(run.total_steps, config.batch_size, devices=mesh.size, enabled=main)),
     trace=stack.enter_context(Trace(workdir / "profile", profile)),
     watchdog=watchdog,
-    clock=Clock(start, config.batch_size, devices=mesh.size, peak=peak),
-    bad_samples=BadSamples(start, config.batch_size, config.data.max_bad),
-    symptoms=Symptoms(build.make_facts(config, steps)),
     evaluate_state=evaluate,
     draw_curves=draw_curves,
   )
@@ -469,11 +566,11 @@ def _open_services(
 
 def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, messages: Sequence[str]) -> None:
   """Records the run in its working directory, and reports what it is about to do."""
-  if message := services.trace.unreachable(start, run.steps.total):
+  if message := services.trace.unreachable(start, run.total_steps):
     messages = [*messages, message]
   if jax.process_index():
     return
-  workdir, mesh, finished = services.workdir, run.built.mesh, start >= run.steps.total
+  workdir, mesh, finished = services.workdir, run.built.mesh, start >= run.total_steps
   sizes = {source.name: len(source) for source in run.sources}
   stamps = {source.name: source.stamp for source in run.sources}
   changes = record(config.to_json_best_effort(indent=2, sort_keys=True), mesh, workdir, sizes, stamps, finished)
@@ -484,14 +581,15 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
     groups={"batch norms": config.model.heads.norm_groups, "neighbour banks": config.model.heads.bank_groups},
     batch_size=config.batch_size,
     start=start,
-    total=run.steps.total,
+    total=run.total_steps,
+    stages=[*map(_describe, run.parts)] if len(run.parts) > 1 else (),
     mesh=mesh,
     abstract=run.abstract,
     changes=changes,
   )
   if finished and changes:
     messages = [*messages, "nothing is trained, so config.json is not replaced"]
-  if not finished:
+  if not finished and len(run.parts) == 1:
     messages = [*messages, "compiling the train step (several minutes for a large model)"]
   for line in [*lines, *filter(None, messages)]:
     services.progress.message(line)
@@ -501,16 +599,23 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
       (workdir / f"{name}.png").unlink(missing_ok=True)
   with pictures.optional(workdir / "views.png"):
     picture = workdir / "views.png"
-    augment = build.make_augment(config, run.built)
-    captions = services.stop.wait_for(lambda: draw_views(run.samples, run.built.make_views, augment, picture))
+    part = run.after(start)
+    augment = build.make_augment(part.stage.config, part.built)
+    captions = services.stop.wait_for(lambda: draw_views(part.samples, part.built.make_views, augment, picture))
     services.writer.pictures(start)
     if captions:
       services.writer.text(start, "views", captions)
 
 
+def _describe(part: _Part) -> str:
+  stage, batch = part.stage, build.describe_batch(part.built, part.stage.config.batch_size)
+  return f"stage {stage.name}: steps {stage.first + 1:,} to {stage.last:,} of {batch}"
+
+
 def _finish(step: int, workdir: Path, latest: dict[str, float]) -> dict[str, float]:
   """Prints and returns the final metrics of a run."""
-  names = ("examples", "temperature", "dense_temperature", "images_per_second", "utilisation", "skipped_total")
+  names = ("examples", "training_flops", "temperature", "dense_temperature", "images_per_second", "utilisation")
+  names += ("skipped_total",)
   shown = {name: value for name, value in latest.items() if name.startswith(("loss", "eval/")) or name in names}
   final = {"step": step, **shown}
   if jax.process_index() == 0:

@@ -27,6 +27,19 @@ def test_examples_and_steps_are_inverse() -> None:
   assert [SIZES.batches(step) for step in (0, 10, 15, 16)] == [0, 7, 20, 21]
 
 
+def test_the_sizes_of_some_steps_count_from_the_first_of_them() -> None:
+  for first, last in ((0, 30), (0, 10), (4, 12), (10, 15), (12, 14), (14, 40), (20, 25)):
+    part = SIZES.between(first, last)
+    steps = range(last - first + 1)
+    assert [part.examples(step) for step in steps] == [
+      SIZES.examples(first + step) - SIZES.examples(first) for step in steps
+    ]
+    assert sum(count for _, count in part.counts(last - first)) == last - first
+  assert SIZES.between(0, 10).changes == SIZES.changes[:1]
+  assert SIZES.between(12, 20).changes == ((0, 64), (3, 24))
+  assert SIZES.counts(16) == [(16, 10), (64, 5), (24, 1)]
+
+
 @pytest.mark.parametrize("size", [16, 24])
 def test_one_size_converts_as_a_division(size: int) -> None:
   sizes = BatchSizes.constant(size)

@@ -11,7 +11,7 @@ import sys
 from absl import flags
 import pytest
 
-from declip_jax import command_line, config_files
+from declip_jax import command_line, config, config_files
 from declip_jax.__main__ import COMMANDS
 
 Parse = Callable[..., tuple[int, str, str]]
@@ -62,6 +62,14 @@ def parse(values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     (["--config=demo", "--config.data.train[0]=scenes:test"], ["config.data.train[0]", "whole tuple"]),
     (["--config=demo", "--config.seed=None"], ["config.seed cannot be None"]),
     (["--config=demo", "--config.evals="], ["--config.evals=: expected fields in braces"]),
+    (
+      ["--config=demo", "--config.stages.a.duration.steps=3", "--config.stages.a.imagesize=3"],
+      ["'stages.a.imagesize'", "did you mean stages.a.image_size"],
+    ),
+    (
+      ["--config=demo", "--config.stages.a.image_size=3"],
+      ["stages.a.image_size", "--config.stages.a.duration.epochs="],
+    ),
     (["--config=demo", "--config.evals.mine.kind=zeroshot"], ["config.evals.mine.kind", "did you mean zero_shot?"]),
     (
       ["--config=demo", "--config.evals.mine.data=x"],
@@ -109,6 +117,14 @@ def test_print_config_prints_what_would_train(parse: Parse) -> None:
   expected.optimizer.learning_rate, expected.data.train = 0.25, ("scenes:test",)
   assert (code, error) == (0, "")
   assert json.loads(printed) == json.loads(expected.to_json_best_effort())
+
+
+def test_a_stage_can_be_added(parse: Parse) -> None:
+  low = ["--config.stages.low.duration.epochs=2", "--config.stages.low.image_size=16"]
+  code, printed, error = parse("--config=demo", *low, "--config.stages.low.learning_rate=1e-3", "--print_config")
+  assert (code, error) == (0, "")
+  expected = config.stage(duration=config.duration(epochs=2), image_size=16, learning_rate=1e-3)
+  assert json.loads(printed)["stages"] == {"low": expected.to_dict()}
 
 
 def test_an_evaluation_can_be_added(parse: Parse) -> None:

@@ -163,7 +163,7 @@ def test_the_config_of_a_run_is_a_config(folder: Path) -> None:
   made = config.default("declip", "RN50")
   made.evals.mine, made.data.workers, made.batch_size = config.zero_shot("scenes:test", ("{}",)), 3, 64
   saved = json.loads(made.to_json_best_effort())
-  del saved["safety"]  # as an older version would
+  del saved["safety"], saved["stages"]  # as an older version would
   (folder / "run").mkdir()
   (folder / "run/config.json").write_text(json.dumps(saved))
   found = config_files.load("run/config.json")
@@ -171,6 +171,12 @@ def test_the_config_of_a_run_is_a_config(folder: Path) -> None:
   assert found.is_locked
   found.data.workers = None
   found.evals.more = config.retrieval("scenes:test")
+  found.stages.low = config.stage(image_size=112)
+  again = config.changeable(config.from_json(found.to_json_best_effort()))
+  assert again.stages.to_dict() == found.stages.to_dict()
+  again.stages.low.batch_size = 32
+  with pytest.raises(TypeError):
+    again.stages.low.batch_size = "many"
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_a_config_of_the_first_release_loads_under_the_new_names() -> None:
   assert config.from_json(found.to_json_best_effort()).to_dict() == found.to_dict()
 
 
-@pytest.mark.parametrize("field", ["batch_sise", "optimizer.wamrup", "model.text.eto"])
+@pytest.mark.parametrize("field", ["batch_sise", "optimizer.wamrup", "model.text.eto", "stages.low.imagesize"])
 def test_an_unknown_field_of_a_config_file_is_named(field: str) -> None:
   saved = tiny_config("clip").to_dict()
   *above, last = field.split(".")

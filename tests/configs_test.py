@@ -542,6 +542,18 @@ def test_fine_tuning_takes_the_tower_of_a_run(finished_run: FinishedRun) -> None
     get("finetune", head="zero")
 
 
+def test_the_study_of_stages_changes_the_small_config_in_its_first_stage_only() -> None:
+  small, one = get("small"), get("studies/stages", share=0)
+  assert one.to_dict() == small.to_dict()
+  two = get("studies/stages", patch_dropout=0.75, share=0.5, epochs=4)
+  first = two.stages.first
+  assert (first.patch_dropout, first.duration.epochs, two.duration.epochs) == (0.75, 2, 4)
+  assert (first.learning_rate, first.warmup) == (small.optimizer.learning_rate, small.optimizer.warmup)
+  assert two.data.to_dict() == small.data.to_dict()
+  with pytest.raises(ValueError, match="share=1"):
+    get("studies/stages", share=1)
+
+
 def test_fine_tuning_recognises_folders(tmp_path: Path) -> None:
   for name in ("cat", "dog"):
     (tmp_path / name).mkdir()

@@ -44,6 +44,7 @@ class FakeTraining:
     step_fn: the step.
     keep: arguments of `Checkpoints`.
     batch_size: number of examples in a batch.
+    is_saved: whether the state that it starts from is saved.
   """
 
   cadence: Cadence = dataclasses.field(default_factory=lambda: Cadence(total=8, log=1, checkpoint=2))
@@ -60,6 +61,7 @@ class FakeTraining:
   hang_timeout: float = 0.0
   profile: tuple[int, int] | None = None
   batch_size: int = BATCH_SIZE
+  is_saved: bool = True
 
   def run(self, workdir: Path) -> Services:
     """Trains in a working directory as `train` does, from its newest checkpoint; returns the services."""
@@ -79,6 +81,7 @@ class FakeTraining:
         workdir=workdir,
         cadence=self.cadence,
         batch_sizes=sizes,
+        repeatable_from=sizes.since,
         config={},
         abstract=abstract(),
         max_skipped_steps=self.max_skipped_steps,
@@ -101,7 +104,8 @@ class FakeTraining:
         self.on_step(next(number))
         return (self.step_fn or add_batch)(state, batch)
 
-      loop(step_fn, self.batches(position["next_index"]), state, start, services)
+      batches = self.batches(position["next_index"])
+      loop(step_fn, batches, state, start, services, None if self.is_saved else position)
     return services
 
   def batches(self, next_index: int) -> Batches:

@@ -184,8 +184,10 @@ def test_training_survives_saves_that_fail(
   assert [line.get("checkpoint_failed", 0) for line in lines(tmp_path)] == [0, 0, 1, 1, 2, 2, 3, 3]
   assert saved_steps(tmp_path) == [8]
   assert "checkpoint 4 was not written: OSError: No space left on device" in caplog.text
-  # Only the last checkpoint is required.
+  # Only the last checkpoint of the run is required.
   monkeypatch.setattr(Checkpoints, "_write_error", lambda self: "No space left on device")
+  FakeTraining(Cadence(total=2, checkpoint=2, is_last=False)).run(tmp_path / "stage")
+  assert saved_steps(tmp_path / "stage") == []
   monkeypatch.setattr("declip_jax.runtime.services._PATIENCE", 1.5)
   with pytest.raises(OSError, match=r"checkpoint 8 could not be written to .*No space left.*newest checkpoint is none"):
     FakeTraining().run(tmp_path / "never")
@@ -252,16 +254,17 @@ def test_sigterm_saves_and_the_run_resumes_exactly(
   assert restore(tmp_path / "stopped", 8) == restore(tmp_path / "whole", 8)
 
 
-def test_sigterm_ends_a_run_that_waits_for_its_first_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("is_saved", "saved"), [(True, []), (False, [0])])  # False: after a stage that was not saved
+def test_sigterm_ends_a_run_that_waits_for_its_first_batch(is_saved: bool, saved: list[int], tmp_path: Path) -> None:
   def hang() -> None:
     threading.Timer(0.05, terminate).start()
     time.sleep(60)
 
   began = time.monotonic()
   with pytest.raises(Stopped, match=r"step 0"):
-    FakeTraining(on_batch=at(0, hang)).run(tmp_path)
+    FakeTraining(on_batch=at(0, hang), is_saved=is_saved).run(tmp_path)
   assert time.monotonic() - began < 30
-  assert not saved_steps(tmp_path)
+  assert saved_steps(tmp_path) == saved
 
 
 def test_the_time_for_a_batch_is_limited_and_that_for_compiling_is_not(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tests of `declip_jax.plan`, the command."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -8,9 +9,12 @@ import sys
 from types import SimpleNamespace
 
 from absl import flags
+from ml_collections import ConfigDict
 import pytest
+from tiny import tiny_config
 
-from declip_jax import plan
+from declip_jax import config, plan
+from declip_jax.planning.report import Report
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def values(monkeypatch) -> SimpleNamespace:
   """The flags of a command that must not reach the compiler."""
-  values = SimpleNamespace(config=None, topology=None, slices=1, search=True, json=None)
+  values = SimpleNamespace(config=tiny_config("clip"), topology=None, slices=1, search=True, json=None)
   monkeypatch.setattr(flags, "FLAGS", values)
   monkeypatch.setattr(plan, "choose", lambda config, *_: config)
   monkeypatch.setattr(plan, "make_report", lambda *_: pytest.fail("compiled before the flags were checked"))
@@ -39,9 +43,36 @@ def test_slices_without_a_topology_are_rejected(values):
 
 @pytest.mark.parametrize(("fits", "code"), [(True, 0), (False, 1), (None, 0)])
 def test_exit_code_is_1_if_the_step_does_not_fit(values, monkeypatch, fits, code):
-  monkeypatch.setattr(plan, "make_report", lambda *_: SimpleNamespace(fits=fits))
+  monkeypatch.setattr(plan, "make_report", lambda *_: dataclasses.make_dataclass("Fake", ["fits"])(fits))
   monkeypatch.setattr(plan, "table", lambda _: ["table"])
   assert plan._command([]) == code
+
+
+def test_each_stage_has_a_report_and_the_run_has_its_flops(values, monkeypatch, tmp_path, capsys):
+  of_all = {"device": "a", "devices": 1, "hosts": 1, "slices": 1, "mesh": {}, "batch_size": 16, "layout": []}
+  of_all |= {"model_flops": 100.0, "peak": None, "available": 1.0, "needed": 1.0}
+  compiled = []
+
+  def make_report(of_stage: ConfigDict, devices: None, search: bool, run: ConfigDict) -> Report:
+    assert run is values.config
+    compiled.append(of_stage.data.image_size)
+    size = of_stage.data.image_size
+    return Report(**of_all, fits=size != 8, batch=f"images of {size}")
+
+  monkeypatch.setattr(plan, "make_report", make_report)
+  values.config.stages.low = config.stage(duration=config.duration(steps=2), image_size=8)
+  values.json = str(tmp_path / "plan.json")
+  assert plan._command([]) == 1  # one of them does not fit
+  assert compiled == [8, 16]
+  printed = capsys.readouterr().out
+  for text in ("stage low: images of 8", "stage last: images of 16", "FLOPs of the run: 800 "):
+    assert text in printed
+  written = json.loads(Path(values.json).read_text())
+  assert {name: found["batch"] for name, found in written["stages"].items()} == {
+    "low": "images of 8",
+    "last": "images of 16",
+  }
+  assert written["run"] == {"flops": 800.0, "per_sample": False, "share": 1.0}
 
 
 @pytest.mark.slow

@@ -35,6 +35,19 @@ def environment(devices: int = 1) -> dict[str, str]:
   return os.environ | settings | {"XLA_FLAGS": xla_flags(devices)}
 
 
+def train_in_two_processes(config: str, workdir: Path, *overrides: str) -> None:
+  """Trains in two processes of one device each."""
+  port = 20000 + os.getpid() % 20000
+  processes = [
+    subprocess.Popen(
+      command(config, workdir, *overrides, f"--coordinator=localhost:{port}", "--processes=2", f"--process={index}"),
+      env=environment(),
+    )
+    for index in range(2)
+  ]
+  assert [process.wait(timeout=180) for process in processes] == [0, 0]
+
+
 def losses_on_disk(workdir: Path) -> list[float]:
   """The losses in metrics.jsonl."""
   return [line["loss"] for line in read_metrics(workdir) if "loss" in line]

@@ -35,6 +35,7 @@ LAYERS = {
   "declip_jax.runtime": 2,
   "declip_jax.evals": 3,
   "declip_jax.ranges": 4,
+  "declip_jax.stages": 4,
   "declip_jax.build": 4,
   "declip_jax.planning": 5,
   "declip_jax.clip": 5,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from declip_jax.models.bank import OVERFLOWS
 from declip_jax.models.heads import Heads, make_heads
+from declip_jax.models.positions import fit_positions
 from declip_jax.models.text import TextTransformer
 from declip_jax.models.towers import IMAGE_TOWERS, MLM_ATTENTION, Towers
 from declip_jax.models.transformer import ACTIVATIONS, INITS, REMAT_POLICIES
@@ -54,8 +55,11 @@ class Model:
     return params, collections | self.momentum_copy(params)
 
   def encode(self, params: Tree, collections: Tree, batch: Batch) -> tuple[Features, Tree]:
-    """The first half, in training mode: features, and the towers' new collections (a ResNet's statistics)."""
-    variables, _ = _variables(params, collections)
+    """The first half, in training mode: features, and the towers' new collections (a ResNet's statistics).
+
+    Images and texts may be smaller than those of the parameters, see `positions.fit_positions`.
+    """
+    variables, _ = _variables({**params, "towers": self._fit_positions(params["towers"], batch)}, collections)
     features, towers = self.towers.apply(
       variables, batch, self.views, self._dense, True, mutable=list(collections["towers"])
     )
@@ -149,11 +153,17 @@ class Model:
   def _encode_momentum(self, collections: Tree, batch: Batch) -> Float[Array, "b 2 f"]:
     """Features of the self-supervised views by the momentum tower; its batch statistics are those of the batch."""
     images = jnp.stack([batch["image"][:, view] for view in self.views.ssl_image], axis=1)
-    variables = {"params": collections["momentum"]["towers"], **collections["towers"]}
+    towers = self._fit_positions(collections["momentum"]["towers"], batch)
+    variables = {"params": towers, **collections["towers"]}
     features, _ = self.towers.apply(
       variables, images, True, method=Towers.encode_views, mutable=list(collections["towers"])
     )
     return jax.lax.stop_gradient(features)
+
+  def _fit_positions(self, towers: Tree, batch: Batch) -> Tree:
+    stride = self.towers.image.stride
+    height, width = (size // stride for size in batch["image"].shape[2:4])
+    return fit_positions(towers, patches=height * width, tokens=batch["text"].shape[-1] if "text" in batch else None)
 
   def _image_features(self, params: Tree, collections: Tree, images: Array, encode: Any) -> Float[Array, "b d"]:
     towers, heads = _variables(params, collections)

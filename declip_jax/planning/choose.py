@@ -29,6 +29,7 @@ from declip_jax import build
 from declip_jax.config import duration, durations
 from declip_jax.planning.report import available_memory
 from declip_jax.runtime.hosts import smallest
+from declip_jax.stages import plan_stages
 
 # Open fields, the value that leaves each open, and one that is legal while others are chosen.
 _OPEN = {
@@ -140,6 +141,7 @@ def shortened(config: ConfigDict, steps: int, epoch_examples: int) -> ConfigDict
     ValueError: see `build.to_steps`.
   """
   whole, config = build.to_steps(config, epoch_examples), config.copy_and_resolve_references()
+  stages = plan_stages(config, epoch_examples)[:-1]
 
   def scaled(step: int) -> int:
     return round(step * steps / whole.total)
@@ -148,6 +150,10 @@ def shortened(config: ConfigDict, steps: int, epoch_examples: int) -> ConfigDict
   for name in durations(config):
     if not name.startswith("optimizer."):
       _set(config, {name: duration()})
+  for stage in stages:
+    own = config.stages[stage.name]
+    own.duration = duration(steps=max(1, scaled(stage.last) - scaled(stage.first)))
+    own.warmup = duration(steps=scaled(build.stage_steps(stage, epoch_examples).schedule.warmup))
   config.evaluate_every, config.checkpoint.every = (duration(steps=math.ceil(steps / 2)) for _ in range(2))
   schedule = whole.schedule
   config.optimizer.warmup = duration(steps=scaled(schedule.warmup))

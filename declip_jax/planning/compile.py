@@ -79,8 +79,15 @@ class Memory:
   peak: float
 
 
-def compile_step(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> CompiledStep:
+def compile_step(
+  config: ConfigDict, devices: Sequence[jax.Device] | None = None, run: ConfigDict | None = None
+) -> CompiledStep:
   """Compiles the train step as the trainer does, for all devices or for the given ones.
+
+  Args:
+    config: config of the run, or of one of its stages.
+    devices: devices to compile for.
+    run: config of the run of a stage, whose train state has the shapes for all stages.
 
   Raises:
     OutOfMemory: the step does not fit into the devices' memory.
@@ -92,7 +99,7 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device] | None = None
   built = build.build(config, devices)
   shapes, sharding = built.batch_shape(config.batch_size), batch_sharding(built.mesh)
   batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in shapes.items()}
-  state = state_shapes(config, built)
+  state = state_shapes(run, build.build(run, devices)) if run else state_shapes(config, built)
   step = build.make_step(config, built, build.to_steps(config, epoch_examples=10**6), state)
   start = time.perf_counter()
   traced = step.trace(state, batch)
@@ -109,7 +116,9 @@ def compile_step(config: ConfigDict, devices: Sequence[jax.Device] | None = None
   return CompiledStep(state, batch, executed, compiled, lowered_at - start, compiled_at - lowered_at)
 
 
-def compile_with_progress(config: ConfigDict, devices: Sequence[jax.Device]) -> CompiledStep:
+def compile_with_progress(
+  config: ConfigDict, devices: Sequence[jax.Device], run: ConfigDict | None = None
+) -> CompiledStep:
   """Calls `compile_step` and prints to stderr what is compiled and how long it took."""
   pairs = config.batch_size / len(devices)
   print(
@@ -119,7 +128,7 @@ def compile_with_progress(config: ConfigDict, devices: Sequence[jax.Device]) -> 
   )
   start = time.perf_counter()
   try:
-    return compile_step(config, devices)
+    return compile_step(config, devices, run)
   finally:
     print(f"  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 

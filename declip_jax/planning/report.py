@@ -1,6 +1,6 @@
 """The cost of a train step on given devices: memory, FLOPs, traffic, minimum time, and the input rate that it needs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 
@@ -15,6 +15,7 @@ from declip_jax.planning.devices import Device
 from declip_jax.planning.input_rate import InputRate, measured_rate
 from declip_jax.planning.search import Largest, largest_batch
 from declip_jax.sharding import check_batch, layout_table
+from declip_jax.stages import flops_until, plan_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Report:
     slices: number of slices that a network connects.
     mesh: size of each axis.
     batch_size: global batch size.
+    batch: what a step reads, in words.
     layout: a table of how the state is sharded, as lines.
     model_flops: FLOPs of the model in one step, `flops.step_flops`.
     peak: peak figures of the device; None if it is not in `devices.DEVICES`.
@@ -79,6 +81,7 @@ class Report:
   slices: int
   mesh: dict[str, int]
   batch_size: int
+  batch: str
   layout: list[str]
   model_flops: float
   peak: Device | None
@@ -94,13 +97,56 @@ class Report:
   largest: Largest | None = None
 
 
-def make_report(config: ConfigDict, devices: Sequence[jax.Device] | None = None, search: bool = True) -> Report:
+@dataclasses.dataclass(frozen=True)
+class RunFlops:
+  """FLOPs of the model in a whole run, over all its stages.
+
+  Attributes:
+    flops: FLOPs; of a run whose durations are in epochs, divided by the number of samples of the data, which are not
+      read.
+    per_sample: whether they are divided by it.
+    share: the FLOPs, divided by those of as many pairs in the last stage.
+  """
+
+  flops: float
+  per_sample: bool
+  share: float
+
+
+def run_flops(config: ConfigDict, step_flops: Mapping[str, float]) -> RunFlops | None:
+  """The FLOPs of a run; None if they depend on data, since only some of the durations of its stages are in epochs.
+
+  Args:
+    config: config of the run.
+    step_flops: FLOPs of the model in a step of each stage.
+
+  Raises:
+    ValueError: see `plan_stages`.
+  """
+  lengths = [config.duration, *(stage.duration for stage in config.stages.values())]
+  per_sample = all(length.epochs for length in lengths)
+  if not per_sample and any(length.epochs for length in lengths):
+    return None
+  stages = plan_stages(config, samples := 10**9 if per_sample else 1)  # so many that rounding to steps does not matter
+  last = stages[-1]
+  total = flops_until(stages, last.last, lambda stage, size: step_flops[stage.name])
+  alone = step_flops[last.name] / last.config.batch_size * last.batch_sizes.examples(last.last)
+  return RunFlops(total / samples if per_sample else total, per_sample, total / alone)
+
+
+def make_report(
+  config: ConfigDict,
+  devices: Sequence[jax.Device] | None = None,
+  search: bool = True,
+  run: ConfigDict | None = None,
+) -> Report:
   """Compiles the step of a config for all devices or for the given ones, and reports what it costs.
 
   Args:
-    config: config of a run; its duration does not matter.
+    config: config of a run, or of one of its stages; its duration does not matter.
     devices: devices to compile for, such as those of `topology_devices`.
     search: whether to search for the largest batch that fits.
+    run: config of the run of a stage.
 
   Raises:
     ValueError: the config contradicts itself or does not fit the devices.
@@ -110,7 +156,7 @@ def make_report(config: ConfigDict, devices: Sequence[jax.Device] | None = None,
   check_batch(config.batch_size, built.mesh, "config.batch_size")
   peak, available = device_table.find(devices[0].device_kind), available_memory(devices[0])
   try:
-    step = compilation.compile_with_progress(config, devices)
+    step = compilation.compile_with_progress(config, devices, run)
     memory = compilation.memory(step)
     needed = memory.peak
   except compilation.OutOfMemory as error:
@@ -122,7 +168,8 @@ def make_report(config: ConfigDict, devices: Sequence[jax.Device] | None = None,
     slices=len({getattr(device, "slice_index", 0) for device in devices}),
     mesh=dict(built.mesh.shape),
     batch_size=config.batch_size,
-    layout=layout_table(compilation.state_shapes(config, built)),
+    batch=build.describe_batch(built, config.batch_size),
+    layout=layout_table(compilation.state_shapes(run or config, build.build(run, devices) if run else built)),
     model_flops=flops.step_flops(built, config.batch_size, config.optimizer.frozen),
     peak=peak,
     available=available,
@@ -142,7 +189,7 @@ def make_report(config: ConfigDict, devices: Sequence[jax.Device] | None = None,
       seconds = least_times(step.executed_flops / report.devices, traffic, peak)
       report = dataclasses.replace(report, seconds=seconds, input=required_input(report, config, seconds.step, peak))
   if search and available:
-    report = dataclasses.replace(report, largest=largest_batch(config, devices, needed, available))
+    report = dataclasses.replace(report, largest=largest_batch(config, devices, needed, available, run))
   return report
 
 

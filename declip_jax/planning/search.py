@@ -26,7 +26,9 @@ class Largest:
   tried: list[tuple[int, float | None]]
 
 
-def largest_batch(config: ConfigDict, devices: Sequence[jax.Device], needed: float, available: float) -> Largest:
+def largest_batch(
+  config: ConfigDict, devices: Sequence[jax.Device], needed: float, available: float, run: ConfigDict | None = None
+) -> Largest:
   """The largest batch that fits, rounded down to a multiple of what the config requires of a batch.
 
   Args:
@@ -34,6 +36,7 @@ def largest_batch(config: ConfigDict, devices: Sequence[jax.Device], needed: flo
     devices: devices to compile for.
     needed: bytes that the config's own batch needs on each device.
     available: bytes that each device has.
+    run: see `compile_step`.
   """
   num_devices = len(devices)
   groups = config.model.heads.norm_groups, config.model.heads.bank_groups, config.model.image.get("norm_groups", 1)
@@ -44,7 +47,7 @@ def largest_batch(config: ConfigDict, devices: Sequence[jax.Device], needed: flo
     resized = config.copy_and_resolve_references()
     resized.batch_size = pairs * num_devices
     try:
-      return memory(compile_with_progress(resized, devices)).peak
+      return memory(compile_with_progress(resized, devices, run)).peak
     except OutOfMemory as error:
       return error.needed
     except ValueError as error:  # such as a bank that is smaller than the batch

@@ -1,10 +1,11 @@
 """Prints a `Report` as a table."""
 
+from collections.abc import Mapping
 import dataclasses
 
 from declip_jax.planning.devices import Device
 from declip_jax.planning.input_rate import InputRate
-from declip_jax.planning.report import Report, Sent, Times
+from declip_jax.planning.report import Report, RunFlops, Sent, Times
 
 
 def table(report: Report) -> list[str]:
@@ -15,6 +16,21 @@ def table(report: Report) -> list[str]:
   if report.peak and report.seconds and report.input:
     lines += ["", *_times(report.seconds, report.peak), _step(report.input, report.devices), "", *_input(report.input)]
   return lines
+
+
+def run_table(reports: Mapping[str, Report], of_run: RunFlops | None) -> list[str]:
+  """The reports on the stages of a run, by name, and the FLOPs of the run, as lines of text."""
+  lines = []
+  for name, report in reports.items():
+    lines += [f"stage {name}: {report.batch}", *table(report), ""]
+  if of_run is None:
+    return [*lines, "FLOPs of the run: not known without data, since only some of its durations are in epochs"]
+  unit = " for each sample of the data" if of_run.per_sample else ""
+  return [
+    *lines,
+    f"FLOPs of the run: {of_run.flops:.4g} of the model{unit}, {100 * of_run.share:.1f} % of those of as many pairs in "
+    "the last stage",
+  ]
 
 
 def _devices(report: Report) -> list[str]:

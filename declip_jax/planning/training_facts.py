@@ -21,12 +21,15 @@ from declip_jax.planning import flops
 from declip_jax.runtime import records
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.workdir import read_starts
+from declip_jax.stages import flops_until, plan_stages
 
 _VERSION = 1  # of how FLOPs are counted
 # Fields of `config.data` that do not change what views are like.
 _INPUT = (
   "train", "ssl_train", "mixture", "ssl_mixture", "threads", "workers", "engine", "max_bad", "max_pixels", "max_seconds"
 )  # fmt: skip
+_ENDLESS = 10**12  # samples of an epoch, where only steps that were done matter
+_OF_STAGES = ("image_size", "patch_dropout", "context_length")  # fields of a stage that change what it sees
 
 
 def training_facts(run: Path, step: int) -> dict[str, Any]:
@@ -54,23 +57,24 @@ def training_facts(run: Path, step: int) -> dict[str, Any]:
     config = config_lib.from_json(json.dumps(checkpoints.config(step)))
     sizes = checkpoints.batch_sizes(step) or BatchSizes.constant(config.batch_size)
   seen, starts = sizes.examples(step), read_starts(run)
+  samples = starts[-1].samples if starts else {}
   active = [name for name, term in config.objective.items() if term.weight or term.schedule]
   facts: dict[str, Any] = {
     "method": name_of(config.data.recipe, active),
-    "recipe": json_hash([_views(fields := json.loads(config.to_json_best_effort())), fields["objective"]])[:8],
+    "recipe": json_hash(_recipe(config))[:8],
     "seed": config.seed,
     "pairs_seen": seen,
   }
   if starts:
-    facts |= _data(config, starts[-1].samples, seen)
+    facts |= _data(config, samples, seen)
     if name := _config_name(starts[0].command):
       facts["config"] = name
   if config.init_from.path:
     facts["init_from"] = config.init_from.path
   try:
-    facts["flops"] = _flops(config, sizes, step)
+    facts["flops"] = _flops(config, sizes, step, samples)
   except (ValueError, TypeError, LookupError, AttributeError) as error:  # such as a user's own term
-    logging.warning("%s: its training FLOPs are not known, since its model cannot be built: %s", run, error)
+    logging.warning("%s: its training FLOPs are not known: %s", run, error)
   return facts
 
 
@@ -98,10 +102,26 @@ def _views(fields: Mapping[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in fields["data"].items() if name not in _INPUT}
 
 
-def _flops(config: ConfigDict, sizes: BatchSizes, step: int) -> float:
-  ends = [first for first, _ in sizes.changes[1:]] + [step]
-  phases = [(size, min(end, step) - first) for (first, size), end in zip(sizes.changes, ends, strict=True)]
-  return sum(steps * _step_flops(config, size) for size, steps in phases if steps > 0)
+def _recipe(config: ConfigDict) -> list[Any]:
+  """The fields that determine what a run learns from, whatever the data, and by which objective."""
+  fields = json.loads(config.to_json_best_effort())
+  of_stages = [{field: entry.get(field) for field in _OF_STAGES} for _, entry in sorted(fields["stages"].items())]
+  return [_views(fields), fields["objective"], *([of_stages] if of_stages else [])]
+
+
+def _flops(config: ConfigDict, sizes: BatchSizes, step: int, samples: Mapping[str, int]) -> float:
+  """FLOPs of all steps until `step`; `samples` of the sources are needed for a config with stages.
+
+  Raises:
+    LookupError: the number of samples of a source is not known.
+  """
+  epoch_examples = _ENDLESS
+  if config.stages:
+    if unknown := [name for name in config.data.train if name not in samples]:
+      raise LookupError(f"the number of samples of {unknown[0]}, by which stages end, is not recorded")
+    epoch_examples = sum(samples[name] for name in config.data.train)
+  stages = plan_stages(config, epoch_examples, sizes, step)
+  return flops_until(stages, step, lambda stage, size: _step_flops(stage.config, size))
 
 
 def _step_flops(config: ConfigDict, batch_size: int) -> float:

@@ -31,6 +31,7 @@ def opening_lines(
   mesh: Mesh,
   abstract: Any,
   changes: Sequence[str],
+  stages: Sequence[str] = (),
 ) -> Iterator[str]:
   """Describes a run.
 
@@ -39,11 +40,12 @@ def opening_lines(
     weights: weight of each active term.
     recipe: name of the recipe.
     groups: number of groups into which each kind of head divides a batch, 1 for none.
-    batch_size: global batch size.
+    batch_size: global batch size, of the last stage.
     start, total: first and last step.
     mesh: devices.
     abstract: shapes and shardings of the state.
     changes: differences from the config of the previous start.
+    stages: a description of each stage, if the run has several.
   """
   for source in sources:
     skipped = "".join(f", skipped {count:,}: {reason}" for reason, count in source.skipped.items())
@@ -55,7 +57,9 @@ def opening_lines(
   num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
   axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   yield f"objective {terms}; recipe {recipe}; {num_params:,} parameters"
-  yield f"{total:,} steps of {batch_size:,} examples on mesh {axes} ({mesh.devices.flat[0].device_kind})"
+  of_examples = "" if stages else f" of {batch_size:,} examples"
+  yield f"{total:,} steps{of_examples} on mesh {axes} ({mesh.devices.flat[0].device_kind})"
+  yield from stages
   if mesh.size > 1:
     yield from layout_table(abstract)
   for name, count in groups.items():

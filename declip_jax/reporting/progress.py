@@ -206,7 +206,8 @@ class TrainingProgress:
     stream: TextIO | None = None,
     now: Callable[[], float] = time.perf_counter,
   ):
-    self._total_steps, self._batch_size, self._devices = total_steps, batch_size, devices
+    self._total_steps, self._devices = total_steps, devices
+    self.enter_stage("", total_steps, batch_size)
     self._enabled, self._now = enabled, now
     self._stream = sys.stderr if stream is None else stream
     self._display = _Display(self._stream)
@@ -215,6 +216,10 @@ class TrainingProgress:
     self._drawn_at = -math.inf
     self._line: _Line | None = None
     self._stack = contextlib.ExitStack()
+
+  def enter_stage(self, name: str, last_step: int, batch_size: int) -> None:
+    """Names the stage that begins, "" in a run with one stage; the time left is that up to its last step."""
+    self._stage, self._last_step, self._batch_size = name, last_step, batch_size
 
   def update(
     self,
@@ -262,6 +267,7 @@ class TrainingProgress:
   def _fields(self, step: int, metrics: Mapping[str, Any], speed: list[str]) -> list[str]:
     """Returns the fields of the line, the most important first."""
     fields = [f"step {step:,}/{self._total_steps:,} {step / self._total_steps:.1%}"]
+    fields += [f"stage {self._stage} to {self._last_step:,}"] if self._stage else []
     fields += [f"loss {float(metrics['loss']):.3f}"] if "loss" in metrics else []
     fields += speed
     terms = [name for name in metrics if name.startswith("loss/")]
@@ -272,9 +278,10 @@ class TrainingProgress:
   def _speed_fields(self, step: int, images_per_second: float, utilisation: float | None) -> list[str]:
     if not images_per_second > 0:  # NaN
       return []
-    left = (self._total_steps - step) * self._batch_size / images_per_second
+    left = (self._last_step - step) * self._batch_size / images_per_second
     each = f" ({images_per_second / self._devices:,.4g} per device)" if self._devices > 1 else ""
-    fields = [f"{_duration(left)} left", f"{images_per_second:,.0f} images/s{each}"]
+    of_what = " of the stage" if self._stage else ""
+    fields = [f"{_duration(left)} left{of_what}", f"{images_per_second:,.0f} images/s{each}"]
     return fields if utilisation is None else [*fields, f"{utilisation:.1%} of peak"]
 
   def _fit(self, fields: list[str]) -> list[str]:

@@ -31,12 +31,14 @@ _DUE_EVERY = 50  # steps after which the clock is asked whether a checkpoint is 
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-  """The steps at which a run logs, evaluates and saves; its last step does all three.
+  """The steps at which a stage of a run logs, evaluates and saves; its last step does all three.
 
   Attributes:
-    total: number of steps.
+    total: number of steps of the run at the end of the stage, which is the end of the run if it has no other stages.
     log, evaluate, checkpoint: steps from one of each to the next; 0 means only at the last step.
     evaluate_phase, checkpoint_phase: remainder of the steps that are due, divided by the steps between them.
+    first: number of steps of the run before the stage.
+    is_last: whether the run ends with the stage.
   """
 
   total: int
@@ -45,6 +47,12 @@ class Cadence:
   checkpoint: int = 0
   evaluate_phase: int = 0
   checkpoint_phase: int = 0
+  first: int = 0
+  is_last: bool = True
+
+  def has(self, step: int) -> bool:
+    """Whether the step after the first `step` steps is one of the stage."""
+    return self.first <= step < self.total
 
   def logs(self, step: int) -> bool:
     return self._is_due(step, self.log)
@@ -53,7 +61,7 @@ class Cadence:
     return self._is_due(step, self.evaluate, self.evaluate_phase)
 
   def evaluation(self, step: int) -> int:
-    """The number of the evaluation at a step; 0 for the last step, which is evaluated in full."""
+    """The number of the evaluation at a step; 0 for the last step of a stage, which is evaluated in full."""
     return 0 if step >= self.total else (step - self.evaluate_phase) // self.evaluate
 
   def saves(self, step: int) -> bool:
@@ -71,11 +79,14 @@ class Services:
     workdir: working directory.
     cadence: when to log, evaluate and save.
     batch_sizes: global batch size, now and earlier in the run.
+    repeatable_from: number of steps from which on steps can be repeated with the batch sizes of the config.
     config: config that is saved with each checkpoint.
     abstract: shapes and shardings of the state.
     max_skipped_steps: number of consecutive skipped steps at which the run rolls back.
     evaluate_state: evaluates a state, as the evaluation with this number; returns its metrics, named "eval/...".
     draw_curves: draws the curves of the metrics so far.
+    stage: number of the stage in the run, from 1; 0 if the run has only one.
+    training_flops: function from a number of steps to the FLOPs of the model in all of them; None if it is not known.
     latest: latest metrics, filled by `log` and `evaluate`.
     Their classes describe the other attributes.
   """
@@ -86,6 +97,7 @@ class Services:
   config: Mapping[str, Any]
   abstract: State
   max_skipped_steps: int
+  repeatable_from: int
   checkpoints: Checkpoints
   rollbacks: Rollbacks
   stop: StopRequest
@@ -98,6 +110,8 @@ class Services:
   symptoms: Symptoms
   evaluate_state: Callable[[State, int], dict[str, float]] = lambda state, number: {}
   draw_curves: Callable[[], None] = lambda: None
+  stage: int = 0
+  training_flops: Callable[[int], float] | None = None
   latest: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def read(self, step: int, batches: Iterator[T]) -> T | None:
@@ -142,7 +156,7 @@ class Services:
     for leaf in jax.tree.leaves(state):
       leaf.delete()
     restored = self.rollbacks.roll_back(at, _skipped(metrics), position, self.checkpoints, self.abstract)
-    if restored.step < self.batch_sizes.since:
+    if restored.step < self.repeatable_from:
       raise FloatingPointError(
         f"{restored.messages[0]}; this checkpoint was saved before config.batch_size changed: run the same command "
         "again to continue from it"
@@ -174,7 +188,7 @@ class Services:
     with self.clock.spending("step"):
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     counts = {"checkpoint_failed": self.checkpoints.failed, "rollbacks": len(self.rollbacks)}
-    values |= {"examples": self.batch_sizes.examples(step), **bad, **self.clock.values()}
+    values |= {**self._seen(step), **bad, **self.clock.values()}
     values |= {name: count for name, count in counts.items() if count}
     symptoms, messages = self.symptoms.check(step, values)
     for message in messages:
@@ -220,7 +234,7 @@ class Services:
       self.writer.pictures(step)
     self.checkpoints.score(step, results)
     if results:
-      self.writer.write(step, {"examples": self.batch_sizes.examples(step), **results})
+      self.writer.write(step, {**self._seen(step), **results})
     self.latest.update(results)
     for line in score_lines(step, results):
       self.progress.message(line)
@@ -245,6 +259,12 @@ class Services:
     with self.clock.spending("save"):
       self.draw_curves()
       self.writer.pictures(step)
+
+  def _seen(self, step: int) -> dict[str, float]:
+    """What a line of metrics.jsonl says about the training up to a step."""
+    stage = {"stage": self.stage} if self.stage else {}
+    flops = {"training_flops": self.training_flops(step)} if self.training_flops else {}
+    return {"examples": self.batch_sizes.examples(step), **stage, **flops}
 
   def _save(self, step: int, state: State, position: dict[str, Any]) -> None:
     self.checkpoints.save(step, state, data=position, config=self.config, batch_sizes=self.batch_sizes)

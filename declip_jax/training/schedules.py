@@ -24,7 +24,7 @@ class ScheduleSettings:
 
   Attributes:
     schedule: one of `SCHEDULES`.
-    total_steps: length of training.
+    total_steps: length of training, of a stage in a run with stages.
     learning_rate: the peak, reached at the end of the warm-up.
     warmup: length of the linear rise; 0 for none.
     warmup_start: learning rate of step 0, if there is a warm-up.
@@ -54,8 +54,8 @@ class ScheduleSettings:
     check_finite({f"milestones[{step}]": factor for step, factor in self.milestones})
     if self.warmup > self.total_steps:
       raise ValueError(
-        f"config.optimizer.warmup is {self.warmup} steps, longer than the whole run of {self.total_steps}: set "
-        f"--config.optimizer.warmup.steps to at most that, or lengthen config.duration"
+        f"config.optimizer.warmup is {self.warmup} steps, longer than the {self.total_steps} steps of the run or of "
+        "the stage: set --config.optimizer.warmup.steps to at most that, or lengthen the duration"
       )
     longest = self.total_steps - self.warmup
     if self.schedule == "cooldown" and not 0 < self.cooldown <= longest:

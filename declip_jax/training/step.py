@@ -39,6 +39,7 @@ def train_step(
   logit_scale_range: tuple[float, ...] = (),
   spike_factor: float = 0.0,
   ema: float = 0.0,
+  first_step: int = 0,
 ) -> tuple[State, Metrics]:
   """One step on one global batch.
 
@@ -57,7 +58,11 @@ def train_step(
     logit_scale_range: bounds of the log inverse temperatures after the step; () for none.
     spike_factor: largest ratio of a gradient's norm to the usual norm, see `is_spike`; 0 for no limit.
     ema: decay of the average of the weights; ignored without one.
+    first_step: 0-based step at which the stage begins: the usual norm is that of the gradients since.
   """
+  if first_step:  # gradients of other images and batches have other norms
+    measured = jnp.where(state.step == first_step, 0, state.skipped["measured"])
+    state = state.replace(skipped={**state.skipped, "measured": measured})
   collections = {**state.collections, **update_momentum_tower(model, state, momentum_decay)}
   batch = augment(batch, state.step)
   (loss, metrics, outputs, collections), gradients = gradient_fn(state.params, collections, batch, state.step)
@@ -130,9 +135,9 @@ def update_average(state: State, good: Flag, decay: float) -> Tree:
 def is_spike(norm: Scalar, state: dict[str, Array], factor: float) -> tuple[Flag, dict[str, Array]]:
   """Whether a gradient's norm is more than `factor` times the geometric mean of previous norms; never if 0.
 
-  The mean is over all steps that were not skipped. The first hundred weigh the same and are never spikes; then weights
-  decay by 0.99 a step, so that the mean follows training. A spike of the loss shows up here, too, and gradient norms
-  work for losses of any sign and scale.
+  The mean is over all steps of the stage that were not skipped. The first hundred weigh the same and are never spikes;
+  then weights decay by 0.99 a step, so that the mean follows training. A spike of the loss shows up here, too, and
+  gradient norms work for losses of any sign and scale.
 
   Args:
     norm: norm of the gradient, float32.

@@ -16,10 +16,11 @@ import numpy as np
 from declip_jax.models.bank import Bank
 from declip_jax.models.model import Model
 from declip_jax.models.paths import is_below_any
+from declip_jax.models.positions import resize_positions
 from declip_jax.training.state import State
 from declip_jax.weights.layout import ModelFields
 from declip_jax.weights.read import Weights, read
-from declip_jax.weights.settings import parse_settings, resize_positions
+from declip_jax.weights.settings import parse_settings
 
 Tree = Any
 # An entry of `config.init_from.groups` -> paths of its arrays in `params` and in `collections`.
@@ -206,7 +207,7 @@ def _fitted(path: str, value: np.ndarray, leaf: Array, changed: list[str]) -> Ar
   name = path.rsplit("/", 1)[1]
   if name == "position_embedding" and path.startswith("towers/image") and value.shape[1:] == leaf.shape[1:]:
     changed.append(f"resized: {path}, {value.shape[0]} -> {leaf.shape[0]} positions")
-    return _placed(leaf, resize_positions(value, leaf.shape[0]))
+    return _placed(leaf, np.asarray(resize_positions(jnp.asarray(value), leaf.shape[0])))
   along_first = name in ("position_embedding", "embedding") and value.shape[1:] == leaf.shape[1:]
   along_last = path.startswith("heads/mlm/") and value.shape[:-1] == leaf.shape[:-1]
   if along_first or along_last:

@@ -10,18 +10,17 @@ import math
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
-import jax
-from jaxtyping import Float
+import jax.numpy as jnp
 import numpy as np
 
 from declip_jax.data.images import INTERPOLATIONS, EvalView
+from declip_jax.models.positions import IMAGE_POSITIONS, TEXT_POSITIONS, resize_positions
 from declip_jax.models.towers import IMAGE_TOWERS
 from declip_jax.weights.layout import ModelFields
 
 Tree = Any
 # Settings and fields of an export that are not fields of `config.model`, and the fields of `EvalView` that they set.
 VIEW = {"image_size": "size", "interpolation": "interpolation", "resize": "resize", "squash": "squash"}
-_POSITIONS = {"vit": ("position_embedding",), "resnet": ("attention_pool", "position_embedding")}
 
 
 def parse_settings(settings: Iterable[str], field: str) -> dict[str, Any]:
@@ -98,30 +97,16 @@ def with_positions(params: Tree, model: ModelFields, image_size: int, name: str)
     ValueError: a context length beyond the positions; the message begins with `name`.
   """
   flat, remarks = flatten_dict(params), []
-  path = ("towers", "image", *_POSITIONS.get(model["image"]["kind"], ()))
+  path = ("towers", *IMAGE_POSITIONS.get(model["image"]["kind"], ()))
   if path in flat and len(flat[path]) != (size := (image_size // _stride(model, name)) ** 2 + 1):
     remarks.append(f"the position embeddings of images were resized from {len(flat[path])} to {size} positions")
-    flat[path] = resize_positions(flat[path], size)
-  path, length = ("towers", "text", "position_embedding"), model["text"]["context_length"]
+    flat[path] = np.asarray(resize_positions(jnp.asarray(flat[path]), size))
+  path, length = ("towers", *TEXT_POSITIONS), model["text"]["context_length"]
   if path in flat and not 2 <= length <= len(flat[path]):
     raise ValueError(f"{name}: text.context_length={length}: expected 2 to {len(flat[path])}, the trained positions")
   if path in flat:
     flat[path] = flat[path][:length]
   return unflatten_dict(flat), remarks
-
-
-def resize_positions(positions: Float[np.ndarray, "n f"], size: int) -> Float[np.ndarray, "m f"]:
-  """Resizes position embeddings of a class token and a square grid to `size` positions, cubic with antialiasing.
-
-  Raises:
-    ValueError: one of the two grids is not square.
-  """
-  sides = [round((n - 1) ** 0.5) for n in (len(positions), size)]
-  if [side**2 + 1 for side in sides] != [len(positions), size]:
-    raise ValueError(f"{len(positions)} and {size} positions are not those of a class token and a square grid")
-  grid = positions[1:].reshape(sides[0], sides[0], -1)
-  resized = jax.image.resize(grid, (sides[1], sides[1], grid.shape[-1]), "cubic", antialias=True)
-  return np.concatenate([positions[:1], np.asarray(resized).reshape(size - 1, -1)])
 
 
 def _stride(model: ModelFields, name: str) -> int:

@@ -3,13 +3,14 @@
 import argparse
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as reference
 import torch
 
 from declip_jax.clip import load
-from declip_jax.weights.initial import resize_positions
+from declip_jax.models.positions import resize_positions
 from declip_jax.weights.read import read
 
 FORWARD = {"rtol": 1e-4, "atol": 2e-5}
@@ -148,5 +149,5 @@ def test_positions_are_resized_as_by_open_clip(before: int, after: int) -> None:
   positions = np.random.default_rng(0).normal(size=(before**2 + 1, 6)).astype(np.float32)
   grid = torch.from_numpy(positions[1:]).reshape(1, before, before, 6).permute(0, 3, 1, 2)
   theirs = torch.nn.functional.interpolate(grid, size=(after, after), mode="bicubic", antialias=True)
-  ours = resize_positions(positions, after**2 + 1)
+  ours = resize_positions(jnp.asarray(positions), after**2 + 1)
   np.testing.assert_allclose(ours[1:], theirs.permute(0, 2, 3, 1).reshape(-1, 6), atol=1e-5)

@@ -12,6 +12,7 @@ from tiny import tiny_config
 
 from declip_jax import build, config, config_files
 from declip_jax.planning import choose
+from declip_jax.stages import plan_stages
 
 GIB = 2**30
 PAGE = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
@@ -118,7 +119,7 @@ def test_a_try_is_the_run_in_proportion() -> None:
   c.optimizer.milestones = ((1000, 0.1),)
   c.objective.clip.schedule = ((0, 0.0), (400, 1.0))
   steps = build.to_steps(choose.shortened(c, 101, 1000), 1000)
-  assert steps[:4] == (101, 51, 51, 0)
+  assert (steps.total, steps.evaluate, steps.checkpoint, steps.keep_every) == (101, 51, 51, 0)
   schedule = steps.schedule
   assert (schedule.total_steps, schedule.warmup, schedule.cooldown) == (101, 10, 25)
   assert schedule.milestones == ((50, 0.1),)
@@ -126,8 +127,22 @@ def test_a_try_is_the_run_in_proportion() -> None:
   assert short.objective.clip.schedule == ((0, 0.0), (20, 1.0))
   assert short.log_every == 5
   assert choose.shortened(c, 1, 1000).log_every == 1
-  assert build.to_steps(choose.shortened(c, 1, 1000), 1000)[:3] == (1, 1, 1)
+  steps = build.to_steps(choose.shortened(c, 1, 1000), 1000)
+  assert (steps.total, steps.evaluate, steps.checkpoint) == (1, 1, 1)
   assert c.duration.epochs == 20  # the config itself is not changed
+
+
+def test_a_try_has_all_stages_in_proportion() -> None:
+  c = tiny_config("clip")
+  c.batch_size, c.duration, c.optimizer.warmup = 10, config.duration(epochs=20), config.duration(share=0.05)
+  c.stages.first = config.stage(duration=config.duration(share=0.6), batch_size=20, warmup=config.duration(share=0.1))
+  c.stages.second = config.stage(duration=config.duration(steps=200))
+  whole = plan_stages(c, 1000)
+  assert [(stage.first, stage.last) for stage in whole] == [(0, 600), (600, 800), (800, 1400)]
+  short = plan_stages(choose.shortened(c, 140, 1000), 1000)
+  assert [(stage.first, stage.last) for stage in short] == [(0, 60), (60, 80), (80, 140)]
+  warmups = [build.stage_steps(stage, 1000).schedule.warmup for stage in (whole[0], short[0], whole[2], short[2])]
+  assert warmups == [100, 10, 100, 10]
 
 
 @pytest.mark.slow

@@ -8,12 +8,14 @@ import pytest
 from tiny import tiny_config
 
 from declip_jax import build
+from declip_jax import config as config_lib
 from declip_jax.planning import compile as compilation
 from declip_jax.planning import devices, flops, hlo
 from declip_jax.planning import search as search_lib
-from declip_jax.planning.report import Report, Times, make_report
+from declip_jax.planning.report import Report, RunFlops, Times, make_report, run_flops
 from declip_jax.planning.search import Largest
 from declip_jax.planning.table import table
+from declip_jax.stages import stage_configs
 
 
 def test_needed_memory_is_the_peak(step: compilation.CompiledStep, report: Report):
@@ -50,7 +52,7 @@ def test_a_step_that_does_not_fit_reports_the_largest_that_does(report: Report, 
     def __init__(self, pairs: int):
       object.__setattr__(self, "pairs", pairs)
 
-  def compile_step(config: ConfigDict, devices: list[jax.Device]) -> FakeStep:
+  def compile_step(config: ConfigDict, devices: list[jax.Device], run: None = None) -> FakeStep:
     pairs = config.batch_size // len(devices)
     if pairs > 11:
       raise compilation.OutOfMemory(1e7 * pairs)
@@ -78,6 +80,32 @@ def test_an_unknown_device_has_no_times(config: ConfigDict, step: compilation.Co
   assert report.peak is report.fits is report.seconds is report.input is report.largest is None
   assert report.collectives
   assert "roofline" not in "\n".join(table(report))
+
+
+def test_the_flops_of_a_run_are_those_of_its_stages():
+  config = tiny_config("clip")
+  low = {"duration": config_lib.duration(examples=640), "batch_size": 32}
+  config.stages.low, config.duration = config_lib.stage(**low), config_lib.duration(examples=960)
+  step_flops = {"low": 100.0, "last": 200.0}
+  assert run_flops(config, step_flops) == RunFlops(20 * 100.0 + 20 * 200.0, False, 6000 / (60 * 200.0))
+  config.stages.low.duration = config_lib.duration(epochs=2)
+  assert run_flops(config, step_flops) is None
+  config.duration = config_lib.duration(epochs=3)
+  found = run_flops(config, step_flops)
+  assert found.per_sample
+  assert (found.flops, found.share) == pytest.approx((2 * 100 / 32 + 200 / 16, 18.75 / (3 * 200 / 16)))
+  config.stages = ConfigDict()
+  assert run_flops(config, step_flops).share == 1
+
+
+@pytest.mark.slow
+def test_the_step_of_a_stage_has_the_state_of_the_whole_run():
+  config = tiny_config("clip", image_size=32)
+  config.stages.low = config_lib.stage(duration=config_lib.duration(steps=1), image_size=16, context_length=8)
+  step = compilation.compile_step(stage_configs(config)["low"], jax.devices()[:1], config)
+  assert (step.batch["image"].shape[2], step.batch["text"].shape[2]) == (16, 8)
+  towers = step.state.params["towers"]
+  assert [towers[side]["position_embedding"].shape[0] for side in ("image", "text")] == [17, 16]
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_rejected():

@@ -5,8 +5,9 @@ from pathlib import Path
 import shutil
 
 import pytest
-from tiny import FinishedRun
+from tiny import FinishedRun, tiny_config
 
+from declip_jax import config as config_lib
 from declip_jax.batch_sizes import BatchSizes
 from declip_jax.methods import name_of
 from declip_jax.planning import training_facts as lib
@@ -55,8 +56,31 @@ def test_facts_of_a_checkpoint(
 def test_batches_of_two_sizes_both_count(finished_run: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(lib, "_step_flops", lambda _, size: 10.0 * size)
   sizes = BatchSizes(((0, 8), (5, 16)))
-  assert lib._flops(finished_run.config, sizes, 7) == 10 * sizes.examples(7) == 10 * (5 * 8 + 2 * 16)
-  assert lib._flops(finished_run.config, sizes, 3) == 10 * 3 * 8
+  assert lib._flops(finished_run.config, sizes, 7, {}) == 10 * sizes.examples(7) == 10 * (5 * 8 + 2 * 16)
+  assert lib._flops(finished_run.config, sizes, 3, {}) == 10 * 3 * 8
+
+
+def test_each_stage_counts_with_its_own_images_and_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(lib, "_step_flops", lambda config, size: 10.0 * size * config.data.image_size)
+  config = tiny_config("clip")
+  config.duration = config_lib.duration(epochs=1)
+  config.stages.low = config_lib.stage(duration=config_lib.duration(epochs=0.5), image_size=8, batch_size=32)
+  sizes, samples = BatchSizes(((0, 32), (4, 16))), {config.data.train[0]: 256}
+  assert lib._flops(config, sizes.between(0, 3), 3, samples) == 3 * 10 * 32 * 8
+  assert lib._flops(config, sizes, 6, samples) == 4 * 10 * 32 * 8 + 2 * 10 * 16 * 16
+  with pytest.raises(LookupError, match=config.data.train[0]):
+    lib._flops(config, sizes, 6, {})
+
+
+def test_stages_are_part_of_the_recipe() -> None:
+  config = tiny_config("clip")
+  plain = lib._recipe(config)
+  config.stages.low = config_lib.stage(duration=config_lib.duration(steps=3), image_size=8)
+  staged = lib._recipe(config)
+  config.stages.low.duration.steps = 4
+  assert plain == staged[: len(plain)] != staged == lib._recipe(config)
+  config.stages.low.patch_dropout = 0.5
+  assert lib._recipe(config) != staged
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,15 @@ def test_the_training_line_has_the_speed_per_device_and_the_share_of_the_peak(cl
   assert "  256 images/s (32 per device)  40.0% of peak  wait 25%" in log.getvalue()
 
 
+def test_the_training_line_names_the_stage_and_the_time_until_its_end(clock: Clock) -> None:
+  training = progress.TrainingProgress(10_000, 512, stream=(log := io.StringIO()), now=clock)
+  training.enter_stage("low", 4_020, 64)
+  train(training, clock, [2020], 20.0, images_per_second=256.0)
+  assert log.getvalue().startswith(
+    "step 2,020/10,000 20.2%  stage low to 4,020  loss 3.142  8m 20s left of the stage  256 images/s"
+  )
+
+
 @pytest.mark.parametrize(("steps", "left"), [(11, "0m 10s"), (200, "3m 19s"), (8001, "2h 13m"), (864_001, "10d 0h")])
 def test_time_left(steps: int, left: str, clock: Clock) -> None:
   training = progress.TrainingProgress(steps, 1, stream=(log := io.StringIO()), now=clock)

@@ -92,7 +92,7 @@ def test_a_schedule_without_warmup_starts_at_the_peak_and_is_constant_after_the_
   ("settings", "field"),
   [
     ({"name": "linear"}, r"schedule='linear'.*'constant', 'cooldown', 'cosine'"),
-    ({"warmup": 11}, r"warmup is 11 steps.* 10:"),
+    ({"warmup": 11}, r"warmup is 11 steps.* 10 "),
     ({"name": "cooldown", "cooldown": 7, "warmup": 4}, r"cooldown is 7 steps: choose 1 to 6"),
     ({"name": "cooldown"}, r"cooldown is 0 steps: choose 1 to 10"),
     ({"name": "step", "milestones": ((6, float("nan")),)}, r"milestones\[6\]=nan"),

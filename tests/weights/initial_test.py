@@ -18,7 +18,7 @@ from declip_jax.models.bank import Bank
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.training.state import State, start_average
-from declip_jax.weights.initial import initialise, load_weights, read_initial, resize_positions
+from declip_jax.weights.initial import initialise, load_weights, read_initial
 from declip_jax.weights.read import Weights, _average, from_state_dict, read_run
 from declip_jax.weights.read import read as read_weights
 from declip_jax.weights.write import write
@@ -109,19 +109,6 @@ def test_resolution_and_context_change(clip_run: Path, random_state: MakeState) 
   texts, longer = (np.asarray(x["towers"]["text"]["position_embedding"]) for x in (given.params, state.params))
   np.testing.assert_array_equal(longer[:16], texts)
   assert {"resized: towers/image/position_embedding, 5 -> 17 positions"} < set(lines)
-
-
-def test_positions_are_resized_in_their_grid() -> None:
-  grid = np.stack(np.meshgrid(np.arange(4.0), np.arange(4.0), indexing="ij"), axis=-1).reshape(16, 2)
-  positions = np.concatenate([[[7.0, 7.0]], grid]).astype(np.float32)
-  larger = resize_positions(positions, 65)
-  np.testing.assert_array_equal(larger[0], 7)
-  middle = larger[1:].reshape(8, 8, 2)[2:6, 2:6]
-  np.testing.assert_allclose(np.diff(middle[..., 0], axis=0), 0.5, atol=0.05)
-  np.testing.assert_allclose(np.diff(middle[..., 1], axis=1), 0.5, atol=0.05)
-  np.testing.assert_allclose(np.diff(middle[..., 0], axis=1), 0, atol=1e-5)
-  with pytest.raises(ValueError, match="square grid"):
-    resize_positions(positions, 60)
 
 
 @pytest.mark.parametrize("groups", [("image",), ("text",), ("image", "text"), ("heads",)])
