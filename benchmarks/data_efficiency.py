@@ -102,7 +102,8 @@ def run(cell: Cell, workdir: Path, args: argparse.Namespace) -> None:
   splits = Splits(*(f"webdataset:{args.data}/{split}-*.tar" for split in ("test", "train", "val")))
   prompts = args.workdir / "prompts.txt"
   write(prompts, "\n".join(FASHION_TEMPLATES).encode())
-  jobs, _ = suites.make_jobs({f"own/{args.dataset}": splits}, (), args.tasks, str(prompts), OPTIONS[args.dataset])
+  options = [option for option in OPTIONS[args.dataset] if option.partition(".")[0] in args.tasks]
+  jobs, _ = suites.make_jobs({f"own/{args.dataset}": splits}, (), args.tasks, str(prompts), options)
   evaluate(workdir, jobs=jobs, cache=cache_folder() / "features")
 
 
