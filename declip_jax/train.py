@@ -181,7 +181,11 @@ def loop(
       continue
 
     services.bad_samples.update(step, bad)
-    services.show(step, previous or metrics)
+    services.clock.update(step)
+    if previous:
+      services.show(step - 1, previous)
+    if step == services.cadence.total:
+      services.show(step, metrics)
     if services.cadence.logs(step):
       services.log(step, metrics)
     previous = metrics

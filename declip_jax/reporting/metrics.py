@@ -183,20 +183,30 @@ def _from_line(values: dict[str, Any]) -> dict[str, float]:
 
 def score_text(name: str, value: float) -> str:
   """A score for people: a share as a percentage, a mean rank as a number, a count in full."""
+  return f"{name} {_score(name, value)}"
+
+
+def _score(name: str, value: float) -> str:
   if not isinstance(value, float):
-    return f"{name} {value:,}"
-  return f"{name} {value:,.1f}" if name.endswith("_rank") else f"{name} {value:.1%}"
+    return f"{value:,}"
+  return f"{value:,.1f}" if name.endswith("_rank") else f"{value:.1%}"
 
 
 def summary_table(values: Mapping[str, Any]) -> str:
-  """Formats names and values as two aligned columns, numbers with about four digits and thousands separators."""
+  """Formats names and values as two aligned columns: scores as `score_text` does, other numbers with about four digits.
+
+  Args:
+    values: numbers and others by name; those named eval/... are scores.
+  """
   width = max(map(len, values), default=0)
-  return "\n".join(f"{name:<{width}}  {_format(value)}" for name, value in values.items())
+  return "\n".join(f"{name:<{width}}  {_format(name, value)}" for name, value in values.items())
 
 
-def _format(value: Any) -> str:
+def _format(name: str, value: Any) -> str:
   if isinstance(value, bool) or not isinstance(value, numbers.Real):
     return str(value)
+  if name.startswith("eval/"):
+    return _score(name, value)
   if isinstance(value, numbers.Integral) or abs(value) >= 1000:
     return f"{value:,.0f}"
   return f"{value:.4g}"

@@ -23,6 +23,9 @@ from tqdm import tqdm
 T = TypeVar("T")
 _REDRAW_SECONDS = 0.1  # on a terminal
 _LOG_SECONDS = 10.0  # between two lines of a log file
+_SMOOTH = 20  # steps
+_FEW = 10  # images per second
+_SLOW_STEP = 1.0  # seconds
 _QUIET_SECONDS = 1.0  # seconds; shorter work shows no bar
 _LIVE_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:,}/{total:,}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 _LOG_FORMAT = "{desc}: {n:,}/{total:,}{unit} ({percentage:.0f}%), {rate_noinv_fmt}, {remaining} left"
@@ -180,10 +183,11 @@ def is_live(stream: TextIO | None) -> bool:
 
 
 class TrainingProgress:
-  """A status line about a run: step, losses, speed, time left, share of the time spent waiting for data.
+  """A status line about a run: step, losses, time, speed, and the share of the time spent waiting for data.
 
-  A terminal shows one line, cut to its width, the least important fields first; a log file gets a plain line every
-  `min_interval` seconds.
+  Losses are averages over about the last `_SMOOTH` steps, of which those are read that end `_REDRAW_SECONDS` or more
+  after one another. A terminal shows one line, cut to its width, the least important fields first; a log file gets a
+  plain line every `min_interval` seconds.
 
   Args:
     total_steps: step at which training ends.
@@ -213,7 +217,8 @@ class TrainingProgress:
     self._display = _Display(self._stream)
     self._live = is_live(self._stream)
     self._interval = _REDRAW_SECONDS if self._live else min_interval
-    self._drawn_at = -math.inf
+    self._began, self._read_at, self._drawn_at = self._now(), -math.inf, -math.inf
+    self._losses: dict[str, _Average] = {}
     self._line: _Line | None = None
     self._stack = contextlib.ExitStack()
 
@@ -234,16 +239,27 @@ class TrainingProgress:
 
     Args:
       step: number of steps done.
-      metrics: "loss", each "loss/<term>", "lr" and "temperature" are shown; device arrays are fetched only to be drawn.
+      metrics: metrics of this step, of which "loss", each "loss/<term>", "lr" and "temperature" are shown; device
+        arrays are fetched at most every `_REDRAW_SECONDS`.
       images_per_second: over all devices; NaN if unknown.
       utilisation: model FLOPs utilisation, 0 to 1; None if unknown.
       wait: share of the time that the loop waited for data, 0 to 1.
     """
-    now = self._now()
-    if self._enabled and (now - self._drawn_at >= self._interval or step >= self._total_steps):
+    now, ends = self._now(), step >= self._total_steps
+    if not self._enabled:
+      return
+    if now - self._read_at >= _REDRAW_SECONDS or ends:
+      self._read_at = now
+      for name, value in metrics.items():
+        if name.startswith("loss"):
+          self._losses.setdefault(name, _Average()).add(step, float(value))
+    if now - self._drawn_at >= self._interval or ends:
       self._drawn_at = now
-      speed = self._speed_fields(step, images_per_second, utilisation)
-      self._draw("  ".join(self._fit(self._fields(step, metrics, [*speed, f"wait {wait:.0%}"]))))
+      speed = [*self._speed_fields(step, images_per_second, utilisation), f"wait {wait:.0%}"]
+      if (seconds := self._batch_size / images_per_second) >= _SLOW_STEP:
+        speed.append(f"{seconds:,.1f} s/step")
+      speed.append(f"{_duration(now - self._began)} elapsed")
+      self._draw("  ".join(self._fit(self._fields(step, metrics, speed))))
 
   def message(self, text: str) -> None:
     """Prints a line above the live line."""
@@ -268,11 +284,11 @@ class TrainingProgress:
     """Returns the fields of the line, the most important first."""
     fields = [f"step {step:,}/{self._total_steps:,} {step / self._total_steps:.1%}"]
     fields += [f"stage {self._stage} to {self._last_step:,}"] if self._stage else []
-    fields += [f"loss {float(metrics['loss']):.3f}"] if "loss" in metrics else []
+    fields += [f"loss {self._losses['loss'].value:.3f}"] if "loss" in metrics else []
     fields += speed
     terms = [name for name in metrics if name.startswith("loss/")]
-    fields += [f"{name.removeprefix('loss/')} {float(metrics[name]):.3f}" for name in terms]
-    others = {"lr": ".2e", "temperature": ".4f"}
+    fields += [f"{name.removeprefix('loss/')} {self._losses[name].value:.3f}" for name in terms]
+    others = {"lr": ".2e", "temperature": ".4f", "dense_temperature": ".4f"}
     return fields + [f"{name} {float(metrics[name]):{digits}}" for name, digits in others.items() if name in metrics]
 
   def _speed_fields(self, step: int, images_per_second: float, utilisation: float | None) -> list[str]:
@@ -281,7 +297,8 @@ class TrainingProgress:
     left = (self._last_step - step) * self._batch_size / images_per_second
     each = f" ({images_per_second / self._devices:,.4g} per device)" if self._devices > 1 else ""
     of_what = " of the stage" if self._stage else ""
-    fields = [f"{_duration(left)} left{of_what}", f"{images_per_second:,.0f} images/s{each}"]
+    digits = ",.0f" if images_per_second >= _FEW else ".2g"
+    fields = [f"{_duration(left)} left{of_what}", f"{images_per_second:{digits}} images/s{each}"]
     return fields if utilisation is None else [*fields, f"{utilisation:.1%} of peak"]
 
   def _fit(self, fields: list[str]) -> list[str]:
@@ -300,6 +317,26 @@ class TrainingProgress:
       self._line = _Line(desc=text, file=self._display, bar_format="{desc}", leave=True)
     else:
       self._line.set_description_str(text)
+
+
+class _Average:
+  """An exponential moving average over steps, of values that need not be those of all steps.
+
+  Attributes:
+    value: the average; the last value if that is not finite.
+  """
+
+  def __init__(self) -> None:
+    self.value, self._sum, self._weight, self._step = math.nan, 0.0, 0.0, 0
+
+  def add(self, step: int, value: float) -> None:
+    """Adds the value of a step."""
+    self.value = value
+    if math.isfinite(value):
+      decay = math.exp(-max(step - self._step, 1) / _SMOOTH)
+      self._sum = decay * self._sum + (1 - decay) * value
+      self._weight = decay * self._weight + 1 - decay
+      self.value, self._step = self._sum / self._weight, step
 
 
 def _columns(stream: TextIO) -> int:

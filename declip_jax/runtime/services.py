@@ -168,8 +168,7 @@ class Services:
     return restored.step, restored.state
 
   def show(self, step: int, metrics: Metrics) -> None:
-    """Updates speed and progress line."""
-    self.clock.update(step)
+    """Shows the metrics of a step in the progress line."""
     self.progress.update(
       step,
       metrics,

@@ -181,4 +181,6 @@ def test_summary_table_is_aligned():
     "top1               0.3281",
     "ok                 True",
   ]
+  scores = {"eval/a/top1": 0.3281, "eval/a/images": 2098, "eval/b/image_to_text_mean_rank": 12.34}
+  assert [line.split()[1] for line in summary_table(scores).splitlines()] == ["32.8%", "2,098", "12.3"]
   assert summary_table({}) == ""

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -230,9 +231,22 @@ def test_the_training_line_has_all_fields(clock: Clock) -> None:
   training = progress.TrainingProgress(10_000, 512, stream=(log := io.StringIO()), now=clock)
   train(training, clock, [2020], 20.0, images_per_second=256.0)
   assert log.getvalue().splitlines() == [
-    "step 2,020/10,000 20.2%  loss 3.142  4h 26m left  256 images/s  wait 25%  clip 4.500  simsiam -0.750"
-    "  lr 1.00e-03  temperature 0.0700"
+    "step 2,020/10,000 20.2%  loss 3.142  4h 26m left  256 images/s  wait 25%  2.0 s/step  0m 20s elapsed  clip 4.500"
+    "  simsiam -0.750  lr 1.00e-03  temperature 0.0700"
   ]
+
+
+def test_the_loss_is_an_average_and_the_speed_of_a_slow_run_has_digits(clock: Clock) -> None:
+  training = progress.TrainingProgress(200, 8, stream=(log := io.StringIO()), now=clock)
+  for step in range(1, 201):
+    clock.now += 1.0
+    training.update(step, {"loss": 2.0 + (-1) ** step}, images_per_second=0.4321)
+  *_, line = log.getvalue().splitlines()
+  assert abs(float(re.search(r"loss ([\d.]+)", line)[1]) - 2.0) < 0.05
+  assert "  0.43 images/s  " in line
+  assert "  18.5 s/step  3m 20s elapsed" in line
+  training.update(200, {"loss": math.nan})
+  assert "loss nan" in log.getvalue().splitlines()[-1]
 
 
 def test_the_training_line_has_the_speed_per_device_and_the_share_of_the_peak(clock: Clock) -> None:
@@ -322,7 +336,7 @@ def test_a_disabled_training_line_prints_nothing(clock: Clock) -> None:
 def test_missing_and_broken_metrics_do_not_stop_the_training_line(clock: Clock) -> None:
   training = progress.TrainingProgress(10, 8, stream=(log := io.StringIO()), now=clock)
   train(training, clock, [1], 1.0, metrics={"loss": math.nan, "eval/zero_shot/top1": 0.5})
-  assert log.getvalue() == "step 1/10 10.0%  loss nan  wait 25%\n"
+  assert log.getvalue() == "step 1/10 10.0%  loss nan  wait 25%  0m 01s elapsed\n"
 
 
 def test_a_line_fits_a_real_terminal() -> None:
