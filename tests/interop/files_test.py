@@ -44,6 +44,7 @@ def nhwc(images: np.ndarray) -> np.ndarray:
   return np.moveaxis(images, 1, -1)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # released files are TorchScript all the same
 @pytest.mark.parametrize("name", ["openai_vit", "openai_resnet"])
 @pytest.mark.parametrize("form", ["archive", "state dict"])
 def test_openai(name: str, form: str, tmp_path: Path) -> None:
