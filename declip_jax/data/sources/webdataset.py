@@ -1,23 +1,13 @@
 """WebDataset tar shards with random access, without extracting them.
 
 A sample consists of consecutive members whose paths agree up to the first dot of the file name, webdataset's own rule.
-A repeated suffix starts another sample (webdataset rejects such a shard). The index has one byte span per sample,
-`[n 3]` int64 of (shard, start, stop). Reading a sample takes one `pread`; its tar headers are parsed again in that
-buffer, so the index need not store names, sizes and fields. Members that are not used, such as a .npy of features,
-are read along with it.
-
-The index of a set of shards is one memory-mapped .npy file, see `indexes.find_or_build`. Its name depends on the paths,
-sizes and times of change of the shards, so it is never older than they are, and any number of processes and hosts can
-share it. One file for the whole set rather than one per shard means one mapping per worker and one path per pickle,
-however many shards there are; their names follow the spans in the same file, as JSON.
+A repeated suffix starts another sample (webdataset rejects such a shard). The index has one byte span per sample, see
+`shard_indexes`. Reading a sample takes one `pread`; its tar headers are parsed again in that buffer, so the index need
+not store names, sizes and fields. Members that are not used, such as a .npy of features, are read along with it.
 
 Remote shards (gs://, s3://, https://) are read in ranges, one request per sample. To index them, requests of 1 MiB
 follow the headers: larger members are skipped, smaller ones are read with their neighbours, since a request of their
-own would take longer than their transfer.
-
-Indexing costs some 10 us per sample on one core, and large sets are indexed by one process per core. The results of
-groups of 16 shards are kept next to the index, so that an interrupted build continues when the set is opened again
-within a day, and hosts that share the folder share the work. They are deleted once the index exists.
+own would take longer than their transfer. Indexing costs some 10 us per sample on one core.
 
 | field | members, of which the first that exists counts |
 |---|---|
@@ -33,15 +23,11 @@ A .json without these three keys counts if exactly one of its keys is a common n
 import codecs
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 import contextlib
-import errno
 from functools import cached_property, partial
 import io
-import json
 from pathlib import Path
 import re
-import shutil
 from typing import Any, BinaryIO, NamedTuple
 
 from absl import logging
@@ -50,15 +36,12 @@ import numpy as np
 
 from declip_jax.data.sources import lists, values
 from declip_jax.data.sources.base import BadSample, Example, bad_sample
-from declip_jax.data.storage import files, indexes, jobs, layouts, patterns, tars, texts
+from declip_jax.data.storage import files, indexes, layouts, patterns, shard_indexes, tars, texts
 from declip_jax.data.storage.bounded import parse_json
-from declip_jax.reporting import progress
 
 _IMAGES = tuple(suffix.removeprefix(".") for suffix in files.IMAGE_SUFFIXES)
 _CAPTION_KEYS = ("captions", "caption", "text")  # in .json; img2dataset writes "caption"
 _INDEX_FORMAT = 4  # part of the hash: raise it when the index or the rules for usable samples change
-_GROUP = 16  # shards per job; as many threads scan them, which hides the latency of disks and servers
-_ALONE = 2**32  # bytes of shards, some seconds of work; for more it is faster to start other processes
 _SHOWN = 8  # suffixes that a message lists
 _PROBES = 100  # samples among which a message looks for a .json
 _COUNTED = 100  # suffixes that are counted in a shard; dots in the names of images make any number
@@ -77,13 +60,7 @@ class WebDataset:
 
   @cached_property
   def _opened(self) -> tuple[Int64[np.ndarray, "n 3"], dict[str, Any]]:
-    """The spans, mapped but without the slow indexing of np.memmap, and the JSON that follows them in the file."""
-    try:
-      spans = np.load(self._index, mmap_mode="r")
-      rest = indexes.contents(self._index)[spans.offset + spans.nbytes :]
-      return np.asarray(spans), json.loads(bytes(rest))
-    except (ValueError, EOFError) as error:
-      raise ValueError(f"{self._index}: damaged index ({error}); delete it to build it again") from error
+    return shard_indexes.read(self._index)
 
   @property
   def about(self) -> dict[str, Any]:
@@ -215,13 +192,9 @@ def index_shards(shards: list[str], location: str) -> Path:
     FileNotFoundError: a shard is missing.
     ValueError: no sample is usable.
   """
-  stamps = files.stamps(shards)
-  stamp = [_INDEX_FORMAT, list(zip(shards, stamps, strict=True))]
-  sizes = [size for size, _ in stamps]
-  build = partial(_build, key=indexes.key(stamp), shards=shards, sizes=sizes, location=location)
-  index = indexes.find_or_build(stamp, shards[0], build, ".npy")
-  shutil.rmtree(_pieces_folder(index.parent, index.stem), ignore_errors=True)
-  return index
+  return shard_indexes.find_or_build(
+    shards, _INDEX_FORMAT, _scan, partial(_summary, shards=shards, location=location), location
+  )
 
 
 def _remarks_on_fields(source: WebDataset, shard: str) -> Iterator[str]:
@@ -245,103 +218,32 @@ def _remarks_on_fields(source: WebDataset, shard: str) -> Iterator[str]:
   yield f"no captions found, its samples have {_shown(Counter(suffixes))}{keys}; captions are read from {wanted}"
 
 
-def _pieces_folder(folder: Path, key: str) -> Path:
-  """The folder for the pieces of an index; its name starts with a dot, so that it is deleted once it is old."""
-  return folder / f".{key}.parts"
+def _summary(scans: list[list[Any]], shards: list[str], location: str) -> dict[str, Any]:
+  """What the index says about the shards, from what was found in each.
 
-
-def _build(path: Path, key: str, shards: list[str], sizes: list[int], location: str) -> None:
-  """Writes the index: the spans `[n 3]` of the usable samples, then JSON.
-
-  Args:
-    path: the file to write. The index will be next to it; if it exists already, another process was faster.
-    key: the stem of the index's name.
-    shards: paths of the shards.
-    sizes: sizes of the shards in bytes.
-    location: for messages.
+  Raises:
+    ValueError: no sample is usable.
   """
-  folder, index = _pieces_folder(path.parent, key), path.with_name(f"{key}.npy")
-  numbered = list(zip(range(len(shards)), shards, sizes, strict=True))
-  groups = [numbered[start : start + _GROUP] for start in range(0, len(shards), _GROUP)]
-  todo = [jobs.Job(folder / f"{number:06d}", group, len(group)) for number, group in enumerate(groups)]
-  for job in todo:  # of an interrupted build
-    if job.path.is_file() and not indexes.is_usable(job.path, indexes.digest(job.argument), shards[0]):
-      job.path.unlink(missing_ok=True)
-  processes = jobs.cores() if len(groups) > 1 and sum(sizes) >= _ALONE else 1
-  try:
-    with progress.Bar(f"indexing {location}", len(shards), "shards") as bar:
-      jobs.make_files(write_piece, todo, processes if processes > 1 else 0, index.is_file, bar.set, interval=0.5)
-    _join([job.path for job in todo], path, shards, location)
-  except (OSError, ValueError) as error:
-    if isinstance(error, ValueError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
-      shutil.rmtree(folder, ignore_errors=True)  # these shards have no index, or another folder will have it
-    raise
-  finally:
-    with contextlib.suppress(OSError):
-      folder.rmdir()  # if it is empty
-
-
-def write_piece(path: Path, shards: list[tuple[int, str, int]], advance: jobs.Advance) -> None:
-  """Writes the piece of an index for some consecutive shards: a line of JSON, then their raw spans `[m 3]`.
-
-  Args:
-    path: the file to write.
-    shards: number, path and size of each shard.
-    advance: called after each shard.
-  """
-
-  def scan(shard: tuple[int, str, int]) -> _Scan:
-    found = _scan(*shard[1:])
-    advance(1)
-    return found
-
-  with ThreadPoolExecutor(len(shards)) as pool:
-    scans = list(pool.map(scan, shards))
-  about = [scan._replace(spans=len(scan.spans)) for scan in scans]
-  with path.open("wb") as file:
-    file.write(json.dumps(about).encode() + b"\n")
-    for (number, *_), scan in zip(shards, scans, strict=True):
-      file.write(np.insert(scan.spans, 0, number, axis=1).tobytes())
-  indexes.seal(path, indexes.digest(shards))
-
-
-def _join(pieces: list[Path], path: Path, shards: list[str], location: str) -> None:
-  """Writes the index from its pieces, one after the other."""
-  scans = []
-  for piece in pieces:
-    scans += [_Scan(*scan) for scan in json.loads(_read_piece(piece)[0])]
-  count, skipped = sum(scan.spans for scan in scans), _sum(scan.skipped for scan in scans)
-  for scan in scans:
+  found = [_Scan(*scan) for scan in scans]
+  skipped = _sum(scan.skipped for scan in found)
+  for scan in found:
     if scan.damage:
       logging.warning("%s; the samples before it are used: %d", scan.damage, scan.spans)
-  if not count:
-    seen = _shown(_sum(scan.without_image for scan in scans))
-    found = f"; samples without an image have {seen}" if seen else ""
-    damage = next((f"; {scan.damage}" for scan in scans if scan.damage), "")
-    legal = f"; expected {' '.join(files.IMAGE_SUFFIXES)} after the first dot of a name" if found or not damage else ""
+  if not any(scan.spans for scan in found):
+    seen = _shown(_sum(scan.without_image for scan in found))
+    others = f"; samples without an image have {seen}" if seen else ""
+    damage = next((f"; {scan.damage}" for scan in found if scan.damage), "")
+    legal = f"; expected {' '.join(files.IMAGE_SUFFIXES)} after the first dot of a name" if others or not damage else ""
     kinds = ", ".join(f"{number} {kind}" for kind, number in skipped.items()) or "nothing"
-    raise ValueError(f"{location}: no usable sample (shards: {len(shards)}, skipped: {kinds}){damage}{found}{legal}")
-  index = np.lib.format.open_memmap(path, "w+", np.int64, (count, 3))
-  start = 0
-  for piece in pieces:
-    spans = np.frombuffer(_read_piece(piece)[1], np.int64).reshape(-1, 3)
-    index[start : start + len(spans)] = spans
-    start += len(spans)
-  index.flush()
-  with path.open("ab") as file:
-    labels = [label for scan in scans for label in scan.labels]
-    about = {
-      "shards": shards,
-      "skipped": skipped,
-      "remarks": [*_remarks(scans)],
-      "labels": labels and [min(labels), max(labels)],
-    }
-    file.write(json.dumps(about | {"suffixes": _sum(scan.suffixes for scan in scans)}).encode())
-
-
-def _read_piece(piece: Path) -> tuple[bytes, bytes]:
-  line, _, spans = bytes(indexes.contents(piece)).partition(b"\n")
-  return line, spans
+    raise ValueError(f"{location}: no usable sample (shards: {len(shards)}, skipped: {kinds}){damage}{others}{legal}")
+  labels = [label for scan in found for label in scan.labels]
+  return {
+    "shards": shards,
+    "skipped": skipped,
+    "remarks": [*_remarks(found)],
+    "labels": labels and [min(labels), max(labels)],
+    "suffixes": _sum(scan.suffixes for scan in found),
+  }
 
 
 class _Scan(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pickle
 import tarfile
 import time
+from typing import BinaryIO
 
 import fsspec
 import numpy as np
@@ -17,7 +18,7 @@ from declip_jax.data import sources
 from declip_jax.data.sources import webdataset
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.webdataset import open_webdataset
-from declip_jax.data.storage import files, indexes, jobs, patterns
+from declip_jax.data.storage import files, indexes, jobs, patterns, shard_indexes, tars
 from declip_jax.reporting import progress
 
 LONG = "folder " + "ü" * 60 + "/" + "n" * 90  # more than 100 characters and 255 bytes
@@ -590,10 +591,10 @@ def indexed(location: str) -> bytes:
 
 @pytest.mark.slow
 def test_an_index_does_not_depend_on_who_builds_it(many, monkeypatch):
-  def failing(path: str, *_) -> None:
-    raise AssertionError(f"{path} should be scanned by another process")
+  def failing(file: BinaryIO, *_) -> None:
+    raise AssertionError(f"{file.name} should be scanned by another process")
 
-  monkeypatch.setattr(webdataset, "_GROUP", 64)
+  monkeypatch.setattr(shard_indexes, "_GROUP", 64)
   alone = indexed(many)
   scans = [webdataset._scan(path, os.path.getsize(path)) for path in patterns.expand(many)]
   spans = [(number, *span) for number, scan in enumerate(scans) for span in scan.spans.tolist()]
@@ -601,13 +602,13 @@ def test_an_index_does_not_depend_on_who_builds_it(many, monkeypatch):
   skipped = {"missing file": 6, "damaged record": 6}
   about = json.loads(alone[np.load(io.BytesIO(alone)).nbytes + 128 :])
   assert (about["shards"], about["skipped"]) == (patterns.expand(many), skipped)
-  monkeypatch.setattr(webdataset, "_GROUP", 3)
+  monkeypatch.setattr(shard_indexes, "_GROUP", 3)
   assert indexed(many) == alone
-  monkeypatch.setattr(webdataset, "_ALONE", 0)
+  monkeypatch.setattr(shard_indexes, "_ALONE", 0)
   monkeypatch.setattr(jobs, "cores", lambda: 1)
   assert indexed(many) == alone
   monkeypatch.setattr(jobs, "cores", lambda: 2)
-  monkeypatch.setattr(webdataset, "_scan", failing)  # in this process
+  monkeypatch.setattr(tars, "members", failing)  # in this process
   assert indexed(many) == alone
 
 
@@ -618,7 +619,7 @@ def test_a_build_that_was_interrupted_continues(many, monkeypatch):
       raise KeyboardInterrupt
     return scan(path, size)
 
-  monkeypatch.setattr(webdataset, "_GROUP", 3)
+  monkeypatch.setattr(shard_indexes, "_GROUP", 3)
   whole = indexed(many)
   scan, scanned, most = webdataset._scan, Counter(), 25
   monkeypatch.setattr(webdataset, "_scan", scanning)
@@ -637,9 +638,9 @@ def test_a_build_that_was_interrupted_continues(many, monkeypatch):
 
 
 def test_job_files_of_other_shards_are_ignored_and_deleted_after_a_day(many, monkeypatch):
-  monkeypatch.setattr(webdataset, "_GROUP", 3)
+  monkeypatch.setattr(shard_indexes, "_GROUP", 3)
   with monkeypatch.context() as patch:
-    patch.setattr(webdataset, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    patch.setattr(shard_indexes, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
       open_webdataset(many)
   ((left),) = (Path(many).parent / ".declip_jax").iterdir()
@@ -655,7 +656,7 @@ def test_builders_that_share_a_folder_share_the_work(many, monkeypatch):
     time.sleep(0.01)
     return scan(path, size)
 
-  monkeypatch.setattr(webdataset, "_GROUP", 1)
+  monkeypatch.setattr(shard_indexes, "_GROUP", 1)
   whole = indexed(many)
   scan, scanned = webdataset._scan, Counter()
   monkeypatch.setattr(webdataset, "_scan", scanning)
@@ -672,7 +673,7 @@ def test_builders_that_share_a_folder_share_the_work(many, monkeypatch):
 def test_this_process_indexes_shards_that_others_cannot_read(many, bucket, monkeypatch, caplog):
   for path in patterns.expand(many):
     bucket.pipe(f"/bucket/{Path(path).name}", Path(path).read_bytes())
-  monkeypatch.setattr(webdataset, "_ALONE", 0)
+  monkeypatch.setattr(shard_indexes, "_ALONE", 0)
   monkeypatch.setattr(jobs, "cores", lambda: 2)
   local, remote = open_webdataset(many), open_webdataset("memory://bucket/*.tar")
   assert list(remote) == list(local)
