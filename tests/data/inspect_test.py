@@ -188,6 +188,11 @@ def touch(folder: Path, *names: str) -> None:
     (["a-0.tar", "a-1.tar"], "a-{0..1}.tar", "webdataset:a-{0..1}.tar"),
     (["0.tar", "1.tar", "0.parquet", "0_stats.json"], "", "webdataset:*.tar"),  # img2dataset
     (["data-00000-of-00001.array_record", "dataset.json", "classnames.txt"], "", "arrayrecord:*.array_record"),
+    (["00000.tfrecord", "00000.parquet", "00000_stats.json"], "", "tfrecord:*.tfrecord"),  # img2dataset
+    (["x.tfrecord-00000-of-00002", "x.tfrecord-00001-of-00002"], "", "tfrecord:*.tfrecord-*"),
+    (["x.tfrecord-00000-of-00002"], "x.tfrecord-00000-of-00002", "tfrecord:x.tfrecord-00000-of-00002"),
+    (["ABC.tfrec"], "ABC.tfrec", "tfrecord:ABC.tfrec"),  # Kaggle
+    (["a/x.tfrecords", "b/x.tfrecords"], "", "tfrecord:*/*.tfrecords"),
     (["a.csv"], "a.csv", "table:a.csv"),
     (["a.tsv.gz"], "a.tsv.gz", "table:a.tsv.gz"),
     (["a.jsonl", "b.jsonl", "c.csv"], "", "table:*.jsonl"),
