@@ -15,9 +15,10 @@ own would take longer than their transfer. Indexing costs some 10 us per sample 
 | captions | a list in .json ("captions", "caption", "text"); else .txt, .caption, .jpg.txt; else a text in .json |
 | label | .cls, a whole number |
 
-A .json without these three keys counts if exactly one of its keys is a common name of captions, see
-`lists.CAPTION_NAMES`. The whole .txt is one caption. In CLIP_benchmark's layout each of its lines is one, and
-`clip_benchmark` reads the rest of it too: several labels, metadata, prompts.
+Others are named as in `?image=seg.png&caption=alt_text`, see `open_webdataset`. A .json without these three keys counts
+if exactly one of its keys is a common name of captions, see `lists.CAPTION_NAMES`. The whole .txt is one caption. In
+CLIP_benchmark's layout each of its lines is one, and `clip_benchmark` reads the rest of it too: several labels,
+metadata, prompts.
 """
 
 import codecs
@@ -51,12 +52,26 @@ _LONGEST_LABEL = 20  # bytes of a .cls
 _LABEL = re.compile(rb"\s*-?\d+\s*")
 
 
+class Fields(NamedTuple):
+  """Where the image and the captions of a sample are.
+
+  Attributes:
+    images: suffixes of members, of which the first that exists is the image.
+    captions: suffixes of members, or keys of the .json, whose captions count together; None for those of the table.
+    by_line: whether each line of a text is a caption.
+  """
+
+  images: tuple[str, ...] = _IMAGES
+  captions: tuple[str, ...] | None = None
+  by_line: bool = False
+
+
 class WebDataset:
   """Tar shards as a `Source`; make it with `open_webdataset`."""
 
-  def __init__(self, name: str, index: Path, captions_by_line: bool = False):
+  def __init__(self, name: str, index: Path, fields: Fields):
     self.name = name
-    self._index, self._captions_by_line = index, captions_by_line
+    self._index, self._fields = index, fields
 
   @cached_property
   def _opened(self) -> tuple[Int64[np.ndarray, "n 3"], dict[str, Any]]:
@@ -106,8 +121,8 @@ class WebDataset:
   def _example(self, place: str, contents: dict[str, bytes]) -> Example:
     """The example of a sample with the name `place`, from its members by suffix."""
     label = _label(contents.get("cls", b"-1"), len(self.classnames), place)
-    image = next(contents[suffix] for suffix in _IMAGES if suffix in contents)
-    captions = _captions(contents, place, self._captions_by_line)
+    image = next(contents[suffix] for suffix in self._fields.images if suffix in contents)
+    captions = _captions(contents, place, self._fields)
     return Example(image=image, captions=captions, label=label, id=place)
 
   def contents(self, index: int) -> tuple[str, dict[str, bytes]]:
@@ -130,7 +145,8 @@ class WebDataset:
     except ValueError as error:  # no tar header
       raise BadSample("damaged record", f"{place}: {error}; the shard changed since it was indexed") from None
     contents = {member.suffix: buffer[member.data : member.stop] for member in members}
-    if len(buffer) < stop - start or not contents.keys() & _IMAGES or len({member.key for member in members}) > 1:
+    is_sample = contents.keys() & {*self._fields.images} and len({member.key for member in members}) == 1
+    if len(buffer) < stop - start or not is_sample:
       raise BadSample("damaged record", f"{place}: the shard changed since it was indexed, open it again")
     return f"{path.rpartition('/')[2]}:{members[0].key}", contents
 
@@ -150,14 +166,14 @@ class WebDataset:
       logging.warning("%s: %s", self.name, remark)
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"name": self.name, "_index": self._index, "_captions_by_line": self._captions_by_line, "stamp": self.stamp}
+    return {"name": self.name, "_index": self._index, "_fields": self._fields, "stamp": self.stamp}
 
   def __repr__(self) -> str:
     return f"WebDataset({self.name!r})"
 
 
 def open_webdataset(location: str) -> WebDataset:
-  """Opens a set of shards and indexes them first if exactly these files have no index.
+  """Opens "PATTERN" or "PATTERN?image=SUFFIX&caption=NAME,NAME"; indexes exactly these shards if they have no index.
 
   Samples without an image are skipped and counted in `skipped`. If a shard is cut off or damaged, the samples before
   the damage remain, except for the last one if a member of it may be missing; the shard is named in the log and counted
@@ -165,45 +181,84 @@ def open_webdataset(location: str) -> WebDataset:
   none.
 
   Args:
-    location: the .tar files, see `patterns.expand`: `train-*.tar`, `gs://bucket/train-{0000..0012}.tar`.
+    location: the .tar files, see `patterns.expand`: `train-*.tar`, `gs://bucket/train-{0000..0012}.tar`. `image` is the
+      suffix of the member that is the image, such as `jpg` or `left.png`, or several, of which the first that exists
+      counts. `caption` names suffixes of members, such as `txt`, or keys of the .json, whose captions count together;
+      "caption=" means none.
 
   Raises:
     FileNotFoundError: a pattern matches no file, or a shard of a range is missing.
-    ValueError: no sample is usable, for example because the shards are not plain tars, or the labels count from 1 while
-      the lines of classnames.txt count from 0.
+    ValueError: no sample is usable, for example because the shards are not plain tars, a caption is neither the suffix
+      of a member nor a key of a .json, or the labels count from 1 while the lines of classnames.txt count from 0.
   """
-  shards = patterns.expand(location)
-  index = index_shards(shards, location)
-  source = WebDataset(f"webdataset:{location}", index, layouts.captions_by_line(shards[0]))
+  place, wanted = lists.parse(location, ("image", "caption"))
+  shards = patterns.expand(place)
+  fields = Fields(by_line=layouts.captions_by_line(shards[0]))
+  if wanted.get("image"):
+    fields = fields._replace(images=tuple(_suffix(name) for name in wanted["image"].split(",")))
+  index = index_shards(shards, location, fields.images)
+  source = WebDataset(f"webdataset:{location}", index, fields)
+  if "caption" in wanted:
+    source = WebDataset(source.name, index, fields._replace(captions=_chosen(source, wanted["caption"])))
   source.check()
   for remark in _remarks_on_fields(source, shards[0]):
     logging.warning("%s: %s", source.name, remark)
   return source
 
 
-def index_shards(shards: list[str], location: str) -> Path:
+def index_shards(shards: list[str], location: str, images: tuple[str, ...] = _IMAGES) -> Path:
   """Returns the index of shards, and builds it if it does not exist.
 
   Args:
     shards: paths or URLs of the shards.
     location: for messages.
+    images: suffixes of the members that are images.
 
   Raises:
     FileNotFoundError: a shard is missing.
     ValueError: no sample is usable.
   """
-  return shard_indexes.find_or_build(
-    shards, _INDEX_FORMAT, _scan, partial(_summary, shards=shards, location=location), location
-  )
+  version = _INDEX_FORMAT if images == _IMAGES else [_INDEX_FORMAT, images]
+  scan = partial(_scan, images=images)
+  summarize = partial(_summary, shards=shards, location=location, images=images)
+  return shard_indexes.find_or_build(shards, version, scan, summarize, location)
+
+
+def _suffix(name: str) -> str:
+  return name.strip().lower().removeprefix(".")
+
+
+def _chosen(source: WebDataset, wanted: str) -> tuple[str, ...]:
+  """The suffixes and keys of .json that a location names for the captions.
+
+  Raises:
+    ValueError: one is neither the suffix of a member nor a key in the first samples.
+  """
+  suffixes, keys, chosen = source.about["suffixes"], dict[str, None](), []
+  names = [name.strip() for name in wanted.split(",")] if wanted else []
+  for index in range(min(len(source), _PROBES)) if "json" in suffixes else ():
+    if all(_suffix(name) in suffixes or name in keys for name in names):
+      break
+    with contextlib.suppress(ValueError):
+      place, contents = source.contents(index)
+      keys |= dict.fromkeys(_parsed(contents.get("json", b"{}"), place))
+  for name in names:
+    if _suffix(name) not in suffixes and name not in keys:
+      raise ValueError(
+        f"{source.name}: caption={name}: expected the suffix of a member, {_shown(Counter(suffixes))}, or a key of the "
+        f".json: {', '.join(map(repr, keys)) or 'none found'}"
+      )
+    chosen.append(_suffix(name) if _suffix(name) in suffixes else name)
+  return tuple(chosen)
 
 
 def _remarks_on_fields(source: WebDataset, shard: str) -> Iterator[str]:
   """A remark on labels that only `clip_benchmark` reads, or on what the samples have instead of captions."""
-  suffixes = source.about["suffixes"]
+  suffixes, fields = source.about["suffixes"], source._fields
   if "npy" in suffixes and (place := layouts.clip_benchmark(shard)):
     yield f"the .npy of its samples are not read; open clip_benchmark:{place}, which reads this layout"
     return
-  if not suffixes.keys() - {*_IMAGES} or suffixes.keys() & {*_TEXTS, "cls"}:
+  if not suffixes.keys() - {*fields.images} or suffixes.keys() & {*_TEXTS, "cls"} or fields.captions is not None:
     return
   keys = ""
   for index in range(min(len(source), _PROBES)) if "json" in suffixes else ():
@@ -215,10 +270,11 @@ def _remarks_on_fields(source: WebDataset, shard: str) -> Iterator[str]:
         keys = f"; the .json of {place} has the keys {', '.join(map(repr, _parsed(contents['json'], place)))}"
         break
   wanted = f"{', '.join(files.CAPTION_SUFFIXES)}, or from {', '.join(map(repr, _CAPTION_KEYS))} in .json"
-  yield f"no captions found, its samples have {_shown(Counter(suffixes))}{keys}; captions are read from {wanted}"
+  found = f"no captions found, its samples have {_shown(Counter(suffixes))}{keys}"
+  yield f"{found}; captions are read from {wanted}; name another suffix or key with ?caption=NAME"
 
 
-def _summary(scans: list[list[Any]], shards: list[str], location: str) -> dict[str, Any]:
+def _summary(scans: list[list[Any]], shards: list[str], location: str, images: tuple[str, ...]) -> dict[str, Any]:
   """What the index says about the shards, from what was found in each.
 
   Raises:
@@ -233,7 +289,8 @@ def _summary(scans: list[list[Any]], shards: list[str], location: str) -> dict[s
     seen = _shown(_sum(scan.without_image for scan in found))
     others = f"; samples without an image have {seen}" if seen else ""
     damage = next((f"; {scan.damage}" for scan in found if scan.damage), "")
-    legal = f"; expected {' '.join(files.IMAGE_SUFFIXES)} after the first dot of a name" if others or not damage else ""
+    expected = " ".join(f".{suffix}" for suffix in images)
+    legal = f"; expected {expected} after the first dot of a name" if others or not damage else ""
     kinds = ", ".join(f"{number} {kind}" for kind, number in skipped.items()) or "nothing"
     raise ValueError(f"{location}: no usable sample (shards: {len(shards)}, skipped: {kinds}){damage}{others}{legal}")
   labels = [label for scan in found for label in scan.labels]
@@ -296,7 +353,7 @@ def _remarks(scans: list[_Scan]) -> Iterator[str]:
     yield f"{sparse} samples with sparse files are not used; make the shards without tar's --sparse"
 
 
-def _scan(path: str, size: int) -> _Scan:
+def _scan(path: str, size: int, images: tuple[str, ...]) -> _Scan:
   spans, skipped, damage, apart, sparse = [], Counter(), "", 0, 0
   suffixes, keys = {True: Counter(), False: Counter()}, {True: set(), False: set()}  # with and without an image
   labels = []
@@ -305,7 +362,7 @@ def _scan(path: str, size: int) -> _Scan:
       for sample in _samples(_with_labels(tars.members(file, size), file, labels)):
         if sample[-1].stop > size:
           raise ValueError(f"byte {sample[-1].start}: cut off within this member")
-        has_image = any(member.suffix in _IMAGES for member in sample)
+        has_image = any(member.suffix in images for member in sample)
         if any(member.sparse for member in sample):
           skipped["damaged record"] += 1
           sparse += 1
@@ -362,9 +419,19 @@ def _samples(members: Iterable[tars.Member]) -> Iterator[list[tars.Member]]:
     raise after_end
 
 
-def _captions(contents: dict[str, bytes], place: str, by_line: bool) -> tuple[str, ...]:
-  found = (texts.decode(contents[suffix], place) for suffix in _TEXTS if suffix in contents)
-  written = next(filter(None, (_strip(texts.lines(text) if by_line else [text]) for text in found)), ())
+def _captions(contents: dict[str, bytes], place: str, fields: Fields) -> tuple[str, ...]:
+  def in_text(suffix: str) -> tuple[str, ...]:
+    text = texts.decode(contents[suffix], place)
+    return _strip(texts.lines(text) if fields.by_line else [text])
+
+  if fields.captions is not None:
+    try:
+      about = _parsed(contents["json"], place) if "json" in contents else {}
+      listed = [in_text(key) if key in contents else values.captions_of(about.get(key)) for key in fields.captions]
+    except ValueError as error:  # also of a value that is no caption
+      raise BadSample("damaged record", f"{place}: bad .json: {error}") from None
+    return tuple(caption for captions in listed for caption in captions)
+  written = next(filter(None, (in_text(suffix) for suffix in _TEXTS if suffix in contents)), ())
   try:
     listed, other = _described(contents["json"], place) if "json" in contents else ((), ())
   except ValueError as error:
