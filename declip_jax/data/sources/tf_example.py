@@ -19,7 +19,6 @@ ROLES = ("image", "caption", "label")
 PROBED = 16  # messages whose features are known when a choice is made
 
 _IMAGE_KEYS = ("image", "img", "jpg", "jpeg", "png", "webp", "image/encoded", "image_raw", "image_bytes")
-_LABELS = ["integers", "bytes"]
 _INNER = ("text", "raw")  # keys within a sequence of captions
 _CAPTION_KEYS = (*lists.CAPTION_NAMES, "image/caption", "image/captions")
 _CAPTION_KEYS += tuple(f"{name}/{inner}" for name in lists.CAPTION_NAMES for inner in _INNER)
@@ -39,47 +38,57 @@ class Keys(NamedTuple):
   label: str | None
 
 
-def choose(messages: Iterable[bytes], wanted: Mapping[str, str], classnames: Sequence[str], place: str) -> Keys:
-  """Chooses the features of each role: wanted ones, else by their names and types.
+def kinds_of(messages: Iterable[bytes], place: str) -> dict[str, str]:
+  """The kinds of values in some messages by feature: "bytes", "integer" if there is only one, "integers" or "floats".
 
   Args:
-    messages: some of the messages; those that cannot be parsed do not count.
+    messages: the messages; those that cannot be parsed do not count.
+    place: the data, for messages.
+
+  Raises:
+    ValueError: no message can be parsed.
+  """
+  kinds, error = dict[str, str](), None
+  for message in messages:
+    try:
+      for key, feature in tf_examples.features(message).items():
+        several = feature.kind == "integers" and len(tf_examples.values(feature)) > 1
+        if several or key not in kinds:
+          kinds[key] = "integer" if feature.kind == "integers" and not several else feature.kind
+    except ValueError as damage:
+      error = damage
+  if not kinds and error is not None:
+    raise ValueError(f"{place}: {error}")
+  return kinds
+
+
+def choose(kinds: Mapping[str, str], wanted: Mapping[str, str], classnames: Sequence[str], place: str) -> Keys:
+  """Chooses the features of each role: wanted ones, else by their names and kinds.
+
+  Args:
+    kinds: see `kinds_of`.
     wanted: keys by role, see `ROLES`; several of captions are joined by commas, and "" means none.
     classnames: the names of the classes; empty if they have none.
     place: the data, for messages.
 
   Raises:
-    ValueError: no message can be parsed, a wanted feature does not exist or has another type, several match, there is
-      no image, or neither caption nor label, or labels are names without a classnames.txt.
+    ValueError: a wanted feature does not exist or is of another kind, several match, there is no image, or neither
+      caption nor label, or labels are names without a classnames.txt.
   """
-  kinds, error = dict[str, str](), None
-  single = set[str]()  # features of one value
-  for message in messages:
-    try:
-      for key, feature in tf_examples.features(message).items():
-        kinds.setdefault(key, feature.kind)
-        if feature.kind == "integers" and len(tf_examples.values(feature)) == 1:
-          single.add(key)
-    except ValueError as damage:
-      error = damage
-  if not kinds and error is not None:
-    raise ValueError(f"{place}: {error}")
-  of_bytes = [key for key, kind in kinds.items() if kind == "bytes"]
-  columns = {role: [*kinds] if role in wanted else of_bytes for role in ("image", "caption")}
+  legal = {"image": ["bytes"], "caption": ["bytes"], "label": ["integer"]}
+  columns = {role: [key for key in kinds if role in wanted or kinds[key] in legal[role]] for role in ROLES}
   image = lists.choose("image", wanted.get("image"), columns["image"], _IMAGE_KEYS, place)
   captions = lists.choose("caption", wanted.get("caption"), columns["caption"], _CAPTION_KEYS, place, several=True)
-  numbers = [key for key in kinds if key in single]
-  label = lists.choose(
-    "label", wanted.get("label"), [*kinds] if "label" in wanted else numbers, lists.LABEL_NAMES, place
-  )
+  label = lists.choose("label", wanted.get("label"), columns["label"], lists.LABEL_NAMES, place)
   if not image or not (captions or label or wanted.get("caption") == ""):
     missing = "caption or label" if image else "image"
     shown = ", ".join(f"{key!r} ({kind})" for key, kind in kinds.items()) or "nothing"
     raise ValueError(f"{place}: which feature is the {missing}? Choose with ?image=KEY&caption=KEY from {shown}")
-  for role, keys, legal in (("image", image, ["bytes"]), ("caption", captions, ["bytes"]), ("label", label, _LABELS)):
+  legal["label"].append("bytes")
+  for role, keys in (("image", image), ("caption", captions), ("label", label)):
     for key in keys:
-      if kinds[key] not in legal:
-        raise ValueError(f"{place}: {role}={key}: a feature of {kinds[key]}, expected {' or '.join(legal)}")
+      if kinds[key] not in legal[role]:
+        raise ValueError(f"{place}: {role}={key}: a feature of {kinds[key]}, expected {' or '.join(legal[role])}")
   if label and kinds[label[0]] == "bytes" and not classnames:
     raise ValueError(
       f"{place}: label={label[0]}: names of classes; write all of them to classnames.txt next to the data, one a line, "

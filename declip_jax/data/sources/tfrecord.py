@@ -158,7 +158,8 @@ def open_tfrecord(location: str) -> TFRecord:
   place, wanted = lists.parse(location, tf_example.ROLES)
   paths = patterns.expand(place)
   records = find_records(paths, name)
-  source = TFRecord(name, records, tf_example.choose(_first(records, name), wanted, layouts.classnames(paths[0]), name))
+  kinds = tf_example.kinds_of(_first(records, name), name)
+  source = TFRecord(name, records, tf_example.choose(kinds, wanted, layouts.classnames(paths[0]), name))
   logging.info("%s: %s", name, source._keys)
   for remark in layouts.remarks_on(source.classnames):
     logging.warning("%s: %s", name, remark)
