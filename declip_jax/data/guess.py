@@ -57,7 +57,8 @@ def guesses(path: str) -> list[str]:
   | a folder with captions_*.json, or with "annotations" that has them | coco |
   | a folder with folders of splits, such as train and test | what is in those folders |
   | a folder with images, at any depth | folder |
-  | a folder with tars or tables at any depth | as a pattern |
+  | a folder with tars or tables at any depth | as a pattern, or one per split |
+  | a repository in the cache of the Hugging Face hub | what is in its snapshot of the branch main |
 
   Tables whose images are elsewhere get a `root`. They come after a folder of images with captions if their images are
   not found. What follows a ?, as in "pairs.csv?root=/images", becomes part of each spec.
@@ -129,6 +130,8 @@ def _in_folder(folder: str) -> list[str]:
   names = _visible(folder)
   if "state.json" in names:
     return [f"huggingface:{folder}"]
+  if not names and (snapshot := _snapshot(folder)):
+    return _in_folder(snapshot)
   for name, kind in (("dataset_dict.json", "huggingface"), ("dataset_info.json", "tfds")):
     if name in names:
       return [f"{kind}:{folder}:{_split(f'{place}/{name}')}"]
@@ -284,12 +287,37 @@ def _below(folder: str, names: list[str], tables: list[str]) -> list[str]:
   kind = min(places, key=[*_SHARDS, "table"].index)
   if len(places[kind]) == 1:
     return _in_folder(places[kind][0][0])
+  by_split: dict[str, list[str]] = {}
+  for path, alike in places[kind]:
+    within = [layouts.split_of(name) for name in path.removeprefix(folder).split("/")]
+    for group in _groups(alike):
+      split = layouts.split_of(group[0]) or next(filter(None, within), "")
+      by_split.setdefault(split, []).append(_location(path, group, alike))
+  if by_split.keys() - {""}:
+    return [f"{kind}:" + "::".join(by_split[split]) for split in sorted(by_split, key=_order)]
   levels = {path.count("/") - folder.count("/") for path, _ in places[kind]}
   stars = "/".join("*" * levels.pop()) if len(levels) == 1 else "**"
   is_literal = not glob.has_magic(folder) and "{" not in folder
   folders = [f"{folder}/{stars}"] if is_literal else [path for path, _ in places[kind]]
   suffixes = _spellings(name for _, names in places[kind] for name in names)
   return [f"{kind}:" + "::".join(f"{place}/*{suffix}" for place in folders for suffix in suffixes)]
+
+
+def _snapshot(folder: str) -> str | None:
+  """The snapshot of the branch main in a folder of the hub's cache, or the only one; None if it is another folder.
+
+  Raises:
+    ValueError: there are several snapshots, and none of them is that of main.
+  """
+  if not {"refs", "snapshots"} <= {*patterns.folders(folder)}:
+    return None
+  found = patterns.folders(f"{folder}/snapshots")
+  with contextlib.suppress(OSError):
+    commit = files.read(f"{folder}/refs/main", limit=100).decode(errors="replace").strip()
+    found = [commit] if commit in found else found
+  if len(found) != 1:
+    raise ValueError(f"{folder}: {len(found)} snapshots, none of the branch main; choose one: {', '.join(found)}")
+  return f"{folder}/snapshots/{found[0]}"
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
