@@ -3,7 +3,7 @@
 | writer | image | captions | label |
 |---|---|---|---|
 | TFDS | image | caption, captions, captions/text and others | label |
-| img2dataset | jpg, png or webp | caption | |
+| img2dataset, clip-jax | jpg, png or webp | caption | |
 | TensorFlow's research models | image/encoded | image/caption | |
 """
 

@@ -112,7 +112,7 @@ class Records:
   @cached_property
   def ends(self) -> list[int]:
     """The number of records in each file and all files before it."""
-    return np.searchsorted(self._opened[0][:, 0], range(len(self.paths)), "right").tolist()
+    return np.cumsum(self._opened[1]["counts"]).tolist()
 
   def __len__(self) -> int:
     return len(self._opened[0])
@@ -212,4 +212,8 @@ def _summary(scans: list[list[Any]], paths: list[str], name: str) -> dict[str, A
   if not any(count for count, _ in scans):
     reason = f"; {damaged[0][1]}" if damaged else ""
     raise ValueError(f"{name}: no record in {len(paths)} files{reason}")
-  return {"files": paths, "skipped": {"damaged record": len(damaged)} if damaged else {}}
+  return {
+    "files": paths,
+    "counts": [count for count, _ in scans],
+    "skipped": {"damaged record": len(damaged)} if damaged else {},
+  }

@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 START = b"\n"  # of any message: the tag of Features
-_MOST_FEATURES = 10_000
-_MOST_VALUES = 100_000  # of one feature
+_MOST = 100_000  # features of a message, values of a feature
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _SIZES = {_VARINT: 0, _FIXED64: 8, _BYTES: 0, _FIXED32: 4}  # bytes; of a varint and of bytes it varies
 _LONGEST_VARINT = 10  # bytes
@@ -43,7 +42,7 @@ def features(message: bytes) -> dict[str, Feature]:
   """Returns the features of an Example by key; one without any values is left out.
 
   Raises:
-    ValueError: not an Example, or it has more than 10,000 features.
+    ValueError: not an Example, or it has more than 100,000 features.
   """
   found, lists = dict[str, Feature](), list[memoryview]()
   for number, kind, value in _fields(memoryview(message)):
@@ -51,13 +50,9 @@ def features(message: bytes) -> dict[str, Feature]:
       lists.append(_bytes(kind, value, "features"))
   if len(lists) != 1:
     raise ValueError(f"not a tf.train.Example: expected features once, got them {len(lists)} times")
-  count = 0
   for number, kind, entry in _fields(lists[0]):
     if number != 1:
       continue
-    count += 1
-    if count > _MOST_FEATURES:
-      raise ValueError(f"more than {_MOST_FEATURES:,} features")
     key, feature = _entry(_bytes(kind, entry, "a feature"))
     if key in found:
       raise ValueError(f"the feature {key[:80]!r} is defined twice")
@@ -84,8 +79,8 @@ def values(feature: Feature) -> list[bytes] | list[int]:
       found.append(_signed(value))
     else:
       found += _unpacked(_bytes(kind, value, "an integer"))
-    if len(found) > _MOST_VALUES:
-      raise ValueError(f"more than {_MOST_VALUES:,} values")
+    if len(found) > _MOST:
+      raise ValueError(f"more than {_MOST:,} values")
   return found
 
 
@@ -110,8 +105,11 @@ def _entry(entry: memoryview) -> tuple[str, Feature | None]:
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
   """Yields number, kind and value of each field of a message."""
-  place = 0
+  place = count = 0
   while place < len(message):
+    count += 1
+    if count > _MOST:
+      raise ValueError(f"more than {_MOST:,} features or values")
     tag, place = _varint(message, place)
     number, kind = tag >> 3, tag & 7
     if not 0 < number < 2**29 or kind not in _SIZES:
@@ -141,7 +139,7 @@ def _varint(message: memoryview, place: int) -> tuple[int, int]:
 
 def _unpacked(packed: memoryview) -> Iterator[int]:
   place = 0
-  for _ in range(_MOST_VALUES + 1):
+  for _ in range(_MOST + 1):
     if place == len(packed):
       return
     number, place = _varint(packed, place)

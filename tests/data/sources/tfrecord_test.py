@@ -22,7 +22,6 @@ from declip_jax.data.sources.tfrecord import open_tfrecord
 from declip_jax.data.storage import files, indexes, shard_indexes
 
 COUNT = 6
-MUTATIONS = 250
 
 
 def png(number: int) -> bytes:
@@ -35,6 +34,7 @@ def img2dataset(number: int) -> bytes:
   """A record as its TFRecordSampleWriter makes it."""
   return tf_files.message(
     jpg=png(number),
+    txt=f" caption {number} dög",
     caption=f" caption {number} dög",
     key=f"{number:09d}",
     url=f"https://a.b/{number}.jpg",
@@ -75,6 +75,7 @@ def test_records_of_img2dataset(folder):
     ({"image": b"x", "captions": ["a", "b", " "], "image__filename": "a.jpg"}, "", ("a", "b"), -1),  # flickr30k
     ({"image": b"x", "captions__text": ["a"], "captions__id": [7], "objects__label": [1, 2]}, "", ("a",), -1),  # coco
     ({"image__encoded": b"x", "image__caption": "a", "image__format": "png"}, "", ("a",), -1),
+    ({"webp": b"x", "caption": "a", "original_width": 8, "original_height": 9}, "", ("a",), -1),  # clip-jax
     ({"webp": b"x", "text": "a", "title": "b"}, "?caption=title", ("b",), -1),
     ({"webp": b"x", "text": "a", "title": "b"}, "?caption=text,title", ("a", "b"), -1),
     ({"jpg": b"x", "caption_0": "a", "caption_1": "b"}, "", ("a", "b"), -1),
@@ -233,12 +234,13 @@ def test_files_at_urls_equal_local_ones_and_are_read_in_ranges(folder, bucket, m
   assert all(size < 1000 for size in requests)
 
 
-def test_no_damage_gives_other_samples(folder, monkeypatch):
+@pytest.mark.parametrize("mutations", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_no_damage_gives_other_samples(folder, monkeypatch, mutations):
   monkeypatch.setattr(os, "fsync", lambda descriptor: None)
   path, rng = folder / "00000.tfrecord", np.random.default_rng(0)
   whole, expected = path.read_bytes(), {png(number) for number in range(4)}
   kinds, lost = Counter[str](), 0
-  for number in range(MUTATIONS):
+  for number in range(mutations):
     changed, place = bytearray(whole), int(rng.integers(len(whole)))
     length = int(rng.integers(1, 64))
     way = number % 5
@@ -265,8 +267,8 @@ def test_no_damage_gives_other_samples(folder, monkeypatch):
       except BadSample as error:
         kinds[error.kind] += 1
   assert kinds.keys() == {"none", "damaged record"}
-  assert lost < MUTATIONS / 2
-  assert kinds["none"] > MUTATIONS
+  assert lost < mutations / 2
+  assert kinds["none"] > mutations
 
 
 def test_an_index_that_is_damaged_is_built_again(folder, caplog):
