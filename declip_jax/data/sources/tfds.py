@@ -1,9 +1,9 @@
 """Data sets prepared by TensorFlow Datasets (ArrayRecord, Parquet or TFRecord), read without TensorFlow.
 
 TFRecord files, TFDS's default, are indexed when a split is first opened, and are read in place. Other files of a remote
-folder (gs://, s3://) are copied once for all processes of the machine, see `copies.folder`: the
-description of the data set and Parquet files, which are read as a whole, when the data set is opened, an ArrayRecord
-file when a record of it is first needed. A shuffled stream soon has copied all files of its split.
+folder (gs://, s3://) are copied once for all processes of the machine, see `copies.folder`: the description of the data
+set and Parquet files, which are read as a whole, when the data set is opened, an ArrayRecord file when a record of it
+is first needed. A shuffled stream soon has copied all files of its split.
 
 The files of a data set name the classes of its features, and TFDS imports the module of any class that it does not
 know, which would run code that the data choose. Here only classes that exist already are used: those of TFDS, and those
@@ -76,7 +76,6 @@ class Tfds:
 
   def _open(self) -> Any:
     import tensorflow_datasets as tfds  # slow to import, and other sources do not need it
-    from tensorflow_datasets.core.data_sources.base import BaseDataSource
 
     builder = tfds.builder_from_directory(self._directory.path)
     kind = next(kind for kind in _KINDS if kind in _formats(builder))
@@ -91,14 +90,20 @@ class Tfds:
       self._directory.fetch([shard.basename() for shard in shards])
     images = [path for path, feature in _leaves(builder.info.features) if isinstance(feature, tfds.features.Image)]
     decoders = {path: tfds.decode.SkipDecoding() for path in images if "/" not in path}
-    if kind != "tfrecord":
-      return builder.as_data_source(self._split, decoders=decoders)
-    paths = [self._directory.locate(shard.basename()) for shard in shards]
-    self._tfrecords = self._tfrecords or find_records(list(dict.fromkeys(paths)), self.name)
-    opened = BaseDataSource(builder.info, self._split, decoders)
-    opened.data_source = _Parts(
-      self._tfrecords, [_Part(path, one.skip, one.take) for path, one in zip(paths, shards, strict=True)]
-    )
+    if kind == "tfrecord":
+      return self._open_tfrecords(builder.info, decoders)
+    return builder.as_data_source(self._split, decoders=decoders)
+
+  def _open_tfrecords(self, info: Any, decoders: Mapping[str, Any]) -> Any:
+    """The source of TFDS, which has none for TFRecord files, with records that we read."""
+    from tensorflow_datasets.core.data_sources.base import BaseDataSource
+
+    shards = info.splits[self._split].file_instructions
+    parts = [_Part(self._directory.locate(shard.basename()), shard.skip, shard.take) for shard in shards]
+    if self._tfrecords is None:
+      self._tfrecords = find_records(list(dict.fromkeys(part.path for part in parts)), self.name)
+    opened = BaseDataSource(info, self._split, decoders)
+    opened.data_source = _Parts(self._tfrecords, parts)
     return opened
 
   @cached_property
@@ -199,8 +204,8 @@ class _Parts:
     self._records, self._parts = records, parts
     self._ends = np.cumsum([part.take for part in parts]).tolist()
     starts = [0, *records.ends]
-    files = {path: (starts[number], starts[number + 1]) for number, path in enumerate(records.paths)}
-    self._found = [files[part.path] for part in parts]
+    ranges = {path: (starts[number], starts[number + 1]) for number, path in enumerate(records.paths)}
+    self._ranges = [ranges[part.path] for part in parts]
 
   def __len__(self) -> int:
     return self._ends[-1]
@@ -208,7 +213,7 @@ class _Parts:
   def __getitem__(self, index: int) -> bytes:
     """Reads a record; raises BadSample if it is damaged or its file ends before it."""
     number = bisect_right(self._ends, index)
-    part, (start, stop) = self._parts[number], self._found[number]
+    part, (start, stop) = self._parts[number], self._ranges[number]
     position = start + part.skip + part.take - (self._ends[number] - index)
     if position >= stop:
       raise BadSample("damaged record", f"{part.path} is cut off or damaged before it")

@@ -39,7 +39,7 @@ class Feature(NamedTuple):
 
 
 def features(message: bytes) -> dict[str, Feature]:
-  """Returns the features of an Example by key; one without any values is left out.
+  """Returns the features of an Example by key; one without a list is left out.
 
   Raises:
     ValueError: not an Example, or it has more than 100,000 features.
