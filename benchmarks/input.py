@@ -43,7 +43,7 @@ from declip_jax.data import images
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import RECIPES, Recipe, get_recipe
 from declip_jax.data.sources import BadSample, Example, open_source
-from declip_jax.data.sources.webdataset import WebDataset
+from declip_jax.data.sources.webdataset import Fields, WebDataset
 from declip_jax.data.storage import indexes
 from declip_jax.data.text.tokenizer import OpenAI, Tokenizer
 
@@ -371,7 +371,7 @@ def chosen(count: int, lookups: int = 2000) -> np.ndarray:
 def open_index(index: Path, count: int, seconds: float) -> dict[str, str]:
   """Opens the index and reads samples, in a worker process; returns the costs."""
   before, start = memory(), time.perf_counter()
-  source = WebDataset("bench", index)
+  source = WebDataset("bench", index, Fields())
   assert len(source) == count
   opening, opened = time.perf_counter() - start, memory()
   order, places = grain.MapDataset.range(count).shuffle(seed=0), chosen(count)

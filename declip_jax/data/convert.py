@@ -13,6 +13,10 @@ access and without unusable samples. Train with arrayrecord:OUTPUT/*.array_recor
 Every image is decoded once to check it, and stored unchanged; raw pixels are stored as PNG. Run the same command again
 to resume a conversion that was interrupted.
 
+Several machines that share OUTPUT can convert a source together: run the command with --shard=0/8 to --shard=7/8, or
+with --shard=auto in a Slurm array from 0, as in sbatch --array=0-7, or with --shard=auto/8 in an indexed job of
+Kubernetes with 8 completions. Whichever is the last completes the conversion.
+
 Files for a URL are written to the local temporary folder (TMPDIR) and uploaded when complete; the folder needs space
 for one file per worker.
 """
@@ -25,6 +29,7 @@ import json
 import math
 import os
 from pathlib import Path
+import re
 import sys
 import time
 from typing import Any
@@ -43,7 +48,9 @@ _SHARD_BYTES = 512 * 2**20
 _MAX_SHARDS = 1024  # by default; a larger source gets larger files, since a process keeps a limited number open
 _PROBES = 64  # samples from which the size of all is estimated
 _JOURNAL_SECONDS = 5.0  # between two versions of the journal at a URL
-_ABOUT, _JOURNAL = "dataset.json", "progress.jsonl"
+_ABOUT = "dataset.json"
+_TEMPORARY = re.compile(r"\..*\.tmp")  # of another machine that is starting
+_JOURNAL = re.compile(r"progress(-\d+-of-\d+)?\.jsonl")  # one for each machine
 
 
 def convert(
@@ -52,22 +59,26 @@ def convert(
   shards: int | None = None,
   workers: int | None = None,
   max_pixels: int = images.MAX_PIXELS,
+  part: jobs.Part = jobs.WHOLE,
 ) -> dict[str, Any]:
   """Writes a source as ArrayRecord files, in parallel processes; complete files of an earlier attempt are kept.
 
-  Samples that cannot be used are skipped and counted. The same source and number of shards give the same bytes.
+  Samples that cannot be used are skipped and counted. The same source and number of shards give the same bytes. If
+  several machines write a part of the files each, the last one completes the conversion.
 
   Args:
     spec: the source.
     output: the folder or its URL; it is created, or is that of an interrupted conversion of the same source.
     shards: number of files. By default files have about 512 MB each, and there are at most 1,024: few enough to list,
-      copy and keep open, enough to be written in parallel.
+      copy and keep open, enough to be written in parallel; but at least one for each machine.
     workers: number of processes, by default the number of cores; 1 means a thread of this process.
     max_pixels: largest number of pixels of an image, see `images.open_photo`; larger ones are skipped.
+    part: the files that this machine writes, by default all.
 
   Returns:
     The contents of dataset.json: `source`, its number of `samples` and `stamp`, `max_pixels`, number of `shards`,
-    `count` of samples written, number `skipped` by kind of `BAD`, and the first messages about these, `named`.
+    and, unless files of other machines are missing, `count` of samples written, number `skipped` by kind of `BAD`, and
+    the first messages about these, `named`.
 
   Raises:
     ValueError: the source cannot be opened or has no usable sample, or the folder contains other files, such as a
@@ -76,27 +87,33 @@ def convert(
   """
   output = lists.absolute(os.fspath(output))
   source = open_source(spec)
-  about = _settings(source, output, shards, max_pixels)
-  shards, samples = about["shards"], about["samples"]
-  bounds = [samples * number // shards for number in range(shards + 1)]
+  about = _settings(source, output, shards, max_pixels, part)
+  shards = about["shards"]
+  bounds = [about["samples"] * number // shards for number in range(shards + 1)]
   names = [f"data-{number:05d}-of-{shards:05d}.array_record" for number in range(shards)]
-  existing = set(patterns.names(output))
   if "count" in about:
-    _check_complete(names, existing, f"{output} was complete and")
+    _check_complete(names, set(patterns.names(output)), f"{output} was complete and")
     return about
-  outputs.remove_leftovers(output)
   _write_classnames(source, output)
-  done = {number: report for number, report in _finished(output, existing).items() if names[number] in existing}
-  todo = {n: Shard(f"{output}/{names[n]}", bounds[n], bounds[n + 1]) for n in range(shards) if n not in done}
+  if part == jobs.WHOLE:  # else other machines may be writing
+    outputs.remove_leftovers(output)
+  done = _finished(output, names)
+  own = {n: Shard(f"{output}/{names[n]}", bounds[n], bounds[n + 1]) for n in range(part.index, shards, part.count)}
   write = partial(records.write, source, max_pixels)
-  running = _write_shards(write, todo, samples, workers or jobs.cores())
+  running = _write_shards(write, own, set(done), workers or jobs.cores())
+  journal = "progress.jsonl" if part == jobs.WHOLE else f"progress-{part.index}-of-{part.count}.jsonl"
   try:
-    with contextlib.closing(_Journal(output, done)) as journal, contextlib.closing(running) as reports:
+    with contextlib.closing(_Journal(f"{output}/{journal}", done)) as reported, contextlib.closing(running) as reports:
       for number, report in reports:
-        journal.add(number, report)
+        reported.add(number, report)
   finally:
-    outputs.remove_leftovers(output)  # of workers that were stopped
-  _check_complete(names, set(patterns.names(output)), output)
+    if part == jobs.WHOLE:
+      outputs.remove_leftovers(output)  # of workers that were stopped
+  if part == jobs.WHOLE:
+    _check_complete(names, set(patterns.names(output)), output)
+  done = _finished(output, names) | done
+  if len(done) < shards:  # unless another machine has completed the conversion just now
+    return _settings(source, output, shards, max_pixels, part)
   return _finish(source, output, about, done)
 
 
@@ -106,11 +123,13 @@ def _check_complete(names: list[str], existing: set[str], subject: str) -> None:
     raise ValueError(f"{subject} now lacks {len(missing)} files, such as {missing[0]}: delete it and convert again")
 
 
-def _settings(source: Source, output: str, shards: int | None, max_pixels: int) -> dict[str, Any]:
+def _settings(
+  source: Source, output: str, shards: int | None, max_pixels: int, part: jobs.Part = jobs.WHOLE
+) -> dict[str, Any]:
   """Returns the contents of dataset.json for this source, and writes it if the folder is new.
 
   Raises:
-    ValueError: the folder contains something else.
+    ValueError: the folder contains something else, or there are fewer files than machines.
   """
   settings = {"source": source.name, "samples": len(source), "stamp": source.stamp, "max_pixels": max_pixels}
   local = not remote.is_url(output)
@@ -118,19 +137,26 @@ def _settings(source: Source, output: str, shards: int | None, max_pixels: int) 
   if not len(source):
     raise ValueError(f"{source.name} has no sample; skipped: {source.skipped or 'none'}")
   if _ABOUT in existing:
-    return _checked(settings | ({"shards": shards} if shards else {}), output)
-  if existing:
+    about = _checked(settings | ({"shards": shards} if shards else {}), output)
+    _check_part(part, about["shards"])
+    return about
+  if existing := [name for name in existing if not _TEMPORARY.fullmatch(name)]:
     raise ValueError(f"{output} is not empty, it contains {', '.join(existing[:5])}: choose another folder")
   if shards is None:
-    shards = min(
-      len(source), _MAX_SHARDS, max(1, math.ceil(_mean_bytes(source, max_pixels) * len(source) / _SHARD_BYTES))
-    )
+    size = _mean_bytes(source, max_pixels) * len(source)
+    shards = min(len(source), max(part.count, min(_MAX_SHARDS, math.ceil(size / _SHARD_BYTES)), 1))
   if not 0 < shards <= min(len(source), 99_999):
     raise ValueError(f"shards={shards}: expected 1 to {min(len(source), 99_999)}, for {len(source)} samples")
+  _check_part(part, shards)
   if local:
     Path(output).mkdir(parents=True, exist_ok=True)
   outputs.write_text(f"{output}/{_ABOUT}", json.dumps(settings | {"shards": shards}))
   return settings | {"shards": shards}
+
+
+def _check_part(part: jobs.Part, shards: int) -> None:
+  if part.count > shards:
+    raise ValueError(f"shard={part.index}/{part.count}: expected at most as many machines as files, {shards}")
 
 
 def _checked(wanted: dict[str, Any], output: str) -> dict[str, Any]:
@@ -177,14 +203,14 @@ class _Journal:
   A file at a URL cannot be appended to; it is rewritten every few seconds and at the end.
   """
 
-  def __init__(self, output: str, done: dict[int, dict[str, Any]]):
-    self._path, self._done, self._next, self._unwritten = f"{output}/{_JOURNAL}", done, 0.0, False
+  def __init__(self, path: str, done: dict[int, dict[str, Any]]):
+    self._path, self._done, self._next, self._unwritten = path, done, 0.0, False
 
   def add(self, number: int, report: dict[str, Any]) -> None:
     self._done[number] = report
     if not remote.is_url(self._path):
       with open(self._path, "a") as file:
-        file.write(self._line(number))
+        file.write("\n" + self._line(number))  # the last line may have been cut off
       return
     self._unwritten = True
     if time.monotonic() >= self._next:
@@ -199,16 +225,26 @@ class _Journal:
     return json.dumps({"shard": number, **self._done[number]}) + "\n"
 
 
-def _finished(output: str, existing: set[str]) -> dict[int, dict[str, Any]]:
-  """The reports about shards that an earlier attempt finished."""
-  found = {}
-  for line in files.read(f"{output}/{_JOURNAL}").decode().splitlines() if _JOURNAL in existing else ():
+def _finished(output: str, names: list[str]) -> dict[int, dict[str, Any]]:
+  """The reports about files that exist, from the journals of this and other machines.
+
+  Args:
+    output: the folder.
+    names: the names of all files.
+  """
+  existing, found = set(patterns.names(output)), {}
+  for journal in sorted(filter(_JOURNAL.fullmatch, existing)):
     try:
-      report = json.loads(line)
-    except ValueError:
-      continue  # the disk was full, or the power failed: that shard is written again
-    found[report.pop("shard")] = report
-  return found
+      text = files.read(f"{output}/{journal}").decode()
+    except FileNotFoundError:  # another machine has completed the conversion
+      continue
+    for line in text.splitlines():
+      try:
+        report = json.loads(line)
+      except ValueError:
+        continue  # the disk was full, or the power failed: that file is written again
+      found[report.pop("shard")] = report
+  return {number: report for number, report in found.items() if names[number] in existing}
 
 
 def _finish(source: Source, output: str, about: dict[str, Any], done: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -222,16 +258,20 @@ def _finish(source: Source, output: str, about: dict[str, Any], done: dict[int, 
     raise ValueError(f"{source.name}: none of {about['samples']} samples can be used: {dict(skipped)}, such as {named}")
   about = {**about, "count": count, "skipped": dict(skipped), "named": named}
   outputs.write_text(f"{output}/{_ABOUT}", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-  files.remove(f"{output}/{_JOURNAL}")
+  for journal in filter(_JOURNAL.fullmatch, patterns.names(output)):
+    files.remove(f"{output}/{journal}")
+  outputs.remove_leftovers(output)
   return about
 
 
 def _write_shards(
-  write: Callable[[Shard, jobs.Advance], dict[str, Any]], todo: dict[int, Shard], total: int, workers: int
+  write: Callable[[Shard, jobs.Advance], dict[str, Any]], shards: dict[int, Shard], done: set[int], workers: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Yields number and report of each shard as it is finished, and shows the progress."""
+  """Yields number and report of each shard that is not done as it is finished, and shows the progress."""
+  todo = {number: shard for number, shard in shards.items() if number not in done}
   numbers, processes = list(todo), min(workers, len(todo))
-  before = total - sum(shard.stop - shard.start for shard in todo.values())
+  total, left = (sum(shard.stop - shard.start for shard in some.values()) for some in (shards, todo))
+  before = total - left
   with progress.Bar("converting", total, "samples", initial=before) as bar:
     running = jobs.run(
       write,
@@ -248,6 +288,8 @@ def _write_shards(
 
 def _summary(about: dict[str, Any], output: str) -> str:
   written = [f"{output}/{name}" for name in patterns.names(output) if name.endswith(".array_record")]
+  if "count" not in about:
+    return f"{output}: {len(written):,} of {about['shards']:,} files; the last machine completes the conversion"
   size = sum(size for size, _ in files.stamps(written))
   lines = [f"{output}: {about['count']:,} samples in {about['shards']:,} files, {size / 2**20:,.1f} MiB"]
   for kind, count in sorted(about["skipped"].items()):
@@ -258,7 +300,8 @@ def _summary(about: dict[str, Any], output: str) -> str:
 def _command(arguments: list[str]) -> int:
   spec, output = arguments
   try:
-    about = convert(spec, output, flags.FLAGS.shards, flags.FLAGS.workers, flags.FLAGS.max_pixels)
+    part = jobs.Part.of(flags.FLAGS.shard, os.environ) if flags.FLAGS.shard is not None else jobs.WHOLE
+    about = convert(spec, output, flags.FLAGS.shards, flags.FLAGS.workers, flags.FLAGS.max_pixels, part)
   except KeyboardInterrupt:
     print("interrupted; run the same command again to resume", file=sys.stderr)
     return 130
@@ -269,6 +312,7 @@ def _command(arguments: list[str]) -> int:
 def main() -> None:
   """Runs the command."""
   flags.DEFINE_integer("shards", None, "Number of files; by default about 512 MB each, at most 1,024.", lower_bound=1)
+  flags.DEFINE_string("shard", None, "I/N, auto or auto/N: this machine writes part I of N, with I from 0.")
   flags.DEFINE_integer("workers", None, "Number of processes that write; by default the number of cores.", 1)
   flags.DEFINE_integer(
     "max_pixels", images.MAX_PIXELS, "Largest number of pixels of an image.", 1, images.LARGEST_LIMIT

@@ -21,7 +21,12 @@ _ARCHIVES = (".zip", ".7z", ".rar", ".bz2", ".xz", ".zst")  # the source says th
 _TEXTS = (".txt", ".json")  # tables if their contents are those of a table
 _OTHER_IMAGES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".dng", ".cr2", ".nef", ".arw")
 _MOST_TEXTS = 10  # files with such suffixes in a folder; more are captions
-_SHARDS = {"arrayrecord": ".array_record", "webdataset": ".tar"}
+_SHARDS = {
+  "arrayrecord": (".array_record",),
+  "tfrecord": (".tfrecord", ".tfrecords", ".tfrec"),
+  "webdataset": (".tar",),
+}  # suffixes, after which there may be a number, see `_NUMBERED`
+_OF_TFDS = ("arrayrecord", "tfrecord")  # where its description is next to them
 _COLUMNS = {*lists.IMAGE_NAMES, *lists.CAPTION_NAMES, *lists.LABEL_NAMES}
 _PEEKED = 100  # records of a table
 _PROBED = 10  # images of a table to search for
@@ -43,16 +48,17 @@ def guesses(path: str) -> list[str]:
   |---|---|
   | .tar | webdataset |
   | a folder of tars with an nshards.txt | clip_benchmark |
-  | .array_record | arrayrecord; tfds if a dataset_info.json is next to it |
+  | .array_record .tfrecord .tfrecords .tfrec | arrayrecord, tfrecord; tfds if a dataset_info.json is next to it |
   | .csv .tsv .psv .jsonl .ndjson .parquet .pq, also .gz | table |
   | a .txt whose first line names columns; a .json that is a list | table |
   | another .json | coco |
   | a folder prepared by TFDS, or saved by Hugging Face's datasets | tfds, huggingface |
-  | a folder of ArrayRecord files, tars or tables | the first of these kinds that exists, as a pattern |
+  | a folder of ArrayRecord or TFRecord files, tars or tables | the first of these kinds that exists, as a pattern |
   | a folder with captions_*.json, or with "annotations" that has them | coco |
   | a folder with folders of splits, such as train and test | what is in those folders |
   | a folder with images, at any depth | folder |
-  | a folder with tars or tables at any depth | as a pattern |
+  | a folder with tars or tables at any depth | as a pattern, or one per split |
+  | a repository in the cache of the Hugging Face hub | what is in its snapshot of the branch main |
 
   Tables whose images are elsewhere get a `root`. They come after a folder of images with captions if their images are
   not found. What follows a ?, as in "pairs.csv?root=/images", becomes part of each spec.
@@ -100,21 +106,22 @@ def _with_options(spec: str, query: str) -> str:
 
 def _kind(path: str) -> str | None:
   """The kind of source that reads a file, "image" for an image, None if unknown."""
-  name = _NUMBERED.sub("", remote.without_query(path).lower())
-  if name.endswith(".array_record"):
-    return "tfds" if files.exists(files.beside(path, "dataset_info.json")) else "arrayrecord"
+  name = remote.without_query(path).lower()
+  kind = _kind_of_suffix(name)
+  if kind in _OF_TFDS and files.exists(files.beside(path, "dataset_info.json")):
+    return "tfds"
   if name.endswith(".json"):
     return "table" if files.read(path, 0, 64).lstrip().startswith(b"[") else "coco"
   if name.endswith(".txt"):
     return "table" if _images(path) else None
-  return _kind_of_suffix(name)
+  return kind
 
 
 def _kind_of_suffix(path: str) -> str | None:
   name = remote.without_query(path).lower()
   packed = tuple(f"{suffix}{archive}" for suffix in _TABLES for archive in _ARCHIVES)
-  kinds = {"webdataset": (".tar",), "table": (*_TABLES, *packed), "image": files.IMAGE_SUFFIXES}
-  return next((kind for kind, suffixes in kinds.items() if name.endswith(suffixes)), None)
+  kinds = {**_SHARDS, "table": (*_TABLES, *packed), "image": files.IMAGE_SUFFIXES}
+  return next((kind for kind, suffixes in kinds.items() if _NUMBERED.sub("", name).endswith(suffixes)), None)
 
 
 def _in_folder(folder: str) -> list[str]:
@@ -123,13 +130,15 @@ def _in_folder(folder: str) -> list[str]:
   names = _visible(folder)
   if "state.json" in names:
     return [f"huggingface:{folder}"]
+  if not names and (snapshot := _snapshot(folder)):
+    return _in_folder(snapshot)
   for name, kind in (("dataset_dict.json", "huggingface"), ("dataset_info.json", "tfds")):
     if name in names:
       return [f"{kind}:{folder}:{_split(f'{place}/{name}')}"]
   if layouts.NSHARDS in names:
     return [f"clip_benchmark:{layouts.clip_benchmark(f'{lists.absolute(folder)}/{layouts.NSHARDS}')}"]
-  for kind, suffix in _SHARDS.items():
-    if alike := [name for name in names if name.lower().endswith(suffix)]:
+  for kind, suffixes in _SHARDS.items():
+    if alike := [name for name in names if _NUMBERED.sub("", name.lower()).endswith(suffixes)]:
       return [f"{kind}:{_location(folder, group, names)}" for group in _groups(alike)]
   specs, found = _of_tables(folder, names)
   if found:
@@ -196,9 +205,13 @@ def _location(folder: str, group: list[str], names: list[str]) -> str:
 
 
 def _spellings(names: Iterable[str]) -> list[str]:
-  """The suffixes of data in names, in their spelling there."""
-  known = (*_SHARDS.values(), *_TABLES, *_TEXTS)
-  return sorted({name[-len(suffix) :] for name in names for suffix in known if name.lower().endswith(suffix)})
+  """The suffixes of data in names, in their spelling there, with -* for numbers after them."""
+  known, found = (*itertools.chain(*_SHARDS.values()), *_TABLES, *_TEXTS), set()
+  for name in names:
+    plain = _NUMBERED.sub("", name)
+    after = "-*" if plain != name else ""
+    found |= {plain[-len(suffix) :] + after for suffix in known if plain.lower().endswith(suffix)}
+  return sorted(found)
 
 
 def _images(path: str) -> list[str] | None:
@@ -267,19 +280,44 @@ def _below(folder: str, names: list[str], tables: list[str]) -> list[str]:
     if _has_images(names):
       return [f"folder:{folder}"] if has_captions(names) else tables or above or [f"folder:{folder}"]
     for kind, suffixes in (*_SHARDS.items(), ("table", _TABLES)):
-      if alike := [name for name in names if name.lower().endswith(suffixes)]:
+      if alike := [name for name in names if _NUMBERED.sub("", name.lower()).endswith(suffixes)]:
         places.setdefault(kind, []).append((path, alike))
   if tables or not places:
     return tables
   kind = min(places, key=[*_SHARDS, "table"].index)
   if len(places[kind]) == 1:
     return _in_folder(places[kind][0][0])
+  by_split: dict[str, list[str]] = {}
+  for path, alike in places[kind]:
+    within = [layouts.split_of(name) for name in path.removeprefix(folder).split("/")]
+    for group in _groups(alike):
+      split = layouts.split_of(group[0]) or next(filter(None, within), "")
+      by_split.setdefault(split, []).append(_location(path, group, alike))
+  if by_split.keys() - {""}:
+    return [f"{kind}:" + "::".join(by_split[split]) for split in sorted(by_split, key=_order)]
   levels = {path.count("/") - folder.count("/") for path, _ in places[kind]}
   stars = "/".join("*" * levels.pop()) if len(levels) == 1 else "**"
   is_literal = not glob.has_magic(folder) and "{" not in folder
   folders = [f"{folder}/{stars}"] if is_literal else [path for path, _ in places[kind]]
   suffixes = _spellings(name for _, names in places[kind] for name in names)
   return [f"{kind}:" + "::".join(f"{place}/*{suffix}" for place in folders for suffix in suffixes)]
+
+
+def _snapshot(folder: str) -> str | None:
+  """The snapshot of the branch main in a folder of the hub's cache, or the only one; None if it is another folder.
+
+  Raises:
+    ValueError: there are several snapshots, and none of them is that of main.
+  """
+  if not {"refs", "snapshots"} <= {*patterns.folders(folder)}:
+    return None
+  found = patterns.folders(f"{folder}/snapshots")
+  with contextlib.suppress(OSError):
+    commit = files.read(f"{folder}/refs/main", limit=100).decode(errors="replace").strip()
+    found = [commit] if commit in found else found
+  if len(found) != 1:
+    raise ValueError(f"{folder}: {len(found)} snapshots, none of the branch main; choose one: {', '.join(found)}")
+  return f"{folder}/snapshots/{found[0]}"
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:

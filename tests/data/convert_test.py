@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from declip_jax.data import images, records, sources
 from declip_jax.data.convert import convert
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources.scenes import open_scenes
-from declip_jax.data.storage import files, indexes, outputs
+from declip_jax.data.storage import files, indexes, jobs, outputs
 
 
 def jpeg(key: int) -> bytes:
@@ -251,6 +252,53 @@ def test_a_missing_file_or_truncated_report_is_written_again(shards, tmp_path, m
   assert sorted(now.keys() - whole.keys()) == ["classnames.txt", "dataset.json"]
 
 
+def test_several_machines_write_the_files_of_one(shards, tmp_path):
+  output, alone = tmp_path / "out", tmp_path / "alone"
+  parts = [jobs.Part(number, 3) for number in range(3)]
+  assert "count" not in convert(shards, output, shards=4, workers=1, part=parts[2])
+  assert sorted(contents(output)) == [
+    "classnames.txt", "data-00002-of-00004.array_record", "dataset.json", "progress-2-of-3.jsonl"
+  ]  # fmt: skip
+  about = convert(shards, output, workers=1, part=parts[0])
+  assert convert_lib._summary(about, str(output)).startswith(f"{output}: 3 of 4 files; ")
+  last = output / "data-00002-of-00004.array_record"
+  written = last.stat().st_mtime_ns
+  assert "count" not in convert(shards, output, workers=1, part=parts[2])
+  assert last.stat().st_mtime_ns == written
+  about = convert(shards, output, workers=1, part=parts[1])
+  assert about == convert(shards, alone, shards=4, workers=1)
+  assert contents(output) == contents(alone)
+  assert convert(shards, output, workers=1, part=parts[0]) == about
+  with pytest.raises(ValueError, match="shard=0/5: expected at most as many machines as files, 4"):
+    convert(shards, output, workers=1, part=jobs.Part(0, 5))
+
+
+def test_machines_that_work_at_once_complete_the_conversion(shards, tmp_path):
+  output = tmp_path / "out"
+  with ThreadPoolExecutor(3) as pool:
+    found = list(pool.map(lambda number: convert(shards, output, workers=1, part=jobs.Part(number, 3)), range(3)))
+  complete = [about for about in found if "count" in about]
+  assert complete
+  assert all(about == complete[0] for about in complete)
+  assert json.loads((output / "dataset.json").read_text()) == complete[0]
+  assert (complete[0]["shards"], complete[0]["count"]) == (3, 55)  # a file for each
+  assert sorted(contents(output)) == [
+    "classnames.txt", *(f"data-0000{number}-of-00003.array_record" for number in range(3)), "dataset.json"
+  ]  # fmt: skip
+
+
+def test_a_machine_that_was_interrupted_does_not_hold_up_one_that_writes_all(shards, tmp_path):
+  output = tmp_path / "out"
+  convert(shards, output, shards=4, workers=1, part=jobs.Part(1, 2))
+  journal = output / "progress-1-of-2.jsonl"
+  journal.write_text(journal.read_text()[:-9])
+  first = output / "data-00001-of-00004.array_record"
+  written = first.stat().st_mtime_ns
+  assert convert(shards, output, workers=1)["count"] == 55
+  assert first.stat().st_mtime_ns == written
+  assert not [*output.glob("progress*")]
+
+
 @pytest.mark.parametrize(("limit", "expected"), [(10**9, 1), (100_000, 5), (1, 300)])
 def test_the_size_determines_the_number_of_files(tmp_path, monkeypatch, limit, expected):
   monkeypatch.setattr(convert_lib, "_SHARD_BYTES", limit)
@@ -401,7 +449,9 @@ def test_finished_files_are_reported_to_a_url_at_once_and_then_every_few_seconds
 
   now = 100.0
   monkeypatch.setattr(convert_lib.time, "monotonic", lambda: now)
-  journal = convert_lib._Journal("memory://bucket/out", {})
+  names = [str(number) for number in range(5)]
+  fsspec.filesystem("memory").pipe({f"/bucket/out/{name}": b"" for name in names})
+  journal = convert_lib._Journal("memory://bucket/out/progress.jsonl", {})
   report = {"count": 1, "skipped": {}, "named": {}}
   counts = []
   for number, now in enumerate([100.0, 101.0, 104.9, 105.1, 106.0]):  # noqa: B007
@@ -409,4 +459,4 @@ def test_finished_files_are_reported_to_a_url_at_once_and_then_every_few_seconds
     counts.append(num_reported())
   journal.close()
   assert [*counts, num_reported()] == [1, 1, 1, 4, 4, 5]
-  assert convert_lib._finished("memory://bucket/out", {"progress.jsonl"}) == dict.fromkeys(range(5), report)
+  assert convert_lib._finished("memory://bucket/out", names) == dict.fromkeys(range(5), report)

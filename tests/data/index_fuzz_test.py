@@ -12,13 +12,14 @@ from array_record.python import array_record_module
 import numpy as np
 from PIL import Image
 import pytest
+import tf_files
 
 from declip_jax.data.sources import Source, open_source
 from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, pack
 from declip_jax.data.sources.base import Example
 
 pytestmark = pytest.mark.slow
-SAMPLES, MUTATIONS = 6, 6_700  # of each of three kinds of index: 20,000 in all
+SAMPLES, MUTATIONS = 6, 5_000  # of each of four kinds of index: 20,000 in all
 SECONDS, MEMORY = 1.0, 256 * 2**20  # bounds of one opening, and of all of them together
 
 
@@ -54,6 +55,12 @@ def arrayrecord(folder: Path) -> str:
   return f"arrayrecord:{folder}/a.array_record"
 
 
+def tfrecord(folder: Path) -> str:
+  numbers = range(SAMPLES)
+  messages = [tf_files.message(image=picture(number), caption=f"caption {number}", label=number) for number in numbers]
+  return f"tfrecord:{tf_files.write(folder / 'a.tfrecord', messages)}"
+
+
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:
   changed, place = bytearray(content), int(rng.integers(len(content)))
   length = int(rng.integers(1, 64))
@@ -82,7 +89,7 @@ def contents(source: Source) -> list[tuple[bytes, tuple[str, ...], int]]:
   ]
 
 
-@pytest.mark.parametrize("write", [webdataset, table, arrayrecord])
+@pytest.mark.parametrize("write", [webdataset, table, arrayrecord, tfrecord])
 def test_no_damage_of_an_index_gives_other_samples(
   write: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ import fsspec
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from declip_jax import config_files
@@ -188,6 +190,11 @@ def touch(folder: Path, *names: str) -> None:
     (["a-0.tar", "a-1.tar"], "a-{0..1}.tar", "webdataset:a-{0..1}.tar"),
     (["0.tar", "1.tar", "0.parquet", "0_stats.json"], "", "webdataset:*.tar"),  # img2dataset
     (["data-00000-of-00001.array_record", "dataset.json", "classnames.txt"], "", "arrayrecord:*.array_record"),
+    (["00000.tfrecord", "00000.parquet", "00000_stats.json"], "", "tfrecord:*.tfrecord"),  # img2dataset
+    (["x.tfrecord-00000-of-00002", "x.tfrecord-00001-of-00002"], "", "tfrecord:*.tfrecord-*"),
+    (["x.tfrecord-00000-of-00002"], "x.tfrecord-00000-of-00002", "tfrecord:x.tfrecord-00000-of-00002"),
+    (["ABC.tfrec"], "ABC.tfrec", "tfrecord:ABC.tfrec"),  # Kaggle
+    (["a/x.tfrecords", "b/x.tfrecords"], "", "tfrecord:*/*.tfrecords"),
     (["a.csv"], "a.csv", "table:a.csv"),
     (["a.tsv.gz"], "a.tsv.gz", "table:a.tsv.gz"),
     (["a.jsonl", "b.jsonl", "c.csv"], "", "table:*.jsonl"),
@@ -272,6 +279,14 @@ OBJECTS = '{"file_name": "1.jpg", "text": "one"}\n'
       {"data/train-0.parquet": "", "data/test-0.parquet": ""},
       ["table:@/data/train*.parquet", "table:@/data/test*.parquet"],
     ),
+    (  # of the hub, converted to Parquet by its server
+      {"default/train/0000.parquet": "", "default/train/0001.parquet": "", "default/test/0000.parquet": ""},
+      ["table:@/default/train/*.parquet", "table:@/default/test/*.parquet"],
+    ),
+    (
+      {"a/train-0.parquet": "", "b/train-0.parquet": "", "b/test-0.parquet": "", "README.md": ""},
+      ["table:@/a/*.parquet::@/b/train*.parquet", "table:@/b/test*.parquet"],
+    ),
   ],
 )
 def test_a_folder_is_recognised(tmp_path, files, specs):
@@ -279,6 +294,26 @@ def test_a_folder_is_recognised(tmp_path, files, specs):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(text)
   assert guesses(f"{tmp_path}/") == [spec.replace("@", str(tmp_path)) for spec in specs]
+
+
+def test_a_repository_of_parquet_in_the_cache_of_the_hub(tmp_path):
+  """Its files are links to those in blobs."""
+  for commit in ("c0", "c1"):
+    for split in ("test", "train"):
+      rows = [{"image": {"bytes": bytes([number]), "path": None}, "text": f"{commit} {number}"} for number in range(3)]
+      blob, link = f"blobs/{commit}{split}", tmp_path / f"snapshots/{commit}/data/{split}-00000-of-00001.parquet"
+      touch(tmp_path, blob, f"snapshots/{commit}/README.md", f"snapshots/{commit}/data/x")
+      link.with_name("x").unlink()
+      pq.write_table(pa.Table.from_pylist(rows), tmp_path / blob)
+      link.symlink_to(f"../../../{blob}")
+  touch(tmp_path, "refs/x")
+  with pytest.raises(ValueError, match="2 snapshots, none of the branch main; choose one: c0, c1"):
+    guesses(str(tmp_path))
+  (tmp_path / "refs" / "main").write_text("c1")
+  data = f"{tmp_path}/snapshots/c1/data"
+  specs = [f"table:{data}/{split}-00000-of*.parquet" for split in ("train", "test")]
+  assert guesses(str(tmp_path)) == guesses(f"{tmp_path}/snapshots/c1") == specs
+  assert [example["captions"] for example in open_source(specs[0])] == [(f"c1 {number}",) for number in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from declip_jax.data.sources.huggingface import open_huggingface
 from declip_jax.data.sources.scenes import open_scenes
 from declip_jax.data.sources.table import open_table
 from declip_jax.data.sources.tfds import open_tfds
+from declip_jax.data.sources.tfrecord import open_tfrecord
 from declip_jax.data.sources.webdataset import open_webdataset
 from declip_jax.data.sources.yfcc import open_yfcc
 from declip_jax.spelling import did_you_mean
@@ -37,6 +38,7 @@ SOURCES: dict[str, Callable[[str], Source]] = {
   "webdataset": open_webdataset,
   "clip_benchmark": open_clip_benchmark,
   "arrayrecord": open_arrayrecord,
+  "tfrecord": open_tfrecord,
   "tfds": open_tfds,
   "table": open_table,
   "coco": open_coco,

@@ -1,46 +1,53 @@
-"""ArrayRecord files written by `declip_jax.data.convert`, for data that are read many times.
+"""ArrayRecord files, for data that are read many times: those of `declip_jax.data.convert`, and those of others.
 
-A record is a msgpack map of the fields of `Example`: `image` (encoded, bytes), `captions` (list of str), `label` (int,
--1 for none), `id` (str, where the sample came from originally), and where the source has them `labels` (list of int)
-and `groups` (map of int). Files have one record per group and no compression, since images are compressed already:
-reading a record of an open file is one disk access, and a damaged record does not affect others. A record of more than
-`files.MAX_BYTES` is rejected; but files from elsewhere may be compressed, and the library limits no record before it is
-decompressed: a small file can fill the memory, so do not open files that you do not trust. Opening a file reads
-about 1 MiB from its end, so a process keeps half its descriptors' worth of files open (`ulimit -n`), at least 128; with
-more files than that, most reads open one first.
+A record of `declip_jax.data.convert` is a msgpack map of the fields of `Example`: `image` (encoded, bytes), `captions`
+(list of str), `label` (int, -1 for none), `id` (str, where the sample came from originally), and where the source has
+them `labels` (list of int) and `groups` (map of int). Its files have one record per group and no compression, since
+images are compressed already: reading a record of an open file is one disk access, and a damaged record does not affect
+others. Other files have tf.train.Example messages, see `tf_example`.
+
+A record of more than `files.MAX_BYTES` is rejected; but files from elsewhere may be compressed, and the library limits
+no record before it is decompressed: a small file can fill the memory, so do not open files that you do not trust.
+Opening a file reads about 1 MiB from its end, so a process keeps half its descriptors' worth of files open (`ulimit
+-n`), at least 128; with more files than that, most reads open one first.
 
 The library that reads them opens local files only. A process that first needs a record of a remote file (gs://, s3://)
 makes a copy for all processes of the machine, see `copies.folder`. A shuffled stream soon has copied all files, so the
 set must fit on the disk. For larger sets use a WebDataset, which is read remotely. To count the records when such a set
 is first opened, the last 512 KiB of each file are transferred, or 2 MiB, 8 MiB, ... if it has more than about 20,000
-records.
+records, or, of the first file, if its last record is longer.
 """
 
 from bisect import bisect_right
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 from functools import cached_property, lru_cache, partial
 import json
 from pathlib import Path
 import resource
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from absl import logging
 from array_record.python import array_record_module
 import msgpack
 import numpy as np
 
+from declip_jax.data.sources import lists, tf_example
 from declip_jax.data.sources.base import BadSample, Example, bad_sample
-from declip_jax.data.storage import copies, files, indexes, layouts, patterns, remote
+from declip_jax.data.storage import copies, files, indexes, layouts, patterns, remote, tf_examples
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
 _READER_BUFFER = 2**15  # bytes
 _REQUIRED = {"image": "bytes", "captions": "list", "label": "int", "id": "str"}  # fields of a record, and their types
 _OPTIONAL = {"labels": "list", "groups": "dict"}
-_INDEX_FORMAT = 3
+_INDEX_FORMAT = 4
 _THREADS = 32
 _TAIL = 2**19  # bytes of a remote file to search first for its footer: the last 64 KiB, and 20 per record
+
+T = TypeVar("T")
 
 
 def _most_readers() -> int:
@@ -50,12 +57,22 @@ def _most_readers() -> int:
 
 
 class _Files(NamedTuple):
-  """Paths, their stamps, numbers of records in each file and all files before it, and the number of damaged files."""
+  """The files.
+
+  Attributes:
+    paths: their paths.
+    stamps: their stamps.
+    ends: numbers of records in each file and all files before it.
+    damaged: the number of damaged files.
+    kinds: the features of some records and their kinds, see `tf_example.kinds_of`; None for records of
+      `declip_jax.data.convert`.
+  """
 
   paths: list[str]
   stamps: list[files.Stamp]
   ends: list[int]
   damaged: int
+  kinds: dict[str, str] | None
 
 
 class ArrayRecord:
@@ -64,13 +81,14 @@ class ArrayRecord:
   def __init__(self, name: str, index: Path):
     self.name = name
     self._index = index
+    self._keys: tf_example.Keys | None = None
 
   @cached_property
   def _files(self) -> _Files:
     try:
       about = json.loads(bytes(indexes.contents(self._index)))
       ends = np.cumsum(about["counts"]).tolist()
-      return _Files(about["files"], list(map(tuple, about["stamps"])), ends, about["damaged"])
+      return _Files(about["files"], list(map(tuple, about["stamps"])), ends, about["damaged"], about["kinds"])
     except (ValueError, LookupError, TypeError) as error:
       raise ValueError(f"{self._index}: damaged index ({error}); delete it to build it again") from error
 
@@ -106,11 +124,11 @@ class ArrayRecord:
 
     Raises:
       IndexError: `index` is not in `range(len(self))`.
-      BadSample: the record is damaged or too large, or its file is missing.
+      BadSample: the record is damaged, too large or of another kind, or its file is missing.
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no record {index}, there are {len(self)}")
-    paths, stamps, ends, _ = self._files
+    paths, stamps, ends, *_ = self._files
     file = bisect_right(ends, index)
     position = index - (ends[file - 1] if file else 0)
     place = f"{paths[file]}, record {position}"
@@ -122,43 +140,55 @@ class ArrayRecord:
       raise bad_sample(error, place) from error
     try:
       record = reader.read([position])[0]
-      example = _unpack(record) if len(record) <= files.MAX_BYTES else None
+      if len(record) > files.MAX_BYTES:
+        raise BadSample("too large", f"{place}: {len(record):,} bytes, expected at most {files.MAX_BYTES:,}")
+      if self._keys:
+        return tf_example.read(record, self._keys, self.classnames, place)
+      example = _unpack(record)
+    except BadSample:
+      raise
     except (ValueError, TypeError, LookupError, RuntimeError) as error:  # array_record's, msgpack's and ours
       raise BadSample("damaged record", f"{place}: {error}") from error
-    if example is None:
-      raise BadSample("too large", f"{place}: {len(record):,} bytes, expected at most {files.MAX_BYTES:,}")
     if len(self.classnames) <= example["label"] and self.classnames:
       classes = f"-1 to {len(self.classnames) - 1}, the last line of classnames.txt"
       raise BadSample("no label", f"{place}: class {example['label']}, expected {classes}")
     return example
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"name": self.name, "_index": self._index, "stamp": self.stamp}
+    return {"name": self.name, "_index": self._index, "_keys": self._keys, "stamp": self.stamp}
 
   def __repr__(self) -> str:
     return f"ArrayRecord({self.name!r})"
 
 
 def open_arrayrecord(location: str) -> ArrayRecord:
-  """Opens a set of files; the first time, their records are counted from their footers.
+  """Opens "PATTERN", or "PATTERN?image=KEY&caption=KEY,KEY&label=KEY"; counts the records the first time.
 
   A file that is cut off or not an ArrayRecord file is passed over, named in the log and counted in `skipped`.
 
   Args:
     location: the files, as in `patterns.expand`: `/data/cc12m/*.array_record`, `gs://bucket/cc12m/*.array_record`. The
-      folder of the first file may contain a classnames.txt.
+      folder of the first file may contain a classnames.txt. Features of tf.train.Example messages that are not given
+      are recognised by their names, see `tf_example`.
 
   Raises:
     FileNotFoundError: a pattern matches no file.
-    ValueError: all files are cut off or not ArrayRecord files, or there is no record.
+    ValueError: all files are cut off or not ArrayRecord files, there is no record, a feature is missing, ambiguous or
+      of another kind, or one is given for records of `declip_jax.data.convert`.
   """
-  paths = patterns.expand(location)
+  place, wanted = lists.parse(location, tf_example.ROLES)
+  paths = patterns.expand(place)
   stamps = files.stamps(paths)
   stamp = [_INDEX_FORMAT, list(zip(paths, stamps, strict=True))]
   build = partial(_build, paths=paths, stamps=stamps)
   source = ArrayRecord(f"arrayrecord:{location}", indexes.find_or_build(stamp, paths[0], build, ".json"))
   if not len(source):
-    raise ValueError(f"arrayrecord:{location}: no record in {len(paths)} files")
+    raise ValueError(f"{source.name}: no record in {len(paths)} files")
+  if (kinds := source._files.kinds) is not None:
+    source._keys = tf_example.choose(kinds, wanted, source.classnames, source.name)
+    logging.info("%s: %s", source.name, source._keys)
+  elif wanted:
+    raise ValueError(f"{source.name}: its records are those of data.convert, which have no features to choose from")
   return source
 
 
@@ -204,7 +234,32 @@ def _build(path: Path, paths: list[str], stamps: list[files.Stamp]) -> None:
   for error in errors:
     logging.warning("%s; it is passed over", error)
   numbers = [0 if isinstance(count, ValueError) else count for count in counts]
-  path.write_text(json.dumps({"files": paths, "stamps": stamps, "counts": numbers, "damaged": len(errors)}))
+  about = {"files": paths, "stamps": stamps, "counts": numbers, "damaged": len(errors), "kinds": None}
+  if first := next((file for file in zip(paths, stamps, numbers, strict=True) if file[-1]), None):
+    about["kinds"] = _kinds(*first)
+  path.write_text(json.dumps(about))
+
+
+def _kinds(path: str, stamp: files.Stamp, count: int) -> dict[str, str] | None:
+  """The kinds of the features in the first records of a file, or, of a remote file, in its last record."""
+  try:
+    if remote.is_url(path):
+      records = _at_end(path, stamp[0], lambda reader: reader.read([count - 1]))
+    else:
+      records = _readable(open_reader(path), min(count, tf_example.PROBED))
+    return tf_example.kinds_of(records, path) if records and records[0].startswith(tf_examples.START) else None
+  except ValueError as error:
+    logging.warning("%s: %s", path, error)
+    return None
+
+
+def _readable(reader: Any, count: int) -> list[bytes]:
+  """The first records that can be read."""
+  found = []
+  for position in range(count):
+    with contextlib.suppress(ValueError, RuntimeError):
+      found += reader.read([position])
+  return found
 
 
 def _count_or_error(path: str, stamp: files.Stamp) -> int | ValueError:
@@ -215,11 +270,13 @@ def _count_or_error(path: str, stamp: files.Stamp) -> int | ValueError:
 
 
 def _count(path: str, stamp: files.Stamp) -> int:
-  return _count_at_end(path, stamp[0]) if remote.is_url(path) else open_reader(path).num_records()
+  if not remote.is_url(path):
+    return open_reader(path).num_records()
+  return _at_end(path, stamp[0], lambda reader: reader.num_records())
 
 
-def _count_at_end(url: str, size: int) -> int:
-  """Number of records of a remote file, read from a sparse local file that has only its end."""
+def _at_end(url: str, size: int, read: Callable[[Any], T]) -> T:
+  """What is read from a remote file, of which a sparse local file has as much of the end as is needed."""
   length = min(_TAIL, size)
   while True:
     with tempfile.NamedTemporaryFile() as file:
@@ -228,8 +285,8 @@ def _count_at_end(url: str, size: int) -> int:
       file.write(files.read(url, size - length, length, limit=length))
       file.flush()
       try:
-        return open_reader(file.name).num_records()
-      except ValueError as error:
+        return read(open_reader(file.name))
+      except (ValueError, RuntimeError, IndexError) as error:
         if length == size:
           raise ValueError(str(error).replace(file.name, url)) from None
     length = min(4 * length, size)

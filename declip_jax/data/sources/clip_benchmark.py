@@ -28,7 +28,7 @@ import numpy as np
 
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample, Example
-from declip_jax.data.sources.webdataset import WebDataset, index_shards
+from declip_jax.data.sources.webdataset import Fields, WebDataset, index_shards
 from declip_jax.data.storage import files, indexes, layouts, texts
 from declip_jax.data.storage.bounded import short
 
@@ -54,7 +54,7 @@ class ClipBenchmark(WebDataset):
   """
 
   def __init__(self, name: str, index: Path, root: str, kind: str, groups: tuple[str, ...]):
-    super().__init__(name, index, captions_by_line=kind == "retrieval")
+    super().__init__(name, index, Fields(by_line=kind == "retrieval"))
     self._root, self._kind, self._groups = root, kind, groups
 
   @cached_property

@@ -195,8 +195,9 @@ def _reopen(location: str) -> HuggingFace:
   try:
     found = _load_url(folder, split, beside) if remote.is_url(folder) else datasets.load_from_disk(folder)
   except FileNotFoundError as error:
-    hint = f'datasets.load_dataset("NAME").save_to_disk({path!r})'
-    raise FileNotFoundError(f"{name}: {error}; to save one there, run {hint}") from error
+    save = f'datasets.load_dataset("NAME").save_to_disk({path!r})'
+    hint = "python -m declip_jax.data.inspect prints the spec of a folder of Parquet"
+    raise FileNotFoundError(f"{name}: {error}; to save one there, run {save}; {hint}") from error
   splits = found if isinstance(found, datasets.DatasetDict) else {None: found}
   if split is None and len(splits) == 1:
     (split,) = splits

@@ -33,6 +33,7 @@ import gzip
 import itertools
 import json
 import re
+import shlex
 from typing import Any, BinaryIO, NamedTuple
 import zlib
 
@@ -45,8 +46,9 @@ from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, patterns, remote, texts
 from declip_jax.data.storage.bounded import JSON_MARKS, LONGEST, Lines, json_decoder, parse_json, short
 from declip_jax.data.storage.parquet import Parquet
-from declip_jax.data.storage.reach import Reach
+from declip_jax.data.storage.reach import NotAllowedError, Reach
 
+_URL_NAMES = ("url", "image_url", "img_url", "photo_url", "downloadurl")  # of images, if no other column has them
 _LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
 _ROLES = ("image", "caption", "label", "label_name", "labels", "group", "names", "encoding", *lists.REACH)
 _SEPARATORS = ",\t;|"
@@ -60,6 +62,8 @@ _SCORES = (
 )
 _CHUNK = 2**20
 _LONGEST_SKIPPED = 2**24  # characters of an element of an array that is nested too deeply
+_DOWNLOAD = ("--output_format", "webdataset", "--image_size", "256", "--resize_mode", "keep_ratio")
+_DOWNLOAD += ("--resize_only_if_bigger", "True")  # options of img2dataset, as in docs/reproduce.md
 _ARCHIVES = ("zip", "7z", "rar", "tar", "tgz", "bz2", "xz", "zst")
 _INVALID = re.compile("[\udc80-\udcff]")  # a byte that cannot be decoded, with errors="surrogateescape"
 _HERE = re.compile(r"(?:\./+)*")  # "./1.jpg" and "1.jpg" are one image
@@ -142,7 +146,7 @@ def open_table(location: str) -> lists.ListSource:
   Raises:
     FileNotFoundError: the table does not exist, or its images are not found.
     ValueError: a column is missing or ambiguous, the kind of file is unknown, all files are damaged, one is in another
-      encoding, or no line is usable.
+      encoding, no line is usable, or the images are on web servers that the spec does not allow.
   """
   name = f"table:{location}"
   place, wanted = lists.parse(location, _ROLES)
@@ -151,7 +155,7 @@ def open_table(location: str) -> lists.ListSource:
   def read_entries() -> Iterator[Entry | BadSample]:
     damages: list[DamagedFileError] = []
     for number, path in enumerate(paths):
-      yield from _merged(_before_damage(_entries(number, path, wanted, classnames), damages), path)
+      yield from _merged(_before_damage(_entries(number, paths, wanted, classnames, reach), damages), path)
     if len(damages) == len(paths):
       raise damages[0]
 
@@ -213,8 +217,15 @@ def read_table(
           raise _undecodable(path, text.encoding) from None
 
 
-def _entries(number: int, path: str, wanted: Mapping[str, str], classnames: _Classnames) -> Iterator[Entry | BadSample]:
-  """Yields the entries of one table."""
+def _entries(
+  number: int, paths: Sequence[str], wanted: Mapping[str, str], classnames: _Classnames, reach: Reach
+) -> Iterator[Entry | BadSample]:
+  """Yields the entries of table `number`.
+
+  Raises:
+    ValueError: see `open_table`.
+  """
+  path = paths[number]
   given = [name.lower() for role in ("image", "caption", "label") for name in wanted.get(role, "").split(",")]
   expected = [*lists.IMAGE_NAMES, *lists.CAPTION_NAMES, *lists.LABEL_NAMES, *given]
   header = [name.strip() for name in wanted["names"].split(",")] if wanted.get("names") else []
@@ -226,6 +237,7 @@ def _entries(number: int, path: str, wanted: Mapping[str, str], classnames: _Cla
     ]
     records = table.read(needed)
     head = list(itertools.islice(records, _PEEKED))
+    _check_urls(head, chosen, path, paths, reach)
     if chosen.label and chosen.captions and "label" not in wanted and (score := _score(head, chosen.label)):
       logging.warning("%s: %r has no labels, such as %s; it is not used", path, chosen.label, score)
       chosen = chosen._replace(label=None, label_name=None)
@@ -251,6 +263,39 @@ def _before_damage(
     yield BadSample("damaged record", str(error))
 
 
+def _check_urls(records: Sequence[_Record], chosen: _Columns, path: str, paths: Sequence[str], reach: Reach) -> None:
+  """Rejects a table whose images are on web servers, unless the spec allows them.
+
+  Args:
+    records: the first records.
+    chosen: the columns in use.
+    path: the table.
+    paths: all tables of the source.
+    reach: what the spec allows.
+
+  Raises:
+    ValueError: they are; the message has a command that downloads them.
+  """
+  images = [fields.get(chosen.image) for _, fields in records if not isinstance(fields, str)]
+  urls = [image for image in images if isinstance(image, str) and remote.scheme(image) in ("http", "https")]
+  if not urls or 2 * len(urls) < len(images):
+    return
+  try:
+    reach.resolve(urls[0].strip(), lists.folder_of(path))
+  except NotAllowedError as error:
+    name, _, kind = remote.without_query(path).rpartition("/")[2].partition(".")
+    command = ["img2dataset", "--url_list", path if len(paths) == 1 else lists.folder_of(path), "--input_format", kind]
+    command += ["--url_col", chosen.image]
+    command += ["--caption_col", chosen.captions[0]] if chosen.captions else []
+    command += [*_DOWNLOAD, "--output_folder", f"{name}_images"]
+    remedy = (
+      f"download them with {shlex.join(command)} (pip install img2dataset), and open webdataset:{name}_images/*.tar"
+    )
+    raise ValueError(f"{path}: column {chosen.image!r} has URLs of images; {remedy}; {error}") from None
+  except OSError:  # the name of the server cannot be resolved now
+    return
+
+
 def _score(records: Sequence[_Record], column: str) -> str | None:
   """An example of what a column has instead of labels, if nearly all of its fields are something else."""
   fields = [named.get(column) for _, named in records if not isinstance(named, str)]
@@ -265,7 +310,8 @@ def _score(records: Sequence[_Record], column: str) -> str | None:
 
 def _choose(columns: list[str], wanted: Mapping[str, str], path: str) -> _Columns:
   """Chooses the columns."""
-  (image, *_) = lists.choose("image", wanted.get("image"), columns, lists.IMAGE_NAMES, path) or [""]
+  found = lists.choose("image", wanted.get("image"), columns, lists.IMAGE_NAMES, path)
+  (image, *_) = found or lists.choose("image", wanted.get("image"), columns, _URL_NAMES, path) or [""]
   captions = lists.choose("caption", wanted.get("caption"), columns, lists.CAPTION_NAMES, path, several=True)
   names = lists.choose("label_name", wanted.get("label_name"), columns, _LABEL_TEXTS, path)
   labels = lists.choose("label", wanted.get("label"), columns, lists.LABEL_NAMES, path)

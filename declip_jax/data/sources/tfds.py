@@ -1,8 +1,9 @@
-"""Data sets prepared by TensorFlow Datasets for random access (ArrayRecord or Parquet), read without TensorFlow.
+"""Data sets prepared by TensorFlow Datasets (ArrayRecord, Parquet or TFRecord), read without TensorFlow.
 
-Files of a remote folder (gs://, s3://) are copied once for all processes of the machine, see `copies.folder`: the
-description of the data set and Parquet files, which are read as a whole, when the data set is opened, an ArrayRecord
-file when a record of it is first needed. A shuffled stream soon has copied all files of its split.
+TFRecord files, TFDS's default, are indexed when a split is first opened, and are read in place. Other files of a remote
+folder (gs://, s3://) are copied once for all processes of the machine, see `copies.folder`: the description of the data
+set and Parquet files, which are read as a whole, when the data set is opened, an ArrayRecord file when a record of it
+is first needed. A shuffled stream soon has copied all files of its split.
 
 The files of a data set name the classes of its features, and TFDS imports the module of any class that it does not
 know, which would run code that the data choose. Here only classes that exist already are used: those of TFDS, and those
@@ -27,10 +28,12 @@ import numpy as np
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample, Example, bad_sample
 from declip_jax.data.sources.derived_labels import DERIVED
+from declip_jax.data.sources.tfrecord import Records, find_records
 from declip_jax.data.storage import copies, files, indexes, patterns, remote, texts
 from declip_jax.data.storage.reach import Reach
 from declip_jax.spelling import did_you_mean
 
+_KINDS = ("array_record", "parquet", "tfrecord")  # of files, of which the first that exists is used
 _ROLES = ("image", "caption", "label", "group")
 _FORM = "NAME:SPLIT or FOLDER:SPLIT"
 _THREADS = 8  # for copying remote files
@@ -63,6 +66,7 @@ class Tfds:
   def __init__(self, name: str, directory: "_Directory", split: str, fields: _Fields):
     self.name = name
     self._directory, self._split, self._fields = directory, split, fields
+    self._tfrecords: Records | None = None  # once they are found; other kinds of files are read by TFDS
 
   @cached_property
   def _records(self) -> Any:
@@ -74,7 +78,7 @@ class Tfds:
     import tensorflow_datasets as tfds  # slow to import, and other sources do not need it
 
     builder = tfds.builder_from_directory(self._directory.path)
-    kind = "array_record" if "array_record" in _formats(builder) else "parquet"
+    kind = next(kind for kind in _KINDS if kind in _formats(builder))
     if builder.info.file_format.value != kind:
       builder = tfds.builder_from_directory(self._directory.path, file_format=kind)
     shards = builder.info.splits[self._split].file_instructions
@@ -86,7 +90,21 @@ class Tfds:
       self._directory.fetch([shard.basename() for shard in shards])
     images = [path for path, feature in _leaves(builder.info.features) if isinstance(feature, tfds.features.Image)]
     decoders = {path: tfds.decode.SkipDecoding() for path in images if "/" not in path}
+    if kind == "tfrecord":
+      return self._open_tfrecords(builder.info, decoders)
     return builder.as_data_source(self._split, decoders=decoders)
+
+  def _open_tfrecords(self, info: Any, decoders: Mapping[str, Any]) -> Any:
+    """The source of TFDS, which has none for TFRecord files, with records that we read."""
+    from tensorflow_datasets.core.data_sources.base import BaseDataSource
+
+    shards = info.splits[self._split].file_instructions
+    parts = [_Part(self._directory.locate(shard.basename()), shard.skip, shard.take) for shard in shards]
+    if self._tfrecords is None:
+      self._tfrecords = find_records(list(dict.fromkeys(part.path for part in parts)), self.name)
+    opened = BaseDataSource(info, self._split, decoders)
+    opened.data_source = _Parts(self._tfrecords, parts)
+    return opened
 
   @cached_property
   def _shards(self) -> tuple[list[str], list[int]]:
@@ -125,17 +143,20 @@ class Tfds:
 
     Raises:
       IndexError: `index` is not in `range(len(self))`.
-      BadSample: the record is damaged, or its remote file cannot be copied.
+      BadSample: the record is damaged, or its remote file cannot be copied or read.
     """
     if not 0 <= index < len(self):
       raise IndexError(f"{self.name}: no record {index}, there are {len(self)}")
     fields, (names, ends) = self._fields, self._shards
     try:
-      self._directory.fetch([names[bisect_right(ends, index)]])
+      if self._tfrecords is None:
+        self._directory.fetch([names[bisect_right(ends, index)]])
     except OSError as error:
       raise bad_sample(error, f"{self.name}: record {index}") from error
     try:
       record = self._records[index]
+    except BadSample as error:
+      raise BadSample(error.kind, f"{self.name}: record {index}: {error}") from error
     except (RuntimeError, ValueError) as error:  # array_record's and protobuf's
       raise BadSample("damaged record", f"{self.name}: record {index}: {error}") from error
     place = f"{self._records.dataset_info.full_name}/{self._split}:{index}"
@@ -166,6 +187,37 @@ class Tfds:
 
   def __repr__(self) -> str:
     return f"Tfds({self.name!r})"
+
+
+class _Part(NamedTuple):
+  """Consecutive records of a TFRecord file: its path, the number of records before them, and their number."""
+
+  path: str
+  skip: int
+  take: int
+
+
+class _Parts:
+  """The records of a split in TFRecord files, as TFDS reads them; their data are not parsed."""
+
+  def __init__(self, records: Records, parts: list[_Part]):
+    self._records, self._parts = records, parts
+    self._ends = np.cumsum([part.take for part in parts]).tolist()
+    starts = [0, *records.ends]
+    ranges = {path: (starts[number], starts[number + 1]) for number, path in enumerate(records.paths)}
+    self._ranges = [ranges[part.path] for part in parts]
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def __getitem__(self, index: int) -> bytes:
+    """Reads a record; raises BadSample if it is damaged or its file ends before it."""
+    number = bisect_right(self._ends, index)
+    part, (start, stop) = self._parts[number], self._ranges[number]
+    position = start + part.skip + part.take - (self._ends[number] - index)
+    if position >= stop:
+      raise BadSample("damaged record", f"{part.path} is cut off or damaged before it")
+    return self._records.read(position)[0]
 
 
 class _Directory:
@@ -202,6 +254,10 @@ class _Directory:
   def _folder(self) -> Path:
     return copies.folder(self._place, self._stamps)
 
+  def locate(self, name: str) -> str:
+    """The path or URL of a file of the data set, not of its copy."""
+    return f"{self._place}/{name}"
+
   def fetch(self, names: list[str]) -> None:
     """Copies files that are remote and have no copy yet."""
     if self._index is None:
@@ -228,7 +284,7 @@ def open_tfds(location: str) -> Tfds:
   class labels or whole numbers. Data sets are not downloaded or prepared; FOLDER may be a URL.
 
   Raises:
-    FileNotFoundError: the data set is not prepared, or not for random access; the message explains how to prepare it.
+    FileNotFoundError: the data set is not prepared, or in files of another kind; the message says how to prepare it.
     ValueError: the location, the name, the split or a feature is unknown, the choice of a feature is ambiguous, a
       subset of a split is in Parquet files, or the data set needs a class or file from elsewhere.
   """
@@ -244,14 +300,14 @@ def open_tfds(location: str) -> Tfds:
 
 
 def _find(where: str) -> tuple[_Directory, Mapping[str, Any]]:
-  """Returns the folder of a data set that is prepared for random access, and its features."""
+  """Returns the folder of a prepared data set, and its features."""
   import tensorflow_datasets as tfds
 
   folder = where.startswith(("/", ".", "~")) or "://" in where
   line = "import tensorflow_datasets as tfds; tfds.builder({!r}, file_format='array_record').download_and_prepare()"
   hint = "prepare it with\n  " + line.format("NAME" if folder else where)
   try:
-    directory = _Directory(os.path.expanduser(where).rstrip("/")) if folder else None
+    directory = _Directory(lists.absolute(where)) if folder else None
     builder = tfds.builder_from_directory(directory.path) if directory else tfds.builder(where)
   except tfds.core.DatasetNotFoundError:
     raise ValueError(f"TFDS has no data set {where!r}; write a folder as a path, such as ./{where}") from None
@@ -259,7 +315,7 @@ def _find(where: str) -> tuple[_Directory, Mapping[str, Any]]:
     raise FileNotFoundError(f"{where} is not the folder of a prepared version: {error}; {hint}") from error
   if not builder.info.splits:
     raise FileNotFoundError(f"{where} is not prepared in {builder.data_dir}; {hint}")
-  if _formats(builder).isdisjoint({"array_record", "parquet"}):
+  if _formats(builder).isdisjoint(_KINDS):
     raise FileNotFoundError(f"{where} has only the formats {', '.join(_formats(builder))}; move it away and {hint}")
   return directory or _Directory(os.fspath(builder.data_dir)), builder.info.features
 
@@ -299,7 +355,7 @@ def _fields(features: Mapping[str, Any], wanted: Mapping[str, str], place: str) 
   leaves = sorted(_leaves(features))  # their order in code differs from that in files
   images = [path for path, feature in leaves if isinstance(feature, tfds.features.Image) and "/" not in path]
   labels = [path for path, feature in leaves if isinstance(feature, tfds.features.ClassLabel) and "/" not in path]
-  texts = [path for path, feature in leaves if isinstance(getattr(feature, "feature", feature), tfds.features.Text)]
+  texts = [path for path, feature in leaves if _has_texts(feature)]
   likely = [path for path in texts if not set(lists.CAPTION_NAMES).isdisjoint(path.split("/"))]
   image = _choose("image", wanted, images, images, place)
   caption = _choose("caption", wanted, texts, likely, place)
@@ -325,6 +381,12 @@ def _groups(features: Mapping[str, Any], wanted: str, place: str) -> tuple[str, 
   if unknown := [name for name in chosen if name not in whole]:
     raise ValueError(f"{place}: no group {unknown[0]!r}, choose from {whole}{did_you_mean(unknown[0], whole)}")
   return chosen
+
+
+def _has_texts(feature: Any) -> bool:
+  """Whether a feature is a text or a list of texts, including plain strings, which data sets declare as tensors."""
+  inner = getattr(feature, "feature", feature)
+  return inner.np_dtype == np.object_ and len(inner.shape) <= (inner is feature)
 
 
 def _is_whole(feature: Any) -> bool:

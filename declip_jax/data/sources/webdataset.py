@@ -1,23 +1,13 @@
 """WebDataset tar shards with random access, without extracting them.
 
 A sample consists of consecutive members whose paths agree up to the first dot of the file name, webdataset's own rule.
-A repeated suffix starts another sample (webdataset rejects such a shard). The index has one byte span per sample,
-`[n 3]` int64 of (shard, start, stop). Reading a sample takes one `pread`; its tar headers are parsed again in that
-buffer, so the index need not store names, sizes and fields. Members that are not used, such as a .npy of features,
-are read along with it.
-
-The index of a set of shards is one memory-mapped .npy file, see `indexes.find_or_build`. Its name depends on the paths,
-sizes and times of change of the shards, so it is never older than they are, and any number of processes and hosts can
-share it. One file for the whole set rather than one per shard means one mapping per worker and one path per pickle,
-however many shards there are; their names follow the spans in the same file, as JSON.
+A repeated suffix starts another sample (webdataset rejects such a shard). The index has one byte span per sample, see
+`shard_indexes`. Reading a sample takes one `pread`; its tar headers are parsed again in that buffer, so the index need
+not store names, sizes and fields. Members that are not used, such as a .npy of features, are read along with it.
 
 Remote shards (gs://, s3://, https://) are read in ranges, one request per sample. To index them, requests of 1 MiB
 follow the headers: larger members are skipped, smaller ones are read with their neighbours, since a request of their
-own would take longer than their transfer.
-
-Indexing costs some 10 us per sample on one core, and large sets are indexed by one process per core. The results of
-groups of 16 shards are kept next to the index, so that an interrupted build continues when the set is opened again
-within a day, and hosts that share the folder share the work. They are deleted once the index exists.
+own would take longer than their transfer. Indexing costs some 10 us per sample on one core.
 
 | field | members, of which the first that exists counts |
 |---|---|
@@ -25,23 +15,20 @@ within a day, and hosts that share the folder share the work. They are deleted o
 | captions | a list in .json ("captions", "caption", "text"); else .txt, .caption, .jpg.txt; else a text in .json |
 | label | .cls, a whole number |
 
-A .json without these three keys counts if exactly one of its keys is a common name of captions, see
-`lists.CAPTION_NAMES`. The whole .txt is one caption. In CLIP_benchmark's layout each of its lines is one, and
-`clip_benchmark` reads the rest of it too: several labels, metadata, prompts.
+Others are named as in `?image=seg.png&caption=alt_text`, see `open_webdataset`. A .json without these three keys counts
+if exactly one of its keys is a common name of captions, see `lists.CAPTION_NAMES`. The whole .txt is one caption. In
+CLIP_benchmark's layout each of its lines is one, and `clip_benchmark` reads the rest of it too: several labels,
+metadata, prompts.
 """
 
 import codecs
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 import contextlib
-import errno
 from functools import cached_property, partial
 import io
-import json
 from pathlib import Path
 import re
-import shutil
 from typing import Any, BinaryIO, NamedTuple
 
 from absl import logging
@@ -50,15 +37,12 @@ import numpy as np
 
 from declip_jax.data.sources import lists, values
 from declip_jax.data.sources.base import BadSample, Example, bad_sample
-from declip_jax.data.storage import files, indexes, jobs, layouts, patterns, tars, texts
+from declip_jax.data.storage import files, indexes, layouts, patterns, shard_indexes, tars, texts
 from declip_jax.data.storage.bounded import parse_json
-from declip_jax.reporting import progress
 
 _IMAGES = tuple(suffix.removeprefix(".") for suffix in files.IMAGE_SUFFIXES)
 _CAPTION_KEYS = ("captions", "caption", "text")  # in .json; img2dataset writes "caption"
 _INDEX_FORMAT = 4  # part of the hash: raise it when the index or the rules for usable samples change
-_GROUP = 16  # shards per job; as many threads scan them, which hides the latency of disks and servers
-_ALONE = 2**32  # bytes of shards, some seconds of work; for more it is faster to start other processes
 _SHOWN = 8  # suffixes that a message lists
 _PROBES = 100  # samples among which a message looks for a .json
 _COUNTED = 100  # suffixes that are counted in a shard; dots in the names of images make any number
@@ -68,22 +52,30 @@ _LONGEST_LABEL = 20  # bytes of a .cls
 _LABEL = re.compile(rb"\s*-?\d+\s*")
 
 
+class Fields(NamedTuple):
+  """Where the image and the captions of a sample are.
+
+  Attributes:
+    images: suffixes of members, of which the first that exists is the image.
+    captions: suffixes of members, or keys of the .json, whose captions count together; None for those of the table.
+    by_line: whether each line of a text is a caption.
+  """
+
+  images: tuple[str, ...] = _IMAGES
+  captions: tuple[str, ...] | None = None
+  by_line: bool = False
+
+
 class WebDataset:
   """Tar shards as a `Source`; make it with `open_webdataset`."""
 
-  def __init__(self, name: str, index: Path, captions_by_line: bool = False):
+  def __init__(self, name: str, index: Path, fields: Fields):
     self.name = name
-    self._index, self._captions_by_line = index, captions_by_line
+    self._index, self._fields = index, fields
 
   @cached_property
   def _opened(self) -> tuple[Int64[np.ndarray, "n 3"], dict[str, Any]]:
-    """The spans, mapped but without the slow indexing of np.memmap, and the JSON that follows them in the file."""
-    try:
-      spans = np.load(self._index, mmap_mode="r")
-      rest = indexes.contents(self._index)[spans.offset + spans.nbytes :]
-      return np.asarray(spans), json.loads(bytes(rest))
-    except (ValueError, EOFError) as error:
-      raise ValueError(f"{self._index}: damaged index ({error}); delete it to build it again") from error
+    return shard_indexes.read(self._index)
 
   @property
   def about(self) -> dict[str, Any]:
@@ -129,8 +121,8 @@ class WebDataset:
   def _example(self, place: str, contents: dict[str, bytes]) -> Example:
     """The example of a sample with the name `place`, from its members by suffix."""
     label = _label(contents.get("cls", b"-1"), len(self.classnames), place)
-    image = next(contents[suffix] for suffix in _IMAGES if suffix in contents)
-    captions = _captions(contents, place, self._captions_by_line)
+    image = next(contents[suffix] for suffix in self._fields.images if suffix in contents)
+    captions = _captions(contents, place, self._fields)
     return Example(image=image, captions=captions, label=label, id=place)
 
   def contents(self, index: int) -> tuple[str, dict[str, bytes]]:
@@ -153,7 +145,8 @@ class WebDataset:
     except ValueError as error:  # no tar header
       raise BadSample("damaged record", f"{place}: {error}; the shard changed since it was indexed") from None
     contents = {member.suffix: buffer[member.data : member.stop] for member in members}
-    if len(buffer) < stop - start or not contents.keys() & _IMAGES or len({member.key for member in members}) > 1:
+    is_sample = contents.keys() & {*self._fields.images} and len({member.key for member in members}) == 1
+    if len(buffer) < stop - start or not is_sample:
       raise BadSample("damaged record", f"{place}: the shard changed since it was indexed, open it again")
     return f"{path.rpartition('/')[2]}:{members[0].key}", contents
 
@@ -173,14 +166,14 @@ class WebDataset:
       logging.warning("%s: %s", self.name, remark)
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"name": self.name, "_index": self._index, "_captions_by_line": self._captions_by_line, "stamp": self.stamp}
+    return {"name": self.name, "_index": self._index, "_fields": self._fields, "stamp": self.stamp}
 
   def __repr__(self) -> str:
     return f"WebDataset({self.name!r})"
 
 
 def open_webdataset(location: str) -> WebDataset:
-  """Opens a set of shards and indexes them first if exactly these files have no index.
+  """Opens "PATTERN" or "PATTERN?image=SUFFIX&caption=NAME,NAME"; indexes exactly these shards if they have no index.
 
   Samples without an image are skipped and counted in `skipped`. If a shard is cut off or damaged, the samples before
   the damage remain, except for the last one if a member of it may be missing; the shard is named in the log and counted
@@ -188,49 +181,84 @@ def open_webdataset(location: str) -> WebDataset:
   none.
 
   Args:
-    location: the .tar files, see `patterns.expand`: `train-*.tar`, `gs://bucket/train-{0000..0012}.tar`.
+    location: the .tar files, see `patterns.expand`: `train-*.tar`, `gs://bucket/train-{0000..0012}.tar`. `image` is the
+      suffix of the member that is the image, such as `jpg` or `left.png`, or several, of which the first that exists
+      counts. `caption` names suffixes of members, such as `txt`, or keys of the .json, whose captions count together;
+      "caption=" means none.
 
   Raises:
     FileNotFoundError: a pattern matches no file, or a shard of a range is missing.
-    ValueError: no sample is usable, for example because the shards are not plain tars, or the labels count from 1 while
-      the lines of classnames.txt count from 0.
+    ValueError: no sample is usable, for example because the shards are not plain tars, a caption is neither the suffix
+      of a member nor a key of a .json, or the labels count from 1 while the lines of classnames.txt count from 0.
   """
-  shards = patterns.expand(location)
-  index = index_shards(shards, location)
-  source = WebDataset(f"webdataset:{location}", index, layouts.captions_by_line(shards[0]))
+  place, wanted = lists.parse(location, ("image", "caption"))
+  shards = patterns.expand(place)
+  fields = Fields(by_line=layouts.captions_by_line(shards[0]))
+  if wanted.get("image"):
+    fields = fields._replace(images=tuple(_suffix(name) for name in wanted["image"].split(",")))
+  index = index_shards(shards, location, fields.images)
+  source = WebDataset(f"webdataset:{location}", index, fields)
+  if "caption" in wanted:
+    source = WebDataset(source.name, index, fields._replace(captions=_chosen(source, wanted["caption"])))
   source.check()
   for remark in _remarks_on_fields(source, shards[0]):
     logging.warning("%s: %s", source.name, remark)
   return source
 
 
-def index_shards(shards: list[str], location: str) -> Path:
+def index_shards(shards: list[str], location: str, images: tuple[str, ...] = _IMAGES) -> Path:
   """Returns the index of shards, and builds it if it does not exist.
 
   Args:
     shards: paths or URLs of the shards.
     location: for messages.
+    images: suffixes of the members that are images.
 
   Raises:
     FileNotFoundError: a shard is missing.
     ValueError: no sample is usable.
   """
-  stamps = files.stamps(shards)
-  stamp = [_INDEX_FORMAT, list(zip(shards, stamps, strict=True))]
-  sizes = [size for size, _ in stamps]
-  build = partial(_build, key=indexes.key(stamp), shards=shards, sizes=sizes, location=location)
-  index = indexes.find_or_build(stamp, shards[0], build, ".npy")
-  shutil.rmtree(_pieces_folder(index.parent, index.stem), ignore_errors=True)
-  return index
+  version = _INDEX_FORMAT if images == _IMAGES else [_INDEX_FORMAT, images]
+  scan = partial(_scan, images=images)
+  summarize = partial(_summary, shards=shards, location=location, images=images)
+  return shard_indexes.find_or_build(shards, version, scan, summarize, location)
+
+
+def _suffix(name: str) -> str:
+  return name.strip().lower().removeprefix(".")
+
+
+def _chosen(source: WebDataset, wanted: str) -> tuple[str, ...]:
+  """The suffixes and keys of .json that a location names for the captions.
+
+  Raises:
+    ValueError: one is neither the suffix of a member nor a key in the first samples.
+  """
+  suffixes, keys, chosen = source.about["suffixes"], dict[str, None](), []
+  names = [name.strip() for name in wanted.split(",")] if wanted else []
+  for index in range(min(len(source), _PROBES)) if "json" in suffixes else ():
+    if all(_suffix(name) in suffixes or name in keys for name in names):
+      break
+    with contextlib.suppress(ValueError):
+      place, contents = source.contents(index)
+      keys |= dict.fromkeys(_parsed(contents.get("json", b"{}"), place))
+  for name in names:
+    if _suffix(name) not in suffixes and name not in keys:
+      raise ValueError(
+        f"{source.name}: caption={name}: expected the suffix of a member, {_shown(Counter(suffixes))}, or a key of the "
+        f".json: {', '.join(map(repr, keys)) or 'none found'}"
+      )
+    chosen.append(_suffix(name) if _suffix(name) in suffixes else name)
+  return tuple(chosen)
 
 
 def _remarks_on_fields(source: WebDataset, shard: str) -> Iterator[str]:
   """A remark on labels that only `clip_benchmark` reads, or on what the samples have instead of captions."""
-  suffixes = source.about["suffixes"]
+  suffixes, fields = source.about["suffixes"], source._fields
   if "npy" in suffixes and (place := layouts.clip_benchmark(shard)):
     yield f"the .npy of its samples are not read; open clip_benchmark:{place}, which reads this layout"
     return
-  if not suffixes.keys() - {*_IMAGES} or suffixes.keys() & {*_TEXTS, "cls"}:
+  if not suffixes.keys() - {*fields.images} or suffixes.keys() & {*_TEXTS, "cls"} or fields.captions is not None:
     return
   keys = ""
   for index in range(min(len(source), _PROBES)) if "json" in suffixes else ():
@@ -242,106 +270,37 @@ def _remarks_on_fields(source: WebDataset, shard: str) -> Iterator[str]:
         keys = f"; the .json of {place} has the keys {', '.join(map(repr, _parsed(contents['json'], place)))}"
         break
   wanted = f"{', '.join(files.CAPTION_SUFFIXES)}, or from {', '.join(map(repr, _CAPTION_KEYS))} in .json"
-  yield f"no captions found, its samples have {_shown(Counter(suffixes))}{keys}; captions are read from {wanted}"
+  found = f"no captions found, its samples have {_shown(Counter(suffixes))}{keys}"
+  yield f"{found}; captions are read from {wanted}; name another suffix or key with ?caption=NAME"
 
 
-def _pieces_folder(folder: Path, key: str) -> Path:
-  """The folder for the pieces of an index; its name starts with a dot, so that it is deleted once it is old."""
-  return folder / f".{key}.parts"
+def _summary(scans: list[list[Any]], shards: list[str], location: str, images: tuple[str, ...]) -> dict[str, Any]:
+  """What the index says about the shards, from what was found in each.
 
-
-def _build(path: Path, key: str, shards: list[str], sizes: list[int], location: str) -> None:
-  """Writes the index: the spans `[n 3]` of the usable samples, then JSON.
-
-  Args:
-    path: the file to write. The index will be next to it; if it exists already, another process was faster.
-    key: the stem of the index's name.
-    shards: paths of the shards.
-    sizes: sizes of the shards in bytes.
-    location: for messages.
+  Raises:
+    ValueError: no sample is usable.
   """
-  folder, index = _pieces_folder(path.parent, key), path.with_name(f"{key}.npy")
-  numbered = list(zip(range(len(shards)), shards, sizes, strict=True))
-  groups = [numbered[start : start + _GROUP] for start in range(0, len(shards), _GROUP)]
-  todo = [jobs.Job(folder / f"{number:06d}", group, len(group)) for number, group in enumerate(groups)]
-  for job in todo:  # of an interrupted build
-    if job.path.is_file() and not indexes.is_usable(job.path, indexes.digest(job.argument), shards[0]):
-      job.path.unlink(missing_ok=True)
-  processes = jobs.cores() if len(groups) > 1 and sum(sizes) >= _ALONE else 1
-  try:
-    with progress.Bar(f"indexing {location}", len(shards), "shards") as bar:
-      jobs.make_files(write_piece, todo, processes if processes > 1 else 0, index.is_file, bar.set, interval=0.5)
-    _join([job.path for job in todo], path, shards, location)
-  except (OSError, ValueError) as error:
-    if isinstance(error, ValueError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
-      shutil.rmtree(folder, ignore_errors=True)  # these shards have no index, or another folder will have it
-    raise
-  finally:
-    with contextlib.suppress(OSError):
-      folder.rmdir()  # if it is empty
-
-
-def write_piece(path: Path, shards: list[tuple[int, str, int]], advance: jobs.Advance) -> None:
-  """Writes the piece of an index for some consecutive shards: a line of JSON, then their raw spans `[m 3]`.
-
-  Args:
-    path: the file to write.
-    shards: number, path and size of each shard.
-    advance: called after each shard.
-  """
-
-  def scan(shard: tuple[int, str, int]) -> _Scan:
-    found = _scan(*shard[1:])
-    advance(1)
-    return found
-
-  with ThreadPoolExecutor(len(shards)) as pool:
-    scans = list(pool.map(scan, shards))
-  about = [scan._replace(spans=len(scan.spans)) for scan in scans]
-  with path.open("wb") as file:
-    file.write(json.dumps(about).encode() + b"\n")
-    for (number, *_), scan in zip(shards, scans, strict=True):
-      file.write(np.insert(scan.spans, 0, number, axis=1).tobytes())
-  indexes.seal(path, indexes.digest(shards))
-
-
-def _join(pieces: list[Path], path: Path, shards: list[str], location: str) -> None:
-  """Writes the index from its pieces, one after the other."""
-  scans = []
-  for piece in pieces:
-    scans += [_Scan(*scan) for scan in json.loads(_read_piece(piece)[0])]
-  count, skipped = sum(scan.spans for scan in scans), _sum(scan.skipped for scan in scans)
-  for scan in scans:
+  found = [_Scan(*scan) for scan in scans]
+  skipped = _sum(scan.skipped for scan in found)
+  for scan in found:
     if scan.damage:
       logging.warning("%s; the samples before it are used: %d", scan.damage, scan.spans)
-  if not count:
-    seen = _shown(_sum(scan.without_image for scan in scans))
-    found = f"; samples without an image have {seen}" if seen else ""
-    damage = next((f"; {scan.damage}" for scan in scans if scan.damage), "")
-    legal = f"; expected {' '.join(files.IMAGE_SUFFIXES)} after the first dot of a name" if found or not damage else ""
+  if not any(scan.spans for scan in found):
+    seen = _shown(_sum(scan.without_image for scan in found))
+    others = f"; samples without an image have {seen}" if seen else ""
+    damage = next((f"; {scan.damage}" for scan in found if scan.damage), "")
+    expected = " ".join(f".{suffix}" for suffix in images)
+    legal = f"; expected {expected} after the first dot of a name" if others or not damage else ""
     kinds = ", ".join(f"{number} {kind}" for kind, number in skipped.items()) or "nothing"
-    raise ValueError(f"{location}: no usable sample (shards: {len(shards)}, skipped: {kinds}){damage}{found}{legal}")
-  index = np.lib.format.open_memmap(path, "w+", np.int64, (count, 3))
-  start = 0
-  for piece in pieces:
-    spans = np.frombuffer(_read_piece(piece)[1], np.int64).reshape(-1, 3)
-    index[start : start + len(spans)] = spans
-    start += len(spans)
-  index.flush()
-  with path.open("ab") as file:
-    labels = [label for scan in scans for label in scan.labels]
-    about = {
-      "shards": shards,
-      "skipped": skipped,
-      "remarks": [*_remarks(scans)],
-      "labels": labels and [min(labels), max(labels)],
-    }
-    file.write(json.dumps(about | {"suffixes": _sum(scan.suffixes for scan in scans)}).encode())
-
-
-def _read_piece(piece: Path) -> tuple[bytes, bytes]:
-  line, _, spans = bytes(indexes.contents(piece)).partition(b"\n")
-  return line, spans
+    raise ValueError(f"{location}: no usable sample (shards: {len(shards)}, skipped: {kinds}){damage}{others}{legal}")
+  labels = [label for scan in found for label in scan.labels]
+  return {
+    "shards": shards,
+    "skipped": skipped,
+    "remarks": [*_remarks(found)],
+    "labels": labels and [min(labels), max(labels)],
+    "suffixes": _sum(scan.suffixes for scan in found),
+  }
 
 
 class _Scan(NamedTuple):
@@ -394,7 +353,7 @@ def _remarks(scans: list[_Scan]) -> Iterator[str]:
     yield f"{sparse} samples with sparse files are not used; make the shards without tar's --sparse"
 
 
-def _scan(path: str, size: int) -> _Scan:
+def _scan(path: str, size: int, images: tuple[str, ...]) -> _Scan:
   spans, skipped, damage, apart, sparse = [], Counter(), "", 0, 0
   suffixes, keys = {True: Counter(), False: Counter()}, {True: set(), False: set()}  # with and without an image
   labels = []
@@ -403,7 +362,7 @@ def _scan(path: str, size: int) -> _Scan:
       for sample in _samples(_with_labels(tars.members(file, size), file, labels)):
         if sample[-1].stop > size:
           raise ValueError(f"byte {sample[-1].start}: cut off within this member")
-        has_image = any(member.suffix in _IMAGES for member in sample)
+        has_image = any(member.suffix in images for member in sample)
         if any(member.sparse for member in sample):
           skipped["damaged record"] += 1
           sparse += 1
@@ -460,9 +419,19 @@ def _samples(members: Iterable[tars.Member]) -> Iterator[list[tars.Member]]:
     raise after_end
 
 
-def _captions(contents: dict[str, bytes], place: str, by_line: bool) -> tuple[str, ...]:
-  found = (texts.decode(contents[suffix], place) for suffix in _TEXTS if suffix in contents)
-  written = next(filter(None, (_strip(texts.lines(text) if by_line else [text]) for text in found)), ())
+def _captions(contents: dict[str, bytes], place: str, fields: Fields) -> tuple[str, ...]:
+  def in_text(suffix: str) -> tuple[str, ...]:
+    text = texts.decode(contents[suffix], place)
+    return _strip(texts.lines(text) if fields.by_line else [text])
+
+  if fields.captions is not None:
+    try:
+      about = _parsed(contents["json"], place) if "json" in contents else {}
+      listed = [in_text(key) if key in contents else values.captions_of(about.get(key)) for key in fields.captions]
+    except ValueError as error:  # also of a value that is no caption
+      raise BadSample("damaged record", f"{place}: bad .json: {error}") from None
+    return tuple(caption for captions in listed for caption in captions)
+  written = next(filter(None, (in_text(suffix) for suffix in _TEXTS if suffix in contents)), ())
   try:
     listed, other = _described(contents["json"], place) if "json" in contents else ((), ())
   except ValueError as error:

@@ -3,7 +3,7 @@
 Workers are processes of `concurrent.futures` that end with this process, even if it is killed, and that ignore Ctrl-C.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
@@ -14,6 +14,7 @@ from multiprocessing import connection, parent_process
 import os
 from pathlib import Path
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from declip_jax.data.storage import files
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU time, or "max", in a period
 _THREADS = 2  # for jobs in this process
+_PART = re.compile(r"([0-9]{1,9}|auto)(?:/([0-9]{1,9}))?")
 
 Advance = Callable[[int], None]
 Function = Callable[[Any, Advance], Any]
@@ -144,6 +146,45 @@ def _failed(future: Future) -> bool:
 
 
 _KILLED = "a worker process was killed, perhaps because memory ran out: run the command again with fewer workers"
+
+
+class Part(NamedTuple):
+  """The part of some work that one of several machines does: each piece whose number is `index` modulo `count`."""
+
+  index: int
+  count: int
+
+  @classmethod
+  def of(cls, text: str, environment: Mapping[str, str]) -> "Part":
+    """Parses "I/N", "auto" or "auto/N", with I from 0.
+
+    Args:
+      text: for "auto", I is the number of this task in a Slurm array or in an indexed job of Kubernetes, and N, unless
+        it is given, the number of tasks in the Slurm array.
+      environment: the environment variables.
+
+    Raises:
+      ValueError: it has another form, I is not below N, or the variables are not set.
+    """
+    match = _PART.fullmatch(text)
+    if not match:
+      raise ValueError(f"shard={text}: expected I/N with I from 0 to N - 1, such as 0/8, or auto, or auto/8")
+    number, count = match.groups()
+    if number == "auto":
+      number = environment.get("SLURM_ARRAY_TASK_ID", environment.get("JOB_COMPLETION_INDEX", ""))
+      if not number.isdecimal():
+        set_by = "SLURM_ARRAY_TASK_ID by a Slurm array, JOB_COMPLETION_INDEX by an indexed job of Kubernetes"
+        raise ValueError(f"shard={text}: expected one of these variables: {set_by}; or give I/N")
+      if count is None:
+        count = environment.get("SLURM_ARRAY_TASK_COUNT", "")
+        if not count.isdecimal() or environment.get("SLURM_ARRAY_TASK_MIN") != "0":
+          raise ValueError(f"shard={text}: only a Slurm array from 0 on sets the number of tasks N; give auto/N")
+    if count is None or not int(number) < int(count):
+      raise ValueError(f"shard={text}: {number} of {count}: expected I/N with I from 0 to N - 1")
+    return cls(int(number), int(count))
+
+
+WHOLE = Part(0, 1)
 
 
 class Job(NamedTuple):

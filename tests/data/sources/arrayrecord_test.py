@@ -10,6 +10,7 @@ import fsspec
 import msgpack
 import numpy as np
 import pytest
+import tf_files
 
 from declip_jax.data import sources
 from declip_jax.data.sources import arrayrecord
@@ -215,6 +216,30 @@ def test_a_file_is_opened_once_for_all_sources_and_again_after_a_change(folder, 
   assert changed[0] == example(99)
 
 
+def message(key: int) -> bytes:
+  return tf_files.message(image=example(key)["image"], captions=[f"one {key}", "two"], title="t", label=key % 2)
+
+
+def test_records_that_are_tf_examples(tmp_path):
+  path = write(tmp_path / "a.array_record", [b"\n damaged", *map(message, range(3))])
+  (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+  source = open_arrayrecord(f"{path}?caption=captions")
+  assert source.classnames == ("cat", "dog")
+  assert source[2] == Example(image=example(1)["image"], captions=("one 1", "two"), label=1, id=f"{path}, record 2")
+  assert pickle.loads(pickle.dumps(source))[2] == source[2]
+  with pytest.raises(BadSample, match=r"a\.array_record, record 0: ") as error:
+    source[0]
+  assert error.value.kind == "damaged record"
+  assert open_arrayrecord(f"{path}?caption=title&label=")[1]["captions"] == ("t",)
+  with pytest.raises(ValueError, match=r"a\.array_record: the caption could be any of \['captions', 'title'\]"):
+    open_arrayrecord(str(path))
+  with pytest.raises(ValueError, match="no column 'text' for the caption"):
+    open_arrayrecord(f"{path}?caption=text")
+  ours = write(tmp_path / "b.array_record", [pack(example(1))])
+  with pytest.raises(ValueError, match=r"b\.array_record\?caption=text: its records are those of data\.convert"):
+    open_arrayrecord(f"{ours}?caption=text")
+
+
 @pytest.fixture
 def bucket(folder, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
   """The files of `folder` in memory://bucket, with a separate cache folder."""
@@ -249,6 +274,17 @@ def test_files_at_urls_are_counted_by_their_footers_and_copied_on_demand(folder,
   assert requests == []
   assert [source[key] for key in range(60)] == [example(key) for key in range(60)]
   assert len(pickle.dumps(source)) < 500
+
+
+def test_the_features_of_files_at_urls_are_recognised_by_their_ends(folder, bucket, monkeypatch):
+  monkeypatch.setattr(arrayrecord, "_TAIL", 2**14)
+  local = write(folder / "large", [tf_files.message(jpg=bytes(10**5), caption=f"{key}") for key in range(9)])
+  bucket.pipe("/bucket/large.array_record", local.read_bytes())
+  sizes, read_before = [], files.read
+  monkeypatch.setattr(files, "read", lambda *given, **limit: sizes.append(given[2]) or read_before(*given, **limit))
+  source = open_arrayrecord("memory://bucket/large.array_record")
+  assert sizes[-1] < local.stat().st_size / 2
+  assert [found["captions"] for found in source] == [(f"{key}",) for key in range(9)]
 
 
 def test_a_changed_file_at_a_url_is_copied_again(folder, bucket):

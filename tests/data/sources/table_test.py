@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 import pickle
+import re
+import shlex
 import subprocess
 import sys
 
@@ -17,7 +19,7 @@ import pytest
 from declip_jax.data.sources import lists
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.table import open_table
-from declip_jax.data.storage import files
+from declip_jax.data.storage import files, remote
 from declip_jax.reporting import progress
 
 
@@ -480,17 +482,51 @@ def test_several_columns_and_lines_are_captions_of_one_image(tmp_path):
   assert captions(f"{path}?caption=title,description") == [("one", "x", "two", "y", "four", "z"), ("three",)]
 
 
+def test_urls_of_images_are_refused_with_the_command_that_downloads_them(tmp_path, monkeypatch):
+  monkeypatch.setattr(remote, "read_range", lambda *_: pytest.fail("a request"))
+  laion = pa.Table.from_pylist(
+    [{"URL": f"https://a.example/{i}.jpg", "TEXT": "a cat", "pwatermark": 0.5} for i in range(3)]
+  )
+  pq.write_table(laion, tmp_path / "a b-0.parquet")
+  pq.write_table(laion, tmp_path / "a b-1.parquet")
+  path = f"{tmp_path}/a b-0.parquet"
+  with pytest.raises(ValueError, match="allow=https") as error:
+    open_table(path)
+  (command,) = re.findall(r"download them with (img2dataset .*) \(pip", str(error.value))
+  words = shlex.split(command)
+  options = dict(zip(words[1::2], words[2::2], strict=True))
+  wanted = {"url_list": path, "input_format": "parquet", "url_col": "URL", "caption_col": "TEXT"}
+  assert options.items() >= {f"--{name}": value for name, value in wanted.items()}.items()
+  assert f"open webdataset:{options['--output_folder']}/*.tar" in str(error.value)
+  with pytest.raises(ValueError, match=f"--url_list {tmp_path} --input_format"):
+    open_table(f"{tmp_path}/*.parquet")
+  assert not list(tmp_path.glob(".declip_jax/*"))
+  tsv = write(tmp_path / "t.tsv", "image\tcaption", *[f"http://a.example/{i}.jpg\ta" for i in range(3)])
+  with pytest.raises(ValueError, match="--input_format tsv --url_col image --caption_col caption"):
+    open_table(f"{tsv}?allow=ftp")
+
+
+def test_urls_of_images_that_the_spec_allows_are_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(remote, "read_range", lambda url, *_: url.encode())
+  monkeypatch.setattr(remote, "is_private", lambda host: False)
+  path = write(tmp_path / "t.csv", "url,caption", "https://a.example/1.jpg,a", "https://a.example/2.jpg,b")
+  assert [example["image"] for example in open_table(f"{path}?allow=https")] == [
+    b"https://a.example/1.jpg",
+    b"https://a.example/2.jpg",
+  ]
+
+
 def test_columns_that_are_missing_or_unclear_are_named(tmp_path):
-  path = write(tmp_path / "t.csv", "url,title,description", "a.jpg,b,c")
+  path = write(tmp_path / "t.csv", "link,title,description", "a.jpg,b,c")
   with pytest.raises(
     ValueError, match=r"t\.csv: the caption could be any of \['title', 'description'\].*\?caption=title"
   ):
     open_table(path)
   with pytest.raises(
-    ValueError, match=r"t\.csv: which column is the image.*\['url', 'title', 'description'\].*\?image="
+    ValueError, match=r"t\.csv: which column is the image.*\['link', 'title', 'description'\].*\?image="
   ):
     open_table(f"{path}?caption=title")
-  with pytest.raises(ValueError, match=r"no column 'file' for the image.*\['url', 'title', 'description'\]"):
+  with pytest.raises(ValueError, match=r"no column 'file' for the image.*\['link', 'title', 'description'\]"):
     open_table(f"{path}?image=file")
   with pytest.raises(ValueError, match=r"bad location.*\?image=\.\.&caption=\.\."):
     open_table(f"{path}?captain=title")

@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 import io
 import json
 import os
@@ -6,12 +7,15 @@ import pickle
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import fsspec
 import numpy as np
 from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import file_adapters
+import tf_files
 
 from declip_jax.data import sources
 from declip_jax.data.sources.tfds import open_tfds
@@ -73,6 +77,18 @@ class Captions(Tiny):
   FEATURES = {"picture": Tiny.FEATURES["image"], "captions": tfds.features.Sequence(tfds.features.Text())}
 
 
+class Strings(Tiny):
+  """Captions as COCO's data set declares them in TFDS, and other strings."""
+
+  __module__ = MODULE
+  FEATURES = {
+    "image": Tiny.FEATURES["image"],
+    "captions": tfds.features.Sequence(np.str_),
+    "title": np.str_,
+    "comments": tfds.features.Sequence({"text": np.str_, "likes": np.int64}),
+  }
+
+
 class Unclear(Tiny):
   __module__ = MODULE
   FEATURES = {
@@ -110,7 +126,7 @@ class Objects(Tiny):
 def folders(tmp_path_factory) -> dict[str, str]:
   """The prepared folder of each data set above."""
   root = tmp_path_factory.mktemp("tfds")
-  builders = {cls.__name__: cls(data_dir=root) for cls in (Tiny, Captions, Unclear, Wordless, Objects)}
+  builders = {cls.__name__: cls(data_dir=root) for cls in (Tiny, Captions, Strings, Unclear, Wordless, Objects)}
   for builder in builders.values():
     builder.download_and_prepare(file_format="array_record")
   return {name: str(builder.data_dir) for name, builder in builders.items()}
@@ -138,6 +154,76 @@ def test_sequence_of_captions_without_label(folders):
   assert found[png(0)]["captions"] == ()
   assert found[png(3)]["captions"] == ("text 3.0", "text 3.1", "text 3.2")
   assert found[png(3)]["label"] == -1
+
+
+def test_captions_that_are_plain_strings(folders):
+  folder = folders["Strings"]
+  with pytest.raises(ValueError, match=r"could be any of \['captions', 'comments/text', 'title'\]"):
+    open_tfds(f"{folder}:train")
+  for key in ("captions", "comments/text"):
+    found = records(open_tfds(f"{folder}:train?caption={key}"))
+    assert {image: example["captions"] for image, example in found.items()} == {
+      png(i): tuple(f"text {i}.{j}" for j in range(i)) for i in range(COUNT)
+    }
+  found = records(open_tfds(f"{folder}:train?caption=title"))
+  assert [found[png(i)]["captions"] for i in range(COUNT)] == [(f"title {i}",) for i in range(COUNT)]
+
+
+def write_tfrecord(cls: type, path: os.PathLike[str], iterator: Iterable[tuple[Any, bytes]]) -> None:
+  """In place of TFDS's writer, which needs TensorFlow."""
+  tf_files.write(Path(path), [example for _, example in iterator])
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> Path:
+  """Data sets of three files, in each format."""
+  root = tmp_path_factory.mktemp("several")
+  config = tfds.download.DownloadConfig(num_shards=3)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(file_adapters.TfRecordFileAdapter, "write_examples", classmethod(write_tfrecord))
+    for kind in ("tfrecord", "array_record"):
+      Several(data_dir=root / kind).download_and_prepare(file_format=kind, download_config=config)
+  return root
+
+
+@pytest.mark.parametrize("split", ["train", "train[2:-1]", "train[5:]+train[:3]"])
+def test_files_of_tfds_default_format(several, split):
+  expected = open_tfds(f"{several}/array_record/several/1.0.0:{split}")
+  source = open_tfds(f"{several}/tfrecord/several/1.0.0:{split}")
+  assert len(list(Path(f"{several}/tfrecord/several/1.0.0").glob("*.tfrecord-*"))) == 3
+  assert list(source) == list(expected)
+  assert source.classnames == ("cat", "dog")
+  pickled = pickle.dumps(source)
+  assert len(pickled) < 1000
+  assert pickle.loads(pickled)[1] == expected[1]
+
+
+def test_damage_of_tfrecord_files_loses_only_its_records(several, tmp_path):
+  folder = shutil.copytree(f"{several}/tfrecord/several/1.0.0", tmp_path / "several" / "1.0.0")
+  shutil.rmtree(folder / ".declip_jax", ignore_errors=True)
+  expected = list(open_tfds(f"{folder}:train"))
+  first, second, _ = sorted(folder.glob("*.tfrecord-*"))
+  flipped = bytearray(first.read_bytes())
+  flipped[100] ^= 1
+  first.write_bytes(flipped)
+  second.write_bytes(second.read_bytes()[:-1])
+  source, bad = open_tfds(f"{folder}:train"), {}
+  for index, example in enumerate(expected):
+    try:
+      assert source[index] == example
+    except sources.BadSample as error:
+      bad[index] = error
+  assert {index: error.kind for index, error in bad.items()} == {0: "damaged record", 11: "damaged record"}
+  assert all(f":train: record {index}: " in str(error) for index, error in bad.items())
+
+
+def test_tfrecord_files_at_urls_are_read_in_ranges(several, tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  folder = f"{several}/tfrecord/several/1.0.0"
+  upload(folder, "memory://tfds/several")
+  local, remote = open_tfds(f"{folder}:train"), open_tfds("memory://tfds/several:train")
+  assert list(remote) == list(local)
+  assert not [*tmp_path.glob("**/copies/**/*.tfrecord*")]
 
 
 def test_subsets_of_splits(folders):
@@ -232,12 +318,12 @@ def test_unprepared_and_unknown_data_sets(tmp_path, monkeypatch):
       open_tfds(location)
 
 
-def test_prepared_for_sequential_reading_only(folders, tmp_path):
+def test_files_of_other_kinds_are_named(folders, tmp_path):
   folder = tmp_path / "tiny" / "1.0.0"
   shutil.copytree(folders["Tiny"], folder)
   info = folder / "dataset_info.json"
-  info.write_text(info.read_text().replace("array_record", "tfrecord"))
-  with pytest.raises(FileNotFoundError, match=r"only the formats tfrecord; .*\n.*array_record"):
+  info.write_text(info.read_text().replace("array_record", "riegeli"))
+  with pytest.raises(FileNotFoundError, match=r"only the formats riegeli; .*\n.*array_record"):
     open_tfds(f"{folder}:train")
 
 
@@ -284,7 +370,7 @@ def test_a_damaged_record_is_a_bad_sample(folders, tmp_path):
 def upload(folder: str, url: str) -> fsspec.AbstractFileSystem:
   memory = fsspec.filesystem("memory")
   memory.store.clear()
-  memory.pipe({f"{url}/{path.name}": path.read_bytes() for path in Path(folder).iterdir()})
+  memory.pipe({f"{url}/{path.name}": path.read_bytes() for path in Path(folder).iterdir() if path.is_file()})
   return memory
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pickle
 import tarfile
 import time
+from typing import BinaryIO
 
 import fsspec
 import numpy as np
@@ -17,7 +18,7 @@ from declip_jax.data import sources
 from declip_jax.data.sources import webdataset
 from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.webdataset import open_webdataset
-from declip_jax.data.storage import files, indexes, jobs, patterns
+from declip_jax.data.storage import files, indexes, jobs, patterns, shard_indexes, tars
 from declip_jax.reporting import progress
 
 LONG = "folder " + "ü" * 60 + "/" + "n" * 90  # more than 100 characters and 255 bytes
@@ -127,6 +128,46 @@ def test_image_suffixes(tmp_path, suffix):
   assert source[0] == {"image": b"pixels", "captions": (), "label": 0, "id": "s.tar:a"}
 
 
+OBJECT = b'{"caption": "c", "alt": ["a", "b"], "score": 3}'
+ALL = {"1.jpg": b"x", "1.right.png": b"y", "1.txt": b"t", "1.alt.txt": b"u\nv", "1.json": OBJECT}
+
+
+@pytest.mark.parametrize(
+  ("query", "image", "captions"),
+  [
+    ("", b"x", ("t",)),
+    ("?caption=alt", b"x", ("a", "b")),
+    ("?caption=alt.txt", b"x", ("u\nv",)),
+    ("?caption=.alt.TXT,caption", b"x", ("u\nv", "c")),
+    ("?caption=", b"x", ()),
+    ("?image=right.png", b"y", ("t",)),
+    ("?image=.right.PNG&caption=txt,alt", b"y", ("t", "a", "b")),
+    ("?image=left.png,right.png", b"y", ("t",)),
+  ],
+)
+def test_image_and_captions_can_be_chosen(tmp_path, query, image, captions):
+  path = write_tar(tmp_path / "s.tar", ALL)
+  (example,) = source = open_webdataset(f"{path}{query}")
+  assert (example["image"], example["captions"]) == (image, captions)
+  assert pickle.loads(pickle.dumps(source))[0] == example
+
+
+def test_choices_that_do_not_exist_are_errors(tmp_path):
+  path = write_tar(tmp_path / "s.tar", ALL | {"2.jpg": b"z", "2.json": b'{"alt": {"x": 1}}', "3.jpg": b"z"})
+  with pytest.raises(ValueError, match=r"caption=title: .*\.jpg.*'caption', 'alt', 'score'"):
+    open_webdataset(f"{path}?caption=title")
+  with pytest.raises(ValueError, match=r"no usable sample .*expected \.left\.png after"):
+    open_webdataset(f"{path}?image=left.png")
+  with pytest.raises(ValueError, match="bad location"):
+    open_webdataset(f"{path}?label=cls")
+  assert len(open_webdataset(f"{path}?image=right.png")) == 1
+  source = open_webdataset(f"{path}?caption=alt")
+  with pytest.raises(BadSample, match=r"s\.tar:2: .*expected a caption") as error:
+    source[1]
+  assert error.value.kind == "damaged record"
+  assert source[2]["captions"] == ()
+
+
 def test_samples_without_image_are_skipped_and_counted(tmp_path):
   files = samples("0", "1") | {"2.txt": b"x", "3.npy": b"x", "4.seg.png": b"x"}
   source = open_webdataset(str(write_tar(tmp_path / "s.tar", files)))
@@ -228,9 +269,9 @@ def test_suffixes_are_reported_where_no_sample_has_an_image(tmp_path):
 
 
 def test_indexing_shows_its_progress(tmp_path, monkeypatch, capfd):
-  def slow(path, *given):
+  def slow(path, size, images):
     time.sleep(0.3 * path.endswith("1.tar"))
-    return scan(path, *given)
+    return scan(path, size, images)
 
   scan = webdataset._scan
   monkeypatch.setattr(webdataset, "_scan", slow)
@@ -590,35 +631,35 @@ def indexed(location: str) -> bytes:
 
 @pytest.mark.slow
 def test_an_index_does_not_depend_on_who_builds_it(many, monkeypatch):
-  def failing(path: str, *_) -> None:
-    raise AssertionError(f"{path} should be scanned by another process")
+  def failing(file: BinaryIO, *_) -> None:
+    raise AssertionError(f"{file.name} should be scanned by another process")
 
-  monkeypatch.setattr(webdataset, "_GROUP", 64)
+  monkeypatch.setattr(shard_indexes, "_GROUP", 64)
   alone = indexed(many)
-  scans = [webdataset._scan(path, os.path.getsize(path)) for path in patterns.expand(many)]
+  scans = [webdataset._scan(path, os.path.getsize(path), ("jpg",)) for path in patterns.expand(many)]
   spans = [(number, *span) for number, scan in enumerate(scans) for span in scan.spans.tolist()]
   np.testing.assert_array_equal(np.load(io.BytesIO(alone)), spans)
   skipped = {"missing file": 6, "damaged record": 6}
   about = json.loads(alone[np.load(io.BytesIO(alone)).nbytes + 128 :])
   assert (about["shards"], about["skipped"]) == (patterns.expand(many), skipped)
-  monkeypatch.setattr(webdataset, "_GROUP", 3)
+  monkeypatch.setattr(shard_indexes, "_GROUP", 3)
   assert indexed(many) == alone
-  monkeypatch.setattr(webdataset, "_ALONE", 0)
+  monkeypatch.setattr(shard_indexes, "_ALONE", 0)
   monkeypatch.setattr(jobs, "cores", lambda: 1)
   assert indexed(many) == alone
   monkeypatch.setattr(jobs, "cores", lambda: 2)
-  monkeypatch.setattr(webdataset, "_scan", failing)  # in this process
+  monkeypatch.setattr(tars, "members", failing)  # in this process
   assert indexed(many) == alone
 
 
 def test_a_build_that_was_interrupted_continues(many, monkeypatch):
-  def scanning(path, size):
+  def scanning(path, size, images):
     scanned[path] += 1
     if len(scanned) > most:
       raise KeyboardInterrupt
-    return scan(path, size)
+    return scan(path, size, images)
 
-  monkeypatch.setattr(webdataset, "_GROUP", 3)
+  monkeypatch.setattr(shard_indexes, "_GROUP", 3)
   whole = indexed(many)
   scan, scanned, most = webdataset._scan, Counter(), 25
   monkeypatch.setattr(webdataset, "_scan", scanning)
@@ -637,9 +678,9 @@ def test_a_build_that_was_interrupted_continues(many, monkeypatch):
 
 
 def test_job_files_of_other_shards_are_ignored_and_deleted_after_a_day(many, monkeypatch):
-  monkeypatch.setattr(webdataset, "_GROUP", 3)
+  monkeypatch.setattr(shard_indexes, "_GROUP", 3)
   with monkeypatch.context() as patch:
-    patch.setattr(webdataset, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    patch.setattr(shard_indexes, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
       open_webdataset(many)
   ((left),) = (Path(many).parent / ".declip_jax").iterdir()
@@ -650,12 +691,12 @@ def test_job_files_of_other_shards_are_ignored_and_deleted_after_a_day(many, mon
 
 
 def test_builders_that_share_a_folder_share_the_work(many, monkeypatch):
-  def scanning(path, size):
+  def scanning(path, size, images):
     scanned[path] += 1
     time.sleep(0.01)
-    return scan(path, size)
+    return scan(path, size, images)
 
-  monkeypatch.setattr(webdataset, "_GROUP", 1)
+  monkeypatch.setattr(shard_indexes, "_GROUP", 1)
   whole = indexed(many)
   scan, scanned = webdataset._scan, Counter()
   monkeypatch.setattr(webdataset, "_scan", scanning)
@@ -672,7 +713,7 @@ def test_builders_that_share_a_folder_share_the_work(many, monkeypatch):
 def test_this_process_indexes_shards_that_others_cannot_read(many, bucket, monkeypatch, caplog):
   for path in patterns.expand(many):
     bucket.pipe(f"/bucket/{Path(path).name}", Path(path).read_bytes())
-  monkeypatch.setattr(webdataset, "_ALONE", 0)
+  monkeypatch.setattr(shard_indexes, "_ALONE", 0)
   monkeypatch.setattr(jobs, "cores", lambda: 2)
   local, remote = open_webdataset(many), open_webdataset("memory://bucket/*.tar")
   assert list(remote) == list(local)

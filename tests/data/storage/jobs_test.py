@@ -137,6 +137,42 @@ def running(pid: int) -> bool:
     return False
 
 
+ARRAY = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MIN": "0"}
+INDEXED = {"JOB_COMPLETION_INDEX": "2"}
+
+
+@pytest.mark.parametrize(
+  ("text", "environment", "expected"),
+  [
+    ("0/1", {}, (0, 1)),
+    ("3/8", ARRAY, (3, 8)),
+    ("auto", ARRAY, (5, 8)),
+    ("auto/9", ARRAY, (5, 9)),  # some tasks of an array of nine, again
+    ("auto/3", INDEXED, (2, 3)),
+  ],
+)
+def test_parts(text, environment, expected):
+  assert jobs.Part.of(text, environment) == expected
+
+
+@pytest.mark.parametrize(
+  ("text", "environment", "message"),
+  [
+    ("8/8", {}, "shard=8/8: .*I from 0 to N - 1"),
+    ("0/0", {}, "shard=0/0"),
+    ("3", {}, "shard=3: "),
+    ("-1/3", {}, "shard=-1/3: .*0/8, or auto"),
+    ("auto", {}, "SLURM_ARRAY_TASK_ID.*JOB_COMPLETION_INDEX"),
+    ("auto", INDEXED, "give auto/N"),
+    ("auto", ARRAY | {"SLURM_ARRAY_TASK_MIN": "1"}, "array from 0"),
+    ("auto/5", ARRAY, "shard=auto/5: 5 of 5"),
+  ],
+)
+def test_parts_that_do_not_exist(text, environment, message):
+  with pytest.raises(ValueError, match=message):
+    jobs.Part.of(text, environment)
+
+
 def test_results_that_are_ready_together_with_an_error_are_not_lost(monkeypatch):
   def finish(argument, advance):
     if argument == 1:
