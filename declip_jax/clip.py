@@ -64,6 +64,16 @@ class Clip:
     self._has_text, self._warned = "joint" in weights.heads, False
     self._functions = make_encode_functions(self.model, mesh, tokens=self.tokens)
 
+  def __repr__(self) -> str:
+    image, text = self.fields["image"], self.fields["text"]
+    kind = f"{image['kind']}/{image['patch']}" if "patch" in image else image["kind"]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+    read = f"texts of {text['context_length']} tokens, " if self._has_text else ""
+    return (
+      f"Clip({self.origin}: {kind}, images of {self.view.size} x {self.view.size}, {read}{parameters:,} parameters, "
+      f"{self.dtype})"
+    )
+
   def with_weights(self, params: Any, collections: Any) -> "Clip":
     """The same model with other weights; nothing is compiled again."""
     other = copy.copy(self)

@@ -116,7 +116,7 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
     ValueError: the checkpoint is not from a known project, its tensors do not match a model, or a setting does not fit;
       the message names them.
   """
-  path = Path(path)
+  given, path = os.fspath(path), Path(path)
   settings = dict(settings or {})
   run, of_path = _checkpoint_of(path)
   if run:
@@ -124,7 +124,7 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
       raise ValueError(f"{path} is a checkpoint of a run, so step={step} does not apply")
     return read_run(run, of_path if step is None else step, settings)
   if not path.exists():
-    raise FileNotFoundError(f"{path} does not exist")
+    raise FileNotFoundError(f"{given} does not exist{_hub_hint(given)}")
   if step is not None:
     raise ValueError(f"{path} is not a run, so step={step} does not apply")
   if (path / EXPORT_FILE).exists():
@@ -133,6 +133,12 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
   described = {**settings_beside(file), **settings}
   found = read_tensors(file)
   return from_state_dict(found.tensors, described, name=str(file), kind=found.kind, extras=found.extras)
+
+
+def _hub_hint(path: str) -> str:
+  """What to do about the address of a model on the Hugging Face hub; "" for anything else."""
+  match = re.match(r"(?:hf-hub:|hf://|https://huggingface\.co/)([\w.-]+/[\w.-]+)", path)
+  return f"; run hf download {match[1]} --local-dir FOLDER, and load FOLDER" if match else ""
 
 
 def parse_step(text: str | None) -> Step:
