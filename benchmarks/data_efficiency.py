@@ -5,9 +5,9 @@ Trains and evaluates each method on each share of the pairs with each seed, for 
 line of JSON for each finished run, with its git revisions, its cost and all that `declip_jax.evaluate` found.
 
 A method is METHOD, METHOD:VIEWS with other views than the default, or METHOD:VIEWS:FIELD=VALUE;FIELD=VALUE with other
-fields of the config, too:
+fields of the config, too. NAME@ in front of it is its name in --results and in tables:
 
-  --methods clip declip:paper "filip::model.heads.dense_dim=256" "clip::model.patch_dropout=0.5;optimizer.ema=0.999"
+  --methods clip declip:paper "wide@filip::model.heads.dense_dim=256" "half@clip::stages.low.duration.share=0.8;..."
 
 The command can be stopped at any time: an interrupted run resumes, and what is in --results is not trained again, even
 if its working directory is gone; its results are then written there once more. The figure, and the factor by which a
@@ -29,6 +29,7 @@ from command import parser
 from ml_collections import ConfigDict
 
 from declip_jax import config_files
+from declip_jax.config import stage
 from declip_jax.configs.small import FASHION_TEMPLATES
 from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import results, suites
@@ -60,15 +61,21 @@ class Cell:
   """A run of the grid.
 
   Attributes:
-    method: METHOD, METHOD:VIEWS or METHOD:VIEWS:FIELD=VALUE;FIELD=VALUE, see `configs/studies/data_efficiency.py`;
-      no VIEWS are the default ones.
+    spec: METHOD, METHOD:VIEWS or METHOD:VIEWS:FIELD=VALUE;FIELD=VALUE, see `configs/studies/data_efficiency.py`; no
+      VIEWS are the default ones. NAME@ may be in front of it.
     share: share of the pairs, in percent.
     seed: random seed.
   """
 
-  method: str
+  spec: str
   share: float
   seed: int
+
+  @property
+  def method(self) -> str:
+    """What it is called in tables."""
+    name, at, spec = self.spec.partition("@")
+    return name if at else self.spec
 
   @property
   def name(self) -> str:
@@ -77,13 +84,16 @@ class Cell:
 
   def config(self, args: argparse.Namespace) -> ConfigDict:
     """The config of the run."""
-    method, views, fields = (*self.method.split(":", 2), "", "")[:3]
+    method, views, fields = (*self.spec.rpartition("@")[2].split(":", 2), "", "")[:3]
     chosen = f",views={views}" if views else ""
     c = config_files.load(
       f"studies/data_efficiency:method={method},share={self.share:g}%,dataset={args.dataset},"
       f"data={args.data},steps={args.steps}{chosen}"
     )
-    c.update_from_flattened_dict(parse_settings(fields.split(";") if fields else (), "--methods"))
+    settings = parse_settings(fields.split(";") if fields else (), "--methods")
+    for name in {field.split(".")[1] for field in settings if field.startswith("stages.")}:
+      c.stages[name] = stage()
+    c.update_from_flattened_dict(settings)
     c.seed = self.seed
     return c
 
@@ -115,6 +125,7 @@ def collect(cell: Cell, workdir: Path, args: argparse.Namespace) -> dict[str, An
   return {
     "run": cell.name,
     "method": cell.method,
+    "spec": cell.spec,
     "share_percent": cell.share,
     "seed": cell.seed,
     "steps": args.steps,
@@ -158,11 +169,14 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
     groups.setdefault((line["method"], line["share_percent"]), []).append(line)
   every = [[scores(line) for line in group] for group in groups.values()]
   titles = [title for title in COLUMNS if any(title in run for runs in every for run in runs)]
-  rows = [["method", "share", "pairs", "epochs", "seeds", *titles]]
+  rows = [["method", "share", "pairs", "epochs", "PFLOPs", "seeds", *titles]]
   for ((method, share), group), runs in zip(groups.items(), every, strict=True):
     training = group[0]["results"][0]["declip_jax"]["training"]
-    about = [method, f"{share:g} %", f"{training['unique_pairs']:,}", f"{training['epochs']:.0f}", str(len(group))]
-    rows.append([*about, *(_mean([run[title] for run in runs if title in run]) for title in titles)])
+    about = [method, f"{share:g} %", f"{training['unique_pairs']:,}", f"{training['epochs']:.0f}"]
+    cost = f"{training['flops'] / 1e15:.2f}"
+    rows.append(
+      [*about, cost, str(len(group)), *(_mean([run[title] for run in runs if title in run]) for title in titles)]
+    )
   rows.insert(1, ["---"] * len(rows[0]))
   return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -42,6 +42,7 @@ def test_a_run_is_collected_and_restored(study: ModuleType, workdir: Path, tmp_p
   assert line == {
     "run": "declip_plain-12.5pct-1",
     "method": "declip:plain",
+    "spec": "declip:plain",
     "share_percent": 12.5,
     "seed": 1,
     "steps": 20,
@@ -62,6 +63,9 @@ def test_a_method_may_have_other_views_and_other_fields(study: ModuleType) -> No
   assert (c.model.heads.dense_dim, c.optimizer.ema, c.data.jitter_probability, c.seed) == (96, 0.999, 0.0, 3)
   assert cell.name == "filip_plain_model.heads.dense_dim=96_optimizer.ema=0.999-10pct-3"
   assert study.Cell("filip", 10, 3).config(args).model.heads.dense_dim == 64
+  cell = study.Cell("low@clip::stages.first.duration.share=0.8;stages.first.image_size=16", 100, 0)
+  assert (cell.method, cell.name) == ("low", "low-100pct-0")
+  assert (cell.config(args).stages.first.duration.share, cell.config(args).stages.first.image_size) == (0.8, 16)
 
 
 def test_finished_runs_are_not_repeated(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,15 +90,15 @@ def test_finished_runs_are_not_repeated(study: ModuleType, tmp_path: Path, monke
 
 def test_the_table_has_means_and_deviations_over_seeds(study: ModuleType) -> None:
   def line(seed: int, top1: float, **more: float) -> dict[str, object]:
-    facts = {"metrics": {"top1": top1, **more}, "training": {"unique_pairs": 3970, "epochs": 32.2}}
+    facts = {"metrics": {"top1": top1, **more}, "training": {"unique_pairs": 3970, "epochs": 32.2, "flops": 1.234e15}}
     result = {"task": "zeroshot_classification", "declip_jax": facts}
     return {"method": "clip", "share_percent": 10.0, "seed": seed, "results": [result]}
 
   text = study.table([line(1, 0.5), line(0, 0.25, mean_per_class=0.125), {**line(0, 0.0), "share_percent": 5.0}])
   head, _, *rows = [row.strip("| ").split(" | ") for row in text.splitlines()]
-  assert head == ["method", "share", "pairs", "epochs", "seeds", "zero-shot top-1", "mean per class"]
-  assert rows[0] == ["clip", "5 %", "3,970", "32", "1", "0.0"]
-  assert rows[1] == ["clip", "10 %", "3,970", "32", "2", "37.5 ± 17.7", "12.5"]
+  assert head == ["method", "share", "pairs", "epochs", "PFLOPs", "seeds", "zero-shot top-1", "mean per class"]
+  assert rows[0] == ["clip", "5 %", "3,970", "32", "1.23", "1", "0.0"]
+  assert rows[1] == ["clip", "10 %", "3,970", "32", "1.23", "2", "37.5 ± 17.7", "12.5"]
 
 
 @pytest.mark.parametrize(
