@@ -23,7 +23,7 @@ from declip_jax.data.images import EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.pipeline import Reading
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
-from declip_jax.data.sources import open_source
+from declip_jax.data.sources import Source, open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals import EVALUATORS, SPLITS, catalogue, check_metric, check_options, suites
 from declip_jax.evals.catalogue import TrainingSize, training_size
@@ -32,6 +32,7 @@ from declip_jax.evals.classify import columns
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.features import DecodedImages
 from declip_jax.evals.jobs import DataSource, Job, run_jobs
+from declip_jax.methods import name_of
 from declip_jax.models.heads import diagnostic_kinds
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_below
@@ -39,8 +40,9 @@ from declip_jax.objectives import TERMS, Objective, diagnostics, make_objective
 from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.momentum import momentum_at
 from declip_jax.ranges import check_values
+from declip_jax.reporting.curves import Described
 from declip_jax.reporting.progress import message
-from declip_jax.reporting.symptoms import Facts
+from declip_jax.reporting.symptoms import Facts, chance_losses
 from declip_jax.reporting.trackers import OpenTracker
 from declip_jax.reporting.trackers.libraries import TRACKERS, is_installed
 from declip_jax.sharding import gather, make_mesh, replicated
@@ -358,6 +360,34 @@ def make_facts(config: ConfigDict, steps: Steps) -> Facts:
   """What the symptoms of a run depend on."""
   scales = tuple(map(math.exp, config.optimizer.logit_scale_range))
   return Facts(config.batch_size, steps.schedule.warmup - steps.lead, steps.total, scales)
+
+
+def describe_run(
+  config: ConfigDict, built: Built, steps: Steps, sources: Sequence[Source], batch_sizes: BatchSizes
+) -> Described:
+  """The title of a run, and the losses and evaluations of which random answers have a known value.
+
+  Args:
+    config: the run.
+    built: its objects.
+    steps: its length.
+    sources: data to train on, without those for self-supervision alone.
+    batch_sizes: batch size, now and earlier in the run.
+  """
+  kind = "pairs" if built.recipe.text_views else "images"
+  names = [source.name for source in sources]
+  data = ", ".join(names if len(names) < 4 else [*names[:2], f"{len(names) - 2} more"])
+  method = name_of(config.data.recipe, built.objective.weights)
+  drawn = f"{config.batch_size:,} {kind}, of {sum(map(len, sources)):,} in {data}"
+  chance = {"mlm": math.log(config.model.text.vocab_size)}
+  if config.model.heads.num_classes:
+    chance["classify"] = math.log(config.model.heads.num_classes)
+  if not batch_sizes.since:
+    parts = config.micro_batches if config.micro_batching == "plain" else 1
+    chance |= chance_losses(config.batch_size // max(parts, 1))
+  single = {"kind": "retrieval", "suite": "", "equal_texts": False, "folds": 1}
+  one_image = [name for name, own in config.evals.items() if single.items() <= own.to_dict().items()]
+  return Described(f"{method}: {steps.total:,} steps of {drawn}", chance, tuple(one_image))
 
 
 def make_step(

@@ -35,6 +35,7 @@ from declip_jax.evals.encoders import EncoderFactory, Encoders
 from declip_jax.first_state import first_state, read_weights
 from declip_jax.planning import choose, devices, flops
 from declip_jax.reporting import pictures
+from declip_jax.reporting.curves import plot_curves
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
 from declip_jax.reporting.opening import draw_views, opening_lines
 from declip_jax.reporting.progress import TrainingProgress, listening, message
@@ -431,10 +432,13 @@ def _open_services(
     encoders = run.encoders.bind(*evaluated_weights(state))
     return run.evaluate(encoders.with_callback(partial(watchdog.beat, "the evaluation")), number)
 
+  captioned = run.sources[: len(run.sources) - len(config.data.ssl_train)]
+  described = build.describe_run(config, run.built, steps, captioned, run.batch_sizes)
+
   def draw_curves() -> None:
     if main:
       with pictures.optional(workdir / "curves.png"):
-        pictures.plot_curves(read_metrics(workdir), workdir / "curves.png")
+        plot_curves(read_metrics(workdir), described, workdir / "curves.png")
 
   as_json = json.loads(config.to_json_best_effort())  # of a user's own functions, only the names
   trackers = open_trackers(run.trackers, TrackedRun(run_id(workdir, start), workdir, as_json, start)) if main else []

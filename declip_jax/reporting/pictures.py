@@ -5,7 +5,7 @@ are plain objects: nothing here changes pyplot, the backend or matplotlib's glob
 when something is drawn: most commands draw nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import io
 import os
@@ -21,7 +21,6 @@ import numpy as np
 from declip_jax.data.storage import outputs
 
 if TYPE_CHECKING:
-  from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
 _DPI = 100
@@ -43,64 +42,6 @@ def optional(path: str | os.PathLike[str]) -> Iterator[None]:
     yield
   except Exception:
     logging.warning("%s could not be drawn", path, exc_info=True)
-
-
-_NOT_SCORES = ("loss", "seconds", "images", "texts", "examples", "ties", "unreadable", "majority_share", "_rank")
-
-
-def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-  """Draws the curves of one run over its steps: losses, evaluations, learning rate, temperature, features and speed.
-
-  Long series are drawn light, with a smoothed line on top. The loss panel has "loss" and every "loss/<term>", the
-  evaluation panel every "eval/..." that is a score rather than a loss, a duration or a count. The deviation of the
-  features of each branch is about 1, and falls to 0 where a branch collapses. Panels without series stay empty.
-
-  Args:
-    metrics: lines of `metrics.read_metrics`; a None or a number that is not finite is a missing point.
-    path: PNG file to write.
-  """
-  figure = new_figure(14, 8)
-  small = ("lr", "temperature", "images_per_second")
-  panels = figure.subplot_mosaic([["loss", "loss", "eval", "eval"], ["lr", "temperature", "deviation", small[-1]]])
-  names = sorted({name for line in metrics for name in line})
-  losses = [name for name in names if name == "loss" or name.startswith("loss/")]
-  scores = [name for name in names if name.startswith("eval/") and not name.endswith(_NOT_SCORES)]
-  _panel(panels["loss"], "loss", {name.removeprefix("loss/"): _series(metrics, name) for name in losses})
-  _panel(panels["eval"], "evaluation", {name.removeprefix("eval/"): _series(metrics, name) for name in scores})
-  deviations = [name for name in names if name.startswith("diagnostics/") and name.endswith("/deviation")]
-  _panel(panels["deviation"], "deviation", {name.split("/")[1]: _series(metrics, name) for name in deviations})
-  for name in small:
-    _panel(panels[name], name.replace("_", " "), {"last": _series(metrics, name)}, smooth=name == "images_per_second")
-  for name in ("loss", "eval"):
-    panels[name].set_xlabel("step")
-  save(figure, path)
-
-
-def plot_comparison(
-  runs: Mapping[str, Sequence[Mapping[str, Any]]],
-  metric_names: Sequence[str],
-  path: str | os.PathLike[str],
-  baselines: Mapping[str, float] | None = None,
-) -> None:
-  """Draws metrics of several runs over the examples seen, one panel per metric.
-
-  Args:
-    runs: lines of `metrics.read_metrics` by label. The axis is "examples" if all lines have it, otherwise "step".
-    metric_names: metrics to draw.
-    path: PNG file to write.
-    baselines: values from elsewhere by label, a dashed line in every panel.
-  """
-  lines = [line for run in runs.values() for line in run]
-  axis = "examples" if all("examples" in line for line in lines) else "step"
-  figure = new_figure(7 * len(metric_names), 5)
-  for axes, name in zip(figure.subplots(1, len(metric_names), squeeze=False)[0], metric_names, strict=True):
-    _panel(axes, name.removeprefix("eval/"), {label: _series(run, name, axis) for label, run in runs.items()})
-    axes.set_xlabel({"examples": "examples seen", "step": "step"}[axis])
-    for label, value in (baselines or {}).items():
-      axes.axhline(value, color=FAINT, linestyle="--", linewidth=1)
-      place = {"xy": (0, value), "xytext": (4, 3), "xycoords": axes.get_yaxis_transform()}
-      axes.annotate(label, **place, textcoords="offset points", color=FAINT, fontsize=8, parse_math=False)
-  save(figure, path)
 
 
 def plot_views(
@@ -282,59 +223,12 @@ def _wrap(text: str, width: int, lines: int) -> str:
   return textwrap.fill(printable, width // 2 if wide else width, max_lines=lines, placeholder=" ...")
 
 
-def _series(lines: Sequence[Mapping[str, Any]], name: str, axis: str = "step") -> tuple[np.ndarray, np.ndarray]:
-  """Returns the points `(x, y)` of a metric, without those that are missing or not finite."""
-  points = [(line[axis], line[name]) for line in lines if line.get(name) is not None]
-  x, y = np.array(points, float).reshape(-1, 2).T
-  return x[np.isfinite(y)], y[np.isfinite(y)]
-
-
 def new_figure(width: float, height: float) -> "Figure":
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
   figure.get_layout_engine().set(w_pad=_GAP, h_pad=_GAP)
   return figure
-
-
-def _panel(
-  axes: "Axes", title: str, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, smooth: bool = True
-) -> None:
-  """Draws curves with their last values in the legend, which is next to the axes if there are many.
-
-  More than ten curves also differ in line style.
-  """
-  from matplotlib.ticker import EngFormatter
-
-  axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
-  axes.spines[["top", "right"]].set_visible(False)
-  curves = {label: curve for label, curve in curves.items() if len(curve[0])}
-  if not curves:
-    axes.set(xticks=[], yticks=[])
-    axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color=FAINT)
-    return
-  axes.grid(color="#e6e6e6", linewidth=0.8)
-  axes.set_axisbelow(True)
-  axes.xaxis.get_major_locator().set_params(integer=True)  # pyrefly: ignore[unexpected-keyword]: a MaxNLocator
-  axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-  axes.yaxis.set_major_formatter("{x:.4g}")
-  for index, (label, (x, y)) in enumerate(curves.items()):
-    style = {"color": f"C{index % 10}", "linestyle": ("-", "--", ":", "-.")[index // 10 % 4], "linewidth": 1.6}
-    if len(x) <= _FEW:
-      style |= {"marker": "o", "markersize": 3}
-    elif smooth:
-      axes.plot(x, y, color=style["color"], linewidth=0.6, alpha=0.25)
-      y = _smooth(y, len(y) // 50)
-    axes.plot(x, y, label=f"{label}  {y[-1]:.4g}", **style)
-  beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(curves) > _INSIDE else {}
-  for text in axes.legend(frameon=False, fontsize=9, **beside).get_texts():
-    text.set_parse_math(False)
-
-
-def _smooth(values: np.ndarray, width: int) -> np.ndarray:
-  """Averages with a bell-shaped window of about `width` points; at the ends with the points that exist."""
-  bell = np.hanning(2 * width + 1)
-  return np.convolve(values, bell, "same") / np.convolve(np.ones_like(values), bell, "same")
 
 
 def save(figure: "Figure", path: str | os.PathLike[str]) -> None:

@@ -1,6 +1,5 @@
 """The pictures: files have the right contents for any texts, and no global state changes."""
 
-import math
 import warnings
 
 import matplotlib
@@ -8,34 +7,10 @@ from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
 import pytest
-from tiers import slow_except
 
-from declip_jax.reporting.pictures import plot_comparison, plot_curves, plot_pairs, plot_retrieval, plot_views
+from declip_jax.reporting.pictures import plot_pairs, plot_retrieval, plot_views
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
-
-
-@pytest.fixture
-def figures(monkeypatch):
-  """The figures saved during a test."""
-  saved, savefig = [], Figure.savefig
-
-  def record(self, *args, **kwargs):
-    saved.append(self)
-    return savefig(self, *args, **kwargs)
-
-  monkeypatch.setattr(Figure, "savefig", record)
-  return saved
-
-
-def rows_of_a_run(count):
-  rng = np.random.default_rng(0)
-  noise = rng.normal(size=count).round(6).tolist()
-  rows = [
-    {"step": n, "examples": 64 * n, "loss": 5 + x, "loss/clip": 6 + x, "lr": 1e-3, "images_per_second": 100.0}
-    for n, x in enumerate(noise)
-  ]
-  return rows + [{"step": count, "examples": 64 * count, "eval/zero_shot/top1": 0.5, "eval/zero_shot/seconds": 9.0}]
 
 
 def pixels(path):
@@ -46,76 +21,6 @@ def pixels(path):
 def where(picture, color):
   """The rows and columns of the pixels of about this colour."""
   return np.nonzero((np.abs(picture.astype(int) - color) <= 2).all(-1))
-
-
-def panels(figure):
-  return {axes.get_title("left"): axes for axes in figure.axes}
-
-
-def labels(axes):
-  return [text.get_text().split("  ")[0] for text in axes.get_legend().get_texts()]
-
-
-@pytest.mark.parametrize("count", slow_except((10_000,), (1, 10, 10_000)))
-def test_curves_show_every_series(tmp_path, figures, count):
-  plot_curves(rows_of_a_run(count), tmp_path / "curves.png")
-  picture = pixels(tmp_path / "curves.png")
-  assert picture.shape == (800, 1400, 3)
-  assert 0.002 < (picture != 255).any(-1).mean() < 0.3
-  shown = panels(figures[0])
-  assert labels(shown["loss"]) == ["loss", "clip"]
-  assert labels(shown["evaluation"]) == ["zero_shot/top1"]
-  assert [text.get_text() for text in shown["temperature"].texts] == ["no data"]
-  assert len(shown["loss"].lines) == (2 if count <= 200 else 4)
-  assert len(shown["lr"].lines) == 1
-
-
-def test_smoothed_curve_equals_a_naive_average(tmp_path, figures):
-  rows = rows_of_a_run(500)
-  plot_curves(rows, tmp_path / "curves.png")
-  light, smooth = panels(figures[0])["loss"].lines[:2]
-  values = [row["loss"] for row in rows if "loss" in row]
-  np.testing.assert_array_equal(light.get_ydata(), values)
-  for index in (0, 3, 250, 499):
-    near = [(i, 0.5 + 0.5 * math.cos(math.pi * (i - index) / 10)) for i in range(500) if abs(i - index) < 10]
-    expected = sum(weight * values[i] for i, weight in near) / sum(weight for _, weight in near)
-    assert smooth.get_ydata()[index] == pytest.approx(expected)
-
-
-def test_missing_points_are_left_out(tmp_path, figures):
-  values = [3.0, None, math.nan, math.inf, 2.0]
-  plot_curves([{"step": n, "loss": value} for n, value in enumerate(values)], tmp_path / "curves.png")
-  [line] = panels(figures[0])["loss"].lines
-  assert line.get_xydata().tolist() == [[0, 3], [4, 2]]
-
-
-def test_no_metrics_at_all(tmp_path, figures):
-  plot_curves([], tmp_path / "deep" / "er" / "curves.png")
-  assert all("no data" in [text.get_text() for text in axes.texts] for axes in figures[0].axes)
-  plot_comparison({}, ["loss"], tmp_path / "comparison.png")
-  assert pixels(tmp_path / "comparison.png").shape == (500, 700, 3)
-
-
-def test_comparison_has_a_panel_per_metric_and_a_line_per_run(tmp_path, figures):
-  runs = {"CLIP": rows_of_a_run(20), "costs $5 to $6": rows_of_a_run(30)}
-  names = ["loss", "eval/zero_shot/top1"]
-  plot_comparison(runs, names, tmp_path / "comparison.png", {"published": 0.328})
-  assert pixels(tmp_path / "comparison.png").shape == (500, 1400, 3)
-  shown = panels(figures[0])
-  assert list(shown) == ["loss", "zero_shot/top1"]
-  assert labels(shown["loss"]) == list(runs)
-  first, second, baseline = shown["loss"].lines
-  assert (first.get_xdata()[-1], second.get_xdata()[-1]) == (64 * 19, 64 * 29)
-  assert set(baseline.get_ydata()) == {0.328}
-  assert [text.get_text() for text in shown["loss"].texts] == ["published"]
-
-
-def test_comparison_falls_back_to_steps(tmp_path, figures):
-  runs = {"new": rows_of_a_run(20), "old": [{"step": 7, "loss": 1.0}]}
-  plot_comparison(runs, ["loss"], tmp_path / "comparison.png")
-  [axes] = figures[0].axes
-  assert axes.get_xlabel() == "step"
-  assert [line.get_xdata()[-1] for line in axes.lines] == [19, 7]
 
 
 def test_views_are_drawn_in_a_grid_with_texts_underneath(tmp_path):
@@ -151,7 +56,6 @@ def test_any_text_is_drawn_without_a_warning_and_without_touching_globals(tmp_pa
   images = np.full((len(NASTY), 1, 20, 30, 3), 128, np.uint8)
   plot_views(images, [[text, "x"] for text in NASTY], tmp_path / "views.png", ["$view"], ["raw", "masked"])
   plot_retrieval(NASTY, images, np.ones((len(NASTY), 1)), tmp_path / "retrieval.png")
-  plot_comparison({text: [{"step": 1, "loss": 1.0}] for text in NASTY[:4]}, ["loss"], tmp_path / "c.png", {NASTY[3]: 2})
   assert list(warnings.filters) == filters
   assert dict(matplotlib.rcParams) == settings
   for name in ("views.png", "retrieval.png"):  # long texts are cut: no ink reaches the border
@@ -200,8 +104,8 @@ def test_wrong_shapes_are_named(tmp_path):
 
 
 def test_a_crash_while_writing_leaves_the_old_picture(tmp_path, monkeypatch):
-  path = tmp_path / "curves.png"
-  plot_curves(rows_of_a_run(3), path)
+  path, pairs = tmp_path / "pairs.png", np.full((1, 2, 8, 8, 3), 128, np.uint8)
+  plot_pairs(pairs, [0.9], 0.5, path)
   before = path.read_bytes()
 
   def crash(self, file, **_):
@@ -210,5 +114,5 @@ def test_a_crash_while_writing_leaves_the_old_picture(tmp_path, monkeypatch):
 
   monkeypatch.setattr(Figure, "savefig", crash)
   with pytest.raises(OSError, match="disk full"):
-    plot_curves(rows_of_a_run(5), path)
+    plot_pairs(pairs, [0.1], 0.5, path)
   assert path.read_bytes() == before
