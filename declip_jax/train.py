@@ -39,6 +39,7 @@ from declip_jax.reporting.curves import plot_curves
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
 from declip_jax.reporting.opening import draw_views, opening_lines
 from declip_jax.reporting.progress import TrainingProgress, listening, message
+from declip_jax.reporting.run_page import RunPage, write_page
 from declip_jax.reporting.symptoms import Symptoms
 from declip_jax.reporting.trackers import OpenTracker, TrackedRun, open_trackers
 from declip_jax.reporting.trackers.base import run_id
@@ -191,7 +192,7 @@ def _stop(step: int, signum: int, state: State, position: dict[str, Any] | None,
 
 
 class _Prepared(NamedTuple):
-  """A run before anything is allocated, compiled or written."""
+  """A run before anything is allocated, compiled or written; `shown` are the samples with their origins."""
 
   built: build.Built
   epoch_examples: int
@@ -199,6 +200,7 @@ class _Prepared(NamedTuple):
   steps: build.Steps
   sources: list[Source]
   samples: grain.MapDataset
+  shown: grain.MapDataset
   deaths: Deaths
   evaluation_deaths: Deaths
   abstract: State
@@ -234,15 +236,15 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
   abstract = abstract_state(batch_shape, built.mesh, model=built.model, optimizer=built.optimizer, averaged=averaged)
   deaths = Deaths(workdir, jax.process_index())
   evaluation_deaths = Deaths(workdir, jax.process_index(), "evaluating")
+  reading = config.seed, ssl_mixture, config.data.max_pixels, deaths
   return _Prepared(
     built=built,
     epoch_examples=epoch_examples,
     batch_sizes=BatchSizes.constant(config.batch_size),
     steps=steps,
     sources=opened,
-    samples=pipeline.training_samples(
-      mixture, built.make_views, config.seed, ssl_mixture, config.data.max_pixels, deaths
-    ),
+    samples=pipeline.training_samples(mixture, built.make_views, *reading),
+    shown=pipeline.training_samples(mixture, built.make_views.with_origin, *reading),
     deaths=deaths,
     evaluation_deaths=evaluation_deaths,
     abstract=abstract,
@@ -432,14 +434,6 @@ def _open_services(
     encoders = run.encoders.bind(*evaluated_weights(state))
     return run.evaluate(encoders.with_callback(partial(watchdog.beat, "the evaluation")), number)
 
-  captioned = run.sources[: len(run.sources) - len(config.data.ssl_train)]
-  described = build.describe_run(config, run.built, steps, captioned, run.batch_sizes)
-
-  def draw_curves() -> None:
-    if main:
-      with pictures.optional(workdir / "curves.png"):
-        plot_curves(read_metrics(workdir), described, workdir / "curves.png")
-
   as_json = json.loads(config.to_json_best_effort())  # of a user's own functions, only the names
   trackers = open_trackers(run.trackers, TrackedRun(run_id(workdir, start), workdir, as_json, start)) if main else []
   return Services(
@@ -467,8 +461,20 @@ def _open_services(
     bad_samples=BadSamples(start, config.batch_size, config.data.max_bad),
     symptoms=Symptoms(build.make_facts(config, steps)),
     evaluate_state=evaluate,
-    draw_curves=draw_curves,
+    draw_curves=partial(_draw_curves, config, run, workdir) if main else lambda: None,
   )
+
+
+def _draw_curves(config: ConfigDict, run: _Prepared, workdir: Path) -> None:
+  """Draws the curves of the metrics so far, and writes the page of the run."""
+  captioned = run.sources[: len(run.sources) - len(config.data.ssl_train)]
+  described = partial(build.describe_run, config, run.built, run.steps, captioned, run.batch_sizes)
+  with pictures.optional(workdir / "curves.png"):
+    plot_curves(read_metrics(workdir), described(), workdir / "curves.png")
+  with pictures.optional(workdir / "index.html"):
+    text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
+    page = RunPage(described().title, run.steps.total, sys.argv, build.changes_from_default(config), text)
+    write_page(workdir, page, read_metrics(workdir))
 
 
 def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, messages: Sequence[str]) -> None:
@@ -503,10 +509,11 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
   if not start:  # those of an earlier run whose checkpoints are gone
     for name in ("views", "curves", *config.evals):
       (workdir / f"{name}.png").unlink(missing_ok=True)
+    (workdir / "index.html").unlink(missing_ok=True)
   with pictures.optional(workdir / "views.png"):
     picture = workdir / "views.png"
     augment = build.make_augment(config, run.built)
-    captions = services.stop.wait_for(lambda: draw_views(run.samples, run.built.make_views, augment, picture))
+    captions = services.stop.wait_for(lambda: draw_views(run.shown, run.built.make_views, augment, picture))
     services.writer.pictures(start)
     if captions:
       services.writer.text(start, "views", captions)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from declip_jax.reporting.charts import amount, legend_beside, look_of, percent_axis, style
+from declip_jax.reporting.metrics import is_score
 from declip_jax.reporting.pictures import FAINT, INK, new_figure, save
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ _FEW = 60  # number of points up to which each is marked
 _SMOOTHED = 200  # number of points above which a curve is smoothed
 _COLUMNS = {True: 2, False: 4}  # of panels with a legend, and without
 _TITLE = 120  # characters in a line of the title
-# Metrics of evaluations that are not scores.
-_NOT_SCORES = ("loss", "seconds", "images", "texts", "examples", "ties", "unreadable", "majority_share", "_rank")
 # Losses that are not comparable with the contrastive ones, and the names of their panels.
 _OWN_SCALE = {
   "mlm": "loss of masked tokens",
@@ -139,7 +138,7 @@ def _evaluations(metrics: Sequence[Mapping[str, Any]], run: Described) -> Iterat
       found.setdefault(name.split("/")[1], []).append(name)
   for evaluation, names in found.items():
     prefix = f"eval/{evaluation}/"
-    scores = [name for name in names if not name.endswith(_NOT_SCORES)]
+    scores = [name for name in names if is_score(name)]
     curves = {name.removeprefix(prefix).replace("_", " "): _series(metrics, name) for name in scores}
     chance = {}
     if len(largest := _series(metrics, f"{prefix}majority_share")[1]):
