@@ -283,6 +283,16 @@ def test_run_leaves_its_record(finished_run: FinishedRun, tmp_path: Path) -> Non
   assert {"loss", "loss/clip", "loss/nns", "eval/heldout/top1", "eval/retrieval/text_to_image_r10"} <= set(final)
 
 
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  def fail(*arguments: Any) -> None:
+    raise ZeroDivisionError
+
+  monkeypatch.setattr(build, "describe_run", fail)
+  run = SimpleNamespace(sources=[], built=None, steps=None, batch_sizes=None)
+  train._draw_curves(tiny_config("clip"), run, tmp_path)
+  assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.slow
 def test_a_finished_run_that_is_started_again_only_repeats_its_evaluation(
   finished_run: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -555,12 +565,12 @@ def test_a_run_of_two_epochs_sees_two_although_its_batch_doubles_after_one(
   use_mesh(monkeypatch, 1, 1)
   config = bare(**{"duration.steps": 0, "duration.epochs": 1.0, "checkpoint.every.steps": 0})
   config.data.train = ("scenes:train/96/24",)
-  for name in ("views.png", "curves.png"):  # of a run whose checkpoints are gone
+  for name in ("views.png", "curves.png", "index.html"):  # of a run whose checkpoints are gone
     (tmp_path / name).write_bytes(b"old")
   Rollbacks(tmp_path).record(3, 8, 4, {"next_index": 128})
   train.train(config, tmp_path)
   assert not len(Rollbacks(tmp_path))
-  assert all((tmp_path / name).read_bytes() != b"old" for name in ("views.png", "curves.png"))
+  assert all((tmp_path / name).read_bytes() != b"old" for name in ("views.png", "curves.png", "index.html"))
   config.duration.epochs, config.batch_size = 2.0, 32
   train.train(config, tmp_path)
   assert (

@@ -4,14 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 import itertools
 import os
-import textwrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from declip_jax.reporting.charts import amount, legend_beside, look_of, percent_axis, style
 from declip_jax.reporting.metrics import is_score
-from declip_jax.reporting.pictures import FAINT, INK, new_figure, save
+from declip_jax.reporting.pictures import FAINT, INK, new_figure, save, wrap
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -76,6 +75,11 @@ class _Panel(NamedTuple):
   def is_labelled(self) -> bool:
     return any(self.curves)
 
+  @property
+  def height(self) -> float:
+    """Inches, enough for the legend."""
+    return max(2.35, 0.7 + 0.18 * (len(self.curves) + len(self.chance) + (self.full is not None)))
+
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], run: Described, path: str | os.PathLike[str]) -> None:
   """Draws the curves of one run: losses, a panel for each evaluation, learning rate, temperature, features and speed.
@@ -92,21 +96,27 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], run: Described, path: str 
     path: PNG file to write.
   """
   wide = [*_losses(metrics, run), *_evaluations(metrics, run), _deviations(metrics)]
-  blocks = [panels for panels in ([p for p in wide if p.curves], [*_single(metrics)]) if panels]
-  columns = [min(_COLUMNS[panels[0].is_labelled], len(panels)) for panels in blocks]
-  heights = [2.35 * -(-len(panels) // count) for panels, count in zip(blocks, columns, strict=True)]
-  figure = new_figure(10, 0.6 + max(sum(heights), 2))
-  parts = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0] if blocks else []
+  blocks = [_rows(panels) for panels in ([panel for panel in wide if panel.curves], [*_single(metrics)]) if panels]
+  heights = [[max(panel.height for panel in row if panel) for row in rows] for rows in blocks]
+  figure = new_figure(10, 0.6 + max(sum(map(sum, heights)), 2))
+  parts = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=[*map(sum, heights)])[:, 0] if blocks else []
   last = max((line["step"] for line in metrics), default=0)
-  for part, panels, count in zip(parts, blocks, columns, strict=True):
-    grid = part.subplots(-(-len(panels) // count), count, squeeze=False).flat
-    for axes, panel in itertools.zip_longest(grid, panels):
+  for part, rows, ratios in zip(parts, blocks, heights, strict=True):
+    grid = part.subplots(len(rows), len(rows[0]), squeeze=False, height_ratios=ratios)
+    for axes, panel in zip(grid.flat, itertools.chain(*rows), strict=True):
       _draw(axes, panel, last) if panel else axes.set_axis_off()
   if not blocks:
     figure.text(0.5, 0.5, "no metrics yet", ha="center", color=FAINT)
   name = {"x": 0.01, "ha": "left", "fontsize": 11, "fontweight": "bold", "color": INK}
-  figure.suptitle(textwrap.fill(run.title, _TITLE), **name, parse_math=False)
+  figure.suptitle(wrap(run.title, _TITLE, 3), **name, parse_math=False)
   save(figure, path)
+
+
+def _rows(panels: Sequence[_Panel]) -> list[list[_Panel | None]]:
+  """Panels in rows of two, or of four if they have no legend; the last row is filled with None."""
+  count = min(_COLUMNS[panels[0].is_labelled], len(panels))
+  filled = [*panels, *[None] * (-len(panels) % count)]
+  return [filled[start : start + count] for start in range(0, len(filled), count)]
 
 
 def _losses(metrics: Sequence[Mapping[str, Any]], run: Described) -> Iterator[_Panel]:

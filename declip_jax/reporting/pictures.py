@@ -94,7 +94,7 @@ def plot_views(
   originals = max((len(example.originals) for example in examples), default=1)
   left = 2 * _GAP + (originals + len(view_names)) * _PITCH
   width = max(_WIDTH, left + 2.5 * bool(text_names))
-  changes = [[_wrap(text, round(_PITCH / _SMALL), 6) for text in example.changes] for example in examples]
+  changes = [[wrap(text, round(_PITCH / _SMALL), 6) for text in example.changes] for example in examples]
   notes = [_notes(example, text_names, round((width - left - 2 * _GAP) / _CHARACTER)) for example in examples]
   heights = []
   for own, text in zip(changes, notes, strict=True):
@@ -162,7 +162,7 @@ def plot_retrieval(
     sheet.write(2 * _GAP, 0, "text to image: the best images, and the right one if it is not among them", color=FAINT)
   for number, (text, answers) in enumerate(of_texts):
     top = 1.5 * _LINE + number * row
-    sheet.write(2 * _GAP, top, _wrap(text, round(_TEXT / _CHARACTER), 7))
+    sheet.write(2 * _GAP, top, wrap(text, round(_TEXT / _CHARACTER), 7))
     for column, answer in enumerate(answers):
       place = across[0] + column * (_CELL + _GAP) + 2 * _GAP * (column >= _BEST)
       sheet.place(
@@ -178,7 +178,7 @@ def plot_retrieval(
     sheet.place(left, top, _CELL, _CELL, picture)
     width = round((across[1] - _CELL - 4 * _GAP) / _SMALL)
     for line, answer in enumerate(answers):
-      text = _wrap(f"{_mark(answer)}  {answer.found}", width, 1)
+      text = wrap(f"{_mark(answer)}  {answer.found}", width, 1)
       sheet.write(left + _CELL + _GAP, top + line * _LINE, text, color=_frame(answer), fontsize=8)
   sheet.save(path)
 
@@ -224,8 +224,8 @@ def plot_tiles(title: str, tiles: Sequence[Tile], path: str | os.PathLike[str], 
       sheet.cross(left, top, cell)
     else:
       sheet.place(left, top, cell, cell, tile.picture)
-    name = _wrap(tile.name, width, 1)
-    text = _wrap(tile.text, width, 4 - bool(name))
+    name = wrap(tile.name, width, 1)
+    text = wrap(tile.text, width, 4 - bool(name))
     color = INK if tile.picture is not None else WRONG
     sheet.write(left, top + cell + _GAP / 2, name, fontsize=8, fontweight="bold", color=color)
     sheet.write(left, top + cell + _GAP / 2 + _LINE * bool(name), text, fontsize=8)
@@ -244,7 +244,7 @@ def plot_examples(title: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]], 
   pitch = _CELL + _GAP
   sheet = _Sheet(title, max(_WIDTH, 4 * _GAP + _TEXT + most * pitch), max(len(rows), 1) * pitch)
   for row, (text, pictures) in enumerate(rows):
-    sheet.write(2 * _GAP, row * pitch, _wrap(text, round(_TEXT / _CHARACTER), 7))
+    sheet.write(2 * _GAP, row * pitch, wrap(text, round(_TEXT / _CHARACTER), 7))
     for column, picture in enumerate(pictures):
       sheet.place(2 * _GAP + _TEXT + column * pitch, row * pitch, _CELL, _CELL, picture)
   sheet.save(path)
@@ -294,7 +294,7 @@ class _Sheet:
   def __init__(self, title: str, width: float, height: float):
     from matplotlib.figure import Figure
 
-    title = _wrap(title, round((width - 4 * _GAP) / _BOLD), 3)
+    title = wrap(title, round((width - 4 * _GAP) / _BOLD), 3)
     self._top = 2 * _GAP + (title.count("\n") + 1) * 1.3 * _LINE + _GAP if title else 2 * _GAP
     self._size = width, self._top + height + 2 * _GAP
     self._figure = Figure(figsize=self._size, dpi=_DPI)
@@ -372,11 +372,12 @@ def _notes(example: Views, names: Sequence[str], width: int) -> str:
   """The texts of an example, each under its name and what changed it."""
   blocks = []
   for name, note, text in zip(names, example.notes, example.texts, strict=True):
-    blocks += [f"{name}{', ' if note else ''}{note}:", textwrap.indent(_wrap(text, width - 4, 4), "    ")]
+    blocks += [f"{name}{', ' if note else ''}{note}:", textwrap.indent(wrap(text, width - 4, 4), "    ")]
   return "\n".join(blocks)
 
 
-def _wrap(text: str, width: int, lines: int) -> str:
+def wrap(text: str, width: int, lines: int) -> str:
+  """A text in at most `lines` lines of `width` Latin letters, without what a font cannot draw."""
   # Broken captions contain half surrogate pairs and control characters, which a font cannot draw.
   printable = "".join(c if c.isprintable() else " " for c in text.encode(errors="replace").decode())
   # Letters of scripts that the font lacks become boxes, nearly twice as wide as Latin letters.

@@ -2,6 +2,7 @@
 
 import math
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
@@ -40,7 +41,7 @@ def rows_of_a_run(count):
 
 
 def panels(figure):
-  return {axes.get_title("left").partition(",")[0]: axes for axes in figure.findobj(type(figure.add_subplot()))}
+  return {axes.get_title("left").partition(",")[0]: axes for axes in figure.findobj(Axes)}
 
 
 def drawn(figures, rows, tmp_path, run=RUN):
@@ -102,9 +103,15 @@ def test_a_total_that_equals_its_only_term_is_drawn_once(tmp_path, figures):
 
 
 def test_no_legend_covers_data(tmp_path, figures):
-  for axes in drawn(figures, rows_of_a_run(10), tmp_path).values():
-    if axes.get_legend():
-      assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1
+  suite = {f"eval/suite/data set {n}": n / 40 for n in range(30)}
+  shown = drawn(figures, [*rows_of_a_run(10), {"step": 10, **suite}], tmp_path)
+  legends = {name: axes.get_legend().get_window_extent() for name, axes in shown.items() if axes.get_legend()}
+  assert len(labels(shown["suite"])) == 30
+  for name, legend in legends.items():
+    assert legend.x0 >= shown[name].get_window_extent().x1
+    others = [axes.get_window_extent() for axes in shown.values()]
+    others += [other for other in legends.values() if other is not legend]
+    assert not any(legend.overlaps(other) for other in others)
 
 
 def test_smoothed_curve_equals_a_naive_average(tmp_path, figures):
