@@ -96,8 +96,9 @@ def draw_views(
     for sample, views, own in zip(first, shown, texts, strict=True)
   ]
   title = f"The first {_SHOWN} samples as the model receives them, and what changed each view"
-  in_step = make_views.rendering.augment_on == "device" or recipe.mixup or recipe.cutmix
-  unlisted = ["changes in the train step"] if in_step else []
+  unlisted = ["colours, blur and flips of the train step"] if make_views.rendering.augment_on == "device" else []
+  if recipe.mixup or recipe.cutmix:
+    unlisted.append("mixing with another image")
   if "randaugment" in recipe.image_views:
     unlisted += ["RandAugment", "erasing"]
   if unlisted:
