@@ -19,8 +19,8 @@ from typing import Any
 from command import parser
 
 from declip_jax.config import from_json
+from declip_jax.reporting.charts import Points, plot_training
 from declip_jax.reporting.metrics import read_metrics
-from declip_jax.reporting.pictures import plot_comparison
 
 SCORES = {
   "zero-shot top-1": "eval/zero_shot/top1",
@@ -85,11 +85,13 @@ def by_method(runs: dict[str, Evaluations]) -> dict[str, list[Evaluations]]:
   return methods
 
 
-def mean_curve(seeds: list[Evaluations], metric: str) -> Evaluations:
-  """The mean of a metric over the seeds, at each number of examples at which all of them were evaluated."""
+def mean_curve(seeds: list[Evaluations], metric: str) -> Points:
+  """The mean and the range of a metric over the seeds, where all of them were evaluated, by the pairs seen."""
   curves = [{each["examples"]: each[metric] for each in seed if metric in each} for seed in seeds]
   shared = sorted(set.intersection(*map(set, curves)))
-  return [{"examples": seen, metric: sum(curve[seen] for curve in curves) / len(curves)} for seen in shared]
+  scores = [[curve[seen] for curve in curves] for seen in shared]
+  ends = [(min(own), max(own)) if len(own) > 1 else None for own in scores]
+  return Points(shared, [fmean(own) for own in scores], ends)
 
 
 def table_row(name: str, seeds: list[Evaluations], scores: dict[str, str]) -> str:
@@ -129,7 +131,10 @@ def main() -> None:
   if args.plot:
     baselines = {"largest class": max(shares)} if shares and args.metric.endswith("top1") else {}
     curves = {name: mean_curve(seeds, args.metric) for name, seeds in methods.items()}
-    plot_comparison(curves, [args.metric], args.plot, baselines)
+    counts = sorted({len(seeds) for seeds in methods.values()})
+    title = f"{args.plot.stem}: mean of {' or '.join(map(str, counts))} seeds, bars from the lowest to the highest"
+    names = {metric: name for name, metric in SCORES.items()}
+    plot_training(curves, title, args.plot, names.get(args.metric, args.metric).strip(), baselines)
 
 
 if __name__ == "__main__":

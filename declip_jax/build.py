@@ -17,13 +17,13 @@ from ml_collections import ConfigDict
 import optax
 
 from declip_jax.batch_sizes import BatchSizes
-from declip_jax.config import TEMPLATES, examples_of, steps_of
+from declip_jax.config import TEMPLATES, default, examples_of, parse_json, steps_of
 from declip_jax.data.deaths import Deaths
 from declip_jax.data.images import EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.pipeline import Reading
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
-from declip_jax.data.sources import open_source
+from declip_jax.data.sources import Source, open_source
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals import EVALUATORS, SPLITS, catalogue, check_metric, check_options, suites
 from declip_jax.evals.catalogue import TrainingSize, training_size
@@ -32,6 +32,7 @@ from declip_jax.evals.classify import columns
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.features import DecodedImages
 from declip_jax.evals.jobs import DataSource, Job, run_jobs
+from declip_jax.methods import PRESETS, name_of
 from declip_jax.models.heads import diagnostic_kinds
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_below
@@ -39,10 +40,12 @@ from declip_jax.objectives import TERMS, Objective, diagnostics, make_objective
 from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.momentum import momentum_at
 from declip_jax.ranges import check_values
+from declip_jax.reporting.curves import Described
 from declip_jax.reporting.progress import message
-from declip_jax.reporting.symptoms import Facts
+from declip_jax.reporting.symptoms import Facts, chance_losses
 from declip_jax.reporting.trackers import OpenTracker
 from declip_jax.reporting.trackers.libraries import TRACKERS, is_installed
+from declip_jax.runtime.workdir import differences
 from declip_jax.sharding import gather, make_mesh, replicated
 from declip_jax.spelling import did_you_mean
 from declip_jax.stages import Stage, plan_stages
@@ -388,6 +391,42 @@ def describe_batch(built: Built, batch_size: int) -> str:
   kept = "" if built.num_kept_patches is None else f", {built.num_kept_patches} of {(size // grid) ** 2} patches"
   texts = f", texts of {shapes['text'].shape[-1]} tokens" if "text" in shapes else ""
   return f"{batch_size:,} examples, images of {size} x {size}{kept}{texts}"
+
+
+def describe_run(
+  config: ConfigDict, built: Built, total_steps: int, sources: Sequence[Source], batch_sizes: BatchSizes
+) -> Described:
+  """The title of a run, and the losses and evaluations of which random answers have a known value.
+
+  Args:
+    config: the run.
+    built: its objects.
+    total_steps: its length.
+    sources: data to train on, without those for self-supervision alone.
+    batch_sizes: batch size, now and earlier in the run.
+  """
+  kind = "pairs" if built.recipe.text_views else "images"
+  names = [source.name for source in sources]
+  data = ", ".join(names if len(names) < 4 else [*names[:2], f"{len(names) - 2} more"])
+  method = name_of(config.data.recipe, built.objective.weights)
+  drawn = f"{config.batch_size:,} {kind}, of {sum(map(len, sources)):,} in {data}"
+  chance = {"mlm": math.log(config.model.text.vocab_size)}
+  if config.model.heads.num_classes:
+    chance["classify"] = math.log(config.model.heads.num_classes)
+  if not batch_sizes.since:
+    parts = config.micro_batches if config.micro_batching == "plain" else 1
+    chance |= chance_losses(config.batch_size // max(parts, 1))
+  single = {"kind": "retrieval", "suite": "", "equal_texts": False, "folds": 1}
+  one_image = [name for name, own in config.evals.items() if single.items() <= own.to_dict().items()]
+  return Described(f"{method}: {total_steps:,} steps of {drawn}", chance, tuple(one_image))
+
+
+def changes_from_default(config: ConfigDict) -> list[str]:
+  """The fields that differ from the default config of the method, or of CLIP if no method has the recipe and terms."""
+  method = name_of(config.data.recipe, make_objective(config.objective.to_dict()).weights)
+  standard = default(method if method in PRESETS["paper"] else "clip")
+  before, after = (parse_json(one.to_json_best_effort()) for one in (standard, config))
+  return differences(before, after)
 
 
 def make_step(

@@ -155,7 +155,8 @@ def _draw(test: Source, train: Source, found: Nearest, threshold: float, path: P
   start = max(0, min(above - _SHOWN // 2, len(order) - _SHOWN))
   shown = order[start : start + _SHOWN]
   pairs = [(_pixels(test, index), _pixels(train, found.index[index, 0])) for index in shown]
-  plot_pairs(pairs, found.cosine[shown, 0], threshold, path)
+  title = f"{test.name}, and the nearest image of {train.name}: pairs around the threshold {threshold:.3f}"
+  plot_pairs(title, pairs, found.cosine[shown, 0], threshold, path)
 
 
 def overlap(

@@ -30,15 +30,18 @@ from declip_jax import build
 from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
 from declip_jax.data.deaths import Deaths
+from declip_jax.data.make_views import MakeViews
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import Source, open_source
 from declip_jax.evals.encoders import EncoderFactory, Encoders
 from declip_jax.first_state import first_state, read_weights
 from declip_jax.planning import choose, devices, flops
 from declip_jax.reporting import pictures
+from declip_jax.reporting.curves import plot_curves
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
 from declip_jax.reporting.opening import draw_views, opening_lines
 from declip_jax.reporting.progress import TrainingProgress, listening, message
+from declip_jax.reporting.run_page import RunPage, write_page
 from declip_jax.reporting.symptoms import Symptoms
 from declip_jax.reporting.trackers import OpenTracker, TrackedRun, open_trackers
 from declip_jax.reporting.trackers.base import run_id
@@ -219,11 +222,15 @@ def _stop(step: int, signum: int, state: State, position: dict[str, Any] | None,
 
 
 class _Part(NamedTuple):
-  """A stage of a run, and what it is trained with; a run without `config.stages` has one."""
+  """A stage of a run, and what it is trained with; a run without `config.stages` has one.
+
+  `shown` are the samples with their origins.
+  """
 
   stage: Stage
   built: build.Built
   samples: grain.MapDataset
+  shown: grain.MapDataset
   steps: build.Steps
   step_fn: StepFn
 
@@ -295,11 +302,13 @@ def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None
   deaths = Deaths(workdir, jax.process_index())
   evaluation_deaths = Deaths(workdir, jax.process_index(), "evaluating")
 
-  def samples(built: build.Built) -> grain.MapDataset:
-    limit = config.data.max_pixels
-    return pipeline.training_samples(mixture, built.make_views, config.seed, ssl_mixture, limit, deaths)
+  def samples(make_views: MakeViews) -> grain.MapDataset:
+    return pipeline.training_samples(mixture, make_views, config.seed, ssl_mixture, config.data.max_pixels, deaths)
 
-  parts = [(stage, builts[stage.name], samples(builts[stage.name])) for stage in stages]
+  parts = [
+    (stage, built, samples(built.make_views), samples(built.make_views.with_origin))
+    for stage, built in ((stage, builts[stage.name]) for stage in stages)
+  ]
   step_flops = functools.cache(lambda name, size: flops.step_flops(builts[name], size, config.optimizer.frozen))
   return _Prepared(
     parts=[_part(*part, epoch_examples, abstract) for part in parts],
@@ -332,10 +341,17 @@ def _build_stages(config: ConfigDict) -> dict[str, build.Built]:
   return builts
 
 
-def _part(stage: Stage, built: build.Built, samples: grain.MapDataset, epoch_examples: int, abstract: State) -> _Part:
+def _part(
+  stage: Stage,
+  built: build.Built,
+  samples: grain.MapDataset,
+  shown: grain.MapDataset,
+  epoch_examples: int,
+  abstract: State,
+) -> _Part:
   with naming(stage.name):
     steps = build.stage_steps(stage, epoch_examples)
-    return _Part(stage, built, samples, steps, build.make_step(stage.config, built, steps, abstract))
+    return _Part(stage, built, samples, shown, steps, build.make_step(stage.config, built, steps, abstract))
 
 
 def _notes(mixtures: Sequence[Mixture | None], batch_size: int, ema: float = 0.0) -> list[str]:
@@ -478,7 +494,7 @@ def _planned(config: ConfigDict, run: _Prepared, checkpoints: Checkpoints, start
     before = checkpoints.batch_sizes(start) or run.parts[-1].stage.batch_sizes
     stages = plan_stages(config, run.epoch_examples, before, start)
     parts = [
-      _part(stage, part.built, part.samples, run.epoch_examples, run.abstract)
+      _part(stage, part.built, part.samples, part.shown, run.epoch_examples, run.abstract)
       for stage, part in zip(stages, run.parts, strict=True)
     ]
     run = run._replace(parts=parts)
@@ -543,11 +559,6 @@ def _open_services(
     encoders = run.encoders.bind(*evaluated_weights(state))
     return run.evaluate(encoders.with_callback(partial(watchdog.beat, "the evaluation")), number)
 
-  def draw_curves() -> None:
-    if main:
-      with pictures.optional(workdir / "curves.png"):
-        pictures.plot_curves(read_metrics(workdir), workdir / "curves.png")
-
   as_json = json.loads(config.to_json_best_effort())  # of a user's own functions, only the names
   trackers = open_trackers(run.trackers, TrackedRun(run_id(workdir, start), workdir, as_json, start)) if main else []
   return Services(
@@ -564,8 +575,21 @@ def _open_services(
     trace=stack.enter_context(Trace(workdir / "profile", profile)),
     watchdog=watchdog,
     evaluate_state=evaluate,
-    draw_curves=draw_curves,
+    draw_curves=partial(_draw_curves, config, run, workdir) if main else lambda: None,
   )
+
+
+def _draw_curves(config: ConfigDict, run: _Prepared, workdir: Path) -> None:
+  """Draws the curves of the metrics so far, and writes the page of the run."""
+  captioned = run.sources[: len(run.sources) - len(config.data.ssl_train)]
+  sizes = run.parts[-1].stage.batch_sizes
+  described = partial(build.describe_run, config, run.built, run.total_steps, captioned, sizes)
+  with pictures.optional(workdir / "curves.png"):
+    plot_curves(read_metrics(workdir), described(), workdir / "curves.png")
+  with pictures.optional(workdir / "index.html"):
+    text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
+    page = RunPage(described().title, run.total_steps, sys.argv, build.changes_from_default(config), text)
+    write_page(workdir, page, read_metrics(workdir))
 
 
 def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, messages: Sequence[str]) -> None:
@@ -601,11 +625,12 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
   if not start:  # those of an earlier run whose checkpoints are gone
     for name in ("views", "curves", *config.evals):
       (workdir / f"{name}.png").unlink(missing_ok=True)
+    (workdir / "index.html").unlink(missing_ok=True)
   with pictures.optional(workdir / "views.png"):
     picture = workdir / "views.png"
     part = run.after(start)
     augment = build.make_augment(part.stage.config, part.built)
-    captions = services.stop.wait_for(lambda: draw_views(part.samples, part.built.make_views, augment, picture))
+    captions = services.stop.wait_for(lambda: draw_views(part.shown, part.built.make_views, augment, picture))
     services.writer.pictures(start)
     if captions:
       services.writer.text(start, "views", captions)

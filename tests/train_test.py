@@ -251,7 +251,12 @@ def test_run_leaves_its_record(finished_run: FinishedRun, tmp_path: Path) -> Non
       assert not {"utilisation", "device_memory_gib"} & line.keys()  # unknown for a CPU
   names = {path.name for path in workdir.iterdir()}
   assert names >= {"checkpoints", "config.json", "starts.jsonl", "metrics.jsonl", "tensorboard"}
-  assert names >= {"views.png", "curves.png", "retrieval.png"}
+  assert names >= {"views.png", "curves.png", "retrieval.png", "heldout.png"}
+  page = (workdir / "index.html").read_text()
+  assert all(f'src="{name}"' in page for name in names if name.endswith(".png"))
+  assert "declip: 8 steps of 16 pairs, of 256 in scenes:train/256/24" in page
+  assert "8 of 8 steps" in page
+  assert "config.batch_size: 4096 -&gt; 16" in page
   shown = [(event.step, one) for event in read_events(workdir / "tensorboard") for one in event.summary.value]
   pictures = {(step, one.tag) for step, one in shown if one.HasField("image")}
   assert pictures == {(0, "views"), (6, "curves"), (8, "curves"), (8, "heldout"), (8, "retrieval")}
@@ -259,11 +264,22 @@ def test_run_leaves_its_record(finished_run: FinishedRun, tmp_path: Path) -> Non
   assert json.loads(texts["config/text_summary"]) == json.loads((workdir / "config.json").read_text())
   header, _, *rows = texts["views/text_summary"].splitlines()
   assert header == f"| {' | '.join(RECIPES['declip'].text_views)} |"
-  assert len(rows) == 6
+  assert len(rows) == 4
   about = json.loads((workdir / "starts.jsonl").read_text().splitlines()[0])
   assert about["versions"]["jax"] == jax.__version__
   assert about["mesh"] == {"data": 1, "fsdp": 1}
   assert {"loss", "loss/clip", "loss/nns", "eval/heldout/top1", "eval/retrieval/text_to_image_r10"} <= set(final)
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  def fail(*arguments: Any) -> None:
+    raise ZeroDivisionError
+
+  monkeypatch.setattr(build, "describe_run", fail)
+  part = SimpleNamespace(stage=SimpleNamespace(batch_sizes=None))
+  run = SimpleNamespace(sources=[], built=None, total_steps=8, parts=[part])
+  train._draw_curves(tiny_config("clip"), run, tmp_path)
+  assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow
@@ -538,12 +554,12 @@ def test_a_run_of_two_epochs_sees_two_although_its_batch_doubles_after_one(
   use_mesh(monkeypatch, 1, 1)
   config = bare(**{"duration.steps": 0, "duration.epochs": 1.0, "checkpoint.every.steps": 0})
   config.data.train = ("scenes:train/96/24",)
-  for name in ("views.png", "curves.png"):  # of a run whose checkpoints are gone
+  for name in ("views.png", "curves.png", "index.html"):  # of a run whose checkpoints are gone
     (tmp_path / name).write_bytes(b"old")
   Rollbacks(tmp_path).record(3, 8, 4, {"next_index": 128})
   train.train(config, tmp_path)
   assert not len(Rollbacks(tmp_path))
-  assert all((tmp_path / name).read_bytes() != b"old" for name in ("views.png", "curves.png"))
+  assert all((tmp_path / name).read_bytes() != b"old" for name in ("views.png", "curves.png", "index.html"))
   config.duration.epochs, config.batch_size = 2.0, 32
   train.train(config, tmp_path)
   assert (

@@ -17,7 +17,6 @@ import shlex
 from typing import NamedTuple
 
 from absl import flags
-from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
@@ -33,7 +32,7 @@ from declip_jax.reporting import pictures
 _THREADS = 8
 _NAMED = 3  # bad samples of each kind to name
 _CLASSES = 8  # classes to name
-_COLUMNS, _ROWS, _SIDE = 6, 4, 224  # of the sheet, and the longer side of its images in pixels
+_TILES, _BAD_TILES, _SIDE = 24, 4, 224  # samples on the sheet, bad ones of them, and the longer side of its images
 _CONTEXT = 77  # tokens, with start and end of text
 _OTHERS = ("labels", "groups")  # fields for evaluations
 
@@ -192,8 +191,8 @@ def _range(values: Iterable[float]) -> str:
   return f"{array.min():,} to {array.max():,}, median {np.median(array):,.0f}" if array.size else "none"
 
 
-def draw(source: Source, good: list[Sample], path: str | os.PathLike[str]) -> None:
-  """Writes a contact sheet of up to 24 good samples, each with a caption or the class, as PNG.
+def draw(source: Source, good: list[Sample], bad: list[BadSample], path: str | os.PathLike[str]) -> None:
+  """Writes a contact sheet of up to 24 samples with classes and captions, of which up to 4 are bad, as PNG.
 
   Raises:
     OSError: the file cannot be written.
@@ -201,28 +200,34 @@ def draw(source: Source, good: list[Sample], path: str | os.PathLike[str]) -> No
   """
   if not good:
     raise ValueError(f"{source.name} has no good sample to draw")
-  shown = [good[number] for number in np.linspace(0, len(good) - 1, min(_COLUMNS * _ROWS, len(good)), dtype=int)]
-  rows = -(-len(shown) // _COLUMNS)
-  tiles = np.full((rows * _COLUMNS, _SIDE, _SIDE, 3), 255, np.uint8)
-  texts = [""] * len(tiles)
-  for number, sample in enumerate(shown):
-    tiles[number] = _thumbnail(images.decode(source[sample.index]["image"], images.LARGEST_LIMIT))
-    name = source.classnames[sample.label] if 0 <= sample.label < len(source.classnames) else f"class {sample.label}"
-    texts[number] = sample.captions[0] if sample.captions else name if sample.label >= 0 else ""
-  columns = [str(number + 1) for number in range(_COLUMNS)]
-  grid = tiles.reshape(rows, _COLUMNS, _SIDE, _SIDE, 3)
-  lines = [texts[row * _COLUMNS : (row + 1) * _COLUMNS] for row in range(rows)]
-  pictures.plot_views(grid, lines, path, view_names=columns, text_names=columns)
+  room = _TILES - min(_BAD_TILES, len(bad))
+  shown = [good[number] for number in np.linspace(0, len(good) - 1, min(room, len(good)), dtype=int)]
+  tiles = [
+    pictures.Tile(
+      _thumbnail(images.decode(source[sample.index]["image"], images.LARGEST_LIMIT)),
+      _class_name(source, sample.label),
+      next(iter(sample.captions), ""),
+    )
+    for sample in shown
+  ]
+  tiles += [pictures.Tile(None, error.kind, str(error)) for error in bad[:_BAD_TILES]]
+  seen = len(good) + len(bad)
+  title = f"{source.name}: {len(source):,} samples, of which {seen:,} were tried and {len(bad):,} are bad"
+  pictures.plot_tiles(title, tiles, path)
 
 
-def _thumbnail(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
-  """Scales the whole image into the middle of a white square."""
+def _class_name(source: Source, label: int) -> str:
+  """The name of a class, its number if it has no name, and "" for none."""
+  if label < 0:
+    return ""
+  return source.classnames[label] if label < len(source.classnames) else f"class {label}"
+
+
+def _thumbnail(pixels: images.Pixels) -> images.Pixels:
+  """Scales the image so that its longer side has `_SIDE` pixels."""
   image = Image.fromarray(pixels)
   scale = _SIDE / max(image.size)
-  image = image.resize([max(1, round(scale * side)) for side in image.size])
-  square = Image.new("RGB", (_SIDE, _SIDE), "white")
-  square.paste(image, ((_SIDE - image.width) // 2, (_SIDE - image.height) // 2))
-  return np.asarray(square)
+  return np.asarray(image.resize([max(1, round(scale * side)) for side in image.size]))
 
 
 def training_command(data: str) -> str:
@@ -246,7 +251,7 @@ def _command(arguments: list[str]) -> None:
   if not good:
     raise ValueError(f"{source.name}: none of the {len(bad)} samples that were tried can be used, such as {bad[0]}")
   if sheet := flags.FLAGS.sheet:
-    draw(source, good, sheet)
+    draw(source, good, bad, sheet)
     print(f"{'sheet':<13}{sheet}")
   if any(sample.captions for sample in good):
     print(f"{'train':<13}{training_command(arguments[0])}")

@@ -1,7 +1,8 @@
 """From an example of a source to a training sample: its views, tokens and masks."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -60,6 +61,23 @@ class Masking:
   patch_share: float = 0.4
 
 
+@dataclass
+class Origin:
+  """What a sample was made from and the random draws that made it, filled in by `MakeViews`.
+
+  Attributes:
+    photos: encoded images, by the field of the example.
+    views: for each image view the field of its image, and the parameters that the host has applied to it.
+    operation: the operation of EDA on an augmented text, "" for none.
+    masked: number of tokens that masked language modelling predicts.
+  """
+
+  photos: dict[str, images.Photo] = dataclasses.field(default_factory=dict)
+  views: list[tuple[str, images.ViewParams]] = dataclasses.field(default_factory=list)
+  operation: str = ""
+  masked: int = 0
+
+
 @dataclass(frozen=True)
 class MakeViews:
   """Turns an example, with its image encoded or not, into one sample of a training `Batch`.
@@ -83,24 +101,30 @@ class MakeViews:
   caption_weights: tuple[float, ...] = ()
   num_classes: int = 0
 
-  def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def __call__(self, example: Example, rng: np.random.Generator, origin: Origin | None = None) -> dict[str, np.ndarray]:
     """Returns one sample: `image` uint8 `[v h w 3]` and, if the recipe needs them, the other fields of a batch.
 
     `text` is int32 `[u t]`, `mlm_*` are `[k]`, `mim_position` is int32 `[m]`, `label` is int32. If the example has
-    `ssl_image`, another image, the views of `recipe.views.ssl_image` are made from it.
+    `ssl_image`, another image, the views of `recipe.views.ssl_image` are made from it. `origin` is filled in.
 
     Raises:
       BadSample: an image cannot be read, or the example has no class where the recipe needs one.
       ValueError: the example has `ssl_image`, but a self-supervised view is also contrasted with the caption.
     """
-    sample = {"image": np.stack(self._image_views(example, rng))}
+    origin = origin or Origin()
+    sample = {"image": np.stack(self._image_views(example, rng, origin))}
     if self.recipe.views.numbers("classified_image"):
       sample["label"] = self._label(example)
     if self.recipe.text_views:
-      sample |= self._text_views(example, rng)
+      sample |= self._text_views(example, rng, origin)
     if self.recipe.views.masked_image is not None:
       sample["mim_position"] = patches.block_mask(self.masking.patch_grid, self._num_hidden(), rng)
     return sample
+
+  def with_origin(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
+    """The same sample, with its `Origin` as a further field."""
+    origin = Origin()
+    return {**self(example, rng, origin), "origin": origin}
 
   def batch_shapes(self, batch_size: int) -> dict[str, tuple[tuple[int, ...], type]]:
     """Shapes and dtypes of a batch of such samples, without reading any.
@@ -135,7 +159,7 @@ class MakeViews:
   def _num_hidden(self) -> int:
     return patches.num_hidden(self.masking.patch_grid, self.masking.patch_share)
 
-  def _text_views(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def _text_views(self, example: Example, rng: np.random.Generator, origin: Origin) -> dict[str, np.ndarray]:
     fields = {}
     caption = texts.choose_caption(example["captions"], rng, self.caption_weights)
     raw = self.tokenizer([caption])[0]
@@ -145,14 +169,16 @@ class MakeViews:
       masked = texts.mask_tokens(raw, rng, self.tokenizer, slots=self._slots(), **kwargs)
     if self.recipe.views.masked_text is not None:
       fields |= {"mlm_position": masked.position, "mlm_target": masked.target, "mlm_weight": masked.weight}
-    make = {
-      "raw": lambda: raw,
-      "augmented": lambda: self.tokenizer([texts.augment(caption, rng, self.recipe.text_operations)])[0],
-      "masked": lambda: masked.tokens,
-    }
+      origin.masked = int(masked.weight.sum())
+
+    def augmented() -> np.ndarray:
+      text, origin.operation = texts.augment(caption, rng, self.recipe.text_operations)
+      return self.tokenizer([text])[0]
+
+    make = {"raw": lambda: raw, "augmented": augmented, "masked": lambda: masked.tokens}
     return fields | {"text": np.stack([make[kind]() for kind in self.recipe.text_views])}
 
-  def _image_views(self, example: Example, rng: np.random.Generator) -> list[images.Pixels]:
+  def _image_views(self, example: Example, rng: np.random.Generator, origin: Origin) -> list[images.Pixels]:
     views = self.recipe.views
     elsewhere = views.ssl_image if "ssl_image" in example else ()
     if set(elsewhere) & set(views.contrastive_image):
@@ -167,6 +193,7 @@ class MakeViews:
     for field, augmentation in zip(fields, self.recipe.augmentations, strict=True):
       params = images.draw(augmentation, photos[field].height, photos[field].width, self.rendering.size, rng)
       drawn.append(params if self.rendering.augment_on == "host" else images.ViewParams(params.crop))
+    origin.photos, origin.views = photos, [*zip(fields, drawn, strict=True)]
     kwargs = {"interpolation": self.rendering.interpolation, "engine": self.rendering.engine}
     made = {}  # by field, since each image is decoded once
     for field, photo in photos.items():

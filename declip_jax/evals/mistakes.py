@@ -42,4 +42,6 @@ def draw_confusions(
       own = rows[(label == true) & (predicted == answer)]
       pictures = [image_ops.decode(source[int(row)]["image"]) for row in own[:_IMAGES]]
       found.append((f"{name(true)}, taken for {name(answer)}: {len(own):,}", pictures))
-    plot_examples(found, path)
+    mistakes = int(((label != predicted) & (predicted >= 0)).sum())  # -1 is no answer
+    title = f"{source.name}: {mistakes:,} of {len(label):,} images taken for another class; the most frequent mistakes"
+    plot_examples(title, found, path)

@@ -1,6 +1,7 @@
 """Image-text retrieval in both directions, with any number of captions per image."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 import json
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,17 @@ from declip_jax.evals import ranks
 from declip_jax.evals.features import EvaluationData, Split
 from declip_jax.evals.results import Scores
 from declip_jax.evals.similarity import take
-from declip_jax.reporting.pictures import optional, plot_retrieval
+from declip_jax.reporting.pictures import Answer, optional, plot_retrieval
 from declip_jax.runtime.hosts import gather_rows, gather_texts
 
+_TEXTS, _IMAGES, _BEST = 5, 4, 5  # queries in the picture, and the answers of each
 METRICS = (*ranks.METRICS, "images", "texts")
 
 
 def retrieval(
   data: EvaluationData, pictures: Path | None, *, equal_texts: bool = False, prefix: str = "", folds: int = 1
 ) -> Scores:
-  """The metrics of `ranks.recalls` over a source; also draws the images that a few texts retrieve.
+  """The metrics of `ranks.recalls` over a source; also draws what a few texts and images retrieve.
 
   If the samples of a source have one caption each, those with equal encoded images count as one image with all their
   captions. Otherwise these images would be wrong answers for each other's captions.
@@ -53,19 +55,29 @@ def retrieval(
   image, text = take(images, kept), data.texts([prefix + text for text in texts])
   similarity = data.similarity if data.tokens else None
   found = ranks.retrieval_ranks(image, text, image_of_text, group, folds=folds, similarity=similarity)
-  shown = _shown(len(texts))
-  scores = data.similarity(take(text, shown), image)  # on all hosts, as `similarity` requires, although only one draws
+  recalls = ranks.recalls(found)
+  shown = _shown(len(kept), _IMAGES), _shown(len(texts), _TEXTS)
+  # On all hosts, as `similarity` requires, although only one draws.
+  of_images, of_texts = data.similarity(take(image, shown[0]), text), data.similarity(take(text, shown[1]), image)
   if pictures is not None:
     with optional(pictures):
-      match = ranks.matches(image_of_text, group)[:, group[shown]].toarray().T
-      _draw(source, kept, [texts[index] for index in shown], scores, match, pictures)
+      match = ranks.matches(image_of_text, group)
+      of_group = np.unique(group, return_inverse=True)[1]
+      scores = [
+        (of_images, match[shown[0]].toarray()[:, of_group]),
+        (of_texts, match[:, of_group[shown[1]]].toarray().T),
+      ]
+      title = (
+        f"{source.name}: {len(texts):,} texts and {len(kept):,} images; first place right for "
+        f"{recalls['text_to_image_r1']:.1%} of the texts and {recalls['image_to_text_r1']:.1%} of the images"
+      )
+      _draw(title, source, kept, texts, shown, scores, pictures)
   predictions = {
     "row": kept,
     "image_of_text": image_of_text,
     "image_rank": found.image_to_text.high,
     "text_rank": found.text_to_image.high,
   }
-  recalls = ranks.recalls(found)
   headline = {"mean_r1": recalls["mean_r1"]} if data.metric == "mean_recall@1" else {}
   metrics = {**headline, **recalls, "images": len(kept), "texts": len(texts)}
   return Scores(metrics, ranks.recall_intervals(found), predictions)
@@ -102,19 +114,45 @@ def check(source: Source | Sequence[Any], field: str, *, folds: int = 1, **optio
     raise ValueError(f"{source.name} has classes but no captions, which {field} needs")
 
 
-def _shown(texts: int) -> Int[np.ndarray, "shown"]:
-  """Indices of at most eight texts, spread over all of them."""
-  return np.linspace(0, texts - 1, min(8, texts)).astype(int)
+def _shown(count: int, most: int) -> Int[np.ndarray, "shown"]:
+  """Indices of at most `most` of `count` queries, spread over all of them."""
+  return np.linspace(0, count - 1, min(most, count)).astype(int)
 
 
 def _draw(
+  title: str,
   source: Source | Sequence[Any],
   kept: Int[np.ndarray, "n"],
   texts: list[str],
-  scores: Float[np.ndarray, "shown n"],
-  match: Bool[np.ndarray, "shown n"],
+  shown: Sequence[Int[np.ndarray, "_"]],
+  scores: Sequence[tuple[Float[np.ndarray, "_ _"], Bool[np.ndarray, "_ _"]]],
   path: Path,
 ) -> None:
-  top = np.argsort(-scores, axis=1, kind="stable")[:, :5]
-  pictures = [[image_ops.decode(source[int(kept[image])]["image"]) for image in images] for images in top]
-  plot_retrieval(texts, pictures, np.take_along_axis(match, top, axis=1), path)
+  """Draws the answers to the images and texts in `shown`; `scores` has those of all answers, and which are right."""
+
+  @cache
+  def picture(image: int) -> np.ndarray:
+    return image_ops.decode(source[int(kept[image])]["image"])
+
+  def answers(found: Callable[[int], Any], scores: np.ndarray, match: np.ndarray) -> list[Answer]:
+    return [Answer(found(key), place, scores[key], bool(match[key])) for place, key in best_answers(scores, match)]
+
+  of_images = [
+    (picture(image), answers(texts.__getitem__, *own))
+    for image, *own in zip(shown[0].tolist(), *scores[0], strict=True)
+  ]
+  of_texts = [(texts[text], answers(picture, *own)) for text, *own in zip(shown[1], *scores[1], strict=True)]
+  plot_retrieval(title, of_texts, of_images, path)
+
+
+def best_answers(scores: Float[np.ndarray, "keys"], match: Bool[np.ndarray, "keys"]) -> list[tuple[int, int]]:
+  """Places and indices of the five highest scores, and of the best right answer if none of these is right.
+
+  Places start at 1; of equal scores the first comes first.
+  """
+  order = np.argsort(-scores, kind="stable")
+  places = [*range(min(_BEST, len(order)))]
+  right = np.flatnonzero(match[order])
+  if len(right) and right[0] >= len(places):
+    places.append(int(right[0]))
+  return [(place + 1, int(order[place])) for place in places]

@@ -1,11 +1,13 @@
 """Charts of evaluations: differences, few shots, robustness to shift, sweeps, and growth with compute and data.
 
 Scores are fractions; the axes show percent. Colours are those of Okabe and Ito, which people with any kind of colour
-vision can tell apart, and curves also differ in their markers. Files are written as in `pictures`.
+vision can tell apart, followed by four of Tol's; curves also differ in their markers. Files are written as in
+`pictures`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import os
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ Path = str | os.PathLike[str]
 Interval = tuple[float, float]
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+_COLORS += ("#882255", "#332288", "#999933", "#AA4499")  # of Tol, for more than eight curves
 _MARKERS = "osD^vP*X"
 _LINES = ("-", "--", ":")
 _KINDS = ("*", "o", "s", "D")  # markers of evaluators in one chart
@@ -85,7 +88,7 @@ def plot_differences(values: Mapping[str, tuple[float, Interval | None]], title:
   axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:+.3g}" if x else "0"))
   without = "" if all(ends for _, ends in values.values()) else ", or there is none"
   axes.set_xlabel(f"difference in points, with its 95 % interval; pale bars: the interval contains 0{without}")
-  _style(axes, title)
+  style(axes, title)
   save(figure, path)
 
 
@@ -108,7 +111,7 @@ def plot_few_shot(
   figure = new_figure(9, 5)
   axes = figure.subplots()
   for index, (label, curve) in enumerate(curves.items()):
-    shots, look = sorted(curve), _look(index)
+    shots, look = sorted(curve), look_of(index)
     mean, spread = np.array([curve[count] for count in shots]).T
     place = 1 + np.log2(shots) + 0.05 * (index - (len(curves) - 1) / 2)  # 0 is that of zero-shot
     axes.errorbar(place, mean, yerr=spread, capsize=3, label=label, **look)
@@ -119,9 +122,9 @@ def plot_few_shot(
   zero = ([0], ["zero-shot"]) if zero_shot else ([], [])
   axes.set_xticks([*zero[0], *(1 + np.log2(used))], [*zero[1], *map(str, used)])
   axes.set(xlabel="training images per class; bars: standard deviation over draws of these images", ylabel=score)
-  _percent_axis(axes.yaxis)
-  _style(axes, title)
-  _legend(axes)
+  percent_axis(axes.yaxis)
+  style(axes, title)
+  legend_beside(axes)
   save(figure, path)
 
 
@@ -163,7 +166,7 @@ def plot_robustness(
     axes.fill_between(at, *band(at), color=INK, alpha=0.12, linewidth=0, label="95 % band of the line")
   kinds = list(dict.fromkeys(kind for own in points.values() for kind, _, _ in own))
   for index, (label, own) in enumerate(points.items()):
-    color = _look(index)["color"]
+    color = look_of(index)["color"]
     axes.plot([x for _, x, _ in own], [y for _, _, y in own], color=color, linewidth=1)
     for number, (kind, x, y) in enumerate(own):
       look = {"marker": _KINDS[kinds.index(kind) % len(_KINDS)], "markersize": 11, "linestyle": "none"}
@@ -175,10 +178,10 @@ def plot_robustness(
   for axis, ends in ((axes.xaxis, (left, right)), (axes.yaxis, (bottom, top))):
     axis.set_ticks(_logit_ticks(*ends))
     axis.set_minor_locator(_no_ticks())
-    _percent_axis(axis)
+    percent_axis(axis)
   axes.set(xlim=(left, right), ylim=(bottom, top), xlabel=names[0], ylabel=names[1])
-  _style(axes, title)
-  _legend(axes)
+  style(axes, title)
+  legend_beside(axes)
   save(figure, path)
 
 
@@ -196,17 +199,17 @@ def plot_scores(values: Mapping[str, Mapping[str, tuple[float, Interval | None]]
   axes = figure.subplots()
   for index, (label, own) in enumerate(values.items()):
     places = [names.index(name) + width * (index + 0.5) - 0.4 for name in own]
-    axes.bar(places, [value for value, _ in own.values()], 0.92 * width, color=_look(index)["color"], label=label)
+    axes.bar(places, [value for value, _ in own.values()], 0.92 * width, color=look_of(index)["color"], label=label)
     for place, (_, ends) in zip(places, own.values(), strict=True):
       if ends is not None:
         axes.errorbar(place, sum(ends) / 2, yerr=(ends[1] - ends[0]) / 2, color=INK, linewidth=1, capsize=3)
   axes.set_xticks(range(len(names)), names, rotation=20, ha="right", parse_math=False)
   axes.set_ylabel("score, with its 95 % interval")
   axes.set_ylim(bottom=0)
-  _percent_axis(axes.yaxis)
-  _style(axes, title)
+  percent_axis(axes.yaxis)
+  style(axes, title)
   axes.grid(visible=False, axis="x")
-  _legend(axes)
+  legend_beside(axes)
   save(figure, path)
 
 
@@ -221,7 +224,7 @@ def plot_sweep(curves: Mapping[str, tuple[Sequence[float], Sequence[float], floa
   figure = new_figure(9, 4.5)
   axes = figure.subplots()
   for index, (label, (strengths, scores, chosen)) in enumerate(curves.items()):
-    order, look = np.argsort(strengths), _look(index)
+    order, look = np.argsort(strengths), look_of(index)
     axes.plot(np.take(strengths, order), np.take(scores, order), label=f"{label}: C = {chosen:.3g}", **look)
     axes.axvline(chosen, color=look["color"], linestyle=":", linewidth=1)
     if chosen in strengths:
@@ -230,9 +233,9 @@ def plot_sweep(curves: Mapping[str, tuple[Sequence[float], Sequence[float], floa
   axes.set_xscale("log")
   axes.set_xlabel("C, the inverse strength of the regularisation; ring: the chosen value")
   axes.set_ylabel("score on the validation split")
-  _percent_axis(axes.yaxis)
-  _style(axes, title)
-  _legend(axes)
+  percent_axis(axes.yaxis)
+  style(axes, title)
+  legend_beside(axes)
   save(figure, path)
 
 
@@ -253,7 +256,7 @@ def plot_growth(panels: Mapping[str, Mapping[str, Points]], title: str, path: Pa
     axes.set_visible(False)
   for axes, (measure, lines) in zip(grid.flat, panels.items(), strict=False):
     for label, line in lines.items():
-      look = _look(labels.index(label))
+      look = look_of(labels.index(label))
       ends = np.array([end or (y, y) for end, y in zip(line.ends, line.y, strict=True)])
       spread = np.abs(ends.T - np.asarray(line.y))
       for x, y in line.runs:
@@ -262,8 +265,8 @@ def plot_growth(panels: Mapping[str, Mapping[str, Points]], title: str, path: Pa
     _size_axis(axes, [x for line in lines.values() for x in line.x], measure)
     axes.tick_params(labelleft=True)
     axes.set_ylabel(score)
-    _percent_axis(axes.yaxis)
-    _style(axes, "")
+    percent_axis(axes.yaxis)
+    style(axes, "")
   figure.suptitle(
     f"{title}: score against size of training",
     x=0.01,
@@ -274,6 +277,42 @@ def plot_growth(panels: Mapping[str, Mapping[str, Points]], title: str, path: Pa
     parse_math=False,
   )
   _legend_below(figure, grid.flat[: len(panels)])
+  save(figure, path)
+
+
+def plot_training(
+  lines: Mapping[str, Points], title: str, path: Path, score: str, baselines: Mapping[str, float] = MappingProxyType({})
+) -> None:
+  """Draws scores of methods against the pairs seen, the best at the end first, with the range over seeds as bars.
+
+  Args:
+    lines: for each method its scores, at the numbers of pairs seen.
+    title: what is compared.
+    path: PNG file to write.
+    score: name of the score.
+    baselines: scores of something else by name, dashed lines.
+  """
+  from matplotlib.ticker import FuncFormatter
+
+  figure = new_figure(10, 5.5)
+  axes = figure.subplots()
+  most = max((x for line in lines.values() for x in line.x), default=1)
+  for index, label in enumerate(sorted(lines, key=lambda label: -lines[label].y[-1] if len(lines[label].y) else 0)):
+    line, look = lines[label], look_of(list(lines).index(label))
+    if not len(line.y):
+      continue
+    x = np.asarray(line.x, float) + (index - (len(lines) - 1) / 2) * most / 250  # the bars do not cover each other
+    ends = np.array([end or (y, y) for end, y in zip(line.ends, line.y, strict=True)]).T
+    last = f"{100 * line.y[-1]:.1f} %" + (f" ± {50 * np.ptp(line.ends[-1]):.1f}" if line.ends[-1] else "")
+    axes.errorbar(x, line.y, yerr=np.abs(ends - np.asarray(line.y)), capsize=2, label=f"{label}  {last}", **look)
+  for label, value in baselines.items():
+    axes.axhline(value, color=FAINT, linestyle="--", linewidth=1, label=f"{label}  {100 * value:.1f} %")
+  axes.set(xlabel="pairs seen; points are shifted so that bars do not overlap", ylabel=score)
+  axes.set_ylim(bottom=0)
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: amount(x) if x else "0"))
+  percent_axis(axes.yaxis)
+  style(axes, title)
+  legend_beside(axes)
   save(figure, path)
 
 
@@ -289,7 +328,7 @@ def plot_laws(laws: Mapping[str, Law], measure: str, title: str, path: Path) -> 
   figure = new_figure(9, 6.5)
   upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
   for index, (label, law) in enumerate(laws.items()):
-    look, x, error = _look(index), np.asarray(law.x, float), np.asarray(law.error, float)
+    look, x, error = look_of(index), np.asarray(law.x, float), np.asarray(law.error, float)
     at = np.geomspace(x.min() / 1.1, x.max() * 1.1, 100)
     upper.plot(x, error, label=label, **{**look, "linestyle": "none"})
     upper.plot(at, law.fitted(at), color=look["color"], linewidth=1.2)
@@ -303,14 +342,14 @@ def plot_laws(laws: Mapping[str, Law], measure: str, title: str, path: Path) -> 
   known = np.concatenate([law.error for law in laws.values()])
   upper.set_yticks(_between(_PERCENT, known.min() * 0.85, known.max() * 1.15, 0.01))
   upper.yaxis.set_minor_locator(_no_ticks())
-  _percent_axis(upper.yaxis)
+  percent_axis(upper.yaxis)
   upper.set_ylabel("error (100 % minus score)")
   lower.axhline(0, color=INK, linewidth=0.8)
   lower.set_ylabel("off the line, %")
-  _style(upper, title)
-  _style(lower, "")
+  style(upper, title)
+  style(lower, "")
   _size_axis(lower, [x for law in laws.values() for x in law.x], measure)
-  _legend(upper)
+  legend_beside(upper)
   save(figure, path)
 
 
@@ -334,12 +373,12 @@ def plot_interpolation(
   for index, ((model, name), line) in enumerate(lines.items()):
     label = name if len(scores) == 1 else f"{model}: {name}"
     ends = np.array([end or (y, y) for end, y in zip(line.ends, line.y, strict=True)])
-    grid[0].errorbar(line.x, line.y, yerr=np.abs(ends.T - np.asarray(line.y)), label=label, capsize=2, **_look(index))
+    grid[0].errorbar(line.x, line.y, yerr=np.abs(ends.T - np.asarray(line.y)), label=label, capsize=2, **look_of(index))
   grid[0].set(xlabel="share of the fine-tuned weights", ylabel="score, with its 95 % interval", xlim=(-0.04, 1.04))
-  _percent_axis(grid[0].yaxis)
-  _style(grid[0], "Score by share of the fine-tuned weights")
+  percent_axis(grid[0].yaxis)
+  style(grid[0], "Score by share of the fine-tuned weights")
   for index, (model, line) in enumerate(shifts.items()):
-    look = _look(len(lines) + index)
+    look = look_of(len(lines) + index)
     grid[1].plot(line.x, line.y, label=f"{model}, by share" if len(shifts) > 1 else "", **look)
     for place, text in ((0, "share 0"), (-1, "share 1")):
       at = {"xy": (line.x[place], line.y[place]), "xytext": (6, 6), "textcoords": "offset points"}
@@ -350,15 +389,15 @@ def plot_interpolation(
   if shifts:
     grid[1].margins(0.2)
     grid[1].set(xlabel=names[0], ylabel=names[1])
-    _percent_axis(grid[1].xaxis)
-    _percent_axis(grid[1].yaxis)
-    _style(grid[1], "Mean under shift; ring: its best share")
+    percent_axis(grid[1].xaxis)
+    percent_axis(grid[1].yaxis)
+    style(grid[1], "Mean under shift; ring: its best share")
   _legend_below(figure, grid)
   save(figure, path)
 
 
-def _look(index: int) -> dict[str, Any]:
-  """Colour, marker and line of the curve at a position; more than eight also differ in their lines."""
+def look_of(index: int) -> dict[str, Any]:
+  """Colour, marker and line of the curve at a position; more than twelve also differ in their lines."""
   place, again = index % len(_COLORS), index // len(_COLORS) % len(_LINES)
   return {
     "color": _COLORS[place],
@@ -369,16 +408,16 @@ def _look(index: int) -> dict[str, Any]:
   }
 
 
-def _style(axes: "Axes", title: str) -> None:
+def style(axes: "Axes", title: str) -> None:
   axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False, wrap=True)
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(color="#e6e6e6", linewidth=0.8)
   axes.set_axisbelow(True)
 
 
-def _legend(axes: "Axes") -> None:
+def legend_beside(axes: "Axes", **look: Any) -> None:
   """A legend beside the axes, where it covers nothing."""
-  legend = axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+  legend = axes.legend(**{"frameon": False, "fontsize": 9, "loc": "upper left", "bbox_to_anchor": (1.01, 1)} | look)
   for text in legend.get_texts():
     text.set_parse_math(False)
 
@@ -399,7 +438,7 @@ def _legend_below(figure: "Figure", grid: Sequence["Axes"]) -> None:
       text.set_parse_math(False)
 
 
-def _percent_axis(axis: Any) -> None:
+def percent_axis(axis: Any) -> None:
   from matplotlib.ticker import FuncFormatter
 
   axis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 6):g} %"))

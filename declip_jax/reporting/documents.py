@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import html
 from pathlib import Path
 import re
+from urllib.parse import quote
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,20 @@ class Picture:
   text: str
 
 
-Block = Heading | Table | Listing | Picture | str  # a text is a paragraph
+@dataclass(frozen=True)
+class Code:
+  """Commands or a file, shown as they are.
+
+  Attributes:
+    text: the lines.
+    summary: what is shown of it until it is opened, in HTML; "" shows it all.
+  """
+
+  text: str
+  summary: str = ""
+
+
+Block = Heading | Table | Listing | Picture | Code | str  # a text is a paragraph
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
@@ -68,6 +82,7 @@ table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: a
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 .text { text-align: left; }
 img { max-width: 100%; }
+pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; }
 figure { margin: 1rem 0; } figcaption { color: #666; }
 """
 
@@ -82,6 +97,8 @@ def _markdown(block: Block, folder: Path) -> str:
     return f"{'#' * block.level} {block.text}"
   if isinstance(block, Picture):
     return f"![{block.text}]({block.path.relative_to(folder).as_posix()})\n\n*{block.text}*"
+  if isinstance(block, Code):
+    return f"```\n{block.text}\n```"
   if isinstance(block, Listing):
     return "\n".join(f"* {item}" for item in block.items)
   if isinstance(block, Table):
@@ -92,24 +109,37 @@ def _markdown(block: Block, folder: Path) -> str:
   return block
 
 
-def to_html(blocks: Sequence[Block], title: str) -> str:
-  """The document as one page that needs no other file and no JavaScript."""
-  body = "\n".join(_html(block) for block in blocks)
+def to_html(blocks: Sequence[Block], title: str, folder: Path | None = None) -> str:
+  """The document as one page without JavaScript.
+
+  Args:
+    blocks: the document.
+    title: title of the window.
+    folder: folder that it is written to, for pictures as relative links; None embeds them, and the page needs no other
+      file.
+  """
+  body = "\n".join(_html(block, folder) for block in blocks)
   head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
   return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
 
-def _html(block: Block) -> str:
+def _html(block: Block, folder: Path | None) -> str:
   if isinstance(block, Heading):
     return f"<h{block.level}>{_inline(block.text)}</h{block.level}>"
   if isinstance(block, Picture):
-    data = base64.b64encode(block.path.read_bytes()).decode()
     text = html.escape(block.text)
-    picture = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+    if folder is None:
+      source = f"data:image/png;base64,{base64.b64encode(block.path.read_bytes()).decode()}"
+    else:
+      source = html.escape(quote(block.path.relative_to(folder).as_posix()))
+    picture = f'<img alt="{text}" src="{source}">'
     return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
   if isinstance(block, Table):
     rows = "".join(f"{_html_row('td', row, block.texts)}\n" for row in block.rows)
     return f"<table><thead>{_html_row('th', block.header, block.texts)}</thead><tbody>\n{rows}</tbody></table>"
+  if isinstance(block, Code):
+    code = f"<pre>{html.escape(block.text)}</pre>"
+    return f"<details><summary>{html.escape(block.summary)}</summary>{code}</details>" if block.summary else code
   if isinstance(block, Listing):
     return f"<ul>{''.join(f'<li>{_inline(item)}</li>' for item in block.items)}</ul>"
   return f"<p>{_inline(block)}</p>"

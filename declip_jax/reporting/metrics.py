@@ -20,6 +20,9 @@ from declip_jax.reporting.appender import Appender
 from declip_jax.reporting.trackers import Tracker
 from declip_jax.runtime import records
 
+# Metrics of evaluations that are not scores.
+_NOT_SCORES = ("loss", "seconds", "images", "texts", "examples", "ties", "unreadable", "majority_share", "_rank")
+
 
 class MetricWriter:
   """Appends the metrics of a run to `workdir/metrics.jsonl`, and gives them and its pictures to trackers.
@@ -181,6 +184,11 @@ def _from_line(values: dict[str, Any]) -> dict[str, float]:
   return line
 
 
+def is_score(name: str) -> bool:
+  """Whether a metric of an evaluation is a score, a share, rather than a loss, a rank, a duration or a count."""
+  return not name.endswith(_NOT_SCORES)
+
+
 def score_text(name: str, value: float) -> str:
   """A score for people: a share as a percentage, a mean rank as a number, a count in full."""
   return f"{name} {_score(name, value)}"
@@ -199,14 +207,16 @@ def summary_table(values: Mapping[str, Any]) -> str:
     values: numbers and others by name; those named eval/... are scores.
   """
   width = max(map(len, values), default=0)
-  return "\n".join(f"{name:<{width}}  {_format(name, value)}" for name, value in values.items())
+  return "\n".join(
+    f"{name:<{width}}  {_score(name, value) if name.startswith('eval/') else number_text(value)}"
+    for name, value in values.items()
+  )
 
 
-def _format(name: str, value: Any) -> str:
+def number_text(value: Any) -> str:
+  """A number with about four digits and thousands separators; anything else as it is."""
   if isinstance(value, bool) or not isinstance(value, numbers.Real):
     return str(value)
-  if name.startswith("eval/"):
-    return _score(name, value)
   if isinstance(value, numbers.Integral) or abs(value) >= 1000:
     return f"{value:,.0f}"
   return f"{value:.4g}"

@@ -10,13 +10,17 @@ from jax.sharding import Mesh
 import numpy as np
 
 from declip_jax.data import hangs
-from declip_jax.data.make_views import MakeViews
+from declip_jax.data.images import Photo
+from declip_jax.data.make_views import MakeViews, Origin
 from declip_jax.data.sources import Source
 from declip_jax.data.storage import files
 from declip_jax.reporting import pictures
 from declip_jax.reporting.metrics import score_text
 from declip_jax.sharding import layout_table
 from declip_jax.types import Batch
+
+_SHOWN = 4  # samples in the picture of views
+_PIXELS = 256  # of the longer side of an original in it, or up to twice as many
 
 
 def opening_lines(
@@ -75,18 +79,70 @@ def draw_views(
 ) -> str:
   """Draws the first samples of a run as the model receives them, unless the picture exists.
 
+  Args:
+    samples: samples of `make_views.with_origin`.
+    make_views: what makes the samples.
+    augment: the random part of the train step, a function of batch and step.
+    path: PNG file to write.
+
   Returns:
     The texts of the samples, a table in Markdown; empty if nothing is drawn, or if the recipe has no texts.
   """
   if path.exists():
     return ""
-  first = hangs.make_all(samples.__getitem__, 6, hangs.SECONDS)
+  first = hangs.make_all(samples.__getitem__, _SHOWN, hangs.SECONDS)
   texts = [[make_views.tokenizer.decode(ids) for ids in sample.get("text", ())] for sample in first]
   fields = [name for name in ("image", "label") if name in first[0]]
   batch = jax.jit(augment)({name: np.stack([sample[name] for sample in first]) for name in fields}, 0)
   recipe, shown = make_views.recipe, np.rint(batch["image"]).astype(np.uint8)  # mixed images are not rounded
-  pictures.plot_views(shown, texts, path, recipe.image_views, recipe.text_views)
+  examples = [
+    _views(sample["origin"].item(), views, own, recipe.text_views)
+    for sample, views, own in zip(first, shown, texts, strict=True)
+  ]
+  title = f"The first {_SHOWN} samples as the model receives them, and what changed each view"
+  unlisted = ["colours, blur and flips of the train step"] if make_views.rendering.augment_on == "device" else []
+  if recipe.mixup or recipe.cutmix:
+    unlisted.append("mixing with another image")
+  if "randaugment" in recipe.image_views:
+    unlisted += ["RandAugment", "erasing"]
+  if unlisted:
+    title += f"; not listed: {', '.join(unlisted)}"
+  pictures.plot_views(examples, title, path, recipe.image_views, recipe.text_views)
   return _table(recipe.text_views, texts)
+
+
+def _views(origin: Origin, views: np.ndarray, texts: Sequence[str], kinds: Sequence[str]) -> pictures.Views:
+  """A sample with what it was made from."""
+  fields = [*origin.photos]
+  boxes, changes = [], []
+  for field, params in origin.views:
+    photo = origin.photos[field]
+    top, left, height, width = params.crop.visible
+    boxes.append(
+      (fields.index(field), (top / photo.height, left / photo.width, height / photo.height, width / photo.width))
+    )
+    changes.append(", ".join([f"crop {height * width / (photo.height * photo.width):.0%}", *params.describe()]))
+  notes = {"augmented": origin.operation, "masked": f"{origin.masked} to predict" if origin.masked else ""}
+  unchanged = dict(zip(kinds, texts, strict=True)).get("raw")
+  return pictures.Views(
+    originals=[_thumbnail(photo) for photo in origin.photos.values()],
+    views=views,
+    boxes=boxes,
+    changes=changes,
+    texts=texts,
+    notes=[
+      f"{notes.get(kind, '')}{', unchanged' if kind == 'augmented' and text == unchanged else ''}"
+      for kind, text in zip(kinds, texts, strict=True)
+    ],
+  )
+
+
+def _thumbnail(photo: Photo) -> np.ndarray:
+  """The whole image, not much larger than it is drawn."""
+  factor = max(photo.height, photo.width) // _PIXELS
+  pixels, reduced = photo.decode(factor)
+  left = max(1, factor // reduced)
+  return pixels[::left, ::left]
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

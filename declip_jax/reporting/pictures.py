@@ -1,22 +1,23 @@
-"""Pictures of a run: training curves, augmented views with their texts, retrieved images, comparisons of runs.
+"""Sheets of pictures: augmented views with their texts, retrieved images, samples, mistakes, pairs.
 
 All are PNG files, written under a temporary name and renamed, so that a viewer never sees an incomplete file. Figures
 are plain objects: nothing here changes pyplot, the backend or matplotlib's global settings. matplotlib is imported only
 when something is drawn: most commands draw nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import io
 import os
 from pathlib import Path
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 import unicodedata
 import warnings
 
 from absl import logging
 import numpy as np
+from PIL import Image
 
 from declip_jax.data.storage import outputs
 
@@ -24,16 +25,19 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
+MOST_BYTES = 2**20  # of a file
 _DPI = 100
-_CELL = 2.24  # width of a picture in inches: 224 pixels
-_GAP = 0.12  # inches between pictures
-_LINE = 0.16  # inches between two lines of text
-_CHARACTER = 0.082  # width of a character in inches
-_MONOSPACE = ["DejaVu Sans Mono", "DejaVu Sans"]  # both are part of matplotlib; the second covers more scripts
+_WIDTH = 10.0  # of a sheet, in inches
+_CELL, _PAIR = 1.2, 0.7  # width of a picture, and of one of a pair
+_PITCH = 1.55  # from a view to the next
+_TEXT = 1.6  # width of a column of texts
+_GAP = 0.12  # between pictures
+_LINE, _SMALL_LINE = 0.16, 0.135  # from a line of text, and of small text, to the next
+_CHARACTER, _SMALL, _BOLD = 0.075, 0.064, 0.1  # width of a character of a text, a small text and a title
 _PAIRS = 6  # pairs of pictures in a row
-_INSIDE = 6  # number of curves up to which the legend is inside the axes
-_FEW = 200  # number of points up to which each is marked and none is smoothed
-RIGHT, WRONG, INK, FAINT = "#1a9850", "#d73027", "#222222", "#888888"
+_BEST = 5  # answers of a query that are not drawn apart
+RIGHT, WRONG, INK, FAINT = "#0072B2", "#D55E00", "#222222", "#777777"
+_VIEW_COLORS = (RIGHT, WRONG, "#009E73", "#CC79A7")
 
 
 @contextlib.contextmanager
@@ -45,161 +49,218 @@ def optional(path: str | os.PathLike[str]) -> Iterator[None]:
     logging.warning("%s could not be drawn", path, exc_info=True)
 
 
-_NOT_SCORES = ("loss", "seconds", "images", "texts", "examples", "ties", "unreadable", "majority_share", "_rank")
+class Views(NamedTuple):
+  """An example as the model receives it, and what it was made from.
 
-
-def plot_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-  """Draws the curves of one run over its steps: losses, evaluations, learning rate, temperature, features and speed.
-
-  Long series are drawn light, with a smoothed line on top. The loss panel has "loss" and every "loss/<term>", the
-  evaluation panel every "eval/..." that is a score rather than a loss, a duration or a count. The deviation of the
-  features of each branch is about 1, and falls to 0 where a branch collapses. Panels without series stay empty.
-
-  Args:
-    metrics: lines of `metrics.read_metrics`; a None or a number that is not finite is a missing point.
-    path: PNG file to write.
+  Attributes:
+    originals: pictures from which the views were made, uint8 `[h w 3]`.
+    views: image views, uint8 `[v h w 3]`.
+    boxes: for each view the number of its original, and the part of it that the view shows: top, left, height and
+      width as shares of the original's.
+    changes: for each view what changed it.
+    texts: text views.
+    notes: for each text view what changed it.
   """
-  figure = new_figure(14, 8)
-  small = ("lr", "temperature", "images_per_second")
-  panels = figure.subplot_mosaic([["loss", "loss", "eval", "eval"], ["lr", "temperature", "deviation", small[-1]]])
-  names = sorted({name for line in metrics for name in line})
-  losses = [name for name in names if name == "loss" or name.startswith("loss/")]
-  scores = [name for name in names if name.startswith("eval/") and not name.endswith(_NOT_SCORES)]
-  _panel(panels["loss"], "loss", {name.removeprefix("loss/"): _series(metrics, name) for name in losses})
-  _panel(panels["eval"], "evaluation", {name.removeprefix("eval/"): _series(metrics, name) for name in scores})
-  deviations = [name for name in names if name.startswith("diagnostics/") and name.endswith("/deviation")]
-  _panel(panels["deviation"], "deviation", {name.split("/")[1]: _series(metrics, name) for name in deviations})
-  for name in small:
-    _panel(panels[name], name.replace("_", " "), {"last": _series(metrics, name)}, smooth=name == "images_per_second")
-  for name in ("loss", "eval"):
-    panels[name].set_xlabel("step")
-  save(figure, path)
 
-
-def plot_comparison(
-  runs: Mapping[str, Sequence[Mapping[str, Any]]],
-  metric_names: Sequence[str],
-  path: str | os.PathLike[str],
-  baselines: Mapping[str, float] | None = None,
-) -> None:
-  """Draws metrics of several runs over the examples seen, one panel per metric.
-
-  Args:
-    runs: lines of `metrics.read_metrics` by label. The axis is "examples" if all lines have it, otherwise "step".
-    metric_names: metrics to draw.
-    path: PNG file to write.
-    baselines: values from elsewhere by label, a dashed line in every panel.
-  """
-  lines = [line for run in runs.values() for line in run]
-  axis = "examples" if all("examples" in line for line in lines) else "step"
-  figure = new_figure(7 * len(metric_names), 5)
-  for axes, name in zip(figure.subplots(1, len(metric_names), squeeze=False)[0], metric_names, strict=True):
-    _panel(axes, name.removeprefix("eval/"), {label: _series(run, name, axis) for label, run in runs.items()})
-    axes.set_xlabel({"examples": "examples seen", "step": "step"}[axis])
-    for label, value in (baselines or {}).items():
-      axes.axhline(value, color=FAINT, linestyle="--", linewidth=1)
-      place = {"xy": (0, value), "xytext": (4, 3), "xycoords": axes.get_yaxis_transform()}
-      axes.annotate(label, **place, textcoords="offset points", color=FAINT, fontsize=8, parse_math=False)
-  save(figure, path)
+  originals: Sequence[np.ndarray]
+  views: np.ndarray
+  boxes: Sequence[tuple[int, tuple[float, float, float, float]]]
+  changes: Sequence[str]
+  texts: Sequence[str]
+  notes: Sequence[str]
 
 
 def plot_views(
-  images: np.ndarray,
-  texts: Sequence[Sequence[str]],
+  examples: Sequence[Views],
+  title: str,
   path: str | os.PathLike[str],
   view_names: Sequence[str],
   text_names: Sequence[str],
 ) -> None:
-  """Draws a contact sheet: one row per example with its image views, and its text views below them.
+  """Draws a row for each example: its originals with the part that each view shows, the views, and the texts.
 
   Args:
-    images: uint8 `[b v h w 3]`.
-    texts: `b` lists of `u` texts, as the model receives them.
+    examples: examples of equally many originals, `v` views and `u` texts.
+    title: what the examples are.
     path: PNG file to write.
-    view_names: `v` names, written above the pictures.
-    text_names: `u` names, written before the texts.
+    view_names: `v` names, written above the views.
+    text_names: `u` names, written above the texts.
 
   Raises:
-    ValueError: `images` has another shape or type, or the numbers of names and texts do not match.
+    ValueError: views have another shape or type, or numbers differ.
   """
-  _check_views(images, texts, view_names, text_names)
-  (count, views, height, width), margin = images.shape[:4], 2 * _GAP
-  cell_height = _CELL * height / width
-  sheet_width = views * (_CELL + _GAP) - _GAP
-  notes = [_note(row, text_names, round(sheet_width / _CHARACTER)) for row in texts]
-  block_heights = [cell_height + (note.count("\n") + 2.5) * _LINE for note in notes]
-  sheet = _Sheet(sheet_width + 2 * margin, sum(block_heights) + 2 * margin + _LINE)
-  for view, name in enumerate(view_names):
-    sheet.write(margin + view * (_CELL + _GAP), margin, name, color=FAINT)
-  top = margin + _LINE
-  for example in range(count):
-    for view in range(views):
-      sheet.place(margin + view * (_CELL + _GAP), top, _CELL, cell_height, images[example, view])
-    sheet.write(margin, top + cell_height + _LINE / 2, notes[example], family=_MONOSPACE)
-    top += block_heights[example]
-  save(sheet.figure, path)
+  for example in examples:
+    _check_views(example, view_names, text_names)
+  originals = max((len(example.originals) for example in examples), default=1)
+  left = 2 * _GAP + (originals + len(view_names)) * _PITCH
+  width = max(_WIDTH, left + 2.5 * bool(text_names))
+  changes = [[wrap(text, round(_PITCH / _SMALL), 6) for text in example.changes] for example in examples]
+  notes = [_notes(example, text_names, round((width - left - 2 * _GAP) / _CHARACTER)) for example in examples]
+  heights = []
+  for own, text in zip(changes, notes, strict=True):
+    below = max((change.count("\n") + 1 for change in own), default=0)
+    heights.append(max(_CELL + below * _SMALL_LINE, (text.count("\n") + 1) * _LINE) + 2 * _GAP)
+  sheet = _Sheet(title, width, sum(heights) + 1.5 * _LINE)
+  names = ["original", "other image"][:originals] + [f"{n}: {name}" for n, name in enumerate(view_names, 1)]
+  for column, name in enumerate(names):
+    sheet.write(2 * _GAP + column * _PITCH, 0, name, color=([FAINT] * originals + [*_VIEW_COLORS] * len(names))[column])
+  top = 1.5 * _LINE
+  for example, own, text, height in zip(examples, changes, notes, heights, strict=True):
+    _draw_views(sheet, top, example, originals, own)
+    sheet.write(left, top, text)
+    top += height
+  sheet.save(path)
+
+
+def _draw_views(sheet: "_Sheet", top: float, example: Views, originals: int, changes: Sequence[str]) -> None:
+  """Draws the pictures of an example, with what changed each view below it."""
+  colors = [_VIEW_COLORS[view % len(_VIEW_COLORS)] for view in range(len(example.views))]
+  for number, original in enumerate(example.originals):
+    boxes = [(box, color) for (of, box), color in zip(example.boxes, colors, strict=True) if of == number]
+    sheet.place(2 * _GAP + number * _PITCH, top, _CELL, _CELL, original, boxes=boxes)
+  for view, (picture, change, color) in enumerate(zip(example.views, changes, colors, strict=True)):
+    place = 2 * _GAP + (originals + view) * _PITCH
+    sheet.place(place, top, _CELL, _CELL, picture, frame=color, thickness=1.5)
+    sheet.write(place, top + _CELL + _GAP / 2, change, fontsize=7.5)
+
+
+class Answer(NamedTuple):
+  """A picture or text that was found for a query.
+
+  Attributes:
+    found: picture, uint8 `[h w 3]`, or text.
+    place: its place among all candidates, 1 for the highest score.
+    score: its similarity to the query.
+    is_right: whether it belongs to the query.
+  """
+
+  found: np.ndarray | str
+  place: int
+  score: float
+  is_right: bool
 
 
 def plot_retrieval(
-  query_texts: Sequence[str],
-  images: Sequence[Sequence[np.ndarray]] | np.ndarray,
-  correct: np.ndarray | Sequence[Sequence[bool]],
+  title: str,
+  of_texts: Sequence[tuple[str, Sequence[Answer]]],
+  of_images: Sequence[tuple[np.ndarray, Sequence[Answer]]],
   path: str | os.PathLike[str],
 ) -> None:
-  """Draws the images that each text retrieves, best first: a solid green frame if correct, a dashed red one if not.
+  """Draws the images that some texts find, and the texts that some images find, each with its place and score.
 
   Args:
-    query_texts: `n` texts.
-    images: `n` rows of `k` pictures, each uint8 `[h w 3]`; sizes may differ.
-    correct: whether each picture belongs to its text, `[n k]`.
+    title: data and scores.
+    of_texts: texts with their answers, pictures of which the first five are the best; a sixth is drawn apart.
+    of_images: pictures with their answers, which are texts.
     path: PNG file to write.
-
-  Raises:
-    ValueError: the three have different numbers of queries, or `images` and `correct` different numbers of pictures.
   """
-  correct = np.asarray(correct, bool)
-  if not len(query_texts) == len(images) == len(correct):
-    raise ValueError(
-      f"{len(query_texts)} texts, {len(images)} rows of images, {len(correct)} of correct: must be equal"
+  across = 2 * _GAP + _TEXT, _WIDTH / 2
+  row, block = _CELL + _LINE + 2 * _GAP, max(_CELL, (_BEST + 1) * _LINE) + 2 * _GAP
+  second = 1.5 * _LINE * bool(of_texts) + len(of_texts) * row
+  sheet = _Sheet(title, _WIDTH, second + (1.5 * _LINE + -(-len(of_images) // 2) * block) * bool(of_images))
+  if of_texts:
+    sheet.write(2 * _GAP, 0, "text to image: the best images, and the right one if it is not among them", color=FAINT)
+  for number, (text, answers) in enumerate(of_texts):
+    top = 1.5 * _LINE + number * row
+    sheet.write(2 * _GAP, top, wrap(text, round(_TEXT / _CHARACTER), 7))
+    for column, answer in enumerate(answers):
+      place = across[0] + column * (_CELL + _GAP) + 2 * _GAP * (column >= _BEST)
+      sheet.place(
+        place, top, _CELL, _CELL, answer.found, frame=_frame(answer), dashed=not answer.is_right, thickness=2.5
+      )
+      sheet.write(place, top + _CELL + _GAP / 2, _mark(answer), color=_frame(answer), fontsize=8)
+  if of_images:
+    sheet.write(
+      2 * _GAP, second, "image to text: the best texts, and the right one if it is not among them", color=FAINT
     )
-  margin, pitch = 2 * _GAP, _CELL + 2 * _GAP
-  sheet = _Sheet(2 * margin + (1 + correct.shape[1]) * pitch, 2 * margin + len(images) * pitch - 2 * _GAP)
-  for row, (text, pictures, marks) in enumerate(zip(query_texts, images, correct, strict=True)):
-    sheet.write(margin, margin + row * pitch, _wrap(text, round(_CELL / _CHARACTER), 12))
-    for rank, (picture, mark) in enumerate(zip(pictures, marks, strict=True)):
-      place = margin + (1 + rank) * pitch, margin + row * pitch
-      sheet.place(*place, _CELL, _CELL, picture, frame=RIGHT if mark else WRONG)
-  save(sheet.figure, path)
+  for number, (picture, answers) in enumerate(of_images):
+    left, top = 2 * _GAP + number % 2 * across[1], second + 1.5 * _LINE + number // 2 * block
+    sheet.place(left, top, _CELL, _CELL, picture)
+    width = round((across[1] - _CELL - 4 * _GAP) / _SMALL)
+    for line, answer in enumerate(answers):
+      text = wrap(f"{_mark(answer)}  {answer.found}", width, 1)
+      sheet.write(left + _CELL + _GAP, top + line * _LINE, text, color=_frame(answer), fontsize=8)
+  sheet.save(path)
 
 
-def plot_examples(rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: str | os.PathLike[str]) -> None:
+def _frame(answer: Answer) -> str:
+  return RIGHT if answer.is_right else WRONG
+
+
+def _mark(answer: Answer) -> str:
+  return f"{'✓' if answer.is_right else '✗'} {answer.place:,}.  {answer.score:.2f}"
+
+
+class Tile(NamedTuple):
+  """A sample of a contact sheet.
+
+  Attributes:
+    picture: uint8 `[h w 3]`; None if it cannot be shown.
+    name: its class; or what is wrong with it.
+    text: its caption; or the name of a bad sample.
+  """
+
+  picture: np.ndarray | None
+  name: str
+  text: str
+
+
+def plot_tiles(title: str, tiles: Sequence[Tile], path: str | os.PathLike[str], columns: int = 6) -> None:
+  """Draws a contact sheet; a sample that cannot be shown is a crossed box.
+
+  Args:
+    title: data, and how many samples are bad.
+    tiles: samples, row by row.
+    path: PNG file to write.
+    columns: number of tiles in a row.
+  """
+  pitch = (_WIDTH - 3 * _GAP) / columns
+  cell, width = pitch - _GAP, round((pitch - _GAP) / _SMALL)
+  height = cell + 4 * _LINE + _GAP
+  sheet = _Sheet(title, _WIDTH, -(-len(tiles) // columns) * height)
+  for number, tile in enumerate(tiles):
+    left, top = 2 * _GAP + number % columns * pitch, number // columns * height
+    if tile.picture is None:
+      sheet.cross(left, top, cell)
+    else:
+      sheet.place(left, top, cell, cell, tile.picture)
+    name = wrap(tile.name, width, 1)
+    text = wrap(tile.text, width, 4 - bool(name))
+    color = INK if tile.picture is not None else WRONG
+    sheet.write(left, top + cell + _GAP / 2, name, fontsize=8, fontweight="bold", color=color)
+    sheet.write(left, top + cell + _GAP / 2 + _LINE * bool(name), text, fontsize=8)
+  sheet.save(path)
+
+
+def plot_examples(title: str, rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: str | os.PathLike[str]) -> None:
   """Draws a row of pictures for each of some texts.
 
   Args:
+    title: what the rows are.
     rows: texts, each with some pictures, uint8 `[h w 3]`; sizes and numbers may differ.
     path: PNG file to write.
   """
-  margin, cell = 2 * _GAP, _CELL / 2
   most = max((len(pictures) for _, pictures in rows), default=0)
-  pitch = cell + _GAP
-  sheet = _Sheet(2 * margin + _CELL + _GAP + most * pitch, 2 * margin + max(len(rows), 1) * pitch - _GAP)
+  pitch = _CELL + _GAP
+  sheet = _Sheet(title, max(_WIDTH, 4 * _GAP + _TEXT + most * pitch), max(len(rows), 1) * pitch)
   for row, (text, pictures) in enumerate(rows):
-    top = margin + row * pitch
-    sheet.write(margin, top, _wrap(text, round(_CELL / _CHARACTER), 6))
-    for place, picture in enumerate(pictures):
-      sheet.place(margin + _CELL + _GAP + place * pitch, top, cell, cell, picture)
-  save(sheet.figure, path)
+    sheet.write(2 * _GAP, row * pitch, wrap(text, round(_TEXT / _CHARACTER), 7))
+    for column, picture in enumerate(pictures):
+      sheet.place(2 * _GAP + _TEXT + column * pitch, row * pitch, _CELL, _CELL, picture)
+  sheet.save(path)
 
 
 def plot_pairs(
+  title: str,
   pairs: Sequence[tuple[np.ndarray, np.ndarray]],
   scores: Sequence[float],
   threshold: float,
   path: str | os.PathLike[str],
 ) -> None:
-  """Draws pairs of images in order, each with its score, and a green frame if it is at least the threshold.
+  """Draws pairs of images in order, each with its score, and a blue frame if it is at least the threshold.
 
   Args:
+    title: what is compared.
     pairs: two pictures each, uint8 `[h w 3]`; sizes may differ.
     scores: score of each pair.
     threshold: smallest score of a pair that counts.
@@ -210,83 +271,118 @@ def plot_pairs(
   """
   if len(pairs) != len(scores):
     raise ValueError(f"{len(pairs)} pairs and {len(scores)} scores: must be equally many")
-  margin, width, height = 2 * _GAP, _CELL + 3 * _GAP, _CELL / 2 + 2 * _LINE
-  rows = -(-len(pairs) // _PAIRS) or 1
-  sheet = _Sheet(2 * margin + _PAIRS * width, 2 * margin + rows * height)
+  width, height = (_WIDTH - 2 * _GAP) / _PAIRS, _PAIR + 2 * _LINE
+  sheet = _Sheet(title, _WIDTH, (-(-len(pairs) // _PAIRS) or 1) * height)
   for number, (pair, score) in enumerate(zip(pairs, scores, strict=True)):
-    left, top = margin + number % _PAIRS * width, margin + number // _PAIRS * height
+    left, top = 2 * _GAP + number % _PAIRS * width, number // _PAIRS * height
     for side, picture in enumerate(pair):
       frame = RIGHT if score >= threshold else ""
-      sheet.place(left + side * (_CELL / 2 + _GAP / 2), top, _CELL / 2, _CELL / 2, picture, frame=frame)
-    sheet.write(left, top + _CELL / 2 + _GAP / 2, f"{score:.3f}")
-  save(sheet.figure, path)
+      sheet.place(left + side * (_PAIR + _GAP / 2), top, _PAIR, _PAIR, picture, frame=frame)
+    sheet.write(left, top + _PAIR + _GAP / 2, f"{score:.3f}")
+  sheet.save(path)
 
 
 class _Sheet:
-  """A figure on which pictures and texts are placed in inches from the top left corner."""
+  """A figure with a title, on which pictures and texts are placed in inches from the top left corner below it.
 
-  def __init__(self, width: float, height: float):
+  Args:
+    title: title.
+    width: width in inches.
+    height: height in inches below the title.
+  """
+
+  def __init__(self, title: str, width: float, height: float):
     from matplotlib.figure import Figure
 
-    self.figure = Figure(figsize=(width, height), dpi=_DPI)
-    self._size = width, height
+    title = wrap(title, round((width - 4 * _GAP) / _BOLD), 3)
+    self._top = 2 * _GAP + (title.count("\n") + 1) * 1.3 * _LINE + _GAP if title else 2 * _GAP
+    self._size = width, self._top + height + 2 * _GAP
+    self._figure = Figure(figsize=self._size, dpi=_DPI)
+    self.write(2 * _GAP, 2 * _GAP - self._top, title, fontsize=11, fontweight="bold")
 
-  def place(self, left: float, top: float, width: float, height: float, picture: np.ndarray, frame: str = "") -> None:
-    """Draws a picture as large as the box allows, at its top, with a frame of the colour `frame`."""
+  def save(self, path: str | os.PathLike[str]) -> None:
+    save(self._figure, path)
+
+  def place(
+    self,
+    left: float,
+    top: float,
+    width: float,
+    height: float,
+    picture: np.ndarray,
+    *,
+    frame: str = "",
+    dashed: bool = False,
+    thickness: float = 3.0,
+    boxes: Sequence[tuple[tuple[float, float, float, float], str]] = (),
+  ) -> None:
+    """Draws a picture as large as the space allows, at its top.
+
+    Args:
+      left, top, width, height: space in inches.
+      picture: uint8 `[h w 3]`.
+      frame: colour of its frame; "" for none.
+      dashed: whether the frame is dashed.
+      thickness: that of the frame, in points.
+      boxes: top, left, height and width of boxes, as shares of the picture's, each with its colour.
+    """
+    from matplotlib.patches import Rectangle
+
     scale = min(width / picture.shape[1], height / picture.shape[0])
     across, down = scale * picture.shape[1], scale * picture.shape[0]
-    box = self._across(left + (width - across) / 2), self._up(top + down)
-    axes = self.figure.add_axes((*box, self._across(across), down / self._size[1]), xticks=[], yticks=[])
-    axes.imshow(picture, aspect="auto")
-    # Wrong ones are dashed for people who do not tell red from green.
-    dashes = (0, (2, 1)) if frame == WRONG else "-"
-    axes.spines[:].set(visible=bool(frame), linewidth=4, color=frame or INK, linestyle=dashes, capstyle="butt")
+    axes = self._axes(left + (width - across) / 2, top, across, down)
+    axes.imshow(picture, aspect="auto", extent=(0, 1, 1, 0))
+    dashes = (0, (2, 1)) if dashed else "-"
+    axes.spines[:].set(visible=bool(frame), linewidth=thickness, color=frame or INK, linestyle=dashes, capstyle="butt")
+    for number, ((y, x, tall, wide), color) in enumerate(boxes):
+      style = {"edgecolor": color, "linewidth": 1.5, "linestyle": ("-", "--", ":")[number % 3], "clip_on": False}
+      axes.add_patch(Rectangle((x, y), wide, tall, fill=False, **style))
+
+  def cross(self, left: float, top: float, side: float) -> None:
+    """Draws a crossed box."""
+    axes = self._axes(left, top, side, side)
+    axes.plot([0, 1, np.nan, 0, 1], [0, 1, np.nan, 1, 0], color=WRONG, linewidth=1)
+    axes.set(xlim=(0, 1), ylim=(0, 1), facecolor="#eeeeee")
+    axes.spines[:].set(color=WRONG)
 
   def write(self, left: float, top: float, text: str, **style: Any) -> None:
     """Writes a text from its top left corner."""
     style = {"fontsize": 9, "color": INK, "verticalalignment": "top", "parse_math": False} | style
-    self.figure.text(self._across(left), self._up(top), text, **style)
+    self._figure.text(left / self._size[0], self._up(top), text, **style)
 
-  def _across(self, inches: float) -> float:
-    return inches / self._size[0]
+  def _axes(self, left: float, top: float, width: float, height: float) -> "Axes":
+    box = left / self._size[0], self._up(top + height), width / self._size[0], height / self._size[1]
+    return self._figure.add_axes(box, xticks=[], yticks=[])
 
   def _up(self, inches: float) -> float:
-    return 1 - inches / self._size[1]
+    return 1 - (self._top + inches) / self._size[1]
 
 
-def _check_views(images: np.ndarray, texts: Sequence[Sequence[str]], *names: Sequence[str]) -> None:
-  if images.ndim != 5 or images.shape[-1] != 3 or images.dtype != np.uint8:
-    raise ValueError(f"images {images.dtype} {list(images.shape)}: expected uint8 [b v h w 3]")
-  found = len(texts), *map(len, names), {len(row) for row in texts}
-  expected = len(images), images.shape[1], len(names[1]), {len(names[1])}
+def _check_views(example: Views, view_names: Sequence[str], text_names: Sequence[str]) -> None:
+  images = example.views
+  if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+    raise ValueError(f"views {images.dtype} {list(images.shape)}: expected uint8 [v h w 3]")
+  found = [*map(len, (images, example.boxes, example.changes, example.texts, example.notes))]
+  expected = [len(view_names)] * 3 + [len(text_names)] * 2
   if found != expected:
-    raise ValueError(
-      f"texts, view names, text names, texts per example: {found}; expected {expected} for images of this shape"
-    )
+    raise ValueError(f"views, boxes, changes, texts and notes: {found}; expected {expected}, as many as names")
 
 
-def _note(texts: Sequence[str], names: Sequence[str], width: int) -> str:
-  indent = max(map(len, names), default=0) + 2
-  wrapped = [_wrap(text, max(20, width - indent), 6) for text in texts]
-  blocks = [
-    f"{name:<{indent}}" + text.replace("\n", "\n" + " " * indent) for name, text in zip(names, wrapped, strict=True)
-  ]
+def _notes(example: Views, names: Sequence[str], width: int) -> str:
+  """The texts of an example, each under its name and what changed it."""
+  blocks = []
+  for name, note, text in zip(names, example.notes, example.texts, strict=True):
+    blocks += [f"{name}{', ' if note else ''}{note}:", textwrap.indent(wrap(text, width - 4, 4), "    ")]
   return "\n".join(blocks)
 
 
-def _wrap(text: str, width: int, lines: int) -> str:
+def wrap(text: str, width: int, lines: int) -> str:
+  """A text in at most `lines` lines of `width` Latin letters, without what a font cannot draw."""
   # Broken captions contain half surrogate pairs and control characters, which a font cannot draw.
   printable = "".join(c if c.isprintable() else " " for c in text.encode(errors="replace").decode())
   # Letters of scripts that the font lacks become boxes, nearly twice as wide as Latin letters.
-  wide = any(unicodedata.category(c) in ("Lo", "So") for c in printable)
+  wide = any(unicodedata.category(c) in ("Lo", "So") and c not in "°✓✗" for c in printable)
   return textwrap.fill(printable, width // 2 if wide else width, max_lines=lines, placeholder=" ...")
-
-
-def _series(lines: Sequence[Mapping[str, Any]], name: str, axis: str = "step") -> tuple[np.ndarray, np.ndarray]:
-  """Returns the points `(x, y)` of a metric, without those that are missing or not finite."""
-  points = [(line[axis], line[name]) for line in lines if line.get(name) is not None]
-  x, y = np.array(points, float).reshape(-1, 2).T
-  return x[np.isfinite(y)], y[np.isfinite(y)]
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -297,47 +393,8 @@ def new_figure(width: float, height: float) -> "Figure":
   return figure
 
 
-def _panel(
-  axes: "Axes", title: str, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, smooth: bool = True
-) -> None:
-  """Draws curves with their last values in the legend, which is next to the axes if there are many.
-
-  More than ten curves also differ in line style.
-  """
-  from matplotlib.ticker import EngFormatter
-
-  axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
-  axes.spines[["top", "right"]].set_visible(False)
-  curves = {label: curve for label, curve in curves.items() if len(curve[0])}
-  if not curves:
-    axes.set(xticks=[], yticks=[])
-    axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color=FAINT)
-    return
-  axes.grid(color="#e6e6e6", linewidth=0.8)
-  axes.set_axisbelow(True)
-  axes.xaxis.get_major_locator().set_params(integer=True)  # pyrefly: ignore[unexpected-keyword]: a MaxNLocator
-  axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-  axes.yaxis.set_major_formatter("{x:.4g}")
-  for index, (label, (x, y)) in enumerate(curves.items()):
-    style = {"color": f"C{index % 10}", "linestyle": ("-", "--", ":", "-.")[index // 10 % 4], "linewidth": 1.6}
-    if len(x) <= _FEW:
-      style |= {"marker": "o", "markersize": 3}
-    elif smooth:
-      axes.plot(x, y, color=style["color"], linewidth=0.6, alpha=0.25)
-      y = _smooth(y, len(y) // 50)
-    axes.plot(x, y, label=f"{label}  {y[-1]:.4g}", **style)
-  beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(curves) > _INSIDE else {}
-  for text in axes.legend(frameon=False, fontsize=9, **beside).get_texts():
-    text.set_parse_math(False)
-
-
-def _smooth(values: np.ndarray, width: int) -> np.ndarray:
-  """Averages with a bell-shaped window of about `width` points; at the ends with the points that exist."""
-  bell = np.hanning(2 * width + 1)
-  return np.convolve(values, bell, "same") / np.convolve(np.ones_like(values), bell, "same")
-
-
 def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
+  """Writes a figure as PNG, with 256 colours and then at lower resolution if it is larger than `MOST_BYTES`."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   file = io.BytesIO()
@@ -345,4 +402,17 @@ def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
     # The font lacks emoji and most scripts of Asia, and draws boxes instead.
     warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
     figure.savefig(file, format="png", facecolor="white")
-  outputs.write(path, file.getvalue())
+  outputs.write(path, _bounded(file.getvalue()))
+
+
+def _bounded(png: bytes) -> bytes:
+  if len(png) <= MOST_BYTES:
+    return png
+  with Image.open(io.BytesIO(png)) as opened:
+    image = opened.convert("RGB")
+  while True:
+    file = io.BytesIO()
+    image.quantize(256).save(file, "PNG", optimize=True)
+    if file.tell() <= MOST_BYTES:
+      return file.getvalue()
+    image = image.resize([max(1, round(0.8 * side)) for side in image.size])

@@ -49,6 +49,11 @@ class Facts:
   scales: tuple[float, ...] = ()
 
 
+def chance_losses(batch_size: int) -> dict[str, float]:
+  """The loss of a model that answers at random, for each term that has one, when this many pairs are compared."""
+  return {term: math.log(candidates(batch_size)) for term, candidates in _CANDIDATES.items()}
+
+
 class Symptoms:
   """Watches the lines of metrics.jsonl.
 
@@ -108,8 +113,7 @@ class Symptoms:
         )
 
   def _at_chance(self, step: int, means: Mapping[str, float]) -> Iterator[str]:
-    for term, candidates in _CANDIDATES.items():
-      chance = math.log(candidates(self._facts.batch_size))
+    for term, chance in chance_losses(self._facts.batch_size).items():
       if abs(means.get(f"loss/{term}", math.inf) - chance) < _NEAR * chance:
         yield (
           f"step {step}: the loss of {term} is {means[f'loss/{term}']:.2f}, that of random answers: check with "

@@ -127,7 +127,7 @@ def record(
   earlier = read_starts(workdir)
   records.add_line(workdir / "starts.jsonl", about)
   changed = _changed_sources(earlier[-1], samples, stamps) if earlier else []
-  return [*_differences(now if before is None else before, now), *changed]
+  return [*differences(now if before is None else before, now), *changed]
 
 
 class Start(NamedTuple):
@@ -187,9 +187,10 @@ def _git_revision() -> str:
     return "unknown"
 
 
-def _differences(before: Any, after: Any, name: str = "config") -> list[str]:
+def differences(before: Any, after: Any, name: str = "config") -> list[str]:
+  """The fields of a config that differ in another one, with both values, such as "config.seed: 0 -> 1"."""
   if isinstance(before, dict) and isinstance(after, dict):
     # A field that only one of two versions has was not changed by the user; an evaluation was.
     names = sorted({*before, *after} if name == "config.evals" else before.keys() & after.keys())
-    return [line for key in names for line in _differences(before.get(key), after.get(key), f"{name}.{key}")]
+    return [line for key in names for line in differences(before.get(key), after.get(key), f"{name}.{key}")]
   return [] if before == after else [f"{name}: {before!r} -> {after!r}"]

@@ -163,17 +163,30 @@ def test_the_limit_of_pixels_can_be_set(shards):
 
 def test_a_contact_sheet_is_drawn(shards, tmp_path):
   source = open_source(guess(str(shards)))
-  draw(source, read_samples(source, 10)[0], tmp_path / "sheets" / "s.png")
+  draw(source, *read_samples(source, 10), tmp_path / "sheets" / "s.png")
   with Image.open(tmp_path / "sheets" / "s.png") as sheet:
     pixels = np.asarray(sheet.convert("RGB"))
-  assert pixels.shape[1] > 6 * 224
-  assert (pixels == 200).all(-1).sum() > 8 * 200 * 70  # eight grey images
+  assert pixels.shape[1] == 1000
+  assert (pixels == 200).all(-1).sum() > 8 * 140 * 40  # eight grey images
+
+
+def test_a_contact_sheet_has_captions_classes_and_bad_samples(shards, tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(inspect.pictures, "plot_tiles", lambda title, tiles, path: drawn.extend([title, *tiles]))
+  source = open_source(guess(str(shards)))
+  draw(source, *read_samples(source, 10), tmp_path / "s.png")
+  title, *tiles = drawn
+  assert title == f"{source.name}: 10 samples, of which 10 were tried and 2 are bad"
+  texts = [(tile.name, tile.text) for tile in tiles if tile.picture is not None]
+  assert texts[4:7] == [("", "one"), ("hot dog", ""), ("cat", "北京")]
+  assert len(texts) == 8
+  assert [tile.text.split(": ")[0] for tile in tiles if tile.picture is None] == ["s.tar:8", "s.tar:9"]
 
 
 @pytest.mark.slow
 def test_a_full_contact_sheet_is_drawn(tmp_path):
   source = open_scenes("test/30/16")
-  draw(source, read_samples(source, 30)[0], tmp_path / "many.png")
+  draw(source, *read_samples(source, 30), tmp_path / "many.png")
   assert (tmp_path / "many.png").stat().st_size > 10_000
 
 
@@ -437,7 +450,7 @@ def test_bad_samples_do_not_stop_it(tmp_path):
   assert "1 of 1 (100.0%)" in described(tmp_path / "s.tar")
   source = open_source(guess(f"{tmp_path}/s.tar"))
   with pytest.raises(ValueError, match=r"s\.tar has no good sample"):
-    draw(source, read_samples(source, 10)[0], tmp_path / "s.png")
+    draw(source, *read_samples(source, 10), tmp_path / "s.png")
 
 
 @pytest.mark.parametrize("images", [[b""], [b"", encoded(9, 9, "PNG")]])

@@ -10,9 +10,11 @@ from PIL import Image
 import pytest
 
 from declip_jax.data import finetuning, images
+from declip_jax.data.images import Crop, ViewParams
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.recipes import RECIPES, Recipe, get_recipe, trimmed
 from declip_jax.data.sources.base import BadSample
+from declip_jax.data.text import augment as texts
 from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.views import Views
 
@@ -86,6 +88,36 @@ def test_samples_depend_only_on_example_and_generator(name):
   first, again = (make(RECIPES[name], example, 3) for _ in range(2))
   assert all(np.array_equal(first[key], again[key]) for key in first)
   assert all(len({row.tobytes() for row in first[key]}) > 1 for key in first if key in ("image", "mim_position"))
+
+
+@pytest.mark.parametrize("name", ["openai", "slip", "declip", "declip_repo"])
+def test_the_origin_of_a_sample_has_what_made_it(name):
+  """The sample is the same with it, and its views and texts can be made again from it."""
+  recipe = RECIPES[name]
+  make_views = MakeViews(recipe, TOKENIZER, Rendering(12))
+  example = {"image": photo(), "captions": CAPTIONS, "label": 3, "id": "0"}
+  if name == "slip":
+    example["ssl_image"] = photo(1)
+  for seed in range(5):
+    plain = make_views(example, np.random.default_rng(seed))
+    sample = make_views.with_origin(example, np.random.default_rng(seed))
+    origin = sample.pop("origin")
+    assert plain.keys() == sample.keys()
+    assert all(np.array_equal(plain[field], sample[field]) for field in plain)
+    again = [images.make(origin.photos[field], [params])[0] for field, params in origin.views]
+    np.testing.assert_array_equal(again, sample["image"])
+    assert [field for field, _ in origin.views] == [
+      "ssl_image" if view and name == "slip" else "image" for view in range(len(again))
+    ]
+    assert (origin.operation in texts.OPERATIONS) == ("augmented" in recipe.text_views)
+    assert origin.masked == sample.get("mlm_weight", np.zeros(0)).sum()
+
+
+def test_the_operations_of_a_view_are_described_in_order():
+  crop = Crop((10, 20, 30, 60), 40, 80, 5, 20, 20)
+  params = ViewParams(crop, (("hue", -0.05), ("contrast", 0.5)), True, 1.25, True, True)
+  assert params.describe() == ["hue -18°", "contrast 0.50", "grey", "blur 1.2 px", "solarised", "flipped"]
+  assert crop.visible == (13.75, 35, 15, 15)
 
 
 @pytest.mark.parametrize("name", RECIPES)

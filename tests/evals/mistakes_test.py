@@ -16,7 +16,7 @@ from declip_jax.evals.results import Scores
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
   """Titles of the rows of pictures, which are not drawn."""
   found: list[str] = []
-  monkeypatch.setattr(mistakes, "plot_examples", lambda rows, path: found.extend(title for title, _ in rows))
+  monkeypatch.setattr(mistakes, "plot_examples", lambda title, rows, path: found.extend(title for title, _ in rows))
   return found
 
 

@@ -7,9 +7,10 @@ from PIL import Image
 import pytest
 
 from declip_jax.data.images import EvalView
+from declip_jax.evals import retrieval as retrieval_lib
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.features import Split, Texts, make_data
-from declip_jax.evals.retrieval import METRICS, check, retrieval
+from declip_jax.evals.retrieval import METRICS, best_answers, check, retrieval
 
 
 def search(source, encoders, **options):
@@ -105,6 +106,40 @@ def test_captions_may_have_a_prefix():
   source = Source([(1, ("one",)), (2, ("two",))])
   words = {"a photo of one": 1, "a photo of two": 2}  # no caption without it can be encoded
   assert search(source, encoders(words), prefix="a photo of ")["mean_recall"] == 1
+
+
+@pytest.mark.parametrize(
+  ("scores", "right", "expected"),
+  [
+    ([0.1, 0.9, 0.5], [2], [(1, 1), (2, 2), (3, 0)]),
+    ([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [1, 0], [(1, 6), (2, 5), (3, 4), (4, 3), (5, 2), (6, 1)]),
+    ([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0, 5], [(1, 6), (2, 5), (3, 4), (4, 3), (5, 2)]),
+    ([0.5] * 7, [6], [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (7, 6)]),
+  ],
+)
+def test_the_right_answer_follows_the_best_with_its_place(scores, right, expected):
+  match = np.isin(np.arange(len(scores)), right)
+  assert best_answers(np.array(scores), match) == expected
+
+
+def test_answers_in_both_directions_are_drawn(tmp_path, monkeypatch):
+  """Seven pictures, whose texts are all about one of them: that text is right for the fourth picture alone."""
+  drawn = []
+  monkeypatch.setattr(retrieval_lib, "plot_retrieval", lambda *arguments: drawn.extend(arguments))
+  source = Source([(grey, (f"text {grey}",)) for grey in range(7)])
+  of_one = encoders({f"text {grey}": 3 for grey in range(7)})
+  path = tmp_path / "retrieval.png"
+  retrieval(make_data(of_one, Texts(of_one), Split(source, of_one)), path)
+  title, of_texts, of_images, where = drawn
+  assert title.startswith("greys: 7 texts and 7 images")
+  assert where == path
+  assert [text for text, _ in of_texts] == [f"text {grey}" for grey in (0, 1, 3, 4, 6)]
+  assert [int(image[0, 0, 0]) // 20 for image, _ in of_images] == [0, 2, 4, 6]
+  for text, answers in of_texts:
+    assert [answer.place for answer in answers if answer.is_right] == [{0: 2, 1: 3, 3: 1, 4: 5, 6: 7}[int(text[-1])]]
+    assert [int(answer.found[0, 0, 0]) // 20 for answer in answers if answer.is_right] == [int(text[-1])]
+    assert (answers[0].score, answers[1].score) == (1, 0)
+  assert [[a.found for a in answers if a.is_right] for _, answers in of_images] == [[f"text {n}"] for n in (0, 2, 4, 6)]
 
 
 def test_folds_are_searched_separately():

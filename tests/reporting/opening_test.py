@@ -1,11 +1,22 @@
 """The report of a run before its first step, and on its evaluations."""
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
+from declip_jax.data.make_views import MakeViews, Masking, Rendering
+from declip_jax.data.mixture import Mixture
+from declip_jax.data.pipeline import training_samples
+from declip_jax.data.recipes import RECIPES
+from declip_jax.data.sources import open_source
+from declip_jax.data.text.tokenizer import Tokenizer
+from declip_jax.reporting import opening
 from declip_jax.reporting.opening import opening_lines, score_lines
 from declip_jax.sharding import make_mesh
 
@@ -52,6 +63,46 @@ def test_groups_of_heads_are_described() -> None:
 def test_a_run_that_resumes_names_its_step_and_what_has_changed() -> None:
   assert describe(200)[3:] == ["resuming from step 200", "changed since the last start: config.seed: 0 -> 1"]
   assert "1,000" in describe(1000)[3]
+
+
+@pytest.mark.parametrize(("name", "augment_on"), [("declip", "host"), ("finetune", "device")])
+def test_views_are_drawn_with_what_made_them(
+  name: str, augment_on: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  drawn: list[Any] = []
+  monkeypatch.setattr(opening.pictures, "plot_views", lambda *arguments: drawn.extend(arguments))
+  rendering = Rendering(16, augment_on=augment_on)
+  make_views = MakeViews(RECIPES[name], Tokenizer(16), rendering, Masking(slots=3), num_classes=70)
+  mixture = Mixture([open_source("scenes:train/64/24")], (1.0,), name == "declip")
+  samples = training_samples(mixture, make_views.with_origin, seed=0)
+  table = opening.draw_views(samples, make_views, lambda batch, step: batch, tmp_path / "views.png")
+  examples, title, path, view_names, text_names = drawn
+  assert path == tmp_path / "views.png"
+  assert (view_names, text_names) == (RECIPES[name].image_views, RECIPES[name].text_views)
+  unlisted = title.partition("; not listed: ")[2].split(", ")
+  finetuning = ["colours", "blur and flips of the train step", "mixing with another image", "RandAugment", "erasing"]
+  assert unlisted == (finetuning if name == "finetune" else [""])
+  plain = training_samples(mixture, make_views, seed=0)
+  for number, example in enumerate(examples):
+    np.testing.assert_array_equal(example.views, plain[number]["image"])  # those of the training
+    [original] = example.originals
+    assert original.shape == (24, 24, 3)
+    for (of, (top, left, height, width)), change in zip(example.boxes, example.changes, strict=True):
+      assert of == 0
+      assert 0 <= top <= top + height <= 1
+      assert 0 <= left <= left + width <= 1
+      assert change.split(", ")[0] == f"crop {height * width:.0%}"
+      assert (change.count(",") == 0) or augment_on == "host"
+  if name == "finetune":
+    assert table == ""
+    return
+  assert all(example.texts[0] in table for example in examples)
+  notes = [dict(zip(text_names, example.notes, strict=True)) for example in examples]
+  assert all(own["augmented"].split(",")[0] in RECIPES[name].text_operations for own in notes)
+  masked = [int(plain[number]["mlm_weight"].sum()) for number in range(len(examples))]
+  assert [own["masked"] for own in notes] == [f"{count} to predict" if count else "" for count in masked]
+  for example, own in zip(examples, notes, strict=True):
+    assert own["augmented"].endswith("unchanged") == (example.texts[0] == example.texts[1])
 
 
 def test_each_evaluator_has_a_line() -> None:

@@ -37,6 +37,12 @@ class Crop(NamedTuple):
     """The resolution of the image divided by that of the view."""
     return min(self.box[2] / self.height, self.box[3] / self.width)
 
+  @property
+  def visible(self) -> tuple[float, float, float, float]:
+    """The part of the image that the square shows: top, left, height and width, in pixels of the image."""
+    down, across = self.box[2] / self.height, self.box[3] / self.width
+    return self.box[0] + self.top * down, self.box[1] + self.left * across, self.size * down, self.size * across
+
 
 def random_resized_crop(
   height: int, width: int, size: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]

@@ -103,6 +103,18 @@ class ViewParams:
   solarize: bool = False
   flip: bool = False
 
+  def describe(self) -> list[str]:
+    """What is done after the crop, in order, such as "brightness 1.2" for a factor and "hue +12°" for a shift."""
+    done = [
+      f"hue {360 * factor:+.0f}°" if operation == "hue" else f"{operation} {factor:.2f}"
+      for operation, factor in self.jitter
+    ]
+    if self.grayscale:
+      done.append("grey")
+    if self.blur is not None:
+      done.append(f"blur {self.blur:.1f} px")
+    return done + ["solarised"] * self.solarize + ["flipped"] * self.flip
+
 
 def draw(augmentation: Augmentation, height: int, width: int, size: int, rng: np.random.Generator) -> ViewParams:
   """Draws the parameters of a view of `size` x `size` pixels of an image.

@@ -184,7 +184,16 @@ OPERATIONS: dict[str, Callable[[Sequence[str], np.random.Generator], list[str]]]
 }
 
 
-def augment(text: str, rng: np.random.Generator, operations: Sequence[str] = ("replace", "swap", "delete")) -> str:
+class AugmentedText(NamedTuple):
+  """A varied caption, and the name of the operation in `OPERATIONS`, "" for none."""
+
+  text: str
+  operation: str
+
+
+def augment(
+  text: str, rng: np.random.Generator, operations: Sequence[str] = ("replace", "swap", "delete")
+) -> AugmentedText:
   """Varies a caption by one operation of EDA, drawn with equal probability; blank text becomes the empty string.
 
   Words are separated by white space. The time is linear in the length of the text.
@@ -199,10 +208,8 @@ def augment(text: str, rng: np.random.Generator, operations: Sequence[str] = ("r
     operations: names in `OPERATIONS`; without any, the words are kept.
   """
   words = text.split()
-  if not operations:
-    return " ".join(words)
-  operation = OPERATIONS[operations[rng.integers(len(operations))]]
-  return " ".join(operation(words, rng))
+  operation = operations[rng.integers(len(operations))] if operations else ""
+  return AugmentedText(" ".join(OPERATIONS[operation](words, rng) if operation else words), operation)
 
 
 def mlm_slots(context_length: int = 77, probability: float = 0.15) -> int:
