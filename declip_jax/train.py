@@ -39,7 +39,7 @@ from declip_jax.planning import choose, devices, flops
 from declip_jax.reporting import pictures
 from declip_jax.reporting.curves import plot_curves
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
-from declip_jax.reporting.opening import draw_views, opening_lines
+from declip_jax.reporting.opening import closing_lines, draw_views, opening_lines
 from declip_jax.reporting.progress import TrainingProgress, listening, message
 from declip_jax.reporting.run_page import RunPage, write_page
 from declip_jax.reporting.symptoms import Symptoms
@@ -651,6 +651,8 @@ def _finish(step: int, workdir: Path, latest: dict[str, float]) -> dict[str, flo
     bad = bad_samples.total(read_metrics(workdir)) if (workdir / "metrics.jsonl").exists() else {}
     skipped = {"samples skipped": bad_samples.describe(bad)} if bad else {}
     message(summary_table({"run": str(workdir), **final, **skipped}), stream=sys.stdout)
+    for line in closing_lines(workdir, final):
+      message(line)
   return final
 
 

@@ -1,4 +1,4 @@
-"""The report of a run before its first step, and the lines about its evaluations."""
+"""The lines of a run before its first step, about its evaluations, and at its end."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -157,3 +157,21 @@ def score_lines(step: int, results: Mapping[str, float]) -> Iterator[str]:
     prefix = f"eval/{name}/"
     scores = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
     yield f"step {step:,}  {name}: {'  '.join(score_text(key, value) for key, value in scores.items())}"
+
+
+def closing_lines(workdir: Path, final: Mapping[str, float]) -> Iterator[str]:
+  """Describes what a run has reached, beside what guessing gives, and what to do next.
+
+  Args:
+    workdir: working directory.
+    final: final metrics of the run, of which those named eval/... count.
+  """
+  for name in dict.fromkeys(metric.split("/")[1] for metric in final if metric.startswith("eval/")):
+    scores = {key.rpartition("/")[2]: value for key, value in final.items() if key.startswith(f"eval/{name}/")}
+    if "top1" in scores and "majority_share" in scores:
+      yield f"{name}: top-1 {scores['top1']:.1%}; always the most frequent class: {scores['majority_share']:.1%}"
+    if (found := scores.get("text_to_image_r10")) is not None and scores.get("images"):
+      both = f"{scores['image_to_text_r10']:.1%} from image to text and {found:.1%} from text to image"
+      yield f"{name}: recall at 10 is {both}; at random: {min(10 / scores['images'], 1):.1%}"
+  if (page := workdir / "index.html").exists():
+    yield f"pictures, scores and the commands to type next: {page}"

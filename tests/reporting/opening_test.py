@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from declip_jax.data.recipes import RECIPES
 from declip_jax.data.sources import open_source
 from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.reporting import opening
-from declip_jax.reporting.opening import opening_lines, score_lines
+from declip_jax.reporting.opening import closing_lines, opening_lines, score_lines
 from declip_jax.sharding import make_mesh
 
 
@@ -111,3 +112,21 @@ def test_each_evaluator_has_a_line() -> None:
     "step 3,000  heldout: top1 50.0%  top5 75.0%",
     "step 3,000  retrieval: images 20",
   ]
+
+
+def test_a_run_ends_with_its_scores_beside_those_of_guessing(tmp_path: Path) -> None:
+  final = {
+    "loss": 1.0,
+    "eval/mine/top1": 0.5,
+    "eval/mine/majority_share": 0.125,
+    "eval/pairs/image_to_text_r10": 0.25,
+    "eval/pairs/text_to_image_r10": 0.75,
+    "eval/pairs/images": 400,
+    "eval/suite/pets": 0.5,
+  }
+  mine, pairs = closing_lines(tmp_path, final)
+  assert re.findall(r"[\d.]+%", mine) == ["50.0%", "12.5%"]
+  assert re.findall(r"[\d.]+%", pairs) == ["25.0%", "75.0%", "2.5%"]
+  (tmp_path / "index.html").touch()
+  *_, page = closing_lines(tmp_path, {})
+  assert page.endswith(str(tmp_path / "index.html"))
