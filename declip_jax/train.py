@@ -8,20 +8,18 @@ Any field of the config can be set: --config.batch_size=256 --config.objective.n
 See declip_jax/config.py for all fields and their meaning, and configs/ for configs to start from.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import functools
 from functools import partial
 import json
 import os
 from pathlib import Path
 import signal
 import sys
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
-import grain
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -29,13 +27,10 @@ import numpy as np
 from declip_jax import build
 from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
-from declip_jax.data.deaths import Deaths
-from declip_jax.data.make_views import MakeViews
-from declip_jax.data.mixture import Mixture
-from declip_jax.data.sources import Source, open_source
-from declip_jax.evals.encoders import EncoderFactory, Encoders
+from declip_jax.data.sources import Source
 from declip_jax.first_state import first_state, read_weights
-from declip_jax.planning import choose, devices, flops
+from declip_jax.planning import devices
+from declip_jax.prepare import Part, Prepared, StepFn, planned, prepare, with_choices, with_classes
 from declip_jax.reporting import pictures
 from declip_jax.reporting.curves import plot_curves
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
@@ -43,7 +38,7 @@ from declip_jax.reporting.opening import closing_lines, draw_views, opening_line
 from declip_jax.reporting.progress import TrainingProgress, listening, message
 from declip_jax.reporting.run_page import RunPage, write_page
 from declip_jax.reporting.symptoms import Symptoms
-from declip_jax.reporting.trackers import OpenTracker, TrackedRun, open_trackers
+from declip_jax.reporting.trackers import TrackedRun, open_trackers
 from declip_jax.reporting.trackers.base import run_id
 from declip_jax.runtime import bad_samples
 from declip_jax.runtime.bad_samples import BadSamples
@@ -51,27 +46,22 @@ from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.clock import Clock
 from declip_jax.runtime.command import launch
 from declip_jax.runtime.compile_cache import compile_cache
-from declip_jax.runtime.hosts import check_sizes
 from declip_jax.runtime.memory import explained
 from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.runtime.services import Cadence, Services
 from declip_jax.runtime.signals import Stopped, StopRequest, stop_signals
 from declip_jax.runtime.trace import Trace, parse_steps
 from declip_jax.runtime.watchdog import Watchdog
-from declip_jax.runtime.workdir import local_path, lock, read_config, record
-from declip_jax.sharding import batch_sharding, check_batch, to_global
-from declip_jax.stages import LAST, Stage, flops_until, naming, plan_stages, repeatable_from, stage_configs
-from declip_jax.training.state import State, abstract_state, evaluated_weights
-from declip_jax.training.step import Metrics
+from declip_jax.runtime.workdir import local_path, lock, record
+from declip_jax.sharding import batch_sharding, to_global
+from declip_jax.stages import flops_until, repeatable_from
+from declip_jax.training.state import State, evaluated_weights
 from declip_jax.types import Batch
-from declip_jax.weights.read import Weights
 
 _NEEDS_LESS_MEMORY = (
   "lower config.batch_size, raise config.micro_batches, set config.model.remat=full, raise config.mesh.fsdp on several "
   "devices, or lower config.evaluate_batch_size for evaluations; python -m declip_jax.plan computes what a config needs"
 )
-_LARGE_FOR_CPU = 64  # pixels
-StepFn = Callable[[State, Batch], tuple[State, Metrics]]
 # A batch on the devices, the input position after it, and how many samples were skipped for it, by kind.
 Batches = Iterator[tuple[Batch, dict[str, Any], np.ndarray]]
 
@@ -108,15 +98,15 @@ def train(
   with contextlib.ExitStack() as stack, explained(_NEEDS_LESS_MEMORY):
     watchdog = stack.enter_context(Watchdog(workdir, config.safety.hang_timeout))
     stack.enter_context(listening(watchdog.beat))
-    config, sources = _with_classes(config, sources, watchdog)
-    config, sources, chosen = _with_choices(config, sources, steps, workdir, watchdog)
-    run = _prepare(config, workdir, sources, watchdog)
+    config, sources = with_classes(config, sources, watchdog)
+    config, sources, chosen = with_choices(config, sources, steps, workdir, watchdog)
+    run = prepare(config, workdir, sources, watchdog)
     workdir.mkdir(parents=True, exist_ok=True)
     messages = [stack.enter_context(lock(workdir)), *run.deaths.recover(), *run.evaluation_deaths.recover()]
     checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.parts[-1].steps, workdir)))
     rollbacks = Rollbacks(workdir, config.safety.max_rollbacks)
     start, state, position, notes = _restore_or_create(config, run, checkpoints, rollbacks, watchdog)
-    run, resized = _planned(config, run, checkpoints, start)
+    run, resized = planned(config, run, checkpoints, start)
     services = _open_services(config, run, workdir, start, checkpoints, rollbacks, profile, watchdog, stack)
     _open(config, run, services, start, [*messages, *chosen, *run.notes, *notes, resized])
     services.evaluate_if_missed(start, state)
@@ -124,9 +114,7 @@ def train(
   return _finish(max(start, run.total_steps), workdir, services.latest)
 
 
-def _train_stages(
-  run: "_Prepared", services: Services, step: int, state: State, position: dict[str, Any] | None
-) -> None:
+def _train_stages(run: Prepared, services: Services, step: int, state: State, position: dict[str, Any] | None) -> None:
   """Trains from a step to the last one. Each stage reads its own batches, from where the stage before it ended."""
   unsaved = None
   while step < run.total_steps:
@@ -221,227 +209,7 @@ def _stop(step: int, signum: int, state: State, position: dict[str, Any] | None,
   raise Stopped(step, signum)
 
 
-class _Part(NamedTuple):
-  """A stage of a run, and what it is trained with; a run without `config.stages` has one.
-
-  `shown` are the samples with their origins.
-  """
-
-  stage: Stage
-  built: build.Built
-  samples: grain.MapDataset
-  shown: grain.MapDataset
-  steps: build.Steps
-  step_fn: StepFn
-
-
-class _Prepared(NamedTuple):
-  """A run before anything is allocated, compiled or written."""
-
-  parts: list[_Part]
-  epoch_examples: int
-  sources: list[Source]
-  deaths: Deaths
-  evaluation_deaths: Deaths
-  abstract: State
-  encoders: EncoderFactory
-  evaluate: Callable[[Encoders, int], dict[str, float]]
-  initial: Weights | None
-  trackers: dict[str, OpenTracker]
-  notes: list[str]
-  step_flops: Callable[[Stage, int], float]
-
-  @property
-  def built(self) -> build.Built:
-    """The objects of the last stage, whose images and texts are those of the model."""
-    return self.parts[-1].built
-
-  @property
-  def stages(self) -> list[Stage]:
-    """The stages themselves."""
-    return [part.stage for part in self.parts]
-
-  @property
-  def total_steps(self) -> int:
-    """Number of steps of the whole run."""
-    return self.parts[-1].stage.last
-
-  def after(self, step: int) -> _Part:
-    """The stage of the step after the first `step` steps; the last one if there is none."""
-    return next((part for part in self.parts if step < part.stage.last), self.parts[-1])
-
-  def until(self, step: int) -> _Part:
-    """The stage of the last of the first `step` steps; the first one for 0."""
-    return next((part for part in self.parts if step <= part.stage.last), self.parts[-1])
-
-
-def _prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None, watchdog: Watchdog) -> _Prepared:
-  """Builds a run and checks everything that can be checked in advance.
-
-  Raises:
-    ValueError, FileNotFoundError: see `train`.
-  """
-  watchdog.beat("finding the devices")
-  builts = _build_stages(config)  # and checks what is possible before anything is traced
-  built = builts[LAST]
-  mixture, ssl_mixture = _open_mixtures(config, built, sources, watchdog)
-  opened = [*mixture.sources, *(ssl_mixture.sources if ssl_mixture else ())]
-  epoch_examples = sum(map(len, mixture.sources))
-  stages = plan_stages(config, epoch_examples)
-  watchdog.beat("the comparison of the data that all processes have opened")
-  check_sizes([(source.name, len(source)) for source in opened])
-  build.check_evals(config.evals, built.objective)
-  build.check_best_metric(config)
-  for stage in stages:
-    with naming(stage.name):
-      shape = builts[stage.name].batch_shape(stage.config.batch_size)
-      build.check_objective(stage.config, builts[stage.name], shape)
-  batch_shape = built.batch_shape(config.batch_size)
-  averaged = config.optimizer.ema > 0
-  abstract = abstract_state(batch_shape, built.mesh, model=built.model, optimizer=built.optimizer, averaged=averaged)
-  deaths = Deaths(workdir, jax.process_index())
-  evaluation_deaths = Deaths(workdir, jax.process_index(), "evaluating")
-
-  def samples(make_views: MakeViews) -> grain.MapDataset:
-    return pipeline.training_samples(mixture, make_views, config.seed, ssl_mixture, config.data.max_pixels, deaths)
-
-  parts = [
-    (stage, built, samples(built.make_views), samples(built.make_views.with_origin))
-    for stage, built in ((stage, builts[stage.name]) for stage in stages)
-  ]
-  step_flops = functools.cache(lambda name, size: flops.step_flops(builts[name], size, config.optimizer.frozen))
-  return _Prepared(
-    parts=[_part(*part, epoch_examples, abstract) for part in parts],
-    epoch_examples=epoch_examples,
-    sources=opened,
-    deaths=deaths,
-    evaluation_deaths=evaluation_deaths,
-    abstract=abstract,
-    encoders=build.make_encoders(config, built, evaluation_deaths),
-    evaluate=build.make_evaluators(config.evals, workdir, config.model.heads.classnames, config.evaluate_cache_gib),
-    initial=None if _has_checkpoints(workdir) else read_weights(config),
-    trackers=build.make_trackers(config.trackers),
-    notes=_notes([mixture, ssl_mixture], max(stage.config.batch_size for stage in stages), config.optimizer.ema),
-    step_flops=lambda stage, size: step_flops(stage.name, size),
-  )
-
-
-def _build_stages(config: ConfigDict) -> dict[str, build.Built]:
-  """Builds the objects of each stage, by its name.
-
-  Raises:
-    ValueError: a stage contradicts itself, or its batches do not divide into the devices.
-  """
-  builts = {}
-  for name, of_stage in stage_configs(config).items():
-    with naming(name):
-      builts[name] = built = build.build(of_stage)
-      check_batch(of_stage.batch_size, built.mesh, "config.batch_size")
-      build.check_division(of_stage, built.mesh.size)
-  return builts
-
-
-def _part(
-  stage: Stage,
-  built: build.Built,
-  samples: grain.MapDataset,
-  shown: grain.MapDataset,
-  epoch_examples: int,
-  abstract: State,
-) -> _Part:
-  with naming(stage.name):
-    steps = build.stage_steps(stage, epoch_examples)
-    return _Part(stage, built, samples, shown, steps, build.make_step(stage.config, built, steps, abstract))
-
-
-def _notes(mixtures: Sequence[Mixture | None], batch_size: int, ema: float = 0.0) -> list[str]:
-  notes = [note for mixture in mixtures if mixture for note in mixture.repeats(batch_size)]
-  if ema:
-    notes.append(f"evaluations read the moving average of the weights (config.optimizer.ema={ema:g})")
-  return notes
-
-
-def _has_checkpoints(workdir: Path) -> bool:
-  return any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
-
-
-def _with_classes(
-  config: ConfigDict, sources: Sequence[Source] | None, watchdog: Watchdog
-) -> tuple[ConfigDict, Sequence[Source] | None]:
-  """Sets the classes of a classifier, if the config leaves them to the data; the sources are then open.
-
-  Raises:
-    ValueError: neither the config nor the first source has the number of classes.
-  """
-  if "classifier" not in build.heads_of(config) or config.model.heads.classnames:
-    return config, sources
-  sources = _open_sources(config, "train", watchdog) if sources is None else sources
-  names, config = tuple(sources[0].classnames), config.copy_and_resolve_references()
-  heads = config.model.heads
-  heads.classnames, heads.num_classes = names, heads.num_classes or len(names)
-  if not heads.num_classes:
-    raise ValueError(f"{sources[0].name} has no class names: set config.model.heads.num_classes")
-  return config, sources
-
-
-def _with_choices(
-  config: ConfigDict, sources: Sequence[Source] | None, steps: int | None, workdir: Path, watchdog: Watchdog
-) -> tuple[ConfigDict, Sequence[Source] | None, list[str]]:
-  """Sets the fields that the config leaves open, and shortens it for a try; returns messages about both.
-
-  Raises:
-    ValueError: the run is resumed, but its config.json is missing or damaged; see also `choose`.
-  """
-  fields, notes = choose.open_fields(config), []
-  if not fields and steps is None:
-    return config, sources, []
-  sources = _open_sources(config, "train", watchdog) if sources is None else sources
-  pairs = sum(map(len, sources))
-  if fields:
-    saved, where = None, f"{pairs:,} samples and {jax.device_count()} x {jax.devices()[0].device_kind}"
-    if _has_checkpoints(workdir) and not (saved := read_config(workdir)):
-      raise ValueError(
-        f"{workdir / 'config.json'} cannot be read, which has config.{', config.'.join(fields)}: set them"
-      )
-    watchdog.beat("choosing what the config leaves open")
-    config = choose.choose(config, pairs, saved=saved)
-    values = choose.describe(config, fields)
-    notes.append(f"kept from the last start: {values}" if saved else f"chosen for {where}: {values}")
-    if jax.default_backend() == "cpu" and config.data.image_size > _LARGE_FOR_CPU:
-      notes.append("a CPU takes long to train this model: architecture=ViT-Nano/8@32px is small enough for it")
-  if steps is not None:
-    config, whole = choose.shortened(config, steps, pairs), build.to_steps(config, pairs).total
-    notes.append(f"a try of {steps:,} steps instead of {whole:,}")
-  return config, sources, notes
-
-
-def _open_sources(config: ConfigDict, field: str, watchdog: Watchdog) -> tuple[Source, ...]:
-  """The sources in a field of `config.data`."""
-
-  def opened(spec: str) -> Source:
-    watchdog.beat(f"opening {spec}")
-    return open_source(spec, f"config.data.{field}")
-
-  return tuple(map(opened, config.data[field]))
-
-
-def _open_mixtures(
-  config: ConfigDict, built: build.Built, sources: Sequence[Source] | None, watchdog: Watchdog
-) -> tuple[Mixture, Mixture | None]:
-  """Returns the mixture to train on, and that of the other images for self-supervision, None if there is none."""
-  data = config.data
-  needs_caption = bool(built.recipe.text_views)
-  sources = _open_sources(config, "train", watchdog) if sources is None else tuple(sources)
-  mixture = Mixture(sources, data.mixture, needs_caption, data.templates)
-  mixture.check_captions()
-  if built.recipe.views.numbers("classified_image"):
-    mixture.check_classes(config.model.heads.num_classes, config.model.heads.classnames)
-  if not data.ssl_train:
-    return mixture, None
-  return mixture, Mixture(_open_sources(config, "ssl_train", watchdog), data.ssl_mixture, False, (), "ssl_mixture")
-
-
-def _open_batches(run: _Prepared, part: _Part, position: dict[str, Any] | None) -> pipeline.Prefetch:
+def _open_batches(run: Prepared, part: Part, position: dict[str, Any] | None) -> pipeline.Prefetch:
   """Starts to read this host's share of the batches of a stage ahead, from a position of the input."""
   config = part.stage.config
   workers, threads = pipeline.reader_counts(config.data.workers, config.data.threads)
@@ -473,7 +241,7 @@ def _open_checkpoints(config: ConfigDict, steps: build.Steps, workdir: Path) -> 
 
 
 def _restore_or_create(
-  config: ConfigDict, run: _Prepared, checkpoints: Checkpoints, rollbacks: Rollbacks, watchdog: Watchdog
+  config: ConfigDict, run: Prepared, checkpoints: Checkpoints, rollbacks: Rollbacks, watchdog: Watchdog
 ) -> tuple[int, State, dict[str, Any] | None, list[str]]:
   """Returns the step to start from, its state, its position in the input, and messages."""
   watchdog.beat("restoring the newest checkpoint")
@@ -488,29 +256,7 @@ def _restore_or_create(
   return 0, state, None, messages
 
 
-def _planned(config: ConfigDict, run: _Prepared, checkpoints: Checkpoints, start: int) -> tuple[_Prepared, str]:
-  """Returns a run whose durations count the examples of earlier batches of another size, and a message about them."""
-  if start:
-    before = checkpoints.batch_sizes(start) or run.parts[-1].stage.batch_sizes
-    stages = plan_stages(config, run.epoch_examples, before, start)
-    parts = [
-      _part(stage, part.built, part.samples, part.shown, run.epoch_examples, run.abstract)
-      for stage, part in zip(stages, run.parts, strict=True)
-    ]
-    run = run._replace(parts=parts)
-  all_sizes = run.parts[-1].stage.batch_sizes
-  if all_sizes.since and not config.checkpoint.keep_every.steps:
-    checkpoints.first.length = all_sizes.batches
-  sizes = run.after(start).stage.batch_sizes.between(0, start + 1)
-  if not repeatable_from(run.stages) or not sizes.since:
-    return run, ""
-  return run, (
-    f"the batch size has been {sizes.size} since step {sizes.since:,}, and {sizes.changes[-2][1]} before: durations in "
-    f"epochs and examples count the {sizes.examples(start):,} examples so far"
-  )
-
-
-def _of_stage(run: _Prepared, part: _Part, step: int) -> dict[str, Any]:
+def _of_stage(run: Prepared, part: Part, step: int) -> dict[str, Any]:
   """The fields of `Services` that depend on the stage, which the run enters after `step` steps."""
   stage, steps, mesh = part.stage, part.steps, part.built.mesh
   size, number = stage.config.batch_size, run.parts.index(part) + 1
@@ -541,7 +287,7 @@ def _of_stage(run: _Prepared, part: _Part, step: int) -> dict[str, Any]:
 
 def _open_services(
   config: ConfigDict,
-  run: _Prepared,
+  run: Prepared,
   workdir: Path,
   start: int,
   checkpoints: Checkpoints,
@@ -579,7 +325,7 @@ def _open_services(
   )
 
 
-def _draw_curves(config: ConfigDict, run: _Prepared, workdir: Path) -> None:
+def _draw_curves(config: ConfigDict, run: Prepared, workdir: Path) -> None:
   """Draws the curves of the metrics so far, and writes the page of the run."""
   captioned = run.sources[: len(run.sources) - len(config.data.ssl_train)]
   sizes = run.parts[-1].stage.batch_sizes
@@ -592,7 +338,7 @@ def _draw_curves(config: ConfigDict, run: _Prepared, workdir: Path) -> None:
     write_page(workdir, page, read_metrics(workdir))
 
 
-def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, messages: Sequence[str]) -> None:
+def _open(config: ConfigDict, run: Prepared, services: Services, start: int, messages: Sequence[str]) -> None:
   """Records the run in its working directory, and reports what it is about to do."""
   if message := services.trace.unreachable(start, run.total_steps):
     messages = [*messages, message]
@@ -636,7 +382,7 @@ def _open(config: ConfigDict, run: _Prepared, services: Services, start: int, me
       services.writer.text(start, "views", captions)
 
 
-def _describe(part: _Part) -> str:
+def _describe(part: Part) -> str:
   stage, batch = part.stage, build.describe_batch(part.built, part.stage.config.batch_size)
   return f"stage {stage.name}: steps {stage.first + 1:,} to {stage.last:,} of {batch}"
 

@@ -41,6 +41,7 @@ LAYERS = {
   "declip_jax.clip": 5,
   "declip_jax.first_state": 5,
   "declip_jax.mixtures": 5,
+  "declip_jax.prepare": 5,
   "declip_jax.train": 6,
   "declip_jax.evaluate": 6,
   "declip_jax.report": 6,

@@ -35,7 +35,7 @@ from runs import (
 )
 from tiny import FinishedRun, tiny_config
 
-from declip_jax import build, sharding, train
+from declip_jax import build, prepare, sharding, train
 from declip_jax import config as config_lib
 from declip_jax.clip import load
 from declip_jax.data import pipeline
@@ -407,7 +407,7 @@ def test_self_supervision_on_other_images_does_not_change_the_pairs() -> None:
 
 def test_sources_with_fewer_images_than_positions_in_a_batch_are_named_for_both_mixtures() -> None:
   pairs, others = (Mixture((open_source(f"scenes:test/{count}/24"),)) for count in (8, 4))
-  pairs_note, others_note = train._notes([pairs, None, others], 16)
+  pairs_note, others_note = prepare._notes([pairs, None, others], 16)
   assert pairs_note.startswith("scenes:test/8/24 has 8 samples for 16 positions")
   assert others_note.startswith("scenes:test/4/24 has 4 samples for 16 positions")
 
@@ -581,7 +581,7 @@ def open_config() -> ConfigDict:
 
 def test_a_run_keeps_what_was_chosen_for_its_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   watchdog = SimpleNamespace(beat=lambda _: None)
-  choices = partial(train._with_choices, open_config(), None, workdir=tmp_path, watchdog=watchdog)
+  choices = partial(prepare.with_choices, open_config(), None, workdir=tmp_path, watchdog=watchdog)
   first, sources, messages = choices(steps=None)
   assert (first.batch_size, first.model.dtype, first.duration.epochs) == (32, "float32", 100)
   assert "chosen for 256 samples and 8 x cpu: model.dtype=float32, batch_size=32, " in messages[0]
@@ -599,7 +599,7 @@ def test_a_run_keeps_what_was_chosen_for_its_first_start(tmp_path: Path, monkeyp
   with pytest.raises(ValueError, match=r"config\.json.* config\.batch_size"):
     choices(steps=None)
   closed = tiny_config("clip")
-  assert train._with_choices(closed, None, None, tmp_path, watchdog) == (closed, None, [])
+  assert prepare.with_choices(closed, None, None, tmp_path, watchdog) == (closed, None, [])
 
 
 @pytest.mark.slow
