@@ -172,9 +172,19 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def notebook(path: Path) -> str:
-  """A notebook as Markdown: its texts, its code and its outputs."""
+  """A notebook as Markdown: its texts, its code and, if it was executed, its outputs.
+
+  Raises:
+    ValueError: the executed notebook has other cells.
+  """
+  cells = json.loads(path.read_text())["cells"]
+  executed = ROOT / "docs" / "notebooks" / path.name
+  if executed.exists():
+    own, cells = cells, json.loads(executed.read_text())["cells"]
+    if [cell["source"] for cell in own] != [cell["source"] for cell in cells]:
+      raise ValueError(f"{executed} is of another state of {path}: execute it again by `make docs-notebooks`")
   parts = []
-  for cell in json.loads(path.read_text())["cells"]:
+  for cell in cells:
     source = "".join(cell["source"])
     parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
     parts += [_output(output) for output in cell.get("outputs", ())]
@@ -183,6 +193,8 @@ def notebook(path: Path) -> str:
 
 def _output(output: dict[str, Any]) -> str:
   data = output.get("data", {})
+  if output.get("name") == "stderr":  # where the progress is shown
+    return ""
   if "image/png" in data:
     return f'<img alt="output" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
   text = "".join(output.get("text", data.get("text/plain", "")))
