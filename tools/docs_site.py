@@ -105,7 +105,7 @@ class Site:
     if not name or not (uri := self._uri(name, "")).startswith("source/") or uri in self.texts:
       return
     path = ROOT / name
-    hidden = "---\nsearch: {exclude: true}\n---\n"
+    hidden = "---\nhide: [toc]\nsearch: {exclude: true}\n---\n"
     if path.is_dir():
       files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.py"))
       self.texts[uri] = Text(f"{name}/", f"{hidden}# {name}\n\n" + "\n".join(f"* [{file}]({file})" for file in files))
