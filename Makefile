@@ -5,6 +5,8 @@
 # make test-trackers tests Weights & Biases, MLflow and trackio, offline, in .venv-trackers
 # make test-device   the tests that need a GPU or TPU; they are skipped where there is none
 # make mutate        inserts bugs into a copy of the package, one at a time, and counts those that the fast tests catch
+# make docs          builds the documentation into site/, in .venv-docs; fails with any warning, such as a dead link
+# make docs-notebooks  executes colabs/demo.ipynb, whose outputs the site then shows: eight minutes on two cores
 # make check         what CI runs: format, lint, types, fast tests, and slow tests until SLOW_SECONDS are over
 # make bench-input   compares the input pipeline with torchvision and open_clip, in .venv-bench
 # make bench-scale   memory and time of InfoNCE by each method for batches up to 128k, compared with open_clip's
@@ -19,7 +21,7 @@ RUN ?= runs/demo
 # Large pages for the arrays of a step: the demo takes a fifth less time. Only glibc reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow test-all test-interop test-trackers test-device mutate lint check clean
+.PHONY: demo test test-slow test-all test-interop test-trackers test-device mutate docs docs-notebooks lint check clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m declip_jax.train --config=demo --workdir $(RUN)
@@ -47,6 +49,17 @@ test-device: $(VENV)/installed-dev
 
 mutate: $(VENV)/installed-dev
 	$(VENV)/bin/python tools/mutate.py $(ARGS)
+
+# NO_MKDOCS_2_WARNING hides Material's notice that its maintenance ends in May 2027; it names Zensical as its successor.
+docs: $(VENV)-docs/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict $(ARGS)
+
+# In a folder of its own, so that nothing of an earlier run is left, with colabs/ and configs/ as in a checkout.
+docs-notebooks: $(VENV)-docs/installed
+	rm -rf runs/notebooks && mkdir -p runs/notebooks/colabs docs/notebooks
+	ln -s $(CURDIR)/configs runs/notebooks/configs && cp colabs/demo.ipynb runs/notebooks/colabs
+	cd runs/notebooks/colabs && $(abspath $(VENV))-docs/bin/jupyter-execute --inplace demo.ipynb
+	mv runs/notebooks/colabs/demo.ipynb docs/notebooks
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
@@ -79,6 +92,11 @@ $(VENV)-trackers/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)-trackers
 	$(VENV)-trackers/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,wandb,mlflow]'
 	$(VENV)-trackers/bin/python -m pip install --quiet -e '.[trackio]'  # replaces Pillow, see constraints.txt
+	touch $@
+
+$(VENV)-docs/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 # Compared with torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.
@@ -114,4 +132,4 @@ $(VENV)-bench/installed: setup.py constraints.txt benchmarks/requirements.txt te
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench $(VENV)-clip-benchmark $(VENV)-trackers runs
+	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench $(VENV)-clip-benchmark $(VENV)-trackers $(VENV)-docs runs site

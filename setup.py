@@ -74,6 +74,15 @@ setup(
     "wandb": ["wandb>=0.31"],
     "mlflow": ["mlflow-skinny>=3.17", "alembic>=1.13", "sqlalchemy>=2.0"],  # the last two are for its local store
     "trackio": ["trackio>=0.43"],
+    "docs": [
+      "ipykernel>=7",
+      "latex2mathml>=3.78",
+      "mkdocs>=1.6,<2",
+      "mkdocs-material>=9.7",
+      "mkdocstrings[python]>=1.0",
+      "nbclient>=0.11",
+      "ruff>=0.14",  # formats the signatures of the API reference
+    ],
     "dev": [
       "beartype>=0.20",
       "datasets>=3.0",
