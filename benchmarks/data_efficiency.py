@@ -169,11 +169,11 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
     groups.setdefault((line["method"], line["share_percent"]), []).append(line)
   every = [[scores(line) for line in group] for group in groups.values()]
   titles = [title for title in COLUMNS if any(title in run for runs in every for run in runs)]
-  rows = [["method", "share", "pairs", "epochs", "PFLOPs", "seeds", *titles]]
+  rows = [["method", "share", "pairs", "epochs", "TFLOPs", "seeds", *titles]]
   for ((method, share), group), runs in zip(groups.items(), every, strict=True):
     training = group[0]["results"][0]["declip_jax"]["training"]
     about = [method, f"{share:g} %", f"{training['unique_pairs']:,}", f"{training['epochs']:.0f}"]
-    cost = f"{training['flops'] / 1e15:.2f}"
+    cost = f"{training['flops'] / 1e12:.1f}"
     rows.append(
       [*about, cost, str(len(group)), *(_mean([run[title] for run in runs if title in run]) for title in titles)]
     )
