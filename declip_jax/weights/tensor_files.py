@@ -120,7 +120,8 @@ def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
         return _read_legacy(file)
       raise ValueError(_describe(start))
   except _DAMAGE as error:
-    raise ValueError(f"{path}: damaged, truncated or not a checkpoint ({type(error).__name__}: {error})") from error
+    cause = f"{type(error).__name__}: {' '.join(str(error).split()):.150}"
+    raise ValueError(f"{path}: damaged, truncated or not a checkpoint ({cause})") from error
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
@@ -130,7 +131,10 @@ def _read_indexed(path: str) -> TensorFile:
   if (size := os.path.getsize(path)) > _LONGEST_HEADER:
     raise ValueError(f"an index of {size} bytes, expected at most {_LONGEST_HEADER}")
   with open(path, "rb") as file:
-    content = json.loads(file.read(), object_pairs_hook=_unique)
+    try:
+      content = json.loads(file.read(), object_pairs_hook=_unique)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+      raise ValueError(f"an index that is not JSON: {error}") from error
   files = content.get("weight_map") if isinstance(content, dict) else None
   if not isinstance(files, dict) or not files:
     raise ValueError("an index without weight_map, expected an object of file names by the names of tensors")

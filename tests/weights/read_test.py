@@ -9,6 +9,7 @@ from pathlib import Path
 import pickle
 import zipfile
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,8 @@ import references as reference
 import safetensors.numpy
 from tiers import slow_except
 from tiny import tiny_config
+import torch_files
+from torch_files import dictionary, plain, tensor, write_zip
 
 import declip_jax
 from declip_jax import config
@@ -144,6 +147,51 @@ def test_prefixes_of_wrappers_are_dropped(openai: dict[str, np.ndarray], tmp_pat
   assert "text." not in remark.replace("text.heads", "")  # which were given
   given |= {"image.activation": "gelu", "image.heads": 2, "image.epsilon": 1e-5, "text.heads": 4}
   assert read(file, given).remarks == ()
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "ema", "my_model"])
+def test_a_training_file_of_anybody_is_read_once_the_activation_is_given(
+  key: str, openai: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+  content, storages = torch_files.state_dict(openai)
+  others = {"epoch": plain(3), "optimizer": dictionary(state=dictionary(w=tensor(key="w")))}
+  file = tmp_path / "x.pt"
+  entries = {f"data/{name}": data for name, data in storages.items()}
+  write_zip(file, dictionary(**{key: content}, **others), **entries)
+  found = read(file, reference.TOLD)
+  np.testing.assert_array_equal(found.params["heads"]["image_projection"]["kernel"], openai["visual.proj"])
+  assert len(found.remarks) == 1
+  with pytest.raises(ValueError, match=r"x.pt .*text.activation \('gelu' or 'quick_gelu'\), text.eot"):
+    read(file)
+  if key != "ema":
+    write_zip(file, dictionary(**{key: content}, model_ema=content, **others), **entries)
+    assert read(file, reference.TOLD).remarks[1:] == ("other state dicts of the file, which were not read: model_ema",)
+
+
+@pytest.mark.parametrize("form", ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.json"])
+def test_every_form_of_the_weights_of_transformers_is_read_with_its_configs(form: str, tmp_path: Path) -> None:
+  truth = from_state_dict(reference.below(reference.load("hf_clip"), "sd/"), reference.TOLD | {"image.heads": 4})
+  write(truth, tmp_path, "huggingface")
+  tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+  (tmp_path / "model.safetensors").unlink()
+  count = 2 if form.endswith("json") else 1
+  files = {}
+  for index in range(count):
+    part = {name: tensors[name] for name in sorted(tensors)[index::count]}
+    file = tmp_path / (f"part-{index}.bin" if count > 1 and "bin" in form else f"part-{index}.safetensors")
+    if "bin" in form:
+      content, storages = torch_files.state_dict(part)
+      file = tmp_path / form if count == 1 else file
+      write_zip(file, content, **{f"data/{name}": data for name, data in storages.items()})
+    else:
+      safetensors.numpy.save_file(part, file)
+    files |= dict.fromkeys(part, file.name)
+  if count > 1:
+    (tmp_path / form).write_text(json.dumps({"weight_map": files}))
+  for path in (tmp_path, tmp_path / form):
+    found = read(path)
+    assert (found.model, found.view, found.remarks) == (truth.model, truth.view, ())
+    jax.tree.map(np.testing.assert_array_equal, found.params, truth.params)
 
 
 def test_half_precision_is_openai(openai: dict[str, np.ndarray]) -> None:
