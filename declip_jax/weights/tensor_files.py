@@ -164,6 +164,8 @@ def _describe(start: bytes) -> str:
     return "empty, 0 bytes"
   if start[257:262] == b"ustar":
     return "a tar archive: unpack it and pass one of its files"
+  if start.startswith(b"\x89HDF"):
+    return "an HDF5 file, as of TensorFlow, expected a PyTorch or a safetensors file"
   kind = "text" if re.fullmatch(rb"[\t\n\r -~\x80-\xff]+", start) else "neither a PyTorch nor a safetensors file"
   hint = "; is it an error page or a Git LFS pointer?" if kind == "text" else ""
   return f"{kind}; it begins with {start[:40]!r}{hint}"
@@ -239,6 +241,8 @@ def _read_zip(file: BinaryIO) -> TensorFile:
   if sum(entry.compress_size for entry in entries.values()) > os.fstat(file.fileno()).st_size:
     raise ValueError("damaged: entries of the zip overlap")
   roots = [name.removesuffix("data.pkl") for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
+  if entries and all(name.endswith(".npy") for name in entries):
+    raise ValueError("a NumPy archive, as of big_vision, expected a PyTorch or a safetensors file")
   if len(roots) != 1:
     raise ValueError(f"a zip with {len(roots)} entries FOLDER/data.pkl, expected 1; its entries are {listed(entries)}")
   (root,) = roots

@@ -370,6 +370,7 @@ def test_nested_modules(tmp_path):
     (b"<!DOCTYPE html>\n<html>" + b"x" * 999, "text; it begins with b'<!DOCTYPE html>.*an error page"),
     (b"version https://git-lfs.github.com/spec/v1\n", "text; .*Git LFS"),
     (b"\x1f\x8b\x08\x00abc", "neither a PyTorch nor a safetensors file"),
+    (b"\x89HDF\r\n\x1a\n" + bytes(18), "an HDF5 file, as of TensorFlow"),
     (b"PK\5\6" + bytes(18), "neither a PyTorch nor a safetensors file"),
     (b"PK\3\4" + bytes(99), "damaged, truncated.*not a zip file"),
     (b"\x80\x02}.", "a pickle that torch.save did not write"),
@@ -391,6 +392,8 @@ def test_other_files(tmp_path):
   with tarfile.open(tmp_path / "x.pth.tar", "w") as tar:
     tar.add(FILES / "mixed.pt", "mixed.pt")
   check_rejected(tmp_path / "x.pth.tar", "a tar archive")
+  np.savez(tmp_path / "x.npz", **{"params/img/head/kernel": np.ones(2)})
+  check_rejected(tmp_path / "x.npz", "a NumPy archive, as of big_vision")
   shutil.make_archive(str(tmp_path / "x"), "zip", FILES, "make_files.py")
   check_rejected(tmp_path / "x.zip", r"a zip with 0 entries FOLDER/data\.pkl, .* make_files\.py")
 
