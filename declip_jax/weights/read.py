@@ -6,7 +6,7 @@ several values are likely; it can be given as settings (`weights.settings`): the
 end-of-text id.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import json
 import os
 from pathlib import Path
@@ -240,26 +240,22 @@ def from_state_dict(
 def _check_decided(found: Recognised, name: str) -> None:
   """Rejects a model with fields that were not given, that its file does not determine, and that commonly differ."""
   if found.undecided:
-    values = ", ".join(f"{field} ({values})" for field, values in found.undecided.items())
-    field = next(iter(found.undecided))
-    raise ValueError(f"{name} does not specify {values}: {_how_to_set(field, 'VALUE')}")
+    fields = ", ".join(f"{field} ({values})" for field, values in found.undecided.items())
+    raise ValueError(f"{name} does not say {fields}: {_how_to_set(next(iter(found.undecided)), 'VALUE')}")
 
 
 def _how_to_set(field: str, value: str) -> str:
-  """What to do about a field; `value` is Python."""
-  return (
-    f"pass --settings={field}={value.strip(chr(39))}, load(path, {{'{field}': {value}}}) or config.init_from.settings"
-  )
+  return f"pass --settings={field}={value}, load(path, settings) or config.init_from.settings"
 
 
-def _assumptions(model: ModelFields, fields: Iterable[str]) -> list[str]:
+def _assumptions(model: ModelFields, fields: Sequence[str]) -> list[str]:
   """A remark on fields that the file does not determine, if there are any."""
   values = flatten_dict(dict(model), sep=".")
   if not (assumed := [f"{field}={values[field]!r}" for field in fields]):
     return []
   return [
-    f"the file does not specify {', '.join(assumed)}, nor that texts are causal and images pooled at a class token. "
-    f"These are guesses; if one is wrong, so are all features: {_how_to_set(*assumed[0].split('='))}"
+    f"the file does not specify {', '.join(assumed)}: these are guesses, as are OpenAI's masks and pooling. "
+    f"If one differs, all features are wrong: {_how_to_set(fields[0], str(values[fields[0]]))}"
   ]
 
 

@@ -132,9 +132,11 @@ def _undecided(model: Mapping[str, Any], heads: Iterable[str], activation: str |
   """The fields of which several values are likely, and what to set them to."""
   fields, vit = {}, model["image"]["kind"] == "vit"
   if activation is None and (vit or "joint" in heads):
-    fields["text.activation" if "joint" in heads else "image.activation"] = "'gelu' or 'quick_gelu'"
+    fields["text.activation" if "joint" in heads else "image.activation"] = (
+      "'quick_gelu' in OpenAI's, mostly 'gelu' in open_clip's"
+    )
   if "joint" in heads and model["text"]["vocab_size"] not in OPENAI_VOCABULARIES:
-    fields["text.eot"] = "the id that ends a text"
+    fields["text.eot"] = "id that ends a text"
   if vit and not model["image"]["pre_norm"] and "timm" not in dialect:
     fields["image.pre_norm"] = "False; CLIPA is not supported"
   return fields
