@@ -57,7 +57,7 @@ def recognise(
     tensors: arrays under OpenAI's names.
     dialect: the dialect that they were in, a name of `dialects.DIALECTS`.
     kind, extras: see `tensor_files.TensorFile`.
-    given: fields that are known, such as {"image.activation": "gelu"}, which also is the likely one of the other tower.
+    given: fields that are known, such as {"image.activation": "gelu"}, which is likely that of the other tower, too.
 
   Raises:
     KeyError, IndexError, ValueError, ArithmeticError: a tensor is missing or has another rank.
@@ -104,19 +104,19 @@ def _activation(
   format, have either. The name of an open_clip run has the name of its model, and models with QuickGELU mostly have
   "quickgelu" in theirs. OpenAI's models are in half precision.
   """
+  if dialect == "SLIP" or dialect.startswith("DeCLIP") or _is_openais(tensors, kind):
+    return "quick_gelu"
   timm = dialect == "open_clip, timm trunk"  # whose image tower has GELU in any case
   told = [given.get(field) for field in ("text.activation", "image.activation")[: 1 if timm else 2]]
   if told := [activation for activation in told if isinstance(activation, str)]:
     return told[0]
-  if dialect == "SLIP" or dialect.startswith("DeCLIP") or _is_openais(tensors, kind):
-    return "quick_gelu"
   name = str(extras.get("name", ""))
   if "quickgelu" in name.lower():
     return "quick_gelu"
   if timm or _RUN_NAME.fullmatch(name):
     return "gelu"
   halves = any(tensor.dtype == np.float16 for tensor in tensors.values())
-  return "quick_gelu" if halves and dialect == "OpenAI" and kind == "torch" else None
+  return "quick_gelu" if halves and not name and dialect == "OpenAI" and kind == "torch" else None
 
 
 def _assumed(model: Mapping[str, Any], heads: Iterable[str]) -> tuple[str, ...]:

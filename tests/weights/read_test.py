@@ -351,6 +351,7 @@ AUTOMATIC = "2026_01_31-00_00_00-model_{}-lr_0.0005-b_512-j_4-p_amp"  # as open_
     ("OpenAI", {"epoch": 5}, False, None),  # OpenAI's or open_clip's model, trained further
     ("OpenAI", {}, False, None),
     ("OpenAI", {}, True, "quick_gelu"),  # OpenAI's, as they load on a GPU
+    ("OpenAI", {"epoch": 32, "name": "my-run"}, True, None),
     ("open_clip, separate text", {}, True, None),
     ("open_clip, separate text", {"epoch": 1, "name": "ViT-B-32-quickgelu"}, False, "quick_gelu"),
     ("open_clip, timm trunk", {}, False, "gelu"),
@@ -382,7 +383,11 @@ def test_activations(
   timm = dialect in ("SLIP", "open_clip, timm trunk")
   assert found.model["text"]["activation"] == activation
   assert found.model["image"]["activation"] == ("gelu" if timm else activation)
-  assert any("text.activation" in remark for remark in found.remarks) == (dialect not in ("SLIP", "DeCLIP"))
+  told_by_format = dialect in ("SLIP", "DeCLIP")
+  assert any("text.activation" in remark for remark in found.remarks) != told_by_format
+  if told_by_format:  # which is not that of the image tower
+    found = from_state_dict(tensors, given | {"image.activation": "gelu"}, extras=extras)
+    assert found.model["text"]["activation"] == "quick_gelu"
 
 
 @pytest.mark.parametrize(
