@@ -111,7 +111,7 @@ class Ours:
   """Our step, and the batches of both steps."""
 
   def __init__(self, args: argparse.Namespace, weights: str, captions: list[str], buckets: tuple[int, ...]):
-    loaded = read(weights, {"image.activation": "gelu", "text.activation": "gelu"} if "quick" not in args.model else {})
+    loaded = read(weights, {"text.activation": "quick_gelu" if "quick" in args.model else "gelu"})
     config = config_lib.default("clip")
     config.batch_size = args.batch_size
     config.data.image_size = loaded.view.size

@@ -351,8 +351,8 @@ def load(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
 
   Raises:
     FileNotFoundError: no such file or checkpoint.
-    ValueError: the checkpoint is not recognised, does not match a model, or a setting does not fit; the message names
-      what differs.
+    ValueError: the checkpoint is not recognised, does not match a model, lacks a field that has to be set, or
+      a setting does not fit; the message names what differs.
   """
   weights = read(path, settings, step)
   for remark in weights.remarks:

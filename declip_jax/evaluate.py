@@ -12,7 +12,7 @@ Without further flags, the evaluations of the run's config are repeated. Others 
 evaluated.
 
 --weights evaluates any other checkpoint that `declip_jax.load` reads, such as one of OpenAI's CLIP or of open_clip.
---settings supplies what such a file lacks and `declip_jax.load` warns about: --settings=image.activation=gelu
+--settings supplies what such a file does not contain, as `declip_jax.load` reports it: --settings=text.activation=gelu
 If a run averages its weights (config.optimizer.ema), the average is evaluated; --settings=average=False evaluates the
 weights themselves.
 
@@ -423,7 +423,7 @@ def main() -> None:
   flags.DEFINE_bool("every_checkpoint", False, "Evaluate all checkpoints of the run.")
   flags.DEFINE_string("weights", None, "Checkpoint file or folder to evaluate instead of the run in --workdir.")
   flags.DEFINE_multi_string(
-    "settings", [], "Setting that the checkpoint does not contain, such as image.activation=gelu. Can be repeated."
+    "settings", [], "Setting that the checkpoint does not contain, such as text.activation=gelu. Can be repeated."
   )
   flags.DEFINE_string(
     "interpolate_with", None, "Weights before fine-tuning, to evaluate mixtures with those of --workdir (WiSE-FT)."

@@ -5,7 +5,7 @@
   orbax        parameters only, for declip_jax.load and config.init_from; the only format for FILIP and SimCLR
 
 RUN is the working directory of a run, or any checkpoint that declip_jax.load reads. DIR must be empty or not exist yet.
---settings supplies what a file lacks and declip_jax.load warns about: --settings=image.activation=gelu
+--settings supplies what a file does not contain, as declip_jax.load reports it: --settings=text.activation=gelu
 If a run averages its weights (config.optimizer.ema), the average is exported; --settings=average=False exports the
 weights themselves.
 """
@@ -40,7 +40,7 @@ def main() -> None:
   flags.DEFINE_string("output", None, "Folder to write; it must be empty or not exist yet.", required=True)
   flags.DEFINE_string("step", None, "Step of the checkpoint to export, or best; the newest by default.")
   flags.DEFINE_multi_string(
-    "settings", [], "What the file does not contain, such as image.activation=gelu. Repeat the flag for several."
+    "settings", [], "What the file does not contain, such as text.activation=gelu. Repeat the flag for several."
   )
   launch(_command, __doc__)
 

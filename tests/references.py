@@ -16,6 +16,8 @@ from declip_jax.objectives.blockwise import PLAIN
 from declip_jax.views import Views
 
 FIXTURES = Path(__file__).parent / "fixtures"
+# What the tensors of OpenAI's, open_clip's and Hugging Face's models do not tell.
+TOLD = {"text.activation": "quick_gelu", "text.eot": 127}
 # Pixels of the fixtures are already normalised: this mean and deviation do not change them.
 UNCHANGED = {"mean": (0.0,), "std": (1 / 255,)}
 

@@ -1,4 +1,4 @@
-"""Files of `torch.save` made by hand: each function but the last two returns the instructions that push one value."""
+"""Files of `torch.save` made by hand: the first functions return the instructions that push one value."""
 
 from pathlib import Path
 import pickle
@@ -39,6 +39,15 @@ def dictionary(**values: bytes) -> bytes:
 def module(class_name: str, **attributes: bytes) -> bytes:
   """A module of TorchScript."""
   return f"c__torch__\n{class_name}\n".encode() + b")\x81" + dictionary(**attributes) + b"b"
+
+
+def state_dict(tensors: dict[str, np.ndarray]) -> tuple[bytes, dict[str, bytes]]:
+  """The instructions of a state dict of float32, and its storages by their keys."""
+  pushed = {}
+  for key, (name, x) in enumerate(tensors.items()):
+    strides = tuple(stride // 4 for stride in x.strides)
+    pushed[name] = tensor(shape=x.shape, stride=strides, key=str(key), size=x.size)
+  return dictionary(**pushed), {str(key): x.tobytes() for key, x in enumerate(tensors.values())}
 
 
 def write_zip(path: Path, content: bytes, **entries: bytes) -> Path:

@@ -1,6 +1,7 @@
 """Reads the config files that open_clip and Hugging Face write next to weights, as settings of `weights.read`.
 
-A field that changes what a model computes, and that our towers do not support, is an error that names it.
+A field that changes what a model computes, and that our towers do not support, is an error that names it, and the
+family of models that has it (`weights.families`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,9 @@ from pathlib import Path
 import re
 from typing import Any, NoReturn, TypeVar
 
+from declip_jax.weights import families
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
+from declip_jax.weights.tensor_files import INDEX
 
 Fields = Mapping[str, Any]
 Value = TypeVar("Value")
@@ -37,6 +40,10 @@ _OPEN_CLIP_TOWER = {
   "hf_tokenizer_name": ("", None),
   "pool_type": ("tok", "argmax", "eos"),
   "eos_id": None,
+  # Without effect after training.
+  "patch_dropout": None,
+  "timm_drop": None,
+  "timm_drop_path": None,
 }
 _TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
 _TIMM_NAME = re.compile(r"vit_(tiny|small|base|large)_patch\d+(_\d+)?(\.\w+)?")
@@ -49,7 +56,7 @@ def settings_beside(file: Path) -> dict[str, Any]:
     ValueError: a config file is damaged, or describes a model that our towers cannot compute; the message names both.
   """
   folder = file.parent
-  if file.suffix not in (".safetensors", ".bin"):
+  if not file.name.endswith((".safetensors", ".bin", INDEX)):
     return {}
   if (folder / "open_clip_config.json").exists() and file.name.startswith("open_clip"):
     return _open_clip(folder / "open_clip_config.json")
@@ -84,23 +91,19 @@ def get(fields: Fields, name: str, default: Value, where: str) -> Value:
     return default
   expected = (int, float) if isinstance(default, float) else type(default)
   if not isinstance(value, expected) or isinstance(value, bool) != isinstance(default, bool):
-    raise ValueError(f"{where}{name}={value!r}: expected a value like {default!r}")
+    raise ValueError(f"{where}{name}={value!r:.80}: expected a value like {default!r}")
   return value
 
 
 def _reject(where: str, value: Any, supported: Any) -> NoReturn:
-  raise ValueError(f"{where}={value!r} is not supported, only {supported}")
+  raise ValueError(f"{where}={value!r:.80} is not supported, only {supported}")
 
 
 def _open_clip(file: Path) -> dict[str, Any]:
   about = read_json(file)
   model, preprocess = (get(about, name, {}, f"{file}: ") for name in ("model_cfg", "preprocess_cfg"))
   vision, text = (get(model, name, {}, f"{file}: model_cfg.") for name in ("vision_cfg", "text_cfg"))
-  for tower, fields in (("vision_cfg", vision), ("text_cfg", text)):
-    for name, value in fields.items():
-      legal = _OPEN_CLIP_TOWER.get(name, (None, False, 0, 0.0, ""))
-      if legal is not None and value not in legal:
-        _reject(f"{file}: {tower}.{name}", value, list(legal))
+  _check_open_clip(model, vision, text, file)
   activation = "quick_gelu" if get(model, "quick_gelu", False, f"{file}: model_cfg.") else "gelu"
   where = f"{file}: text_cfg."
   settings = {"text.activation": activation, "text.heads": get(text, "heads", 8, where)}
@@ -113,13 +116,27 @@ def _open_clip(file: Path) -> dict[str, Any]:
   return settings | _open_clip_vision(vision, activation, f"{file}: vision_cfg.") | _open_clip_view(preprocess, file)
 
 
+def _check_open_clip(model: Fields, vision: Fields, text: Fields, file: Path) -> None:
+  """Rejects towers with fields that ours do not have, by the name of their family if it is known."""
+  timm = get(vision, "timm_model_name", "", f"{file}: vision_cfg.")
+  family = families.of_open_clip(model, vision, text)
+  if timm and not _TIMM_NAME.fullmatch(timm):
+    raise families.unsupported(str(file), family or "this image tower of timm", f"timm_model_name={timm!r:.60}")
+  for tower, fields in (("vision_cfg", vision), ("text_cfg", text)):
+    for name, value in fields.items():
+      legal = _OPEN_CLIP_TOWER.get(name, (None, False, 0, 0.0, ""))
+      if legal is None or value in legal:
+        continue
+      if family:
+        raise families.unsupported(str(file), family, f"{tower}.{name:.40}={value!r:.60}")
+      _reject(f"{file}: {tower}.{name:.40}", value, list(legal))
+
+
 def _open_clip_vision(vision: Fields, activation: str, where: str) -> dict[str, Any]:
   name = get(vision, "timm_model_name", "", where)
   if name:
-    match = _TIMM_NAME.fullmatch(name)
-    if not match:
-      _reject(f"{where}timm_model_name", name, "vit_tiny, vit_small, vit_base and vit_large")
-    return {"image.activation": "gelu", "image.heads": _TIMM_HEADS[match[1]], "image.epsilon": 1e-6}
+    heads = _TIMM_HEADS[name.split("_")[1]]
+    return {"image.activation": "gelu", "image.heads": heads, "image.epsilon": 1e-6}
   head_width = get(vision, "head_width", 64, where)
   if head_width < 1:
     _reject(f"{where}head_width", head_width, "1 or more")
@@ -127,8 +144,12 @@ def _open_clip_vision(vision: Fields, activation: str, where: str) -> dict[str, 
     if head_width != 64:
       _reject(f"{where}head_width", head_width, "64 for a ResNet, whose attention pool has heads of 64 channels")
     return {}
-  heads = get(vision, "width", 768, where) // head_width
-  return {"image.activation": activation, "image.heads": heads, "image.epsilon": _epsilon(vision, where)}
+  return {
+    "image.activation": activation,
+    "image.heads": get(vision, "width", 768, where) // head_width,
+    "image.epsilon": _epsilon(vision, where),
+    "image.pre_norm": not get(vision, "no_ln_pre", False, where),
+  }
 
 
 def _epsilon(tower: Fields, where: str) -> float:
@@ -166,8 +187,10 @@ def _three(values: Any, where: str) -> tuple[float, ...]:
 def _hugging_face(folder: Path) -> dict[str, Any]:
   file = folder / "config.json"
   about = read_json(file)
-  if about.get("model_type") != "clip":
-    _reject(f"{file}: model_type", about.get("model_type"), "'clip'")
+  if (kind := about.get("model_type")) != "clip":
+    if family := families.of_transformers(kind):
+      raise families.unsupported(str(file), family, f"model_type={kind!r}")
+    _reject(f"{file}: model_type", kind, "'clip'")
   vision, text = (get(about, name, {}, f"{file}: ") for name in ("vision_config", "text_config"))
   where = f"{file}: text_config."
   if (epsilon := get(text, "layer_norm_eps", 1e-5, where)) != 1e-5:

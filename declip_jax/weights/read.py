@@ -1,11 +1,12 @@
 """Reads checkpoints of OpenAI's CLIP, open_clip, Hugging Face, SLIP, DeCLIP and our own runs as our parameters.
 
 Format and architecture are recognised by the names and shapes of tensors (`weights.recognise`) and by config files in
-the same folder (`weights.model_configs`). What these do not determine is assumed, with a remark, and can be given as
-settings (`weights.settings`): the number of heads, the activation, the end-of-text id.
+the same folder (`weights.model_configs`). What these do not determine is assumed, with a remark, or is an error where
+several values are likely; it can be given as settings (`weights.settings`): the number of heads, the activation, the
+end-of-text id.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import json
 import os
 from pathlib import Path
@@ -26,7 +27,7 @@ from declip_jax.objectives import make_objective
 from declip_jax.runtime.checkpoint import Checkpoints, restore_as_numpy
 from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.runtime.retention import KeepBest
-from declip_jax.weights import dialects
+from declip_jax.weights import dialects, families
 from declip_jax.weights.layout import (
   ModelFields,
   StateDict,
@@ -36,9 +37,9 @@ from declip_jax.weights.layout import (
   to_variables,
 )
 from declip_jax.weights.model_configs import read_json, settings_beside
-from declip_jax.weights.recognise import recognise
+from declip_jax.weights.recognise import Recognised, recognise
 from declip_jax.weights.settings import VIEW, with_fields, with_positions, with_view
-from declip_jax.weights.tensor_files import read_tensors
+from declip_jax.weights.tensor_files import INDEX, listed, read_tensors
 
 Tree = Any
 # Tensors without a place in our model, such as counters: kept in `Weights.rest`.
@@ -52,10 +53,11 @@ _WEIGHT_FILES = (
   "open_clip_model.safetensors",
   "open_clip_pytorch_model.bin",
   "model.safetensors",
+  f"model.safetensors{INDEX}",
   "pytorch_model.bin",
+  f"pytorch_model.bin{INDEX}",
 )
 _FLOATS = tuple(map(np.dtype, (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)))
-_MOST_LINES = 20  # of an error that lists tensors
 # What building a model raises if fields that a file determines contradict each other.
 _CONTRADICTIONS = (
   ArithmeticError,
@@ -105,16 +107,17 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
   """Reads a checkpoint file, the folder of one, or the working directory of a run.
 
   Args:
-    path: a file (`.pt`, `.pth.tar`, `.bin`, `.safetensors`), a folder of open_clip or Hugging Face, our orbax export,
-      the working directory of a run, or one of its checkpoints, `RUN/checkpoints/STEP` or `RUN/checkpoints/best`.
+    path: a file (`.pt`, `.pth.tar`, `.bin`, `.safetensors`) or the index of several (`.index.json`), a folder of
+      open_clip or Hugging Face, our orbax export, the working directory of a run, or one of its checkpoints,
+      `RUN/checkpoints/STEP` or `RUN/checkpoints/best`.
     settings: fields that override what was recognised, such as `{"image.heads": 12, "image.activation": "gelu"}`: those
       of `config.model`, and `image_size`, `interpolation`, `resize` and `squash`; and `average`, see `read_run`.
     step: checkpoint of a run, the newest by default; "best" is the best by `config.checkpoint.best_metric`.
 
   Raises:
     FileNotFoundError: no such file, or a folder without weights.
-    ValueError: the checkpoint is not from a known project, its tensors do not match a model, or a setting does not fit;
-      the message names them.
+    ValueError: the checkpoint is not from a known project, its tensors do not match a model, a setting does not fit, or
+      one that the file does not determine is not given and has several likely values; the message names them.
   """
   given, path = os.fspath(path), Path(path)
   settings = dict(settings or {})
@@ -132,7 +135,9 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
   file = path if path.is_file() else _weights_file(path)
   described = {**settings_beside(file), **settings}
   found = read_tensors(file)
-  return from_state_dict(found.tensors, described, name=str(file), kind=found.kind, extras=found.extras)
+  weights = from_state_dict(found.tensors, described, name=str(file), kind=found.kind, extras=found.extras)
+  others = [f"other state dicts of the file, which were not read: {listed(found.left_out)}"] if found.left_out else []
+  return weights._replace(remarks=(*weights.remarks, *others))
 
 
 def _hub_hint(path: str) -> str:
@@ -192,13 +197,14 @@ def from_state_dict(
   tensors, remarks = _of_one_model(tensors, name)
   dialect = dialects.recognise(tensors)
   if dialect is None:
-    raise ValueError(f"{name} is not a recognised CLIP, SLIP or DeCLIP checkpoint; its tensors are {_shown(tensors)}")
+    raise _mismatch(name, tensors, f"{name} is not a CLIP, SLIP or DeCLIP checkpoint; its tensors", [*tensors])
+  given = dict(settings or {})
   try:
     translated = dialects.to_openai(tensors, dialect)
-    found = recognise(translated, dialect, kind, extras or {})
+    found = recognise(translated, dialect, kind, extras or {}, given)
   except _CONTRADICTIONS as error:
-    raise ValueError(f"{name} ({dialect}): cannot recognise the architecture from its tensors: {error}") from error
-  given = dict(settings or {})
+    refusal = f"{name} ({dialect}): cannot recognise the architecture from its tensors"
+    raise _mismatch(name, tensors, refusal, [_first_line(error)]) from error
   of_view = {field: given.pop(field) for field in (*VIEW, "text.context_length") if field in given}
   model = with_fields(found.model, given, name)
   if "joint" in found.heads and not 0 <= model["text"]["eot"] < model["text"]["vocab_size"]:
@@ -208,11 +214,13 @@ def from_state_dict(
   _, variables = _abstract(model, found.heads, found.image_size, f"{name} ({dialect})")
   entries = layout(model, found.heads)
   expected = expected_shapes(variables, entries)
-  _check(translated, expected, f"{name} ({dialect})")
+  if wrong := _differences(translated, expected):
+    raise _mismatch(name, tensors, f"{name} ({dialect}) does not match the model that its tensors suggest", wrong)
+  _check_decided(found, name)
   tree = to_variables(translated, entries)
   rest = {key: np.asarray(x) for key, x in translated.items() if key not in expected}
   if unused := sorted(key for key in rest if not _BOOKKEEPING.fullmatch(key)):
-    remarks.append(f"tensors without a place in this model: {', '.join(unused)}")
+    remarks.append(f"tensors without a place in this model: {listed(unused)}")
   # DeCLIP evaluates on a crop of 224 pixels out of 256.
   resize = found.image_size * 256 // 224 if dialect.startswith("DeCLIP") and not of_view.get("squash") else 0
   weights = Weights(
@@ -229,15 +237,25 @@ def from_state_dict(
   return _with_settings(weights, of_view, name)
 
 
-def _assumptions(model: ModelFields, fields: Iterable[str]) -> list[str]:
+def _check_decided(found: Recognised, name: str) -> None:
+  """Rejects a model with fields that were not given, that its file does not determine, and that commonly differ."""
+  if found.undecided:
+    fields = ", ".join(f"{field} ({values})" for field, values in found.undecided.items())
+    raise ValueError(f"{name} does not say {fields}: {_how_to_set(next(iter(found.undecided)), 'VALUE')}")
+
+
+def _how_to_set(field: str, value: str) -> str:
+  return f"pass --settings={field}={value}, load(path, settings) or config.init_from.settings"
+
+
+def _assumptions(model: ModelFields, fields: Sequence[str]) -> list[str]:
   """A remark on fields that the file does not determine, if there are any."""
   values = flatten_dict(dict(model), sep=".")
-  if not (assumed := ", ".join(f"{field}={values[field]!r}" for field in fields)):
+  if not (assumed := [f"{field}={values[field]!r}" for field in fields]):
     return []
   return [
-    f"the file does not specify {assumed}: these values are assumed, with 64 channels per head as in most models; so "
-    "are causal texts pooled at their end-of-text id, and images pooled at the class token. If the model differs, its "
-    "features are wrong: pass the right values as settings"
+    f"the file does not specify {', '.join(assumed)}: these are guesses, as are OpenAI's masks and pooling. "
+    f"If one differs, all features are wrong: {_how_to_set(fields[0], str(values[fields[0]]))}"
   ]
 
 
@@ -362,7 +380,8 @@ def _with_settings(weights: Weights, settings: Mapping[str, Any], name: str) -> 
   for path in sorted(given.keys() | needed.keys()):
     shapes = [tree[path].shape if path in tree else "missing" for tree in (given, needed)]
     if shapes[0] != shapes[1]:
-      raise ValueError(f"{name}: the settings {settings} need other weights: {path} is {shapes[0]}, not {shapes[1]}")
+      given = listed(map(str, settings))
+      raise ValueError(f"{name}: the settings {given} need other weights: {path} is {shapes[0]}, not {shapes[1]}")
   return weights._replace(model=model, params=params, view=view, remarks=(*weights.remarks, *remarks))
 
 
@@ -375,18 +394,17 @@ def _abstract(model: ModelFields, heads: Iterable[str], image_size: int, name: s
 
 
 def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0][:500]
+  return (str(error).splitlines() or [type(error).__name__])[0][:150]
 
 
 def _weights_file(folder: Path) -> Path:
   for name in _WEIGHT_FILES:
     if (folder / name).exists():
       return folder / name
-  found = sorted(file.name for file in folder.iterdir())
-  if any(name.endswith(".index.json") for name in found):
-    raise ValueError(f"{folder} has its weights in several files, which is not supported: save them as one file")
+  found = listed(sorted(file.name for file in folder.iterdir()))
   raise FileNotFoundError(
-    f"{folder} has no weights: expected one of {', '.join(_WEIGHT_FILES)}, {EXPORT_FILE} or checkpoints/, found {found}"
+    f"{folder} has no weights: expected {_WEIGHT_FILES[0]}, model.safetensors, pytorch_model.bin, {EXPORT_FILE} or "
+    f"checkpoints/, found {found}"
   )
 
 
@@ -408,14 +426,15 @@ def _of_one_model(tensors: Mapping[str, np.ndarray], name: str) -> tuple[dict[st
   if not prefixes:
     return plain, []
   if len(prefixes) > 1:
-    raise ValueError(f"{name} has several models, {_shown(prefixes)}: save the one to read as a file of its own")
+    raise ValueError(f"{name} has several models, {listed(prefixes)}: save the one to read as a file of its own")
   (prefix,) = prefixes
   outside = [key for key in plain if not key.startswith(prefix)]
-  remark = [f"tensors outside of {prefix!r}, which were not read: {_shown(outside)}"] if outside else []
+  remark = [f"tensors outside of {prefix!r}, which were not read: {listed(outside)}"] if outside else []
   return {key.removeprefix(prefix): tensor for key, tensor in plain.items() if key.startswith(prefix)}, remark
 
 
-def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], name: str) -> None:
+def _differences(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+  """The tensors that are missing, unknown, or of another shape or type than expected."""
   wrong = [f"{key} {shape}: missing" for key, shape in expected.items() if key not in tensors]
   for key, tensor in tensors.items():
     if key in expected and tensor.shape != expected[key]:
@@ -424,12 +443,12 @@ def _check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, 
       wrong.append(f"{key} {tensor.dtype}: should be one of {', '.join(dtype.name for dtype in _FLOATS)}")
     elif key not in expected and not _BOOKKEEPING.fullmatch(key):
       wrong.append(f"{key} {tensor.shape}: unknown")
-  if wrong:
-    more = [f"... and {len(wrong) - _MOST_LINES} more"] if len(wrong) > _MOST_LINES else []
-    lines = "\n  ".join([*wrong[:_MOST_LINES], *more])
-    raise ValueError(f"{name} does not match the model that its tensors suggest:\n  {lines}")
+  return wrong
 
 
-def _shown(names: Iterable[str]) -> str:
-  names = sorted(names)
-  return ", ".join(name[:200] for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+def _mismatch(name: str, tensors: Iterable[str], problem: str, details: Iterable[str]) -> ValueError:
+  """The error of tensors that are not those of a model of ours; it names the family of models that they are from."""
+  family, tensor = families.of_tensors(tensors)
+  if family:
+    return families.unsupported(name, family, f"tensor {tensor:.80}")
+  return ValueError(f"{problem}: {listed(details)}")

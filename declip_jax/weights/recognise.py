@@ -1,12 +1,14 @@
 """Recognises the architecture of a state dict under OpenAI's names, by the names and shapes of its tensors.
 
 What they do not determine is assumed, and named in `Recognised.assumed`: activation, heads, epsilon, end-of-text id.
+Where models with the same tensors commonly have another value, `Recognised.undecided` names the field instead.
 """
 
 from collections.abc import Iterable, Mapping
 import dataclasses
 import math
 import re
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from declip_jax import config as config_lib
 OPENAI_EOT, OPENAI_VOCABULARIES = 49407, (49408, 49409)  # without and with a mask token
 # Number of heads of open_clip's H/14, g/14, bigG/14 and e/14 by width and depth: theirs do not have 64 channels.
 _WIDE_HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1792, 56): 16}
+# The name that open_clip gives to a run without `--name`: it has that of the model.
+_RUN_NAME = re.compile(r"\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d-model_.+-lr_.*")
 
 
 @dataclasses.dataclass
@@ -29,6 +33,7 @@ class Recognised:
     image_size: height and width of images, in pixels.
     interpolation: method of resizing images for evaluation.
     assumed: paths of the fields of `model` that neither tensors nor the kind of file determine, such as "image.heads".
+    undecided: paths of those among them that differ between common models with these tensors, and their legal values.
   """
 
   model: dict[str, Any]
@@ -36,15 +41,23 @@ class Recognised:
   image_size: int
   interpolation: str
   assumed: tuple[str, ...]
+  undecided: dict[str, str]
 
 
-def recognise(tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extras: Mapping[str, Any]) -> Recognised:
+def recognise(
+  tensors: Mapping[str, np.ndarray],
+  dialect: str,
+  kind: str,
+  extras: Mapping[str, Any],
+  given: Mapping[str, Any] = MappingProxyType({}),
+) -> Recognised:
   """The model whose tensors have these names and shapes.
 
   Args:
     tensors: arrays under OpenAI's names.
     dialect: the dialect that they were in, a name of `dialects.DIALECTS`.
     kind, extras: see `tensor_files.TensorFile`.
+    given: fields that are known, such as {"image.activation": "gelu"}, which is likely that of the other tower, too.
 
   Raises:
     KeyError, IndexError, ValueError, ArithmeticError: a tensor is missing or has another rank.
@@ -52,7 +65,8 @@ def recognise(tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extras
   model = config_lib.default("clip").to_dict()["model"]
   slip, declip = dialect == "SLIP", dialect.startswith("DeCLIP")
   timm = slip or dialect == "open_clip, timm trunk"
-  activation = _activation(tensors, dialect, kind, extras)
+  likely = _activation(tensors, dialect, kind, extras, given)
+  activation = likely or "quick_gelu"
   model["dtype"] = "float32"
   if slip or declip:
     model["mean"], model["std"] = config_lib.IMAGENET_MEAN, config_lib.IMAGENET_STD
@@ -69,8 +83,11 @@ def recognise(tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extras
   fields, heads = _heads(tensors)
   model["heads"] |= fields
   of_one_architecture = slip or declip or _is_openais(tensors, kind)
-  assumed = () if of_one_architecture else _undetermined(model, heads)
-  return Recognised(model, heads, image_size, "bilinear" if slip or declip else "bicubic", assumed)
+  assumed = () if of_one_architecture else _assumed(model, heads)
+  undecided = {} if of_one_architecture else _undecided(model, heads, likely, dialect)
+  interpolation = "bilinear" if slip or declip else "bicubic"
+  undecided = {field: values for field, values in undecided.items() if field not in given}
+  return Recognised(model, heads, image_size, interpolation, assumed, undecided)
 
 
 def _is_openais(tensors: Mapping[str, np.ndarray], kind: str) -> bool:
@@ -78,30 +95,51 @@ def _is_openais(tensors: Mapping[str, np.ndarray], kind: str) -> bool:
   return kind == "torchscript" or "input_resolution" in tensors
 
 
-def _activation(tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extras: Mapping[str, Any]) -> str:
-  """The most likely activation.
+def _activation(
+  tensors: Mapping[str, np.ndarray], dialect: str, kind: str, extras: Mapping[str, Any], given: Mapping[str, Any]
+) -> str | None:
+  """The activation, as far as the file or the user tells it; None if GELU and QuickGELU are both likely.
 
-  QuickGELU is that of OpenAI, SLIP (text) and DeCLIP, and the default of Hugging Face. open_clip trains with exact GELU
-  by default; models with QuickGELU mostly have "quickgelu" in their name, which becomes part of the run's name, but
-  only training checkpoints have a name. OpenAI's models are mostly saved by PyTorch, or in half precision.
+  QuickGELU is that of OpenAI, SLIP (text) and DeCLIP. Models of open_clip, and those converted to Hugging Face's
+  format, have either. The name of an open_clip run has the name of its model, and models with QuickGELU mostly have
+  "quickgelu" in theirs. OpenAI's models are in half precision.
   """
-  if dialect != "OpenAI" and not dialect.startswith("open_clip"):
+  if dialect == "SLIP" or dialect.startswith("DeCLIP") or _is_openais(tensors, kind):
     return "quick_gelu"
-  if "name" in extras:
-    return "quick_gelu" if "quickgelu" in str(extras["name"]).lower() else "gelu"
+  timm = dialect == "open_clip, timm trunk"  # whose image tower has GELU in any case
+  told = [given.get(field) for field in ("text.activation", "image.activation")[: 1 if timm else 2]]
+  if told := [activation for activation in told if isinstance(activation, str)]:
+    return told[0]
+  name = str(extras.get("name", ""))
+  if "quickgelu" in name.lower():
+    return "quick_gelu"
+  if timm or _RUN_NAME.fullmatch(name):
+    return "gelu"
   halves = any(tensor.dtype == np.float16 for tensor in tensors.values())
-  if _is_openais(tensors, kind) or halves:
-    return "quick_gelu"
-  return "quick_gelu" if kind == "torch" and dialect == "OpenAI" else "gelu"
+  return "quick_gelu" if halves and not name and dialect == "OpenAI" and kind == "torch" else None
 
 
-def _undetermined(model: Mapping[str, Any], heads: Iterable[str]) -> tuple[str, ...]:
+def _assumed(model: Mapping[str, Any], heads: Iterable[str]) -> tuple[str, ...]:
   """The fields that no tensor determines."""
   fields = ["image.activation", "image.heads", "image.epsilon"] if model["image"]["kind"] == "vit" else []
   if "joint" in heads:
     fields += ["text.activation", "text.heads"]
     fields += ["text.eot"] if model["text"]["vocab_size"] not in OPENAI_VOCABULARIES else []
   return tuple(fields)
+
+
+def _undecided(model: Mapping[str, Any], heads: Iterable[str], activation: str | None, dialect: str) -> dict[str, str]:
+  """The fields of which several values are likely, and what to set them to."""
+  fields, vit = {}, model["image"]["kind"] == "vit"
+  if activation is None and (vit or "joint" in heads):
+    fields["text.activation" if "joint" in heads else "image.activation"] = (
+      "'quick_gelu' in OpenAI's, mostly 'gelu' in open_clip's"
+    )
+  if "joint" in heads and model["text"]["vocab_size"] not in OPENAI_VOCABULARIES:
+    fields["text.eot"] = "id that ends a text"
+  if vit and not model["image"]["pre_norm"] and "timm" not in dialect:
+    fields["image.pre_norm"] = "False; CLIPA is not supported"
+  return fields
 
 
 def _depth(tensors: Iterable[str], prefix: str) -> int:

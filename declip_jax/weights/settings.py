@@ -16,6 +16,7 @@ import numpy as np
 from declip_jax.data.images import INTERPOLATIONS, EvalView
 from declip_jax.models.positions import IMAGE_POSITIONS, TEXT_POSITIONS, resize_positions
 from declip_jax.models.towers import IMAGE_TOWERS
+from declip_jax.spelling import did_you_mean
 from declip_jax.weights.layout import ModelFields
 
 Tree = Any
@@ -54,7 +55,10 @@ def with_fields(model: ModelFields, settings: Mapping[str, Any], name: str) -> d
   fields = flatten_dict(dict(model), sep=".")
   for field, value in settings.items():
     if field not in fields:
-      raise ValueError(f"{name}: this model has no field {field!r}; it has {', '.join([*fields, *VIEW])}")
+      closest = did_you_mean(field, [*fields, *VIEW])
+      raise ValueError(
+        f"{name}: this model has no field {field!r:.80}{closest or '; its fields are those of config.model'}"
+      )
     fields[field] = _like(fields[field], value, f"{name}: {field}={value!r}")
   for field in ("mean", "std"):
     values = fields[field]

@@ -6,8 +6,9 @@
 | `torch.save` since PyTorch 1.6 | a zip with `*/data.pkl` | "torch" |
 | `torch.save` before 1.6 | a pickled magic number | "torch" |
 | `torch.jit.save`, such as OpenAI's release of CLIP | a zip with `*/constants.pkl` and `*/code/` | "torchscript" |
+| several of these files and their index | a name that ends with `.index.json` | that of the files |
 
-The last three contain a pickle, which `data.storage.unpickler` reads: `_NAMES` makes numbers, containers and
+Those of PyTorch contain a pickle, which `data.storage.unpickler` reads: `_NAMES` makes numbers, containers and
 descriptions of tensors, and everything else becomes an inert placeholder.
 
 Formats: torch/serialization.py, torch/csrc/jit/serialization/pickler.cpp and caffe2/serialize/inline_container.h of
@@ -30,6 +31,7 @@ import numpy as np
 
 from declip_jax.data.storage.unpickler import DAMAGE, Opaque, Unpickler, is_plain, shown
 
+INDEX = ".index.json"  # end of the name of a JSON file that names the file of each tensor, as transformers writes it
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of the format before PyTorch 1.6
 # Keys of the state dict in checkpoints: those of open_clip, SLIP and Lightning; of DeCLIP; of PyTorch's tutorial; of
 # DeepSpeed; and other common ones.
@@ -38,7 +40,9 @@ _DEEPEST_PLACE = 3  # dicts around the state dict
 _LONGEST_NAME = 500  # characters of a tensor's name in TorchScript, where a module may contain itself
 _MOST_NAMES = 200_000  # in TorchScript, where a few modules that contain each other could have billions
 _MOST_AXES = 16
-_LONGEST_HEADER = 8 << 20  # bytes of the JSON of a safetensors file, which takes up to 30 times as much memory
+_MOST_SHOWN = 140  # characters of names in a message
+_LONGEST_HEADER = 8 << 20  # bytes of the JSON of a safetensors file or an index, which takes up to 30 times the memory
+_MOST_FILES = 1000  # of an index
 _MOST_EXPANSION, _SMALL = 4, 1 << 20  # bytes of all tensors by those of the file; tensors may share memory
 _DAMAGE = (*DAMAGE, zipfile.BadZipFile)
 
@@ -50,11 +54,13 @@ class TensorFile(NamedTuple):
     tensors: read-only arrays by their names in the state dict; some share memory or are not contiguous.
     kind: "torchscript", "torch" or "safetensors".
     extras: strings, numbers, booleans and Nones next to the state dict; the metadata of a safetensors file.
+    left_out: keys of other state dicts in the file, such as a moving average, which were not read.
   """
 
   tensors: dict[str, np.ndarray]
   kind: str
   extras: dict[str, Any]
+  left_out: tuple[str, ...] = ()
 
 
 class _Storage(NamedTuple):
@@ -86,7 +92,7 @@ _Reader = Callable[[_Storage], bytes]
 
 
 def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
-  """Reads the state dict of a file; other tensors, such as an optimizer's, are not loaded.
+  """Reads the state dict of a file, or of the files of an index; other tensors, as of an optimizer, are not loaded.
 
   The state dict is the whole file or, in a training checkpoint, an entry such as "state_dict" or "model". A moving
   average of the weights, such as open_clip's "state_dict_ema", is read only if there is nothing else. A TorchScript
@@ -94,13 +100,15 @@ def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: the file is damaged, of another format, without tensors, with several state dicts, or asks for a name
-      that only an attack asks for; the message begins with the path.
+    ValueError: the file is damaged, of another format, without tensors, with several state dicts, asks for a name that
+      only an attack asks for, or is an index of files outside its folder; the message begins with the path.
   """
   path = os.fspath(path)
   if os.path.isdir(path):
     raise ValueError(f"{path}: this is a folder, expected a file")
   try:
+    if path.endswith(INDEX):
+      return _read_indexed(path)
     with open(path, "rb") as file:
       start = file.read(512)
       file.seek(0)
@@ -112,9 +120,42 @@ def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
         return _read_legacy(file)
       raise ValueError(_describe(start))
   except _DAMAGE as error:
-    raise ValueError(f"{path}: damaged, truncated or not a checkpoint ({type(error).__name__}: {error})") from error
+    cause = f"{type(error).__name__}: {' '.join(str(error).split()):.150}"
+    raise ValueError(f"{path}: damaged, truncated or not a checkpoint ({cause})") from error
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+
+
+def _read_indexed(path: str) -> TensorFile:
+  """The tensors of the files in an index, each of which has those that the index says, and no others."""
+  if (size := os.path.getsize(path)) > _LONGEST_HEADER:
+    raise ValueError(f"an index of {size} bytes, expected at most {_LONGEST_HEADER}")
+  with open(path, "rb") as file:
+    try:
+      content = json.loads(file.read(), object_pairs_hook=_unique)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+      raise ValueError(f"an index that is not JSON: {error}") from error
+  files = content.get("weight_map") if isinstance(content, dict) else None
+  if not isinstance(files, dict) or not files:
+    raise ValueError("an index without weight_map, expected an object of file names by the names of tensors")
+  for name in files.values():
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", name):
+      raise ValueError(
+        f"the index names the file {shown(name)}, expected a .safetensors or .bin file in its own folder"
+      )
+  names = sorted(set(files.values()))
+  if len(names) > _MOST_FILES:
+    raise ValueError(f"an index of {len(names)} files, expected at most {_MOST_FILES}")
+  tensors, kind = {}, ""
+  for name in names:
+    shard = os.path.join(os.path.dirname(path), name)
+    if not os.path.isfile(shard):
+      raise ValueError(f"the index names the file {shown(name)}, which does not exist")
+    found = read_tensors(shard)
+    if wrong := found.tensors.keys() ^ {tensor for tensor, file in files.items() if file == name}:
+      raise ValueError(f"the tensors of {shown(name)} differ from those in the index: {listed(sorted(wrong))}")
+    tensors, kind = tensors | found.tensors, found.kind
+  return TensorFile(tensors, kind, {})
 
 
 def _describe(start: bytes) -> str:
@@ -123,6 +164,8 @@ def _describe(start: bytes) -> str:
     return "empty, 0 bytes"
   if start[257:262] == b"ustar":
     return "a tar archive: unpack it and pass one of its files"
+  if start.startswith(b"\x89HDF"):
+    return "an HDF5 file, as of TensorFlow, expected a PyTorch or a safetensors file"
   kind = "text" if re.fullmatch(rb"[\t\n\r -~\x80-\xff]+", start) else "neither a PyTorch nor a safetensors file"
   hint = "; is it an error page or a Git LFS pointer?" if kind == "text" else ""
   return f"{kind}; it begins with {start[:40]!r}{hint}"
@@ -198,8 +241,10 @@ def _read_zip(file: BinaryIO) -> TensorFile:
   if sum(entry.compress_size for entry in entries.values()) > os.fstat(file.fileno()).st_size:
     raise ValueError("damaged: entries of the zip overlap")
   roots = [name.removesuffix("data.pkl") for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
+  if entries and all(name.endswith(".npy") for name in entries):
+    raise ValueError("a NumPy archive, as of big_vision, expected a PyTorch or a safetensors file")
   if len(roots) != 1:
-    raise ValueError(f"a zip with {len(roots)} entries FOLDER/data.pkl, expected 1; its entries are {_listed(entries)}")
+    raise ValueError(f"a zip with {len(roots)} entries FOLDER/data.pkl, expected 1; its entries are {listed(entries)}")
   (root,) = roots
 
   def read_entry(name: str) -> bytes:
@@ -262,15 +307,16 @@ def _collect(content: Any, is_script: bool, read: _Reader, file_size: int) -> Te
   """Finds the state dict in the content of a pickle and reads its tensors."""
   if isinstance(content, Opaque) and content.name.startswith("__torch__.") and isinstance(content.state, dict):
     is_script = True
-    state, others = _flatten(content), content.state
+    state, others, left_out = _flatten(content), content.state, ()
   elif isinstance(content, dict):
-    state, others = _find_state(content), content
+    state, left_out = _find_state(content)
+    others = content
   else:
     name = shown(content.name) if isinstance(content, Opaque) else type(content).__name__.strip("_")
     raise ValueError(f"not a state dict but an object of type {name}: save its state_dict()")
   tensors = _tensors_of(state)
   if not tensors:
-    raise ValueError(f"no tensors at the top or in a dict under 'state_dict' or 'model'; it has {_listed(others)}")
+    raise ValueError(f"no tensors at the top or in a dict under 'state_dict' or 'model'; it has {listed(others)}")
   for name, value in state.items():
     if isinstance(value, Opaque) and value.name.startswith("torch._utils._rebuild_"):
       raise ValueError(f"tensor {shown(name)} is made by {shown(value.name)}, which is not supported")
@@ -279,24 +325,25 @@ def _collect(content: Any, is_script: bool, read: _Reader, file_size: int) -> Te
   for name, tensor in tensors.items():
     arrays[name] = _array(name, tensor, read, left)
     left -= arrays[name].nbytes
-  return TensorFile(arrays, "torchscript" if is_script else "torch", extras)
+  return TensorFile(arrays, "torchscript" if is_script else "torch", extras, left_out)
 
 
-def _find_state(content: dict[Any, Any]) -> dict[Any, Any]:
-  """The state dict: that of a usual key, or else the dict with the most tensors, such as the content itself."""
-  named = [inner for name in _PLACES if (inner := _tensors_within(content.get(name)))]
-  if named:
-    return named[0]
+def _find_state(content: dict[Any, Any]) -> tuple[dict[Any, Any], tuple[str, ...]]:
+  """The state dict, and the keys of others: that of a usual key, or else the dict with the most tensors.
+
+  That may be the content itself.
+  """
   inner = {str(name): _tensors_within(value) for name, value in content.items()}
-  others = [(name, state) for name, state in inner.items() if state and not re.search("(?i)optim", name)]
-  others = [(name, state) for name, state in others if not re.search("(?i)ema|average", name)] or others
-  found = [("its own entries", content), *others]
-  most = max(len(_tensors_of(state)) for _, state in found)
-  largest = [(name, state) for name, state in found if len(_tensors_of(state)) == most]
+  others = {name: state for name, state in inner.items() if state and not re.search("(?i)optim", name)}
+  if usual := next((name for name in _PLACES if name in others), ""):
+    return others.pop(usual), tuple(others)
+  models = {name: state for name, state in others.items() if not re.search("(?i)ema|average", name)} or others
+  found = {"its own entries": content, **models}
+  most = max(len(_tensors_of(state)) for state in found.values())
+  largest = [name for name, state in found.items() if len(_tensors_of(state)) == most]
   if len(largest) > 1 and most:
-    names = _listed(name for name, _ in largest)
-    raise ValueError(f"it has several state dicts, {names}: save the one to read as a file of its own")
-  return largest[0][1]
+    raise ValueError(f"it has several state dicts, {listed(largest)}: save the one to read as a file of its own")
+  return found[largest[0]], tuple(name for name in others if name != largest[0])
 
 
 def _tensors_within(value: Any) -> dict[Any, Any]:
@@ -312,11 +359,14 @@ def _tensors_of(state: dict[Any, Any]) -> dict[str, _Tensor]:
   return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, _Tensor)}
 
 
-def _listed(names: Iterable[Any]) -> str:
-  """The first of the names, shortened: names in a file can be long, or objects that contain themselves."""
-  names = list(names)
-  text = ", ".join(map(shown, names[:20]))
-  return (text or "nothing") + (f" ... ({len(names)})" if len(names) > 20 else "")
+def listed(names: Iterable[Any]) -> str:
+  """The first of the names, as many as fit in half a line: in a file they can be long, or contain themselves."""
+  text, names = "", list(names)
+  for index, name in enumerate(names):
+    if text and len(text) + len(shown(name)) > _MOST_SHOWN:
+      return f"{text} and {len(names) - index} more"
+    text += f", {shown(name)}" if text else shown(name)
+  return text or "nothing"
 
 
 def _flatten(module: Opaque) -> dict[str, _Tensor]:
@@ -351,7 +401,7 @@ def _array(name: str, tensor: _Tensor, read: _Reader, most_bytes: int) -> np.nda
   if len(shape) > _MOST_AXES:
     raise ValueError(f"tensor {shown(name)}: {len(shape)} axes, at most {_MOST_AXES} are supported")
   if others := set(bits) - {"neg"}:
-    raise ValueError(f"tensor {shown(name)}: a view with the bit {_listed(sorted(others))} is not supported")
+    raise ValueError(f"tensor {shown(name)}: a view with the bit {listed(sorted(others))} is not supported")
   size = math.prod(shape)
   steps = [step if count > 1 else 0 for count, step in zip(shape, stride, strict=True)]
   last = offset + sum((count - 1) * step for count, step in zip(shape, steps, strict=True))

@@ -170,7 +170,8 @@ def test_checkpoints_of_open_clip_are_loaded(model: str, fields: dict, form: str
   else:
     path = tmp_path / "epoch_1.pt"
     state = {f"module.{key}": value for key, value in theirs.state_dict().items()}
-    torch.save({"epoch": 1, "name": model, "state_dict": state, "optimizer": {}}, path)
+    name = f"2026_01_31-00_00_00-model_{model}-lr_0.0005-b_64-j_4-p_amp"  # as open_clip names a run
+    torch.save({"epoch": 1, "name": name, "state_dict": state, "optimizer": {}}, path)
   # With fewer layers than the real one, the number of heads must be given.
   settings = {"image.heads": 16} if fields and form == "training" else {}
   with pytest.warns(UserWarning, match="does not specify") if form == "training" else contextlib.nullcontext():
@@ -183,9 +184,11 @@ def test_checkpoints_of_open_clip_are_loaded(model: str, fields: dict, form: str
 
 
 @torch.no_grad()
-def test_checkpoints_of_transformers_are_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["5GB", "200MB"])
+def test_checkpoints_of_transformers_are_loaded(shard: str, tmp_path: Path) -> None:
   theirs = transformers.CLIPModel(transformers.CLIPConfig()).eval()
-  theirs.save_pretrained(tmp_path)
+  theirs.save_pretrained(tmp_path, max_shard_size=shard)
+  assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "200MB")
   ours = load(tmp_path)
   images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
   tokens = torch.from_numpy(Tokenizer()(CAPTIONS)).long()

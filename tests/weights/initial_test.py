@@ -349,7 +349,7 @@ def test_a_locked_image_tower_does_not_change_and_has_no_moments(
 @pytest.mark.parametrize("frozen", ["towers/image", "towers/image/", "towers"])
 def test_a_locked_resnet_keeps_its_statistics(frozen: str, random_state: MakeState) -> None:
   golden = reference.load("openai_resnet")
-  weights = from_state_dict(reference.below(golden, "sd/"))
+  weights = from_state_dict(reference.below(golden, "sd/"), reference.TOLD)
   c = config.default("clip")
   c.model, c.data.image_size = ConfigDict(weights.model), 64
   c.batch_size, c.optimizer.frozen = 8, (frozen,)

@@ -101,7 +101,9 @@ def test_the_end_of_texts_of_hugging_face(text: dict, eot: int, tmp_path: Path) 
 @pytest.mark.parametrize(
   ("config", "message"),
   [
-    (CLIP | {"model_type": "siglip"}, "model_type='siglip' is not supported, only 'clip'"),
+    (CLIP | {"model_type": "siglip"}, "SigLIP is not supported.* model_type='siglip'"),
+    (CLIP | {"model_type": "clip_vision_model"}, "one tower of CLIP is not supported"),
+    (CLIP | {"model_type": "bert"}, "model_type='bert' is not supported, only 'clip'"),
     (CLIP | {"text_config": {"layer_norm_eps": 1e-6}}, "text_config.layer_norm_eps=1e-06 is not supported"),
     (CLIP | {"vision_config": []}, r"vision_config=\[\]: expected a value like {}"),
     (
@@ -130,12 +132,22 @@ FOUND = {
   "image.activation": "gelu",
   "image.heads": 1,
   "image.epsilon": 1e-5,
+  "image.pre_norm": True,
   "squash": False,
   "mean": (0.5, 0.25, 0.5),
   "std": (0.5, 0.5, 0.25),
   "interpolation": "bicubic",
 }
 TIMM = {"model_cfg.vision_cfg": {"image_size": 224, "timm_model_name": "vit_small_patch16_224", "timm_pool": "token"}}
+
+
+def write_open_clip(folder: Path, change: dict) -> None:
+  """Writes a config of open_clip with some fields changed, by their paths."""
+  about = json.loads(json.dumps(OPEN_CLIP))
+  for path, value in change.items():
+    *above, last = path.split(".")
+    functools.reduce(operator.getitem, above, about)[last] = value
+  (folder / "open_clip_config.json").write_text(json.dumps(about))
 
 
 @pytest.mark.parametrize(
@@ -155,14 +167,19 @@ TIMM = {"model_cfg.vision_cfg": {"image_size": 224, "timm_model_name": "vit_smal
     ({"model_cfg.vision_cfg.head_width": 16}, {"image.heads": 4}),
     (
       {"model_cfg.vision_cfg.layers": [1, 1, 1, 1]},
-      {f"image.{name}": None for name in ("activation", "heads", "epsilon")},
+      {f"image.{name}": None for name in ("activation", "heads", "epsilon", "pre_norm")},
     ),
     (
       {"model_cfg.vision_cfg.layers": [1, 1, 1, 1], "model_cfg.vision_cfg.head_width": 32},
       "head_width=32 is not .* 64",
     ),
-    (TIMM, {"image.heads": 6, "image.epsilon": 1e-6}),
-    ({"model_cfg.vision_cfg.timm_model_name": "convnext_base"}, "timm_model_name='convnext_base' is not supported"),
+    (TIMM, {"image.heads": 6, "image.epsilon": 1e-6, "image.pre_norm": None}),
+    ({"model_cfg.vision_cfg.no_ln_pre": True}, {"image.pre_norm": False}),
+    ({"model_cfg.vision_cfg.patch_dropout": 0.5}, {}),  # without effect after training
+    (
+      {"model_cfg.vision_cfg.timm_model_name": "xcit_nano_12_p16_224"},
+      "timm is not supported.*='xcit_nano_12_p16_224'",
+    ),
     ({"model_cfg.vision_cfg": []}, r"model_cfg.vision_cfg=\[\]: expected a value like {}"),
     ({"model_cfg.text_cfg.heads": "2"}, "text_cfg.heads='2': expected a value like 8"),
     ({"model_cfg.text_cfg.no_causal_mask": True}, "text_cfg.no_causal_mask=True is not supported"),
@@ -170,14 +187,35 @@ TIMM = {"model_cfg.vision_cfg": {"image_size": 224, "timm_model_name": "vit_smal
   ],
 )
 def test_configs_of_open_clip(change: dict, expected: dict | str, tmp_path: Path) -> None:
-  about = json.loads(json.dumps(OPEN_CLIP))
-  for path, value in change.items():
-    *above, last = path.split(".")
-    functools.reduce(operator.getitem, above, about)[last] = value
-  (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
+  write_open_clip(tmp_path, change)
   if isinstance(expected, str):
     with pytest.raises(ValueError, match=f"open_clip_config.json.*{expected}"):
       settings_beside(tmp_path / "open_clip_model.safetensors")
     return
   found = settings_beside(tmp_path / "open_clip_model.safetensors")
   assert found == {name: value for name, value in (FOUND | expected).items() if value is not None}
+
+
+# Fields of configs of open_clip 3.3.
+FAMILIES = {
+  "SigLIP": {"vision_cfg.timm_model_name": "vit_base_patch16_siglip_224", "text_cfg.no_causal_mask": True},
+  "Perception Encoder": {"vision_cfg.timm_model_name": "vit_pe_core_base_patch16_224"},
+  "MobileCLIP": {"vision_cfg.timm_model_name": "fastvit_mci1", "vision_cfg.timm_drop_path": 0.1},
+  "EVA-CLIP": {"vision_cfg.timm_model_name": "eva02_base_patch16_clip_224"},
+  "ConvNeXt": {"vision_cfg.timm_drop_path": 0.1, "vision_cfg.timm_model_name": "convnext_base"},
+  "ViTamin": {"vision_cfg.timm_drop_path": 0.1, "vision_cfg.timm_model_name": "vitamin_base_224"},
+  "CoCa": {"vision_cfg.output_tokens": True, "multimodal_cfg": {"width": 512}},
+  "xlm-roberta-base": {"text_cfg.hf_model_name": "xlm-roberta-base", "text_cfg.hf_pooler_type": "mean_pooler"},
+  "CLIPA": {"vision_cfg.no_ln_pre": True, "vision_cfg.pool_type": "avg", "text_cfg.no_causal_mask": True},
+  "MetaCLIP 2": {"text_cfg.hf_tokenizer_name": "facebook/xlm-v-base", "text_cfg.pool_type": "eos"},
+  "layer scale": {"vision_cfg.ls_init_value": 1e-4},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configs_of_open_clip_are_refused_by_the_family_of_their_model(family: str, tmp_path: Path) -> None:
+  write_open_clip(tmp_path, {f"model_cfg.{path}": value for path, value in FAMILIES[family].items()})
+  with pytest.raises(ValueError, match=f"open_clip_config.json: .*{family}.* is not supported") as error:
+    settings_beside(tmp_path / "open_clip_model.safetensors")
+  assert "timm_drop_path" not in str(error.value)
+  assert len(str(error.value).removeprefix(str(tmp_path))) <= 300

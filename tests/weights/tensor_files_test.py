@@ -21,6 +21,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tiers import slow_except
 from torch_files import LEGACY_START, call, dictionary, module, plain, tensor, write_legacy, write_zip
 
@@ -369,6 +370,7 @@ def test_nested_modules(tmp_path):
     (b"<!DOCTYPE html>\n<html>" + b"x" * 999, "text; it begins with b'<!DOCTYPE html>.*an error page"),
     (b"version https://git-lfs.github.com/spec/v1\n", "text; .*Git LFS"),
     (b"\x1f\x8b\x08\x00abc", "neither a PyTorch nor a safetensors file"),
+    (b"\x89HDF\r\n\x1a\n" + bytes(18), "an HDF5 file, as of TensorFlow"),
     (b"PK\5\6" + bytes(18), "neither a PyTorch nor a safetensors file"),
     (b"PK\3\4" + bytes(99), "damaged, truncated.*not a zip file"),
     (b"\x80\x02}.", "a pickle that torch.save did not write"),
@@ -390,6 +392,8 @@ def test_other_files(tmp_path):
   with tarfile.open(tmp_path / "x.pth.tar", "w") as tar:
     tar.add(FILES / "mixed.pt", "mixed.pt")
   check_rejected(tmp_path / "x.pth.tar", "a tar archive")
+  np.savez(tmp_path / "x.npz", **{"params/img/head/kernel": np.ones(2)})
+  check_rejected(tmp_path / "x.npz", "a NumPy archive, as of big_vision")
   shutil.make_archive(str(tmp_path / "x"), "zip", FILES, "make_files.py")
   check_rejected(tmp_path / "x.zip", r"a zip with 0 entries FOLDER/data\.pkl, .* make_files\.py")
 
@@ -547,3 +551,75 @@ def test_changed_bytes_give_an_error_or_tensors(tmp_path, file):
     except ValueError as error:
       assert str(error).startswith(f"{path}: ")  # noqa: PT017
   assert len(results) < 100
+
+
+def write_index(folder: Path, files: object, **others: object) -> Path:
+  """An index as transformers writes it."""
+  path = folder / "model.safetensors.index.json"
+  path.write_text(json.dumps({"metadata": {"total_size": 8}, "weight_map": files} | others))
+  return path
+
+
+def test_the_files_of_an_index_are_read_as_one(tmp_path):
+  """Of safetensors, of PyTorch, and through links to another folder, as in the cache of the Hugging Face hub."""
+  save_file({"a": np.float32([1, 2]), "b": np.float16([3])}, tmp_path / "x-1.safetensors")
+  write_zip(tmp_path / "x-2.bin", dictionary(c=tensor()))
+  index = write_index(tmp_path, {"a": "x-1.safetensors", "b": "x-1.safetensors", "c": "x-2.bin"})
+  (tmp_path / "links").mkdir()
+  for file in ("x-1.safetensors", "x-2.bin", index.name):
+    (tmp_path / "links" / file).symlink_to(tmp_path / file)
+  for path in (index, tmp_path / "links" / index.name):
+    tensors = read_tensors(path).tensors
+    assert {name: x.tolist() for name, x in tensors.items()} == {"a": [1, 2], "b": [3], "c": [[0, 1], [2, 3]]}
+    assert tensors["b"].dtype == np.float16
+
+
+@pytest.mark.parametrize(
+  ("files", "message"),
+  [
+    ({"a": "../x.safetensors"}, r"names the file ../x\.safetensors"),
+    ({"a": "/etc/x.safetensors"}, "names the file /etc/x.safetensors"),
+    ({"a": "sub/x.safetensors"}, "names the file sub/x.safetensors"),
+    ({"a": "sub\\x.safetensors"}, "names the file sub"),
+    ({"a": ".safetensors"}, r"names the file \.safetensors"),
+    ({"a": "x.safetensors\n"}, "names the file x.safetensors"),
+    ({"a": "model.safetensors.index.json"}, "names the file model.safetensors.index.json"),  # itself
+    ({"a": 3}, "names the file an object of type int"),
+    ({"a": "y.safetensors"}, r"y\.safetensors, which does not exist"),
+    ({"a": "x.safetensors"}, r"x\.safetensors differ from those in the index: b"),
+    ({"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"}, "differ from those in the index: c"),
+    ({f"a{i}": f"x{i}.bin" for i in range(1001)}, "index of 1001 files, expected at most 1000"),
+    ({}, "without weight_map"),
+    ([], "without weight_map"),
+    (None, "without weight_map"),
+  ],
+)
+def test_bad_indexes(tmp_path, files, message):
+  (tmp_path / "folder").mkdir()
+  save_file({"a": np.float32([1]), "b": np.float32([2])}, tmp_path / "folder" / "x.safetensors")
+  shutil.copy(tmp_path / "folder" / "x.safetensors", tmp_path / "x.safetensors")
+  check_rejected(write_index(tmp_path / "folder", files), message)
+
+
+@pytest.mark.parametrize(
+  ("contents", "message"),
+  [
+    ("[1]", "without weight_map"),
+    ("{", "not JSON"),
+    ("\xff", "not JSON"),
+    ("[" * 100_000, "damaged"),
+    ('{"weight_map": {"a": "x.bin", "a": "y.bin"}}', "the name a occurs twice"),
+    (" " * (9 << 20), "an index of 9437184 bytes"),
+  ],
+)
+def test_indexes_that_are_not_json_of_an_index(tmp_path, contents, message):
+  path = tmp_path / "model.safetensors.index.json"
+  path.write_text(contents, encoding="latin1")
+  check_rejected(path, message)
+
+
+def test_state_dicts_beside_the_one_that_is_read_are_named(tmp_path):
+  optimizer = dictionary(w=tensor())
+  content = nested("state_dict", state_dict_ema=dictionary(w=tensor(1)), optimizer=optimizer, epoch=plain(1))
+  assert read_tensors(write_zip(tmp_path / "x.pt", content)).left_out == ("state_dict_ema",)
+  assert read_tensors(write_zip(tmp_path / "y.pt", nested("ema", optimizer=optimizer))).left_out == ()

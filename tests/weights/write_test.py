@@ -26,11 +26,11 @@ from declip_jax.weights.vocabulary import merges, vocabulary
 from declip_jax.weights.write import FORMATS, write
 
 SETTINGS = {
-  "openai_vit": {},
-  "openai_resnet": {},
-  "openclip_vit": {"image.heads": 2, "text.heads": 2, "image.activation": "gelu", "text.activation": "gelu"},
-  "openclip_rn": {"text.heads": 4},
-  "hf_clip": {"image.heads": 4, "text.heads": 2},
+  "openai_vit": reference.TOLD,
+  "openai_resnet": reference.TOLD,
+  "openclip_vit": reference.TOLD | {"image.heads": 2, "text.heads": 2, "text.activation": "gelu"},
+  "openclip_rn": {"text.heads": 4, "text.activation": "gelu", "text.eot": 99},
+  "hf_clip": reference.TOLD | {"image.heads": 4, "text.heads": 2},
   "slip": {"image.heads": 3, "text.heads": 2},
   "declip": {"image.heads": 2, "text.heads": 3, "text.eot": 130},  # the largest id, at which the others pool
 }
@@ -147,7 +147,7 @@ def test_vocabulary_is_openais() -> None:
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-  weights = from_state_dict(reference.below(reference.load("openai_vit"), "sd/"))
+  weights = from_state_dict(reference.below(reference.load("openai_vit"), "sd/"), reference.TOLD)
   (tmp_path / "mine.txt").write_text("precious")
   with pytest.raises(ValueError, match="already exists"):
     write(weights, tmp_path, "open_clip")
