@@ -7,7 +7,18 @@ from setuptools import find_packages, setup
 # Read and not imported: nothing that the package imports is installed yet.
 _SOURCE = (Path(__file__).parent / "declip_jax" / "__init__.py").read_text()
 _VERSION = next(line for line in _SOURCE.splitlines() if line.startswith("__version__")).split('"')[1]
-_COMMANDS = ("train", "evaluate", "report", "export", "new", "plan", "overlap", "data.convert", "data.inspect")
+_COMMANDS = (
+  "train",
+  "evaluate",
+  "report",
+  "export",
+  "new",
+  "plan",
+  "overlap",
+  "search",
+  "data.convert",
+  "data.inspect",
+)
 
 setup(
   name="declip_jax",
@@ -30,6 +41,7 @@ setup(
     "declip_jax": ["py.typed"],
     "declip_jax.data.text": ["*.gz", "*.txt"],
     "declip_jax.evals": ["*.csv", "*.json", "data_sets/*"],
+    "declip_jax.image_search": ["*.html"],
     "declip_jax.weights": ["*.gz"],
   },
   install_requires=[

@@ -1,0 +1,69 @@
+"""Exact search for the images whose embeddings are nearest to a query."""
+
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float, Float32, Int
+import numpy as np
+
+from declip_jax.evals.similarity import unit_rows
+
+_BLOCK = 1024  # rows that have a copy in float32 at once
+
+
+class Hits(NamedTuple):
+  """A page of the images of a source, the nearest to a query first; of equally near ones, the first of the source.
+
+  Attributes:
+    number: their positions in the source.
+    cosine: their similarities to the query.
+    total: number of images on all pages.
+  """
+
+  number: Int[np.ndarray, "k"]
+  cosine: Float32[np.ndarray, "k"]
+  total: int
+
+
+class ImageIndex:
+  """Embeddings of images, which may be mapped into memory: a search reads all of them, a block at a time.
+
+  A product in NumPy takes as long as in JAX on a CPU and, other than a copy on a device, no memory. float16 takes
+  half the space of float32 and several times as long, since each block is converted (benchmarks/search.py).
+
+  Args:
+    embedding: joint embeddings of any length, float32 or float16.
+    readable: whether each image could be decoded; the others are never found.
+  """
+
+  def __init__(self, embedding: Float[np.ndarray, "n d"], readable: Bool[np.ndarray, "n"]):
+    self._embedding, self._found = embedding, np.flatnonzero(readable)
+    self._scale = np.empty(len(embedding), np.float32)  # one over the length of each embedding
+    for start in range(0, len(embedding), _BLOCK):
+      length = np.linalg.norm(embedding[start : start + _BLOCK].astype(np.float64), axis=1)
+      self._scale[start : start + _BLOCK] = 1 / np.where(length == 0, 1, length)
+
+  @property
+  def size(self) -> int:
+    """Number of images that can be found."""
+    return len(self._found)
+
+  def unit(self, number: int) -> Float32[np.ndarray, "d"]:
+    """The unit-norm embedding of an image."""
+    return unit_rows(self._embedding[number : number + 1].astype(np.float32))[0]
+
+  def cosines(self, query: Float32[np.ndarray, "d"]) -> Float32[np.ndarray, "n"]:
+    """Similarities of all images to a unit-norm query."""
+    cosine = np.empty(len(self._embedding), np.float32)
+    for start in range(0, len(cosine), _BLOCK):
+      cosine[start : start + _BLOCK] = self._embedding[start : start + _BLOCK].astype(np.float32, copy=False) @ query
+    return cosine * self._scale
+
+  def search(self, query: Float32[np.ndarray, "d"], offset: int, limit: int) -> Hits:
+    """The nearest images to a unit-norm query, without the first `offset`, and at most `limit` of them."""
+    cosine, last = self.cosines(query)[self._found], min(offset + limit, self.size)
+    if offset >= last:
+      return Hits(np.zeros(0, int), np.zeros(0, np.float32), self.size)
+    least = np.partition(cosine, self.size - last)[self.size - last]
+    candidate = np.flatnonzero(cosine >= least)  # more than `last` if several are equally near
+    place = candidate[np.argsort(-cosine[candidate], kind="stable")][offset:last]
+    return Hits(self._found[place], cosine[place], self.size)

@@ -1,0 +1,118 @@
+"""A model, a source and the embeddings of its images: answers queries, and describes the samples that it finds."""
+
+from collections.abc import Iterable
+import functools
+import threading
+from typing import Any, NamedTuple
+
+from jaxtyping import Float32
+import numpy as np
+
+from declip_jax.clip import Clip
+from declip_jax.data.sources import Source
+from declip_jax.evals.features import Features
+from declip_jax.image_search.index import Hits, ImageIndex
+from declip_jax.image_search.pictures import Pictures
+
+_TEXTS = 4096  # embeddings of texts that are kept, since each page of a search asks for the same
+_CANCELLED = 1e-4  # length of a sum of unit-norm embeddings below which it has no direction
+
+
+class Query(NamedTuple):
+  """What images should and should not be like: unit-norm embeddings are added and subtracted, all with equal weight.
+
+  Attributes:
+    texts, minus_texts: texts to add and to subtract.
+    likes, unlikes: numbers of images of the source to add and to subtract.
+    image: an encoded image to add, None for none.
+  """
+
+  texts: tuple[str, ...] = ()
+  minus_texts: tuple[str, ...] = ()
+  likes: tuple[int, ...] = ()
+  unlikes: tuple[int, ...] = ()
+  image: bytes | None = None
+
+
+class Searcher:
+  """Answers queries from several threads; the model encodes one text or image at a time.
+
+  Args:
+    clip: the model.
+    source: the images.
+    features: their features by this model.
+
+  Attributes:
+    source: the images.
+    index: their embeddings.
+    pictures: their thumbnails and files.
+  """
+
+  def __init__(self, clip: Clip, source: Source, features: Features):
+    self.source, self.index = source, ImageIndex(features.embedding, features.readable)
+    self.pictures = Pictures(source, clip.max_pixels)
+    self._clip, self._features, self._model = clip, features, threading.Lock()
+    self._text = functools.lru_cache(_TEXTS)(self._encode_text)
+
+  def compile(self) -> None:
+    """Compiles the two programs that queries need, which takes seconds: one text and one image."""
+    self._encode_text("")
+    self._encode_image(np.zeros((1, 1, 3), np.uint8))
+
+  def search(self, query: Query, offset: int, limit: int) -> Hits:
+    """The nearest images to a query; see `ImageIndex.search`.
+
+    Raises:
+      ValueError: the query has no terms, they cancel out, its image cannot be read, or it names an image that the
+        source does not have or that cannot be read.
+    """
+    return self.index.search(self._direction(query), offset, limit)
+
+  def sample(self, number: int) -> dict[str, Any]:
+    """Number, id, captions and class of an image of the source, as JSON."""
+    label, names = int(self._features.label[number]), self.source.classnames
+    return {
+      "number": number,
+      "id": str(self._features.id[number]),
+      "captions": [*self._features.captions[number]],
+      "class": None if label < 0 else names[label] if label < len(names) else str(label),
+    }
+
+  def check_number(self, number: int) -> None:
+    """Rejects the number of an image that the source does not have or that cannot be read.
+
+    Raises:
+      ValueError: the message has the number and the legal ones.
+    """
+    count = len(self._features.readable)
+    if not 0 <= number < count:
+      raise ValueError(f"image {number}: expected a number from 0 to {count - 1}")
+    if not self._features.readable[number]:
+      raise ValueError(f"image {number} cannot be read")
+
+  def _direction(self, query: Query) -> Float32[np.ndarray, "d"]:
+    for number in (*query.likes, *query.unlikes):
+      self.check_number(number)
+    added = [*map(self._text, query.texts), *map(self.index.unit, query.likes)]
+    if query.image is not None:
+      added.append(self._encode_image(query.image))
+    subtracted = [*map(self._text, query.minus_texts), *map(self.index.unit, query.unlikes)]
+    if not added and not subtracted:
+      raise ValueError("the query has no terms")
+    total = _sum(added) - _sum(subtracted)
+    length = np.linalg.norm(total)
+    if length < _CANCELLED:
+      raise ValueError("the terms of the query cancel out")
+    return (total / length).astype(np.float32)
+
+  def _encode_text(self, text: str) -> Float32[np.ndarray, "d"]:
+    with self._model:
+      return self._clip.encode_text(text)[0]
+
+  def _encode_image(self, image: bytes | np.ndarray) -> Float32[np.ndarray, "d"]:
+    with self._model:  # held while the image is decoded, too: large ones take much memory
+      return self._clip.encode_image(image)[0]
+
+
+def _sum(embeddings: Iterable[Float32[np.ndarray, "d"]]) -> np.ndarray | float:
+  return sum((embedding.astype(np.float64) for embedding in embeddings), 0.0)
