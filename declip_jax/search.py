@@ -61,9 +61,11 @@ def make_searcher(
 
   Raises:
     OSError: the weights or the images are not there, or cannot be read.
-    ValueError: the model has no text tower, the source has no images, or none of them can be read.
+    ValueError: the model has no text tower or compares tokens, the source has no images, or none of them can be read.
   """
   clip = load(weights, parse_settings(settings, "--settings"))
+  if clip.tokens:
+    raise ValueError(f"--weights={weights} compares tokens (FILIP): expected a model that compares embeddings")
   encoders = clip.encoders(batch_size, field="--batch_size")
   encoders = dataclasses.replace(encoders, features_dtype=features_dtype)
   source = open_source(guess(images), "--images")

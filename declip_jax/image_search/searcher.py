@@ -1,8 +1,8 @@
 """A model, a source and the embeddings of its images: answers queries, and describes the samples that it finds."""
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 import functools
-import threading
 from typing import Any, NamedTuple
 
 from jaxtyping import Float32
@@ -11,10 +11,12 @@ import numpy as np
 from declip_jax.clip import Clip
 from declip_jax.data.sources import Source
 from declip_jax.evals.features import Features
+from declip_jax.evals.similarity import unit_rows
 from declip_jax.image_search.index import Hits, ImageIndex
 from declip_jax.image_search.pictures import Pictures
 
 _TEXTS = 4096  # embeddings of texts that are kept, since each page of a search asks for the same
+_SHORT = 16  # tokens, to which short texts are cut: the rest is padding, which the causal text tower does not need
 _CANCELLED = 1e-4  # length of a sum of unit-norm embeddings below which it has no direction
 
 
@@ -35,7 +37,7 @@ class Query(NamedTuple):
 
 
 class Searcher:
-  """Answers queries from several threads; the model encodes one text or image at a time.
+  """Answers queries from several threads; the model encodes one text or image at a time, in the order of arrival.
 
   Args:
     clip: the model.
@@ -51,13 +53,14 @@ class Searcher:
   def __init__(self, clip: Clip, source: Source, features: Features):
     self.source, self.index = source, ImageIndex(features.embedding, features.readable)
     self.pictures = Pictures(source, clip.max_pixels)
-    self._clip, self._features, self._model = clip, features, threading.Lock()
-    self._text = functools.lru_cache(_TEXTS)(self._encode_text)
+    self._clip, self._features, self._model = clip, features, ThreadPoolExecutor(1)  # a lock would not be fair
+    self._text = functools.lru_cache(_TEXTS)(lambda text: self._model.submit(self._encode_text, text).result())
 
   def compile(self) -> None:
-    """Compiles the two programs that queries need, which takes seconds: one text and one image."""
-    self._encode_text("")
-    self._encode_image(np.zeros((1, 1, 3), np.uint8))
+    """Compiles the programs that queries need, which takes seconds: a short text, a long one and an image."""
+    self._text("")
+    self._text("a " * _SHORT)
+    self._image(np.zeros((1, 1, 3), np.uint8))
 
   def search(self, query: Query, offset: int, limit: int) -> Hits:
     """The nearest images to a query; see `ImageIndex.search`.
@@ -95,7 +98,7 @@ class Searcher:
       self.check_number(number)
     added = [*map(self._text, query.texts), *map(self.index.unit, query.likes)]
     if query.image is not None:
-      added.append(self._encode_image(query.image))
+      added.append(self._image(query.image))
     subtracted = [*map(self._text, query.minus_texts), *map(self.index.unit, query.unlikes)]
     if not added and not subtracted:
       raise ValueError("the query has no terms")
@@ -106,12 +109,13 @@ class Searcher:
     return (total / length).astype(np.float32)
 
   def _encode_text(self, text: str) -> Float32[np.ndarray, "d"]:
-    with self._model:
-      return self._clip.encode_text(text)[0]
+    tokens = self._clip.tokenizer([text])
+    is_short = self._clip.tokenizer.eot in tokens[0, :_SHORT]
+    return unit_rows(self._clip.text_features(tokens[:, :_SHORT] if is_short else tokens))[0]
 
-  def _encode_image(self, image: bytes | np.ndarray) -> Float32[np.ndarray, "d"]:
-    with self._model:  # held while the image is decoded, too: large ones take much memory
-      return self._clip.encode_image(image)[0]
+  def _image(self, image: bytes | np.ndarray) -> Float32[np.ndarray, "d"]:
+    """The embedding of an image, which is decoded when it is its turn: large ones take much memory."""
+    return self._model.submit(self._clip.encode_image, image).result()[0]
 
 
 def _sum(embeddings: Iterable[Float32[np.ndarray, "d"]]) -> np.ndarray | float:
