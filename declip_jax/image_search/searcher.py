@@ -37,7 +37,7 @@ class Query(NamedTuple):
 
 
 class Searcher:
-  """Answers queries from several threads; the model encodes one text or image at a time, in the order of arrival.
+  """Answers queries from several threads, one at a time, in the order of arrival: each uses all cores, or the device.
 
   Args:
     clip: the model.
@@ -53,14 +53,14 @@ class Searcher:
   def __init__(self, clip: Clip, source: Source, features: Features):
     self.source, self.index = source, ImageIndex(features.embedding, features.readable)
     self.pictures = Pictures(source, clip.max_pixels)
-    self._clip, self._features, self._model = clip, features, ThreadPoolExecutor(1)  # a lock would not be fair
-    self._text = functools.lru_cache(_TEXTS)(lambda text: self._model.submit(self._encode_text, text).result())
+    self._clip, self._features, self._worker = clip, features, ThreadPoolExecutor(1)  # a lock would not be fair
+    self._text = functools.lru_cache(_TEXTS)(self._encode_text)
 
   def compile(self) -> None:
     """Compiles the programs that queries need, which takes seconds: a short text, a long one and an image."""
     self._text("")
     self._text("a " * _SHORT)
-    self._image(np.zeros((1, 1, 3), np.uint8))
+    self._clip.encode_image(np.zeros((1, 1, 3), np.uint8))
 
   def search(self, query: Query, offset: int, limit: int) -> Hits:
     """The nearest images to a query; see `ImageIndex.search`.
@@ -69,7 +69,7 @@ class Searcher:
       ValueError: the query has no terms, they cancel out, its image cannot be read, or it names an image that the
         source does not have or that cannot be read.
     """
-    return self.index.search(self._direction(query), offset, limit)
+    return self._worker.submit(self._search, query, offset, limit).result()
 
   def sample(self, number: int) -> dict[str, Any]:
     """Number, id, captions and class of an image of the source, as JSON."""
@@ -93,12 +93,15 @@ class Searcher:
     if not self._features.readable[number]:
       raise ValueError(f"image {number} cannot be read")
 
+  def _search(self, query: Query, offset: int, limit: int) -> Hits:
+    return self.index.search(self._direction(query), offset, limit)
+
   def _direction(self, query: Query) -> Float32[np.ndarray, "d"]:
     for number in (*query.likes, *query.unlikes):
       self.check_number(number)
     added = [*map(self._text, query.texts), *map(self.index.unit, query.likes)]
     if query.image is not None:
-      added.append(self._image(query.image))
+      added.append(self._clip.encode_image(query.image)[0])
     subtracted = [*map(self._text, query.minus_texts), *map(self.index.unit, query.unlikes)]
     if not added and not subtracted:
       raise ValueError("the query has no terms")
@@ -112,10 +115,6 @@ class Searcher:
     tokens = self._clip.tokenizer([text])
     is_short = self._clip.tokenizer.eot in tokens[0, :_SHORT]
     return unit_rows(self._clip.text_features(tokens[:, :_SHORT] if is_short else tokens))[0]
-
-  def _image(self, image: bytes | np.ndarray) -> Float32[np.ndarray, "d"]:
-    """The embedding of an image, which is decoded when it is its turn: large ones take much memory."""
-    return self._model.submit(self._clip.encode_image, image).result()[0]
 
 
 def _sum(embeddings: Iterable[Float32[np.ndarray, "d"]]) -> np.ndarray | float:
