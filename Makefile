@@ -3,7 +3,7 @@
 # make test-all      all tests but those of the next two: the fast ones, then the slow ones
 # make test-interop  exchanges weights with PyTorch, open_clip and transformers, in .venv-interop
 # make test-trackers tests Weights & Biases, MLflow and trackio, offline, in .venv-trackers
-# make test-browser  the search page in Chromium, by Playwright in .venv-browser; SCREENSHOTS=FOLDER keeps pictures of it
+# make test-browser  the search page in Chromium, with usearch, in .venv-browser; SCREENSHOTS=FOLDER keeps pictures of it
 # make test-device   the tests that need a GPU or TPU; they are skipped where there is none
 # make mutate        inserts bugs into a copy of the package, one at a time, and counts those that the fast tests catch
 # make check         what CI runs: format, lint, types, fast tests, and slow tests until SLOW_SECONDS are over
@@ -44,7 +44,7 @@ test-trackers: $(VENV)-trackers/installed
 	$(VENV)-trackers/bin/python -m pytest tests/reporting/trackers_test.py $(ARGS)
 
 test-browser: $(VENV)-browser/installed
-	$(VENV)-browser/bin/python -m pytest tests/image_search/browser_test.py $(ARGS)
+	$(VENV)-browser/bin/python -m pytest tests/image_search $(ARGS)
 
 test-device: $(VENV)/installed-dev
 	JAX_PLATFORMS= $(VENV)/bin/python -m pytest tests/device_test.py $(ARGS)
@@ -87,7 +87,7 @@ $(VENV)-trackers/installed: setup.py constraints.txt
 
 $(VENV)-browser/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)-browser
-	$(VENV)-browser/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]' playwright
+	$(VENV)-browser/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,search]' playwright
 	touch $@
 
 # Compared with torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.

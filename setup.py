@@ -82,6 +82,7 @@ setup(
     "s3": ["s3fs>=2024.6"],
     "https": ["aiohttp>=3.12"],
     "huggingface": ["datasets>=3.0"],
+    "search": ["usearch>=2.26"],  # the search page with more than a million images
     "tokenizers": ["sentencepiece>=0.2", "tokenizers>=0.21"],
     "wandb": ["wandb>=0.31"],
     "mlflow": ["mlflow-skinny>=3.17", "alembic>=1.13", "sqlalchemy>=2.0"],  # the last two are for its local store

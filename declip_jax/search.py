@@ -69,10 +69,10 @@ def make_searcher(
   encoders = clip.encoders(batch_size, field="--batch_size")
   encoders = dataclasses.replace(encoders, features_dtype=features_dtype)
   source = open_source(guess(images), "--images")
-  features = (clip.feature_cache(cache).encode_mapped if cache else encode)(
-    source, encoders, range(len(source)), _read_with_progress
-  )
-  searcher = Searcher(clip, source, features)
+  kept = clip.feature_cache(cache) if cache else None
+  encode_all = kept.encode_mapped if kept else encode
+  features = encode_all(source, encoders, range(len(source)), _read_with_progress)
+  searcher = Searcher(clip, source, features, kept.entry(source, encoders) if kept else None)
   if not searcher.index.size:
     raise ValueError(f"--images={images}: none of the {len(source):,} images can be read")
   searcher.compile()

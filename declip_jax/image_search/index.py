@@ -66,10 +66,14 @@ class ImageIndex:
 
   def search(self, query: Float32[np.ndarray, "d"], offset: int, limit: int) -> Hits:
     """The nearest images to a unit-norm query, without the first `offset`, and at most `limit` of them."""
-    cosine, last = self.cosines(query)[self._found], min(offset + limit, self.size)
+    return self._nearest(self._found, self.cosines(query)[self._found], offset, limit)
+
+  def _nearest(self, number: Int[np.ndarray, "m"], cosine: Float32[np.ndarray, "m"], offset: int, limit: int) -> Hits:
+    """A page of the nearest of some images, whose numbers ascend."""
+    last = min(offset + limit, len(number))
     if offset >= last:
       return Hits(np.zeros(0, int), np.zeros(0, np.float32), self.size)
-    least = np.partition(cosine, self.size - last)[self.size - last]
+    least = np.partition(cosine, len(cosine) - last)[len(cosine) - last]
     candidate = np.flatnonzero(cosine >= least)  # more than `last` if several are equally near
     place = candidate[np.argsort(-cosine[candidate], kind="stable")][offset:last]
-    return Hits(self._found[place], cosine[place], self.size)
+    return Hits(number[place], cosine[place], self.size)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Float32
@@ -12,7 +13,8 @@ from declip_jax.clip import Clip
 from declip_jax.data.sources import Source
 from declip_jax.evals.features import Features
 from declip_jax.evals.similarity import unit_rows
-from declip_jax.image_search.index import Hits, ImageIndex
+from declip_jax.image_search.approximate import make_index
+from declip_jax.image_search.index import Hits
 from declip_jax.image_search.pictures import Pictures
 
 _TEXTS = 4096  # embeddings of texts that are kept, since each page of a search asks for the same
@@ -43,6 +45,7 @@ class Searcher:
     clip: the model.
     source: the images.
     features: their features by this model.
+    folder: folder of the features, see `make_index`.
 
   Attributes:
     source: the images.
@@ -50,8 +53,8 @@ class Searcher:
     pictures: their thumbnails and files.
   """
 
-  def __init__(self, clip: Clip, source: Source, features: Features):
-    self.source, self.index = source, ImageIndex(features.embedding, features.readable)
+  def __init__(self, clip: Clip, source: Source, features: Features, folder: Path | None = None):
+    self.source, self.index = source, make_index(features.embedding, features.readable, folder)
     self.pictures = Pictures(source, clip.max_pixels)
     self._clip, self._features, self._worker = clip, features, ThreadPoolExecutor(1)  # a lock would not be fair
     self._text = functools.lru_cache(_TEXTS)(self._encode_text)
