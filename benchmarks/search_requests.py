@@ -4,7 +4,6 @@ Prints the seconds that each query took, as JSON; no query is asked twice. `host
 sends, for benchmarks/search.py and the tests.
 """
 
-from collections.abc import Callable
 import http.client
 import json
 import random
@@ -217,7 +216,6 @@ def _noise(rng: random.Random) -> bytes:
   return rng.choice((rng.choice(starts) + rng.randbytes(rng.randrange(80)), rng.choice(longs)))
 
 
-_KINDS: tuple[Callable[[random.Random], bytes], ...]
 _KINDS = (_traversal, _number, _parameters, _headers, _method, _bodies, _noise)
 
 if __name__ == "__main__":
