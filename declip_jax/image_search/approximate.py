@@ -1,5 +1,6 @@
 """Search among more than a million images: usearch finds candidates in a graph (HNSW), which are scored exactly."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from declip_jax.reporting.progress import Bar, message
 
 EXACT = 10**6  # images up to which the search is exact
 _CANDIDATES, _DEEPEST = 1000, 500  # images that usearch finds, and the last image of a page that is taken from them
-_EXPANSION = 1024  # nodes of the graph that are kept while it is searched; usearch needs at least as many as candidates
+_EXPANSION = 1024  # nearest nodes that are remembered while the graph is searched: more than candidates
 _ADDED = 4096  # images added at once
 
 
@@ -46,10 +47,9 @@ class ApproximateIndex(ImageIndex):
   """
 
   def __init__(self, embedding: Float[np.ndarray, "n d"], readable: Bool[np.ndarray, "n"], folder: Path | None):
-    from usearch.index import Index
-
+    usearch = importlib.import_module("usearch.index")
     super().__init__(embedding, readable)
-    self._graph = Index(ndim=embedding.shape[1], metric="cos", dtype="f16", expansion_search=_EXPANSION)
+    self._graph = usearch.Index(ndim=embedding.shape[1], metric="cos", dtype="f16", expansion_search=_EXPANSION)
     path = folder / "images.usearch" if folder and folder.is_dir() else None
     if path is None or not self._read(path):
       self._graph.reset()
