@@ -29,8 +29,9 @@ def test_pages_are_those_of_exact_search(small, tmp_path, capsys):
       query = exact.unit(number)
       for offset in (0, 24, 600):  # the last one is exact
         ours, theirs = index.search(query, offset, 24), exact.search(query, offset, 24)
-        assert len({*ours.number} & {*theirs.number}) >= 22
-        np.testing.assert_allclose(ours.cosine, theirs.cosine, atol=0.02)
+        assert len({*ours.number} & {*theirs.number}) >= 20  # a graph that several threads build misses a few
+        np.testing.assert_allclose(ours.cosine, exact.cosines(query)[ours.number], atol=1e-3)
+        assert READABLE[ours.number].all()
         assert ours.total == index.size == 1960
 
   check(make_index(EMBEDDING, READABLE, tmp_path))
