@@ -61,7 +61,7 @@ def main() -> None:
     searcher.compile()
     shape = " x ".join(map(str, features.embedding.shape))
     print(f"{args.architecture} on {jax.default_backend()}, embeddings {shape} in {args.features_dtype}", flush=True)
-    compare_products(features.embedding)
+    time_parts(clip, features.embedding)
     server = SearchServer(0)
     port = server.server_address[1]
     thread = threading.Thread(target=server.serve, args=(searcher,), daemon=True)
@@ -92,16 +92,19 @@ def random_features(args: argparse.Namespace, width: int, path: Path) -> Feature
   return Features(nothing, np.load(path, "r"), label, None, {}, texts, np.ones(count, bool), captions, texts)
 
 
-def compare_products(embedding: np.ndarray) -> None:
-  """Prints the time of a search without the model, and of the same products in JAX with a copy on the device."""
+def time_parts(clip: Clip, embedding: np.ndarray) -> None:
+  """Prints the time of the parts of a query, and of alternatives: NumPy's conversion, JAX with a copy on the device."""
   index, rng = ImageIndex(embedding, np.ones(len(embedding), bool)), np.random.default_rng(1)
   unit = rng.standard_normal(embedding.shape[1], dtype=np.float32)
-  on_device = jax.device_put(np.asarray(embedding))
+  on_device, tokens = jax.device_put(np.asarray(embedding)), clip.tokenizer(["a red circle"])
   product = jax.jit(lambda rows, one: rows.astype(np.float32) @ one)
   ways = {
     "search": lambda: index.search(unit, 0, 24),
     "products in NumPy": lambda: index.cosines(unit),
+    "products after NumPy's conversion": lambda: converted(embedding, unit),
     "products in JAX": lambda: np.asarray(product(on_device, unit)),
+    "text cut to 16 tokens": lambda: clip.text_features(tokens[:, :16]),
+    "text": lambda: clip.text_features(tokens),
   }
   for name, way in ways.items():
     way()
@@ -111,6 +114,12 @@ def compare_products(embedding: np.ndarray) -> None:
       way()
       seconds.append(time.perf_counter() - start)
     print(f"{name}: median {1e3 * np.median(seconds):.1f} ms", flush=True)
+
+
+def converted(embedding: np.ndarray, unit: np.ndarray) -> list[np.ndarray]:
+  """Products of blocks of as many rows as `ImageIndex` converts at once."""
+  starts = range(0, len(embedding), 512)
+  return [embedding[start : start + 512].astype(np.float32, copy=False) @ unit for start in starts]
 
 
 def time_queries(args: argparse.Namespace, port: int) -> None:
