@@ -3,6 +3,7 @@
 # make test-all      all tests but those of the next two: the fast ones, then the slow ones
 # make test-interop  exchanges weights with PyTorch, open_clip and transformers, in .venv-interop
 # make test-trackers tests Weights & Biases, MLflow and trackio, offline, in .venv-trackers
+# make test-browser  the search page in Chromium, with usearch, in .venv-browser; SCREENSHOTS=FOLDER keeps pictures of it
 # make test-device   the tests that need a GPU or TPU; they are skipped where there is none
 # make mutate        inserts bugs into a copy of the package, one at a time, and counts those that the fast tests catch
 # make docs          builds the documentation into site/, in .venv-docs; fails with any warning, such as a dead link
@@ -21,7 +22,8 @@ RUN ?= runs/demo
 # Large pages for the arrays of a step: the demo takes a fifth less time. Only glibc reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow test-all test-interop test-trackers test-device mutate docs docs-notebooks lint check clean
+.PHONY: demo test test-slow test-all test-interop test-trackers test-browser test-device mutate docs docs-notebooks \
+	lint check clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m declip_jax.train --config=demo --workdir $(RUN)
@@ -43,6 +45,9 @@ test-interop: $(VENV)-interop/installed
 
 test-trackers: $(VENV)-trackers/installed
 	$(VENV)-trackers/bin/python -m pytest tests/reporting/trackers_test.py $(ARGS)
+
+test-browser: $(VENV)-browser/installed
+	$(VENV)-browser/bin/python -m pytest tests/image_search $(ARGS)
 
 test-device: $(VENV)/installed-dev
 	JAX_PLATFORMS= $(VENV)/bin/python -m pytest tests/device_test.py $(ARGS)
@@ -99,6 +104,11 @@ $(VENV)-docs/installed: setup.py constraints.txt
 	$(VENV)-docs/bin/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
+$(VENV)-browser/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-browser
+	$(VENV)-browser/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,search]' playwright
+	touch $@
+
 # Compared with torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.
 .PHONY: bench-input bench-open-clip bench-scale bench-probe bench-clip-benchmark
 bench-input: $(VENV)-bench/installed
@@ -132,4 +142,4 @@ $(VENV)-bench/installed: setup.py constraints.txt benchmarks/requirements.txt te
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench $(VENV)-clip-benchmark $(VENV)-trackers $(VENV)-docs runs site
+	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench $(VENV)-clip-benchmark $(VENV)-trackers $(VENV)-browser $(VENV)-docs runs site

@@ -7,7 +7,18 @@ from setuptools import find_packages, setup
 # Read and not imported: nothing that the package imports is installed yet.
 _SOURCE = (Path(__file__).parent / "declip_jax" / "__init__.py").read_text()
 _VERSION = next(line for line in _SOURCE.splitlines() if line.startswith("__version__")).split('"')[1]
-_COMMANDS = ("train", "evaluate", "report", "export", "new", "plan", "overlap", "data.convert", "data.inspect")
+_COMMANDS = (
+  "train",
+  "evaluate",
+  "report",
+  "export",
+  "new",
+  "plan",
+  "overlap",
+  "search",
+  "data.convert",
+  "data.inspect",
+)
 
 setup(
   name="declip_jax",
@@ -30,6 +41,7 @@ setup(
     "declip_jax": ["py.typed"],
     "declip_jax.data.text": ["*.gz", "*.txt"],
     "declip_jax.evals": ["*.csv", "*.json", "data_sets/*"],
+    "declip_jax.image_search": ["*.html"],
     "declip_jax.weights": ["*.gz"],
   },
   install_requires=[
@@ -70,6 +82,7 @@ setup(
     "s3": ["s3fs>=2024.6"],
     "https": ["aiohttp>=3.12"],
     "huggingface": ["datasets>=3.0"],
+    "search": ["usearch>=2.26"],  # the search page with more than a million images
     "tokenizers": ["sentencepiece>=0.2", "tokenizers>=0.21"],
     "wandb": ["wandb>=0.31"],
     "mlflow": ["mlflow-skinny>=3.17", "alembic>=1.13", "sqlalchemy>=2.0"],  # the last two are for its local store

@@ -227,9 +227,9 @@ def test_a_default_of_several_values_is_shown_as_it_is_typed(monkeypatch: pytest
 
 
 def test_the_list_of_commands_matches_the_installed_scripts() -> None:
-  lines = (Path(__file__).parents[1] / "setup.py").read_text().splitlines()
-  installed = next(line for line in lines if line.startswith("_COMMANDS = ")).removeprefix("_COMMANDS = ")
-  scripts = {module.split(".")[-1]: f"declip_jax.{module}" for module in ast.literal_eval(installed)}
+  setup = ast.parse((Path(__file__).parents[1] / "setup.py").read_text())
+  assigned = {ast.unparse(node.targets[0]): node.value for node in setup.body if isinstance(node, ast.Assign)}
+  scripts = {module.split(".")[-1]: f"declip_jax.{module}" for module in ast.literal_eval(assigned["_COMMANDS"])}
   assert scripts == {name: module for name, (module, _) in COMMANDS.items()}
 
 

@@ -41,6 +41,7 @@ CHECKED = (
   "declip_jax.planning",
   "declip_jax.weights",
   "declip_jax.clip",
+  "declip_jax.image_search",
 )
 # What is checked in the place of three kinds of annotations. Of a protocol one method: asking for all attributes would
 # compute them, such as the stamp of rendered scenes. Of a `Literal` that it is a text: our functions reject other texts

@@ -72,7 +72,8 @@ def test_the_wheel_has_code_configs_and_data(wheel: Path) -> None:
   assert wheel.name.startswith(f"declip_jax-{declip_jax.__version__}-")
   expected = {f"declip_jax/configs/{name}.py" for name in config_files.names()}
   expected |= {f"declip_jax/{path.relative_to(ROOT / 'declip_jax')}" for path in (ROOT / "declip_jax").rglob("*.py")}
-  expected |= {f"declip_jax/{name}" for name in ("py.typed", "data/text/synonyms.txt.gz", "weights/merges.txt.gz")}
+  data = ("py.typed", "data/text/synonyms.txt.gz", "image_search/page.html", "weights/merges.txt.gz")
+  expected |= {f"declip_jax/{name}" for name in data}
   sets = [ROOT / "declip_jax/evals/suites.json", *(ROOT / "declip_jax/evals/data_sets").iterdir()]
   expected |= {f"declip_jax/{path.relative_to(ROOT / 'declip_jax')}" for path in sets}
   assert expected <= set(names)

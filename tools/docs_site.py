@@ -29,6 +29,7 @@ SECTIONS = {
   "Evaluate": "guide/evaluate.md",
   "Compare": "guide/compare.md",
   "Use": "guide/use.md",
+  "Search": "guide/search.md",
   "Export": "guide/export.md",
   "How it is built": "guide/how_it_is_built.md",
 }

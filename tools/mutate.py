@@ -51,6 +51,7 @@ _PIPELINE, _STEP = "data/pipeline_test.py", "training/step_test.py"
 _WEIGHTS = "weights/layout_test.py weights/read_test.py"
 _METRICS, _RANKS = "evals/metrics_test.py evals/zero_shot_test.py", "evals/ranks_test.py"
 _PROBE, _PROTOCOLS = "evals/linear_probe_test.py", "evals/wrong_variants_test.py"
+_SEARCH = "image_search/server_test.py"
 # fmt: off
 MUTATIONS = [
   # Terms.
@@ -412,6 +413,17 @@ MUTATIONS = [
   Mutation("WinoGAViL's ties are right", "evals/composition.py",
            "(~(scores < scores[:, None])).sum(axis=1) - 1", "(scores > scores[:, None]).sum(axis=1)",
            "evals/composition_test.py"),
+  # The search page.
+  Mutation("subtracted terms of a query are added", "image_search/searcher.py",
+           "total = _sum(added) - _sum(subtracted)", "total = _sum(added) + _sum(subtracted)", _SEARCH),
+  Mutation("images that cannot be read are found", "image_search/index.py",
+           "embedding, np.flatnonzero(readable)", "embedding, np.arange(len(readable))", "image_search/index_test.py"),
+  Mutation("a short text is cut although it is long", "image_search/searcher.py",
+           "tokens[:, :_SHORT] if is_short else tokens", "tokens[:, :_SHORT]", _SEARCH),
+  Mutation("a site whose name leads to this machine is answered", "image_search/requests.py",
+           "if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):", "if len(hosts) != 1:", _SEARCH),
+  Mutation("each byte of a request prolongs it", "image_search/server.py",
+           "left = self._deadline - time.monotonic()", "left = _SECONDS", _SEARCH),
   Mutation("linear layers are not transposed", "weights/layout.py",
            '"linear": (_transposed, _transposed)', '"linear": (_same, _same)', _WEIGHTS),
   Mutation("height and width of kernels swapped", "weights/layout.py",

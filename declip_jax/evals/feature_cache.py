@@ -6,12 +6,14 @@ An entry is a folder, whose name is a hash of everything that features depend on
   host-00000-of-00004.npy              float32 or float16 `[rows, f + d]`: pooled features, then joint embeddings
   host-00000-of-00004.rows/00000.npz   the other fields of `Features` of the first block of rows
 
-Features in float32 are mapped into memory, not read. A block of rows is valid once its `.npz`, which has its checksum,
-exists; so an entry that was interrupted is continued after its last block, by anyone who may write it.
+Features are mapped into memory, not read, unless they are float16 and asked for in float32. A block of rows is valid
+once its `.npz`, which has its checksum, exists; so an entry that was interrupted is continued after its last block, by
+anyone who may write it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+from dataclasses import replace
 import errno
 import hashlib
 import io
@@ -65,7 +67,19 @@ class FeatureCache:
   def encode(
     self, source: Source | Sequence[Any], encoders: Encoders, rows: range, read: Read = read_batches
   ) -> Features:
-    """Features of this host's rows of a source, from disk as far as they are there.
+    """Features of this host's rows of a source in float32, from disk as far as they are there.
+
+    Raises:
+      ValueError, OSError: as in `encode_mapped`.
+    """
+    found = self.encode_mapped(source, encoders, rows, read)
+    pooled, embedding = jax.tree.map(lambda x: x.astype(np.float32, copy=False), (found.pooled, found.embedding))
+    return replace(found, pooled=pooled, embedding=embedding)
+
+  def encode_mapped(
+    self, source: Source | Sequence[Any], encoders: Encoders, rows: range, read: Read = read_batches
+  ) -> Features:
+    """`encode` in the dtype in which features are stored, so that they stay on disk until they are used.
 
     A folder that this user cannot write, such as an entry that another user has begun, is left as it is.
 
@@ -235,10 +249,8 @@ class _Shard:
     self._waiting = []
 
   def read(self) -> Features:
-    """All rows in float32; features that are stored so stay on disk until they are used."""
-    stored = self._features("r")
-    stored = stored if self._dtype == np.float32 else stored.astype(np.float32)
-    split = self._widths[0]
+    """All rows, whose features stay on disk until they are used."""
+    stored, split = self._features("r"), self._widths[0]
     blocks = [_load(path) for path in self._block_paths()]
     parts = [_annotations(block, len(block["label"])) for block in blocks] or [_annotations(None, 0)]
     joined = join(parts)
