@@ -1,6 +1,6 @@
-# make demo          pretrains DeCLIP on rendered scenes (about five minutes on two cores)
-# make test          the fast tests: 5 to 7 minutes on two cores
-# make test-all      all tests but those of the next two: the fast ones, then the slow ones
+# make demo          pretrains DeCLIP on rendered scenes (seven to eight minutes on two cores)
+# make test          the fast tests: four minutes on two cores
+# make test-all      the fast tests, then the slow ones, which need neither other packages nor a GPU
 # make test-interop  exchanges weights with PyTorch, open_clip and transformers, in .venv-interop
 # make test-trackers tests Weights & Biases, MLflow and trackio, offline, in .venv-trackers
 # make test-browser  the search page in Chromium, with usearch, in .venv-browser; SCREENSHOTS=FOLDER keeps pictures of it

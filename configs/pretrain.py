@@ -4,8 +4,8 @@
 
 Batch size, length, dtype and sizes of the heads' groups and neighbour bank are chosen for the data and the devices when
 a run starts, by the rules in `planning.choose`; the run prints them, and `--config.FIELD=VALUE` sets any of them. The
-first 10 % of the run are warm-up, and each further tenth ends with a checkpoint and an evaluation: retrieval on pairs
-that are not trained on, 10 % of all but at most 5,000. `docs/own_captions.md` goes from a table of captions to a model.
+first 10 % of the run are warm-up, and each tenth ends with a checkpoint and an evaluation: retrieval on pairs that are
+not trained on, 10 % of all but at most 5,000. `docs/own_captions.md` goes from a table of captions to a model.
 
 The optimiser is OpenAI's (Radford et al. 2021, table 18), or for METHOD_repo that of DeCLIP's released code. There is
 no published result to compare with, since accuracies depend on the pairs. `python -m declip_jax.plan` reports what a

@@ -381,7 +381,7 @@ def stage_steps(stage: Stage, epoch_examples: int) -> Steps:
 def make_facts(config: ConfigDict, steps: Steps) -> Facts:
   """What the symptoms of a run depend on."""
   scales = tuple(map(math.exp, config.optimizer.logit_scale_range))
-  return Facts(config.batch_size, steps.schedule.warmup - steps.lead, steps.total, scales)
+  return Facts(_compared_at_once(config), steps.schedule.warmup - steps.lead, steps.total, scales)
 
 
 def describe_batch(built: Built, batch_size: int) -> str:
@@ -414,11 +414,19 @@ def describe_run(
   if config.model.heads.num_classes:
     chance["classify"] = math.log(config.model.heads.num_classes)
   if not batch_sizes.since:
-    parts = config.micro_batches if config.micro_batching == "plain" else 1
-    chance |= chance_losses(config.batch_size // max(parts, 1))
-  single = {"kind": "retrieval", "suite": "", "equal_texts": False, "folds": 1}
-  one_image = [name for name, own in config.evals.items() if single.items() <= own.to_dict().items()]
-  return Described(f"{method}: {total_steps:,} steps of {drawn}", chance, tuple(one_image))
+    chance |= chance_losses(_compared_at_once(config))
+  return Described(f"{method}: {total_steps:,} steps of {drawn}", chance, plain_retrievals(config.evals))
+
+
+def plain_retrievals(evals: ConfigDict) -> tuple[str, ...]:
+  """The names of the retrievals in which a text has one right image among all, so that chance is known."""
+  plain = {"kind": "retrieval", "suite": "", "equal_texts": False, "folds": 1}
+  return tuple(name for name, own in evals.items() if plain.items() <= own.to_dict().items())
+
+
+def _compared_at_once(config: ConfigDict) -> int:
+  """The number of pairs that the losses compare with each other."""
+  return config.batch_size // (max(config.micro_batches, 1) if config.micro_batching == "plain" else 1)
 
 
 def changes_from_default(config: ConfigDict) -> list[str]:
@@ -482,7 +490,7 @@ def check_division(config: ConfigDict, devices: int) -> None:
       f"config.micro_batches={count}: config.batch_size={config.batch_size} does not divide into micro-batches on "
       f"{devices} devices"
     )
-  compared = config.batch_size // (max(count, 1) if config.micro_batching == "plain" else 1)  # at once
+  compared = _compared_at_once(config)
   for name in ("norm_groups", "bank_groups"):
     groups = config.model.heads[name]
     if config.micro_batching == "plain" and count > 1 and compared % groups:

@@ -206,7 +206,7 @@ def _field_values(arguments: Sequence[str]) -> dict[str, str]:
 def _add_stages(config: ConfigDict, values: Mapping[str, str]) -> None:
   """Adds the stages whose `duration` a command line sets to a `config` that does not have them."""
   for field in values:
-    new = re.fullmatch(r"stages\.([^.]+)\.duration\.(?:steps|epochs|examples)", field)
+    new = re.fullmatch(r"stages\.([^.]+)\.duration\.(?:steps|epochs|examples|share)", field)
     if new and "stages" in config and new[1] not in config.stages:
       with config.unlocked():
         config.stages[new[1]] = stage()

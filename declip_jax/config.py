@@ -75,7 +75,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   # A run, one of its checkpoints (RUN/checkpoints/STEP or RUN/checkpoints/best), or any that `declip_jax.load` reads.
   c.init_from.path = ""
   c.init_from.groups = ("image", "text", "heads")  # what to load, see `weights.initial.GROUPS`; the rest is random
-  # Settings that the file lacks, such as ("image.activation=gelu", "image.heads=16"). From a run with an average of the
+  # Settings that the file lacks, such as ("text.activation=gelu", "image.heads=16"). From a run with an average of the
   # weights (optimizer.ema), ("average=False",) loads the weights themselves.
   c.init_from.settings = ()
   # Prompts such as ("a photo of a {}.",) that make the classifier start as the zero-shot classifier of these weights
@@ -342,8 +342,9 @@ def stage(**fields: Any) -> ConfigDict:
 
   A field that is None, and a duration that is empty, are those of the config. The schedule of the learning rate starts
   anew in each stage, with its warm-up and its decay, and milestones count from the start of the stage; schedules of
-  terms and the decay of a momentum tower go through the whole run. The last step of a stage is logged, saved and
-  evaluated. Evaluations are always at the resolution of the config. `data.blur_radius` remains a number of pixels.
+  terms and the decay of a momentum tower go through the whole run. A share is one of the whole run, also that of a
+  warm-up. The last step of a stage is logged, saved and evaluated. Evaluations are always at the resolution of the
+  config. `data.blur_radius` remains a number of pixels.
 
   Raises:
     AttributeError: an unknown field.

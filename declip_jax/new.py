@@ -5,7 +5,7 @@
 The file trains as it is, with the config `pretrain` and your data, any path that declip_jax.data.inspect recognises or
 KIND:LOCATION. Its comments show the fields that are most often changed:
 
-  python -m declip_jax.train --config=my_config.py --workdir runs/mine
+  python -m declip_jax.train --config=my_config.py --workdir runs/my_config
 """
 
 import json
@@ -22,7 +22,7 @@ from declip_jax.methods import ABLATIONS, METHODS, REPO_METHODS
 _METHODS = (*METHODS, *ABLATIONS, *(f"{method}_repo" for method in REPO_METHODS))
 
 # The command fills in what is in braces. A comment that begins with "# c." is a line to uncomment.
-TEMPLATE = '''"""My captions: python -m declip_jax.train --config={file} --workdir runs/mine
+TEMPLATE = '''"""My captions: python -m declip_jax.train --config={file} --workdir runs/{stem}
 
 --print_config prints all fields, --steps 100 makes a short try, and --config.FIELD=VALUE overrides a field.
 """
@@ -38,7 +38,7 @@ def get_config(method: str = {method}, architecture: str = {architecture}, data:
   c = pretrain.get_config(method, architecture, data)
 
   # The training data: 10 % of them, at most 5,000, are held out for c.evals.retrieval. To train on all of them, or on
-  # several sources with weights:
+  # several sources with weights (give c.evals.retrieval.data other samples then):
   # c.data.train, c.data.mixture = ({source},), (1.0,)
   # Views that leave colours or sides as they are, if the captions name them:
   # c.data.jitter_probability, c.data.grayscale_probability, c.data.flip_probability = 0.0, 0.0, 0.0
@@ -74,7 +74,8 @@ def template(path: Path, method: str, architecture: str, data: str) -> str:
     FileNotFoundError, ValueError: the data are not recognised, see `to_source`.
   """
   texts = {"method": method, "architecture": architecture, "data": data, "source": to_source(data)}
-  return TEMPLATE.format(file=path, **{name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()})
+  quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()}
+  return TEMPLATE.format(file=path, stem=path.stem, **quoted)
 
 
 def _command(arguments: list[str]) -> None:

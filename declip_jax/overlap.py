@@ -290,7 +290,7 @@ def main() -> None:
   flags.DEFINE_string("train", "", "Training images; by default, the test images themselves.")
   flags.DEFINE_string("weights", None, "Checkpoint whose image features to compare, instead of a hash.")
   flags.DEFINE_multi_string(
-    "settings", [], "Setting that the checkpoint does not contain, such as image.activation=gelu."
+    "settings", [], "Setting that the checkpoint does not contain, such as text.activation=gelu."
   )
   flags.DEFINE_integer("batch_size", _BATCH_SIZE, "Images encoded at once.", lower_bound=1)
   flags.DEFINE_string("cache", None, "Folder of features, or off; by default in the user's cache folder.")

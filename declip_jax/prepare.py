@@ -215,7 +215,7 @@ def with_choices(
   if not fields and steps is None:
     return config, sources, []
   sources = _open_sources(config, "train", watchdog) if sources is None else sources
-  pairs = sum(map(len, sources))
+  pairs = max(1, sum(map(len, sources)))  # an empty source is rejected later
   if fields:
     saved, where = None, f"{pairs:,} samples and {jax.device_count()} x {jax.devices()[0].device_kind}"
     if has_checkpoints(workdir) and not (saved := read_config(workdir)):
@@ -224,8 +224,11 @@ def with_choices(
       )
     watchdog.beat("choosing what the config leaves open")
     config = choose.choose(config, pairs, saved=saved)
-    values = choose.describe(config, fields)
-    notes.append(f"kept from the last start: {values}" if saved else f"chosen for {where}: {values}")
+    kept = [field for field in fields if saved and field != "duration"]  # that follows from the data alone
+    if kept:
+      notes.append(f"kept from the last start: {choose.describe(config, kept)}")
+    if chosen := [field for field in fields if field not in kept]:
+      notes.append(f"chosen for {where}: {choose.describe(config, chosen)}")
     if jax.default_backend() == "cpu" and config.data.image_size > _LARGE_FOR_CPU:
       notes.append("a CPU takes long to train this model: architecture=ViT-Nano/8@32px is small enough for it")
   if steps is not None:

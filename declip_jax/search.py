@@ -117,7 +117,7 @@ def main() -> None:
   flags.DEFINE_string("weights", None, "Run, or checkpoint file or folder.")
   flags.DEFINE_string("images", None, "Images to search, such as a folder or webdataset:/data/test-*.tar.")
   flags.DEFINE_multi_string(
-    "settings", [], "Setting that the checkpoint does not contain, such as image.activation=gelu. Can be repeated."
+    "settings", [], "Setting that the checkpoint does not contain, such as text.activation=gelu. Can be repeated."
   )
   flags.DEFINE_integer("port", _PORT, "Port on 127.0.0.1; 0 for a free one.", 0, 65535)
   flags.DEFINE_integer("batch_size", _BATCH_SIZE, "Images encoded at once.", lower_bound=1)

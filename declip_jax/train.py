@@ -111,7 +111,7 @@ def train(
     _open(config, run, services, start, [*messages, *chosen, *run.notes, *notes, resized])
     services.evaluate_if_missed(start, state)
     _train_stages(run, services, start, state, position)
-  return _finish(max(start, run.total_steps), workdir, services.latest)
+  return _finish(max(start, run.total_steps), workdir, services.latest, build.plain_retrievals(config.evals))
 
 
 def _train_stages(run: Prepared, services: Services, step: int, state: State, position: dict[str, Any] | None) -> None:
@@ -334,7 +334,10 @@ def _draw_curves(config: ConfigDict, run: Prepared, workdir: Path) -> None:
     plot_curves(read_metrics(workdir), described(), workdir / "curves.png")
   with pictures.optional(workdir / "index.html"):
     text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
-    page = RunPage(described().title, run.total_steps, sys.argv, build.changes_from_default(config), text)
+    objective = run.built.objective
+    export_format = "open_clip" if objective.compares_embeddings and not objective.compares_tokens else "orbax"
+    changes = build.changes_from_default(config)
+    page = RunPage(described().title, run.total_steps, sys.argv, export_format, changes, text)
     write_page(workdir, page, read_metrics(workdir))
 
 
@@ -387,7 +390,7 @@ def _describe(part: Part) -> str:
   return f"stage {stage.name}: steps {stage.first + 1:,} to {stage.last:,} of {batch}"
 
 
-def _finish(step: int, workdir: Path, latest: dict[str, float]) -> dict[str, float]:
+def _finish(step: int, workdir: Path, latest: dict[str, float], plain_retrievals: Sequence[str]) -> dict[str, float]:
   """Prints and returns the final metrics of a run."""
   names = ("examples", "training_flops", "temperature", "dense_temperature", "images_per_second", "utilisation")
   names += ("skipped_total",)
@@ -397,7 +400,7 @@ def _finish(step: int, workdir: Path, latest: dict[str, float]) -> dict[str, flo
     bad = bad_samples.total(read_metrics(workdir)) if (workdir / "metrics.jsonl").exists() else {}
     skipped = {"samples skipped": bad_samples.describe(bad)} if bad else {}
     message(summary_table({"run": str(workdir), **final, **skipped}), stream=sys.stdout)
-    for line in closing_lines(workdir, final):
+    for line in closing_lines(workdir, final, plain_retrievals):
       message(line)
   return final
 

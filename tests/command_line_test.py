@@ -125,6 +125,8 @@ def test_a_stage_can_be_added(parse: Parse) -> None:
   assert (code, error) == (0, "")
   expected = config.stage(duration=config.duration(epochs=2), image_size=16, learning_rate=1e-3)
   assert json.loads(printed)["stages"] == {"low": expected.to_dict()}
+  code, printed, error = parse("--config=demo", "--config.stages.low.duration.share=0.5", "--print_config")
+  assert (code, json.loads(printed)["stages"]["low"]["duration"]["share"]) == (0, 0.5)
 
 
 def test_an_evaluation_can_be_added(parse: Parse) -> None:

@@ -30,6 +30,7 @@ from declip_jax.config import duration, durations
 from declip_jax.planning.report import available_memory
 from declip_jax.runtime.hosts import smallest
 from declip_jax.stages import plan_stages
+from declip_jax.training.schedules import ScheduleSettings
 
 # Open fields, the value that leaves each open, and one that is legal while others are chosen.
 _OPEN = {
@@ -138,29 +139,41 @@ def shortened(config: ConfigDict, steps: int, epoch_examples: int) -> ConfigDict
     epoch_examples: number of examples in an epoch.
 
   Raises:
-    ValueError: see `build.to_steps`.
+    ValueError: there are fewer steps than stages; see also `build.to_steps`.
   """
   whole, config = build.to_steps(config, epoch_examples), config.copy_and_resolve_references()
-  stages = plan_stages(config, epoch_examples)[:-1]
+  stages = plan_stages(config, epoch_examples)
+  if steps < len(stages):
+    raise ValueError(f"--steps={steps}: the run has {len(stages)} stages, and each needs a step")
 
   def scaled(step: int) -> int:
     return round(step * steps / whole.total)
+
+  def points(of: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple({scaled(step): value for step, value in of}.items())  # of those at one step, the last
+
+  def set_schedule(optimizer: ConfigDict, schedule: ScheduleSettings, length: int) -> None:
+    cooldown = min(max(1, scaled(schedule.cooldown)), length) if schedule.cooldown else 0
+    warmup = min(max(1, scaled(schedule.warmup)), length - min(cooldown, 1)) if schedule.warmup else 0
+    optimizer.warmup = duration(steps=warmup)
+    if "cooldown" in optimizer:
+      optimizer.cooldown = duration(steps=min(cooldown, length - warmup))
 
   config.duration = duration(steps=steps)
   for name in durations(config):
     if not name.startswith("optimizer."):
       _set(config, {name: duration()})
-  for stage in stages:
+  end = 0
+  for number, stage in enumerate(stages[:-1], 1):
+    first, end = end, min(max(end + 1, scaled(stage.last)), steps - (len(stages) - number))
     own = config.stages[stage.name]
-    own.duration = duration(steps=max(1, scaled(stage.last) - scaled(stage.first)))
-    own.warmup = duration(steps=scaled(build.stage_steps(stage, epoch_examples).schedule.warmup))
+    own.duration = duration(steps=end - first)
+    set_schedule(own, build.stage_steps(stage, epoch_examples).schedule, end - first)
+  set_schedule(config.optimizer, whole.schedule, steps - end)
   config.evaluate_every, config.checkpoint.every = (duration(steps=math.ceil(steps / 2)) for _ in range(2))
-  schedule = whole.schedule
-  config.optimizer.warmup = duration(steps=scaled(schedule.warmup))
-  config.optimizer.cooldown = duration(steps=scaled(schedule.cooldown))
-  config.optimizer.milestones = tuple((scaled(step), factor) for step, factor in config.optimizer.milestones)
+  config.optimizer.milestones = points(config.optimizer.milestones)
   for term in config.objective.values():
-    term.schedule = tuple((scaled(step), factor) for step, factor in term.schedule)
+    term.schedule = points(term.schedule)
   config.log_every = min(config.log_every, max(1, steps // 20))
   return config
 

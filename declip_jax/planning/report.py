@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from declip_jax import build
+from declip_jax.config import without_shares
 from declip_jax.planning import compile as compilation
 from declip_jax.planning import devices as device_table
 from declip_jax.planning import flops, hlo
@@ -123,6 +124,7 @@ def run_flops(config: ConfigDict, step_flops: Mapping[str, float]) -> RunFlops |
   Raises:
     ValueError: see `plan_stages`.
   """
+  config = without_shares(config)
   lengths = [config.duration, *(stage.duration for stage in config.stages.values())]
   per_sample = all(length.epochs for length in lengths)
   if not per_sample and any(length.epochs for length in lengths):

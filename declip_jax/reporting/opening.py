@@ -159,12 +159,13 @@ def score_lines(step: int, results: Mapping[str, float]) -> Iterator[str]:
     yield f"step {step:,}  {name}: {'  '.join(score_text(key, value) for key, value in scores.items())}"
 
 
-def closing_lines(workdir: Path, final: Mapping[str, float]) -> Iterator[str]:
-  """Describes what a run has reached, beside what guessing gives, and what to do next.
+def closing_lines(workdir: Path, final: Mapping[str, float], plain_retrievals: Sequence[str]) -> Iterator[str]:
+  """Describes what a run has reached, beside chance or the most frequent class, and what to do next.
 
   Args:
     workdir: working directory.
     final: final metrics of the run, of which those named eval/... count.
+    plain_retrievals: names of retrievals in which a text has one right image among all.
   """
   for name in dict.fromkeys(metric.split("/")[1] for metric in final if metric.startswith("eval/")):
     scores = {key.rpartition("/")[2]: value for key, value in final.items() if key.startswith(f"eval/{name}/")}
@@ -172,6 +173,7 @@ def closing_lines(workdir: Path, final: Mapping[str, float]) -> Iterator[str]:
       yield f"{name}: top-1 {scores['top1']:.1%}; always the most frequent class: {scores['majority_share']:.1%}"
     if (found := scores.get("text_to_image_r10")) is not None and scores.get("images"):
       both = f"{scores['image_to_text_r10']:.1%} from image to text and {found:.1%} from text to image"
-      yield f"{name}: recall at 10 is {both}; at random: {min(10 / scores['images'], 1):.1%}"
+      chance = f"; chance: {min(10 / scores['images'], 1):.1%}" if name in plain_retrievals else ""
+      yield f"{name}: recall at 10 is {both}{chance}"
   if (page := workdir / "index.html").exists():
     yield f"pictures, scores and the commands to type next: {page}"

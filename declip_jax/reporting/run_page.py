@@ -30,6 +30,7 @@ class RunPage:
     title: the run in a line: method, data, pairs.
     total: steps of the run.
     command: program and arguments that started it.
+    export_format: format in which it can be exported.
     changes: differences of its config from the default one of its method.
     config: config as text.
   """
@@ -37,6 +38,7 @@ class RunPage:
   title: str
   total: int
   command: Sequence[str]
+  export_format: str
   changes: Sequence[str]
   config: str
 
@@ -123,8 +125,8 @@ def _commands(workdir: Path, run: RunPage) -> Iterator[Block]:
   here = shlex.quote(str(workdir))
   lines = ["# evaluate it again", f"python -m declip_jax.evaluate --workdir {here}"]
   lines += [
-    "# weights for open_clip",
-    f"python -m declip_jax.export --workdir {here} --format open_clip --output export",
+    "# export its weights",
+    f"python -m declip_jax.export --workdir {here} --format {run.export_format} --output export",
   ]
   if program.endswith("declip_jax/train.py"):
     lines = ["# resume it", f"python -m declip_jax.train {shlex.join(arguments)}", *lines]

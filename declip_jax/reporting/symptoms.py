@@ -37,7 +37,7 @@ class Facts:
   """What a run is, as far as symptoms depend on it.
 
   Attributes:
-    batch_size: global batch size.
+    batch_size: number of pairs that the losses compare with each other: those of the global batch.
     warmup: steps until the learning rate has its peak; nothing is reported until 100 steps later.
     total: steps of the run.
     scales: smallest and largest inverse temperature; () for no limits.
@@ -115,15 +115,16 @@ class Symptoms:
   def _at_chance(self, step: int, means: Mapping[str, float]) -> Iterator[str]:
     for term, chance in chance_losses(self._facts.batch_size).items():
       if abs(means.get(f"loss/{term}", math.inf) - chance) < _NEAR * chance:
+        pairs = "" if term == "simclr" else "check with data.inspect that images and captions belong together, or "
         yield (
-          f"step {step}: the loss of {term} is {means[f'loss/{term}']:.2f}, that of random answers: check with "
-          "data.inspect that images and captions belong together, or change config.optimizer.learning_rate"
+          f"step {step}: the loss of {term} is {means[f'loss/{term}']:.2f}, which is chance: {pairs}change "
+          "config.optimizer.learning_rate"
         )
     pairs = min(self._facts.batch_size, MOST_ROWS)
     for name, value in _matching(means, "diagnostics/image_text/*_accuracy"):  # of a sigmoid loss
       if value < 2 / pairs:
         yield (
-          f"step {step}: {name.rpartition('/')[2]} in the batch is {value:.2%}, that of random answers: check with "
+          f"step {step}: {name.rpartition('/')[2]} in the batch is {value:.2%}, which is chance: check with "
           "data.inspect that images and captions belong together, or change config.optimizer.learning_rate"
         )
 
@@ -154,8 +155,9 @@ class Symptoms:
       count = round(self._lines[-1]["skipped_total"] - self._lines[0]["skipped_total"])
       if count > _MOST_SKIPPED:
         yield (
-          f"step {step}: {count} of the last steps were skipped, since their gradients were not finite: lower "
-          "config.optimizer.learning_rate, set config.optimizer.gradient_clip=1, or config.model.dtype=float32"
+          f"step {step}: {count} of the last steps were skipped (loss, gradient or learning rate not finite, or a "
+          "spike): lower config.optimizer.learning_rate, set config.optimizer.gradient_clip=1, or "
+          "config.model.dtype=float32"
         )
 
   def _waiting(self, step: int, means: Mapping[str, float]) -> Iterator[str]:

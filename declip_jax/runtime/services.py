@@ -250,7 +250,7 @@ class Services:
     )
     if not any_host(written):
       self.evaluate(start, state)
-    elif start >= self.cadence.total:
+    elif self.cadence.is_last and start >= self.cadence.total:
       self.latest.update(self.evaluate_state(state, 0))
 
   def curves(self, step: int) -> None:

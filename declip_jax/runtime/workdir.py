@@ -187,10 +187,13 @@ def _git_revision() -> str:
     return "unknown"
 
 
+_OF_USERS = ("config.evals", "config.stages", "config.trackers")  # what they contain is named by the config
+
+
 def differences(before: Any, after: Any, name: str = "config") -> list[str]:
   """The fields of a config that differ in another one, with both values, such as "config.seed: 0 -> 1"."""
   if isinstance(before, dict) and isinstance(after, dict):
-    # A field that only one of two versions has was not changed by the user; an evaluation was.
-    names = sorted({*before, *after} if name == "config.evals" else before.keys() & after.keys())
+    # A field that only one of two versions has was not changed by the user; an evaluation, a stage or a tracker was.
+    names = sorted({*before, *after} if name in _OF_USERS else before.keys() & after.keys())
     return [line for key in names for line in differences(before.get(key), after.get(key), f"{name}.{key}")]
   return [] if before == after else [f"{name}: {before!r} -> {after!r}"]

@@ -129,6 +129,7 @@ def test_a_try_is_the_run_in_proportion() -> None:
   assert choose.shortened(c, 1, 1000).log_every == 1
   steps = build.to_steps(choose.shortened(c, 1, 1000), 1000)
   assert (steps.total, steps.evaluate, steps.checkpoint) == (1, 1, 1)
+  assert (steps.schedule.warmup, steps.schedule.cooldown) == (0, 1)
   assert c.duration.epochs == 20  # the config itself is not changed
 
 
@@ -141,6 +142,15 @@ def test_a_try_has_all_stages_in_proportion() -> None:
   assert [(stage.first, stage.last) for stage in whole] == [(0, 600), (600, 800), (800, 1400)]
   short = plan_stages(choose.shortened(c, 140, 1000), 1000)
   assert [(stage.first, stage.last) for stage in short] == [(0, 60), (60, 80), (80, 140)]
+  with pytest.raises(ValueError, match="--steps=2: the run has 3 stages"):
+    choose.shortened(c, 2, 1000)
+  for steps in (3, 4, 5, 7):
+    short = plan_stages(choose.shortened(c, steps, 1000), 1000)
+    assert [stage.last for stage in short] == sorted({stage.last for stage in short})
+    assert short[-1].last == steps
+    for stage in short:
+      assert 1 <= build.stage_steps(stage, 1000).schedule.warmup <= stage.last - stage.first
+  short = plan_stages(choose.shortened(c, 140, 1000), 1000)
   warmups = [build.stage_steps(stage, 1000).schedule.warmup for stage in (whole[0], short[0], whole[2], short[2])]
   assert warmups == [100, 10, 100, 10]
 

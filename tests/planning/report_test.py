@@ -92,6 +92,8 @@ def test_the_flops_of_a_run_are_those_of_its_stages():
   assert run_flops(config, step_flops) is None
   config.duration = config_lib.duration(epochs=3)
   found = run_flops(config, step_flops)
+  config.stages.low.duration = config_lib.duration(share=2 / 3)
+  assert run_flops(config, step_flops) == found
   assert found.per_sample
   assert (found.flops, found.share) == pytest.approx((2 * 100 / 32 + 200 / 16, 18.75 / (3 * 200 / 16)))
   config.stages = ConfigDict()

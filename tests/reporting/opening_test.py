@@ -114,7 +114,7 @@ def test_each_evaluator_has_a_line() -> None:
   ]
 
 
-def test_a_run_ends_with_its_scores_beside_those_of_guessing(tmp_path: Path) -> None:
+def test_a_run_ends_with_its_scores_beside_chance(tmp_path: Path) -> None:
   final = {
     "loss": 1.0,
     "eval/mine/top1": 0.5,
@@ -124,9 +124,10 @@ def test_a_run_ends_with_its_scores_beside_those_of_guessing(tmp_path: Path) -> 
     "eval/pairs/images": 400,
     "eval/suite/pets": 0.5,
   }
-  mine, pairs = closing_lines(tmp_path, final)
+  mine, pairs = closing_lines(tmp_path, final, ["pairs"])
   assert re.findall(r"[\d.]+%", mine) == ["50.0%", "12.5%"]
   assert re.findall(r"[\d.]+%", pairs) == ["25.0%", "75.0%", "2.5%"]
+  assert "chance" not in "".join(closing_lines(tmp_path, final, []))
   (tmp_path / "index.html").touch()
-  *_, page = closing_lines(tmp_path, {})
+  *_, page = closing_lines(tmp_path, {}, [])
   assert page.endswith(str(tmp_path / "index.html"))

@@ -44,7 +44,9 @@ def workdir(tmp_path):
 
 def written(workdir, metrics=METRICS, title=HOSTILE):
   command = ["/x/declip_jax/train.py", f"--config=demo:data={HOSTILE}", "--workdir", "a run & more"]
-  write_page(workdir, RunPage(title, 40, command, [f"config.data.train: () -> ({HOSTILE!r},)"], HOSTILE), metrics)
+  write_page(
+    workdir, RunPage(title, 40, command, "open_clip", [f"config.data.train: () -> ({HOSTILE!r},)"], HOSTILE), metrics
+  )
   return (workdir / "index.html").read_text(encoding="utf-8")
 
 

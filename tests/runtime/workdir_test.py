@@ -159,3 +159,13 @@ def test_the_revision_is_that_of_the_package_and_not_of_a_repository_around_it(
   subprocess.run([*git, "add", "site-packages"], check=True)
   subprocess.run([*git, "commit", "-q", "-m", "the package"], check=True)
   assert re.fullmatch("[0-9a-f]{12}", workdir_lib._git_revision())
+
+
+def test_stages_evaluations_and_trackers_that_only_one_config_has_are_differences() -> None:
+  before = {"stages": {}, "evals": {"a": 1}, "trackers": {}, "objective": {"clip": 1}}
+  after = {"stages": {"low": 2}, "evals": {}, "trackers": {"mine": "f"}, "objective": {"clip": 1, "new": 0}}
+  assert workdir_lib.differences(before, after) == [
+    "config.evals.a: 1 -> None",
+    "config.stages.low: None -> 2",
+    "config.trackers.mine: None -> 'f'",
+  ]
