@@ -134,7 +134,7 @@ def collect(cell: Cell, workdir: Path, args: argparse.Namespace) -> dict[str, An
       (line["step"] - before) * line["time/step"] for line, before in zip(steps, befores, strict=False)
     ),
     "end_of_training": {
-      name: fmean(line[name] for line in steps if name in line and line["step"] > 0.9 * args.steps)
+      name: fmean(line[name] for line in steps if name in line and line["step"] > 0.9 * steps[-1]["step"])
       for name in steps[-1]
       if name.startswith("loss") or name.endswith(("accuracy", "temperature"))
     },

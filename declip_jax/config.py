@@ -97,12 +97,16 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   if preset == "repo":
     _as_released(c, method)
   c.lock()
-  # The subtrees to which a config may add fields: stages, evaluations, and its own terms and trackers.
+  unlock_extensible(c)
+  return c
+
+
+def unlock_extensible(c: ConfigDict) -> None:
+  """Lets fields be added where a config may have its own: stages, evaluations, terms and trackers."""
   for fields in (c.stages, c.evals, c.objective, c.trackers):
     fields.unlock()
   for fields in c.objective.values():
     fields.lock()
-  return c
 
 
 def _checkpoint() -> ConfigDict:
@@ -627,19 +631,19 @@ def changeable(saved: ConfigDict) -> ConfigDict:
   """A saved config for another run, whose fields can be set like those of `default`.
 
   Raises:
-    ValueError: it has a user's own term, of which it records only the name of the function.
+    ValueError: it has a user's own term or tracker, of which it records only the name of the function.
     TypeError: the type of a field is not that of its default.
   """
   c = default()
   fields = saved.to_dict()
-  if own := sorted(set(fields.get("objective", {})) - set(c.objective)):
-    raise ValueError(f"objective.{own[0]} is a term of your own: pass the config file that defines it")
+  for subtree, kind in (("objective", "term"), ("trackers", "tracker")):
+    if own := sorted(set(fields.get(subtree, {})) - set(c[subtree])):
+      raise ValueError(f"{subtree}.{own[0]} is a {kind} of your own: pass the config file that defines it")
   with c.unlocked():
     c.stages = ConfigDict({name: stage(**_given(entry)) for name, entry in fields.pop("stages", {}).items()})
     c.evals = ConfigDict(fields.pop("evals", {}))
     c.model.image = ConfigDict(fields["model"].pop("image"))  # its fields depend on the kind of tower
-  c.stages.unlock()
-  c.evals.unlock()
+  unlock_extensible(c)
   c.update(fields)
   return c
 

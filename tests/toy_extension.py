@@ -106,11 +106,7 @@ def extended_default(add_fields: Callable[[ConfigDict], None]) -> Callable[..., 
     c = default(*arguments, **options).unlock()
     add_fields(c)
     c.lock()
-    c.evals.unlock()
-    c.objective.unlock()
-    c.trackers.unlock()
-    for fields in c.objective.values():
-      fields.lock()
+    config.unlock_extensible(c)
     return c
 
   return extended
