@@ -173,8 +173,7 @@ def loop(
 
     services.bad_samples.update(step, bad)
     services.clock.update(step)
-    if previous:
-      services.show(step - 1, previous)
+    services.show(*((step - 1, previous) if previous else (step, metrics)))
     if step == services.cadence.total:
       services.show(step, metrics)
     if services.cadence.logs(step):
