@@ -419,8 +419,11 @@ def describe_run(
 
 
 def plain_retrievals(evals: ConfigDict) -> tuple[str, ...]:
-  """The names of the retrievals in which a text has one right image among all, so that chance is known."""
-  plain = {"kind": "retrieval", "suite": "", "equal_texts": False, "folds": 1}
+  """The names of the retrievals that search all images at once, whose chance is known.
+
+  With `equal_texts`, it is that of texts that all differ, and a little higher if some are equal.
+  """
+  plain = {"kind": "retrieval", "suite": "", "folds": 1}
   return tuple(name for name, own in evals.items() if plain.items() <= own.to_dict().items())
 
 

@@ -242,7 +242,10 @@ def check_field(config: ConfigDict, field: str, value: str) -> None:
     hint = f"; --config.evals.{new[1]}.kind={'|'.join(sorted(EVALUATIONS))} adds an evaluation"
   new = re.fullmatch(r"stages\.([^.]+)\..+", field)
   if new and "stages" in config and new[1] not in config.stages:
-    hint = f"; --config.stages.{new[1]}.duration.epochs=NUMBER adds a stage"
+    raise ValueError(
+      f"config.{field}: the config has no stage {new[1]!r}; it is added by its duration, such as "
+      f"--config.stages.{new[1]}.duration.share=0.8"
+    )
   raise ValueError(config_files.no_field(config, field) + hint)
 
 

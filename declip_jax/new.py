@@ -10,6 +10,7 @@ KIND:LOCATION. Its comments show the fields that are most often changed:
 
 import json
 from pathlib import Path
+import re
 import shlex
 
 from absl import flags
@@ -18,6 +19,7 @@ from declip_jax import command_line
 from declip_jax.architectures import ARCHITECTURES
 from declip_jax.configs import to_source
 from declip_jax.methods import ABLATIONS, METHODS, REPO_METHODS
+from declip_jax.reporting.progress import message
 
 _METHODS = (*METHODS, *ABLATIONS, *(f"{method}_repo" for method in REPO_METHODS))
 
@@ -90,6 +92,8 @@ def _command(arguments: list[str]) -> None:
   except FileExistsError:
     raise ValueError(f"{path} exists already, and is not replaced: choose another name") from None
   print(f"wrote {path}, for {to_source(values.data)}")
+  if re.fullmatch(r"[^:*?{\[]+", values.data) and not Path(values.data).exists():
+    message(f"warning: {values.data} does not exist on this machine")
   print(f"python -m declip_jax.train --config={shlex.quote(str(path))} --workdir runs/{path.stem}")
 
 

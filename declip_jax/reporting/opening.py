@@ -165,7 +165,7 @@ def closing_lines(workdir: Path, final: Mapping[str, float], plain_retrievals: S
   Args:
     workdir: working directory.
     final: final metrics of the run, of which those named eval/... count.
-    plain_retrievals: names of retrievals in which a text has one right image among all.
+    plain_retrievals: names of retrievals that search all images at once.
   """
   for name in dict.fromkeys(metric.split("/")[1] for metric in final if metric.startswith("eval/")):
     scores = {key.rpartition("/")[2]: value for key, value in final.items() if key.startswith(f"eval/{name}/")}

@@ -284,7 +284,7 @@ class TrainingProgress:
     """Returns the fields of the line, the most important first."""
     fields = [f"step {step:,}/{self._total_steps:,} {step / self._total_steps:.1%}"]
     fields += [f"stage {self._stage} to {self._last_step:,}"] if self._stage else []
-    fields += [f"loss {self._losses['loss'].value:.3f}"] if "loss" in metrics else []
+    fields += [f"mean loss {self._losses['loss'].value:.3f}"] if "loss" in metrics else []
     fields += speed
     terms = [name for name in metrics if name.startswith("loss/")]
     fields += [f"{name.removeprefix('loss/')} {self._losses[name].value:.3f}" for name in terms]

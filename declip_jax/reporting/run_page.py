@@ -53,7 +53,13 @@ def write_page(workdir: Path, run: RunPage, metrics: Lines) -> None:
   """
   name = workdir.resolve().name
   blocks = [Heading(name, 1), run.title, *_progress(run, metrics), *_warnings(metrics)]
-  blocks += [*_scores(metrics), *_pictures(workdir), *_last_values(metrics), *_commands(workdir, run), *_config(run)]
+  blocks += [
+    *_scores(metrics),
+    *_pictures(workdir),
+    *_last_values(metrics),
+    *_commands(workdir, run, metrics),
+    *_config(run),
+  ]
   outputs.write(workdir / "index.html", to_html(blocks, name, workdir).encode(errors="replace"))
 
 
@@ -119,7 +125,7 @@ def _pictures(workdir: Path) -> Iterator[Block]:
     yield Picture(path, _CAPTIONS.get(path.stem, f"The evaluation {path.stem}"))
 
 
-def _commands(workdir: Path, run: RunPage) -> Iterator[Block]:
+def _commands(workdir: Path, run: RunPage, metrics: Lines) -> Iterator[Block]:
   """Commands to type next, which name the working directory as the run was given it."""
   program, *arguments = run.command or [""]
   here = shlex.quote(str(workdir))
@@ -128,7 +134,7 @@ def _commands(workdir: Path, run: RunPage) -> Iterator[Block]:
     "# export its weights",
     f"python -m declip_jax.export --workdir {here} --format {run.export_format} --output export",
   ]
-  if program.endswith("declip_jax/train.py"):
+  if program.endswith("declip_jax/train.py") and (not metrics or metrics[-1]["step"] < run.total):
     lines = ["# resume it", f"python -m declip_jax.train {shlex.join(arguments)}", *lines]
   if (workdir / "tensorboard").exists():
     lines += ["# its curves, with zoom", f"tensorboard --logdir {here}"]

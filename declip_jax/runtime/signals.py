@@ -87,7 +87,8 @@ def stop_signals(request: StopRequest) -> Iterator[None]:
     with contextlib.suppress(RuntimeError):  # the signal arrived while the same stream was being written
       message(
         f"{signal.Signals(signum).name}: the run saves a checkpoint after this step and stops; "
-        "a second Ctrl-C would end it at once, and lose the steps since the newest checkpoint"
+        f"{'a second ' if signum == signal.SIGINT else ''}Ctrl-C would end it at once, and lose the steps since the "
+        "newest checkpoint"
       )
     if jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)

@@ -231,7 +231,7 @@ def test_the_training_line_has_all_fields(clock: Clock) -> None:
   training = progress.TrainingProgress(10_000, 512, stream=(log := io.StringIO()), now=clock)
   train(training, clock, [2020], 20.0, images_per_second=256.0)
   assert log.getvalue().splitlines() == [
-    "step 2,020/10,000 20.2%  loss 3.142  4h 26m left  256 images/s  wait 25%  2.0 s/step  0m 20s elapsed  clip 4.500"
+    "step 2,020/10,000 20.2%  mean loss 3.142  4h 26m left  256 images/s  wait 25%  2.0 s/step  0m 20s elapsed  clip 4.500"
     "  simsiam -0.750  lr 1.00e-03  temperature 0.0700"
   ]
 
@@ -260,7 +260,7 @@ def test_the_training_line_names_the_stage_and_the_time_until_its_end(clock: Clo
   training.enter_stage("low", 4_020, 64)
   train(training, clock, [2020], 20.0, images_per_second=256.0)
   assert log.getvalue().startswith(
-    "step 2,020/10,000 20.2%  stage low to 4,020  loss 3.142  8m 20s left of the stage  256 images/s"
+    "step 2,020/10,000 20.2%  stage low to 4,020  mean loss 3.142  8m 20s left of the stage  256 images/s"
   )
 
 
@@ -336,7 +336,7 @@ def test_a_disabled_training_line_prints_nothing(clock: Clock) -> None:
 def test_missing_and_broken_metrics_do_not_stop_the_training_line(clock: Clock) -> None:
   training = progress.TrainingProgress(10, 8, stream=(log := io.StringIO()), now=clock)
   train(training, clock, [1], 1.0, metrics={"loss": math.nan, "eval/zero_shot/top1": 0.5})
-  assert log.getvalue() == "step 1/10 10.0%  loss nan  wait 25%  0m 01s elapsed\n"
+  assert log.getvalue() == "step 1/10 10.0%  mean loss nan  wait 25%  0m 01s elapsed\n"
 
 
 def test_a_line_fits_a_real_terminal() -> None:
