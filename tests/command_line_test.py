@@ -68,7 +68,7 @@ def parse(values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     ),
     (
       ["--config=demo", "--config.stages.a.image_size=3"],
-      ["stages.a.image_size", "--config.stages.a.duration.epochs="],
+      ["stages.a.image_size", "--config.stages.a.duration.share="],
     ),
     (["--config=demo", "--config.evals.mine.kind=zeroshot"], ["config.evals.mine.kind", "did you mean zero_shot?"]),
     (

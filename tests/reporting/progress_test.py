@@ -231,8 +231,8 @@ def test_the_training_line_has_all_fields(clock: Clock) -> None:
   training = progress.TrainingProgress(10_000, 512, stream=(log := io.StringIO()), now=clock)
   train(training, clock, [2020], 20.0, images_per_second=256.0)
   assert log.getvalue().splitlines() == [
-    "step 2,020/10,000 20.2%  mean loss 3.142  4h 26m left  256 images/s  wait 25%  2.0 s/step  0m 20s elapsed  clip 4.500"
-    "  simsiam -0.750  lr 1.00e-03  temperature 0.0700"
+    "step 2,020/10,000 20.2%  mean loss 3.142  4h 26m left  256 images/s  wait 25%  2.0 s/step  0m 20s elapsed"
+    "  clip 4.500  simsiam -0.750  lr 1.00e-03  temperature 0.0700"
   ]
 
 
