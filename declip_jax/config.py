@@ -529,7 +529,7 @@ def duration(*, steps: int = 0, epochs: float = 0, examples: int = 0, share: flo
 
 
 def without_shares(c: ConfigDict) -> ConfigDict:
-  """A copy of a config whose durations that are shares of the run have the unit of the run.
+  """A copy of a config in which durations given as shares are converted to the unit of `duration`.
 
   Raises:
     ValueError: a share is not between 0 and 1, is given together with another unit, or is that of the run itself.

@@ -115,7 +115,7 @@ def plan_stages(
   """The stages of a run that starts, or resumes after `start` steps.
 
   Args:
-    config: config of the run.
+    config: config, with its stages.
     epoch_examples: number of examples in an epoch.
     batch_sizes: batch sizes of the first `start` steps.
     start: number of steps done, with whatever stages and batch sizes the run had then.
@@ -164,7 +164,7 @@ def flops_until(stages: Sequence[Stage], step: int, step_flops: Callable[[Stage,
   """FLOPs of the first `step` steps; the last stage has no end.
 
   Args:
-    stages: the stages of the run.
+    stages: all stages, in order.
     step: number of steps.
     step_flops: function from a stage and a batch size to the FLOPs of a step.
   """

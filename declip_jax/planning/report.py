@@ -118,7 +118,7 @@ def run_flops(config: ConfigDict, step_flops: Mapping[str, float]) -> RunFlops |
   """The FLOPs of a run; None if they depend on data, since only some of the durations of its stages are in epochs.
 
   Args:
-    config: config of the run.
+    config: config, with its stages.
     step_flops: FLOPs of the model in a step of each stage.
 
   Raises:

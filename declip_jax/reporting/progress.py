@@ -256,7 +256,7 @@ class TrainingProgress:
     if now - self._drawn_at >= self._interval or ends:
       self._drawn_at = now
       speed = [*self._speed_fields(step, images_per_second, utilisation), f"wait {wait:.0%}"]
-      if (seconds := self._batch_size / images_per_second) >= _SLOW_STEP:
+      if images_per_second > 0 and (seconds := self._batch_size / images_per_second) >= _SLOW_STEP:
         speed.append(f"{seconds:,.1f} s/step")
       speed.append(f"{_duration(now - self._began)} elapsed")
       self._draw("  ".join(self._fit(self._fields(step, metrics, speed))))

@@ -28,7 +28,7 @@ class RunPage:
 
   Attributes:
     title: the run in a line: method, data, pairs.
-    total: steps of the run.
+    total: number of steps until training ends.
     command: program and arguments that started it.
     export_format: format in which it can be exported.
     changes: differences of its config from the default one of its method.

@@ -39,7 +39,7 @@ class Facts:
   Attributes:
     batch_size: number of pairs that the losses compare with each other: those of the global batch.
     warmup: steps until the learning rate has its peak; nothing is reported until 100 steps later.
-    total: steps of the run.
+    total: number of steps of the stage and those before it.
     scales: smallest and largest inverse temperature; () for no limits.
   """
 

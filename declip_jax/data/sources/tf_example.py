@@ -72,8 +72,8 @@ def choose(kinds: Mapping[str, str], wanted: Mapping[str, str], classnames: Sequ
     place: the data, for messages.
 
   Raises:
-    ValueError: a wanted feature does not exist or is of another kind, several match, there is no image, or neither
-      caption nor label, or labels are names without a classnames.txt.
+    ValueError: a feature that is named does not exist or is of another kind; several match; there is no image, or
+      neither a caption nor a label; or labels are names without a classnames.txt.
   """
   legal = {"image": ["bytes"], "caption": ["bytes"], "label": ["integer"]}
   columns = {role: [key for key in kinds if role in wanted or kinds[key] in legal[role]] for role in ROLES}

@@ -15,7 +15,7 @@ class TrackedRun:
 
   Attributes:
     id: identity, 32 hexadecimal digits; a resumed run keeps it.
-    workdir: working directory, whose name is that of the run.
+    workdir: working directory; the run is named after it.
     config: fields of the config, of which a user's own functions are names.
     start: step from which the run starts; 0 for a new run.
   """
