@@ -78,7 +78,7 @@ class _MakeSample(grain.transforms.RandomMap):
         message = f"{name}: {_MAX_TRIES} examples in a row cannot be used; the last one: {error}"
         if 2 * sum(bad_counts[BAD.index(kind)] for kind in OF_MEDIA) > _MAX_TRIES:
           raise OSError(errno.EIO, message)
-        raise ValueError(message)
+        raise ValueError(f"{message}; python -m declip_jax.data.inspect counts what is wrong with the data")
       positions[stream] = mixture.replacement(position, rng)
 
   def _make(self, positions: Sequence[Position], rng: np.random.Generator) -> "_Made | tuple[int, BadSample]":

@@ -45,6 +45,8 @@ def optional(path: str | os.PathLike[str]) -> Iterator[None]:
   """Turns an error in drawing a picture into a warning: a picture must not stop a run."""
   try:
     yield
+  except (OSError, ValueError) as error:  # mostly of the data, of which the run itself says more
+    logging.warning("%s could not be drawn: %s", path, error)
   except Exception:
     logging.warning("%s could not be drawn", path, exc_info=True)
 
