@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import optax
 
 from declip_jax.batch_sizes import BatchSizes
-from declip_jax.config import TEMPLATES, default, examples_of, parse_json, steps_of
+from declip_jax.config import TEMPLATES, examples_of, steps_of
 from declip_jax.data.deaths import Deaths
 from declip_jax.data.images import EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
@@ -32,7 +32,7 @@ from declip_jax.evals.classify import columns
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.features import DecodedImages
 from declip_jax.evals.jobs import DataSource, Job, run_jobs
-from declip_jax.methods import PRESETS, name_of
+from declip_jax.methods import name_of
 from declip_jax.models.heads import diagnostic_kinds
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_below
@@ -45,7 +45,6 @@ from declip_jax.reporting.progress import message
 from declip_jax.reporting.symptoms import Facts, chance_losses
 from declip_jax.reporting.trackers import OpenTracker
 from declip_jax.reporting.trackers.libraries import TRACKERS, is_installed
-from declip_jax.runtime.workdir import differences
 from declip_jax.sharding import gather, make_mesh, replicated
 from declip_jax.spelling import did_you_mean
 from declip_jax.stages import Stage, plan_stages
@@ -430,14 +429,6 @@ def plain_retrievals(evals: ConfigDict) -> tuple[str, ...]:
 def _compared_at_once(config: ConfigDict) -> int:
   """The number of pairs that the losses compare with each other."""
   return config.batch_size // (max(config.micro_batches, 1) if config.micro_batching == "plain" else 1)
-
-
-def changes_from_default(config: ConfigDict) -> list[str]:
-  """The fields that differ from the default config of the method, or of CLIP if no method has the recipe and terms."""
-  method = name_of(config.data.recipe, make_objective(config.objective.to_dict()).weights)
-  standard = default(method if method in PRESETS["paper"] else "clip")
-  before, after = (parse_json(one.to_json_best_effort()) for one in (standard, config))
-  return differences(before, after)
 
 
 def make_step(

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from declip_jax import build
+from declip_jax.changes import changes_from_default
 from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
 from declip_jax.data.sources import Source
@@ -42,7 +43,7 @@ from declip_jax.reporting.trackers import TrackedRun, open_trackers
 from declip_jax.reporting.trackers.base import run_id
 from declip_jax.runtime import bad_samples
 from declip_jax.runtime.bad_samples import BadSamples
-from declip_jax.runtime.checkpoint import Checkpoints
+from declip_jax.runtime.checkpoint import Checkpoints, DoesNotFitError
 from declip_jax.runtime.clock import Clock
 from declip_jax.runtime.command import launch
 from declip_jax.runtime.compile_cache import compile_cache
@@ -52,7 +53,7 @@ from declip_jax.runtime.services import Cadence, Services
 from declip_jax.runtime.signals import Stopped, StopRequest, stop_signals
 from declip_jax.runtime.trace import Trace, parse_steps
 from declip_jax.runtime.watchdog import Watchdog
-from declip_jax.runtime.workdir import local_path, lock, record
+from declip_jax.runtime.workdir import about_other_run, local_path, lock, record
 from declip_jax.sharding import batch_sharding, to_global
 from declip_jax.stages import flops_until, repeatable_from
 from declip_jax.training.state import State, evaluated_weights
@@ -105,7 +106,7 @@ def train(
     messages = [stack.enter_context(lock(workdir)), *run.deaths.recover(), *run.evaluation_deaths.recover()]
     checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.parts[-1].steps, workdir)))
     rollbacks = Rollbacks(workdir, config.safety.max_rollbacks)
-    start, state, position, notes = _restore_or_create(config, run, checkpoints, rollbacks, watchdog)
+    start, state, position, notes = _restore_or_create(config, run, workdir, checkpoints, rollbacks, watchdog)
     run, resized = planned(config, run, checkpoints, start)
     services = _open_services(config, run, workdir, start, checkpoints, rollbacks, profile, watchdog, stack)
     _open(config, run, services, start, [*messages, *chosen, *run.notes, *notes, resized])
@@ -240,11 +241,20 @@ def _open_checkpoints(config: ConfigDict, steps: build.Steps, workdir: Path) -> 
 
 
 def _restore_or_create(
-  config: ConfigDict, run: Prepared, checkpoints: Checkpoints, rollbacks: Rollbacks, watchdog: Watchdog
+  config: ConfigDict,
+  run: Prepared,
+  workdir: Path,
+  checkpoints: Checkpoints,
+  rollbacks: Rollbacks,
+  watchdog: Watchdog,
 ) -> tuple[int, State, dict[str, Any] | None, list[str]]:
   """Returns the step to start from, its state, its position in the input, and messages."""
   watchdog.beat("restoring the newest checkpoint")
-  if restored := checkpoints.restore_newest(run.abstract):
+  try:
+    restored = checkpoints.restore_newest(run.abstract)
+  except DoesNotFitError as error:
+    raise ValueError(about_other_run(workdir, config.to_json_best_effort()) or str(error)) from error
+  if restored:
     notes, path = restored.messages, config.init_from.path
     if path:
       notes = [*notes, f"config.init_from.path={path!r} is not read: the run resumes from its own checkpoint"]
@@ -335,8 +345,16 @@ def _draw_curves(config: ConfigDict, run: Prepared, workdir: Path) -> None:
     text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
     objective = run.built.objective
     export_format = "open_clip" if objective.compares_embeddings and not objective.compares_tokens else "orbax"
-    changes = build.changes_from_default(config)
-    page = RunPage(described().title, run.total_steps, sys.argv, export_format, changes, text)
+    changes = changes_from_default(config)
+    page = RunPage(
+      title=described().title,
+      total=run.total_steps,
+      command=sys.argv,
+      export_format=export_format,
+      standard=f"{changes.method} with {changes.architecture}",
+      changes=changes.lines,
+      config=text,
+    )
     write_page(workdir, page, read_metrics(workdir))
 
 

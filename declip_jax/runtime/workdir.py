@@ -19,6 +19,7 @@ import jax
 from jax.sharding import Mesh
 
 from declip_jax import config as config_lib
+from declip_jax.methods import name_of
 from declip_jax.runtime import records
 from declip_jax.runtime.hosts import first_error
 
@@ -185,6 +186,45 @@ def _git_revision() -> str:
     return call([*git, "describe", "--always", "--dirty", "--abbrev=12"]).stdout.strip()
   except (OSError, subprocess.SubprocessError):
     return "unknown"
+
+
+# What determines the arrays of a checkpoint, besides the method.
+_OF_MODELS = ("config.model.", "config.data.image_size", "config.optimizer.name")
+_NAMED = 3  # differences in a message
+
+
+def about_other_run(workdir: Path, config: str) -> str:
+  """What the run in a working directory has that a config does not ask for, and what to do, in a line.
+
+  Args:
+    workdir: working directory, with a checkpoint that does not fit the config.
+    config: config as JSON.
+
+  Returns:
+    A message with both methods or, if they are the same, with the fields of the model that differ; "" if neither does.
+  """
+  before, now = read_config(workdir), config_lib.parse_json(config)
+  if before is None:
+    return ""
+  there, here = _method(before), _method(now)
+  models = [line for line in differences(before, now) if line.startswith(_OF_MODELS)]
+  if there != here:
+    what = f"a run of the method {there}, but the config asks for {here}"
+  elif models:
+    shown = "; ".join(models[:_NAMED]) + (" ..." if len(models) > _NAMED else "")
+    what = f"a run of another model than the config asks for ({shown})"
+  else:
+    return ""
+  return (
+    f"{workdir} has {what}: choose another --workdir, where --config.init_from.path={workdir} starts from the weights "
+    f"of this run, or resume this run with --config={workdir / 'config.json'}"
+  )
+
+
+def _method(fields: Mapping[str, Any]) -> str:
+  """The method of a config that older versions may have written."""
+  terms = {term for term, own in fields.get("objective", {}).items() if own.get("weight")}
+  return name_of(fields.get("data", {}).get("recipe", ""), terms)
 
 
 _OF_USERS = ("config.evals", "config.stages", "config.trackers")  # what they contain is named by the config
