@@ -112,7 +112,7 @@ def prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None,
   build.check_evals(config.evals, built.objective)
   build.check_best_metric(config)
   for stage in stages:
-    with naming(stage.name):
+    with naming(stage.name, config):
       shape = builts[stage.name].batch_shape(stage.config.batch_size)
       build.check_objective(stage.config, builts[stage.name], shape)
   batch_shape = built.batch_shape(config.batch_size)
@@ -130,7 +130,7 @@ def prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None,
   ]
   step_flops = functools.cache(lambda name, size: flops.step_flops(builts[name], size, config.optimizer.frozen))
   return Prepared(
-    parts=[_part(*part, epoch_examples, abstract) for part in parts],
+    parts=[_part(config, *part, epoch_examples, abstract) for part in parts],
     epoch_examples=epoch_examples,
     sources=opened,
     deaths=deaths,
@@ -153,7 +153,7 @@ def _build_stages(config: ConfigDict) -> dict[str, build.Built]:
   """
   builts = {}
   for name, of_stage in stage_configs(config).items():
-    with naming(name):
+    with naming(name, config):
       builts[name] = built = build.build(of_stage)
       check_batch(of_stage.batch_size, built.mesh, "config.batch_size")
       build.check_division(of_stage, built.mesh.size)
@@ -161,6 +161,7 @@ def _build_stages(config: ConfigDict) -> dict[str, build.Built]:
 
 
 def _part(
+  config: ConfigDict,
   stage: Stage,
   built: build.Built,
   samples: grain.MapDataset,
@@ -168,7 +169,7 @@ def _part(
   epoch_examples: int,
   abstract: State,
 ) -> Part:
-  with naming(stage.name):
+  with naming(stage.name, config):
     steps = build.stage_steps(stage, epoch_examples)
     return Part(stage, built, samples, shown, steps, build.make_step(stage.config, built, steps, abstract))
 
@@ -269,7 +270,7 @@ def planned(config: ConfigDict, run: Prepared, checkpoints: Checkpoints, start: 
     before = checkpoints.batch_sizes(start) or run.parts[-1].stage.batch_sizes
     stages = plan_stages(config, run.epoch_examples, before, start)
     parts = [
-      _part(stage, part.built, part.samples, part.shown, run.epoch_examples, run.abstract)
+      _part(config, stage, part.built, part.samples, part.shown, run.epoch_examples, run.abstract)
       for stage, part in zip(stages, run.parts, strict=True)
     ]
     run = run._replace(parts=parts)
