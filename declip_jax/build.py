@@ -46,7 +46,7 @@ from declip_jax.reporting.symptoms import Facts, chance_losses
 from declip_jax.reporting.trackers import OpenTracker
 from declip_jax.reporting.trackers.libraries import TRACKERS, is_installed
 from declip_jax.sharding import gather, make_mesh, replicated
-from declip_jax.spelling import did_you_mean
+from declip_jax.spelling import counted, did_you_mean
 from declip_jax.stages import Stage, plan_stages
 from declip_jax.training import augment as augmentation
 from declip_jax.training import drop_path, mixing, optim, patch_dropout, schedules
@@ -392,18 +392,16 @@ def describe_batch(built: Built, batch_size: int) -> str:
   return f"{batch_size:,} examples, images of {size} x {size}{kept}{texts}"
 
 
-def describe_run(
-  config: ConfigDict, built: Built, total_steps: int, sources: Sequence[Source], batch_sizes: BatchSizes
-) -> Described:
-  """The title of a run, and the losses and evaluations of which random answers have a known value.
+def describe_run(config: ConfigDict, built: Built, stages: Sequence[Stage], sources: Sequence[Source]) -> Described:
+  """The title of a run, its stages, and the losses and evaluations of which random answers have a known value.
 
   Args:
     config: the run.
     built: its objects.
-    total_steps: its length.
+    stages: its stages, in order.
     sources: data to train on, without those for self-supervision alone.
-    batch_sizes: batch size, now and earlier in the run.
   """
+  *before, last = stages
   kind = "pairs" if built.recipe.text_views else "images"
   names = [source.name for source in sources]
   data = ", ".join(names if len(names) < 4 else [*names[:2], f"{len(names) - 2} more"])
@@ -412,9 +410,11 @@ def describe_run(
   chance = {"mlm": math.log(config.model.text.vocab_size)}
   if config.model.heads.num_classes:
     chance["classify"] = math.log(config.model.heads.num_classes)
-  if not batch_sizes.since:
+  if not last.batch_sizes.since:
     chance |= chance_losses(_compared_at_once(config))
-  return Described(f"{method}: {total_steps:,} steps of {drawn}", chance, plain_retrievals(config.evals))
+  ends = {stage.name: stage.last for stage in before}
+  title = f"{method}: {counted(last.total_steps, 'step')} of {drawn}"
+  return Described(title, chance, plain_retrievals(config.evals), ends)
 
 
 def plain_retrievals(evals: ConfigDict) -> tuple[str, ...]:

@@ -337,8 +337,7 @@ def _open_services(
 def _draw_curves(config: ConfigDict, run: Prepared, workdir: Path) -> None:
   """Draws the curves of the metrics so far, and writes the page of the run."""
   captioned = run.sources[: len(run.sources) - len(config.data.ssl_train)]
-  sizes = run.parts[-1].stage.batch_sizes
-  described = partial(build.describe_run, config, run.built, run.total_steps, captioned, sizes)
+  described = partial(build.describe_run, config, run.built, run.stages, captioned)
   with pictures.optional(workdir / "curves.png"):
     plot_curves(read_metrics(workdir), described(), workdir / "curves.png")
   with pictures.optional(workdir / "index.html"):
