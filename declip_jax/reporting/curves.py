@@ -90,8 +90,9 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], run: Described, path: str 
   Contrastive losses share a panel; those on another scale, such as masked language modelling, have their own. An
   evaluation's panel has its scores, but not its losses, durations and counts. Dashed lines are the values of random
   answers, where they are known exactly. A dotted line marks the first values after the neighbour bank was full; before,
-  its loss is 0 and not shown. Thin lines mark the ends of stages, with their names. The deviation of the features of each branch is about 1, and falls to 0 where a branch
-  collapses. Long series are drawn light, with a smoothed line on top. Panels without series are left out.
+  its loss is 0 and not shown. Thin lines mark the ends of stages, with their names. The deviation of the features of
+  each branch is about 1, and falls to 0 where a branch collapses. Long series are drawn light, with a smoothed line on
+  top. Panels without series are left out.
 
   Args:
     metrics: lines of `metrics.read_metrics`; a None or a number that is not finite is a missing point.
