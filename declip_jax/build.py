@@ -389,7 +389,7 @@ def describe_batch(built: Built, batch_size: int) -> str:
   size, grid = shapes["image"].shape[2], built.model.towers.image.stride
   kept = "" if built.num_kept_patches is None else f", {built.num_kept_patches} of {(size // grid) ** 2} patches"
   texts = f", texts of {shapes['text'].shape[-1]} tokens" if "text" in shapes else ""
-  return f"{batch_size:,} examples, images of {size} x {size}{kept}{texts}"
+  return f"{counted(batch_size, 'example')}, images of {size} x {size}{kept}{texts}"
 
 
 def describe_run(config: ConfigDict, built: Built, stages: Sequence[Stage], sources: Sequence[Source]) -> Described:
@@ -415,6 +415,23 @@ def describe_run(config: ConfigDict, built: Built, stages: Sequence[Stage], sour
   ends = {stage.name: stage.last for stage in before}
   title = f"{method}: {counted(last.total_steps, 'step')} of {drawn}"
   return Described(title, chance, plain_retrievals(config.evals), ends)
+
+
+def describe_filling(config: ConfigDict, built: Built, start: int) -> str:
+  """How long the loss of nearest neighbours is 0 while the neighbour bank fills; "" if it is not, or not any more.
+
+  Args:
+    config: the run, or its stage.
+    built: its objects.
+    start: number of steps done.
+  """
+  size, groups = config.model.heads.bank_size, config.model.heads.bank_groups
+  if "nns" not in built.objective.weights or not config.objective.nns.warmup:
+    return ""
+  steps = -(-size // (len(built.recipe.views.neighbour_text) * config.batch_size // groups))
+  if start >= steps:
+    return ""
+  return f"the loss nns is 0 for the first {counted(steps, 'step')}, until the neighbour bank has {size:,} texts"
 
 
 def plain_retrievals(evals: ConfigDict) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from declip_jax.runtime.hosts import check_sizes
 from declip_jax.runtime.watchdog import Watchdog
 from declip_jax.runtime.workdir import read_config
 from declip_jax.sharding import check_batch
+from declip_jax.spelling import counted
 from declip_jax.stages import LAST, Stage, naming, plan_stages, repeatable_from, stage_configs
 from declip_jax.training.state import State, abstract_state
 from declip_jax.training.step import Metrics
@@ -218,7 +219,7 @@ def with_choices(
   sources = _open_sources(config, "train", watchdog) if sources is None else sources
   pairs = max(1, sum(map(len, sources)))  # an empty source is rejected later
   if fields:
-    saved, where = None, f"{pairs:,} samples and {jax.device_count()} x {jax.devices()[0].device_kind}"
+    saved, where = None, f"{counted(pairs, 'sample')} and {jax.device_count()} x {jax.devices()[0].device_kind}"
     if has_checkpoints(workdir) and not (saved := read_config(workdir)):
       raise ValueError(
         f"{workdir / 'config.json'} cannot be read, which has config.{', config.'.join(fields)}: set them"
@@ -234,7 +235,7 @@ def with_choices(
       notes.append("a CPU takes long to train this model: architecture=ViT-Nano/8@32px is small enough for it")
   if steps is not None:
     config, whole = choose.shortened(config, steps, pairs), build.to_steps(config, pairs).total
-    notes.append(f"a try of {steps:,} steps instead of {whole:,}")
+    notes.append(f"a try of {counted(steps, 'step')} instead of {whole:,}")
   return config, sources, notes
 
 

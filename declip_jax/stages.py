@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from declip_jax import config as config_lib
 from declip_jax.batch_sizes import BatchSizes
 from declip_jax.config import examples_of, steps_of, without_shares
-from declip_jax.spelling import did_you_mean
+from declip_jax.spelling import counted, did_you_mean
 
 LAST = "last"  # name of the last stage, which is not in `config.stages`
 # Fields of a stage, and the fields of the config that they replace.
@@ -159,8 +159,8 @@ def plan_stages(
     raise ValueError("config.duration is empty: set one of its fields steps, epochs, examples")
   if before and total <= first:
     raise ValueError(
-      f"config.stages takes the first {first:,} steps, but the run has {total:,}: lengthen config.duration, which is "
-      "that of the whole run, or shorten the stages"
+      f"config.stages takes the first {counted(first, 'step')}, but the run has {total:,}: lengthen "
+      "config.duration, which is that of the whole run, or shorten the stages"
     )
   return [Stage(*fields, sizes, total) for fields in planned]
 

@@ -109,7 +109,7 @@ def train(
     start, state, position, notes = _restore_or_create(config, run, workdir, checkpoints, rollbacks, watchdog)
     run, resized = planned(config, run, checkpoints, start)
     services = _open_services(config, run, workdir, start, checkpoints, rollbacks, profile, watchdog, stack)
-    _open(config, run, services, start, [*messages, *chosen, *run.notes, *notes, resized])
+    _open(config, run, services, start, [*messages, *notes], [*chosen, *run.notes, resized])
     services.evaluate_if_missed(start, state)
     _train_stages(run, services, start, state, position)
   return _finish(max(start, run.total_steps), workdir, services.latest, build.plain_retrievals(config.evals))
@@ -357,8 +357,17 @@ def _draw_curves(config: ConfigDict, run: Prepared, workdir: Path) -> None:
     write_page(workdir, page, read_metrics(workdir))
 
 
-def _open(config: ConfigDict, run: Prepared, services: Services, start: int, messages: Sequence[str]) -> None:
-  """Records the run in its working directory, and reports what it is about to do."""
+def _open(
+  config: ConfigDict, run: Prepared, services: Services, start: int, messages: Sequence[str], plans: Sequence[str]
+) -> None:
+  """Records the run in its working directory, and reports what it is about to do.
+
+  Args:
+    config, run, services: the run.
+    start: number of steps done.
+    messages: what happened so far.
+    plans: what matters only if there are steps to train.
+  """
   if message := services.trace.unreachable(start, run.total_steps):
     messages = [*messages, message]
   if jax.process_index():
@@ -381,9 +390,13 @@ def _open(config: ConfigDict, run: Prepared, services: Services, start: int, mes
     changes=changes,
   )
   if finished and changes:
-    messages = [*messages, "nothing is trained, so config.json is not replaced"]
-  if not finished and len(run.parts) == 1:
-    messages = [*messages, "compiling the train step (several minutes for a large model)"]
+    messages = [*messages, "config.json is not replaced"]
+  if finished and config.evals:
+    messages = [*messages, "its evaluations are repeated, for the scores below"]
+  if not finished:
+    messages = [*messages, *plans, build.describe_filling(run.after(start).stage.config, run.built, start)]
+    if len(run.parts) == 1:
+      messages.append("compiling the train step (several minutes for a large model)")
   for line in [*lines, *filter(None, messages)]:
     services.progress.message(line)
   services.watchdog.beat("reading the first samples")

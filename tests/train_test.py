@@ -292,7 +292,8 @@ def test_a_finished_run_that_is_started_again_only_repeats_its_evaluation(
   again = train.train(other, tmp_path)
   messages = capsys.readouterr().err
   assert "config.init_from.path='other.pt' is not read: the run resumes from its own checkpoint" in messages
-  assert "nothing is trained, so config.json is not replaced" in messages
+  assert "config.json is not replaced" in messages
+  assert "objective" not in messages
   assert (tmp_path / "config.json").read_bytes() == record
   scores = {name: value for name, value in finished_run.final.items() if name.startswith("eval/")}
   assert {name: again[name] for name in scores} == scores
@@ -627,7 +628,7 @@ def test_a_try_ends_with_an_evaluation_and_resumes_with_the_values_of_its_first_
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"batch_size": 12}, r"batch_size=12: expected a positive multiple of the 8 devices"),
+    ({"batch_size": 12}, r"batch_size=12: expected a positive multiple of the number of devices, 8"),
     (
       {"contrast.block": 3},
       r"contrast.block=3 does not divide the 16 candidates .*method='auto' compares on 8 devices",

@@ -22,6 +22,7 @@ from declip_jax.evals.rows import Labelled, ProbeData
 from declip_jax.evals.scoring import criterion, score, single_label_criterion
 from declip_jax.runtime.hosts import gather_rows
 from declip_jax.sharding import make_mesh
+from declip_jax.spelling import counted
 
 _TOGETHER = ("track", "video")  # groupings of frames that hardly differ
 
@@ -132,7 +133,9 @@ def few_shot(
   if not used:
     rarest = _trained(data)[int(counts.argmin())]
     least = 2 * min(shots) if chooses else min(shots)
-    raise ValueError(f"{data.train.name}: {fewest} images of {rarest!r}; expected at least {least} of each class")
+    raise ValueError(
+      f"{data.train.name}: {counted(fewest, 'image')} of {rarest!r}; expected at least {least} of each class"
+    )
 
   def metric(logits: np.ndarray, label: np.ndarray) -> float:
     return criterion(data.metric)(_own_logits(data, logits), label)
@@ -288,7 +291,7 @@ def _carve(train: Labelled, split: Split, per_class: int) -> tuple[Labelled, Lab
   kinds = label if label.ndim == 1 else np.where((label != 0).any(axis=1), 0, -1)  # several labels: one stratum
   together = next((name for name in _TOGETHER if name in split.groups), "")
   group = gather_rows(split.groups[together]) if together else None
-  rule = splits.RULE.replace("20 %", f"{per_class} images") if per_class else splits.RULE
+  rule = splits.RULE.replace("20 %", counted(per_class, "image")) if per_class else splits.RULE
   fitted, held_out = splits.carve(kinds, group, per_class or None)
   rule = f"{rule}, each {together} in one part" if together else rule
   return _take(train, _own(fitted, split)), _take(train, _own(held_out, split)), rule

@@ -17,6 +17,7 @@ from declip_jax.data.storage import files
 from declip_jax.reporting import pictures
 from declip_jax.reporting.metrics import score_text
 from declip_jax.sharding import layout_table
+from declip_jax.spelling import counted
 from declip_jax.types import Batch
 
 _SHOWN = 4  # samples in the picture of views
@@ -37,7 +38,7 @@ def opening_lines(
   changes: Sequence[str],
   stages: Sequence[str] = (),
 ) -> Iterator[str]:
-  """Describes a run.
+  """Describes a run; of one that is finished, only that, and what is different now.
 
   Args:
     sources: sources to train on.
@@ -51,27 +52,32 @@ def opening_lines(
     changes: differences from the config of the previous start.
     stages: a description of each stage, if the run has several.
   """
+  changed = [f"changed since the last start: {line}" for line in changes]
+  if start >= total:
+    yield f"nothing to train: this run has done all of its {counted(total, 'step')}"
+    yield from changed
+    return
   for source in sources:
     skipped = "".join(f", skipped {count:,}: {reason}" for reason, count in source.skipped.items())
     left_out = ""
     if source.left_out:
-      left_out = f", left out {sum(source.left_out.values()):,} files: {files.in_words(source.left_out)}"
-    yield f"{source.name}: {len(source):,} samples{skipped}{left_out}"
+      left_out = f", left out {counted(sum(source.left_out.values()), 'file')}: {files.in_words(source.left_out)}"
+    yield f"{source.name}: {counted(len(source), 'sample')}{skipped}{left_out}"
   terms = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
   num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
   axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   yield f"objective {terms}; recipe {recipe}; {num_params:,} parameters"
-  of_examples = "" if stages else f" of {batch_size:,} examples"
-  yield f"{total:,} steps{of_examples} on mesh {axes} ({mesh.devices.flat[0].device_kind})"
+  of_examples = "" if stages else f" of {counted(batch_size, 'example')}"
+  yield f"{counted(total, 'step')}{of_examples} on mesh {axes} ({mesh.devices.flat[0].device_kind})"
   yield from stages
   if mesh.size > 1:
     yield from layout_table(abstract)
   for name, count in groups.items():
     if count > 1:
-      yield f"{name}: {count} groups of {batch_size // count} pairs"
+      yield f"{name}: {count} groups of {counted(batch_size // count, 'pair')}"
   if start:
-    yield f"resuming from step {start:,}" if start < total else f"nothing to do: already trained to step {start:,}"
-  yield from (f"changed since the last start: {line}" for line in changes)
+    yield f"resuming from step {start:,}"
+  yield from changed
 
 
 def draw_views(

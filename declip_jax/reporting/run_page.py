@@ -69,7 +69,7 @@ def write_page(workdir: Path, run: RunPage, metrics: Lines) -> None:
 
 def _progress(run: RunPage, metrics: Lines) -> Iterator[Block]:
   step = max((line["step"] for line in metrics), default=0)
-  yield f"{step:,} of {run.total:,} steps."
+  yield f"{step:,} of {counted(run.total, 'step')}."
   if bad := bad_samples.total(metrics):
     yield f"Samples skipped: {bad_samples.describe(bad)}."
 

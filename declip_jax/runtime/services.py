@@ -21,6 +21,7 @@ from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.runtime.signals import StopRequest
 from declip_jax.runtime.trace import Trace
 from declip_jax.runtime.watchdog import Watchdog
+from declip_jax.spelling import counted
 from declip_jax.training.state import State
 
 T = TypeVar("T")
@@ -215,8 +216,8 @@ class Services:
     newest = self.checkpoints.latest() or 0
     since = f"checkpoint {newest}" if newest else "the start"
     self.progress.message(
-      f"{signal.Signals(signum).name}: saving checkpoint {step}; Ctrl-C now would lose the {step - newest} steps since "
-      f"{since}"
+      f"{signal.Signals(signum).name}: saving checkpoint {step}; Ctrl-C now would lose "
+      f"{counted(step - newest, 'step')}, back to {since}"
     )
 
   def finish_save(self, step: int, state: State, position: dict[str, Any]) -> None:

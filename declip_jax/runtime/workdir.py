@@ -22,6 +22,7 @@ from declip_jax import config as config_lib
 from declip_jax.methods import name_of
 from declip_jax.runtime import records
 from declip_jax.runtime.hosts import first_error
+from declip_jax.spelling import counted
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -170,7 +171,7 @@ def _changed_sources(before: Start, samples: Mapping[str, int], stamps: Mapping[
   for name, count in samples.items():
     earlier = before.samples.get(name, count)
     if earlier != count:
-      yield f"{name} had {earlier:,} samples and now has {count:,}: from here on their order is different"
+      yield f"{name} had {counted(earlier, 'sample')} and now has {count:,}: from here on their order is different"
     elif before.stamps.get(name) != stamps.get(name) and name in before.stamps and name in stamps:
       yield (
         f"{name} has as many samples as before, but its files have changed: the samples or their order may be different"

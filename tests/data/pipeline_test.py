@@ -383,7 +383,7 @@ def test_sources_with_only_classes_require_templates() -> None:
 
 def test_sources_without_captions_are_rejected_but_not_those_with_few_or_unreadable_ones() -> None:
   blank = tuple(range(200))
-  with pytest.raises(ValueError, match=r"numbers has no captions: none of 100 samples"):
+  with pytest.raises(ValueError, match=r"numbers has no captions: found none in 100 samples tried"):
     Mixture((Numbers(200, blank=blank, classnames=()),), templates=("{}",)).check_captions()
   Mixture((Numbers(200, blank=blank[:-2], classnames=()),)).check_captions()
   Mixture((Unreadable(200, classnames=()),)).check_captions()  # the pipeline says what is wrong with them

@@ -37,6 +37,7 @@ import numpy as np
 from declip_jax.data.sources import lists, tf_example
 from declip_jax.data.sources.base import BadSample, Example, bad_sample
 from declip_jax.data.storage import copies, files, indexes, layouts, patterns, remote, tf_examples
+from declip_jax.spelling import counted
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
@@ -183,7 +184,7 @@ def open_arrayrecord(location: str) -> ArrayRecord:
   build = partial(_build, paths=paths, stamps=stamps)
   source = ArrayRecord(f"arrayrecord:{location}", indexes.find_or_build(stamp, paths[0], build, ".json"))
   if not len(source):
-    raise ValueError(f"{source.name}: no record in {len(paths)} files")
+    raise ValueError(f"{source.name}: no record in {counted(len(paths), 'file')}")
   if (kinds := source._files.kinds) is not None:
     source._keys = tf_example.choose(kinds, wanted, source.classnames, source.name)
     logging.info("%s: %s", source.name, source._keys)

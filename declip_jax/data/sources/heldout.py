@@ -10,6 +10,7 @@ from fractions import Fraction
 import math
 
 from declip_jax.data.sources.base import Example, Source, Wrapper
+from declip_jax.spelling import counted
 
 _ROUNDS = 4
 _MASK = 2**64 - 1
@@ -70,7 +71,7 @@ def _open(kind: str, location: str, open_source: Callable[[str], Source]) -> Sub
   total = len(source)
   cut = min(round(size * total) if size < 1 else int(size) for size in sizes)
   if not 0 < cut < total:
-    raise ValueError(f"{name}: {text} of {total} samples is {'none' if not cut else 'all'} of them")
+    raise ValueError(f"{name}: {text} of {counted(total, 'sample')} is {'none' if not cut else 'all'} of them")
   return Subset(name, source, *((0, cut) if kind == "heldout" else (cut, total)))
 
 

@@ -180,9 +180,7 @@ def open_huggingface(location: str) -> HuggingFace:
   path = _path(source._dataset[index][source._columns.image])
   given = "root" in lists.parse(location, _ROLES, "PATH or PATH:SPLIT")[1]
   advice = lists.missing_advice(path, str(source._reach.root), given) if path and first.kind == "missing file" else ""
-  raise FileNotFoundError(
-    f"none of {len(errors)} images tried can be read: {first}" + (f"; {advice}" if advice else "")
-  )
+  raise FileNotFoundError(f"no readable image among {len(errors)} tried: {first}" + (f"; {advice}" if advice else ""))
 
 
 def _reopen(location: str) -> HuggingFace:

@@ -305,7 +305,7 @@ def checked(source: ListSource) -> ListSource:
   entry = source.entry(index)
   given = source._reach.root is not None
   help = missing_advice(entry.path or "", source._folder(entry), given) if first.kind == "missing file" else ""
-  tried = f"none of {len(errors)} images tried can be read: {first}"
+  tried = f"no readable image among {len(errors)} tried: {first}"
   if first.kind == "read error":
     raise OSError(errno.EIO, f"{source.name}: {tried}")
   raise FileNotFoundError(f"{source.name}: {tried}" + (f"; {help}" if help else ""))

@@ -17,6 +17,7 @@ import numpy as np
 from declip_jax.data.sources import lists, tf_example
 from declip_jax.data.sources.base import BadSample, Example, bad_sample
 from declip_jax.data.storage import files, indexes, layouts, patterns, shard_indexes, tfrecords
+from declip_jax.spelling import counted
 
 _FORMAT = ["tfrecord", 1]  # of the index
 
@@ -175,7 +176,7 @@ def _first(records: Records, name: str) -> list[bytes]:
     except BadSample as error:
       errors.append(error)
   if not found:
-    raise ValueError(f"{name}: none of the first {len(errors)} records can be read: {errors[0]}")
+    raise ValueError(f"{name}: no readable record among the first {len(errors)}: {errors[0]}")
   return found
 
 
@@ -211,7 +212,7 @@ def _summary(scans: list[list[Any]], paths: list[str], name: str) -> dict[str, A
     logging.warning("%s; the records before it are used: %d", damage, count)
   if not any(count for count, _ in scans):
     reason = f"; {damaged[0][1]}" if damaged else ""
-    raise ValueError(f"{name}: no record in {len(paths)} files{reason}")
+    raise ValueError(f"{name}: no record in {counted(len(paths), 'file')}{reason}")
   return {
     "files": paths,
     "counts": [count for count, _ in scans],

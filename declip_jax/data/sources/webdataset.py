@@ -39,6 +39,7 @@ from declip_jax.data.sources import lists, values
 from declip_jax.data.sources.base import BadSample, Example, bad_sample
 from declip_jax.data.storage import files, indexes, layouts, patterns, shard_indexes, tars, texts
 from declip_jax.data.storage.bounded import parse_json
+from declip_jax.spelling import counted
 
 _IMAGES = tuple(suffix.removeprefix(".") for suffix in files.IMAGE_SUFFIXES)
 _CAPTION_KEYS = ("captions", "caption", "text")  # in .json; img2dataset writes "caption"
@@ -348,9 +349,9 @@ def _remarks(scans: list[_Scan]) -> Iterator[str]:
     dots = "; a suffix starts at the first dot of a file's name" if any(map(_ends_like_image, without)) else ""
     yield f"samples without an image have {_shown(without)}{dots}"
   if apart := sum(scan.apart for scan in scans):
-    yield f"{apart} samples lack members that are elsewhere in their shard; sort the files of each shard by name"
+    yield f"members of {counted(apart, 'sample')} are elsewhere in their shard; sort the files of each shard by name"
   if sparse := sum(scan.sparse for scan in scans):
-    yield f"{sparse} samples with sparse files are not used; make the shards without tar's --sparse"
+    yield f"not used: {counted(sparse, 'sample')} with sparse files; make the shards without tar's --sparse"
 
 
 def _scan(path: str, size: int, images: tuple[str, ...]) -> _Scan:
