@@ -291,7 +291,7 @@ def _carve(train: Labelled, split: Split, per_class: int) -> tuple[Labelled, Lab
   kinds = label if label.ndim == 1 else np.where((label != 0).any(axis=1), 0, -1)  # several labels: one stratum
   together = next((name for name in _TOGETHER if name in split.groups), "")
   group = gather_rows(split.groups[together]) if together else None
-  rule = splits.RULE.replace("20 %", counted(per_class, "image")) if per_class else splits.RULE
+  rule = splits.RULE.replace("20 %", f"{per_class} images") if per_class else splits.RULE
   fitted, held_out = splits.carve(kinds, group, per_class or None)
   rule = f"{rule}, each {together} in one part" if together else rule
   return _take(train, _own(fitted, split)), _take(train, _own(held_out, split)), rule

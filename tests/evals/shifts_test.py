@@ -95,7 +95,7 @@ def test_a_probe_under_shift_is_that_of_all_classes(
   for name, images in (("shift", 4), ("greys_on_shift", 9)):
     scores = found[f"{name}/linear_probe"]
     assert scores.details["fits"] == found["greys/linear_probe"].details["fits"]
-    assert scores.details["validation"].startswith("per class, the last 1 image")
+    assert scores.details["validation"].startswith("per class, the last 1 images")
     assert scores.metrics["images"] == images
   np.testing.assert_array_equal(found["shift/linear_probe"].predictions["label"], [1, 1, 0, 0])  # by name of the folder
 

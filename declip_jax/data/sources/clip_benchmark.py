@@ -112,9 +112,6 @@ class ClipBenchmark(WebDataset):
   def __getstate__(self) -> dict[str, Any]:
     return super().__getstate__() | {"_root": self._root, "_kind": self._kind, "_groups": self._groups}
 
-  def __repr__(self) -> str:
-    return f"ClipBenchmark({self.name!r})"
-
 
 def open_clip_benchmark(location: str) -> ClipBenchmark:
   """Opens "ROOT?split=test&group=region,year", of which `split`, by default test, and `group` are optional.

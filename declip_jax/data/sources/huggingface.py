@@ -17,7 +17,7 @@ from absl import logging
 import numpy as np
 
 from declip_jax.data.sources import lists, values
-from declip_jax.data.sources.base import BadSample, Example, Marks, bad_sample
+from declip_jax.data.sources.base import BadSample, Example, Marks, Named, bad_sample
 from declip_jax.data.storage import copies, files, indexes, remote
 from declip_jax.data.storage.reach import NotAllowedError, Reach
 
@@ -37,7 +37,7 @@ class _Columns(NamedTuple):
   groups: tuple[str, ...] = ()
 
 
-class HuggingFace:
+class HuggingFace(Named):
   """A data set as a `Source`; make it with `open_huggingface` or `from_huggingface`.
 
   Args:
@@ -49,7 +49,7 @@ class HuggingFace:
   """
 
   def __init__(self, name: str, dataset: Any, columns: _Columns, reach: Reach, location: str | None):
-    self.name = name
+    super().__init__(name)
     self._dataset, self._columns, self._reach, self._location = dataset, columns, reach, location
 
   @cached_property
@@ -88,14 +88,6 @@ class HuggingFace:
         break
     return f"{self._dataset._fingerprint}-{indexes.digest(found)}" if any(found) else self._dataset._fingerprint
 
-  @property
-  def skipped(self) -> dict[str, int]:
-    return {}  # samples are not checked in advance
-
-  @property
-  def left_out(self) -> dict[str, int]:
-    return {}
-
   def __len__(self) -> int:
     return len(self._dataset)
 
@@ -106,8 +98,7 @@ class HuggingFace:
       IndexError: `index` is not in `range(len(self))`.
       BadSample: its image is missing or cannot be read, or it has neither caption nor label.
     """
-    if not 0 <= index < len(self):
-      raise IndexError(f"{self.name}: no example {index}, there are {len(self)}")
+    self._check(index, "example")
     record, columns = self._dataset[int(index)], self._columns
     place = f"{self.name}, example {index}"
     try:
@@ -146,9 +137,6 @@ class HuggingFace:
       # A pickle of the data set would list all its files and classes.
       return _reopen, (self._location,), {"stamp": self.stamp}
     return HuggingFace, (self.name, self._dataset, self._columns, self._reach, None)
-
-  def __repr__(self) -> str:
-    return f"HuggingFace({self.name!r})"
 
 
 def open_huggingface(location: str) -> HuggingFace:

@@ -324,8 +324,8 @@ def _choose(columns: list[str], wanted: Mapping[str, str], path: str) -> _Column
   if not image or not (captions or labels or several or wanted.get("caption") == ""):
     missing = "caption or label" if image else "image"
     raise ValueError(
-      f"{path}: which column is the {missing}? The columns are {columns}; choose with ?image=COLUMN&caption=COLUMN, or "
-      f"{_naming_columns(columns)}"
+      f"{path}: which column is the {missing}? The columns are {columns}; add ?image=COLUMN&caption=COLUMN to the path, "
+      f"or {_naming_columns(columns)}"
     )
   for column in (image, *labels, *names, *several, *groups):
     if columns.count(column) > 1:
@@ -469,7 +469,12 @@ def _undecodable(path: str, encoding: str) -> ValueError:
 
 def _read_lines(text: Lines, path: str, names: Set[str], header: Sequence[str]) -> tuple[list[str], Iterator[_Record]]:
   """Reads a table with one record per line; `header` has the names of the columns if no line has them."""
-  first = text.readline(_LONGEST_HEADER).rstrip("\r\n")
+  first = text.readline(_LONGEST_HEADER)
+  if not first:
+    raise ValueError(
+      f"{path} is empty: expected a line with the names of the columns, such as image,caption, and a line per sample"
+    )
+  first = first.rstrip("\r\n")
   try:
     headers = {separator: _split(first, separator) for separator in _SEPARATORS}
   except csv.Error as error:  # control characters, or a field without end
