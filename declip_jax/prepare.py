@@ -18,6 +18,7 @@ from declip_jax.data.sources import Source, open_source
 from declip_jax.evals.encoders import EncoderFactory, Encoders
 from declip_jax.first_state import read_weights
 from declip_jax.planning import choose, flops
+from declip_jax.planning.architecture import FOR_CPUS
 from declip_jax.reporting.trackers import OpenTracker
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.hosts import check_sizes
@@ -32,6 +33,7 @@ from declip_jax.types import Batch
 from declip_jax.weights.read import Weights
 
 _LARGE_FOR_CPU = 64  # pixels
+_DEFAULT_DATA = ":data/"  # in a spec: a folder in which the configs of published results expect their data
 StepFn = Callable[[State, Batch], tuple[State, Metrics]]
 
 
@@ -232,7 +234,7 @@ def with_choices(
     if chosen := [field for field in fields if field not in kept]:
       notes.append(f"chosen for {where}: {choose.describe(config, chosen)}")
     if jax.default_backend() == "cpu" and config.data.image_size > _LARGE_FOR_CPU:
-      notes.append("a CPU takes long to train this model: architecture=ViT-Nano/8@32px is small enough for it")
+      notes.append(f"a CPU takes long to train this model: architecture={FOR_CPUS} is small enough for it")
   if steps is not None:
     config, whole = choose.shortened(config, steps, pairs), build.to_steps(config, pairs).total
     notes.append(f"a try of {counted(steps, 'step')} instead of {whole:,}")
@@ -240,11 +242,25 @@ def with_choices(
 
 
 def _open_sources(config: ConfigDict, field: str, watchdog: Watchdog) -> tuple[Source, ...]:
-  """The sources in a field of `config.data`."""
+  """The sources in a field of `config.data`.
+
+  Raises:
+    FileNotFoundError, ValueError: there are none, or one cannot be opened.
+  """
+  if not config.data[field]:
+    raise ValueError(
+      f"config.data.{field} is empty: data= is missing, which names the training data, as in "
+      "--config=pretrain:method=declip,data=pairs.csv"
+    )
 
   def opened(spec: str) -> Source:
     watchdog.beat(f"opening {spec}")
-    return open_source(spec, f"config.data.{field}")
+    try:
+      return open_source(spec, f"config.data.{field}")
+    except FileNotFoundError as error:
+      if _DEFAULT_DATA not in spec:
+        raise
+      raise FileNotFoundError(f"{error}; data= says where the data are, as in --config=NAME:data=FOLDER") from error
 
   return tuple(map(opened, config.data[field]))
 

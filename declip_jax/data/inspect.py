@@ -232,13 +232,15 @@ def _thumbnail(pixels: images.Pixels) -> images.Pixels:
 
 
 def training_command(data: str) -> str:
-  """The command that trains on the captions of the data at a path, or that writes a config which does.
+  """The command that trains on the captions of the data at a path on this machine, or that writes a config for that.
 
   The config has to be written if the path has a comma, which would end the argument.
   """
   if "," in data:
     return f"python -m declip_jax.new my_config.py --data {shlex.quote(data)}"
-  config = shlex.quote(f"pretrain:method=declip,architecture=ViT-B/32,data={data}")
+  from declip_jax.planning.architecture import suggested  # on demand: it asks JAX, which reading data does not need
+
+  config = shlex.quote(f"pretrain:method=declip,architecture={suggested()},data={data}")
   return f"python -m declip_jax.train --config={config} --workdir runs/mine"
 
 

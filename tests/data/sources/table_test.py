@@ -536,7 +536,7 @@ def test_columns_that_are_missing_or_unclear_are_named(tmp_path):
     open_table(write(tmp_path / "t.xls", "x"))
   with pytest.raises(FileNotFoundError, match=r"no file matches .*u\.csv.*t\.csv"):
     open_table(str(tmp_path / "u.csv"))
-  with pytest.raises(ValueError, match=r"no usable sample, skipped \{'damaged record': 1\}"):
+  with pytest.raises(ValueError, match=r"no usable sample; skipped 1: damaged record; the first: "):
     open_table(write(tmp_path / "e.csv", "image,caption", "a.jpg"))
 
 
