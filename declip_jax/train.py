@@ -112,7 +112,8 @@ def train(
     _open(config, run, services, start, [*messages, *notes], [*chosen, *run.notes, resized])
     services.evaluate_if_missed(start, state)
     _train_stages(run, services, start, state, position)
-  return _finish(max(start, run.total_steps), workdir, services.latest, build.plain_retrievals(config.evals))
+  plain = build.plain_retrievals(config.evals)
+  return _finish(max(start, run.total_steps), workdir, services.latest, plain, is_try=steps is not None)
 
 
 def _train_stages(run: Prepared, services: Services, step: int, state: State, position: dict[str, Any] | None) -> None:
@@ -419,7 +420,9 @@ def _describe(part: Part) -> str:
   return f"stage {stage.name}: steps {stage.first + 1:,} to {stage.last:,} of {batch}"
 
 
-def _finish(step: int, workdir: Path, latest: dict[str, float], plain_retrievals: Sequence[str]) -> dict[str, float]:
+def _finish(
+  step: int, workdir: Path, latest: dict[str, float], plain_retrievals: Sequence[str], is_try: bool
+) -> dict[str, float]:
   """Prints and returns the final metrics of a run."""
   names = ("examples", "training_flops", "temperature", "dense_temperature", "images_per_second", "utilisation")
   names += ("skipped_total",)
@@ -429,7 +432,7 @@ def _finish(step: int, workdir: Path, latest: dict[str, float], plain_retrievals
     bad = bad_samples.total(read_metrics(workdir)) if (workdir / "metrics.jsonl").exists() else {}
     skipped = {"samples skipped": bad_samples.describe(bad)} if bad else {}
     message(summary_table({"run": str(workdir), **final, **skipped}), stream=sys.stdout)
-    for line in closing_lines(workdir, final, plain_retrievals):
+    for line in closing_lines(workdir, final, plain_retrievals, is_try):
       message(line)
   return final
 

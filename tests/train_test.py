@@ -638,6 +638,8 @@ def test_a_try_ends_with_an_evaluation_and_resumes_with_the_values_of_its_first_
     ({"data.recipe": "blip"}, r"recipe='blip': choose one of \['clip', 'clip_color', "),
     ({"data.recipe": "clip"}, r"term 'mlm' .* needs Views.masked_text.*recipe 'clip' does not make"),
     ({"data.train": ("webdataset:/nowhere/train-*.tar",)}, r"/nowhere"),
+    ({"data.train": ("webdataset:data/no_such/*.tar",)}, r"data= says where the data are"),
+    ({"data.train": ()}, r"config.data.train is empty: data= is missing"),
     ({"data.train": ("parquet:/data",)}, r"parquet"),
     (
       {"objective.mlm.weight": 0.0, "data.recipe": "clip"},

@@ -104,9 +104,20 @@ def test_views_are_drawn_with_what_made_them(
   notes = [dict(zip(text_names, example.notes, strict=True)) for example in examples]
   assert all(own["augmented"].split(",")[0] in RECIPES[name].text_operations for own in notes)
   masked = [int(plain[number]["mlm_weight"].sum()) for number in range(len(examples))]
-  assert [own["masked"] for own in notes] == [f"{count} to predict" if count else "" for count in masked]
+  assert [own["masked"] for own in notes] == [f"{count} to predict, in brackets" if count else "" for count in masked]
+  marked = [dict(zip(text_names, example.texts, strict=True))["masked"].count("[") for example in examples]
+  assert marked == masked
   for example, own in zip(examples, notes, strict=True):
     assert own["augmented"].endswith("unchanged") == (example.texts[0] == example.texts[1])
+
+
+def test_tokens_to_predict_are_marked_by_what_replaced_them() -> None:
+  tokenizer = Tokenizer(16)
+  ids = tokenizer(["a big dog on a red mat"])[0].tolist()
+  targets = {3: ids[3], 6: ids[6], 7: ids[7]}  # dog, red, mat
+  ids[3], ids[6] = tokenizer.mask, ids[2]
+  assert opening._marked(ids, targets, tokenizer) == "a big [mask: dog] on a [big: red] [mat]"
+  assert opening._marked(ids, {}, tokenizer) == tokenizer.decode(ids)
 
 
 def test_each_evaluator_has_a_line() -> None:
@@ -134,3 +145,4 @@ def test_a_run_ends_with_its_scores_beside_chance(tmp_path: Path) -> None:
   (tmp_path / "index.html").touch()
   *_, page = closing_lines(tmp_path, {}, [])
   assert page.endswith(str(tmp_path / "index.html"))
+  assert "without --steps" in [*closing_lines(tmp_path, {}, [], is_try=True)][-1]
