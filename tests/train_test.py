@@ -662,7 +662,7 @@ def test_a_try_ends_with_an_evaluation_and_resumes_with_the_values_of_its_first_
     ({"data.image_size": 20}, r"image_size=20 .*config.model.image.patch=8"),
     ({"mesh.data": 3}, r"does not fit 8 devices"),
     ({"duration.epochs": 2.0}, r"set one of steps, epochs, examples"),
-    ({"optimizer.warmup.steps": 9}, r"warmup is 9 steps, longer than the 8 "),
+    ({"optimizer.warmup.steps": 9}, r"warmup is 9 steps, longer than the run or the stage of 8 "),
     ({"model.heads.bank_groups": 3}, r"bank_groups=3 does not divide the batch of 16"),
     ({"model.heads.bank_neighbours": 33}, r"bank_neighbours=33 is more than its bank_size=32"),
     ({"objective.byol.schedule": ((0, 1.0),)}, r"config.objective.byol.schedule=.*config.objective.byol.weight is 0"),

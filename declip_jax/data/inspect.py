@@ -150,7 +150,7 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
   if source.classnames or labels:
     names, more = source.classnames[:_CLASSES], len(source.classnames) > _CLASSES
     lines.append(("classes", f"{counted(len(source.classnames), 'name')}: {', '.join(names)}{' ...' * more}"))
-    lines.append(("  seen", f"{len(labels):,}, {_range(labels.values())} times each" if labels else "none"))
+    lines.append(("  seen", f"{len(labels):,}, {_range(labels.values())} per class" if labels else "none"))
   lines.append(("bad", f"{len(bad):,} of {seen:,} ({len(bad) / max(seen, 1):.1%})"))
   for kind, count in sorted(Counter(error.kind for error in bad).items()):
     lines.append((f"  {count:,}", kind))

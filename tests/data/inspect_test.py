@@ -71,7 +71,7 @@ def test_samples_are_described(shards):
   assert found["tokens"].startswith("3 to 82, median ")
   assert "10.0% of the captions have more than 77" in found["tokens"]
   assert found["classes"] == "2 names: cat, hot dog"
-  assert found["seen"] == "2, 1 to 1, median 1 times each"
+  assert found["seen"] == "2, 1 to 1, median 1 per class"
   assert found["bad"] == "2 of 10 (20.0%)"
   assert any("s.tar:8: " in line for line in lines)
   assert any("s.tar:9: " in line for line in lines)
