@@ -680,7 +680,7 @@ def test_a_try_ends_with_an_evaluation_and_resumes_with_the_values_of_its_first_
     ({"optimizer.logit_scale_range": (6.0, 3.0)}, r"logit_scale_range=\(6.0, 3.0\): expected two ascending numbers"),
     ({"objective.mim.weight": 1.0}, r"term 'mim' .*needs Views.masked_image.*recipe 'declip'"),
     ({"model.heads.bank_size": 8}, r"bank_size=8: a step adds 16 texts, so raise bank_size"),
-    ({"data.mixture": (0.5, 0.5)}, r"a positive weight for each of 1 sources"),
+    ({"data.mixture": (0.5, 0.5)}, r"a positive weight for each of 1 source"),
     ({"data.augment_on": "gpu"}, r"augment_on='gpu': choose 'host' or 'device'"),
     ({"data.engine": "pillow"}, r"engine='pillow': choose one of \['exact', 'fast'\]"),
     ({"data.text_operations": ("translate",)}, r"text_operations=.*choose some of \['delete', 'insert'"),
