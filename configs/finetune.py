@@ -19,7 +19,7 @@ HEADS = ("random", "text")
 
 def get_config(
   init: str = "",
-  data: str = "data/train",
+  data: str = "",
   test: str = "",
   architecture: str = "",
   head: str = "random",
@@ -31,7 +31,8 @@ def get_config(
 
   Args:
     init: a run, one of its checkpoints, or any weights that `declip_jax.load` reads; empty to train from scratch.
-    data: labelled training images, such as a folder with a folder of images for each class; see `to_source`.
+    data: labelled training images, such as a folder with a folder of images for each class; see `to_source`. Training
+      needs it.
     test: labelled images on which the accuracy is measured after each epoch; the best checkpoint is kept.
     architecture: one of `architectures.ARCHITECTURES`; by default that of the run `init`, else ViT-B/16.
     head: how the classifier starts, "random" or "text".
@@ -50,7 +51,7 @@ def get_config(
     copy_tower(c, saved)
   c.batch_size = batch_size
   c.duration, c.optimizer.warmup = config.duration(epochs=epochs), config.duration(epochs=epochs / 5)
-  c.data.train = (to_source(data),)
+  c.data.train = (to_source(data),) if data else ()
   c.data.interpolation = "bicubic"
   c.data.evaluation_resize = c.data.image_size * 256 // 224
   c.init_from.path, c.init_from.groups = init, ("image",)

@@ -20,18 +20,19 @@ from declip_jax.configs import to_source
 HELD_OUT = "10%,5000"  # of the samples, for evaluation
 
 
-def get_config(method: str = "declip", architecture: str = "ViT-B/32", data: str = "data/train") -> ConfigDict:
+def get_config(method: str = "declip", architecture: str = "ViT-B/32", data: str = "") -> ConfigDict:
   """Returns the config.
 
   Args:
     method: a name of `methods.METHODS` or `methods.ABLATIONS`; METHOD_repo is the method of that name as DeCLIP's
       released code implements it.
     architecture: one of `architectures.ARCHITECTURES`; ViT-Nano/8@32px is for CPUs.
-    data: any path that `data.inspect` recognises, or KIND:LOCATION.
+    data: any path that `data.inspect` recognises, or KIND:LOCATION. Training needs it, `python -m declip_jax.plan` does
+      not.
   """
   c = config.default(method.removesuffix("_repo"), architecture, "repo" if method.endswith("_repo") else "paper")
-  source = to_source(data)
-  c.data.train = (f"kept:{HELD_OUT}:{source}",)
+  source = to_source(data) if data else ""
+  c.data.train = (f"kept:{HELD_OUT}:{source}",) if source else ()
   c.batch_size, c.duration, c.model.dtype, c.model.heads.bank_size = 0, config.duration(), "auto", 0
   if method.endswith("_repo"):
     c.model.heads.norm_groups = c.model.heads.bank_groups = 0
@@ -39,7 +40,7 @@ def get_config(method: str = "declip", architecture: str = "ViT-B/32", data: str
   c.evaluate_every, c.checkpoint.every = config.duration(share=0.1), config.duration(share=0.1)
   if c.data.image_size < 64:  # as in `small`; the papers' radii are for 224 pixels, and their rate for larger models
     c.data.blur_radius, c.optimizer.learning_rate = (0.1, 0.5), 1e-3
-  if method not in ("simclr", "finetune"):  # they have no text tower
+  if source and method not in ("simclr", "finetune"):  # they have no text tower
     c.evals.retrieval = config.retrieval(f"heldout:{HELD_OUT}:{source}", equal_texts=True)
     c.checkpoint.best_metric = "eval/retrieval/mean_recall"
   return c

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import optax
 
 from declip_jax.batch_sizes import BatchSizes
-from declip_jax.config import TEMPLATES, default, examples_of, parse_json, steps_of
+from declip_jax.config import TEMPLATES, examples_of, steps_of
 from declip_jax.data.deaths import Deaths
 from declip_jax.data.images import EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
@@ -32,7 +32,7 @@ from declip_jax.evals.classify import columns
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.features import DecodedImages
 from declip_jax.evals.jobs import DataSource, Job, run_jobs
-from declip_jax.methods import PRESETS, name_of
+from declip_jax.methods import name_of
 from declip_jax.models.heads import diagnostic_kinds
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_below
@@ -45,9 +45,8 @@ from declip_jax.reporting.progress import message
 from declip_jax.reporting.symptoms import Facts, chance_losses
 from declip_jax.reporting.trackers import OpenTracker
 from declip_jax.reporting.trackers.libraries import TRACKERS, is_installed
-from declip_jax.runtime.workdir import differences
 from declip_jax.sharding import gather, make_mesh, replicated
-from declip_jax.spelling import did_you_mean
+from declip_jax.spelling import counted, did_you_mean
 from declip_jax.stages import Stage, plan_stages
 from declip_jax.training import augment as augmentation
 from declip_jax.training import drop_path, mixing, optim, patch_dropout, schedules
@@ -390,21 +389,19 @@ def describe_batch(built: Built, batch_size: int) -> str:
   size, grid = shapes["image"].shape[2], built.model.towers.image.stride
   kept = "" if built.num_kept_patches is None else f", {built.num_kept_patches} of {(size // grid) ** 2} patches"
   texts = f", texts of {shapes['text'].shape[-1]} tokens" if "text" in shapes else ""
-  return f"{batch_size:,} examples, images of {size} x {size}{kept}{texts}"
+  return f"{counted(batch_size, 'example')}, images of {size} x {size}{kept}{texts}"
 
 
-def describe_run(
-  config: ConfigDict, built: Built, total_steps: int, sources: Sequence[Source], batch_sizes: BatchSizes
-) -> Described:
-  """The title of a run, and the losses and evaluations of which random answers have a known value.
+def describe_run(config: ConfigDict, built: Built, stages: Sequence[Stage], sources: Sequence[Source]) -> Described:
+  """The title of a run, its stages, and the losses and evaluations of which random answers have a known value.
 
   Args:
     config: the run.
     built: its objects.
-    total_steps: its length.
+    stages: its stages, in order.
     sources: data to train on, without those for self-supervision alone.
-    batch_sizes: batch size, now and earlier in the run.
   """
+  *before, last = stages
   kind = "pairs" if built.recipe.text_views else "images"
   names = [source.name for source in sources]
   data = ", ".join(names if len(names) < 4 else [*names[:2], f"{len(names) - 2} more"])
@@ -413,9 +410,28 @@ def describe_run(
   chance = {"mlm": math.log(config.model.text.vocab_size)}
   if config.model.heads.num_classes:
     chance["classify"] = math.log(config.model.heads.num_classes)
-  if not batch_sizes.since:
+  if not last.batch_sizes.since:
     chance |= chance_losses(_compared_at_once(config))
-  return Described(f"{method}: {total_steps:,} steps of {drawn}", chance, plain_retrievals(config.evals))
+  ends = {stage.name: stage.last for stage in before}
+  title = f"{method}: {counted(last.total_steps, 'step')} of {drawn}"
+  return Described(title, chance, plain_retrievals(config.evals), ends)
+
+
+def describe_filling(config: ConfigDict, built: Built, start: int) -> str:
+  """How long the loss of nearest neighbours is 0 while the neighbour bank fills; "" if it is not, or not any more.
+
+  Args:
+    config: the run, or its stage.
+    built: its objects.
+    start: number of steps done.
+  """
+  size, groups = config.model.heads.bank_size, config.model.heads.bank_groups
+  if "nns" not in built.objective.weights or not config.objective.nns.warmup:
+    return ""
+  steps = -(-size // (len(built.recipe.views.neighbour_text) * config.batch_size // groups))
+  if start >= steps:
+    return ""
+  return f"the loss nns is 0 for the first {counted(steps, 'step')}, until the neighbour bank has {size:,} texts"
 
 
 def plain_retrievals(evals: ConfigDict) -> tuple[str, ...]:
@@ -430,14 +446,6 @@ def plain_retrievals(evals: ConfigDict) -> tuple[str, ...]:
 def _compared_at_once(config: ConfigDict) -> int:
   """The number of pairs that the losses compare with each other."""
   return config.batch_size // (max(config.micro_batches, 1) if config.micro_batching == "plain" else 1)
-
-
-def changes_from_default(config: ConfigDict) -> list[str]:
-  """The fields that differ from the default config of the method, or of CLIP if no method has the recipe and terms."""
-  method = name_of(config.data.recipe, make_objective(config.objective.to_dict()).weights)
-  standard = default(method if method in PRESETS["paper"] else "clip")
-  before, after = (parse_json(one.to_json_best_effort()) for one in (standard, config))
-  return differences(before, after)
 
 
 def make_step(

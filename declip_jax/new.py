@@ -17,8 +17,9 @@ from absl import flags
 
 from declip_jax import command_line
 from declip_jax.architectures import ARCHITECTURES
-from declip_jax.configs import to_source
+from declip_jax.configs import pretrain, to_source
 from declip_jax.methods import ABLATIONS, METHODS, REPO_METHODS
+from declip_jax.planning.architecture import suggested
 from declip_jax.reporting.progress import message
 
 _METHODS = (*METHODS, *ABLATIONS, *(f"{method}_repo" for method in REPO_METHODS))
@@ -39,30 +40,35 @@ def get_config(method: str = {method}, architecture: str = {architecture}, data:
   """Returns the config; the arguments can be given as --config={file}:method=clip."""
   c = pretrain.get_config(method, architecture, data)
 
-  # The training data: 10 % of them, at most 5,000, are held out for c.evals.retrieval. To train on all of them, or on
-  # several sources with weights (give c.evals.retrieval.data other samples then):
+  # The training data; {held_out} are held out{for_what}. To train on all of them, or on
+  # several sources with weights{instead}:
   # c.data.train, c.data.mixture = ({source},), (1.0,)
   # Views that leave colours or sides as they are, if the captions name them:
   # c.data.jitter_probability, c.data.grayscale_probability, c.data.flip_probability = 0.0, 0.0, 0.0
 
-  # Chosen for the data and the devices, and printed when a run starts:
+  # Chosen for the data and the devices when a run starts, which prints the values. To choose them yourself, such as:
   # c.batch_size = 256
   # c.duration = config.duration(epochs=32)
   # c.model.dtype = "bfloat16"
 
-  # The optimiser:
-  # c.optimizer.learning_rate = 5e-4
-  # c.optimizer.weight_decay = 0.2
+  # The optimiser, with the values that it has:
+  # c.optimizer.learning_rate = {learning_rate}
+  # c.optimizer.weight_decay = {weight_decay}
 
   # The weights to start from: a run, or any file that declip_jax.load reads:
   # c.init_from.path = "runs/other"
 
-  # Evaluations, besides retrieval on the held-out samples, and how often they run:
+  # How often evaluations run, and others to add:
   c.evaluate_every = config.duration(share=0.1)  # of the run; epochs=1 and steps=1000 are other units
-  # c.evals.test = config.retrieval("table:/data/test.csv?root=/data")
-  # c.evals.classes = config.zero_shot("folder:/data/classes", templates=("a photo of a {{}}.",))
-  return c
+{evaluations}  return c
 '''
+
+
+_OF_TEXTS = """  # c.evals.test = config.retrieval("table:/data/test.csv?root=/data")
+  # c.evals.classes = config.zero_shot("folder:/data/classes", templates=("a photo of a {}.",))
+"""
+_OF_IMAGES = """  # c.evals.classes = config.knn("folder:/data/classes/test", train="folder:/data/classes/train")
+"""
 
 
 def template(path: Path, method: str, architecture: str, data: str) -> str:
@@ -77,14 +83,26 @@ def template(path: Path, method: str, architecture: str, data: str) -> str:
   """
   texts = {"method": method, "architecture": architecture, "data": data, "source": to_source(data)}
   quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()}
-  return TEMPLATE.format(file=path, stem=path.stem, **quoted)
+  c, (share, most) = pretrain.get_config(method, architecture, data), pretrain.HELD_OUT.split(",")
+  retrieves = "retrieval" in c.evals
+  return TEMPLATE.format(
+    file=path,
+    stem=path.stem,
+    held_out=f"{share.replace('%', ' %')}, at most {int(most):,},",
+    for_what=" for c.evals.retrieval" if retrieves else "",
+    instead=" (give c.evals.retrieval.data other samples then)" if retrieves else "",
+    learning_rate=c.optimizer.learning_rate,
+    weight_decay=c.optimizer.weight_decay,
+    evaluations=_OF_TEXTS if retrieves else _OF_IMAGES,
+    **quoted,
+  )
 
 
 def _command(arguments: list[str]) -> None:
   path, values = Path(arguments[0]), flags.FLAGS
   if path.suffix != ".py":
     raise ValueError(f"{path}: expected the name of a Python file, such as {path.with_suffix('.py')}")
-  text = template(path, values.method, values.architecture, values.data)
+  text = template(path, values.method, values.architecture or suggested(), values.data)
   path.parent.mkdir(parents=True, exist_ok=True)
   try:
     with path.open("x") as file:
@@ -101,7 +119,7 @@ def main() -> None:
   """Runs the command."""
   flags.DEFINE_string("data", None, "Data to train on: a path, pattern, folder or URL, or KIND:LOCATION.")
   flags.DEFINE_enum("method", "declip", _METHODS, "Method to train.")
-  flags.DEFINE_enum("architecture", "ViT-B/32", [*ARCHITECTURES], "Architecture to train.")
+  flags.DEFINE_enum("architecture", None, [*ARCHITECTURES], "Architecture to train, by default one for this machine.")
   command_line.run(_command, __doc__, positional=("FILE",), required=("data",))
 
 

@@ -41,6 +41,7 @@ from declip_jax.reporting.progress import message
 from declip_jax.runtime import records
 from declip_jax.runtime.command import launch
 from declip_jax.runtime.hosts import gather_rows
+from declip_jax.spelling import counted
 from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256
@@ -93,7 +94,9 @@ def search(test: Source, train: Source | None, detector: Detector) -> Search:
   query, copy = (gather_rows(np.concatenate([*_shards(split(source))])) for source in (test, lib.Copies(test)))
   readable = ~np.isnan(query).any(axis=1)
   if readable.sum() < 2:
-    raise ValueError(f"{test.name}: {readable.sum()} images can be read, but a detector is calibrated on at least two")
+    raise ValueError(
+      f"{test.name}: {counted(int(readable.sum()), 'image')} can be read, but a detector is calibrated on at least two"
+    )
   within = lib.nearest(query, [query], within=True)
   own = (unit_rows(query) * unit_rows(copy)).sum(axis=1)
   usable = readable & ~np.isnan(own) & (within.index[:, 0] >= 0)
@@ -228,8 +231,8 @@ def _check_predictions(predictions: Path, test: Source) -> None:
   if [about["samples"], about["stamp"]] != [len(test), test.stamp]:
     changed = ", which has changed since" if [about["samples"], about["source"]] == [len(test), test.name] else ""
     raise ValueError(
-      f"{predictions} has the predictions of {about['source']}, {about['samples']:,} samples; expected those "
-      f"of --test={test.name}, {len(test):,} samples{changed}"
+      f"{predictions} has the predictions of {about['source']}, {counted(about['samples'], 'sample')}; expected those "
+      f"of --test={test.name}, {counted(len(test), 'sample')}{changed}"
     )
 
 

@@ -60,7 +60,7 @@ def _stage_reports(config: ConfigDict, devices: Sequence[jax.Device] | None, sea
   reports = {}
   for name, of_stage in stage_configs(config).items():
     print(f"stage {name}", file=sys.stderr, flush=True)
-    with naming(name):
+    with naming(name, config):
       reports[name] = make_report(of_stage, devices, search, config)
   return reports
 

@@ -18,12 +18,14 @@ from declip_jax.data.sources import Source, open_source
 from declip_jax.evals.encoders import EncoderFactory, Encoders
 from declip_jax.first_state import read_weights
 from declip_jax.planning import choose, flops
+from declip_jax.planning.architecture import FOR_CPUS
 from declip_jax.reporting.trackers import OpenTracker
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.hosts import check_sizes
 from declip_jax.runtime.watchdog import Watchdog
 from declip_jax.runtime.workdir import read_config
 from declip_jax.sharding import check_batch
+from declip_jax.spelling import counted
 from declip_jax.stages import LAST, Stage, naming, plan_stages, repeatable_from, stage_configs
 from declip_jax.training.state import State, abstract_state
 from declip_jax.training.step import Metrics
@@ -31,6 +33,7 @@ from declip_jax.types import Batch
 from declip_jax.weights.read import Weights
 
 _LARGE_FOR_CPU = 64  # pixels
+_DEFAULT_DATA = ":data/"  # in a spec: a folder in which the configs of published results expect their data
 StepFn = Callable[[State, Batch], tuple[State, Metrics]]
 
 
@@ -112,7 +115,7 @@ def prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None,
   build.check_evals(config.evals, built.objective)
   build.check_best_metric(config)
   for stage in stages:
-    with naming(stage.name):
+    with naming(stage.name, config):
       shape = builts[stage.name].batch_shape(stage.config.batch_size)
       build.check_objective(stage.config, builts[stage.name], shape)
   batch_shape = built.batch_shape(config.batch_size)
@@ -130,7 +133,7 @@ def prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None,
   ]
   step_flops = functools.cache(lambda name, size: flops.step_flops(builts[name], size, config.optimizer.frozen))
   return Prepared(
-    parts=[_part(*part, epoch_examples, abstract) for part in parts],
+    parts=[_part(config, *part, epoch_examples, abstract) for part in parts],
     epoch_examples=epoch_examples,
     sources=opened,
     deaths=deaths,
@@ -153,7 +156,7 @@ def _build_stages(config: ConfigDict) -> dict[str, build.Built]:
   """
   builts = {}
   for name, of_stage in stage_configs(config).items():
-    with naming(name):
+    with naming(name, config):
       builts[name] = built = build.build(of_stage)
       check_batch(of_stage.batch_size, built.mesh, "config.batch_size")
       build.check_division(of_stage, built.mesh.size)
@@ -161,6 +164,7 @@ def _build_stages(config: ConfigDict) -> dict[str, build.Built]:
 
 
 def _part(
+  config: ConfigDict,
   stage: Stage,
   built: build.Built,
   samples: grain.MapDataset,
@@ -168,7 +172,7 @@ def _part(
   epoch_examples: int,
   abstract: State,
 ) -> Part:
-  with naming(stage.name):
+  with naming(stage.name, config):
     steps = build.stage_steps(stage, epoch_examples)
     return Part(stage, built, samples, shown, steps, build.make_step(stage.config, built, steps, abstract))
 
@@ -217,7 +221,7 @@ def with_choices(
   sources = _open_sources(config, "train", watchdog) if sources is None else sources
   pairs = max(1, sum(map(len, sources)))  # an empty source is rejected later
   if fields:
-    saved, where = None, f"{pairs:,} samples and {jax.device_count()} x {jax.devices()[0].device_kind}"
+    saved, where = None, f"{counted(pairs, 'sample')} and {jax.device_count()} x {jax.devices()[0].device_kind}"
     if has_checkpoints(workdir) and not (saved := read_config(workdir)):
       raise ValueError(
         f"{workdir / 'config.json'} cannot be read, which has config.{', config.'.join(fields)}: set them"
@@ -230,19 +234,33 @@ def with_choices(
     if chosen := [field for field in fields if field not in kept]:
       notes.append(f"chosen for {where}: {choose.describe(config, chosen)}")
     if jax.default_backend() == "cpu" and config.data.image_size > _LARGE_FOR_CPU:
-      notes.append("a CPU takes long to train this model: architecture=ViT-Nano/8@32px is small enough for it")
+      notes.append(f"a CPU takes long to train this model: architecture={FOR_CPUS} is small enough for it")
   if steps is not None:
     config, whole = choose.shortened(config, steps, pairs), build.to_steps(config, pairs).total
-    notes.append(f"a try of {steps:,} steps instead of {whole:,}")
+    notes.append(f"a try of {counted(steps, 'step')} instead of {whole:,}")
   return config, sources, notes
 
 
 def _open_sources(config: ConfigDict, field: str, watchdog: Watchdog) -> tuple[Source, ...]:
-  """The sources in a field of `config.data`."""
+  """The sources in a field of `config.data`.
+
+  Raises:
+    FileNotFoundError, ValueError: there are none, or one cannot be opened.
+  """
+  if not config.data[field]:
+    raise ValueError(
+      f"config.data.{field} is empty: data= is missing, which names the training data, as in "
+      "--config=pretrain:method=declip,data=pairs.csv"
+    )
 
   def opened(spec: str) -> Source:
     watchdog.beat(f"opening {spec}")
-    return open_source(spec, f"config.data.{field}")
+    try:
+      return open_source(spec, f"config.data.{field}")
+    except FileNotFoundError as error:
+      if _DEFAULT_DATA not in spec:
+        raise
+      raise FileNotFoundError(f"{error}; data= says where the data are, as in --config=NAME:data=FOLDER") from error
 
   return tuple(map(opened, config.data[field]))
 
@@ -269,7 +287,7 @@ def planned(config: ConfigDict, run: Prepared, checkpoints: Checkpoints, start: 
     before = checkpoints.batch_sizes(start) or run.parts[-1].stage.batch_sizes
     stages = plan_stages(config, run.epoch_examples, before, start)
     parts = [
-      _part(stage, part.built, part.samples, part.shown, run.epoch_examples, run.abstract)
+      _part(config, stage, part.built, part.samples, part.shown, run.epoch_examples, run.abstract)
       for stage, part in zip(stages, run.parts, strict=True)
     ]
     run = run._replace(parts=parts)

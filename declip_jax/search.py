@@ -34,6 +34,7 @@ from declip_jax.image_search.searcher import Searcher
 from declip_jax.image_search.server import SearchServer
 from declip_jax.reporting.progress import Bar, drop_lost_streams, message
 from declip_jax.runtime.hosts import check_backend
+from declip_jax.spelling import counted
 from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256
@@ -74,7 +75,7 @@ def make_searcher(
   features = encode_all(source, encoders, range(len(source)), _read_with_progress)
   searcher = Searcher(clip, source, features, kept.entry(source, encoders) if kept else None)
   if not searcher.index.size:
-    raise ValueError(f"--images={images}: none of the {len(source):,} images can be read")
+    raise ValueError(f"--images={images}: no readable image among {len(source):,}")
   searcher.compile()
   return searcher
 
@@ -105,7 +106,7 @@ def _command(_: list[str]) -> None:
     )
     unreadable = len(searcher.source) - searcher.index.size
     note = f", and {unreadable:,} that cannot be read" if unreadable else ""
-    message(f"{searcher.source.name}: {searcher.index.size:,} images{note}", stream=sys.stdout)
+    message(f"{searcher.source.name}: {counted(searcher.index.size, 'image')}{note}", stream=sys.stdout)
     message(f"{server.url} (Ctrl-C ends it)", stream=sys.stdout)
     server.serve(searcher)
   finally:

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from declip_jax.spelling import counted
+
 DATA, FSDP = "data", "fsdp"
 MIN_SIZE = 2**18  # elements; splitting smaller arrays costs more communication than it saves memory
 
@@ -41,7 +43,7 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mes
   elif fsdp == -1 and data > 0:
     fsdp = num_devices // data
   if data * fsdp != num_devices or data < 1:
-    raise ValueError(f"{requested} does not fit {num_devices} devices: the product must be {num_devices}")
+    raise ValueError(f"{requested} does not fit {counted(num_devices, 'device')}: the product must be {num_devices}")
   sizes = Counter(getattr(device, "slice_index", 0) for device in devices)
   if len(sizes) == 1:
     grid = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
@@ -74,7 +76,9 @@ def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:
   """
   if batch_size <= 0 or batch_size % mesh.size:
     shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    raise ValueError(f"{field}={batch_size}: expected a positive multiple of the {mesh.size} devices ({shape})")
+    raise ValueError(
+      f"{field}={batch_size}: expected a positive multiple of the number of devices, {mesh.size} ({shape})"
+    )
 
 
 def spec_for(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

@@ -1,4 +1,4 @@
-"""Suggestions for unknown names."""
+"""Suggestions for unknown names, and counts in words."""
 
 from collections.abc import Collection, Iterable
 from difflib import SequenceMatcher, get_close_matches
@@ -20,6 +20,11 @@ def close_names(name: str, known: Iterable[str]) -> list[str]:
   matches = get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
   ratios = [SequenceMatcher(None, match, name.lower()).ratio() for match in matches]
   return [lower[match] for match, ratio in zip(matches, ratios, strict=True) if ratio > ratios[0] - _MARGIN]
+
+
+def counted(number: int, noun: str) -> str:
+  """A number with its noun, such as "1 sample" or "2,000 samples"; the plural of the noun ends in s."""
+  return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def suggest(names: Collection[str]) -> str:

@@ -8,6 +8,7 @@ are those of the last one; see `models.positions.fit_positions`.
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 from declip_jax import config as config_lib
 from declip_jax.batch_sizes import BatchSizes
 from declip_jax.config import examples_of, steps_of, without_shares
-from declip_jax.spelling import did_you_mean
+from declip_jax.spelling import counted, did_you_mean
 
 LAST = "last"  # name of the last stage, which is not in `config.stages`
 # Fields of a stage, and the fields of the config that they replace.
@@ -91,9 +92,8 @@ def _stage_config(config: ConfigDict, name: str, fields: Any) -> ConfigDict:
   if not any(of_stage.duration.values()):
     raise ValueError(f"{field}.duration is empty: set one of its fields steps, epochs, examples, share")
   for own, replaced in _REPLACED.items():
-    value = fields.get(own)
-    if value is not None and (not isinstance(value, ConfigDict) or any(value.values())):
-      of_stage.update_from_flattened_dict({replaced: value})
+    if _is_given(fields.get(own)):
+      of_stage.update_from_flattened_dict({replaced: fields[own]})
   length, longest = of_stage.model.text.context_length, config.model.text.context_length
   if length > longest:
     raise ValueError(f"{field}.context_length={length}: expected at most config.model.text.context_length={longest}")
@@ -101,12 +101,31 @@ def _stage_config(config: ConfigDict, name: str, fields: Any) -> ConfigDict:
 
 
 @contextlib.contextmanager
-def naming(stage: str) -> Iterator[None]:
-  """Puts the name of a stage in front of the message of a ValueError about its config."""
+def naming(stage: str, config: ConfigDict) -> Iterator[None]:
+  """Makes the message of a ValueError about the config of a stage name the fields of the stage.
+
+  Fields that the stage takes from the config of the run keep their names, after that of the stage.
+
+  Args:
+    stage: name of the stage.
+    config: config of the run.
+  """
   try:
     yield
   except ValueError as error:
-    raise error if stage == LAST else ValueError(f"config.stages.{stage}: {error}") from error
+    if stage == LAST:
+      raise
+    text, fields = str(error), config.stages[stage]
+    for own, replaced in _REPLACED.items():
+      if _is_given(fields.get(own)):
+        text = re.sub(rf"\bconfig\.{re.escape(replaced)}\b", f"config.stages.{stage}.{own}", text)
+    named = text if text.startswith(f"config.stages.{stage}.") else f"config.stages.{stage}: {text}"
+    raise ValueError(named) from error
+
+
+def _is_given(value: Any) -> bool:
+  """Whether a stage has a value of its own for a field: one that is not None, or a duration that is not empty."""
+  return value is not None and (not isinstance(value, ConfigDict) or any(value.values()))
 
 
 def plan_stages(
@@ -140,8 +159,8 @@ def plan_stages(
     raise ValueError("config.duration is empty: set one of its fields steps, epochs, examples")
   if before and total <= first:
     raise ValueError(
-      f"config.stages takes the first {first:,} steps, but the run has {total:,}: lengthen config.duration, which is "
-      "that of the whole run, or shorten the stages"
+      f"config.stages takes the first {counted(first, 'step')}, but the run has {total:,}: lengthen "
+      "config.duration, which is that of the whole run, or shorten the stages"
     )
   return [Stage(*fields, sizes, total) for fields in planned]
 

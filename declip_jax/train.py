@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from declip_jax import build
+from declip_jax.changes import changes_from_default
 from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
 from declip_jax.data.sources import Source
@@ -42,7 +43,7 @@ from declip_jax.reporting.trackers import TrackedRun, open_trackers
 from declip_jax.reporting.trackers.base import run_id
 from declip_jax.runtime import bad_samples
 from declip_jax.runtime.bad_samples import BadSamples
-from declip_jax.runtime.checkpoint import Checkpoints
+from declip_jax.runtime.checkpoint import Checkpoints, DoesNotFitError
 from declip_jax.runtime.clock import Clock
 from declip_jax.runtime.command import launch
 from declip_jax.runtime.compile_cache import compile_cache
@@ -52,7 +53,7 @@ from declip_jax.runtime.services import Cadence, Services
 from declip_jax.runtime.signals import Stopped, StopRequest, stop_signals
 from declip_jax.runtime.trace import Trace, parse_steps
 from declip_jax.runtime.watchdog import Watchdog
-from declip_jax.runtime.workdir import local_path, lock, record
+from declip_jax.runtime.workdir import about_other_run, local_path, lock, record
 from declip_jax.sharding import batch_sharding, to_global
 from declip_jax.stages import flops_until, repeatable_from
 from declip_jax.training.state import State, evaluated_weights
@@ -105,13 +106,14 @@ def train(
     messages = [stack.enter_context(lock(workdir)), *run.deaths.recover(), *run.evaluation_deaths.recover()]
     checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.parts[-1].steps, workdir)))
     rollbacks = Rollbacks(workdir, config.safety.max_rollbacks)
-    start, state, position, notes = _restore_or_create(config, run, checkpoints, rollbacks, watchdog)
+    start, state, position, notes = _restore_or_create(config, run, workdir, checkpoints, rollbacks, watchdog)
     run, resized = planned(config, run, checkpoints, start)
     services = _open_services(config, run, workdir, start, checkpoints, rollbacks, profile, watchdog, stack)
-    _open(config, run, services, start, [*messages, *chosen, *run.notes, *notes, resized])
+    _open(config, run, services, start, [*messages, *notes], [*chosen, *run.notes, resized])
     services.evaluate_if_missed(start, state)
     _train_stages(run, services, start, state, position)
-  return _finish(max(start, run.total_steps), workdir, services.latest, build.plain_retrievals(config.evals))
+  plain = build.plain_retrievals(config.evals)
+  return _finish(max(start, run.total_steps), workdir, services.latest, plain, is_try=steps is not None)
 
 
 def _train_stages(run: Prepared, services: Services, step: int, state: State, position: dict[str, Any] | None) -> None:
@@ -240,11 +242,20 @@ def _open_checkpoints(config: ConfigDict, steps: build.Steps, workdir: Path) -> 
 
 
 def _restore_or_create(
-  config: ConfigDict, run: Prepared, checkpoints: Checkpoints, rollbacks: Rollbacks, watchdog: Watchdog
+  config: ConfigDict,
+  run: Prepared,
+  workdir: Path,
+  checkpoints: Checkpoints,
+  rollbacks: Rollbacks,
+  watchdog: Watchdog,
 ) -> tuple[int, State, dict[str, Any] | None, list[str]]:
   """Returns the step to start from, its state, its position in the input, and messages."""
   watchdog.beat("restoring the newest checkpoint")
-  if restored := checkpoints.restore_newest(run.abstract):
+  try:
+    restored = checkpoints.restore_newest(run.abstract)
+  except DoesNotFitError as error:
+    raise ValueError(about_other_run(workdir, config.to_json_best_effort()) or str(error)) from error
+  if restored:
     notes, path = restored.messages, config.init_from.path
     if path:
       notes = [*notes, f"config.init_from.path={path!r} is not read: the run resumes from its own checkpoint"]
@@ -327,21 +338,37 @@ def _open_services(
 def _draw_curves(config: ConfigDict, run: Prepared, workdir: Path) -> None:
   """Draws the curves of the metrics so far, and writes the page of the run."""
   captioned = run.sources[: len(run.sources) - len(config.data.ssl_train)]
-  sizes = run.parts[-1].stage.batch_sizes
-  described = partial(build.describe_run, config, run.built, run.total_steps, captioned, sizes)
+  described = partial(build.describe_run, config, run.built, run.stages, captioned)
   with pictures.optional(workdir / "curves.png"):
     plot_curves(read_metrics(workdir), described(), workdir / "curves.png")
   with pictures.optional(workdir / "index.html"):
     text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
     objective = run.built.objective
     export_format = "open_clip" if objective.compares_embeddings and not objective.compares_tokens else "orbax"
-    changes = build.changes_from_default(config)
-    page = RunPage(described().title, run.total_steps, sys.argv, export_format, changes, text)
+    changes = changes_from_default(config)
+    page = RunPage(
+      title=described().title,
+      total=run.total_steps,
+      command=sys.argv,
+      export_format=export_format,
+      standard=f"{changes.method} with {changes.architecture}",
+      changes=changes.lines,
+      config=text,
+    )
     write_page(workdir, page, read_metrics(workdir))
 
 
-def _open(config: ConfigDict, run: Prepared, services: Services, start: int, messages: Sequence[str]) -> None:
-  """Records the run in its working directory, and reports what it is about to do."""
+def _open(
+  config: ConfigDict, run: Prepared, services: Services, start: int, messages: Sequence[str], plans: Sequence[str]
+) -> None:
+  """Records the run in its working directory, and reports what it is about to do.
+
+  Args:
+    config, run, services: the run.
+    start: number of steps done.
+    messages: what happened so far.
+    plans: what matters only if there are steps to train.
+  """
   if message := services.trace.unreachable(start, run.total_steps):
     messages = [*messages, message]
   if jax.process_index():
@@ -364,9 +391,13 @@ def _open(config: ConfigDict, run: Prepared, services: Services, start: int, mes
     changes=changes,
   )
   if finished and changes:
-    messages = [*messages, "nothing is trained, so config.json is not replaced"]
-  if not finished and len(run.parts) == 1:
-    messages = [*messages, "compiling the train step (several minutes for a large model)"]
+    messages = [*messages, "config.json is not replaced"]
+  if finished and config.evals:
+    messages = [*messages, "its evaluations are repeated, for the scores below"]
+  if not finished:
+    messages = [*messages, *plans, build.describe_filling(run.after(start).stage.config, run.built, start)]
+    if len(run.parts) == 1:
+      messages.append("compiling the train step (several minutes for a large model)")
   for line in [*lines, *filter(None, messages)]:
     services.progress.message(line)
   services.watchdog.beat("reading the first samples")
@@ -389,7 +420,9 @@ def _describe(part: Part) -> str:
   return f"stage {stage.name}: steps {stage.first + 1:,} to {stage.last:,} of {batch}"
 
 
-def _finish(step: int, workdir: Path, latest: dict[str, float], plain_retrievals: Sequence[str]) -> dict[str, float]:
+def _finish(
+  step: int, workdir: Path, latest: dict[str, float], plain_retrievals: Sequence[str], is_try: bool
+) -> dict[str, float]:
   """Prints and returns the final metrics of a run."""
   names = ("examples", "training_flops", "temperature", "dense_temperature", "images_per_second", "utilisation")
   names += ("skipped_total",)
@@ -399,7 +432,7 @@ def _finish(step: int, workdir: Path, latest: dict[str, float], plain_retrievals
     bad = bad_samples.total(read_metrics(workdir)) if (workdir / "metrics.jsonl").exists() else {}
     skipped = {"samples skipped": bad_samples.describe(bad)} if bad else {}
     message(summary_table({"run": str(workdir), **final, **skipped}), stream=sys.stdout)
-    for line in closing_lines(workdir, final, plain_retrievals):
+    for line in closing_lines(workdir, final, plain_retrievals, is_try):
       message(line)
   return final
 

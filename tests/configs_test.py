@@ -597,8 +597,8 @@ def test_folders_are_named_arguments() -> None:
 @pytest.mark.parametrize(
   ("arguments", "method", "architecture", "preset", "source"),
   [
-    ("", "declip", "ViT-B/32", "paper", "webdataset:data/train/*.tar"),
-    ("method=slip_repo,architecture=RN50", "slip", "RN50", "repo", "webdataset:data/train/*.tar"),
+    ("data=data/train", "declip", "ViT-B/32", "paper", "webdataset:data/train/*.tar"),
+    ("method=slip_repo,architecture=RN50,data=d", "slip", "RN50", "repo", "webdataset:d/*.tar"),
     ("declip,ViT-B/16,/data/own", "declip", "ViT-B/16", "paper", "webdataset:/data/own/*.tar"),
     ("clip,data=table:/d/a.csv?root=/d", "clip", "ViT-B/32", "paper", "table:/d/a.csv?root=/d"),
     ("clip,data=gs://bucket/train/", "clip", "ViT-B/32", "paper", "webdataset:gs://bucket/train/*.tar"),
@@ -643,7 +643,7 @@ def test_pretrain_recognises_files(tmp_path: Path) -> None:
 
 def test_pretrain_evaluates_what_its_method_can() -> None:
   for method in (*ALL, *SUPERVISED):
-    c = load("pretrain").get_config(method)
+    c = load("pretrain").get_config(method, data="data/train")
     assert bool(c.evals) == bool(c.checkpoint.best_metric) == (method not in ("simclr", "finetune")), method
   build.check_evals(c.evals, make_objective(c.objective.to_dict()))
 

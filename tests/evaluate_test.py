@@ -535,7 +535,7 @@ def test_a_batch_size_that_does_not_fit_the_devices_is_named_by_its_flag() -> No
   clip, place = make_clip(0), evaluate.Place("runs/x", Path("out"), None)
   encoding = evaluate.Encoding(3, None, None, None, 0, "float32")
   jobs = make_jobs(ConfigDict({"zero_shot": config.zero_shot("scenes:test/4/16")}))
-  with pytest.raises(ValueError, match=r"^--batch_size=3: expected a positive multiple of the 8 devices"):
+  with pytest.raises(ValueError, match=r"^--batch_size=3: expected a positive multiple of the number of devices, 8"):
     evaluate._prepare(clip, None, evaluate._model_facts(clip, "x.pt"), jobs, place, encoding)
 
 

@@ -144,7 +144,7 @@ def test_drop_path_needs_a_vision_transformer() -> None:
 def test_classes_of_the_data_have_to_be_those_of_the_classifier() -> None:
   mixture = Mixture((open_source("scenes:train/8/16"), open_source("scenes:heldout/8/16")), (1.0, 1.0), False)
   names = mixture.sources[0].classnames
-  with pytest.raises(ValueError, match="scenes:heldout/8/16 has 30 classes, but config.model.heads.num_classes=70"):
+  with pytest.raises(ValueError, match="scenes:heldout/8/16 has 30 class names, but config.model.heads.num_classes=70"):
     mixture.check_classes(70, names)
   evals = ConfigDict({"mine": config.classify("scenes:heldout/8/16")})
   with pytest.raises(ValueError, match=r"config\.evals\.mine: .*; only in scenes:heldout/8/16: 'red circle'"):

@@ -39,6 +39,19 @@ def test_every_comment_can_be_uncommented(table: str, tmp_path: Path) -> None:
   assert all(str(value) in text for value in (c.batch_size, c.optimizer.weight_decay, c.init_from.path))
 
 
+@pytest.mark.parametrize(
+  ("method", "architecture"), [("declip_repo", "ViT-B/32"), ("simclr", "ViT-Nano/8@32px"), ("clip", "RN50")]
+)
+def test_the_comments_have_the_values_of_the_config(method: str, architecture: str, table: str, tmp_path: Path) -> None:
+  path = tmp_path / "values.py"
+  text = new.template(path, method, architecture, table)
+  path.write_text(text)
+  before = config_files.load(str(path))
+  path.write_text(re.sub(r"^  # (?=c\.optimizer)", "  ", text, flags=re.MULTILINE))
+  assert config_files.load(str(path)).optimizer.to_dict() == before.optimizer.to_dict()
+  assert ("c.evals.retrieval" in text) == (method != "simclr")
+
+
 def test_a_file_is_never_replaced(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   values = flags.FlagValues()
   for name, value in {"data": table, "method": "clip", "architecture": "RN50"}.items():

@@ -120,7 +120,7 @@ def test_a_model_gets_the_threshold_of_a_precision(specs, tmp_path, caplog):
 
 def test_a_set_without_images_that_can_be_read_is_named(specs, tmp_path):
   broken = write(tmp_path / "broken", [None, 1, None])
-  with pytest.raises(ValueError, match=f"{broken}: 1 images can be read"):
+  with pytest.raises(ValueError, match=f"{broken}: 1 image can be read"):
     overlap(broken, specs[1], HASH, tmp_path)
 
 

@@ -76,7 +76,7 @@ def test_images_are_encoded_once_even_if_interrupted(dtype, tmp_path, monkeypatc
 def test_sources_without_images_are_named(tmp_path, monkeypatch):
   Counting(monkeypatch)
   (tmp_path / "a.jpg").write_bytes(b"broken")
-  with pytest.raises(ValueError, match=f"--images={tmp_path}: none of the 1 images"):
+  with pytest.raises(ValueError, match=f"--images={tmp_path}: no readable image among 1"):
     make_searcher("weights", str(tmp_path))
   with pytest.raises(FileNotFoundError, match="absent"):
     make_searcher("weights", str(tmp_path / "absent"))

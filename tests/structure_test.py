@@ -37,6 +37,7 @@ LAYERS = {
   "declip_jax.ranges": 4,
   "declip_jax.stages": 4,
   "declip_jax.build": 4,
+  "declip_jax.changes": 4,
   "declip_jax.planning": 5,
   "declip_jax.clip": 5,
   "declip_jax.first_state": 5,

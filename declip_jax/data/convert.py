@@ -43,6 +43,7 @@ from declip_jax.data.records import Shard
 from declip_jax.data.sources import BadSample, Source, lists, open_source
 from declip_jax.data.storage import files, jobs, outputs, patterns, remote
 from declip_jax.reporting import progress
+from declip_jax.spelling import counted
 
 _SHARD_BYTES = 512 * 2**20
 _MAX_SHARDS = 1024  # by default; a larger source gets larger files, since a process keeps a limited number open
@@ -120,7 +121,9 @@ def convert(
 def _check_complete(names: list[str], existing: set[str], subject: str) -> None:
   missing = [name for name in names if name not in existing]
   if missing:
-    raise ValueError(f"{subject} now lacks {len(missing)} files, such as {missing[0]}: delete it and convert again")
+    raise ValueError(
+      f"{subject} now lacks {counted(len(missing), 'file')}, such as {missing[0]}: delete it and convert again"
+    )
 
 
 def _settings(
@@ -146,7 +149,7 @@ def _settings(
     size = _mean_bytes(source, max_pixels) * len(source)
     shards = min(len(source), max(part.count, min(_MAX_SHARDS, math.ceil(size / _SHARD_BYTES)), 1))
   if not 0 < shards <= min(len(source), 99_999):
-    raise ValueError(f"shards={shards}: expected 1 to {min(len(source), 99_999)}, for {len(source)} samples")
+    raise ValueError(f"shards={shards}: expected 1 to {min(len(source), 99_999)}, for {counted(len(source), 'sample')}")
   _check_part(part, shards)
   if local:
     Path(output).mkdir(parents=True, exist_ok=True)
@@ -255,7 +258,7 @@ def _finish(source: Source, output: str, about: dict[str, Any], done: dict[int, 
       named[kind] = (named.get(kind, []) + messages)[: records.NAMED]
   count = sum(report["count"] for report in done.values())
   if not count:
-    raise ValueError(f"{source.name}: none of {about['samples']} samples can be used: {dict(skipped)}, such as {named}")
+    raise ValueError(f"{source.name}: no usable sample among {about['samples']:,}: {dict(skipped)}, such as {named}")
   about = {**about, "count": count, "skipped": dict(skipped), "named": named}
   outputs.write_text(f"{output}/{_ABOUT}", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
   for journal in filter(_JOURNAL.fullmatch, patterns.names(output)):
@@ -289,9 +292,13 @@ def _write_shards(
 def _summary(about: dict[str, Any], output: str) -> str:
   written = [f"{output}/{name}" for name in patterns.names(output) if name.endswith(".array_record")]
   if "count" not in about:
-    return f"{output}: {len(written):,} of {about['shards']:,} files; the last machine completes the conversion"
+    return (
+      f"{output}: {len(written):,} of {counted(about['shards'], 'file')}; the last machine completes the conversion"
+    )
   size = sum(size for size, _ in files.stamps(written))
-  lines = [f"{output}: {about['count']:,} samples in {about['shards']:,} files, {size / 2**20:,.1f} MiB"]
+  lines = [
+    f"{output}: {counted(about['count'], 'sample')} in {counted(about['shards'], 'file')}, {size / 2**20:,.1f} MiB"
+  ]
   for kind, count in sorted(about["skipped"].items()):
     lines += [f"skipped {count:,}: {kind}", *(f"  {message}" for message in about["named"].get(kind, ()))]
   return "\n".join([*lines, f"train with arrayrecord:{output}/*.array_record"])

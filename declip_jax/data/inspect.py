@@ -28,6 +28,7 @@ from declip_jax.data.sources import BadSample, Source, open_source
 from declip_jax.data.storage import files, jobs
 from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.reporting import pictures
+from declip_jax.spelling import counted
 
 _THREADS = 8
 _NAMED = 3  # bad samples of each kind to name
@@ -125,10 +126,10 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
   tokens = [count for sample in good for count in sample.tokens]
   labels = Counter(sample.label for sample in good if sample.label >= 0)
   seen = len(good) + len(bad)
-  lines = [("samples", f"{len(source):,}, of which {seen:,} were tried")]
+  lines = [("samples", f"{len(source):,}, {seen:,} of them tried")]
   lines += [("skipped", f"{count:,}: {kind}") for kind, count in sorted(source.skipped.items())]
   if source.left_out:
-    lines.append(("left out", f"{sum(source.left_out.values()):,} files: {files.in_words(source.left_out)}"))
+    lines.append(("left out", f"{counted(sum(source.left_out.values()), 'file')}: {files.in_words(source.left_out)}"))
   lines.append(("fields", ", ".join(_fields(good)) or "none"))
   if good:
     formats = Counter(sample.format for sample in good).most_common()
@@ -148,8 +149,8 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
     ]
   if source.classnames or labels:
     names, more = source.classnames[:_CLASSES], len(source.classnames) > _CLASSES
-    lines.append(("classes", f"{len(source.classnames):,} names: {', '.join(names)}{' ...' * more}"))
-    lines.append(("  seen", f"{len(labels):,}, {_range(labels.values())} times each" if labels else "none"))
+    lines.append(("classes", f"{counted(len(source.classnames), 'name')}: {', '.join(names)}{' ...' * more}"))
+    lines.append(("  seen", f"{len(labels):,}, {_range(labels.values())} per class" if labels else "none"))
   lines.append(("bad", f"{len(bad):,} of {seen:,} ({len(bad) / max(seen, 1):.1%})"))
   for kind, count in sorted(Counter(error.kind for error in bad).items()):
     lines.append((f"  {count:,}", kind))
@@ -212,7 +213,7 @@ def draw(source: Source, good: list[Sample], bad: list[BadSample], path: str | o
   ]
   tiles += [pictures.Tile(None, error.kind, str(error)) for error in bad[:_BAD_TILES]]
   seen = len(good) + len(bad)
-  title = f"{source.name}: {len(source):,} samples, of which {seen:,} were tried and {len(bad):,} are bad"
+  title = f"{source.name}: {counted(len(source), 'sample')}, {seen:,} of them tried, {len(bad):,} of these bad"
   pictures.plot_tiles(title, tiles, path)
 
 
@@ -231,13 +232,15 @@ def _thumbnail(pixels: images.Pixels) -> images.Pixels:
 
 
 def training_command(data: str) -> str:
-  """The command that trains on the captions of the data at a path, or that writes a config which does.
+  """The command that trains on the captions of the data at a path on this machine, or that writes a config for that.
 
   The config has to be written if the path has a comma, which would end the argument.
   """
   if "," in data:
     return f"python -m declip_jax.new my_config.py --data {shlex.quote(data)}"
-  config = shlex.quote(f"pretrain:method=declip,architecture=ViT-B/32,data={data}")
+  from declip_jax.planning.architecture import suggested  # on demand: it asks JAX, which reading data does not need
+
+  config = shlex.quote(f"pretrain:method=declip,architecture={suggested()},data={data}")
   return f"python -m declip_jax.train --config={config} --workdir runs/mine"
 
 
@@ -249,7 +252,7 @@ def _command(arguments: list[str]) -> None:
   for other in others:
     print(f"{'not read':<13}{other}")
   if not good:
-    raise ValueError(f"{source.name}: none of the {len(bad)} samples that were tried can be used, such as {bad[0]}")
+    raise ValueError(f"{source.name}: no usable sample among {len(bad):,} tried; the first: {bad[0]}")
   if sheet := flags.FLAGS.sheet:
     draw(source, good, bad, sheet)
     print(f"{'sheet':<13}{sheet}")

@@ -8,6 +8,7 @@ import numpy as np
 
 from declip_jax.data.hangs import Key, key_of
 from declip_jax.data.sources import BadSample, Example, Source, read_example
+from declip_jax.spelling import counted
 
 _TRIED = 100  # samples of a source without classes, in which few may have captions
 
@@ -38,7 +39,8 @@ class Mixture:
   def __post_init__(self) -> None:
     if len(self.sources) != len(self.weights) or any(weight <= 0 for weight in self.weights):
       raise ValueError(
-        f"config.data.{self.field}={self.weights}: expected a positive weight for each of {len(self.sources)} sources"
+        f"config.data.{self.field}={self.weights}: expected a positive weight for each of "
+        f"{counted(len(self.sources), 'source')}"
       )
     for source in self.sources:
       if not len(source):
@@ -95,8 +97,8 @@ class Mixture:
       share = batch_size * weight / sum(self.weights)
       if len(source) < share:
         found.append(
-          f"{source.name} has {len(source):,} samples for {share:,.4g} positions in each batch: a batch contains some "
-          "of them repeatedly, and contrastive terms compare them as if they were different"
+          f"{source.name} has {counted(len(source), 'sample')} for {share:,.4g} positions in each batch: a batch "
+          "contains some of them repeatedly, and contrastive terms compare them as if they were different"
         )
     return found
 
@@ -112,7 +114,9 @@ class Mixture:
           f"{source.name} has classes but no captions: set config.data.templates, such as ('a photo of a {{}}.',)"
         )
       if not source.classnames and not has_captions(source, _TRIED):
-        raise ValueError(f"{source.name} has no captions: none of {min(_TRIED, len(source))} samples tried has one")
+        raise ValueError(
+          f"{source.name} has no captions: found none in {counted(min(_TRIED, len(source)), 'sample')} tried"
+        )
 
   def check_classes(self, num_classes: int, classnames: tuple[str, ...]) -> None:
     """Rejects sources whose class names are not those of the classifier, in the same order.
@@ -126,8 +130,8 @@ class Mixture:
       names = tuple(source.classnames)
       if names and len(names) != num_classes:
         raise ValueError(
-          f"{source.name} has {len(names)} classes, but config.model.heads.num_classes={num_classes}: set it to 0, and "
-          "config.model.heads.classnames to (), to take those of the source"
+          f"{source.name} has {counted(len(names), 'class name')}, but config.model.heads.num_classes={num_classes}: "
+          "set it to 0, and config.model.heads.classnames to (), to take those of the source"
         )
       if names and classnames and names != classnames:
         at, name = next((i, name) for i, name in enumerate(names) if name != classnames[i])

@@ -34,6 +34,7 @@ from declip_jax.data.deaths import Deaths
 from declip_jax.data.mixture import Mixture, Position, hashed
 from declip_jax.data.sources import BAD, OF_MEDIA, BadSample, Example, Source, bad_sample, read_example
 from declip_jax.data.storage import jobs, shared_memory
+from declip_jax.spelling import counted
 
 Sample = dict[str, np.ndarray]
 BAD_COUNTS = "bad_counts"  # field of a sample: how many examples of each kind of `BAD` were skipped for it
@@ -74,8 +75,9 @@ class _MakeSample(grain.transforms.RandomMap):
       mixture, position = self.mixtures[stream], positions[stream]
       if bad_counts.sum() == _MAX_TRIES:
         # Workers can send built-in exceptions; another class may hang them.
-        name = mixture.sources[position[0]].name
-        message = f"{name}: {_MAX_TRIES} examples in a row cannot be used; the last one: {error}"
+        source = mixture.sources[position[0]]
+        draws = f"none of {_MAX_TRIES} random draws from {counted(len(source), 'sample')} can be used"
+        message = f"{source.name}: {draws}; the last one: {error}"
         if 2 * sum(bad_counts[BAD.index(kind)] for kind in OF_MEDIA) > _MAX_TRIES:
           raise OSError(errno.EIO, message)
         raise ValueError(f"{message}; python -m declip_jax.data.inspect counts what is wrong with the data")

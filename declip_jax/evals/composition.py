@@ -22,6 +22,7 @@ from declip_jax.evals.intervals import bootstrap, clopper_pearson, percentiles
 from declip_jax.evals.results import Scores
 from declip_jax.evals.similarity import Embeddings, Similarity, num_embeddings, take, unit_rows
 from declip_jax.runtime.hosts import any_host, first_error, gather_rows, gather_texts
+from declip_jax.spelling import counted
 
 METRICS = ("accuracy", "group_score", "text_score", "image_score", *metrics.JACCARD_METRICS, "ties", "examples")
 _BLOCK = 64  # images whose scores with all captions of the block are computed at once
@@ -210,4 +211,4 @@ def check(source: Source | Sequence[Any], field: str) -> None:
 
 
 def _not_two(name: str, sample: int, captions: int) -> str:
-  return f"{name}: sample {sample} has {captions} captions: expected a right and a wrong one"
+  return f"{name}: sample {sample} has {counted(captions, 'caption')}: expected a right and a wrong one"

@@ -29,6 +29,7 @@ from declip_jax.reporting.progress import Bar, message
 from declip_jax.reporting.trackers.tensorboard import TENSORBOARD, TensorBoard
 from declip_jax.runtime.hosts import from_first, sum_over_hosts
 from declip_jax.runtime.records import add_line
+from declip_jax.spelling import counted
 
 _VERSION = 5  # of what a result of the same model, data and options is
 
@@ -87,7 +88,7 @@ class Evaluation:
     found = self._finished(jobs)
     todo = [job for job in jobs if found[job.name] is None]
     if len(todo) < len(jobs):
-      message(f"{len(jobs) - len(todo)} of {len(jobs)} results are in {self.output} already")
+      message(f"{len(jobs) - len(todo)} of {counted(len(jobs), 'result')} found in {self.output}")
     training = self.model.training() if todo else {}  # by all hosts: it opens checkpoints
     start, failed, contents = time.monotonic(), {}, {}
     total, images = self._images_to_encode(todo), _Images()
@@ -138,7 +139,7 @@ class Evaluation:
     left = sum_over_hosts(np.array([count for _, count in (*new, *again)], np.int64))
     images = int(left.sum())
     new = [source for (source, _), count in zip(new, left, strict=False) if count]
-    lines.append(f"{len(todo)} of {len(jobs)} results to compute, {images:,} images to encode")
+    lines.append(f"{len(todo)} of {counted(len(jobs), 'result')} to compute, {counted(images, 'image')} to encode")
     if images and self.cache is not None:
       lines.append(
         f"their features take {sum(self.cache.num_bytes(one, self.encoders) for one in new) / 2**20:,.1f} MiB"

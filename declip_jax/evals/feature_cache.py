@@ -38,6 +38,7 @@ from declip_jax.evals.features import Features, Read, encode_batches, join, read
 from declip_jax.reporting.progress import message
 from declip_jax.runtime import records
 from declip_jax.runtime.hosts import any_host, barrier
+from declip_jax.spelling import counted
 
 BLOCK = 4096  # rows
 _IN_USE = 3600  # seconds since its last use for which an entry is not removed: another process may write or read it
@@ -137,7 +138,9 @@ class FeatureCache:
     """Reports and makes room, on the first host; the others wait."""
     if jax.process_index() == 0:
       size = self.num_bytes(source, encoders)
-      message(f"{source.name}: encoding {len(source):,} images; features take {size / 2**20:,.1f} MiB in {entry}")
+      message(
+        f"{source.name}: encoding {counted(len(source), 'image')}; features take {size / 2**20:,.1f} MiB in {entry}"
+      )
       for old in remove_oldest(self._folder, self._limit - size, self._used):
         message(f"removed the features in {old}, since all together would take more than --cache_limit")
       with if_allowed():

@@ -22,6 +22,7 @@ from declip_jax.evals.rows import Labelled, ProbeData
 from declip_jax.evals.scoring import criterion, score, single_label_criterion
 from declip_jax.runtime.hosts import gather_rows
 from declip_jax.sharding import make_mesh
+from declip_jax.spelling import counted
 
 _TOGETHER = ("track", "video")  # groupings of frames that hardly differ
 
@@ -132,7 +133,9 @@ def few_shot(
   if not used:
     rarest = _trained(data)[int(counts.argmin())]
     least = 2 * min(shots) if chooses else min(shots)
-    raise ValueError(f"{data.train.name}: {fewest} images of {rarest!r}; expected at least {least} of each class")
+    raise ValueError(
+      f"{data.train.name}: {counted(fewest, 'image')} of {rarest!r}; expected at least {least} of each class"
+    )
 
   def metric(logits: np.ndarray, label: np.ndarray) -> float:
     return criterion(data.metric)(_own_logits(data, logits), label)

@@ -20,6 +20,7 @@ from declip_jax.evals.results import Scores
 from declip_jax.evals.similarity import take
 from declip_jax.reporting.pictures import Answer, optional, plot_retrieval
 from declip_jax.runtime.hosts import gather_rows, gather_texts
+from declip_jax.spelling import counted
 
 _TEXTS, _IMAGES, _BEST = 5, 4, 5  # queries in the picture, and the answers of each
 METRICS = (*ranks.METRICS, "images", "texts")
@@ -68,7 +69,7 @@ def retrieval(
         (of_texts, match[:, of_group[shown[1]]].toarray().T),
       ]
       title = (
-        f"{source.name}: {len(texts):,} texts and {len(kept):,} images; first place right for "
+        f"{source.name}: {counted(len(texts), 'text')} and {counted(len(kept), 'image')}; first place right for "
         f"{recalls['text_to_image_r1']:.1%} of the texts and {recalls['image_to_text_r1']:.1%} of the images"
       )
       _draw(title, source, kept, texts, shown, scores, pictures)
@@ -109,7 +110,9 @@ def check(source: Source | Sequence[Any], field: str, *, folds: int = 1, **optio
   """
   del options
   if folds > len(source):
-    raise ValueError(f"{field}.folds={folds}: {source.name} has {len(source)} samples; expected at most one fold each")
+    raise ValueError(
+      f"{field}.folds={folds}: {source.name} has {counted(len(source), 'sample')}; expected at most one fold each"
+    )
   if source.classnames and not has_captions(source):
     raise ValueError(f"{source.name} has classes but no captions, which {field} needs")
 

@@ -19,6 +19,7 @@ _FEW = 60  # number of points up to which each is marked
 _SMOOTHED = 200  # number of points above which a curve is smoothed
 _COLUMNS = {True: 2, False: 4}  # of panels with a legend, and without
 _TITLE = 120  # characters in a line of the title
+_STAGE = 12  # characters of the name of a stage
 # Losses that are not comparable with the contrastive ones, and the names of their panels.
 _OWN_SCALE = {
   "mlm": "loss of masked tokens",
@@ -45,11 +46,13 @@ class Described:
     title: the run in a line: method, data, pairs.
     chance: loss of random answers by term.
     one_image: names of the evaluations of retrieval in which exactly one image is right for each text.
+    stages: last step of each stage before the last one, by its name.
   """
 
   title: str
   chance: Mapping[str, float] = field(default_factory=dict)
   one_image: tuple[str, ...] = ()
+  stages: Mapping[str, int] = field(default_factory=dict)
 
 
 class _Panel(NamedTuple):
@@ -87,8 +90,9 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], run: Described, path: str 
   Contrastive losses share a panel; those on another scale, such as masked language modelling, have their own. An
   evaluation's panel has its scores, but not its losses, durations and counts. Dashed lines are the values of random
   answers, where they are known exactly. A dotted line marks the first values after the neighbour bank was full; before,
-  its loss is 0 and not shown. The deviation of the features of each branch is about 1, and falls to 0 where a branch
-  collapses. Long series are drawn light, with a smoothed line on top. Panels without series are left out.
+  its loss is 0 and not shown. Thin lines mark the ends of stages, with their names. The deviation of the features of
+  each branch is about 1, and falls to 0 where a branch collapses. Long series are drawn light, with a smoothed line on
+  top. Panels without series are left out.
 
   Args:
     metrics: lines of `metrics.read_metrics`; a None or a number that is not finite is a missing point.
@@ -104,7 +108,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], run: Described, path: str 
   for part, rows, ratios in zip(parts, blocks, heights, strict=True):
     grid = part.subplots(len(rows), len(rows[0]), squeeze=False, height_ratios=ratios)
     for axes, panel in zip(grid.flat, itertools.chain(*rows), strict=True):
-      _draw(axes, panel, last) if panel else axes.set_axis_off()
+      _draw(axes, panel, last, run.stages) if panel else axes.set_axis_off()
   if not blocks:
     figure.text(0.5, 0.5, "no metrics yet", ha="center", color=FAINT)
   name = {"x": 0.01, "ha": "left", "fontsize": 11, "fontweight": "bold", "color": INK}
@@ -196,8 +200,8 @@ def _first_after_zeros(curve: Series | None) -> float | None:
   return float(curve[0][found[0]]) if len(found) else None
 
 
-def _draw(axes: "Axes", panel: _Panel, last: float) -> None:
-  """Draws a panel with its legend beside the axes, where it covers nothing."""
+def _draw(axes: "Axes", panel: _Panel, last: float, stages: Mapping[str, int]) -> None:
+  """Draws a panel with its legend beside the axes, where it covers nothing, and the ends of stages."""
   from matplotlib.ticker import FuncFormatter, MaxNLocator
 
   style(axes, panel.title)
@@ -219,10 +223,20 @@ def _draw(axes: "Axes", panel: _Panel, last: float) -> None:
   values = np.concatenate([y for _, y in panel.curves.values()])
   if (panel.share or panel.from_zero) and values.min() >= 0:
     axes.set_ylim(0, 1.06 * max(values.max(), *panel.chance.values(), 1e-12))
+  _mark_stages(axes, {name: end for name, end in stages.items() if end <= last})
   axes.set_xlabel("step", fontsize=8)
   axes.tick_params(labelsize=8)
   if panel.is_labelled:
     legend_beside(axes, fontsize=8, handlelength=1.6, borderaxespad=0)
+
+
+def _mark_stages(axes: "Axes", ends: Mapping[str, int]) -> None:
+  """Draws the ends of stages, with their names, behind the curves."""
+  behind = {"bbox": {"color": "white", "pad": 0.5}, "zorder": 0.6, "clip_on": True, "parse_math": False}
+  for name, end in ends.items():
+    axes.axvline(end, color=FAINT, linewidth=0.6, zorder=0.7)
+    text = {"ha": "right", "va": "top", "fontsize": 7, "color": FAINT} | behind
+    axes.text(end, 0.98, f"{wrap(name, _STAGE, 1)} ", transform=axes.get_xaxis_transform(), **text)
 
 
 def _line(axes: "Axes", index: int, curve: Series, label: str) -> None:

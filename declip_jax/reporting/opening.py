@@ -1,6 +1,7 @@
 """The lines of a run before its first step, about its evaluations, and at its end."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from declip_jax.data.images import Photo
 from declip_jax.data.make_views import MakeViews, Origin
 from declip_jax.data.sources import Source
 from declip_jax.data.storage import files
+from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.reporting import pictures
 from declip_jax.reporting.metrics import score_text
 from declip_jax.sharding import layout_table
+from declip_jax.spelling import counted
 from declip_jax.types import Batch
 
 _SHOWN = 4  # samples in the picture of views
@@ -37,7 +40,7 @@ def opening_lines(
   changes: Sequence[str],
   stages: Sequence[str] = (),
 ) -> Iterator[str]:
-  """Describes a run.
+  """Describes a run; of one that is finished, only that, and what is different now.
 
   Args:
     sources: sources to train on.
@@ -51,27 +54,32 @@ def opening_lines(
     changes: differences from the config of the previous start.
     stages: a description of each stage, if the run has several.
   """
+  changed = [f"changed since the last start: {line}" for line in changes]
+  if start >= total:
+    yield f"nothing to train: this run has done all of its {counted(total, 'step')}"
+    yield from changed
+    return
   for source in sources:
     skipped = "".join(f", skipped {count:,}: {reason}" for reason, count in source.skipped.items())
     left_out = ""
     if source.left_out:
-      left_out = f", left out {sum(source.left_out.values()):,} files: {files.in_words(source.left_out)}"
-    yield f"{source.name}: {len(source):,} samples{skipped}{left_out}"
+      left_out = f", left out {counted(sum(source.left_out.values()), 'file')}: {files.in_words(source.left_out)}"
+    yield f"{source.name}: {counted(len(source), 'sample')}{skipped}{left_out}"
   terms = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
   num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
   axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   yield f"objective {terms}; recipe {recipe}; {num_params:,} parameters"
-  of_examples = "" if stages else f" of {batch_size:,} examples"
-  yield f"{total:,} steps{of_examples} on mesh {axes} ({mesh.devices.flat[0].device_kind})"
+  of_examples = "" if stages else f" of {counted(batch_size, 'example')}"
+  yield f"{counted(total, 'step')}{of_examples} on mesh {axes} ({mesh.devices.flat[0].device_kind})"
   yield from stages
   if mesh.size > 1:
     yield from layout_table(abstract)
   for name, count in groups.items():
     if count > 1:
-      yield f"{name}: {count} groups of {batch_size // count} pairs"
+      yield f"{name}: {count} groups of {counted(batch_size // count, 'pair')}"
   if start:
-    yield f"resuming from step {start:,}" if start < total else f"nothing to do: already trained to step {start:,}"
-  yield from (f"changed since the last start: {line}" for line in changes)
+    yield f"resuming from step {start:,}"
+  yield from changed
 
 
 def draw_views(
@@ -91,7 +99,7 @@ def draw_views(
   if path.exists():
     return ""
   first = hangs.make_all(samples.__getitem__, _SHOWN, hangs.SECONDS)
-  texts = [[make_views.tokenizer.decode(ids) for ids in sample.get("text", ())] for sample in first]
+  texts = [_texts(sample, make_views) for sample in first]
   fields = [name for name in ("image", "label") if name in first[0]]
   batch = jax.jit(augment)({name: np.stack([sample[name] for sample in first]) for name in fields}, 0)
   recipe, shown = make_views.recipe, np.rint(batch["image"]).astype(np.uint8)  # mixed images are not rounded
@@ -111,6 +119,40 @@ def draw_views(
   return _table(recipe.text_views, texts)
 
 
+def _texts(sample: Mapping[str, np.ndarray], make_views: MakeViews) -> list[str]:
+  """The text views of a sample; in the masked one, the tokens to predict are marked."""
+  tokenizer, texts = make_views.tokenizer, []
+  for kind, ids in zip(make_views.recipe.text_views, sample.get("text", ()), strict=True):
+    slots = {}
+    if kind == "masked" and "mlm_position" in sample:
+      fields = (sample[f"mlm_{name}"].tolist() for name in ("position", "target", "weight"))
+      slots = {position: target for position, target, weight in zip(*fields, strict=True) if weight}
+    texts.append(_marked(ids.tolist(), slots, tokenizer))
+  return texts
+
+
+def _marked(ids: Sequence[int], targets: Mapping[int, int], tokenizer: Tokenizer) -> str:
+  """A text with the tokens to predict in brackets.
+
+  Of a mask it is "[mask: dog]", of a random token "[cat: dog]", and "[dog]" if the token is still there.
+
+  Args:
+    ids: tokens of the text.
+    targets: the tokens to predict, by their positions.
+    tokenizer: what made the tokens.
+  """
+
+  def shown(position: int) -> str:
+    now, target = (tokenizer.decode([token]) for token in (ids[position], targets[position]))
+    return f"[{target}]" if now == target else f"[{now.strip('[]')}: {target}]"
+
+  parts = []
+  for is_target, run in itertools.groupby(range(len(ids)), key=targets.__contains__):
+    positions = list(run)
+    parts += map(shown, positions) if is_target else [tokenizer.decode([ids[position] for position in positions])]
+  return " ".join(" ".join(parts).split())
+
+
 def _views(origin: Origin, views: np.ndarray, texts: Sequence[str], kinds: Sequence[str]) -> pictures.Views:
   """A sample with what it was made from."""
   fields = [*origin.photos]
@@ -122,7 +164,7 @@ def _views(origin: Origin, views: np.ndarray, texts: Sequence[str], kinds: Seque
       (fields.index(field), (top / photo.height, left / photo.width, height / photo.height, width / photo.width))
     )
     changes.append(", ".join([f"crop {height * width / (photo.height * photo.width):.0%}", *params.describe()]))
-  notes = {"augmented": origin.operation, "masked": f"{origin.masked} to predict" if origin.masked else ""}
+  notes = {"augmented": origin.operation, "masked": f"{origin.masked} to predict, in brackets" if origin.masked else ""}
   unchanged = dict(zip(kinds, texts, strict=True)).get("raw")
   return pictures.Views(
     originals=[_thumbnail(photo) for photo in origin.photos.values()],
@@ -159,13 +201,16 @@ def score_lines(step: int, results: Mapping[str, float]) -> Iterator[str]:
     yield f"step {step:,}  {name}: {'  '.join(score_text(key, value) for key, value in scores.items())}"
 
 
-def closing_lines(workdir: Path, final: Mapping[str, float], plain_retrievals: Sequence[str]) -> Iterator[str]:
+def closing_lines(
+  workdir: Path, final: Mapping[str, float], plain_retrievals: Sequence[str], is_try: bool = False
+) -> Iterator[str]:
   """Describes what a run has reached, beside chance or the most frequent class, and what to do next.
 
   Args:
     workdir: working directory.
     final: final metrics of the run, of which those named eval/... count.
     plain_retrievals: names of retrievals that search all images at once.
+    is_try: whether the run was shortened by --steps.
   """
   for name in dict.fromkeys(metric.split("/")[1] for metric in final if metric.startswith("eval/")):
     scores = {key.rpartition("/")[2]: value for key, value in final.items() if key.startswith(f"eval/{name}/")}
@@ -177,3 +222,5 @@ def closing_lines(workdir: Path, final: Mapping[str, float], plain_retrievals: S
       yield f"{name}: recall at 10 is {both}{chance}"
   if (page := workdir / "index.html").exists():
     yield f"pictures, scores and the commands to type next: {page}"
+  if is_try:
+    yield "this was a try: train the whole run without --steps, in another --workdir"

@@ -11,6 +11,7 @@ from declip_jax.reporting.documents import Block, Code, Heading, Listing, Pictur
 from declip_jax.reporting.metrics import is_score, number_text
 from declip_jax.reporting.symptoms import PAGE
 from declip_jax.runtime import bad_samples
+from declip_jax.spelling import counted
 
 Lines = Sequence[Mapping[str, float]]
 
@@ -19,6 +20,7 @@ _CAPTIONS = {
   "views": "What the model sees: originals with the part that each view shows, views, and texts",
   "curves": "Curves; dashed: random answers",
 }
+_CHANGES = 24  # differences that are listed
 _SHOWN = ("examples", "temperature", "images_per_second", "utilisation", "skipped_total")
 
 
@@ -31,7 +33,8 @@ class RunPage:
     total: number of steps until training ends.
     command: program and arguments that started it.
     export_format: format in which it can be exported.
-    changes: differences of its config from the default one of its method.
+    standard: the default config that it is compared with, by its method and architecture.
+    changes: fields that make it train something else than that config.
     config: config as text.
   """
 
@@ -39,6 +42,7 @@ class RunPage:
   total: int
   command: Sequence[str]
   export_format: str
+  standard: str
   changes: Sequence[str]
   config: str
 
@@ -65,7 +69,7 @@ def write_page(workdir: Path, run: RunPage, metrics: Lines) -> None:
 
 def _progress(run: RunPage, metrics: Lines) -> Iterator[Block]:
   step = max((line["step"] for line in metrics), default=0)
-  yield f"{step:,} of {run.total:,} steps."
+  yield f"{step:,} of {counted(run.total, 'step')}."
   if bad := bad_samples.total(metrics):
     yield f"Samples skipped: {bad_samples.describe(bad)}."
 
@@ -145,6 +149,8 @@ def _commands(workdir: Path, run: RunPage, metrics: Lines) -> Iterator[Block]:
 def _config(run: RunPage) -> Iterator[Block]:
   yield Heading("Config")
   if run.changes:
-    yield "Differences from the default of the method:"
-    yield Code("\n".join(run.changes))
+    yield f"What it trains differently from the default config of {run.standard}; all fields are below:"
+    others = len(run.changes) - _CHANGES
+    more = [f"... and {counted(others, 'other field')}"] if others > 0 else []
+    yield Code("\n".join([*run.changes[:_CHANGES], *more]))
   yield Code(run.config, "The whole config")

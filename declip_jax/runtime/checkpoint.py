@@ -28,11 +28,16 @@ from declip_jax.runtime.hosts import any_host, barrier, first_error
 from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.runtime.retention import KeepBest, KeepFirstOfEach, make_policy
 from declip_jax.runtime.seal import find_damage, is_sealed, read_seals, write_seal
+from declip_jax.spelling import counted
 from declip_jax.training.state import State, start_average, weights_of, with_weights
 
 Tree = Any
 _BATCH_SIZES = "batch_sizes"  # key in the JSON of the input position
 _BACK_OFF = 30.0, 600.0  # seconds until a failed save is retried: the first time, and at most
+
+
+class DoesNotFitError(ValueError):
+  """A checkpoint is of another model or optimizer than the state to restore."""
 
 
 class Restored(NamedTuple):
@@ -211,7 +216,8 @@ class Checkpoints:
     """Restores the newest undamaged checkpoint and renames the damaged ones; None if there are no checkpoints.
 
     Raises:
-      ValueError: all of them are damaged, or an undamaged one does not fit `abstract`.
+      ValueError: all of them are damaged.
+      DoesNotFitError: an undamaged one does not fit `abstract`.
     """
     damaged: dict[int, str] = {}
     failed: Exception | None = None
@@ -293,7 +299,7 @@ class Checkpoints:
     An average of the weights that the checkpoint does not have starts from its weights.
 
     Raises:
-      ValueError: the checkpoint has another model or optimizer; the message names an array that differs.
+      DoesNotFitError: the checkpoint has another model or optimizer; the message names an array that differs.
     """
     saved, training = self._manager.item_metadata(step), _training(abstract)
     counters = saved["training"].tree["skipped"]
@@ -304,8 +310,9 @@ class Checkpoints:
       items["average"] = abstract.average
     differences = [line for item, tree in items.items() for line in _differences(saved[item].tree, tree)]
     if differences:
-      more = f", and {len(differences) - 1} other arrays differ" if len(differences) > 1 else ""
-      raise ValueError(
+      others = len(differences) - 1
+      more = f", and {counted(others, 'other array')} {'differs' if others == 1 else 'differ'}" if others else ""
+      raise DoesNotFitError(
         f"checkpoint {self._folder / str(step)} does not fit the config: {differences[0]}{more}; use the config that "
         "it was saved with, or another workdir (config.init_from.path copies the arrays that fit)"
       )

@@ -15,8 +15,9 @@ ACTIVITIES = ("data", "step", *_PAUSES)
 class Clock:
   """Measures the time of a loop.
 
-  The speed is an average over about the last half minute. It leaves out saves, evaluations and the time before the
-  first update, which is mostly compilation.
+  The speed is an average over about the last half minute. It leaves out saves, evaluations, and the first step, which
+  compiles. An update comes when a step is dispatched and the one before it has finished, so the first step that counts
+  is the one after the first update with a step in flight.
 
   Args:
     start: step from which the loop starts.
@@ -38,6 +39,7 @@ class Clock:
     self._batch_size, self._devices, self._peak, self._now = batch_size, devices, peak, now
     self._first_call: float | None = None  # seconds
     self._compiled = False
+    self._in_flight = True  # whether the device is busy with a step at the next update
     self._steps, self._seconds = 0.0, 0.0  # decaying sums: their quotient is the speed
     self.roll_back(start)
 
@@ -54,7 +56,7 @@ class Clock:
 
   @property
   def images_per_second(self) -> float:
-    """Images per second over all processes; NaN before the second update."""
+    """Images per second over all processes; NaN until a step was measured."""
     return self._batch_size * self._steps / self._seconds if self._seconds else math.nan
 
   @property
@@ -85,7 +87,7 @@ class Clock:
 
   def first_step_done(self) -> str:
     """Records that the first step has finished; returns a message with its compile time and memory."""
-    self._compiled = True
+    self._compiled, self._in_flight = True, False
     memory = peak_memory()
     usage = f"; {memory:.1f} GiB of memory on a device" if memory else ""
     return f"compiled in {self._first_call:.0f} s{usage}"
@@ -98,7 +100,8 @@ class Clock:
       decay = math.exp(-seconds / _SPEED_MEMORY)
       self._steps = decay * self._steps + step - self._step
       self._seconds = decay * self._seconds + seconds
-    self._step, self._mark = step, now
+    self._step, self._mark = step, now if self._in_flight else None
+    self._in_flight = True
 
   def roll_back(self, step: int) -> None:
     """Continues from `step`; what was measured since the last line is dropped."""

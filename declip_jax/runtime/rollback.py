@@ -14,6 +14,7 @@ import jax
 
 from declip_jax.runtime import records
 from declip_jax.runtime.checkpoint import Checkpoints, Restored
+from declip_jax.spelling import counted
 from declip_jax.training.state import State
 
 
@@ -62,7 +63,7 @@ class Rollbacks:
       f"step {at}: {skipped} consecutive steps were skipped (loss, gradient or learning rate not finite, or a spike)"
     )
     if target is None or len(self) >= self._limit:
-      limit = f"the run has rolled back {len(self)} times (config.safety.max_rollbacks={self._limit})"
+      limit = f"the run has rolled back {counted(len(self), 'time')} (config.safety.max_rollbacks={self._limit})"
       raise FloatingPointError(
         f"{reason}; {limit if target is not None else 'there is no earlier checkpoint'}. Lower "
         "config.optimizer.learning_rate, inspect the data, or allow larger gradients with config.safety.spike_factor "

@@ -21,6 +21,7 @@ from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.runtime.signals import StopRequest
 from declip_jax.runtime.trace import Trace
 from declip_jax.runtime.watchdog import Watchdog
+from declip_jax.spelling import counted
 from declip_jax.training.state import State
 
 T = TypeVar("T")
@@ -205,6 +206,8 @@ class Services:
   def save(self, step: int, state: State, position: dict[str, Any]) -> None:
     """Starts to save a checkpoint."""
     self.watchdog.beat(f"checkpoint {step}")
+    with self.clock.spending("step"):
+      jax.block_until_ready(state)  # the save would wait for the step in flight, too, and the speed leaves out saves
     with self.clock.spending("save"):
       self._save(step, state, position)
 
@@ -213,8 +216,8 @@ class Services:
     newest = self.checkpoints.latest() or 0
     since = f"checkpoint {newest}" if newest else "the start"
     self.progress.message(
-      f"{signal.Signals(signum).name}: saving checkpoint {step}; Ctrl-C now would lose the {step - newest} steps since "
-      f"{since}"
+      f"{signal.Signals(signum).name}: saving checkpoint {step}; Ctrl-C now would lose "
+      f"{counted(step - newest, 'step')}, back to {since}"
     )
 
   def finish_save(self, step: int, state: State, position: dict[str, Any]) -> None:

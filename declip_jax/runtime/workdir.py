@@ -19,8 +19,10 @@ import jax
 from jax.sharding import Mesh
 
 from declip_jax import config as config_lib
+from declip_jax.methods import name_of
 from declip_jax.runtime import records
 from declip_jax.runtime.hosts import first_error
+from declip_jax.spelling import counted
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -169,7 +171,7 @@ def _changed_sources(before: Start, samples: Mapping[str, int], stamps: Mapping[
   for name, count in samples.items():
     earlier = before.samples.get(name, count)
     if earlier != count:
-      yield f"{name} had {earlier:,} samples and now has {count:,}: from here on their order is different"
+      yield f"{name} had {counted(earlier, 'sample')} and now has {count:,}: from here on their order is different"
     elif before.stamps.get(name) != stamps.get(name) and name in before.stamps and name in stamps:
       yield (
         f"{name} has as many samples as before, but its files have changed: the samples or their order may be different"
@@ -185,6 +187,45 @@ def _git_revision() -> str:
     return call([*git, "describe", "--always", "--dirty", "--abbrev=12"]).stdout.strip()
   except (OSError, subprocess.SubprocessError):
     return "unknown"
+
+
+# What determines the arrays of a checkpoint, besides the method.
+_OF_MODELS = ("config.model.", "config.data.image_size", "config.optimizer.name")
+_NAMED = 3  # differences in a message
+
+
+def about_other_run(workdir: Path, config: str) -> str:
+  """What the run in a working directory has that a config does not ask for, and what to do, in a line.
+
+  Args:
+    workdir: working directory, with a checkpoint that does not fit the config.
+    config: config as JSON.
+
+  Returns:
+    A message with both methods or, if they are the same, with the fields of the model that differ; "" if neither does.
+  """
+  before, now = read_config(workdir), config_lib.parse_json(config)
+  if before is None:
+    return ""
+  there, here = _method(before), _method(now)
+  models = [line for line in differences(before, now) if line.startswith(_OF_MODELS)]
+  if there != here:
+    what = f"a run of the method {there}, but the config asks for {here}"
+  elif models:
+    shown = "; ".join(models[:_NAMED]) + (" ..." if len(models) > _NAMED else "")
+    what = f"a run of another model than the config asks for ({shown})"
+  else:
+    return ""
+  return (
+    f"{workdir} has {what}: choose another --workdir, where --config.init_from.path={workdir} starts from the weights "
+    f"of this run, or resume this run with --config={workdir / 'config.json'}"
+  )
+
+
+def _method(fields: Mapping[str, Any]) -> str:
+  """The method of a config that older versions may have written."""
+  terms = {term for term, own in fields.get("objective", {}).items() if own.get("weight")}
+  return name_of(fields.get("data", {}).get("recipe", ""), terms)
 
 
 _OF_USERS = ("config.evals", "config.stages", "config.trackers")  # what they contain is named by the config

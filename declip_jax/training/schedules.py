@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import optax
 
+from declip_jax.spelling import counted
 from declip_jax.training.optim import check_finite, check_name
 
 Schedule = Callable[[Int[Array, "*steps"]], Float[Array, "*steps"]]
@@ -54,13 +55,15 @@ class ScheduleSettings:
     check_finite({f"milestones[{step}]": factor for step, factor in self.milestones})
     if self.warmup > self.total_steps:
       raise ValueError(
-        f"config.optimizer.warmup is {self.warmup} steps, longer than the {self.total_steps} steps of the run or of "
-        "the stage: set --config.optimizer.warmup.steps to at most that, or lengthen the duration"
+        f"config.optimizer.warmup is {counted(self.warmup, 'step')}, longer than the run or the stage of "
+        f"{counted(self.total_steps, 'step')}: set --config.optimizer.warmup.steps to at most that, or "
+        "lengthen the duration"
       )
     longest = self.total_steps - self.warmup
     if self.schedule == "cooldown" and not 0 < self.cooldown <= longest:
       raise ValueError(
-        f"config.optimizer.cooldown is {self.cooldown} steps: choose 1 to {longest}, the steps after the warm-up"
+        f"config.optimizer.cooldown is {counted(self.cooldown, 'step')}: choose 1 to {longest}, the steps "
+        "after the warm-up"
       )
     if self.schedule == "step" and (not self.milestones or any(factor < 0 for _, factor in self.milestones)):
       raise ValueError(

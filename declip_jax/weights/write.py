@@ -22,7 +22,6 @@ _EXPORTED = ("joint", "sigmoid")  # heads that open_clip also has
 # timm's names of vision transformers with a patch bias and without a norm before the blocks, by (width, depth, heads).
 _TIMM_SIZES = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large"}
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
-_LARGEST_FOLD_ERROR = 1e-4  # when a bias is moved into a norm, relative to the bias
 
 
 def write(weights: Weights, folder: str | os.PathLike[str], format: str) -> list[str]:
@@ -307,18 +306,21 @@ def _fold_patch_bias(tensors: StateDict, notes: list[str]) -> None:
 
 
 def _fold_text_bias(tensors: StateDict, notes: list[str]) -> None:
-  """Moves the bias of the text projection into the norm before it, if it is in the range of the projection."""
-  kernel, bias = tensors.pop("text_projection.weight").astype(np.float64), tensors.pop("text_projection.bias")
-  shift = np.linalg.lstsq(kernel, bias.astype(np.float64), rcond=None)[0]
-  error = np.abs(kernel @ shift - bias).max() / max(np.abs(bias).max(), 1e-12)
-  if not error < _LARGEST_FOLD_ERROR:
-    raise ValueError(
-      "the text projection of Hugging Face's CLIPModel has no bias, and this bias cannot be moved into the norm before "
-      f"it, from {kernel.shape[1]} to {bias.size} dimensions; open_clip's format has a bias"
-    )
-  tensors["ln_final.bias"] = (tensors["ln_final.bias"] + shift).astype(np.float32)
-  tensors["text_projection"] = np.array(kernel.T, np.float32, order="C")
-  notes.append("changed: the bias of the text projection was moved into the norm before it, which is equivalent")
+  """Moves the bias of the text projection into the projection and the norm before it, which is equivalent.
+
+  What a norm gives before its scale and bias sums to 0, so a row of the projection may have any number added to all of
+  its weights. Here it is the one with which a norm of scale 1 and bias 1 gives the constant part of the embedding.
+  """
+  names = ("text_projection.weight", "text_projection.bias", "ln_final.weight", "ln_final.bias")
+  kernel, bias, scale, shift = (tensors.pop(name).astype(np.float64) for name in names)
+  scaled = kernel * scale
+  scaled += ((kernel @ shift + bias - scaled.sum(axis=1)) / scale.size)[:, None]
+  tensors["ln_final.weight"] = tensors["ln_final.bias"] = np.ones(scale.shape, np.float32)
+  tensors["text_projection"] = np.array(scaled.T, np.float32, order="C")
+  notes.append(
+    "changed: the bias of the text projection was moved into the projection and the norm before it; embeddings are the "
+    "same, other states after this norm are not"
+  )
 
 
 def _save(folder: Path, name: str, tensors: Mapping[str, np.ndarray]) -> None:

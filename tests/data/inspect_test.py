@@ -61,7 +61,7 @@ def test_samples_are_described(shards):
   lines = described(shards / "s.tar").splitlines()
   found = {line[:13].strip(): line[13:] for line in lines[1:]}
   assert lines[0] == f"webdataset:{shards}/s.tar"
-  assert found["samples"] == "10, of which 10 were tried"
+  assert found["samples"] == "10, 10 of them tried"
   assert found["fields"] == "image, captions (75.0%), label (25.0%)"
   assert found["images"] == "7 JPEG, 1 PNG"
   assert found["width"] == "40 to 100, median 44"  # of 40 to 46 and 100: 43.5
@@ -71,7 +71,7 @@ def test_samples_are_described(shards):
   assert found["tokens"].startswith("3 to 82, median ")
   assert "10.0% of the captions have more than 77" in found["tokens"]
   assert found["classes"] == "2 names: cat, hot dog"
-  assert found["seen"] == "2, 1 to 1, median 1 times each"
+  assert found["seen"] == "2, 1 to 1, median 1 per class"
   assert found["bad"] == "2 of 10 (20.0%)"
   assert any("s.tar:8: " in line for line in lines)
   assert any("s.tar:9: " in line for line in lines)
@@ -176,7 +176,7 @@ def test_a_contact_sheet_has_captions_classes_and_bad_samples(shards, tmp_path, 
   source = open_source(guess(str(shards)))
   draw(source, *read_samples(source, 10), tmp_path / "s.png")
   title, *tiles = drawn
-  assert title == f"{source.name}: 10 samples, of which 10 were tried and 2 are bad"
+  assert title == f"{source.name}: 10 samples, 10 of them tried, 2 of these bad"
   texts = [(tile.name, tile.text) for tile in tiles if tile.picture is not None]
   assert texts[4:7] == [("", "one"), ("hot dog", ""), ("cat", "北京")]
   assert len(texts) == 8
@@ -459,7 +459,7 @@ def test_the_command_fails_if_every_sample_is_bad(tmp_path, monkeypatch, capsys,
   for number, image in enumerate(images):
     (tmp_path / f"{number}.png").write_bytes(image)
   with (
-    pytest.raises(ValueError, match=r"none of the 1 samples .* can be used, such as 0\.png: ")
+    pytest.raises(ValueError, match=r"no usable sample among 1 tried; the first: 0\.png: ")
     if len(images) == 1
     else (contextlib.nullcontext())
   ):

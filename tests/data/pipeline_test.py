@@ -206,7 +206,7 @@ def test_file_that_cannot_be_read_is_a_bad_example() -> None:
 
 
 def test_source_without_anything_usable_is_an_error() -> None:
-  with pytest.raises(ValueError, match=r"numbers: 100 examples in a row .* numbers:"):
+  with pytest.raises(ValueError, match=r"numbers: none of 100 random draws from 3 samples .* numbers:"):
     rows(Numbers(3, broken=(0, 1, 2)))[0]
 
 
@@ -217,7 +217,7 @@ def test_captions_are_required_only_if_the_recipe_reads_them() -> None:
   silent = Numbers(20, blank=tuple(range(20)))
   got = pipeline.training_samples(Mixture((silent,), needs_caption=False), say_pixel, 0)
   assert sorted(int(got[index]["value"]) for index in range(20)) == list(range(20))
-  with pytest.raises(ValueError, match="100 examples in a row .*no caption"):
+  with pytest.raises(ValueError, match="none of 100 random draws from 20 samples .*no caption"):
     pipeline.training_samples(Mixture((silent,)), say_pixel, 0)[0]
 
 
@@ -383,7 +383,7 @@ def test_sources_with_only_classes_require_templates() -> None:
 
 def test_sources_without_captions_are_rejected_but_not_those_with_few_or_unreadable_ones() -> None:
   blank = tuple(range(200))
-  with pytest.raises(ValueError, match=r"numbers has no captions: none of 100 samples"):
+  with pytest.raises(ValueError, match=r"numbers has no captions: found none in 100 samples tried"):
     Mixture((Numbers(200, blank=blank, classnames=()),), templates=("{}",)).check_captions()
   Mixture((Numbers(200, blank=blank[:-2], classnames=()),)).check_captions()
   Mixture((Unreadable(200, classnames=()),)).check_captions()  # the pipeline says what is wrong with them

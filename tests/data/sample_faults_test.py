@@ -583,10 +583,10 @@ def test_a_dead_mount_ends_the_run_with_the_exit_code_after_which_launchers_rest
   with pytest.raises(BadSample) as bad:
     read_example(Broken(40, number=number), 7)
   assert bad.value.kind == "read error"
-  with pytest.raises(OSError, match=r"faulty: 100 examples in a row.*/mount/") as caught:
+  with pytest.raises(OSError, match=r"faulty: none of 100 random draws from 40 samples .*/mount/") as caught:
     next(_stream(Broken(40, number=number)))
   assert command_line.report(caught.value) == command_line.IO_EXIT_CODE
-  with pytest.raises(ValueError, match="100 examples in a row") as caught:
+  with pytest.raises(ValueError, match="none of 100 random draws") as caught:
     next(_stream(Broken(40, number=errno.EACCES)))
   assert command_line.report(caught.value) == 2
 
@@ -653,7 +653,7 @@ def test_a_mount_that_delivers_nothing_in_time_ends_an_evaluation() -> None:
 
   with pytest.raises(OSError, match="faulty: 5 examples in a row"):
     _evaluate(Stuck(5))
-  with pytest.raises(OSError, match="faulty: 100 examples in a row"):
+  with pytest.raises(OSError, match="faulty: none of 100 random draws"):
     next(_stream(Stuck(40)))
 
 

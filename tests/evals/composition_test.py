@@ -387,9 +387,9 @@ class Listed(list):
 
 def test_images_without_two_captions_are_named():
   source = Listed([{"image": np.zeros((8, 8, 3), np.uint8), "captions": ("a 1",), "label": -1, "id": "a.png"}])
-  with pytest.raises(ValueError, match="listed: sample 0 has 1 captions"):
+  with pytest.raises(ValueError, match="listed: sample 0 has 1 caption:"):
     composition(data(source), None)
-  with pytest.raises(ValueError, match="listed: sample 0 has 1 captions"):
+  with pytest.raises(ValueError, match="listed: sample 0 has 1 caption:"):
     check(source, "config.evals.mine")
 
 

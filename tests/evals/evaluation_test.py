@@ -345,7 +345,7 @@ def test_images_of_finished_blocks_count_neither_in_a_plan_nor_on_the_bar(
   with pytest.raises(KeyboardInterrupt):
     replace(plain, encoders=replace(plain.encoders, image=fail_later)).run(jobs)
   again = evaluation(tmp_path, cache=True)
-  assert again.plan(jobs)[1] == "1 of 1 results to compute, 3 images to encode"
+  assert again.plan(jobs)[1] == "1 of 1 result to compute, 3 images to encode"
   assert again._images_to_encode(jobs) == 3
   monkeypatch.setattr(jax, "process_count", lambda: 4)
   monkeypatch.setattr(evaluation_lib, "from_first", lambda mine: mine)

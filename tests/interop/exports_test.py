@@ -41,6 +41,9 @@ ARCHITECTURES = {
   "tiny DeCLIP": tiny(
     architectures.vit(8, 64, 2, 2), architectures.text(64, 2, vocab_size=49409), image_size=32, text_bias=True
   ),
+  "tiny DeCLIP, wider joint space": architectures.Architecture(
+    architectures.vit(8, 64, 2, 2), architectures.text(64, 2, vocab_size=49409), 96, 32, text_bias=True
+  ),
   **{name: architectures.ARCHITECTURES[name] for name in ("ViT-B/32", "RN50")},
 }
 

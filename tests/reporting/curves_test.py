@@ -1,5 +1,6 @@
 """The curves of a run: which panels there are, what they show, and the values of random answers."""
 
+import dataclasses
 import math
 
 from matplotlib.axes import Axes
@@ -95,6 +96,15 @@ def test_neighbours_are_shown_once_the_bank_is_full(tmp_path, figures):
   for row in rows[:2]:
     row["loss/nns"] = 6.5  # the released code does not wait for the bank
   assert "bank full by step 2" not in labels(drawn(figures, rows, tmp_path)["loss"])
+
+
+def test_the_ends_of_stages_are_marked_once_they_are_reached(tmp_path, figures):
+  run = dataclasses.replace(RUN, stages={"low": 3, "$x$ of the middle": 7, "later": 12})
+  shown = drawn(figures, rows_of_a_run(10), tmp_path, run)
+  shown.pop("", None)  # empty places
+  for axes in shown.values():
+    assert [line.get_xdata() for line in axes.lines if line.get_linewidth() == 0.6] == [[3, 3], [7, 7]]
+    assert [text.get_text().strip() for text in axes.texts] == ["low", "$x$ of ..."]
 
 
 def test_a_total_that_equals_its_only_term_is_drawn_once(tmp_path, figures):

@@ -63,7 +63,10 @@ def test_groups_of_heads_are_described() -> None:
 
 def test_a_run_that_resumes_names_its_step_and_what_has_changed() -> None:
   assert describe(200)[3:] == ["resuming from step 200", "changed since the last start: config.seed: 0 -> 1"]
-  assert "1,000" in describe(1000)[3]
+  assert describe(1000) == [
+    "nothing to train: this run has done all of its 1,000 steps",
+    "changed since the last start: config.seed: 0 -> 1",
+  ]
 
 
 @pytest.mark.parametrize(("name", "augment_on"), [("declip", "host"), ("finetune", "device")])
@@ -101,9 +104,20 @@ def test_views_are_drawn_with_what_made_them(
   notes = [dict(zip(text_names, example.notes, strict=True)) for example in examples]
   assert all(own["augmented"].split(",")[0] in RECIPES[name].text_operations for own in notes)
   masked = [int(plain[number]["mlm_weight"].sum()) for number in range(len(examples))]
-  assert [own["masked"] for own in notes] == [f"{count} to predict" if count else "" for count in masked]
+  assert [own["masked"] for own in notes] == [f"{count} to predict, in brackets" if count else "" for count in masked]
+  marked = [dict(zip(text_names, example.texts, strict=True))["masked"].count("[") for example in examples]
+  assert marked == masked
   for example, own in zip(examples, notes, strict=True):
     assert own["augmented"].endswith("unchanged") == (example.texts[0] == example.texts[1])
+
+
+def test_tokens_to_predict_are_marked_by_what_replaced_them() -> None:
+  tokenizer = Tokenizer(16)
+  ids = tokenizer(["a big dog on a red mat"])[0].tolist()
+  targets = {3: ids[3], 6: ids[6], 7: ids[7]}  # dog, red, mat
+  ids[3], ids[6] = tokenizer.mask, ids[2]
+  assert opening._marked(ids, targets, tokenizer) == "a big [mask: dog] on a [big: red] [mat]"
+  assert opening._marked(ids, {}, tokenizer) == tokenizer.decode(ids)
 
 
 def test_each_evaluator_has_a_line() -> None:
@@ -131,3 +145,4 @@ def test_a_run_ends_with_its_scores_beside_chance(tmp_path: Path) -> None:
   (tmp_path / "index.html").touch()
   *_, page = closing_lines(tmp_path, {}, [])
   assert page.endswith(str(tmp_path / "index.html"))
+  assert "without --steps" in [*closing_lines(tmp_path, {}, [], is_try=True)][-1]

@@ -43,6 +43,18 @@ def test_speed_leaves_out_compilation_saves_and_evaluations(time: Time, activity
   assert clock.images_per_second == pytest.approx(128)
 
 
+def test_speed_begins_with_the_first_step_that_is_measured_whole(time: Time) -> None:
+  clock = Clock(0, 64, now=time)
+  with clock.compiling():
+    pass
+  clock.first_step_done()
+  update(clock, time, [1], 300.0)
+  update(clock, time, [2], 0.001)  # dispatched, and there is no earlier one to wait for
+  assert math.isnan(clock.images_per_second)
+  update(clock, time, [3], 0.5)
+  assert clock.images_per_second == pytest.approx(128)
+
+
 def test_speed_includes_the_time_that_is_spent_on_data_and_steps(time: Time) -> None:
   clock = Clock(0, 64, now=time)
   update(clock, time, [1], 1.0)

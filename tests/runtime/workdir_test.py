@@ -169,3 +169,22 @@ def test_stages_evaluations_and_trackers_that_only_one_config_has_are_difference
     "config.stages.low: None -> 2",
     "config.trackers.mine: None -> 'f'",
   ]
+
+
+def test_a_directory_of_another_method_or_model_is_described_in_a_line(tmp_path: Path) -> None:
+  saved = tiny_config("clip")
+  (tmp_path / "config.json").write_text(saved.to_json_best_effort())
+
+  def about(**changes: int) -> str:
+    c = saved.copy_and_resolve_references()
+    c.update_from_flattened_dict(changes)
+    return workdir_lib.about_other_run(tmp_path, c.to_json_best_effort())
+
+  method = workdir_lib.about_other_run(tmp_path, tiny_config("declip").to_json_best_effort())
+  assert f"{tmp_path} has a run of the method clip, but the config asks for declip: choose another --workdir" in method
+  assert str(tmp_path / "config.json") in method
+  assert "(config.model.image.width: 32 -> 64; config.model.text.depth: 2 -> 3)" in about(
+    **{"model.image.width": 64, "model.text.depth": 3, "seed": 1}
+  )
+  assert about(seed=1) == ""
+  assert "\n" not in method

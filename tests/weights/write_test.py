@@ -23,7 +23,7 @@ from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.methods import METHODS, SUPERVISED
 from declip_jax.weights.read import from_state_dict, read, read_run
 from declip_jax.weights.vocabulary import merges, vocabulary
-from declip_jax.weights.write import FORMATS, write
+from declip_jax.weights.write import FORMATS, _fold_text_bias, write
 
 SETTINGS = {
   "openai_vit": reference.TOLD,
@@ -68,7 +68,8 @@ def test_files_read_back_equal_the_model(name: str, format: str, tmp_path: Path)
   moved = ()
   if (name, format) == ("declip", "huggingface"):
     assert any("bias of the text projection" in note for note in notes)
-    moved = ("towers/text/final_norm/bias", "heads/text_projection/bias")
+    moved = ("towers/text/final_norm/scale", "towers/text/final_norm/bias")
+    moved += ("heads/text_projection/kernel", "heads/text_projection/bias")
   ours, theirs = (flatten_dict(x.params, sep="/") for x in (weights, again))
   if format == "orbax":
     assert ours.keys() == theirs.keys()
@@ -115,6 +116,22 @@ def test_open_clip_files_keep_every_tensor(name: str, tmp_path: Path) -> None:
   for key, tensor in sd.items():
     assert (written[key].dtype, written[key].shape) == (tensor.dtype, tensor.shape), key
     assert written[key].tobytes() == tensor.tobytes(), key
+
+
+@pytest.mark.parametrize(("width", "embed_dim"), [(8, 16), (16, 8)])
+def test_hugging_face_text_embeddings_keep_the_bias_of_the_projection(width: int, embed_dim: int) -> None:
+  rng = np.random.default_rng(0)
+  normed = rng.normal(size=(5, width))
+  normed -= normed.mean(axis=1, keepdims=True)
+  shapes = {"text_projection.weight": (embed_dim, width), "text_projection.bias": embed_dim}
+  shapes |= {"ln_final.weight": width, "ln_final.bias": width}
+  before = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+  after = dict(before)
+  _fold_text_bias(after, [])
+  assert after.keys() == {"text_projection", "ln_final.weight", "ln_final.bias"}
+  states = [normed * of["ln_final.weight"] + of["ln_final.bias"] for of in (before, after)]
+  expected = states[0] @ before["text_projection.weight"].T + before["text_projection.bias"]
+  np.testing.assert_allclose(states[1] @ after["text_projection"], expected, atol=1e-5)
 
 
 def test_hugging_face_files_keep_every_tensor(tmp_path: Path) -> None:

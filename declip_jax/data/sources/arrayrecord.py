@@ -35,8 +35,9 @@ import msgpack
 import numpy as np
 
 from declip_jax.data.sources import lists, tf_example
-from declip_jax.data.sources.base import BadSample, Example, bad_sample
-from declip_jax.data.storage import copies, files, indexes, layouts, patterns, remote, tf_examples
+from declip_jax.data.sources.base import BadSample, Example, OfFiles, bad_sample
+from declip_jax.data.storage import copies, files, indexes, patterns, remote, tf_examples
+from declip_jax.spelling import counted
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
@@ -75,11 +76,11 @@ class _Files(NamedTuple):
   kinds: dict[str, str] | None
 
 
-class ArrayRecord:
+class ArrayRecord(OfFiles):
   """Files of records as a `Source`; make it with `open_arrayrecord`."""
 
   def __init__(self, name: str, index: Path):
-    self.name = name
+    super().__init__(name)
     self._index = index
     self._keys: tf_example.Keys | None = None
 
@@ -97,24 +98,14 @@ class ArrayRecord:
     """Changes with the files and with the names of classes."""
     return f"{self._index.stem}-{indexes.digest(self.classnames)}"
 
-  @cached_property
-  def classnames(self) -> tuple[str, ...]:
-    """Line i of classnames.txt, see `layouts.find`, is class i; empty without that file."""
-    return layouts.classnames(self._files.paths[0])
-
-  @cached_property
-  def templates(self) -> tuple[str, ...]:
-    """Prompt templates next to the data, see `layouts.templates`; empty without that file."""
-    return layouts.templates(self._files.paths[0])
+  @property
+  def _first_file(self) -> str:
+    return self._files.paths[0]
 
   @property
   def skipped(self) -> dict[str, int]:
     """The number of damaged files; the conversion skipped bad samples."""
     return {"damaged record": self._files.damaged} if self._files.damaged else {}
-
-  @property
-  def left_out(self) -> dict[str, int]:
-    return {}
 
   def __len__(self) -> int:
     return self._files.ends[-1]
@@ -126,8 +117,7 @@ class ArrayRecord:
       IndexError: `index` is not in `range(len(self))`.
       BadSample: the record is damaged, too large or of another kind, or its file is missing.
     """
-    if not 0 <= index < len(self):
-      raise IndexError(f"{self.name}: no record {index}, there are {len(self)}")
+    self._check(index, "record")
     paths, stamps, ends, *_ = self._files
     file = bisect_right(ends, index)
     position = index - (ends[file - 1] if file else 0)
@@ -157,9 +147,6 @@ class ArrayRecord:
   def __getstate__(self) -> dict[str, Any]:
     return {"name": self.name, "_index": self._index, "_keys": self._keys, "stamp": self.stamp}
 
-  def __repr__(self) -> str:
-    return f"ArrayRecord({self.name!r})"
-
 
 def open_arrayrecord(location: str) -> ArrayRecord:
   """Opens "PATTERN", or "PATTERN?image=KEY&caption=KEY,KEY&label=KEY"; counts the records the first time.
@@ -183,7 +170,7 @@ def open_arrayrecord(location: str) -> ArrayRecord:
   build = partial(_build, paths=paths, stamps=stamps)
   source = ArrayRecord(f"arrayrecord:{location}", indexes.find_or_build(stamp, paths[0], build, ".json"))
   if not len(source):
-    raise ValueError(f"{source.name}: no record in {len(paths)} files")
+    raise ValueError(f"{source.name}: no record in {counted(len(paths), 'file')}")
   if (kinds := source._files.kinds) is not None:
     source._keys = tf_example.choose(kinds, wanted, source.classnames, source.name)
     logging.info("%s: %s", source.name, source._keys)

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 import errno
+from functools import cached_property
 from typing import Protocol, TypedDict, runtime_checkable
 
 from jaxtyping import Int8
 import numpy as np
 
-from declip_jax.data.storage import files
+from declip_jax.data.storage import files, layouts
 from declip_jax.data.text.cleaning import has_text
 
 # The kinds of bad samples.
@@ -160,7 +161,62 @@ class Source(Protocol):
     ...
 
 
-class Wrapper:
+class Named:
+  """A source with its name, of which nothing was skipped or left out when it was opened.
+
+  Args:
+    name: the spec that opened the source.
+  """
+
+  def __init__(self, name: str):
+    self.name = name
+
+  @property
+  def skipped(self) -> dict[str, int]:
+    """Numbers of skipped samples by kind."""
+    return {}
+
+  @property
+  def left_out(self) -> dict[str, int]:
+    """Numbers of files that belong to no sample, by suffix."""
+    return {}
+
+  def __len__(self) -> int:
+    raise NotImplementedError
+
+  def _check(self, index: int, noun: str = "sample") -> None:
+    """Rejects an index without a sample.
+
+    Raises:
+      IndexError: `index` is not in `range(len(self))`.
+    """
+    if not 0 <= index < len(self):
+      raise IndexError(f"{self.name}: no {noun} {index}, there are {len(self)}")
+
+  def __repr__(self) -> str:
+    return f"{type(self).__name__}({self.name!r})"
+
+
+class OfFiles(Named):
+  """A source of files with the names of classes and the prompt templates beside them."""
+
+  @property
+  def _first_file(self) -> str:
+    """The path of the first file."""
+    raise NotImplementedError
+
+  @cached_property
+  def classnames(self) -> tuple[str, ...]:
+    """Line i of classnames.txt, see `layouts.find`, is class i; empty without that file."""
+    return layouts.classnames(self._first_file)
+
+  @cached_property
+  def templates(self) -> tuple[str, ...]:
+    """Prompt templates next to the data, see `layouts.templates`; empty without that file."""
+    return layouts.templates(self._first_file)
+
+
+class Wrapper(Named):
   """A source around another one, of which it has a part, or all with other images.
 
   Args:
@@ -169,7 +225,7 @@ class Wrapper:
   """
 
   def __init__(self, name: str, source: Source):
-    self.name = name
+    super().__init__(name)
     self._source = source
 
   @property
@@ -195,9 +251,6 @@ class Wrapper:
   def stamp(self) -> str:
     """The stamp of the other source; the names of the two differ."""
     return self._source.stamp
-
-  def __repr__(self) -> str:
-    return f"{type(self).__name__}({self.name!r})"
 
 
 def read_example(source: Source, index: int) -> Example:

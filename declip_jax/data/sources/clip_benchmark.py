@@ -31,6 +31,7 @@ from declip_jax.data.sources.base import BadSample, Example
 from declip_jax.data.sources.webdataset import Fields, WebDataset, index_shards
 from declip_jax.data.storage import files, indexes, layouts, texts
 from declip_jax.data.storage.bounded import short
+from declip_jax.spelling import counted
 
 TYPES = ("classification", "multilabel", "retrieval")
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}  # of .npy
@@ -85,7 +86,7 @@ class ClipBenchmark(WebDataset):
       if found and classes not in found:
         raise ValueError(
           f"{self.name}: its .npy have labels for {', '.join(map(str, sorted(found)))} classes, but classnames.txt "
-          f"has {classes} names"
+          f"has {counted(classes, 'name')}"
         )
 
   def _label_counts(self) -> Iterator[int]:
@@ -110,9 +111,6 @@ class ClipBenchmark(WebDataset):
 
   def __getstate__(self) -> dict[str, Any]:
     return super().__getstate__() | {"_root": self._root, "_kind": self._kind, "_groups": self._groups}
-
-  def __repr__(self) -> str:
-    return f"ClipBenchmark({self.name!r})"
 
 
 def open_clip_benchmark(location: str) -> ClipBenchmark:

@@ -16,6 +16,7 @@ from declip_jax.data.sources.base import BadSample
 from declip_jax.data.sources.lists import Entry
 from declip_jax.data.storage import files, layouts, patterns, remote, texts
 from declip_jax.data.storage.reach import NotAllowedError, Reach
+from declip_jax.spelling import counted
 
 _STRAY = 0.1  # share of images with a text below which folders are classes nevertheless
 _SUFFIXES = 20  # of files that are left out, those of most files
@@ -129,7 +130,7 @@ def open_folder(location: str) -> Folder:
   captioned = bool(used_texts)
   if captioned and len(classes) > 1 and used_texts.total() < _STRAY * images:
     captioned, left_out = False, left_out + used_texts
-    few = f"{used_texts.total()} of {images} images have a text"
+    few = f"{used_texts.total()} of {counted(images, 'image')} have a text"
     logging.warning("%s: only %s; these texts are left out, and the folders are the classes", name, few)
   if classes and all(map(layouts.is_split, classes)) and not captioned:
     first = min(classes, key=lambda split: (layouts.split_of(split) != "train", split))

@@ -10,6 +10,7 @@ from fractions import Fraction
 import math
 
 from declip_jax.data.sources.base import Example, Source, Wrapper
+from declip_jax.spelling import counted
 
 _ROUNDS = 4
 _MASK = 2**64 - 1
@@ -32,8 +33,7 @@ class Subset(Wrapper):
       IndexError: `index` is not in `range(len(self))`.
       BadSample: raised by the source.
     """
-    if not 0 <= index < len(self):
-      raise IndexError(f"{self.name}: no sample {index}, there are {len(self)}")
+    self._check(index)
     return self._source[shuffled(self._start + index, len(self._source))]
 
 
@@ -70,7 +70,10 @@ def _open(kind: str, location: str, open_source: Callable[[str], Source]) -> Sub
   total = len(source)
   cut = min(round(size * total) if size < 1 else int(size) for size in sizes)
   if not 0 < cut < total:
-    raise ValueError(f"{name}: {text} of {total} samples is {'none' if not cut else 'all'} of them")
+    which, remedy = ("all", "smaller") if cut else ("none", "larger")
+    raise ValueError(
+      f"{name}: {text} of {counted(total, 'sample')} is {which} of them: hold out a {remedy} part, or add samples"
+    )
   return Subset(name, source, *((0, cut) if kind == "heldout" else (cut, total)))
 
 

@@ -17,7 +17,7 @@ from absl import logging
 import numpy as np
 
 from declip_jax.data.sources import lists, values
-from declip_jax.data.sources.base import BadSample, Example, Marks, bad_sample
+from declip_jax.data.sources.base import BadSample, Example, Marks, Named, bad_sample
 from declip_jax.data.storage import copies, files, indexes, remote
 from declip_jax.data.storage.reach import NotAllowedError, Reach
 
@@ -37,7 +37,7 @@ class _Columns(NamedTuple):
   groups: tuple[str, ...] = ()
 
 
-class HuggingFace:
+class HuggingFace(Named):
   """A data set as a `Source`; make it with `open_huggingface` or `from_huggingface`.
 
   Args:
@@ -49,7 +49,7 @@ class HuggingFace:
   """
 
   def __init__(self, name: str, dataset: Any, columns: _Columns, reach: Reach, location: str | None):
-    self.name = name
+    super().__init__(name)
     self._dataset, self._columns, self._reach, self._location = dataset, columns, reach, location
 
   @cached_property
@@ -88,14 +88,6 @@ class HuggingFace:
         break
     return f"{self._dataset._fingerprint}-{indexes.digest(found)}" if any(found) else self._dataset._fingerprint
 
-  @property
-  def skipped(self) -> dict[str, int]:
-    return {}  # samples are not checked in advance
-
-  @property
-  def left_out(self) -> dict[str, int]:
-    return {}
-
   def __len__(self) -> int:
     return len(self._dataset)
 
@@ -106,8 +98,7 @@ class HuggingFace:
       IndexError: `index` is not in `range(len(self))`.
       BadSample: its image is missing or cannot be read, or it has neither caption nor label.
     """
-    if not 0 <= index < len(self):
-      raise IndexError(f"{self.name}: no example {index}, there are {len(self)}")
+    self._check(index, "example")
     record, columns = self._dataset[int(index)], self._columns
     place = f"{self.name}, example {index}"
     try:
@@ -147,9 +138,6 @@ class HuggingFace:
       return _reopen, (self._location,), {"stamp": self.stamp}
     return HuggingFace, (self.name, self._dataset, self._columns, self._reach, None)
 
-  def __repr__(self) -> str:
-    return f"HuggingFace({self.name!r})"
-
 
 def open_huggingface(location: str) -> HuggingFace:
   """Opens a folder of `dataset.save_to_disk`: "PATH", "PATH:SPLIT" or "PATH:SPLIT?image=..&caption=..&label=..".
@@ -180,9 +168,7 @@ def open_huggingface(location: str) -> HuggingFace:
   path = _path(source._dataset[index][source._columns.image])
   given = "root" in lists.parse(location, _ROLES, "PATH or PATH:SPLIT")[1]
   advice = lists.missing_advice(path, str(source._reach.root), given) if path and first.kind == "missing file" else ""
-  raise FileNotFoundError(
-    f"none of {len(errors)} images tried can be read: {first}" + (f"; {advice}" if advice else "")
-  )
+  raise FileNotFoundError(f"no readable image among {len(errors)} tried: {first}" + (f"; {advice}" if advice else ""))
 
 
 def _reopen(location: str) -> HuggingFace:

@@ -26,11 +26,12 @@ from absl import logging
 import numpy as np
 import pyarrow as pa
 
-from declip_jax.data.sources.base import BadSample, Example, Marks, bad_sample
+from declip_jax.data.sources.base import BadSample, Example, Marks, Named, bad_sample
 from declip_jax.data.storage import files, indexes, layouts, remote
 from declip_jax.data.storage.bounded import LONGEST
 from declip_jax.data.storage.reach import NotAllowedError, Reach
 from declip_jax.reporting import progress
+from declip_jax.spelling import did_you_mean
 
 IMAGE_NAMES = ("image", "filename", "file_name", "filepath", "file_path", "file", "path", "img", "img_path", "img_name")
 IMAGE_NAMES += ("image_path", "image_name", "image_file", "image_filename", "image_filepath")
@@ -111,7 +112,7 @@ class MarkNames(NamedTuple):
 NO_MARKS = MarkNames()
 
 
-class ListSource:
+class ListSource(Named):
   """A list as a `Source`. Reads an image from the path of its entry; subclasses may override that.
 
   Args:
@@ -122,7 +123,7 @@ class ListSource:
   """
 
   def __init__(self, name: str, index: Path, reach: Reach = _BELOW):
-    self.name = name
+    super().__init__(name)
     self._index, self._reach = index, reach
 
   @cached_property
@@ -168,10 +169,6 @@ class ListSource:
     """Numbers of samples with an invalid entry or without a caption, by kind, counted when the list was indexed."""
     return dict(self._about["skipped"])
 
-  @property
-  def left_out(self) -> dict[str, int]:
-    return {}  # a list names all of its images
-
   @cached_property
   def stamp(self) -> str:
     """Changes with the list, the names of classes, and local files of up to `STAMPED` samples, see `size_and_time`.
@@ -192,8 +189,7 @@ class ListSource:
       IndexError: `index` is not in `range(len(self))`.
       BadSample: its image cannot be read.
     """
-    if not 0 <= index < len(self):
-      raise IndexError(f"{self.name}: no sample {index}, there are {len(self)}")
+    self._check(index)
     entry = self.entry(index)
     name = self._about["files"][entry.file].rpartition("/")[2]
     place = entry.path if entry.record < 0 else f"{name}:{entry.record}"
@@ -243,9 +239,6 @@ class ListSource:
 
   def __getstate__(self) -> dict[str, Any]:
     return {"name": self.name, "_index": self._index, "_reach": self._reach, "stamp": self.stamp}
-
-  def __repr__(self) -> str:
-    return f"{type(self).__name__}({self.name!r})"
 
 
 def index_list(
@@ -305,7 +298,7 @@ def checked(source: ListSource) -> ListSource:
   entry = source.entry(index)
   given = source._reach.root is not None
   help = missing_advice(entry.path or "", source._folder(entry), given) if first.kind == "missing file" else ""
-  tried = f"none of {len(errors)} images tried can be read: {first}"
+  tried = f"no readable image among {len(errors)} tried: {first}"
   if first.kind == "read error":
     raise OSError(errno.EIO, f"{source.name}: {tried}")
   raise FileNotFoundError(f"{source.name}: {tried}" + (f"; {help}" if help else ""))
@@ -414,7 +407,8 @@ def choose(
     chosen = [wanted] if wanted in columns or not several else wanted.split(",")
     for column in chosen if wanted else []:
       if column not in columns:
-        raise ValueError(f"{place}: no column {column!r} for the {role}; the columns are {list(columns)}")
+        hint = did_you_mean(column, columns)
+        raise ValueError(f"{place}: no column {column!r} for the {role}; the columns are {list(columns)}{hint}")
     return tuple(chosen) if wanted else ()
   plain = {column: _plain(column, numbered=several) for column in columns}
   likely = [column for column in plain if plain[column] in names]
@@ -467,8 +461,10 @@ def _build(
   usable = _usable(read_entries(), skipped, first_bad)
   first = next(usable, None)
   if first is None:
-    reason = f"; the first: {first_bad[0]}" if first_bad else ""
-    raise ValueError(f"{name}: no usable sample, skipped {dict(skipped)}{reason}")
+    if not first_bad:
+      raise ValueError(f"{name}: no usable sample: the list has no entry")
+    counts = ", ".join(f"{count:,}: {kind}" for kind, count in skipped.items())
+    raise ValueError(f"{name}: no usable sample; skipped {counts}; the first: {first_bad[0]}")
   size = _BATCH if first.image is None else _BATCH_WITH_IMAGES
 
   def rows() -> Iterator[_Row]:

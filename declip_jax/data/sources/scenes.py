@@ -16,7 +16,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from declip_jax.data.sources.base import Example
+from declip_jax.data.sources.base import Example, Named
 from declip_jax.data.storage import indexes
 
 _OVERSAMPLING = 2  # masks are drawn this much larger and then averaged
@@ -200,20 +200,17 @@ class _Scene(NamedTuple):
   mirrored: bool
 
 
-class Scenes:
+class Scenes(Named):
   """Random access to the scenes of one split; see `open_scenes`.
 
   Attributes:
     name: the full spec that opens the same scenes.
     classnames: names of the classes, such as "red circle"; only the pairs of this split.
-    skipped, left_out: numbers of skipped samples and files; always empty.
   """
 
   def __init__(self, split: str, size: int, pixels: int = 64):
     self.split, self.size, self.pixels = split, size, pixels
-    self.name = f"scenes:{split}/{size}/{pixels}"
-    self.skipped: dict[str, int] = {}
-    self.left_out: dict[str, int] = {}
+    super().__init__(f"scenes:{split}/{size}/{pixels}")
 
   @property
   def classnames(self) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ from declip_jax.data.storage import files, patterns, remote, texts
 from declip_jax.data.storage.bounded import JSON_MARKS, LONGEST, Lines, json_decoder, parse_json, short
 from declip_jax.data.storage.parquet import Parquet
 from declip_jax.data.storage.reach import NotAllowedError, Reach
+from declip_jax.spelling import counted
 
 _URL_NAMES = ("url", "image_url", "img_url", "photo_url", "downloadurl")  # of images, if no other column has them
 _LABEL_TEXTS = ("label_name", "class_name", "classname", "category_name")
@@ -323,8 +324,8 @@ def _choose(columns: list[str], wanted: Mapping[str, str], path: str) -> _Column
   if not image or not (captions or labels or several or wanted.get("caption") == ""):
     missing = "caption or label" if image else "image"
     raise ValueError(
-      f"{path}: which column is the {missing}? The columns are {columns}; choose with ?image=COLUMN&caption=COLUMN, or "
-      f"{_naming_columns(columns)}"
+      f"{path}: which column is the {missing}? The columns are {columns}; add ?image=COLUMN&caption=COLUMN to the path "
+      f"or {_naming_columns(columns)}"
     )
   for column in (image, *labels, *names, *several, *groups):
     if columns.count(column) > 1:
@@ -468,7 +469,12 @@ def _undecodable(path: str, encoding: str) -> ValueError:
 
 def _read_lines(text: Lines, path: str, names: Set[str], header: Sequence[str]) -> tuple[list[str], Iterator[_Record]]:
   """Reads a table with one record per line; `header` has the names of the columns if no line has them."""
-  first = text.readline(_LONGEST_HEADER).rstrip("\r\n")
+  first = text.readline(_LONGEST_HEADER)
+  if not first:
+    raise ValueError(
+      f"{path} is empty: expected a line with the names of the columns, such as image,caption, and a line per sample"
+    )
+  first = first.rstrip("\r\n")
   try:
     headers = {separator: _split(first, separator) for separator in _SEPARATORS}
   except csv.Error as error:  # control characters, or a field without end
@@ -476,8 +482,8 @@ def _read_lines(text: Lines, path: str, names: Set[str], header: Sequence[str]) 
   if header:
     separator = max(headers, key=lambda sep: (len(headers[sep]) == len(header), *_likelihood(headers[sep], names)))
     if len(headers[separator]) != len(header):
-      found = f"{len(headers[separator])} fields: {short(first)}"
-      raise ValueError(f"{path}: {len(header)} names, {list(header)}, but {found}")
+      found = f"{counted(len(headers[separator]), 'field')}: {short(first)}"
+      raise ValueError(f"{path}: {counted(len(header), 'name')}, {list(header)}, but {found}")
     text.seek(0)
     return list(header), _lines(text, header, separator, 0)
   if not first.strip() or "\r" in first:
@@ -549,7 +555,7 @@ def _lines(text: Lines, columns: Sequence[str], separator: str, number: int) -> 
       last = fields
       yield number, by_name(zip(columns, fields, strict=True))
     else:
-      yield number, f"{len(fields)} fields, but {len(columns)} columns: {short(line)}"
+      yield number, f"{counted(len(fields), 'field')}, but {counted(len(columns), 'column')}: {short(line)}"
     for _ in range(more):
       ahead.popleft()
     number += more

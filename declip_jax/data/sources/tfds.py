@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from declip_jax.data.sources import lists
-from declip_jax.data.sources.base import BadSample, Example, bad_sample
+from declip_jax.data.sources.base import BadSample, Example, Named, bad_sample
 from declip_jax.data.sources.derived_labels import DERIVED
 from declip_jax.data.sources.tfrecord import Records, find_records
 from declip_jax.data.storage import copies, files, indexes, patterns, remote, texts
@@ -60,11 +60,11 @@ class _Fields(NamedTuple):
   groups: tuple[str, ...] = ()
 
 
-class Tfds:
+class Tfds(Named):
   """A split of a prepared data set as a `Source`; make it with `open_tfds`."""
 
   def __init__(self, name: str, directory: "_Directory", split: str, fields: _Fields):
-    self.name = name
+    super().__init__(name)
     self._directory, self._split, self._fields = directory, split, fields
     self._tfrecords: Records | None = None  # once they are found; other kinds of files are read by TFDS
 
@@ -127,14 +127,6 @@ class Tfds:
     feature = self._records.dataset_info.features[path] if path else None
     return tuple(getattr(feature, "feature", feature).names) if feature else ()
 
-  @property
-  def skipped(self) -> dict[str, int]:
-    return {}  # features are typed, so no record lacks one
-
-  @property
-  def left_out(self) -> dict[str, int]:
-    return {}
-
   def __len__(self) -> int:
     return len(self._records)
 
@@ -145,8 +137,7 @@ class Tfds:
       IndexError: `index` is not in `range(len(self))`.
       BadSample: the record is damaged, or its remote file cannot be copied or read.
     """
-    if not 0 <= index < len(self):
-      raise IndexError(f"{self.name}: no record {index}, there are {len(self)}")
+    self._check(index, "record")
     fields, (names, ends) = self._fields, self._shards
     try:
       if self._tfrecords is None:
@@ -184,9 +175,6 @@ class Tfds:
 
   def __getstate__(self) -> dict[str, Any]:
     return {key: value for key, value in vars(self).items() if key not in ("_records", "_shards", "classnames")}
-
-  def __repr__(self) -> str:
-    return f"Tfds({self.name!r})"
 
 
 class _Part(NamedTuple):

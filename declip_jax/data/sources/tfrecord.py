@@ -15,13 +15,14 @@ from jaxtyping import Int64
 import numpy as np
 
 from declip_jax.data.sources import lists, tf_example
-from declip_jax.data.sources.base import BadSample, Example, bad_sample
+from declip_jax.data.sources.base import BadSample, Example, OfFiles, bad_sample
 from declip_jax.data.storage import files, indexes, layouts, patterns, shard_indexes, tfrecords
+from declip_jax.spelling import counted
 
 _FORMAT = ["tfrecord", 1]  # of the index
 
 
-class TFRecord:
+class TFRecord(OfFiles):
   """Files of records as a `Source`; make it with `open_tfrecord`.
 
   Args:
@@ -31,7 +32,7 @@ class TFRecord:
   """
 
   def __init__(self, name: str, records: "Records", keys: tf_example.Keys):
-    self.name = name
+    super().__init__(name)
     self._records, self._keys = records, keys
 
   @cached_property
@@ -39,24 +40,14 @@ class TFRecord:
     """Changes with the files and with the names of classes."""
     return f"{self._records.stamp}-{indexes.digest(self.classnames)}"
 
-  @cached_property
-  def classnames(self) -> tuple[str, ...]:
-    """Line i of classnames.txt, see `layouts.find`, is class i; empty without that file."""
-    return layouts.classnames(self._records.paths[0])
-
-  @cached_property
-  def templates(self) -> tuple[str, ...]:
-    """Prompt templates next to the data, see `layouts.templates`; empty without that file."""
-    return layouts.templates(self._records.paths[0])
+  @property
+  def _first_file(self) -> str:
+    return self._records.paths[0]
 
   @property
   def skipped(self) -> dict[str, int]:
     """The number of damaged files; their records before the damage remain."""
     return self._records.skipped
-
-  @property
-  def left_out(self) -> dict[str, int]:
-    return {}
 
   def __len__(self) -> int:
     return len(self._records)
@@ -68,16 +59,12 @@ class TFRecord:
       IndexError: `index` is not in `range(len(self))`.
       BadSample: the record is damaged or too large, its file is missing, or its features are not those of the source.
     """
-    if not 0 <= index < len(self):
-      raise IndexError(f"{self.name}: no record {index}, there are {len(self)}")
+    self._check(index, "record")
     message, place = self._records.read(index)
     return tf_example.read(message, self._keys, self.classnames, place)
 
   def __getstate__(self) -> dict[str, Any]:
     return {"name": self.name, "_records": self._records, "_keys": self._keys, "stamp": self.stamp}
-
-  def __repr__(self) -> str:
-    return f"TFRecord({self.name!r})"
 
 
 class Records:
@@ -175,7 +162,7 @@ def _first(records: Records, name: str) -> list[bytes]:
     except BadSample as error:
       errors.append(error)
   if not found:
-    raise ValueError(f"{name}: none of the first {len(errors)} records can be read: {errors[0]}")
+    raise ValueError(f"{name}: no readable record among the first {len(errors)}: {errors[0]}")
   return found
 
 
@@ -211,7 +198,7 @@ def _summary(scans: list[list[Any]], paths: list[str], name: str) -> dict[str, A
     logging.warning("%s; the records before it are used: %d", damage, count)
   if not any(count for count, _ in scans):
     reason = f"; {damaged[0][1]}" if damaged else ""
-    raise ValueError(f"{name}: no record in {len(paths)} files{reason}")
+    raise ValueError(f"{name}: no record in {counted(len(paths), 'file')}{reason}")
   return {
     "files": paths,
     "counts": [count for count, _ in scans],

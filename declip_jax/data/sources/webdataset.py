@@ -36,9 +36,10 @@ from jaxtyping import Int64
 import numpy as np
 
 from declip_jax.data.sources import lists, values
-from declip_jax.data.sources.base import BadSample, Example, bad_sample
+from declip_jax.data.sources.base import BadSample, Example, OfFiles, bad_sample
 from declip_jax.data.storage import files, indexes, layouts, patterns, shard_indexes, tars, texts
 from declip_jax.data.storage.bounded import parse_json
+from declip_jax.spelling import counted
 
 _IMAGES = tuple(suffix.removeprefix(".") for suffix in files.IMAGE_SUFFIXES)
 _CAPTION_KEYS = ("captions", "caption", "text")  # in .json; img2dataset writes "caption"
@@ -66,11 +67,11 @@ class Fields(NamedTuple):
   by_line: bool = False
 
 
-class WebDataset:
+class WebDataset(OfFiles):
   """Tar shards as a `Source`; make it with `open_webdataset`."""
 
   def __init__(self, name: str, index: Path, fields: Fields):
-    self.name = name
+    super().__init__(name)
     self._index, self._fields = index, fields
 
   @cached_property
@@ -87,24 +88,14 @@ class WebDataset:
     """Changes with the shards and with the names of classes."""
     return f"{self._index.stem}-{indexes.digest(self.classnames)}"
 
-  @cached_property
-  def classnames(self) -> tuple[str, ...]:
-    """Line i of classnames.txt, see `layouts.find`, is class i; empty without that file."""
-    return layouts.classnames(self._opened[1]["shards"][0])
-
-  @cached_property
-  def templates(self) -> tuple[str, ...]:
-    """Prompt templates next to the data, see `layouts.templates`; empty without that file."""
-    return layouts.templates(self._opened[1]["shards"][0])
+  @property
+  def _first_file(self) -> str:
+    return self._opened[1]["shards"][0]
 
   @property
   def skipped(self) -> dict[str, int]:
     """Numbers of samples without an image and of damaged shards, by kind, counted when the shards were indexed."""
     return dict(self._opened[1]["skipped"])
-
-  @property
-  def left_out(self) -> dict[str, int]:
-    return {}
 
   def __len__(self) -> int:
     return len(self._opened[0])
@@ -131,8 +122,7 @@ class WebDataset:
     Raises:
       IndexError, BadSample: as in `__getitem__`.
     """
-    if not 0 <= index < len(self):
-      raise IndexError(f"{self.name}: no sample {index}, there are {len(self)}")
+    self._check(index)
     spans, about = self._opened
     shard, start, stop = spans[index].tolist()
     path = about["shards"][shard]
@@ -167,9 +157,6 @@ class WebDataset:
 
   def __getstate__(self) -> dict[str, Any]:
     return {"name": self.name, "_index": self._index, "_fields": self._fields, "stamp": self.stamp}
-
-  def __repr__(self) -> str:
-    return f"WebDataset({self.name!r})"
 
 
 def open_webdataset(location: str) -> WebDataset:
@@ -348,9 +335,9 @@ def _remarks(scans: list[_Scan]) -> Iterator[str]:
     dots = "; a suffix starts at the first dot of a file's name" if any(map(_ends_like_image, without)) else ""
     yield f"samples without an image have {_shown(without)}{dots}"
   if apart := sum(scan.apart for scan in scans):
-    yield f"{apart} samples lack members that are elsewhere in their shard; sort the files of each shard by name"
+    yield f"members of {counted(apart, 'sample')} are elsewhere in their shard; sort the files of each shard by name"
   if sparse := sum(scan.sparse for scan in scans):
-    yield f"{sparse} samples with sparse files are not used; make the shards without tar's --sparse"
+    yield f"not used: {counted(sparse, 'sample')} with sparse files; make the shards without tar's --sparse"
 
 
 def _scan(path: str, size: int, images: tuple[str, ...]) -> _Scan:

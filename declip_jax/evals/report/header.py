@@ -10,6 +10,7 @@ from declip_jax.evals import catalogue, results
 from declip_jax.evals.comparison import Method, Scored, Task
 from declip_jax.evals.report.compared import Report, title
 from declip_jax.reporting.documents import Block, Heading, Listing, Table
+from declip_jax.spelling import counted
 
 # What a reader has to know about an evaluator.
 PROTOCOLS = {
@@ -208,7 +209,7 @@ def _missing(report: Report) -> Iterator[str]:
     unreadable[scored.result.dataset] = max(count, unreadable.get(scored.result.dataset, 0))
   for name, count in unreadable.items():
     if count:
-      yield f"{count:,} images of {name} could not be read, and do not count."
+      yield f"{counted(count, 'image')} of {name} could not be read, and {'does' if count == 1 else 'do'} not count."
   yield from _suites(report)
   if not any("training" in scored.result.ours for scored in report.scored):
     yield "The results do not say how the models were trained, so scores are not drawn against compute or data."

@@ -108,5 +108,11 @@ def parameters_of_side(side: str) -> tuple[str, ...]:
   return tuple(name for head in HEADS.values() for name in head.sides.get(side, ()))
 
 
+def unread_fields(names: Collection[str]) -> set[str]:
+  """The names of fields that only other heads than these read."""
+  read = {field for name in names for field in _fields(HEADS[name])}
+  return {field for head in HEADS.values() for field in _fields(head)} - read
+
+
 def _fields(head: type[Head]) -> list[str]:
   return [field.name for field in dataclasses.fields(head) if field.name not in ("parent", "name")]

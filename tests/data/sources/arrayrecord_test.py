@@ -177,7 +177,7 @@ def test_files_that_cannot_be_opened_are_errors(tmp_path):
   with pytest.raises(FileNotFoundError, match="no file matches"):
     open_arrayrecord(f"{tmp_path}/*.array_record")
   write(tmp_path / "a.array_record", [])
-  with pytest.raises(ValueError, match="no record in 1 files"):
+  with pytest.raises(ValueError, match="no record in 1 file"):
     open_arrayrecord(f"{tmp_path}/*.array_record")
 
 

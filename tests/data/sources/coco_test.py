@@ -78,7 +78,7 @@ def test_images_that_are_not_found(tmp_path):
     open_coco(path)
   write_images(tmp_path / "far away", f"{30:012d}.jpg")
   assert open_coco(f"{path}?root={tmp_path}/far away/")[0]["image"] == b"000000000030.jpg"
-  with pytest.raises(FileNotFoundError, match="none of 2 images"):
+  with pytest.raises(FileNotFoundError, match="no readable image among 2 tried"):
     open_coco(f"{path}?root={tmp_path}")
 
 

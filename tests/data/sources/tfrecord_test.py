@@ -162,10 +162,10 @@ def test_files_that_are_cut_off_keep_their_whole_records_and_are_counted(folder,
   assert source.skipped == pickle.loads(pickle.dumps(source)).skipped == {"damaged record": 1}
   assert f"{first}, byte " in caplog.text
   second.write_bytes(gzip.compress(second.read_bytes()))
-  with pytest.raises(ValueError, match=f"no record in 1 files; {second}, byte 0: compressed with gzip"):
+  with pytest.raises(ValueError, match=f"no record in 1 file; {second}, byte 0: compressed with gzip"):
     open_tfrecord(str(second))
   second.write_bytes(b"")
-  with pytest.raises(ValueError, match="no record in 1 files"):
+  with pytest.raises(ValueError, match="no record in 1 file"):
     open_tfrecord(str(second))
   second.write_bytes(b"PK\3\4" * 10)
   with pytest.raises(ValueError, match="byte 0: .*not a TFRecord file"):

@@ -78,7 +78,7 @@ def test_root_and_missing_photos(tmp_path):
   with pytest.raises(BadSample, match=r"98/000\.zip") as error:
     source[2]
   assert error.value.kind == "missing file"
-  with pytest.raises(FileNotFoundError, match=r"none of 3 images.*images/01/234\.zip.*\?root="):
+  with pytest.raises(FileNotFoundError, match=r"no readable image among 3 tried.*images/01/234\.zip.*\?root="):
     open_yfcc(path)
 
 
