@@ -79,7 +79,7 @@ check: lint test
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e .
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[train]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
@@ -101,7 +101,7 @@ $(VENV)-trackers/installed: setup.py constraints.txt
 
 $(VENV)-docs/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)-docs
-	$(VENV)-docs/bin/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(VENV)-docs/bin/python -m pip install --quiet -c constraints.txt -e '.[train,docs]'
 	touch $@
 
 $(VENV)-browser/installed: setup.py constraints.txt
@@ -130,7 +130,7 @@ $(VENV)-clip-benchmark/installed: setup.py constraints.txt tests/interop/require
 	$(PYTHON) -m venv $(VENV)-clip-benchmark
 	$(VENV)-clip-benchmark/bin/python -m pip install --quiet torch -c tests/interop/requirements.txt
 	$(VENV)-clip-benchmark/bin/python -m pip install --quiet -r tests/interop/requirements.txt
-	$(VENV)-clip-benchmark/bin/python -m pip install --quiet -c constraints.txt -e .
+	$(VENV)-clip-benchmark/bin/python -m pip install --quiet -c constraints.txt -e '.[train]'
 	$(VENV)-clip-benchmark/bin/python -m pip install --quiet 'numpy<2.4'  # its `accuracy` fails with later releases
 	touch $@
 
@@ -138,7 +138,7 @@ $(VENV)-bench/installed: setup.py constraints.txt benchmarks/requirements.txt te
 	$(PYTHON) -m venv $(VENV)-bench
 	$(VENV)-bench/bin/python -m pip install --quiet torch -c tests/interop/requirements.txt  # first: nothing else chooses
 	$(VENV)-bench/bin/python -m pip install --quiet -r benchmarks/requirements.txt
-	$(VENV)-bench/bin/python -m pip install --quiet -c constraints.txt -e .
+	$(VENV)-bench/bin/python -m pip install --quiet -c constraints.txt -e '.[train]'
 	touch $@
 
 clean:

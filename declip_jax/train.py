@@ -28,6 +28,7 @@ from declip_jax import build
 from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
 from declip_jax.data.sources import Source
+from declip_jax.extras import import_package
 from declip_jax.first_state import first_state, read_weights
 from declip_jax.planning import devices
 from declip_jax.prepare import Part, Prepared, StepFn, planned, prepare, with_choices, with_classes
@@ -93,7 +94,9 @@ def train(
     OutOfMemory: memory ran out; the message names the fields that help.
     FloatingPointError: too many consecutive steps were skipped, and the run cannot roll back, or not any more.
     OSError: the last checkpoint cannot be written.
+    ModuleNotFoundError: the extra `train` is not installed.
   """
+  import_package("grain")  # before a run without it is prepared in vain
   workdir = local_path(workdir)
   with contextlib.ExitStack() as stack, explained(_NEEDS_LESS_MEMORY):
     watchdog = stack.enter_context(Watchdog(workdir, config.safety.hang_timeout))

@@ -4,13 +4,15 @@ A training stream depends only on the seed and the position in it, not on worker
 is `{"next_index": N}`, the number of examples that the whole run has consumed, the same on every host.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 import contextlib
 from dataclasses import dataclass, field
 import errno
 from functools import cache, partial
 import hashlib
+import itertools
 import json
 import multiprocessing
 from multiprocessing import connection
@@ -24,7 +26,6 @@ from typing import Any, NamedTuple
 
 from absl import flags, logging
 import cv2
-import grain
 from jaxtyping import Int, Int8
 import numpy as np
 
@@ -34,6 +35,7 @@ from declip_jax.data.deaths import Deaths
 from declip_jax.data.mixture import Mixture, Position, hashed
 from declip_jax.data.sources import BAD, OF_MEDIA, BadSample, Example, Source, bad_sample, read_example
 from declip_jax.data.storage import jobs, shared_memory
+from declip_jax.extras import grain, is_installed
 
 Sample = dict[str, np.ndarray]
 BAD_COUNTS = "bad_counts"  # field of a sample: how many examples of each kind of `BAD` were skipped for it
@@ -43,6 +45,7 @@ _MAX_DEATHS = 10  # of workers, within one batch
 _TRIES = 2  # of evaluations to read an example that is too slow
 _NAMED = 20  # bad examples of each kind that a process names in the log
 _SECOND_STREAM = 1
+_AHEAD = 2  # chunks that a thread reads ahead
 _CHUNK = 32  # largest number of samples that one thread puts together
 _START_SECONDS = 60  # limit for starting all worker processes
 _ENDED = 255  # exit code of a worker that ended by itself
@@ -50,7 +53,7 @@ _WORTH_PROCESSES = 8192  # images that four threads read in the time that proces
 
 
 @dataclass(frozen=True)
-class _MakeSample(grain.transforms.RandomMap):
+class _MakeSample:
   """Makes the sample of a position, from another example of the same source if its own is bad."""
 
   mixtures: tuple[Mixture, ...]
@@ -58,7 +61,7 @@ class _MakeSample(grain.transforms.RandomMap):
   max_pixels: int
   deaths: Deaths
 
-  def random_map(self, positions: Any, rng: np.random.Generator) -> Sample:
+  def __call__(self, positions: Any, rng: np.random.Generator) -> Sample:
     positions = list(positions) if len(self.mixtures) > 1 else [positions]
     bad_counts = np.zeros(len(BAD), np.int32)
     while True:
@@ -161,7 +164,7 @@ def training_samples(
   ssl_mixture: Mixture | None = None,
   max_pixels: int = images.MAX_PIXELS,
   deaths: Deaths | None = None,
-) -> grain.MapDataset:
+) -> "grain.MapDataset":
   """Returns all samples of a run, endless and with random access; each epoch of a source is a new permutation of it.
 
   With `ssl_mixture` each example gets a second image, `ssl_image`, from a stream that is shuffled independently: the
@@ -212,30 +215,60 @@ def evaluation_reader_counts(
 ) -> tuple[int, int]:
   """`reader_counts` for images that are read once: processes for few of them would take longer to start than to read.
 
-  Without processes there is one thread per core, since nothing else runs meanwhile.
+  Without processes there is one thread per core, since nothing else runs meanwhile. grain starts the processes, so
+  there are none where it is not installed.
 
   Args:
     num_images: number of images to read.
     workers, threads, cores: see `reader_counts`.
   """
   workers, counted = reader_counts(workers, threads, cores)
-  if workers and num_images >= _WORTH_PROCESSES:
+  if workers and num_images >= _WORTH_PROCESSES and is_installed("grain"):
     return workers, counted
   return 0, threads or cores or jobs.cores()
 
 
-def _read(dataset: grain.MapDataset, workers: int, threads: int, seconds: float) -> Iterator[Any]:
-  """Iterates over a dataset that is read in threads of `workers` processes, or of this one if there are none."""
+def _read(chunks: "_Chunks", start: int, workers: int, threads: int, seconds: float) -> Iterator[Sample]:
+  """Iterates over chunks from `start` on, read in threads of `workers` processes, or of this one if there are none."""
+  return _in_processes(chunks, start, workers, threads, seconds) if workers else _InThreads(chunks, start, threads)
+
+
+class _InThreads(Iterator[Any]):
+  """Chunks from `start` on, in order, that threads of this process read ahead.
+
+  Not a generator: another thread can close this while it waits for a chunk.
+  """
+
+  def __init__(self, chunks: "_Chunks", start: int, threads: int):
+    self._chunks, self._indices, self._most = chunks, iter(range(start, len(chunks))), _AHEAD * threads
+    self._pool, self._pending = ThreadPoolExecutor(threads, "read"), deque[Future[Sample]]()
+
+  def __next__(self) -> Sample:
+    self._submit()
+    if not self._pending:
+      raise StopIteration
+    chunk = self._pending.popleft()
+    self._submit()
+    return chunk.result()
+
+  def _submit(self) -> None:
+    for index in itertools.islice(self._indices, self._most - len(self._pending)):
+      self._pending.append(self._pool.submit(self._chunks.__getitem__, index))
+
+  def close(self) -> None:
+    self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_processes(chunks: "_Chunks", start: int, workers: int, threads: int, seconds: float) -> Iterator[Sample]:
   # By default grain reads 500 elements ahead, which here are batches or chunks of them.
-  stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
-  if not workers:
-    return iter(stream)
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_AHEAD * threads)
+  stream = grain.MapDataset.source(chunks)[start:].to_iter_dataset(options)
   if not flags.FLAGS.is_parsed():  # grain reads one of its flags, also in a notebook, where flags are not parsed
     flags.FLAGS.mark_as_parsed()
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
   shared_memory.remove_abandoned()
-  start = partial(_start_worker, shared_memory.prefix(), seconds)
-  batches = iter(stream.mp_prefetch(options, worker_init_fn=start))
+  prepare = partial(_start_worker, shared_memory.prefix(), seconds)
+  batches = iter(stream.mp_prefetch(options, worker_init_fn=prepare))
   batches.get_state()  # makes the iterators of all workers, which start with the first batch otherwise
   before = set(multiprocessing.active_children())
   with jobs.hold_main_back():
@@ -283,7 +316,7 @@ class TrainStream:
 
   def __init__(
     self,
-    samples: grain.MapDataset,
+    samples: "grain.MapDataset",
     batch_size: int,
     *,
     host: int = 0,
@@ -301,7 +334,7 @@ class TrainStream:
 
     def start() -> Iterator[Sample]:
       chunks = _Chunks(samples[self._next_index :], size, self._chunks, host, hosts, seconds)
-      return _read(grain.MapDataset.source(chunks), workers, threads, seconds)
+      return _read(chunks, 0, workers, threads, seconds)
 
     self._start, self._iterator = start, start()
 
@@ -375,7 +408,7 @@ def _death(error: RuntimeError) -> Exception:
 class _Chunks:
   """A host's share of each global batch, in `count` chunks of `size` samples, with random access."""
 
-  samples: grain.MapDataset
+  samples: Sequence[Sample]
   size: int
   count: int
   host: int
@@ -515,8 +548,7 @@ class EvaluationBatches:
   def __iter__(self) -> Iterator[Sample]:
     count = self.num_batches * self.batch_size
     size = _chunk_size(self.batch_size)
-    chunks = _Chunks(grain.MapDataset.range(count).map(self._sample), size, 1, 0, 1, self.reading.seconds)
-    reader = _read_all(grain.MapDataset.source(chunks), count, self.reading)
+    reader = _read_all(_Chunks(_Rows(self), size, 1, 0, 1, self.reading.seconds), count, self.reading)
     left, in_a_row = len(self.rows), list[str]()
     with contextlib.closing(reader):
       for _ in range(self.num_batches):
@@ -535,7 +567,8 @@ class EvaluationBatches:
       message = f"{self.source.name}: {len(errors)} examples in a row cannot be used; the last one: {errors[-1]}"
       raise OSError(errno.EIO, message)
 
-  def _sample(self, number: int) -> Sample:
+  def sample(self, number: int) -> Sample:
+    """Row `number` of all batches, before they are put together."""
     size = self.view.size
     blank = {
       "image": np.zeros((size, size, 3), np.uint8),
@@ -571,6 +604,19 @@ class EvaluationBatches:
       "id": np.str_(example["id"]),
       "annotations": np.str_(_annotations(example)),
     }
+
+
+@dataclass(frozen=True)
+class _Rows(Sequence[Sample]):
+  """The rows of all batches together."""
+
+  batches: EvaluationBatches
+
+  def __len__(self) -> int:
+    return self.batches.num_batches * self.batches.batch_size
+
+  def __getitem__(self, number: int) -> Sample:
+    return self.batches.sample(number)
 
 
 def _annotations(example: Example) -> str:
@@ -621,12 +667,12 @@ def parse_annotations(texts: Sequence[str]) -> Annotations:
   return Annotations(labels, groups, captions, [entry.get("image_hash", "") for entry in of_rows])
 
 
-def _read_all(chunks: grain.MapDataset, num_images: int, reading: Reading) -> Generator[Sample, None, None]:
+def _read_all(chunks: _Chunks, num_images: int, reading: Reading) -> Generator[Sample, None, None]:
   """Reads all chunks once, and continues in other workers after one died in a sample that is known."""
   counts = evaluation_reader_counts(num_images, reading.workers, reading.threads)
   number = died = 0  # chunks that were read, and deaths in the next one
   while number < len(chunks):
-    reader = _read(chunks[number:], *counts, reading.seconds)
+    reader = _read(chunks, number, *counts, reading.seconds)
     try:
       for chunk in reader:
         yield chunk
