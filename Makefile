@@ -4,6 +4,8 @@
 # make test-interop  exchanges weights with PyTorch, open_clip and transformers, in .venv-interop
 # make test-trackers tests Weights & Biases, MLflow and trackio, offline, in .venv-trackers
 # make test-browser  the search page in Chromium, with usearch, in .venv-browser; SCREENSHOTS=FOLDER keeps pictures of it
+# make test-wheel    the wheel, installed into empty environments without and with the extra train
+# make wheel         builds the wheel into dist/
 # make test-device   the tests that need a GPU or TPU; they are skipped where there is none
 # make mutate        inserts bugs into a copy of the package, one at a time, and counts those that the fast tests catch
 # make docs          builds the documentation into site/, in .venv-docs; fails with any warning, such as a dead link
@@ -22,8 +24,8 @@ RUN ?= runs/demo
 # Large pages for the arrays of a step: the demo takes a fifth less time. Only glibc reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow test-all test-interop test-trackers test-browser test-device mutate docs docs-notebooks \
-	lint check clean
+.PHONY: demo test test-slow test-all test-interop test-trackers test-browser test-wheel test-device wheel mutate docs \
+	docs-notebooks lint check clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m declip_jax.train --config=demo --workdir $(RUN)
@@ -51,6 +53,13 @@ test-browser: $(VENV)-browser/installed
 
 test-device: $(VENV)/installed-dev
 	JAX_PLATFORMS= $(VENV)/bin/python -m pytest tests/device_test.py $(ARGS)
+
+test-wheel: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest tests/wheel_test.py $(ARGS)
+
+wheel: $(VENV)/installed-dev
+	rm -rf build dist
+	$(VENV)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir=dist .
 
 mutate: $(VENV)/installed-dev
 	$(VENV)/bin/python tools/mutate.py $(ARGS)
@@ -142,4 +151,4 @@ $(VENV)-bench/installed: setup.py constraints.txt benchmarks/requirements.txt te
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench $(VENV)-clip-benchmark $(VENV)-trackers $(VENV)-browser $(VENV)-docs runs site
+	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench $(VENV)-clip-benchmark $(VENV)-trackers $(VENV)-browser $(VENV)-docs runs site build dist
