@@ -27,6 +27,7 @@ import numpy as np
 from declip_jax import build
 from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
+from declip_jax.data.readers import reader_counts
 from declip_jax.data.sources import Source
 from declip_jax.extras import import_package
 from declip_jax.first_state import first_state, read_weights
@@ -214,7 +215,7 @@ def _stop(step: int, signum: int, state: State, position: dict[str, Any] | None,
 def _open_batches(run: Prepared, part: Part, position: dict[str, Any] | None) -> pipeline.Prefetch:
   """Starts to read this host's share of the batches of a stage ahead, from a position of the input."""
   config = part.stage.config
-  workers, threads = pipeline.reader_counts(config.data.workers, config.data.threads)
+  workers, threads = reader_counts(config.data.workers, config.data.threads)
   stream = pipeline.TrainStream(
     part.samples,
     config.batch_size,

@@ -17,7 +17,8 @@ from tiny import tiny_config
 
 from declip_jax import extras
 from declip_jax.data.images import EvalView
-from declip_jax.data.pipeline import EvaluationBatches, evaluation_reader_counts
+from declip_jax.data.pipeline import EvaluationBatches
+from declip_jax.data.readers import evaluation_reader_counts
 from declip_jax.data.sources import open_source
 from declip_jax.evals.comparison import read_methods
 from declip_jax.evals.evaluation import Evaluation, ModelFacts
