@@ -153,9 +153,9 @@ def test_a_core_without_extras_loads_encodes_evaluates_reports_and_exports(core:
 
   present = f"from importlib import util; print([name for name in {[*EXTRAS]} if util.find_spec(name)])"
   assert succeed("python", "-c", present) == "[]\n"
-  clip, texts = make_clip(0), ["dark", "bright"]
+  tiny, texts = make_clip(0), ["dark", "bright"]
   write(
-    Weights("tiny", clip.fields, ("joint",), jax.device_get(clip.params), {}, clip.view), tmp_path / "w", "open_clip"
+    Weights("tiny", tiny.fields, ("joint",), jax.device_get(tiny.params), {}, tiny.view), tmp_path / "w", "open_clip"
   )
   for name, grey in (("dark", 40), ("bright", 200)):
     (tmp_path / "photos" / name).mkdir(parents=True)
@@ -163,20 +163,21 @@ def test_a_core_without_extras_loads_encodes_evaluates_reports_and_exports(core:
   photos = [f"photos/{name}/0.png" for name in texts]
   code = f"clip.encode_image({photos}) @ clip.encode_text({texts}).T"
   code = f"import declip_jax; clip = declip_jax.load('w'); print(({code}).tolist())"
+  clip = declip_jax.load(tmp_path / "w")
   expected = clip.encode_image([tmp_path / photo for photo in photos]) @ clip.encode_text(texts).T
   np.testing.assert_allclose(json.loads(succeed("python", "-c", code)), expected, atol=1e-5)
   (tmp_path / "sets.txt").write_text("own/photos = folder:photos | folder:photos\n")
-  flags = ("--weights=w", "--output=results", "--data=sets.txt", "--tasks=zero_shot,knn", "--cache=cache")
+  flags = ("--weights=w", "--output=results", "--data=sets.txt", "--tasks=zero_shot,nearest_mean", "--cache=cache")
   succeed("declip-evaluate", *flags)
   found = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")]
   assert {result["declip_jax"]["kind"]: result["declip_jax"]["metrics"]["images"] for result in found} == {
-    "zero_shot": 2, "knn": 2,
+    "zero_shot": 2, "nearest_mean": 2,
   }  # fmt: skip
   succeed("declip-report", "results", "--output=report")
   assert "own/photos" in (tmp_path / "report/report.md").read_text()
   for format in FORMATS:
     succeed("declip-export", "--workdir=w", f"--format={format}", f"--output={format}")
-  assert "2 samples" in succeed("declip-inspect", "photos")
+  assert "2 names: bright, dark" in succeed("declip-inspect", "photos")
 
 
 def test_what_needs_an_extra_says_so_in_one_line(core: Path, tmp_path: Path) -> None:
