@@ -23,8 +23,8 @@ import declip_jax
 from declip_jax import config_files
 from declip_jax.__main__ import COMMANDS
 from declip_jax.extras import EXTRAS
-from declip_jax.weights.read import Weights
-from declip_jax.weights.write import FORMATS, write
+from declip_jax.weights.read import Weights, read
+from declip_jax.weights.write import write
 
 pytestmark = pytest.mark.slow
 
@@ -145,39 +145,51 @@ def test_a_published_result_is_found_from_an_empty_folder(scripts: Path, tmp_pat
   assert not [*tmp_path.iterdir()]
 
 
-def test_a_core_without_extras_loads_encodes_evaluates_reports_and_exports(core: Path, tmp_path: Path) -> None:
-  def succeed(name: str, *arguments: str) -> str:
-    done = run([core / name, *arguments], tmp_path)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def succeed(command: list[str | Path], cwd: Path) -> str:
+  done = run(command, cwd)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
 
-  present = f"from importlib import util; print([name for name in {[*EXTRAS]} if util.find_spec(name)])"
-  assert succeed("python", "-c", present) == "[]\n"
-  tiny, texts = make_clip(0), ["dark", "bright"]
-  write(
-    Weights("tiny", tiny.fields, ("joint",), jax.device_get(tiny.params), {}, tiny.view), tmp_path / "w", "open_clip"
-  )
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A folder with weights and a folder of two pictures."""
+  root, tiny = tmp_path_factory.mktemp("files"), make_clip(0)
+  write(Weights("tiny", tiny.fields, ("joint",), jax.device_get(tiny.params), {}, tiny.view), root / "w", "open_clip")
   for name, grey in (("dark", 40), ("bright", 200)):
-    (tmp_path / "photos" / name).mkdir(parents=True)
-    Image.fromarray(np.full((20, 30, 3), grey, np.uint8)).save(tmp_path / f"photos/{name}/0.png")
-  photos = [f"photos/{name}/0.png" for name in texts]
-  code = f"clip.encode_image({photos}) @ clip.encode_text({texts}).T"
-  code = f"import declip_jax; clip = declip_jax.load('w'); print(({code}).tolist())"
-  clip = declip_jax.load(tmp_path / "w")
-  expected = clip.encode_image([tmp_path / photo for photo in photos]) @ clip.encode_text(texts).T
-  np.testing.assert_allclose(json.loads(succeed("python", "-c", code)), expected, atol=1e-5)
-  (tmp_path / "sets.txt").write_text("own/photos = folder:photos | folder:photos\n")
+    (root / "photos" / name).mkdir(parents=True)
+    Image.fromarray(np.full((20, 30, 3), grey, np.uint8)).save(root / f"photos/{name}/0.png")
+  return root
+
+
+def test_a_core_without_extras_loads_and_encodes(core: Path, folder: Path) -> None:
+  photos, texts = ["photos/dark/0.png", "photos/bright/0.png"], ["dark", "bright"]
+  code = f"""
+import importlib.util, declip_jax
+assert not [name for name in {[*EXTRAS]} if importlib.util.find_spec(name)]
+clip = declip_jax.load("w")
+print((clip.encode_image({photos}) @ clip.encode_text({texts}).T).tolist())"""
+  clip = declip_jax.load(folder / "w")
+  expected = clip.encode_image([folder / photo for photo in photos]) @ clip.encode_text(texts).T
+  found = json.loads(succeed([core / "python", "-c", code], folder))
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_core_without_extras_evaluates_and_reports(core: Path, folder: Path) -> None:
+  (folder / "sets.txt").write_text("own/photos = folder:photos | folder:photos\n")
   flags = ("--weights=w", "--output=results", "--data=sets.txt", "--tasks=zero_shot,nearest_mean", "--cache=cache")
-  succeed("declip-evaluate", *flags)
-  found = [json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")]
-  assert {result["declip_jax"]["kind"]: result["declip_jax"]["metrics"]["images"] for result in found} == {
-    "zero_shot": 2, "nearest_mean": 2,
-  }  # fmt: skip
-  succeed("declip-report", "results", "--output=report")
-  assert "own/photos" in (tmp_path / "report/report.md").read_text()
-  for format in FORMATS:
-    succeed("declip-export", "--workdir=w", f"--format={format}", f"--output={format}")
-  assert "2 names: bright, dark" in succeed("declip-inspect", "photos")
+  succeed([core / "declip-evaluate", *flags], folder)
+  found = [json.loads(path.read_text())["declip_jax"] for path in (folder / "results").glob("*.json")]
+  assert {result["kind"]: result["metrics"]["images"] for result in found} == {"zero_shot": 2, "nearest_mean": 2}
+  succeed([core / "declip-report", "results", "--output=report"], folder)
+  assert "own/photos" in (folder / "report/report.md").read_text()
+
+
+def test_a_core_without_extras_exports_and_inspects(core: Path, folder: Path) -> None:
+  succeed([core / "declip-export", "--workdir=w", "--format=orbax", "--output=orbax"], folder)
+  original, exported = read(folder / "w").params, read(folder / "orbax").params
+  jax.tree.map(np.testing.assert_array_equal, exported, original)
+  assert "2 names: bright, dark" in succeed([core / "declip-inspect", "photos"], folder)
 
 
 def test_what_needs_an_extra_says_so_in_one_line(core: Path, tmp_path: Path) -> None:
