@@ -1,7 +1,14 @@
 # docker build --build-arg EXTRA=gpu -t declip_jax .
 # docker run --gpus=all --volume=/data/runs:/runs declip_jax --config=demo --workdir /runs/demo
+FROM python:3.12-slim AS wheel
+WORKDIR /build
+COPY LICENSE README.md setup.py pyproject.toml ./
+COPY configs configs
+COPY declip_jax declip_jax
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir=/wheel .
+
 FROM python:3.12-slim AS build
-# Extras of setup.py: gpu, tpu, gcs, s3, ..., separated by commas; none is for the CPU.
+# Extras of setup.py: gpu, tpu, gcs, s3, ..., separated by commas; none is for the CPU. train is always installed.
 ARG EXTRA=""
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
@@ -9,10 +16,9 @@ WORKDIR /build
 # Dependencies first, so that a change of the code does not install them again. __init__.py has the version.
 COPY setup.py pyproject.toml constraints.txt ./
 COPY declip_jax/__init__.py declip_jax/
-RUN pip install --no-cache-dir -c constraints.txt ".${EXTRA:+[$EXTRA]}"
-COPY configs configs
-COPY declip_jax declip_jax
-RUN pip install --no-cache-dir --no-deps --force-reinstall .
+RUN touch README.md && pip install --no-cache-dir -c constraints.txt ".[train${EXTRA:+,$EXTRA}]"
+COPY --from=wheel /wheel /wheel
+RUN pip install --no-cache-dir --no-deps --force-reinstall /wheel/*.whl
 
 FROM python:3.12-slim
 # --build-arg RUN_AS=root for hosts whose device files belong to root.

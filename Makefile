@@ -4,6 +4,8 @@
 # make test-interop  exchanges weights with PyTorch, open_clip and transformers, in .venv-interop
 # make test-trackers tests Weights & Biases, MLflow and trackio, offline, in .venv-trackers
 # make test-browser  the search page in Chromium, with usearch, in .venv-browser; SCREENSHOTS=FOLDER keeps pictures of it
+# make test-wheel    the wheel, installed into empty environments without and with the extra train
+# make wheel         builds the wheel into dist/
 # make test-device   the tests that need a GPU or TPU; they are skipped where there is none
 # make mutate        inserts bugs into a copy of the package, one at a time, and counts those that the fast tests catch
 # make docs          builds the documentation into site/, in .venv-docs; fails with any warning, such as a dead link
@@ -22,8 +24,8 @@ RUN ?= runs/demo
 # Large pages for the arrays of a step: the demo takes a fifth less time. Only glibc reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow test-all test-interop test-trackers test-browser test-device mutate docs docs-notebooks \
-	lint check clean
+.PHONY: demo test test-slow test-all test-interop test-trackers test-browser test-wheel test-device wheel mutate docs \
+	docs-notebooks lint check clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m declip_jax.train --config=demo --workdir $(RUN)
@@ -52,6 +54,13 @@ test-browser: $(VENV)-browser/installed
 test-device: $(VENV)/installed-dev
 	JAX_PLATFORMS= $(VENV)/bin/python -m pytest tests/device_test.py $(ARGS)
 
+test-wheel: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest tests/wheel_test.py $(ARGS)
+
+wheel: $(VENV)/installed-dev
+	rm -rf build dist
+	$(VENV)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir=dist .
+
 mutate: $(VENV)/installed-dev
 	$(VENV)/bin/python tools/mutate.py $(ARGS)
 
@@ -79,7 +88,7 @@ check: lint test
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e .
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[train]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
@@ -101,7 +110,7 @@ $(VENV)-trackers/installed: setup.py constraints.txt
 
 $(VENV)-docs/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)-docs
-	$(VENV)-docs/bin/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(VENV)-docs/bin/python -m pip install --quiet -c constraints.txt -e '.[train,docs]'
 	touch $@
 
 $(VENV)-browser/installed: setup.py constraints.txt
@@ -130,7 +139,7 @@ $(VENV)-clip-benchmark/installed: setup.py constraints.txt tests/interop/require
 	$(PYTHON) -m venv $(VENV)-clip-benchmark
 	$(VENV)-clip-benchmark/bin/python -m pip install --quiet torch -c tests/interop/requirements.txt
 	$(VENV)-clip-benchmark/bin/python -m pip install --quiet -r tests/interop/requirements.txt
-	$(VENV)-clip-benchmark/bin/python -m pip install --quiet -c constraints.txt -e .
+	$(VENV)-clip-benchmark/bin/python -m pip install --quiet -c constraints.txt -e '.[train]'
 	$(VENV)-clip-benchmark/bin/python -m pip install --quiet 'numpy<2.4'  # its `accuracy` fails with later releases
 	touch $@
 
@@ -138,8 +147,8 @@ $(VENV)-bench/installed: setup.py constraints.txt benchmarks/requirements.txt te
 	$(PYTHON) -m venv $(VENV)-bench
 	$(VENV)-bench/bin/python -m pip install --quiet torch -c tests/interop/requirements.txt  # first: nothing else chooses
 	$(VENV)-bench/bin/python -m pip install --quiet -r benchmarks/requirements.txt
-	$(VENV)-bench/bin/python -m pip install --quiet -c constraints.txt -e .
+	$(VENV)-bench/bin/python -m pip install --quiet -c constraints.txt -e '.[train]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench $(VENV)-clip-benchmark $(VENV)-trackers $(VENV)-browser $(VENV)-docs runs site
+	rm -rf $(VENV) $(VENV)-interop $(VENV)-bench $(VENV)-clip-benchmark $(VENV)-trackers $(VENV)-browser $(VENV)-docs runs site build dist

@@ -1,12 +1,21 @@
-"""Package metadata; constraints.txt has the exact versions that are tested."""
+"""Package metadata; constraints.txt has the exact versions that are tested.
+
+Without extras, the package loads weights, encodes, evaluates, searches, exports and reports. declip_jax/extras.py has
+the packages that the extras install; nothing else may import them.
+"""
 
 from pathlib import Path
+import re
 
 from setuptools import find_packages, setup
 
+_FOLDER = Path(__file__).parent
+_ADDRESS = "https://github.com/OWNER/declip_jax"  # of the repository; CITATION.cff and the notebooks repeat it
 # Read and not imported: nothing that the package imports is installed yet.
-_SOURCE = (Path(__file__).parent / "declip_jax" / "__init__.py").read_text()
+_SOURCE = (_FOLDER / "declip_jax" / "__init__.py").read_text()
 _VERSION = next(line for line in _SOURCE.splitlines() if line.startswith("__version__")).split('"')[1]
+# Links to files lead to the repository, also on the page of a package index.
+_README = re.sub(r"\]\((?!https?:|#)", f"]({_ADDRESS}/blob/main/", (_FOLDER / "README.md").read_text())
 _COMMANDS = (
   "train",
   "evaluate",
@@ -24,7 +33,28 @@ setup(
   name="declip_jax",
   version=_VERSION,
   description="Pretraining of CLIP, SLIP and DeCLIP in JAX and Flax on TPUs and GPUs",
+  long_description=_README,
+  long_description_content_type="text/markdown",
+  project_urls={
+    "Source": _ADDRESS,
+    "Changelog": f"{_ADDRESS}/blob/main/CHANGELOG.md",
+    "Issues": f"{_ADDRESS}/issues",
+    "Security": f"{_ADDRESS}/blob/main/SECURITY.md",
+  },
+  keywords=[
+    "CLIP",
+    "DeCLIP",
+    "SLIP",
+    "SigLIP",
+    "FILIP",
+    "JAX",
+    "Flax",
+    "TPU",
+    "contrastive learning",
+    "vision-language",
+  ],
   license="Apache-2.0",
+  license_files=["LICENSE", "declip_jax/data/text/SYNONYMS_LICENSE.txt", "declip_jax/evals/data_sets/LICENSE.txt"],
   classifiers=[
     "Development Status :: 4 - Beta",
     "Environment :: GPU :: NVIDIA CUDA",
@@ -46,36 +76,39 @@ setup(
   },
   install_requires=[
     "absl-py>=2.1",
-    "array_record>=0.8.6",
     "einops>=0.8",
     "flax>=0.12.8,<0.13",
     "fsspec>=2024.6",  # reads data in place: memory://, https://, and with the extras below gs:// and s3://
     "ftfy>=6.3",
-    "grain>=0.2.18,<0.3",
-    "importlib_resources>=6",  # tensorflow-datasets imports it to prepare data sets, but does not require it
     "instant-clip-tokenizer>=0.1.1",
     "jax>=0.10,<0.12",
     "jaxtyping>=0.3",
     "matplotlib>=3.9",
     "ml_collections>=1.1",
+    "ml_dtypes>=0.5",
     "msgpack>=1.0",
     "numpy>=2.0",
     "opencv-python-headless>=4.10",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<1.0",  # its top-level API changes with 1.0
     "pillow>=11",
-    "pyarrow>=18",
     "safetensors>=0.5",
     "scipy>=1.14",
     "simplejpeg>=1.8",
     "tensorboardX>=2.6",
-    "tensorflow-datasets>=4.9.10",  # reads prepared data sets; TensorFlow is not needed
     "tqdm>=4.66",
   ],
   entry_points={
     "console_scripts": [f"declip-{name.split('.')[-1]} = declip_jax.{name}:main" for name in _COMMANDS],
   },
   extras_require={
+    "train": [
+      "array_record>=0.8.6",
+      "grain>=0.2.18,<0.3",
+      "importlib_resources>=6",  # tensorflow-datasets imports it to prepare data sets, but does not require it
+      "pyarrow>=18",
+      "tensorflow-datasets>=4.9.10",  # reads prepared data sets; TensorFlow is not needed
+    ],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "gpu": ["jax[cuda13]>=0.10,<0.12"],
     "gcs": ["gcsfs>=2024.6"],
@@ -98,16 +131,14 @@ setup(
     ],
     "dev": [
       "beartype>=0.20",
-      "datasets>=3.0",
+      "declip_jax[huggingface,tokenizers,train]",
       "psutil>=6",
       "pyrefly>=1.5",
       "pytest>=8",
       "pytest-timeout>=2.3",
       "pytest-xdist>=3.6",
       "ruff>=0.14",
-      "sentencepiece>=0.2",
       "setuptools>=77",  # builds the wheel in the tests, without the network
-      "tokenizers>=0.21",
     ],
   },
 )

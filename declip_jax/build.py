@@ -32,6 +32,7 @@ from declip_jax.evals.classify import columns
 from declip_jax.evals.encoders import EncoderFactory, Encoders, make_encode_functions
 from declip_jax.evals.features import DecodedImages
 from declip_jax.evals.jobs import DataSource, Job, run_jobs
+from declip_jax.extras import install_command, is_installed
 from declip_jax.methods import name_of
 from declip_jax.models.heads import diagnostic_kinds
 from declip_jax.models.model import Model, make_model
@@ -44,7 +45,7 @@ from declip_jax.reporting.curves import Described
 from declip_jax.reporting.progress import message
 from declip_jax.reporting.symptoms import Facts, chance_losses
 from declip_jax.reporting.trackers import OpenTracker
-from declip_jax.reporting.trackers.libraries import TRACKERS, is_installed
+from declip_jax.reporting.trackers.libraries import TRACKERS
 from declip_jax.sharding import gather, make_mesh, replicated
 from declip_jax.spelling import counted, did_you_mean
 from declip_jax.stages import Stage, plan_stages
@@ -844,7 +845,7 @@ def make_trackers(trackers: ConfigDict) -> dict[str, OpenTracker]:
         "function, in the config file that defines it"
       )
     elif value and not is_installed(name):
-      raise ValueError(f"{field} needs pip install 'declip_jax[{name}]'")
+      raise ValueError(f"{field} needs {install_command(name)}")
     elif value:
       found[name] = partial(TRACKERS[name], project=value)
   return found

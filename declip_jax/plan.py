@@ -2,9 +2,9 @@
 
   python -m declip_jax.plan --config=clip_wit/vit_b_32 --topology=v5e:16x16
 
-Compiles the real train step for a TPU topology, on any machine with libtpu (pip install -e '.[tpu]' in a checkout), or
-without --topology for the devices of this machine. For each device it prints memory, FLOPs and traffic of a step, the
-minimum time that it takes, the input rate required of the hosts, and the largest batch that fits. No data is read.
+Compiles the real train step for a TPU topology, on any machine with libtpu (the extra tpu), or without --topology for
+the devices of this machine. For each device it prints memory, FLOPs and traffic of a step, the minimum time that it
+takes, the input rate required of the hosts, and the largest batch that fits. No data is read.
 
 Memory grows almost linearly with the batch, so the search extrapolates from two compiled steps and compiles the
 largest batch as well. Times are computed from the peak figures in declip_jax/planning/devices.py; compute, memory and

@@ -5,7 +5,6 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-import grain
 import jax
 from ml_collections import ConfigDict
 
@@ -16,6 +15,7 @@ from declip_jax.data.make_views import MakeViews
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import Source, open_source
 from declip_jax.evals.encoders import EncoderFactory, Encoders
+from declip_jax.extras import grain
 from declip_jax.first_state import read_weights
 from declip_jax.planning import choose, flops
 from declip_jax.planning.architecture import FOR_CPUS
@@ -51,8 +51,8 @@ class Part(NamedTuple):
 
   stage: Stage
   built: build.Built
-  samples: grain.MapDataset
-  shown: grain.MapDataset
+  samples: "grain.MapDataset"
+  shown: "grain.MapDataset"
   steps: build.Steps
   step_fn: StepFn
 
@@ -124,7 +124,7 @@ def prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None,
   deaths = Deaths(workdir, jax.process_index())
   evaluation_deaths = Deaths(workdir, jax.process_index(), "evaluating")
 
-  def samples(make_views: MakeViews) -> grain.MapDataset:
+  def samples(make_views: MakeViews) -> "grain.MapDataset":
     return pipeline.training_samples(mixture, make_views, config.seed, ssl_mixture, config.data.max_pixels, deaths)
 
   parts = [
@@ -167,8 +167,8 @@ def _part(
   config: ConfigDict,
   stage: Stage,
   built: build.Built,
-  samples: grain.MapDataset,
-  shown: grain.MapDataset,
+  samples: "grain.MapDataset",
+  shown: "grain.MapDataset",
   epoch_examples: int,
   abstract: State,
 ) -> Part:

@@ -28,7 +28,9 @@ from declip_jax import build
 from declip_jax.changes import changes_from_default
 from declip_jax.command_line import define_config
 from declip_jax.data import pipeline
+from declip_jax.data.readers import reader_counts
 from declip_jax.data.sources import Source
+from declip_jax.extras import import_package
 from declip_jax.first_state import first_state, read_weights
 from declip_jax.planning import devices
 from declip_jax.prepare import Part, Prepared, StepFn, planned, prepare, with_choices, with_classes
@@ -94,7 +96,9 @@ def train(
     OutOfMemory: memory ran out; the message names the fields that help.
     FloatingPointError: too many consecutive steps were skipped, and the run cannot roll back, or not any more.
     OSError: the last checkpoint cannot be written.
+    ModuleNotFoundError: the extra `train` is not installed.
   """
+  import_package("grain")  # before a run without it is prepared in vain
   workdir = local_path(workdir)
   with contextlib.ExitStack() as stack, explained(_NEEDS_LESS_MEMORY):
     watchdog = stack.enter_context(Watchdog(workdir, config.safety.hang_timeout))
@@ -213,7 +217,7 @@ def _stop(step: int, signum: int, state: State, position: dict[str, Any] | None,
 def _open_batches(run: Prepared, part: Part, position: dict[str, Any] | None) -> pipeline.Prefetch:
   """Starts to read this host's share of the batches of a stage ahead, from a position of the input."""
   config = part.stage.config
-  workers, threads = pipeline.reader_counts(config.data.workers, config.data.threads)
+  workers, threads = reader_counts(config.data.workers, config.data.threads)
   stream = pipeline.TrainStream(
     part.samples,
     config.batch_size,

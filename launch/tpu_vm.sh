@@ -104,7 +104,7 @@ setup() {
     git checkout --quiet --detach FETCH_HEAD
     python3 -m pip install --quiet --user uv
     [ -d .venv ] || python3 -m uv venv --quiet --python=3.12 .venv
-    python3 -m uv pip install --quiet --python=.venv/bin/python -c constraints.txt -e '.[tpu]'
+    python3 -m uv pip install --quiet --python=.venv/bin/python -c constraints.txt -e '.[train,tpu]'
     bash -c $prepare
     git log -1 --oneline"
 }

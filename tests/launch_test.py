@@ -407,7 +407,7 @@ def test_tpu_setup_checks_out_the_revision_and_installs_it(machine):
   for _ in range(2):  # a second time does no harm
     result = launch(TPU, "setup", REPO=str(origin), REVISION="main", PREPARE="echo 'a  b' | tee ~/prepared")
     assert (result.returncode, result.stdout.splitlines()[-1].endswith(" second")) == (0, True)
-  assert calls(machine)[2][-4:] == ["-c", "constraints.txt", "-e", ".[tpu]"]
+  assert calls(machine)[2][-4:] == ["-c", "constraints.txt", "-e", ".[train,tpu]"]
   assert (machine / "prepared").read_text() == "a  b\n"
   assert launch(TPU, "setup", REPO=str(origin), PREPARE="false").returncode != 0
 

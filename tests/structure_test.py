@@ -21,6 +21,7 @@ LAYERS = {
   "declip_jax.batch_sizes": 0,
   "declip_jax.methods": 0,
   "declip_jax.spelling": 0,
+  "declip_jax.extras": 0,
   "declip_jax.config": 0,
   "declip_jax.config_files": 0,
   "declip_jax.command_line": 0,

@@ -37,6 +37,7 @@ SECTIONS = {
 PAGES = {
   "CHANGELOG.md": "changelog.md",
   "CONTRIBUTING.md": "contributing.md",
+  "SECURITY.md": "security.md",
   "launch": "launch.md",
   "launch/README.md": "launch.md",
   "colabs/data_efficiency.ipynb": "notebooks/data_efficiency.md",

@@ -258,7 +258,7 @@ MUTATIONS = [
            "data/inspect_test.py"),
   Mutation("a resumed stream repeats a sample", "data/pipeline.py",
            "samples[self._next_index :]", "samples[max(self._next_index - 1, 0) :]", _PIPELINE),
-  Mutation("hosts read the same samples", "data/pipeline.py",
+  Mutation("hosts read the same samples", "data/readers.py",
            "((batch * self.hosts + self.host) * self.count", "(batch * self.hosts * self.count", _PIPELINE),
   Mutation("height and width of a crop swapped", "data/images/geometry.py",
            "round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))",

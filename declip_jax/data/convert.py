@@ -42,6 +42,7 @@ from declip_jax.data import images, records
 from declip_jax.data.records import Shard
 from declip_jax.data.sources import BadSample, Source, lists, open_source
 from declip_jax.data.storage import files, jobs, outputs, patterns, remote
+from declip_jax.extras import import_package
 from declip_jax.reporting import progress
 from declip_jax.spelling import counted
 
@@ -85,7 +86,9 @@ def convert(
     ValueError: the source cannot be opened or has no usable sample, or the folder contains other files, such as a
       conversion of the source before its files changed.
     OSError: the files cannot be written, or a worker was killed.
+    ModuleNotFoundError: the extra `train` is not installed.
   """
+  import_package("array_record.python.array_record_module")  # before anything is written
   output = lists.absolute(os.fspath(output))
   source = open_source(spec)
   about = _settings(source, output, shards, max_pixels, part)

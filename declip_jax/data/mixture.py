@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from functools import partial
 
-import grain
 import numpy as np
 
 from declip_jax.data.hangs import Key, key_of
 from declip_jax.data.sources import BadSample, Example, Source, read_example
+from declip_jax.extras import grain
 from declip_jax.spelling import counted
 
 _TRIED = 100  # samples of a source without classes, in which few may have captions
@@ -46,7 +46,7 @@ class Mixture:
       if not len(source):
         raise ValueError(f"{source.name} has no usable sample; skipped: {source.skipped or 'none'}")
 
-  def positions(self, seed: int) -> grain.MapDataset:
+  def positions(self, seed: int) -> "grain.MapDataset":
     """Endless pairs of source and index; each epoch of a source is a new permutation of all of it."""
     # Every seed is explicit, since the seeds that grain derives change with the order of operations. Seeds are hashes,
     # since grain increments them with each epoch: with adjacent seeds, sources or runs would share permutations.

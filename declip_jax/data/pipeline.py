@@ -9,34 +9,27 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 import contextlib
 from dataclasses import dataclass, field
 import errno
-from functools import cache, partial
+from functools import cache
 import hashlib
 import json
-import multiprocessing
-from multiprocessing import connection
 from pathlib import Path
 import queue
-import signal
 import tempfile
 import threading
-import time
 from typing import Any, NamedTuple
 
-from absl import flags, logging
-import cv2
-import grain
+from absl import logging
 from jaxtyping import Int, Int8
 import numpy as np
 
-from declip_jax.data import deaths as deaths_lib
 from declip_jax.data import hangs, images
 from declip_jax.data.deaths import Deaths
 from declip_jax.data.mixture import Mixture, Position, hashed
+from declip_jax.data.readers import Chunks, Sample, chunk_size, close, evaluation_reader_counts, read, recovered
 from declip_jax.data.sources import BAD, OF_MEDIA, BadSample, Example, Source, bad_sample, read_example
-from declip_jax.data.storage import jobs, shared_memory
+from declip_jax.extras import grain
 from declip_jax.spelling import counted
 
-Sample = dict[str, np.ndarray]
 BAD_COUNTS = "bad_counts"  # field of a sample: how many examples of each kind of `BAD` were skipped for it
 _MAX_TRIES = 100
 _ERROR = "error"  # field of a row of an evaluation: why it cannot be read
@@ -44,14 +37,10 @@ _MAX_DEATHS = 10  # of workers, within one batch
 _TRIES = 2  # of evaluations to read an example that is too slow
 _NAMED = 20  # bad examples of each kind that a process names in the log
 _SECOND_STREAM = 1
-_CHUNK = 32  # largest number of samples that one thread puts together
-_START_SECONDS = 60  # limit for starting all worker processes
-_ENDED = 255  # exit code of a worker that ended by itself
-_WORTH_PROCESSES = 8192  # images that four threads read in the time that processes take to start
 
 
 @dataclass(frozen=True)
-class _MakeSample(grain.transforms.RandomMap):
+class _MakeSample:
   """Makes the sample of a position, from another example of the same source if its own is bad."""
 
   mixtures: tuple[Mixture, ...]
@@ -59,7 +48,7 @@ class _MakeSample(grain.transforms.RandomMap):
   max_pixels: int
   deaths: Deaths
 
-  def random_map(self, positions: Any, rng: np.random.Generator) -> Sample:
+  def __call__(self, positions: Any, rng: np.random.Generator) -> Sample:
     positions = list(positions) if len(self.mixtures) > 1 else [positions]
     bad_counts = np.zeros(len(BAD), np.int32)
     while True:
@@ -117,21 +106,6 @@ class _Made(dict[str, np.ndarray]):
     self.place = place
 
 
-def _stacked(samples: Sequence[Sample]) -> Sample:
-  """Joins samples to a batch.
-
-  Raises:
-    ValueError: the fields or shapes of a sample differ from those of most others; the message names the sample.
-  """
-  forms = [tuple((name, value.shape) for name, value in sorted(sample.items())) for sample in samples]
-  if len(counts := Counter(forms)) > 1:
-    most = counts.most_common(1)[0][0]
-    odd = next(number for number, form in enumerate(forms) if form != most)
-    place = getattr(samples[odd], "place", f"sample {odd} of the batch")
-    raise ValueError(f"{place}: views {dict(set(forms[odd]) - set(most))}, but {dict(most)} of most samples")
-  return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
 def _array(value: Any) -> np.ndarray | np.generic:
   return value if isinstance(value, np.ndarray | np.generic) else np.asarray(value)
 
@@ -163,7 +137,7 @@ def training_samples(
   ssl_mixture: Mixture | None = None,
   max_pixels: int = images.MAX_PIXELS,
   deaths: Deaths | None = None,
-) -> grain.MapDataset:
+) -> "grain.MapDataset":
   """Returns all samples of a run, endless and with random access; each epoch of a source is a new permutation of it.
 
   With `ssl_mixture` each example gets a second image, `ssl_image`, from a stream that is shuffled independently: the
@@ -191,79 +165,6 @@ def training_samples(
   return positions.random_map(_MakeSample(mixtures, make_views, max_pixels, deaths or Deaths()), seed=seed)
 
 
-def reader_counts(workers: int | None, threads: int | None, cores: int | None = None) -> tuple[int, int]:
-  """Returns the numbers of reader processes and of threads in each; None means a number that depends on the cores.
-
-  The libraries that do the work release Python's lock, so up to four threads in a process are nearly as fast as
-  processes, which take 200 MB and some seconds to start each. Two cores remain for the training itself. (grain's
-  `pick_performance_config` chooses by memory alone and reads samples to do so.)
-
-  Args:
-    workers: number of processes; 0 means threads of this process.
-    threads: number of threads in each process.
-    cores: number of cores, by default those that this process may use.
-  """
-  cores = cores or jobs.cores()
-  if workers is None:
-    workers = 0 if cores <= 4 else max((cores - 2) // (threads or 4), 1)
-  return workers, threads or min(cores, 4)
-
-
-def evaluation_reader_counts(
-  num_images: int, workers: int | None, threads: int | None, cores: int | None = None
-) -> tuple[int, int]:
-  """`reader_counts` for images that are read once: processes for few of them would take longer to start than to read.
-
-  Without processes there is one thread per core, since nothing else runs meanwhile.
-
-  Args:
-    num_images: number of images to read.
-    workers, threads, cores: see `reader_counts`.
-  """
-  workers, counted = reader_counts(workers, threads, cores)
-  if workers and num_images >= _WORTH_PROCESSES:
-    return workers, counted
-  return 0, threads or cores or jobs.cores()
-
-
-def _read(dataset: grain.MapDataset, workers: int, threads: int, seconds: float) -> Iterator[Any]:
-  """Iterates over a dataset that is read in threads of `workers` processes, or of this one if there are none."""
-  # By default grain reads 500 elements ahead, which here are batches or chunks of them.
-  stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
-  if not workers:
-    return iter(stream)
-  if not flags.FLAGS.is_parsed():  # grain reads one of its flags, also in a notebook, where flags are not parsed
-    flags.FLAGS.mark_as_parsed()
-  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-  shared_memory.remove_abandoned()
-  start = partial(_start_worker, shared_memory.prefix(), seconds)
-  batches = iter(stream.mp_prefetch(options, worker_init_fn=start))
-  batches.get_state()  # makes the iterators of all workers, which start with the first batch otherwise
-  before = set(multiprocessing.active_children())
-  with jobs.hold_main_back():
-    batches.start_prefetch()
-    # grain starts each process in a thread of its own. If a process cannot start, the first batch raises the error.
-    give_up = time.monotonic() + _START_SECONDS
-    while len(started := set(multiprocessing.active_children()) - before) < workers and time.monotonic() < give_up:
-      time.sleep(0.01)
-  threading.Thread(target=_report_exits, args=(started,), daemon=True).start()
-  return batches
-
-
-def _report_exits(processes: Iterable[Any]) -> None:
-  """Waits until worker processes end; one that ends with exit code 0 gets another one.
-
-  grain takes 0 for the end that it asked for itself, and would wait forever if a library has ended the process.
-  """
-  running = {process.sentinel: process for process in processes}
-  while running:
-    for sentinel in connection.wait(list(running)):
-      process = running.pop(sentinel)
-      process.join()
-      if process.exitcode == 0:
-        process._popen.returncode = _ENDED
-
-
 class TrainStream:
   """Iterates over this host's share of the global batches: the same positions of every batch.
 
@@ -285,7 +186,7 @@ class TrainStream:
 
   def __init__(
     self,
-    samples: grain.MapDataset,
+    samples: "grain.MapDataset",
     batch_size: int,
     *,
     host: int = 0,
@@ -298,12 +199,12 @@ class TrainStream:
   ):
     self._batch_size, local = batch_size, batch_size // hosts
     self._next_index = state["next_index"] if state else 0
-    size = _chunk_size(local)
+    size = chunk_size(local)
     self._chunks, self._deaths = local // size, deaths or Deaths()
 
     def start() -> Iterator[Sample]:
-      chunks = _Chunks(samples[self._next_index :], size, self._chunks, host, hosts, seconds)
-      return _read(grain.MapDataset.source(chunks), workers, threads, seconds)
+      chunks = Chunks(samples[self._next_index :], size, self._chunks, host, hosts, seconds)
+      return read(chunks, 0, workers, threads, seconds)
 
     self._start, self._iterator = start, start()
 
@@ -321,8 +222,8 @@ class TrainStream:
         chunks = [next(self._iterator) for _ in range(self._chunks)]
         break
       except RuntimeError as error:
-        death = _recovered(error, self._deaths)
-        _close(self._iterator)
+        death = recovered(error, self._deaths)
+        close(self._iterator)
         self._deaths.forget()
         self._iterator = self._start()
     else:
@@ -339,65 +240,8 @@ class TrainStream:
 
   def close(self) -> None:
     """Ends the worker processes."""
-    _close(self._iterator)
+    close(self._iterator)
     self._deaths.forget()
-
-
-def _chunk_size(batch_size: int) -> int:
-  """The largest number of samples of a chunk of which a batch has a whole number."""
-  return max(size for size in range(1, min(batch_size, _CHUNK) + 1) if batch_size % size == 0)
-
-
-def _recovered(error: RuntimeError, deaths: Deaths) -> Exception:
-  """Records the samples in which a worker died, and returns the error about its death.
-
-  Raises:
-    ChildProcessError: no sample is known in which it died.
-    RuntimeError: the error itself, if it is about something else.
-  """
-  death = _death(error)
-  if death is error or not (known := deaths.recover()):
-    raise death from error
-  for line in known:
-    logging.warning("%s (%s)", line, error)
-  return death
-
-
-def _death(error: RuntimeError) -> Exception:
-  """Replaces grain's error about a dead worker, which has no class of its own; returns other errors unchanged."""
-  if "terminated unexpectedly" not in str(error):
-    return error
-  return ChildProcessError(
-    f"{error}. Was it killed because memory ran out (of this machine, or of /dev/shm, which passes batches)? "
-    "In a training, config.data.workers and config.data.threads set the number of readers"
-  )
-
-
-@dataclass(frozen=True)
-class _Chunks:
-  """A host's share of each global batch, in `count` chunks of `size` samples, with random access."""
-
-  samples: grain.MapDataset
-  size: int
-  count: int
-  host: int
-  hosts: int
-  seconds: float
-
-  def __len__(self) -> int:
-    return len(self.samples) // (self.size * self.count * self.hosts) * self.count
-
-  def __getitem__(self, index: int) -> Sample:
-    batch, chunk = divmod(index, self.count)
-    first = ((batch * self.hosts + self.host) * self.count + chunk) * self.size
-    try:
-      samples = hangs.make_all(lambda offset: self.samples[first + offset], self.size, self.seconds)
-    except (KeyboardInterrupt, SystemExit) as error:
-      logging.error("%s %s", type(error).__name__, " ".join(getattr(error, "__notes__", ())))
-      if multiprocessing.parent_process() is None:
-        raise
-      raise RuntimeError(f"{type(error).__name__} {' '.join(getattr(error, '__notes__', ()))}") from error
-    return _stacked(samples)
 
 
 class Prefetch:
@@ -516,9 +360,8 @@ class EvaluationBatches:
 
   def __iter__(self) -> Iterator[Sample]:
     count = self.num_batches * self.batch_size
-    size = _chunk_size(self.batch_size)
-    chunks = _Chunks(grain.MapDataset.range(count).map(self._sample), size, 1, 0, 1, self.reading.seconds)
-    reader = _read_all(grain.MapDataset.source(chunks), count, self.reading)
+    size = chunk_size(self.batch_size)
+    reader = _read_all(Chunks(_Rows(self), size, 1, 0, 1, self.reading.seconds), count, self.reading)
     left, in_a_row = len(self.rows), list[str]()
     with contextlib.closing(reader):
       for _ in range(self.num_batches):
@@ -537,7 +380,8 @@ class EvaluationBatches:
       message = f"{self.source.name}: {len(errors)} examples in a row cannot be used; the last one: {errors[-1]}"
       raise OSError(errno.EIO, message)
 
-  def _sample(self, number: int) -> Sample:
+  def sample(self, number: int) -> Sample:
+    """Row `number` of all batches, before they are put together."""
     size = self.view.size
     blank = {
       "image": np.zeros((size, size, 3), np.uint8),
@@ -573,6 +417,19 @@ class EvaluationBatches:
       "id": np.str_(example["id"]),
       "annotations": np.str_(_annotations(example)),
     }
+
+
+@dataclass(frozen=True)
+class _Rows(Sequence[Sample]):
+  """The rows of all batches together."""
+
+  batches: EvaluationBatches
+
+  def __len__(self) -> int:
+    return self.batches.num_batches * self.batches.batch_size
+
+  def __getitem__(self, number: int) -> Sample:
+    return self.batches.sample(number)
 
 
 def _annotations(example: Example) -> str:
@@ -623,46 +480,20 @@ def parse_annotations(texts: Sequence[str]) -> Annotations:
   return Annotations(labels, groups, captions, [entry.get("image_hash", "") for entry in of_rows])
 
 
-def _read_all(chunks: grain.MapDataset, num_images: int, reading: Reading) -> Generator[Sample, None, None]:
+def _read_all(chunks: Chunks, num_images: int, reading: Reading) -> Generator[Sample, None, None]:
   """Reads all chunks once, and continues in other workers after one died in a sample that is known."""
   counts = evaluation_reader_counts(num_images, reading.workers, reading.threads)
   number = died = 0  # chunks that were read, and deaths in the next one
   while number < len(chunks):
-    reader = _read(chunks[number:], *counts, reading.seconds)
+    reader = read(chunks, number, *counts, reading.seconds)
     try:
       for chunk in reader:
         yield chunk
         number, died = number + 1, 0
     except RuntimeError as error:
-      death, died = _recovered(error, reading.deaths), died + 1
+      death, died = recovered(error, reading.deaths), died + 1
       if died == _MAX_DEATHS:
         raise death from error
     finally:
-      _close(reader)
+      close(reader)
       reading.deaths.forget()
-
-
-def _close(batches: Iterator[Any]) -> None:
-  """Ends the worker processes of an iterator, if it has any."""
-  if close := getattr(batches, "close", None):
-    close()
-
-
-def _start_worker(prefix: str, seconds: float, index: int, count: int) -> None:
-  """Prepares a process that reads, whose shared memory has names with this prefix.
-
-  Workers ignore signals, which the main process handles: it saves a checkpoint first.
-  """
-  del index, count
-  shared_memory.use_prefix(prefix)
-  disable_opencv_threads()
-  jobs.end_with_parent(before=deaths_lib.clear_journals)
-  hangs.end_if_stuck(seconds)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
-def disable_opencv_threads() -> None:
-  """Makes OpenCV use only the calling thread, in the whole process: our own threads already use all cores."""
-  cv2.setNumThreads(0)

@@ -6,7 +6,6 @@ import io
 import os
 from typing import Any, NamedTuple
 
-from array_record.python import array_record_module
 import numpy as np
 from PIL import Image
 
@@ -15,6 +14,7 @@ from declip_jax.data.sources import BadSample, Example, Source, bad_sample, read
 from declip_jax.data.sources.arrayrecord import WRITER_OPTIONS, open_reader, pack
 from declip_jax.data.storage import outputs
 from declip_jax.data.storage.jobs import Advance
+from declip_jax.extras import array_record_module
 
 NAMED = 3  # bad samples of each kind whose messages are kept
 _MOST_FAILED = (

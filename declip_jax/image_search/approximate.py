@@ -1,6 +1,5 @@
 """Search among more than a million images: usearch finds candidates in a graph (HNSW), which are scored exactly."""
 
-import importlib
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from declip_jax.data.storage import outputs
 from declip_jax.evals.feature_cache import if_allowed
+from declip_jax.extras import usearch_index
 from declip_jax.image_search.index import Hits, ImageIndex
 from declip_jax.reporting.progress import Bar, message
 
@@ -31,8 +31,8 @@ def make_index(
     return ImageIndex(embedding, readable)
   try:
     return ApproximateIndex(embedding, readable, folder)
-  except ModuleNotFoundError:
-    message(f"{len(embedding):,} images: each search reads all; pip install 'declip_jax[search]' for an index")
+  except ModuleNotFoundError as error:
+    message(f"{len(embedding):,} images: each search reads all, without an index; {error}")
     return ImageIndex(embedding, readable)
 
 
@@ -47,9 +47,8 @@ class ApproximateIndex(ImageIndex):
   """
 
   def __init__(self, embedding: Float[np.ndarray, "n d"], readable: Bool[np.ndarray, "n"], folder: Path | None):
-    usearch = importlib.import_module("usearch.index")
     super().__init__(embedding, readable)
-    self._graph = usearch.Index(ndim=embedding.shape[1], metric="cos", dtype="f16", expansion_search=_EXPANSION)
+    self._graph = usearch_index.Index(ndim=embedding.shape[1], metric="cos", dtype="f16", expansion_search=_EXPANSION)
     path = folder / "images.usearch" if folder and folder.is_dir() else None
     if path is None or not self._read(path):
       self._graph.reset()

@@ -1,10 +1,11 @@
 """TPU topologies to compile for without the hardware."""
 
-import importlib.util
 import os
 
 import jax
 from jax.experimental import topologies
+
+from declip_jax.extras import install_command, is_installed
 
 EXAMPLES = "v4:4x4x4, v5e:4x4, v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:2x2x2"
 # Otherwise libtpu queries a TPU VM's metadata server, locks out other processes, and logs everything.
@@ -28,9 +29,9 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     ModuleNotFoundError: libtpu is not installed.
     ValueError: libtpu does not know the topology; the message includes that of libtpu.
   """
-  if importlib.util.find_spec("libtpu") is None:
+  if not is_installed("libtpu"):
     raise ModuleNotFoundError(
-      f"--topology={name} needs libtpu, which any x86 Linux can install: pip install -e '.[tpu]' in a checkout"
+      f"--topology={name} needs libtpu, which any x86 Linux can install: {install_command('tpu')}"
     )
   os.environ |= _LIBTPU
   jax.config.update("jax_platforms", "cpu")

@@ -5,7 +5,6 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 from jax.sharding import Mesh
 import numpy as np
@@ -16,6 +15,7 @@ from declip_jax.data.make_views import MakeViews, Origin
 from declip_jax.data.sources import Source
 from declip_jax.data.storage import files
 from declip_jax.data.text.tokenizer import Tokenizer
+from declip_jax.extras import grain
 from declip_jax.reporting import pictures
 from declip_jax.reporting.metrics import score_text
 from declip_jax.sharding import layout_table
@@ -83,7 +83,7 @@ def opening_lines(
 
 
 def draw_views(
-  samples: grain.MapDataset, make_views: MakeViews, augment: Callable[[Batch, jax.Array], Batch], path: Path
+  samples: "grain.MapDataset", make_views: MakeViews, augment: Callable[[Batch, jax.Array], Batch], path: Path
 ) -> str:
   """Draws the first samples of a run as the model receives them, unless the picture exists.
 

@@ -8,7 +8,7 @@ import traceback
 from absl import flags
 
 from declip_jax import command_line
-from declip_jax.data.pipeline import disable_opencv_threads
+from declip_jax.data.readers import disable_opencv_threads
 from declip_jax.reporting.progress import drop_lost_streams
 from declip_jax.runtime.hosts import check_backend, join_processes
 from declip_jax.runtime.workdir import local_path

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from tiers import slow_except
 
-from declip_jax.data import images, pipeline
+from declip_jax.data import images, pipeline, readers
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.recipes import RECIPES
@@ -249,14 +249,14 @@ def test_templates_caption_the_examples_that_have_a_class_and_no_caption() -> No
   ],
 )
 def test_reader_counts_follow_the_cores(cores: int, given: tuple, planned: tuple[int, int]) -> None:
-  assert pipeline.reader_counts(*given, cores=cores) == planned
+  assert readers.reader_counts(*given, cores=cores) == planned
 
 
 def test_processes_read_an_evaluation_only_if_it_is_worth_their_start() -> None:
-  assert pipeline.evaluation_reader_counts(5000, None, None, cores=16) == (0, 16)
-  assert pipeline.evaluation_reader_counts(50000, None, None, cores=16) == (3, 4)
-  assert pipeline.evaluation_reader_counts(50000, 0, 2, cores=16) == (0, 2)
-  assert pipeline.evaluation_reader_counts(5000, 2, None, cores=16) == (0, 16)
+  assert readers.evaluation_reader_counts(5000, None, None, cores=16) == (0, 16)
+  assert readers.evaluation_reader_counts(50000, None, None, cores=16) == (3, 4)
+  assert readers.evaluation_reader_counts(50000, 0, 2, cores=16) == (0, 2)
+  assert readers.evaluation_reader_counts(5000, 2, None, cores=16) == (0, 16)
 
 
 def test_reading_in_this_process_leaves_opencvs_threads_alone() -> None:
@@ -471,7 +471,7 @@ def test_prefetch_yields_states_and_raises_errors() -> None:
 def test_evaluation_is_in_order_padded_and_masked(
   batch_size: int, hosts: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr(pipeline, "_WORTH_PROCESSES", 0)
+  monkeypatch.setattr(readers, "_WORTH_PROCESSES", 0)
   source, local = Numbers(11, broken=(3,)), batch_size // hosts
   rows = [range(0, 11)] if hosts == 1 else [range(0, 6), range(6, 11)]
   num_batches = -(-len(rows[0]) // local)

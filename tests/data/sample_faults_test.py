@@ -24,7 +24,7 @@ import pytest
 
 from declip_jax import command_line
 from declip_jax.data import deaths as deaths_lib
-from declip_jax.data import hangs, images, pipeline, records
+from declip_jax.data import hangs, images, pipeline, readers, records
 from declip_jax.data.deaths import Deaths
 from declip_jax.data.images import views as image_views
 from declip_jax.data.make_views import MakeViews, Rendering
@@ -345,7 +345,7 @@ def test_a_sample_that_kills_a_worker_is_skipped_and_the_run_continues(fault: st
 def test_a_worker_that_ends_with_exit_code_0_counts_as_dead() -> None:
   process = multiprocessing.get_context("spawn").Process(target=os._exit, args=(0,))
   process.start()
-  pipeline._report_exits([process])
+  readers._report_exits([process])
   assert process.exitcode
 
 
@@ -353,7 +353,7 @@ def test_a_worker_that_ends_with_exit_code_0_counts_as_dead() -> None:
 def test_a_sample_that_kills_a_worker_is_skipped_in_evaluations(
   monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-  monkeypatch.setattr(pipeline, "_WORTH_PROCESSES", 0)
+  monkeypatch.setattr(readers, "_WORTH_PROCESSES", 0)
   source = Faulty(12, {5: ("open", "crash"), 7: ("open", "hang")})
   for count in (2, 0):  # of deaths; the second evaluation remembers them
     caplog.clear()

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from declip_jax.extras import install_command
 from declip_jax.image_search import approximate
 from declip_jax.image_search.approximate import ApproximateIndex, make_index
 from declip_jax.image_search.index import ImageIndex
@@ -49,6 +50,6 @@ def test_pages_are_those_of_exact_search(small, tmp_path, capsys):
 def test_without_usearch_search_is_exact(small, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "usearch.index", None)
   assert type(make_index(EMBEDDING, READABLE)) is ImageIndex
-  assert "declip_jax[search]" in capsys.readouterr().err
+  assert install_command("search") in capsys.readouterr().err
   monkeypatch.setattr(approximate, "EXACT", 2000)
   assert type(make_index(EMBEDDING, READABLE)) is ImageIndex

@@ -22,11 +22,12 @@ from record_files import read_events, scalars, wandb_records
 from runs import Killed, killed_before_line
 
 from declip_jax import build, config
+from declip_jax.extras import is_installed
 from declip_jax.reporting.metrics import MetricWriter
 from declip_jax.reporting.trackers import TrackedRun, Tracker, open_trackers
 from declip_jax.reporting.trackers.background import Background
 from declip_jax.reporting.trackers.base import run_id
-from declip_jax.reporting.trackers.libraries import TRACKERS, is_installed
+from declip_jax.reporting.trackers.libraries import TRACKERS
 from declip_jax.reporting.trackers.tensorboard import TENSORBOARD
 
 CONFIG = {"seed": 1, "data": {"train": ["a.csv"], "templates": []}}
@@ -223,7 +224,7 @@ def test_config_names_trackers_and_missing_libraries_and_a_users_own_is_a_functi
     monkeypatch.setattr(build, "is_installed", lambda library: True)
     assert [*build.make_trackers(c.trackers)] == [name]
     monkeypatch.setattr(build, "is_installed", lambda library: False)
-    with pytest.raises(ValueError, match=rf"config.trackers.{name}='project'.*declip_jax\[{name}\]"):
+    with pytest.raises(ValueError, match=rf"config.trackers.{name}='project'.*pip install .*\[{name}\]"):
       build.make_trackers(c.trackers)
   (tmp_path / "folder_of_files").mkdir()
   monkeypatch.syspath_prepend(str(tmp_path))

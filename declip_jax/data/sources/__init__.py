@@ -64,10 +64,11 @@ def open_source(spec: str, place: str = "") -> Source:
   Raises:
     ValueError: the spec has no colon or no location, its kind is not one of `SOURCES`, or its data are damaged.
     OSError: its data are not there, or cannot be read.
+    ModuleNotFoundError: a package that reads this kind is not installed.
   """
   try:
     return _open(spec)
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, ModuleNotFoundError) as error:
     if not place:
       raise
     raise _placed(error, place) from error
@@ -83,11 +84,11 @@ def _open(spec: str) -> Source:
   return SOURCES[kind](location)
 
 
-def _placed(error: ValueError | OSError, place: str) -> ValueError | OSError:
+def _placed(error: Exception, place: str) -> Exception:
   """An error of the same kind, hence with the same exit code, that says where the spec is written."""
   text = f"{place}: {error}"
-  if isinstance(error, ValueError):
-    return ValueError(text)
+  if not isinstance(error, OSError):
+    return (ValueError if isinstance(error, ValueError) else ModuleNotFoundError)(text)
   kind = type(error) if type(error).__module__ == "builtins" else OSError
   found = kind(text)
   found.errno = error.errno

@@ -30,13 +30,13 @@ import tempfile
 from typing import Any, NamedTuple, TypeVar
 
 from absl import logging
-from array_record.python import array_record_module
 import msgpack
 import numpy as np
 
 from declip_jax.data.sources import lists, tf_example
 from declip_jax.data.sources.base import BadSample, Example, OfFiles, bad_sample
 from declip_jax.data.storage import copies, files, indexes, patterns, remote, tf_examples
+from declip_jax.extras import array_record_module
 from declip_jax.spelling import counted
 
 WRITER_OPTIONS = "group_size:1,uncompressed"

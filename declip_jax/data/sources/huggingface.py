@@ -20,6 +20,7 @@ from declip_jax.data.sources import lists, values
 from declip_jax.data.sources.base import BadSample, Example, Marks, Named, bad_sample
 from declip_jax.data.storage import copies, files, indexes, remote
 from declip_jax.data.storage.reach import NotAllowedError, Reach
+from declip_jax.extras import datasets
 
 _THREADS = 8  # for copying remote files
 _PROBED = 20  # images to read at random until one of them exists
@@ -151,7 +152,8 @@ def open_huggingface(location: str) -> HuggingFace:
     FileNotFoundError: there is no saved data set, or none of its images is found.
     OSError: a remote file cannot be copied.
     ValueError: the split or a column is unknown, the choice of one is ambiguous, a file of the data set is elsewhere,
-      there is no example, or `datasets` is not installed.
+      there is no example.
+    ModuleNotFoundError: `datasets` is not installed.
   """
   source, errors = _reopen(location), list[tuple[int, BadSample]]()
   for index in dict.fromkeys([0, *lists.probes(len(source), _PROBED)]) if len(source) else ():
@@ -175,7 +177,7 @@ def _reopen(location: str) -> HuggingFace:
   """Opens a folder without looking for its images."""
   place, wanted = lists.parse(location, _ROLES, "PATH or PATH:SPLIT")
   path, split = _LOCATION.fullmatch(place).groups()
-  datasets, name, folder = _import_datasets(), f"huggingface:{location}", lists.absolute(path)
+  name, folder = f"huggingface:{location}", lists.absolute(path)
   reach = Reach.of(wanted)
   beside = reach._replace(root=folder)
   try:
@@ -198,7 +200,6 @@ def _reopen(location: str) -> HuggingFace:
 
 def _load_url(url: str, split: str | None, reach: Reach) -> Any:
   """Loads the data set in a remote folder; in a `DatasetDict` only the wanted split is loaded, the others are None."""
-  datasets = _import_datasets()
   if not files.exists(f"{url}/dataset_dict.json"):
     return _load_copy(url, reach)
   splits = json.loads(files.read(f"{url}/dataset_dict.json"))["splits"]
@@ -216,7 +217,7 @@ def _load_copy(url: str, reach: Reach) -> Any:
   folder = copies.folder(url, stamps)
   with ThreadPoolExecutor(_THREADS) as pool:
     list(pool.map(lambda name: copies.fetch(f"{url}/{name}", stamps[name], folder / name), names))
-  return _import_datasets().load_from_disk(os.fspath(folder))
+  return datasets.load_from_disk(os.fspath(folder))
 
 
 def from_huggingface(
@@ -238,25 +239,16 @@ def from_huggingface(
     name: name for messages.
 
   Raises:
-    ValueError: not such a data set, a column is unknown, the choice of one is ambiguous, or `datasets` is not
-      installed.
+    ValueError: not such a data set, a column is unknown, or the choice of one is ambiguous.
+    ModuleNotFoundError: `datasets` is not installed.
   """
   given = {"image": image, "caption": caption, "label": label}
   prepared, columns = _prepare(name, dataset, {role: column for role, column in given.items() if column is not None})
   return HuggingFace(name, prepared, columns, Reach(os.getcwd(), frozenset({"outside"})), None)
 
 
-def _import_datasets() -> Any:
-  try:
-    import datasets
-  except ImportError as error:
-    raise ValueError(f"{error}: data sets of Hugging Face need pip install 'declip_jax[huggingface]'") from error
-  return datasets
-
-
 def _prepare(name: str, dataset: Any, wanted: dict[str, str]) -> tuple[Any, _Columns]:
   """Returns the data set with only the columns in use, and these columns; images remain encoded."""
-  datasets = _import_datasets()
   if not isinstance(dataset, datasets.Dataset):
     hint = "choose a split, such as dataset['train']" if isinstance(dataset, dict) else "load it without streaming"
     raise ValueError(f"{name}: expected a datasets.Dataset, got a {type(dataset).__name__}; {hint}")
@@ -271,7 +263,6 @@ def _prepare(name: str, dataset: Any, wanted: dict[str, str]) -> tuple[Any, _Col
 
 
 def _choose(name: str, features: dict[str, Any], wanted: dict[str, str]) -> _Columns:
-  datasets = _import_datasets()
 
   def columns(kinds: tuple[type, ...], *dtypes: str) -> list[str]:
     """Names of the columns of these kinds, or of plain values of these types."""

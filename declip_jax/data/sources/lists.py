@@ -1,10 +1,9 @@
 """Lists of images as sources: tables, COCO files, YFCC lists and folders are converted once to the same kind of index.
 
-An entry of a list is the path of an image, its captions and its label. The index of a list is an Arrow IPC file (see
-`indexes.find_or_build`), built by streaming and memory-mapped afterwards: building costs about 20 us per entry, opening
-the list again only compares its checksums, and neither a process nor a pickle contains anything that grows with the
-list. All record batches have the same number of entries, so a division finds entry i; what is known only at the end is
-stored as JSON in the metadata of a last, empty batch.
+An entry of a list is the path of an image, its captions and its label. The index of a list is a file of rows (see
+`rows` and `indexes.find_or_build`), built by streaming and memory-mapped afterwards: building costs about 20 us per
+entry, opening the list again only compares its checksums, and neither a process nor a pickle contains anything that
+grows with the list.
 """
 
 from array import array
@@ -12,9 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import difflib
 import errno
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 import itertools
-import json
 import os
 from pathlib import Path
 import random
@@ -24,10 +22,9 @@ from typing import Any, NamedTuple
 
 from absl import logging
 import numpy as np
-import pyarrow as pa
 
 from declip_jax.data.sources.base import BadSample, Example, Marks, Named, bad_sample
-from declip_jax.data.storage import files, indexes, layouts, remote
+from declip_jax.data.storage import files, indexes, layouts, remote, rows
 from declip_jax.data.storage.bounded import LONGEST
 from declip_jax.data.storage.reach import NotAllowedError, Reach
 from declip_jax.reporting import progress
@@ -43,30 +40,13 @@ LABEL_NAMES = ("label", "labels", "class", "class_id", "class_index", "target", 
 REACH = Reach._fields  # the options of a spec for where paths in the data may lead
 
 _BELOW = Reach()
-_FORMAT = 9  # part of the name of an index: raise it when its columns, or the rules by which a list is read, change
-_BATCH = 512  # entries; the builder keeps one batch in memory
-_BATCH_WITH_IMAGES = 8
-_CACHED = 256  # batches to keep open while rows are joined
+_FORMAT = 10  # part of the name of an index: raise it when its columns, or the rules by which a list is read, change
 _PROBED = 100  # random images to try until one can be read
 STAMPED = 1000  # images, at random, whose size and time are part of the stamp
 _PATIENCE = 20.0  # seconds to try them
 _LOOKED_IN = 100  # folders in which to look for an image that is missing
 _LOGGED = 5  # skipped samples to name in the log; all of them are counted
 MAX_CLASSES = 100_000  # more labels than this are not classes, but numbers or names of samples
-_SCHEMA = pa.schema(
-  [
-    ("file", pa.int32()),
-    ("record", pa.int64()),
-    ("path", pa.binary()),  # file names need not be UTF-8
-    ("image", pa.binary()),
-    ("captions", pa.list_(pa.string())),
-    ("label", pa.int64()),  # in order of appearance
-  ]
-)
-# Only in the indexes of lists that have them.
-_MARKS = (pa.field("labels", pa.list_(pa.int8())), pa.field("groups", pa.list_(pa.int64())))  # groups as the label
-_Row = tuple[Any, ...]  # the values of these columns
-
 # A path may contain a ?, as a glob character.
 _QUERY = re.compile(r"(.*?)(?:\?([a-z_]+=.*))?", re.DOTALL)
 
@@ -127,19 +107,16 @@ class ListSource(Named):
     self._index, self._reach = index, reach
 
   @cached_property
-  def _batches(self) -> pa.ipc.RecordBatchFileReader:
+  def _rows(self) -> rows.Rows:
     try:
-      return pa.ipc.open_file(pa.py_buffer(indexes.contents(self._index)))
-    except (pa.ArrowException, OSError, ValueError) as error:
-      if isinstance(error, OSError) and error.errno is not None:  # of the system; Arrow's errors have no number
-        raise
+      return rows.Rows(indexes.contents(self._index))
+    except ValueError as error:
       damage = f"{self.name}: its index {self._index} is damaged: {one_line(error)}"
       raise ValueError(f"{damage}; delete it to build it again") from None
 
-  @cached_property
+  @property
   def _about(self) -> dict[str, Any]:
-    last = self._batches.get_batch_with_custom_metadata(self._batches.num_record_batches - 1)
-    return json.loads(last.custom_metadata[b"about"])
+    return self._rows.about
 
   @cached_property
   def _first_label(self) -> int:
@@ -180,7 +157,7 @@ class ListSource(Named):
     return f"{self._index.stem}-{indexes.digest([found, self.classnames])}"
 
   def __len__(self) -> int:
-    return self._about["count"]
+    return len(self._rows)
 
   def __getitem__(self, index: int) -> Example:
     """Reads one sample.
@@ -208,9 +185,7 @@ class ListSource(Named):
 
   def entry(self, index: int) -> Entry:
     """Returns entry `index` of the list, with the number of its class as label, -1 for none."""
-    number, position = divmod(int(index), self._about["batch"])
-    batch = self._batches.get_batch(number)
-    file, record, path, image, captions, label, *marks = (column[position].as_py() for column in batch.columns)
+    file, record, path, image, captions, label, *marks = self._rows[int(index)]
     path = None if path is None else path.decode("utf-8", "surrogateescape")
     name = self._about["labels"][label] - self._first_label if label >= 0 else -1
     labels, groups = marks or ((), ())
@@ -267,7 +242,7 @@ def index_list(
     OSError: the index cannot be stored.
   """
   build = partial(_build, name=name, paths=paths, read_entries=read_entries, classnames=classnames, marks=marks)
-  return indexes.find_or_build([_FORMAT, list(paths), stamp], paths[0].rstrip("/"), build, ".arrow")
+  return indexes.find_or_build([_FORMAT, list(paths), stamp], paths[0].rstrip("/"), build, ".rows")
 
 
 def checked(source: ListSource) -> ListSource:
@@ -456,7 +431,6 @@ def _build(
   numbers: dict[int | str, int] = {}  # of labels, in order of appearance
   names: dict[int | str, str] = {}
   groups: list[dict[int | str, int]] = [{} for _ in marks.groups]  # the same for each grouping
-  schema = pa.schema([*_SCHEMA, *_MARKS]) if any(marks) else _SCHEMA
   keys = array("Q")  # of images with their labels
   usable = _usable(read_entries(), skipped, first_bad)
   first = next(usable, None)
@@ -465,9 +439,8 @@ def _build(
       raise ValueError(f"{name}: no usable sample: the list has no entry")
     counts = ", ".join(f"{count:,}: {kind}" for kind, count in skipped.items())
     raise ValueError(f"{name}: no usable sample; skipped {counts}; the first: {first_bad[0]}")
-  size = _BATCH if first.image is None else _BATCH_WITH_IMAGES
 
-  def rows() -> Iterator[_Row]:
+  def numbered() -> Iterator[rows.Row]:
     for entry in progress.track(itertools.chain([first], usable), f"indexing {name}", unit="samples"):
       row = (*_encoded(entry), _number(entry, numbers, names))
       row += (entry.labels, [*map(_group, entry.groups, groups)]) if any(marks) else ()
@@ -483,32 +456,21 @@ def _build(
     labels, found = number_classes(numbers, names, classnames())
     grouped = {name: number_classes(known, {}, ())[0] for name, known in zip(marks.groups, groups, strict=True)}
     several = {"several": [*marks.labels], "groups": grouped} if any(marks) else {}
-    return {"files": paths, "batch": size, "skipped": skipped, "labels": labels, "classnames": found, **several}
+    return {"files": paths, "skipped": skipped, "labels": labels, "classnames": found, **several}
 
-  count = _write(path, rows(), size, about, schema)
+  count = rows.write(path, numbered(), about)
   if len(keys) == count and _has_repeats(keys):
     apart = path.with_name(f"{path.name}.apart")
     path.replace(apart)
     try:
-      joined = count - (count := _write(path, _joined(apart, size, keys, name, paths, skipped), size, about, schema))
+      joined = count - (count := rows.write(path, _joined(apart, keys, name, paths, skipped), about))
     finally:
       apart.unlink(missing_ok=True)
     logging.info("%s: joined %d lines with earlier ones of the same image", name, joined)
   logging.info("%s: %d samples, %d skipped %s", name, count, skipped.total(), dict(skipped))
 
 
-def _write(path: Path, rows: Iterable[_Row], size: int, about: Callable[[], dict[str, Any]], schema: pa.Schema) -> int:
-  """Writes rows, and then the metadata that is known only at the end; returns the number of rows."""
-  count, rows = 0, iter(rows)
-  with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-    while batch := list(itertools.islice(rows, size)):
-      writer.write_batch(_batch(batch, schema))
-      count += len(batch)
-    writer.write_batch(_batch([], schema), custom_metadata={"about": json.dumps({**about(), "count": count})})
-  return count
-
-
-def _key(row: _Row, folder: str) -> int:
+def _key(row: rows.Row, folder: str) -> int:
   """64 bits that depend on the image and the label of a row, for this process."""
   _, _, path, image, _, label, *_ = row
   relative = path is not None and not path.startswith(b"/") and b"://" not in path
@@ -520,15 +482,12 @@ def _has_repeats(keys: array) -> bool:
   return bool((ordered[1:] == ordered[:-1]).any())
 
 
-def _joined(
-  path: Path, size: int, keys: array, name: str, paths: Sequence[str], skipped: Counter[str]
-) -> Iterator[_Row]:
-  """Rows of an index with batches of `size`; those of the same image and label are joined at the place of the first.
+def _joined(path: Path, keys: array, name: str, paths: Sequence[str], skipped: Counter[str]) -> Iterator[rows.Row]:
+  """Rows of an index; those of the same image and label are joined at the place of the first.
 
   A row is skipped, and counted in `skipped`, if the captions of its image would then be longer than `LONGEST`.
   """
-  reader = pa.ipc.open_file(pa.memory_map(str(path)))
-  batch = lru_cache(_CACHED)(reader.get_batch)
+  apart = rows.Rows(memoryview(np.memmap(path, np.uint8, "r")))
   order = np.argsort(np.frombuffer(keys, np.uint64), kind="stable")
   ordered = np.frombuffer(keys, np.uint64)[order]
   starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
@@ -538,7 +497,7 @@ def _joined(
       found: dict[Any, list[Any]] = {}  # more than one only if different images have the same key
       lengths = Counter[Any]()  # characters of their captions
       for position in order[starts[group] : ends[group]].tolist():
-        row = [column[position % size].as_py() for column in batch(position // size).columns]
+        row = apart[position]
         image = (row[2], row[3], row[5])
         length = sum(map(len, row[4]))
         if image in found and lengths[image] + length > LONGEST:
@@ -586,12 +545,6 @@ def _encoded(entry: Entry) -> tuple[int, int, bytes | None, bytes | None, list[s
   path = None if entry.path is None else entry.path.encode("utf-8", "surrogateescape")
   captions = [text.encode("utf-8", "replace").decode() for text in entry.captions]
   return entry.file, entry.record, path, entry.image, captions
-
-
-def _batch(entries: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBatch:
-  columns = zip(*entries, strict=True) if entries else [()] * len(schema)
-  arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-  return pa.record_batch(arrays, schema=schema)
 
 
 def _group(group: int | str | None, numbers: dict[int | str, int]) -> int:

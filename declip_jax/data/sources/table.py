@@ -38,7 +38,6 @@ from typing import Any, BinaryIO, NamedTuple
 import zlib
 
 from absl import logging
-import pyarrow as pa
 
 from declip_jax.data.sources import lists, values
 from declip_jax.data.sources.base import BadSample
@@ -408,11 +407,13 @@ def _merged(records: Iterable[Entry | BadSample], path: str) -> Iterator[Entry |
 
 @contextlib.contextmanager
 def _naming(path: str) -> Iterator[None]:
-  """Turns the errors of Arrow and gzip for a damaged file into one line with the file's name."""
+  """Turns the errors of `Parquet` and gzip for a damaged file into one line with the file's name."""
   try:
     yield
-  except (pa.ArrowException, EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
-    if isinstance(error, OSError) and error.errno is not None:  # of the system; errors of Arrow and gzip have no number
+  except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
+    if (
+      isinstance(error, OSError) and error.errno is not None
+    ):  # of the system; errors of gzip and `Parquet` have no number
       raise
     raise DamagedFileError(f"{path}: cannot be read: {lists.one_line(error)}") from None
 

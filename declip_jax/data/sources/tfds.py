@@ -31,6 +31,8 @@ from declip_jax.data.sources.derived_labels import DERIVED
 from declip_jax.data.sources.tfrecord import Records, find_records
 from declip_jax.data.storage import copies, files, indexes, patterns, remote, texts
 from declip_jax.data.storage.reach import Reach
+from declip_jax.extras import import_package
+from declip_jax.extras import tensorflow_datasets as tfds
 from declip_jax.spelling import did_you_mean
 
 _KINDS = ("array_record", "parquet", "tfrecord")  # of files, of which the first that exists is used
@@ -75,8 +77,6 @@ class Tfds(Named):
       return self._open()
 
   def _open(self) -> Any:
-    import tensorflow_datasets as tfds  # slow to import, and other sources do not need it
-
     builder = tfds.builder_from_directory(self._directory.path)
     kind = next(kind for kind in _KINDS if kind in _formats(builder))
     if builder.info.file_format.value != kind:
@@ -96,13 +96,11 @@ class Tfds(Named):
 
   def _open_tfrecords(self, info: Any, decoders: Mapping[str, Any]) -> Any:
     """The source of TFDS, which has none for TFRecord files, with records that we read."""
-    from tensorflow_datasets.core.data_sources.base import BaseDataSource
-
     shards = info.splits[self._split].file_instructions
     parts = [_Part(self._directory.locate(shard.basename()), shard.skip, shard.take) for shard in shards]
     if self._tfrecords is None:
       self._tfrecords = find_records(list(dict.fromkeys(part.path for part in parts)), self.name)
-    opened = BaseDataSource(info, self._split, decoders)
+    opened = import_package("tensorflow_datasets.core.data_sources.base").BaseDataSource(info, self._split, decoders)
     opened.data_source = _Parts(self._tfrecords, parts)
     return opened
 
@@ -289,8 +287,6 @@ def open_tfds(location: str) -> Tfds:
 
 def _find(where: str) -> tuple[_Directory, Mapping[str, Any]]:
   """Returns the folder of a prepared data set, and its features."""
-  import tensorflow_datasets as tfds
-
   folder = where.startswith(("/", ".", "~")) or "://" in where
   line = "import tensorflow_datasets as tfds; tfds.builder({!r}, file_format='array_record').download_and_prepare()"
   hint = "prepare it with\n  " + line.format("NAME" if folder else where)
@@ -311,7 +307,7 @@ def _find(where: str) -> tuple[_Directory, Mapping[str, Any]]:
 @contextlib.contextmanager
 def _known_features() -> Iterator[None]:
   """Keeps TFDS from importing the modules of classes that files name; for its own calls within the context."""
-  from tensorflow_datasets.core.features.feature import FeatureConnector
+  FeatureConnector = import_package("tensorflow_datasets.core.features.feature").FeatureConnector
 
   def known_class(cls: type, name: str) -> type:
     known, classes = {}, [FeatureConnector]
@@ -338,8 +334,6 @@ def _formats(builder: Any) -> set[str]:
 
 def _fields(features: Mapping[str, Any], wanted: Mapping[str, str], place: str) -> _Fields:
   """Chooses the features."""
-  import tensorflow_datasets as tfds
-
   leaves = sorted(_leaves(features))  # their order in code differs from that in files
   images = [path for path, feature in leaves if isinstance(feature, tfds.features.Image) and "/" not in path]
   labels = [path for path, feature in leaves if isinstance(feature, tfds.features.ClassLabel) and "/" not in path]

@@ -8,15 +8,15 @@ announce too much are not decompressed at all.
 """
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import io
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from declip_jax.data.storage import files, parquet_pages
 from declip_jax.data.storage.bounded import LONGEST
+from declip_jax.extras import pyarrow as pa
+from declip_jax.extras import pyarrow_compute as pc
+from declip_jax.extras import pyarrow_parquet as pq
 
 _ROWS = 256  # per batch
 _BYTES = 2**28  # of a batch, once decoded
@@ -32,11 +32,15 @@ class Parquet:
     schema: its columns, and the metadata that came with them.
 
   Raises:
-    pa.ArrowException, OSError: it is not such a file, it is damaged, or it would take too much memory; also raised by
-      `rows`.
+    OSError: it is not such a file, it is damaged, or it would take too much memory; also raised by `rows`.
+    ModuleNotFoundError: pyarrow is not installed.
   """
 
   def __init__(self, stream: BinaryIO):
+    with _plain_errors():
+      self._open(stream)
+
+  def _open(self, stream: BinaryIO) -> None:
     self._stream, self._file = stream, pq.ParquetFile(stream)
     self._most_values = _FEW_VALUES + _VALUES_PER_BYTE * stream.seek(0, io.SEEK_END)
     self._metadata = self._file.metadata
@@ -48,10 +52,14 @@ class Parquet:
       if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "NONE")
     ]
     self._indices = pq.ParquetFile(stream, metadata=self._metadata, read_dictionary=self._coded)
-    self.schema: pa.Schema = self._file.schema_arrow
+    self.schema: "pa.Schema" = self._file.schema_arrow
 
   def rows(self, columns: Sequence[str]) -> Iterator[Row | str]:
     """Yields names and values of some columns, row by row, or a message for a row whose values are too large."""
+    with _plain_errors():
+      yield from self._read(columns)
+
+  def _read(self, columns: Sequence[str]) -> Iterator[Row | str]:
     for group in range(self._metadata.num_row_groups):
       about = self._metadata.row_group(group)
       if about.num_rows > self._most_values:
@@ -91,11 +99,20 @@ class Parquet:
     return min(_ROWS, _BYTES // max(1, size)) or 1
 
 
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+  """Turns Arrow's own errors into OSErrors without a number, so that callers need not know Arrow."""
+  try:
+    yield
+  except pa.ArrowException as error:
+    raise OSError(str(error)) from error
+
+
 def _is_used(path: str, columns: Sequence[str]) -> bool:
   return path in columns or path.partition(".")[0] in columns
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[Row | str]:
+def _rows(batch: "pa.RecordBatch") -> Iterator[Row | str]:
   sizes = [_size(column) for column in batch.columns]
   if batch.num_rows > 1 and sum(sizes) > _BYTES:
     for number in range(batch.num_rows):
@@ -111,14 +128,14 @@ def _rows(batch: pa.RecordBatch) -> Iterator[Row | str]:
     yield list(zip(names, values, strict=True))
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_text(kind: "pa.DataType") -> bool:
   """Whether a column has texts or lists of them."""
   while pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
     kind = kind.value_type
   return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _parts(array: pa.Array) -> list[pa.Array]:
+def _parts(array: "pa.Array") -> "list[pa.Array]":
   """The arrays that a struct, a list or a map consists of; none for other arrays."""
   if pa.types.is_struct(array.type):
     return array.flatten()
@@ -129,14 +146,14 @@ def _parts(array: pa.Array) -> list[pa.Array]:
   return []
 
 
-def _longest(array: pa.Array) -> int:
+def _longest(array: "pa.Array") -> int:
   """Bytes of the longest value in the dictionaries of an array."""
   if pa.types.is_dictionary(array.type):
     return pc.max(pc.binary_length(array.dictionary)).as_py() or 0
   return max(map(_longest, _parts(array)), default=0)
 
 
-def _size(array: pa.Array) -> int:
+def _size(array: "pa.Array") -> int:
   """Bytes of an array once its dictionaries are replaced by values."""
   if pa.types.is_dictionary(array.type):
     lengths = pc.binary_length(array.dictionary).cast(pa.int64())

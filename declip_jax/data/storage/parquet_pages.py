@@ -7,7 +7,7 @@ Thrift's compact protocol, of the type PageHeader in https://github.com/apache/p
 import io
 from typing import Any, BinaryIO, NamedTuple
 
-import pyarrow as pa
+from declip_jax.extras import pyarrow as pa
 
 _LARGE = 2**28  # bytes; a page may be larger only if it has at least an eighth of them in the file, as images do
 _EXPANSION = 8

@@ -18,6 +18,8 @@ import fsspec
 import fsspec.asyn
 import fsspec.core
 
+from declip_jax.extras import install_command
+
 _SCHEME = re.compile(r"((?:[A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*)://")
 _PIECE = 2**18  # bytes
 _UNICAST = ipaddress.ip_network("2000::/3")  # all addresses of IPv6 for servers on the internet
@@ -75,7 +77,7 @@ def _filesystem(root: str) -> fsspec.AbstractFileSystem:
     return fsspec.core.url_to_fs(root, **(_web_options(root) if kind in ("http", "https") else {}))[0]
   except ImportError as error:
     extra = {"http": "https", "https": "https", "gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}.get(kind)
-    how = f"; pip install 'declip_jax[{extra}]'" if extra else ""
+    how = f"; {install_command(extra)}" if extra else ""
     raise ValueError(f"{root}: {error}{how}") from None
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 import numpy as np
 
 from declip_jax.data.text.cleaning import SHORT, clean, clean_head, without_special
+from declip_jax.extras import sentencepiece, tokenizers
 
 ORDINARY_IDS = 49406  # OpenAI's: 256 bytes, 256 bytes that end a word, 48,894 merges
 # What OpenAI's code encodes apart from its neighbours: letters, a digit, other characters. (It takes 's and the like
@@ -155,11 +156,9 @@ def _ids_before(text: str, apart: str, count: int) -> tuple[int, ...] | None:
 @functools.lru_cache(maxsize=4)
 def _tokenizer_json(path: str) -> Any:
   try:
-    import tokenizers
-  except ModuleNotFoundError as error:
-    raise ValueError(f"{path}: reading it needs pip install 'declip_jax[tokenizers]'") from error
-  try:
     tokenizer = tokenizers.Tokenizer.from_file(path)
+  except ModuleNotFoundError as error:
+    raise ValueError(f"{path}: {error}") from error
   except Exception as error:  # the library raises nothing more specific
     raise ValueError(f"{path} is not a tokenizer.json of Hugging Face: {error}") from error
   tokenizer.no_truncation()  # rows are truncated and padded by `Tokenizer`
@@ -206,11 +205,9 @@ class HuggingFace:
 @functools.lru_cache(maxsize=4)
 def _sentence_pieces(path: str) -> Any:
   try:
-    import sentencepiece
-  except ModuleNotFoundError as error:
-    raise ValueError(f"{path}: reading it needs pip install 'declip_jax[tokenizers]'") from error
-  try:
     return sentencepiece.SentencePieceProcessor(model_file=path)
+  except ModuleNotFoundError as error:
+    raise ValueError(f"{path}: {error}") from error
   except (OSError, RuntimeError) as error:
     raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
 

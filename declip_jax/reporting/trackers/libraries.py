@@ -6,7 +6,6 @@ A library reads its own environment variables, such as `WANDB_MODE=offline`, `ML
 
 from collections.abc import Callable, Iterator, Mapping
 import html
-import importlib.util
 from pathlib import Path
 import re
 import time
@@ -149,12 +148,6 @@ class Trackio(Tracker):
 # The trackers by their field of `config.trackers`, which is also the name of the library and of the extra: functions of
 # a run and the value of the field, `project`.
 TRACKERS: dict[str, Callable[..., Tracker]] = {"wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
-
-
-def is_installed(library: str) -> bool:
-  """Whether a library can be imported; a folder of this name, such as that of W&B's files, is not one."""
-  found = importlib.util.find_spec(library)
-  return found is not None and found.origin is not None
 
 
 def _flat(fields: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,3 @@
-import builtins
 import io
 from pathlib import Path
 import pickle
@@ -256,15 +255,8 @@ def test_a_data_set_whose_files_are_elsewhere_is_rejected(tmp_path, monkeypatch)
 
 
 def test_a_missing_package_is_named_with_its_install_command(monkeypatch):
-  real = builtins.__import__
-
-  def without(name, *args):
-    if name == "datasets":
-      raise ImportError("No module named 'datasets'")
-    return real(name, *args)
-
-  monkeypatch.setattr(builtins, "__import__", without)
-  with pytest.raises(ValueError, match=r"pip install 'declip_jax\[huggingface\]'"):
+  monkeypatch.setitem(sys.modules, "datasets", None)
+  with pytest.raises(ModuleNotFoundError, match=r"datasets .*pip install .*\[huggingface\]"):
     open_huggingface("/data")
 
 
