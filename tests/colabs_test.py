@@ -139,7 +139,7 @@ def colabs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("colabs")
 def test_demo_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-  names, shown = run("demo", {"STEPS": 2, "BATCH": 8}, monkeypatch)
+  names, shown = run("demo", {"CONFIG": "tiny_demo.py", "STEPS": 2, "BATCH": 8}, monkeypatch)
   assert shown == [f"runs/declip/{picture}.png" for picture in ("views", "curves", "retrieval")]
   assert names["results"]["step"] == names["clip"].step == 2
   assert names["similarity"].shape == (300, 30)
@@ -185,6 +185,8 @@ def test_evaluate_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
   result = names["results"]["slip", "own/unseen", "zero_shot"]
   assert result["metrics"]["top1"] == pytest.approx((names["by_slip"] == names["label"]).mean())
   assert names["count"] == 60
+  assert shown[0] == "report/pictures/zero_shot_slip_minus_clip.png"
+  assert figures() == 1
   assert Path("report/report.md").is_file()
   assert "McNemar's exact test: p = " in (printed := capsys.readouterr().out)
   assert "slip26" in printed
