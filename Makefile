@@ -9,7 +9,7 @@
 # make test-device   the tests that need a GPU or TPU; they are skipped where there is none
 # make mutate        inserts bugs into a copy of the package, one at a time, and counts those that the fast tests catch
 # make docs          builds the documentation into site/, in .venv-docs; fails with any warning, such as a dead link
-# make docs-notebooks  executes colabs/demo.ipynb, whose outputs the site then shows: eight minutes on two cores
+# make docs-notebooks  executes the notebooks, whose outputs the site then shows; NOTEBOOKS="demo methods" only some
 # make check         what CI runs: format, lint, types, fast tests, and slow tests until SLOW_SECONDS are over
 # make bench-input   compares the input pipeline with torchvision and open_clip, in .venv-bench
 # make bench-scale   memory and time of InfoNCE by each method for batches up to 128k, compared with open_clip's
@@ -65,15 +65,22 @@ mutate: $(VENV)/installed-dev
 	$(VENV)/bin/python tools/mutate.py $(ARGS)
 
 # NO_MKDOCS_2_WARNING hides Material's notice that its maintenance ends in May 2027; it names Zensical as its successor.
+# The hook imports tools.notebooks, which python -m finds.
 docs: $(VENV)-docs/installed
-	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict $(ARGS)
 
-# In a folder of its own, so that nothing of an earlier run is left, with colabs/ and configs/ as in a checkout.
+# Some of them download weights or data. Each runs in a folder of its own, so that nothing of an earlier run is left, with
+# what it reads of a checkout; the one of the plan needs libtpu.
+NOTEBOOKS ?= $(basename $(notdir $(wildcard colabs/*.ipynb)))
+
 docs-notebooks: $(VENV)-docs/installed
-	rm -rf runs/notebooks && mkdir -p runs/notebooks/colabs docs/notebooks
-	ln -s $(CURDIR)/configs runs/notebooks/configs && cp colabs/demo.ipynb runs/notebooks/colabs
-	cd runs/notebooks/colabs && $(abspath $(VENV))-docs/bin/jupyter-execute --inplace demo.ipynb
-	mv runs/notebooks/colabs/demo.ipynb docs/notebooks
+	set -e; for name in $(NOTEBOOKS); do \
+	  rm -rf runs/notebooks/$$name && mkdir -p runs/notebooks/$$name/colabs docs/notebooks; \
+	  ln -s $(CURDIR)/configs $(CURDIR)/docs $(CURDIR)/setup.py runs/notebooks/$$name; \
+	  cp colabs/$$name.ipynb runs/notebooks/$$name/colabs; \
+	  (cd runs/notebooks/$$name/colabs && $(abspath $(VENV))-docs/bin/jupyter-execute --inplace $$name.ipynb); \
+	  mv runs/notebooks/$$name/colabs/$$name.ipynb docs/notebooks; \
+	done
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .

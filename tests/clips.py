@@ -17,6 +17,11 @@ from declip_jax.weights.read import Weights
 @functools.cache
 def make_clip(seed: int, heads: tuple[str, ...] = ("joint",), **fields: Any) -> Clip:
   """A model with random weights; `fields` are those of its config, with dots."""
+  return Clip(make_weights(seed, heads, **fields), make_mesh(-1, 1))
+
+
+def make_weights(seed: int, heads: tuple[str, ...] = ("joint",), **fields: Any) -> Weights:
+  """The random weights of `make_clip`."""
   c = tiny_config("clip").model
   c.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
   model, rng = c.to_dict(), np.random.default_rng(seed)
@@ -24,4 +29,4 @@ def make_clip(seed: int, heads: tuple[str, ...] = ("joint",), **fields: Any) -> 
   drawn = jax.tree.map(lambda leaf: rng.normal(0.5, 0.3, leaf.shape).astype(leaf.dtype), shapes)
   if heads != ("joint",):  # a fine-tuned model has no text tower
     drawn["params"]["towers"].pop("text", None)
-  return Clip(Weights(f"weights {seed}", model, heads, **drawn, view=EvalView(16)), make_mesh(-1, 1))
+  return Weights(f"weights {seed}", model, heads, **drawn, view=EvalView(16))

@@ -47,10 +47,10 @@ SLOW_FIRST = (
   "runtime/checkpoint_test.py",
   "extensions_test.py",
   "wheel_test.py",
-  "colabs_test.py",
   "configs_test.py",
   "faults_test.py",
   "objectives/contrast_methods_test.py",
+  "colabs_test.py",
 )
 
 

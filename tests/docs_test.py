@@ -17,6 +17,7 @@ import sys
 
 from absl import flags
 from ml_collections import ConfigDict
+import notebook_code
 import pytest
 import yaml
 
@@ -59,9 +60,10 @@ def commands(page: Path) -> Iterator[list[str]]:
       yield [*TRAIN, *re.sub("['\"]", "", f"--{field}").replace(" --", "\n--").splitlines()]
 
 
-COMMAND_LINES = [
-  pytest.param(words, id=f"{page.name}: {shlex.join(words)}") for page in PAGES for words in commands(page)
-]
+NOTEBOOKS = [path.stem for path in notebook_code.COLABS.glob("*.ipynb")]
+FOUND = [(page.name, words) for page in PAGES for words in commands(page)]
+FOUND += [(f"{name}.ipynb", words) for name in sorted(NOTEBOOKS) for words in notebook_code.commands(name)]
+COMMAND_LINES = [pytest.param(words, id=f"{name}: {shlex.join(words)}") for name, words in FOUND]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ links. Links are changed accordingly. A link to a file that does not exist stays
 it. Formulas, which are ```math blocks and $...$, become MathML, which browsers draw without a script.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import unescape
 import json
 from pathlib import Path
@@ -20,6 +20,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
+
+from tools.notebooks import repository
 
 ROOT = Path(__file__).parents[1]
 # The page of each section of the README, which begins with "## "; the text before the first is on the start page, too.
@@ -42,11 +44,18 @@ PAGES = {
   "launch/README.md": "launch.md",
   "colabs/data_efficiency.ipynb": "notebooks/data_efficiency.md",
   "colabs/demo.ipynb": "notebooks/demo.md",
+  "colabs/evaluate.ipynb": "notebooks/evaluate.md",
+  "colabs/methods.ipynb": "notebooks/methods.md",
+  "colabs/own_captions.ipynb": "notebooks/own_captions.md",
+  "colabs/plan_pod.ipynb": "notebooks/plan_pod.md",
+  "colabs/released_weights.ipynb": "notebooks/released_weights.md",
 }
+_FILES = f"{repository()}/blob/main/"  # with which links of notebooks to files start
 _SLUG = slugify(case="lower")  # as GitHub makes anchors
 _FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()[^)\s]+(?=\))|(?<=\]: )\S+$", re.MULTILINE)
 _FORMULA = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
+_REDRAWN = re.compile(r"\x1b\[[\d;?]*[A-Za-z]|[^\n]*\r(?!\n)")  # codes of terminals, and what was drawn over
 _TOGETHER = re.compile(r"^( {2,})(\w+(?:, \w+)+): (.+(?:\n\1 +.+)*)$", re.MULTILINE)
 _LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json", "": "dockerfile"}
 
@@ -119,8 +128,10 @@ class Site:
       self.texts[uri] = Text(name, f"{hidden}# {name}\n\n{code}")
 
   def _file(self, page: str, target: str) -> str:
-    """The file of the repository to which a link leads; empty for an anchor of the page, a URL, or no file."""
+    """The file of the repository to which a link leads; empty for an anchor of the page, another URL, or no file."""
     path = target.partition("#")[0]
+    if path.startswith(_FILES):
+      return path.removeprefix(_FILES) if (ROOT / path.removeprefix(_FILES)).exists() else ""
     if not path or "://" in path or path.startswith(("mailto:", "/")):
       return ""
     name = posixpath.normpath(posixpath.join(posixpath.dirname(self.texts[page].origin), path))
@@ -189,8 +200,19 @@ def notebook(path: Path) -> str:
   for cell in cells:
     source = "".join(cell["source"])
     parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
-    parts += [_output(output) for output in cell.get("outputs", ())]
+    parts += [_output(output) for output in _joined(cell.get("outputs", ()))]
   return "\n\n".join(parts) + f"\n\nThis page is the notebook `{path.relative_to(ROOT)}`.\n"
+
+
+def _joined(outputs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The outputs of a cell, with each series of pieces of one stream as a single output."""
+  joined: list[dict[str, Any]] = []
+  for output in outputs:
+    if joined and "name" in output and output["name"] == joined[-1].get("name"):
+      joined[-1] = {**output, "text": [*joined[-1]["text"], *output["text"]]}
+    else:
+      joined.append(output)
+  return joined
 
 
 def _output(output: dict[str, Any]) -> str:
@@ -199,7 +221,9 @@ def _output(output: dict[str, Any]) -> str:
     return ""
   if "image/png" in data:
     return f'<img alt="output" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
-  text = "".join(output.get("text", data.get("text/plain", "")))
+  if "text/html" in data:
+    return "".join(data["text/html"])
+  text = _REDRAWN.sub("", "".join(output.get("text", data.get("text/plain", ""))))
   return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
 
 
