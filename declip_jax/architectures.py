@@ -21,6 +21,7 @@ class Architecture(NamedTuple):
     embed_dim: dimension of the joint space.
     image_size: resolution in pixels.
     image_bias, text_bias: whether the projection into the joint space has a bias.
+    image_linear: whether there is such a projection of images.
     heads: widths of other heads, by their fields in `config.model.heads`, where they are not those of the papers.
   """
 
@@ -30,6 +31,7 @@ class Architecture(NamedTuple):
   image_size: int = 224
   image_bias: bool = False
   text_bias: bool = False
+  image_linear: bool = True
   heads: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -40,10 +42,11 @@ def vit(patch: int, width: int, depth: int, heads: int, **options: Any) -> Confi
   c.patch, c.width, c.depth, c.heads = patch, width, depth, heads
   c.pre_norm = True  # a norm before the first block; SLIP: False
   c.patch_bias = False  # SLIP: True
-  c.activation = "quick_gelu"  # or "gelu" (SLIP)
+  c.activation = "quick_gelu"  # or "gelu" (SLIP), "gelu_tanh" (SigLIP)
   c.epsilon = 1e-5  # of the norms; SLIP: 1e-6
-  c.initializer = "torch"  # "torch" (OpenAI), "openai_text" (DeCLIP) or "timm" (SLIP)
+  c.initializer = "torch"  # "torch" (OpenAI), "openai_text" (DeCLIP), "timm" (SLIP) or "big_vision" (SigLIP)
   c.mlp_ratio = 4.0  # width of the MLP divided by that of the tower
+  c.pooling = "token"  # "token", "average" (CLIPA) or "map" (SigLIP), see `models.vit.ViT`
   c.lock().update(options)
   return c.unlock()
 
@@ -73,8 +76,11 @@ def text(width: int, depth: int = 12, **options: Any) -> ConfigDict:
   c.eot = 49407  # id of the end-of-text token, whose state is the feature of a text
   c.width, c.depth, c.heads = width, depth, width // 64
   c.context_length = 77  # tokens of a text with start and end; longer ones are truncated
-  c.activation = "quick_gelu"  # or "gelu"
+  c.activation = "quick_gelu"  # or "gelu", "gelu_tanh" (SigLIP)
   c.mlp_ratio = 4.0
+  c.epsilon = 1e-5  # of the norms; SigLIP: 1e-6
+  c.causal = True  # whether a token sees only those before it; SigLIP, CLIPA: False
+  c.pooling = "eot"  # position of the feature: "eot", or "last", the end of the row (SigLIP, CLIPA)
   c.buckets = ()  # lengths to which a batch of texts may be trimmed, such as (16, 32): same results, less compute
   c.lock().update(options)
   return c.unlock()

@@ -279,6 +279,8 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.image, c.text = built.image, built.text
   c.heads = ConfigDict()
   c.heads.embed_dim = built.embed_dim  # dimension of the joint space
+  # Whether a linear layer maps image features to the joint space, which else is that of the features (SigLIP).
+  c.heads.image_linear = built.image_linear
   c.heads.image_bias = built.image_bias
   c.heads.text_bias = built.text_bias
   # Initial log inverse temperature of embeddings and of FILIP's tokens (Radford et al. 2021, section 2.5).
@@ -619,12 +621,22 @@ def from_json(text: str) -> ConfigDict:
   if unknown := sorted([*_unknown(fields, known), *in_stages]):
     raise ValueError(f"config.json has unknown fields {unknown}: it was written by another version of declip_jax")
   _add_missing(fields, known)
+  add_missing_of_towers(fields["model"])
   for entry in of_stages.values():
     _add_missing(entry, stage().to_dict())
   for entry in fields.get("evals", {}).values():
     if isinstance(entry, dict) and entry.get("kind") in EVALUATIONS:
       _add_missing(entry, EVALUATIONS[entry["kind"]]("").to_dict())
   return ConfigDict(fields).lock()
+
+
+def add_missing_of_towers(model: dict[str, Any]) -> None:
+  """Gives the towers and heads of an older `config.model` the fields that were added since it was written."""
+  added = {"text": architectures.text(64), "heads": ConfigDict({"image_linear": True})}
+  if model["image"].get("kind") == "vit":
+    added["image"] = architectures.vit(1, 1, 1, 1)
+  for part, fields in added.items():
+    model[part] = {**fields.to_dict(), **model[part]}
 
 
 def changeable(saved: ConfigDict) -> ConfigDict:

@@ -52,6 +52,7 @@ _WEIGHTS = "weights/layout_test.py weights/read_test.py"
 _METRICS, _RANKS = "evals/metrics_test.py evals/zero_shot_test.py", "evals/ranks_test.py"
 _PROBE, _PROTOCOLS = "evals/linear_probe_test.py", "evals/wrong_variants_test.py"
 _SEARCH = "image_search/server_test.py"
+_SIGLIP = "weights/siglip_test.py"
 # fmt: off
 MUTATIONS = [
   # Terms.
@@ -146,10 +147,20 @@ MUTATIONS = [
   Mutation("the last end-of-text token", "models/text.py",
            "jnp.argmax(tokens == self.eot, axis=-1)",
            "tokens.shape[1] - 1 - jnp.argmax(tokens[:, ::-1] == self.eot, axis=-1)", "models/text_test.py"),
-  Mutation("texts see what follows", "models/text.py", "causal=True", "causal=False", "models/text_test.py"),
+  Mutation("texts see what follows", "models/text.py", "causal=self.causal", "causal=False", "models/text_test.py"),
+  Mutation("SigLIP's texts do not see what follows", "models/text.py", "causal=self.causal", "causal=True", _SIGLIP),
+  Mutation("SigLIP's texts have the feature of their first token", "models/text.py",
+           "states[:, -1]", "states[:, 0]", _SIGLIP),
+  Mutation("SigLIP's pooling has no residual branch", "models/vit.py",
+           "return attended + dense(width", "return dense(width", _SIGLIP),
+  Mutation("SigLIP's GELU is the exact one", "models/transformer.py",
+           "jax.nn.gelu(x, approximate=True)", "jax.nn.gelu(x, approximate=False)", _SIGLIP),
+  Mutation("big_vision's kernels of attention are not transposed", "weights/big_vision.py",
+           "part.reshape(len(part), -1).T", "part.reshape(len(part), -1)", _SIGLIP),
   Mutation("epsilon of the text tower's last norm", "models/text.py",
-           "nn.LayerNorm(epsilon=1e-5,", "nn.LayerNorm(epsilon=1e-6,", "models/text_test.py"),
-  Mutation("image tokens one position early", "models/vit.py", "x[:, 1:]", "x[:, :-1]",
+           "nn.LayerNorm(epsilon=self.epsilon,", "nn.LayerNorm(epsilon=1e-6,", "models/text_test.py"),
+  Mutation("image tokens one position early", "models/vit.py",
+           "x[:, int(self.has_class_token) :]", "x[:, : x.shape[1] - int(self.has_class_token)]",
            "models/vit_test.py"),
   Mutation("constant of QuickGELU", "models/transformer.py", "1.702 * x", "1.7 * x",
            "weights/golden_test.py::test_openai"),
@@ -226,11 +237,11 @@ MUTATIONS = [
            "html.unescape(_with_short_numbers(html.unescape(_with_short_numbers(text))))",
            "html.unescape(_with_short_numbers(text))", _TOKENIZER),
   Mutation("texts are cut one token early", "data/text/tokenizer.py",
-           "ids = ids[: self.context_length - 2]", "ids = ids[: self.context_length - 3]", _TOKENIZER),
+           "*ids[: self._most], self.eot", "*ids[: self._most - 1], self.eot", _TOKENIZER),
   Mutation("random words may be special tokens", "data/text/tokenizer.py",
            "ids += ids >= index", "ids += ids > index", f"{_TOKENIZER} {_TEXTS}"),
   Mutation("positions of masked tokens off by one", "data/text/augment.py",
-           "selected = 1 + np.flatnonzero(rng", "selected = np.flatnonzero(rng", _TEXTS),
+           "selected = first + np.flatnonzero(rng", "selected = np.flatnonzero(rng", _TEXTS),
   Mutation("too many tokens become the mask", "data/text/augment.py",
            "np.where(fate < 0.8, tokenizer.mask", "np.where(fate < 0.9, tokenizer.mask", _TEXTS),
   Mutation("a word is swapped with itself", "data/text/augment.py", "    j += j >= i\n", "", _TEXTS),
@@ -479,7 +490,7 @@ MUTATIONS = [
   Mutation("usual gradient norms of the stage before", "training/step.py",
            "jnp.where(state.step == first_step, 0,", "jnp.where(state.step < first_step, 0,", "stages_test.py"),
   Mutation("small images train the first position embeddings", "models/positions.py",
-           "resized.reshape(size - 1, -1)])", "positions[1:size]])", "models/positions_test.py"),
+           "resized.reshape(size - first, -1)])", "positions[first:size]])", "models/positions_test.py"),
   Mutation("the worst checkpoints are kept", "runtime/retention.py",
            "not math.isnan(score)), reverse=True)", "not math.isnan(score)))", "runtime/checkpoint_test.py"),
   Mutation("the last checkpoint of an interval is kept", "runtime/retention.py",

@@ -1,4 +1,4 @@
-"""Reads checkpoints of OpenAI's CLIP, open_clip, Hugging Face, SLIP, DeCLIP and our own runs as our parameters.
+"""Reads checkpoints of OpenAI's CLIP, open_clip, Hugging Face, SLIP, DeCLIP, SigLIP and our own runs as our parameters.
 
 Format and architecture are recognised by the names and shapes of tensors (`weights.recognise`) and by config files in
 the same folder (`weights.model_configs`). What these do not determine is assumed, with a remark, or is an error where
@@ -198,7 +198,7 @@ def from_state_dict(
   dialect = dialects.recognise(tensors)
   if dialect is None:
     raise _mismatch(name, tensors, f"{name} is not a CLIP, SLIP or DeCLIP checkpoint; its tensors", [*tensors])
-  given = dict(settings or {})
+  given = {**dialects.DIALECTS[dialect].told(tensors), **(settings or {})}
   try:
     translated = dialects.to_openai(tensors, dialect)
     found = recognise(translated, dialect, kind, extras or {}, given)
@@ -229,7 +229,7 @@ def from_state_dict(
     heads=tuple(found.heads),
     params=tree["params"],
     collections={half: tree.get("collections", {}).get(half, {}) for half in ("towers", "heads")},
-    view=EvalView(found.image_size, resize, found.interpolation, model["mean"], model["std"]),
+    view=EvalView(found.image_size, resize, found.interpolation, model["mean"], model["std"], found.squash),
     rest=rest,
     tokens="filip" in found.heads and "simsiam" not in found.heads,  # FILIP; DeFILIP has both and compares embeddings
     remarks=(*_assumptions(model, [field for field in found.assumed if field not in given]), *remarks),
@@ -351,6 +351,7 @@ def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
   if missing := {"model", "heads", "origin", *VIEW} - set(about) - set(optional):
     raise ValueError(f"{path / EXPORT_FILE} has no {', '.join(sorted(missing))}")
   about = {**optional, **about}
+  config_lib.add_missing_of_towers(about["model"])
   try:
     model, heads = about["model"], about["heads"]
     _, variables = abstract_variables(model, heads, about["image_size"])
