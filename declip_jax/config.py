@@ -69,7 +69,8 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.data = _data(recipe, built.image_size)
   c.model = _model(built)
   if recipe in ("declip", "declip_repo", "filip_repo"):
-    c.model.text.vocab_size = 49409  # OpenAI's vocabulary and the mask token
+    # OpenAI's vocabulary and the mask token, or one more than that of another tokenizer.
+    c.model.text.vocab_size = 49409 if c.model.text.tokenizer == "openai" else c.model.text.vocab_size + 1
     c.model.heads.text_bias = True  # as in DeCLIP
   c.init_from = ConfigDict()  # weights to start from; see `weights.initial`
   # A run, one of its checkpoints (RUN/checkpoints/STEP or RUN/checkpoints/best), or any that `declip_jax.load` reads.
@@ -264,7 +265,7 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   # of the memory for 0.2 % more FLOPs) or "full" (everything inside a block).
   c.remat = "dots"
   c.unroll = 1  # number of transformer blocks that are unrolled for the compiler; more take longer to compile
-  c.mean, c.std = OPENAI_MEAN, OPENAI_STD
+  c.mean, c.std = built.mean or OPENAI_MEAN, built.std or OPENAI_STD
   # Drop path of an image ViT in training: the probability with which an image skips the attention, and that with which
   # it skips the MLP, of the last block; linear over depth from 0 in the first. BeiT fine-tunes ViT-B with 0.1.
   c.drop_path = 0.0

@@ -191,6 +191,11 @@ def make_model(fields: Mapping[str, Any], *, views: Views, heads: Sequence[str],
   common = {"remat": fields["remat"], "unroll": fields["unroll"], "dtype": dtype}
   image = IMAGE_TOWERS[fields["image"]["kind"]](**_without(fields["image"], "kind"), **common)
   text = TextTransformer(**_without(fields["text"], "tokenizer"), **common) if "joint" in heads else None
+  if "joint" in heads and not fields["heads"]["image_linear"] and image.feature_width != fields["heads"]["embed_dim"]:
+    raise ValueError(
+      f"config.model.heads.image_linear=False: image features have {image.feature_width} dimensions, but "
+      f"config.model.heads.embed_dim={fields['heads']['embed_dim']}: set the two equal, or choose True"
+    )
   of_towers = {
     "image_width": image.feature_width,
     "text_width": fields["text"]["width"],

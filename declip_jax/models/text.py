@@ -48,6 +48,11 @@ class TextTransformer(nn.Module):
   unroll: int = 1
   dtype: Any = jnp.float32
 
+  @property
+  def ignores_padding(self) -> bool:
+    """Whether nothing after the end of a text matters, so that a row may be cut there."""
+    return self.causal and self.pooling == "eot"
+
   def setup(self) -> None:
     self.token_embedding = nn.Embed(
       self.vocab_size, self.width, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)

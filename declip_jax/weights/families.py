@@ -29,7 +29,7 @@ _TENSORS = {
 }
 # Families by the beginning of `timm_model_name` in open_clip's configs.
 _TIMM = {
-  r"vit_\w+_siglip": "SigLIP",
+  r"vit_\w+_siglip_gap": "SigLIP without its pooling",
   r"(vit_)?pe_": "Perception Encoder (PE)",
   r"fastvit|\w+_mci": "MobileCLIP",
   r"convnext": "ConvNeXt",
@@ -48,7 +48,6 @@ _TRANSFORMERS = {
   "clip_vision_model": "one tower of CLIP",
   "clipseg": "CLIPSeg",
   "groupvit": "GroupViT",
-  "metaclip_2": "MetaCLIP 2",
   "owlv2": "OWLv2",
   "owlvit": "OWL-ViT",
   "siglip2": "SigLIP 2 for images of any shape (NaFlex)",
@@ -80,10 +79,6 @@ def of_open_clip(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapp
     return "CoCa"
   if language_model:
     return f"a CLIP with the text tower {language_model}"
-  if vision.get("pool_type") == "avg" and text.get("no_causal_mask"):
-    return "CLIPA"
-  if text.get("pool_type") == "eos" and text.get("hf_tokenizer_name"):
-    return "MetaCLIP 2"
   return "a CLIP with layer scale" if vision.get("ls_init_value") else ""
 
 

@@ -198,8 +198,8 @@ def from_state_dict(
   dialect = dialects.recognise(tensors)
   if dialect is None:
     raise _mismatch(name, tensors, f"{name} is not a CLIP, SLIP or DeCLIP checkpoint; its tensors", [*tensors])
-  given = {**dialects.DIALECTS[dialect].told(tensors), **(settings or {})}
   try:
+    given = {**dialects.DIALECTS[dialect].told(tensors), **(settings or {})}
     translated = dialects.to_openai(tensors, dialect)
     found = recognise(translated, dialect, kind, extras or {}, given)
   except _CONTRADICTIONS as error:
@@ -253,8 +253,9 @@ def _assumptions(model: ModelFields, fields: Sequence[str]) -> list[str]:
   values = flatten_dict(dict(model), sep=".")
   if not (assumed := [f"{field}={values[field]!r}" for field in fields]):
     return []
+  project = "SigLIP" if model["image"].get("pooling") == "map" else "OpenAI"
   return [
-    f"the file does not specify {', '.join(assumed)}: these are guesses, as are OpenAI's masks and pooling. "
+    f"the file does not specify {', '.join(assumed)}: these are guesses, as are {project}'s masks and pooling. "
     f"If one differs, all features are wrong: {_how_to_set(fields[0], str(values[fields[0]]))}"
   ]
 

@@ -164,7 +164,9 @@ def _undecided(model: Mapping[str, Any], heads: Iterable[str], activation: str |
   if "joint" in heads and model["text"]["vocab_size"] not in OPENAI_VOCABULARIES:
     fields["text.eot"] = "id that ends a text"
   if vit and not model["image"]["pre_norm"] and "timm" not in dialect:
-    fields["image.pre_norm"] = "False; CLIPA is not supported"
+    fields["image.pooling"] = "'average' in CLIPA's, else 'token'"
+    if "joint" in heads:
+      fields |= {"text.pooling": "'last' in CLIPA's, else 'eot'", "text.causal": "False in CLIPA's, else True"}
   return fields
 
 

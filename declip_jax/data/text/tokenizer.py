@@ -204,6 +204,10 @@ class HuggingFace:
   def decode(self, ids: list[int]) -> str:
     return _tokenizer_json(self.path).decode(ids)
 
+  def token(self, index: int) -> str:
+    """The token of an id."""
+    return _tokenizer_json(self.path).id_to_token(index)
+
   def word_marks(self) -> tuple[Bool[np.ndarray, "size"], Bool[np.ndarray, "size"]]:
     return _marks([_tokenizer_json(self.path).id_to_token(index) or "" for index in range(self.size)])
 
@@ -251,6 +255,10 @@ class SentencePiece:
 
   def decode(self, ids: list[int]) -> str:
     return _sentence_pieces(self.path).decode(ids)
+
+  def token(self, index: int) -> str:
+    """The token of an id."""
+    return _sentence_pieces(self.path).id_to_piece(index)
 
   def word_marks(self) -> tuple[Bool[np.ndarray, "size"], Bool[np.ndarray, "size"]]:
     return _marks([_sentence_pieces(self.path).id_to_piece(index) for index in range(self.size)])
@@ -403,8 +411,7 @@ def make_tokenizer(name: str, context_length: int) -> Tokenizer:
   Raises:
     ValueError: the name or an option is unknown, or the file cannot be read or has no end of text.
   """
-  kind, _, rest = name.partition(":")
-  path, _, query = rest.partition("?")
+  kind, path, options = parse_name(name)
   encoders = {"huggingface": HuggingFace, "sentencepiece": SentencePiece}
   if name == "openai":
     return Tokenizer(context_length)
@@ -416,7 +423,6 @@ def make_tokenizer(name: str, context_length: int) -> Tokenizer:
   path = os.path.abspath(os.path.expanduser(path))
   if not os.path.isfile(path):
     raise ValueError(f"config.model.text.tokenizer={name!r}: file {path} does not exist")
-  options = _options(query, name)
   encoder = encoders[kind](path, options.pop("clean", ("spaces",)))
   given = {role: options[option] for option, role in _ROLES.items() if option in options}
   ids = {role: encoder.find(given.get(role, names)) for role, names in _NAMES.items()}
@@ -431,8 +437,14 @@ def make_tokenizer(name: str, context_length: int) -> Tokenizer:
   )
 
 
-def _options(query: str, name: str) -> dict[str, tuple[str, ...]]:
-  """The options of a tokenizer's name, each with its values."""
+def parse_name(name: str) -> tuple[str, str, dict[str, tuple[str, ...]]]:
+  """Kind, file and options of the name of a tokenizer, see `make_tokenizer`; each option has one or more values.
+
+  Raises:
+    ValueError: an unknown option.
+  """
+  kind, _, rest = name.partition(":")
+  path, _, query = (rest, "", "") if os.path.isfile(os.path.expanduser(rest)) else rest.partition("?")
   options = {}
   for part in query.split("&") if query else ():
     option, _, value = part.partition("=")
@@ -446,4 +458,4 @@ def _options(query: str, name: str) -> dict[str, tuple[str, ...]]:
     if values == ("none",) and option != "start":
       raise ValueError(f"{where}: only the start can be 'none'")
     options[option] = values
-  return options
+  return kind, path, options
