@@ -450,7 +450,7 @@ MUTATIONS = [
   Mutation("SigLIP's padding is that of other tokenizers", "data/text/tokenizer.py",
            'ids["pad"] or 0, encoder', "0, encoder", _TOKENIZER),
   Mutation("Hugging Face's end of text is taken as it is", "weights/model_configs.py",
-           "if eot == 2 and kind == "clip":", "if eot == -2:",
+           "if eot == 2 and kind ==", "if eot == -2 and kind ==",
            "weights/model_configs_test.py"),
   Mutation("the largest id as the end of text", "weights/recognise.py",
            "eot=OPENAI_EOT if vocab_size in OPENAI_VOCABULARIES else vocab_size - 1",
