@@ -352,8 +352,8 @@ def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
   if missing := {"model", "heads", "origin", *VIEW} - set(about) - set(optional):
     raise ValueError(f"{path / EXPORT_FILE} has no {', '.join(sorted(missing))}")
   about = {**optional, **about}
-  config_lib.add_missing_of_towers(about["model"])
   try:
+    config_lib.add_missing_of_towers(about["model"])
     model, heads = about["model"], about["heads"]
     _, variables = abstract_variables(model, heads, about["image_size"])
     variables["collections"] = _without_momentum(variables["collections"])

@@ -92,6 +92,8 @@ def recognise(
   of_one_architecture = slip or declip or _is_openais(tensors, kind)
   assumed = () if of_one_architecture else _assumed(model, heads)
   undecided = {} if of_one_architecture else _undecided(model, heads, likely, dialect)
+  if given.get("image.pooling") == "token":  # so not CLIPA's
+    undecided = {field: values for field, values in undecided.items() if "CLIPA" not in values}
   interpolation = "bilinear" if slip or declip else "bicubic"
   undecided = {field: values for field, values in undecided.items() if field not in given}
   return Recognised(model, heads, image_size, interpolation, False, assumed, undecided)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 import sys
 
-from exports_test import CAPTIONS, assert_near, pictures, random_weights
 import numpy as np
 import open_clip
 import pytest
@@ -19,7 +18,8 @@ from declip_jax.sharding import make_mesh
 from declip_jax.weights.read import Weights
 from declip_jax.weights.write import write
 
-sys.path.append(str(Path(__file__).parents[1] / "fixtures"))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "fixtures")]
+from exports_test import CAPTIONS, assert_near, pictures, random_weights
 from make_siglip import CAPTIONS as NASTY
 from make_siglip import gemma, randomise, sentence_pieces
 

@@ -319,8 +319,8 @@ def test_tensors_that_do_not_match_are_named(openai: dict[str, np.ndarray]) -> N
   ("field", "value", "message"),
   [
     ("vision_cfg.attentional_pool", True, "vision_cfg.attentional_pool=True is not supported"),
-    ("text_cfg.no_causal_mask", True, "text_cfg.no_causal_mask=True is not supported"),
-    ("text_cfg.pool_type", "last", "text_cfg.pool_type='last' is not supported"),
+    ("text_cfg.embed_cls", True, "text_cfg.embed_cls=True is not supported"),
+    ("text_cfg.pool_type", "first", "text_cfg.pool_type='first' is not supported"),
   ],
 )
 def test_open_clip_configs_of_other_models_are_rejected(
@@ -394,14 +394,14 @@ def test_activations(
   ("change", "field"),
   [
     ({}, "text.eot"),  # a vocabulary of 128 tokens may end texts with any of them
-    ({"visual.ln_pre.weight": None, "visual.ln_pre.bias": None}, "image.pre_norm"),  # may be pooled by its mean
+    ({"visual.ln_pre.weight": None, "visual.ln_pre.bias": None}, "image.pooling"),  # may be pooled by its mean
   ],
 )
 def test_a_field_with_several_likely_values_has_to_be_given(
   change: dict, field: str, openai: dict[str, np.ndarray]
 ) -> None:
   tensors = {key: value for key, value in openai.items() if key not in change}
-  given = reference.TOLD | {"image.pre_norm": "visual.ln_pre.weight" in tensors}
+  given = reference.TOLD | {"image.pooling": "token"}
   assert from_state_dict(tensors, given).model["text"]["eot"] == 127
   del given[field]
   with pytest.raises(ValueError, match=rf"x.pt .*{field}.*--settings={field}") as error:
