@@ -12,6 +12,7 @@ import re
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
+from declip_jax.config import OPENAI_MEAN, OPENAI_STD
 from declip_jax.weights import families
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
 from declip_jax.weights.tensor_files import INDEX
@@ -256,9 +257,8 @@ def _open_clip_view(preprocess: Fields, file: Path) -> dict[str, Any]:
   if mode not in ("shortest", "squash"):
     _reject(f"{where}resize_mode", mode, "'shortest' and 'squash'")
   settings: dict[str, Any] = {"squash": mode == "squash"}
-  for name in ("mean", "std"):
-    if name in preprocess:
-      settings[name] = _three(preprocess[name], f"{where}{name}")
+  for name, default in (("mean", OPENAI_MEAN), ("std", OPENAI_STD)):
+    settings[name] = _three(preprocess[name], f"{where}{name}") if name in preprocess else default
   if "interpolation" in preprocess:
     settings["interpolation"] = get(preprocess, "interpolation", "bicubic", where)
   return settings
