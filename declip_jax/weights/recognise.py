@@ -69,7 +69,7 @@ def recognise(
   """
   model = config_lib.default("clip").to_dict()["model"]
   if dialect.startswith("SigLIP"):
-    return _siglip(model, tensors, dialect, kind)
+    return _siglip(model, tensors, dialect)
   slip, declip = dialect == "SLIP", dialect.startswith("DeCLIP")
   timm = slip or dialect == "open_clip, timm trunk"
   likely = _activation(tensors, dialect, kind, extras, given)
@@ -99,7 +99,7 @@ def recognise(
   return Recognised(model, heads, image_size, interpolation, False, assumed, undecided)
 
 
-def _siglip(model: dict[str, Any], tensors: Mapping[str, np.ndarray], dialect: str, kind: str) -> Recognised:
+def _siglip(model: dict[str, Any], tensors: Mapping[str, np.ndarray], dialect: str) -> Recognised:
   """SigLIP or SigLIP 2: images are resized to a square, and texts are bidirectional and pooled at the last position.
 
   Of the released files, only those of big_vision tell the number of heads, by their layout.

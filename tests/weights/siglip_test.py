@@ -18,6 +18,7 @@ import references as reference
 import safetensors.numpy
 
 from declip_jax import config as config_lib
+from declip_jax.build import build
 from declip_jax.clip import load
 from declip_jax.models.model import make_model
 from declip_jax.models.positions import resize_positions
@@ -265,3 +266,17 @@ def test_weights_start_another_method_at_another_resolution_and_vocabulary():
 
 
 SPIECE = "sentencepiece:spiece.model?start=none&pad=</s>"
+
+
+@pytest.mark.parametrize("method", ["siglip", "declip", "slip_mim"])
+def test_methods_build_with_a_released_architecture_and_its_tokenizer(method, tokenizer_files):
+  c = config_lib.default(method, "SigLIP ViT-So400m/14@384px")
+  with pytest.raises(ValueError, match=r"spiece.model does not exist"):
+    build(c)
+  c.model.text.tokenizer = c.model.text.tokenizer.replace("spiece.model", f"{tokenizer_files[0]}/spiece.model")
+  built = build(c)
+  assert built.batch_shape(8)["text"].shape[-1] == 64
+  assert built.model.towers.image.heads == 16
+  c.model.heads.embed_dim = 512
+  with pytest.raises(ValueError, match="image features have 1152 dimensions, but config.model.heads.embed_dim=512"):
+    build(c)

@@ -431,10 +431,9 @@ def make_tokenizer(name: str, context_length: int) -> Tokenizer:
   if ids["eot"] is None:
     raise ValueError(f"config.model.text.tokenizer={name!r}: no end of text, none of {', '.join(_NAMES['eot'])}")
   new_ids = itertools.count(encoder.size)
-  sot, mask = (next(new_ids) if ids[role] is None else ids[role] for role in ("sot", "mask"))
-  return Tokenizer(
-    context_length, None if given.get("sot") == ("none",) else sot, ids["eot"], mask, ids["pad"] or 0, encoder
-  )
+  needed = ("mask",) if given.get("sot") == ("none",) else ("sot", "mask")
+  found = {role: next(new_ids) if ids[role] is None else ids[role] for role in needed}
+  return Tokenizer(context_length, found.get("sot"), ids["eot"], found["mask"], ids["pad"] or 0, encoder)
 
 
 def parse_name(name: str) -> tuple[str, str, dict[str, tuple[str, ...]]]:

@@ -292,6 +292,7 @@ def test_ids_equal_those_of_siglip(siglip, name, file):
   np.testing.assert_array_equal(found[same], siglip[name][same])
   assert tokenizer.decode(siglip[name][0]) == tokenizer.decode(siglip[name][0][:-1])
   assert (tokenizer.sot, tokenizer.starts, tokenizer.eot) == (None, (), 1)
+  assert tokenizer.mask == (tokenizer.encoder.size if name == "siglip" else 4)
   assert pickle.loads(pickle.dumps(tokenizer)) == tokenizer
 
 
