@@ -10,7 +10,9 @@ import re
 from setuptools import find_packages, setup
 
 _FOLDER = Path(__file__).parent
-_ADDRESS = "https://github.com/OWNER/declip_jax"  # that of CITATION.cff, which the image of the Dockerfile lacks; tested
+_ADDRESS = (
+  "https://github.com/OWNER/declip_jax"  # that of CITATION.cff, which the image of the Dockerfile lacks; tested
+)
 # Read and not imported: nothing that the package imports is installed yet.
 _SOURCE = (_FOLDER / "declip_jax" / "__init__.py").read_text()
 _VERSION = next(line for line in _SOURCE.splitlines() if line.startswith("__version__")).split('"')[1]

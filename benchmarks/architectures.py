@@ -1,8 +1,8 @@
 """Parameters and FLOPs of every architecture: python benchmarks/architectures.py
 
-FLOPs are those of the forward pass of one image and one text of 77 tokens, as XLA counts them before compilation (a
-multiplication and an addition are two). For comparison the table has the figures that open_clip publishes for its own
-implementation (docs/model_profile.csv, in GFLOPs), where it has the model.
+FLOPs are those of the forward pass of one image and one text of 77 tokens, or 64 for SigLIP, as XLA counts them before
+compilation (a multiplication and an addition are two). For comparison the table has the figures that open_clip
+publishes for its own implementation (docs/model_profile.csv, in GFLOPs), where it has the model.
 
 With --compile it prints instead how long the train step of some architectures takes to compile, with the blocks of the
 transformers scanned and, as in a plain loop over layers, unrolled.
@@ -33,6 +33,13 @@ OPEN_CLIP = {
   "ViT-L/14@336px": 395.2,
   "ViT-H/14": 381.68,
   "ViT-g/14": 581.15,
+  "SigLIP ViT-B/16": 46.44,
+  "SigLIP ViT-B/16@256px": 57.84,
+  "SigLIP ViT-B/16@384px": 123.15,
+  "SigLIP ViT-B/16@512px": 227.26,
+  "SigLIP ViT-L/16@256px": 201.62,
+  "SigLIP ViT-L/16@384px": 422.91,
+  "SigLIP ViT-So400m/14@384px": 723.48,
 }
 COLUMNS = (
   "embed",
@@ -76,7 +83,7 @@ def print_sizes(names: list[str]) -> None:
     c = config.default("clip", name)
     params = abstract_variables(c.model.to_dict(), ("joint",), c.data.image_size)[1]["params"]
     towers = {
-      side: num_parameters(params["towers"][side]) + num_parameters(params["heads"][f"{side}_projection"])
+      side: num_parameters(params["towers"][side]) + num_parameters(params["heads"].get(f"{side}_projection", {}))
       for side in ("image", "text")
     }
     image, text = (flops / 1e9 for flops in forward_flops(name))

@@ -21,6 +21,8 @@ class Architecture(NamedTuple):
     embed_dim: dimension of the joint space.
     image_size: resolution in pixels.
     image_bias, text_bias: whether the projection into the joint space has a bias.
+    image_linear: whether there is such a projection of images.
+    mean, std: normalisation of pixels; () for OpenAI's.
     heads: widths of other heads, by their fields in `config.model.heads`, where they are not those of the papers.
   """
 
@@ -30,6 +32,9 @@ class Architecture(NamedTuple):
   image_size: int = 224
   image_bias: bool = False
   text_bias: bool = False
+  image_linear: bool = True
+  mean: tuple[float, ...] = ()
+  std: tuple[float, ...] = ()
   heads: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -40,10 +45,11 @@ def vit(patch: int, width: int, depth: int, heads: int, **options: Any) -> Confi
   c.patch, c.width, c.depth, c.heads = patch, width, depth, heads
   c.pre_norm = True  # a norm before the first block; SLIP: False
   c.patch_bias = False  # SLIP: True
-  c.activation = "quick_gelu"  # or "gelu" (SLIP)
+  c.activation = "quick_gelu"  # or "gelu" (SLIP), "gelu_tanh" (SigLIP)
   c.epsilon = 1e-5  # of the norms; SLIP: 1e-6
-  c.initializer = "torch"  # "torch" (OpenAI), "openai_text" (DeCLIP) or "timm" (SLIP)
+  c.initializer = "torch"  # "torch" (OpenAI), "openai_text" (DeCLIP), "timm" (SLIP) or "big_vision" (SigLIP)
   c.mlp_ratio = 4.0  # width of the MLP divided by that of the tower
+  c.pooling = "token"  # "token", "average" (CLIPA) or "map" (SigLIP), see `models.vit.ViT`
   c.lock().update(options)
   return c.unlock()
 
@@ -68,13 +74,17 @@ def regnet(initial_width: int, slope: float, multiplier: float, depth: int, grou
 def text(width: int, depth: int = 12, **options: Any) -> ConfigDict:
   """OpenAI's causal text transformer, with heads of width 64; `options` replace fields of its `TextTransformer`."""
   c = ConfigDict()
-  c.tokenizer = "openai"  # or "huggingface:FILE" (a tokenizer.json) or "sentencepiece:FILE"
+  # Or "huggingface:FILE" (a tokenizer.json) or "sentencepiece:FILE", with options, see `tokenizer.make_tokenizer`.
+  c.tokenizer = "openai"
   c.vocab_size = 49408  # OpenAI's; one more where a mask token is needed
   c.eot = 49407  # id of the end-of-text token, whose state is the feature of a text
   c.width, c.depth, c.heads = width, depth, width // 64
   c.context_length = 77  # tokens of a text with start and end; longer ones are truncated
-  c.activation = "quick_gelu"  # or "gelu"
+  c.activation = "quick_gelu"  # or "gelu", "gelu_tanh" (SigLIP)
   c.mlp_ratio = 4.0
+  c.epsilon = 1e-5  # of the norms; SigLIP: 1e-6
+  c.causal = True  # whether a token sees only those before it; SigLIP, CLIPA: False
+  c.pooling = "eot"  # position of the feature: "eot", or "last", the end of the row (SigLIP, CLIPA)
   c.buckets = ()  # lengths to which a batch of texts may be trimmed, such as (16, 32): same results, less compute
   c.lock().update(options)
   return c.unlock()
@@ -83,6 +93,65 @@ def text(width: int, depth: int = 12, **options: Any) -> ConfigDict:
 # timm's ViT as SLIP trains it: 12 heads also in the small one, where timm has 6.
 SLIP = {"pre_norm": False, "patch_bias": True, "activation": "gelu", "epsilon": 1e-6, "initializer": "timm"}
 _GELU = {"activation": "gelu"}  # open_clip's own models
+# big_vision's ViT as SigLIP trains it. Images may be larger than the patches that they have: So400m/14 is released for
+# 384 pixels, of which it sees 378.
+SIGLIP = {
+  "pre_norm": False,
+  "patch_bias": True,
+  "activation": "gelu_tanh",
+  "epsilon": 1e-6,
+  "initializer": "big_vision",
+  "pooling": "map",
+}
+_SIGLIP_TEXT = {
+  "eot": 1,
+  "context_length": 64,
+  "activation": "gelu_tanh",
+  "epsilon": 1e-6,
+  "causal": False,
+  "pooling": "last",
+}
+# The files of c4_en's and Gemma's tokenizers, which are published with the weights, in the current folder.
+_C4 = {
+  "vocab_size": 32_000,
+  "tokenizer": "sentencepiece:spiece.model?start=none&pad=</s>&clean=lower,no_punctuation,spaces",
+}
+_GEMMA = {"vocab_size": 256_000, "tokenizer": "huggingface:tokenizer.json?start=none&pad=<pad>&clean=lower"}
+_SO400M = 4304 / 1152  # its mlp_ratio
+# Width, depth, heads and ratio of the MLP of the image tower and of the text tower.
+_SIGLIP_SIZES = {
+  "B": ((768, 12, 12, 4.0), (768, 12, 12, 4.0)),
+  "L": ((1024, 24, 16, 4.0), (1024, 24, 16, 4.0)),
+  "So400m": ((1152, 27, 16, _SO400M), (1152, 27, 16, _SO400M)),
+  "g-opt": ((1536, 40, 16, 4.0), (1152, 27, 16, _SO400M)),
+}
+
+
+def _siglip(size: str, patch: int, image_size: int, tokens: Mapping[str, Any]) -> Architecture:
+  (width, depth, heads, ratio), (text_width, text_depth, text_heads, text_ratio) = _SIGLIP_SIZES[size]
+  return Architecture(
+    vit(patch, width, depth, heads, mlp_ratio=ratio, **SIGLIP),
+    text(text_width, text_depth, heads=text_heads, mlp_ratio=text_ratio, **_SIGLIP_TEXT, **tokens),
+    width,
+    image_size,
+    text_bias=True,
+    image_linear=False,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+  )
+
+
+def _siglips(name: str, tokens: Mapping[str, Any], released: Mapping[str, tuple[int, ...]]) -> dict[str, Architecture]:
+  """The architectures of a release by their names; `released` has the image sizes of each size and patch."""
+  found = {}
+  for variant, sizes in released.items():
+    size, patch = variant.split("/")
+    for pixels in sizes:
+      suffix = "" if pixels == 224 else f"@{pixels}px"
+      found[f"{name} ViT-{variant}{suffix}"] = _siglip(size, int(patch), pixels, tokens)
+  return found
+
+
 _NANO_HEADS = {
   "simclr_projector": (512, 512, 128),
   "simsiam_projector": (256, 256, 256),
@@ -121,6 +190,20 @@ ARCHITECTURES = {
   # Cherti et al. 2023 (open_clip), beyond the papers' sizes; heads are 80 and 88 wide.
   "ViT-H/14": Architecture(vit(14, 1280, 32, 16, **_GELU), text(1024, 24, **_GELU), 1024),
   "ViT-g/14": Architecture(vit(14, 1408, 40, 16, mlp_ratio=6144 / 1408, **_GELU), text(1024, 24, **_GELU), 1024),
+  # Zhai et al. 2023 (SigLIP), and Tschannen et al. 2025 (SigLIP 2).
+  **_siglips("SigLIP", _C4, {"B/16": (224, 256, 384, 512), "L/16": (256, 384), "So400m/14": (224, 384)}),
+  **_siglips(
+    "SigLIP 2",
+    _GEMMA,
+    {
+      "B/32": (256,),
+      "B/16": (224, 256, 384, 512),
+      "L/16": (256, 384, 512),
+      "So400m/14": (224, 384),
+      "So400m/16": (256, 384, 512),
+      "g-opt/16": (256, 384),
+    },
+  ),
   # Ours, for CPUs: 4 million parameters, most of them embeddings of tokens.
   "ViT-Nano/8@32px": Architecture(
     vit(8, 128, 4, 4), text(64, 3, heads=2, context_length=24), 128, 32, heads=_NANO_HEADS

@@ -208,6 +208,8 @@ def _check_texts(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer) -> No
 def _check_images(config: ConfigDict) -> None:
   """Rejects images that do not divide into the image tower's patches."""
   size, image = config.data.image_size, config.model.image
+  if image.get("pooling") == "map" and size >= image.patch:  # see `architectures.SIGLIP`
+    return
   if image.get("patch") and size % image.patch:
     raise ValueError(f"config.data.image_size={size} is not a multiple of config.model.image.patch={image.patch}")
   if image.kind == "resnet" and size % 32:

@@ -299,7 +299,8 @@ class Clip:
     if text.vocab_size < self.tokenizer.plain_size or text.eot != self.tokenizer.eot:
       raise ValueError(
         f"these weights ({self.origin}) have {text.vocab_size} tokens and end texts with id {text.eot}, but the "
-        f"tokenizer has {self.tokenizer.plain_size} and id {self.tokenizer.eot}: pass token ids to text_features"
+        f"tokenizer has {self.tokenizer.plain_size} and id {self.tokenizer.eot}: set the file of "
+        "theirs, as in load(path, {'text.tokenizer': 'sentencepiece:spiece.model'}), or pass token ids to text_features"
       )
 
   def _warn_about_pooling(self) -> None:

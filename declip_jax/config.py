@@ -69,7 +69,8 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.data = _data(recipe, built.image_size)
   c.model = _model(built)
   if recipe in ("declip", "declip_repo", "filip_repo"):
-    c.model.text.vocab_size = 49409  # OpenAI's vocabulary and the mask token
+    # OpenAI's vocabulary and the mask token, or one more than that of another tokenizer.
+    c.model.text.vocab_size = 49409 if c.model.text.tokenizer == "openai" else c.model.text.vocab_size + 1
     c.model.heads.text_bias = True  # as in DeCLIP
   c.init_from = ConfigDict()  # weights to start from; see `weights.initial`
   # A run, one of its checkpoints (RUN/checkpoints/STEP or RUN/checkpoints/best), or any that `declip_jax.load` reads.
@@ -264,7 +265,7 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   # of the memory for 0.2 % more FLOPs) or "full" (everything inside a block).
   c.remat = "dots"
   c.unroll = 1  # number of transformer blocks that are unrolled for the compiler; more take longer to compile
-  c.mean, c.std = OPENAI_MEAN, OPENAI_STD
+  c.mean, c.std = built.mean or OPENAI_MEAN, built.std or OPENAI_STD
   # Drop path of an image ViT in training: the probability with which an image skips the attention, and that with which
   # it skips the MLP, of the last block; linear over depth from 0 in the first. BeiT fine-tunes ViT-B with 0.1.
   c.drop_path = 0.0
@@ -279,6 +280,8 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.image, c.text = built.image, built.text
   c.heads = ConfigDict()
   c.heads.embed_dim = built.embed_dim  # dimension of the joint space
+  # Whether a linear layer maps image features to the joint space, which else is that of the features (SigLIP).
+  c.heads.image_linear = built.image_linear
   c.heads.image_bias = built.image_bias
   c.heads.text_bias = built.text_bias
   # Initial log inverse temperature of embeddings and of FILIP's tokens (Radford et al. 2021, section 2.5).
@@ -619,12 +622,22 @@ def from_json(text: str) -> ConfigDict:
   if unknown := sorted([*_unknown(fields, known), *in_stages]):
     raise ValueError(f"config.json has unknown fields {unknown}: it was written by another version of declip_jax")
   _add_missing(fields, known)
+  add_missing_of_towers(fields["model"])
   for entry in of_stages.values():
     _add_missing(entry, stage().to_dict())
   for entry in fields.get("evals", {}).values():
     if isinstance(entry, dict) and entry.get("kind") in EVALUATIONS:
       _add_missing(entry, EVALUATIONS[entry["kind"]]("").to_dict())
   return ConfigDict(fields).lock()
+
+
+def add_missing_of_towers(model: dict[str, Any]) -> None:
+  """Gives the towers and heads of an older `config.model` the fields that were added since it was written."""
+  added = {"text": architectures.text(64), "heads": ConfigDict({"image_linear": True})}
+  if model["image"].get("kind") == "vit":
+    added["image"] = architectures.vit(1, 1, 1, 1)
+  for part, fields in added.items():
+    model[part] = {**fields.to_dict(), **model[part]}
 
 
 def changeable(saved: ConfigDict) -> ConfigDict:

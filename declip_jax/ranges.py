@@ -21,8 +21,9 @@ _ONE_OR_MORE = (
   *("model.text.context_length", "checkpoint.keep_last", "safety.max_skipped_steps"),
 )
 _POSITIVE = (
-  *("model.image.mlp_ratio", "model.text.mlp_ratio", "model.image.epsilon", "model.image.slope"),
-  *("model.image.multiplier", "optimizer.cooldown_power", "optimizer.layer_decay", "optimizer.trust_coefficient"),
+  *("model.image.mlp_ratio", "model.text.mlp_ratio", "model.image.epsilon", "model.text.epsilon"),
+  *("model.image.slope", "model.image.multiplier", "optimizer.cooldown_power", "optimizer.layer_decay"),
+  "optimizer.trust_coefficient",
 )
 _ZERO_OR_MORE = (
   *("seed", "log_every", "data.evaluation_resize", "data.mask_slots", "model.heads.max_scale"),

@@ -14,7 +14,7 @@ from declip_jax import sharding
 from declip_jax.methods import METHODS, SUPERVISED
 
 # Also banks and batch norms in groups; and a tower with batch norms, and its momentum copy.
-VARIANTS = [*METHODS, *SUPERVISED, "defilip_repo", "slip_mocov3 resnet"]
+VARIANTS = [*METHODS, *SUPERVISED, "defilip_repo", "slip_mocov3 resnet", "everything siglip"]
 
 
 @pytest.mark.slow

@@ -57,11 +57,14 @@ _EVERYTHING = dataclasses.replace(
 
 
 def step_config(method: str) -> ConfigDict:
-  """The tiny config of METHOD, METHOD_repo, or EVERYTHING: all terms at once; with a ResNet for "... resnet".
+  """The tiny config of METHOD, METHOD_repo, or EVERYTHING: all terms at once.
+
+  For "... resnet" it has a ResNet, and for "... siglip" towers like SigLIP's.
 
   A ResNet hides no patches, so everything is then all terms except masked image modelling.
   """
-  name, resnet = method.removesuffix(" resnet"), method.endswith(" resnet")
+  resnet, siglip = method.endswith(" resnet"), method.endswith(" siglip")
+  name = method.removesuffix(" resnet").removesuffix(" siglip")
   config = tiny_config(name.replace("everything", "defilip"))
   if name.startswith("everything"):
     for term, field in config.objective.items():
@@ -75,6 +78,11 @@ def step_config(method: str) -> ConfigDict:
     config.model.image.norm_groups = 2
     config.model.heads.image_bias = True
     config.data.image_size = 64
+  if siglip:
+    config.model.image.update(architectures.SIGLIP)
+    config.model.text.update({"causal": False, "pooling": "last", "activation": "gelu_tanh", "epsilon": 1e-6})
+    config.model.heads.update({"image_linear": False, "embed_dim": config.model.image.width})
+    config.data.image_size = 20  # of which patches of 8 pixels see 16
   config.model.heads.bank_size = BATCH
   config.optimizer.warmup_start = 0.0
   if name.startswith("everything"):

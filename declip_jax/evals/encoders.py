@@ -15,6 +15,7 @@ from declip_jax.data.images import EvalView
 from declip_jax.data.pipeline import Reading
 from declip_jax.evals.similarity import Embeddings, Similarity, TextTokens, cosines, make_late_interaction
 from declip_jax.models.model import Model
+from declip_jax.models.text import TextTransformer
 from declip_jax.sharding import batch_rows, batch_sharding, check_batch, replicated, to_global
 
 Tree = Any
@@ -48,6 +49,7 @@ class EncodeFunctions(NamedTuple):
     image_features, text_features: functions from normalised pixels or token ids to pooled embeddings, not normalised.
     classify: function from the parameters of the heads and pooled features to logits; None without a classifier.
     gather: function that copies arrays to every device.
+    trims_texts: whether padding that all texts have in common may be cut off.
   """
 
   mesh: Mesh
@@ -62,6 +64,7 @@ class EncodeFunctions(NamedTuple):
   text_features: EncodeFunction
   classify: Callable[[Tree, Any], Any] | None
   gather: Callable[[Tree], Tree]
+  trims_texts: bool = True
 
 
 def make_encode_functions(model: Model, mesh: Mesh, *, tokens: bool) -> EncodeFunctions:
@@ -92,6 +95,7 @@ def make_encode_functions(model: Model, mesh: Mesh, *, tokens: bool) -> EncodeFu
     text_features=compiled(model.text_features),
     classify=jax.jit(model.classify) if "classifier" in model.heads.members else None,
     gather=compiled(lambda arrays: arrays),
+    trims_texts=not isinstance(model.towers.text, TextTransformer) or model.towers.text.ignores_padding,
   )
 
 
@@ -113,6 +117,7 @@ class Encoders:
       all, `[B n e]`; None for other models.
     reading: how images are read.
     classifier: the model's classifier, None without one.
+    trims_texts: whether padding that all texts have in common may be cut off.
     features_dtype: dtype to which features of images are rounded; they are float32 arrays in any case.
   """
 
@@ -126,6 +131,7 @@ class Encoders:
   image_tokens: Callable[[UInt8[np.ndarray, "b h w c"]], Embeddings] | None = None
   reading: Reading = field(default_factory=Reading)
   classifier: ModelClassifier | None = None
+  trims_texts: bool = True
   features_dtype: str = "float32"
 
   def with_callback(self, callback: Callable[[], None]) -> "Encoders":
@@ -177,6 +183,7 @@ class EncoderFactory:
       "batch_size": batch_size,
       "batch_rows": batch_rows(self._sharding, batch_size),
       "similarity": functions.similarity,
+      "trims_texts": functions.trims_texts,
       "reading": reading or Reading(),
     }
 

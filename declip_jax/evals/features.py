@@ -482,7 +482,7 @@ def host_rows(size: int, host: int, hosts: int) -> range:
 def encode_texts(texts: Sequence[str], encoders: Encoders) -> Embeddings:
   """Encodes texts in batches of one size; where embeddings are tokens, padding common to all texts is trimmed."""
   tokens = encoders.tokenizer(texts)
-  if encoders.image_tokens is not None:
+  if encoders.image_tokens is not None and encoders.trims_texts:
     tokens = tokens[:, : _longest(tokens)]
   size = encoders.batch_size
   padded = np.concatenate([tokens, np.repeat(tokens[-1:], -len(tokens) % size, axis=0)])

@@ -116,7 +116,7 @@ class Searcher:
 
   def _encode_text(self, text: str) -> Float32[np.ndarray, "d"]:
     tokens = self._clip.tokenizer([text])
-    is_short = self._clip.tokenizer.eot in tokens[0, :_SHORT]
+    is_short = self._clip.model.towers.text.ignores_padding and self._clip.tokenizer.eot in tokens[0, :_SHORT]
     return unit_rows(self._clip.text_features(tokens[:, :_SHORT] if is_short else tokens))[0]
 
 

@@ -12,9 +12,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from declip_jax.models.bank import OVERFLOWS
 from declip_jax.models.heads import Heads, make_heads
 from declip_jax.models.positions import fit_positions
+from declip_jax.models.text import POOLINGS as TEXT_POOLINGS
 from declip_jax.models.text import TextTransformer
 from declip_jax.models.towers import IMAGE_TOWERS, MLM_ATTENTION, Towers
 from declip_jax.models.transformer import ACTIVATIONS, INITS, REMAT_POLICIES
+from declip_jax.models.vit import POOLINGS as IMAGE_POOLINGS
 from declip_jax.spelling import did_you_mean
 from declip_jax.types import Batch, Features, Outputs
 from declip_jax.unit_norm import unit_norm
@@ -189,6 +191,11 @@ def make_model(fields: Mapping[str, Any], *, views: Views, heads: Sequence[str],
   common = {"remat": fields["remat"], "unroll": fields["unroll"], "dtype": dtype}
   image = IMAGE_TOWERS[fields["image"]["kind"]](**_without(fields["image"], "kind"), **common)
   text = TextTransformer(**_without(fields["text"], "tokenizer"), **common) if "joint" in heads else None
+  if "joint" in heads and not fields["heads"]["image_linear"] and image.feature_width != fields["heads"]["embed_dim"]:
+    raise ValueError(
+      f"config.model.heads.image_linear=False: image features have {image.feature_width} dimensions, but "
+      f"config.model.heads.embed_dim={fields['heads']['embed_dim']}: set the two equal, or choose True"
+    )
   of_towers = {
     "image_width": image.feature_width,
     "text_width": fields["text"]["width"],
@@ -219,11 +226,17 @@ def _check(fields: Mapping[str, Any]) -> None:
   if image["kind"] == "vit":
     _check_name("image.activation", image["activation"], ACTIVATIONS)
     _check_name("image.initializer", image["initializer"], INITS)
+    _check_name("image.pooling", image.get("pooling", "token"), IMAGE_POOLINGS)
   for tower in ("image", "text"):
     width, count = fields[tower].get("width"), fields[tower].get("heads")
     if count is not None and (count < 1 or width % count):
       raise ValueError(f"config.model.{tower}.heads={count} does not divide config.model.{tower}.width={width}")
+  _check_name("text.pooling", text.get("pooling", "eot"), TEXT_POOLINGS)
   buckets = text["buckets"]
+  if buckets and not (text.get("causal", True) and text.get("pooling", "eot") == "eot"):
+    raise ValueError(
+      f"config.model.text.buckets={buckets}: a text tower that sees padding cannot do without it: choose ()"
+    )
   if any(length < 1 for length in buckets) or list(buckets) != sorted(buckets):
     raise ValueError(f"config.model.text.buckets={buckets}: expected positive lengths, ascending")
   for name in ("norm_groups", "bank_groups", "bank_neighbours", "bank_size"):

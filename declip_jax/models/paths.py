@@ -13,7 +13,7 @@ from declip_jax.models.heads import parameters_of_side
 Tree = Any
 
 TEMPERATURES = ("logit_scale", "dense_logit_scale", "logit_bias")
-EMBEDDINGS = ("position_embedding", "class_embedding", "mask_embedding")
+EMBEDDINGS = ("position_embedding", "class_embedding", "mask_embedding", "probe")
 
 # The sides of DeCLIP's hybrid optimiser. Its encoders own their projections, and its heads belong to the encoders.
 SIDES = ("image", "text")

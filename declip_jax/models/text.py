@@ -1,4 +1,4 @@
-"""The causal text transformer of CLIP (Radford et al. 2021, section 2.4), which SLIP and DeCLIP keep."""
+"""The text transformer of CLIP (Radford et al. 2021, section 2.4), which SLIP and DeCLIP keep, and that of SigLIP."""
 
 from functools import partial
 from typing import Any
@@ -9,20 +9,26 @@ from jaxtyping import Array, Float, Int
 
 from declip_jax.models.transformer import Transformer
 
+POOLINGS = ("eot", "last")  # what `config.model.text.pooling` may name, see `TextTransformer`
+
 
 class TextTransformer(nn.Module):
   """Maps token ids to states at every position, before the final norm; `final_norm` turns states into features.
 
-  Attention is causal and needs no padding mask: nothing after the end-of-text token affects it. Masked language
+  CLIP's attention is causal and needs no padding mask: nothing after the end-of-text token affects it. Masked language
   modelling can request a pass in which every token sees the whole text, as in BERT; in DeCLIP's released code a token
   sees only those before it.
 
-  Since nothing after the end matters, a batch can be trimmed to its longest text. `buckets` are the lengths that it can
-  be trimmed to; a switch on the device picks the shortest that fits, so that shapes stay static, nothing is compiled
-  twice, and several hosts need not agree beforehand. The result is the same; states past that length are zero.
+  SigLIP's is not `causal`: every token sees the whole row, padding too, and the feature is the state at its last
+  position. So a row has to be as long as in training.
+
+  Since nothing after CLIP's end matters, a batch can be trimmed to its longest text. `buckets` are the lengths that it
+  can be trimmed to; a switch on the device picks the shortest that fits, so that shapes stay static, nothing is
+  compiled twice, and several hosts need not agree beforehand. The result is the same; states past that length are zero.
 
   Attributes:
     eot: id of the end-of-text token.
+    pooling: position of the state that is the feature: the first end of text ("eot"), or the end of the row ("last").
     buckets: lengths, ascending, to which a batch may be trimmed; the context length is always one of them.
   """
 
@@ -34,10 +40,18 @@ class TextTransformer(nn.Module):
   eot: int
   activation: str = "quick_gelu"
   mlp_ratio: float = 4.0
+  epsilon: float = 1e-5
+  causal: bool = True
+  pooling: str = "eot"
   buckets: tuple[int, ...] = ()
   remat: str = "none"
   unroll: int = 1
   dtype: Any = jnp.float32
+
+  @property
+  def ignores_padding(self) -> bool:
+    """Whether nothing after the end of a text matters, so that a row may be cut there."""
+    return self.causal and self.pooling == "eot"
 
   def setup(self) -> None:
     self.token_embedding = nn.Embed(
@@ -52,22 +66,26 @@ class TextTransformer(nn.Module):
       depth=self.depth,
       mlp_ratio=self.mlp_ratio,
       activation=self.activation,
-      causal=True,
+      epsilon=self.epsilon,
+      causal=self.causal,
       initializer="openai_text",
       remat=self.remat,
       unroll=self.unroll,
       dtype=self.dtype,
     )
-    self.final_norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False)
+    self.final_norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False)
 
   def __call__(
     self, tokens: Int[Array, "b n"], bidirectional: bool = False
   ) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
-    """Returns the feature `[b f]` at the first end-of-text token, and the states `[b n f]` before the norm.
+    """Returns the feature `[b f]` at the position of `pooling`, and the states `[b n f]` before the norm.
 
     OpenAI's code pools at the largest id of a row, which is the same position for its vocabulary; searching for the id
     itself also works after a mask token is appended to the vocabulary.
     """
+    if self.pooling == "last":
+      states = self.encode(tokens, bidirectional)
+      return self.normalise(states[:, -1]), states
     end = self.end(tokens)
     lengths = (*(length for length in self.buckets if length < tokens.shape[1]), tokens.shape[1])
     if len(lengths) == 1 or self.is_initializing():
@@ -86,7 +104,7 @@ class TextTransformer(nn.Module):
   def encode(self, tokens: Int[Array, "b n"], bidirectional: bool = False) -> Float[Array, "b n f"]:
     """States of all positions, before the final norm."""
     positions = self.position_embedding[None, : tokens.shape[1]].astype(self.dtype)
-    lengths = self.end(tokens) + 1 if bidirectional else None
+    lengths = self.end(tokens) + 1 if bidirectional and self.causal else None
     return self.transformer(self.token_embedding(tokens) + positions, lengths)
 
   def normalise(self, states: Float[Array, "... f"]) -> Float[Array, "... f"]:

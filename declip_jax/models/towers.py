@@ -77,7 +77,7 @@ class Towers(nn.Module):
   def encode_text(
     self, tokens: Int[Array, "b t"]
   ) -> tuple[Float[Array, "b f"], Float[Array, "b t f"], Bool[Array, "b t"]]:
-    """Features of texts at their end-of-text token, the states of all tokens, and which of them are not padding."""
+    """Features of texts, the states of all tokens, and which of them are not padding."""
     feature, states = self.text(tokens)
     return feature, self.text.normalise(states), self._valid(tokens)
 
@@ -113,7 +113,7 @@ class Towers(nn.Module):
 
   def _add_text(self, features: Features, batch: Batch, views: Views, tokens: bool) -> Features:
     text, masked = batch["text"], views.masked_text
-    bidirectional = self.mlm_attention == "bidirectional"
+    bidirectional = self.mlm_attention == "bidirectional" and self.text.causal
     wanted = views.contrastive_text
     if masked is not None and not bidirectional:
       wanted = (*wanted, masked)
@@ -145,6 +145,8 @@ class Towers(nn.Module):
 
   def _patches(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b n e"]:
     side = self.image.stride
+    height, width = (size - size % side for size in pixels.shape[1:3])
+    pixels = pixels[:, :height, :width]
     return rearrange(pixels, "b (y p) (x q) c -> b (y x) (p q c)", p=side, q=side)
 
 

@@ -24,7 +24,12 @@ def exact_gelu(x: Array) -> Array:
   return jax.nn.gelu(x, approximate=False)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
+def tanh_gelu(x: Array) -> Array:
+  """GELU by a hyperbolic tangent, Flax's and big_vision's default, and so SigLIP's."""
+  return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu, "gelu_tanh": tanh_gelu}
 
 
 def _keeps_products(primitive: Any, *args: Any, **params: Any) -> bool:
@@ -42,7 +47,7 @@ REMAT_POLICIES = {
 }
 
 
-def torch_uniform(fan_in: int) -> Initializer:
+def torch_uniform(fan_in: float) -> Initializer:
   """PyTorch's default for weights and biases of linear layers and convolutions: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
   bound = fan_in**-0.5
 
@@ -85,7 +90,15 @@ def timm_init(width: int, depth: int, hidden: int) -> dict[str, Initializer]:
   return weights | dict.fromkeys(("fc1_bias", "fc2_bias"), nn.initializers.zeros_init())
 
 
-INITS = {"openai_text": openai_text_init, "torch": torch_init, "timm": timm_init}
+def big_vision_init(width: int, depth: int, hidden: int) -> dict[str, Initializer]:
+  """big_vision's ViT, used by SigLIP: Xavier-uniform, query, key and value each as a square matrix."""
+  del depth, hidden
+  weights = dict.fromkeys(("out", "fc1", "fc2"), nn.initializers.xavier_uniform())
+  bias = dict.fromkeys(("fc1_bias", "fc2_bias"), nn.initializers.normal(1e-6))
+  return weights | bias | {"qkv": torch_uniform(width / 3)}
+
+
+INITS = {"openai_text": openai_text_init, "torch": torch_init, "timm": timm_init, "big_vision": big_vision_init}
 
 
 class QueryKeyValue(nn.Module):
@@ -101,14 +114,21 @@ class QueryKeyValue(nn.Module):
   bias_init: Initializer
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n f"]) -> list[Float[Array, "b n h e"]]:
+  def __call__(
+    self, x: Float[Array, "b n f"], queries: Float[Array, "b m f"] | None = None
+  ) -> list[Float[Array, "b _ h e"]]:
+    """Query of `queries` or, by default, of `x`; key and value of `x`."""
     width = x.shape[-1]
     kernel = self.param("kernel", self.kernel_init, (width, 3 * width))
     bias = self.param("bias", self.bias_init, (3 * width,))
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    queries, x, kernel, bias = nn.dtypes.promote_dtype(
+      x if queries is None else queries, x, kernel, bias, dtype=self.dtype
+    )
     kernels = rearrange(kernel, "f (three h e) -> three f h e", three=3, h=self.heads)
     biases = rearrange(bias, "(three h e) -> three 1 1 h e", three=3, h=self.heads)
-    return [jnp.einsum("bnf,fhe->bnhe", x, kernels[part]) + biases[part] for part in range(3)]
+    return [
+      jnp.einsum("bnf,fhe->bnhe", inputs, kernels[part]) + biases[part] for part, inputs in enumerate((queries, x, x))
+    ]
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Names and layouts that other projects use for the tensors of a CLIP model, translated to OpenAI's and back.
+"""Names and layouts that other projects use for the tensors of CLIP and SigLIP models, translated to OpenAI's and back.
 
 A dialect is a list of pairs of names, OpenAI's and the project's, and functions for what renaming does not cover. In a
 name `#` is the number of a layer and `*` the rest of the name. Names without a pair are the same on both sides.
@@ -6,10 +6,11 @@ name `#` is the number of a layer and `*` the rest of the name. Names without a 
 
 from collections.abc import Callable, Iterable, Mapping
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from declip_jax.weights import big_vision
 from declip_jax.weights.layout import StateDict
 
 Pairs = tuple[tuple[str, str], ...]
@@ -27,12 +28,14 @@ class Dialect(NamedTuple):
     marker: name of a tensor by which the dialect is recognised; see the order of `DIALECTS`.
     pairs: OpenAI's names and the project's.
     to_openai, from_openai: functions for changes other than renaming, applied to tensors under the project's names.
+    told: function from the tensors to the settings, see `read.read`, that their shapes tell beyond those of OpenAI's.
   """
 
   marker: str
   pairs: Pairs = ()
   to_openai: Translation = _keep
   from_openai: Translation = _keep
+  told: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] = lambda tensors: {}
 
 
 def recognise(names: Iterable[str]) -> str | None:
@@ -196,6 +199,60 @@ _HUGGING_FACE: Pairs = (
   ("ln_final.*", "text_model.final_layer_norm.*"),
   ("text_projection", "text_projection.weight"),
 )
+# SigLIP: the image tower ends in the joint space, and the text projection has a bias.
+_SHAPES_OF_ONE = ("logit_scale", "logit_bias")
+
+
+def _with_ones(tensors: StateDict) -> StateDict:
+  return _changed(tensors, dict.fromkeys(_SHAPES_OF_ONE, lambda x: x.reshape(1)))
+
+
+def _from_siglip(tensors: StateDict) -> StateDict:
+  return _changed(_from_hugging_face(tensors), {"vision_model.head.probe": lambda x: x[0, 0]})
+
+
+def _to_siglip(tensors: StateDict) -> StateDict:
+  deep = _changed(_with_ones(tensors), {"vision_model.head.probe": lambda x: x[None, None]})
+  return _to_hugging_face(deep)
+
+
+_SIGLIP: Pairs = (
+  ("visual.head.*", "vision_model.head.*"),
+  ("text_projection.*", "text_model.head.*"),
+  *(pair for pair in _HUGGING_FACE if "projection.weight" not in pair[1]),
+)
+
+# SigLIP in open_clip, whose image tower is timm's: query apart from key and value.
+_POOL = "visual.trunk.attn_pool"
+_SIGLIP_TRUNK: Pairs = (
+  *_timm_pairs("visual.trunk"),
+  ("visual.head.probe", f"{_POOL}.latent"),
+  ("visual.head.attention.out_proj.*", f"{_POOL}.proj.*"),
+  ("visual.head.attention.in_proj_*", f"{_POOL}.in_proj_*"),
+  ("visual.head.layernorm.*", f"{_POOL}.norm.*"),
+  ("visual.head.mlp.*", f"{_POOL}.mlp.*"),
+  *_text_under("text"),
+)
+
+
+def _from_siglip_trunk(tensors: StateDict) -> StateDict:
+  joined = dict(_changed(tensors, {"visual.trunk.pos_embed": lambda x: x[0], f"{_POOL}.latent": lambda x: x[0, 0]}))
+  for leaf in ("weight", "bias"):
+    parts = [joined.pop(f"{_POOL}.{name}.{leaf}") for name in ("q", "kv")]
+    joined[f"{_POOL}.in_proj_{leaf}"] = np.concatenate(parts)
+  return joined
+
+
+def _to_siglip_trunk(tensors: StateDict) -> StateDict:
+  split = dict(
+    _changed(tensors, {"visual.trunk.pos_embed": lambda x: x[None], f"{_POOL}.latent": lambda x: x[None, None]})
+  )
+  for leaf in ("weight", "bias"):
+    packed = split.pop(f"{_POOL}.in_proj_{leaf}")
+    split[f"{_POOL}.q.{leaf}"], split[f"{_POOL}.kv.{leaf}"] = np.split(packed, [len(packed) // 3])
+  return split
+
+
 # DeCLIP's SLIP has an unused norm after its head, which keeps its name.
 _DECLIP_SLIP_HEAD: Pairs = (
   ("image_mlp.layer#.*", "predictor_sim.linear#.*"),
@@ -204,6 +261,11 @@ _DECLIP_SLIP_HEAD: Pairs = (
 
 # In the order in which they are recognised: the markers of the last ones occur in others, too.
 DIALECTS = {
+  "SigLIP in big_vision": Dialect(
+    big_vision.MARKER, big_vision.PAIRS, big_vision.to_openai, big_vision.from_openai, big_vision.told
+  ),
+  "SigLIP in transformers": Dialect("vision_model.head.probe", _SIGLIP, _from_siglip, _to_siglip),
+  "SigLIP in open_clip": Dialect(f"{_POOL}.latent", _SIGLIP_TRUNK, _from_siglip_trunk, _to_siglip_trunk),
   "Hugging Face": Dialect(
     "vision_model.embeddings.class_embedding", _HUGGING_FACE, _from_hugging_face, _to_hugging_face
   ),

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping
 import re
 from typing import Any
 
-_SUPPORTED = "only CLIP, SLIP and DeCLIP with ViTs and ResNets like OpenAI's"
+_SUPPORTED = "only CLIP, SLIP and DeCLIP with ViTs and ResNets like OpenAI's, and SigLIP"
 # Families by patterns of names of tensors, all of which have to be there, in the order in which they are searched for.
 _TENSORS = {
   "ViTamin": (r"visual\.trunk\.patch_embed\.backbone\.stem\.",),
   "MobileCLIP": (r"image_encoder\.model\.|visual\.trunk\.(patch_embed\.backbone\.\d|.*\.token_mixer\.)",),
   "Perception Encoder (PE)": (r"visual\.trunk\.norm_pre\.", r"visual\.trunk\.attn_pool\."),
-  "SigLIP": (r"visual\.trunk\.attn_pool\.|vision_model\.head\.probe",),
   "CoCa": (r"text_decoder\.|visual\.attn_pool\.",),
   "EVA-CLIP": (r"visual\.(trunk\.)?blocks\.\d+\.(attn\.(q_bias|q_proj|rope)|mlp\.(fc1_[gx]|w[12]))",),
   "ConvNeXt": (r"visual\.trunk\.stages\.\d+\.blocks\.\d+\.conv_dw\.",),
@@ -30,7 +29,7 @@ _TENSORS = {
 }
 # Families by the beginning of `timm_model_name` in open_clip's configs.
 _TIMM = {
-  r"vit_\w+_siglip": "SigLIP",
+  r"vit_\w+_siglip_gap": "SigLIP without its pooling",
   r"(vit_)?pe_": "Perception Encoder (PE)",
   r"fastvit|\w+_mci": "MobileCLIP",
   r"convnext": "ConvNeXt",
@@ -49,11 +48,10 @@ _TRANSFORMERS = {
   "clip_vision_model": "one tower of CLIP",
   "clipseg": "CLIPSeg",
   "groupvit": "GroupViT",
-  "metaclip_2": "MetaCLIP 2",
   "owlv2": "OWLv2",
   "owlvit": "OWL-ViT",
-  "siglip": "SigLIP",
-  "siglip2": "SigLIP 2",
+  "siglip2": "SigLIP 2 for images of any shape (NaFlex)",
+  "siglip_text_model": "one tower of SigLIP",
   "siglip_vision_model": "one tower of SigLIP",
   "vision-text-dual-encoder": "VisionTextDualEncoder",
   "xclip": "X-CLIP",
@@ -81,10 +79,6 @@ def of_open_clip(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapp
     return "CoCa"
   if language_model:
     return f"a CLIP with the text tower {language_model}"
-  if vision.get("pool_type") == "avg" and text.get("no_causal_mask"):
-    return "CLIPA"
-  if text.get("pool_type") == "eos" and text.get("hf_tokenizer_name"):
-    return "MetaCLIP 2"
   return "a CLIP with layer scale" if vision.get("ls_init_value") else ""
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from declip_jax.data.text.tokenizer import parse_name
 from declip_jax.models.bank import Bank
 from declip_jax.models.model import Model
 from declip_jax.models.paths import is_below_any
@@ -20,6 +21,7 @@ from declip_jax.models.positions import resize_positions
 from declip_jax.training.state import State
 from declip_jax.weights.layout import ModelFields
 from declip_jax.weights.read import Weights, read
+from declip_jax.weights.recognise import OPENAI_EOT
 from declip_jax.weights.settings import parse_settings
 
 Tree = Any
@@ -32,7 +34,7 @@ GROUPS = {
 # Fields of a tower that may differ between the weights and the run.
 _MAY_DIFFER = {
   "image": ("initializer", "norm_groups"),
-  "text": ("context_length", "vocab_size", "buckets"),
+  "text": ("context_length", "vocab_size", "buckets", "tokenizer"),
 }
 
 
@@ -180,6 +182,8 @@ def _check_towers(weights: Weights, model: ModelFields, groups: Sequence[str]) -
         )
   if "image" in groups:
     _check_normalisation(weights, model)
+  if "text" in groups:
+    _check_tokenizer(weights, model)
 
 
 def _check_normalisation(weights: Weights, model: ModelFields) -> None:
@@ -191,6 +195,20 @@ def _check_normalisation(weights: Weights, model: ModelFields) -> None:
         f"config.model.{name}={tuple(model[name])} does not match the weights of {weights.origin}, which have "
         f"{tuple(weights.model[name])}: pass {flags}"
       )
+
+
+def _check_tokenizer(weights: Weights, model: ModelFields) -> None:
+  """Rejects another kind of tokenizer, or other options, than those of the weights; their files are not compared.
+
+  Weights with an end of text other than OpenAI's and without a tokenizer do not tell theirs.
+  """
+  names = [fields["text"]["tokenizer"] for fields in (model, weights.model)]
+  ours, theirs = ((kind, options) for kind, _, options in map(parse_name, names))
+  if ours != theirs and (names[1] != "openai" or weights.model["text"]["eot"] == OPENAI_EOT):
+    raise ValueError(
+      f"config.model.text.tokenizer={names[0]!r} does not match the weights of {weights.origin}, which have "
+      f"{names[1]!r}"
+    )
 
 
 def _is_in(path: str, groups: Sequence[str]) -> bool:

@@ -2,7 +2,8 @@
 
 OpenAI's names are the common ones: `dialects` translates those of every other project to them. Heads that OpenAI's
 model does not have keep the names of their projects: `image_mlp` (SLIP), `projector`, `predictor` and
-`text_label_predictor` (DeCLIP), `image_mapping` and `text_mapping` (FILIP), `logit_bias` (open_clip).
+`text_label_predictor` (DeCLIP), `image_mapping` and `text_mapping` (FILIP), `logit_bias` (open_clip). The pooling of
+SigLIP's image tower has the names of transformers: `visual.head`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -180,7 +181,6 @@ def _text(model: ModelFields) -> dict[str, Entry]:
 def _vit(model: ModelFields) -> dict[str, Entry]:
   tower = "params/towers/image"
   entries = {
-    f"{tower}/class_embedding": Entry(("visual.class_embedding",)),
     f"{tower}/position_embedding": Entry(("visual.positional_embedding",)),
     f"{tower}/patch_embedding/kernel": Entry(("visual.conv1.weight",), "patches"),
     **_transformer(f"{tower}/transformer", "visual.transformer", model["image"]["depth"]),
@@ -188,7 +188,23 @@ def _vit(model: ModelFields) -> dict[str, Entry]:
   }
   if model["image"]["patch_bias"]:
     entries[f"{tower}/patch_embedding/bias"] = Entry(("visual.conv1.bias",))
+  if model["image"].get("pooling") == "map":
+    entries |= _attention_pool(f"{tower}/attention_pool", "visual.head")
+  else:
+    entries[f"{tower}/class_embedding"] = Entry(("visual.class_embedding",))
   return entries | (_norm(f"{tower}/pre_norm", "visual.ln_pre") if model["image"]["pre_norm"] else {})
+
+
+def _attention_pool(path: str, name: str) -> dict[str, Entry]:
+  return {
+    f"{path}/probe": Entry((f"{name}.probe",)),
+    f"{path}/qkv/kernel": Entry((f"{name}.attention.in_proj_weight",), "linear"),
+    f"{path}/qkv/bias": Entry((f"{name}.attention.in_proj_bias",)),
+    **_linear(f"{path}/out", f"{name}.attention.out_proj"),
+    **_norm(f"{path}/mlp_norm", f"{name}.layernorm"),
+    **_linear(f"{path}/fc1", f"{name}.mlp.fc1"),
+    **_linear(f"{path}/fc2", f"{name}.mlp.fc2"),
+  }
 
 
 def _resnet(model: ModelFields) -> dict[str, Entry]:
@@ -237,7 +253,7 @@ def _joint(model: ModelFields) -> dict[str, Entry]:
   image, text = "params/heads/image_projection", "params/heads/text_projection"
   if model["image"]["kind"] == "resnet":  # OpenAI's projection is the last layer of its attention pool
     entries |= _linear(image, "visual.attnpool.c_proj", model["heads"]["image_bias"])
-  else:
+  elif model["heads"].get("image_linear", True):
     entries[f"{image}/kernel"] = Entry(("visual.proj",))
   if model["heads"]["text_bias"]:
     return entries | _linear(text, "text_projection")

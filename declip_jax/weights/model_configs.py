@@ -9,11 +9,14 @@ import json
 import math
 from pathlib import Path
 import re
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
+from declip_jax.config import OPENAI_MEAN, OPENAI_STD
 from declip_jax.weights import families
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
 from declip_jax.weights.tensor_files import INDEX
+from declip_jax.weights.tokenizer_files import OPEN_CLIP_STEPS, is_sentence_pieces, tokenizer_beside, tokenizer_fields
 
 Fields = Mapping[str, Any]
 Value = TypeVar("Value")
@@ -35,18 +38,46 @@ _OPEN_CLIP_TOWER = {
   "norm_kwargs": None,
   "timm_model_name": None,
   "timm_model_pretrained": None,
-  "timm_pool": ("token", ""),
-  "timm_proj": ("linear",),
-  "hf_tokenizer_name": ("", None),
-  "pool_type": ("tok", "argmax", "eos"),
+  "timm_pool": None,
+  "timm_proj": None,
+  "hf_tokenizer_name": None,
+  "tokenizer_kwargs": None,
+  "act_kwargs": None,
+  "no_causal_mask": None,
+  "pool_type": None,
+  "final_ln_after_pool": None,
   "eos_id": None,
   # Without effect after training.
   "patch_dropout": None,
   "timm_drop": None,
   "timm_drop_path": None,
 }
+_TIMM_FIELDS = {"timm_pool": ("token", ""), "timm_proj": ("linear",)}
 _TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
 _TIMM_NAME = re.compile(r"vit_(tiny|small|base|large)_patch\d+(_\d+)?(\.\w+)?")
+_TIMM_SIGLIP = re.compile(r"vit_(base|large|so400m|giantopt)_(patch\d+_siglip_\d+)(\.\w+)?")
+SIGLIP_HEADS = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
+# The image towers of SigLIP that have the exact GELU in timm, although they were trained with that by a tanh.
+EXACT_IN_TIMM = (
+  *(f"base_patch16_siglip_{size}" for size in (224, 256, 384, 512)),
+  *("large_patch16_siglip_256", "large_patch16_siglip_384"),
+  *(f"so400m_patch14_siglip_{size}" for size in (224, 378, 384)),
+)
+TANH_IN_TIMM = (
+  *("base_patch32_siglip_256", "large_patch16_siglip_512"),
+  *(f"so400m_patch16_siglip_{size}" for size in (256, 384, 512)),
+  *(f"giantopt_patch16_siglip_{size}" for size in (256, 384)),
+)
+# What transformers calls our activations.
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+# Defaults of transformers' SiglipImageProcessor where they are not those of CLIPImageProcessor.
+_SIGLIP_PROCESSOR = {
+  "do_center_crop": False,
+  "size": {"height": 224, "width": 224},
+  "image_mean": [0.5, 0.5, 0.5],
+  "image_std": [0.5, 0.5, 0.5],
+}
+_NO_END = 49407  # the end of text in every SigLIP config of transformers, although texts end with 1
 
 
 def settings_beside(file: Path) -> dict[str, Any]:
@@ -104,27 +135,75 @@ def _open_clip(file: Path) -> dict[str, Any]:
   model, preprocess = (get(about, name, {}, f"{file}: ") for name in ("model_cfg", "preprocess_cfg"))
   vision, text = (get(model, name, {}, f"{file}: model_cfg.") for name in ("vision_cfg", "text_cfg"))
   _check_open_clip(model, vision, text, file)
-  activation = "quick_gelu" if get(model, "quick_gelu", False, f"{file}: model_cfg.") else "gelu"
+  quick = get(model, "quick_gelu", False, f"{file}: model_cfg.")
+  return {
+    **_open_clip_text(text, quick, file),
+    **_open_clip_vision(vision, quick, f"{file}: vision_cfg."),
+    **_open_clip_view(preprocess, file),
+  }
+
+
+def _open_clip_text(text: Fields, quick: bool, file: Path) -> dict[str, Any]:
   where = f"{file}: text_cfg."
-  settings = {"text.activation": activation, "text.heads": get(text, "heads", 8, where)}
+  settings = {
+    "text.activation": _open_clip_activation(text, quick, where),
+    "text.heads": get(text, "heads", 8, where),
+    "text.epsilon": _epsilon(text, where),
+    "text.causal": not get(text, "no_causal_mask", False, where),
+    "text.pooling": "eot",
+  }
   vocab_size = get(text, "vocab_size", OPENAI_VOCABULARIES[0], where)
-  settings["text.eot"] = _largest_id(vocab_size)  # at which "argmax" pools
-  if text.get("pool_type") == "eos":
-    settings["text.eot"] = get(text, "eos_id", 2, where)
-  if (epsilon := _epsilon(text, where)) != 1e-5:
-    _reject(f"{where}norm_kwargs.eps", epsilon, 1e-5)
-  return settings | _open_clip_vision(vision, activation, f"{file}: vision_cfg.") | _open_clip_view(preprocess, file)
+  match pool := get(text, "pool_type", "argmax", where):
+    case "argmax":
+      if name := get(text, "hf_tokenizer_name", "", where):  # the largest id is the end of OpenAI's texts only
+        _reject(f"{where}hf_tokenizer_name", name, "'' with pool_type='argmax'")
+      settings["text.eot"] = _largest_id(vocab_size)
+    case "eos":
+      settings["text.eot"] = get(text, "eos_id", 2, where)
+    case "last":
+      settings |= {"text.pooling": "last", "text.eot": 1}
+    case _:
+      _reject(f"{where}pool_type", pool, "'argmax', 'eos' and 'last'")
+  return settings | _open_clip_tokenizer(text, settings, file)
+
+
+def _open_clip_activation(tower: Fields, quick: bool, where: str) -> str:
+  options = get(tower, "act_kwargs", {}, where)
+  if not options:
+    return "quick_gelu" if quick else "gelu"
+  if quick or options not in ({"approximate": "tanh"}, {"approximate": "none"}):
+    _reject(f"{where}act_kwargs", options, {"approximate": "tanh"})
+  return "gelu_tanh" if options["approximate"] == "tanh" else "gelu"
+
+
+def _open_clip_tokenizer(text: Fields, found: Fields, file: Path) -> dict[str, Any]:
+  """The tokenizer of transformers that the config names, if it lies beside, and the end of its texts."""
+  where = f"{file}: text_cfg."
+  options = get(text, "tokenizer_kwargs", {}, where)
+  if not get(text, "hf_tokenizer_name", "", where):
+    if options:
+      _reject(f"{where}tokenizer_kwargs", options, "{} without an hf_tokenizer_name")
+    return {}
+  clean = get(options, "clean", "whitespace", f"{where}tokenizer_kwargs.")
+  if unknown := set(options) - {"clean", "strip_sep_token"} or {clean} - set(OPEN_CLIP_STEPS):
+    _reject(f"{where}tokenizer_kwargs", sorted(unknown), f"clean of {sorted(OPEN_CLIP_STEPS)} and strip_sep_token")
+  if get(options, "strip_sep_token", False, f"{where}tokenizer_kwargs."):  # BERT's separator becomes the padding, id 0
+    return {"text.eot": 0, **tokenizer_beside(file.parent, end="[PAD]", clean=OPEN_CLIP_STEPS[clean])}
+  start = {"start": "none"} if found["text.pooling"] == "last" else {}  # T5's and Gemma's
+  return tokenizer_beside(file.parent, **start, clean=OPEN_CLIP_STEPS[clean])
 
 
 def _check_open_clip(model: Fields, vision: Fields, text: Fields, file: Path) -> None:
   """Rejects towers with fields that ours do not have, by the name of their family if it is known."""
   timm = get(vision, "timm_model_name", "", f"{file}: vision_cfg.")
   family = families.of_open_clip(model, vision, text)
-  if timm and not _TIMM_NAME.fullmatch(timm):
+  siglip = bool(_TIMM_SIGLIP.fullmatch(timm))
+  if timm and not siglip and not _TIMM_NAME.fullmatch(timm):
     raise families.unsupported(str(file), family or "this image tower of timm", f"timm_model_name={timm!r:.60}")
+  of_timm = {"timm_pool": ("map",), "timm_proj": ("none",)} if siglip else _TIMM_FIELDS
   for tower, fields in (("vision_cfg", vision), ("text_cfg", text)):
     for name, value in fields.items():
-      legal = _OPEN_CLIP_TOWER.get(name, (None, False, 0, 0.0, ""))
+      legal = of_timm.get(name) or _OPEN_CLIP_TOWER.get(name, (None, False, 0, 0.0, ""))
       if legal is None or value in legal:
         continue
       if family:
@@ -132,8 +211,17 @@ def _check_open_clip(model: Fields, vision: Fields, text: Fields, file: Path) ->
       _reject(f"{file}: {tower}.{name:.40}", value, list(legal))
 
 
-def _open_clip_vision(vision: Fields, activation: str, where: str) -> dict[str, Any]:
+def _open_clip_vision(vision: Fields, quick: bool, where: str) -> dict[str, Any]:
   name = get(vision, "timm_model_name", "", where)
+  if match := _TIMM_SIGLIP.fullmatch(name):
+    if (kind := f"{match[1]}_{match[2]}") not in (*EXACT_IN_TIMM, *TANH_IN_TIMM):
+      _reject(f"{where}timm_model_name", name, [f"vit_{other}" for other in (*EXACT_IN_TIMM, *TANH_IN_TIMM)])
+    return {
+      "image_size": get(vision, "image_size", 224, where),
+      "image.activation": "gelu" if kind in EXACT_IN_TIMM else "gelu_tanh",
+      "image.heads": SIGLIP_HEADS[match[1]],
+      "image.epsilon": 1e-6,
+    }
   if name:
     heads = _TIMM_HEADS[name.split("_")[1]]
     return {"image.activation": "gelu", "image.heads": heads, "image.epsilon": 1e-6}
@@ -144,11 +232,15 @@ def _open_clip_vision(vision: Fields, activation: str, where: str) -> dict[str, 
     if head_width != 64:
       _reject(f"{where}head_width", head_width, "64 for a ResNet, whose attention pool has heads of 64 channels")
     return {}
+  pool, norm_after = get(vision, "pool_type", "tok", where), get(vision, "final_ln_after_pool", False, where)
+  if pool not in ("tok", "avg") or (pool == "avg" and not norm_after):
+    _reject(f"{where}pool_type", pool, "'tok', and 'avg' with final_ln_after_pool")
   return {
-    "image.activation": activation,
+    "image.activation": _open_clip_activation(vision, quick, where),
     "image.heads": get(vision, "width", 768, where) // head_width,
     "image.epsilon": _epsilon(vision, where),
     "image.pre_norm": not get(vision, "no_ln_pre", False, where),
+    "image.pooling": "token" if pool == "tok" else "average",
   }
 
 
@@ -165,9 +257,8 @@ def _open_clip_view(preprocess: Fields, file: Path) -> dict[str, Any]:
   if mode not in ("shortest", "squash"):
     _reject(f"{where}resize_mode", mode, "'shortest' and 'squash'")
   settings: dict[str, Any] = {"squash": mode == "squash"}
-  for name in ("mean", "std"):
-    if name in preprocess:
-      settings[name] = _three(preprocess[name], f"{where}{name}")
+  for name, default in (("mean", OPENAI_MEAN), ("std", OPENAI_STD)):
+    settings[name] = _three(preprocess[name], f"{where}{name}") if name in preprocess else default
   if "interpolation" in preprocess:
     settings["interpolation"] = get(preprocess, "interpolation", "bicubic", where)
   return settings
@@ -187,35 +278,71 @@ def _three(values: Any, where: str) -> tuple[float, ...]:
 def _hugging_face(folder: Path) -> dict[str, Any]:
   file = folder / "config.json"
   about = read_json(file)
-  if (kind := about.get("model_type")) != "clip":
+  if (kind := about.get("model_type")) == "siglip":
+    return _siglip(about, file)
+  if kind not in ("clip", "metaclip_2"):
     if family := families.of_transformers(kind):
       raise families.unsupported(str(file), family, f"model_type={kind!r}")
-    _reject(f"{file}: model_type", kind, "'clip'")
+    _reject(f"{file}: model_type", kind, "'clip', 'metaclip_2' and 'siglip'")
   vision, text = (get(about, name, {}, f"{file}: ") for name in ("vision_config", "text_config"))
   where = f"{file}: text_config."
-  if (epsilon := get(text, "layer_norm_eps", 1e-5, where)) != 1e-5:
-    _reject(f"{where}layer_norm_eps", epsilon, 1e-5)
-  eot = get(text, "eos_token_id", 2, where)
-  if eot == 2:  # an old mistake of theirs, which means the largest id of a text
+  eot = get(text, "eos_token_id", OPENAI_EOT if kind == "metaclip_2" else 2, where)
+  if eot == 2 and kind == "clip":  # an old mistake of theirs, which means the largest id of a text
     eot = _largest_id(get(text, "vocab_size", OPENAI_VOCABULARIES[0], where))
   settings = {
-    "text.activation": get(text, "hidden_act", "quick_gelu", where),
+    "text.activation": _activation(text, "quick_gelu", where),
     "text.heads": get(text, "num_attention_heads", 8, where),
+    "text.epsilon": get(text, "layer_norm_eps", 1e-5, where),
     "text.eot": eot,
   }
   where = f"{file}: vision_config."
   settings |= {
-    "image.activation": get(vision, "hidden_act", "quick_gelu", where),
+    "image.activation": _activation(vision, "quick_gelu", where),
     "image.heads": get(vision, "num_attention_heads", 12, where),
     "image.epsilon": get(vision, "layer_norm_eps", 1e-5, where),
   }
+  settings |= tokenizer_beside(folder) if kind == "metaclip_2" else {}
   return settings | _processor(folder, get(vision, "image_size", 224, where))
 
 
-def _processor(folder: Path, image_size: int) -> dict[str, Any]:
+def _activation(tower: Fields, default: str, where: str) -> str:
+  name = get(tower, "hidden_act", default, where)
+  return _ACTIVATIONS.get(name, name)
+
+
+def _siglip(about: Fields, file: Path) -> dict[str, Any]:
+  """The settings of transformers' SiglipModel, with defaults for B/16 at 224 pixels."""
+  vision, text = (get(about, name, {}, f"{file}: ") for name in ("vision_config", "text_config"))
+  settings: dict[str, Any] = {}
+  for side, name, tower in (("image", "vision_config", vision), ("text", "text_config", text)):
+    where = f"{file}: {name}."
+    settings[f"{side}.activation"] = _activation(tower, "gelu_pytorch_tanh", where)
+    settings[f"{side}.heads"] = get(tower, "num_attention_heads", 12, where)
+    settings[f"{side}.epsilon"] = get(tower, "layer_norm_eps", 1e-6, where)
+  if not get(vision, "vision_use_head", True, f"{file}: vision_config."):
+    _reject(f"{file}: vision_config.vision_use_head", False, True)
+  eot = get(text, "eos_token_id", _NO_END, f"{file}: text_config.")
+  settings |= {"text.eot": 1 if eot == _NO_END else eot}
+  settings["image_size"] = get(vision, "image_size", 224, f"{file}: vision_config.")
+  return settings | _siglip_tokenizer(file.parent) | _processor(file.parent, settings["image_size"], _SIGLIP_PROCESSOR)
+
+
+def _siglip_tokenizer(folder: Path) -> dict[str, Any]:
+  """SigLIP's tokenizer removes punctuation and, if not told otherwise, upper case; that of SigLIP 2 only the latter."""
+  if (side := tokenizer_fields(folder).get("padding_side", "right")) != "right":
+    _reject(f"{folder / 'tokenizer_config.json'}: padding_side", side, "'right'")
+  if not is_sentence_pieces(folder):
+    return tokenizer_beside(folder, start="none", clean="lower")
+  lower = tokenizer_fields(folder).get("do_lower_case", True)
+  steps = (*(("lower",) if lower is not False else ()), "no_punctuation", "spaces")
+  padding = {} if "pad_token" in tokenizer_fields(folder) else {"pad": "</s>"}
+  return tokenizer_beside(folder, start="none", clean=steps, **padding)
+
+
+def _processor(folder: Path, image_size: int, defaults: Fields = MappingProxyType({})) -> dict[str, Any]:
   """The preprocessing in `processor_config.json`, which transformers 5 writes, or in `preprocessor_config.json`.
 
-  Absent fields have the defaults of CLIPImageProcessor.
+  Absent fields have the defaults of CLIPImageProcessor where `defaults` has none.
   """
   file, fields = folder / "processor_config.json", None
   if file.exists():
@@ -226,6 +353,7 @@ def _processor(folder: Path, image_size: int) -> dict[str, Any]:
     if not file.exists():
       return {}
     fields, where = read_json(file), f"{file}: "
+  fields = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
   for name, needed in (("do_resize", True), ("do_rescale", True), ("rescale_factor", 1 / 255)):
     value = get(fields, name, needed, where)
     if not math.isclose(value, needed, rel_tol=1e-6):

@@ -1,4 +1,4 @@
-"""Reads checkpoints of OpenAI's CLIP, open_clip, Hugging Face, SLIP, DeCLIP and our own runs as our parameters.
+"""Reads checkpoints of OpenAI's CLIP, open_clip, Hugging Face, SLIP, DeCLIP, SigLIP and our own runs as our parameters.
 
 Format and architecture are recognised by the names and shapes of tensors (`weights.recognise`) and by config files in
 the same folder (`weights.model_configs`). What these do not determine is assumed, with a remark, or is an error where
@@ -198,8 +198,8 @@ def from_state_dict(
   dialect = dialects.recognise(tensors)
   if dialect is None:
     raise _mismatch(name, tensors, f"{name} is not a CLIP, SLIP or DeCLIP checkpoint; its tensors", [*tensors])
-  given = dict(settings or {})
   try:
+    given = {**dialects.DIALECTS[dialect].told(tensors), **(settings or {})}
     translated = dialects.to_openai(tensors, dialect)
     found = recognise(translated, dialect, kind, extras or {}, given)
   except _CONTRADICTIONS as error:
@@ -229,7 +229,7 @@ def from_state_dict(
     heads=tuple(found.heads),
     params=tree["params"],
     collections={half: tree.get("collections", {}).get(half, {}) for half in ("towers", "heads")},
-    view=EvalView(found.image_size, resize, found.interpolation, model["mean"], model["std"]),
+    view=EvalView(found.image_size, resize, found.interpolation, model["mean"], model["std"], found.squash),
     rest=rest,
     tokens="filip" in found.heads and "simsiam" not in found.heads,  # FILIP; DeFILIP has both and compares embeddings
     remarks=(*_assumptions(model, [field for field in found.assumed if field not in given]), *remarks),
@@ -253,8 +253,9 @@ def _assumptions(model: ModelFields, fields: Sequence[str]) -> list[str]:
   values = flatten_dict(dict(model), sep=".")
   if not (assumed := [f"{field}={values[field]!r}" for field in fields]):
     return []
+  project = "SigLIP" if model["image"].get("pooling") == "map" else "OpenAI"
   return [
-    f"the file does not specify {', '.join(assumed)}: these are guesses, as are OpenAI's masks and pooling. "
+    f"the file does not specify {', '.join(assumed)}: these are guesses, as are {project}'s masks and pooling. "
     f"If one differs, all features are wrong: {_how_to_set(fields[0], str(values[fields[0]]))}"
   ]
 
@@ -352,6 +353,7 @@ def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
     raise ValueError(f"{path / EXPORT_FILE} has no {', '.join(sorted(missing))}")
   about = {**optional, **about}
   try:
+    config_lib.add_missing_of_towers(about["model"])
     model, heads = about["model"], about["heads"]
     _, variables = abstract_variables(model, heads, about["image_size"])
     variables["collections"] = _without_momentum(variables["collections"])

@@ -19,6 +19,9 @@ from declip_jax import config as config_lib
 OPENAI_EOT, OPENAI_VOCABULARIES = 49407, (49408, 49409)  # without and with a mask token
 # Number of heads of open_clip's H/14, g/14, bigG/14 and e/14 by width and depth: theirs do not have 64 channels.
 _WIDE_HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1792, 56): 16}
+# Numbers of heads of SigLIP's So400m and of SigLIP 2's g-opt, by width.
+_SIGLIP_HEADS = {1152: 16, 1536: 16}
+_SO400M_384 = (14, 27)  # patch and side of the grid, whose 378 pixels are those of images of 384
 # The name that open_clip gives to a run without `--name`: it has that of the model.
 _RUN_NAME = re.compile(r"\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d-model_.+-lr_.*")
 
@@ -32,6 +35,7 @@ class Recognised:
     heads: names of `models.heads.HEADS`.
     image_size: height and width of images, in pixels.
     interpolation: method of resizing images for evaluation.
+    squash: whether images are resized to a square, see `EvalView`.
     assumed: paths of the fields of `model` that neither tensors nor the kind of file determine, such as "image.heads".
     undecided: paths of those among them that differ between common models with these tensors, and their legal values.
   """
@@ -40,6 +44,7 @@ class Recognised:
   heads: list[str]
   image_size: int
   interpolation: str
+  squash: bool
   assumed: tuple[str, ...]
   undecided: dict[str, str]
 
@@ -63,6 +68,8 @@ def recognise(
     KeyError, IndexError, ValueError, ArithmeticError: a tensor is missing or has another rank.
   """
   model = config_lib.default("clip").to_dict()["model"]
+  if dialect.startswith("SigLIP"):
+    return _siglip(model, tensors, dialect)
   slip, declip = dialect == "SLIP", dialect.startswith("DeCLIP")
   timm = slip or dialect == "open_clip, timm trunk"
   likely = _activation(tensors, dialect, kind, extras, given)
@@ -85,9 +92,30 @@ def recognise(
   of_one_architecture = slip or declip or _is_openais(tensors, kind)
   assumed = () if of_one_architecture else _assumed(model, heads)
   undecided = {} if of_one_architecture else _undecided(model, heads, likely, dialect)
+  if given.get("image.pooling") == "token":  # so not CLIPA's
+    undecided = {field: values for field, values in undecided.items() if "CLIPA" not in values}
   interpolation = "bilinear" if slip or declip else "bicubic"
   undecided = {field: values for field, values in undecided.items() if field not in given}
-  return Recognised(model, heads, image_size, interpolation, assumed, undecided)
+  return Recognised(model, heads, image_size, interpolation, False, assumed, undecided)
+
+
+def _siglip(model: dict[str, Any], tensors: Mapping[str, np.ndarray], dialect: str) -> Recognised:
+  """SigLIP or SigLIP 2: images are resized to a square, and texts are bidirectional and pooled at the last position.
+
+  Of the released files, only those of big_vision tell the number of heads, by their layout.
+  """
+  if tensors["visual.conv1.weight"].ndim != 4:
+    raise ValueError("SigLIP 2 for images of any shape (NaFlex) is not supported")
+  model["dtype"], model["mean"], model["std"] = "float32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+  model["image"], image_size = _vit(tensors, "gelu_tanh", 1e-6)
+  model["text"] = _text(tensors, "gelu_tanh") | {"eot": 1, "epsilon": 1e-6, "causal": False, "pooling": "last"}
+  for tower in ("image", "text"):
+    model[tower]["heads"] = _SIGLIP_HEADS.get(model[tower]["width"], model[tower]["heads"])
+  fields, heads = _heads(tensors)
+  model["heads"] |= fields
+  told = dialect == "SigLIP in big_vision"
+  assumed = () if told else (*_assumed(model, heads), "text.epsilon", "mean", "std")
+  return Recognised(model, heads, image_size, "bicubic", True, assumed, {})
 
 
 def _is_openais(tensors: Mapping[str, np.ndarray], kind: str) -> bool:
@@ -138,7 +166,9 @@ def _undecided(model: Mapping[str, Any], heads: Iterable[str], activation: str |
   if "joint" in heads and model["text"]["vocab_size"] not in OPENAI_VOCABULARIES:
     fields["text.eot"] = "id that ends a text"
   if vit and not model["image"]["pre_norm"] and "timm" not in dialect:
-    fields["image.pre_norm"] = "False; CLIPA is not supported"
+    fields["image.pooling"] = "'average' in CLIPA's, else 'token'"
+    if "joint" in heads:
+      fields |= {"text.pooling": "'last' in CLIPA's, else 'eot'", "text.causal": "False in CLIPA's, else True"}
   return fields
 
 
@@ -161,8 +191,10 @@ def _vit(tensors: Mapping[str, np.ndarray], activation: str, epsilon: float) -> 
     activation=activation,
     epsilon=epsilon,
     mlp_ratio=tensors[f"{blocks}0.mlp.c_fc.weight"].shape[0] / width,
+    pooling="map" if "visual.head.probe" in tensors else "token",
   ).to_dict()
-  return image, patch * math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1)
+  side = math.isqrt(tensors["visual.positional_embedding"].shape[0])
+  return image, 384 if image["pooling"] == "map" and (patch, side) == _SO400M_384 else patch * side
 
 
 def _resnet(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], int]:
@@ -194,6 +226,7 @@ def _heads(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], list[str]
 
   heads = ["joint"] if "token_embedding.weight" in tensors else []
   fields: dict[str, Any] = {
+    "image_linear": "visual.head.probe" not in tensors,
     "image_bias": "visual.attnpool.c_proj.bias" in tensors,
     "text_bias": "text_projection.bias" in tensors,
   }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from declip_jax.data.images import INTERPOLATIONS, EvalView
-from declip_jax.models.positions import IMAGE_POSITIONS, TEXT_POSITIONS, resize_positions
+from declip_jax.models.positions import IMAGE_POSITIONS, TEXT_POSITIONS, class_tokens, resize_positions
 from declip_jax.models.towers import IMAGE_TOWERS
 from declip_jax.spelling import did_you_mean
 from declip_jax.weights.layout import ModelFields
@@ -83,7 +83,8 @@ def with_view(view: EvalView, settings: Mapping[str, Any], model: ModelFields, n
     given["resize"] = view.resize * given["size"] // view.size  # so that the crop is the same share of the image
   view = dataclasses.replace(view, **given, mean=tuple(model["mean"]), std=tuple(model["std"]))
   stride = _stride(model, name)
-  if view.size < 1 or view.size % stride:
+  whole = model["image"].get("pooling") == "map" or view.size % stride == 0  # see `architectures.SIGLIP`
+  if view.size < stride or not whole:
     raise ValueError(f"{name}: image_size={view.size}: expected a multiple of {stride}, as the image tower requires")
   if view.interpolation not in INTERPOLATIONS:
     raise ValueError(f"{name}: interpolation={view.interpolation!r}: choose one of {list(INTERPOLATIONS)}")
@@ -102,9 +103,11 @@ def with_positions(params: Tree, model: ModelFields, image_size: int, name: str)
   """
   flat, remarks = flatten_dict(params), []
   path = ("towers", *IMAGE_POSITIONS.get(model["image"]["kind"], ()))
-  if path in flat and len(flat[path]) != (size := (image_size // _stride(model, name)) ** 2 + 1):
-    remarks.append(f"the position embeddings of images were resized from {len(flat[path])} to {size} positions")
-    flat[path] = np.asarray(resize_positions(jnp.asarray(flat[path]), size))
+  if path in flat:
+    size = (image_size // _stride(model, name)) ** 2 + class_tokens(len(flat[path]))
+    if size != len(flat[path]):
+      remarks.append(f"the position embeddings of images were resized from {len(flat[path])} to {size} positions")
+      flat[path] = np.asarray(resize_positions(jnp.asarray(flat[path]), size))
   path, length = ("towers", *TEXT_POSITIONS), model["text"]["context_length"]
   if path in flat and not 2 <= length <= len(flat[path]):
     raise ValueError(f"{name}: text.context_length={length}: expected 2 to {len(flat[path])}, the trained positions")

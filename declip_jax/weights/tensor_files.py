@@ -6,6 +6,7 @@
 | `torch.save` since PyTorch 1.6 | a zip with `*/data.pkl` | "torch" |
 | `torch.save` before 1.6 | a pickled magic number | "torch" |
 | `torch.jit.save`, such as OpenAI's release of CLIP | a zip with `*/constants.pkl` and `*/code/` | "torchscript" |
+| `numpy.savez`, as big_vision writes it | a zip with only `*.npy` | "npz" |
 | several of these files and their index | a name that ends with `.index.json` | that of the files |
 
 Those of PyTorch contain a pickle, which `data.storage.unpickler` reads: `_NAMES` makes numbers, containers and
@@ -52,7 +53,7 @@ class TensorFile(NamedTuple):
 
   Attributes:
     tensors: read-only arrays by their names in the state dict; some share memory or are not contiguous.
-    kind: "torchscript", "torch" or "safetensors".
+    kind: "torchscript", "torch", "safetensors" or "npz".
     extras: strings, numbers, booleans and Nones next to the state dict; the metadata of a safetensors file.
     left_out: keys of other state dicts in the file, such as a moving average, which were not read.
   """
@@ -242,7 +243,7 @@ def _read_zip(file: BinaryIO) -> TensorFile:
     raise ValueError("damaged: entries of the zip overlap")
   roots = [name.removesuffix("data.pkl") for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
   if entries and all(name.endswith(".npy") for name in entries):
-    raise ValueError("a NumPy archive, as of big_vision, expected a PyTorch or a safetensors file")
+    return _read_arrays(archive, entries)
   if len(roots) != 1:
     raise ValueError(f"a zip with {len(roots)} entries FOLDER/data.pkl, expected 1; its entries are {listed(entries)}")
   (root,) = roots
@@ -266,6 +267,19 @@ def _read_zip(file: BinaryIO) -> TensorFile:
   is_script = root + "constants.pkl" in entries and any(name.startswith(root + "code/") for name in entries)
   content = _TorchUnpickler(io.BytesIO(read_entry(root + "data.pkl"))).load()
   return _collect(content, is_script, read_storage, os.fstat(file.fileno()).st_size)
+
+
+def _read_arrays(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]) -> TensorFile:
+  """The arrays of a NumPy archive: those under "params/", without it, or all; NumPy has bfloat16 as 2 bytes each."""
+  names = [name for name in entries if name.startswith("params/")] or list(entries)
+  tensors = {}
+  for name in names:
+    if entries[name].compress_type != zipfile.ZIP_STORED:
+      raise ValueError(f"{shown(name)} is compressed in the zip, expected an uncompressed entry")
+    array = np.load(io.BytesIO(archive.read(name)), allow_pickle=False)
+    is_half = array.dtype.kind == "V" and array.dtype.itemsize == 2
+    tensors[name.removeprefix("params/").removesuffix(".npy")] = array.view(ml_dtypes.bfloat16) if is_half else array
+  return TensorFile(tensors, "npz", {})
 
 
 def _read_legacy(file: BinaryIO) -> TensorFile:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import json
 import os
 from pathlib import Path
+import shutil
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,22 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 
 from declip_jax.data.images import EvalView
+from declip_jax.data.text.tokenizer import make_tokenizer, parse_name
 from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import ModelFields, StateDict, layout, to_state_dict
+from declip_jax.weights.model_configs import EXACT_IN_TIMM, SIGLIP_HEADS, TANH_IN_TIMM
 from declip_jax.weights.read import EXPORT_FILE, Weights
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
+from declip_jax.weights.tokenizer_files import OPEN_CLIP_STEPS
 from declip_jax.weights.vocabulary import SPECIAL, merges, vocabulary
 
 _EXPORTED = ("joint", "sigmoid")  # heads that open_clip also has
 # timm's names of vision transformers with a patch bias and without a norm before the blocks, by (width, depth, heads).
 _TIMM_SIZES = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large"}
+# The same of SigLIP.
+_SIGLIP_SIZES = {(768, 12): "base", (1024, 24): "large", (1152, 27): "so400m", (1536, 40): "giantopt"}
+_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # what transformers calls ours, if other than we
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
@@ -76,8 +83,13 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
       "layers": text["depth"],
       "mlp_ratio": _truncating_ratio(text),
       **({"proj_bias": True} if heads["text_bias"] else {}),
+      **_open_clip_options(text),
     },
   }
+  if dialect == "SigLIP in open_clip":
+    config["custom_text"] = True
+  if not text["causal"]:
+    config["text_cfg"]["no_causal_mask"] = True
   if "logit_bias" in tensors:
     config["init_logit_bias"] = float(tensors["logit_bias"].reshape(()))
   preprocess = {
@@ -86,9 +98,13 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
     "interpolation": weights.view.interpolation,
   }
   preprocess["resize_mode"] = "squash" if weights.view.squash else "shortest"
-  if not _pools_at_largest_id(text):
+  if text["pooling"] == "last":
+    config["text_cfg"]["pool_type"] = "last"
+  elif not _pools_at_largest_id(text):
     config["text_cfg"] |= {"pool_type": "eos", "eos_id": text["eot"]}
-  if text["tokenizer"] != "openai" or text["eot"] != OPENAI_EOT:
+  tokenizer = _open_clip_tokenizer(text)
+  config["text_cfg"] |= {"hf_tokenizer_name": "tokenizer.json", **tokenizer} if tokenizer else {}
+  if not tokenizer and (text["tokenizer"] != "openai" or text["eot"] != OPENAI_EOT):
     notes.append(_without_tokenizer(text, "open_clip would take OpenAI's"))
   if weights.view.resize:
     notes.append(
@@ -97,7 +113,39 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
     )
   _save(folder, "open_clip_model.safetensors", dialects.from_openai(tensors, dialect))
   _write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
+  if tokenizer:
+    _copy_tokenizer(text, folder)
   return notes
+
+
+def _open_clip_options(tower: ModelFields) -> dict[str, Any]:
+  """Fields of a tower that open_clip has only for other models than CLIP."""
+  options: dict[str, Any] = {"act_kwargs": {"approximate": "tanh"}} if tower["activation"] == "gelu_tanh" else {}
+  return options | ({"norm_kwargs": {"eps": tower["epsilon"]}} if tower["epsilon"] != 1e-5 else {})
+
+
+def _open_clip_tokenizer(text: ModelFields) -> dict[str, Any]:
+  """The `tokenizer_kwargs` of a `tokenizer.json` that open_clip's HFTokenizer can use; empty if it cannot."""
+  kind, file, options = parse_name(text["tokenizer"])
+  clean = next((name for name, steps in OPEN_CLIP_STEPS.items() if options.get("clean") == steps), None)
+  exists = kind == "huggingface" and os.path.isfile(os.path.expanduser(file))
+  whole = exists and "end" not in options and (text["pooling"] == "last") == ("start" in options)
+  return {"tokenizer_kwargs": {"clean": clean}} if whole and clean else {}
+
+
+def _copy_tokenizer(text: ModelFields, folder: Path, **fields: Any) -> None:
+  """Copies the file of a tokenizer, and describes its special tokens to transformers."""
+  kind, file, _ = parse_name(text["tokenizer"])
+  tokenizer = make_tokenizer(text["tokenizer"], text["context_length"])
+  tokens = {name: tokenizer.encoder.token(index) for name, index in (("eos", tokenizer.eot), ("pad", tokenizer.pad))}
+  shutil.copyfile(os.path.expanduser(file), folder / ("tokenizer.json" if kind == "huggingface" else "spiece.model"))
+  about = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": text["context_length"],
+    "padding_side": "right",
+    **{f"{name}_token": token for name, token in tokens.items()},
+  }
+  _write_json(folder / "tokenizer_config.json", about | fields)
 
 
 def _pools_at_largest_id(text: ModelFields) -> bool:
@@ -121,7 +169,10 @@ def _open_clip_vision(weights: Weights, tensors: StateDict, notes: list[str]) ->
     raise ValueError(f"open_clip cannot represent an image tower of kind {image['kind']!r}")
   size_in_timm = (image["width"], image["depth"], image["heads"])
   timm = _TIMM_SIZES.get(size_in_timm)
+  if image["pooling"] == "map":
+    return _open_clip_siglip(weights, notes), "SigLIP in open_clip"
   like_timm = (not image["pre_norm"], image["patch_bias"], image["activation"] == "gelu", image["epsilon"] == 1e-6)
+  like_timm += (image["pooling"] == "token",)
   if all(like_timm) and timm and image["patch"] == 16 and size in (224, 384):
     name = f"vit_{timm}_patch16_{size}"
     fields = {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "token", "timm_proj": "linear"}
@@ -140,12 +191,36 @@ def _open_clip_vision(weights: Weights, tensors: StateDict, notes: list[str]) ->
     "mlp_ratio": _truncating_ratio(image),
     "patch_size": image["patch"],
   }
-  if image["epsilon"] != 1e-5:
-    fields["norm_kwargs"] = {"eps": image["epsilon"]}
+  fields |= _open_clip_options(image)
   if not image["pre_norm"]:
     fields["no_ln_pre"] = True
+  if image["pooling"] == "average":
+    fields |= {"pool_type": "avg", "final_ln_after_pool": True}
   _fold_patch_bias(tensors, notes)
   return fields, "OpenAI"
+
+
+def _open_clip_siglip(weights: Weights, notes: list[str]) -> dict[str, Any]:
+  """The `vision_cfg` of an image tower with attention pooling, which is timm's."""
+  image, size = weights.model["image"], weights.view.size
+  kind = _SIGLIP_SIZES.get((image["width"], image["depth"]), "")
+  name = f"{kind}_patch{image['patch']}_siglip_{size}"
+  like_timm = (
+    *(not image["pre_norm"], image["patch_bias"], image["epsilon"] == 1e-6, not weights.model["heads"]["image_linear"]),
+    *(image["activation"] in ("gelu", "gelu_tanh"), image["heads"] == SIGLIP_HEADS.get(kind)),
+  )
+  if not all(like_timm) or name not in (*EXACT_IN_TIMM, *TANH_IN_TIMM):
+    sizes = ", ".join(sorted((*EXACT_IN_TIMM, *TANH_IN_TIMM)))
+    raise ValueError(f"open_clip can represent attention pooling only in image towers of timm, which are {sizes}")
+  activation = "gelu" if name in EXACT_IN_TIMM else "gelu_tanh"
+  if activation != image["activation"]:
+    words = {"gelu": "the exact GELU", "gelu_tanh": "GELU by a tanh"}
+    notes.append(
+      f"changed: open_clip's image tower vit_{name} has {words[activation]} instead of {words[image['activation']]}, "
+      "as in its own release of SigLIP; features differ slightly"
+    )
+  fields = {"timm_model_name": f"vit_{name}", "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
+  return {**fields, "image_size": size}
 
 
 def _truncating_ratio(tower: ModelFields) -> float:
@@ -158,6 +233,13 @@ def _truncating_ratio(tower: ModelFields) -> float:
 def _hugging_face(weights: Weights, folder: Path) -> list[str]:
   """A folder for `CLIPModel.from_pretrained(FOLDER)` and `CLIPProcessor.from_pretrained(FOLDER)`."""
   image, text, heads, notes = weights.model["image"], weights.model["text"], weights.model["heads"], _omitted(weights)
+  if image.get("pooling") == "map":
+    return _siglip(weights, folder)
+  if not text["causal"] or text["pooling"] != "eot" or image.get("pooling") == "average":
+    raise ValueError(
+      "Hugging Face's CLIPModel pools images at a class token and causal texts at their end: it cannot represent this "
+      "model; open_clip's format may"
+    )
   if image["kind"] != "vit" or not image["pre_norm"]:
     tower = "one without that norm" if image["kind"] == "vit" else f"a {image['kind']}"
     raise ValueError(
@@ -180,7 +262,8 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
     "torch_dtype": "float32",
     "text_config": {
       "model_type": "clip_text_model",
-      **_hugging_face_tower(text, 1e-5, heads["embed_dim"]),
+      **_hugging_face_tower(text),
+      "projection_dim": heads["embed_dim"],
       "max_position_embeddings": text["context_length"],
       "vocab_size": text["vocab_size"],
       "bos_token_id": text["eot"] - 1,
@@ -189,7 +272,8 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
     },
     "vision_config": {
       "model_type": "clip_vision_model",
-      **_hugging_face_tower(image, image["epsilon"], heads["embed_dim"]),
+      **_hugging_face_tower(image),
+      "projection_dim": heads["embed_dim"],
       "image_size": weights.view.size,
       "patch_size": image["patch"],
       "num_channels": 3,
@@ -205,23 +289,84 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
   return notes
 
 
-def _hugging_face_tower(tower: ModelFields, epsilon: float, embed_dim: int) -> dict[str, Any]:
+def _siglip(weights: Weights, folder: Path) -> list[str]:
+  """A folder for `SiglipModel.from_pretrained(FOLDER)` and `SiglipProcessor.from_pretrained(FOLDER)`."""
+  image, text, heads, notes = weights.model["image"], weights.model["text"], weights.model["heads"], _omitted(weights)
+  if image["pre_norm"] or heads["image_linear"] or text["causal"] or text["pooling"] != "last":
+    raise ValueError(
+      "Hugging Face's SiglipModel has no norm before the blocks of the image tower and no projection of images, and "
+      "pools texts, which are not causal, at their last position: it cannot represent this model; open_clip's format "
+      "may"
+    )
+  tensors = _tensors(weights)
+  tensors.setdefault("visual.conv1.bias", np.zeros(image["width"], np.float32))
+  if not heads["text_bias"]:
+    tensors |= {
+      "text_projection.weight": np.ascontiguousarray(tensors.pop("text_projection").T),
+      "text_projection.bias": np.zeros(heads["embed_dim"], np.float32),
+    }
+  if tensors.setdefault("logit_bias", np.zeros((), np.float32)) is not None and "sigmoid" not in weights.heads:
+    notes.append("added: a logit_bias of 0, which SiglipModel needs and the contrastive loss does not have")
+  config = {
+    "architectures": ["SiglipModel"],
+    "model_type": "siglip",
+    "torch_dtype": "float32",
+    "text_config": {
+      "model_type": "siglip_text_model",
+      **_hugging_face_tower(text),
+      "projection_size": heads["embed_dim"],
+      "max_position_embeddings": text["context_length"],
+      "vocab_size": text["vocab_size"],
+      "bos_token_id": None,
+      "eos_token_id": text["eot"],
+    },
+    "vision_config": {
+      "model_type": "siglip_vision_model",
+      **_hugging_face_tower(image),
+      "image_size": weights.view.size,
+      "patch_size": image["patch"],
+      "num_channels": 3,
+    },
+  }
+  _save(folder, "model.safetensors", dialects.from_openai(tensors, "SigLIP in transformers"))
+  _write_json(folder / "config.json", config)
+  _write_preprocessor(weights.view, folder, "Siglip")
+  kind, file, options = parse_name(text["tokenizer"])
+  exists = os.path.isfile(os.path.expanduser(file))
+  known = exists and _SIGLIP_TOKENIZERS.get((kind, options.get("clean")))
+  if known and options.get("start") == ("none",) and "end" not in options:
+    _copy_tokenizer(text, folder, **known)
+  else:
+    notes.append(_without_tokenizer(text, "SiglipProcessor has none"))
+  return notes
+
+
+# Tokenizers of transformers by the kind of ours and how it cleans texts, as fields of `tokenizer_config.json`.
+_SIGLIP_TOKENIZERS = {
+  ("sentencepiece", ("lower", "no_punctuation", "spaces")): {
+    "tokenizer_class": "SiglipTokenizer",
+    "do_lower_case": True,
+  },
+  ("huggingface", ("lower",)): {"tokenizer_class": "Siglip2Tokenizer"},
+}
+
+
+def _hugging_face_tower(tower: ModelFields) -> dict[str, Any]:
   return {
     "hidden_size": tower["width"],
     "intermediate_size": round(tower["mlp_ratio"] * tower["width"]),
     "num_hidden_layers": tower["depth"],
     "num_attention_heads": tower["heads"],
-    "hidden_act": tower["activation"],
-    "layer_norm_eps": epsilon,
-    "projection_dim": embed_dim,
+    "hidden_act": _ACTIVATIONS.get(tower["activation"], tower["activation"]),
+    "layer_norm_eps": tower["epsilon"],
     "attention_dropout": 0.0,
   }
 
 
-def _write_preprocessor(view: EvalView, folder: Path) -> None:
+def _write_preprocessor(view: EvalView, folder: Path, family: str = "CLIP") -> None:
   fields = {
-    "image_processor_type": "CLIPImageProcessor",
-    "processor_class": "CLIPProcessor",
+    "image_processor_type": f"{family if view.squash else 'CLIP'}ImageProcessor",
+    "processor_class": f"{family}Processor",
     "do_convert_rgb": True,
     "do_resize": True,
     "size": {"height": view.size, "width": view.size} if view.squash else {"shortest_edge": view.resize or view.size},

@@ -54,6 +54,8 @@ def random_weights(architecture: architectures.Architecture, heads: tuple[str, .
   c.model.image, c.model.text = architecture.image, architecture.text
   c.model.heads.embed_dim = architecture.embed_dim
   c.model.heads.image_bias, c.model.heads.text_bias = architecture.image_bias, architecture.text_bias
+  c.model.heads.image_linear = architecture.image_linear
+  c.model.mean, c.model.std = architecture.mean or c.model.mean, architecture.std or c.model.std
   c.model.dtype = "float32"
   built, shapes = abstract_variables(c.model.to_dict(), heads, architecture.image_size)
   rng = np.random.default_rng(0)
@@ -62,12 +64,15 @@ def random_weights(architecture: architectures.Architecture, heads: tuple[str, .
     name = path[-1].key
     if name in ("scale", "var"):
       return rng.uniform(0.8, 1.2, leaf.shape).astype(np.float32)
-    deviation = 0.02 if leaf.ndim < 2 or "embedding" in name else (np.prod(leaf.shape[:-1][-3:])) ** -0.5
+    deviation = (
+      0.02 if leaf.ndim < 2 or "embedding" in name or name == "bias" else (np.prod(leaf.shape[:-1][-3:])) ** -0.5
+    )
     return rng.normal(0, deviation, leaf.shape).astype(np.float32)
 
   variables = jax.tree.map_with_path(draw, shapes)
   variables["params"]["heads"]["logit_scale"] = np.float32(2.5)
-  view = EvalView(architecture.image_size, 0, "bicubic", c.model.mean, c.model.std)
+  squash = not architecture.image_linear  # as SigLIP
+  view = EvalView(architecture.image_size, 0, "bicubic", c.model.mean, c.model.std, squash)
   return Weights("test", c.model.to_dict(), heads, **variables, view=view)
 
 

@@ -54,6 +54,39 @@ def test_clip(architecture: str, expected: int) -> None:
 
 @pytest.mark.parametrize(
   ("architecture", "expected"),
+  [
+    # Counted on transformers 5.23.0, SiglipModel.
+    ("SigLIP ViT-B/16", 203_155_970),
+    slow("SigLIP ViT-B/16@256px", 203_202_050),
+    slow("SigLIP ViT-B/16@384px", 203_447_810),
+    slow("SigLIP ViT-B/16@512px", 203_791_874),
+    slow("SigLIP ViT-L/16@256px", 652_150_786),
+    slow("SigLIP ViT-L/16@384px", 652_478_466),
+    slow("SigLIP ViT-So400m/14", 877_415_602),
+    ("SigLIP ViT-So400m/14@384px", 877_960_498),
+    slow("SigLIP 2 ViT-B/32@256px", 376_856_066),
+    slow("SigLIP 2 ViT-B/16", 375_187_970),
+    slow("SigLIP 2 ViT-B/16@256px", 375_234_050),
+    slow("SigLIP 2 ViT-B/16@384px", 375_479_810),
+    slow("SigLIP 2 ViT-B/16@512px", 375_823_874),
+    slow("SigLIP 2 ViT-L/16@256px", 881_526_786),
+    slow("SigLIP 2 ViT-L/16@384px", 881_854_466),
+    slow("SigLIP 2 ViT-L/16@512px", 882_313_218),
+    slow("SigLIP 2 ViT-So400m/14", 1_135_463_602),
+    slow("SigLIP 2 ViT-So400m/14@384px", 1_136_008_498),
+    slow("SigLIP 2 ViT-So400m/16@256px", 1_135_670_962),
+    slow("SigLIP 2 ViT-So400m/16@384px", 1_136_039_602),
+    slow("SigLIP 2 ViT-So400m/16@512px", 1_136_555_698),
+    ("SigLIP 2 ViT-g-opt/16@256px", 1_871_393_906),
+    slow("SigLIP 2 ViT-g-opt/16@384px", 1_871_885_426),
+  ],
+)
+def test_siglip(architecture: str, expected: int) -> None:
+  assert num_parameters("siglip", architecture) == expected
+
+
+@pytest.mark.parametrize(
+  ("architecture", "expected"),
   [("SLIP ViT-S/16", 104_713_857), slow("SLIP ViT-B/16", 170_616_321), slow("SLIP ViT-L/16", 389_298_945)],
 )
 def test_slip(architecture: str, expected: int) -> None:

@@ -113,5 +113,5 @@ def test_the_step_of_a_stage_has_the_state_of_the_whole_run():
 def test_a_batch_that_does_not_divide_over_the_devices_is_rejected():
   config = tiny_config("clip")
   config.batch_size = 13
-  with pytest.raises(ValueError, match=r"config.batch_size=13.* 2 devices"):
+  with pytest.raises(ValueError, match=r"config.batch_size=13.* devices, 2 "):
     make_report(config, jax.devices()[:2])

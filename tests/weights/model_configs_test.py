@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from declip_jax.config import OPENAI_MEAN, OPENAI_STD
 from declip_jax.weights.model_configs import settings_beside
 
 # As transformers 5 writes it.
@@ -29,6 +30,7 @@ CLIP = {"model_type": "clip", "text_config": {"eos_token_id": 49407}, "vision_co
 TOWERS = {
   "text.activation": "quick_gelu",
   "text.heads": 8,
+  "text.epsilon": 1e-5,
   "text.eot": 49407,
   "image.activation": "quick_gelu",
   "image.heads": 12,
@@ -101,10 +103,10 @@ def test_the_end_of_texts_of_hugging_face(text: dict, eot: int, tmp_path: Path) 
 @pytest.mark.parametrize(
   ("config", "message"),
   [
-    (CLIP | {"model_type": "siglip"}, "SigLIP is not supported.* model_type='siglip'"),
+    (CLIP | {"model_type": "siglip2"}, r"SigLIP 2 .*NaFlex\) is not supported.* model_type='siglip2'"),
+    ({"model_type": "siglip", "vision_config": {"vision_use_head": False}}, "vision_use_head=False is not supported"),
     (CLIP | {"model_type": "clip_vision_model"}, "one tower of CLIP is not supported"),
-    (CLIP | {"model_type": "bert"}, "model_type='bert' is not supported, only 'clip'"),
-    (CLIP | {"text_config": {"layer_norm_eps": 1e-6}}, "text_config.layer_norm_eps=1e-06 is not supported"),
+    (CLIP | {"model_type": "bert"}, "model_type='bert' is not supported, only 'clip', 'metaclip_2' and 'siglip'"),
     (CLIP | {"vision_config": []}, r"vision_config=\[\]: expected a value like {}"),
     (
       CLIP | {"text_config": {"num_attention_heads": "8"}},
@@ -128,11 +130,15 @@ OPEN_CLIP = {
 FOUND = {
   "text.activation": "gelu",
   "text.heads": 2,
+  "text.epsilon": 1e-5,
+  "text.causal": True,
+  "text.pooling": "eot",
   "text.eot": 127,
   "image.activation": "gelu",
   "image.heads": 1,
   "image.epsilon": 1e-5,
   "image.pre_norm": True,
+  "image.pooling": "token",
   "squash": False,
   "mean": (0.5, 0.25, 0.5),
   "std": (0.5, 0.5, 0.25),
@@ -156,24 +162,34 @@ def write_open_clip(folder: Path, change: dict) -> None:
     ({}, {}),
     ({"model_cfg.quick_gelu": True}, {"text.activation": "quick_gelu", "image.activation": "quick_gelu"}),
     ({"preprocess_cfg.resize_mode": "squash"}, {"squash": True}),
+    ({"preprocess_cfg": {}}, {"mean": OPENAI_MEAN, "std": OPENAI_STD, "interpolation": None}),  # as in open_clip
     ({"preprocess_cfg.resize_mode": "longest"}, "preprocess_cfg.resize_mode='longest' is not supported"),
     ({"preprocess_cfg.mean": 0.5}, "preprocess_cfg.mean=0.5: expected three numbers"),
     ({"model_cfg.text_cfg.pool_type": "eos", "model_cfg.text_cfg.eos_id": 5}, {"text.eot": 5}),
     ({"model_cfg.text_cfg.tokenizer_kwargs": {"clean": "canonicalize"}}, "text_cfg.tokenizer_kwargs=.* not supported"),
-    ({"model_cfg.text_cfg.norm_kwargs": {"eps": 1e-6}}, "text_cfg.norm_kwargs.eps=1e-06 is not supported"),
+    ({"model_cfg.text_cfg.norm_kwargs": {"eps": 1e-6}}, {"text.epsilon": 1e-6}),
+    ({"model_cfg.text_cfg.act_kwargs": {"approximate": "tanh"}}, {"text.activation": "gelu_tanh"}),
+    ({"model_cfg.vision_cfg.act_kwargs": {"approximate": "tan"}}, "vision_cfg.act_kwargs=.*'tan'.* is not supported"),
+    ({"model_cfg.text_cfg.pool_type": "first"}, "text_cfg.pool_type='first' is not supported"),
+    ({"model_cfg.vision_cfg.pool_type": "avg"}, "vision_cfg.pool_type='avg' is not supported, .* final_ln_after_pool"),
+    (
+      {"model_cfg.vision_cfg.pool_type": "avg", "model_cfg.vision_cfg.final_ln_after_pool": True},
+      {"image.pooling": "average"},
+    ),
     ({"model_cfg.vision_cfg.norm_kwargs": {"eps": 1e-6}}, {"image.epsilon": 1e-6}),
     ({"model_cfg.vision_cfg.norm_kwargs": {"elementwise_affine": True}}, r"norm_kwargs has \['elementwise_affine'\]"),
     ({"model_cfg.vision_cfg.head_width": 0}, "vision_cfg.head_width=0 is not supported"),
     ({"model_cfg.vision_cfg.head_width": 16}, {"image.heads": 4}),
     (
       {"model_cfg.vision_cfg.layers": [1, 1, 1, 1]},
-      {f"image.{name}": None for name in ("activation", "heads", "epsilon", "pre_norm")},
+      {f"image.{name}": None for name in ("activation", "heads", "epsilon", "pre_norm", "pooling")},
     ),
     (
       {"model_cfg.vision_cfg.layers": [1, 1, 1, 1], "model_cfg.vision_cfg.head_width": 32},
       "head_width=32 is not .* 64",
     ),
-    (TIMM, {"image.heads": 6, "image.epsilon": 1e-6, "image.pre_norm": None}),
+    (TIMM, {"image.heads": 6, "image.epsilon": 1e-6, "image.pre_norm": None, "image.pooling": None}),
+    ({**TIMM, "model_cfg.vision_cfg.timm_pool": "map"}, "vision_cfg.timm_pool='map' is not supported"),
     ({"model_cfg.vision_cfg.no_ln_pre": True}, {"image.pre_norm": False}),
     ({"model_cfg.vision_cfg.patch_dropout": 0.5}, {}),  # without effect after training
     (
@@ -182,7 +198,11 @@ def write_open_clip(folder: Path, change: dict) -> None:
     ),
     ({"model_cfg.vision_cfg": []}, r"model_cfg.vision_cfg=\[\]: expected a value like {}"),
     ({"model_cfg.text_cfg.heads": "2"}, "text_cfg.heads='2': expected a value like 8"),
-    ({"model_cfg.text_cfg.no_causal_mask": True}, "text_cfg.no_causal_mask=True is not supported"),
+    ({"model_cfg.text_cfg.no_causal_mask": True}, {"text.causal": False}),
+    (
+      {"model_cfg.vision_cfg.timm_model_name": "vit_base_patch8_siglip_224"},
+      "timm_model_name='vit_base_patch8_siglip_224' is not supported, only .*vit_base_patch16_siglip_224",
+    ),
     ({"model_cfg": 3}, "model_cfg=3: expected a value like {}"),
   ],
 )
@@ -198,7 +218,7 @@ def test_configs_of_open_clip(change: dict, expected: dict | str, tmp_path: Path
 
 # Fields of configs of open_clip 3.3.
 FAMILIES = {
-  "SigLIP": {"vision_cfg.timm_model_name": "vit_base_patch16_siglip_224", "text_cfg.no_causal_mask": True},
+  "SigLIP without its pooling": {"vision_cfg.timm_model_name": "vit_base_patch16_siglip_gap_224"},
   "Perception Encoder": {"vision_cfg.timm_model_name": "vit_pe_core_base_patch16_224"},
   "MobileCLIP": {"vision_cfg.timm_model_name": "fastvit_mci1", "vision_cfg.timm_drop_path": 0.1},
   "EVA-CLIP": {"vision_cfg.timm_model_name": "eva02_base_patch16_clip_224"},
@@ -206,8 +226,6 @@ FAMILIES = {
   "ViTamin": {"vision_cfg.timm_drop_path": 0.1, "vision_cfg.timm_model_name": "vitamin_base_224"},
   "CoCa": {"vision_cfg.output_tokens": True, "multimodal_cfg": {"width": 512}},
   "xlm-roberta-base": {"text_cfg.hf_model_name": "xlm-roberta-base", "text_cfg.hf_pooler_type": "mean_pooler"},
-  "CLIPA": {"vision_cfg.no_ln_pre": True, "vision_cfg.pool_type": "avg", "text_cfg.no_causal_mask": True},
-  "MetaCLIP 2": {"text_cfg.hf_tokenizer_name": "facebook/xlm-v-base", "text_cfg.pool_type": "eos"},
   "layer scale": {"vision_cfg.ls_init_value": 1e-4},
 }
 
@@ -219,3 +237,81 @@ def test_configs_of_open_clip_are_refused_by_the_family_of_their_model(family: s
     settings_beside(tmp_path / "open_clip_model.safetensors")
   assert "timm_drop_path" not in str(error.value)
   assert len(str(error.value).removeprefix(str(tmp_path))) <= 300
+
+
+# As in open_clip 3.3 and on the hub: SigLIP 2's So400m/16, CLIPA and MetaCLIP 2.
+SIGLIP_TEXT = {"vocab_size": 256000, "hf_tokenizer_name": "timm/x", "tokenizer_kwargs": {"clean": "canonicalize"}}
+SIGLIP_TEXT |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
+SIGLIP_VISION = {"image_size": 384, "timm_model_name": "vit_so400m_patch16_siglip_384", "timm_model_pretrained": False}
+SIGLIP_VISION |= {"timm_pool": "map", "timm_proj": "none"}
+CLIPA_TEXT = {"vocab_size": 32000, "hf_tokenizer_name": "bert", "tokenizer_kwargs": {"strip_sep_token": True}}
+CLIPA_TEXT |= {"no_causal_mask": True, "pool_type": "last"}
+METACLIP_TEXT = {"vocab_size": 901629, "hf_tokenizer_name": "xlm", "pool_type": "eos", "eos_id": 2}
+
+
+@pytest.mark.parametrize(
+  ("text", "vision", "expected", "options"),
+  [
+    (
+      SIGLIP_TEXT | {"heads": 16, "act_kwargs": {"approximate": "tanh"}},
+      SIGLIP_VISION,
+      {"image_size": 384, "image.activation": "gelu_tanh", "image.heads": 16, "image.epsilon": 1e-6}
+      | {"text.activation": "gelu_tanh", "text.heads": 16, "text.epsilon": 1e-6, "text.eot": 1}
+      | {"text.causal": False, "text.pooling": "last"},
+      "?pad=</s>&start=none&clean=repair,underscores,lower,no_punctuation,spaces",
+    ),
+    (
+      SIGLIP_TEXT | {"heads": 12},
+      SIGLIP_VISION | {"timm_model_name": "vit_base_patch16_siglip_384"},  # which timm computes with another GELU
+      {"image.activation": "gelu", "image.heads": 12, "text.activation": "gelu"},
+      "?pad=</s>&start=none&clean=repair,underscores,lower,no_punctuation,spaces",
+    ),
+    (
+      CLIPA_TEXT,
+      {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+      {"image.pooling": "average", "image.pre_norm": False, "text.eot": 0, "text.pooling": "last"},
+      "?pad=</s>&end=[PAD]&clean=repair,spaces",
+    ),
+    (METACLIP_TEXT, {}, {"text.eot": 2, "text.pooling": "eot", "text.causal": True}, "?pad=</s>&clean=repair,spaces"),
+  ],
+)
+def test_configs_of_other_families_of_open_clip(
+  text: dict, vision: dict, expected: dict, options: str, tmp_path: Path
+) -> None:
+  about = {"model_cfg": {"text_cfg": text, "vision_cfg": vision}, "preprocess_cfg": {"resize_mode": "squash"}}
+  (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
+  found = settings_beside(tmp_path / "open_clip_model.safetensors")
+  assert {name: found[name] for name in expected} == expected
+  assert found["squash"]
+  assert "text.tokenizer" not in found
+  (tmp_path / "tokenizer.json").touch()
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "</s>"}}))
+  found = settings_beside(tmp_path / "open_clip_model.safetensors")
+  assert found["text.tokenizer"] == f"huggingface:{tmp_path / 'tokenizer.json'}{options}"
+
+
+def test_metaclip_2_of_transformers(tmp_path: Path) -> None:
+  about = CLIP | {"model_type": "metaclip_2", "text_config": {"eos_token_id": 2, "vocab_size": 128}}
+  (tmp_path / "tokenizer.json").touch()
+  found = settings(tmp_path, config=about, tokenizer_config={"pad_token": "<pad>"})
+  assert found["text.eot"] == 2
+  assert found["text.tokenizer"] == f"huggingface:{tmp_path / 'tokenizer.json'}?pad=<pad>"
+
+
+def test_the_tokenizers_of_siglip_in_transformers(tmp_path: Path) -> None:
+  assert settings(tmp_path, config={"model_type": "siglip"}) == {
+    **{f"{side}.{name}": value for side in ("image", "text") for name, value in SIGLIP_TOWER.items()},
+    "text.eot": 1,
+    "image_size": 224,
+  }
+  (tmp_path / "tokenizer.json").touch()
+  second = settings(tmp_path, tokenizer_config={"pad_token": "<pad>", "padding_side": "right"})
+  assert second["text.tokenizer"].endswith("tokenizer.json?pad=<pad>&start=none&clean=lower")
+  with pytest.raises(ValueError, match="tokenizer_config.json: padding_side='left' is not supported, only 'right'"):
+    settings(tmp_path, tokenizer_config={"padding_side": "left"})
+  (tmp_path / "spiece.model").touch()
+  first = settings(tmp_path, tokenizer_config={"do_lower_case": False})
+  assert first["text.tokenizer"].endswith("spiece.model?start=none&clean=no_punctuation,spaces&pad=</s>")
+
+
+SIGLIP_TOWER = {"activation": "gelu_tanh", "heads": 12, "epsilon": 1e-6}

@@ -392,8 +392,8 @@ def test_other_files(tmp_path):
   with tarfile.open(tmp_path / "x.pth.tar", "w") as tar:
     tar.add(FILES / "mixed.pt", "mixed.pt")
   check_rejected(tmp_path / "x.pth.tar", "a tar archive")
-  np.savez(tmp_path / "x.npz", **{"params/img/head/kernel": np.ones(2)})
-  check_rejected(tmp_path / "x.npz", "a NumPy archive, as of big_vision")
+  np.savez(tmp_path / "x.npz", **{"params/img/head/kernel": np.array([None])})
+  check_rejected(tmp_path / "x.npz", "Object arrays cannot be loaded")
   shutil.make_archive(str(tmp_path / "x"), "zip", FILES, "make_files.py")
   check_rejected(tmp_path / "x.zip", r"a zip with 0 entries FOLDER/data\.pkl, .* make_files\.py")
 

@@ -256,10 +256,11 @@ def mask_tokens(
   ends = np.flatnonzero(tokens == tokenizer.eot)
   if not ends.size:
     raise ValueError(f"the row {tokens.tolist()} contains no end of text, id {tokenizer.eot}")
+  first, end = len(tokenizer.starts), ends[0]
   if whole_words:
-    selected = 1 + _words_within(tokenizer.word_numbers(tokens[1 : ends[0]]), rng, slots, probability)
+    selected = first + _words_within(tokenizer.word_numbers(tokens[first:end]), rng, slots, probability)
   else:
-    selected = 1 + np.flatnonzero(rng.random(ends[0] - 1) < probability)
+    selected = first + np.flatnonzero(rng.random(end - first) < probability)
     if len(selected) > slots:
       selected = np.sort(rng.choice(selected, slots, replace=False))
   k = len(selected)

@@ -17,8 +17,9 @@ import instant_clip_tokenizer
 from jaxtyping import Bool, Int
 import numpy as np
 
-from declip_jax.data.text.cleaning import SHORT, clean, clean_head, without_special
+from declip_jax.data.text.cleaning import SHORT, STEPS, clean, clean_head, without_special
 from declip_jax.extras import sentencepiece, tokenizers
+from declip_jax.spelling import did_you_mean
 
 ORDINARY_IDS = 49406  # OpenAI's: 256 bytes, 256 bytes that end a word, 48,894 merges
 # What OpenAI's code encodes apart from its neighbours: letters, a digit, other characters. (It takes 's and the like
@@ -37,6 +38,9 @@ _NAMES = {
   "mask": ("[MASK]", "<mask>", "<|mask|>"),
   "pad": ("[PAD]", "<pad>", "<|pad|>"),
 }
+
+
+_ROLES = {"start": "sot", "end": "eot", "pad": "pad"}  # options of `make_tokenizer` and roles of `_NAMES`
 
 
 class Encoder(Protocol):
@@ -168,9 +172,10 @@ def _tokenizer_json(path: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFace:
-  """A `tokenizer.json` of Hugging Face's tokenizers, with its own normalisation."""
+  """A `tokenizer.json` of Hugging Face's tokenizers: its own normalisation follows the `cleaning.STEPS` of `clean`."""
 
   path: str
+  clean: tuple[str, ...] = ("spaces",)
 
   @property
   def size(self) -> int:
@@ -189,7 +194,7 @@ class HuggingFace:
     return next((index for index in found if index is not None), None)
 
   def encode(self, text: str) -> list[int]:
-    ids = _tokenizer_json(self.path).encode(_spaced(text), add_special_tokens=False).ids
+    ids = _tokenizer_json(self.path).encode(_cleaned(text, self.clean), add_special_tokens=False).ids
     return [index for index in ids if index not in self.special]  # a caption may contain one literally
 
   def encode_head(self, text: str, count: int) -> list[int]:
@@ -197,6 +202,10 @@ class HuggingFace:
 
   def decode(self, ids: list[int]) -> str:
     return _tokenizer_json(self.path).decode(ids)
+
+  def token(self, index: int) -> str:
+    """The token of an id."""
+    return _tokenizer_json(self.path).id_to_token(index)
 
   def word_marks(self) -> tuple[Bool[np.ndarray, "size"], Bool[np.ndarray, "size"]]:
     return _marks([_tokenizer_json(self.path).id_to_token(index) or "" for index in range(self.size)])
@@ -214,9 +223,10 @@ def _sentence_pieces(path: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class SentencePiece:
-  """A SentencePiece model, with its own normalisation."""
+  """A SentencePiece model: its own normalisation follows the `cleaning.STEPS` of `clean`."""
 
   path: str
+  clean: tuple[str, ...] = ("spaces",)
 
   @property
   def size(self) -> int:
@@ -235,7 +245,7 @@ class SentencePiece:
     )
 
   def encode(self, text: str) -> list[int]:
-    return _sentence_pieces(self.path).encode(_spaced(text))
+    return _sentence_pieces(self.path).encode(_cleaned(text, self.clean))
 
   def encode_head(self, text: str, count: int) -> list[int]:
     return self.encode(text)  # in linear time
@@ -243,13 +253,18 @@ class SentencePiece:
   def decode(self, ids: list[int]) -> str:
     return _sentence_pieces(self.path).decode(ids)
 
+  def token(self, index: int) -> str:
+    """The token of an id."""
+    return _sentence_pieces(self.path).id_to_piece(index)
+
   def word_marks(self) -> tuple[Bool[np.ndarray, "size"], Bool[np.ndarray, "size"]]:
     return _marks([_sentence_pieces(self.path).id_to_piece(index) for index in range(self.size)])
 
 
-def _spaced(text: str) -> str:
-  """Collapses spaces and removes what cannot be encoded: NUL characters and halves of surrogate pairs."""
-  return " ".join(text.replace("\0", " ").encode("utf-8", "ignore").decode("utf-8").split())
+def _cleaned(text: str, steps: Iterable[str]) -> str:
+  """Cleans a text after removing what cannot be encoded: NUL characters and halves of surrogate pairs."""
+  text = text.replace("\0", " ").encode("utf-8", "ignore").decode("utf-8")
+  return functools.reduce(lambda cleaned, step: STEPS[step](cleaned), steps, text)
 
 
 def _marks(tokens: Sequence[str]) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
@@ -283,7 +298,7 @@ class Tokenizer:
 
   Attributes:
     context_length: `t`, number of tokens of an encoded row, with start and end of text.
-    sot: id of the start of text.
+    sot: id of the start of text; None if texts have none, as SigLIP's.
     eot: id of the end of text.
     mask: id of the mask.
     pad: id of the padding; 0 as in OpenAI's code, which is also the id of a `!` inside a word.
@@ -291,7 +306,7 @@ class Tokenizer:
   """
 
   context_length: int = 77
-  sot: int = 49406
+  sot: int | None = 49406
   eot: int = 49407
   mask: int = 49408
   pad: int = 0
@@ -309,7 +324,12 @@ class Tokenizer:
   @property
   def plain_size(self) -> int:
     """Number of ids that texts without masked tokens need."""
-    return max(self.encoder.size, self.sot + 1, self.eot + 1)
+    return max(self.encoder.size, *(index + 1 for index in (*self.starts, self.eot)))
+
+  @property
+  def starts(self) -> tuple[int, ...]:
+    """The ids before those of a text: the start of text, if there is one."""
+    return () if self.sot is None else (self.sot,)
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a caption, cleaned but not truncated, without start and end of text."""
@@ -317,10 +337,15 @@ class Tokenizer:
 
   def pad_ids(self, ids: Sequence[int]) -> np.ndarray:
     """Returns ids of `encode` as a row int32 `[t]`: start of text, as many ids as fit, end of text, padding."""
-    ids = ids[: self.context_length - 2]
+    whole = [*self.starts, *ids[: self._most], self.eot]
     row = np.full(self.context_length, self.pad, np.int32)
-    row[: len(ids) + 2] = [self.sot, *ids, self.eot]
+    row[: len(whole)] = whole
     return row
+
+  @property
+  def _most(self) -> int:
+    """Largest number of ids of a text in a row."""
+    return self.context_length - 1 - len(self.starts)
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     """Returns captions as rows int32 `[len(texts) t]`; see `encode` and `pad_ids`.
@@ -332,7 +357,7 @@ class Tokenizer:
       raise TypeError(f"texts is the string {texts!r}; give a sequence of strings, as [{texts!r}]")
     if self._encodes_rows:
       return self.encoder.rows(texts, self.context_length)
-    rows = [self.pad_ids(self.encoder.encode_head(text, self.context_length - 2)) for text in texts]
+    rows = [self.pad_ids(self.encoder.encode_head(text, self._most)) for text in texts]
     return np.stack(rows) if rows else np.empty((0, self.context_length), np.int32)
 
   @functools.cached_property
@@ -342,7 +367,7 @@ class Tokenizer:
 
   def random_ids(self, rng: np.random.Generator, count: int) -> Int[np.ndarray, "count"]:
     """Draws ids of text with equal probability."""
-    ends = {index for index in (self.sot, self.eot, self.mask) if index < self.encoder.size}
+    ends = {index for index in (*self.starts, self.eot, self.mask) if index < self.encoder.size}
     special = sorted(ends.union(self.encoder.special))
     ids = rng.integers(self.encoder.size - len(special), size=count)
     for index in special:
@@ -375,13 +400,15 @@ def make_tokenizer(name: str, context_length: int) -> Tokenizer:
   Args:
     name: "openai"; "huggingface:FILE" for a `tokenizer.json`; "sentencepiece:FILE" for a SentencePiece model. The ids
       of start, end, mask and padding are those of the file's tokens "[CLS]", "[SEP]", "[MASK]", "[PAD]", or of other
-      usual names. A missing start or mask gets a new id after the vocabulary; missing padding is 0.
+      usual names. A missing start or mask gets a new id after the vocabulary; missing padding is 0. Options follow the
+      file, such as "sentencepiece:FILE?start=none&pad=</s>&clean=lower,spaces": `start=none` for texts without a start,
+      `start`, `end` and `pad` for other tokens of the file, and the `cleaning.STEPS` of a text instead of "spaces".
     context_length: `t`, number of tokens of a row.
 
   Raises:
-    ValueError: the name is unknown, or the file cannot be read or has no end of text.
+    ValueError: the name or an option is unknown, or the file cannot be read or has no end of text.
   """
-  kind, _, path = name.partition(":")
+  kind, path, options = parse_name(name)
   encoders = {"huggingface": HuggingFace, "sentencepiece": SentencePiece}
   if name == "openai":
     return Tokenizer(context_length)
@@ -393,10 +420,38 @@ def make_tokenizer(name: str, context_length: int) -> Tokenizer:
   path = os.path.abspath(os.path.expanduser(path))
   if not os.path.isfile(path):
     raise ValueError(f"config.model.text.tokenizer={name!r}: file {path} does not exist")
-  encoder = encoders[kind](path)
-  ids = {role: encoder.find(names) for role, names in _NAMES.items()}
+  encoder = encoders[kind](path, options.pop("clean", ("spaces",)))
+  given = {role: options[option] for option, role in _ROLES.items() if option in options}
+  ids = {role: encoder.find(given.get(role, names)) for role, names in _NAMES.items()}
+  if missing := next((role for role in given if ids[role] is None and given[role] != ("none",)), None):
+    raise ValueError(f"config.model.text.tokenizer={name!r}: the file has no token {given[missing][0]!r}")
   if ids["eot"] is None:
     raise ValueError(f"config.model.text.tokenizer={name!r}: no end of text, none of {', '.join(_NAMES['eot'])}")
   new_ids = itertools.count(encoder.size)
-  sot, mask = (next(new_ids) if ids[role] is None else ids[role] for role in ("sot", "mask"))
-  return Tokenizer(context_length, sot, ids["eot"], mask, ids["pad"] or 0, encoder)
+  needed = ("mask",) if given.get("sot") == ("none",) else ("sot", "mask")
+  found = {role: next(new_ids) if ids[role] is None else ids[role] for role in needed}
+  return Tokenizer(context_length, found.get("sot"), ids["eot"], found["mask"], ids["pad"] or 0, encoder)
+
+
+def parse_name(name: str) -> tuple[str, str, dict[str, tuple[str, ...]]]:
+  """Kind, file and options of the name of a tokenizer, see `make_tokenizer`; each option has one or more values.
+
+  Raises:
+    ValueError: an unknown option.
+  """
+  kind, _, rest = name.partition(":")
+  path, _, query = (rest, "", "") if os.path.isfile(os.path.expanduser(rest)) else rest.partition("?")
+  options = {}
+  for part in query.split("&") if query else ():
+    option, _, value = part.partition("=")
+    where = f"config.model.text.tokenizer={name!r}: {part!r}"
+    legal = (*_ROLES, "clean")
+    if option not in legal:
+      raise ValueError(f"{where}: expected one of {', '.join(legal)}{did_you_mean(option, legal)}")
+    values = tuple(value.split(",")) if option == "clean" else (value,)
+    if unknown := [step for step in values if option == "clean" and step not in STEPS]:
+      raise ValueError(f"{where}: choose from {', '.join(STEPS)}{did_you_mean(unknown[0], STEPS)}")
+    if values == ("none",) and option != "start":
+      raise ValueError(f"{where}: only the start can be 'none'")
+    options[option] = values
+  return kind, path, options

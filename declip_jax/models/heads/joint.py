@@ -21,6 +21,7 @@ class Joint(Head):
   Attributes:
     image_width, text_width: widths of the two towers' features.
     embed_dim: dimension `d` of the joint space.
+    image_linear: whether a linear layer maps image features to the joint space; SigLIP's image tower ends in it.
     image_bias, text_bias: whether the projections have a bias (a ResNet's attention pool has one, DeCLIP's text too).
     logit_scale_init: initial log inverse temperature.
     max_scale: largest inverse temperature, 0 for none; beyond it the gradient is still that of the exponential, as
@@ -30,6 +31,7 @@ class Joint(Head):
   image_width: int
   text_width: int
   embed_dim: int
+  image_linear: bool
   image_bias: bool
   text_bias: bool
   logit_scale_init: float
@@ -42,13 +44,14 @@ class Joint(Head):
 
   def setup(self) -> None:
     self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.logit_scale_init), ())
-    self.image_projection = self._projection(self.image_width, self.image_bias)
+    if self.image_linear:
+      self.image_projection = self._projection(self.image_width, self.image_bias)
     self.text_projection = self._projection(self.text_width, self.text_bias)
 
   def __call__(self, features: Features, outputs: Outputs, views: Views, train: bool) -> dict[str, Array]:
     """`scale`; `image` and `text`, unit embeddings of the contrastive views; `projected_image` `[b v d]` of all."""
     del outputs, train
-    projected = self.image_projection(features.image)
+    projected = self._projected(features.image)
     found = {"projected_image": projected, "scale": self._scale()}
     if views.contrastive_image:
       found["image"] = unit_norm(pick(projected, views.contrastive_image))
@@ -58,11 +61,14 @@ class Joint(Head):
 
   def project_image(self, feature: Float[Array, "b f"]) -> Float[Array, "b d"]:
     """Joint embeddings of image features, not normalised."""
-    return self.image_projection(feature)
+    return self._projected(feature)
 
   def project_text(self, feature: Float[Array, "b f"]) -> Float[Array, "b d"]:
     """Joint embeddings of text features, not normalised."""
     return self.text_projection(feature)
+
+  def _projected(self, feature: Float[Array, "... f"]) -> Float[Array, "... d"]:
+    return self.image_projection(feature) if self.image_linear else feature.astype(jnp.float32)
 
   def _scale(self) -> Float[Array, ""]:
     scale = jnp.exp(self.logit_scale)

@@ -265,3 +265,46 @@ def test_a_bad_tokenizer_name_is_rejected_with_the_legal_ones(tmp_path):
     pytest.importorskip("sentencepiece")
     with pytest.raises(ValueError, match="broken is no"):
       tokenizers.make_tokenizer(f"{kind}:{broken}", 77)
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory) -> dict[str, object]:
+  """Ids by transformers' and open_clip's tokenizers of SigLIP, see `fixtures/make_siglip.py`, and their files."""
+  arrays, folder = dict(np.load(_FIXTURE.with_name("siglip_tokens.npz"))), tmp_path_factory.mktemp("siglip")
+  (folder / "spiece.model").write_bytes(arrays["spiece"].tobytes())
+  (folder / "tokenizer.json").write_text(str(arrays["tokenizer_json"]), encoding="utf-8")
+  return arrays | {"folder": folder}
+
+
+@pytest.mark.parametrize(
+  ("name", "file"),
+  [
+    ("siglip", "sentencepiece:{}/spiece.model?start=none&pad=</s>&clean=lower,no_punctuation,spaces"),
+    ("siglip2", "huggingface:{}/tokenizer.json?start=none&pad=<pad>&clean=lower"),
+    ("open_clip", "huggingface:{}/tokenizer.json?start=none&clean=repair,underscores,lower,no_punctuation,spaces"),
+  ],
+)
+def test_ids_equal_those_of_siglip(siglip, name, file):
+  tokenizer = tokenizers.make_tokenizer(file.format(siglip["folder"]), 16)
+  found = tokenizer(json.loads(str(siglip["captions_json"])))
+  # Before a caption that begins with a space, transformers' tokenizer of SigLIP has a mark too many.
+  same = [index for index in range(len(found)) if (name, index) != ("siglip", 3)]
+  np.testing.assert_array_equal(found[same], siglip[name][same])
+  assert tokenizer.decode(siglip[name][0]) == tokenizer.decode(siglip[name][0][:-1])
+  assert (tokenizer.sot, tokenizer.starts, tokenizer.eot) == (None, (), 1)
+  assert tokenizer.mask == (tokenizer.encoder.size if name == "siglip" else 4)
+  assert pickle.loads(pickle.dumps(tokenizer)) == tokenizer
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ("star=none", r"'star=none': expected one of start, end, pad, clean.*start"),
+    ("clean=lover", r"choose from repair, .*lower"),
+    ("pad=[PAD]", r"the file has no token '\[PAD\]'"),
+    ("pad=none", "only the start can be 'none'"),
+  ],
+)
+def test_wrong_options_of_a_tokenizer_are_rejected(siglip, options, message):
+  with pytest.raises(ValueError, match=f"config.model.text.tokenizer=.*{message}"):
+    tokenizers.make_tokenizer(f"sentencepiece:{siglip['folder']}/spiece.model?{options}", 16)
