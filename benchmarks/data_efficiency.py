@@ -53,6 +53,7 @@ OPTIONS = {
   "fashion44k": ("retrieval.equal_texts=True", "few_shot.shots=1,5"),  # titles of products repeat
   "flickr8k": (),
 }
+SPLITS = {"test": ("test", "train", "val"), "val": ("val", "train")}  # evaluated, and for probes training, validation
 TASKS = {"fashion44k": ("zero_shot", "retrieval", "linear_probe", "few_shot"), "flickr8k": ("retrieval",)}
 
 
@@ -109,7 +110,7 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
 def run(cell: Cell, workdir: Path, args: argparse.Namespace) -> None:
   """Trains and evaluates a cell, as far as this is not done yet."""
   train(cell.config(args), workdir)
-  splits = Splits(*(f"webdataset:{args.data}/{split}-*.tar" for split in ("test", "train", "val")))
+  splits = Splits(*(f"webdataset:{args.data}/{split}-*.tar" for split in SPLITS[args.split]))
   prompts = args.workdir / "prompts.txt"
   write(prompts, "\n".join(FASHION_TEMPLATES).encode())
   options = [option for option in OPTIONS[args.dataset] if option.partition(".")[0] in args.tasks]
@@ -196,6 +197,7 @@ def main() -> None:
   arguments.add_argument(
     "--tasks", nargs="+", choices=[*TASKS["fashion44k"]], help="what to evaluate (default: all that fits the data set)"
   )
+  arguments.add_argument("--split", choices=[*SPLITS], default="test", help="split to evaluate (default: test)")
   arguments.add_argument("--steps", type=int, default=500, help="steps of each run (default: 500)")
   folder = Path("runs/data_efficiency")
   arguments.add_argument("--workdir", type=Path, help=f"folder of the runs (default: {folder}/DATASET)")
