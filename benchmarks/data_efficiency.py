@@ -191,7 +191,9 @@ def main() -> None:
   arguments = parser(__doc__)
   arguments.add_argument("--data", type=Path, required=True, help="folder of the shards")
   arguments.add_argument("--dataset", choices=[*TASKS], default="fashion44k", help="the data set (default: fashion44k)")
-  arguments.add_argument("--methods", nargs="+", default=["clip", "slip", "declip", "declip:paper"], metavar="METHOD")
+  arguments.add_argument(
+    "--methods", nargs="+", default=["clip", "slip@slip:paper", "declip", "declip:paper"], metavar="METHOD"
+  )
   arguments.add_argument("--shares", nargs="+", type=float, default=[5, 10, 25, 50, 100], help="in percent")
   arguments.add_argument("--seeds", type=int, default=3, help="seeds of each run (default: 3)")
   arguments.add_argument(

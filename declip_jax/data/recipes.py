@@ -157,15 +157,6 @@ RECIPES = {
     ("raw", "augmented", "masked"),
     Views(contrastive_image=(0, 1), contrastive_text=(0, 1), ssl_image=(0, 1), masked_text=2, neighbour_text=(0,)),
   ),
-  # DeCLIP whose strong view serves only self-supervision on images, as in SLIP: texts are contrasted with CLIP's view,
-  # and SimSiam compares both.
-  "declip_asymmetric": Recipe(
-    ("weak", "strong"),
-    ("raw", "augmented", "masked"),
-    Views(contrastive_text=(0, 1), ssl_image=(0, 1), masked_text=2),
-  ),
-  # CLIP's view with the caption and its EDA variant.
-  "clip_texts": Recipe(("weak",), ("raw", "augmented"), Views(contrastive_text=(0, 1))),
   # DeCLIP and DeFILIP as released (declip.py, declip_solver.py): the masked caption instead of the clean one, and both
   # text views query the bank and are stored in it.
   "declip_repo": Recipe(
