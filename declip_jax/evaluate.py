@@ -65,7 +65,7 @@ from declip_jax.runtime.compile_cache import compile_cache
 from declip_jax.runtime.memory import explained
 from declip_jax.runtime.workdir import read_config
 from declip_jax.weights.hub import is_address
-from declip_jax.weights.read import Step, parse_step
+from declip_jax.weights.read import Step, parse_step, run_of
 from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256  # without a run's config
@@ -207,7 +207,7 @@ def _model_facts(clip: Clip, path: str | os.PathLike[str]) -> ModelFacts:
     stem = path.name if is_address(path) else path.name.split(".")[0]
     name, pretrained = stem or path.name, clip.origin
   else:
-    run = path.parents[1] if path.parent.name == "checkpoints" else path
+    run = run_of(path) or path
     name, pretrained = run.resolve().name, f"step-{clip.step}{'-average' if clip.average else ''}"
     training = partial(training_facts, run, clip.step)
   weights = {"path": os.fspath(path), "origin": clip.origin, "step": clip.step, "hash": clip.weights_hash}

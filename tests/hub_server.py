@@ -136,7 +136,9 @@ class _Handler(BaseHTTPRequestHandler):
   def do_POST(self) -> None:
     body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
     path = unquote(urlsplit(self.path).path)
-    if path == "/api/validate-yaml":
+    if self.hub.fails:
+      self._send(503)
+    elif path == "/api/validate-yaml":
       self._json({"errors": [], "warnings": []})
     elif self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
       self._json({"error": "Invalid username or password."}, 401)

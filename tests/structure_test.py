@@ -42,6 +42,7 @@ LAYERS = {
   "declip_jax.clip": 5,
   "declip_jax.first_state": 5,
   "declip_jax.mixtures": 5,
+  "declip_jax.model_card": 5,
   "declip_jax.prepare": 5,
   "declip_jax.image_search": 5,
   "declip_jax.train": 6,

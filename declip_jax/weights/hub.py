@@ -20,6 +20,8 @@ from declip_jax.weights.tensor_files import INDEX, listed
 
 _SCHEME = "hf-hub:"
 _DEFAULT_REVISION = "main"
+_CARD = "README.md"
+_LOG_IN = "log in by hf auth login, or set HF_TOKEN"
 _OPEN_CLIP_CONFIG, _CONFIG = "open_clip_config.json", "config.json"
 # Configs, and the vocabularies that tokenizers may need; all are small.
 _BESIDE = (
@@ -108,9 +110,67 @@ def download(address: str | os.PathLike[str]) -> Path:
     return _cached(hub, repository, error)
 
 
-def refused(hub: Any, repository: Repository, error: Exception) -> Exception:
-  """What to raise for an error of a request to the hub: one line that says what to do."""
-  return _refusal(hub, repository, error) or OSError(f"{repository}: {_unreachable(hub, error)}")
+def parse_destination(address: str) -> Repository:
+  """The repository to which `push` uploads, once this is known to be possible.
+
+  Raises:
+    ValueError: it is not the address of a repository, or has a revision: uploads are commits to its main branch.
+    ModuleNotFoundError: huggingface_hub is not installed.
+    PermissionError: nobody is logged in.
+  """
+  repository = parse(address)
+  if repository.revision:
+    raise ValueError(f"{address}: an upload is a commit to the main branch: leave out @{repository.revision}")
+  if client().get_token() is None:
+    raise PermissionError(f"{address}: nobody is logged in: {_LOG_IN}")
+  return repository
+
+
+def push(folder: Path, repository: Repository, *, public: bool = False) -> list[str]:
+  """Uploads a folder to the main branch of a repository.
+
+  Other files of the repository stay as they are, and so does its README.md, which may have been edited.
+
+  Args:
+    folder: what to upload.
+    repository: where to; it is created if it does not exist.
+    public: whether a repository that is created is public; otherwise it is private.
+
+  Returns:
+    Lines that say what was done.
+
+  Raises:
+    PermissionError: the token may not write there.
+    OSError: the hub cannot be reached.
+  """
+  hub = client()
+  api, lines = hub.HfApi(), []
+  try:
+    url = api.create_repo(repository.name, private=not public, exist_ok=True)
+    is_kept = (folder / _CARD).exists() and api.file_exists(repository.name, _CARD)
+    api.upload_folder(
+      repo_id=repository.name,
+      folder_path=folder,
+      commit_message="Export of declip_jax",
+      ignore_patterns=[_CARD] if is_kept else None,
+    )
+  except (OSError, _http_error(hub)) as error:
+    raise _not_pushed(hub, repository, error) from error
+  if is_kept:
+    lines.append(f"{_CARD} of {repository} was kept: it may have been edited")
+  return [*lines, f"uploaded to {url}"]
+
+
+def _not_pushed(hub: Any, repository: Repository, error: Exception) -> Exception:
+  status = error.response.status_code if isinstance(error, hub.errors.HfHubHTTPError) else 0
+  if status in (401, 403, 404):
+    return PermissionError(
+      f"{repository}: {hub.constants.ENDPOINT} does not let this token write there (status {status}): {_LOG_IN}, with "
+      f"a token that may write to {repository.name.partition('/')[0]}"
+    )
+  if (refusal := _refusal(hub, repository, error)) is not None:
+    return refusal
+  return OSError(f"{repository}: {_unreachable(hub, error)}") if _is_network(hub, error) else error
 
 
 def _fetch(hub: Any, repository: Repository) -> Path:
@@ -197,21 +257,21 @@ def _unreachable(hub: Any, error: Exception) -> str:
 
 def _refusal(hub: Any, repository: Repository, error: Exception) -> Exception | None:
   """What to raise for an answer of the hub that a retry does not change; None for other errors."""
-  errors, log_in = hub.errors, "log in by hf auth login, or set HF_TOKEN"
+  errors = hub.errors
   page = f"{hub.constants.ENDPOINT}/{repository.name}"
   if isinstance(error, errors.GatedRepoError):
-    return PermissionError(f"{repository} is gated: accept its conditions at {page}, and {log_in}")
+    return PermissionError(f"{repository} is gated: accept its conditions at {page}, and {_LOG_IN}")
   if isinstance(error, errors.RepositoryNotFoundError):
     return FileNotFoundError(
       f"{repository}: {hub.constants.ENDPOINT} has no model {repository.name}, or it is private: check the name, or "
-      f"{log_in}"
+      f"{_LOG_IN}"
     )
   if isinstance(error, errors.RevisionNotFoundError):
     return FileNotFoundError(f"{repository} has no revision {repository.revision!r}{_revisions(hub, repository)}")
-  if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+  if isinstance(error, errors.HfHubHTTPError):
     status = error.response.status_code
     if status in (401, 403):
-      return PermissionError(f"{repository}: {page} refuses access (status {status}): {log_in}")
+      return PermissionError(f"{repository}: {page} refuses access (status {status}): {_LOG_IN}")
     if status < 500 and status not in (408, 429):
       return ValueError(f"{repository}: {page} refuses the request: {' '.join(str(error).split()):.200}")
   return None

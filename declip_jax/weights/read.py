@@ -146,6 +146,11 @@ def parse_step(text: str | None) -> Step:
   return int(text)
 
 
+def run_of(path: str | os.PathLike[str]) -> Path | None:
+  """The working directory of the run that a path names, or whose checkpoint it names; None if it does neither."""
+  return _checkpoint_of(Path(path))[0]
+
+
 def _checkpoint_of(path: Path) -> tuple[Path | None, Step]:
   """The run that a path names, or a checkpoint in it, and the step; None if it is neither."""
   if (path / "checkpoints").is_dir():

@@ -1,6 +1,5 @@
 """Tests of models on the hub, by huggingface_hub's client and a server on loopback."""
 
-from collections.abc import Iterator
 import json
 from pathlib import Path
 import sys
@@ -18,19 +17,6 @@ from declip_jax.weights.tensor_files import INDEX
 from declip_jax.weights.write import write
 
 ADDRESS = "hf-hub:org/model"
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-  constants, hub_server = huggingface_hub.constants, HubServer()
-  monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
-  template = f"{hub_server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-  monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-  monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
-  with hub_server.running():
-    yield hub_server
 
 
 @pytest.fixture(scope="module")
@@ -69,33 +55,35 @@ OTHERS = {"README.md": b"#", "tf_model.h5": b"h5", "onnx/model.onnx": b"o", ".gi
 
 
 @pytest.mark.parametrize("format", ["open_clip", "huggingface", "sharded", "orbax"])
-def test_a_model_is_read_from_the_files_that_it_needs(format: str, server: HubServer, exports: dict[str, Path]) -> None:
+def test_a_model_is_read_from_the_files_that_it_needs(
+  format: str, hub_server: HubServer, exports: dict[str, Path]
+) -> None:
   needed = _sharded(exports["huggingface"]) if format == "sharded" else _files(exports[format])
   others = OTHERS if format == "orbax" else {**OTHERS, "pytorch_model.bin": b"the same for PyTorch"}
-  server.models["org/model"] = Model({**others, **needed}, refs=("v1",))
+  hub_server.models["org/model"] = Model({**others, **needed}, refs=("v1",))
   expected = read(exports["huggingface" if format == "sharded" else format])
   _assert_equal(read(ADDRESS), expected)
-  assert sorted(server.downloads) == sorted(needed)
-  server.downloads.clear()
+  assert sorted(hub_server.downloads) == sorted(needed)
+  hub_server.downloads.clear()
   _assert_equal(read(Path(f"{ADDRESS}@v1")), expected)
-  assert not server.downloads  # they are in the cache
+  assert not hub_server.downloads  # they are in the cache
 
 
-def test_open_clips_files_come_first(server: HubServer, exports: dict[str, Path]) -> None:
-  server.models["org/model"] = Model({**_files(exports["huggingface"]), **_files(exports["open_clip"])})
+def test_open_clips_files_come_first(hub_server: HubServer, exports: dict[str, Path]) -> None:
+  hub_server.models["org/model"] = Model({**_files(exports["huggingface"]), **_files(exports["open_clip"])})
   read(ADDRESS)
-  assert "open_clip_model.safetensors" in server.downloads
-  assert "model.safetensors" not in server.downloads
+  assert "open_clip_model.safetensors" in hub_server.downloads
+  assert "model.safetensors" not in hub_server.downloads
 
 
 def test_without_a_network_the_cache_is_read(
-  server: HubServer, exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+  hub_server: HubServer, exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  server.models["org/model"] = Model(_files(exports["open_clip"]))
+  hub_server.models["org/model"] = Model(_files(exports["open_clip"]))
   expected = read(ADDRESS)
-  server.fails = True
+  hub_server.fails = True
   _assert_equal(read(ADDRESS), expected)
-  assert f"{ADDRESS}: cannot reach {server.url} (" in capsys.readouterr().err
+  assert f"{ADDRESS}: cannot reach {hub_server.url} (" in capsys.readouterr().err
   absent = r", and the cache, /.*, does not have this model$"
   with pytest.raises(OSError, match=rf"^hf-hub:org/other: cannot reach http.* \(.*503.*{absent}") as error:
     read("hf-hub:org/other")
@@ -108,13 +96,13 @@ def test_without_a_network_the_cache_is_read(
 
 
 def test_an_interrupted_download_is_not_in_the_cache(
-  server: HubServer, exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+  hub_server: HubServer, exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  server.models["org/model"] = Model(_sharded(exports["huggingface"]))
+  hub_server.models["org/model"] = Model(_sharded(exports["huggingface"]))
   download = huggingface_hub.hf_hub_download
 
   def interrupted(repository: str, name: str, **options) -> str:
-    server.fails = name.endswith(".safetensors")
+    hub_server.fails = name.endswith(".safetensors")
     return download(repository, name, **options)
 
   monkeypatch.setattr(huggingface_hub, "hf_hub_download", interrupted)
@@ -125,15 +113,15 @@ def test_an_interrupted_download_is_not_in_the_cache(
   with pytest.raises(FileNotFoundError, match="does not have this model"):
     read(ADDRESS)
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-  server.fails = False
+  hub_server.fails = False
   _assert_equal(read(ADDRESS), read(exports["huggingface"]))
 
 
-def test_what_cannot_be_read_is_one_line(server: HubServer, exports: dict[str, Path]) -> None:
-  server.models["org/gated"] = Model(gated=True)
-  server.models["org/tagged"] = Model({"config.json": b"{}"}, refs=("v1.0", "v2.0"))
-  server.models["org/text"] = Model({"config.json": b'{"model_type": "bert"}', "model.safetensors": b"large"})
-  at = f"{server.url}/org/gated"
+def test_what_cannot_be_read_is_one_line(hub_server: HubServer, exports: dict[str, Path]) -> None:
+  hub_server.models["org/gated"] = Model(gated=True)
+  hub_server.models["org/tagged"] = Model({"config.json": b"{}"}, refs=("v1.0", "v2.0"))
+  hub_server.models["org/text"] = Model({"config.json": b'{"model_type": "bert"}', "model.safetensors": b"large"})
+  at = f"{hub_server.url}/org/gated"
   expected = {
     "hf-hub:org/gated": (PermissionError, f"is gated: accept its conditions at {at}, and log in by hf auth login"),
     "hf-hub:org/absent": (FileNotFoundError, "has no model org/absent, or it is private: check the name, or log in"),
@@ -149,7 +137,7 @@ def test_what_cannot_be_read_is_one_line(server: HubServer, exports: dict[str, P
     assert str(error.value).startswith(address)
     assert text in str(error.value)
     assert "\n" not in str(error.value)
-  assert server.downloads == ["config.json"]  # of org/text, whose weights are not downloaded
+  assert hub_server.downloads == ["config.json"]  # of org/text, whose weights are not downloaded
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
