@@ -16,6 +16,7 @@ _COMMANDS = (
   "plan",
   "overlap",
   "search",
+  "embed",
   "data.convert",
   "data.inspect",
 )

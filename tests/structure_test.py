@@ -53,6 +53,7 @@ LAYERS = {
   "declip_jax.plan": 6,
   "declip_jax.overlap": 6,
   "declip_jax.search": 6,
+  "declip_jax.embed": 6,
   "declip_jax.data.convert": 6,
   "declip_jax.data.inspect": 6,
   "declip_jax.__main__": 6,
