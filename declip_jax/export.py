@@ -48,7 +48,7 @@ def _command(workdir: Path | None) -> None:
       print(f"wrote {given.output} in the format of {given.format}")
     if repository:
       export = model_card.Export(weights, Path(path), given.format, repository.name, omitted, given.license)
-      (folder / model_card.FILE).write_text(model_card.make_card(export), encoding="utf-8")
+      (folder / hub.CARD).write_text(model_card.make_card(export), encoding="utf-8")
       for line in hub.push(folder, repository, public=given.public):
         print(line)
 

@@ -17,7 +17,6 @@ from declip_jax.planning.training_facts import training_facts
 from declip_jax.weights import hub
 from declip_jax.weights.read import Weights, run_of
 
-FILE = "README.md"
 _LIBRARIES = {"open_clip": "open_clip", "huggingface": "transformers", "orbax": "declip_jax"}
 _LICENCES = "https://huggingface.co/docs/hub/repositories-licenses"
 # The hub's names of our evaluators; others keep their names in results.

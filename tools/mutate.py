@@ -457,7 +457,7 @@ MUTATIONS = [
   Mutation("a repository is public although nobody asked for it", "weights/hub.py",
            "private=not public", "private=False", "weights/push_test.py"),
   Mutation("an upload replaces a model card that was edited", "weights/hub.py",
-           "[_CARD] if is_kept else None", "None", "weights/push_test.py"),
+           "[CARD] if is_kept else None", "None", "weights/push_test.py"),
   Mutation("a model card has results of other steps", "model_card.py",
            "== (weights_hash, view)]", "!= ()]", "weights/push_test.py"),
   Mutation("embeddings of an interrupted command are computed again", "embed.py",

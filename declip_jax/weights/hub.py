@@ -20,7 +20,7 @@ from declip_jax.weights.tensor_files import INDEX, listed
 
 _SCHEME = "hf-hub:"
 _DEFAULT_REVISION = "main"
-_CARD = "README.md"
+CARD = "README.md"  # the model card of a repository
 _LOG_IN = "log in by hf auth login, or set HF_TOKEN"
 _OPEN_CLIP_CONFIG, _CONFIG = "open_clip_config.json", "config.json"
 # Configs, and the vocabularies that tokenizers may need; all are small.
@@ -147,17 +147,17 @@ def push(folder: Path, repository: Repository, *, public: bool = False) -> list[
   api, lines = hub.HfApi(), []
   try:
     url = api.create_repo(repository.name, private=not public, exist_ok=True)
-    is_kept = (folder / _CARD).exists() and api.file_exists(repository.name, _CARD)
+    is_kept = (folder / CARD).exists() and api.file_exists(repository.name, CARD)
     api.upload_folder(
       repo_id=repository.name,
       folder_path=folder,
       commit_message="Export of declip_jax",
-      ignore_patterns=[_CARD] if is_kept else None,
+      ignore_patterns=[CARD] if is_kept else None,
     )
   except (OSError, _http_error(hub)) as error:
     raise _not_pushed(hub, repository, error) from error
   if is_kept:
-    lines.append(f"{_CARD} of {repository} was kept: it may have been edited")
+    lines.append(f"{CARD} of {repository} was kept: it may have been edited")
   return [*lines, f"uploaded to {url}"]
 
 
