@@ -27,6 +27,7 @@ _COMMANDS = (
   "plan",
   "overlap",
   "search",
+  "embed",
   "data.convert",
   "data.inspect",
 )
@@ -117,6 +118,7 @@ setup(
     "s3": ["s3fs>=2024.6"],
     "https": ["aiohttp>=3.12"],
     "huggingface": ["datasets>=3.0"],
+    "hub": ["huggingface_hub>=1.0"],  # hf-hub:ORG/NAME
     "search": ["usearch>=2.26"],  # the search page with more than a million images
     "tokenizers": ["sentencepiece>=0.2", "tokenizers>=0.21"],
     "wandb": ["wandb>=0.31"],
@@ -133,7 +135,7 @@ setup(
     ],
     "dev": [
       "beartype>=0.20",
-      "declip_jax[huggingface,tokenizers,train]",
+      "declip_jax[hub,huggingface,tokenizers,train]",
       "psutil>=6",
       "pyrefly>=1.5",
       "pytest>=8",

@@ -13,6 +13,7 @@ COMMANDS = {
   "plan": ("declip_jax.plan", "memory, time and largest batch of a training run, without its hardware"),
   "overlap": ("declip_jax.overlap", "find evaluation images in training data"),
   "search": ("declip_jax.search", "search images by text or image, on a page"),
+  "embed": ("declip_jax.embed", "write embeddings of images for faiss and other tools"),
   "convert": ("declip_jax.data.convert", "write any source as ArrayRecord files"),
   "inspect": ("declip_jax.data.inspect", "describe a data set and draw samples"),
 }

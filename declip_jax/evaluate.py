@@ -11,7 +11,8 @@ Without further flags, the evaluations of the run's config are repeated. Others 
 --print_data=folder:/data prints a data file, which says where your data sets are. --dry_run shows what would be
 evaluated.
 
---weights evaluates any other checkpoint that `declip_jax.load` reads, such as one of OpenAI's CLIP or of open_clip.
+--weights evaluates any other checkpoint that `declip_jax.load` reads, such as one of OpenAI's CLIP or of open_clip, or
+hf-hub:ORG/NAME, a model on the Hugging Face hub.
 --settings supplies what such a file does not contain, as `declip_jax.load` reports it: --settings=text.activation=gelu
 If a run averages its weights (config.optimizer.ema), the average is evaluated; --settings=average=False evaluates the
 weights themselves.
@@ -63,7 +64,8 @@ from declip_jax.runtime.command import launch
 from declip_jax.runtime.compile_cache import compile_cache
 from declip_jax.runtime.memory import explained
 from declip_jax.runtime.workdir import read_config
-from declip_jax.weights.read import Step, parse_step
+from declip_jax.weights.hub import is_address
+from declip_jax.weights.read import Step, parse_step, run_of
 from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256  # without a run's config
@@ -202,9 +204,10 @@ def _model_facts(clip: Clip, path: str | os.PathLike[str]) -> ModelFacts:
   """What results say about a model from a path."""
   path, training = Path(path), dict
   if clip.step is None:
-    name, pretrained = path.name.split(".")[0] or path.name, clip.origin
+    stem = path.name if is_address(path) else path.name.split(".")[0]
+    name, pretrained = stem or path.name, clip.origin
   else:
-    run = path.parents[1] if path.parent.name == "checkpoints" else path
+    run = run_of(path) or path
     name, pretrained = run.resolve().name, f"step-{clip.step}{'-average' if clip.average else ''}"
     training = partial(training_facts, run, clip.step)
   weights = {"path": os.fspath(path), "origin": clip.origin, "step": clip.step, "hash": clip.weights_hash}
@@ -421,7 +424,7 @@ def main() -> None:
   tasks = [name for name, evaluator in EVALUATORS.items() if evaluator.of]
   flags.DEFINE_string("step", None, "Step of the checkpoint to evaluate, or best; the newest by default.")
   flags.DEFINE_bool("every_checkpoint", False, "Evaluate all checkpoints of the run.")
-  flags.DEFINE_string("weights", None, "Checkpoint file or folder to evaluate instead of the run in --workdir.")
+  flags.DEFINE_string("weights", None, "Checkpoint file, folder or hf-hub:ORG/NAME to evaluate instead of the run.")
   flags.DEFINE_multi_string(
     "settings", [], "Setting that the checkpoint does not contain, such as text.activation=gelu. Can be repeated."
   )

@@ -20,6 +20,7 @@ EXTRAS = {
   "pyarrow": "train",
   "tensorflow_datasets": "train",
   "datasets": "huggingface",
+  "huggingface_hub": "hub",
   "sentencepiece": "tokenizers",
   "tokenizers": "tokenizers",
   "usearch": "search",

@@ -291,7 +291,9 @@ def main() -> None:
   """Runs the command."""
   flags.DEFINE_string("test", None, "Evaluation images, such as webdataset:/data/test-*.tar.")
   flags.DEFINE_string("train", "", "Training images; by default, the test images themselves.")
-  flags.DEFINE_string("weights", None, "Checkpoint whose image features to compare, instead of a hash.")
+  flags.DEFINE_string(
+    "weights", None, "Run, checkpoint or hf-hub:ORG/NAME whose image features to compare, not a hash."
+  )
   flags.DEFINE_multi_string(
     "settings", [], "Setting that the checkpoint does not contain, such as text.activation=gelu."
   )

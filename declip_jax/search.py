@@ -115,7 +115,7 @@ def _command(_: list[str]) -> None:
 
 def main() -> None:
   """Runs the command."""
-  flags.DEFINE_string("weights", None, "Run, or checkpoint file or folder.")
+  flags.DEFINE_string("weights", None, "Run, checkpoint file or folder, or hf-hub:ORG/NAME.")
   flags.DEFINE_string("images", None, "Images to search, such as a folder or webdataset:/data/test-*.tar.")
   flags.DEFINE_multi_string(
     "settings", [], "Setting that the checkpoint does not contain, such as text.activation=gelu. Can be repeated."

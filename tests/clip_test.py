@@ -4,7 +4,6 @@ import copy
 import functools
 import inspect
 import json
-import re
 import warnings
 
 import jax
@@ -328,14 +327,6 @@ def test_released_filip_is_recognised(left_out, tokens):
   tensors = reference.below(reference.load("declip"), "sd/")
   tensors = {name: x for name, x in tensors.items() if not any(part in name for part in left_out)}
   assert from_state_dict(tensors, {"image.heads": 2, "text.heads": 3}).tokens is tokens
-
-
-@pytest.mark.parametrize(
-  "address", ["hf-hub:org/a-model", "hf://org/a-model", "https://huggingface.co/org/a-model/tree"]
-)
-def test_an_address_on_the_hub_is_answered_with_its_download(address: str) -> None:
-  with pytest.raises(FileNotFoundError, match=f"^{re.escape(address)} does not exist; run hf download org/a-model "):
-    read(address)
 
 
 def test_a_model_says_what_it_is(filip: Clip) -> None:

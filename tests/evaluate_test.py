@@ -421,6 +421,12 @@ def test_results_of_an_average_and_of_the_weights_have_names_of_their_own() -> N
   assert evaluate._about(clip, None) == {"step": 8, "average": 0.99}
 
 
+def test_results_of_models_on_the_hub_have_their_names_and_revisions() -> None:
+  clip = make_clip(0)
+  assert evaluate._model_facts(clip, "hf-hub:org/B-16.v2@1.0").name == "B-16.v2@1.0"
+  assert evaluate._model_facts(clip, "weights/B-16.v2.pt").name == "B-16"
+
+
 def test_results_and_features_depend_on_backend_and_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   clip, found = make_clip(0), []
   for precision in ("default", "highest"):

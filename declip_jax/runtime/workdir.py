@@ -23,6 +23,7 @@ from declip_jax.methods import name_of
 from declip_jax.runtime import records
 from declip_jax.runtime.hosts import first_error
 from declip_jax.spelling import counted
+from declip_jax.weights.hub import is_address
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -32,12 +33,14 @@ def local_path(workdir: str | os.PathLike[str]) -> Path:
 
   Raises:
     ValueError: the path is empty, or that of a file, or an address such as gs://...: object stores cannot append to a
-      file, which metrics.jsonl requires.
+      file, which metrics.jsonl requires; or that of a model on the Hugging Face hub.
   """
   if not os.fspath(workdir):
     raise ValueError("--workdir is empty: expected a directory, such as runs/demo, or . for the current one")
   if "://" in os.fspath(workdir):
     raise ValueError(f"workdir {os.fspath(workdir)!r} is an address: mount it (gcsfuse, NFS) and pass the path")
+  if is_address(workdir):
+    raise ValueError(f"--workdir={os.fspath(workdir)} is a model on the Hugging Face hub: pass it as --weights")
   if os.path.isfile(workdir):
     raise ValueError(f"--workdir={os.fspath(workdir)} is a file: expected a directory")
   return Path(workdir)

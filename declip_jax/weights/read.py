@@ -27,7 +27,8 @@ from declip_jax.objectives import make_objective
 from declip_jax.runtime.checkpoint import Checkpoints, restore_as_numpy
 from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.runtime.retention import KeepBest
-from declip_jax.weights import dialects, families
+from declip_jax.weights import dialects, families, hub
+from declip_jax.weights.folders import ARRAYS, EXPORT_FILE, weights_file
 from declip_jax.weights.layout import (
   ModelFields,
   StateDict,
@@ -39,7 +40,7 @@ from declip_jax.weights.layout import (
 from declip_jax.weights.model_configs import read_json, settings_beside
 from declip_jax.weights.recognise import Recognised, recognise
 from declip_jax.weights.settings import VIEW, with_fields, with_positions, with_view
-from declip_jax.weights.tensor_files import INDEX, listed, read_tensors
+from declip_jax.weights.tensor_files import listed, read_tensors
 
 Tree = Any
 # Tensors without a place in our model, such as counters: kept in `Weights.rest`.
@@ -49,14 +50,6 @@ _BOOKKEEPING = re.compile(
 )
 # Parts of names that wrappers of PyTorch insert: compilation, sharding and recomputation.
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_WEIGHT_FILES = (
-  "open_clip_model.safetensors",
-  "open_clip_pytorch_model.bin",
-  "model.safetensors",
-  f"model.safetensors{INDEX}",
-  "pytorch_model.bin",
-  f"pytorch_model.bin{INDEX}",
-)
 _FLOATS = tuple(map(np.dtype, (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)))
 # What building a model raises if fields that a file determines contradict each other.
 _CONTRADICTIONS = (
@@ -70,7 +63,6 @@ _CONTRADICTIONS = (
   TypeError,
   ValueError,
 )
-EXPORT_FILE = "weights.json"  # next to the arrays of an orbax export
 Step = int | Literal["best"] | None
 
 
@@ -104,22 +96,23 @@ class Weights(NamedTuple):
 
 
 def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None, step: Step = None) -> Weights:
-  """Reads a checkpoint file, the folder of one, or the working directory of a run.
+  """Reads a checkpoint file, the folder of one, the working directory of a run, or a model on the Hugging Face hub.
 
   Args:
     path: a file (`.pt`, `.pth.tar`, `.bin`, `.safetensors`) or the index of several (`.index.json`), a folder of
       open_clip or Hugging Face, our orbax export, the working directory of a run, or one of its checkpoints,
-      `RUN/checkpoints/STEP` or `RUN/checkpoints/best`.
+      `RUN/checkpoints/STEP` or `RUN/checkpoints/best`; or `hf-hub:ORG/NAME`, see `hub.download`.
     settings: fields that override what was recognised, such as `{"image.heads": 12, "image.activation": "gelu"}`: those
       of `config.model`, and `image_size`, `interpolation`, `resize` and `squash`; and `average`, see `read_run`.
     step: checkpoint of a run, the newest by default; "best" is the best by `config.checkpoint.best_metric`.
 
   Raises:
     FileNotFoundError: no such file, or a folder without weights.
+    OSError: see `hub.download`.
     ValueError: the checkpoint is not from a known project, its tensors do not match a model, a setting does not fit, or
       one that the file does not determine is not given and has several likely values; the message names them.
   """
-  given, path = os.fspath(path), Path(path)
+  given, path = os.fspath(path), hub.download(path) if hub.is_address(path) else Path(path)
   settings = dict(settings or {})
   run, of_path = _checkpoint_of(path)
   if run:
@@ -127,23 +120,17 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
       raise ValueError(f"{path} is a checkpoint of a run, so step={step} does not apply")
     return read_run(run, of_path if step is None else step, settings)
   if not path.exists():
-    raise FileNotFoundError(f"{given} does not exist{_hub_hint(given)}")
+    raise FileNotFoundError(f"{given} does not exist{hub.hint(given)}")
   if step is not None:
     raise ValueError(f"{path} is not a run, so step={step} does not apply")
   if (path / EXPORT_FILE).exists():
     return _read_export(path, settings)
-  file = path if path.is_file() else _weights_file(path)
+  file = path if path.is_file() else weights_file(path)
   described = {**settings_beside(file), **settings}
   found = read_tensors(file)
   weights = from_state_dict(found.tensors, described, name=str(file), kind=found.kind, extras=found.extras)
   others = [f"other state dicts of the file, which were not read: {listed(found.left_out)}"] if found.left_out else []
   return weights._replace(remarks=(*weights.remarks, *others))
-
-
-def _hub_hint(path: str) -> str:
-  """What to do about the address of a model on the Hugging Face hub; "" for anything else."""
-  match = re.match(r"(?:hf-hub:|hf://|https://huggingface\.co/)([\w.-]+/[\w.-]+)", path)
-  return f"; run hf download {match[1]} --local-dir FOLDER, and load FOLDER" if match else ""
 
 
 def parse_step(text: str | None) -> Step:
@@ -157,6 +144,11 @@ def parse_step(text: str | None) -> Step:
   if not text.isdecimal():
     raise ValueError(f"--step={text}: expected the step of a checkpoint, or best")
   return int(text)
+
+
+def run_of(path: str | os.PathLike[str]) -> Path | None:
+  """The working directory of the run that a path names, or whose checkpoint it names; None if it does neither."""
+  return _checkpoint_of(Path(path))[0]
 
 
 def _checkpoint_of(path: Path) -> tuple[Path | None, Step]:
@@ -358,7 +350,7 @@ def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
     _, variables = abstract_variables(model, heads, about["image_size"])
     variables["collections"] = _without_momentum(variables["collections"])
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      restored = checkpointer.restore(plain_path(path) / "arrays", args=restore_as_numpy(variables))
+      restored = checkpointer.restore(plain_path(path) / ARRAYS, args=restore_as_numpy(variables))
     view = EvalView(**{ours: about[name] for name, ours in VIEW.items()}, mean=model["mean"], std=model["std"])
   except _CONTRADICTIONS as error:
     raise ValueError(f"{path} is damaged, or not an export of declip_jax: {_first_line(error)}") from error
@@ -397,17 +389,6 @@ def _abstract(model: ModelFields, heads: Iterable[str], image_size: int, name: s
 
 def _first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0][:150]
-
-
-def _weights_file(folder: Path) -> Path:
-  for name in _WEIGHT_FILES:
-    if (folder / name).exists():
-      return folder / name
-  found = listed(sorted(file.name for file in folder.iterdir()))
-  raise FileNotFoundError(
-    f"{folder} has no weights: expected {_WEIGHT_FILES[0]}, model.safetensors, pytorch_model.bin, {EXPORT_FILE} or "
-    f"checkpoints/, found {found}"
-  )
 
 
 def _of_one_model(tensors: Mapping[str, np.ndarray], name: str) -> tuple[dict[str, np.ndarray], list[str]]:

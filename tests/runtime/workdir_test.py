@@ -56,6 +56,8 @@ def test_a_directory_without_write_permission_is_rejected(tmp_path: Path, monkey
 def test_an_address_or_a_file_is_not_a_directory(tmp_path: Path) -> None:
   with pytest.raises(ValueError, match="gs://bucket/run.*mount"):
     workdir_lib.local_path("gs://bucket/run")
+  with pytest.raises(ValueError, match="--workdir=hf-hub:org/model is a model on the .* hub: pass it as --weights"):
+    workdir_lib.local_path("hf-hub:org/model")
   with pytest.raises(ValueError, match="--workdir is empty"):
     workdir_lib.local_path("")
   (tmp_path / "run").write_text("")

@@ -1,11 +1,13 @@
-"""Runs with random numbers for parameters, moments and statistics, without training or compiling."""
+"""Runs with random numbers for parameters, moments and statistics, without training or compiling; a hub on loopback."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+from hub_server import HubServer
+import huggingface_hub.constants
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -83,3 +85,19 @@ def save_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ConfigDict],
     return workdir
 
   return save
+
+
+@pytest.fixture
+def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+  """A server that huggingface_hub's client takes for the hub, with a cache of its own."""
+  constants, server = huggingface_hub.constants, HubServer()
+  monkeypatch.setattr(constants, "ENDPOINT", server.url)
+  template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+  monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+  monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+  monkeypatch.setenv("HF_TOKEN", "hf_of_tests")
+  monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
+  with server.running():
+    yield server

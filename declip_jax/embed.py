@@ -1,0 +1,212 @@
+"""Writes embeddings of images for other tools: python -m declip_jax.embed --weights FILE --images SOURCE --output DIR
+
+  --images    a folder, path, pattern or URL, or KIND:LOCATION
+
+DIR receives parts of --images_per_part images each, in the layout of clip-retrieval, which autofaiss reads as well:
+
+  img_emb/img_emb_00000.npy             embeddings of unit norm, [images dimensions]
+  metadata/metadata_00000.parquet       one row for each of them: row (its number in the source), key, captions, class
+
+Images that cannot be read are left out. An interrupted command continues after its last part. No more than one part is
+held in memory.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import io
+import json
+from pathlib import Path
+import sys
+from typing import Any
+
+from absl import flags
+import numpy as np
+
+from declip_jax import command_line
+from declip_jax.clip import Clip, load
+from declip_jax.data.guess import guess
+from declip_jax.data.pipeline import disable_opencv_threads
+from declip_jax.data.sources import Source, open_source
+from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.feature_cache import numerics
+from declip_jax.evals.features import Features, encode_batches, join, read_batches, surely
+from declip_jax.evals.similarity import unit_rows
+from declip_jax.extras import pyarrow, pyarrow_parquet
+from declip_jax.reporting.progress import Bar, drop_lost_streams, message
+from declip_jax.runtime import records
+from declip_jax.runtime.hosts import check_backend
+from declip_jax.spelling import counted
+from declip_jax.weights.settings import parse_settings
+
+_BATCH_SIZE = 256
+_IMAGES_PER_PART = 2**16
+_ABOUT = "about.json"  # what the parts of a folder are of
+_MOST_DIGITS = 5  # of the number of a part
+
+
+def embed(
+  weights: str,
+  images: str,
+  output: Path,
+  *,
+  settings: Sequence[str] = (),
+  batch_size: int = _BATCH_SIZE,
+  features_dtype: str = "float32",
+  images_per_part: int = _IMAGES_PER_PART,
+) -> int:
+  """Writes the parts that a folder does not have yet, and returns the number of embeddings in all of them.
+
+  Args:
+    weights: checkpoint that `clip.load` reads.
+    images: spec of a source, or a path.
+    output: folder of the parts.
+    settings: see `parse_settings`.
+    batch_size: images encoded at once.
+    features_dtype: "float32" or "float16", to which embeddings of unit norm are rounded.
+    images_per_part: images of the source for each part.
+
+  Raises:
+    OSError: the weights or the images are not there, or cannot be read now.
+    ValueError: the model has no joint space or compares tokens, or the folder has embeddings of something else.
+  """
+  clip = load(weights, parse_settings(settings, "--settings"))
+  if clip.tokens or not clip.feature_widths[1]:
+    problem = "compares tokens (FILIP)" if clip.tokens else "has no joint space"
+    raise ValueError(f"--weights={weights} {problem}: expected a model that compares embeddings")
+  encoders = clip.encoders(batch_size, needs_text=False, field="--batch_size")
+  source = open_source(guess(images), "--images")
+  _begin(output, _about(clip, source, encoders, features_dtype, images_per_part))
+  count = 0
+  with Bar("encoding", len(source), "images") as bar:
+    for number, start in enumerate(range(0, len(source), images_per_part)):
+      rows = range(start, min(start + images_per_part, len(source)))
+      embeddings, metadata = _paths(output, number)
+      if not embeddings.exists():
+        _write_part(source, encoders, rows, embeddings, metadata, features_dtype, bar)
+      bar.set(rows.stop)
+      count += len(np.load(embeddings, "r"))
+  return count
+
+
+def _about(
+  clip: Clip, source: Source | Sequence[Any], encoders: Encoders, features_dtype: str, images_per_part: int
+) -> dict[str, Any]:
+  """What embeddings depend on, and how they are divided into parts, as JSON."""
+  about = {
+    "weights": clip.weights_hash,
+    "origin": clip.origin,
+    "source": source.name,
+    "stamp": source.stamp,
+    "samples": len(source),
+    "view": dataclasses.asdict(encoders.view),
+    "dtype": clip.dtype,
+    "features_dtype": features_dtype,
+    "images_per_part": images_per_part,
+    **numerics(),
+  }
+  return json.loads(json.dumps(about))
+
+
+def _begin(output: Path, about: dict[str, Any]) -> None:
+  """Makes the folders.
+
+  Raises:
+    ValueError: the folder has embeddings of something else, or other files.
+  """
+  file = output / _ABOUT
+  if file.exists():
+    before = json.loads(file.read_text())
+    if differing := [name for name in about if before.get(name) != about[name]]:
+      shown = ", ".join(f"{name} {before.get(name)!r:.60}, not {about[name]!r:.60}" for name in differing)
+      raise ValueError(f"--output={output} has embeddings with {shown}: choose another folder")
+    return
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise ValueError(f"--output={output} already exists, and has no embeddings: choose a new folder")
+  for path in _paths(output, 0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  records.write(file, (json.dumps(about, indent=2) + "\n").encode())
+
+
+def _paths(output: Path, number: int) -> tuple[Path, Path]:
+  """The files of a part: its embeddings and its metadata."""
+  digits = f"{number:0{_MOST_DIGITS}}"
+  return output / "img_emb" / f"img_emb_{digits}.npy", output / "metadata" / f"metadata_{digits}.parquet"
+
+
+def _write_part(
+  source: Source | Sequence[Any],
+  encoders: Encoders,
+  rows: range,
+  embeddings: Path,
+  metadata: Path,
+  features_dtype: str,
+  bar: Bar,
+) -> None:
+  """Encodes and writes the images of some rows; the embeddings last, since they mark a part as complete."""
+  parts, done = [], rows.start
+  for part in encode_batches(source, encoders, rows, surely(read_batches)):
+    parts.append(dataclasses.replace(part, pooled=np.zeros((len(part.label), 0), np.float32)))  # it is not written
+    done += len(part.label)
+    bar.set(done)
+  features = join(parts)
+  kept = np.flatnonzero(features.readable)
+  records.write(metadata, _parquet(features, kept, rows.start, source.classnames))
+  file = io.BytesIO()
+  np.save(file, unit_rows(features.embedding[kept]).astype(features_dtype))
+  records.write(embeddings, file.getvalue())
+
+
+def _parquet(features: Features, kept: np.ndarray, start: int, classnames: Sequence[str]) -> bytes:
+  """Metadata of the images that were kept, as a Parquet file."""
+
+  def class_of(label: int) -> str | None:
+    return None if label < 0 else classnames[label] if label < len(classnames) else str(label)
+
+  columns = {
+    "row": pyarrow.array(start + kept, pyarrow.int64()),
+    "key": pyarrow.array([str(features.id[row]) for row in kept], pyarrow.string()),
+    "captions": pyarrow.array([[*features.captions[row]] for row in kept], pyarrow.list_(pyarrow.string())),
+    "class": pyarrow.array([class_of(int(features.label[row])) for row in kept], pyarrow.string()),
+  }
+  file = io.BytesIO()
+  pyarrow_parquet.write_table(pyarrow.table(columns), file)
+  return file.getvalue()
+
+
+def _command(_: list[str]) -> None:
+  given = flags.FLAGS
+  disable_opencv_threads()
+  check_backend()
+  try:
+    count = embed(
+      given.weights,
+      given.images,
+      Path(given.output),
+      settings=given.settings,
+      batch_size=given.batch_size,
+      features_dtype=given.features_dtype,
+      images_per_part=given.images_per_part,
+    )
+    message(f"{given.output}: embeddings of {counted(count, 'image')}", stream=sys.stdout)
+  finally:
+    drop_lost_streams()
+
+
+def main() -> None:
+  """Runs the command."""
+  flags.DEFINE_string("weights", None, "Run, checkpoint file or folder, or hf-hub:ORG/NAME.")
+  flags.DEFINE_string("images", None, "Images to encode, such as a folder or webdataset:/data/test-*.tar.")
+  flags.DEFINE_string("output", None, "Folder to write, or to continue.")
+  flags.DEFINE_multi_string(
+    "settings", [], "Setting that the checkpoint does not contain, such as text.activation=gelu. Can be repeated."
+  )
+  flags.DEFINE_integer("batch_size", _BATCH_SIZE, "Images encoded at once.", lower_bound=1)
+  flags.DEFINE_enum(
+    "features_dtype", "float32", ["float32", "float16"], "Dtype of stored embeddings; float16 takes half the space."
+  )
+  flags.DEFINE_integer("images_per_part", _IMAGES_PER_PART, "Images of the source for each part.", lower_bound=1)
+  command_line.run(_command, __doc__, required=("weights", "images", "output"))
+
+
+if __name__ == "__main__":
+  main()

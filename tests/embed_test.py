@@ -1,0 +1,86 @@
+"""Tests of the embeddings for other tools: their values and metadata, interruptions, and folders of something else."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+from clips import make_clip
+import numpy as np
+import PIL.Image
+import pyarrow.parquet
+import pytest
+
+from declip_jax import embed as command
+from declip_jax.clip import Clip
+from declip_jax.embed import embed
+
+
+class Counting:
+  """Stands in for the weights: a model that counts the batches that it encodes, and is interrupted after some."""
+
+  def __init__(self, monkeypatch: pytest.MonkeyPatch, clip: Clip, batches: int = 10**6):
+    self.batches, self.left, clip = 0, batches, copy.copy(clip)
+    encoders = clip.encoders(8)
+
+    def encode(images):
+      if not self.left:
+        raise KeyboardInterrupt
+      self.left, self.batches = self.left - 1, self.batches + 1
+      return encoders.image(images)
+
+    monkeypatch.setattr(command, "load", lambda *arguments: clip)
+    clip.encoders = lambda *arguments, **options: replace(encoders, image=encode)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+  """40 images with captions, one of which cannot be read."""
+  folder = tmp_path / "images"
+  folder.mkdir()
+  for number in range(40):
+    pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    (folder / f"{number:02}.txt").write_text(f"caption {number}")
+  (folder / "17.png").write_bytes(b"broken")
+  return folder
+
+
+def test_embeddings_and_metadata_are_written_once_even_if_interrupted(
+  images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  output, clip = tmp_path / "out", make_clip(0)
+  options = {"images_per_part": 16, "features_dtype": "float16"}
+  with monkeypatch.context() as patch:
+    Counting(patch, clip, batches=3)  # of which two are the first part
+    with pytest.raises(KeyboardInterrupt):
+      embed("weights", str(images), output, **options)
+  for batches in (3, 0):
+    with monkeypatch.context() as patch:
+      counting = Counting(patch, clip)
+      assert embed("weights", str(images), output, **options) == 39
+      assert counting.batches == batches
+  numbers = [number for number in range(40) if number != 17]
+  parts = [np.load(path) for path in sorted((output / "img_emb").glob("*.npy"))]
+  assert [(part.shape, part.dtype) for part in parts] == [((size, 16), np.float16) for size in (16, 15, 8)]
+  expected = clip.encode_image([images / f"{number:02}.png" for number in numbers])
+  np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-3)
+  rows = [
+    row for path in sorted((output / "metadata").glob("*")) for row in pyarrow.parquet.read_table(path).to_pylist()
+  ]
+  assert [row["row"] for row in rows] == numbers
+  assert [row["captions"] for row in rows] == [[f"caption {number}"] for number in numbers]
+  assert all(f"{number:02}.png" in row["key"] for number, row in zip(numbers, rows, strict=True))
+
+  Counting(monkeypatch, make_clip(1))
+  with pytest.raises(ValueError, match=r"--output=.*out has embeddings with weights '.*: choose another folder"):
+    embed("weights", str(images), output, **options)
+  with pytest.raises(ValueError, match=r"--output=.*images already exists, and has no embeddings"):
+    embed("weights", str(images), images, **options)
+
+
+def test_models_without_joint_embeddings_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  clip = copy.copy(make_clip(0))
+  clip.tokens = True
+  monkeypatch.setattr(command, "load", lambda *arguments: clip)
+  with pytest.raises(ValueError, match=r"--weights=w compares tokens \(FILIP\): expected a model that compares"):
+    embed("w", str(tmp_path), tmp_path / "out")
