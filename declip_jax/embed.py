@@ -25,7 +25,7 @@ import numpy as np
 from declip_jax import command_line
 from declip_jax.clip import Clip, load
 from declip_jax.data.guess import guess
-from declip_jax.data.pipeline import disable_opencv_threads
+from declip_jax.data.readers import disable_opencv_threads
 from declip_jax.data.sources import Source, open_source
 from declip_jax.evals.encoders import Encoders
 from declip_jax.evals.feature_cache import numerics
