@@ -10,9 +10,8 @@ import re
 from setuptools import find_packages, setup
 
 _FOLDER = Path(__file__).parent
-_ADDRESS = (
-  "https://github.com/OWNER/declip_jax"  # that of CITATION.cff, which the image of the Dockerfile lacks; tested
-)
+# The repository, as in CITATION.cff, which is not there where the Dockerfile installs; a test compares both.
+_ADDRESS = "https://github.com/OWNER/declip_jax"
 # Read and not imported: nothing that the package imports is installed yet.
 _SOURCE = (_FOLDER / "declip_jax" / "__init__.py").read_text()
 _VERSION = next(line for line in _SOURCE.splitlines() if line.startswith("__version__")).split('"')[1]

@@ -37,7 +37,9 @@ def changes_from_default(config: ConfigDict) -> Changes:
   """
   method = name_of(config.data.recipe, make_objective(config.objective.to_dict()).weights)
   method = method if method in PRESETS["paper"] else "clip"
-  architecture = next((name for name in ARCHITECTURES if _has_towers(config, name)), "ViT-B/32")
+  fitting = [name for name in ARCHITECTURES if _has_towers(config, name)]
+  same_tokenizer = (name for name in fitting if ARCHITECTURES[name].text.tokenizer == config.model.text.tokenizer)
+  architecture = next(same_tokenizer, fitting[0] if fitting else "ViT-B/32")
   before, after = (_in_words(parse_json(one.to_json_best_effort())) for one in (default(method, architecture), config))
   left_out = _OF_REPORTS + tuple(f"model.heads.{field}:" for field in unread_fields(heads_of(config)))
   names = tuple(f"config.{field}" for field in left_out)

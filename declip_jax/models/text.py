@@ -20,7 +20,8 @@ class TextTransformer(nn.Module):
   sees only those before it.
 
   SigLIP's is not `causal`: every token sees the whole row, padding too, and the feature is the state at its last
-  position. So a row has to be as long as in training.
+  position. So a row has to be as long as in training. Difference: its parameters start as OpenAI's do;
+  big_vision's start as Flax's, with position embeddings of deviation width^-0.5.
 
   Since nothing after CLIP's end matters, a batch can be trimmed to its longest text. `buckets` are the lengths that it
   can be trimmed to; a switch on the device picks the shortest that fits, so that shapes stay static, nothing is

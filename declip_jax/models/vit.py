@@ -53,7 +53,8 @@ class ViT(nn.Module):
   (SigLIP). Where the patches do not fill the image, the pixels at its right and bottom are not seen.
 
   OpenAI's has `pre_norm`, no `patch_bias`, QuickGELU and epsilon 1e-5. timm's (SLIP) has no `pre_norm`, a
-  `patch_bias`, exact GELU, epsilon 1e-6 and `initializer="timm"`; SigLIP's differs from it in GELU and initialisation.
+  `patch_bias`, exact GELU, epsilon 1e-6 and `initializer="timm"`; SigLIP's differs from it in GELU and initialisation
+  of the blocks. Its patch embedding starts as PyTorch's convolution does, where big_vision has Flax's default.
   The patch embedding is a reshape and a product, which equals the convolution of the references with kernel = stride =
   patch.
   """
