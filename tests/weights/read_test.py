@@ -52,7 +52,7 @@ REPRESENTATIVES = (("DeCLIP ViT-B/32", "declip"),)
   [
     pytest.param(name, method, marks=() if (name, method) in REPRESENTATIVES else pytest.mark.slow)
     for name in ARCHITECTURES
-    if "RegNet" not in name
+    if "RegNet" not in name and not name.startswith("SigLIP")  # whose files have other tensors: siglip_test.py
     for method in HEADS
   ],
 )
