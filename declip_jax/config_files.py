@@ -59,7 +59,8 @@ def find(name: str) -> Path:
     raise ValueError(f"{name} is a folder; its configs: {', '.join(own or inside)}")
   tails = {known.rpartition("/")[2]: known for known in names()}
   near = [str(path.with_suffix("")) for path in Path(name).parent.glob("*.py")]
-  close = dict.fromkeys(tails.get(match, match) for match in close_names(short, [*names(), *tails, *near]))
+  candidates = near if Path(name).is_absolute() else [*names(), *tails, *near]
+  close = dict.fromkeys(tails.get(match, match) for match in close_names(short, candidates))
   missing = f"{name} does not exist" if name.endswith(".py") else f"no config {name!r}"
   raise ValueError(f"{missing}{suggest(close)} (python -m declip_jax lists all configs)")
 

@@ -203,7 +203,10 @@ def with_classes(
   heads = config.model.heads
   heads.classnames, heads.num_classes = names, heads.num_classes or len(names)
   if not heads.num_classes:
-    raise ValueError(f"{sources[0].name} has no class names: set config.model.heads.num_classes")
+    raise ValueError(
+      f"{sources[0].name} has no class names: fine-tuning needs labelled images, such as a folder with a folder per "
+      "class; for numbered labels without names, set config.model.heads.num_classes"
+    )
   return config, sources
 
 

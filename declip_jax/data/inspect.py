@@ -34,7 +34,6 @@ _THREADS = 8
 _NAMED = 3  # bad samples of each kind to name
 _CLASSES = 8  # classes to name
 _TILES, _BAD_TILES, _SIDE = 24, 4, 224  # samples on the sheet, bad ones of them, and the longer side of its images
-_CONTEXT = 77  # tokens, with start and end of text
 _OTHERS = ("labels", "groups")  # fields for evaluations
 
 
@@ -111,7 +110,7 @@ def _read_sample(source: Source, index: int, max_pixels: int) -> Sample | BadSam
   except BadSample as error:
     return error
   image, (height, width, _) = example["image"], pixels.shape
-  tokenizer = Tokenizer(_CONTEXT)
+  tokenizer = Tokenizer(77)  # `encode` does not cut texts off, whatever their length
   tokens = tuple(len(tokenizer.encode(caption)) + 2 for caption in example["captions"])
   shape = (
     (images.format_of(image), width, height, len(image)) if isinstance(image, bytes) else ("pixels", width, height, 0)
@@ -141,10 +140,11 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
       ("captions", _range(len(sample.captions) for sample in good) + " per sample"),
     ]
   if captions:
-    too_long = np.mean(np.array(tokens) > _CONTEXT)
+    architecture, context = _proposed()
+    too_long = np.mean(np.array(tokens) > context)
     lines += [
       ("  characters", _range(map(len, captions))),
-      ("  tokens", f"{_range(tokens)}; {too_long:.1%} of the captions have more than {_CONTEXT} and are cut off"),
+      ("  tokens", f"{_range(tokens)}; {architecture} cuts off {too_long:.1%} of the captions, after {context}"),
       *_altered(captions),
     ]
   if source.classnames or labels:
@@ -238,10 +238,17 @@ def training_command(data: str) -> str:
   """
   if "," in data:
     return f"python -m declip_jax.new my_config.py --data {shlex.quote(data)}"
-  from declip_jax.planning.architecture import suggested  # on demand: it asks JAX, which reading data does not need
-
-  config = shlex.quote(f"pretrain:method=declip,architecture={suggested()},data={data}")
+  config = shlex.quote(f"pretrain:method=declip,architecture={_proposed()[0]},data={data}")
   return f"python -m declip_jax.train --config={config} --workdir runs/mine"
+
+
+def _proposed() -> tuple[str, int]:
+  """The architecture that is proposed for this machine, and how many tokens of a text it sees."""
+  from declip_jax.architectures import ARCHITECTURES  # on demand: reading data does not need JAX
+  from declip_jax.planning.architecture import suggested
+
+  architecture = suggested()
+  return architecture, ARCHITECTURES[architecture].text.context_length
 
 
 def _command(arguments: list[str]) -> None:

@@ -158,7 +158,7 @@ def _evaluations(metrics: Sequence[Mapping[str, Any]], run: Described) -> Iterat
     if len(largest := _series(metrics, f"{prefix}majority_share")[1]):
       chance["largest class"] = largest[-1]
     if evaluation in run.one_image and len(images := _series(metrics, f"{prefix}images")[1]):
-      chance["to image r10 at chance"] = min(10 / images[-1], 1)
+      chance["r10 at chance"] = min(10 / images[-1], 1)
     yield _Panel(evaluation.replace("_", " "), _known(curves), chance, share=True)
 
 

@@ -67,6 +67,7 @@ def parse(address: str | os.PathLike[str]) -> Repository:
 def hint(path: str) -> str:
   """What to write instead of another kind of address of a model on the hub; "" for anything else."""
   found = re.match(r"(?:hf://|https://(?:huggingface\.co|hf\.co)/)([\w.-]+/[\w.-]+)", path)
+  found = found or re.fullmatch(r"([A-Za-z][\w-]+/[\w.-]+-[\w.-]+)", path)  # such as openai/clip-vit-base-patch32
   return f"; for a model on the Hugging Face hub, write {_SCHEME}{found[1]}" if found else ""
 
 

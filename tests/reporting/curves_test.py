@@ -66,7 +66,7 @@ def test_curves_that_are_comparable_share_a_panel(tmp_path, figures, count):
   assert labels(shown["loss"]) == ["total", "clip", "nns", "at chance", "bank full by step 2"]
   assert labels(shown["loss of masked tokens"]) == ["mlm", "at chance"]
   assert labels(shown["zero shot"]) == ["top1", "largest class"]
-  assert labels(shown["retrieval"]) == ["text to image r10", "to image r10 at chance"]
+  assert labels(shown["retrieval"]) == ["text to image r10", "r10 at chance"]
   assert "temperature" not in shown  # this run has none
   assert figures[-1].get_suptitle() == RUN.title
   with Image.open(tmp_path / "curves.png") as picture:
