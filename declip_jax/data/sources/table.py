@@ -323,8 +323,8 @@ def _choose(columns: list[str], wanted: Mapping[str, str], path: str) -> _Column
   if not image or not (captions or labels or several or wanted.get("caption") == ""):
     missing = "caption or label" if image else "image"
     raise ValueError(
-      f"{path}: which column is the {missing}? The columns are {columns}; add ?image=COLUMN&caption=COLUMN to the path, "
-      f"or, {_naming_columns(columns)}"
+      f"{path}: which column is the {missing}? The columns are {columns}; add ?image=COLUMN&caption=COLUMN to the "
+      f"path, or, {_naming_columns(columns)}"
     )
   for column in (image, *labels, *names, *several, *groups):
     if columns.count(column) > 1:
