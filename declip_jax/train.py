@@ -55,7 +55,7 @@ from declip_jax.runtime.services import Cadence, Services
 from declip_jax.runtime.signals import Stopped, StopRequest, stop_signals
 from declip_jax.runtime.trace import Trace, parse_steps
 from declip_jax.runtime.watchdog import Watchdog
-from declip_jax.runtime.workdir import about_other_run, local_path, lock, record
+from declip_jax.runtime.workdir import OtherRunError, about_other_run, local_path, lock, record
 from declip_jax.sharding import batch_sharding, to_global
 from declip_jax.stages import flops_until, repeatable_from
 from declip_jax.training.state import State, evaluated_weights
@@ -258,7 +258,7 @@ def _restore_or_create(
   try:
     restored = checkpoints.restore_newest(run.abstract)
   except DoesNotFitError as error:
-    raise ValueError(about_other_run(workdir, config.to_json_best_effort()) or str(error)) from error
+    raise OtherRunError(about_other_run(workdir, config.to_json_best_effort()) or str(error)) from error
   if restored:
     notes, path = restored.messages, config.init_from.path
     if path:

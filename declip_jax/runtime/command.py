@@ -11,7 +11,7 @@ from declip_jax import command_line
 from declip_jax.data.readers import disable_opencv_threads
 from declip_jax.reporting.progress import drop_lost_streams
 from declip_jax.runtime.hosts import check_backend, join_processes
-from declip_jax.runtime.workdir import local_path
+from declip_jax.runtime.workdir import OtherRunError, local_path
 
 
 def launch(
@@ -25,8 +25,8 @@ def launch(
   """Parses the command line, joins the other processes, and calls `command` with `--workdir`.
 
   Defines the flags that these commands share; TPU pods and Slurm need only `--multihost`. An error that the user can
-  correct is one line and exit code 2; that of a training leaves its traceback in `error.txt`. A disk, a mount or a
-  network that fails is exit code 74, since a retry may succeed.
+  correct is one line and exit code 2; that of a training leaves its traceback in `error.txt`, unless the directory
+  belongs to another run. A disk, a mount or a network that fails is exit code 74, since a retry may succeed.
 
   Args:
     command: called with the working directory, None without one.
@@ -50,7 +50,8 @@ def launch(
       workdir = flags.FLAGS.workdir
       command(None if workdir is None and not needs_workdir else local_path(workdir))
     except command_line.USER_ERRORS as error:
-      return command_line.report(error, _write_traceback(flags.FLAGS.workdir) if is_training else "")
+      failed = is_training and not isinstance(error, OtherRunError)
+      return command_line.report(error, _write_traceback(flags.FLAGS.workdir) if failed else "")
     finally:
       drop_lost_streams()
     return 0

@@ -46,6 +46,10 @@ def local_path(workdir: str | os.PathLike[str]) -> Path:
   return Path(workdir)
 
 
+class OtherRunError(ValueError):
+  """The working directory belongs to another run, whose files have to stay as they are."""
+
+
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[str]:
   """Locks a working directory against a second run, by `run.lock`, until the context or the process ends.
@@ -53,7 +57,8 @@ def lock(workdir: Path) -> Iterator[str]:
   Process 0 holds the lock for all. Yields a message if the file system does not support locks, otherwise "".
 
   Raises:
-    ValueError: another run holds the lock; the same on every host. The message names its host, process and time.
+    OtherRunError: another run holds the lock, or the directory is not writable; the same on every host. The message
+      names the host, process and time of the other run.
   """
   path, in_use, message = workdir / "run.lock", "", ""
   with contextlib.ExitStack() as stack:
@@ -72,7 +77,7 @@ def lock(workdir: Path) -> Iterator[str]:
       except OSError as error:
         message = f"{path}: {error}; this directory is not protected against a second run"
     if in_use := first_error(in_use):
-      raise ValueError(in_use)
+      raise OtherRunError(in_use)
     yield message
 
 

@@ -51,3 +51,12 @@ def test_the_error_of_a_training_is_one_line_that_names_its_traceback(tmp_path: 
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   assert done.stderr.splitlines() == ["a line", f"error: bad (traceback in {tmp_path / 'error.txt'})"]
   assert "ValueError: bad" in (tmp_path / "error.txt").read_text()
+
+
+def test_a_training_that_meets_another_run_leaves_its_directory_alone(tmp_path: Path) -> None:
+  (tmp_path / "checkpoints").mkdir()
+  body = "from declip_jax.runtime.workdir import OtherRunError; raise OtherRunError('in use')"
+  command = [sys.executable, "-c", SCRIPT.format(body=body, training=True), f"--workdir={tmp_path}"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "error: in use")
+  assert not (tmp_path / "error.txt").exists()
