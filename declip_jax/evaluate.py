@@ -35,6 +35,7 @@ import json
 import math
 import os
 from pathlib import Path
+import shlex
 import sys
 from typing import Any, NamedTuple
 
@@ -332,6 +333,9 @@ def _command(workdir: Path | None) -> None:
         about = {"run": str(workdir or given.output), **_about(clip, given.weights)}
         about |= {name: facts.weights[name] for name in ("share",) if name in facts.weights}
         message(summary_table({**about, **_summary(found)}), stream=sys.stdout)
+  if jax.process_index() == 0 and not given.dry_run:
+    command = f"python -m declip_jax.report {shlex.quote(str(given.output or workdir))} --output report"
+    message(f"results and predictions: {output}; with intervals, chance and pictures: {command}")
 
 
 @contextlib.contextmanager
