@@ -16,7 +16,13 @@ from declip_jax.config import OPENAI_MEAN, OPENAI_STD
 from declip_jax.weights import families
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
 from declip_jax.weights.tensor_files import INDEX
-from declip_jax.weights.tokenizer_files import OPEN_CLIP_STEPS, is_sentence_pieces, tokenizer_beside, tokenizer_fields
+from declip_jax.weights.tokenizer_files import (
+  OPEN_CLIP_STEPS,
+  is_sentence_pieces,
+  padding_token,
+  tokenizer_beside,
+  tokenizer_fields,
+)
 
 Fields = Mapping[str, Any]
 Value = TypeVar("Value")
@@ -187,10 +193,16 @@ def _open_clip_tokenizer(text: Fields, found: Fields, file: Path) -> dict[str, A
   clean = get(options, "clean", "whitespace", f"{where}tokenizer_kwargs.")
   if unknown := set(options) - {"clean", "strip_sep_token"} or {clean} - set(OPEN_CLIP_STEPS):
     _reject(f"{where}tokenizer_kwargs", sorted(unknown), f"clean of {sorted(OPEN_CLIP_STEPS)} and strip_sep_token")
-  if get(options, "strip_sep_token", False, f"{where}tokenizer_kwargs."):  # BERT's separator becomes the padding, id 0
-    return {"text.eot": 0, **tokenizer_beside(file.parent, end="[PAD]", clean=OPEN_CLIP_STEPS[clean])}
-  start = {"start": "none"} if found["text.pooling"] == "last" else {}  # T5's and Gemma's
-  return tokenizer_beside(file.parent, **start, clean=OPEN_CLIP_STEPS[clean])
+  strips = get(options, "strip_sep_token", False, f"{where}tokenizer_kwargs.")
+  end = {"end": "[PAD]"} if strips else {}  # BERT's separator becomes the padding, id 0
+  tokenizer = tokenizer_beside(file.parent, **end, clean=OPEN_CLIP_STEPS[clean])
+  sees_padding = found["text.pooling"] == "last" or not found["text.causal"]
+  if tokenizer and sees_padding and not padding_token(file.parent):
+    raise ValueError(
+      f"{file}: the text tower sees padding, but neither tokenizer_config.json nor special_tokens_map.json beside it has "
+      "a usable pad_token: add it to one of them"
+    )
+  return {"text.eot": 0, **tokenizer} if strips else tokenizer
 
 
 def _check_open_clip(model: Fields, vision: Fields, text: Fields, file: Path) -> None:
@@ -335,7 +347,7 @@ def _siglip_tokenizer(folder: Path) -> dict[str, Any]:
     return tokenizer_beside(folder, start="none", clean="lower")
   lower = tokenizer_fields(folder).get("do_lower_case", True)
   steps = (*(("lower",) if lower is not False else ()), "no_punctuation", "spaces")
-  padding = {} if "pad_token" in tokenizer_fields(folder) else {"pad": "</s>"}
+  padding = {} if padding_token(folder) else {"pad": "</s>"}
   return tokenizer_beside(folder, start="none", clean=steps, **padding)
 
 

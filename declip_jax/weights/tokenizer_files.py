@@ -9,7 +9,6 @@ from typing import Any
 _FILES = {
   "spiece.model": "sentencepiece",
   "tokenizer.json": "huggingface",
-  "sentencepiece.bpe.model": "sentencepiece",
   "tokenizer.model": "sentencepiece",
 }
 # How open_clip cleans texts for a tokenizer of transformers, by the name in `tokenizer_kwargs.clean`.
@@ -25,16 +24,49 @@ def tokenizer_beside(folder: Path, **options: str | Iterable[str]) -> dict[str, 
 
   Args:
     folder: folder of the weights.
-    options: options of the tokenizer, such as `start="none"`; the padding is that of `tokenizer_config.json`.
+    options: options of the tokenizer, such as `start="none"`; by default, the padding and the start of texts are those
+      of the files.
   """
   file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
   if file is None:
     return {}
-  padding = _padding(folder)
-  given = ({"pad": padding} if padding else {}) | options
+  found = {"pad": padding_token(folder), "start": "" if "start" in options else _start_token(file)}
+  given = {name: token for name, token in found.items() if token} | options
   values = {name: value if isinstance(value, str) else ",".join(value) for name, value in given.items()}
   query = "&".join(f"{name}={value}" for name, value in values.items())
   return {"text.tokenizer": f"{_FILES[file.name]}:{file.absolute()}{'?' if query else ''}{query}"}
+
+
+def padding_token(folder: Path) -> str:
+  """The padding by `tokenizer_config.json`, or else by `special_tokens_map.json`; "" if neither names it."""
+  names = ("tokenizer_config.json", "special_tokens_map.json")
+  return next((token for name in names if (token := _token(_read(folder / name).get("pad_token")))), "")
+
+
+def _start_token(file: Path) -> str:
+  """The token before a text, "none" if there is none; "" if the file of the tokenizer is damaged.
+
+  A `tokenizer.json` has it in its `post_processor`; SentencePiece models have no start unless the config says so.
+  """
+  adds_start = tokenizer_fields(file.parent).get("add_bos_token")
+  if _FILES[file.name] == "sentencepiece":
+    return "" if adds_start is True else "none"
+  content = _read(file)
+  if not content:
+    return ""
+  return "none" if adds_start is False else _first_added(content.get("post_processor")) or "none"
+
+
+def _first_added(processor: Any) -> str:
+  """The token that a `post_processor` of Hugging Face's tokenizers adds before a text; "" if it adds none there."""
+  match processor:
+    case {"type": "Sequence", "processors": list() as parts}:
+      return next((token for part in parts if (token := _first_added(part))), "")
+    case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name}}, *_]}:
+      return _token(name)
+    case {"type": "BertProcessing" | "RobertaProcessing", "cls": [name, *_]}:
+      return _token(name)
+  return ""
 
 
 def is_sentence_pieces(folder: Path) -> bool:
@@ -44,15 +76,20 @@ def is_sentence_pieces(folder: Path) -> bool:
 
 def tokenizer_fields(folder: Path) -> Mapping[str, Any]:
   """The fields of `tokenizer_config.json`; empty if it is absent or damaged, as nothing depends on it alone."""
+  return _read(folder / "tokenizer_config.json")
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+  """The object in a JSON file; empty if it is absent or damaged."""
   try:
-    fields = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    fields = json.loads(file.read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError):
     return {}
   return fields if isinstance(fields, dict) else {}
 
 
-def _padding(folder: Path) -> str:
-  token = tokenizer_fields(folder).get("pad_token")
+def _token(token: Any) -> str:
+  """A token of a config, which may have other fields than its content; "" if an option cannot name it."""
   if isinstance(token, dict):
     token = token.get("content")
   return token if isinstance(token, str) and not set(token) & set("&,=") else ""
