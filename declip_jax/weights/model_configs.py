@@ -167,7 +167,8 @@ def _open_clip_text(text: Fields, quick: bool, file: Path) -> dict[str, Any]:
     case "eos":
       settings["text.eot"] = get(text, "eos_id", 2, where)
     case "last":
-      settings |= {"text.pooling": "last", "text.eot": 1}
+      of_transformers = get(text, "hf_tokenizer_name", "", where)  # T5's or Gemma's, else OpenAI's
+      settings |= {"text.pooling": "last", "text.eot": 1 if of_transformers else _largest_id(vocab_size)}
     case _:
       _reject(f"{where}pool_type", pool, "'argmax', 'eos' and 'last'")
   return settings | _open_clip_tokenizer(text, settings, file)
@@ -199,8 +200,8 @@ def _open_clip_tokenizer(text: Fields, found: Fields, file: Path) -> dict[str, A
   sees_padding = found["text.pooling"] == "last" or not found["text.causal"]
   if tokenizer and sees_padding and not padding_token(file.parent):
     raise ValueError(
-      f"{file}: the text tower sees padding, but neither tokenizer_config.json nor special_tokens_map.json beside it has "
-      "a usable pad_token: add it to one of them"
+      f"{file}: the text tower sees padding, but neither tokenizer_config.json nor special_tokens_map.json beside it "
+      "has a usable pad_token: add it to one of them"
     )
   return {"text.eot": 0, **tokenizer} if strips else tokenizer
 
@@ -220,14 +221,19 @@ def _check_open_clip(model: Fields, vision: Fields, text: Fields, file: Path) ->
         continue
       if family:
         raise families.unsupported(str(file), family, f"{tower}.{name:.40}={value!r:.60}")
-      _reject(f"{file}: {tower}.{name:.40}", value, list(legal))
+      supported = _words(legal) if name in of_timm else "a field without effect: false, 0 or an empty text"
+      _reject(f"{file}: {tower}.{name:.40}", value, supported)
+
+
+def _words(values: Sequence[Any]) -> str:
+  return " and ".join(repr(value) for value in values)
 
 
 def _open_clip_vision(vision: Fields, quick: bool, where: str) -> dict[str, Any]:
   name = get(vision, "timm_model_name", "", where)
   if match := _TIMM_SIGLIP.fullmatch(name):
     if (kind := f"{match[1]}_{match[2]}") not in (*EXACT_IN_TIMM, *TANH_IN_TIMM):
-      _reject(f"{where}timm_model_name", name, [f"vit_{other}" for other in (*EXACT_IN_TIMM, *TANH_IN_TIMM)])
+      _reject(f"{where}timm_model_name", name, ", ".join(f"vit_{other}" for other in (*EXACT_IN_TIMM, *TANH_IN_TIMM)))
     return {
       "image_size": get(vision, "image_size", 224, where),
       "image.activation": "gelu" if kind in EXACT_IN_TIMM else "gelu_tanh",

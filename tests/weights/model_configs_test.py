@@ -170,6 +170,7 @@ def write_open_clip(folder: Path, change: dict) -> None:
     ({"model_cfg.text_cfg.norm_kwargs": {"eps": 1e-6}}, {"text.epsilon": 1e-6}),
     ({"model_cfg.text_cfg.act_kwargs": {"approximate": "tanh"}}, {"text.activation": "gelu_tanh"}),
     ({"model_cfg.vision_cfg.act_kwargs": {"approximate": "tan"}}, "vision_cfg.act_kwargs=.*'tan'.* is not supported"),
+    ({"model_cfg.text_cfg.pool_type": "last"}, {"text.pooling": "last", "text.eot": 127}),
     ({"model_cfg.text_cfg.pool_type": "first"}, "text_cfg.pool_type='first' is not supported"),
     ({"model_cfg.vision_cfg.pool_type": "avg"}, "vision_cfg.pool_type='avg' is not supported, .* final_ln_after_pool"),
     (
@@ -189,7 +190,14 @@ def write_open_clip(folder: Path, change: dict) -> None:
       "head_width=32 is not .* 64",
     ),
     (TIMM, {"image.heads": 6, "image.epsilon": 1e-6, "image.pre_norm": None, "image.pooling": None}),
-    ({**TIMM, "model_cfg.vision_cfg.timm_pool": "map"}, "vision_cfg.timm_pool='map' is not supported"),
+    (
+      {**TIMM, "model_cfg.vision_cfg.timm_pool": "map"},
+      "vision_cfg.timm_pool='map' is not supported, only 'token' and ''",
+    ),
+    (
+      {"model_cfg.vision_cfg.input_patchnorm": 3},
+      "input_patchnorm=3 is not .* without effect: false, 0 or an empty text",
+    ),
     ({"model_cfg.vision_cfg.no_ln_pre": True}, {"image.pre_norm": False}),
     ({"model_cfg.vision_cfg.patch_dropout": 0.5}, {}),  # without effect after training
     (
