@@ -41,6 +41,7 @@ from declip_jax.weights.model_configs import read_json, settings_beside
 from declip_jax.weights.recognise import Recognised, recognise
 from declip_jax.weights.settings import VIEW, with_fields, with_positions, with_view
 from declip_jax.weights.tensor_files import listed, read_tensors
+from declip_jax.weights.tokenizer_files import resolve_tokenizer
 
 Tree = Any
 # Tensors without a place in our model, such as counters: kept in `Weights.rest`.
@@ -347,6 +348,7 @@ def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
   try:
     config_lib.add_missing_of_towers(about["model"])
     model, heads = about["model"], about["heads"]
+    model["text"]["tokenizer"] = resolve_tokenizer(model["text"]["tokenizer"], path)
     _, variables = abstract_variables(model, heads, about["image_size"])
     variables["collections"] = _without_momentum(variables["collections"])
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -229,6 +229,9 @@ def test_the_image_towers_of_open_clips_exports(architecture, size, changed):
   assert (fields["timm_pool"], fields["timm_proj"], fields["image_size"]) == ("map", "none", size)
   assert len(notes) == (changed is not None)
   assert all(changed in note for note in notes)
+  model["image"]["mlp_ratio"] = 2.0
+  with pytest.raises(ValueError, match="only in image towers of timm"):
+    write_lib._open_clip_siglip(weights, notes)
 
 
 def test_weights_start_another_method_at_another_resolution_and_vocabulary():
