@@ -208,9 +208,9 @@ class Clip:
   def text_features(self, tokens: Int[np.ndarray, "n t"], batch_size: int = 256) -> Float[np.ndarray, "n d"]:
     """Joint embeddings, float32 and not of unit norm, of token ids.
 
-    `t` may be smaller than the context length if the text tower ignores padding, see `TextTransformer`. The feature of a
-    text is the state at the position of its pooling: its end-of-text id, or its first token if it has none; or its last
-    position.
+    `t` may be smaller than the context length if the text tower ignores padding, see `TextTransformer`. The feature of
+    a text is the state at the position of its pooling: its end-of-text id, or its first token if it has none; or its
+    last position.
 
     Raises:
       ValueError: `tokens` are not rows of ids of the vocabulary, too long, or too short for a tower that sees padding.

@@ -277,9 +277,7 @@ def _open_clip_view(preprocess: Fields, file: Path) -> dict[str, Any]:
   settings: dict[str, Any] = {"squash": mode == "squash"}
   for name, default in (("mean", OPENAI_MEAN), ("std", OPENAI_STD)):
     settings[name] = _three(preprocess[name], f"{where}{name}") if name in preprocess else default
-  if "interpolation" in preprocess:
-    settings["interpolation"] = get(preprocess, "interpolation", "bicubic", where)
-  return settings
+  return settings | {"interpolation": get(preprocess, "interpolation", "bicubic", where)}
 
 
 def _largest_id(vocab_size: int) -> int:
@@ -382,8 +380,9 @@ def _processor(folder: Path, image_size: int, defaults: Fields = MappingProxyTyp
   settings: dict[str, Any] = {"interpolation": _RESAMPLE[resample], **_resizing(fields, image_size, where)}
   if not get(fields, "do_normalize", True, where):
     return settings | {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-  means = {ours: fields.get(f"image_{ours}") for ours in ("mean", "std")}
-  return settings | {ours: _three(x, f"{where}image_{ours}") for ours, x in means.items() if x is not None}
+  for ours, default in (("mean", OPENAI_MEAN), ("std", OPENAI_STD)):
+    settings[ours] = _three(fields.get(f"image_{ours}", default), f"{where}image_{ours}")
+  return settings
 
 
 def _resizing(fields: Fields, image_size: int, where: str) -> dict[str, Any]:

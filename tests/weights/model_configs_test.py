@@ -162,7 +162,7 @@ def write_open_clip(folder: Path, change: dict) -> None:
     ({}, {}),
     ({"model_cfg.quick_gelu": True}, {"text.activation": "quick_gelu", "image.activation": "quick_gelu"}),
     ({"preprocess_cfg.resize_mode": "squash"}, {"squash": True}),
-    ({"preprocess_cfg": {}}, {"mean": OPENAI_MEAN, "std": OPENAI_STD, "interpolation": None}),  # as in open_clip
+    ({"preprocess_cfg": {}}, {"mean": OPENAI_MEAN, "std": OPENAI_STD}),  # as in open_clip
     ({"preprocess_cfg.resize_mode": "longest"}, "preprocess_cfg.resize_mode='longest' is not supported"),
     ({"preprocess_cfg.mean": 0.5}, "preprocess_cfg.mean=0.5: expected three numbers"),
     ({"model_cfg.text_cfg.pool_type": "eos", "model_cfg.text_cfg.eos_id": 5}, {"text.eot": 5}),

@@ -170,7 +170,9 @@ def test_an_archive_of_big_vision(tmp_path):
   saved[probe] = saved[probe].astype(ml_dtypes.bfloat16).view("V2")
   np.savez(tmp_path / "siglip.npz", **saved)
   found = read(tmp_path / "siglip.npz")
-  assert (found.remarks, found.model["image"]["heads"], found.view.size) == ((), 2, 32)
+  assert (found.model["image"]["heads"], found.view.size, found.view.interpolation) == (2, 32, "bilinear")
+  (remark,) = found.remarks
+  assert remark.startswith("big_vision resizes images without antialiasing")
   expected = weights.params["towers"]["image"]["attention_pool"]["probe"].astype(ml_dtypes.bfloat16)
   np.testing.assert_array_equal(found.params["towers"]["image"]["attention_pool"].pop("probe"), expected)
   weights.params["towers"]["image"]["attention_pool"].pop("probe")
