@@ -27,14 +27,15 @@ class Dialect(NamedTuple):
   Attributes:
     marker: name of a tensor by which the dialect is recognised; see the order of `DIALECTS`.
     pairs: OpenAI's names and the project's.
-    to_openai, from_openai: functions for changes other than renaming, applied to tensors under the project's names.
+    to_openai, from_openai: functions for changes other than renaming, applied to tensors under the project's names;
+      `from_openai` is None for a dialect that is only read.
     told: function from the tensors to the settings, see `read.read`, that their shapes tell beyond those of OpenAI's.
   """
 
   marker: str
   pairs: Pairs = ()
   to_openai: Translation = _keep
-  from_openai: Translation = _keep
+  from_openai: Translation | None = _keep
   told: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] = lambda tensors: {}
 
 
@@ -53,8 +54,14 @@ def to_openai(tensors: Mapping[str, np.ndarray], dialect: str) -> StateDict:
 
 
 def from_openai(tensors: Mapping[str, np.ndarray], dialect: str) -> StateDict:
-  """A state dict under the names and in the layout of a dialect."""
+  """A state dict under the names and in the layout of a dialect.
+
+  Raises:
+    ValueError: the dialect is only read.
+  """
   found = DIALECTS[dialect]
+  if found.from_openai is None:
+    raise ValueError(f"{dialect}: weights are only read in this dialect")
   return found.from_openai(_renamed(tensors, found.pairs))
 
 
@@ -261,9 +268,7 @@ _DECLIP_SLIP_HEAD: Pairs = (
 
 # In the order in which they are recognised: the markers of the last ones occur in others, too.
 DIALECTS = {
-  "SigLIP in big_vision": Dialect(
-    big_vision.MARKER, big_vision.PAIRS, big_vision.to_openai, big_vision.from_openai, big_vision.told
-  ),
+  "SigLIP in big_vision": Dialect(big_vision.MARKER, big_vision.PAIRS, big_vision.to_openai, None, big_vision.told),
   "SigLIP in transformers": Dialect("vision_model.head.probe", _SIGLIP, _from_siglip, _to_siglip),
   "SigLIP in open_clip": Dialect(f"{_POOL}.latent", _SIGLIP_TRUNK, _from_siglip_trunk, _to_siglip_trunk),
   "Hugging Face": Dialect(
