@@ -12,6 +12,7 @@ import re
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
+from declip_jax.architectures import SIGLIP_SIZES
 from declip_jax.config import OPENAI_MEAN, OPENAI_STD
 from declip_jax.weights import families
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
@@ -62,7 +63,11 @@ _TIMM_FIELDS = {"timm_pool": ("token", ""), "timm_proj": ("linear",)}
 _TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
 _TIMM_NAME = re.compile(r"vit_(tiny|small|base|large)_patch\d+(_\d+)?(\.\w+)?")
 _TIMM_SIGLIP = re.compile(r"vit_(base|large|so400m|giantopt)_(patch\d+_siglip_\d+)(\.\w+)?")
-SIGLIP_HEADS = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
+# The sizes of SigLIP's image towers by their names in timm.
+SIZES_IN_TIMM = {
+  name: SIGLIP_SIZES[ours][0]
+  for name, ours in (("base", "B"), ("large", "L"), ("so400m", "So400m"), ("giantopt", "g-opt"))
+}
 # The image towers of SigLIP that have the exact GELU in timm, although they were trained with that by a tanh.
 EXACT_IN_TIMM = (
   *(f"base_patch16_siglip_{size}" for size in (224, 256, 384, 512)),
@@ -237,7 +242,7 @@ def _open_clip_vision(vision: Fields, quick: bool, where: str) -> dict[str, Any]
     return {
       "image_size": get(vision, "image_size", 224, where),
       "image.activation": "gelu" if kind in EXACT_IN_TIMM else "gelu_tanh",
-      "image.heads": SIGLIP_HEADS[match[1]],
+      "image.heads": SIZES_IN_TIMM[match[1]].heads,
       "image.epsilon": 1e-6,
     }
   if name:

@@ -19,8 +19,8 @@ from declip_jax import config as config_lib
 OPENAI_EOT, OPENAI_VOCABULARIES = 49407, (49408, 49409)  # without and with a mask token
 # Number of heads of open_clip's H/14, g/14, bigG/14 and e/14 by width and depth: theirs do not have 64 channels.
 _WIDE_HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1792, 56): 16}
-# Numbers of heads of SigLIP's So400m and of SigLIP 2's g-opt, by width.
-_SIGLIP_HEADS = {1152: 16, 1536: 16}
+# Numbers of heads of SigLIP's towers, by width.
+_SIGLIP_HEADS = {tower.width: tower.heads for towers in architectures.SIGLIP_SIZES.values() for tower in towers}
 _SO400M_384 = (14, 27)  # patch and side of the grid, whose 378 pixels are those of images of 384
 _WITHOUT_ANTIALIASING = (
   "big_vision resizes images without antialiasing and we with it, so features of images that are larger than those of "

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 
+from declip_jax.architectures import TowerSize
 from declip_jax.data.images import EvalView
 from declip_jax.data.text.tokenizer import parse_name
 from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import ModelFields, StateDict, layout, to_state_dict
-from declip_jax.weights.model_configs import EXACT_IN_TIMM, SIGLIP_HEADS, TANH_IN_TIMM
+from declip_jax.weights.model_configs import EXACT_IN_TIMM, SIZES_IN_TIMM, TANH_IN_TIMM
 from declip_jax.weights.read import EXPORT_FILE, Weights
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
 from declip_jax.weights.tokenizer_files import OPEN_CLIP_STEPS, copy_tokenizer, exported_files
@@ -25,8 +25,6 @@ from declip_jax.weights.vocabulary import SPECIAL, merges, vocabulary
 _EXPORTED = ("joint", "sigmoid")  # heads that open_clip also has
 # timm's names of vision transformers with a patch bias and without a norm before the blocks, by (width, depth, heads).
 _TIMM_SIZES = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large"}
-# The same of SigLIP.
-_SIGLIP_SIZES = {(768, 12): "base", (1024, 24): "large", (1152, 27): "so400m", (1536, 40): "giantopt"}
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # what transformers calls ours, if other than we
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
@@ -187,12 +185,12 @@ def _open_clip_vision(weights: Weights, tensors: StateDict, notes: list[str]) ->
 def _open_clip_siglip(weights: Weights, notes: list[str]) -> dict[str, Any]:
   """The `vision_cfg` of an image tower with attention pooling, which is timm's."""
   image, size = weights.model["image"], weights.view.size
-  kind = _SIGLIP_SIZES.get((image["width"], image["depth"]), "")
+  size_of_tower = TowerSize(*(image[field] for field in TowerSize._fields))
+  kind = next((name for name, known in SIZES_IN_TIMM.items() if known == size_of_tower), "")
   name = f"{kind}_patch{image['patch']}_siglip_{size}"
   like_timm = (
     *(not image["pre_norm"], image["patch_bias"], image["epsilon"] == 1e-6, not weights.model["heads"]["image_linear"]),
-    math.isclose(image["mlp_ratio"], 4304 / 1152 if kind == "so400m" else 4.0),
-    *(image["activation"] in ("gelu", "gelu_tanh"), image["heads"] == SIGLIP_HEADS.get(kind)),
+    image["activation"] in ("gelu", "gelu_tanh"),
   )
   if not all(like_timm) or name not in (*EXACT_IN_TIMM, *TANH_IN_TIMM):
     sizes = ", ".join(sorted((*EXACT_IN_TIMM, *TANH_IN_TIMM)))
