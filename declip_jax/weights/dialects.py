@@ -88,7 +88,7 @@ def _changed(tensors: StateDict, changes: Mapping[str, Callable[[np.ndarray], np
   return tensors | {name: change(tensors[name]) for name, change in changes.items() if name in tensors}
 
 
-# timm's vision transformer, which SLIP uses; `image_projection` is already `[in out]`.
+# timm's vision transformer, which SLIP uses.
 def _timm_pairs(trunk: str) -> Pairs:
   block, theirs = "visual.transformer.resblocks.#.", f"{trunk}.blocks.#."
   return (
@@ -206,7 +206,7 @@ _HUGGING_FACE: Pairs = (
   ("ln_final.*", "text_model.final_layer_norm.*"),
   ("text_projection", "text_projection.weight"),
 )
-# SigLIP: the image tower ends in the joint space, and the text projection has a bias.
+
 _SHAPES_OF_ONE = ("logit_scale", "logit_bias")
 
 
@@ -223,14 +223,15 @@ def _to_siglip(tensors: StateDict) -> StateDict:
   return _to_hugging_face(deep)
 
 
+# SigLIP: the image tower ends in the joint space, and the text projection has a bias.
 _SIGLIP: Pairs = (
   ("visual.head.*", "vision_model.head.*"),
   ("text_projection.*", "text_model.head.*"),
   *(pair for pair in _HUGGING_FACE if "projection.weight" not in pair[1]),
 )
 
-# SigLIP in open_clip, whose image tower is timm's: query apart from key and value.
 _POOL = "visual.trunk.attn_pool"
+# SigLIP in open_clip, whose image tower is timm's: query apart from key and value.
 _SIGLIP_TRUNK: Pairs = (
   *_timm_pairs("visual.trunk"),
   ("visual.head.probe", f"{_POOL}.latent"),
@@ -287,6 +288,7 @@ DIALECTS = {
   "open_clip, separate text": Dialect("text.token_embedding.weight", _text_under("text")),
   "SLIP": Dialect(
     "visual.cls_token",
+    # `image_projection` is already `[in out]`.
     (*_timm_pairs("visual"), ("visual.proj", "image_projection")),
     _without_leading_ones,
     _with_leading_ones,

@@ -146,7 +146,7 @@ def copy_tokenizer(name: str, folder: Path) -> str:
 def resolve_tokenizer(name: str, folder: Path) -> str:
   """The name of a tokenizer of an export in `folder`, with the path of the file if that is in it."""
   file = folder / parse_name(name)[1]
-  return _with_file(name, str(file.absolute())) if file.is_file() else name
+  return _with_file(name, str(file.absolute())) if os.path.isfile(file) else name
 
 
 def _with_file(name: str, file: str) -> str:
