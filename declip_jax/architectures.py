@@ -13,6 +13,15 @@ from ml_collections import ConfigDict
 from declip_jax.spelling import did_you_mean
 
 
+class TowerSize(NamedTuple):
+  """Size of a transformer, in the fields of `config.model.image` and `config.model.text`."""
+
+  width: int
+  depth: int
+  heads: int
+  mlp_ratio: float = 4.0
+
+
 class Architecture(NamedTuple):
   """Two towers and their joint space.
 
@@ -117,22 +126,22 @@ _C4 = {
   "tokenizer": "sentencepiece:spiece.model?start=none&pad=</s>&clean=lower,no_punctuation,spaces",
 }
 _GEMMA = {"vocab_size": 256_000, "tokenizer": "huggingface:tokenizer.json?start=none&pad=<pad>&clean=lower"}
-_SO400M = 4304 / 1152  # its mlp_ratio
-# Width, depth, heads and ratio of the MLP of the image tower and of the text tower.
-_SIGLIP_SIZES = {
-  "B": ((768, 12, 12, 4.0), (768, 12, 12, 4.0)),
-  "L": ((1024, 24, 16, 4.0), (1024, 24, 16, 4.0)),
-  "So400m": ((1152, 27, 16, _SO400M), (1152, 27, 16, _SO400M)),
-  "g-opt": ((1536, 40, 16, 4.0), (1152, 27, 16, _SO400M)),
+_SO400M = TowerSize(1152, 27, 16, 4304 / 1152)
+# The image tower and the text tower of each size.
+SIGLIP_SIZES = {
+  "B": (TowerSize(768, 12, 12), TowerSize(768, 12, 12)),
+  "L": (TowerSize(1024, 24, 16), TowerSize(1024, 24, 16)),
+  "So400m": (_SO400M, _SO400M),
+  "g-opt": (TowerSize(1536, 40, 16), _SO400M),
 }
 
 
 def _siglip(size: str, patch: int, image_size: int, tokens: Mapping[str, Any]) -> Architecture:
-  (width, depth, heads, ratio), (text_width, text_depth, text_heads, text_ratio) = _SIGLIP_SIZES[size]
+  image, words = SIGLIP_SIZES[size]
   return Architecture(
-    vit(patch, width, depth, heads, mlp_ratio=ratio, **SIGLIP),
-    text(text_width, text_depth, heads=text_heads, mlp_ratio=text_ratio, **_SIGLIP_TEXT, **tokens),
-    width,
+    vit(patch, **image._asdict(), **SIGLIP),
+    text(**words._asdict(), **_SIGLIP_TEXT, **tokens),
+    image.width,
     image_size,
     text_bias=True,
     image_linear=False,

@@ -206,17 +206,21 @@ class Clip:
     return self._batched(self._functions.image_features, images, batch_size)
 
   def text_features(self, tokens: Int[np.ndarray, "n t"], batch_size: int = 256) -> Float[np.ndarray, "n d"]:
-    """Joint embeddings, float32 and not of unit norm, of token ids; `t` may be smaller than the context length.
+    """Joint embeddings, float32 and not of unit norm, of token ids.
 
-    The feature of a text is the state of its end-of-text id, or of its first token if it has none.
+    `t` may be smaller than the context length if the text tower ignores padding, see `TextTransformer`. The feature of
+    a text is the state at the position of its pooling: its end-of-text id, or its first token if it has none; or its
+    last position.
 
     Raises:
-      ValueError: `tokens` are not rows of ids of the vocabulary, or too long.
+      ValueError: `tokens` are not rows of ids of the vocabulary, too long, or too short for a tower that sees padding.
     """
     self._check_text()
     tokens, text = np.asarray(tokens), self.model.towers.text
-    if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= text.context_length:
-      raise ValueError(f"tokens of shape {tokens.shape}: expected [n t] with t from 1 to {text.context_length}")
+    shortest = 1 if self._functions.trims_texts else text.context_length
+    if tokens.ndim != 2 or not shortest <= tokens.shape[1] <= text.context_length:
+      lengths = f"from 1 to {text.context_length}" if shortest == 1 else f"{shortest}, as this text tower sees padding"
+      raise ValueError(f"tokens of shape {tokens.shape}: expected [n t] with t {lengths}")
     if len(tokens) and not np.issubdtype(tokens.dtype, np.integer):
       raise ValueError(f"tokens of type {tokens.dtype}: expected integers")
     if len(wrong := tokens[(tokens < 0) | (tokens >= text.vocab_size)]):

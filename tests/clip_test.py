@@ -213,6 +213,15 @@ def test_ids_that_the_model_does_not_have_are_named(filip, tokens, message):
     filip.text_features(np.array(tokens))
 
 
+@pytest.mark.parametrize("fields", [{"pooling": "last"}, {"causal": False}])
+def test_short_rows_are_rejected_by_a_tower_that_sees_padding(fields):
+  weights = make_weights("clip")
+  clip = Clip(weights._replace(model=weights.model | {"text": weights.model["text"] | fields}), make_mesh(-1, 1))
+  with pytest.raises(ValueError, match=r"tokens of shape \(2, 31\): expected \[n t\] with t 32, as .* sees padding"):
+    clip.text_features(np.zeros((2, 31), int))
+  assert len(clip.text_features(np.zeros((0, 32), int))) == 0
+
+
 @pytest.mark.parametrize("shape", [(1, 20, 20, 3), (2, 8, 16, 3)])
 def test_normalised_images_of_another_size_are_named(filip, shape):
   expected = r"images of shape \({}, {}, {}, {}\): expected \[n 16 16 3\]".format(*shape)

@@ -83,11 +83,6 @@ def to_openai(tensors: StateDict) -> StateDict:
 _PYTORCH = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
-def from_openai(tensors: StateDict) -> StateDict:
-  """Not possible: big_vision's files are only read."""
-  raise NotImplementedError(f"big_vision's layout of {len(tensors)} tensors")
-
-
 def _unstacked(tensors: StateDict) -> StateDict:
   """The tensors with one entry for each block, as without `scan`."""
   split = {}

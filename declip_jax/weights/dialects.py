@@ -27,14 +27,15 @@ class Dialect(NamedTuple):
   Attributes:
     marker: name of a tensor by which the dialect is recognised; see the order of `DIALECTS`.
     pairs: OpenAI's names and the project's.
-    to_openai, from_openai: functions for changes other than renaming, applied to tensors under the project's names.
+    to_openai, from_openai: functions for changes other than renaming, applied to tensors under the project's names;
+      `from_openai` is None for a dialect that is only read.
     told: function from the tensors to the settings, see `read.read`, that their shapes tell beyond those of OpenAI's.
   """
 
   marker: str
   pairs: Pairs = ()
   to_openai: Translation = _keep
-  from_openai: Translation = _keep
+  from_openai: Translation | None = _keep
   told: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] = lambda tensors: {}
 
 
@@ -53,8 +54,14 @@ def to_openai(tensors: Mapping[str, np.ndarray], dialect: str) -> StateDict:
 
 
 def from_openai(tensors: Mapping[str, np.ndarray], dialect: str) -> StateDict:
-  """A state dict under the names and in the layout of a dialect."""
+  """A state dict under the names and in the layout of a dialect.
+
+  Raises:
+    ValueError: the dialect is only read.
+  """
   found = DIALECTS[dialect]
+  if found.from_openai is None:
+    raise ValueError(f"{dialect}: weights are only read in this dialect")
   return found.from_openai(_renamed(tensors, found.pairs))
 
 
@@ -81,7 +88,7 @@ def _changed(tensors: StateDict, changes: Mapping[str, Callable[[np.ndarray], np
   return tensors | {name: change(tensors[name]) for name, change in changes.items() if name in tensors}
 
 
-# timm's vision transformer, which SLIP uses; `image_projection` is already `[in out]`.
+# timm's vision transformer, which SLIP uses.
 def _timm_pairs(trunk: str) -> Pairs:
   block, theirs = "visual.transformer.resblocks.#.", f"{trunk}.blocks.#."
   return (
@@ -199,7 +206,7 @@ _HUGGING_FACE: Pairs = (
   ("ln_final.*", "text_model.final_layer_norm.*"),
   ("text_projection", "text_projection.weight"),
 )
-# SigLIP: the image tower ends in the joint space, and the text projection has a bias.
+
 _SHAPES_OF_ONE = ("logit_scale", "logit_bias")
 
 
@@ -216,14 +223,15 @@ def _to_siglip(tensors: StateDict) -> StateDict:
   return _to_hugging_face(deep)
 
 
+# SigLIP: the image tower ends in the joint space, and the text projection has a bias.
 _SIGLIP: Pairs = (
   ("visual.head.*", "vision_model.head.*"),
   ("text_projection.*", "text_model.head.*"),
   *(pair for pair in _HUGGING_FACE if "projection.weight" not in pair[1]),
 )
 
-# SigLIP in open_clip, whose image tower is timm's: query apart from key and value.
 _POOL = "visual.trunk.attn_pool"
+# SigLIP in open_clip, whose image tower is timm's: query apart from key and value.
 _SIGLIP_TRUNK: Pairs = (
   *_timm_pairs("visual.trunk"),
   ("visual.head.probe", f"{_POOL}.latent"),
@@ -261,9 +269,7 @@ _DECLIP_SLIP_HEAD: Pairs = (
 
 # In the order in which they are recognised: the markers of the last ones occur in others, too.
 DIALECTS = {
-  "SigLIP in big_vision": Dialect(
-    big_vision.MARKER, big_vision.PAIRS, big_vision.to_openai, big_vision.from_openai, big_vision.told
-  ),
+  "SigLIP in big_vision": Dialect(big_vision.MARKER, big_vision.PAIRS, big_vision.to_openai, None, big_vision.told),
   "SigLIP in transformers": Dialect("vision_model.head.probe", _SIGLIP, _from_siglip, _to_siglip),
   "SigLIP in open_clip": Dialect(f"{_POOL}.latent", _SIGLIP_TRUNK, _from_siglip_trunk, _to_siglip_trunk),
   "Hugging Face": Dialect(
@@ -282,6 +288,7 @@ DIALECTS = {
   "open_clip, separate text": Dialect("text.token_embedding.weight", _text_under("text")),
   "SLIP": Dialect(
     "visual.cls_token",
+    # `image_projection` is already `[in out]`.
     (*_timm_pairs("visual"), ("visual.proj", "image_projection")),
     _without_leading_ones,
     _with_leading_ones,

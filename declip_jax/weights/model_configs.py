@@ -12,11 +12,18 @@ import re
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
+from declip_jax.architectures import SIGLIP_SIZES
 from declip_jax.config import OPENAI_MEAN, OPENAI_STD
 from declip_jax.weights import families
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
 from declip_jax.weights.tensor_files import INDEX
-from declip_jax.weights.tokenizer_files import OPEN_CLIP_STEPS, is_sentence_pieces, tokenizer_beside, tokenizer_fields
+from declip_jax.weights.tokenizer_files import (
+  OPEN_CLIP_STEPS,
+  is_sentence_pieces,
+  padding_token,
+  tokenizer_beside,
+  tokenizer_fields,
+)
 
 Fields = Mapping[str, Any]
 Value = TypeVar("Value")
@@ -56,7 +63,11 @@ _TIMM_FIELDS = {"timm_pool": ("token", ""), "timm_proj": ("linear",)}
 _TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
 _TIMM_NAME = re.compile(r"vit_(tiny|small|base|large)_patch\d+(_\d+)?(\.\w+)?")
 _TIMM_SIGLIP = re.compile(r"vit_(base|large|so400m|giantopt)_(patch\d+_siglip_\d+)(\.\w+)?")
-SIGLIP_HEADS = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
+# The sizes of SigLIP's image towers by their names in timm.
+SIZES_IN_TIMM = {
+  name: SIGLIP_SIZES[ours][0]
+  for name, ours in (("base", "B"), ("large", "L"), ("so400m", "So400m"), ("giantopt", "g-opt"))
+}
 # The image towers of SigLIP that have the exact GELU in timm, although they were trained with that by a tanh.
 EXACT_IN_TIMM = (
   *(f"base_patch16_siglip_{size}" for size in (224, 256, 384, 512)),
@@ -161,7 +172,8 @@ def _open_clip_text(text: Fields, quick: bool, file: Path) -> dict[str, Any]:
     case "eos":
       settings["text.eot"] = get(text, "eos_id", 2, where)
     case "last":
-      settings |= {"text.pooling": "last", "text.eot": 1}
+      of_transformers = get(text, "hf_tokenizer_name", "", where)  # T5's or Gemma's, else OpenAI's
+      settings |= {"text.pooling": "last", "text.eot": 1 if of_transformers else _largest_id(vocab_size)}
     case _:
       _reject(f"{where}pool_type", pool, "'argmax', 'eos' and 'last'")
   return settings | _open_clip_tokenizer(text, settings, file)
@@ -187,10 +199,16 @@ def _open_clip_tokenizer(text: Fields, found: Fields, file: Path) -> dict[str, A
   clean = get(options, "clean", "whitespace", f"{where}tokenizer_kwargs.")
   if unknown := set(options) - {"clean", "strip_sep_token"} or {clean} - set(OPEN_CLIP_STEPS):
     _reject(f"{where}tokenizer_kwargs", sorted(unknown), f"clean of {sorted(OPEN_CLIP_STEPS)} and strip_sep_token")
-  if get(options, "strip_sep_token", False, f"{where}tokenizer_kwargs."):  # BERT's separator becomes the padding, id 0
-    return {"text.eot": 0, **tokenizer_beside(file.parent, end="[PAD]", clean=OPEN_CLIP_STEPS[clean])}
-  start = {"start": "none"} if found["text.pooling"] == "last" else {}  # T5's and Gemma's
-  return tokenizer_beside(file.parent, **start, clean=OPEN_CLIP_STEPS[clean])
+  strips = get(options, "strip_sep_token", False, f"{where}tokenizer_kwargs.")
+  end = {"end": "[PAD]"} if strips else {}  # BERT's separator becomes the padding, id 0
+  tokenizer = tokenizer_beside(file.parent, **end, clean=OPEN_CLIP_STEPS[clean])
+  sees_padding = found["text.pooling"] == "last" or not found["text.causal"]
+  if tokenizer and sees_padding and not padding_token(file.parent):
+    raise ValueError(
+      f"{file}: the text tower sees padding, but neither tokenizer_config.json nor special_tokens_map.json beside it "
+      "has a usable pad_token: add it to one of them"
+    )
+  return {"text.eot": 0, **tokenizer} if strips else tokenizer
 
 
 def _check_open_clip(model: Fields, vision: Fields, text: Fields, file: Path) -> None:
@@ -208,18 +226,23 @@ def _check_open_clip(model: Fields, vision: Fields, text: Fields, file: Path) ->
         continue
       if family:
         raise families.unsupported(str(file), family, f"{tower}.{name:.40}={value!r:.60}")
-      _reject(f"{file}: {tower}.{name:.40}", value, list(legal))
+      supported = _words(legal) if name in of_timm else "a field without effect: false, 0 or an empty text"
+      _reject(f"{file}: {tower}.{name:.40}", value, supported)
+
+
+def _words(values: Sequence[Any]) -> str:
+  return " and ".join(repr(value) for value in values)
 
 
 def _open_clip_vision(vision: Fields, quick: bool, where: str) -> dict[str, Any]:
   name = get(vision, "timm_model_name", "", where)
   if match := _TIMM_SIGLIP.fullmatch(name):
     if (kind := f"{match[1]}_{match[2]}") not in (*EXACT_IN_TIMM, *TANH_IN_TIMM):
-      _reject(f"{where}timm_model_name", name, [f"vit_{other}" for other in (*EXACT_IN_TIMM, *TANH_IN_TIMM)])
+      _reject(f"{where}timm_model_name", name, ", ".join(f"vit_{other}" for other in (*EXACT_IN_TIMM, *TANH_IN_TIMM)))
     return {
       "image_size": get(vision, "image_size", 224, where),
       "image.activation": "gelu" if kind in EXACT_IN_TIMM else "gelu_tanh",
-      "image.heads": SIGLIP_HEADS[match[1]],
+      "image.heads": SIZES_IN_TIMM[match[1]].heads,
       "image.epsilon": 1e-6,
     }
   if name:
@@ -259,9 +282,7 @@ def _open_clip_view(preprocess: Fields, file: Path) -> dict[str, Any]:
   settings: dict[str, Any] = {"squash": mode == "squash"}
   for name, default in (("mean", OPENAI_MEAN), ("std", OPENAI_STD)):
     settings[name] = _three(preprocess[name], f"{where}{name}") if name in preprocess else default
-  if "interpolation" in preprocess:
-    settings["interpolation"] = get(preprocess, "interpolation", "bicubic", where)
-  return settings
+  return settings | {"interpolation": get(preprocess, "interpolation", "bicubic", where)}
 
 
 def _largest_id(vocab_size: int) -> int:
@@ -335,7 +356,7 @@ def _siglip_tokenizer(folder: Path) -> dict[str, Any]:
     return tokenizer_beside(folder, start="none", clean="lower")
   lower = tokenizer_fields(folder).get("do_lower_case", True)
   steps = (*(("lower",) if lower is not False else ()), "no_punctuation", "spaces")
-  padding = {} if "pad_token" in tokenizer_fields(folder) else {"pad": "</s>"}
+  padding = {} if padding_token(folder) else {"pad": "</s>"}
   return tokenizer_beside(folder, start="none", clean=steps, **padding)
 
 
@@ -364,8 +385,9 @@ def _processor(folder: Path, image_size: int, defaults: Fields = MappingProxyTyp
   settings: dict[str, Any] = {"interpolation": _RESAMPLE[resample], **_resizing(fields, image_size, where)}
   if not get(fields, "do_normalize", True, where):
     return settings | {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-  means = {ours: fields.get(f"image_{ours}") for ours in ("mean", "std")}
-  return settings | {ours: _three(x, f"{where}image_{ours}") for ours, x in means.items() if x is not None}
+  for ours, default in (("mean", OPENAI_MEAN), ("std", OPENAI_STD)):
+    settings[ours] = _three(fields.get(f"image_{ours}", default), f"{where}image_{ours}")
+  return settings
 
 
 def _resizing(fields: Fields, image_size: int, where: str) -> dict[str, Any]:

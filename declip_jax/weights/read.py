@@ -6,7 +6,7 @@ several values are likely; it can be given as settings (`weights.settings`): the
 end-of-text id.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 import json
 import os
 from pathlib import Path
@@ -41,6 +41,7 @@ from declip_jax.weights.model_configs import read_json, settings_beside
 from declip_jax.weights.recognise import Recognised, recognise
 from declip_jax.weights.settings import VIEW, with_fields, with_positions, with_view
 from declip_jax.weights.tensor_files import listed, read_tensors
+from declip_jax.weights.tokenizer_files import resolve_tokenizer
 
 Tree = Any
 # Tensors without a place in our model, such as counters: kept in `Weights.rest`.
@@ -224,7 +225,7 @@ def from_state_dict(
     view=EvalView(found.image_size, resize, found.interpolation, model["mean"], model["std"], found.squash),
     rest=rest,
     tokens="filip" in found.heads and "simsiam" not in found.heads,  # FILIP; DeFILIP has both and compares embeddings
-    remarks=(*_assumptions(model, [field for field in found.assumed if field not in given]), *remarks),
+    remarks=(*_assumptions(found, model, {*given, *of_view}), *found.remarks, *remarks),
   )
   return _with_settings(weights, of_view, name)
 
@@ -240,14 +241,19 @@ def _how_to_set(field: str, value: str) -> str:
   return f"pass --settings={field}={value}, load(path, settings) or config.init_from.settings"
 
 
-def _assumptions(model: ModelFields, fields: Sequence[str]) -> list[str]:
-  """A remark on fields that the file does not determine, if there are any."""
-  values = flatten_dict(dict(model), sep=".")
+def _assumptions(found: Recognised, model: ModelFields, given: Collection[str]) -> list[str]:
+  """A remark on fields that neither the file nor the settings determine, if there are any."""
+  values = flatten_dict(dict(model), sep=".") | {"squash": found.squash, "interpolation": found.interpolation}
+  fields = [field for field in found.assumed if field not in given]
   if not (assumed := [f"{field}={values[field]!r}" for field in fields]):
     return []
-  project = "SigLIP" if model["image"].get("pooling") == "map" else "OpenAI"
+  pooled = values.get("image.pooling", "map")  # that of a ResNet, too, is known by its tensors
+  masks = {"text.causal", "text.pooling"} if "joint" in found.heads else set()
+  masks |= {"image.pooling"} if pooled != "map" else set()
+  project = "SigLIP" if values.get("image.pooling") == "map" else "OpenAI"
+  others = "" if masks <= {*given} else f", as are {project}'s masks and pooling"
   return [
-    f"the file does not specify {', '.join(assumed)}: these are guesses, as are {project}'s masks and pooling. "
+    f"the file does not specify {', '.join(assumed)}: these are guesses{others}. "
     f"If one differs, all features are wrong: {_how_to_set(fields[0], str(values[fields[0]]))}"
   ]
 
@@ -347,6 +353,7 @@ def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
   try:
     config_lib.add_missing_of_towers(about["model"])
     model, heads = about["model"], about["heads"]
+    model["text"]["tokenizer"] = resolve_tokenizer(model["text"]["tokenizer"], path)
     _, variables = abstract_variables(model, heads, about["image_size"])
     variables["collections"] = _without_momentum(variables["collections"])
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

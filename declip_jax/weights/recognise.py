@@ -19,9 +19,13 @@ from declip_jax import config as config_lib
 OPENAI_EOT, OPENAI_VOCABULARIES = 49407, (49408, 49409)  # without and with a mask token
 # Number of heads of open_clip's H/14, g/14, bigG/14 and e/14 by width and depth: theirs do not have 64 channels.
 _WIDE_HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1792, 56): 16}
-# Numbers of heads of SigLIP's So400m and of SigLIP 2's g-opt, by width.
-_SIGLIP_HEADS = {1152: 16, 1536: 16}
+# Numbers of heads of SigLIP's towers, by width.
+_SIGLIP_HEADS = {tower.width: tower.heads for towers in architectures.SIGLIP_SIZES.values() for tower in towers}
 _SO400M_384 = (14, 27)  # patch and side of the grid, whose 378 pixels are those of images of 384
+_WITHOUT_ANTIALIASING = (
+  "big_vision resizes images without antialiasing and we with it, so features of images that are larger than those of "
+  "the model differ"
+)
 # The name that open_clip gives to a run without `--name`: it has that of the model.
 _RUN_NAME = re.compile(r"\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d-model_.+-lr_.*")
 
@@ -36,8 +40,10 @@ class Recognised:
     image_size: height and width of images, in pixels.
     interpolation: method of resizing images for evaluation.
     squash: whether images are resized to a square, see `EvalView`.
-    assumed: paths of the fields of `model` that neither tensors nor the kind of file determine, such as "image.heads".
+    assumed: paths of the fields of `model`, and of these, that neither tensors nor the kind of file determine, such as
+      "image.heads" and "squash".
     undecided: paths of those among them that differ between common models with these tensors, and their legal values.
+    remarks: differences from the project's own evaluation.
   """
 
   model: dict[str, Any]
@@ -47,6 +53,7 @@ class Recognised:
   squash: bool
   assumed: tuple[str, ...]
   undecided: dict[str, str]
+  remarks: tuple[str, ...] = ()
 
 
 def recognise(
@@ -113,9 +120,9 @@ def _siglip(model: dict[str, Any], tensors: Mapping[str, np.ndarray], dialect: s
     model[tower]["heads"] = _SIGLIP_HEADS.get(model[tower]["width"], model[tower]["heads"])
   fields, heads = _heads(tensors)
   model["heads"] |= fields
-  told = dialect == "SigLIP in big_vision"
-  assumed = () if told else (*_assumed(model, heads), "text.epsilon", "mean", "std")
-  return Recognised(model, heads, image_size, "bicubic", True, assumed, {})
+  if dialect == "SigLIP in big_vision":
+    return Recognised(model, heads, image_size, "bilinear", True, (), {}, (_WITHOUT_ANTIALIASING,))
+  return Recognised(model, heads, image_size, "bicubic", True, (*_assumed(model, heads), "text.epsilon"), {})
 
 
 def _is_openais(tensors: Mapping[str, np.ndarray], kind: str) -> bool:
@@ -153,7 +160,7 @@ def _assumed(model: Mapping[str, Any], heads: Iterable[str]) -> tuple[str, ...]:
   if "joint" in heads:
     fields += ["text.activation", "text.heads"]
     fields += ["text.eot"] if model["text"]["vocab_size"] not in OPENAI_VOCABULARIES else []
-  return tuple(fields)
+  return (*fields, "mean", "std", "squash", "interpolation")
 
 
 def _undecided(model: Mapping[str, Any], heads: Iterable[str], activation: str | None, dialect: str) -> dict[str, str]:

@@ -248,25 +248,27 @@ def _read_zip(file: BinaryIO) -> TensorFile:
     raise ValueError(f"a zip with {len(roots)} entries FOLDER/data.pkl, expected 1; its entries are {listed(entries)}")
   (root,) = roots
 
-  def read_entry(name: str) -> bytes:
-    if name not in entries or entries[name].header_offset < 0:
-      raise ValueError(f"damaged: the zip has no {shown(name)}")
-    if entries[name].compress_type != zipfile.ZIP_STORED:  # not what PyTorch writes, and unpacked it may be huge
-      raise ValueError(f"{shown(name)} is compressed in the zip, expected an uncompressed entry")
-    return archive.read(name)
-
   @cache
   def read_storage(storage: _Storage) -> bytes:
     name, expected = f"{root}data/{storage.key}", storage.size * storage.dtype.itemsize
     if name in entries and entries[name].file_size != expected:
       raise ValueError(f"{shown(name)} has {entries[name].file_size} bytes, expected {expected}")
-    return read_entry(name)
+    return _stored(archive, entries, name)
 
-  if root + "byteorder" in entries and (order := read_entry(root + "byteorder")) != b"little":
+  if root + "byteorder" in entries and (order := _stored(archive, entries, root + "byteorder")) != b"little":
     raise ValueError(f"byte order {order[:20]!r} is not supported, only b'little'")
   is_script = root + "constants.pkl" in entries and any(name.startswith(root + "code/") for name in entries)
-  content = _TorchUnpickler(io.BytesIO(read_entry(root + "data.pkl"))).load()
+  content = _TorchUnpickler(io.BytesIO(_stored(archive, entries, root + "data.pkl"))).load()
   return _collect(content, is_script, read_storage, os.fstat(file.fileno()).st_size)
+
+
+def _stored(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], name: str) -> bytes:
+  """The contents of an uncompressed entry of a zip."""
+  if name not in entries or entries[name].header_offset < 0:
+    raise ValueError(f"damaged: the zip has no {shown(name)}")
+  if entries[name].compress_type != zipfile.ZIP_STORED:  # PyTorch and NumPy write none by default; it may be huge
+    raise ValueError(f"{shown(name)} is compressed in the zip, expected an uncompressed entry")
+  return archive.read(name)
 
 
 def _read_arrays(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]) -> TensorFile:
@@ -274,9 +276,12 @@ def _read_arrays(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]) 
   names = [name for name in entries if name.startswith("params/")] or list(entries)
   tensors = {}
   for name in names:
-    if entries[name].compress_type != zipfile.ZIP_STORED:
-      raise ValueError(f"{shown(name)} is compressed in the zip, expected an uncompressed entry")
-    array = np.load(io.BytesIO(archive.read(name)), allow_pickle=False)
+    contents = io.BytesIO(_stored(archive, entries, name))
+    try:
+      array = np.lib.format.read_array(contents, allow_pickle=False)
+    except Exception as error:  # the header is parsed as Python, which may raise anything
+      cause = f"{type(error).__name__}: {' '.join(str(error).split()):.100}"
+      raise ValueError(f"damaged: {shown(name)} is not an array ({cause})") from error
     is_half = array.dtype.kind == "V" and array.dtype.itemsize == 2
     tensors[name.removeprefix("params/").removesuffix(".npy")] = array.view(ml_dtypes.bfloat16) if is_half else array
   return TensorFile(tensors, "npz", {})

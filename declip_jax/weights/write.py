@@ -4,29 +4,27 @@ from collections.abc import Callable, Mapping
 import json
 import os
 from pathlib import Path
-import shutil
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 
+from declip_jax.architectures import TowerSize
 from declip_jax.data.images import EvalView
-from declip_jax.data.text.tokenizer import make_tokenizer, parse_name
+from declip_jax.data.text.tokenizer import parse_name
 from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import ModelFields, StateDict, layout, to_state_dict
-from declip_jax.weights.model_configs import EXACT_IN_TIMM, SIGLIP_HEADS, TANH_IN_TIMM
+from declip_jax.weights.model_configs import EXACT_IN_TIMM, SIZES_IN_TIMM, TANH_IN_TIMM
 from declip_jax.weights.read import EXPORT_FILE, Weights
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
-from declip_jax.weights.tokenizer_files import OPEN_CLIP_STEPS
+from declip_jax.weights.tokenizer_files import OPEN_CLIP_STEPS, copy_tokenizer, exported_files
 from declip_jax.weights.vocabulary import SPECIAL, merges, vocabulary
 
 _EXPORTED = ("joint", "sigmoid")  # heads that open_clip also has
 # timm's names of vision transformers with a patch bias and without a norm before the blocks, by (width, depth, heads).
 _TIMM_SIZES = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large"}
-# The same of SigLIP.
-_SIGLIP_SIZES = {(768, 12): "base", (1024, 24): "large", (1152, 27): "so400m", (1536, 40): "giantopt"}
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # what transformers calls ours, if other than we
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
@@ -102,9 +100,10 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
     config["text_cfg"]["pool_type"] = "last"
   elif not _pools_at_largest_id(text):
     config["text_cfg"] |= {"pool_type": "eos", "eos_id": text["eot"]}
-  tokenizer = _open_clip_tokenizer(text)
-  config["text_cfg"] |= {"hf_tokenizer_name": "tokenizer.json", **tokenizer} if tokenizer else {}
-  if not tokenizer and (text["tokenizer"] != "openai" or text["eot"] != OPENAI_EOT):
+  tokenizer, clean = _open_clip_tokenizer(text)
+  if tokenizer:
+    config["text_cfg"] |= {"hf_tokenizer_name": "tokenizer.json", "tokenizer_kwargs": {"clean": clean}}
+  elif text["tokenizer"] != "openai" or text["eot"] != OPENAI_EOT:
     notes.append(_without_tokenizer(text, "open_clip would take OpenAI's"))
   if weights.view.resize:
     notes.append(
@@ -113,8 +112,7 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
     )
   _save(folder, "open_clip_model.safetensors", dialects.from_openai(tensors, dialect))
   _write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
-  if tokenizer:
-    _copy_tokenizer(text, folder)
+  _write_files(folder, tokenizer)
   return notes
 
 
@@ -124,28 +122,12 @@ def _open_clip_options(tower: ModelFields) -> dict[str, Any]:
   return options | ({"norm_kwargs": {"eps": tower["epsilon"]}} if tower["epsilon"] != 1e-5 else {})
 
 
-def _open_clip_tokenizer(text: ModelFields) -> dict[str, Any]:
-  """The `tokenizer_kwargs` of a `tokenizer.json` that open_clip's HFTokenizer can use; empty if it cannot."""
-  kind, file, options = parse_name(text["tokenizer"])
-  clean = next((name for name, steps in OPEN_CLIP_STEPS.items() if options.get("clean") == steps), None)
-  exists = kind == "huggingface" and os.path.isfile(os.path.expanduser(file))
-  whole = exists and "end" not in options and (text["pooling"] == "last") == ("start" in options)
-  return {"tokenizer_kwargs": {"clean": clean}} if whole and clean else {}
-
-
-def _copy_tokenizer(text: ModelFields, folder: Path, **fields: Any) -> None:
-  """Copies the file of a tokenizer, and describes its special tokens to transformers."""
-  kind, file, _ = parse_name(text["tokenizer"])
-  tokenizer = make_tokenizer(text["tokenizer"], text["context_length"])
-  tokens = {name: tokenizer.encoder.token(index) for name, index in (("eos", tokenizer.eot), ("pad", tokenizer.pad))}
-  shutil.copyfile(os.path.expanduser(file), folder / ("tokenizer.json" if kind == "huggingface" else "spiece.model"))
-  about = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "model_max_length": text["context_length"],
-    "padding_side": "right",
-    **{f"{name}_token": token for name, token in tokens.items()},
-  }
-  _write_json(folder / "tokenizer_config.json", about | fields)
+def _open_clip_tokenizer(text: ModelFields) -> tuple[dict[str, bytes], str]:
+  """The files of a tokenizer that open_clip's HFTokenizer can use, none if it cannot, and how it cleans texts."""
+  kind, _, options = parse_name(text["tokenizer"])
+  clean = next((name for name, steps in OPEN_CLIP_STEPS.items() if options.get("clean") == steps), "")
+  usable = kind == "huggingface" and clean
+  return exported_files(text["tokenizer"], text["context_length"]) if usable else {}, clean
 
 
 def _pools_at_largest_id(text: ModelFields) -> bool:
@@ -203,11 +185,12 @@ def _open_clip_vision(weights: Weights, tensors: StateDict, notes: list[str]) ->
 def _open_clip_siglip(weights: Weights, notes: list[str]) -> dict[str, Any]:
   """The `vision_cfg` of an image tower with attention pooling, which is timm's."""
   image, size = weights.model["image"], weights.view.size
-  kind = _SIGLIP_SIZES.get((image["width"], image["depth"]), "")
+  size_of_tower = TowerSize(*(image[field] for field in TowerSize._fields))
+  kind = next((name for name, known in SIZES_IN_TIMM.items() if known == size_of_tower), "")
   name = f"{kind}_patch{image['patch']}_siglip_{size}"
   like_timm = (
     *(not image["pre_norm"], image["patch_bias"], image["epsilon"] == 1e-6, not weights.model["heads"]["image_linear"]),
-    *(image["activation"] in ("gelu", "gelu_tanh"), image["heads"] == SIGLIP_HEADS.get(kind)),
+    image["activation"] in ("gelu", "gelu_tanh"),
   )
   if not all(like_timm) or name not in (*EXACT_IN_TIMM, *TANH_IN_TIMM):
     sizes = ", ".join(sorted((*EXACT_IN_TIMM, *TANH_IN_TIMM)))
@@ -305,7 +288,8 @@ def _siglip(weights: Weights, folder: Path) -> list[str]:
       "text_projection.weight": np.ascontiguousarray(tensors.pop("text_projection").T),
       "text_projection.bias": np.zeros(heads["embed_dim"], np.float32),
     }
-  if tensors.setdefault("logit_bias", np.zeros((), np.float32)) is not None and "sigmoid" not in weights.heads:
+  tensors.setdefault("logit_bias", np.zeros((), np.float32))
+  if "sigmoid" not in weights.heads:
     notes.append("added: a logit_bias of 0, which SiglipModel needs and the contrastive loss does not have")
   config = {
     "architectures": ["SiglipModel"],
@@ -328,16 +312,16 @@ def _siglip(weights: Weights, folder: Path) -> list[str]:
       "num_channels": 3,
     },
   }
+  kind, _, options = parse_name(text["tokenizer"])
+  known, tokenizer = _SIGLIP_TOKENIZERS.get((kind, options.get("clean"))), {}
+  if known and options.get("start") == ("none",):
+    tokenizer = exported_files(text["tokenizer"], text["context_length"], **known)
+  if not tokenizer:
+    notes.append(_without_tokenizer(text, "SiglipProcessor has none"))
   _save(folder, "model.safetensors", dialects.from_openai(tensors, "SigLIP in transformers"))
   _write_json(folder / "config.json", config)
   _write_preprocessor(weights.view, folder, "Siglip")
-  kind, file, options = parse_name(text["tokenizer"])
-  exists = os.path.isfile(os.path.expanduser(file))
-  known = exists and _SIGLIP_TOKENIZERS.get((kind, options.get("clean")))
-  if known and options.get("start") == ("none",) and "end" not in options:
-    _copy_tokenizer(text, folder, **known)
-  else:
-    notes.append(_without_tokenizer(text, "SiglipProcessor has none"))
+  _write_files(folder, tokenizer)
   return notes
 
 
@@ -401,9 +385,11 @@ def _orbax(weights: Weights, folder: Path) -> list[str]:
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     tree = {"params": weights.params, "collections": collections}
     checkpointer.save(plain_path(folder) / "arrays", args=ocp.args.PyTreeSave(tree))
+  text = dict(weights.model["text"])
+  text["tokenizer"] = copy_tokenizer(text["tokenizer"], folder)
   about = {
     "origin": weights.origin,
-    "model": weights.model,
+    "model": {**weights.model, "text": text},
     "heads": heads,
     "image_size": weights.view.size,
     "interpolation": weights.view.interpolation,
@@ -475,6 +461,11 @@ def _save(folder: Path, name: str, tensors: Mapping[str, np.ndarray]) -> None:
   mode = (folder / name).stat().st_mode
   safetensors.numpy.save_file(whole, folder / name, metadata={"format": "pt"})
   (folder / name).chmod(mode)  # the library makes a file that only its owner can read
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+  for name, content in files.items():
+    (folder / name).write_bytes(content)
 
 
 def _write_json(file: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:

@@ -53,10 +53,16 @@ def write_shards(tensors: dict[str, np.ndarray], folder: Path) -> Path:
   return index
 
 
+def write_arrays(tensors: dict[str, np.ndarray], path: Path) -> None:
+  with path.open("wb") as file:
+    np.savez(file, **tensors)
+
+
 WRITERS: dict[str, Callable[[dict[str, np.ndarray], Path], None]] = {
   "safetensors": safetensors.numpy.save_file,
   "torch": write_torch,
   "torch before 1.6": write_old_torch,
+  "npz": write_arrays,
 }
 
 
@@ -151,7 +157,7 @@ def test_mutated_tensors_are_right_or_an_error(kind: str, seed: int, tmp_path: P
       check_message(error, path)
       return
     read_anyway += changed != contents
-    if kind == "torch":  # which has checksums
+    if kind in ("torch", "npz"):  # which have checksums
       assert all(np.array_equal(x, tensors[name]) for name, x in tensors_of(found).items())
     elif changed.startswith(header) and len(changed) == len(contents):
       assert all(x.tobytes() == changed[places[name] :][: x.nbytes] for name, x in tensors_of(found).items())

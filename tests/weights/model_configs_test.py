@@ -162,7 +162,7 @@ def write_open_clip(folder: Path, change: dict) -> None:
     ({}, {}),
     ({"model_cfg.quick_gelu": True}, {"text.activation": "quick_gelu", "image.activation": "quick_gelu"}),
     ({"preprocess_cfg.resize_mode": "squash"}, {"squash": True}),
-    ({"preprocess_cfg": {}}, {"mean": OPENAI_MEAN, "std": OPENAI_STD, "interpolation": None}),  # as in open_clip
+    ({"preprocess_cfg": {}}, {"mean": OPENAI_MEAN, "std": OPENAI_STD}),  # as in open_clip
     ({"preprocess_cfg.resize_mode": "longest"}, "preprocess_cfg.resize_mode='longest' is not supported"),
     ({"preprocess_cfg.mean": 0.5}, "preprocess_cfg.mean=0.5: expected three numbers"),
     ({"model_cfg.text_cfg.pool_type": "eos", "model_cfg.text_cfg.eos_id": 5}, {"text.eot": 5}),
@@ -170,6 +170,7 @@ def write_open_clip(folder: Path, change: dict) -> None:
     ({"model_cfg.text_cfg.norm_kwargs": {"eps": 1e-6}}, {"text.epsilon": 1e-6}),
     ({"model_cfg.text_cfg.act_kwargs": {"approximate": "tanh"}}, {"text.activation": "gelu_tanh"}),
     ({"model_cfg.vision_cfg.act_kwargs": {"approximate": "tan"}}, "vision_cfg.act_kwargs=.*'tan'.* is not supported"),
+    ({"model_cfg.text_cfg.pool_type": "last"}, {"text.pooling": "last", "text.eot": 127}),
     ({"model_cfg.text_cfg.pool_type": "first"}, "text_cfg.pool_type='first' is not supported"),
     ({"model_cfg.vision_cfg.pool_type": "avg"}, "vision_cfg.pool_type='avg' is not supported, .* final_ln_after_pool"),
     (
@@ -189,7 +190,14 @@ def write_open_clip(folder: Path, change: dict) -> None:
       "head_width=32 is not .* 64",
     ),
     (TIMM, {"image.heads": 6, "image.epsilon": 1e-6, "image.pre_norm": None, "image.pooling": None}),
-    ({**TIMM, "model_cfg.vision_cfg.timm_pool": "map"}, "vision_cfg.timm_pool='map' is not supported"),
+    (
+      {**TIMM, "model_cfg.vision_cfg.timm_pool": "map"},
+      "vision_cfg.timm_pool='map' is not supported, only 'token' and ''",
+    ),
+    (
+      {"model_cfg.vision_cfg.input_patchnorm": 3},
+      "input_patchnorm=3 is not .* without effect: false, 0 or an empty text",
+    ),
     ({"model_cfg.vision_cfg.no_ln_pre": True}, {"image.pre_norm": False}),
     ({"model_cfg.vision_cfg.patch_dropout": 0.5}, {}),  # without effect after training
     (
@@ -247,10 +255,15 @@ SIGLIP_VISION |= {"timm_pool": "map", "timm_proj": "none"}
 CLIPA_TEXT = {"vocab_size": 32000, "hf_tokenizer_name": "bert", "tokenizer_kwargs": {"strip_sep_token": True}}
 CLIPA_TEXT |= {"no_causal_mask": True, "pool_type": "last"}
 METACLIP_TEXT = {"vocab_size": 901629, "hf_tokenizer_name": "xlm", "pool_type": "eos", "eos_id": 2}
+MT5_TEXT = {"vocab_size": 250112, "hf_tokenizer_name": "mt5", "pool_type": "eos", "eos_id": 1}
+# What their tokenizers add to a text, as `tokenizer.json` says it.
+T5_ENDS = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}]}
+XLM_ENDS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, *T5_ENDS["single"]]}
+BERT_ENDS = {"type": "BertProcessing", "sep": ["[SEP]", 102], "cls": ["[CLS]", 101]}
 
 
 @pytest.mark.parametrize(
-  ("text", "vision", "expected", "options"),
+  ("text", "vision", "expected", "ends", "options"),
   [
     (
       SIGLIP_TEXT | {"heads": 16, "act_kwargs": {"approximate": "tanh"}},
@@ -258,25 +271,35 @@ METACLIP_TEXT = {"vocab_size": 901629, "hf_tokenizer_name": "xlm", "pool_type": 
       {"image_size": 384, "image.activation": "gelu_tanh", "image.heads": 16, "image.epsilon": 1e-6}
       | {"text.activation": "gelu_tanh", "text.heads": 16, "text.epsilon": 1e-6, "text.eot": 1}
       | {"text.causal": False, "text.pooling": "last"},
+      T5_ENDS,
       "?pad=</s>&start=none&clean=repair,underscores,lower,no_punctuation,spaces",
     ),
     (
       SIGLIP_TEXT | {"heads": 12},
       SIGLIP_VISION | {"timm_model_name": "vit_base_patch16_siglip_384"},  # which timm computes with another GELU
       {"image.activation": "gelu", "image.heads": 12, "text.activation": "gelu"},
+      T5_ENDS,
       "?pad=</s>&start=none&clean=repair,underscores,lower,no_punctuation,spaces",
     ),
     (
       CLIPA_TEXT,
       {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
       {"image.pooling": "average", "image.pre_norm": False, "text.eot": 0, "text.pooling": "last"},
-      "?pad=</s>&end=[PAD]&clean=repair,spaces",
+      BERT_ENDS,
+      "?pad=</s>&start=[CLS]&end=[PAD]&clean=repair,spaces",
     ),
-    (METACLIP_TEXT, {}, {"text.eot": 2, "text.pooling": "eot", "text.causal": True}, "?pad=</s>&clean=repair,spaces"),
+    (
+      METACLIP_TEXT,
+      {},
+      {"text.eot": 2, "text.pooling": "eot", "text.causal": True},
+      {"type": "Sequence", "processors": [{"type": "ByteLevel"}, XLM_ENDS]},
+      "?pad=</s>&start=<s>&clean=repair,spaces",
+    ),
+    (MT5_TEXT, {}, {"text.eot": 1, "text.pooling": "eot"}, T5_ENDS, "?pad=</s>&start=none&clean=repair,spaces"),
   ],
 )
 def test_configs_of_other_families_of_open_clip(
-  text: dict, vision: dict, expected: dict, options: str, tmp_path: Path
+  text: dict, vision: dict, expected: dict, ends: dict, options: str, tmp_path: Path
 ) -> None:
   about = {"model_cfg": {"text_cfg": text, "vision_cfg": vision}, "preprocess_cfg": {"resize_mode": "squash"}}
   (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
@@ -284,18 +307,28 @@ def test_configs_of_other_families_of_open_clip(
   assert {name: found[name] for name in expected} == expected
   assert found["squash"]
   assert "text.tokenizer" not in found
-  (tmp_path / "tokenizer.json").touch()
-  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "</s>"}}))
+  (tmp_path / "sentencepiece.bpe.model").touch()  # XLM's, whose ids transformers shifts
+  assert "text.tokenizer" not in settings_beside(tmp_path / "open_clip_model.safetensors")
+  (tmp_path / "tokenizer.json").write_text(json.dumps({"post_processor": ends}))
+  if "no_causal_mask" in text:
+    with pytest.raises(ValueError, match="open_clip_config.json: the text tower sees padding, .* a usable pad_token"):
+      settings_beside(tmp_path / "open_clip_model.safetensors")
+  (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "</s>"}}))
   found = settings_beside(tmp_path / "open_clip_model.safetensors")
   assert found["text.tokenizer"] == f"huggingface:{tmp_path / 'tokenizer.json'}{options}"
 
 
 def test_metaclip_2_of_transformers(tmp_path: Path) -> None:
   about = CLIP | {"model_type": "metaclip_2", "text_config": {"eos_token_id": 2, "vocab_size": 128}}
-  (tmp_path / "tokenizer.json").touch()
-  found = settings(tmp_path, config=about, tokenizer_config={"pad_token": "<pad>"})
+  found = settings(
+    tmp_path, config=about, tokenizer={"post_processor": XLM_ENDS}, tokenizer_config={"pad_token": "<pad>"}
+  )
   assert found["text.eot"] == 2
-  assert found["text.tokenizer"] == f"huggingface:{tmp_path / 'tokenizer.json'}?pad=<pad>"
+  assert found["text.tokenizer"] == f"huggingface:{tmp_path / 'tokenizer.json'}?pad=<pad>&start=<s>"
+  for change in ({"tokenizer": {"post_processor": T5_ENDS}}, {"tokenizer_config": {"add_bos_token": False}}):
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert settings(tmp_path, **change)["text.tokenizer"].endswith("tokenizer.json?start=none")
+    settings(tmp_path, tokenizer={"post_processor": XLM_ENDS}, tokenizer_config={})
 
 
 def test_the_tokenizers_of_siglip_in_transformers(tmp_path: Path) -> None:

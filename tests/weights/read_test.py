@@ -141,12 +141,17 @@ def test_prefixes_of_wrappers_are_dropped(openai: dict[str, np.ndarray], tmp_pat
   )
   assert found.model["image"]["activation"] == "gelu"
   (remark,) = found.remarks
-  for guess in ("image.activation='gelu'", "image.heads=1", "image.epsilon=1e-05", "text.heads=2"):
+  guesses = ("image.activation='gelu'", "image.heads=1", "image.epsilon=1e-05", "text.heads=2", "squash=False")
+  for guess in guesses:
     assert guess in remark
   assert "--settings=image.activation=gelu" in remark
   assert "text." not in remark.replace("text.heads", "")  # which were given
+  assert "as are OpenAI's masks and pooling" in remark
   given |= {"image.activation": "gelu", "image.heads": 2, "image.epsilon": 1e-5, "text.heads": 4}
-  assert read(file, given).remarks == ()
+  given |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "squash": True}
+  (remark,) = read(file, given | {"text.pooling": "eot", "text.causal": True, "image.pooling": "token"}).remarks
+  assert "does not specify interpolation='bicubic': these are guesses. If" in remark
+  assert read(file, given | {"interpolation": "bicubic"}).remarks == ()
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "ema", "my_model"])

@@ -170,7 +170,9 @@ def test_an_archive_of_big_vision(tmp_path):
   saved[probe] = saved[probe].astype(ml_dtypes.bfloat16).view("V2")
   np.savez(tmp_path / "siglip.npz", **saved)
   found = read(tmp_path / "siglip.npz")
-  assert (found.remarks, found.model["image"]["heads"], found.view.size) == ((), 2, 32)
+  assert (found.model["image"]["heads"], found.view.size, found.view.interpolation) == (2, 32, "bilinear")
+  (remark,) = found.remarks
+  assert remark.startswith("big_vision resizes images without antialiasing")
   expected = weights.params["towers"]["image"]["attention_pool"]["probe"].astype(ml_dtypes.bfloat16)
   np.testing.assert_array_equal(found.params["towers"]["image"]["attention_pool"].pop("probe"), expected)
   weights.params["towers"]["image"]["attention_pool"].pop("probe")
@@ -229,6 +231,9 @@ def test_the_image_towers_of_open_clips_exports(architecture, size, changed):
   assert (fields["timm_pool"], fields["timm_proj"], fields["image_size"]) == ("map", "none", size)
   assert len(notes) == (changed is not None)
   assert all(changed in note for note in notes)
+  model["image"]["mlp_ratio"] = 2.0
+  with pytest.raises(ValueError, match="only in image towers of timm"):
+    write_lib._open_clip_siglip(weights, notes)
 
 
 def test_weights_start_another_method_at_another_resolution_and_vocabulary():

@@ -47,6 +47,15 @@ def assert_same(tensors: dict[str, np.ndarray], group: str) -> None:
     np.testing.assert_array_equal(tensors[name].astype(value.dtype), value, err_msg=name)
 
 
+@pytest.mark.parametrize("header", ["{'descr': '<f4', (", "{'descr': '<f4', 'shape': (2,)}", "[" * 5000, "\0", "{}"])
+def test_damaged_headers_of_numpy_archives_are_rejected(header: str, tmp_path: Path) -> None:
+  contents = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header.encode() + bytes(8)
+  for entry in (contents, pickle.dumps(3), b"", b"PK\3\4"):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+      archive.writestr("params/t.npy", entry)
+    check_rejected(tmp_path / "x.npz", "damaged: params/t.npy is not an array")
+
+
 def check_rejected(path: Path, message: str) -> None:
   with pytest.raises(ValueError, match=message) as caught:
     read_tensors(path)

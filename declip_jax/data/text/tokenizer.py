@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import re
 from typing import Any, Protocol
@@ -170,6 +171,13 @@ def _tokenizer_json(path: str) -> Any:
   return tokenizer
 
 
+def _unknown_id(tokenizer: Any) -> int | None:
+  """The id of what the vocabulary lacks, which represents text; Unigram models tell it only in their file."""
+  if hasattr(tokenizer.model, "unk_token"):
+    return tokenizer.token_to_id(tokenizer.model.unk_token or "")
+  return json.loads(tokenizer.to_str())["model"].get("unk_id")
+
+
 @dataclasses.dataclass(frozen=True)
 class HuggingFace:
   """A `tokenizer.json` of Hugging Face's tokenizers: its own normalisation follows the `cleaning.STEPS` of `clean`."""
@@ -184,9 +192,8 @@ class HuggingFace:
   @functools.cached_property
   def special(self) -> tuple[int, ...]:
     tokenizer = _tokenizer_json(self.path)
-    added = tokenizer.get_added_tokens_decoder()
-    unknown = getattr(tokenizer.model, "unk_token", None)  # represents text
-    return tuple(sorted(index for index, token in added.items() if token.special and token.content != unknown))
+    added, unknown = tokenizer.get_added_tokens_decoder(), _unknown_id(tokenizer)
+    return tuple(sorted(index for index, token in added.items() if token.special and index != unknown))
 
   def find(self, names: Sequence[str]) -> int | None:
     """The id of the first of these tokens that exists."""

@@ -247,6 +247,18 @@ def test_tokenizer_files_encode_texts(files, name):
     assert (tokenizer([odd]) == tokenizer.eot).sum() == 1
 
 
+def test_the_unknown_token_of_a_unigram_file_represents_text(tmp_path):
+  """As in the files of T5, which name it by its id; `tokenizers` gives the ids."""
+  hf = pytest.importorskip("tokenizers")
+  pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("a", -1.0), ("b", -1.5)]
+  theirs = hf.Tokenizer(hf.models.Unigram(pieces, unk_id=2))
+  theirs.add_special_tokens(["<pad>", "</s>", "<unk>"])
+  theirs.save(str(tmp_path / "tokenizer.json"))
+  ours = tokenizers.make_tokenizer(f"huggingface:{tmp_path / 'tokenizer.json'}?start=none", 8)
+  assert ours.encode("a#b</s>") == theirs.encode("a#b").ids == [3, 2, 4]
+  assert ours.encoder.special == (0, 1)
+
+
 def test_missing_special_tokens_get_new_ids(files):
   tokenizer = tokenizers.make_tokenizer(files["pieces"], 24)
   assert tokenizer.mask == tokenizer.encoder.size  # it was trained without a mask token
