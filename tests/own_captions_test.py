@@ -17,6 +17,7 @@ from declip_jax.__main__ import COMMANDS
 from declip_jax.command_line import check_field
 from declip_jax.config import EVALUATIONS
 from declip_jax.data.sources.scenes import open_scenes
+from declip_jax.planning.architecture import FOR_CPUS
 from declip_jax.reporting.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +92,7 @@ def test_the_page_goes_from_a_table_to_an_exported_model(data: Path, capsys: pyt
       done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
       assert done.returncode == 0, (line, done.stderr)
       if words[2] == "declip_jax.data.inspect":
-        assert done.stdout.splitlines()[-1].endswith(shlex.join(TRAIN[0]))
+        assert done.stdout.splitlines()[-1].endswith(shlex.join(TRAIN[0]).replace("ViT-B/32", FOR_CPUS))
         assert Path(flag(words, "sheet")).is_file()
       printed += done.stderr
   assert printed.count("chosen for 43 samples and 1 x cpu: model.dtype=float32, ") == 3
