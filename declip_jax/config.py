@@ -280,7 +280,7 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.image, c.text = built.image, built.text
   c.heads = ConfigDict()
   c.heads.embed_dim = built.embed_dim  # dimension of the joint space
-  # Whether a linear layer maps image features to the joint space, which else is that of the features (SigLIP).
+  # Whether a linear layer maps image features to the joint space, which otherwise is that of the features (SigLIP).
   c.heads.image_linear = built.image_linear
   c.heads.image_bias = built.image_bias
   c.heads.text_bias = built.text_bias

@@ -25,7 +25,7 @@ def first_state(
   """The state before the first step, on the devices, and lines that report where its arrays are from.
 
   Args:
-    config: config of the run, with the names of its classes.
+    config: the run's config, with the names of its classes.
     built: the objects that it describes.
     abstract: shapes and shardings of the state.
     weights: see `read_weights`.

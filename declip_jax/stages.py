@@ -108,7 +108,7 @@ def naming(stage: str, config: ConfigDict) -> Iterator[None]:
 
   Args:
     stage: name of the stage.
-    config: config of the run.
+    config: the run's config.
   """
   try:
     yield

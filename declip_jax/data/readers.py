@@ -1,4 +1,4 @@
-"""Reads chunks of samples ahead, in threads of this process or of worker processes; what is known of those that die."""
+"""Reads chunks of samples ahead, in threads of this process or of worker processes, and reports workers that die."""
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence

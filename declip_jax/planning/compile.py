@@ -85,7 +85,7 @@ def compile_step(
   """Compiles the train step as the trainer does, for all devices or for the given ones.
 
   Args:
-    config: config of the run, or of one of its stages.
+    config: the config of a run, or of one of its stages.
     devices: devices to compile for.
     run: config of the run of a stage, whose train state has the shapes for all stages.
 

@@ -231,11 +231,11 @@ def _draw(axes: "Axes", panel: _Panel, last: float, stages: Mapping[str, int]) -
 
 
 def _mark_stages(axes: "Axes", ends: Mapping[str, int]) -> None:
-  """Draws the ends of stages, with their names, behind the curves."""
-  behind = {"bbox": {"color": "white", "pad": 0.5}, "zorder": 0.6, "clip_on": True, "parse_math": False}
+  """Marks the end of each stage by a line and its name, which the curves cover."""
+  covered = {"bbox": {"color": "white", "pad": 0.5}, "zorder": 0.6, "clip_on": True, "parse_math": False}
   for name, end in ends.items():
     axes.axvline(end, color=FAINT, linewidth=0.6, zorder=0.7)
-    text = {"ha": "right", "va": "top", "fontsize": 7, "color": FAINT} | behind
+    text = {"ha": "right", "va": "top", "fontsize": 7, "color": FAINT} | covered
     axes.text(end, 0.98, f"{wrap(name, _STAGE, 1)} ", transform=axes.get_xaxis_transform(), **text)
 
 

@@ -88,8 +88,8 @@ def download(address: str | os.PathLike[str]) -> Path:
   the hub cannot be reached, the files that were downloaded before are used, with a message.
 
   Raises:
-    FileNotFoundError: there is no such model or revision, it has no weights, or the hub is not to be reached by
-      `HF_HUB_OFFLINE` and the model is not in the cache.
+    FileNotFoundError: there is no such model or revision, it has no weights, or it is not in the cache while
+      `HF_HUB_OFFLINE` is set.
     PermissionError: the model is gated.
     OSError: the hub cannot be reached, and the model is not in the cache.
     ModuleNotFoundError: huggingface_hub is not installed.

@@ -88,7 +88,7 @@ def tokenizer_fields(folder: Path) -> Mapping[str, Any]:
 def exported_files(name: str, context_length: int, **fields: Any) -> dict[str, bytes]:
   """The files of a tokenizer for transformers and open_clip, by their names in an export.
 
-  Empty if there is no file, or if these would add another start or end to texts than ours does.
+  Empty if the tokenizer has no file, or if the files would add another start or end to texts than our tokenizer does.
 
   Args:
     name: name of the tokenizer, see `make_tokenizer`.
@@ -135,7 +135,7 @@ def _post_processor(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def copy_tokenizer(name: str, folder: Path) -> str:
-  """Copies the file of a tokenizer into a folder, and returns its name there; the same name if there is no file."""
+  """Copies the file of a tokenizer into a folder; returns the name of the tokenizer there, unchanged without a file."""
   kind, file, _ = parse_name(name)
   if kind not in _EXPORTED or not os.path.isfile(file := os.path.expanduser(file)):
     return name
