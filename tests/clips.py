@@ -1,10 +1,14 @@
 """Tiny models with random weights, shared by tests."""
 
+import copy
+from dataclasses import replace
 import functools
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from tiny import tiny_config
 
 from declip_jax.clip import Clip
@@ -30,3 +34,25 @@ def make_weights(seed: int, heads: tuple[str, ...] = ("joint",), **fields: Any) 
   if heads != ("joint",):  # a fine-tuned model has no text tower
     drawn["params"]["towers"].pop("text", None)
   return Weights(f"weights {seed}", model, heads, **drawn, view=EvalView(16))
+
+
+class Counting:
+  """Stands in for the weights of a command: a model that counts the batches that it encodes, and is interrupted.
+
+  Attributes:
+    batches: number of batches of images that were encoded.
+    left: number of batches after which encoding is interrupted.
+  """
+
+  def __init__(self, monkeypatch: pytest.MonkeyPatch, command: ModuleType, clip: Clip, batches: int = 10**6):
+    self.batches, self.left, clip = 0, batches, copy.copy(clip)
+    encoders = clip.encoders(8)
+
+    def encode(images: Any) -> Any:
+      if not self.left:
+        raise KeyboardInterrupt
+      self.left, self.batches = self.left - 1, self.batches + 1
+      return encoders.image(images)
+
+    monkeypatch.setattr(command, "load", lambda *arguments: clip)
+    clip.encoders = lambda *arguments, **options: replace(encoders, image=encode)

@@ -1,35 +1,16 @@
 """Tests of the embeddings for other tools: their values and metadata, interruptions, and folders of something else."""
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
-from clips import make_clip
+from clips import Counting, make_clip
 import numpy as np
 import PIL.Image
 import pyarrow.parquet
 import pytest
 
 from declip_jax import embed as command
-from declip_jax.clip import Clip
 from declip_jax.embed import embed
-
-
-class Counting:
-  """Stands in for the weights: a model that counts the batches that it encodes, and is interrupted after some."""
-
-  def __init__(self, monkeypatch: pytest.MonkeyPatch, clip: Clip, batches: int = 10**6):
-    self.batches, self.left, clip = 0, batches, copy.copy(clip)
-    encoders = clip.encoders(8)
-
-    def encode(images):
-      if not self.left:
-        raise KeyboardInterrupt
-      self.left, self.batches = self.left - 1, self.batches + 1
-      return encoders.image(images)
-
-    monkeypatch.setattr(command, "load", lambda *arguments: clip)
-    clip.encoders = lambda *arguments, **options: replace(encoders, image=encode)
 
 
 @pytest.fixture
@@ -51,12 +32,12 @@ def test_embeddings_and_metadata_are_written_once_even_if_interrupted(
   output, clip = tmp_path / "out", make_clip(0)
   options = {"images_per_part": 16, "features_dtype": "float16"}
   with monkeypatch.context() as patch:
-    Counting(patch, clip, batches=3)  # of which two are the first part
+    Counting(patch, command, clip, batches=3)  # of which two are the first part
     with pytest.raises(KeyboardInterrupt):
       embed("weights", str(images), output, **options)
   for batches in (3, 0):
     with monkeypatch.context() as patch:
-      counting = Counting(patch, clip)
+      counting = Counting(patch, command, clip)
       assert embed("weights", str(images), output, **options) == 39
       assert counting.batches == batches
   numbers = [number for number in range(40) if number != 17]
@@ -71,7 +52,7 @@ def test_embeddings_and_metadata_are_written_once_even_if_interrupted(
   assert [row["captions"] for row in rows] == [[f"caption {number}"] for number in numbers]
   assert all(f"{number:02}.png" in row["key"] for number, row in zip(numbers, rows, strict=True))
 
-  Counting(monkeypatch, make_clip(1))
+  Counting(monkeypatch, command, make_clip(1))
   with pytest.raises(ValueError, match=r"--output=.*out has embeddings with weights '.*: choose another folder"):
     embed("weights", str(images), output, **options)
   with pytest.raises(ValueError, match=r"--output=.*images already exists, and has no embeddings"):

@@ -1,7 +1,6 @@
 """The search command: images are encoded once, also after an interruption; bad flags; the end by Ctrl-C."""
 
 import copy
-from dataclasses import replace
 import http.client
 import json
 import os
@@ -12,7 +11,7 @@ import socket
 import subprocess
 import sys
 
-from clips import make_clip
+from clips import Counting, make_clip
 import numpy as np
 import pytest
 
@@ -26,34 +25,17 @@ ROOT = Path(__file__).parents[1]
 IMAGES = "scenes:train/40/24"
 
 
-class Counting:
-  """Stands in for the weights: a model that counts the batches that it encodes, and is interrupted after some."""
-
-  def __init__(self, monkeypatch, batches=10**6):
-    self.batches, self.left, clip = 0, batches, copy.copy(make_clip(0))
-    encoders = clip.encoders(8)
-
-    def encode(images):
-      if not self.left:
-        raise KeyboardInterrupt
-      self.left, self.batches = self.left - 1, self.batches + 1
-      return encoders.image(images)
-
-    monkeypatch.setattr(command, "load", lambda *arguments: clip)
-    clip.encoders = lambda *arguments, **options: replace(encoders, image=encode)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_images_are_encoded_once_even_if_interrupted(dtype, tmp_path, monkeypatch):
   monkeypatch.setattr(feature_cache, "BLOCK", 16)
   options = {"features_dtype": dtype, "cache": tmp_path}
   with monkeypatch.context() as patch:
-    Counting(patch, batches=4)  # fetched one late: three, hence a block
+    Counting(patch, command, make_clip(0), batches=4)  # fetched one late: three, hence a block
     with pytest.raises(KeyboardInterrupt):
       make_searcher("weights", IMAGES, **options)
   for batches in (3, 0):
     with monkeypatch.context() as patch:
-      counting = Counting(patch)
+      counting = Counting(patch, command, make_clip(0))
       found = make_searcher("weights", IMAGES, **options)
       assert counting.batches == batches
   (file,) = tmp_path.glob("*/*.npy")
@@ -63,7 +45,7 @@ def test_images_are_encoded_once_even_if_interrupted(dtype, tmp_path, monkeypatc
   assert embedding.dtype == dtype
   assert isinstance(embedding, np.memmap)
   with monkeypatch.context() as patch:
-    Counting(patch)
+    Counting(patch, command, make_clip(0))
     in_memory = make_searcher("weights", IMAGES)
   query = Query(texts=("a red circle",), unlikes=(3,))
   ours, theirs = found.search(query, 0, 40), in_memory.search(query, 0, 40)
@@ -74,7 +56,7 @@ def test_images_are_encoded_once_even_if_interrupted(dtype, tmp_path, monkeypatc
 
 
 def test_sources_without_images_are_named(tmp_path, monkeypatch):
-  Counting(monkeypatch)
+  Counting(monkeypatch, command, make_clip(0))
   (tmp_path / "a.jpg").write_bytes(b"broken")
   with pytest.raises(ValueError, match=f"--images={tmp_path}: no readable image among 1"):
     make_searcher("weights", str(tmp_path))
