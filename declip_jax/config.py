@@ -43,7 +43,8 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   methods = PRESETS[preset]
   if method not in methods:
     hint = did_you_mean(method, methods)
-    raise ValueError(f"method {method!r}, preset {preset!r}: choose one of {sorted(methods)}{hint}")
+    of_preset = "" if preset == "paper" else f" of preset {preset!r}"
+    raise ValueError(f"method {method!r}{of_preset}: choose one of {sorted(methods)}{hint}")
   recipe, weights = methods[method]
   built = architectures.build(architecture)
   c = ConfigDict()
@@ -253,7 +254,7 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
   # Those of WebP, AVIF, CMYK and 32-bit grey count twice, those of JPEG 2000 four times.
   c.max_pixels = 2**26
   c.max_seconds = 60.0  # for reading one sample, which is unusable if that takes longer; 0 means no limit
-  c.max_bad = 0.05  # largest share of unusable samples between two lines of metrics.jsonl before the run stops
+  c.max_bad = MAX_BAD  # largest share of unusable samples between two lines of metrics.jsonl before the run stops
   return c
 
 
@@ -414,6 +415,7 @@ def term(
   return ConfigDict({"weight": float(weight), "schedule": schedule, **own, **defaults, **options})
 
 
+MAX_BAD = 0.05  # see `config.data.max_bad`
 TEMPLATES = ("a photo of a {}.",)  # prompts for zero-shot classification
 
 

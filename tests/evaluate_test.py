@@ -515,6 +515,7 @@ def test_flags_without_effect_are_rejected(
   ("arguments", "message"),
   [
     (["--zero_shot=nothing:x"], "^--zero_shot: bad source 'nothing:x'"),
+    (["--zero_shot=nofolder"], "^--zero_shot: bad source 'nofolder': .*; there is no file or folder of this name$"),
     (["--zero_shot=folder:{data}/cats"], r"has no class names, which --zero_shot needs"),
     (["--zero_shot=scenes:test/4/16", "--template=a photo"], "^--template: prompt template 'a photo'"),
     (["--retrieval=scenes:test/x"], "^--retrieval: .*test/x"),

@@ -152,6 +152,10 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
     lines.append(("classes", f"{counted(len(source.classnames), 'name')}: {', '.join(names)}{' ...' * more}"))
     lines.append(("  seen", f"{len(labels):,}, {_range(labels.values())} per class" if labels else "none"))
   lines.append(("bad", f"{len(bad):,} of {seen:,} ({len(bad) / max(seen, 1):.1%})"))
+  from declip_jax.config import MAX_BAD  # on demand, as in `_proposed`
+
+  if len(bad) > MAX_BAD * seen:
+    lines.append(("", f"training stops if more than {MAX_BAD:.0%} are bad: repair them, or set --config.data.max_bad"))
   for kind, count in sorted(Counter(error.kind for error in bad).items()):
     lines.append((f"  {count:,}", kind))
     lines += [("", f"  {error}") for error in [error for error in bad if error.kind == kind][:_NAMED]]

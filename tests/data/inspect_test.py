@@ -490,3 +490,7 @@ def test_the_command_ends_with_one_line_and_exit_code_2(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_more_bad_samples_than_training_accepts_are_named(shards):
+  assert "training stops if more than 5% are bad" in described(shards / "s.tar")

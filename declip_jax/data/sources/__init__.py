@@ -78,6 +78,8 @@ def _open(spec: str) -> Source:
   kind, _, location = spec.partition(":")
   if kind not in SOURCES or not location:
     hint = "" if kind in SOURCES else did_you_mean(kind, SOURCES)
+    if ":" not in spec:
+      hint = "; there is no file or folder of this name"
     if os.path.exists(spec):
       hint = "; python -m declip_jax.data.inspect prints that of a path"
     raise ValueError(f"bad source {spec!r}: expected KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}{hint}")
