@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from declip_jax.models.batch_norm import BatchNorm
+from declip_jax.models.dense import Dense
 from declip_jax.models.stages import apply_stage, convolution, hide
 from declip_jax.models.transformer import torch_uniform
 
@@ -85,10 +86,10 @@ class Block(nn.Module):
     return nn.relu(x + y), None
 
   def _gate(self, y: Float[Array, "b h w c"], squeezed: int) -> Float[Array, "b 1 1 c"]:
-    def dense(features: int, name: str, fan_in: int) -> nn.Dense:
+    def dense(features: int, name: str, fan_in: int) -> Dense:
       bias = torch_uniform(fan_in)  # pycls keeps PyTorch's default
       kernel = _fan_out_normal(features)
-      return nn.Dense(features, dtype=self.dtype, kernel_init=kernel, bias_init=bias, name=name)
+      return Dense(features, dtype=self.dtype, kernel_init=kernel, bias_init=bias, name=name)
 
     hidden = nn.relu(dense(squeezed, "squeeze", self.width)(y.mean((1, 2), keepdims=True)))
     return nn.sigmoid(dense(self.width, "excite", squeezed)(hidden))

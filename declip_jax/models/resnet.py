@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from declip_jax.models.attention import attend
 from declip_jax.models.batch_norm import BatchNorm
+from declip_jax.models.dense import Dense
 from declip_jax.models.stages import apply_stage, convolution, hide
 from declip_jax.models.transformer import torch_uniform
 
@@ -64,7 +65,7 @@ class AttentionPool(nn.Module):
     init = nn.initializers.normal(width**-0.5)
     x = x + self.param("position_embedding", init, x.shape[1:])[None].astype(x.dtype)
     bias = torch_uniform(width)
-    dense = partial(nn.Dense, width, dtype=self.dtype, kernel_init=init, bias_init=bias)
+    dense = partial(Dense, width, dtype=self.dtype, kernel_init=init, bias_init=bias)
     split = partial(rearrange, pattern="b n (h e) -> b n h e", h=self.heads)
     query, key, value = split(dense(name="query")(x[:, :1])), split(dense(name="key")(x)), split(dense(name="value")(x))
     return rearrange(attend(query, key, value), "b 1 h e -> b (h e)")

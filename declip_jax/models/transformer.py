@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from declip_jax.models.attention import attend
+from declip_jax.models.dense import Dense
 
 Initializer = Callable[..., jax.Array]
 
@@ -160,9 +161,9 @@ class Block(nn.Module):
     def norm(name: str) -> nn.LayerNorm:
       return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False, name=name)
 
-    def dense(features: int, name: str) -> nn.Dense:
+    def dense(features: int, name: str) -> Dense:
       bias = init.get(f"{name}_bias", nn.initializers.zeros_init())
-      return nn.Dense(features, dtype=self.dtype, kernel_init=init[name], bias_init=bias, name=name)
+      return Dense(features, dtype=self.dtype, kernel_init=init[name], bias_init=bias, name=name)
 
     bias = init.get("qkv_bias", nn.initializers.zeros_init())
     heads = QueryKeyValue(self.heads, self.dtype, kernel_init=init["qkv"], bias_init=bias, name="qkv")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from declip_jax.models.attention import attend
+from declip_jax.models.dense import Dense
 from declip_jax.models.transformer import ACTIVATIONS, INITS, QueryKeyValue, Transformer, torch_uniform
 
 POOLINGS = ("token", "average", "map")  # what `config.model.image.pooling` may name, see `ViT`
@@ -32,9 +33,9 @@ class AttentionPool(nn.Module):
     hidden = round(self.mlp_ratio * width)
     init = INITS[self.initializer](width, 1, hidden)
 
-    def dense(features: int, name: str) -> nn.Dense:
+    def dense(features: int, name: str) -> Dense:
       bias = init.get(f"{name}_bias", nn.initializers.zeros_init())
-      return nn.Dense(features, dtype=self.dtype, kernel_init=init[name], bias_init=bias, name=name)
+      return Dense(features, dtype=self.dtype, kernel_init=init[name], bias_init=bias, name=name)
 
     probe = self.param("probe", nn.initializers.normal(width**-0.5), (width,))
     probe = repeat(probe.astype(x.dtype), "f -> b 1 f", b=x.shape[0])
@@ -136,7 +137,7 @@ class ViT(nn.Module):
     height, width = (size - size % self.patch for size in images.shape[1:3])
     patches = images[:, :height, :width]
     patches = rearrange(patches, "b (y p) (x q) c -> b (y x) (p q c)", p=self.patch, q=self.patch)
-    x = nn.Dense(
+    x = Dense(
       self.width,
       use_bias=self.patch_bias,
       dtype=self.dtype,

@@ -33,6 +33,7 @@ from declip_jax.training.state import State, start_average, weights_of, with_wei
 
 Tree = Any
 _BATCH_SIZES = "batch_sizes"  # key in the JSON of the input position
+_LATE_WRITES = 5.0  # seconds for which the writes of a failed save may still add files
 _BACK_OFF = 30.0, 600.0  # seconds until a failed save is retried: the first time, and at most
 
 
@@ -374,9 +375,7 @@ class Checkpoints:
 
   def tidy(self) -> None:
     """Removes unfinished checkpoints of a killed run; call it only while holding the lock of the run."""
-    if jax.process_index() == 0:
-      for unfinished in self._folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    self._remove_unfinished("*.")
 
   def close(self) -> None:
     """Waits for the latest save and frees the background threads."""
@@ -399,10 +398,7 @@ class Checkpoints:
       return
     with contextlib.suppress(Exception):  # otherwise it is raised again at the next save, once in each thread
       self._manager.wait_until_finished()
-    if jax.process_index() == 0:
-      with contextlib.suppress(OSError):
-        for unfinished in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):  # it may be what fills the disk
-          shutil.rmtree(unfinished, ignore_errors=True)
+    self._remove_unfinished(f"{step}.", patience=_LATE_WRITES)  # it may be what fills the disk
     self._reload()  # the manager has forgotten the checkpoints that it was about to delete
     self.failed += 1
     self._reason = _first_line(error)
@@ -414,6 +410,30 @@ class Checkpoints:
       self._pause,
     )
     self._pause = min(2 * self._pause, _BACK_OFF[1])
+
+  def _remove_unfinished(self, prefix: str, patience: float = 0) -> None:
+    """Removes unfinished checkpoints whose names begin like this.
+
+    The first array that cannot be written ends a save, while other arrays are still being written: they may add files
+    while their directory is removed, and even make it anew.
+
+    Args:
+      prefix: beginning of the names, a pattern.
+      patience: seconds for which writes may still add files.
+    """
+    if jax.process_index() != 0:
+      return
+    deadline, empty = time.monotonic() + patience, 0
+    while True:
+      unfinished = []
+      with contextlib.suppress(OSError):
+        unfinished = list(self._folder.glob(f"{prefix}orbax-checkpoint-tmp*"))
+      for folder in unfinished:
+        shutil.rmtree(folder, ignore_errors=True)
+      empty = 0 if unfinished else empty + 1
+      if empty == 3 or time.monotonic() >= deadline:
+        return
+      time.sleep(0.1)
 
   def _reload(self) -> None:
     try:

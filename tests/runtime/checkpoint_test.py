@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 from pathlib import Path
 import re
 import shutil
 import subprocess
+import threading
 from types import SimpleNamespace
 
 from checkpoint_files import arrays, flip
@@ -139,6 +141,35 @@ def test_a_full_disk_is_a_warning_and_the_next_save_succeeds(
   fill.unlink()
   checkpoints.finish(4, lambda: save(4), patience=60)
   assert checkpoints.steps() == [4]
+  checkpoints.close()
+
+
+def test_a_failed_save_is_removed_though_its_other_arrays_are_still_being_written(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  checkpoints = Checkpoints(tmp_path, keep_last=1)
+  folder = tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp"
+  stop = threading.Event()
+
+  def write() -> None:
+    for number in itertools.count():
+      with contextlib.suppress(OSError):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}").touch()
+      if stop.wait(0.01):
+        return
+
+  def fail(step: int, args: object) -> None:
+    threading.Timer(0.3, stop.set).start()
+    writer.start()
+    raise OSError("No space left on device")
+
+  writer = threading.Thread(target=write)
+  monkeypatch.setattr(checkpoints._manager, "save", fail)
+  checkpoints.save(1, make_state(1, make_mesh(2, 4)), data={}, config={})
+  assert checkpoints.failed == 1
+  writer.join()
+  assert not folder.exists()
   checkpoints.close()
 
 

@@ -1,15 +1,14 @@
 """The interface of a head, and the layers that heads share."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from declip_jax.models.batch_norm import BatchNorm
+from declip_jax.models.dense import Dense
 from declip_jax.models.transformer import torch_uniform
 from declip_jax.types import Features, Outputs
 from declip_jax.views import Views
@@ -72,7 +71,7 @@ class Mlp(nn.Module):
     for index, width in enumerate(self.widths):
       init = torch_uniform(self.widths[index - 1] if index else self.input_width)
       options = {"use_bias": self.bias, "dtype": self.dtype, "kernel_init": init, "bias_init": init}
-      x = nn.Dense(width, **options, name=f"linear{index}")(x)
+      x = Dense(width, **options, name=f"linear{index}")(x)
       if index < last or self.final_norm:
         affine = self.bias or index < last
         x = BatchNorm(dtype=self.dtype, groups=self.groups, affine=affine, name=f"norm{index}")(x, train)
@@ -81,16 +80,15 @@ class Mlp(nn.Module):
     return x
 
 
-def linear(width: int, features: int, dtype: Any) -> nn.Dense:
+def linear(width: int, features: int, dtype: Any) -> Dense:
   """A linear layer from `width` to `features` with PyTorch's default initialisation, see `dense`."""
   init = torch_uniform(width)
   return dense(features, dtype, kernel_init=init, bias_init=init)
 
 
-def dense(features: int, dtype: Any, **options: Any) -> nn.Dense:
+def dense(features: int, dtype: Any, **options: Any) -> Dense:
   """A linear layer with inputs in the compute dtype; sums and outputs are float32, because the outputs are compared."""
-  dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-  return nn.Dense(features, dtype=dtype, dot_general=dot, **options)
+  return Dense(features, dtype, output_dtype=jnp.float32, **options)
 
 
 def pick(x: Float[Array, "b v f"], views: Sequence[int]) -> Float[Array, "v2 b f"]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from declip_jax.models.dense import Dense
 from declip_jax.models.heads.base import Head, dense, pick
 from declip_jax.models.transformer import torch_uniform
 from declip_jax.types import Features, Outputs
@@ -74,6 +75,6 @@ class Joint(Head):
     scale = jnp.exp(self.logit_scale)
     return scale - jax.lax.stop_gradient(jnp.maximum(scale - self.max_scale, 0)) if self.max_scale else scale
 
-  def _projection(self, width: int, bias: bool) -> nn.Dense:
+  def _projection(self, width: int, bias: bool) -> Dense:
     init = nn.initializers.normal(width**-0.5)
     return dense(self.embed_dim, self.dtype, use_bias=bias, kernel_init=init, bias_init=torch_uniform(width))
