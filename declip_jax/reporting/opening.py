@@ -38,6 +38,7 @@ def opening_lines(
   mesh: Mesh,
   abstract: Any,
   changes: Sequence[str],
+  total_before: int = 0,
   stages: Sequence[str] = (),
 ) -> Iterator[str]:
   """Describes a run; of one that is finished, only that, and what is different now.
@@ -52,11 +53,15 @@ def opening_lines(
     mesh: devices.
     abstract: shapes and shardings of the state.
     changes: differences from the config of the previous start.
+    total_before: last step as of the previous start, 0 if it is not known.
     stages: a description of each stage, if the run has several.
   """
   changed = [f"changed since the last start: {line}" for line in changes]
   if start >= total:
-    yield f"nothing to train: this run has done all of its {counted(total, 'step')}"
+    if start > total:
+      yield f"nothing to train: this run has done {counted(start, 'step')}, more than the {total:,} of its config"
+    else:
+      yield f"nothing to train: this run has done all of its {counted(total, 'step')}"
     yield from changed
     return
   for source in sources:
@@ -78,8 +83,18 @@ def opening_lines(
     if count > 1:
       yield f"{name}: {count} groups of {counted(batch_size // count, 'pair')}"
   if start:
-    yield f"resuming from step {start:,}"
+    yield f"resuming from step {start:,}{_of_another_length(total, total_before)}"
   yield from changed
+
+
+def _of_another_length(total: int, total_before: int) -> str:
+  """What it means to resume a run whose length has changed; "" if it has not."""
+  if total_before in (0, total):
+    return ""
+  return (
+    f" of a schedule that now has {counted(total, 'step')} instead of {total_before:,}: the steps so far keep the "
+    "learning rates that they had; to start afresh, choose another --workdir"
+  )
 
 
 def draw_views(
