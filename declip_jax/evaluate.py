@@ -4,9 +4,10 @@ Without further flags, the evaluations of the run's config are repeated. Others 
 
   --suite=slip26,shifts --data=sets.txt --tasks=zero_shot,linear_probe
   --data=sets.txt
-  --zero_shot=webdataset:/data/test-*.tar --template="a photo of a {}." --template="a drawing of a {}."
+  --zero_shot=/data/pets/test --template="a photo of a {}." --template="a drawing of a {}."
   --retrieval=webdataset:/data/test-*.tar
 
+The kind of a plain path, as of /data/pets/test, is detected and printed, as by python -m declip_jax.data.inspect.
 --option=few_shot.method=ridge sets an option of one of the tasks. --list prints all suites and data sets, and
 --print_data=folder:/data prints a data file, which says where your data sets are. --dry_run shows what would be
 evaluated.
@@ -46,6 +47,7 @@ from ml_collections import ConfigDict
 from declip_jax import config as config_lib
 from declip_jax.build import make_jobs
 from declip_jax.clip import Clip, load
+from declip_jax.data.guess import guess_test, read_as
 from declip_jax.data.hangs import SECONDS
 from declip_jax.data.images import LARGEST_LIMIT, MAX_PIXELS
 from declip_jax.data.pipeline import Reading
@@ -241,9 +243,9 @@ def _jobs_from_flags() -> list[Job] | None:
   evals = ConfigDict()
   check_templates(tuple(given.template), "--template")
   if given.zero_shot:
-    evals.zero_shot = config_lib.zero_shot(given.zero_shot, tuple(given.template))
+    evals.zero_shot = config_lib.zero_shot(read_as(given.zero_shot, "--zero_shot", guess_test), tuple(given.template))
   if given.retrieval:
-    evals.retrieval = config_lib.retrieval(given.retrieval, given.equal_texts)
+    evals.retrieval = config_lib.retrieval(read_as(given.retrieval, "--retrieval", guess_test), given.equal_texts)
   if not len(evals):
     return None
   return [
@@ -458,11 +460,11 @@ def main() -> None:
     [],
     "Option of a task of --data, such as few_shot.method=ridge or retrieval.folds=5. Repeat the flag for several.",
   )
-  flags.DEFINE_string("zero_shot", None, "Source for zero-shot classification, such as webdataset:/data/test-*.tar.")
+  flags.DEFINE_string("zero_shot", None, "Path or source for zero-shot classification, such as /data/pets/test.")
   flags.DEFINE_multi_string(
     "template", list(config_lib.TEMPLATES), "Prompt with {} for the class name. Repeat the flag for several."
   )
-  flags.DEFINE_string("retrieval", None, "Source for image-text retrieval, such as webdataset:/data/test-*.tar.")
+  flags.DEFINE_string("retrieval", None, "Path or source for image-text retrieval, such as /data/pairs.csv.")
   flags.DEFINE_bool("equal_texts", False, "In retrieval, let identical captions match each other's images.")
   flags.DEFINE_string("output", None, "Folder of the results, by default WORKDIR/results.")
   flags.DEFINE_string("cache", None, "Folder of features, or off; by default in the user's cache folder.")

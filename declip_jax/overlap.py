@@ -27,6 +27,7 @@ import numpy as np
 
 from declip_jax.clip import load
 from declip_jax.data import images as image_ops
+from declip_jax.data.guess import guess_test, read_as
 from declip_jax.data.sources import Source, open_source
 from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import overlap as lib
@@ -275,8 +276,8 @@ def _detector() -> Detector:
 def _command(workdir: Path) -> None:
   given = flags.FLAGS
   about = overlap(
-    given.test,
-    given.train,
+    read_as(given.test, "--test", guess_test),
+    read_as(given.train, "--train") if given.train else "",
     _detector(),
     workdir,
     threshold=given.threshold,
@@ -289,8 +290,8 @@ def _command(workdir: Path) -> None:
 
 def main() -> None:
   """Runs the command."""
-  flags.DEFINE_string("test", None, "Evaluation images, such as webdataset:/data/test-*.tar.")
-  flags.DEFINE_string("train", "", "Training images; by default, the test images themselves.")
+  flags.DEFINE_string("test", None, "Evaluation images, a path or source such as webdataset:/data/test-*.tar.")
+  flags.DEFINE_string("train", "", "Training images, a path or source; by default, the test images themselves.")
   flags.DEFINE_string(
     "weights", None, "Run, checkpoint or hf-hub:ORG/NAME whose image features to compare, not a hash."
   )

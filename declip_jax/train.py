@@ -109,6 +109,9 @@ def train(
     run = prepare(config, workdir, sources, watchdog)
     workdir.mkdir(parents=True, exist_ok=True)
     messages = [stack.enter_context(lock(workdir)), *run.deaths.recover(), *run.evaluation_deaths.recover()]
+    for source in run.sources:
+      watchdog.beat(f"reading a sample of {source.name}")
+      pipeline.check_readable(source, config.data.max_pixels, run.deaths, config.data.max_seconds)
     checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.parts[-1].steps, workdir)))
     rollbacks = Rollbacks(workdir, config.safety.max_rollbacks)
     start, state, position, notes = _restore_or_create(config, run, workdir, checkpoints, rollbacks, watchdog)
