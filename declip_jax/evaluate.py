@@ -44,6 +44,7 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict
 
+from declip_jax import command_line
 from declip_jax import config as config_lib
 from declip_jax.build import make_jobs
 from declip_jax.clip import Clip, load
@@ -67,6 +68,7 @@ from declip_jax.runtime.command import launch
 from declip_jax.runtime.compile_cache import compile_cache
 from declip_jax.runtime.memory import explained
 from declip_jax.runtime.workdir import read_config
+from declip_jax.weights.folders import nearby_runs
 from declip_jax.weights.hub import is_address
 from declip_jax.weights.read import Step, parse_step, run_of
 from declip_jax.weights.settings import parse_settings
@@ -311,7 +313,8 @@ def _command(workdir: Path | None) -> None:
     _print_catalogue()
     return
   if workdir is None and not (given.weights and given.output):
-    raise ValueError("--workdir is required, or --weights and --output")
+    runs = nearby_runs(Path("runs"))
+    raise ValueError(f"--workdir is required, or --weights and --output{runs}")
   chosen, output = _jobs_from_flags(), Path(given.output) if given.output else workdir / "results"
   cache = None if given.cache == "off" else Path(given.cache or cache_folder() / "features")
   limit = int(given.cache_limit * 2**30)
@@ -320,7 +323,7 @@ def _command(workdir: Path | None) -> None:
   is_run = not (given.weights or given.interpolate_with) and settings.get("average", True)
   place = Place(given.weights or workdir, output, workdir if is_run else None)
   for step in _steps(workdir):
-    with _named_settings():
+    with _named_settings(), command_line.naming("--weights" if given.weights else "--workdir"):
       clip, config = _load(workdir, step, given.weights, settings)
     jobs = chosen if chosen is not None else make_jobs(config.evals if config else ConfigDict())
     for model, facts in _models(clip, config, place.weights):
@@ -365,7 +368,8 @@ def _models(clip: Clip, config: ConfigDict | None, path: str | os.PathLike[str])
     yield clip, facts
     return
   shares = _shares(given.alpha or _ALPHA)
-  start = load(given.interpolate_with, {"image_size": clip.view.size})
+  with command_line.naming("--interpolate_with"):
+    start = load(given.interpolate_with, {"image_size": clip.view.size})
   own = config.init_from.templates if config and not given["template"].present else ()
   other = _model_facts(start, given.interpolate_with).weights
   try:

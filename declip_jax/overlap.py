@@ -25,6 +25,7 @@ import jax
 from jaxtyping import Bool, Float
 import numpy as np
 
+from declip_jax import command_line
 from declip_jax.clip import load
 from declip_jax.data import images as image_ops
 from declip_jax.data.guess import guess_test, read_as
@@ -266,7 +267,8 @@ def _detector() -> Detector:
   if not given.weights:
     kept = FeatureCache(cache, "none", {"detector": "64-bit DCT hash"}, (64, 0)) if cache else None
     return HASH._replace(encode=kept.encode if kept else encode)
-  clip = load(given.weights, parse_settings(given.settings, "--settings"))
+  with command_line.naming("--weights"):
+    clip = load(given.weights, parse_settings(given.settings, "--settings"))
   encoders = clip.encoders(given.batch_size, needs_text=False, field="--batch_size")
   if cache is None:
     return Detector(encoders, None)
