@@ -48,7 +48,7 @@ from declip_jax import command_line
 from declip_jax import config as config_lib
 from declip_jax.build import make_jobs
 from declip_jax.clip import Clip, load
-from declip_jax.data.guess import guess_test, read_as
+from declip_jax.data.guess import guess_test, read_as, short_name
 from declip_jax.data.hangs import SECONDS
 from declip_jax.data.images import LARGEST_LIMIT, MAX_PIXELS
 from declip_jax.data.pipeline import Reading
@@ -74,7 +74,7 @@ from declip_jax.weights.read import Step, parse_step, run_of
 from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256  # without a run's config
-_LONGEST = 60  # signs of a spec in the name of a data set
+_LONGEST = 60  # signs of the name of a data set
 _MOST_GIB = 2**30  # of --cache_limit
 _ALPHA = [f"{part / 20:g}" for part in range(21)]  # those of WiSE-FT
 
@@ -257,8 +257,8 @@ def _jobs_from_flags() -> list[Job] | None:
 
 
 def _dataset(spec: str) -> str:
-  """The name of a source in results: its spec, shortened, and a hash, so that two sources do not share a file."""
-  return f"{results.slug(spec)[:_LONGEST]}-{json_hash(spec)[:6]}"
+  """The name of a source in results: a readable one, and a hash, so that two sources do not share a file."""
+  return f"{results.slug(short_name(spec))[:_LONGEST]}-{json_hash(spec)[:6]}"
 
 
 def _check_combination() -> None:

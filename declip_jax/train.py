@@ -356,13 +356,15 @@ def _draw_curves(config: ConfigDict, run: Prepared, workdir: Path) -> None:
   with pictures.optional(workdir / "index.html"):
     text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
     objective = run.built.objective
-    export_format = "open_clip" if objective.compares_embeddings and not objective.compares_tokens else "orbax"
+    is_searchable = objective.compares_embeddings and not objective.compares_tokens
+    images = [*(entry.data for entry in config.evals.values() if not entry.get("suite")), *config.data.train, "IMAGES"]
     changes = changes_from_default(config)
     page = RunPage(
       title=described().title,
       total=run.total_steps,
       command=sys.argv,
-      export_format=export_format,
+      export_format="open_clip" if is_searchable else "orbax",
+      searched=images[0] if is_searchable else "",
       standard=f"{changes.method} with {changes.architecture}",
       changes=changes.lines,
       config=text,

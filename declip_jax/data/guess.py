@@ -35,6 +35,8 @@ _PROBED = 10  # images of a table to search for
 _WALKED, _WALKED_REMOTE = 1000, 20  # folders to search
 _OPTIONS = re.compile(r"(.*?)(?:\?([a-z_]+=.*))?", re.DOTALL)  # as in `lists.parse`
 _TESTED = ("test", "validation", "", "train")  # splits, the best to evaluate on first
+_OF_SOURCES = ("heldout", "kept", "border")  # kinds of source that are part of another one
+_PATTERN = re.compile(r"[*?{\[].*")  # from where on the name of a file is a pattern
 _COCO = re.compile(r"captions_(.+)\.json")  # "captions_train2017.json" has the captions of the images in "train2017"
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")  # end of the names of TFDS's files
 
@@ -75,6 +77,22 @@ def read_as(path: str, flag: str, guess: Callable[[str], str] = guess) -> str:
   if spec != path:
     message(f"{flag} {path} is read as {spec}")
   return spec
+
+
+def short_name(spec: str) -> str:
+  """A name for the data of a spec: that of the file or folder, or of the folder and its split, such as "pets/test".
+
+  A spec without a path is its own name.
+  """
+  kind, _, location = spec.partition(":")
+  if kind in _OF_SOURCES:
+    return f"{kind}/{short_name(location.partition(':')[2])}"
+  folders = _OPTIONS.fullmatch(location)[1].partition("::")[0].split("/")
+  names = [_PATTERN.sub("", name).strip("-_.") for name in folders[-3:]]
+  names = [name.partition(".")[0] for name in names if name.partition(".")[0]]
+  if kind == "scenes" or len(folders) == 1 or not names:
+    return spec
+  return "/".join(names[-2:] if layouts.is_split(names[-1]) else names[-1:])
 
 
 def guesses(path: str) -> list[str]:
