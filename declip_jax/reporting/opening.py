@@ -13,6 +13,7 @@ from declip_jax.data import hangs
 from declip_jax.data.images import Photo
 from declip_jax.data.make_views import MakeViews, Origin
 from declip_jax.data.sources import Source
+from declip_jax.data.sources.heldout import Subset
 from declip_jax.data.storage import files
 from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.extras import grain
@@ -69,7 +70,8 @@ def opening_lines(
     left_out = ""
     if source.left_out:
       left_out = f", left out {counted(sum(source.left_out.values()), 'file')}: {files.in_words(source.left_out)}"
-    yield f"{source.name}: {counted(len(source), 'sample')}{skipped}{left_out}"
+    division = f", {source.division}" if isinstance(source, Subset) else ""
+    yield f"{source.name}: {counted(len(source), 'sample')}{division}{skipped}{left_out}"
   terms = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
   num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
   axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())

@@ -31,11 +31,11 @@ class FakeSource:
     return 12_345
 
 
-def describe(start: int = 0, total_before: int = 0, **groups: int) -> list[str]:
+def describe(start: int = 0, total_before: int = 0, source: Any = None, **groups: int) -> list[str]:
   abstract = SimpleNamespace(params={"kernel": jax.ShapeDtypeStruct((1000, 5), jnp.float32)})
   return list(
     opening_lines(
-      sources=[FakeSource()],
+      sources=[source or FakeSource()],
       weights={"clip": 1.0, "nns": 0.2},
       recipe="declip",
       groups=groups,
@@ -55,6 +55,14 @@ def test_a_run_describes_its_data_objective_and_devices() -> None:
     "webdataset:/data: 12,345 samples, skipped 1,200: no caption, left out 1,501 files: 1,500 .HEIC, 1 .jxl",
     "objective 1 clip + 0.2 nns; recipe declip; 5,000 parameters",
     "1,000 steps of 16 examples on mesh data=1 x fsdp=1 (cpu)",
+  ]
+
+
+def test_the_parts_of_a_divided_source_are_told_apart() -> None:
+  lines = [describe(source=open_source(f"{kind}:10%,5000:scenes:test/40/16"))[0] for kind in ("kept", "heldout")]
+  assert lines == [
+    "kept:10%,5000:scenes:test/40/16: 36 samples, all but the 4 held out of 40",
+    "heldout:10%,5000:scenes:test/40/16: 4 samples, the 4 held out of 40",
   ]
 
 
