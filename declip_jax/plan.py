@@ -10,9 +10,9 @@ Memory grows almost linearly with the batch, so the search extrapolates from two
 largest batch as well. Times are computed from the peak figures in declip_jax/planning/devices.py; compute, memory and
 links work at the same time, so the slowest of them bounds the step. What a config leaves open, such as the batch size
 of `pretrain`, is chosen for the number of samples of its data, if they are on this machine, as in
---config=pretrain:data=pairs.csv, and else as for a large data set; no sample is read. Compiling takes minutes. For a config with stages there is a report on
-the step of each, and the FLOPs of the run. Exit codes: 0; 1 if a step does not fit; 2 for an error that you can
-correct.
+--config=pretrain:data=pairs.csv, and else as for a large data set; no sample is read. Compiling takes minutes. For a
+config with stages there is a report on the step of each, and the FLOPs of the run. Exit codes: 0; 1 if a step does not
+fit; 2 for an error that you can correct.
 """
 
 from collections.abc import Sequence
