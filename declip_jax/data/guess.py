@@ -72,8 +72,10 @@ def read_as(path: str, flag: str, guess: Callable[[str], str] = guess) -> str:
   """
   try:
     spec = guess(path)
-  except (FileNotFoundError, ValueError) as error:
-    raise type(error)(f"{flag}: {error}") from None
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f"{flag}: {error}") from None
+  except ValueError as error:
+    raise ValueError(f"{flag}: {error}") from None
   if spec != path:
     message(f"{flag} {path} is read as {spec}")
   return spec

@@ -12,8 +12,9 @@ from declip_jax.reporting.progress import message
 
 T = TypeVar("T")
 _FIRST_LINE = 60.0  # seconds; each further line comes after twice the time
-# Recorded by JAX once a program is compiled, and written to the compile cache, before it runs.
-_COMPILED = "/jax/core/compile/backend_compile_duration"
+# JAX records events of these names when it has traced a function, when it has lowered it, and when the program is
+# compiled and written to the compile cache, but has not run.
+_STAGES = "/jax/core/compile/"
 
 
 @contextlib.contextmanager
@@ -56,23 +57,24 @@ def _hidden_log() -> Iterator[None]:
 
 
 class _Abandoned(BaseException):
-  """The program is not wanted any more, now that it is compiled."""
+  """The program is not wanted any more."""
 
 
 def unless_unwanted(call: Callable[[], T], is_unwanted: Callable[[], bool]) -> T | None:
-  """Calls a compiled function for the first time, or returns None if nobody wants its result once it is compiled.
+  """Calls a jitted function for the first time, or returns None if nobody wants its result while it compiles.
 
-  In that case nothing has run: its arguments are still there, and the program is in the compile cache.
+  In that case nothing has run: its arguments are still there. A program that was already being compiled is finished,
+  and is in the compile cache.
 
   Args:
     call: calls the function.
-    is_unwanted: asked in this thread when a program has been compiled.
+    is_unwanted: asked in this thread after tracing, lowering and compiling, of each function in it.
   """
   thread = threading.get_ident()
 
   def listen(event: str, seconds: float, **about: str | int) -> None:
     del seconds, about
-    if event == _COMPILED and threading.get_ident() == thread and is_unwanted():
+    if event.startswith(_STAGES) and threading.get_ident() == thread and is_unwanted():
       raise _Abandoned
 
   jax.monitoring.register_event_duration_secs_listener(listen)

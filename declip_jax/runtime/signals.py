@@ -1,7 +1,7 @@
 """Stopping a run by Ctrl-C, SIGTERM, SIGHUP or preemption: it saves a checkpoint first.
 
-A signal is noticed between two steps, or at once while the run waits for data; while the step compiles, as soon as it
-is compiled.
+A signal is noticed between two steps, or at once while the run waits for data; before the first step, when it has been
+traced, lowered or compiled.
 """
 
 from collections.abc import Callable, Iterator
