@@ -1,8 +1,10 @@
 """Lists the commands and the configs: python -m declip_jax"""
 
 import sys
+from typing import NoReturn
 
 from declip_jax import __version__, command_line, config_files
+from declip_jax.spelling import close_names, suggest
 
 COMMANDS = {
   "train": ("declip_jax.train", "pretrain a model"),
@@ -28,14 +30,18 @@ def describe(name: str) -> str:
   return f"  {name:<32}{title}" + (f" ({published})" if published else "")
 
 
+def suggest_command(name: str) -> NoReturn:
+  """Says in a line what to type instead of a name that is not the module of a command, and exits with 2."""
+  commands = [f"python -m {COMMANDS[close][0]}" for close in close_names(name, COMMANDS)]
+  hint = suggest(commands) or "; python -m declip_jax lists all"
+  print(f"error: {name!r} is not the name of a command's module{hint}", file=sys.stderr)
+  sys.exit(2)
+
+
 def main() -> None:
-  """Prints the lists; exits with 2 after an unknown argument."""
+  """Prints the lists; exits with 2 after an argument."""
   if sys.argv[1:] not in ([], ["--help"]):
-    print(
-      f"error: python -m declip_jax takes no arguments, got {' '.join(sys.argv[1:])}: it lists the commands",
-      file=sys.stderr,
-    )
-    sys.exit(2)
+    suggest_command(sys.argv[1])
   print(f"declip_jax {__version__}\n\ncommands, each with --help:")
   for name, (module, summary) in COMMANDS.items():
     print(f"  declip-{name:<10}python -m {module:<26}{summary}")

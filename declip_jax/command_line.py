@@ -99,6 +99,15 @@ def exit_code(error: Exception) -> int:
   return IO_EXIT_CODE if isinstance(error, OSError) and not isinstance(error, _PATH_ERRORS) else 2
 
 
+@contextlib.contextmanager
+def naming(flag: str) -> Iterator[None]:
+  """Names the flag with a path in the message that it does not exist."""
+  try:
+    yield
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f"{flag}: {error}") from error
+
+
 def together(errors: Mapping[str, Exception]) -> Exception:
   """One error for several, by what failed; an OSError, with the exit code of a failing disk, if any of them is one."""
   text = "; ".join(f"{name}: {error}" for name, error in errors.items())

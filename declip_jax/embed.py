@@ -69,7 +69,8 @@ def embed(
     OSError: the weights or the images are not there, or cannot be read now.
     ValueError: the model has no joint space or compares tokens, or the folder has embeddings of something else.
   """
-  clip = load(weights, parse_settings(settings, "--settings"))
+  with command_line.naming("--weights"):
+    clip = load(weights, parse_settings(settings, "--settings"))
   if clip.tokens or not clip.feature_widths[1]:
     problem = "compares tokens (FILIP)" if clip.tokens else "has no joint space"
     raise ValueError(f"--weights={weights} {problem}: expected a model that compares embeddings")

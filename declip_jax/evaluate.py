@@ -4,9 +4,10 @@ Without further flags, the evaluations of the run's config are repeated. Others 
 
   --suite=slip26,shifts --data=sets.txt --tasks=zero_shot,linear_probe
   --data=sets.txt
-  --zero_shot=webdataset:/data/test-*.tar --template="a photo of a {}." --template="a drawing of a {}."
+  --zero_shot=/data/pets/test --template="a photo of a {}." --template="a drawing of a {}."
   --retrieval=webdataset:/data/test-*.tar
 
+The kind of a plain path, as of /data/pets/test, is detected and printed, as by python -m declip_jax.data.inspect.
 --option=few_shot.method=ridge sets an option of one of the tasks. --list prints all suites and data sets, and
 --print_data=folder:/data prints a data file, which says where your data sets are. --dry_run shows what would be
 evaluated.
@@ -43,9 +44,11 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict
 
+from declip_jax import command_line
 from declip_jax import config as config_lib
 from declip_jax.build import make_jobs
 from declip_jax.clip import Clip, load
+from declip_jax.data.guess import guess_test, read_as, short_name
 from declip_jax.data.hangs import SECONDS
 from declip_jax.data.images import LARGEST_LIMIT, MAX_PIXELS
 from declip_jax.data.pipeline import Reading
@@ -65,12 +68,13 @@ from declip_jax.runtime.command import launch
 from declip_jax.runtime.compile_cache import compile_cache
 from declip_jax.runtime.memory import explained
 from declip_jax.runtime.workdir import read_config
+from declip_jax.weights.folders import nearby_runs
 from declip_jax.weights.hub import is_address
 from declip_jax.weights.read import Step, parse_step, run_of
 from declip_jax.weights.settings import parse_settings
 
 _BATCH_SIZE = 256  # without a run's config
-_LONGEST = 60  # signs of a spec in the name of a data set
+_LONGEST = 60  # signs of the name of a data set
 _MOST_GIB = 2**30  # of --cache_limit
 _ALPHA = [f"{part / 20:g}" for part in range(21)]  # those of WiSE-FT
 
@@ -241,9 +245,9 @@ def _jobs_from_flags() -> list[Job] | None:
   evals = ConfigDict()
   check_templates(tuple(given.template), "--template")
   if given.zero_shot:
-    evals.zero_shot = config_lib.zero_shot(given.zero_shot, tuple(given.template))
+    evals.zero_shot = config_lib.zero_shot(read_as(given.zero_shot, "--zero_shot", guess_test), tuple(given.template))
   if given.retrieval:
-    evals.retrieval = config_lib.retrieval(given.retrieval, given.equal_texts)
+    evals.retrieval = config_lib.retrieval(read_as(given.retrieval, "--retrieval", guess_test), given.equal_texts)
   if not len(evals):
     return None
   return [
@@ -253,8 +257,8 @@ def _jobs_from_flags() -> list[Job] | None:
 
 
 def _dataset(spec: str) -> str:
-  """The name of a source in results: its spec, shortened, and a hash, so that two sources do not share a file."""
-  return f"{results.slug(spec)[:_LONGEST]}-{json_hash(spec)[:6]}"
+  """The name of a source in results: a readable one, and a hash, so that two sources do not share a file."""
+  return f"{results.slug(short_name(spec))[:_LONGEST]}-{json_hash(spec)[:6]}"
 
 
 def _check_combination() -> None:
@@ -309,7 +313,8 @@ def _command(workdir: Path | None) -> None:
     _print_catalogue()
     return
   if workdir is None and not (given.weights and given.output):
-    raise ValueError("--workdir is required, or --weights and --output")
+    runs = nearby_runs(Path("runs"))
+    raise ValueError(f"--workdir is required, or --weights and --output{runs}")
   chosen, output = _jobs_from_flags(), Path(given.output) if given.output else workdir / "results"
   cache = None if given.cache == "off" else Path(given.cache or cache_folder() / "features")
   limit = int(given.cache_limit * 2**30)
@@ -318,7 +323,7 @@ def _command(workdir: Path | None) -> None:
   is_run = not (given.weights or given.interpolate_with) and settings.get("average", True)
   place = Place(given.weights or workdir, output, workdir if is_run else None)
   for step in _steps(workdir):
-    with _named_settings():
+    with _named_settings(), command_line.naming("--weights" if given.weights else "--workdir"):
       clip, config = _load(workdir, step, given.weights, settings)
     jobs = chosen if chosen is not None else make_jobs(config.evals if config else ConfigDict())
     for model, facts in _models(clip, config, place.weights):
@@ -363,7 +368,8 @@ def _models(clip: Clip, config: ConfigDict | None, path: str | os.PathLike[str])
     yield clip, facts
     return
   shares = _shares(given.alpha or _ALPHA)
-  start = load(given.interpolate_with, {"image_size": clip.view.size})
+  with command_line.naming("--interpolate_with"):
+    start = load(given.interpolate_with, {"image_size": clip.view.size})
   own = config.init_from.templates if config and not given["template"].present else ()
   other = _model_facts(start, given.interpolate_with).weights
   try:
@@ -458,11 +464,11 @@ def main() -> None:
     [],
     "Option of a task of --data, such as few_shot.method=ridge or retrieval.folds=5. Repeat the flag for several.",
   )
-  flags.DEFINE_string("zero_shot", None, "Source for zero-shot classification, such as webdataset:/data/test-*.tar.")
+  flags.DEFINE_string("zero_shot", None, "Path or source for zero-shot classification, such as /data/pets/test.")
   flags.DEFINE_multi_string(
     "template", list(config_lib.TEMPLATES), "Prompt with {} for the class name. Repeat the flag for several."
   )
-  flags.DEFINE_string("retrieval", None, "Source for image-text retrieval, such as webdataset:/data/test-*.tar.")
+  flags.DEFINE_string("retrieval", None, "Path or source for image-text retrieval, such as /data/pairs.csv.")
   flags.DEFINE_bool("equal_texts", False, "In retrieval, let identical captions match each other's images.")
   flags.DEFINE_string("output", None, "Folder of the results, by default WORKDIR/results.")
   flags.DEFINE_string("cache", None, "Folder of features, or off; by default in the user's cache folder.")

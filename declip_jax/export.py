@@ -22,9 +22,10 @@ import tempfile
 from absl import flags
 import jax
 
-from declip_jax import model_card
+from declip_jax import command_line, model_card
 from declip_jax.runtime.command import launch
 from declip_jax.weights import hub
+from declip_jax.weights.folders import nearby_runs
 from declip_jax.weights.read import parse_step, read
 from declip_jax.weights.settings import parse_settings
 from declip_jax.weights.write import FORMATS, write
@@ -38,7 +39,8 @@ def _command(workdir: Path | None) -> None:
   path = given.weights or workdir
   repository = hub.parse_destination(given.push) if given.push else None  # before anything is exported
   with _folder(given.output) as folder:
-    weights = read(path, parse_settings(given.settings, "--settings"), parse_step(given.step))
+    with command_line.naming("--weights" if given.weights else "--workdir"):
+      weights = read(path, parse_settings(given.settings, "--settings"), parse_step(given.step))
     omitted = write(weights, folder, given.format)
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(weights.params))
     print(f"{weights.origin}: {num_parameters:,} parameters")
@@ -61,7 +63,8 @@ def _check_combination(workdir: Path | None) -> None:
   """
   given = flags.FLAGS
   if (workdir is None) == (given.weights is None):
-    raise ValueError("expected --workdir, a run to export, or --weights, any other checkpoint")
+    runs = nearby_runs(Path("runs")) if workdir is None else ""
+    raise ValueError(f"expected --workdir, a run to export, or --weights, any other checkpoint{runs}")
   if not (given.output or given.push):
     raise ValueError("--output is required, or --push")
   for name in ("public", "license"):

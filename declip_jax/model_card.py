@@ -14,6 +14,7 @@ from declip_jax.evals.evaluation import describe
 from declip_jax.evals.feature_cache import tree_hash
 from declip_jax.evals.results import Result
 from declip_jax.planning.training_facts import training_facts
+from declip_jax.spelling import counted
 from declip_jax.weights import hub
 from declip_jax.weights.read import Weights, run_of
 
@@ -166,7 +167,7 @@ def _training_rows(export: Export, training: Mapping[str, Any]) -> list[tuple[st
     "method": f"`{training['method']}`",
     "config": f"`{training['config']}`" if "config" in training else "",
     "started from": f"`{training['init_from']}`" if "init_from" in training else "",
-    "data": ", ".join(f"`{name}` ({size:,} samples)" for name, size in training.get("data", {}).items()),
+    "data": ", ".join(f"`{name}` ({counted(size, 'sample')})" for name, size in training.get("data", {}).items()),
     "steps": f"{export.weights.step:,}",
     "pairs seen": f"{training['pairs_seen']:,}",
     "epochs": f"{training['epochs']:g}" if "epochs" in training else "",

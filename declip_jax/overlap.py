@@ -25,8 +25,10 @@ import jax
 from jaxtyping import Bool, Float
 import numpy as np
 
+from declip_jax import command_line
 from declip_jax.clip import load
 from declip_jax.data import images as image_ops
+from declip_jax.data.guess import guess_test, read_as
 from declip_jax.data.sources import Source, open_source
 from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import overlap as lib
@@ -265,7 +267,8 @@ def _detector() -> Detector:
   if not given.weights:
     kept = FeatureCache(cache, "none", {"detector": "64-bit DCT hash"}, (64, 0)) if cache else None
     return HASH._replace(encode=kept.encode if kept else encode)
-  clip = load(given.weights, parse_settings(given.settings, "--settings"))
+  with command_line.naming("--weights"):
+    clip = load(given.weights, parse_settings(given.settings, "--settings"))
   encoders = clip.encoders(given.batch_size, needs_text=False, field="--batch_size")
   if cache is None:
     return Detector(encoders, None)
@@ -275,8 +278,8 @@ def _detector() -> Detector:
 def _command(workdir: Path) -> None:
   given = flags.FLAGS
   about = overlap(
-    given.test,
-    given.train,
+    read_as(given.test, "--test", guess_test),
+    read_as(given.train, "--train") if given.train else "",
     _detector(),
     workdir,
     threshold=given.threshold,
@@ -289,8 +292,8 @@ def _command(workdir: Path) -> None:
 
 def main() -> None:
   """Runs the command."""
-  flags.DEFINE_string("test", None, "Evaluation images, such as webdataset:/data/test-*.tar.")
-  flags.DEFINE_string("train", "", "Training images; by default, the test images themselves.")
+  flags.DEFINE_string("test", None, "Evaluation images, a path or source such as webdataset:/data/test-*.tar.")
+  flags.DEFINE_string("train", "", "Training images, a path or source; by default, the test images themselves.")
   flags.DEFINE_string(
     "weights", None, "Run, checkpoint or hf-hub:ORG/NAME whose image features to compare, not a hash."
   )

@@ -4,14 +4,15 @@
 
 Compiles the real train step for a TPU topology, on any machine with libtpu (the extra tpu), or without --topology for
 the devices of this machine. For each device it prints memory, FLOPs and traffic of a step, the minimum time that it
-takes, the input rate required of the hosts, and the largest batch that fits. No data is read.
+takes, the input rate required of the hosts, and the largest batch that fits.
 
 Memory grows almost linearly with the batch, so the search extrapolates from two compiled steps and compiles the
 largest batch as well. Times are computed from the peak figures in declip_jax/planning/devices.py; compute, memory and
 links work at the same time, so the slowest of them bounds the step. What a config leaves open, such as the batch size
-of `pretrain`, is chosen as for a large data set. Compiling takes minutes. For a config with stages there is a report on
-the step of each, and the FLOPs of the run. Exit codes: 0; 1 if a step does not fit; 2 for an error that you can
-correct.
+of `pretrain`, is chosen for the number of samples of its data, if they are on this machine, as in
+--config=pretrain:data=pairs.csv, and else as for a large data set; no sample is read. Compiling takes minutes. For a
+config with stages there is a report on the step of each, and the FLOPs of the run. Exit codes: 0; 1 if a step does not
+fit; 2 for an error that you can correct.
 """
 
 from collections.abc import Sequence
@@ -25,10 +26,13 @@ import jax
 from ml_collections import ConfigDict
 
 from declip_jax.command_line import define_config, run
-from declip_jax.planning.choose import choose
+from declip_jax.data.sources import open_source
+from declip_jax.planning.choose import choose, describe, open_fields
 from declip_jax.planning.report import Report, make_report, run_flops
 from declip_jax.planning.table import run_table, table
 from declip_jax.planning.topology import EXAMPLES, topology_devices
+from declip_jax.reporting.progress import message
+from declip_jax.spelling import counted
 from declip_jax.stages import LAST, naming, stage_configs
 
 
@@ -40,7 +44,9 @@ def _command(_: list[str]) -> int:
   if values.slices > 1 and not values.topology:
     raise ValueError(f"--slices={values.slices} needs --topology")
   devices = topology_devices(values.topology, values.slices) if values.topology else None
-  config = choose(values.config, None, devices)
+  config, note = _with_choices(values.config, devices)
+  if note:
+    message(note)  # before minutes of compiling
   if not config.stages:
     reports = {LAST: make_report(config, devices, values.search)}
     lines, content = table(reports[LAST]), dataclasses.asdict(reports[LAST])
@@ -53,6 +59,25 @@ def _command(_: list[str]) -> int:
   if values.json:
     Path(values.json).write_text(json.dumps(content, indent=2) + "\n")
   return 1 if any(report.fits is False for report in reports.values()) else 0
+
+
+def _with_choices(config: ConfigDict, devices: Sequence[jax.Device] | None) -> tuple[ConfigDict, str]:
+  """Sets what a config leaves open, and says for how many samples; "" if it leaves nothing open.
+
+  Raises:
+    ValueError: the data cannot be read, see `open_source`.
+  """
+  if not (fields := open_fields(config)):
+    return config, ""
+  samples, why = None, "without data="
+  try:
+    if config.data.train:
+      samples = sum(len(open_source(spec, "config.data.train")) for spec in config.data.train)
+  except (OSError, ModuleNotFoundError) as error:
+    why = " ".join(str(error).split())
+  config = choose(config, samples, devices)
+  what = counted(samples, "sample") if samples is not None else f"a large data set ({why})"
+  return config, f"chosen for {what}: {describe(config, fields)}; --config.FIELD=VALUE sets another value"
 
 
 def _stage_reports(config: ConfigDict, devices: Sequence[jax.Device] | None, search: bool) -> dict[str, Report]:

@@ -239,7 +239,9 @@ def with_choices(
     if jax.default_backend() == "cpu" and config.data.image_size > _LARGE_FOR_CPU:
       notes.append(f"a CPU takes long to train this model: architecture={FOR_CPUS} is small enough for it")
   if steps is not None:
+    config, remarks = choose.with_fitting_warmup(config, pairs)
     config, whole = choose.shortened(config, steps, pairs), build.to_steps(config, pairs).total
+    notes += remarks
     notes.append(f"a try of {counted(steps, 'step')} instead of {whole:,}")
   return config, sources, notes
 

@@ -64,7 +64,8 @@ def make_searcher(
     OSError: the weights or the images are not there, or cannot be read.
     ValueError: the model has no text tower or compares tokens, the source has no images, or none of them can be read.
   """
-  clip = load(weights, parse_settings(settings, "--settings"))
+  with command_line.naming("--weights"):
+    clip = load(weights, parse_settings(settings, "--settings"))
   if clip.tokens:
     raise ValueError(f"--weights={weights} compares tokens (FILIP): expected a model that compares embeddings")
   encoders = clip.encoders(batch_size, field="--batch_size")

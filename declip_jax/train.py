@@ -49,13 +49,14 @@ from declip_jax.runtime.checkpoint import Checkpoints, DoesNotFitError
 from declip_jax.runtime.clock import Clock
 from declip_jax.runtime.command import launch
 from declip_jax.runtime.compile_cache import compile_cache
+from declip_jax.runtime.compiling import slow_compile_lines
 from declip_jax.runtime.memory import explained
 from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.runtime.services import Cadence, Services
 from declip_jax.runtime.signals import Stopped, StopRequest, stop_signals
 from declip_jax.runtime.trace import Trace, parse_steps
 from declip_jax.runtime.watchdog import Watchdog
-from declip_jax.runtime.workdir import OtherRunError, about_other_run, local_path, lock, record
+from declip_jax.runtime.workdir import OtherRunError, about_other_run, local_path, lock, read_starts, record
 from declip_jax.sharding import batch_sharding, to_global
 from declip_jax.stages import flops_until, repeatable_from
 from declip_jax.training.state import State, evaluated_weights
@@ -108,6 +109,9 @@ def train(
     run = prepare(config, workdir, sources, watchdog)
     workdir.mkdir(parents=True, exist_ok=True)
     messages = [stack.enter_context(lock(workdir)), *run.deaths.recover(), *run.evaluation_deaths.recover()]
+    for source in run.sources:
+      watchdog.beat(f"reading a sample of {source.name}")
+      pipeline.check_readable(source, config.data.max_pixels, run.deaths, config.data.max_seconds)
     checkpoints = stack.enter_context(contextlib.closing(_open_checkpoints(config, run.parts[-1].steps, workdir)))
     rollbacks = Rollbacks(workdir, config.safety.max_rollbacks)
     start, state, position, notes = _restore_or_create(config, run, workdir, checkpoints, rollbacks, watchdog)
@@ -163,11 +167,14 @@ def loop(
     step += 1
     if (read := services.read(step, batches)) is None:
       _stop(step - 1, services.stop.signum, state, position, services)
-    batch, position, bad = read
+    before, (batch, position, bad) = position, read
     services.begin(step, state)
     with services.clock.spending("step"), jax.profiler.StepTraceAnnotation("train", step_num=step):
       with services.clock.compiling(), jax.transfer_guard("disallow"):  # a hidden host transfer is an error
-        state, metrics = step_fn(state, batch)
+        stepped = services.call(step_fn, state, batch)
+      if stepped is None:
+        _stop(step - 1, services.stop.signum, state, before, services)
+      state, metrics = stepped
       # One step may be in flight: waiting for the previous one keeps the device busy and the measured times correct.
       jax.block_until_ready(previous)
     services.end(step, state, metrics)
@@ -266,7 +273,8 @@ def _restore_or_create(
     return restored.step, restored.state, rollbacks.position(restored.step, restored.data), notes
   rollbacks.forget()
   watchdog.exempt("compiling the initial state")
-  state, messages = first_state(config, run.built, run.abstract, run.initial or read_weights(config))
+  with slow_compile_lines("the initial state"):
+    state, messages = first_state(config, run.built, run.abstract, run.initial or read_weights(config))
   return 0, state, None, messages
 
 
@@ -348,13 +356,15 @@ def _draw_curves(config: ConfigDict, run: Prepared, workdir: Path) -> None:
   with pictures.optional(workdir / "index.html"):
     text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
     objective = run.built.objective
-    export_format = "open_clip" if objective.compares_embeddings and not objective.compares_tokens else "orbax"
+    is_searchable = objective.compares_embeddings and not objective.compares_tokens
+    images = [*(entry.data for entry in config.evals.values() if not entry.get("suite")), *config.data.train, "IMAGES"]
     changes = changes_from_default(config)
     page = RunPage(
       title=described().title,
       total=run.total_steps,
       command=sys.argv,
-      export_format=export_format,
+      export_format="open_clip" if is_searchable else "orbax",
+      searched=images[0] if is_searchable else "",
       standard=f"{changes.method} with {changes.architecture}",
       changes=changes.lines,
       config=text,
@@ -380,7 +390,9 @@ def _open(
   workdir, mesh, finished = services.workdir, run.built.mesh, start >= run.total_steps
   sizes = {source.name: len(source) for source in run.sources}
   stamps = {source.name: source.stamp for source in run.sources}
-  changes = record(config.to_json_best_effort(indent=2, sort_keys=True), mesh, workdir, sizes, stamps, finished)
+  total, before = run.total_steps, read_starts(workdir)
+  as_json = config.to_json_best_effort(indent=2, sort_keys=True)
+  changes = record(as_json, mesh, workdir, sizes, stamps, total_steps=total, finished=finished)
   lines = opening_lines(
     sources=run.sources,
     weights=run.built.objective.weights,
@@ -388,7 +400,8 @@ def _open(
     groups={"batch norms": config.model.heads.norm_groups, "neighbour banks": config.model.heads.bank_groups},
     batch_size=config.batch_size,
     start=start,
-    total=run.total_steps,
+    total=total,
+    total_before=before[-1].total_steps if before else 0,
     stages=[*map(_describe, run.parts)] if len(run.parts) > 1 else (),
     mesh=mesh,
     abstract=run.abstract,

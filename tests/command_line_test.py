@@ -235,11 +235,15 @@ def test_the_list_of_commands_matches_the_installed_scripts() -> None:
   assert scripts == {name: module for name, (module, _) in COMMANDS.items()}
 
 
-def test_the_list_of_commands_rejects_arguments() -> None:
-  command = [sys.executable, "-m", "declip_jax", "tarin"]
+@pytest.mark.parametrize(
+  ("arguments", "meant"),
+  [(["declip_jax", "tarin"], "declip_jax.train"), (["declip_jax.inspect"], "declip_jax.data.inspect")],
+)
+def test_a_command_at_another_place_is_suggested(arguments: list[str], meant: str) -> None:
+  command = [sys.executable, "-m", *arguments]
   done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
   assert (done.returncode, done.stdout) == (2, "")
-  assert "tarin" in done.stderr
+  assert done.stderr.endswith(f"; did you mean python -m {meant}?\n")
 
 
 def test_every_number_that_a_command_takes_has_a_lower_bound() -> None:

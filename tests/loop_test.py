@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from fake_training import BATCH_SIZE, FakeTraining, add_batch, lines, restore, saved_steps
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -266,6 +267,23 @@ def test_sigterm_ends_a_run_that_waits_for_its_first_batch(is_saved: bool, saved
     FakeTraining(on_batch=at(0, hang), is_saved=is_saved).run(tmp_path)
   assert time.monotonic() - began < 30
   assert saved_steps(tmp_path) == saved
+
+
+@pytest.mark.parametrize(("is_saved", "saved"), [(True, []), (False, [0])])
+def test_sigterm_while_the_step_compiles_ends_the_run_before_the_step(
+  is_saved: bool, saved: list[int], tmp_path: Path
+) -> None:
+  @jax.jit
+  def step(state: State, batch: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+    terminate()
+    jax.debug.callback(ran.append, batch["x"])
+    return add_batch(state, batch)
+
+  ran: list[Any] = []
+  with pytest.raises(Stopped, match=r"step 0 by SIGTERM"):
+    FakeTraining(step_fn=step, is_saved=is_saved).run(tmp_path)
+  jax.effects_barrier()
+  assert (ran, saved_steps(tmp_path)) == ([], saved)
 
 
 def test_the_time_for_a_batch_is_limited_and_that_for_compiling_is_not(tmp_path: Path) -> None:

@@ -41,6 +41,22 @@ def test_slices_without_a_topology_are_rejected(values):
     plan._command([])
 
 
+def test_what_a_config_leaves_open_is_chosen_for_its_data(monkeypatch, tmp_path):
+  chosen_for = []
+  monkeypatch.setattr(plan, "choose", lambda c, samples, devices: [chosen_for.append(samples), c][1])
+  c = tiny_config("clip")
+  assert plan._with_choices(c, None)[1] == ""
+  c.batch_size = 0
+  note = plan._with_choices(c, None)[1]
+  assert note == "chosen for 256 samples: batch_size=0; --config.FIELD=VALUE sets another value"
+  c.data.train = (f"table:{tmp_path}/pairs.csv",)
+  assert "for a large data set (" in plan._with_choices(c, None)[1]
+  assert f"{tmp_path}/pairs.csv" in plan._with_choices(c, None)[1]
+  c.data.train = ()
+  assert "for a large data set (without data=): batch_size=0" in plan._with_choices(c, None)[1]
+  assert chosen_for == [256, None, None, None]
+
+
 @pytest.mark.parametrize(("fits", "code"), [(True, 0), (False, 1), (None, 0)])
 def test_exit_code_is_1_if_the_step_does_not_fit(values, monkeypatch, fits, code):
   monkeypatch.setattr(plan, "make_report", lambda *_: dataclasses.make_dataclass("Fake", ["fits"])(fits))

@@ -57,6 +57,8 @@ LAYERS = {
   "declip_jax.embed": 6,
   "declip_jax.data.convert": 6,
   "declip_jax.data.inspect": 6,
+  "declip_jax.convert": 6,
+  "declip_jax.inspect": 6,
   "declip_jax.__main__": 6,
 }
 FREE_OF_JAX = ("declip_jax.data", "declip_jax.reporting.progress", "declip_jax.command_line", "declip_jax.config_files")

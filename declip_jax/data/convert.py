@@ -1,6 +1,6 @@
 """Writes any source as ArrayRecord files: python -m declip_jax.data.convert SPEC OUTPUT
 
-  SPEC      the source to read, such as webdataset:/data/train-*.tar
+  SPEC      the source to read, such as webdataset:/data/train-*.tar, or a path whose kind is detected
   OUTPUT    the folder to write, or its URL, such as gs://bucket/folder
 
 For data that is read many times: thousands of image files, tables or tars become a few large files with fast random
@@ -39,6 +39,7 @@ import numpy as np
 
 from declip_jax import command_line
 from declip_jax.data import images, records
+from declip_jax.data.guess import read_as
 from declip_jax.data.records import Shard
 from declip_jax.data.sources import BadSample, Source, lists, open_source
 from declip_jax.data.storage import files, jobs, outputs, patterns, remote
@@ -311,7 +312,9 @@ def _command(arguments: list[str]) -> int:
   spec, output = arguments
   try:
     part = jobs.Part.of(flags.FLAGS.shard, os.environ) if flags.FLAGS.shard is not None else jobs.WHOLE
-    about = convert(spec, output, flags.FLAGS.shards, flags.FLAGS.workers, flags.FLAGS.max_pixels, part)
+    about = convert(
+      read_as(spec, "SPEC"), output, flags.FLAGS.shards, flags.FLAGS.workers, flags.FLAGS.max_pixels, part
+    )
   except KeyboardInterrupt:
     print("interrupted; run the same command again to resume", file=sys.stderr)
     return 130

@@ -1,7 +1,7 @@
 """Which source reads the data at a path: the spec of a path, pattern, folder or URL."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import fnmatch
 import glob
@@ -14,6 +14,8 @@ from declip_jax.data.sources import SOURCES, lists
 from declip_jax.data.sources.folder import has_captions
 from declip_jax.data.sources.table import read_table
 from declip_jax.data.storage import files, layouts, patterns, remote
+from declip_jax.reporting.progress import message
+from declip_jax.spelling import did_you_mean
 
 _TABLES = (".csv", ".tsv", ".psv", ".jsonl", ".ndjson", ".parquet", ".pq")
 _TABLES += tuple(f"{suffix}.gz" for suffix in (*_TABLES, ".json"))
@@ -32,6 +34,9 @@ _PEEKED = 100  # records of a table
 _PROBED = 10  # images of a table to search for
 _WALKED, _WALKED_REMOTE = 1000, 20  # folders to search
 _OPTIONS = re.compile(r"(.*?)(?:\?([a-z_]+=.*))?", re.DOTALL)  # as in `lists.parse`
+_TESTED = ("test", "validation", "", "train")  # splits, the best to evaluate on first
+_OF_SOURCES = ("heldout", "kept", "border")  # kinds of source that are part of another one
+_PATTERN = re.compile(r"[*?{\[].*")  # from where on the name of a file is a pattern
 _COCO = re.compile(r"captions_(.+)\.json")  # "captions_train2017.json" has the captions of the images in "train2017"
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")  # end of the names of TFDS's files
 
@@ -39,6 +44,57 @@ _NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")  # end of the names of TFDS's files
 def guess(path: str) -> str:
   """Returns the spec of the data set at a path or URL, the first of `guesses`."""
   return guesses(path)[0]
+
+
+def guess_test(path: str) -> str:
+  """Returns the spec of the data at a path or URL to evaluate on: of several splits test, or else validation."""
+  found = guesses(path)
+  parts = [re.split("[/:?&=]", spec) for spec in found]
+  common = set(parts[0]).intersection(*parts[1:])
+
+  def rank(own: Sequence[str]) -> int:
+    splits = [layouts.split_of(part) for part in own if part not in common]
+    return _TESTED.index(next(filter(None, reversed(splits)), ""))
+
+  return found[min(range(len(found)), key=lambda number: rank(parts[number]))]
+
+
+def read_as(path: str, flag: str, guess: Callable[[str], str] = guess) -> str:
+  """The spec of the data that an argument of a command names; printed if it is another text than the argument.
+
+  Args:
+    path: what the user has typed.
+    flag: the argument, for the message.
+    guess: `guess` or `guess_test`.
+
+  Raises:
+    FileNotFoundError, ValueError: see `guesses`; the message names the argument.
+  """
+  try:
+    spec = guess(path)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f"{flag}: {error}") from None
+  except ValueError as error:
+    raise ValueError(f"{flag}: {error}") from None
+  if spec != path:
+    message(f"{flag} {path} is read as {spec}")
+  return spec
+
+
+def short_name(spec: str) -> str:
+  """A name for the data of a spec: that of the file or folder, or of the folder and its split, such as "pets/test".
+
+  A spec without a path is its own name.
+  """
+  kind, _, location = spec.partition(":")
+  if kind in _OF_SOURCES:
+    return f"{kind}/{short_name(location.partition(':')[2])}"
+  folders = _OPTIONS.fullmatch(location)[1].partition("::")[0].split("/")
+  names = [_PATTERN.sub("", name).strip("-_.") for name in folders[-3:]]
+  names = [name.partition(".")[0] for name in names if name.partition(".")[0]]
+  if kind == "scenes" or len(folders) == 1 or not names:
+    return spec
+  return "/".join(names[-2:] if layouts.is_split(names[-1]) else names[-1:])
 
 
 def guesses(path: str) -> list[str]:
@@ -83,7 +139,8 @@ def guesses(path: str) -> list[str]:
     if remote.is_url(path) and (patterns.names(path) or patterns.folders(path)):
       return _in_folder(path.rstrip("/"))
     if re.match(r"\w+:(?!//)", path):
-      raise ValueError(f"{path}: {kind!r} is not a kind of source; expected one of {', '.join(SOURCES)}") from None
+      legal = f"expected one of {', '.join(SOURCES)}{did_you_mean(kind, SOURCES)}"
+      raise ValueError(f"{path}: {kind!r} is not a kind of source; {legal}") from None
     if (kind := _kind_of_suffix(path)) in (None, "image"):
       raise
     return [f"{kind}:{path}"]  # it may exist on another machine; `open_source` reports a missing file
@@ -134,7 +191,7 @@ def _in_folder(folder: str) -> list[str]:
     return _in_folder(snapshot)
   for name, kind in (("dataset_dict.json", "huggingface"), ("dataset_info.json", "tfds")):
     if name in names:
-      return [f"{kind}:{folder}:{_split(f'{place}/{name}')}"]
+      return [f"{kind}:{folder}:{split}" for split in _splits(f"{place}/{name}")]
   if layouts.NSHARDS in names:
     return [f"clip_benchmark:{layouts.clip_benchmark(f'{lists.absolute(folder)}/{layouts.NSHARDS}')}"]
   for kind, suffixes in _SHARDS.items():
@@ -357,8 +414,8 @@ def _annotations(folder: str, names: list[str]) -> list[str]:
   raise ValueError(f"{folder}: {_unknown([*names, *(f'{name}/' for name in patterns.folders(folder))])}")
 
 
-def _split(path: str) -> str:
-  """Chooses a split, "train" or else the first, from a file in which TFDS or Hugging Face lists them.
+def _splits(path: str) -> list[str]:
+  """The splits in a file in which TFDS or Hugging Face lists them, "train" first.
 
   Raises:
     ValueError: the file lists no splits.
@@ -370,7 +427,7 @@ def _split(path: str) -> str:
     names = []
   if not names:
     raise ValueError(f"{path} lists no splits: not a prepared data set?")
-  return "train" if "train" in names else names[0]
+  return sorted(names, key=lambda name: name != "train")
 
 
 def _unknown(names: Iterable[str]) -> str:

@@ -50,24 +50,26 @@ class _MakeSample:
 
   def __call__(self, positions: Any, rng: np.random.Generator) -> Sample:
     positions = list(positions) if len(self.mixtures) > 1 else [positions]
-    bad_counts = np.zeros(len(BAD), np.int32)
+    errors: list[BadSample] = []
     while True:
       state = rng.bit_generator.state
       made = self._make(positions, rng)
       if isinstance(made, dict):
-        made[BAD_COUNTS] = bad_counts
+        for error in errors:
+          _warn(error)
+        kinds = [BAD.index(error.kind) for error in errors]
+        made[BAD_COUNTS] = np.bincount(kinds, minlength=len(BAD)).astype(np.int32)
         return made
       rng.bit_generator.state = state  # the replacement does not depend on where the bad example failed
       stream, error = made
-      bad_counts[BAD.index(error.kind)] += 1
-      _warn(error)
+      errors.append(error)
       mixture, position = self.mixtures[stream], positions[stream]
-      if bad_counts.sum() == _MAX_TRIES:
+      if len(errors) == _MAX_TRIES:
         # Workers can send built-in exceptions; another class may hang them.
         source = mixture.sources[position[0]]
         draws = f"none of {_MAX_TRIES} random draws from {counted(len(source), 'sample')} can be used"
-        message = f"{source.name}: {draws}; the last one: {error}"
-        if 2 * sum(bad_counts[BAD.index(kind)] for kind in OF_MEDIA) > _MAX_TRIES:
+        message = f"{source.name}: {draws}; the first one: {errors[0]}"
+        if 2 * sum(error.kind in OF_MEDIA for error in errors) > _MAX_TRIES:
           raise OSError(errno.EIO, message)
         raise ValueError(f"{message}; python -m declip_jax.data.inspect counts what is wrong with the data")
       positions[stream] = mixture.replacement(position, rng)
@@ -163,6 +165,27 @@ def training_samples(
     positions = grain.experimental.ZipMapDataset([positions, ssl_mixture.positions(hashed(seed, _SECOND_STREAM))])
   mixtures = (mixture, ssl_mixture) if ssl_mixture else (mixture,)
   return positions.random_map(_MakeSample(mixtures, make_views, max_pixels, deaths or Deaths()), seed=seed)
+
+
+def check_readable(source: Source, max_pixels: int, deaths: Deaths, seconds: float = hangs.SECONDS) -> None:
+  """Looks for one sample of a source whose image can be read.
+
+  Args:
+    source: the source.
+    max_pixels: largest number of pixels of an image.
+    deaths: samples to skip, since processes died while they read them.
+    seconds: seconds for reading one sample; 0 means no limit.
+
+  Raises:
+    ValueError, OSError: there is none among 100 random ones; the message names the first of these.
+  """
+
+  def decode(example: Example, rng: np.random.Generator) -> Sample:
+    del rng
+    return {"image": images.decode(example["image"], max_pixels)}
+
+  make = _MakeSample((Mixture((source,), needs_caption=False),), decode, max_pixels, deaths)
+  hangs.make_all(lambda number: make((number, 0), np.random.default_rng(0)), 1, seconds)
 
 
 class TrainStream:

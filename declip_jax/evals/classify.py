@@ -12,6 +12,7 @@ from declip_jax.evals.catalogue import DataSet, data_set
 from declip_jax.evals.classes import align_model
 from declip_jax.evals.features import EvaluationData
 from declip_jax.evals.metrics import merge_classes
+from declip_jax.evals.mistakes import draw_confusions
 from declip_jax.evals.results import Scores
 from declip_jax.evals.scoring import METRICS, score
 from declip_jax.runtime.hosts import gather_rows
@@ -28,12 +29,11 @@ def classify(data: EvaluationData, pictures: Path | None) -> Scores:
 
   Args:
     data: split to classify, and the model's classifier.
-    pictures: unused.
+    pictures: PNG file of the most frequent confusions, None for none.
 
   Raises:
     ValueError: the model has no classifier, its classes do not map onto those of the data, or no image has a label.
   """
-  del pictures
   classifier, name = data.classifier, data.test.name
   if classifier is None:
     raise ValueError(f"{name}: the model has no classifier; only fine-tuned models have one")
@@ -42,11 +42,15 @@ def classify(data: EvaluationData, pictures: Path | None) -> Scores:
   if found is not None:
     if (names := len(classifier.classnames)) != logits.shape[1]:
       raise ValueError(f"heads.classnames has {names} names, but the classifier of the model {logits.shape[1]} classes")
-    return score(data, gather_rows(merge_classes(logits, found)))
+    scores = score(data, gather_rows(merge_classes(logits, found)))
+    draw_confusions(data.test.source, data.classnames, scores, pictures)
+    return scores
   if gather_rows(data.test.label).max(initial=-1) >= logits.shape[1]:
     raise ValueError(f"{name} has more classes than the classifier, which has {logits.shape[1]}")
   logging.log_first_n(logging.WARNING, "%s: classes are matched %s", 1, name, _BY_NUMBER)
-  return score(data, gather_rows(logits), {"classes": _BY_NUMBER})
+  scores = score(data, gather_rows(logits), {"classes": _BY_NUMBER})
+  draw_confusions(data.test.source, (), scores, pictures)
+  return scores
 
 
 def columns(

@@ -16,6 +16,7 @@ from declip_jax.evals import intervals, metrics, results
 from declip_jax.evals.intervals import Interval
 from declip_jax.evals.ranks import RECALL_AT
 from declip_jax.evals.results import Result
+from declip_jax.weights.folders import nearby_runs
 
 # Evaluators in the order of a report; others follow.
 ORDER = ("zero_shot", "retrieval", "composition", "linear_probe", "few_shot", "knn", "nearest_mean")
@@ -199,7 +200,7 @@ def read_methods(folders: Sequence[Path]) -> list[Method]:
   runs: dict[_Name, Run] = {}
   for folder in folders:
     if not folder.is_dir():
-      raise FileNotFoundError(f"{folder}: no such folder")
+      raise FileNotFoundError(f"{folder}: no such folder{nearby_runs(folder)}")
     if not (found := results_in(folder)):
       raise FileNotFoundError(f"{folder}: no result of declip_jax.evaluate in it")
     for path, result in found:

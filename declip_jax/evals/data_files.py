@@ -62,6 +62,11 @@ def read_data(path: str | os.PathLike[str]) -> dict[str, Splits]:
     text = Path(path).read_text("utf-8")
   except FileNotFoundError:
     raise FileNotFoundError(f"{path}: no such data file; evaluate --print_data writes one to start from") from None
+  except IsADirectoryError:
+    raise ValueError(
+      f"--data={path} is a folder: expected a data file, as evaluate --print_data writes it; --zero_shot={path} and "
+      f"--retrieval={path} evaluate on what is in the folder"
+    ) from None
   return parse_data(text, os.fspath(path))
 
 

@@ -26,10 +26,11 @@ import jax
 from ml_collections import ConfigDict
 
 from declip_jax import build
-from declip_jax.config import duration, durations
+from declip_jax.config import duration, durations, steps_of
 from declip_jax.planning.report import available_memory
 from declip_jax.runtime.hosts import smallest
-from declip_jax.stages import plan_stages
+from declip_jax.spelling import counted
+from declip_jax.stages import LAST, plan_stages
 from declip_jax.training.schedules import ScheduleSettings
 
 # Open fields, the value that leaves each open, and one that is legal while others are chosen.
@@ -125,6 +126,37 @@ def describe(config: ConfigDict, fields: Iterable[str]) -> str:
   return ", ".join(
     f"{field}={value:g}" if isinstance(value, float) else f"{field}={value}" for field, value in values.items()
   )
+
+
+def with_fitting_warmup(config: ConfigDict, epoch_examples: int) -> tuple[ConfigDict, list[str]]:
+  """A copy of a config whose warm-ups are not longer than the run or the stage, for a try, and messages about that.
+
+  The whole run is rejected in this case: its data are fewer than those that the config was written for.
+
+  Raises:
+    ValueError: see `stages.plan_stages`.
+  """
+  config, messages = config.copy_and_resolve_references(), []
+  for stage in plan_stages(config, epoch_examples):
+    of_stage, length = stage.config, stage.last - stage.first
+    warmup, cooldown = (
+      steps_of(
+        of_stage.optimizer[field],
+        name=f"optimizer.{field}",
+        batch_size=of_stage.batch_size,
+        epoch_examples=epoch_examples,
+      )
+      for field in ("warmup", "cooldown")
+    )
+    if warmup <= length:
+      continue
+    name = "optimizer" if stage.name == LAST else f"stages.{stage.name}"
+    operator.attrgetter(name)(config).warmup = duration(steps=max(0, length - cooldown))
+    messages.append(
+      f"config.{name}.warmup is {counted(warmup, 'step')}, longer than the whole run or stage of {length:,}, and is "
+      f"shortened for this try only: the whole run needs --config.{name}.warmup.steps={max(1, length // 10)} or so"
+    )
+  return config, messages
 
 
 def shortened(config: ConfigDict, steps: int, epoch_examples: int) -> ConfigDict:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 import itertools
 import os
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -158,7 +159,8 @@ def _evaluations(metrics: Sequence[Mapping[str, Any]], run: Described) -> Iterat
     if len(largest := _series(metrics, f"{prefix}majority_share")[1]):
       chance["largest class"] = largest[-1]
     if evaluation in run.one_image and len(images := _series(metrics, f"{prefix}images")[1]):
-      chance["r10 at chance"] = min(10 / images[-1], 1)
+      firsts = sorted({int(found[1]) for label in curves if (found := re.search(r" r(\d+)$", label))})
+      chance |= {f"r{first} at chance": min(first / images[-1], 1) for first in firsts}
     yield _Panel(evaluation.replace("_", " "), _known(curves), chance, share=True)
 
 

@@ -13,6 +13,7 @@ from declip_jax.data import hangs
 from declip_jax.data.images import Photo
 from declip_jax.data.make_views import MakeViews, Origin
 from declip_jax.data.sources import Source
+from declip_jax.data.sources.heldout import Subset
 from declip_jax.data.storage import files
 from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.extras import grain
@@ -38,6 +39,7 @@ def opening_lines(
   mesh: Mesh,
   abstract: Any,
   changes: Sequence[str],
+  total_before: int = 0,
   stages: Sequence[str] = (),
 ) -> Iterator[str]:
   """Describes a run; of one that is finished, only that, and what is different now.
@@ -52,11 +54,15 @@ def opening_lines(
     mesh: devices.
     abstract: shapes and shardings of the state.
     changes: differences from the config of the previous start.
+    total_before: last step as of the previous start, 0 if it is not known.
     stages: a description of each stage, if the run has several.
   """
   changed = [f"changed since the last start: {line}" for line in changes]
   if start >= total:
-    yield f"nothing to train: this run has done all of its {counted(total, 'step')}"
+    if start > total:
+      yield f"nothing to train: this run has done {counted(start, 'step')}, more than the {total:,} of its config"
+    else:
+      yield f"nothing to train: this run has done all of its {counted(total, 'step')}"
     yield from changed
     return
   for source in sources:
@@ -64,7 +70,8 @@ def opening_lines(
     left_out = ""
     if source.left_out:
       left_out = f", left out {counted(sum(source.left_out.values()), 'file')}: {files.in_words(source.left_out)}"
-    yield f"{source.name}: {counted(len(source), 'sample')}{skipped}{left_out}"
+    division = f", {source.division}" if isinstance(source, Subset) else ""
+    yield f"{source.name}: {counted(len(source), 'sample')}{division}{skipped}{left_out}"
   terms = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
   num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
   axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
@@ -78,8 +85,18 @@ def opening_lines(
     if count > 1:
       yield f"{name}: {count} groups of {counted(batch_size // count, 'pair')}"
   if start:
-    yield f"resuming from step {start:,}"
+    yield f"resuming from step {start:,}{_of_another_length(total, total_before)}"
   yield from changed
+
+
+def _of_another_length(total: int, total_before: int) -> str:
+  """What it means to resume a run whose length has changed; "" if it has not."""
+  if total_before in (0, total):
+    return ""
+  return (
+    f" of a schedule that now has {counted(total, 'step')} instead of {total_before:,}: the steps so far keep the "
+    "learning rates that they had; to start afresh, choose another --workdir"
+  )
 
 
 def draw_views(

@@ -27,9 +27,9 @@ _SMOOTH = 20  # steps
 _FEW = 10  # images per second
 _SLOW_STEP = 1.0  # seconds
 _QUIET_SECONDS = 1.0  # seconds; shorter work shows no bar
-_LIVE_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:,}/{total:,}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-_LOG_FORMAT = "{desc}: {n:,}/{total:,}{unit} ({percentage:.0f}%), {rate_noinv_fmt}, {remaining} left"
-_OPEN_FORMAT = "{desc}: {n:,}{unit} [{elapsed}, {rate_noinv_fmt}]"  # without a total
+_LIVE_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:,}/{total:,} {noun} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+_LOG_FORMAT = "{desc}: {n:,}/{total:,} {noun} ({percentage:.0f}%), {rate_noinv_fmt}, {remaining} left"
+_OPEN_FORMAT = "{desc}: {n:,} {noun} [{elapsed}, {rate_noinv_fmt}]"  # without a total
 
 
 def track(
@@ -364,6 +364,14 @@ class _Line(tqdm):
 
   monitor_interval = 0
   _lock = threading.RLock()
+
+  @property
+  def format_dict(self) -> dict[str, Any]:
+    """What the format may show: also `noun`, the unit of the count, in the singular for 1."""
+    found = super().format_dict
+    count = found["n"] if found["total"] is None else found["total"]
+    unit = found["unit"].strip()
+    return found | {"noun": unit.removesuffix("s") if count == 1 else unit}
 
 
 class _Display:

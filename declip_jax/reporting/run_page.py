@@ -33,6 +33,7 @@ class RunPage:
     total: number of steps until training ends.
     command: program and arguments that started it.
     export_format: format in which it can be exported.
+    searched: images that it can search by texts, as a spec; "" if it cannot.
     standard: the default config that it is compared with, by its method and architecture.
     changes: fields that make it train something else than that config.
     config: config as text.
@@ -42,6 +43,7 @@ class RunPage:
   total: int
   command: Sequence[str]
   export_format: str
+  searched: str
   standard: str
   changes: Sequence[str]
   config: str
@@ -138,12 +140,18 @@ def _commands(workdir: Path, run: RunPage, metrics: Lines) -> Iterator[Block]:
     "# export its weights",
     f"python -m declip_jax.export --workdir {here} --format {run.export_format} --output export",
   ]
+  if run.searched:
+    lines += ["# search images by texts, on a page", _search_command(workdir, run.searched)]
   if program.endswith("declip_jax/train.py") and (not metrics or metrics[-1]["step"] < run.total):
     lines = ["# resume it", f"python -m declip_jax.train {shlex.join(arguments)}", *lines]
   if (workdir / "tensorboard").exists():
     lines += ["# its curves, with zoom", f"tensorboard --logdir {here}"]
   yield Heading("Commands")
   yield Code("\n".join(lines))
+
+
+def _search_command(workdir: Path, images: str) -> str:
+  return f"python -m declip_jax.search --weights {shlex.quote(str(workdir))} --images {shlex.quote(images)}"
 
 
 def _config(run: RunPage) -> Iterator[Block]:

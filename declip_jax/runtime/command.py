@@ -12,6 +12,7 @@ from declip_jax.data.readers import disable_opencv_threads
 from declip_jax.reporting.progress import drop_lost_streams
 from declip_jax.runtime.hosts import check_backend, join_processes
 from declip_jax.runtime.workdir import OtherRunError, local_path
+from declip_jax.weights.folders import is_run
 
 
 def launch(
@@ -62,7 +63,7 @@ def launch(
 def _write_traceback(directory: str | None) -> str:
   """Writes `error.txt` into the directory of a run; returns a note that names it, or an empty string."""
   workdir = Path(directory or "")
-  if not directory or not (workdir / "checkpoints").is_dir():  # nothing was trained there
+  if not directory or not is_run(workdir):  # nothing was trained there
     return ""
   with contextlib.suppress(OSError):  # the disk itself may be full
     (workdir / "error.txt").write_text(traceback.format_exc())

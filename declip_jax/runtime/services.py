@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+from functools import partial
 from pathlib import Path
 import signal
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from declip_jax.reporting.symptoms import Symptoms
 from declip_jax.runtime.bad_samples import BadSamples
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.clock import Clock
+from declip_jax.runtime.compiling import slow_compile_lines, unless_unwanted
 from declip_jax.runtime.hosts import any_host
 from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.runtime.signals import StopRequest
@@ -128,6 +130,13 @@ class Services:
     else:
       self.watchdog.exempt(f"compiling and step {step}")
     self.trace.begin(step, state)
+
+  def call(self, step_fn: Callable[[State, T], tuple[State, Metrics]], state: State, batch: T) -> Any:
+    """Returns what a step returns, None if the run is asked to stop while it compiles: the step has not run then."""
+    if self.clock.has_compiled:
+      return step_fn(state, batch)
+    with slow_compile_lines("the train step"):
+      return unless_unwanted(partial(step_fn, state, batch), lambda: bool(self.stop.signum))
 
   def end(self, step: int, state: State, metrics: Metrics) -> None:
     """Reports what is known after a step is dispatched: how long the first one took, and where the trace is."""

@@ -1,6 +1,7 @@
 """Stopping a run by Ctrl-C, SIGTERM, SIGHUP or preemption: it saves a checkpoint first.
 
-A signal is noticed between two steps, or at once while the run waits for data.
+A signal is noticed between two steps, or at once while the run waits for data; before the first step, when it has been
+traced, lowered or compiled.
 """
 
 from collections.abc import Callable, Iterator
@@ -86,7 +87,7 @@ def stop_signals(request: StopRequest) -> Iterator[None]:
       signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(RuntimeError):  # the signal arrived while the same stream was being written
       message(
-        f"{signal.Signals(signum).name}: the run saves a checkpoint after this step and stops; "
+        f"{signal.Signals(signum).name}: the run saves its steps and stops; "
         f"{'a second ' if signum == signal.SIGINT else ''}Ctrl-C would end it at once, and lose the steps since the "
         "newest checkpoint"
       )

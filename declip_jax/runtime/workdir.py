@@ -102,11 +102,13 @@ def record(
   workdir: Path,
   samples: Mapping[str, int],
   stamps: Mapping[str, str] = MappingProxyType({}),
+  *,
+  total_steps: int = 0,
   finished: bool = False,
 ) -> list[str]:
   """Writes `config.json` into a working directory, and adds a line to `starts.jsonl`.
 
-  The line has time, command, versions, mesh, devices, git revision, and size and stamp of each source.
+  The line has time, command, versions, mesh, devices, git revision, length, and size and stamp of each source.
 
   Args:
     config: config as JSON.
@@ -114,6 +116,7 @@ def record(
     workdir: working directory.
     samples: number of samples of each source.
     stamps: stamp of each source.
+    total_steps: number of steps of the whole run.
     finished: whether no steps are left to train; `config.json` is not rewritten then.
 
   Returns:
@@ -131,6 +134,7 @@ def record(
     "mesh": dict(mesh.shape),
     "processes": jax.process_count(),
     "device": mesh.devices.flat[0].device_kind,
+    "total_steps": total_steps,
     "samples": dict(samples),
     "stamps": dict(stamps),
   }
@@ -148,12 +152,14 @@ class Start(NamedTuple):
     samples: number of samples of each source.
     stamps: stamp of each source.
     git: git revision of the package.
+    total_steps: number of steps of the whole run; 0 if it is not known.
   """
 
   command: list[str]
   samples: dict[str, int]
   stamps: dict[str, str]
   git: str = "unknown"
+  total_steps: int = 0
 
 
 def read_starts(workdir: Path) -> list[Start]:
@@ -172,6 +178,7 @@ def _start(line: dict[str, Any]) -> Start:
     {name: int(count) for name, count in samples.items()},
     {name: str(stamp) for name, stamp in stamps.items()},
     str(line.get("git", "unknown")),
+    int(line.get("total_steps", 0)),
   )
 
 

@@ -1,7 +1,9 @@
-"""Names of the files in folders of weights."""
+"""Names of the files in folders of weights, and which folders are runs."""
 
+import contextlib
 from pathlib import Path
 
+from declip_jax.spelling import close_names
 from declip_jax.weights.tensor_files import INDEX, listed
 
 EXPORT_FILE = "weights.json"  # next to the arrays of an orbax export
@@ -16,6 +18,27 @@ WEIGHT_FILES = (
   f"pytorch_model.bin{INDEX}",
 )
 EXPECTED = f"{WEIGHT_FILES[0]}, model.safetensors, pytorch_model.bin or {EXPORT_FILE}"  # for messages
+_SHOWN = 3  # runs in a message
+
+
+def nearby_runs(path: Path) -> str:
+  """The runs in a folder that has no weights itself, or next to a path that does not exist, for an error message.
+
+  Returns:
+    Up to three, those with the closest names first, such as "; runs nearby: runs/demo, runs/mine"; "" for none.
+  """
+  folders = [folder for folder in (path, path.parent) if folder.is_dir()]
+  with contextlib.suppress(OSError):
+    runs = {child.name: child for folder in folders for child in sorted(folder.iterdir()) if is_run(child)}
+    names = dict.fromkeys([*close_names(path.name, runs), *runs])
+    if shown := [str(runs[name]) for name in [*names][:_SHOWN]]:
+      return f"; runs nearby: {', '.join(shown)}{' ...' if len(names) > _SHOWN else ''}"
+  return ""
+
+
+def is_run(folder: Path) -> bool:
+  """Whether a folder is the working directory of a run, with checkpoints."""
+  return (folder / "checkpoints").is_dir()
 
 
 def weights_file(folder: Path) -> Path:
@@ -28,4 +51,6 @@ def weights_file(folder: Path) -> Path:
     if (folder / name).exists():
       return folder / name
   found = listed(sorted(file.name for file in folder.iterdir()))
-  raise FileNotFoundError(f"{folder} has no weights: expected {EXPECTED}, or checkpoints/; found {found}")
+  raise FileNotFoundError(
+    f"{folder} has no weights: expected {EXPECTED}, or checkpoints/; found {found}{nearby_runs(folder)}"
+  )

@@ -28,7 +28,7 @@ from declip_jax.runtime.checkpoint import Checkpoints, restore_as_numpy
 from declip_jax.runtime.plain_paths import plain_path
 from declip_jax.runtime.retention import KeepBest
 from declip_jax.weights import dialects, families, hub
-from declip_jax.weights.folders import ARRAYS, EXPORT_FILE, weights_file
+from declip_jax.weights.folders import ARRAYS, EXPORT_FILE, is_run, nearby_runs, weights_file
 from declip_jax.weights.layout import (
   ModelFields,
   StateDict,
@@ -121,7 +121,7 @@ def read(path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
       raise ValueError(f"{path} is a checkpoint of a run, so step={step} does not apply")
     return read_run(run, of_path if step is None else step, settings)
   if not path.exists():
-    raise FileNotFoundError(f"{given} does not exist{hub.hint(given)}")
+    raise FileNotFoundError(f"{given} does not exist{hub.hint(given) or nearby_runs(path)}")
   if step is not None:
     raise ValueError(f"{path} is not a run, so step={step} does not apply")
   if (path / EXPORT_FILE).exists():
@@ -154,7 +154,7 @@ def run_of(path: str | os.PathLike[str]) -> Path | None:
 
 def _checkpoint_of(path: Path) -> tuple[Path | None, Step]:
   """The run that a path names, or a checkpoint in it, and the step; None if it is neither."""
-  if (path / "checkpoints").is_dir():
+  if is_run(path):
     return path, None
   above = path.parent
   if path.name == "checkpoints" and any(_is_checkpoint(step) for step in path.glob("*")):
@@ -273,8 +273,8 @@ def read_run(workdir: str | os.PathLike[str], step: Step = None, settings: Mappi
     ValueError: the checkpoint is damaged, or a setting is unknown; see `read`.
   """
   workdir = Path(workdir)
-  if not (workdir / "checkpoints").is_dir():
-    raise FileNotFoundError(f"{workdir} is not a run: it has no checkpoints")
+  if not is_run(workdir):
+    raise FileNotFoundError(f"{workdir} is not a run: it has no checkpoints{nearby_runs(workdir)}")
   checkpoints = Checkpoints(workdir)
   try:
     steps = checkpoints.steps()

@@ -21,7 +21,7 @@ import pytest
 from declip_jax import config_files
 from declip_jax.data import images as image_ops
 from declip_jax.data import inspect
-from declip_jax.data.guess import guess, guesses
+from declip_jax.data.guess import guess, guess_test, guesses, read_as, short_name
 from declip_jax.data.inspect import describe, draw, read_samples
 from declip_jax.data.sources import open_source
 from declip_jax.data.sources.scenes import open_scenes
@@ -365,6 +365,36 @@ def test_a_hugging_face_folder_is_recognised(tmp_path):
   assert guess(f"{tmp_path}/train/") == f"huggingface:{tmp_path}/train"
   (tmp_path / "dataset_dict.json").write_text('{"splits": ["test", "train"]}')
   assert guess(str(tmp_path)) == f"huggingface:{tmp_path}:train"
+
+
+def test_evaluations_prefer_the_split_for_tests(tmp_path, capsys):
+  (tmp_path / "dataset_dict.json").write_text('{"splits": ["validation", "train", "extra"]}')
+  assert guesses(str(tmp_path)) == [f"huggingface:{tmp_path}:{split}" for split in ("train", "validation", "extra")]
+  assert guess_test(str(tmp_path)) == f"huggingface:{tmp_path}:validation"
+  (tmp_path / "dataset_dict.json").unlink()
+  touch(tmp_path, "train-0.tar", "test-0.tar")
+  spec = f"webdataset:{tmp_path}/test*.tar"
+  assert (guess_test(str(tmp_path)), guess_test(spec), capsys.readouterr().err) == (spec, spec, "")
+  assert read_as(str(tmp_path), "--zero_shot", guess_test) == read_as(spec, "--zero_shot", guess_test) == spec
+  assert capsys.readouterr().err == f"--zero_shot {tmp_path} is read as {spec}\n"
+
+
+@pytest.mark.parametrize(
+  ("spec", "name"),
+  [
+    ("folder:/data/pets/test", "pets/test"),
+    ("folder:/data/pets/", "pets"),
+    ("table:/data/pairs.csv?root=/data/images", "pairs"),
+    ("webdataset:/data/cc3m/test-{0000..0009}.tar", "cc3m/test"),
+    ("webdataset:/data/flickr8k/*.tar::/data/more/*.tar", "flickr8k"),
+    ("clip_benchmark:/data/wds_vtab-pets?split=test", "wds_vtab-pets"),
+    ("heldout:10%,5000:table:gs://bucket/pairs.v2.parquet", "heldout/pairs"),
+    ("tfds:food101:validation", "tfds:food101:validation"),
+    ("scenes:heldout/40/24", "scenes:heldout/40/24"),
+  ],
+)
+def test_the_name_of_data(spec, name):
+  assert short_name(spec) == name
 
 
 def test_a_spec_and_a_url():

@@ -18,6 +18,7 @@ import pytest
 from tiers import slow_except
 
 from declip_jax.data import images, pipeline, readers
+from declip_jax.data.deaths import Deaths
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.recipes import RECIPES
@@ -205,9 +206,15 @@ def test_file_that_cannot_be_read_is_a_bad_example() -> None:
   assert sum(row["bad_counts"][BAD.index("missing file")] > 0 for row in got) == 1
 
 
-def test_source_without_anything_usable_is_an_error() -> None:
-  with pytest.raises(ValueError, match=r"numbers: none of 100 random draws from 3 samples .* numbers:"):
-    rows(Numbers(3, broken=(0, 1, 2)))[0]
+def test_source_without_anything_usable_is_one_error_that_names_the_first(caplog: pytest.LogCaptureFixture) -> None:
+  pipeline._warned.clear()
+  broken = Numbers(3, broken=(0, 1, 2))
+  with pytest.raises(ValueError, match=r"numbers: none of 100 random draws from 3 samples .* first one: numbers:\d: "):
+    rows(broken)[0]
+  with pytest.raises(ValueError, match=r"100 random draws from 3 samples .* first one: numbers:0: "):
+    pipeline.check_readable(broken, images.MAX_PIXELS, Deaths())
+  assert not caplog.text
+  pipeline.check_readable(Numbers(3, broken=(0,)), images.MAX_PIXELS, Deaths())
 
 
 def test_captions_are_required_only_if_the_recipe_reads_them() -> None:

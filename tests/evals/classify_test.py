@@ -1,6 +1,7 @@
 """Tests of `declip_jax.evals.classify`: labels by name, and errors."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from declip_jax.data.images import EvalView
+from declip_jax.evals import mistakes
 from declip_jax.evals.catalogue import data_set
 from declip_jax.evals.classify import classify, columns
 from declip_jax.evals.encoders import Encoders, ModelClassifier
@@ -44,13 +46,19 @@ def data(label: list[int], classnames: tuple[str, ...] = NAMES, theirs: tuple[st
   return make_data(encoders, Texts(encoders), Split(Images(label, classnames), encoders))
 
 
-def test_labels_are_compared_by_name() -> None:
+def test_labels_are_compared_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
   """The data has its classes in another order than the model, and not all of them."""
+  drawn: list[Any] = []
+  monkeypatch.setattr(mistakes, "plot_examples", lambda title, found, path: drawn.append((found, path)))
   ours = ("Owl", "cat")
   scores = classify(data([ours.index("cat"), -1, ours.index("Owl"), ours.index("cat")], classnames=ours), None)
   assert scores.metrics["top1"] == pytest.approx(2 / 3)  # the last one is an owl
   assert scores.metrics["images"] == 3
   assert classify(data([0, 1, 2, 2]), None).metrics["top1"] == 1
+  assert not drawn
+  classify(data([0, 1, 2, 1]), tmp_path / "x.png")
+  (((caption, images),), path) = drawn[0]
+  assert (caption, path, images[0][0, 0, 0]) == ("dog, taken for owl: 1", tmp_path / "x.png", 2)
 
 
 def test_classes_are_matched_by_number_only_if_neither_side_has_names() -> None:

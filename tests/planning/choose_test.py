@@ -133,6 +133,20 @@ def test_a_try_is_the_run_in_proportion() -> None:
   assert c.duration.epochs == 20  # the config itself is not changed
 
 
+def test_a_try_scales_a_warmup_that_is_longer_than_the_whole_run() -> None:
+  c = tiny_config("clip")
+  c.batch_size, c.duration, c.optimizer.warmup = 10, config.duration(epochs=2), config.duration(steps=2000)
+  assert choose.with_fitting_warmup(c, 10**4)[1] == []
+  c.stages.first = config.stage(duration=config.duration(steps=50))
+  fitting, (first, last) = choose.with_fitting_warmup(c, 1000)
+  assert first.startswith("config.stages.first.warmup is 2,000 steps, longer than the whole run or stage of 50, ")
+  assert last.endswith("the whole run needs --config.optimizer.warmup.steps=15 or so")
+  short = plan_stages(choose.shortened(fitting, 20, 1000), 1000)
+  assert [build.stage_steps(stage, 1000).schedule.warmup for stage in short] == [5, 15]
+  with pytest.raises(ValueError, match="warmup is 2,000 steps"):
+    choose.shortened(c, 20, 1000)
+
+
 def test_a_try_has_all_stages_in_proportion() -> None:
   c = tiny_config("clip")
   c.batch_size, c.duration, c.optimizer.warmup = 10, config.duration(epochs=20), config.duration(share=0.05)

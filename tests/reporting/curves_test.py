@@ -37,7 +37,8 @@ def rows_of_a_run(count):
     for n, x in enumerate(noise)
   ]
   scores = {"eval/zero_shot/top1": 0.5, "eval/zero_shot/majority_share": 0.25, "eval/zero_shot/seconds": 9.0}
-  found = {"eval/retrieval/text_to_image_r10": 0.75, "eval/retrieval/images": 40.0}
+  found = {"eval/retrieval/text_to_image_r1": 0.5, "eval/retrieval/text_to_image_r10": 0.75}
+  found |= {"eval/retrieval/images": 40.0}
   return [*rows, {"step": count, **scores, **found, "diagnostics/image/deviation": 0.9}]
 
 
@@ -66,7 +67,7 @@ def test_curves_that_are_comparable_share_a_panel(tmp_path, figures, count):
   assert labels(shown["loss"]) == ["total", "clip", "nns", "at chance", "bank full by step 2"]
   assert labels(shown["loss of masked tokens"]) == ["mlm", "at chance"]
   assert labels(shown["zero shot"]) == ["top1", "largest class"]
-  assert labels(shown["retrieval"]) == ["text to image r10", "r10 at chance"]
+  assert labels(shown["retrieval"]) == ["text to image r1", "text to image r10", "r1 at chance", "r10 at chance"]
   assert "temperature" not in shown  # this run has none
   assert figures[-1].get_suptitle() == RUN.title
   with Image.open(tmp_path / "curves.png") as picture:
@@ -80,7 +81,7 @@ def test_dashed_lines_are_the_values_of_random_answers(tmp_path, figures):
   assert dashed(shown["loss"]) == [math.log(64)]
   assert dashed(shown["loss of masked tokens"]) == [math.log(1000)]
   assert dashed(shown["zero shot"]) == [0.25]
-  assert dashed(shown["retrieval"]) == [10 / 40]
+  assert dashed(shown["retrieval"]) == [1 / 40, 10 / 40]
   shown = drawn(figures, rows_of_a_run(10), tmp_path, Described("unknown"))
   assert not dashed(shown["loss"])
   assert not dashed(shown["retrieval"])

@@ -31,11 +31,11 @@ class FakeSource:
     return 12_345
 
 
-def describe(start: int = 0, **groups: int) -> list[str]:
+def describe(start: int = 0, total_before: int = 0, source: Any = None, **groups: int) -> list[str]:
   abstract = SimpleNamespace(params={"kernel": jax.ShapeDtypeStruct((1000, 5), jnp.float32)})
   return list(
     opening_lines(
-      sources=[FakeSource()],
+      sources=[source or FakeSource()],
       weights={"clip": 1.0, "nns": 0.2},
       recipe="declip",
       groups=groups,
@@ -44,6 +44,7 @@ def describe(start: int = 0, **groups: int) -> list[str]:
       total=1000,
       mesh=make_mesh(1, 1, jax.devices()[:1]),
       abstract=abstract,
+      total_before=total_before,
       changes=["config.seed: 0 -> 1"] if start else [],
     )
   )
@@ -57,6 +58,14 @@ def test_a_run_describes_its_data_objective_and_devices() -> None:
   ]
 
 
+def test_the_parts_of_a_divided_source_are_told_apart() -> None:
+  lines = [describe(source=open_source(f"{kind}:10%,5000:scenes:test/40/16"))[0] for kind in ("kept", "heldout")]
+  assert lines == [
+    "kept:10%,5000:scenes:test/40/16: 36 samples, all but the 4 held out of 40",
+    "heldout:10%,5000:scenes:test/40/16: 4 samples, the 4 held out of 40",
+  ]
+
+
 def test_groups_of_heads_are_described() -> None:
   assert describe(norms=4, banks=1)[3:] == ["norms: 4 groups of 4 pairs"]
 
@@ -67,6 +76,14 @@ def test_a_run_that_resumes_names_its_step_and_what_has_changed() -> None:
     "nothing to train: this run has done all of its 1,000 steps",
     "changed since the last start: config.seed: 0 -> 1",
   ]
+  assert describe(1200)[0] == "nothing to train: this run has done 1,200 steps, more than the 1,000 of its config"
+
+
+def test_a_run_that_resumes_with_another_length_says_so_and_how_to_start_afresh() -> None:
+  line = describe(200, total_before=200)[3]
+  assert line.startswith("resuming from step 200 of a schedule that now has 1,000 steps instead of 200: ")
+  assert line.endswith("to start afresh, choose another --workdir")
+  assert describe(200, total_before=1000)[3] == "resuming from step 200"
 
 
 @pytest.mark.parametrize(("name", "augment_on"), [("declip", "host"), ("finetune", "device")])

@@ -152,7 +152,7 @@ def test_the_total_is_the_length_if_there_is_one(clock: Clock) -> None:
     clock.now += 20
   assert log.getvalue().splitlines()[0] == "reading: 1/3 files (33%), 0.05 files/s, 00:40 left"
   consume(clock, 1, 20, log := io.StringIO(), None)
-  assert log.getvalue().splitlines()[0] == "indexing a list: 1 samples [00:20, 0.05 samples/s]"
+  assert log.getvalue().splitlines()[0] == "indexing a list: 1 sample [00:20, 0.05 samples/s]"
 
 
 def test_a_bar_is_set_to_a_count_that_others_report(clock: Clock) -> None:

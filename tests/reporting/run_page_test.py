@@ -45,7 +45,7 @@ def workdir(tmp_path):
 def written(workdir, metrics=METRICS, title=HOSTILE):
   command = ["/x/declip_jax/train.py", f"--config=demo:data={HOSTILE}", "--workdir", "a run & more"]
   changes = [f"config.data.train: () -> ({HOSTILE!r},)", *(f"config.field{number}: 0 -> 1" for number in range(24))]
-  page = RunPage(title, 40, command, "open_clip", "clip with ViT-B/32", changes, HOSTILE)
+  page = RunPage(title, 40, command, "open_clip", "scenes:test/4 5", "clip with ViT-B/32", changes, HOSTILE)
   write_page(workdir, page, metrics)
   return (workdir / "index.html").read_text(encoding="utf-8")
 
@@ -66,6 +66,7 @@ def test_the_page_has_scores_warnings_and_commands(workdir):
   assert "at_chance , steps 10 to 20: see docs/when_it_does_not_learn.md#at-chance" in text
   assert f"--workdir '{workdir}'" in text
   assert "python -m declip_jax.train" in text
+  assert f"python -m declip_jax.search --weights '{workdir}' --images 'scenes:test/4 5'" in text
   assert "config.field22: 0 -> 1\n... and 1 other field" in text
   assert "config.field23" not in text
 

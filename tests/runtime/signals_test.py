@@ -32,7 +32,7 @@ def test_a_signal_is_noted_and_the_handlers_are_restored(signum: int, capsys: py
     os.kill(os.getpid(), signum)
     assert request.check() == request.signum == signum
   assert [signal.getsignal(number) for number in HANDLED] == before
-  assert f"{signal.Signals(signum).name}: the run saves a checkpoint" in capsys.readouterr().err
+  assert f"{signal.Signals(signum).name}: the run saves its steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])

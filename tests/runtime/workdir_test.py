@@ -95,7 +95,9 @@ def test_a_finished_run_keeps_its_config(tmp_path: Path) -> None:
   config, mesh = tiny_config("clip"), sharding.make_mesh(-1, 1)
   workdir_lib.record(before := config.to_json_best_effort(), mesh, tmp_path, {})
   config.seed = 7
-  assert workdir_lib.record(config.to_json_best_effort(), mesh, tmp_path, {}, finished=True) == ["config.seed: 0 -> 7"]
+  again = workdir_lib.record(config.to_json_best_effort(), mesh, tmp_path, {}, total_steps=9, finished=True)
+  assert again == ["config.seed: 0 -> 7"]
+  assert [start.total_steps for start in workdir_lib.read_starts(tmp_path)] == [0, 9]
   assert (tmp_path / "config.json").read_text() == before + "\n"
 
 

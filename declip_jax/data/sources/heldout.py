@@ -23,6 +23,13 @@ class Subset(Wrapper):
     super().__init__(name, source)
     self._start, self._stop = start, stop
 
+  @property
+  def division(self) -> str:
+    """Which part of the source it is, in words."""
+    if not self._start:
+      return f"the {self._stop:,} held out of {len(self._source):,}"
+    return f"all but the {self._start:,} held out of {len(self._source):,}"
+
   def __len__(self) -> int:
     return self._stop - self._start
 
