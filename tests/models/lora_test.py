@@ -14,8 +14,8 @@ from tiny import tiny_config
 from declip_jax import build
 from declip_jax.models.lora import TARGETS, Lora, add_adapters, frozen_paths, merge
 from declip_jax.models.model import make_model
-from declip_jax.models.paths import stop_gradient_below
-from declip_jax.training.optim import OptimizerSettings, make_optimizer
+from declip_jax.models.paths import stop_gradient_below, trainable
+from declip_jax.training.optim import OptimizerSettings, make_optimizer, rate_multipliers
 from declip_jax.training.state import abstract_state
 from declip_jax.views import Views
 from declip_jax.weights.read import from_state_dict
@@ -140,6 +140,13 @@ def test_what_a_config_trains() -> None:
   assert not built.model.towers.lock_image
   moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state)]
   assert len(moments) == 1 + 2 * len(trained)
+  # Adapters have the rates of their blocks, and are frozen with them.
+  rates = rate_multipliers(state.params, multipliers=(("towers/image", 0.1),), layer_decay=0.5)
+  adapters = rates["towers"]["image"]["transformer"]["blocks"]["lora"]["query"]
+  np.testing.assert_allclose(adapters["a"], 0.1 * np.array([0.25, 0.5]).reshape(2, 1, 1))
+  some = trainable(state.params, (*built.frozen, "towers/text/transformer/blocks[:-1]"))
+  adapters = some["towers"]["text"]["transformer"]["blocks"]["lora"]["out"]
+  np.testing.assert_array_equal(adapters["b"], np.array([False, True]).reshape(2, 1, 1))
 
 
 @pytest.mark.parametrize(
