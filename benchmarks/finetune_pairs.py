@@ -4,7 +4,7 @@ FOLDER has `fashion44k` and `flickr8k`, each with WebDataset shards (docs/result
 pretrained once on fashion44k: the sigmoid loss, attention pooling, whole images resized to a square. For each of three
 seeds it is then fine-tuned on flickr8k, all of it, adapters, and adapters in attention and MLP; and a model is trained
 from scratch in as many steps. It prints the mean recall on flickr8k's and fashion44k's test images before and after,
-mean ± standard deviation over the seeds. On two CPU cores that takes about half an hour.
+mean ± standard deviation over the seeds.
 
 Finished runs are not repeated, and an interrupted one resumes.
 """

@@ -92,7 +92,8 @@ def add_adapters(params: Tree, key: jax.Array, lora: Lora) -> Tree:
     blocks = _blocks(towers[tower])
     if blocks is None:
       raise ValueError(
-        f"config.lora.towers={lora.towers!r}: the {tower} tower has no transformer blocks, so it can have no adapters"
+        f"config.lora.towers={lora.towers!r}: the {tower} tower has no transformer blocks, so it can have no adapters: "
+        "leave it out"
       )
     drawn = _draw(blocks, jax.random.fold_in(key, TOWERS.index(tower)), lora)
     towers[tower] = _with_blocks(towers[tower], {**blocks, _ADAPTERS: drawn})
