@@ -246,9 +246,11 @@ def test_data_efficiency_makes_its_data_and_runs(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # three trainings
 @pytest.mark.usefixtures("colabs")
 def test_finetune_pairs_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
   constants = {"IMAGES": 60, "TEST_IMAGES": 20, "STEPS": 2, "TUNING": 2, "BATCH": 8}
+  constants |= {"PRETRAINING": "scenes:train/60/48", "BEFORE": "scenes:test/20/48"}
   names, _ = run("finetune_pairs", constants, monkeypatch)
   assert {*names["scores"]} == {(kind, way) for kind in ("retrieval", "before") for way in ("full", "lora")}
   for kind in ("retrieval", "before"):  # both start from the same weights
