@@ -97,7 +97,7 @@ def row(name: str) -> Row:
 def step_flops(name: str) -> float:
   """FLOPs of the model in a step of a config."""
   c = config_files.load(name)
-  return flops.step_flops(build.build(c), c.batch_size, c.optimizer.frozen)
+  return flops.step_flops(build.build(c), c.batch_size)
 
 
 def hours(steps: int, step: float, kind: str, number: int, utilisation: float = UTILISATION) -> float:

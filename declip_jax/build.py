@@ -35,6 +35,7 @@ from declip_jax.evals.jobs import DataSource, Job, run_jobs
 from declip_jax.extras import install_command, is_installed
 from declip_jax.methods import name_of
 from declip_jax.models.heads import diagnostic_kinds
+from declip_jax.models.lora import Lora, frozen_paths
 from declip_jax.models.model import Model, make_model
 from declip_jax.models.paths import is_below
 from declip_jax.objectives import TERMS, Objective, diagnostics, make_objective
@@ -74,6 +75,7 @@ _OVERRIDES = (
   "erase_probability",
   "mixup",
   "cutmix",
+  "squash",
 )
 
 
@@ -88,6 +90,7 @@ class Built(NamedTuple):
     make_views: function from an example to the views of the data recipe that the objective uses.
     mesh: mesh of all devices.
     num_kept_patches: number of patches of an image that enter the image tower in training; None if all do.
+    frozen: paths of the parameters that are not trained, see `models.paths.trainable`.
   """
 
   model: Model
@@ -97,6 +100,7 @@ class Built(NamedTuple):
   make_views: MakeViews
   mesh: Mesh
   num_kept_patches: int | None
+  frozen: tuple[str, ...]
 
   def batch_shape(self, batch_size: int) -> BatchShapes:
     """Shapes and dtypes of a global batch."""
@@ -140,14 +144,32 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bu
   _check_texts(config, recipe, tokenizer)
   _check_drops(config, recipe)
   _check_images(config)
-  optimizer = read_settings(optim.OptimizerSettings, config.optimizer, "optimizer")
   _check_unread(config.optimizer, "optimizer", optim.OptimizerSettings, schedules.ScheduleSettings)
+  lora = _make_lora(config, objective)
   locked = any(is_below("towers/image", prefix) for prefix in config.optimizer.frozen)
-  model = make_model(config.model.to_dict(), views=recipe.views, heads=objective.heads, lock_image=locked)
+  locked |= lora is not None and not lora.trains_image
+  model = make_model(config.model.to_dict(), views=recipe.views, heads=objective.heads, lock_image=locked, lora=lora)
   grid, rate = config.data.image_size // model.towers.image.stride, config.model.patch_dropout
   make_views = _make_views(config, recipe, tokenizer, grid)
   num_kept = patch_dropout.num_kept(grid**2, rate) if rate else None
-  return Built(model, objective, optim.make_optimizer(optimizer), tokenizer, make_views, mesh, num_kept)
+  built = Built(model, objective, optax.identity(), tokenizer, make_views, mesh, num_kept, config.optimizer.frozen)
+  if lora:
+    params, _ = jax.eval_shape(model.init, jax.random.key(0), built.batch_shape(config.batch_size))
+    built = built._replace(frozen=(*built.frozen, *frozen_paths(params, lora)))
+  optimizer = read_settings(optim.OptimizerSettings, config.optimizer, "optimizer", frozen=built.frozen)
+  return built._replace(optimizer=optim.make_optimizer(optimizer))
+
+
+def _make_lora(config: ConfigDict, objective: Objective) -> Lora | None:
+  """The adapters of a config, None if it has none."""
+  if not config.lora.rank:
+    return None
+  if "momentum" in objective.heads:
+    raise ValueError(
+      f"config.lora.rank={config.lora.rank}: a momentum tower, as of {[*objective.weights]}, would be a copy without "
+      "adapters: choose 0, or terms without a momentum tower"
+    )
+  return read_settings(Lora, config.lora, "lora")
 
 
 def _make_recipe(config: ConfigDict, objective: Objective) -> Recipe:
@@ -206,8 +228,13 @@ def _check_texts(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer) -> No
 
 
 def _check_images(config: ConfigDict) -> None:
-  """Rejects images that do not divide into the image tower's patches."""
-  size, image = config.data.image_size, config.model.image
+  """Rejects images that do not divide into the image tower's patches, and resizing for a crop that is not made."""
+  size, image, data = config.data.image_size, config.model.image, config.data
+  if data.squash and data.evaluation_resize:
+    raise ValueError(
+      f"config.data.evaluation_resize={data.evaluation_resize} has no effect with config.data.squash=True, which cuts "
+      "nothing off: set it to 0"
+    )
   if image.get("pooling") == "map" and size >= image.patch:  # see `architectures.SIGLIP`
     return
   if image.get("patch") and size % image.patch:
@@ -472,7 +499,7 @@ def make_step(
       config.micro_batches,
       model=built.model,
       objective=built.objective,
-      frozen=config.optimizer.frozen,
+      frozen=built.frozen,
       gather=partial(gather, mesh=built.mesh, dtype=jnp.dtype(config.model.dtype)),
     ),
     momentum_decay=lambda step: momentum_at(step + steps.run_lead, steps.run_total, config.momentum_tower.decay),
@@ -563,6 +590,7 @@ def make_encoders(config: ConfigDict, built: Built, deaths: Deaths) -> EncoderFa
     interpolation=config.data.interpolation,
     mean=config.model.mean,
     std=config.model.std,
+    squash=config.data.squash,
   )
   functions = make_encode_functions(built.model, built.mesh, tokens=built.objective.compares_tokens)
   data = config.data

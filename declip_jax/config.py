@@ -83,11 +83,13 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   # Prompts such as ("a photo of a {}.",) that make the classifier start as the zero-shot classifier of these weights
   # (WiSE-FT); () leaves it random. It then has to read joint embeddings: model.heads.classify_joint.
   c.init_from.templates = ()
+  c.lora = _lora()
   c.optimizer = _optimizer()
   c.mesh = ConfigDict({"data": -1, "fsdp": 1})  # number of devices along each axis; -1 means all that remain
   c.safety = _safety()
   c.log_every = 50  # steps between lines of metrics.jsonl, and between measurements of `objectives.diagnostics`
   c.evaluate_every = duration(epochs=1)
+  c.evaluate_first = False  # whether the first state is evaluated, too, such as that of weights that are fine-tuned
   c.evaluate_batch_size = 1024
   c.evaluate_cache_gib = 2.0  # GiB of decoded images that each host keeps from one evaluation to the next
   c.evals = ConfigDict()  # name -> `zero_shot(...)`, `retrieval(...)` or another of `EVALUATIONS` in this module
@@ -226,6 +228,9 @@ def _data(recipe: str, image_size: int) -> ConfigDict:
   c.interpolation = "bilinear"  # method for crops and evaluation; OpenAI's CLIP evaluates with "bicubic"
   # Length of the shorter side, in pixels, before evaluation crops the centre; 0 means image_size. DeCLIP: 256.
   c.evaluation_resize = 0
+  # Whether whole images are resized to a square, whatever their shape, as SigLIP's: evaluation then cuts nothing off,
+  # and random crops have the shape of the image, up to the recipe's aspect ratios.
+  c.squash = False
   c.mask_probability = 0.15  # probability that masked language modelling selects a token (BERT: 0.15)
   c.mask_slots = 0  # masked positions kept per caption; 0 derives a bound that is rarely exceeded
   c.mask_whole_words = False  # whether words are masked with all their tokens
@@ -309,6 +314,22 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   # Whether the classifier reads unit-norm joint embeddings, like a zero-shot classifier, instead of tower features.
   c.heads.classify_joint = False
   c.heads.update(built.heads)
+  return c
+
+
+def _lora() -> ConfigDict:
+  """Low-rank adapters (LoRA, Hu et al. 2021) of the towers' blocks, see `models.lora`.
+
+  They are trained in place of the towers and their projections; the other heads, temperature and bias among them, are
+  trained as usual. A model that is loaded or exported has the adapters in its kernels.
+  """
+  c = ConfigDict()
+  c.rank = 0  # width of the adapters, such as 8; 0 means none
+  c.alpha = 16.0  # alpha / rank is the factor of the product of an adapter
+  c.targets = ("query", "key", "value", "out")  # kernels with adapters, of `lora.TARGETS`; "fc1", "fc2" are the MLP's
+  c.towers = ("image", "text")  # towers with adapters; the others are not trained at all
+  # Paths of parameters of towers and projections that are trained besides, such as ("heads/text_projection",).
+  c.trained = ()
   return c
 
 

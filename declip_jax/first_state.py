@@ -19,6 +19,19 @@ def read_weights(config: ConfigDict) -> Weights | None:
   return read_initial(build.make_init_from(config), config.model.to_dict())
 
 
+def _about_squash(weights: Weights, config: ConfigDict) -> list[str]:
+  """Reports weights of an image tower that saw images in another shape than those of the run."""
+  if weights.view.squash == config.data.squash or "image" not in config.init_from.groups:
+    return []
+  theirs, ours = "whole images resized to a square", "crops that keep their shape"
+  if config.data.squash:
+    theirs, ours = ours, theirs
+  return [
+    f"these weights were trained on {theirs}, and this run sees {ours}: "
+    f"config.data.squash={weights.view.squash} does as they do"
+  ]
+
+
 def first_state(
   config: ConfigDict, built: build.Built, abstract: State, weights: Weights | None
 ) -> tuple[State, list[str]]:
@@ -38,6 +51,7 @@ def first_state(
   if weights is None:
     return state, []
   state, messages = initialise(state, weights, config.init_from.groups, model)
+  messages += _about_squash(weights, config)
   if config.init_from.templates:
     names, remark = names_for_prompts(config.model.heads.classnames)
     messages += [remark] if remark else []

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 import functools
+import operator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 
 from declip_jax import build
 from declip_jax.data import pipeline
@@ -17,6 +19,7 @@ from declip_jax.data.sources import Source, open_source
 from declip_jax.evals.encoders import EncoderFactory, Encoders
 from declip_jax.extras import grain
 from declip_jax.first_state import read_weights
+from declip_jax.models.paths import trainable
 from declip_jax.planning import choose, flops
 from declip_jax.planning.architecture import FOR_CPUS
 from declip_jax.reporting.trackers import OpenTracker
@@ -131,7 +134,7 @@ def prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None,
     (stage, built, samples(built.make_views), samples(built.make_views.with_origin))
     for stage, built in ((stage, builts[stage.name]) for stage in stages)
   ]
-  step_flops = functools.cache(lambda name, size: flops.step_flops(builts[name], size, config.optimizer.frozen))
+  step_flops = functools.cache(lambda name, size: flops.step_flops(builts[name], size))
   return Prepared(
     parts=[_part(config, *part, epoch_examples, abstract) for part in parts],
     epoch_examples=epoch_examples,
@@ -143,7 +146,10 @@ def prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None,
     evaluate=build.make_evaluators(config.evals, workdir, config.model.heads.classnames, config.evaluate_cache_gib),
     initial=None if has_checkpoints(workdir) else read_weights(config),
     trackers=build.make_trackers(config.trackers),
-    notes=_notes([mixture, ssl_mixture], max(stage.config.batch_size for stage in stages), config.optimizer.ema),
+    notes=[
+      *_notes([mixture, ssl_mixture], max(stage.config.batch_size for stage in stages), config.optimizer.ema),
+      *_about_adapters(built, abstract),
+    ],
     step_flops=lambda stage, size: step_flops(stage.name, size),
   )
 
@@ -182,6 +188,16 @@ def _notes(mixtures: Sequence[Mixture | None], batch_size: int, ema: float = 0.0
   if ema:
     notes.append(f"evaluations read the moving average of the weights (config.optimizer.ema={ema:g})")
   return notes
+
+
+def _about_adapters(built: build.Built, abstract: State) -> list[str]:
+  """How many parameters are trained, if there are adapters."""
+  if not built.model.lora:
+    return []
+  sizes = [leaf.size for leaf in jax.tree.leaves(abstract.params)]
+  shares = [float(np.mean(part)) for part in jax.tree.leaves(trainable(abstract.params, built.frozen))]
+  trained = round(sum(map(operator.mul, sizes, shares)))
+  return [f"{trained:,} of {sum(sizes):,} parameters are trained (config.lora.rank={built.model.lora.rank})"]
 
 
 def has_checkpoints(workdir: Path) -> bool:

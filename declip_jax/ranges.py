@@ -23,12 +23,12 @@ _ONE_OR_MORE = (
 _POSITIVE = (
   *("model.image.mlp_ratio", "model.text.mlp_ratio", "model.image.epsilon", "model.text.epsilon"),
   *("model.image.slope", "model.image.multiplier", "optimizer.cooldown_power", "optimizer.layer_decay"),
-  "optimizer.trust_coefficient",
+  *("optimizer.trust_coefficient", "lora.alpha"),
 )
 _ZERO_OR_MORE = (
   *("seed", "log_every", "data.evaluation_resize", "data.mask_slots", "model.heads.max_scale"),
   *("model.heads.num_classes", "evaluate_cache_gib"),
-  *("checkpoint.keep_best", "safety.max_rollbacks", "safety.hang_timeout", "safety.checkpoint_minutes"),
+  *("lora.rank", "checkpoint.keep_best", "safety.max_rollbacks", "safety.hang_timeout", "safety.checkpoint_minutes"),
 )
 _RATES = (
   *("optimizer.learning_rate", "optimizer.warmup_start", "optimizer.end_learning_rate", "optimizer.weight_decay"),
@@ -45,7 +45,7 @@ _WIDTHS = (
 )
 _TEXTS = (
   *("data.train", "data.ssl_train", "init_from.groups", "init_from.settings", "optimizer.frozen"),
-  "model.heads.classnames",
+  *("model.heads.classnames", "lora.targets", "lora.towers", "lora.trained"),
 )
 
 

@@ -118,7 +118,7 @@ def train(
     run, resized = planned(config, run, checkpoints, start)
     services = _open_services(config, run, workdir, start, checkpoints, rollbacks, profile, watchdog, stack)
     _open(config, run, services, start, [*messages, *notes], [*chosen, *run.notes, resized])
-    services.evaluate_if_missed(start, state)
+    services.evaluate_if_missed(start, state, config.evaluate_first)
     _train_stages(run, services, start, state, position)
   plain = build.plain_retrievals(config.evals)
   return _finish(max(start, run.total_steps), workdir, services.latest, plain, is_try=steps is not None)
@@ -324,7 +324,8 @@ def _open_services(
   stack.enter_context(stop_signals(stop))
 
   def evaluate(state: State, number: int) -> dict[str, float]:
-    encoders = run.encoders.bind(*evaluated_weights(state))
+    params, collections = evaluated_weights(state)
+    encoders = run.encoders.bind(run.built.model.merged(params), collections)
     return run.evaluate(encoders.with_callback(partial(watchdog.beat, "the evaluation")), number)
 
   as_json = json.loads(config.to_json_best_effort())  # of a user's own functions, only the names

@@ -1,5 +1,6 @@
 """Tiny models with random weights, shared by tests."""
 
+from collections.abc import Mapping
 import copy
 from dataclasses import replace
 import functools
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
+from declip_jax import config
 from declip_jax.clip import Clip
 from declip_jax.data.images import EvalView
 from declip_jax.sharding import make_mesh
+from declip_jax.weights.describe import Description
 from declip_jax.weights.layout import abstract_variables
 from declip_jax.weights.read import Weights
 
@@ -34,6 +37,14 @@ def make_weights(seed: int, heads: tuple[str, ...] = ("joint",), **fields: Any) 
   if heads != ("joint",):  # a fine-tuned model has no text tower
     drawn["params"]["towers"].pop("text", None)
   return Weights(f"weights {seed}", model, heads, **drawn, view=EvalView(16))
+
+
+def describe_any(path: str, settings: Mapping[str, Any] | None = None) -> Description:
+  """Stands in for `weights.describe.describe` where a command names weights that do not exist: CLIP's ViT-B/32."""
+  del path, settings
+  model = config.default().model.to_dict()
+  view = EvalView(224, interpolation="bicubic", mean=model["mean"], std=model["std"])
+  return Description("OpenAI", model, ("joint",), view, False)
 
 
 class Counting:

@@ -243,3 +243,19 @@ def test_data_efficiency_makes_its_data_and_runs(monkeypatch: pytest.MonkeyPatch
   assert all(0 <= found[metric] <= 1 for found in names["scores"].values() for metric in names["METRICS"].values())
   assert names["committed"]
   assert figures() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # three trainings
+@pytest.mark.usefixtures("colabs")
+def test_finetune_pairs_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+  constants = {"IMAGES": 60, "TEST_IMAGES": 20, "STEPS": 2, "TUNING": 2, "BATCH": 8}
+  constants |= {"PRETRAINING": "scenes:train/60/48", "BEFORE": "scenes:test/20/48"}
+  names, _ = run("finetune_pairs", constants, monkeypatch)
+  assert {*names["scores"]} == {(kind, way) for kind in ("retrieval", "before") for way in ("full", "lora")}
+  for kind in ("retrieval", "before"):  # both start from the same weights
+    assert names["scores"][kind, "full"][0] == pytest.approx(names["scores"][kind, "lora"][0], abs=1e-6)
+  assert names["cosines"].shape == (3, 20)
+  assert figures() == 2
+  difference = abs(names["exported"].encode_text(["Stern"]) - names["clip"].encode_text(["Stern"])).max()
+  assert difference < 1e-5

@@ -11,6 +11,7 @@ import re
 from types import ModuleType
 from typing import Any
 
+from clips import describe_any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -26,6 +27,7 @@ from declip_jax.planning import choose
 from declip_jax.sharding import check_batch
 from declip_jax.training import schedules
 from declip_jax.training.state import State, abstract_state
+from declip_jax.weights import describe
 
 SCHEDULES = np.load(Path(__file__).parent / "fixtures" / "schedule.npz")
 NAMES = config_files.names()
@@ -36,6 +38,11 @@ REPRESENTATIVES = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _weights_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(describe, "describe", describe_any)
+
+
 @cache
 def load(name: str) -> ModuleType:
   return config_files.load_module(name)
@@ -43,7 +50,7 @@ def load(name: str) -> ModuleType:
 
 def get(name: str, **arguments: Any) -> ConfigDict:
   """A config by the name of its file, with what a run takes from its data."""
-  needed = {"classes": 10} if name == "finetune" else {}
+  needed = {"finetune": {"classes": 10}, "finetune_pairs": {"init": "runs/clip"}}.get(name, {})
   return choose.choose(load(name).get_config(**needed | arguments), EPOCH)
 
 

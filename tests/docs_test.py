@@ -16,6 +16,7 @@ import subprocess
 import sys
 
 from absl import flags
+from clips import describe_any
 from ml_collections import ConfigDict
 import notebook_code
 import pytest
@@ -24,6 +25,7 @@ import yaml
 from declip_jax import command_line
 from declip_jax.__main__ import COMMANDS
 from declip_jax.data import sources
+from declip_jax.weights import describe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -73,6 +75,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
   own_term = next(block for block in blocks(ROOT / "CONTRIBUTING.md", "python") if "def hinge" in block)
   for name in ("my_config.py", "mine.py"):
     Path(name).write_text(own_term)
+  monkeypatch.setattr(describe, "describe", describe_any)
   monkeypatch.setattr(command_line.app, "run", lambda main, flags_parser: flags_parser(sys.argv))
   mains = {name: importlib.import_module(name).main for name in MODULES}  # imports define flags, too
   before = {*flags.FLAGS}

@@ -45,6 +45,7 @@ class FakeTraining:
     keep: arguments of `Checkpoints`.
     batch_size: number of examples in a batch.
     is_saved: whether the state that it starts from is saved.
+    evaluate_first: whether the first state is evaluated.
   """
 
   cadence: Cadence = dataclasses.field(default_factory=lambda: Cadence(total=8, log=1, checkpoint=2))
@@ -62,6 +63,7 @@ class FakeTraining:
   profile: tuple[int, int] | None = None
   batch_size: int = BATCH_SIZE
   is_saved: bool = True
+  evaluate_first: bool = False
 
   def run(self, workdir: Path) -> Services:
     """Trains in a working directory as `train` does, from its newest checkpoint; returns the services."""
@@ -97,7 +99,7 @@ class FakeTraining:
         symptoms=Symptoms(Facts(self.batch_size, warmup=0, total=self.cadence.total)),
         evaluate_state=self.evaluate,
       )
-      services.evaluate_if_missed(start, state)
+      services.evaluate_if_missed(start, state, self.evaluate_first)
       number = itertools.count(position["next_index"] // BATCH_SIZE)
 
       def step_fn(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:

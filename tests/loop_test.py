@@ -230,6 +230,23 @@ def test_an_interrupted_evaluation_loses_no_step_and_is_repeated(action: Callabl
   assert [line["step"] for line in lines(tmp_path, "eval/heldout/top1")] == [4, 8]
 
 
+@pytest.mark.parametrize("every", [0, 2])
+def test_the_first_state_is_evaluated_in_full_and_once(every: int, tmp_path: Path) -> None:
+  numbers: list[int] = []
+
+  def evaluate(state: State, number: int) -> dict[str, float]:
+    numbers.append(number)
+    return {"eval/x": float(state.params["x"])}
+
+  training = FakeTraining(Cadence(total=4, log=1, evaluate=every), evaluate=evaluate, evaluate_first=True)
+  run_until_line(training, 1, tmp_path)
+  training.run(tmp_path)
+  evaluated = {line["step"]: line["eval/x"] for line in lines(tmp_path, "eval/x")}
+  assert list(evaluated) == ([0, 2, 4] if every else [0, 4])
+  assert evaluated[0] == 0
+  assert numbers == ([0, 1, 0] if every else [0, 0])
+
+
 def test_the_scores_of_evaluations_decide_which_checkpoint_is_best(tmp_path: Path) -> None:
   keep = {"keep_last": 1, "keep_best": 1, "best_metric": "eval/a/top1"}
   scores = {2: 0.1, 4: 0.9, 6: 0.3, 8: 0.2}

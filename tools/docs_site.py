@@ -45,6 +45,7 @@ PAGES = {
   "colabs/data_efficiency.ipynb": "notebooks/data_efficiency.md",
   "colabs/demo.ipynb": "notebooks/demo.md",
   "colabs/evaluate.ipynb": "notebooks/evaluate.md",
+  "colabs/finetune_pairs.ipynb": "notebooks/finetune_pairs.md",
   "colabs/methods.ipynb": "notebooks/methods.md",
   "colabs/own_captions.ipynb": "notebooks/own_captions.md",
   "colabs/plan_pod.ipynb": "notebooks/plan_pod.md",

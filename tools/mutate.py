@@ -186,6 +186,11 @@ MUTATIONS = [
            "scale - jax.lax.stop_gradient(jnp.maximum(scale - self.max_scale, 0))",
            "jnp.minimum(scale, self.max_scale)",
            "weights/golden_test.py::test_the_forward_clamp_of_the_temperature_keeps_the_gradient"),
+  Mutation("adapters are scaled by alpha", "models/lora.py", "return self.alpha / self.rank", "return self.alpha",
+           "models/lora_test.py"),
+  Mutation("adapters of other parts of the packed kernel", "models/lora.py",
+           "len(parts)) for target in parts]", "len(parts)) for target in parts[::-1]]", "models/lora_test.py"),
+  Mutation("adapters are frozen", "models/lora.py", " and not _is_adapter(path)]", "]", "models/lora_test.py"),
   # Training.
   Mutation("biases decay", "training/optim.py",
            '_all_except(params, ("bias", "scale", *TEMPERATURES))',
@@ -278,6 +283,9 @@ MUTATIONS = [
            "return round((whole - part) / 2)", "return (whole - part) // 2", "data/images_test.py"),
   Mutation("blocks of patches may exceed their number", "data/patches.py",
            "new if len(new) <= missing else rng.choice(new, missing, replace=False)", "new", "data/patches_test.py"),
+  Mutation("squashed crops have the aspect ratio of others", "data/images/geometry.py",
+           "relative = (ratio[0] * width / height, ratio[1] * width / height)", "relative = ratio",
+           "data/images_test.py"),
   # Evaluation and weights.
   Mutation("results of the last batch are fetched twice", "evals/features.py",
            "left = max(left - len(pending[0][\"label\"]), 0)", "left = len(rows)", "evals/features_test.py"),
@@ -383,6 +391,9 @@ MUTATIONS = [
            "(x - mean) / std", "x / std", "evals/few_shot_test.py"),
   Mutation("the learning rate of an SGD probe changes in each step", "evals/sgd_probe.py",
            "if recipe.cosine_by_epoch else steps", "if False else steps", "evals/sgd_probe_test.py"),
+  Mutation("a run is read without its adapters", "weights/read.py",
+           "params = jax.device_get(merge(params, lora)) if lora else params", "params = params",
+           "finetune_pairs_test.py"),
   # Protocols.
   Mutation("classes are matched by their position", "evals/suites.py",
            "found = {name: align(entry, source.classnames, specs[name]) for name, source in sources.items()}",

@@ -13,7 +13,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 COLABS = ROOT / "colabs"
 # In the order in which a reader meets them.
-NAMES = ("demo", "own_captions", "methods", "data_efficiency", "evaluate", "released_weights", "plan_pod")
+NAMES = ("demo", "own_captions", "finetune_pairs", "methods", "data_efficiency", "evaluate", "released_weights")
+NAMES += ("plan_pod",)
 _BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 _ADDRESS = r"https://github\.com/[\w.-]+/declip_jax"
 _INSTALL_TEXT = """\

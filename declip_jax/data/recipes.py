@@ -39,6 +39,7 @@ class Recipe:
     erase_probability: probability of erasing a box of a randaugment view.
     mixup, cutmix: parameter of the Beta distribution of the weight with which the train step mixes labelled images by
       these methods; 0 omits the method. See `training.mixing`.
+    squash: whether all crops are of the image resized to a square, whatever its shape, see `images.Augmentation`.
   """
 
   image_views: tuple[str, ...]
@@ -58,6 +59,7 @@ class Recipe:
   erase_probability: float = 0.25
   mixup: float = 0.0
   cutmix: float = 0.0
+  squash: bool = False
 
   @property
   def augmentations(self) -> tuple[images.Augmentation, ...]:
@@ -72,7 +74,7 @@ class Recipe:
       scale = self.strong_scale if kind in ("strong", "randaugment") else self.weak_scale
       if kind not in _COLOURED:
         flip = self.flip_probability if kind == "randaugment" else 0.0
-        found.append(images.Augmentation(crop, scale, flip_probability=flip))
+        found.append(images.Augmentation(crop, scale, flip_probability=flip, squash=self.squash))
         continue
       found.append(
         images.Augmentation(
@@ -85,6 +87,7 @@ class Recipe:
           blur_radius=self.blur_radius,
           solarize_probability=solarize[view],
           flip_probability=0.0 if kind == "color" else self.flip_probability,
+          squash=self.squash,
         )
       )
     return tuple(found)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from declip_jax.models.bank import OVERFLOWS
 from declip_jax.models.heads import Heads, make_heads
+from declip_jax.models.lora import Lora, add_adapters, merge
 from declip_jax.models.positions import fit_positions
 from declip_jax.models.text import POOLINGS as TEXT_POOLINGS
 from declip_jax.models.text import TextTransformer
@@ -23,6 +24,7 @@ from declip_jax.unit_norm import unit_norm
 from declip_jax.views import Views
 
 Tree = Mapping[str, Any]
+_ADAPTERS_KEY = 2  # folded into the key of the parameters; with 0 and 1, it would give those of towers and heads
 DTYPES = ("bfloat16", "float16", "float32")  # what `config.model.dtype` may name
 
 
@@ -33,11 +35,14 @@ class Model:
   `params` has two entries, "towers" and "heads". `collections` has the same, with batch statistics and the neighbour
   bank; functions in training mode return the new ones. Where a term needs a momentum tower, `collections["momentum"]`
   is its copy of the parameters of the image tower and the projector, with the structure of `params`.
+
+  With `lora`, the parameters of `init` have adapters, which all other functions ignore: they read `merged` parameters.
   """
 
   towers: Towers
   heads: Heads
   views: Views
+  lora: Lora | None = None
 
   @cached_property
   def init(self) -> Callable[[jax.Array, Batch], tuple[Tree, Tree]]:
@@ -53,8 +58,14 @@ class Model:
     features = self.towers.apply(towers, batch, self.views, self._dense, False)
     heads = self.heads.init(heads_key, features, self.views, True)
     params = {"towers": towers.pop("params"), "heads": heads.pop("params", {})}
+    if self.lora:
+      params = add_adapters(params, jax.random.fold_in(key, _ADAPTERS_KEY), self.lora)
     collections = {"towers": towers, "heads": heads}
     return params, collections | self.momentum_copy(params)
+
+  def merged(self, params: Tree) -> Tree:
+    """Parameters without adapters, which are added to the kernels; the parameters themselves if there are none."""
+    return merge(params, self.lora) if self.lora else params
 
   def encode(self, params: Tree, collections: Tree, batch: Batch) -> tuple[Features, Tree]:
     """The first half, in training mode: features, and the towers' new collections (a ResNet's statistics).
@@ -173,7 +184,14 @@ class Model:
     return self.heads.apply(heads, features, method=Heads.project_image)
 
 
-def make_model(fields: Mapping[str, Any], *, views: Views, heads: Sequence[str], lock_image: bool = False) -> Model:
+def make_model(
+  fields: Mapping[str, Any],
+  *,
+  views: Views,
+  heads: Sequence[str],
+  lock_image: bool = False,
+  lora: Lora | None = None,
+) -> Model:
   """Builds a model.
 
   Args:
@@ -181,6 +199,7 @@ def make_model(fields: Mapping[str, Any], *, views: Views, heads: Sequence[str],
     views: which view plays which role, from the data recipe.
     heads: which of `models.heads.HEADS` the objective's terms need.
     lock_image: whether the image tower is not trained; see `Towers`.
+    lora: adapters of the towers.
 
   Raises:
     ValueError: an unknown name or an invalid number; the message lists the legal ones.
@@ -207,6 +226,7 @@ def make_model(fields: Mapping[str, Any], *, views: Views, heads: Sequence[str],
     towers=Towers(image, text, fields["mean"], fields["std"], lock_image, fields["mlm_attention"], dtype),
     heads=make_heads(heads, {**fields["heads"], **of_towers}),
     views=views,
+    lora=lora,
   )
 
 

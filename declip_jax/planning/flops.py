@@ -3,7 +3,7 @@
 XLA's own `cost_analysis` counts the body of a loop once, and therefore a scanned transformer as one layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import math
 from typing import Any
@@ -20,7 +20,7 @@ from declip_jax.objectives.blockwise import PLAIN
 from declip_jax.types import Batch
 
 
-def step_flops(built: Built, batch_size: int, frozen: Sequence[str] = ()) -> float:
+def step_flops(built: Built, batch_size: int) -> float:
   """FLOPs of the model in one train step on a global batch, over all devices.
 
   They are the numerator of model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B): forward and backward pass
@@ -30,9 +30,8 @@ def step_flops(built: Built, batch_size: int, frozen: Sequence[str] = ()) -> flo
   computed.
 
   Args:
-    built: model, objective and views.
+    built: model, objective, views, and the parameters that are not trained.
     batch_size: global batch size.
-    frozen: prefixes of the parameters that are not trained, `config.optimizer.frozen`.
   """
   # In float32, since attention in half precision recomputes its weights on a GPU.
   image, text = (
@@ -44,7 +43,7 @@ def step_flops(built: Built, batch_size: int, frozen: Sequence[str] = ()) -> flo
   params, collections = jax.eval_shape(model.init, jax.random.key(0), batch)
 
   def loss_of(params: Any, collections: Any, batch: Batch) -> jax.Array:
-    params = stop_gradient_below(params, frozen)
+    params = model.merged(stop_gradient_below(params, built.frozen))
     features, _ = model.encode(params, collections, batch)
     outputs, _ = model.apply_heads(params, collections, features)
     return objective(outputs, batch, jnp.zeros((), jnp.int32))[0]

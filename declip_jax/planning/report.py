@@ -172,7 +172,7 @@ def make_report(
     batch_size=config.batch_size,
     batch=build.describe_batch(built, config.batch_size),
     layout=layout_table(compilation.state_shapes(run or config, build.build(run, devices) if run else built)),
-    model_flops=flops.step_flops(built, config.batch_size, config.optimizer.frozen),
+    model_flops=flops.step_flops(built, config.batch_size),
     peak=peak,
     available=available,
     needed=needed if math.isfinite(needed) else None,

@@ -127,13 +127,13 @@ def _flops(config: ConfigDict, sizes: BatchSizes, step: int, samples: Mapping[st
 def _step_flops(config: ConfigDict, batch_size: int) -> float:
   """FLOPs of a step, which are counted once for all runs of a model: tracing it takes seconds."""
   fields = json.loads(config.to_json_best_effort())
-  about = [fields["model"], fields["objective"], fields["optimizer"]["frozen"], _views(fields)]
+  about = [fields["model"], fields["objective"], fields["optimizer"]["frozen"], fields["lora"], _views(fields)]
   path = cache_folder() / "flops" / f"{json_hash([_VERSION, jax.__version__, batch_size, about])}.json"
   with contextlib.suppress(OSError, ValueError, TypeError):
     return float(json.loads(path.read_text()))
   here = config_lib.changeable(config)
   here.mesh.data, here.mesh.fsdp = -1, 1  # FLOPs do not depend on the devices
-  found = flops.step_flops(build(here), batch_size, config.optimizer.frozen)
+  found = flops.step_flops(build(here), batch_size)
   with contextlib.suppress(OSError):
     path.parent.mkdir(parents=True, exist_ok=True)
     records.write(path, json.dumps(found).encode())

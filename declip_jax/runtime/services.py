@@ -64,8 +64,8 @@ class Cadence:
     return self._is_due(step, self.evaluate, self.evaluate_phase)
 
   def evaluation(self, step: int) -> int:
-    """The number of the evaluation at a step; 0 for the last step of a stage, which is evaluated in full."""
-    return 0 if step >= self.total else (step - self.evaluate_phase) // self.evaluate
+    """The number of the evaluation at a step; 0 for the last step of a stage and the first state: all of them."""
+    return 0 if not step or step >= self.total else (step - self.evaluate_phase) // self.evaluate
 
   def saves(self, step: int) -> bool:
     return self._is_due(step, self.checkpoint, self.checkpoint_phase)
@@ -250,12 +250,12 @@ class Services:
     for line in score_lines(step, results):
       self.progress.message(line)
 
-  def evaluate_if_missed(self, start: int, state: State) -> None:
+  def evaluate_if_missed(self, start: int, state: State, evaluate_first: bool = False) -> None:
     """Repeats the evaluation of the checkpoint that a run resumes from, if the earlier run was stopped before it.
 
-    A finished run is evaluated in any case, since its metrics are returned.
+    A finished run is evaluated in any case, since its metrics are returned; a new one if `evaluate_first`.
     """
-    if not start or not self.cadence.evaluates(start):
+    if not (self.cadence.evaluates(start) if start else evaluate_first):
       return
     written = jax.process_index() == 0 and any(
       name.startswith("eval/") for line in read_metrics(self.workdir) for name in line if line["step"] == start

@@ -49,7 +49,8 @@ class Functions:
   Attributes:
     model: function from a batch to features, and from features to outputs.
     objective: function from outputs to the loss.
-    read: function from parameters to those that the model reads: gathered from all devices, some without a gradient.
+    read: function from parameters to those that the model reads: with merged adapters, gathered from all devices, some
+      without a gradient.
     micro_batches: number of micro-batches.
   """
 
@@ -97,7 +98,11 @@ def make_gradient(
   if micro_batches < 1:
     raise ValueError(f"config.micro_batches={micro_batches}: expected 1 or more")
   compute = METHODS[method] if micro_batches > 1 else whole_batch
-  functions = Functions(model, objective, lambda params: gather(stop_gradient_below(params, frozen)), micro_batches)
+
+  def read(params: Tree) -> Tree:
+    return gather(model.merged(stop_gradient_below(params, frozen)))
+
+  functions = Functions(model, objective, read, micro_batches)
 
   def gradient(params: Tree, collections: Tree, batch: Batch, step: Int[Array, ""]) -> tuple[Result, Tree]:
     copies = {name: collections[name] for name in ("momentum",) if name in collections}  # parameters, too

@@ -161,8 +161,6 @@ def load_weights(
   left = [path for path in fresh if path.startswith("params/") and path not in loaded]
   lines.append(f"newly initialised: {_sizes(left, fresh)}" if left else "nothing is newly initialised")
   collections = {half: tree.get("collections", {}).get(half, {}) for half in collections}
-  if weights.view.squash and "image" in groups:
-    lines.append("these weights were trained on whole images resized to a square; this run sees crops and keeps shapes")
   return tree["params"], collections, [*lines, *weights.remarks]
 
 

@@ -17,12 +17,14 @@ from typing import Any, Literal, NamedTuple
 from einops import EinopsError
 from flax.errors import FlaxError
 from flax.traverse_util import flatten_dict
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
 from declip_jax import config as config_lib
 from declip_jax.data.images import EvalView
+from declip_jax.models.lora import Lora, add_adapters, merge
 from declip_jax.objectives import make_objective
 from declip_jax.runtime.checkpoint import Checkpoints, restore_as_numpy
 from declip_jax.runtime.plain_paths import plain_path
@@ -293,11 +295,16 @@ def read_run(workdir: str | os.PathLike[str], step: Step = None, settings: Mappi
     objective = make_objective(config["objective"])
     model, data, heads = config["model"], config["data"], objective.heads
     _, variables = abstract_variables(model, heads, data["image_size"])
+    lora = Lora(**config["lora"]) if config["lora"]["rank"] else None
+    if lora:
+      key = jax.random.key(0)
+      variables["params"] = jax.eval_shape(lambda params: add_adapters(params, key, lora), variables["params"])
     average, settings = _average(config["optimizer"]["ema"], settings or {}, str(workdir))
     params, collections = checkpoints.restore_model(
       chosen, variables["params"], variables["collections"], average=average > 0
     )
     collections = _without_momentum(collections)
+    params = jax.device_get(merge(params, lora)) if lora else params
   finally:
     checkpoints.close()
   weights = Weights(
@@ -306,13 +313,25 @@ def read_run(workdir: str | os.PathLike[str], step: Step = None, settings: Mappi
     heads=heads,
     params=params,
     collections=collections,
-    view=EvalView(data["image_size"], data["evaluation_resize"], data["interpolation"], model["mean"], model["std"]),
+    view=view_of(data, model),
     step=chosen,
     remarks=tuple(remarks),
     tokens=objective.compares_tokens,
     average=average,
   )
   return _with_settings(weights, settings, str(workdir))
+
+
+def view_of(data: Mapping[str, Any], model: ModelFields) -> EvalView:
+  """The preprocessing of images of a run, from `config.data` and `config.model`."""
+  return EvalView(
+    size=data["image_size"],
+    resize=data["evaluation_resize"],
+    interpolation=data["interpolation"],
+    mean=model["mean"],
+    std=model["std"],
+    squash=data["squash"],
+  )
 
 
 def _average(ema: float, settings: Mapping[str, Any], name: str) -> tuple[float, dict[str, Any]]:
@@ -344,7 +363,12 @@ def _best(checkpoints: Checkpoints, workdir: Path) -> int:
   return best[0]
 
 
-def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
+def read_about_export(path: Path) -> dict[str, Any]:
+  """The description in the folder of an orbax export, with the fields that older versions did not write.
+
+  Raises:
+    ValueError: a field is missing.
+  """
   about = config_lib.with_tuples(read_json(path / EXPORT_FILE))
   optional = {"squash": False, "tokens": False}  # absent from older exports
   if missing := {"model", "heads", "origin", *VIEW} - set(about) - set(optional):
@@ -352,15 +376,33 @@ def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
   about = {**optional, **about}
   try:
     config_lib.add_missing_of_towers(about["model"])
+    about["model"]["text"]["tokenizer"] = resolve_tokenizer(about["model"]["text"]["tokenizer"], path)
+  except _CONTRADICTIONS as error:
+    raise _damaged_export(path, error) from error
+  return about
+
+
+def view_of_export(about: Mapping[str, Any]) -> EvalView:
+  """The preprocessing of images of an export."""
+  model = about["model"]
+  return EvalView(**{ours: about[name] for name, ours in VIEW.items()}, mean=model["mean"], std=model["std"])
+
+
+def _damaged_export(path: Path, error: Exception) -> ValueError:
+  return ValueError(f"{path} is damaged, or not an export of declip_jax: {_first_line(error)}")
+
+
+def _read_export(path: Path, settings: dict[str, Any]) -> Weights:
+  about = read_about_export(path)
+  try:
     model, heads = about["model"], about["heads"]
-    model["text"]["tokenizer"] = resolve_tokenizer(model["text"]["tokenizer"], path)
     _, variables = abstract_variables(model, heads, about["image_size"])
     variables["collections"] = _without_momentum(variables["collections"])
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       restored = checkpointer.restore(plain_path(path) / ARRAYS, args=restore_as_numpy(variables))
-    view = EvalView(**{ours: about[name] for name, ours in VIEW.items()}, mean=model["mean"], std=model["std"])
+    view = view_of_export(about)
   except _CONTRADICTIONS as error:
-    raise ValueError(f"{path} is damaged, or not an export of declip_jax: {_first_line(error)}") from error
+    raise _damaged_export(path, error) from error
   weights = Weights(about["origin"], model, heads, **restored, view=view, tokens=about["tokens"])
   return _with_settings(weights, settings, str(path))
 

@@ -514,6 +514,18 @@ def test_the_whole_image_is_resized_where_the_view_says_so(engine):
   assert IMAGE.shape[0] != IMAGE.shape[1]
 
 
+def test_squashed_crops_are_those_of_the_image_resized_to_a_square():
+  """They show as much of each axis as the crop of a square image; with all of its area, they are the whole image."""
+  squashed, plain = replace(WEAK, squash=True), WEAK
+  for seed in range(20):
+    box = images.draw(squashed, 3000, 6000, 32, np.random.default_rng(seed)).crop.box
+    square = images.draw(plain, 6000, 6000, 32, np.random.default_rng(seed)).crop.box
+    np.testing.assert_allclose((2 * box[0], box[1], 2 * box[2], box[3]), square, atol=2)
+  whole = Crop((0, 0, 30, 60), 32, 32, 0, 0, 32)
+  for all_of_it in (replace(squashed, scale=(1.0, 1.0)), replace(SQUARE, squash=True)):
+    assert images.draw(all_of_it, 30, 60, 32, np.random.default_rng(0)).crop == whole
+
+
 def test_options_are_checked():
   with pytest.raises(ValueError, match="resize=30 .*size=32"):
     images.eval_view(IMAGE, images.EvalView(32, resize=30))

@@ -75,6 +75,14 @@ def random_resized_crop_box(
   return (height - h) // 2, (width - w) // 2, h, w
 
 
+def squashed_crop(
+  height: int, width: int, size: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Crop:
+  """Draws `random_resized_crop` of the image resized to a square: `ratio` is relative to the shape of the image."""
+  relative = (ratio[0] * width / height, ratio[1] * width / height)
+  return Crop(random_resized_crop_box(height, width, rng, scale, relative), size, size, 0, 0, size)
+
+
 def square_crop(height: int, width: int, size: int, rng: np.random.Generator) -> Crop:
   """Draws the crop with which OpenAI trained CLIP (Radford et al. 2021, section 2.3).
 

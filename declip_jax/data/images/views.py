@@ -15,6 +15,7 @@ from declip_jax.data.images.geometry import (
   centre_crop,
   random_resized_crop,
   square_crop,
+  squashed_crop,
   whole_image,
 )
 from declip_jax.data.images.photo import Photo, Pixels, View, open_photo
@@ -71,6 +72,8 @@ class Augmentation:
     jitter_probability: probability of all four together; the other probabilities are those of one operation each.
     blur_radius: range of the standard deviation, in pixels of the view. It does not scale with the view's size: the
       papers' values are for 224 pixels, so configs with smaller images may need smaller radii.
+    squash: whether views are of the image resized to a square, whatever its shape: `ratio` is then relative to that of
+      the image, and "square" is the whole image.
   """
 
   crop: Literal["resized", "square"] = "resized"
@@ -83,6 +86,7 @@ class Augmentation:
   blur_radius: tuple[float, float] = (0.1, 2.0)
   solarize_probability: float = 0.0
   flip_probability: float = 0.0
+  squash: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,10 @@ def draw(augmentation: Augmentation, height: int, width: int, size: int, rng: np
   """
   a = augmentation
   if a.crop == "square":
-    crop = square_crop(height, width, size, rng)
+    crop = whole_image(height, width, size) if a.squash else square_crop(height, width, size, rng)
   else:
-    crop = random_resized_crop(height, width, size, rng, a.scale, a.ratio)
+    draw_crop = squashed_crop if a.squash else random_resized_crop
+    crop = draw_crop(height, width, size, rng, a.scale, a.ratio)
 
   def happens(probability: float) -> bool:
     return bool(probability) and rng.random() < probability
