@@ -2,8 +2,8 @@
 
 Both have the same weights, images, captions and dtype, and compute the same step: forward, symmetric InfoNCE, backward,
 AdamW with the same hyperparameters, clipping of the scale. The losses of the first two steps must agree. Then they take
-turns, round after round, so that other load on the machine affects both alike. "trimmed" is our step with
-`config.model.text.buckets`: each batch is trimmed to its longest text, which is exact because of the causal mask.
+turns, round after round, so that other load on the machine affects both alike. "trimmed" is our step as training takes
+it: each batch is trimmed to its longest text, which is exact because of the causal mask.
 
 On a CPU both use all cores. On a GPU open_clip runs under torch.compile with its fastest settings; the table also shows
 images per second, and the model's FLOP/s as a share of the highest rate of a matrix product measured on the device.
@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 import numpy as np
 from optional_imports import optional_import
 from rounds import median_ratio, seconds_in_turn
-from train_step import TrainStep, make_train_step
+from train_step import TrainStep, make_train_step, trimmed
 
 from declip_jax import build
 from declip_jax import config as config_lib
@@ -60,13 +60,6 @@ def main() -> None:
   )
   arguments.add_argument("--remat", default="dots", help="config.model.remat of our step (default: dots)")
   arguments.add_argument("--unroll", type=int, default=1, help="config.model.unroll of our step (default: 1)")
-  arguments.add_argument(
-    "--buckets",
-    type=int,
-    nargs="+",
-    default=[16, 24, 32, 48],
-    help="lengths of the trimmed step (default: 16 24 32 48)",
-  )
   arguments.add_argument("--source", default="scenes:train/256/32", help="data source of the captions")
   arguments.add_argument("--rounds", type=int, default=10, help="timed steps of each (default: 10)")
   arguments.add_argument("--declip", action="store_true", help="also time our DeCLIP step with this architecture")
@@ -81,8 +74,8 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     torch.save(model.state_dict(), f"{folder}/model.pt")
     steps = {
-      "declip_jax": Ours(args, f"{folder}/model.pt", captions, ()),
-      "trimmed": Ours(args, f"{folder}/model.pt", captions, tuple(args.buckets)),
+      "declip_jax": Ours(args, f"{folder}/model.pt", captions, trims=False),
+      "trimmed": Ours(args, f"{folder}/model.pt", captions, trims=True),
     }
   steps["open_clip"] = Theirs(args, model, steps["declip_jax"].batches, device)
   losses = {name: [step() for _ in range(2)] for name, step in steps.items()}
@@ -110,7 +103,7 @@ def read_captions(location: str, count: int) -> list[str]:
 class Ours:
   """Our step, and the batches of both steps."""
 
-  def __init__(self, args: argparse.Namespace, weights: str, captions: list[str], buckets: tuple[int, ...]):
+  def __init__(self, args: argparse.Namespace, weights: str, captions: list[str], *, trims: bool):
     loaded = read(weights, {"text.activation": "quick_gelu" if "quick" in args.model else "gelu"})
     config = config_lib.default("clip")
     config.batch_size = args.batch_size
@@ -118,13 +111,13 @@ class Ours:
     for tower in ("image", "text"):
       config.model[tower] = ConfigDict(loaded.model[tower])
     config.model.heads.embed_dim = loaded.model["heads"]["embed_dim"]
-    config.model.text.buckets = buckets
     config.model.update({"dtype": args.dtype, "remat": args.remat, "unroll": args.unroll})
     config.optimizer.schedule, config.optimizer.warmup = "constant", config_lib.duration()
     config.optimizer.learning_rate, config.optimizer.weight_decay = ADAMW["lr"], DECAY
     (config.optimizer.b1, config.optimizer.b2), config.optimizer.epsilon = ADAMW["betas"], ADAMW["eps"]
     config.log_every = 0
     built, self.program = build.build(config), compile_step(config)
+    self._step = build.make_step(config, built, build.to_steps(config, epoch_examples=1), self.program.state)
     shapes = built.batch_shape(args.batch_size)
     state = create_state(0, shapes, self.program.state, model=built.model, optimizer=built.optimizer)
     params, collections, _ = load_weights(state.params, state.collections, loaded, ("image", "text", "heads"))
@@ -135,12 +128,13 @@ class Ours:
       {"image": rng.integers(256, size=shapes["image"].shape, dtype=np.uint8), "text": text.astype(np.int32)}
       for text in np.split(tokens, BATCHES)
     ]
-    placed = [to_global(batch, batch_sharding(built.mesh)) for batch in self.batches]
+    batches = [trimmed(built, batch) for batch in self.batches] if trims else self.batches
+    placed = [to_global(batch, batch_sharding(built.mesh)) for batch in batches]
     self._placed = itertools.cycle(placed)
 
   def __call__(self) -> float:
     """Takes one step; returns its loss."""
-    self.state, metrics = self.program.compiled(self.state, next(self._placed))
+    self.state, metrics = self._step(self.state, next(self._placed))
     jax.block_until_ready(self.state)
     return float(metrics["loss"])
 

@@ -9,8 +9,8 @@ divided by the relative FLOPs: above 1, a step does work that FLOPs do not inclu
 On a CPU, export the Makefile's GLIBC_TUNABLES first: otherwise the kernel clears the memory of each step page by page,
 which slows down the methods with the most memory.
 
-METHOD_repo is what DeCLIP's released code does under that name. With --buckets 16 32 each method that reads texts has a
-second row, in which texts are trimmed to the longest of the batch (here 13 tokens).
+METHOD_repo is what DeCLIP's released code does under that name. Texts have the whole context length;
+benchmarks/text_length.py times steps on trimmed ones.
 
 With --beside PATH it times the steps of another source tree, such as a checkout of an older commit, in alternation with
 this one, and prints both times and their ratio for each method. The other tree needs benchmarks/step_worker.py, or
@@ -24,7 +24,7 @@ import statistics
 from command import parser
 import jax
 from rounds import median_ratio, seconds_in_turn
-from train_step import TOKENS, TrainStep, make_train_step, read_config
+from train_step import TrainStep, make_train_step, read_config
 import two_trees
 
 from declip_jax.methods import METHODS
@@ -43,19 +43,14 @@ def main() -> None:
   arguments.add_argument("--methods", nargs="+", help="methods besides clip (default: all that the config accepts)")
   arguments.add_argument("--batch-size", type=int, help="pairs per step (default: as in the config)")
   arguments.add_argument("--context-length", type=int, help="tokens of a text (default: as in the config)")
-  arguments.add_argument(
-    "--buckets", type=int, nargs="+", default=[], help=f"lengths to trim texts to, {TOKENS} or more"
-  )
   arguments.add_argument("--rounds", type=int, default=10, help="timed steps of each method (default: 10)")
   arguments.add_argument("--beside", type=Path, metavar="PATH", help="another source tree to compare with this one")
   arguments.add_argument("--beside-worker", type=Path, metavar="FILE", help="worker script for that tree")
   args = arguments.parse_args()
-  if args.buckets and min(args.buckets) < TOKENS:  # FLOPs are those of the shortest bucket
-    arguments.error(f"--buckets {min(args.buckets)}: texts have {TOKENS} tokens")
   methods = list(dict.fromkeys(["clip", *(args.methods or [*METHODS, *RELEASED])]))
   if args.beside:
-    if args.buckets or args.context_length:
-      arguments.error("--beside supports neither --buckets nor --context-length")
+    if args.context_length:
+      arguments.error("--beside does not support --context-length")
     worker = args.beside_worker and args.beside_worker.resolve()
     methods = args.methods or methods
     two_trees.compare(args.beside.resolve(), worker, args.config, methods, args.batch_size, args.rounds)
@@ -72,21 +67,15 @@ def compile_steps(methods: list[str], args: argparse.Namespace) -> dict[str, Tra
   """The compiled steps by name; skips methods that the config does not accept, unless they were asked for."""
   steps: dict[str, TrainStep] = {}
   for method in methods:
-    for buckets in ((), tuple(args.buckets)) if args.buckets else ((),):
-      try:
-        config = read_config(args.config, method)
-        config.batch_size = args.batch_size or config.batch_size
-        config.model.text.context_length = args.context_length or config.model.text.context_length
-        config.model.text.buckets = buckets
-        step = make_train_step(config)
-      except ValueError as error:
-        if args.methods:
-          raise ValueError(f"{method}: {error}") from error
-        print(f"without {method}: {str(error).partition(':')[0]}")
-        break
-      if buckets and "text" not in step.batch:
-        break
-      steps[f"{method} cut" if buckets else method] = step
+    try:
+      config = read_config(args.config, method)
+      config.batch_size = args.batch_size or config.batch_size
+      config.model.text.context_length = args.context_length or config.model.text.context_length
+      steps[method] = make_train_step(config)
+    except ValueError as error:
+      if args.methods:
+        raise ValueError(f"{method}: {error}") from error
+      print(f"without {method}: {str(error).partition(':')[0]}")
   return steps
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from declip_jax import build, config_files
 from declip_jax.planning.compile import CompiledStep, compile_step
 from declip_jax.sharding import batch_sharding, to_global
+from declip_jax.training import trimming
 from declip_jax.training.state import State, create_state
 
 TOKENS = 13  # in each text, with start and end of text
@@ -67,6 +68,12 @@ def make_train_step(config: ConfigDict) -> TrainStep:
   batch = random_batch(built, config.batch_size)
   state = create_state(0, batch, program.state, model=built.model, optimizer=built.optimizer)
   return TrainStep(program, state, batch)
+
+
+def trimmed(built: build.Built, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A global batch with its texts trimmed as in training."""
+  needed = trimming.needed_length(batch, built.tokenizer.eot)
+  return {**batch, "text": batch["text"][..., : trimming.trimmed_length(built.text_lengths, needed)]}
 
 
 def random_batch(built: build.Built, batch_size: int) -> Any:

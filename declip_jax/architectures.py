@@ -94,7 +94,9 @@ def text(width: int, depth: int = 12, **options: Any) -> ConfigDict:
   c.epsilon = 1e-5  # of the norms; SigLIP: 1e-6
   c.causal = True  # whether a token sees only those before it; SigLIP, CLIPA: False
   c.pooling = "eot"  # position of the feature: "eot", or "last", the end of the row (SigLIP, CLIPA)
-  c.buckets = ()  # lengths to which a batch of texts may be trimmed, such as (16, 32): same results, less compute
+  # Lengths to which a batch may be trimmed, if its longest text fits: same results, less compute. The train step is
+  # compiled for each that occurs. Where a tower or a loss sees padding, nothing is trimmed; see training.trimming.
+  c.buckets = (16, 24, 32, 40, 48, 64)
   c.lock().update(options)
   return c.unlock()
 

@@ -91,6 +91,8 @@ class Built(NamedTuple):
     mesh: mesh of all devices.
     num_kept_patches: number of patches of an image that enter the image tower in training; None if all do.
     frozen: paths of the parameters that are not trained, see `models.paths.trainable`.
+    text_lengths: lengths that a batch of texts can have in training, ascending, the last of which is the context
+      length; empty without texts.
   """
 
   model: Model
@@ -101,9 +103,10 @@ class Built(NamedTuple):
   mesh: Mesh
   num_kept_patches: int | None
   frozen: tuple[str, ...]
+  text_lengths: tuple[int, ...]
 
   def batch_shape(self, batch_size: int) -> BatchShapes:
-    """Shapes and dtypes of a global batch."""
+    """Shapes and dtypes of a global batch whose texts are not trimmed."""
     shapes = self.make_views.batch_shapes(batch_size).items()
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes}
 
@@ -152,7 +155,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Bu
   grid, rate = config.data.image_size // model.towers.image.stride, config.model.patch_dropout
   make_views = _make_views(config, recipe, tokenizer, grid)
   num_kept = patch_dropout.num_kept(grid**2, rate) if rate else None
-  built = Built(model, objective, optax.identity(), tokenizer, make_views, mesh, num_kept, config.optimizer.frozen)
+  lengths = _text_lengths(config, model) if recipe.text_views and model.towers.text is not None else ()
+  frozen = config.optimizer.frozen
+  built = Built(model, objective, optax.identity(), tokenizer, make_views, mesh, num_kept, frozen, lengths)
   if lora:
     params, _ = jax.eval_shape(model.init, jax.random.key(0), built.batch_shape(config.batch_size))
     built = built._replace(frozen=(*built.frozen, *frozen_paths(params, lora)))
@@ -170,6 +175,14 @@ def _make_lora(config: ConfigDict, objective: Objective) -> Lora | None:
       "adapters: choose 0, or terms without a momentum tower"
     )
   return read_settings(Lora, config.lora, "lora")
+
+
+def _text_lengths(config: ConfigDict, model: Model) -> tuple[int, ...]:
+  """`Built.text_lengths` of a config with texts: only the context length if the tower or a loss sees padding."""
+  text, filip = config.model.text, config.objective.filip
+  sees_padding = not model.towers.text.ignores_padding or ("filip" in model.heads.members and filip.top_k)
+  shorter = () if sees_padding else (length for length in text.buckets if length < text.context_length)
+  return (*shorter, text.context_length)
 
 
 def _make_recipe(config: ConfigDict, objective: Objective) -> Recipe:
@@ -208,7 +221,7 @@ def _make_views(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer, grid: 
 
 def _check_texts(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer) -> None:
   """Rejects a text tower that does not fit the tokenizer, the recipe or the objective."""
-  text, filip = config.model.text, config.objective.filip
+  text = config.model.text
   needed = tokenizer.vocab_size if "masked" in recipe.text_views else tokenizer.plain_size
   if text.vocab_size < needed:
     raise ValueError(
@@ -219,11 +232,6 @@ def _check_texts(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer) -> No
     raise ValueError(
       f"config.model.text.eot={text.eot}: config.model.text.tokenizer={text.tokenizer!r} ends texts with "
       f"{tokenizer.eot}"
-    )
-  if text.buckets and filip.weight and filip.top_k:
-    raise ValueError(
-      f"config.model.text.buckets={text.buckets} cut off padding, which config.objective.filip.top_k={filip.top_k} "
-      "compares: set one of the two to () or 0"
     )
 
 

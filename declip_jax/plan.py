@@ -4,7 +4,9 @@
 
 Compiles the real train step for a TPU topology, on any machine with libtpu (the extra tpu), or without --topology for
 the devices of this machine. For each device it prints memory, FLOPs and traffic of a step, the minimum time that it
-takes, the input rate required of the hosts, and the largest batch that fits.
+takes, the input rate required of the hosts, and the largest batch that fits. Training trims each batch to its longest
+text (config.model.text.buckets); costs are those of the whole context length, which a batch may have at any time, or of
+the length that --text_length names.
 
 Memory grows almost linearly with the batch, so the search extrapolates from two compiled steps and compiles the
 largest batch as well. Times are computed from the peak figures in declip_jax/planning/devices.py; compute, memory and
@@ -25,6 +27,7 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict
 
+from declip_jax import build
 from declip_jax.command_line import define_config, run
 from declip_jax.data.sources import open_source
 from declip_jax.planning.choose import choose, describe, open_fields
@@ -47,14 +50,15 @@ def _command(_: list[str]) -> int:
   config, note = _with_choices(values.config, devices)
   if note:
     message(note)  # before minutes of compiling
+  reports = _reports(config, devices, values.search, values.text_length)
   if not config.stages:
-    reports = {LAST: make_report(config, devices, values.search)}
     lines, content = table(reports[LAST]), dataclasses.asdict(reports[LAST])
   else:
-    reports = _stage_reports(config, devices, values.search)
     of_run = run_flops(config, {name: report.model_flops for name, report in reports.items()})
     of_stages = {name: dataclasses.asdict(report) for name, report in reports.items()}
     lines, content = run_table(reports, of_run), {"stages": of_stages, "run": of_run and dataclasses.asdict(of_run)}
+  if values.text_length:
+    lines.append(f"texts are trimmed to {values.text_length} tokens; a step on longer ones takes more memory and time")
   print("\n".join(lines))
   if values.json:
     Path(values.json).write_text(json.dumps(content, indent=2) + "\n")
@@ -80,14 +84,37 @@ def _with_choices(config: ConfigDict, devices: Sequence[jax.Device] | None) -> t
   return config, f"chosen for {what}: {describe(config, fields)}; --config.FIELD=VALUE sets another value"
 
 
-def _stage_reports(config: ConfigDict, devices: Sequence[jax.Device] | None, search: bool) -> dict[str, Report]:
+def _reports(
+  config: ConfigDict, devices: Sequence[jax.Device] | None, search: bool, text_length: int | None
+) -> dict[str, Report]:
   """The report on each stage of a run, by its name."""
   reports = {}
   for name, of_stage in stage_configs(config).items():
-    print(f"stage {name}", file=sys.stderr, flush=True)
+    if config.stages:
+      print(f"stage {name}", file=sys.stderr, flush=True)
     with naming(name, config):
-      reports[name] = make_report(of_stage, devices, search, config)
+      step = _with_trimmed_texts(of_stage, text_length, devices) if text_length else of_stage
+      run = [config] if config.stages or text_length else []
+      reports[name] = make_report(step, devices, search, *run)
   return reports
+
+
+def _with_trimmed_texts(config: ConfigDict, length: int, devices: Sequence[jax.Device] | None) -> ConfigDict:
+  """The config of a step whose texts are trimmed to a length, as if it were a stage with shorter texts.
+
+  Raises:
+    ValueError: the config does not trim texts, or has none as long.
+  """
+  built = build.build(config, devices)
+  if len(built.text_lengths) < 2:
+    raise ValueError(f"--text_length={length}: this config does not trim texts, see config.model.text.buckets")
+  whole, trimmed = built.text_lengths[-1], config.copy_and_resolve_references()
+  if length > whole:
+    raise ValueError(f"--text_length={length}: expected at most config.model.text.context_length={whole}")
+  if slots := built.batch_shape(1).get("mlm_position"):
+    trimmed.data.mask_slots = slots.shape[-1]
+  trimmed.model.text.context_length = length
+  return trimmed
 
 
 def main() -> None:
@@ -98,6 +125,9 @@ def main() -> None:
     "slices", 1, "Number of slices of --topology, connected by the data center network.", lower_bound=1
   )
   flags.DEFINE_bool("search", True, "Search for the largest batch that fits, which compiles two or three more steps.")
+  flags.DEFINE_integer(
+    "text_length", None, "Tokens of the longest text of a batch (default: the context length).", lower_bound=1
+  )
   flags.DEFINE_string("json", None, "Also write the report to this file, as one JSON object.")
   run(_command, __doc__, required=("config",))
 

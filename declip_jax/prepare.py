@@ -74,7 +74,7 @@ class Prepared(NamedTuple):
   initial: Weights | None
   trackers: dict[str, OpenTracker]
   notes: list[str]
-  step_flops: Callable[[Stage, int], float]
+  step_flops: Callable[..., float]  # of a stage, a batch size and, optionally, a length of trimmed texts
 
   @property
   def built(self) -> build.Built:
@@ -134,7 +134,11 @@ def prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None,
     (stage, built, samples(built.make_views), samples(built.make_views.with_origin))
     for stage, built in ((stage, builts[stage.name]) for stage in stages)
   ]
-  step_flops = functools.cache(lambda name, size: flops.step_flops(builts[name], size))
+
+  @functools.cache
+  def step_flops(name: str, size: int, text_length: int) -> float:
+    return flops.step_flops(builts[name], size, text_length)
+
   return Prepared(
     parts=[_part(config, *part, epoch_examples, abstract) for part in parts],
     epoch_examples=epoch_examples,
@@ -150,7 +154,7 @@ def prepare(config: ConfigDict, workdir: Path, sources: Sequence[Source] | None,
       *_notes([mixture, ssl_mixture], max(stage.config.batch_size for stage in stages), config.optimizer.ema),
       *_about_adapters(built, abstract),
     ],
-    step_flops=lambda stage, size: step_flops(stage.name, size),
+    step_flops=lambda stage, size, text_length=0: step_flops(stage.name, size, text_length),
   )
 
 

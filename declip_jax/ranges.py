@@ -41,7 +41,7 @@ _DECAYS += ("model.drop_path", "model.patch_dropout")
 _FINITE = ("model.heads.logit_scale_init", "model.heads.logit_bias_init")
 _WIDTHS = (
   *("model.heads.simclr_projector", "model.heads.simsiam_projector", "model.heads.simsiam_predictor"),
-  *("model.heads.momentum_projector", "model.heads.momentum_predictor", "model.image.layers", "model.text.buckets"),
+  *("model.heads.momentum_projector", "model.heads.momentum_predictor", "model.image.layers"),
 )
 _TEXTS = (
   *("data.train", "data.ssl_train", "init_from.groups", "init_from.settings", "optimizer.frozen"),
@@ -85,6 +85,11 @@ _RANGES = (
   *_fields(_DECAYS, lambda x: _is_number(x) and 0 <= x < 1, "a finite number, 0 or more and less than 1"),
   *_fields(_FINITE, _is_number, "a finite number"),
   *_fields(_WIDTHS, _each(_is_count), "a tuple of integers, 1 or more each"),
+  (
+    "model.text.buckets",
+    lambda lengths: _each(_is_count)(lengths) and list(lengths) == sorted(set(lengths)),
+    "a tuple of lengths, 1 or more each, ascending",
+  ),
   *_fields(_TEXTS, _each(lambda x: isinstance(x, str)), "a tuple of strings"),
   *_fields(("data.mixture", "data.ssl_mixture"), _each(_is_number), "a tuple of weights"),
   ("model.mean", lambda x: len(x) == 3 and _each(_is_number)(x), "three numbers, for red, green and blue"),

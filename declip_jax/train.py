@@ -59,8 +59,9 @@ from declip_jax.runtime.watchdog import Watchdog
 from declip_jax.runtime.workdir import OtherRunError, about_other_run, local_path, lock, read_starts, record
 from declip_jax.sharding import batch_sharding, to_global
 from declip_jax.stages import flops_until, repeatable_from
+from declip_jax.training import trimming
 from declip_jax.training.state import State, evaluated_weights
-from declip_jax.types import Batch
+from declip_jax.types import Batch, text_length
 
 _NEEDS_LESS_MEMORY = (
   "lower config.batch_size, raise config.micro_batches, set config.model.remat=full, raise config.mesh.fsdp on several "
@@ -168,7 +169,7 @@ def loop(
     if (read := services.read(step, batches)) is None:
       _stop(step - 1, services.stop.signum, state, position, services)
     before, (batch, position, bad) = position, read
-    services.begin(step, state)
+    services.begin(step, state, text_length(batch))
     with services.clock.spending("step"), jax.profiler.StepTraceAnnotation("train", step_num=step):
       with services.clock.compiling(), jax.transfer_guard("disallow"):  # a hidden host transfer is an error
         stepped = services.call(step_fn, state, batch)
@@ -221,7 +222,9 @@ def _stop(step: int, signum: int, state: State, position: dict[str, Any] | None,
   raise Stopped(step, signum)
 
 
-def _open_batches(run: Prepared, part: Part, position: dict[str, Any] | None) -> pipeline.Prefetch:
+def _open_batches(
+  run: Prepared, part: Part, position: dict[str, Any] | None
+) -> pipeline.Prefetch | trimming.TrimmedBatches:
   """Starts to read this host's share of the batches of a stage ahead, from a position of the input."""
   config = part.stage.config
   workers, threads = reader_counts(config.data.workers, config.data.threads)
@@ -236,7 +239,11 @@ def _open_batches(run: Prepared, part: Part, position: dict[str, Any] | None) ->
     seconds=config.data.max_seconds,
     deaths=run.deaths,
   )
-  return pipeline.Prefetch(stream, partial(to_global, sharding=batch_sharding(part.built.mesh)))
+  sharding, lengths = batch_sharding(part.built.mesh), part.built.text_lengths
+  if len(lengths) < 2:
+    return pipeline.Prefetch(stream, partial(to_global, sharding=sharding))
+  measure = partial(trimming.measure, eot=part.built.tokenizer.eot, sharding=sharding)
+  return trimming.TrimmedBatches(pipeline.Prefetch(stream, measure), lengths, sharding)
 
 
 def _open_checkpoints(config: ConfigDict, steps: build.Steps, workdir: Path) -> Checkpoints:
@@ -283,7 +290,10 @@ def _of_stage(run: Prepared, part: Part, step: int) -> dict[str, Any]:
   stage, steps, mesh = part.stage, part.steps, part.built.mesh
   size, number = stage.config.batch_size, run.parts.index(part) + 1
   device = devices.find(mesh.devices.flat[0].device_kind)
-  peak = device and device.flops * mesh.size * size / run.step_flops(stage, size)
+
+  def peak(text_length: int) -> float:
+    return device.flops * mesh.size * size / run.step_flops(stage, size, text_length)
+
   # Tracing takes seconds, and FLOPs are proportional to examples if there is one stage.
   counts_flops = device or len(run.parts) > 1
   return {
@@ -299,7 +309,7 @@ def _of_stage(run: Prepared, part: Part, step: int) -> dict[str, Any]:
     ),
     "batch_sizes": stage.sizes_so_far,
     "repeatable_from": repeatable_from(run.stages),
-    "clock": Clock(step, size, devices=mesh.size, peak=peak),
+    "clock": Clock(step, size, devices=mesh.size, peak=peak if device else None),
     "bad_samples": BadSamples(step, size, stage.config.data.max_bad),
     "symptoms": Symptoms(build.make_facts(stage.config, steps)),
     "stage": number if len(run.parts) > 1 else 0,

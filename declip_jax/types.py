@@ -22,7 +22,7 @@ from declip_jax.views import Named, Same
 
 # Host to device, flat, static shapes, leading dimension `b`:
 #   image         uint8 [b v h w c]     augmented views, not normalised
-#   text          int32 [b u t]         token ids of the text views
+#   text          int32 [b u t]         token ids of the text views; t may differ between batches, see `trimming`
 #   mlm_position  int32 [b k]           positions that masked language modelling predicts ...
 #   mlm_target    int32 [b k]           ... the token ids to predict there ...
 #   mlm_weight    float32 [b k]         ... and 1 for a real position, 0 for padding
@@ -36,6 +36,11 @@ from declip_jax.views import Named, Same
 #   kept_patches  int32 [b v n]         patches, row by row from 0, that enter an image ViT, see `patch_dropout`
 Batch = dict[str, jax.Array]
 BatchShapes = dict[str, jax.ShapeDtypeStruct]  # the same, without data
+
+
+def text_length(batch: Batch | BatchShapes) -> int:
+  """Number of positions of the texts of a batch, 0 without texts."""
+  return batch["text"].shape[-1] if "text" in batch else 0
 
 
 class _Arrays(Named):

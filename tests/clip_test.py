@@ -19,7 +19,8 @@ from declip_jax.clip import Clip
 from declip_jax.data.images import EvalView
 from declip_jax.data.sources import open_source
 from declip_jax.evals import similarity as similarity_lib
-from declip_jax.evals.features import Split, encode_texts
+from declip_jax.evals.encoders import encode_texts
+from declip_jax.evals.features import Split
 from declip_jax.evals.prompts import from_templates, token_classifier, unique_prompts
 from declip_jax.evals.similarity import TextTokens, make_late_interaction
 from declip_jax.objectives import make_objective

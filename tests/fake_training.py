@@ -44,6 +44,7 @@ class FakeTraining:
     step_fn: the step.
     keep: arguments of `Checkpoints`.
     batch_size: number of examples in a batch.
+    text_lengths: length of the texts of each batch; empty for batches without texts.
     is_saved: whether the state that it starts from is saved.
     evaluate_first: whether the first state is evaluated.
   """
@@ -62,6 +63,7 @@ class FakeTraining:
   hang_timeout: float = 0.0
   profile: tuple[int, int] | None = None
   batch_size: int = BATCH_SIZE
+  text_lengths: tuple[int, ...] = ()
   is_saved: bool = True
   evaluate_first: bool = False
 
@@ -116,8 +118,11 @@ class FakeTraining:
     while True:
       self.on_batch(number)
       value = np.float32(np.nan if number in self.poisoned else 1 + number / 7)
+      batch = {"x": jax.device_put(value)}
+      if self.text_lengths:
+        batch["text"] = jax.device_put(np.zeros((1, 1, self.text_lengths[number]), np.int32))
       number += 1
-      yield {"x": jax.device_put(value)}, {"next_index": number * self.batch_size}, np.array(self.bad, np.int32)
+      yield batch, {"next_index": number * self.batch_size}, np.array(self.bad, np.int32)
 
 
 @jax.jit

@@ -303,7 +303,9 @@ def test_sigterm_while_the_step_compiles_ends_the_run_before_the_step(
   assert (ran, saved_steps(tmp_path)) == ([], saved)
 
 
-def test_the_time_for_a_batch_is_limited_and_that_for_compiling_is_not(tmp_path: Path) -> None:
+def test_the_time_for_a_batch_is_limited_and_that_for_compiling_is_not(
+  tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
   beats: list[tuple[str, bool]] = []
 
   class Recorder(Watchdog):
@@ -315,9 +317,17 @@ def test_the_time_for_a_batch_is_limited_and_that_for_compiling_is_not(tmp_path:
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr("fake_training.Watchdog", Recorder)
-    FakeTraining(Cadence(total=2)).run(tmp_path)
-  batches = [(f"reading the batch of step {step}", True) for step in (1, 2)]
-  assert beats == [batches[0], ("compiling and step 1", False), batches[1], ("step 2", True), ("checkpoint 2", True)]
+    FakeTraining(Cadence(total=5), text_lengths=(16, 16, 32, 16, 32)).run(tmp_path)
+  assert [beat for beat in beats if not beat[0].startswith("reading")] == [
+    *[("compiling and step 1", False), ("step 2", True), ("compiling and step 3", False)],
+    *[("step 4", True), ("step 5", True), ("checkpoint 5", True)],
+  ]
+  assert [beat for beat in beats if beat[0].startswith("reading")] == [
+    (f"reading the batch of step {step}", True) for step in range(1, 6)
+  ]
+  printed = capsys.readouterr().err
+  assert printed.count("compiling the train step") == 1
+  assert "step 3: compiling the train step for texts of up to 32 tokens" in printed
 
 
 def test_a_stop_skips_the_evaluation_that_is_due(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every method: the same losses, metrics, parameters and state on one device, on eight, and in two processes."""
+"""Every method: the same losses, metrics, parameters and state on one device, on eight, in two processes, trimmed."""
 
 import os
 from pathlib import Path
@@ -47,6 +47,21 @@ def test_the_log_scales_stay_in_the_range_of_the_config() -> None:
   for name in ("logit_scale", "dense_logit_scale"):
     assert steps.first_state("everything").params["heads"][name] < low
     assert low <= result[f"params/heads/{name}"] < low + 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["everything", *VARIANTS])
+def test_trimmed_texts_change_nothing(method: str) -> None:
+  trimmed = {"model": {"text": {"buckets": (8, steps.LONGEST)}}}
+  config = steps.step_config(method)
+  config.update(trimmed)
+  lengths = steps.build_steps(config).text_lengths
+  if len(lengths) < 2:  # no texts, or padding counts
+    assert method in {"simclr", "finetune", "filip_repo", "defilip_repo", "everything siglip"}, lengths
+    pytest.skip("nothing is trimmed")
+  assert lengths == (8, steps.LONGEST, 16)
+  micro_batches = {"micro_batches": 2} if method == "everything" else {}
+  steps.compare(method, steps.take_steps(method, 1, 1, **trimmed, **micro_batches), steps.one_device(method))
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from absl import flags
 from ml_collections import ConfigDict
 import pytest
+from steps import step_config
 from tiny import tiny_config
 
-from declip_jax import config, plan
+from declip_jax import build, config, plan
 from declip_jax.planning.report import Report
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def values(monkeypatch) -> SimpleNamespace:
   """The flags of a command that must not reach the compiler."""
-  values = SimpleNamespace(config=tiny_config("clip"), topology=None, slices=1, search=True, json=None)
+  values = SimpleNamespace(
+    config=tiny_config("clip"), topology=None, slices=1, search=True, json=None, text_length=None
+  )
   monkeypatch.setattr(flags, "FLAGS", values)
   monkeypatch.setattr(plan, "choose", lambda config, *_: config)
   monkeypatch.setattr(plan, "make_report", lambda *_: pytest.fail("compiled before the flags were checked"))
@@ -89,6 +92,33 @@ def test_each_stage_has_a_report_and_the_run_has_its_flops(values, monkeypatch, 
     "last": "images of 16",
   }
   assert written["run"] == {"flops": 800.0, "per_sample": False, "share": 1.0}
+
+
+@pytest.mark.parametrize(("method", "longest"), [("declip", 16), ("simclr", 0), ("clip siglip", 0)])
+def test_a_length_of_texts_is_planned_as_a_stage_whose_masks_are_those_of_whole_texts(
+  values, monkeypatch, method, longest, capsys
+):
+  values.config = step_config(method)
+  values.config.model.text.buckets, values.config.data.mask_slots, values.text_length = (8, 12), 0, 12
+  planned = []
+  monkeypatch.setattr(
+    plan, "make_report", lambda *args: planned.append(args) or dataclasses.make_dataclass("Fake", ["fits"])(True)
+  )
+  monkeypatch.setattr(plan, "table", lambda _: ["table"])
+  if not longest:
+    with pytest.raises(ValueError, match="--text_length=12: this config does not trim texts"):
+      plan._command([])
+    return
+  assert plan._command([]) == 0
+  assert "texts are trimmed to 12 tokens" in capsys.readouterr().out
+  [(trimmed, _, _, run)] = planned
+  assert run is values.config
+  whole, short = (build.build(c).batch_shape(16) for c in (run, trimmed))
+  assert (short["text"].shape[-1], whole["text"].shape[-1]) == (12, 16)
+  assert {**short, "text": 0} == {**whole, "text": 0}
+  values.text_length = 17
+  with pytest.raises(ValueError, match=r"--text_length=17: expected at most config\.model\.text\.context_length=16"):
+    plan._command([])
 
 
 @pytest.mark.slow

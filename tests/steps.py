@@ -24,10 +24,12 @@ from declip_jax.build import make_step
 from declip_jax.data.recipes import RECIPES
 from declip_jax.objectives import TERMS
 from declip_jax.sharding import batch_sharding, gather, replicated, shard_like, to_global
+from declip_jax.training import trimming
 from declip_jax.training.gradient import make_gradient
 from declip_jax.training.state import State, abstract_state, init_state
 
 STEPS, BATCH = 3, 16
+LONGEST = 12  # tokens of a text, of a context of 16
 
 
 class FirstGradient(NamedTuple):
@@ -134,7 +136,8 @@ def take_steps(method: str, data: int, fsdp: int, **settings: object) -> dict[st
   step = make_step(config, built, build.to_steps(config, 256), abstract)
   result, rng = {}, np.random.default_rng(0)
   for index in range(STEPS):
-    batch = {name: local_rows(x) for name, x in random_batch(built, rng).items()}
+    batch = trim(built, random_batch(built, rng))
+    batch = {name: local_rows(x) for name, x in batch.items()}
     state, metrics = step(state, to_global(batch, batch_sharding(mesh)))
     result |= {f"{name}/{index}": value for name, value in metrics.items()}
   tree = {"params": state.params, "collections": state.collections, "gradient": state.opt_state[0].gradient}
@@ -223,7 +226,7 @@ def random_batch(built: build.Built, rng: np.random.Generator) -> dict[str, np.n
   batch["image"] = rng.integers(256, size=batch["image"].shape, dtype=np.uint8)
   if "text" in batch:
     batch["text"] = rng.integers(1, 1000, size=batch["text"].shape).astype(np.int32)
-    ends = rng.integers(3, batch["text"].shape[-1], size=batch["text"].shape[:-1])
+    ends = rng.integers(3, LONGEST, size=batch["text"].shape[:-1])
     np.put_along_axis(batch["text"], ends[..., None], built.tokenizer.eot, axis=-1)
   if "mlm_position" in batch:
     batch["mlm_position"] = rng.integers(1, 3, size=batch["mlm_position"].shape).astype(np.int32)
@@ -234,6 +237,14 @@ def random_batch(built: build.Built, rng: np.random.Generator) -> dict[str, np.n
   if "mim_position" in batch:  # of a grid of 2 x 2
     batch["mim_position"] = rng.permuted(np.tile(np.arange(4, dtype=np.int32), (BATCH, 1)), axis=1)[:, :2]
   return batch
+
+
+def trim(built: build.Built, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The global batch as training trims it."""
+  if len(built.text_lengths) < 2:
+    return batch
+  needed = trimming.needed_length(batch, built.tokenizer.eot)
+  return {**batch, "text": batch["text"][..., : trimming.trimmed_length(built.text_lengths, needed)]}
 
 
 def local_rows(x: np.ndarray) -> np.ndarray:

@@ -48,6 +48,7 @@ from declip_jax.reporting.metrics import read_metrics
 from declip_jax.runtime import workdir as workdir_lib
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.rollback import Rollbacks
+from declip_jax.training import trimming
 from declip_jax.training.state import State
 
 
@@ -187,6 +188,48 @@ def test_a_killed_run_of_other_methods_resumes_bit_exact(
   kill(start("killed", workers), tmp_path / "killed", range(3, 15))
   subprocess.run(start("killed", 2 - workers), env=environment(), check=True)  # the stream is the same
   assert_same_end(tmp_path / "killed", tmp_path / "whole", tiny_config(method), 30)
+
+
+TRIMMED = {
+  **{"duration.steps": 6, "checkpoint.every.steps": 2, "model.heads.bank_size": 16},
+  **{"model.text.context_length": 24, "model.text.buckets": (16, 20)},
+}
+
+
+def trimmed(method: str, **fields: object) -> ConfigDict:
+  """A method without evaluations whose batches need texts of several lengths."""
+  config = tiny_config(method)
+  config.evals = ConfigDict()
+  config.update_from_flattened_dict(TRIMMED | fields)
+  return config
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_on_trimmed_texts_equals_one_on_whole_texts_and_resumes_bit_exact(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  config, lengths, choose_length = trimmed("declip"), [], trimming.trimmed_length
+  monkeypatch.setattr(trimming, "trimmed_length", lambda *args: lengths.append(choose_length(*args)) or lengths[-1])
+  train_on_one_device(trimmed("declip", **{"model.text.buckets": ()}), tmp_path / "whole")
+  assert not lengths
+  train_on_one_device(config, tmp_path / "trimmed")
+  assert lengths[:6] == [16, 24, 16, 16, 16, 16]
+  losses = losses_on_disk(tmp_path / "trimmed")
+  np.testing.assert_allclose(losses, losses_on_disk(tmp_path / "whole"), rtol=0, atol=1e-4)
+  with killed_before_line(5):
+    train_on_one_device(config, tmp_path / "killed")
+  train_on_one_device(config, tmp_path / "killed")
+  assert_same_end(tmp_path / "killed", tmp_path / "trimmed", config, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_trim_their_texts_alike(tmp_path: Path) -> None:
+  """In the second batch, only one of the two has a text of more than 16 tokens."""
+  train_on_one_device(trimmed("clip"), tmp_path / "one")
+  train_in_two_processes("clip,bare", tmp_path / "two", *as_flags(TRIMMED))
+  np.testing.assert_allclose(losses_on_disk(tmp_path / "two"), losses_on_disk(tmp_path / "one"), rtol=0, atol=1e-5)
 
 
 def stop(workdir: Path, signum: int, *flags: str) -> tuple[int, str]:

@@ -56,7 +56,7 @@ def get_config(
   c = small.get_config(method, dataset, data)
   if share != "100%":
     c.data.train = tuple(f"heldout:{share}:{source}" for source in c.data.train)
-  c.model.text.context_length, c.model.text.buckets = 40, (24, 32)  # no caption is longer; most batches fit in 24
+  c.model.text.context_length = 40  # no caption is longer
   for field in VIEWS[views]:
     c.data[field] = _WITHOUT[field]
   c.duration = config.duration(steps=steps)

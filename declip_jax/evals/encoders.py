@@ -13,7 +13,14 @@ import numpy as np
 
 from declip_jax.data.images import EvalView
 from declip_jax.data.pipeline import Reading
-from declip_jax.evals.similarity import Embeddings, Similarity, TextTokens, cosines, make_late_interaction
+from declip_jax.evals.similarity import (
+  Embeddings,
+  Similarity,
+  TextTokens,
+  concatenate,
+  cosines,
+  make_late_interaction,
+)
 from declip_jax.models.model import Model
 from declip_jax.models.text import TextTransformer
 from declip_jax.sharding import batch_rows, batch_sharding, check_batch, replicated, to_global
@@ -211,3 +218,35 @@ class EncoderFactory:
       return np.asarray(self._functions.classify(heads, pooled))
 
     return ModelClassifier(logits, self._classnames)
+
+
+def encode_texts(texts: Sequence[str], encoders: Encoders) -> Embeddings:
+  """Encodes texts in batches of one size, trimmed where the model ignores padding.
+
+  A text is encoded together with those of its own length, so its embedding does not depend on the others. Where
+  embeddings are tokens, all have one length, which depends on the longest text.
+  """
+  tokens = encoders.tokenizer(texts)
+  if not encoders.trims_texts:
+    return _encode(tokens, encoders)
+  lengths = _rounded_lengths(tokens)
+  if encoders.image_tokens is not None:
+    return _encode(tokens[:, : lengths.max()], encoders)
+  found = np.unique(lengths)
+  encoded = concatenate([_encode(tokens[lengths == length, :length], encoders) for length in found], len(tokens))
+  rows = np.concatenate([np.flatnonzero(lengths == length) for length in found])
+  return encoded[np.argsort(rows)]
+
+
+def _encode(tokens: Int[np.ndarray, "n t"], encoders: Encoders) -> Embeddings:
+  """Embeddings of rows of token ids."""
+  size = encoders.batch_size
+  padded = np.concatenate([tokens, np.repeat(tokens[-1:], -len(tokens) % size, axis=0)])
+  encoded = [encoders.text(batch[encoders.batch_rows]) for batch in padded.reshape(-1, size, tokens.shape[1])]
+  return concatenate(encoded, len(tokens))
+
+
+def _rounded_lengths(tokens: Int[np.ndarray, "n t"]) -> Int[np.ndarray, "n"]:
+  """Length of each text, rounded up to a multiple of 16, so that few lengths are compiled."""
+  lengths = tokens.shape[1] - (tokens[:, ::-1] != 0).argmax(axis=1)
+  return -(-lengths // 16) * 16

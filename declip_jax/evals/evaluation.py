@@ -18,9 +18,9 @@ import declip_jax
 from declip_jax.command_line import together
 from declip_jax.data.sources import Source
 from declip_jax.evals import EVALUATORS, catalogue, features, results
-from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.encoders import Encoders, encode_texts
 from declip_jax.evals.feature_cache import FeatureCache, json_hash, numerics
-from declip_jax.evals.features import Features, Read, encode_texts, host_rows, read_batches, surely
+from declip_jax.evals.features import Features, Read, host_rows, read_batches, surely
 from declip_jax.evals.jobs import DataSource, Job, run_jobs
 from declip_jax.evals.results import Result, Scores
 from declip_jax.evals.text_cache import TextCache

@@ -22,7 +22,7 @@ import numpy as np
 
 from declip_jax.data.pipeline import EvaluationBatches, parse_annotations
 from declip_jax.data.sources import READ_ERROR, Source
-from declip_jax.evals.encoders import Encoders, ModelClassifier
+from declip_jax.evals.encoders import Encoders, ModelClassifier, encode_texts
 from declip_jax.evals.similarity import Embeddings, Similarity, concatenate, take, unit_rows
 from declip_jax.runtime.hosts import any_host, first_error, gather_rows, gather_texts
 from declip_jax.sharding import local_rows
@@ -61,7 +61,7 @@ class Features:
 Read = Callable[[Any, Encoders, range], Iterable[dict[str, np.ndarray]]]
 # Features of some rows of a source, see `encode`.
 Encode = Callable[[Any, Encoders, range, Read], Features]
-# Embeddings of different texts, see `encode_texts`.
+# Embeddings of different texts, see `encoders.encode_texts`.
 EncodeTexts = Callable[[Sequence[str], Encoders], Embeddings]
 
 
@@ -479,23 +479,7 @@ def host_rows(size: int, host: int, hosts: int) -> range:
   return range(min(host * share, size), min((host + 1) * share, size))
 
 
-def encode_texts(texts: Sequence[str], encoders: Encoders) -> Embeddings:
-  """Encodes texts in batches of one size; where embeddings are tokens, padding common to all texts is trimmed."""
-  tokens = encoders.tokenizer(texts)
-  if encoders.image_tokens is not None and encoders.trims_texts:
-    tokens = tokens[:, : _longest(tokens)]
-  size = encoders.batch_size
-  padded = np.concatenate([tokens, np.repeat(tokens[-1:], -len(tokens) % size, axis=0)])
-  encoded = [encoders.text(batch[encoders.batch_rows]) for batch in padded.reshape(-1, size, tokens.shape[1])]
-  return concatenate(encoded, len(tokens))
-
-
 def _joint(features: Features, name: str) -> Float[np.ndarray, "n d"]:
   if features.embedding is None:
     raise ValueError(f"{name}: the model has no joint space of images and texts")
   return features.embedding
-
-
-def _longest(tokens: Int[np.ndarray, "n t"]) -> int:
-  """Length of the longest text, rounded up to a multiple of 16, so that few lengths are compiled."""
-  return int(-(-(np.flatnonzero(tokens.any(axis=0))[-1] + 1) // 16) * 16)

@@ -12,7 +12,7 @@ import numpy as np
 
 from declip_jax.data.sources import Source
 from declip_jax.evals import EVALUATORS, defaults
-from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.encoders import Encoders, encode_texts
 from declip_jax.evals.features import (
   Encode,
   EncodeTexts,
@@ -21,7 +21,6 @@ from declip_jax.evals.features import (
   Split,
   Texts,
   encode,
-  encode_texts,
   make_data,
   read_batches,
 )

@@ -21,9 +21,8 @@ import jax
 from jaxtyping import Float, UInt8
 import numpy as np
 
-from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.encoders import Encoders, encode_texts
 from declip_jax.evals.feature_cache import if_allowed, json_hash, numerics
-from declip_jax.evals.features import encode_texts
 from declip_jax.runtime import records
 from declip_jax.runtime.hosts import gather_rows
 
@@ -32,7 +31,7 @@ _BYTES = 16  # of the hash of a text
 
 
 class TextCache:
-  """`features.encode_texts` that looks embeddings up in a folder first, for one model that does not compare tokens.
+  """`encoders.encode_texts` that looks embeddings up in a folder first, for one model that does not compare tokens.
 
   Args:
     folder: folder of all entries, shared by models and users, on every host the same.

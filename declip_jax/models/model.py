@@ -70,7 +70,8 @@ class Model:
   def encode(self, params: Tree, collections: Tree, batch: Batch) -> tuple[Features, Tree]:
     """The first half, in training mode: features, and the towers' new collections (a ResNet's statistics).
 
-    Images and texts may be smaller than those of the parameters, see `positions.fit_positions`.
+    Images and texts may be smaller than those of the parameters, see `positions.fit_positions`, and texts shorter than
+    the context length of the tower.
     """
     variables, _ = _variables({**params, "towers": self._fit_positions(params["towers"], batch)}, collections)
     features, towers = self.towers.apply(
@@ -176,7 +177,8 @@ class Model:
   def _fit_positions(self, towers: Tree, batch: Batch) -> Tree:
     stride = self.towers.image.stride
     height, width = (size // stride for size in batch["image"].shape[2:4])
-    return fit_positions(towers, patches=height * width, tokens=batch["text"].shape[-1] if "text" in batch else None)
+    text = self.towers.text
+    return fit_positions(towers, patches=height * width, tokens=None if text is None else text.context_length)
 
   def _image_features(self, params: Tree, collections: Tree, images: Array, encode: Any) -> Float[Array, "b d"]:
     towers, heads = _variables(params, collections)
@@ -209,7 +211,7 @@ def make_model(
   dtype = jnp.dtype(fields["dtype"])
   common = {"remat": fields["remat"], "unroll": fields["unroll"], "dtype": dtype}
   image = IMAGE_TOWERS[fields["image"]["kind"]](**_without(fields["image"], "kind"), **common)
-  text = TextTransformer(**_without(fields["text"], "tokenizer"), **common) if "joint" in heads else None
+  text = TextTransformer(**_without(fields["text"], "tokenizer", "buckets"), **common) if "joint" in heads else None
   if "joint" in heads and not fields["heads"]["image_linear"] and image.feature_width != fields["heads"]["embed_dim"]:
     raise ValueError(
       f"config.model.heads.image_linear=False: image features have {image.feature_width} dimensions, but "
@@ -230,8 +232,8 @@ def make_model(
   )
 
 
-def _without(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-  return {field: value for field, value in fields.items() if field != name}
+def _without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+  return {field: value for field, value in fields.items() if field not in names}
 
 
 def _check(fields: Mapping[str, Any]) -> None:
@@ -252,13 +254,6 @@ def _check(fields: Mapping[str, Any]) -> None:
     if count is not None and (count < 1 or width % count):
       raise ValueError(f"config.model.{tower}.heads={count} does not divide config.model.{tower}.width={width}")
   _check_name("text.pooling", text.get("pooling", "eot"), TEXT_POOLINGS)
-  buckets = text["buckets"]
-  if buckets and not (text.get("causal", True) and text.get("pooling", "eot") == "eot"):
-    raise ValueError(
-      f"config.model.text.buckets={buckets}: a text tower that sees padding cannot do without it: choose ()"
-    )
-  if any(length < 1 for length in buckets) or list(buckets) != sorted(buckets):
-    raise ValueError(f"config.model.text.buckets={buckets}: expected positive lengths, ascending")
   for name in ("norm_groups", "bank_groups", "bank_neighbours", "bank_size"):
     if heads[name] < 1:
       raise ValueError(f"config.model.heads.{name}={heads[name]}: expected at least 1")

@@ -1,6 +1,5 @@
 """The text transformer of CLIP (Radford et al. 2021, section 2.4), which SLIP and DeCLIP keep, and that of SigLIP."""
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -23,14 +22,12 @@ class TextTransformer(nn.Module):
   position. So a row has to be as long as in training. Difference: its parameters start as OpenAI's do;
   big_vision's start as Flax's, with position embeddings of deviation width^-0.5.
 
-  Since nothing after CLIP's end matters, a batch can be trimmed to its longest text. `buckets` are the lengths that it
-  can be trimmed to; a switch on the device picks the shortest that fits, so that shapes stay static, nothing is
-  compiled twice, and several hosts need not agree beforehand. The result is the same; states past that length are zero.
+  Rows may be shorter than the context length: they have the first position embeddings. So a batch can be trimmed to its
+  longest text where padding does not matter; see `training.trimming`.
 
   Attributes:
     eot: id of the end-of-text token.
     pooling: position of the state that is the feature: the first end of text ("eot"), or the end of the row ("last").
-    buckets: lengths, ascending, to which a batch may be trimmed; the context length is always one of them.
   """
 
   vocab_size: int
@@ -44,7 +41,6 @@ class TextTransformer(nn.Module):
   epsilon: float = 1e-5
   causal: bool = True
   pooling: str = "eot"
-  buckets: tuple[int, ...] = ()
   remat: str = "none"
   unroll: int = 1
   dtype: Any = jnp.float32
@@ -88,14 +84,7 @@ class TextTransformer(nn.Module):
       states = self.encode(tokens, bidirectional)
       return self.normalise(states[:, -1]), states
     end = self.end(tokens)
-    lengths = (*(length for length in self.buckets if length < tokens.shape[1]), tokens.shape[1])
-    if len(lengths) == 1 or self.is_initializing():
-      states = self.encode(tokens, bidirectional)
-    else:
-      fitting = jnp.searchsorted(jnp.asarray(lengths), end.max() + 1)
-      states = nn.switch(
-        fitting, [partial(_encode_cut, length=n, bidirectional=bidirectional) for n in lengths], self, tokens
-      )
+    states = self.encode(tokens, bidirectional)
     return self.normalise(jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]), states
 
   def end(self, tokens: Int[Array, "b n"]) -> Int[Array, "b"]:
@@ -111,10 +100,3 @@ class TextTransformer(nn.Module):
   def normalise(self, states: Float[Array, "... f"]) -> Float[Array, "... f"]:
     """The final norm, which acts on each position separately and is applied only where states are used."""
     return self.final_norm(states)
-
-
-def _encode_cut(
-  text: TextTransformer, tokens: Int[Array, "b n"], *, length: int, bidirectional: bool
-) -> Float[Array, "b n f"]:
-  """The states of the first `length` positions, then zeros."""
-  return jnp.pad(text.encode(tokens[:, :length], bidirectional), ((0, 0), (0, tokens.shape[1] - length), (0, 0)))

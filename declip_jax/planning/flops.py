@@ -20,18 +20,18 @@ from declip_jax.objectives.blockwise import PLAIN
 from declip_jax.types import Batch
 
 
-def step_flops(built: Built, batch_size: int) -> float:
+def step_flops(built: Built, batch_size: int, text_length: int = 0) -> float:
   """FLOPs of the model in one train step on a global batch, over all devices.
 
   They are the numerator of model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B): forward and backward pass
   of towers, heads and objective, once. Recomputation to save memory (rematerialisation, gradient caching, losses in
-  blocks) does not count, nor do augmentation, optimiser and diagnostics. Texts count with the shortest of
-  `config.model.text.buckets`, so the utilisation is a lower bound. Tracing takes seconds; nothing is compiled or
+  blocks) does not count, nor do augmentation, optimiser and diagnostics. Tracing takes seconds; nothing is compiled or
   computed.
 
   Args:
     built: model, objective, views, and the parameters that are not trained.
     batch_size: global batch size.
+    text_length: number of positions of trimmed texts; 0 counts texts of the context length, whatever is trimmed.
   """
   # In float32, since attention in half precision recomputes its weights on a GPU.
   image, text = (
@@ -49,6 +49,9 @@ def step_flops(built: Built, batch_size: int) -> float:
     return objective(outputs, batch, jnp.zeros((), jnp.int32))[0]
 
   gradient = jax.grad(without_remat(loss_of))
+  if text_length and "text" in batch:
+    shape = batch["text"].shape
+    batch = {**batch, "text": jax.ShapeDtypeStruct((*shape[:-1], text_length), batch["text"].dtype)}
   return num_flops(jax.make_jaxpr(gradient)(params, collections, built.training_shape(batch)))
 
 

@@ -23,7 +23,7 @@ from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.workdir import read_starts
 from declip_jax.stages import flops_until, plan_stages
 
-_VERSION = 1  # of how FLOPs are counted
+_VERSION = 2  # of how FLOPs are counted
 # Fields of `config.data` that do not change what views are like.
 _INPUT = (
   "train", "ssl_train", "mixture", "ssl_mixture", "threads", "workers", "engine", "max_bad", "max_pixels", "max_seconds"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import math
 import time
 
@@ -15,15 +16,16 @@ ACTIVITIES = ("data", "step", *_PAUSES)
 class Clock:
   """Measures the time of a loop.
 
-  The speed is an average over about the last half minute. It leaves out saves, evaluations, and the first step, which
-  compiles. An update comes when a step is dispatched and the one before it has finished, so the first step that counts
-  is the one after the first update with a step in flight.
+  The speed is an average over about the last half minute. It leaves out saves, evaluations, and the first step of each
+  program, which compiles; texts of another length need another one. An update comes when a step is dispatched and the
+  one before it has finished, so the first step that counts is the one after the first update with a step in flight.
 
   Args:
     start: step from which the loop starts.
     batch_size: global batch size.
     devices: number of devices that share the batch.
-    peak: images per second if all devices multiplied matrices at their peak rate; None if unknown.
+    peak: function from the length of texts to images per second if all devices multiplied matrices at their peak rate;
+      None if unknown.
     now: returns seconds.
   """
 
@@ -33,20 +35,32 @@ class Clock:
     batch_size: int,
     *,
     devices: int = 1,
-    peak: float | None = None,
+    peak: Callable[[int], float] | None = None,
     now: Callable[[], float] = time.perf_counter,
   ):
-    self._batch_size, self._devices, self._peak, self._now = batch_size, devices, peak, now
-    self._first_call: float | None = None  # seconds
-    self._compiled = False
+    self._batch_size, self._devices, self._now = batch_size, devices, now
+    self._peak = functools.cache(peak) if peak else None
+    self._program = 0  # length of the texts of the current step
+    self._first_calls: dict[int, float] = {}  # seconds, by program
+    self._compiled: set[int] = set()  # programs whose first step has finished
     self._in_flight = True  # whether the device is busy with a step at the next update
     self._steps, self._seconds = 0.0, 0.0  # decaying sums: their quotient is the speed
+    self._seconds_at_peak = 0.0  # a decaying sum, of the same steps
     self.roll_back(start)
+
+  def begin(self, text_length: int) -> None:
+    """Names the program of the step that begins by the length of its texts, 0 without texts."""
+    self._program = text_length
+
+  @property
+  def programs(self) -> int:
+    """Number of programs whose first step has finished."""
+    return len(self._compiled)
 
   @property
   def has_compiled(self) -> bool:
-    """Whether the first step has finished."""
-    return self._compiled
+    """Whether the first step of the current program has finished."""
+    return self._program in self._compiled
 
   @property
   def shares(self) -> dict[str, float]:
@@ -62,8 +76,7 @@ class Clock:
   @property
   def utilisation(self) -> float | None:
     """Model FLOPs utilisation, 0 to 1 (Chowdhery et al. 2022, appendix B); None if peak or speed is unknown."""
-    speed = self.images_per_second
-    return speed / self._peak if self._peak and speed > 0 else None
+    return self._seconds_at_peak / self._seconds if self._peak and self._seconds else None
 
   @contextlib.contextmanager
   def spending(self, activity: str) -> Iterator[None]:
@@ -79,18 +92,21 @@ class Clock:
 
   @contextlib.contextmanager
   def compiling(self) -> Iterator[None]:
-    """Measures the first call of the step, which compiles it and returns before it has run."""
+    """Measures the first call of a program, which compiles it and returns before it has run."""
     before = self._now()
     yield
-    if self._first_call is None:
-      self._first_call = self._now() - before
+    self._first_calls.setdefault(self._program, self._now() - before)
 
   def first_step_done(self) -> str:
-    """Records that the first step has finished; returns a message with its compile time and memory."""
-    self._compiled, self._in_flight = True, False
+    """Records that the first step of a program has finished; returns a message with its compile time and memory."""
+    self._compiled.add(self._program)
+    self._in_flight, self._mark = False, None
+    if self._peak:
+      self._peak(self._program)  # which takes seconds, now rather than in a step that is measured
     memory = peak_memory()
+    texts = f", for texts of up to {self._program} tokens" if self._program else ""
     usage = f"; {memory:.1f} GiB of memory on a device" if memory else ""
-    return f"compiled in {self._first_call:.0f} s{usage}"
+    return f"compiled in {self._first_calls[self._program]:.0f} s{texts}{usage}"
 
   def update(self, step: int) -> None:
     """Records that `step` steps are done."""
@@ -100,6 +116,8 @@ class Clock:
       decay = math.exp(-seconds / _SPEED_MEMORY)
       self._steps = decay * self._steps + step - self._step
       self._seconds = decay * self._seconds + seconds
+      at_peak = (step - self._step) * self._batch_size / self._peak(self._program) if self._peak else 0.0
+      self._seconds_at_peak = decay * self._seconds_at_peak + at_peak
     self._step, self._mark = step, now if self._in_flight else None
     self._in_flight = True
 
@@ -116,7 +134,7 @@ class Clock:
       values |= {"images_per_second": speed, "images_per_second_per_device": speed / self._devices}
     known = {
       "utilisation": self.utilisation,
-      "compile_seconds": self._first_call,
+      "compile_seconds": sum(self._first_calls.values()) if self._first_calls else None,
       "device_memory_gib": peak_memory(),
     }
     self._restart()

@@ -123,12 +123,15 @@ class Services:
     with self.clock.spending("data"):
       return self.stop.wait_for(lambda: next(batches))
 
-  def begin(self, step: int, state: State) -> None:
-    """Prepares for a step that is about to be dispatched."""
+  def begin(self, step: int, state: State, text_length: int = 0) -> None:
+    """Prepares for a step that is about to be dispatched, on texts of a length that decides its program."""
+    self.clock.begin(text_length)
     if self.clock.has_compiled:
       self.watchdog.beat(f"step {step}")
     else:
       self.watchdog.exempt(f"compiling and step {step}")
+      if self.clock.programs:
+        self.progress.message(f"step {step:,}: compiling the train step for texts of up to {text_length} tokens")
     self.trace.begin(step, state)
 
   def call(self, step_fn: Callable[[State, T], tuple[State, Metrics]], state: State, batch: T) -> Any:
@@ -139,7 +142,7 @@ class Services:
       return unless_unwanted(partial(step_fn, state, batch), lambda: bool(self.stop.signum))
 
   def end(self, step: int, state: State, metrics: Metrics) -> None:
-    """Reports what is known after a step is dispatched: how long the first one took, and where the trace is."""
+    """Reports what is known after a step is dispatched: how long a program took to compile, and where the trace is."""
     if not self.clock.has_compiled:
       with self.clock.spending("step"):
         jax.block_until_ready(metrics)

@@ -85,7 +85,7 @@ def test_rollbacks_do_not_affect_the_measured_speed(time: Time) -> None:
 
 
 def test_values_have_shares_since_the_last_line_and_speeds(time: Time) -> None:
-  clock = Clock(0, 512, devices=8, peak=640.0, now=time)
+  clock = Clock(0, 512, devices=8, peak=lambda text_length: 640.0, now=time)
   assert clock.utilisation is None
   assert "images_per_second" not in clock.values()
   update(clock, time, [10, 20], 20.0)
@@ -117,3 +117,21 @@ def test_the_first_call_is_the_compilation(time: Time) -> None:
   assert "42 s" in clock.first_step_done()
   assert clock.has_compiled
   assert clock.values()["compile_seconds"] == 42.0
+
+
+def test_each_length_of_texts_is_a_program_that_compiles_and_has_its_own_peak(time: Time) -> None:
+  clock = Clock(0, 64, peak={16: 640.0, 32: 320.0}.__getitem__, now=time)
+  step = 0
+  for length, compile_seconds in ((16, 40.0), (32, 50.0), (16, 0.0), (32, 0.0)):
+    clock.begin(length)
+    assert clock.has_compiled == (not compile_seconds)
+    if compile_seconds:
+      with clock.compiling():
+        time.now += compile_seconds
+      assert f"{compile_seconds:g} s, for texts of up to {length} tokens" in clock.first_step_done()
+    for _ in range(20):  # 64 images at peak: 0.1 s for short texts, 0.2 s for long ones
+      step += 1
+      update(clock, time, [step], 0.25 if length == 16 else 0.5)
+    assert clock.utilisation == pytest.approx(0.4)
+  assert clock.values()["compile_seconds"] == 90.0
+  assert 128 < clock.images_per_second < 256
