@@ -1,5 +1,5 @@
-"""The configs: `demo`, `small`, `pretrain`, `finetune`, a folder per paper with a file for each published result, and
-`studies`, some of whose grids are trained by benchmarks of the same names.
+"""The configs: `demo`, `small`, `pretrain`, `finetune_pairs`, `finetune`, a folder per paper with a file for each
+published result, and `studies`, some of whose grids are trained by benchmarks of the same names.
 
 A config is found by its name from any folder; the parameters of its `get_config` are named arguments:
 

@@ -105,7 +105,8 @@ def test_the_zero_shot_classifier_of_wordnet_ids_is_that_of_their_names(
   results = {"create_state": 0, "initialise": (1, ["read"]), "Clip": encoder, "set_classifier": end}
   for function, value in results.items():
     monkeypatch.setattr(first_state_lib, function, lambda *_, value=value, **__: value)
-  state, messages = first_state(c, built, mock.MagicMock(), mock.MagicMock())
+  weights = SimpleNamespace(view=SimpleNamespace(squash=False))
+  state, messages = first_state(c, built, mock.MagicMock(), weights)
   assert (state, asked) == (end, [(("tench", name), TEMPLATES)])
   assert messages[0] == "read"
   assert messages[1].startswith(remark)
