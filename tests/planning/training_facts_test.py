@@ -19,7 +19,7 @@ def test_facts_of_a_checkpoint(
   counted: list[int] = []
   recipes: set[str] = set()
   monkeypatch.setattr(lib, "cache_folder", lambda: tmp_path / "cache")
-  monkeypatch.setattr(lib.flops, "step_flops", lambda _, size, __: counted.append(size) or 100.0 * size)
+  monkeypatch.setattr(lib.flops, "step_flops", lambda _, size: counted.append(size) or 100.0 * size)
   run, config = tmp_path / "run", finished_run.config
   shutil.copytree(finished_run.workdir, run)
   (samples,) = (start.samples for start in lib.read_starts(run))

@@ -146,7 +146,11 @@ def test_a_change_of_a_field_that_had_another_name_is_reported(tmp_path: Path) -
   config, mesh = tiny_config("declip"), sharding.make_mesh(-1, 1)
   config.contrast.method, config.safety.max_rollbacks = "ring", 7
   changed = workdir_lib.record(config.to_json_best_effort(), mesh, tmp_path, {})
-  assert changed == ["config.contrast.method: 'auto' -> 'ring'", "config.safety.max_rollbacks: 3 -> 7"]
+  assert changed == [
+    "config.contrast.method: 'auto' -> 'ring'",
+    "config.model.text.buckets: () -> (16, 24, 32, 40, 48, 64)",
+    "config.safety.max_rollbacks: 3 -> 7",
+  ]
 
 
 def test_the_revision_is_that_of_the_package_and_not_of_a_repository_around_it(
