@@ -10,13 +10,14 @@ from declip_jax.weights.read import read
 
 
 def test_a_path_that_does_not_exist_is_named_with_its_flag_and_the_runs_nearby(tmp_path: Path) -> None:
+  runs = tmp_path / "runs"  # whose neighbours are no other tests'
   for name in ("a", "b", "demo-slip", "demo"):
-    (tmp_path / name / "checkpoints").mkdir(parents=True)
-  (tmp_path / "other").mkdir()
-  runs = f"; runs nearby: {tmp_path}/demo, {tmp_path}/a, {tmp_path}/b ..."
+    (runs / name / "checkpoints").mkdir(parents=True)
+  (runs / "other").mkdir()
+  nearby = f"; runs nearby: {runs}/demo, {runs}/a, {runs}/b ..."
   with pytest.raises(FileNotFoundError) as missing, naming("--workdir"):
-    read(tmp_path / "deemo")
-  assert str(missing.value) == f"--workdir: {tmp_path}/deemo does not exist{runs}"
-  with pytest.raises(FileNotFoundError, match=f"has no weights: .*; runs nearby: {tmp_path}/a, "):
-    read(tmp_path)
-  assert nearby_runs(tmp_path / "demo" / "checkpoints" / "8") == nearby_runs(tmp_path / "a" / "x") == ""
+    read(runs / "deemo")
+  assert str(missing.value) == f"--workdir: {runs}/deemo does not exist{nearby}"
+  with pytest.raises(FileNotFoundError, match=f"has no weights: .*; runs nearby: {runs}/a, "):
+    read(runs)
+  assert nearby_runs(runs / "demo" / "checkpoints" / "8") == nearby_runs(runs / "a" / "x") == ""
