@@ -174,6 +174,11 @@ def _make_lora(config: ConfigDict, objective: Objective) -> Lora | None:
       f"config.lora.rank={config.lora.rank}: a momentum tower, as of {[*objective.weights]}, would be a copy without "
       "adapters: choose 0, or terms without a momentum tower"
     )
+  if config.optimizer.name == "lars":
+    raise ValueError(
+      f"config.lora.rank={config.lora.rank}: config.optimizer.name='lars' scales updates by the norm of a parameter, "
+      "so that adapters, which begin with zeros, would never change: choose another optimizer"
+    )
   return read_settings(Lora, config.lora, "lora")
 
 

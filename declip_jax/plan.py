@@ -37,6 +37,7 @@ from declip_jax.planning.topology import EXAMPLES, topology_devices
 from declip_jax.reporting.progress import message
 from declip_jax.spelling import counted
 from declip_jax.stages import LAST, naming, stage_configs
+from declip_jax.training.trimming import trimmed_length
 
 
 def _command(_: list[str]) -> int:
@@ -58,7 +59,9 @@ def _command(_: list[str]) -> int:
     of_stages = {name: dataclasses.asdict(report) for name, report in reports.items()}
     lines, content = run_table(reports, of_run), {"stages": of_stages, "run": of_run and dataclasses.asdict(of_run)}
   if values.text_length:
-    lines.append(f"texts are trimmed to {values.text_length} tokens; a step on longer ones takes more memory and time")
+    lines.append(
+      f"texts are trimmed to what {values.text_length} tokens need; a step on longer ones takes more memory and time"
+    )
   print("\n".join(lines))
   if values.json:
     Path(values.json).write_text(json.dumps(content, indent=2) + "\n")
@@ -113,7 +116,7 @@ def _with_trimmed_texts(config: ConfigDict, length: int, devices: Sequence[jax.D
     raise ValueError(f"--text_length={length}: expected at most config.model.text.context_length={whole}")
   if slots := built.batch_shape(1).get("mlm_position"):
     trimmed.data.mask_slots = slots.shape[-1]
-  trimmed.model.text.context_length = length
+  trimmed.model.text.context_length = trimmed_length(built.text_lengths, length)
   return trimmed
 
 

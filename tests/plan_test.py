@@ -110,7 +110,7 @@ def test_a_length_of_texts_is_planned_as_a_stage_whose_masks_are_those_of_whole_
       plan._command([])
     return
   assert plan._command([]) == 0
-  assert "texts are trimmed to 12 tokens" in capsys.readouterr().out
+  assert "texts are trimmed to what 12 tokens need" in capsys.readouterr().out
   [(trimmed, _, _, run)] = planned
   assert run is values.config
   whole, short = (build.build(c).batch_shape(16) for c in (run, trimmed))

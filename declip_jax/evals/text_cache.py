@@ -26,7 +26,7 @@ from declip_jax.evals.feature_cache import if_allowed, json_hash, numerics
 from declip_jax.runtime import records
 from declip_jax.runtime.hosts import gather_rows
 
-_VERSION = 1  # of what embeddings of the same model and texts are
+_VERSION = 2  # of what embeddings of the same model and texts are
 _BYTES = 16  # of the hash of a text
 
 

@@ -1,4 +1,4 @@
-"""Linear layers whose gradients are fast on every backend."""
+"""Linear layers, with a gradient of their own on CPUs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -45,8 +45,8 @@ def affine(
   """`x @ kernel + bias`.
 
   On a CPU the gradients are products of matrices, even the bias's: XLA copies transposed operands of products over
-  several axes element by element, computing again what made them, and its sums over the leading axis are ten times
-  slower than a product with a vector of ones. Other backends differentiate as JAX does.
+  several axes element by element, recomputing what they are made of for each, and its sums over the leading axis are
+  ten times slower than a product with a vector of ones. Other backends differentiate as JAX does.
 
   Args:
     dtype: dtype of sums and results; None for that of the inputs.

@@ -67,7 +67,9 @@ class Lora:
   @property
   def trains_image(self) -> bool:
     """Whether any parameter of the image tower is trained."""
-    return "image" in self.towers or any(is_below(path, "towers/image") for path in self.trained)
+    return "image" in self.towers or any(
+      is_below(path, "towers/image") or is_below("towers/image", path) for path in self.trained
+    )
 
 
 def add_adapters(params: Tree, key: jax.Array, lora: Lora) -> Tree:

@@ -155,6 +155,7 @@ def test_what_a_config_trains() -> None:
     ("clip", {"lora.targets": ("query", "values")}, r"lora\.targets=.*choose one or more of .*did you mean value"),
     ("clip", {"lora.towers": ()}, r"config\.lora\.towers=\(\): choose one or more of \['image', 'text'\]"),
     ("clip", {"lora.trained": ("heads/logit",)}, r"config\.lora\.trained: no parameter at 'heads/logit'"),
+    ("clip", {"optimizer.name": "lars"}, r"config\.lora\.rank=2: config\.optimizer\.name='lars'.* never change"),
     ("slip_byol", {}, r"config\.lora\.rank=2: a momentum tower, .*would be a copy"),
     ("simclr", {"lora.towers": ("text",)}, r"config\.lora\.towers=\('text',\): this model has only \['image'\]"),
   ],
