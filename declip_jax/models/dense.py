@@ -45,7 +45,7 @@ def affine(
   """`x @ kernel + bias`.
 
   On a CPU the gradients are products of matrices, even the bias's: XLA copies transposed operands of products over
-  several axes element by element, recomputing what they are made of for each, and its sums over the leading axis are
+  several axes element by element, recomputing their inputs for each element, and its sums over the leading axis are
   ten times slower than a product with a vector of ones. Other backends differentiate as JAX does.
 
   Args:

@@ -57,11 +57,11 @@ def _hidden_log() -> Iterator[None]:
 
 
 class _Abandoned(BaseException):
-  """The program is not wanted any more."""
+  """The program is no longer needed."""
 
 
 def unless_unwanted(call: Callable[[], T], is_unwanted: Callable[[], bool]) -> T | None:
-  """Calls a jitted function for the first time, or returns None if nobody wants its result while it compiles.
+  """Calls a jitted function for the first time, or returns None if its result is no longer needed by then.
 
   In that case nothing has run: its arguments are still there. A program that was already being compiled is finished,
   and is in the compile cache.

@@ -1,4 +1,4 @@
-"""Trims the texts of a batch to a length that holds its longest one: same results, without the rest's padding.
+"""Trims the texts of a batch to a length that holds its longest one: the same results at a lower cost.
 
 Nothing after the end of a text affects a causal tower, or a bidirectional pass that stops there, and the losses read no
 state after it. So the host drops columns that are padding in every row, and a step of static shapes costs what its

@@ -88,7 +88,7 @@ def download(address: str | os.PathLike[str]) -> Path:
   the hub cannot be reached, the files that were downloaded before are used, with a message.
 
   Raises:
-    FileNotFoundError: there is no such model or revision, it has no weights, or it is not in the cache while
+    FileNotFoundError: the model or revision does not exist or has no weights, or it is not in the cache while
       `HF_HUB_OFFLINE` is set.
     PermissionError: the model is gated.
     OSError: the hub cannot be reached, and the model is not in the cache.

@@ -79,7 +79,7 @@ def _open(spec: str) -> Source:
   if kind not in SOURCES or not location:
     hint = "" if kind in SOURCES else did_you_mean(kind, SOURCES)
     if ":" not in spec:
-      hint = "; there is no file or folder of this name"
+      hint = "; no file or folder has this name"
     if os.path.exists(spec):
       hint = "; python -m declip_jax.data.inspect prints that of a path"
     raise ValueError(f"bad source {spec!r}: expected KIND:LOCATION, where KIND is one of {', '.join(SOURCES)}{hint}")
