@@ -241,12 +241,17 @@ def _check_texts(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer) -> No
 
 
 def _check_images(config: ConfigDict) -> None:
-  """Rejects images that do not divide into the image tower's patches, and resizing for a crop that is not made."""
+  """Rejects images that do not divide into the image tower's patches, and resizing that the crop does not fit."""
   size, image, data = config.data.image_size, config.model.image, config.data
   if data.squash and data.evaluation_resize:
     raise ValueError(
       f"config.data.evaluation_resize={data.evaluation_resize} has no effect with config.data.squash=True, which cuts "
       "nothing off: set it to 0"
+    )
+  if 0 < data.evaluation_resize < size:
+    raise ValueError(
+      f"config.data.evaluation_resize={data.evaluation_resize}, from which evaluations cut, is less than "
+      f"config.data.image_size={size}: set it to 0 for the size of the image, or to {size * 256 // 224}"
     )
   if image.get("pooling") == "map" and size >= image.patch:  # see `architectures.SIGLIP`
     return

@@ -123,6 +123,15 @@ def test_squashing_reaches_views_and_evaluation(siglip: Path) -> None:
     build.build(c, jax.devices()[:1])
 
 
+def test_evaluations_cannot_cut_more_than_they_resize_to(siglip: Path) -> None:
+  c = run_config(siglip)
+  c.data.squash, c.data.evaluation_resize = False, c.data.image_size - 1
+  with pytest.raises(ValueError, match=r"evaluation_resize=\d+, from which evaluations cut, is less than"):
+    build.build(c, jax.devices()[:1])
+  c.data.evaluation_resize += 1
+  build.build(c, jax.devices()[:1])
+
+
 def random_state(built: build.Built) -> State:
   """A state with random parameters, on one device."""
   abstract = abstract_state(built.batch_shape(16), built.mesh, model=built.model, optimizer=built.optimizer)

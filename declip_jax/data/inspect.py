@@ -155,7 +155,8 @@ def describe(source: Source, good: list[Sample], bad: list[BadSample]) -> str:
   from declip_jax.config import MAX_BAD  # on demand, as in `_proposed`
 
   if len(bad) > MAX_BAD * seen:
-    lines.append(("", f"training stops if more than {MAX_BAD:.0%} are bad: repair them, or set --config.data.max_bad"))
+    remedy = "repair them, or set --config.data.max_bad" if good else "repair them"
+    lines.append(("", f"training stops if more than {MAX_BAD:.0%} are bad: {remedy}"))
   for kind, count in sorted(Counter(error.kind for error in bad).items()):
     lines.append((f"  {count:,}", kind))
     lines += [("", f"  {error}") for error in [error for error in bad if error.kind == kind][:_NAMED]]

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from declip_jax import build
 from declip_jax.config import duration, durations, steps_of
+from declip_jax.models.paths import Tree, trainable_mask
 from declip_jax.planning.report import available_memory
 from declip_jax.runtime.hosts import smallest
 from declip_jax.spelling import counted
@@ -47,7 +48,7 @@ _EPOCHS, _MOST_EPOCHS = 32, 100
 _SEEN = 2**18  # pairs that a run sees at least, unless that takes more than the most epochs
 _GROUP = 128  # pairs
 _BANK = 2**16  # texts
-_SHARDED_BYTES, _GATHERED_BYTES = 16, 4  # of a parameter with its gradient and AdamW's moments; of its copies in a step
+_BYTES, _TRAINED_BYTES, _GATHERED_BYTES = 4, 12, 4  # of a parameter; of its gradient and AdamW's moments; of its copies
 _TEMPORARIES = 1.5  # bytes that a step needs for each byte that is kept for the backward pass
 _USED = 0.75  # share of the memory
 _UNKNOWN_MEMORY = 8 * 2**30  # bytes of a device that does not report its memory
@@ -58,7 +59,7 @@ class Estimate(NamedTuple):
   """The memory of a train step on each device, in bytes, within about 30 % of what the compiler allocates.
 
   Attributes:
-    fixed: parameters with gradients and moments.
+    fixed: parameters, with gradients and moments of those that are trained.
     per_pair: what each pair on the device adds: one and a half times the arrays that the towers keep for the backward
       pass. They are traced.
   """
@@ -249,13 +250,18 @@ def estimate(config: ConfigDict, built: build.Built) -> Estimate:
   """Estimates the memory of the train step of a config that `built` was built from."""
   params, few = _kept_bytes(built, _TRACED)
   _, more = _kept_bytes(built, 2 * _TRACED)
-  averaged = 4 if config.optimizer.ema else 0
-  fixed = params * ((_SHARDED_BYTES + averaged) / built.mesh.shape["fsdp"] + _GATHERED_BYTES)
+  trained = jax.tree.map(
+    lambda param, is_trained: param.size * is_trained, params, trainable_mask(params, built.frozen)
+  )
+  count, num_trained = sum(param.size for param in jax.tree.leaves(params)), sum(jax.tree.leaves(trained))
+  averaged = _BYTES if config.optimizer.ema else 0
+  sharded = count * (_BYTES + averaged) + num_trained * _TRAINED_BYTES
+  fixed = sharded / built.mesh.shape["fsdp"] + count * _GATHERED_BYTES
   return Estimate(fixed, _TEMPORARIES * (more - few) / _TRACED)
 
 
-def _kept_bytes(built: build.Built, pairs: int) -> tuple[int, int]:
-  """The number of parameters, and the bytes that the towers keep of this many pairs for the backward pass."""
+def _kept_bytes(built: build.Built, pairs: int) -> tuple[Tree, int]:
+  """The shapes of the parameters, and the bytes that the towers keep of this many pairs for the backward pass."""
   batch = built.batch_shape(pairs)
   params, collections = jax.eval_shape(built.model.init, jax.random.key(0), batch)
 
@@ -264,7 +270,7 @@ def _kept_bytes(built: build.Built, pairs: int) -> tuple[int, int]:
 
   kept = jax.eval_shape(backward, params, collections, built.training_shape(batch))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
-  return sum(leaf.size for leaf in jax.tree.leaves(params)), size
+  return params, size
 
 
 def _power_of_two(limit: float) -> int:

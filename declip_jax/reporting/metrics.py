@@ -34,7 +34,7 @@ class MetricWriter:
 
   Args:
     workdir: directory on a file system that can append (mount a bucket).
-    resume_step: step from which the run starts; lines of later steps are dropped.
+    resume_step: step from which the run starts; lines of later steps are dropped, and all of them if it is 0.
     trackers: trackers, which `close` closes.
     enabled: False on all processes but the first; then nothing is read or written.
 
@@ -58,7 +58,7 @@ class MetricWriter:
     self._trackers = trackers
     self._pictures = self._written_pictures()
     self._lines: Appender | None = None
-    self._drop_after(resume_step)
+    self._drop_after(resume_step or -1)  # a run that starts anew has no lines
 
   def roll_back(self, step: int) -> None:
     """Drops the lines after a step, as resuming from it does."""

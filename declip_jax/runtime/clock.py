@@ -44,6 +44,7 @@ class Clock:
     self._first_calls: dict[int, float] = {}  # seconds, by program
     self._compiled: set[int] = set()  # programs whose first step has finished
     self._in_flight = True  # whether the device is busy with a step at the next update
+    self._before = 0  # the program of the step that has finished at the next update
     self._steps, self._seconds = 0.0, 0.0  # decaying sums: their quotient is the speed
     self._seconds_at_peak = 0.0  # a decaying sum, of the same steps
     self.roll_back(start)
@@ -116,10 +117,10 @@ class Clock:
       decay = math.exp(-seconds / _SPEED_MEMORY)
       self._steps = decay * self._steps + step - self._step
       self._seconds = decay * self._seconds + seconds
-      at_peak = (step - self._step) * self._batch_size / self._peak(self._program) if self._peak else 0.0
+      at_peak = (step - self._step) * self._batch_size / self._peak(self._before) if self._peak else 0.0
       self._seconds_at_peak = decay * self._seconds_at_peak + at_peak
     self._step, self._mark = step, now if self._in_flight else None
-    self._in_flight = True
+    self._in_flight, self._before = True, self._program
 
   def roll_back(self, step: int) -> None:
     """Continues from `step`; what was measured since the last line is dropped."""

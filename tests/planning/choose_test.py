@@ -169,6 +169,17 @@ def test_a_try_has_all_stages_in_proportion() -> None:
   assert warmups == [100, 10, 100, 10]
 
 
+def test_parameters_that_are_not_trained_need_no_moments() -> None:
+  c = tiny_config("clip")
+  whole = build.build(c, jax.devices()[:1])
+  c.optimizer.frozen = ("towers/image",)
+  frozen = build.build(c, jax.devices()[:1])
+  params, _ = jax.eval_shape(whole.model.init, jax.random.key(0), whole.batch_shape(8))
+  count = sum(param.size for param in jax.tree.leaves(params["towers"]["image"]))
+  saved = choose.estimate(c, whole).fixed - choose.estimate(c, frozen).fixed
+  assert saved == 12 * count  # a gradient and two moments in float32
+
+
 @pytest.mark.slow
 def test_estimates_are_close_to_the_compiled_steps_of_the_page() -> None:
   found = 0
@@ -181,8 +192,8 @@ def test_estimates_are_close_to_the_compiled_steps_of_the_page() -> None:
     c = choose.choose(config_files.load(flags["config"]), None)
     c.model.dtype, c.model.remat = "bfloat16", flags.get("config.model.remat", "dots")
     needed, fsdp = choose.estimate(c, build.build(c)), int(flags.get("config.mesh.fsdp", 1))
-    params = needed.fixed / (choose._SHARDED_BYTES + choose._GATHERED_BYTES)
-    fixed = params * (choose._SHARDED_BYTES / fsdp + choose._GATHERED_BYTES)
+    sharded = choose._BYTES + choose._TRAINED_BYTES
+    fixed = needed.fixed * (sharded / fsdp + choose._GATHERED_BYTES) / (sharded + choose._GATHERED_BYTES)
     assert fixed + int(pairs[1]) * needed.per_pair == pytest.approx(float(peak[1]) * GIB, rel=0.3), command
     found += 1
   assert found == 4

@@ -58,6 +58,12 @@ def test_resuming_drops_the_steps_that_did_not_happen(tmp_path):
   write_rows(tmp_path, [30, 50], resume_step=20)
   assert steps_in(tmp_path) == [10, 20, 30, 50]
   assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:2] == before
+
+
+def test_a_run_that_starts_anew_drops_all_lines_even_that_of_its_first_state(tmp_path):
+  write_rows(tmp_path, [0, 10])
+  write_rows(tmp_path, [0])
+  assert steps_in(tmp_path) == [0]
   assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 

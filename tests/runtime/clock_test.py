@@ -121,7 +121,7 @@ def test_the_first_call_is_the_compilation(time: Time) -> None:
 
 def test_each_length_of_texts_is_a_program_that_compiles_and_has_its_own_peak(time: Time) -> None:
   clock = Clock(0, 64, peak={16: 640.0, 32: 320.0}.__getitem__, now=time)
-  step = 0
+  step, seconds = 0, 0.0
   for length, compile_seconds in ((16, 40.0), (32, 50.0), (16, 0.0), (32, 0.0)):
     clock.begin(length)
     assert clock.has_compiled == (not compile_seconds)
@@ -131,7 +131,8 @@ def test_each_length_of_texts_is_a_program_that_compiles_and_has_its_own_peak(ti
       assert f"{compile_seconds:g} s, for texts of up to {length} tokens" in clock.first_step_done()
     for _ in range(20):  # 64 images at peak: 0.1 s for short texts, 0.2 s for long ones
       step += 1
-      update(clock, time, [step], 0.25 if length == 16 else 0.5)
+      update(clock, time, [step], seconds)  # of the step before, which has finished now
+      seconds = 0.25 if length == 16 else 0.5
     assert clock.utilisation == pytest.approx(0.4)
   assert clock.values()["compile_seconds"] == 90.0
   assert 128 < clock.images_per_second < 256

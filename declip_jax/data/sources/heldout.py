@@ -1,8 +1,9 @@
 """A fixed random subset of another source for evaluation, and the rest of that source for training.
 
 `heldout:1%:SPEC` and `kept:1%:SPEC` are disjoint and together contain all samples of SPEC. Instead of a fraction, a
-number of samples can be given, or both: `heldout:10%,5000:SPEC` is the smaller of the two. The division depends only on
-the number of samples of SPEC and on these numbers, so it never changes.
+number of samples can be given, or both: `heldout:10%,5000:SPEC` is the smaller of the two. A fraction leaves at least
+one sample on each side. The division depends only on the number of samples of SPEC and on these numbers, so it never
+changes.
 """
 
 from collections.abc import Callable
@@ -75,12 +76,9 @@ def _open(kind: str, location: str, open_source: Callable[[str], Source]) -> Sub
     )
   source = open_source(spec)
   total = len(source)
-  cut = min(round(size * total) if size < 1 else int(size) for size in sizes)
+  cut = min(min(max(1, round(size * total)), total - 1) if size < 1 else int(size) for size in sizes)
   if not 0 < cut < total:
-    which, remedy = ("all", "smaller") if cut else ("none", "larger")
-    raise ValueError(
-      f"{name}: {text} of {counted(total, 'sample')} is {which} of them: hold out a {remedy} part, or add samples"
-    )
+    raise ValueError(f"{name}: {text} of {counted(total, 'sample')} leaves none on one side: add samples to {spec}")
   return Subset(name, source, *((0, cut) if kind == "heldout" else (cut, total)))
 
 

@@ -66,11 +66,17 @@ def test_a_bad_fraction_is_an_error(location):
     open_heldout(location, open_source)
 
 
+@pytest.mark.parametrize(("share", "held_out"), [("1%", 1), ("5%", 1), ("99%", 9), ("1%,5000", 1)])
+def test_a_fraction_leaves_at_least_one_sample_on_each_side(share: str, held_out: int) -> None:
+  heldout, kept = (open_(f"{share}:scenes:test/10/16", open_source) for open_ in (open_heldout, open_kept))
+  assert (len(heldout), len(kept)) == (held_out, 10 - held_out)
+
+
 def test_an_empty_subset_is_an_error():
-  with pytest.raises(ValueError, match="1% of 10 samples is none of them"):
-    open_kept("1%:scenes:test/10/16", open_source)
-  with pytest.raises(ValueError, match="99% of 10 samples is all of them"):
-    open_heldout("99%:scenes:test/10/16", open_source)
+  with pytest.raises(ValueError, match="10 of 10 samples leaves none on one side: add samples to scenes:test/10/16"):
+    open_kept("10:scenes:test/10/16", open_source)
+  with pytest.raises(ValueError, match="10%,5000 of 1 sample leaves none on one side"):
+    open_heldout("10%,5000:scenes:test/1/16", open_source)
   with pytest.raises(ValueError, match="expected KIND:LOCATION"):
     open_heldout("1%:nothing", open_source)
 
