@@ -11,6 +11,7 @@ import re
 import select
 import sys
 import textwrap
+import threading
 from typing import Any
 
 from absl import app, flags, logging
@@ -23,6 +24,7 @@ from declip_jax.spelling import close_names, did_you_mean, suggest
 
 USER_ERRORS = (ValueError, FloatingPointError, MemoryError, OSError, ModuleNotFoundError)
 IO_EXIT_CODE = 74
+COMPILER = "compiler"  # name of the threads in which XLA compiles
 # The OSErrors that are due to a path. Any other is due to a disk, a mount or a network, and a retry may succeed.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 _HELP = ("--help", "-help", "-h", "--helpshort")
@@ -65,8 +67,21 @@ def run(
       message("interrupted")
       return 130
 
-  with closed_pipe_exits():
+  with _unfinished_compiler_exits(), closed_pipe_exits():
     app.run(call, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _unfinished_compiler_exits() -> Iterator[None]:
+  """Exits at once if XLA is still compiling: it crashes when Python cleans up around it."""
+  try:
+    yield
+  except SystemExit as ended:
+    if not any(thread.name == COMPILER for thread in threading.enumerate()):
+      raise
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1)
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ from declip_jax.runtime.checkpoint import Checkpoints, DoesNotFitError
 from declip_jax.runtime.clock import Clock
 from declip_jax.runtime.command import launch
 from declip_jax.runtime.compile_cache import compile_cache
-from declip_jax.runtime.compiling import slow_compile_lines
+from declip_jax.runtime.compiling import interruptible, slow_compile_lines
 from declip_jax.runtime.memory import explained
 from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.runtime.services import Cadence, Services
@@ -171,7 +171,7 @@ def loop(
     before, (batch, position, bad) = position, read
     services.begin(step, state, text_length(batch))
     with services.clock.spending("step"), jax.profiler.StepTraceAnnotation("train", step_num=step):
-      with services.clock.compiling(), jax.transfer_guard("disallow"):  # a hidden host transfer is an error
+      with services.clock.compiling():
         stepped = services.call(step_fn, state, batch)
       if stepped is None:
         _stop(step - 1, services.stop.signum, state, before, services)
@@ -281,7 +281,8 @@ def _restore_or_create(
   rollbacks.forget()
   watchdog.exempt("compiling the initial state")
   with slow_compile_lines("the initial state"):
-    state, messages = first_state(config, run.built, run.abstract, run.initial or read_weights(config))
+    weights = run.initial or read_weights(config)
+    state, messages = interruptible(lambda: first_state(config, run.built, run.abstract, weights))
   return 0, state, None, messages
 
 

@@ -7,7 +7,11 @@ import subprocess
 import sys
 from types import ModuleType
 
+import jax
+from ml_collections import ConfigDict
 import pytest
+
+from declip_jax.planning.compile import OutOfMemory
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text())
@@ -59,6 +63,33 @@ def test_a_study_trains_every_method_on_nested_shares_with_equal_steps(monkeypat
   assert few.duration == all_pairs.duration
   assert paper.data.strong_scale is None  # that of the recipe
   assert data_efficiency.Cell("declip", 5.0, 1).config(args).data.strong_scale == (0.5, 1.0)
+
+
+def test_the_accelerator_benchmark_halves_a_batch_until_it_fits(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+  monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+  import accelerator
+
+  tried = []
+
+  def ours(row: accelerator.Row, config: ConfigDict) -> accelerator.Measured:
+    pairs = config.batch_size // jax.device_count()
+    tried.append((pairs, config.model.text.context_length))
+    if pairs > 128:
+      raise OutOfMemory(2.0**40)
+    return accelerator.Measured(lambda: None, config.batch_size, 1.0, lambda: 2.0**31)
+
+  monkeypatch.setattr(accelerator, "ours", ours)
+  args = argparse.Namespace(pairs=None, dtype="bfloat16", steps=2, architectures=["ViT-B/32"], methods=["clip", "slip"])
+  clip, slip, whole = list(accelerator.rows(args))[:3]
+  assert [clip.method, slip.method, whole.name] == ["clip", "slip", "clip with ViT-B/32, whole texts"]
+  cells = accelerator.measure(clip, args, 1e12).split(" | ")
+  assert (cells[3], cells[-1]) == ("128", "2.0 |")
+  assert tried == [(512, 16), (256, 16), (128, 16)]
+  accelerator.measure(whole, args, 1e12)
+  assert tried[-1] == (128, 77)
+  assert capsys.readouterr().err.count("do not fit") == 4
 
 
 @pytest.mark.slow

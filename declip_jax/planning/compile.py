@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from declip_jax import build
 from declip_jax.config import duration
 from declip_jax.planning import flops
-from declip_jax.runtime.compiling import slow_compile_lines
+from declip_jax.runtime.compiling import interruptible, slow_compile_lines
 from declip_jax.sharding import batch_sharding
 from declip_jax.training.state import State, abstract_state
 from declip_jax.types import BatchShapes
@@ -108,7 +108,7 @@ def compile_step(
   lowered_at = time.perf_counter()
   try:
     with slow_compile_lines("the step"):
-      compiled = lowered.compile()
+      compiled = interruptible(lowered.compile)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" in str(error):
       raise OutOfMemory(needed_bytes(str(error), bytes_per_device((state, batch)))) from error

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
-from functools import partial
 from pathlib import Path
 import signal
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from declip_jax.reporting.symptoms import Symptoms
 from declip_jax.runtime.bad_samples import BadSamples
 from declip_jax.runtime.checkpoint import Checkpoints
 from declip_jax.runtime.clock import Clock
-from declip_jax.runtime.compiling import slow_compile_lines, unless_unwanted
+from declip_jax.runtime.compiling import hidden_alarms, slow_compile_lines, unless_unwanted
 from declip_jax.runtime.hosts import any_host
 from declip_jax.runtime.rollback import Rollbacks
 from declip_jax.runtime.signals import StopRequest
@@ -136,10 +135,15 @@ class Services:
 
   def call(self, step_fn: Callable[[State, T], tuple[State, Metrics]], state: State, batch: T) -> Any:
     """Returns what a step returns, None if the run is asked to stop while it compiles: the step has not run then."""
+
+    def step() -> tuple[State, Metrics]:
+      with jax.transfer_guard("disallow"):  # a hidden host transfer is an error
+        return step_fn(state, batch)
+
     if self.clock.has_compiled:
-      return step_fn(state, batch)
+      return step()
     with slow_compile_lines("the train step"):
-      return unless_unwanted(partial(step_fn, state, batch), lambda: bool(self.stop.signum))
+      return unless_unwanted(step, lambda: bool(self.stop.signum))
 
   def end(self, step: int, state: State, metrics: Metrics) -> None:
     """Reports what is known after a step is dispatched: how long a program took to compile, and where the trace is."""
@@ -243,7 +247,7 @@ class Services:
 
   def evaluate(self, step: int, state: State) -> None:
     """Evaluates a state, and records its metrics with its checkpoint and in metrics.jsonl."""
-    with self.clock.spending("evaluation"):
+    with self.clock.spending("evaluation"), hidden_alarms():
       results = self.evaluate_state(state, self.cadence.evaluation(step))
       self.writer.pictures(step)
     self.checkpoints.score(step, results)

@@ -1,7 +1,6 @@
 """Stopping a run by Ctrl-C, SIGTERM, SIGHUP or preemption: it saves a checkpoint first.
 
-A signal is noticed between two steps, or at once while the run waits for data; before the first step, when it has been
-traced, lowered or compiled.
+A signal is noticed between two steps, or at once while the run waits for data or for the compiler.
 """
 
 from collections.abc import Callable, Iterator

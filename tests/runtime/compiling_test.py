@@ -1,11 +1,15 @@
 """What the terminal shows while a program compiles."""
 
+import subprocess
+import sys
+import threading
 import time
 
 import jax
 import numpy as np
 import pytest
 
+from declip_jax.command_line import COMPILER
 from declip_jax.runtime import compiling
 
 
@@ -40,6 +44,8 @@ def test_a_program_that_nobody_wants_any_more_does_not_run(stage: int) -> None:
     return x + 1
 
   def is_unwanted() -> bool:
+    if threading.current_thread() is threading.main_thread():
+      return False
     asked[0] += 1
     return asked[0] == stage
 
@@ -49,3 +55,46 @@ def test_a_program_that_nobody_wants_any_more_does_not_run(stage: int) -> None:
   assert (found, len(ran)) == ((None, 0) if stage < 4 else (2, 1))
   run(jax.device_put(np.ones(2, np.float32)))  # compiles again
   assert asked == [min(stage, 3)]
+
+
+def test_a_program_that_xla_is_compiling_is_left_alone_and_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(compiling, "_POLL", 1e-4)
+  ran = []
+
+  @jax.jit
+  def run(x: jax.Array) -> jax.Array:
+    jax.debug.callback(ran.append, x)
+    for _ in range(200):
+      x = jax.numpy.sin(x) @ x
+    return x
+
+  x = jax.device_put(np.eye(2, dtype=np.float32))
+  found = compiling.unless_unwanted(lambda: run(x), lambda: threading.current_thread() is threading.main_thread())
+  (compiler,) = [thread for thread in threading.enumerate() if thread.name == COMPILER]
+  compiler.join()
+  jax.effects_barrier()
+  assert (found, ran) == (None, [])
+
+
+def test_errors_of_the_program_are_raised() -> None:
+  @jax.jit
+  def wrong(x: jax.Array) -> jax.Array:
+    raise ValueError("too odd")
+
+  for call in (compiling.interruptible, lambda run: compiling.unless_unwanted(run, lambda: False)):
+    with pytest.raises(ValueError, match="too odd"):
+      call(lambda: wrong(np.float32(1)))
+
+
+def test_ctrl_c_ends_a_command_while_xla_compiles() -> None:
+  code = """
+import os, signal, threading, time
+from declip_jax import command_line
+from declip_jax.runtime import compiling
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+command_line.run(lambda _: compiling.interruptible(lambda: time.sleep(60)), "")
+"""
+  start = time.monotonic()
+  ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+  assert (ended.returncode, ended.stderr.strip()) == (130, "interrupted")
+  assert time.monotonic() - start < 50
