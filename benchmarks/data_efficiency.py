@@ -122,7 +122,6 @@ def collect(cell: Cell, workdir: Path, args: argparse.Namespace) -> dict[str, An
   """The line of a finished run: what it is, its cost, its scores during training, and its results."""
   lines = read_metrics(workdir)
   steps = [line for line in lines if "time/step" in line]
-  befores = [0, *(line["examples"] for line in steps)]
   return {
     "run": cell.name,
     "method": cell.method,
@@ -131,11 +130,6 @@ def collect(cell: Cell, workdir: Path, args: argparse.Namespace) -> dict[str, An
     "seed": cell.seed,
     "steps": args.steps,
     "git": list(dict.fromkeys(start.git for start in read_starts(workdir))),
-    "train_seconds": sum(  # without compiling, saves and evaluations
-      (line["examples"] - before) / line["images_per_second"]
-      for line, before in zip(steps, befores, strict=False)
-      if "images_per_second" in line
-    ),
     "end_of_training": {
       name: fmean(line[name] for line in steps if name in line and line["step"] > 0.9 * steps[-1]["step"])
       for name in steps[-1]
