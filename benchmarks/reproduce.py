@@ -20,6 +20,7 @@ from command import parser
 
 from declip_jax import build, config_files
 from declip_jax.planning import devices, flops
+from declip_jax.planning.run_cost import hours_at
 
 UTILISATION = 0.4
 # Pairs by the default of the argument `data`: docs/reproduce.md has the sources.
@@ -104,7 +105,7 @@ def hours(steps: int, step: float, kind: str, number: int, utilisation: float = 
   """Hours of `steps` steps of `step` FLOPs on a number of devices of a kind."""
   peak = devices.find(kind)
   assert peak is not None
-  return steps * step / (number * peak.flops * utilisation) / 3600
+  return hours_at(utilisation, steps * step, peak, number)
 
 
 def plan_cells(one: Row, report: Mapping[str, Any], utilisation: float) -> tuple[str, ...]:

@@ -4,7 +4,9 @@
 
 Compiles the real train step for a TPU topology, on any machine with libtpu (the extra tpu), or without --topology for
 the devices of this machine. For each device it prints memory, FLOPs and traffic of a step, the minimum time that it
-takes, the input rate required of the hosts, and the largest batch that fits. Training trims each batch to its longest
+takes, the input rate required of the hosts, and the largest batch that fits; then the hours of the whole run, at that
+time and at the model FLOPs utilisation that --utilisation assumes, and what they cost at --price. --fastest searches
+for the mesh, recomputation and micro-batches of the fastest step. Training trims each batch to its longest
 text (config.model.text.buckets); costs are those of the whole context length, which a batch may have at any time, or of
 the length that --text_length names.
 
@@ -22,6 +24,7 @@ import dataclasses
 import json
 from pathlib import Path
 import sys
+from typing import Any
 
 from absl import flags
 import jax
@@ -31,13 +34,59 @@ from declip_jax import build
 from declip_jax.command_line import define_config, run
 from declip_jax.data.sources import open_source
 from declip_jax.planning.choose import choose, describe, open_fields
-from declip_jax.planning.report import Report, make_report, run_flops
+from declip_jax.planning.fastest import Tried, fastest_lines, search_fastest
+from declip_jax.planning.report import Report, RunFlops, available_memory, make_report, run_flops
+from declip_jax.planning.run_cost import Assumptions, RunCost, comparison, cost_lines, run_cost
 from declip_jax.planning.table import run_table, table
 from declip_jax.planning.topology import EXAMPLES, topology_devices
 from declip_jax.reporting.progress import message
 from declip_jax.spelling import counted
 from declip_jax.stages import LAST, naming, stage_configs
 from declip_jax.training.trimming import trimmed_length
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """A run on given devices.
+
+  Attributes:
+    topology: name of the topology; "" for the devices of this machine.
+    config: its config, with everything chosen.
+    reports: the report on a step of each stage, by its name.
+    cost: the cost of the run; None if its length is unknown.
+    tried: with --fastest, what was compiled.
+  """
+
+  topology: str
+  config: ConfigDict
+  reports: dict[str, Report]
+  cost: RunCost | None
+  tried: list[Tried]
+
+  @property
+  def lines(self) -> list[str]:
+    """The plan as lines of text."""
+    if self.config.stages:
+      lines = run_table(self.reports, self._run_flops)
+    else:
+      lines = table(self.reports[LAST])
+    fastest = ["", *fastest_lines(self.tried)] if self.tried else []
+    return [*lines, *fastest, "", *cost_lines(self.cost)]
+
+  @property
+  def content(self) -> dict[str, Any]:
+    """The plan as JSON."""
+    cost = self.cost and dataclasses.asdict(self.cost)
+    if not self.config.stages:
+      tried = [{"flags": one.choice.flags, "report": dataclasses.asdict(one.report)} for one in self.tried]
+      return {**dataclasses.asdict(self.reports[LAST]), "cost": cost, **({"fastest": tried} if tried else {})}
+    of_stages = {name: dataclasses.asdict(report) for name, report in self.reports.items()}
+    of_run = self._run_flops
+    return {"stages": of_stages, "run": of_run and dataclasses.asdict(of_run), "cost": cost}
+
+  @property
+  def _run_flops(self) -> RunFlops | None:
+    return run_flops(self.config, {name: report.model_flops for name, report in self.reports.items()})
 
 
 def _command(_: list[str]) -> int:
@@ -47,44 +96,74 @@ def _command(_: list[str]) -> int:
     raise ValueError(f"--json={values.json}: the folder does not exist")  # before minutes of compiling
   if values.slices > 1 and not values.topology:
     raise ValueError(f"--slices={values.slices} needs --topology")
-  devices = topology_devices(values.topology, values.slices) if values.topology else None
-  config, note = _with_choices(values.config, devices)
-  if note:
-    message(note)  # before minutes of compiling
-  reports = _reports(config, devices, values.search, values.text_length)
-  if not config.stages:
-    lines, content = table(reports[LAST]), dataclasses.asdict(reports[LAST])
-  else:
-    of_run = run_flops(config, {name: report.model_flops for name, report in reports.items()})
-    of_stages = {name: dataclasses.asdict(report) for name, report in reports.items()}
-    lines, content = run_table(reports, of_run), {"stages": of_stages, "run": of_run and dataclasses.asdict(of_run)}
+  if values.fastest and values.config.stages:
+    raise ValueError("--fastest: a config with config.stages has several steps; plan each stage as a config of its own")
+  plans = [_plan(name) for name in (values.topology or "").split(",")]
+  lines = plans[0].lines if len(plans) == 1 else comparison([(one.topology, one.reports, one.cost) for one in plans])
   if values.text_length:
     lines.append(
       f"texts are trimmed to what {values.text_length} tokens need; a step on longer ones takes more memory and time"
     )
   print("\n".join(lines))
   if values.json:
+    content = plans[0].content if len(plans) == 1 else {"topologies": {one.topology: one.content for one in plans}}
     Path(values.json).write_text(json.dumps(content, indent=2) + "\n")
-  return 1 if any(report.fits is False for report in reports.values()) else 0
+  return 1 if any(report.fits is False for one in plans for report in one.reports.values()) else 0
 
 
-def _with_choices(config: ConfigDict, devices: Sequence[jax.Device] | None) -> tuple[ConfigDict, str]:
-  """Sets what a config leaves open, and says for how many samples; "" if it leaves nothing open.
+def _plan(topology: str) -> _Plan:
+  """Plans the run of the flags for a topology, "" for the devices of this machine."""
+  values = flags.FLAGS
+  devices = topology_devices(topology, values.slices) if topology else None
+  config, note, samples = _with_choices(values.config, devices)
+  for line in (f"topology {topology}" if "," in (values.topology or "") else "", note):
+    if line:
+      message(line)  # before minutes of compiling
+  tried: list[Tried] = []
+  if values.fastest:
+    used = list(devices or jax.devices())
+    tried = search_fastest(
+      config, used, available_memory(used[0]), lambda c: _reports(c, devices, False, values.text_length)[LAST]
+    )
+    if not tried:
+      raise ValueError(
+        f"--fastest: no choice divides config.batch_size={config.batch_size} over {counted(len(used), 'device')} "
+        "and may fit into their memory"
+      )
+    config, reports = tried[0].choice.applied(config), {LAST: tried[0].report}
+  else:
+    reports = _reports(config, devices, values.search, values.text_length)
+  assumed = Assumptions(samples, values.utilisation, values.price)
+  return _Plan(topology, config, reports, run_cost(config, reports, assumed), tried)
+
+
+def _with_choices(config: ConfigDict, devices: Sequence[jax.Device] | None) -> tuple[ConfigDict, str, int | None]:
+  """Sets what a config leaves open.
+
+  Returns:
+    The config; for how many samples it was chosen, in words, "" if it left nothing open; and the number of samples of
+    its data, None if it is not known or not needed.
 
   Raises:
-    ValueError: the data cannot be read, see `open_source`.
+    ValueError: the data cannot be read, see `open_source`, and are needed to choose.
   """
-  if not (fields := open_fields(config)):
-    return config, ""
-  samples, why = None, "without data="
+  fields = open_fields(config)
+  lengths = [config.duration, *(stage.duration for stage in config.stages.values())]
+  if not fields and not any(length.epochs for length in lengths):
+    return config, "", None
+  samples, why = flags.FLAGS.samples, "without data="
   try:
-    if config.data.train:
+    if config.data.train and not samples:
       samples = sum(len(open_source(spec, "config.data.train")) for spec in config.data.train)
-  except (OSError, ModuleNotFoundError) as error:
+  except (OSError, ModuleNotFoundError, ValueError) as error:
+    if fields and isinstance(error, ValueError):
+      raise
     why = " ".join(str(error).split())
+  if not fields:
+    return config, "", samples
   config = choose(config, samples, devices)
   what = counted(samples, "sample") if samples is not None else f"a large data set ({why})"
-  return config, f"chosen for {what}: {describe(config, fields)}; --config.FIELD=VALUE sets another value"
+  return config, f"chosen for {what}: {describe(config, fields)}; --config.FIELD=VALUE sets another value", samples
 
 
 def _reports(
@@ -123,7 +202,12 @@ def _with_trimmed_texts(config: ConfigDict, length: int, devices: Sequence[jax.D
 def main() -> None:
   """Runs the command."""
   define_config()
-  flags.DEFINE_string("topology", None, f"TPU topology to compile for, TYPE:SHAPE as libtpu names it: {EXAMPLES}.")
+  flags.DEFINE_string(
+    "topology",
+    None,
+    f"TPU topology to compile for, TYPE:SHAPE as libtpu names it: {EXAMPLES}; or several, separated by commas, for a "
+    "table.",
+  )
   flags.DEFINE_integer(
     "slices", 1, "Number of slices of --topology, connected by the data center network.", lower_bound=1
   )
@@ -131,6 +215,16 @@ def main() -> None:
   flags.DEFINE_integer(
     "text_length", None, "Tokens of the longest text of a batch (default: the context length).", lower_bound=1
   )
+  flags.DEFINE_bool(
+    "fastest",
+    False,
+    "Search for the mesh, recomputation and micro-batches of the fastest step that fits, which compiles several.",
+  )
+  flags.DEFINE_integer("samples", None, "Number of samples of data that are not on this machine.", lower_bound=1)
+  flags.DEFINE_float(
+    "utilisation", 0.4, "Model FLOPs utilisation, 0 to 1, at which the run is expected to train.", 0.001, 1.0
+  )
+  flags.DEFINE_float("price", None, "Price of a device for an hour, for the cost of the run.", lower_bound=0.0)
   flags.DEFINE_string("json", None, "Also write the report to this file, as one JSON object.")
   run(_command, __doc__, required=("config",))
 

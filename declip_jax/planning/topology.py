@@ -1,6 +1,9 @@
 """TPU topologies to compile for without the hardware."""
 
+from collections.abc import Iterator
+import contextlib
 import os
+import sys
 
 import jax
 from jax.experimental import topologies
@@ -39,7 +42,22 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
   if name.lower().startswith("v4"):
     options["chip_config_name"] = "megacore"  # one device per chip, as on real hosts
   try:
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+    with _silent_libtpu():
+      return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
   except (RuntimeError, ValueError) as error:
     reason = str(error).removeprefix("INVALID_ARGUMENT: ")
     raise ValueError(f"--topology={name}: {reason}\nExamples of topologies: {EXAMPLES}") from error
+
+
+@contextlib.contextmanager
+def _silent_libtpu() -> Iterator[None]:
+  """Hides what libtpu prints past its own log: a warning that this machine has no TPU."""
+  sys.stderr.flush()
+  kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nothing, 2)
+  try:
+    yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nothing)
