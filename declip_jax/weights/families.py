@@ -10,6 +10,7 @@ from typing import Any
 _SUPPORTED = "only CLIP, SLIP and DeCLIP with ViTs and ResNets like OpenAI's or ConvNeXts, SigLIP and CoCa"
 # Families by patterns of names of tensors, all of which have to be there, in the order in which they are searched for.
 _TENSORS = {
+  "LiT of big_vision, whose texts are BERT's,": (r"img/cls$",),
   "ViTamin": (r"visual\.trunk\.patch_embed\.backbone\.stem\.",),
   "MobileCLIP": (r"image_encoder\.model\.|visual\.trunk\.(patch_embed\.backbone\.\d|.*\.token_mixer\.)",),
   "Perception Encoder (PE)": (r"visual\.trunk\.norm_pre\.", r"visual\.trunk\.attn_pool\."),

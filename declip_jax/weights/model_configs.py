@@ -364,16 +364,17 @@ def _hugging_face(folder: Path) -> dict[str, Any]:
   about = read_json(file)
   if match := re.fullmatch(r"(clip|siglip|metaclip_2)_(vision|text)_model", str(about.get("model_type"))):
     whole = {"model_type": match[1], f"{match[2]}_config": about}  # the fields of one tower, which is alone
+    found = _of_transformers(whole, file, with_images=match[2] == "vision")
     absent = "text." if match[2] == "vision" else "image."
-    return {name: value for name, value in _of_transformers(whole, file).items() if not name.startswith(absent)}
+    return {name: value for name, value in found.items() if not name.startswith(absent)}
   return _of_transformers(about, file)
 
 
-def _of_transformers(about: Fields, file: Path) -> dict[str, Any]:
-  """The settings of a `config.json` of transformers, and of the files beside it."""
+def _of_transformers(about: Fields, file: Path, with_images: bool = True) -> dict[str, Any]:
+  """The settings of a `config.json` of transformers, and of the files beside it; preprocessing only `with_images`."""
   folder = file.parent
   if (kind := about.get("model_type")) == "siglip":
-    return _siglip(about, file)
+    return _siglip(about, file, with_images)
   if kind not in ("clip", "metaclip_2"):
     if family := families.of_transformers(kind):
       raise families.unsupported(str(file), family, f"model_type={kind!r}")
@@ -396,7 +397,7 @@ def _of_transformers(about: Fields, file: Path) -> dict[str, Any]:
     "image.epsilon": get(vision, "layer_norm_eps", 1e-5, where),
   }
   settings |= tokenizer_beside(folder) if kind == "metaclip_2" else {}
-  return settings | _processor(folder, get(vision, "image_size", 224, where))
+  return settings | (_processor(folder, get(vision, "image_size", 224, where)) if with_images else {})
 
 
 def _activation(tower: Fields, default: str, where: str) -> str:
@@ -404,7 +405,7 @@ def _activation(tower: Fields, default: str, where: str) -> str:
   return _ACTIVATIONS.get(name, name)
 
 
-def _siglip(about: Fields, file: Path) -> dict[str, Any]:
+def _siglip(about: Fields, file: Path, with_images: bool) -> dict[str, Any]:
   """The settings of transformers' SiglipModel, with defaults for B/16 at 224 pixels."""
   vision, text = (get(about, name, {}, f"{file}: ") for name in ("vision_config", "text_config"))
   settings: dict[str, Any] = {}
@@ -417,8 +418,11 @@ def _siglip(about: Fields, file: Path) -> dict[str, Any]:
     _reject(f"{file}: vision_config.vision_use_head", False, True)
   eot = get(text, "eos_token_id", _NO_END, f"{file}: text_config.")
   settings |= {"text.eot": 1 if eot == _NO_END else eot}
+  settings |= _siglip_tokenizer(file.parent)
+  if not with_images:
+    return settings
   settings["image_size"] = get(vision, "image_size", 224, f"{file}: vision_config.")
-  return settings | _siglip_tokenizer(file.parent) | _processor(file.parent, settings["image_size"], _SIGLIP_PROCESSOR)
+  return settings | _processor(file.parent, settings["image_size"], _SIGLIP_PROCESSOR)
 
 
 def _siglip_tokenizer(folder: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def write_folder(folder: Path, tensors: dict[str, np.ndarray], config: dict) -> 
   contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
   safetensors.numpy.save_file(contiguous, folder / "model.safetensors")
   (folder / "config.json").write_text(json.dumps(config))
-  size = config.get("vision_config", config).get("image_size", 224)
+  size = config.get("vision_config", config).get("image_size", 16)  # that of a text tower does not matter
   processor = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}, "do_center_crop": True}
   (folder / "preprocessor_config.json").write_text(json.dumps(processor))
   return folder

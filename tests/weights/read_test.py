@@ -429,6 +429,7 @@ def test_a_field_with_several_likely_values_has_to_be_given(
   ("family", "tensors"),
   [
     ("Perception Encoder", ("visual.trunk.attn_pool.latent", "visual.trunk.norm_pre.weight")),
+    ("LiT", ("img/cls", "img/embedding/kernel")),
     ("CoCa", ("text_decoder.cross_attn.0.ln_1.weight",)),
     ("EVA-CLIP", ("visual.trunk.cls_token", "visual.trunk.blocks.0.attn.q_bias")),
     ("ConvNeXt", ("visual.trunk.stages.0.blocks.0.conv_dw.weight",)),
