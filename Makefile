@@ -16,6 +16,7 @@
 # make bench-open-clip  compares CLIP's train step with open_clip's, in .venv-bench
 # make bench-probe   compares the sweep of the linear probe with scikit-learn's, in .venv-bench
 # make bench-clip-benchmark  compares evaluation with CLIP_benchmark, in .venv-clip-benchmark
+# make released-weights  writes docs/released_weights.md, which released models are read, in .venv-interop: 40 minutes
 # Each installs what it needs first. ARGS are further arguments, such as make test ARGS="tests/data -x".
 PYTHON ?= python3
 VENV ?= .venv
@@ -124,6 +125,10 @@ $(VENV)-browser/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)-browser
 	$(VENV)-browser/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,search]' playwright
 	touch $@
+
+.PHONY: released-weights
+released-weights: $(VENV)-interop/installed
+	$(VENV)-interop/bin/python benchmarks/released_weights.py $(ARGS)
 
 # Compared with torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.
 .PHONY: bench-input bench-open-clip bench-scale bench-probe bench-clip-benchmark

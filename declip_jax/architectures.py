@@ -58,7 +58,9 @@ def vit(patch: int, width: int, depth: int, heads: int, **options: Any) -> Confi
   c.epsilon = 1e-5  # of the norms; SLIP: 1e-6
   c.initializer = "torch"  # "torch" (OpenAI), "openai_text" (DeCLIP), "timm" (SLIP) or "big_vision" (SigLIP)
   c.mlp_ratio = 4.0  # width of the MLP divided by that of the tower
-  c.pooling = "token"  # "token", "average" (CLIPA) or "map" (SigLIP), see `models.vit.ViT`
+  c.pooling = "token"  # "token", "average" (CLIPA), "map" (SigLIP) or "query" (CoCa), see `models.vit.ViT`
+  c.pool_width = 0  # width of the feature by "query"
+  c.branch_norm = False  # norms after attention and MLP instead of before them (EVA-02-CLIP-E)
   c.lock().update(options)
   return c.unlock()
 
@@ -80,6 +82,14 @@ def regnet(initial_width: int, slope: float, multiplier: float, depth: int, grou
   return c
 
 
+def convnext(widths: tuple[int, ...], layers: tuple[int, ...], hidden: int = 0, epsilon: float = 1e-6) -> ConfigDict:
+  """ConvNeXt; see `models.convnext.ConvNeXt`."""
+  c = ConfigDict()
+  c.kind = "convnext"
+  c.widths, c.layers, c.hidden, c.epsilon = widths, layers, hidden, epsilon
+  return c
+
+
 def text(width: int, depth: int = 12, **options: Any) -> ConfigDict:
   """OpenAI's causal text transformer, with heads of width 64; `options` replace fields of its `TextTransformer`."""
   c = ConfigDict()
@@ -93,7 +103,7 @@ def text(width: int, depth: int = 12, **options: Any) -> ConfigDict:
   c.mlp_ratio = 4.0
   c.epsilon = 1e-5  # of the norms; SigLIP: 1e-6
   c.causal = True  # whether a token sees only those before it; SigLIP, CLIPA: False
-  c.pooling = "eot"  # position of the feature: "eot", or "last", the end of the row (SigLIP, CLIPA)
+  c.pooling = "eot"  # position of the feature: "eot", "last", the end of the row (SigLIP, CLIPA), or "class" (CoCa)
   # Lengths to which a batch may be trimmed, if its longest text fits: same results, less compute. The train step is
   # compiled for each that occurs. Where a tower or a loss sees padding, nothing is trimmed; see training.trimming.
   c.buckets = (16, 24, 32, 40, 48, 64)
@@ -161,6 +171,17 @@ def _siglips(name: str, tokens: Mapping[str, Any], released: Mapping[str, tuple[
       suffix = "" if pixels == 224 else f"@{pixels}px"
       found[f"{name} ViT-{variant}{suffix}"] = _siglip(size, int(patch), pixels, tokens)
   return found
+
+
+# Widths and layers of timm's ConvNeXts.
+CONVNEXT_SIZES = {
+  "tiny": ((96, 192, 384, 768), (3, 3, 9, 3)),
+  "small": ((96, 192, 384, 768), (3, 3, 27, 3)),
+  "base": ((128, 256, 512, 1024), (3, 3, 27, 3)),
+  "large": ((192, 384, 768, 1536), (3, 3, 27, 3)),
+  "xlarge": ((256, 512, 1024, 2048), (3, 3, 27, 3)),
+  "xxlarge": ((384, 768, 1536, 3072), (3, 4, 30, 3)),
+}
 
 
 _NANO_HEADS = {

@@ -61,14 +61,14 @@ class Clip:
     self.view, self.tokens, self.average = weights.view, weights.tokens, weights.average
     self.max_pixels = image_ops.MAX_PIXELS
     self.classnames = tuple(weights.model["heads"].get("classnames", ()))
-    self._has_text, self._warned = "joint" in weights.heads, False
+    self._sides, self._warned = _joint_sides(weights), False
     self._functions = make_encode_functions(self.model, mesh, tokens=self.tokens)
 
   def __repr__(self) -> str:
     image, text = self.fields["image"], self.fields["text"]
     kind = f"{image['kind']}/{image['patch']}" if "patch" in image else image["kind"]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(self.params))
-    read = f"texts of {text['context_length']} tokens, " if self._has_text else ""
+    read = f"texts of {text['context_length']} tokens, " if "text" in self._sides else ""
     return (
       f"Clip({self.origin}: {kind}, images of {self.view.size} x {self.view.size}, {read}{parameters:,} parameters, "
       f"{self.dtype})"
@@ -81,6 +81,10 @@ class Clip:
     return other
 
   def _place(self, params: Any, collections: Any) -> None:
+    if (
+      "joint" in self.model.heads.members and "logit_scale" not in params["heads"]
+    ):  # one tower, which has no use of it
+      params = {**params, "heads": {**params["heads"], "logit_scale": np.float32(0)}}
     self.params, self.collections = jax.device_put((params, collections), replicated(self.mesh))
     self._hash = ""
 
@@ -113,9 +117,10 @@ class Clip:
     """Inverse temperature of the contrastive loss.
 
     Raises:
-      ValueError: the model has no text tower.
+      ValueError: the model has only one tower.
     """
-    self._check_text()
+    self._check("image")
+    self._check("text")
     if self.tokens:
       return float(np.exp(self.params["heads"]["dense_logit_scale"]))
     scale, largest = float(np.exp(self.params["heads"]["logit_scale"])), self._joint.max_scale
@@ -124,12 +129,11 @@ class Clip:
   @property
   def feature_widths(self) -> tuple[int, int]:
     """Widths of the pooled features and of the joint embeddings of images, 0 if there is no joint space."""
-    return self.model.towers.image.feature_width, self._joint.embed_dim if self._has_text else 0
+    return self.model.towers.image.feature_width, self._joint.embed_dim if "image" in self._sides else 0
 
   @property
   def _joint(self) -> Joint:
     """The head of the joint space."""
-    self._check_text()
     return self.model.heads.members["joint"]
 
   def similarity(self, images: Images, texts: Texts, batch_size: int = 64) -> Float[np.ndarray, "n m"]:
@@ -145,6 +149,8 @@ class Clip:
       ValueError: an image cannot be read, a text is not a string, or the model's vocabulary is not that of its
         tokenizer.
     """
+    self._check("image")
+    self._check("text")
     images, texts = _listed(images), _listed_texts(texts)
     if not len(images) or not texts:
       return np.empty((len(images), len(texts)), np.float32)
@@ -162,6 +168,7 @@ class Clip:
     Raises:
       ValueError: an image cannot be read.
     """
+    self._check("image")
     self._warn_about_pooling()
     return self._encode_images(self._functions.image_embeddings, _listed(images), batch_size)
 
@@ -200,6 +207,7 @@ class Clip:
     Raises:
       ValueError: `images` are not of the size of the view.
     """
+    self._check("image")
     images, size = np.asarray(images, np.float32), self.view.size
     if images.ndim != 4 or images.shape[1:] != (size, size, 3):
       raise ValueError(f"images of shape {images.shape}: expected [n {size} {size} 3], as of preprocess and normalise")
@@ -215,7 +223,7 @@ class Clip:
     Raises:
       ValueError: `tokens` are not rows of ids of the vocabulary, too long, or too short for a tower that sees padding.
     """
-    self._check_text()
+    self._check("text")
     tokens, text = np.asarray(tokens), self.model.towers.text
     shortest = 1 if self._functions.trims_texts else text.context_length
     if tokens.ndim != 2 or not shortest <= tokens.shape[1] <= text.context_length:
@@ -284,21 +292,20 @@ class Clip:
 
   def _apply(self, function: EncodeFunction, batch: np.ndarray) -> Embeddings:
     """Encodes one batch, padded so that few shapes are compiled."""
-    self._check_text()
     padding = padded_size(len(batch), self.mesh.size) - len(batch)
     padded = np.concatenate([batch, np.repeat(batch[-1:], padding, axis=0)])
     encoded = function(self.params, self.collections, jax.device_put(padded, batch_sharding(self.mesh)))
     return jax.tree.map(lambda x: np.asarray(x)[: len(batch)], encoded)
 
-  def _check_text(self) -> None:
-    if not self._has_text:
+  def _check(self, side: str) -> None:
+    if side not in self._sides:
       raise ValueError(
-        f"these weights ({self.origin}) have no text tower and no joint space; they can initialise a run through "
+        f"these weights ({self.origin}) have no {side} tower with a joint space; they can initialise a run through "
         "config.init_from"
       )
 
   def _check_vocabulary(self) -> None:
-    self._check_text()
+    self._check("text")
     text = self.model.towers.text
     if text.vocab_size < self.tokenizer.plain_size or text.eot != self.tokenizer.eot:
       raise ValueError(
@@ -315,6 +322,17 @@ class Clip:
         "similarity(images, texts)",
         stacklevel=3,
       )
+
+
+def _joint_sides(weights: Weights) -> tuple[str, ...]:
+  """The towers, "image" and "text", that have a place in a joint space."""
+  heads = weights.params["heads"]
+  ends_there = {"image": not weights.model["heads"].get("image_linear", True), "text": False}
+  return tuple(
+    side
+    for side, ends in ends_there.items()
+    if "joint" in weights.heads and side in weights.params["towers"] and (ends or f"{side}_projection" in heads)
+  )
 
 
 def _listed(images: Images) -> Sequence[Image] | np.ndarray:

@@ -10,7 +10,7 @@ Letters used in shapes, here and everywhere:
 | `h w c` | height, width, channels of an image | `k` | masked positions kept per caption |
 | `t` | tokens of a text | `n` | tokens or positions in a sequence |
 | `m` | masked patches, or nearest neighbours of a text | `q` | entries of a neighbour bank |
-| | | `e` | width of a token when tokens are compared |
+| `g` | width of a tower's tokens, mostly `f` | `e` | width of a token when tokens are compared |
 """
 
 from collections.abc import Iterable
@@ -65,7 +65,7 @@ class Features(_Arrays):
   | `image` | `[b v f]` | pooled features of all image views; meaningless for a view with hidden patches |
   | `text` | `[b u f]` | features of the contrastive texts, at the end-of-text token |
   | `masked_text` | `[b k f]` | states at `mlm_position` of the masked view |
-  | `image_tokens` | `[b n f]` | patches (or cells) of the first contrastive image view, before the final norm; |
+  | `image_tokens` | `[b n g]` | patches (or cells) of the first contrastive image view, before the final norm; |
   | | | with patch dropout, those that are kept |
   | `text_tokens` | `[b t f]` | states of the first contrastive text view, after the final norm |
   | `text_valid` | bool `[b t]` | True up to the end-of-text token |

@@ -178,7 +178,7 @@ def test_a_model_without_a_text_tower_rejects_texts(images):
     lambda: clip.logit_scale,
   )
   for call in calls:
-    with pytest.raises(ValueError, match=r"nowhere\) have no text tower"):
+    with pytest.raises(ValueError, match=r"nowhere\) have no (image|text) tower"):
       call()
   assert clip.encoders(8, needs_text=False).view == clip.view
 

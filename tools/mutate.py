@@ -475,7 +475,7 @@ MUTATIONS = [
   Mutation("an activation that the file does not tell is guessed", "weights/recognise.py",
            'kind == "torch" else None', 'kind == "torch" else "gelu"', "weights/read_test.py"),
   Mutation("an end of text that the file does not tell is guessed", "weights/recognise.py",
-           'if "joint" in heads and model["text"]["vocab_size"] not in OPENAI_VOCABULARIES:', "if False:",
+           'if "text" in sides and model["text"]["vocab_size"] not in OPENAI_VOCABULARIES:', "if False:",
            "weights/read_test.py"),
   Mutation("an index of weights names files of other folders", "weights/tensor_files.py",
            r"[\w-][\w.-]*", r"[\w./-]*", "weights/tensor_files_test.py"),

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def attend(
@@ -13,8 +13,11 @@ def attend(
   *,
   causal: bool = False,
   lengths: Int[Array, "b"] | None = None,
+  visible: Bool[Array, "b m"] | None = None,
 ) -> Float[Array, "b n h e"]:
-  """Attention with a float32 softmax and scale `1 / sqrt(e)`, without dropout, to the first `lengths` keys if given.
+  """Attention with a float32 softmax and scale `1 / sqrt(e)`, without dropout.
+
+  If given, it is to the first `lengths` keys, or to those that are `visible`.
 
   On a GPU in half precision it is cuDNN's flash attention, which never stores the `[b h n m]` weights; everywhere else
   it is plain XLA, which fuses well on a TPU at the few hundred positions of these towers.
@@ -23,6 +26,7 @@ def attend(
     query,
     key,
     value,
+    mask=None if visible is None else visible[:, None, None],
     is_causal=causal,
     key_value_seq_lengths=lengths,
     implementation=_implementation(query.dtype, query.shape[-1]),

@@ -249,6 +249,9 @@ def _check(fields: Mapping[str, Any]) -> None:
     _check_name("image.activation", image["activation"], ACTIVATIONS)
     _check_name("image.initializer", image["initializer"], INITS)
     _check_name("image.pooling", image.get("pooling", "token"), IMAGE_POOLINGS)
+    width = image.get("pool_width", 0)
+    if image.get("pooling") == "query" and (width < 8 or width % 8):
+      raise ValueError(f"config.model.image.pool_width={width}: expected a multiple of 8, the heads of pooling='query'")
   for tower in ("image", "text"):
     width, count = fields[tower].get("width"), fields[tower].get("heads")
     if count is not None and (count < 1 or width % count):

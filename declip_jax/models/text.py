@@ -1,4 +1,4 @@
-"""The text transformer of CLIP (Radford et al. 2021, section 2.4), which SLIP and DeCLIP keep, and that of SigLIP."""
+"""The text transformer of CLIP (Radford et al. 2021, section 2.4), of SLIP and DeCLIP, and those of SigLIP and CoCa."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from declip_jax.models.transformer import Transformer
 
-POOLINGS = ("eot", "last")  # what `config.model.text.pooling` may name, see `TextTransformer`
+POOLINGS = ("eot", "last", "class")  # what `config.model.text.pooling` may name, see `TextTransformer`
 
 
 class TextTransformer(nn.Module):
@@ -22,12 +22,17 @@ class TextTransformer(nn.Module):
   position. So a row has to be as long as in training. Difference: its parameters start as OpenAI's do;
   big_vision's start as Flax's, with position embeddings of deviation width^-0.5.
 
+  CoCa's ends with a class token, whose state is the feature. As in open_clip's released weights, no token sees one
+  whose id before it is 0, padding or an exclamation mark; so the class token sees itself only after a text that fills
+  the row. Its position embedding is part of its embedding.
+
   Rows may be shorter than the context length: they have the first position embeddings. So a batch can be trimmed to its
   longest text where padding does not matter; see `training.trimming`.
 
   Attributes:
     eot: id of the end-of-text token.
-    pooling: position of the state that is the feature: the first end of text ("eot"), or the end of the row ("last").
+    pooling: position of the state that is the feature: the first end of text ("eot"), the end of the row ("last"), or a
+      class token after it ("class").
   """
 
   vocab_size: int
@@ -57,6 +62,8 @@ class TextTransformer(nn.Module):
     self.position_embedding = self.param(
       "position_embedding", nn.initializers.normal(0.01), (self.context_length, self.width)
     )
+    if self.pooling == "class":
+      self.class_embedding = self.param("class_embedding", nn.initializers.normal(0.01), (self.width,))
     self.transformer = Transformer(
       width=self.width,
       heads=self.heads,
@@ -80,22 +87,25 @@ class TextTransformer(nn.Module):
     OpenAI's code pools at the largest id of a row, which is the same position for its vocabulary; searching for the id
     itself also works after a mask token is appended to the vocabulary.
     """
-    if self.pooling == "last":
-      states = self.encode(tokens, bidirectional)
-      return self.normalise(states[:, -1]), states
-    end = self.end(tokens)
     states = self.encode(tokens, bidirectional)
+    if self.pooling != "eot":
+      return self.normalise(states[:, -1]), states[:, : tokens.shape[1]]
+    end = self.end(tokens)
     return self.normalise(jnp.take_along_axis(states, end[:, None, None], axis=1)[:, 0]), states
 
   def end(self, tokens: Int[Array, "b n"]) -> Int[Array, "b"]:
     """Position of the first end-of-text token; 0 where there is none."""
     return jnp.argmax(tokens == self.eot, axis=-1)
 
-  def encode(self, tokens: Int[Array, "b n"], bidirectional: bool = False) -> Float[Array, "b n f"]:
-    """States of all positions, before the final norm."""
+  def encode(self, tokens: Int[Array, "b n"], bidirectional: bool = False) -> Float[Array, "b m f"]:
+    """States of all positions, before the final norm; CoCa's are followed by that of the class token."""
     positions = self.position_embedding[None, : tokens.shape[1]].astype(self.dtype)
+    x, visible = self.token_embedding(tokens) + positions, None
     lengths = self.end(tokens) + 1 if bidirectional and self.causal else None
-    return self.transformer(self.token_embedding(tokens) + positions, lengths)
+    if self.pooling == "class" and not bidirectional:
+      last = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (len(tokens), 1, self.width))
+      x, visible = jnp.concatenate([x, last], axis=1), jnp.pad(tokens != 0, ((0, 0), (1, 0)), constant_values=True)
+    return self.transformer(x, lengths, visible)
 
   def normalise(self, states: Float[Array, "... f"]) -> Float[Array, "... f"]:
     """The final norm, which acts on each position separately and is applied only where states are used."""

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from declip_jax.models.convnext import ConvNeXt
 from declip_jax.models.regnet import RegNetY
 from declip_jax.models.resnet import ModifiedResNet
 from declip_jax.models.vit import ViT
@@ -15,7 +16,7 @@ from declip_jax.types import Batch, Features
 from declip_jax.views import Views
 
 # What `config.model.image.kind` may name.
-IMAGE_TOWERS = {"vit": ViT, "resnet": ModifiedResNet, "regnet": RegNetY}
+IMAGE_TOWERS = {"vit": ViT, "resnet": ModifiedResNet, "regnet": RegNetY, "convnext": ConvNeXt}
 # What `config.model.mlm_attention` may name: a masked token sees the tokens before it, or the whole caption.
 MLM_ATTENTION = ("causal", "bidirectional")
 
@@ -25,7 +26,7 @@ class Towers(nn.Module):
 
   Attributes:
     image: a module that maps normalised images `[b h w c]`, `train` and `hidden` patches to features `[b f]` and
-      tokens `[b n f]`; a ViT also takes `branch_scale` and the patches that are `kept`. It has `feature_width`,
+      tokens `[b n g]`; a ViT also takes `branch_scale` and the patches that are `kept`. It has `feature_width`,
       `stride` and `has_batch_norm`: whether `train` makes it normalise by the batch.
     text: the text transformer, None where no term uses texts.
     mean, std: mean and standard deviation per channel, on a scale of 0 to 1.
@@ -66,11 +67,11 @@ class Towers(nn.Module):
     """Features of several views per image, from unnormalised pixels."""
     return self._encode_views(self.normalise(images), train)[0]
 
-  def encode_image(self, images: Num[Array, "b h w c"]) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
+  def encode_image(self, images: Num[Array, "b h w c"]) -> tuple[Float[Array, "b f"], Float[Array, "b n g"]]:
     """Feature and tokens of one view per image, from unnormalised pixels, in evaluation mode."""
     return self.encode_pixels(self.normalise(images))
 
-  def encode_pixels(self, images: Float[Array, "b h w c"]) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
+  def encode_pixels(self, images: Float[Array, "b h w c"]) -> tuple[Float[Array, "b f"], Float[Array, "b n g"]]:
     """Feature and tokens of one view per image, from normalised pixels, in evaluation mode."""
     return self.image(images.astype(self.dtype), False)
 
@@ -97,7 +98,7 @@ class Towers(nn.Module):
     hidden: Bool[Array, "b v n"] | None = None,
     branch_scale: Float[Array, "b v depth 2"] | None = None,
     kept: Int[Array, "b v n"] | None = None,
-  ) -> tuple[Float[Array, "b v f"], Float[Array, "b v n f"]]:
+  ) -> tuple[Float[Array, "b v f"], Float[Array, "b v n g"]]:
     train, pixels = train and not self.lock_image, pixels.astype(self.dtype)
     views = pixels.shape[1]
     if self.image.has_batch_norm:

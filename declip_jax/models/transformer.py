@@ -7,7 +7,7 @@ from einops import rearrange
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from declip_jax.models.attention import attend
 from declip_jax.models.dense import Dense
@@ -135,8 +135,10 @@ class QueryKeyValue(nn.Module):
 class Block(nn.Module):
   """`x += attention(norm(x)); x += mlp(norm(x))`. Softmax and norms are float32.
 
-  Given `lengths`, each position sees the whole text of that length, even if `causal`. Given `branch_scale`, the outputs
-  of attention and MLP are multiplied by it, see `training.drop_path`.
+  With `branch_norm`, the outputs are normalised instead: `x += norm(attention(x)); x += norm(mlp(x))` (EVA-02-CLIP-E).
+  Given `lengths`, each position sees the whole text of that length, even if `causal`. Given `visible`, no position
+  sees the others. Given `branch_scale`, the outputs of attention and MLP are multiplied by it, see
+  `training.drop_path`.
   """
 
   width: int
@@ -148,12 +150,14 @@ class Block(nn.Module):
   causal: bool
   initializer: str
   dtype: Any
+  branch_norm: bool = False
 
   @nn.compact
   def __call__(
     self,
     x: Float[Array, "b n f"],
     lengths: Int[Array, "b"] | None = None,
+    visible: Bool[Array, "b n"] | None = None,
     branch_scale: Float[Array, "b 2"] | None = None,
   ) -> tuple[Float[Array, "b n f"], None]:
     init = INITS[self.initializer](self.width, self.depth, round(self.mlp_ratio * self.width))
@@ -167,13 +171,22 @@ class Block(nn.Module):
 
     bias = init.get("qkv_bias", nn.initializers.zeros_init())
     heads = QueryKeyValue(self.heads, self.dtype, kernel_init=init["qkv"], bias_init=bias, name="qkv")
-    query, key, value = heads(norm("attention_norm")(x))
-    attended = attend(query, key, value, causal=self.causal and lengths is None, lengths=lengths)
+    norms = {name: norm(name) for name in ("attention_norm", "mlp_norm")}
+    before, after = ({}, norms) if self.branch_norm else (norms, {})
+    query, key, value = heads(before.get("attention_norm", _same)(x))
+    causal = self.causal and lengths is None
+    attended = attend(query, key, value, causal=causal, lengths=lengths, visible=visible)
     attended = dense(self.width, "out")(rearrange(attended, "b n h e -> b n (h e)"))
+    attended = after.get("attention_norm", _same)(attended)
     x = x + (attended if branch_scale is None else _scaled(attended, branch_scale[:, 0]))
-    hidden = ACTIVATIONS[self.activation](dense(round(self.mlp_ratio * self.width), "fc1")(norm("mlp_norm")(x)))
-    hidden = dense(self.width, "fc2")(hidden)
+    hidden = dense(round(self.mlp_ratio * self.width), "fc1")(before.get("mlp_norm", _same)(x))
+    hidden = dense(self.width, "fc2")(ACTIVATIONS[self.activation](hidden))
+    hidden = after.get("mlp_norm", _same)(hidden)
     return x + (hidden if branch_scale is None else _scaled(hidden, branch_scale[:, 1])), None
+
+
+def _same(x: Array) -> Array:
+  return x
 
 
 def _scaled(x: Float[Array, "b n f"], scale: Float[Array, "b"]) -> Float[Array, "b n f"]:
@@ -195,6 +208,7 @@ class Transformer(nn.Module):
   epsilon: float = 1e-5
   causal: bool = False
   initializer: str = "torch"
+  branch_norm: bool = False
   remat: str = "none"
   unroll: int = 1
   dtype: Any = jnp.float32
@@ -204,6 +218,7 @@ class Transformer(nn.Module):
     self,
     x: Float[Array, "b n f"],
     lengths: Int[Array, "b"] | None = None,
+    visible: Bool[Array, "b n"] | None = None,
     branch_scale: Float[Array, "b depth 2"] | None = None,
   ) -> Float[Array, "b n f"]:
     policy = REMAT_POLICIES[self.remat]
@@ -212,7 +227,7 @@ class Transformer(nn.Module):
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=nn.broadcast if branch_scale is None else (nn.broadcast, 1),
+      in_axes=nn.broadcast if branch_scale is None else (nn.broadcast, nn.broadcast, 1),
       length=self.depth,
       unroll=self.unroll,
     )
@@ -225,7 +240,8 @@ class Transformer(nn.Module):
       epsilon=self.epsilon,
       causal=self.causal,
       initializer=self.initializer,
+      branch_norm=self.branch_norm,
       dtype=self.dtype,
       name="blocks",
-    )(x, lengths, *([] if branch_scale is None else [branch_scale]))
+    )(x, lengths, visible, *([] if branch_scale is None else [branch_scale]))
     return x

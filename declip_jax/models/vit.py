@@ -1,4 +1,4 @@
-"""The vision transformer of OpenAI's CLIP, with options for timm's, which SLIP uses, DeCLIP's, CLIPA's and SigLIP's."""
+"""The vision transformer of OpenAI's CLIP, with options for those of SLIP, DeCLIP, CLIPA, SigLIP, CoCa and EVA-CLIP."""
 
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from declip_jax.models.attention import attend
 from declip_jax.models.dense import Dense
 from declip_jax.models.transformer import ACTIVATIONS, INITS, QueryKeyValue, Transformer, torch_uniform
 
-POOLINGS = ("token", "average", "map")  # what `config.model.image.pooling` may name, see `ViT`
+POOLINGS = ("token", "average", "map", "query")  # what `config.model.image.pooling` may name, see `ViT`
 
 
 class AttentionPool(nn.Module):
@@ -46,18 +46,43 @@ class AttentionPool(nn.Module):
     return attended + dense(width, "fc2")(ACTIVATIONS[self.activation](dense(hidden, "fc1")(norm(attended))))
 
 
+class QueryPool(nn.Module):
+  """CoCa's pooling: a learned query of 8 heads attends to all normalised tokens (Yu et al. 2022, section 3.2).
+
+  Difference: open_clip's has 256 queries, of which its embedding of an image is the first, the only one here; and its
+  norm of the queries is part of the learned query.
+  """
+
+  width: int
+  epsilon: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b n g"]) -> Float[Array, "b f"]:
+    init = nn.initializers.xavier_uniform()
+    x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm")(x)
+    probe = self.param("probe", nn.initializers.normal(1.0), (self.width,)).astype(x.dtype)
+    query = Dense(self.width, dtype=self.dtype, kernel_init=init, name="query")(probe[None, None])
+    key, value = (Dense(self.width, dtype=self.dtype, kernel_init=init, name=name)(x) for name in ("key", "value"))
+    query = jnp.broadcast_to(query, (len(x), 1, self.width))
+    heads = [rearrange(part, "b n (h e) -> b n h e", h=8) for part in (query, key, value)]
+    attended = rearrange(attend(*heads), "b 1 h e -> b (h e)")
+    return Dense(self.width, dtype=self.dtype, kernel_init=init, name="out")(attended)
+
+
 class ViT(nn.Module):
   """Maps images to a pooled feature, before the projection to the joint space, and the patches' tokens.
 
   `pooling` is "token", the normalised class token (OpenAI); "average", the normalised mean of the patches' tokens,
-  beside which the class token stays (CLIPA); or "map", `AttentionPool` of the normalised tokens, without a class token
-  (SigLIP). Where the patches do not fill the image, the pixels at its right and bottom are not seen.
+  beside which the class token stays (CLIPA); "map", `AttentionPool` of the normalised tokens, without a class token
+  (SigLIP); or "query", the normalised `QueryPool` of all tokens, `pool_width` wide (CoCa). Where the patches do not
+  fill the image, the pixels at its right and bottom are not seen.
 
   OpenAI's has `pre_norm`, no `patch_bias`, QuickGELU and epsilon 1e-5. timm's (SLIP) has no `pre_norm`, a
   `patch_bias`, exact GELU, epsilon 1e-6 and `initializer="timm"`; SigLIP's differs from it in GELU and initialisation
-  of the blocks. Its patch embedding starts as PyTorch's convolution does, where big_vision has Flax's default.
-  The patch embedding is a reshape and a product, which equals the convolution of the references with kernel = stride =
-  patch.
+  of the blocks, and EVA-02-CLIP-E's has `branch_norm`, see `transformer.Block`. SigLIP's patch embedding starts as
+  PyTorch's convolution does, where big_vision has Flax's default. The patch embedding is a reshape and a product, which
+  equals the convolution of the references with kernel = stride = patch.
   """
 
   patch: int
@@ -71,6 +96,8 @@ class ViT(nn.Module):
   initializer: str = "torch"
   mlp_ratio: float = 4.0
   pooling: str = "token"
+  pool_width: int = 0
+  branch_norm: bool = False
   remat: str = "none"
   unroll: int = 1
   dtype: Any = jnp.float32
@@ -80,7 +107,7 @@ class ViT(nn.Module):
   @property
   def feature_width(self) -> int:
     """Width of the feature and of the tokens."""
-    return self.width
+    return self.pool_width or self.width
 
   @property
   def has_class_token(self) -> bool:
@@ -100,7 +127,7 @@ class ViT(nn.Module):
     hidden: Bool[Array, "b n"] | None = None,
     branch_scale: Float[Array, "b depth 2"] | None = None,
     kept: Int[Array, "b n"] | None = None,
-  ) -> tuple[Float[Array, "b f"], Float[Array, "b n f"]]:
+  ) -> tuple[Float[Array, "b f"], Float[Array, "b n g"]]:
     """Encodes normalised images.
 
     Where `hidden`, a learned embedding replaces that of the patch (BEiT, Bao et al. 2022, section 2.3). Tokens are
@@ -123,6 +150,7 @@ class ViT(nn.Module):
       activation=self.activation,
       epsilon=self.epsilon,
       initializer=self.initializer,
+      branch_norm=self.branch_norm,
       remat=self.remat,
       unroll=self.unroll,
       dtype=self.dtype,
@@ -154,12 +182,14 @@ class ViT(nn.Module):
     position_init = nn.initializers.normal(0.01) if self.initializer == "openai_text" else class_init
     return x + self.param("position_embedding", position_init, x.shape[1:])[None].astype(x.dtype)
 
-  def _pooled(self, x: Float[Array, "b m f"]) -> Float[Array, "b f"]:
+  def _pooled(self, x: Float[Array, "b m g"]) -> Float[Array, "b f"]:
     norm = self._norm("post_norm")
     if self.pooling == "token":
       return norm(x[:, 0])
     if self.pooling == "average":
       return norm(x[:, 1:].mean(axis=1))
+    if self.pooling == "query":
+      return norm(QueryPool(self.pool_width, self.epsilon, self.dtype, name="query_pool")(x))
     return AttentionPool(
       heads=self.heads,
       mlp_ratio=self.mlp_ratio,

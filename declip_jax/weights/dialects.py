@@ -45,6 +45,15 @@ def recognise(names: Iterable[str]) -> str | None:
   return next((name for name, dialect in DIALECTS.items() if dialect.marker in names), None)
 
 
+def with_prefix_of_tower(tensors: Mapping[str, np.ndarray]) -> StateDict:
+  """The tensors of one tower of transformers under the names that they have in its models of both."""
+  if "embeddings.patch_embedding.weight" in tensors:
+    return {f"vision_model.{name}": tensor for name, tensor in tensors.items()}
+  if {"embeddings.token_embedding.weight", "final_layer_norm.weight"} <= set(tensors):
+    return {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+  return dict(tensors)
+
+
 def to_openai(tensors: Mapping[str, np.ndarray], dialect: str) -> StateDict:
   """A state dict under OpenAI's names and in OpenAI's layout."""
   found = DIALECTS[dialect]
@@ -102,6 +111,7 @@ def _timm_pairs(trunk: str) -> Pairs:
     (f"{block}mlp.c_fc.*", f"{theirs}mlp.fc1.*"),
     (f"{block}mlp.c_proj.*", f"{theirs}mlp.fc2.*"),
     ("visual.ln_post.*", f"{trunk}.norm.*"),
+    ("visual.ln_pre.*", f"{trunk}.norm_pre.*"),
   )
 
 
@@ -117,12 +127,51 @@ def _with_leading_ones(tensors: StateDict) -> StateDict:
 
 # open_clip with a timm trunk: its projection is a linear layer.
 def _from_trunk(tensors: StateDict) -> StateDict:
-  flat = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}  # text under "text." as well
-  return _changed(_without_leading_ones(flat), {"visual.head.proj.weight": np.transpose})
+  flat = _with_whole_biases({name.removeprefix("text."): tensor for name, tensor in tensors.items()})  # or without it
+  return _changed(_without_leading_ones(flat), dict.fromkeys(_TRUNK_PROJECTIONS, np.transpose))
 
 
 def _to_trunk(tensors: StateDict) -> StateDict:
-  return _changed(_with_leading_ones(tensors), {"visual.head.proj.weight": np.transpose})
+  if "visual.head.mlp.fc1.weight" in tensors:
+    others = {name: x for name, x in tensors.items() if name != "visual.head.proj.weight"}
+    tensors = {**others, "visual.head.mlp.fc2.weight": tensors["visual.head.proj.weight"]}
+  return _changed(_with_leading_ones(tensors), dict.fromkeys(_TRUNK_PROJECTIONS, np.transpose))
+
+
+# The projection is a linear layer after the trunk, that of the trunk itself, or the last of an MLP.
+_TRUNK_PROJECTIONS = ("visual.head.proj.weight", "visual.trunk.head.weight", "visual.head.mlp.fc2.weight")
+
+
+def _with_whole_biases(tensors: StateDict) -> StateDict:
+  """EVA-CLIP's attention has biases of queries and values only; those of keys change no result."""
+  whole = {}
+  for name, tensor in tensors.items():
+    if name.endswith(".attn.q_bias") and (other := name.replace("q_bias", "v_bias")) in tensors:
+      bias = [tensor, np.zeros_like(tensor), tensors[other]]
+      whole[name.replace("q_bias", "qkv.bias")] = np.concatenate(bias)
+    elif not name.endswith((".attn.v_bias", ".attn.k_bias")):
+      whole[name] = tensor
+  return whole
+
+
+# CoCa in open_clip: its decoder of captions is not part of our model.
+_QUERY_POOL = "visual.attn_pool"
+
+
+def _from_coca(tensors: StateDict) -> StateDict:
+  flat = {name.removeprefix("text."): x for name, x in tensors.items() if not name.startswith("text_decoder.")}
+  pool = {name: flat.pop(f"{_QUERY_POOL}.{name}") for name in ("query", "ln_q.weight", "ln_q.bias")}
+  first = pool["query"][0].astype(np.float64)
+  unit = (first - first.mean()) / np.sqrt(first.var() + 1e-5)
+  flat[f"{_QUERY_POOL}.probe"] = (unit * pool["ln_q.weight"] + pool["ln_q.bias"]).astype(np.float32)
+  packed = flat.pop(f"{_QUERY_POOL}.attn.in_proj_weight", None)
+  if packed is not None:  # where both widths are equal
+    flat |= {f"{_QUERY_POOL}.attn.{part}_proj_weight": x for part, x in zip("qkv", np.split(packed, 3), strict=True)}
+  for part, bias in zip("qkv", np.split(flat.pop(f"{_QUERY_POOL}.attn.in_proj_bias"), 3), strict=True):
+    flat[f"{_QUERY_POOL}.attn.{part}_proj.weight"] = flat.pop(f"{_QUERY_POOL}.attn.{part}_proj_weight")
+    flat[f"{_QUERY_POOL}.attn.{part}_proj.bias"] = bias
+  *positions, last = flat["positional_embedding"]
+  return flat | {"cls_emb": flat["cls_emb"] + last, "positional_embedding": np.stack(positions)}
 
 
 def _text_under(prefix: str) -> Pairs:
@@ -178,6 +227,20 @@ def _from_hugging_face(tensors: StateDict) -> StateDict:
       if all(name in tensors for name in names):
         joined[f"{match[1]}in_proj_{match[3]}"] = np.concatenate([tensors[name] for name in names])
   return joined
+
+
+# FlaxCLIP: names are paths, kernels are `[in out]`, and convolutions HWIO.
+_FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
+
+def _from_flax(tensors: StateDict) -> StateDict:
+  renamed = {}
+  for name, tensor in tensors.items():
+    above, _, leaf = name.rpartition("/")
+    if leaf == "kernel":
+      tensor = tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
+    renamed[f"{above}/{_FLAX_LEAVES.get(leaf, leaf)}".lstrip("/").replace("/", ".")] = tensor
+  return _from_hugging_face(renamed)
 
 
 def _to_hugging_face(tensors: StateDict) -> StateDict:
@@ -275,16 +338,33 @@ DIALECTS = {
   "Hugging Face": Dialect(
     "vision_model.embeddings.class_embedding", _HUGGING_FACE, _from_hugging_face, _to_hugging_face
   ),
+  "FlaxCLIP": Dialect("vision_model/embeddings/class_embedding", _HUGGING_FACE, _from_flax, None),
+  "SigLIP in transformers, texts only": Dialect("text_model.head.weight", _SIGLIP, _from_siglip, _to_siglip),
+  "Hugging Face, texts only": Dialect(
+    "text_model.embeddings.token_embedding.weight", _HUGGING_FACE, _from_hugging_face, _to_hugging_face
+  ),
   "DeCLIP": Dialect("encode_text.token_embedding.weight", _text_under("encode_text"), _from_declip, _to_declip),
   "DeCLIP's SLIP": Dialect(
     "text_encoder.token_embedding.weight", (*_text_under("text_encoder"), *_DECLIP_SLIP_HEAD), _from_declip, _to_declip
   ),
   "open_clip, timm trunk": Dialect(
     "visual.trunk.cls_token",
-    (*_timm_pairs("visual.trunk"), ("visual.proj", "visual.head.proj.weight")),
+    (
+      *_timm_pairs("visual.trunk"),
+      ("visual.proj", "visual.head.proj.weight"),
+      ("visual.proj", "visual.trunk.head.weight"),
+      ("visual.proj_bias", "visual.trunk.head.bias"),
+    ),
     _from_trunk,
     _to_trunk,
   ),
+  "open_clip, ConvNeXt of timm": Dialect(
+    "visual.trunk.stages.0.blocks.0.conv_dw.weight",
+    (("visual.proj", "visual.head.proj.weight"), ("visual.proj", "visual.head.mlp.fc2.weight")),
+    _from_trunk,
+    _to_trunk,
+  ),
+  "CoCa in open_clip": Dialect(f"{_QUERY_POOL}.query", (), _from_coca, None),
   "open_clip, separate text": Dialect("text.token_embedding.weight", _text_under("text")),
   "SLIP": Dialect(
     "visual.cls_token",

@@ -7,15 +7,16 @@ from collections.abc import Iterable, Mapping
 import re
 from typing import Any
 
-_SUPPORTED = "only CLIP, SLIP and DeCLIP with ViTs and ResNets like OpenAI's, and SigLIP"
+_SUPPORTED = "only CLIP, SLIP and DeCLIP with ViTs and ResNets like OpenAI's or ConvNeXts, SigLIP and CoCa"
 # Families by patterns of names of tensors, all of which have to be there, in the order in which they are searched for.
 _TENSORS = {
+  "LiT of big_vision, whose texts are BERT's,": (r"img/cls$",),
   "ViTamin": (r"visual\.trunk\.patch_embed\.backbone\.stem\.",),
   "MobileCLIP": (r"image_encoder\.model\.|visual\.trunk\.(patch_embed\.backbone\.\d|.*\.token_mixer\.)",),
   "Perception Encoder (PE)": (r"visual\.trunk\.norm_pre\.", r"visual\.trunk\.attn_pool\."),
-  "CoCa": (r"text_decoder\.|visual\.attn_pool\.",),
-  "EVA-CLIP": (r"visual\.(trunk\.)?blocks\.\d+\.(attn\.(q_bias|q_proj|rope)|mlp\.(fc1_[gx]|w[12]))",),
-  "ConvNeXt": (r"visual\.trunk\.stages\.\d+\.blocks\.\d+\.conv_dw\.",),
+  "this CoCa": (r"text_decoder\.|visual\.attn_pool\.",),
+  "this EVA-CLIP": (r"visual\.(trunk\.)?blocks\.\d+\.(attn\.(q_bias|q_proj|rope)|mlp\.(fc1_[gx]|w[12]))",),
+  "this ConvNeXt": (r"visual\.trunk\.stages\.\d+\.blocks\.\d+\.conv_dw\.",),
   "Swin": (r"visual\.trunk\.layers\.\d+\.blocks\.",),
   "Chinese-CLIP": (r"text_model\.(embeddings\.word_embeddings|encoder\.layer\.)|bert\.embeddings\.",),
   "AltCLIP": (r"text_model\.roberta\.",),
@@ -32,8 +33,8 @@ _TIMM = {
   r"vit_\w+_siglip_gap": "SigLIP without its pooling",
   r"(vit_)?pe_": "Perception Encoder (PE)",
   r"fastvit|\w+_mci": "MobileCLIP",
-  r"convnext": "ConvNeXt",
-  r"eva": "EVA-CLIP",
+  r"convnext": "this ConvNeXt",
+  r"eva": "this EVA-CLIP",
   r"vitamin": "ViTamin",
   r"swin": "Swin",
 }
@@ -44,15 +45,11 @@ _TRANSFORMERS = {
   "blip": "BLIP",
   "blip-2": "BLIP-2",
   "chinese_clip": "Chinese-CLIP",
-  "clip_text_model": "one tower of CLIP",
-  "clip_vision_model": "one tower of CLIP",
   "clipseg": "CLIPSeg",
   "groupvit": "GroupViT",
   "owlv2": "OWLv2",
   "owlvit": "OWL-ViT",
   "siglip2": "SigLIP 2 for images of any shape (NaFlex)",
-  "siglip_text_model": "one tower of SigLIP",
-  "siglip_vision_model": "one tower of SigLIP",
   "vision-text-dual-encoder": "VisionTextDualEncoder",
   "xclip": "X-CLIP",
 }
@@ -76,7 +73,7 @@ def of_open_clip(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapp
   if family := next((family for start, family in _TIMM.items() if re.match(start, timm)), ""):
     return family
   if "multimodal_cfg" in model:
-    return "CoCa"
+    return "this CoCa"
   if language_model:
     return f"a CLIP with the text tower {language_model}"
   return "a CLIP with layer scale" if vision.get("ls_init_value") else ""

@@ -16,6 +16,7 @@ WEIGHT_FILES = (
   f"model.safetensors{INDEX}",
   "pytorch_model.bin",
   f"pytorch_model.bin{INDEX}",
+  "flax_model.msgpack",
 )
 EXPECTED = f"{WEIGHT_FILES[0]}, model.safetensors, pytorch_model.bin or {EXPORT_FILE}"  # for messages
 _SHOWN = 3  # runs in a message

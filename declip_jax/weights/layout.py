@@ -3,7 +3,8 @@
 OpenAI's names are the common ones: `dialects` translates those of every other project to them. Heads that OpenAI's
 model does not have keep the names of their projects: `image_mlp` (SLIP), `projector`, `predictor` and
 `text_label_predictor` (DeCLIP), `image_mapping` and `text_mapping` (FILIP), `logit_bias` (open_clip). The pooling of
-SigLIP's image tower has the names of transformers: `visual.head`.
+SigLIP's image tower has the names of transformers, `visual.head`; ConvNeXt those of timm, `visual.trunk`; and CoCa's
+poolings those of open_clip, `visual.attn_pool` and `cls_emb`. A bias of the projection of images is `visual.proj_bias`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -86,6 +87,8 @@ def layout(model: ModelFields, heads: Sequence[str]) -> dict[str, Entry]:
     entries |= _vit(model)
   elif model["image"]["kind"] == "resnet":
     entries |= _resnet(model)
+  elif model["image"]["kind"] == "convnext":
+    entries |= _convnext(model)
   return entries
 
 
@@ -137,8 +140,18 @@ def expected_shapes(variables: Tree, entries: Mapping[str, Entry]) -> dict[str, 
   return shapes
 
 
-def _norm(path: str, name: str) -> dict[str, Entry]:
-  return {f"{path}/scale": Entry((f"{name}.weight",)), f"{path}/bias": Entry((f"{name}.bias",))}
+def _leaves(*names: str, leaf: str) -> tuple[str, ...]:
+  return tuple(f"{name}.{leaf}" for name in names)
+
+
+def _norm(path: str, *names: str) -> dict[str, Entry]:
+  """A norm, or stacked norms of several layers; so are `_linear` and `_convolution`."""
+  return {f"{path}/scale": Entry(_leaves(*names, leaf="weight")), f"{path}/bias": Entry(_leaves(*names, leaf="bias"))}
+
+
+def _convolution(path: str, *names: str) -> dict[str, Entry]:
+  kernel = Entry(_leaves(*names, leaf="weight"), "convolution")
+  return {f"{path}/kernel": kernel, f"{path}/bias": Entry(_leaves(*names, leaf="bias"))}
 
 
 def _batch_norm(half: str, path: str, *names: str) -> dict[str, Entry]:
@@ -149,12 +162,12 @@ def _batch_norm(half: str, path: str, *names: str) -> dict[str, Entry]:
     f"collections/{half}/batch_stats/{path}/mean": "running_mean",
     f"collections/{half}/batch_stats/{path}/var": "running_var",
   }
-  return {ours: Entry(tuple(f"{name}.{leaf}" for name in names)) for ours, leaf in theirs.items()}
+  return {ours: Entry(_leaves(*names, leaf=leaf)) for ours, leaf in theirs.items()}
 
 
-def _linear(path: str, name: str, bias: bool = True) -> dict[str, Entry]:
-  entries = {f"{path}/kernel": Entry((f"{name}.weight",), "linear")}
-  return entries | ({f"{path}/bias": Entry((f"{name}.bias",))} if bias else {})
+def _linear(path: str, *names: str, bias: bool = True) -> dict[str, Entry]:
+  entries = {f"{path}/kernel": Entry(_leaves(*names, leaf="weight"), "linear")}
+  return entries | ({f"{path}/bias": Entry(_leaves(*names, leaf="bias"))} if bias else {})
 
 
 def _transformer(path: str, name: str, depth: int) -> dict[str, Entry]:
@@ -170,7 +183,9 @@ def _transformer(path: str, name: str, depth: int) -> dict[str, Entry]:
 
 def _text(model: ModelFields) -> dict[str, Entry]:
   tower = "params/towers/text"
+  of_class = {f"{tower}/class_embedding": Entry(("cls_emb",))} if model["text"]["pooling"] == "class" else {}
   return {
+    **of_class,
     f"{tower}/token_embedding/embedding": Entry(("token_embedding.weight",)),
     f"{tower}/position_embedding": Entry(("positional_embedding",)),
     **_transformer(f"{tower}/transformer", "transformer", model["text"]["depth"]),
@@ -192,7 +207,16 @@ def _vit(model: ModelFields) -> dict[str, Entry]:
     entries |= _attention_pool(f"{tower}/attention_pool", "visual.head")
   else:
     entries[f"{tower}/class_embedding"] = Entry(("visual.class_embedding",))
+  if model["image"].get("pooling") == "query":
+    entries |= _query_pool(f"{tower}/query_pool", "visual.attn_pool")
   return entries | (_norm(f"{tower}/pre_norm", "visual.ln_pre") if model["image"]["pre_norm"] else {})
+
+
+def _query_pool(path: str, name: str) -> dict[str, Entry]:
+  entries = {f"{path}/probe": Entry((f"{name}.probe",)), **_norm(f"{path}/norm", f"{name}.ln_k")}
+  for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "out_proj")):
+    entries |= _linear(f"{path}/{ours}", f"{name}.attn.{theirs}")
+  return entries
 
 
 def _attention_pool(path: str, name: str) -> dict[str, Entry]:
@@ -230,6 +254,24 @@ def _resnet(model: ModelFields) -> dict[str, Entry]:
   return entries
 
 
+def _convnext(model: ModelFields) -> dict[str, Entry]:
+  tower, trunk, image = "params/towers/image", "visual.trunk", model["image"]
+  entries = {**_convolution(f"{tower}/stem", f"{trunk}.stem.0"), **_norm(f"{tower}/stem_norm", f"{trunk}.stem.1")}
+  for stage, depth in enumerate(image["layers"]):
+    ours, theirs = f"{tower}/stage{stage + 1}", f"{trunk}.stages.{stage}"
+    if stage:
+      entries |= _norm(f"{ours}/norm", f"{theirs}.downsample.0")
+      entries |= _convolution(f"{ours}/downsample", f"{theirs}.downsample.1")
+    blocks = [f"{theirs}.blocks.{block}" for block in range(depth)]
+    entries |= _convolution(f"{ours}/blocks/depthwise", *(f"{block}.conv_dw" for block in blocks))
+    entries |= _norm(f"{ours}/blocks/norm", *(f"{block}.norm" for block in blocks))
+    for layer in ("fc1", "fc2"):
+      entries |= _linear(f"{ours}/blocks/{layer}", *(f"{block}.mlp.{layer}" for block in blocks))
+    entries[f"{ours}/blocks/layer_scale"] = Entry(tuple(f"{block}.gamma" for block in blocks))
+  entries |= _norm(f"{tower}/post_norm", f"{trunk}.head.norm")
+  return entries | (_linear(f"{tower}/hidden", "visual.head.mlp.fc1") if image["hidden"] else {})
+
+
 def _heads(model: ModelFields, heads: Sequence[str]) -> dict[str, Entry]:
   entries = _joint(model) if "joint" in heads else {}
   if "sigmoid" in heads:
@@ -252,9 +294,11 @@ def _joint(model: ModelFields) -> dict[str, Entry]:
   entries = {"params/heads/logit_scale": Entry(("logit_scale",))}
   image, text = "params/heads/image_projection", "params/heads/text_projection"
   if model["image"]["kind"] == "resnet":  # OpenAI's projection is the last layer of its attention pool
-    entries |= _linear(image, "visual.attnpool.c_proj", model["heads"]["image_bias"])
+    entries |= _linear(image, "visual.attnpool.c_proj", bias=model["heads"]["image_bias"])
   elif model["heads"].get("image_linear", True):
     entries[f"{image}/kernel"] = Entry(("visual.proj",))
+    if model["heads"]["image_bias"]:
+      entries[f"{image}/bias"] = Entry(("visual.proj_bias",))
   if model["heads"]["text_bias"]:
     return entries | _linear(text, "text_projection")
   return entries | {f"{text}/kernel": Entry(("text_projection",))}

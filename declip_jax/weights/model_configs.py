@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 import re
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from declip_jax.architectures import SIGLIP_SIZES
 from declip_jax.config import OPENAI_MEAN, OPENAI_STD
@@ -54,15 +54,48 @@ _OPEN_CLIP_TOWER = {
   "pool_type": None,
   "final_ln_after_pool": None,
   "eos_id": None,
+  "attentional_pool": None,
+  "attn_pooler_queries": None,
+  "attn_pooler_heads": None,
+  "embed_cls": None,
+  "output_tokens": None,
   # Without effect after training.
   "patch_dropout": None,
   "timm_drop": None,
   "timm_drop_path": None,
 }
-_TIMM_FIELDS = {"timm_pool": ("token", ""), "timm_proj": ("linear",)}
 _TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
-_TIMM_NAME = re.compile(r"vit_(tiny|small|base|large)_patch\d+(_\d+)?(\.\w+)?")
 _TIMM_SIGLIP = re.compile(r"vit_(base|large|so400m|giantopt)_(patch\d+_siglip_\d+)(\.\w+)?")
+
+
+class TimmTower(NamedTuple):
+  """What open_clip's configs may say of a kind of towers of timm, and what no tensor of theirs tells.
+
+  Attributes:
+    names: pattern of their names.
+    pool, proj: legal values of `timm_pool` and `timm_proj`.
+    fields: fields of `config.model.image`.
+  """
+
+  names: str
+  pool: tuple[str, ...]
+  proj: tuple[str | None, ...]
+  fields: Fields
+
+
+_GELU = {"activation": "gelu", "epsilon": 1e-6}
+_OF_TRUNK = (("token",), ("", None))  # pool and projection of a trunk that ends in the joint space
+_TIMM_TOWERS = (
+  *(
+    TimmTower(rf"vit_{size}_patch\d+(_\d+)?", ("token", ""), ("linear",), {**_GELU, "heads": heads})
+    for size, heads in _TIMM_HEADS.items()
+  ),
+  TimmTower(r"vit_large_patch14_clip_(224|336)", *_OF_TRUNK, {**_GELU, "heads": 16, "epsilon": 1e-5}),
+  TimmTower(r"eva_giant_patch14_(224|336)", *_OF_TRUNK, {**_GELU, "heads": 16}),
+  TimmTower(r"eva02_enormous_patch14_clip_224", *_OF_TRUNK, {**_GELU, "heads": 16, "branch_norm": True}),
+  TimmTower(r"convnext_xxlarge", ("",), ("linear", "mlp"), {"epsilon": 1e-5}),
+  TimmTower(r"convnext_(tiny|small|base|large|xlarge)", ("",), ("linear", "mlp"), {"epsilon": 1e-6}),
+)
 # The sizes of SigLIP's image towers by their names in timm.
 SIZES_IN_TIMM = {
   name: SIGLIP_SIZES[ours][0]
@@ -98,7 +131,7 @@ def settings_beside(file: Path) -> dict[str, Any]:
     ValueError: a config file is damaged, or describes a model that our towers cannot compute; the message names both.
   """
   folder = file.parent
-  if not file.name.endswith((".safetensors", ".bin", INDEX)):
+  if not file.name.endswith((".safetensors", ".bin", ".msgpack", INDEX)):
     return {}
   if (folder / "open_clip_config.json").exists() and file.name.startswith("open_clip"):
     return _open_clip(folder / "open_clip_config.json")
@@ -156,6 +189,8 @@ def _open_clip(file: Path) -> dict[str, Any]:
 
 def _open_clip_text(text: Fields, quick: bool, file: Path) -> dict[str, Any]:
   where = f"{file}: text_cfg."
+  if get(text, "embed_cls", False, where):
+    return _open_clip_coca_text(text, quick, where)
   settings = {
     "text.activation": _open_clip_activation(text, quick, where),
     "text.heads": get(text, "heads", 8, where),
@@ -177,6 +212,20 @@ def _open_clip_text(text: Fields, quick: bool, file: Path) -> dict[str, Any]:
     case _:
       _reject(f"{where}pool_type", pool, "'argmax', 'eos' and 'last'")
   return settings | _open_clip_tokenizer(text, settings, file)
+
+
+def _open_clip_coca_text(text: Fields, quick: bool, where: str) -> dict[str, Any]:
+  """The settings of a text tower that ends with a class token, which sees the tokens before it."""
+  for name, legal in (("no_causal_mask", False), ("pool_type", "argmax"), ("hf_tokenizer_name", "")):
+    if (value := get(text, name, legal, where)) != legal:
+      _reject(f"{where}{name}", value, f"{legal!r} with embed_cls")
+  return {
+    "text.activation": _open_clip_activation(text, quick, where),
+    "text.heads": get(text, "heads", 8, where),
+    "text.epsilon": _epsilon(text, where),
+    "text.eot": _largest_id(get(text, "vocab_size", OPENAI_VOCABULARIES[0], where)),
+    "text.pooling": "class",
+  }
 
 
 def _open_clip_activation(tower: Fields, quick: bool, where: str) -> str:
@@ -215,19 +264,30 @@ def _check_open_clip(model: Fields, vision: Fields, text: Fields, file: Path) ->
   """Rejects towers with fields that ours do not have, by the name of their family if it is known."""
   timm = get(vision, "timm_model_name", "", f"{file}: vision_cfg.")
   family = families.of_open_clip(model, vision, text)
-  siglip = bool(_TIMM_SIGLIP.fullmatch(timm))
-  if timm and not siglip and not _TIMM_NAME.fullmatch(timm):
+  tower, of_timm = _timm_tower(timm), {}
+  if timm and not tower:
     raise families.unsupported(str(file), family or "this image tower of timm", f"timm_model_name={timm!r:.60}")
-  of_timm = {"timm_pool": ("map",), "timm_proj": ("none",)} if siglip else _TIMM_FIELDS
-  for tower, fields in (("vision_cfg", vision), ("text_cfg", text)):
+  if tower:
+    of_timm = {"timm_pool": tower.pool, "timm_proj": tower.proj}
+    for name, default in (("timm_pool", "avg"), ("timm_proj", "linear")):
+      if (value := vision.get(name, default)) not in of_timm[name]:
+        _reject(f"{file}: vision_cfg.{name}", value, _words(of_timm[name]))
+  for part, fields in (("vision_cfg", vision), ("text_cfg", text)):
     for name, value in fields.items():
       legal = of_timm.get(name) or _OPEN_CLIP_TOWER.get(name, (None, False, 0, 0.0, ""))
       if legal is None or value in legal:
         continue
       if family:
-        raise families.unsupported(str(file), family, f"{tower}.{name:.40}={value!r:.60}")
+        raise families.unsupported(str(file), family, f"{part}.{name:.40}={value!r:.60}")
       supported = _words(legal) if name in of_timm else "a field without effect: false, 0 or an empty text"
-      _reject(f"{file}: {tower}.{name:.40}", value, supported)
+      _reject(f"{file}: {part}.{name:.40}", value, supported)
+
+
+def _timm_tower(name: str) -> TimmTower | None:
+  """The kind of a tower of timm by its name, which may end with that of its weights; None if it is not known."""
+  if _TIMM_SIGLIP.fullmatch(name):
+    return TimmTower("", ("map",), ("none",), {})
+  return next((tower for tower in _TIMM_TOWERS if re.fullmatch(rf"{tower.names}(\.\w+)?", name)), None)
 
 
 def _words(values: Sequence[Any]) -> str:
@@ -245,9 +305,9 @@ def _open_clip_vision(vision: Fields, quick: bool, where: str) -> dict[str, Any]
       "image.heads": SIZES_IN_TIMM[match[1]].heads,
       "image.epsilon": 1e-6,
     }
-  if name:
-    heads = _TIMM_HEADS[name.split("_")[1]]
-    return {"image.activation": "gelu", "image.heads": heads, "image.epsilon": 1e-6}
+  if tower := _timm_tower(name):
+    size = {"image_size": get(vision, "image_size", 224, where)} if name.startswith("convnext") else {}
+    return {**size, **{f"image.{field}": value for field, value in tower.fields.items()}}
   head_width = get(vision, "head_width", 64, where)
   if head_width < 1:
     _reject(f"{where}head_width", head_width, "1 or more")
@@ -255,15 +315,18 @@ def _open_clip_vision(vision: Fields, quick: bool, where: str) -> dict[str, Any]
     if head_width != 64:
       _reject(f"{where}head_width", head_width, "64 for a ResNet, whose attention pool has heads of 64 channels")
     return {}
+  attentional, heads = get(vision, "attentional_pool", False, where), get(vision, "attn_pooler_heads", 8, where)
+  if attentional and heads != 8:
+    _reject(f"{where}attn_pooler_heads", heads, 8)
   pool, norm_after = get(vision, "pool_type", "tok", where), get(vision, "final_ln_after_pool", False, where)
-  if pool not in ("tok", "avg") or (pool == "avg" and not norm_after):
+  if pool not in ("tok", "avg") or (pool == "avg" and not norm_after) or (pool == "avg" and attentional):
     _reject(f"{where}pool_type", pool, "'tok', and 'avg' with final_ln_after_pool")
   return {
     "image.activation": _open_clip_activation(vision, quick, where),
     "image.heads": get(vision, "width", 768, where) // head_width,
     "image.epsilon": _epsilon(vision, where),
     "image.pre_norm": not get(vision, "no_ln_pre", False, where),
-    "image.pooling": "token" if pool == "tok" else "average",
+    "image.pooling": "query" if attentional else "token" if pool == "tok" else "average",
   }
 
 
@@ -299,8 +362,19 @@ def _three(values: Any, where: str) -> tuple[float, ...]:
 def _hugging_face(folder: Path) -> dict[str, Any]:
   file = folder / "config.json"
   about = read_json(file)
+  if match := re.fullmatch(r"(clip|siglip|metaclip_2)_(vision|text)_model", str(about.get("model_type"))):
+    whole = {"model_type": match[1], f"{match[2]}_config": about}  # the fields of one tower, which is alone
+    found = _of_transformers(whole, file, with_images=match[2] == "vision")
+    absent = "text." if match[2] == "vision" else "image."
+    return {name: value for name, value in found.items() if not name.startswith(absent)}
+  return _of_transformers(about, file)
+
+
+def _of_transformers(about: Fields, file: Path, with_images: bool = True) -> dict[str, Any]:
+  """The settings of a `config.json` of transformers, and of the files beside it; preprocessing only `with_images`."""
+  folder = file.parent
   if (kind := about.get("model_type")) == "siglip":
-    return _siglip(about, file)
+    return _siglip(about, file, with_images)
   if kind not in ("clip", "metaclip_2"):
     if family := families.of_transformers(kind):
       raise families.unsupported(str(file), family, f"model_type={kind!r}")
@@ -323,7 +397,7 @@ def _hugging_face(folder: Path) -> dict[str, Any]:
     "image.epsilon": get(vision, "layer_norm_eps", 1e-5, where),
   }
   settings |= tokenizer_beside(folder) if kind == "metaclip_2" else {}
-  return settings | _processor(folder, get(vision, "image_size", 224, where))
+  return settings | (_processor(folder, get(vision, "image_size", 224, where)) if with_images else {})
 
 
 def _activation(tower: Fields, default: str, where: str) -> str:
@@ -331,7 +405,7 @@ def _activation(tower: Fields, default: str, where: str) -> str:
   return _ACTIVATIONS.get(name, name)
 
 
-def _siglip(about: Fields, file: Path) -> dict[str, Any]:
+def _siglip(about: Fields, file: Path, with_images: bool) -> dict[str, Any]:
   """The settings of transformers' SiglipModel, with defaults for B/16 at 224 pixels."""
   vision, text = (get(about, name, {}, f"{file}: ") for name in ("vision_config", "text_config"))
   settings: dict[str, Any] = {}
@@ -344,8 +418,11 @@ def _siglip(about: Fields, file: Path) -> dict[str, Any]:
     _reject(f"{file}: vision_config.vision_use_head", False, True)
   eot = get(text, "eos_token_id", _NO_END, f"{file}: text_config.")
   settings |= {"text.eot": 1 if eot == _NO_END else eot}
+  settings |= _siglip_tokenizer(file.parent)
+  if not with_images:
+    return settings
   settings["image_size"] = get(vision, "image_size", 224, f"{file}: vision_config.")
-  return settings | _siglip_tokenizer(file.parent) | _processor(file.parent, settings["image_size"], _SIGLIP_PROCESSOR)
+  return settings | _processor(file.parent, settings["image_size"], _SIGLIP_PROCESSOR)
 
 
 def _siglip_tokenizer(folder: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from declip_jax.runtime.retention import KeepBest
 from declip_jax.weights import dialects, families, hub
 from declip_jax.weights.folders import ARRAYS, EXPORT_FILE, is_run, nearby_runs, weights_file
 from declip_jax.weights.layout import (
+  Entry,
   ModelFields,
   StateDict,
   abstract_variables,
@@ -76,7 +77,8 @@ class Weights(NamedTuple):
     origin: project or run that they are from, for messages.
     model: the model's `config.model`, as nested dicts.
     heads: names of `models.heads.HEADS`.
-    params, collections: float32 trees; a SimCLR model has neither text tower nor projections.
+    params, collections: float32 trees; a SimCLR model has neither text tower nor projections, and one tower of
+      transformers only its own parameters.
     view: preprocessing of images for evaluation.
     rest: tensors of the file that have no place in the model, under OpenAI's names.
     remarks: guesses and omissions that a user should know of.
@@ -189,7 +191,7 @@ def from_state_dict(
     kind: file format, "torchscript" for OpenAI's archives; see `TensorFile`.
     extras: other values of the file, such as an epoch.
   """
-  tensors, remarks = _of_one_model(tensors, name)
+  tensors, remarks = _of_one_model(dialects.with_prefix_of_tower(tensors), name)
   dialect = dialects.recognise(tensors)
   if dialect is None:
     raise _mismatch(name, tensors, f"{name} is not a CLIP, SLIP or DeCLIP checkpoint; its tensors", [*tensors])
@@ -202,12 +204,12 @@ def from_state_dict(
     raise _mismatch(name, tensors, refusal, [_first_line(error)]) from error
   of_view = {field: given.pop(field) for field in (*VIEW, "text.context_length") if field in given}
   model = with_fields(found.model, given, name)
-  if "joint" in found.heads and not 0 <= model["text"]["eot"] < model["text"]["vocab_size"]:
+  if "text" in found.sides and not 0 <= model["text"]["eot"] < model["text"]["vocab_size"]:
     raise ValueError(
       f"{name}: text.eot={model['text']['eot']}: expected an id of the {model['text']['vocab_size']} tokens"
     )
   _, variables = _abstract(model, found.heads, found.image_size, f"{name} ({dialect})")
-  entries = layout(model, found.heads)
+  entries = _present(layout(model, found.heads), found.sides, translated)
   expected = expected_shapes(variables, entries)
   if wrong := _differences(translated, expected):
     raise _mismatch(name, tensors, f"{name} ({dialect}) does not match the model that its tensors suggest", wrong)
@@ -222,7 +224,7 @@ def from_state_dict(
     origin="open_clip" if dialect == "OpenAI" and _is_open_clips(name, extras or {}) else dialect,
     model=model,
     heads=tuple(found.heads),
-    params=tree["params"],
+    params={"heads": {}, **tree["params"]},
     collections={half: tree.get("collections", {}).get(half, {}) for half in ("towers", "heads")},
     view=EvalView(found.image_size, resize, found.interpolation, model["mean"], model["std"], found.squash),
     rest=rest,
@@ -230,6 +232,23 @@ def from_state_dict(
     remarks=(*_assumptions(found, model, {*given, *of_view}), *found.remarks, *remarks),
   )
   return _with_settings(weights, of_view, name)
+
+
+def _present(entries: Mapping[str, Entry], sides: tuple[str, ...], tensors: Collection[str]) -> dict[str, Entry]:
+  """The entries of the towers that there are; one alone may have no projection, and has no temperature."""
+  return {
+    path: entry
+    for path, entry in entries.items()
+    if not _may_lack(path.removeprefix("params/"), sides) or all(name in tensors for name in entry.names)
+  }
+
+
+def _may_lack(path: str, sides: Collection[str]) -> bool:
+  """Whether weights with these towers may lack a parameter that a whole model has."""
+  if len(sides) != 1:
+    return False
+  other = "text" if "image" in sides else "image"
+  return path.startswith((f"towers/{other}/", "heads/image_projection/", "heads/text_projection/", "heads/logit_scale"))
 
 
 def _check_decided(found: Recognised, name: str) -> None:
@@ -245,13 +264,14 @@ def _how_to_set(field: str, value: str) -> str:
 
 def _assumptions(found: Recognised, model: ModelFields, given: Collection[str]) -> list[str]:
   """A remark on fields that neither the file nor the settings determine, if there are any."""
-  values = flatten_dict(dict(model), sep=".") | {"squash": found.squash, "interpolation": found.interpolation}
+  values = flatten_dict(dict(model), sep=".")
+  values |= {field: getattr(found, field) for field in ("squash", "interpolation", "image_size")}
   fields = [field for field in found.assumed if field not in given]
   if not (assumed := [f"{field}={values[field]!r}" for field in fields]):
     return []
   pooled = values.get("image.pooling", "map")  # that of a ResNet, too, is known by its tensors
-  masks = {"text.causal", "text.pooling"} if "joint" in found.heads else set()
-  masks |= {"image.pooling"} if pooled != "map" else set()
+  masks = {"text.causal", "text.pooling"} if "text" in found.sides else set()
+  masks |= {"image.pooling"} if pooled in ("token", "average") and "image" in found.sides else set()
   project = "SigLIP" if values.get("image.pooling") == "map" else "OpenAI"
   others = "" if masks <= {*given} else f", as are {project}'s masks and pooling"
   return [
@@ -420,11 +440,13 @@ def _with_settings(weights: Weights, settings: Mapping[str, Any], name: str) -> 
   params, remarks = with_positions(weights.params, model, view.size, name)
   _, variables = _abstract(model, weights.heads, view.size, name)
   given, needed = (flatten_dict(tree, sep="/") for tree in (params, variables["params"]))
+  needed = {path: x for path, x in needed.items() if path in given or not _may_lack(path, weights.params["towers"])}
   for path in sorted(given.keys() | needed.keys()):
     shapes = [tree[path].shape if path in tree else "missing" for tree in (given, needed)]
     if shapes[0] != shapes[1]:
       given = listed(map(str, settings))
       raise ValueError(f"{name}: the settings {given} need other weights: {path} is {shapes[0]}, not {shapes[1]}")
+  params = {"heads": {}, **params}  # absent from one tower without a projection
   return weights._replace(model=model, params=params, view=view, remarks=(*weights.remarks, *remarks))
 
 

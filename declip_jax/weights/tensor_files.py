@@ -7,6 +7,7 @@
 | `torch.save` before 1.6 | a pickled magic number | "torch" |
 | `torch.jit.save`, such as OpenAI's release of CLIP | a zip with `*/constants.pkl` and `*/code/` | "torchscript" |
 | `numpy.savez`, as big_vision writes it | a zip with only `*.npy` | "npz" |
+| `flax.serialization.to_bytes`, such as `flax_model.msgpack` of transformers | MessagePack of a map | "msgpack" |
 | several of these files and their index | a name that ends with `.index.json` | that of the files |
 
 Those of PyTorch contain a pickle, which `data.storage.unpickler` reads: `_NAMES` makes numbers, containers and
@@ -27,6 +28,7 @@ import re
 from typing import Any, BinaryIO, NamedTuple
 import zipfile
 
+import flax.serialization
 import ml_dtypes
 import numpy as np
 
@@ -45,6 +47,7 @@ _MOST_SHOWN = 140  # characters of names in a message
 _LONGEST_HEADER = 8 << 20  # bytes of the JSON of a safetensors file or an index, which takes up to 30 times the memory
 _MOST_FILES = 1000  # of an index
 _MOST_EXPANSION, _SMALL = 4, 1 << 20  # bytes of all tensors by those of the file; tensors may share memory
+_MESSAGE_PACK = re.compile(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", re.DOTALL)  # a map of strings
 _DAMAGE = (*DAMAGE, zipfile.BadZipFile)
 
 
@@ -53,7 +56,7 @@ class TensorFile(NamedTuple):
 
   Attributes:
     tensors: read-only arrays by their names in the state dict; some share memory or are not contiguous.
-    kind: "torchscript", "torch", "safetensors" or "npz".
+    kind: "torchscript", "torch", "safetensors", "npz" or "msgpack".
     extras: strings, numbers, booleans and Nones next to the state dict; the metadata of a safetensors file.
     left_out: keys of other state dicts in the file, such as a moving average, which were not read.
   """
@@ -119,6 +122,8 @@ def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
         return _read_safetensors(file)
       if start.startswith(b"\x80"):
         return _read_legacy(file)
+      if _MESSAGE_PACK.match(start):
+        return _read_message_pack(file)
       raise ValueError(_describe(start))
   except _DAMAGE as error:
     cause = f"{type(error).__name__}: {' '.join(str(error).split()):.150}"
@@ -285,6 +290,25 @@ def _read_arrays(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]) 
     is_half = array.dtype.kind == "V" and array.dtype.itemsize == 2
     tensors[name.removeprefix("params/").removesuffix(".npy")] = array.view(ml_dtypes.bfloat16) if is_half else array
   return TensorFile(tensors, "npz", {})
+
+
+def _read_message_pack(file: BinaryIO) -> TensorFile:
+  """Arrays by their paths in nested maps, such as "text_model/encoder/layers/0/mlp/fc1/kernel"."""
+  try:
+    content = flax.serialization.msgpack_restore(file.read())
+  except Exception as error:  # of the unpacker or of NumPy, at any field of the file
+    cause = f"{type(error).__name__}: {' '.join(str(error).split()):.100}"
+    raise ValueError(f"damaged, or not MessagePack as Flax writes it ({cause})") from error
+  tensors, pending = {}, [("", content)]
+  while pending:
+    path, value = pending.pop()
+    if isinstance(value, dict):
+      pending += [(f"{path}/{name}".lstrip("/"), inner) for name, inner in value.items()]
+    elif isinstance(value, np.ndarray):
+      tensors[path] = value
+  if not tensors:
+    raise ValueError("no tensors")
+  return TensorFile(tensors, "msgpack", {})
 
 
 def _read_legacy(file: BinaryIO) -> TensorFile:

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 
-from declip_jax.architectures import TowerSize
+from declip_jax.architectures import CONVNEXT_SIZES, TowerSize
 from declip_jax.data.images import EvalView
 from declip_jax.data.text.tokenizer import parse_name
 from declip_jax.runtime.plain_paths import plain_path
@@ -48,8 +48,11 @@ def write(weights: Weights, folder: str | os.PathLike[str], format: str) -> list
   folder = Path(folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(f"{folder} already exists: choose a new folder, nothing is overwritten")
+  if len(weights.params["towers"]) == 1 and "joint" in weights.heads:
+    raise ValueError(f"these weights ({weights.origin}) are one tower: only models of both are exported")
   if format != "orbax":
     _check_embeddings(weights, format)
+    _check_towers(weights, format)
   return FORMATS[format](weights, folder)
 
 
@@ -62,6 +65,20 @@ def _check_embeddings(weights: Weights, format: str) -> None:
   else:
     return
   raise ValueError(f"these weights ({weights.origin}) {reason}: {format} cannot represent them, orbax can")
+
+
+def _check_towers(weights: Weights, format: str) -> None:
+  """Rejects towers that are only read: the other project has them in classes of their own."""
+  model = weights.model
+  image, text = model["image"], model["text"]
+  found = {
+    "norms after attention and MLP (EVA-CLIP)": image.get("branch_norm", False),
+    "a learned query that pools (CoCa)": image.get("pooling") == "query",
+    "a class token of texts (CoCa)": text["pooling"] == "class",
+    "a bias of the projection of images": image["kind"] == "vit" and model["heads"]["image_bias"],
+  }
+  if unlike := [words for words, is_there in found.items() if is_there]:
+    raise ValueError(f"{format} is not written for {', '.join(unlike)}; orbax can represent these weights")
 
 
 def _open_clip(weights: Weights, folder: Path) -> list[str]:
@@ -147,6 +164,8 @@ def _open_clip_vision(weights: Weights, tensors: StateDict, notes: list[str]) ->
   image, size = weights.model["image"], weights.view.size
   if image["kind"] == "resnet":
     return {"image_size": size, "layers": list(image["layers"]), "width": image["width"], "patch_size": None}, "OpenAI"
+  if image["kind"] == "convnext":
+    return _open_clip_convnext(weights), "open_clip, ConvNeXt of timm"
   if image["kind"] != "vit":
     raise ValueError(f"open_clip cannot represent an image tower of kind {image['kind']!r}")
   size_in_timm = (image["width"], image["depth"], image["heads"])
@@ -180,6 +199,26 @@ def _open_clip_vision(weights: Weights, tensors: StateDict, notes: list[str]) ->
     fields |= {"pool_type": "avg", "final_ln_after_pool": True}
   _fold_patch_bias(tensors, notes)
   return fields, "OpenAI"
+
+
+def _open_clip_convnext(weights: Weights) -> dict[str, Any]:
+  """The `vision_cfg` of a ConvNeXt, which is timm's."""
+  image, heads = weights.model["image"], weights.model["heads"]
+  size = (tuple(image["widths"]), tuple(image["layers"]))
+  name = next((name for name, known in CONVNEXT_SIZES.items() if known == size), "")
+  epsilon = 1e-5 if name == "xxlarge" else 1e-6
+  if not name or image["epsilon"] != epsilon or image["hidden"] not in (0, 2 * heads["embed_dim"]):
+    raise ValueError(
+      f"open_clip can represent the ConvNeXts of timm, {', '.join(CONVNEXT_SIZES)}, with a hidden layer twice as wide "
+      f"as the joint space or none; not {dict(image)}"
+    )
+  return {
+    "timm_model_name": f"convnext_{name}",
+    "timm_model_pretrained": False,
+    "timm_pool": "",
+    "timm_proj": "mlp" if image["hidden"] else "linear",
+    "image_size": weights.view.size,
+  }
 
 
 def _open_clip_siglip(weights: Weights, notes: list[str]) -> dict[str, Any]:

@@ -105,7 +105,10 @@ def test_the_end_of_texts_of_hugging_face(text: dict, eot: int, tmp_path: Path) 
   [
     (CLIP | {"model_type": "siglip2"}, r"SigLIP 2 .*NaFlex\) is not supported.* model_type='siglip2'"),
     ({"model_type": "siglip", "vision_config": {"vision_use_head": False}}, "vision_use_head=False is not supported"),
-    (CLIP | {"model_type": "clip_vision_model"}, "one tower of CLIP is not supported"),
+    (
+      {"model_type": "clip_vision_model", "num_attention_heads": "8"},
+      "num_attention_heads='8': expected a value like 12",
+    ),
     (CLIP | {"model_type": "bert"}, "model_type='bert' is not supported, only 'clip', 'metaclip_2' and 'siglip'"),
     (CLIP | {"vision_config": []}, r"vision_config=\[\]: expected a value like {}"),
     (
@@ -208,7 +211,13 @@ def write_open_clip(folder: Path, change: dict) -> None:
     ({"model_cfg.text_cfg.heads": "2"}, "text_cfg.heads='2': expected a value like 8"),
     ({"model_cfg.text_cfg.no_causal_mask": True}, {"text.causal": False}),
     (
-      {"model_cfg.vision_cfg.timm_model_name": "vit_base_patch8_siglip_224"},
+      {
+        "model_cfg.vision_cfg": {
+          "timm_model_name": "vit_base_patch8_siglip_224",
+          "timm_pool": "map",
+          "timm_proj": "none",
+        }
+      },
       "timm_model_name='vit_base_patch8_siglip_224' is not supported, only .*vit_base_patch16_siglip_224",
     ),
     ({"model_cfg": 3}, "model_cfg=3: expected a value like {}"),
@@ -230,9 +239,9 @@ FAMILIES = {
   "Perception Encoder": {"vision_cfg.timm_model_name": "vit_pe_core_base_patch16_224"},
   "MobileCLIP": {"vision_cfg.timm_model_name": "fastvit_mci1", "vision_cfg.timm_drop_path": 0.1},
   "EVA-CLIP": {"vision_cfg.timm_model_name": "eva02_base_patch16_clip_224"},
-  "ConvNeXt": {"vision_cfg.timm_drop_path": 0.1, "vision_cfg.timm_model_name": "convnext_base"},
+  "ConvNeXt": {"vision_cfg.timm_drop_path": 0.1, "vision_cfg.timm_model_name": "convnextv2_base"},
   "ViTamin": {"vision_cfg.timm_drop_path": 0.1, "vision_cfg.timm_model_name": "vitamin_base_224"},
-  "CoCa": {"vision_cfg.output_tokens": True, "multimodal_cfg": {"width": 512}},
+  "CoCa": {"text_cfg.pad_id": 1, "multimodal_cfg": {"width": 512}},
   "xlm-roberta-base": {"text_cfg.hf_model_name": "xlm-roberta-base", "text_cfg.hf_pooler_type": "mean_pooler"},
   "layer scale": {"vision_cfg.ls_init_value": 1e-4},
 }
