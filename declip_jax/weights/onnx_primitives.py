@@ -102,8 +102,12 @@ def _compute(equation: Any, arrays: Sequence[Any]) -> np.ndarray:
 
 def _scan(graph: Graph, fields: Fields, inputs: list[Tensor]) -> list[Tensor]:
   """A loop over the layers of stacked parameters, unrolled; it has no outputs but what it carries."""
-  scope, split = graph.scope, fields["num_consts"] + fields["num_carry"]
-  shared, carried, layers = inputs[: fields["num_consts"]], inputs[fields["num_consts"] : split], inputs[split:]
+  scope, inner = graph.scope, fields["jaxpr"].jaxpr if hasattr(fields["jaxpr"], "jaxpr") else fields["jaxpr"]
+  # What is scanned has one axis more outside than inside; the names of these counts differ between versions of JAX.
+  ranks = [len(variable.aval.shape) for variable in inner.invars]
+  split = sum(len(tensor.shape) == rank for tensor, rank in zip(inputs, ranks, strict=True))
+  first = split - len(inner.outvars)
+  shared, carried, layers = inputs[:first], inputs[first:split], inputs[split:]
   if fields["reverse"] or not all(isinstance(tensor.content, np.ndarray) for tensor in layers):
     raise ValueError("ONNX: only loops over the layers of a tower can be translated; export to another format")
   for index in range(fields["length"]):
