@@ -8,6 +8,7 @@
 # make wheel         builds the wheel into dist/
 # make test-device   the tests that need a GPU or TPU; they are skipped where there is none
 # make mutate        inserts bugs into a copy of the package, one at a time, and counts those that the fast tests catch
+# make fuzz          reads 20,000 mutated models in every format: right tensors or a clear error; fifteen minutes
 # make docs          builds the documentation into site/, in .venv-docs; fails with any warning, such as a dead link
 # make docs-notebooks  executes the notebooks, whose outputs the site then shows; NOTEBOOKS="demo methods" only some
 # make check         what CI runs: format, lint, types, fast tests, and slow tests until SLOW_SECONDS are over
@@ -25,7 +26,7 @@ RUN ?= runs/demo
 # Large pages for the arrays of a step: the demo takes a fifth less time. Only glibc reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow test-all test-interop test-trackers test-browser test-wheel test-device wheel mutate docs \
+.PHONY: demo test test-slow test-all test-interop test-trackers test-browser test-wheel test-device wheel fuzz mutate docs \
 	docs-notebooks lint check clean
 
 demo: $(VENV)/installed
@@ -42,6 +43,9 @@ test-slow: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest -n 2 --dist load --maxschedchunk 1 -m slow $(ARGS)
 
 test-all: test test-slow
+
+fuzz: $(VENV)/installed-dev
+	$(PYTEST) tests/weights/reader_fuzz_test.py --mutations=20000 $(ARGS)
 
 test-interop: $(VENV)-interop/installed
 	$(VENV)-interop/bin/python -m pytest -n 2 tests/interop $(ARGS)

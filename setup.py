@@ -118,6 +118,7 @@ setup(
     "https": ["aiohttp>=3.12"],
     "huggingface": ["datasets>=3.0"],
     "hub": ["huggingface_hub>=1.0"],  # hf-hub:ORG/NAME
+    "onnx": ["onnx>=1.20"],  # export --format onnx
     "search": ["usearch>=2.26"],  # the search page with more than a million images
     "tokenizers": ["sentencepiece>=0.2", "tokenizers>=0.21"],
     "wandb": ["wandb>=0.31"],
@@ -134,7 +135,8 @@ setup(
     ],
     "dev": [
       "beartype>=0.20",
-      "declip_jax[hub,huggingface,tokenizers,train]",
+      "declip_jax[hub,huggingface,onnx,tokenizers,train]",
+      "onnxruntime>=1.24",
       "psutil>=6",
       "pyrefly>=1.5",
       "pytest>=8",

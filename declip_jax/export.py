@@ -2,6 +2,7 @@
 
   open_clip    a folder for open_clip.create_model_and_transforms("local-dir:DIR") and CLIP_benchmark
   huggingface  a folder for CLIPModel and CLIPProcessor of transformers
+  onnx         image.onnx and text.onnx for onnxruntime and others, with the files of a processor (extra onnx)
   orbax        parameters only, for declip_jax.load and config.init_from; the only format for FILIP and SimCLR
 
 RUN is the working directory of a run, or one of its checkpoints; --weights exports any other checkpoint that

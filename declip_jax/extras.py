@@ -21,6 +21,7 @@ EXTRAS = {
   "tensorflow_datasets": "train",
   "datasets": "huggingface",
   "huggingface_hub": "hub",
+  "onnx": "onnx",
   "sentencepiece": "tokenizers",
   "tokenizers": "tokenizers",
   "usearch": "search",
@@ -99,4 +100,5 @@ else:
   sentencepiece = _Lazy("sentencepiece")
   tensorflow_datasets = _Lazy("tensorflow_datasets")
   tokenizers = _Lazy("tokenizers")
+onnx: Any = _Lazy("onnx")
 usearch_index: Any = _Lazy("usearch.index")

@@ -1,5 +1,7 @@
 """The state of a run before its first step: random, or from other weights."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from declip_jax import build
@@ -32,6 +34,18 @@ def _about_squash(weights: Weights, config: ConfigDict) -> list[str]:
   ]
 
 
+def _about_temperature(state: State, config: ConfigDict) -> list[str]:
+  """Reports a temperature that the first step moves into its range, such as SigLIP's in a run of CLIP."""
+  scale, bounds = state.params["heads"].get("logit_scale"), config.optimizer.logit_scale_range
+  if scale is None or not bounds or bounds[0] <= float(scale) <= bounds[1]:
+    return []
+  nearest = min(max(float(scale), bounds[0]), bounds[1])
+  return [
+    f"the inverse temperature of these weights, {math.exp(scale):.4g}, becomes {math.exp(nearest):.4g} after the first "
+    "step, by config.optimizer.logit_scale_range; () keeps it"
+  ]
+
+
 def first_state(
   config: ConfigDict, built: build.Built, abstract: State, weights: Weights | None
 ) -> tuple[State, list[str]]:
@@ -51,7 +65,7 @@ def first_state(
   if weights is None:
     return state, []
   state, messages = initialise(state, weights, config.init_from.groups, model)
-  messages += _about_squash(weights, config)
+  messages += _about_squash(weights, config) + _about_temperature(state, config)
   if config.init_from.templates:
     names, remark = names_for_prompts(config.model.heads.classnames)
     messages += [remark] if remark else []

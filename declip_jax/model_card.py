@@ -18,7 +18,7 @@ from declip_jax.spelling import counted
 from declip_jax.weights import hub
 from declip_jax.weights.read import Weights, run_of
 
-_LIBRARIES = {"open_clip": "open_clip", "huggingface": "transformers", "orbax": "declip_jax"}
+_LIBRARIES = {"open_clip": "open_clip", "huggingface": "transformers", "onnx": "onnx", "orbax": "declip_jax"}
 _LICENCES = "https://huggingface.co/docs/hub/repositories-licenses"
 # The hub's names of our evaluators; others keep their names in results.
 _TASKS = {
@@ -40,6 +40,10 @@ tokenizer = open_clip.get_tokenizer("hf-hub:{name}")""",
 
 model = CLIPModel.from_pretrained("{name}")
 processor = CLIPProcessor.from_pretrained("{name}")""",
+  "onnx": """import huggingface_hub, onnxruntime
+
+folder = huggingface_hub.snapshot_download("{name}")
+image, text = (onnxruntime.InferenceSession(f"{{folder}}/{{side}}.onnx") for side in ("image", "text"))""",
 }
 _USE_HERE = """import declip_jax
 
@@ -159,7 +163,9 @@ def _has_text(export: Export) -> bool:
 def _use(export: Export) -> str:
   ours = _USE_HERE if _has_text(export) else _USE_IMAGES
   parts = [_USE[export.format]] if export.format in _USE else []
-  return "\n\n".join(part.format(name=export.name) for part in (*parts, ours))
+  if export.format != "onnx":  # which `load` does not read
+    parts.append(ours)
+  return "\n\n".join(part.format(name=export.name) for part in parts)
 
 
 def _training_rows(export: Export, training: Mapping[str, Any]) -> list[tuple[str, str]]:

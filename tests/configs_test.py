@@ -247,6 +247,12 @@ TABLES = {
     "yfcc15m_clip": (31.3,),
     "yfcc15m_declip": (41.9,),
   },
+  # Those of SigLIP 2 are in the README of its release.
+  "siglip": {
+    "siglip_b_16": (73.4,),
+    "siglip2_b_16": (79.1,),
+    "siglip2_l_16": (82.5,),
+  },
   "slip": {
     "clip_base_25ep": (37.6, 66.5, 80.5),
     "clip_base_cc12m_35ep": (36.5, 69.0, 82.1),
@@ -399,6 +405,24 @@ def test_every_result_has_the_published_parameter_count(name: str) -> None:
 
 
 # The recipes of the sources.
+
+
+@pytest.mark.parametrize(
+  ("entry", "steps", "size", "tokens", "vocabulary"),
+  [("siglip_b_16", 274_659, 224, 16, 32_000), ("siglip2_b_16", 1_220_704, 256, 64, 256_000)],
+)
+def test_siglips_have_the_settings_of_their_papers(
+  entry: str, steps: int, size: int, tokens: int, vocabulary: int
+) -> None:
+  """9 and 40 billion pairs in batches of 32,768; temperature and bias start at 10 and -10, without bounds."""
+  c = get(f"siglip/{entry}")
+  o, heads, found = c.optimizer, c.model.heads, build.to_steps(c, EPOCH)
+  assert (found.total, found.schedule.warmup, found.schedule.schedule) == (steps, 20_000, "cosine")
+  assert (o.name, o.learning_rate, o.weight_decay, o.gradient_clip, o.b2) == ("adamw", 1e-3, 1e-4, 1.0, 0.95)
+  assert (heads.logit_scale_init, heads.logit_bias_init, o.logit_scale_range) == (np.log(10), -10, ())
+  assert (c.data.image_size, c.model.text.context_length, c.model.text.vocab_size) == (size, tokens, vocabulary)
+  assert (c.data.squash, c.model.mean, c.model.std) == (True, (0.5,) * 3, (0.5,) * 3)
+  assert make_objective(c.objective.to_dict()).weights == {"sigmoid": 1.0}
 
 
 @pytest.mark.parametrize(

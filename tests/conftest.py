@@ -57,6 +57,8 @@ SLOW_FIRST = (
 def pytest_addoption(parser: pytest.Parser) -> None:
   text = "skip the tests that have not begun this many seconds after the start"
   parser.addoption("--stop-after", type=float, default=None, metavar="SECONDS", help=text)
+  text = "files that the tests of mutated models read, together"
+  parser.addoption("--mutations", type=int, default=600, metavar="COUNT", help=text)
   parser.addoption("--extended", action="store_true", help="add the toys of toy_extension.py to the package")
 
 

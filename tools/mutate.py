@@ -53,6 +53,7 @@ _METRICS, _RANKS = "evals/metrics_test.py evals/zero_shot_test.py", "evals/ranks
 _PROBE, _PROTOCOLS = "evals/linear_probe_test.py", "evals/wrong_variants_test.py"
 _SEARCH = "image_search/server_test.py"
 _SIGLIP = "weights/siglip_test.py"
+_ONNX = "weights/onnx_test.py"
 # fmt: off
 MUTATIONS = [
   # Terms.
@@ -526,6 +527,15 @@ MUTATIONS = [
            "jnp.where(state.step == first_step, 0,", "jnp.where(state.step < first_step, 0,", "stages_test.py"),
   Mutation("small images train the first position embeddings", "models/positions.py",
            "resized.reshape(size - first, -1)])", "positions[first:size]])", "models/positions_test.py"),
+  Mutation("ONNX takes the other branch", "weights/onnx_primitives.py",
+           '"Where", condition, yes, no', '"Where", condition, no, yes', _ONNX),
+  Mutation("ONNX embeddings are not of unit norm", "weights/write.py",
+           "return unit_norm(model.text_features(**params, tokens=tokens))",
+           "return model.text_features(**params, tokens=tokens)", _ONNX),
+  Mutation("ONNX repeats the first layer", "weights/onnx_primitives.py",
+           "constant(tensor.content[index])", "constant(tensor.content[0])", _ONNX),
+  Mutation("ONNX windows are averaged", "weights/onnx_primitives.py",
+           "constant(np.float32(math.prod(window)))", "constant(np.float32(1))", _ONNX),
   Mutation("the worst checkpoints are kept", "runtime/retention.py",
            "not math.isnan(score)), reverse=True)", "not math.isnan(score)))", "runtime/checkpoint_test.py"),
   Mutation("the last checkpoint of an interval is kept", "runtime/retention.py",

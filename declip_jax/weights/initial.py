@@ -31,6 +31,7 @@ GROUPS = {
   "text": ("towers/text", "heads/text_projection"),
   "heads": ("heads",),
 }
+_TEMPERATURE, _BIAS = "params/heads/logit_scale", "params/heads/logit_bias"  # the second one is of the sigmoid loss
 # Fields of a tower that may differ between the weights and the run.
 _MAY_DIFFER = {
   "image": ("initializer", "norm_groups"),
@@ -118,7 +119,8 @@ def load_weights(
   Position embeddings of images are resized by cubic interpolation, as in open_clip. Position embeddings of texts and
   token embeddings are cut, or keep their random entries at the end (open_clip interpolates positions of texts, which
   moves every position). A projection or head of another shape stays random; a bias that a projection did not have
-  starts at zero.
+  starts at zero. A sigmoid loss whose bias the weights do not have starts with its own temperature, too: with CLIP's
+  and a bias of -10, it would take most pairs for matches.
 
   Args:
     params, collections: randomly initialised arrays.
@@ -134,6 +136,7 @@ def load_weights(
   fresh = flatten_dict({"params": params, "collections": collections}, sep="/")
   given = flatten_dict({"params": weights.params, "collections": weights.collections}, sep="/")
   merged, changed = dict(fresh), []
+  new_bias = _BIAS in fresh and _BIAS not in given
   for path, leaf in fresh.items():
     below = path.split("/", 1)[1]
     if not _is_in(below, groups):
@@ -142,6 +145,8 @@ def load_weights(
       if below.endswith("_projection/bias") and path.replace("/bias", "/kernel") in given:
         merged[path] = _placed(leaf, np.zeros(leaf.shape))
         changed.append(f"initialised to zero: {below}")
+    elif new_bias and path == _TEMPERATURE:
+      changed.append(f"not loaded: {below}, since these weights have no bias of a sigmoid loss")
     elif isinstance(leaf, Bank):
       if leaf.entries.shape == given[path].entries.shape:
         merged[path] = jax.tree.map(_placed, leaf, given[path])

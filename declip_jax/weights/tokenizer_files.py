@@ -17,6 +17,7 @@ _FILES = {
 }
 # Names of exported files by the kind of tokenizer.
 _EXPORTED = {"huggingface": "tokenizer.json", "sentencepiece": "spiece.model"}
+_LONGEST = 64  # characters of a token that marks the start or the padding of texts; a longer one is damaged
 # How open_clip cleans texts for a tokenizer of transformers, by the name in `tokenizer_kwargs.clean`.
 OPEN_CLIP_STEPS = {
   "canonicalize": ("repair", "underscores", "lower", "no_punctuation", "spaces"),
@@ -168,4 +169,5 @@ def _token(token: Any) -> str:
   """A token of a config, which may have other fields than its content; "" if an option cannot name it."""
   if isinstance(token, dict):
     token = token.get("content")
-  return token if isinstance(token, str) and not set(token) & set("&,=") else ""
+  usable = isinstance(token, str) and len(token) <= _LONGEST and not set(token) & set("&,=")
+  return token if usable else ""

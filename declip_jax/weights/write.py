@@ -1,4 +1,4 @@
-"""Writes our parameters as files of open_clip and Hugging Face, and as an orbax export, without PyTorch."""
+"""Writes our parameters as files of open_clip and Hugging Face, as ONNX and as an orbax export, without PyTorch."""
 
 from collections.abc import Callable, Mapping
 import json
@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from einops import rearrange
+import jax
+from jaxtyping import Float, Int
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
@@ -13,10 +16,16 @@ import safetensors.numpy
 from declip_jax.architectures import CONVNEXT_SIZES, TowerSize
 from declip_jax.data.images import EvalView
 from declip_jax.data.text.tokenizer import parse_name
+from declip_jax.extras import import_package
+from declip_jax.models.model import make_model
 from declip_jax.runtime.plain_paths import plain_path
+from declip_jax.unit_norm import unit_norm
+from declip_jax.views import Views
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import ModelFields, StateDict, layout, to_state_dict
 from declip_jax.weights.model_configs import EXACT_IN_TIMM, SIZES_IN_TIMM, TANH_IN_TIMM
+from declip_jax.weights.onnx_graph import Interface
+from declip_jax.weights.onnx_primitives import write_onnx
 from declip_jax.weights.read import EXPORT_FILE, Weights
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
 from declip_jax.weights.tokenizer_files import OPEN_CLIP_STEPS, copy_tokenizer, exported_files
@@ -35,12 +44,13 @@ def write(weights: Weights, folder: str | os.PathLike[str], format: str) -> list
   Args:
     weights: weights to write.
     folder: new or empty folder.
-    format: "open_clip", "huggingface" or "orbax".
+    format: "open_clip", "huggingface", "onnx" or "orbax".
 
   Returns:
     Notes on what was omitted or changed.
 
   Raises:
+    ModuleNotFoundError: the extra `onnx` is missing; nothing is written.
     ValueError: unknown format, a folder in use, or a model that the format cannot represent; nothing is written.
   """
   if format not in FORMATS:
@@ -304,7 +314,7 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
   _save(folder, "model.safetensors", dialects.from_openai(tensors, "Hugging Face"))
   _write_json(folder / "config.json", config)
   _write_preprocessor(weights.view, folder)
-  if text["tokenizer"] == "openai" and text["vocab_size"] in OPENAI_VOCABULARIES and text["eot"] == OPENAI_EOT:
+  if _has_openai_tokenizer(text):
     _write_tokenizer(text["context_length"], folder)
   else:
     notes.append(_without_tokenizer(text, "CLIPProcessor has none"))
@@ -351,10 +361,7 @@ def _siglip(weights: Weights, folder: Path) -> list[str]:
       "num_channels": 3,
     },
   }
-  kind, _, options = parse_name(text["tokenizer"])
-  known, tokenizer = _SIGLIP_TOKENIZERS.get((kind, options.get("clean"))), {}
-  if known and options.get("start") == ("none",):
-    tokenizer = exported_files(text["tokenizer"], text["context_length"], **known)
+  tokenizer = _siglip_tokenizer(text)
   if not tokenizer:
     notes.append(_without_tokenizer(text, "SiglipProcessor has none"))
   _save(folder, "model.safetensors", dialects.from_openai(tensors, "SigLIP in transformers"))
@@ -372,6 +379,60 @@ _SIGLIP_TOKENIZERS = {
   },
   ("huggingface", ("lower",)): {"tokenizer_class": "Siglip2Tokenizer"},
 }
+
+
+def _siglip_tokenizer(text: ModelFields) -> dict[str, bytes]:
+  """The files of SigLIP's or SigLIP 2's tokenizer for transformers; empty if it is another one."""
+  kind, _, options = parse_name(text["tokenizer"])
+  known = _SIGLIP_TOKENIZERS.get((kind, options.get("clean")))
+  usable = known and options.get("start") == ("none",)
+  return exported_files(text["tokenizer"], text["context_length"], **known) if usable else {}
+
+
+def _has_openai_tokenizer(text: ModelFields) -> bool:
+  known = text["vocab_size"] in OPENAI_VOCABULARIES and text["eot"] == OPENAI_EOT
+  return text["tokenizer"] == "openai" and known
+
+
+def _onnx(weights: Weights, folder: Path) -> list[str]:
+  """`image.onnx` and `text.onnx`, from float32 inputs and ids to unit embeddings, and the files of a processor.
+
+  The names of inputs and outputs are those of transformers, and so are the files. Texts are as long as in training.
+  """
+  import_package("onnx")  # before anything is written
+  image, text, notes = weights.view, weights.model["text"], _omitted(weights)
+  model = make_model({**weights.model, "dtype": "float32"}, views=Views(), heads=weights.heads)
+  params = {"params": weights.params, "collections": weights.collections}
+
+  def encode_image(params: Any, pixels: Float[jax.Array, "b c h w"]) -> Float[jax.Array, "b d"]:
+    return unit_norm(model.image_features(**params, images=rearrange(pixels, "b c h w -> b h w c")))
+
+  def encode_text(params: Any, tokens: Int[jax.Array, "b t"]) -> Float[jax.Array, "b d"]:
+    return unit_norm(model.text_features(**params, tokens=tokens))
+
+  pixels = Interface("pixel_values", "image_embeds", (3, image.size, image.size), np.float32)
+  ids = Interface("input_ids", "text_embeds", (text["context_length"],), np.int64)
+  facts = _onnx_facts(weights)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_onnx(encode_image, params, pixels, folder / "image.onnx", facts)
+  write_onnx(encode_text, params, ids, folder / "text.onnx", facts)
+  siglip = _siglip_tokenizer(text)
+  _write_preprocessor(image, folder, "Siglip" if siglip else "CLIP")
+  if _has_openai_tokenizer(text):
+    _write_tokenizer(text["context_length"], folder)
+  elif tokenizer := siglip or exported_files(text["tokenizer"], text["context_length"]):
+    _write_files(folder, tokenizer)
+  else:
+    notes.append(_without_tokenizer(text, "the folder has none"))
+  return notes
+
+
+def _onnx_facts(weights: Weights) -> dict[str, str]:
+  """What a user of the two models needs besides them: logits are `logit_scale * cosine + logit_bias`."""
+  heads, largest = weights.params["heads"], weights.model["heads"]["max_scale"]
+  scale = float(np.exp(heads["logit_scale"]))
+  facts = {"logit_scale": min(scale, largest) if largest else scale, "logit_bias": float(heads.get("logit_bias", 0))}
+  return {"origin": weights.origin} | {name: repr(value) for name, value in facts.items()}
 
 
 def _hugging_face_tower(tower: ModelFields) -> dict[str, Any]:
@@ -444,6 +505,7 @@ def _orbax(weights: Weights, folder: Path) -> list[str]:
 FORMATS: Mapping[str, Callable[[Weights, Path], list[str]]] = {
   "open_clip": _open_clip,
   "huggingface": _hugging_face,
+  "onnx": _onnx,
   "orbax": _orbax,
 }
 

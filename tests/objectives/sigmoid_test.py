@@ -25,6 +25,20 @@ def test_value_and_gradient_equal_open_clip():
     np.testing.assert_allclose(gradient, golden[f"siglip/grad_{field}"], atol=7.5e-7, err_msg=field)
 
 
+def test_value_and_gradient_equal_big_vision():
+  golden = reference.load("siglip_training")
+  names = ("image", "text", "log_scale", "bias")
+
+  def loss(image, text, log_scale, bias):
+    outputs = Outputs(image=unit_norm(image)[None], text=unit_norm(text)[None], scale=jnp.exp(log_scale), bias=bias)
+    return sigmoid(outputs, {})[0]
+
+  value, gradients = jax.jit(jax.value_and_grad(loss, argnums=range(4)))(*(golden[name] for name in names))
+  np.testing.assert_allclose(value, golden["loss"], rtol=1e-6)
+  for name, gradient in zip(names, gradients, strict=True):
+    np.testing.assert_allclose(gradient, golden[f"grad/{name}"], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize(("count", "dim"), [(7, 3), (2, 9), (19, 4)])
 def test_value_and_metrics_equal_loops(count, dim):
   rng = np.random.default_rng(0)

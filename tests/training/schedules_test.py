@@ -79,6 +79,14 @@ def test_schedules_equal_slip_declip_and_open_clip(golden, precision):
     np.testing.assert_allclose(found[name], lr, **limits, err_msg=name)
 
 
+def test_the_cosine_is_that_of_big_vision_but_for_a_shorter_warmup():
+  """Its peak is at the step after the warm-up, ours at the last one of it."""
+  expected = reference.load("siglip_training")["rates"]
+  found = make("cosine", len(expected), learning_rate=1e-3, warmup=10, end_learning_rate=0.0)(jnp.arange(len(expected)))
+  np.testing.assert_allclose(found[10:], expected[10:], rtol=2e-6, atol=1e-10)
+  np.testing.assert_allclose(found[:10], expected[:10] * 10 / 9, rtol=2e-6)
+
+
 def test_a_schedule_without_warmup_starts_at_the_peak_and_is_constant_after_the_end():
   steps = jnp.array([0, 5, 10, 99])
   np.testing.assert_allclose(make("cosine")(steps), [1, 0.55, 0.1, 0.1], rtol=1e-6)

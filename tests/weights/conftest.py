@@ -101,3 +101,9 @@ def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubS
   monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
   with server.running():
     yield server
+
+
+@pytest.fixture
+def mutations(request: pytest.FixtureRequest) -> int:
+  """The number of mutated files that the tests of mutated models read, together."""
+  return request.config.getoption("--mutations")

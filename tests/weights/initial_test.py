@@ -151,6 +151,32 @@ def test_a_bank_of_another_shape_is_not_loaded(change: dict, runs: Runs, random_
   assert f"not loaded: heads/bank/text, (1, 32, 16) in the weights and {bank.entries.shape} in the run" in lines
 
 
+def test_the_temperature_belongs_to_its_loss(
+  runs: Runs, random_state: MakeState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """SigLIP's paper starts with 10 and -10; CLIP's bound of 100 is below SigLIP's temperature."""
+  c = bare("siglip", runs("clip"))
+  fresh = random_state(c)
+  state, lines = start(c, fresh)
+  assert "not loaded: heads/logit_scale, since these weights have no bias of a sigmoid loss" in lines
+  for name in ("logit_scale", "logit_bias"):
+    assert state.params["heads"][name] == fresh.params["heads"][name]
+  same, lines = start(bare("siglip", runs("siglip")), fresh)
+  assert lines[-1] == "nothing is newly initialised"
+  assert same.params["heads"]["logit_scale"] != fresh.params["heads"]["logit_scale"]
+  c = bare("clip", runs("siglip"))
+  weights, fresh = read(c), random_state(c)
+  weights.params["heads"]["logit_scale"] = np.float32(np.log(117))
+  monkeypatch.setattr(first_state, "create_state", lambda *args, **options: fresh)
+  built = build.build(c)
+  state, lines = first_state.first_state(c, built, fresh, weights)
+  np.testing.assert_allclose(state.params["heads"]["logit_scale"], np.log(117), rtol=1e-6)
+  (line,) = [line for line in lines if "inverse temperature" in line]
+  assert line.startswith("the inverse temperature of these weights, 117, becomes 100 after the first step")
+  c.optimizer.logit_scale_range = ()
+  assert not [line for line in first_state.first_state(c, built, fresh, weights)[1] if "temperature" in line]
+
+
 def test_settings_add_to_the_file(clip_run: Path) -> None:
   c = bare("clip", clip_run)
   c.init_from.settings = ("image.activation=gelu", "text.heads=1")

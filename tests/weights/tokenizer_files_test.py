@@ -9,7 +9,7 @@ import references as reference
 
 from declip_jax.data.text.tokenizer import make_tokenizer
 from declip_jax.weights.read import from_state_dict, read
-from declip_jax.weights.tokenizer_files import copy_tokenizer, exported_files, resolve_tokenizer
+from declip_jax.weights.tokenizer_files import copy_tokenizer, exported_files, padding_token, resolve_tokenizer
 from declip_jax.weights.write import write
 
 TEXTS = ["a photo of a dog", "", "two cats"]
@@ -70,3 +70,9 @@ def test_our_export_has_the_file_of_its_tokenizer(file: Path, tmp_path: Path) ->
   assert found == f"huggingface:{moved / 'tokenizer.json'}?start=none&clean=lower"
   assert (moved / "tokenizer.json").read_bytes() == content
   assert str(tmp_path) not in (moved / "weights.json").read_text()
+
+
+def test_a_damaged_token_is_not_taken(tmp_path: Path) -> None:
+  for token, found in (("<pad>", "<pad>"), ("<p" * 100, ""), ("a,b", ""), (7, "")):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": token}))
+    assert padding_token(tmp_path) == found

@@ -269,8 +269,8 @@ class SentencePiece:
 
 
 def _cleaned(text: str, steps: Iterable[str]) -> str:
-  """Cleans a text after removing what cannot be encoded: NUL characters and halves of surrogate pairs."""
-  text = text.replace("\0", " ").encode("utf-8", "ignore").decode("utf-8")
+  """Cleans a text after removing what cannot be encoded: halves of surrogate pairs."""
+  text = text.encode("utf-8", "ignore").decode("utf-8")
   return functools.reduce(lambda cleaned, step: STEPS[step](cleaned), steps, text)
 
 
@@ -431,7 +431,7 @@ def make_tokenizer(name: str, context_length: int) -> Tokenizer:
   given = {role: options[option] for option, role in _ROLES.items() if option in options}
   ids = {role: encoder.find(given.get(role, names)) for role, names in _NAMES.items()}
   if missing := next((role for role in given if ids[role] is None and given[role] != ("none",)), None):
-    raise ValueError(f"config.model.text.tokenizer={name!r}: the file has no token {given[missing][0]!r}")
+    raise ValueError(f"config.model.text.tokenizer={name!r}: the file has no token {given[missing][0]!r:.80}")
   if ids["eot"] is None:
     raise ValueError(f"config.model.text.tokenizer={name!r}: no end of text, none of {', '.join(_NAMES['eot'])}")
   new_ids = itertools.count(encoder.size)

@@ -9,6 +9,7 @@ import re
 import ftfy
 import numpy as np
 import pytest
+import references as reference
 
 from declip_jax.data.text import tokenizer as tokenizers
 from declip_jax.weights import vocabulary
@@ -320,3 +321,16 @@ def test_ids_equal_those_of_siglip(siglip, name, file):
 def test_wrong_options_of_a_tokenizer_are_rejected(siglip, options, message):
   with pytest.raises(ValueError, match=f"config.model.text.tokenizer=.*{message}"):
     tokenizers.make_tokenizer(f"sentencepiece:{siglip['folder']}/spiece.model?{options}", 16)
+
+
+def test_a_nul_is_not_a_space(tmp_path):
+  """SentencePiece takes it for an unknown character, and ftfy, as all control characters, for nothing."""
+  pytest.importorskip("sentencepiece")
+  (tmp_path / "spiece.model").write_bytes(reference.load("siglip_tokens")["spiece"].tobytes())
+  name = f"sentencepiece:{tmp_path / 'spiece.model'}?start=none&pad=</s>"
+  plain, repaired = (
+    tokenizers.make_tokenizer(f"{name}&clean={steps}", 16) for steps in ("lower,spaces", "repair,lower,spaces")
+  )
+  assert plain.encode("a\0cat") != plain.encode("a cat")
+  assert 2 in plain.encode("a\0cat")
+  assert repaired.encode("a\0cat") == repaired.encode("acat")

@@ -1,0 +1,1 @@
+"""SigLIP and the contrastive stage of SigLIP 2; see `recipe`."""
