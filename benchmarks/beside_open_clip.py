@@ -22,9 +22,6 @@ import tempfile
 import time
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both share the memory of one GPU
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-
 from command import parser
 import jax
 import jax.numpy as jnp
@@ -65,6 +62,8 @@ def main() -> None:
   arguments.add_argument("--declip", action="store_true", help="also time our DeCLIP step with this architecture")
   arguments.add_argument("--profile", type=Path, help="folder for a trace of two of our steps")
   args = arguments.parse_args()
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both share the memory of one GPU
+  os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
   if torch is None or open_clip is None:
     arguments.error("PyTorch and open_clip are not installed; make bench-open-clip installs them")
   device = "cuda" if torch.cuda.is_available() else "cpu"

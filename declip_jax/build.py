@@ -202,6 +202,12 @@ def _make_recipe(config: ConfigDict, objective: Objective) -> Recipe:
   return recipe
 
 
+def unread_augmentation(config: ConfigDict) -> list[str]:
+  """The fields of augmentation that a config sets and no view of its recipe reads, such as "data.flip_probability"."""
+  read = get_recipe(config.data.recipe, {}).read
+  return [f"data.{name}" for name in _OVERRIDES if config.data[name] is not None and name not in read]
+
+
 def _make_views(config: ConfigDict, recipe: Recipe, tokenizer: Tokenizer, grid: int) -> MakeViews:
   data = config.data
   if recipe.views.masked_image is not None and not 0 < round(data.patch_share * grid**2) < grid**2:

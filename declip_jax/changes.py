@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from declip_jax.architectures import ARCHITECTURES
-from declip_jax.build import heads_of
+from declip_jax.build import heads_of, unread_augmentation
 from declip_jax.config import default, duration, parse_json
 from declip_jax.methods import PRESETS, name_of
 from declip_jax.models.heads import unread_fields
@@ -42,6 +42,7 @@ def changes_from_default(config: ConfigDict) -> Changes:
   architecture = next(same_tokenizer, fitting[0] if fitting else "ViT-B/32")
   before, after = (_in_words(parse_json(one.to_json_best_effort())) for one in (default(method, architecture), config))
   left_out = _OF_REPORTS + tuple(f"model.heads.{field}:" for field in unread_fields(heads_of(config)))
+  left_out += tuple(f"{field}:" for field in unread_augmentation(config))
   names = tuple(f"config.{field}" for field in left_out)
   return Changes(method, architecture, [line for line in differences(before, after) if not line.startswith(names)])
 

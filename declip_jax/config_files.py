@@ -1,8 +1,8 @@
 """Config files: where they are found, and how `NAME:ARGUMENT=VALUE,...` becomes a config.
 
 A name such as `slip/slip_base_25ep`, with or without `.py` and with or without `configs/` before it, is a file of
-`declip_jax.configs`, from any folder and from an installed package. If the path of your own file exists, it takes
-precedence.
+`declip_jax.configs`, from any folder and from an installed package. A path of your own file that ends with `.py` takes
+precedence; without `.py`, the name of a config does.
 
 The arguments are the parameters of the file's `get_config`, by name or by position:
 `pretrain:method=slip,data=/data/pairs.csv`. A comma inside brackets does not separate arguments. A function whose only
@@ -48,7 +48,8 @@ def find(name: str) -> Path:
     ValueError: the file does not exist; the message lists close matches.
   """
   short = name.removeprefix("./").removeprefix("configs/").removesuffix(".py")
-  for path in (Path(name), Path(f"{name}.py"), _FOLDER / f"{short}.py"):
+  ours, own = _FOLDER / f"{short}.py", (Path(name), Path(f"{name}.py"))
+  for path in (*own, ours) if name.endswith(".py") or name.startswith(".") else (ours, *own):
     if path.is_file():
       return path
   if (Path(name) / "config.json").is_file():

@@ -30,10 +30,11 @@ from absl import flags
 import jax
 from ml_collections import ConfigDict
 
-from declip_jax import build
 from declip_jax.command_line import define_config, run
 from declip_jax.data.sources import open_source
+from declip_jax.planning import devices as device_table
 from declip_jax.planning.choose import choose, describe, open_fields
+from declip_jax.planning.compile import with_trimmed_texts
 from declip_jax.planning.fastest import Tried, fastest_lines, search_fastest
 from declip_jax.planning.report import Report, RunFlops, available_memory, make_report, run_flops
 from declip_jax.planning.run_cost import Assumptions, RunCost, comparison, cost_lines, run_cost
@@ -42,7 +43,6 @@ from declip_jax.planning.topology import EXAMPLES, topology_devices
 from declip_jax.reporting.progress import message
 from declip_jax.spelling import counted
 from declip_jax.stages import LAST, naming, stage_configs
-from declip_jax.training.trimming import trimmed_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,7 @@ class _Plan:
     config: its config, with everything chosen.
     reports: the report on a step of each stage, by its name.
     cost: the cost of the run; None if its length is unknown.
+    why: why its data cannot be counted; "" if they were, or need not be.
     tried: with --fastest, what was compiled.
   """
 
@@ -61,6 +62,7 @@ class _Plan:
   config: ConfigDict
   reports: dict[str, Report]
   cost: RunCost | None
+  why: str
   tried: list[Tried]
 
   @property
@@ -71,7 +73,7 @@ class _Plan:
     else:
       lines = table(self.reports[LAST])
     fastest = ["", *fastest_lines(self.tried)] if self.tried else []
-    return [*lines, *fastest, "", *cost_lines(self.cost)]
+    return [*lines, *fastest, "", *cost_lines(self.cost, self.why)]
 
   @property
   def content(self) -> dict[str, Any]:
@@ -98,8 +100,14 @@ def _command(_: list[str]) -> int:
     raise ValueError(f"--slices={values.slices} needs --topology")
   if values.fastest and values.config.stages:
     raise ValueError("--fastest: a config with config.stages has several steps; plan each stage as a config of its own")
-  plans = [_plan(name) for name in (values.topology or "").split(",")]
+  names = values.topology.split(",") if values.topology else [""]
+  if len(set(names)) < len(names) or (len(names) > 1 and "" in names):
+    raise ValueError(f"--topology={values.topology}: expected different names, separated by commas")
+  known = {name: topology_devices(name, values.slices) if name else None for name in names}
+  plans = [_plan(name, devices) for name, devices in known.items()]
   lines = plans[0].lines if len(plans) == 1 else comparison([(one.topology, one.reports, one.cost) for one in plans])
+  for one in plans if len(plans) > 1 and values.fastest else ():
+    lines += ["", f"topology {one.topology}: {fastest_lines(one.tried)[-1]}"]
   if values.text_length:
     lines.append(
       f"texts are trimmed to what {values.text_length} tokens need; a step on longer ones takes more memory and time"
@@ -111,17 +119,21 @@ def _command(_: list[str]) -> int:
   return 1 if any(report.fits is False for one in plans for report in one.reports.values()) else 0
 
 
-def _plan(topology: str) -> _Plan:
-  """Plans the run of the flags for a topology, "" for the devices of this machine."""
+def _plan(topology: str, devices: Sequence[jax.Device] | None) -> _Plan:
+  """Plans the run of the flags for the devices of a topology; "" and None are the devices of this machine."""
   values = flags.FLAGS
-  devices = topology_devices(topology, values.slices) if topology else None
-  config, note, samples = _with_choices(values.config, devices)
+  config, note, samples, why = _with_choices(values.config, devices)
   for line in (f"topology {topology}" if "," in (values.topology or "") else "", note):
     if line:
       message(line)  # before minutes of compiling
   tried: list[Tried] = []
   if values.fastest:
     used = list(devices or jax.devices())
+    if not device_table.find(used[0].device_kind):
+      raise ValueError(
+        f"--fastest: the peak figures of {used[0].device_kind!r} are not known, so nothing says which step is fastest: "
+        "name a --topology"
+      )
     tried = search_fastest(
       config, used, available_memory(used[0]), lambda c: _reports(c, devices, False, values.text_length)[LAST]
     )
@@ -134,15 +146,15 @@ def _plan(topology: str) -> _Plan:
   else:
     reports = _reports(config, devices, values.search, values.text_length)
   assumed = Assumptions(samples, values.utilisation, values.price)
-  return _Plan(topology, config, reports, run_cost(config, reports, assumed), tried)
+  return _Plan(topology, config, reports, run_cost(config, reports, assumed), why, tried)
 
 
-def _with_choices(config: ConfigDict, devices: Sequence[jax.Device] | None) -> tuple[ConfigDict, str, int | None]:
+def _with_choices(config: ConfigDict, devices: Sequence[jax.Device] | None) -> tuple[ConfigDict, str, int | None, str]:
   """Sets what a config leaves open.
 
   Returns:
-    The config; for how many samples it was chosen, in words, "" if it left nothing open; and the number of samples of
-    its data, None if it is not known or not needed.
+    The config; for how many samples it was chosen, in words, "" if it left nothing open; the number of samples of its
+    data, None if it is not known or not needed; and why it is not known, "" if it is or need not be.
 
   Raises:
     ValueError: the data cannot be read, see `open_source`, and are needed to choose.
@@ -150,8 +162,8 @@ def _with_choices(config: ConfigDict, devices: Sequence[jax.Device] | None) -> t
   fields = open_fields(config)
   lengths = [config.duration, *(stage.duration for stage in config.stages.values())]
   if not fields and not any(length.epochs for length in lengths):
-    return config, "", None
-  samples, why = flags.FLAGS.samples, "without data="
+    return config, "", None, ""
+  samples, why = flags.FLAGS.samples, "without data=" if not config.data.train else ""
   try:
     if config.data.train and not samples:
       samples = sum(len(open_source(spec, "config.data.train")) for spec in config.data.train)
@@ -160,10 +172,10 @@ def _with_choices(config: ConfigDict, devices: Sequence[jax.Device] | None) -> t
       raise
     why = " ".join(str(error).split())
   if not fields:
-    return config, "", samples
+    return config, "", samples, why
   config = choose(config, samples, devices)
   what = counted(samples, "sample") if samples is not None else f"a large data set ({why})"
-  return config, f"chosen for {what}: {describe(config, fields)}; --config.FIELD=VALUE sets another value", samples
+  return config, f"chosen for {what}: {describe(config, fields)}; --config.FIELD=VALUE sets another value", samples, why
 
 
 def _reports(
@@ -175,28 +187,10 @@ def _reports(
     if config.stages:
       print(f"stage {name}", file=sys.stderr, flush=True)
     with naming(name, config):
-      step = _with_trimmed_texts(of_stage, text_length, devices) if text_length else of_stage
+      step = with_trimmed_texts(of_stage, text_length, devices) if text_length else of_stage
       run = [config] if config.stages or text_length else []
       reports[name] = make_report(step, devices, search, *run)
   return reports
-
-
-def _with_trimmed_texts(config: ConfigDict, length: int, devices: Sequence[jax.Device] | None) -> ConfigDict:
-  """The config of a step whose texts are trimmed to a length, as if it were a stage with shorter texts.
-
-  Raises:
-    ValueError: the config does not trim texts, or has none as long.
-  """
-  built = build.build(config, devices)
-  if len(built.text_lengths) < 2:
-    raise ValueError(f"--text_length={length}: this config does not trim texts, see config.model.text.buckets")
-  whole, trimmed = built.text_lengths[-1], config.copy_and_resolve_references()
-  if length > whole:
-    raise ValueError(f"--text_length={length}: expected at most config.model.text.context_length={whole}")
-  if slots := built.batch_shape(1).get("mlm_position"):
-    trimmed.data.mask_slots = slots.shape[-1]
-  trimmed.model.text.context_length = trimmed_length(built.text_lengths, length)
-  return trimmed
 
 
 def main() -> None:
@@ -218,7 +212,7 @@ def main() -> None:
   flags.DEFINE_bool(
     "fastest",
     False,
-    "Search for the mesh, recomputation and micro-batches of the fastest step that fits, which compiles several.",
+    "Search, step by step, for the mesh, recomputation and micro-batches of a fast step; compiles up to eight.",
   )
   flags.DEFINE_integer("samples", None, "Number of samples of data that are not on this machine.", lower_bound=1)
   flags.DEFINE_float(

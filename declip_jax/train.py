@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 import jax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 import numpy as np
 
 from declip_jax import build
@@ -468,6 +468,12 @@ def _finish(
 
 def _command(workdir: Path) -> None:
   profile = parse_steps(flags.FLAGS.profile) if flags.FLAGS.profile else None
+  given = config_flags.get_override_values(flags.FLAGS["config"])
+  for field in build.unread_augmentation(flags.FLAGS.config):
+    if field in given:
+      message(
+        f"--config.{field} has no effect: no view of config.data.recipe={flags.FLAGS.config.data.recipe} reads it"
+      )
   try:
     with compile_cache(workdir / "compiled"):
       train(flags.FLAGS.config, workdir, profile=profile, steps=flags.FLAGS.steps)

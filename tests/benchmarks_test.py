@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 import pytest
 
+from declip_jax import build, config
 from declip_jax.planning.compile import OutOfMemory
 
 ROOT = Path(__file__).parent.parent
@@ -73,12 +74,12 @@ def test_the_accelerator_benchmark_halves_a_batch_until_it_fits(
 
   tried = []
 
-  def ours(row: accelerator.Row, config: ConfigDict) -> accelerator.Measured:
-    pairs = config.batch_size // jax.device_count()
-    tried.append((pairs, config.model.text.context_length))
+  def ours(row: accelerator.Row, c: ConfigDict) -> accelerator.Measured:
+    pairs = c.batch_size // jax.device_count()
+    tried.append((pairs, c.model.text.context_length))
     if pairs > 128:
       raise OutOfMemory(2.0**40)
-    return accelerator.Measured(lambda: None, config.batch_size, 1.0, lambda: 2.0**31)
+    return accelerator.Measured(lambda: None, c.batch_size, 1.0, lambda: 2.0**31)
 
   monkeypatch.setattr(accelerator, "ours", ours)
   args = argparse.Namespace(pairs=None, dtype="bfloat16", steps=2, architectures=["ViT-B/32"], methods=["clip", "slip"])
@@ -89,6 +90,10 @@ def test_the_accelerator_benchmark_halves_a_batch_until_it_fits(
   assert tried == [(512, 16), (256, 16), (128, 16)]
   accelerator.measure(whole, args, 1e12)
   assert tried[-1] == (128, 77)
+  declip = accelerator.make_config(accelerator.Row("ViT-B/32", "declip"), "bfloat16", 8)
+  shapes, whole_shapes = (build.build(c).batch_shape(8) for c in (declip, config.default("declip")))
+  assert shapes["text"].shape[-1] == 16
+  assert shapes["mlm_position"] == whole_shapes["mlm_position"]
   assert capsys.readouterr().err.count("do not fit") == 4
 
 

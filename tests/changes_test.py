@@ -12,7 +12,7 @@ def test_what_changes_training_is_listed_and_nothing_else() -> None:
   c = config.default("slip", "ViT-Nano/8@32px")
   c.duration, c.optimizer.warmup = config.duration(epochs=1), config.duration(share=0.1)
   c.batch_size = 64
-  c.model.heads.bank_size = 8  # which SLIP has not
+  c.model.heads.bank_size, c.data.text_operations = 8, ()  # which SLIP has not
   c.evals.test = config.retrieval("scenes:test")
   c.evaluate_every, c.log_every, c.checkpoint.keep_last = config.duration(steps=5), 3, 9
   assert changes_from_default(c) == (

@@ -40,10 +40,16 @@ def test_every_config_is_listed_and_no_recipe() -> None:
   assert not [name for name in names if name.endswith(("recipe", "__init__"))]
 
 
-@pytest.mark.parametrize("name", ["demo", "demo.py", "configs/demo"])
-def test_a_users_file_takes_precedence(name: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", ["demo.py", "./demo", "./demo.py", "configs/demo.py", "mine"])
+def test_the_path_of_a_users_file_takes_precedence(name: str, folder: Path) -> None:
   write(folder / f"{name.removesuffix('.py')}.py", "def get_config():\n  return ConfigDict({'mine': 1})\n")
   assert config_files.load(name).to_dict() == {"mine": 1}
+
+
+@pytest.mark.parametrize("name", ["demo", "configs/demo", "slip/slip_mim"])
+def test_a_users_file_does_not_replace_a_config_of_that_name(name: str, folder: Path) -> None:
+  write(folder / f"{name}.py", "raise RuntimeError('executed')\n")
+  assert config_files.find(name).is_relative_to(ROOT)
 
 
 def test_a_users_file_imports_its_neighbours_and_our_recipes(folder: Path) -> None:

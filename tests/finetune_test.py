@@ -102,7 +102,12 @@ def test_the_zero_shot_classifier_of_wordnet_ids_is_that_of_their_names(
   c.model.heads.classnames = ("n01440764", second)
   encoder = SimpleNamespace(classifier=lambda names, templates: asked.append((names, templates)) or np.eye(2))
   end = SimpleNamespace(average={})
-  results = {"create_state": 0, "initialise": (1, ["read"]), "Clip": encoder, "set_classifier": end}
+  results = {
+    "create_state": 0,
+    "initialise": (SimpleNamespace(params={"heads": {}}), ["read"]),
+    "Clip": encoder,
+    "set_classifier": end,
+  }
   for function, value in results.items():
     monkeypatch.setattr(first_state_lib, function, lambda *_, value=value, **__: value)
   weights = SimpleNamespace(view=SimpleNamespace(squash=False))

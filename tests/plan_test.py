@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from absl import flags
+import jax
 from ml_collections import ConfigDict
 import pytest
 from steps import step_config
@@ -16,7 +17,7 @@ from tiny import tiny_config
 
 from declip_jax import build, config, plan
 from declip_jax.planning import choose
-from declip_jax.planning.devices import Device
+from declip_jax.planning.devices import DEVICES, Device
 from declip_jax.planning.report import Report, Times
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +80,7 @@ def test_what_a_config_leaves_open_is_chosen_for_its_data(values, monkeypatch, t
   assert "for a large data set (without data=): batch_size=0" in plan._with_choices(c, None)[1]
   assert chosen_for == [256, None, None, None]
   values.samples = 10**6
-  assert plan._with_choices(c, None)[1:] == (
+  assert plan._with_choices(c, None)[1:3] == (
     "chosen for 1,000,000 samples: batch_size=0; --config.FIELD=VALUE sets another value",
     10**6,
   )
@@ -131,8 +132,9 @@ def test_several_topologies_are_rows_of_a_table(values, monkeypatch, tmp_path, c
   assert plan._command([]) == 1
   head, small, large = capsys.readouterr().out.splitlines()
   # 2,250 steps of 4e11 FLOPs at 40 % of 4 TFLOP/s are 562.5 s.
-  assert small.split() == ["v5e:2x2", "4", "4", "0.5", "GiB", "100.0", "ms", "0.1", "0.2", "1", "1"]
-  assert large.split() == ["v5e:4x4", "16", "1", "does", "not", "fit", "0.0", "1", "1"]
+  cost = ["0.0625", "0.156", "0.625", "0.938"]  # least hours, hours, device-hours, price
+  assert small.split() == ["v5e:2x2", "4", "4", "0.5", "GiB", "100.0", "ms", *cost]
+  assert large.split() == ["v5e:4x4", "16", "1", "does", "not", "fit", "0.0391", "0.625", "0.938"]
   assert len(head) == len(small) == len(large)
   written = json.loads(Path(values.json).read_text())["topologies"]
   assert written["v5e:2x2"]["cost"]["steps"] == 2250
@@ -151,9 +153,12 @@ def test_the_fastest_step_that_fits_is_found_and_its_arguments_printed(values, m
 
   monkeypatch.setattr(plan, "make_report", make_report)
   monkeypatch.setattr(plan, "available_memory", lambda device: None)
+  with pytest.raises(ValueError, match="--fastest: the peak figures of 'cpu' are not known"):
+    plan._command([])
+  monkeypatch.setitem(DEVICES, "cpu", CHIP)
   monkeypatch.setattr(plan, "table", lambda report: [f"step {report.seconds.step}"])
   assert plan._command([]) == 0
-  assert compiled == [(1, "dots", 1), (4, "dots", 1), (4, "full", 1), (4, "none", 1)]
+  assert compiled == [(1, "dots", 1), (4, "dots", 1), (8, "dots", 1), (4, "full", 1), (4, "none", 1)]
   printed = capsys.readouterr().out
   assert printed.startswith("step 0.1\n")
   assert "use --config.mesh.fsdp=4 --config.model.remat=full --config.micro_batches=1\n" in printed
@@ -163,8 +168,31 @@ def test_the_fastest_step_that_fits_is_found_and_its_arguments_printed(values, m
     plan._command([])
 
 
+def test_a_step_that_fits_only_if_all_devices_share_the_parameters_is_found(values, monkeypatch, capsys):
+  values.config.batch_size, values.fastest, values.topology = 64, True, "v5e:2x2,v5e:2x4"
+  monkeypatch.setitem(DEVICES, "cpu", CHIP)
+  monkeypatch.setattr(plan, "available_memory", lambda device: None)
+  sizes = {"v5e:2x2": 4, "v5e:2x4": 8}
+  monkeypatch.setattr(plan, "topology_devices", lambda name, slices: jax.devices()[: sizes[name]])
+  monkeypatch.setattr(
+    plan,
+    "make_report",
+    lambda c, devices, *_: fake_report(
+      devices=len(devices), fits=(c.mesh.fsdp, c.model.remat) == (len(devices), "full"), needed=2.0**30
+    ),
+  )
+  assert plan._command([]) == 0
+  *_, small, large = filter(None, capsys.readouterr().out.splitlines())
+  assert small == "topology v5e:2x2: use --config.mesh.fsdp=4 --config.model.remat=full --config.micro_batches=1"
+  assert large == "topology v5e:2x4: use --config.mesh.fsdp=8 --config.model.remat=full --config.micro_batches=1"
+  values.topology = "v5e:2x2,"
+  with pytest.raises(ValueError, match="--topology=v5e:2x2,: expected different names"):
+    plan._command([])
+
+
 def test_more_micro_batches_are_tried_only_if_nothing_fits(values, monkeypatch, capsys):
   values.config.batch_size, values.fastest = 64, True
+  monkeypatch.setitem(DEVICES, "cpu", CHIP)
   available = 16.0
   monkeypatch.setattr(plan, "available_memory", lambda device: available)
   monkeypatch.setattr(

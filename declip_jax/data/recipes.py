@@ -12,6 +12,18 @@ from declip_jax.views import Views
 
 _COLOURED = ("strong", "color")  # image views with blur and solarize
 _PER_VIEW = ("blur_probability", "solarize_probability")
+_OF_COLOURS = ("jitter", "jitter_probability", "grayscale_probability", "blur_radius", *_PER_VIEW)
+# The fields that each kind of view reads, besides `squash`, which all image views read.
+_READ = {
+  "weak": ("weak_scale",),
+  "square": (),
+  "strong": ("strong_scale", "flip_probability", *_OF_COLOURS),
+  "color": _OF_COLOURS,
+  "randaugment": ("strong_scale", "flip_probability", "rand_magnitude", "erase_probability", "mixup", "cutmix"),
+  "raw": (),
+  "augmented": ("text_operations",),
+  "masked": (),
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,11 @@ class Recipe:
         )
       )
     return tuple(found)
+
+  @property
+  def read(self) -> frozenset[str]:
+    """The fields with numbers of augmentation that a view of this recipe reads."""
+    return frozenset(["squash", *(field for view in (*self.image_views, *self.text_views) for field in _READ[view])])
 
   @property
   def altered(self) -> frozenset[str]:

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from declip_jax import build
 from declip_jax.config import duration, durations, steps_of
-from declip_jax.models.paths import Tree, trainable_mask
+from declip_jax.models.paths import Tree, stop_gradient_below, trainable_mask
 from declip_jax.planning.report import available_memory
 from declip_jax.runtime.hosts import smallest
 from declip_jax.spelling import counted
@@ -266,7 +266,10 @@ def _kept_bytes(built: build.Built, pairs: int) -> tuple[Tree, int]:
   params, collections = jax.eval_shape(built.model.init, jax.random.key(0), batch)
 
   def backward(params: Any, collections: Any, batch: Any) -> Any:
-    return jax.vjp(lambda params: built.model.encode(params, collections, batch)[0], params)[1]
+    def encode(params: Any) -> Any:
+      return built.model.encode(built.model.merged(stop_gradient_below(params, built.frozen)), collections, batch)[0]
+
+    return jax.vjp(encode, params)[1]
 
   kept = jax.eval_shape(backward, params, collections, built.training_shape(batch))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))

@@ -17,6 +17,7 @@ from declip_jax.planning import flops
 from declip_jax.runtime.compiling import interruptible, slow_compile_lines
 from declip_jax.sharding import batch_sharding
 from declip_jax.training.state import State, abstract_state
+from declip_jax.training.trimming import trimmed_length
 from declip_jax.types import BatchShapes
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -133,6 +134,24 @@ def compile_with_progress(
     return compile_step(config, devices, run)
   finally:
     print(f"  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def with_trimmed_texts(config: ConfigDict, length: int, devices: Sequence[jax.Device] | None = None) -> ConfigDict:
+  """The config of a step whose texts are trimmed to a length, as if it were a stage with shorter texts.
+
+  Raises:
+    ValueError: the config does not trim texts, or has none as long.
+  """
+  built = build.build(config, devices)
+  if len(built.text_lengths) < 2:
+    raise ValueError(f"--text_length={length}: this config does not trim texts, see config.model.text.buckets")
+  whole, trimmed = built.text_lengths[-1], config.copy_and_resolve_references()
+  if length > whole:
+    raise ValueError(f"--text_length={length}: expected at most config.model.text.context_length={whole}")
+  if slots := built.batch_shape(1).get("mlm_position"):
+    trimmed.data.mask_slots = slots.shape[-1]
+  trimmed.model.text.context_length = trimmed_length(built.text_lengths, length)
+  return trimmed
 
 
 def state_shapes(config: ConfigDict, built: build.Built) -> State:

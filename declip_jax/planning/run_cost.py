@@ -81,19 +81,18 @@ def run_cost(config: ConfigDict, reports: Mapping[str, Report], assumed: Assumpt
   return RunCost(stages[-1].last, first.devices, least, hours, assumed)
 
 
-def cost_lines(cost: RunCost | None) -> list[str]:
-  """The cost of a run as lines of text."""
+def cost_lines(cost: RunCost | None, why: str = "") -> list[str]:
+  """The cost of a run as lines of text; `why` its data cannot be counted."""
   if cost is None:
-    return ["cost of the run: its length is in epochs: name the number of samples of its data with --samples"]
+    because = f" ({why})" if why else ""
+    return [f"cost of the run: its length is in epochs{because}: --samples=NUMBER is the number of samples of its data"]
   lines = [f"cost of the run: {counted(cost.steps, 'step')}"]
   for name, hours in (("at the minimum time", cost.least_hours), (assumption(cost.assumed), cost.hours)):
     if hours:
       price = cost.price(hours)
-      paid = "" if price is None else f"{price:>14,.0f} at {cost.assumed.price:g} for a device and hour"
-      rate = cost.steps / hours / 3600
-      lines.append(
-        f"  {name:<22}{rate:>9.3g} steps/s{hours:>12,.1f} h{hours * cost.devices:>14,.0f} device-hours{paid}"
-      )
+      paid = "" if price is None else f"{_digits(price):>12} at {cost.assumed.price:g} for a device and hour"
+      rate, all_hours = cost.steps / hours / 3600, hours * cost.devices
+      lines.append(f"  {name:<22}{rate:>9.3g} steps/s{_digits(hours):>9} h{_digits(all_hours):>9} device-hours{paid}")
   return lines
 
 
@@ -128,8 +127,13 @@ def _cells(topology: str, reports: Mapping[str, Report], cost: RunCost | None) -
   price = cost.price(hours) if hours else None
   return [
     *cells,
-    f"{least:,.1f}" if least else "",
-    f"{hours:,.1f}" if hours else "",
-    f"{hours * cost.devices:,.0f}" if hours else "",
-    "" if price is None else f"{price:,.0f}",
+    _digits(least) if least else "",
+    _digits(hours) if hours else "",
+    _digits(hours * cost.devices) if hours else "",
+    "" if price is None else _digits(price),
   ]
+
+
+def _digits(number: float) -> str:
+  """A number with three digits, or all before the decimal point."""
+  return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import os
 import sys
+import tempfile
 
 import jax
 from jax.experimental import topologies
@@ -51,13 +52,17 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
 
 @contextlib.contextmanager
 def _silent_libtpu() -> Iterator[None]:
-  """Hides what libtpu prints past its own log: a warning that this machine has no TPU."""
+  """Hides what libtpu prints past its own log, a warning that this machine has no TPU, unless it fails."""
   sys.stderr.flush()
-  kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-  os.dup2(nothing, 2)
-  try:
-    yield
-  finally:
-    os.dup2(kept, 2)
-    os.close(kept)
-    os.close(nothing)
+  with tempfile.TemporaryFile() as printed:
+    kept = os.dup(2)
+    os.dup2(printed.fileno(), 2)
+    try:
+      yield
+    except BaseException:
+      printed.seek(0)
+      os.write(kept, printed.read())
+      raise
+    finally:
+      os.dup2(kept, 2)
+      os.close(kept)

@@ -4,6 +4,7 @@ Python handles a signal between two of its own instructions, in the main thread,
 another thread, while the main thread waits.
 """
 
+import atexit
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 import contextlib
@@ -50,7 +51,7 @@ def slow_compile_lines(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hidden_alarms() -> Iterator[None]:
-  """Hides the errors that XLA logs, its alarm about slow compiling among them, unless the user has chosen a level."""
+  """Hides errors that XLA and JAX log, the alarm about slow compiling among them, unless the user chose a level."""
   # "1" is what JAX itself sets.
   is_chosen = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") != "1" or jax.config.jax_logging_level != "NOTSET"
   if is_chosen:
@@ -69,7 +70,7 @@ class _Abandoned(BaseException):
 
 
 def interruptible(call: Callable[[], T]) -> T:
-  """Returns what `call` returns, in another thread, so that Ctrl-C ends the wait at once; the call itself goes on."""
+  """Returns what `call` returns, in another thread, so that Ctrl-C ends the wait at once; the call itself continues."""
   return _start(call).result()
 
 
@@ -125,5 +126,14 @@ def _start(call: Callable[[], T]) -> Future[T]:
     except BaseException as error:  # the caller raises it
       result.set_exception(error)
 
+  atexit.unregister(_join_compilers)
+  atexit.register(_join_compilers)  # again, so that it comes first: what is cleaned up later may be in use until then
   threading.Thread(target=run, name=COMPILER, daemon=True).start()
   return result
+
+
+def _join_compilers() -> None:
+  """Waits for XLA, which crashes when Python ends around it; see `command_line.run` for commands."""
+  for thread in threading.enumerate():
+    if thread.name == COMPILER:
+      thread.join()

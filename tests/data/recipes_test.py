@@ -136,6 +136,21 @@ def test_roles_name_existing_views(name):
 # Image views.
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_reads_the_fields_that_change_its_views(name):
+  recipe = RECIPES[name]
+  others = {"weak_scale": (0.3, 0.4), "strong_scale": (0.3, 0.4), "jitter": (0.9,) * 4, "blur_radius": (3.0, 4.0)}
+  others |= {"blur_probability": (0.7,), "solarize_probability": (0.7,)}
+  others |= dict.fromkeys(("jitter_probability", "grayscale_probability", "flip_probability"), 0.7)
+
+  def views(changed):  # a square crop has no scale
+    return [replace(view, scale=(1.0, 1.0)) if view.crop == "square" else view for view in changed.augmentations]
+
+  changed = {field for field in others if views(replace(recipe, **{field: others[field]})) != views(recipe)}
+  assert changed == recipe.read & set(others)
+  assert ("text_operations" in recipe.read) == ("augmented" in recipe.text_views)
+
+
 def test_openai_crops_a_full_height_square_without_further_changes():
   image = photo(height=12, width=20)
   views = make(RECIPES["openai"], {"image": image, "captions": CAPTIONS}, 20)["image"][:, 0]

@@ -178,6 +178,7 @@ def test_parameters_that_are_not_trained_need_no_moments() -> None:
   count = sum(param.size for param in jax.tree.leaves(params["towers"]["image"]))
   saved = choose.estimate(c, whole).fixed - choose.estimate(c, frozen).fixed
   assert saved == 12 * count  # a gradient and two moments in float32
+  assert choose.estimate(c, frozen).per_pair < 0.7 * choose.estimate(c, whole).per_pair  # no backward pass of images
 
 
 @pytest.mark.slow

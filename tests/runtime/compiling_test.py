@@ -1,5 +1,6 @@
 """What the terminal shows while a program compiles."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -86,15 +87,31 @@ def test_errors_of_the_program_are_raised() -> None:
       call(lambda: wrong(np.float32(1)))
 
 
-def test_ctrl_c_ends_a_command_while_xla_compiles() -> None:
-  code = """
-import os, signal, threading, time
+_ENDING = """
+import atexit, os, signal, threading, time
 from declip_jax import command_line
 from declip_jax.runtime import compiling
-threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-command_line.run(lambda _: compiling.interruptible(lambda: time.sleep(60)), "")
+
+atexit.register(print, "cleaned up")  # Python's own end, in which XLA would crash
+
+def compile(seconds):
+  threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+  compiling.interruptible(lambda: (time.sleep(seconds), print("compiled")))
+
 """
+
+
+@pytest.mark.parametrize(
+  ("call", "code", "printed"),
+  [
+    ("command_line.run(lambda _: compile(300), '')", 130, ""),  # a command ends at once
+    ("compile(3)", -signal.SIGINT, "compiled\ncleaned up\n"),  # a script of one's own ends after XLA
+  ],
+)
+def test_ctrl_c_while_xla_compiles(call: str, code: int, printed: str) -> None:
   start = time.monotonic()
-  ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-  assert (ended.returncode, ended.stderr.strip()) == (130, "interrupted")
-  assert time.monotonic() - start < 50
+  ended = subprocess.run([sys.executable, "-c", _ENDING + call], capture_output=True, text=True, check=False)
+  assert ended.stdout == printed
+  assert ended.stderr.strip().endswith("interrupted" if code == 130 else "KeyboardInterrupt")
+  assert ended.returncode == code
+  assert time.monotonic() - start < 300

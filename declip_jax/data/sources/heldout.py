@@ -78,7 +78,8 @@ def _open(kind: str, location: str, open_source: Callable[[str], Source]) -> Sub
   total = len(source)
   cut = min(min(max(1, round(size * total)), total - 1) if size < 1 else int(size) for size in sizes)
   if not 0 < cut < total:
-    raise ValueError(f"{name}: {text} of {counted(total, 'sample')} leaves none on one side: add samples to {spec}")
+    remedy = f"add samples to {spec}" if total < 2 else f"hold out fewer, or add samples to {spec}"
+    raise ValueError(f"{name}: {text} of {counted(total, 'sample')} leaves none on one side: {remedy}")
   return Subset(name, source, *((0, cut) if kind == "heldout" else (cut, total)))
 
 

@@ -73,7 +73,9 @@ def test_a_fraction_leaves_at_least_one_sample_on_each_side(share: str, held_out
 
 
 def test_an_empty_subset_is_an_error():
-  with pytest.raises(ValueError, match="10 of 10 samples leaves none on one side: add samples to scenes:test/10/16"):
+  with pytest.raises(
+    ValueError, match="10 of 10 samples leaves none on one side: hold out fewer, or add samples to scenes"
+  ):
     open_kept("10:scenes:test/10/16", open_source)
   with pytest.raises(ValueError, match="10%,5000 of 1 sample leaves none on one side"):
     open_heldout("10%,5000:scenes:test/1/16", open_source)
