@@ -275,10 +275,12 @@ def of_training(name: str) -> Result:
       described = from_state_dict(tensors, settings)
     except ValueError as error:
       return Result("WRONG", remark=str(error))
-  differ = ", ".join(_differ(described.model, weights.model, ("image", "text", "heads")))
+  differ = [*_differ(described.model, weights.model, ("image", "text", "heads"))]
+  if unnamed := [field for field in differ if not any(f"{field}=" in remark for remark in weights.remarks)]:
+    return Result("WRONG", remark=f"differs without a remark: {', '.join(unnamed)}")
   if weights.remarks:
-    return Result("remark", remark=f"guesses wrongly {differ}" if differ else "")
-  return Result("WRONG" if differ else "equal", remark=differ)
+    return Result("remark", remark=f"guesses wrongly {', '.join(differ)}" if differ else "")
+  return Result("equal")
 
 
 def _differ(ours: Mapping[str, Any], theirs: Mapping[str, Any], sides: tuple[str, ...]) -> Iterator[str]:

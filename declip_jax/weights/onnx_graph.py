@@ -10,9 +10,7 @@ from declip_jax.extras import onnx
 
 _OPSET, _IR = 18, 8  # of ONNX 1.13 (2022): later runtimes read it
 LARGEST_FILE = 2**31 - 2**24  # bytes of weights in one file: protobuf's limit, less 16 MiB for the graph
-_SMALL = (
-  1024  # bytes of constants that the graph shares and keeps, such as the shapes and axes that runtimes need there
-)
+_SMALL = 1024  # bytes of constants that the graph shares and keeps, such as shapes and axes, which runtimes need there
 _ALIGNMENT = 4096  # of weights in a file of their own, which runtimes map into memory
 _BATCH = "batch"
 

@@ -269,11 +269,12 @@ def _assumptions(found: Recognised, model: ModelFields, given: Collection[str]) 
   fields = [field for field in found.assumed if field not in given]
   if not (assumed := [f"{field}={values[field]!r}" for field in fields]):
     return []
-  pooled = values.get("image.pooling", "map")  # that of a ResNet, too, is known by its tensors
-  masks = {"text.causal", "text.pooling"} if "text" in found.sides else set()
-  masks |= {"image.pooling"} if pooled in ("token", "average") and "image" in found.sides else set()
-  project = "SigLIP" if values.get("image.pooling") == "map" else "OpenAI"
-  others = "" if masks <= {*given} else f", as are {project}'s masks and pooling"
+  # Masks and poolings, of which some are known by their tensors.
+  usual = ["image.pooling"] if "image" in found.sides and values.get("image.pooling") in ("token", "average") else []
+  if "text" in found.sides:
+    usual += ["text.causal"] if values["text.pooling"] == "class" else ["text.causal", "text.pooling"]
+  usual = [f"{field}={values[field]!r}" for field in usual if field not in given]
+  others = f", as are {', '.join(usual)}" if usual else ""
   return [
     f"the file does not specify {', '.join(assumed)}: these are guesses{others}. "
     f"If one differs, all features are wrong: {_how_to_set(fields[0], str(values[fields[0]]))}"

@@ -95,6 +95,19 @@ def test_embeddings_of_one_tower_are_those_of_the_whole_model(kind: str, tmp_pat
       absent(half)
 
 
+def test_a_text_tower_encodes_no_images(tmp_path: Path) -> None:
+  _, half = read_both("CLIPTextModelWithProjection", tmp_path)
+  clip = Clip(half, make_mesh(-1, 1))
+  for needs_text in (False, True):
+    with pytest.raises(ValueError, match="have no image tower: expected a model that encodes images$"):
+      clip.encoders(1, needs_text=needs_text)
+  assert clip.feature_widths == (0, 0)
+  described = repr(clip)
+  assert f"texts of {clip.fields['text']['context_length']} tokens" in described
+  assert "images" not in described
+  assert "vit" not in described
+
+
 def test_a_tower_without_projection_has_no_embeddings(tmp_path: Path) -> None:
   _, half = read_both("CLIPVisionModel", tmp_path)
   with pytest.raises(ValueError, match="no image tower with a joint space"):

@@ -75,6 +75,13 @@ def test_what_no_tensor_tells_is_a_remark() -> None:
   (remark,) = from_state_dict(tensors, {"text.eot": 89}).remarks
   for field in ("image.epsilon=1e-06", "image_size=256", "text.heads=1", "squash=False"):
     assert field in remark
+  assert "branch_norm" not in remark
+  _, tensors, _ = fixture("EVA02-E-14")
+  (remark,) = from_state_dict(tensors, {"text.eot": 89}).remarks
+  assert "image.branch_norm=False" in remark
+  _, tensors, _ = fixture("coca_ViT-B-32")
+  remark, _ = from_state_dict(tensors, {"text.eot": 89, "text.activation": "gelu"}).remarks
+  assert "guesses, as are text.causal=True. If" in remark
 
 
 @pytest.mark.parametrize(
