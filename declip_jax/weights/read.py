@@ -201,7 +201,8 @@ def from_state_dict(
     found = recognise(translated, dialect, kind, extras or {}, given)
   except _CONTRADICTIONS as error:
     refusal = f"{name} ({dialect}): cannot recognise the architecture from its tensors"
-    raise _mismatch(name, tensors, refusal, [_first_line(error)]) from error
+    cause = f"{error.args[0]}: missing" if isinstance(error, KeyError) else _first_line(error)
+    raise _mismatch(name, tensors, refusal, [cause]) from error
   of_view = {field: given.pop(field) for field in (*VIEW, "text.context_length") if field in given}
   model = with_fields(found.model, given, name)
   if "text" in found.sides and not 0 <= model["text"]["eot"] < model["text"]["vocab_size"]:
@@ -504,6 +505,8 @@ def _differences(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple
 def _mismatch(name: str, tensors: Iterable[str], problem: str, details: Iterable[str]) -> ValueError:
   """The error of tensors that are not those of a model of ours; it names the family of models that they are from."""
   family, tensor = families.of_tensors(tensors)
+  if families.is_other_form(family):
+    return ValueError(f"{name}: {family} is not supported, its tensors differ: {listed(details)}")
   if family:
     return families.unsupported(name, family, f"tensor {tensor:.80}")
   return ValueError(f"{problem}: {listed(details)}")

@@ -157,3 +157,10 @@ def test_the_file_of_flax_clip(form: str, tmp_path: Path) -> None:
     file.write_bytes(contents)
     with pytest.raises(ValueError, match=r"flax_model.msgpack: (damaged|no tensors)"):
       read(file)
+  nested = unflatten_dict(flax_names(floats))
+  file.write_bytes(flax.serialization.to_bytes(nested | {"logit_scale": np.float32(floats["logit_scale"])}))
+  jax.tree.map(np.testing.assert_array_equal, read(file).params, both.params)
+  (twice, *_) = nested["text_projection"].values()
+  file.write_bytes(flax.serialization.to_bytes(nested | {"text_projection/kernel": twice}))
+  with pytest.raises(ValueError, match=r"flax_model.msgpack: the path text_projection/kernel occurs twice"):
+    read(file)
