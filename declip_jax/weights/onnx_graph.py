@@ -51,7 +51,7 @@ class Graph:
 
   Attributes:
     scope: prefix of the names of the next nodes, such as the path of a layer.
-    output: tensor that the model returns, by default its input.
+    output: whole tensor that the model returns, by default its input.
   """
 
   def __init__(self, interface: Interface, batch: Any):
@@ -112,7 +112,7 @@ class Graph:
 
   def save(self, file: Path, facts: Mapping[str, str]) -> None:
     """Writes the model with `facts` as its metadata; weights of more than `LARGEST_FILE` bytes go to `FILE.data`."""
-    last = onnx.helper.make_node("Identity", [self._name(self.whole(self.output))], [self._interface.output])
+    last = onnx.helper.make_node("Identity", [self._name(self.output)], [self._interface.output])
     weights = {name: array for name, array in self._constants.items() if array.nbytes > _SMALL}
     outside = weights if sum(array.nbytes for array in weights.values()) > LARGEST_FILE else {}
     inside = {name: array for name, array in self._constants.items() if name not in outside}

@@ -35,7 +35,8 @@ def to_onnx(function: Callable[[Any, jax.Array], jax.Array], params: Any, interf
   traced = jax.make_jaxpr(function)(params, jax.ShapeDtypeStruct((batch, *interface.shape), dtype))
   graph = Graph(interface, batch)
   given = graph.input if interface.dtype is dtype else graph.cast(graph.input, dtype)
-  (graph.output,) = _translate(graph, traced, [*map(constant, jax.tree.leaves(params)), given], "")
+  (result,) = _translate(graph, traced, [*map(constant, jax.tree.leaves(params)), given], "")
+  graph.output = graph.whole(result)
   return graph
 
 

@@ -404,14 +404,14 @@ def _onnx(weights: Weights, folder: Path) -> list[str]:
   graphs, facts = _onnx_graphs(weights), _onnx_facts(weights)
   image, text, notes = weights.view, weights.model["text"], _omitted(weights)
   siglip = _siglip_tokenizer(text)
-  ours = _has_openai_tokenizer(text)
-  tokenizer = {} if ours else siglip or exported_files(text["tokenizer"], text["context_length"])
+  openai = _has_openai_tokenizer(text)
+  tokenizer = {} if openai else siglip or exported_files(text["tokenizer"], text["context_length"])
   folder.mkdir(parents=True, exist_ok=True)
   for side, graph in graphs.items():
     graph.save(folder / f"{side}.onnx", facts)
   _write_preprocessor(image, folder, "Siglip" if siglip else "CLIP")
   _write_files(folder, tokenizer)
-  if ours:
+  if openai:
     _write_tokenizer(text["context_length"], folder)
   elif not tokenizer:
     notes.append(_without_tokenizer(text, "the folder has none"))
