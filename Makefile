@@ -8,7 +8,7 @@
 # make wheel         builds the wheel into dist/
 # make test-device   the tests that need a GPU or TPU; they are skipped where there is none
 # make mutate        inserts bugs into a copy of the package, one at a time, and counts those that the fast tests catch
-# make fuzz          reads 20,000 mutated models in every format: right tensors or a clear error; fifteen minutes
+# make fuzz          reads 20,000 mutated folders of seven kinds: right tensors or a clear error; fifteen minutes
 # make docs          builds the documentation into site/, in .venv-docs; fails with any warning, such as a dead link
 # make docs-notebooks  executes the notebooks, whose outputs the site then shows; NOTEBOOKS="demo methods" only some
 # make check         what CI runs: format, lint, types, fast tests, and slow tests until SLOW_SECONDS are over

@@ -7,8 +7,8 @@ here, with the special tokens of the real ones.
 
   python benchmarks/released_weights.py --only 'ViT-B-.*' --output page.md
 
-The whole takes 40 minutes on two cores. Results are kept in `--rows`, so that an interrupted run resumes; delete the
-file after a change of the readers.
+The whole takes 40 minutes on two cores. Results are kept in `--rows`, so that an interrupted run resumes; those of
+other code are not used.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import copy
 import functools
+import hashlib
 import json
 from pathlib import Path
 import re
@@ -45,7 +46,11 @@ import tokenizers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
+CODE = ("benchmarks/released_weights.py", "declip_jax/data/images", "declip_jax/data/text", "declip_jax/models")
+CODE += ("declip_jax/weights",)  # what results depend on
 TOLERANCE = 1e-4  # of unit embeddings, and of cosines
+CAPTIONS = 500
 STATUSES = ("equal", "remark", "refused", "not compared", "WRONG")  # from best to worst
 RUN = "2026_01_31-00_00_00-model_{}-lr_0.0005-b_64-j_4-p_amp"  # how open_clip names a run
 SIZES = [(300, 200), (64, 90), (41, 57), (50, 400), (1, 1), (233, 224)]
@@ -86,7 +91,7 @@ BERT_WORDS = tokenizers.pre_tokenizers.BertPreTokenizer()
 
 
 class Result(NamedTuple):
-  """What came of one model.
+  """Whether one model is read.
 
   Attributes:
     status: "equal", "remark" or "refused"; "WRONG" if it differs without a word; "not compared" where `--only` is set.
@@ -99,7 +104,7 @@ class Result(NamedTuple):
   remark: str = ""
 
 
-def captions(count: int = 500) -> list[str]:
+def captions(count: int = CAPTIONS) -> list[str]:
   """Odd captions, many of them too long or empty of letters; none begins with a space."""
   rng = np.random.default_rng(0)
   drawn = [" ".join(rng.choice(FRAGMENTS, rng.integers(1, 9))) for _ in range(count - 2)]
@@ -240,7 +245,7 @@ class OpenClip:
     return open_clip.tokenizer.HFTokenizer(str(folder), context_length=length, **options)
 
   def result(self, preprocess: Mapping[str, Any]) -> Result:
-    """What comes of the folder."""
+    """Whether the folder is read."""
     with tempfile.TemporaryDirectory() as path:
       folder = Path(path)
       tokenize = self.write(folder, preprocess)
@@ -257,7 +262,7 @@ class OpenClip:
 
 
 def of_training(name: str) -> Result:
-  """What comes of the file of a training run: only names and shapes of tensors, at full size, and the run's name."""
+  """Whether the file of a training run is read: only names and shapes of tensors, at full size, and the run's name."""
   config = open_clip.get_model_config(name)
   language_model = "hf_model_name" in config["text_cfg"]
   with torch.device("meta"), few_blocks() if language_model else contextlib.nullcontext():
@@ -275,10 +280,12 @@ def of_training(name: str) -> Result:
       described = from_state_dict(tensors, settings)
     except ValueError as error:
       return Result("WRONG", remark=str(error))
-  differ = ", ".join(_differ(described.model, weights.model, ("image", "text", "heads")))
+  differ = [*_differ(described.model, weights.model, ("image", "text", "heads"))]
+  if unnamed := [field for field in differ if not any(f"{field}=" in remark for remark in weights.remarks)]:
+    return Result("WRONG", remark=f"differs without a remark: {', '.join(unnamed)}")
   if weights.remarks:
-    return Result("remark", remark=f"guesses wrongly {differ}" if differ else "")
-  return Result("WRONG" if differ else "equal", remark=differ)
+    return Result("remark", remark=f"guesses wrongly {', '.join(differ)}" if differ else "")
+  return Result("equal")
 
 
 def _differ(ours: Mapping[str, Any], theirs: Mapping[str, Any], sides: tuple[str, ...]) -> Iterator[str]:
@@ -327,14 +334,25 @@ def preprocessing(pretrained: Mapping[str, Any]) -> dict[str, Any]:
   return {name: pretrained[name] for name in ("mean", "std", "interpolation", "resize_mode") if name in pretrained}
 
 
+def hash_of_code() -> str:
+  """Hexadecimal digits that depend on the modules that read and compare, and on the packages that are compared with."""
+  found = hashlib.sha256(repr([package.__version__ for package in (open_clip, timm, transformers)]).encode())
+  for place in CODE:
+    files = [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py"))
+    for file in files:
+      found.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+  return found.hexdigest()[:16]
+
+
 class Rows:
-  """Results by section and name, kept in a file of JSON lines, so that an interrupted run resumes."""
+  """Results by section and name, kept in a file of JSON lines, so that an interrupted run of the same code resumes."""
 
   def __init__(self, file: Path, only: str):
-    self.file, self.only, self.found = file, re.compile(only), {}
+    self.file, self.only, self.found, self.code = file, re.compile(only), {}, hash_of_code()
     for line in file.read_text().splitlines() if file.exists() else ():
-      key, *results = json.loads(line)
-      self.found[key] = [Result(*result) for result in results]
+      code, key, *results = json.loads(line)
+      if code == self.code:
+        self.found[key] = [Result(*result) for result in results]
 
   def get(self, key: str, make: Callable[[], list[Result]]) -> list[Result]:
     """The results of a name, which are made and kept if they are not there."""
@@ -343,15 +361,16 @@ class Rows:
     if key not in self.found:
       start = time.monotonic()
       self.found[key] = make()
+      self.file.parent.mkdir(parents=True, exist_ok=True)
       with self.file.open("a") as file:
-        file.write(json.dumps([key, *self.found[key]]) + "\n")
+        file.write(json.dumps([self.code, key, *self.found[key]]) + "\n")
       print(f"{key}: {self.found[key]}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
       jax.clear_caches()
     return self.found[key]
 
 
 def of_open_clip(rows: Rows) -> dict[str, tuple[list[str], Result, Result]]:
-  """By model config: its released tags, and what comes of the folders and of the file of a training run.
+  """By model config: its released tags, and whether the folders and the file of a training run are read.
 
   Several released tags of a config may have other activations or preprocessing; the folder is the worst of them.
   """
@@ -400,7 +419,7 @@ REFUSED += ("Owlv2Model", "OwlViTModel", "Siglip2Model", "XCLIPModel")
 
 @torch.no_grad()
 def of_class(name: str) -> list[Result]:
-  """What comes of a folder that a class of transformers saved."""
+  """Whether a folder that a class of transformers saved is read."""
   kind = getattr(transformers, name)
   with tempfile.TemporaryDirectory() as path:
     if name in REFUSED:
@@ -481,6 +500,9 @@ def report(of_clip: Mapping[str, tuple[list[str], Result, Result]], classes: Map
       open_clip=open_clip.__version__,
       timm=timm.__version__,
       transformers=transformers.__version__,
+      tolerance=f"{TOLERANCE:g}",
+      pictures=len(pictures()),
+      captions=CAPTIONS,
     )
   ]
   lines += ["| model config | released names | folder | training file |", "|---|---|---|---|"]
@@ -500,8 +522,10 @@ PAGE = """# Released weights
 
 `make released-weights` writes this page. It builds every model config of open_clip {open_clip} (timm {timm}) and
 classes of transformers {transformers} with random weights, few layers and every option of the config; saves them as
-their projects do; reads them; and compares unit embeddings, cosines and temperature to 1e-4, the pixels of seven odd
-images, and the ids of 500 odd captions. Nothing is downloaded: names of open_clip that have other activations or
+their projects do; reads them; and compares unit embeddings, cosines, temperature and the pixels of {pictures} odd
+images to {tolerance}, and the ids of {captions} odd captions.
+
+Nothing is downloaded: names of open_clip that have other activations or
 preprocessing than their config are compared with theirs, and tokenizers of transformers are small ones with the special
 tokens of the real ones.
 
@@ -531,6 +555,6 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
   flags = parser(__doc__)
   flags.add_argument("--only", default=".*", help="regular expression of the names to compare")
-  flags.add_argument("--rows", type=Path, default=Path("released_weights.jsonl"), help="file that keeps results")
+  flags.add_argument("--rows", type=Path, default=Path("runs/released_weights.jsonl"), help="file that keeps results")
   flags.add_argument("--output", type=Path, default=Path("docs/released_weights.md"), help="page to write")
   main(flags.parse_args())

@@ -67,12 +67,13 @@ class Clip:
   def __repr__(self) -> str:
     image, text = self.fields["image"], self.fields["text"]
     kind = f"{image['kind']}/{image['patch']}" if "patch" in image else image["kind"]
+    towers = {
+      "image": f"{kind}, images of {self.view.size} x {self.view.size}, ",
+      "text": f"texts of {text['context_length']} tokens, ",
+    }
+    described = "".join(words for side, words in towers.items() if side in self.params["towers"])
     parameters = sum(leaf.size for leaf in jax.tree.leaves(self.params))
-    read = f"texts of {text['context_length']} tokens, " if "text" in self._sides else ""
-    return (
-      f"Clip({self.origin}: {kind}, images of {self.view.size} x {self.view.size}, {read}{parameters:,} parameters, "
-      f"{self.dtype})"
-    )
+    return f"Clip({self.origin}: {described}{parameters:,} parameters, {self.dtype})"
 
   def with_weights(self, params: Any, collections: Any) -> "Clip":
     """The same model with other weights; nothing is compiled again."""
@@ -81,9 +82,8 @@ class Clip:
     return other
 
   def _place(self, params: Any, collections: Any) -> None:
-    if (
-      "joint" in self.model.heads.members and "logit_scale" not in params["heads"]
-    ):  # one tower, which has no use of it
+    # One tower, which does not use it.
+    if "joint" in self.model.heads.members and "logit_scale" not in params["heads"]:
       params = {**params, "heads": {**params["heads"], "logit_scale": np.float32(0)}}
     self.params, self.collections = jax.device_put((params, collections), replicated(self.mesh))
     self._hash = ""
@@ -128,8 +128,9 @@ class Clip:
 
   @property
   def feature_widths(self) -> tuple[int, int]:
-    """Widths of the pooled features and of the joint embeddings of images, 0 if there is no joint space."""
-    return self.model.towers.image.feature_width, self._joint.embed_dim if "image" in self._sides else 0
+    """Widths of the pooled features and of the joint embeddings of images, 0 for those that there are not."""
+    width = self.model.towers.image.feature_width if "image" in self.params["towers"] else 0
+    return width, self._joint.embed_dim if "image" in self._sides else 0
 
   @property
   def _joint(self) -> Joint:
@@ -191,7 +192,7 @@ class Clip:
       templates: prompts with one {} each, for the name.
 
     Raises:
-      ValueError: there are no names, a template is wrong, or the model compares tokens or has no text tower.
+      ValueError: there are no names, a template is wrong, or the model compares tokens or has only one tower.
     """
     if not classnames:
       raise ValueError("a zero-shot classifier needs the names of the classes, and there are none")
@@ -217,8 +218,8 @@ class Clip:
     """Joint embeddings, float32 and not of unit norm, of token ids.
 
     `t` may be smaller than the context length if the text tower ignores padding, see `TextTransformer`. The feature of
-    a text is the state at the position of its pooling: its end-of-text id, or its first token if it has none; or its
-    last position.
+    a text is the state at the position of its pooling: its end-of-text id, or its first token if it has none; its last
+    position; or a class token after it.
 
     Raises:
       ValueError: `tokens` are not rows of ids of the vocabulary, too long, or too short for a tower that sees padding.
@@ -256,14 +257,16 @@ class Clip:
 
     Args:
       batch_size: images and texts encoded at once.
-      needs_text: whether texts will be encoded.
+      needs_text: whether texts will be encoded, besides images.
       reading: how images are read, by default within `max_pixels`.
       field: what sets the batch size, for messages, such as a flag.
 
     Raises:
-      ValueError: texts cannot be encoded: there is no text tower, or its vocabulary is not that of the tokenizer; or
-        the batch size is not a multiple of the number of devices.
+      ValueError: there is no image tower; texts cannot be encoded: there is no text tower, or its vocabulary is not
+        that of the tokenizer; or the batch size is not a multiple of the number of devices.
     """
+    if "image" not in self.params["towers"]:
+      raise ValueError(f"these weights ({self.origin}) have no image tower: expected a model that encodes images")
     if needs_text:
       self._check_vocabulary()
     reading = reading or Reading(max_pixels=self.max_pixels)

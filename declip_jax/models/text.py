@@ -103,8 +103,9 @@ class TextTransformer(nn.Module):
     x, visible = self.token_embedding(tokens) + positions, None
     lengths = self.end(tokens) + 1 if bidirectional and self.causal else None
     if self.pooling == "class" and not bidirectional:
-      last = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (len(tokens), 1, self.width))
-      x, visible = jnp.concatenate([x, last], axis=1), jnp.pad(tokens != 0, ((0, 0), (1, 0)), constant_values=True)
+      last = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (tokens.shape[0], 1, self.width))
+      first = jnp.ones((tokens.shape[0], 1), bool)  # every token sees that at the start
+      x, visible = jnp.concatenate([x, last], axis=1), jnp.concatenate([first, tokens != 0], axis=1)
     return self.transformer(x, lengths, visible)
 
   def normalise(self, states: Float[Array, "... f"]) -> Float[Array, "... f"]:

@@ -64,7 +64,7 @@ class QueryPool(nn.Module):
     probe = self.param("probe", nn.initializers.normal(1.0), (self.width,)).astype(x.dtype)
     query = Dense(self.width, dtype=self.dtype, kernel_init=init, name="query")(probe[None, None])
     key, value = (Dense(self.width, dtype=self.dtype, kernel_init=init, name=name)(x) for name in ("key", "value"))
-    query = jnp.broadcast_to(query, (len(x), 1, self.width))
+    query = jnp.broadcast_to(query, (x.shape[0], 1, self.width))
     heads = [rearrange(part, "b n (h e) -> b n h e", h=8) for part in (query, key, value)]
     attended = rearrange(attend(*heads), "b 1 h e -> b (h e)")
     return Dense(self.width, dtype=self.dtype, kernel_init=init, name="out")(attended)

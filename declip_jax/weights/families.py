@@ -7,7 +7,11 @@ from collections.abc import Iterable, Mapping
 import re
 from typing import Any
 
-_SUPPORTED = "only CLIP, SLIP and DeCLIP with ViTs and ResNets like OpenAI's or ConvNeXts, SigLIP and CoCa"
+_SUPPORTED = (
+  "only CLIP, SLIP and DeCLIP with ViTs and ResNets like OpenAI's or ConvNeXts, SigLIP, CoCa, EVA-01-CLIP and "
+  "EVA-02-CLIP-E"
+)
+_OTHER_FORM = "this "  # begins the name of a family of which some models are supported
 # Families by patterns of names of tensors, all of which have to be there, in the order in which they are searched for.
 _TENSORS = {
   "LiT of big_vision, whose texts are BERT's,": (r"img/cls$",),
@@ -84,6 +88,12 @@ def of_transformers(model_type: Any) -> str:
   return _TRANSFORMERS.get(model_type, "") if isinstance(model_type, str) else ""
 
 
+def is_other_form(family: str) -> bool:
+  """Whether other models of a family are supported, so that the family alone does not say what is wrong."""
+  return family.startswith(_OTHER_FORM)
+
+
 def unsupported(where: str, family: str, found: str) -> ValueError:
   """The error of a model of a family, at a file or a field, with the first thing by which it differs."""
-  return ValueError(f"{where}: {family} is not supported, {_SUPPORTED}; found {found}")
+  supported = "" if is_other_form(family) else f", {_SUPPORTED}"
+  return ValueError(f"{where}: {family} is not supported{supported}; found {found}")

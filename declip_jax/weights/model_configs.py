@@ -85,14 +85,15 @@ class TimmTower(NamedTuple):
 
 _GELU = {"activation": "gelu", "epsilon": 1e-6}
 _OF_TRUNK = (("token",), ("", None))  # pool and projection of a trunk that ends in the joint space
+_TRUNK = {**_GELU, "heads": 16, "branch_norm": False}
 _TIMM_TOWERS = (
   *(
     TimmTower(rf"vit_{size}_patch\d+(_\d+)?", ("token", ""), ("linear",), {**_GELU, "heads": heads})
     for size, heads in _TIMM_HEADS.items()
   ),
-  TimmTower(r"vit_large_patch14_clip_(224|336)", *_OF_TRUNK, {**_GELU, "heads": 16, "epsilon": 1e-5}),
-  TimmTower(r"eva_giant_patch14_(224|336)", *_OF_TRUNK, {**_GELU, "heads": 16}),
-  TimmTower(r"eva02_enormous_patch14_clip_224", *_OF_TRUNK, {**_GELU, "heads": 16, "branch_norm": True}),
+  TimmTower(r"vit_large_patch14_clip_(224|336)", *_OF_TRUNK, {**_TRUNK, "epsilon": 1e-5}),
+  TimmTower(r"eva_giant_patch14_(224|336)", *_OF_TRUNK, _TRUNK),
+  TimmTower(r"eva02_enormous_patch14_clip_224", *_OF_TRUNK, {**_TRUNK, "branch_norm": True}),
   TimmTower(r"convnext_xxlarge", ("",), ("linear", "mlp"), {"epsilon": 1e-5}),
   TimmTower(r"convnext_(tiny|small|base|large|xlarge)", ("",), ("linear", "mlp"), {"epsilon": 1e-6}),
 )

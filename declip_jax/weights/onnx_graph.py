@@ -10,9 +10,7 @@ from declip_jax.extras import onnx
 
 _OPSET, _IR = 18, 8  # of ONNX 1.13 (2022): later runtimes read it
 LARGEST_FILE = 2**31 - 2**24  # bytes of weights in one file: protobuf's limit, less 16 MiB for the graph
-_SMALL = (
-  1024  # bytes of constants that the graph shares and keeps, such as the shapes and axes that runtimes need there
-)
+_SMALL = 1024  # bytes of constants that the graph shares and keeps, such as shapes and axes, which runtimes need there
 _ALIGNMENT = 4096  # of weights in a file of their own, which runtimes map into memory
 _BATCH = "batch"
 
@@ -53,6 +51,7 @@ class Graph:
 
   Attributes:
     scope: prefix of the names of the next nodes, such as the path of a layer.
+    output: whole tensor that the model returns, by default its input.
   """
 
   def __init__(self, interface: Interface, batch: Any):
@@ -62,7 +61,7 @@ class Graph:
     self._constants: dict[str, np.ndarray] = {}
     self._small: dict[tuple[bytes, np.dtype, Shape], str] = {}  # names of constants that are used several times
     shape = (batch, *interface.shape)
-    self.input = Tensor(interface.input, shape, shape)
+    self.input = self.output = Tensor(interface.input, shape, shape)
 
   def add(
     self, operator: str, inputs: Sequence[Tensor], stored: Shape, shape: Shape | None = None, **attributes: Any
@@ -111,9 +110,9 @@ class Graph:
     """The tensor in another dtype."""
     return self.add("Cast", [tensor], tensor.stored, tensor.shape, to=_onnx_dtype(dtype))
 
-  def save(self, result: Tensor, file: Path, facts: Mapping[str, str]) -> None:
-    """Writes the graph with `result` as its output; weights of more than `LARGEST_FILE` bytes go to `FILE.data`."""
-    last = onnx.helper.make_node("Identity", [self._name(self.whole(result))], [self._interface.output])
+  def save(self, file: Path, facts: Mapping[str, str]) -> None:
+    """Writes the model with `facts` as its metadata; weights of more than `LARGEST_FILE` bytes go to `FILE.data`."""
+    last = onnx.helper.make_node("Identity", [self._name(self.output)], [self._interface.output])
     weights = {name: array for name, array in self._constants.items() if array.nbytes > _SMALL}
     outside = weights if sum(array.nbytes for array in weights.values()) > LARGEST_FILE else {}
     inside = {name: array for name, array in self._constants.items() if name not in outside}
@@ -121,7 +120,7 @@ class Graph:
     if outside:
       tensors += _write_outside(outside, file.with_name(f"{file.name}.data"))
     given = (self._interface.input, self._interface.dtype, self.input.shape)
-    made = (self._interface.output, np.float32, result.shape)
+    made = (self._interface.output, np.float32, self.output.shape)
     inputs, outputs = ([_value(*described)] for described in (given, made))
     graph = onnx.helper.make_graph([*self._nodes, last], file.stem, inputs, outputs, tensors)
     opset = onnx.helper.make_opsetid("", _OPSET)

@@ -6,7 +6,6 @@ before. What depends on constants alone is computed here, and loops over blocks 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,24 +19,16 @@ from declip_jax.weights.onnx_graph import Graph, Interface, Shape, Tensor, const
 Fields = Mapping[str, Any]  # the parameters of a primitive
 
 
-def write_onnx(
-  function: Callable[[Any, jax.Array], jax.Array],
-  params: Any,
-  interface: Interface,
-  file: Path,
-  facts: Mapping[str, str],
-) -> None:
-  """Writes a function as an ONNX model for batches of any size; weights of more than 2 GiB go to `FILE.data`.
+def to_onnx(function: Callable[[Any, jax.Array], jax.Array], params: Any, interface: Interface) -> Graph:
+  """The graph of a function for batches of any size; `Graph.save` writes it.
 
   Args:
     function: function of `params` and of a batch of inputs to a batch of float32 outputs.
     params: tree of arrays, which become constants.
     interface: the input and output of the model. An input of int64 is int32 in the function, as JAX has no other.
-    file: file to write.
-    facts: metadata of the model.
 
   Raises:
-    ValueError: the function has a primitive that has no translation; nothing is written.
+    ValueError: the function has a primitive or a loop that has no translation.
   """
   (batch,) = export.symbolic_shape("batch")
   dtype = jnp.int32 if interface.dtype is np.int64 else interface.dtype
@@ -45,7 +36,8 @@ def write_onnx(
   graph = Graph(interface, batch)
   given = graph.input if interface.dtype is dtype else graph.cast(graph.input, dtype)
   (result,) = _translate(graph, traced, [*map(constant, jax.tree.leaves(params)), given], "")
-  graph.save(result, file, facts)
+  graph.output = graph.whole(result)
+  return graph
 
 
 def _translate(graph: Graph, traced: Any, inputs: Sequence[Tensor], path: str) -> list[Tensor]:
@@ -81,7 +73,7 @@ def _apply(graph: Graph, equation: Any, inputs: list[Tensor]) -> list[Tensor]:
   name, fields = equation.primitive.name, equation.params
   shapes = [variable.aval.shape for variable in equation.outvars]
   if name == "scan":
-    return _scan(graph, fields, inputs)
+    return _scan(graph, fields, shapes, inputs)
   if name in _CALLS:
     return _translate(graph, fields["jaxpr" if "jaxpr" in fields else "call_jaxpr"], inputs, graph.scope)
   if name in _ELEMENTWISE:
@@ -100,12 +92,15 @@ def _compute(equation: Any, arrays: Sequence[Any]) -> np.ndarray:
   return np.asarray(equation.primitive.bind(*map(jnp.asarray, arrays), **equation.params))
 
 
-def _scan(graph: Graph, fields: Fields, inputs: list[Tensor]) -> list[Tensor]:
-  """A loop over the layers of stacked parameters, unrolled; it has no outputs but what it carries."""
+def _scan(graph: Graph, fields: Fields, shapes: Sequence[Shape], inputs: list[Tensor]) -> list[Tensor]:
+  """A loop over the layers of stacked parameters, unrolled; it returns nothing but what it carries."""
   scope, inner = graph.scope, fields["jaxpr"].jaxpr if hasattr(fields["jaxpr"], "jaxpr") else fields["jaxpr"]
-  # What is scanned has one axis more outside than inside; the names of these counts differ between versions of JAX.
+  # What is scanned or stacked has one axis more outside than inside; the names of these counts differ between versions
+  # of JAX.
   ranks = [len(variable.aval.shape) for variable in inner.invars]
   split = sum(len(tensor.shape) == rank for tensor, rank in zip(inputs, ranks, strict=True))
+  if any(len(shape) != len(variable.aval.shape) for shape, variable in zip(shapes, inner.outvars, strict=True)):
+    raise ValueError("ONNX: a loop that returns outputs of each step has no translation; export to another format")
   first = split - len(inner.outvars)
   shared, carried, layers = inputs[:first], inputs[first:split], inputs[split:]
   if fields["reverse"] or not all(isinstance(tensor.content, np.ndarray) for tensor in layers):
@@ -137,6 +132,7 @@ _ELEMENTWISE = {
   "convert_element_type": "Cast",
   "erfc": "",
   "integer_pow": "",
+  "ne": "",
   "rsqrt": "",
   "select_n": "",
   "square": "",
@@ -158,6 +154,8 @@ def _elementwise(graph: Graph, equation: Any, inputs: list[Tensor]) -> Tensor:
       return graph.cast(inputs[0], equation.params["new_dtype"])
     case "erfc":
       return node("Sub", constant(np.float32(1)), node("Erf", *inputs))
+    case "ne":
+      return node("Not", node("Equal", *inputs))
     case "rsqrt":
       return node("Reciprocal", node("Sqrt", *inputs))
     case "select_n":

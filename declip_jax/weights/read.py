@@ -201,7 +201,8 @@ def from_state_dict(
     found = recognise(translated, dialect, kind, extras or {}, given)
   except _CONTRADICTIONS as error:
     refusal = f"{name} ({dialect}): cannot recognise the architecture from its tensors"
-    raise _mismatch(name, tensors, refusal, [_first_line(error)]) from error
+    cause = f"{error.args[0]}: missing" if isinstance(error, KeyError) else _first_line(error)
+    raise _mismatch(name, tensors, refusal, [cause]) from error
   of_view = {field: given.pop(field) for field in (*VIEW, "text.context_length") if field in given}
   model = with_fields(found.model, given, name)
   if "text" in found.sides and not 0 <= model["text"]["eot"] < model["text"]["vocab_size"]:
@@ -269,11 +270,12 @@ def _assumptions(found: Recognised, model: ModelFields, given: Collection[str]) 
   fields = [field for field in found.assumed if field not in given]
   if not (assumed := [f"{field}={values[field]!r}" for field in fields]):
     return []
-  pooled = values.get("image.pooling", "map")  # that of a ResNet, too, is known by its tensors
-  masks = {"text.causal", "text.pooling"} if "text" in found.sides else set()
-  masks |= {"image.pooling"} if pooled in ("token", "average") and "image" in found.sides else set()
-  project = "SigLIP" if values.get("image.pooling") == "map" else "OpenAI"
-  others = "" if masks <= {*given} else f", as are {project}'s masks and pooling"
+  # Masks and poolings, of which some are known by their tensors.
+  usual = ["image.pooling"] if "image" in found.sides and values.get("image.pooling") in ("token", "average") else []
+  if "text" in found.sides:
+    usual += ["text.causal"] if values["text.pooling"] == "class" else ["text.causal", "text.pooling"]
+  usual = [f"{field}={values[field]!r}" for field in usual if field not in given]
+  others = f", as are {', '.join(usual)}" if usual else ""
   return [
     f"the file does not specify {', '.join(assumed)}: these are guesses{others}. "
     f"If one differs, all features are wrong: {_how_to_set(fields[0], str(values[fields[0]]))}"
@@ -503,6 +505,8 @@ def _differences(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple
 def _mismatch(name: str, tensors: Iterable[str], problem: str, details: Iterable[str]) -> ValueError:
   """The error of tensors that are not those of a model of ours; it names the family of models that they are from."""
   family, tensor = families.of_tensors(tensors)
+  if families.is_other_form(family):
+    return ValueError(f"{name}: {family} is not supported, its tensors differ: {listed(details)}")
   if family:
     return families.unsupported(name, family, f"tensor {tensor:.80}")
   return ValueError(f"{problem}: {listed(details)}")

@@ -23,7 +23,7 @@ _WIDE_HEADS = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1792, 56): 16, _
 # Numbers of heads of SigLIP's towers, by width.
 _SIGLIP_HEADS = {tower.width: tower.heads for towers in architectures.SIGLIP_SIZES.values() for tower in towers}
 _SO400M_384 = (14, 27)  # patch and side of the grid, whose 378 pixels are those of images of 384
-_WITHOUT_DECODER = "CoCa's decoder of captions was not read: images and texts are compared, not described"
+_WITHOUT_DECODER = "CoCa's decoder of captions was not read: captions cannot be generated"
 _WITHOUT_ANTIALIASING = (
   "big_vision resizes images without antialiasing and we with it, so features of images that are larger than those of "
   "the model differ"
@@ -106,7 +106,7 @@ def recognise(
   fields, heads = _heads(tensors)
   model["heads"] |= fields
   of_one_architecture = slip or declip or _is_openais(tensors, kind)
-  assumed = () if of_one_architecture else _assumed(model, sides)
+  assumed = () if of_one_architecture else _assumed(model, sides, tensors)
   undecided = {} if of_one_architecture else _undecided(model, sides, likely, dialect)
   if given.get("image.pooling") == "token":  # so not CLIPA's
     undecided = {field: values for field, values in undecided.items() if "CLIPA" not in values}
@@ -143,7 +143,7 @@ def _siglip(
   model["heads"] |= fields
   if dialect == "SigLIP in big_vision":
     return Recognised(model, heads, image_size, "bilinear", sides, True, (), {}, (_WITHOUT_ANTIALIASING,))
-  assumed = (*_assumed(model, sides), *(["text.epsilon"] if "text" in sides else []))
+  assumed = (*_assumed(model, sides, tensors), *(["text.epsilon"] if "text" in sides else []))
   return Recognised(model, heads, image_size, "bicubic", sides, True, assumed, {})
 
 
@@ -176,10 +176,12 @@ def _activation(
   return "quick_gelu" if halves and not name and dialect == "OpenAI" and kind == "torch" else None
 
 
-def _assumed(model: Mapping[str, Any], sides: Iterable[str]) -> tuple[str, ...]:
+def _assumed(model: Mapping[str, Any], sides: Iterable[str], tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
   """The fields that no tensor determines."""
   of_kind = {"vit": ["image.activation", "image.heads", "image.epsilon"], "convnext": ["image.epsilon", "image_size"]}
   fields = of_kind.get(model["image"]["kind"], []) if "image" in sides else []
+  if "visual.proj_bias" in tensors:  # of timm's ViTs and EVA-CLIP
+    fields.append("image.branch_norm")
   if "text" in sides:
     fields += ["text.activation", "text.heads"]
     fields += ["text.eot"] if model["text"]["vocab_size"] not in OPENAI_VOCABULARIES else []

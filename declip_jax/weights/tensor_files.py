@@ -293,19 +293,22 @@ def _read_arrays(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]) 
 
 
 def _read_message_pack(file: BinaryIO) -> TensorFile:
-  """Arrays by their paths in nested maps, such as "text_model/encoder/layers/0/mlp/fc1/kernel"."""
+  """Arrays and scalars by their paths in nested maps, such as "text_model/encoder/layers/0/mlp/fc1/kernel"."""
   try:
     content = flax.serialization.msgpack_restore(file.read())
   except Exception as error:  # of the unpacker or of NumPy, at any field of the file
     cause = f"{type(error).__name__}: {' '.join(str(error).split()):.100}"
     raise ValueError(f"damaged, or not MessagePack as Flax writes it ({cause})") from error
-  tensors, pending = {}, [("", content)]
+  tensors: dict[str, np.ndarray] = {}
+  pending = [("", content)]
   while pending:
     path, value = pending.pop()
     if isinstance(value, dict):
       pending += [(f"{path}/{name}".lstrip("/"), inner) for name, inner in value.items()]
-    elif isinstance(value, np.ndarray):
-      tensors[path] = value
+    elif isinstance(value, (np.ndarray, np.generic)):
+      if path in tensors:
+        raise ValueError(f"the path {shown(path)} occurs twice")
+      tensors[path] = np.asarray(value)
   if not tensors:
     raise ValueError("no tensors")
   return TensorFile(tensors, "msgpack", {})

@@ -24,8 +24,8 @@ from declip_jax.views import Views
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import ModelFields, StateDict, layout, to_state_dict
 from declip_jax.weights.model_configs import EXACT_IN_TIMM, SIZES_IN_TIMM, TANH_IN_TIMM
-from declip_jax.weights.onnx_graph import Interface
-from declip_jax.weights.onnx_primitives import write_onnx
+from declip_jax.weights.onnx_graph import Graph, Interface
+from declip_jax.weights.onnx_primitives import to_onnx
 from declip_jax.weights.read import EXPORT_FILE, Weights
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
 from declip_jax.weights.tokenizer_files import OPEN_CLIP_STEPS, copy_tokenizer, exported_files
@@ -62,6 +62,7 @@ def write(weights: Weights, folder: str | os.PathLike[str], format: str) -> list
     raise ValueError(f"these weights ({weights.origin}) are one tower: only models of both are exported")
   if format != "orbax":
     _check_embeddings(weights, format)
+  if format in ("open_clip", "huggingface"):
     _check_towers(weights, format)
   return FORMATS[format](weights, folder)
 
@@ -78,7 +79,7 @@ def _check_embeddings(weights: Weights, format: str) -> None:
 
 
 def _check_towers(weights: Weights, format: str) -> None:
-  """Rejects towers that are only read: the other project has them in classes of their own."""
+  """Rejects towers that the classes of the other project do not have, or that we only read."""
   model = weights.model
   image, text = model["image"], model["text"]
   found = {
@@ -88,7 +89,7 @@ def _check_towers(weights: Weights, format: str) -> None:
     "a bias of the projection of images": image["kind"] == "vit" and model["heads"]["image_bias"],
   }
   if unlike := [words for words, is_there in found.items() if is_there]:
-    raise ValueError(f"{format} is not written for {', '.join(unlike)}; orbax can represent these weights")
+    raise ValueError(f"{format} is not written for {', '.join(unlike)}; onnx and orbax can represent these weights")
 
 
 def _open_clip(weights: Weights, folder: Path) -> list[str]:
@@ -399,8 +400,26 @@ def _onnx(weights: Weights, folder: Path) -> list[str]:
 
   The names of inputs and outputs are those of transformers, and so are the files. Texts are as long as in training.
   """
-  import_package("onnx")  # before anything is written
+  import_package("onnx")
+  graphs, facts = _onnx_graphs(weights), _onnx_facts(weights)
   image, text, notes = weights.view, weights.model["text"], _omitted(weights)
+  siglip = _siglip_tokenizer(text)
+  openai = _has_openai_tokenizer(text)
+  tokenizer = {} if openai else siglip or exported_files(text["tokenizer"], text["context_length"])
+  folder.mkdir(parents=True, exist_ok=True)
+  for side, graph in graphs.items():
+    graph.save(folder / f"{side}.onnx", facts)
+  _write_preprocessor(image, folder, "Siglip" if siglip else "CLIP")
+  _write_files(folder, tokenizer)
+  if openai:
+    _write_tokenizer(text["context_length"], folder)
+  elif not tokenizer:
+    notes.append(_without_tokenizer(text, "the folder has none"))
+  return notes
+
+
+def _onnx_graphs(weights: Weights) -> dict[str, Graph]:
+  """The graphs of the two towers."""
   model = make_model({**weights.model, "dtype": "float32"}, views=Views(), heads=weights.heads)
   params = {"params": weights.params, "collections": weights.collections}
 
@@ -410,21 +429,10 @@ def _onnx(weights: Weights, folder: Path) -> list[str]:
   def encode_text(params: Any, tokens: Int[jax.Array, "b t"]) -> Float[jax.Array, "b d"]:
     return unit_norm(model.text_features(**params, tokens=tokens))
 
-  pixels = Interface("pixel_values", "image_embeds", (3, image.size, image.size), np.float32)
-  ids = Interface("input_ids", "text_embeds", (text["context_length"],), np.int64)
-  facts = _onnx_facts(weights)
-  folder.mkdir(parents=True, exist_ok=True)
-  write_onnx(encode_image, params, pixels, folder / "image.onnx", facts)
-  write_onnx(encode_text, params, ids, folder / "text.onnx", facts)
-  siglip = _siglip_tokenizer(text)
-  _write_preprocessor(image, folder, "Siglip" if siglip else "CLIP")
-  if _has_openai_tokenizer(text):
-    _write_tokenizer(text["context_length"], folder)
-  elif tokenizer := siglip or exported_files(text["tokenizer"], text["context_length"]):
-    _write_files(folder, tokenizer)
-  else:
-    notes.append(_without_tokenizer(text, "the folder has none"))
-  return notes
+  size, length = weights.view.size, weights.model["text"]["context_length"]
+  pixels = Interface("pixel_values", "image_embeds", (3, size, size), np.float32)
+  ids = Interface("input_ids", "text_embeds", (length,), np.int64)
+  return {"image": to_onnx(encode_image, params, pixels), "text": to_onnx(encode_text, params, ids)}
 
 
 def _onnx_facts(weights: Weights) -> dict[str, str]:

@@ -8,7 +8,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import open_clip
-from released_weights import READ, OpenClip, of_class, preprocessing
+from released_weights import READ, OpenClip, Result, of_class, of_training, preprocessing
+
+from declip_jax.weights import read as read_lib
 
 
 @pytest.mark.filterwarnings("ignore:.*decoder of captions")
@@ -27,6 +29,12 @@ def test_released_models_of_open_clip(name: str, tag: str, status: str) -> None:
   assert about
   found = OpenClip(name, bool(about.get("quick_gelu"))).result(preprocessing(about))
   assert found.status == status, json.dumps(found)
+
+
+def test_a_wrong_guess_has_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+  assert of_training("MobileCLIP2-L-14") == Result("remark", remark="guesses wrongly text.causal")
+  monkeypatch.setattr(read_lib, "_assumptions", lambda *_: ["the file does not say everything"])
+  assert of_training("MobileCLIP2-L-14") == Result("WRONG", remark="differs without a remark: text.causal")
 
 
 @pytest.mark.parametrize("name", READ)

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 import shutil
 
-import flax.serialization
-from flax.traverse_util import unflatten_dict
+from flax_files import flax_tree, write_flax
 import jax
 import numpy as np
 import pytest
@@ -95,6 +94,19 @@ def test_embeddings_of_one_tower_are_those_of_the_whole_model(kind: str, tmp_pat
       absent(half)
 
 
+def test_a_text_tower_encodes_no_images(tmp_path: Path) -> None:
+  _, half = read_both("CLIPTextModelWithProjection", tmp_path)
+  clip = Clip(half, make_mesh(-1, 1))
+  for needs_text in (False, True):
+    with pytest.raises(ValueError, match="have no image tower: expected a model that encodes images$"):
+      clip.encoders(1, needs_text=needs_text)
+  assert clip.feature_widths == (0, 0)
+  described = repr(clip)
+  assert f"texts of {clip.fields['text']['context_length']} tokens" in described
+  assert "images" not in described
+  assert "vit" not in described
+
+
 def test_a_tower_without_projection_has_no_embeddings(tmp_path: Path) -> None:
   _, half = read_both("CLIPVisionModel", tmp_path)
   with pytest.raises(ValueError, match="no image tower with a joint space"):
@@ -111,20 +123,6 @@ def test_a_run_starts_from_one_tower(tmp_path: Path) -> None:
   assert lines[0].startswith("loaded from Hugging Face: heads/image_projection")
 
 
-def flax_names(tensors: dict[str, np.ndarray]) -> dict[tuple[str, ...], np.ndarray]:
-  """The parameters of `FlaxCLIPModel` for tensors of `CLIPModel`, by modeling_flax_clip.py of transformers 4.48."""
-  found = {}
-  for name, x in tensors.items():
-    *above, leaf = name.split(".")
-    if leaf == "weight":
-      norm = "norm" in above[-1] or "layrnorm" in above[-1]
-      leaf = "scale" if norm else "embedding" if above[-1].endswith("_embedding") and x.ndim == 2 else "kernel"
-      if leaf == "kernel":
-        x = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
-    found[*above, leaf] = np.ascontiguousarray(x)
-  return found
-
-
 @pytest.mark.parametrize("form", ["file", "folder"])
 def test_the_file_of_flax_clip(form: str, tmp_path: Path) -> None:
   tensors, config = whole("clip")
@@ -133,7 +131,8 @@ def test_the_file_of_flax_clip(form: str, tmp_path: Path) -> None:
   folder = tmp_path / "flax"
   folder.mkdir()
   file = folder / "flax_model.msgpack"
-  file.write_bytes(flax.serialization.to_bytes(unflatten_dict(flax_names(floats))))
+  tree = flax_tree(floats)
+  write_flax(file, tree)
   for name in ("config.json", "preprocessor_config.json"):
     shutil.copyfile(tmp_path / "both" / name, folder / name)
   ours = read(folder if form == "folder" else file)
@@ -144,3 +143,8 @@ def test_the_file_of_flax_clip(form: str, tmp_path: Path) -> None:
     file.write_bytes(contents)
     with pytest.raises(ValueError, match=r"flax_model.msgpack: (damaged|no tensors)"):
       read(file)
+  write_flax(file, tree | {"logit_scale": np.float32(floats["logit_scale"])})
+  jax.tree.map(np.testing.assert_array_equal, read(file).params, both.params)
+  write_flax(file, tree | {"text_projection/kernel": tree["text_projection"]["kernel"]})
+  with pytest.raises(ValueError, match=r"flax_model.msgpack: the path text_projection/kernel occurs twice"):
+    read(file)

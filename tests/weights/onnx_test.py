@@ -6,6 +6,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import open_clip_towers
 import pytest
 import references as reference
 from tiers import slow_except
@@ -14,10 +15,12 @@ from declip_jax import architectures, config, extras
 from declip_jax.clip import Clip
 from declip_jax.data.images import EvalView
 from declip_jax.sharding import make_mesh
+from declip_jax.unit_norm import unit_norm
 from declip_jax.weights import onnx_graph
+from declip_jax.weights import write as write_lib
 from declip_jax.weights.layout import abstract_variables
-from declip_jax.weights.onnx_primitives import write_onnx
-from declip_jax.weights.read import Weights, from_state_dict
+from declip_jax.weights.onnx_primitives import to_onnx
+from declip_jax.weights.read import Weights, from_state_dict, read
 from declip_jax.weights.write import write
 
 HEADS = {"image.heads": 2, "text.heads": 2}
@@ -116,6 +119,16 @@ def random_weights(architecture: architectures.Architecture) -> Weights:
   return Weights("test", c.model.to_dict(), ("joint",), **variables, view=view)
 
 
+@pytest.mark.filterwarnings("ignore:.*decoder of captions")
+@pytest.mark.parametrize("name", slow_except(("EVA02-E-14", "coca_ViT-B-32"), open_clip_towers.MODELS))
+def test_embeddings_of_towers_of_open_clip(name: str, tmp_path: Path) -> None:
+  (tmp_path / "model").mkdir()
+  arrays = open_clip_towers.write_folder(tmp_path / "model", name)
+  write(read(tmp_path / "model"), tmp_path / "out", "onnx")
+  for side, inputs in (("image", arrays["pixels"].astype(np.float32)), ("text", arrays["tokens"].astype(np.int64))):
+    np.testing.assert_allclose(run(tmp_path / "out", side, inputs), unit(arrays[side]), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", slow_except(("average pooling",), OTHERS))
 def test_embeddings_of_other_towers_are_ours(name: str, tmp_path: Path) -> None:
   """The compute dtype of training does not matter: exports compute in float32."""
@@ -177,9 +190,28 @@ def test_without_the_extra_nothing_is_written(tmp_path: Path, monkeypatch: pytes
   assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_primitive_is_named(tmp_path: Path) -> None:
+def test_an_unknown_primitive_is_named() -> None:
   pytest.importorskip("onnx")
   interface = onnx_graph.Interface("x", "y", (4,), np.float32)
   with pytest.raises(ValueError, match="the primitive 'sin' of JAX has no translation"):
-    write_onnx(lambda params, x: jnp.sin(x) * params, np.float32(2), interface, tmp_path / "x.onnx", {})
-  assert not [*tmp_path.iterdir()]
+    to_onnx(lambda params, x: jnp.sin(x) * params, np.float32(2), interface)
+
+
+def test_a_loop_with_outputs_of_each_step_is_rejected() -> None:
+  pytest.importorskip("onnx")
+
+  def stacked(layers: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda carry, layer: (carry + layer[None], carry), x, layers)[1]
+
+  interface = onnx_graph.Interface("x", "y", (4,), np.float32)
+  with pytest.raises(ValueError, match="a loop that returns outputs of each step has no translation"):
+    to_onnx(stacked, np.ones((3, 4), np.float32), interface)
+
+
+def test_nothing_is_written_unless_both_towers_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  pytest.importorskip("onnx")
+  calls = iter([unit_norm, jnp.sin])  # of images, then of texts
+  monkeypatch.setattr(write_lib, "unit_norm", lambda x: next(calls)(x))
+  with pytest.raises(ValueError, match="the primitive 'sin' of JAX has no translation"):
+    write(random_weights(OTHERS["bias of texts"]), tmp_path / "out", "onnx")
+  assert not (tmp_path / "out").exists()

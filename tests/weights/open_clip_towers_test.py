@@ -1,16 +1,11 @@
-"""Image towers of timm in open_clip's models, and CoCa, by open_clip: features of a folder, and every tensor.
-
-`fixtures/make_towers.py` made the numbers.
-"""
+"""Image towers of timm in open_clip's models, and CoCa, by open_clip: features of a folder, and every tensor."""
 
 import contextlib
-import json
 from pathlib import Path
 
 import numpy as np
+from open_clip_towers import MODELS, fixture, write_folder
 import pytest
-import references as reference
-import safetensors.numpy
 from tiers import slow_except
 
 from declip_jax.clip import load
@@ -19,26 +14,7 @@ from declip_jax.weights.layout import layout, to_state_dict
 from declip_jax.weights.read import from_state_dict, read
 from declip_jax.weights.write import write
 
-MODELS = ("convnext_base", "convnext_large_d", "convnext_xxlarge", "EVA01-g-14", "EVA02-E-14", "MobileCLIP2-L-14")
-MODELS = (*MODELS, "coca_ViT-B-32")
 ATOL = 1e-5
-
-
-def fixture(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
-  """The arrays of a model, its state dict and its config."""
-  arrays = reference.load("open_clip_towers")
-  of_model = reference.below(arrays, f"{name}/")
-  found = {"pixels": arrays["pixels"], "tokens": arrays["tokens"], "image": of_model["image"], "text": of_model["text"]}
-  return found, reference.below(of_model, "sd/"), json.loads(str(of_model["config"]))
-
-
-def write_folder(folder: Path, name: str, **changes: object) -> dict[str, np.ndarray]:
-  arrays, tensors, config = fixture(name)
-  config["vision_cfg"] |= changes
-  (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-  contiguous = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
-  safetensors.numpy.save_file(contiguous, folder / "open_clip_model.safetensors")
-  return arrays
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -75,6 +51,13 @@ def test_what_no_tensor_tells_is_a_remark() -> None:
   (remark,) = from_state_dict(tensors, {"text.eot": 89}).remarks
   for field in ("image.epsilon=1e-06", "image_size=256", "text.heads=1", "squash=False"):
     assert field in remark
+  assert "branch_norm" not in remark
+  _, tensors, _ = fixture("EVA02-E-14")
+  (remark,) = from_state_dict(tensors, {"text.eot": 89}).remarks
+  assert "image.branch_norm=False" in remark
+  _, tensors, _ = fixture("coca_ViT-B-32")
+  remark, _ = from_state_dict(tensors, {"text.eot": 89, "text.activation": "gelu"}).remarks
+  assert "guesses, as are text.causal=True. If" in remark
 
 
 @pytest.mark.parametrize(
@@ -94,6 +77,23 @@ def test_other_options_are_rejected(name: str, changes: dict, message: str, tmp_
     read(tmp_path)
   assert "\n" not in str(error.value)
   assert len(str(error.value)) - len(str(tmp_path)) < 300
+
+
+@pytest.mark.parametrize(
+  ("name", "old", "new"),
+  [
+    ("convnext_base", "", "visual.trunk.stages.0.blocks.0.mlp.grn.weight"),
+    ("convnext_base", "visual.trunk.stages.0.blocks.0.gamma", ""),
+    ("coca_ViT-B-32", "visual.attn_pool.ln_q.weight", ""),
+    ("EVA02-E-14", "", "visual.trunk.blocks.0.attn.rope"),
+  ],
+)
+def test_other_forms_of_a_family_are_refused_by_the_tensor_that_differs(name: str, old: str, new: str) -> None:
+  _, tensors, _ = fixture(name)
+  changed = {key: x for key, x in tensors.items() if key != old} | ({new: np.ones(3, np.float32)} if new else {})
+  differs = rf"{old}: missing" if old else rf"{new} \(3,\): unknown"
+  with pytest.raises(ValueError, match=rf"^x.pt: this .* is not supported, its tensors differ: {differs}$"):
+    from_state_dict(changed, {"text.eot": 89}, name="x.pt")
 
 
 @pytest.mark.parametrize("name", ["EVA02-E-14", "coca_ViT-B-32", "MobileCLIP2-L-14"])

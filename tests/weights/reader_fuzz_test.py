@@ -8,9 +8,11 @@ import json
 from pathlib import Path
 import shutil
 
+from flax_files import flax_tree, write_flax
 from hub_server import HubServer, Model
 from mutated_files import check_bounds, mutated
 import numpy as np
+import open_clip_towers
 import pytest
 import references as reference
 import safetensors.numpy
@@ -86,12 +88,26 @@ def open_clip(folder: Path) -> None:
   write(weights, folder, "open_clip")
 
 
+def flax_clip(folder: Path) -> None:
+  """`FlaxCLIPModel` with its processor."""
+  tensors = reference.below(reference.load("openai_vit"), "sd/")
+  write(from_state_dict(tensors, reference.TOLD | HEADS), folder, "huggingface")
+  write_flax(folder / "flax_model.msgpack", flax_tree(safetensors.numpy.load_file(folder / "model.safetensors")))
+  (folder / "model.safetensors").unlink()
+
+
+def convnext(folder: Path) -> None:
+  open_clip_towers.write_folder(folder, "convnext_base")
+
+
 FOLDERS: dict[str, Callable[[Path], None]] = {
   "big_vision": big_vision,
   "big_vision, stacked": stacked_big_vision,
   "training of open_clip": training,
   "SiglipModel in shards": shards,
   "open_clip with a tokenizer": open_clip,
+  "FlaxCLIPModel": flax_clip,
+  "ConvNeXt of open_clip": convnext,
 }
 SETTINGS = {
   "big_vision": {"image_size": 36},
@@ -122,10 +138,10 @@ def try_to_read(path: str | Path, settings: Mapping[str, object], folder: Path) 
 
 
 def check_tensors(found: Weights, truth: Mapping[str, np.ndarray], file: str, content: bytes) -> None:
-  """Tensors are those of the files; only safetensors, which have no checksums, may have other numbers of the file."""
+  """Tensors are those of the files; only files without checksums may have other numbers, which are of the file."""
   changed = {name: x[x != truth[name]].view("<u4") for name, x in tensors_of(found).items()}
   others = np.concatenate([*changed.values()])
-  assert not others.size or file.endswith(".safetensors"), [name for name, x in changed.items() if x.size]
+  assert not others.size or file.endswith((".safetensors", ".msgpack")), [name for name, x in changed.items() if x.size]
   if others.size:
     numbers = [np.frombuffer(content, "<u4", (len(content) - start) // 4, start) for start in range(4)]
     known = np.sort(np.concatenate(numbers))
