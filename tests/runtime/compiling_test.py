@@ -92,6 +92,7 @@ import atexit, os, signal, threading, time
 from declip_jax import command_line
 from declip_jax.runtime import compiling
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
 atexit.register(print, "cleaned up")  # Python's own end, in which XLA would crash
 
 def compile(seconds):
