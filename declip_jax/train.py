@@ -468,18 +468,22 @@ def _finish(
 
 def _command(workdir: Path) -> None:
   profile = parse_steps(flags.FLAGS.profile) if flags.FLAGS.profile else None
-  given = config_flags.get_override_values(flags.FLAGS["config"])
-  for field in build.unread_augmentation(flags.FLAGS.config):
-    if field in given:
-      message(
-        f"--config.{field} has no effect: no view of config.data.recipe={flags.FLAGS.config.data.recipe} reads it"
-      )
+  _report_unread_flags()
   try:
     with compile_cache(workdir / "compiled"):
       train(flags.FLAGS.config, workdir, profile=profile, steps=flags.FLAGS.steps)
   except Stopped as stopped:
     message(str(stopped))
     sys.exit(130 if stopped.signum == signal.SIGINT else flags.FLAGS.stopped_exit_code)
+
+
+def _report_unread_flags() -> None:
+  """Names flags of augmentation that have no effect; a config that suits several recipes may set such fields."""
+  config = flags.FLAGS.config
+  given = config_flags.get_override_values(flags.FLAGS["config"])
+  for field in build.unread_augmentation(config):
+    if field in given:
+      message(f"--config.{field} has no effect: no view of config.data.recipe={config.data.recipe} reads it")
 
 
 def main() -> None:

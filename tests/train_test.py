@@ -275,6 +275,7 @@ def test_the_exit_code_shows_how_a_run_was_stopped(
     "Flags", (), {"FLAGS": type("Given", (), {"profile": "", "config": None, "steps": None, "stopped_exit_code": flag})}
   )
   monkeypatch.setattr(train, "flags", given)
+  monkeypatch.setattr(train, "_report_unread_flags", lambda: None)
   with pytest.raises(SystemExit) as ended:
     train._command(tmp_path)
   assert ended.value.code == code

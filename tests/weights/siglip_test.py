@@ -158,7 +158,7 @@ def test_a_checkpoint_of_open_clip_with_the_settings_that_it_lacks(tokenizer_fil
   safetensors.numpy.save_file({key: np.ascontiguousarray(x) for key, x in tensors.items()}, tmp_path / "x.safetensors")
   options = "start=none&clean=repair,underscores,lower,no_punctuation,spaces"
   told = {"image_size": 36, "text.tokenizer": f"huggingface:{files}/tokenizer.json?{options}"}
-  with pytest.warns(UserWarning, match="does not specify image.activation='gelu_tanh', .* as are SigLIP's masks"):
+  with pytest.warns(UserWarning, match="does not specify image.activation='gelu_tanh', .* as are text.causal=False"):
     clip = load(tmp_path / "x.safetensors", HEADS | told)
   check_ends(clip, arrays, captions, list(range(len(captions))))
 
