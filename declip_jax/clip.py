@@ -82,7 +82,7 @@ class Clip:
     return other
 
   def _place(self, params: Any, collections: Any) -> None:
-    # One tower, which does not use it.
+    # A single tower has no temperature, and does not use one, but the head declares it.
     if "joint" in self.model.heads.members and "logit_scale" not in params["heads"]:
       params = {**params, "heads": {**params["heads"], "logit_scale": np.float32(0)}}
     self.params, self.collections = jax.device_put((params, collections), replicated(self.mesh))
@@ -262,8 +262,8 @@ class Clip:
       field: what sets the batch size, for messages, such as a flag.
 
     Raises:
-      ValueError: there is no image tower; texts cannot be encoded: there is no text tower, or its vocabulary is not
-        that of the tokenizer; or the batch size is not a multiple of the number of devices.
+      ValueError: the weights lack an image tower, or, if `needs_text`, a text tower with the vocabulary of the
+        tokenizer; or the batch size is not a multiple of the number of devices.
     """
     if "image" not in self.params["towers"]:
       raise ValueError(f"these weights ({self.origin}) have no image tower: expected a model that encodes images")

@@ -82,7 +82,7 @@ def unless_unwanted(call: Callable[[], T], is_unwanted: Callable[[], bool]) -> T
 
   Args:
     call: calls the function; it is called in another thread.
-    is_unwanted: asked all the time, in both threads.
+    is_unwanted: whether the result is no longer needed; asked again and again, in both threads.
   """
   # XLA runs between the end of one of JAX's stages and that of the last one. The caller may leave during that time,
   # but not while the program runs.
