@@ -106,6 +106,8 @@ def _command(_: list[str]) -> int:
   known = {name: topology_devices(name, values.slices) if name else None for name in names}
   plans = [_plan(name, devices) for name, devices in known.items()]
   lines = plans[0].lines if len(plans) == 1 else comparison([(one.topology, one.reports, one.cost) for one in plans])
+  if len(plans) > 1 and plans[0].cost is None:
+    lines += ["", *cost_lines(None, plans[0].why)]
   for one in plans if len(plans) > 1 and values.fastest else ():
     lines += ["", f"topology {one.topology}: {fastest_lines(one.tried)[-1]}"]
   if values.text_length:
@@ -212,9 +214,12 @@ def main() -> None:
   flags.DEFINE_bool(
     "fastest",
     False,
-    "Search, step by step, for the mesh, recomputation and micro-batches of a fast step; compiles up to eight.",
+    "Search, step by step, for the mesh, recomputation and micro-batches of a fast step, instead of the largest batch; "
+    "not with config.stages. Compiles up to eight steps, or more if none of them fits.",
   )
-  flags.DEFINE_integer("samples", None, "Number of samples of data that are not on this machine.", lower_bound=1)
+  flags.DEFINE_integer(
+    "samples", None, "Number of samples of the data (default: those on this machine).", lower_bound=1
+  )
   flags.DEFINE_float(
     "utilisation", 0.4, "Model FLOPs utilisation, 0 to 1, at which the run is expected to train.", 0.001, 1.0
   )
