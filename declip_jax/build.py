@@ -488,6 +488,15 @@ def describe_filling(config: ConfigDict, built: Built, start: int) -> str:
   return f"the loss nns is 0 for the first {counted(steps, 'step')}, until the neighbour bank has {size:,} texts"
 
 
+def describe_seen(config: ConfigDict) -> str:
+  """The evaluations on data that the run trains on, in words; "" if there are none."""
+  seen = [name for name, own in config.evals.items() if own.get("data") in config.data.train]
+  if not seen:
+    return ""
+  names = ", ".join(f"config.evals.{name}" for name in seen)
+  return f"{names}: on the training data, so that scores do not say how good the model is on others"
+
+
 def plain_retrievals(evals: ConfigDict) -> tuple[str, ...]:
   """The names of the retrievals that search all images at once, whose chance is known.
 

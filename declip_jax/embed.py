@@ -1,14 +1,15 @@
-"""Writes embeddings of images for other tools: python -m declip_jax.embed --weights FILE --images SOURCE --output DIR
+"""Writes embeddings for other tools: python -m declip_jax.embed --weights FILE --images SOURCE --output DIR
 
   --images    a folder, path, pattern or URL, or KIND:LOCATION
 
 DIR receives parts of --images_per_part images each, in the layout of clip-retrieval, which autofaiss reads as well:
 
   img_emb/img_emb_00000.npy             embeddings of unit norm, [images dimensions]
+  text_emb/text_emb_00000.npy           with --texts, those of the first caption of each of these images
   metadata/metadata_00000.parquet       one row for each of them: row (its number in the source), key, captions, class
 
-Images that cannot be read are left out. An interrupted command continues after its last part. No more than one part is
-held in memory.
+Images that cannot be read are left out, and with --texts those without a caption. An interrupted command continues
+after its last part. No more than one part is held in memory.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import io
 import json
 from pathlib import Path
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 import numpy as np
@@ -25,9 +26,10 @@ import numpy as np
 from declip_jax import command_line
 from declip_jax.clip import Clip, load
 from declip_jax.data.guess import guess
+from declip_jax.data.mixture import has_captions
 from declip_jax.data.readers import disable_opencv_threads
 from declip_jax.data.sources import Source, open_source
-from declip_jax.evals.encoders import Encoders
+from declip_jax.evals.encoders import Encoders, encode_texts
 from declip_jax.evals.feature_cache import numerics
 from declip_jax.evals.features import Features, encode_batches, join, read_batches, surely
 from declip_jax.evals.similarity import unit_rows
@@ -53,8 +55,9 @@ def embed(
   batch_size: int = _BATCH_SIZE,
   features_dtype: str = "float32",
   images_per_part: int = _IMAGES_PER_PART,
+  texts: bool = False,
 ) -> int:
-  """Writes the parts that a folder does not have yet, and returns the number of embeddings in all of them.
+  """Writes the parts that a folder does not have yet, and returns the number of images in all of them.
 
   Args:
     weights: checkpoint that `clip.load` reads.
@@ -64,44 +67,57 @@ def embed(
     batch_size: images encoded at once.
     features_dtype: "float32" or "float16", to which embeddings of unit norm are rounded.
     images_per_part: images of the source for each part.
+    texts: whether the first caption of each image is encoded, too.
 
   Raises:
     OSError: the weights or the images are not there, or cannot be read now.
-    ValueError: the model has no joint space or compares tokens, or the folder has embeddings of something else.
+    ValueError: the model has no joint space or compares tokens, the folder has embeddings of something else, or
+      captions are missing.
   """
   with command_line.naming("--weights"):
     clip = load(weights, parse_settings(settings, "--settings"))
   if clip.tokens or not clip.feature_widths[1]:
     problem = "compares tokens (FILIP)" if clip.tokens else "has no joint space"
     raise ValueError(f"--weights={weights} {problem}: expected a model that compares embeddings")
-  encoders = clip.encoders(batch_size, needs_text=False, field="--batch_size")
+  encoders = clip.encoders(batch_size, needs_text=texts, field="--batch_size")
   source = open_source(guess(images), "--images")
-  _begin(output, _about(clip, source, encoders, features_dtype, images_per_part))
+  if texts and not has_captions(source):
+    raise ValueError(f"--texts: {source.name} has no captions")
+  work = _Work(source, encoders, features_dtype, texts)
+  _begin(output, _about(clip, work, images_per_part))
   count = 0
   with Bar("encoding", len(source), "images") as bar:
     for number, start in enumerate(range(0, len(source), images_per_part)):
       rows = range(start, min(start + images_per_part, len(source)))
-      embeddings, metadata = _paths(output, number)
-      if not embeddings.exists():
-        _write_part(source, encoders, rows, embeddings, metadata, features_dtype, bar)
+      part = _part(output, number)
+      if not part.images.exists():
+        _write_part(work, rows, part, bar)
       bar.set(rows.stop)
-      count += len(np.load(embeddings, "r"))
+      count += len(np.load(part.images, "r"))
   return count
 
 
-def _about(
-  clip: Clip, source: Source | Sequence[Any], encoders: Encoders, features_dtype: str, images_per_part: int
-) -> dict[str, Any]:
+class _Work(NamedTuple):
+  """What is encoded and written; see `embed`."""
+
+  source: Source | Sequence[Any]
+  encoders: Encoders
+  features_dtype: str
+  texts: bool
+
+
+def _about(clip: Clip, work: _Work, images_per_part: int) -> dict[str, Any]:
   """What embeddings depend on, and how they are divided into parts, as JSON."""
   about = {
     "weights": clip.weights_hash,
     "origin": clip.origin,
-    "source": source.name,
-    "stamp": source.stamp,
-    "samples": len(source),
-    "view": dataclasses.asdict(encoders.view),
+    "source": work.source.name,
+    "stamp": work.source.stamp,
+    "samples": len(work.source),
+    "view": dataclasses.asdict(work.encoders.view),
     "dtype": clip.dtype,
-    "features_dtype": features_dtype,
+    "features_dtype": work.features_dtype,
+    **({"texts": True} if work.texts else {}),
     "images_per_part": images_per_part,
     **numerics(),
   }
@@ -117,44 +133,57 @@ def _begin(output: Path, about: dict[str, Any]) -> None:
   file = output / _ABOUT
   if file.exists():
     before = json.loads(file.read_text())
-    if differing := [name for name in about if before.get(name) != about[name]]:
-      shown = ", ".join(f"{name} {before.get(name)!r:.60}, not {about[name]!r:.60}" for name in differing)
+    if differing := [name for name in {**before, **about} if before.get(name) != about.get(name)]:
+      shown = ", ".join(f"{name} {before.get(name)!r:.60}, not {about.get(name)!r:.60}" for name in differing)
       raise ValueError(f"--output={output} has embeddings with {shown}: choose another folder")
     return
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise ValueError(f"--output={output} already exists, and has no embeddings: choose a new folder")
-  for path in _paths(output, 0):
+  for path in _part(output, 0):
     path.parent.mkdir(parents=True, exist_ok=True)
   records.write(file, (json.dumps(about, indent=2) + "\n").encode())
 
 
-def _paths(output: Path, number: int) -> tuple[Path, Path]:
-  """The files of a part: its embeddings and its metadata."""
+class _Part(NamedTuple):
+  """The files of a part."""
+
+  images: Path
+  texts: Path
+  metadata: Path
+
+
+def _part(output: Path, number: int) -> _Part:
   digits = f"{number:0{_MOST_DIGITS}}"
-  return output / "img_emb" / f"img_emb_{digits}.npy", output / "metadata" / f"metadata_{digits}.parquet"
+  return _Part(
+    output / "img_emb" / f"img_emb_{digits}.npy",
+    output / "text_emb" / f"text_emb_{digits}.npy",
+    output / "metadata" / f"metadata_{digits}.parquet",
+  )
 
 
-def _write_part(
-  source: Source | Sequence[Any],
-  encoders: Encoders,
-  rows: range,
-  embeddings: Path,
-  metadata: Path,
-  features_dtype: str,
-  bar: Bar,
-) -> None:
-  """Encodes and writes the images of some rows; the embeddings last, since they mark a part as complete."""
-  parts, done = [], rows.start
-  for part in encode_batches(source, encoders, rows, surely(read_batches)):
-    parts.append(dataclasses.replace(part, pooled=np.zeros((len(part.label), 0), np.float32)))  # it is not written
-    done += len(part.label)
+def _write_part(work: _Work, rows: range, part: _Part, bar: Bar) -> None:
+  """Encodes and writes some rows; the embeddings of images last, since they mark a part as complete."""
+  batches, done = [], rows.start
+  for batch in encode_batches(work.source, work.encoders, rows, surely(read_batches)):
+    batches.append(dataclasses.replace(batch, pooled=np.zeros((len(batch.label), 0), np.float32)))  # it is not written
+    done += len(batch.label)
     bar.set(done)
-  features = join(parts)
+  features = join(batches)
   kept = np.flatnonzero(features.readable)
-  records.write(metadata, _parquet(features, kept, rows.start, source.classnames))
+  if work.texts:
+    kept = np.array([row for row in kept if features.captions[row]], int)
+    captions = [features.captions[row][0] for row in kept]
+    encoded = encode_texts(captions, work.encoders) if captions else features.embedding[:0]
+    _write_array(part.texts, encoded, work.features_dtype)
+  records.write(part.metadata, _parquet(features, kept, rows.start, work.source.classnames))
+  _write_array(part.images, features.embedding[kept], work.features_dtype)
+
+
+def _write_array(path: Path, embeddings: np.ndarray, dtype: str) -> None:
+  """Writes embeddings, scaled to unit norm."""
   file = io.BytesIO()
-  np.save(file, unit_rows(features.embedding[kept]).astype(features_dtype))
-  records.write(embeddings, file.getvalue())
+  np.save(file, unit_rows(embeddings).astype(dtype))
+  records.write(path, file.getvalue())
 
 
 def _parquet(features: Features, kept: np.ndarray, start: int, classnames: Sequence[str]) -> bytes:
@@ -187,8 +216,10 @@ def _command(_: list[str]) -> None:
       batch_size=given.batch_size,
       features_dtype=given.features_dtype,
       images_per_part=given.images_per_part,
+      texts=given.texts,
     )
-    message(f"{given.output}: embeddings of {counted(count, 'image')}", stream=sys.stdout)
+    what = f"{counted(count, 'image')}{' and their texts' if given.texts else ''}"
+    message(f"{given.output}: embeddings of {what}", stream=sys.stdout)
   finally:
     drop_lost_streams()
 
@@ -206,6 +237,7 @@ def main() -> None:
     "features_dtype", "float32", ["float32", "float16"], "Dtype of stored embeddings; float16 takes half the space."
   )
   flags.DEFINE_integer("images_per_part", _IMAGES_PER_PART, "Images of the source for each part.", lower_bound=1)
+  flags.DEFINE_bool("texts", False, "Also encode the first caption of each image.")
   command_line.run(_command, __doc__, required=("weights", "images", "output"))
 
 

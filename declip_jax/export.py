@@ -1,7 +1,7 @@
 """Exports trained weights: python -m declip_jax.export --workdir RUN --format open_clip --output DIR
 
   open_clip    a folder for open_clip.create_model_and_transforms("local-dir:DIR") and CLIP_benchmark
-  huggingface  a folder for CLIPModel and CLIPProcessor of transformers
+  huggingface  a folder for CLIPModel, or SiglipModel, and a processor of transformers
   onnx         image.onnx and text.onnx for onnxruntime and others, with the files of a processor (extra onnx)
   orbax        parameters only, for declip_jax.load and config.init_from; the only format for FILIP and SimCLR
 

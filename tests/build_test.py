@@ -13,3 +13,12 @@ def test_evaluations_are_read_with_the_limits_of_the_config(tmp_path: Path) -> N
   deaths = Deaths(tmp_path)
   encoders = build.make_encoders(c, build.build(c), deaths).bind({}, {})
   assert encoders.reading == Reading(3, 2, 100, 5.0, deaths)
+
+
+def test_an_evaluation_on_training_data_is_named() -> None:
+  c = config.default("clip")
+  c.data.train = ("synthetic:train",)
+  c.evals.update({"other": config.retrieval("synthetic:test"), "same": config.zero_shot("synthetic:train")})
+  assert build.describe_seen(c).startswith("config.evals.same: on the training data")
+  del c.evals.same
+  assert not build.describe_seen(c)

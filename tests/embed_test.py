@@ -30,7 +30,8 @@ def test_embeddings_and_metadata_are_written_once_even_if_interrupted(
   images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   output, clip = tmp_path / "out", make_clip(0)
-  options = {"images_per_part": 16, "features_dtype": "float16"}
+  (images / "20.txt").unlink()
+  options = {"images_per_part": 16, "features_dtype": "float16", "texts": True}
   with monkeypatch.context() as patch:
     Counting(patch, command, clip, batches=3)  # of which two are the first part
     with pytest.raises(KeyboardInterrupt):
@@ -38,13 +39,15 @@ def test_embeddings_and_metadata_are_written_once_even_if_interrupted(
   for batches in (3, 0):
     with monkeypatch.context() as patch:
       counting = Counting(patch, command, clip)
-      assert embed("weights", str(images), output, **options) == 39
+      assert embed("weights", str(images), output, **options) == 38
       assert counting.batches == batches
-  numbers = [number for number in range(40) if number != 17]
+  numbers = [number for number in range(40) if number not in (17, 20)]
   parts = [np.load(path) for path in sorted((output / "img_emb").glob("*.npy"))]
-  assert [(part.shape, part.dtype) for part in parts] == [((size, 16), np.float16) for size in (16, 15, 8)]
+  assert [(part.shape, part.dtype) for part in parts] == [((size, 16), np.float16) for size in (16, 14, 8)]
   expected = clip.encode_image([images / f"{number:02}.png" for number in numbers])
   np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-3)
+  texts = np.concatenate([np.load(path) for path in sorted((output / "text_emb").glob("*.npy"))])
+  np.testing.assert_allclose(texts, clip.encode_text([f"caption {number}" for number in numbers]), atol=1e-3)
   rows = [
     row for path in sorted((output / "metadata").glob("*")) for row in pyarrow.parquet.read_table(path).to_pylist()
   ]
@@ -57,6 +60,10 @@ def test_embeddings_and_metadata_are_written_once_even_if_interrupted(
     embed("weights", str(images), output, **options)
   with pytest.raises(ValueError, match=r"--output=.*images already exists, and has no embeddings"):
     embed("weights", str(images), images, **options)
+  for text in images.glob("*.txt"):
+    text.unlink()
+  with pytest.raises(ValueError, match=r"--texts: .*images has no captions"):
+    embed("weights", str(images), tmp_path / "new", **options)
 
 
 def test_models_without_joint_embeddings_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ the data, if they have captions. Fails if every sample is bad.
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+import math
 import os
 import re
 import shlex
@@ -236,15 +237,19 @@ def _thumbnail(pixels: images.Pixels) -> images.Pixels:
   return np.asarray(image.resize([max(1, round(scale * side)) for side in image.size]))
 
 
-def training_command(data: str) -> str:
+def training_command(data: str, bad: float = 0.0) -> str:
   """The command that trains on the captions of the data at a path on this machine, or that writes a config for that.
 
-  The config has to be written if the path has a comma, which would end the argument.
+  The config has to be written if the path has a comma, which would end the argument. If more than `config.MAX_BAD` of
+  the samples are bad, `bad` is their share, and the command allows for it.
   """
+  from declip_jax.config import MAX_BAD  # on demand, as in `_proposed`
+
   if "," in data:
     return f"python -m declip_jax.new my_config.py --data {shlex.quote(data)}"
   config = shlex.quote(f"pretrain:method=declip,architecture={_proposed()[0]},data={data}")
-  return f"python -m declip_jax.train --config={config} --workdir runs/mine"
+  allowed = f" --config.data.max_bad={min(math.ceil(20 * bad + 1) / 20, 1):g}" if bad > MAX_BAD else ""
+  return f"python -m declip_jax.train --config={config}{allowed} --workdir runs/mine"
 
 
 def _proposed() -> tuple[str, int]:
@@ -269,7 +274,7 @@ def _command(arguments: list[str]) -> None:
     draw(source, good, bad, sheet)
     print(f"{'sheet':<13}{sheet}")
   if any(sample.captions for sample in good):
-    print(f"{'train':<13}{training_command(arguments[0])}")
+    print(f"{'train':<13}{training_command(arguments[0], len(bad) / (len(good) + len(bad)))}")
 
 
 def main() -> None:

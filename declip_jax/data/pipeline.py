@@ -4,7 +4,7 @@ A training stream depends only on the seed and the position in it, not on worker
 is `{"next_index": N}`, the number of examples that the whole run has consumed, the same on every host.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass, field
@@ -121,15 +121,16 @@ def _decodes(image: Any, max_pixels: int) -> bool:
   return True
 
 
-_warned: Counter[tuple[str, str]] = Counter()  # warnings of this process, by kind
+_warned: defaultdict[tuple[str, str], set[str]] = defaultdict(set)  # messages of this process, by kind
 
 
 def _warn(error: BadSample, skipped: str = "skipped") -> None:
-  """Logs the first bad examples of each kind; a large data set may have too many to read."""
-  _warned[skipped, error.kind] += 1
-  if (count := _warned[skipped, error.kind]) <= _NAMED:
-    more = "; further ones of this kind are only counted" if count == _NAMED else ""
-    logging.warning("%s (%s) %s%s", skipped, error.kind, error, more)
+  """Logs the first bad examples of each kind, each once; a large data set may have too many to read."""
+  warned, text = _warned[skipped, error.kind], str(error)
+  if len(warned) < _NAMED and text not in warned:
+    warned.add(text)
+    more = "; further ones of this kind are only counted" if len(warned) == _NAMED else ""
+    logging.warning("%s (%s) %s%s", skipped, error.kind, text, more)
 
 
 def training_samples(

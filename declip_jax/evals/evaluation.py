@@ -115,7 +115,8 @@ class Evaluation:
           if events is not None:
             events.log(self.model.weights["step"], job.curves(scores))
           shown = describe(scores.headline, scores.metrics, scores.intervals)
-          message(f"[{number}/{len(todo)}] {job.name}: {shown} ({seconds:.1f} s)")
+          chance = "".join(f"; chance: {value:.1%}" for value in _chance(job, scores).values())
+          message(f"[{number}/{len(todo)}] {job.name}: {shown}{chance} ({seconds:.1f} s)")
           if remark := scores.details.get("remark"):
             message(f"{job.name}: {remark}")
         images.encoded = images.cached = 0

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from absl import logging
 import jax
 from jaxtyping import Bool, Float, Int
 import numpy as np
@@ -19,6 +18,7 @@ from declip_jax.evals.features import EvaluationData, Split
 from declip_jax.evals.results import Scores
 from declip_jax.evals.similarity import take
 from declip_jax.reporting.pictures import Answer, optional, plot_retrieval
+from declip_jax.reporting.progress import message
 from declip_jax.runtime.hosts import gather_rows, gather_texts
 from declip_jax.spelling import counted
 
@@ -96,10 +96,15 @@ def _captions(split: Split) -> dict[int, list[str]]:
   joined: dict[int, list[str]] = {}
   for index, own in found.items():
     joined.setdefault(same[index], []).extend(own)
-  logging.info(
-    "%s: %d samples show %d different images, each of which counts once", split.name, len(found), len(joined)
-  )
+  if jax.process_index() == 0:
+    _say_joined(split.name, len(found), len(joined))
   return joined
+
+
+@cache
+def _say_joined(name: str, samples: int, images: int) -> None:
+  """Says how many images are searched, once for each source, however often it is evaluated."""
+  message(f"{name}: {counted(samples, 'sample')} with {counted(images, 'different image')}, each of which counts once")
 
 
 def check(source: Source | Sequence[Any], field: str, *, folds: int = 1, **options: Any) -> None:

@@ -19,7 +19,6 @@ memory on CPUs. Nothing is compiled for it; `python -m declip_jax.plan` computes
 from collections.abc import Iterable, Mapping, Sequence
 import math
 import operator
-import os
 from typing import Any, NamedTuple
 
 import jax
@@ -241,9 +240,8 @@ def _batch_size(config: ConfigDict, built: build.Built, pairs: float, memory: fl
 
 def _memory(device: jax.Device) -> float:
   """Bytes for programs on a device."""
-  if device.platform == "cpu":
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / jax.local_device_count()
-  return available_memory(device) or _UNKNOWN_MEMORY
+  available = available_memory(device) or _UNKNOWN_MEMORY
+  return available / 2 if device.platform == "cpu" else available
 
 
 def estimate(config: ConfigDict, built: build.Built) -> Estimate:

@@ -15,6 +15,8 @@ def table(report: Report) -> list[str]:
     lines += ["", *_traffic(report.collectives, report.memory_traffic)]
   if report.peak and report.seconds and report.input:
     lines += ["", *_times(report.seconds, report.peak), _step(report.input, report.devices), "", *_input(report.input)]
+  elif not report.peak:
+    lines += ["", f"minimum time: unknown, as are the peak figures of {report.device!r}; --topology plans for a TPU"]
   return lines
 
 
@@ -52,6 +54,8 @@ def _memory(report: Report) -> list[str]:
     lines.append(f"  DOES NOT FIT: needs {format_bytes(report.needed)} of {format_bytes(available)}")
   elif report.fits:
     lines.append("  fits")
+  else:
+    lines.append(f"  whether it fits is unknown, as is the memory of {report.device!r}")
   if largest := report.largest:
     tried = ", ".join(f"{pairs:,}: {format_bytes(needed)}" for pairs, needed in largest.tried)
     found = f"{largest.pairs:,} pairs, batch {largest.batch_size:,}" if largest.pairs else "none of those tried"

@@ -110,6 +110,13 @@ def test_the_command_to_train_reads_the_same_data(data):
   assert config_files._arguments(get_config, *config.split(":", 1))["data"] == data
 
 
+@pytest.mark.parametrize(("bad", "allowed"), [(0.05, None), (0.06, "0.15"), (0.5, "0.55"), (0.99, "1")])
+def test_the_command_to_train_allows_for_more_bad_samples_than_the_default(bad, allowed):
+  words = shlex.split(inspect.training_command("pairs.csv", bad))
+  found = [word.partition("=")[2] for word in words if word.startswith("--config.data.max_bad=")]
+  assert found == ([allowed] if allowed else [])
+
+
 def test_a_path_in_place_of_a_spec_is_an_error_that_names_the_way_to_the_spec(shards):
   with pytest.raises(ValueError, match=r"s\.tar.*declip_jax\.data\.inspect"):
     open_source(f"{shards}/s.tar")

@@ -70,9 +70,12 @@ class EncodedSource(Source):
     ([(1, ("one",)), (2, ("two", "due")), (1, ("uno",))], 3, 1 / 3),  # samples are images if any has several captions
   ],
 )
-def test_samples_of_one_image_count_once_if_each_has_one_caption(samples, images, expected):
+def test_samples_of_one_image_count_once_if_each_has_one_caption(samples, images, expected, capsys):
   words = {"one": 1, "uno": 1, "two": 2, "due": 2}
-  found = search(EncodedSource(samples), encoders(words))
+  retrieval_lib._say_joined.cache_clear()
+  found = [search(EncodedSource(samples), encoders(words)) for _ in range(2)][1]
+  said = "greys: 4 samples with 2 different images, each of which counts once\n" if images == 2 else ""
+  assert capsys.readouterr().err == said
   assert (found["images"], found["texts"]) == (images, 4)
   assert found["image_to_text_r1"] == pytest.approx(expected)
 

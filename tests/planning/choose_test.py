@@ -1,5 +1,6 @@
 """Tests of `declip_jax.planning.choose`: what is chosen for which data and devices, and runs shortened to a try."""
 
+import os
 from pathlib import Path
 import re
 import shlex
@@ -64,7 +65,7 @@ def test_a_cpu_has_smaller_batches_in_float32(monkeypatch: pytest.MonkeyPatch) -
   assert (found.model.dtype, found.batch_size) == ("float32", 256)
   needed, devices = choose.estimate(found, build.build(found)), jax.local_device_count()
   memory = 2 * devices * (needed.fixed + 5.5 * needed.per_pair) / 0.75  # of the machine, for 5 pairs on each device
-  monkeypatch.setattr(choose.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.get)
+  monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.get)
   assert choose.choose(open_config(), None).batch_size == 4 * devices
 
 
