@@ -5,6 +5,7 @@ from pathlib import Path
 from declip_jax import build, config
 from declip_jax.data.deaths import Deaths
 from declip_jax.data.pipeline import Reading
+from declip_jax.data.sources import open_source
 
 
 def test_evaluations_are_read_with_the_limits_of_the_config(tmp_path: Path) -> None:
@@ -15,10 +16,14 @@ def test_evaluations_are_read_with_the_limits_of_the_config(tmp_path: Path) -> N
   assert encoders.reading == Reading(3, 2, 100, 5.0, deaths)
 
 
-def test_an_evaluation_on_training_data_is_named() -> None:
+def test_unusual_data_are_remarked_on() -> None:
   c = config.default("clip")
-  c.data.train = ("synthetic:train",)
-  c.evals.update({"other": config.retrieval("synthetic:test"), "same": config.zero_shot("synthetic:train")})
-  assert build.describe_seen(c).startswith("config.evals.same: on the training data")
+  c.data.train, c.batch_size = ("scenes:train/30/16",), 16
+  c.evals.update({"other": config.retrieval("scenes:test/30/16"), "same": config.zero_shot(c.data.train[0])})
+  sources = [open_source(c.data.train[0])]
+  assert [text.partition(":")[0] for text in build.remarks_on_data(c, sources)] == ["config.evals.same"]
   del c.evals.same
-  assert not build.describe_seen(c)
+  assert not build.remarks_on_data(c, sources)
+  c.batch_size = 32
+  (remark,) = build.remarks_on_data(c, sources)
+  assert remark.startswith("the data set has 30 samples, fewer than config.batch_size=32")
