@@ -1,8 +1,8 @@
 """Parameters and FLOPs of every architecture: python benchmarks/architectures.py
 
-FLOPs are those of the forward pass of one image and one text of 77 tokens, or 64 for SigLIP, as XLA counts them before
-compilation (a multiplication and an addition are two). For comparison the table has the figures that open_clip
-publishes for its own implementation (docs/model_profile.csv, in GFLOPs), where it has the model.
+FLOPs are those of the forward pass of one image and one text of 77 tokens, 64 for SigLIP or 32 for CLIPA, as XLA counts
+them before compilation (a multiplication and an addition are two). For comparison the table has the figures that
+open_clip publishes for its own implementation (docs/model_profile.csv, in GFLOPs), where it has the model.
 
 With --compile it prints instead how long the train step of some architectures takes to compile, with the blocks of the
 transformers scanned and, as in a plain loop over layers, unrolled.
@@ -33,6 +33,14 @@ OPEN_CLIP = {
   "ViT-L/14@336px": 395.2,
   "ViT-H/14": 381.68,
   "ViT-g/14": 581.15,
+  "ViT-bigG/14": 1065.36,
+  "ViT-e/14": 2091.45,
+  "CLIPA ViT-L/14": 167.5,
+  "CLIPA ViT-L/14@336px": 387.39,
+  "CLIPA ViT-H/14": 354.02,
+  "CLIPA ViT-H/14@336px": 800.88,
+  "CLIPA ViT-bigG/14": 1007.93,
+  "CLIPA ViT-bigG/14@336px": 2271.58,
   "SigLIP ViT-B/16": 46.44,
   "SigLIP ViT-B/16@256px": 57.84,
   "SigLIP ViT-B/16@384px": 123.15,

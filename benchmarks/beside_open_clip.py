@@ -31,7 +31,7 @@ from optional_imports import optional_import
 from rounds import median_ratio, seconds_in_turn
 from train_step import TrainStep, make_train_step, trimmed
 
-from declip_jax import build
+from declip_jax import architectures, build
 from declip_jax import config as config_lib
 from declip_jax.data.sources import open_source
 from declip_jax.planning.compile import compile_step
@@ -150,7 +150,7 @@ class Theirs:
   """open_clip's step on the same batches."""
 
   def __init__(self, args: argparse.Namespace, model: Any, batches: list[dict], device: str):
-    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (config_lib.OPENAI_MEAN, config_lib.OPENAI_STD))
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (architectures.OPENAI_MEAN, architectures.OPENAI_STD))
     self._batches: Iterator[Any] = itertools.cycle(
       [
         (

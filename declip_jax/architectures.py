@@ -12,6 +12,9 @@ from ml_collections import ConfigDict
 
 from declip_jax.spelling import did_you_mean
 
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SLIP's and DeCLIP's
+
 
 class TowerSize(NamedTuple):
   """Size of a transformer, in the fields of `config.model.image` and `config.model.text`."""
@@ -173,6 +176,49 @@ def _siglips(name: str, tokens: Mapping[str, Any], released: Mapping[str, tuple[
   return found
 
 
+# open_clip's sizes beyond the papers', the image tower and the text tower.
+_LARGE_SIZES = {
+  "L": (TowerSize(1024, 24, 16), TowerSize(768, 12, 12)),
+  "H": (TowerSize(1280, 32, 16), TowerSize(1024, 24, 16)),
+  "bigG": (TowerSize(1664, 48, 16, 8192 / 1664), TowerSize(1280, 32, 20)),
+}
+_CLIPA_TEXT = {
+  "tokenizer": "huggingface:tokenizer.json?start=[CLS]&end=[PAD]&clean=repair,spaces",  # BERT's, uncased
+  "vocab_size": 32_000,
+  "eot": 0,
+  "context_length": 32,
+  "causal": False,
+  "pooling": "last",
+}
+_METACLIP_2_TEXT = {
+  "tokenizer": "huggingface:tokenizer.json?start=<s>&pad=<pad>&clean=repair,spaces",  # XLM-V's
+  "vocab_size": 901_629,
+  "eot": 2,
+}
+
+
+def _clipa(size: str, image_size: int) -> Architecture:
+  image, words = _LARGE_SIZES[size]
+  return Architecture(
+    vit(14, **image._asdict(), pre_norm=False, pooling="average", **_GELU),
+    text(**words._asdict(), **_CLIPA_TEXT, **_GELU),
+    words.width,
+    image_size,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+  )
+
+
+def _metaclip_2(size: str, image_size: int, activation: str) -> Architecture:
+  image, words = _LARGE_SIZES[size]
+  return Architecture(
+    vit(14, **image._asdict(), activation=activation),
+    text(**words._asdict(), **_METACLIP_2_TEXT, activation=activation),
+    words.width,
+    image_size,
+  )
+
+
 # Widths and layers of timm's ConvNeXts.
 CONVNEXT_SIZES = {
   "tiny": ((96, 192, 384, 768), (3, 3, 9, 3)),
@@ -222,6 +268,19 @@ ARCHITECTURES = {
   # Cherti et al. 2023 (open_clip), beyond the papers' sizes; heads are 80 and 88 wide.
   "ViT-H/14": Architecture(vit(14, 1280, 32, 16, **_GELU), text(1024, 24, **_GELU), 1024),
   "ViT-g/14": Architecture(vit(14, 1408, 40, 16, mlp_ratio=6144 / 1408, **_GELU), text(1024, 24, **_GELU), 1024),
+  "ViT-bigG/14": Architecture(vit(14, 1664, 48, 16, mlp_ratio=8192 / 1664, **_GELU), text(1280, 32, **_GELU), 1280),
+  "ViT-e/14": Architecture(vit(14, 1792, 56, 16, mlp_ratio=15360 / 1792, **_GELU), text(1280, 36, **_GELU), 1280),
+  # Li et al. 2023 (CLIPA), as open_clip has its weights.
+  **{
+    f"CLIPA ViT-{size}/14{suffix}": _clipa(size, pixels)
+    for size in _LARGE_SIZES
+    for suffix, pixels in (("", 224), ("@336px", 336))
+  },
+  # Chuang et al. 2025 (MetaCLIP 2), as open_clip has its weights.
+  "MetaCLIP 2 ViT-H/14": _metaclip_2("H", 224, "quick_gelu"),
+  "MetaCLIP 2 ViT-H/14@378px": _metaclip_2("H", 378, "gelu"),
+  "MetaCLIP 2 ViT-bigG/14": _metaclip_2("bigG", 224, "gelu"),
+  "MetaCLIP 2 ViT-bigG/14@378px": _metaclip_2("bigG", 378, "gelu"),
   # Zhai et al. 2023 (SigLIP), and Tschannen et al. 2025 (SigLIP 2).
   **_siglips("SigLIP", _C4, {"B/16": (224, 256, 384, 512), "L/16": (256, 384), "So400m/14": (224, 384)}),
   **_siglips(

@@ -18,11 +18,9 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from declip_jax import architectures
+from declip_jax.architectures import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
 from declip_jax.methods import PRESETS
 from declip_jax.spelling import did_you_mean
-
-OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SLIP's and DeCLIP's
 
 
 def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = "paper") -> ConfigDict:

@@ -353,7 +353,7 @@ def test_fine_tuning_has_the_settings_of_the_released_commands(
   assert (c.objective.classify.label_smoothing, recipe.strong_scale, recipe.flip_probability) == (0.1, (0.08, 1.0), 0.5)
   assert (c.data.interpolation, c.data.image_size, c.data.evaluation_resize) == ("bicubic", 224, 256)
   assert c.init_from.groups == ("image",)
-  assert c.model.mean == config.IMAGENET_MEAN
+  assert c.model.mean == architectures.IMAGENET_MEAN
 
 
 def layers(*widths: int, bias: bool) -> int:

@@ -12,8 +12,7 @@ import re
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from declip_jax.architectures import SIGLIP_SIZES
-from declip_jax.config import OPENAI_MEAN, OPENAI_STD
+from declip_jax.architectures import OPENAI_MEAN, OPENAI_STD, SIGLIP_SIZES
 from declip_jax.weights import families
 from declip_jax.weights.recognise import OPENAI_EOT, OPENAI_VOCABULARIES
 from declip_jax.weights.tensor_files import INDEX

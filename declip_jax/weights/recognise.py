@@ -87,7 +87,7 @@ def recognise(
   activation = likely or "quick_gelu"
   model["dtype"] = "float32"
   if slip or declip:
-    model["mean"], model["std"] = config_lib.IMAGENET_MEAN, config_lib.IMAGENET_STD
+    model["mean"], model["std"] = architectures.IMAGENET_MEAN, architectures.IMAGENET_STD
   if "image" not in sides:
     image_size = 224
   elif "visual.layer1.0.conv1.weight" in tensors:

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 import pytest
 
-from declip_jax.config import OPENAI_MEAN, OPENAI_STD, default
+from declip_jax.architectures import OPENAI_MEAN, OPENAI_STD
+from declip_jax.config import default
 from declip_jax.data import images
 from declip_jax.data.images import exact, fast, geometry, photo
 from declip_jax.data.images.geometry import Crop

@@ -39,9 +39,21 @@ slow = partial(pytest.param, marks=pytest.mark.slow)  # the fast tier has one of
     # DeCLIP's CLIP, without the linear layer that its ResNet has and never uses.
     slow("DeCLIP ViT-B/32", 151_278_337),
     slow("DeCLIP RN50", 104_106_849 - 2_098_176),
-    # Counted on open_clip 3.3.0, ViT-H-14 and ViT-g-14.
+    # Counted on open_clip 3.3.0, ViT-H-14 and the like, ViT-H-14-CLIPA and ViT-H-14-worldwide.
     slow("ViT-H/14", 986_109_441),
     slow("ViT-g/14", 1_366_678_273),
+    slow("ViT-bigG/14", 2_539_567_105),
+    slow("ViT-e/14", 4_581_086_465),
+    ("CLIPA ViT-L/14", 414_210_561),
+    slow("CLIPA ViT-L/14@336px", 414_538_241),
+    slow("CLIPA ViT-H/14", 968_235_009),
+    slow("CLIPA ViT-H/14@336px", 968_644_609),
+    slow("CLIPA ViT-bigG/14", 2_517_223_937),
+    slow("CLIPA ViT-bigG/14@336px", 2_517_756_417),
+    slow("MetaCLIP 2 ViT-H/14", 1_858_783_745),
+    slow("MetaCLIP 2 ViT-H/14@378px", 1_859_389_185),
+    slow("MetaCLIP 2 ViT-bigG/14", 3_630_409_985),
+    ("MetaCLIP 2 ViT-bigG/14@378px", 3_631_197_057),
     # Trunks counted on timm 1.0.31, text towers and projections as above.
     ("RegNetY-400MF", 3_903_144 + 440 * 512 + 63_428_096 + 1),
     slow("RegNetY-16GF", 80_565_140 + 3024 * 512 + 63_428_096 + 1),
@@ -103,5 +115,5 @@ def test_declip(architecture: str, expected: int) -> None:
 def test_architectures_are_copies_and_an_unknown_name_lists_the_known_ones() -> None:
   config.default("clip", "RN50").model.image.width = 1
   assert config.default("clip", "RN50").model.image.width == 64
-  with pytest.raises(ValueError, match=r"'RN18': choose one of \['DeCLIP RN50', "):
+  with pytest.raises(ValueError, match=r"'RN18': choose one of \['CLIPA ViT-H/14', "):
     config.default("clip", "RN18")

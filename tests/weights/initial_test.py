@@ -191,12 +191,12 @@ def test_settings_add_to_the_file(clip_run: Path) -> None:
 
 def test_pixels_may_be_normalised_otherwise_where_the_image_tower_is_not_loaded(clip_run: Path) -> None:
   c = bare("clip", clip_run, "text")
-  c.model.mean, c.model.std = config.IMAGENET_MEAN, config.IMAGENET_STD
-  assert read(c).model["mean"] == config.OPENAI_MEAN
+  c.model.mean, c.model.std = architectures.IMAGENET_MEAN, architectures.IMAGENET_STD
+  assert read(c).model["mean"] == architectures.OPENAI_MEAN
   c = bare("clip", clip_run)
-  c.model.mean, c.model.std = config.IMAGENET_MEAN, config.IMAGENET_STD
-  c.init_from.settings = (f"mean={config.IMAGENET_MEAN}", f"std={config.IMAGENET_STD}")
-  assert read(c).view.mean == config.IMAGENET_MEAN
+  c.model.mean, c.model.std = architectures.IMAGENET_MEAN, architectures.IMAGENET_STD
+  c.init_from.settings = (f"mean={architectures.IMAGENET_MEAN}", f"std={architectures.IMAGENET_STD}")
+  assert read(c).view.mean == architectures.IMAGENET_MEAN
 
 
 def test_unused_weights_are_reported(runs: Runs, random_state: MakeState) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from declip_jax.config import OPENAI_MEAN, OPENAI_STD
+from declip_jax.architectures import OPENAI_MEAN, OPENAI_STD
 from declip_jax.weights.model_configs import settings_beside
 
 # As transformers 5 writes it.

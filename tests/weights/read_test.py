@@ -7,6 +7,7 @@ import operator
 import os
 from pathlib import Path
 import pickle
+from typing import Any
 import zipfile
 
 import jax
@@ -23,7 +24,7 @@ from torch_files import dictionary, plain, tensor, write_zip
 
 import declip_jax
 from declip_jax import config
-from declip_jax.architectures import ARCHITECTURES
+from declip_jax.architectures import ARCHITECTURES, IMAGENET_MEAN
 from declip_jax.models.positions import resize_positions
 from declip_jax.weights import dialects
 from declip_jax.weights.layout import abstract_variables, expected_shapes, layout
@@ -47,6 +48,14 @@ def shapes_of(name: str, method: str) -> tuple[config.ConfigDict, dict[str, np.n
 REPRESENTATIVES = (("DeCLIP ViT-B/32", "declip"),)
 
 
+def _from_config_file(name: str, c: config.ConfigDict) -> dict[str, Any]:
+  """The settings of released weights that no tensor tells, and the config file beside them does."""
+  if not name.startswith(("CLIPA", "MetaCLIP", "ViT-bigG", "ViT-e")):
+    return {}
+  fields = {"image": ("heads", "pooling"), "text": ("heads", "causal", "pooling", "eot")}
+  return {f"{tower}.{field}": c.model[tower][field] for tower, names in fields.items() for field in names}
+
+
 @pytest.mark.parametrize(
   ("name", "method"),
   [
@@ -61,12 +70,15 @@ def test_published_architectures_are_recognised(name: str, method: str) -> None:
   dialect = "SLIP" if name.startswith("SLIP") else "DeCLIP" if method == "declip" else "OpenAI"
   theirs = dialects.from_openai(tensors, dialect)
   assert dialects.recognise(theirs) == dialect
-  given = {"text.activation": c.model.text.activation}
+  given = {"text.activation": c.model.text.activation} | _from_config_file(name, c)
   found = recognise(dialects.to_openai(theirs, dialect), dialect, "torch", {}, given)
-  if name in ("ViT-H/14", "ViT-g/14") and method == "declip":  # DeCLIP has none with GELU
+  if c.model.image.get("activation") == "gelu" and method == "declip":  # DeCLIP has none with GELU
     found.model["image"]["activation"] = found.model["text"]["activation"] = "gelu"
   if name == "ViT-Nano/8@32px":  # which has heads of 32 channels
     found.model["image"]["heads"], found.model["text"]["heads"] = c.model.image.heads, c.model.text.heads
+  for tower, field in (setting.split(".") for setting in given):  # as `read` sets them
+    found.model[tower][field] = given[f"{tower}.{field}"]
+  found.model["text"]["tokenizer"] = c.model.text.tokenizer  # a file beside the weights
   if "initializer" in found.model["image"]:
     found.model["image"]["initializer"] = c.model.image.initializer
   for part in ("image", "text"):
@@ -75,7 +87,7 @@ def test_published_architectures_are_recognised(name: str, method: str) -> None:
   assert found.model["heads"]["embed_dim"] == c.model.heads.embed_dim
   assert (found.image_size, tuple(found.heads)) == (c.data.image_size, HEADS[method])
   imagenet = dialect != "OpenAI"
-  assert (found.model["mean"] == config.IMAGENET_MEAN, found.interpolation == "bilinear") == (
+  assert (found.model["mean"] == IMAGENET_MEAN, found.interpolation == "bilinear") == (
     imagenet,
     imagenet,
   )
