@@ -42,7 +42,7 @@ from declip_jax.planning.table import run_table, table
 from declip_jax.planning.topology import EXAMPLES, topology_devices
 from declip_jax.reporting.progress import message
 from declip_jax.spelling import counted
-from declip_jax.stages import LAST, naming, stage_configs
+from declip_jax.stages import LAST, lengths_of_stages, naming, stage_configs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _with_choices(config: ConfigDict, devices: Sequence[jax.Device] | None) -> t
     ValueError: the data cannot be read, see `open_source`, and are needed to choose.
   """
   fields = open_fields(config)
-  lengths = [config.duration, *(stage.duration for stage in config.stages.values())]
+  lengths = lengths_of_stages(config)
   if not fields and not any(length.epochs for length in lengths):
     return config, "", None, ""
   samples, why = flags.FLAGS.samples, "without data=" if not config.data.train else ""

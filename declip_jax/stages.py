@@ -32,6 +32,11 @@ _REPLACED = {
 }
 
 
+def lengths_of_stages(config: ConfigDict) -> list[ConfigDict]:
+  """The length of the whole run, and those of its stages before the last, as durations."""
+  return [config.duration, *(stage.duration for stage in config.stages.values())]
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """A stage of a run; a run without `config.stages` has one, its last.

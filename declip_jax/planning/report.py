@@ -17,7 +17,7 @@ from declip_jax.planning.devices import Device
 from declip_jax.planning.input_rate import InputRate, measured_rate
 from declip_jax.planning.search import Largest, largest_batch
 from declip_jax.sharding import check_batch, layout_table
-from declip_jax.stages import flops_until, plan_stages
+from declip_jax.stages import flops_until, lengths_of_stages, plan_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def run_flops(config: ConfigDict, step_flops: Mapping[str, float]) -> RunFlops |
     ValueError: see `plan_stages`.
   """
   config = without_shares(config)
-  lengths = [config.duration, *(stage.duration for stage in config.stages.values())]
+  lengths = lengths_of_stages(config)
   per_sample = all(length.epochs for length in lengths)
   if not per_sample and any(length.epochs for length in lengths):
     return None

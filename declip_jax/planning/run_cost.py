@@ -9,7 +9,7 @@ from declip_jax.config import without_shares
 from declip_jax.planning.devices import Device
 from declip_jax.planning.report import Report
 from declip_jax.spelling import counted
-from declip_jax.stages import LAST, plan_stages
+from declip_jax.stages import LAST, lengths_of_stages, plan_stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run_cost(config: ConfigDict, reports: Mapping[str, Report], assumed: Assumpt
   Raises:
     ValueError: see `plan_stages`.
   """
-  lengths = [config.duration, *(stage.duration for stage in config.stages.values())]
+  lengths = lengths_of_stages(config)
   if assumed.samples is None and any(length.epochs for length in lengths):
     return None
   stages = plan_stages(without_shares(config), assumed.samples or 1)
