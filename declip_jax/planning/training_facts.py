@@ -41,7 +41,8 @@ def training_facts(run: Path, step: int) -> dict[str, Any]:
 
   Returns:
     `method`: its name in `methods`, or the names of its terms.
-    `recipe`: hash of the weights of its terms and of how its views are made, which tells variants of a method apart.
+    `recipe`: hash of its terms, their weights and options, and of how its views are made, which tells variants of a
+      method apart.
     `config`: name of the config of this package that it was started with, if it was.
     `seed`.
     `data`: for each source of training pairs, its number of samples.
@@ -103,10 +104,23 @@ def _views(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recipe(config: ConfigDict) -> list[Any]:
-  """The fields that determine what a run learns from, whatever the data, and by which objective."""
-  fields = json.loads(config.to_json_best_effort())
+  """What determines what a run learns from, whatever the data, and by which objective.
+
+  Fields with their default value are left out, so that a field that a later version adds does not change the recipe.
+  """
+  fields, defaults = (json.loads(one.to_json_best_effort()) for one in (config, config_lib.default()))
+  terms = {
+    name: _differing(term, defaults["objective"].get(name, {}))
+    for name, term in fields["objective"].items()
+    if term["weight"] or term["schedule"]
+  }
   of_stages = [{field: entry.get(field) for field in _OF_STAGES} for _, entry in sorted(fields["stages"].items())]
-  return [_views(fields), fields["objective"], *([of_stages] if of_stages else [])]
+  return [_differing(_views(fields), defaults["data"]), terms, *([of_stages] if of_stages else [])]
+
+
+def _differing(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields whose value is not the default one."""
+  return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
 
 
 def _flops(config: ConfigDict, sizes: BatchSizes, step: int, samples: Mapping[str, int]) -> float:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 import shutil
 
+from ml_collections import ConfigDict
 import pytest
 from tiny import FinishedRun, tiny_config
 
@@ -70,6 +71,31 @@ def test_each_stage_counts_with_its_own_images_and_batch_size(monkeypatch: pytes
   assert lib._flops(config, sizes, 6, samples) == 4 * 10 * 32 * 8 + 2 * 10 * 16 * 16
   with pytest.raises(LookupError, match=config.data.train[0]):
     lib._flops(config, sizes, 6, {})
+
+
+def test_a_recipe_has_the_fields_that_are_not_default(monkeypatch: pytest.MonkeyPatch) -> None:
+  config, default = tiny_config("clip"), config_lib.default
+  plain = lib._recipe(config)
+
+  def later_default(*arguments: str) -> ConfigDict:
+    c = default(*arguments)
+    with c.unlocked(), c.objective.clip.unlocked():
+      c.data.later, c.objective.clip.later = 1, 1
+      c.objective.later_term = ConfigDict({"weight": 0.0, "schedule": ()})
+    return c
+
+  with monkeypatch.context() as patch:  # fields that a later version adds
+    patch.setattr(config_lib, "default", later_default)
+    later = config_lib.changeable(config)
+    assert lib._recipe(later) == lib._recipe(config) == plain
+    later.data.later = 2
+    assert lib._recipe(later) != plain
+  for field, value in {"data.weak_scale": (0.1, 1.0), "objective.clip.label_smoothing": 0.1}.items():
+    changed = config_lib.changeable(config)
+    changed.update_from_flattened_dict({field: value})
+    assert lib._recipe(changed) != plain
+  config.objective.mvs.label_smoothing = 0.1
+  assert lib._recipe(config) == plain  # of a term without weight
 
 
 def test_stages_are_part_of_the_recipe() -> None:
