@@ -45,6 +45,20 @@ class Points(NamedTuple):
   runs: Sequence[tuple[float, float]] = ()
 
 
+class Growth(NamedTuple):
+  """A panel of `plot_growth`.
+
+  Attributes:
+    measure: name of the measure of size.
+    score: name of the score.
+    lines: the lines of methods.
+  """
+
+  measure: str
+  score: str
+  lines: Mapping[str, Points]
+
+
 class Law(NamedTuple):
   """A line through the logarithms of errors.
 
@@ -239,22 +253,16 @@ def plot_sweep(curves: Mapping[str, tuple[Sequence[float], Sequence[float], floa
   save(figure, path)
 
 
-def plot_growth(panels: Mapping[str, Mapping[str, Points]], title: str, path: Path, score: str) -> None:
-  """Draws scores against several measures of size, a panel for each, and one line per method.
-
-  Args:
-    panels: for each measure the lines of methods.
-    title: what the score is of.
-    path: PNG file to write.
-    score: name of the score.
-  """
-  rows = -(-len(panels) // 2)
-  figure = new_figure(10, 0.8 + 3.6 * rows)
-  labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-  grid = figure.subplots(rows, 2, squeeze=False, sharey=True)
+def plot_growth(panels: Sequence[Growth], title: str, path: Path) -> None:
+  """Draws scores against measures of size, one line per method; panels of one score have one scale."""
+  columns = min(len(panels), 2 if len(panels) <= 4 else 3)
+  rows = -(-len(panels) // columns)
+  figure = new_figure(10 if columns > 1 else 5.5, 0.8 + (3.6 if columns < 3 else 3.2) * rows)
+  labels = list(dict.fromkeys(label for panel in panels for label in panel.lines))
+  grid = figure.subplots(rows, columns, squeeze=False, sharey=len({panel.score for panel in panels}) == 1)
   for axes in grid.flat[len(panels) :]:
     axes.set_visible(False)
-  for axes, (measure, lines) in zip(grid.flat, panels.items(), strict=False):
+  for axes, (measure, score, lines) in zip(grid.flat, panels, strict=False):
     for label, line in lines.items():
       look = look_of(labels.index(label))
       ends = np.array([end or (y, y) for end, y in zip(line.ends, line.y, strict=True)])
@@ -264,11 +272,11 @@ def plot_growth(panels: Mapping[str, Mapping[str, Points]], title: str, path: Pa
       axes.errorbar(line.x, line.y, yerr=spread, capsize=3, label=label, **look)
     _size_axis(axes, [x for line in lines.values() for x in line.x], measure)
     axes.tick_params(labelleft=True)
-    axes.set_ylabel(score)
+    axes.set_ylabel(score.replace(", ", ",\n"))
     percent_axis(axes.yaxis)
     style(axes, "")
   figure.suptitle(
-    f"{title}: score against size of training",
+    title,
     x=0.01,
     ha="left",
     fontsize=11,

@@ -84,7 +84,7 @@ def test_curves_and_data_efficiency_of_a_grid_of_runs(grid: Path, drawn: dict[st
   (words,) = (block for block in tables([*growth.growth(Report(methods), tmp_path)]) if "factor" in block.header)
   assert [row[4] for row in words.rows][0] == "fewer than 1k, its smallest run"
   assert [row[5] for row in words.rows][0] == "more than 1.00"
-  panels = drawn["plot_growth"][0]
+  panels = {panel.measure: panel.lines for panel in drawn["plot_growth"][0]}
   assert [*panels] == ["training FLOPs", "pairs seen in training", "different training pairs"]
   line = panels["different training pairs"]["declip"]
   assert [*line.x] == [*SIZES]
@@ -92,6 +92,32 @@ def test_curves_and_data_efficiency_of_a_grid_of_runs(grid: Path, drawn: dict[st
   assert all(low < y < high for (low, high), y in zip(line.ends, line.y, strict=True))
   assert drawn["plot_laws"][1] == "training FLOPs"
   assert json.loads(to_json(Report(methods)))["data_efficiency"][2]["found"]["pairs"] == found[2].found.pairs
+
+
+def test_all_scores_of_own_data_are_drawn_with_their_mean(drawn: dict[str, tuple], tmp_path: Path) -> None:
+  for method, better in (("clip", 0.0), ("declip", 0.1)):
+    for size, score in ((10, 0.2), (20, 0.4)):
+      facts = {"method": method, "seed": 0, "unique_pairs": size, "pairs_seen": 60}
+      about = {"dataset": "own/mine", "training": facts, "weights": {"origin": "a run", "step": 9, "parameters": 5}}
+      predictions, name = classified(0.5, size), f"{method}-{size}-0"
+      metrics = {"top1": 0.9, "mean_per_class": score + better, "images": 3}
+      write(tmp_path, name, predictions, metrics=metrics, **about)
+      recalls = {"image_to_text_r10": score, "text_to_image_r10": score + 0.2, "images": 3}
+      retrieval = {"kind": "retrieval", "variant": "equal_texts=True", "headline": "text_to_image_r10", "intervals": {}}
+      write(tmp_path, name, predictions, metrics=recalls, **retrieval, **about)
+  report = Report(read_methods([tmp_path]))
+  (own,) = growth.own_scores(report).values()
+  names = ["Zero-shot classification, mean accuracy per class", "Retrieval, recall at 10", "Mean of these 2"]
+  assert [name for name, _ in own] == names
+  blocks = [*growth.growth(report, tmp_path)]
+  assert any(block.path.name == "scaling_own_mine.png" for block in blocks if isinstance(block, Picture))
+  panels = {panel.score: panel.lines for panel in drawn["plot_growth"][0]}
+  assert [*panels] == names
+  for name, y in zip(names, ([0.3, 0.5], [0.3, 0.5], [0.3, 0.5]), strict=True):
+    np.testing.assert_allclose(panels[name]["declip"].y, y)
+  np.testing.assert_allclose(panels["Mean of these 2"]["clip"].y, [0.25, 0.45])
+  reached = {own.score: own.found.pairs for own in growth.efficiencies(report) if own.size == 20}
+  assert reached["Mean of these 2, own/mine"] == pytest.approx(10 * 2**0.75)
 
 
 def test_a_score_that_is_not_reached(grid: Path) -> None:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from declip_jax.evals import intervals, results, scaling
+from declip_jax.evals import catalogue, intervals, results, scaling
 from declip_jax.evals.comparison import Items, Scored, Task
 from declip_jax.evals.report.compared import Report, single_metrics, title
 from declip_jax.evals.scaling import Efficiency, PowerLaw
 from declip_jax.reporting import charts
-from declip_jax.reporting.charts import Law, Points
+from declip_jax.reporting.charts import Growth, Law, Points
 from declip_jax.reporting.documents import Block, Heading, Listing, Picture, Table
 
 # Measures of size -> their name, and what runs on one line have in common; the first choice that joins two runs.
@@ -25,6 +25,13 @@ MEASURES = {
 _UNITS = {"parameters": "parameters", "unique_pairs": "different pairs", "pairs_seen": "pairs seen"}
 _KINDS = ("zero_shot", "retrieval", "linear_probe", "classify")
 _MOST = 6  # data sets that are drawn one by one
+# What is drawn of a data set that is not in the catalogue; of other evaluators it is the headline metric.
+_OWN_METRICS = {
+  "zero_shot": ("mean_per_class",),
+  "retrieval": ("image_to_text_r10", "text_to_image_r10"),
+  "linear_probe": (),
+  "few_shot": (),
+}
 _FOR_FLOOR = 4  # runs of different sizes from which a law with a floor can be fitted
 
 
@@ -76,12 +83,17 @@ class Needed(NamedTuple):
 
 
 def runs(report: Report, items: Items) -> list[Run]:
-  """The runs that have all of some tasks, and say how they were trained from random parameters."""
+  """The runs that have all of some tasks, and say how they were trained from random parameters.
+
+  Their score is the mean over the tasks, of each the mean over its metrics.
+  """
   found = []
   for run, first, facts in _trained(report):
     if all(task in run and metric in run[task].metrics for task, metric in items):
-      score = float(np.mean([run[task].metrics[metric] for task, metric in items]))
-      found.append(Run(first.result.model, facts, score))
+      of_tasks: dict[Task, list[float]] = {}
+      for task, metric in items:
+        of_tasks.setdefault(task, []).append(run[task].metrics[metric])
+      found.append(Run(first.result.model, facts, float(np.mean([np.mean(own) for own in of_tasks.values()]))))
   return found
 
 
@@ -155,7 +167,11 @@ def efficiencies(report: Report) -> list[Needed]:
   The reference is the method of the baseline, or that of the first run.
   """
   found = []
-  for name, items in scores(report):
+  drawn = scores(report)
+  known = [items for _, items in drawn]
+  for data_set, own_items in own_scores(report).items():
+    drawn += [(f"{name}, {data_set}", items) for name, items in own_items if items not in known]
+  for name, items in drawn:
     own = runs(report, items)
     if not own:
       continue
@@ -206,9 +222,27 @@ def scores(report: Report) -> list[tuple[str, Items]]:
   return found
 
 
+def own_scores(report: Report) -> dict[str, list[tuple[str, Items]]]:
+  """The scores of each data set that is not in the catalogue and that all methods have, and their mean."""
+  found: dict[str, list[tuple[str, Items]]] = {}
+  for kind, metrics in _OWN_METRICS.items():
+    for task in report.of_kind(kind):
+      if task.dataset.startswith(catalogue.OWN) and all(method.of(task) for method in report.methods):
+        items = [(task, metric) for metric in metrics or report.metrics(task)[-1:]]
+        metric = "recall at 10" if kind == "retrieval" else single_metrics(items)
+        found.setdefault(task.dataset, []).append((f"{title(kind)}, {metric}", items))
+  return {
+    name: [
+      *own,
+      *([(f"Mean of these {len(own)}", [item for _, items in own for item in items])] if len(own) > 1 else []),
+    ]
+    for name, own in found.items()
+  }
+
+
 def growth(report: Report, pictures: Path) -> Iterator[Block]:
   """The section of scaling and data efficiency; nothing without runs of different sizes."""
-  blocks: list[Block] = []
+  blocks: list[Block] = [*_own_curves(report, pictures)]
   for name, items in scores(report):
     own = runs(report, items)
     drawn = {measure: found for measure in MEASURES if (found := lines(own, measure))}
@@ -231,13 +265,28 @@ def growth(report: Report, pictures: Path) -> Iterator[Block]:
 
 
 def _curves(name: str, score: str, drawn: Mapping[str, Lines], pictures: Path) -> Iterator[Block]:
-  panels = {
-    MEASURES[measure][0]: {label: _points(line, measure) for label, line in found.items()}
+  panels = [
+    Growth(MEASURES[measure][0], score, {label: _points(line, measure) for label, line in found.items()})
     for measure, found in drawn.items()
-  }
+  ]
   path = pictures / f"{results.slug(f'scaling_{name}')}.png"
-  charts.plot_growth(panels, name, path, score)
-  yield Picture(path, f"{name}: {score} against {', '.join(panels)}")
+  charts.plot_growth(panels, f"{name}: score against size of training", path)
+  yield Picture(path, f"{name}: {score} against {', '.join(panel.measure for panel in panels)}")
+
+
+def _own_curves(report: Report, pictures: Path) -> Iterator[Block]:
+  """All scores of a data set that is not in the catalogue, against pairs, in one picture."""
+  name, measure = MEASURES["unique_pairs"][0], "unique_pairs"
+  for data_set, own in own_scores(report).items():
+    panels = [
+      Growth(name, score, {label: _points(line, measure) for label, line in found.items()})
+      for score, items in own
+      if (found := lines(runs(report, items), measure))
+    ]
+    if panels:
+      path = pictures / f"{results.slug(f'scaling_{data_set}')}.png"
+      charts.plot_growth(panels, f"{data_set}: scores against {name}", path)
+      yield Picture(path, f"{data_set}: scores against {name}")
 
 
 def laws(found: Lines, measure: str) -> dict[str, tuple[PowerLaw, np.ndarray, np.ndarray]]:
