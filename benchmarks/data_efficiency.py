@@ -9,7 +9,8 @@ fields of the config, too. NAME@ in front of it is its name in --results and in 
 
   --methods clip declip:paper "wide@filip::model.heads.dense_dim=256" "half@clip::stages.low.duration.share=0.8;..."
 
-The command can be stopped at any time: an interrupted run resumes, and what is in --results is not trained again, even
+At the end the command prints the means over the seeds, and how much each method differs from the first of --methods.
+It can be stopped at any time: an interrupted run resumes, and what is in --results is not trained again, even
 if its working directory is gone; its results are then written there once more. The figure, and the factor by which a
 method needs fewer pairs, are made by
 
@@ -27,6 +28,7 @@ from typing import Any
 
 from command import parser
 from ml_collections import ConfigDict
+import numpy as np
 
 from declip_jax import config_files
 from declip_jax.config import stage
@@ -34,6 +36,7 @@ from declip_jax.configs.small import FASHION_TEMPLATES
 from declip_jax.data.storage.indexes import cache_folder
 from declip_jax.evals import results, suites
 from declip_jax.evals.data_files import Splits
+from declip_jax.evals.intervals import student
 from declip_jax.evaluate import evaluate
 from declip_jax.reporting.metrics import read_metrics
 from declip_jax.runtime.records import read_lines, write, write_lines
@@ -49,6 +52,8 @@ COLUMNS = {  # of the table: the task and the metric
   "linear probe": ("linear_probe", "top1"),
   "5 shots": ("few_shot", "shots_5"),
 }
+MEAN = "mean"  # of these, the two recalls count as one
+IN_MEAN = (("mean per class",), ("image to text R@10", "text to image R@10"), ("linear probe",), ("5 shots",))
 OPTIONS = {
   "fashion44k": ("retrieval.equal_texts=True", "few_shot.shots=1,5"),  # titles of products repeat
   "flickr8k": (),
@@ -154,9 +159,9 @@ def restore(line: Mapping[str, Any], workdir: Path) -> None:
 def scores(line: Mapping[str, Any]) -> dict[str, float]:
   """The scores of a finished run that the table shows, in percent, by their titles; only those that it has."""
   found = {one["task"]: one["declip_jax"]["metrics"] for one in line["results"]}
-  return {
-    title: 100 * found[task][metric] for title, (task, metric) in COLUMNS.items() if metric in found.get(task, {})
-  }
+  own = {title: 100 * found[task][metric] for title, (task, metric) in COLUMNS.items() if metric in found.get(task, {})}
+  has_all = all(title in own for titles in IN_MEAN for title in titles)
+  return own | ({MEAN: fmean(fmean(own[title] for title in titles) for titles in IN_MEAN)} if has_all else {})
 
 
 def table(lines: Iterable[Mapping[str, Any]]) -> str:
@@ -165,7 +170,7 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
   for line in sorted(lines, key=lambda line: (line["share_percent"], line["method"], line["seed"])):
     groups.setdefault((line["method"], line["share_percent"]), []).append(line)
   every = [[scores(line) for line in group] for group in groups.values()]
-  titles = [title for title in COLUMNS if any(title in run for runs in every for run in runs)]
+  titles = [title for title in (*COLUMNS, MEAN) if any(title in run for runs in every for run in runs)]
   rows = [["method", "share", "pairs", "epochs", "TFLOPs", "seeds", *titles]]
   for ((method, share), group), runs in zip(groups.items(), every, strict=True):
     training = group[0]["results"][0]["declip_jax"]["training"]
@@ -178,12 +183,40 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
   return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def differences(lines: Iterable[Mapping[str, Any]], reference: str) -> str:
+  """Markdown of how much each method is better than another one with the same share and seeds, in percentage points.
+
+  Only where both have two or more seeds in common: the mean of the paired differences, ± half of its 95 % interval by
+  Student's t. Bold ones differ significantly.
+  """
+  runs: dict[tuple[str, float], dict[int, dict[str, float]]] = {}
+  for line in sorted(lines, key=lambda line: (line["share_percent"], line["method"], line["seed"])):
+    runs.setdefault((line["method"], line["share_percent"]), {})[line["seed"]] = scores(line)
+  known = {title for own in runs.values() for run in own.values() for title in run}
+  titles = [title for title in (*COLUMNS, MEAN) if title in known]
+  rows = [[f"minus {reference}", "share", "seeds", *titles], ["---"] * (3 + len(titles))]
+  for (method, share), own in runs.items():
+    others = runs.get((reference, share), {})
+    seeds = sorted(own.keys() & others.keys())
+    if method != reference and len(seeds) > 1:
+      found = ([own[seed][title] - others[seed][title] for seed in seeds] for title in titles)
+      rows.append([method, f"{share:g} %", str(len(seeds)), *map(_paired, found)])
+  return "\n".join(f"| {' | '.join(row)} |" for row in rows) if len(rows) > 2 else ""
+
+
+def _paired(values: Sequence[float]) -> str:
+  """The mean and half of its interval, bold if the interval excludes 0."""
+  low, high = student(np.asarray(values))
+  text = f"{fmean(values):+.1f} ± {(high - low) / 2:.1f}"
+  return f"**{text}**" if low > 0 or high < 0 else text
+
+
 def _mean(values: Sequence[float]) -> str:
   return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else ""
 
 
 def main() -> None:
-  """Runs the grid, collects what is finished, and prints the table of all that is."""
+  """Runs the grid, collects what is finished, and prints the tables of all that is."""
   arguments = parser(__doc__)
   arguments.add_argument("--data", type=Path, required=True, help="folder of the shards")
   arguments.add_argument("--dataset", choices=[*TASKS], default="fashion44k", help="the data set (default: fashion44k)")
@@ -217,6 +250,8 @@ def main() -> None:
     args.results.parent.mkdir(parents=True, exist_ok=True)
     write_lines(args.results, finished.values())
   print(table(finished.values()))
+  if paired := differences(finished.values(), Cell(args.methods[0], 0, 0).method):
+    print(f"\n{paired}")
 
 
 if __name__ == "__main__":

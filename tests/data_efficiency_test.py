@@ -5,6 +5,7 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -70,7 +71,12 @@ def test_a_method_may_have_other_views_and_other_fields(study: ModuleType) -> No
 def test_finished_runs_are_not_repeated(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   ran = []
   monkeypatch.setattr(study, "run", lambda cell, *_: ran.append(cell.name))
-  monkeypatch.setattr(study, "collect", lambda cell, *_: {"run": cell.name, "steps": 5, "results": []})
+
+  def collect(cell: Any, *_: object) -> dict[str, object]:
+    about = {"method": cell.method, "share_percent": cell.share, "seed": cell.seed}
+    return {"run": cell.name, "steps": 5, "results": [], **about}
+
+  monkeypatch.setattr(study, "collect", collect)
   monkeypatch.setattr(study, "table", lambda lines: "")
   command = ["x", "--data", "d", "--workdir", str(tmp_path / "runs"), "--results", str(tmp_path / "all.jsonl")]
   for shares, new in (("5",), ["clip-5pct-0"]), (("10", "5"), ["clip-10pct-0"]):
@@ -100,9 +106,29 @@ def test_the_table_has_means_and_deviations_over_seeds(study: ModuleType) -> Non
   assert rows[1] == ["clip", "10 %", "3,970", "32", "1.2", "2", "37.5 ± 17.7", "12.5"]
 
 
+def test_differences_are_paired_by_seed_and_the_mean_has_four_parts(study: ModuleType) -> None:
+  def line(method: str, seed: int, score: float) -> dict[str, object]:
+    metrics = {metric: score for _, metric in study.COLUMNS.values()} | {"image_to_text_r10": score + 0.4}
+    results = [{"task": task, "declip_jax": {"metrics": metrics}} for task, _ in study.COLUMNS.values()]
+    return {"method": method, "share_percent": 10.0, "seed": seed, "results": results}
+
+  assert study.scores(line("clip", 0, 0.2))[study.MEAN] == pytest.approx(25.0)  # of 20, (60 + 20) / 2, 20 and 20
+  clip = [line("clip", seed, 0.1 * seed) for seed in range(3)]
+  other = [line("declip", seed, 0.1 * seed + gain) for seed, gain in ((0, 0.01), (1, 0.02), (5, 0.9))]
+  text = study.differences([*clip, *other, line("slip", 0, 0.5)], "clip")
+  head, _, row = [row.strip("| ").split(" | ") for row in text.splitlines()]
+  assert head[:3] == ["minus clip", "share", "seeds"]
+  # scipy.stats.ttest_1samp([1, 2], 0).confidence_interval() is (-4.85, 7.85)
+  assert row == ["declip", "10 %", "2", *["+1.5 ± 6.4"] * len(head[3:])]
+  same = [line("declip", seed, 0.1 * seed + 0.01) for seed in range(2)]
+  assert "**+1.0 ± 0.0**" in study.differences([*clip, *same], "clip")
+  assert not study.differences(clip, "clip")
+
+
 @pytest.mark.parametrize(
   "path", sorted((ROOT / "docs" / "data_efficiency").glob("*.jsonl")), ids=lambda path: path.stem
 )
 def test_the_tables_in_the_docs_are_those_of_the_finished_runs(study: ModuleType, path: Path) -> None:
-  table = study.table(map(json.loads, path.read_text().splitlines()))
-  assert table in (ROOT / "docs" / "results.md").read_text()
+  lines, text = [*map(json.loads, path.read_text().splitlines())], (ROOT / "docs" / "results.md").read_text()
+  assert study.table(lines) in text
+  assert study.differences(lines, "clip") in text
