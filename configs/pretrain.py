@@ -24,8 +24,8 @@ def get_config(method: str = "declip", architecture: str = "ViT-B/32", data: str
   """Returns the config.
 
   Args:
-    method: a name of `methods.METHODS` or `methods.ABLATIONS`; METHOD_repo is the method of that name as DeCLIP's
-      released code implements it.
+    method: a name of `methods.METHODS`, `methods.OURS` or `methods.ABLATIONS`; METHOD_repo is the method of that name
+      as DeCLIP's released code implements it.
     architecture: one of `architectures.ARCHITECTURES`; ViT-Nano/8@32px is for CPUs.
     data: any path that `data.inspect` recognises, or KIND:LOCATION. Training needs it, `python -m declip_jax.plan` does
       not.

@@ -24,8 +24,8 @@ def get_config(method: str = "clip", dataset: str = "fashion44k", data: str = ""
   """Returns the config.
 
   Args:
-    method: a name of `methods.METHODS` or `methods.ABLATIONS`; METHOD_repo is the method of that name as DeCLIP's
-      released code implements it.
+    method: a name of `methods.METHODS`, `methods.OURS` or `methods.ABLATIONS`; METHOD_repo is the method of that name
+      as DeCLIP's released code implements it.
     dataset: fashion44k (product photos, their titles, 68 article types) or flickr8k (photos with five captions each).
     data: a folder with train-*.tar and test-*.tar, for fashion44k also classnames.txt; data/DATASET by default.
 

@@ -19,7 +19,7 @@ from ml_collections.config_dict import placeholder
 
 from declip_jax import architectures
 from declip_jax.architectures import IMAGENET_MEAN, IMAGENET_STD, OPENAI_MEAN, OPENAI_STD
-from declip_jax.methods import PRESETS
+from declip_jax.methods import OPTIONS, PRESETS
 from declip_jax.spelling import did_you_mean
 
 
@@ -49,7 +49,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.seed = 0  # determines the initial parameters, the shuffle, and every augmentation
   c.objective = _objective()
   for term, weight in weights.items():
-    c.objective[term].weight = weight
+    c.objective[term].update({"weight": weight, **OPTIONS.get(method, {}).get(term, {})})
   c.contrast = ConfigDict()
   # How all pairs of a batch are compared: "plain", "chunked" or "ring" of `objectives.blockwise`; "auto" chooses.
   c.contrast.method = "auto"
@@ -67,7 +67,7 @@ def default(method: str = "clip", architecture: str = "ViT-B/32", preset: str = 
   c.stages = ConfigDict()
   c.data = _data(recipe, built.image_size)
   c.model = _model(built)
-  if recipe in ("declip", "declip_repo", "filip_repo"):
+  if recipe in ("declip", "declip_smooth", "declip_repo", "filip_repo"):
     # OpenAI's vocabulary and the mask token, or one more than that of another tokenizer.
     c.model.text.vocab_size = 49409 if c.model.text.tokenizer == "openai" else c.model.text.vocab_size + 1
     c.model.heads.text_bias = True  # as in DeCLIP

@@ -18,11 +18,11 @@ from absl import flags
 from declip_jax import command_line
 from declip_jax.architectures import ARCHITECTURES
 from declip_jax.configs import pretrain, to_source
-from declip_jax.methods import ABLATIONS, METHODS, REPO_METHODS
+from declip_jax.methods import ABLATIONS, METHODS, OURS, REPO_METHODS
 from declip_jax.planning.architecture import suggested
 from declip_jax.reporting.progress import message
 
-_METHODS = (*METHODS, *ABLATIONS, *(f"{method}_repo" for method in REPO_METHODS))
+_METHODS = (*METHODS, *OURS, *ABLATIONS, *(f"{method}_repo" for method in REPO_METHODS))
 
 # The command fills in what is in braces. A comment that begins with "# c." is a line to uncomment.
 TEMPLATE = '''"""My captions: python -m declip_jax.train --config={file} --workdir runs/{stem}

@@ -21,7 +21,7 @@ from tiny import FinishedRun
 
 from declip_jax import architectures, build, config, config_files
 from declip_jax.configs.declip_yfcc15m.recipe import MLM_HEAD
-from declip_jax.methods import ABLATIONS, METHODS, REPO_METHODS, SUPERVISED
+from declip_jax.methods import ABLATIONS, METHODS, OURS, REPO_METHODS, SUPERVISED
 from declip_jax.objectives import make_objective
 from declip_jax.planning import choose
 from declip_jax.sharding import check_batch
@@ -172,7 +172,7 @@ def test_every_step_preserves_the_shapes_of_the_state(name: str) -> None:
   check_step(name)
 
 
-ALL = [*METHODS, *ABLATIONS, *(f"{method}_repo" for method in REPO_METHODS)]
+ALL = [*METHODS, *OURS, *ABLATIONS, *(f"{method}_repo" for method in REPO_METHODS)]
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def get_config(
   """Returns the config of one cell.
 
   Args:
-    method: a name of `methods.METHODS` or `methods.ABLATIONS`.
+    method: a name of `methods.METHODS`, `methods.OURS` or `methods.ABLATIONS`.
     share: share of the training pairs, such as 10%: a fixed random subset, which larger shares contain.
     dataset, data: see `small`.
     views: a key of `VIEWS`, "text_operations" by default: a large crop, which keeps colours and details, and augmented

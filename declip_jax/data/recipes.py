@@ -177,6 +177,12 @@ RECIPES = {
     ("raw", "augmented", "masked"),
     Views(contrastive_image=(0, 1), contrastive_text=(0, 1), ssl_image=(0, 1), masked_text=2, neighbour_text=(0,)),
   ),
+  # Ours: DeCLIP's views with CLIP's crop and all colours in place of the strong views.
+  "declip_smooth": Recipe(
+    ("weak", "weak"),
+    ("raw", "augmented", "masked"),
+    Views(contrastive_image=(0, 1), contrastive_text=(0, 1), ssl_image=(0, 1), masked_text=2, neighbour_text=(0,)),
+  ),
   # DeCLIP and DeFILIP as released (declip.py, declip_solver.py): the masked caption instead of the clean one, and both
   # text views query the bank and are stored in it.
   "declip_repo": Recipe(

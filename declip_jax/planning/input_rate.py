@@ -15,6 +15,7 @@ RATES = {
 # Recipes with the image views of a measured recipe, or with fewer.
 SIMILAR = {
   "declip_repo": "declip",
+  "declip_smooth": "declip",
   "filip_repo": "filip",
   "clip_color": "filip",
   "clip_crop": "filip",
