@@ -488,21 +488,13 @@ def describe_filling(config: ConfigDict, built: Built, start: int) -> str:
   return f"the loss nns is 0 for the first {counted(steps, 'step')}, until the neighbour bank has {size:,} texts"
 
 
-def remarks_on_data(config: ConfigDict, sources: Sequence[Source]) -> list[str]:
-  """What is unusual about the data of a run, in words: too few samples, or evaluations on those that it trains on.
-
-  Args:
-    config: the run.
-    sources: data to train on, without those for self-supervision alone.
-  """
-  remarks, samples = [], sum(map(len, sources))
-  if config.batch_size > samples:
-    has = f"has {counted(samples, 'sample')}, fewer than config.batch_size={config.batch_size}"
-    remarks.append(f"the data set {has}: a batch has some of them several times; choose a smaller batch")
-  if seen := [name for name, own in config.evals.items() if own.get("data") in config.data.train]:
-    names = ", ".join(f"config.evals.{name}" for name in seen)
-    remarks.append(f"{names}: on the training data, so that scores do not say how good the model is on others")
-  return remarks
+def describe_seen(config: ConfigDict) -> str:
+  """The evaluations on data that the run trains on, in words; "" if there are none."""
+  seen = [name for name, own in config.evals.items() if own.get("data") in config.data.train]
+  if not seen:
+    return ""
+  names = ", ".join(f"config.evals.{name}" for name in seen)
+  return f"{names}: on the training data, so that scores do not say how good the model is on others"
 
 
 def plain_retrievals(evals: ConfigDict) -> tuple[str, ...]:

@@ -326,6 +326,9 @@ def _command(workdir: Path | None) -> None:
     with _named_settings(), command_line.naming("--weights" if given.weights else "--workdir"):
       clip, config = _load(workdir, step, given.weights, settings)
     jobs = chosen if chosen is not None else make_jobs(config.evals if config else ConfigDict())
+    if is_run and jax.process_index() == 0:
+      for line in _seen(jobs, config.data.train if config else ()):
+        message(line)
     for model, facts in _models(clip, config, place.weights):
       evaluation = _prepare(model, config, facts, jobs, place, encoding)
       if given.dry_run:
@@ -341,6 +344,14 @@ def _command(workdir: Path | None) -> None:
   if jax.process_index() == 0 and not given.dry_run:
     command = f"python -m declip_jax.report {shlex.quote(str(given.output or workdir))} --output report"
     message(f"results and predictions: {output}; with intervals, chance and pictures: {command}")
+
+
+def _seen(jobs: Sequence[Job], train: Sequence[str]) -> Iterator[str]:
+  """Says which evaluations are on samples that the run was trained on, by the names of the sources."""
+  for job in jobs:
+    name = job.splits["test"].source.name
+    if any(spec == name or spec.endswith(f":{name}") for spec in train):
+      yield f"{job.name}: the run was trained on {name}, so that scores do not say how good it is on others"
 
 
 @contextlib.contextmanager

@@ -425,7 +425,7 @@ def _open(
     messages = [*messages, "its evaluations are repeated, for the scores below"]
   if not finished:
     filling = build.describe_filling(run.after(start).stage.config, run.built, start)
-    messages = [*messages, *plans, *build.remarks_on_data(config, run.sources), filling]
+    messages = [*messages, *plans, build.describe_seen(config), filling]
     if len(run.parts) == 1:
       messages.append("compiling the train step (several minutes for a large model)")
   for line in [*lines, *filter(None, messages)]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from declip_jax import build, config
 from declip_jax.data.deaths import Deaths
 from declip_jax.data.pipeline import Reading
-from declip_jax.data.sources import open_source
 
 
 def test_evaluations_are_read_with_the_limits_of_the_config(tmp_path: Path) -> None:
@@ -16,14 +15,10 @@ def test_evaluations_are_read_with_the_limits_of_the_config(tmp_path: Path) -> N
   assert encoders.reading == Reading(3, 2, 100, 5.0, deaths)
 
 
-def test_unusual_data_are_remarked_on() -> None:
+def test_evaluations_on_training_data_are_named() -> None:
   c = config.default("clip")
-  c.data.train, c.batch_size = ("scenes:train/30/16",), 16
+  c.data.train = ("scenes:train/30/16",)
   c.evals.update({"other": config.retrieval("scenes:test/30/16"), "same": config.zero_shot(c.data.train[0])})
-  sources = [open_source(c.data.train[0])]
-  assert [text.partition(":")[0] for text in build.remarks_on_data(c, sources)] == ["config.evals.same"]
+  assert build.describe_seen(c).startswith("config.evals.same: on the training data")
   del c.evals.same
-  assert not build.remarks_on_data(c, sources)
-  c.batch_size = 32
-  (remark,) = build.remarks_on_data(c, sources)
-  assert remark.startswith("the data set has 30 samples, fewer than config.batch_size=32")
+  assert not build.describe_seen(c)

@@ -141,7 +141,7 @@ def test_several_topologies_are_rows_of_a_table(values, monkeypatch, tmp_path, c
   assert written["v5e:2x2"]["cost"]["hours"] == pytest.approx(562.5 / 3600)
   values.samples, values.config.data.train = None, ()
   assert plan._command([]) == 1
-  assert "--samples=NUMBER is the number of samples of its data" in capsys.readouterr().out
+  assert "pass --samples, the number of samples" in capsys.readouterr().out
 
 
 def test_the_fastest_step_that_fits_is_found_and_its_arguments_printed(values, monkeypatch, capsys):

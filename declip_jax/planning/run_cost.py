@@ -84,8 +84,8 @@ def run_cost(config: ConfigDict, reports: Mapping[str, Report], assumed: Assumpt
 def cost_lines(cost: RunCost | None, why: str = "") -> list[str]:
   """The cost of a run as lines of text; `why` its data cannot be counted."""
   if cost is None:
-    because = f" ({why})" if why else ""
-    return [f"cost of the run: its length is in epochs{because}: --samples=NUMBER is the number of samples of its data"]
+    because = f": {why}" if why else ""
+    return [f"hours of the run: unknown, as is the length of an epoch{because}; pass --samples, the number of samples"]
   lines = [f"cost of the run: {counted(cost.steps, 'step')}"]
   for name, hours in (("at the minimum time", cost.least_hours), (assumption(cost.assumed), cost.hours)):
     if hours:

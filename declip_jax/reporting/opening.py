@@ -227,7 +227,7 @@ def closing_lines(
     workdir: working directory.
     final: final metrics of the run, of which those named eval/... count.
     plain_retrievals: names of retrievals that search all images at once.
-    is_try: whether the run was shortened by --steps.
+    is_try: whether --steps set the length of the run.
   """
   for name in dict.fromkeys(metric.split("/")[1] for metric in final if metric.startswith("eval/")):
     scores = {key.rpartition("/")[2]: value for key, value in final.items() if key.startswith(f"eval/{name}/")}
@@ -240,4 +240,4 @@ def closing_lines(
   if (page := workdir / "index.html").exists():
     yield f"pictures, scores and the commands to type next: {page}"
   if is_try:
-    yield "this was a try: train the whole run without --steps, in another --workdir"
+    yield "this run had the length of --steps: without it, and in another --workdir, it has that of the config"
