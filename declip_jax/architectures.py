@@ -176,7 +176,7 @@ def _siglips(name: str, tokens: Mapping[str, Any], released: Mapping[str, tuple[
   return found
 
 
-# open_clip's sizes beyond the papers', the image tower and the text tower.
+# The image tower and the text tower of OpenAI's ViT-L/14, and of open_clip's larger ones.
 _LARGE_SIZES = {
   "L": (TowerSize(1024, 24, 16), TowerSize(768, 12, 12)),
   "H": (TowerSize(1280, 32, 16), TowerSize(1024, 24, 16)),
@@ -195,6 +195,11 @@ _METACLIP_2_TEXT = {
   "vocab_size": 901_629,
   "eot": 2,
 }
+
+
+def _open_clip(size: str) -> Architecture:
+  image, words = _LARGE_SIZES[size]
+  return Architecture(vit(14, **image._asdict(), **_GELU), text(**words._asdict(), **_GELU), words.width)
 
 
 def _clipa(size: str, image_size: int) -> Architecture:
@@ -266,9 +271,9 @@ ARCHITECTURES = {
   "RegNetY-400MF": Architecture(regnet(48, 27.89, 2.09, 16, 8), text(512), 512),
   "RegNetY-16GF": Architecture(regnet(200, 106.23, 2.48, 18, 112), text(512), 512),
   # Cherti et al. 2023 (open_clip), beyond the papers' sizes; heads are 80 and 88 wide.
-  "ViT-H/14": Architecture(vit(14, 1280, 32, 16, **_GELU), text(1024, 24, **_GELU), 1024),
+  "ViT-H/14": _open_clip("H"),
   "ViT-g/14": Architecture(vit(14, 1408, 40, 16, mlp_ratio=6144 / 1408, **_GELU), text(1024, 24, **_GELU), 1024),
-  "ViT-bigG/14": Architecture(vit(14, 1664, 48, 16, mlp_ratio=8192 / 1664, **_GELU), text(1280, 32, **_GELU), 1280),
+  "ViT-bigG/14": _open_clip("bigG"),
   "ViT-e/14": Architecture(vit(14, 1792, 56, 16, mlp_ratio=15360 / 1792, **_GELU), text(1280, 36, **_GELU), 1280),
   # Li et al. 2023 (CLIPA), as open_clip has its weights.
   **{

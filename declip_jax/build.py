@@ -23,7 +23,7 @@ from declip_jax.data.images import EvalView
 from declip_jax.data.make_views import MakeViews, Masking, Rendering
 from declip_jax.data.pipeline import Reading
 from declip_jax.data.recipes import Recipe, get_recipe, trimmed
-from declip_jax.data.sources import Source, open_source
+from declip_jax.data.sources import Source, open_source, share_samples
 from declip_jax.data.text.tokenizer import Tokenizer, make_tokenizer
 from declip_jax.evals import EVALUATORS, SPLITS, catalogue, check_metric, check_options, suites
 from declip_jax.evals.catalogue import TrainingSize, training_size
@@ -488,13 +488,17 @@ def describe_filling(config: ConfigDict, built: Built, start: int) -> str:
   return f"the loss nns is 0 for the first {counted(steps, 'step')}, until the neighbour bank has {size:,} texts"
 
 
-def describe_seen(config: ConfigDict) -> str:
-  """The evaluations on data that the run trains on, in words; "" if there are none."""
-  seen = [name for name, own in config.evals.items() if own.get("data") in config.data.train]
+def describe_seen(tested: Mapping[str, str], train: Sequence[str]) -> str:
+  """The evaluations on samples that a run trains on, in words; "" if there are none.
+
+  Args:
+    tested: the spec of the data of each evaluation by its name.
+    train: the specs of the training data.
+  """
+  seen = [name for name, test in tested.items() if any(share_samples(spec, test) for spec in train)]
   if not seen:
     return ""
-  names = ", ".join(f"config.evals.{name}" for name in seen)
-  return f"{names}: on the training data, so that scores do not say how good the model is on others"
+  return f"{', '.join(seen)}: on training data, so scores do not show how well the model does on other data"
 
 
 def plain_retrievals(evals: ConfigDict) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def embed(
   encoders = clip.encoders(batch_size, needs_text=texts, field="--batch_size")
   source = open_source(guess(images), "--images")
   if texts and not has_captions(source):
-    raise ValueError(f"--texts: {source.name} has no captions")
+    raise ValueError(f"--texts: none of a few samples of {source.name} has a caption")
   work = _Work(source, encoders, features_dtype, texts)
   _begin(output, _about(clip, work, images_per_part))
   count = 0
@@ -117,7 +117,7 @@ def _about(clip: Clip, work: _Work, images_per_part: int) -> dict[str, Any]:
     "view": dataclasses.asdict(work.encoders.view),
     "dtype": clip.dtype,
     "features_dtype": work.features_dtype,
-    **({"texts": True} if work.texts else {}),
+    "texts": work.texts,
     "images_per_part": images_per_part,
     **numerics(),
   }
@@ -132,9 +132,9 @@ def _begin(output: Path, about: dict[str, Any]) -> None:
   """
   file = output / _ABOUT
   if file.exists():
-    before = json.loads(file.read_text())
-    if differing := [name for name in {**before, **about} if before.get(name) != about.get(name)]:
-      shown = ", ".join(f"{name} {before.get(name)!r:.60}, not {about.get(name)!r:.60}" for name in differing)
+    before = {"texts": False, **json.loads(file.read_text())}
+    if differing := [name for name in about if before.get(name) != about[name]]:
+      shown = ", ".join(f"{name} {before.get(name)!r:.60}, not {about[name]!r:.60}" for name in differing)
       raise ValueError(f"--output={output} has embeddings with {shown}: choose another folder")
     return
   if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -46,7 +46,7 @@ from ml_collections import ConfigDict
 
 from declip_jax import command_line
 from declip_jax import config as config_lib
-from declip_jax.build import make_jobs
+from declip_jax.build import describe_seen, make_jobs
 from declip_jax.clip import Clip, load
 from declip_jax.data.guess import guess_test, read_as, short_name
 from declip_jax.data.hangs import SECONDS
@@ -322,13 +322,16 @@ def _command(workdir: Path | None) -> None:
   settings = parse_settings(given.settings, "--settings")
   is_run = not (given.weights or given.interpolate_with) and settings.get("average", True)
   place = Place(given.weights or workdir, output, workdir if is_run else None)
+  said = ""
   for step in _steps(workdir):
     with _named_settings(), command_line.naming("--weights" if given.weights else "--workdir"):
       clip, config = _load(workdir, step, given.weights, settings)
     jobs = chosen if chosen is not None else make_jobs(config.evals if config else ConfigDict())
-    if is_run and jax.process_index() == 0:
-      for line in _seen(jobs, config.data.train if config else ()):
-        message(line)
+    tested = {job.name: job.splits["test"].source.name for job in jobs}
+    seen = describe_seen(tested, config.data.train) if is_run and config else ""
+    if seen and seen != said and jax.process_index() == 0:
+      message(seen)
+    said = seen
     for model, facts in _models(clip, config, place.weights):
       evaluation = _prepare(model, config, facts, jobs, place, encoding)
       if given.dry_run:
@@ -344,14 +347,6 @@ def _command(workdir: Path | None) -> None:
   if jax.process_index() == 0 and not given.dry_run:
     command = f"python -m declip_jax.report {shlex.quote(str(given.output or workdir))} --output report"
     message(f"results and predictions: {output}; with intervals, chance and pictures: {command}")
-
-
-def _seen(jobs: Sequence[Job], train: Sequence[str]) -> Iterator[str]:
-  """Says which evaluations are on samples that the run was trained on, by the names of the sources."""
-  for job in jobs:
-    name = job.splits["test"].source.name
-    if any(spec == name or spec.endswith(f":{name}") for spec in train):
-      yield f"{job.name}: the run was trained on {name}, so that scores do not say how good it is on others"
 
 
 @contextlib.contextmanager

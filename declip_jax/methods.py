@@ -17,7 +17,7 @@ METHODS = {
   "siglip": ("clip", {"sigmoid": 1.0}),
 }
 # Ours: DeCLIP on views that keep what captions describe, with smoothed targets in its contrastive terms. ALIGN (Jia et
-# al. 2021, section 5) smooths by 0.1; docs/results.md has what 0.5 gains where pairs are few.
+# al. 2021) smooths by 0.1; docs/results.md has what 0.5 gains where pairs are few.
 OURS = {"declip_smooth": ("declip_smooth", _DECLIP)}
 # Options of terms by method, where they are not those of `config.default().objective`.
 OPTIONS = {"declip_smooth": dict.fromkeys(("clip", "mvs", "nns"), {"label_smoothing": 0.5})}

@@ -207,7 +207,9 @@ def main() -> None:
   flags.DEFINE_integer(
     "slices", 1, "Number of slices of --topology, connected by the data center network.", lower_bound=1
   )
-  flags.DEFINE_bool("search", True, "Search for the largest batch that fits, which compiles two or three more steps.")
+  flags.DEFINE_bool(
+    "search", True, "Search for the largest batch that fits, which compiles two or three more steps; not on CPUs."
+  )
   flags.DEFINE_integer(
     "text_length", None, "Tokens of the longest text of a batch (default: the context length).", lower_bound=1
   )

@@ -262,7 +262,7 @@ def with_choices(
     config, remarks = choose.with_fitting_warmup(config, pairs)
     config, whole = choose.shortened(config, steps, pairs), build.to_steps(config, pairs).total
     notes += remarks
-    notes.append(f"{counted(steps, 'step')} by --steps, instead of the {whole:,} of the config")
+    notes.append(f"--steps={steps}: {counted(steps, 'step')} instead of {whole:,}")
   return config, sources, notes
 
 

@@ -424,8 +424,9 @@ def _open(
   if finished and config.evals:
     messages = [*messages, "its evaluations are repeated, for the scores below"]
   if not finished:
+    tested = {f"config.evals.{name}": own.get("data") or "" for name, own in config.evals.items()}
     filling = build.describe_filling(run.after(start).stage.config, run.built, start)
-    messages = [*messages, *plans, build.describe_seen(config), filling]
+    messages = [*messages, *plans, build.describe_seen(tested, config.data.train), filling]
     if len(run.parts) == 1:
       messages.append("compiling the train step (several minutes for a large model)")
   for line in [*lines, *filter(None, messages)]:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from declip_jax import build, config
 from declip_jax.data.deaths import Deaths
 from declip_jax.data.pipeline import Reading
@@ -15,10 +17,18 @@ def test_evaluations_are_read_with_the_limits_of_the_config(tmp_path: Path) -> N
   assert encoders.reading == Reading(3, 2, 100, 5.0, deaths)
 
 
-def test_evaluations_on_training_data_are_named() -> None:
-  c = config.default("clip")
-  c.data.train = ("scenes:train/30/16",)
-  c.evals.update({"other": config.retrieval("scenes:test/30/16"), "same": config.zero_shot(c.data.train[0])})
-  assert build.describe_seen(c).startswith("config.evals.same: on the training data")
-  del c.evals.same
-  assert not build.describe_seen(c)
+@pytest.mark.parametrize(
+  ("train", "test", "seen"),
+  [
+    ("table:a.csv", "table:a.csv", True),
+    ("table:a.csv", "table:b.csv", False),
+    ("table:a.csv", "heldout:10%:table:a.csv", True),
+    ("kept:10%:table:a.csv", "table:a.csv", True),
+    ("kept:10%:table:a.csv", "heldout:10%:table:a.csv", False),
+    ("kept:10%:table:a.csv", "heldout:20%:table:a.csv", True),
+    ("heldout:10%:table:a.csv", "heldout:10%:table:a.csv", True),
+  ],
+)
+def test_evaluations_on_training_data_are_named(train: str, test: str, seen: bool) -> None:
+  said = build.describe_seen({"other": "table:c.csv", "this": test}, ("table:d.csv", train))
+  assert said.partition(":")[0] == ("this" if seen else "")

@@ -20,8 +20,10 @@ import pytest
 from tiny import FinishedRun
 
 from declip_jax import architectures, build, config, config_files
+from declip_jax.changes import changes_from_default
 from declip_jax.configs.declip_yfcc15m.recipe import MLM_HEAD
-from declip_jax.methods import ABLATIONS, METHODS, OURS, REPO_METHODS, SUPERVISED
+from declip_jax.data.recipes import get_recipe
+from declip_jax.methods import ABLATIONS, METHODS, OURS, REPO_METHODS, SUPERVISED, name_of
 from declip_jax.objectives import make_objective
 from declip_jax.planning import choose
 from declip_jax.sharding import check_batch
@@ -181,6 +183,23 @@ def test_every_method_builds_with_our_own_configs(name: str, method: str) -> Non
   c = get(name, method=method)
   built = build.build(c)
   build.check_objective(c, built, built.batch_shape(8))
+
+
+def test_declip_smooth_is_declip_on_weak_crops_with_smoothed_targets() -> None:
+  c, declip = config.default("declip_smooth"), config.default("declip")
+  smoothing = {
+    name: term.label_smoothing for name, term in c.objective.items() if term.weight and "label_smoothing" in term
+  }
+  assert smoothing == {"clip": 0.5, "mvs": 0.5, "nns": 0.5}
+  for term in c.objective.values():
+    term.update({"label_smoothing": 0.0} if term.weight and "label_smoothing" in term else {})
+  assert c.objective.to_dict() == declip.objective.to_dict()
+  assert c.model.to_dict() == declip.model.to_dict()
+  own, weak = (get_recipe(name, {}) for name in ("declip_smooth", "clip"))
+  assert own.augmentations == 2 * weak.augmentations
+  assert (own.text_views, own.views) == (get_recipe("declip", {}).text_views, get_recipe("declip", {}).views)
+  assert name_of("declip_smooth", [name for name, term in c.objective.items() if term.weight]) == "declip_smooth"
+  assert changes_from_default(config.default("declip_smooth")).lines == []
 
 
 def test_our_own_configs_evaluate_every_method_with_a_text_tower() -> None:

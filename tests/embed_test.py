@@ -55,6 +55,9 @@ def test_embeddings_and_metadata_are_written_once_even_if_interrupted(
   assert [row["captions"] for row in rows] == [[f"caption {number}"] for number in numbers]
   assert all(f"{number:02}.png" in row["key"] for number, row in zip(numbers, rows, strict=True))
 
+  Counting(monkeypatch, command, clip)
+  with pytest.raises(ValueError, match=r"--output=.*out has embeddings with texts True, not False: choose"):
+    embed("weights", str(images), output, **{**options, "texts": False})
   Counting(monkeypatch, command, make_clip(1))
   with pytest.raises(ValueError, match=r"--output=.*out has embeddings with weights '.*: choose another folder"):
     embed("weights", str(images), output, **options)
@@ -62,7 +65,7 @@ def test_embeddings_and_metadata_are_written_once_even_if_interrupted(
     embed("weights", str(images), images, **options)
   for text in images.glob("*.txt"):
     text.unlink()
-  with pytest.raises(ValueError, match=r"--texts: .*images has no captions"):
+  with pytest.raises(ValueError, match=r"--texts: none of a few samples of .*images has a caption"):
     embed("weights", str(images), tmp_path / "new", **options)
 
 

@@ -559,14 +559,6 @@ def test_an_error_of_the_model_names_the_settings_of_the_flag(monkeypatch: pytes
   assert message(["dtype"], "--settings: 'dtype'") == "--settings: 'dtype'"
 
 
-def test_evaluations_on_what_a_run_was_trained_on_are_named() -> None:
-  names = ("table:a.csv", "table:b.csv", "table:c.csv")
-  sources = [SimpleNamespace(name=name) for name in names]
-  jobs = [SimpleNamespace(name=one.name, splits={"test": SimpleNamespace(source=one)}) for one in sources]
-  (line,) = evaluate._seen(jobs, ("kept:10%:table:a.csv", "table:bb.csv"))
-  assert line.startswith("table:a.csv: the run was trained on table:a.csv")
-
-
 def test_a_run_without_evaluations_is_told_from_a_folder_without_a_config() -> None:
   clip, c = make_clip(0), config.default()
   c.evals = ConfigDict()

@@ -639,7 +639,7 @@ def test_a_run_keeps_what_was_chosen_for_its_first_start(tmp_path: Path, monkeyp
   assert "duration" in messages[1]  # it follows from the data
   short, _, messages = choices(steps=4)
   assert (short.batch_size, short.duration.steps, short.optimizer.warmup.steps) == (32, 4, 2)
-  assert messages[2] == "4 steps by --steps, instead of the 800 of the config"
+  assert messages[2] == "--steps=4: 4 steps instead of 800"
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(ValueError, match=r"config\.json.* config\.batch_size"):
     choices(steps=None)
@@ -655,7 +655,7 @@ def test_a_try_ends_with_an_evaluation_and_resumes_with_the_values_of_its_first_
   train.train(config, tmp_path / "whole", steps=4)
   printed = capsys.readouterr().err
   assert "batch_size=32" in printed
-  assert "4 steps by --steps" in printed
+  assert "--steps=4: 4 steps" in printed
   saved = config_lib.from_json((tmp_path / "whole" / "config.json").read_text())
   assert (saved.batch_size, saved.duration.steps) == (32, 4)
   lines = read_metrics(tmp_path / "whole")

@@ -240,8 +240,8 @@ def _thumbnail(pixels: images.Pixels) -> images.Pixels:
 def training_command(data: str, bad: float = 0.0) -> str:
   """The command that trains on the captions of the data at a path on this machine, or that writes a config for that.
 
-  The config has to be written if the path has a comma, which would end the argument. If more than `config.MAX_BAD` of
-  the samples are bad, `bad` is their share, and the command allows for it.
+  The config has to be written if the path has a comma, which would end the argument. `bad` is the share of bad samples;
+  if it is above `config.MAX_BAD`, a command that trains allows for the next multiple of 5 % after 5 % more.
   """
   from declip_jax.config import MAX_BAD  # on demand, as in `_proposed`
 

@@ -240,8 +240,7 @@ def _batch_size(config: ConfigDict, built: build.Built, pairs: float, memory: fl
 
 def _memory(device: jax.Device) -> float:
   """Bytes for programs on a device."""
-  available = available_memory(device) or _UNKNOWN_MEMORY
-  return available / 2 if device.platform == "cpu" else available
+  return available_memory(device) or _UNKNOWN_MEMORY
 
 
 def estimate(config: ConfigDict, built: build.Built) -> Estimate:

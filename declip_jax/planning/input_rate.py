@@ -15,7 +15,6 @@ RATES = {
 # Recipes with the image views of a measured recipe, or with fewer.
 SIMILAR = {
   "declip_repo": "declip",
-  "declip_smooth": "declip",
   "filip_repo": "filip",
   "clip_color": "filip",
   "clip_crop": "filip",

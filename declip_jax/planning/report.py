@@ -74,7 +74,7 @@ class Report:
     memory_traffic: bytes read and written in main memory; None if the step does not fit.
     seconds: the minimum times; None if the device is unknown or the step does not fit.
     input: the input rate that the minimum time requires; None if that time is unknown.
-    largest: the largest batch that fits; None if it was not searched for, or the peak figures are unknown.
+    largest: the largest batch that fits; None if it was not searched for, as on CPUs, or the memory is unknown.
   """
 
   device: str
@@ -191,7 +191,7 @@ def make_report(
     if peak:
       seconds = least_times(step.executed_flops / report.devices, traffic, peak)
       report = dataclasses.replace(report, seconds=seconds, input=required_input(report, config, seconds.step, peak))
-  if search and available and peak:
+  if search and available and (peak or devices[0].platform != "cpu"):
     report = dataclasses.replace(report, largest=largest_batch(config, devices, needed, available, run))
   return report
 
@@ -199,7 +199,7 @@ def make_report(
 def available_memory(device: jax.Device) -> float | None:
   """Bytes that a program may use: the device's own limit, or else the table's; None if neither is known.
 
-  Each of the CPU devices of a machine has an equal share of its memory.
+  Each of the CPU devices of a machine has an equal share of half of its memory.
   """
   known = device_table.find(device.device_kind)
   try:
@@ -209,7 +209,7 @@ def available_memory(device: jax.Device) -> float | None:
   if limit or known:
     return float(limit) if limit else known.memory
   if device.platform == "cpu":
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / jax.local_device_count("cpu")
   return None
 
 

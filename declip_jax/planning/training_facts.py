@@ -59,9 +59,8 @@ def training_facts(run: Path, step: int) -> dict[str, Any]:
     sizes = checkpoints.batch_sizes(step) or BatchSizes.constant(config.batch_size)
   seen, starts = sizes.examples(step), read_starts(run)
   samples = starts[-1].samples if starts else {}
-  active = [name for name, term in config.objective.items() if term.weight or term.schedule]
   facts: dict[str, Any] = {
-    "method": name_of(config.data.recipe, active),
+    "method": name_of(config.data.recipe, _active(config)),
     "recipe": json_hash(_recipe(config))[:8],
     "seed": config.seed,
     "pairs_seen": seen,
@@ -106,16 +105,18 @@ def _views(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _recipe(config: ConfigDict) -> list[Any]:
   """What determines what a run learns from, whatever the data, and by which objective.
 
-  Fields with their default value are left out, so that a field that a later version adds does not change the recipe.
+  Fields with their default value are left out, so that a field that a later version adds does not change the recipe. A
+  default that changes what is learned must therefore never change: it needs another field or name.
   """
   fields, defaults = (json.loads(one.to_json_best_effort()) for one in (config, config_lib.default()))
-  terms = {
-    name: _differing(term, defaults["objective"].get(name, {}))
-    for name, term in fields["objective"].items()
-    if term["weight"] or term["schedule"]
-  }
+  terms = {name: _differing(fields["objective"][name], defaults["objective"].get(name, {})) for name in _active(config)}
   of_stages = [{field: entry.get(field) for field in _OF_STAGES} for _, entry in sorted(fields["stages"].items())]
   return [_differing(_views(fields), defaults["data"]), terms, *([of_stages] if of_stages else [])]
+
+
+def _active(config: ConfigDict) -> list[str]:
+  """The names of the terms that a run has."""
+  return [name for name, term in config.objective.items() if term.weight or term.schedule]
 
 
 def _differing(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

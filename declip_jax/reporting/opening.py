@@ -240,4 +240,4 @@ def closing_lines(
   if (page := workdir / "index.html").exists():
     yield f"pictures, scores and the commands to type next: {page}"
   if is_try:
-    yield "this run had the length of --steps: without it, and in another --workdir, it has that of the config"
+    yield "--steps set the length of this run: train the whole run without it, in another --workdir"

@@ -194,6 +194,13 @@ def test_only_the_first_bad_examples_of_a_kind_are_named(caplog: pytest.LogCaptu
   assert counted[BAD.index("unknown format")] > 90
 
 
+def test_a_bad_example_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+  pipeline._warned.clear()
+  mixed = rows(Numbers(4, broken=(2,)))
+  assert sum(mixed[index]["bad_counts"].sum() for index in range(40)) > 1
+  assert caplog.text.count("numbers:2: ") == 1
+
+
 def test_file_that_cannot_be_read_is_a_bad_example() -> None:
   class Gone(Numbers):
     def __getitem__(self, index: int) -> dict:

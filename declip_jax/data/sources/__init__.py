@@ -10,7 +10,7 @@ from declip_jax.data.sources.clip_benchmark import open_clip_benchmark
 from declip_jax.data.sources.coco import open_coco
 from declip_jax.data.sources.composition import open_sugarcrepe, open_winogavil, open_winoground
 from declip_jax.data.sources.folder import open_folder
-from declip_jax.data.sources.heldout import open_heldout, open_kept
+from declip_jax.data.sources.heldout import open_heldout, open_kept, share_samples
 from declip_jax.data.sources.huggingface import open_huggingface
 from declip_jax.data.sources.scenes import open_scenes
 from declip_jax.data.sources.table import open_table
@@ -31,6 +31,7 @@ __all__ = [
   "bad_sample",
   "open_source",
   "read_example",
+  "share_samples",
 ]
 
 SOURCES: dict[str, Callable[[str], Source]] = {

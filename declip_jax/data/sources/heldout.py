@@ -65,6 +65,21 @@ def open_kept(location: str, open_source: Callable[[str], Source]) -> Subset:
   return _open("kept", location, open_source)
 
 
+def share_samples(train: str, test: str) -> bool:
+  """Whether two specs name samples of one source in common, as far as the specs tell."""
+  (kind, size, spec), (other_kind, other_size, other_spec) = (_parts(one) for one in (train, test))
+  return spec == other_spec and (size != other_size or {kind, other_kind} != {"heldout", "kept"})
+
+
+def _parts(spec: str) -> tuple[str, str, str]:
+  """The kind of a subset, its size and the source that is divided; empty texts before a source that is not divided."""
+  kind, _, location = spec.partition(":")
+  if kind not in ("heldout", "kept"):
+    return "", "", spec
+  size, _, source = location.partition(":")
+  return kind, size, source
+
+
 def _open(kind: str, location: str, open_source: Callable[[str], Source]) -> Subset:
   text, _, spec = location.partition(":")
   name = f"{kind}:{location}"

@@ -223,14 +223,18 @@ def scores(report: Report) -> list[tuple[str, Items]]:
 
 
 def own_scores(report: Report) -> dict[str, list[tuple[str, Items]]]:
-  """The scores of each data set that is not in the catalogue and that all methods have, and their mean."""
+  """The scores of each data set that is not in the catalogue, and their mean."""
   found: dict[str, list[tuple[str, Items]]] = {}
   for kind, metrics in _OWN_METRICS.items():
     for task in report.of_kind(kind):
-      if task.dataset.startswith(catalogue.OWN) and all(method.of(task) for method in report.methods):
-        items = [(task, metric) for metric in metrics or report.metrics(task)[-1:]]
-        metric = "recall at 10" if kind == "retrieval" else single_metrics(items)
-        found.setdefault(task.dataset, []).append((f"{title(kind)}, {metric}", items))
+      if not task.dataset.startswith(catalogue.OWN):
+        continue
+      known = [metric for metric in metrics if metric in report.some(task).metrics]
+      items = [(task, metric) for metric in known or report.metrics(task)[-1:]]
+      metric = "recall at 10" if kind == "retrieval" and known else single_metrics(items)
+      variants = len({other.variant for other in report.of_kind(kind) if other.dataset == task.dataset})
+      variant = f" ({task.variant})" if variants > 1 else ""
+      found.setdefault(task.dataset, []).append((f"{title(kind)}{variant}, {metric}", items))
   return {
     name: [
       *own,
