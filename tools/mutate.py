@@ -499,7 +499,7 @@ MUTATIONS = [
            "if not embeddings.exists():", "if True:", "embed_test.py"),
   Mutation("integers become weights", "weights/read.py",
            "elif key in expected and tensor.dtype not in _FLOATS:", "elif False:", "weights/read_test.py"),
-  Mutation("a typo in OpenAI's mean", "config.py", "0.4578275", "0.4587275", "config_test.py"),
+  Mutation("a typo in OpenAI's mean", "architectures.py", "0.4578275", "0.4587275", "config_test.py"),
   Mutation("durations are rounded down", "config.py",
            "math.ceil(examples / batch_size)", "math.floor(examples / batch_size)", "config_test.py"),
   # Running.
