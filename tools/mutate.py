@@ -496,7 +496,7 @@ MUTATIONS = [
   Mutation("a model card has results of other steps", "model_card.py",
            "== (weights_hash, view)]", "!= ()]", "weights/push_test.py"),
   Mutation("embeddings of an interrupted command are computed again", "embed.py",
-           "if not embeddings.exists():", "if True:", "embed_test.py"),
+           "if not part.images.exists():", "if True:", "embed_test.py"),
   Mutation("integers become weights", "weights/read.py",
            "elif key in expected and tensor.dtype not in _FLOATS:", "elif False:", "weights/read_test.py"),
   Mutation("a typo in OpenAI's mean", "architectures.py", "0.4578275", "0.4587275", "config_test.py"),
