@@ -240,4 +240,4 @@ def closing_lines(
   if (page := workdir / "index.html").exists():
     yield f"pictures, scores and the commands to type next: {page}"
   if is_try:
-    yield "--steps set the length of this run: train the whole run without it, in another --workdir"
+    yield "--steps set the length of this run: train the whole run without --steps, in another --workdir"
