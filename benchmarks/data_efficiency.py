@@ -52,7 +52,7 @@ COLUMNS = {  # of the table: the task and the metric
   "linear probe": ("linear_probe", "top1"),
   "5 shots": ("few_shot", "shots_5"),
 }
-MEAN = "mean"  # of these, the two recalls count as one
+MEAN = "mean"  # of the four scores in IN_MEAN; the two recalls are one of them
 IN_MEAN = (("mean per class",), ("image to text R@10", "text to image R@10"), ("linear probe",), ("5 shots",))
 OPTIONS = {
   "fashion44k": ("retrieval.equal_texts=True", "few_shot.shots=1,5"),  # titles of products repeat

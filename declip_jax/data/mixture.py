@@ -98,7 +98,7 @@ class Mixture:
       if len(source) < share:
         found.append(
           f"{source.name} has {counted(len(source), 'sample')} for {share:,.4g} positions in each batch: a batch "
-          "contains some of them repeatedly, which contrastive terms take for different ones; lower batch_size"
+          "contains some of them repeatedly, which contrastive terms treat as different; lower batch_size"
         )
     return found
 

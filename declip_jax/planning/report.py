@@ -206,8 +206,10 @@ def available_memory(device: jax.Device) -> float | None:
     limit = (device.memory_stats() or {}).get("bytes_limit")
   except (AttributeError, RuntimeError):  # a device that is only compiled for
     limit = None
-  if limit or known:
-    return float(limit) if limit else known.memory
+  if limit:
+    return float(limit)
+  if known:
+    return known.memory
   if device.platform == "cpu":
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / jax.local_device_count("cpu")
   return None

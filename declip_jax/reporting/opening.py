@@ -227,7 +227,7 @@ def closing_lines(
     workdir: working directory.
     final: final metrics of the run, of which those named eval/... count.
     plain_retrievals: names of retrievals that search all images at once.
-    is_try: whether --steps set the length of the run.
+    is_try: True for a length that --steps set.
   """
   for name in dict.fromkeys(metric.split("/")[1] for metric in final if metric.startswith("eval/")):
     scores = {key.rpartition("/")[2]: value for key, value in final.items() if key.startswith(f"eval/{name}/")}
