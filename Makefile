@@ -1,4 +1,4 @@
-# make demo          pretrains DeCLIP on rendered scenes (four to eight minutes on two cores)
+# make demo          pretrains DeCLIP on rendered scenes (three to eight minutes on two cores)
 # make test          the fast tests: four minutes on two cores
 # make test-all      the fast tests, then the slow ones, which need neither other packages nor a GPU
 # make test-interop  exchanges weights with PyTorch, open_clip and transformers, in .venv-interop

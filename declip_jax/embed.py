@@ -9,7 +9,7 @@ DIR receives parts of --images_per_part images each, in the layout of clip-retri
   metadata/metadata_00000.parquet       one row for each of them: row (its number in the source), key, captions, class
 
 Images that cannot be read are left out, and with --texts those without a caption. An interrupted command continues
-after its last part. No more than one part is held in memory.
+after its last part. No more than one part is held in memory. Needs the extra train.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from declip_jax.evals.encoders import Encoders, encode_texts
 from declip_jax.evals.feature_cache import numerics
 from declip_jax.evals.features import Features, encode_batches, join, read_batches, surely
 from declip_jax.evals.similarity import unit_rows
-from declip_jax.extras import pyarrow, pyarrow_parquet
+from declip_jax.extras import import_package, pyarrow, pyarrow_parquet
 from declip_jax.reporting.progress import Bar, drop_lost_streams, message
 from declip_jax.runtime import records
 from declip_jax.runtime.hosts import check_backend
@@ -71,9 +71,11 @@ def embed(
 
   Raises:
     OSError: the weights or the images are not there, or cannot be read now.
+    ModuleNotFoundError: the extra `train` is not installed, which writes Parquet.
     ValueError: the model has no joint space or compares tokens, the folder has embeddings of something else, or
       captions are missing.
   """
+  import_package("pyarrow")  # before anything is encoded in vain
   with command_line.naming("--weights"):
     clip = load(weights, parse_settings(settings, "--settings"))
   if clip.tokens or not clip.feature_widths[1]:
