@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 from tiny import FinishedRun
+import tokenizer_files
 
 from declip_jax import architectures, build, config, config_files
 from declip_jax.changes import changes_from_default
@@ -40,9 +41,18 @@ REPRESENTATIVES = (
 )
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A folder with the tokenizers that the configs of SigLIP read from the current one."""
+  path = tmp_path_factory.mktemp("tokenizers")
+  tokenizer_files.write(path)
+  return path
+
+
 @pytest.fixture(autouse=True)
-def _weights_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def _files_that_are_not_published_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(describe, "describe", describe_any)
+  monkeypatch.chdir(folder)
 
 
 @cache

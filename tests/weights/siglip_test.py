@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import references as reference
 import safetensors.numpy
+import tokenizer_files
 
 from declip_jax import config as config_lib
 from declip_jax.build import build
@@ -116,12 +117,10 @@ def test_stacked_blocks_and_half_precision_of_big_vision():
 
 
 @pytest.fixture(scope="module")
-def tokenizer_files(tmp_path_factory):
+def tokenizers(tmp_path_factory):
   """A folder with tiny tokenizers like those of SigLIP and SigLIP 2, and captions."""
-  arrays, folder = reference.load("siglip_tokens"), tmp_path_factory.mktemp("tokenizers")
-  (folder / "spiece.model").write_bytes(arrays["spiece"].tobytes())
-  (folder / "tokenizer.json").write_text(str(arrays["tokenizer_json"]), encoding="utf-8")
-  return folder, json.loads(str(arrays["captions_json"]))
+  folder = tmp_path_factory.mktemp("tokenizers")
+  return folder, json.loads(str(tokenizer_files.write(folder)["captions_json"]))
 
 
 def write_folder(folder, spiece):
@@ -143,8 +142,8 @@ def check_ends(clip, arrays, captions, same):
   np.testing.assert_allclose(found, unit(arrays["caption_features"])[same], **ENDS)
 
 
-def test_a_folder_of_transformers_from_pictures_and_captions_to_features(tokenizer_files, tmp_path):
-  files, captions = tokenizer_files
+def test_a_folder_of_transformers_from_pictures_and_captions_to_features(tokenizers, tmp_path):
+  files, captions = tokenizers
   arrays = write_folder(tmp_path, files / "spiece.model")
   clip = load(tmp_path)
   assert (clip.remarks, clip.view.squash, clip.view.size, clip.view.mean) == ((), True, 36, (0.5, 0.5, 0.5))
@@ -152,8 +151,8 @@ def test_a_folder_of_transformers_from_pictures_and_captions_to_features(tokeniz
   check_ends(clip, arrays, captions, [index for index in range(len(captions)) if index != 3])
 
 
-def test_a_checkpoint_of_open_clip_with_the_settings_that_it_lacks(tokenizer_files, tmp_path):
-  files, captions = tokenizer_files
+def test_a_checkpoint_of_open_clip_with_the_settings_that_it_lacks(tokenizers, tmp_path):
+  files, captions = tokenizers
   arrays, tensors, *_ = read_golden("open_clip")
   safetensors.numpy.save_file({key: np.ascontiguousarray(x) for key, x in tensors.items()}, tmp_path / "x.safetensors")
   options = "start=none&clean=repair,underscores,lower,no_punctuation,spaces"
@@ -182,8 +181,8 @@ def test_an_archive_of_big_vision(tmp_path):
     read(tmp_path / "small.npz")
 
 
-def test_an_export_to_transformers_is_the_folder_that_was_read(tokenizer_files, tmp_path):
-  files, captions = tokenizer_files
+def test_an_export_to_transformers_is_the_folder_that_was_read(tokenizers, tmp_path):
+  files, captions = tokenizers
   (tmp_path / "theirs").mkdir()
   arrays = write_folder(tmp_path / "theirs", files / "spiece.model")
   assert write(read(tmp_path / "theirs"), tmp_path / "ours", "huggingface") == []
@@ -274,11 +273,11 @@ SPIECE = "sentencepiece:spiece.model?start=none&pad=</s>"
 
 
 @pytest.mark.parametrize("method", ["siglip", "declip", "slip_mim"])
-def test_methods_build_with_a_released_architecture_and_its_tokenizer(method, tokenizer_files):
+def test_methods_build_with_a_released_architecture_and_its_tokenizer(method, tokenizers):
   c = config_lib.default(method, "SigLIP ViT-So400m/14@384px")
   with pytest.raises(ValueError, match=r"spiece.model does not exist"):
     build(c)
-  c.model.text.tokenizer = c.model.text.tokenizer.replace("spiece.model", f"{tokenizer_files[0]}/spiece.model")
+  c.model.text.tokenizer = c.model.text.tokenizer.replace("spiece.model", f"{tokenizers[0]}/spiece.model")
   built = build(c)
   assert built.batch_shape(8)["text"].shape[-1] == 64
   assert built.model.towers.image.heads == 16

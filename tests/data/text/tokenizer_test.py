@@ -10,6 +10,7 @@ import ftfy
 import numpy as np
 import pytest
 import references as reference
+import tokenizer_files
 
 from declip_jax.data.text import tokenizer as tokenizers
 from declip_jax.weights import vocabulary
@@ -283,10 +284,8 @@ def test_a_bad_tokenizer_name_is_rejected_with_the_legal_ones(tmp_path):
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory) -> dict[str, object]:
   """Ids by transformers' and open_clip's tokenizers of SigLIP, see `fixtures/make_siglip.py`, and their files."""
-  arrays, folder = dict(np.load(_FIXTURE.with_name("siglip_tokens.npz"))), tmp_path_factory.mktemp("siglip")
-  (folder / "spiece.model").write_bytes(arrays["spiece"].tobytes())
-  (folder / "tokenizer.json").write_text(str(arrays["tokenizer_json"]), encoding="utf-8")
-  return arrays | {"folder": folder}
+  folder = tmp_path_factory.mktemp("siglip")
+  return {**tokenizer_files.write(folder), "folder": folder}
 
 
 @pytest.mark.parametrize(
