@@ -109,7 +109,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 $(VENV)-interop/installed: setup.py constraints.txt tests/interop/requirements.txt
 	$(PYTHON) -m venv $(VENV)-interop
-	$(VENV)-interop/bin/python -m pip install --quiet torch==2.13.0  # first, so that nothing else chooses another
+	$(VENV)-interop/bin/python -m pip install --quiet torch torchvision -c tests/interop/requirements.txt
 	$(VENV)-interop/bin/python -m pip install --quiet -r tests/interop/requirements.txt
 	$(VENV)-interop/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
@@ -131,8 +131,12 @@ $(VENV)-browser/installed: setup.py constraints.txt
 	touch $@
 
 .PHONY: released-weights
-released-weights: $(VENV)-interop/installed
+released-weights: $(VENV)-interop/installed $(VENV)-interop/big_vision
 	$(VENV)-interop/bin/python benchmarks/released_weights.py $(ARGS)
+
+$(VENV)-interop/big_vision: | $(VENV)-interop/installed
+	git clone --quiet https://github.com/google-research/big_vision $@
+	git -C $@ checkout --quiet 0127fb6b337ee2a27bf4e54dea79cff176527356
 
 # Compared with torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.
 .PHONY: bench-input bench-open-clip bench-scale bench-probe bench-clip-benchmark

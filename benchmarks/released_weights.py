@@ -2,8 +2,8 @@
 
 Each model is built by the code of its own project, with every option of its config but few and narrow layers, and with
 random parameters. It is saved as that project saves it, read here, and compared: the pixels of odd images, the ids of
-odd captions, unit embeddings, and logits. Nothing is downloaded, so tokenizers of transformers are small ones trained
-here, with the special tokens of the real ones.
+odd captions, unit embeddings, and logits. No weights are downloaded, and tokenizers of transformers are small ones
+trained here, with the special tokens of the real ones.
 
   python benchmarks/released_weights.py --only 'ViT-B-.*' --output page.md
 
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 import warnings
 
+import big_vision_models
 from command import parser
 import jax
 import numpy as np
@@ -47,7 +48,13 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-CODE = ("benchmarks/released_weights.py", "declip_jax/data/images", "declip_jax/data/text", "declip_jax/models")
+CODE = (
+  "benchmarks/released_weights.py",
+  "benchmarks/big_vision_models.py",
+  "declip_jax/data/images",
+  "declip_jax/data/text",
+  "declip_jax/models",
+)
 CODE += ("declip_jax/weights",)  # what results depend on
 TOLERANCE = 1e-4  # of unit embeddings, and of cosines
 CAPTIONS = 500
@@ -173,7 +180,9 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
   elif "timm_model_name" not in vision:
     vision |= {"layers": 2, "width": 2 * vision.get("head_width", 64)}  # 128 or more
   if "hf_model_name" not in text:
-    text |= {"layers": 2, "width": 2 * text.get("width", 512) // text.get("heads", 8), "heads": 2}
+    text["layers"] = 2
+    if text.get("proj_type", "linear") != "none":  # else the width is that of the joint space
+      text |= {"width": 2 * text.get("width", 512) // text.get("heads", 8), "heads": 2}
     text["vocab_size"] = 420 if "hf_tokenizer_name" in text else text.get("vocab_size", 49408)
   if "multimodal_cfg" in config:
     config["multimodal_cfg"] |= {"layers": 1, "width": text["width"], "heads": 2, "attn_pooler_heads": 2}
@@ -467,6 +476,33 @@ def _embeddings_of_class(ours: Clip, model: Any) -> tuple[float, bool]:
   return largest, embeds
 
 
+# --- big_vision ---
+
+
+def of_big_vision(checkout: Path, name: str) -> list[Result]:
+  """Whether an `.npz` file of big_vision is read."""
+  built = big_vision_models.build(checkout, big_vision_models.MODELS[name])
+  with tempfile.TemporaryDirectory() as path:
+    file = Path(path) / f"{name}.npz"
+    np.savez(file, **{f"params/{key}": tensor for key, tensor in built.tensors.items()})
+    try:
+      ours = load(file)
+    except ValueError as error:
+      return [Result("refused", remark=sentence(error, Path(path)))]
+  if built.image is None or built.text is None:
+    return [Result("WRONG", remark="read, but not compared")]
+  mine = [ours.image_features(built.pixels), ours.text_features(built.ids)]
+  image, text = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in mine)
+  difference = max(
+    float(np.abs(image - built.image).max()),
+    float(np.abs(text - built.text).max()),
+    float(np.abs(image @ text.T - built.image @ built.text.T).max()),
+  )
+  if not difference <= TOLERANCE or abs(built.scale - ours.logit_scale) > TOLERANCE:
+    return [Result("WRONG", difference)]
+  return [Result("remark" if ours.remarks else "equal", difference, "; ".join(ours.remarks))]
+
+
 # --- the report ---
 
 
@@ -482,7 +518,9 @@ def _training_cell(result: Result) -> str:
   return "asks for settings" if "does not say" in result.remark else _cell(result)
 
 
-def report(of_clip: Mapping[str, tuple[list[str], Result, Result]], classes: Mapping[str, Result]) -> str:
+def report(
+  of_clip: Mapping[str, tuple[list[str], Result, Result]], classes: Mapping[str, Result], files: Mapping[str, Result]
+) -> str:
   """The page of the documentation."""
   names = collections.Counter()
   for tags, folder, _ in of_clip.values():
@@ -512,9 +550,10 @@ def report(of_clip: Mapping[str, tuple[list[str], Result, Result]], classes: Map
   ]
   lines += ["", "## Remarks and refusals", "", "| model config | sentence |", "|---|---|"]
   lines += [f"| {name} | `{folder.remark}` |" for name, (_, folder, _) in of_clip.items() if folder.remark]
-  lines += ["", "## transformers", "", "| class | folder | sentence |", "|---|---|---|"]
-  for name, result in classes.items():
-    lines.append(f"| {name} | {_cell(result)} | {f'`{result.remark}`' if result.remark else ''} |")
+  for title, kind, results in (("transformers", "class | folder", classes), ("big_vision", "file | read", files)):
+    lines += ["", f"## {title}", "", f"| {kind} | sentence |", "|---|---|---|"]
+    for name, result in results.items():
+      lines.append(f"| {name} | {_cell(result)} | {f'`{result.remark}`' if result.remark else ''} |")
   return "\n".join([*lines, ""])
 
 
@@ -525,9 +564,8 @@ classes of transformers {transformers} with random weights, few layers and every
 their projects do; reads them; and compares unit embeddings, cosines, temperature and the pixels of {pictures} odd
 images to {tolerance}, and the ids of {captions} odd captions.
 
-Nothing is downloaded: names of open_clip that have other activations or
-preprocessing than their config are compared with theirs, and tokenizers of transformers are small ones with the special
-tokens of the real ones.
+No weights are downloaded: names of open_clip that have other activations or preprocessing than their config are
+compared with theirs, and tokenizers of transformers are small ones with the special tokens of the real ones.
 
 **{readable} of the {total} released names of open_clip are read, {refused} are refused, and {wrong} are wrong{left}**;
 of its {configs} model configs, {read} are read.
@@ -536,9 +574,9 @@ The folder is what the hub has: `open_clip_config.json` and the tensors. A train
 here at full size; what they do not determine is guessed and named in a warning, or has to be set. "to be set" are
 fields whose guess differs from the config.
 
-big_vision's `.npz` files of SigLIP and SigLIP 2 are compared with its own code in `tests/weights/siglip_test.py`: they
-are read with the remark that big_vision resizes images without antialiasing. Its LiT models have BERT as their text
-tower and are refused. FlaxCLIP's `flax_model.msgpack` is read; `tests/weights/one_tower_test.py` compares all tensors.
+big_vision's `.npz` files have no tokenizer and resize images without antialiasing, which the remark says; pixels and
+ids are given here, and LiT is its image tower alone, since BERT is not part of its code. FlaxCLIP's
+`flax_model.msgpack` is read; `tests/weights/one_tower_test.py` compares all tensors.
 
 ## open_clip
 """
@@ -549,12 +587,18 @@ def main(args: argparse.Namespace) -> None:
   rows = Rows(args.rows, args.only)
   of_clip = of_open_clip(rows)
   classes = {name: rows.get(f"transformers {name}", lambda name=name: of_class(name))[0] for name in (*READ, *REFUSED)}
-  args.output.write_text(report(of_clip, classes))
+  files = {
+    name: rows.get(f"big_vision {name}", lambda name=name: of_big_vision(args.big_vision, name))[0]
+    for name in big_vision_models.MODELS
+  }
+  args.output.write_text(report(of_clip, classes, files))
 
 
 if __name__ == "__main__":
   flags = parser(__doc__)
   flags.add_argument("--only", default=".*", help="regular expression of the names to compare")
+  text = "clone of google-research/big_vision"
+  flags.add_argument("--big-vision", type=Path, default=Path(".venv-interop/big_vision"), help=text)
   flags.add_argument("--rows", type=Path, default=Path("runs/released_weights.jsonl"), help="file that keeps results")
   flags.add_argument("--output", type=Path, default=Path("docs/released_weights.md"), help="page to write")
   main(flags.parse_args())

@@ -330,7 +330,7 @@ class Clip:
 def _joint_sides(weights: Weights) -> tuple[str, ...]:
   """The towers, "image" and "text", that have a place in a joint space."""
   heads = weights.params["heads"]
-  ends_there = {"image": not weights.model["heads"].get("image_linear", True), "text": False}
+  ends_there = {side: not weights.model["heads"].get(f"{side}_linear", True) for side in ("image", "text")}
   return tuple(
     side
     for side, ends in ends_there.items()

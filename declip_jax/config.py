@@ -284,8 +284,9 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   c.image, c.text = built.image, built.text
   c.heads = ConfigDict()
   c.heads.embed_dim = built.embed_dim  # dimension of the joint space
-  # Whether a linear layer maps image features to the joint space, which otherwise is that of the features (SigLIP).
-  c.heads.image_linear = built.image_linear
+  # Whether a linear layer maps features to the joint space, which otherwise is that of the features: images of SigLIP
+  # have none, nor have texts of its So400m/16 for many languages.
+  c.heads.image_linear, c.heads.text_linear = built.image_linear, True
   c.heads.image_bias = built.image_bias
   c.heads.text_bias = built.text_bias
   # Initial log inverse temperature of embeddings and of FILIP's tokens (Radford et al. 2021, section 2.5).
@@ -654,7 +655,7 @@ def from_json(text: str) -> ConfigDict:
 
 def add_missing_of_towers(model: dict[str, Any]) -> None:
   """Gives the towers and heads of an older `config.model` the fields that were added since it was written."""
-  added = {"text": architectures.text(64), "heads": ConfigDict({"image_linear": True})}
+  added = {"text": architectures.text(64), "heads": ConfigDict({"image_linear": True, "text_linear": True})}
   if model["image"].get("kind") == "vit":
     added["image"] = architectures.vit(1, 1, 1, 1)
   for part, fields in added.items():

@@ -212,11 +212,8 @@ def make_model(
   common = {"remat": fields["remat"], "unroll": fields["unroll"], "dtype": dtype}
   image = IMAGE_TOWERS[fields["image"]["kind"]](**_without(fields["image"], "kind"), **common)
   text = TextTransformer(**_without(fields["text"], "tokenizer", "buckets"), **common) if "joint" in heads else None
-  if "joint" in heads and not fields["heads"]["image_linear"] and image.feature_width != fields["heads"]["embed_dim"]:
-    raise ValueError(
-      f"config.model.heads.image_linear=False: image features have {image.feature_width} dimensions, but "
-      f"config.model.heads.embed_dim={fields['heads']['embed_dim']}: set the two equal, or choose True"
-    )
+  if "joint" in heads:
+    _check_widths(fields["heads"], {"image": image.feature_width, "text": fields["text"]["width"]})
   of_towers = {
     "image_width": image.feature_width,
     "text_width": fields["text"]["width"],
@@ -230,6 +227,16 @@ def make_model(
     views=views,
     lora=lora,
   )
+
+
+def _check_widths(heads: Mapping[str, Any], widths: Mapping[str, int]) -> None:
+  """Rejects features that are joint embeddings without a projection but have another width."""
+  for side, width in widths.items():
+    if not heads[f"{side}_linear"] and width != heads["embed_dim"]:
+      raise ValueError(
+        f"config.model.heads.{side}_linear=False: {side} features have {width} dimensions, but "
+        f"config.model.heads.embed_dim={heads['embed_dim']}: set the two equal, or choose True"
+      )
 
 
 def _without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def to_openai(tensors: StateDict) -> StateDict:
     if leaf == "kernel":
       tensor = tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.reshape(-1, tensor.shape[-1]).T
     elif leaf in ("pos_embedding", "probe"):
-      tensor = tensor.reshape(tensor.shape[tensor.ndim - 2 if leaf == "pos_embedding" else tensor.ndim - 1 :])
+      tensor = tensor.reshape(-1, tensor.shape[-1]) if leaf == "pos_embedding" else tensor.reshape(-1)
     flat[f"{above}/{_PYTORCH[leaf]}" if leaf in _PYTORCH else name] = tensor
   return flat
 

@@ -299,6 +299,8 @@ def _joint(model: ModelFields) -> dict[str, Entry]:
     entries[f"{image}/kernel"] = Entry(("visual.proj",))
     if model["heads"]["image_bias"]:
       entries[f"{image}/bias"] = Entry(("visual.proj_bias",))
+  if not model["heads"].get("text_linear", True):
+    return entries
   if model["heads"]["text_bias"]:
     return entries | _linear(text, "text_projection")
   return entries | {f"{text}/kernel": Entry(("text_projection",))}

@@ -41,6 +41,7 @@ _OPEN_CLIP_TOWER = {
   "vocab_size": None,
   "no_ln_pre": None,
   "proj_bias": None,
+  "proj_type": ("linear", "none", ""),
   "norm_kwargs": None,
   "timm_model_name": None,
   "timm_model_pretrained": None,
@@ -198,6 +199,8 @@ def _open_clip_text(text: Fields, quick: bool, file: Path) -> dict[str, Any]:
     "text.causal": not get(text, "no_causal_mask", False, where),
     "text.pooling": "eot",
   }
+  if get(text, "proj_type", "linear", where) == "none":
+    settings["heads.text_linear"] = False
   vocab_size = get(text, "vocab_size", OPENAI_VOCABULARIES[0], where)
   match pool := get(text, "pool_type", "argmax", where):
     case "argmax":

@@ -141,9 +141,11 @@ def _siglip(
     model[tower]["heads"] = _SIGLIP_HEADS.get(model[tower]["width"], model[tower]["heads"])
   fields, heads = _heads(tensors)
   model["heads"] |= fields
+  # Only So400m/16 for many languages has no projection of texts; any other file would lack a part.
+  assumed = () if fields["text_linear"] else ("heads.text_linear",)
   if dialect == "SigLIP in big_vision":
-    return Recognised(model, heads, image_size, "bilinear", sides, True, (), {}, (_WITHOUT_ANTIALIASING,))
-  assumed = (*_assumed(model, sides, tensors), *(["text.epsilon"] if "text" in sides else []))
+    return Recognised(model, heads, image_size, "bilinear", sides, True, assumed, {}, (_WITHOUT_ANTIALIASING,))
+  assumed = (*_assumed(model, sides, tensors), *(["text.epsilon"] if "text" in sides else []), *assumed)
   return Recognised(model, heads, image_size, "bicubic", sides, True, assumed, {})
 
 
@@ -273,6 +275,8 @@ def _heads(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], list[str]
     "image_linear": "visual.head.probe" not in tensors,
     "image_bias": "visual.attnpool.c_proj.bias" in tensors or "visual.proj_bias" in tensors,
     "text_bias": "text_projection.bias" in tensors,
+    "text_linear": not {"visual.head.probe", "token_embedding.weight"} <= {*tensors}
+    or any(name in tensors for name in ("text_projection", "text_projection.weight")),
   }
   if "text_projection" in tensors:
     fields["embed_dim"] = tensors["text_projection"].shape[1]

@@ -108,7 +108,7 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
       "heads": text["heads"],
       "layers": text["depth"],
       "mlp_ratio": _truncating_ratio(text),
-      **({"proj_bias": True} if heads["text_bias"] else {}),
+      **_open_clip_projection(heads),
       **_open_clip_options(text),
     },
   }
@@ -232,6 +232,13 @@ def _open_clip_convnext(weights: Weights) -> dict[str, Any]:
   }
 
 
+def _open_clip_projection(heads: ModelFields) -> dict[str, Any]:
+  """The fields of `text_cfg` about the projection of texts."""
+  if not heads["text_linear"]:
+    return {"proj_type": "none"}
+  return {"proj_bias": True} if heads["text_bias"] else {}
+
+
 def _open_clip_siglip(weights: Weights, notes: list[str]) -> dict[str, Any]:
   """The `vision_cfg` of an image tower with attention pooling, which is timm's."""
   image, size = weights.model["image"], weights.view.size
@@ -283,7 +290,9 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
     raise ValueError("Hugging Face's CLIPModel cannot represent texts that end with id 2; open_clip's format can")
   tensors = _tensors(weights)
   _fold_patch_bias(tensors, notes)
-  if heads["text_bias"]:
+  if not heads["text_linear"]:
+    _add_text_projection(tensors, heads, notes)
+  elif heads["text_bias"]:
     _fold_text_bias(tensors, notes)
   if tensors.pop("logit_bias", None) is not None:
     notes.append("omitted: logit_bias, which CLIPModel does not have")
@@ -333,7 +342,9 @@ def _siglip(weights: Weights, folder: Path) -> list[str]:
     )
   tensors = _tensors(weights)
   tensors.setdefault("visual.conv1.bias", np.zeros(image["width"], np.float32))
-  if not heads["text_bias"]:
+  if not heads["text_linear"]:
+    _add_text_projection(tensors, heads, notes)
+  if "text_projection" in tensors:
     tensors |= {
       "text_projection.weight": np.ascontiguousarray(tensors.pop("text_projection").T),
       "text_projection.bias": np.zeros(heads["embed_dim"], np.float32),
@@ -543,6 +554,12 @@ def _fold_patch_bias(tensors: StateDict, notes: list[str]) -> None:
     positions[1:] += bias
     tensors["visual.positional_embedding"] = positions
     notes.append("changed: the bias of the patches was added to their position embeddings, which is equivalent")
+
+
+def _add_text_projection(tensors: StateDict, heads: ModelFields, notes: list[str]) -> None:
+  """Adds the identity as the projection of texts, which the other project always has."""
+  tensors["text_projection"] = np.eye(heads["embed_dim"], dtype=np.float32)
+  notes.append("added: the identity as the projection of texts, which these weights do not have")
 
 
 def _fold_text_bias(tensors: StateDict, notes: list[str]) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 
+from clips import make_weights
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,10 @@ import tokenizer_files
 
 from declip_jax import config as config_lib
 from declip_jax.build import build
-from declip_jax.clip import load
+from declip_jax.clip import Clip, load
 from declip_jax.models.model import make_model
 from declip_jax.models.positions import resize_positions
+from declip_jax.sharding import make_mesh
 from declip_jax.views import Views
 from declip_jax.weights import dialects
 from declip_jax.weights import write as write_lib
@@ -284,3 +286,39 @@ def test_methods_build_with_a_released_architecture_and_its_tokenizer(method, to
   c.model.heads.embed_dim = 512
   with pytest.raises(ValueError, match="image features have 1152 dimensions, but config.model.heads.embed_dim=512"):
     build(c)
+
+
+@pytest.mark.parametrize("format", ["open_clip", "huggingface", "orbax"])
+def test_text_features_that_are_embeddings(format, tmp_path):
+  """No linear layer maps texts to the joint space, as in SigLIP So400m/16 for many languages."""
+  fields = {"text__width": 32, "heads__embed_dim": 32, "heads__text_linear": False, "heads__text_bias": False}
+  weights = make_weights(0, **fields)
+  assert "text_projection" not in weights.params["heads"]
+  notes = write(weights, tmp_path / "out", format)
+  again = read(tmp_path / "out")
+  assert again.model["heads"]["text_linear"] == (format == "huggingface")
+  assert any("added: the identity" in note for note in notes) == (format == "huggingface")
+  ids = np.asarray([[1, 5, 7, weights.model["text"]["eot"]]])
+  found, expected = (Clip(x, make_mesh(-1, 1)).text_features(ids) for x in (again, weights))
+  np.testing.assert_array_equal(found, expected)
+  model = weights.model | {"heads": weights.model["heads"] | {"embed_dim": 16}}
+  with pytest.raises(ValueError, match=r"heads.text_linear=False: text features have 32 dimensions, .*embed_dim=16"):
+    make_model(model, views=Views(), heads=("joint",))
+
+
+def test_a_file_of_big_vision_without_a_projection_of_texts():
+  """A guess that the remark names, possible only if the widths are equal."""
+  _, tensors, *_ = read_golden("big_vision")
+  tensors = {key: x for key, x in tensors.items() if not key.startswith("txt/head/")}
+  with pytest.raises(ValueError, match=r"heads.text_linear=False: text features have 24 dimensions, .*embed_dim=32"):
+    from_state_dict(tensors)
+
+
+def test_naflex_of_big_vision_is_named():
+  """Its patches are a matrix, and its positions a square."""
+  _, tensors, *_ = read_golden("big_vision")
+  kernel, positions = tensors["img/embedding/kernel"], tensors["img/pos_embedding"]
+  tensors["img/embedding/kernel"] = kernel.reshape(-1, kernel.shape[-1])
+  tensors["img/pos_embedding"] = positions.reshape(4, 4, -1)
+  with pytest.raises(ValueError, match=r"images of any shape \(NaFlex\) is not supported$"):
+    from_state_dict(tensors)

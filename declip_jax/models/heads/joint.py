@@ -22,7 +22,7 @@ class Joint(Head):
   Attributes:
     image_width, text_width: widths of the two towers' features.
     embed_dim: dimension `d` of the joint space.
-    image_linear: whether a linear layer maps image features to the joint space; SigLIP's image tower ends in it.
+    image_linear, text_linear: whether a linear layer maps features to the joint space; SigLIP's image tower ends in it.
     image_bias, text_bias: whether the projections have a bias (a ResNet's attention pool has one, DeCLIP's text too).
     logit_scale_init: initial log inverse temperature.
     max_scale: largest inverse temperature, 0 for none; beyond it the gradient is still that of the exponential, as
@@ -33,6 +33,7 @@ class Joint(Head):
   text_width: int
   embed_dim: int
   image_linear: bool
+  text_linear: bool
   image_bias: bool
   text_bias: bool
   logit_scale_init: float
@@ -47,29 +48,27 @@ class Joint(Head):
     self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.logit_scale_init), ())
     if self.image_linear:
       self.image_projection = self._projection(self.image_width, self.image_bias)
-    self.text_projection = self._projection(self.text_width, self.text_bias)
+    if self.text_linear:
+      self.text_projection = self._projection(self.text_width, self.text_bias)
 
   def __call__(self, features: Features, outputs: Outputs, views: Views, train: bool) -> dict[str, Array]:
     """`scale`; `image` and `text`, unit embeddings of the contrastive views; `projected_image` `[b v d]` of all."""
     del outputs, train
-    projected = self._projected(features.image)
+    projected = self.project_image(features.image)
     found = {"projected_image": projected, "scale": self._scale()}
     if views.contrastive_image:
       found["image"] = unit_norm(pick(projected, views.contrastive_image))
     if "text" in features:
-      found["text"] = unit_norm(self.text_projection(rearrange(features.text, "b u f -> u b f")))
+      found["text"] = unit_norm(self.project_text(rearrange(features.text, "b u f -> u b f")))
     return found
 
-  def project_image(self, feature: Float[Array, "b f"]) -> Float[Array, "b d"]:
+  def project_image(self, feature: Float[Array, "... f"]) -> Float[Array, "... d"]:
     """Joint embeddings of image features, not normalised."""
-    return self._projected(feature)
-
-  def project_text(self, feature: Float[Array, "b f"]) -> Float[Array, "b d"]:
-    """Joint embeddings of text features, not normalised."""
-    return self.text_projection(feature)
-
-  def _projected(self, feature: Float[Array, "... f"]) -> Float[Array, "... d"]:
     return self.image_projection(feature) if self.image_linear else feature.astype(jnp.float32)
+
+  def project_text(self, feature: Float[Array, "... f"]) -> Float[Array, "... d"]:
+    """Joint embeddings of text features, not normalised."""
+    return self.text_projection(feature) if self.text_linear else feature.astype(jnp.float32)
 
   def _scale(self) -> Float[Array, ""]:
     scale = jnp.exp(self.logit_scale)
