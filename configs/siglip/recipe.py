@@ -9,6 +9,7 @@ Data: WebLI, 10 billion images with texts, was never released. `data` is data/we
 every 20,000 steps. Tokenizers are published with the weights: `spiece.model` of SigLIP and `tokenizer.json` of SigLIP 2
 are read from the current folder, see `config.model.text.tokenizer`.
 
+SigLIP's 9 billion pairs and 16 tokens are second hand, as is its score; SigLIP 2's 40 billion and 64 are its paper's.
 Batch size, schedule, warm-up, rate, weight decay and clipping are those of SigLIP 2 for both; b2 is the 0.95 with which
 SigLIP keeps large batches stable. Where we differ: AdamW with float32 moments; embeddings and the query of the pooling
 are decayed, too, as by CLIP, where big_vision decays kernels alone; the warm-up reaches its peak one step before that
