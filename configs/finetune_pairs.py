@@ -66,7 +66,7 @@ def get_config(
   c.init_from.path, c.init_from.settings = init, tuple(settings)
   if METHODS[method] not in found.heads:  # the temperature of another loss
     c.init_from.groups = ("image", "text")
-  c.batch_size, c.model.dtype = 0, "auto"
+  c.batch_size, c.model.dtype, c.model.remat = 0, "auto", "auto"
   c.duration, c.optimizer.warmup = config.duration(epochs=epochs), config.duration(share=0.1)
   c.data.recipe, c.data.weak_scale = "clip", (0.9, 1.0)
   c.optimizer.update({"learning_rate": 2e-4 if lora else 1e-5, "weight_decay": 0.1, "decay_mask": "finetune"})

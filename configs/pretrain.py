@@ -2,10 +2,11 @@
 
   python -m declip_jax.train --config=pretrain:method=declip,architecture=ViT-B/16,data=DATA --workdir runs/declip
 
-Batch size, length, dtype and sizes of the heads' groups and neighbour bank are chosen for the data and the devices when
-a run starts, by the rules in `planning.choose`; the run prints them, and `--config.FIELD=VALUE` sets any of them. The
-first 10 % of the run are warm-up, and each tenth ends with a checkpoint and an evaluation: retrieval on pairs that are
-not trained on, 10 % of all but at most 5,000. `docs/own_captions.md` goes from a table of captions to a model.
+Batch size, length, dtype, what the backward pass recomputes, and sizes of the heads' groups and neighbour bank are
+chosen for the data and the devices when a run starts, by the rules in `planning.choose`; the run prints them, and
+`--config.FIELD=VALUE` sets any of them. The first 10 % of the run are warm-up, and each tenth ends with a checkpoint
+and an evaluation: retrieval on pairs that are not trained on, 10 % of all but at most 5,000. `docs/own_captions.md`
+goes from a table of captions to a model.
 
 The optimiser is OpenAI's (Radford et al. 2021, table 18), or for METHOD_repo that of DeCLIP's released code. There is
 no published result to compare with, since accuracies depend on the pairs. `python -m declip_jax.plan` reports what a
@@ -33,7 +34,8 @@ def get_config(method: str = "declip", architecture: str = "ViT-B/32", data: str
   c = config.default(method.removesuffix("_repo"), architecture, "repo" if method.endswith("_repo") else "paper")
   source = to_source(data) if data else ""
   c.data.train = (f"kept:{HELD_OUT}:{source}",) if source else ()
-  c.batch_size, c.duration, c.model.dtype, c.model.heads.bank_size = 0, config.duration(), "auto", 0
+  c.batch_size, c.duration, c.model.dtype, c.model.remat = 0, config.duration(), "auto", "auto"
+  c.model.heads.bank_size = 0
   if method.endswith("_repo"):
     c.model.heads.norm_groups = c.model.heads.bank_groups = 0
   c.optimizer.warmup = config.duration(share=0.1)

@@ -5,6 +5,7 @@ What a config leaves open, and how it is chosen; `pairs` is the number of sample
   model.dtype="auto"     float32 on CPUs, bfloat16 on GPUs and TPUs
   batch_size=0           on each device the largest power of two with which a batch fits into memory and has at most
                          4,096 pairs (as in SLIP and DeCLIP), a 16th of all pairs but at least 32, and 256 on CPUs
+  model.remat="auto"     "dots" if a batch then fits into memory, as one of a chosen size does, else "full"
   duration (all 0)       32 epochs, as in CLIP; for fewer than 8,192 pairs as many as see 262,144 pairs, at most 100
   model.heads:
     norm_groups=0        groups of 128 pairs, as in DeCLIP's released code, or larger ones if these do not divide the
@@ -37,6 +38,7 @@ from declip_jax.training.schedules import ScheduleSettings
 _OPEN = {
   "model.dtype": ("auto", "float32"),
   "batch_size": (0, 1),
+  "model.remat": ("auto", "dots"),
   "model.heads.norm_groups": (0, 1),
   "model.heads.bank_groups": (0, 1),
   "model.heads.bank_size": (0, 2**16),
@@ -65,6 +67,10 @@ class Estimate(NamedTuple):
 
   fixed: float
   per_pair: float
+
+  def of(self, config: ConfigDict, built: build.Built) -> float:
+    """Bytes for the batch size of a config."""
+    return self.fixed + self.per_pair * config.batch_size / built.mesh.size / config.micro_batches
 
 
 def open_fields(config: ConfigDict) -> list[str]:
@@ -106,9 +112,13 @@ def choose(
   if "model.dtype" in fields:
     config.model.dtype = "float32" if _is_cpu(built) else "bfloat16"
     built = build.build(config, devices)
-  if "batch_size" in fields:
-    memory = smallest(_memory(jax.local_devices()[0])) if devices is None else _memory(devices[0])
-    config.batch_size = _batch_size(config, built, pairs, memory)
+  if {"batch_size", "model.remat"} & {*fields}:
+    memory = _USED * (smallest(_memory(jax.local_devices()[0])) if devices is None else _memory(devices[0]))
+    needed = estimate(config, built)
+    if "batch_size" in fields:
+      config.batch_size = _batch_size(config, built, pairs, memory, needed)
+    elif "model.remat" in fields and needed.of(config, built) > memory:
+      config.model.remat = "full"
   for field in ("norm_groups", "bank_groups"):
     if f"model.heads.{field}" in fields:
       config.model.heads[field] = _divisor(config.batch_size, config.batch_size // _GROUP)
@@ -228,10 +238,10 @@ def _is_cpu(built: build.Built) -> bool:
   return built.mesh.devices.flat[0].platform == "cpu"
 
 
-def _batch_size(config: ConfigDict, built: build.Built, pairs: float, memory: float) -> int:
-  """The batch size for a number of pairs and the bytes of each device."""
-  num_devices, needed = built.mesh.size, estimate(config, built)
-  fitting = num_devices * config.micro_batches * (_USED * memory - needed.fixed) / needed.per_pair
+def _batch_size(config: ConfigDict, built: build.Built, pairs: float, memory: float, needed: Estimate) -> int:
+  """The batch size for a number of pairs and this much usable memory of each device, in bytes."""
+  num_devices = built.mesh.size
+  fitting = num_devices * config.micro_batches * (memory - needed.fixed) / needed.per_pair
   largest = min(_LARGEST_BATCH, max(_SMALLEST_BATCH, pairs / _BATCHES), fitting)
   if _is_cpu(built):
     largest = min(largest, _LARGEST_BATCH_ON_CPU)

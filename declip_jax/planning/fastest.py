@@ -117,9 +117,7 @@ def _is_possible(choice: Choice, config: ConfigDict, devices: Sequence[jax.Devic
     return False
   if available is None:
     return True
-  needed = choose.estimate(c, built)
-  pairs = config.batch_size / len(devices) / choice.micro_batches
-  return needed.fixed + pairs * needed.per_pair < _SURELY_TOO_MUCH * available
+  return choose.estimate(c, built).of(c, built) < _SURELY_TOO_MUCH * available
 
 
 def _fsdp_sizes(devices: Sequence[jax.Device]) -> list[int]:

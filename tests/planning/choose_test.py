@@ -69,6 +69,24 @@ def test_a_cpu_has_smaller_batches_in_float32(monkeypatch: pytest.MonkeyPatch) -
   assert choose.choose(open_config(), None).batch_size == 4 * devices
 
 
+def test_the_backward_pass_recomputes_more_if_a_batch_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+  c = open_config()
+  c.batch_size, c.model.remat, c.micro_batches, c.model.dtype = 64, "auto", 2, "float32"
+  needed = {}
+  for remat in ("dots", "full"):
+    closed = choose.choose(c, None, saved={"model": {"remat": remat}})
+    needed[remat] = choose.estimate(closed, build.build(closed))
+  memory = needed["dots"].fixed + 64 / jax.device_count() / 2 * needed["dots"].per_pair
+  assert needed["full"].per_pair < 0.7 * needed["dots"].per_pair
+  for room, batch_size, expected in ((1.01, 64, "dots"), (0.99, 64, "full"), (0.99, 0, "dots")):
+    monkeypatch.setattr(choose, "_memory", lambda device, room=room: room * memory / 0.75)
+    c.batch_size = batch_size
+    assert "model.remat" in choose.open_fields(c)
+    found = choose.choose(c, None)
+    assert found.model.remat == expected
+    assert found.batch_size == 64 if batch_size else found.batch_size < 64
+
+
 @pytest.mark.parametrize(
   ("pairs", "epochs"), [(100, 100), (2622, 100), (7282, 36), (8192, 32), (10**7, 32), (None, 32)]
 )
