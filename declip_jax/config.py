@@ -266,7 +266,8 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   # Dtype of activations; parameters, softmax, norms and losses are float32. "auto": chosen.
   c.dtype = "bfloat16"
   # What the backward pass recomputes: "none", "dots" (all but the products of linear layers and convolutions; a third
-  # of the memory for 0.2 % more FLOPs), "full" (everything inside a block; a quarter more FLOPs), or "auto": chosen.
+  # of the memory for 0.2 % more FLOPs), "narrow_dots" (these and the wide products of MLPs), "full" (everything inside
+  # a block; a quarter more FLOPs), or "auto": chosen.
   c.remat = "dots"
   c.unroll = 1  # number of transformer blocks that are unrolled for the compiler; more take longer to compile
   c.mean, c.std = built.mean or OPENAI_MEAN, built.std or OPENAI_STD

@@ -161,7 +161,14 @@ def test_the_fastest_step_that_fits_is_found_and_its_arguments_printed(values, m
   monkeypatch.setitem(DEVICES, "cpu", CHIP)
   monkeypatch.setattr(plan, "table", lambda report: [f"step {report.seconds.step}"])
   assert plan._command([]) == 0
-  assert compiled == [(1, "dots", 1), (4, "dots", 1), (8, "dots", 1), (4, "full", 1), (4, "none", 1)]
+  assert compiled == [
+    (1, "dots", 1),
+    (4, "dots", 1),
+    (8, "dots", 1),
+    (4, "narrow_dots", 1),
+    (4, "full", 1),
+    (4, "none", 1),
+  ]
   printed = capsys.readouterr().out
   assert printed.startswith("step 0.1\n")
   assert "use --config.mesh.fsdp=4 --config.model.remat=full --config.micro_batches=1\n" in printed

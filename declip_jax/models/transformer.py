@@ -1,6 +1,7 @@
 """The pre-norm transformer that the image and the text tower share (Radford et al. 2021, sections 2.4 and 2.5)."""
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 from einops import rearrange
@@ -39,12 +40,25 @@ def _keeps_products(primitive: Any, *args: Any, **params: Any) -> bool:
   return primitive is jax.lax.conv_general_dilated_p or dots(primitive, *args, **params)
 
 
-# Which values the backward pass recomputes. "none" keeps every activation that differentiation needs, which a scan
-# stores for all layers, most of them in float32; "full" keeps only the input of each block.
+def _keeps_narrow_products(primitive: Any, *args: Any, **params: Any) -> bool:
+  """Keeps those that are not wider than their inputs: of a block query, key, value and output, but not its MLP's."""
+  if not _keeps_products(primitive, *args, **params):
+    return False
+  if primitive is jax.lax.conv_general_dilated_p:
+    return True
+  kernel = args[1].shape
+  width = math.prod(kernel[axis] for axis in params["dimension_numbers"][0][1])
+  return math.prod(kernel) <= width**2
+
+
+# Which values the backward pass recomputes, from the most memory to the least. "none" keeps every activation that
+# differentiation needs, which a scan stores for all layers, most of them in float32; "full" keeps only the input of
+# each block.
 REMAT_POLICIES = {
   "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
   "dots": _keeps_products,
+  "narrow_dots": _keeps_narrow_products,
+  "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 

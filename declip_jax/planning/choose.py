@@ -5,7 +5,8 @@ What a config leaves open, and how it is chosen; `pairs` is the number of sample
   model.dtype="auto"     float32 on CPUs, bfloat16 on GPUs and TPUs
   batch_size=0           on each device the largest power of two with which a batch fits into memory and has at most
                          4,096 pairs (as in SLIP and DeCLIP), a 16th of all pairs but at least 32, and 256 on CPUs
-  model.remat="auto"     "dots" if a batch then fits into memory, as one of a chosen size does, else "full"
+  model.remat="auto"     "dots" if a batch then fits into memory, as one of a chosen size does, else "narrow_dots" or
+                         "full"
   duration (all 0)       32 epochs, as in CLIP; for fewer than 8,192 pairs as many as see 262,144 pairs, at most 100
   model.heads:
     norm_groups=0        groups of 128 pairs, as in DeCLIP's released code, or larger ones if these do not divide the
@@ -118,7 +119,7 @@ def choose(
     if "batch_size" in fields:
       config.batch_size = _batch_size(config, built, pairs, memory, needed)
     elif "model.remat" in fields and needed.of(config, built) > memory:
-      config.model.remat = "full"
+      config.model.remat = _remat(config, devices, memory)
   for field in ("norm_groups", "bank_groups"):
     if f"model.heads.{field}" in fields:
       config.model.heads[field] = _divisor(config.batch_size, config.batch_size // _GROUP)
@@ -246,6 +247,14 @@ def _batch_size(config: ConfigDict, built: build.Built, pairs: float, memory: fl
   if _is_cpu(built):
     largest = min(largest, _LARGEST_BATCH_ON_CPU)
   return num_devices * _power_of_two(largest / num_devices)
+
+
+def _remat(config: ConfigDict, devices: Sequence[jax.Device] | None, memory: float) -> str:
+  """The policy after "dots" with which a batch fits into this much usable memory of each device, in bytes."""
+  config = config.copy_and_resolve_references()
+  config.model.remat = "narrow_dots"
+  built = build.build(config, devices)
+  return "narrow_dots" if estimate(config, built).of(config, built) <= memory else "full"
 
 
 def _memory(device: jax.Device) -> float:

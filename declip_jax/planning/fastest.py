@@ -88,7 +88,7 @@ def search_fastest(
   for micro_batches in _MICRO_BATCHES:
     attempt([Choice(fsdp, "dots", micro_batches) for fsdp in sizes])
     fsdp = tried[0].choice.fsdp if tried and tried[0].fits else max(sizes)
-    attempt([Choice(fsdp, remat, micro_batches) for remat in ("full", "none")])
+    attempt([Choice(fsdp, remat, micro_batches) for remat in ("narrow_dots", "full", "none")])
     if tried and tried[0].fits:
       break
   return tried

@@ -488,7 +488,7 @@ def test_guesses_warn_and_other_vocabularies_take_ids_only(openai: dict[str, np.
 @pytest.mark.parametrize(
   ("setting", "message"),
   [
-    ({"remat": "all"}, r"config.model.remat='all': choose one of \['dots', 'full', 'none'\]"),
+    ({"remat": "all"}, r"config.model.remat='all': choose one of \['dots', 'full', 'narrow_dots', 'none'\]"),
     ({"image.activation": "relu"}, r"image.activation='relu': choose one of \['gelu', 'gelu_tanh', 'quick_gelu'\]"),
     ({"image.heads": "two"}, "image.heads='two': expected a value like 1"),
     ({"image.heads": True}, "image.heads=True: expected a value like 1"),
