@@ -1,4 +1,4 @@
-"""The released image-text models of big_vision, built by its own code with few blocks and random parameters.
+"""The released image-text models of big_vision, built by its own code with random parameters.
 
 Names of files and settings are those of its README_siglip2.md, README_lit.md and of the notebook SigLIP_demo, at the
 revision that `make released-weights` clones. LiT's text tower, BERT, is not part of that code: only its image tower is
@@ -96,11 +96,12 @@ class Built(NamedTuple):
   scale: float
 
 
-def build(checkout: Path, model: Model) -> Built:
-  """Builds a released model with two blocks a tower, and computes its embeddings."""
+def build(checkout: Path, model: Model, whole: bool = False) -> Built:
+  """Builds a released model, with two blocks a tower unless it is `whole`, and computes its embeddings."""
   towers = _import(checkout)
   rng = np.random.default_rng(0)
-  fields: dict[str, Any] = {"image": {"variant": model.image, "depth": 2, "pool_type": "map"}, "bias_init": -10.0}
+  depth = {} if whole else {"depth": 2}
+  fields: dict[str, Any] = {"image": {"variant": model.image, "pool_type": "map", **depth}, "bias_init": -10.0}
   pixels = rng.uniform(-1, 1, (2, model.size, model.size, 3)).astype(np.float32)
   ids = rng.integers(2, model.vocabulary, (3, model.tokens), np.int32)
   ids[:, -1] = 1
@@ -109,11 +110,11 @@ def build(checkout: Path, model: Model) -> Built:
     fields |= {"image": {**fields["image"], "pool_type": "tok"}, "out_dim": (model.width, None)}
     inputs = (pixels,)
   else:
-    fields |= {"text": {"variant": model.text, "depth": 2, "vocab_size": model.vocabulary}}
+    fields |= {"text": {"variant": model.text, "vocab_size": model.vocabulary, **depth}}
     fields |= {"out_dim": (None, model.width)}
   if not model.size:
     variant, patch = model.image.split("/")
-    image = {"variant": variant, "depth": 2, "pool_type": "map", "nposemb": 16, "posemb": "learn_2d"}
+    image = {"variant": variant, **depth, "pool_type": "map", "nposemb": 16, "posemb": "learn_2d"}
     fields |= {"image_model": "proj.image_text.naflex_vit", "image": image}
     patches = rng.normal(size=(2, 4, int(patch) ** 2 * 3)).astype(np.float32)
     places = np.asarray([[0, 0, 1, 1], [0, 1, 0, 1]], np.int32)

@@ -227,16 +227,20 @@ def build(config: Mapping[str, Any]) -> torch.nn.Module:
 
 
 class OpenClip:
-  """One model config of open_clip, built with random parameters, and compared in the forms of its released names."""
+  """One model config of open_clip, built with random parameters, and compared in the forms of its released names.
 
-  def __init__(self, name: str, quick: bool):
+  `whole` models have all blocks at their width.
+  """
+
+  def __init__(self, name: str, quick: bool, whole: bool = False):
     self.name = name
-    config = shrunk(open_clip.get_model_config(name))
+    config = open_clip.get_model_config(name)
+    config = config if whole else shrunk(config)
     self.text, self.size = config["text_cfg"], config["vision_cfg"].get("image_size", 224)
     if quick:
       config["quick_gelu"] = True
     self.config = config
-    with few_blocks():
+    with contextlib.nullcontext() if whole else few_blocks():
       self.model = build(config).eval()
     randomise(self.model)
 
@@ -479,9 +483,9 @@ def _embeddings_of_class(ours: Clip, model: Any) -> tuple[float, bool]:
 # --- big_vision ---
 
 
-def of_big_vision(checkout: Path, name: str) -> list[Result]:
+def of_big_vision(checkout: Path, name: str, whole: bool = False) -> list[Result]:
   """Whether an `.npz` file of big_vision is read."""
-  built = big_vision_models.build(checkout, big_vision_models.MODELS[name])
+  built = big_vision_models.build(checkout, big_vision_models.MODELS[name], whole)
   with tempfile.TemporaryDirectory() as path:
     file = Path(path) / f"{name}.npz"
     np.savez(file, **{f"params/{key}": tensor for key, tensor in built.tensors.items()})
@@ -503,6 +507,18 @@ def of_big_vision(checkout: Path, name: str) -> list[Result]:
   return [Result("remark" if ours.remarks else "equal", difference, "; ".join(ours.remarks))]
 
 
+# One model of each family, built at its real size.
+WHOLE = ("ViT-B-32-quickgelu", "RN50", "convnext_base", "coca_ViT-B-32", "ViT-B-16-SigLIP2", "ViT-L-14-CLIPA")
+WHOLE_OF_BIG_VISION = ("webli_en_b16_224_63724782",)
+
+
+def of_whole_models(rows: Rows, checkout: Path) -> dict[str, Result]:
+  """Whether models of real size are read, by the name of their config or file."""
+  calls = {name: lambda name=name: [OpenClip(name, False, whole=True).result({})] for name in WHOLE}
+  calls |= {name: lambda name=name: of_big_vision(checkout, name, whole=True) for name in WHOLE_OF_BIG_VISION}
+  return {name: rows.get(f"whole {name}", call)[0] for name, call in calls.items()}
+
+
 # --- the report ---
 
 
@@ -519,7 +535,10 @@ def _training_cell(result: Result) -> str:
 
 
 def report(
-  of_clip: Mapping[str, tuple[list[str], Result, Result]], classes: Mapping[str, Result], files: Mapping[str, Result]
+  of_clip: Mapping[str, tuple[list[str], Result, Result]],
+  classes: Mapping[str, Result],
+  files: Mapping[str, Result],
+  whole: Mapping[str, Result],
 ) -> str:
   """The page of the documentation."""
   names = collections.Counter()
@@ -550,7 +569,9 @@ def report(
   ]
   lines += ["", "## Remarks and refusals", "", "| model config | sentence |", "|---|---|"]
   lines += [f"| {name} | `{folder.remark}` |" for name, (_, folder, _) in of_clip.items() if folder.remark]
-  for title, kind, results in (("transformers", "class | folder", classes), ("big_vision", "file | read", files)):
+  sections = {"transformers": ("class | folder", classes), "big_vision": ("file | read", files)}
+  sections["Real size: all blocks, at their width"] = "model | read", whole
+  for title, (kind, results) in sections.items():
     lines += ["", f"## {title}", "", f"| {kind} | sentence |", "|---|---|---|"]
     for name, result in results.items():
       lines.append(f"| {name} | {_cell(result)} | {f'`{result.remark}`' if result.remark else ''} |")
@@ -591,7 +612,7 @@ def main(args: argparse.Namespace) -> None:
     name: rows.get(f"big_vision {name}", lambda name=name: of_big_vision(args.big_vision, name))[0]
     for name in big_vision_models.MODELS
   }
-  args.output.write_text(report(of_clip, classes, files))
+  args.output.write_text(report(of_clip, classes, files, of_whole_models(rows, args.big_vision)))
 
 
 if __name__ == "__main__":
