@@ -107,6 +107,7 @@ def traffic(text: str, devices: int, slices: int = 1) -> Traffic:
         total += min(map(computation_traffic, _branches(instruction)), key=_sent)
       elif not kind.endswith(("-done", "-update")) and (called := _CALLED.findall(instruction.attributes)):
         inner = sum(map(computation_traffic, called), NOTHING)
+        inner = _as_reduce_scatter(inner) if _SCATTERS in instruction.attributes else inner
         # Inside a fusion nothing passes through memory.
         total += inner if kind in ("call", "async") else inner._replace(memory=0.0)
       total += NOTHING._replace(memory=_memory(instruction, computation, computations))
@@ -116,6 +117,19 @@ def traffic(text: str, devices: int, slices: int = 1) -> Traffic:
 
 
 _LOOP = ("condition", "body")
+# How libtpu compiles a reduce-scatter, an explicit one, too: an all-reduce and a slice, run by one emitter.
+_SCATTERS = 'AllReduceScatterFusion"'
+
+
+def _as_reduce_scatter(traffic: Traffic) -> Traffic:
+  """The traffic of a fusion whose all-reduces only send each device the part that it keeps."""
+  ratio = COLLECTIVES["reduce-scatter"] / COLLECTIVES["all-reduce"]
+  number, links, network = (counter["all-reduce"] for counter in traffic[:3])
+  return traffic._replace(
+    collectives=Counter({"reduce-scatter": number}),
+    links=Counter({"reduce-scatter": ratio * links}),
+    network=Counter({"reduce-scatter": ratio * network}),
+  )
 
 
 def _sent(traffic: Traffic) -> tuple[float, float]:

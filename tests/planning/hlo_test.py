@@ -148,6 +148,51 @@ def test_an_array_returned_by_a_nested_fusion_is_read_by_its_user():
   assert hlo.traffic(RENAMED, 1).memory == 2 * 4 * 1200
 
 
+# How libtpu writes a reduce-scatter, here of the candidates' gradients of CLIP's loss on v5e:2x2.
+SCATTERED = """
+%all-reduce-scatter.2 (p: f32[256,128], q: f32[256,128]) -> (f32[64,128], f32[64,128]) {
+  %p = f32[256,128]{1,0:T(8,128)S(1)} parameter(0)
+  %q = f32[256,128]{1,0:T(8,128)S(1)} parameter(1)
+  %sums = (f32[256,128]{1,0}, f32[256,128]{1,0}) all-reduce(%p, %q), replica_groups={{0,1,2,3}}, to_apply=%add.17.clone
+  %first = f32[256,128]{1,0:T(8,128)} get-tuple-element(%sums), index=0
+  %id = u32[] partition-id()
+  %rows = u32[] constant(64)
+  %row = u32[] multiply(%id, %rows)
+  %zero = u32[] constant(0)
+  %slice.1 = f32[64,128]{1,0} dynamic-slice(%first, %row, %zero), dynamic_slice_sizes={64,128}
+  %second = f32[256,128]{1,0:T(8,128)} get-tuple-element(%sums), index=1
+  %slice.2 = f32[64,128]{1,0} dynamic-slice(%second, %row, %zero), dynamic_slice_sizes={64,128}
+  ROOT %tuple = (f32[64,128]{1,0}, f32[64,128]{1,0}) tuple(%slice.1, %slice.2)
+}
+
+%add.17.clone (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+ENTRY %main (a: f32[256,128], b: f32[256,128]) -> (f32[64,128], f32[64,128]) {
+  %a = f32[256,128]{1,0} parameter(0)
+  %b = f32[256,128]{1,0} parameter(1)
+  ROOT %out = (f32[64,128]{1,0}, f32[64,128]{1,0}) fusion(%a, %b), kind=kCustom, calls=%all-reduce-scatter.2, EMITTER
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ("emitter", "kind", "times"),
+  [
+    ("AllReduceScatterFusion", "reduce-scatter", 1),
+    ("SingleInputAllReduceScatterFusion", "reduce-scatter", 1),
+    ("AllReduceFusion", "all-reduce", 2),
+  ],
+)
+def test_a_fused_all_reduce_and_slice_of_a_tpu_is_a_reduce_scatter(emitter, kind, times):
+  config = f'backend_config={{"collective_algorithm_config":{{"emitter":"{emitter}","strategy":"StrategyRing"}}}}'
+  found = hlo.traffic(SCATTERED.replace("EMITTER", config), 4)
+  assert (found.collectives, found.links) == ({kind: 1}, {kind: times * 2 * 256 * 128 * 4 * 3 / 4})
+
+
 # An asynchronous all-gather of a TPU, a chain of fusions, in a loop without an annotated number of iterations.
 CHAIN = """
 %start (p: bf16[8,4]) -> (bf16[8,4], bf16[32,4]) {
