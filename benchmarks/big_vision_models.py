@@ -6,6 +6,7 @@ built.
 """
 
 import importlib
+import math
 from pathlib import Path
 import sys
 import types
@@ -133,8 +134,11 @@ def build(checkout: Path, model: Model, whole: bool = False) -> Built:
 
 def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
   x = rng.standard_normal(shape, np.float32)
-  x *= 1 / np.sqrt(shape[-2]) if name.endswith("kernel") else 0.1
-  return x + 1 if name.endswith(("scale", "t")) else x
+  if name.endswith("kernel"):  # of variance 1 / inputs: query, key and value are [f h e], the output [h e f]
+    into_heads = any(f"/{part}/" in name for part in ("query", "key", "value"))
+    inputs = shape[-3] if into_heads else math.prod(shape[-3:-1]) if "/out/" in name else shape[-2]
+    return x / np.float32(math.sqrt(math.prod(shape[:-1]) if "embedding" in name else inputs))
+  return x + 1 if name.endswith(("scale", "t")) else 0.1 * x
 
 
 def _import(checkout: Path) -> Any:

@@ -132,14 +132,19 @@ def test_transformers_loads_our_export(name: str, tmp_path: Path) -> None:
     tmp_path / "export", local_files_only=True, output_loading_info=True
   )
   assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-  processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "export", local_files_only=True)
+  processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "export", local_files_only=True, backend="pil")
   captions = CAPTIONS[:1] + CAPTIONS[2:]  # transformers cleans entities and accents in another way
   inputs = processor(
     text=captions, images=pictures(), return_tensors="pt", padding="max_length", max_length=77, truncation=True
   )
   out = theirs.eval()(**inputs)
   ours = Clip(weights, make_mesh(-1, 1))
-  np.testing.assert_allclose(ours.encode_image(pictures()), out.image_embeds, rtol=0, atol=2e-3)  # its own resize
+  cut_alike = [
+    0,
+    2,
+    3,
+  ]  # the other one is 315 pixels wide when it is resized, of which it cuts off 45 before and 46 after
+  assert_near(ours.encode_image(pictures())[cut_alike], out.image_embeds[cut_alike])
   normalised = np.moveaxis(inputs["pixel_values"].numpy(), 1, -1)
   ids = inputs["input_ids"].numpy()
   assert_near(_unit(ours.image_features(normalised)), out.image_embeds)
@@ -197,7 +202,8 @@ def test_checkpoints_of_transformers_are_loaded(shard: str, tmp_path: Path) -> N
   theirs = transformers.CLIPModel(transformers.CLIPConfig()).eval()
   theirs.save_pretrained(tmp_path, max_shard_size=shard)
   assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "200MB")
-  ours = load(tmp_path)
+  with pytest.warns(UserWarning, match="the file does not specify mean="):  # without preprocessor_config.json
+    ours = load(tmp_path)
   images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
   tokens = torch.from_numpy(Tokenizer()(CAPTIONS)).long()
   out = theirs(input_ids=tokens, pixel_values=images)
