@@ -135,8 +135,10 @@ released-weights: $(VENV)-interop/installed $(VENV)-interop/big_vision
 	$(VENV)-interop/bin/python benchmarks/released_weights.py $(ARGS)
 
 $(VENV)-interop/big_vision: | $(VENV)-interop/installed
-	git clone --quiet https://github.com/google-research/big_vision $@
-	git -C $@ checkout --quiet 0127fb6b337ee2a27bf4e54dea79cff176527356
+	rm -rf $@.part
+	git clone --quiet https://github.com/google-research/big_vision $@.part
+	git -C $@.part checkout --quiet 0127fb6b337ee2a27bf4e54dea79cff176527356
+	mv $@.part $@
 
 # Compared with torchvision and OpenAI's tokenizer; make bench-input ARGS="--quick" only shows that it works.
 .PHONY: bench-input bench-open-clip bench-scale bench-probe bench-clip-benchmark

@@ -30,7 +30,7 @@ WAYS: dict[str, dict[str, object]] = {
     "lora.rank": 8,
     "lora.targets": ("query", "key", "value", "out", "fc1", "fc2"),
   },
-  "from scratch": {"optimizer.learning_rate": 1e-3, "init_from.path": ""},
+  "from scratch": {"optimizer.learning_rate": 1e-3, "init_from.path": "", "safety.spike_factor": 0.0},
 }
 EVALUATIONS = ("flickr8k", "fashion44k")
 

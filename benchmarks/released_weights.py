@@ -613,6 +613,8 @@ def main(args: argparse.Namespace) -> None:
     for name in big_vision_models.MODELS
   }
   args.output.write_text(report(of_clip, classes, files, of_whole_models(rows, args.big_vision)))
+  if wrong := [key for key, results in rows.found.items() if any(result.status == "WRONG" for result in results)]:
+    sys.exit(f"read wrong: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ loss for SigLIP's, the contrastive loss for others. `lora=8` trains low-rank ada
 have no moments; a model that is loaded or exported has the adapters in its kernels.
 
 Retrieval on pairs that are not trained on, 10 % of all but at most 5,000, is evaluated before the first step and after
-each tenth of the run, and the best checkpoint is kept. The batch size is chosen for the data and the devices, by the
-rules in `planning.choose`: small batches for few pairs. The learning rate of 1e-5 is that of FLYP (Goyal et al. 2023),
-which fine-tunes CLIP with its own loss; ten epochs with a warm-up in the first, and crops of at least 90 % of an image,
-as open_clip's, are ours. There is no published result to compare with. `docs/finetune_pairs.md` is a tutorial.
+each tenth of the run, and the best checkpoint is kept. Batch size, dtype and what the backward pass recomputes are
+chosen for the data and the devices, by the rules in `planning.choose`: small batches for few pairs. The learning rate
+of 1e-5 is that of FLYP (Goyal et al. 2023), which fine-tunes CLIP with its own loss; ten epochs with a warm-up in the
+first, and crops of at least 90 % of an image, as open_clip's, are ours. There is no published result to compare with.
+`docs/finetune_pairs.md` is a tutorial.
 """
 
 from typing import TYPE_CHECKING
@@ -97,7 +98,7 @@ def copy_weights_fields(c: ConfigDict, found: "Description") -> None:
   """Sets towers, joint space, tokenizer and preprocessing to those of the weights, in place."""
   c.model.image, c.model.text = ConfigDict(found.model["image"]), ConfigDict(found.model["text"])
   c.model.mean, c.model.std = tuple(found.model["mean"]), tuple(found.model["std"])
-  for field in ("embed_dim", "image_linear", "image_bias", "text_bias", "max_scale", "dense_dim"):
+  for field in ("embed_dim", "image_linear", "text_linear", "image_bias", "text_bias", "max_scale", "dense_dim"):
     c.model.heads[field] = found.model["heads"][field]
   c.data.image_size, c.data.evaluation_resize = found.view.size, found.view.resize
   c.data.interpolation, c.data.squash = found.view.interpolation, found.view.squash
@@ -117,5 +118,5 @@ def lock_towers(c: ConfigDict, lock: str, lora: int) -> None:
   elif lock == "towers":
     c.optimizer.frozen = ("towers",)
   elif lock != "none":
-    has_projection = lock == "text" or c.model.heads.image_linear
+    has_projection = c.model.heads[f"{lock}_linear"]
     c.optimizer.frozen = (f"towers/{lock}", *[f"heads/{lock}_projection"] * has_projection)

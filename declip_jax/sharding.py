@@ -85,12 +85,14 @@ def spec_for(shape: tuple[int, ...], fsdp: int, packed: bool = False) -> Partiti
   """The rule: large arrays are split over `fsdp` along the largest axis that it divides; all others are replicated.
 
   Of equally large axes the first is split. The leading axis of stacked layers is split only if it is the largest. The
-  last axis of a `packed` kernel, of query, key and value, is not split: shards would not be parts of the three, and
-  their gradients would be summed whole on each device instead of in parts.
+  last axis of a `packed` kernel, of query, key and value, is split only if no other one can be: shards would not be
+  parts of the three, and their gradients would be summed whole on each device instead of in parts.
   """
   if fsdp == 1 or math.prod(shape) < MIN_SIZE:
     return PartitionSpec()
-  divisible = [axis for axis, size in enumerate(shape[: len(shape) - packed]) if size % fsdp == 0]
+  divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+  if packed and len(shape) - 2 in divisible:
+    divisible.remove(len(shape) - 1)
   if not divisible:
     return PartitionSpec()
   best = max(divisible, key=lambda axis: (shape[axis], -axis))
@@ -118,8 +120,8 @@ def shard_like(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def _spec_at(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-  names = [getattr(key, "key", None) for key in path]
-  return spec_for(shape, mesh.shape[FSDP], packed="qkv" in names and len(shape) > 1)
+  packed = [getattr(key, "key", None) for key in path[-2:]] == ["qkv", "kernel"]
+  return spec_for(shape, mesh.shape[FSDP], packed)
 
 
 def layout_table(abstract: Tree, max_lines: int = 9) -> list[str]:

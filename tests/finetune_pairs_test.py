@@ -52,7 +52,7 @@ def get(init: Path | str, **arguments: Any) -> ConfigDict:
 def run_config(init: Path, **arguments: Any) -> ConfigDict:
   """A run of three steps from these weights."""
   c = get(init, data="scenes:train/96/24", test="scenes:test/20/24", **arguments)
-  c.batch_size, c.duration, c.model.dtype = 16, config.duration(steps=3), "float32"
+  c.batch_size, c.duration, c.model.dtype, c.model.remat = 16, config.duration(steps=3), "float32", "dots"
   c.data.threads, c.log_every, c.evaluate_batch_size = 2, 1, 16
   c.evaluate_every, c.checkpoint.every = config.duration(), config.duration(steps=2)
   c.optimizer.learning_rate, c.optimizer.warmup = 1e-2, config.duration()
@@ -200,3 +200,11 @@ def test_split_parameters_and_micro_batches_give_the_step_of_one_device(
     state, metrics = step(state, to_global(batch, batch_sharding(built.mesh)))
     results.append(jax.device_get((metrics["loss"], metrics["gradient_norm"], state.params)))
   assert_equal(*results, rtol=1e-4, atol=2e-5)
+
+
+def test_text_features_that_are_embeddings_have_no_projection_to_train_or_lock(tmp_path: Path) -> None:
+  """As those of SigLIP So400m/16 for many languages."""
+  weights = make_weights(0, text__width=32, heads__embed_dim=32, heads__text_linear=False)
+  write(weights, tmp_path / "weights", "orbax")
+  c = get(tmp_path / "weights", lock="text")
+  assert (c.model.heads.text_linear, c.optimizer.frozen) == (False, ("towers/text",))

@@ -41,7 +41,7 @@ def _keeps_products(primitive: Any, *args: Any, **params: Any) -> bool:
 
 
 def _keeps_narrow_products(primitive: Any, *args: Any, **params: Any) -> bool:
-  """Keeps those that are not wider than their inputs: of a block query, key, value and output, but not its MLP's."""
+  """Keeps those that are not wider than their inputs: in a block all but the first of its MLP."""
   if not _keeps_products(primitive, *args, **params):
     return False
   if primitive is jax.lax.conv_general_dilated_p:

@@ -5,8 +5,7 @@ What a config leaves open, and how it is chosen; `pairs` is the number of sample
   model.dtype="auto"     float32 on CPUs, bfloat16 on GPUs and TPUs
   batch_size=0           on each device the largest power of two with which a batch fits into memory and has at most
                          4,096 pairs (as in SLIP and DeCLIP), a 16th of all pairs but at least 32, and 256 on CPUs
-  model.remat="auto"     "dots" if a batch then fits into memory, as one of a chosen size does, else "narrow_dots" or
-                         "full"
+  model.remat="auto"     "dots" if a batch then fits into memory, else "narrow_dots", else "full"
   duration (all 0)       32 epochs, as in CLIP; for fewer than 8,192 pairs as many as see 262,144 pairs, at most 100
   model.heads:
     norm_groups=0        groups of 128 pairs, as in DeCLIP's released code, or larger ones if these do not divide the
@@ -32,7 +31,7 @@ from declip_jax.models.paths import Tree, stop_gradient_below, trainable_mask
 from declip_jax.planning.report import available_memory
 from declip_jax.runtime.hosts import smallest
 from declip_jax.spelling import counted
-from declip_jax.stages import LAST, plan_stages
+from declip_jax.stages import LAST, plan_stages, stage_configs
 from declip_jax.training.schedules import ScheduleSettings
 
 # Open fields, the value that leaves each open, and one that is legal while others are chosen.
@@ -118,7 +117,7 @@ def choose(
     needed = estimate(config, built)
     if "batch_size" in fields:
       config.batch_size = _batch_size(config, built, pairs, memory, needed)
-    elif "model.remat" in fields and needed.of(config, built) > memory:
+    if "model.remat" in fields:
       config.model.remat = _remat(config, devices, memory)
   for field in ("norm_groups", "bank_groups"):
     if f"model.heads.{field}" in fields:
@@ -250,11 +249,17 @@ def _batch_size(config: ConfigDict, built: build.Built, pairs: float, memory: fl
 
 
 def _remat(config: ConfigDict, devices: Sequence[jax.Device] | None, memory: float) -> str:
-  """The policy after "dots" with which a batch fits into this much usable memory of each device, in bytes."""
+  """The first policy with which the batches of all stages fit into this much usable memory of each device, in bytes."""
   config = config.copy_and_resolve_references()
-  config.model.remat = "narrow_dots"
-  built = build.build(config, devices)
-  return "narrow_dots" if estimate(config, built).of(config, built) <= memory else "full"
+
+  def fits(of_stage: ConfigDict) -> bool:
+    built = build.build(of_stage, devices)
+    return estimate(of_stage, built).of(of_stage, built) <= memory
+
+  for config.model.remat in ("dots", "narrow_dots"):
+    if all(map(fits, stage_configs(config).values())):
+      return config.model.remat
+  return "full"
 
 
 def _memory(device: jax.Device) -> float:

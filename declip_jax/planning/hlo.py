@@ -9,7 +9,7 @@ from collections import Counter
 from functools import cache
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -124,12 +124,14 @@ _SCATTERS = 'AllReduceScatterFusion"'
 def _as_reduce_scatter(traffic: Traffic) -> Traffic:
   """The traffic of a fusion whose all-reduces only send each device the part that it keeps."""
   ratio = COLLECTIVES["reduce-scatter"] / COLLECTIVES["all-reduce"]
-  number, links, network = (counter["all-reduce"] for counter in traffic[:3])
-  return traffic._replace(
-    collectives=Counter({"reduce-scatter": number}),
-    links=Counter({"reduce-scatter": ratio * links}),
-    network=Counter({"reduce-scatter": ratio * network}),
-  )
+
+  def moved(counter: dict[str, float], factor: float) -> Any:
+    others = {kind: x for kind, x in counter.items() if kind != "all-reduce"}
+    others["reduce-scatter"] = others.get("reduce-scatter", 0) + factor * counter.get("all-reduce", 0)
+    return Counter(others)
+
+  collectives, links, network = map(moved, traffic[:3], (1, ratio, ratio))
+  return Traffic(collectives, links, network, traffic.memory)
 
 
 def _sent(traffic: Traffic) -> tuple[float, float]:

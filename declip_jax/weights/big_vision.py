@@ -75,7 +75,9 @@ def to_openai(tensors: StateDict) -> StateDict:
     if leaf == "kernel":
       tensor = tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.reshape(-1, tensor.shape[-1]).T
     elif leaf in ("pos_embedding", "probe"):
-      tensor = tensor.reshape(-1, tensor.shape[-1]) if leaf == "pos_embedding" else tensor.reshape(-1)
+      is_square = name.startswith("img/pos") and len(tensor) > 1  # NaFlex, which `recognise` refuses by its patches
+      kept = 1 if leaf == "probe" else 2
+      tensor = tensor.reshape((-1, *tensor.shape[-1:]) if is_square else tensor.shape[tensor.ndim - kept :])
     flat[f"{above}/{_PYTORCH[leaf]}" if leaf in _PYTORCH else name] = tensor
   return flat
 

@@ -139,11 +139,8 @@ def test_transformers_loads_our_export(name: str, tmp_path: Path) -> None:
   )
   out = theirs.eval()(**inputs)
   ours = Clip(weights, make_mesh(-1, 1))
-  cut_alike = [
-    0,
-    2,
-    3,
-  ]  # the other one is 315 pixels wide when it is resized, of which it cuts off 45 before and 46 after
+  # The other one is 315 pixels wide when it is resized, of which transformers cuts off 45 before and 46 after.
+  cut_alike = [0, 2, 3]
   assert_near(ours.encode_image(pictures())[cut_alike], out.image_embeds[cut_alike])
   normalised = np.moveaxis(inputs["pixel_values"].numpy(), 1, -1)
   ids = inputs["input_ids"].numpy()
