@@ -13,8 +13,9 @@ What a config leaves open, and how it is chosen; `pairs` is the number of sample
     bank_size=0          65,536 texts, as in DeCLIP, but at most half as many as pairs: a bank with the pair's own text
                          finds that; at least two batches
 
-A batch fits if its `Estimate` is at most three quarters of the memory that JAX reports, or of half of the machine's
-memory on CPUs. Nothing is compiled for it; `python -m declip_jax.plan` computes exactly what a config needs.
+A chosen batch size fits if its `Estimate` is at most three quarters of the memory that JAX reports, or of half of the
+machine's memory on CPUs; for `model.remat` it may be all of this memory. Nothing is compiled for it: `python -m
+declip_jax.plan` computes exactly what a config needs, and its `--fastest` finds the fastest choice.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -113,10 +114,10 @@ def choose(
     config.model.dtype = "float32" if _is_cpu(built) else "bfloat16"
     built = build.build(config, devices)
   if {"batch_size", "model.remat"} & {*fields}:
-    memory = _USED * (smallest(_memory(jax.local_devices()[0])) if devices is None else _memory(devices[0]))
+    memory = smallest(_memory(jax.local_devices()[0])) if devices is None else _memory(devices[0])
     needed = estimate(config, built)
     if "batch_size" in fields:
-      config.batch_size = _batch_size(config, built, pairs, memory, needed)
+      config.batch_size = _batch_size(config, built, pairs, _USED * memory, needed)
     if "model.remat" in fields:
       config.model.remat = _remat(config, devices, memory)
   for field in ("norm_groups", "bank_groups"):
@@ -249,7 +250,7 @@ def _batch_size(config: ConfigDict, built: build.Built, pairs: float, memory: fl
 
 
 def _remat(config: ConfigDict, devices: Sequence[jax.Device] | None, memory: float) -> str:
-  """The first policy with which the batches of all stages fit into this much usable memory of each device, in bytes."""
+  """The first policy with which the batches of all stages fit into this much memory of each device, in bytes."""
   config = config.copy_and_resolve_references()
 
   def fits(of_stage: ConfigDict) -> bool:
