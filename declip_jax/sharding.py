@@ -81,18 +81,14 @@ def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:
     )
 
 
-def spec_for(shape: tuple[int, ...], fsdp: int, packed: bool = False) -> PartitionSpec:
+def spec_for(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
   """The rule: large arrays are split over `fsdp` along the largest axis that it divides; all others are replicated.
 
-  Of equally large axes the first is split. The leading axis of stacked layers is split only if it is the largest. The
-  last axis of a `packed` kernel, of query, key and value, is split only if no other one can be: shards would not be
-  parts of the three, and their gradients would be summed whole on each device instead of in parts.
+  Of equally large axes the first is split. The leading axis of stacked layers is split only if it is the largest.
   """
   if fsdp == 1 or math.prod(shape) < MIN_SIZE:
     return PartitionSpec()
   divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-  if packed and len(shape) - 2 in divisible:
-    divisible.remove(len(shape) - 1)
   if not divisible:
     return PartitionSpec()
   best = max(divisible, key=lambda axis: (shape[axis], -axis))
@@ -114,14 +110,9 @@ def shard_like(tree: Tree, mesh: Mesh) -> Tree:
         shards = math.prod(mesh.shape[axis] for axis in axes)
         if shards > 1 and leaf.shape[0] % shards == 0:
           return NamedSharding(mesh, PartitionSpec(axes))
-    return NamedSharding(mesh, _spec_at(path, leaf.shape, mesh))
+    return NamedSharding(mesh, spec_for(leaf.shape, mesh.shape[FSDP]))
 
   return jax.tree.map_with_path(shard, tree)
-
-
-def _spec_at(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-  packed = [getattr(key, "key", None) for key in path[-2:]] == ["qkv", "kernel"]
-  return spec_for(shape, mesh.shape[FSDP], packed)
 
 
 def layout_table(abstract: Tree, max_lines: int = 9) -> list[str]:
@@ -169,11 +160,11 @@ def gather(tree: Tree, mesh: Mesh, dtype: Any) -> Tree:
   also summed in `dtype`.
   """
 
-  def gather_leaf(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-    spec = _spec_at(path, leaf.shape, mesh)
+  def gather_leaf(leaf: jax.Array) -> jax.Array:
+    spec = spec_for(leaf.shape, mesh.shape[FSDP])
     return leaf if spec == PartitionSpec() else _gather(leaf, NamedSharding(mesh, spec), dtype)
 
-  return jax.tree.map_with_path(gather_leaf, tree)
+  return jax.tree.map(gather_leaf, tree)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

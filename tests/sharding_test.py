@@ -55,18 +55,6 @@ def test_rule(shape, fsdp, expected):
   assert spec_for(shape, fsdp) == PartitionSpec(*expected)
 
 
-def test_query_key_and_value_are_not_split_across_the_three():
-  """By their name, in parameters as in moments; a bias is not a kernel."""
-  shape = jax.ShapeDtypeStruct
-  assert spec_for((12, 512, 1536), 4, packed=True) == PartitionSpec(None, "fsdp")
-  assert spec_for((12, 512, 1536), 3, packed=True) == PartitionSpec(None, None, "fsdp")  # which does not divide 512
-  kernels = {"qkv": {"kernel": shape((12, 512, 1536), jnp.float32), "bias": shape((56, 5376), jnp.float32)}}
-  kernels["fc1"] = {"kernel": shape((12, 512, 2048), jnp.float32)}
-  specs = jax.tree.map(lambda sharding: sharding.spec, shard_like({"mu": kernels}, make_mesh(2, 4)))["mu"]
-  assert specs["qkv"] == {"kernel": PartitionSpec(None, "fsdp"), "bias": PartitionSpec(None, "fsdp")}
-  assert specs["fc1"]["kernel"] == PartitionSpec(None, None, "fsdp")
-
-
 def test_the_limit_equals_the_cases():
   assert MIN_SIZE == 512 * 512
 
