@@ -18,6 +18,7 @@ from declip_jax.weights import read as read_lib
   ("name", "tag", "status"),
   [
     ("convnext_large_d", "laion2b_s26b_b102k_augreg", "equal"),
+    ("ViT-SO400M-16-SigLIP-i18n-256", "webli", "equal"),  # without a projection of texts
     ("EVA01-g-14", "laion400m_s11b_b41k", "equal"),
     ("EVA02-E-14", "laion2b_s4b_b115k", "equal"),
     ("MobileCLIP2-L-14", "dfndr2b", "equal"),
