@@ -275,7 +275,7 @@ def _open_sources(config: ConfigDict, field: str, watchdog: Watchdog) -> tuple[S
   if not config.data[field]:
     raise ValueError(
       f"config.data.{field} is empty: data= is missing, which names the training data, as in "
-      "--config=pretrain:method=declip,data=pairs.csv"
+      "--config=NAME:data=pairs.csv, beside other arguments"
     )
 
   def opened(spec: str) -> Source:
