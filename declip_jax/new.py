@@ -49,7 +49,7 @@ def get_config(method: str = {method}, architecture: str = {architecture}, data:
   # Chosen for the data and the devices when a run starts, which prints the values. To choose them yourself, such as:
   # c.batch_size = 256
   # c.duration = config.duration(epochs=32)
-  # c.model.dtype = "bfloat16"
+  # c.model.dtype, c.model.remat = "bfloat16", "dots"
 
   # The optimiser, with the values that it has:
   # c.optimizer.learning_rate = {learning_rate}
