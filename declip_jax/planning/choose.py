@@ -115,9 +115,8 @@ def choose(
     built = build.build(config, devices)
   if {"batch_size", "model.remat"} & {*fields}:
     memory = smallest(_memory(jax.local_devices()[0])) if devices is None else _memory(devices[0])
-    needed = estimate(config, built)
     if "batch_size" in fields:
-      config.batch_size = _batch_size(config, built, pairs, _USED * memory, needed)
+      config.batch_size = _batch_size(config, built, pairs, _USED * memory)
     if "model.remat" in fields:
       config.model.remat = _remat(config, devices, memory)
   for field in ("norm_groups", "bank_groups"):
@@ -239,9 +238,9 @@ def _is_cpu(built: build.Built) -> bool:
   return built.mesh.devices.flat[0].platform == "cpu"
 
 
-def _batch_size(config: ConfigDict, built: build.Built, pairs: float, memory: float, needed: Estimate) -> int:
+def _batch_size(config: ConfigDict, built: build.Built, pairs: float, memory: float) -> int:
   """The batch size for a number of pairs and this much usable memory of each device, in bytes."""
-  num_devices = built.mesh.size
+  num_devices, needed = built.mesh.size, estimate(config, built)
   fitting = num_devices * config.micro_batches * (memory - needed.fixed) / needed.per_pair
   largest = min(_LARGEST_BATCH, max(_SMALLEST_BATCH, pairs / _BATCHES), fitting)
   if _is_cpu(built):
