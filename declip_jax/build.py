@@ -47,7 +47,7 @@ from declip_jax.reporting.progress import message
 from declip_jax.reporting.symptoms import Facts, chance_losses
 from declip_jax.reporting.trackers import OpenTracker
 from declip_jax.reporting.trackers.libraries import TRACKERS
-from declip_jax.sharding import gather, make_mesh, replicated
+from declip_jax.sharding import gather, make_mesh, replicated, traced_over
 from declip_jax.spelling import counted, did_you_mean
 from declip_jax.stages import Stage, plan_stages
 from declip_jax.training import augment as augmentation
@@ -553,7 +553,7 @@ def make_step(
     first_step=steps.first,
   )
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  return jax.jit(step, donate_argnums=0, out_shardings=(layout, replicated(built.mesh)))
+  return jax.jit(traced_over(built.mesh, step), donate_argnums=0, out_shardings=(layout, replicated(built.mesh)))
 
 
 def check_division(config: ConfigDict, devices: int) -> None:

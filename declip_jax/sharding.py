@@ -2,12 +2,13 @@
 
 The batch is split over both axes of the mesh, so that a plain `image @ text.T` under jit is the logit matrix of the
 global batch, and batch statistics are global. Parameters, moments, their copies and the bank are split over `fsdp`
-only; a step gathers the parameters that it reads.
+only; a step gathers the parameters that it reads. Only what the compiler cannot split by itself, a kernel, asks for the
+mesh that `traced_over` provides.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 import math
 from typing import Any
 
@@ -66,6 +67,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The leading axis split over all devices."""
   return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
+
+
+def traced_over(mesh: Mesh, function: Callable[..., Tree]) -> Callable[..., Tree]:
+  """The function, in which `platform` and `on_each_device` know the mesh while jit traces it."""
+
+  @wraps(function)
+  def traced(*args: Any) -> Tree:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args)
+
+  return traced
+
+
+def platform() -> str:
+  """The platform of the mesh of `traced_over`, whose devices need not be here; without one, that of JAX's devices."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def on_each_device(function: Callable[..., Tree], *arrays: jax.Array) -> Tree:
+  """The function of arrays whose leading axis is a batch, called on each device with its rows.
+
+  For what the compiler cannot split by itself, such as a kernel. Without `traced_over`, and where the devices do not
+  divide the batch, which no batch of a run or an evaluation has, arrays are on one device.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or len(arrays[0]) % mesh.size:
+    return function(*arrays)
+  rows = PartitionSpec((DATA, FSDP))
+  # shard_map's check of replication does not know kernels.
+  return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
 
 
 def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:

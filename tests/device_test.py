@@ -25,13 +25,33 @@ def test_the_gradient_of_every_term_equals_that_of_a_cpu(monkeypatch: pytest.Mon
       np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-3 * max(np.abs(value).max(), 1e-3), err_msg=name)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_in_half_precision_equals_that_in_float32(causal: bool) -> None:
-  """On a GPU the first is flash attention."""
-  query, key, value = jax.random.normal(jax.random.key(0), (3, 4, 50, 8, 64))
-  expected = attend(query, key, value, causal=causal)
-  found = attend(*(x.astype(jnp.bfloat16) for x in (query, key, value)), causal=causal)
-  np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=3e-2)
+@pytest.mark.parametrize(
+  ("tokens", "heads", "width", "causal", "lengths"),
+  [
+    (50, 12, 64, False, None),
+    (77, 8, 64, True, None),
+    (77, 8, 64, False, (1, 5, 40, 77)),
+    (197, 12, 64, False, None),
+    (257, 16, 80, False, None),
+    (577, 16, 64, False, None),
+  ],
+)
+def test_attention_in_half_precision_equals_that_in_float32(
+  tokens: int, heads: int, width: int, causal: bool, lengths: tuple[int, ...] | None
+) -> None:
+  """On a GPU the first is flash attention, on a TPU our kernel; the second is plain attention."""
+  rows = jax.random.normal(jax.random.key(0), (4, 4, tokens, heads, width)).astype(jnp.bfloat16)
+  lengths = None if lengths is None else jnp.asarray(lengths)
+
+  def run(rows: jax.Array) -> tuple[jax.Array, ...]:
+    *inputs, gradient = rows
+    with jax.default_matmul_precision("highest"):
+      attended, backward = jax.vjp(lambda *arrays: attend(*arrays, causal=causal, lengths=lengths), *inputs)
+    return attended, *backward(gradient)
+
+  for found, expected in zip(jax.jit(run)(rows), jax.jit(run)(rows.astype(jnp.float32)), strict=True):
+    atol = 3e-2 * max(1.0, float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=atol)
 
 
 def test_steps_in_half_precision_are_finite() -> None:

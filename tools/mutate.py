@@ -54,6 +54,7 @@ _PROBE, _PROTOCOLS = "evals/linear_probe_test.py", "evals/wrong_variants_test.py
 _SEARCH = "image_search/server_test.py"
 _SIGLIP = "weights/siglip_test.py"
 _ONNX = "weights/onnx_test.py"
+_ATTENTION = "models/attention_test.py"
 # fmt: off
 MUTATIONS = [
   # Terms.
@@ -130,6 +131,16 @@ MUTATIONS = [
   # Models.
   Mutation("attention and MLP of a block are dropped together", "models/transformer.py",
            "_scaled(hidden, branch_scale[:, 1])", "_scaled(hidden, branch_scale[:, 0])", "models/vit_test.py"),
+  Mutation("a head of the attention kernel sees the lanes of others", "models/attention_kernel.py",
+           "weights = _weights(place.only(query), key", "weights = _weights(query, key", _ATTENTION),
+  Mutation("the attention kernel's gradient of the softmax has no mean", "models/attention_kernel.py",
+           "(to_weights - mean)", "to_weights", _ATTENTION),
+  Mutation("the attention kernel ignores hidden keys", "models/attention_kernel.py",
+           "jnp.where(visible > 0, scores, _HIDDEN)", "scores", _ATTENTION),
+  Mutation("the attention kernel sees one position ahead", "models/attention_kernel.py",
+           "row >= column", "row + 1 >= column", _ATTENTION),
+  Mutation("each device has all rows of attention", "sharding.py",
+           "  rows = PartitionSpec((DATA, FSDP))", "  rows = PartitionSpec()", _ATTENTION),
   Mutation("the bank writes one entry late", "models/bank.py",
            "index, end = bank.pointer + jnp.arange(new)", "index, end = bank.pointer + 1 + jnp.arange(new)", _BANK),
   Mutation("the bank's pointer lags by one", "models/bank.py",

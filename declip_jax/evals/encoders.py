@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Int, UInt8
 import numpy as np
 
@@ -23,7 +23,7 @@ from declip_jax.evals.similarity import (
 )
 from declip_jax.models.model import Model
 from declip_jax.models.text import TextTransformer
-from declip_jax.sharding import batch_rows, batch_sharding, check_batch, replicated, to_global
+from declip_jax.sharding import batch_rows, batch_sharding, check_batch, replicated, to_global, traced_over
 
 Tree = Any
 # From parameters, collections and a global batch to arrays that every device has.
@@ -82,7 +82,10 @@ def make_encode_functions(model: Model, mesh: Mesh, *, tokens: bool) -> EncodeFu
     mesh: devices over which batches are split.
     tokens: whether images and texts are compared by their tokens (FILIP) instead of their embeddings.
   """
-  compiled = partial(jax.jit, out_shardings=replicated(mesh))
+
+  def compiled(function: Callable[..., Any], sharding: NamedSharding | None = None) -> Callable[..., Any]:
+    return jax.jit(traced_over(mesh, function), out_shardings=sharding or replicated(mesh))
+
   image_embeddings, text_embeddings = compiled(model.encode_image), compiled(model.encode_text)
   image, text, similarity = image_embeddings, text_embeddings, cosines
   if tokens:
@@ -95,7 +98,7 @@ def make_encode_functions(model: Model, mesh: Mesh, *, tokens: bool) -> EncodeFu
     image=image,
     text=text,
     similarity=similarity,
-    pooled_and_joint=jax.jit(model.encode_image_features, out_shardings=batch_sharding(mesh)),
+    pooled_and_joint=compiled(model.encode_image_features, batch_sharding(mesh)),
     image_embeddings=image_embeddings,
     text_embeddings=text_embeddings,
     image_features=compiled(model.image_features),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from declip_jax.models.attention import IMPLEMENTATIONS
 from declip_jax.models.bank import OVERFLOWS
 from declip_jax.models.heads import Heads, make_heads
 from declip_jax.models.lora import Lora, add_adapters, merge
@@ -210,8 +211,12 @@ def make_model(
   _check_classifier(fields["heads"], heads)
   dtype = jnp.dtype(fields["dtype"])
   common = {"remat": fields["remat"], "unroll": fields["unroll"], "dtype": dtype}
-  image = IMAGE_TOWERS[fields["image"]["kind"]](**_without(fields["image"], "kind"), **common)
-  text = TextTransformer(**_without(fields["text"], "tokenizer", "buckets"), **common) if "joint" in heads else None
+  attention = {"attention": fields["attention"]}
+  image_attention = attention if fields["image"]["kind"] == "vit" else {}
+  image = IMAGE_TOWERS[fields["image"]["kind"]](**_without(fields["image"], "kind"), **common, **image_attention)
+  text = None
+  if "joint" in heads:
+    text = TextTransformer(**_without(fields["text"], "tokenizer", "buckets"), **common, **attention)
   if "joint" in heads:
     _check_widths(fields["heads"], {"image": image.feature_width, "text": fields["text"]["width"]})
   of_towers = {
@@ -249,6 +254,7 @@ def _check(fields: Mapping[str, Any]) -> None:
   _check_name("image.kind", image["kind"], IMAGE_TOWERS)
   _check_name("dtype", fields["dtype"], DTYPES)
   _check_name("remat", fields["remat"], REMAT_POLICIES)
+  _check_name("attention", fields["attention"], IMPLEMENTATIONS)
   _check_name("mlm_attention", fields["mlm_attention"], MLM_ATTENTION)
   _check_name("text.activation", text["activation"], ACTIVATIONS)
   _check_name("heads.bank_overflow", heads["bank_overflow"], OVERFLOWS)

@@ -48,6 +48,7 @@ class TextTransformer(nn.Module):
   pooling: str = "eot"
   remat: str = "none"
   unroll: int = 1
+  attention: str = "auto"
   dtype: Any = jnp.float32
 
   @property
@@ -75,6 +76,7 @@ class TextTransformer(nn.Module):
       initializer="openai_text",
       remat=self.remat,
       unroll=self.unroll,
+      attention=self.attention,
       dtype=self.dtype,
     )
     self.final_norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False)

@@ -165,6 +165,7 @@ class Block(nn.Module):
   initializer: str
   dtype: Any
   branch_norm: bool = False
+  attention: str = "auto"
 
   @nn.compact
   def __call__(
@@ -189,7 +190,8 @@ class Block(nn.Module):
     before, after = ({}, norms) if self.branch_norm else (norms, {})
     query, key, value = heads(before.get("attention_norm", _same)(x))
     causal = self.causal and lengths is None
-    attended = attend(query, key, value, causal=causal, lengths=lengths, visible=visible)
+    masks = {"causal": causal, "lengths": lengths, "visible": visible}
+    attended = attend(query, key, value, **masks, implementation=self.attention)
     attended = dense(self.width, "out")(rearrange(attended, "b n h e -> b n (h e)"))
     attended = after.get("attention_norm", _same)(attended)
     x = x + (attended if branch_scale is None else _scaled(attended, branch_scale[:, 0]))
@@ -225,6 +227,7 @@ class Transformer(nn.Module):
   branch_norm: bool = False
   remat: str = "none"
   unroll: int = 1
+  attention: str = "auto"
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -255,6 +258,7 @@ class Transformer(nn.Module):
       causal=self.causal,
       initializer=self.initializer,
       branch_norm=self.branch_norm,
+      attention=self.attention,
       dtype=self.dtype,
       name="blocks",
     )(x, lengths, visible, *([] if branch_scale is None else [branch_scale]))

@@ -100,6 +100,7 @@ class ViT(nn.Module):
   branch_norm: bool = False
   remat: str = "none"
   unroll: int = 1
+  attention: str = "auto"
   dtype: Any = jnp.float32
 
   has_batch_norm: ClassVar[bool] = False
@@ -153,6 +154,7 @@ class ViT(nn.Module):
       branch_norm=self.branch_norm,
       remat=self.remat,
       unroll=self.unroll,
+      attention=self.attention,
       dtype=self.dtype,
       name="transformer",
     )(x, branch_scale=branch_scale)

@@ -31,6 +31,7 @@ from declip_jax.config import duration, durations, steps_of
 from declip_jax.models.paths import Tree, stop_gradient_below, trainable_mask
 from declip_jax.planning.report import available_memory
 from declip_jax.runtime.hosts import smallest
+from declip_jax.sharding import traced_over
 from declip_jax.spelling import counted
 from declip_jax.stages import LAST, plan_stages, stage_configs
 from declip_jax.training.schedules import ScheduleSettings
@@ -292,7 +293,7 @@ def _kept_bytes(built: build.Built, pairs: int) -> tuple[Tree, int]:
 
     return jax.vjp(encode, params)[1]
 
-  kept = jax.eval_shape(backward, params, collections, built.training_shape(batch))
+  kept = jax.eval_shape(traced_over(built.mesh, backward), params, collections, built.training_shape(batch))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
   return params, size
 

@@ -8,6 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun, jaxprs_in_params, primitives
 from jax.interpreters import partial_eval
@@ -33,11 +34,9 @@ def step_flops(built: Built, batch_size: int, text_length: int = 0) -> float:
     batch_size: global batch size.
     text_length: number of positions of trimmed texts; 0 counts texts of the context length, whatever is trimmed.
   """
-  # In float32, since attention in half precision recomputes its weights on a GPU.
-  image, text = (
-    module and module.clone(dtype=jnp.float32) for module in (built.model.towers.image, built.model.towers.text)
-  )
-  model = dataclasses.replace(built.model, towers=built.model.towers.clone(image=image, text=text, dtype=jnp.float32))
+  # Plain attention, since the others recompute its weights.
+  image, text = map(_with_plain_attention, (built.model.towers.image, built.model.towers.text))
+  model = dataclasses.replace(built.model, towers=built.model.towers.clone(image=image, text=text))
   batch = built.batch_shape(batch_size)
   objective = dataclasses.replace(built.objective, method=PLAIN)
   params, collections = jax.eval_shape(model.init, jax.random.key(0), batch)
@@ -53,6 +52,10 @@ def step_flops(built: Built, batch_size: int, text_length: int = 0) -> float:
     shape = batch["text"].shape
     batch = {**batch, "text": jax.ShapeDtypeStruct((*shape[:-1], text_length), batch["text"].dtype)}
   return num_flops(jax.make_jaxpr(gradient)(params, collections, built.training_shape(batch)))
+
+
+def _with_plain_attention(tower: nn.Module | None) -> nn.Module | None:
+  return tower.clone(attention="xla") if hasattr(tower, "attention") else tower
 
 
 def without_remat(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -174,4 +177,5 @@ COSTS: dict[str, Callable[[JaxprEqn], float]] = {
   "conv_general_dilated": _convolution,
   "dot_product_attention_fwd_wrapper": _flash_attention(2),
   "dot_product_attention_bwd_wrapper": _flash_attention(5),  # including the weights, which it recomputes
+  "pallas_call": lambda eqn: float(eqn.params["cost_estimate"].flops),
 }
