@@ -24,7 +24,7 @@ from pages import DOCS, PAGES, ROOT, blocks, inline_commands, shell_commands
 import pytest
 import yaml
 
-from declip_jax import command_line
+from declip_jax import command_line, config_files
 from declip_jax.__main__ import COMMANDS
 from declip_jax.data import sources
 from declip_jax.weights import describe
@@ -78,6 +78,13 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
   for name in {*flags.FLAGS} - before:
     delattr(flags.FLAGS, name)
   flags.FLAGS.unparse_flags()
+
+
+def test_the_demo_is_exported_to_formats_that_represent_it() -> None:
+  exports = [words for _, words in FOUND if words[0] == "declip_jax.export" and "runs/demo" in words]
+  formats = {words[words.index("--format") + 1] for words in exports}
+  assert config_files.load("demo").model.image.kind == "resnet"
+  assert formats == {"open_clip"}
 
 
 @pytest.mark.parametrize("words", COMMAND_LINES)
