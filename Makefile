@@ -4,13 +4,14 @@
 # make test-interop  exchanges weights with PyTorch, open_clip and transformers, in .venv-interop
 # make test-trackers tests Weights & Biases, MLflow and trackio, offline, in .venv-trackers
 # make test-browser  the search page in Chromium, with usearch, in .venv-browser; SCREENSHOTS=FOLDER keeps pictures of it
+# make chromium      installs Playwright's Chromium for it, where the system has none, and the libraries that it needs
 # make test-wheel    the wheel, installed into empty environments without and with the extra train
 # make wheel         builds the wheel into dist/
 # make test-device   the tests that need a GPU or TPU; they are skipped where there is none
 # make mutate        inserts bugs into a copy of the package, one at a time, and counts those that the fast tests catch
 # make fuzz          reads 20,000 mutated folders of seven kinds: right tensors or a clear error; fifteen minutes
 # make docs          builds the documentation into site/, in .venv-docs; fails with any warning, such as a dead link
-# make docs-notebooks  executes the notebooks, whose outputs the site then shows; NOTEBOOKS="demo methods" only some
+# make docs-notebooks  executes the notebooks, whose outputs the next make docs shows; NOTEBOOKS="demo methods" only some
 # make check         what CI runs: format, lint, types, fast tests, and slow tests until SLOW_SECONDS are over
 # make bench-input   compares the input pipeline with torchvision and open_clip, in .venv-bench
 # make bench-scale   memory and time of InfoNCE by each method for batches up to 128k, compared with open_clip's
@@ -26,8 +27,8 @@ RUN ?= runs/demo
 # Large pages for the arrays of a step: the demo takes a fifth less time. Only glibc reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow test-all test-interop test-trackers test-browser test-wheel test-device wheel fuzz mutate docs \
-	docs-notebooks lint check clean
+.PHONY: demo test test-slow test-all test-interop test-trackers test-browser chromium test-wheel test-device wheel fuzz \
+	mutate docs docs-notebooks lint check clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m declip_jax.train --config=demo --workdir $(RUN)
@@ -55,6 +56,9 @@ test-trackers: $(VENV)-trackers/installed
 
 test-browser: $(VENV)-browser/installed
 	$(VENV)-browser/bin/python -m pytest tests/image_search $(ARGS)
+
+chromium: $(VENV)-browser/installed
+	$(VENV)-browser/bin/python -m playwright install --with-deps chromium
 
 test-device: $(VENV)/installed-dev
 	JAX_PLATFORMS= $(VENV)/bin/python -m pytest tests/device_test.py $(ARGS)

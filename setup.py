@@ -10,7 +10,7 @@ import re
 from setuptools import find_packages, setup
 
 _FOLDER = Path(__file__).parent
-# The repository, as in CITATION.cff, which is not there where the Dockerfile installs; a test compares both.
+# The repository; `python tools/notebooks.py` writes it into CITATION.cff and the notebooks.
 _ADDRESS = "https://github.com/OWNER/declip_jax"
 # Read and not imported: nothing that the package imports is installed yet.
 _SOURCE = (_FOLDER / "declip_jax" / "__init__.py").read_text()

@@ -3,7 +3,17 @@
   python -m declip_jax.train --config=demo:method=slip --workdir runs/slip
 
 The classes of the zero-shot evaluation are 30 pairs of a colour and a shape that never appear together in training;
-chance is 3.3 %.
+chance is 3.3 %, and naming only the colour, of which there are three pairs each, gives 33.3 %.
+
+The image tower is a ResNet, which `export --format huggingface` does not take, since small ViTs learn the colours but
+hardly the shapes in this time. Zero-shot accuracy with DeCLIP, and the median of eight alternate steps, on two shared
+cores; the learning rate is that of the ViT, the ResNet's is 7e-4:
+
+  image tower                                        steps  accuracy after half and all of them  time of a step
+  this ResNet                                          300  39.5 %, 47.7 %                       476 ms
+  ViT, patch 8, width 128, depth 4, 1e-3               300  33.5 %, 33.7 %                       465 ms
+  ViT, patch 8, width 128, depth 4, 2e-3             1,000  33.6 %, 36.3 %
+  ViT, patch 4, width 128, depth 3, 1e-3               300  33.6 %, stopped                      1,148 ms
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
 """`colabs/`: notebooks have the same frame and no outputs, their links lead somewhere, and they run to the end."""
 
-import json
 from pathlib import Path
 import re
+import shutil
 
 from clips import make_weights
 from notebook_code import COLABS, code_cells, commands, read, run
@@ -58,21 +58,30 @@ def test_notebooks_have_the_same_frame_and_no_outputs(name: str) -> None:
   assert re.match(r"# \S.*\n\n\S", intro)
   assert f"/github{REPOSITORY.removeprefix('https://github.com')}/blob/main/colabs/{name}.ipynb)" in badge
   assert re.search(r"^\*\*Runtime:\*\* .*(?s:.*)^\*\*Time:\*\* .*\bminutes?\b", runtime, re.MULTILINE)
-  assert all(kind in runtime for kind in ("CPU", "TPU"))
+  assert all(kind in runtime for kind in ("CPU", "GPU", "TPU"))
 
 
 def test_the_address_of_the_repository_stands_in_one_place() -> None:
   assert re.fullmatch(r"https://github\.com/[\w-]+/declip_jax", REPOSITORY)
-  for path in [*COLABS.glob("*.ipynb"), ROOT / "README.md"]:
+  for path in [*COLABS.glob("*.ipynb"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "CITATION.cff"]:
     found = {*re.findall(r"github(?:usercontent)?\.com/[\w.-]+/declip_jax", path.read_text())}
-    assert found <= {REPOSITORY.removeprefix("https://")}, path.name
+    assert found <= {REPOSITORY.removeprefix("https://")}, f"{path.name}: run python tools/notebooks.py"
 
 
-def test_another_address_is_written_into_badges_links_and_installation(monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(notebooks, "repository", lambda: "https://github.com/someone/declip_jax")
-  changed = json.dumps(notebooks.completed(read("demo"), "demo"))
-  assert changed.count("someone/declip_jax") > 3
-  assert REPOSITORY.removeprefix("https://github.com/") not in changed
+def test_another_address_is_written_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Into badges, links and installation of the notebooks, and into CITATION.cff."""
+  shutil.copytree(COLABS, tmp_path / "colabs")
+  for name in ("CITATION.cff", "setup.py"):
+    (tmp_path / name).write_text((ROOT / name).read_text())
+  changed = (ROOT / "setup.py").read_text().replace(REPOSITORY, "https://github.com/someone/declip_jax")
+  (tmp_path / "setup.py").write_text(changed)
+  for name, path in (("ROOT", tmp_path), ("COLABS", tmp_path / "colabs"), ("_CITATION", tmp_path / "CITATION.cff")):
+    monkeypatch.setattr(notebooks, name, path)
+  notebooks.main()
+  assert (tmp_path / "CITATION.cff").read_text().count("github.com/someone/declip_jax") == 1
+  for path in [*(tmp_path / "colabs").glob("*.ipynb"), tmp_path / "CITATION.cff"]:
+    assert REPOSITORY.removeprefix("https://github.com/") not in path.read_text()
+  assert (tmp_path / "colabs" / "demo.ipynb").read_text().count("someone/declip_jax") > 3
 
 
 @pytest.mark.parametrize("name", notebooks.NAMES)

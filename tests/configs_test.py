@@ -71,6 +71,14 @@ ENTRIES = [name for name in NAMES if hasattr(load(name), "PUBLISHED")]
 _traced: dict[str, State] = {}
 
 
+def test_the_readme_names_the_folders_of_published_results() -> None:
+  readme = (Path(__file__).parents[1] / "README.md").read_text()
+  text = re.search(r"configs of published\s+results (.+?) not\s+every\s+result", readme, re.DOTALL)[1]
+  assert {*re.findall(r"`(\w+)`", text)} == {name.partition("/")[0] for name in ENTRIES}
+  assert "three models of SigLIP" in " ".join(text.split())
+  assert sum(name.startswith("siglip/") for name in ENTRIES) == 3
+
+
 def traced(c: ConfigDict) -> tuple[build.Built, State]:
   """Returns what a config builds and its abstract state; equal parameters and moments are traced once."""
   built = build.build(c)

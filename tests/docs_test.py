@@ -1,6 +1,7 @@
 """The documentation: its commands are legal, its pages are in the site, and its API reference names what exists.
 
-`make docs` itself, which also checks every link, needs packages that the tests do not.
+Commands of other programs than the package are checked by `docs_commands_test`. `make docs` itself, which also checks
+every link, needs packages that the tests do not.
 """
 
 import ast
@@ -19,28 +20,17 @@ from absl import flags
 from clips import describe_any
 from ml_collections import ConfigDict
 import notebook_code
+from pages import DOCS, PAGES, ROOT, blocks, inline_commands, shell_commands
 import pytest
 import yaml
 
-from declip_jax import command_line
+from declip_jax import command_line, config_files
 from declip_jax.__main__ import COMMANDS
 from declip_jax.data import sources
 from declip_jax.weights import describe
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch" / "README.md", *sorted(DOCS.rglob("*.md"))]
 MODULES = {module for module, _ in COMMANDS.values()}
 TRAIN = ["declip_jax.train", "--config=mine.py", "--workdir=runs/mine"]
-VARIABLES = {"$method": "declip", "$seed": "0"}  # of loops
-
-
-def blocks(page: Path, *languages: str) -> list[str]:
-  """The blocks of code of a page in these languages, "" for none."""
-  found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", page.read_text(), re.MULTILINE | re.DOTALL)
-  return [
-    re.sub(f"^{indent}", "", code, flags=re.MULTILINE) for indent, language, code in found if language in languages
-  ]
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -48,15 +38,11 @@ def commands(page: Path) -> Iterator[list[str]]:
 
   Fields with a name in capitals stand for others.
   """
-  for block in blocks(page, "", "sh"):
-    for line in block.replace("\\\n", " ").splitlines():
-      line = re.sub(r"\[(--[^\]]+)\]", r"\1", line.strip())  # optional flags of a synopsis
-      if line.startswith("python -m declip_jax."):
-        for variable, value in VARIABLES.items():
-          line = line.replace(variable, value)
-        yield shlex.split(line.split(" && ")[0].split(" | ")[0], comments=True)[2:]
-      elif line.startswith("--config."):
-        yield [*TRAIN, *shlex.split(line)]
+  for words in [*shell_commands(page), *inline_commands(page, ("python -m declip_jax",))]:
+    if words[:2] == ["python", "-m"] and words[2:] != ["declip_jax"] and len(words) > 3 and "..." not in words:
+      yield words[2:]
+    elif words[0].startswith("--config."):
+      yield [*TRAIN, *words]
   for field in re.findall(r"`(?:--)?(config\.[\w.]+=[^`]+)`", page.read_text()):
     if not re.search(r"\.[A-Z]+\.", field):
       yield [*TRAIN, *re.sub("['\"]", "", f"--{field}").replace(" --", "\n--").splitlines()]
@@ -94,6 +80,13 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
   flags.FLAGS.unparse_flags()
 
 
+def test_the_demo_is_exported_to_formats_that_represent_it() -> None:
+  exports = [words for _, words in FOUND if words[0] == "declip_jax.export" and "runs/demo" in words]
+  formats = {words[words.index("--format") + 1] for words in exports}
+  assert config_files.load("demo").model.image.kind == "resnet"
+  assert formats == {"open_clip"}
+
+
 @pytest.mark.parametrize("words", COMMAND_LINES)
 def test_every_command_parses(
   words: list[str], parse: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
@@ -118,22 +111,6 @@ def test_every_launch_command_runs_dry() -> None:
     )
     assert done.returncode == 0, (block, done.stderr)
     assert "demo" in done.stdout, block
-
-
-def test_every_block_of_python_compiles() -> None:
-  for page in PAGES:
-    for block in blocks(page, "python"):
-      compile(block, page.name, "exec")
-
-
-def test_targets_of_make_and_extras_exist() -> None:
-  makefile, setup = (ROOT / "Makefile").read_text(), (ROOT / "setup.py").read_text()
-  for page in PAGES:
-    text = page.read_text()
-    for target in re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE):
-      assert re.search(rf"^{target}:", makefile, re.MULTILINE), (page.name, target)
-    for extras in re.findall(r"(?:\.|declip_jax)\[(\w[\w,]*)\]'", text):
-      assert all(f'"{extra}": [' in setup for extra in extras.split(",")), (page.name, extras)
 
 
 def test_the_data_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,9 +46,11 @@ def test_a_workflow_runs_targets_of_make_that_exist_on_supported_versions(path: 
   assert {version for version in fixed if "matrix" not in version} <= supported
 
 
-def test_ci_tests_what_make_check_does_and_the_wheel_and_the_documentation() -> None:
-  commands = {step.get("run") for path in WORKFLOWS for step in steps(yaml.safe_load(path.read_text()))}
-  assert {"make lint", "make test", "make docs", "make wheel", "make test-wheel"} <= commands
+def test_ci_tests_what_make_check_does_and_what_needs_other_packages_and_builds_the_documentation() -> None:
+  commands = [step["run"] for path in WORKFLOWS for step in steps(yaml.safe_load(path.read_text())) if "run" in step]
+  assert {"make lint", "make test", "make wheel", "make test-wheel", "make test-trackers"} <= {*commands}
+  for first, second in (("make docs-notebooks", "make docs"), ("make chromium", "make test-browser")):
+    assert commands.index(second) == commands.index(first) + 1
 
 
 def test_the_hooks_of_a_commit_have_the_tested_version_of_ruff() -> None:

@@ -58,6 +58,7 @@ _LINK = re.compile(r"(?<=\]\()[^)\s]+(?=\))|(?<=\]: )\S+$", re.MULTILINE)
 _FORMULA = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 _REDRAWN = re.compile(r"\x1b\[[\d;?]*[A-Za-z]|[^\n]*\r(?!\n)")  # codes of terminals, and what was drawn over
 _TOGETHER = re.compile(r"^( {2,})(\w+(?:, \w+)+): (.+(?:\n\1 +.+)*)$", re.MULTILINE)
+_NOT_EXECUTED = "*This page has no outputs: the notebook was not executed before the site was built.*"
 _LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json", "": "dockerfile"}
 
 
@@ -186,7 +187,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def notebook(path: Path) -> str:
-  """A notebook as Markdown: its texts, its code and, if it was executed, its outputs.
+  """A notebook as Markdown: its texts, its code, and its outputs or, if it was not executed, a note after the title.
 
   Raises:
     ValueError: the executed notebook has other cells.
@@ -198,10 +199,12 @@ def notebook(path: Path) -> str:
     if [cell["source"] for cell in own] != [cell["source"] for cell in cells]:
       raise ValueError(f"{executed} is of another state of {path}: execute it again by `make docs-notebooks`")
   parts = []
-  for cell in cells:
+  for number, cell in enumerate(cells):
     source = "".join(cell["source"])
     parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
     parts += [_output(output) for output in _joined(cell.get("outputs", ()))]
+    if number == 0 and not executed.exists():
+      parts.append(_NOT_EXECUTED)
   return "\n\n".join(parts) + f"\n\nThis page is the notebook `{path.relative_to(ROOT)}`.\n"
 
 

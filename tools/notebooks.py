@@ -1,8 +1,8 @@
-"""The cells that the notebooks of colabs/ have in common: python tools/notebooks.py writes them into each notebook.
+"""Writes what several files repeat: python tools/notebooks.py
 
-These are the badge, which opens the notebook in Colab, and the installation. The address of the repository is that of
-CITATION.cff. Links of a notebook to files of the repository start with it, since relative ones lead nowhere on Colab;
-this command changes them, too.
+Notebooks of colabs/ have cells in common: the badge, which opens the notebook in Colab, and the installation. The
+address of the repository is `_ADDRESS` of setup.py. Links of a notebook to files of the repository start with it, since
+relative ones lead nowhere on Colab; this command changes them, and the address in CITATION.cff, too.
 """
 
 import json
@@ -16,6 +16,7 @@ COLABS = ROOT / "colabs"
 NAMES = ("demo", "own_captions", "finetune_pairs", "methods", "data_efficiency", "evaluate", "released_weights")
 NAMES += ("plan_pod",)
 _BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+_CITATION = ROOT / "CITATION.cff"
 _ADDRESS = r"https://github\.com/[\w.-]+/declip_jax"
 _INSTALL_TEXT = """\
 ## Install
@@ -51,7 +52,7 @@ warnings.filterwarnings("ignore", message="os.fork")  # of JAX, at each `!`
 
 def repository() -> str:
   """The address of the repository."""
-  return re.search(r"^repository-code: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]
+  return re.search(r'^_ADDRESS = "(\S+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)[1]
 
 
 def shared_cells(name: str) -> dict[str, str]:
@@ -66,7 +67,7 @@ def shared_cells(name: str) -> dict[str, str]:
 
 
 def with_address(text: str) -> str:
-  """The text, in which each address of the repository is that of CITATION.cff."""
+  """The text, in which each address of the repository is that of setup.py."""
   return re.sub(_ADDRESS, repository(), text)
 
 
@@ -82,6 +83,7 @@ def completed(notebook: dict[str, Any], name: str) -> dict[str, Any]:
 
 def main() -> None:
   """Runs the command."""
+  _CITATION.write_text(with_address(_CITATION.read_text()))
   for name in NAMES:
     path = COLABS / f"{name}.ipynb"
     notebook = completed(json.loads(path.read_text()), name)

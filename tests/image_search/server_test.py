@@ -7,11 +7,12 @@ from pathlib import Path
 import random
 import socket
 import time
-from urllib.parse import urlencode
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 from image_search import gallery
 from image_search.gallery import BROKEN, CAPTION, COUNT, SECRET, encoded
 import numpy as np
+from pages import PAGES, shell_commands
 from PIL import Image
 import pytest
 
@@ -77,6 +78,17 @@ def test_results_equal_a_direct_computation(searcher, port):
   found = search(port, like=7, limit=1)["results"][0]
   assert (found["number"], found["image"], found["thumbnail"]) == (7, "/images/7", "/thumbnails/7")
   assert found["score"] == pytest.approx(1, abs=1e-6)
+
+
+def test_the_requests_of_the_documentation_find_images(port):
+  lines = [words for page in PAGES for words in shell_commands(page) if words[0] == "curl"]
+  for words in lines:
+    target = words[-1].removeprefix("http://localhost:8000")
+    given = parse_qs(urlsplit(target).query)
+    status, _, found = ask(port, target, encoded(77) if words[1:3] == ["--data-binary", "@photo.jpg"] else None)
+    assert status == 200, found
+    assert len(found["results"]) == int(given.get("limit", ["24"])[0])
+  assert [len(words) for words in lines] == [2, 4]
 
 
 def test_a_sample_is_found_by_its_number(searcher, port):
