@@ -9,7 +9,7 @@ import shlex
 from declip_jax.data.storage import outputs
 from declip_jax.reporting.documents import Block, Code, Heading, Listing, Picture, Table, to_html
 from declip_jax.reporting.metrics import is_score, number_text
-from declip_jax.reporting.symptoms import PAGE
+from declip_jax.reporting.symptoms import link
 from declip_jax.runtime import bad_samples
 from declip_jax.spelling import counted
 
@@ -30,6 +30,7 @@ class RunPage:
 
   Attributes:
     title: the run in a line: method, data, pairs.
+    is_evaluated: whether it has evaluations.
     total: number of steps until training ends.
     command: program and arguments that started it.
     export_format: format in which it can be exported.
@@ -40,6 +41,7 @@ class RunPage:
   """
 
   title: str
+  is_evaluated: bool
   total: int
   command: Sequence[str]
   export_format: str
@@ -85,9 +87,7 @@ def _warnings(metrics: Lines) -> Iterator[Block]:
         steps.setdefault(name.removeprefix("warning/"), []).append(line["step"])
   if steps:
     yield Heading("Warnings")
-    yield Listing(
-      [f"`{name}`, steps {own[0]:,} to {own[-1]:,}: see {PAGE}#{name.replace('_', '-')}" for name, own in steps.items()]
-    )
+    yield Listing([f"`{name}`, steps {own[0]:,} to {own[-1]:,}: see {link(name)}" for name, own in steps.items()])
 
 
 def _scores(metrics: Lines) -> Iterator[Block]:
@@ -131,21 +131,32 @@ def _pictures(workdir: Path) -> Iterator[Block]:
     yield Picture(path, _CAPTIONS.get(path.stem, f"The evaluation {path.stem}"))
 
 
-def _commands(workdir: Path, run: RunPage, metrics: Lines) -> Iterator[Block]:
-  """Commands to type next, which name the working directory as the run was given it."""
-  program, *arguments = run.command or [""]
-  here = shlex.quote(str(workdir))
-  lines = ["# evaluate it again", f"python -m declip_jax.evaluate --workdir {here}"]
+def next_commands(workdir: Path, run: RunPage) -> list[str]:
+  """Lines for a shell: the commands for a trained run, each after a comment that says what it is for.
+
+  Args:
+    workdir: working directory, which they name as the run was given it.
+    run: the run.
+  """
+  here, lines = shlex.quote(str(workdir)), []
+  if run.is_evaluated:
+    lines += ["# evaluate it again", f"python -m declip_jax.evaluate --workdir {here}"]
   lines += [
     "# export its weights",
     f"python -m declip_jax.export --workdir {here} --format {run.export_format} --output export",
   ]
   if run.searched:
     lines += ["# search images by texts, on a page", _search_command(workdir, run.searched)]
+  return lines
+
+
+def _commands(workdir: Path, run: RunPage, metrics: Lines) -> Iterator[Block]:
+  program, *arguments = run.command or [""]
+  lines = next_commands(workdir, run)
   if program.endswith("declip_jax/train.py") and (not metrics or metrics[-1]["step"] < run.total):
     lines = ["# resume it", f"python -m declip_jax.train {shlex.join(arguments)}", *lines]
   if (workdir / "tensorboard").exists():
-    lines += ["# its curves, with zoom", f"tensorboard --logdir {here}"]
+    lines += ["# its curves, with zoom", f"tensorboard --logdir {shlex.quote(str(workdir))}"]
   yield Heading("Commands")
   yield Code("\n".join(lines))
 
