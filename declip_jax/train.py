@@ -39,7 +39,7 @@ from declip_jax.reporting.curves import Described, plot_curves
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
 from declip_jax.reporting.opening import closing_lines, draw_views, opening_lines
 from declip_jax.reporting.progress import TrainingProgress, listening, message
-from declip_jax.reporting.run_page import RunPage, next_commands, write_page
+from declip_jax.reporting.run_page import RunPage, Uses, next_commands, write_page
 from declip_jax.reporting.symptoms import Symptoms
 from declip_jax.reporting.trackers import TrackedRun, open_trackers
 from declip_jax.reporting.trackers.base import run_id
@@ -371,17 +371,20 @@ def _described(config: ConfigDict, run: Prepared) -> Described:
   return build.describe_run(config, run.built, run.stages, captioned)
 
 
-def _make_page(config: ConfigDict, run: Prepared) -> RunPage:
-  objective, changes = run.built.objective, changes_from_default(config)
+def _uses_of(config: ConfigDict, run: Prepared) -> Uses:
+  objective = run.built.objective
   is_searchable = objective.compares_embeddings and not objective.compares_tokens
   images = [*(entry.data for entry in config.evals.values() if not entry.get("suite")), *config.data.train, "IMAGES"]
+  return Uses(bool(config.evals), "open_clip" if is_searchable else "orbax", images[0] if is_searchable else "")
+
+
+def _make_page(config: ConfigDict, run: Prepared) -> RunPage:
+  changes = changes_from_default(config)
   return RunPage(
     title=_described(config, run).title,
-    is_evaluated=bool(config.evals),
     total=run.total_steps,
     command=sys.argv,
-    export_format="open_clip" if is_searchable else "orbax",
-    searched=images[0] if is_searchable else "",
+    uses=_uses_of(config, run),
     standard=f"{changes.method} with {changes.architecture}",
     changes=changes.lines,
     config=json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True),
@@ -467,7 +470,7 @@ def _finish(
     bad = bad_samples.total(read_metrics(workdir)) if (workdir / "metrics.jsonl").exists() else {}
     skipped = {"samples skipped": bad_samples.describe(bad)} if bad else {}
     message(summary_table({"run": str(workdir), **final, **skipped}), stream=sys.stdout)
-    plain, commands = build.plain_retrievals(config.evals), next_commands(workdir, _make_page(config, run))
+    plain, commands = build.plain_retrievals(config.evals), next_commands(workdir, _uses_of(config, run))
     for line in closing_lines(workdir, final, plain, commands, is_try):
       message(line)
   return final

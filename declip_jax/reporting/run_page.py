@@ -25,27 +25,38 @@ _SHOWN = ("examples", "temperature", "images_per_second", "utilisation", "skippe
 
 
 @dataclass(frozen=True)
+class Uses:
+  """What a trained run can be used for.
+
+  Attributes:
+    is_evaluated: whether it has evaluations.
+    export_format: format in which it can be exported.
+    searched: images that it can search by texts, as a spec; "" if it cannot.
+  """
+
+  is_evaluated: bool
+  export_format: str
+  searched: str
+
+
+@dataclass(frozen=True)
 class RunPage:
   """What the page of a run says besides its metrics.
 
   Attributes:
     title: the run in a line: method, data, pairs.
-    is_evaluated: whether it has evaluations.
     total: number of steps until training ends.
     command: program and arguments that started it.
-    export_format: format in which it can be exported.
-    searched: images that it can search by texts, as a spec; "" if it cannot.
+    uses: what it can be used for.
     standard: the default config that it is compared with, by its method and architecture.
     changes: fields that make it train something else than that config.
     config: config as text.
   """
 
   title: str
-  is_evaluated: bool
   total: int
   command: Sequence[str]
-  export_format: str
-  searched: str
+  uses: Uses
   standard: str
   changes: Sequence[str]
   config: str
@@ -131,28 +142,28 @@ def _pictures(workdir: Path) -> Iterator[Block]:
     yield Picture(path, _CAPTIONS.get(path.stem, f"The evaluation {path.stem}"))
 
 
-def next_commands(workdir: Path, run: RunPage) -> list[str]:
+def next_commands(workdir: Path, uses: Uses) -> list[str]:
   """Lines for a shell: the commands for a trained run, each after a comment that says what it is for.
 
   Args:
     workdir: working directory, which they name as the run was given it.
-    run: the run.
+    uses: what the run can be used for.
   """
   here, lines = shlex.quote(str(workdir)), []
-  if run.is_evaluated:
+  if uses.is_evaluated:
     lines += ["# evaluate it again", f"python -m declip_jax.evaluate --workdir {here}"]
   lines += [
     "# export its weights",
-    f"python -m declip_jax.export --workdir {here} --format {run.export_format} --output export",
+    f"python -m declip_jax.export --workdir {here} --format {uses.export_format} --output export",
   ]
-  if run.searched:
-    lines += ["# search images by texts, on a page", _search_command(workdir, run.searched)]
+  if uses.searched:
+    lines += ["# search images by texts, on a page", _search_command(workdir, uses.searched)]
   return lines
 
 
 def _commands(workdir: Path, run: RunPage, metrics: Lines) -> Iterator[Block]:
   program, *arguments = run.command or [""]
-  lines = next_commands(workdir, run)
+  lines = next_commands(workdir, run.uses)
   if program.endswith("declip_jax/train.py") and (not metrics or metrics[-1]["step"] < run.total):
     lines = ["# resume it", f"python -m declip_jax.train {shlex.join(arguments)}", *lines]
   if (workdir / "tensorboard").exists():

@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from declip_jax import ADDRESS
-from declip_jax.reporting.run_page import RunPage, next_commands, write_page
+from declip_jax.reporting.run_page import RunPage, Uses, next_commands, write_page
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y>"
 METRICS = [
@@ -44,14 +44,14 @@ def workdir(tmp_path):
   return folder
 
 
-def page_of(title=HOSTILE, is_evaluated=True, searched="scenes:test/4 5"):
-  command = ["/x/declip_jax/train.py", f"--config=demo:data={HOSTILE}", "--workdir", "a run & more"]
-  changes = [f"config.data.train: () -> ({HOSTILE!r},)", *(f"config.field{number}: 0 -> 1" for number in range(24))]
-  return RunPage(title, is_evaluated, 40, command, "open_clip", searched, "clip with ViT-B/32", changes, HOSTILE)
+USES = Uses(is_evaluated=True, export_format="open_clip", searched="scenes:test/4 5")
 
 
 def written(workdir, metrics=METRICS, title=HOSTILE):
-  write_page(workdir, page_of(title), metrics)
+  command = ["/x/declip_jax/train.py", f"--config=demo:data={HOSTILE}", "--workdir", "a run & more"]
+  changes = [f"config.data.train: () -> ({HOSTILE!r},)", *(f"config.field{number}: 0 -> 1" for number in range(24))]
+  page = RunPage(title, 40, command, USES, "clip with ViT-B/32", changes, HOSTILE)
+  write_page(workdir, page, metrics)
   return (workdir / "index.html").read_text(encoding="utf-8")
 
 
@@ -77,12 +77,12 @@ def test_the_page_has_scores_warnings_and_commands(workdir):
 
 
 def test_the_commands_are_those_that_fit_the_run_ready_for_a_shell(workdir):
-  evaluate, export, search = (line for line in next_commands(workdir, page_of()) if not line.startswith("#"))
+  evaluate, export, search = (line for line in next_commands(workdir, USES) if not line.startswith("#"))
   assert shlex.split(evaluate)[1:] == ["-m", "declip_jax.evaluate", "--workdir", str(workdir)]
   assert shlex.split(export)[3:] == ["--workdir", str(workdir), "--format", "open_clip", "--output", "export"]
   assert shlex.split(search)[3:] == ["--weights", str(workdir), "--images", "scenes:test/4 5"]
   assert all(line in Parsed(written(workdir)).text for line in (evaluate, export, search))
-  bare = next_commands(workdir, page_of(is_evaluated=False, searched=""))
+  bare = next_commands(workdir, Uses(False, "open_clip", ""))
   assert bare == ["# export its weights", export]
 
 
