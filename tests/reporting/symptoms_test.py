@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 import re
+import shlex
 
 from clips import describe_any
 import jax
@@ -233,7 +234,7 @@ def test_a_later_stage_counts_from_its_own_start() -> None:
 def test_the_page_has_a_section_and_a_row_for_each_symptom() -> None:
   text = (ROOT / PAGE).read_text()
   sections = [title.lower().replace(" ", "_") for title in re.findall(r"^## (.*)$", text, re.MULTILINE)]
-  assert sections == [*NAMES]
+  assert sections == [*NAMES, "broken_on_purpose"]
   assert re.findall(r"^\| \[`(\w+)`\]\(#([\w-]+)\)", text, re.MULTILINE) == [
     (name, name.replace("_", "-")) for name in NAMES
   ]
@@ -241,3 +242,27 @@ def test_the_page_has_a_section_and_a_row_for_each_symptom() -> None:
   named = set(re.findall(r"config\.([a-z][\w.]*\w)", text)) - {"objective.TERM.weight"}
   assert len(named) > 5
   assert named <= known
+
+
+def test_the_page_has_a_broken_run_for_each_symptom_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+  import symptoms as benchmark
+
+  text = (ROOT / PAGE).read_text().partition("## Broken on purpose")[2]
+  assert f"{benchmark.COMMAND} ..." in text
+  printed = {one.name: one for one in benchmark.warnings(text)}
+  rows = {cells[0]: cells[1:] for cells in re.findall(r"^\| (\w+) \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)[1:]}
+  assert [*rows] == [*benchmark.RUNS] == [benchmark.HEALTHY, *NAMES]
+  assert rows.pop(benchmark.HEALTHY) == ("", "none", "")
+  for name, (flags, found, steps) in rows.items():
+    assert flags == f"`{shlex.join(benchmark.RUNS[name])}`"
+    warned = dict(zip(re.findall(r"`(\w+)`", found), map(int, steps.split(", ")), strict=True))
+    assert warned[name] == printed[name].step
+    assert benchmark.is_as_meant(name, [printed[name]])
+    assert not benchmark.is_as_meant(name, [])
+    facts = facts_of("demo:method=slip", 100_000)
+    watch, messages = Symptoms(facts), []
+    for index, step in enumerate(range(facts.every, facts.total, facts.every)):
+      messages += watch.check(step, HEALTHY | broken(name, facts, index))[1]
+    assert messages[0].rpartition(": ")[2] == printed[name].line.rpartition(": ")[2]  # remedy and address
+  assert not benchmark.is_as_meant(benchmark.HEALTHY, [*printed.values()])
