@@ -2,10 +2,10 @@
 
   python benchmarks/symptoms.py --runs collapsed waiting
 
-Each run trains the config demo for 100 steps, or for 20 if it reads slowly, without evaluations, and is broken by fields
-of the config alone; the first one, healthy, is not broken. It prints a row for each, with the names of its warnings and
-the steps at which they came, and then the line of the warning that the run is named after. The exit status is 1 if a
-run does not have this warning, or if the healthy one has any. docs/when_it_does_not_learn.md has the output.
+Each run trains the config demo for 100 steps, or for 20 if it reads slowly, without evaluations, and is broken by
+fields of the config alone; the first one, healthy, is not broken. It prints a row for each, with the names of its
+warnings and the steps at which they came, and then the line of the warning that the run is named after. The exit status
+is 1 if a run does not have this warning, or if the healthy one has any. docs/when_it_does_not_learn.md has the output.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from declip_jax.reporting.symptoms import NAMES, link
 # A scanned ViT and one length of texts, which compile fast.
 COMMAND = (
   "python -m declip_jax.train --config=demo:method=slip_mim --steps=100 --config.evals={} "
-  "--config.checkpoint.best_metric= --config.model.text.buckets='()'"
+  "--config.checkpoint.best_metric= --config.model.text.buckets='()' --workdir=FOLDER"
 )
 HEALTHY = "healthy"
 # What breaks a run, by the warning that it shows.
@@ -66,7 +66,7 @@ def main() -> None:
   arguments.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS], help="runs, by name (default: all)")
   names = arguments.parse_args().runs
   found = {}
-  print(f"{COMMAND} ...\n\n| run | what breaks it | warning | step |\n|---|---|---|--:|", flush=True)
+  print(f"{COMMAND}\n\n| run | what breaks it | warning | step |\n|---|---|---|--:|", flush=True)
   for name in names:
     found[name] = train(RUNS[name])
     print(row(name, found[name]), flush=True)
@@ -79,7 +79,7 @@ def train(flags: Sequence[str]) -> list[Warned]:
   program, *others = shlex.split(COMMAND)
   del program
   with tempfile.TemporaryDirectory() as folder:
-    command = [sys.executable, *others, *flags, f"--workdir={folder}/run"]
+    command = [sys.executable, *others, *flags, f"--workdir={folder}/run"]  # the last one counts
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
   return warnings(done.stderr)
 

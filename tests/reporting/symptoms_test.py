@@ -249,7 +249,7 @@ def test_the_page_has_a_broken_run_for_each_symptom_with_its_line(monkeypatch: p
   import symptoms as benchmark
 
   text = (ROOT / PAGE).read_text().partition("## Broken on purpose")[2]
-  assert f"{benchmark.COMMAND} ..." in text
+  assert f"{benchmark.COMMAND}\n" in text
   printed = {one.name: one for one in benchmark.warnings(text)}
   rows = {cells[0]: cells[1:] for cells in re.findall(r"^\| (\w+) \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)[1:]}
   assert [*rows] == [*benchmark.RUNS] == [benchmark.HEALTHY, *NAMES]
