@@ -10,11 +10,12 @@ import re
 from setuptools import find_packages, setup
 
 _FOLDER = Path(__file__).parent
-# The repository; `python tools/notebooks.py` writes it into CITATION.cff and the notebooks.
-_ADDRESS = "https://github.com/OWNER/declip_jax"
 # Read and not imported: nothing that the package imports is installed yet.
 _SOURCE = (_FOLDER / "declip_jax" / "__init__.py").read_text()
-_VERSION = next(line for line in _SOURCE.splitlines() if line.startswith("__version__")).split('"')[1]
+_VERSION, _ADDRESS = (
+  next(line for line in _SOURCE.splitlines() if line.startswith(name)).split('"')[1]
+  for name in ("__version__", "ADDRESS")
+)
 # Links to files lead to the repository, also on the page of a package index.
 _README = re.sub(r"\]\((?!https?:|#)", f"]({_ADDRESS}/blob/main/", (_FOLDER / "README.md").read_text())
 _COMMANDS = (

@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 __version__ = "0.2.0"
+ADDRESS = "https://github.com/OWNER/declip_jax"  # of the repository; tools/notebooks.py writes it into other files
 
 _MODULES = ("config", "config_files", "evaluate", "train")
 

@@ -1,4 +1,4 @@
-"""Lists the commands and the configs: python -m declip_jax"""
+"""Lists the commands, configs, methods and architectures: python -m declip_jax"""
 
 import sys
 from typing import NoReturn
@@ -48,6 +48,7 @@ def main() -> None:
   print("\nconfigs, for --config=NAME, with their published top-1 accuracies on ImageNet in per cent:")
   for name in config_files.names():
     print(describe(name))
+  print("", *command_line.named_lines(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -433,8 +433,15 @@ def stage_steps(stage: Stage, epoch_examples: int) -> Steps:
 
 def make_facts(config: ConfigDict, steps: Steps) -> Facts:
   """What the symptoms of a run depend on."""
-  scales = tuple(map(math.exp, config.optimizer.logit_scale_range))
-  return Facts(_compared_at_once(config), steps.schedule.warmup - steps.lead, steps.total, scales)
+  return Facts(
+    batch_size=_compared_at_once(config),
+    warmup=steps.schedule.warmup - steps.lead,
+    total=steps.total,
+    scales=tuple(map(math.exp, config.optimizer.logit_scale_range)),
+    first=steps.first,
+    log_every=config.log_every,
+    is_fresh=not (steps.first or config.init_from.path),
+  )
 
 
 def describe_batch(built: Built, batch_size: int) -> str:

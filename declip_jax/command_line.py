@@ -3,7 +3,7 @@
 A command defines its flags in `main()` and calls `run`. This module imports no JAX.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import math
 import os
@@ -17,8 +17,10 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from declip_jax import config_files
+from declip_jax import ADDRESS, config_files
+from declip_jax.architectures import ARCHITECTURES
 from declip_jax.config import EVALUATIONS, stage
+from declip_jax.methods import NAMES
 from declip_jax.reporting.progress import message
 from declip_jax.spelling import close_names, did_you_mean, suggest
 
@@ -27,6 +29,7 @@ IO_EXIT_CODE = 74
 COMPILER = "compiler"  # name of the threads in which XLA compiles
 # The OSErrors that are due to a path. Any other is due to a disk, a mount or a network, and a retry may succeed.
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+_UNBROKEN = "\u00a0"  # a space at which no line is broken
 _HELP = ("--help", "-help", "-h", "--helpshort")
 
 
@@ -303,15 +306,43 @@ def help_text(doc: str, values: flags.FlagValues) -> list[str]:
     if module.startswith("declip_jax") or module == sys.argv[0]
     for flag in defined
   ]
-  lines = [*doc.strip().splitlines(), "", "flags:"]
-  if "config" in values:  # ml_collections defines it
-    own.insert(0, values["config"])
+  lines = doc.strip().splitlines()
+  if "config" in values:
+    own.insert(0, values["config"])  # ml_collections defines it
+    lines += ["", *_config_lines()]
+  lines += ["", "flags:"]
   for flag in dict.fromkeys(own):
     lines += _flag_lines(flag)
     if flag.name == "config":
       lines.append("  --config.FIELD=VALUE")
       lines.append("      Set a field of the config, such as --config.optimizer.learning_rate=1e-3; may be repeated.")
   return [*lines, "  --helpfull", "      Show the flags of all libraries too."]
+
+
+def named_lines() -> Iterator[str]:
+  """Yields the lines that list the methods and the architectures, by the arguments of a config that name them."""
+  yield from _list_lines("methods, for --config=pretrain:method=NAME:", NAMES)
+  yield ""
+  yield from _list_lines("architectures, for --config='pretrain:architecture=NAME':", ARCHITECTURES)
+
+
+def _config_lines() -> Iterator[str]:
+  """Yields the lines about what `--config` can name, and about where its fields are explained."""
+  yield from _list_lines("configs, for --config=NAME:", config_files.names())
+  yield ""
+  yield from named_lines()
+  yield ""
+  yield "fields of a config, for --config.FIELD=VALUE:"
+  yield "  --print_config prints all of them, and python -m declip_jax.new writes a config file with comments on those"
+  yield f"  that are most often changed. What each means: {ADDRESS}/blob/main/docs/api/config.md"
+
+
+def _list_lines(head: str, names: Iterable[str]) -> Iterator[str]:
+  """Yields a head and, in lines of at most 120 characters, names, which are not broken at their spaces."""
+  text = ", ".join(name.replace(" ", _UNBROKEN) for name in names)
+  lines = textwrap.wrap(text, 120, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+  yield head
+  yield from (line.replace(_UNBROKEN, " ") for line in lines)
 
 
 def _flag_lines(flag: flags.Flag) -> list[str]:

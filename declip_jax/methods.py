@@ -46,6 +46,8 @@ REPO_METHODS = {
   "filip": ("filip_repo", {"filip": 1.0}),
   "defilip": ("declip_repo", {**_DECLIP_REPO, "filip": 0.2}),
 }
+# The methods of pairs, as configs such as `pretrain` name them.
+NAMES = (*METHODS, *OURS, *ABLATIONS, *(f"{name}_repo" for name in REPO_METHODS))
 PRESETS = {"paper": {**METHODS, **OURS, **ABLATIONS, **SUPERVISED}, "repo": REPO_METHODS}
 
 

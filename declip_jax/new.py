@@ -18,11 +18,9 @@ from absl import flags
 from declip_jax import command_line
 from declip_jax.architectures import ARCHITECTURES
 from declip_jax.configs import pretrain, to_source
-from declip_jax.methods import ABLATIONS, METHODS, OURS, REPO_METHODS
+from declip_jax.methods import NAMES
 from declip_jax.planning.architecture import suggested
 from declip_jax.reporting.progress import message
-
-_METHODS = (*METHODS, *OURS, *ABLATIONS, *(f"{method}_repo" for method in REPO_METHODS))
 
 # The command fills in what is in braces. A comment that begins with "# c." is a line to uncomment.
 TEMPLATE = '''"""My captions: python -m declip_jax.train --config={file} --workdir runs/{stem}
@@ -118,7 +116,7 @@ def _command(arguments: list[str]) -> None:
 def main() -> None:
   """Runs the command."""
   flags.DEFINE_string("data", None, "Data to train on: a path, pattern, folder or URL, or KIND:LOCATION.")
-  flags.DEFINE_enum("method", "declip", _METHODS, "Method to train.")
+  flags.DEFINE_enum("method", "declip", NAMES, "Method to train.")
   flags.DEFINE_enum("architecture", None, [*ARCHITECTURES], "Architecture to train, by default one for this machine.")
   command_line.run(_command, __doc__, positional=("FILE",), required=("data",))
 

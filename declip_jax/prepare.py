@@ -250,11 +250,12 @@ def with_choices(
         f"{workdir / 'config.json'} cannot be read, which has config.{', config.'.join(fields)}: set them"
       )
     watchdog.beat("choosing what the config leaves open")
-    config = choose.choose(config, pairs, saved=saved)
+    before, config = config.log_every, choose.choose(config, pairs, saved=saved)
     kept = [field for field in fields if saved and field != "duration"]  # that follows from the data alone
     if kept:
       notes.append(f"kept from the last start: {choose.describe(config, kept)}")
-    if chosen := [field for field in fields if field not in kept]:
+    chosen = [field for field in fields if field not in kept]
+    if chosen := [*chosen, *["log_every"] * (config.log_every != before)]:
       notes.append(f"chosen for {where}: {choose.describe(config, chosen)}")
     if jax.default_backend() == "cpu" and config.data.image_size > _LARGE_FOR_CPU:
       notes.append(f"a CPU takes long to train this model: architecture={FOR_CPUS} is small enough for it")

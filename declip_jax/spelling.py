@@ -1,6 +1,6 @@
-"""Suggestions for unknown names, and counts in words."""
+"""Suggestions for unknown names, and counts and lists in words."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from difflib import SequenceMatcher, get_close_matches
 
 _MARGIN = 0.05  # of similarity, 0 to 1
@@ -25,6 +25,12 @@ def close_names(name: str, known: Iterable[str]) -> list[str]:
 def counted(number: int, noun: str) -> str:
   """A number with its noun, such as "1 sample" or "2,000 samples"; the plural of the noun ends in s."""
   return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(items: Sequence[str]) -> str:
+  """Several items in words, such as "a", "a and b" or "a, b and c"."""
+  *others, last = items
+  return f"{', '.join(others)} and {last}" if others else last
 
 
 def suggest(names: Collection[str]) -> str:

@@ -5,7 +5,7 @@ first. The exit code is 0 after SIGTERM and SIGHUP (see --stopped_exit_code; wit
 130 after Ctrl-C, 2 for a mistake in flags, config or data or if memory runs out, 70 if the run has hung, and 74 if a
 disk, a mount or the network failed.
 Any field of the config can be set: --config.batch_size=256 --config.objective.nns.weight=0
-See declip_jax/config.py for all fields and their meaning, and configs/ for configs to start from.
+python -m declip_jax lists all commands.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,11 +35,11 @@ from declip_jax.first_state import first_state, read_weights
 from declip_jax.planning import devices
 from declip_jax.prepare import Part, Prepared, StepFn, planned, prepare, with_choices, with_classes
 from declip_jax.reporting import pictures
-from declip_jax.reporting.curves import plot_curves
+from declip_jax.reporting.curves import Described, plot_curves
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
 from declip_jax.reporting.opening import closing_lines, draw_views, opening_lines
 from declip_jax.reporting.progress import TrainingProgress, listening, message
-from declip_jax.reporting.run_page import RunPage, write_page
+from declip_jax.reporting.run_page import RunPage, Uses, next_commands, write_page
 from declip_jax.reporting.symptoms import Symptoms
 from declip_jax.reporting.trackers import TrackedRun, open_trackers
 from declip_jax.reporting.trackers.base import run_id
@@ -121,8 +121,7 @@ def train(
     _open(config, run, services, start, [*messages, *notes], [*chosen, *run.notes, resized])
     services.evaluate_if_missed(start, state, config.evaluate_first)
     _train_stages(run, services, start, state, position)
-  plain = build.plain_retrievals(config.evals)
-  return _finish(max(start, run.total_steps), workdir, services.latest, plain, is_try=steps is not None)
+  return _finish(config, run, max(start, run.total_steps), workdir, services.latest, is_try=steps is not None)
 
 
 def _train_stages(run: Prepared, services: Services, step: int, state: State, position: dict[str, Any] | None) -> None:
@@ -361,27 +360,35 @@ def _open_services(
 
 def _draw_curves(config: ConfigDict, run: Prepared, workdir: Path) -> None:
   """Draws the curves of the metrics so far, and writes the page of the run."""
-  captioned = run.sources[: len(run.sources) - len(config.data.ssl_train)]
-  described = partial(build.describe_run, config, run.built, run.stages, captioned)
   with pictures.optional(workdir / "curves.png"):
-    plot_curves(read_metrics(workdir), described(), workdir / "curves.png")
+    plot_curves(read_metrics(workdir), _described(config, run), workdir / "curves.png")
   with pictures.optional(workdir / "index.html"):
-    text = json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)
-    objective = run.built.objective
-    is_searchable = objective.compares_embeddings and not objective.compares_tokens
-    images = [*(entry.data for entry in config.evals.values() if not entry.get("suite")), *config.data.train, "IMAGES"]
-    changes = changes_from_default(config)
-    page = RunPage(
-      title=described().title,
-      total=run.total_steps,
-      command=sys.argv,
-      export_format="open_clip" if is_searchable else "orbax",
-      searched=images[0] if is_searchable else "",
-      standard=f"{changes.method} with {changes.architecture}",
-      changes=changes.lines,
-      config=text,
-    )
-    write_page(workdir, page, read_metrics(workdir))
+    write_page(workdir, _make_page(config, run), read_metrics(workdir))
+
+
+def _described(config: ConfigDict, run: Prepared) -> Described:
+  captioned = run.sources[: len(run.sources) - len(config.data.ssl_train)]
+  return build.describe_run(config, run.built, run.stages, captioned)
+
+
+def _uses_of(config: ConfigDict, run: Prepared) -> Uses:
+  objective = run.built.objective
+  is_searchable = objective.compares_embeddings and not objective.compares_tokens
+  images = [*(entry.data for entry in config.evals.values() if not entry.get("suite")), *config.data.train, "IMAGES"]
+  return Uses(bool(config.evals), "open_clip" if is_searchable else "orbax", images[0] if is_searchable else "")
+
+
+def _make_page(config: ConfigDict, run: Prepared) -> RunPage:
+  changes = changes_from_default(config)
+  return RunPage(
+    title=_described(config, run).title,
+    total=run.total_steps,
+    command=sys.argv,
+    uses=_uses_of(config, run),
+    standard=f"{changes.method} with {changes.architecture}",
+    changes=changes.lines,
+    config=json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True),
+  )
 
 
 def _open(
@@ -452,7 +459,7 @@ def _describe(part: Part) -> str:
 
 
 def _finish(
-  step: int, workdir: Path, latest: dict[str, float], plain_retrievals: Sequence[str], is_try: bool
+  config: ConfigDict, run: Prepared, step: int, workdir: Path, latest: dict[str, float], is_try: bool
 ) -> dict[str, float]:
   """Prints and returns the final metrics of a run."""
   names = ("examples", "training_flops", "temperature", "dense_temperature", "images_per_second", "utilisation")
@@ -463,7 +470,8 @@ def _finish(
     bad = bad_samples.total(read_metrics(workdir)) if (workdir / "metrics.jsonl").exists() else {}
     skipped = {"samples skipped": bad_samples.describe(bad)} if bad else {}
     message(summary_table({"run": str(workdir), **final, **skipped}), stream=sys.stdout)
-    for line in closing_lines(workdir, final, plain_retrievals, is_try):
+    plain, commands = build.plain_retrievals(config.evals), next_commands(workdir, _uses_of(config, run))
+    for line in closing_lines(workdir, final, plain, commands, is_try):
       message(line)
   return final
 

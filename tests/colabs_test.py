@@ -71,10 +71,10 @@ def test_the_address_of_the_repository_stands_in_one_place() -> None:
 def test_another_address_is_written_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   """Into badges, links and installation of the notebooks, and into CITATION.cff."""
   shutil.copytree(COLABS, tmp_path / "colabs")
-  for name in ("CITATION.cff", "setup.py"):
-    (tmp_path / name).write_text((ROOT / name).read_text())
-  changed = (ROOT / "setup.py").read_text().replace(REPOSITORY, "https://github.com/someone/declip_jax")
-  (tmp_path / "setup.py").write_text(changed)
+  shutil.copy(ROOT / "CITATION.cff", tmp_path)
+  changed = (ROOT / "declip_jax/__init__.py").read_text().replace(REPOSITORY, "https://github.com/someone/declip_jax")
+  (tmp_path / "declip_jax").mkdir()
+  (tmp_path / "declip_jax/__init__.py").write_text(changed)
   for name, path in (("ROOT", tmp_path), ("COLABS", tmp_path / "colabs"), ("_CITATION", tmp_path / "CITATION.cff")):
     monkeypatch.setattr(notebooks, name, path)
   notebooks.main()

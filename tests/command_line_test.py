@@ -11,8 +11,10 @@ import sys
 from absl import flags
 import pytest
 
-from declip_jax import command_line, config, config_files
+from declip_jax import ADDRESS, command_line, config, config_files
 from declip_jax.__main__ import COMMANDS
+from declip_jax.architectures import ARCHITECTURES
+from declip_jax.methods import NAMES
 
 Parse = Callable[..., tuple[int, str, str]]
 
@@ -174,10 +176,37 @@ def test_parsed_flags_are_the_config_and_the_positional_arguments(
 def test_help_shows_the_doc_and_the_flags(values: flags.FlagValues, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr("sys.argv", [__name__])  # the command is the module that defines flags
   text = "\n".join(command_line.help_text("Does it.\n", values))
-  assert text.startswith("Does it.\n\nflags:\n  --config=NAME")
+  assert text.startswith("Does it.\n\nconfigs, for --config=NAME:\n")
+  assert "\n\nflags:\n  --config=NAME" in text
   assert "  --format=a|b\n      What to write. (default: a)\n" in text
   assert "--[no]print_config\n" in text
   assert "--config.FIELD=VALUE" in text
+
+
+def test_help_lists_what_a_config_can_name_and_where_its_fields_are_explained() -> None:
+  done = _listing("declip_jax.train", "--help")
+  for names in (config_files.names(), NAMES, ARCHITECTURES):
+    assert not {*names} - _names(done)
+  fields = done[done.index("fields of a config") :]
+  assert all(text in fields for text in ("--print_config", "python -m declip_jax.new", f"{ADDRESS}/blob/main/docs/api"))
+  assert "python -m declip_jax lists all commands" in done
+  assert max(map(len, done.splitlines())) <= 120
+
+
+def test_the_list_of_all_commands_has_methods_and_architectures_and_imports_no_jax() -> None:
+  code = "import runpy, sys; runpy.run_module('declip_jax', run_name='__main__'); sys.exit('jax' in sys.modules)"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+  assert not {*NAMES, *ARCHITECTURES} - _names(done.stdout)
+
+
+def _listing(module: str, flag: str) -> str:
+  command = [sys.executable, "-m", module, flag]
+  return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def _names(listing: str) -> set[str]:
+  """The names in lists with commas, over lines that begin with two spaces."""
+  return {name for line in listing.splitlines() for name in line.strip().rstrip(",").split(", ")}
 
 
 @pytest.mark.parametrize(

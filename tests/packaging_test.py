@@ -1,6 +1,5 @@
 """What surrounds the package: metadata that several files repeat, CI, and the versions of tools."""
 
-import ast
 from collections.abc import Iterator
 from pathlib import Path
 import re
@@ -15,12 +14,6 @@ ROOT = Path(__file__).parents[1]
 SETUP = (ROOT / "setup.py").read_text()
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PINNED = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-
-
-def constant(name: str) -> Any:
-  """A constant of setup.py."""
-  nodes = (node for node in ast.parse(SETUP).body if isinstance(node, ast.Assign))
-  return next(ast.literal_eval(node.value) for node in nodes if ast.unparse(node.targets[0]) == name)
 
 
 def steps(workflow: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -61,7 +54,7 @@ def test_the_hooks_of_a_commit_have_the_tested_version_of_ruff() -> None:
 
 
 def test_the_address_of_the_repository_and_the_version_are_the_same_everywhere() -> None:
-  address = constant("_ADDRESS")
+  address = declip_jax.ADDRESS
   citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
   assert (citation["repository-code"], citation["version"]) == (address, declip_jax.__version__)
   assert f"\n## {declip_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
@@ -78,7 +71,7 @@ def test_metadata_have_the_readme_with_links_that_work_elsewhere_and_all_licence
   assert len(links) > 20
   assert all(link.startswith(("https://", "#")) for link in links)
   for link in [*links, *given["project_urls"].values()]:
-    if path := re.fullmatch(rf"{re.escape(constant('_ADDRESS'))}/blob/main/([^#]+)(#.*)?", link):
+    if path := re.fullmatch(rf"{re.escape(declip_jax.ADDRESS)}/blob/main/([^#]+)(#.*)?", link):
       assert (ROOT / path[1]).exists(), link
   found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "declip_jax").rglob("*LICENSE*")}
   assert set(given["license_files"]) == {"LICENSE", *found}

@@ -300,6 +300,9 @@ def test_run_leaves_its_record(finished_run: FinishedRun, tmp_path: Path) -> Non
   assert all(f'src="{name}"' in page for name in names if name.endswith(".png"))
   assert "declip: 8 steps of 16 pairs, of 256 in scenes:train/256/24" in page
   assert "8 of 8 steps" in page
+  assert f"python -m declip_jax.evaluate --workdir {workdir}\n" in page
+  assert f"python -m declip_jax.export --workdir {workdir} --format open_clip --output export\n" in page
+  assert f"python -m declip_jax.search --weights {workdir} --images scenes:" in page
   assert "config.batch_size: 4096 -&gt; 16" in page
   shown = [(event.step, one) for event in read_events(workdir / "tensorboard") for one in event.summary.value]
   pictures = {(step, one.tag) for step, one in shown if one.HasField("image")}

@@ -1,7 +1,7 @@
 """Writes what several files repeat: python tools/notebooks.py
 
 Notebooks of colabs/ have cells in common: the badge, which opens the notebook in Colab, and the installation. The
-address of the repository is `_ADDRESS` of setup.py. Links of a notebook to files of the repository start with it, since
+address of the repository is `ADDRESS` of declip_jax. Links of a notebook to files of the repository start with it, since
 relative ones lead nowhere on Colab; this command changes them, and the address in CITATION.cff, too.
 """
 
@@ -52,7 +52,7 @@ warnings.filterwarnings("ignore", message="os.fork")  # of JAX, at each `!`
 
 def repository() -> str:
   """The address of the repository."""
-  return re.search(r'^_ADDRESS = "(\S+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)[1]
+  return re.search(r'^ADDRESS = "(\S+)"', (ROOT / "declip_jax/__init__.py").read_text(), re.MULTILINE)[1]
 
 
 def shared_cells(name: str) -> dict[str, str]:
@@ -67,7 +67,7 @@ def shared_cells(name: str) -> dict[str, str]:
 
 
 def with_address(text: str) -> str:
-  """The text, in which each address of the repository is that of setup.py."""
+  """The text, in which each address of the repository is the present one."""
   return re.sub(_ADDRESS, repository(), text)
 
 

@@ -13,6 +13,8 @@ What a config leaves open, and how it is chosen; `pairs` is the number of sample
     bank_size=0          65,536 texts, as in DeCLIP, but at most half as many as pairs: a bank with the pair's own text
                          finds that; at least two batches
 
+`log_every` is lowered so that such a run has at least twenty lines of metrics, which its warnings need.
+
 A chosen batch size fits if its `Estimate` is at most three quarters of the memory that JAX reports, or of half of the
 machine's memory on CPUs; for `model.remat` it may be all of this memory. Nothing is compiled for it: `python -m
 declip_jax.plan` computes exactly what a config needs, and its `--fastest` finds the fastest choice.
@@ -47,6 +49,7 @@ _OPEN = {
 }
 _LARGEST_BATCH, _SMALLEST_BATCH, _LARGEST_BATCH_ON_CPU = 4096, 32, 256  # pairs
 _BATCHES = 16  # in an epoch, at least
+_LINES = 20  # of metrics, at least
 _EPOCHS, _MOST_EPOCHS = 32, 100
 _SEEN = 2**18  # pairs that a run sees at least, unless that takes more than the most epochs
 _GROUP = 128  # pairs
@@ -126,6 +129,8 @@ def choose(
   if "model.heads.bank_size" in fields:
     largest = _BANK if math.isinf(pairs) else min(_BANK, _power_of_two(pairs / 2))
     config.model.heads.bank_size = max(largest, 2 * config.batch_size // config.model.heads.bank_groups)
+  if num_pairs is not None:
+    config.log_every = _log_every(config, plan_stages(config, max(1, num_pairs))[-1].total_steps)
   return config
 
 
@@ -217,8 +222,13 @@ def shortened(config: ConfigDict, steps: int, epoch_examples: int) -> ConfigDict
   config.optimizer.milestones = points(config.optimizer.milestones)
   for term in config.objective.values():
     term.schedule = points(term.schedule)
-  config.log_every = min(config.log_every, max(1, steps // 20))
+  config.log_every = _log_every(config, steps)
   return config
+
+
+def _log_every(config: ConfigDict, steps: int) -> int:
+  """The steps from one line of metrics to the next, of a run of this length."""
+  return min(config.log_every, max(1, steps // _LINES))
 
 
 def _get(fields: Mapping[str, Any], path: str) -> Any:

@@ -219,7 +219,11 @@ def score_lines(step: int, results: Mapping[str, float]) -> Iterator[str]:
 
 
 def closing_lines(
-  workdir: Path, final: Mapping[str, float], plain_retrievals: Sequence[str], is_try: bool = False
+  workdir: Path,
+  final: Mapping[str, float],
+  plain_retrievals: Sequence[str],
+  commands: Sequence[str],
+  is_try: bool = False,
 ) -> Iterator[str]:
   """Describes what a run has reached, beside chance or the most frequent class, and what to do next.
 
@@ -227,6 +231,7 @@ def closing_lines(
     workdir: working directory.
     final: final metrics of the run, of which those named eval/... count.
     plain_retrievals: names of retrievals that search all images at once.
+    commands: lines of `run_page.next_commands`.
     is_try: True for a length that --steps set.
   """
   for name in dict.fromkeys(metric.split("/")[1] for metric in final if metric.startswith("eval/")):
@@ -238,6 +243,8 @@ def closing_lines(
       chance = f"; chance: {min(10 / scores['images'], 1):.1%}" if name in plain_retrievals else ""
       yield f"{name}: recall at 10 is {both}{chance}"
   if (page := workdir / "index.html").exists():
-    yield f"pictures, scores and the commands to type next: {page}"
+    yield f"pictures and scores: {page}"
+  yield "commands to type next:"
+  yield from commands
   if is_try:
     yield "--steps set the length of this run: train the whole run without --steps, in another --workdir"

@@ -9,7 +9,7 @@ import shlex
 from declip_jax.data.storage import outputs
 from declip_jax.reporting.documents import Block, Code, Heading, Listing, Picture, Table, to_html
 from declip_jax.reporting.metrics import is_score, number_text
-from declip_jax.reporting.symptoms import PAGE
+from declip_jax.reporting.symptoms import link
 from declip_jax.runtime import bad_samples
 from declip_jax.spelling import counted
 
@@ -25,6 +25,21 @@ _SHOWN = ("examples", "temperature", "images_per_second", "utilisation", "skippe
 
 
 @dataclass(frozen=True)
+class Uses:
+  """What a trained run can be used for.
+
+  Attributes:
+    is_evaluated: whether it has evaluations.
+    export_format: format in which it can be exported.
+    searched: images that it can search by texts, as a spec; "" if it cannot.
+  """
+
+  is_evaluated: bool
+  export_format: str
+  searched: str
+
+
+@dataclass(frozen=True)
 class RunPage:
   """What the page of a run says besides its metrics.
 
@@ -32,8 +47,7 @@ class RunPage:
     title: the run in a line: method, data, pairs.
     total: number of steps until training ends.
     command: program and arguments that started it.
-    export_format: format in which it can be exported.
-    searched: images that it can search by texts, as a spec; "" if it cannot.
+    uses: what it can be used for.
     standard: the default config that it is compared with, by its method and architecture.
     changes: fields that make it train something else than that config.
     config: config as text.
@@ -42,8 +56,7 @@ class RunPage:
   title: str
   total: int
   command: Sequence[str]
-  export_format: str
-  searched: str
+  uses: Uses
   standard: str
   changes: Sequence[str]
   config: str
@@ -85,9 +98,7 @@ def _warnings(metrics: Lines) -> Iterator[Block]:
         steps.setdefault(name.removeprefix("warning/"), []).append(line["step"])
   if steps:
     yield Heading("Warnings")
-    yield Listing(
-      [f"`{name}`, steps {own[0]:,} to {own[-1]:,}: see {PAGE}#{name.replace('_', '-')}" for name, own in steps.items()]
-    )
+    yield Listing([f"`{name}`, steps {own[0]:,} to {own[-1]:,}: see {link(name)}" for name, own in steps.items()])
 
 
 def _scores(metrics: Lines) -> Iterator[Block]:
@@ -131,21 +142,32 @@ def _pictures(workdir: Path) -> Iterator[Block]:
     yield Picture(path, _CAPTIONS.get(path.stem, f"The evaluation {path.stem}"))
 
 
-def _commands(workdir: Path, run: RunPage, metrics: Lines) -> Iterator[Block]:
-  """Commands to type next, which name the working directory as the run was given it."""
-  program, *arguments = run.command or [""]
-  here = shlex.quote(str(workdir))
-  lines = ["# evaluate it again", f"python -m declip_jax.evaluate --workdir {here}"]
+def next_commands(workdir: Path, uses: Uses) -> list[str]:
+  """Lines for a shell: the commands for a trained run, each after a comment that says what it is for.
+
+  Args:
+    workdir: working directory, which they name as the run was given it.
+    uses: what the run can be used for.
+  """
+  here, lines = shlex.quote(str(workdir)), []
+  if uses.is_evaluated:
+    lines += ["# evaluate it again", f"python -m declip_jax.evaluate --workdir {here}"]
   lines += [
     "# export its weights",
-    f"python -m declip_jax.export --workdir {here} --format {run.export_format} --output export",
+    f"python -m declip_jax.export --workdir {here} --format {uses.export_format} --output export",
   ]
-  if run.searched:
-    lines += ["# search images by texts, on a page", _search_command(workdir, run.searched)]
+  if uses.searched:
+    lines += ["# search images by texts, on a page", _search_command(workdir, uses.searched)]
+  return lines
+
+
+def _commands(workdir: Path, run: RunPage, metrics: Lines) -> Iterator[Block]:
+  program, *arguments = run.command or [""]
+  lines = next_commands(workdir, run.uses)
   if program.endswith("declip_jax/train.py") and (not metrics or metrics[-1]["step"] < run.total):
     lines = ["# resume it", f"python -m declip_jax.train {shlex.join(arguments)}", *lines]
   if (workdir / "tensorboard").exists():
-    lines += ["# its curves, with zoom", f"tensorboard --logdir {here}"]
+    lines += ["# its curves, with zoom", f"tensorboard --logdir {shlex.quote(str(workdir))}"]
   yield Heading("Commands")
   yield Code("\n".join(lines))
 

@@ -109,6 +109,13 @@ def test_few_pairs_are_seen_more_often(pairs: int | None, epochs: int, chosen: A
   assert chosen(open_config(), pairs).duration.to_dict() == config.duration(epochs=epochs).to_dict()
 
 
+@pytest.mark.parametrize(("epochs", "every", "logged"), [(10.0, 50, 7), (100.0, 50, 50), (10.0, 5, 5), (10.0, 0, 0)])
+def test_a_short_run_has_twenty_lines_of_metrics(epochs: float, every: int, logged: int, chosen: Any) -> None:
+  c = open_config()
+  c.duration, c.log_every = config.duration(epochs=epochs), every
+  assert chosen(c, 450, devices=1).log_every == logged  # of 140 or 1,406 steps of 32 pairs
+
+
 @pytest.mark.parametrize(
   ("pairs", "devices", "groups", "size"),
   [(None, 8, 32, 2**16), (10**5, 8, 32, 2**15), (7282, 1, 2, 2**11), (600, 1, 1, 256), (40, 6, 1, 48), (50, 1, 1, 64)],

@@ -155,11 +155,13 @@ def test_a_run_ends_with_its_scores_beside_chance(tmp_path: Path) -> None:
     "eval/pairs/images": 400,
     "eval/suite/pets": 0.5,
   }
-  mine, pairs = closing_lines(tmp_path, final, ["pairs"])
+  commands = ["# export its weights", "python -m declip_jax.export --workdir x"]
+  mine, pairs, *others = closing_lines(tmp_path, final, ["pairs"], commands)
+  assert others == ["commands to type next:", *commands]
   assert re.findall(r"[\d.]+%", mine) == ["50.0%", "12.5%"]
   assert re.findall(r"[\d.]+%", pairs) == ["25.0%", "75.0%", "2.5%"]
-  assert "chance" not in "".join(closing_lines(tmp_path, final, []))
+  assert "chance" not in "".join(closing_lines(tmp_path, final, [], commands))
   (tmp_path / "index.html").touch()
-  *_, page = closing_lines(tmp_path, {}, [])
+  page, *_ = closing_lines(tmp_path, {}, [], commands)
   assert page.endswith(str(tmp_path / "index.html"))
-  assert "without --steps" in [*closing_lines(tmp_path, {}, [], is_try=True)][-1]
+  assert "without --steps" in [*closing_lines(tmp_path, {}, [], commands, is_try=True)][-1]

@@ -2,12 +2,14 @@
 
 from html.parser import HTMLParser
 import math
+import shlex
 
 import numpy as np
 from PIL import Image
 import pytest
 
-from declip_jax.reporting.run_page import RunPage, write_page
+from declip_jax import ADDRESS
+from declip_jax.reporting.run_page import RunPage, Uses, next_commands, write_page
 
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y>"
 METRICS = [
@@ -42,10 +44,13 @@ def workdir(tmp_path):
   return folder
 
 
+USES = Uses(is_evaluated=True, export_format="open_clip", searched="scenes:test/4 5")
+
+
 def written(workdir, metrics=METRICS, title=HOSTILE):
   command = ["/x/declip_jax/train.py", f"--config=demo:data={HOSTILE}", "--workdir", "a run & more"]
   changes = [f"config.data.train: () -> ({HOSTILE!r},)", *(f"config.field{number}: 0 -> 1" for number in range(24))]
-  page = RunPage(title, 40, command, "open_clip", "scenes:test/4 5", "clip with ViT-B/32", changes, HOSTILE)
+  page = RunPage(title, 40, command, USES, "clip with ViT-B/32", changes, HOSTILE)
   write_page(workdir, page, metrics)
   return (workdir / "index.html").read_text(encoding="utf-8")
 
@@ -63,12 +68,22 @@ def test_the_page_has_scores_warnings_and_commands(workdir):
   assert rows[0].split() == ["zero_shot", "top1", "62.5%", "75.0%", "20"]
   assert "loss 2.5" in text
   assert "eval/zero_shot/images 2,000" in text
-  assert "at_chance , steps 10 to 20: see docs/when_it_does_not_learn.md#at-chance" in text
+  assert f"at_chance , steps 10 to 20: see {ADDRESS}/blob/main/docs/when_it_does_not_learn.md#at-chance" in text
   assert f"--workdir '{workdir}'" in text
   assert "python -m declip_jax.train" in text
   assert f"python -m declip_jax.search --weights '{workdir}' --images 'scenes:test/4 5'" in text
   assert "config.field22: 0 -> 1\n... and 1 other field" in text
   assert "config.field23" not in text
+
+
+def test_the_commands_are_those_that_fit_the_run_ready_for_a_shell(workdir):
+  evaluate, export, search = (line for line in next_commands(workdir, USES) if not line.startswith("#"))
+  assert shlex.split(evaluate)[1:] == ["-m", "declip_jax.evaluate", "--workdir", str(workdir)]
+  assert shlex.split(export)[3:] == ["--workdir", str(workdir), "--format", "open_clip", "--output", "export"]
+  assert shlex.split(search)[3:] == ["--weights", str(workdir), "--images", "scenes:test/4 5"]
+  assert all(line in Parsed(written(workdir)).text for line in (evaluate, export, search))
+  bare = next_commands(workdir, Uses(False, "open_clip", ""))
+  assert bare == ["# export its weights", export]
 
 
 def test_texts_from_outside_do_not_become_html(workdir):
