@@ -1,7 +1,7 @@
 """Writes what several files repeat: python tools/notebooks.py
 
 Notebooks of colabs/ have cells in common: the badge, which opens the notebook in Colab, and the installation. The
-address of the repository is `ADDRESS` of declip_jax. Links of a notebook to files of the repository start with it, since
+address of the repository is `declip_jax.ADDRESS`. Links of a notebook to files of the repository start with it, since
 relative ones lead nowhere on Colab; this command changes them, and the address in CITATION.cff, too.
 """
 
