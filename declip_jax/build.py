@@ -42,9 +42,10 @@ from declip_jax.objectives import TERMS, Objective, diagnostics, make_objective
 from declip_jax.objectives.blockwise import PLAIN, Method
 from declip_jax.objectives.momentum import momentum_at
 from declip_jax.ranges import check_values
+from declip_jax.reporting.chance import chance_losses
 from declip_jax.reporting.curves import Described
 from declip_jax.reporting.progress import message
-from declip_jax.reporting.symptoms import Facts, chance_losses
+from declip_jax.reporting.symptoms import Facts
 from declip_jax.reporting.trackers import OpenTracker
 from declip_jax.reporting.trackers.libraries import TRACKERS
 from declip_jax.sharding import gather, make_mesh, replicated, traced_over

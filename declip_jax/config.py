@@ -216,7 +216,7 @@ def _as_released(c: ConfigDict, method: str) -> None:
 
 def _data(recipe: str, image_size: int) -> ConfigDict:
   c = ConfigDict()
-  c.train = ("scenes:train",)  # sources to train on, "kind:location" each
+  c.train = ("scenes:train",)  # sources to train on, "kind:location" each, or paths that data.inspect recognises
   c.mixture = (1.0,)  # weight of each source
   # Sources of other images for self-supervision in the same step (SLIP's "decoupled"); () uses those of the pairs.
   c.ssl_train = ()

@@ -13,9 +13,11 @@ import numpy as np
 from declip_jax import build
 from declip_jax.data import pipeline
 from declip_jax.data.deaths import Deaths
+from declip_jax.data.guess import guess, guess_test, read_as
 from declip_jax.data.make_views import MakeViews
 from declip_jax.data.mixture import Mixture
 from declip_jax.data.sources import Source, open_source
+from declip_jax.evals import SPLITS
 from declip_jax.evals.encoders import EncoderFactory, Encoders
 from declip_jax.extras import grain
 from declip_jax.first_state import read_weights
@@ -206,6 +208,32 @@ def _about_adapters(built: build.Built, abstract: State) -> list[str]:
 
 def has_checkpoints(workdir: Path) -> bool:
   return any(path.name.isdecimal() for path in (workdir / "checkpoints").glob("*"))
+
+
+def with_specs(config: ConfigDict) -> ConfigDict:
+  """Replaces paths in `config.data.train`, `config.data.ssl_train` and `config.evals` by the specs of their data.
+
+  They are printed, and saved with the run. A path that does not exist stays, unless its suffix determines its kind.
+
+  Raises:
+    ValueError: nothing was recognised at a path.
+  """
+  config = config.copy_and_resolve_references()
+  for field in ("train", "ssl_train"):
+    config.data[field] = tuple(_spec(path, f"config.data.{field}", guess) for path in config.data[field])
+  for name, fields in config.evals.items():
+    if isinstance(fields, ConfigDict) and not fields.get("suite"):
+      for split, function in {"data": guess_test, **dict.fromkeys(SPLITS, guess)}.items():
+        if isinstance(path := fields.get(split), str) and path:
+          fields[split] = _spec(path, f"config.evals.{name}.{split}", function)
+  return config
+
+
+def _spec(path: str, field: str, function: Callable[[str], str]) -> str:
+  try:
+    return read_as(path, field, function)
+  except FileNotFoundError:
+    return path
 
 
 def with_classes(

@@ -33,7 +33,7 @@ from declip_jax.data.sources import Source
 from declip_jax.extras import import_package
 from declip_jax.first_state import first_state, read_weights
 from declip_jax.planning import devices
-from declip_jax.prepare import Part, Prepared, StepFn, planned, prepare, with_choices, with_classes
+from declip_jax.prepare import Part, Prepared, StepFn, planned, prepare, with_choices, with_classes, with_specs
 from declip_jax.reporting import pictures
 from declip_jax.reporting.curves import Described, plot_curves
 from declip_jax.reporting.metrics import MetricWriter, read_metrics, summary_table
@@ -81,8 +81,8 @@ def train(
   """Trains a config to its end, from the newest checkpoint in `workdir` if there is one.
 
   Args:
-    config: a config, see `config.default`. Fields that it leaves open are chosen, see `planning.choose`; a run that
-      resumes keeps its values.
+    config: a config, see `config.default`. Paths of data become specs, see `prepare.with_specs`. Fields that it leaves
+      open are chosen, see `planning.choose`; a run that resumes keeps its values.
     workdir: directory for checkpoints, metrics and pictures.
     sources: sources to train on instead of `config.data.train`, such as `from_huggingface` of a data set.
     profile: first and last step to trace into `workdir/profile`.
@@ -105,7 +105,7 @@ def train(
   with contextlib.ExitStack() as stack, explained(_NEEDS_LESS_MEMORY):
     watchdog = stack.enter_context(Watchdog(workdir, config.safety.hang_timeout))
     stack.enter_context(listening(watchdog.beat))
-    config, sources = with_classes(config, sources, watchdog)
+    config, sources = with_classes(with_specs(config), sources, watchdog)
     config, sources, chosen = with_choices(config, sources, steps, workdir, watchdog)
     run = prepare(config, workdir, sources, watchdog)
     workdir.mkdir(parents=True, exist_ok=True)

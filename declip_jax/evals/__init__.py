@@ -186,7 +186,8 @@ def check_options(options: Mapping[str, Any], field: str) -> None:
   if kind not in EVALUATORS:
     raise ValueError(f"{field}.kind={kind!r}: {kinds}{did_you_mean(str(kind), EVALUATORS)}")
   if not options.get("data") or not isinstance(options["data"], str):
-    raise ValueError(f"{field}.data={options.get('data')!r}: expected a source, such as 'webdataset:/data/test-*.tar'")
+    example = f"--{field}.data=pairs.csv or --{field}.data='webdataset:/data/test-*.tar'"
+    raise ValueError(f"{field}.data={options.get('data')!r}: expected a path or a source, such as {example}")
   _check_splits(EVALUATORS[kind], options, field)
   every = options.get("every", 1)
   if type(every) is not int or every < 1:

@@ -1,6 +1,6 @@
 """The curves of one run over its steps. Colours and files are those of `charts`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 import itertools
 import os
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from declip_jax.reporting.chance import recalls_at_chance
 from declip_jax.reporting.charts import amount, legend_beside, look_of, percent_axis, style
 from declip_jax.reporting.metrics import is_score
 from declip_jax.reporting.pictures import FAINT, INK, new_figure, save, wrap
@@ -35,6 +36,7 @@ _SINGLE = {
   "images_per_second": "images per second",
 }
 _FROM_ZERO = ("lr", "images_per_second")
+_DIRECTIONS = ("image to text", "text to image")
 
 Series = tuple[np.ndarray, np.ndarray]  # steps and values
 
@@ -130,6 +132,8 @@ def _losses(metrics: Sequence[Mapping[str, Any]], run: Described) -> Iterator[_P
   curves = {term: _series(metrics, f"loss/{term}") for term in terms}
   total = _series(metrics, "loss")
   full = _first_after_zeros(curves.get("nns"))
+  if "nns" in curves and not curves["nns"][1].any():  # the bank has never been full
+    del curves["nns"]
   if full is not None:
     x, y = curves["nns"]
     curves["nns"] = x[x >= full], y[x >= full]
@@ -158,10 +162,21 @@ def _evaluations(metrics: Sequence[Mapping[str, Any]], run: Described) -> Iterat
     chance = {}
     if len(largest := _series(metrics, f"{prefix}majority_share")[1]):
       chance["largest class"] = largest[-1]
-    if evaluation in run.one_image and len(images := _series(metrics, f"{prefix}images")[1]):
-      firsts = sorted({int(found[1]) for label in curves if (found := re.search(r" r(\d+)$", label))})
-      chance |= {f"r{first} at chance": min(first / images[-1], 1) for first in firsts}
+    images, texts = (_series(metrics, f"{prefix}{side}")[1] for side in ("images", "texts"))
+    if evaluation in run.one_image and len(images) and len(texts):
+      chance |= _recalls_at_chance(curves, images[-1], texts[-1])
     yield _Panel(evaluation.replace("_", " "), _known(curves), chance, share=True)
+
+
+def _recalls_at_chance(labels: Iterable[str], images: float, texts: float) -> dict[str, float]:
+  """Those of random orders for each recall, or for both directions at once where they are the same."""
+  found = {}
+  for label in labels:
+    if recall := re.fullmatch(rf"({'|'.join(_DIRECTIONS)}) r(\d+)", label):
+      both = recalls_at_chance(int(recall[2]), images, texts)
+      name = f"r{recall[2]}" if images == texts else label
+      found[f"{name} at chance"] = both[_DIRECTIONS.index(recall[1])]
+  return found
 
 
 def _deviations(metrics: Sequence[Mapping[str, Any]]) -> _Panel:

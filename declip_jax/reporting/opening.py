@@ -18,6 +18,7 @@ from declip_jax.data.storage import files
 from declip_jax.data.text.tokenizer import Tokenizer
 from declip_jax.extras import grain
 from declip_jax.reporting import pictures
+from declip_jax.reporting.chance import recalls_at_chance
 from declip_jax.reporting.metrics import score_text
 from declip_jax.sharding import layout_table
 from declip_jax.spelling import counted
@@ -239,8 +240,10 @@ def closing_lines(
     if "top1" in scores and "majority_share" in scores:
       yield f"{name}: top-1 {scores['top1']:.1%}; always the most frequent class: {scores['majority_share']:.1%}"
     if (found := scores.get("text_to_image_r10")) is not None and scores.get("images"):
-      both = f"{scores['image_to_text_r10']:.1%} from image to text and {found:.1%} from text to image"
-      chance = f"; chance: {min(10 / scores['images'], 1):.1%}" if name in plain_retrievals else ""
+      both = _directions(scores["image_to_text_r10"], found)
+      chance = ""
+      if name in plain_retrievals:
+        chance = f"; chance: {_directions(*recalls_at_chance(10, scores['images'], scores['texts']))}"
       yield f"{name}: recall at 10 is {both}{chance}"
   if (page := workdir / "index.html").exists():
     yield f"pictures and scores: {page}"
@@ -248,3 +251,7 @@ def closing_lines(
   yield from commands
   if is_try:
     yield "--steps set the length of this run: train the whole run without --steps, in another --workdir"
+
+
+def _directions(image_to_text: float, text_to_image: float) -> str:
+  return f"{image_to_text:.1%} from image to text and {text_to_image:.1%} from text to image"

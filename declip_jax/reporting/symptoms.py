@@ -11,18 +11,10 @@ import math
 
 from declip_jax import ADDRESS
 from declip_jax.objectives.diagnostics import MOST_ROWS
+from declip_jax.reporting.chance import chance_losses
 from declip_jax.spelling import listed
 
 PAGE = "docs/when_it_does_not_learn.md"
-# Losses that are the cross-entropy of finding the partner among a number of candidates, by batch size; at its logarithm
-# a model ranks them at random.
-_CANDIDATES: dict[str, Callable[[int], int]] = {
-  "clip": lambda batch: batch,
-  "mvs": lambda batch: batch,
-  "nns": lambda batch: batch,
-  "filip": lambda batch: batch,
-  "simclr": lambda batch: 2 * batch - 1,
-}
 _LASTS = 0.1  # of the run, for which a symptom has to last
 _LEAST_LINES, _MOST_LINES = 2, 10  # of metrics.jsonl, which this share may be
 _GRACE, _MOST_GRACE = 0.05, 100  # of the run and in steps, after the warm-up, which may leave a model at chance
@@ -88,11 +80,6 @@ class Facts:
 def link(name: str) -> str:
   """The address of the section on a symptom."""
   return f"{ADDRESS}/blob/main/{PAGE}#{name.replace('_', '-')}"
-
-
-def chance_losses(batch_size: int) -> dict[str, float]:
-  """The loss of a model that answers at random, for each term that has one, when this many pairs are compared."""
-  return {term: math.log(candidates(batch_size)) for term, candidates in _CANDIDATES.items()}
 
 
 class Symptoms:

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from declip_jax.reporting.chance import chance_losses
 from declip_jax.reporting.charts import Points, plot_training
 from declip_jax.reporting.curves import Described, plot_curves
-from declip_jax.reporting.symptoms import chance_losses
 
 RUN = Described("DeCLIP on $5, 64 pairs", {**chance_losses(64), "mlm": math.log(1000)}, ("retrieval",))
 
@@ -38,7 +38,7 @@ def rows_of_a_run(count):
   ]
   scores = {"eval/zero_shot/top1": 0.5, "eval/zero_shot/majority_share": 0.25, "eval/zero_shot/seconds": 9.0}
   found = {"eval/retrieval/text_to_image_r1": 0.5, "eval/retrieval/text_to_image_r10": 0.75}
-  found |= {"eval/retrieval/images": 40.0}
+  found |= {"eval/retrieval/images": 40.0, "eval/retrieval/texts": 40.0}
   return [*rows, {"step": count, **scores, **found, "diagnostics/image/deviation": 0.9}]
 
 
@@ -58,6 +58,20 @@ def labels(axes):
 def dashed(axes):
   """The heights of the dashed lines."""
   return [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--" and len(line.get_xdata()) == 2]
+
+
+def test_both_directions_have_a_chance_of_their_own_where_images_have_several_texts(tmp_path, figures):
+  found = {"image_to_text_r5": 0.5, "text_to_image_r5": 0.5, "images": 30, "texts": 180}
+  rows = [{"step": 10, "loss": 1.0, **{f"eval/retrieval/{name}": value for name, value in found.items()}}]
+  axes = drawn(figures, rows, tmp_path)["retrieval"]
+  chances = ["image to text r5 at chance", "text to image r5 at chance"]
+  assert labels(axes) == ["image to text r5", "text to image r5", *chances]
+  assert sorted(dashed(axes)) == pytest.approx(sorted([1 - math.comb(174, 5) / math.comb(180, 5), 5 / 30]))
+
+
+def test_a_bank_that_is_never_full_has_no_curve(tmp_path, figures):
+  rows = [{"step": n, "loss": 5.0, "loss/clip": 6.0 - n / 10, "loss/nns": 0.0} for n in range(4)]
+  assert labels(drawn(figures, rows, tmp_path)["loss"]) == ["total", "clip", "at chance"]
 
 
 @pytest.mark.parametrize("count", [10, 2000])

@@ -153,13 +153,14 @@ def test_a_run_ends_with_its_scores_beside_chance(tmp_path: Path) -> None:
     "eval/pairs/image_to_text_r10": 0.25,
     "eval/pairs/text_to_image_r10": 0.75,
     "eval/pairs/images": 400,
+    "eval/pairs/texts": 400,
     "eval/suite/pets": 0.5,
   }
   commands = ["# export its weights", "python -m declip_jax.export --workdir x"]
   mine, pairs, *others = closing_lines(tmp_path, final, ["pairs"], commands)
   assert others == ["commands to type next:", *commands]
   assert re.findall(r"[\d.]+%", mine) == ["50.0%", "12.5%"]
-  assert re.findall(r"[\d.]+%", pairs) == ["25.0%", "75.0%", "2.5%"]
+  assert re.findall(r"[\d.]+%", pairs) == ["25.0%", "75.0%", "2.5%", "2.5%"]
   assert "chance" not in "".join(closing_lines(tmp_path, final, [], commands))
   (tmp_path / "index.html").touch()
   page, *_ = closing_lines(tmp_path, {}, [], commands)

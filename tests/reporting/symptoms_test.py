@@ -16,7 +16,8 @@ import pytest
 from declip_jax import ADDRESS, build, config, config_files
 from declip_jax.build import stage_steps
 from declip_jax.planning import choose
-from declip_jax.reporting.symptoms import NAMES, PAGE, Facts, Symptoms, chance_losses
+from declip_jax.reporting.chance import chance_losses
+from declip_jax.reporting.symptoms import NAMES, PAGE, Facts, Symptoms
 from declip_jax.stages import plan_stages
 from declip_jax.weights import describe
 
