@@ -279,11 +279,20 @@ def test_weights_and_biases_offline(offline: Path, caplog: pytest.LogCaptureFixt
   from wandb.proto import wandb_internal_pb2  # after `init`, as in a run
 
   first, second = sorted((offline / "run" / "wandb").glob("offline-run-*"))
+
+  def records(folder: Path) -> list[Any]:
+    """Those of a run up to its end, which a process of the library's own may write after `finish` has returned."""
+    (file,) = folder.glob("*.wandb")
+    deadline = time.monotonic() + 10
+    while True:
+      found = [wandb_internal_pb2.Record.FromString(content) for content in wandb_records(file)]
+      if any(record.HasField("exit") for record in found) or time.monotonic() > deadline:
+        return found
+      time.sleep(0.05)
+
   losses, seeds, exits, items = [], [], [], {}
   for folder in (first, second):
-    (file,) = folder.glob("*.wandb")
-    for content in wandb_records(file):
-      record = wandb_internal_pb2.Record.FromString(content)
+    for record in records(folder):
       if record.HasField("run"):
         assert (record.run.run_id, record.run.project, record.run.display_name) == (identity, "project", "run")
       seeds += [update.value_json for update in record.config.update if update.key == "seed"]
