@@ -498,6 +498,8 @@ MUTATIONS = [
            "array = -array", "array = +array", "weights/tensor_files_test.py"),
   Mutation("weights on the hub are downloaded before their configs are checked", "weights/hub.py",
            "if folder and name == weights[0]:", "if False:", "weights/hub_test.py"),
+  Mutation("a user sees each attempt to reach the hub", "weights/hub.py",
+           "return not _RETRIES.search(record.getMessage())", "return True", "weights/hub_test.py"),
   Mutation("an interrupted download counts as a model in the cache", "weights/hub.py",
            "[*parts, file]", "[file, *parts]", "weights/hub_test.py"),
   Mutation("a repository is public although nobody asked for it", "weights/hub.py",
