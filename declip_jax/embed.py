@@ -10,12 +10,17 @@ DIR receives parts of --images_per_part images each, in the layout of clip-retri
 
 Images that cannot be read are left out, and with --texts those without a caption. An interrupted command continues
 after its last part. No more than one part is held in memory. Needs the extra train.
+
+Several machines that share DIR can encode a source together: run the command with --shard=0/8 to --shard=7/8, or with
+--shard=auto in a Slurm array from 0, as in sbatch --array=0-7, or with --shard=auto/8 in an indexed job of Kubernetes
+with 8 completions. Machine I writes every part whose number is I modulo 8.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 import sys
 from typing import Any, NamedTuple
@@ -29,6 +34,7 @@ from declip_jax.data.guess import guess
 from declip_jax.data.mixture import has_captions
 from declip_jax.data.readers import disable_opencv_threads
 from declip_jax.data.sources import Source, open_source
+from declip_jax.data.storage import jobs
 from declip_jax.evals.encoders import Encoders, encode_texts
 from declip_jax.evals.feature_cache import numerics
 from declip_jax.evals.features import Features, encode_batches, join, read_batches, surely
@@ -56,8 +62,9 @@ def embed(
   features_dtype: str = "float32",
   images_per_part: int = _IMAGES_PER_PART,
   texts: bool = False,
+  shard: jobs.Part = jobs.WHOLE,
 ) -> int:
-  """Writes the parts that a folder does not have yet, and returns the number of images in all of them.
+  """Writes the parts that a folder does not have yet, and returns the number of images in all of this machine's.
 
   Args:
     weights: checkpoint that `clip.load` reads.
@@ -68,12 +75,13 @@ def embed(
     features_dtype: "float32" or "float16", to which embeddings of unit norm are rounded.
     images_per_part: images of the source for each part.
     texts: whether the first caption of each image is encoded, too.
+    shard: the parts that this machine writes, by default all.
 
   Raises:
     OSError: the weights or the images are not there, or cannot be read now.
     ModuleNotFoundError: the extra `train` is not installed, which writes Parquet.
-    ValueError: the model has no joint space or compares tokens, the folder has embeddings of something else, or
-      captions are missing.
+    ValueError: the model has no joint space or compares tokens, the folder has embeddings of something else, captions
+      are missing, or there are fewer parts than machines.
   """
   import_package("pyarrow")  # before anything is encoded in vain
   with command_line.naming("--weights"):
@@ -85,16 +93,18 @@ def embed(
   source = open_source(guess(images), "--images")
   if texts and not has_captions(source):
     raise ValueError(f"--texts: none of a few samples of {source.name} has a caption")
+  parts = [range(len(source))[start : start + images_per_part] for start in range(0, len(source), images_per_part)]
+  shard.check(len(parts), "parts of --images_per_part images")
   work = _Work(source, encoders, features_dtype, texts)
   _begin(output, _about(clip, work, images_per_part))
-  count = 0
-  with Bar("encoding", len(source), "images") as bar:
-    for number, start in enumerate(range(0, len(source), images_per_part)):
-      rows = range(start, min(start + images_per_part, len(source)))
+  own, count = [*enumerate(parts)][shard.index :: shard.count], 0
+  with Bar("encoding", sum(len(rows) for _, rows in own), "images") as bar:
+    for number, rows in own:
       part = _part(output, number)
-      if not part.images.exists():
+      if part.images.exists():
+        bar.update(len(rows))
+      else:
         _write_part(work, rows, part, bar)
-      bar.set(rows.stop)
       count += len(np.load(part.images, "r"))
   return count
 
@@ -127,23 +137,26 @@ def _about(clip: Clip, work: _Work, images_per_part: int) -> dict[str, Any]:
 
 
 def _begin(output: Path, about: dict[str, Any]) -> None:
-  """Makes the folders.
+  """Writes what the embeddings of a folder are of, and makes its subfolders, if no other machine has done so.
 
   Raises:
     ValueError: the folder has embeddings of something else, or other files.
   """
   file = output / _ABOUT
-  if file.exists():
+  names = os.listdir(output) if output.is_dir() else []
+  names = [name for name in names if not name.startswith(f".{_ABOUT}.")]  # that of another machine, not yet complete
+  if _ABOUT in names:
     before = {"texts": False, **json.loads(file.read_text())}
     if differing := [name for name in about if before.get(name) != about[name]]:
       shown = ", ".join(f"{name} {before.get(name)!r:.60}, not {about[name]!r:.60}" for name in differing)
       raise ValueError(f"--output={output} has embeddings with {shown}: choose another folder")
-    return
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+  elif names or output.is_file():
     raise ValueError(f"--output={output} already exists, and has no embeddings: choose a new folder")
+  else:
+    output.mkdir(parents=True, exist_ok=True)
+    records.write(file, (json.dumps(about, indent=2) + "\n").encode())
   for path in _part(output, 0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-  records.write(file, (json.dumps(about, indent=2) + "\n").encode())
+    path.parent.mkdir(exist_ok=True)
 
 
 class _Part(NamedTuple):
@@ -165,11 +178,10 @@ def _part(output: Path, number: int) -> _Part:
 
 def _write_part(work: _Work, rows: range, part: _Part, bar: Bar) -> None:
   """Encodes and writes some rows; the embeddings of images last, since they mark a part as complete."""
-  batches, done = [], rows.start
+  batches = []
   for batch in encode_batches(work.source, work.encoders, rows, surely(read_batches)):
     batches.append(dataclasses.replace(batch, pooled=np.zeros((len(batch.label), 0), np.float32)))  # it is not written
-    done += len(batch.label)
-    bar.set(done)
+    bar.update(len(batch.label))
   features = join(batches)
   kept = np.flatnonzero(features.readable)
   if work.texts:
@@ -210,6 +222,7 @@ def _command(_: list[str]) -> None:
   disable_opencv_threads()
   check_backend()
   try:
+    shard = jobs.Part.of(given.shard, os.environ)
     count = embed(
       given.weights,
       given.images,
@@ -219,9 +232,11 @@ def _command(_: list[str]) -> None:
       features_dtype=given.features_dtype,
       images_per_part=given.images_per_part,
       texts=given.texts,
+      shard=shard,
     )
     what = f"{counted(count, 'image')}{' and their texts' if given.texts else ''}"
-    message(f"{given.output}: embeddings of {what}", stream=sys.stdout)
+    which = "" if shard == jobs.WHOLE else f" (shard {shard.index}/{shard.count})"
+    message(f"{given.output}: embeddings of {what}{which}", stream=sys.stdout)
   finally:
     drop_lost_streams()
 
@@ -240,6 +255,9 @@ def main() -> None:
   )
   flags.DEFINE_integer("images_per_part", _IMAGES_PER_PART, "Images of the source for each part.", lower_bound=1)
   flags.DEFINE_bool("texts", False, "Also encode the first caption of each image.")
+  flags.DEFINE_string(
+    "shard", "0/1", "I/N, auto or auto/N: this machine writes shard I of N of the parts, with I from 0."
+  )
   command_line.run(_command, __doc__, required=("weights", "images", "output"))
 
 

@@ -1,15 +1,22 @@
-"""Tests of the embeddings for other tools: their values and metadata, interruptions, and folders of something else."""
+"""Tests of the embeddings for other tools: their values and metadata, interruptions, several machines, and folders of
+something else.
+"""
 
+from collections.abc import Callable
 import copy
+import functools
 from pathlib import Path
 
+from absl import flags
 from clips import Counting, make_clip
 import numpy as np
 import PIL.Image
 import pyarrow.parquet
 import pytest
 
+from declip_jax import command_line
 from declip_jax import embed as command
+from declip_jax.data.storage import jobs
 from declip_jax.embed import embed
 
 
@@ -67,6 +74,72 @@ def test_embeddings_and_metadata_are_written_once_even_if_interrupted(
     text.unlink()
   with pytest.raises(ValueError, match=r"--texts: none of a few samples of .*images has a caption"):
     embed("weights", str(images), tmp_path / "new", **options)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+  return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_several_machines_write_the_parts_of_one(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  alone, output, clip = tmp_path / "alone", tmp_path / "out", make_clip(0)
+
+  def write(folder: Path, shard: jobs.Part = jobs.WHOLE, batches: int = 9) -> tuple[int, int]:
+    """The images of the parts that a machine has written, and the batches of 8 that it encoded until it stopped."""
+    counting = Counting(monkeypatch, command, clip, batches)
+    count = embed("weights", str(images), folder, images_per_part=8, texts=True, shard=shard)
+    return count, counting.batches
+
+  assert write(alone) == (39, 5)
+  output.mkdir()
+  (output / ".about.json.01234567.tmp").touch()  # of a machine that is starting
+  assert write(output, jobs.Part(2, 3)) == (7, 1)
+  assert {path.name for path in (output / "img_emb").iterdir()} == {"img_emb_00002.npy"}
+  with pytest.raises(KeyboardInterrupt):
+    write(output, jobs.Part(1, 3), batches=1)
+  assert write(output, jobs.Part(1, 3)) == (16, 1)
+  assert write(output, jobs.Part(0, 3)) == (16, 2)
+  assert _contents(output) == _contents(alone)
+  assert write(output) == (39, 0)
+  with pytest.raises(ValueError, match="shard=0/6: expected at most as many machines as parts of --images_per_part"):
+    write(tmp_path / "new", jobs.Part(0, 6))
+  assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+  """The command with some arguments."""
+
+  def run_command(*arguments: str) -> None:
+    values = flags.FlagValues()
+    with monkeypatch.context() as patch:
+      patch.setattr(flags, "FLAGS", values)
+      for name in ("string", "bool", "integer", "multi_string", "enum"):
+        patch.setattr(flags, f"DEFINE_{name}", functools.partial(getattr(flags, f"DEFINE_{name}"), flag_values=values))
+      patch.setattr(command_line, "run", lambda *_, **kwargs: values(["embed", *arguments]))
+      command.main()
+      command._command([])
+
+  return run_command
+
+
+def test_the_flag_shard_chooses_the_parts(
+  run: Callable[..., None],
+  images: Path,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  Counting(monkeypatch, command, make_clip(0))
+  monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+  monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+  given = ["--weights=w", f"--images={images}", f"--output={tmp_path / 'out'}", "--images_per_part=16"]
+  run(*given, "--shard=auto/2")
+  assert capsys.readouterr().out == f"{tmp_path / 'out'}: embeddings of 15 images (shard 1/2)\n"
+  run(*given)
+  assert capsys.readouterr().out == f"{tmp_path / 'out'}: embeddings of 39 images\n"
+  for wrong in ("2/2", "-1/2", "1", "", "auto", "0/0"):
+    with pytest.raises(ValueError, match=f"shard={wrong}: "):
+      run(*given, f"--shard={wrong}")
 
 
 def test_models_without_joint_embeddings_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,12 +46,13 @@ class HubServer:
     downloads: names of the files that were sent.
     token: if it is set, changes need it.
     fails: whether every request is answered by status 503.
+    cuts: whether the connection is closed before the contents of a file are sent.
   """
 
   def __init__(self) -> None:
     self.models: dict[str, Model] = {}
     self.downloads: list[str] = []
-    self.token, self.fails = "", False
+    self.token, self.fails, self.cuts = "", False, False
     handler = type("Handler", (_Handler,), {"hub": self})
     self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -131,6 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
     if self.command == "GET":
       self.hub.downloads.append(file)
     content = model.files[file]
+    if self.hub.cuts and self.command == "GET":
+      self.command, self.close_connection = "HEAD", True
     self._send(200, content, ETag=f'"{_oid(content)}"', X_Repo_Commit=model.commit)
 
   def do_POST(self) -> None:

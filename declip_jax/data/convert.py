@@ -145,7 +145,7 @@ def _settings(
     raise ValueError(f"{source.name} has no sample; skipped: {source.skipped or 'none'}")
   if _ABOUT in existing:
     about = _checked(settings | ({"shards": shards} if shards else {}), output)
-    _check_part(part, about["shards"])
+    part.check(about["shards"], "files")
     return about
   if existing := [name for name in existing if not _TEMPORARY.fullmatch(name)]:
     raise ValueError(f"{output} is not empty, it contains {', '.join(existing[:5])}: choose another folder")
@@ -154,16 +154,11 @@ def _settings(
     shards = min(len(source), max(part.count, min(_MAX_SHARDS, math.ceil(size / _SHARD_BYTES)), 1))
   if not 0 < shards <= min(len(source), 99_999):
     raise ValueError(f"shards={shards}: expected 1 to {min(len(source), 99_999)}, for {counted(len(source), 'sample')}")
-  _check_part(part, shards)
+  part.check(shards, "files")
   if local:
     Path(output).mkdir(parents=True, exist_ok=True)
   outputs.write_text(f"{output}/{_ABOUT}", json.dumps(settings | {"shards": shards}))
   return settings | {"shards": shards}
-
-
-def _check_part(part: jobs.Part, shards: int) -> None:
-  if part.count > shards:
-    raise ValueError(f"shard={part.index}/{part.count}: expected at most as many machines as files, {shards}")
 
 
 def _checked(wanted: dict[str, Any], output: str) -> dict[str, Any]:
@@ -311,7 +306,7 @@ def _summary(about: dict[str, Any], output: str) -> str:
 def _command(arguments: list[str]) -> int:
   spec, output = arguments
   try:
-    part = jobs.Part.of(flags.FLAGS.shard, os.environ) if flags.FLAGS.shard is not None else jobs.WHOLE
+    part = jobs.Part.of(flags.FLAGS.shard, os.environ)
     about = convert(
       read_as(spec, "SPEC"), output, flags.FLAGS.shards, flags.FLAGS.workers, flags.FLAGS.max_pixels, part
     )
@@ -325,7 +320,7 @@ def _command(arguments: list[str]) -> int:
 def main() -> None:
   """Runs the command."""
   flags.DEFINE_integer("shards", None, "Number of files; by default about 512 MB each, at most 1,024.", lower_bound=1)
-  flags.DEFINE_string("shard", None, "I/N, auto or auto/N: this machine writes part I of N, with I from 0.")
+  flags.DEFINE_string("shard", "0/1", "I/N, auto or auto/N: this machine writes part I of N, with I from 0.")
   flags.DEFINE_integer("workers", None, "Number of processes that write; by default the number of cores.", 1)
   flags.DEFINE_integer(
     "max_pixels", images.MAX_PIXELS, "Largest number of pixels of an image.", 1, images.LARGEST_LIMIT

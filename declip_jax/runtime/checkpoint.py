@@ -2,9 +2,9 @@
 
 A checkpoint has four items: `model` (parameters and collections), `training` (step, moments, counters), `data` (the
 position of the input stream and the batch sizes so far, JSON) and `config` (JSON). A fifth one, `average`, is there if
-the run has an average of the weights. Evaluation and export read neither `training` nor `data`. After the commit each
-host seals it with checksums (see `runtime.seal`): a checkpoint that is damaged later is skipped, and the previous one
-is used.
+the run has an average of the weights. Evaluation and export read neither `training` nor `data`. `_CHECKPOINT_METADATA`
+has the version of declip_jax, under `custom_metadata`. After the commit each host seals all this with checksums (see
+`runtime.seal`): a checkpoint that is damaged later is skipped, and the previous one is used.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from declip_jax import __version__
 from declip_jax.batch_sizes import BatchSizes
 from declip_jax.runtime.hosts import any_host, barrier, first_error
 from declip_jax.runtime.plain_paths import plain_path
@@ -158,7 +159,7 @@ class Checkpoints:
       # Orbax's hosts meet at barriers: a host that cannot write must not leave the others waiting there.
       if error := first_error(self._write_error()):
         raise OSError(error)
-      self._manager.save(step, args=args)
+      self._manager.save(step, args=args, custom_metadata={"declip_jax": __version__})
     except Exception as error:
       self._error = error
       self._collect(step)

@@ -18,6 +18,7 @@ from absl import logging
 import jax
 from jax.sharding import Mesh
 
+from declip_jax import __version__
 from declip_jax import config as config_lib
 from declip_jax.methods import name_of
 from declip_jax.runtime import records
@@ -129,7 +130,7 @@ def record(
     "time": round(time.time(), 3),
     "command": sys.argv,
     "python": sys.version.split()[0],
-    "versions": {name: metadata.version(name) for name in _PACKAGES},
+    "versions": {"declip_jax": __version__} | {name: metadata.version(name) for name in _PACKAGES},
     "git": _git_revision(),
     "mesh": dict(mesh.shape),
     "processes": jax.process_count(),

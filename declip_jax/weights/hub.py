@@ -5,8 +5,10 @@ share. Processes of one machine wait for each other by its locks, so each machin
 network, or with `HF_HUB_OFFLINE=1`, what is in the cache is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 from fnmatch import fnmatchcase
+import logging
 import os
 from pathlib import Path
 import re
@@ -24,6 +26,9 @@ _DEFAULT_REVISION = "main"
 CARD = "README.md"  # the model card of a repository
 _LOG_IN = "log in by hf auth login, or set HF_TOKEN"
 _OPEN_CLIP_CONFIG, _CONFIG = "open_clip_config.json", "config.json"
+# Loggers of huggingface_hub that report retries, and what these messages contain.
+_RETRYING = ("huggingface_hub.utils._http", "huggingface_hub.file_download")
+_RETRIES = re.compile(r"thrown while requesting|^Retrying in |^Error while downloading from ")
 # Configs, and the vocabularies that tokenizers may need; all are small.
 _BESIDE = (
   *(_OPEN_CLIP_CONFIG, _CONFIG, "preprocessor_config.json", "processor_config.json"),
@@ -97,13 +102,31 @@ def download(address: str | os.PathLike[str]) -> Path:
   """
   repository, hub = parse(address), client()
   try:
-    return _fetch(hub, repository)
+    with _hidden_retries():
+      return _fetch(hub, repository)
   except (OSError, _http_error(hub)) as error:
     if (refusal := _refusal(hub, repository, error)) is not None:
       raise refusal from None
     if not _is_network(hub, error):  # such as a full disk
       raise
     return _cached(hub, repository, error)
+
+
+@contextlib.contextmanager
+def _hidden_retries() -> Iterator[None]:
+  """Hides the messages of huggingface_hub about failed attempts, of which the last one becomes our error."""
+
+  def shown(record: logging.LogRecord) -> bool:
+    return not _RETRIES.search(record.getMessage())
+
+  loggers = [logging.getLogger(name) for name in _RETRYING]
+  for logger in loggers:
+    logger.addFilter(shown)
+  try:
+    yield
+  finally:
+    for logger in loggers:
+      logger.removeFilter(shown)
 
 
 def parse_destination(address: str) -> Repository:

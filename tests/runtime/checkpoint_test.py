@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from tiers import slow_except
 
+import declip_jax
 from declip_jax.batch_sizes import BatchSizes
 from declip_jax.data.storage import outputs
 from declip_jax.models import bank
@@ -159,7 +160,7 @@ def test_a_failed_save_is_removed_though_its_other_arrays_are_still_being_writte
       if stop.wait(0.01):
         return
 
-  def fail(step: int, args: object) -> None:
+  def fail(step: int, **options: object) -> None:
     threading.Timer(0.3, stop.set).start()
     writer.start()
     raise OSError("No space left on device")
@@ -374,6 +375,18 @@ def test_an_undamaged_checkpoint_that_cannot_be_read_is_not_renamed(
     restore_newest(tmp_path)
   monkeypatch.undo()
   assert restore_newest(tmp_path).step == 5
+
+
+def test_a_checkpoint_has_the_version_and_an_older_one_without_it_is_restored(tmp_path: Path) -> None:
+  save_steps(tmp_path, {3: None}, keep_last=1)
+  path = tmp_path / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
+  about = json.loads(path.read_text())
+  assert about["custom_metadata"] == {"declip_jax": declip_jax.__version__}
+  for seal in path.parent.glob("checksums.*"):
+    seal.unlink()
+  path.write_text(json.dumps({**about, "custom_metadata": {}}))
+  found = restore_newest(tmp_path)
+  assert (found.step, found.messages) == (3, [])
 
 
 def test_checkpoints_without_seals_and_counters_are_restored(tmp_path: Path) -> None:

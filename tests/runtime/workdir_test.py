@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from record_files import damages
 from tiny import tiny_config
 
+import declip_jax
 from declip_jax import sharding
 from declip_jax.runtime import workdir as workdir_lib
 
@@ -89,6 +91,12 @@ def test_data_with_another_stamp_and_as_many_samples_are_reported(tmp_path: Path
   assert record("1") == record("1", b="2") == []
   (changed,) = record("3")
   assert changed.startswith("a has as many samples as before, but its files have changed")
+
+
+def test_a_start_has_the_versions(tmp_path: Path) -> None:
+  workdir_lib.record(tiny_config("clip").to_json_best_effort(), sharding.make_mesh(-1, 1), tmp_path, {})
+  versions = json.loads((tmp_path / "starts.jsonl").read_text())["versions"]
+  assert (versions["declip_jax"], versions["jax"]) == (declip_jax.__version__, jax.__version__)
 
 
 def test_a_finished_run_keeps_its_config(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Tests of models on the hub, by huggingface_hub's client and a server on loopback."""
 
 import json
+import logging
 from pathlib import Path
+import socket
 import sys
 
 from hub_server import HubServer, Model
@@ -94,6 +96,35 @@ def test_without_a_network_the_cache_is_read(
   assert "using the files of" not in capsys.readouterr().err
   with pytest.raises(FileNotFoundError, match=rf"^hf-hub:org/other: HF_HUB_OFFLINE is set{absent}"):
     read("hf-hub:org/other")
+
+
+@pytest.mark.parametrize("failure", ["nobody listens", "status 503", "the connection is lost"])
+def test_failed_attempts_are_one_error_and_other_messages_of_the_client_are_shown(
+  failure: str,
+  hub_server: HubServer,
+  monkeypatch: pytest.MonkeyPatch,
+  caplog: pytest.LogCaptureFixture,
+) -> None:
+  hub_server.models["org/model"] = Model({"config.json": b"{}", "model.safetensors": b"large"})
+  hub_server.fails, hub_server.cuts = failure == "status 503", failure == "the connection is lost"
+  client = [logging.getLogger(f"huggingface_hub.{name}") for name in ("utils._http", "file_download")]
+
+  def warn(seconds: float) -> None:  # between two attempts
+    for logger in client:
+      logger.warning("Rate limited. Waiting %ss before retry [Retry 1/5].", seconds)
+
+  monkeypatch.setattr("time.sleep", warn)
+  with socket.socket() as bound:
+    bound.bind(("127.0.0.1", 0))
+    if failure == "nobody listens":
+      monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{bound.getsockname()[1]}")
+    with pytest.raises(OSError, match="^hf-hub:org/model: cannot reach "):
+      read(ADDRESS)
+  assert len(caplog.messages) == 2 * 5
+  assert all(text.startswith("Rate limited. Waiting ") for text in caplog.messages)
+  for logger in client:
+    logger.warning("Retrying in 1s [Retry 1/5].")
+  assert len(caplog.messages) == 2 * 5 + 2  # in other uses of the client they are shown
 
 
 def test_an_interrupted_download_is_not_in_the_cache(

@@ -183,6 +183,19 @@ class Part(NamedTuple):
       raise ValueError(f"shard={text}: {number} of {count}: expected I/N with I from 0 to N - 1")
     return cls(int(number), int(count))
 
+  def check(self, pieces: int, noun: str) -> None:
+    """Checks that this machine has something to do.
+
+    Args:
+      pieces: number of pieces of the work.
+      noun: what they are, in the plural.
+
+    Raises:
+      ValueError: there are fewer pieces than machines.
+    """
+    if self.count > max(pieces, 1):
+      raise ValueError(f"shard={self.index}/{self.count}: expected at most as many machines as {noun}, {pieces}")
+
 
 WHOLE = Part(0, 1)
 

@@ -173,6 +173,13 @@ def test_parts_that_do_not_exist(text, environment, message):
     jobs.Part.of(text, environment)
 
 
+def test_machines_without_a_piece_are_refused():
+  jobs.Part(3, 4).check(4, "files")
+  jobs.WHOLE.check(0, "files")
+  with pytest.raises(ValueError, match="shard=3/4: expected at most as many machines as files, 3"):
+    jobs.Part(3, 4).check(3, "files")
+
+
 def test_results_that_are_ready_together_with_an_error_are_not_lost(monkeypatch):
   def finish(argument, advance):
     if argument == 1:
