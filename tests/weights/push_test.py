@@ -154,4 +154,4 @@ def test_a_run_is_pushed_and_read_by_commands(save_run: Callable[..., Path], tmp
     assert (tmp_path / "out" / "model.safetensors").exists()
     wrong = call(f"--weights=hf-hub:{NAME}x", "--format=orbax", f"--output={tmp_path / 'wrong'}")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1), wrong.stderr
-    assert wrong.stderr.startswith(f"error: hf-hub:{NAME}x: {server.url} has no model {NAME}x")
+    assert wrong.stderr.startswith(f"error: --weights: hf-hub:{NAME}x: {server.url} has no model {NAME}x")
