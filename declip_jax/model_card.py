@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from declip_jax import __version__
 from declip_jax.evals import results
 from declip_jax.evals.evaluation import describe
 from declip_jax.evals.feature_cache import tree_hash
@@ -153,7 +154,7 @@ def _opening(export: Export, training: Mapping[str, Any]) -> str:
   texts = f" and texts of up to {export.weights.model['text']['context_length']} tokens" if _has_text(export) else ""
   how = f", trained by the method `{training['method']}`" if "method" in training else f" from {export.weights.origin}"
   size = export.weights.view.size
-  return f"A {tower} for images of {size} x {size} pixels{texts}{how}, exported by {_PROJECT}."
+  return f"A {tower} for images of {size} x {size} pixels{texts}{how}, exported by {_PROJECT} {__version__}."
 
 
 def _has_text(export: Export) -> bool:

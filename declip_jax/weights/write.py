@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 
+from declip_jax import __version__
 from declip_jax.architectures import CONVNEXT_SIZES, TowerSize
 from declip_jax.data.images import EvalView
 from declip_jax.data.text.tokenizer import parse_name
@@ -35,6 +36,7 @@ _EXPORTED = ("joint", "sigmoid")  # heads that open_clip also has
 # timm's names of vision transformers with a patch bias and without a norm before the blocks, by (width, depth, heads).
 _TIMM_SIZES = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large"}
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # what transformers calls ours, if other than we
+_VERSION = {"declip_jax": __version__}  # in the JSON of each format or, of ONNX, in the metadata
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
@@ -139,7 +141,7 @@ def _open_clip(weights: Weights, folder: Path) -> list[str]:
       f"{weights.view.size}"
     )
   _save(folder, "open_clip_model.safetensors", dialects.from_openai(tensors, dialect))
-  _write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
+  _write_json(folder / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess, **_VERSION})
   _write_files(folder, tokenizer)
   return notes
 
@@ -322,7 +324,7 @@ def _hugging_face(weights: Weights, folder: Path) -> list[str]:
     },
   }
   _save(folder, "model.safetensors", dialects.from_openai(tensors, "Hugging Face"))
-  _write_json(folder / "config.json", config)
+  _write_json(folder / "config.json", {**config, **_VERSION})
   _write_preprocessor(weights.view, folder)
   if _has_openai_tokenizer(text):
     _write_tokenizer(text["context_length"], folder)
@@ -377,7 +379,7 @@ def _siglip(weights: Weights, folder: Path) -> list[str]:
   if not tokenizer:
     notes.append(_without_tokenizer(text, "SiglipProcessor has none"))
   _save(folder, "model.safetensors", dialects.from_openai(tensors, "SigLIP in transformers"))
-  _write_json(folder / "config.json", config)
+  _write_json(folder / "config.json", {**config, **_VERSION})
   _write_preprocessor(weights.view, folder, "Siglip")
   _write_files(folder, tokenizer)
   return notes
@@ -451,7 +453,7 @@ def _onnx_facts(weights: Weights) -> dict[str, str]:
   heads, largest = weights.params["heads"], weights.model["heads"]["max_scale"]
   scale = float(np.exp(heads["logit_scale"]))
   facts = {"logit_scale": min(scale, largest) if largest else scale, "logit_bias": float(heads.get("logit_bias", 0))}
-  return {"origin": weights.origin} | {name: repr(value) for name, value in facts.items()}
+  return {"origin": weights.origin, **_VERSION} | {name: repr(value) for name, value in facts.items()}
 
 
 def _hugging_face_tower(tower: ModelFields) -> dict[str, Any]:
@@ -508,6 +510,7 @@ def _orbax(weights: Weights, folder: Path) -> list[str]:
   text["tokenizer"] = copy_tokenizer(text["tokenizer"], folder)
   about = {
     "origin": weights.origin,
+    **_VERSION,
     "model": {**weights.model, "text": text},
     "heads": heads,
     "image_size": weights.view.size,

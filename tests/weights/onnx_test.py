@@ -11,6 +11,7 @@ import pytest
 import references as reference
 from tiers import slow_except
 
+import declip_jax
 from declip_jax import architectures, config, extras
 from declip_jax.clip import Clip
 from declip_jax.data.images import EvalView
@@ -173,7 +174,7 @@ def test_the_folder_has_processor_and_temperature(tmp_path: Path) -> None:
   }
   session = onnxruntime.InferenceSession(tmp_path / "out" / "text.onnx", providers=["CPUExecutionProvider"])
   facts = session.get_modelmeta().custom_metadata_map
-  assert facts == {"origin": "test", "logit_scale": "100.0", "logit_bias": "0.0"}
+  assert facts == {"origin": "test", "declip_jax": declip_jax.__version__, "logit_scale": "100.0", "logit_bias": "0.0"}
   texts = ["a red ring", "zwei blaue Sterne"]
   clip = Clip(weights._replace(model={**weights.model, "dtype": "float32"}), make_mesh(-1, 1))
   found = run(tmp_path / "out", "text", clip.tokenizer(texts).astype(np.int64))

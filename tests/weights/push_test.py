@@ -12,6 +12,7 @@ import pytest
 import references as reference
 from tiny import tiny_config
 
+import declip_jax
 from declip_jax import model_card
 from declip_jax.evals import results
 from declip_jax.evals.feature_cache import tree_hash
@@ -71,6 +72,7 @@ def test_a_card_has_the_training_and_the_results_of_the_run(
     ("vtab/pets", "zero-shot-image-classification", "top5"): 0.5,
     ("coco", "task_of_retrieval", "mean_recall"): 0.125,
   }
+  assert f"exported by declip_jax {declip_jax.__version__}." in card.text
   for line in (
     "| vtab/pets | zero shot | top1 25.0% [20.0%, 30.0%] |",
     "| started from | `hf-hub:org/other` |",

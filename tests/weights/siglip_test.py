@@ -19,6 +19,7 @@ import references as reference
 import safetensors.numpy
 import tokenizer_files
 
+import declip_jax
 from declip_jax import config as config_lib
 from declip_jax.build import build
 from declip_jax.clip import Clip, load
@@ -203,6 +204,8 @@ def test_an_export_to_transformers_of_a_model_without_bias_and_tokenizer(tmp_pat
   _, _, weights, _ = read_golden("transformers")
   weights = weights._replace(heads=("joint",))
   notes = write(weights, tmp_path / "export", "huggingface")
+  about = json.loads((tmp_path / "export" / "config.json").read_text())
+  assert about["declip_jax"] == declip_jax.__version__
   assert [note.split()[0] for note in notes] == ["added:", "omitted:"]
   assert "a logit_bias of 0" in notes[0]
   assert "a tokenizer" in notes[1]

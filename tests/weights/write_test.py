@@ -44,6 +44,7 @@ REJECTED = {
 
 
 READABLE = [format for format in FORMATS if format != "onnx"]  # see onnx_test
+ABOUT = {"open_clip": "open_clip_config.json", "huggingface": "config.json", "orbax": "weights.json"}
 # Formats and fixtures of the fast tier.
 REPRESENTATIVES = (("hf_clip", "huggingface"), ("openclip_vit", "open_clip"), ("declip", "orbax"), *REJECTED)
 
@@ -66,6 +67,8 @@ def test_files_read_back_equal_the_model(name: str, format: str, tmp_path: Path)
     return
   notes = write(weights, tmp_path / "out", format)
   again = read(tmp_path / "out")
+  about = json.loads((tmp_path / "out" / ABOUT[format]).read_text())
+  assert about["declip_jax"] == declip_jax.__version__
   moved = ()
   if (name, format) == ("declip", "huggingface"):
     assert any("bias of the text projection" in note for note in notes)
