@@ -75,12 +75,14 @@ def main() -> None:
 
 
 def train(flags: Sequence[str]) -> list[Warned]:
-  """Trains a run until it ends or fails; returns its warnings."""
+  """Trains a run until it ends or, if it is broken, fails; returns its warnings."""
   program, *others = shlex.split(COMMAND)
   del program
   with tempfile.TemporaryDirectory() as folder:
     command = [sys.executable, *others, *flags, f"--workdir={folder}/run"]  # the last one counts
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  if done.returncode and not flags:
+    sys.exit(done.stderr)
   return warnings(done.stderr)
 
 

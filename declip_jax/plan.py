@@ -31,6 +31,7 @@ import jax
 from ml_collections import ConfigDict
 
 from declip_jax.command_line import define_config, run
+from declip_jax.data.guess import guess
 from declip_jax.data.sources import open_source
 from declip_jax.planning import devices as device_table
 from declip_jax.planning.choose import choose, describe, open_fields
@@ -168,7 +169,7 @@ def _with_choices(config: ConfigDict, devices: Sequence[jax.Device] | None) -> t
   samples, why = flags.FLAGS.samples, "without data=" if not config.data.train else ""
   try:
     if config.data.train and not samples:
-      samples = sum(len(open_source(spec, "config.data.train")) for spec in config.data.train)
+      samples = sum(len(open_source(guess(spec), "config.data.train")) for spec in config.data.train)
   except (OSError, ModuleNotFoundError, ValueError) as error:
     if fields and isinstance(error, ValueError):
       raise

@@ -86,14 +86,19 @@ def platform() -> str:
   return device.platform if device else jax.default_backend()
 
 
-def on_each_device(function: Callable[..., Tree], *arrays: jax.Array) -> Tree:
-  """The function of arrays whose leading axis is a batch, called on each device with its rows.
+def is_splittable(rows: int) -> bool:
+  """Whether `on_each_device` can split a batch: over the mesh of `traced_over`, or where there is one device only."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return jax.device_count() == 1 if mesh.empty else rows % mesh.size == 0
 
-  For what the compiler cannot split by itself, such as a kernel. Without `traced_over`, and where the devices do not
-  divide the batch, which no batch of a run or an evaluation has, arrays are on one device.
+
+def on_each_device(function: Callable[..., Tree], *arrays: jax.Array) -> Tree:
+  """The function of arrays whose leading axis is a batch, called on each device with its rows, see `is_splittable`.
+
+  For what the compiler cannot split by itself, such as a kernel. Without `traced_over`, arrays are on one device.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or len(arrays[0]) % mesh.size:
+  if mesh.empty or mesh.size == 1:
     return function(*arrays)
   rows = PartitionSpec((DATA, FSDP))
   # shard_map's check of replication does not know kernels.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from declip_jax.models import attention_kernel
-from declip_jax.sharding import on_each_device, platform
+from declip_jax.sharding import is_splittable, on_each_device, platform
 
 # What `config.model.attention` may name: the fastest that the backend has; plain XLA; cuDNN's flash attention, on a
 # GPU in half precision; the kernel in `attention_kernel`, on a TPU.
@@ -28,8 +28,11 @@ def attend(
   If given, it is to the first `lengths` keys, or to those that are `visible`.
 
   "auto" is cuDNN's flash attention on a GPU and our kernel on a TPU, both in half precision and without storing the
-  `[b h n m]` weights. Everywhere else, and where a TPU's kernel cannot have the shape, it is plain XLA. Only plain XLA
-  fits all shapes and dtypes; docs/scaling.md compares the three, and those of JAX, as compiled for TPUs.
+  `[b h n m]` weights. Everywhere else, and for shapes that our kernel does not support, it is plain XLA. Only plain XLA
+  supports all shapes and dtypes; docs/scaling.md compares the three, and JAX's kernels, as compiled for TPUs.
+
+  Raises:
+    ValueError: "pallas" with keys that are not those of the queries.
   """
   if implementation == "auto":
     implementation = _fastest(query, key)
@@ -47,6 +50,8 @@ def attend(
 
 
 def _by_kernel(query: Array, key: Array, value: Array, causal: bool, visible: Array | None) -> Float[Array, "b n h e"]:
+  if query.shape != key.shape:
+    raise ValueError(f"attention='pallas': queries {query.shape} and keys {key.shape} are not of the same tokens")
   heads = attention_kernel.Heads(query.shape[2], causal, interpret=platform() != "tpu")
   rows = [rearrange(x, "b n h e -> b n (h e)") for x in (query, key, value)]
   masks = [] if visible is None else [visible]
@@ -66,8 +71,9 @@ def _fastest(query: Array, key: Array) -> str:
   dtype, head_width, backend = query.dtype, query.shape[-1], platform()
   if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_width % 8 == 0 and head_width <= 128:
     return "cudnn" if _cuda_capability() >= 8 else "xla"  # cuDNN's conditions on every GPU that has it
-  if backend == "tpu" and dtype == jnp.bfloat16 and query.shape == key.shape:
-    return "pallas" if query.shape[1] <= attention_kernel.MAX_TOKENS else "xla"
+  if backend == "tpu" and dtype == jnp.bfloat16 and query.shape == key.shape and is_splittable(len(query)):
+    _, tokens, heads, _ = query.shape
+    return "pallas" if attention_kernel.fits(tokens, heads * head_width, heads) else "xla"
   return "xla"
 
 

@@ -4,8 +4,8 @@ Flash attention computes scores in blocks, since those of long sequences do not 
 towers do (50 to 577 image tokens, 77 text tokens), so each head is a few products with a plain softmax between them,
 and the backward pass needs nothing but the inputs: it computes the scores again. Arrays keep the layout `[b n h*e]` of
 the layers around attention, without padding a head to the 128 lanes of a TPU, or tokens to its tiles: a program has
-whole tiles of lanes, and a head takes part in a product with the lanes of all other heads set to 0. A TPU multiplies
-matrices of at least 128 x 128, so this costs heads of 64 no time.
+whole tiles of lanes, and a head takes part in a product with the lanes of all other heads set to 0. Heads of 64 then
+have products over 128 lanes, the least that a TPU multiplies at once; those of 80 have some over 256.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +24,8 @@ MAX_TOKENS = (
   640  # the scores of a head and their gradients fit into the 16 MiB on the chip that a kernel has by default
 )
 _BLOCK_BYTES = 2**21  # of all arrays of a program, so that the transfers of the next program overlap with its products
+_CHIP_BYTES = 12 * 2**20  # that a kernel may take by our estimate; libtpu's limit is 16 MiB
+_ARRAYS, _SUMS, _SCORES = 7, 3, 4  # of the backward pass: inputs and results, sums in float32, and arrays of scores
 _HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a hidden position, as in jax.nn
 
 
@@ -54,7 +56,7 @@ def attention(
   Args:
     heads: number of heads, and whether attention is causal.
     query, key, value: the heads' parts side by side.
-    visible: positions that may be seen; None for all.
+    visible: positions that may be seen, at least one of each sequence; None for all.
   """
   return _forward(heads, query, key, value, visible)[0]
 
@@ -72,6 +74,25 @@ def _backward(heads: Heads, inputs: tuple[Array | None, ...], gradient: Array) -
 attention.defvjp(_forward, _backward)
 
 
+def fits(tokens: int, width: int, heads: int) -> bool:
+  """Whether the backward pass in bfloat16 has room on the chip, by an estimate that libtpu's own never exceeded."""
+  rows, group = _block(tokens, width, heads, itemsize=2)
+  blocks = 2 * rows * _ARRAYS * 2 * _size(tokens, group)  # those of a program, and those of the next one
+  return blocks + 4 * (_SUMS * _size(tokens, group) + _SCORES * _size(tokens, tokens)) <= _CHIP_BYTES
+
+
+def _block(tokens: int, width: int, heads: int, itemsize: int) -> tuple[int, int]:
+  """The sequences and the lanes of a program."""
+  group = math.lcm(width // heads, LANES)
+  group = group if width % group == 0 else width
+  return max(1, _BLOCK_BYTES // (_ARRAYS * itemsize * _size(tokens, group))), group
+
+
+def _size(rows: int, lanes: int) -> int:
+  """The elements of a matrix on the chip, with those that fill its tiles."""
+  return pl.cdiv(rows, 16) * 16 * pl.cdiv(lanes, LANES) * LANES
+
+
 def _run(
   kernel: Callable[..., None],
   heads: Heads,
@@ -83,10 +104,8 @@ def _run(
 ) -> tuple[Array, ...]:
   """Runs a kernel for every sequence and group of heads; `products` is the number of its products with scores."""
   batch, tokens, width = arrays[0].shape
-  group = math.lcm(width // heads.count, LANES)
-  group = group if width % group == 0 else width
-  itemsize = arrays[0].dtype.itemsize
-  rows = max(1, min(batch, _BLOCK_BYTES // (tokens * group * itemsize * (len(arrays) + results))))
+  rows, group = _block(tokens, width, heads.count, arrays[0].dtype.itemsize)
+  rows = pl.cdiv(batch, pl.cdiv(batch, rows))  # as many in each program
   block = pl.BlockSpec((rows, tokens, group), lambda row, column: (row, 0, column))
   mask_block = pl.BlockSpec((rows, 1, tokens), lambda row, column: (row, 0, 0))
   masks = [] if visible is None else [visible[:, None].astype(jnp.float32)]
@@ -195,8 +214,8 @@ def _weights(query: Array, key: Array, visible: Array | None, causal: bool, widt
 
 
 def _product(x: Array, y: Array, x_axis: int, y_axis: int) -> Float[Array, "_ _"]:
-  """The float32 product that sums over an axis of each; float32 inputs are not rounded."""
-  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  """The float32 product that sums over an axis of each; float32 inputs are not rounded, whatever JAX's default is."""
+  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   return jax.lax.dot_general(
     x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
   )

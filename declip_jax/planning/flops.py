@@ -36,7 +36,7 @@ def step_flops(built: Built, batch_size: int, text_length: int = 0) -> float:
   """
   # Plain attention, since the others recompute its weights.
   image, text = map(_with_plain_attention, (built.model.towers.image, built.model.towers.text))
-  model = dataclasses.replace(built.model, towers=built.model.towers.clone(image=image, text=text))
+  model = dataclasses.replace(built.model, towers=built.model.towers.clone(image=image, text=text, dtype=jnp.float32))
   batch = built.batch_shape(batch_size)
   objective = dataclasses.replace(built.objective, method=PLAIN)
   params, collections = jax.eval_shape(model.init, jax.random.key(0), batch)
@@ -55,7 +55,9 @@ def step_flops(built: Built, batch_size: int, text_length: int = 0) -> float:
 
 
 def _with_plain_attention(tower: nn.Module | None) -> nn.Module | None:
-  return tower.clone(attention="xla") if hasattr(tower, "attention") else tower
+  """In float32, too, in which a GPU has no other for the pooling of a tower."""
+  plain = {"attention": "xla"} if hasattr(tower, "attention") else {}
+  return tower and tower.clone(dtype=jnp.float32, **plain)
 
 
 def without_remat(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -315,7 +315,7 @@ def read_run(workdir: str | os.PathLike[str], step: Step = None, settings: Mappi
       chosen = older[-1]
     config = config_lib.from_json(json.dumps(checkpoints.config(chosen))).to_dict()
     objective = make_objective(config["objective"])
-    model, data, heads = config["model"], config["data"], objective.heads
+    model, data, heads = {**config["model"], "attention": "auto"}, config["data"], objective.heads
     _, variables = abstract_variables(model, heads, data["image_size"])
     lora = Lora(**config["lora"]) if config["lora"]["rank"] else None
     if lora:

@@ -8,9 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 import numpy as np
 import pytest
+from tiny import tiny_config
 
+from declip_jax import build
+from declip_jax.evals.encoders import make_encode_functions
 from declip_jax.models import attention, attention_kernel
 from declip_jax.models.attention import attend
+from declip_jax.planning import compile as compile_step
 from declip_jax.sharding import make_mesh, traced_over
 
 
@@ -93,7 +97,8 @@ def test_the_kernel_equals_plain_attention_in_value_and_gradient(
 
 
 @pytest.mark.parametrize("name", KERNEL_CASES)
-def test_the_kernel_is_lowered_for_a_tpu(name: str) -> None:
+@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+def test_the_kernel_is_lowered_for_a_tpu(name: str, precision: str) -> None:
   """Its instructions are checked without a TPU; libtpu would compile them."""
   tokens, heads, width, masks = KERNEL_CASES[name]
   tpu = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
@@ -101,7 +106,7 @@ def test_the_kernel_is_lowered_for_a_tpu(name: str) -> None:
 
   @jax.jit
   def gradient(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    with use_abstract_mesh(mesh):
+    with use_abstract_mesh(mesh), jax.default_matmul_precision(precision):
       own = {mask: jnp.asarray(x).repeat(16, axis=0)[:16] for mask, x in masks.items()}
       attended, backward = jax.vjp(partial(attend, **own, causal=name == "causal"), *arrays)
       return backward(attended)
@@ -141,7 +146,9 @@ def test_the_kernel_runs_on_each_devices_rows() -> None:
     ("tpu", "", jnp.bfloat16, 197, 197, 64, "pallas"),
     ("tpu", "", jnp.float32, 197, 197, 64, "xla"),
     ("tpu", "", jnp.bfloat16, 1, 50, 64, "xla"),  # the pooling of a ResNet
+    ("tpu", "", jnp.bfloat16, 577, 577, 64, "pallas"),
     ("tpu", "", jnp.bfloat16, 1025, 1025, 64, "xla"),
+    ("tpu", "", jnp.bfloat16, 577, 577, 80, "xla"),  # 17 MiB on the chip, by libtpu
     ("cpu", "", jnp.bfloat16, 50, 50, 64, "xla"),
   ],
 )
@@ -157,8 +164,35 @@ def test_choice(
 ) -> None:
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
-  query, key = (jnp.zeros((2, count, 4, head_width), dtype) for count in (tokens, keys))
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  query, key = (jnp.zeros((2, count, 16, head_width), dtype) for count in (tokens, keys))
   assert attention._fastest(query, key) == expected
+  monkeypatch.setattr(jax, "device_count", lambda: 4)  # of which some may have a part of the batch
+  assert attention._fastest(query, key) == ("xla" if expected == "pallas" else expected)
+
+
+def test_the_kernel_needs_the_keys_of_its_queries() -> None:
+  query, key = jnp.zeros((2, 1, 2, 8)), jnp.zeros((2, 9, 2, 8))
+  with pytest.raises(ValueError, match=r"queries \(2, 1, 2, 8\) and keys \(2, 9, 2, 8\)"):
+    attend(query, key, key, implementation="pallas")
+
+
+def test_steps_and_evaluations_know_their_mesh() -> None:
+  """Otherwise kernels would not be split over devices."""
+  c = tiny_config("clip")
+  c.model.attention = "pallas"
+  built = build.build(c)
+  state = compile_step.state_shapes(c, built)
+  step = build.make_step(c, built, build.to_steps(c, 256), state)
+  batch = built.batch_shape(c.batch_size)
+  assert "shard_map" in str(step.trace(state, batch).jaxpr)
+  functions = make_encode_functions(built.model, built.mesh, tokens=False)
+  variables = state.params, state.collections
+  image, text = batch["image"], batch["text"]
+  image = jax.ShapeDtypeStruct((image.shape[0], *image.shape[2:]), image.dtype)
+  text = jax.ShapeDtypeStruct((text.shape[0], text.shape[2]), text.dtype)
+  assert "shard_map" in str(functions.image.trace(*variables, image).jaxpr)
+  assert "shard_map" in str(functions.text.trace(*variables, text).jaxpr)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's flash attention needs a GPU")
