@@ -47,6 +47,7 @@ class Clock:
     self._before = 0  # the program of the step that has finished at the next update
     self._steps, self._seconds = 0.0, 0.0  # decaying sums: their quotient is the speed
     self._seconds_at_peak = 0.0  # a decaying sum, of the same steps
+    self._last_line = (0.0, 0.0)  # seconds waited for data and seconds in all, between the last two lines
     self.roll_back(start)
 
   def begin(self, text_length: int) -> None:
@@ -68,6 +69,12 @@ class Clock:
     """Share of each activity in the time since the last `values`."""
     total = max(self._now() - self._began, 1e-9)
     return {activity: seconds / total for activity, seconds in self._spent.items()}
+
+  @property
+  def wait(self) -> float:
+    """Share of the time spent waiting for data since the last line but one: right after a line, little has passed."""
+    waited, seconds = self._last_line
+    return (waited + self._spent["data"]) / max(seconds + self._now() - self._began, 1e-9)
 
   @property
   def images_per_second(self) -> float:
@@ -138,6 +145,7 @@ class Clock:
       "compile_seconds": sum(self._first_calls.values()) if self._first_calls else None,
       "device_memory_gib": peak_memory(),
     }
+    self._last_line = (self._spent["data"], self._now() - self._began)
     self._restart()
     return values | {name: value for name, value in known.items() if value is not None}
 

@@ -191,7 +191,7 @@ class Services:
       metrics,
       images_per_second=self.clock.images_per_second,
       utilisation=self.clock.utilisation,
-      wait=self.clock.shares["data"],
+      wait=self.clock.wait,
     )
 
   def log(self, step: int, metrics: Metrics) -> None:

@@ -108,6 +108,23 @@ def test_values_have_shares_since_the_last_line_and_speeds(time: Time) -> None:
   assert clock.shares == dict.fromkeys(("data", "step", "save", "evaluation"), 0.0)
 
 
+def test_the_share_of_waiting_means_something_right_after_a_line(time: Time) -> None:
+  clock = Clock(0, 64, now=time)
+  with clock.spending("data"):
+    time.now += 10
+  with clock.spending("step"):
+    time.now += 89.9
+  clock.values()
+  with clock.spending("data"):  # nearly all of the time since, as the step that was dispatched before has finished
+    time.now += 0.1
+  assert clock.shares["data"] == pytest.approx(1)
+  assert clock.wait == pytest.approx(0.101)
+  clock.values()
+  with clock.spending("step"):
+    time.now += 0.1
+  assert clock.wait == pytest.approx(0.5)
+
+
 def test_the_first_call_is_the_compilation(time: Time) -> None:
   clock = Clock(0, 64, now=time)
   assert not clock.has_compiled
