@@ -270,7 +270,7 @@ def _model(built: architectures.Architecture) -> ConfigDict:
   # a block; a quarter more FLOPs), or "auto": chosen.
   c.remat = "dots"
   # The implementation of attention in transformers, one of `models.attention.IMPLEMENTATIONS`; "auto" is the fastest of
-  # the backend, which exports and loaded models always have.
+  # the backend, and what exports and loaded models always have.
   c.attention = "auto"
   c.unroll = 1  # number of transformer blocks that are unrolled for the compiler; more take longer to compile
   c.mean, c.std = built.mean or OPENAI_MEAN, built.std or OPENAI_STD

@@ -217,7 +217,6 @@ def make_model(
   text = None
   if "joint" in heads:
     text = TextTransformer(**_without(fields["text"], "tokenizer", "buckets"), **common, **attention)
-  if "joint" in heads:
     _check_widths(fields["heads"], {"image": image.feature_width, "text": fields["text"]["width"]})
   of_towers = {
     "image_width": image.feature_width,

@@ -55,7 +55,7 @@ def step_flops(built: Built, batch_size: int, text_length: int = 0) -> float:
 
 
 def _with_plain_attention(tower: nn.Module | None) -> nn.Module | None:
-  """In float32, too, in which a GPU has no other for the pooling of a tower."""
+  """The tower with plain attention in its blocks, and in float32, so that a GPU has no other in its pooling."""
   plain = {"attention": "xla"} if hasattr(tower, "attention") else {}
   return tower and tower.clone(dtype=jnp.float32, **plain)
 
