@@ -648,7 +648,7 @@ def from_json(text: str) -> ConfigDict:
   if unknown := sorted([*_unknown(fields, known), *in_stages]):
     raise ValueError(f"config.json has unknown fields {unknown}: it was written by another version of declip_jax")
   _add_missing(fields, known)
-  add_missing_of_towers(fields["model"])
+  add_missing_of_model(fields["model"])
   for entry in of_stages.values():
     _add_missing(entry, stage().to_dict())
   for entry in fields.get("evals", {}).values():
@@ -657,8 +657,9 @@ def from_json(text: str) -> ConfigDict:
   return ConfigDict(fields).lock()
 
 
-def add_missing_of_towers(model: dict[str, Any]) -> None:
-  """Gives the towers and heads of an older `config.model` the fields that were added since it was written."""
+def add_missing_of_model(model: dict[str, Any]) -> None:
+  """Gives an older `config.model`, its towers and its heads the fields that were added since it was written."""
+  model.setdefault("attention", "auto")
   added = {"text": architectures.text(64), "heads": ConfigDict({"image_linear": True, "text_linear": True})}
   if model["image"].get("kind") == "vit":
     added["image"] = architectures.vit(1, 1, 1, 1)

@@ -397,7 +397,7 @@ def read_about_export(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path / EXPORT_FILE} has no {', '.join(sorted(missing))}")
   about = {**optional, **about}
   try:
-    config_lib.add_missing_of_towers(about["model"])
+    config_lib.add_missing_of_model(about["model"])
     about["model"]["text"]["tokenizer"] = resolve_tokenizer(about["model"]["text"]["tokenizer"], path)
   except _CONTRADICTIONS as error:
     raise _damaged_export(path, error) from error

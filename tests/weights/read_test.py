@@ -632,6 +632,19 @@ def test_added_tokens_do_not_move_the_end_where_hugging_face_says_2(hugging_face
   assert (found.model["text"]["eot"], found.remarks) == (49407, ())
 
 
+def test_exports_without_the_fields_that_were_added_since_are_read(tmp_path: Path) -> None:
+  write(from_state_dict(reference.below(reference.load("openai_vit"), "sd/"), reference.TOLD), tmp_path, "orbax")
+  whole, file = read(tmp_path), tmp_path / "weights.json"
+  about = json.loads(file.read_text())
+  del about["model"]["attention"], about["declip_jax"]
+  added = {"image": ("pooling", "branch_norm"), "text": ("pooling", "causal"), "heads": ("image_linear", "text_linear")}
+  for part, fields in added.items():
+    for field in fields:
+      del about["model"][part][field]
+  file.write_text(json.dumps(about))
+  assert read(tmp_path).model == whole.model
+
+
 @pytest.mark.parametrize(
   "change", [{"model": 3}, {"heads": ["joints"]}, {"image_size": "x"}, {"interpolation": 3}, None]
 )
