@@ -39,7 +39,8 @@ def to_source(data: str) -> str:
     ValueError: a file or folder that is not recognised.
   """
   is_path = ":" not in data or "://" in data
-  if is_path and not os.path.isdir(data) and not os.path.splitext(data)[1]:
+  place = data.partition("?")[0]  # options, such as ?root=/images, follow
+  if is_path and not any(map(os.path.isdir, (data, place))) and not os.path.splitext(place)[1]:
     return f"webdataset:{data.rstrip('/')}/*.tar"
   from declip_jax.data.guess import guess  # on demand: it imports the image codecs
 

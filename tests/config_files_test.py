@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 import pytest
 
 from declip_jax import config, config_files
+from declip_jax.configs import to_source
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -202,3 +203,13 @@ def test_a_config_of_a_run_that_cannot_be_used_is_named(name: str, text: str, na
   with pytest.raises(ValueError, match="run") as raised:
     config_files.load(name)
   assert all(word in str(raised.value) for word in named)
+
+
+def test_data_with_options_are_read_as_the_file_or_folder_before_them(tmp_path: Path) -> None:
+  (tmp_path / "pairs.csv").write_text("image,caption\na.jpg,a cat\n")
+  (tmp_path / "shards").mkdir()
+  (tmp_path / "shards" / "0.tar").touch()
+  pairs, shards = tmp_path / "pairs.csv", tmp_path / "shards"
+  assert to_source(f"{pairs}?root=/images/all") == f"table:{pairs}?root=/images/all"
+  assert to_source(f"{shards}?caption=title") == f"webdataset:{shards}/*.tar?caption=title"
+  assert to_source("/elsewhere/shards") == "webdataset:/elsewhere/shards/*.tar"
